@@ -1,0 +1,29 @@
+"""Low-shot evaluation of frozen vision checkpoints.
+
+Public names are imported on first use: `import msn_eval` alone loads neither torch nor pandas.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from msn_eval.encoder import load_encoder
+    from msn_eval.evaluation import evaluate
+    from msn_eval.features import extract
+    from msn_eval.result import read_results
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "evaluate", "extract", "load_encoder", "read_results"]
+
+_HOMES = {
+    "evaluate": "msn_eval.evaluation",
+    "extract": "msn_eval.features",
+    "load_encoder": "msn_eval.encoder",
+    "read_results": "msn_eval.result",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'msn_eval' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,334 @@
+"""Checkpoint: a network with its weights in place, their hashes, and where they came from."""
+
+import fnmatch
+import hashlib
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from msn_eval.architectures import Architecture, build_network, name_architecture, recognise_architecture
+from msn_eval.errors import CheckpointError, printable
+from msn_eval.images import IMAGENET_MEAN, IMAGENET_STD
+from msn_eval.weights.families import choose_network, trunk_weights
+from msn_eval.weights.read import read_weight_file
+
+SCHEMES = {
+    "FILE": ".pth, .pth.tar, .pt, .safetensors: the MSN release, timm and torchvision state dicts",
+    "timm:NAME": "timm's pretrained weights, from its cache or its hub",
+    "random:ARCH": "untrained, e.g. random:vit_tiny_patch16_224 or 'random:vit_tiny_patch16_224?img_size=32&patch_size=4'",
+    "random:FILE": "untrained, with the architecture of that checkpoint",
+    "py:package.module:factory": "your own nn.Module; the one scheme that runs your code",
+    "pixels": "no network: 32 x 32 pixels as they are",
+}
+_PIXELS = 32
+_SHOWN = 5
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One network to evaluate, on the CPU, in eval mode, in float32.
+
+    name:           as reports show it
+    path:           as the user wrote it
+    sha256:         of the file's bytes, None where there is no file
+    weights_sha256: of names, dtypes, shapes and bytes of the tensors used
+    format:         the family of the file, or the scheme
+    key:            the entry of the file that was used, None where the file is the state dict
+    arch:           architecture, timm's name where it has one
+    matched:        share of the network's weights that came from the file, in (0, 1]
+    image_pixels:   native size: what its authors evaluate at
+    mean, std:      a value a channel, on the [0, 1] scale
+    """
+
+    name: str
+    path: str
+    sha256: str | None
+    weights_sha256: str
+    format: str
+    key: str | None
+    arch: str
+    network: nn.Module
+    matched: float
+    epoch: int | None
+    image_pixels: int
+    mean: Triple
+    std: Triple
+
+    @property
+    def params(self) -> int:
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+
+def read_checkpoint(
+    name: str,
+    *,
+    arch: str | None = None,
+    key: str | None = None,
+    allow_missing: tuple[str, ...] = (),
+    seed: int = 0,
+) -> Checkpoint:
+    """Read the checkpoint called `name`, a file or one of SCHEMES.
+
+    arch:          timm's name of the architecture where the file leaves it open
+    key:           which of several networks in a file
+    allow_missing: patterns of weights that may stay at their initial values
+    seed:          of untrained weights
+    Raises CheckpointError where anything is missing, unknown, or does not fit in full.
+    """
+    scheme, colon, rest = name.partition(":")
+    if name == "pixels":
+        return _pixels()
+    if colon and scheme == "random":
+        return _untrained(name, rest, arch=arch, key=key, seed=seed)
+    if colon and scheme == "timm":
+        return _timm_pretrained(name, rest)
+    if colon and scheme == "py":
+        return _own_module(name, rest)
+    return _from_file(name, arch=arch, key=key, allow_missing=allow_missing, seed=seed)
+
+
+def check_checkpoint_names(names: tuple[str, ...]) -> None:
+    """Raise CheckpointError for a file that is not there or a scheme that does not exist, before any work is done."""
+    for name in names:
+        scheme, colon, rest = name.partition(":")
+        if name == "pixels" or (colon and scheme in ("timm", "py", "random")):
+            if colon and not rest:
+                raise CheckpointError(f"{name!r} names nothing", remedy=_known_schemes())
+        elif not Path(name).exists():
+            raise CheckpointError("no such checkpoint file or scheme", where=name, remedy=_known_schemes())
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Give the SHA-256 over names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        whole.update(f"{name}\t{tensor.dtype}\t{tuple(tensor.shape)}\n".encode())
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+def _known_schemes() -> str:
+    return f"A checkpoint is a file, or one of: {', '.join(scheme for scheme in SCHEMES if scheme != 'FILE')}."
+
+
+def _pixels() -> Checkpoint:
+    return Checkpoint(
+        name="pixels",
+        path="pixels",
+        sha256=None,
+        weights_sha256=weights_sha256({}),
+        format="pixels",
+        key=None,
+        arch="pixels",
+        network=nn.Flatten(),
+        matched=1.0,
+        epoch=None,
+        image_pixels=_PIXELS,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )
+
+
+def _untrained(name: str, rest: str, *, arch: str | None, key: str | None, seed: int) -> Checkpoint:
+    if Path(rest).is_file():
+        trunk = trunk_weights(choose_network(read_weight_file(Path(rest)).content, key, where=rest))
+        architecture = name_architecture(arch) if arch else recognise_architecture(trunk.weights)
+    else:
+        architecture = name_architecture(rest)
+    network = build_network(architecture, seed=seed)
+    return _checkpoint(network, architecture, name=name, path=name, file_format="random")
+
+
+def _timm_pretrained(name: str, rest: str) -> Checkpoint:
+    import timm
+
+    architecture = name_architecture(rest)
+    build_network(architecture)  # a name that timm does not know is a different fault from one it cannot fetch
+    try:
+        network = timm.create_model(architecture.timm_name, pretrained=True, num_classes=0, **architecture.keywords)
+    except Exception as error:
+        raise CheckpointError(
+            f"timm's weights could not be had: {printable(str(error)).partition(chr(10))[0][:200]}",
+            where=name,
+            remedy="Without a network they must be in the Hugging Face cache (HF_HOME); or download them elsewhere and "
+            "give the file with --arch.",
+        ) from error
+    return _checkpoint(network.eval(), architecture, name=rest, path=name, file_format="timm")
+
+
+def _own_module(name: str, rest: str) -> Checkpoint:
+    """Run the user's factory: the one scheme that executes code, and the user's own."""
+    module_name, colon, factory_name = rest.rpartition(":")
+    if not colon:
+        raise CheckpointError("is not of the form py:package.module:factory", where=name, remedy="Name the function.")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+        network = factory()
+    except Exception as error:
+        raise CheckpointError(
+            f"the factory failed: {type(error).__name__}: {error}", where=name, remedy="Run it by itself to see why."
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise CheckpointError(
+            f"the factory gave a {type(network).__name__}, not an nn.Module", where=name, remedy="Return the module."
+        )
+    source = inspect.getsourcefile(factory)
+    sourced = (
+        {"factory source": torch.frombuffer(bytearray(Path(source).read_bytes()), dtype=torch.uint8)} if source else {}
+    )
+    network = network.float().eval()
+    return Checkpoint(
+        name=rest,
+        path=name,
+        sha256=None,
+        weights_sha256=weights_sha256(dict(network.state_dict()) | sourced),
+        format="py",
+        key=None,
+        arch=rest,
+        network=network,
+        matched=1.0,
+        epoch=None,
+        image_pixels=int(getattr(network, "image_pixels", 224)),
+        mean=_triple(getattr(network, "mean", IMAGENET_MEAN)),
+        std=_triple(getattr(network, "std", IMAGENET_STD)),
+    )
+
+
+def _from_file(
+    name: str, *, arch: str | None, key: str | None, allow_missing: tuple[str, ...], seed: int
+) -> Checkpoint:
+    file = read_weight_file(Path(name))
+    stored = choose_network(file.content, key, where=name)
+    trunk = trunk_weights(stored)
+    try:
+        architecture = name_architecture(arch) if arch else recognise_architecture(trunk.weights)
+        network = build_network(architecture, seed=seed)
+    except CheckpointError as error:
+        raise CheckpointError(error.what, where=name, remedy=error.remedy) from error
+    matched = _load_strictly(network, trunk.weights, architecture, allow_missing=allow_missing, where=name)
+    checkpoint = _checkpoint(network, architecture, name=_stem(name), path=name, file_format=trunk.format)
+    # An architecture named with one of timm's tags states the normalisation of those weights; a bare one does not.
+    tagged = architecture.timm_name is not None and "." in architecture.timm_name
+    return replace(
+        checkpoint,
+        sha256=file.sha256,
+        key=stored.key,
+        epoch=stored.epoch,
+        matched=matched,
+        mean=checkpoint.mean if tagged else IMAGENET_MEAN,
+        std=checkpoint.std if tagged else IMAGENET_STD,
+    )
+
+
+def _checkpoint(
+    network: nn.Module, architecture: Architecture, *, name: str, path: str, file_format: str
+) -> Checkpoint:
+    config: Mapping[str, object] = getattr(network, "pretrained_cfg", None) or {}
+    return Checkpoint(
+        name=name,
+        path=path,
+        sha256=None,
+        weights_sha256=weights_sha256(network.state_dict()),
+        format=file_format,
+        key=None,
+        arch=architecture.name,
+        network=network,
+        matched=1.0,
+        epoch=None,
+        image_pixels=_native_pixels(network, config),
+        mean=_triple(config.get("mean") or IMAGENET_MEAN),
+        std=_triple(config.get("std") or IMAGENET_STD),
+    )
+
+
+def _native_pixels(network: nn.Module, config: Mapping[str, object]) -> int:
+    """Give the size of the images that the network was built for."""
+    embed = getattr(network, "patch_embed", None)
+    size = getattr(embed, "img_size", None)
+    if size:
+        return int(size[0])
+    stated = config.get("input_size")
+    return int(stated[-1]) if isinstance(stated, tuple | list) else 224
+
+
+def _load_strictly(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    architecture: Architecture,
+    *,
+    allow_missing: tuple[str, ...],
+    where: str,
+) -> float:
+    """Put `weights` into `network`, every one of them into its place, and give the share of values that came from them.
+
+    Raises CheckpointError where a weight is missing, left over, of another shape, or not finite.
+    """
+    expected = network.state_dict()
+    # Batch norm counts its batches only to average them; files of old PyTorch do not have the count.
+    needed = {name for name in expected if not name.endswith("num_batches_tracked")}
+    waived = {name for name in needed - weights.keys() if any(fnmatch.fnmatch(name, one) for one in allow_missing)}
+    missing = sorted(needed - weights.keys() - waived)
+    left_over = sorted(weights.keys() - expected.keys())
+    reshaped = [name for name in sorted(needed & weights.keys()) if weights[name].shape != expected[name].shape]
+    if missing or left_over or reshaped:
+        raise _misfit(missing, left_over, reshaped, weights, expected, architecture, where)
+    _check_finite(weights, where)
+    network.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected}, strict=False)
+    whole = sum(expected[name].numel() for name in needed)
+    return 1.0 if not waived else 1.0 - sum(expected[name].numel() for name in waived) / whole
+
+
+def _misfit(
+    missing: list[str],
+    left_over: list[str],
+    reshaped: list[str],
+    weights: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    architecture: Architecture,
+    where: str,
+) -> CheckpointError:
+    lines = [f"  {name}: file {tuple(weights[name].shape)}, model {tuple(expected[name].shape)}" for name in reshaped]
+    lines += [f"  {name}: missing in the file" for name in missing]
+    lines += [f"  {name}: no place in the model" for name in left_over]
+    more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    listed = "\n".join(lines[:_SHOWN] + more)
+    return CheckpointError(
+        f"{len(lines)} of {len(expected)} weights do not fit {architecture.name}\n{listed}",
+        where=where,
+        remedy="Name another architecture with --arch, another network of the file with --checkpoint-key, or, where weights "
+        "may stay untrained, --allow-missing PATTERN.",
+    )
+
+
+def _check_finite(weights: Mapping[str, Tensor], where: str) -> None:
+    bad = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            f"{len(bad)} weights hold NaN or infinite values ({', '.join(bad[:_SHOWN])})",
+            where=where,
+            remedy="A network with such weights gives no meaningful accuracy; use an earlier checkpoint.",
+        )
+
+
+def _triple(values: object) -> Triple:
+    if not isinstance(values, tuple | list) or len(values) != 3 or not all(math.isfinite(float(v)) for v in values):
+        raise CheckpointError(f"mean and std have a value for each of three channels, not {values!r}")
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+def _stem(path: str) -> str:
+    name = Path(path).name
+    for suffix in (".tar", ".pth", ".pt", ".bin", ".ckpt", ".safetensors"):
+        name = name.removesuffix(suffix)
+    return name or Path(path).name

@@ -1,0 +1,112 @@
+"""The command line: parses and dispatches, maps what went wrong to exit codes, and nothing more."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from types import FrameType
+from typing import NoReturn
+
+from msn_eval import __version__
+from msn_eval.errors import MsnEvalError, UsageError, nearest, printable
+
+_VERBS = ("evaluate", "report", "subsets", "ls", "demo")
+_BUG, _PREEMPTED, _INTERRUPTED = 1, 75, 130
+_GO_ON = "Finished results are kept; the same command goes on from them."
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM arrived."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are errors like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, remedy=f"See {self.prog} --help.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `msn-eval` and give its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verbosity = 0
+    try:
+        signal.signal(signal.SIGTERM, _on_sigterm)
+        verb, rest = (words[0], words[1:]) if words and words[0] in _VERBS else ("evaluate", words)
+        command = import_module(f"msn_eval.commands.{verb}")
+        parser = _Parser(
+            prog="msn-eval" if verb == "evaluate" else f"msn-eval {verb}",
+            description=command.SUMMARY
+            if verb != "evaluate"
+            else "How good is a frozen vision checkpoint when labels are scarce?",
+            epilog="verbs: "
+            + "; ".join(f"{one} ({import_module(f'msn_eval.commands.{one}').SUMMARY})" for one in _VERBS[1:])
+            if verb == "evaluate"
+            else None,
+            allow_abbrev=False,
+        )
+        command.add_options(parser)
+        parser.add_argument("-v", "--verbose", action="count", default=0, help="more on stderr; -vv for tracebacks")
+        parser.add_argument("-q", "--quiet", action="store_true", default=False, help="only errors on stderr")
+        parser.add_argument("--version", action="version", version=f"msn-eval {__version__}")
+        options, extra = parser.parse_known_args(rest)
+        overrides = _overrides(extra, parser, takes_overrides=command.TAKES_OVERRIDES)
+        verbosity = options.verbose
+        _log_to_stderr(verbosity, quiet=options.quiet)
+        code: int = command.run(options, overrides)
+        sys.stdout.flush()
+        return code
+    except MsnEvalError as error:
+        return _fail(f"{type(error).__name__}: {error}", error.exit_code, verbosity)
+    except _Terminated:
+        return _fail(f"Terminated. {_GO_ON}", _PREEMPTED, 0)
+    except KeyboardInterrupt:
+        return _fail(f"Interrupted. {_GO_ON}", _INTERRUPTED, 0)
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        text = printable(f"{type(error).__name__}: {error}")
+        return _fail(f"This is a bug in msn-eval: {text}\nRun it again with -vv for the traceback.", _BUG, verbosity)
+
+
+def _overrides(extra: Sequence[str], parser: argparse.ArgumentParser, *, takes_overrides: bool) -> list[str]:
+    """Give the `key=value` words among those that the parser did not know; anything else is a mistake."""
+    known = [name for action in parser._actions for name in action.option_strings]
+    for word in extra:
+        if word.startswith("-"):
+            name = word.partition("=")[0]
+            raise UsageError(f"unknown option {name}.{nearest(name, known)}", remedy=f"See {parser.prog} --help.")
+        if not takes_overrides or "=" not in word:
+            hint = nearest(word, _VERBS)
+            raise UsageError(f"unexpected argument {word!r}.{hint}", remedy=f"See {parser.prog} --help.")
+    return list(extra)
+
+
+def _log_to_stderr(verbosity: int, *, quiet: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableFormatter("%(message)s" if not verbosity else "%(name)s: %(message)s"))
+    package = logging.getLogger("msn_eval")
+    package.handlers[:] = [handler]
+    package.setLevel(logging.ERROR if quiet else logging.DEBUG if verbosity else logging.INFO)
+    package.propagate = False
+
+
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _fail(text: str, code: int, verbosity: int) -> int:
+    if verbosity > 1:
+        traceback.print_exc()
+    print(text, file=sys.stderr)
+    return code

@@ -1,0 +1,42 @@
+"""`msn-eval demo`: a whole evaluation on embedded images, without a download."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+TAKES_OVERRIDES = False
+SUMMARY = "a whole evaluation on embedded images"
+UNTRAINED = "random:vit_tiny_patch16_224?img_size=32&patch_size=4"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--out", metavar="DIR", default="reports/demo", help="records and tables; default reports/demo")
+
+
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Evaluate pixels and an untrained network on the digits, print the table, and write it beside the records."""
+    from msn_eval.atomic_file import prepare_folder, write_atomically
+    from msn_eval.commands.evaluate import evaluate_all
+    from msn_eval.plan import make_plan
+    from msn_eval.reports import FORMATS, render
+    from msn_eval.reports.terminal import print_table
+    from msn_eval.request import Request
+    from msn_eval.table import make_table
+
+    folder = Path(options.out)
+    prepare_folder(folder / "runs", option="--out")
+    request = Request(
+        checkpoint=["pixels", UNTRAINED],
+        data="digits",
+        probe=["logistic", "knn"],
+        device="cpu",
+        out=str(folder / "runs"),
+    )
+    results, code = evaluate_all(make_plan(request))
+    table = make_table(results)
+    print_table(table)
+    for form in FORMATS:
+        write_atomically(folder / f"table.{form}", render(table, form).encode())
+    print(f"Written to {folder}: records in runs/, table.md, table.csv, table.json.")
+    return code

@@ -1,0 +1,65 @@
+"""`msn-eval ls checkpoints|subsets|probes|datasets|protocols`: what there is to choose from."""
+
+import argparse
+from collections.abc import Sequence
+
+TAKES_OVERRIDES = False
+SUMMARY = "what there is: checkpoints, subsets, probes, datasets, protocols"
+_KINDS = ("checkpoints", "subsets", "probes", "datasets", "protocols")
+_SUBSETS = {
+    "1img": "1 labelled image a class, three draws",
+    "2imgs": "2 labelled images a class, three draws",
+    "5imgs": "5 labelled images a class, three draws",
+    "1pct": "1 % of each class, rounded up; on ImageNet the published list, else three draws",
+    "10pct": "10 % of each class, rounded up, three draws",
+    "full": "every training image",
+    "low-shot": "1img, 2imgs, 5imgs and 1pct",
+    "FILE": "a list of your own, one CLASS/FILE or file name a line",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("kind", choices=_KINDS, help="which of them")
+
+
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Print names and what they mean, tab between."""
+    for name, what in _entries(options.kind).items():
+        print(f"{name}\t{what}")
+    return 0
+
+
+def _entries(kind: str) -> dict[str, str]:
+    match kind:
+        case "checkpoints":
+            from msn_eval.checkpoint import SCHEMES
+
+            return SCHEMES
+        case "subsets":
+            return _SUBSETS
+        case "datasets":
+            from msn_eval.datasets import DATASETS
+
+            return DATASETS
+        case "probes":
+            from msn_eval.protocols import PROBES
+
+            return PROBES
+        case _:
+            return _protocols()
+
+
+def _protocols() -> dict[str, str]:
+    from msn_eval.plan import probes_for
+    from msn_eval.request import PROBE_NAMES, Request
+    from msn_eval.subset import LOW_SHOT, Subset
+
+    described = {}
+    for name in LOW_SHOT:
+        for probe in probes_for(Request(probe=list(PROBE_NAMES)), Subset(name=name, draw=1, rule="", image_ids=("",))):
+            fields = ", ".join(f"{key}={value}" for key, value in vars(probe).items() if key not in ("solver", "asked"))
+            described[f"{probe.name} {name}"] = f"version {probe.version}, tap {probe.tap}" + (
+                f", {fields}" if fields else ""
+            )
+    return described

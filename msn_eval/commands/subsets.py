@@ -1,0 +1,71 @@
+"""`msn-eval subsets list|verify|fetch|draw`: the published ImageNet lists, and draws of any data set."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from msn_eval.errors import DataError, UsageError
+from msn_eval.published_lists import fetch_lists, find_list, read_publication, user_list_folder
+
+TAKES_OVERRIDES = False
+SUMMARY = "the published ImageNet lists: list, verify, fetch; or draw a subset of any data set"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list|verify|fetch|draw")
+    actions.add_parser("list", help="the published lists and where they were found", allow_abbrev=False)
+    actions.add_parser("verify", help="like list; fails where one is missing", allow_abbrev=False)
+    fetch = actions.add_parser("fetch", help="download the lists and check them", allow_abbrev=False)
+    fetch.add_argument("--to", metavar="DIR", help="default: the user's data folder")
+    fetch.add_argument("--url", metavar="URL", help="a mirror of the public repository's files")
+    draw = actions.add_parser("draw", help="write the images of one draw as a list", allow_abbrev=False)
+    draw.add_argument("--data", metavar="X", required=True, help="image folder or digits")
+    draw.add_argument("--subset", metavar="A", required=True, help="such as 5imgs@1")
+    draw.add_argument("--out", metavar="FILE", help="default: stdout")
+
+
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Do the action asked for."""
+    match options.action:
+        case "fetch":
+            return _fetch(options)
+        case "draw":
+            return _draw(options)
+        case _:
+            return _list(must_be_complete=options.action == "verify")
+
+
+def _list(*, must_be_complete: bool) -> int:
+    missing = []
+    for entry in read_publication().lists:
+        path = find_list(entry)
+        print(f"{entry.subset}@{entry.draw}\t{entry.images} images\tsha256 {entry.sha256[:16]}\t{path or 'not found'}")
+        if path is None:
+            missing.append(f"{entry.subset}@{entry.draw}")
+    if missing and must_be_complete:
+        raise DataError(f"{len(missing)} published lists were not found", remedy="Run `msn-eval subsets fetch`.")
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    folder = Path(options.to) if options.to else user_list_folder()
+    for entry, what in fetch_lists(folder, options.url or read_publication().url):
+        print(f"{what}\t{folder / entry.path}\t{entry.subset}@{entry.draw}\t{entry.images} images")
+    return 0
+
+
+def _draw(options: argparse.Namespace) -> int:
+    from msn_eval.atomic_file import write_atomically
+    from msn_eval.datasets import read_dataset
+    from msn_eval.subset import make_subsets
+
+    subsets = make_subsets([options.subset], read_dataset(options.data).train)
+    if len(subsets) != 1:
+        raise UsageError(f"{options.subset} has {len(subsets)} draws", remedy=f"Choose one: {options.subset}@1.")
+    text = "".join(f"{image_id}\n" for image_id in subsets[0].image_ids)
+    if options.out is None:
+        print(text, end="")
+    else:
+        write_atomically(Path(options.out), text.encode("utf-8", "surrogateescape"))
+    return 0

@@ -1,0 +1,103 @@
+"""Config: a YAML file, options and `key=value` overrides into a frozen dataclass; unknown keys are refused."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_origin
+
+from msn_eval.errors import UsageError, nearest
+
+_Record = TypeVar("_Record")
+
+
+def read_config(
+    kind: type[_Record],
+    *,
+    file: Path | None = None,
+    given: Mapping[str, object] | None = None,
+    overrides: Iterable[str] = (),
+) -> _Record:
+    """Build a `kind` from its defaults, then `file`, then `given`, then `overrides`, the last one winning.
+
+    file:      YAML with the fields' names; `-` stands for `_`
+    overrides: `key=value`, the value in YAML
+    Raises UsageError naming the file and the key for unknown keys and values of the wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    layers: list[tuple[str, Mapping[str, object]]] = []
+    if file is not None:
+        layers.append((str(file), _read_yaml(file)))
+    layers.append(("options", given or {}))
+    layers += [(f"override {text!r}", _read_override(text)) for text in overrides]
+    config = OmegaConf.structured(kind)
+    OmegaConf.set_readonly(config, False)  # it inherits that from frozen dataclasses
+    for where, layer in layers:
+        for key, value in layer.items():
+            name = _field_name(kind, key, where)
+            try:
+                OmegaConf.update(config, name, _as_field(kind, name, value))
+            except OmegaConfBaseException as error:
+                reason = str(error).partition("\n")[0]
+                raise UsageError(
+                    f"{key}: {reason}", where=where, remedy=f"{key} is {_described(kind, name)}."
+                ) from error
+    return cast(_Record, OmegaConf.to_object(config))
+
+
+def _read_yaml(file: Path) -> dict[str, object]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except FileNotFoundError:
+        raise UsageError("no such config file", where=str(file), remedy="Give the path of a YAML file.") from None
+    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"cannot be read as YAML: {reason}", where=str(file), remedy="Correct the file.") from error
+    if not isinstance(content, dict):
+        raise UsageError("is no mapping of keys to values", where=str(file), remedy="Write `key: value` lines.")
+    return {str(key): value for key, value in content.items()}
+
+
+def _read_override(text: str) -> dict[str, object]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise UsageError(f"{text!r} is not of the form key=value", remedy="Write for example limit=10.")
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(f"{text!r}: the value is no YAML", remedy="Quote it for the shell.") from error
+    return {key: content["value"]}
+
+
+def _field_name(kind: type[object], key: str, where: str) -> str:
+    assert is_dataclass(kind)
+    names = {one.name.rstrip("_"): one.name for one in fields(kind)}
+    normal = key.replace("-", "_")
+    if normal not in names:
+        raise UsageError(
+            f"unknown key {key!r}.{nearest(normal, names)}", where=where, remedy=f"Known: {', '.join(names)}."
+        )
+    return names[normal]
+
+
+def _as_field(kind: type[object], name: str, value: object) -> object:
+    """Let a list field take `a,b` or a single value, as its option does."""
+    assert is_dataclass(kind)
+    types = {one.name: one.type for one in fields(kind)}
+    if get_origin(types[name]) is not list or isinstance(value, list | tuple) or value is None:
+        return value
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else [value]
+
+
+def _described(kind: type[object], name: str) -> str:
+    assert is_dataclass(kind)
+    return next(str(one.type) for one in fields(kind) if one.name == name)

@@ -1,0 +1,253 @@
+"""Encoder: a checkpoint's network on a device, its transform, and the vectors that can be tapped from it."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from msn_eval.checkpoint import Checkpoint, read_checkpoint
+from msn_eval.errors import UsageError
+from msn_eval.images import EvalTransform, eval_transform
+
+Precision = Literal["fp32", "bf16", "fp16"]
+TAPS = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
+_FALLBACKS = ("mean", "pool", "out", "pixels")
+_LAST_BLOCKS = 4
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A frozen trunk that turns pixels into features.
+
+    network:    in eval mode, on `device`, in the dtype of `precision`
+    taps:       what can be tapped, in the order of TAPS
+    final_norm: the norm after the last block, in float32, for the taps that are taken after it
+    """
+
+    checkpoint: Checkpoint
+    network: nn.Module
+    device: torch.device
+    precision: Precision
+    transform: EvalTransform
+    taps: tuple[str, ...]
+    final_norm: nn.Module
+
+    @property
+    def arch(self) -> str:
+        return self.checkpoint.arch
+
+    @cached_property
+    def dim(self) -> int:
+        """Give the width of the default tap."""
+        tap = self.taps[0]
+        side = self.transform.crop
+        blank = torch.zeros(1, side, side, 3, dtype=torch.uint8)
+        return encode(self, blank, [tap])[tap].shape[1]
+
+    @property
+    def precision_class(self) -> str:
+        return precision_class(self.precision)
+
+
+def precision_class(precision: Precision) -> str:
+    """Give `exact` for float32 without TF32, `reduced` for bf16 and fp16."""
+    return "exact" if precision == "fp32" else "reduced"
+
+
+def load_encoder(
+    checkpoint: str,
+    *,
+    device: str = "auto",
+    precision: Precision | None = None,
+    arch: str | None = None,
+    checkpoint_key: str | None = None,
+    image_pixels: int | None = None,
+    seed: int = 0,
+) -> Encoder:
+    """Read the checkpoint called `checkpoint` and put it on `device`.
+
+    precision: fp32 on a CPU and bf16 on CUDA where None
+    Raises CheckpointError for weights that do not fit, UsageError for a device that is not there.
+    """
+    chosen = choose_device(device)
+    return build_encoder(
+        read_checkpoint(checkpoint, arch=arch, key=checkpoint_key, seed=seed),
+        device=chosen,
+        precision=precision or default_precision(chosen),
+        image_pixels=image_pixels,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """Give the device called `auto`, `cpu`, `cuda` or `cuda:N`. Raises UsageError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise UsageError(
+            f"--device {name}: this machine offers {torch.cuda.device_count()} CUDA devices to PyTorch",
+            remedy="Use --device cpu, or check the driver with nvidia-smi.",
+        )
+    return device
+
+
+def default_precision(device: torch.device) -> Precision:
+    """Give fp32 on a CPU, bf16 on CUDA."""
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def build_encoder(
+    checkpoint: Checkpoint, *, device: torch.device, precision: Precision, image_pixels: int | None = None
+) -> Encoder:
+    """Put a checkpoint's network on a device, for images of `image_pixels` (its native size where None).
+
+    Another size than the native one interpolates the position embeddings, which otherwise never happens.
+    Raises UsageError for a size that the network cannot take.
+    """
+    network = copy.deepcopy(checkpoint.network)
+    if image_pixels is not None and image_pixels != checkpoint.image_pixels:
+        network = _resized(network, image_pixels)
+    final_norm = copy.deepcopy(_final_norm(network))
+    return Encoder(
+        checkpoint=checkpoint,
+        network=network.to(device=device, dtype=_DTYPES[precision]).eval(),
+        device=device,
+        precision=precision,
+        transform=eval_transform(image_pixels or checkpoint.image_pixels, checkpoint.mean, checkpoint.std),
+        taps=_available_taps(checkpoint, network),
+        final_norm=final_norm.to(device=device, dtype=torch.float32).eval(),
+    )
+
+
+def _resized(network: nn.Module, image_pixels: int) -> nn.Module:
+    if not _is_vit(network):
+        return network
+    patch = network.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
+    if image_pixels % int(patch):
+        raise UsageError(
+            f"--image-pixels {image_pixels} is no multiple of the patch size {patch}",
+            remedy=f"Use {image_pixels // patch * patch or patch} or {(image_pixels // patch + 1) * patch}.",
+        )
+    network.set_input_size(img_size=image_pixels)  # type: ignore[operator]
+    return network
+
+
+def _is_vit(network: nn.Module) -> bool:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return isinstance(network, VisionTransformer)
+
+
+def _final_norm(network: nn.Module) -> nn.Module:
+    """Give the norm behind the last block, wherever the architecture keeps it."""
+    if not _is_vit(network):
+        return nn.Identity()
+    norm, fc_norm = cast(nn.Module, network.norm), cast(nn.Module, network.fc_norm)
+    return fc_norm if isinstance(norm, nn.Identity) else norm
+
+
+def _available_taps(checkpoint: Checkpoint, network: nn.Module) -> tuple[str, ...]:
+    if checkpoint.format == "pixels":
+        return ("pixels",)
+    if not _is_vit(network):
+        return ("out",) if checkpoint.format == "py" else ("pool",)
+    if getattr(network, "attn_pool", None) is not None:
+        return ("out",)
+    if getattr(network, "cls_token", None) is None:
+        return ("mean",)
+    deep = len(network.blocks) >= _LAST_BLOCKS  # type: ignore[arg-type]
+    return ("cls", "cls-norm", "mean", "cls4") if deep else ("cls", "cls-norm", "mean")
+
+
+def resolve_tap(encoder: Encoder, wanted: str, *, by_hand: bool) -> str:
+    """Give the tap to use: `wanted` where the network has it, else the first it has of mean, pool, out, pixels.
+
+    by_hand: the user asked for this very tap, and another would be a surprise
+    Raises UsageError where a tap asked for by hand is not there.
+    """
+    if wanted in encoder.taps:
+        return wanted
+    if by_hand:
+        raise UsageError(
+            f"--tap {wanted}: {encoder.checkpoint.name} ({encoder.arch}) has no such tap",
+            remedy=f"It has: {', '.join(encoder.taps)}.",
+        )
+    return next(tap for tap in _FALLBACKS if tap in encoder.taps)
+
+
+def encode(encoder: Encoder, pixels: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
+    """Give the features of a batch at every tap, in one pass.
+
+    pixels:  (b, S, S, 3) uint8, on any device
+    returns: (b, d) float32 for each tap, on the encoder's device
+    """
+    with torch.inference_mode(), exact_float32():
+        images = _normalised(pixels.to(encoder.device, non_blocking=True), encoder)
+        if not _is_vit(encoder.network):
+            return {taps[0]: _whole_image(encoder, images).float()}
+        if "out" in taps:
+            return {"out": cast(Tensor, encoder.network(images)).float()}
+        return _token_taps(encoder, images, taps)
+
+
+def _normalised(pixels: Tensor, encoder: Encoder) -> Tensor:
+    """Give (b, 3, S, S) images in the network's dtype; the arithmetic is float32."""
+    mean = torch.tensor(encoder.transform.mean, device=pixels.device)
+    std = torch.tensor(encoder.transform.std, device=pixels.device)
+    scaled = (pixels.float() / 255 - mean) / std
+    return scaled.permute(0, 3, 1, 2).contiguous().to(_DTYPES[encoder.precision])
+
+
+def _whole_image(encoder: Encoder, images: Tensor) -> Tensor:
+    network = encoder.network
+    if encoder.checkpoint.format in ("pixels", "py"):
+        return cast(Tensor, network(images))
+    maps = network.forward_features(images)  # type: ignore[operator]
+    return cast(Tensor, network.forward_head(maps, pre_logits=True))  # type: ignore[operator]
+
+
+def _token_taps(encoder: Encoder, images: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
+    network = encoder.network
+    blocks = network.forward_intermediates(  # type: ignore[operator]
+        images,
+        indices=_LAST_BLOCKS if "cls4" in taps else 1,
+        return_prefix_tokens=True,
+        norm=False,
+        output_fmt="NLC",
+        intermediates_only=True,
+    )
+    norm = encoder.final_norm
+    patches, prefix = blocks[-1]
+    features: dict[str, Tensor] = {}
+    for tap in taps:
+        if tap == "cls":
+            features[tap] = prefix[:, 0].float()
+        elif tap == "cls-norm":
+            features[tap] = norm(prefix[:, 0].float())
+        elif tap == "cls4":
+            features[tap] = torch.cat([norm(tokens[:, 0].float()) for _, tokens in blocks], dim=1)
+        elif isinstance(network.norm, nn.Identity):  # this architecture norms what it has pooled
+            features[tap] = norm(patches.float().mean(dim=1))
+        else:
+            features[tap] = norm(patches.float()).mean(dim=1)
+    return features
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Keep TF32 out of float32 products and convolutions on CUDA, and put the settings back."""
+    settings = (torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv"))  # noqa: B009
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value

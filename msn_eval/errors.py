@@ -1,0 +1,81 @@
+"""Everything that can go wrong by somebody else's hand, and the exit code that it ends the command with.
+
+    MsnEvalError              1   a bug of ours, if it reaches the user as itself
+    ├── UsageError            2   option, config key, subset or probe name
+    ├── CheckpointError      20   weights missing or refused
+    ├── DataError            21   data folder, class, image or list
+    ├── StoreError           22   results, cache, disk
+    ├── NumericalError       23   NaN features, k above n, a single class
+    └── ResourceError        30   memory, workers
+
+Besides these the command ends with 75 when it was told to stop (SIGTERM) and 130 when it was interrupted.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+# C0 and C1 controls (so also ANSI escapes) and the marks that turn the direction of text.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Give `text` with controls, direction marks and undecodable bytes spelled out instead of acted upon."""
+    shown = _UNPRINTABLE.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+    return shown.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Give ` Did you mean X?` for the known name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+class MsnEvalError(Exception):
+    """One fault, told in one block: what was wrong, where, what to do, what was kept."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = "", kept: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.remedy, self.kept = what, where, remedy, kept
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return printable("\n".join(part for part in (head, self.remedy, self.kept) if part))
+
+
+class UsageError(MsnEvalError):
+    """An option, a config key or a name of ours that does not exist or is out of range."""
+
+    exit_code = 2
+
+
+class CheckpointError(MsnEvalError):
+    """Weights that are missing, unreadable, or do not fit the network in full."""
+
+    exit_code = 20
+
+
+class DataError(MsnEvalError):
+    """A data folder, class, image or list that is missing or unusable."""
+
+    exit_code = 21
+
+
+class StoreError(MsnEvalError):
+    """Results or cached files that cannot be read or written."""
+
+    exit_code = 22
+
+
+class NumericalError(MsnEvalError):
+    """Numbers that must not be turned into an accuracy."""
+
+    exit_code = 23
+
+
+class ResourceError(MsnEvalError):
+    """Memory, worker processes or devices that gave out."""
+
+    exit_code = 30

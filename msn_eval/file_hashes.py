@@ -1,0 +1,92 @@
+"""SHA-256 of image files, remembered by path, size and modification time between runs.
+
+The memory is a shortcut and never the last word: whoever reads an image for its pixels hashes it again and compares.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from msn_eval.atomic_file import write_atomically
+from msn_eval.errors import DataError
+from msn_eval.images import ImageSet
+
+_THREADS = 8
+_Stamp = tuple[int, int]  # bytes, nanoseconds since 1970
+
+
+def hash_images(images: ImageSet, *, memory: Path | None) -> dict[str, str]:
+    """Give the SHA-256 of each image's bytes, by id.
+
+    memory: a folder to remember hashes in, or None to hash everything
+    Raises DataError listing every file that cannot be read.
+    """
+    memory_file = _memory_file(images, memory)
+    known = _recall(memory_file)
+    failures: list[str] = []
+
+    def hash_one(image_id: str) -> tuple[str, _Stamp | None]:
+        try:
+            path = images.source.path(image_id)
+            stamp = _stamp(path) if path is not None else None
+            remembered = known.get(image_id)
+            if stamp is not None and remembered is not None and remembered[0] == stamp:
+                return remembered[1], stamp
+            return hashlib.sha256(images.source.read(image_id)).hexdigest(), stamp
+        except OSError as error:
+            failures.append(f"{images.source.path(image_id)}: {error.strerror or error}")
+            return "", None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = dict(zip(images.ids, pool.map(hash_one, images.ids), strict=True))
+    if failures:
+        raise unreadable(failures)
+    fresh = {image_id: (stamp, digest) for image_id, (digest, stamp) in found.items() if stamp is not None}
+    if memory_file is not None and any(known.get(image_id) != entry for image_id, entry in fresh.items()):
+        write_atomically(memory_file, json.dumps(known | fresh).encode())
+    return {image_id: digest for image_id, (digest, _) in found.items()}
+
+
+def content_sha256(image_ids: Sequence[str], hashes: dict[str, str]) -> str:
+    """Give the SHA-256 of the lines `id TAB sha256(file bytes)`, in the order given."""
+    whole = hashlib.sha256()
+    for image_id in image_ids:
+        whole.update(os.fsencode(image_id) + b"\t" + hashes[image_id].encode() + b"\n")
+    return whole.hexdigest()
+
+
+def unreadable(failures: Sequence[str]) -> DataError:
+    """Give the error that lists every image of a pass that could not be used."""
+    listed = "\n".join(f"  {failure}" for failure in sorted(failures))
+    return DataError(
+        f"{len(failures)} image{'s' if len(failures) > 1 else ''} cannot be used:\n{listed}",
+        remedy="Repair or remove them, or pass --on-bad-image skip to score without them (they are counted).",
+    )
+
+
+def _stamp(path: Path) -> _Stamp:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _memory_file(images: ImageSet, memory: Path | None) -> Path | None:
+    root = images.source.path("") if images.ids else None
+    if memory is None or root is None:
+        return None
+    folder = memory / "hashes"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
+
+
+def _recall(memory_file: Path | None) -> dict[str, tuple[_Stamp, str]]:
+    """Read what was remembered; a memory that cannot be read is empty, since everything can be hashed again."""
+    if memory_file is None or not memory_file.is_file():
+        return {}
+    try:
+        content = json.loads(memory_file.read_bytes())
+        return {image_id: ((stamp[0], stamp[1]), digest) for image_id, (stamp, digest) in content.items()}
+    except (ValueError, TypeError, AttributeError, IndexError, OSError):
+        return {}

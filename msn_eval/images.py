@@ -1,0 +1,181 @@
+"""ImageSet: named, labelled images and how their bytes become the pixels that the protocols define."""
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from PIL import __version__ as _pillow_version
+
+from msn_eval.errors import DataError
+
+DECODERS = ("pillow",)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
+# Parsers for these formats only: the rest of Pillow's (EPS, FITS, PSD, ...) is not for strangers' files.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+# Pillow would clip these to 8 bits in silence: 16-bit images turn white, float images black.
+_REFUSED_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
+_MOST_RESIZED_PIXELS = 64_000_000
+
+
+class BadImageError(Exception):
+    """Why one image cannot be used; collected over a whole pass and reported together."""
+
+
+class ImageSource(Protocol):
+    """Where the images of a set are kept. Picklable: loader workers carry it."""
+
+    def read(self, image_id: str) -> bytes:
+        """Give the bytes of one image, those that content hashes cover."""
+        ...
+
+    def decode(self, content: bytes) -> Image.Image:
+        """Turn those bytes into an RGB image; raises BadImageError."""
+        ...
+
+    def path(self, image_id: str) -> Path | None:
+        """Give the file of one image, or None where images are no files."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Images of one split, in the byte order of their ids.
+
+    ids:         `CLASS/FILE`, unique
+    labels:      indices into `classes`, one an image
+    classes:     names in byte order, those of the whole data set
+    passed_over: dotfiles and files of other suffixes that were not taken for images
+    """
+
+    ids: tuple[str, ...]
+    labels: tuple[int, ...]
+    classes: tuple[str, ...]
+    source: ImageSource
+    passed_over: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != len(self.ids):
+            raise DataError(f"{len(self.ids)} images but {len(self.labels)} labels")
+        if any(not 0 <= label < len(self.classes) for label in self.labels):
+            raise DataError(f"a label is outside 0 to {len(self.classes) - 1}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def position(self) -> dict[str, int]:
+        """Give the row of each id."""
+        return {image_id: row for row, image_id in enumerate(self.ids)}
+
+    @cached_property
+    def ids_by_class(self) -> tuple[tuple[str, ...], ...]:
+        """Give the ids of each class, in order."""
+        grouped: list[list[str]] = [[] for _ in self.classes]
+        for image_id, label in zip(self.ids, self.labels, strict=True):
+            grouped[label].append(image_id)
+        return tuple(tuple(group) for group in grouped)
+
+    def only(self, image_ids: Sequence[str]) -> "ImageSet":
+        """Give the named images, in the order of this set. Raises DataError for a name it does not have."""
+        try:
+            rows = sorted(self.position[image_id] for image_id in image_ids)
+        except KeyError as missing:
+            raise DataError(f"no image {missing.args[0]!r} in this data set") from missing
+        return replace(self, ids=tuple(self.ids[row] for row in rows), labels=tuple(self.labels[row] for row in rows))
+
+    def first_of_each_class(self, count: int) -> "ImageSet":
+        """Give at most `count` images a class, the first by order."""
+        return self.only([image_id for group in self.ids_by_class for image_id in group[:count]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalTransform:
+    """RGB; shorter side to `resize` (bilinear, antialiased); centre crop; then [0, 1], mean and std on the device.
+
+    resize, crop: pixels
+    mean, std:    a value a channel, on the [0, 1] scale
+    """
+
+    resize: int
+    crop: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: str = "bilinear"
+
+
+def eval_transform(
+    image_pixels: int,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+) -> EvalTransform:
+    """Give the transform rule for a network of native size `image_pixels`: resize to S * 256/224, crop S."""
+    return EvalTransform(resize=round(image_pixels * 256 / 224), crop=image_pixels, mean=mean, std=std)
+
+
+def decoder_version(decoder: str) -> str:
+    """Give the decoder with its version, as records show it."""
+    return f"{decoder} {_pillow_version}"
+
+
+def is_image_name(name: str) -> bool:
+    """Tell by its name whether a file is taken for an image."""
+    return not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """Decode an image file to RGB by Pillow. EXIF orientation is ignored, as the published protocols do.
+
+    Grey, palette, CMYK and images with alpha go by Pillow's `convert("RGB")` (alpha is dropped); of an animation the
+    first frame is taken. Raises BadImageError for damaged, truncated, 16-bit, float and over-large images.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged EXIF blocks are common in ImageNet and do not touch the pixels
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=_FORMATS)
+            if image.mode in _REFUSED_MODES:
+                raise BadImageError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8-bit RGB")
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise BadImageError(_unknown_format(content)) from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise BadImageError(str(error) or type(error).__name__) from error
+    except Image.DecompressionBombWarning as error:
+        raise BadImageError(str(error)) from error
+
+
+def _unknown_format(content: bytes) -> str:
+    if not content:
+        return "the file is empty"
+    if content.startswith(b"\x1f\x8b"):
+        return "a gzip file under an image name; unpack it"
+    if content.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer; run git lfs pull"
+    return f"no {', '.join(_FORMATS)} image (first bytes {content[:4].hex(' ')})"
+
+
+def resize_and_crop(image: Image.Image, transform: EvalTransform) -> NDArray[np.uint8]:
+    """Give the (crop, crop, 3) uint8 pixels of Pillow's bilinear resize and centre crop.
+
+    Side lengths are rounded as torchvision's Resize and CenterCrop round them: the long side down, the crop's
+    corner to even. Raises BadImageError where the shape is so long that resizing it would not fit in memory.
+    """
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    long_side = int(transform.resize * long / short)
+    if long_side * transform.resize > _MOST_RESIZED_PIXELS:
+        raise BadImageError(f"{width} x {height} would be resized to {transform.resize} x {long_side} pixels")
+    size = (transform.resize, long_side) if width <= height else (long_side, transform.resize)
+    resized = image.resize(size, Image.Resampling.BILINEAR)
+    left = round((size[0] - transform.crop) / 2)
+    top = round((size[1] - transform.crop) / 2)
+    return np.asarray(resized.crop((left, top, left + transform.crop, top + transform.crop)))

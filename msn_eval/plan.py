@@ -1,0 +1,236 @@
+"""Plan: which images, subsets and probes a request comes to, read and hashed, before any network runs."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import cast, get_args
+
+import torch
+
+from msn_eval.checkpoint import check_checkpoint_names
+from msn_eval.datasets import DATASETS, DataSet, read_dataset
+from msn_eval.datasets.dataset import class_map_sha256
+from msn_eval.encoder import Precision, choose_device, default_precision, precision_class
+from msn_eval.errors import DataError, UsageError
+from msn_eval.file_hashes import content_sha256, hash_images
+from msn_eval.images import BadImageError, ImageSet
+from msn_eval.protocols import Probe, settings
+from msn_eval.protocols.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, NearestNeighbours
+from msn_eval.protocols.logistic import Logistic, Solver, default_lambda
+from msn_eval.protocols.ncm import NearestClassMean
+from msn_eval.request import Request
+from msn_eval.result import PROTOCOL_VERSION, protocol_id
+from msn_eval.subset import Subset, check_subset_names, draw_in_order, make_subsets
+
+_log = logging.getLogger(__name__)
+DATA_VARIABLE = "MSN_EVAL_DATA"
+_TRANSFORM_RULE = "resize-256/224-bilinear-centre-crop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One measurement to make, the checkpoint apart: a draw, a probe, one setting of it."""
+
+    subset: Subset
+    probe: Probe
+    params: dict[str, int | float]
+    protocol: dict[str, object]
+
+    @cached_property
+    def protocol_id(self) -> str:
+        return protocol_id(self.protocol)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that a request comes to.
+
+    val:     the images that are scored, after --limit and without the skipped ones
+    train:   the readable training images; `subsets` are drawn from them
+    hashes:  SHA-256 of the bytes of every image that is read, for `val` and for the subsets
+    skipped: ids of unreadable images of either split, in order
+    """
+
+    request: Request
+    data_name: str
+    val: ImageSet
+    train: ImageSet
+    subsets: tuple[Subset, ...]
+    val_hashes: dict[str, str]
+    train_hashes: dict[str, str]
+    skipped: tuple[str, ...]
+    device: torch.device
+    precision: Precision
+    tasks: tuple[Task, ...]
+
+    @property
+    def val_sha256(self) -> str:
+        return content_sha256(self.val.ids, self.val_hashes)
+
+    @property
+    def classes_sha256(self) -> str:
+        return class_map_sha256(self.val.classes)
+
+    def subset_sha256(self, subset: Subset) -> str:
+        return content_sha256(subset.image_ids, self.train_hashes)
+
+
+def make_plan(request: Request) -> Plan:
+    """Read the data set, draw the subsets, hash the images, and list the measurements.
+
+    Raises UsageError, CheckpointError, DataError or NumericalError for whatever can be known before a network runs.
+    """
+    if not request.checkpoint:
+        raise UsageError(
+            "no checkpoint given", remedy="Name one or several: --checkpoint FILE, or --checkpoint pixels."
+        )
+    check_checkpoint_names(tuple(request.checkpoint))
+    check_subset_names(request.subset)
+    device = choose_device(request.device)
+    precision = (
+        cast(Precision, request.precision) if request.precision in get_args(Precision) else default_precision(device)
+    )
+    data = read_dataset(_data_name(request), allow_class_mismatch=request.allow_class_mismatch)
+    for split, images in (("train", data.train), ("val", data.val)):
+        if images.passed_over:
+            _log.info("%s: %d files passed over that are no images by their names", split, images.passed_over)
+    val = data.val.first_of_each_class(request.limit) if request.limit else data.val
+    val, train, subsets, skipped = (
+        _readable(data, val, request)
+        if request.on_bad_image == "skip"
+        else (val, data.train, make_subsets(request.subset, data.train), ())
+    )
+    memory = None if request.no_cache else cache_folder(request)
+    pool = union_of(subsets, train)
+    plan = Plan(
+        request=request,
+        data_name=data.name,
+        val=val,
+        train=train,
+        subsets=subsets,
+        val_hashes=hash_images(val, memory=memory),
+        train_hashes=hash_images(pool, memory=memory),
+        skipped=skipped,
+        device=device,
+        precision=precision,
+        tasks=(),
+    )
+    _warn_of_overlap(plan)
+    return replace(plan, tasks=tuple(_tasks(plan)))
+
+
+def _data_name(request: Request) -> str:
+    name = request.data or os.environ.get(DATA_VARIABLE)
+    if not name:
+        choices = "; ".join(f"{name}: {what}" for name, what in DATASETS.items())
+        raise UsageError("no data set given", remedy=f"Pass --data or set ${DATA_VARIABLE}. Choices: {choices}.")
+    return name
+
+
+def cache_folder(request: Request) -> Path:
+    """Give the folder for what can be computed again: --cache, or the user's cache folder."""
+    import platformdirs
+
+    return Path(request.cache) if request.cache else platformdirs.user_cache_path("msn-eval")
+
+
+def union_of(subsets: Sequence[Subset], train: ImageSet) -> ImageSet:
+    """Give every image that some of the subsets need, once: draws and sizes overlap heavily."""
+    return train.only(list({image_id: None for subset in subsets for image_id in subset.image_ids}))
+
+
+def probes_for(request: Request, subset: Subset) -> Iterator[Probe]:
+    """Give the probes asked for, with the hyper-parameters that hold for this subset."""
+    for name in dict.fromkeys(request.probe):
+        match name:
+            case "logistic":
+                lambdas = tuple(dict.fromkeys(request.lambda_)) or (default_lambda(subset.name),)
+                yield Logistic(lambdas=lambdas, solver=cast(Solver, request.solver))
+            case "knn":
+                yield NearestNeighbours(
+                    ks=tuple(dict.fromkeys(request.k)) or DEFAULT_KS,
+                    temperatures=tuple(dict.fromkeys(request.temperature)) or (DEFAULT_TEMPERATURE,),
+                    asked=bool(request.k),
+                )
+            case _:
+                yield NearestClassMean()
+
+
+def _tasks(plan: Plan) -> Iterator[Task]:
+    for subset in plan.subsets:
+        for probe in probes_for(plan.request, subset):
+            for params in settings(probe, len(subset)):
+                yield Task(subset=subset, probe=probe, params=params, protocol=_protocol(plan, subset, probe, params))
+
+
+def _protocol(plan: Plan, subset: Subset, probe: Probe, params: dict[str, int | float]) -> dict[str, object]:
+    """Give all that must be equal for two numbers to be comparable. The draw and the checkpoint's own facts are not
+    in it; what the user sets by hand is."""
+    request = plan.request
+    return {
+        "version": PROTOCOL_VERSION,
+        "data": {
+            "sha256": plan.val_sha256,
+            "class_map_sha256": plan.classes_sha256,
+            "limit": request.limit,
+            "skipped": hashlib.sha256("\n".join(plan.skipped).encode("utf-8", "surrogateescape")).hexdigest()
+            if plan.skipped
+            else None,
+        },
+        "subset": {"name": subset.name, "rule": subset.rule},
+        "tap": {"rule": probe.tap, "by_hand": request.tap},
+        "transform": {"rule": _TRANSFORM_RULE, "image_pixels": request.image_pixels, "decoder": request.decoder},
+        "probe": {"name": probe.name, "version": probe.version, "params": params},
+        "precision": precision_class(plan.precision),
+    }
+
+
+def _warn_of_overlap(plan: Plan) -> None:
+    """Say how many validation images are also labelled images, byte for byte."""
+    labelled = set(plan.train_hashes.values())
+    shared = sum(1 for digest in plan.val_hashes.values() if digest in labelled)
+    if shared:
+        _log.warning("%d validation images are also among the labelled training images, byte for byte", shared)
+    unreachable = set(plan.val.labels) - set(plan.train.labels)
+    if unreachable:
+        lost = sum(1 for label in plan.val.labels if label in unreachable)
+        _log.warning("%d validation images belong to classes without training images and can never be right", lost)
+
+
+def _readable(
+    data: DataSet, val: ImageSet, request: Request
+) -> tuple[ImageSet, ImageSet, tuple[Subset, ...], tuple[str, ...]]:
+    """Leave out the images that cannot be decoded; in a draw the next readable image takes their place."""
+    bad_val = _undecodable(val)
+    train, bad_train, checked = data.train, [], set[str]()
+    subsets = make_subsets(request.subset, train)
+    while True:
+        unchecked = [image_id for image_id in union_of(subsets, train).ids if image_id not in checked]
+        bad = _undecodable(train.only(unchecked))
+        checked.update(unchecked)
+        if not bad:
+            break
+        bad_train += bad
+        subsets = draw_in_order(subsets, data.train, set(bad_train))
+    kept_val = val.only([image_id for image_id in val.ids if image_id not in set(bad_val)])
+    if not len(kept_val):
+        raise DataError("no validation image can be read", remedy="Check the files, or another --data.")
+    skipped = (*bad_val, *sorted(bad_train))
+    if skipped:
+        _log.warning("%d images cannot be read and are skipped: %s", len(skipped), ", ".join(skipped[:10]))
+    return kept_val, train, subsets, skipped
+
+
+def _undecodable(images: ImageSet) -> list[str]:
+    bad = []
+    for image_id in images.ids:
+        try:
+            images.source.decode(images.source.read(image_id))
+        except (BadImageError, OSError) as error:
+            _log.info("%s: %s", image_id, error)
+            bad.append(image_id)
+    return bad

@@ -1,0 +1,41 @@
+"""Probes: what is fitted to the labelled features. One visible choice among them."""
+
+import torch
+
+from msn_eval.features import Features
+from msn_eval.protocols.fitted import Fitted, Setting
+from msn_eval.protocols.knn import NearestNeighbours, fit_knn, knn_settings
+from msn_eval.protocols.logistic import Logistic, fit_logistic, logistic_settings
+from msn_eval.protocols.ncm import NearestClassMean, fit_ncm
+
+__all__ = ["PROBES", "Fitted", "Probe", "Setting", "fit", "settings"]
+
+Probe = Logistic | NearestNeighbours | NearestClassMean
+PROBES = {
+    "logistic": "L2-regularised multinomial regression, the protocol of the MSN tables",
+    "knn": "weighted nearest neighbours, every k and temperature from one search",
+    "ncm": "nearest class mean",
+}
+
+
+def settings(probe: Probe, n: int) -> tuple[dict[str, int | float], ...]:
+    """Give the hyper-parameters of every protocol that `probe` stands for, n being the labelled images."""
+    match probe:
+        case Logistic():
+            return logistic_settings(probe, n)
+        case NearestNeighbours():
+            return knn_settings(probe, n)
+        case NearestClassMean():
+            return ({},)
+
+
+def fit(probe: Probe, train: Features, device: torch.device) -> Fitted:
+    """Fit every setting of `probe` to labelled features. The validation features are not here, so nothing can be
+    chosen on them."""
+    match probe:
+        case Logistic():
+            return fit_logistic(probe, train, device)
+        case NearestNeighbours():
+            return fit_knn(probe, train, device)
+        case NearestClassMean():
+            return fit_ncm(probe, train, device)

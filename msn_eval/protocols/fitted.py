@@ -1,0 +1,32 @@
+"""Fitted: a probe after it has seen the labelled images. The corridor never hands it the validation labels."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting of a probe's hyper-parameters, and how well its fit came out.
+
+    certificate: relative duality gap, None for probes that are not solved for
+    """
+
+    params: Mapping[str, int | float]
+    solver: str | None = None
+    converged: bool | None = None
+    certificate: float | None = None
+    objective: float | None = None
+    iterations: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """Settings, and a function from (m, d) features to (m, n_classes) scores: one matrix a setting, in their order.
+
+    Scores are float64, higher is better, -inf for a class that cannot be chosen.
+    """
+
+    settings: tuple[Setting, ...]
+    scores: Callable[[Tensor], Iterator[Tensor]]

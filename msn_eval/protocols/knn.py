@@ -1,0 +1,81 @@
+"""Weighted nearest neighbours."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from msn_eval.errors import NumericalError
+from msn_eval.features import Features
+from msn_eval.protocols.fitted import Fitted, Setting
+from msn_eval.protocols.nearest import search_nearest
+from msn_eval.protocols.rows import normalised_rows
+
+DEFAULT_KS = (10, 20, 100, 200)
+DEFAULT_TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearestNeighbours:
+    """The k nearest labelled rows by cosine vote for their classes with weight exp(cosine / temperature).
+
+    ks, temperatures: every pair is a protocol of its own; all come from one search
+    asked:            the ks were asked for, so one above the number of images is an error and not left out
+    Source: Wu et al. 2018, arXiv:1805.01978; k and temperature as in DINO, arXiv:2104.14294.
+    """
+
+    name: ClassVar[str] = "knn"
+    version: ClassVar[int] = 1
+    tap: ClassVar[str] = "cls-norm"
+
+    ks: tuple[int, ...] = DEFAULT_KS
+    temperatures: tuple[float, ...] = (DEFAULT_TEMPERATURE,)
+    asked: bool = False
+
+
+def knn_settings(probe: NearestNeighbours, n: int) -> tuple[dict[str, int | float], ...]:
+    """Give the hyper-parameters of every protocol, n being the labelled images.
+
+    Raises NumericalError where a k that was asked for is above n.
+    """
+    if probe.asked and max(probe.ks) > n:
+        raise NumericalError(
+            f"k = {max(probe.ks)} neighbours among {n} labelled images",
+            remedy=f"Ask for --k of at most {n}, or for a larger subset.",
+        )
+    return tuple({"k": k, "temperature": t} for k in probe.ks if k <= n for t in probe.temperatures)
+
+
+def fit_knn(probe: NearestNeighbours, train: Features, device: torch.device) -> Fitted:
+    """Keep the labelled rows; the work is in the search."""
+    params = knn_settings(probe, len(train.labels))
+    bank = normalised_rows(train.values.to(device))
+    labels = train.labels.to(device)
+
+    def scores(values: Tensor) -> Iterator[Tensor]:
+        queries = normalised_rows(values.to(device))
+        cosines, nearest = search_nearest(queries, bank, max(int(one["k"]) for one in params))
+        for one in params:
+            k = int(one["k"])  # the k nearest are a prefix of the most that any setting wants
+            yield neighbour_vote(
+                cosines[:, :k], labels[nearest[:, :k]], n_classes=train.n_classes, temperature=float(one["temperature"])
+            )
+
+    return Fitted(settings=tuple(Setting(params=one) for one in params), scores=scores)
+
+
+def neighbour_vote(cosines: Tensor, classes: Tensor, *, n_classes: int, temperature: float) -> Tensor:
+    """Give the logarithm of each class's votes, the weight of a neighbour being exp(cosine / temperature).
+
+    cosines: (m, k) float64, largest first
+    classes: (m, k) int64 in [0, n_classes)
+    returns: (m, n_classes) float64, -inf for a class without a vote
+    """
+    # Against the class's own largest vote: exp(1 / 0.001) overflows float64, and a far class's votes underflow.
+    logits = cosines / temperature
+    largest = logits.new_full((len(logits), n_classes), -torch.inf).scatter_reduce_(1, classes, logits, "amax")
+    votes = logits.new_zeros(len(logits), n_classes)
+    votes.scatter_add_(1, classes, (logits - largest.gather(1, classes)).exp())
+    return votes.log() + largest.where(votes > 0, torch.zeros_like(largest))

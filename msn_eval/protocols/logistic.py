@@ -1,0 +1,107 @@
+"""L2-regularised multinomial regression on frozen features: the protocol of the MSN tables."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from msn_eval.errors import NumericalError
+from msn_eval.features import Features
+from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Point
+from msn_eval.protocols.fitted import Fitted, Setting
+from msn_eval.protocols.lbfgs import minimise_by_lbfgs
+from msn_eval.protocols.newton import minimise_by_newton
+from msn_eval.protocols.reference_solvers import minimise_by_cyanure, minimise_by_sklearn
+from msn_eval.protocols.rows import centred_rows
+
+Solver = Literal["auto", "newton", "lbfgs", "cyanure", "sklearn"]
+SOLVERS: tuple[Solver, ...] = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
+TARGET_GAP = 1e-6
+LARGEST_GAP = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logistic:
+    """Mean softmax cross-entropy + (lambda / n) / 2 ||W||^2 on centred, normalised rows; no intercept.
+
+    lambdas: > 0, each a protocol of its own; scikit-learn's C is 1 / lambda
+    solver:  how the one minimum is found; `auto` is Newton's method
+    Source: arXiv:2204.07141, appendix A.2, and its released evaluation.
+    """
+
+    name: ClassVar[str] = "logistic"
+    version: ClassVar[int] = 1
+    tap: ClassVar[str] = "cls"
+
+    lambdas: tuple[float, ...]
+    solver: Solver = "auto"
+
+
+def default_lambda(subset: str) -> float:
+    """Give the published strength: 0.075 for 1 % of ImageNet, 0.0025 for everything else."""
+    return 0.075 if subset == "1pct" else 0.0025
+
+
+def logistic_settings(probe: Logistic, n: int) -> tuple[dict[str, int | float], ...]:
+    """Give the hyper-parameters of every protocol that the probe stands for, n being the labelled images."""
+    return tuple({"lambda": strength} for strength in probe.lambdas)
+
+
+def fit_logistic(probe: Logistic, train: Features, device: torch.device) -> Fitted:
+    """Solve for every lambda. Raises NumericalError for labelled images of a single class."""
+    if len(torch.unique(train.labels)) < 2:
+        raise NumericalError("logistic regression on a single class", remedy="Label images of at least two classes.")
+    rows = centred_rows(train.values.to(device))
+    reduced, basis = _reduced(rows)
+    labels = train.labels.to(device)
+    settings: list[Setting] = []
+    weights: list[Tensor] = []
+    for strength in probe.lambdas:
+        problem = CrossEntropyProblem(
+            rows=reduced, labels=labels, n_classes=train.n_classes, mu=strength / len(reduced)
+        )
+        point, steps = _solve(problem, probe.solver)
+        weights.append(point.weights if basis is None else point.weights @ basis.T)
+        settings.append(
+            Setting(
+                params={"lambda": strength},
+                solver="newton" if probe.solver == "auto" else probe.solver,
+                converged=point.gap <= LARGEST_GAP,
+                certificate=point.gap,
+                objective=point.objective,
+                iterations=steps,
+            )
+        )
+
+    def scores(values: Tensor) -> Iterator[Tensor]:
+        queries = centred_rows(values.to(device))
+        for one in weights:
+            yield queries @ one.T
+
+    return Fitted(settings=tuple(settings), scores=scores)
+
+
+def _solve(problem: CrossEntropyProblem, solver: Solver) -> tuple[Point, int]:
+    match solver:
+        case "auto" | "newton":
+            return minimise_by_newton(problem, target=TARGET_GAP)
+        case "lbfgs":
+            return minimise_by_lbfgs(problem, target=TARGET_GAP)
+        case "cyanure":
+            return minimise_by_cyanure(problem)
+        case "sklearn":
+            return minimise_by_sklearn(problem)
+
+
+def _reduced(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Give the rows in a basis of their own span where that is smaller: the problem only rotates.
+
+    returns: (n, min(n, d)) coordinates, and the (d, n) orthonormal basis or None
+    """
+    n, d = rows.shape
+    if n >= d:
+        return rows, None
+    basis, coordinates = torch.linalg.qr(rows.T)
+    return coordinates.T.contiguous(), basis

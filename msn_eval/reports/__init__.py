@@ -1,0 +1,24 @@
+"""Tables into text. Reports are made from records alone and need no torch."""
+
+from typing import Literal
+
+from msn_eval.reports.csv_report import render_csv
+from msn_eval.reports.json_report import render_json
+from msn_eval.reports.markdown import render_markdown
+from msn_eval.table import Table
+
+__all__ = ["FORMATS", "Format", "render"]
+
+Format = Literal["md", "csv", "json"]
+FORMATS: tuple[Format, ...] = ("md", "csv", "json")
+
+
+def render(table: Table, form: Format) -> str:
+    """Give a table in one of FORMATS."""
+    match form:
+        case "md":
+            return render_markdown(table)
+        case "csv":
+            return render_csv(table)
+        case "json":
+            return render_json(table)

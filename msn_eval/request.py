@@ -1,0 +1,110 @@
+"""Request: what the user asked for, checked before anything is read."""
+
+import math
+import re
+from dataclasses import dataclass, field
+
+from msn_eval.errors import UsageError, nearest
+from msn_eval.images import DECODERS
+
+PROBE_NAMES = ("logistic", "knn", "ncm")
+TAP_NAMES = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
+SOLVER_NAMES = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
+PRECISIONS = ("fp32", "bf16", "fp16")
+BAD_IMAGE_RULES = ("error", "skip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The options of an evaluation. A field is called like its option, with `_` for `-` (and `lambda_` for lambda).
+
+    None or an empty list means the protocol's or the device's own default.
+    """
+
+    checkpoint: list[str] = field(default_factory=list)
+    arch: str | None = None
+    checkpoint_key: str | None = None
+    allow_missing: list[str] = field(default_factory=list)
+    data: str | None = None
+    allow_class_mismatch: bool = False
+    subset: list[str] = field(default_factory=lambda: ["low-shot"])
+    probe: list[str] = field(default_factory=lambda: ["logistic"])
+    tap: str | None = None
+    lambda_: list[float] = field(default_factory=list)
+    k: list[int] = field(default_factory=list)
+    temperature: list[float] = field(default_factory=list)
+    solver: str = "auto"
+    device: str = "auto"
+    precision: str | None = None
+    batch_size: str = "auto"
+    workers: str = "auto"
+    decoder: str = "pillow"
+    image_pixels: int | None = None
+    limit: int | None = None
+    seed: int = 0
+    on_bad_image: str = "error"
+    out: str = "runs"
+    cache: str | None = None
+    no_cache: bool = False
+
+    def __post_init__(self) -> None:
+        for probe in self.probe:
+            _one_of("probe", probe, PROBE_NAMES)
+        if self.tap is not None:
+            _one_of("tap", self.tap, TAP_NAMES)
+        _one_of("solver", self.solver, SOLVER_NAMES)
+        _one_of("decoder", self.decoder, DECODERS)
+        _one_of("on-bad-image", self.on_bad_image, BAD_IMAGE_RULES)
+        if self.precision is not None:
+            _one_of("precision", self.precision, PRECISIONS)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UsageError(f"--device {self.device}: not a device", remedy="Use auto, cpu, cuda or cuda:N.")
+        for name in ("subset", "probe"):
+            if not getattr(self, name):
+                raise UsageError(f"--{name}: nothing given", remedy=f"Name at least one {name}.")
+        for strength in self.lambda_:
+            _positive("lambda", strength)
+        for temperature in self.temperature:
+            _positive("temperature", temperature)
+        for k in self.k:
+            _at_least("k", k, 1)
+        _at_least("seed", self.seed, 0)
+        if self.limit is not None:
+            _at_least("limit", self.limit, 1)
+        if self.image_pixels is not None:
+            _at_least("image-pixels", self.image_pixels, 1)
+        _count_or_auto("batch-size", self.batch_size, least=1)
+        _count_or_auto("workers", self.workers, least=0)
+
+    @property
+    def batch_images(self) -> int | None:
+        return None if self.batch_size == "auto" else int(self.batch_size)
+
+    @property
+    def worker_count(self) -> int | None:
+        return None if self.workers == "auto" else int(self.workers)
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(
+            f"--{option} {value}: there is no such {option}.{nearest(value, known)}",
+            remedy=f"Known: {', '.join(known)}.",
+        )
+
+
+def _positive(option: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(f"--{option} {value}: out of range", remedy="Give a finite number above 0.")
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(f"--{option} {value}: out of range", remedy=f"Give a whole number of at least {least}.")
+
+
+def _count_or_auto(option: str, value: str, *, least: int) -> None:
+    if value != "auto" and not (value.isdecimal() and int(value) >= least):
+        raise UsageError(
+            f"--{option} {value}: out of range", remedy=f"Give `auto` or a whole number of at least {least}."
+        )

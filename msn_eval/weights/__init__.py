@@ -1,0 +1,1 @@
+"""From a file to the named tensors of one network."""

@@ -1,0 +1,1 @@
+"""Pre-training of the checkpoints that msn_eval measures."""
