@@ -10,7 +10,7 @@ from torch import Tensor
 class CrossEntropyProblem:
     """Minimise mean softmax cross-entropy + (mu / 2) ||W||^2 over W, without intercept.
 
-    rows:   (n, d) float64
+    rows:   (n, d), float64 unless a rough answer will do; every product takes its dtype
     labels: (n,) int64 in [0, n_classes)
     mu:     > 0, lambda / n
     """
@@ -23,7 +23,7 @@ class CrossEntropyProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A trial solution and what is known of it, in float64.
+    """A trial solution and what is known of it, in the dtype of the problem's rows.
 
     weights:       (n_classes, d)
     logits:        (n, n_classes), rows @ weights.T
@@ -49,7 +49,6 @@ def evaluate_point(problem: CrossEntropyProblem, weights: Tensor, logits: Tensor
 
     the squared norm of the gradient over 2 mu: for this dual point Fenchel's inequality is tight in every row.
     """
-    weights = weights.to(torch.float64)
     logits = problem.rows @ weights.T if logits is None else logits
     log_normaliser = logits.logsumexp(dim=1, keepdim=True)
     own = logits.gather(1, problem.labels[:, None])
@@ -63,9 +62,3 @@ def evaluate_point(problem: CrossEntropyProblem, weights: Tensor, logits: Tensor
     return Point(
         weights=weights, logits=logits, probabilities=probabilities, objective=objective, gradient=gradient, gap=gap
     )
-
-
-def objective_along(problem: CrossEntropyProblem, logits: Tensor, weights: Tensor) -> float:
-    """Give the objective where the logits are already known: a line search needs no products with the rows."""
-    own = logits.gather(1, problem.labels[:, None])[:, 0]
-    return float((logits.logsumexp(dim=1) - own).mean() + problem.mu / 2 * weights.square().sum())

@@ -1,10 +1,13 @@
 """Exact nearest neighbours by cosine: every search gives the same rows in the same order."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-_SPARE = 16  # candidates beyond k; more are taken where rounding could hide one
-_CHUNK_VALUES = 1 << 25  # float64 values that a step may hold: 256 MiB
+_CHUNK_VALUES = 1 << 21  # float64 values that a step holds: 16 MiB, about a cache
+_LARGE_BANK = 32_768  # rows above which a float32 shortlist pays on a CPU
+_SPARE = 16  # candidates beyond k in a shortlist
 
 
 def search_nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -13,56 +16,79 @@ def search_nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tenso
     queries: (m, d) float64, rows of unit length or zero
     bank:    (n, d) float64, likewise, n >= k
     returns: (m, k) float64 cosines, falling; (m, k) int64 rows of the bank
-
-    float32 products (faiss on a CPU, chunked products on CUDA) only make the shortlist. It is complete where its
-    worst member lies further below the k-th than twice the largest rounding error of such a product; otherwise it is
-    made longer. Cosines are then taken again in float64, row by row, so that equal rows tie exactly.
     """
-    cosines = queries.new_empty(len(queries), k)
-    nearest = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-    pending = torch.arange(len(queries), device=queries.device)
-    shortlist = _Shortlist(bank)
+    if bank.device.type == "cpu" and len(bank) > _LARGE_BANK:
+        return _search_by_shortlist(queries, bank, k)
+    return _search_all(queries, bank, k)
+
+
+@dataclass(frozen=True)
+class _Distinct:
+    """A bank without repetitions: a product may round equal rows apart, depending on where they stand."""
+
+    rows: Tensor
+    place: Tensor | None  # of each bank row among `rows`; None where no row repeats
+
+
+def _distinct(bank: Tensor) -> _Distinct:
+    rows, place = torch.unique(bank, dim=0, return_inverse=True)
+    return _Distinct(bank, None) if len(rows) == len(bank) else _Distinct(rows, place)
+
+
+def _search_all(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Search by float64 products with every row, in chunks of queries."""
+    distinct = _distinct(bank)
+    parts = [
+        _top_rows(part @ distinct.rows.T if distinct.place is None else (part @ distinct.rows.T)[:, distinct.place], k)
+        for part in torch.split(queries, max(1, _CHUNK_VALUES // len(bank)))
+    ]
+    return torch.cat([cosines for cosines, _ in parts]), torch.cat([rows for _, rows in parts])
+
+
+def _top_rows(cosines: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Give the k largest of each row and their columns, ties to the earlier column."""
+    values, columns = cosines.topk(min(k + 1, cosines.shape[1]), dim=1)
+    # topk leaves the order of equal values open, and which of them it takes; a stable sort does not.
+    tied = (values[:, 1:] == values[:, :-1]).any(dim=1)
+    values, columns = values[:, :k].contiguous(), columns[:, :k].contiguous()
+    if bool(tied.any()):
+        ordered = cosines[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], columns[tied] = ordered.values[:, :k], ordered.indices[:, :k]
+    return values, columns
+
+
+def _search_by_shortlist(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Search by faiss in float32 for slightly more than k rows, and take their cosines again in float64.
+
+    A query's shortlist is complete where its last member lies further below the k-th than rounding can explain;
+    where it is not, every row is searched.
+    """
+    import faiss
+
     size = min(len(bank), k + _SPARE)
-    # |fl(x.y) - x.y| <= d u |x||y| (Higham 2002, section 3.1) for any order of summation, and both are rounded first.
-    margin = 2 * (queries.shape[1] + 2) * torch.finfo(torch.float32).eps
-    while len(pending):
-        values, rows = shortlist.search(queries[pending], size)
-        complete = values[:, -1] < values[:, k - 1] - margin if size < len(bank) else torch.ones_like(pending).bool()
-        done = pending[complete]
-        cosines[done], nearest[done] = _rescored(queries[done], bank, rows[complete], k)
-        pending, size = pending[~complete], min(len(bank), 4 * size)
+    index = faiss.IndexFlatIP(bank.shape[1])
+    index.add(bank.to(torch.float32).numpy())
+    found, rows = index.search(queries.to(torch.float32).numpy(), size)
+    coarse, shortlist = torch.from_numpy(found), torch.from_numpy(rows)
+    # |fl(x.y) - x.y| <= d u |x||y| for any order of summation (Higham 2002, section 3.1), once for each of the two
+    # rows compared; the rows themselves were rounded first.
+    margin = 2 * (bank.shape[1] + 2) * torch.finfo(torch.float32).eps
+    complete = coarse[:, -1] < coarse[:, k - 1] - margin
+    cosines, nearest = queries.new_empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+    if bool(complete.any()):
+        cosines[complete], nearest[complete] = _rescored(queries[complete], bank, shortlist[complete], k)
+    if not bool(complete.all()):
+        cosines[~complete], nearest[~complete] = _search_all(queries[~complete], bank, k)
     return cosines, nearest
 
 
-class _Shortlist:
-    """The bank in float32, ready to be searched many times."""
-
-    def __init__(self, bank: Tensor) -> None:
-        self._bank = bank.to(torch.float32)
-        self._index = None
-        if bank.device.type == "cpu":
-            import faiss
-
-            self._index = faiss.IndexFlatIP(bank.shape[1])
-            self._index.add(self._bank.numpy())
-
-    def search(self, queries: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Give the (m, size) largest float32 products, falling, and their rows."""
-        if self._index is not None:
-            values, rows = self._index.search(queries.to(torch.float32).numpy(), size)
-            return torch.from_numpy(values), torch.from_numpy(rows)
-        step = max(1, _CHUNK_VALUES // len(self._bank))
-        found = [(part @ self._bank.T).topk(size, dim=1) for part in torch.split(queries.to(torch.float32), step)]
-        return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
-
-
 def _rescored(queries: Tensor, bank: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Order candidates by their float64 cosine, ties to the earlier row, and keep k."""
+    """Order candidates by float64 products taken row by row, so that equal rows tie exactly, and keep k."""
     earliest_first = rows.sort(dim=1).values
     step = max(1, _CHUNK_VALUES // (rows.shape[1] * bank.shape[1]))
     parts = [
         (bank[some] * part[:, None, :]).sum(dim=2)
         for part, some in zip(torch.split(queries, step), torch.split(earliest_first, step), strict=True)
     ]
-    cosines, order = torch.cat(parts).sort(dim=1, descending=True, stable=True)
-    return cosines[:, :k], earliest_first.gather(1, order[:, :k])
+    ordered = torch.cat(parts).sort(dim=1, descending=True, stable=True)
+    return ordered.values[:, :k], earliest_first.gather(1, ordered.indices[:, :k])
