@@ -53,6 +53,7 @@ def build_network(architecture: Architecture, *, seed: int = 0) -> nn.Module:
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
+    check_architecture_name(architecture)
     keywords = dict(architecture.keywords)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -67,15 +68,22 @@ def build_network(architecture: Architecture, *, seed: int = 0) -> nn.Module:
 
 
 def _unbuildable(architecture: Architecture, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"no network can be built from {architecture.name!r}: {error}",
+        remedy="`msn-eval ls checkpoints` shows how architectures and their keywords are written.",
+    )
+
+
+def check_architecture_name(architecture: Architecture) -> None:
+    """Raise CheckpointError for a name that timm does not know, with the nearest that it does."""
     import timm
 
-    base = (architecture.timm_name or architecture.name).partition(".")[0]
-    known = timm.list_models()
-    hint = "" if base in known else nearest(base, known)
-    return CheckpointError(
-        f"no network can be built from {architecture.name!r}: {error}.{hint}",
-        remedy="`msn-eval ls checkpoints` shows how architectures are written; timm.list_models() lists their names.",
-    )
+    base = (architecture.timm_name or "").partition(".")[0]
+    if base and not timm.is_model(base):
+        raise CheckpointError(
+            f"timm knows no architecture {base!r}.{nearest(base, timm.list_models())}",
+            remedy="timm.list_models() lists their names; a file needs its path.",
+        )
 
 
 def name_architecture(text: str) -> Architecture:

@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from msn_eval.architectures import Architecture, build_network, name_architecture, recognise_architecture
+from msn_eval.architectures import (
+    Architecture,
+    build_network,
+    check_architecture_name,
+    name_architecture,
+    recognise_architecture,
+)
 from msn_eval.errors import CheckpointError, printable
 from msn_eval.images import IMAGENET_MEAN, IMAGENET_STD
 from msn_eval.weights.families import choose_network, trunk_weights
@@ -96,12 +102,15 @@ def read_checkpoint(
 
 
 def check_checkpoint_names(names: tuple[str, ...]) -> None:
-    """Raise CheckpointError for a file that is not there or a scheme that does not exist, before any work is done."""
+    """Raise CheckpointError for a file that is not there, or a scheme or architecture that does not exist, before any
+    work is done."""
     for name in names:
         scheme, colon, rest = name.partition(":")
-        if name == "pixels" or (colon and scheme in ("timm", "py", "random")):
-            if colon and not rest:
-                raise CheckpointError(f"{name!r} names nothing", remedy=_known_schemes())
+        if name == "pixels" or (colon and scheme == "py"):
+            continue
+        if colon and scheme in ("timm", "random"):
+            if not (scheme == "random" and Path(rest).is_file()):
+                check_architecture_name(name_architecture(rest))
         elif not Path(name).exists():
             raise CheckpointError("no such checkpoint file or scheme", where=name, remedy=_known_schemes())
 
@@ -152,7 +161,7 @@ def _timm_pretrained(name: str, rest: str) -> Checkpoint:
     import timm
 
     architecture = name_architecture(rest)
-    build_network(architecture)  # a name that timm does not know is a different fault from one it cannot fetch
+    check_architecture_name(architecture)  # a name that timm does not know is another fault than one it cannot fetch
     try:
         network = timm.create_model(architecture.timm_name, pretrained=True, num_classes=0, **architecture.keywords)
     except Exception as error:

@@ -41,7 +41,7 @@ def read_config(
             except OmegaConfBaseException as error:
                 reason = str(error).partition("\n")[0]
                 raise UsageError(
-                    f"{key}: {reason}", where=where, remedy=f"{key} is {_described(kind, name)}."
+                    f"{name.rstrip('_')}: {reason}", where=where, remedy=f"It takes: {_described(kind, name)}."
                 ) from error
     return cast(_Record, OmegaConf.to_object(config))
 
@@ -81,7 +81,7 @@ def _read_override(text: str) -> dict[str, object]:
 def _field_name(kind: type[object], key: str, where: str) -> str:
     assert is_dataclass(kind)
     names = {one.name.rstrip("_"): one.name for one in fields(kind)}
-    normal = key.replace("-", "_")
+    normal = key.replace("-", "_").rstrip("_")
     if normal not in names:
         raise UsageError(
             f"unknown key {key!r}.{nearest(normal, names)}", where=where, remedy=f"Known: {', '.join(names)}."

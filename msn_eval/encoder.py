@@ -242,7 +242,7 @@ def _token_taps(encoder: Encoder, images: Tensor, taps: Sequence[str]) -> dict[s
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
     """Keep TF32 out of float32 products and convolutions on CUDA, and put the settings back."""
-    settings = (torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv"))  # noqa: B009
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "ieee"

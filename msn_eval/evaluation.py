@@ -77,8 +77,6 @@ def evaluate_checkpoint(plan: Plan, name: str, *, on_progress: Progress | None =
     Raises CheckpointError, DataError, ResourceError or StoreError; NumericalError becomes a failed result.
     """
     request = plan.request
-    out = Path(request.out)
-    prepare_folder(out, option="--out")
     checkpoint = read_checkpoint(
         name,
         arch=request.arch,
@@ -87,6 +85,9 @@ def evaluate_checkpoint(plan: Plan, name: str, *, on_progress: Progress | None =
         seed=request.seed,
     )
     encoder = build_encoder(checkpoint, device=plan.device, precision=plan.precision, image_pixels=request.image_pixels)
+    taps = {task.probe.tap: _tap(encoder, task, request) for task in plan.tasks}
+    out = Path(request.out)
+    prepare_folder(out, option="--out")
     pending: list[Task] = []
     for task in plan.tasks:
         known = _known_result(out, encoder, task, request)
@@ -97,7 +98,6 @@ def evaluate_checkpoint(plan: Plan, name: str, *, on_progress: Progress | None =
     if not pending:
         _log.info("%s: all %d results are in %s, nothing computed", checkpoint.name, len(plan.tasks), out)
         return
-    taps = {task.probe.tap: _tap(encoder, task, request) for task in pending}
     subsets = list({id(task.subset): task.subset for task in pending}.values())
     batch_size = request.batch_images or automatic_batch_size(encoder)
     started = time.perf_counter()
@@ -106,7 +106,7 @@ def evaluate_checkpoint(plan: Plan, name: str, *, on_progress: Progress | None =
             extract_features(
                 encoder,
                 images,
-                taps=tuple(dict.fromkeys(taps.values())),
+                taps=tuple({taps[task.probe.tap]: None for task in pending}),
                 hashes=hashes,
                 batch_size=batch_size,
                 workers=request.worker_count,

@@ -17,7 +17,7 @@ from msn_eval.datasets.dataset import class_map_sha256
 from msn_eval.encoder import Precision, choose_device, default_precision, precision_class
 from msn_eval.errors import DataError, UsageError
 from msn_eval.file_hashes import content_sha256, hash_images
-from msn_eval.images import BadImageError, ImageSet
+from msn_eval.images import DECODERS, BadImageError, ImageSet
 from msn_eval.protocols import Probe, settings
 from msn_eval.protocols.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, NearestNeighbours
 from msn_eval.protocols.logistic import Logistic, Solver, default_lambda
@@ -171,22 +171,28 @@ def _protocol(plan: Plan, subset: Subset, probe: Probe, params: dict[str, int | 
     """Give all that must be equal for two numbers to be comparable. The draw and the checkpoint's own facts are not
     in it; what the user sets by hand is."""
     request = plan.request
+    by_hand = {
+        "tap": request.tap,
+        "image_pixels": request.image_pixels,
+        "decoder": None if request.decoder == DECODERS[0] else request.decoder,
+    }
     return {
         "version": PROTOCOL_VERSION,
-        "data": {
-            "sha256": plan.val_sha256,
-            "class_map_sha256": plan.classes_sha256,
-            "limit": request.limit,
-            "skipped": hashlib.sha256("\n".join(plan.skipped).encode("utf-8", "surrogateescape")).hexdigest()
-            if plan.skipped
-            else None,
-        },
+        "data": {"sha256": plan.val_sha256, "class_map_sha256": plan.classes_sha256},
         "subset": {"name": subset.name, "rule": subset.rule},
-        "tap": {"rule": probe.tap, "by_hand": request.tap},
-        "transform": {"rule": _TRANSFORM_RULE, "image_pixels": request.image_pixels, "decoder": request.decoder},
+        "tap": probe.tap,
+        "transform": _TRANSFORM_RULE,
         "probe": {"name": probe.name, "version": probe.version, "params": params},
         "precision": precision_class(plan.precision),
+        "limit": request.limit,
+        "skipped": _ids_sha256(plan.skipped) if plan.skipped else None,
+        # Only what was given, so that an option that is new to this package leaves the ids of old protocols alone.
+        "by_hand": {name: value for name, value in by_hand.items() if value is not None},
     }
+
+
+def _ids_sha256(image_ids: Sequence[str]) -> str:
+    return hashlib.sha256(b"".join(os.fsencode(image_id) + b"\n" for image_id in image_ids)).hexdigest()
 
 
 def _warn_of_overlap(plan: Plan) -> None:

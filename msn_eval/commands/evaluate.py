@@ -73,13 +73,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Evaluate; give 0, or the exit code of what failed."""
     request = read_request(options, overrides)
-    from msn_eval.atomic_file import prepare_folder
     from msn_eval.plan import make_plan
 
     if getattr(options, "dry_run", False):
         print(describe_plan(make_plan(request)))
         return 0
-    prepare_folder(Path(request.out), option="--out")
     plan = make_plan(request)
     if not options.json_output:
         _log.info("%s", describe_plan(plan))
