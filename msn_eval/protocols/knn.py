@@ -55,6 +55,8 @@ def fit_knn(probe: NearestNeighbours, train: Features, device: torch.device) -> 
     labels = train.labels.to(device)
 
     def scores(values: Tensor) -> Iterator[Tensor]:
+        if not params:  # every k of the default list is above the number of labelled images
+            return
         queries = normalised_rows(values.to(device))
         cosines, nearest = search_nearest(queries, bank, max(int(one["k"]) for one in params))
         for one in params:

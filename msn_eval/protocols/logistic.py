@@ -50,18 +50,19 @@ def logistic_settings(probe: Logistic, n: int) -> tuple[dict[str, int | float], 
 
 
 def fit_logistic(probe: Logistic, train: Features, device: torch.device) -> Fitted:
-    """Solve for every lambda. Raises NumericalError for labelled images of a single class."""
-    if len(torch.unique(train.labels)) < 2:
+    """Solve for every lambda over the classes that have labelled images; the others can never be chosen.
+
+    Raises NumericalError for labelled images of a single class.
+    """
+    present, labels = torch.unique(train.labels.to(device), return_inverse=True)
+    if len(present) < 2:
         raise NumericalError("logistic regression on a single class", remedy="Label images of at least two classes.")
     rows = centred_rows(train.values.to(device))
     reduced, basis = _reduced(rows)
-    labels = train.labels.to(device)
     settings: list[Setting] = []
     weights: list[Tensor] = []
     for strength in probe.lambdas:
-        problem = CrossEntropyProblem(
-            rows=reduced, labels=labels, n_classes=train.n_classes, mu=strength / len(reduced)
-        )
+        problem = CrossEntropyProblem(rows=reduced, labels=labels, n_classes=len(present), mu=strength / len(reduced))
         point, steps = _solve(problem, probe.solver)
         weights.append(point.weights if basis is None else point.weights @ basis.T)
         settings.append(
@@ -78,7 +79,9 @@ def fit_logistic(probe: Logistic, train: Features, device: torch.device) -> Fitt
     def scores(values: Tensor) -> Iterator[Tensor]:
         queries = centred_rows(values.to(device))
         for one in weights:
-            yield queries @ one.T
+            whole = queries.new_full((len(queries), train.n_classes), -torch.inf)
+            whole[:, present] = queries @ one.T
+            yield whole
 
     return Fitted(settings=tuple(settings), scores=scores)
 

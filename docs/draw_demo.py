@@ -1,0 +1,26 @@
+"""Draw docs/demo.svg, the picture in the README: the tables of `msn-eval demo` as a terminal shows them.
+
+    msn-eval demo --out reports/demo && python docs/draw_demo.py
+"""
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from msn_eval.reports.terminal import print_table
+from msn_eval.result import list_results
+from msn_eval.table import make_table
+
+_ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    """Print the demo's table to a recording console and save what it recorded."""
+    console = Console(record=True, width=130, highlight=False, file=io.StringIO(), force_terminal=True)
+    print_table(make_table(list_results([_ROOT / "reports" / "demo" / "runs"])), console)
+    console.save_svg(str(_ROOT / "docs" / "demo.svg"), title="msn-eval demo", unique_id="demo")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+import numpy as np
+import pytest
+import torch
+
+from msn_eval.protocols import nearest as nearest_module
+from msn_eval.protocols.nearest import search_nearest
+from msn_eval.protocols.rows import normalised_rows
+
+
+@pytest.fixture(autouse=True, params=["every row", "shortlist"])
+def _search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test with both searches: small banks are shortlisted too where no bank is too small for it."""
+    if request.param == "shortlist":
+        monkeypatch.setattr(nearest_module, "_LARGE_BANK", 0)
+
+
+def _unit_rows(n: int, d: int = 8, *, seed: int = 0) -> torch.Tensor:
+    return normalised_rows(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)))
+
+
+def _naive_nearest(queries: torch.Tensor, bank: torch.Tensor, k: int) -> list[list[int]]:
+    found = []
+    for query in queries.numpy():
+        cosines = [float(np.sum(query * row)) for row in bank.numpy()]
+        found.append(sorted(range(len(bank)), key=lambda row: (-cosines[row], row))[:k])
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 5, 49, 50])
+def test_neighbours_are_those_of_a_naive_float64_loop(k: int) -> None:
+    queries, bank = _unit_rows(30, seed=1), _unit_rows(50)
+
+    _, nearest = search_nearest(queries, bank, k)
+
+    assert nearest.tolist() == _naive_nearest(queries, bank, k)
+
+
+def test_cosines_are_float64_and_fall() -> None:
+    queries, bank = _unit_rows(30, seed=1), _unit_rows(200)
+
+    cosines, nearest = search_nearest(queries, bank, 20)
+
+    assert (cosines.diff(dim=1) <= 0).all()
+    torch.testing.assert_close(cosines, (queries @ bank.T).gather(1, nearest), rtol=0, atol=1e-15)
+
+
+def test_nearest_neighbour_of_a_bank_row_is_itself() -> None:
+    bank = _unit_rows(100)
+
+    cosines, nearest = search_nearest(bank, bank, 1)
+
+    assert nearest[:, 0].tolist() == list(range(100))
+    torch.testing.assert_close(cosines[:, 0], torch.ones(100, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("copies", [5, 40, 300])
+@pytest.mark.parametrize("k", [1, 5, 24])
+def test_equal_rows_are_found_from_the_earliest_on_however_many_there_are(k: int, copies: int) -> None:
+    query = _unit_rows(1, seed=1)
+    bank = _unit_rows(400)
+    places = torch.randperm(400, generator=torch.Generator().manual_seed(2))[:copies].sort().values
+    bank[places] = normalised_rows(query + 0.001 * _unit_rows(1, seed=3))
+
+    _, nearest = search_nearest(query.repeat(3, 1), bank, k)
+
+    expected = _naive_nearest(query, bank, k)[0]
+    assert expected[: min(k, copies)] == places[:k].tolist()
+    assert nearest.tolist() == [expected] * 3
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 24])
+def test_of_equal_rows_that_do_not_all_fit_the_earliest_is_the_last_neighbour(k: int) -> None:
+    query = torch.eye(8, dtype=torch.float64)[:1]
+    cosine = torch.cat([torch.linspace(0.9, 0.8, k - 1), torch.full((10,), 0.5), torch.linspace(0.4, 0.1, 41 - k)])
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(k))
+    bank = torch.zeros(50, 8, dtype=torch.float64)
+    bank[order, 0], bank[order, 1] = cosine.double(), (1 - cosine.double().square()).sqrt()
+
+    _, nearest = search_nearest(query, bank, k)
+
+    assert nearest[0, -1] == order[k - 1 : k + 9].min()
+
+
+def test_rows_that_float32_cannot_tell_apart_are_ordered_by_their_float64_cosines() -> None:
+    query = torch.zeros(1, 8, dtype=torch.float64)
+    query[0, 0] = 1
+    angles = torch.linspace(2e-5, 1e-5, 300, dtype=torch.float64)  # the later the row, the nearer
+    bank = torch.zeros(300, 8, dtype=torch.float64)
+    bank[:, 0], bank[:, 1] = angles.cos(), angles.sin()
+
+    _, nearest = search_nearest(query, bank, 3)
+
+    assert nearest.tolist() == [[299, 298, 297]]
+
+
+def test_a_zero_query_is_equally_far_from_all_and_gets_the_first_rows() -> None:
+    cosines, nearest = search_nearest(torch.zeros(1, 8, dtype=torch.float64), _unit_rows(200), 4)
+
+    assert nearest.tolist() == [[0, 1, 2, 3]]
+    assert cosines.tolist() == [[0, 0, 0, 0]]
+
+
+def test_smaller_k_gives_a_prefix_of_the_larger() -> None:
+    queries, bank = _unit_rows(20, d=3, seed=1), _unit_rows(120, d=3)
+    cosines, nearest = search_nearest(queries, bank, 60)
+
+    fewer_cosines, fewer = search_nearest(queries, bank, 7)
+
+    assert torch.equal(fewer, nearest[:, :7])
+    torch.testing.assert_close(fewer_cosines, cosines[:, :7], rtol=0, atol=1e-15)
+
+
+def test_a_query_finds_the_same_alone_and_in_a_batch() -> None:
+    queries, bank = _unit_rows(40, seed=1), _unit_rows(120)
+    cosines, nearest = search_nearest(queries, bank, 9)
+
+    alone = [search_nearest(query[None], bank, 9) for query in queries]
+
+    assert torch.equal(torch.cat([rows for _, rows in alone]), nearest)
+    torch.testing.assert_close(torch.cat([values for values, _ in alone]), cosines, rtol=0, atol=1e-15)
+
+
+def test_queries_that_need_a_longer_shortlist_do_not_disturb_the_others() -> None:
+    bank = _unit_rows(300)
+    bank[100:200] = bank[100].clone()
+    queries = torch.cat([bank[100:101], _unit_rows(5, seed=1), bank[100:101]])
+
+    _, nearest = search_nearest(queries, bank, 4)
+
+    assert nearest.tolist() == _naive_nearest(queries, bank, 4)
+
+
+@pytest.mark.parametrize("d", [3, 8, 64, 384])
+def test_equal_rows_tie_exactly_wherever_they_stand(d: int) -> None:
+    bank = _unit_rows(150, d)
+    places = torch.cat([torch.arange(20, 100), torch.arange(110, 150)])  # the last ones meet the edge of a product
+    bank[places] = bank[20].clone()
+    queries = normalised_rows(bank[20] + 0.1 * _unit_rows(37, d, seed=1))
+
+    cosines, nearest = search_nearest(queries, bank, 120)
+
+    copies = torch.isin(nearest, places)
+    assert copies.sum(dim=1).min() > 50
+    assert all(len(row[mine].unique()) == 1 for row, mine in zip(cosines, copies, strict=True))
+    assert all(torch.equal(row[mine], row[mine].sort().values) for row, mine in zip(nearest, copies, strict=True))

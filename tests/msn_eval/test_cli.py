@@ -1,0 +1,333 @@
+"""What a user types, and what comes back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from msn_eval.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Give an image folder: two classes told apart by brightness, six train and four val images each."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 4)):
+        for label, name in enumerate(("dark", "light")):
+            target = tmp_path / "data" / split / name
+            target.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(100 * label, 100 * label + 120, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(target / f"{number}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.delenv("MSN_EVAL_DATA", raising=False)
+
+
+def _pixels(*more: str) -> list[str]:
+    return ["--checkpoint", "pixels", "--device", "cpu", "--no-cache", *more]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--data", "digits"], 2, "no checkpoint given"),
+        (_pixels(), 2, "no data set given"),
+        (_pixels("--data", "nowhere"), 21, "nowhere"),
+        (["--checkpoint", "gone.pth", "--data", "digits"], 20, "gone.pth"),
+        (["--checkpoint", "random:vit_tny_patch16_224", "--data", "digits"], 20, "Did you mean vit_tiny_patch16_224?"),
+        (_pixels("--data", "digits", "--subset", "5img"), 2, "Did you mean 5imgs?"),
+        (_pixels("--data", "digits", "--subset", "5imgs@7"), 2, "no draw '7'"),
+        (_pixels("--data", "digits", "--probe", "logistc"), 2, "Did you mean logistic?"),
+        (_pixels("--data", "digits", "--probe", "knn", "--subset", "1img", "--k", "50"), 23, "k = 50"),
+        (_pixels("--data", "digits", "--k", "many"), 2, "'many'"),
+        (_pixels("--data", "digits", "--k", "0"), 2, "--k 0"),
+        (_pixels("--data", "digits", "--lambda", "-1"), 2, "--lambda -1.0"),
+        (_pixels("--data", "digits", "--temperature", "nan"), 2, "--temperature nan"),
+        (_pixels("--data", "digits", "--limit", "0"), 2, "--limit 0"),
+        (_pixels("--data", "digits", "--batch-size", "none"), 2, "--batch-size none"),
+        (_pixels("--data", "digits", "--device", "gpu"), 2, "--device gpu"),
+        (_pixels("--data", "digits", "--precision", "int8"), 2, "--precision int8"),
+        (_pixels("--data", "digits", "--tap", "cls"), 2, "It has: pixels."),
+        (_pixels("--data", "digits", "--config", "nowhere.yaml"), 2, "nowhere.yaml"),
+        (_pixels("--data", "digits", "limt=3"), 2, "Did you mean limit?"),
+        (_pixels("--chekpoint", "x"), 2, "Did you mean --checkpoint?"),
+        (_pixels("--subse", "1img"), 2, "Did you mean --subset?"),
+        (["repot", "runs"], 2, "Did you mean report?"),
+        (["report", "nowhere"], 2, "nowhere"),
+        (["ls", "nothing"], 2, "nothing"),
+    ],
+)
+def test_a_mistake_ends_with_its_code_and_says_what_it_was(
+    arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = main(arguments)
+
+    told = capsys.readouterr().err
+    assert (ended, said in told) == (code, True), told
+
+
+def test_a_mistake_leaves_nothing_behind() -> None:
+    main(_pixels("--data", "digits", "--tap", "cls"))
+
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_an_error_is_one_block_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    main(_pixels("--data", "nowhere"))
+
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert len(told.splitlines()) <= 12
+
+
+def test_two_verbose_flags_show_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    main(_pixels("--data", "nowhere", "-vv"))
+
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_json_output_is_a_list_of_records_and_nothing_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(_pixels("--data", str(folder), "--subset", "2imgs", "--json"))
+
+    records = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert [record["split"]["draw"] for record in records] == [1, 2, 3]
+
+
+def test_a_record_has_the_promised_fields(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(_pixels("--data", str(folder), "--subset", "2imgs@1", "--json"))
+
+    (record,) = json.loads(capsys.readouterr().out)
+    fields = {
+        name: sorted(part) if isinstance(part, dict) and name != "protocol" else None for name, part in record.items()
+    }
+    assert fields == {
+        "schema": None, "id": None, "status": None, "error": None, "created": None, "protocol_id": None, "protocol": None,
+        "checkpoint": ["arch", "epoch", "format", "key", "matched", "name", "params", "path", "sha256", "weights_sha256"],
+        "data": ["class_map_sha256", "classes", "name", "sha256", "skipped", "val_images"],
+        "split": ["draw", "images", "sha256", "subset"],
+        "features": ["decoder", "dim", "precision", "tap", "transform"],
+        "probe": ["certificate", "converged", "iterations", "name", "objective", "params", "solver", "version"],
+        "metrics": ["n", "top1", "top1_ci95", "top5"],
+        "timing_s": ["extract", "probe", "total"],
+        "environment": ["batch_size", "device", "git", "package", "python", "seed", "torch"],
+        "predictions": None,
+    }  # fmt: skip
+
+
+def test_a_second_run_computes_nothing_and_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(_pixels("--data", str(folder), "--subset", "2imgs"))
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path("runs").iterdir()}
+    capsys.readouterr()
+
+    main(_pixels("--data", str(folder), "--subset", "2imgs"))
+
+    assert "nothing computed" in capsys.readouterr().err
+    assert before == {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path("runs").iterdir()}
+
+
+def test_a_second_run_only_adds_what_is_missing(folder: Path) -> None:
+    main(_pixels("--data", str(folder), "--subset", "1img"))
+    before = {path.name: path.read_bytes() for path in Path("runs").iterdir()}
+
+    main(_pixels("--data", str(folder), "--subset", "1img,2imgs"))
+
+    after = {path.name: path.read_bytes() for path in Path("runs").iterdir()}
+    assert len(after) == 2 * len(before)
+    assert before.items() <= after.items()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(_pixels("--data", str(folder), "--subset", "5imgs", "--dry-run"))
+
+    assert code == 0
+    assert "8 validation images" in capsys.readouterr().out
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_the_data_variable_stands_in_for_the_option(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MSN_EVAL_DATA", str(folder))
+
+    assert main(_pixels("--subset", "1img", "-q")) == 0
+
+
+def test_config_file_options_and_overrides_win_in_that_order(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("my.yaml").write_text(f"data: {folder}\nprobe: [knn]\nk: [1]\nlimit: 1\nsubset: 2imgs@1\n")
+
+    main(_pixels("--config", "my.yaml", "--k", "2", "limit=3", "--json"))
+
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (record["probe"]["params"]["k"], record["protocol"]["limit"]) == (2, 3)
+
+
+def test_limit_counts_images_a_class_and_is_in_the_record(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(_pixels("--data", str(folder), "--subset", "1img@1", "--limit", "2", "--json"))
+
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (record["data"]["val_images"], record["metrics"]["n"]) == (4, 4)
+
+
+def test_every_unreadable_image_is_listed_and_no_accuracy_given(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("dark/0.png", "light/3.png"):
+        (folder / "val" / name).write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+
+    code = main(_pixels("--data", str(folder), "--subset", "1img"))
+
+    told = capsys.readouterr()
+    assert code == 21
+    assert ("val/dark/0.png" in told.err, "val/light/3.png" in told.err, told.out) == (True, True, "")
+    assert list(Path("runs").glob("*.json")) == []
+
+
+def test_skipped_images_are_counted_and_change_the_protocol(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(_pixels("--data", str(folder), "--subset", "1img@1", "--json"))
+    (whole,) = json.loads(capsys.readouterr().out)
+    (folder / "val/dark/0.png").write_bytes(b"broken")
+
+    main(_pixels("--data", str(folder), "--subset", "1img@1", "--on-bad-image", "skip", "--json"))
+
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (record["data"]["skipped"], record["metrics"]["n"]) == (1, 7)
+    assert record["protocol_id"] != whole["protocol_id"]
+
+
+def test_the_next_image_of_the_draw_replaces_an_unreadable_labelled_one(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["subsets", "draw", "--data", str(folder), "--subset", "1img@1"])
+    first = capsys.readouterr().out.split()[0]
+    (folder / "train" / first).write_bytes(b"broken")
+
+    code = main(_pixels("--data", str(folder), "--subset", "1img@1", "--on-bad-image", "skip", "--json"))
+
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (code, record["split"]["images"], record["data"]["skipped"]) == (0, 2, 1)
+
+
+def test_classes_that_differ_between_splits_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "val/light").rename(folder / "val/bright")
+
+    code = main(_pixels("--data", str(folder), "--subset", "1img"))
+
+    told = capsys.readouterr().err
+    assert (code, "light" in told, "bright" in told) == (21, True, True)
+
+
+def test_one_refused_checkpoint_does_not_keep_the_others_from_being_measured(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("page.pth").write_text("<html>not found</html>")
+
+    code = main(["--checkpoint", "page.pth", *_pixels("--data", str(folder), "--subset", "1img@1", "--json")])
+
+    told = capsys.readouterr()
+    assert (code, "page.pth" in told.err) == (20, True)
+    assert [record["checkpoint"]["name"] for record in json.loads(told.out)] == ["pixels"]
+
+
+def test_features_that_are_not_finite_give_a_failed_record_and_no_number(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("broken_encoder.py").write_text(
+        "import torch\n"
+        "class Broken(torch.nn.Module):\n"
+        "    image_pixels = 8\n"
+        "    def forward(self, images): return images.flatten(1) / 0\n"
+        "def make(): return Broken()\n"
+    )
+
+    code = main(
+        ["--checkpoint", "py:broken_encoder:make", "--data", str(folder), "--subset", "1img@1", "--no-cache", "--json"]
+    )
+
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (code, record["status"], record["metrics"], record["predictions"]) == (23, "failed", None, None)
+    assert "not finite" in record["error"]
+
+
+def test_the_same_weights_read_as_another_network_are_not_taken_for_the_earlier_result(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    network = VisionTransformer(img_size=16, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=0)
+    save_file(network.state_dict(), "small.safetensors")
+    common = ["--checkpoint", "small.safetensors", "--data", str(folder), "--subset", "1img@1", "--no-cache", "-q"]
+    name = "vit_tiny_patch16_224?img_size=16&patch_size=8&embed_dim=48&depth=1&num_heads="
+    main([*common, "--arch", f"{name}3"])
+
+    code = main([*common, "--arch", f"{name}4"])
+
+    told = capsys.readouterr().err
+    assert (code, "read as" in told) == (22, True), told
+
+
+def test_a_damaged_record_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(_pixels("--data", str(folder), "--subset", "1img@1", "-q"))
+    (record,) = Path("runs").glob("*.json")
+    record.write_bytes(record.read_bytes()[:100])
+
+    code = main(_pixels("--data", str(folder), "--subset", "1img@1", "-q"))
+
+    assert (code, record.name in capsys.readouterr().err) == (22, True)
+
+
+def test_python_dash_m_is_the_command(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "msn_eval", "--version"], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout.startswith("msn-eval ")) == (0, True)
+
+
+def test_closed_output_is_no_error(digits_runs: Path) -> None:
+    command = f"{sys.executable} -m msn_eval report {digits_runs} --format json | head -c 1; exit ${{PIPESTATUS[0]}}"
+
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_ends_with_its_code_and_keeps_what_is_finished(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "work" / "slow_encoder.py").write_text(
+        "import time, torch\n"
+        "class Slow(torch.nn.Module):\n"
+        "    image_pixels = 8\n"
+        "    def forward(self, images):\n"
+        "        open('started', 'w').close(); time.sleep(0.5)\n"
+        "        return images.flatten(1)\n"
+        "def make(): return Slow()\n"
+    )
+    arguments = ["--data", "digits", "--subset", "1img@1", "--batch-size", "8", "--no-cache"]
+    command = [sys.executable, "-m", "msn_eval", "--checkpoint", "pixels", "--checkpoint", "py:slow_encoder:make"]
+    with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        deadline = time.monotonic() + 120
+        while not Path("started").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        told = process.communicate(timeout=60)[1]
+
+    assert process.returncode == code, told
+    assert "Traceback" not in told
+    assert len(list(Path("runs").glob("*.json"))) == 1
+    assert [path for path in Path("runs").iterdir() if path.suffix not in (".json", ".npz")] == []

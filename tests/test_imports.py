@@ -1,0 +1,108 @@
+"""The sentences about who may import whom, kept true."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parents[1]
+# From the ground up; a module imports only from floors below its own.
+_FLOORS = [
+    ["errors"],
+    ["atomic_file", "shipped", "metrics", "weights.sniff"],
+    ["images", "result", "config", "published_lists", "architectures", "weights.read", "weights.families"],
+    ["datasets.dataset", "request", "file_hashes", "ranking"],
+    ["datasets.digits", "datasets.folder", "subset"],
+    ["datasets", "checkpoint"],
+    ["encoder"],
+    ["features", "environment"],
+    ["protocols.rows", "protocols.cross_entropy", "protocols.nearest", "protocols.fitted"],
+    ["protocols.line_search"],
+    ["protocols.newton", "protocols.lbfgs", "protocols.reference_solvers"],
+    ["protocols.logistic", "protocols.knn", "protocols.ncm"],
+    ["protocols"],
+    ["plan"],
+    ["evaluation"],
+    ["table"],
+    ["reports.texts"],
+    ["reports.markdown", "reports.csv_report", "reports.json_report", "reports.terminal"],
+    ["reports"],
+    ["commands.evaluate"],
+    ["commands.report", "commands.subsets", "commands.ls", "commands.demo"],
+    ["cli"],
+    ["__main__"],
+]
+_FLOOR = {name: floor for floor, names in enumerate(_FLOORS) for name in names}
+_FREE = {"", "weights", "commands"}  # packages that hold no code but, at the top, the list of public names
+
+
+def _modules() -> list[Path]:
+    return sorted(_ROOT.glob("msn_eval/**/*.py"))
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(_ROOT / "msn_eval").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", _modules(), ids=_name)
+def test_module_imports_only_from_floors_below(path: Path) -> None:
+    name = _name(path)
+    if name in _FREE:
+        return
+    own = {one.removeprefix("msn_eval").removeprefix(".") for one in _imports(path) if one.startswith("msn_eval")}
+
+    above = {one for one in own - _FREE if _FLOOR[one] >= _FLOOR[name]}
+
+    assert not above
+
+
+def test_evaluation_never_imports_pretraining() -> None:
+    importing = [path for path in _modules() if any(one.startswith("msn_pretrain") for one in _imports(path))]
+
+    assert importing == []
+
+
+def _loaded_after(code: str) -> set[str]:
+    program = f"{code}\nimport sys\nprint('loaded:', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=_ROOT, check=True)
+    return set(done.stdout.rpartition("loaded:")[2].split())
+
+
+def test_help_loads_nothing_heavy() -> None:
+    loaded = _loaded_after("from msn_eval.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass")
+
+    assert loaded.isdisjoint({"torch", "timm", "pandas", "sklearn", "scipy", "faiss", "cyanure", "omegaconf", "rich"})
+
+
+def test_reports_are_made_without_torch(digits_runs: Path, tmp_path: Path) -> None:
+    arguments = ["report", str(digits_runs), "--format", "md,csv,json", "--out", str(tmp_path)]
+
+    loaded = _loaded_after(f"from msn_eval.cli import main\nassert main({arguments!r}) == 0")
+
+    assert "torch" not in loaded
+
+
+def test_importing_every_module_configures_no_logging_and_draws_no_number() -> None:
+    names = [f"msn_eval.{_name(path)}".rstrip(".") for path in _modules() if _name(path) != "__main__"]
+    code = (
+        "import importlib, logging, torch, random\n"
+        "torch.manual_seed(1); random.seed(1); before = torch.get_rng_state(), random.getstate()\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()\n"
+        "assert not logging.getLogger().handlers and not logging.getLogger('msn_eval').handlers\n"
+    )
+
+    assert "msn_eval.cli" in _loaded_after(code)
