@@ -1,5 +1,6 @@
 """Files that are there in full or not at all, whenever the process is killed."""
 
+import errno
 import os
 import secrets
 import socket
@@ -44,10 +45,12 @@ def prepare_folder(folder: Path, *, option: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}.{secrets.token_hex(4)}{_SUFFIX}"
-        with probe.open("xb") as file:
-            os.fsync(file.fileno())
-        probe.unlink()
+        probe = folder / f".probe.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}{_SUFFIX}"
+        try:
+            with probe.open("xb") as file:
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(
             f"cannot be written: {error.strerror or error}", where=str(folder), remedy=f"Give another {option} folder."
@@ -60,13 +63,13 @@ def prepare_folder(folder: Path, *, option: str) -> None:
 def _is_abandoned(temporary: Path) -> bool:
     """Tell whether a day-old temporary file belongs to a dead process of this host."""
     try:
-        _, host, pid, _, _ = temporary.name.rsplit(".", 4)
-        if host != socket.gethostname() or time.time() - temporary.stat().st_mtime < _STALE_SECONDS:
+        name, pid, _ = temporary.name.removesuffix(_SUFFIX).rsplit(".", 2)
+        if not name.endswith(f".{socket.gethostname()}") or time.time() - temporary.stat().st_mtime < _STALE_SECONDS:
             return False
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
-    except (ValueError, OSError):
+    except (ValueError, OverflowError, OSError):
         return False
     return False
 
@@ -77,6 +80,9 @@ def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that sync no folders
+            raise
     finally:
         os.close(handle)
 

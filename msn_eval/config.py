@@ -24,13 +24,13 @@ def read_config(
     Raises UsageError naming the file and the key for unknown keys and values of the wrong type.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import OmegaConfBaseException, ValidationError
 
     layers: list[tuple[str, Mapping[str, object]]] = []
     if file is not None:
         layers.append((str(file), _read_yaml(file)))
     layers.append(("options", given or {}))
-    layers += [(f"override {text!r}", _read_override(text)) for text in overrides]
+    layers += [(f"override {text!r}", _read_override(kind, text)) for text in overrides]
     config = OmegaConf.structured(kind)
     OmegaConf.set_readonly(config, False)  # it inherits that from frozen dataclasses
     for where, layer in layers:
@@ -38,6 +38,9 @@ def read_config(
             name = _field_name(kind, key, where)
             try:
                 OmegaConf.update(config, name, _as_field(kind, name, value))
+                settled: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+                if isinstance(settled[name], list) and any(isinstance(part, list | dict) for part in settled[name]):
+                    raise ValidationError("a list or mapping inside the list")
             except OmegaConfBaseException as error:
                 reason = str(error).partition("\n")[0]
                 raise UsageError(
@@ -63,7 +66,7 @@ def _read_yaml(file: Path) -> dict[str, object]:
     return {str(key): value for key, value in content.items()}
 
 
-def _read_override(text: str) -> dict[str, object]:
+def _read_override(kind: type[object], text: str) -> dict[str, object]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -75,7 +78,15 @@ def _read_override(text: str) -> dict[str, object]:
         content: Any = OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)
     except (YAMLError, OmegaConfBaseException) as error:
         raise UsageError(f"{text!r}: the value is no YAML", remedy="Quote it for the shell.") from error
-    return {key: content["value"]}
+    read = content["value"]
+    if isinstance(read, int | float) and _is_text(kind, _field_name(kind, key, f"override {text!r}")):
+        return {key: value.strip()}  # as its option gives it: YAML would make 7 of a folder called 007
+    return {key: read}
+
+
+def _is_text(kind: type[object], name: str) -> bool:
+    assert is_dataclass(kind)
+    return any(one.name == name and one.type in (str, str | None) for one in fields(kind))
 
 
 def _field_name(kind: type[object], key: str, where: str) -> str:

@@ -6,6 +6,7 @@ The memory is a shortcut and never the last word: whoever reads an image for its
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from msn_eval.errors import DataError
 from msn_eval.images import ImageSet
 
 _THREADS = 8
+_HASH = re.compile("[0-9a-f]{64}")
 _Stamp = tuple[int, int]  # bytes, nanoseconds since 1970
 
 
@@ -87,6 +89,10 @@ def _recall(memory_file: Path | None) -> dict[str, tuple[_Stamp, str]]:
         return {}
     try:
         content = json.loads(memory_file.read_bytes())
-        return {image_id: ((stamp[0], stamp[1]), digest) for image_id, (stamp, digest) in content.items()}
-    except (ValueError, TypeError, AttributeError, IndexError, OSError):
+        return {
+            image_id: ((stamp[0], stamp[1]), digest)
+            for image_id, (stamp, digest) in content.items()
+            if _HASH.fullmatch(digest)
+        }
+    except (ValueError, TypeError, AttributeError, LookupError, OSError):
         return {}

@@ -65,6 +65,8 @@ class ImageSet:
     def __post_init__(self) -> None:
         if len(self.labels) != len(self.ids):
             raise DataError(f"{len(self.ids)} images but {len(self.labels)} labels")
+        if len(set(self.ids)) != len(self.ids):
+            raise DataError("an image id stands twice")
         if any(not 0 <= label < len(self.classes) for label in self.labels):
             raise DataError(f"a label is outside 0 to {len(self.classes) - 1}")
 
@@ -135,7 +137,8 @@ def decode_image(content: bytes) -> Image.Image:
     """Decode an image file to RGB by Pillow. EXIF orientation is ignored, as the published protocols do.
 
     Grey, palette, CMYK and images with alpha go by Pillow's `convert("RGB")` (alpha is dropped); of an animation the
-    first frame is taken. Raises BadImageError for damaged, truncated, 16-bit, float and over-large images.
+    first frame is taken; 16-bit colour gives its high bytes. Raises BadImageError for damaged, truncated and over-large
+    images, and for 16-bit or 32-bit grey, which Pillow would clip.
     """
     try:
         with warnings.catch_warnings():

@@ -1,16 +1,16 @@
 """The ImageNet lists of the MSN paper: known by content, found in folders, fetched from their repository."""
 
 import hashlib
+import http.client
 import json
 import os
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from msn_eval.atomic_file import write_atomically
+from msn_eval.atomic_file import prepare_folder, write_atomically
 from msn_eval.errors import DataError
 from msn_eval.shipped import shipped_folder
 
@@ -70,7 +70,7 @@ def user_list_folder() -> Path:
 def find_list(wanted: PublishedList) -> Path | None:
     """Find a list by its size and SHA-256, whatever its name, or None."""
     for path in _text_files():
-        if path.stat().st_size == wanted.bytes and _sha256(path) == wanted.sha256:
+        if path.is_file() and path.stat().st_size == wanted.bytes and _sha256(path) == wanted.sha256:
             return path
     return None
 
@@ -107,7 +107,7 @@ def fetch_lists(folder: Path, url: str) -> Iterator[tuple[PublishedList, str]]:
                 where=f"{url}/{entry.path}",
                 remedy="This is not the published list. Fetch it from github.com/facebookresearch/msn by hand.",
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
+        prepare_folder(target.parent, option="--to")
         write_atomically(target, content)
         yield entry, "fetched"
 
@@ -116,7 +116,7 @@ def _download(url: str, target: Path) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
             return bytes(response.read())
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (http.client.HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise DataError(
             f"could not be downloaded: {reason}",

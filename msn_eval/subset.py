@@ -53,7 +53,8 @@ def make_subsets(names: Sequence[str], train: ImageSet) -> tuple[Subset, ...]:
     """
     subsets: dict[tuple[str, int, str], Subset] = {}
     for name in names:
-        for part in LOW_SHOT if name == "low-shot" else (name,):
+        base, at, draw = name.partition("@")
+        for part in [f"{one}{at}{draw}" for one in LOW_SHOT] if base == "low-shot" else [name]:
             for subset in _draws_of(part, train):
                 subsets.setdefault((subset.name, subset.draw, subset.rule), subset)
     return tuple(subsets.values())
@@ -154,7 +155,7 @@ def read_list(path: Path, train: ImageSet) -> Subset:
     Raises DataError naming the lines that are unknown, ambiguous or double, NumericalError for a class without images.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"the list cannot be read: {error}", where=str(path), remedy="Give a UTF-8 text file."

@@ -91,12 +91,13 @@ def _scan_split(root: Path) -> _Split:
     passed_over = 0
     if not root.is_dir():
         raise DataError("does not exist", where=str(root), remedy="Give --data the folder that holds this split.")
-    for entry in sorted(os.scandir(root), key=lambda entry: os.fsencode(entry.name)):
+    for entry in sorted(_listing(root), key=lambda entry: os.fsencode(entry.name)):
         if entry.name.startswith(".") or not entry.is_dir():
             passed_over += 1
             continue
-        names = [inner.name for inner in os.scandir(entry.path) if is_image_name(inner.name) and inner.is_file()]
-        passed_over += sum(1 for _ in os.scandir(entry.path)) - len(names)
+        inside = _listing(Path(entry.path))
+        names = [inner.name for inner in inside if is_image_name(inner.name) and _is_file_or_broken_link(inner)]
+        passed_over += len(inside) - len(names)
         if not names:
             raise _empty_class(Path(entry.path))
         files[entry.name] = names
@@ -105,6 +106,23 @@ def _scan_split(root: Path) -> _Split:
             "holds no class folders", where=str(root), remedy="Put the images of each class into a folder of its own."
         )
     return _Split(root=root, files=files, passed_over=passed_over)
+
+
+def _listing(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise DataError(
+            f"cannot be listed: {error.strerror or error}",
+            where=str(folder),
+            remedy="Check its permissions and its disk.",
+        ) from error
+
+
+def _is_file_or_broken_link(entry: os.DirEntry[str]) -> bool:
+    """A link to nothing is an image that cannot be read, and is told as such; not a file of another kind."""
+    return entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())
 
 
 def _empty_class(folder: Path) -> DataError:
