@@ -125,6 +125,17 @@ def recognise_architecture(weights: Mapping[str, Tensor]) -> Architecture:
 
 
 def _recognise_vit(weights: Mapping[str, Tensor]) -> Architecture:
+    for name, dimensions in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("blocks.0.mlp.fc1.weight", 2)):
+        if name in weights and weights[name].dim() != dimensions:
+            raise CheckpointError(
+                f"{name} of shape {tuple(weights[name].shape)} belongs to no Vision Transformer that is known",
+                remedy="Name its architecture: --arch NAME.",
+            )
+    if "norm_pre.weight" in weights:
+        raise CheckpointError(
+            "a Vision Transformer with a norm before its blocks, as CLIP's: its activation and epsilon are in no weight",
+            remedy="Name its architecture: --arch NAME, such as vit_base_patch16_clip_quickgelu_224.",
+        )
     width, _, patch, _ = weights["patch_embed.proj.weight"].shape
     depth = 1 + max(int(found.group(1)) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name)))
     heads = _HEADS_BY_WIDTH.get(width)
@@ -152,7 +163,6 @@ def _recognise_vit(weights: Mapping[str, Tensor]) -> Architecture:
         "class_token": has_class_token,
         "no_embed_class": not class_position,
         "reg_tokens": registers,
-        "pre_norm": "norm_pre.weight" in weights,
         "global_pool": "token" if has_class_token and has_final_norm else "avg",
         "fc_norm": not has_final_norm,
     }
@@ -178,8 +188,8 @@ def _position_grid(weights: Mapping[str, Tensor], *, has_class_token: bool, regi
         )
     positions = weights["pos_embed"].shape[1]
     for prefix in dict.fromkeys((int(has_class_token) + registers, int(has_class_token), 0)):
-        grid = math.isqrt(positions - prefix)
-        if grid * grid == positions - prefix:
+        grid = math.isqrt(max(0, positions - prefix))
+        if grid and grid * grid == positions - prefix:
             return grid, prefix > 0
     raise CheckpointError(
         f"{positions} positions (pos_embed) are no square grid of patches", remedy="Name the architecture: --arch NAME."

@@ -106,12 +106,17 @@ def check_checkpoint_names(names: tuple[str, ...]) -> None:
     work is done."""
     for name in names:
         scheme, colon, rest = name.partition(":")
-        if name == "pixels" or (colon and scheme == "py"):
+        if name == "pixels":
+            continue
+        if colon and scheme == "py":
+            _own_module_parts(name)
             continue
         if colon and scheme in ("timm", "random"):
             if not (scheme == "random" and Path(rest).is_file()):
                 check_architecture_name(name_architecture(rest))
-        elif not Path(name).exists():
+        elif not Path(name).is_file():
+            if name and Path(name).is_dir():
+                raise CheckpointError("is a folder, not a checkpoint file", where=name, remedy="Name the file.")
             raise CheckpointError("no such checkpoint file or scheme", where=name, remedy=_known_schemes())
 
 
@@ -148,13 +153,15 @@ def _pixels() -> Checkpoint:
 
 
 def _untrained(name: str, rest: str, *, arch: str | None, key: str | None, seed: int) -> Checkpoint:
-    if Path(rest).is_file():
+    from_file = Path(rest).is_file()
+    if from_file:
         trunk = trunk_weights(choose_network(read_weight_file(Path(rest)).content, key, where=rest))
         architecture = name_architecture(arch) if arch else recognise_architecture(trunk.weights)
     else:
         architecture = name_architecture(rest)
     network = build_network(architecture, seed=seed)
-    return _checkpoint(network, architecture, name=name, path=name, file_format="random")
+    checkpoint = _checkpoint(network, architecture, name=name, path=name, file_format="random")
+    return _normalised_as_a_file(checkpoint, architecture) if from_file else checkpoint
 
 
 def _timm_pretrained(name: str, rest: str) -> Checkpoint:
@@ -174,11 +181,17 @@ def _timm_pretrained(name: str, rest: str) -> Checkpoint:
     return _checkpoint(network.eval(), architecture, name=rest, path=name, file_format="timm")
 
 
+def _own_module_parts(name: str) -> tuple[str, str]:
+    """Give module and function of `py:package.module:factory`."""
+    module_name, colon, factory_name = name.partition(":")[2].rpartition(":")
+    if not (colon and module_name and factory_name):
+        raise CheckpointError("is not of the form py:package.module:factory", where=name, remedy="Name the function.")
+    return module_name, factory_name
+
+
 def _own_module(name: str, rest: str) -> Checkpoint:
     """Run the user's factory: the one scheme that executes code, and the user's own."""
-    module_name, colon, factory_name = rest.rpartition(":")
-    if not colon:
-        raise CheckpointError("is not of the form py:package.module:factory", where=name, remedy="Name the function.")
+    module_name, factory_name = _own_module_parts(name)
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -192,11 +205,20 @@ def _own_module(name: str, rest: str) -> Checkpoint:
         raise CheckpointError(
             f"the factory gave a {type(network).__name__}, not an nn.Module", where=name, remedy="Return the module."
         )
-    source = inspect.getsourcefile(factory)
+    try:
+        source = inspect.getsourcefile(inspect.unwrap(factory))
+    except TypeError:  # a partial or another object that can be called: the module it was found in
+        source = sys.modules[module_name].__file__
     sourced = (
         {"factory source": torch.frombuffer(bytearray(Path(source).read_bytes()), dtype=torch.uint8)} if source else {}
     )
     network = network.float().eval()
+    try:
+        image_pixels = int(getattr(network, "image_pixels", 224))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"image_pixels is {network.image_pixels!r}", where=name, remedy="Make it a whole number."
+        ) from error
     return Checkpoint(
         name=rest,
         path=name,
@@ -208,9 +230,9 @@ def _own_module(name: str, rest: str) -> Checkpoint:
         network=network,
         matched=1.0,
         epoch=None,
-        image_pixels=int(getattr(network, "image_pixels", 224)),
-        mean=_triple(getattr(network, "mean", IMAGENET_MEAN)),
-        std=_triple(getattr(network, "std", IMAGENET_STD)),
+        image_pixels=image_pixels,
+        mean=_triple("mean", getattr(network, "mean", IMAGENET_MEAN), where=name),
+        std=_triple("std", getattr(network, "std", IMAGENET_STD), where=name),
     )
 
 
@@ -227,17 +249,16 @@ def _from_file(
         raise CheckpointError(error.what, where=name, remedy=error.remedy) from error
     matched = _load_strictly(network, trunk.weights, architecture, allow_missing=allow_missing, where=name)
     checkpoint = _checkpoint(network, architecture, name=_stem(name), path=name, file_format=trunk.format)
-    # An architecture named with one of timm's tags states the normalisation of those weights; a bare one does not.
-    tagged = architecture.timm_name is not None and "." in architecture.timm_name
-    return replace(
-        checkpoint,
-        sha256=file.sha256,
-        key=stored.key,
-        epoch=stored.epoch,
-        matched=matched,
-        mean=checkpoint.mean if tagged else IMAGENET_MEAN,
-        std=checkpoint.std if tagged else IMAGENET_STD,
-    )
+    checkpoint = replace(checkpoint, sha256=file.sha256, key=stored.key, epoch=stored.epoch, matched=matched)
+    return _normalised_as_a_file(checkpoint, architecture)
+
+
+def _normalised_as_a_file(checkpoint: Checkpoint, architecture: Architecture) -> Checkpoint:
+    """Give ImageNet's mean and std to weights from a file, which states none, unless the architecture was named with
+    one of timm's tags (`NAME.TAG`), which stand for particular weights and their normalisation."""
+    if architecture.timm_name is not None and "." in architecture.timm_name:
+        return checkpoint
+    return replace(checkpoint, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def _checkpoint(
@@ -256,8 +277,8 @@ def _checkpoint(
         matched=1.0,
         epoch=None,
         image_pixels=_native_pixels(network, config),
-        mean=_triple(config.get("mean") or IMAGENET_MEAN),
-        std=_triple(config.get("std") or IMAGENET_STD),
+        mean=_triple("mean", config.get("mean") or IMAGENET_MEAN, where=path),
+        std=_triple("std", config.get("std") or IMAGENET_STD, where=path),
     )
 
 
@@ -292,6 +313,7 @@ def _load_strictly(
     reshaped = [name for name in sorted(needed & weights.keys()) if weights[name].shape != expected[name].shape]
     if missing or left_over or reshaped:
         raise _misfit(missing, left_over, reshaped, weights, expected, architecture, where)
+    _check_plain(weights, expected, where)
     _check_finite(weights, where)
     network.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected}, strict=False)
     whole = sum(expected[name].numel() for name in needed)
@@ -320,6 +342,23 @@ def _misfit(
     )
 
 
+def _check_plain(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+    """Refuse what would turn into other numbers on the way into the network: integers, complex, sparse, no values."""
+    bad = [
+        name
+        for name, tensor in weights.items()
+        if tensor.layout != torch.strided
+        or tensor.device.type != "cpu"
+        or tensor.is_floating_point() != expected[name].is_floating_point()
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{len(bad)} weights are no dense real numbers ({', '.join(bad[:_SHOWN])})",
+            where=where,
+            remedy="Save them dense and in floating point.",
+        )
+
+
 def _check_finite(weights: Mapping[str, Tensor], where: str) -> None:
     bad = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
@@ -330,10 +369,13 @@ def _check_finite(weights: Mapping[str, Tensor], where: str) -> None:
         )
 
 
-def _triple(values: object) -> Triple:
-    if not isinstance(values, tuple | list) or len(values) != 3 or not all(math.isfinite(float(v)) for v in values):
-        raise CheckpointError(f"mean and std have a value for each of three channels, not {values!r}")
-    return float(values[0]), float(values[1]), float(values[2])
+def _triple(what: str, values: object, *, where: str) -> Triple:
+    three = values if isinstance(values, tuple | list) and len(values) == 3 else ()
+    if not three or not all(isinstance(value, int | float) and math.isfinite(value) for value in three):
+        raise CheckpointError(
+            f"{what} is {values!r}, not three numbers", where=where, remedy="Give one a channel, on the [0, 1] scale."
+        )
+    return float(three[0]), float(three[1]), float(three[2])
 
 
 def _stem(path: str) -> str:

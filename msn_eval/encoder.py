@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from msn_eval.checkpoint import Checkpoint, read_checkpoint
-from msn_eval.errors import UsageError
+from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.images import EvalTransform, eval_transform
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -76,6 +77,8 @@ def load_encoder(
     Raises CheckpointError for weights that do not fit, UsageError for a device that is not there.
     """
     chosen = choose_device(device)
+    if precision not in (None, *_DTYPES):
+        raise UsageError(f"--precision {precision}: no such precision", remedy=f"Use {', '.join(_DTYPES)}.")
     return build_encoder(
         read_checkpoint(checkpoint, arch=arch, key=checkpoint_key, seed=seed),
         device=chosen,
@@ -88,6 +91,8 @@ def choose_device(name: str) -> torch.device:
     """Give the device called `auto`, `cpu`, `cuda` or `cuda:N`. Raises UsageError where it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device {name}: not a device", remedy="Use auto, cpu, cuda or cuda:N.")
     device = torch.device(name)
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise UsageError(
@@ -112,7 +117,7 @@ def build_encoder(
     """
     network = copy.deepcopy(checkpoint.network)
     if image_pixels is not None and image_pixels != checkpoint.image_pixels:
-        network = _resized(network, image_pixels)
+        network = _resized(network, image_pixels, own=checkpoint.format == "py")
     final_norm = copy.deepcopy(_final_norm(network))
     return Encoder(
         checkpoint=checkpoint,
@@ -125,14 +130,14 @@ def build_encoder(
     )
 
 
-def _resized(network: nn.Module, image_pixels: int) -> nn.Module:
-    if not _is_vit(network):
+def _resized(network: nn.Module, image_pixels: int, *, own: bool) -> nn.Module:
+    if own or not _is_vit(network):  # a convolution takes any size, and the user's module knows for itself
         return network
     patch = network.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
     if image_pixels % int(patch):
         raise UsageError(
             f"--image-pixels {image_pixels} is no multiple of the patch size {patch}",
-            remedy=f"Use {image_pixels // patch * patch or patch} or {(image_pixels // patch + 1) * patch}.",
+            remedy=f"Use {max(1, image_pixels // patch) * patch} or {max(2, image_pixels // patch + 1) * patch}.",
         )
     network.set_input_size(img_size=image_pixels)  # type: ignore[operator]
     return network
@@ -155,8 +160,10 @@ def _final_norm(network: nn.Module) -> nn.Module:
 def _available_taps(checkpoint: Checkpoint, network: nn.Module) -> tuple[str, ...]:
     if checkpoint.format == "pixels":
         return ("pixels",)
+    if checkpoint.format == "py":  # its forward is the user's, even where it is a Vision Transformer of timm's
+        return ("out",)
     if not _is_vit(network):
-        return ("out",) if checkpoint.format == "py" else ("pool",)
+        return ("pool",)
     if getattr(network, "attn_pool", None) is not None:
         return ("out",)
     if getattr(network, "cls_token", None) is None:
@@ -189,7 +196,7 @@ def encode(encoder: Encoder, pixels: Tensor, taps: Sequence[str]) -> dict[str, T
     """
     with torch.inference_mode(), exact_float32():
         images = _normalised(pixels.to(encoder.device, non_blocking=True), encoder)
-        if not _is_vit(encoder.network):
+        if encoder.checkpoint.format == "py" or not _is_vit(encoder.network):
             return {taps[0]: _whole_image(encoder, images).float()}
         if "out" in taps:
             return {"out": cast(Tensor, encoder.network(images)).float()}
@@ -207,9 +214,20 @@ def _normalised(pixels: Tensor, encoder: Encoder) -> Tensor:
 def _whole_image(encoder: Encoder, images: Tensor) -> Tensor:
     network = encoder.network
     if encoder.checkpoint.format in ("pixels", "py"):
-        return cast(Tensor, network(images))
+        return _one_row_an_image(network(images), encoder, len(images))
     maps = network.forward_features(images)  # type: ignore[operator]
     return cast(Tensor, network.forward_head(maps, pre_logits=True))  # type: ignore[operator]
+
+
+def _one_row_an_image(answer: object, encoder: Encoder, images: int) -> Tensor:
+    if isinstance(answer, Tensor) and answer.dim() == 2 and len(answer) == images:
+        return answer
+    given = f"a tensor {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+    raise CheckpointError(
+        f"gave {given} for {images} images, not ({images}, d)",
+        where=encoder.checkpoint.path,
+        remedy="The module maps images (n, 3, S, S) to features (n, d).",
+    )
 
 
 def _token_taps(encoder: Encoder, images: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
@@ -223,6 +241,8 @@ def _token_taps(encoder: Encoder, images: Tensor, taps: Sequence[str]) -> dict[s
         intermediates_only=True,
     )
     norm = encoder.final_norm
+    if getattr(network, "num_prefix_tokens", 0) == 0:  # timm then gives the patches alone
+        blocks = [(patches, patches[:, :0]) for patches in blocks]
     patches, prefix = blocks[-1]
     features: dict[str, Tensor] = {}
     for tap in taps:
@@ -241,8 +261,9 @@ def _token_taps(encoder: Encoder, images: Tensor, taps: Sequence[str]) -> dict[s
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Keep TF32 out of float32 products and convolutions on CUDA, and put the settings back."""
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    """Keep TF32 and bf16 out of float32 products and convolutions, and put the settings back."""
+    cuda = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    settings = (*cuda, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "ieee"

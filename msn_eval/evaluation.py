@@ -67,7 +67,8 @@ def evaluate(
         "out": str(out),
     }
     plan = make_plan(read_config(Request, given=given | options))
-    return [result for name in plan.request.checkpoint for result in evaluate_checkpoint(plan, name)]
+    found = (result for name in plan.request.checkpoint for result in evaluate_checkpoint(plan, name))
+    return list({result.id: result for result in found}.values())
 
 
 def evaluate_checkpoint(plan: Plan, name: str, *, on_progress: Progress | None = None) -> Iterator[Result]:

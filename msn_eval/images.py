@@ -86,6 +86,15 @@ class ImageSet:
             grouped[label].append(image_id)
         return tuple(tuple(group) for group in grouped)
 
+    @cached_property
+    def ids_by_file(self) -> dict[str, tuple[str, ...]]:
+        """Give the ids that end in each file name; one, where names are unique over classes as ImageNet's are."""
+        grouped: dict[str, tuple[str, ...]] = {}
+        for image_id in self.ids:
+            file = image_id.rpartition("/")[2]
+            grouped[file] = (*grouped.get(file, ()), image_id)
+        return grouped
+
     def only(self, image_ids: Sequence[str]) -> "ImageSet":
         """Give the named images, in the order of this set. Raises DataError for a name it does not have."""
         try:

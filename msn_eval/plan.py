@@ -15,13 +15,14 @@ from msn_eval.checkpoint import check_checkpoint_names
 from msn_eval.datasets import DATASETS, DataSet, read_dataset
 from msn_eval.datasets.dataset import class_map_sha256
 from msn_eval.encoder import Precision, choose_device, default_precision, precision_class
-from msn_eval.errors import DataError, UsageError
+from msn_eval.errors import DataError, NumericalError, UsageError
 from msn_eval.file_hashes import content_sha256, hash_images
 from msn_eval.images import DECODERS, BadImageError, ImageSet
 from msn_eval.protocols import Probe, settings
 from msn_eval.protocols.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, NearestNeighbours
 from msn_eval.protocols.logistic import Logistic, Solver, default_lambda
 from msn_eval.protocols.ncm import NearestClassMean
+from msn_eval.published_lists import read_publication
 from msn_eval.request import Request
 from msn_eval.result import PROTOCOL_VERSION, protocol_id
 from msn_eval.subset import Subset, check_subset_names, draw_in_order, make_subsets
@@ -119,8 +120,14 @@ def make_plan(request: Request) -> Plan:
         precision=precision,
         tasks=(),
     )
-    _warn_of_overlap(plan)
-    return replace(plan, tasks=tuple(_tasks(plan)))
+    _warn_of_data(plan)
+    tasks = tuple(_tasks(plan))
+    if not tasks:
+        raise NumericalError(
+            f"every k is above the {max(map(len, subsets))} labelled images: nothing to measure",
+            remedy="Ask for a smaller one: --k 1,5.",
+        )
+    return replace(plan, tasks=tasks)
 
 
 def _data_name(request: Request) -> str:
@@ -163,7 +170,10 @@ def probes_for(request: Request, subset: Subset) -> Iterator[Probe]:
 def _tasks(plan: Plan) -> Iterator[Task]:
     for subset in plan.subsets:
         for probe in probes_for(plan.request, subset):
-            for params in settings(probe, len(subset)):
+            possible = settings(probe, len(subset))
+            if not possible:
+                _log.warning("%s leaves nothing to measure on the %d images of %s", probe, len(subset), subset.name)
+            for params in possible:
                 yield Task(subset=subset, probe=probe, params=params, protocol=_protocol(plan, subset, probe, params))
 
 
@@ -195,8 +205,11 @@ def _ids_sha256(image_ids: Sequence[str]) -> str:
     return hashlib.sha256(b"".join(os.fsencode(image_id) + b"\n" for image_id in image_ids)).hexdigest()
 
 
-def _warn_of_overlap(plan: Plan) -> None:
-    """Say how many validation images are also labelled images, byte for byte."""
+def _warn_of_data(plan: Plan) -> None:
+    """Say what makes an accuracy too high or too low without anything failing."""
+    publication = read_publication()
+    if plan.classes_sha256 == publication.class_map_sha256 and len(plan.val) != publication.val_images:
+        _log.warning("ImageNet has %d validation images, %d are scored here", publication.val_images, len(plan.val))
     labelled = set(plan.train_hashes.values())
     shared = sum(1 for digest in plan.val_hashes.values() if digest in labelled)
     if shared:

@@ -36,6 +36,7 @@ class Publication:
 
     url: str
     class_map_sha256: str
+    val_images: int
     lists: tuple[PublishedList, ...]
 
     def lists_of(self, subset: str) -> tuple[PublishedList, ...]:
@@ -49,6 +50,7 @@ def read_publication() -> Publication:
     return Publication(
         url=content["url"],
         class_map_sha256=content["class_map_sha256"],
+        val_images=content["val_images"],
         lists=tuple(PublishedList(**entry) for entry in content["lists"]),
     )
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,16 +175,13 @@ def read_list(path: Path, train: ImageSet) -> Subset:
 
 
 def _listed(text: str, path: Path, train: ImageSet) -> tuple[str, ...]:
-    by_file: defaultdict[str, list[str]] = defaultdict(list)
-    for image_id in train.ids:
-        by_file[image_id.rpartition("/")[2]].append(image_id)
     first_line: dict[str, int] = {}
     faults: list[str] = []
     for number, raw in enumerate(text.splitlines(), start=1):
         line = raw.strip()
         if not line:
             continue
-        found = [line] if line in train.position else by_file.get(line, [])
+        found = (line,) if line in train.position else train.ids_by_file.get(line, ())
         if len(found) != 1:
             reason = f"{len(found)} images have this file name; write CLASS/FILE" if found else "no such training image"
             faults.append(f"line {number}: {line}: {reason}")

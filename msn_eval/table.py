@@ -89,8 +89,8 @@ class Table:
 
 
 def make_table(results: Iterable[Result]) -> Table:
-    """Put results into rows and columns. Two protocols never share a column."""
-    kept = list(results)
+    """Put results into rows and columns, each result once. Two protocols never share a column."""
+    kept = list({_identity(result): result for result in results}.values())
     columns = {column.protocol_id: column for column in _columns(kept)}
     rows = _rows(kept)
     draws: defaultdict[tuple[Row, Column], list[Result]] = defaultdict(list)
@@ -102,6 +102,11 @@ def make_table(results: Iterable[Result]) -> Table:
     return Table(
         rows=tuple(sorted(rows.values(), key=lambda row: _row_order(row, ordered, cells))), columns=ordered, cells=cells
     )
+
+
+def _identity(result: Result) -> tuple[object, ...]:
+    """Give what a result's id stands for."""
+    return result.checkpoint.weights_sha256, result.checkpoint.key, result.protocol_id, result.split.draw
 
 
 def _cell(draws: Sequence[Result]) -> Cell:

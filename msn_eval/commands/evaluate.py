@@ -122,19 +122,20 @@ def evaluate_all(plan: "Plan") -> "tuple[list[Result], int]":
     """Evaluate every checkpoint; one that is refused does not keep the others from being measured."""
     from msn_eval.evaluation import evaluate_checkpoint
 
-    results: list[Result] = []
+    found: dict[str, Result] = {}  # by id: two names for the same weights give the same results
     code = 0
     with progress_on_stderr() as on_progress:
         for name in plan.request.checkpoint:
             try:
                 for result in evaluate_checkpoint(plan, name, on_progress=on_progress):
-                    results.append(result)
+                    found[result.id] = result
                     _log.debug("%s %s@%d: %s", result.probe.name, result.split.subset, result.split.draw, result.status)
             except CheckpointError as error:
                 if len(plan.request.checkpoint) == 1:
                     raise
                 print(f"{type(error).__name__}: {error}", file=sys.stderr)
                 code = code or error.exit_code
+    results = list(found.values())
     unsound = [result for result in results if result.status != "ok"]
     for text in dict.fromkeys(f"{r.checkpoint.name}: {r.error or 'the solver did not converge'}" for r in unsound):
         print(printable(text), file=sys.stderr)

@@ -66,9 +66,11 @@ def choose_network(content: object, key: str | None, *, where: str) -> StoredNet
 
 
 def _candidates(content: Mapping[str, object]) -> dict[str | None, Mapping[str, Tensor]]:
-    if content and all(isinstance(value, Tensor) for value in content.values()):
-        return {None: {str(name): value for name, value in content.items() if isinstance(value, Tensor)}}
+    flat = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     found: dict[str | None, Mapping[str, Tensor]] = {}
+    # A network's weights have dotted names; a lone tensor such as MSN's prototypes beside a network has not.
+    if flat and (len(flat) == len(content) or any("." in name for name in flat)):
+        found[None] = flat
     for name, entry in content.items():
         if isinstance(entry, Mapping):
             tensors = {str(inner): value for inner, value in entry.items() if isinstance(value, Tensor)}
@@ -92,8 +94,8 @@ def trunk_weights(network: StoredNetwork) -> Trunk:
     """Give the trunk of a stored network in timm's naming."""
     tensors = _unwrap(network.tensors)
     if "patch_embed.proj.weight" in tensors:
-        # The MSN encoder carries its projection head as `fc`; timm's classifier is `head`.
-        if network.key == "target_encoder" and "cls_token" in tensors:
+        # MSN's encoders carry their projection head as `fc`; timm's classifier is `head`.
+        if network.key == "target_encoder" or any(name.startswith("fc.") for name in tensors):
             return _without_heads("msn", tensors, ("fc.",))
         return _without_heads("timm", tensors, ("head.", "head_dist."))
     if "conv_proj.weight" in tensors:

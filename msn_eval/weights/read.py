@@ -51,7 +51,9 @@ def read_weight_file(path: Path) -> WeightFile:
     except IsADirectoryError:
         raise CheckpointError("is a folder, not a checkpoint file", where=str(path), remedy="Name the file.") from None
     except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+        raise CheckpointError(
+            f"cannot be read: {error.strerror or error}", where=str(path), remedy="Check the path and its permissions."
+        ) from error
     return WeightFile(content=content, sha256=digest, container=container)
 
 
@@ -87,7 +89,13 @@ def _read_torch(file: IO[bytes], path: Path) -> object:
             remedy="Loading it could run code from the file, so it is refused. Where you trust its origin, save its state "
             "dict alone, best as .safetensors.",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except Exception as error:  # the unpickler also lets struct.error and AssertionError through
+        if "TorchScript" in str(error):
+            raise CheckpointError(
+                "a TorchScript archive, which is a program and not a state dict",
+                where=str(path),
+                remedy="Save the state_dict() of the module it came from.",
+            ) from error
         raise _damaged(path, _ANSI.sub("", str(error)).partition("\n")[0][:160]) from error
 
 

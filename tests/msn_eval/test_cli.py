@@ -151,6 +151,18 @@ def test_a_second_run_only_adds_what_is_missing(folder: Path) -> None:
     assert before.items() <= after.items()
 
 
+def test_the_same_weights_under_two_names_are_counted_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--checkpoint", "pixels", *_pixels("--data", str(folder), "--subset", "2imgs", "--json")])
+
+    assert len(json.loads(capsys.readouterr().out)) == 3
+
+
+def test_no_k_that_fits_is_an_error_and_not_an_empty_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(_pixels("--data", str(folder), "--subset", "1img", "--probe", "knn"))
+
+    assert (code, "nothing to measure" in capsys.readouterr().err) == (23, True)
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(_pixels("--data", str(folder), "--subset", "5imgs", "--dry-run"))
 
@@ -322,7 +334,7 @@ def test_a_signal_ends_with_its_code_and_keeps_what_is_finished(
     command = [sys.executable, "-m", "msn_eval", "--checkpoint", "pixels", "--checkpoint", "py:slow_encoder:make"]
     with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         deadline = time.monotonic() + 120
-        while not Path("started").exists() and time.monotonic() < deadline:
+        while not Path("started").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(number)
         told = process.communicate(timeout=60)[1]

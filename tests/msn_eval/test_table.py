@@ -103,5 +103,9 @@ def test_subsets_stand_in_the_order_of_their_size(results: list[Result]) -> None
     assert [column.subset for column in table.groups()["ncm"]] == ["1img", "2imgs"]
 
 
+def test_a_result_that_comes_twice_counts_once(results: list[Result]) -> None:
+    assert make_table([*results, *results]) == make_table(results)
+
+
 def test_order_of_the_records_changes_nothing(results: list[Result]) -> None:
     assert make_table(results) == make_table(results[::-1])

@@ -1,0 +1,129 @@
+"""Small real things for the tests of checkpoints, encoders and features: weights, files, pictures."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+WeightMaker = Callable[..., Weights]
+MSNWriter = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: networks this small gain nothing from more and lose much beside other processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def vit_weights() -> WeightMaker:
+    """Give a function that draws the weights of a Vision Transformer, by timm's names, without asking timm."""
+
+    def draw(
+        *,
+        width: int = 192,
+        depth: int = 2,
+        patch: int = 8,
+        image: int = 32,
+        registers: int = 0,
+        class_token: bool = True,
+        class_position: bool = True,
+        layer_scale: bool = False,
+        qk_norm: bool = False,
+        fc_norm: bool = False,
+        head_width: int = 64,
+        device: str = "cpu",
+    ) -> Weights:
+        prefix = int(class_token) + registers
+        shapes: dict[str, tuple[int, ...]] = {
+            "patch_embed.proj.weight": (width, 3, patch, patch),
+            "patch_embed.proj.bias": (width,),
+            "pos_embed": (1, (image // patch) ** 2 + (prefix if class_position else 0), width),
+        }
+        if class_token:
+            shapes["cls_token"] = (1, 1, width)
+        if registers:
+            shapes["reg_token"] = (1, registers, width)
+        for block in range(depth):
+            here = f"blocks.{block}"
+            for name, rows, columns in (
+                ("attn.qkv", 3 * width, width),
+                ("attn.proj", width, width),
+                ("mlp.fc1", 4 * width, width),
+                ("mlp.fc2", width, 4 * width),
+            ):
+                shapes[f"{here}.{name}.weight"] = (rows, columns)
+                shapes[f"{here}.{name}.bias"] = (rows,)
+            norms = ["norm1", "norm2"]
+            for name in norms:
+                shapes[f"{here}.{name}.weight"] = shapes[f"{here}.{name}.bias"] = (width,)
+            if qk_norm:
+                for name in ("attn.q_norm", "attn.k_norm"):
+                    shapes[f"{here}.{name}.weight"] = shapes[f"{here}.{name}.bias"] = (head_width,)
+            if layer_scale:
+                shapes[f"{here}.ls1.gamma"] = shapes[f"{here}.ls2.gamma"] = (width,)
+        final = "fc_norm" if fc_norm else "norm"
+        shapes[f"{final}.weight"] = shapes[f"{final}.bias"] = (width,)
+        generator = torch.Generator().manual_seed(7)
+        return {name: _draw(name, shape, generator, device) for name, shape in shapes.items()}
+
+    return draw
+
+
+def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator, device: str) -> Tensor:
+    if device == "meta":
+        return torch.empty(shape, device="meta")
+    noise = torch.randn(shape, generator=generator)
+    if len(shape) == 1 and name.endswith(("weight", "gamma")):  # scales, about one
+        return 1 + 0.2 * noise
+    fan_in = math.prod(shape[1:]) if name.endswith("weight") else 25
+    return noise / math.sqrt(fan_in)
+
+
+@pytest.fixture
+def msn_file(tmp_path: Path, vit_weights: WeightMaker) -> MSNWriter:
+    """Give a function that writes a file shaped like the MSN release: target encoder with its head, and prototypes."""
+
+    def write(weights: Weights | None = None, *, name: str = "vit.pth.tar", **others: object) -> Path:
+        trunk = vit_weights() if weights is None else weights
+        width = trunk["patch_embed.proj.weight"].shape[0]
+        head = {"fc.fc1.weight": torch.ones(8, width), "fc.fc1.bias": torch.zeros(8)}
+        content = {
+            "target_encoder": {f"module.{key}": tensor for key, tensor in (trunk | head).items()},
+            "prototypes": torch.ones(16, 8),
+            "epoch": 600,
+        }
+        path = tmp_path / name
+        torch.save(content | others, path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give an image folder of three classes with five pictures each, in `val` alone."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(3)
+    for name in ("ant", "bee", "cat"):
+        folder = root / "val" / name
+        folder.mkdir(parents=True)
+        for number in range(5):
+            pixels = generator.integers(0, 256, (40, 36 + number, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def random_pixels() -> Tensor:
+    """Give four images of 32 pixels, as decoders leave them."""
+    return torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))

@@ -1,0 +1,200 @@
+"""Architectures from the shapes of weights and from names."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from msn_eval.architectures import Architecture, build_network, name_architecture, recognise_architecture
+from msn_eval.errors import CheckpointError
+
+WeightMaker = Callable[..., dict[str, Tensor]]
+TINY = "vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
+
+
+def shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items()}
+
+
+def resnet_shapes(*blocks: int, bottleneck: bool = False, width: int = 64) -> dict[str, Tensor]:
+    weights = {"conv1.weight": torch.empty(64, 3, 7, 7, device="meta"), "bn1.weight": torch.empty(64, device="meta")}
+    for stage, count in enumerate(blocks, start=1):
+        for block in range(count):
+            for number in range(1, 4 if bottleneck else 3):
+                weights[f"layer{stage}.{block}.conv{number}.weight"] = torch.empty(width, 64, 1, 1, device="meta")
+    return weights
+
+
+@pytest.mark.parametrize(("width", "heads"), [(192, 3), (384, 6), (768, 12)])
+def test_width_gives_the_published_number_of_heads(vit_weights: WeightMaker, width: int, heads: int) -> None:
+    network = build_network(recognise_architecture(vit_weights(width=width, depth=1)))
+    assert network.blocks[0].attn.num_heads == heads
+
+
+@pytest.mark.parametrize(("patch", "image"), [(4, 32), (7, 28), (8, 32), (14, 56), (16, 64)])
+def test_patch_and_image_size_are_read_from_shapes(vit_weights: WeightMaker, patch: int, image: int) -> None:
+    network = build_network(recognise_architecture(vit_weights(depth=1, patch=patch, image=image)))
+    assert (network.patch_embed.patch_size, network.patch_embed.img_size) == ((patch, patch), (image, image))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"depth": 3},
+        {"registers": 4},
+        {"registers": 4, "class_position": False},
+        {"class_token": False},
+        {"class_position": False},
+        {"layer_scale": True},
+        {"qk_norm": True},
+        {"fc_norm": True},
+        {"fc_norm": True, "class_token": False},
+    ],
+    ids=str,
+)
+def test_network_has_a_place_for_every_weight_it_was_recognised_by(
+    vit_weights: WeightMaker, variant: dict[str, object]
+) -> None:
+    weights = vit_weights(**variant)
+    network = build_network(recognise_architecture(weights))
+    assert shapes(network.state_dict()) == shapes(weights)
+
+
+def test_published_sizes_have_timms_name(vit_weights: WeightMaker) -> None:
+    weights = vit_weights(width=768, depth=12, patch=16, image=224, device="meta")
+    assert recognise_architecture(weights).name == "vit_base_patch16_224"
+
+
+def test_vit_base_has_the_published_number_of_parameters(vit_weights: WeightMaker) -> None:
+    weights = vit_weights(width=768, depth=12, patch=16, image=224, device="meta")
+    with torch.device("meta"):
+        network = build_network(recognise_architecture(weights))
+    assert sum(parameter.numel() for parameter in network.parameters()) == 85_798_656
+
+
+def test_unknown_width_is_refused_with_the_arch_option_as_remedy(vit_weights: WeightMaker) -> None:
+    with pytest.raises(CheckpointError, match="width 96 and depth 2") as refusal:
+        recognise_architecture(vit_weights(width=96))
+    assert "--arch 'vit_tiny_patch16_224?embed_dim=96&depth=2&patch_size=8" in refusal.value.remedy
+
+
+def test_positions_that_fill_no_square_are_refused(vit_weights: WeightMaker) -> None:
+    weights = vit_weights() | {"pos_embed": torch.zeros(1, 15, 192)}
+    with pytest.raises(CheckpointError, match="15 positions") as refusal:
+        recognise_architecture(weights)
+    assert "--arch" in refusal.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("patch_embed.proj.weight", (192, 3, 2, 8, 8)),  # a video's patches
+        ("patch_embed.proj.weight", (192, 192)),  # patches embedded by a linear layer
+        ("pos_embed", (16,)),
+        ("blocks.0.mlp.fc1.weight", ()),
+    ],
+)
+def test_weight_of_an_unexpected_dimension_is_refused(
+    vit_weights: WeightMaker, name: str, shape: tuple[int, ...]
+) -> None:
+    weights = vit_weights() | {name: torch.zeros(shape)}
+    with pytest.raises(CheckpointError) as refusal:
+        build_network(recognise_architecture(weights))
+    assert "--arch" in refusal.value.remedy
+
+
+@pytest.mark.parametrize(("registers", "positions", "image"), [(4, 1, 8), (3, 4, 16)])
+def test_positions_that_the_prefix_tokens_alone_would_use_up_are_those_of_patches(
+    vit_weights: WeightMaker, registers: int, positions: int, image: int
+) -> None:
+    weights = vit_weights(registers=registers) | {"pos_embed": torch.zeros(1, positions, 192)}
+    assert recognise_architecture(weights).keywords["img_size"] == image
+
+
+def test_unfamiliar_names_are_refused_and_shown() -> None:
+    with pytest.raises(CheckpointError, match=r"stem\.weight") as refusal:
+        recognise_architecture({"stem.weight": torch.zeros(3)})
+    assert "--arch" in refusal.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("blocks", "bottleneck", "name"),
+    [
+        ((2, 2, 2, 2), False, "resnet18"),
+        ((3, 4, 6, 3), False, "resnet34"),
+        ((3, 4, 6, 3), True, "resnet50"),
+    ],
+)
+def test_residual_networks_are_told_apart_by_their_blocks(blocks: tuple[int, ...], bottleneck: bool, name: str) -> None:
+    assert recognise_architecture(resnet_shapes(*blocks, bottleneck=bottleneck)).timm_name == name
+
+
+@pytest.mark.parametrize("weights", [resnet_shapes(1, 1, 1, 1), resnet_shapes(2, 2, 2, 2, width=128)])
+def test_residual_network_of_another_depth_or_width_is_refused(weights: dict[str, Tensor]) -> None:
+    with pytest.raises(CheckpointError, match="none of ResNet-18") as refusal:
+        recognise_architecture(weights)
+    assert "--arch" in refusal.value.remedy
+
+
+def test_keywords_of_a_name_are_read_as_values() -> None:
+    architecture = name_architecture("vit_tiny_patch16_224?img_size=32&patch_size=4&qk_norm=True&global_pool=avg")
+    assert architecture.keywords == {"img_size": 32, "patch_size": 4, "qk_norm": True, "global_pool": "avg"}
+
+
+def test_keywords_of_a_name_shape_the_network() -> None:
+    network = build_network(name_architecture("vit_tiny_patch16_224?img_size=32&patch_size=4&depth=1"))
+    assert network.pos_embed.shape == (1, 1 + 8 * 8, 192)
+
+
+@pytest.mark.parametrize("text", ["", "?img_size=32"])
+def test_architecture_without_a_name_is_refused(text: str) -> None:
+    with pytest.raises(CheckpointError, match="has a name"):
+        name_architecture(text)
+
+
+def test_keywords_that_are_no_pairs_are_refused_with_an_example() -> None:
+    with pytest.raises(CheckpointError, match="keywords") as refusal:
+        name_architecture("vit_tiny_patch16_224?img_size")
+    assert "img_size=32&patch_size=4" in refusal.value.remedy
+
+
+def test_unknown_name_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(CheckpointError, match=r"Did you mean vit_tiny_patch16_224\?"):
+        build_network(name_architecture("vit_tiny_patch16_223"))
+
+
+@pytest.mark.parametrize("query", ["img_sise=32", "num_classes=10", "img_size=big", "depth=-1&embed_dim=7"])
+def test_keywords_that_the_network_does_not_take_are_refused(query: str) -> None:
+    with pytest.raises(CheckpointError, match="no network can be built"):
+        build_network(name_architecture(f"vit_tiny_patch16_224?{query}"))
+
+
+def test_network_has_no_classifier_and_is_in_eval_mode() -> None:
+    network = build_network(name_architecture(TINY))
+    assert (network.training, [name for name in network.state_dict() if name.startswith("head")]) == (False, [])
+
+
+def test_same_seed_draws_the_same_weights() -> None:
+    first, second = (build_network(name_architecture(TINY), seed=3).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_another_seed_draws_other_weights() -> None:
+    first, second = (build_network(name_architecture(TINY), seed=seed).state_dict() for seed in (3, 4))
+    assert not torch.equal(first["patch_embed.proj.weight"], second["patch_embed.proj.weight"])
+
+
+@pytest.mark.parametrize("architecture", [name_architecture(TINY), Architecture(name="resnet18", timm_name="resnet18")])
+def test_building_leaves_the_global_generator_alone(architecture: Architecture) -> None:
+    before = torch.get_rng_state()
+    build_network(architecture, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_norm_before_the_blocks_leaves_the_activation_open_and_is_refused(vit_weights: WeightMaker) -> None:
+    weights = vit_weights(depth=1) | {"norm_pre.weight": torch.ones(192), "norm_pre.bias": torch.zeros(192)}
+
+    with pytest.raises(CheckpointError, match="CLIP"):
+        recognise_architecture(weights)

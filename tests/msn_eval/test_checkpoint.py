@@ -1,0 +1,474 @@
+"""Checkpoints: from a file or a scheme to a network with every weight in its place."""
+
+import hashlib
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor
+
+from msn_eval.checkpoint import check_checkpoint_names, read_checkpoint, weights_sha256
+from msn_eval.errors import CheckpointError
+from msn_eval.images import IMAGENET_MEAN, IMAGENET_STD
+
+Weights = dict[str, Tensor]
+WeightMaker = Callable[..., Weights]
+MSNWriter = Callable[..., Path]
+FactoryWriter = Callable[..., str]
+TINY = "vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
+MODULE = """
+from functools import partial
+import torch
+from torch import nn
+
+class Mean(nn.Module):
+    def __init__(self, d: int = 3) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(d))
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.scale * images.mean((2, 3))
+
+"""
+
+
+def refusal(name: str | Path, **options: object) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(str(name), **options)
+    return caught.value
+
+
+def saved(folder: Path, content: object, *, name: str = "vit.pth") -> Path:
+    path = folder / name
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture
+def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FactoryWriter:
+    """Give a function that writes a module with `factory` in the working folder, and names it as a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def write(body: str = "factory = Mean", *, module: str = "own_encoder") -> str:
+        sys.modules.pop(module, None)
+        (tmp_path / f"{module}.py").write_text(MODULE + body)
+        return f"py:{module}:factory"
+
+    return write
+
+
+# The MSN release.
+
+
+def test_msn_release_is_told_by_its_target_encoder(msn_file: MSNWriter) -> None:
+    checkpoint = read_checkpoint(str(msn_file()))
+    assert (checkpoint.format, checkpoint.key, checkpoint.epoch) == ("msn", "target_encoder", 600)
+
+
+def test_msn_release_fills_the_whole_network(msn_file: MSNWriter) -> None:
+    assert read_checkpoint(str(msn_file())).matched == 1.0
+
+
+def test_network_holds_the_files_weights(msn_file: MSNWriter, vit_weights: WeightMaker) -> None:
+    state, weights = read_checkpoint(str(msn_file())).network.state_dict(), vit_weights()
+    assert all(torch.equal(state[name], weights[name]) for name in weights)
+
+
+def test_params_count_the_trunk_without_its_head(msn_file: MSNWriter, vit_weights: WeightMaker) -> None:
+    assert read_checkpoint(str(msn_file())).params == sum(tensor.numel() for tensor in vit_weights().values())
+
+
+def test_network_is_in_eval_mode(msn_file: MSNWriter) -> None:
+    assert not any(module.training for module in read_checkpoint(str(msn_file())).network.modules())
+
+
+def test_name_is_the_files_without_its_endings_and_path_is_as_written(msn_file: MSNWriter) -> None:
+    path = msn_file(name="vitb16_600ep.pth.tar")
+    checkpoint = read_checkpoint(str(path))
+    assert (checkpoint.name, checkpoint.path) == ("vitb16_600ep", str(path))
+
+
+def test_sha256_is_that_of_the_file(msn_file: MSNWriter) -> None:
+    path = msn_file()
+    assert read_checkpoint(str(path)).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_native_size_is_that_of_the_positions(msn_file: MSNWriter, vit_weights: WeightMaker) -> None:
+    checkpoint = read_checkpoint(str(msn_file(vit_weights(image=56, patch=14))))
+    assert (checkpoint.image_pixels, checkpoint.arch) == (56, "vit_width192_depth2_patch14_56")
+
+
+def test_either_network_of_an_msn_snapshot_can_be_chosen(msn_file: MSNWriter, vit_weights: WeightMaker) -> None:
+    online = vit_weights() | {"norm.bias": torch.full((192,), 5.0), "fc.fc1.weight": torch.ones(8, 192)}
+    path = msn_file(encoder={f"module.{name}": tensor for name, tensor in online.items()})
+    checkpoint = read_checkpoint(str(path), key="encoder")
+    assert (checkpoint.key, checkpoint.network.norm.bias.mean().item()) == ("encoder", 5.0)
+
+
+def test_weights_hash_is_the_same_in_another_container_and_naming(
+    tmp_path: Path, msn_file: MSNWriter, vit_weights: WeightMaker
+) -> None:
+    path = tmp_path / "vit.safetensors"
+    safetensors.torch.save_file(vit_weights(), path)
+    assert read_checkpoint(str(path)).weights_sha256 == read_checkpoint(str(msn_file())).weights_sha256
+
+
+def test_sha256_differs_in_another_container(tmp_path: Path, msn_file: MSNWriter, vit_weights: WeightMaker) -> None:
+    path = tmp_path / "vit.safetensors"
+    safetensors.torch.save_file(vit_weights(), path)
+    assert read_checkpoint(str(path)).sha256 != read_checkpoint(str(msn_file())).sha256
+
+
+# The hash over weights.
+
+
+def test_weights_hash_does_not_depend_on_order_or_layout() -> None:
+    square = torch.arange(6.0).reshape(2, 3)
+    assert weights_sha256({"a": square, "b": torch.ones(1)}) == weights_sha256(
+        {"b": torch.ones(1), "a": square.T.contiguous().T}
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"b": torch.arange(6.0).reshape(2, 3)},
+        {"a": torch.arange(6.0).reshape(3, 2)},
+        {"a": torch.arange(6).reshape(2, 3)},
+        {"a": torch.tensor([[0.0, 1, 2], [3, 4, 5.000001]])},
+        {"a": torch.tensor([[-0.0, 1, 2], [3, 4, 5]])},
+        {},
+    ],
+    ids=["name", "shape", "dtype", "one value", "sign of a zero", "absence"],
+)
+def test_weights_hash_depends_on(other: Weights) -> None:
+    assert weights_sha256(other) != weights_sha256({"a": torch.arange(6.0).reshape(2, 3)})
+
+
+# Other families.
+
+
+def test_torchvision_residual_network_is_read(tmp_path: Path) -> None:
+    theirs = torchvision.models.resnet18()
+    checkpoint = read_checkpoint(str(saved(tmp_path, theirs.state_dict())))
+    assert (checkpoint.arch, checkpoint.format, checkpoint.matched) == ("resnet18", "torchvision", 1.0)
+
+
+def test_file_of_old_pytorch_without_batch_counts_is_read(tmp_path: Path) -> None:
+    state = torchvision.models.resnet18().state_dict()
+    older = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    assert read_checkpoint(str(saved(tmp_path, older))).matched == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arch", "mean"),
+    [(TINY, IMAGENET_MEAN), (TINY.replace("224?", "224.augreg_in21k?"), (0.5, 0.5, 0.5))],
+    ids=["bare", "tagged"],
+)
+def test_normalisation_is_imagenets_unless_one_of_timms_tags_states_another(
+    tmp_path: Path, vit_weights: WeightMaker, arch: str, mean: tuple[float, ...]
+) -> None:
+    assert read_checkpoint(str(saved(tmp_path, vit_weights(depth=1))), arch=arch).mean == mean
+
+
+def test_width_that_no_published_network_has_is_read_by_its_arch(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    path = saved(tmp_path, vit_weights(width=96))
+    arch = "vit_tiny_patch16_224?embed_dim=96&depth=2&patch_size=8&num_heads=4&img_size=32"
+    checkpoint = read_checkpoint(str(path), arch=arch)
+    assert (checkpoint.arch, checkpoint.network.blocks[0].attn.num_heads) == (arch, 4)
+
+
+def test_half_precision_weights_are_widened(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    path = saved(tmp_path, {name: tensor.half() for name, tensor in vit_weights().items()})
+    assert {tensor.dtype for tensor in read_checkpoint(str(path)).network.state_dict().values()} == {torch.float32}
+
+
+# Weights that do not fit.
+
+
+def without(*names: str) -> Callable[[Weights], Weights]:
+    return lambda weights: {name: tensor for name, tensor in weights.items() if name not in names}
+
+
+def poisoned(name: str, value: float) -> Callable[[Weights], Weights]:
+    def poison(weights: Weights) -> Weights:
+        tensor = weights[name].clone()
+        tensor.view(-1)[3] = value
+        return weights | {name: tensor}
+
+    return poison
+
+
+MISFITS: dict[str, tuple[Callable[[Weights], Weights], str]] = {
+    "missing": (without("blocks.1.mlp.fc2.bias"), "blocks.1.mlp.fc2.bias: missing in the file"),
+    "left over": (lambda weights: weights | {"neck.bias": torch.ones(2)}, "neck.bias: no place in the model"),
+    "reshaped": (
+        lambda weights: weights | {"blocks.1.norm1.bias": torch.ones(191)},
+        "blocks.1.norm1.bias: file (191,), model (192,)",
+    ),
+    "no block that counts": (without(*(f"blocks.0.norm1.{one}" for one in ("weight", "bias"))), "2 of 30 weights"),
+    "NaN": (poisoned("blocks.1.mlp.fc1.weight", math.nan), "NaN or infinite values (blocks.1.mlp.fc1.weight)"),
+    "infinite": (poisoned("norm.weight", math.inf), "NaN or infinite values (norm.weight)"),
+    "a relative of the family": (lambda weights: {f"backbone.{name}": weights[name] for name in weights}, "--arch"),
+    "unknown width": (lambda weights: weights | {"patch_embed.proj.weight": torch.ones(200, 3, 8, 8)}, "--arch"),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_weights_that_do_not_fit_are_refused_by_what_is_wrong(
+    tmp_path: Path, vit_weights: WeightMaker, kind: str
+) -> None:
+    change, text = MISFITS[kind]
+    assert text in str(refusal(saved(tmp_path, change(vit_weights()))))
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_misfit_names_the_file_and_a_remedy(tmp_path: Path, vit_weights: WeightMaker, kind: str) -> None:
+    error = refusal(saved(tmp_path, MISFITS[kind][0](vit_weights())))
+    assert (error.exit_code, error.where, len(error.remedy) > 10) == (20, str(tmp_path / "vit.pth"), True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: tensor * torch.tensor(1 + 1j),
+        lambda tensor: (20 * tensor).to(torch.int8),
+    ],
+    ids=["without values", "sparse", "complex", "integers"],
+)
+def test_tensor_that_is_not_dense_and_real_is_refused_by_name(
+    tmp_path: Path, vit_weights: WeightMaker, change: Callable[[Tensor], Tensor]
+) -> None:
+    weights = vit_weights()
+    changed = {"blocks.0.mlp.fc1.weight": change(weights["blocks.0.mlp.fc1.weight"])}
+    assert "blocks.0.mlp.fc1.weight" in refusal(saved(tmp_path, weights | changed)).what
+
+
+def test_long_list_of_misfits_is_cut_and_counted(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    error = refusal(saved(tmp_path, vit_weights()), arch=TINY.replace("depth=1", "depth=4"))
+    assert str(error).count("missing in the file") == 5
+    assert "and 19 more" in str(error)
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "resnet18"])
+def test_wrong_architecture_is_refused_and_named(tmp_path: Path, vit_weights: WeightMaker, arch: str) -> None:
+    assert f"weights do not fit {arch}" in refusal(saved(tmp_path, vit_weights()), arch=arch).what
+
+
+def test_position_embeddings_of_another_size_are_refused_and_not_interpolated(
+    tmp_path: Path, vit_weights: WeightMaker
+) -> None:
+    error = refusal(saved(tmp_path, vit_weights(image=64)), arch=TINY.replace("depth=1", "depth=2"))
+    assert "pos_embed: file (1, 65, 192), model (1, 17, 192)" in str(error)
+
+
+def test_wrong_key_is_refused_with_the_file_and_its_networks(msn_file: MSNWriter) -> None:
+    error = refusal(msn_file(), key="teacher")
+    assert "vit.pth.tar: has no network 'teacher'" in str(error)
+    assert "target_encoder: 32 tensors" in str(error)
+
+
+def test_weights_that_may_be_missing_stay_as_drawn_and_are_counted(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    weights = vit_weights()
+    path = saved(tmp_path, without("blocks.1.mlp.fc2.weight", "blocks.1.mlp.fc2.bias")(weights))
+    checkpoint = read_checkpoint(str(path), allow_missing=("blocks.1.mlp.fc2.*",))
+    whole = sum(tensor.numel() for tensor in weights.values())
+    assert checkpoint.matched == pytest.approx(1 - (768 * 192 + 192) / whole, abs=1e-12)
+
+
+def test_pattern_allows_no_other_weight_to_be_missing(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    path = saved(tmp_path, without("blocks.1.mlp.fc2.bias", "blocks.1.norm1.bias")(vit_weights()))
+    error = refusal(path, allow_missing=("blocks.1.mlp.*",))
+    assert (error.what.startswith("1 of"), "blocks.1.norm1.bias" in error.what) == (True, True)
+
+
+def test_pattern_does_not_excuse_a_wrong_shape(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    path = saved(tmp_path, vit_weights() | {"norm.bias": torch.ones(3)})
+    assert "norm.bias: file (3,), model (192,)" in str(refusal(path, allow_missing=("*",)))
+
+
+def test_pattern_for_a_weight_that_is_there_leaves_the_match_whole(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    assert read_checkpoint(str(saved(tmp_path, vit_weights())), allow_missing=("norm.*",)).matched == 1.0
+
+
+# random: and pixels
+
+
+def test_random_architecture_takes_keywords() -> None:
+    checkpoint = read_checkpoint(f"random:{TINY}")
+    assert (checkpoint.arch, checkpoint.image_pixels, checkpoint.sha256) == (TINY, 32, None)
+
+
+def test_random_weights_follow_the_seed() -> None:
+    first, again, other = (read_checkpoint(f"random:{TINY}", seed=seed).weights_sha256 for seed in (1, 1, 2))
+    assert (first == again, first == other) == (True, False)
+
+
+def test_random_checkpoint_has_the_files_architecture_and_none_of_its_weights(msn_file: MSNWriter) -> None:
+    path = str(msn_file())
+    trained, untrained = read_checkpoint(path), read_checkpoint(f"random:{path}")
+    assert untrained.arch == trained.arch
+    assert not torch.equal(untrained.network.cls_token, trained.network.cls_token)
+
+
+def test_random_checkpoint_of_several_networks_takes_a_key(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    path = saved(tmp_path, {"student": vit_weights(), "teacher": vit_weights(depth=1)})
+    assert read_checkpoint(f"random:{path}", key="teacher").arch == "vit_width192_depth1_patch8_32"
+
+
+def test_pixels_are_a_checkpoint_without_weights() -> None:
+    checkpoint = read_checkpoint("pixels")
+    assert (checkpoint.image_pixels, checkpoint.params, checkpoint.sha256) == (32, 0, None)
+
+
+# py:
+
+
+def test_own_module_is_the_factorys(factory: FactoryWriter) -> None:
+    checkpoint = read_checkpoint(factory())
+    assert (checkpoint.format, checkpoint.name, checkpoint.params) == ("py", "own_encoder:factory", 3)
+
+
+def test_own_module_without_attributes_gets_imagenets(factory: FactoryWriter) -> None:
+    checkpoint = read_checkpoint(factory())
+    assert (checkpoint.image_pixels, checkpoint.mean, checkpoint.std) == (224, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def test_own_modules_attributes_replace_imagenets(factory: FactoryWriter) -> None:
+    name = factory(
+        "def factory():\n"
+        "    network = Mean()\n"
+        "    network.image_pixels, network.mean, network.std = 96, (0.5, 0.4, 0.3), [0.1, 0.2, 0.3]\n"
+        "    return network\n"
+    )
+    checkpoint = read_checkpoint(name)
+    assert (checkpoint.image_pixels, checkpoint.mean, checkpoint.std) == (96, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+
+
+def test_own_module_is_put_into_eval_mode_and_float32(factory: FactoryWriter) -> None:
+    network = read_checkpoint(factory("def factory(): return Mean().double().train()")).network
+    assert (network.training, network.scale.dtype) == (False, torch.float32)
+
+
+def test_weights_hash_of_an_own_module_follows_the_factorys_source(factory: FactoryWriter) -> None:
+    before = read_checkpoint(factory()).weights_sha256
+    same = read_checkpoint(factory()).weights_sha256
+    after = read_checkpoint(factory("factory = Mean  # another line")).weights_sha256
+    assert (before == same, before == after) == (True, False)
+
+
+def test_weights_hash_of_an_own_module_follows_its_weights(factory: FactoryWriter) -> None:
+    name = factory("import os\ndef factory(): return Mean(int(os.environ['OWN_WIDTH']))")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OWN_WIDTH", "1")
+        before = read_checkpoint(name).weights_sha256
+        patch.setenv("OWN_WIDTH", "3")
+        assert read_checkpoint(name).weights_sha256 != before
+
+
+def test_factory_may_be_any_callable(factory: FactoryWriter) -> None:
+    assert read_checkpoint(factory("factory = partial(Mean, 3)")).params == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("def factory(): raise KeyError('width')", "the factory failed: KeyError: 'width'"),
+        ("def factory(): return [1]", "the factory gave a list, not an nn.Module"),
+        ("factory = 3", "the factory failed: TypeError"),
+        ("", "the factory failed: AttributeError"),
+        ("def factory(:", "the factory failed: SyntaxError"),
+        ("import no_such_package\nfactory = Mean", "the factory failed: ModuleNotFoundError"),
+        ("def factory():\n    network = Mean()\n    network.mean = (0.5, 0.5)\n    return network", "mean"),
+        ("def factory():\n    network = Mean()\n    network.std = ('a', 'b', 'c')\n    return network", "std"),
+        ("def factory():\n    network = Mean()\n    network.image_pixels = 'big'\n    return network", "image_pixels"),
+    ],
+    ids=["raises", "no module", "no callable", "absent", "syntax", "import", "mean", "std", "image_pixels"],
+)
+def test_factory_that_gives_no_encoder_is_refused(factory: FactoryWriter, body: str, text: str) -> None:
+    error = refusal(factory(body))
+    assert (text in error.what, error.where, bool(error.remedy)) == (True, "py:own_encoder:factory", True)
+
+
+@pytest.mark.parametrize("name", ["py:own_encoder", "py:"])
+def test_factory_without_a_function_is_refused(name: str) -> None:
+    assert "py:package.module:factory" in refusal(name).what
+
+
+# timm:
+
+
+def test_timm_name_that_does_not_exist_is_refused_with_the_nearest() -> None:
+    assert "Did you mean vit_tiny_patch16_224?" in str(refusal("timm:vit_tiny_patch16_242"))
+
+
+def test_timm_weights_without_cache_and_network_are_refused_at_once(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\n"
+        "import timm\n"
+        "from msn_eval.checkpoint import read_checkpoint\n"
+        "from msn_eval.errors import CheckpointError\n"
+        "started = time.perf_counter()\n"
+        "try:\n"
+        "    read_checkpoint('timm:vit_tiny_patch16_224')\n"
+        "except CheckpointError as error:\n"
+        "    print(error)\n"
+        "    sys.exit(error.exit_code if time.perf_counter() - started < 10 else 99)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (ended.returncode, "HF_HOME" in ended.stdout) == (20, True), ended.stdout + ended.stderr
+
+
+# Names, before any work.
+
+
+@pytest.mark.parametrize("name", ["pixels", "timm:resnet18", "random:resnet18", "py:own:factory"])
+def test_schemes_pass_the_check_of_names(name: str) -> None:
+    check_checkpoint_names((name,))
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere.pth", "tim:resnet18", "random:nowhere.pth", "timm:resnet1", "timm:", "random:"]
+)
+def test_name_that_leads_nowhere_is_refused_before_any_work(name: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        check_checkpoint_names(("pixels", name))
+    assert caught.value.remedy
+
+
+def test_missing_file_is_refused_with_the_schemes() -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere\.pth: no such checkpoint file or scheme") as caught:
+        check_checkpoint_names(("nowhere.pth",))
+    assert all(scheme in caught.value.remedy for scheme in ("timm:NAME", "random:ARCH", "py:", "pixels"))
+
+
+@pytest.mark.parametrize("name", ["", "."])
+def test_folder_or_empty_name_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "folder" in refusal(name).what
+
+
+def test_checking_names_reads_no_file(msn_file: MSNWriter) -> None:
+    path = msn_file()
+    path.write_bytes(b"")
+    started = time.perf_counter()
+    check_checkpoint_names((str(path),))
+    assert time.perf_counter() - started < 1

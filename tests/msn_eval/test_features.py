@@ -1,0 +1,326 @@
+"""Features: the same for every batch size and number of workers, and refused where images or numbers are bad."""
+
+import hashlib
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from msn_eval import extract, load_encoder
+from msn_eval.checkpoint import Checkpoint
+from msn_eval.datasets import read_split
+from msn_eval.encoder import Encoder, build_encoder
+from msn_eval.errors import CheckpointError, DataError, NumericalError, ResourceError, UsageError
+from msn_eval.features import Features, automatic_batch_size, automatic_workers, extract_features
+from msn_eval.file_hashes import hash_images
+from msn_eval.images import ImageSet
+
+WeightMaker = Callable[..., dict[str, Tensor]]
+MSNWriter = Callable[..., Path]
+CPU = torch.device("cpu")
+TINY = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
+
+
+class NotANumberForBright(nn.Module):
+    """Gives NaN for images that are bright on the whole, as an overflow would for some."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        means = images.mean((2, 3))
+        return torch.where(means.mean(1, keepdim=True) > 1, math.nan, means)
+
+
+def own(network: nn.Module) -> Encoder:
+    checkpoint = Checkpoint(
+        name="own",
+        path="py:own:factory",
+        sha256=None,
+        weights_sha256="",
+        format="py",
+        key=None,
+        arch="own",
+        network=network.eval(),
+        matched=1.0,
+        epoch=None,
+        image_pixels=32,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+    )
+    return build_encoder(checkpoint, device=CPU, precision="fp32")
+
+
+@dataclass(frozen=True)
+class GreySource:
+    """Images in memory: the image called `CLASS/n.png` is grey of brightness n."""
+
+    def read(self, image_id: str) -> bytes:
+        return image_id.encode()
+
+    def decode(self, content: bytes) -> Image.Image:
+        return Image.new("RGB", (40, 40), (int(content.decode().partition("/")[2].removesuffix(".png")),) * 3)
+
+    def path(self, image_id: str) -> Path | None:
+        return None
+
+
+class DyingSource(GreySource):
+    """Kills the process that reads it, as the kernel does when memory runs out."""
+
+    def read(self, image_id: str) -> bytes:
+        os._exit(1)
+
+
+def greys(*brightness: int, source: GreySource | None = None) -> ImageSet:
+    return ImageSet(
+        ids=tuple(f"0/{one}.png" for one in brightness),
+        labels=(0,) * len(brightness),
+        classes=("0",),
+        source=source or GreySource(),
+    )
+
+
+@pytest.fixture
+def encoder(msn_file: MSNWriter, vit_weights: WeightMaker) -> Encoder:
+    return load_encoder(str(msn_file(vit_weights(depth=1))), device="cpu")
+
+
+@pytest.fixture
+def damaged_folder(tmp_path: Path) -> Path:
+    """Give a folder of four images in `val`, two of them damaged."""
+    folder = tmp_path / "val" / "ant"
+    folder.mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / f"{number}.png")
+    (folder / "1.png").write_bytes(b"")
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:60])
+    return tmp_path
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_features_do_not_depend_on_the_batch_size(encoder: Encoder, picture_folder: Path, batch_size: int) -> None:
+    whole = extract(encoder, str(picture_folder), tap="cls", batch_size=15).values
+    parted = extract(encoder, str(picture_folder), tap="cls", batch_size=batch_size).values
+    torch.testing.assert_close(parted, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_features_do_not_depend_on_the_number_of_workers(encoder: Encoder, picture_folder: Path, workers: int) -> None:
+    alone = extract(encoder, str(picture_folder), tap="cls", batch_size=4, workers=0).values
+    shared = extract(encoder, str(picture_folder), tap="cls", batch_size=4, workers=workers).values
+    torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_row_is_that_of_its_own_image(workers: int) -> None:
+    brightness = (3, 200, 77, 250, 0, 128, 9)
+    features = extract_features(own(nn.Flatten()), greys(*brightness), taps=["out"], batch_size=2, workers=workers)
+    expected = (torch.tensor(brightness)[:, None] / 255 - 0.5) / 0.25
+    torch.testing.assert_close(features["out"].values, expected.expand(7, 3072))
+
+
+def test_labels_and_ids_follow_the_folder(encoder: Encoder, picture_folder: Path) -> None:
+    features = extract(encoder, str(picture_folder))
+    assert features.image_ids == tuple(f"{name}/{number}.png" for name in ("ant", "bee", "cat") for number in range(5))
+    assert features.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_features_are_float32_with_int64_labels_and_text_ids() -> None:
+    features = extract(load_encoder(TINY, device="cpu"), "digits", split="val", tap="cls")
+    assert (features.values.shape, features.values.dtype) == ((797, 192), torch.float32)
+    assert (features.labels.dtype, features.n_classes, features.tap) == (torch.int64, 10, "cls")
+    assert {type(image_id) for image_id in features.image_ids} == {str}
+
+
+def test_extraction_needs_only_the_split_asked_for(encoder: Encoder, picture_folder: Path) -> None:
+    assert not (picture_folder / "train").exists()
+    assert len(extract(encoder, str(picture_folder), split="val").labels) == 15
+
+
+def test_missing_split_is_refused_by_its_folder(encoder: Encoder, picture_folder: Path) -> None:
+    with pytest.raises(DataError, match="train: does not exist"):
+        extract(encoder, str(picture_folder), split="train")
+
+
+def test_unknown_split_is_refused(encoder: Encoder, picture_folder: Path) -> None:
+    with pytest.raises(UsageError, match="'test'"):
+        extract(encoder, str(picture_folder), split="test")
+
+
+def test_extraction_takes_the_first_tap_unless_told(encoder: Encoder, picture_folder: Path) -> None:
+    assert extract(encoder, str(picture_folder)).tap == "cls"
+
+
+def test_tap_that_the_encoder_has_not_is_refused(encoder: Encoder, picture_folder: Path) -> None:
+    with pytest.raises(UsageError, match="--tap pool"):
+        extract(encoder, str(picture_folder), tap="pool")
+
+
+def test_two_taps_in_one_pass_equal_one_at_a_time(encoder: Encoder, picture_folder: Path) -> None:
+    images = read_split(str(picture_folder), "val")
+    together = extract_features(encoder, images, taps=["cls", "mean"], batch_size=4)
+    for tap in ("cls", "mean"):
+        alone = extract_features(encoder, images, taps=[tap], batch_size=4)[tap]
+        assert torch.equal(together[tap].values, alone.values)
+
+
+def test_network_without_a_class_token_has_features(
+    tmp_path: Path, vit_weights: WeightMaker, picture_folder: Path
+) -> None:
+    torch.save(vit_weights(depth=1, class_token=False), tmp_path / "vit.pth")
+    encoder = load_encoder(str(tmp_path / "vit.pth"), device="cpu")
+    assert extract(encoder, str(picture_folder), tap="mean").values.shape == (15, 192)
+
+
+def test_progress_counts_every_image_once(encoder: Encoder, picture_folder: Path) -> None:
+    counts: list[int] = []
+    images = read_split(str(picture_folder), "val")
+    extract_features(encoder, images, taps=["cls"], batch_size=4, on_progress=counts.append)
+    assert counts == [4, 4, 4, 3]
+
+
+def test_rows_are_picked_by_name_in_the_order_named() -> None:
+    features = Features(
+        values=torch.arange(6.0).reshape(3, 2),
+        labels=torch.tensor([0, 1, 2]),
+        image_ids=("a", "b", "c"),
+        n_classes=3,
+        tap="cls",
+    )
+    picked = features.only(["c", "a"])
+    assert (picked.values.tolist(), picked.labels.tolist(), picked.image_ids) == ([[4, 5], [0, 1]], [2, 0], ("c", "a"))
+
+
+# Bad images.
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_all_damaged_images_are_listed_at_once(
+    encoder: Encoder, damaged_folder: Path, batch_size: int, workers: int
+) -> None:
+    with pytest.raises(DataError, match="2 images cannot be used") as refusal:
+        extract(encoder, str(damaged_folder), batch_size=batch_size, workers=workers)
+    named = [
+        number for number in range(4) if str(damaged_folder / "val" / "ant" / f"{number}.png") in str(refusal.value)
+    ]
+    assert (refusal.value.exit_code, named) == (21, [1, 3])
+
+
+def test_damaged_image_is_refused_with_its_reason(encoder: Encoder, damaged_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"1\.png: the file is empty"):
+        extract(encoder, str(damaged_folder))
+
+
+def test_image_that_vanishes_is_listed(encoder: Encoder, damaged_folder: Path) -> None:
+    images = read_split(str(damaged_folder), "val").only(["ant/0.png", "ant/2.png"])
+    (damaged_folder / "val" / "ant" / "2.png").unlink()
+    with pytest.raises(DataError, match=r"1 image cannot be used:\n  .*2\.png"):
+        extract_features(encoder, images, taps=["cls"])
+
+
+def test_image_that_changed_since_it_was_hashed_is_refused(encoder: Encoder, damaged_folder: Path) -> None:
+    images = read_split(str(damaged_folder), "val").only(["ant/0.png", "ant/2.png"])
+    hashes = hash_images(images, memory=None)
+    Image.new("RGB", (40, 40), (0, 99, 0)).save(damaged_folder / "val" / "ant" / "2.png")
+    with pytest.raises(DataError, match=r"1 image cannot be used:\n  .*2\.png: it changed since it was hashed"):
+        extract_features(encoder, images, taps=["cls"], hashes=hashes)
+
+
+def test_images_that_have_their_hashes_are_used(encoder: Encoder, picture_folder: Path) -> None:
+    images = read_split(str(picture_folder), "val")
+    hashes = {
+        image_id: hashlib.sha256((picture_folder / "val" / image_id).read_bytes()).hexdigest()
+        for image_id in images.ids
+    }
+    checked = extract_features(encoder, images, taps=["cls"], hashes=hashes)["cls"].values
+    assert torch.equal(checked, extract_features(encoder, images, taps=["cls"])["cls"].values)
+
+
+# Bad numbers.
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_features_that_are_no_numbers_are_refused_by_the_first_image(batch_size: int) -> None:
+    with pytest.raises(NumericalError, match=r"tap out are not finite for .* first 0/250\.png") as refusal:
+        extract_features(
+            own(NotANumberForBright()), greys(10, 20, 30, 250, 40, 240), taps=["out"], batch_size=batch_size
+        )
+    assert refusal.value.exit_code == 23
+
+
+def test_features_that_are_no_numbers_are_counted_in_their_batch() -> None:
+    with pytest.raises(NumericalError, match=r"2 images, first 0/250\.png, 0/240\.png"):
+        extract_features(own(NotANumberForBright()), greys(10, 250, 40, 240), taps=["out"], batch_size=4)
+
+
+def test_infinite_features_are_refused() -> None:
+    class Overflow(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.mean((2, 3)) * 3e38 * 10
+
+    with pytest.raises(NumericalError, match="not finite"):
+        extract_features(own(Overflow()), greys(250), taps=["out"])
+
+
+def test_finite_features_of_dark_images_pass() -> None:
+    features = extract_features(own(NotANumberForBright()), greys(10, 20), taps=["out"])["out"]
+    torch.testing.assert_close(features.values[0], torch.full((3,), (10 / 255 - 0.5) / 0.25))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda images: images,
+        lambda images: images.mean((1, 2, 3)),
+        lambda images: images.mean((0, 2, 3))[None],
+        lambda images: images.mean((2, 3)).repeat(2, 1),
+        lambda images: (images.mean((2, 3)), images),
+    ],
+    ids=["a map", "a number an image", "one row a batch", "two rows an image", "a pair"],
+)
+def test_own_module_that_gives_no_row_for_each_image_is_refused(answer: Callable[[Tensor], object]) -> None:
+    class Answering(nn.Module):
+        def forward(self, images: Tensor) -> object:
+            return answer(images)
+
+    with pytest.raises(CheckpointError, match="own"):
+        extract_features(own(Answering()), greys(10, 20, 30, 40), taps=["out"], batch_size=2)
+
+
+# Resources.
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="workers are forked")
+def test_worker_that_dies_is_a_fault_of_resources_with_a_remedy() -> None:
+    with pytest.raises(ResourceError, match="worker died or hung") as refusal:
+        extract_features(own(nn.Flatten()), greys(1, 2, source=DyingSource()), taps=["out"], workers=1)
+    assert (refusal.value.exit_code, "--workers 0" in refusal.value.remedy) == (30, True)
+
+
+def test_own_fault_of_the_network_is_not_blamed_on_the_workers() -> None:
+    class Broken(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        extract_features(own(Broken()), greys(1, 2), taps=["out"], workers=1)
+
+
+def test_smaller_images_get_larger_batches(encoder: Encoder) -> None:
+    assert automatic_batch_size(encoder) > automatic_batch_size(
+        load_encoder(TINY.replace("img_size=32", "img_size=224"), device="cpu")
+    )
+
+
+def test_few_images_get_no_workers(encoder: Encoder, picture_folder: Path) -> None:
+    assert automatic_workers(encoder, read_split(str(picture_folder), "val")) == 0
+
+
+def test_embedded_images_get_no_workers(encoder: Encoder) -> None:
+    assert automatic_workers(encoder, greys(*range(256), *range(256, 1000))) == 0
