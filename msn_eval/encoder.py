@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from msn_eval.checkpoint import Checkpoint, read_checkpoint
 from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.images import EvalTransform, eval_transform
+from msn_eval.last_block import class_token_after, is_plain
 
 Precision = Literal["fp32", "bf16", "fp16"]
 TAPS = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
+_CLASS_TOKEN_TAPS = frozenset({"cls", "cls-norm"})
 _FALLBACKS = ("mean", "pool", "out", "pixels")
 _LAST_BLOCKS = 4
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -231,19 +233,26 @@ def _one_row_an_image(answer: object, encoder: Encoder, images: int) -> Tensor:
 
 
 def _token_taps(encoder: Encoder, images: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
-    network = encoder.network
-    blocks = network.forward_intermediates(  # type: ignore[operator]
+    network, norm = encoder.network, encoder.final_norm
+    token_alone = is_plain(network)
+    whole = not token_alone or not _CLASS_TOKEN_TAPS.issuperset(taps)
+    depth = len(cast(nn.Sequential, network.blocks))
+    blocks: list[Tensor | tuple[Tensor, Tensor]] = network.forward_intermediates(  # type: ignore[operator]
         images,
-        indices=_LAST_BLOCKS if "cls4" in taps else 1,
+        indices=list(range(max(0, depth - _LAST_BLOCKS), depth)) if whole else [depth - 2],
         return_prefix_tokens=True,
         norm=False,
+        stop_early=True,
         output_fmt="NLC",
         intermediates_only=True,
     )
-    norm = encoder.final_norm
-    if getattr(network, "num_prefix_tokens", 0) == 0:  # timm then gives the patches alone
-        blocks = [(patches, patches[:, :0]) for patches in blocks]
-    patches, prefix = blocks[-1]
+    # Without prefix tokens timm gives the patches alone.
+    tokens = [(one, one[:, :0]) if isinstance(one, Tensor) else one for one in blocks]
+    patches, prefix = tokens[-1]
+    if token_alone and not _CLASS_TOKEN_TAPS.isdisjoint(taps):
+        # The same arithmetic whatever else is asked for: a number must not depend on its neighbours in a plan.
+        before = torch.cat(tokens[-2 if whole else -1][::-1], dim=1)
+        prefix = class_token_after(cast(nn.Sequential, network.blocks)[-1], before)[:, None]
     features: dict[str, Tensor] = {}
     for tap in taps:
         if tap == "cls":
@@ -251,7 +260,7 @@ def _token_taps(encoder: Encoder, images: Tensor, taps: Sequence[str]) -> dict[s
         elif tap == "cls-norm":
             features[tap] = norm(prefix[:, 0].float())
         elif tap == "cls4":
-            features[tap] = torch.cat([norm(tokens[:, 0].float()) for _, tokens in blocks], dim=1)
+            features[tap] = torch.cat([norm(classes[:, 0].float()) for _, classes in tokens], dim=1)
         elif isinstance(network.norm, nn.Identity):  # this architecture norms what it has pooled
             features[tap] = norm(patches.float().mean(dim=1))
         else:

@@ -12,7 +12,16 @@ _ROOT = Path(__file__).parents[1]
 _FLOORS = [
     ["errors"],
     ["atomic_file", "shipped", "metrics", "weights.sniff"],
-    ["images", "result", "config", "published_lists", "architectures", "weights.read", "weights.families"],
+    [
+        "images",
+        "result",
+        "config",
+        "published_lists",
+        "architectures",
+        "last_block",
+        "weights.read",
+        "weights.families",
+    ],
     ["datasets.dataset", "request", "file_hashes", "ranking"],
     ["datasets.digits", "datasets.folder", "subset"],
     ["datasets", "checkpoint"],
