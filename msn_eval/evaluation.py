@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -19,7 +19,7 @@ from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features import Features, automatic_batch_size, extract_features
 from msn_eval.images import decoder_version
 from msn_eval.metrics import measure
-from msn_eval.plan import Plan, Task, make_plan, union_of
+from msn_eval.plan import Plan, Task, make_plan
 from msn_eval.protocols import Setting, fit
 from msn_eval.ranking import rank_labels
 from msn_eval.request import Request
@@ -38,9 +38,83 @@ from msn_eval.result import (
     result_id,
     write_result,
 )
+from msn_eval.subset import union_of
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # what is being done, images done, images in all
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """One task about to become a result."""
+
+    plan: Plan
+    encoder: Encoder
+    task: Task
+    batch_size: int
+    extract_seconds: float
+
+    def done(self, setting: Setting, predictions: Predictions, dim: int, probe_seconds: float) -> Result:
+        status: Status = "not_converged" if setting.converged is False else "ok"
+        result = self._result(setting, dim, probe_seconds)
+        return replace(
+            result,
+            status=status,
+            error=None,
+            metrics=measure(predictions.rank_of_label),
+            predictions=f"{result.id}.npz",
+        )
+
+    def failed(self, error: NumericalError) -> Result:
+        return replace(self._result(Setting(params=self.task.params), None, 0.0), error=str(error))
+
+    def _result(self, setting: Setting, dim: int | None, probe_seconds: float) -> Result:
+        plan, task, encoder = self.plan, self.task, self.encoder
+        return Result(
+            id=_result_id(encoder, task),
+            status="failed",
+            error=None,
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            protocol_id=task.protocol_id,
+            protocol=task.protocol,
+            checkpoint=_checkpoint_facts(encoder.checkpoint),
+            data=DataFacts(
+                name=plan.data_name,
+                sha256=plan.val_sha256,
+                class_map_sha256=plan.classes_sha256,
+                classes=len(plan.val.classes),
+                val_images=len(plan.val),
+                skipped=len(plan.skipped(task.subset)),
+            ),
+            split=SplitFacts(
+                subset=task.subset.name,
+                draw=task.subset.draw,
+                images=len(task.subset),
+                sha256=plan.subset_sha256(task.subset),
+            ),
+            features=_feature_facts(encoder, _tap(encoder, task, plan.request), dim),
+            probe=ProbeFacts(
+                name=task.probe.name,
+                version=task.probe.version,
+                params=dict(setting.params),
+                solver=setting.solver,
+                converged=setting.converged,
+                certificate=setting.certificate,
+                objective=setting.objective,
+                iterations=setting.iterations,
+            ),
+            metrics=None,
+            timing_s=TimingFacts(
+                extract=round(self.extract_seconds, 4),
+                probe=round(probe_seconds, 4),
+                total=round(self.extract_seconds + probe_seconds, 4),
+            ),
+            environment=describe_environment(plan.device, batch_size=self.batch_size, seed=plan.request.seed),
+            predictions=None,
+        )
+
+
+_Outcome = tuple[Result, Predictions | None]
 
 
 def evaluate(
@@ -99,41 +173,62 @@ def evaluate_checkpoint(plan: Plan, name: str, *, on_progress: Progress | None =
     if not pending:
         _log.info("%s: all %d results are in %s, nothing computed", checkpoint.name, len(plan.tasks), out)
         return
-    subsets = list({id(task.subset): task.subset for task in pending}.values())
-    batch_size = request.batch_images or automatic_batch_size(encoder)
+    for result, predictions in _measure(plan, encoder, taps, pending, on_progress):
+        write_result(out, result, predictions)
+        yield result
+
+
+def _measure(
+    plan: Plan, encoder: Encoder, taps: Mapping[str, str], pending: Sequence[Task], on_progress: Progress | None
+) -> Iterator[_Outcome]:
+    """Extract the features that the pending tasks need, each image once, and fit and score probe by probe."""
+    batch_size = plan.request.batch_images or automatic_batch_size(encoder)
     started = time.perf_counter()
+
+    def measurement(task: Task) -> _Measurement:
+        return _Measurement(plan, encoder, task, batch_size, extract_seconds)
+
     try:
-        pool, test = (
-            extract_features(
-                encoder,
-                images,
-                taps=tuple({taps[task.probe.tap]: None for task in pending}),
-                hashes=hashes,
-                batch_size=batch_size,
-                workers=request.worker_count,
-                on_progress=_images_done(on_progress, f"{checkpoint.name}: {part}", len(images)),
-            )
-            for part, images, hashes in (
-                ("labelled images", union_of(subsets, plan.train), plan.train_hashes),  # once: the subsets overlap
-                ("validation images", plan.val, plan.val_hashes),
-            )
-        )
+        pool, test = _both_splits(plan, encoder, taps, pending, batch_size, on_progress)
     except NumericalError as error:
-        for task in pending:
-            result = _Measurement(plan, encoder, task, batch_size, time.perf_counter() - started).failed(error)
-            write_result(out, result, None)
-            yield result
+        extract_seconds = time.perf_counter() - started
+        yield from ((measurement(task).failed(error), None) for task in pending)
         return
     extract_seconds = time.perf_counter() - started
     images_read = len(next(iter(pool.values())).labels) + len(plan.val)
-    _log.info("%s: features of %d images in %.1f s", checkpoint.name, images_read, extract_seconds)
-    for _, group in groupby(pending, key=lambda task: (id(task.subset), task.probe)):
-        tasks = list(group)
-        tap = taps[tasks[0].probe.tap]
-        measurements = [_Measurement(plan, encoder, task, batch_size, extract_seconds) for task in tasks]
-        for result, predictions in _probe(measurements, pool[tap], test[tap]):
-            write_result(out, result, predictions)
-            yield result
+    _log.info("%s: features of %d images in %.1f s", encoder.checkpoint.name, images_read, extract_seconds)
+    for _, tasks in groupby(pending, key=lambda task: (id(task.subset), task.probe)):
+        measurements = [measurement(task) for task in tasks]
+        tap = taps[measurements[0].task.probe.tap]
+        yield from _probe(measurements, pool[tap], test[tap])
+
+
+def _both_splits(
+    plan: Plan,
+    encoder: Encoder,
+    taps: Mapping[str, str],
+    pending: Sequence[Task],
+    batch_size: int,
+    on_progress: Progress | None,
+) -> tuple[dict[str, Features], dict[str, Features]]:
+    """Give the features of the labelled images, the union of all draws, and of the validation images, by tap."""
+    subsets = list({id(task.subset): task.subset for task in pending}.values())
+    pool, test = (
+        extract_features(
+            encoder,
+            images,
+            taps=tuple({taps[task.probe.tap]: None for task in pending}),
+            hashes=hashes,
+            batch_size=batch_size,
+            workers=plan.request.worker_count,
+            on_progress=_images_done(on_progress, f"{encoder.checkpoint.name}: {part}", len(images)),
+        )
+        for part, images, hashes in (
+            ("labelled images", union_of(subsets, plan.train), plan.train_hashes),
+            ("validation images", plan.val, plan.val_hashes),
+        )
+    )
+    return pool, test
 
 
 def _tap(encoder: Encoder, task: Task, request: Request) -> str:
@@ -153,35 +248,31 @@ def _images_done(on_progress: Progress | None, what: str, total: int) -> Callabl
     return add
 
 
-def _probe(
-    measurements: "Sequence[_Measurement]", pool: Features, test: Features
-) -> Iterator[tuple[Result, Predictions | None]]:
+def _probe(measurements: Sequence[_Measurement], pool: Features, test: Features) -> Iterator[_Outcome]:
     """Fit one probe to one draw and score its pending settings."""
     first = measurements[0]
-    probe, subset = first.task.probe, first.task.subset
+    open_ones = {str(one.task.params): one for one in measurements}
     started = time.perf_counter()
     try:
-        fitted = fit(probe, pool.only(subset.image_ids), first.plan.device)
+        fitted = fit(first.task.probe, pool.only(first.task.subset.image_ids), first.plan.device)
         fit_seconds = time.perf_counter() - started
-        by_params = {str(one.task.params): one for one in measurements}
         scored = time.perf_counter()
         for setting, scores in zip(fitted.settings, fitted.scores(test.values), strict=True):
-            measurement = by_params.pop(str(dict(setting.params)), None)
-            if measurement is None:  # this setting was finished by an earlier run
+            params = str(dict(setting.params))
+            if params not in open_ones:  # finished by an earlier run
                 continue
             prediction, rank = rank_labels(scores, test.labels)
-            now = time.perf_counter()
+            seconds = fit_seconds + time.perf_counter() - scored
             predictions = Predictions(
                 image=np.array([os.fsencode(image_id) for image_id in test.image_ids]),
                 label=test.labels.numpy(),
                 prediction=prediction.numpy(),
                 rank_of_label=rank.numpy(),
             )
-            yield measurement.done(setting, predictions, pool.values.shape[1], fit_seconds + now - scored), predictions
+            yield open_ones.pop(params).done(setting, predictions, pool.values.shape[1], seconds), predictions
             scored = time.perf_counter()
     except NumericalError as error:
-        for measurement in measurements:
-            yield measurement.failed(error), None
+        yield from ((measurement.failed(error), None) for measurement in open_ones.values())
 
 
 def _result_id(encoder: Encoder, task: Task) -> str:
@@ -231,76 +322,6 @@ def _feature_facts(encoder: Encoder, tap: str, dim: int | None) -> FeatureFacts:
         decoder=decoder_version("pillow"),
         transform=TransformFacts(**vars(transform)),
     )
-
-
-@dataclass(frozen=True)
-class _Measurement:
-    """One task about to become a result."""
-
-    plan: Plan
-    encoder: Encoder
-    task: Task
-    batch_size: int
-    extract_seconds: float
-
-    def done(self, setting: Setting, predictions: Predictions, dim: int, probe_seconds: float) -> Result:
-        status: Status = "not_converged" if setting.converged is False else "ok"
-        result = self._result(setting, dim, probe_seconds)
-        return replace(
-            result,
-            status=status,
-            error=None,
-            metrics=measure(predictions.rank_of_label),
-            predictions=f"{result.id}.npz",
-        )
-
-    def failed(self, error: NumericalError) -> Result:
-        return replace(self._result(Setting(params=self.task.params), None, 0.0), error=str(error))
-
-    def _result(self, setting: Setting, dim: int | None, probe_seconds: float) -> Result:
-        plan, task, encoder = self.plan, self.task, self.encoder
-        return Result(
-            id=_result_id(encoder, task),
-            status="failed",
-            error=None,
-            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            protocol_id=task.protocol_id,
-            protocol=task.protocol,
-            checkpoint=_checkpoint_facts(encoder.checkpoint),
-            data=DataFacts(
-                name=plan.data_name,
-                sha256=plan.val_sha256,
-                class_map_sha256=plan.classes_sha256,
-                classes=len(plan.val.classes),
-                val_images=len(plan.val),
-                skipped=len(plan.skipped),
-            ),
-            split=SplitFacts(
-                subset=task.subset.name,
-                draw=task.subset.draw,
-                images=len(task.subset),
-                sha256=plan.subset_sha256(task.subset),
-            ),
-            features=_feature_facts(encoder, _tap(encoder, task, plan.request), dim),
-            probe=ProbeFacts(
-                name=task.probe.name,
-                version=task.probe.version,
-                params=dict(setting.params),
-                solver=setting.solver,
-                converged=setting.converged,
-                certificate=setting.certificate,
-                objective=setting.objective,
-                iterations=setting.iterations,
-            ),
-            metrics=None,
-            timing_s=TimingFacts(
-                extract=round(self.extract_seconds, 4),
-                probe=round(probe_seconds, 4),
-                total=round(self.extract_seconds + probe_seconds, 4),
-            ),
-            environment=describe_environment(plan.device, batch_size=self.batch_size, seed=plan.request.seed),
-            predictions=None,
-        )
 
 
 def _checkpoint_facts(checkpoint: Checkpoint) -> CheckpointFacts:

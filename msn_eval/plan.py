@@ -12,7 +12,7 @@ from typing import cast, get_args
 import torch
 
 from msn_eval.checkpoint import check_checkpoint_names
-from msn_eval.datasets import DATASETS, DataSet, read_dataset
+from msn_eval.datasets import DATASETS, read_dataset
 from msn_eval.datasets.dataset import class_map_sha256
 from msn_eval.encoder import Precision, choose_device, default_precision, precision_class
 from msn_eval.errors import DataError, NumericalError, UsageError
@@ -25,10 +25,11 @@ from msn_eval.protocols.ncm import NearestClassMean
 from msn_eval.published_lists import read_publication
 from msn_eval.request import Request
 from msn_eval.result import PROTOCOL_VERSION, protocol_id
-from msn_eval.subset import Subset, check_subset_names, draw_in_order, make_subsets
+from msn_eval.subset import Subset, check_subset_names, make_subsets, readable_subsets, union_of
 
 _log = logging.getLogger(__name__)
 DATA_VARIABLE = "MSN_EVAL_DATA"
+_SHOWN = 10
 _TRANSFORM_RULE = "resize-256/224-bilinear-centre-crop"
 
 
@@ -50,10 +51,10 @@ class Task:
 class Plan:
     """Everything that a request comes to.
 
-    val:     the images that are scored, after --limit and without the skipped ones
-    train:   the readable training images; `subsets` are drawn from them
-    hashes:  SHA-256 of the bytes of every image that is read, for `val` and for the subsets
-    skipped: ids of unreadable images of either split, in order
+    val:   the images that are scored, after --limit and without the skipped ones
+    train:   the training images that `subsets` are drawn from
+    val_hashes, train_hashes: SHA-256 of the bytes of every image that is read
+    skipped_val: unreadable validation images that are not scored
     """
 
     request: Request
@@ -63,18 +64,22 @@ class Plan:
     subsets: tuple[Subset, ...]
     val_hashes: dict[str, str]
     train_hashes: dict[str, str]
-    skipped: tuple[str, ...]
+    skipped_val: tuple[str, ...]
     device: torch.device
     precision: Precision
     tasks: tuple[Task, ...]
 
-    @property
+    @cached_property
     def val_sha256(self) -> str:
         return content_sha256(self.val.ids, self.val_hashes)
 
-    @property
+    @cached_property
     def classes_sha256(self) -> str:
         return class_map_sha256(self.val.classes)
+
+    def skipped(self, subset: Subset) -> tuple[str, ...]:
+        """Give the unreadable images of either split that results on this subset do without."""
+        return (*(f"val/{image_id}" for image_id in self.skipped_val), *(f"train/{one}" for one in subset.skipped))
 
     def subset_sha256(self, subset: Subset) -> str:
         return content_sha256(subset.image_ids, self.train_hashes)
@@ -100,27 +105,34 @@ def make_plan(request: Request) -> Plan:
         if images.passed_over:
             _log.info("%s: %d files passed over that are no images by their names", split, images.passed_over)
     val = data.val.first_of_each_class(request.limit) if request.limit else data.val
-    val, train, subsets, skipped = (
-        _readable(data, val, request)
-        if request.on_bad_image == "skip"
-        else (val, data.train, make_subsets(request.subset, data.train), ())
-    )
+    skipped_val: tuple[str, ...] = ()
+    if request.on_bad_image == "skip":
+        skipped_val = tuple(_undecodable(val))
+        val = val.only([image_id for image_id in val.ids if image_id not in set(skipped_val)])
+        subsets = readable_subsets(request.subset, data.train, _undecodable)
+    else:
+        subsets = make_subsets(request.subset, data.train)
+    if not len(val):
+        raise DataError("no validation image can be read", remedy="Check the files, or give another --data.")
     memory = None if request.no_cache else cache_folder(request)
-    pool = union_of(subsets, train)
+    pool = union_of(subsets, data.train)
     plan = Plan(
         request=request,
         data_name=data.name,
         val=val,
-        train=train,
+        train=data.train,
         subsets=subsets,
         val_hashes=hash_images(val, memory=memory),
         train_hashes=hash_images(pool, memory=memory),
-        skipped=skipped,
+        skipped_val=skipped_val,
         device=device,
         precision=precision,
         tasks=(),
     )
     _warn_of_data(plan)
+    for name, skipped in {subset.name: plan.skipped(subset) for subset in subsets}.items():
+        if skipped:
+            _log.warning("%s: %d unreadable images are skipped: %s", name, len(skipped), ", ".join(skipped[:_SHOWN]))
     tasks = tuple(_tasks(plan))
     if not tasks:
         raise NumericalError(
@@ -143,11 +155,6 @@ def cache_folder(request: Request) -> Path:
     import platformdirs
 
     return Path(request.cache) if request.cache else platformdirs.user_cache_path("msn-eval")
-
-
-def union_of(subsets: Sequence[Subset], train: ImageSet) -> ImageSet:
-    """Give every image that some of the subsets need, once: draws and sizes overlap heavily."""
-    return train.only(list({image_id: None for subset in subsets for image_id in subset.image_ids}))
 
 
 def probes_for(request: Request, subset: Subset) -> Iterator[Probe]:
@@ -195,7 +202,7 @@ def _protocol(plan: Plan, subset: Subset, probe: Probe, params: dict[str, int | 
         "probe": {"name": probe.name, "version": probe.version, "params": params},
         "precision": precision_class(plan.precision),
         "limit": request.limit,
-        "skipped": _ids_sha256(plan.skipped) if plan.skipped else None,
+        "skipped": _ids_sha256(skipped) if (skipped := plan.skipped(subset)) else None,
         # Only what was given, so that an option that is new to this package leaves the ids of old protocols alone.
         "by_hand": {name: value for name, value in by_hand.items() if value is not None},
     }
@@ -218,30 +225,6 @@ def _warn_of_data(plan: Plan) -> None:
     if unreachable:
         lost = sum(1 for label in plan.val.labels if label in unreachable)
         _log.warning("%d validation images belong to classes without training images and can never be right", lost)
-
-
-def _readable(
-    data: DataSet, val: ImageSet, request: Request
-) -> tuple[ImageSet, ImageSet, tuple[Subset, ...], tuple[str, ...]]:
-    """Leave out the images that cannot be decoded; in a draw the next readable image takes their place."""
-    bad_val = _undecodable(val)
-    train, bad_train, checked = data.train, [], set[str]()
-    subsets = make_subsets(request.subset, train)
-    while True:
-        unchecked = [image_id for image_id in union_of(subsets, train).ids if image_id not in checked]
-        bad = _undecodable(train.only(unchecked))
-        checked.update(unchecked)
-        if not bad:
-            break
-        bad_train += bad
-        subsets = draw_in_order(subsets, data.train, set(bad_train))
-    kept_val = val.only([image_id for image_id in val.ids if image_id not in set(bad_val)])
-    if not len(kept_val):
-        raise DataError("no validation image can be read", remedy="Check the files, or another --data.")
-    skipped = (*bad_val, *sorted(bad_train))
-    if skipped:
-        _log.warning("%d images cannot be read and are skipped: %s", len(skipped), ", ".join(skipped[:10]))
-    return kept_val, train, subsets, skipped
 
 
 def _undecodable(images: ImageSet) -> list[str]:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,12 +28,14 @@ class Subset:
     draw:      1-based
     rule:      how the images were chosen: `published`, `nested`, `full`, or `list:` and a hash of the list
     image_ids: unique, in the order of the data set
+    skipped:   unreadable images that some draw of this subset had to do without, in byte order
     """
 
     name: str
     draw: int
     rule: str
     image_ids: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.image_ids:
@@ -58,6 +60,11 @@ def make_subsets(names: Sequence[str], train: ImageSet) -> tuple[Subset, ...]:
             for subset in _draws_of(part, train):
                 subsets.setdefault((subset.name, subset.draw, subset.rule), subset)
     return tuple(subsets.values())
+
+
+def union_of(subsets: Sequence[Subset], train: ImageSet) -> ImageSet:
+    """Give every image that some of the subsets need, once: draws and sizes overlap heavily."""
+    return train.only(list({image_id: None for subset in subsets for image_id in subset.image_ids}))
 
 
 def check_subset_names(names: Iterable[str]) -> None:
@@ -118,15 +125,37 @@ def draw_subset(name: str, draw: int, train: ImageSet) -> Subset:
     return Subset(name=name, draw=draw, rule="nested", image_ids=train.only(chosen).ids)
 
 
-def draw_in_order(subsets: Sequence[Subset], train: ImageSet, bad: set[str]) -> tuple[Subset, ...]:
-    """Replace the `bad` images of each subset by the next readable ones of the draw's order, class by class.
+def readable_subsets(
+    names: Sequence[str], train: ImageSet, undecodable: Callable[[ImageSet], Collection[str]]
+) -> tuple[Subset, ...]:
+    """Give the subsets asked for without images that cannot be decoded.
 
-    Raises DataError naming a class that runs out of images. Lists of the user's own and `full` only lose theirs.
+    undecodable: tells the images of a set that cannot be used
+    In a draw the next readable image of its order takes a bad one's place; `full` and lists of the user's own only lose
+    theirs. Every draw of a subset is looked at even if one alone was asked for, so that `skipped` depends on the subset
+    and not on the request. Raises DataError naming a class that runs out of images.
     """
-    return tuple(_without(subset, train, bad) for subset in subsets)
+    asked = make_subsets(names, train)
+    found: list[Subset] = []
+    for name in dict.fromkeys(subset.name for subset in asked):
+        wanted = [subset for subset in asked if subset.name == name]
+        draws = wanted if wanted[0].rule.startswith("list:") else make_subsets([name], train)
+        bad: set[str] = set()
+        replaced = tuple(draws)
+        while fresh := set(undecodable(union_of(replaced, train))):
+            bad |= fresh
+            replaced = tuple(without_images(subset, train, bad) for subset in draws)
+        numbers = {subset.draw for subset in wanted}
+        skipped = tuple(sorted(bad, key=os.fsencode))
+        found += [replace(subset, skipped=skipped) for subset in replaced if subset.draw in numbers]
+    return tuple(found)
 
 
-def _without(subset: Subset, train: ImageSet, bad: set[str]) -> Subset:
+def without_images(subset: Subset, train: ImageSet, bad: set[str]) -> Subset:
+    """Give a draw without the `bad` images, each replaced by the next of the draw's order; `full` and lists only lose.
+
+    Raises DataError naming a class that runs out of images.
+    """
     kept = set(subset.image_ids) - bad
     if subset.rule in ("nested", "published"):
         lost = Counter(train.labels[train.position[image_id]] for image_id in subset.image_ids if image_id in bad)

@@ -167,7 +167,7 @@ def progress_on_stderr() -> "Iterator[Progress | None]":
 
 def describe_plan(plan: "Plan") -> str:
     """Say what a plan comes to: images to read, passes, bytes, results."""
-    from msn_eval.plan import union_of
+    from msn_eval.subset import union_of
 
     pool = union_of(plan.subsets, plan.train)
     sizes = [path.stat().st_size for images in (pool, plan.val) for i in images.ids if (path := images.source.path(i))]

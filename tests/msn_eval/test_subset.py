@@ -13,10 +13,11 @@ from msn_eval.subset import (
     LOW_SHOT,
     Subset,
     check_subset_names,
-    draw_in_order,
     draw_subset,
     make_subsets,
     read_list,
+    readable_subsets,
+    without_images,
 )
 
 
@@ -276,7 +277,7 @@ def test_bad_images_give_their_place_to_the_next_of_the_draws_order() -> None:
     train = numbered(a=9, b=9)
     order = in_draw_order(2, train.ids_by_class[0])
     drawn = draw_subset("2imgs", 2, train)
-    (repaired,) = draw_in_order([drawn], train, {order[0], order[2]})
+    repaired = without_images(drawn, train, {order[0], order[2]})
     assert set(repaired.image_ids) == {order[1], order[3], *in_draw_order(2, train.ids_by_class[1])[:2]}
 
 
@@ -284,7 +285,7 @@ def test_draws_with_replaced_images_are_still_nested() -> None:
     train = numbered(a=20, b=20)
     bad = set(draw_subset("2imgs", 1, train).image_ids)
     draws = [draw_subset(name, 1, train) for name in ("1img", "2imgs", "5imgs")]
-    one, two, five = (set(repaired.image_ids) for repaired in draw_in_order(draws, train, bad))
+    one, two, five = (set(repaired.image_ids) for repaired in (without_images(draw, train, bad) for draw in draws))
     assert one < two < five
     assert (len(one), len(two), len(five), five & bad) == (2, 4, 10, set())
 
@@ -293,31 +294,31 @@ def test_draw_without_bad_images_is_left_alone() -> None:
     train = numbered(a=9)
     drawn = draw_subset("2imgs", 1, train)
     bad = set(train.ids) - set(drawn.image_ids)
-    assert draw_in_order([drawn], train, bad) == (drawn,)
+    assert without_images(drawn, train, bad) == drawn
 
 
 def test_class_without_enough_readable_images_is_named() -> None:
     train = numbered(a=9, b=3)
     with pytest.raises(DataError, match="class 'b' has too few readable images for 2imgs") as caught:
-        draw_in_order([draw_subset("2imgs", 1, train)], train, {"b/000.jpg", "b/001.jpg"})
+        without_images(draw_subset("2imgs", 1, train), train, {"b/000.jpg", "b/001.jpg"})
     assert caught.value.exit_code == 21
 
 
 def test_list_only_loses_its_bad_images(tmp_path: Path) -> None:
     train = numbered(a=9)
     listed = read_list(write_list(tmp_path / "mine.txt", ["a/000.jpg", "a/001.jpg"]), train)
-    assert draw_in_order([listed], train, {"a/000.jpg"})[0].image_ids == ("a/001.jpg",)
+    assert without_images(listed, train, {"a/000.jpg"}).image_ids == ("a/001.jpg",)
 
 
 def test_full_only_loses_its_bad_images() -> None:
     train = numbered(a=3)
-    assert draw_in_order([draw_subset("full", 1, train)], train, {"a/001.jpg"})[0].image_ids == train.ids[::2]
+    assert without_images(draw_subset("full", 1, train), train, {"a/001.jpg"}).image_ids == train.ids[::2]
 
 
 def test_subset_of_bad_images_alone_is_refused() -> None:
     train = numbered(a=2)
     with pytest.raises(DataError, match="no image of subset full can be read"):
-        draw_in_order([draw_subset("full", 1, train)], train, set(train.ids))
+        without_images(draw_subset("full", 1, train), train, set(train.ids))
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +375,7 @@ def test_bad_image_of_a_published_list_gives_its_place_to_the_first_spare_one(im
     (one,) = make_subsets(["1img@1"], imagenet_names)
     bad = one.image_ids[17]
     spare = in_draw_order(1, set(imagenet_names.ids_by_class[17]) - {bad})
-    (repaired,) = draw_in_order([one], imagenet_names, {bad})
+    repaired = without_images(one, imagenet_names, {bad})
     assert set(repaired.image_ids) == set(one.image_ids) - {bad} | {spare[0]}
 
 
@@ -402,3 +403,28 @@ def test_imagenet_without_its_lists_is_an_error_and_no_other_draw(
     with pytest.raises(DataError, match="the published list 5imgs@1") as caught:
         make_subsets(["5imgs"], imagenet_names)
     assert caught.value.exit_code == 21
+
+
+def test_skipped_images_of_a_subset_do_not_depend_on_the_draw_asked_for() -> None:
+    train = numbered(a=30, b=30)
+    bad = {draw_subset("2imgs", draw, train).image_ids[0] for draw in (1, 2, 3)}
+
+    def undecodable(images: ImageSet) -> set[str]:
+        return bad & set(images.ids)
+
+    together = readable_subsets(["2imgs"], train, undecodable)
+    alone = readable_subsets(["2imgs@2"], train, undecodable)
+
+    assert alone == together[1:2]
+    assert {subset.skipped for subset in together} == {tuple(sorted(bad))}
+    assert all(bad.isdisjoint(subset.image_ids) for subset in together)
+
+
+def test_images_that_no_draw_of_a_subset_needs_are_not_counted_as_skipped() -> None:
+    train = numbered(a=30)
+    needed = {image_id for draw in (1, 2, 3) for image_id in draw_subset("1img", draw, train).image_ids}
+    bad = set(train.ids) - needed
+
+    subsets = readable_subsets(["1img"], train, lambda images: bad & set(images.ids))
+
+    assert {subset.skipped for subset in subsets} == {()}
