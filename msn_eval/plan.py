@@ -91,9 +91,7 @@ def make_plan(request: Request) -> Plan:
     Raises UsageError, CheckpointError, DataError or NumericalError for whatever can be known before a network runs.
     """
     if not request.checkpoint:
-        raise UsageError(
-            "no checkpoint given", remedy="Name one or several: --checkpoint FILE, or --checkpoint pixels."
-        )
+        raise UsageError("no checkpoint given", remedy="Name one or several: --checkpoint FILE; or try msn-eval demo.")
     check_checkpoint_names(tuple(request.checkpoint))
     check_subset_names(request.subset)
     device = choose_device(request.device)

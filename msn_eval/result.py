@@ -255,7 +255,7 @@ def list_results(folders: Iterable[str | Path]) -> list[Result]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UsageError("no such result folder", where=str(folder), remedy="Give the --out folder of a run.")
-        for path in sorted(folder.glob("*.json")):
+        for path in sorted(folder.glob(f"{'[0-9a-f]' * _ID_DIGITS}.json")):  # a table left here is no record
             result = read_result(path)
             known = found.get(result.id)
             if known is None or known.status == "failed":  # a retry elsewhere may have succeeded

@@ -21,6 +21,7 @@ _FLOORS = [
         "last_block",
         "weights.read",
         "weights.families",
+        "weights.load",
     ],
     ["datasets.dataset", "request", "file_hashes", "ranking"],
     ["datasets.digits", "datasets.folder", "subset"],

@@ -1,11 +1,15 @@
 """Exact nearest neighbours by cosine: every search gives the same rows in the same order."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_CHUNK_VALUES = 1 << 21  # float64 values that a step holds: 16 MiB, about a cache
+from msn_eval.errors import UsageError
+
+_CHUNK_VALUES = 1 << 21  # float64 values that a step holds: 16 MiB, about a processor's cache
+_CUDA_CHUNK_VALUES = 1 << 26  # 512 MiB
 _LARGE_BANK = 32_768  # rows above which a float32 shortlist pays on a CPU
 _SPARE = 16  # candidates beyond k in a shortlist
 
@@ -38,9 +42,10 @@ def _distinct(bank: Tensor) -> _Distinct:
 def _search_all(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Search by float64 products with every row, in chunks of queries."""
     distinct = _distinct(bank)
+    chunk = _CUDA_CHUNK_VALUES if bank.device.type == "cuda" else _CHUNK_VALUES
     parts = [
         _top_rows(part @ distinct.rows.T if distinct.place is None else (part @ distinct.rows.T)[:, distinct.place], k)
-        for part in torch.split(queries, max(1, _CHUNK_VALUES // len(bank)))
+        for part in torch.split(queries, max(1, chunk // len(bank)))
     ]
     return torch.cat([cosines for cosines, _ in parts]), torch.cat([rows for _, rows in parts])
 
@@ -63,8 +68,7 @@ def _search_by_shortlist(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor,
     A query's shortlist is complete where its last member lies further below the k-th than rounding can explain;
     where it is not, every row is searched.
     """
-    import faiss
-
+    faiss = _faiss()
     size = min(len(bank), k + _SPARE)
     index = faiss.IndexFlatIP(bank.shape[1])
     index.add(bank.to(torch.float32).numpy())
@@ -80,6 +84,17 @@ def _search_by_shortlist(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor,
     if not bool(complete.all()):
         cosines[~complete], nearest[~complete] = _search_all(queries[~complete], bank, k)
     return cosines, nearest
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise UsageError(
+            f"k-NN among more than {_LARGE_BANK:,} labelled images needs faiss, which is not installed",
+            remedy="pip install faiss-gpu (Linux on x86-64) or faiss-cpu.",
+        ) from error
+    return faiss
 
 
 def _rescored(queries: Tensor, bank: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msn_eval.errors import NumericalError, ResourceError
+from msn_eval.errors import ResourceError, UsageError
 from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Point, evaluate_point
 
 _SKLEARN_TOLERANCE = 1e-10  # on the gradient; its default of 1e-4 stops after two steps here
@@ -44,7 +44,7 @@ def minimise_by_cyanure(problem: CrossEntropyProblem) -> tuple[Point, int]:
     """Solve by cyanure in a process of its own.
 
     Its `fit` switches OpenMP to dynamic teams for the whole process, after which PyTorch's bf16 products are wrong
-    there; so it never runs in ours. Raises NumericalError where it is not installed, ResourceError where it dies.
+    there; so it never runs in ours. Raises UsageError where it is not installed, ResourceError where it dies.
     """
     with tempfile.TemporaryDirectory(prefix="msn-eval-cyanure-") as folder:
         task, answer = Path(folder) / "task.npz", Path(folder) / "answer.npz"
@@ -60,7 +60,7 @@ def minimise_by_cyanure(problem: CrossEntropyProblem) -> tuple[Point, int]:
         )
         if not answer.exists():
             if "No module named 'cyanure'" in child.stderr:
-                raise NumericalError("--solver cyanure: cyanure is not installed", remedy="pip install cyanure")
+                raise UsageError("--solver cyanure: cyanure is not installed", remedy="pip install cyanure")
             last = (child.stderr.strip().splitlines() or ["no message"])[-1]
             raise ResourceError(f"cyanure ended with code {child.returncode}: {last}", remedy="Use --solver auto.")
         with np.load(answer) as stored:

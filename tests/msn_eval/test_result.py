@@ -131,6 +131,14 @@ def test_read_results_gives_one_row_a_record(digits_runs: Path) -> None:
     assert frame["metrics.top1"].between(0, 1).all()
 
 
+def test_a_table_left_among_the_records_is_no_record(digits_runs: Path, tmp_path: Path) -> None:
+    for path in [*digits_runs.glob("*.json")][:2]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "table.json").write_text("{}")
+
+    assert len(list_results([tmp_path])) == 2
+
+
 def test_an_empty_folder_of_results_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no results here"):
         list_results([tmp_path])

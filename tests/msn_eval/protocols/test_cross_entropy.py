@@ -1,3 +1,5 @@
+"""The objective, its gradient and its certificate, against finite differences and the dual."""
+
 import numpy as np
 import pytest
 import torch

@@ -1,3 +1,5 @@
+"""Weighted nearest neighbours against a naive loop and scikit-learn."""
+
 import math
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""The logistic probe: every solver, every invariance, what it refuses."""
+
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression

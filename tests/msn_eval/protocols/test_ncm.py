@@ -1,3 +1,5 @@
+"""Nearest class mean against its closed form."""
+
 import numpy as np
 import torch
 from scipy.spatial.distance import cdist

@@ -1,7 +1,12 @@
+"""Exact neighbours: both searches, ties and rounding."""
+
+import sys
+
 import numpy as np
 import pytest
 import torch
 
+from msn_eval.errors import UsageError
 from msn_eval.protocols import nearest as nearest_module
 from msn_eval.protocols.nearest import search_nearest
 from msn_eval.protocols.rows import normalised_rows
@@ -143,3 +148,11 @@ def test_equal_rows_tie_exactly_wherever_they_stand(d: int) -> None:
     assert copies.sum(dim=1).min() > 50
     assert all(len(row[mine].unique()) == 1 for row, mine in zip(cosines, copies, strict=True))
     assert all(torch.equal(row[mine], row[mine].sort().values) for row, mine in zip(nearest, copies, strict=True))
+
+
+def test_a_large_bank_without_faiss_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest_module, "_LARGE_BANK", 0)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+
+    with pytest.raises(UsageError, match="faiss-cpu"):
+        search_nearest(torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64), 1)

@@ -1,10 +1,12 @@
+"""The cross-checks solve our objective, and cyanure leaves this process alone."""
+
 from pathlib import Path
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from msn_eval.errors import NumericalError, ResourceError
+from msn_eval.errors import ResourceError, UsageError
 from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Point
 from msn_eval.protocols.newton import minimise_by_newton
 from msn_eval.protocols.reference_solvers import minimise_by_cyanure, minimise_by_sklearn
@@ -86,7 +88,7 @@ def test_cyanure_that_is_not_installed_is_named_with_what_to_do(
     (tmp_path / "cyanure.py").write_text("""raise ModuleNotFoundError("No module named 'cyanure'")""")
     monkeypatch.syspath_prepend(tmp_path)
 
-    with pytest.raises(NumericalError) as caught:
+    with pytest.raises(UsageError) as caught:
         minimise_by_cyanure(_problem(torch.arange(8) % 2, n_classes=2))
 
     assert str(caught.value) == "--solver cyanure: cyanure is not installed\npip install cyanure"

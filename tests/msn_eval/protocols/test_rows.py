@@ -1,3 +1,5 @@
+"""Rows are centred and normalised each by itself."""
+
 from collections.abc import Callable
 
 import pytest

@@ -1,4 +1,7 @@
+"""Both of our minimisers, Newton's and L-BFGS, find the one optimum and prove it."""
+
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,9 +11,18 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from msn_eval.protocols.cross_entropy import CrossEntropyProblem
+from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Point
+from msn_eval.protocols.lbfgs import minimise_by_lbfgs
 from msn_eval.protocols.newton import minimise_by_newton
 from msn_eval.protocols.rows import centred_rows
+
+Minimiser = Callable[..., tuple[Point, int]]
+
+
+@pytest.fixture(params=[minimise_by_newton, minimise_by_lbfgs], ids=["newton", "lbfgs"])
+def minimise(request: pytest.FixtureRequest) -> Minimiser:
+    chosen: Minimiser = request.param
+    return chosen
 
 
 def _clusters(n: int, d: int, n_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,37 +58,39 @@ def _agreement(rows: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> fl
 
 
 @pytest.mark.parametrize("strength", [0.0025, 0.075, 1.0])
-def test_optimum_on_clusters_is_that_of_scikit_learn(strength: float) -> None:
+def test_optimum_on_clusters_is_that_of_scikit_learn(minimise: Minimiser, strength: float) -> None:
     rows, labels = _clusters(600, 16, 5)
     problem = _problem(rows[:200], labels[:200], strength)
     theirs = _sklearn_weights(problem, inverse_strength=1 / strength)
 
-    ours, _ = minimise_by_newton(problem, target=1e-6)
+    ours, _ = minimise(problem, target=1e-6)
 
     assert ours.objective == pytest.approx(_objective(problem, theirs), rel=1e-6)
     assert _agreement(rows[200:], ours.weights, theirs) >= 0.995
 
 
 @pytest.mark.parametrize("strength", [0.0025, 0.075])
-def test_optimum_on_digits_is_that_of_scikit_learn(strength: float) -> None:
+def test_optimum_on_digits_is_that_of_scikit_learn(minimise: Minimiser, strength: float) -> None:
     values, digits = load_digits(return_X_y=True)
     rows, labels = centred_rows(torch.from_numpy(values)), torch.from_numpy(digits)
     problem = _problem(rows[:1000], labels[:1000], strength)
     theirs = _sklearn_weights(problem, inverse_strength=1 / strength)
 
-    ours, _ = minimise_by_newton(problem, target=1e-6)
+    ours, _ = minimise(problem, target=1e-6)
 
     assert ours.objective == pytest.approx(_objective(problem, theirs), rel=1e-6)
     assert _agreement(rows[1000:], ours.weights, theirs) >= 0.995
 
 
 @pytest.mark.parametrize("strength", [0.0025, 0.075, 1.0])
-def test_two_classes_are_scikit_learns_binary_form_with_twice_the_inverse_strength(strength: float) -> None:
+def test_two_classes_are_scikit_learns_binary_form_with_twice_the_inverse_strength(
+    minimise: Minimiser, strength: float
+) -> None:
     rows, labels = _clusters(600, 16, 2)
     problem = _problem(rows[:200], labels[:200], strength)
     theirs = _sklearn_weights(problem, inverse_strength=2 / strength)
 
-    ours, _ = minimise_by_newton(problem, target=1e-6)
+    ours, _ = minimise(problem, target=1e-6)
 
     assert ours.objective == pytest.approx(_objective(problem, theirs), rel=1e-6)
     assert _agreement(rows[200:], ours.weights, theirs) >= 0.995
@@ -84,56 +98,56 @@ def test_two_classes_are_scikit_learns_binary_form_with_twice_the_inverse_streng
 
 @pytest.mark.parametrize("target", [1e-2, 1e-6, 1e-9])
 @pytest.mark.parametrize("strength", [1e-4, 0.0025, 0.075, 10.0])
-def test_asked_gap_is_reached(strength: float, target: float) -> None:
+def test_asked_gap_is_reached(minimise: Minimiser, strength: float, target: float) -> None:
     problem = _problem(*_clusters(120, 12, 6), strength)
 
-    point, steps = minimise_by_newton(problem, target=target)
+    point, steps = minimise(problem, target=target)
 
     assert point.gap <= target
     assert steps > 0
 
 
-def test_objective_is_that_of_the_weights_returned() -> None:
+def test_objective_is_that_of_the_weights_returned(minimise: Minimiser) -> None:
     problem = _problem(*_clusters(120, 12, 6), 0.0025)
 
-    point, _ = minimise_by_newton(problem, target=1e-6)
+    point, _ = minimise(problem, target=1e-6)
 
     assert point.objective == pytest.approx(_objective(problem, point.weights), rel=1e-12)
 
 
-def test_rows_that_are_all_zero_are_solved_without_a_step() -> None:
+def test_rows_that_are_all_zero_are_solved_without_a_step(minimise: Minimiser) -> None:
     problem = _problem(torch.zeros(6, 4, dtype=torch.float64), torch.arange(6) % 3, 0.0025)
 
-    point, steps = minimise_by_newton(problem, target=1e-6)
+    point, steps = minimise(problem, target=1e-6)
 
     assert steps == 0
     assert torch.equal(point.weights, torch.zeros(3, 4, dtype=torch.float64))
 
 
-def test_equal_rows_with_different_labels_are_no_obstacle() -> None:
+def test_equal_rows_with_different_labels_are_no_obstacle(minimise: Minimiser) -> None:
     rows, _ = _clusters(20, 12, 2)
     problem = _problem(rows.repeat(2, 1), torch.arange(40) // 20, 0.0025)
 
-    point, _ = minimise_by_newton(problem, target=1e-6)
+    point, _ = minimise(problem, target=1e-6)
 
     assert point.objective == pytest.approx(np.log(2), rel=1e-6)
 
 
-def test_rotating_the_rows_rotates_the_weights() -> None:
+def test_rotating_the_rows_rotates_the_weights(minimise: Minimiser) -> None:
     rows, labels = _clusters(120, 12, 4)
     rotation = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
-    plain, _ = minimise_by_newton(_problem(rows, labels, 0.075), target=1e-10)
+    plain, _ = minimise(_problem(rows, labels, 0.075), target=1e-10)
 
-    rotated, _ = minimise_by_newton(_problem(rows @ rotation, labels, 0.075), target=1e-10)
+    rotated, _ = minimise(_problem(rows @ rotation, labels, 0.075), target=1e-10)
 
     torch.testing.assert_close(rotated.weights, plain.weights @ rotation, rtol=0, atol=1e-3)
 
 
-def test_a_class_without_rows_is_solved_for_and_likeliest_for_none_of_the_rows() -> None:
+def test_a_class_without_rows_is_solved_for_and_likeliest_for_none_of_the_rows(minimise: Minimiser) -> None:
     rows, labels = _clusters(60, 12, 3)
     problem = CrossEntropyProblem(rows=rows, labels=labels, n_classes=4, mu=0.0025 / 60)
 
-    point, _ = minimise_by_newton(problem, target=1e-6)
+    point, _ = minimise(problem, target=1e-6)
 
     assert point.gap <= 1e-6
     assert (point.probabilities.argmax(dim=1) != 3).all()
