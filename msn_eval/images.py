@@ -23,7 +23,9 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 # Pillow would clip these to 8 bits in silence: 16-bit images turn white, float images black.
 _REFUSED_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
-_MOST_RESIZED_PIXELS = 64_000_000
+# Resizing the shorter side would make the longer one hundreds of megabytes long. A rule of the image alone, so that every
+# network skips the same ones.
+_LONGEST_ASPECT = 500
 
 
 class BadImageError(Exception):
@@ -156,6 +158,8 @@ def decode_image(content: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(content), formats=_FORMATS)
             if image.mode in _REFUSED_MODES:
                 raise BadImageError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8-bit RGB")
+            if max(image.size) > _LONGEST_ASPECT * min(image.size):
+                raise BadImageError(f"{image.size[0]} x {image.size[1]} pixels: longer than {_LONGEST_ASPECT} : 1")
             return image.convert("RGB")
     except UnidentifiedImageError:
         raise BadImageError(_unknown_format(content)) from None
@@ -179,13 +183,11 @@ def resize_and_crop(image: Image.Image, transform: EvalTransform) -> NDArray[np.
     """Give the (crop, crop, 3) uint8 pixels of Pillow's bilinear resize and centre crop.
 
     Side lengths are rounded as torchvision's Resize and CenterCrop round them: the long side down, the crop's
-    corner to even. Raises BadImageError where the shape is so long that resizing it would not fit in memory.
+    corner to even.
     """
     width, height = image.size
     short, long = min(width, height), max(width, height)
     long_side = int(transform.resize * long / short)
-    if long_side * transform.resize > _MOST_RESIZED_PIXELS:
-        raise BadImageError(f"{width} x {height} would be resized to {transform.resize} x {long_side} pixels")
     size = (transform.resize, long_side) if width <= height else (long_side, transform.resize)
     resized = image.resize(size, Image.Resampling.BILINEAR)
     left = round((size[0] - transform.crop) / 2)

@@ -118,9 +118,14 @@ def test_one_pixel_fills_the_whole_crop_with_its_colour() -> None:
     np.testing.assert_array_equal(pixels, np.full((224, 224, 3), (10, 20, 30), dtype=np.uint8))
 
 
-def test_shape_too_long_to_be_resized_is_refused_without_the_memory() -> None:
-    with pytest.raises(BadImageError, match="1 x 1000 would be resized to 256 x 256000 pixels"):
-        resize_and_crop(Image.new("RGB", (1, 1000)), eval_transform(224))
+def test_shape_too_long_to_be_resized_is_refused_whatever_the_network() -> None:
+    with pytest.raises(BadImageError, match="1 x 501 pixels: longer than 500 : 1"):
+        decode_image(encoded(Image.new("RGB", (1, 501)), "PNG"))
+
+
+def test_longest_shape_that_is_taken_is_resized() -> None:
+    image = decode_image(encoded(Image.new("RGB", (500, 1), (10, 20, 30)), "PNG"))
+    assert resize_and_crop(image, eval_transform(32)).shape == (32, 32, 3)
 
 
 def test_exif_orientation_turns_nothing() -> None:
