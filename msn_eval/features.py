@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
@@ -178,7 +178,7 @@ def _loader(
     )
 
 
-def _batches(loader: "DataLoader[tuple[NDArray[np.uint8], str]]"):  # type: ignore[no-untyped-def]
+def _batches(loader: "DataLoader[tuple[NDArray[np.uint8], str]]") -> Iterator[tuple[Tensor, list[str]]]:
     try:
         yield from cast("DataLoader[tuple[Tensor, list[str]]]", loader)
     except (RuntimeError, ConnectionError) as error:

@@ -105,17 +105,15 @@ def read_request(options: argparse.Namespace, overrides: Sequence[str]) -> Reque
 
 
 def _config_file(name: str) -> Path:
-    """Give the file called `name`, or the shipped config of that name."""
-    shipped = shipped_folder("configs") / "eval"
-    path = Path(name)
-    if path.exists() or not (shipped / f"{path.stem}.yaml").exists():
-        if not path.exists():
-            known = sorted(one.stem for one in shipped.glob("*.yaml"))
-            raise UsageError(
-                f"no such config file.{nearest(name, known)}", where=name, remedy=f"Shipped: {', '.join(known)}."
-            )
-        return path
-    return shipped / f"{path.stem}.yaml"
+    """Give the file called `name`, or the shipped config of that bare name."""
+    shipped = {path.stem: path for path in (shipped_folder("configs") / "eval").glob("*.yaml")}
+    if Path(name).exists():
+        return Path(name)
+    if name in shipped:
+        return shipped[name]
+    raise UsageError(
+        f"no such config file.{nearest(name, shipped)}", where=name, remedy=f"Shipped: {', '.join(sorted(shipped))}."
+    )
 
 
 def evaluate_all(plan: "Plan") -> "tuple[list[Result], int]":

@@ -63,6 +63,7 @@ def _pixels(*more: str) -> list[str]:
         (_pixels("--data", "digits", "--precision", "int8"), 2, "--precision int8"),
         (_pixels("--data", "digits", "--tap", "cls"), 2, "It has: pixels."),
         (_pixels("--data", "digits", "--config", "nowhere.yaml"), 2, "nowhere.yaml"),
+        (_pixels("--data", "digits", "--config", "mine/low_shot.yaml"), 2, "mine/low_shot.yaml"),
         (_pixels("--data", "digits", "limt=3"), 2, "Did you mean limit?"),
         (_pixels("--chekpoint", "x"), 2, "Did you mean --checkpoint?"),
         (_pixels("--subse", "1img"), 2, "Did you mean --subset?"),
