@@ -40,21 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, _on_sigterm)
         verb, rest = (words[0], words[1:]) if words and words[0] in _VERBS else ("evaluate", words)
         command = import_module(f"msn_eval.commands.{verb}")
-        parser = _Parser(
-            prog="msn-eval" if verb == "evaluate" else f"msn-eval {verb}",
-            description=command.SUMMARY
-            if verb != "evaluate"
-            else "How good is a frozen vision checkpoint when labels are scarce?",
-            epilog="verbs: "
-            + "; ".join(f"{one} ({import_module(f'msn_eval.commands.{one}').SUMMARY})" for one in _VERBS[1:])
-            if verb == "evaluate"
-            else None,
-            allow_abbrev=False,
-        )
-        command.add_options(parser)
-        parser.add_argument("-v", "--verbose", action="count", default=0, help="more on stderr; -vv for tracebacks")
-        parser.add_argument("-q", "--quiet", action="store_true", default=False, help="only errors on stderr")
-        parser.add_argument("--version", action="version", version=f"msn-eval {__version__}")
+        parser = _parser(verb)
         options, extra = parser.parse_known_args(rest)
         overrides = _overrides(extra, parser, takes_overrides=command.TAKES_OVERRIDES)
         verbosity = options.verbose
@@ -74,6 +60,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         text = printable(f"{type(error).__name__}: {error}")
         return _fail(f"This is a bug in msn-eval: {text}\nRun it again with -vv for the traceback.", _BUG, verbosity)
+
+
+def _parser(verb: str) -> _Parser:
+    command = import_module(f"msn_eval.commands.{verb}")
+    if verb == "evaluate":
+        others = (f"{one} ({import_module(f'msn_eval.commands.{one}').SUMMARY})" for one in _VERBS if one != verb)
+        parser = _Parser(
+            prog="msn-eval",
+            description="How good is a frozen vision checkpoint when labels are scarce?",
+            epilog=f"verbs: {'; '.join(others)}",
+            allow_abbrev=False,
+        )
+    else:
+        parser = _Parser(prog=f"msn-eval {verb}", description=command.SUMMARY, allow_abbrev=False)
+    command.add_options(parser)
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="more on stderr; -vv for tracebacks")
+    parser.add_argument("-q", "--quiet", action="store_true", default=False, help="only errors on stderr")
+    parser.add_argument("--version", action="version", version=f"msn-eval {__version__}")
+    return parser
 
 
 def _overrides(extra: Sequence[str], parser: argparse.ArgumentParser, *, takes_overrides: bool) -> list[str]:

@@ -90,7 +90,7 @@ class _Measurement:
                 subset=task.subset.name,
                 draw=task.subset.draw,
                 images=len(task.subset),
-                sha256=plan.subset_sha256(task.subset),
+                sha256=task.split_sha256,
             ),
             features=_feature_facts(encoder, _tap(encoder, task, plan.request), dim),
             probe=ProbeFacts(
@@ -287,8 +287,8 @@ def _result_id(encoder: Encoder, task: Task) -> str:
 def _known_result(out: Path, encoder: Encoder, task: Task, request: Request) -> Result | None:
     """Give the finished result of a task from an earlier run, or None.
 
-    Raises StoreError where the folder holds a result of the same weights that was made by another network or
-    transform: the id leaves out what belongs to the checkpoint, and the two must not pass for each other.
+    Raises StoreError where the folder holds a result of the same id that was made with other labelled images, or by
+    another network or transform from the same weights: the id leaves these out, and they must not pass for each other.
     """
     path = out / f"{_result_id(encoder, task)}.json"
     if not path.exists():
@@ -296,6 +296,12 @@ def _known_result(out: Path, encoder: Encoder, task: Task, request: Request) -> 
     known = read_result(path)
     if known.status == "failed":
         return None
+    if known.split.sha256 != task.split_sha256:
+        raise StoreError(
+            f"holds a result of {known.split.subset}@{known.split.draw} with other labelled images than the data set gives now",
+            where=str(path),
+            remedy="The training images changed since: use another --out folder, or restore them.",
+        )
     facts = _feature_facts(encoder, _tap(encoder, task, request), known.features.dim)
     # The versions of a decoder and bf16 against fp16 may differ between comparable results.
     same = replace(known.features, decoder=facts.decoder, precision=facts.precision)

@@ -35,9 +35,13 @@ _TRANSFORM_RULE = "resize-256/224-bilinear-centre-crop"
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One measurement to make, the checkpoint apart: a draw, a probe, one setting of it."""
+    """One measurement to make, the checkpoint apart: a draw, a probe, one setting of it.
+
+    split_sha256: of the draw's images by content
+    """
 
     subset: Subset
+    split_sha256: str
     probe: Probe
     params: dict[str, int | float]
     protocol: dict[str, object]
@@ -80,9 +84,6 @@ class Plan:
     def skipped(self, subset: Subset) -> tuple[str, ...]:
         """Give the unreadable images of either split that results on this subset do without."""
         return (*(f"val/{image_id}" for image_id in self.skipped_val), *(f"train/{one}" for one in subset.skipped))
-
-    def subset_sha256(self, subset: Subset) -> str:
-        return content_sha256(subset.image_ids, self.train_hashes)
 
 
 def make_plan(request: Request) -> Plan:
@@ -174,12 +175,14 @@ def probes_for(request: Request, subset: Subset) -> Iterator[Probe]:
 
 def _tasks(plan: Plan) -> Iterator[Task]:
     for subset in plan.subsets:
+        split_sha256 = content_sha256(subset.image_ids, plan.train_hashes)
         for probe in probes_for(plan.request, subset):
             possible = settings(probe, len(subset))
             if not possible:
                 _log.warning("%s leaves nothing to measure on the %d images of %s", probe, len(subset), subset.name)
             for params in possible:
-                yield Task(subset=subset, probe=probe, params=params, protocol=_protocol(plan, subset, probe, params))
+                protocol = _protocol(plan, subset, probe, params)
+                yield Task(subset=subset, split_sha256=split_sha256, probe=probe, params=params, protocol=protocol)
 
 
 def _protocol(plan: Plan, subset: Subset, probe: Probe, params: dict[str, int | float]) -> dict[str, object]:

@@ -249,7 +249,8 @@ def read_predictions(path: Path) -> Predictions:
 def list_results(folders: Iterable[str | Path]) -> list[Result]:
     """Read every record of some result folders, each once, in the order of folder and file name.
 
-    Raises UsageError for a folder that is not there or holds no results.
+    Raises UsageError for a folder that is not there or holds no results, StoreError for a record that cannot be read or
+    stands twice with different labelled images.
     """
     found: dict[str, Result] = {}
     for folder in map(Path, folders):
@@ -258,6 +259,12 @@ def list_results(folders: Iterable[str | Path]) -> list[Result]:
         for path in sorted(folder.glob(f"{'[0-9a-f]' * _ID_DIGITS}.json")):  # a table left here is no record
             result = read_result(path)
             known = found.get(result.id)
+            if known is not None and known.split.sha256 != result.split.sha256:
+                raise StoreError(
+                    f"result {result.id} stands in several folders, measured with different labelled images",
+                    where=str(path),
+                    remedy="Report the folders one at a time.",
+                )
             if known is None or known.status == "failed":  # a retry elsewhere may have succeeded
                 found[result.id] = result
     if not found:

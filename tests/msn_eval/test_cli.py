@@ -294,6 +294,17 @@ def test_the_same_weights_read_as_another_network_are_not_taken_for_the_earlier_
     assert (code, "read as" in told) == (22, True), told
 
 
+def test_a_result_with_other_labelled_images_is_not_taken_for_this_one(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(_pixels("--data", str(folder), "--subset", "full", "-q"))
+    Image.new("RGB", (20, 24), (9, 9, 9)).save(folder / "train/dark/0.png")
+
+    code = main(_pixels("--data", str(folder), "--subset", "full", "-q"))
+
+    assert (code, "other labelled images" in capsys.readouterr().err) == (22, True)
+
+
 def test_a_damaged_record_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(_pixels("--data", str(folder), "--subset", "1img@1", "-q"))
     (record,) = Path("runs").glob("*.json")

@@ -139,6 +139,15 @@ def test_a_table_left_among_the_records_is_no_record(digits_runs: Path, tmp_path
     assert len(list_results([tmp_path])) == 2
 
 
+def test_one_id_measured_with_different_labelled_images_is_refused(result: Result, tmp_path: Path) -> None:
+    for name, digest in (("a", "0" * 64), ("b", "1" * 64)):
+        (tmp_path / name).mkdir()
+        write_result(tmp_path / name, replace(result, split=replace(result.split, sha256=digest)), None)
+
+    with pytest.raises(StoreError, match="different labelled images"):
+        list_results([tmp_path / "a", tmp_path / "b"])
+
+
 def test_an_empty_folder_of_results_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no results here"):
         list_results([tmp_path])
