@@ -58,8 +58,9 @@ def _read_yaml(file: Path) -> dict[str, object]:
         content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except FileNotFoundError:
         raise UsageError("no such config file", where=str(file), remedy="Give the path of a YAML file.") from None
-    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
+        endless = isinstance(error, RecursionError)
+        reason = "it refers to itself, or is nested too deeply" if endless else " ".join(str(error).split())
         raise UsageError(f"cannot be read as YAML: {reason}", where=str(file), remedy="Correct the file.") from error
     if not isinstance(content, dict):
         raise UsageError("is no mapping of keys to values", where=str(file), remedy="Write `key: value` lines.")
@@ -76,7 +77,7 @@ def _read_override(kind: type[object], text: str) -> dict[str, object]:
         raise UsageError(f"{text!r} is not of the form key=value", remedy="Write for example limit=10.")
     try:
         content: Any = OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise UsageError(f"{text!r}: the value is no YAML", remedy="Quote it for the shell.") from error
     read = content["value"]
     if isinstance(read, int | float) and _is_text(kind, _field_name(kind, key, f"override {text!r}")):
