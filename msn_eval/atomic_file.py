@@ -1,10 +1,13 @@
 """Files that are there in full or not at all, whenever the process is killed."""
 
+import contextlib
 import errno
 import os
 import secrets
+import shutil
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from msn_eval.errors import StoreError, UsageError
@@ -18,24 +21,42 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises StoreError when the disk refuses; `path` then is as it was before.
     """
+    with written_atomically(path, f"{len(content):,} bytes") as temporary, temporary.open("xb") as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def written_atomically(path: Path, what: str) -> Iterator[Path]:
+    """Give the name of a temporary file or folder, which is at `path` once the block has filled it and ended well.
+
+    what: is written, for the error
+    Raises StoreError when the disk refuses; `path` then is as it was before.
+    """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}{_SUFFIX}")
     try:
         try:
-            with temporary.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
+            for file in temporary.iterdir() if temporary.is_dir() else (temporary,):
+                with file.open("rb+") as handle:
+                    os.fsync(handle.fileno())
             temporary.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            remove(temporary)
     except OSError as error:
         raise StoreError(
-            f"could not write {len(content):,} bytes: {error.strerror or error}",
+            f"could not write {what}: {error.strerror or error}",
             where=str(path),
-            remedy=f"Free space or choose another folder; {_free_bytes(path.parent)}.",
+            remedy=f"Free space or choose another folder; {free_bytes(path.parent)}.",
             kept="Files written before are untouched; the same command goes on from there.",
         ) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def prepare_folder(folder: Path, *, option: str) -> None:
@@ -74,7 +95,8 @@ def _is_abandoned(temporary: Path) -> bool:
     return False
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder written to the disk."""
     if os.name != "posix":  # Windows has no handle on a folder to sync
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -87,7 +109,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _free_bytes(folder: Path) -> str:
+def free_bytes(folder: Path) -> str:
+    """Say how much room there is in a folder."""
     try:
         status = os.statvfs(folder)
     except OSError:

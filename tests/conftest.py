@@ -1,3 +1,5 @@
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,12 @@ def digits_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         no_cache=True,
     )
     return folder
+
+
+@pytest.fixture(autouse=True)
+def package_logger() -> Iterator[None]:
+    """Give the package's logger back as it was: a command that ran in this process sends it to stderr alone."""
+    logger = logging.getLogger("msn_eval")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before

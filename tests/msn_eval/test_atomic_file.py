@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import msn_eval
-from msn_eval.atomic_file import prepare_folder, write_atomically
+from msn_eval.atomic_file import prepare_folder, write_atomically, written_atomically
 from msn_eval.errors import StoreError, UsageError
 
 DAY = 24 * 3600
@@ -182,6 +182,134 @@ def test_file_system_that_cannot_sync_folders_still_takes_files(
     refuse_to_sync(monkeypatch, errno.EINVAL, folders_only=True)
     write_atomically(tmp_path / "record.json", b"new")
     assert (tmp_path / "record.json").read_bytes() == b"new"
+
+
+# What a block fills: a file or a folder.
+
+
+def fill(path: Path, *, folder: bool, content: bytes = b"new") -> None:
+    if folder:
+        path.mkdir()
+        (path / "config.json").write_bytes(content)
+        (path / "weights").write_bytes(content)
+    else:
+        path.write_bytes(content)
+
+
+def fill_and_fail(path: Path, error: BaseException, *, folder: bool) -> None:
+    fill(path, folder=folder)
+    raise error
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_file_that_a_block_filled_stands_under_its_name_alone(tmp_path: Path) -> None:
+    with written_atomically(tmp_path / "out", "3 bytes") as temporary:
+        fill(temporary, folder=False)
+    assert everything_in(tmp_path) == {"out": b"new"}
+
+
+def test_folder_that_a_block_filled_stands_under_its_name_alone(tmp_path: Path) -> None:
+    with written_atomically(tmp_path / "out", "6 bytes") as temporary:
+        fill(temporary, folder=True)
+    assert everything_in(tmp_path) == {"out/config.json": b"new", "out/weights": b"new"}
+
+
+def test_folder_takes_the_place_of_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with written_atomically(tmp_path / "out", "6 bytes") as temporary:
+        fill(temporary, folder=True)
+    assert len(everything_in(tmp_path / "out")) == 2
+
+
+def test_folder_does_not_take_the_place_of_a_full_one(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_bytes(b"mine")
+    with pytest.raises(StoreError), written_atomically(tmp_path / "out", "6 bytes") as temporary:
+        fill(temporary, folder=True)
+    assert everything_in(tmp_path) == {"out/mine": b"mine"}
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_nothing_stands_under_the_name_while_the_block_runs(tmp_path: Path, folder: bool) -> None:
+    with written_atomically(tmp_path / "out", "3 bytes") as temporary:
+        fill(temporary, folder=folder)
+        seen = (tmp_path / "out").exists()
+    assert not seen
+
+
+def test_old_content_stands_while_the_block_runs(tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"old")
+    with written_atomically(tmp_path / "out", "3 bytes") as temporary:
+        fill(temporary, folder=False)
+        seen = (tmp_path / "out").read_bytes()
+    assert seen == b"old"
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_error_inside_the_block_comes_out_as_it_is(tmp_path: Path, folder: bool, error: type[BaseException]) -> None:
+    with pytest.raises(error, match="mine"), written_atomically(tmp_path / "out", "3 bytes") as temporary:
+        fill_and_fail(temporary, error("mine"), folder=folder)
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_error_inside_the_block_removes_what_it_wrote(tmp_path: Path, folder: bool) -> None:
+    with pytest.raises(ValueError, match="mine"), written_atomically(tmp_path / "out", "3 bytes") as temporary:
+        fill_and_fail(temporary, ValueError("mine"), folder=folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_error_inside_the_block_leaves_the_old_content(tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"old")
+    with pytest.raises(ValueError, match="mine"), written_atomically(tmp_path / "out", "3 bytes") as temporary:
+        fill_and_fail(temporary, ValueError("mine"), folder=False)
+    assert everything_in(tmp_path) == {"out": b"old"}
+
+
+def test_error_before_anything_is_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mine"), written_atomically(tmp_path / "out", "3 bytes"):
+        raise ValueError("mine")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_that_refuses_inside_the_block_is_a_store_error_that_says_what(tmp_path: Path) -> None:
+    with pytest.raises(StoreError) as caught, written_atomically(tmp_path / "out", "all 12 bytes"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert (caught.value.exit_code, caught.value.what, caught.value.where) == (
+        22,
+        "could not write all 12 bytes: No space left on device",
+        str(tmp_path / "out"),
+    )
+
+
+def test_block_that_writes_nothing_is_a_store_error(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="No such file"), written_atomically(tmp_path / "out", "3 bytes"):
+        pass
+
+
+def test_every_file_of_a_folder_is_on_disk_before_the_folder_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def note_sync(handle: int) -> None:
+        status = os.fstat(handle)
+        done.append("folder" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes")
+        sync(handle)
+
+    def note_replace(path: Path, target: Path) -> Path:
+        done.append(f"renamed to {target.name}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    with written_atomically(tmp_path / "out", "6 bytes") as temporary:
+        fill(temporary, folder=True)
+    assert done[:3] == ["3 bytes", "3 bytes", "renamed to out"]
 
 
 def test_folder_is_made_with_its_parents_and_left_empty(tmp_path: Path) -> None:
