@@ -6,6 +6,8 @@ import re
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +15,21 @@ from torch import Tensor, nn
 from msn_eval.errors import CheckpointError, nearest
 
 # The number of heads is in no weight's shape; these are the published ones.
-_HEADS_BY_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+_HEADS_BY_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
+_GATED_HEADS_BY_WIDTH = {**_HEADS_BY_WIDTH, 1536: 24}  # others of this width have 16
 _SIZE_BY_WIDTH_AND_DEPTH = {
     (192, 12): "tiny",
     (384, 12): "small",
     (768, 12): "base",
     (1024, 24): "large",
     (1280, 32): "huge",
+    (1408, 40): "giant",
+    (1536, 40): "giant2",
+    (1664, 48): "gigantic",
 }
+_WIDEST_BEIT_GRID = 48
+_DEEPEST = 256
+NORM_EPS = 1e-6  # of nearly every published Vision Transformer; it is in no weight
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
@@ -36,13 +45,19 @@ class Architecture:
     """A network without its classifier and without weights.
 
     name:         as records show it, timm's where timm has one
-    timm_name:    timm's entry, or None for a Vision Transformer described by `keywords` alone
+    timm_name:    timm's entry, or None for a Transformer described by `kind` and `keywords` alone
+    kind:         which Transformer the keywords describe
     keywords:     what the constructor is given besides
+    norm_eps:     of the layer norms of a Transformer described by keywords
+    gated:        whether its MLPs multiply values by a SiLU gate (SwiGLU)
     """
 
     name: str
     timm_name: str | None
+    kind: Literal["vit", "beit"] = "vit"
     keywords: Mapping[str, object] = field(default_factory=dict)
+    norm_eps: float = NORM_EPS
+    gated: bool = False
 
 
 def build_network(architecture: Architecture, *, seed: int = 0) -> nn.Module:
@@ -50,21 +65,48 @@ def build_network(architecture: Architecture, *, seed: int = 0) -> nn.Module:
 
     Raises CheckpointError for a name that timm does not know or keywords that it does not take.
     """
-    import timm
-    from timm.models.vision_transformer import VisionTransformer
-
     check_architecture_name(architecture)
-    keywords = dict(architecture.keywords)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            if architecture.timm_name is None:
-                network: nn.Module = VisionTransformer(num_classes=0, **keywords)
-            else:
-                network = timm.create_model(architecture.timm_name, pretrained=False, num_classes=0, **keywords)
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise _unbuildable(architecture, error) from error
-    return network.eval()
+        return _constructed(architecture).eval()
+
+
+def outline_network(architecture: Architecture) -> nn.Module:
+    """Build the trunk without memory, on the meta device: its weights have names and shapes and no values.
+
+    Raises CheckpointError as `build_network` does.
+    """
+    check_architecture_name(architecture)
+    with torch.device("meta"):
+        return _constructed(architecture)
+
+
+def _constructed(architecture: Architecture) -> nn.Module:
+    import timm
+
+    try:
+        if architecture.timm_name is None:
+            return _described(architecture)
+        network: nn.Module = timm.create_model(
+            architecture.timm_name, pretrained=False, num_classes=0, **architecture.keywords
+        )
+        return network
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise _unbuildable(architecture, error) from error
+
+
+def _described(architecture: Architecture) -> nn.Module:
+    """Build a Transformer that timm may have no entry for, from what its weights told."""
+    from timm.layers import LayerNorm, SwiGLUPacked
+    from timm.models.beit import Beit
+    from timm.models.vision_transformer import VisionTransformer
+
+    keywords = dict(architecture.keywords)
+    if architecture.gated:
+        keywords["mlp_layer"], keywords["act_layer"] = SwiGLUPacked, nn.SiLU
+    norm_layer = partial(LayerNorm, eps=architecture.norm_eps)
+    transformer = Beit if architecture.kind == "beit" else VisionTransformer
+    return cast(nn.Module, transformer(num_classes=0, norm_layer=norm_layer, **keywords))
 
 
 def _unbuildable(architecture: Architecture, error: Exception) -> CheckpointError:
@@ -108,13 +150,20 @@ def _literal(text: str) -> object:
         return text
 
 
-def recognise_architecture(weights: Mapping[str, Tensor]) -> Architecture:
+def recognise_architecture(
+    weights: Mapping[str, Tensor], *, heads: int | None = None, norm_eps: float | None = None
+) -> Architecture:
     """Read the architecture from the names and shapes of a trunk's weights, in timm's naming.
 
+    heads:    attention heads, where something beside the weights states them
+    norm_eps: of the layer norms, likewise
     Raises CheckpointError where they leave it open.
     """
     if "patch_embed.proj.weight" in weights and "blocks.0.attn.qkv.weight" in weights:
-        return _recognise_vit(weights)
+        _check_dimensions(weights)
+        if "blocks.0.gamma_1" in weights or _bias_tables(weights):
+            return _recognise_beit(weights, heads, norm_eps or NORM_EPS)
+        return _recognise_vit(weights, heads, norm_eps or NORM_EPS)
     if "layer1.0.conv1.weight" in weights and "bn1.weight" in weights:
         return _recognise_resnet(weights)
     shown = ", ".join(sorted(weights)[:4])
@@ -124,39 +173,43 @@ def recognise_architecture(weights: Mapping[str, Tensor]) -> Architecture:
     )
 
 
-def _recognise_vit(weights: Mapping[str, Tensor]) -> Architecture:
-    for name, dimensions in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("blocks.0.mlp.fc1.weight", 2)):
+def _check_dimensions(weights: Mapping[str, Tensor]) -> None:
+    for name, dimensions in (
+        ("patch_embed.proj.weight", 4),
+        ("pos_embed", 3),
+        ("blocks.0.attn.qkv.weight", 2),
+        ("blocks.0.mlp.fc1.weight", 2),
+        ("blocks.0.mlp.fc2.weight", 2),
+        ("reg_token", 3),
+    ):
         if name in weights and weights[name].dim() != dimensions:
             raise CheckpointError(
                 f"{name} of shape {tuple(weights[name].shape)} belongs to no Vision Transformer that is known",
                 remedy="Name its architecture: --arch NAME.",
             )
+
+
+def _recognise_vit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float) -> Architecture:
     if "norm_pre.weight" in weights:
         raise CheckpointError(
             "a Vision Transformer with a norm before its blocks, as CLIP's: its activation and epsilon are in no weight",
             remedy="Name its architecture: --arch NAME, such as vit_base_patch16_clip_quickgelu_224.",
         )
     width, _, patch, _ = weights["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(found.group(1)) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name)))
-    heads = _HEADS_BY_WIDTH.get(width)
-    if heads is None:
-        raise CheckpointError(
-            f"a Vision Transformer of width {width} and depth {depth}: its number of heads is in no weight's shape, "
-            f"and no published architecture has this width (known: {', '.join(map(str, _HEADS_BY_WIDTH))})",
-            remedy=f"Name it: --arch 'vit_tiny_patch16_224?embed_dim={width}&depth={depth}&patch_size={patch}&num_heads=N"
-            "&img_size=N'.",
-        )
+    depth = _depth(weights)
     has_class_token = "cls_token" in weights
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     grid, class_position = _position_grid(weights, has_class_token=has_class_token, registers=registers)
     has_final_norm = "norm.weight" in weights
+    hidden, gated = _hidden_width(weights)
     keywords: dict[str, object] = {
         "img_size": grid * patch,
         "patch_size": patch,
         "embed_dim": width,
         "depth": depth,
-        "num_heads": heads,
-        "mlp_ratio": _hidden_width(weights) / width,
+        "num_heads": heads or _heads(width, depth, patch, gated=gated),
+        # As much more than the ratio as rounding takes: timm rounds the product down.
+        "mlp_ratio": hidden / width if int(hidden / width * width) == hidden else (hidden + 0.5) / width,
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in weights else None,
@@ -166,18 +219,97 @@ def _recognise_vit(weights: Mapping[str, Tensor]) -> Architecture:
         "global_pool": "token" if has_class_token and has_final_norm else "avg",
         "fc_norm": not has_final_norm,
     }
-    size = _SIZE_BY_WIDTH_AND_DEPTH.get((width, depth), f"width{width}_depth{depth}")
     tokens = f"_reg{registers}" if registers else ""
-    name = f"vit_{size}_patch{patch}{tokens}_{grid * patch}"
-    return Architecture(name=name, timm_name=None, keywords=keywords)
+    name = f"vit_{_size_name(width, depth)}_patch{patch}{tokens}_{grid * patch}"
+    return Architecture(
+        name=name + _unusual(keywords["num_heads"], width, norm_eps),
+        timm_name=None,
+        keywords=keywords,
+        norm_eps=norm_eps,
+        gated=gated,
+    )
 
 
-def _hidden_width(weights: Mapping[str, Tensor]) -> int:
-    if "blocks.0.mlp.fc1.weight" not in weights:
+def _recognise_beit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float) -> Architecture:
+    """Read BEiT's family, data2vec's among it: relative positions in every block or shared by all, scaled residuals."""
+    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    depth = _depth(weights)
+    tables = _bias_tables(weights)
+    if tables:
+        # A table has a row for each offset between two of g x g patches, and three for the class token.
+        rows, table_heads = weights[tables[0]].shape
+        grid, heads = (math.isqrt(max(0, rows - 3)) + 1) // 2, heads or table_heads
+    else:
+        grid, _ = _position_grid(weights, has_class_token=True, registers=0)
+    if grid > _WIDEST_BEIT_GRID:
         raise CheckpointError(
-            "a Vision Transformer whose blocks have no mlp.fc1", remedy="Name its architecture: --arch NAME."
+            f"a BEiT of {grid} x {grid} patches, whose table of offsets would not fit into memory",
+            remedy="Name its architecture: --arch NAME.",
         )
-    return weights["blocks.0.mlp.fc1.weight"].shape[0]
+    hidden, _ = _hidden_width(weights)
+    keywords: dict[str, object] = {
+        "img_size": grid * patch,
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads or _heads(width, depth, patch, gated=False),
+        "mlp_ratio": hidden / width,
+        "qkv_bias": "blocks.0.attn.q_bias" in weights,
+        "init_values": 1.0 if "blocks.0.gamma_1" in weights else None,
+        "use_abs_pos_emb": "pos_embed" in weights,
+        "use_rel_pos_bias": "blocks.0.attn.relative_position_bias_table" in weights,
+        "use_shared_rel_pos_bias": "rel_pos_bias.relative_position_bias_table" in weights,
+        "use_fc_norm": "norm.weight" not in weights,
+    }
+    name = f"beit_{_size_name(width, depth)}_patch{patch}_{grid * patch}"
+    name += _unusual(keywords["num_heads"], width, norm_eps)
+    return Architecture(name=name, timm_name=None, kind="beit", keywords=keywords, norm_eps=norm_eps)
+
+
+def _unusual(heads: object, width: int, norm_eps: float) -> str:
+    """Give what a name must say besides, so that no two networks that compute differently are called the same."""
+    by_heads = "" if heads == _GATED_HEADS_BY_WIDTH.get(width) else f"_heads{heads}"
+    return by_heads + ("" if norm_eps == NORM_EPS else f"_eps{norm_eps:g}")
+
+
+def _bias_tables(weights: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in weights if name.endswith("relative_position_bias_table") and weights[name].dim() == 2]
+
+
+def _depth(weights: Mapping[str, Tensor]) -> int:
+    numbers = {int(found.group(1)) for name in weights if (found := re.match(r"blocks\.(\d{1,4})\.", name))}
+    if max(numbers) >= _DEEPEST:
+        raise CheckpointError(
+            f"a Vision Transformer with a block {max(numbers)}", remedy="Name its architecture: --arch NAME."
+        )
+    return 1 + max(numbers)
+
+
+def _heads(width: int, depth: int, patch: int, *, gated: bool) -> int:
+    heads = (_GATED_HEADS_BY_WIDTH if gated else _HEADS_BY_WIDTH).get(width)
+    if heads is None:
+        raise CheckpointError(
+            f"a Vision Transformer of width {width} and depth {depth}: its number of heads is in no weight's shape, "
+            f"and no published architecture has this width (known: {', '.join(map(str, _HEADS_BY_WIDTH))})",
+            remedy=f"Name it: --arch 'vit_tiny_patch16_224?embed_dim={width}&depth={depth}&patch_size={patch}&num_heads=N"
+            "&img_size=N'.",
+        )
+    return heads
+
+
+def _size_name(width: int, depth: int) -> str:
+    return _SIZE_BY_WIDTH_AND_DEPTH.get((width, depth), f"width{width}_depth{depth}")
+
+
+def _hidden_width(weights: Mapping[str, Tensor]) -> tuple[int, bool]:
+    """Give the outputs of a block's first linear layer, and whether half of them gate the other half."""
+    if "blocks.0.mlp.fc1.weight" not in weights or "blocks.0.mlp.fc2.weight" not in weights:
+        raise CheckpointError(
+            "a Vision Transformer whose blocks have no mlp.fc1 and mlp.fc2",
+            remedy="Name its architecture: --arch NAME.",
+        )
+    outputs = weights["blocks.0.mlp.fc1.weight"].shape[0]
+    return outputs, outputs == 2 * weights["blocks.0.mlp.fc2.weight"].shape[1]
 
 
 def _position_grid(weights: Mapping[str, Tensor], *, has_class_token: bool, registers: int) -> tuple[int, bool]:

@@ -3,7 +3,9 @@
 import hashlib
 import importlib
 import inspect
+import logging
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,22 +19,30 @@ from msn_eval.architectures import (
     build_network,
     check_architecture_name,
     name_architecture,
-    recognise_architecture,
 )
 from msn_eval.errors import CheckpointError, printable
 from msn_eval.images import IMAGENET_MEAN, IMAGENET_STD
-from msn_eval.weights.families import choose_network, trunk_weights
+from msn_eval.position_embedding import native_pixels
+from msn_eval.stored_checkpoint import StoredCheckpoint, check_stored, choose_stored, read_contents
+from msn_eval.weights.alarms import find_alarms
+from msn_eval.weights.hub import check_hub_name, open_hub
 from msn_eval.weights.load import load_weights
-from msn_eval.weights.read import read_weight_file
+from msn_eval.weights.msn_release import MSN_RELEASES, fetch_msn, find_release
+from msn_eval.weights.tensor_facts import describe_values
 
 SCHEMES = {
-    "FILE": ".pth, .pth.tar, .pt, .safetensors: the MSN release, timm and torchvision state dicts",
+    "FILE": ".pth, .pth.tar, .pt, .ckpt, .bin, .safetensors of MSN, DINO, iBOT, DINOv2, MAE, MoCo, I-JEPA, BEiT, SimSiam, SwAV, "
+    "Barlow Twins, VICReg, lightly, solo-learn, Lightning, timm, torchvision, Hugging Face",
+    "FOLDER": "a folder in Hugging Face layout: config.json with model.safetensors or pytorch_model.bin",
+    "msn:NAME": f"the released MSN weights, downloaded once: {', '.join(MSN_RELEASES)}",
+    "hf:REPO[@REVISION]": "from the Hugging Face hub or its local cache; hf:FOLDER is FOLDER",
     "timm:NAME": "timm's pretrained weights, from its cache or its hub",
     "random:ARCH": "untrained, e.g. random:vit_tiny_patch16_224 or 'random:vit_tiny_patch16_224?img_size=32&patch_size=4'",
     "random:FILE": "untrained, with the architecture of that checkpoint",
     "py:package.module:factory": "your own nn.Module; the one scheme that runs your code",
     "pixels": "no network: 32 x 32 pixels as they are",
 }
+_log = logging.getLogger(__name__)
 _PIXELS = 32
 Triple = tuple[float, float, float]
 
@@ -100,6 +110,42 @@ def read_checkpoint(
     return _from_file(name, arch=arch, key=key, allow_missing=allow_missing, seed=seed)
 
 
+def locate_weights(name: str) -> tuple[Path, str]:
+    """Give the file or folder that a checkpoint's name stands for, fetched first where it must be, and its full name: with
+    the commit of a hub's repository.
+
+    Raises CheckpointError where it cannot be had, or where no file stands behind the name.
+    """
+    scheme, colon, rest = name.partition(":")
+    if colon and scheme == "msn":
+        return fetch_msn(rest), name
+    if colon and scheme == "hf":
+        hub = open_hub(rest)
+        return hub.folder, f"hf:{hub.repo}@{hub.revision}" if hub.repo else name
+    if colon and scheme == "timm" and (repository := _timm_repository(rest)) is not None:
+        return open_hub(repository).folder, name
+    if not _is_stored(name):
+        if name == "pixels" or (colon and scheme in ("timm", "random", "py")):
+            raise CheckpointError("stands for no file", where=name, remedy="Give a file, a folder, msn: or hf:.")
+        raise CheckpointError("no such checkpoint file or scheme", where=name, remedy=_known_schemes())
+    return Path(name), name
+
+
+def _timm_repository(name: str) -> str | None:
+    """Give timm's repository on the hub for one of its networks, None for the few whose weights are kept elsewhere."""
+    from timm.models import get_pretrained_cfg
+
+    architecture = name_architecture(name)
+    check_architecture_name(architecture)  # a name that timm does not know is another fault than one it cannot fetch
+    config = get_pretrained_cfg(architecture.timm_name)
+    repository = config.hf_hub_id if config is not None else None
+    return repository if repository is not None and repository.startswith("timm/") else None
+
+
+def _is_stored(name: str) -> bool:
+    return os.path.exists(name)  # noqa: PTH110 - Path.exists raises on names too long for the disk
+
+
 def check_checkpoint_names(names: tuple[str, ...]) -> None:
     """Raise CheckpointError for a file that is not there, or a scheme or architecture that does not exist, before any
     work is done."""
@@ -110,12 +156,14 @@ def check_checkpoint_names(names: tuple[str, ...]) -> None:
         if colon and scheme == "py":
             _own_module_parts(name)
             continue
-        if colon and scheme in ("timm", "random"):
-            if not (scheme == "random" and Path(rest).is_file()):
+        if colon and scheme == "msn":
+            find_release(rest)
+        elif colon and scheme == "hf":
+            check_hub_name(rest)
+        elif colon and scheme in ("timm", "random"):
+            if not (scheme == "random" and _is_stored(rest)):
                 check_architecture_name(name_architecture(rest))
-        elif not Path(name).is_file():
-            if name and Path(name).is_dir():
-                raise CheckpointError("is a folder, not a checkpoint file", where=name, remedy="Name the file.")
+        elif not _is_stored(name):
             raise CheckpointError("no such checkpoint file or scheme", where=name, remedy=_known_schemes())
 
 
@@ -152,22 +200,29 @@ def _pixels() -> Checkpoint:
 
 
 def _untrained(name: str, rest: str, *, arch: str | None, key: str | None, seed: int) -> Checkpoint:
-    from_file = Path(rest).is_file()
-    if from_file:
-        trunk = trunk_weights(choose_network(read_weight_file(Path(rest)).content, key, where=rest))
-        architecture = name_architecture(arch) if arch else recognise_architecture(trunk.weights)
-    else:
+    if not _is_stored(rest):
         architecture = name_architecture(rest)
-    network = build_network(architecture, seed=seed)
-    checkpoint = _checkpoint(network, architecture, name=name, path=name, file_format="random")
-    return _normalised_as_a_file(checkpoint, architecture) if from_file else checkpoint
+        return _checkpoint(
+            build_network(architecture, seed=seed), architecture, name=name, path=name, file_format="random"
+        )
+    stored = choose_stored(read_contents(Path(rest)), arch=arch, key=key)
+    network = build_network(stored.architecture, seed=seed)
+    checkpoint = _checkpoint(network, stored.architecture, name=name, path=name, file_format="random")
+    return _normalised_as_stored(checkpoint, stored)
 
 
 def _timm_pretrained(name: str, rest: str) -> Checkpoint:
+    """Read timm's weights from its repository on the hub, at one commit, as any other folder; the few that are kept elsewhere
+    through timm itself."""
+    if _timm_repository(rest) is None:
+        return _timm_elsewhere(name, name_architecture(rest))
+    stored = choose_stored(read_contents(locate_weights(name)[0]), arch=rest)
+    return replace(_loaded(stored, name=rest, path=name, allow_missing=(), seed=0), format="timm")
+
+
+def _timm_elsewhere(name: str, architecture: Architecture) -> Checkpoint:
     import timm
 
-    architecture = name_architecture(rest)
-    check_architecture_name(architecture)  # a name that timm does not know is another fault than one it cannot fetch
     try:
         network = timm.create_model(architecture.timm_name, pretrained=True, num_classes=0, **architecture.keywords)
     except Exception as error:
@@ -177,7 +232,7 @@ def _timm_pretrained(name: str, rest: str) -> Checkpoint:
             remedy="Without a network they must be in the Hugging Face cache (HF_HOME); or download them elsewhere and "
             "give the file with --arch.",
         ) from error
-    return _checkpoint(network.eval(), architecture, name=rest, path=name, file_format="timm")
+    return _checkpoint(network.eval(), architecture, name=architecture.name, path=name, file_format="timm")
 
 
 def _own_module_parts(name: str) -> tuple[str, str]:
@@ -238,24 +293,41 @@ def _own_module(name: str, rest: str) -> Checkpoint:
 def _from_file(
     name: str, *, arch: str | None, key: str | None, allow_missing: tuple[str, ...], seed: int
 ) -> Checkpoint:
-    file = read_weight_file(Path(name))
-    stored = choose_network(file.content, key, where=name)
-    trunk = trunk_weights(stored)
-    try:
-        architecture = name_architecture(arch) if arch else recognise_architecture(trunk.weights)
-        network = build_network(architecture, seed=seed)
-    except CheckpointError as error:
-        raise CheckpointError(error.what, where=name, remedy=error.remedy) from error
-    matched = load_weights(network, trunk.weights, arch=architecture.name, allow_missing=allow_missing, where=name)
-    checkpoint = _checkpoint(network, architecture, name=_stem(name), path=name, file_format=trunk.format)
-    checkpoint = replace(checkpoint, sha256=file.sha256, key=stored.key, epoch=stored.epoch, matched=matched)
-    return _normalised_as_a_file(checkpoint, architecture)
+    path, full_name = locate_weights(name)
+    stored = choose_stored(read_contents(path), arch=arch, key=key)
+    return _loaded(stored, name=_short_name(name), path=full_name, allow_missing=allow_missing, seed=seed)
 
 
-def _normalised_as_a_file(checkpoint: Checkpoint, architecture: Architecture) -> Checkpoint:
-    """Give ImageNet's mean and std to weights from a file, which states none, unless the architecture was named with
-    one of timm's tags (`NAME.TAG`), which stand for particular weights and their normalisation."""
-    if architecture.timm_name is not None and "." in architecture.timm_name:
+def _loaded(stored: StoredCheckpoint, *, name: str, path: str, allow_missing: tuple[str, ...], seed: int) -> Checkpoint:
+    check_stored(
+        stored, allow_missing
+    )  # before the network is built: a file's claims must not cost more memory than it
+    architecture, trunk = stored.architecture, stored.trunk
+    network = build_network(architecture, seed=seed)
+    matched = load_weights(
+        network, trunk.weights, arch=architecture.name, allow_missing=allow_missing, where=stored.where
+    )
+    facts = {one: describe_values([tensor]) for one, tensor in trunk.weights.items()}
+    for alarm in find_alarms(stored.choice, facts):
+        _log.warning("%s: %s", path, alarm)
+    checkpoint = _checkpoint(network, architecture, name=name, path=path, file_format=trunk.format)
+    checkpoint = replace(
+        checkpoint,
+        sha256=stored.contents.sha256,
+        key=stored.choice.network.key,
+        epoch=stored.contents.epoch,
+        matched=matched,
+    )
+    return _normalised_as_stored(checkpoint, stored)
+
+
+def _normalised_as_stored(checkpoint: Checkpoint, stored: StoredCheckpoint) -> Checkpoint:
+    """Give mean and std as the folder of the weights states them; ImageNet's to weights that state none, unless the
+    architecture was named with one of timm's tags (`NAME.TAG`), which stand for particular weights and their normalisation."""
+    config = stored.contents.config
+    if config is not None and config.statistics is not None:
+        return replace(checkpoint, mean=config.statistics[0], std=config.statistics[1])
+    if "." in (stored.architecture.timm_name or ""):
         return checkpoint
     return replace(checkpoint, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
@@ -275,20 +347,10 @@ def _checkpoint(
         network=network,
         matched=1.0,
         epoch=None,
-        image_pixels=_native_pixels(network, config),
+        image_pixels=native_pixels(network),
         mean=_triple("mean", config.get("mean") or IMAGENET_MEAN, where=path),
         std=_triple("std", config.get("std") or IMAGENET_STD, where=path),
     )
-
-
-def _native_pixels(network: nn.Module, config: Mapping[str, object]) -> int:
-    """Give the size of the images that the network was built for."""
-    embed = getattr(network, "patch_embed", None)
-    size = getattr(embed, "img_size", None)
-    if size:
-        return int(size[0])
-    stated = config.get("input_size")
-    return int(stated[-1]) if isinstance(stated, tuple | list) else 224
 
 
 def _triple(what: str, values: object, *, where: str) -> Triple:
@@ -300,8 +362,13 @@ def _triple(what: str, values: object, *, where: str) -> Triple:
     return float(three[0]), float(three[1]), float(three[2])
 
 
-def _stem(path: str) -> str:
-    name = Path(path).name
+def _short_name(name: str) -> str:
+    """Give a file's or folder's name without its suffixes; `msn_vits16` for a released one, the repository for a hub's."""
+    scheme, colon, rest = name.partition(":")
+    if colon and scheme == "msn":
+        return f"msn_{rest}"
+    plain = Path(rest if colon and scheme == "hf" else name).name
+    short = plain
     for suffix in (".tar", ".pth", ".pt", ".bin", ".ckpt", ".safetensors"):
-        name = name.removesuffix(suffix)
-    return name or Path(path).name
+        short = short.removesuffix(suffix)
+    return short or plain or name

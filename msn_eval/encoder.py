@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +12,11 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from msn_eval.checkpoint import Checkpoint, read_checkpoint
+from msn_eval.checkpoint import Checkpoint, read_checkpoint, weights_sha256
 from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.images import EvalTransform, eval_transform
 from msn_eval.last_block import class_token_after, is_plain
+from msn_eval.position_embedding import interpolate_positions, patch_pixels, published_rule, stored_pixels
 
 Precision = Literal["fp32", "bf16", "fp16"]
 TAPS = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
@@ -118,8 +120,9 @@ def build_encoder(
     Raises UsageError for a size that the network cannot take.
     """
     network = copy.deepcopy(checkpoint.network)
-    if image_pixels is not None and image_pixels != checkpoint.image_pixels:
-        network = _resized(network, image_pixels, own=checkpoint.format == "py")
+    wanted = image_pixels or checkpoint.image_pixels
+    if _has_tokens(network) and checkpoint.format != "py" and wanted != stored_pixels(network):
+        network = _resized(network, wanted)  # a convolution takes any size, and the user's module knows for itself
     final_norm = copy.deepcopy(_final_norm(network))
     return Encoder(
         checkpoint=checkpoint,
@@ -132,28 +135,35 @@ def build_encoder(
     )
 
 
-def _resized(network: nn.Module, image_pixels: int, *, own: bool) -> nn.Module:
-    if own or not _is_vit(network):  # a convolution takes any size, and the user's module knows for itself
-        return network
-    patch = network.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
-    if image_pixels % int(patch):
+def _resized(network: nn.Module, image_pixels: int) -> nn.Module:
+    patch = patch_pixels(network) or 1
+    if image_pixels % patch:
         raise UsageError(
             f"--image-pixels {image_pixels} is no multiple of the patch size {patch}",
             remedy=f"Use {max(1, image_pixels // patch) * patch} or {max(2, image_pixels // patch + 1) * patch}.",
         )
-    network.set_input_size(img_size=image_pixels)  # type: ignore[operator]
+    rule, learned = published_rule(network), network.pos_embed
+    with warnings.catch_warnings():
+        # timm interpolates BEiT's tables of offsets in ways that torch advises against.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"timm\.layers\.interpolate")
+        network.set_input_size(img_size=(image_pixels, image_pixels))  # type: ignore[operator]
+    if rule is not None:
+        positions = interpolate_positions(cast(Tensor, learned).data, patches_a_side=image_pixels // patch, rule=rule)
+        network.pos_embed = nn.Parameter(positions, requires_grad=False)
     return network
 
 
-def _is_vit(network: nn.Module) -> bool:
+def _has_tokens(network: nn.Module) -> bool:
+    """Tell whether a network is a Transformer whose tokens can be tapped after every block."""
+    from timm.models.beit import Beit
     from timm.models.vision_transformer import VisionTransformer
 
-    return isinstance(network, VisionTransformer)
+    return isinstance(network, VisionTransformer | Beit)
 
 
 def _final_norm(network: nn.Module) -> nn.Module:
     """Give the norm behind the last block, wherever the architecture keeps it."""
-    if not _is_vit(network):
+    if not _has_tokens(network):
         return nn.Identity()
     norm, fc_norm = cast(nn.Module, network.norm), cast(nn.Module, network.fc_norm)
     return fc_norm if isinstance(norm, nn.Identity) else norm
@@ -164,7 +174,7 @@ def _available_taps(checkpoint: Checkpoint, network: nn.Module) -> tuple[str, ..
         return ("pixels",)
     if checkpoint.format == "py":  # its forward is the user's, even where it is a Vision Transformer of timm's
         return ("out",)
-    if not _is_vit(network):
+    if not _has_tokens(network):
         return ("pool",)
     if getattr(network, "attn_pool", None) is not None:
         return ("out",)
@@ -198,11 +208,40 @@ def encode(encoder: Encoder, pixels: Tensor, taps: Sequence[str]) -> dict[str, T
     """
     with torch.inference_mode(), exact_float32():
         images = _normalised(pixels.to(encoder.device, non_blocking=True), encoder)
-        if encoder.checkpoint.format == "py" or not _is_vit(encoder.network):
+        if encoder.checkpoint.format == "py" or not _has_tokens(encoder.network):
             return {taps[0]: _whole_image(encoder, images).float()}
         if "out" in taps:
             return {"out": cast(Tensor, encoder.network(images)).float()}
         return _token_taps(encoder, images, taps)
+
+
+@contextlib.contextmanager
+def unchanged(encoder: Encoder) -> Iterator[None]:
+    """Prove that the features taken inside come from the weights that are reported: evaluation mode and the same bytes, before
+    and after.
+
+    Raises CheckpointError where that is not so.
+    """
+    _check_evaluation_mode(encoder)
+    before = weights_sha256(encoder.network.state_dict())
+    yield
+    _check_evaluation_mode(encoder)
+    if weights_sha256(encoder.network.state_dict()) != before:
+        raise CheckpointError(
+            "its weights changed while features were taken from it",
+            where=encoder.checkpoint.path,
+            remedy="A frozen network changes nothing in its forward pass; look for statistics that are updated there.",
+        )
+
+
+def _check_evaluation_mode(encoder: Encoder) -> None:
+    training = [name or "the network itself" for name, module in encoder.network.named_modules() if module.training]
+    if training:
+        raise CheckpointError(
+            f"{len(training)} of its modules are in training mode ({', '.join(training[:3])})",
+            where=encoder.checkpoint.path,
+            remedy="Features are taken in evaluation mode; its forward pass must not call train().",
+        )
 
 
 def _normalised(pixels: Tensor, encoder: Encoder) -> Tensor:

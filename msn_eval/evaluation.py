@@ -13,7 +13,7 @@ import numpy as np
 
 from msn_eval.atomic_file import prepare_folder
 from msn_eval.checkpoint import Checkpoint, read_checkpoint
-from msn_eval.encoder import Encoder, build_encoder, resolve_tap
+from msn_eval.encoder import Encoder, build_encoder, resolve_tap, unchanged
 from msn_eval.environment import describe_environment
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features import Features, automatic_batch_size, extract_features
@@ -189,7 +189,8 @@ def _measure(
         return _Measurement(plan, encoder, task, batch_size, extract_seconds)
 
     try:
-        pool, test = _both_splits(plan, encoder, taps, pending, batch_size, on_progress)
+        with unchanged(encoder):
+            pool, test = _both_splits(plan, encoder, taps, pending, batch_size, on_progress)
     except NumericalError as error:
         extract_seconds = time.perf_counter() - started
         yield from ((measurement(task).failed(error), None) for task in pending)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from msn_eval.encoder import Encoder, encode, resolve_tap
+from msn_eval.encoder import Encoder, encode, resolve_tap, unchanged
 from msn_eval.errors import NumericalError, ResourceError
 from msn_eval.file_hashes import unreadable
 from msn_eval.images import BadImageError, EvalTransform, ImageSet, resize_and_crop
@@ -73,7 +73,8 @@ def extract(
 
     chosen = resolve_tap(encoder, tap or encoder.taps[0], by_hand=True)
     images = read_split(data, split)
-    return extract_features(encoder, images, taps=[chosen], batch_size=batch_size, workers=workers)[chosen]
+    with unchanged(encoder):
+        return extract_features(encoder, images, taps=[chosen], batch_size=batch_size, workers=workers)[chosen]
 
 
 def extract_features(

@@ -1,143 +1,284 @@
-"""Families: how published files lay out their networks, and which network their authors evaluate.
+"""Families: how published files name the weights of one network, and the same weights in timm's names.
 
-A family is one branch of `choose_network` (which dictionary of the file) and one of `trunk_weights` (its names in
-timm's naming, its heads dropped).
+A family is one branch of `read_trunk`. Which of a file's networks it is given was chosen in `networks`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from msn_eval.errors import CheckpointError
+from msn_eval.weights.networks import StoredNetwork
 
-_WRAPPERS = ("module.", "_orig_mod.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredNetwork:
-    """One of the networks in a file.
-
-    key:     the entry of the file that holds it, None where the file is the state dict itself
-    tensors: by the file's names
-    epoch:   as the file states it
-    """
-
-    key: str | None
-    tensors: Mapping[str, Tensor]
-    epoch: int | None
+_Names = Mapping[str, Tensor]
+_Rules = tuple[tuple[re.Pattern[str], str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trunk:
     """The evaluated weights in timm's naming, without heads.
 
-    format:  the family: msn, timm, torchvision, or other
-    weights: by name
-    dropped: names of head weights that were left out
+    format:    the family: msn, dino, ibot, dinov2, mae, mocov3, ijepa, beit, moco, simsiam, swav, solo-learn, lightly,
+               huggingface, timm, torchvision, or other
+    weights:   by name
+    dropped:   names, as the file has them, of what stands in the network and is not evaluated: heads, decoders, mask tokens
+    heads:     attention heads, where the family differs from what its width would tell
+    norm_eps:  of the layer norms, where the family differs from 1e-6
     """
 
     format: str
     weights: Mapping[str, Tensor]
     dropped: tuple[str, ...]
+    heads: int | None = None
+    norm_eps: float | None = None
 
 
-def choose_network(content: object, key: str | None, *, where: str) -> StoredNetwork:
-    """Choose the network to evaluate: the one asked for by `key`, else the target encoder, else the only one.
-
-    Raises CheckpointError listing the candidates where the choice is open.
-    """
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"holds a {type(content).__name__}, not a state dict", where=where, remedy="Save model.state_dict()."
-        )
-    candidates = _candidates(content)
-    epoch = content.get("epoch")
-    if key is None and "target_encoder" in candidates:
-        chosen: str | None = "target_encoder"
-    elif key is None and len(candidates) == 1:
-        chosen = next(iter(candidates))
-    elif key in candidates and key is not None:
-        chosen = key
-    else:
-        raise _open_choice(candidates, key, where)
-    return StoredNetwork(key=chosen, tensors=candidates[chosen], epoch=epoch if isinstance(epoch, int) else None)
-
-
-def _candidates(content: Mapping[str, object]) -> dict[str | None, Mapping[str, Tensor]]:
-    flat = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    found: dict[str | None, Mapping[str, Tensor]] = {}
-    # A network's weights have dotted names; a lone tensor such as MSN's prototypes beside a network has not.
-    if flat and (len(flat) == len(content) or any("." in name for name in flat)):
-        found[None] = flat
-    for name, entry in content.items():
-        if isinstance(entry, Mapping):
-            tensors = {str(inner): value for inner, value in entry.items() if isinstance(value, Tensor)}
-            if tensors:
-                found[str(name)] = tensors
-    return found
-
-
-def _open_choice(candidates: Mapping[str | None, Mapping[str, Tensor]], key: str | None, where: str) -> CheckpointError:
-    listed = "".join(
-        f"\n  {name or '(the file itself)'}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} values"
-        for name, tensors in candidates.items()
-    )
-    if not candidates:
-        return CheckpointError("holds no tensors", where=where, remedy="Save model.state_dict().")
-    asked = f"has no network {key!r}; it holds" if key else "holds several networks"
-    return CheckpointError(f"{asked}:{listed}", where=where, remedy="Choose one by name: --checkpoint-key NAME.")
-
-
-def trunk_weights(network: StoredNetwork) -> Trunk:
-    """Give the trunk of a stored network in timm's naming."""
-    tensors = _unwrap(network.tensors)
-    if "patch_embed.proj.weight" in tensors:
-        # MSN's encoders carry their projection head as `fc`; timm's classifier is `head`.
-        if network.key == "target_encoder" or any(name.startswith("fc.") for name in tensors):
-            return _without_heads("msn", tensors, ("fc.",))
-        return _without_heads("timm", tensors, ("head.", "head_dist."))
+def read_trunk(network: StoredNetwork) -> Trunk:
+    """Give the trunk of a stored network in timm's naming; names that no family knows stay as they are."""
+    tensors = network.tensors
+    if "embeddings.patch_embeddings.projection.weight" in tensors:
+        return _huggingface(network)
     if "conv_proj.weight" in tensors:
-        return _without_heads("torchvision", {_rename_torchvision(name): t for name, t in tensors.items()}, ("heads.",))
+        return _torchvision_vit(network)
+    if "4.0.conv1.weight" in tensors:
+        return _sequential_resnet(network)
     if "layer1.0.conv1.weight" in tensors:
-        return _without_heads("torchvision", tensors, ("fc.",))
-    return _without_heads("other", tensors, ("head.", "fc.", "classifier."))
+        return _resnet(network)
+    if "patch_embed.proj.weight" in tensors:
+        return _vit(network)
+    return _kept("other", tensors, _is_head)
 
 
-def _unwrap(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Take off what DistributedDataParallel and torch.compile put before every name."""
-    for wrapper in _WRAPPERS:
-        if tensors and all(name.startswith(wrapper) for name in tensors):
-            return _unwrap({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()})
-    return tensors
+def classifier_classes(network: StoredNetwork) -> int | None:
+    """Give the number of classes of a supervised classifier on top of a network, None without one.
+
+    A single matrix under one of a classifier's names counts; the projection heads of pre-training have several layers. Beside
+    a network only Hugging Face keeps it: what others keep there are probes that watched the training.
+    """
+    on_top = dict(network.tensors)
+    if "embeddings.patch_embeddings.projection.weight" in network.tensors:
+        on_top |= network.beside
+    for name in ("head", "heads.head", "heads", "fc", "classifier"):
+        matrix = on_top.get(f"{name}.weight")
+        if matrix is not None and matrix.dim() == 2:
+            return matrix.shape[0]
+    return None
 
 
-def _without_heads(family: str, tensors: Mapping[str, Tensor], heads: tuple[str, ...]) -> Trunk:
-    dropped = tuple(name for name in tensors if name.startswith(heads))
-    return Trunk(
-        format=family,
-        weights={name: tensor for name, tensor in tensors.items() if name not in dropped},
-        dropped=dropped,
-    )
+def _kept(family: str, tensors: _Names, is_dropped: Callable[[str], bool]) -> Trunk:
+    dropped = tuple(name for name in tensors if is_dropped(name))
+    kept = {name: tensor for name, tensor in tensors.items() if not is_dropped(name)}
+    return Trunk(format=family, weights=kept, dropped=dropped)
 
 
-_TORCHVISION_NAMES = (
-    (r"^class_token$", "cls_token"),
-    (r"^encoder\.pos_embedding$", "pos_embed"),
-    (r"^conv_proj\.", "patch_embed.proj."),
-    (r"^encoder\.ln\.", "norm."),
-    (r"^encoder\.layers\.encoder_layer_(\d+)\.ln_(\d)\.", r"blocks.\1.norm\2."),
-    (r"^encoder\.layers\.encoder_layer_(\d+)\.self_attention\.in_proj_", r"blocks.\1.attn.qkv."),
-    (r"^encoder\.layers\.encoder_layer_(\d+)\.self_attention\.out_proj\.", r"blocks.\1.attn.proj."),
-    (r"^encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:0|linear_1)\.", r"blocks.\1.mlp.fc1."),
-    (r"^encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:3|linear_2)\.", r"blocks.\1.mlp.fc2."),
+def _is_head(name: str) -> bool:
+    return name.startswith(("head.", "head_dist.", "heads.", "fc.", "classifier."))
+
+
+# Vision Transformers in timm's names: timm itself and what was copied from it.
+
+_VIT_LEFT = re.compile(
+    r"(head|head_dist|fc|lm_head|cls_pt_layers|projection_head|prototypes|predictor|projector)\b"
+    r"|mask_token$|masked_embed$|decoder_|queue"
+)
+_VIT_NAMES: _Rules = (
+    # DINOv2 trains its blocks in chunks; the second number is the block.
+    (re.compile(r"^blocks\.\d+\.(\d+)\."), r"blocks.\1."),
+    (re.compile(r"\.mlp\.w12\."), ".mlp.fc1."),
+    (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),
+)
+_MOCOV3_HEADS = 12  # of its small network as of its base: the published small one is 384 wide with 12 heads
+
+
+def _vit(network: StoredNetwork) -> Trunk:
+    trunk = _kept(_vit_family(network), network.tensors, lambda name: _VIT_LEFT.match(name) is not None)
+    weights = {_renamed(name, _VIT_NAMES): tensor for name, tensor in trunk.weights.items() if _is_weight(name)}
+    heads = _MOCOV3_HEADS if trunk.format == "mocov3" else None
+    return Trunk(format=trunk.format, weights=_without_register_positions(weights), dropped=trunk.dropped, heads=heads)
+
+
+def _vit_family(network: StoredNetwork) -> str:
+    tensors, words, beside = network.tensors, set(network.words), network.beside
+    if "blocks.0.gamma_1" in tensors or "blocks.0.attn.relative_position_bias_table" in tensors:
+        return "beit"
+    if "register_tokens" in tensors or (
+        "mask_token" in tensors and any(name.endswith(".ls1.gamma") for name in tensors)
+    ):
+        return "dinov2"
+    if any(name.startswith("decoder_") for name in tensors):
+        return "mae"
+    if words & {"base_encoder", "momentum_encoder"}:
+        return "mocov3"
+    if "cls_token" not in tensors and words & {"target_encoder", "encoder"}:
+        return "ijepa"
+    if words & {"target_encoder"} or any(name.startswith("fc.") for name in tensors):
+        return "msn"
+    if "masked_embed" in tensors or _has(beside, "last_layer2", "mlp2"):
+        return "ibot"
+    if words & {"teacher", "student"}:
+        return "dino"
+    return _library(network, "timm")
+
+
+def _has(names: Iterable[str], *words: str) -> bool:
+    return any(word in name.split(".") for name in names for word in words)
+
+
+def _library(network: StoredNetwork, otherwise: str) -> str:
+    """Tell solo-learn's and lightly's training files by what stands beside their backbone."""
+    words = set(network.words)
+    if "backbone" in words and _has(network.beside, "classifier", "online_classifier") and "state_dict" in words:
+        return "solo-learn"
+    if "vit" in words and words & {"backbone", "anchor_backbone", "student_backbone", "teacher_backbone"}:
+        return "lightly"
+    return otherwise
+
+
+def _is_weight(name: str) -> bool:
+    """Leave out tables of indices, which are computed and not learned."""
+    return not name.endswith("relative_position_index")
+
+
+def _renamed(name: str, rules: _Rules) -> str:
+    for pattern, replacement in rules:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _without_register_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn DINOv2's registers, which stand between the class token and the patches and have no position, into timm's, whose
+    prefix tokens have none: the class token takes up its own."""
+    if "register_tokens" not in weights or "pos_embed" not in weights:
+        return weights
+    changed = dict(weights)
+    positions = changed["pos_embed"]
+    changed["reg_token"] = changed.pop("register_tokens")
+    changed["cls_token"] = changed["cls_token"] + positions[:, :1]
+    changed["pos_embed"] = positions[:, 1:]
+    return changed
+
+
+# Residual networks: torchvision's names, and the methods that wrap them.
+
+_RESNET_LEFT = re.compile(r"(fc|head|classifier|projection_head|prototypes|projector|predictor|queue|queue_ptr)\b")
+
+
+def _resnet(network: StoredNetwork) -> Trunk:
+    return _kept(_resnet_family(network), network.tensors, lambda name: _RESNET_LEFT.match(name) is not None)
+
+
+def _resnet_family(network: StoredNetwork) -> str:
+    words, beside, names = set(network.words), network.beside, network.tensors
+    if words & {"encoder_q", "encoder_k"}:
+        return "moco"
+    if words & {"base_encoder", "momentum_encoder"}:
+        return "mocov3"
+    if _has(names, "prototypes", "projection_head"):
+        return "swav"
+    if "encoder" in words and _has(beside, "predictor"):
+        return "simsiam"
+    if words & {"teacher", "student"}:
+        return "dino"
+    return _library(network, "torchvision")
+
+
+_SEQUENTIAL_NAMES = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+def _sequential_resnet(network: StoredNetwork) -> Trunk:
+    """Give back the names that nn.Sequential(*list(resnet.children())[:-1]) took from a residual network."""
+    weights = {}
+    for name, tensor in network.tensors.items():
+        place, _, rest = name.partition(".")
+        weights[f"{_SEQUENTIAL_NAMES.get(place, place)}.{rest}"] = tensor
+    return _kept("lightly", weights, _is_head)
+
+
+# torchvision's Vision Transformer, which lightly wraps too.
+
+_TORCHVISION_NAMES: _Rules = (
+    (re.compile(r"^class_token$"), "cls_token"),
+    (re.compile(r"^encoder\.pos_embedding$"), "pos_embed"),
+    (re.compile(r"^conv_proj\."), "patch_embed.proj."),
+    (re.compile(r"^encoder\.ln\."), "norm."),
+    (re.compile(r"^encoder\.layers\.encoder_layer_(\d+)\."), r"blocks.\1."),
+    (re.compile(r"^(blocks\.\d+)\.ln_(\d)\."), r"\1.norm\2."),
+    (re.compile(r"^(blocks\.\d+)\.self_attention\.in_proj_"), r"\1.attn.qkv."),
+    (re.compile(r"^(blocks\.\d+)\.self_attention\.out_proj\."), r"\1.attn.proj."),
+    (re.compile(r"^(blocks\.\d+)\.mlp\.(?:0|linear_1)\."), r"\1.mlp.fc1."),
+    (re.compile(r"^(blocks\.\d+)\.mlp\.(?:3|linear_2)\."), r"\1.mlp.fc2."),
 )
 
 
-def _rename_torchvision(name: str) -> str:
-    for pattern, replacement in _TORCHVISION_NAMES:
-        renamed, found = re.subn(pattern, replacement, name)
-        if found:
-            return renamed
-    return name
+def _torchvision_vit(network: StoredNetwork) -> Trunk:
+    trunk = _kept(_library(network, "torchvision"), network.tensors, _is_head)
+    weights = {_renamed(name, _TORCHVISION_NAMES): tensor for name, tensor in trunk.weights.items()}
+    return Trunk(format=trunk.format, weights=weights, dropped=trunk.dropped)
+
+
+# Hugging Face: the names of transformers before its version 5, which its files still carry, and those of version 5.
+
+_HUGGINGFACE_LEFT = re.compile(
+    r"(classifier|decoder|lm_head|pooler\.dense)\b|embeddings\.mask_token$|.*relative_position_index$"
+)
+_HUGGINGFACE_NAMES: _Rules = (
+    (re.compile(r"^embeddings\.cls_token$"), "cls_token"),
+    (re.compile(r"^embeddings\.register_tokens$"), "register_tokens"),
+    (re.compile(r"^embeddings\.position_embeddings$"), "pos_embed"),
+    (re.compile(r"^embeddings\.patch_embeddings\.projection\."), "patch_embed.proj."),
+    (re.compile(r"^(?:encoder\.layer|layers)\.(\d+)\."), r"blocks.\1."),
+    (re.compile(r"^(blocks\.\d+)\.layernorm_before\."), r"\1.norm1."),
+    (re.compile(r"^(blocks\.\d+)\.layernorm_after\."), r"\1.norm2."),
+    (re.compile(r"^(blocks\.\d+)\.(?:intermediate\.dense|mlp\.weights_in)\."), r"\1.mlp.fc1."),
+    (re.compile(r"^(blocks\.\d+)\.(?:output\.dense|mlp\.weights_out|mlp\.down_proj)\."), r"\1.mlp.fc2."),
+    (re.compile(r"^(blocks\.\d+)\.attention\.(?:output\.dense|o_proj)\."), r"\1.attn.proj."),
+    (re.compile(r"^(blocks\.\d+)\.attention\.(?:attention\.query|q_proj)\."), r"\1.attn.q."),
+    (re.compile(r"^(blocks\.\d+)\.attention\.(?:attention\.key|k_proj)\."), r"\1.attn.k."),
+    (re.compile(r"^(blocks\.\d+)\.attention\.(?:attention\.value|v_proj)\."), r"\1.attn.v."),
+    (re.compile(r"^(blocks\.\d+)\.layer_scale(\d)\.lambda1$"), r"\1.ls\2.gamma"),
+    (re.compile(r"^(blocks\.\d+)\.lambda_(\d)$"), r"\1.gamma_\2"),
+    (re.compile(r"^(blocks\.\d+)\..*relative_position_bias_table$"), r"\1.attn.relative_position_bias_table"),
+    (re.compile(r"^(?!blocks).*relative_position_bias_table$"), "rel_pos_bias.relative_position_bias_table"),
+    (re.compile(r"^layernorm\."), "norm."),
+    (re.compile(r"^pooler\.layernorm\."), "fc_norm."),
+)
+_HUGGINGFACE_EPS = 1e-12  # of ViT, ViTMAE, I-JEPA and BEiT; ViTMSN and DINOv2 have 1e-6
+
+
+def _huggingface(network: StoredNetwork) -> Trunk:
+    trunk = _kept("huggingface", network.tensors, lambda name: _HUGGINGFACE_LEFT.match(name) is not None)
+    named = {_renamed(name, _HUGGINGFACE_NAMES): tensor for name, tensor in trunk.weights.items()}
+    beit = any(name.endswith(".gamma_1") for name in named)
+    older = beit or "cls_token" not in named or _has((*network.beside, *trunk.dropped), "decoder", "pooler")
+    return Trunk(
+        format="huggingface",
+        weights=_without_register_positions(_packed(named, beit=beit)),
+        dropped=trunk.dropped,
+        norm_eps=_HUGGINGFACE_EPS if older else None,
+    )
+
+
+def _packed(named: dict[str, Tensor], *, beit: bool) -> dict[str, Tensor]:
+    """Put queries, keys and values into one matrix, and the gate and the values of a gated MLP into another, as timm does."""
+    packed = {}
+    for name, tensor in named.items():
+        block, _, rest = name.partition(".attn.q.")
+        gated, _, gate = name.partition(".mlp.gate_proj.")
+        if rest == "weight" or (rest == "bias" and not beit):
+            packed[f"{block}.attn.qkv.{rest}"] = _stacked(named, [f"{block}.attn.{one}.{rest}" for one in "qkv"], name)
+        elif gate:
+            packed[f"{gated}.mlp.fc1.{gate}"] = _stacked(named, [name, f"{gated}.mlp.up_proj.{gate}"], name)
+        elif beit and (found := re.fullmatch(r"(.*\.attn)\.([qv])\.bias", name)):
+            packed[f"{found.group(1)}.{found.group(2)}_bias"] = tensor
+        elif not re.search(r"\.attn\.[kv]\.|\.mlp\.up_proj\.", name):
+            packed[name] = tensor
+    return packed
+
+
+def _stacked(named: _Names, parts: list[str], otherwise: str) -> Tensor:
+    """Give the parts one above the other; where one is missing the first alone, which then fits no network."""
+    if all(part in named for part in parts):
+        return torch.cat([named[part] for part in parts])
+    return named[otherwise]

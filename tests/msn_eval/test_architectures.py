@@ -4,9 +4,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from timm.models.beit import Beit
+from torch import Tensor, nn
 
-from msn_eval.architectures import Architecture, build_network, name_architecture, recognise_architecture
+from msn_eval.architectures import (
+    Architecture,
+    build_network,
+    name_architecture,
+    outline_network,
+    recognise_architecture,
+)
 from msn_eval.errors import CheckpointError
 
 WeightMaker = Callable[..., dict[str, Tensor]]
@@ -198,3 +205,181 @@ def test_norm_before_the_blocks_leaves_the_activation_open_and_is_refused(vit_we
 
     with pytest.raises(CheckpointError, match="CLIP"):
         recognise_architecture(weights)
+
+
+# Heads and epsilon, which no weight shows.
+
+
+def test_stated_heads_go_before_those_of_the_width(vit_weights: WeightMaker) -> None:
+    network = build_network(recognise_architecture(vit_weights(depth=1), heads=6))
+    assert network.blocks[0].attn.num_heads == 6
+
+
+def test_stated_heads_open_a_width_that_no_published_network_has(vit_weights: WeightMaker) -> None:
+    assert recognise_architecture(vit_weights(width=96), heads=4).name == "vit_width96_depth2_patch8_32_heads4"
+
+
+@pytest.mark.parametrize(("stated", "epsilon"), [(None, 1e-6), (1e-12, 1e-12), (1e-5, 1e-5)])
+@pytest.mark.parametrize("variant", [{}, {"fc_norm": True}, {"qk_norm": True}], ids=str)
+def test_stated_epsilon_is_that_of_every_norm(
+    vit_weights: WeightMaker, variant: dict[str, object], stated: float | None, epsilon: float
+) -> None:
+    network = build_network(recognise_architecture(vit_weights(**variant), norm_eps=stated))
+    assert {module.eps for module in network.modules() if isinstance(module, nn.LayerNorm)} == {epsilon}
+
+
+@pytest.mark.parametrize(
+    ("heads", "norm_eps", "ending"),
+    [
+        (None, None, ""),
+        (3, 1e-6, ""),
+        (12, None, "_heads12"),
+        (None, 1e-12, "_eps1e-12"),
+        (6, 1e-5, "_heads6_eps1e-05"),
+    ],
+)
+def test_name_tells_what_is_unusual_and_no_shape_shows(
+    vit_weights: WeightMaker, heads: int | None, norm_eps: float | None, ending: str
+) -> None:
+    architecture = recognise_architecture(vit_weights(), heads=heads, norm_eps=norm_eps)
+    assert architecture.name == f"vit_width192_depth2_patch8_32{ending}"
+
+
+# Gated MLPs.
+
+
+@pytest.mark.parametrize(("inner", "gated"), [(512, True), (1024, False), (500, False)])
+def test_mlp_whose_outputs_are_twice_its_inputs_is_gated(vit_weights: WeightMaker, inner: int, gated: bool) -> None:
+    weights = vit_weights(depth=1)
+    outputs = 1024 if gated else inner
+    weights |= {
+        "blocks.0.mlp.fc1.weight": torch.zeros(outputs, 192),
+        "blocks.0.mlp.fc1.bias": torch.zeros(outputs),
+        "blocks.0.mlp.fc2.weight": torch.zeros(192, inner),
+    }
+    architecture = recognise_architecture(weights)
+    network = build_network(architecture)
+    assert (architecture.gated, isinstance(network.blocks[0].mlp.act, nn.SiLU)) == (gated, gated)
+    assert shapes(network.state_dict()) == shapes(weights)
+
+
+# Bounds.
+
+
+@pytest.mark.parametrize("missing", ["fc1", "fc2"])
+def test_block_without_its_mlp_is_refused(vit_weights: WeightMaker, missing: str) -> None:
+    weights = {name: tensor for name, tensor in vit_weights().items() if name != f"blocks.0.mlp.{missing}.weight"}
+    with pytest.raises(CheckpointError, match=r"no mlp\.fc1 and mlp\.fc2"):
+        recognise_architecture(weights)
+
+
+def test_transformer_without_positions_is_refused(vit_weights: WeightMaker) -> None:
+    weights = vit_weights()
+    del weights["pos_embed"]
+    with pytest.raises(CheckpointError, match="without learned positions"):
+        recognise_architecture(weights)
+
+
+@pytest.mark.parametrize(("block", "accepted"), [(255, True), (256, False), (9999, False)])
+def test_depth_that_no_network_has_is_refused(vit_weights: WeightMaker, block: int, accepted: bool) -> None:
+    weights = vit_weights(depth=1) | {f"blocks.{block}.norm1.weight": torch.ones(192)}
+    if accepted:
+        assert recognise_architecture(weights).keywords["depth"] == block + 1
+        return
+    with pytest.raises(CheckpointError, match=rf"with a block {block}\b") as refusal:
+        recognise_architecture(weights)
+    assert "--arch" in refusal.value.remedy
+
+
+def test_depth_is_one_more_than_the_highest_block(vit_weights: WeightMaker) -> None:
+    assert recognise_architecture(vit_weights(depth=12)).keywords["depth"] == 12
+
+
+# BEiT's family.
+
+
+def beit_weights(**keywords: object) -> dict[str, Tensor]:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3, "num_classes": 0}
+    network = Beit(**sizes | {"init_values": 0.1, "use_abs_pos_emb": False} | keywords)
+    return {name: tensor.detach() for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"use_rel_pos_bias": True},
+        {"use_shared_rel_pos_bias": True},
+        {"use_rel_pos_bias": True, "img_size": 48},
+        {"use_rel_pos_bias": True, "use_abs_pos_emb": True},
+        {"use_abs_pos_emb": True},
+        {"use_rel_pos_bias": True, "init_values": None},
+        {"use_rel_pos_bias": True, "qkv_bias": False},
+        {"use_rel_pos_bias": True, "mlp_ratio": 3},
+        {"use_rel_pos_bias": True, "depth": 3},
+        {"use_rel_pos_bias": True, "global_pool": "token"},
+        {"use_rel_pos_bias": True, "num_heads": 6},
+        {"use_rel_pos_bias": True, "patch_size": 4},
+    ],
+    ids=str,
+)
+def test_beit_has_a_place_for_every_weight_it_was_recognised_by(variant: dict[str, object]) -> None:
+    weights = beit_weights(**variant)
+    network = build_network(recognise_architecture(weights))
+    assert (type(network), shapes(network.state_dict())) == (Beit, shapes(weights))
+
+
+def test_heads_of_a_beit_are_the_columns_of_its_table() -> None:
+    architecture = recognise_architecture(beit_weights(use_rel_pos_bias=True, num_heads=6, img_size=48))
+    assert (architecture.keywords["num_heads"], architecture.name) == (6, "beit_width192_depth2_patch8_48_heads6")
+
+
+def test_stated_epsilon_is_that_of_every_norm_of_a_beit() -> None:
+    architecture = recognise_architecture(beit_weights(use_rel_pos_bias=True), norm_eps=1e-12)
+    norms = [module for module in build_network(architecture).modules() if isinstance(module, nn.LayerNorm)]
+    assert ({norm.eps for norm in norms}, architecture.name) == ({1e-12}, "beit_width192_depth2_patch8_32_eps1e-12")
+
+
+def test_published_beit_has_timms_size_in_its_name() -> None:
+    weights = {name: tensor.to("meta") for name, tensor in beit_weights(use_rel_pos_bias=True).items()}
+    weights["patch_embed.proj.weight"] = torch.empty(768, 3, 16, 16, device="meta")
+    weights["blocks.11.gamma_1"] = torch.empty(768, device="meta")
+    assert recognise_architecture(weights).name == "beit_base_patch16_64_heads3"
+
+
+@pytest.mark.parametrize(("grid", "accepted"), [(48, True), (49, False), (5000, False)])
+def test_beit_of_more_patches_than_fit_into_memory_is_refused(grid: int, accepted: bool) -> None:
+    table = torch.empty((2 * grid - 1) ** 2 + 3, 3, device="meta")
+    weights = beit_weights(use_shared_rel_pos_bias=True) | {"rel_pos_bias.relative_position_bias_table": table}
+    if accepted:
+        assert recognise_architecture(weights).keywords["img_size"] == 48 * 8
+        return
+    with pytest.raises(CheckpointError, match=f"a BEiT of {grid} x {grid} patches") as refusal:
+        recognise_architecture(weights)
+    assert "--arch" in refusal.value.remedy
+
+
+# Outlines.
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [name_architecture(TINY), name_architecture("resnet18"), name_architecture("vit_gigantic_patch14_224")],
+    ids=["ViT", "ResNet", "7 gigabytes"],
+)
+def test_outline_has_no_values(architecture: Architecture) -> None:
+    outline = outline_network(architecture)
+    assert {tensor.device.type for tensor in outline.state_dict().values()} == {"meta"}
+
+
+def test_outline_has_the_shapes_of_the_network(vit_weights: WeightMaker) -> None:
+    for architecture in (name_architecture(TINY), recognise_architecture(vit_weights())):
+        outline, network = outline_network(architecture), build_network(architecture)
+        assert shapes(outline.state_dict()) == shapes(network.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("vit_tiny_patch16_223", "Did you mean"), (f"{TINY}&width=3", "no network")]
+)
+def test_outline_that_cannot_be_built_is_refused(name: str, text: str) -> None:
+    with pytest.raises(CheckpointError, match=text):
+        outline_network(name_architecture(name))

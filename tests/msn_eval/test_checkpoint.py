@@ -1,6 +1,8 @@
 """Checkpoints: from a file or a scheme to a network with every weight in its place."""
 
 import hashlib
+import json
+import logging
 import math
 import os
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 import torchvision
 from torch import Tensor
@@ -216,9 +219,12 @@ MISFITS: dict[str, tuple[Callable[[Weights], Weights], str]] = {
         "blocks.1.norm1.bias: file (191,), model (192,)",
     ),
     "no block that counts": (without(*(f"blocks.0.norm1.{one}" for one in ("weight", "bias"))), "2 of 30 weights"),
-    "NaN": (poisoned("blocks.1.mlp.fc1.weight", math.nan), "NaN or infinite values (blocks.1.mlp.fc1.weight)"),
-    "infinite": (poisoned("norm.weight", math.inf), "NaN or infinite values (norm.weight)"),
-    "a relative of the family": (lambda weights: {f"backbone.{name}": weights[name] for name in weights}, "--arch"),
+    "NaN": (
+        poisoned("blocks.1.mlp.fc1.weight", math.nan),
+        "NaN or infinite values (blocks.1.mlp.fc1.weight: 1 of 147,456)",
+    ),
+    "infinite": (poisoned("norm.weight", math.inf), "NaN or infinite values (norm.weight: 1 of 192)"),
+    "a relative of the family": (lambda weights: {f"{name}.lora": weights[name] for name in weights}, "--arch"),
     "unknown width": (lambda weights: weights | {"patch_embed.proj.weight": torch.ones(200, 3, 8, 8)}, "--arch"),
 }
 
@@ -239,20 +245,28 @@ def test_misfit_names_the_file_and_a_remedy(tmp_path: Path, vit_weights: WeightM
 
 @pytest.mark.parametrize(
     "change",
-    [
-        lambda tensor: tensor.to("meta"),
-        lambda tensor: tensor.to_sparse(),
-        lambda tensor: tensor * torch.tensor(1 + 1j),
-        lambda tensor: (20 * tensor).to(torch.int8),
-    ],
-    ids=["without values", "sparse", "complex", "integers"],
+    [lambda tensor: tensor * torch.tensor(1 + 1j), lambda tensor: (20 * tensor).to(torch.int8)],
+    ids=["complex", "integers"],
 )
-def test_tensor_that_is_not_dense_and_real_is_refused_by_name(
+def test_tensor_that_is_not_real_is_refused_by_name(
     tmp_path: Path, vit_weights: WeightMaker, change: Callable[[Tensor], Tensor]
 ) -> None:
     weights = vit_weights()
     changed = {"blocks.0.mlp.fc1.weight": change(weights["blocks.0.mlp.fc1.weight"])}
     assert "blocks.0.mlp.fc1.weight" in refusal(saved(tmp_path, weights | changed)).what
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [(lambda tensor: tensor.to("meta"), "meta"), (lambda tensor: tensor.to_sparse(), "sparse")],
+    ids=["without values", "sparse"],
+)
+def test_tensor_that_is_not_dense_is_refused_by_kind(
+    tmp_path: Path, vit_weights: WeightMaker, change: Callable[[Tensor], Tensor], kind: str
+) -> None:
+    weights = vit_weights()
+    changed = {"blocks.0.mlp.fc1.weight": change(weights["blocks.0.mlp.fc1.weight"])}
+    assert kind in refusal(saved(tmp_path, weights | changed)).what
 
 
 def test_long_list_of_misfits_is_cut_and_counted(tmp_path: Path, vit_weights: WeightMaker) -> None:
@@ -300,6 +314,190 @@ def test_pattern_does_not_excuse_a_wrong_shape(tmp_path: Path, vit_weights: Weig
 
 def test_pattern_for_a_weight_that_is_there_leaves_the_match_whole(tmp_path: Path, vit_weights: WeightMaker) -> None:
     assert read_checkpoint(str(saved(tmp_path, vit_weights())), allow_missing=("norm.*",)).matched == 1.0
+
+
+# msn: and hf:, folders, and hashes beside files.
+
+
+@pytest.fixture
+def released(msn_file: MSNWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a small file that stands where the released ViT-S/16 is kept, with the network forbidden."""
+    monkeypatch.setenv("MSN_EVAL_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("MSN_EVAL_OFFLINE", "1")
+    return msn_file(name="vits16_800ep.pth.tar")
+
+
+def hub_folder(folder: Path, weights: Weights, *, pickled: bool = False, **config: object) -> Path:
+    """Write a folder as transformers does: ViTMSN's names, its config.json, its preprocessor_config.json."""
+    folder.mkdir()
+    names = {
+        "embeddings.cls_token": weights["cls_token"],
+        "embeddings.position_embeddings": weights["pos_embed"],
+        "embeddings.patch_embeddings.projection.weight": weights["patch_embed.proj.weight"],
+        "embeddings.patch_embeddings.projection.bias": weights["patch_embed.proj.bias"],
+        "layernorm.weight": weights["norm.weight"],
+        "layernorm.bias": weights["norm.bias"],
+    }
+    for block in range(2):
+        theirs = f"encoder.layer.{block}"
+        for kind in ("weight", "bias"):
+            packed = weights[f"blocks.{block}.attn.qkv.{kind}"].chunk(3)
+            for name, tensor in zip(("query", "key", "value"), packed, strict=True):
+                names[f"{theirs}.attention.attention.{name}.{kind}"] = tensor.clone()
+            for their_name, our_name in (
+                ("attention.output.dense", "attn.proj"),
+                ("layernorm_before", "norm1"),
+                ("layernorm_after", "norm2"),
+                ("intermediate.dense", "mlp.fc1"),
+                ("output.dense", "mlp.fc2"),
+            ):
+                names[f"{theirs}.{their_name}.{kind}"] = weights[f"blocks.{block}.{our_name}.{kind}"]
+    if pickled:
+        torch.save(names, folder / "pytorch_model.bin")
+    else:
+        safetensors.torch.save_file(names, folder / "model.safetensors")
+    stated = {"model_type": "vit_msn", "num_attention_heads": 6, "layer_norm_eps": 1e-6} | config
+    (folder / "config.json").write_text(json.dumps(stated))
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}')
+    return folder
+
+
+def test_released_network_is_read_from_the_folder_of_weights(released: Path) -> None:
+    checkpoint = read_checkpoint("msn:vits16")
+    assert checkpoint.weights_sha256 == read_checkpoint(str(released)).weights_sha256
+
+
+def test_released_network_is_called_by_its_method_and_name(released: Path) -> None:
+    checkpoint = read_checkpoint("msn:vits16")
+    assert (checkpoint.name, checkpoint.path, checkpoint.format) == ("msn_vits16", "msn:vits16", "msn")
+
+
+def test_released_network_has_the_hash_of_its_file(released: Path) -> None:
+    assert read_checkpoint("msn:vits16").sha256 == hashlib.sha256(released.read_bytes()).hexdigest()
+
+
+def test_released_network_that_is_not_there_says_where_to_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MSN_EVAL_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("MSN_EVAL_OFFLINE", "1")
+    assert str(tmp_path / "vits16_800ep.pth.tar") in refusal("msn:vits16").remedy
+
+
+@pytest.mark.parametrize("check", [lambda name: check_checkpoint_names(("pixels", name)), read_checkpoint])
+def test_unknown_released_network_is_refused_with_the_nearest(check: Callable[[str], object]) -> None:
+    with pytest.raises(CheckpointError, match=r"msn:vits61: .*Did you mean vits16\?"):
+        check("msn:vits61")
+
+
+def test_released_name_passes_the_check_before_it_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MSN_EVAL_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("MSN_EVAL_OFFLINE", "1")
+    check_checkpoint_names(("msn:vits16",))
+
+
+@pytest.mark.parametrize("scheme", ["hf:", ""], ids=["by scheme", "by path"])
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pickle"])
+def test_folder_of_hugging_face_has_the_weights_that_went_into_it(
+    tmp_path: Path, vit_weights: WeightMaker, scheme: str, pickled: bool
+) -> None:
+    folder = hub_folder(tmp_path / "folder", vit_weights(), pickled=pickled)
+    reference = read_checkpoint(str(saved(tmp_path, vit_weights()))).weights_sha256
+    assert read_checkpoint(f"{scheme}{folder}").weights_sha256 == reference
+
+
+@pytest.mark.parametrize("scheme", ["hf:", ""], ids=["by scheme", "by path"])
+def test_folder_states_mean_and_std(tmp_path: Path, vit_weights: WeightMaker, scheme: str) -> None:
+    checkpoint = read_checkpoint(f"{scheme}{hub_folder(tmp_path / 'folder', vit_weights())}")
+    assert (checkpoint.mean, checkpoint.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+
+
+def test_folder_without_a_processor_is_normalised_as_imagenet(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    folder = hub_folder(tmp_path / "folder", vit_weights())
+    (folder / "preprocessor_config.json").unlink()
+    checkpoint = read_checkpoint(str(folder))
+    assert (checkpoint.mean, checkpoint.std) == (IMAGENET_MEAN, IMAGENET_STD)
+
+
+@pytest.mark.parametrize("file", ["", "model.safetensors"], ids=["the folder", "its file"])
+def test_config_beside_the_weights_states_heads_and_epsilon(
+    tmp_path: Path, vit_weights: WeightMaker, file: str
+) -> None:
+    folder = hub_folder(tmp_path / "folder", vit_weights(), num_attention_heads=4, layer_norm_eps=1e-3)
+    block = read_checkpoint(str(folder / file)).network.blocks[0]
+    assert (block.attn.num_heads, block.norm1.eps) == (4, 1e-3)
+
+
+@pytest.mark.parametrize("file", ["", "model.safetensors"], ids=["the folder", "its file"])
+def test_config_beside_the_weights_may_forbid_them(tmp_path: Path, vit_weights: WeightMaker, file: str) -> None:
+    folder = hub_folder(tmp_path / "folder", vit_weights(), hidden_act="relu")
+    assert "hidden_act is 'relu'" in refusal(folder / file).what
+
+
+def test_config_beside_a_file_of_another_name_is_not_its_own(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    folder = hub_folder(tmp_path / "folder", vit_weights(), num_attention_heads=4)
+    (folder / "model.safetensors").rename(folder / "epoch_3.safetensors")
+    assert read_checkpoint(str(folder / "epoch_3.safetensors")).network.blocks[0].attn.num_heads == 3
+
+
+def test_folder_is_called_by_its_own_name(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    folder = hub_folder(tmp_path / "folder", vit_weights())
+    assert (read_checkpoint(str(folder)).name, read_checkpoint(f"hf:{folder}").name) == ("folder", "folder")
+
+
+def test_untrained_network_of_a_folder_is_normalised_as_the_folder_says(
+    tmp_path: Path, vit_weights: WeightMaker
+) -> None:
+    folder = hub_folder(tmp_path / "folder", vit_weights())
+    assert read_checkpoint(f"random:{folder}").mean == (0.5, 0.4, 0.3)
+
+
+def test_hash_beside_a_file_that_differs_is_refused_with_both(msn_file: MSNWriter) -> None:
+    path = msn_file()
+    path.with_name(f"{path.name}.sha256").write_text(f"{'0' * 64}  {path.name}\n")
+    text = str(refusal(path))
+    assert ("0" * 64 in text, hashlib.sha256(path.read_bytes()).hexdigest() in text) == (True, True)
+
+
+def test_hash_beside_a_file_that_matches_passes(msn_file: MSNWriter) -> None:
+    path = msn_file()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_name(f"{path.name}.sha256").write_text(f"{digest.upper()}  {path.name}\n")
+    assert read_checkpoint(str(path)).sha256 == digest
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """Give a function that tells the warnings so far, whoever else has set up logging."""
+    monkeypatch.setattr(logging.getLogger("msn_eval"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="msn_eval")
+    return lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_alarms_are_warnings_that_name_the_file(
+    tmp_path: Path, vit_weights: WeightMaker, warned: Callable[[], list[str]]
+) -> None:
+    weights = vit_weights()
+    zero = {"blocks.0.mlp.fc1.weight": torch.zeros_like(weights["blocks.0.mlp.fc1.weight"])}
+    path = saved(tmp_path, weights | zero | {"head.weight": torch.ones(10, 192)})
+    read_checkpoint(str(path))
+    assert warned() == [
+        f"{path}: nothing but zeros in blocks.0.mlp.fc1.weight",
+        f"{path}: a classifier of 10 classes is on top: the weights were trained or fine-tuned with labels",
+    ]
+
+
+def test_weights_without_a_doubt_raise_no_warning(msn_file: MSNWriter, warned: Callable[[], list[str]]) -> None:
+    read_checkpoint(str(msn_file()))
+    assert warned() == []
+
+
+def test_weights_that_stay_untrained_are_warned_of(
+    tmp_path: Path, vit_weights: WeightMaker, warned: Callable[[], list[str]]
+) -> None:
+    path = saved(tmp_path, without("norm.bias")(vit_weights()))
+    read_checkpoint(str(path), allow_missing=("norm.*",))
+    assert warned() == [f"{path}: absent, so left untrained: norm.bias"]
 
 
 # random: and pixels
@@ -434,7 +632,41 @@ def test_timm_weights_without_cache_and_network_are_refused_at_once(tmp_path: Pa
         timeout=120,
         check=False,
     )
-    assert (ended.returncode, "HF_HOME" in ended.stdout) == (20, True), ended.stdout + ended.stderr
+    assert (ended.returncode, "HF_HUB_CACHE" in ended.stdout) == (20, True), ended.stdout + ended.stderr
+
+
+@pytest.fixture
+def timm_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the snapshot folder of timm's smallest network in a hub cache that is offline, its weights drawn at random."""
+    repository = tmp_path / "hub" / "models--timm--test_vit.r160_in1k"
+    snapshot = repository / "snapshots" / ("ab" * 20)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("ab" * 20)
+    network = timm.create_model("test_vit.r160_in1k")
+    safetensors.torch.save_file(network.state_dict(), snapshot / "model.safetensors")
+    config = {"architecture": "test_vit", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+    (snapshot / "config.json").write_text(json.dumps(config))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return snapshot
+
+
+def test_timm_weights_come_from_the_hubs_cache_with_their_hash(timm_cache: Path) -> None:
+    checkpoint = read_checkpoint("timm:test_vit.r160_in1k")
+    digest = hashlib.sha256((timm_cache / "model.safetensors").read_bytes()).hexdigest()
+    assert (checkpoint.sha256, checkpoint.format, checkpoint.name) == (digest, "timm", "test_vit.r160_in1k")
+    assert (checkpoint.image_pixels, checkpoint.mean, checkpoint.matched) == (160, (0.1, 0.2, 0.3), 1.0)
+
+
+def test_timm_weights_are_those_of_the_cache(timm_cache: Path) -> None:
+    stored = safetensors.torch.load_file(timm_cache / "model.safetensors")
+    state = read_checkpoint("timm:test_vit.r160_in1k").network.state_dict()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in state.items())
+
+
+def test_timm_weights_at_another_size_than_theirs_are_refused_and_not_interpolated(timm_cache: Path) -> None:
+    assert "pos_embed: file" in str(refusal("timm:test_vit.r160_in1k?img_size=96"))
 
 
 # Names, before any work.
@@ -460,10 +692,12 @@ def test_missing_file_is_refused_with_the_schemes() -> None:
     assert all(scheme in caught.value.remedy for scheme in ("timm:NAME", "random:ARCH", "py:", "pixels"))
 
 
-@pytest.mark.parametrize("name", ["", "."])
-def test_folder_or_empty_name_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "text"), [("", "no such checkpoint"), (".", "holds none of model.safetensors")])
+def test_empty_folder_or_empty_name_is_refused(
+    name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "folder" in refusal(name).what
+    assert text in refusal(name).what
 
 
 def test_checking_names_reads_no_file(msn_file: MSNWriter) -> None:

@@ -22,8 +22,9 @@ from msn_eval.encoder import (
     load_encoder,
     precision_class,
     resolve_tap,
+    unchanged,
 )
-from msn_eval.errors import UsageError
+from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.images import IMAGENET_MEAN, IMAGENET_STD
 
 Weights = dict[str, Tensor]
@@ -33,6 +34,8 @@ CPU = torch.device("cpu")
 TINY = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
 MAP_POOLED = f"{TINY}&global_pool=map&class_token=False"
 NO_CLASS_TOKEN = f"{TINY}&class_token=False&global_pool=avg"
+BEIT = "random:beit_base_patch16_224?img_size=32&patch_size=8&depth=2&embed_dim=192&num_heads=3"
+DINOV2 = "random:vit_tiny_patch16_224?img_size=518&patch_size=14&init_values=1.0&depth=1"
 
 
 def load(checkpoint: str | Path, **options: object) -> Encoder:
@@ -311,6 +314,22 @@ def test_features_are_float32_in_every_precision(random_pixels: Tensor, precisio
     assert encode(load(TINY, precision=precision), random_pixels, ["cls"])["cls"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("pooled", [True, False], ids=["pooled, then normed", "normed"])
+def test_taps_of_a_beit_are_its_own_tokens(random_pixels: Tensor, pooled: bool) -> None:
+    encoder = load(f"{BEIT}&global_pool={'avg' if pooled else 'token'}")
+    network = encoder.network
+    with torch.no_grad():
+        images = normalised(random_pixels, encoder.transform.mean, encoder.transform.std)
+        tokens = torch.cat([network.cls_token.expand(4, -1, -1), network.patch_embed(images)], dim=1)
+        for block in network.blocks:
+            tokens = block(tokens)
+        norm = network.fc_norm if pooled else network.norm
+        mean = norm(tokens[:, 1:].mean(1)) if pooled else norm(tokens)[:, 1:].mean(1)
+    found = encode(encoder, random_pixels, encoder.taps)
+    expected = {"cls": tokens[:, 0], "cls-norm": norm(tokens[:, 0]), "mean": mean}
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 # Which taps there are.
 
 
@@ -321,10 +340,11 @@ def test_features_are_float32_in_every_precision(random_pixels: Tensor, precisio
         (TINY.replace("depth=1", "depth=4"), ("cls", "cls-norm", "mean", "cls4")),
         (NO_CLASS_TOKEN, ("mean",)),
         (MAP_POOLED, ("out",)),
+        (BEIT, ("cls", "cls-norm", "mean")),
         ("random:resnet18", ("pool",)),
         ("pixels", ("pixels",)),
     ],
-    ids=["shallow", "deep", "no class token", "map-pooled", "residual", "pixels"],
+    ids=["shallow", "deep", "no class token", "map-pooled", "BEiT", "residual", "pixels"],
 )
 def test_encoder_offers_the_taps_it_has(checkpoint: str, taps: tuple[str, ...]) -> None:
     assert load(checkpoint).taps == taps
@@ -423,6 +443,95 @@ def test_size_below_one_patch_is_refused_with_sizes_that_differ() -> None:
     with pytest.raises(UsageError) as refusal:
         load(TINY, image_pixels=5)
     assert refusal.value.remedy in ("Use 8.", "Use 8 or 16.")
+
+
+def test_networks_published_at_another_size_are_evaluated_there() -> None:
+    encoder = load(DINOV2)
+    assert (encoder.transform.crop, encoder.network.pos_embed.shape) == (224, (1, 1 + 16 * 16, 192))
+
+
+def test_positions_for_the_published_size_follow_the_authors_rule() -> None:
+    learned = read_checkpoint(DINOV2).network.pos_embed.detach()
+    square = learned[:, 1:].reshape(1, 37, 37, 192).movedim(3, 1)
+    scale = (16 + 0.1) / 37
+    smaller = F.interpolate(square, scale_factor=(scale, scale), mode="bicubic").movedim(1, 3).reshape(1, 256, 192)
+    torch.testing.assert_close(load(DINOV2).network.pos_embed, torch.cat([learned[:, :1], smaller], dim=1))
+
+
+def test_positions_for_any_other_size_follow_the_authors_rule() -> None:
+    name = f"{DINOV2}&reg_tokens=4"
+    learned = read_checkpoint(name).network.pos_embed.detach()
+    square = learned[:, 5:].reshape(1, 37, 37, 192).movedim(3, 1)
+    smaller = F.interpolate(square, size=(7, 7), mode="bicubic", antialias=True).movedim(1, 3).reshape(1, 49, 192)
+    found = load(name, image_pixels=98).network.pos_embed
+    torch.testing.assert_close(found, torch.cat([learned[:, :5], smaller], dim=1))
+
+
+def test_stored_size_uses_the_stored_positions() -> None:
+    encoder = load(DINOV2, image_pixels=518)
+    assert encoder.transform.crop == 518
+    assert torch.equal(encoder.network.pos_embed, read_checkpoint(DINOV2).network.pos_embed)
+
+
+def test_interpolated_positions_need_no_gradient() -> None:
+    assert not load(DINOV2).network.pos_embed.requires_grad
+
+
+@pytest.mark.parametrize("bias", ["use_rel_pos_bias=True", "use_shared_rel_pos_bias=True&use_rel_pos_bias=False"])
+def test_beit_at_another_size_gives_features_of_its_width(bias: str) -> None:
+    encoder = load(f"{BEIT}&{bias}", image_pixels=48)
+    pixels = torch.zeros(2, 48, 48, 3, dtype=torch.uint8)
+    assert encode(encoder, pixels, ["cls"])["cls"].shape == (2, 192)
+
+
+# Networks that change while they are read.
+
+
+class Restless(nn.Module):
+    """A module whose forward pass does something to it besides."""
+
+    def __init__(self, disturb: Callable[["Restless"], object]) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.disturb = disturb
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.disturb(self)
+        return self.norm(images.mean((2, 3)))
+
+
+def run_unchanged(network: nn.Module, pixels: Tensor) -> None:
+    encoder = build_encoder(own(network), device=CPU, precision="fp32")
+    with unchanged(encoder):
+        encode(encoder, pixels, ["out"])
+
+
+def updated(network: Restless) -> None:
+    network.norm.train()
+    network.norm(torch.arange(6.0).reshape(2, 3))
+    network.norm.eval()
+
+
+def test_frozen_network_passes(random_pixels: Tensor) -> None:
+    run_unchanged(Restless(lambda network: None), random_pixels)
+
+
+def test_network_that_goes_into_training_mode_is_refused(random_pixels: Tensor) -> None:
+    with pytest.raises(CheckpointError, match=r"2 of its modules are in training mode \(the network itself, norm\)"):
+        run_unchanged(Restless(lambda network: network.train()), random_pixels)
+
+
+def test_network_that_updates_its_statistics_is_refused(random_pixels: Tensor) -> None:
+    with pytest.raises(CheckpointError, match="its weights changed while features were taken") as refusal:
+        run_unchanged(Restless(updated), random_pixels)
+    assert refusal.value.where == "py:own:factory"
+
+
+def test_network_in_training_mode_is_refused_before_any_feature(random_pixels: Tensor) -> None:
+    encoder = build_encoder(own(nn.Flatten()), device=CPU, precision="fp32")
+    encoder.network.train()
+    with pytest.raises(CheckpointError, match="training mode"), unchanged(encoder):
+        pytest.fail("features were taken")
 
 
 # Devices and precisions.

@@ -1,133 +1,240 @@
-"""Which network of a file is evaluated, and its weights in timm's naming."""
+"""The weights of one network in timm's naming, and what family they are told to be of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import Tensor
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
-from msn_eval.errors import CheckpointError
-from msn_eval.weights.families import StoredNetwork, choose_network, trunk_weights
+from msn_eval.weights.families import Trunk, classifier_classes, read_trunk
+from msn_eval.weights.networks import StoredNetwork
 
-WeightMaker = Callable[..., dict[str, Tensor]]
-ONE = {"weight": torch.ones(2)}
-TWO = {"weight": torch.full((3,), 2.0), "bias": torch.zeros(1)}
-
-
-def stored(tensors: dict[str, Tensor], key: str | None = None) -> StoredNetwork:
-    return StoredNetwork(key=key, tensors=tensors, epoch=None)
+Weights = dict[str, Tensor]
+WeightMaker = Callable[..., Weights]
+PATCHES = "patch_embed.proj.weight"
+HUB_PATCHES = "embeddings.patch_embeddings.projection.weight"
+RESIDUAL = "layer1.0.conv1.weight"
 
 
-def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
+def read(tensors: Mapping[str, Tensor], place: str = "", beside: tuple[str, ...] = ()) -> Trunk:
+    """Read weights that stand at a place in a file, with others beside them."""
+    words = tuple(word for word in place.split(".") if word)
+    return read_trunk(StoredNetwork(key=place or None, words=words, tensors=tensors, beside=dict.fromkeys(beside, ONE)))
 
 
-def test_file_that_is_a_state_dict_has_no_key() -> None:
-    chosen = choose_network(TWO, None, where="vit.pth")
-    assert (chosen.key, chosen.tensors) == (None, TWO)
+ONE = torch.ones(1)
 
 
-@pytest.mark.parametrize("name", ["state_dict", "model", "teacher"])
-def test_only_network_of_a_file_is_chosen(name: str) -> None:
-    chosen = choose_network({name: TWO, "epoch": 3, "optimizer": {"lr": 0.1}}, None, where="vit.pth")
-    assert (chosen.key, chosen.tensors) == (name, TWO)
+def ones(*names: str) -> Weights:
+    return dict.fromkeys(names, ONE)
 
 
-def test_target_encoder_is_chosen_among_several() -> None:
-    chosen = choose_network({"encoder": ONE, "target_encoder": TWO}, None, where="vit.pth")
-    assert (chosen.key, chosen.tensors) == ("target_encoder", TWO)
+def numbered(*names: str) -> Weights:
+    """Give each name a tensor of its own value, so that it can be found again under another."""
+    return {name: torch.full((1,), float(number)) for number, name in enumerate(names)}
 
 
-def test_key_given_by_hand_goes_before_the_target_encoder() -> None:
-    chosen = choose_network({"encoder": ONE, "target_encoder": TWO}, "encoder", where="vit.pth")
-    assert (chosen.key, chosen.tensors) == ("encoder", ONE)
+def renamed(before: Weights, after: Mapping[str, Tensor]) -> dict[str, str]:
+    """Tell by the values which name became which."""
+    names = {tensor.item(): name for name, tensor in after.items()}
+    return {name: names[tensor.item()] for name, tensor in before.items() if tensor.item() in names}
 
 
-def test_lone_tensors_beside_a_network_are_no_candidates() -> None:
-    chosen = choose_network({"model": ONE, "prototypes": torch.ones(4, 2)}, None, where="vit.pth")
-    assert chosen.key == "model"
-
-
-@pytest.mark.parametrize(("stated", "epoch"), [(600, 600), ("last", None)])
-def test_epoch_is_the_number_that_the_file_states(stated: object, epoch: int | None) -> None:
-    assert choose_network({"model": ONE, "epoch": stated}, None, where="vit.pth").epoch == epoch
-
-
-def test_several_networks_without_a_key_are_refused_and_listed() -> None:
-    with pytest.raises(CheckpointError) as refusal:
-        choose_network({"student": ONE, "teacher": TWO}, None, where="vit.pth")
-    assert str(refusal.value) == (
-        "vit.pth: holds several networks:\n"
-        "  student: 1 tensors, 2 values\n"
-        "  teacher: 2 tensors, 4 values\n"
-        "Choose one by name: --checkpoint-key NAME."
-    )
+# Families.
 
 
 @pytest.mark.parametrize(
-    ("content", "listed"), [({"model": TWO}, "model: 2 tensors, 4 values"), (TWO, "(the file itself): 2 tensors")]
-)
-def test_wrong_key_is_refused_and_the_candidates_listed(content: dict[str, object], listed: str) -> None:
-    with pytest.raises(CheckpointError, match=r"vit\.pth: has no network 'teacher'") as refusal:
-        choose_network(content, "teacher", where="vit.pth")
-    assert listed in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    "content",
+    ("family", "tensors", "place", "beside"),
     [
-        {},
-        {"epoch": 3, "loss": 0.5},
-        {"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}},
-        {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]},
+        ("msn", (PATCHES, "cls_token"), "target_encoder", ()),
+        ("msn", (PATCHES, "cls_token", "fc.fc1.weight"), "encoder", ()),
+        ("ijepa", (PATCHES,), "target_encoder", ()),
+        ("ijepa", (PATCHES,), "encoder", ()),
+        ("dino", (PATCHES, "cls_token"), "teacher.backbone", ("head.mlp.0.weight",)),
+        ("dino", (PATCHES, "cls_token"), "student.backbone", ("head.mlp.0.weight",)),
+        ("ibot", (PATCHES, "cls_token", "masked_embed"), "teacher.backbone", ()),
+        ("ibot", (PATCHES, "cls_token"), "teacher.backbone", ("head.mlp2.0.weight",)),
+        ("ibot", (PATCHES, "cls_token"), "teacher.backbone", ("head.last_layer2.weight_g",)),
+        ("ibot", (PATCHES, "cls_token", "masked_embed"), "state_dict", ()),
+        ("dinov2", (PATCHES, "cls_token", "mask_token", "blocks.0.ls1.gamma"), "", ()),
+        ("dinov2", (PATCHES, "cls_token", "mask_token", "blocks.0.0.ls1.gamma"), "teacher.backbone", ()),
+        ("dinov2", (PATCHES, "cls_token", "register_tokens"), "", ()),
+        ("mae", (PATCHES, "cls_token", "decoder_pos_embed"), "model", ()),
+        ("mocov3", (PATCHES, "cls_token"), "state_dict.base_encoder", ()),
+        ("mocov3", (PATCHES, "cls_token"), "state_dict.momentum_encoder", ()),
+        ("beit", (PATCHES, "cls_token", "blocks.0.gamma_1"), "model", ()),
+        ("beit", (PATCHES, "cls_token", "blocks.0.attn.relative_position_bias_table"), "model", ()),
+        ("solo-learn", (PATCHES, "cls_token"), "state_dict.backbone", ("classifier.weight",)),
+        ("solo-learn", (PATCHES, "cls_token"), "state_dict.backbone", ("online_classifier.weight",)),
+        ("timm", (PATCHES, "cls_token"), "model.backbone", ("classifier.weight",)),
+        ("timm", (PATCHES, "cls_token"), "state_dict.backbone", ("projector.weight",)),
+        ("lightly", (PATCHES, "cls_token"), "state_dict.backbone.vit", ()),
+        ("lightly", (PATCHES, "cls_token"), "state_dict.anchor_backbone.vit", ()),
+        ("lightly", (PATCHES, "cls_token"), "state_dict.student_backbone.vit", ()),
+        ("lightly", (PATCHES, "cls_token"), "state_dict.teacher_backbone.vit", ()),
+        ("lightly", ("conv_proj.weight",), "state_dict.backbone.vit", ()),
+        ("timm", (PATCHES, "cls_token"), "state_dict.vit", ()),
+        ("timm", (PATCHES, "cls_token"), "", ()),
+        ("timm", (PATCHES, "mask_token", "cls_token"), "", ()),
+        ("torchvision", ("conv_proj.weight",), "", ()),
+        ("huggingface", (HUB_PATCHES,), "", ()),
+        ("moco", (RESIDUAL,), "state_dict.encoder_q", ()),
+        ("moco", (RESIDUAL,), "state_dict.encoder_k", ()),
+        ("mocov3", (RESIDUAL,), "state_dict.base_encoder", ()),
+        ("mocov3", (RESIDUAL,), "state_dict.momentum_encoder", ()),
+        ("simsiam", (RESIDUAL,), "state_dict.encoder", ("predictor.0.weight",)),
+        ("torchvision", (RESIDUAL,), "state_dict.encoder", ()),
+        ("swav", (RESIDUAL, "prototypes.weight"), "", ()),
+        ("swav", (RESIDUAL, "projection_head.0.weight"), "", ()),
+        ("dino", (RESIDUAL,), "teacher.backbone", ()),
+        ("solo-learn", (RESIDUAL,), "state_dict.backbone", ("classifier.weight",)),
+        ("torchvision", (RESIDUAL,), "model.backbone", ("projector.0.weight",)),
+        ("torchvision", (RESIDUAL,), "", ()),
+        ("lightly", ("4.0.conv1.weight",), "state_dict.backbone", ()),
+        ("other", ("stem.weight",), "", ()),
     ],
-    ids=["empty", "plain values", "optimizer in a file", "optimizer"],
 )
-def test_file_without_a_network_is_refused(content: dict[str, object]) -> None:
-    with pytest.raises(CheckpointError, match=r"vit\.pth: holds no tensors") as refusal:
-        choose_network(content, None, where="vit.pth")
-    assert "state_dict()" in refusal.value.remedy
+def test_family_is_told_by_names_place_and_neighbours(
+    family: str, tensors: tuple[str, ...], place: str, beside: tuple[str, ...]
+) -> None:
+    assert read(ones(*tensors), place, beside).format == family
 
 
-@pytest.mark.parametrize(("content", "kind"), [([ONE], "list"), (torch.ones(2), "Tensor"), (3, "int")])
-def test_file_that_is_no_dictionary_is_refused_by_its_type(content: object, kind: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"vit\.pth: holds a {kind}, not a state dict"):
-        choose_network(content, None, where="vit.pth")
+def test_twelve_heads_are_those_of_moco_v3s_transformers_alone(vit_weights: WeightMaker) -> None:
+    places = ("state_dict.base_encoder", "state_dict.encoder", "target_encoder", "")
+    assert [read(vit_weights(depth=1), place).heads for place in places] == [12, None, None, None]
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_wrappers_are_taken_off_every_name(vit_weights: WeightMaker, wrapper: str) -> None:
-    weights = vit_weights()
-    trunk = trunk_weights(stored(prefixed(wrapper, weights)))
-    assert trunk.weights.keys() == weights.keys()
+# What is left out.
 
 
-def test_wrapper_on_some_names_alone_stays(vit_weights: WeightMaker) -> None:
-    weights = vit_weights() | {"module.norm.weight": torch.ones(192)}
-    assert "module.norm.weight" in trunk_weights(stored(weights)).weights
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("head.weight", "head_dist.bias", "fc.fc1.weight", "lm_head.weight", "projection_head.0.weight", "prototypes"),
+        *("predictor.0.weight", "projector.0.weight", "cls_pt_layers.0.norm1.weight", "mask_token", "masked_embed"),
+        *("decoder_pos_embed", "decoder_blocks.0.norm1.weight", "queue", "queue_ptr"),
+    ],
+)
+def test_part_of_pretraining_is_dropped_from_a_transformer(vit_weights: WeightMaker, name: str) -> None:
+    weights = vit_weights(depth=1)
+    trunk = read(weights | ones(name))
+    assert (trunk.weights.keys(), trunk.dropped) == (weights.keys(), (name,))
 
 
-@pytest.mark.parametrize("key", ["target_encoder", "encoder"])
-def test_projection_head_of_an_msn_network_is_dropped(vit_weights: WeightMaker, key: str) -> None:
-    weights = vit_weights()
-    trunk = trunk_weights(stored(prefixed("module.", weights | {"fc.fc1.weight": torch.ones(8, 192)}), key))
-    assert (trunk.weights.keys(), trunk.dropped) == (weights.keys(), ("fc.fc1.weight",))
+@pytest.mark.parametrize(
+    "name", ["head2.weight", "fc_norm.weight", "blocks.0.head.weight", "dist_token", "norm_pre.weight"]
+)
+def test_other_weights_of_a_transformer_stay(vit_weights: WeightMaker, name: str) -> None:
+    assert name in read(vit_weights(depth=1) | ones(name)).weights
 
 
-def test_target_encoder_is_of_the_msn_family(vit_weights: WeightMaker) -> None:
-    assert trunk_weights(stored(vit_weights(), "target_encoder")).format == "msn"
+@pytest.mark.parametrize("name", ["blocks.0.attn.relative_position_index", "rel_pos_bias.relative_position_index"])
+def test_table_of_indices_is_no_weight(vit_weights: WeightMaker, name: str) -> None:
+    assert name not in read(vit_weights(depth=1) | ones(name)).weights
 
 
-def test_classifiers_of_a_timm_network_are_dropped(vit_weights: WeightMaker) -> None:
-    weights = vit_weights()
-    trunk = trunk_weights(stored(weights | {"head.weight": torch.ones(10, 192), "head_dist.bias": torch.ones(10)}))
-    assert (trunk.format, trunk.weights.keys()) == ("timm", weights.keys())
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fc.weight", "fc.0.weight", "head.weight", "classifier.weight", "projection_head.0.weight"),
+        *("prototypes.weight", "projector.0.weight", "predictor.0.weight", "queue", "queue_ptr"),
+    ],
+)
+def test_part_of_pretraining_is_dropped_from_a_residual_network(name: str) -> None:
+    trunk = read(ones(RESIDUAL, "bn1.weight", name))
+    assert (list(trunk.weights), trunk.dropped) == ([RESIDUAL, "bn1.weight"], (name,))
+
+
+def test_other_weights_of_a_residual_network_stay() -> None:
+    assert "layer1.0.fc.weight" in read(ones(RESIDUAL, "layer1.0.fc.weight")).weights
+
+
+@pytest.mark.parametrize(
+    "name", ["heads.head.weight", "head.bias", "fc.weight", "classifier.weight", "head_dist.weight"]
+)
+@pytest.mark.parametrize("anchor", ["conv_proj.weight", "4.0.conv1.weight", "stem.weight"])
+def test_classifier_of_other_networks_is_dropped(anchor: str, name: str) -> None:
+    assert read(ones(anchor, name)).dropped == (name,)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("classifier.weight", "decoder.layers.0.norm.weight", "lm_head.weight", "pooler.dense.weight"),
+        *(
+            "embeddings.mask_token",
+            "encoder.layer.0.attention.attention.relative_position_bias.relative_position_index",
+        ),
+    ],
+)
+def test_part_of_pretraining_is_dropped_from_a_network_of_transformers(name: str) -> None:
+    trunk = read(ones(HUB_PATCHES, "embeddings.cls_token", name))
+    assert (list(trunk.weights), trunk.dropped) == ([PATCHES, "cls_token"], (name,))
+
+
+def test_unfamiliar_network_keeps_its_names() -> None:
+    trunk = read(ones("stem.weight", "classifier.weight"))
+    assert (trunk.format, list(trunk.weights)) == ("other", ["stem.weight"])
+
+
+# DINOv2's names.
+
+
+def test_blocks_in_chunks_are_numbered_by_their_second_number() -> None:
+    names = numbered(PATCHES, "blocks.0.0.norm1.weight", "blocks.1.7.norm1.weight", "blocks.1.8.attn.qkv.bias")
+    assert renamed(names, read(names).weights) == {
+        PATCHES: PATCHES,
+        "blocks.0.0.norm1.weight": "blocks.0.norm1.weight",
+        "blocks.1.7.norm1.weight": "blocks.7.norm1.weight",
+        "blocks.1.8.attn.qkv.bias": "blocks.8.attn.qkv.bias",
+    }
+
+
+def test_gated_mlp_gets_timms_names() -> None:
+    names = numbered(PATCHES, "blocks.0.mlp.w12.weight", "blocks.0.mlp.w3.bias")
+    assert list(read(names).weights) == [PATCHES, "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.bias"]
+
+
+def test_class_token_takes_up_its_position_where_registers_have_none() -> None:
+    stored = {
+        PATCHES: ONE,
+        "cls_token": torch.tensor([[[1.0, 2.0]]]),
+        "pos_embed": torch.tensor([[[10.0, 20.0], [3.0, 4.0], [5.0, 6.0]]]),
+        "register_tokens": torch.tensor([[[7.0, 8.0]]]),
+    }
+    weights = read(stored).weights
+    assert {name: weights[name].tolist() for name in weights if name != PATCHES} == {
+        "cls_token": [[[11.0, 22.0]]],
+        "pos_embed": [[[3.0, 4.0], [5.0, 6.0]]],
+        "reg_token": [[[7.0, 8.0]]],
+    }
+
+
+def test_folding_positions_leaves_the_stored_weights_alone() -> None:
+    stored = {
+        PATCHES: ONE,
+        "cls_token": torch.ones(1, 1, 2),
+        "pos_embed": torch.ones(1, 5, 2),
+        "register_tokens": torch.ones(1, 4, 2),
+    }
+    read(stored)
+    assert (stored["cls_token"].sum().item(), stored["pos_embed"].shape) == (2.0, (1, 5, 2))
+
+
+@pytest.mark.parametrize("name", ["register_tokens", "pos_embed"])
+def test_positions_stay_without_registers_and_registers_without_positions(name: str) -> None:
+    stored = ones(PATCHES, "cls_token", name)
+    assert read(stored).weights.keys() == stored.keys()
+
+
+# torchvision's names.
 
 
 def test_torchvision_transformer_gets_timms_names_and_shapes(vit_weights: WeightMaker) -> None:
     theirs = TorchvisionViT(image_size=32, patch_size=8, num_layers=2, num_heads=3, hidden_dim=192, mlp_dim=768)
-    trunk = trunk_weights(stored(theirs.state_dict()))
+    trunk = read(theirs.state_dict())
     assert {name: weight.shape for name, weight in trunk.weights.items()} == {
         name: weight.shape for name, weight in vit_weights().items()
     }
@@ -139,30 +246,175 @@ def test_torchvision_transformer_of_older_releases_gets_the_same_names() -> None
         name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): weight
         for name, weight in theirs.state_dict().items()
     }
-    assert (
-        trunk_weights(stored(older)).weights.keys() == trunk_weights(stored(dict(theirs.state_dict()))).weights.keys()
+    assert read(older).weights.keys() == read(theirs.state_dict()).weights.keys()
+
+
+def test_residual_network_gets_back_the_names_that_a_sequence_took() -> None:
+    places = (
+        "0.weight",
+        "1.running_var",
+        "4.0.conv1.weight",
+        "5.1.bn2.bias",
+        "6.0.downsample.0.weight",
+        "7.1.bn1.bias",
     )
+    assert list(read(ones(*places)).weights) == [
+        "conv1.weight",
+        "bn1.running_var",
+        "layer1.0.conv1.weight",
+        "layer2.1.bn2.bias",
+        "layer3.0.downsample.0.weight",
+        "layer4.1.bn1.bias",
+    ]
 
 
-def test_torchvision_classifiers_are_dropped() -> None:
-    residual = {"layer1.0.conv1.weight": torch.ones(64, 64, 3, 3), "fc.weight": torch.ones(10, 512)}
-    transformer = {
-        "conv_proj.bias": torch.ones(192),
-        "conv_proj.weight": torch.ones(1),
-        "heads.head.bias": torch.ones(10),
+# transformers' names.
+
+OLDER = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    HUB_PATCHES: PATCHES,
+    "encoder.layer.11.layernorm_before.weight": "blocks.11.norm1.weight",
+    "encoder.layer.11.layernorm_after.weight": "blocks.11.norm2.weight",
+    "encoder.layer.11.attention.output.dense.bias": "blocks.11.attn.proj.bias",
+    "encoder.layer.11.intermediate.dense.weight": "blocks.11.mlp.fc1.weight",
+    "encoder.layer.11.output.dense.weight": "blocks.11.mlp.fc2.weight",
+    "layernorm.bias": "norm.bias",
+}
+NEWER = {
+    "layers.3.layernorm_before.weight": "blocks.3.norm1.weight",
+    "layers.3.attention.o_proj.weight": "blocks.3.attn.proj.weight",
+    "layers.3.mlp.fc1.weight": "blocks.3.mlp.fc1.weight",
+    "layers.3.mlp.fc2.bias": "blocks.3.mlp.fc2.bias",
+}
+DINOV2 = {
+    "embeddings.register_tokens": "register_tokens",
+    "encoder.layer.0.norm1.weight": "blocks.0.norm1.weight",
+    "encoder.layer.0.norm2.weight": "blocks.0.norm2.weight",
+    "encoder.layer.0.layer_scale1.lambda1": "blocks.0.ls1.gamma",
+    "encoder.layer.0.layer_scale2.lambda1": "blocks.0.ls2.gamma",
+    "encoder.layer.0.mlp.weights_in.weight": "blocks.0.mlp.fc1.weight",
+    "encoder.layer.0.mlp.weights_out.bias": "blocks.0.mlp.fc2.bias",
+    "layers.1.mlp.down_proj.weight": "blocks.1.mlp.fc2.weight",
+}
+BEIT = {
+    "encoder.layer.0.lambda_1": "blocks.0.gamma_1",
+    "encoder.layer.0.lambda_2": "blocks.0.gamma_2",
+    "encoder.layer.0.attention.attention.relative_position_bias.relative_position_bias_table": (
+        "blocks.0.attn.relative_position_bias_table"
+    ),
+    "encoder.relative_position_bias.relative_position_bias_table": "rel_pos_bias.relative_position_bias_table",
+    "pooler.layernorm.weight": "fc_norm.weight",
+}
+
+
+@pytest.mark.parametrize("names", [OLDER, NEWER, DINOV2, BEIT], ids=["older", "newer", "DINOv2", "BEiT"])
+def test_names_of_transformers_become_timms(names: dict[str, str]) -> None:
+    stored = numbered(HUB_PATCHES, *(name for name in names if name != HUB_PATCHES))
+    assert renamed(stored, read(stored).weights) == {HUB_PATCHES: PATCHES} | names
+
+
+@pytest.mark.parametrize(
+    "stem",
+    ["encoder.layer.2.attention.attention.{}", "layers.2.attention.{}"],
+    ids=["older names", "newer names"],
+)
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_queries_keys_and_values_are_put_into_one_in_this_order(stem: str, kind: str) -> None:
+    parts = ("query", "key", "value") if "encoder" in stem else ("q_proj", "k_proj", "v_proj")
+    stored = {
+        f"{stem.format(part)}.{kind}": torch.full((2, 3), float(at)) for at, part in reversed([*enumerate(parts)])
     }
-    dropped = [trunk_weights(stored(tensors)).dropped for tensors in (residual, transformer)]
-    assert dropped == [("fc.weight",), ("heads.head.bias",)]
+    packed = read(stored | ones(HUB_PATCHES)).weights
+    assert packed.keys() == {f"blocks.2.attn.qkv.{kind}", PATCHES}
+    assert packed[f"blocks.2.attn.qkv.{kind}"][:, 0].tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_unfamiliar_network_keeps_its_names() -> None:
-    trunk = trunk_weights(stored({"stem.weight": torch.ones(2), "classifier.weight": torch.ones(2)}))
-    assert (trunk.format, list(trunk.weights)) == ("other", ["stem.weight"])
+@pytest.mark.parametrize(
+    ("absent", "left"), [("k", ["blocks.0.attn.qkv.weight"]), ("v", ["blocks.0.attn.qkv.weight"]), ("q", [])]
+)
+def test_missing_part_leaves_the_queries_alone_which_fit_no_network(absent: str, left: list[str]) -> None:
+    stored = {f"layers.0.attention.{part}_proj.weight": torch.ones(2, 2) for part in "qkv" if part != absent}
+    weights = read(stored | ones(HUB_PATCHES)).weights
+    assert [name for name in weights if name != PATCHES] == left
+    assert all(weights[name].shape == (2, 2) for name in left)
 
 
-def test_state_dict_with_a_number_beside_its_weights_is_still_a_network(vit_weights: WeightMaker) -> None:
-    weights = vit_weights(depth=1)
+def test_gate_and_values_of_an_mlp_are_put_into_one_in_this_order() -> None:
+    stored = {"layers.1.mlp.up_proj.weight": torch.full((2, 1), 5.0), "layers.1.mlp.gate_proj.weight": torch.ones(2, 1)}
+    packed = read(stored | ones(HUB_PATCHES)).weights
+    assert {name: tensor.flatten().tolist() for name, tensor in packed.items() if name != PATCHES} == {
+        "blocks.1.mlp.fc1.weight": [1, 1, 5, 5]
+    }
 
-    network = choose_network({**weights, "epoch": 3}, None, where="vit.pth")
 
-    assert (network.key, network.epoch, network.tensors.keys()) == (None, 3, weights.keys())
+def test_gate_without_its_values_stays_alone() -> None:
+    packed = read({"layers.1.mlp.gate_proj.bias": torch.ones(2)} | ones(HUB_PATCHES)).weights
+    assert packed["blocks.1.mlp.fc1.bias"].shape == (2,)
+
+
+def test_beits_queries_and_values_keep_biases_of_their_own() -> None:
+    attention = "encoder.layer.0.attention.attention"
+    stored = numbered(HUB_PATCHES, "encoder.layer.0.lambda_1", f"{attention}.query.bias", f"{attention}.value.bias")
+    assert renamed(stored, read(stored).weights) == {
+        HUB_PATCHES: PATCHES,
+        "encoder.layer.0.lambda_1": "blocks.0.gamma_1",
+        f"{attention}.query.bias": "blocks.0.attn.q_bias",
+        f"{attention}.value.bias": "blocks.0.attn.v_bias",
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "beside", "norm_eps"),
+    [
+        (("embeddings.cls_token",), (), None),
+        (("embeddings.cls_token", "embeddings.mask_token"), (), None),
+        (("embeddings.cls_token", "pooler.dense.weight"), (), 1e-12),
+        (("embeddings.cls_token",), ("decoder.decoder_norm.weight",), 1e-12),
+        (("embeddings.cls_token", "encoder.layer.0.lambda_1"), (), 1e-12),
+        ((), (), 1e-12),
+    ],
+    ids=["ViTMSN", "DINOv2", "ViT", "MAE", "BEiT", "I-JEPA"],
+)
+def test_epsilon_is_the_one_that_transformers_gives_a_family(
+    names: tuple[str, ...], beside: tuple[str, ...], norm_eps: float | None
+) -> None:
+    assert read(ones(HUB_PATCHES, *names), beside=beside).norm_eps == norm_eps
+
+
+@pytest.mark.parametrize("anchor", [PATCHES, "conv_proj.weight", RESIDUAL, "4.0.conv1.weight", "stem.weight"])
+def test_other_families_leave_the_epsilon_to_the_architecture(anchor: str) -> None:
+    assert read(ones(anchor)).norm_eps is None
+
+
+# Classifiers on top.
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("head.weight", 10),
+        ("heads.head.weight", 10),
+        ("heads.weight", 10),
+        ("fc.weight", 10),
+        ("classifier.weight", 10),
+        ("head.0.weight", None),
+        ("fc.fc1.weight", None),
+        ("head.bias", None),
+        ("projector.weight", None),
+    ],
+)
+def test_classifier_is_a_single_matrix_under_its_name(name: str, classes: int | None) -> None:
+    tensors = ones(PATCHES) | {name: torch.ones(10, 192)}
+    assert classifier_classes(StoredNetwork(key=None, words=(), tensors=tensors)) == classes
+
+
+def test_vector_is_no_classifier() -> None:
+    tensors = ones(PATCHES) | {"head.weight": torch.ones(10)}
+    assert classifier_classes(StoredNetwork(key=None, words=(), tensors=tensors)) is None
+
+
+@pytest.mark.parametrize(("anchor", "classes"), [(HUB_PATCHES, 10), (PATCHES, None), (RESIDUAL, None)])
+def test_classifier_beside_a_network_is_one_in_transformers_alone(anchor: str, classes: int | None) -> None:
+    beside = {"classifier.weight": torch.ones(10, 192)}
+    assert classifier_classes(StoredNetwork(key=None, words=(), tensors=ones(anchor), beside=beside)) == classes

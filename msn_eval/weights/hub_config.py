@@ -1,0 +1,142 @@
+"""What the config.json beside a folder's weights says that no weight's shape can tell."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from msn_eval.architectures import Architecture, name_architecture
+from msn_eval.errors import CheckpointError
+from msn_eval.weights.hub_files import CONFIG, image_statistics, read_hub_config
+
+_MODEL_TYPES = (
+    "vit_msn",
+    "vit",
+    "vit_mae",
+    "dinov2",
+    "dinov2_with_registers",
+    "ijepa",
+    "beit",
+    "data2vec-vision",
+)
+_NORM_EPS = {
+    "vit_msn": 1e-6,
+    "dinov2": 1e-6,
+    "dinov2_with_registers": 1e-6,
+}  # transformers' defaults; 1e-12 for the others
+_PLAIN = {"hidden_act": "gelu", "num_channels": 3}
+# Of timm.create_model itself, which would open other files, look for weights, or build for another device.
+_NOT_KEYWORDS = (
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn"),
+    *("pretrained_model_args", "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "device", "dtype"),
+)
+_LARGEST = 1 << 14  # of a keyword's numbers: sizes and widths
+_DEEPEST = 256
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """A folder's own description of its network.
+
+    model_type:   transformers' name of the architecture, or `timm`
+    architecture: timm's, where the folder was written by timm
+    heads:        attention heads
+    norm_eps:     of the layer norms
+    statistics:   mean and std a channel, where stated
+    """
+
+    model_type: str
+    architecture: Architecture | None
+    heads: int | None
+    norm_eps: float | None
+    statistics: tuple[Triple, Triple] | None
+
+
+def read_config_beside(folder: Path) -> HubConfig:
+    """Read a folder's config.json, of transformers or of timm.
+
+    Raises CheckpointError for an architecture that is not evaluated here and for what its weights could not show.
+    """
+    config, where = read_hub_config(folder), str(folder / CONFIG)
+    if "architecture" in config:
+        return _timm_config(config, where)
+    model_type = config.get("model_type")
+    if model_type not in _MODEL_TYPES:
+        raise CheckpointError(
+            f"describes a {model_type!r}, which is not one of {', '.join(_MODEL_TYPES)}",
+            where=where,
+            remedy="Give its weight file alone with --arch NAME, or wrap it: py:package.module:factory.",
+        )
+    for name, value in _PLAIN.items():
+        if config.get(name, value) != value:
+            raise CheckpointError(
+                f"{name} is {config[name]!r}; here it is {value!r}",
+                where=where,
+                remedy="Wrap it: py:package.module:factory.",
+            )
+    return HubConfig(
+        model_type=str(model_type),
+        architecture=None,
+        heads=_positive_int(config, "num_attention_heads", where),
+        norm_eps=_positive(config, "layer_norm_eps", where) or _NORM_EPS.get(str(model_type), 1e-12),
+        statistics=image_statistics(folder),
+    )
+
+
+def _timm_config(config: Mapping[str, object], where: str) -> HubConfig:
+    name, keywords, pretrained = config["architecture"], config.get("model_args"), config.get("pretrained_cfg")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.]+", name):
+        raise CheckpointError(f"architecture is {name!r}", where=where, remedy="It is one of timm's names.")
+    stated: Mapping[str, object] = pretrained if isinstance(pretrained, Mapping) else {}
+    mean, std = _triple(stated.get("mean"), where), _triple(stated.get("std"), where)
+    return HubConfig(
+        model_type="timm",
+        architecture=replace(
+            name_architecture(name), keywords=_keywords(keywords, where) if isinstance(keywords, Mapping) else {}
+        ),
+        heads=None,
+        norm_eps=None,
+        statistics=(mean, std) if mean and std else None,
+    )
+
+
+def _keywords(stated: Mapping[str, object], where: str) -> dict[str, object]:
+    """Give what a network is built with, without the size of its classifier.
+
+    Raises CheckpointError for what would open other files, and for what would take hours to build.
+    """
+    for name, value in stated.items():
+        numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int | float)]
+        most = _DEEPEST if name.startswith("depth") else _LARGEST
+        if name in _NOT_KEYWORDS or isinstance(value, Mapping) or any(not abs(one) <= most for one in numbers):
+            raise CheckpointError(
+                f"model_args holds {name} = {str(value)[:60]!r}, which is none of an architecture's keywords here",
+                where=where,
+                remedy="Give its weight file alone with --arch NAME, or wrap it: py:package.module:factory.",
+            )
+    return {name: value for name, value in stated.items() if name != "num_classes"}
+
+
+def _positive_int(config: Mapping[str, object], name: str, where: str) -> int | None:
+    value = config.get(name)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 16):
+        return value
+    raise CheckpointError(f"{name} is {value!r}", where=where, remedy="It is a whole number above 0.")
+
+
+def _positive(config: Mapping[str, object], name: str, where: str) -> float | None:
+    value = config.get(name)
+    if value is None or (isinstance(value, float | int) and math.isfinite(value) and 0 < value < 1):
+        return None if value is None else float(value)
+    raise CheckpointError(f"{name} is {value!r}", where=where, remedy="It is a small number above 0.")
+
+
+def _triple(values: object, where: str) -> Triple | None:
+    if values is None:
+        return None
+    three = values if isinstance(values, list) and len(values) == 3 else ()
+    if not three or not all(isinstance(one, float | int) and math.isfinite(one) for one in three):
+        raise CheckpointError(f"{values!r} is no value a channel", where=where, remedy="Give three numbers.")
+    return float(three[0]), float(three[1]), float(three[2])

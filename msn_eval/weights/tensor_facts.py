@@ -1,0 +1,103 @@
+"""TensorFacts: what is to be said of a tensor's values, gathered in one pass and little memory."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_CHUNK_VALUES = 1 << 15  # as many as torch computes on one core: beside a busy neighbour two are slower than one
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFacts:
+    """Of one tensor's values, or of several tensors' together.
+
+    values:           all of them
+    not_finite:       those that are NaN, or infinite in float32, which networks are in; left out of everything below
+    zeros:            exact ones
+    total, squares:   sums in float64
+    lowest, highest:  inf and -inf where there is none
+    """
+
+    values: int = 0
+    not_finite: int = 0
+    zeros: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    lowest: float = math.inf
+    highest: float = -math.inf
+
+    @property
+    def finite(self) -> int:
+        return self.values - self.not_finite
+
+    def all_equal(self, value: float) -> bool:
+        """Tell whether there are values and every one of them is `value`."""
+        return self.values > 0 and not self.not_finite and self.lowest == self.highest == value
+
+    @property
+    def mean(self) -> float | None:
+        return self.total / self.finite if self.finite else None
+
+    @property
+    def std(self) -> float | None:
+        """Give the standard deviation of the finite values, as of a whole population."""
+        if not self.finite:
+            return None
+        return math.sqrt(max(0.0, self.squares / self.finite - (self.total / self.finite) ** 2))
+
+
+def describe_values(pieces: Iterable[Tensor]) -> TensorFacts:
+    """Gather the facts of tensors of any dtype and shape; complex numbers count as two."""
+    real = (torch.view_as_real(piece) if piece.is_complex() else piece for piece in pieces)
+    return join_facts(_of_chunk(chunk) for piece in real for chunk in chunks(piece))
+
+
+def join_facts(several: Iterable[TensorFacts]) -> TensorFacts:
+    """Give the facts of several tensors together."""
+    facts = list(several)
+    return TensorFacts(
+        values=sum(one.values for one in facts),
+        not_finite=sum(one.not_finite for one in facts),
+        zeros=sum(one.zeros for one in facts),
+        total=math.fsum(one.total for one in facts),
+        squares=math.fsum(one.squares for one in facts),
+        lowest=min((one.lowest for one in facts), default=math.inf),
+        highest=max((one.highest for one in facts), default=-math.inf),
+    )
+
+
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Give a tensor's values piece by piece, so that what is computed from them stays small."""
+    yield from torch.split(tensor.detach().reshape(-1), _CHUNK_VALUES)
+
+
+def count_not_finite(tensor: Tensor) -> int:
+    """Count values that are NaN or infinite in float32."""
+    if not tensor.is_floating_point():
+        return 0
+    return sum(_of_chunk(chunk).not_finite for chunk in chunks(tensor))
+
+
+def _of_chunk(chunk: Tensor) -> TensorFacts:
+    if not chunk.numel():
+        return TensorFacts()
+    exact = (chunk.float() if chunk.is_floating_point() else chunk).double()
+    lowest, highest = (float(one) for one in exact.aminmax())
+    values = chunk.numel()
+    if not (math.isfinite(lowest) and math.isfinite(highest)):  # one NaN makes NaN of both
+        exact = exact[exact.isfinite()]
+        if not exact.numel():
+            return TensorFacts(values=values, not_finite=values)
+        lowest, highest = (float(one) for one in exact.aminmax())
+    return TensorFacts(
+        values=values,
+        not_finite=values - exact.numel(),
+        zeros=exact.numel() - int(exact.count_nonzero()),
+        total=float(exact.sum()),
+        squares=float(exact.square().sum()),  # no product of BLAS, whose threads wait for each other
+        lowest=lowest,
+        highest=highest,
+    )

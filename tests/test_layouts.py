@@ -1,0 +1,1164 @@
+"""Checkpoints as they lie around: from each layout, the features that the library which wrote it computes itself."""
+
+import json
+import math
+import re
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any, TypeVar
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from timm.layers import SwiGLUPacked
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
+
+from msn_eval import load_encoder
+from msn_eval.encoder import Encoder, encode
+from msn_eval.errors import CheckpointError
+
+Network = TypeVar("Network", bound=nn.Module)
+Weights = dict[str, Tensor]
+Taps = dict[str, Tensor]
+Forward = Callable[[Tensor], Taps]
+
+EMBEDDINGS = ("cls_token", "class_token", "reg_token", "pos_embed", "patch_embed", "conv_proj", "embeddings.")
+SCALES = ("weight", "gamma", "lambda1", "lambda_1", "lambda_2")
+ARGS = Namespace(arch="vit", lr=3e-4, betas=(0.9, 0.95), output_dir="runs/1")
+RESNET_PIXELS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A file or folder as its writer leaves it, and what is expected of it.
+
+    forward: the source's own forward pass, (b, 3, S, S) normalised images -> features at every tap
+    format:  the family that it is told to be
+    key:     the network of it that is evaluated
+    arch:    the architecture that it is told to be, where not the usual small one
+    options: of load_encoder
+    """
+
+    path: Path
+    forward: Forward
+    format: str
+    key: str | None = None
+    arch: str = "vit_width192_depth2_patch8_32"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# Networks with weights that are far from their initial values, and what they say.
+
+
+def drawn(network: Network, seed: int = 1) -> Network:
+    """Draw weights that let every part of a network show in its features.
+
+    Embeddings are small, so that the epsilon of the first norm counts, and attention is far from even.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator)
+
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            fan_in = math.prod(parameter.shape[1:]) if name.endswith("weight") else 1
+            if parameter.dim() == 1 and name.endswith(SCALES):
+                parameter.copy_(1 + 0.2 * noise(parameter))
+            elif any(word in name for word in EMBEDDINGS):
+                parameter.copy_(0.01 / math.sqrt(fan_in) * noise(parameter))
+            elif name.endswith("weight"):
+                parameter.copy_(1.5 / math.sqrt(fan_in) * noise(parameter))
+            else:
+                parameter.copy_(0.3 * noise(parameter))
+        for name, buffer in network.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(0.3 * noise(buffer))
+            elif name.endswith("running_var"):
+                buffer.copy_(1 + 0.3 * torch.rand(buffer.shape, generator=generator))
+    return network.eval()
+
+
+def vit(seed: int = 1, **keywords: object) -> VisionTransformer:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3, "num_classes": 0}
+    return drawn(VisionTransformer(**sizes | keywords), seed)
+
+
+@cache
+def resnet(seed: int = 1) -> nn.Module:
+    return drawn(torchvision.models.resnet18(), seed)
+
+
+def outputs(network: nn.Module, images: Tensor, *modules: nn.Module, **keywords: object) -> list[Tensor]:
+    """Give what modules of a network put out, and what it gives itself, in one forward pass of its own."""
+    seen: dict[nn.Module, Any] = {}
+    hooks = [one.register_forward_hook(lambda module, _, output: seen.update({module: output})) for one in modules]
+    with torch.no_grad():
+        given = network(images, **keywords)
+    for hook in hooks:
+        hook.remove()
+    return [one[0] if isinstance(one, tuple) else one for one in (*(seen[module] for module in modules), given)]
+
+
+def token_taps(
+    network: nn.Module, block: nn.Module, norm: nn.Module, images: Tensor, *, prefix: int = 1, **keywords: object
+) -> Taps:
+    """Give the taps of a Transformer whose norm sees the output of its last block."""
+    raw, normed, _ = outputs(network, images, block, norm, **keywords)
+    mean = normed[:, prefix:].mean(1)
+    return {"cls": raw[:, 0], "cls-norm": normed[:, 0], "mean": mean} if prefix else {"mean": mean}
+
+
+def timm_taps(network: VisionTransformer | Beit, images: Tensor) -> Taps:
+    prefix = int(network.cls_token is not None) + getattr(network, "num_reg_tokens", 0)
+    if not isinstance(network.norm, nn.Identity):
+        return token_taps(network, network.blocks[-1], network.norm, images, prefix=prefix)
+    raw, pooled = outputs(network, images, network.blocks[-1])  # what is normed there is the average
+    return {"cls": raw[:, 0], "cls-norm": network.fc_norm(raw[:, 0]).detach(), "mean": pooled}
+
+
+def torchvision_taps(network: TorchvisionViT, images: Tensor) -> Taps:
+    return token_taps(network, network.encoder.layers[-1], network.encoder.ln, images)
+
+
+def resnet_taps(network: nn.Module, images: Tensor) -> Taps:
+    return {"pool": outputs(network, images, network.avgpool)[0].flatten(1)}
+
+
+# Files.
+
+
+def saved(folder: Path, content: object, name: str = "network.pth", **options: object) -> Path:
+    path = folder / name
+    torch.save(content, path, **options)
+    return path
+
+
+def under(prefix: str, weights: nn.Module | Mapping[str, Tensor]) -> Weights:
+    """Give weights in memory of their own, by their names behind a prefix."""
+    named = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    return {prefix + name: tensor.clone() for name, tensor in named.items()}
+
+
+def without(weights: Mapping[str, Tensor], *starts: str) -> Weights:
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(starts)}
+
+
+def mlp(*widths: int) -> Weights:
+    return nn.Sequential(*[nn.Linear(one, two) for one, two in pairwise(widths)]).state_dict()
+
+
+def optimizer_state(network: nn.Module) -> dict[str, Any]:
+    """Give the state of an AdamW that has made a step, the weights left as they were."""
+    steps = deepcopy(network)
+    optimizer = torch.optim.AdamW(steps.parameters())
+    for parameter in steps.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def vit_layout(path: Path, network: VisionTransformer | Beit, **facts: Any) -> Layout:
+    return Layout(path=path, forward=partial(timm_taps, network), **facts)
+
+
+def resnet_layout(path: Path, network: nn.Module, **facts: Any) -> Layout:
+    options = {"image_pixels": RESNET_PIXELS}
+    return Layout(path=path, forward=partial(resnet_taps, network), arch="resnet18", options=options, **facts)
+
+
+# MSN.
+
+
+def msn_release(folder: Path) -> Layout:
+    target = vit()
+    content = {
+        "target_encoder": under("module.", target) | under("module.fc.", {"fc1.weight": torch.ones(8, 192)}),
+        "prototypes": torch.ones(16, 8),
+        "epoch": 800,
+    }
+    return vit_layout(saved(folder, content, "vit.pth.tar"), target, format="msn", key="target_encoder")
+
+
+def msn_training(folder: Path) -> Layout:
+    anchor, target = vit(2), vit(1)
+    head = under("module.fc.", {"fc1.weight": torch.ones(8, 192), "bn1.running_mean": torch.ones(8)})
+    content = {
+        "encoder": under("module.", anchor) | head,
+        "opt": optimizer_state(anchor),
+        "prototypes": torch.ones(16, 8),
+        "target_encoder": under("module.", target) | head,
+        "epoch": 3,
+        "loss": 1.5,
+        "batch_size": 64,
+        "world_size": 16,
+        "lr": 1e-3,
+        "scaler": None,
+    }
+    return vit_layout(saved(folder, content, "vit-latest.pth.tar"), target, format="msn", key="target_encoder")
+
+
+# DINO, iBOT, DINOv2.
+
+
+def dino_head() -> Weights:
+    last = {"last_layer.weight_g": torch.ones(64, 1), "last_layer.weight_v": torch.ones(64, 8)}
+    return under("mlp.", mlp(192, 16, 8)) | last
+
+
+def dino_training(folder: Path) -> Layout:
+    student, teacher = vit(2), vit(1)
+    content = {
+        "student": under("module.backbone.", student) | under("module.head.", dino_head()),
+        "teacher": under("backbone.", teacher) | under("head.", dino_head()),
+        "optimizer": optimizer_state(student),
+        "epoch": 100,
+        "args": ARGS,
+        "dino_loss": {"center": torch.zeros(1, 64)},
+        "fp16_scaler": {"scale": 65536.0, "growth_factor": 2.0},
+    }
+    return vit_layout(saved(folder, content), teacher, format="dino", key="teacher")
+
+
+def dino_backbone(folder: Path) -> Layout:
+    network = vit()
+    return vit_layout(saved(folder, network.state_dict()), network, format="timm")
+
+
+def dino_resnet(folder: Path) -> Layout:
+    student, teacher = resnet(2), resnet(1)
+    content = {
+        "student": under("module.backbone.", without(student.state_dict(), "fc.")) | under("module.head.", dino_head()),
+        "teacher": under("backbone.", without(teacher.state_dict(), "fc.")) | under("head.", dino_head()),
+        "epoch": 100,
+        "args": ARGS,
+        "dino_loss": {"center": torch.zeros(1, 64)},
+    }
+    return resnet_layout(saved(folder, content), teacher, format="dino", key="teacher")
+
+
+def ibot_training(folder: Path) -> Layout:
+    student, teacher = vit(2), vit(1)
+    masked = {"backbone.masked_embed": torch.zeros(1, 192)}
+    head = under("head.", dino_head() | under("mlp2.", mlp(8, 8)) | {"last_layer2.weight_g": torch.ones(64, 1)})
+    content = {
+        "student": under("module.", under("backbone.", student) | masked | head),
+        "teacher": under("backbone.", teacher) | masked | head,
+        "optimizer": optimizer_state(student),
+        "epoch": 100,
+        "args": ARGS,
+        "ibot_loss": {"center": torch.zeros(1, 64), "center2": torch.zeros(1, 1, 64)},
+    }
+    return vit_layout(saved(folder, content), teacher, format="ibot", key="teacher")
+
+
+def ibot_teacher(folder: Path) -> Layout:
+    network = vit()
+    content = {"state_dict": under("", network) | {"masked_embed": torch.zeros(1, 192)}}
+    return vit_layout(saved(folder, content, "checkpoint_teacher.pth"), network, format="ibot", key="state_dict")
+
+
+DINOV2 = {"img_size": 518, "patch_size": 14, "init_values": 1.0}
+
+
+def dinov2_native(folder: Path) -> Layout:
+    network = vit(**DINOV2)
+    content = under("", network) | {"mask_token": torch.zeros(1, 192)}
+    return vit_layout(
+        saved(folder, content),
+        network,
+        format="dinov2",
+        arch="vit_width192_depth2_patch14_518",
+        options={"image_pixels": 518},
+    )
+
+
+def dinov2_evaluated(folder: Path) -> Layout:
+    network = vit(**DINOV2)
+    content = under("", network) | {"mask_token": torch.zeros(1, 192)}
+    smaller = at_224(network, network.pos_embed)
+    return vit_layout(saved(folder, content), smaller, format="dinov2", arch="vit_width192_depth2_patch14_518")
+
+
+def dinov2_registers(folder: Path, image_pixels: int | None) -> Layout:
+    """Write registers as the authors do: positions for the class token and the patches, none for the registers."""
+    network = vit(**DINOV2, reg_tokens=4, no_embed_class=True)
+    weights = under("", network)
+    registers, class_token, patches = (weights.pop(name) for name in ("reg_token", "cls_token", "pos_embed"))
+    class_position = 0.01 * torch.randn(1, 1, 192, generator=torch.Generator().manual_seed(9))
+    content = weights | {
+        "cls_token": class_token - class_position,
+        "pos_embed": torch.cat([class_position, patches], dim=1),
+        "register_tokens": registers,
+        "mask_token": torch.zeros(1, 192),
+    }
+    return vit_layout(
+        saved(folder, content),
+        network if image_pixels == 518 else at_224(network, network.pos_embed),
+        format="dinov2",
+        arch="vit_width192_depth2_patch14_reg4_518",
+        options={"image_pixels": image_pixels},
+    )
+
+
+def at_224(network: VisionTransformer, positions: Tensor) -> VisionTransformer:
+    """Give the network of 224 pixels that DINOv2's authors evaluate.
+
+    Their interpolate_pos_encoding: with registers interpolate_antialias=True and interpolate_offset=0.0, else False and 0.1.
+    """
+    registers = network.num_reg_tokens > 0
+    prefix = positions[:, : positions.shape[1] - 37 * 37].detach()
+    square = positions[:, prefix.shape[1] :].detach().reshape(1, 37, 37, 192).permute(0, 3, 1, 2)
+    if registers:
+        resized = F.interpolate(square, size=(16, 16), mode="bicubic", antialias=True)
+    else:
+        resized = F.interpolate(
+            square, scale_factor=((16 + 0.1) / 37, (16 + 0.1) / 37), mode="bicubic", antialias=False
+        )
+    patches = resized.permute(0, 2, 3, 1).reshape(1, 256, 192)
+    keywords = {"reg_tokens": 4, "no_embed_class": True} if registers else {}
+    smaller = vit(**DINOV2 | {"img_size": 224}, **keywords)
+    smaller.load_state_dict(network.state_dict() | {"pos_embed": torch.cat([prefix, patches], dim=1)})
+    return smaller
+
+
+def dinov2_swiglu(folder: Path) -> Layout:
+    network = vit(
+        img_size=28, patch_size=14, init_values=1.0, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, mlp_ratio=8 / 3
+    )
+    renamed = {
+        name.replace("mlp.fc1.", "mlp.w12.").replace("mlp.fc2.", "mlp.w3."): tensor
+        for name, tensor in network.state_dict().items()
+    }
+    content = renamed | {"mask_token": torch.zeros(1, 192)}
+    return vit_layout(saved(folder, content), network, format="dinov2", arch="vit_width192_depth2_patch14_28")
+
+
+def dinov2_training(folder: Path) -> Layout:
+    """Write a teacher in chunks of two blocks: `blocks.1.2` is the third block, behind two identities."""
+    network = vit(depth=4, img_size=28, patch_size=14, init_values=1.0)
+    chunked = {}
+    for name, tensor in network.state_dict().items():
+        word, _, rest = name.partition(".")
+        chunked[f"blocks.{int(rest[0]) // 2}.{rest}" if word == "blocks" else name] = tensor
+    teacher = (
+        under("backbone.", chunked | {"mask_token": torch.zeros(1, 192)})
+        | under("dino_head.", dino_head())
+        | under("ibot_head.", dino_head())
+    )
+    path = saved(folder, {"teacher": teacher}, "teacher_checkpoint.pth")
+    return vit_layout(path, network, format="dinov2", key="teacher", arch="vit_width192_depth4_patch14_28")
+
+
+# Masked images: MAE, BEiT, I-JEPA.
+
+
+def mae_pretraining(folder: Path) -> Layout:
+    network = vit()
+    decoder = (
+        {"mask_token": torch.zeros(1, 1, 16), "decoder_pos_embed": torch.ones(1, 17, 16)}
+        | under("decoder_embed.", nn.Linear(192, 16))
+        | under("decoder_blocks.0.norm1.", nn.LayerNorm(16))
+        | under("decoder_blocks.0.attn.qkv.", nn.Linear(16, 48))
+        | under("decoder_norm.", nn.LayerNorm(16))
+        | under("decoder_pred.", nn.Linear(16, 192))
+    )
+    content = {
+        "model": under("", network) | decoder,
+        "optimizer": optimizer_state(network),
+        "epoch": 1599,
+        "scaler": {"scale": 65536.0},
+        "args": ARGS,
+    }
+    return vit_layout(saved(folder, content), network, format="mae", key="model")
+
+
+def mae_encoder(folder: Path) -> Layout:
+    network = vit()
+    return vit_layout(saved(folder, {"model": network.state_dict()}), network, format="timm", key="model")
+
+
+def mae_finetuned(folder: Path) -> Layout:
+    network = vit(global_pool="avg")
+    content = {
+        "model": under("", network) | under("head.", nn.Linear(192, 10)),
+        "optimizer": optimizer_state(network),
+        "epoch": 99,
+        "args": ARGS,
+    }
+    return vit_layout(saved(folder, content), network, format="timm", key="model")
+
+
+def ijepa(folder: Path) -> Layout:
+    context, target = (vit(seed, class_token=False, global_pool="avg", fc_norm=False) for seed in (2, 1))
+    predictor = {"mask_token": torch.zeros(1, 1, 16), "predictor_pos_embed": torch.ones(1, 16, 16)}
+    content = {
+        "encoder": under("module.", context),
+        "predictor": under("module.", predictor | under("predictor_blocks.0.norm1.", nn.LayerNorm(16))),
+        "opt": optimizer_state(context),
+        "scaler": {"scale": 65536.0},
+        "target_encoder": under("module.", target),
+        "epoch": 300,
+        "loss": 0.2,
+        "batch_size": 128,
+        "world_size": 16,
+        "lr": 1e-3,
+    }
+    return vit_layout(saved(folder, content, "IN1K-vit.pth.tar"), target, format="ijepa", key="target_encoder")
+
+
+def beit(**keywords: object) -> Beit:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3, "num_classes": 0}
+    return drawn(Beit(**sizes | {"init_values": 0.1, "use_abs_pos_emb": False} | keywords))
+
+
+def beit_finetuned(folder: Path) -> Layout:
+    """Write unilm's classifier: a table in every block, an average that is normed, tables of indices beside them."""
+    network = beit(use_rel_pos_bias=True, global_pool="avg")
+    tables = {f"blocks.{one}.attn.relative_position_index": torch.zeros(17, 17, dtype=torch.long) for one in range(2)}
+    content = {"model": under("", network) | tables | under("head.", nn.Linear(192, 10))}
+    return vit_layout(
+        saved(folder, content), network, format="beit", key="model", arch="beit_width192_depth2_patch8_32"
+    )
+
+
+def beit_pretraining(folder: Path) -> Layout:
+    """Write unilm's pre-training: one table for all blocks, mask token and prediction of visual tokens."""
+    network = beit(use_shared_rel_pos_bias=True, global_pool="token")
+    beside = {
+        "mask_token": torch.zeros(1, 1, 192),
+        "rel_pos_bias.relative_position_index": torch.zeros(17, 17, dtype=torch.long),
+    } | under("lm_head.", nn.Linear(192, 64))
+    content = {"model": under("", network) | beside, "epoch": 799, "args": ARGS}
+    return vit_layout(
+        saved(folder, content), network, format="beit", key="model", arch="beit_width192_depth2_patch8_32"
+    )
+
+
+def beit_with_positions(folder: Path) -> Layout:
+    network = beit(use_abs_pos_emb=True, use_rel_pos_bias=True, qkv_bias=False, global_pool="token")
+    path = saved(folder, network.state_dict())
+    return vit_layout(path, network, format="beit", arch="beit_width192_depth2_patch8_32")
+
+
+# Contrastive and negative-free methods, most of them on residual networks.
+
+
+def mocov3_vit(folder: Path) -> Layout:
+    """Write the small network, which has 12 heads where others have 6."""
+    base, momentum = (vit(seed, embed_dim=384, num_heads=12) for seed in (1, 2))
+    heads = under("module.base_encoder.head.", mlp(384, 16, 8)) | under(
+        "module.momentum_encoder.head.", mlp(384, 16, 8)
+    )
+    content = {
+        "epoch": 300,
+        "arch": "vit_small",
+        "state_dict": under("module.base_encoder.", base)
+        | under("module.momentum_encoder.", momentum)
+        | heads
+        | under("module.predictor.", mlp(8, 16, 8)),
+        "optimizer": optimizer_state(base),
+        "scaler": {"scale": 65536.0},
+    }
+    return vit_layout(
+        saved(folder, content, "vit-s-300ep.pth.tar"),
+        base,
+        format="mocov3",
+        key="state_dict.base_encoder",
+        arch="vit_width384_depth2_patch8_32_heads12",
+    )
+
+
+def mocov3_resnet(folder: Path) -> Layout:
+    base, momentum = (without(resnet(seed).state_dict(), "fc.") for seed in (1, 2))
+    content = {
+        "epoch": 100,
+        "arch": "resnet18",
+        "state_dict": under("module.base_encoder.", base)
+        | under("module.base_encoder.fc.", mlp(512, 16, 8))
+        | under("module.momentum_encoder.", momentum)
+        | under("module.momentum_encoder.fc.", mlp(512, 16, 8))
+        | under("module.predictor.", mlp(8, 16, 8)),
+    }
+    path = saved(folder, content, "r-18-100ep.pth.tar")
+    return resnet_layout(path, resnet(1), format="mocov3", key="state_dict.base_encoder")
+
+
+def mocov2(folder: Path) -> Layout:
+    query, key = (without(resnet(seed).state_dict(), "fc.") for seed in (1, 2))
+    content = {
+        "epoch": 200,
+        "arch": "resnet18",
+        "state_dict": under("module.encoder_q.", query)
+        | under("module.encoder_q.fc.", mlp(512, 16, 8))
+        | under("module.encoder_k.", key)
+        | under("module.encoder_k.fc.", mlp(512, 16, 8))
+        | {"module.queue": torch.ones(8, 32), "module.queue_ptr": torch.zeros(1, dtype=torch.long)},
+        "optimizer": optimizer_state(nn.Linear(2, 2)),
+    }
+    return resnet_layout(saved(folder, content, "moco.pth.tar"), resnet(1), format="moco", key="state_dict.encoder_q")
+
+
+def simsiam(folder: Path) -> Layout:
+    network = without(resnet().state_dict(), "fc.")
+    content = {
+        "epoch": 100,
+        "arch": "resnet18",
+        "state_dict": under("module.encoder.", network)
+        | under("module.encoder.fc.", mlp(512, 16, 8))
+        | under("module.predictor.", mlp(8, 4, 8)),
+        "optimizer": optimizer_state(nn.Linear(2, 2)),
+        "best_acc1": torch.tensor(0.0),
+    }
+    return resnet_layout(saved(folder, content, "simsiam.pth.tar"), resnet(), format="simsiam", key="state_dict")
+
+
+def swav(folder: Path) -> Layout:
+    heads = under("projection_head.", mlp(512, 16, 8)) | {"prototypes.weight": torch.ones(32, 8)}
+    content = under("module.", without(resnet().state_dict(), "fc.") | heads)
+    return resnet_layout(saved(folder, content, "swav.pth.tar"), resnet(), format="swav")
+
+
+def bare_resnet(folder: Path) -> Layout:
+    """Write what Barlow Twins and VICReg released: torchvision's names without the classifier."""
+    return resnet_layout(saved(folder, without(resnet().state_dict(), "fc.")), resnet(), format="torchvision")
+
+
+def barlow_twins_training(folder: Path) -> Layout:
+    heads = under("module.projector.", mlp(512, 16, 8)) | under("module.bn.", nn.BatchNorm1d(8, affine=False))
+    content = {
+        "epoch": 1000,
+        "model": under("module.backbone.", without(resnet().state_dict(), "fc.")) | heads,
+        "optimizer": optimizer_state(nn.Linear(2, 2)),
+    }
+    return resnet_layout(saved(folder, content), resnet(), format="torchvision", key="model")
+
+
+def vicreg_training(folder: Path) -> Layout:
+    backbone = under("module.backbone.", without(resnet().state_dict(), "fc."))
+    content = {"epoch": 1000, "model": backbone | under("module.projector.", mlp(512, 16, 8)), "optimizer": {}}
+    return resnet_layout(saved(folder, content, "resnet18_fullckp.pth"), resnet(), format="torchvision", key="model")
+
+
+# Libraries.
+
+
+def solo_learn(folder: Path, network: Callable[[int], nn.Module], layout: Callable[..., Layout]) -> Layout:
+    chosen, momentum = network(1), network(2)
+    content = {
+        "epoch": 399,
+        "global_step": 1000,
+        "pytorch-lightning_version": "1.8.6",
+        "state_dict": under("backbone.", without(chosen.state_dict(), "fc."))
+        | under("momentum_backbone.", without(momentum.state_dict(), "fc."))
+        | under("classifier.", nn.Linear(192, 10))
+        | under("momentum_classifier.", nn.Linear(192, 10))
+        | under("projector.", mlp(192, 16, 8))
+        | under("momentum_projector.", mlp(192, 16, 8)),
+        "optimizer_states": [optimizer_state(nn.Linear(2, 2))],
+        "hyper_parameters": {"method": "byol", "backbone": {"name": "vit_tiny"}},
+    }
+    return layout(saved(folder, content, "solo.ckpt"), chosen, format="solo-learn", key="state_dict.backbone")
+
+
+def lightly(name: str) -> ModuleType:
+    return pytest.importorskip(
+        f"lightly.models.modules.{name}", reason="lightly is no dependency; install it for its files"
+    )
+
+
+def lightly_transformer(folder: Path) -> Layout:
+    backbone = drawn(lightly("masked_vision_transformer_timm").MaskedVisionTransformerTIMM(vit=vit()))
+    content = {"state_dict": under("backbone.", backbone) | under("projection_head.layers.", mlp(192, 16, 8))}
+    return vit_layout(saved(folder, content, "mae.ckpt"), backbone.vit, format="lightly", key="state_dict")
+
+
+def lightly_torchvision(folder: Path) -> Layout:
+    network = torchvision_vit()
+    backbone = drawn(lightly("masked_vision_transformer_torchvision").MaskedVisionTransformerTorchvision(vit=network))
+    content = {"state_dict": under("backbone.", backbone), "pytorch-lightning_version": "2.6.0"}
+    return Layout(
+        path=saved(folder, content, "dino.ckpt"),
+        forward=partial(torchvision_taps, network),
+        format="lightly",
+        key="state_dict",
+    )
+
+
+class LightlyMSN(nn.Module):
+    """The module of lightly's own example of MSN, at the size of a test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        transformers = lightly("masked_vision_transformer_torchvision")
+        self.backbone = transformers.MaskedVisionTransformerTorchvision(vit=torchvision_vit())
+        self.projection_head = lightly("heads").MSNProjectionHead(192, 16, 8)
+        self.anchor_backbone = deepcopy(self.backbone)
+        self.anchor_projection_head = deepcopy(self.projection_head)
+        self.prototypes = nn.Parameter(torch.ones(32, 8))
+
+
+def lightly_msn(folder: Path) -> Layout:
+    network = drawn(LightlyMSN())
+    return Layout(
+        path=saved(folder, {"state_dict": network.state_dict()}, "msn.ckpt"),
+        forward=partial(torchvision_taps, network.backbone.vit),
+        format="lightly",
+        key="state_dict.backbone.vit",
+    )
+
+
+def lightly_resnet(folder: Path) -> Layout:
+    """Write `nn.Sequential(*list(resnet.children())[:-1])`, the backbone of lightly's examples."""
+    heads = lightly("heads").SimSiamProjectionHead(512, 16, 8)
+    backbone = nn.Sequential(*list(resnet().children())[:-1])
+    content = {"state_dict": under("backbone.", backbone) | under("projection_head.", heads)}
+    return resnet_layout(saved(folder, content, "simsiam.ckpt"), resnet(), format="lightly", key="state_dict")
+
+
+def lightning(folder: Path) -> Layout:
+    """Let Lightning's Trainer make a step and write its own file, with hyper-parameters from a command line."""
+    reason = "pytorch_lightning is no dependency; install it to test its files"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lightning = pytest.importorskip("pytorch_lightning", reason=reason)
+
+        class Classifier(lightning.LightningModule):
+            def __init__(self, arguments: Namespace) -> None:
+                super().__init__()
+                self.save_hyperparameters(arguments)
+                self.backbone = vit()
+                self.head = nn.Linear(192, 2)
+
+            def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+                return F.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
+
+            def configure_optimizers(self) -> torch.optim.Optimizer:
+                return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+        network = Classifier(ARGS)
+        images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        data = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 0, 1]))
+        trainer = lightning.Trainer(
+            max_steps=1,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(network, torch.utils.data.DataLoader(data, batch_size=4))
+        trainer.save_checkpoint(folder / "last.ckpt")
+    return vit_layout(folder / "last.ckpt", network.backbone.eval(), format="timm", key="state_dict")
+
+
+def compiled(folder: Path) -> Layout:
+    network = vit()
+    return vit_layout(saved(folder, torch.compile(network).state_dict()), network, format="timm")
+
+
+def data_parallel(folder: Path) -> Layout:
+    """Write the names that DataParallel and DistributedDataParallel share."""
+    network = vit()
+    content = {"model": nn.DataParallel(network).state_dict(), "optimizer": optimizer_state(network)}
+    return vit_layout(saved(folder, content), network, format="timm", key="model")
+
+
+def compiled_in_parallel(folder: Path) -> Layout:
+    network = vit()
+    content = {"model": nn.DataParallel(torch.compile(network)).state_dict()}
+    return vit_layout(saved(folder, content), network, format="timm", key="model")
+
+
+def fully_sharded(folder: Path) -> Layout:
+    """Write FSDP's names, with checkpointed blocks: a wrapper around the network and one around every block."""
+    network = vit()
+    content = {}
+    for name, tensor in network.state_dict().items():
+        words = name.split(".")
+        if words[0] == "blocks":
+            words[2:2] = ["_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
+        content[".".join(["_fsdp_wrapped_module", *words])] = tensor
+    return vit_layout(saved(folder, {"model": content}), network, format="timm", key="model")
+
+
+def averaged(folder: Path) -> Layout:
+    network = vit()
+    content = {"model_ema": torch.optim.swa_utils.AveragedModel(network).state_dict()}
+    return vit_layout(saved(folder, content), network, format="timm", key="model_ema")
+
+
+def timm_safetensors(folder: Path) -> Layout:
+    network = vit(num_classes=10)
+    safetensors.torch.save_file(network.state_dict(), folder / "model.safetensors")
+    network.reset_classifier(0)
+    return vit_layout(folder / "model.safetensors", network, format="timm")
+
+
+def timm_old_container(folder: Path) -> Layout:
+    network = vit()
+    path = saved(folder, network.state_dict(), _use_new_zipfile_serialization=False)
+    return vit_layout(path, network, format="timm")
+
+
+def timm_lower_precision(folder: Path, dtype: torch.dtype) -> Layout:
+    network = vit().to(dtype)
+    return vit_layout(saved(folder, under("", network)), network.float(), format="timm")
+
+
+def timm_folder(folder: Path) -> Layout:
+    """Let timm write a folder for the hub; the heads, which no weight shows, are in its config.json."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 4}
+    network = drawn(timm.create_model("vit_tiny_patch16_224", num_classes=5, **sizes))
+    timm.models.save_for_hf(network, folder, model_args=sizes, safe_serialization=True)
+    network.reset_classifier(0)
+    return vit_layout(folder, network, format="timm", arch="vit_tiny_patch16_224")
+
+
+def timm_resnet_folder(folder: Path) -> Layout:
+    network = drawn(timm.create_model("resnet18", num_classes=5))
+    timm.models.save_for_hf(network, folder, safe_serialization=False)
+    network.reset_classifier(0)
+    return Layout(
+        path=folder,
+        forward=lambda images: {"pool": outputs(network, images)[0]},
+        format="torchvision",
+        arch="resnet18",
+        options={"image_pixels": RESNET_PIXELS},
+    )
+
+
+def torchvision_vit(seed: int = 1) -> TorchvisionViT:
+    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
+    return drawn(TorchvisionViT(**sizes), seed)
+
+
+def torchvision_transformer(folder: Path) -> Layout:
+    network = torchvision_vit()
+    path = saved(folder, network.state_dict())
+    return Layout(path=path, forward=partial(torchvision_taps, network), format="torchvision")
+
+
+def torchvision_resnet(folder: Path) -> Layout:
+    return resnet_layout(saved(folder, resnet().state_dict()), resnet(), format="torchvision")
+
+
+def torchvision_resnet50(folder: Path) -> Layout:
+    network = drawn(torchvision.models.resnet50())
+    return Layout(
+        path=saved(folder, network.state_dict()),
+        forward=partial(resnet_taps, network),
+        format="torchvision",
+        arch="resnet50",
+        options={"image_pixels": RESNET_PIXELS},
+    )
+
+
+# Hugging Face: folders by save_pretrained, whose config.json states heads and epsilon, and files alone, whose width must do.
+
+TINY = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 8,
+}
+ALONE = TINY | {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
+SIZE_28 = {"image_size": 28, "patch_size": 14, "intermediate_size": None}
+BEIT = {"layer_scale_init_value": 0.1}
+WIDTH_48 = "vit_width48_depth2"
+TINY_ARCH = f"{WIDTH_48}_patch8_32_heads4"
+EXACT_ARCH = f"{TINY_ARCH}_eps1e-12"  # transformers' usual epsilon
+BEIT_ARCH = EXACT_ARCH.replace("vit", "beit")
+
+
+def huggingface(name: str, config: Mapping[str, object]) -> Any:
+    """Build a transformers model by its name, from a configuration's."""
+    import transformers
+
+    described = re.sub("(Model|ForImageClassification|ForPreTraining)$", "Config", name)
+    return drawn(getattr(transformers, name)(getattr(transformers, described)(**config)))
+
+
+def trunk_of(network: Any) -> Any:
+    """Give the bare model inside one with a head."""
+    return getattr(network, network.base_model_prefix, network)
+
+
+def huggingface_taps(network: Any, images: Tensor, *, prefix: int = 1, **keywords: object) -> Taps:
+    """Give what transformers says: hidden_states end before the last norm, last_hidden_state is behind it."""
+    with torch.no_grad():
+        said = trunk_of(network)(images, output_hidden_states=True, **keywords)
+    mean = said.last_hidden_state[:, prefix:].mean(1)
+    if not prefix:
+        return {"mean": mean}
+    return {"cls": said.hidden_states[-1][:, 0], "cls-norm": said.last_hidden_state[:, 0], "mean": mean}
+
+
+def pooled_taps(network: Any, images: Tensor) -> Taps:
+    """Give what BEiT's family says, whose pooler norms the average of the patches and which has no other norm."""
+    with torch.no_grad():
+        said = trunk_of(network)(images, output_hidden_states=True)
+    return {"cls": said.hidden_states[-1][:, 0], "mean": said.pooler_output}
+
+
+def huggingface_folder(
+    folder: Path,
+    name: str,
+    config: Mapping[str, object],
+    arch: str = TINY_ARCH,
+    taps: Callable[..., Taps] = huggingface_taps,
+    **keywords: object,
+) -> Layout:
+    network = huggingface(name, config)
+    network.save_pretrained(folder)
+    return Layout(path=folder, forward=partial(taps, network, **keywords), format="huggingface", arch=arch)
+
+
+def hub(
+    name: str, config: Mapping[str, object] = MappingProxyType({}), arch: str = TINY_ARCH, **how: object
+) -> Callable[[Path], Layout]:
+    """Give the writer of a folder of a tiny model, by what is unusual about it."""
+    return partial(huggingface_folder, name=name, config={**TINY, **config}, arch=arch, **how)
+
+
+def huggingface_mae(folder: Path) -> Layout:
+    decoder = {
+        "decoder_hidden_size": 16,
+        "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 32,
+    }
+    # Nothing is masked, and the noise that would shuffle the patches keeps their order.
+    order = torch.arange(16.0).repeat(2, 1)
+    config = TINY | decoder | {"mask_ratio": 0.0}
+    return huggingface_folder(folder, "ViTMAEForPreTraining", config, EXACT_ARCH, noise=order)
+
+
+def huggingface_shards(folder: Path) -> Layout:
+    network = huggingface("ViTMSNModel", TINY)
+    network.save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    return Layout(path=folder, forward=partial(huggingface_taps, network), format="huggingface", arch=TINY_ARCH)
+
+
+def huggingface_pickle(folder: Path) -> Layout:
+    network = huggingface("ViTMSNModel", TINY)
+    network.config.save_pretrained(folder)
+    saved(folder, network.state_dict(), "pytorch_model.bin")
+    return Layout(path=folder, forward=partial(huggingface_taps, network), format="huggingface", arch=TINY_ARCH)
+
+
+def huggingface_half(folder: Path) -> Layout:
+    network = huggingface("ViTMSNModel", TINY).half()
+    network.save_pretrained(folder)
+    return Layout(path=folder, forward=partial(huggingface_taps, network.float()), format="huggingface", arch=TINY_ARCH)
+
+
+def huggingface_older_names(folder: Path, name: str) -> Layout:
+    """Write a file alone, with the names that save_pretrained still writes: those before version 5."""
+    network = huggingface(name, ALONE)
+    network.save_pretrained(folder / "whole")
+    path = (folder / "whole" / "model.safetensors").rename(folder / "network.safetensors")
+    assert any("attention.attention.query" in one for one in safetensors.torch.load_file(path))
+    return Layout(path=path, forward=partial(huggingface_taps, network), format="huggingface")
+
+
+def huggingface_newer_names(folder: Path, name: str, arch: str = Layout.arch) -> Layout:
+    """Write a file alone, with the names that a model of version 5 has in memory."""
+    network = huggingface(name, ALONE)
+    path = folder / "network.safetensors"
+    safetensors.torch.save_file(network.state_dict(), path)
+    return Layout(path=path, forward=partial(huggingface_taps, network), format="huggingface", arch=arch)
+
+
+LAYOUTS: dict[str, Callable[[Path], Layout]] = {
+    "MSN release": msn_release,
+    "MSN training": msn_training,
+    "DINO training": dino_training,
+    "DINO backbone": dino_backbone,
+    "DINO ResNet": dino_resnet,
+    "iBOT training": ibot_training,
+    "iBOT teacher": ibot_teacher,
+    "DINOv2 at its native 518": dinov2_native,
+    "DINOv2 at 224": dinov2_evaluated,
+    "DINOv2 with registers at 518": partial(dinov2_registers, image_pixels=518),
+    "DINOv2 with registers at 224": partial(dinov2_registers, image_pixels=None),
+    "DINOv2 SwiGLU": dinov2_swiglu,
+    "DINOv2 training": dinov2_training,
+    "MAE pre-training": mae_pretraining,
+    "MAE encoder": mae_encoder,
+    "MAE fine-tuned": mae_finetuned,
+    "I-JEPA": ijepa,
+    "BEiT fine-tuned": beit_finetuned,
+    "BEiT pre-training": beit_pretraining,
+    "BEiT with positions": beit_with_positions,
+    "MoCo v3 ViT": mocov3_vit,
+    "MoCo v3 ResNet": mocov3_resnet,
+    "MoCo v2": mocov2,
+    "SimSiam": simsiam,
+    "SwAV": swav,
+    "Barlow Twins, VICReg backbone": bare_resnet,
+    "Barlow Twins training": barlow_twins_training,
+    "VICReg training": vicreg_training,
+    "solo-learn ViT": partial(solo_learn, network=vit, layout=vit_layout),
+    "solo-learn ResNet": partial(solo_learn, network=resnet, layout=resnet_layout),
+    "lightly timm ViT": lightly_transformer,
+    "lightly torchvision ViT": lightly_torchvision,
+    "lightly MSN": lightly_msn,
+    "lightly ResNet": lightly_resnet,
+    "Lightning": lightning,
+    "torch.compile": compiled,
+    "DataParallel": data_parallel,
+    "DataParallel of torch.compile": compiled_in_parallel,
+    "FSDP": fully_sharded,
+    "AveragedModel": averaged,
+    "timm safetensors": timm_safetensors,
+    "timm in torch's old container": timm_old_container,
+    "timm in float16": partial(timm_lower_precision, dtype=torch.float16),
+    "timm in bfloat16": partial(timm_lower_precision, dtype=torch.bfloat16),
+    "timm folder": timm_folder,
+    "timm ResNet folder": timm_resnet_folder,
+    "torchvision ViT": torchvision_transformer,
+    "torchvision ResNet-18": torchvision_resnet,
+    "torchvision ResNet-50": torchvision_resnet50,
+    "HF ViTMSN": hub("ViTMSNModel"),
+    "HF ViTMSN classifier": hub("ViTMSNForImageClassification"),
+    "HF ViTMSN of another epsilon": hub("ViTMSNModel", {"layer_norm_eps": 1e-5}, f"{TINY_ARCH}_eps1e-05"),
+    "HF ViT": hub("ViTModel", arch=EXACT_ARCH),
+    "HF ViT without biases": hub("ViTModel", {"qkv_bias": False}, EXACT_ARCH),
+    "HF ViT classifier": hub("ViTForImageClassification", arch=EXACT_ARCH),
+    "HF DINOv2": hub("Dinov2Model", SIZE_28, f"{WIDTH_48}_patch14_28_heads4"),
+    "HF DINOv2 SwiGLU": hub("Dinov2Model", SIZE_28 | {"use_swiglu_ffn": True}, f"{WIDTH_48}_patch14_28_heads4"),
+    "HF DINOv2 with registers": hub(
+        "Dinov2WithRegistersModel", SIZE_28, f"{WIDTH_48}_patch14_reg4_28_heads4", prefix=5
+    ),
+    "HF DINOv2 with registers at 224": hub(
+        "Dinov2WithRegistersModel", SIZE_28 | {"image_size": 518}, f"{WIDTH_48}_patch14_reg4_518_heads4", prefix=5
+    ),
+    "HF MAE": huggingface_mae,
+    "HF I-JEPA": hub("IJepaModel", arch=EXACT_ARCH, prefix=0),
+    "HF BEiT": hub("BeitModel", BEIT | {"use_relative_position_bias": True}, BEIT_ARCH, taps=pooled_taps),
+    "HF BEiT with a shared table": hub(
+        "BeitModel", BEIT | {"use_shared_relative_position_bias": True, "use_mean_pooling": False}, BEIT_ARCH
+    ),
+    "HF BEiT with positions": hub(
+        "BeitModel", BEIT | {"use_absolute_position_embeddings": True}, BEIT_ARCH, taps=pooled_taps
+    ),
+    "HF data2vec classifier": hub(
+        "Data2VecVisionForImageClassification",
+        BEIT | {"use_relative_position_bias": True, "use_mean_pooling": True},
+        BEIT_ARCH,
+        taps=pooled_taps,
+    ),
+    "HF shards": huggingface_shards,
+    "HF pickle": huggingface_pickle,
+    "HF float16": huggingface_half,
+    "HF ViTMSN file, older names": partial(huggingface_older_names, name="ViTMSNModel"),
+    "HF ViTMSN file, newer names": partial(huggingface_newer_names, name="ViTMSNModel"),
+    "HF ViTMSN classifier file, older names": partial(huggingface_older_names, name="ViTMSNForImageClassification"),
+    "HF ViTMSN classifier file, newer names": partial(huggingface_newer_names, name="ViTMSNForImageClassification"),
+    "HF ViT file, newer names": partial(
+        huggingface_newer_names, name="ViTModel", arch="vit_width192_depth2_patch8_32_eps1e-12"
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: networks this small gain nothing from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def read(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Layout, Encoder]:
+    """Write a layout once, and read it once."""
+    layout = LAYOUTS[request.param](tmp_path_factory.mktemp("layout"))
+    return layout, load_encoder(str(layout.path), device="cpu", **layout.options)
+
+
+def random_images(encoder: Encoder) -> Tensor:
+    side = encoder.transform.crop
+    return torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+
+
+def test_features_are_those_of_the_library_that_wrote_the_layout(read: tuple[Layout, Encoder]) -> None:
+    layout, encoder = read
+    pixels = random_images(encoder)
+    mean, std = torch.tensor(encoder.transform.mean), torch.tensor(encoder.transform.std)
+    images = ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+    expected = layout.forward(images)
+
+    found = encode(encoder, pixels, list(expected))
+    errors = {tap: ((found[tap] - one).abs().max() / one.abs().max()).item() for tap, one in expected.items()}
+    assert max(errors.values()) < 1e-4, errors
+
+
+def test_layout_is_told_and_its_evaluated_network_chosen(read: tuple[Layout, Encoder]) -> None:
+    layout, encoder = read
+    checkpoint = encoder.checkpoint
+    architecture = checkpoint.arch.partition("?")[0]
+    assert (checkpoint.format, checkpoint.key, architecture) == (layout.format, layout.key, layout.arch)
+
+
+def test_every_weight_comes_from_the_layout(read: tuple[Layout, Encoder]) -> None:
+    assert read[1].checkpoint.matched == 1.0
+
+
+# What is left to the user, and what is refused.
+
+
+def refusal(path: Path, **options: object) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        load_encoder(str(path), device="cpu", **options)
+    return caught.value
+
+
+@pytest.mark.parametrize("names", [("fast", "slow"), ("model", "model_ema"), ("state_dict", "state_dict_ema")])
+def test_networks_whose_names_tell_no_order_are_left_to_the_user(tmp_path: Path, names: tuple[str, str]) -> None:
+    path = saved(tmp_path, {name: vit(seed).state_dict() for seed, name in enumerate(names)})
+    sizes = f"30 tensors, {sum(one.numel() for one in vit().parameters()):,} values"
+    assert str(refusal(path)) == (
+        f"{path}: holds several networks:\n"
+        f"  {names[0]}: {sizes}\n"
+        f"  {names[1]}: {sizes}\n"
+        "Choose one by name: --checkpoint-key NAME."
+    )
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["momentum_encoder", "state_dict.momentum_encoder", "module.state_dict.momentum_encoder"],
+)
+def test_network_is_called_by_a_word_of_its_place_or_by_all(tmp_path: Path, key: str) -> None:
+    path = mocov3_vit(tmp_path).path
+    network = load_encoder(str(path), device="cpu", checkpoint_key=key).network
+    assert torch.equal(network.cls_token, vit(2, embed_dim=384, num_heads=12).cls_token)
+
+
+def test_wrong_key_is_refused_with_the_networks_there_are(tmp_path: Path) -> None:
+    error = refusal(mocov3_vit(tmp_path).path, checkpoint_key="teacher")
+    assert "has no network 'teacher'; it holds:\n  state_dict.base_encoder: " in str(error)
+
+
+def changed_vit(folder: Path, change: Callable[[Weights], Weights]) -> Path:
+    return saved(folder, {"model": change(vit().state_dict())})
+
+
+def changed_resnet(folder: Path, change: Callable[[Weights], Weights]) -> Path:
+    return saved(folder, {"state_dict": under("module.encoder_q.", change(dict(resnet().state_dict())))})
+
+
+def changed_huggingface(folder: Path, change: Callable[[Weights], Weights]) -> Path:
+    path = huggingface_folder(folder, "ViTMSNModel", TINY).path
+    safetensors.torch.save_file(
+        change(safetensors.torch.load_file(path / "model.safetensors")), path / "model.safetensors"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("write", "change", "line"),
+    [
+        (changed_vit, lambda w: without(w, "blocks.1.attn.proj.bias"), "blocks.1.attn.proj.bias: missing in the file"),
+        (changed_vit, lambda w: w | {"neck.weight": torch.ones(3)}, "neck.weight: no place in the model"),
+        (
+            changed_vit,
+            lambda w: w | {"norm.bias": torch.ones(3)},
+            "norm.bias: file (3,), model (192,)",
+        ),
+        (changed_vit, lambda w: w | {"dist_token": torch.ones(1, 1, 192)}, "dist_token: no place in the model"),
+        (changed_resnet, lambda w: without(w, "layer3.1.bn2.running_var"), "layer3.1.bn2.running_var: missing"),
+        (changed_resnet, lambda w: w | {"layer3.1.se.weight": torch.ones(3)}, "layer3.1.se.weight: no place"),
+        (
+            changed_resnet,
+            lambda w: w | {"conv1.weight": torch.ones(64, 3, 3, 3)},  # as for CIFAR
+            "conv1.weight: file (64, 3, 3, 3), model (64, 3, 7, 7)",
+        ),
+        (
+            changed_huggingface,
+            lambda w: without(w, "encoder.layer.1.layernorm_after.bias"),
+            "blocks.1.norm2.bias: missing in the file",
+        ),
+        (
+            changed_huggingface,
+            lambda w: without(w, "encoder.layer.1.attention.attention.key.weight"),
+            "blocks.1.attn.qkv.weight: file (48, 48), model (144, 48)",
+        ),
+        (
+            changed_huggingface,
+            lambda w: without(w, "encoder.layer.1.attention.attention.query.weight"),
+            "blocks.1.attn.qkv.weight: missing in the file",
+        ),
+        (changed_huggingface, lambda w: w | {"adapter.weight": torch.ones(3)}, "adapter.weight: no place in the model"),
+    ],
+    ids=[
+        "ViT, missing",
+        "ViT, extra",
+        "ViT, reshaped",
+        "ViT, distilled",
+        "ResNet, missing",
+        "ResNet, extra",
+        "ResNet, reshaped",
+        "HF, missing",
+        "HF, keys missing",
+        "HF, queries missing",
+        "HF, extra",
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(
+    tmp_path: Path,
+    write: Callable[[Path, Callable[[Weights], Weights]], Path],
+    change: Callable[[Weights], Weights],
+    line: str,
+) -> None:
+    assert line in str(refusal(write(tmp_path, change)))
+
+
+def test_width_that_leaves_the_heads_open_asks_for_the_architecture(tmp_path: Path) -> None:
+    folder = huggingface_folder(tmp_path, "ViTMSNModel", TINY).path
+    alone = (folder / "model.safetensors").rename(folder / "alone.safetensors")
+    assert "--arch 'vit_tiny_patch16_224?embed_dim=48&depth=2" in refusal(alone).remedy
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ({"auto_map": {"AutoModel": "modelling.Own"}}, "wants code of its own repository run (auto_map)"),
+        ({"model_type": "swin"}, "describes a 'swin', which is not one of vit_msn, vit, "),
+        ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'; here it is 'gelu'"),
+        ({"num_channels": 1}, "num_channels is 1; here it is 3"),
+    ],
+    ids=["code", "model type", "activation", "channels"],
+)
+def test_folder_that_describes_another_network_is_refused(tmp_path: Path, entry: dict[str, object], text: str) -> None:
+    folder = huggingface_folder(tmp_path, "ViTMSNModel", TINY).path
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | entry))
+    error = refusal(folder)
+    assert (text in error.what, error.where) == (True, str(config))
+
+
+def test_networks_that_differ_in_their_heads_alone_are_called_differently(tmp_path: Path) -> None:
+    mocov3 = load_encoder(str(mocov3_vit(tmp_path).path), device="cpu")
+    usual = load_encoder(str(saved(tmp_path, vit(embed_dim=384, num_heads=12).state_dict())), device="cpu")
+    assert (mocov3.arch, usual.arch) == ("vit_width384_depth2_patch8_32_heads12", "vit_width384_depth2_patch8_32")
