@@ -1,0 +1,36 @@
+"""`msn-eval convert IN OUT --to safetensors|timm|hf`: the same weights in another container, read back before it says so."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+TAKES_OVERRIDES = False
+SUMMARY = "a checkpoint as plain safetensors, by timm's names, or as a folder for transformers"
+_TARGETS = ("safetensors", "timm", "hf")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("checkpoint", metavar="IN", help="as `msn-eval inspect` takes it")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="the file, or for hf the folder, to write; must not exist"
+    )
+    parser.add_argument(
+        "--to", choices=_TARGETS, required=True, help="safetensors: every tensor of the file under its name"
+    )
+    parser.add_argument("--arch", metavar="NAME", help="the timm architecture, where the file leaves it open")
+    parser.add_argument("--checkpoint-key", metavar="K", help="which of several networks")
+
+
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Convert, and print what was written."""
+    from msn_eval.checkpoint import locate_weights
+    from msn_eval.stored_checkpoint import StoredCheckpoint
+    from msn_eval.weights.convert import convert_checkpoint
+
+    path, _ = locate_weights(options.checkpoint)
+    written = convert_checkpoint(path, options.out, to=options.to, arch=options.arch, key=options.checkpoint_key)
+    contents = written.contents if isinstance(written, StoredCheckpoint) else written
+    what = f"{written.architecture.name}, " if isinstance(written, StoredCheckpoint) else ""
+    print(f"{options.out}\t{what}{contents.file_bytes:,} bytes, sha256 {contents.sha256}, read back equal")
+    return 0

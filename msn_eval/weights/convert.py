@@ -1,0 +1,370 @@
+"""A checkpoint in another container: plain safetensors, timm's names, or a folder that transformers loads."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from msn_eval.architectures import outline_network, recognise_architecture
+from msn_eval.atomic_file import remove, written_atomically
+from msn_eval.errors import CheckpointError, UsageError
+from msn_eval.images import IMAGENET_MEAN, IMAGENET_STD
+from msn_eval.position_embedding import native_pixels, stored_pixels
+from msn_eval.stored_checkpoint import Contents, StoredCheckpoint, check_stored, choose_stored, read_contents
+
+Target = Literal["safetensors", "timm", "hf"]
+TARGETS: tuple[Target, ...] = ("safetensors", "timm", "hf")
+_SHORTER_SIDE = 256 / 224  # of the image, to the side of the crop
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How transformers calls an architecture, and what its blocks are named."""
+
+    model_type: str
+    model: str
+    norms: tuple[str, str]
+    mlp: tuple[str, str]
+
+
+_MSN_NAMES = (("layernorm_before", "layernorm_after"), ("intermediate.dense", "output.dense"))
+_DINOV2_NAMES = (("norm1", "norm2"), ("mlp.fc1", "mlp.fc2"))
+_WRITTEN = re.compile(
+    r"cls_token|reg_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)"
+    r"|blocks\.\d+\.((norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma)"
+)
+_GATED_NAMES = ("mlp.weights_in", "mlp.weights_out")
+
+
+def convert_checkpoint(
+    source: Path, out: Path, *, to: Target, arch: str | None = None, key: str | None = None
+) -> StoredCheckpoint | Contents:
+    """Write the checkpoint at `source` to `out`, read it back, and give what was written.
+
+    safetensors: every tensor of the file under its own name, without what a pickle may hold besides
+    timm:        the evaluated network's trunk by timm's names, one safetensors file
+    hf:          the same as a folder in Hugging Face layout
+    Raises CheckpointError for what cannot be read, or not be written without changing what it computes; UsageError where
+    `out` exists; StoreError when the disk refuses.
+    """
+    if out.exists() and not (to == "hf" and _is_empty_folder(out)):
+        raise UsageError("is there already", where=str(out), remedy="Name another, or remove it first.")
+    if not out.parent.is_dir():
+        raise UsageError("no such folder", where=str(out.parent), remedy="Make it first.")
+    contents = read_contents(source)
+    if to == "safetensors":
+        tensors = _every_tensor(contents)
+        _write(out, tensors)
+        return _same(read_contents(out), tensors)
+    stored = choose_stored(contents, arch=arch, key=key)
+    check_stored(stored)
+    if to == "timm":
+        _check_readable_without_name(stored)
+        _write(out, dict(stored.trunk.weights))
+    else:
+        _write_folder(out, stored)
+    back = choose_stored(read_contents(out), arch=arch if to == "timm" else None)
+    _check_same(back.trunk.weights, stored.trunk.weights, out)
+    return back
+
+
+def _is_empty_folder(out: Path) -> bool:
+    """Tell whether a folder may be put in the place of another; the working folder may not, somebody stands in it."""
+    return out.is_dir() and not any(out.iterdir()) and out.resolve() != Path.cwd()
+
+
+def _every_tensor(contents: Contents) -> dict[str, Tensor]:
+    """Give all tensors of a file by one name each. Raises CheckpointError for what safetensors cannot hold."""
+    from safetensors.torch import _TYPES
+
+    tensors: dict[str, Tensor] = {}
+    problem = None
+    for name, tensor in _flat(contents.content):
+        if name in tensors:
+            problem = f"has two tensors {name!r:.80}, one in another"
+        elif name == "__metadata__":
+            problem = f"has a tensor {name!r}, a name that safetensors keeps for itself"
+        elif tensor.dtype not in _TYPES.values():
+            problem = (
+                f"has a tensor {name!r:.80} of {str(tensor.dtype).removeprefix('torch.')}, which safetensors has not"
+            )
+        elif name != name.encode("utf-8", "replace").decode():
+            problem = f"has a tensor {name!r:.80}, which is no text"
+        tensors[name] = tensor
+    if not tensors:
+        problem = "holds no tensors"
+    if problem is not None:
+        raise CheckpointError(
+            problem, where=contents.where, remedy="Convert the evaluated network alone: --to timm or --to hf."
+        )
+    return tensors
+
+
+def _flat(content: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+
+
+def _write(out: Path, tensors: Mapping[str, Tensor]) -> None:
+    with written_atomically(out, f"{sum(one.nbytes for one in tensors.values()):,} bytes") as temporary:
+        _save(temporary, tensors)
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    # Each in memory of its own: the format knows no views, and no two names for one tensor.
+    owned = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        save_file(owned, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what the disk said, as the library tells it
+        raise OSError(str(error)) from error
+
+
+def _same(contents: Contents, tensors: Mapping[str, Tensor]) -> Contents:
+    _check_same(dict(_flat(contents.content)), tensors, Path(contents.where))
+    return contents
+
+
+def _check_same(back: Mapping[str, Tensor], tensors: Mapping[str, Tensor], out: Path) -> None:
+    """Refuse to call a conversion done that does not read back bit by bit as what was to be written."""
+    differing = [name for name in tensors.keys() | back.keys() if not _equal(tensors.get(name), back.get(name))]
+    if differing:
+        remove(out)
+        raise CheckpointError(
+            f"{len(differing)} tensors read back differently ({', '.join(sorted(differing)[:3])}); it was removed",
+            where=str(out),
+            remedy="Convert to another format, or report this.",
+        )
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))
+
+
+def _check_readable_without_name(stored: StoredCheckpoint) -> None:
+    """Refuse a file from which everybody would build another network: one whose heads or epsilon are not the usual ones."""
+    from timm.models.beit import Beit
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not isinstance(outline_network(stored.architecture), VisionTransformer | Beit):
+        return
+    try:
+        guessed = recognise_architecture(stored.trunk.weights)
+    except CheckpointError:
+        return  # it needs --arch, before as after
+    if _unseen(outline_network(guessed)) != _unseen(outline_network(stored.architecture)):
+        raise CheckpointError(
+            f"{stored.architecture.name} has other heads or another epsilon than its weights would be read with ({guessed.name})",
+            where=stored.where,
+            remedy="Use --to hf, whose config.json states them.",
+        )
+
+
+def _unseen(network: nn.Module) -> tuple[int, float]:
+    """Give what no weight's shape shows: the heads and the epsilon."""
+    block = cast(nn.Sequential, network.blocks)[0]
+    return cast(int, block.attn.num_heads), cast(float, block.norm1.eps)  # type: ignore[union-attr]
+
+
+# A folder in Hugging Face layout, by the names that transformers writes and that every version of it reads.
+
+
+def _write_folder(out: Path, stored: StoredCheckpoint) -> None:
+    outline = outline_network(stored.architecture)
+    layout = _layout_of(outline, stored)
+    weights = stored.trunk.weights
+    heads, norm_eps = _unseen(outline)
+    width = weights["patch_embed.proj.weight"].shape[0]
+    hidden = weights["blocks.0.mlp.fc2.weight"].shape[1]
+    side = native_pixels(outline)
+    mean, std = _normalisation(outline, stored)
+    config: dict[str, object] = {
+        "architectures": [layout.model],
+        "model_type": layout.model_type,
+        "hidden_size": width,
+        "num_hidden_layers": len(cast(nn.Sequential, outline.blocks)),
+        "num_attention_heads": heads,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": norm_eps,
+        "image_size": stored_pixels(outline),
+        "patch_size": weights["patch_embed.proj.weight"].shape[-1],
+        "num_channels": 3,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
+        "dtype": str(weights["patch_embed.proj.weight"].dtype).removeprefix("torch."),
+    }
+    if layout.model_type.startswith("dinov2"):
+        config |= _dinov2_config(stored, layout, width, hidden)
+    else:
+        config["intermediate_size"] = hidden
+    processor = {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": round(side * _SHORTER_SIDE)},
+        "resample": 2,  # bilinear
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(cast(tuple[float, ...], mean)),
+        "image_std": list(cast(tuple[float, ...], std)),
+        "do_convert_rgb": True,
+    }
+    tensors = _huggingface_names(weights, layout)
+    size = sum(one.nbytes for one in tensors.values())
+    with written_atomically(out, f"{size:,} bytes") as temporary:
+        temporary.mkdir()
+        _save(temporary / "model.safetensors", tensors)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (temporary / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def _normalisation(outline: nn.Module, stored: StoredCheckpoint) -> tuple[object, object]:
+    """Give the mean and std that the weights are evaluated with here: the folder's, a timm tag's, or ImageNet's."""
+    config = stored.contents.config
+    if config is not None and config.statistics is not None:
+        return config.statistics
+    tagged = "." in (stored.architecture.timm_name or "")
+    stated = cast(Mapping[str, object], getattr(outline, "pretrained_cfg", None) or {}) if tagged else {}
+    return stated.get("mean") or IMAGENET_MEAN, stated.get("std") or IMAGENET_STD
+
+
+def _layout_of(outline: nn.Module, stored: StoredCheckpoint) -> _Layout:
+    weights = stored.trunk.weights
+    obstacle = _obstacle(outline, weights)
+    if obstacle:
+        raise CheckpointError(
+            f"{stored.architecture.name} cannot be written for transformers: {obstacle}",
+            where=stored.where,
+            remedy="Use --to timm or --to safetensors.",
+        )
+    if "cls_token" not in weights:
+        return _Layout("ijepa", "IJepaModel", *_MSN_NAMES)
+    if "blocks.0.ls1.gamma" in weights:
+        norms, mlp = _DINOV2_NAMES[0], _GATED_NAMES if stored.architecture.gated else _DINOV2_NAMES[1]
+        if "reg_token" in weights:
+            return _Layout("dinov2_with_registers", "Dinov2WithRegistersModel", norms, mlp)
+        return _Layout("dinov2", "Dinov2Model", norms, mlp)
+    return _Layout("vit_msn", "ViTMSNModel", *_MSN_NAMES)
+
+
+def _obstacle(outline: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
+    """Give what of a network transformers' Vision Transformers cannot compute, None where they can."""
+    from timm.layers import GluMlp
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    if type(outline) is not VisionTransformer:
+        return f"it is a {type(outline).__name__}, not a plain Vision Transformer"
+    block = cast(nn.Sequential, outline.blocks)[0]
+    if type(block) is not Block:
+        return f"its blocks are {type(block).__name__}s"
+    mlp = cast(nn.Module, block.mlp)
+    if type(mlp.act) is not (nn.SiLU if isinstance(mlp, GluMlp) else nn.GELU):
+        return f"its activation is {type(mlp.act).__name__}"
+    if isinstance(mlp, GluMlp) and "blocks.0.ls1.gamma" not in weights:
+        return "its MLPs are gated"
+    for name in ("norm.weight", "pos_embed"):
+        if name not in weights:
+            return f"it has no {name.partition('.')[0]}"
+    homeless = next((name for name in weights if not _WRITTEN.fullmatch(name)), None)
+    if homeless is not None:
+        return f"it has a {homeless.removesuffix('.weight')}"
+    registers, scaled, class_token = (one in weights for one in ("reg_token", "blocks.0.ls1.gamma", "cls_token"))
+    if registers and not scaled:
+        return "it has registers and no scaled residuals"
+    if scaled and not class_token:
+        return "it has scaled residuals and no class token"
+    positions = cast(int, cast(nn.Module, outline.patch_embed).num_patches) + int(class_token and not registers)
+    if weights["pos_embed"].shape[1] != positions:
+        return f"it has {weights['pos_embed'].shape[1]} positions; the patches and a class token have {positions}"
+    return None
+
+
+def _dinov2_config(stored: StoredCheckpoint, layout: _Layout, width: int, hidden: int) -> dict[str, object]:
+    config: dict[str, object] = {
+        "use_swiglu_ffn": stored.architecture.gated,
+        "layerscale_value": 1.0,
+        "drop_path_rate": 0.0,
+    }
+    ratio: float = hidden / width
+    if stored.architecture.gated:
+        # transformers takes two thirds of ratio x width, rounded up to a multiple of 8.
+        ratio = next((one for one in (4, hidden * 3 / 2 / width) if _gated_width(width, one) == hidden), 0)
+        if not ratio:
+            raise CheckpointError(
+                f"its gated MLPs are {hidden} wide, which transformers' DINOv2 cannot be",
+                where=stored.where,
+                remedy="Use --to timm or --to safetensors.",
+            )
+    config["mlp_ratio"] = int(ratio) if ratio == int(ratio) else ratio
+    if layout.model_type == "dinov2_with_registers":
+        config["num_register_tokens"] = stored.trunk.weights["reg_token"].shape[1]
+    return config
+
+
+def _gated_width(width: int, ratio: float) -> int:
+    return (int(int(width * ratio) * 2 / 3) + 7) // 8 * 8
+
+
+def _huggingface_names(weights: Mapping[str, Tensor], layout: _Layout) -> dict[str, Tensor]:
+    width = weights["patch_embed.proj.weight"].shape[0]
+    names = {
+        "embeddings.patch_embeddings.projection.weight": weights["patch_embed.proj.weight"],
+        "embeddings.patch_embeddings.projection.bias": weights["patch_embed.proj.bias"],
+        "embeddings.position_embeddings": weights["pos_embed"],
+        "layernorm.weight": weights["norm.weight"],
+        "layernorm.bias": weights["norm.bias"],
+    }
+    if "cls_token" in weights:
+        names["embeddings.cls_token"] = weights["cls_token"]
+    if layout.model_type.startswith("dinov2"):
+        names["embeddings.mask_token"] = weights["pos_embed"].new_zeros(1, width)
+    if "reg_token" in weights:
+        # timm's class token took up its position; there it is added to it.
+        names["embeddings.register_tokens"] = weights["reg_token"]
+        names["embeddings.position_embeddings"] = torch.cat(
+            [torch.zeros_like(weights["cls_token"]), weights["pos_embed"]], dim=1
+        )
+    for name, tensor in weights.items():
+        head, _, rest = name.partition(".")
+        if head == "blocks":
+            number, _, inner = rest.partition(".")
+            names |= {f"encoder.layer.{number}.{one}": part for one, part in _block_names(inner, tensor, layout)}
+    return names
+
+
+def _block_names(inner: str, tensor: Tensor, layout: _Layout) -> Iterator[tuple[str, Tensor]]:
+    """Give transformers' names for one weight of a block; queries, keys and values come apart."""
+    stem, _, last = inner.rpartition(".")
+    if stem == "attn.qkv":
+        yield from zip(
+            (f"attention.attention.{one}.{last}" for one in ("query", "key", "value")), tensor.chunk(3), strict=True
+        )
+        return
+    first, second = layout.mlp
+    yield (
+        {
+            "norm1": f"{layout.norms[0]}.{last}",
+            "norm2": f"{layout.norms[1]}.{last}",
+            "attn.proj": f"attention.output.dense.{last}",
+            "mlp.fc1": f"{first}.{last}",
+            "mlp.fc2": f"{second}.{last}",
+            "ls1": "layer_scale1.lambda1",
+            "ls2": "layer_scale2.lambda1",
+        }[stem],
+        tensor,
+    )
