@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,12 @@ lint: $(VENV)/installed-test
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/extract.py
 	$(BIN)/python benchmarks/logistic.py
+	$(BIN)/python benchmarks/inspect_file.py
+
+# One minute of made-up files for the code that looks at a stranger's file first.
+fuzz: $(VENV)/installed-test
+	$(BIN)/pip install --quiet -e '.[fuzz]'
+	$(BIN)/python tests/fuzz/fuzz_headers.py -max_total_time=60
 
 clean:
 	rm -rf $(VENV)
