@@ -21,61 +21,21 @@ _URL = "https://dl.fbaipublicfiles.com/msn"
 
 @dataclass(frozen=True, kw_only=True)
 class MsnRelease:
-    """One released network: its file, and what the name tells about it.
-
-    arch:    as records show it; timm has no entry of its own for patches of 4 and 7 pixels
-    heads:   attention heads, which no weight's shape shows
-    sha256:  as published, None where nothing was
-    """
+    """One released network: its file, and the SHA-256 that was published with it, None where none was."""
 
     name: str
     file: str
-    epochs: int
-    arch: str
-    heads: int
-    patch_pixels: int
-    image_pixels: int = 224
     sha256: str | None = None
-
-    @property
-    def grid(self) -> int:
-        """Patches on a side, so also position embeddings."""
-        return self.image_pixels // self.patch_pixels
 
 
 MSN_RELEASES = {
-    release.name: release
-    for release in (
-        MsnRelease(
-            name="vits16",
-            file="vits16_800ep.pth.tar",
-            epochs=800,
-            arch="vit_small_patch16_224",
-            heads=6,
-            patch_pixels=16,
-        ),
-        MsnRelease(
-            name="vitb16",
-            file="vitb16_600ep.pth.tar",
-            epochs=600,
-            arch="vit_base_patch16_224",
-            heads=12,
-            patch_pixels=16,
-        ),
-        MsnRelease(
-            name="vitl16",
-            file="vitl16_600ep.pth.tar",
-            epochs=600,
-            arch="vit_large_patch16_224",
-            heads=16,
-            patch_pixels=16,
-        ),
-        MsnRelease(
-            name="vitb4", file="vitb4_300ep.pth.tar", epochs=300, arch="vit_base_patch4_224", heads=12, patch_pixels=4
-        ),
-        MsnRelease(
-            name="vitl7", file="vitl7_200ep.pth.tar", epochs=200, arch="vit_large_patch7_224", heads=16, patch_pixels=7
-        ),
+    name: MsnRelease(name=name, file=file)
+    for name, file in (
+        ("vits16", "vits16_800ep.pth.tar"),
+        ("vitb16", "vitb16_600ep.pth.tar"),
+        ("vitl16", "vitl16_600ep.pth.tar"),
+        ("vitb4", "vitb4_300ep.pth.tar"),
+        ("vitl7", "vitl7_200ep.pth.tar"),
     )
 }
 
