@@ -16,6 +16,7 @@ from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.images import IMAGENET_MEAN, IMAGENET_STD
 from msn_eval.position_embedding import native_pixels, stored_pixels
 from msn_eval.stored_checkpoint import Contents, StoredCheckpoint, check_stored, choose_stored, read_contents
+from msn_eval.weights.safetensors_file import DTYPES
 
 Target = Literal["safetensors", "timm", "hf"]
 TARGETS: tuple[Target, ...] = ("safetensors", "timm", "hf")
@@ -80,8 +81,6 @@ def _is_empty_folder(out: Path) -> bool:
 
 def _every_tensor(contents: Contents) -> dict[str, Tensor]:
     """Give all tensors of a file by one name each. Raises CheckpointError for what safetensors cannot hold."""
-    from safetensors.torch import _TYPES
-
     tensors: dict[str, Tensor] = {}
     problem = None
     for name, tensor in _flat(contents.content):
@@ -89,7 +88,7 @@ def _every_tensor(contents: Contents) -> dict[str, Tensor]:
             problem = f"has two tensors {name!r:.80}, one in another"
         elif name == "__metadata__":
             problem = f"has a tensor {name!r}, a name that safetensors keeps for itself"
-        elif tensor.dtype not in _TYPES.values():
+        elif tensor.dtype not in DTYPES.values():
             problem = (
                 f"has a tensor {name!r:.80} of {str(tensor.dtype).removeprefix('torch.')}, which safetensors has not"
             )

@@ -15,7 +15,7 @@ _MOST_HEADER_BYTES = 64 << 20
 _MOST_TENSORS = 1_000_000
 _MOST_DIMENSIONS = 64
 _LENGTH_BYTES = 8
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -137,16 +137,16 @@ def _span(name: str, entry: object, data_start: int, where: str) -> TensorSpan:
             first, last = (*_counts([start, end]), -1, -1)[:2]
         case _:
             raise _misfit(f"tensor {_quoted(name)} without its type, shape and place", where)
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise CheckpointError(
             f"holds tensor {_quoted(name)} of type {_quoted(dtype)}, which is not known",
             where=where,
-            remedy=f"Save it as one of {', '.join(_DTYPES)}.",
+            remedy=f"Save it as one of {', '.join(DTYPES)}.",
         )
-    size = math.prod(sizes) * _DTYPES[dtype].itemsize if len(sizes) == len(shape) <= _MOST_DIMENSIONS else -1
+    size = math.prod(sizes) * DTYPES[dtype].itemsize if len(sizes) == len(shape) <= _MOST_DIMENSIONS else -1
     if first < 0 or size != last - first:
         raise _misfit(f"tensor {_quoted(name)} whose shape does not fit its bytes", where)
-    return TensorSpan(name=name, dtype=_DTYPES[dtype], shape=sizes, start=data_start + first, size=size)
+    return TensorSpan(name=name, dtype=DTYPES[dtype], shape=sizes, start=data_start + first, size=size)
 
 
 def _counts(numbers: list[object]) -> Iterator[int]:
