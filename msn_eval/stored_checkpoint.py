@@ -58,6 +58,12 @@ class Contents:
                 return
         yield tensor.reshape(-1)
 
+    def values(self, tensor: Tensor) -> Tensor:
+        """Give all the values of one of its tensors, in its shape."""
+        if tensor.device.type != "meta":
+            return tensor
+        return torch.cat([torch.empty(0, dtype=tensor.dtype), *self.pieces(tensor)]).reshape(tensor.shape)
+
     def are_equal(self, one: Tensor, other: Tensor) -> bool:
         """Tell whether two of its tensors hold the same values."""
         pairs = zip_longest(self.pieces(one), self.pieces(other))
@@ -134,7 +140,7 @@ def choose_stored(contents: Contents, *, arch: str | None = None, key: str | Non
     Raises CheckpointError where either stays open.
     """
     choice = choose_network(contents.networks, key, where=contents.where, are_equal=contents.are_equal)
-    trunk = read_trunk(choice.network)
+    trunk = read_trunk(choice.network, contents.values)
     try:
         architecture = _architecture(contents.config, trunk, arch)
         reclaimed = _with_own_heads(trunk, choice.network, architecture)

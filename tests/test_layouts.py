@@ -7,7 +7,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -437,14 +437,14 @@ def beit_finetuned(folder: Path) -> Layout:
 
 def beit_pretraining(folder: Path) -> Layout:
     """Write unilm's pre-training: one table for all blocks, mask token and prediction of visual tokens."""
-    network = beit(use_shared_rel_pos_bias=True, global_pool="token")
+    network = beit(use_shared_rel_pos_bias=True, global_pool="token", num_heads=6)
     beside = {
         "mask_token": torch.zeros(1, 1, 192),
         "rel_pos_bias.relative_position_index": torch.zeros(17, 17, dtype=torch.long),
     } | under("lm_head.", nn.Linear(192, 64))
     content = {"model": under("", network) | beside, "epoch": 799, "args": ARGS}
     return vit_layout(
-        saved(folder, content), network, format="beit", key="model", arch="beit_width192_depth2_patch8_32"
+        saved(folder, content), network, format="beit", key="model", arch="beit_width192_depth2_patch8_32_heads6"
     )
 
 
@@ -480,6 +480,34 @@ def mocov3_vit(folder: Path) -> Layout:
         key="state_dict.base_encoder",
         arch="vit_width384_depth2_patch8_32_heads12",
     )
+
+
+def with_fixed_positions(network: nn.Module) -> nn.Module:
+    """Give MoCo v3's positions to a network: no position for the class token, sines and cosines for 4 x 4 patches."""
+    width = network.embed_dim
+    first, second = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
+    omega = 1 / 10000 ** (torch.arange(width // 4) / (width // 4))
+    one, other = torch.outer(first.flatten(), omega), torch.outer(second.flatten(), omega)
+    patches = torch.cat([one.sin(), one.cos(), other.sin(), other.cos()], dim=1)
+    network.pos_embed.data = torch.cat([torch.zeros(1, width), patches])[None]
+    return network
+
+
+def mocov3_linear_probe(folder: Path) -> Layout:
+    """Write what is left after the linear evaluation: nothing but the fixed positions tells whose network it is."""
+    network = with_fixed_positions(vit(embed_dim=384, num_heads=12))
+    content = {
+        "epoch": 90,
+        "arch": "vit_small",
+        "state_dict": under("module.", network) | under("module.head.", mlp(384, 9, 8)),
+    }
+    path = saved(folder, content, "linear-vit-s-300ep.pth.tar")
+    return vit_layout(path, network, format="mocov3", key="state_dict", arch="vit_width384_depth2_patch8_32_heads12")
+
+
+def solo_learn_mocov3(folder: Path) -> Layout:
+    layout = solo_learn(folder, lambda seed: with_fixed_positions(vit(seed, num_heads=12)), vit_layout)
+    return replace(layout, arch="vit_width192_depth2_patch8_32_heads12")
 
 
 def mocov3_resnet(folder: Path) -> Layout:
@@ -781,6 +809,14 @@ TINY = {
 ALONE = TINY | {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
 SIZE_28 = {"image_size": 28, "patch_size": 14, "intermediate_size": None}
 BEIT = {"layer_scale_init_value": 0.1}
+MAE_DECODER = {
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 32,
+    "mask_ratio": 0.0,
+}
+PATCHES_IN_ORDER = torch.arange(16.0).repeat(2, 1)  # the noise by which MAE would shuffle them
 WIDTH_48 = "vit_width48_depth2"
 TINY_ARCH = f"{WIDTH_48}_patch8_32_heads4"
 EXACT_ARCH = f"{TINY_ARCH}_eps1e-12"  # transformers' usual epsilon
@@ -837,19 +873,6 @@ def hub(
     return partial(huggingface_folder, name=name, config={**TINY, **config}, arch=arch, **how)
 
 
-def huggingface_mae(folder: Path) -> Layout:
-    decoder = {
-        "decoder_hidden_size": 16,
-        "decoder_num_hidden_layers": 1,
-        "decoder_num_attention_heads": 2,
-        "decoder_intermediate_size": 32,
-    }
-    # Nothing is masked, and the noise that would shuffle the patches keeps their order.
-    order = torch.arange(16.0).repeat(2, 1)
-    config = TINY | decoder | {"mask_ratio": 0.0}
-    return huggingface_folder(folder, "ViTMAEForPreTraining", config, EXACT_ARCH, noise=order)
-
-
 def huggingface_shards(folder: Path) -> Layout:
     network = huggingface("ViTMSNModel", TINY)
     network.save_pretrained(folder, max_shard_size="40KB")
@@ -870,21 +893,26 @@ def huggingface_half(folder: Path) -> Layout:
     return Layout(path=folder, forward=partial(huggingface_taps, network.float()), format="huggingface", arch=TINY_ARCH)
 
 
-def huggingface_older_names(folder: Path, name: str) -> Layout:
-    """Write a file alone, with the names that save_pretrained still writes: those before version 5."""
-    network = huggingface(name, ALONE)
-    network.save_pretrained(folder / "whole")
-    path = (folder / "whole" / "model.safetensors").rename(folder / "network.safetensors")
-    assert any("attention.attention.query" in one for one in safetensors.torch.load_file(path))
-    return Layout(path=path, forward=partial(huggingface_taps, network), format="huggingface")
-
-
-def huggingface_newer_names(folder: Path, name: str, arch: str = Layout.arch) -> Layout:
-    """Write a file alone, with the names that a model of version 5 has in memory."""
-    network = huggingface(name, ALONE)
+def huggingface_file(
+    folder: Path,
+    name: str,
+    arch: str = Layout.arch,
+    *,
+    config: Mapping[str, object] = MappingProxyType({}),
+    taps: Callable[..., Taps] = huggingface_taps,
+    older: bool = False,
+    **keywords: object,
+) -> Layout:
+    """Write a file alone: by the names before version 5, as save_pretrained does, or by those that a model has in memory."""
+    network = huggingface(name, {**ALONE, **config})
     path = folder / "network.safetensors"
-    safetensors.torch.save_file(network.state_dict(), path)
-    return Layout(path=path, forward=partial(huggingface_taps, network), format="huggingface", arch=arch)
+    if older:
+        network.save_pretrained(folder / "whole")
+        (folder / "whole" / "model.safetensors").rename(path)
+        assert any("attention.attention.query" in one for one in safetensors.torch.load_file(path))
+    else:
+        safetensors.torch.save_file(network.state_dict(), path)
+    return Layout(path=path, forward=partial(taps, network, **keywords), format="huggingface", arch=arch)
 
 
 LAYOUTS: dict[str, Callable[[Path], Layout]] = {
@@ -909,7 +937,9 @@ LAYOUTS: dict[str, Callable[[Path], Layout]] = {
     "BEiT pre-training": beit_pretraining,
     "BEiT with positions": beit_with_positions,
     "MoCo v3 ViT": mocov3_vit,
+    "MoCo v3 linear probe": mocov3_linear_probe,
     "MoCo v3 ResNet": mocov3_resnet,
+    "solo-learn MoCo v3": solo_learn_mocov3,
     "MoCo v2": mocov2,
     "SimSiam": simsiam,
     "SwAV": swav,
@@ -951,7 +981,7 @@ LAYOUTS: dict[str, Callable[[Path], Layout]] = {
     "HF DINOv2 with registers at 224": hub(
         "Dinov2WithRegistersModel", SIZE_28 | {"image_size": 518}, f"{WIDTH_48}_patch14_reg4_518_heads4", prefix=5
     ),
-    "HF MAE": huggingface_mae,
+    "HF MAE": hub("ViTMAEForPreTraining", MAE_DECODER, EXACT_ARCH, noise=PATCHES_IN_ORDER),
     "HF I-JEPA": hub("IJepaModel", arch=EXACT_ARCH, prefix=0),
     "HF BEiT": hub("BeitModel", BEIT | {"use_relative_position_bias": True}, BEIT_ARCH, taps=pooled_taps),
     "HF BEiT with a shared table": hub(
@@ -969,12 +999,33 @@ LAYOUTS: dict[str, Callable[[Path], Layout]] = {
     "HF shards": huggingface_shards,
     "HF pickle": huggingface_pickle,
     "HF float16": huggingface_half,
-    "HF ViTMSN file, older names": partial(huggingface_older_names, name="ViTMSNModel"),
-    "HF ViTMSN file, newer names": partial(huggingface_newer_names, name="ViTMSNModel"),
-    "HF ViTMSN classifier file, older names": partial(huggingface_older_names, name="ViTMSNForImageClassification"),
-    "HF ViTMSN classifier file, newer names": partial(huggingface_newer_names, name="ViTMSNForImageClassification"),
-    "HF ViT file, newer names": partial(
-        huggingface_newer_names, name="ViTModel", arch="vit_width192_depth2_patch8_32_eps1e-12"
+    "HF ViTMSN file, older names": partial(huggingface_file, name="ViTMSNModel", older=True),
+    "HF ViTMSN file": partial(huggingface_file, name="ViTMSNModel"),
+    "HF ViTMSN classifier file, older names": partial(
+        huggingface_file, name="ViTMSNForImageClassification", older=True
+    ),
+    "HF ViTMSN classifier file": partial(huggingface_file, name="ViTMSNForImageClassification"),
+    "HF ViT file": partial(huggingface_file, name="ViTModel", arch=f"{Layout.arch}_eps1e-12"),
+    "HF DINOv2 SwiGLU file": partial(
+        huggingface_file,
+        name="Dinov2Model",
+        config=SIZE_28 | {"use_swiglu_ffn": True},
+        arch="vit_width192_depth2_patch14_28",
+    ),
+    "HF MAE file": partial(
+        huggingface_file,
+        name="ViTMAEForPreTraining",
+        config=MAE_DECODER,
+        arch=f"{Layout.arch}_eps1e-12",
+        noise=PATCHES_IN_ORDER,
+    ),
+    "HF I-JEPA file": partial(huggingface_file, name="IJepaModel", arch=f"{Layout.arch}_eps1e-12", prefix=0),
+    "HF BEiT file": partial(
+        huggingface_file,
+        name="BeitModel",
+        config=BEIT | {"use_relative_position_bias": True, "num_attention_heads": 6},
+        arch="beit_width192_depth2_patch8_32_heads6_eps1e-12",
+        taps=pooled_taps,
     ),
 }
 

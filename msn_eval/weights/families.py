@@ -3,6 +3,7 @@
 A family is one branch of `read_trunk`. Which of a file's networks it is given was chosen in `networks`.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from msn_eval.weights.networks import StoredNetwork
 
 _Names = Mapping[str, Tensor]
+Values = Callable[[Tensor], Tensor]
 _Rules = tuple[tuple[re.Pattern[str], str], ...]
 
 
@@ -35,8 +37,11 @@ class Trunk:
     norm_eps: float | None = None
 
 
-def read_trunk(network: StoredNetwork) -> Trunk:
-    """Give the trunk of a stored network in timm's naming; names that no family knows stay as they are."""
+def read_trunk(network: StoredNetwork, values: Values = lambda tensor: tensor) -> Trunk:
+    """Give the trunk of a stored network in timm's naming; names that no family knows stay as they are.
+
+    values: gives the values of a tensor that is an outline
+    """
     tensors = network.tensors
     if "embeddings.patch_embeddings.projection.weight" in tensors:
         return _huggingface(network)
@@ -47,7 +52,7 @@ def read_trunk(network: StoredNetwork) -> Trunk:
     if "layer1.0.conv1.weight" in tensors:
         return _resnet(network)
     if "patch_embed.proj.weight" in tensors:
-        return _vit(network)
+        return _vit(network, values)
     return _kept("other", tensors, _is_head)
 
 
@@ -89,14 +94,48 @@ _VIT_NAMES: _Rules = (
     (re.compile(r"\.mlp\.w12\."), ".mlp.fc1."),
     (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),
 )
-_MOCOV3_HEADS = 12  # of its small network as of its base: the published small one is 384 wide with 12 heads
+_MOCOV3_HEADS = 12  # of its small network as of its base, and of solo-learn's tiny one
+_MOCOV3_WIDEST = 768
+_MOCOV3_TEMPERATURE = 10_000.0
+_MOCOV3_TOLERANCE = 1e-2  # bfloat16 keeps two digits
 
 
-def _vit(network: StoredNetwork) -> Trunk:
-    trunk = _kept(_vit_family(network), network.tensors, lambda name: _VIT_LEFT.match(name) is not None)
-    weights = {_renamed(name, _VIT_NAMES): tensor for name, tensor in trunk.weights.items() if _is_weight(name)}
-    heads = _MOCOV3_HEADS if trunk.format == "mocov3" else None
-    return Trunk(format=trunk.format, weights=_without_register_positions(weights), dropped=trunk.dropped, heads=heads)
+def _vit(network: StoredNetwork, values: Values) -> Trunk:
+    family = _vit_family(network)
+    # MoCo v3's networks come in other families' files too, where nothing but their positions tells.
+    is_mocov3 = family == "mocov3" or (
+        family in ("timm", "solo-learn") and _has_mocov3_positions(network.tensors, values)
+    )
+    narrow = network.tensors["patch_embed.proj.weight"].shape[0] <= _MOCOV3_WIDEST
+    kept = _kept(family, network.tensors, lambda name: _VIT_LEFT.match(name) is not None)
+    weights = {_renamed(name, _VIT_NAMES): tensor for name, tensor in kept.weights.items() if _is_weight(name)}
+    return Trunk(
+        format="mocov3" if is_mocov3 and family == "timm" else family,
+        weights=_without_register_positions(weights),
+        dropped=kept.dropped,
+        heads=_MOCOV3_HEADS if is_mocov3 and narrow else None,
+    )
+
+
+def _has_mocov3_positions(tensors: _Names, values: Values) -> bool:
+    """Tell MoCo v3's fixed positions: none for the class token; for the patches sines and cosines, of the row first, where
+    MAE's are of the column first.
+
+    Source: github.com/facebookresearch/moco-v3, vits.py.
+    """
+    positions = tensors.get("pos_embed")
+    if positions is None or positions.dim() != 3 or "cls_token" not in tensors:
+        return False
+    patches, width = positions.shape[1] - 1, positions.shape[2]
+    grid = math.isqrt(max(0, patches))
+    if grid < 2 or grid * grid != patches or width % 4 or width > _MOCOV3_WIDEST:
+        return False
+    found = values(positions)[0].double()
+    frequencies = _MOCOV3_TEMPERATURE ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    rows, columns = angles.repeat_interleave(grid, dim=0), angles.repeat(grid, 1)
+    fixed = torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=1)
+    return not found[0].any() and bool((found[1:] - fixed).abs().max() < _MOCOV3_TOLERANCE)
 
 
 def _vit_family(network: StoredNetwork) -> str:
@@ -251,12 +290,12 @@ def _huggingface(network: StoredNetwork) -> Trunk:
     trunk = _kept("huggingface", network.tensors, lambda name: _HUGGINGFACE_LEFT.match(name) is not None)
     named = {_renamed(name, _HUGGINGFACE_NAMES): tensor for name, tensor in trunk.weights.items()}
     beit = any(name.endswith(".gamma_1") for name in named)
-    older = beit or "cls_token" not in named or _has((*network.beside, *trunk.dropped), "decoder", "pooler")
+    has_their_default = beit or "cls_token" not in named or _has((*network.beside, *trunk.dropped), "decoder", "pooler")
     return Trunk(
         format="huggingface",
         weights=_without_register_positions(_packed(named, beit=beit)),
         dropped=trunk.dropped,
-        norm_eps=_HUGGINGFACE_EPS if older else None,
+        norm_eps=_HUGGINGFACE_EPS if has_their_default else None,
     )
 
 

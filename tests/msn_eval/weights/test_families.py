@@ -418,3 +418,70 @@ def test_vector_is_no_classifier() -> None:
 def test_classifier_beside_a_network_is_one_in_transformers_alone(anchor: str, classes: int | None) -> None:
     beside = {"classifier.weight": torch.ones(10, 192)}
     assert classifier_classes(StoredNetwork(key=None, words=(), tensors=ones(anchor), beside=beside)) == classes
+
+
+# Fixed positions, by which MoCo v3's networks are told where nothing else tells.
+
+
+def fixed_positions(width: int = 384, grid: int = 14, *, rows_first: bool = True) -> Tensor:
+    one, other = torch.meshgrid(torch.arange(float(grid)), torch.arange(float(grid)), indexing="ij")
+    first, second = (one, other) if rows_first else (other, one)
+    omega = 1 / 10000 ** (torch.arange(width // 4) / (width // 4))
+    angles = [torch.outer(numbers.flatten(), omega) for numbers in (first, second)]
+    patches = torch.cat([angles[0].sin(), angles[0].cos(), angles[1].sin(), angles[1].cos()], dim=1)
+    return torch.cat([torch.zeros(1, width), patches])[None]
+
+
+def with_positions(positions: Tensor) -> Weights:
+    width = positions.shape[2]
+    return {PATCHES: torch.ones(width, 3, 16, 16), "cls_token": torch.ones(1, 1, width), "pos_embed": positions}
+
+
+@pytest.mark.parametrize("width", [192, 384, 768])
+def test_fixed_positions_of_mocov3_give_its_twelve_heads(width: int) -> None:
+    trunk = read(with_positions(fixed_positions(width)))
+    assert (trunk.format, trunk.heads) == ("mocov3", 12)
+
+
+def test_mocov3_by_solo_learn_has_twelve_heads_too() -> None:
+    trunk = read(with_positions(fixed_positions(192)), "state_dict.backbone", ("classifier.weight",))
+    assert (trunk.format, trunk.heads) == ("solo-learn", 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fixed_positions_are_known_in_half_precision(dtype: torch.dtype) -> None:
+    assert read(with_positions(fixed_positions().to(dtype))).heads == 12
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        fixed_positions(rows_first=False),
+        fixed_positions() + 0.02,
+        fixed_positions()[:, 1:],
+        fixed_positions().roll(1, dims=1),
+        torch.randn(1, 197, 384, generator=torch.Generator().manual_seed(1)),
+        torch.zeros(1, 197, 384),
+    ],
+    ids=["MAE's", "trained since", "no class token's", "class token last", "learned", "zeros"],
+)
+def test_other_positions_leave_the_heads_to_the_width(positions: Tensor) -> None:
+    assert read(with_positions(positions)).heads is None
+
+
+@pytest.mark.parametrize(("place", "family"), [("target_encoder", "msn"), ("teacher.backbone", "dino")])
+def test_positions_do_not_go_before_what_a_file_says(place: str, family: str) -> None:
+    trunk = read(with_positions(fixed_positions()), place)
+    assert (trunk.format, trunk.heads) == (family, None)
+
+
+def test_mocov3_wider_than_its_base_has_the_heads_of_its_width() -> None:
+    weights = with_positions(fixed_positions(1024, grid=4))
+    assert read(weights, "state_dict.base_encoder").heads is None
+
+
+def test_positions_of_an_outline_are_asked_for() -> None:
+    positions = fixed_positions()
+    outline = with_positions(positions.to("meta"))
+    network = StoredNetwork(key=None, words=(), tensors=outline)
+    assert read_trunk(network, lambda tensor: positions).heads == 12
