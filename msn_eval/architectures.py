@@ -27,7 +27,7 @@ _SIZE_BY_WIDTH_AND_DEPTH = {
     (1536, 40): "giant2",
     (1664, 48): "gigantic",
 }
-_WIDEST_BEIT_GRID = 48
+_MOST_TABLE_BYTES = 2 << 30
 _DEEPEST = 256
 NORM_EPS = 1e-6  # of nearly every published Vision Transformer; it is in no weight
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
@@ -74,11 +74,19 @@ def build_network(architecture: Architecture, *, seed: int = 0) -> nn.Module:
 def outline_network(architecture: Architecture) -> nn.Module:
     """Build the trunk without memory, on the meta device: its weights have names and shapes and no values.
 
-    Raises CheckpointError as `build_network` does.
+    Raises CheckpointError as `build_network` does, and where tables that are in no file, such as BEiT's of offsets between
+    patches, would take more memory than any published network's.
     """
     check_architecture_name(architecture)
     with torch.device("meta"):
-        return _constructed(architecture)
+        outline = _constructed(architecture)
+    table_bytes = sum(table.numel() * table.element_size() for table in outline.buffers())
+    if table_bytes > _MOST_TABLE_BYTES:
+        raise CheckpointError(
+            f"{architecture.name} needs {table_bytes:,} bytes for tables beside its weights",
+            remedy="Is it made for images of this size? Name its architecture: --arch NAME.",
+        )
+    return outline
 
 
 def _constructed(architecture: Architecture) -> nn.Module:
@@ -241,11 +249,6 @@ def _recognise_beit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: 
         grid, heads = (math.isqrt(max(0, rows - 3)) + 1) // 2, heads or table_heads
     else:
         grid, _ = _position_grid(weights, has_class_token=True, registers=0)
-    if grid > _WIDEST_BEIT_GRID:
-        raise CheckpointError(
-            f"a BEiT of {grid} x {grid} patches, whose table of offsets would not fit into memory",
-            remedy="Name its architecture: --arch NAME.",
-        )
     hidden, _ = _hidden_width(weights)
     keywords: dict[str, object] = {
         "img_size": grid * patch,
