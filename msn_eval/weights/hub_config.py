@@ -8,7 +8,7 @@ from pathlib import Path
 
 from msn_eval.architectures import Architecture, name_architecture
 from msn_eval.errors import CheckpointError
-from msn_eval.weights.hub_files import CONFIG, image_statistics, read_hub_config
+from msn_eval.weights.hub_files import CONFIG, Triple, image_statistics, read_hub_config, stated_statistics
 
 _MODEL_TYPES = (
     "vit_msn",
@@ -33,7 +33,6 @@ _NOT_KEYWORDS = (
 )
 _LARGEST = 1 << 14  # of a keyword's numbers: sizes and widths
 _DEEPEST = 256
-Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,6 @@ def _timm_config(config: Mapping[str, object], where: str) -> HubConfig:
     if not isinstance(name, str) or not re.fullmatch(r"[\w.]+", name):
         raise CheckpointError(f"architecture is {name!r}", where=where, remedy="It is one of timm's names.")
     stated: Mapping[str, object] = pretrained if isinstance(pretrained, Mapping) else {}
-    mean, std = _triple(stated.get("mean"), where), _triple(stated.get("std"), where)
     return HubConfig(
         model_type="timm",
         architecture=replace(
@@ -98,7 +96,7 @@ def _timm_config(config: Mapping[str, object], where: str) -> HubConfig:
         ),
         heads=None,
         norm_eps=None,
-        statistics=(mean, std) if mean and std else None,
+        statistics=stated_statistics(Path(where), stated, "mean", "std"),
     )
 
 
@@ -131,12 +129,3 @@ def _positive(config: Mapping[str, object], name: str, where: str) -> float | No
     if value is None or (isinstance(value, float | int) and math.isfinite(value) and 0 < value < 1):
         return None if value is None else float(value)
     raise CheckpointError(f"{name} is {value!r}", where=where, remedy="It is a small number above 0.")
-
-
-def _triple(values: object, where: str) -> Triple | None:
-    if values is None:
-        return None
-    three = values if isinstance(values, list) and len(values) == 3 else ()
-    if not three or not all(isinstance(one, float | int) and math.isfinite(one) for one in three):
-        raise CheckpointError(f"{values!r} is no value a channel", where=where, remedy="Give three numbers.")
-    return float(three[0]), float(three[1]), float(three[2])

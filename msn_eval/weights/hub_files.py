@@ -98,11 +98,21 @@ def image_statistics(folder: Path) -> tuple[Triple, Triple] | None:
     stated = _read_json(folder, PREPROCESSOR)
     if stated.get("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    if stated.get("image_mean") is None and stated.get("image_std") is None:
+    return stated_statistics(path, stated, "image_mean", "image_std")
+
+
+def stated_statistics(
+    path: Path, stated: Mapping[str, object], mean_name: str, std_name: str
+) -> tuple[Triple, Triple] | None:
+    """Give mean and std a channel that a file states under two names, None where it states neither.
+
+    Raises CheckpointError where they are not three finite numbers each, or a std is not positive.
+    """
+    if stated.get(mean_name) is None and stated.get(std_name) is None:
         return None
-    mean, std = _triple(path, stated, "image_mean"), _triple(path, stated, "image_std")
+    mean, std = _triple(path, stated, mean_name), _triple(path, stated, std_name)
     if min(std) <= 0:
-        raise CheckpointError(f"image_std {list(std)} is not positive", where=str(path), remedy="Correct it by hand.")
+        raise CheckpointError(f"{std_name} {list(std)} is not positive", where=str(path), remedy="Correct it by hand.")
     return mean, std
 
 
