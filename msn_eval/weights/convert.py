@@ -123,8 +123,11 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     # Each in memory of its own: the format knows no views, and no two names for one tensor.
     owned = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(owned, path, metadata={"format": "pt"})
+        path.chmod(mode)  # as of every other file of the user's: the library lets nobody else read its own
     except SafetensorError as error:  # what the disk said, as the library tells it
         raise OSError(str(error)) from error
 

@@ -26,7 +26,7 @@ from msn_eval.checkpoint import read_checkpoint
 from msn_eval.encoder import encode, load_encoder
 from msn_eval.errors import CheckpointError, MsnEvalError, StoreError, UsageError
 from msn_eval.images import IMAGENET_MEAN, IMAGENET_STD, eval_transform, resize_and_crop
-from msn_eval.weights.convert import convert_checkpoint
+from msn_eval.weights.convert import TARGETS, Target, convert_checkpoint
 
 Weights = dict[str, Tensor]
 WeightMaker = Callable[..., Weights]
@@ -756,3 +756,12 @@ def test_tensor_that_is_not_there_when_read_back_is_an_error(
     monkeypatch.setattr(safetensors.torch, "save_file", forget)
     with pytest.raises(CheckpointError, match=r"1 tensors read back differently \(prototypes\)"):
         convert_checkpoint(msn_file(), tmp_path / "out", to="safetensors")
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_what_is_written_may_be_read_by_whom_the_umask_lets(msn_file: MSNWriter, tmp_path: Path, to: Target) -> None:
+    out = tmp_path / "out"
+    convert_checkpoint(msn_file(), out, to=to)
+    (tmp_path / "plain").write_bytes(b"")
+    written = out / "model.safetensors" if to == "hf" else out
+    assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode
