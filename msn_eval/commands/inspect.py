@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 TAKES_OVERRIDES = False
 SUMMARY = "what is in a checkpoint and what would be used; runs nothing from it"
 _SHOWN = 5
+_NETWORKS_SHOWN = 20
 _LONGEST = 80  # of a name, in characters
 _WIDEST = 1000  # of a line
 
@@ -52,10 +53,13 @@ def _entries(facts: "Inspection") -> Iterator[tuple[str, str]]:
     yield "file", f"{facts.path} ({facts.container}, {facts.file_bytes:,} bytes)"
     yield "sha256", facts.sha256
     yield from (("note", note) for note in facts.notes)
-    for number, network in enumerate(facts.networks):
+    shown = [network for number, network in enumerate(facts.networks) if network.used or number < _NETWORKS_SHOWN]
+    for number, network in enumerate(shown):
         used = f"  <- used: {facts.why}" if network.used else ""
         name = _name(network.key) if network.key else "(the file itself)"
         yield "" if number else "networks", f"{name}: {network.tensors:,} tensors, {network.values:,} values{used}"
+    if len(facts.networks) > len(shown):
+        yield "", f"and {len(facts.networks) - len(shown):,} more"
     if facts.epoch is not None:
         yield "epoch", str(facts.epoch)
     if facts.family is not None:

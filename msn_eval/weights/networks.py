@@ -1,7 +1,7 @@
 """The networks in a file: where each stands, and which of them its method's authors evaluate."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,9 @@ _ANCHORS = (
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 _COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel, which otherwise holds the names of its network
 _DEEPEST = 4
+_MOST_WORDS = 16
+_SHOWN = 10
+_MOST_COMPARED = 100  # each with each other
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def choose_network(
     asked = tuple(network for network in networks if key is None or key in _spellings(network))
     if not asked:
         raise _open_choice(f"has no network {key!r}; it holds", networks, where)
+    if len(asked) > _MOST_COMPARED:
+        raise _open_choice("holds very many networks", asked, where)
     best, why = _evaluated(asked)
     if len(best) > 1 and not _all_equal(best, are_equal):
         raise _open_choice("holds several networks", best, where)
@@ -139,7 +144,7 @@ def _trunks(path: tuple[str, ...], tensors: Mapping[str, Tensor]) -> list[Stored
     owned: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
     beside: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        owner = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default=None)
+        owner = _owner(name, owned)
         if owner is None or name in _COUNTERS:
             beside[name] = tensor
         else:
@@ -155,6 +160,13 @@ def _trunks(path: tuple[str, ...], tensors: Mapping[str, Tensor]) -> list[Stored
         )
         for prefix in prefixes
     ]
+
+
+def _owner(name: str, prefixes: Container[str]) -> str | None:
+    """Give the longest of the prefixes that a name has; walked word by word, since a file may claim many networks."""
+    words = name.split(".", _MOST_WORDS)[:-1]
+    starts = (".".join(words[:count]) + "." for count in range(len(words), 0, -1))
+    return next((start for start in (*starts, "") if start in prefixes), None)
 
 
 def _reunite(network: dict[str, Tensor], beside: dict[str, Tensor]) -> None:
@@ -222,8 +234,9 @@ def _all_equal(networks: tuple[StoredNetwork, ...], are_equal: Equal) -> bool:
 def _open_choice(what: str, networks: tuple[StoredNetwork, ...], where: str) -> CheckpointError:
     listed = "".join(
         f"\n  {network.key or '(the file itself)'}: {len(network.tensors)} tensors, {network.values:,} values"
-        for network in networks
+        for network in networks[:_SHOWN]
     )
+    listed += f"\n  and {len(networks) - _SHOWN:,} more" if len(networks) > _SHOWN else ""
     return CheckpointError(f"{what}:{listed}", where=where, remedy="Choose one by name: --checkpoint-key NAME.")
 
 

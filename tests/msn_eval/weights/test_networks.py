@@ -368,3 +368,16 @@ def test_epoch_is_the_whole_number_that_a_file_states(stated: object, epoch: int
 
 def test_file_that_states_no_epoch_has_none() -> None:
     assert stated_epoch({}) is None
+
+
+def test_networks_by_the_ten_thousand_are_found_and_listed_in_part() -> None:
+    content = {f"network{number}.conv_proj.weight": torch.ones(1) * number for number in range(20_000)}
+    networks = find_networks(content)
+    with pytest.raises(CheckpointError, match="and 19,990 more"):
+        choose_network(networks, None, where="vit.pth")
+    assert len(networks) == 20_000
+
+
+def test_name_of_very_many_words_is_no_burden() -> None:
+    network = find_networks({"a.conv_proj.weight": torch.ones(1), "a." + "b." * 1_000_000 + "c": torch.ones(1)})[0]
+    assert len(network.tensors) == 2
