@@ -108,7 +108,7 @@ def _vit(network: StoredNetwork, values: Values) -> Trunk:
     )
     narrow = network.tensors["patch_embed.proj.weight"].shape[0] <= _MOCOV3_WIDEST
     kept = _kept(family, network.tensors, lambda name: _VIT_LEFT.match(name) is not None)
-    weights = {_renamed(name, _VIT_NAMES): tensor for name, tensor in kept.weights.items() if _is_weight(name)}
+    weights = _renamed({name: tensor for name, tensor in kept.weights.items() if _is_weight(name)}, _VIT_NAMES)
     return Trunk(
         format="mocov3" if is_mocov3 and family == "timm" else family,
         weights=_without_register_positions(weights),
@@ -180,10 +180,15 @@ def _is_weight(name: str) -> bool:
     return not name.endswith("relative_position_index")
 
 
-def _renamed(name: str, rules: _Rules) -> str:
-    for pattern, replacement in rules:
-        name = pattern.sub(replacement, name)
-    return name
+def _renamed(tensors: _Names, rules: _Rules) -> dict[str, Tensor]:
+    """Give tensors by other names; a second one for the same name gets one that fits no network, so that none is lost."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        other = name
+        for pattern, replacement in rules:
+            other = pattern.sub(replacement, other)
+        renamed[f"{name} (a second {other})" if other in renamed else other] = tensor
+    return renamed
 
 
 def _without_register_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -223,16 +228,19 @@ def _resnet_family(network: StoredNetwork) -> str:
     return _library(network, "torchvision")
 
 
-_SEQUENTIAL_NAMES = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+_SEQUENTIAL_NAMES: _Rules = (
+    (re.compile(r"^0\."), "conv1."),
+    (re.compile(r"^1\."), "bn1."),
+    (re.compile(r"^4\."), "layer1."),
+    (re.compile(r"^5\."), "layer2."),
+    (re.compile(r"^6\."), "layer3."),
+    (re.compile(r"^7\."), "layer4."),
+)
 
 
 def _sequential_resnet(network: StoredNetwork) -> Trunk:
     """Give back the names that nn.Sequential(*list(resnet.children())[:-1]) took from a residual network."""
-    weights = {}
-    for name, tensor in network.tensors.items():
-        place, _, rest = name.partition(".")
-        weights[f"{_SEQUENTIAL_NAMES.get(place, place)}.{rest}"] = tensor
-    return _kept("lightly", weights, _is_head)
+    return _kept("lightly", _renamed(network.tensors, _SEQUENTIAL_NAMES), _is_head)
 
 
 # torchvision's Vision Transformer, which lightly wraps too.
@@ -253,7 +261,7 @@ _TORCHVISION_NAMES: _Rules = (
 
 def _torchvision_vit(network: StoredNetwork) -> Trunk:
     trunk = _kept(_library(network, "torchvision"), network.tensors, _is_head)
-    weights = {_renamed(name, _TORCHVISION_NAMES): tensor for name, tensor in trunk.weights.items()}
+    weights = _renamed(trunk.weights, _TORCHVISION_NAMES)
     return Trunk(format=trunk.format, weights=weights, dropped=trunk.dropped)
 
 
@@ -288,7 +296,7 @@ _HUGGINGFACE_EPS = 1e-12  # of ViT, ViTMAE, I-JEPA and BEiT; ViTMSN and DINOv2 h
 
 def _huggingface(network: StoredNetwork) -> Trunk:
     trunk = _kept("huggingface", network.tensors, lambda name: _HUGGINGFACE_LEFT.match(name) is not None)
-    named = {_renamed(name, _HUGGINGFACE_NAMES): tensor for name, tensor in trunk.weights.items()}
+    named = _renamed(trunk.weights, _HUGGINGFACE_NAMES)
     beit = any(name.endswith(".gamma_1") for name in named)
     has_their_default = beit or "cls_token" not in named or _has((*network.beside, *trunk.dropped), "decoder", "pooler")
     return Trunk(

@@ -485,3 +485,19 @@ def test_positions_of_an_outline_are_asked_for() -> None:
     outline = with_positions(positions.to("meta"))
     network = StoredNetwork(key=None, words=(), tensors=outline)
     assert read_trunk(network, lambda tensor: positions).heads == 12
+
+
+@pytest.mark.parametrize(
+    ("anchor", "names"),
+    [
+        (PATCHES, ("blocks.0.3.mlp.fc1.weight", "blocks.1.3.mlp.fc1.weight")),
+        (PATCHES, ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.w12.weight")),
+        (HUB_PATCHES, ("layers.0.mlp.fc1.weight", "encoder.layer.0.intermediate.dense.weight")),
+        (HUB_PATCHES, ("layers.0.attention.q_proj.weight", "encoder.layer.0.attention.attention.query.weight")),
+        ("conv_proj.weight", ("encoder.layers.encoder_layer_0.mlp.0.weight", "blocks.0.mlp.fc1.weight")),
+        ("4.0.conv1.weight", ("0.weight", "conv1.weight")),
+    ],
+)
+def test_second_weight_of_one_meaning_is_never_lost(anchor: str, names: tuple[str, str]) -> None:
+    trunk = read(ones(anchor) | numbered(*names))
+    assert {0.0, 1.0} <= {tensor.item() for tensor in trunk.weights.values()}
