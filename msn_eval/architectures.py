@@ -203,6 +203,12 @@ def _recognise_vit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: f
             "a Vision Transformer with a norm before its blocks, as CLIP's: its activation and epsilon are in no weight",
             remedy="Name its architecture: --arch NAME, such as vit_base_patch16_clip_quickgelu_224.",
         )
+    if not weights.keys() & {"cls_token", "norm.weight", "blocks.0.attn.qkv.bias", "blocks.0.ls1.gamma"}:
+        raise CheckpointError(
+            "a Vision Transformer without class token, final norm, biases of its queries and scaled residuals: timm's "
+            "networks with norms behind their layers and those with norms before them have the same weights",
+            remedy="Name its architecture: --arch NAME, such as vit_base_patch16_rpn_224.",
+        )
     width, _, patch, _ = weights["patch_embed.proj.weight"].shape
     depth = _depth(weights)
     has_class_token = "cls_token" in weights

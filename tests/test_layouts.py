@@ -459,7 +459,7 @@ def beit_with_positions(folder: Path) -> Layout:
 
 def mocov3_vit(folder: Path) -> Layout:
     """Write the small network, which has 12 heads where others have 6."""
-    base, momentum = (vit(seed, embed_dim=384, num_heads=12) for seed in (1, 2))
+    base, momentum = (with_fixed_positions(vit(seed, embed_dim=384, num_heads=12)) for seed in (1, 2))
     heads = under("module.base_encoder.head.", mlp(384, 16, 8)) | under(
         "module.momentum_encoder.head.", mlp(384, 16, 8)
     )

@@ -104,8 +104,10 @@ def _vit(network: StoredNetwork, values: Values) -> Trunk:
     family = _vit_family(network)
     # MoCo v3's networks come in other families' files too, where nothing but their positions tells.
     is_mocov3 = family == "mocov3" or (
-        family in ("timm", "solo-learn") and _has_mocov3_positions(network.tensors, values)
+        family in ("timm", "solo-learn") and _has_fixed_positions(network.tensors, values)
     )
+    # solo-learn's MAE has as many, and MAE's positions; its other networks learn theirs.
+    is_solo_mae = family == "solo-learn" and _has_fixed_positions(network.tensors, values, column_first=True)
     narrow = network.tensors["patch_embed.proj.weight"].shape[0] <= _MOCOV3_WIDEST
     kept = _kept(family, network.tensors, lambda name: _VIT_LEFT.match(name) is not None)
     weights = _renamed({name: tensor for name, tensor in kept.weights.items() if _is_weight(name)}, _VIT_NAMES)
@@ -113,15 +115,15 @@ def _vit(network: StoredNetwork, values: Values) -> Trunk:
         format="mocov3" if is_mocov3 and family == "timm" else family,
         weights=_without_register_positions(weights),
         dropped=kept.dropped,
-        heads=_MOCOV3_HEADS if is_mocov3 and narrow else None,
+        heads=_MOCOV3_HEADS if (is_mocov3 or is_solo_mae) and narrow else None,
     )
 
 
-def _has_mocov3_positions(tensors: _Names, values: Values) -> bool:
-    """Tell MoCo v3's fixed positions: none for the class token; for the patches sines and cosines, of the row first, where
-    MAE's are of the column first.
+def _has_fixed_positions(tensors: _Names, values: Values, *, column_first: bool = False) -> bool:
+    """Tell fixed positions: none for the class token; for the patches sines and cosines, of the row first as MoCo v3's or of
+    the column first as MAE's.
 
-    Source: github.com/facebookresearch/moco-v3, vits.py.
+    Source: github.com/facebookresearch/moco-v3, vits.py; github.com/facebookresearch/mae, util/pos_embed.py.
     """
     positions = tensors.get("pos_embed")
     if positions is None or positions.dim() != 3 or "cls_token" not in tensors:
@@ -133,8 +135,10 @@ def _has_mocov3_positions(tensors: _Names, values: Values) -> bool:
     found = values(positions)[0].double()
     frequencies = _MOCOV3_TEMPERATURE ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
-    rows, columns = angles.repeat_interleave(grid, dim=0), angles.repeat(grid, 1)
-    fixed = torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=1)
+    first, second = angles.repeat_interleave(grid, dim=0), angles.repeat(grid, 1)
+    if column_first:
+        first, second = second, first
+    fixed = torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], dim=1)
     return not found[0].any() and bool((found[1:] - fixed).abs().max() < _MOCOV3_TOLERANCE)
 
 
@@ -319,9 +323,18 @@ def _packed(named: dict[str, Tensor], *, beit: bool) -> dict[str, Tensor]:
             packed[f"{gated}.mlp.fc1.{gate}"] = _stacked(named, [name, f"{gated}.mlp.up_proj.{gate}"], name)
         elif beit and (found := re.fullmatch(r"(.*\.attn)\.([qv])\.bias", name)):
             packed[f"{found.group(1)}.{found.group(2)}_bias"] = tensor
-        elif not re.search(r"\.attn\.[kv]\.|\.mlp\.up_proj\.", name):
+        elif not _is_packed_with_another(name, named):
             packed[name] = tensor
     return packed
+
+
+def _is_packed_with_another(name: str, named: _Names) -> bool:
+    """Tell keys, values and gated values, which go with the queries and the gates; adapters beside them do not."""
+    found = re.fullmatch(r"(.*)(\.attn\.[kv]|\.mlp\.up_proj)\.(weight|bias)", name)
+    if found is None:
+        return False
+    other = ".mlp.gate_proj" if found[2] == ".mlp.up_proj" else ".attn.q"
+    return f"{found[1]}{other}.{found[3]}" in named
 
 
 def _stacked(named: _Names, parts: list[str], otherwise: str) -> Tensor:

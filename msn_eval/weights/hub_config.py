@@ -1,6 +1,7 @@
 """What the config.json beside a folder's weights says that no weight's shape can tell."""
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ _NORM_EPS = {
     "dinov2": 1e-6,
     "dinov2_with_registers": 1e-6,
 }  # transformers' defaults; 1e-12 for the others
+_ADAPTER = "adapter_config.json"  # of peft, which transformers would put on what it loads
 _PLAIN = {"hidden_act": "gelu", "num_channels": 3}
 # Of timm.create_model itself, which would open other files, look for weights, or build for another device.
 _NOT_KEYWORDS = (
@@ -59,6 +61,12 @@ def read_config_beside(folder: Path) -> HubConfig:
     Raises CheckpointError for an architecture that is not evaluated here and for what its weights could not show.
     """
     config, where = read_hub_config(folder), str(folder / CONFIG)
+    if os.path.lexists(folder / _ADAPTER):
+        raise CheckpointError(
+            f"has an adapter beside it ({_ADAPTER}), which would change the network and is not read here",
+            where=where,
+            remedy="Merge it (merge_and_unload of peft) and save that, or take the adapter's files away to evaluate the base.",
+        )
     if "architecture" in config:
         return _timm_config(config, where)
     model_type = config.get("model_type")
@@ -68,6 +76,14 @@ def read_config_beside(folder: Path) -> HubConfig:
             where=where,
             remedy="Give its weight file alone with --arch NAME, or wrap it: py:package.module:factory.",
         )
+    for name in ("image_size", "patch_size"):
+        sides = config.get(name)
+        if isinstance(sides, list) and len({str(side) for side in sides}) > 1:
+            raise CheckpointError(
+                f"{name} is {sides}; here images and patches are square",
+                where=where,
+                remedy="Wrap it: py:package.module:factory.",
+            )
     for name, value in _PLAIN.items():
         if config.get(name, value) != value:
             raise CheckpointError(
@@ -88,7 +104,8 @@ def _timm_config(config: Mapping[str, object], where: str) -> HubConfig:
     name, keywords, pretrained = config["architecture"], config.get("model_args"), config.get("pretrained_cfg")
     if not isinstance(name, str) or not re.fullmatch(r"[\w.]+", name):
         raise CheckpointError(f"architecture is {name!r}", where=where, remedy="It is one of timm's names.")
-    stated: Mapping[str, object] = pretrained if isinstance(pretrained, Mapping) else {}
+    # timm before 0.9 wrote all of it side by side, and still reads it so.
+    stated: Mapping[str, object] = pretrained if isinstance(pretrained, Mapping) else config
     return HubConfig(
         model_type="timm",
         architecture=replace(

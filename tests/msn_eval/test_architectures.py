@@ -385,3 +385,11 @@ def test_outline_has_the_shapes_of_the_network(vit_weights: WeightMaker) -> None
 def test_outline_that_cannot_be_built_is_refused(name: str, text: str) -> None:
     with pytest.raises(CheckpointError, match=text):
         outline_network(name_architecture(name))
+
+
+def test_transformer_whose_norms_may_stand_before_or_behind_its_layers_is_refused(vit_weights: WeightMaker) -> None:
+    weights = vit_weights(class_token=False, fc_norm=True)
+    plain = {name: tensor for name, tensor in weights.items() if not name.endswith("attn.qkv.bias")}
+    with pytest.raises(CheckpointError, match="have the same weights") as refusal:
+        recognise_architecture(plain)
+    assert "--arch" in refusal.value.remedy

@@ -331,7 +331,12 @@ def test_queries_keys_and_values_are_put_into_one_in_this_order(stem: str, kind:
 
 
 @pytest.mark.parametrize(
-    ("absent", "left"), [("k", ["blocks.0.attn.qkv.weight"]), ("v", ["blocks.0.attn.qkv.weight"]), ("q", [])]
+    ("absent", "left"),
+    [
+        ("k", ["blocks.0.attn.qkv.weight"]),
+        ("v", ["blocks.0.attn.qkv.weight"]),
+        ("q", ["blocks.0.attn.k.weight", "blocks.0.attn.v.weight"]),
+    ],
 )
 def test_missing_part_leaves_the_queries_alone_which_fit_no_network(absent: str, left: list[str]) -> None:
     stored = {f"layers.0.attention.{part}_proj.weight": torch.ones(2, 2) for part in "qkv" if part != absent}
@@ -501,3 +506,22 @@ def test_positions_of_an_outline_are_asked_for() -> None:
 def test_second_weight_of_one_meaning_is_never_lost(anchor: str, names: tuple[str, str]) -> None:
     trunk = read(ones(anchor) | numbered(*names))
     assert {0.0, 1.0} <= {tensor.item() for tensor in trunk.weights.values()}
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_adapter_beside_a_projection_is_never_lost(part: str) -> None:
+    projections = {f"layers.0.attention.{one}_proj.weight": torch.ones(2, 2) for one in "qkv"}
+    adapter = {f"layers.0.attention.{part}_proj.lora_A.weight": torch.ones(1, 2)}
+    names = read(ones(HUB_PATCHES) | projections | adapter).weights
+    assert any("lora_A" in name for name in names)
+
+
+@pytest.mark.parametrize(("rows_first", "heads"), [(True, 12), (False, 12)])
+def test_solo_learns_networks_of_fixed_positions_have_twelve_heads(rows_first: bool, heads: int) -> None:
+    weights = with_positions(fixed_positions(192, rows_first=rows_first))
+    assert read(weights, "state_dict.backbone", ("classifier.weight",)).heads == heads
+
+
+def test_solo_learns_networks_of_learned_positions_have_the_heads_of_their_width() -> None:
+    weights = with_positions(torch.randn(1, 197, 192, generator=torch.Generator().manual_seed(1)))
+    assert read(weights, "state_dict.backbone", ("classifier.weight",)).heads is None

@@ -209,3 +209,19 @@ def test_folder_without_a_config_is_refused(tmp_path: Path) -> None:
 
 def test_folder_that_wants_its_own_code_run_is_refused(tmp_path: Path) -> None:
     assert "auto_map" in refusal(tmp_path, MSN | {"auto_map": {"AutoModel": "own.Model"}}).what
+
+
+def test_folder_with_an_adapter_is_refused_with_how_to_merge_it(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    error = refusal(tmp_path, TIMM)
+    assert ("adapter_config.json" in error.what, "merge" in error.remedy.lower()) == (True, True)
+
+
+@pytest.mark.parametrize("name", ["image_size", "patch_size"])
+def test_images_and_patches_that_are_not_square_are_refused(tmp_path: Path, name: str) -> None:
+    assert "square" in refusal(tmp_path, {"model_type": "vit_msn", name: [224, 112]}).what
+
+
+def test_statistics_of_timm_before_its_09_are_read(tmp_path: Path) -> None:
+    older = TIMM | {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    assert described(tmp_path, older).statistics == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
