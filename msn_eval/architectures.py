@@ -1,10 +1,11 @@
 """Architecture: which network a set of weights belongs to, read from the weights' shapes or named by the user."""
 
 import ast
+import contextlib
 import math
 import re
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, cast
@@ -29,6 +30,12 @@ _SIZE_BY_WIDTH_AND_DEPTH = {
 }
 _MOST_TABLE_BYTES = 2 << 30
 _DEEPEST = 256
+_MOST_PARAMETERS = 10_000  # tensors; the published networks have a few hundred
+# Of timm.create_model itself, which would open other files, look for weights, or build for another device.
+NOT_KEYWORDS = (
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn"),
+    *("pretrained_model_args", "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "device", "dtype"),
+)
 NORM_EPS = 1e-6  # of nearly every published Vision Transformer; it is in no weight
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "resnet18",
@@ -93,14 +100,35 @@ def _constructed(architecture: Architecture) -> nn.Module:
     import timm
 
     try:
-        if architecture.timm_name is None:
-            return _described(architecture)
-        network: nn.Module = timm.create_model(
-            architecture.timm_name, pretrained=False, num_classes=0, **architecture.keywords
-        )
-        return network
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        with _few_parameters():
+            if architecture.timm_name is None:
+                return _described(architecture)
+            network: nn.Module = timm.create_model(
+                architecture.timm_name, pretrained=False, num_classes=0, **architecture.keywords
+            )
+            return network
+    except Exception as error:  # timm lets through whatever its keywords lead to
         raise _unbuildable(architecture, error) from error
+
+
+@contextlib.contextmanager
+def _few_parameters() -> Iterator[None]:
+    """Have the building of a network of no end stopped, whatever keyword makes it one."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    count = 0
+
+    def counted(module: nn.Module, name: str, parameter: object) -> None:
+        nonlocal count
+        count += 1
+        if count > _MOST_PARAMETERS:
+            raise ValueError(f"it has more than {_MOST_PARAMETERS:,} weights")
+
+    handle = register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _described(architecture: Architecture) -> nn.Module:
@@ -119,7 +147,7 @@ def _described(architecture: Architecture) -> nn.Module:
 
 def _unbuildable(architecture: Architecture, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"no network can be built from {architecture.name!r}: {error}",
+        f"no network can be built from {architecture.name!r:.200}: {type(error).__name__}: {str(error)[:200]}",
         remedy="`msn-eval ls checkpoints` shows how architectures and their keywords are written.",
     )
 
@@ -148,13 +176,19 @@ def name_architecture(text: str) -> Architecture:
             f"the keywords of {text!r} cannot be read",
             remedy="Write them as vit_tiny_patch16_224?img_size=32&patch_size=4 (quoted, for the shell).",
         ) from error
+    forbidden = next((key for key, _ in pairs if key in NOT_KEYWORDS), None)
+    if forbidden is not None:
+        raise CheckpointError(
+            f"{forbidden} is none of an architecture's keywords here",
+            remedy="Leave it out; weights come from the file alone.",
+        )
     return Architecture(name=text, timm_name=name, keywords={key: _literal(value) for key, value in pairs})
 
 
 def _literal(text: str) -> object:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return text
 
 
@@ -190,7 +224,7 @@ def _check_dimensions(weights: Mapping[str, Tensor]) -> None:
         ("blocks.0.mlp.fc2.weight", 2),
         ("reg_token", 3),
     ):
-        if name in weights and weights[name].dim() != dimensions:
+        if name in weights and (weights[name].dim() != dimensions or not weights[name].numel()):
             raise CheckpointError(
                 f"{name} of shape {tuple(weights[name].shape)} belongs to no Vision Transformer that is known",
                 remedy="Name its architecture: --arch NAME.",
@@ -339,12 +373,12 @@ def _position_grid(weights: Mapping[str, Tensor], *, has_class_token: bool, regi
 
 def _recognise_resnet(weights: Mapping[str, Tensor]) -> Architecture:
     depths = tuple(
-        1 + max(int(found.group(1)) for name in weights if (found := re.match(rf"layer{stage}\.(\d+)\.", name)))
+        1 + max(int(found.group(1)) for name in weights if (found := re.match(rf"layer{stage}\.(\d{{1,4}})\.", name)))
         for stage in range(1, 5)
-        if any(name.startswith(f"layer{stage}.") for name in weights)
+        if any(re.match(rf"layer{stage}\.\d{{1,4}}\.", name) for name in weights)
     )
     name = _RESNETS.get((depths, "layer1.0.conv3.weight" in weights))
-    if name is None or weights["layer1.0.conv1.weight"].shape[0] != _RESNET_WIDTH:
+    if name is None or weights["layer1.0.conv1.weight"].shape[:1] != (_RESNET_WIDTH,):
         raise CheckpointError(
             f"a residual network with {depths} blocks a stage that is none of ResNet-18, 34, 50, 101, 152",
             remedy="Name it: --arch NAME, one of timm's.",

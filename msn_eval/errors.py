@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterable
 
 # C0 and C1 controls (so also ANSI escapes) and the marks that turn the direction of text.
+_LONGEST_PLACE = 1000  # of an error, in characters
+_LONGEST_LINE = 2000  # of an error, in characters: much of it may be a stranger's text
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -41,8 +43,10 @@ class MsnEvalError(Exception):
         self.what, self.where, self.remedy, self.kept = what, where, remedy, kept
 
     def __str__(self) -> str:
-        head = f"{self.where}: {self.what}" if self.where else self.what
-        return printable("\n".join(part for part in (head, self.remedy, self.kept) if part))
+        where = self.where if len(self.where) <= _LONGEST_PLACE else f"{self.where[:_LONGEST_PLACE]}…"
+        head = f"{where}: {self.what}" if where else self.what
+        lines = "\n".join(part for part in (head, self.remedy, self.kept) if part).split("\n")
+        return printable("\n".join(f"{line[:_LONGEST_LINE]}…" if len(line) > _LONGEST_LINE else line for line in lines))
 
 
 class UsageError(MsnEvalError):

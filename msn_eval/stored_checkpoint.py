@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -15,12 +16,14 @@ from msn_eval.errors import CheckpointError
 from msn_eval.weights.families import Trunk, read_trunk
 from msn_eval.weights.hub_config import HubConfig, read_config_beside
 from msn_eval.weights.hub_files import CONFIG, weight_files
-from msn_eval.weights.load import check_fit, fit_weights
+from msn_eval.weights.load import check_fit, fit_weights, not_real
 from msn_eval.weights.networks import ChosenNetwork, StoredNetwork, choose_network, find_networks, stated_epoch
 from msn_eval.weights.outline import Outline
 from msn_eval.weights.read import WeightFile, read_weight_file, read_weight_outline
 
 _log = logging.getLogger(__name__)
+_SLACK_BYTES = 1 << 20
+_MOST_TENSORS = 20_000  # the published networks have a few hundred
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -103,7 +106,7 @@ def read_outline(path: Path) -> Contents:
 def _contents(path: Path, read: Callable[[Path], tuple[WeightFile, Outline | None]]) -> Contents:
     folder = path if path.is_dir() else path.parent
     files = weight_files(folder) if path.is_dir() else (path,)
-    described = path.is_dir() or (path.name in _HUB_FILES and (folder / CONFIG).is_file())
+    described = path.is_dir() or (path.name in _HUB_FILES and os.path.lexists(folder / CONFIG))
     config = read_config_beside(folder) if described else None
     read_files = [read(file) for file in files]
     parts = [part for part, _ in read_files]
@@ -140,6 +143,7 @@ def choose_stored(contents: Contents, *, arch: str | None = None, key: str | Non
     Raises CheckpointError where either stays open.
     """
     choice = choose_network(contents.networks, key, where=contents.where, are_equal=contents.are_equal)
+    _check_size(contents, choice.network)
     trunk = read_trunk(choice.network, contents.values)
     try:
         architecture = _architecture(contents.config, trunk, arch)
@@ -147,6 +151,18 @@ def choose_stored(contents: Contents, *, arch: str | None = None, key: str | Non
     except CheckpointError as error:
         raise CheckpointError(error.what, where=contents.where, remedy=error.remedy) from error
     return StoredCheckpoint(contents=contents, choice=choice, trunk=reclaimed, architecture=architecture)
+
+
+def _check_size(contents: Contents, network: StoredNetwork) -> None:
+    """Raise CheckpointError for a network that is more than its file, and for one of more tensors than any has."""
+    network_bytes = sum(tensor.numel() * tensor.element_size() for tensor in network.tensors.values())
+    if network_bytes > 2 * contents.file_bytes + _SLACK_BYTES or len(network.tensors) > _MOST_TENSORS:
+        raise CheckpointError(
+            f"holds a network of {len(network.tensors):,} tensors and {network_bytes:,} bytes in a file of "
+            f"{contents.file_bytes:,}",
+            where=contents.where,
+            remedy="Weights that share their bytes are refused; where it was made, save them with .clone().",
+        )
 
 
 def _with_own_heads(trunk: Trunk, network: StoredNetwork, architecture: Architecture) -> Trunk:
@@ -166,6 +182,12 @@ def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) 
     key = stored.choice.network.key
     arch = stored.architecture.name + (f" (network {key!r} of the file)" if key else "")
     check_fit(fit, of=len(expected), arch=arch, where=stored.where, hint=_likeness(stored))
+    if bad := not_real(stored.trunk.weights, expected):
+        raise CheckpointError(
+            f"{len(bad)} weights are no dense real numbers ({', '.join(bad[:5])})",
+            where=stored.where,
+            remedy="Save them dense and in floating point.",
+        )
     if fit.waived:
         _log.warning("%s: absent, so left untrained: %s", stored.where, ", ".join(fit.waived))
 

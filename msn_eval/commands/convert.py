@@ -25,6 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Convert, and print what was written."""
     from msn_eval.checkpoint import locate_weights
+    from msn_eval.errors import printable
     from msn_eval.stored_checkpoint import StoredCheckpoint
     from msn_eval.weights.convert import convert_checkpoint
 
@@ -32,5 +33,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     written = convert_checkpoint(path, options.out, to=options.to, arch=options.arch, key=options.checkpoint_key)
     contents = written.contents if isinstance(written, StoredCheckpoint) else written
     what = f"{written.architecture.name}, " if isinstance(written, StoredCheckpoint) else ""
-    print(f"{options.out}\t{what}{contents.file_bytes:,} bytes, sha256 {contents.sha256}, read back equal")
+    print(
+        f"{printable(str(options.out))}\t{what}{contents.file_bytes:,} bytes, sha256 {contents.sha256}, read back equal"
+    )
     return 0

@@ -1,6 +1,7 @@
 """A checkpoint in another container: plain safetensors, timm's names, or a folder that transformers loads."""
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from msn_eval.weights.safetensors_file import DTYPES
 
 Target = Literal["safetensors", "timm", "hf"]
 TARGETS: tuple[Target, ...] = ("safetensors", "timm", "hf")
+_SLACK_BYTES = 1 << 20
 _SHORTER_SIDE = 256 / 224  # of the image, to the side of the crop
 
 
@@ -53,9 +55,9 @@ def convert_checkpoint(
     Raises CheckpointError for what cannot be read, or not be written without changing what it computes; UsageError where
     `out` exists; StoreError when the disk refuses.
     """
-    if out.exists() and not (to == "hf" and _is_empty_folder(out)):
+    if os.path.lexists(out) and not (to == "hf" and _is_empty_folder(out)):
         raise UsageError("is there already", where=str(out), remedy="Name another, or remove it first.")
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):  # noqa: PTH112 - Path.is_dir raises on names too long for the disk
         raise UsageError("no such folder", where=str(out.parent), remedy="Make it first.")
     contents = read_contents(source)
     if to == "safetensors":
@@ -76,7 +78,10 @@ def convert_checkpoint(
 
 def _is_empty_folder(out: Path) -> bool:
     """Tell whether a folder may be put in the place of another; the working folder may not, somebody stands in it."""
-    return out.is_dir() and not any(out.iterdir()) and out.resolve() != Path.cwd()
+    try:
+        return not out.is_symlink() and out.is_dir() and not any(out.iterdir()) and out.resolve() != Path.cwd()
+    except OSError:  # it cannot be looked into
+        return False
 
 
 def _every_tensor(contents: Contents) -> dict[str, Tensor]:
@@ -95,8 +100,11 @@ def _every_tensor(contents: Contents) -> dict[str, Tensor]:
         elif name != name.encode("utf-8", "replace").decode():
             problem = f"has a tensor {name!r:.80}, which is no text"
         tensors[name] = tensor
+    size = sum(one.nbytes for one in tensors.values())
     if not tensors:
         problem = "holds no tensors"
+    elif size > 2 * contents.file_bytes + _SLACK_BYTES:
+        problem = f"holds tensors of {size:,} bytes in a file of {contents.file_bytes:,}: many names for the same bytes"
     if problem is not None:
         raise CheckpointError(
             problem, where=contents.where, remedy="Convert the evaluated network alone: --to timm or --to hf."

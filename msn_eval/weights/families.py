@@ -15,6 +15,7 @@ from msn_eval.weights.networks import StoredNetwork
 
 _Names = Mapping[str, Tensor]
 Values = Callable[[Tensor], Tensor]
+_PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _Rules = tuple[tuple[re.Pattern[str], str], ...]
 
 
@@ -97,6 +98,7 @@ _VIT_NAMES: _Rules = (
 _MOCOV3_HEADS = 12  # of its small network as of its base, and of solo-learn's tiny one
 _MOCOV3_WIDEST = 768
 _MOCOV3_TEMPERATURE = 10_000.0
+_MOCOV3_MOST_PATCHES = 1 << 14
 _MOCOV3_TOLERANCE = 1e-2  # bfloat16 keeps two digits
 
 
@@ -108,7 +110,7 @@ def _vit(network: StoredNetwork, values: Values) -> Trunk:
     )
     # solo-learn's MAE has as many, and MAE's positions; its other networks learn theirs.
     is_solo_mae = family == "solo-learn" and _has_fixed_positions(network.tensors, values, column_first=True)
-    narrow = network.tensors["patch_embed.proj.weight"].shape[0] <= _MOCOV3_WIDEST
+    narrow = (*network.tensors["patch_embed.proj.weight"].shape, 0)[0] <= _MOCOV3_WIDEST
     kept = _kept(family, network.tensors, lambda name: _VIT_LEFT.match(name) is not None)
     weights = _renamed({name: tensor for name, tensor in kept.weights.items() if _is_weight(name)}, _VIT_NAMES)
     return Trunk(
@@ -128,9 +130,11 @@ def _has_fixed_positions(tensors: _Names, values: Values, *, column_first: bool 
     positions = tensors.get("pos_embed")
     if positions is None or positions.dim() != 3 or "cls_token" not in tensors:
         return False
+    if positions.shape[0] != 1 or not positions.shape[2] or not positions.is_floating_point():
+        return False
     patches, width = positions.shape[1] - 1, positions.shape[2]
     grid = math.isqrt(max(0, patches))
-    if grid < 2 or grid * grid != patches or width % 4 or width > _MOCOV3_WIDEST:
+    if not 4 <= grid * grid == patches <= _MOCOV3_MOST_PATCHES or width % 4 or width > _MOCOV3_WIDEST:
         return False
     found = values(positions)[0].double()
     frequencies = _MOCOV3_TEMPERATURE ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
@@ -200,10 +204,17 @@ def _without_register_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]
     prefix tokens have none: the class token takes up its own."""
     if "register_tokens" not in weights or "pos_embed" not in weights:
         return weights
+    positions, token = weights["pos_embed"], weights.get("cls_token")
+    if (
+        positions.dim() != 3
+        or token is None
+        or token.shape != positions[:, :1].shape
+        or not _are_alike([token, positions])
+    ):
+        return weights  # which then fit no network
     changed = dict(weights)
-    positions = changed["pos_embed"]
     changed["reg_token"] = changed.pop("register_tokens")
-    changed["cls_token"] = changed["cls_token"] + positions[:, :1]
+    changed["cls_token"] = token + positions[:, :1]
     changed["pos_embed"] = positions[:, 1:]
     return changed
 
@@ -338,7 +349,13 @@ def _is_packed_with_another(name: str, named: _Names) -> bool:
 
 
 def _stacked(named: _Names, parts: list[str], otherwise: str) -> Tensor:
-    """Give the parts one above the other; where one is missing the first alone, which then fits no network."""
-    if all(part in named for part in parts):
-        return torch.cat([named[part] for part in parts])
+    """Give the parts one above the other; where they do not go together the first alone, which then fits no network."""
+    tensors = [named[part] for part in parts if part in named]
+    if len(tensors) == len(parts) and _are_alike(tensors) and len({one.shape[1:] for one in tensors}) == 1:
+        return torch.cat(tensors)
     return named[otherwise]
+
+
+def _are_alike(tensors: list[Tensor]) -> bool:
+    """Tell whether tensors can be computed with together: of one type, or of types that numbers pass between."""
+    return all(one.dim() and one.dtype in _PLAIN_DTYPES for one in tensors) and len({one.dim() for one in tensors}) == 1

@@ -1,13 +1,12 @@
 """What the config.json beside a folder's weights says that no weight's shape can tell."""
 
-import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from msn_eval.architectures import Architecture, name_architecture
+from msn_eval.architectures import NOT_KEYWORDS, Architecture, name_architecture
 from msn_eval.errors import CheckpointError
 from msn_eval.weights.hub_files import CONFIG, Triple, image_statistics, read_hub_config, stated_statistics
 
@@ -28,12 +27,8 @@ _NORM_EPS = {
 }  # transformers' defaults; 1e-12 for the others
 _ADAPTER = "adapter_config.json"  # of peft, which transformers would put on what it loads
 _PLAIN = {"hidden_act": "gelu", "num_channels": 3}
-# Of timm.create_model itself, which would open other files, look for weights, or build for another device.
-_NOT_KEYWORDS = (
-    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn"),
-    *("pretrained_model_args", "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "device", "dtype"),
-)
 _LARGEST = 1 << 14  # of a keyword's numbers: sizes and widths
+_LARGEST_IMAGE = 1 << 12  # some networks compute tables as large as the square of this
 _DEEPEST = 256
 
 
@@ -124,8 +119,8 @@ def _keywords(stated: Mapping[str, object], where: str) -> dict[str, object]:
     """
     for name, value in stated.items():
         numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int | float)]
-        most = _DEEPEST if name.startswith("depth") else _LARGEST
-        if name in _NOT_KEYWORDS or isinstance(value, Mapping) or any(not abs(one) <= most for one in numbers):
+        most = _DEEPEST if name.startswith("depth") else _LARGEST_IMAGE if name == "img_size" else _LARGEST
+        if name in NOT_KEYWORDS or isinstance(value, Mapping) or any(not abs(one) <= most for one in numbers):
             raise CheckpointError(
                 f"model_args holds {name} = {str(value)[:60]!r}, which is none of an architecture's keywords here",
                 where=where,
@@ -143,6 +138,6 @@ def _positive_int(config: Mapping[str, object], name: str, where: str) -> int | 
 
 def _positive(config: Mapping[str, object], name: str, where: str) -> float | None:
     value = config.get(name)
-    if value is None or (isinstance(value, float | int) and math.isfinite(value) and 0 < value < 1):
+    if value is None or (isinstance(value, float | int) and 0 < value < 1):
         return None if value is None else float(value)
     raise CheckpointError(f"{name} is {value!r}", where=where, remedy="It is a small number above 0.")

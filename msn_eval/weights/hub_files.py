@@ -163,7 +163,8 @@ def _read_json(folder: Path, name: str) -> dict[str, object]:
 def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
     content = dict(pairs)
     if len(content) != len(pairs):  # readers differ in which of the two they take
-        repeated = next(name for place, (name, _) in enumerate(pairs) if name in dict(pairs[:place]))
+        seen: set[str] = set()
+        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"the name {repeated[:60]!r} is there twice")
     return content
 
@@ -176,7 +177,7 @@ def _own_file(folder: Path, name: str) -> Path:
         home.parent.name == "snapshots"
     ):  # CACHE/models--OWNER--NAME/snapshots/COMMIT; blobs may be shared by repositories
         homes += [(home.parents[1] / "blobs").resolve(), (home.parents[2] / "blobs").resolve()]
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a folder on the way is closed
         raise CheckpointError("is no readable file", where=str(path), remedy="Fetch or copy it again.")
     if not any(path.resolve().is_relative_to(one) for one in homes):
         raise CheckpointError(

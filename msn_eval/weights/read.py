@@ -306,10 +306,17 @@ def _sha256(file: BinaryIO, members: tuple[Member, ...], where: str) -> str:
 def _checked_sidecar(path: Path, sha256: str, where: str) -> tuple[str, ...]:
     """Compare with the hash in FILE.sha256, where there is one."""
     sidecar = path.with_name(path.name + ".sha256")
-    if not sidecar.is_file():
+    if not os.path.isfile(sidecar) or sidecar.is_symlink():  # noqa: PTH113 - Path.is_file raises on too long names
         return ()
-    with sidecar.open("rb") as file:
-        stated = _SHA256.search(file.read(_LONGEST_SIDECAR).decode("ascii", "replace"))
+    try:
+        with sidecar.open("rb") as file:
+            stated = _SHA256.search(file.read(_LONGEST_SIDECAR).decode("ascii", "replace"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{sidecar.name} beside it cannot be read: {error.strerror or error}",
+            where=where,
+            remedy="Check its permissions.",
+        ) from error
     if stated is None:
         raise CheckpointError(
             f"{sidecar.name} beside it holds no SHA-256", where=where, remedy="Fetch that file again, or remove it."

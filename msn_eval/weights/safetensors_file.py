@@ -15,6 +15,7 @@ _MOST_HEADER_BYTES = 64 << 20
 _MOST_TENSORS = 1_000_000
 _MOST_DIMENSIONS = 64
 _LENGTH_BYTES = 8
+_WIDEST_BYTES = 16  # of a value; strides are computed for tensors of no values too
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -144,7 +145,7 @@ def _span(name: str, entry: object, data_start: int, where: str) -> TensorSpan:
             remedy=f"Save it as one of {', '.join(DTYPES)}.",
         )
     size = math.prod(sizes) * DTYPES[dtype].itemsize if len(sizes) == len(shape) <= _MOST_DIMENSIONS else -1
-    if first < 0 or size != last - first:
+    if first < 0 or size != last - first or math.prod(max(1, one) for one in sizes) * _WIDEST_BYTES >= 1 << 63:
         raise _misfit(f"tensor {_quoted(name)} whose shape does not fit its bytes", where)
     return TensorSpan(name=name, dtype=DTYPES[dtype], shape=sizes, start=data_start + first, size=size)
 

@@ -393,3 +393,14 @@ def test_transformer_whose_norms_may_stand_before_or_behind_its_layers_is_refuse
     with pytest.raises(CheckpointError, match="have the same weights") as refusal:
         recognise_architecture(plain)
     assert "--arch" in refusal.value.remedy
+
+
+@pytest.mark.parametrize("keyword", ["checkpoint_path=/somewhere.pth", "pretrained=True", "pretrained_cfg=x"])
+def test_keywords_that_would_open_other_files_are_refused(keyword: str) -> None:
+    with pytest.raises(CheckpointError, match="none of an architecture's keywords"):
+        name_architecture(f"vit_tiny_patch16_224?{keyword}")
+
+
+def test_network_without_end_is_refused_before_it_fills_the_memory() -> None:
+    with pytest.raises(CheckpointError, match="more than 10,000 weights"):
+        outline_network(name_architecture("vit_tiny_patch16_224?depth=100000"))

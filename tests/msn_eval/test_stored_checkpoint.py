@@ -235,3 +235,22 @@ def test_weights_that_may_be_absent_are_told(
     with caplog.at_level(logging.WARNING):
         check_stored(stored(path), allow_missing=("norm.*",))
     assert caplog.messages == [f"{path}: absent, so left untrained: norm.bias"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("patch_embed.proj.weight", torch.ones(192, 3, 0, 0)),
+        ("patch_embed.proj.weight", torch.tensor(1.0)),
+        ("pos_embed", torch.ones(1, 17, 0)),
+        ("register_tokens", torch.ones(1, 4, 192, dtype=torch.complex64)),
+        ("blocks.0.mlp.fc1.weight", torch.ones(0, 192)),
+    ],
+)
+def test_weights_of_odd_shapes_are_refused_by_an_error_of_ours(
+    tmp_path: Path, vit_weights: WeightMaker, name: str, tensor: Tensor
+) -> None:
+    contents = read_contents(saved(tmp_path, vit_weights() | {name: tensor}))
+    with pytest.raises(CheckpointError) as refusal:
+        check_stored(choose_stored(contents))
+    assert refusal.value.remedy
