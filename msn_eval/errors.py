@@ -6,7 +6,8 @@
     ├── DataError            21   data folder, class, image or list
     ├── StoreError           22   results, cache, disk
     ├── NumericalError       23   NaN features, k above n, a single class
-    └── ResourceError        30   memory, workers
+    ├── ResourceError        30   memory, workers
+    └── DistributedError     31   ranks that died, hang, or do not agree
 
 Besides these the command ends with 75 when it was told to stop (SIGTERM) and 130 when it was interrupted.
 """
@@ -83,3 +84,9 @@ class ResourceError(MsnEvalError):
     """Memory, worker processes or devices that gave out."""
 
     exit_code = 30
+
+
+class DistributedError(MsnEvalError):
+    """Ranks of one job that died, hang, or do not agree on what they compute."""
+
+    exit_code = 31

@@ -131,7 +131,7 @@ def automatic_batch_size(encoder: Encoder) -> int:
 
 def automatic_workers(encoder: Encoder, images: ImageSet) -> int:
     """Give the number of decoding processes: none for few or embedded images, one a core beside a GPU."""
-    if len(images) < _FEW_IMAGES or images.source.path(images.ids[0]) is None:
+    if len(images) < _FEW_IMAGES or images.source.root is None:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(_MOST_WORKERS, cores) if encoder.device.type == "cuda" else max(1, cores // 2)
@@ -158,7 +158,7 @@ class _Pixels(Dataset[tuple[NDArray[np.uint8], str]]):
             return resize_and_crop(source.decode(content), self.transform), ""
         except (BadImageError, OSError) as error:
             side = self.transform.crop
-            return np.zeros((side, side, 3), dtype=np.uint8), f"{source.path(image_id) or image_id}: {error}"
+            return np.zeros((side, side, 3), dtype=np.uint8), f"{source.place(image_id)}: {error}"
 
 
 def _collate(rows: Sequence[tuple[NDArray[np.uint8], str]]) -> tuple[Tensor, list[str]]:

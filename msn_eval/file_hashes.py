@@ -13,11 +13,10 @@ from pathlib import Path
 
 from msn_eval.atomic_file import write_atomically
 from msn_eval.errors import DataError
-from msn_eval.images import ImageSet
+from msn_eval.images import ImageSet, Stamp
 
 _THREADS = 8
 _HASH = re.compile("[0-9a-f]{64}")
-_Stamp = tuple[int, int]  # bytes, nanoseconds since 1970
 
 
 def hash_images(images: ImageSet, *, memory: Path | None) -> dict[str, str]:
@@ -30,16 +29,15 @@ def hash_images(images: ImageSet, *, memory: Path | None) -> dict[str, str]:
     known = _recall(memory_file)
     failures: list[str] = []
 
-    def hash_one(image_id: str) -> tuple[str, _Stamp | None]:
+    def hash_one(image_id: str) -> tuple[str, Stamp | None]:
         try:
-            path = images.source.path(image_id)
-            stamp = _stamp(path) if path is not None else None
+            stamp = images.source.stamp(image_id) if memory_file is not None else None
             remembered = known.get(image_id)
             if stamp is not None and remembered is not None and remembered[0] == stamp:
                 return remembered[1], stamp
             return hashlib.sha256(images.source.read(image_id)).hexdigest(), stamp
         except OSError as error:
-            failures.append(f"{images.source.path(image_id)}: {error.strerror or error}")
+            failures.append(f"{images.source.place(image_id)}: {error.strerror or error}")
             return "", None
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -69,13 +67,8 @@ def unreadable(failures: Sequence[str]) -> DataError:
     )
 
 
-def _stamp(path: Path) -> _Stamp:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
 def _memory_file(images: ImageSet, memory: Path | None) -> Path | None:
-    root = images.source.path("") if images.ids else None
+    root = images.source.root
     if memory is None or root is None:
         return None
     folder = memory / "hashes"
@@ -83,14 +76,14 @@ def _memory_file(images: ImageSet, memory: Path | None) -> Path | None:
     return folder / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
 
 
-def _recall(memory_file: Path | None) -> dict[str, tuple[_Stamp, str]]:
+def _recall(memory_file: Path | None) -> dict[str, tuple[Stamp, str]]:
     """Read what was remembered; a memory that cannot be read is empty, since everything can be hashed again."""
     if memory_file is None or not memory_file.is_file():
         return {}
     try:
         content = json.loads(memory_file.read_bytes())
         return {
-            image_id: ((stamp[0], stamp[1]), digest)
+            image_id: (tuple(map(int, stamp)), digest)
             for image_id, (stamp, digest) in content.items()
             if _HASH.fullmatch(digest)
         }

@@ -32,8 +32,16 @@ class BadImageError(Exception):
     """Why one image cannot be used; collected over a whole pass and reported together."""
 
 
+Stamp = tuple[int, ...]  # the image's bytes, nanoseconds since 1970 of its file, and its place in it if it shares it
+
+
 class ImageSource(Protocol):
     """Where the images of a set are kept. Picklable: loader workers carry it."""
+
+    @property
+    def root(self) -> Path | None:
+        """Give the folder or archive that holds the images, or None where they are embedded in a package."""
+        ...
 
     def read(self, image_id: str) -> bytes:
         """Give the bytes of one image, those that content hashes cover."""
@@ -43,8 +51,12 @@ class ImageSource(Protocol):
         """Turn those bytes into an RGB image; raises BadImageError."""
         ...
 
-    def path(self, image_id: str) -> Path | None:
-        """Give the file of one image, or None where images are no files."""
+    def place(self, image_id: str) -> str:
+        """Say where one image stands: its file, or its archive and its name there."""
+        ...
+
+    def stamp(self, image_id: str) -> Stamp:
+        """Give what changes when one image's bytes do, without reading them; raises OSError."""
         ...
 
 

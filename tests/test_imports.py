@@ -44,6 +44,7 @@ _FLOORS = [
     ["weights.msn_release", "stored_checkpoint"],
     ["weights.hub", "weights.convert", "inspection"],
     ["datasets.dataset", "request", "file_hashes", "ranking"],
+    ["datasets.listing"],
     ["datasets.digits", "datasets.folder", "subset"],
     ["datasets", "checkpoint"],
     ["encoder"],

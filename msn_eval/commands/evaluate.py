@@ -168,7 +168,7 @@ def describe_plan(plan: "Plan") -> str:
     from msn_eval.subset import union_of
 
     pool = union_of(plan.subsets, plan.train)
-    sizes = [path.stat().st_size for images in (pool, plan.val) for i in images.ids if (path := images.source.path(i))]
+    sizes = [images.source.stamp(image_id)[0] for images in (pool, plan.val) for image_id in images.ids]
     listed = sum(len(subset) for subset in plan.subsets)
     lines = [
         f"data       {plan.data_name}: {len(plan.val):,} validation images, {len(plan.val.classes)} classes",

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from msn_eval.datasets.dataset import DataSet
-from msn_eval.images import ImageSet
+from msn_eval.images import ImageSet, Stamp
 
 _SIDE = 8
 _TRAIN_PER_CLASS = 100
@@ -19,6 +18,7 @@ class DigitSource:
     """Digits in memory; their bytes are the raw (8, 8, 3) pixels, so that no encoder's version enters a hash."""
 
     pixels: Mapping[str, bytes]
+    root: None = None
 
     def read(self, image_id: str) -> bytes:
         return self.pixels[image_id]
@@ -26,8 +26,11 @@ class DigitSource:
     def decode(self, content: bytes) -> Image.Image:
         return Image.frombytes("RGB", (_SIDE, _SIDE), content)
 
-    def path(self, image_id: str) -> Path | None:
-        return None
+    def place(self, image_id: str) -> str:
+        return f"digits: {image_id}"
+
+    def stamp(self, image_id: str) -> Stamp:
+        return (len(self.pixels[image_id]),)
 
 
 def read_digits() -> DataSet:

@@ -7,8 +7,9 @@ from pathlib import Path
 from PIL import Image
 
 from msn_eval.datasets.dataset import DataSet
+from msn_eval.datasets.listing import Listing, make_dataset, make_split
 from msn_eval.errors import DataError
-from msn_eval.images import ImageSet, decode_image, is_image_name
+from msn_eval.images import ImageSet, Stamp, decode_image, is_image_name
 
 _SHOWN = 5
 
@@ -28,14 +29,12 @@ class FolderSource:
     def path(self, image_id: str) -> Path:
         return self.root / image_id
 
+    def place(self, image_id: str) -> str:
+        return str(self.path(image_id))
 
-@dataclass(frozen=True, kw_only=True)
-class _Split:
-    """The files of one split, by class."""
-
-    root: Path
-    files: dict[str, list[str]]
-    passed_over: int
+    def stamp(self, image_id: str) -> Stamp:
+        status = self.path(image_id).stat()
+        return status.st_size, status.st_mtime_ns
 
 
 def read_folder(name: str, *, allow_class_mismatch: bool = False) -> DataSet:
@@ -46,12 +45,12 @@ def read_folder(name: str, *, allow_class_mismatch: bool = False) -> DataSet:
     """
     root = Path(name)
     _check_root(root)
-    train, val = _scan_split(root / "train"), _scan_split(root / "val")
-    classes = tuple(sorted(train.files.keys() | val.files.keys(), key=os.fsencode))
-    if train.files.keys() != val.files.keys() and not allow_class_mismatch:
-        raise _class_mismatch(root, train, val)
-    return DataSet(
-        name=root.resolve().name or str(root), train=_image_set(train, classes), val=_image_set(val, classes)
+    return make_dataset(
+        root.resolve().name or str(root),
+        where=str(root),
+        train=_scan_split(root / "train"),
+        val=_scan_split(root / "val"),
+        allow_class_mismatch=allow_class_mismatch,
     )
 
 
@@ -60,8 +59,7 @@ def read_folder_split(name: str, split: str) -> ImageSet:
     root = Path(name)
     if not root.is_dir():
         raise _no_folder(root)
-    found = _scan_split(root / split)
-    return _image_set(found, tuple(sorted(found.files, key=os.fsencode)))
+    return make_split(_scan_split(root / split))
 
 
 def _check_root(root: Path) -> None:
@@ -86,7 +84,7 @@ def _no_folder(root: Path) -> DataError:
     )
 
 
-def _scan_split(root: Path) -> _Split:
+def _scan_split(root: Path) -> Listing:
     files: dict[str, list[str]] = {}
     passed_over = 0
     if not root.is_dir():
@@ -105,7 +103,7 @@ def _scan_split(root: Path) -> _Split:
         raise DataError(
             "holds no class folders", where=str(root), remedy="Put the images of each class into a folder of its own."
         )
-    return _Split(root=root, files=files, passed_over=passed_over)
+    return Listing(files=files, source=FolderSource(root), passed_over=passed_over)
 
 
 def _listing(folder: Path) -> list[os.DirEntry[str]]:
@@ -129,34 +127,3 @@ def _empty_class(folder: Path) -> DataError:
     inner = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     hint = f"The images seem to be one level down, in {inner[0]}/: move them up." if inner else "Remove it or fill it."
     return DataError("this class has no images", where=str(folder), remedy=hint)
-
-
-def _class_mismatch(root: Path, train: _Split, val: _Split) -> DataError:
-    def sample(names: set[str]) -> str:
-        shown = sorted(names, key=os.fsencode)
-        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-        return ", ".join(shown[:_SHOWN]) + more
-
-    only_train, only_val = train.files.keys() - val.files.keys(), val.files.keys() - train.files.keys()
-    parts = [f"only in train: {sample(only_train)}"] if only_train else []
-    parts += [f"only in val: {sample(only_val)}"] if only_val else []
-    return DataError(
-        f"train and val differ in their classes ({'; '.join(parts)})",
-        where=str(root),
-        remedy="Labels would shift. Complete the split, or pass --allow-class-mismatch to number the union of both.",
-    )
-
-
-def _image_set(split: _Split, classes: tuple[str, ...]) -> ImageSet:
-    number = {name: label for label, name in enumerate(classes)}
-    rows = sorted(
-        ((f"{name}/{file}", number[name]) for name, files in split.files.items() for file in files),
-        key=lambda row: os.fsencode(row[0]),
-    )
-    return ImageSet(
-        ids=tuple(image_id for image_id, _ in rows),
-        labels=tuple(label for _, label in rows),
-        classes=classes,
-        source=FolderSource(split.root),
-        passed_over=split.passed_over,
-    )

@@ -59,14 +59,19 @@ def own(network: nn.Module) -> Encoder:
 class GreySource:
     """Images in memory: the image called `CLASS/n.png` is grey of brightness n."""
 
+    root = None
+
     def read(self, image_id: str) -> bytes:
         return image_id.encode()
 
     def decode(self, content: bytes) -> Image.Image:
         return Image.new("RGB", (40, 40), (int(content.decode().partition("/")[2].removesuffix(".png")),) * 3)
 
-    def path(self, image_id: str) -> Path | None:
-        return None
+    def place(self, image_id: str) -> str:
+        return image_id
+
+    def stamp(self, image_id: str) -> tuple[int, ...]:
+        return (0,)
 
 
 class DyingSource(GreySource):

@@ -29,9 +29,18 @@ class CountingSource:
     def path(self, image_id: str) -> Path:
         return self.root / image_id
 
+    def place(self, image_id: str) -> str:
+        return str(self.path(image_id))
+
+    def stamp(self, image_id: str) -> tuple[int, ...]:
+        status = self.path(image_id).stat()
+        return status.st_size, status.st_mtime_ns
+
 
 class EmbeddedSource:
     """Images that are no files."""
+
+    root = None
 
     def read(self, image_id: str) -> bytes:
         return image_id.encode()
@@ -39,8 +48,11 @@ class EmbeddedSource:
     def decode(self, content: bytes) -> Image.Image:
         raise AssertionError("hashing decodes nothing")
 
-    def path(self, image_id: str) -> Path | None:
-        return None
+    def place(self, image_id: str) -> str:
+        return image_id
+
+    def stamp(self, image_id: str) -> tuple[int, ...]:
+        return (0,)
 
 
 CONTENTS = {"a/x.jpg": b"first", "a/y.jpg": b"second", "b/x.jpg": b""}

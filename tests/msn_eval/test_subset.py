@@ -24,14 +24,19 @@ from msn_eval.subset import (
 class NoSource:
     """A source for tests that read no pixels."""
 
+    root = None
+
     def read(self, image_id: str) -> bytes:
         raise AssertionError("nothing should be read")
 
     def decode(self, content: bytes) -> Image.Image:
         raise AssertionError("nothing should be decoded")
 
-    def path(self, image_id: str) -> Path | None:
-        return None
+    def place(self, image_id: str) -> str:
+        return image_id
+
+    def stamp(self, image_id: str) -> tuple[int, ...]:
+        return (0,)
 
 
 def image_set(files: Mapping[str, Iterable[str]]) -> ImageSet:

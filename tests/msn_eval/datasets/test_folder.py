@@ -195,7 +195,7 @@ def test_png_under_a_jpeg_name_decodes(tmp_path: Path) -> None:
 
 def test_id_of_an_image_is_its_path_below_the_split(tmp_path: Path) -> None:
     val = read_folder(str(make_files(tmp_path, both(["a/x.jpg"])))).val
-    assert val.source.path(val.ids[0]) == tmp_path / "val" / "a" / "x.jpg"
+    assert val.source.place(val.ids[0]) == str(tmp_path / "val" / "a" / "x.jpg")
 
 
 @pytest.mark.parametrize("ending", ["", "/", "/."])
@@ -218,4 +218,4 @@ def test_one_split_that_is_missing_is_named(tmp_path: Path) -> None:
 
 def test_source_survives_the_way_to_a_loader_worker(tmp_path: Path) -> None:
     val = read_folder(str(make_files(tmp_path, both(["a/x.jpg"])))).val
-    assert pickle.loads(pickle.dumps(val.source)).path("a/x.jpg") == val.source.path("a/x.jpg")
+    assert pickle.loads(pickle.dumps(val.source)).place("a/x.jpg") == val.source.place("a/x.jpg")
