@@ -59,14 +59,25 @@ def _class_mismatch(where: str, train: Listing, val: Listing) -> DataError:
 
 def _image_set(listing: Listing, classes: tuple[str, ...]) -> ImageSet:
     number = {name: label for label, name in enumerate(classes)}
-    rows = sorted(
-        ((f"{name}/{file}", number[name]) for name, files in listing.files.items() for file in files),
-        key=lambda row: os.fsencode(row[0]),
-    )
+    ids: list[str] = []
+    labels: list[int] = []
+    # Ids of one class share all up to their slash, so the order of a million ids is that of the classes with their slash
+    # and, within a class, that of the files: a thousand small sorts.
+    for name in sorted(listing.files, key=lambda name: os.fsencode(f"{name}/")):
+        files = _byte_order(listing.files[name])
+        ids += [f"{name}/{file}" for file in files]
+        labels += [number[name]] * len(files)
+    if any("/" in name for name in listing.files):  # where they share less: classes `a` and `a/b`
+        order = sorted(range(len(ids)), key=lambda row: os.fsencode(ids[row]))
+        ids, labels = [ids[row] for row in order], [labels[row] for row in order]
     return ImageSet(
-        ids=tuple(image_id for image_id, _ in rows),
-        labels=tuple(label for _, label in rows),
+        ids=tuple(ids),
+        labels=tuple(labels),
         classes=classes,
         source=listing.source,
         passed_over=listing.passed_over,
     )
+
+
+def _byte_order(files: Sequence[str]) -> list[str]:
+    return sorted(files) if "".join(files).isascii() else sorted(files, key=os.fsencode)

@@ -75,4 +75,18 @@ def test_split_that_no_data_set_has_is_a_usage_error(name: str) -> None:
 
 
 def test_data_sets_that_can_be_named_are_described() -> None:
-    assert all(DATASETS[name] for name in ("DIR", "digits"))
+    assert list(DATASETS) == ["DIR", "wds:DIR", "hf:NAME_OR_DIR", "digits"]
+    assert all(word in DATASETS["DIR"] for word in ("ImageNet", "devkit", "synset file", "LOC_val_solution.csv"))
+
+
+def test_missing_folder_is_answered_with_all_that_can_be_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the data folder does not exist") as caught:
+        read_dataset(str(tmp_path / "nowhere"))
+    assert all(form in caught.value.remedy for form in ("train/<class>/*", "ImageNet", "wds:", "hf:", "digits"))
+
+
+def test_archives_of_a_webdataset_are_pointed_at(tmp_path: Path) -> None:
+    (tmp_path / "train-000000.tar").touch()
+    with pytest.raises(DataError, match="has no folder 'train'") as caught:
+        read_dataset(str(tmp_path))
+    assert caught.value.remedy == f"Give wds:{tmp_path} if these are the archives of a WebDataset."
