@@ -22,6 +22,7 @@ from msn_eval.architectures import (
 )
 from msn_eval.errors import CheckpointError, printable
 from msn_eval.images import IMAGENET_MEAN, IMAGENET_STD
+from msn_eval.own_code import own_code_sha256
 from msn_eval.position_embedding import native_pixels
 from msn_eval.stored_checkpoint import StoredCheckpoint, check_stored, choose_stored, read_contents
 from msn_eval.weights.alarms import find_alarms
@@ -61,6 +62,7 @@ class Checkpoint:
     matched:        share of the network's weights that came from the file, in (0, 1]
     image_pixels:   native size: what its authors evaluate at
     mean, std:      a value a channel, on the [0, 1] scale
+    code_sha256:    of the user's own source that the network runs, None where it runs none
     """
 
     name: str
@@ -76,6 +78,7 @@ class Checkpoint:
     image_pixels: int
     mean: Triple
     std: Triple
+    code_sha256: str | None = None
 
     @property
     def params(self) -> int:
@@ -287,6 +290,7 @@ def _own_module(name: str, rest: str) -> Checkpoint:
         image_pixels=image_pixels,
         mean=_triple("mean", getattr(network, "mean", IMAGENET_MEAN), where=name),
         std=_triple("std", getattr(network, "std", IMAGENET_STD), where=name),
+        code_sha256=own_code_sha256(),
     )
 
 

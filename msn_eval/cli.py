@@ -15,7 +15,7 @@ from typing import NoReturn
 from msn_eval import __version__
 from msn_eval.errors import MsnEvalError, UsageError, nearest, printable
 
-_VERBS = ("evaluate", "report", "inspect", "convert", "subsets", "ls", "demo")
+_VERBS = ("evaluate", "report", "inspect", "convert", "subsets", "data", "cache", "ls", "demo")
 _BUG, _PREEMPTED, _INTERRUPTED = 1, 75, 130
 _GO_ON = "Finished results are kept; the same command goes on from them."
 
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = _parser(verb)
         options, extra = parser.parse_known_args(rest)
         overrides = _overrides(extra, parser, takes_overrides=command.TAKES_OVERRIDES)
+        options.words = words
         verbosity = options.verbose
         _log_to_stderr(verbosity, quiet=options.quiet)
         code: int = command.run(options, overrides)
@@ -109,6 +110,7 @@ class _PrintableFormatter(logging.Formatter):
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it twice, and once is enough
     raise _Terminated
 
 

@@ -33,6 +33,7 @@ class Encoder:
     network:    in eval mode, on `device`, in the dtype of `precision`
     taps:       what can be tapped, in the order of TAPS
     final_norm: the norm after the last block, in float32, for the taps that are taken after it
+    compiled:   its parts go through torch.compile
     """
 
     checkpoint: Checkpoint
@@ -42,6 +43,7 @@ class Encoder:
     transform: EvalTransform
     taps: tuple[str, ...]
     final_norm: nn.Module
+    compiled: bool = False
 
     @property
     def arch(self) -> str:
@@ -91,10 +93,16 @@ def load_encoder(
     )
 
 
-def choose_device(name: str) -> torch.device:
-    """Give the device called `auto`, `cpu`, `cuda` or `cuda:N`. Raises UsageError where it is not there."""
+def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
+    """Give the device called `auto`, `cpu`, `cuda` or `cuda:N`. Raises UsageError where it is not there.
+
+    local_rank: number of this rank among those of its machine, None where there is but one; `auto` and `cuda` then mean
+    the GPU of that number
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UsageError(f"--device {name}: not a device", remedy="Use auto, cpu, cuda or cuda:N.")
     device = torch.device(name)
@@ -112,11 +120,17 @@ def default_precision(device: torch.device) -> Precision:
 
 
 def build_encoder(
-    checkpoint: Checkpoint, *, device: torch.device, precision: Precision, image_pixels: int | None = None
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    precision: Precision,
+    image_pixels: int | None = None,
+    compiled: bool = False,
 ) -> Encoder:
     """Put a checkpoint's network on a device, for images of `image_pixels` (its native size where None).
 
     Another size than the native one interpolates the position embeddings, which otherwise never happens.
+    compiled: by torch.compile, part by part, at the first batch; numbers then differ by rounding
     Raises UsageError for a size that the network cannot take.
     """
     network = copy.deepcopy(checkpoint.network)
@@ -124,6 +138,10 @@ def build_encoder(
     if _has_tokens(network) and checkpoint.format != "py" and wanted != stored_pixels(network):
         network = _resized(network, wanted)  # a convolution takes any size, and the user's module knows for itself
     final_norm = copy.deepcopy(_final_norm(network))
+    if _is_convolutional(checkpoint, network):
+        network = network.to(memory_format=torch.channels_last)
+    if compiled:
+        _compile(checkpoint, network)
     return Encoder(
         checkpoint=checkpoint,
         network=network.to(device=device, dtype=_DTYPES[precision]).eval(),
@@ -132,6 +150,7 @@ def build_encoder(
         transform=eval_transform(image_pixels or checkpoint.image_pixels, checkpoint.mean, checkpoint.std),
         taps=_available_taps(checkpoint, network),
         final_norm=final_norm.to(device=device, dtype=torch.float32).eval(),
+        compiled=compiled,
     )
 
 
@@ -159,6 +178,23 @@ def _has_tokens(network: nn.Module) -> bool:
     from timm.models.vision_transformer import VisionTransformer
 
     return isinstance(network, VisionTransformer | Beit)
+
+
+def _is_convolutional(checkpoint: Checkpoint, network: nn.Module) -> bool:
+    """Tell whether channels-last memory suits a network: timm's convolutional ones; a user's own is left as it is."""
+    return checkpoint.format not in ("py", "pixels") and not _has_tokens(network)
+
+
+def _compile(checkpoint: Checkpoint, network: nn.Module) -> None:
+    """Have a network compiled at its first batch, in place, so that weights keep their names: a Transformer block by block,
+    since equal blocks are compiled once."""
+    if checkpoint.format in ("py", "pixels"):
+        network.compile()
+    elif _has_tokens(network):
+        for block in cast(nn.Sequential, network.blocks):
+            block.compile()
+    else:
+        network.forward_features = torch.compile(network.forward_features)  # type: ignore[arg-type, assignment]
 
 
 def _final_norm(network: nn.Module) -> nn.Module:
@@ -249,7 +285,10 @@ def _normalised(pixels: Tensor, encoder: Encoder) -> Tensor:
     mean = torch.tensor(encoder.transform.mean, device=pixels.device)
     std = torch.tensor(encoder.transform.std, device=pixels.device)
     scaled = (pixels.float() / 255 - mean) / std
-    return scaled.permute(0, 3, 1, 2).contiguous().to(_DTYPES[encoder.precision])
+    images = scaled.permute(0, 3, 1, 2)  # which is channels-last as it stands
+    if not _is_convolutional(encoder.checkpoint, encoder.network):
+        images = images.contiguous()
+    return images.to(_DTYPES[encoder.precision])
 
 
 def _whole_image(encoder: Encoder, images: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """The corridor: checkpoint -> encoder -> features -> protocol -> result."""
 
+import contextlib
 import logging
 import os
+import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,16 +13,21 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from msn_eval import __version__
 from msn_eval.atomic_file import prepare_folder
 from msn_eval.checkpoint import Checkpoint, read_checkpoint
+from msn_eval.decoders import decoder_version
+from msn_eval.distributed import ALONE, Group, agree, decided
 from msn_eval.encoder import Encoder, build_encoder, resolve_tap, unchanged
 from msn_eval.environment import describe_environment
 from msn_eval.errors import NumericalError, StoreError
-from msn_eval.features import Features, automatic_batch_size, extract_features
-from msn_eval.images import decoder_version
+from msn_eval.features import Extraction, Features, Loading, automatic_batch_size, extract_features
+from msn_eval.file_hashes import content_sha256
+from msn_eval.images import ImageSet
 from msn_eval.metrics import measure
-from msn_eval.plan import Plan, Task, make_plan
+from msn_eval.plan import Plan, Task, cache_folder, make_plan
 from msn_eval.protocols import Setting, fit
 from msn_eval.ranking import rank_labels
 from msn_eval.request import Request
@@ -45,14 +53,24 @@ Progress = Callable[[str, int, int], None]  # what is being done, images done, i
 
 
 @dataclass(frozen=True)
+class _Cost:
+    """What the features of a checkpoint cost, both splits together."""
+
+    seconds: float
+    batch_size: int
+    images_per_second: float | None = None
+    decode_share: float | None = None
+    encode_share: float | None = None
+
+
+@dataclass(frozen=True)
 class _Measurement:
     """One task about to become a result."""
 
     plan: Plan
     encoder: Encoder
     task: Task
-    batch_size: int
-    extract_seconds: float
+    cost: "_Cost"
 
     def done(self, setting: Setting, predictions: Predictions, dim: int, probe_seconds: float) -> Result:
         status: Status = "not_converged" if setting.converged is False else "ok"
@@ -92,7 +110,7 @@ class _Measurement:
                 images=len(task.subset),
                 sha256=task.split_sha256,
             ),
-            features=_feature_facts(encoder, _tap(encoder, task, plan.request), dim),
+            features=_feature_facts(encoder, _tap(encoder, task, plan.request), dim, plan.request),
             probe=ProbeFacts(
                 name=task.probe.name,
                 version=task.probe.version,
@@ -105,11 +123,14 @@ class _Measurement:
             ),
             metrics=None,
             timing_s=TimingFacts(
-                extract=round(self.extract_seconds, 4),
+                extract=round(self.cost.seconds, 4),
                 probe=round(probe_seconds, 4),
-                total=round(self.extract_seconds + probe_seconds, 4),
+                total=round(self.cost.seconds + probe_seconds, 4),
+                images_per_second=self.cost.images_per_second,
+                decode_share=self.cost.decode_share,
+                encode_share=self.cost.encode_share,
             ),
-            environment=describe_environment(plan.device, batch_size=self.batch_size, seed=plan.request.seed),
+            environment=describe_environment(plan.device, batch_size=self.cost.batch_size, seed=plan.request.seed),
             predictions=None,
         )
 
@@ -145,11 +166,29 @@ def evaluate(
     return list({result.id: result for result in found}.values())
 
 
-def evaluate_checkpoint(plan: Plan, name: str, *, on_progress: Progress | None = None) -> Iterator[Result]:
-    """Evaluate one checkpoint under every task of a plan, yielding each result as soon as it is known and written.
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """A checkpoint ready to be evaluated under a plan.
 
-    Results that the plan's folder already holds are yielded and not computed again; failed ones are tried again.
-    Raises CheckpointError, DataError, ResourceError or StoreError; NumericalError becomes a failed result.
+    taps:    where this encoder is tapped for each tap that a probe names
+    known:   results that the plan's folder already holds
+    pending: what is left to measure
+    """
+
+    encoder: Encoder
+    taps: Mapping[str, str]
+    known: tuple[Result, ...]
+    pending: tuple[Task, ...]
+
+    @property
+    def pending_taps(self) -> tuple[str, ...]:
+        return tuple({self.taps[task.probe.tap]: None for task in self.pending})
+
+
+def prepare(plan: Plan, name: str) -> Preparation:
+    """Read one checkpoint and see what is left to measure; failed results are tried again.
+
+    Raises CheckpointError or StoreError.
     """
     request = plan.request
     checkpoint = read_checkpoint(
@@ -159,94 +198,167 @@ def evaluate_checkpoint(plan: Plan, name: str, *, on_progress: Progress | None =
         allow_missing=tuple(request.allow_missing),
         seed=request.seed,
     )
-    encoder = build_encoder(checkpoint, device=plan.device, precision=plan.precision, image_pixels=request.image_pixels)
-    taps = {task.probe.tap: _tap(encoder, task, request) for task in plan.tasks}
-    out = Path(request.out)
-    prepare_folder(out, option="--out")
-    pending: list[Task] = []
-    for task in plan.tasks:
-        known = _known_result(out, encoder, task, request)
-        if known is None:
-            pending.append(task)
-        else:
-            yield known
+    encoder = build_encoder(
+        checkpoint,
+        device=plan.device,
+        precision=plan.precision,
+        image_pixels=request.image_pixels,
+        compiled=request.compile,
+    )
+    found = [(task, _known_result(Path(request.out), encoder, task, request)) for task in plan.tasks]
+    return Preparation(
+        encoder=encoder,
+        taps={task.probe.tap: _tap(encoder, task, request) for task in plan.tasks},
+        known=tuple(result for _, result in found if result is not None),
+        pending=tuple(task for task, result in found if result is None),
+    )
+
+
+def evaluate_checkpoint(
+    plan: Plan,
+    name: str,
+    *,
+    prepared: Preparation | None = None,
+    group: Group = ALONE,
+    on_progress: Progress | None = None,
+) -> Iterator[Result]:
+    """Evaluate one checkpoint under every task of a plan, yielding each result as soon as it is known and written.
+
+    prepared: what `prepare` gave for it, where that was asked before
+    group:    ranks that share the extraction; the first alone fits, writes and yields
+    Results that the plan's folder already holds are yielded and not computed again; failed ones are tried again.
+    Raises CheckpointError, DataError, ResourceError, StoreError or DistributedError; NumericalError becomes a failed result.
+    """
+    ready = prepared or prepare(plan, name)
+    encoder, out = ready.encoder, Path(plan.request.out)
+    agree(group, encoder.checkpoint.name, _shared_facts(plan, encoder))
+    if group.rank == 0:
+        prepare_folder(out, option="--out")
+        yield from ready.known
+    # The first rank's look into the result folder is everyone's: it may write there while others still read.
+    places = [str(place) for place, task in enumerate(plan.tasks) if task in ready.pending]
+    pending = [plan.tasks[int(place)] for place in decided(group, "pending", lambda: " ".join(places)).split()]
     if not pending:
-        _log.info("%s: all %d results are in %s, nothing computed", checkpoint.name, len(plan.tasks), out)
+        _log.info("%s: all %d results are in %s, nothing computed", encoder.checkpoint.name, len(plan.tasks), out)
         return
-    for result, predictions in _measure(plan, encoder, taps, pending, on_progress):
-        write_result(out, result, predictions)
-        yield result
+    for result, predictions in _measure(plan, replace(ready, pending=tuple(pending)), group, on_progress):
+        if group.rank == 0:
+            write_result(out, result, predictions)
+            yield result
 
 
-def _measure(
-    plan: Plan, encoder: Encoder, taps: Mapping[str, str], pending: Sequence[Task], on_progress: Progress | None
-) -> Iterator[_Outcome]:
+def _shared_facts(plan: Plan, encoder: Encoder) -> dict[str, str]:
+    """Give what all ranks must have in common for their features to belong together."""
+    checkpoint = encoder.checkpoint
+    return {
+        "package": __version__,
+        "torch": torch.__version__,
+        "weights": checkpoint.weights_sha256,
+        "architecture": encoder.arch,
+        "precision": encoder.precision,
+        "device": encoder.device.type,
+        "validation images": plan.val_sha256,
+        "labelled images": content_sha256(tuple(plan.train_hashes), plan.train_hashes),
+        "tasks": " ".join(f"{task.protocol_id}@{task.subset.draw}" for task in plan.tasks),
+    }
+
+
+def _measure(plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None) -> Iterator[_Outcome]:
     """Extract the features that the pending tasks need, each image once, and fit and score probe by probe."""
-    batch_size = plan.request.batch_images or automatic_batch_size(encoder)
+    encoder = ready.encoder
     started = time.perf_counter()
-
-    def measurement(task: Task) -> _Measurement:
-        return _Measurement(plan, encoder, task, batch_size, extract_seconds)
-
     try:
         with unchanged(encoder):
-            pool, test = _both_splits(plan, encoder, taps, pending, batch_size, on_progress)
+            pool, test = _both_splits(plan, ready, group, on_progress)
     except NumericalError as error:
-        extract_seconds = time.perf_counter() - started
-        yield from ((measurement(task).failed(error), None) for task in pending)
+        cost = _Cost(time.perf_counter() - started, plan.request.batch_images or automatic_batch_size(encoder))
+        yield from ((_Measurement(plan, encoder, task, cost).failed(error), None) for task in ready.pending)
         return
-    extract_seconds = time.perf_counter() - started
-    images_read = len(next(iter(pool.values())).labels) + len(plan.val)
-    _log.info("%s: features of %d images in %.1f s", encoder.checkpoint.name, images_read, extract_seconds)
-    for _, tasks in groupby(pending, key=lambda task: (id(task.subset), task.probe)):
-        measurements = [measurement(task) for task in tasks]
-        tap = taps[measurements[0].task.probe.tap]
-        yield from _probe(measurements, pool[tap], test[tap])
+    if group.rank != 0:
+        return
+    cost = _cost(pool, test, time.perf_counter() - started)
+    _log.info(
+        "%s: features of %d images in %.1f s, %d of them from the cache",
+        encoder.checkpoint.name, pool.read + test.read + pool.reused + test.reused, cost.seconds, pool.reused + test.reused,
+    )  # fmt: skip
+    for _, tasks in groupby(ready.pending, key=lambda task: (id(task.subset), task.probe)):
+        measurements = [_Measurement(plan, encoder, task, cost) for task in tasks]
+        tap = ready.taps[measurements[0].task.probe.tap]
+        yield from _probe(measurements, pool.features[tap], test.features[tap])
+
+
+def _cost(pool: Extraction, test: Extraction, seconds: float) -> _Cost:
+    batch_size = min(pool.batch_size, test.batch_size)
+    if not pool.read + test.read:
+        return _Cost(seconds, batch_size)
+    return _Cost(
+        seconds,
+        batch_size,
+        images_per_second=round((pool.read + test.read) / (pool.seconds + test.seconds), 2),
+        decode_share=round((pool.decode_seconds + test.decode_seconds) / (pool.seconds + test.seconds), 4),
+        encode_share=round((pool.encode_seconds + test.encode_seconds) / (pool.seconds + test.seconds), 4),
+    )
 
 
 def _both_splits(
-    plan: Plan,
-    encoder: Encoder,
-    taps: Mapping[str, str],
-    pending: Sequence[Task],
-    batch_size: int,
-    on_progress: Progress | None,
-) -> tuple[dict[str, Features], dict[str, Features]]:
-    """Give the features of the labelled images, the union of all draws, and of the validation images, by tap."""
-    subsets = list({id(task.subset): task.subset for task in pending}.values())
-    pool, test = (
-        extract_features(
-            encoder,
-            images,
-            taps=tuple({taps[task.probe.tap]: None for task in pending}),
-            hashes=hashes,
-            batch_size=batch_size,
-            workers=plan.request.worker_count,
-            on_progress=_images_done(on_progress, f"{encoder.checkpoint.name}: {part}", len(images)),
+    plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None
+) -> tuple[Extraction, Extraction]:
+    """Give the features of the labelled images, the union of all draws, and of the validation images."""
+    request = plan.request
+    with _shared_cache(plan, group) as cache:
+        pool, test = (
+            extract_features(
+                ready.encoder,
+                images,
+                taps=ready.pending_taps,
+                hashes=hashes,
+                loading=loading_of(request),
+                cache=cache,
+                group=group,
+                on_progress=_named(on_progress, f"{ready.encoder.checkpoint.name}: {part}"),
+            )
+            for part, images, hashes in (
+                ("labelled images", pending_pool(plan, ready), plan.train_hashes),
+                ("validation images", plan.val, plan.val_hashes),
+            )
         )
-        for part, images, hashes in (
-            ("labelled images", union_of(subsets, plan.train), plan.train_hashes),
-            ("validation images", plan.val, plan.val_hashes),
-        )
-    )
     return pool, test
+
+
+def pending_pool(plan: Plan, ready: Preparation) -> ImageSet:
+    """Give the labelled images that the pending tasks need, the union of their draws."""
+    return union_of(list({id(task.subset): task.subset for task in ready.pending}.values()), plan.train)
+
+
+def loading_of(request: Request) -> Loading:
+    """Give how a request wants images to come to the encoder."""
+    return Loading(decoder=request.decoder, batch_size=request.batch_images, workers=request.worker_count)
+
+
+@contextlib.contextmanager
+def _shared_cache(plan: Plan, group: Group) -> Iterator[Path | None]:
+    """Give the cache folder; with --no-cache none, or, where ranks must hand rows to each other, one for this while."""
+    if not plan.request.no_cache:
+        yield cache_folder(plan.request)
+    elif group.world == 1:
+        yield None
+    else:
+        folder = Path(plan.request.out) / decided(group, "folder", lambda: f".features.{secrets.token_hex(8)}")
+        try:
+            yield folder
+        finally:
+            if group.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _named(on_progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    if on_progress is None:
+        return None
+    return lambda done, total: on_progress(what, done, total)
 
 
 def _tap(encoder: Encoder, task: Task, request: Request) -> str:
     return resolve_tap(encoder, request.tap or task.probe.tap, by_hand=request.tap is not None)
-
-
-def _images_done(on_progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
-    if on_progress is None:
-        return None
-    done = 0
-
-    def add(images: int) -> None:
-        nonlocal done
-        done += images
-        on_progress(what, done, total)
-
-    return add
 
 
 def _probe(measurements: Sequence[_Measurement], pool: Features, test: Features) -> Iterator[_Outcome]:
@@ -303,7 +415,7 @@ def _known_result(out: Path, encoder: Encoder, task: Task, request: Request) -> 
             where=str(path),
             remedy="The training images changed since: use another --out folder, or restore them.",
         )
-    facts = _feature_facts(encoder, _tap(encoder, task, request), known.features.dim)
+    facts = _feature_facts(encoder, _tap(encoder, task, request), known.features.dim, request)
     # The versions of a decoder and bf16 against fp16 may differ between comparable results.
     same = replace(known.features, decoder=facts.decoder, precision=facts.precision)
     if same != facts or known.checkpoint.arch != encoder.arch:
@@ -320,13 +432,13 @@ def _known_result(out: Path, encoder: Encoder, task: Task, request: Request) -> 
     return known
 
 
-def _feature_facts(encoder: Encoder, tap: str, dim: int | None) -> FeatureFacts:
+def _feature_facts(encoder: Encoder, tap: str, dim: int | None, request: Request) -> FeatureFacts:
     transform = encoder.transform
     return FeatureFacts(
         tap=tap,
         dim=dim,
         precision=encoder.precision,
-        decoder=decoder_version("pillow"),
+        decoder=decoder_version(request.decoder),
         transform=TransformFacts(**vars(transform)),
     )
 

@@ -1,31 +1,36 @@
 """Features: what an encoder says about a list of images, and how it is asked."""
 
-import hashlib
+import base64
+import json
 import logging
-import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import cast
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from msn_eval.decoders import Pixels, decode_on_device, decoder_version
+from msn_eval.distributed import ALONE, Group, decided, gathered, share
 from msn_eval.encoder import Encoder, encode, resolve_tap, unchanged
-from msn_eval.errors import NumericalError, ResourceError
-from msn_eval.file_hashes import unreadable
-from msn_eval.images import BadImageError, EvalTransform, ImageSet, resize_and_crop
+from msn_eval.errors import NumericalError, ResourceError, StoreError
+from msn_eval.feature_cache import Bank, FeatureKey, find_bank, listed_contents, open_bank, read_rows, write_shard
+from msn_eval.file_hashes import hash_images, unreadable
+from msn_eval.host_memory import available_bytes
+from msn_eval.images import ImageSet
+from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
 
 _log = logging.getLogger(__name__)
+EXTRACTOR = 1  # raised whenever the same weights and images would give other features
 _CPU_BATCH = 16  # larger batches measured slower on CPUs at 224 pixels
 _CUDA_BATCH = 256
-_MOST_WORKERS = 16
-_FEW_IMAGES = 512  # below, starting workers costs more than they save
-_WORKER_TIMEOUT_SECONDS = 300.0
+_CPU_SHARD_ROWS, _CUDA_SHARD_ROWS = 256, 2048  # what a kill can cost: about a minute, and about a second
 _SHOWN = 5
+Progress = Callable[[int, int], None]  # images done, images in all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,39 @@ class Features:
         return replace(self, values=self.values[rows], labels=self.labels[rows], image_ids=tuple(image_ids))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How images come to the encoder. None chooses for the device and the image size.
+
+    decoder: changes numbers; the others speed alone
+    """
+
+    decoder: str = "pillow"
+    batch_size: int | None = None
+    workers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """Features by tap, and what they cost.
+
+    features:       of this rank; empty on all ranks but the first
+    read, reused:   images that were encoded now, by all ranks together, and images whose features were there
+    seconds:        from the first look into the cache to the last row
+    decode_seconds: of this rank, in which the encoder waited for pixels
+    encode_seconds: of this rank, in the encoder
+    batch_size:     the last one used; memory may have asked for a smaller one
+    """
+
+    features: Mapping[str, Features]
+    read: int
+    reused: int
+    seconds: float
+    decode_seconds: float
+    encode_seconds: float
+    batch_size: int
+
+
 def extract(
     encoder: Encoder,
     data: str,
@@ -62,19 +100,25 @@ def extract(
     tap: str | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
+    cache: str | Path | None = None,
 ) -> Features:
     """Extract the features of one split of a data set.
 
-    data:  `digits` or the path of an image folder; only this split need be there
+    data:  `digits`, the path of an image folder, or any other data set; only this split need be there
     tap:   the encoder's first where None
+    cache: a folder that features are kept in and taken from
     Raises DataError listing every image that cannot be used, UsageError for a tap that the encoder has not.
     """
     from msn_eval.datasets import read_split
 
     chosen = resolve_tap(encoder, tap or encoder.taps[0], by_hand=True)
-    images = read_split(data, split)
+    memory = Path(cache) if cache is not None else None
+    images = read_split(data, split, memory=memory)
+    loading = Loading(batch_size=batch_size, workers=workers)
+    hashes = hash_images(images, memory=memory) if memory is not None else None
     with unchanged(encoder):
-        return extract_features(encoder, images, taps=[chosen], batch_size=batch_size, workers=workers)[chosen]
+        found = extract_features(encoder, images, taps=[chosen], hashes=hashes, loading=loading, cache=memory)
+    return found.features[chosen]
 
 
 def extract_features(
@@ -83,44 +127,39 @@ def extract_features(
     *,
     taps: Sequence[str],
     hashes: Mapping[str, str] | None = None,
-    batch_size: int | None = None,
-    workers: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
-) -> dict[str, Features]:
-    """Extract the features of `images` at every tap in one pass.
+    loading: Loading = Loading(),
+    cache: Path | None = None,
+    group: Group = ALONE,
+    on_progress: Progress | None = None,
+) -> Extraction:
+    """Extract the features of `images` at every tap, each image in one pass, those in the cache in none.
 
-    hashes: SHA-256 of each image's bytes; an image that no longer has its hash is refused
-    batch_size, workers: chosen for the device and the image size where None
-    on_progress: told the number of images of every batch done
+    hashes: SHA-256 of each image's bytes; an image that no longer has its hash is refused. A cache needs them
+    cache:  a folder that rows are kept in as they are made, shared by all ranks of the group
     Raises DataError listing every unusable image, NumericalError for features that are not finite, ResourceError
-    where a loader worker dies.
+    where memory or a loader worker gives out, StoreError where the cache cannot be written.
     """
-    batch_size = batch_size or automatic_batch_size(encoder)
-    workers = automatic_workers(encoder, images) if workers is None else workers
-    loader = _loader(images, encoder, hashes, batch_size=batch_size, workers=workers)
-    values: dict[str, Tensor] = {}
-    failures: list[str] = []
-    row = 0
-    for pixels, reasons in _batches(loader):
-        failures += reasons
-        if not failures:  # once an image is bad there will be no result, and the pass only completes the list
-            features = encode(encoder, pixels, taps)
-            for tap in taps:
-                batch = features[tap].cpu()
-                if tap not in values:
-                    values[tap] = torch.empty(len(images), batch.shape[1])
-                values[tap][row : row + len(batch)] = batch
-            _check_finite(values, images.ids, row, row + len(pixels), encoder)
-        row += len(pixels)
-        if on_progress is not None:
-            on_progress(len(pixels))
-    if failures:
-        raise unreadable(failures)
+    started = time.perf_counter()
+    work = _Work(encoder=encoder, images=images, taps=tuple(taps), hashes=hashes, loading=loading)
+    if cache is None:
+        values = _in_memory(work, on_progress)
+        read = len(images)
+    else:
+        values, read = _through_cache(work, cache, group, on_progress)
     labels = torch.tensor(images.labels, dtype=torch.int64)
-    return {
-        tap: Features(values=values[tap], labels=labels, image_ids=images.ids, n_classes=len(images.classes), tap=tap)
-        for tap in taps
+    features = {
+        tap: Features(values=rows, labels=labels, image_ids=images.ids, n_classes=len(images.classes), tap=tap)
+        for tap, rows in values.items()
     }
+    return Extraction(
+        features=features,
+        read=read,
+        reused=len(images) - read,
+        seconds=time.perf_counter() - started,
+        decode_seconds=work.clock.waiting,
+        encode_seconds=work.clock.encoding,
+        batch_size=work.clock.batch_size,
+    )
 
 
 def automatic_batch_size(encoder: Encoder) -> int:
@@ -129,75 +168,316 @@ def automatic_batch_size(encoder: Encoder) -> int:
     return int(min(16 * base, max(base, base * (224 / encoder.transform.crop) ** 2)))
 
 
-def automatic_workers(encoder: Encoder, images: ImageSet) -> int:
-    """Give the number of decoding processes: none for few or embedded images, one a core beside a GPU."""
-    if len(images) < _FEW_IMAGES or images.source.root is None:
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(_MOST_WORKERS, cores) if encoder.device.type == "cuda" else max(1, cores // 2)
+def feature_key(encoder: Encoder, tap: str, *, decoder: str, embedded: bool) -> FeatureKey:
+    """Give the address of an encoder's features at one tap.
 
-
-@dataclass(frozen=True)
-class _Pixels(Dataset[tuple[NDArray[np.uint8], str]]):
-    """The images as a loader wants them: pixels, or zeros and the reason why there are none."""
-
-    images: ImageSet
-    transform: EvalTransform
-    hashes: Mapping[str, str] | None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> tuple[NDArray[np.uint8], str]:
-        image_id = self.images.ids[row]
-        source = self.images.source
-        try:
-            content = source.read(image_id)
-            if self.hashes is not None and hashlib.sha256(content).hexdigest() != self.hashes[image_id]:
-                raise BadImageError("it changed since it was hashed; start again when nothing writes to the data set")
-            return resize_and_crop(source.decode(content), self.transform), ""
-        except (BadImageError, OSError) as error:
-            side = self.transform.crop
-            return np.zeros((side, side, 3), dtype=np.uint8), f"{source.place(image_id)}: {error}"
-
-
-def _collate(rows: Sequence[tuple[NDArray[np.uint8], str]]) -> tuple[Tensor, list[str]]:
-    pixels = torch.from_numpy(np.stack([pixels for pixels, _ in rows]))
-    return pixels, [reason for _, reason in rows if reason]
-
-
-def _loader(
-    images: ImageSet, encoder: Encoder, hashes: Mapping[str, str] | None, *, batch_size: int, workers: int
-) -> "DataLoader[tuple[NDArray[np.uint8], str]]":
-    return DataLoader(
-        _Pixels(images, encoder.transform, hashes),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=encoder.device.type == "cuda",
-        timeout=_WORKER_TIMEOUT_SECONDS if workers else 0,
+    embedded: the images are no files, and only resized
+    """
+    checkpoint = encoder.checkpoint
+    return FeatureKey(
+        weights=checkpoint.weights_sha256,
+        arch=encoder.arch,
+        network=checkpoint.key,
+        code=checkpoint.code_sha256,
+        tap=tap,
+        transform=vars(encoder.transform),
+        decoder=f"{'embedded' if embedded else decoder_version(decoder)}, {decoder_version('pillow')}",
+        precision=encoder.precision,
+        device=encoder.device.type,
+        compiled=encoder.compiled,
+        torch=torch.__version__,
+        timm=version("timm"),
+        extractor=EXTRACTOR,
     )
 
 
-def _batches(loader: "DataLoader[tuple[NDArray[np.uint8], str]]") -> Iterator[tuple[Tensor, list[str]]]:
+def missing_images(
+    encoder: Encoder, images: ImageSet, *, taps: Sequence[str], hashes: Mapping[str, str], decoder: str, cache: Path
+) -> list[str]:
+    """Give the images that would have to be encoded, by what the cache's manifests list."""
+    contents = {hashes[image_id] for image_id in images.ids}
+    known = set(contents)
+    for tap in taps:
+        bank = find_bank(cache, feature_key(encoder, tap, decoder=decoder, embedded=images.source.root is None))
+        known &= listed_contents(bank, contents)
+    return [image_id for image_id in images.ids if hashes[image_id] not in known]
+
+
+@dataclass
+class _Clock:
+    """Where the time of a pass goes, and the batch size that memory allows."""
+
+    batch_size: int
+    waiting: float = 0.0
+    encoding: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """One call of extract_features."""
+
+    encoder: Encoder
+    images: ImageSet
+    taps: tuple[str, ...]
+    hashes: Mapping[str, str] | None
+    loading: Loading
+
+    @cached_property
+    def clock(self) -> _Clock:
+        return _Clock(self.batch_size)
+
+    @property
+    def batch_size(self) -> int:
+        return self.loading.batch_size or automatic_batch_size(self.encoder)
+
+    @property
+    def shard_rows(self) -> int:
+        """Give the rows of a shard: whole batches, so that a resumed pass makes the batches that a whole one makes."""
+        rows = _CUDA_SHARD_ROWS if self.encoder.device.type == "cuda" else _CPU_SHARD_ROWS
+        return -(-rows // self.batch_size) * self.batch_size
+
+    def contents(self, rows: Sequence[int]) -> list[str]:
+        assert self.hashes is not None
+        return [self.hashes[self.images.ids[row]] for row in rows]
+
+
+def _in_memory(work: _Work, on_progress: Progress | None) -> dict[str, Tensor]:
+    values: dict[str, Tensor] = {}
+    failures: list[str] = []
+    done = 0
+    for batch in _encoded(work, range(len(work.images)), failures, on_progress):
+        for tap, rows in batch.items():
+            if tap not in values:
+                values[tap] = torch.empty(len(work.images), rows.shape[1])
+            values[tap][done : done + len(rows)] = rows
+        done += len(next(iter(batch.values())))
+    if failures:
+        raise unreadable(failures)
+    assert done == len(work.images)
+    return values
+
+
+def _through_cache(
+    work: _Work, cache: Path, group: Group, on_progress: Progress | None
+) -> tuple[dict[str, Tensor], int]:
+    """Encode what the cache lacks, every rank its share of it, and read everything back on the first rank.
+
+    returns: values by tap, empty on the other ranks; and how many images were encoded by all
+    """
+    embedded = work.images.source.root is None
+    keys = {tap: feature_key(work.encoder, tap, decoder=work.loading.decoder, embedded=embedded) for tap in work.taps}
+    banks = {tap: open_bank(cache, key, checkpoint=work.encoder.checkpoint.name) for tap, key in keys.items()}
+    contents = work.contents(range(len(work.images)))
+    stored: dict[str, tuple[Tensor | None, list[bool]]] = {}
+
+    def look() -> str:
+        for tap, bank in banks.items():
+            stored[tap] = read_rows(bank, contents)
+        return _packed([not found for found in np.all([found for _, found in stored.values()], axis=0)])
+
+    # The first rank's word on what is missing is everyone's: shards that others write meanwhile would shift the shares.
+    step = f"{work.encoder.checkpoint.name} {' '.join(banks)}"
+    lacking = _unpacked(decided(group, f"missing {step}", look), len(contents))
+    first_row = {content: row for row, content in reversed(list(enumerate(contents))) if lacking[row]}
+    todo = sorted(first_row.values())  # each content once
+    failures: list[str] = []
+    not_finite = None
+    mine = [todo[place] for place in share(len(todo), group, block=work.batch_size)]
     try:
-        yield from cast("DataLoader[tuple[Tensor, list[str]]]", loader)
-    except (RuntimeError, ConnectionError) as error:
-        if loader.num_workers == 0:
-            raise
-        raise ResourceError(
-            f"a loader worker died or hung: {str(error).partition(chr(10))[0]}",
-            remedy="Host memory or /dev/shm may be short: try --workers 0, or a smaller --batch-size.",
-        ) from error
+        _fill(work, banks, stored, mine, failures, on_progress)
+    except NumericalError as error:
+        not_finite = (error.what, error.remedy)
+    # A fault of some images is everyone's, told once and whole.
+    told = [json.loads(text) for text in gathered(group, f"filled {step}", json.dumps([failures, not_finite]))]
+    if any(reasons for reasons, _ in told):
+        raise unreadable([reason for reasons, _ in told for reason in reasons])
+    for _, fault in told:
+        if fault is not None:
+            raise NumericalError(fault[0], remedy=fault[1])
+    if group.rank != 0:
+        return {}, len(todo)
+    return {tap: _completed(bank, contents, stored[tap]) for tap, bank in banks.items()}, len(todo)
 
 
-def _check_finite(
-    values: Mapping[str, Tensor], image_ids: Sequence[str], first: int, last: int, encoder: Encoder
+def _fill(
+    work: _Work,
+    banks: Mapping[str, Bank],
+    stored: Mapping[str, tuple[Tensor | None, list[bool]]],
+    todo: Sequence[int],
+    failures: list[str],
+    on_progress: Progress | None,
 ) -> None:
+    """Encode the images at some rows and keep the features, a shard at a time."""
+    kept = 0
+    waiting: list[dict[str, Tensor]] = []
+
+    def keep() -> None:
+        nonlocal kept
+        rows = todo[kept : kept + sum(len(batch[work.taps[0]]) for batch in waiting)]
+        for tap, bank in banks.items():
+            # Another tap may be why an image is encoded again.
+            new = [place for place, row in enumerate(rows) if tap not in stored or not stored[tap][1][row]]
+            if new:
+                values = torch.cat([batch[tap] for batch in waiting])[new]
+                fresh = [rows[place] for place in new]
+                write_shard(bank, work.contents(fresh), [work.images.ids[row] for row in fresh], values)
+        kept += len(rows)
+        waiting.clear()
+
+    for batch in _encoded(work, todo, failures, on_progress):
+        waiting.append(batch)
+        if sum(len(one[work.taps[0]]) for one in waiting) >= work.shard_rows:
+            keep()
+    if waiting:
+        keep()
+
+
+def _completed(bank: Bank, contents: Sequence[str], stored: tuple[Tensor | None, list[bool]]) -> Tensor:
+    """Read the rows that were missing before; every row is there now, or it is an error."""
+    values, found = stored
+    missing = [row for row, there in enumerate(found) if not there]
+    if missing:
+        fresh, there_now = read_rows(bank, [contents[row] for row in missing])
+        if fresh is None or not all(there_now):
+            raise StoreError(
+                f"{there_now.count(False)} of {len(missing)} rows are not there that were written a moment ago",
+                where=str(bank.folder),
+                remedy="Ranks on several hosts need a --cache folder that all of them see; and nobody may prune it now.",
+            )
+        if values is None:
+            values = torch.empty(len(contents), fresh.shape[1])
+        values[torch.tensor(missing)] = fresh
+    assert values is not None
+    return values
+
+
+def _packed(flags: Sequence[bool]) -> str:
+    return base64.b64encode(np.packbits(np.array(flags, dtype=bool)).tobytes()).decode()
+
+
+def _unpacked(text: str, count: int) -> list[bool]:
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=count)
+    return [bool(bit) for bit in bits]
+
+
+def _encoded(
+    work: _Work, rows: Sequence[int], failures: list[str], on_progress: Progress | None
+) -> Iterator[dict[str, Tensor]]:
+    """Give the features of the images at some rows, a batch at a time: float32 on the CPU, by tap.
+
+    failures: gets the reason of every image that cannot be used. From the first on nothing more is encoded: there will be no
+    result, and the pass only completes the list.
+    """
+    encoder, clock = work.encoder, work.clock
+    cuda = encoder.device.type == "cuda"
+    pixels_of = PixelList(
+        source=work.images.source,
+        image_ids=[work.images.ids[row] for row in rows],
+        transform=encoder.transform,
+        hashes=work.hashes,
+        decoder=work.loading.decoder,
+    )
+    workers = work.loading.workers
+    if workers is None:
+        workers = automatic_workers(pixels_of, batch_size=work.batch_size, cuda=cuda)
+    batches = load_pixels(pixels_of, batch_size=work.batch_size, workers=workers, pinned=cuda)
+    done = 0
+    under_way: tuple[int, dict[str, Tensor]] | None = None  # on the device, while the next batch is decoded
+    while True:
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        arrived = time.perf_counter()
+        clock.waiting += arrived - asked
+        ready = under_way
+        under_way = None
+        if batch is not None:
+            place = work.images.source.place
+            failures += [f"{place(image_id)}: {reason}" for image_id, reason in batch.failures]
+            if not failures:
+                features, refused = _encode_within_memory(work, batch.pixels)
+                failures += [f"{place(pixels_of.image_ids[done + row])}: {reason}" for row, reason in refused]
+                under_way = (done, features)
+            done += len(batch.pixels)
+            if on_progress is not None:
+                on_progress(done, len(rows))
+        if ready is not None:
+            first, on_device = ready
+            given = {tap: values.cpu() for tap, values in on_device.items()}
+            if first == 0:
+                _check_memory(work, given)
+            _check_finite(given, pixels_of.image_ids[first:], encoder)
+            clock.encoding += time.perf_counter() - arrived
+            yield given
+        else:
+            clock.encoding += time.perf_counter() - arrived
+        if batch is None:
+            return
+
+
+def _encode_within_memory(
+    work: _Work, pixels: Tensor | Sequence[bytes | Pixels]
+) -> tuple[dict[str, Tensor], list[tuple[int, str]]]:
+    """Encode a batch, in halves and their halves where memory runs out.
+
+    returns: features by tap, on the device; and rows that the device's decoder refused, with the reasons
+    """
+    clock = work.clock
+    while True:
+        shortage = None
+        try:
+            parts, refused = [], []
+            for first in range(0, len(pixels), clock.batch_size):
+                part = pixels[first : first + clock.batch_size]
+                if not isinstance(part, Tensor):
+                    part, reasons = decode_on_device(part, work.encoder.transform, work.encoder.device)
+                    refused += [(first + row, reason) for row, reason in reasons.items()]
+                parts.append(encode(work.encoder, part, work.taps))
+            return {tap: torch.cat([part[tap] for part in parts]) for tap in work.taps}, refused
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if work.encoder.compiled and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise ResourceError(
+                    f"torch.compile failed: {str(error).strip().partition(chr(10))[0]}",
+                    remedy="It needs a C++ compiler, or Triton on a GPU; or leave out --compile.",
+                ) from error
+            if not _is_shortage(error):
+                raise
+            shortage = str(error).partition("\n")[0]
+        # Outside of the except block: there the failed attempt's frames, and their tensors with them, would live on.
+        if clock.batch_size == 1:
+            raise ResourceError(
+                f"{work.encoder.checkpoint.name}: memory of {work.encoder.device} is too small for one image: {shortage}",
+                remedy="Use another --device, or --precision bf16.",
+                kept="Features that were finished are kept; the same command goes on from there.",
+            )
+        clock.batch_size = max(1, clock.batch_size // 2)
+        _log.warning(
+            "%s: out of memory on %s; going on with %d images a batch",
+            work.encoder.checkpoint.name, work.encoder.device, clock.batch_size,
+        )  # fmt: skip
+        if work.encoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _check_memory(work: _Work, batch: Mapping[str, Tensor]) -> None:
+    """Refuse what would end with a process killed by the system, hours later."""
+    needed = sum(4 * rows.shape[1] for rows in batch.values()) * len(work.images)
+    there = available_bytes()
+    if there is not None and needed > there:
+        raise ResourceError(
+            f"the features of {len(work.images):,} images need {needed:,} bytes of memory, {there:,} are available",
+            remedy="Ask for fewer probes or a smaller --subset at a time, or use a machine or a job with more memory.",
+        )
+
+
+def _is_shortage(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _check_finite(values: Mapping[str, Tensor], image_ids: Sequence[str], encoder: Encoder) -> None:
     for tap, rows in values.items():
-        bad = (~rows[first:last].isfinite().all(dim=1)).nonzero().flatten().tolist()
+        bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if bad:
-            names = ", ".join(image_ids[first + row] for row in bad[:_SHOWN])
+            names = ", ".join(image_ids[row] for row in bad[:_SHOWN])
             raise NumericalError(
                 f"{encoder.checkpoint.name}: features at tap {tap} are not finite for {len(bad)} images, first {names}",
                 remedy="Retry with --precision fp32." if encoder.precision != "fp32" else "The weights overflow here.",

@@ -5,6 +5,7 @@ The memory is a shortcut and never the last word: whoever reads an image for its
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -12,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from msn_eval.atomic_file import write_atomically
-from msn_eval.errors import DataError
+from msn_eval.errors import DataError, StoreError
 from msn_eval.images import ImageSet, Stamp
 
+_log = logging.getLogger(__name__)
 _THREADS = 8
 _HASH = re.compile("[0-9a-f]{64}")
 
@@ -46,7 +48,10 @@ def hash_images(images: ImageSet, *, memory: Path | None) -> dict[str, str]:
         raise unreadable(failures)
     fresh = {image_id: (stamp, digest) for image_id, (digest, stamp) in found.items() if stamp is not None}
     if memory_file is not None and any(known.get(image_id) != entry for image_id, entry in fresh.items()):
-        write_atomically(memory_file, json.dumps(known | fresh).encode())
+        try:
+            write_atomically(memory_file, json.dumps(known | fresh).encode())
+        except StoreError as error:  # it would only have saved time
+            _log.warning("hashes of image files are not remembered: %s", error)
     return {image_id: digest for image_id, (digest, _) in found.items()}
 
 
@@ -72,7 +77,11 @@ def _memory_file(images: ImageSet, memory: Path | None) -> Path | None:
     if memory is None or root is None:
         return None
     folder = memory / "hashes"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _log.warning("hashes of image files are not remembered: %s", error)
+        return None
     return folder / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
 
 

@@ -5,19 +5,22 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import cast, get_args
 
 import torch
 
+from msn_eval.atomic_file import prepare_folder
 from msn_eval.checkpoint import check_checkpoint_names
 from msn_eval.datasets import DATASETS, read_dataset
 from msn_eval.datasets.dataset import class_map_sha256
+from msn_eval.decoders import check_decoder
 from msn_eval.encoder import Precision, choose_device, default_precision, precision_class
 from msn_eval.errors import DataError, NumericalError, UsageError
 from msn_eval.file_hashes import content_sha256, hash_images
-from msn_eval.images import DECODERS, BadImageError, ImageSet
+from msn_eval.images import DECODERS, ImageSet, eval_transform
+from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
 from msn_eval.protocols import Probe, settings
 from msn_eval.protocols.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, NearestNeighbours
 from msn_eval.protocols.logistic import Logistic, Solver, default_lambda
@@ -30,6 +33,7 @@ from msn_eval.subset import Subset, check_subset_names, make_subsets, readable_s
 _log = logging.getLogger(__name__)
 DATA_VARIABLE = "MSN_EVAL_DATA"
 _SHOWN = 10
+_SMALL_PIXELS, _CHECKED_AT_ONCE = 8, 64
 _TRANSFORM_RULE = "resize-256/224-bilinear-centre-crop"
 
 
@@ -86,8 +90,10 @@ class Plan:
         return (*(f"val/{image_id}" for image_id in self.skipped_val), *(f"train/{one}" for one in subset.skipped))
 
 
-def make_plan(request: Request) -> Plan:
+def make_plan(request: Request, *, local_rank: int | None = None) -> Plan:
     """Read the data set, draw the subsets, hash the images, and list the measurements.
+
+    local_rank: number of this rank among those of its machine, None where it is alone
 
     Raises UsageError, CheckpointError, DataError or NumericalError for whatever can be known before a network runs.
     """
@@ -95,25 +101,29 @@ def make_plan(request: Request) -> Plan:
         raise UsageError("no checkpoint given", remedy="Name one or several: --checkpoint FILE; or try msn-eval demo.")
     check_checkpoint_names(tuple(request.checkpoint))
     check_subset_names(request.subset)
-    device = choose_device(request.device)
+    device = choose_device(request.device, local_rank=local_rank)
+    check_decoder(request.decoder, device)
     precision = (
         cast(Precision, request.precision) if request.precision in get_args(Precision) else default_precision(device)
     )
-    data = read_dataset(_data_name(request), allow_class_mismatch=request.allow_class_mismatch)
+    memory = None if request.no_cache else cache_folder(request)
+    if memory is not None:
+        prepare_folder(memory, option="--cache")
+    data = read_dataset(_data_name(request), allow_class_mismatch=request.allow_class_mismatch, memory=memory)
     for split, images in (("train", data.train), ("val", data.val)):
         if images.passed_over:
             _log.info("%s: %d files passed over that are no images by their names", split, images.passed_over)
     val = data.val.first_of_each_class(request.limit) if request.limit else data.val
     skipped_val: tuple[str, ...] = ()
     if request.on_bad_image == "skip":
-        skipped_val = tuple(_undecodable(val))
+        undecodable = partial(_undecodable, workers=request.worker_count)
+        skipped_val = tuple(undecodable(val))
         val = val.only([image_id for image_id in val.ids if image_id not in set(skipped_val)])
-        subsets = readable_subsets(request.subset, data.train, _undecodable)
+        subsets = readable_subsets(request.subset, data.train, undecodable)
     else:
         subsets = make_subsets(request.subset, data.train)
     if not len(val):
         raise DataError("no validation image can be read", remedy="Check the files, or give another --data.")
-    memory = None if request.no_cache else cache_folder(request)
     pool = union_of(subsets, data.train)
     plan = Plan(
         request=request,
@@ -228,12 +238,14 @@ def _warn_of_data(plan: Plan) -> None:
         _log.warning("%d validation images belong to classes without training images and can never be right", lost)
 
 
-def _undecodable(images: ImageSet) -> list[str]:
+def _undecodable(images: ImageSet, workers: int | None) -> list[str]:
+    """Decode every image, all decoders refusing the same ones, and give those that cannot be used."""
+    pixels = PixelList(source=images.source, image_ids=images.ids, transform=eval_transform(_SMALL_PIXELS), hashes=None)
+    if workers is None:
+        workers = automatic_workers(pixels, batch_size=_CHECKED_AT_ONCE, cuda=True)  # nothing else needs the cores
     bad = []
-    for image_id in images.ids:
-        try:
-            images.source.decode(images.source.read(image_id))
-        except (BadImageError, OSError) as error:
-            _log.info("%s: %s", image_id, error)
+    for batch in load_pixels(pixels, batch_size=_CHECKED_AT_ONCE, workers=workers):
+        for image_id, reason in batch.failures:
+            _log.info("%s: %s", images.source.place(image_id), reason)
             bad.append(image_id)
     return bad

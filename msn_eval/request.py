@@ -38,6 +38,7 @@ class Request:
     precision: str | None = None
     batch_size: str = "auto"
     workers: str = "auto"
+    compile: bool = False
     decoder: str = "pillow"
     image_pixels: int | None = None
     limit: int | None = None

@@ -102,11 +102,18 @@ class ProbeFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class TimingFacts:
-    """Seconds. `extract` is that of the pass that this result shares with others."""
+    """Seconds. `extract` is that of the pass that this result shares with others.
+
+    images_per_second:          of that pass, None where every feature was in the cache
+    decode_share, encode_share: of its time, waiting for pixels and in the encoder
+    """
 
     extract: float
     probe: float
     total: float
+    images_per_second: float | None = None
+    decode_share: float | None = None
+    encode_share: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Evaluate pixels and an untrained network on the digits, print the table, and write it beside the records."""
     from msn_eval.atomic_file import prepare_folder, write_atomically
     from msn_eval.commands.evaluate import evaluate_all
+    from msn_eval.distributed import ALONE
     from msn_eval.plan import make_plan
     from msn_eval.reports import FORMATS, render
     from msn_eval.reports.terminal import print_table
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         device="cpu",
         out=str(folder / "runs"),
     )
-    results, code = evaluate_all(make_plan(request))
+    results, code = evaluate_all(make_plan(request), {}, ALONE)
     table = make_table(results)
     print_table(table)
     for form in FORMATS:

@@ -4,8 +4,9 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,9 @@ from msn_eval.shipped import shipped_folder
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from msn_eval.evaluation import Progress
+    from msn_eval.distributed import Group
+    from msn_eval.evaluation import Preparation, Progress
+    from msn_eval.forecast import Forecast
     from msn_eval.plan import Plan
     from msn_eval.result import Result
 
@@ -56,6 +59,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--precision", metavar="P", help=f"{', '.join(PRECISIONS)}; default fp32 on CPU, bf16 on CUDA")
     how.add_argument("--batch-size", metavar="N", help="images a batch, or auto")
     how.add_argument("--workers", metavar="N", help="decoding processes, or auto")
+    how.add_argument("--compile", action="store_true", help="torch.compile the network: slow to start, faster for long")
+    how.add_argument("--slurm", metavar="K=V,…", help="submit this command, e.g. partition=gpu,nodes=2,gpus_per_node=8")
     how.add_argument("--seed", metavar="N", help="of untrained weights; default 0")
     how.add_argument("--on-bad-image", metavar="RULE", help=f"{' or '.join(BAD_IMAGE_RULES)}; default error")
     how.add_argument(
@@ -73,15 +78,42 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Evaluate; give 0, or the exit code of what failed."""
     request = read_request(options, overrides)
+    if hasattr(options, "slurm"):
+        return _submit(options.slurm, request, _without_slurm(options.words))
+    from msn_eval.distributed import join_group
+
+    if "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that is lost is told by us, without C++ stacks
+    with join_group() as group:
+        if group.rank != 0:
+            logging.getLogger("msn_eval").setLevel(logging.ERROR)  # the first rank speaks for all
+        return _run(request, options, group)
+
+
+def _run(request: Request, options: argparse.Namespace, group: "Group") -> int:
+    from msn_eval.distributed import barrier
+    from msn_eval.forecast import forecast
     from msn_eval.plan import make_plan
 
-    if getattr(options, "dry_run", False):
-        print(describe_plan(make_plan(request)))
+    if group.rank != 0:
+        barrier(group, "plan")  # what the first rank has hashed and listed, the others find in the cache
+    plan = make_plan(request, local_rank=group.local_rank if group.world > 1 else None)
+    if group.rank == 0:
+        barrier(group, "plan")
+    dry_run = getattr(options, "dry_run", False)
+    prepared: dict[str, Preparation] = {}
+    if group.rank == 0 and (dry_run or not options.json_output):
+        forecasts, prepared = forecast(plan, run_own_code=dry_run)
+        text = f"{describe_plan(plan)}\n{describe_forecasts(forecasts, ranks=group.world)}"
+        if dry_run:
+            print(text)
+        else:
+            _log.info("%s", text)
+    if dry_run:
         return 0
-    plan = make_plan(request)
-    if not options.json_output:
-        _log.info("%s", describe_plan(plan))
-    results, code = evaluate_all(plan)
+    results, code = evaluate_all(plan, prepared, group)
+    if group.rank != 0:
+        return code
     if options.json_output:
         from msn_eval.result import as_json
 
@@ -116,7 +148,28 @@ def _config_file(name: str) -> Path:
     )
 
 
-def evaluate_all(plan: "Plan") -> "tuple[list[Result], int]":
+def _submit(text: str, request: Request, words: Sequence[str]) -> int:
+    """Hand the same command to Slurm, and say where its output will be."""
+    from msn_eval.slurm import parse_slurm, submit
+
+    job = submit(words, parse_slurm(text), folder=Path(request.out) / "slurm")
+    print(f"submitted job {job.job_id}; its output: {', '.join(str(path) for path in job.logs)}")
+    return 0
+
+
+def _without_slurm(words: Sequence[str]) -> list[str]:
+    """Give the words of a command without --slurm and its value."""
+    kept: list[str] = []
+    follows = False
+    for word in words:
+        if follows or word == "--slurm" or word.startswith("--slurm="):
+            follows = word == "--slurm" and not follows
+            continue
+        kept.append(word)
+    return kept
+
+
+def evaluate_all(plan: "Plan", prepared: "Mapping[str, Preparation]", group: "Group") -> "tuple[list[Result], int]":
     """Evaluate every checkpoint; one that is refused does not keep the others from being measured."""
     from msn_eval.evaluation import evaluate_checkpoint
 
@@ -125,13 +178,15 @@ def evaluate_all(plan: "Plan") -> "tuple[list[Result], int]":
     with progress_on_stderr() as on_progress:
         for name in plan.request.checkpoint:
             try:
-                for result in evaluate_checkpoint(plan, name, on_progress=on_progress):
+                ready = prepared.get(name)
+                for result in evaluate_checkpoint(plan, name, prepared=ready, group=group, on_progress=on_progress):
                     found[result.id] = result
                     _log.debug("%s %s@%d: %s", result.probe.name, result.split.subset, result.split.draw, result.status)
             except CheckpointError as error:
                 if len(plan.request.checkpoint) == 1:
                     raise
-                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+                if group.rank == 0:
+                    print(f"{type(error).__name__}: {error}", file=sys.stderr)
                 code = code or error.exit_code
     results = list(found.values())
     unsound = [result for result in results if result.status != "ok"]
@@ -148,10 +203,11 @@ def progress_on_stderr() -> "Iterator[Progress | None]":
         return
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    rate = TaskProgressColumn(text_format="", text_format_no_percentage="", show_speed=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
@@ -164,20 +220,49 @@ def progress_on_stderr() -> "Iterator[Progress | None]":
 
 
 def describe_plan(plan: "Plan") -> str:
-    """Say what a plan comes to: images to read, passes, bytes, results."""
+    """Say what a plan comes to, the checkpoints apart."""
     from msn_eval.subset import union_of
 
     pool = union_of(plan.subsets, plan.train)
-    sizes = [images.source.stamp(image_id)[0] for images in (pool, plan.val) for image_id in images.ids]
     listed = sum(len(subset) for subset in plan.subsets)
     lines = [
         f"data       {plan.data_name}: {len(plan.val):,} validation images, {len(plan.val.classes)} classes",
         f"labelled   {len(pool):,} images for {len(plan.subsets)} draws ({listed:,} if each draw were read by itself)",
-        f"reading    {len(pool) + len(plan.val):,} images, {sum(sizes):,} bytes, one pass a checkpoint",
         f"results    {len(plan.tasks)} for each of {len(plan.request.checkpoint)} checkpoints, into {plan.request.out}",
-        f"computing  {plan.precision} on {plan.device}",
+        f"computing  {plan.precision} on {plan.device}, decoded by {plan.request.decoder}",
     ]
     return printable("\n".join(lines))
+
+
+def describe_forecasts(forecasts: "Sequence[Forecast]", *, ranks: int = 1) -> str:
+    """Say what each checkpoint will cost, and all of them together: images to read and to reuse, passes, bytes, time."""
+    lines = []
+    for one in forecasts:
+        text = f"would be refused: {one.problem}" if one.problem else _cost([one], ranks)
+        lines.append(f"checkpoint {one.name}: {text}")
+    if len(forecasts) > 1:
+        lines.append(f"in all     {_cost(forecasts, ranks)}")
+    return printable("\n".join(lines))
+
+
+def _cost(forecasts: "Sequence[Forecast]", ranks: int) -> str:
+    finished, read, reused, size = (
+        sum(getattr(one, name) for one in forecasts) for name in ("finished", "read", "reused", "bytes")
+    )
+    passes = sum(1 for one in forecasts if one.read)
+    parts = [f"{finished:,} results are there already"] if finished else []
+    parts.append(f"{read:,} images to read ({size:,} bytes, {passes} pass{'' if passes == 1 else 'es'})")
+    parts.append(f"{reused:,} features to reuse")
+    if measured := [one.seconds for one in forecasts if one.seconds is not None]:
+        parts.append(f"about {_duration(sum(measured) / ranks)}")
+    return ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{minutes} min" if minutes < 100 else f"{hours} h"
 
 
 def _names(text: str) -> list[str]:

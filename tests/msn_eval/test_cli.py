@@ -124,7 +124,7 @@ def test_a_record_has_the_promised_fields(folder: Path, capsys: pytest.CaptureFi
         "features": ["decoder", "dim", "precision", "tap", "transform"],
         "probe": ["certificate", "converged", "iterations", "name", "objective", "params", "solver", "version"],
         "metrics": ["n", "top1", "top1_ci95", "top5"],
-        "timing_s": ["extract", "probe", "total"],
+        "timing_s": ["decode_share", "encode_share", "extract", "images_per_second", "probe", "total"],
         "environment": ["batch_size", "device", "git", "package", "python", "seed", "torch"],
         "predictions": None,
     }  # fmt: skip

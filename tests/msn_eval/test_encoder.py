@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
-from msn_eval.checkpoint import Checkpoint, read_checkpoint
+from msn_eval.checkpoint import Checkpoint, read_checkpoint, weights_sha256
 from msn_eval.encoder import (
     Encoder,
     build_encoder,
@@ -648,3 +648,33 @@ def test_encoding_is_exact(float32_settings: tuple[nn.Module, ...]) -> None:
     encoder = build_encoder(own(Witness()), device=CPU, precision="fp32")
     encode(encoder, torch.zeros(1, 32, 32, 3, dtype=torch.uint8), ["out"])
     assert seen == ["ieee", "ieee"]
+
+
+# Compilation.
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2", "resnet18"])
+def test_compiled_network_keeps_its_weights_and_says_the_same(name: str) -> None:
+    checkpoint = read_checkpoint(f"random:{name}")
+    plain, compiled = (
+        build_encoder(checkpoint, device=CPU, precision="fp32", image_pixels=32, compiled=one) for one in (False, True)
+    )
+    pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    with torch.compiler.set_stance("force_eager"):  # a compiler takes many seconds, and is torch's own concern
+        found = encode(compiled, pixels, plain.taps[:1])
+    assert torch.equal(found[plain.taps[0]], encode(plain, pixels, plain.taps[:1])[plain.taps[0]])
+    assert weights_sha256(compiled.network.state_dict()) == weights_sha256(plain.network.state_dict())
+
+
+def test_compiled_blocks_are_handed_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: handed.append(type(module).__name__))
+    checkpoint = read_checkpoint("random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2")
+    build_encoder(checkpoint, device=CPU, precision="fp32", compiled=True)
+    assert handed == ["Block", "Block"]
+
+
+def test_convolutions_run_channels_last() -> None:
+    encoder = build_encoder(read_checkpoint("random:resnet18"), device=CPU, precision="fp32")
+    weight = encoder.network.conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)

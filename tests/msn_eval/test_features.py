@@ -2,8 +2,6 @@
 
 import hashlib
 import math
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,8 @@ from msn_eval import extract, load_encoder
 from msn_eval.checkpoint import Checkpoint
 from msn_eval.datasets import read_split
 from msn_eval.encoder import Encoder, build_encoder
-from msn_eval.errors import CheckpointError, DataError, NumericalError, ResourceError, UsageError
-from msn_eval.features import Features, automatic_batch_size, automatic_workers, extract_features
+from msn_eval.errors import CheckpointError, DataError, NumericalError, UsageError
+from msn_eval.features import Features, Loading, automatic_batch_size, extract_features
 from msn_eval.file_hashes import hash_images
 from msn_eval.images import ImageSet
 
@@ -74,19 +72,12 @@ class GreySource:
         return (0,)
 
 
-class DyingSource(GreySource):
-    """Kills the process that reads it, as the kernel does when memory runs out."""
-
-    def read(self, image_id: str) -> bytes:
-        os._exit(1)
-
-
-def greys(*brightness: int, source: GreySource | None = None) -> ImageSet:
+def greys(*brightness: int) -> ImageSet:
     return ImageSet(
         ids=tuple(f"0/{one}.png" for one in brightness),
         labels=(0,) * len(brightness),
         classes=("0",),
-        source=source or GreySource(),
+        source=GreySource(),
     )
 
 
@@ -124,9 +115,11 @@ def test_features_do_not_depend_on_the_number_of_workers(encoder: Encoder, pictu
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_row_is_that_of_its_own_image(workers: int) -> None:
     brightness = (3, 200, 77, 250, 0, 128, 9)
-    features = extract_features(own(nn.Flatten()), greys(*brightness), taps=["out"], batch_size=2, workers=workers)
+    features = extract_features(
+        own(nn.Flatten()), greys(*brightness), taps=["out"], loading=Loading(batch_size=2, workers=workers)
+    )
     expected = (torch.tensor(brightness)[:, None] / 255 - 0.5) / 0.25
-    torch.testing.assert_close(features["out"].values, expected.expand(7, 3072))
+    torch.testing.assert_close(features.features["out"].values, expected.expand(7, 3072))
 
 
 def test_labels_and_ids_follow_the_folder(encoder: Encoder, picture_folder: Path) -> None:
@@ -168,9 +161,9 @@ def test_tap_that_the_encoder_has_not_is_refused(encoder: Encoder, picture_folde
 
 def test_two_taps_in_one_pass_equal_one_at_a_time(encoder: Encoder, picture_folder: Path) -> None:
     images = read_split(str(picture_folder), "val")
-    together = extract_features(encoder, images, taps=["cls", "mean"], batch_size=4)
+    together = extract_features(encoder, images, taps=["cls", "mean"], loading=Loading(batch_size=4)).features
     for tap in ("cls", "mean"):
-        alone = extract_features(encoder, images, taps=[tap], batch_size=4)[tap]
+        alone = extract_features(encoder, images, taps=[tap], loading=Loading(batch_size=4)).features[tap]
         assert torch.equal(together[tap].values, alone.values)
 
 
@@ -183,10 +176,12 @@ def test_network_without_a_class_token_has_features(
 
 
 def test_progress_counts_every_image_once(encoder: Encoder, picture_folder: Path) -> None:
-    counts: list[int] = []
+    counts: list[tuple[int, int]] = []
     images = read_split(str(picture_folder), "val")
-    extract_features(encoder, images, taps=["cls"], batch_size=4, on_progress=counts.append)
-    assert counts == [4, 4, 4, 3]
+    extract_features(
+        encoder, images, taps=["cls"], loading=Loading(batch_size=4), on_progress=lambda *count: counts.append(count)
+    )
+    assert counts == [(4, 15), (8, 15), (12, 15), (15, 15)]
 
 
 def test_rows_are_picked_by_name_in_the_order_named() -> None:
@@ -243,8 +238,8 @@ def test_images_that_have_their_hashes_are_used(encoder: Encoder, picture_folder
         image_id: hashlib.sha256((picture_folder / "val" / image_id).read_bytes()).hexdigest()
         for image_id in images.ids
     }
-    checked = extract_features(encoder, images, taps=["cls"], hashes=hashes)["cls"].values
-    assert torch.equal(checked, extract_features(encoder, images, taps=["cls"])["cls"].values)
+    checked = extract_features(encoder, images, taps=["cls"], hashes=hashes).features["cls"].values
+    assert torch.equal(checked, extract_features(encoder, images, taps=["cls"]).features["cls"].values)
 
 
 # Bad numbers.
@@ -254,14 +249,19 @@ def test_images_that_have_their_hashes_are_used(encoder: Encoder, picture_folder
 def test_features_that_are_no_numbers_are_refused_by_the_first_image(batch_size: int) -> None:
     with pytest.raises(NumericalError, match=r"tap out are not finite for .* first 0/250\.png") as refusal:
         extract_features(
-            own(NotANumberForBright()), greys(10, 20, 30, 250, 40, 240), taps=["out"], batch_size=batch_size
+            own(NotANumberForBright()),
+            greys(10, 20, 30, 250, 40, 240),
+            taps=["out"],
+            loading=Loading(batch_size=batch_size),
         )
     assert refusal.value.exit_code == 23
 
 
 def test_features_that_are_no_numbers_are_counted_in_their_batch() -> None:
     with pytest.raises(NumericalError, match=r"2 images, first 0/250\.png, 0/240\.png"):
-        extract_features(own(NotANumberForBright()), greys(10, 250, 40, 240), taps=["out"], batch_size=4)
+        extract_features(
+            own(NotANumberForBright()), greys(10, 250, 40, 240), taps=["out"], loading=Loading(batch_size=4)
+        )
 
 
 def test_infinite_features_are_refused() -> None:
@@ -274,7 +274,7 @@ def test_infinite_features_are_refused() -> None:
 
 
 def test_finite_features_of_dark_images_pass() -> None:
-    features = extract_features(own(NotANumberForBright()), greys(10, 20), taps=["out"])["out"]
+    features = extract_features(own(NotANumberForBright()), greys(10, 20), taps=["out"]).features["out"]
     torch.testing.assert_close(features.values[0], torch.full((3,), (10 / 255 - 0.5) / 0.25))
 
 
@@ -295,17 +295,10 @@ def test_own_module_that_gives_no_row_for_each_image_is_refused(answer: Callable
             return answer(images)
 
     with pytest.raises(CheckpointError, match="own"):
-        extract_features(own(Answering()), greys(10, 20, 30, 40), taps=["out"], batch_size=2)
+        extract_features(own(Answering()), greys(10, 20, 30, 40), taps=["out"], loading=Loading(batch_size=2))
 
 
 # Resources.
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="workers are forked")
-def test_worker_that_dies_is_a_fault_of_resources_with_a_remedy() -> None:
-    with pytest.raises(ResourceError, match="worker died or hung") as refusal:
-        extract_features(own(nn.Flatten()), greys(1, 2, source=DyingSource()), taps=["out"], workers=1)
-    assert (refusal.value.exit_code, "--workers 0" in refusal.value.remedy) == (30, True)
 
 
 def test_own_fault_of_the_network_is_not_blamed_on_the_workers() -> None:
@@ -314,18 +307,10 @@ def test_own_fault_of_the_network_is_not_blamed_on_the_workers() -> None:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        extract_features(own(Broken()), greys(1, 2), taps=["out"], workers=1)
+        extract_features(own(Broken()), greys(1, 2), taps=["out"], loading=Loading(workers=1))
 
 
 def test_smaller_images_get_larger_batches(encoder: Encoder) -> None:
     assert automatic_batch_size(encoder) > automatic_batch_size(
         load_encoder(TINY.replace("img_size=32", "img_size=224"), device="cpu")
     )
-
-
-def test_few_images_get_no_workers(encoder: Encoder, picture_folder: Path) -> None:
-    assert automatic_workers(encoder, read_split(str(picture_folder), "val")) == 0
-
-
-def test_embedded_images_get_no_workers(encoder: Encoder) -> None:
-    assert automatic_workers(encoder, greys(*range(256), *range(256, 1000))) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from msn_eval.errors import DataError
+from msn_eval.errors import DataError, StoreError
 from msn_eval.file_hashes import content_sha256, hash_images, unreadable
 from msn_eval.images import ImageSet
 
@@ -236,3 +236,24 @@ def test_content_hash_covers_a_line_of_id_and_hash_for_each_image() -> None:
 
 def test_content_hash_depends_on_the_order() -> None:
     assert content_sha256(["a/x.jpg", "a/y.jpg"], digests()) != content_sha256(["a/y.jpg", "a/x.jpg"], digests())
+
+
+def test_memory_that_cannot_be_written_costs_only_time(
+    source: CountingSource, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    images = ImageSet(ids=tuple(CONTENTS), labels=(0, 0, 1), classes=("a", "b"), source=source)
+    assert len(hash_images(images, memory=tmp_path / "file")) == 3
+    assert "not remembered" in caplog.text
+
+
+def test_full_disk_under_the_memory_costs_only_time(
+    source: CountingSource, memory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise StoreError("could not write: No space left on device", where=str(path))
+
+    monkeypatch.setattr("msn_eval.file_hashes.write_atomically", full)
+    images = ImageSet(ids=tuple(CONTENTS), labels=(0, 0, 1), classes=("a", "b"), source=source)
+    assert len(hash_images(images, memory=memory)) == 3
+    assert "No space left" in caplog.text

@@ -17,7 +17,6 @@ from msn_eval.images import (
     BadImageError,
     ImageSet,
     decode_image,
-    decoder_version,
     eval_transform,
     is_image_name,
     resize_and_crop,
@@ -238,10 +237,6 @@ def test_names_with_an_image_suffix_in_any_case_are_images(name: str) -> None:
 @pytest.mark.parametrize("name", [".jpg", "._a.jpg", ".DS_Store", "Thumbs.db", "a.tif", "a.txt", "jpg", "a.jpg.part"])
 def test_dotfiles_and_other_suffixes_are_no_images(name: str) -> None:
     assert not is_image_name(name)
-
-
-def test_decoder_is_shown_with_its_version() -> None:
-    assert decoder_version("pillow") == f"pillow {Image.__version__}"
 
 
 def test_selection_keeps_the_order_of_the_set() -> None:

@@ -1,0 +1,148 @@
+"""Forecast: what a plan will cost, checkpoint by checkpoint: images to read, features to reuse, bytes, time."""
+
+import time
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from msn_eval.encoder import Encoder, encode
+from msn_eval.errors import CheckpointError
+from msn_eval.evaluation import Preparation, loading_of, pending_pool, prepare
+from msn_eval.features import automatic_batch_size, missing_images
+from msn_eval.images import ImageSet
+from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels, usable_cores
+from msn_eval.plan import Plan, cache_folder
+
+_FEW_IMAGES = 64  # the measurement would cost about as much as they do
+_SAMPLE = 16
+_PATIENCE_SECONDS = 1.5
+_KEPT_BYTES = 2 << 30  # of weights, of checkpoints that were looked at and wait for their turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What one checkpoint will cost.
+
+    read, reused: images to be read and encoded, and images whose features are in the cache
+    bytes:        of the image files to be read
+    seconds:      for these images, None where they were not timed
+    finished:     results that are there already
+    problem:      why it would be refused
+    """
+
+    name: str
+    read: int = 0
+    reused: int = 0
+    bytes: int = 0
+    seconds: float | None = None
+    finished: int = 0
+    problem: str | None = None
+
+
+def forecast(plan: Plan, *, run_own_code: bool) -> tuple[tuple[Forecast, ...], dict[str, Preparation]]:
+    """Look at every checkpoint of a plan, and time a few images where many are to be read.
+
+    run_own_code: time networks of the user's own too; where results follow they are run for these alone
+    returns: the forecasts, and the checkpoints that were read, as far as memory is to be spent on them, by name
+    A checkpoint that is refused has a forecast that says so.
+    """
+    found: list[Forecast] = []
+    kept: dict[str, Preparation] = {}
+    kept_bytes = 0
+    for name in plan.request.checkpoint:
+        try:
+            ready = prepare(plan, name)
+        except CheckpointError as error:
+            found.append(Forecast(name=name, problem=str(error).partition("\n")[0]))
+            continue
+        found.append(_forecast_one(plan, ready, run_own_code))
+        kept_bytes += 4 * ready.encoder.checkpoint.params
+        if kept_bytes <= _KEPT_BYTES:
+            kept[name] = ready
+    return tuple(found), kept
+
+
+def _forecast_one(plan: Plan, ready: Preparation, run_own_code: bool) -> Forecast:
+    encoder = ready.encoder
+    name = encoder.checkpoint.name
+    if not ready.pending:
+        return Forecast(name=name, finished=len(ready.known))
+    wanted = pending_pool(plan, ready), plan.val
+    missing = _missing(plan, ready, wanted)
+    read = sum(map(len, missing))
+    sizes = (images.source.stamp(image_id)[0] for images in missing for image_id in images.ids)
+    measurable = read >= _FEW_IMAGES and (run_own_code or encoder.checkpoint.format != "py")
+    seconds = _seconds_an_image(plan, encoder, ready, missing) * read if measurable else None
+    return Forecast(
+        name=name,
+        read=read,
+        reused=sum(map(len, wanted)) - read,
+        bytes=sum(sizes),
+        seconds=seconds,
+        finished=len(ready.known),
+    )
+
+
+def _missing(plan: Plan, ready: Preparation, wanted: tuple[ImageSet, ImageSet]) -> tuple[ImageSet, ...]:
+    if plan.request.no_cache:
+        return wanted
+    return tuple(
+        images.only(
+            missing_images(
+                ready.encoder,
+                images,
+                taps=ready.pending_taps,
+                hashes=hashes,
+                decoder=plan.request.decoder,
+                cache=cache_folder(plan.request),
+            )
+        )
+        for images, hashes in zip(wanted, (plan.train_hashes, plan.val_hashes), strict=True)
+    )
+
+
+def _seconds_an_image(plan: Plan, encoder: Encoder, ready: Preparation, missing: tuple[ImageSet, ...]) -> float:
+    """Time some images, spread over those to be read, through the decoder and the encoder."""
+    images = max(missing, key=len)
+    step = max(1, len(images) // _SAMPLE)
+    sample = PixelList(
+        source=images.source,
+        image_ids=images.ids[::step][:_SAMPLE],
+        transform=encoder.transform,
+        hashes=None,
+        decoder="pillow" if plan.request.decoder == "pillow" else "torchvision",
+    )
+    started = time.perf_counter()
+    pixels = next(load_pixels(sample, batch_size=_SAMPLE, workers=0)).pixels
+    assert isinstance(pixels, Tensor)
+    decoding = (time.perf_counter() - started) / len(sample)
+    batch_size = plan.request.batch_images or automatic_batch_size(encoder)
+    encoding = _encoding_seconds(encoder, pixels, ready.pending_taps, batch_size)
+    loading = loading_of(plan.request)
+    cuda = encoder.device.type == "cuda"
+    whole = replace(sample, image_ids=images.ids)
+    workers = automatic_workers(whole, batch_size=batch_size, cuda=cuda) if loading.workers is None else loading.workers
+    if workers == 0:
+        return decoding + encoding
+    if cuda:
+        return max(decoding / workers, encoding)
+    return max(decoding / workers, encoding + decoding / usable_cores())  # they share the cores
+
+
+def _encoding_seconds(encoder: Encoder, pixels: Tensor, taps: tuple[str, ...], batch_size: int) -> float:
+    """Time the encoder on a batch, or on as much of one as takes about a second; seconds an image."""
+    encode(encoder, pixels[:2], taps)  # the first call builds what later ones find
+    pair = _timed(encoder, pixels[:2], taps)
+    affordable = int(_PATIENCE_SECONDS / (pair / 2))
+    count = min(batch_size, affordable)
+    if count <= 2:
+        return pair / 2
+    batch = pixels.repeat(-(-count // len(pixels)), 1, 1, 1)[:count]
+    return _timed(encoder, batch, taps) / count
+
+
+def _timed(encoder: Encoder, pixels: Tensor, taps: tuple[str, ...]) -> float:
+    started = time.perf_counter()
+    for features in encode(encoder, pixels, taps).values():
+        features.sum().item()  # waits for the device
+    return time.perf_counter() - started

@@ -1,0 +1,258 @@
+"""Several processes on one bank of features: what they read is right or missing, and nobody's work is damaged."""
+
+import contextlib
+import hashlib
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from msn_eval import feature_cache
+from msn_eval.errors import StoreError
+from msn_eval.feature_cache import Bank, FeatureKey, check_bank, open_bank, read_rows, remove_bank, write_shard
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked"),
+    pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning"),
+]
+_FORKED = multiprocessing.get_context("fork") if hasattr(os, "fork") else multiprocessing.get_context()
+KEY = FeatureKey(
+    weights="00" * 32,
+    arch="vit_small_16_224",
+    network=None,
+    code=None,
+    tap="cls",
+    transform={"crop": 224},
+    decoder="pillow 12.3",
+    precision="fp32",
+    device="cpu",
+    compiled=False,
+    torch="2.10.0",
+    timm="1.0.20",
+    extractor=1,
+)
+CONTENTS = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(40)]
+LISTS = [CONTENTS[start : start + 16] for start in (0, 8, 16, 24)]  # each shares half of its images with the next
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """What one process saw."""
+
+    reads: int = 0
+    found: int = 0
+    wrong: int = 0
+    refused: int = 0
+    warnings: int = 0
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Path]:
+    """Give a folder in memory where there is one: at a disk processes wait, and meet less often."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir():
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def rows_of(contents: Sequence[str]) -> Tensor:
+    """Give each content's features: numbers that nothing but the content says."""
+    return torch.tensor([list(bytes.fromhex(content)) for content in contents]).float()
+
+
+def keep(bank: Bank, contents: Sequence[str]) -> None:
+    write_shard(bank, contents, contents, rows_of(contents))
+
+
+def read_and_write(folder: Path, reads: int, seed: int) -> Account:
+    """Read many times, writing now and then; count what is not as it should be."""
+    torch.set_num_threads(1)
+    chance = random.Random(seed)
+    clock, skew = time.time, chance.choice((-3600, 0, 3600))
+    time.time = lambda: clock() + skew  # nobody's clock may matter
+    os.fsync = lambda handle: None  # so that the processes meet more often; no power is cut here
+    warnings: list[logging.LogRecord] = []
+    logger = logging.getLogger("msn_eval")
+    logger.handlers[:] = [handler := logging.Handler()]
+    handler.emit = warnings.append  # type: ignore[method-assign]
+    found = wrong = refused = 0
+    bank = open_bank(folder, KEY, checkpoint="vit.pth")
+    for number in range(reads):
+        try:
+            if number % 8 == 0:
+                keep(bank, chance.choice(LISTS))
+            wanted = chance.sample(CONTENTS, 4)
+            values, there = read_rows(bank, wanted)
+        except StoreError:
+            refused += 1
+            continue
+        for row in (row for row, one in enumerate(there) if one):
+            assert values is not None
+            found += 1
+            wrong += not torch.equal(values[row], rows_of(wanted[row : row + 1])[0])
+    return Account(reads=reads, found=found, wrong=wrong, refused=refused, warnings=len(warnings))
+
+
+def prune(folder: Path, stop: float) -> Account:
+    """Remove the bank again and again."""
+    os.fsync = lambda handle: None
+    bank = feature_cache.find_bank(folder, KEY)
+    refused = 0
+    while time.monotonic() < stop:
+        try:
+            remove_bank(bank)
+        except StoreError:
+            refused += 1
+        time.sleep(0.002)
+    return Account(refused=refused)
+
+
+def together(tasks: Sequence[Callable[[], Account]]) -> Account:
+    """Run each task in a process of its own, all at once, and add up what they saw."""
+    with _FORKED.Pool(len(tasks)) as pool:
+        waiting = [pool.apply_async(task) for task in tasks]
+        accounts = [one.get(timeout=60) for one in waiting]
+    return Account(**{name: sum(getattr(one, name) for one in accounts) for name in vars(Account())})
+
+
+def quarantined(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("features/*/quarantine/*")]
+
+
+def is_clean(folder: Path, account: Account) -> bool:
+    return (account.wrong, account.refused, account.warnings, quarantined(folder)) == (0, 0, 0, [])
+
+
+def write_under_one_name(path: Path, content: bytes) -> None:
+    """Write with care, but for a temporary name that all processes share."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            file.write(content[:100])
+            time.sleep(0.0005)
+            file.write(content[100:])
+        temporary.replace(path)
+    except OSError as error:
+        raise StoreError("could not write", where=str(path)) from error
+
+
+def write_in_place(path: Path, content: bytes) -> None:
+    """Write so that a reader, or a kill, may come when a part is there."""
+    with path.open("wb", buffering=0) as file:
+        file.write(content[:100])
+        time.sleep(0.0005)
+        file.write(content[100:])
+
+
+BROKEN = [write_under_one_name, write_in_place]
+
+
+@pytest.mark.parametrize(("processes", "reads"), [(2, 1200), (8, 1000)])
+def test_processes_that_write_and_read_one_bank_read_nothing_wrong(cache: Path, processes: int, reads: int) -> None:
+    """With 10,000 reads and nothing wrong, fewer than 3 in 10,000 are, with 95 % confidence."""
+    account = together([partial(read_and_write, cache, reads, seed) for seed in range(processes)])
+    assert is_clean(cache, account), account
+    assert account.found > account.reads * 3  # not all missing, which would be right as well
+
+
+@pytest.mark.parametrize("write", BROKEN)
+def test_careless_writing_is_noticed_by_the_test_above(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, bytes], None]
+) -> None:
+    monkeypatch.setattr(feature_cache, "write_atomically", write)
+    rounds = (together([partial(read_and_write, cache, 100, seed) for seed in range(8)]) for _ in range(20))
+    assert any(not is_clean(cache, account) for account in rounds)
+
+
+def test_rows_are_right_or_missing_while_somebody_prunes(cache: Path) -> None:
+    workers = [partial(read_and_write, cache, 300, seed) for seed in range(6)]
+    account = together([*workers, partial(prune, cache, time.monotonic() + 1.5)])
+    assert account.wrong == 0, account
+    assert 0 < account.found < account.reads * 4
+
+
+def test_bank_is_whole_after_the_pruning(cache: Path) -> None:
+    workers = [partial(read_and_write, cache, 100, seed) for seed in range(4)]
+    together([*workers, partial(prune, cache, time.monotonic() + 0.5)])
+    bank = open_bank(cache, KEY, checkpoint="vit.pth")
+    for contents in LISTS:
+        keep(bank, contents)
+    values, found = read_rows(bank, CONTENTS)
+    assert values is not None
+    assert (all(found), torch.equal(values, rows_of(CONTENTS)), check_bank(bank)) == (True, True, (4, 0))
+
+
+# Kills.
+
+
+def write_for_ever(folder: Path, seed: int) -> None:
+    torch.set_num_threads(1)
+    os.fsync = lambda handle: None
+    chance = random.Random(seed)
+    bank = open_bank(folder, KEY, checkpoint="vit.pth")
+    while True:
+        keep(bank, chance.choice(LISTS))
+
+
+@contextlib.contextmanager
+def forked(work: Callable[[], None]) -> Iterator[int]:
+    """Give the id of a process that does the work, and end it for good after the block."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def shards_after_kills(folder: Path, kills: int) -> tuple[int, int]:
+    """Kill a writer at so many random instants; count the sound shards and the damaged ones that were seen after each."""
+    chance = random.Random(5)
+    bank = feature_cache.find_bank(folder, KEY)
+    all_sound = all_damaged = 0
+    for seed in range(kills):
+        with forked(partial(write_for_ever, folder, seed)):
+            time.sleep(chance.uniform(0.005, 0.03))
+        sound, damaged = check_bank(bank)
+        all_sound += sound
+        all_damaged += damaged
+        if seed % 3 == 0:
+            remove_bank(bank)  # so that names are new as often as not
+    return all_sound, all_damaged
+
+
+def test_manifest_that_a_killed_writer_leaves_vouches_for_a_whole_shard(cache: Path) -> None:
+    sound, damaged = shards_after_kills(cache, 40)
+    assert damaged == 0
+    assert sound > 40
+
+
+def test_torn_writing_is_noticed_by_the_test_above(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_cache, "write_atomically", write_in_place)
+    assert any(shards_after_kills(cache, 20)[1] for _ in range(20))
+
+
+def test_rows_are_right_after_kills(cache: Path) -> None:
+    shards_after_kills(cache, 5)
+    values, found = read_rows(open_bank(cache, KEY, checkpoint="vit.pth"), CONTENTS)
+    kept = [row for row, there in enumerate(found) if there]
+    assert values is not None
+    assert torch.equal(values[kept], rows_of([CONTENTS[row] for row in kept]))

@@ -1,0 +1,287 @@
+"""A disk that refuses at every possible instant: an error that says so, the old rows intact, nothing half there."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from msn_eval import feature_cache
+from msn_eval.errors import MsnEvalError, StoreError
+from msn_eval.feature_cache import Bank, FeatureKey, check_bank, open_bank, read_rows, write_shard
+from msn_eval.file_hashes import hash_images
+from msn_eval.images import ImageSet
+from msn_eval.result import Predictions, Result, list_results, read_predictions, read_result, write_result
+
+KEY = FeatureKey(
+    weights="00" * 32,
+    arch="vit_small_16_224",
+    network=None,
+    code=None,
+    tap="cls",
+    transform={"crop": 224},
+    decoder="pillow 12.3",
+    precision="fp32",
+    device="cpu",
+    compiled=False,
+    torch="2.10.0",
+    timm="1.0.20",
+    extractor=1,
+)
+OLD, NEW = ([hashlib.sha256(f"{name} {number}".encode()).hexdigest() for number in range(8)] for name in ("old", "new"))
+DISK_CALLS = (
+    1 + 2 * 6
+)  # the folder; each of two files opened, opened again, synced, renamed, its folder opened and synced
+REFUSALS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
+
+
+def rows_of(contents: Sequence[str]) -> Tensor:
+    return torch.tensor([list(bytes.fromhex(content)) for content in contents]).float()
+
+
+def keep(bank: Bank, contents: Sequence[str]) -> None:
+    write_shard(bank, contents, contents, rows_of(contents))
+
+
+@pytest.fixture
+def bank(tmp_path: Path) -> Bank:
+    """Give a bank with a shard of old rows."""
+    bank = open_bank(tmp_path, KEY, checkpoint="vit.pth")
+    keep(bank, OLD)
+    return bank
+
+
+class FailingDisk:
+    """A disk that refuses the k-th of the calls that write to it, and counts them."""
+
+    def __init__(self, fails_at: int, code: int) -> None:
+        self.fails_at, self.code, self.calls = fails_at, code, 0
+
+    @property
+    def failed(self) -> bool:
+        return self.calls >= self.fails_at
+
+    def instead_of(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.fails_at:
+                raise OSError(self.code, os.strerror(self.code))
+            return call(*arguments, **options)
+
+        return asked
+
+
+@contextlib.contextmanager
+def failing_disk(fails_at: int, code: int) -> Iterator[FailingDisk]:
+    """Have the k-th call fail that makes a folder, opens a file, writes one out or renames one."""
+    disk = FailingDisk(fails_at, code)
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((os, "mkdir"), (Path, "open"), (os, "open"), (os, "fsync"), (os, "replace")):
+            patch.setattr(owner, name, disk.instead_of(getattr(owner, name)))
+        yield disk
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Have every file end at that size, in the midst of a write: the system's own way of refusing."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def half_files(folder: Path) -> list[str]:
+    """Give the shards of a bank that are not what their names say, and what else should not be there."""
+    return [
+        path.name
+        for path in folder.iterdir()
+        if not (
+            path.suffix == ".json"
+            or (path.suffix == ".safetensors" and hashlib.sha256(path.read_bytes()).hexdigest()[:32] == path.stem)
+        )
+    ]
+
+
+def is_told_well(error: MsnEvalError, folder: Path) -> bool:
+    """Tell whether the error names the path, the bytes that were needed and those that are free."""
+    lines = re.compile(r"could not (write|keep) [\d,]+ bytes.*: [A-Z].*\n.*[\d,]+ bytes are free at /")
+    return error.exit_code == 22 and str(error).startswith(str(folder)) and lines.search(str(error)) is not None
+
+
+def check_bank_after(bank: Bank, caught: MsnEvalError | None) -> None:
+    """Claim what holds whether or not the new rows could be written."""
+    assert caught is None or is_told_well(caught, bank.folder), str(caught)
+    assert half_files(bank.folder) == []
+    assert check_bank(bank)[1] == 0
+    values, found = read_rows(bank, OLD + NEW)
+    assert values is not None
+    assert torch.equal(values[:8], rows_of(OLD))
+    assert found[:8] == [True] * 8
+    assert found[8:] in ([False] * 8, [True] * 8)
+    assert not found[8] or torch.equal(values[8:], rows_of(NEW))
+
+
+def attempt(write: Callable[[], object]) -> MsnEvalError | None:
+    """Write, and give the error of a disk that refused; any other error is a bug."""
+    try:
+        write()
+    except StoreError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("code", REFUSALS, ids=errno.errorcode.get)
+def test_rows_survive_a_disk_that_refuses_at_any_call(bank: Bank, code: int) -> None:
+    for fails_at in range(1, 100):
+        with failing_disk(fails_at, code) as disk:
+            caught = attempt(lambda: keep(bank, NEW))
+        check_bank_after(bank, caught)
+        assert caught is not None or read_rows(bank, NEW)[1] == [True] * 8  # such as where the folder is there anyway
+        if not disk.failed:
+            break
+    assert fails_at > DISK_CALLS
+
+
+@pytest.mark.parametrize("code", REFUSALS, ids=errno.errorcode.get)
+def test_bank_is_opened_or_refused_by_a_disk_that_fails_at_any_call(tmp_path: Path, code: int) -> None:
+    for fails_at in range(1, 100):
+        key = replace(KEY, extractor=fails_at)
+        with failing_disk(fails_at, code) as disk:
+            caught = attempt(lambda key=key: open_bank(tmp_path, key, checkpoint="vit.pth"))  # type: ignore[misc]
+        assert caught is None or "another --cache folder" in str(caught) or is_told_well(caught, tmp_path)
+        assert [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"] == []
+        if not disk.failed:
+            break
+    assert 5 < fails_at < 20
+
+
+def test_rows_survive_a_disk_that_is_full_after_any_number_of_bytes(bank: Bank) -> None:
+    largest = max(path.stat().st_size for path in bank.folder.iterdir())
+    caught = []
+    for size in range(0, largest + 40, 20):
+        with largest_file(size):
+            caught.append(attempt(lambda: keep(bank, NEW)))
+        check_bank_after(bank, caught[-1])
+    assert (caught[0] is None, caught[-1] is None) == (False, True)
+    assert "File too large" in str(caught[0])
+
+
+def test_rows_are_kept_once_there_is_room_again(bank: Bank) -> None:
+    with largest_file(100):
+        refused = attempt(lambda: keep(bank, NEW))
+    keep(bank, NEW)
+    assert (refused is None, read_rows(bank, NEW)[1]) == (False, [True] * 8)
+
+
+def write_half(path: Path, content: bytes) -> None:
+    """Write to the final name at once, as nobody should."""
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+    except OSError as error:
+        raise StoreError(f"could not write {len(content)} bytes: {error.strerror}", where=str(path)) from error
+
+
+def test_half_written_shard_is_noticed_by_the_tests_above(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_cache, "write_atomically", write_half)
+    with largest_file(100):
+        attempt(lambda: keep(bank, NEW))
+    assert len(half_files(bank.folder)) == 1
+
+
+# Results, and what is remembered of images.
+
+
+@pytest.fixture
+def measured(digits_runs: Path) -> tuple[Result, Predictions]:
+    """Give a result with its predictions."""
+    result = next(result for result in list_results([digits_runs]) if result.predictions is not None)
+    return result, read_predictions(digits_runs / str(result.predictions))
+
+
+def test_result_is_whole_or_not_there_on_a_disk_that_refuses_at_any_call(
+    tmp_path: Path, measured: tuple[Result, Predictions]
+) -> None:
+    result, predictions = measured
+    older = replace(result, id="0" * 16)
+    write_result(tmp_path, older, None)
+    for fails_at in range(1, 100):
+        for path in tmp_path.glob(f"{result.id}*"):
+            path.unlink()
+        with failing_disk(fails_at, errno.ENOSPC) as disk:
+            caught = attempt(lambda: write_result(tmp_path, result, predictions))
+        assert caught is None or is_told_well(caught, tmp_path)
+        assert (caught is None) == (not disk.failed)
+        assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".npz"}
+        assert read_result(tmp_path / f"{older.id}.json") == older
+        if (tmp_path / f"{result.id}.json").exists():
+            assert read_result(tmp_path / f"{result.id}.json") == result
+            assert np.array_equal(read_predictions(tmp_path / str(result.predictions)).image, predictions.image)
+        if not disk.failed:
+            break
+    assert fails_at > 10
+    assert len(list_results([tmp_path])) == 2
+
+
+def test_result_is_whole_or_not_there_on_a_disk_that_is_full_after_any_number_of_bytes(
+    tmp_path: Path, measured: tuple[Result, Predictions]
+) -> None:
+    result, predictions = measured
+    outcomes = set()
+    for size in (0, 1, 100, 1_000, 2_000, 3_000, 5_000, 10_000, 1_000_000):
+        with largest_file(size):
+            caught = attempt(lambda: write_result(tmp_path, result, predictions))
+        outcomes.add(caught is None)
+        record = tmp_path / f"{result.id}.json"
+        assert caught is None or (is_told_well(caught, tmp_path) and not record.exists())
+        assert caught is not None or read_result(record) == result
+        for path in tmp_path.glob("*.npz"):
+            assert np.array_equal(read_predictions(path).label, predictions.label)
+    assert outcomes == {False, True}
+
+
+class Pictures:
+    """Two images that are files."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def read(self, image_id: str) -> bytes:
+        return image_id.encode()
+
+    def place(self, image_id: str) -> str:
+        return str(self.root / image_id)
+
+    def stamp(self, image_id: str) -> tuple[int, ...]:
+        return (1, 2)
+
+
+def test_memory_of_hashes_is_whole_or_as_it_was_on_a_disk_that_refuses(tmp_path: Path) -> None:
+    def images(*ids: str) -> ImageSet:
+        source: Any = Pictures(tmp_path)
+        return ImageSet(ids=ids, labels=(0,) * len(ids), classes=("any",), source=source)
+
+    hash_images(images("a"), memory=tmp_path)
+    before = everything_in(tmp_path)
+    for size in range(0, 400, 20):
+        with largest_file(size):
+            hash_images(images("a", "b"), memory=tmp_path)  # it would only save time
+        if everything_in(tmp_path) != before:
+            break
+    assert 100 < size < 380

@@ -1,0 +1,396 @@
+"""`msn-eval cache`: what is kept, whether it is sound, and what goes."""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from msn_eval.cli import main
+from msn_eval.feature_cache import Bank, FeatureKey, check_bank, open_bank, write_shard
+from msn_eval.images import EvalTransform
+
+Capture = pytest.CaptureFixture[str]
+BankMaker = Callable[..., Bank]
+DAY = 24 * 3600
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def make_bank(cache: Path) -> BankMaker:
+    """Give a function that fills a bank of some rows, of 256 values each, and lets it lie unused for some days."""
+
+    def make(name: str = "vit.pth", *, rows: int = 4, unused_days: float = 0.0) -> Bank:
+        key = FeatureKey(
+            weights=name.encode("utf-8", "surrogatepass").hex(),
+            arch="vit_small_16_224",
+            network=None,
+            code=None,
+            tap="cls",
+            transform=asdict(EvalTransform(resize=256, crop=224)),
+            decoder="pillow 12.3",
+            precision="fp32",
+            device="cpu",
+            compiled=False,
+            torch="2.10.0",
+            timm="1.0.20",
+            extractor=1,
+        )
+        bank = open_bank(cache, key, checkpoint=name)
+        contents = [f"{row:064x}" for row in range(rows)]
+        write_shard(bank, contents, contents, torch.ones(rows, 256))
+        then = time.time() - unused_days * DAY
+        for path in bank.folder.iterdir():
+            os.utime(path, (then, then))
+        return bank
+
+    return make
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*"))
+
+
+def ran(capsys: Capture, *words: str | Path, code: int = 0) -> str:
+    """Give what a command prints that ends with that code."""
+    found = main(["cache", *map(str, words)])
+    printed = capsys.readouterr()
+    assert (found, printed.err if code == 0 else "") == (code, "")
+    return printed.out + printed.err
+
+
+def flip(bank: Bank, suffix: str = ".safetensors") -> None:
+    path = min(bank.folder.glob(f"{'?' * 32}{suffix}"))
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+# list
+
+
+def test_empty_cache_lists_nothing(cache: Path, capsys: Capture) -> None:
+    assert ran(capsys, "list", "--cache", cache) == f"0 sets of features, 0 B, in {cache}\n"
+
+
+def test_list_says_of_what_how_many_how_large_and_how_old(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    bank = make_bank(unused_days=3.2)
+    size = f"{size_of(bank.folder) / 1000:.1f} kB"
+    assert ran(capsys, "list", "--cache", cache).splitlines() == [
+        f"{bank.digest[:12]}            4 rows  {size:>9}  used 3 days ago  "
+        "vit.pth (vit_small_16_224, tap cls, 224 px, fp32 on cpu)",
+        f"1 set of features, {size}, in {cache}",
+    ]
+
+
+def test_list_begins_with_the_one_used_last(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    for name, days in (("b.pth", 5.0), ("a.pth", 1.0), ("c.pth", 9.0)):
+        make_bank(name, unused_days=days)
+    assert re.findall(r"[abc]\.pth", ran(capsys, "list", "--cache", cache)) == ["a.pth", "b.pth", "c.pth"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "age"),
+    [(1, "1 seconds"), (119, "119 seconds"), (121, "2 minutes"), (7201, "2 hours"), (-9999, "0 seconds")],
+)
+def test_age_is_told_in_the_largest_unit_of_which_there_are_two(
+    cache: Path, make_bank: BankMaker, capsys: Capture, monkeypatch: pytest.MonkeyPatch, seconds: int, age: str
+) -> None:
+    make_bank()
+    last = max(path.lstat().st_mtime for path in (cache / "features").rglob("*.*"))
+    monkeypatch.setattr(time, "time", lambda: last + seconds)
+    assert f"used {age} ago" in ran(capsys, "list", "--cache", cache)
+
+
+def test_list_counts_the_memories_of_data_sets(cache: Path, capsys: Capture) -> None:
+    (cache / "hashes").mkdir()
+    (cache / "hashes" / "a.json").write_bytes(bytes(1500))
+    (cache / "hashes" / "b.json").write_bytes(bytes(1500))
+    assert ran(capsys, "list", "--cache", cache).splitlines()[0] == (
+        "hashes                 2 files     3.0 kB  of data sets"
+    )
+
+
+def test_bank_whose_key_is_lost_is_listed_as_unknown(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    (make_bank().folder / "key.json").unlink()
+    assert ran(capsys, "list", "--cache", cache).splitlines()[0].endswith("ago  unknown")
+
+
+HOSTILE = {
+    "escapes": "\x1b[2J\x1b]0;owned\x07",
+    "another direction": "gnp.\u202efdp\u2066",
+    "new line": "x\n0 sets of features",
+    "tab and return": "x\r\ty",
+    "no UTF-8": "vit\udcff.pth",
+    "long": "z" * 5_000,
+}
+RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("words", [["list"], ["verify"], ["prune", "--all"]], ids=lambda words: words[0])
+def test_hostile_name_is_printed_harmlessly(
+    cache: Path, make_bank: BankMaker, capsys: Capture, words: list[str], kind: str
+) -> None:
+    make_bank(HOSTILE[kind])
+    lines = ran(capsys, *words, "--cache", cache).splitlines()
+    assert (len(lines), RAW.findall("".join(lines)), max(map(len, lines)) < 1000) == (2, [], True)
+
+
+def test_hostile_key_is_printed_harmlessly(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    folder = make_bank().folder
+    for key in (
+        {name: text for name in ("arch", "tap", "precision") for text in HOSTILE.values()},
+        {"transform": [[]]},
+    ):
+        (folder / "key.json").write_text(json.dumps({"checkpoint": [None], "key": key}))
+        lines = ran(capsys, "list", "--cache", cache).splitlines()
+        assert (len(lines), RAW.findall("".join(lines)), max(map(len, lines)) < 1000) == (2, [], True)
+
+
+def test_file_that_vanishes_while_it_is_listed_is_no_error(
+    cache: Path, make_bank: BankMaker, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = make_bank()
+    left = sum(path.stat().st_size for path in bank.folder.glob("*.json"))
+    ask = Path.lstat
+
+    def vanish(path: Path) -> os.stat_result:
+        if path.suffix == ".safetensors":
+            path.unlink(missing_ok=True)
+        return ask(path)
+
+    monkeypatch.setattr(Path, "lstat", vanish)
+    assert f"1 set of features, {left / 1000:.1f} kB, " in ran(capsys, "list", "--cache", cache)
+
+
+# verify
+
+
+def test_sound_cache_is_verified(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    bank = make_bank()
+    assert ran(capsys, "verify", "--cache", cache).splitlines() == [
+        f"{bank.digest[:12]}       1 shards  no damage  vit.pth",
+        "no damage",
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+def test_flipped_bit_is_found_and_moved_away(cache: Path, make_bank: BankMaker, capsys: Capture, suffix: str) -> None:
+    bank = make_bank()
+    flip(bank, suffix)
+    found = ran(capsys, "verify", "--cache", cache, code=22)
+    assert f"{bank.digest[:12]}       1 shards  1 DAMAGED, moved to {bank.folder / 'quarantine'}  vit.pth\n" in found
+    assert sorted(path.suffix for path in (bank.folder / "quarantine").iterdir()) == [".json", ".safetensors"]
+
+
+def test_cache_is_sound_after_damage_was_found(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    flip(make_bank())
+    ran(capsys, "verify", "--cache", cache, code=22)
+    assert ran(capsys, "verify", "--cache", cache).splitlines()[-1] == "no damage"
+
+
+def test_damaged_rows_are_listed_no_more(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    flip(make_bank())
+    ran(capsys, "verify", "--cache", cache, code=22)
+    assert " 0 rows " in ran(capsys, "list", "--cache", cache)
+
+
+def test_damage_in_one_bank_does_not_hide_that_in_another(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    for name in ("a.pth", "b.pth", "c.pth"):
+        flip(make_bank(name))
+    assert "3 damaged shards; " in ran(capsys, "verify", "--cache", cache, code=22)
+
+
+# prune
+
+
+def test_prune_needs_to_be_told_what(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    bank = make_bank()
+    said = ran(capsys, "prune", "--cache", cache, code=2)
+    assert (said, bank.folder.is_dir()) == (
+        "UsageError: nothing said of what to remove\nPass --older-than DAYS, --max-bytes N or --all.\n",
+        True,
+    )
+
+
+def test_prune_all_leaves_no_features(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    for name in ("a.pth", "b.pth"):
+        make_bank(name)
+    size = f"{size_of(cache / 'features') / 1000 - 8.192:.1f} kB"
+    said = ran(capsys, "prune", "--all", "--cache", cache)
+    assert (said.splitlines()[-1], list((cache / "features").iterdir())) == (
+        f"2 sets of features, {size}, removed; 0 B kept",
+        [],
+    )
+
+
+def test_prune_by_age_keeps_what_was_used_since(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    old, young = make_bank("old.pth", unused_days=8), make_bank("young.pth", unused_days=6)
+    ran(capsys, "prune", "--older-than", "7", "--cache", cache)
+    assert (old.folder.exists(), young.folder.exists()) == (False, True)
+
+
+def test_bank_that_was_opened_again_is_not_old(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    bank = make_bank(unused_days=8)
+    os.utime(bank.folder / "key.json")
+    ran(capsys, "prune", "--older-than", "7", "--cache", cache)
+    assert bank.folder.exists()
+
+
+def test_bank_that_is_being_made_is_not_old(cache: Path, capsys: Capture) -> None:
+    (cache / "features" / ("0" * 32)).mkdir(parents=True)
+    ran(capsys, "prune", "--older-than", "1", "--cache", cache)
+    assert (cache / "features" / ("0" * 32)).exists()
+
+
+def test_prune_by_size_removes_the_longest_unused_until_the_rest_fits(
+    cache: Path, make_bank: BankMaker, capsys: Capture
+) -> None:
+    banks = [make_bank(f"{days}.pth", rows=8, unused_days=days) for days in (1, 2, 3, 4)]  # about 10 kB each
+    said = ran(capsys, "prune", "--max-bytes", "25k", "--cache", cache)
+    assert ([bank.folder.exists() for bank in banks], said.count("\n")) == ([True, True, False, False], 3)
+
+
+def test_prune_by_size_keeps_what_just_fits(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    bank = make_bank()
+    size = size_of(bank.folder)
+    ran(capsys, "prune", "--max-bytes", str(size), "--cache", cache)
+    kept = bank.folder.exists()
+    ran(capsys, "prune", "--max-bytes", str(size - 1), "--cache", cache)
+    assert (kept, bank.folder.exists()) == (True, False)
+
+
+def test_what_age_removes_makes_room_for_the_rest(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    banks = [make_bank(f"{days}.pth", rows=8, unused_days=days) for days in (1, 2, 3, 4)]
+    ran(capsys, "prune", "--max-bytes", "25k", "--older-than", "2.5", "--cache", cache)
+    assert [bank.folder.exists() for bank in banks] == [True, True, False, False]
+
+
+def test_dry_run_says_what_would_go_and_keeps_it(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    bank = make_bank()
+    planned = ran(capsys, "prune", "--all", "--dry-run", "--cache", cache)
+    kept = check_bank(bank) == (1, 0)
+    assert (kept, planned.replace("would be removed", "removed")) == (
+        True,
+        ran(capsys, "prune", "--all", "--cache", cache),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [("12000", True), ("12k", True), ("12K", True), ("12 kB", True), ("0.012m", True), ("11.6KiB", True),
+     ("0.000012G", True), ("1T", True), ("5kib", False), ("11.4Ki", False), ("0", False), ("0.1k", False)],
+)  # fmt: skip
+def test_size_is_understood(cache: Path, make_bank: BankMaker, capsys: Capture, text: str, fits: bool) -> None:
+    bank = make_bank(rows=8)
+    (bank.folder / "filler").write_bytes(bytes(11_800 - size_of(bank.folder)))
+    ran(capsys, "prune", "--max-bytes", text, "--cache", cache)
+    assert bank.folder.exists() == fits
+
+
+@pytest.mark.parametrize(
+    "text", ["", "k", "many", "-1", "5ib", "1e9", "5x", "5 5", "nan", "inf", "1.k", "9" * 400, "٣k"]
+)
+def test_no_size_is_a_usage_error(cache: Path, make_bank: BankMaker, capsys: Capture, text: str) -> None:
+    bank = make_bank()
+    said = ran(capsys, "prune", f"--max-bytes={text}", "--cache", cache, code=2)
+    assert (f"--max-bytes {text}: no size" in said, bank.folder.exists()) == (True, True)
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "-inf"])
+def test_no_age_is_a_usage_error(cache: Path, make_bank: BankMaker, capsys: Capture, text: str) -> None:
+    bank = make_bank()
+    said = ran(capsys, "prune", f"--older-than={text}", "--cache", cache, code=2)
+    assert (f"--older-than {float(text)}: out of range" in said, bank.folder.exists()) == (True, True)
+
+
+@pytest.mark.parametrize("option", ["--all", "--dry-run", "--older-than=3", "--older-than=0", "--max-bytes=1G"])
+@pytest.mark.parametrize("action", ["list", "verify"])
+def test_option_of_prune_is_refused_elsewhere(cache: Path, capsys: Capture, action: str, option: str) -> None:
+    assert f"{option.partition('=')[0]} goes with prune alone" in ran(capsys, action, option, "--cache", cache, code=2)
+
+
+def test_strangers_in_the_cache_come_to_no_harm(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+    make_bank()
+    for folder in (cache, cache / "features"):
+        (folder / "notes").mkdir()
+        (folder / "notes" / f"{'0' * 32}.json").write_text("mine")
+        (folder / "README").write_text("mine")
+    for words in (["list"], ["verify"], ["prune", "--all"]):
+        ran(capsys, *words, "--cache", cache)
+    assert sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()) == sorted(
+        f"{folder}{name}" for folder in ("", "features/") for name in ("README", f"notes/{'0' * 32}.json")
+    )
+
+
+def test_bank_that_is_a_link_is_verified_and_never_pruned(
+    cache: Path, make_bank: BankMaker, capsys: Capture, tmp_path: Path
+) -> None:
+    bank = make_bank()
+    elsewhere = tmp_path / "elsewhere"
+    bank.folder.rename(elsewhere)
+    bank.folder.symlink_to(elsewhere)
+    before = sorted(elsewhere.iterdir())
+    verified = ran(capsys, "verify", "--cache", cache)
+    said = ran(capsys, "prune", "--all", "--cache", cache)
+    assert ("1 shards  no damage" in verified, "LEFT ALONE, it is a link to elsewhere" in said) == (True, True)
+    assert (sorted(elsewhere.iterdir()), bank.folder.is_symlink()) == (before, True)
+
+
+def test_link_inside_a_bank_counts_for_nothing(
+    cache: Path, make_bank: BankMaker, capsys: Capture, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").write_bytes(bytes(10**7))
+    bank = make_bank()
+    (bank.folder / "link").symlink_to(tmp_path / "mine")
+    listed = ran(capsys, "list", "--cache", cache)
+    ran(capsys, "prune", "--all", "--cache", cache)
+    assert ("MB" in listed, (tmp_path / "mine").exists()) == (False, True)
+
+
+def test_prune_sweeps_what_a_killed_prune_left(cache: Path, capsys: Capture) -> None:
+    left = cache / "features" / f".pruned.{'0' * 32}.abcd"
+    left.mkdir(parents=True)
+    ran(capsys, "prune", "--all", "--dry-run", "--cache", cache)
+    kept = left.exists()
+    ran(capsys, "prune", "--all", "--cache", cache)
+    assert (kept, left.exists()) == (True, False)
+
+
+@pytest.mark.parametrize("action", ["list", "verify", "prune"])
+def test_missing_folder_is_a_usage_error(tmp_path: Path, capsys: Capture, action: str) -> None:
+    said = ran(capsys, action, "--cache", tmp_path / "nowhere", code=2)
+    assert said == f"UsageError: {tmp_path / 'nowhere'}: no such folder\nGive the --cache folder of a run.\n"
+
+
+def test_users_own_cache_need_not_be_there(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "none")
+    said = [ran(capsys, *words).splitlines()[-1] for words in (["list"], ["verify"], ["prune", "--all"])]
+    assert said == [
+        f"0 sets of features, 0 B, in {tmp_path / 'none'}",
+        "no damage",
+        "0 sets of features, 0 B, removed; 0 B kept",
+    ]
+
+
+def test_unreadable_features_are_a_store_error(
+    cache: Path, make_bank: BankMaker, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    make_bank()
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert "features: cannot be listed: Permission denied" in ran(capsys, "list", "--cache", cache, code=22)

@@ -1,0 +1,144 @@
+"""The evaluation's command: its plan, its ranks, and what it hands to Slurm."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from msn_eval.cli import main
+from msn_eval.commands import evaluate
+from msn_eval.commands.evaluate import describe_forecasts
+from msn_eval.forecast import Forecast
+from msn_eval.request import Request
+
+TINY = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    return [
+        "--checkpoint", "pixels", "--data", "digits", "--subset", "1img@1", "--probe", "ncm", "--device", "cpu",
+        "--out", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache"),
+    ]  # fmt: skip
+
+
+def test_dry_run_prints_the_plan_and_computes_nothing(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "checkpoint pixels: 807 images to read (154,944 bytes, 1 pass), 0 features to reuse, about " in plan
+    assert not (tmp_path / "runs").exists()
+
+
+def test_run_prints_the_plan_first(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(command)
+    told = capsys.readouterr().err
+    assert told.index("807 images to read") < told.index("features of 807 images in")
+
+
+def test_second_probe_reuses_the_features(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(command)
+    capsys.readouterr()
+    main([*command, "--probe", "ncm,knn"])
+    assert (
+        "1 results are there already, 0 images to read (0 bytes, 0 passes), 807 features to reuse"
+        in capsys.readouterr().err
+    )
+
+
+def test_record_tells_how_the_time_was_spent(command: list[str], tmp_path: Path) -> None:
+    main([*command, "--checkpoint", TINY])
+    times = [json.loads(path.read_text())["timing_s"] for path in (tmp_path / "runs").glob("*.json")]
+    for one in times:
+        assert one["images_per_second"] > 0
+        assert 0 < one["decode_share"] + one["encode_share"] <= 1
+
+
+def test_features_from_the_cache_have_no_throughput(command: list[str], tmp_path: Path) -> None:
+    main(command)
+    main([*command, "--out", str(tmp_path / "again")])
+    (record,) = (tmp_path / "again").glob("*.json")
+    assert json.loads(record.read_text())["timing_s"]["images_per_second"] is None
+
+
+def test_cached_and_uncached_runs_give_the_same_predictions(command: list[str], tmp_path: Path) -> None:
+    for out, options in (("first", []), ("cached", []), ("uncached", ["--no-cache"])):
+        main([*command, "--out", str(tmp_path / out), *options])
+    first, cached, uncached = (
+        next((tmp_path / out).glob("*.npz")).read_bytes() for out in ("first", "cached", "uncached")
+    )
+    assert first == cached == uncached
+
+
+def test_unwritable_cache_is_refused_by_its_option(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cache").touch()
+    assert main(command) == 2
+    assert "--cache" in capsys.readouterr().err
+
+
+def test_costs_of_several_checkpoints_are_summed() -> None:
+    text = describe_forecasts(
+        [
+            Forecast(name="a", read=100, reused=5, bytes=1000, seconds=60.0),
+            Forecast(name="b", read=0, reused=105, finished=3),
+            Forecast(name="c", problem="no such file"),
+        ],
+        ranks=2,
+    )
+    assert text.splitlines() == [
+        "checkpoint a: 100 images to read (1,000 bytes, 1 pass), 5 features to reuse, about 30 s",
+        "checkpoint b: 3 results are there already, 0 images to read (0 bytes, 0 passes), 105 features to reuse",
+        "checkpoint c: would be refused: no such file",
+        "in all     3 results are there already, 100 images to read (1,000 bytes, 1 pass), 110 features to reuse, about 30 s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0.2, "1 s"), (89.4, "89 s"), (90.0, "2 min"), (5900.0, "98 min"), (7300.0, "2 h")]
+)
+def test_estimates_are_told_in_the_unit_that_fits(seconds: float, told: str) -> None:
+    assert describe_forecasts([Forecast(name="a", read=1, seconds=seconds)]).endswith(f"about {told}")
+
+
+@pytest.mark.parametrize("slurm", [["--slurm", "partition=gpu,nodes=2"], ["--slurm=partition=gpu,nodes=2"]])
+def test_slurm_gets_the_command_without_itself(
+    command: list[str], slurm: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed = []
+
+    def take(text: str, request: Request, words: list[str]) -> int:
+        handed.append((text, request.out, words))
+        return 0
+
+    monkeypatch.setattr(evaluate, "_submit", take)
+    assert main([*command[:4], *slurm, *command[4:]]) == 0
+    assert handed == [("partition=gpu,nodes=2", str(tmp_path / "runs"), command)]
+
+
+def test_slurm_checks_the_command_before_it_is_submitted(command: list[str]) -> None:
+    assert main([*command, "--probe", "nmc", "--slurm", "partition=gpu"]) == 2
+
+
+def test_ranks_give_the_results_that_one_process_gives(command: list[str], tmp_path: Path) -> None:
+    command = [*command, "--checkpoint", TINY, "--batch-size", "64"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, words in (("alone", []), ("ranks", launcher)):
+        places = ["--out", str(tmp_path / name), "--cache", str(tmp_path / f"cache {name}")]
+        done = subprocess.run(
+            [sys.executable, *words, "-m", "msn_eval", *command, *places],
+            capture_output=True, text=True, env=environment, timeout=200, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    alone, ranks = (sorted((tmp_path / name).glob("*.npz")) for name in ("alone", "ranks"))
+    assert [path.name for path in alone] == [path.name for path in ranks]
+    for one, other in zip(alone, ranks, strict=True):
+        with np.load(one) as left, np.load(other) as right:
+            assert all(np.array_equal(left[name], right[name]) for name in left)

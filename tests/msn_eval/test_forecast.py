@@ -1,0 +1,111 @@
+"""Forecasts: what is to be read, what is there already, and about how long it will take."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from msn_eval import evaluate
+from msn_eval.forecast import Forecast, forecast
+from msn_eval.plan import make_plan
+from msn_eval.request import Request
+
+TINY = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give an image folder of two classes with 3 labelled and 40 validation images each."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(3)
+    for split, count in (("train", 3), ("val", 40)):
+        for name in ("ant", "bee"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+def request(pictures: Path, folder: Path, **options: object) -> Request:
+    given = {"checkpoint": [TINY], "data": str(pictures), "subset": ["1img@1"], "out": str(folder / "runs")}
+    return Request(**{**given, "cache": str(folder / "cache"), "device": "cpu", **options})  # type: ignore[arg-type]
+
+
+def forecast_one(wanted: Request) -> Forecast:
+    return forecast(make_plan(wanted), run_own_code=True)[0][0]
+
+
+def measure(wanted: Request) -> None:
+    names = ("cache", "device", "probe", "limit")
+    options = {name: value for name in names if (value := getattr(wanted, name)) is not None}
+    evaluate(wanted.checkpoint, data=str(wanted.data), subsets=wanted.subset, out=wanted.out, **options)
+
+
+def test_all_is_to_be_read_at_first(pictures: Path, tmp_path: Path) -> None:
+    found = forecast_one(request(pictures, tmp_path))
+    sizes = [path.stat().st_size for path in (pictures / "val").rglob("*.png")]
+    assert (found.read, found.reused, found.finished) == (82, 0, 0)
+    assert sum(sizes) < found.bytes < sum(sizes) * 1.1
+
+
+def test_many_images_are_timed(pictures: Path, tmp_path: Path) -> None:
+    seconds = forecast_one(request(pictures, tmp_path)).seconds
+    assert seconds is not None
+    assert 0 < seconds < 60
+
+
+def test_few_images_are_not_timed(pictures: Path, tmp_path: Path) -> None:
+    assert forecast_one(request(pictures, tmp_path, limit=20)).seconds is None
+
+
+def test_what_is_kept_is_to_be_reused(pictures: Path, tmp_path: Path) -> None:
+    measure(request(pictures, tmp_path, limit=20))
+    found = forecast_one(request(pictures, tmp_path))
+    assert (found.read, found.reused) == (40, 42)
+
+
+def test_another_tap_is_to_be_read(pictures: Path, tmp_path: Path) -> None:
+    measure(request(pictures, tmp_path))
+    assert forecast_one(request(pictures, tmp_path, probe=["ncm"])).read == 82
+
+
+def test_finished_results_need_nothing(pictures: Path, tmp_path: Path) -> None:
+    measure(request(pictures, tmp_path))
+    found = forecast_one(request(pictures, tmp_path))
+    assert (found.read, found.reused, found.finished) == (0, 0, 1)
+
+
+def test_without_a_cache_all_is_to_be_read_again(pictures: Path, tmp_path: Path) -> None:
+    measure(request(pictures, tmp_path))
+    assert forecast_one(request(pictures, tmp_path, no_cache=True, out=str(tmp_path / "other"))).read == 82
+
+
+def test_refused_checkpoint_has_its_problem(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.pth").touch()
+    plan = make_plan(request(pictures, tmp_path, checkpoint=[str(tmp_path / "empty.pth"), TINY]))
+    first, second = forecast(plan, run_own_code=True)[0]
+    assert ("empty" in str(first.problem), second.problem, second.read) == (True, None, 82)
+
+
+def test_own_code_is_run_only_where_that_is_allowed(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_network.py").write_text(
+        "import torch\n"
+        "class Refusing(torch.nn.Module):\n"
+        "    image_pixels = 8\n"
+        "    def forward(self, images): raise AssertionError('it was run')\n"
+        "def make(): return Refusing()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    plan = make_plan(request(pictures, tmp_path, checkpoint=["py:own_network:make"]))
+    (found,), _ = forecast(plan, run_own_code=False)
+    assert (found.read, found.seconds) == (82, None)
+
+
+def test_what_was_read_is_at_hand_for_the_evaluation(pictures: Path, tmp_path: Path) -> None:
+    _, prepared = forecast(make_plan(request(pictures, tmp_path)), run_own_code=True)
+    assert list(prepared) == [TINY]

@@ -1,0 +1,226 @@
+"""Pixel batches: the same for every number of workers; workers that die are replaced once."""
+
+import errno
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from msn_eval import pixel_loader
+from msn_eval.errors import ResourceError
+from msn_eval.images import EvalTransform
+from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels, read_image
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers are forked")
+# Torch leaves the connection to a worker that died in the middle of a hand-over to the garbage collector.
+half_open = pytest.mark.filterwarnings(
+    "ignore:unclosed <socket:ResourceWarning", "ignore:.*unclosed <socket:pytest.PytestUnraisableExceptionWarning",
+    "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning",
+)  # fmt: skip
+TRANSFORM = EvalTransform(resize=9, crop=8)
+
+
+@dataclass(frozen=True)
+class GreySource:
+    """Images of which the one called `n` is grey of brightness n; `root` is where a test leaves marks."""
+
+    root: Path
+
+    def read(self, image_id: str) -> bytes:
+        return image_id.encode()
+
+    def decode(self, content: bytes) -> Image.Image:
+        return Image.new("RGB", (12, 12), (int(content),) * 3)
+
+    def place(self, image_id: str) -> str:
+        return f"grey {image_id}"
+
+    def stamp(self, image_id: str) -> tuple[int, ...]:
+        return (0,)
+
+    def is_first_time(self, what: str) -> bool:
+        try:
+            (self.root / what).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+class DyingOnce(GreySource):
+    """Kills the first process that reads image 5, as the kernel does when memory runs out."""
+
+    def read(self, image_id: str) -> bytes:
+        if image_id == "5" and self.is_first_time("dead"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return image_id.encode()
+
+
+class DyingAlways(GreySource):
+    """Kills every process that reads image 5."""
+
+    def read(self, image_id: str) -> bytes:
+        if image_id == "5":
+            os._exit(1)
+        return image_id.encode()
+
+
+class HangingOnce(GreySource):
+    """Keeps the first process that reads image 5 for ever, as a network disk may."""
+
+    def read(self, image_id: str) -> bytes:
+        if image_id == "5" and self.is_first_time("hanging"):
+            time.sleep(1000)
+        return image_id.encode()
+
+
+class Stalling(GreySource):
+    """Fails to read as a network disk does, as often as it is told."""
+
+    failures = 2
+    number = errno.ESTALE
+
+    def read(self, image_id: str) -> bytes:
+        if any(self.is_first_time(f"stall {count}") for count in range(self.failures)):
+            raise OSError(self.number, os.strerror(self.number))
+        return image_id.encode()
+
+
+class Refusing(Stalling):
+    """Fails for a reason that time does not mend."""
+
+    number = errno.EACCES
+
+
+def greys(source: GreySource, count: int = 8, *, hashes: dict[str, str] | None = None) -> PixelList:
+    return PixelList(
+        source=source, image_ids=[str(number) for number in range(count)], transform=TRANSFORM, hashes=hashes
+    )
+
+
+def brightness(images: PixelList, *, batch_size: int = 3, workers: int = 0) -> list[int]:
+    batches = [batch.pixels for batch in load_pixels(images, batch_size=batch_size, workers=workers)]
+    return [int(one) for one in torch.cat(batches)[:, 0, 0, 0]]
+
+
+@pytest.fixture
+def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixel_loader, "_READ_DELAYS_SECONDS", (0.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+def test_images_come_in_order_each_once(tmp_path: Path, batch_size: int, workers: int) -> None:
+    assert brightness(greys(GreySource(tmp_path)), batch_size=batch_size, workers=workers) == list(range(8))
+
+
+def test_no_images_give_no_batches(tmp_path: Path) -> None:
+    assert list(load_pixels(greys(GreySource(tmp_path), 0), batch_size=3, workers=0)) == []
+
+
+def test_pixels_are_bytes_with_channels_last(tmp_path: Path) -> None:
+    batch = next(load_pixels(greys(GreySource(tmp_path)), batch_size=3, workers=0))
+    assert (batch.pixels.dtype, batch.pixels.shape) == (torch.uint8, (3, 8, 8, 3))
+
+
+def test_image_with_another_hash_is_told_by_its_id(tmp_path: Path) -> None:
+    hashes = dict.fromkeys("01234567", "0" * 64)
+    batch = next(load_pixels(greys(GreySource(tmp_path), hashes=hashes), batch_size=1, workers=0))
+    ((image_id, reason),) = batch.failures
+    assert (image_id, reason.startswith("it changed since it was hashed")) == ("0", True)
+
+
+@half_open
+def test_worker_that_dies_once_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = brightness(greys(DyingOnce(tmp_path)), batch_size=2, workers=1)
+    assert (found, "grey 5; starting others" in caplog.text) == (list(range(8)), True)
+
+
+@half_open
+def test_worker_that_hangs_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pixel_loader, "_WORKER_TIMEOUT_SECONDS", 2.0)
+    assert brightness(greys(HangingOnce(tmp_path)), batch_size=2, workers=1) == list(range(8))
+    assert "in read" in capfd.readouterr().err, "the stack of the hanging worker says where it hangs"
+
+
+@half_open
+def test_worker_that_always_dies_is_a_fault_of_resources_with_the_images_it_was_at(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"twice at the same place(.|\n)*images:\n  grey 5\n") as refusal:
+        brightness(greys(DyingAlways(tmp_path)), batch_size=2, workers=1)
+    assert (refusal.value.exit_code, "--workers 0" in refusal.value.remedy) == (30, True)
+
+
+def test_workers_leave_signals_to_their_parent(tmp_path: Path) -> None:
+    class Signalled(GreySource):
+        def read(self, image_id: str) -> bytes:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            return image_id.encode()
+
+    assert brightness(greys(Signalled(tmp_path)), workers=2) == list(range(8))
+
+
+def test_read_that_stalls_is_tried_again(tmp_path: Path, no_delays: None) -> None:
+    assert read_image(Stalling(tmp_path), "7") == b"7"
+
+
+def test_read_that_stalls_for_good_fails(tmp_path: Path, no_delays: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stalling, "failures", 4)
+    with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
+        read_image(Stalling(tmp_path), "7")
+
+
+def test_read_that_is_refused_is_not_tried_again(tmp_path: Path, no_delays: None) -> None:
+    with pytest.raises(PermissionError):
+        read_image(Refusing(tmp_path), "7")
+
+
+def test_few_images_get_no_workers(tmp_path: Path) -> None:
+    assert automatic_workers(greys(GreySource(tmp_path), 511), batch_size=16, cuda=False) == 0
+
+
+def test_many_images_get_workers(tmp_path: Path) -> None:
+    assert automatic_workers(greys(GreySource(tmp_path), 512), batch_size=16, cuda=False) >= 1
+
+
+def test_embedded_images_get_no_workers() -> None:
+    embedded = GreySource(None)  # type: ignore[arg-type]
+    assert automatic_workers(greys(embedded, 5000), batch_size=16, cuda=False) == 0
+
+
+def test_workers_are_as_many_as_shared_memory_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tiny:
+        f_bavail, f_frsize = 16 * 3 * 8 * 8, 3  # three batches: those of one worker
+
+    monkeypatch.setattr(pixel_loader, "usable_cores", lambda: 8)
+    monkeypatch.setattr(os, "statvfs", lambda path: Tiny)
+    assert automatic_workers(greys(GreySource(tmp_path), 512), batch_size=16, cuda=True) == 1
+
+
+@half_open
+def test_death_of_a_worker_does_not_strike_whoever_uses_the_pixels(tmp_path: Path) -> None:
+    batches = load_pixels(greys(DyingOnce(tmp_path)), batch_size=2, workers=1)
+    first = next(batches)
+    deadline = time.monotonic() + 1.0  # in which the worker, two batches ahead, dies
+    while time.monotonic() < deadline:
+        first.pixels.float().mean()
+    assert [int(batch.pixels[0, 0, 0, 0]) for batch in batches] == [2, 4, 6]
+    assert (tmp_path / "dead").exists()
+
+
+@half_open
+def test_death_is_heard_after_a_pass_that_was_left_unfinished(tmp_path: Path) -> None:
+    left = load_pixels(greys(GreySource(tmp_path)), batch_size=2, workers=1)
+    next(left)
+    other = load_pixels(greys(GreySource(tmp_path)), batch_size=2, workers=1)
+    next(other)
+    del left
+    assert len(list(other)) == 3
+    assert brightness(greys(DyingOnce(tmp_path)), batch_size=2, workers=1) == list(range(8))
