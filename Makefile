@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench fuzz clean
+IMAGES ?= photos
+KILLS ?= 100
+
+.PHONY: demo test lint bench bench-images kill-test fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +34,15 @@ bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/extract.py
 	$(BIN)/python benchmarks/logistic.py
 	$(BIN)/python benchmarks/inspect_file.py
+
+# These need real JPEGs: make bench-images IMAGES=folder
+bench-images: $(VENV)/installed-test
+	$(BIN)/python benchmarks/decode.py --images $(IMAGES)
+	$(BIN)/python benchmarks/low_shot.py --images $(IMAGES)
+
+# SIGKILL at random instants of an evaluation on an image folder: make kill-test IMAGES=folder KILLS=100
+kill-test: $(VENV)/installed-test
+	$(BIN)/python tests/faults/kill_evaluation.py --data $(IMAGES) --kills $(KILLS)
 
 # One minute of made-up files for the code that looks at a stranger's file first.
 fuzz: $(VENV)/installed-test

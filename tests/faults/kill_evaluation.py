@@ -1,0 +1,202 @@
+"""SIGKILL at random instants of an evaluation, and whether anything is lost, torn, or changed by it.
+
+    python tests/faults/kill_evaluation.py --data FOLDER [--kills 100] [--seed 0] [--torn-writes]
+
+Each trial starts from nothing: a run is killed at a random instant, what it left is looked over, and the same command then
+runs to its end. Its records must be those of an undisturbed run (times and environment apart), with no file under a final
+name that is not whole, no word of quarantine, and no more images encoded twice than a shard and a batch hold.
+--torn-writes breaks our writing on purpose, files then growing under their final names: the trials must see that.
+Ends with 0 where every trial was sound. One process imports everything and forks the runs, so that a trial takes seconds.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor
+
+import msn_eval.atomic_file
+import msn_eval.feature_cache
+import msn_eval.features
+import msn_eval.file_hashes
+import msn_eval.result
+from msn_eval.cli import main as msn_eval_main
+from msn_eval.encoder import Encoder, encode
+from msn_eval.feature_cache import list_banks, read_manifests, read_rows
+
+_NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=16&depth=2"
+_BATCH, _SHARD_ROWS = 32, 128
+_LEFT_OUT = ("created", "timing_s", "environment")
+
+
+def main() -> int:
+    """Run the trials; give 0 if all were sound, else 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--torn-writes", action="store_true")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, timm {timm.__version__}, {options.kills} kills, seed {options.seed}", flush=True)
+    msn_eval.features._CPU_SHARD_ROWS = _SHARD_ROWS  # type: ignore[attr-defined]
+    chance = random.Random(options.seed)
+    unsound = 0
+    if options.torn_writes:
+        _tear_writes()
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "whole"
+        started = time.monotonic()
+        code, images = _run_to_the_end(whole, options.data)
+        seconds = time.monotonic() - started
+        assert code == 0, (whole / "stderr").read_text()
+        expected = _records(whole)
+        print(f"undisturbed: {seconds:.1f} s, {images} images encoded, {len(expected)} results", flush=True)
+        for trial in range(options.kills):
+            here = Path(folder) / f"trial{trial}"
+            instant = chance.uniform(0, 1.02 * seconds)
+            faults = _trial(here, options.data, instant, images, expected)
+            shutil.rmtree(here)
+            unsound += bool(faults)
+            print(f"kill {trial + 1} at {instant:.2f} s: {'; '.join(faults) or 'sound'}", flush=True)
+    print(f"{options.kills - unsound} of {options.kills} trials sound")
+    return 1 if unsound else 0
+
+
+def _trial(here: Path, data: str, instant: float, images: int, expected: dict[str, object]) -> list[str]:
+    child = _start(here, data)
+    time.sleep(instant)
+    os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    faults = _torn_files(here)
+    finished_before = set(_records(here)) if not faults else set()
+    code, encoded = _run_to_the_end(here, data)
+    if code != 0:
+        return [*faults, f"the second run ended with {code}: {(here / 'stderr').read_text()[-300:]}"]
+    found = _records(here)
+    if found != expected:
+        different = [name for name in expected if found.get(name) != expected[name]]
+        faults.append(f"{len(different)} results differ, first {different[:1]}")
+    if missing := finished_before - set(found):
+        faults.append(f"{len(missing)} finished results are gone")
+    if "quarantine" in (here / "stderr").read_text():
+        faults.append("something was quarantined")
+    if os.WIFSIGNALED(status) and encoded > images + _SHARD_ROWS + 2 * _BATCH:
+        faults.append(f"{encoded - images} images were encoded twice")
+    return faults
+
+
+def _run_to_the_end(here: Path, data: str) -> tuple[int, int]:
+    """Give the exit code, and the images that all runs in this folder together have encoded."""
+    status = os.waitpid(_start(here, data), 0)[1]
+    counts = (here / "encoded").read_bytes() if (here / "encoded").exists() else b""
+    return os.waitstatus_to_exitcode(status), sum(int(line) for line in counts.split())
+
+
+def _start(here: Path, data: str) -> int:
+    """Start the evaluation in a forked process."""
+    here.mkdir(exist_ok=True)
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        output = os.open(here / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        torch.set_num_threads(1)
+        with _counted(here / "encoded"):
+            code = msn_eval_main(
+                [
+                    "--checkpoint", _NETWORK, "--data", data, "--subset", "1img,2imgs@1", "--probe", "logistic,knn",
+                    "--k", "5", "--limit", "8", "--batch-size", str(_BATCH), "--workers", "0",
+                    "--out", str(here / "runs"), "--cache", str(here / "cache"), "--json",
+                ]
+            )  # fmt: skip
+    finally:
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def _counted(file: Path) -> Iterator[None]:
+    """Have every batch that is encoded add a line to a file."""
+
+    def counting(encoder: Encoder, pixels: Tensor, taps: list[str]) -> dict[str, Tensor]:
+        with file.open("ab", buffering=0) as counter:
+            counter.write(b"%d\n" % len(pixels))
+        return encode(encoder, pixels, taps)
+
+    msn_eval.features.encode = counting  # type: ignore[attr-defined, assignment]
+    yield
+
+
+def _records(here: Path) -> dict[str, object]:
+    """Give every result with its predictions' bytes, without what may differ."""
+    found: dict[str, object] = {}
+    for path in sorted((here / "runs").glob("*.json")):
+        record = json.loads(path.read_bytes())
+        for name in _LEFT_OUT:
+            del record[name]
+        found[path.name] = (record, (path.parent / record["predictions"]).read_bytes())
+    return found
+
+
+def _torn_files(here: Path) -> list[str]:
+    """Name every file under a final name that is not whole."""
+    torn = []
+    checks: list[tuple[str, Callable[[Path], object]]] = [
+        ("runs/*.json", lambda path: json.loads(path.read_bytes())),
+        ("runs/*.npz", _read_arrays),
+        ("cache/hashes/*", lambda path: json.loads(path.read_bytes())),
+        ("cache/features/*/*.json", lambda path: json.loads(path.read_bytes())),
+    ]
+    for pattern, read in checks:
+        for path in here.glob(pattern):
+            try:
+                read(path)
+            except Exception as error:
+                torn.append(f"{path.relative_to(here)} is torn ({type(error).__name__})")
+    for path in here.glob("cache/features/*/*.safetensors"):  # called by their own hash
+        if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem):
+            torn.append(f"{path.relative_to(here)} is torn")
+    for bank in list_banks(here / "cache"):
+        for manifest in list(read_manifests(bank)):
+            if not all(read_rows(bank, manifest.contents)[1]):
+                torn.append(f"{manifest.shard} is torn")
+    return torn
+
+
+def _read_arrays(path: Path) -> None:
+    with np.load(path, allow_pickle=False) as arrays:
+        for name in arrays:
+            arrays[name]
+
+
+def _tear_writes() -> None:
+    """Replace atomic writing by what one would write without thinking of it, slowly enough to be seen."""
+
+    def write_in_place(path: Path, content: bytes) -> None:
+        with path.open("wb", buffering=0) as file:
+            piece = -(-len(content) // 8)
+            for start in range(0, len(content), piece):
+                file.write(content[start : start + piece])
+                time.sleep(0.01)
+
+    for module in (msn_eval.atomic_file, msn_eval.feature_cache, msn_eval.file_hashes, msn_eval.result):
+        module.write_atomically = write_in_place  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
