@@ -10,7 +10,6 @@ and its torchvision decoder another protocol. The two take turns.
 """
 
 import argparse
-import os
 import random
 import shutil
 import statistics
@@ -132,7 +131,7 @@ def _ours(root: Path, arch: str, precision: Precision, decoder: str) -> Tensor:
                 images,
                 taps=["cls"],
                 hashes=hash_images(images, memory=Path(cache)),
-                loading=Loading(decoder=decoder, workers=max(1, (os.cpu_count() or 2) // 2)),
+                loading=Loading(decoder=decoder),
                 cache=Path(cache),
             )
             values = found.features["cls"].values

@@ -10,7 +10,7 @@ from msn_eval.errors import CheckpointError
 from msn_eval.evaluation import Preparation, loading_of, pending_pool, prepare
 from msn_eval.features import automatic_batch_size, missing_images
 from msn_eval.images import ImageSet
-from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels, usable_cores
+from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
 from msn_eval.plan import Plan, cache_folder
 
 _FEW_IMAGES = 64  # the measurement would cost about as much as they do
@@ -122,11 +122,9 @@ def _seconds_an_image(plan: Plan, encoder: Encoder, ready: Preparation, missing:
     cuda = encoder.device.type == "cuda"
     whole = replace(sample, image_ids=images.ids)
     workers = automatic_workers(whole, batch_size=batch_size, cuda=cuda) if loading.workers is None else loading.workers
-    if workers == 0:
-        return decoding + encoding
-    if cuda:
+    if cuda and workers:
         return max(decoding / workers, encoding)
-    return max(decoding / workers, encoding + decoding / usable_cores())  # they share the cores
+    return decoding + encoding  # one after the other, or side by side on the same cores
 
 
 def _encoding_seconds(encoder: Encoder, pixels: Tensor, taps: tuple[str, ...], batch_size: int) -> float:

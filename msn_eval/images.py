@@ -1,10 +1,11 @@
 """ImageSet: named, labelled images and how their bytes become the pixels that the protocols define."""
 
 import io
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -172,13 +173,42 @@ def read_header(content: bytes) -> ImageFile.ImageFile:
         return _opened(content)
 
 
+@dataclass
+class _SettledWarnings:
+    """Python's warnings as decoding wants them, for as long as some thread decodes: the filters are one for all threads."""
+
+    threads: int = 0
+    filters: "warnings.catch_warnings[None] | None" = None
+    lock: "threading.Lock" = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with self.lock:
+            self.threads += 1
+            if self.threads == 1:
+                self.filters = warnings.catch_warnings()
+                self.filters.__enter__()
+                warnings.simplefilter(
+                    "ignore"
+                )  # damaged EXIF blocks are common in ImageNet and do not touch the pixels
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.threads -= 1
+                if self.threads == 0 and self.filters is not None:
+                    self.filters.__exit__(None, None, None)
+
+
+_warnings_settled = _SettledWarnings()
+
+
 @contextmanager
 def _faults_named(content: bytes) -> Iterator[None]:
     """Turn what Pillow raises over a file into BadImageError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF blocks are common in ImageNet and do not touch the pixels
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with _warnings_settled.held():
             yield
     except UnidentifiedImageError:
         raise BadImageError(_unknown_format(content)) from None

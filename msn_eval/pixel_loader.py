@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import cast
@@ -68,12 +69,11 @@ class PixelBatch:
 
 
 def automatic_workers(images: PixelList, *, batch_size: int, cuda: bool) -> int:
-    """Give the number of decoding processes: none for few or embedded images, one a core beside a GPU, and no more than
-    shared memory has room for."""
-    if len(images) < _FEW_IMAGES or images.source.root is None:
+    """Give the number of decoding processes: one a core beside a GPU, as far as shared memory has room for them; none for
+    few or embedded images, nor on a CPU, where they would take turns with the encoder's threads."""
+    if not cuda or len(images) < _FEW_IMAGES or images.source.root is None:
         return 0
-    cores = usable_cores()
-    wanted = min(_MOST_WORKERS, cores) if cuda else max(1, cores // 2)
+    wanted = min(_MOST_WORKERS, usable_cores())
     room = _affordable_workers(batch_size * 3 * images.transform.crop**2)
     if room < wanted:
         _log.warning("%s has room for %d decoding processes instead of %d", _SHARED_MEMORY, room, wanted)
@@ -96,11 +96,14 @@ def _affordable_workers(batch_bytes: int) -> int:
 def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: bool = False) -> Iterator[PixelBatch]:
     """Give all images in order, `batch_size` at a time.
 
-    workers: decoding processes; 0 decodes here
+    workers: decoding processes; 0 decodes here, all cores taking part, while the caller waits
     pinned:  in memory that a GPU can copy from while it computes
     Workers that die or hang are replaced once at the same place. Raises ResourceError naming the images that they were
     at where that does not help.
     """
+    if workers == 0:
+        yield from _decoded_here(images, batch_size)
+        return
     done, stumbled_at = 0, -1
     with _deaths_told_when_asked() as asking:
         while done < len(images):
@@ -118,8 +121,6 @@ def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: boo
                     done += len(found[0])
                     yield PixelBatch(pixels=found[0], failures=found[1])
             except (RuntimeError, ConnectionError, EOFError) as error:
-                if workers == 0:
-                    raise
                 reason = str(error).partition("\n")[0] or type(error).__name__
             _dismiss(crew)
             del batches  # and with it torch's memory of the dead
@@ -130,6 +131,25 @@ def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: boo
                 "a decoding process died or hung (%s) at one of: %s; starting others", reason, ", ".join(places)
             )
             stumbled_at = done
+
+
+def _decoded_here(images: PixelList, batch_size: int) -> Iterator[PixelBatch]:
+    """Decode in threads of this process: Pillow lets them run side by side, and none is left beside the encoder."""
+    pixels = _Pixels(images, torch.empty(0))
+    threads = usable_cores() if images.decoder == "pillow" else 1  # torch's operations have threads of their own
+    with ThreadPool(threads) as pool:
+        for first in range(0, len(images), batch_size):
+            rows = range(first, min(first + batch_size, len(images)))
+            try:
+                found = _collate(pool.map_async(pixels.__getitem__, rows, chunksize=1).get(_WORKER_TIMEOUT_SECONDS))
+            except multiprocessing.TimeoutError as error:
+                faulthandler.dump_traceback()
+                edges = [images.source.place(images.image_ids[row]) for row in (rows[0], rows[-1])]
+                raise ResourceError(
+                    f"nothing came for {_WORKER_TIMEOUT_SECONDS:g} s from some image between {edges[0]} and {edges[1]}",
+                    remedy="The disk or the network behind it may hang; the same command goes on once it answers.",
+                ) from error
+            yield PixelBatch(pixels=found[0], failures=found[1])
 
 
 @dataclass
@@ -266,9 +286,9 @@ def _loader(pixels: _Pixels, *, batch_size: int, workers: int, pinned: bool) -> 
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pinned,
-        prefetch_factor=_BATCHES_A_WORKER if workers else None,
+        prefetch_factor=_BATCHES_A_WORKER,
         worker_init_fn=_become_worker,
-        timeout=_WORKER_TIMEOUT_SECONDS if workers else 0,
+        timeout=_WORKER_TIMEOUT_SECONDS,
     )
     return cast("DataLoader[_Collated]", loader)
 

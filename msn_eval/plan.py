@@ -20,7 +20,7 @@ from msn_eval.encoder import Precision, choose_device, default_precision, precis
 from msn_eval.errors import DataError, NumericalError, UsageError
 from msn_eval.file_hashes import content_sha256, hash_images
 from msn_eval.images import DECODERS, ImageSet, eval_transform
-from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
+from msn_eval.pixel_loader import PixelList, load_pixels
 from msn_eval.protocols import Probe, settings
 from msn_eval.protocols.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, NearestNeighbours
 from msn_eval.protocols.logistic import Logistic, Solver, default_lambda
@@ -241,10 +241,8 @@ def _warn_of_data(plan: Plan) -> None:
 def _undecodable(images: ImageSet, workers: int | None) -> list[str]:
     """Decode every image, all decoders refusing the same ones, and give those that cannot be used."""
     pixels = PixelList(source=images.source, image_ids=images.ids, transform=eval_transform(_SMALL_PIXELS), hashes=None)
-    if workers is None:
-        workers = automatic_workers(pixels, batch_size=_CHECKED_AT_ONCE, cuda=True)  # nothing else needs the cores
     bad = []
-    for batch in load_pixels(pixels, batch_size=_CHECKED_AT_ONCE, workers=workers):
+    for batch in load_pixels(pixels, batch_size=_CHECKED_AT_ONCE, workers=workers or 0):
         for image_id, reason in batch.failures:
             _log.info("%s: %s", images.source.place(image_id), reason)
             bad.append(image_id)

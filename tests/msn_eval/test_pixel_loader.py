@@ -1,10 +1,12 @@
 """Pixel batches: the same for every number of workers; workers that die are replaced once."""
 
 import errno
+import io
 import os
 import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from PIL import Image
 
 from msn_eval import pixel_loader
 from msn_eval.errors import ResourceError
-from msn_eval.images import EvalTransform
+from msn_eval.images import EvalTransform, decode_image
 from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels, read_image
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers are forked")
@@ -75,7 +77,7 @@ class HangingOnce(GreySource):
 
     def read(self, image_id: str) -> bytes:
         if image_id == "5" and self.is_first_time("hanging"):
-            time.sleep(1000)
+            time.sleep(20)
         return image_id.encode()
 
 
@@ -183,16 +185,42 @@ def test_read_that_is_refused_is_not_tried_again(tmp_path: Path, no_delays: None
 
 
 def test_few_images_get_no_workers(tmp_path: Path) -> None:
-    assert automatic_workers(greys(GreySource(tmp_path), 511), batch_size=16, cuda=False) == 0
+    assert automatic_workers(greys(GreySource(tmp_path), 511), batch_size=16, cuda=True) == 0
 
 
-def test_many_images_get_workers(tmp_path: Path) -> None:
-    assert automatic_workers(greys(GreySource(tmp_path), 512), batch_size=16, cuda=False) >= 1
+def test_many_images_get_workers_beside_a_gpu(tmp_path: Path) -> None:
+    assert automatic_workers(greys(GreySource(tmp_path), 512), batch_size=16, cuda=True) >= 1
+
+
+def test_encoder_on_a_cpu_keeps_the_cores_to_itself(tmp_path: Path) -> None:
+    assert automatic_workers(greys(GreySource(tmp_path), 5000), batch_size=16, cuda=False) == 0
+
+
+def test_read_that_hangs_without_workers_is_a_fault_of_resources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pixel_loader, "_WORKER_TIMEOUT_SECONDS", 0.5)
+    with pytest.raises(ResourceError, match=r"nothing came for 0\.5 s from some image between grey 4 and grey 5"):
+        brightness(greys(HangingOnce(tmp_path)), batch_size=2)
+    assert "in read" in capfd.readouterr().err
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_were(tmp_path: Path) -> None:
+    before = warnings.filters[:]
+    content = io.BytesIO()
+    Image.new("RGB", (60, 60)).save(content, "PNG")
+
+    class Files(GreySource):
+        def decode(self, unused: bytes) -> Image.Image:
+            return decode_image(content.getvalue())
+
+    brightness(greys(Files(tmp_path), 64), batch_size=32)
+    assert warnings.filters == before
 
 
 def test_embedded_images_get_no_workers() -> None:
     embedded = GreySource(None)  # type: ignore[arg-type]
-    assert automatic_workers(greys(embedded, 5000), batch_size=16, cuda=False) == 0
+    assert automatic_workers(greys(embedded, 5000), batch_size=16, cuda=True) == 0
 
 
 def test_workers_are_as_many_as_shared_memory_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
