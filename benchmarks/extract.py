@@ -1,22 +1,26 @@
-"""Feature extraction against transformers' ViTMSN with SDPA: images a second as ratios in one run.
+"""The encoder against transformers' ViTMSN with SDPA and timm's own forward pass: images a second as ratios in one run.
 
-    python benchmarks/extract.py [--device cuda] [--rounds 7]
+    python benchmarks/extract.py [--device cuda] [--arch vit_small_patch16_224,vit_base_patch16_224] [--rounds 7]
 
-ViT-S/16 at 224 pixels with the same random weights in both, uint8 pixels in, features out; the two take turns, so that
-a machine whose speed drifts drifts for both. Prints the median of the rounds' ratios.
+At 224 pixels, random weights, uint8 pixels in, features out; those compared take turns, so that a machine whose speed drifts
+drifts for all. Prints the median of the rounds' ratios, ours as a share of the products that the device was measured to do,
+and how long the 71,635 images of the ImageNet low-shot protocol would take at that rate.
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from msn_eval.checkpoint import read_checkpoint
-from msn_eval.encoder import Encoder, Precision, build_encoder, encode
+from msn_eval.checkpoint import Checkpoint, read_checkpoint
+from msn_eval.encoder import Encoder, Precision, build_encoder, encode, exact_float32
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BATCH = {"cpu": 16, "cuda": 256}
 
 
@@ -24,36 +28,92 @@ def main() -> None:
     """Print one line a comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--arch", default="vit_small_patch16_224")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     device = torch.device(options.device)
     pixels = torch.randint(0, 256, (_BATCH[device.type], 224, 224, 3), dtype=torch.uint8)
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}, batch {len(pixels)}, ViT-S/16 at 224"
-    )
-    theirs = {precision: _transformers(device, precision) for precision in _PRECISIONS}
-    ours = {precision: _ours(device, precision) for precision in _PRECISIONS}
-    for precision in _PRECISIONS:
-        _compare(f"{precision} against ViTMSN {precision}", ours[precision], theirs[precision], pixels, options.rounds)
-    _compare("bf16 against ViTMSN fp32", ours["bf16"], theirs["fp32"], pixels, options.rounds)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"torch {torch.__version__}, {name}, batch {len(pixels)}")
+    peaks = {precision: _products_a_second(device, precision) for precision in _PRECISIONS}
+    print(", ".join(f"{precision} products: {peak / 1e12:.2f} TFLOP/s" for precision, peak in peaks.items()))
+    for arch in options.arch.split(","):
+        checkpoint = read_checkpoint(f"random:{arch}")
+        ours = {precision: _ours(checkpoint, device, precision) for precision in _PRECISIONS}
+        others = {
+            f"{name} {precision}": make(checkpoint, device, precision)
+            for precision in _PRECISIONS
+            for name, make in (("ViTMSN", _transformers), ("timm", _timm))
+        }
+        for precision in _PRECISIONS:
+            for name in (f"ViTMSN {precision}", f"timm {precision}"):
+                _compare(f"{arch} {precision} against {name}", ours[precision], others[name], pixels, options.rounds)
+        _compare(f"{arch} bf16 against ViTMSN fp32", ours["bf16"], others["ViTMSN fp32"], pixels, options.rounds)
+        for precision in _PRECISIONS:
+            rate = statistics.median(_rate(ours[precision], pixels) for _ in range(options.rounds))
+            share = rate * _products(checkpoint.network) / peaks[precision]
+            minutes = _PROTOCOL_IMAGES / rate / 60
+            print(f"{arch} {precision}: {share:.0%} of the products measured; 71,635 images in {minutes:.1f} min")
 
 
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+_PROTOCOL_IMAGES = 71_635
+_SIDE = 4096  # of the matrices that measure a device
 
 
-def _ours(device: torch.device, precision: Precision) -> Callable[[Tensor], Tensor]:
-    checkpoint = read_checkpoint("random:vit_small_patch16_224")
+def _products_a_second(device: torch.device, precision: Precision) -> float:
+    """Give the floating-point operations a second of large matrix products, exact where the precision is."""
+    side = _SIDE if device.type == "cuda" else _SIDE // 2
+    matrix = torch.randn(side, side, device=device, dtype=_DTYPES[precision])
+    with exact_float32():
+        best = 0.0
+        for _ in range(8):
+            started = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()
+            best = max(best, 2 * side**3 / (time.perf_counter() - started))
+    return best
+
+
+def _products(network: torch.nn.Module) -> float:
+    """Give the floating-point operations of a Vision Transformer's matrix products for one image, all tokens of all blocks."""
+    tokens, width = cast(Tensor, network.pos_embed).shape[1:]
+    depth = len(cast(torch.nn.Sequential, network.blocks))
+    embedding = (tokens - 1) * cast(torch.nn.Conv2d, network.patch_embed.proj).weight.numel()  # type: ignore[union-attr]
+    return float(2 * embedding + depth * (24 * tokens * width**2 + 4 * tokens**2 * width))
+
+
+def _ours(checkpoint: Checkpoint, device: torch.device, precision: Precision) -> Callable[[Tensor], Tensor]:
     encoder: Encoder = build_encoder(checkpoint, device=device, precision=precision)
     return lambda pixels: encode(encoder, pixels, ["cls"])["cls"]
 
 
-def _transformers(device: torch.device, precision: Precision) -> Callable[[Tensor], Tensor]:
+def _timm(checkpoint: Checkpoint, device: torch.device, precision: Precision) -> Callable[[Tensor], Tensor]:
+    network = copy.deepcopy(checkpoint.network).to(device=device, dtype=_DTYPES[precision])
+    mean = torch.tensor(checkpoint.mean, device=device)
+    std = torch.tensor(checkpoint.std, device=device)
+
+    def features(pixels: Tensor) -> Tensor:
+        with torch.inference_mode():
+            images = ((pixels.to(device).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+            tokens: Tensor = network.forward_features(images.to(_DTYPES[precision]))  # type: ignore[operator]
+            return tokens[:, 0].float()
+
+    return features
+
+
+def _transformers(checkpoint: Checkpoint, device: torch.device, precision: Precision) -> Callable[[Tensor], Tensor]:
     from transformers import ViTMSNConfig, ViTMSNModel
 
+    network = checkpoint.network
     config = ViTMSNConfig(
-        hidden_size=384, num_attention_heads=6, intermediate_size=1536, layer_norm_eps=1e-6, attn_implementation="sdpa"
+        hidden_size=network.embed_dim,
+        num_hidden_layers=len(network.blocks),  # type: ignore[arg-type]
+        num_attention_heads=network.blocks[0].attn.num_heads,  # type: ignore[index, union-attr]
+        intermediate_size=4 * network.embed_dim,  # type: ignore[operator]
+        layer_norm_eps=1e-6,
+        attn_implementation="sdpa",
     )
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    dtype = _DTYPES[precision]
     model = ViTMSNModel(config).eval().to(device=device, dtype=dtype)
     mean = torch.tensor([0.5, 0.5, 0.5], device=device)
 

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -169,7 +170,7 @@ def _without_slurm(words: Sequence[str]) -> list[str]:
     return kept
 
 
-def evaluate_all(plan: "Plan", prepared: "Mapping[str, Preparation]", group: "Group") -> "tuple[list[Result], int]":
+def evaluate_all(plan: "Plan", prepared: "dict[str, Preparation]", group: "Group") -> "tuple[list[Result], int]":
     """Evaluate every checkpoint; one that is refused does not keep the others from being measured."""
     from msn_eval.evaluation import evaluate_checkpoint
 
@@ -178,7 +179,7 @@ def evaluate_all(plan: "Plan", prepared: "Mapping[str, Preparation]", group: "Gr
     with progress_on_stderr() as on_progress:
         for name in plan.request.checkpoint:
             try:
-                ready = prepared.get(name)
+                ready = prepared.pop(name, None)  # and with it its weights, once it is done
                 for result in evaluate_checkpoint(plan, name, prepared=ready, group=group, on_progress=on_progress):
                     found[result.id] = result
                     _log.debug("%s %s@%d: %s", result.probe.name, result.split.subset, result.split.draw, result.status)
@@ -203,18 +204,20 @@ def progress_on_stderr() -> "Iterator[Progress | None]":
         return
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    rate = TaskProgressColumn(text_format="", text_format_no_percentage="", show_speed=True)
+    rate = TextColumn("{task.fields[rate]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
+        tasks: dict[str, tuple[TaskID, float]] = {}
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(escape(printable(what)), total=total)
-            bar.update(tasks[what], completed=done, visible=done < total)
+                tasks[what] = bar.add_task(escape(printable(what)), total=total, rate=""), time.monotonic()
+            task, started = tasks[what]
+            rate = f"{done / (time.monotonic() - started + 1e-9):.0f} images/s" if done < total else ""
+            bar.update(task, completed=done, visible=done < total, rate=rate)
 
         yield show
 

@@ -1,0 +1,125 @@
+"""Whole extractions on a GPU: kept, resumed, within the memory there is, and decoded there."""
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from msn_eval.datasets import read_split
+from msn_eval.encoder import Encoder, encode, load_encoder
+from msn_eval.errors import ResourceError
+from msn_eval.features import Extraction, Loading, extract_features
+from msn_eval.file_hashes import hash_images
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEEP = "random:vit_small_patch16_224"
+HERE = Loading(workers=0)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give 96 smooth JPEGs as the validation split of an image folder."""
+    folder = tmp_path_factory.mktemp("photographs") / "val" / "waves"
+    folder.mkdir(parents=True)
+    y, x = np.mgrid[:260, :300]
+    for number in range(96):
+        waves = np.stack(
+            [np.sin(x / (20 + number) + y / 47), np.cos(x / 35 - number), np.sin(y / (27 + number))], axis=2
+        )
+        Image.fromarray((128 + 90 * waves).astype(np.uint8)).save(folder / f"{number:03d}.jpg", quality=90)
+    return folder.parents[1]
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """Leave this process so much of the device that a batch of 64 photographs does not fit beside the network."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((350 << 20) / total)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def run(
+    photographs: Path, cache: Path | None, *, encoder: Encoder | None = None, loading: Loading = HERE
+) -> Extraction:
+    images = read_split(str(photographs), "val")
+    hashes = hash_images(images, memory=None)
+    chosen = encoder or load_encoder(DEEP, device="cuda", precision="fp32")
+    return extract_features(chosen, images, taps=["cls"], hashes=hashes, loading=loading, cache=cache)
+
+
+def values(extraction: Extraction) -> torch.Tensor:
+    return extraction.features["cls"].values
+
+
+def test_exact_features_of_files_are_the_cpus(photographs: Path) -> None:
+    theirs = run(photographs, None, encoder=load_encoder(DEEP, device="cpu", precision="fp32"))
+    ours = run(photographs, None)
+    assert (values(ours) - values(theirs)).norm() / values(theirs).norm() < 5e-5
+
+
+def test_workers_and_pinned_memory_change_no_bit(photographs: Path) -> None:
+    here, there = (run(photographs, None, loading=Loading(batch_size=16, workers=count)) for count in (0, 2))
+    assert torch.equal(values(here), values(there))
+
+
+def test_kept_features_are_reused_bit_for_bit(photographs: Path, tmp_path: Path) -> None:
+    first, second = run(photographs, tmp_path), run(photographs, tmp_path)
+    assert (second.read, torch.equal(values(first), values(second))) == (0, True)
+
+
+def test_interrupted_pass_is_resumed_to_the_same_features(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("msn_eval.features._CUDA_SHARD_ROWS", 32)
+    left = [4]
+
+    def interrupted(encoder: Encoder, pixels: torch.Tensor, taps: list[str]) -> dict[str, torch.Tensor]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return encode(encoder, pixels, taps)
+
+    loading = Loading(batch_size=16, workers=0)
+    monkeypatch.setattr("msn_eval.features.encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(photographs, tmp_path, loading=loading)
+    monkeypatch.setattr("msn_eval.features.encode", encode)
+    resumed = run(photographs, tmp_path, loading=loading)
+    assert resumed.reused == 32
+    assert torch.equal(values(resumed), values(run(photographs, None, loading=loading)))
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_batches_shrink_until_the_device_holds_them(photographs: Path) -> None:
+    found = run(photographs, None, loading=Loading(batch_size=96, workers=0))
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    whole = run(photographs, None, loading=Loading(batch_size=96, workers=0))
+    assert found.batch_size < 96
+    assert (values(found) - values(whole)).norm() / values(whole).norm() < 5e-5
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_device_too_small_for_one_image_is_a_fault_of_resources(photographs: Path) -> None:
+    encoder = load_encoder(DEEP, device="cuda", precision="fp32")
+    total = torch.cuda.get_device_properties(0).total_memory
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+    with pytest.raises(ResourceError, match="too small for one image"):
+        run(photographs, None, encoder=encoder)
+
+
+def test_features_of_a_gpus_decoder_are_close_to_pillows(photographs: Path) -> None:
+    theirs, ours = (run(photographs, None, loading=Loading(decoder=one, workers=0)) for one in ("pillow", "nvjpeg"))
+    similarity = torch.nn.functional.cosine_similarity(values(theirs), values(ours))
+    assert similarity.min() > 0.99
