@@ -266,9 +266,10 @@ def _own_module(name: str, rest: str) -> Checkpoint:
         source = inspect.getsourcefile(inspect.unwrap(factory))
     except TypeError:  # a partial or another object that can be called: the module it was found in
         source = sys.modules[module_name].__file__
-    sourced = (
-        {"factory source": torch.frombuffer(bytearray(Path(source).read_bytes()), dtype=torch.uint8)} if source else {}
-    )
+    code = own_code_sha256()
+    ran = {"own code": torch.frombuffer(bytearray.fromhex(code), dtype=torch.uint8)}
+    if source:
+        ran["factory source"] = torch.frombuffer(bytearray(Path(source).read_bytes()), dtype=torch.uint8)
     network = network.float().eval()
     try:
         image_pixels = int(getattr(network, "image_pixels", 224))
@@ -280,7 +281,7 @@ def _own_module(name: str, rest: str) -> Checkpoint:
         name=rest,
         path=name,
         sha256=None,
-        weights_sha256=weights_sha256(dict(network.state_dict()) | sourced),
+        weights_sha256=weights_sha256(dict(network.state_dict()) | ran),
         format="py",
         key=None,
         arch=rest,
@@ -290,7 +291,7 @@ def _own_module(name: str, rest: str) -> Checkpoint:
         image_pixels=image_pixels,
         mean=_triple("mean", getattr(network, "mean", IMAGENET_MEAN), where=name),
         std=_triple("std", getattr(network, "std", IMAGENET_STD), where=name),
-        code_sha256=own_code_sha256(),
+        code_sha256=code,
     )
 
 

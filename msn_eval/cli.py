@@ -35,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `msn-eval` and give its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbosity = 0
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _on_sigterm) if in_main_thread else None
     try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _on_sigterm)
         verb, rest = (words[0], words[1:]) if words and words[0] in _VERBS else ("evaluate", words)
         command = import_module(f"msn_eval.commands.{verb}")
         parser = _parser(verb)
@@ -61,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         text = printable(f"{type(error).__name__}: {error}")
         return _fail(f"This is a bug in msn-eval: {text}\nRun it again with -vv for the traceback.", _BUG, verbosity)
+    finally:
+        if in_main_thread and signal.getsignal(signal.SIGTERM) is _on_sigterm:  # not while we are on our way out of one
+            signal.signal(signal.SIGTERM, before)
 
 
 def _parser(verb: str) -> _Parser:

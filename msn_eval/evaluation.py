@@ -110,7 +110,7 @@ class _Measurement:
                 images=len(task.subset),
                 sha256=task.split_sha256,
             ),
-            features=_feature_facts(encoder, _tap(encoder, task, plan.request), dim, plan.request),
+            features=_feature_facts(encoder, _tap(encoder, task, plan.request), dim, plan.decoder),
             probe=ProbeFacts(
                 name=task.probe.name,
                 version=task.probe.version,
@@ -415,7 +415,7 @@ def _known_result(out: Path, encoder: Encoder, task: Task, request: Request) -> 
             where=str(path),
             remedy="The training images changed since: use another --out folder, or restore them.",
         )
-    facts = _feature_facts(encoder, _tap(encoder, task, request), known.features.dim, request)
+    facts = _feature_facts(encoder, _tap(encoder, task, request), known.features.dim, request.decoder)
     # The versions of a decoder and bf16 against fp16 may differ between comparable results.
     same = replace(known.features, decoder=facts.decoder, precision=facts.precision)
     if same != facts or known.checkpoint.arch != encoder.arch:
@@ -432,13 +432,13 @@ def _known_result(out: Path, encoder: Encoder, task: Task, request: Request) -> 
     return known
 
 
-def _feature_facts(encoder: Encoder, tap: str, dim: int | None, request: Request) -> FeatureFacts:
+def _feature_facts(encoder: Encoder, tap: str, dim: int | None, decoder: str) -> FeatureFacts:
     transform = encoder.transform
     return FeatureFacts(
         tap=tap,
         dim=dim,
         precision=encoder.precision,
-        decoder=decoder_version(request.decoder),
+        decoder=decoder_version(decoder),
         transform=TransformFacts(**vars(transform)),
     )
 

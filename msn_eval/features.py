@@ -78,8 +78,8 @@ class Extraction:
     features:       of this rank; empty on all ranks but the first
     read, reused:   images that were encoded now, by all ranks together, and images whose features were there
     seconds:        from the first look into the cache to the last row
-    decode_seconds: of this rank, in which the encoder waited for pixels
-    encode_seconds: of this rank, in the encoder
+    decode_seconds: in which the encoder waited for pixels, the mean over ranks that had images to encode
+    encode_seconds: in the encoder, likewise
     batch_size:     the last one used; memory may have asked for a smaller one
     """
 
@@ -288,12 +288,15 @@ def _through_cache(
     except NumericalError as error:
         not_finite = (error.what, error.remedy)
     # A fault of some images is everyone's, told once and whole.
-    told = [json.loads(text) for text in gathered(group, f"filled {step}", json.dumps([failures, not_finite]))]
-    if any(reasons for reasons, _ in told):
-        raise unreadable([reason for reasons, _ in told for reason in reasons])
-    for _, fault in told:
+    mine_told = json.dumps([failures, not_finite, [work.clock.waiting, work.clock.encoding] if mine else None])
+    told = [json.loads(text) for text in gathered(group, f"filled {step}", mine_told)]
+    if any(reasons for reasons, _, _ in told):
+        raise unreadable([reason for reasons, _, _ in told for reason in reasons])
+    for _, fault, _ in told:
         if fault is not None:
             raise NumericalError(fault[0], remedy=fault[1])
+    if times := [spent for _, _, spent in told if spent is not None]:
+        work.clock.waiting, work.clock.encoding = (sum(column) / len(times) for column in zip(*times, strict=True))
     if group.rank != 0:
         return {}, len(todo)
     return {tap: _completed(bank, contents, stored[tap]) for tap, bank in banks.items()}, len(todo)

@@ -1,4 +1,4 @@
-"""SHA-256 of image files, remembered by path, size and modification time between runs.
+"""SHA-256 of image files, remembered between runs by path, size, times and inode.
 
 The memory is a shortcut and never the last word: whoever reads an image for its pixels hashes it again and compares.
 """
@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from msn_eval.images import ImageSet, Stamp
 
 _log = logging.getLogger(__name__)
 _THREADS = 8
+_SETTLED_NS = 2_000_000_000  # the coarsest clock among file systems ticks every two seconds
 _HASH = re.compile("[0-9a-f]{64}")
 
 
@@ -27,6 +29,7 @@ def hash_images(images: ImageSet, *, memory: Path | None) -> dict[str, str]:
     memory: a folder to remember hashes in, or None to hash everything
     Raises DataError listing every file that cannot be read.
     """
+    started = time.time_ns()
     memory_file = _memory_file(images, memory)
     known = _recall(memory_file)
     failures: list[str] = []
@@ -46,7 +49,11 @@ def hash_images(images: ImageSet, *, memory: Path | None) -> dict[str, str]:
         found = dict(zip(images.ids, pool.map(hash_one, images.ids), strict=True))
     if failures:
         raise unreadable(failures)
-    fresh = {image_id: (stamp, digest) for image_id, (digest, stamp) in found.items() if stamp is not None}
+    fresh = {
+        image_id: (stamp, digest)
+        for image_id, (digest, stamp) in found.items()
+        if stamp is not None and max(stamp[1:3], default=0) + _SETTLED_NS <= started  # else it could change unseen
+    }
     if memory_file is not None and any(known.get(image_id) != entry for image_id, entry in fresh.items()):
         try:
             write_atomically(memory_file, json.dumps(known | fresh).encode())

@@ -1,5 +1,6 @@
 """Forecast: what a plan will cost, checkpoint by checkpoint: images to read, features to reuse, bytes, time."""
 
+import logging
 import time
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from msn_eval.images import ImageSet
 from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
 from msn_eval.plan import Plan, cache_folder
 
+_log = logging.getLogger(__name__)
 _FEW_IMAGES = 64  # the measurement would cost about as much as they do
 _SAMPLE = 16
 _PATIENCE_SECONDS = 1.5
@@ -52,10 +54,10 @@ def forecast(plan: Plan, *, run_own_code: bool) -> tuple[tuple[Forecast, ...], d
     for name in plan.request.checkpoint:
         try:
             ready = prepare(plan, name)
+            found.append(_forecast_one(plan, ready, run_own_code))
         except CheckpointError as error:
             found.append(Forecast(name=name, problem=str(error).partition("\n")[0]))
             continue
-        found.append(_forecast_one(plan, ready, run_own_code))
         kept_bytes += 4 * ready.encoder.checkpoint.params
         if kept_bytes <= _KEPT_BYTES:
             kept[name] = ready
@@ -72,13 +74,13 @@ def _forecast_one(plan: Plan, ready: Preparation, run_own_code: bool) -> Forecas
     read = sum(map(len, missing))
     sizes = (images.source.stamp(image_id)[0] for images in missing for image_id in images.ids)
     measurable = read >= _FEW_IMAGES and (run_own_code or encoder.checkpoint.format != "py")
-    seconds = _seconds_an_image(plan, encoder, ready, missing) * read if measurable else None
+    each = _seconds_an_image(plan, encoder, ready, missing) if measurable else None
     return Forecast(
         name=name,
         read=read,
         reused=sum(map(len, wanted)) - read,
         bytes=sum(sizes),
-        seconds=seconds,
+        seconds=None if each is None else each * read,
         finished=len(ready.known),
     )
 
@@ -101,8 +103,8 @@ def _missing(plan: Plan, ready: Preparation, wanted: tuple[ImageSet, ImageSet]) 
     )
 
 
-def _seconds_an_image(plan: Plan, encoder: Encoder, ready: Preparation, missing: tuple[ImageSet, ...]) -> float:
-    """Time some images, spread over those to be read, through the decoder and the encoder."""
+def _seconds_an_image(plan: Plan, encoder: Encoder, ready: Preparation, missing: tuple[ImageSet, ...]) -> float | None:
+    """Time some images, spread over those to be read, through the decoder and the encoder; None where that failed."""
     images = max(missing, key=len)
     step = max(1, len(images) // _SAMPLE)
     sample = PixelList(
@@ -117,7 +119,12 @@ def _seconds_an_image(plan: Plan, encoder: Encoder, ready: Preparation, missing:
     assert isinstance(pixels, Tensor)
     decoding = (time.perf_counter() - started) / len(sample)
     batch_size = plan.request.batch_images or automatic_batch_size(encoder)
-    encoding = _encoding_seconds(encoder, pixels, ready.pending_taps, batch_size)
+    try:
+        encoding = _encoding_seconds(encoder, pixels, ready.pending_taps, batch_size)
+    except (RuntimeError, MemoryError) as error:
+        # Too large a batch, no compiler: the pass itself finds its way, or says what is wrong.
+        _log.debug("%s could not be timed: %s", encoder.checkpoint.name, error)
+        return None
     loading = loading_of(plan.request)
     cuda = encoder.device.type == "cuda"
     whole = replace(sample, image_ids=images.ids)

@@ -1,6 +1,7 @@
 """ImageSet: named, labelled images and how their bytes become the pixels that the protocols define."""
 
 import io
+import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,14 @@ class BadImageError(Exception):
     """Why one image cannot be used; collected over a whole pass and reported together."""
 
 
-Stamp = tuple[int, ...]  # the image's bytes, nanoseconds since 1970 of its file, and its place in it if it shares it
+# The image's bytes; nanoseconds since 1970 of the last change of its file's content, and of anything about the file, which
+# nobody can set back; the file's inode; and the image's place in the file if it shares it.
+Stamp = tuple[int, ...]
+
+
+def file_stamp(status: os.stat_result) -> Stamp:
+    """Give the stamp of an image with a file of its own."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 class ImageSource(Protocol):

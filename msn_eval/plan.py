@@ -85,6 +85,11 @@ class Plan:
     def classes_sha256(self) -> str:
         return class_map_sha256(self.val.classes)
 
+    @property
+    def decoder(self) -> str:
+        """Give the decoder that is used: embedded images are no files, and only resized."""
+        return "pillow" if self.val.source.root is None else self.request.decoder
+
     def skipped(self, subset: Subset) -> tuple[str, ...]:
         """Give the unreadable images of either split that results on this subset do without."""
         return (*(f"val/{image_id}" for image_id in self.skipped_val), *(f"train/{one}" for one in subset.skipped))
@@ -113,6 +118,11 @@ def make_plan(request: Request, *, local_rank: int | None = None) -> Plan:
     for split, images in (("train", data.train), ("val", data.val)):
         if images.passed_over:
             _log.info("%s: %d files passed over that are no images by their names", split, images.passed_over)
+    if len(data.classes) < 2:
+        raise NumericalError(
+            f"{data.name} has the single class {data.classes[0]!r}: every answer would be right",
+            remedy="Give --data a folder with a folder for each of several classes.",
+        )
     val = data.val.first_of_each_class(request.limit) if request.limit else data.val
     skipped_val: tuple[str, ...] = ()
     if request.on_bad_image == "skip":

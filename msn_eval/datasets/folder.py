@@ -12,7 +12,7 @@ from msn_eval.datasets.dataset import DataSet
 from msn_eval.datasets.image_index import Part, list_parts, make_part
 from msn_eval.datasets.listing import Listing, make_dataset, make_split
 from msn_eval.errors import DataError
-from msn_eval.images import ImageSet, Stamp, decode_image, is_image_name
+from msn_eval.images import ImageSet, Stamp, decode_image, file_stamp, is_image_name
 
 _SHOWN = 5
 # ImageNet's own names: beside class folders they tell of an unpacking that was not finished.
@@ -39,8 +39,7 @@ class FolderSource:
         return str(self.path(image_id))
 
     def stamp(self, image_id: str) -> Stamp:
-        status = self.path(image_id).stat()
-        return status.st_size, status.st_mtime_ns
+        return file_stamp(self.path(image_id).stat())
 
 
 def read_folder(name: str, *, allow_class_mismatch: bool = False, memory: Path | None = None) -> DataSet:

@@ -22,7 +22,7 @@ from PIL import Image
 from msn_eval.datasets.dataset import DataSet
 from msn_eval.datasets.listing import Listing, make_dataset, make_split
 from msn_eval.errors import CheckpointError, DataError, MsnEvalError, StoreError, UsageError
-from msn_eval.images import ImageSet, Stamp, decode_image
+from msn_eval.images import ImageSet, Stamp, decode_image, file_stamp
 from msn_eval.weights.hub_library import UnreachableError, ask_hub
 from msn_eval.weights.msn_release import offline_variable
 
@@ -65,7 +65,7 @@ class RowSource:
     table:         the split, with its image column alone
     rows:          the row of each id
     root:          the first Arrow file; a split has its own
-    state:         sizes and modification times of all of its Arrow files, as one number, and the newest of the times
+    state:         the stamps of all of its Arrow files, as one number, and the newest of their times
     """
 
     place_of_rows: str
@@ -94,9 +94,8 @@ class RowSource:
         content, file = self._cell(image_id)
         whole, newest = self.state
         if file is None:
-            return len(content), newest, self.rows[image_id], whole
-        status = file.stat()
-        return status.st_size, status.st_mtime_ns, self.rows[image_id], whole
+            return len(content), newest, newest, whole, self.rows[image_id]
+        return file_stamp(file.stat())
 
     def _cell(self, image_id: str) -> tuple[bytes, Path | None]:
         """Give the bytes of an image, or the file that holds them. Raises OSError."""
@@ -346,8 +345,8 @@ def _state(files: Sequence[Path]) -> tuple[int, int]:
     newest = 0
     for file in files:
         status = file.stat()
-        whole.update(os.fsencode(f"{file.name}\t{status.st_size}\t{status.st_mtime_ns}\n"))
-        newest = max(newest, status.st_mtime_ns)
+        whole.update(os.fsencode(f"{file.name}\t{file_stamp(status)}\n"))
+        newest = max(newest, status.st_mtime_ns, status.st_ctime_ns)
     return int.from_bytes(whole.digest()[:6], "big"), newest
 
 

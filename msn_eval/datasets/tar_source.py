@@ -14,7 +14,7 @@ from PIL import Image
 from msn_eval.datasets.image_index import Part
 from msn_eval.datasets.listing import Listing
 from msn_eval.errors import DataError
-from msn_eval.images import Stamp, decode_image
+from msn_eval.images import Stamp, decode_image, file_stamp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class TarSource:
     def stamp(self, image_id: str) -> Stamp:
         archive, offset, size = self._find(image_id)
         status = archive.path.stat()
-        return size, status.st_mtime_ns, status.st_size, offset
+        return size, *file_stamp(status)[1:], status.st_size, offset
 
     def _find(self, image_id: str) -> tuple[Archive, int, int]:
         name, _, file = image_id.partition("/")

@@ -272,7 +272,11 @@ class Pictures:
         return (1, 2)
 
 
-def test_memory_of_hashes_is_whole_or_as_it_was_on_a_disk_that_refuses(tmp_path: Path) -> None:
+def test_memory_of_hashes_is_whole_or_as_it_was_on_a_disk_that_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("msn_eval.file_hashes._SETTLED_NS", 0)
+
     def images(*ids: str) -> ImageSet:
         source: Any = Pictures(tmp_path)
         return ImageSet(ids=ids, labels=(0,) * len(ids), classes=("any",), source=source)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from msn_eval import file_hashes
+from msn_eval.datasets.folder import FolderSource
 from msn_eval.errors import DataError, StoreError
 from msn_eval.file_hashes import content_sha256, hash_images, unreadable
 from msn_eval.images import ImageSet
@@ -56,6 +58,12 @@ class EmbeddedSource:
 
 
 CONTENTS = {"a/x.jpg": b"first", "a/y.jpg": b"second", "b/x.jpg": b""}
+
+
+@pytest.fixture(autouse=True)
+def settled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trust the clock of this disk to its last tick, so that a test need not wait for it."""
+    monkeypatch.setattr(file_hashes, "_SETTLED_NS", 0)
 
 
 @pytest.fixture
@@ -257,3 +265,25 @@ def test_full_disk_under_the_memory_costs_only_time(
     images = ImageSet(ids=tuple(CONTENTS), labels=(0, 0, 1), classes=("a", "b"), source=source)
     assert len(hash_images(images, memory=memory)) == 3
     assert "No space left" in caplog.text
+
+
+def test_file_that_changed_a_moment_ago_is_not_remembered(
+    source: CountingSource, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_hashes, "_SETTLED_NS", 10**9 * 3600)
+    hash_images(images_of(source), memory=memory)
+    source.reads.clear()
+    hash_images(images_of(source), memory=memory)
+    assert sorted(source.reads) == sorted(CONTENTS)
+
+
+def test_replaced_image_of_the_same_size_and_time_is_read_again(tmp_path: Path, memory: Path) -> None:
+    root = tmp_path / "val"
+    (root / "a").mkdir(parents=True)
+    (root / "a" / "x.jpg").write_bytes(b"one")
+    images = ImageSet(ids=("a/x.jpg",), labels=(0,), classes=("a",), source=FolderSource(root))
+    before = (root / "a" / "x.jpg").stat()
+    hash_images(images, memory=memory)
+    (root / "a" / "x.jpg").write_bytes(b"two")
+    os.utime(root / "a" / "x.jpg", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert hash_images(images, memory=memory)["a/x.jpg"] == hashlib.sha256(b"two").hexdigest()

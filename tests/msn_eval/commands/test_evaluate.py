@@ -1,13 +1,16 @@
 """The evaluation's command: its plan, its ranks, and what it hands to Slurm."""
 
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from msn_eval.cli import main
 from msn_eval.commands import evaluate
@@ -142,3 +145,45 @@ def test_ranks_give_the_results_that_one_process_gives(command: list[str], tmp_p
     for one, other in zip(alone, ranks, strict=True):
         with np.load(one) as left, np.load(other) as right:
             assert all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def test_embedded_images_are_said_to_be_resized_by_pillow_under_any_decoder(command: list[str], tmp_path: Path) -> None:
+    main([*command, "--decoder", "torchvision"])
+    (record,) = (tmp_path / "runs").glob("*.json")
+    assert json.loads(record.read_text())["features"]["decoder"].startswith("pillow ")
+
+
+@pytest.mark.parametrize("probe", ["logistic", "knn", "ncm"])
+def test_single_class_is_refused(tmp_path: Path, probe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "only").mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "data" / split / "only" / "a.png")
+    words = ["--checkpoint", "pixels", "--data", str(tmp_path / "data"), "--subset", "1img@1", "--k", "1"]
+    assert main([*words, "--probe", probe, "--out", str(tmp_path / "runs"), "--no-cache"]) == 23
+    assert "single class 'only'" in capsys.readouterr().err
+
+
+def test_own_network_whose_helper_changed_is_measured_anew(
+    tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "network_of_mine.py").write_text(
+        "import torch, helper_of_mine\n"
+        "class Mine(torch.nn.Module):\n"
+        "    image_pixels = 8\n"
+        "    def forward(self, images): return helper_of_mine.change(images.flatten(1))\n"
+        "def make(): return Mine()\n"
+    )
+    words = [*command, "--checkpoint", "py:network_of_mine:make"]
+    found = []
+    for change in ("rows", "rows[:, :20]"):
+        (tmp_path / "helper_of_mine.py").write_text(f"def change(rows): return {change}\n")
+        for name in ("network_of_mine", "helper_of_mine"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        assert main(words) == 0
+        found.append({path.name for path in (tmp_path / "runs").glob("*.json")})
+    for name in ("network_of_mine", "helper_of_mine"):
+        sys.modules.pop(name, None)
+    assert (len(found[0]), len(found[1])) == (2, 3)
