@@ -78,7 +78,8 @@ def prepare_folder(folder: Path, *, option: str) -> None:
         ) from error
     for left in folder.glob(f".*{_SUFFIX}"):
         if _is_abandoned(left):
-            left.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process sweeps as well
+                remove(left)
 
 
 def _is_abandoned(temporary: Path) -> bool:

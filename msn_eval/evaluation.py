@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -343,12 +344,17 @@ def _shared_cache(plan: Plan, group: Group) -> Iterator[Path | None]:
     elif group.world == 1:
         yield None
     else:
-        folder = Path(plan.request.out) / decided(group, "folder", lambda: f".features.{secrets.token_hex(8)}")
+        folder = Path(plan.request.out) / decided(group, "folder", _temporary_name)
         try:
             yield folder
         finally:
             if group.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary_name() -> str:
+    """Give a name by which a later run knows what a killed one has left."""
+    return f".features.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 
 def _named(on_progress: Progress | None, what: str) -> Callable[[int, int], None] | None:

@@ -110,7 +110,8 @@ def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: boo
             rest = replace(images, image_ids=images.image_ids[done:])
             started = set(multiprocessing.active_children())
             at_hand = torch.full((workers,), -1).share_memory_()  # type: ignore[no-untyped-call]
-            batches = iter(_loader(_Pixels(rest, at_hand), batch_size=batch_size, workers=workers, pinned=pinned))
+            with _stops_deferred():
+                batches = iter(_loader(_Pixels(rest, at_hand), batch_size=batch_size, workers=workers, pinned=pinned))
             crew = [child for child in multiprocessing.active_children() if child not in started]
             try:
                 while True:
@@ -131,6 +132,24 @@ def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: boo
                 "a decoding process died or hung (%s) at one of: %s; starting others", reason, ", ".join(places)
             )
             stumbled_at = done
+
+
+@contextlib.contextmanager
+def _stops_deferred() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until processes are forked: what a handler raises in the middle of that, Python drops."""
+    came: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for stop in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(stop) is not None:
+                before[stop] = signal.signal(stop, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
+    for number in came[:1]:
+        signal.raise_signal(number)
 
 
 def _decoded_here(images: PixelList, batch_size: int) -> Iterator[PixelBatch]:

@@ -398,3 +398,11 @@ def test_file_that_only_resembles_a_temporary_one_is_kept(tmp_path: Path, name: 
     left = leave(tmp_path, name)
     prepare_folder(tmp_path, option="--out")
     assert left.exists()
+
+
+def test_abandoned_folders_are_swept_too(tmp_path: Path) -> None:
+    left = tmp_path / f".features.{socket.gethostname()}.{2**22 + 1}.00ff.tmp"
+    (left / "inside").mkdir(parents=True)
+    os.utime(left, (0, 0))
+    prepare_folder(tmp_path, option="--out")
+    assert list(tmp_path.iterdir()) == []

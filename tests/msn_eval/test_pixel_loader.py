@@ -1,5 +1,6 @@
 """Pixel batches: the same for every number of workers; workers that die are replaced once."""
 
+import contextlib
 import errno
 import io
 import os
@@ -7,7 +8,8 @@ import signal
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -252,3 +254,121 @@ def test_death_is_heard_after_a_pass_that_was_left_unfinished(tmp_path: Path) ->
     del left
     assert len(list(other)) == 3
     assert brightness(greys(DyingOnce(tmp_path)), batch_size=2, workers=1) == list(range(8))
+
+
+def test_workers_are_at_most_sixteen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixel_loader, "usable_cores", lambda: 200)
+    monkeypatch.setattr(pixel_loader, "_affordable_workers", lambda batch_bytes: 1000)
+    assert automatic_workers(greys(GreySource(tmp_path), 512), batch_size=16, cuda=True) == 16
+
+
+def test_worker_needs_room_for_the_batch_that_it_makes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class TwoBatches:
+        f_bavail, f_frsize = 16 * 3 * 8 * 8, 2
+
+    monkeypatch.setattr(os, "statvfs", lambda path: TwoBatches)
+    assert automatic_workers(greys(GreySource(tmp_path), 512), batch_size=16, cuda=True) == 0
+
+
+@half_open
+def test_workers_that_die_at_two_places_are_replaced_at_both(tmp_path: Path) -> None:
+    class DyingTwice(DyingOnce):
+        def read(self, image_id: str) -> bytes:
+            if image_id == "1" and self.is_first_time("dead before"):
+                os._exit(1)
+            return super().read(image_id)
+
+    images = greys(DyingTwice(tmp_path), 12)
+    assert brightness(images, batch_size=1, workers=1) == list(range(12))
+
+
+@half_open
+def test_first_image_of_all_is_told_too(tmp_path: Path) -> None:
+    class DyingAtTheFirst(GreySource):
+        def read(self, image_id: str) -> bytes:
+            os._exit(1)
+
+    with pytest.raises(ResourceError, match="images:\n  grey 0\n"):
+        brightness(greys(DyingAtTheFirst(tmp_path)), batch_size=2, workers=1)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+def test_read_that_stalls_three_times_comes_at_last(
+    tmp_path: Path, no_delays: None, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(Stalling, "failures", 3)
+    monkeypatch.setattr(Stalling, "number", number)
+    assert read_image(Stalling(tmp_path), "7") == b"7"
+
+
+def test_images_that_are_no_files_are_left_to_their_source_by_every_decoder(tmp_path: Path) -> None:
+    embedded = replace(greys(GreySource(None)), decoder="torchvision")  # type: ignore[arg-type]
+    assert brightness(embedded) == list(range(8))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_pixels_come_in_a_thread_that_no_signal_reaches(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(brightness, greys(GreySource(tmp_path)), workers=1).result() == list(range(8))
+
+
+def test_signal_handler_of_torch_is_back_after_the_pass(tmp_path: Path) -> None:
+    brightness(greys(GreySource(tmp_path)), workers=1)
+    assert signal.getsignal(signal.SIGCHLD) is pixel_loader._ear.torchs_handler
+
+
+class DyingLate(GreySource):
+    """Kills the first process that reads image 1, when nobody waits for it."""
+
+    def read(self, image_id: str) -> bytes:
+        if image_id == "1" and self.is_first_time("dead"):
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return image_id.encode()
+
+
+@half_open
+def test_death_that_nobody_waited_for_is_heard_at_the_next_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pixel_loader, "_WORKER_TIMEOUT_SECONDS", 5.0)
+    batches = load_pixels(greys(DyingLate(tmp_path), 3), batch_size=1, workers=1)
+    next(batches)
+    time.sleep(0.8)
+    assert (len(list(batches)), "timed out" in caplog.text, "died" in caplog.text) == (2, False, True)
+
+
+@half_open
+def test_death_strikes_nobody_after_another_pass_has_ended(tmp_path: Path) -> None:
+    batches = load_pixels(greys(DyingLate(tmp_path), 3), batch_size=1, workers=1)
+    next(batches)
+    brightness(greys(GreySource(tmp_path), 2), workers=1)
+    time.sleep(0.8)
+    assert ((tmp_path / "dead").exists(), len(list(batches))) == (True, 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_that_comes_while_workers_are_forked_is_heard_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    class StoppedError(Exception):
+        """What the handler raises."""
+
+    def stop(number: int, frame: object) -> None:
+        raise StoppedError
+
+    real = pixel_loader._loader
+
+    def signalled(*arguments: object, **options: object) -> object:
+        with contextlib.suppress(StoppedError):  # as Python suppresses what is raised in the middle of a fork
+            signal.raise_signal(number)
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pixel_loader, "_loader", signalled)
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(StoppedError):
+            brightness(greys(GreySource(tmp_path)), workers=1)
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
