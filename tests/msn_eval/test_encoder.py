@@ -678,3 +678,35 @@ def test_convolutions_run_channels_last() -> None:
     encoder = build_encoder(read_checkpoint("random:resnet18"), device=CPU, precision="fp32")
     weight = encoder.network.conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_own_module_is_left_as_it_is_in_memory() -> None:
+    encoder = build_encoder(own(nn.Conv2d(3, 4, 3)), device=CPU, precision="fp32")
+    assert encoder.network.weight.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "device"), [("auto", 1, "cuda:1"), ("cuda", 0, "cuda:0"), ("cuda:0", 1, "cuda:0")]
+)
+def test_rank_gets_the_gpu_of_its_number_unless_told(
+    monkeypatch: pytest.MonkeyPatch, name: str, rank: int, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert str(choose_device(name, local_rank=rank)) == device
+
+
+def test_rank_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match="offers 2 CUDA devices"):
+        choose_device("auto", local_rank=2)
+
+
+def test_whatever_is_not_a_transformer_is_handed_to_the_compiler_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda function: handed.append(function) or function)
+    monkeypatch.setattr(nn.Module, "compile", lambda module: handed.append(module))
+    for checkpoint in (read_checkpoint("random:resnet18"), own(nn.Flatten())):
+        build_encoder(checkpoint, device=CPU, precision="fp32", compiled=True)
+    assert len(handed) == 2

@@ -1,14 +1,25 @@
 """The corridor from Python: the same numbers whatever the batch, the loader and the moment."""
 
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from msn_eval import evaluate
-from msn_eval.errors import UsageError
-from msn_eval.result import Result, read_predictions
+from msn_eval import evaluate, evaluation
+from msn_eval import plan as plan_module
+from msn_eval.distributed import Group
+from msn_eval.errors import CheckpointError, StoreError, UsageError
+from msn_eval.evaluation import evaluate_checkpoint, loading_of, pending_pool, prepare
+from msn_eval.features import Extraction, Loading
+from msn_eval.pixel_loader import PixelBatch
+from msn_eval.plan import Plan, make_plan
+from msn_eval.request import Request
+from msn_eval.result import Result, read_predictions, write_result
 
 _NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2"
 
@@ -119,3 +130,243 @@ def test_logistic_records_carry_a_certificate_that_meets_its_target(reference: l
 def test_an_unknown_option_is_named_with_the_nearest(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Did you mean batch_size"):
         _evaluate(folder, tmp_path, batchsize=3)
+
+
+def _plan(folder: Path, out: Path, **options: object) -> Plan:
+    given = {"checkpoint": [_NETWORK], "data": str(folder), "subset": ["1img@1"], "out": str(out), "device": "cpu"}
+    return make_plan(Request(**{**given, "no_cache": True, **options}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("image_pixels", 64), ("compile", True), ("seed", 1), ("precision", "bf16")]
+)
+def test_network_is_prepared_as_requested(folder: Path, tmp_path: Path, name: str, value: object) -> None:
+    encoder = prepare(_plan(folder, tmp_path, **{name: value}), _NETWORK).encoder
+    plain = prepare(_plan(folder, tmp_path), _NETWORK).encoder
+    changed = {
+        "image_pixels": encoder.transform.crop == 64,
+        "compile": encoder.compiled,
+        "seed": encoder.checkpoint.weights_sha256 != plain.checkpoint.weights_sha256,
+        "precision": encoder.precision == "bf16",
+    }
+    assert [one for one, is_so in changed.items() if is_so] == [name]
+
+
+def test_run_without_a_cache_leaves_none(folder: Path, tmp_path: Path) -> None:
+    _evaluate(folder, tmp_path / "runs", cache=str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_folder_that_ranks_share_for_a_while_is_removed_even_after_a_fault(folder: Path, tmp_path: Path) -> None:
+    first = Group(rank=0, world=2, local_rank=0, host="localhost")
+    with pytest.raises(StoreError, match="rows are not there"):
+        list(evaluate_checkpoint(_plan(folder, tmp_path), _NETWORK, group=first))
+    assert list(tmp_path.glob(".features*")) == []
+
+
+def test_costs_are_those_of_both_splits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = evaluation.extract_features
+    costs = iter([(1.0, 0.25, 0.5, 16), (4.0, 1.0, 2.25, 8)])
+
+    def priced(*given: object, **named: object) -> Extraction:
+        seconds, decoding, encoding, batch_size = next(costs)
+        found = real(*given, **named)  # type: ignore[arg-type]
+        return replace(found, seconds=seconds, decode_seconds=decoding, encode_seconds=encoding, batch_size=batch_size)
+
+    monkeypatch.setattr(evaluation, "extract_features", priced)
+    (result,) = evaluate_checkpoint(_plan(folder, tmp_path), _NETWORK)
+    times = result.timing_s
+    assert (times.images_per_second, times.decode_share, times.encode_share) == (84 / 5, 1.25 / 5, 2.75 / 5)
+    assert result.environment.batch_size == 8
+    assert times.total == pytest.approx(times.extract + times.probe, abs=1e-3)
+
+
+def _facts(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
+    """Give what a rank tells the others before it works."""
+    told: list[Mapping[str, str]] = []
+    monkeypatch.setattr(evaluation, "agree", lambda group, what, facts: told.append(facts))
+    next(evaluate_checkpoint(plan, _NETWORK))
+    return told[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "differ"),
+    [
+        ({"seed": 1}, {"weights"}),
+        ({"precision": "bf16"}, {"precision", "tasks"}),
+        ({"limit": 1}, {"validation images", "tasks"}),
+        ({"probe": ["ncm"]}, {"tasks"}),
+        ({"subset": ["1img@2"]}, {"labelled images", "tasks"}),
+    ],
+    ids=str,
+)
+def test_ranks_tell_each_other_what_they_are_about_to_measure(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], differ: set[str]
+) -> None:
+    mine = _facts(_plan(folder, tmp_path / "mine"), monkeypatch)
+    other = _facts(_plan(folder, tmp_path / "other", **options), monkeypatch)
+    assert {name for name in mine if mine[name] != other[name]} == differ
+
+
+def test_labelled_images_that_changed_are_told_between_ranks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    for file in (changed / "train").rglob("*.png"):
+        Image.new("RGB", (9, 9)).save(file)
+    mine, other = (
+        _facts(_plan(data, tmp_path / name, data=str(data)), monkeypatch)
+        for name, data in (("mine", folder), ("other", changed))
+    )
+    assert {name for name in mine if mine[name] != other[name]} == {"labelled images"}
+
+
+def test_network_that_changes_while_it_is_asked_gives_no_result(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "drifting_network.py").write_text(
+        "import torch\n"
+        "class Drifting(torch.nn.Module):\n"
+        "    image_pixels = 8\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.seen = torch.nn.Parameter(torch.zeros(1))\n"
+        "    def forward(self, images):\n"
+        "        self.seen.data += 1\n"
+        "        return images.flatten(1)\n"
+        "def make(): return Drifting()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "py:drifting_network:make"
+    with pytest.raises(CheckpointError, match="its weights changed"):
+        list(evaluate_checkpoint(_plan(folder, tmp_path / "runs", checkpoint=[name]), name))
+    assert list((tmp_path / "runs").glob("*.json")) == []
+
+
+def test_failed_result_is_tried_again(folder: Path, tmp_path: Path) -> None:
+    plan = _plan(folder, tmp_path)
+    (result,) = evaluate_checkpoint(plan, _NETWORK)
+    write_result(tmp_path, replace(result, status="failed", error="no", metrics=None, predictions=None), None)
+    assert [one.status for one in evaluate_checkpoint(plan, _NETWORK)] == ["ok"]
+
+
+def test_result_is_written_before_it_is_told(folder: Path, tmp_path: Path) -> None:
+    result = next(evaluate_checkpoint(_plan(folder, tmp_path), _NETWORK))
+    assert (tmp_path / f"{result.id}.json").exists()
+
+
+@pytest.mark.parametrize(("options", "size"), [({}, 256), ({"batch_size": "7"}, 7)], ids=str)
+def test_record_has_the_batch_size(folder: Path, tmp_path: Path, options: dict[str, object], size: int) -> None:
+    (result,) = evaluate_checkpoint(_plan(folder, tmp_path, **options), _NETWORK)
+    assert result.environment.batch_size == size
+
+
+def test_only_taps_of_what_is_left_are_taken(folder: Path, tmp_path: Path) -> None:
+    list(evaluate_checkpoint(_plan(folder, tmp_path), _NETWORK))
+    ready = prepare(_plan(folder, tmp_path, probe=["logistic", "ncm"]), _NETWORK)
+    assert (len(set(ready.taps.values())), len(ready.pending_taps)) == (2, 1)
+
+
+def test_result_of_another_transform_is_not_taken_for_this_one(folder: Path, tmp_path: Path) -> None:
+    plan = _plan(folder, tmp_path)
+    (result,) = evaluate_checkpoint(plan, _NETWORK)
+    transform = replace(result.features.transform, mean=(0.1, 0.2, 0.3))
+    other = replace(result, features=replace(result.features, transform=transform), predictions=None)
+    write_result(tmp_path, other, None)
+    with pytest.raises(StoreError, match="holds a result of the same weights"):
+        prepare(plan, _NETWORK)
+
+
+def test_solver_that_did_not_converge_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = evaluation.fit
+
+    def unfinished(*given: object) -> object:
+        found = real(*given)  # type: ignore[arg-type]
+        return replace(found, settings=tuple(replace(one, converged=False) for one in found.settings))
+
+    monkeypatch.setattr(evaluation, "fit", unfinished)
+    assert [one.status for one in evaluate_checkpoint(_plan(folder, tmp_path), _NETWORK)] == ["not_converged"]
+
+
+def test_time_of_a_setting_is_its_own(folder: Path, tmp_path: Path) -> None:
+    plan = _plan(folder, tmp_path, probe=["knn"], k=[1, 2])
+    seconds = []
+    for result in evaluate_checkpoint(plan, _NETWORK):
+        seconds.append(result.timing_s.probe)
+        time.sleep(0.5)
+    assert len(seconds) == 2
+    assert seconds[1] < 0.5
+
+
+def test_checkpoint_is_read_as_requested(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def refuse(name: str, **named: object) -> None:
+        asked.update(named)
+        raise CheckpointError("enough was seen", where=name, remedy="")
+
+    monkeypatch.setattr(evaluation, "read_checkpoint", refuse)
+    options = {"arch": "a", "checkpoint_key": "k", "allow_missing": ["m"], "seed": 3}
+    with pytest.raises(CheckpointError, match="enough"):
+        prepare(_plan(folder, tmp_path, **options), _NETWORK)
+    assert asked == {"arch": "a", "key": "k", "allow_missing": ("m",), "seed": 3}
+
+
+def test_images_come_as_requested() -> None:
+    request = Request(decoder="torchvision", batch_size="7", workers="0")
+    assert loading_of(request) == Loading(decoder="torchvision", batch_size=7, workers=0)
+
+
+def test_only_images_of_what_is_left_are_read(folder: Path, tmp_path: Path) -> None:
+    list(evaluate_checkpoint(_plan(folder, tmp_path), _NETWORK))
+    plan = _plan(folder, tmp_path, subset=["1img@1", "1img@2"])
+    assert set(pending_pool(plan, prepare(plan, _NETWORK)).ids) == set(plan.subsets[1].image_ids)
+
+
+def test_bf16_and_fp16_stand_for_each_other(folder: Path, tmp_path: Path) -> None:
+    list(evaluate_checkpoint(_plan(folder, tmp_path, precision="bf16"), _NETWORK))
+    (known,) = prepare(_plan(folder, tmp_path, precision="fp16"), _NETWORK).known
+    assert known.features.precision == "bf16"
+
+
+def test_rank_computes_on_the_gpu_of_its_number(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    request = Request(checkpoint=[_NETWORK], data=str(folder), subset=["1img@1"], out=str(tmp_path), no_cache=True)
+    assert str(make_plan(request, local_rank=1).device) == "cuda:1"
+
+
+def test_same_weights_under_two_names_have_one_result(folder: Path, tmp_path: Path) -> None:
+    import torch
+
+    for name in ("one.pth", "two.pth"):
+        torch.save(prepare(_plan(folder, tmp_path), _NETWORK).encoder.network.state_dict(), tmp_path / name)
+    names = [str(tmp_path / name) for name in ("one.pth", "two.pth")]
+    arch = _NETWORK.partition(":")[2]
+    found = evaluate(names, data=str(folder), subsets=["1img@1"], out=tmp_path, device="cpu", no_cache=True, arch=arch)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_unreadable_image_is_skipped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    for name in ("a/0.png", "b/3.png", "b/4.png"):
+        (damaged / "val" / name).write_bytes(b"")
+    used = set()
+    real = plan_module.load_pixels
+
+    def counted(*given: object, **named: object) -> Iterator[PixelBatch]:
+        used.add(named["workers"])
+        return real(*given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(plan_module, "load_pixels", counted)
+    plan = _plan(damaged, tmp_path / "runs", on_bad_image="skip", workers=str(workers))
+    assert (plan.skipped_val, used) == (("a/0.png", "b/3.png", "b/4.png"), {workers})
+
+
+def test_hashes_of_both_splits_are_remembered(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("msn_eval.file_hashes._SETTLED_NS", 0)
+    _plan(folder, tmp_path, no_cache=False, cache=str(tmp_path / "cache"))
+    assert len(list((tmp_path / "cache" / "hashes").iterdir())) == 2

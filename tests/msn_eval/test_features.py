@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from msn_eval import extract, load_encoder
 from msn_eval.checkpoint import Checkpoint
 from msn_eval.datasets import read_split
-from msn_eval.encoder import Encoder, build_encoder
-from msn_eval.errors import CheckpointError, DataError, NumericalError, UsageError
+from msn_eval.encoder import Encoder, Precision, build_encoder
+from msn_eval.errors import CheckpointError, DataError, NumericalError, ResourceError, UsageError
 from msn_eval.features import Features, Loading, automatic_batch_size, extract_features
 from msn_eval.file_hashes import hash_images
 from msn_eval.images import ImageSet
@@ -314,3 +314,96 @@ def test_smaller_images_get_larger_batches(encoder: Encoder) -> None:
     assert automatic_batch_size(encoder) > automatic_batch_size(
         load_encoder(TINY.replace("img_size=32", "img_size=224"), device="cpu")
     )
+
+
+def test_batches_of_one_size_of_images_are_neither_tiny_nor_huge() -> None:
+    found = [
+        automatic_batch_size(
+            build_encoder(own(nn.Flatten()).checkpoint, device=CPU, precision="fp32", image_pixels=side)
+        )
+        for side in (448, 224, 112, 8)
+    ]
+    assert found == [16, 16, 64, 256]
+
+
+def test_extraction_from_a_network_that_changes_is_refused(picture_folder: Path) -> None:
+    class Drifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = nn.Parameter(torch.zeros(1))
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.seen.data += len(images)
+            return images.mean((2, 3))
+
+    with pytest.raises(CheckpointError, match="its weights changed"):
+        extract(own(Drifting()), str(picture_folder))
+
+
+def test_extraction_with_a_cache_encodes_once(
+    encoder: Encoder, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = extract(encoder, str(picture_folder), cache=tmp_path / "cache").values
+    monkeypatch.setattr("msn_eval.features.encode", lambda *given: pytest.fail("encoded again"))
+    assert torch.equal(extract(encoder, str(picture_folder), cache=tmp_path / "cache").values, first)
+
+
+def test_taps_that_are_kept_for_different_images_are_completed(
+    encoder: Encoder, picture_folder: Path, tmp_path: Path
+) -> None:
+    images = read_split(str(picture_folder), "val")
+    hashes = hash_images(images, memory=None)
+    for tap, ids in (("cls", images.ids[:7]), ("mean", images.ids[4:12])):
+        extract_features(encoder, images.only(ids), taps=[tap], hashes=hashes, cache=tmp_path)
+    both = extract_features(encoder, images, taps=["cls", "mean"], hashes=hashes, cache=tmp_path)
+    assert (both.read, both.reused) == (12, 3)
+    fresh = extract_features(encoder, images, taps=["cls", "mean"]).features
+    for tap in ("cls", "mean"):
+        torch.testing.assert_close(both.features[tap].values, fresh[tap].values, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "advice"), [("fp32", "overflow here"), ("bf16", "--precision fp32")])
+def test_remedy_against_overflow_is_one_that_was_not_tried(precision: Precision, advice: str) -> None:
+    encoder = build_encoder(own(NotANumberForBright()).checkpoint, device=CPU, precision=precision)
+    with pytest.raises(NumericalError) as refusal:
+        extract_features(encoder, greys(250), taps=["out"])
+    assert advice in refusal.value.remedy
+
+
+def test_failed_compilation_is_a_fault_of_resources() -> None:
+    class Uncompilable(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})("no C++ compiler")
+
+    encoder = replace(own(Uncompilable()), compiled=True)
+    with pytest.raises(ResourceError, match=r"torch\.compile failed: no C\+\+ compiler") as refusal:
+        extract_features(encoder, greys(250), taps=["out"])
+    assert "--compile" in refusal.value.remedy
+
+
+def test_file_that_the_device_refuses_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "val" / "ant"
+    folder.mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (40, 40), (60 * number, 0, 0)).save(folder / f"{number}.jpg")
+    torn = (folder / "3.jpg").read_bytes()
+
+    def decode(part: list[bytes], *given: object) -> tuple[Tensor, dict[int, str]]:
+        pixels = torch.zeros(len(part), 32, 32, 3, dtype=torch.uint8)
+        return pixels, {row: "torn" for row, content in enumerate(part) if content == torn}
+
+    class Hungry(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            if len(images) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return images.mean((2, 3))
+
+    monkeypatch.setattr("msn_eval.features.decode_on_device", decode)
+    loading = Loading(batch_size=2, decoder="nvjpeg")
+    with pytest.raises(DataError, match=r"1 image cannot be used:\n  .*3\.jpg: torn"):
+        extract_features(own(Hungry()), read_split(str(tmp_path), "val"), taps=["out"], loading=loading)
+
+
+def test_number_of_workers_that_is_given_is_not_chosen_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("msn_eval.features.automatic_workers", lambda *given, **named: pytest.fail("chosen again"))
+    extract_features(own(nn.Flatten()), greys(1, 2), taps=["out"], loading=Loading(workers=0))

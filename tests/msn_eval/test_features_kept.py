@@ -18,8 +18,9 @@ from msn_eval import features as features_module
 from msn_eval.checkpoint import Checkpoint
 from msn_eval.distributed import ALONE, Group, join_group
 from msn_eval.encoder import Encoder, build_encoder
-from msn_eval.errors import DataError, MsnEvalError, NumericalError, ResourceError
-from msn_eval.features import Extraction, Loading, extract_features
+from msn_eval.errors import DataError, MsnEvalError, NumericalError, ResourceError, StoreError
+from msn_eval.feature_cache import FeatureKey
+from msn_eval.features import Extraction, Loading, extract_features, feature_key
 from msn_eval.images import BadImageError, ImageSet
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="ranks are forked")
@@ -381,3 +382,91 @@ def test_not_finite_on_one_rank_is_the_first_ranks_finding_too(tmp_path: Path, c
     failing = encoder_of(Reading(not_finite_at=60))
     told = on_ranks(2, lambda group: kept(images, cache, encoder=failing, group=group).read)
     assert str(told[0]).startswith("NumericalError: own: features at tap out are not finite for 1 images, first 0/0060")
+
+
+def test_rank_takes_whole_batches(tmp_path: Path, cache: Path) -> None:
+    second = Group(rank=1, world=2, local_rank=1, host="localhost")
+    kept(numbers(tmp_path, range(40)), cache, group=second)
+    read = sorted((tmp_path / "read").read_text().split())  # threads take turns within a batch
+    assert read == [f"0/{number:04d}" for number in range(16, 40)]
+
+
+def test_rows_that_another_rank_did_not_write_are_missed(tmp_path: Path, cache: Path) -> None:
+    first = Group(rank=0, world=2, local_rank=0, host="localhost")
+    with pytest.raises(StoreError, match="24 of 40 rows are not there"):
+        kept(numbers(tmp_path, range(40)), cache, group=first)
+
+
+def test_only_the_first_rank_looks_for_what_is_missing(tmp_path: Path, cache: Path) -> None:
+    images = numbers(tmp_path, range(64))
+
+    def refuse(*given: object) -> None:
+        raise StoreError("looked", where="here", remedy="")
+
+    def extract(group: Group) -> int:
+        if group.rank != 0:
+            features_module.read_rows = refuse  # in this process alone
+        return kept(images, cache, group=group).read
+
+    assert on_ranks(2, extract) == [64, 64]
+
+
+# Addresses.
+
+
+def address(encoder: Encoder) -> FeatureKey:
+    return feature_key(encoder, "out", decoder="pillow", embedded=False)
+
+
+@pytest.mark.parametrize("name", ["arch", "key", "code_sha256", "mean", "std"])
+def test_same_weights_read_in_another_way_have_another_address(name: str) -> None:
+    plain = encoder_of(Reading())
+    value = (0.1, 0.2, 0.3) if name in ("mean", "std") else "other"
+    other = build_encoder(replace(plain.checkpoint, **{name: value}), device=CPU, precision="fp32")
+    assert address(other) != address(plain)
+
+
+@pytest.mark.parametrize(
+    "given", [{"device": torch.device("cuda")}, {"compiled": True}, {"precision": "fp16"}], ids=str
+)
+def test_same_network_run_in_another_way_has_another_address(given: dict[str, object]) -> None:
+    plain = encoder_of(Reading())
+    assert address(replace(plain, **given)) != address(plain)
+
+
+def test_images_that_are_no_files_have_one_address_for_all_decoders() -> None:
+    first, second = (
+        feature_key(encoder_of(Reading()), "out", decoder=decoder, embedded=True)
+        for decoder in ("pillow", "torchvision")
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("what", "other"),
+    [
+        ("msn_eval.features.EXTRACTOR", 99),
+        ("msn_eval.features.version", lambda package: "other"),
+        ("torch.__version__", "other"),
+    ],
+)
+def test_other_software_has_another_address(what: str, other: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = address(encoder_of(Reading()))
+    monkeypatch.setattr(what, other)
+    assert address(encoder_of(Reading())) != before
+
+
+def test_host_memory_that_runs_out_shrinks_the_batches_too(tmp_path: Path) -> None:
+    class WordlessError(MemoryError):
+        def __init__(self, text: str) -> None:
+            super().__init__()
+
+    found = kept(numbers(tmp_path, range(40)), None, encoder=encoder_of(out_of_memory_above(3, WordlessError)))
+    assert found.batch_size == 2
+
+
+def test_memory_is_asked_before_much_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features_module, "available_bytes", lambda: 1)
+    with pytest.raises(ResourceError):
+        kept(numbers(tmp_path, range(80)), None)
+    assert len((tmp_path / "read").read_text().split()) == 16  # the next batch is under way by then

@@ -1,12 +1,15 @@
 """Forecasts: what is to be read, what is there already, and about how long it will take."""
 
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from msn_eval import evaluate
+from msn_eval.evaluation import prepare
 from msn_eval.forecast import Forecast, forecast
 from msn_eval.plan import make_plan
 from msn_eval.request import Request
@@ -109,3 +112,35 @@ def test_own_code_is_run_only_where_that_is_allowed(
 def test_what_was_read_is_at_hand_for_the_evaluation(pictures: Path, tmp_path: Path) -> None:
     _, prepared = forecast(make_plan(request(pictures, tmp_path)), run_own_code=True)
     assert list(prepared) == [TINY]
+
+
+def test_time_is_that_of_one_image_times_all(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr("msn_eval.forecast.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    decoding, encoding = 1 / 16, 1 / 3  # of every measurement of a second; three images are what patience allows
+    assert forecast_one(request(pictures, tmp_path)).seconds == pytest.approx(82 * (decoding + encoding))
+
+
+def test_bytes_are_those_of_the_images_that_are_missing(pictures: Path, tmp_path: Path) -> None:
+    whole, some = forecast_one(request(pictures, tmp_path)), forecast_one(request(pictures, tmp_path, limit=20))
+    measure(request(pictures, tmp_path, limit=20))
+    assert forecast_one(request(pictures, tmp_path)).bytes == whole.bytes - some.bytes
+
+
+@pytest.mark.parametrize("probe", ["logistic", "ncm"])
+def test_image_that_lacks_one_tap_of_two_is_to_be_read(pictures: Path, tmp_path: Path, probe: str) -> None:
+    measure(request(pictures, tmp_path, probe=[probe]))
+    both = request(pictures, tmp_path, probe=["logistic", "ncm"], out=str(tmp_path / "other"))
+    assert forecast_one(both).read == 82
+
+
+def test_checkpoints_are_at_hand_as_far_as_memory_is_spent_on_them(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(request(pictures, tmp_path, limit=1))
+    needed = 4 * prepare(plan, TINY).encoder.checkpoint.params
+    found = []
+    for limit in (needed, needed - 1):
+        monkeypatch.setattr("msn_eval.forecast._KEPT_BYTES", limit)
+        found.append(len(forecast(plan, run_own_code=True)[1]))
+    assert found == [1, 0]

@@ -42,3 +42,16 @@ def test_container_above_its_limit_leaves_nothing(machine: Path, tmp_path: Path)
 
 def test_system_that_tells_nothing_has_no_answer(tmp_path: Path) -> None:
     assert available_bytes(machine=tmp_path / "none", container=tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("text", ["MemAvailable:\n", "MemAvailable: much kB\n", "MemTotal: 1000 kB\n"], ids=str)
+def test_machine_that_tells_nonsense_has_no_answer(tmp_path: Path, text: str) -> None:
+    (tmp_path / "meminfo").write_text(text)
+    assert available_bytes(machine=tmp_path / "meminfo", container=tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(("name", "text"), [("memory.max", "much"), ("memory.stat", "anon 5\n")])
+def test_container_that_tells_nonsense_is_not_asked(machine: Path, tmp_path: Path, name: str, text: str) -> None:
+    limited = container(tmp_path, limit="3000", used=2000)
+    (limited / name).write_text(text)
+    assert available_bytes(machine=machine, container=limited) == 500 * 1024

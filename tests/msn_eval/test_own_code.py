@@ -45,3 +45,34 @@ def test_installed_and_own_packages_do_not_count(own_module: Path) -> None:
     importlib.import_module("omegaconf.resolvers")
     importlib.import_module("msn_eval.commands.ls")
     assert own_code_sha256() == before
+
+
+@pytest.fixture
+def second_module(own_module: Path) -> Iterator[Path]:
+    """Give the file of another loaded module of the user's."""
+    file = own_module.with_name("another_of_mine.py")
+    file.write_text("scale = 3\n")
+    importlib.import_module("another_of_mine")
+    yield file
+    sys.modules.pop("another_of_mine", None)
+
+
+def test_sources_that_change_places_change_the_hash(own_module: Path, second_module: Path) -> None:
+    before = own_code_sha256()
+    first, second = own_module.read_text(), second_module.read_text()
+    own_module.write_text(second)
+    second_module.write_text(first)
+    assert own_code_sha256() != before
+
+
+def test_order_of_imports_does_not_count(own_module: Path, second_module: Path) -> None:
+    before = own_code_sha256()
+    sys.modules["helper_of_mine"] = sys.modules.pop("helper_of_mine")
+    assert own_code_sha256() == before
+
+
+def test_module_whose_file_is_gone_does_not_count(own_module: Path, second_module: Path) -> None:
+    second_module.unlink()
+    without_file = own_code_sha256()
+    del sys.modules["another_of_mine"]
+    assert own_code_sha256() == without_file

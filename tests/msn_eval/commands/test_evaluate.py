@@ -1,11 +1,13 @@
 """The evaluation's command: its plan, its ranks, and what it hands to Slurm."""
 
+import contextlib
 import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from PIL import Image
 from msn_eval.cli import main
 from msn_eval.commands import evaluate
 from msn_eval.commands.evaluate import describe_forecasts
+from msn_eval.distributed import Group
+from msn_eval.errors import UsageError
 from msn_eval.forecast import Forecast
 from msn_eval.request import Request
 
@@ -187,3 +191,39 @@ def test_own_network_whose_helper_changed_is_measured_anew(
     for name in ("network_of_mine", "helper_of_mine"):
         sys.modules.pop(name, None)
     assert (len(found[0]), len(found[1])) == (2, 3)
+
+
+def test_checkpoint_is_read_once_for_the_plan_and_the_run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("msn_eval.evaluation.prepare", lambda *given: pytest.fail("it was read again"))
+    assert main(command) == 0
+
+
+@pytest.fixture
+def as_second_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Give a function that makes this process the second of two ranks, with no line to the first."""
+    group = Group(rank=1, world=2, local_rank=1, host="localhost")
+    return lambda: monkeypatch.setattr("msn_eval.distributed.join_group", lambda: contextlib.nullcontext(group))
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=str)
+def test_second_rank_is_silent(
+    command: list[str], more: list[str], as_second_rank: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(command)
+    capsys.readouterr()
+    as_second_rank()
+    assert (main([*command, *more]), *capsys.readouterr()) == (0, "", "")
+
+
+def test_second_rank_asks_for_the_second_gpu(
+    command: list[str], as_second_rank: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+
+    def refuse(request: Request, *, local_rank: int | None) -> None:
+        asked.append(local_rank)
+        raise UsageError("enough was seen", remedy="")
+
+    monkeypatch.setattr("msn_eval.plan.make_plan", refuse)
+    as_second_rank()
+    assert (main(command), asked) == (2, [1])
