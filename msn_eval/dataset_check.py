@@ -23,7 +23,8 @@ from PIL import Image, UnidentifiedImageError
 from msn_eval.datasets.dataset import DataSet, class_map_sha256
 from msn_eval.errors import DataError, ResourceError
 from msn_eval.file_hashes import content_sha256
-from msn_eval.images import BadImageError, ImageSet, ImageSource
+from msn_eval.host import usable_cores
+from msn_eval.images import FORMATS, BadImageError, ImageSet, ImageSource, read_image
 from msn_eval.published_lists import read_publication
 
 Progress = Callable[[str, int, int], None]  # the split, images done, images in all
@@ -34,7 +35,6 @@ _IMAGES_A_TASK = 64
 _TASKS_A_WORKER = 3  # handed out ahead
 _TASK_SECONDS = 600.0
 _SHOWN = 5
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 _ORIENTATION = 0x0112  # EXIF's tag
 _IMAGENET_TRAIN_IMAGES = 1_281_167
 # As sha256sum writes it: a backslash first where the name has some of its own, or line ends, spelled out.
@@ -176,7 +176,7 @@ def check_dataset(
 def look_at_image(source: ImageSource, image_id: str) -> ImageFacts:
     """Read and decode one image, and say what it is."""
     try:
-        content = source.read(image_id)
+        content = read_image(source, image_id)
     except OSError as error:
         return ImageFacts(problem=f"cannot be read: {error.strerror or error}")
     digest = hashlib.sha256(content).digest()
@@ -198,7 +198,7 @@ def _read_header(content: bytes) -> tuple[str, tuple[int, int] | None, int, bool
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            image = Image.open(io.BytesIO(content), formats=_FORMATS)
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
             return "", None, 1, False
         damaged = False
@@ -311,8 +311,7 @@ def automatic_workers(images: int) -> int:
     """Give the number of processes: none for few images, else one a core."""
     if images < _FEW_IMAGES:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(_MOST_WORKERS, cores)
+    return min(_MOST_WORKERS, usable_cores())
 
 
 def _tell_nobody(split: str, done: int, total: int) -> None:

@@ -20,7 +20,7 @@ from msn_eval.encoder import Encoder, encode, resolve_tap, unchanged
 from msn_eval.errors import NumericalError, ResourceError, StoreError
 from msn_eval.feature_cache import Bank, FeatureKey, find_bank, listed_contents, open_bank, read_rows, write_shard
 from msn_eval.file_hashes import hash_images, unreadable
-from msn_eval.host_memory import available_bytes
+from msn_eval.host import available_bytes
 from msn_eval.images import ImageSet
 from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from msn_eval.atomic_file import write_atomically
 from msn_eval.errors import DataError, StoreError
-from msn_eval.images import ImageSet, Stamp
+from msn_eval.images import ImageSet, Stamp, read_image
 
 _log = logging.getLogger(__name__)
 _THREADS = 8
@@ -40,7 +40,7 @@ def hash_images(images: ImageSet, *, memory: Path | None) -> dict[str, str]:
             remembered = known.get(image_id)
             if stamp is not None and remembered is not None and remembered[0] == stamp:
                 return remembered[1], stamp
-            return hashlib.sha256(images.source.read(image_id)).hexdigest(), stamp
+            return hashlib.sha256(read_image(images.source, image_id)).hexdigest(), stamp
         except OSError as error:
             failures.append(f"{images.source.place(image_id)}: {error.strerror or error}")
             return "", None

@@ -1,8 +1,10 @@
 """ImageSet: named, labelled images and how their bytes become the pixels that the protocols define."""
 
+import errno
 import io
 import os
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +24,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 # Parsers for these formats only: the rest of Pillow's (EPS, FITS, PSD, ...) is not for strangers' files.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+_READ_DELAYS_SECONDS = (0.2, 1.0, 5.0)  # a network disk that stalls deserves some patience
+_PASSING = frozenset({errno.EIO, errno.ESTALE})
 # Pillow would clip these to 8 bits in silence: 16-bit images turn white, float images black.
 _REFUSED_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 # Resizing the shorter side would make the longer one hundreds of megabytes long. A rule of the image alone, so that every
@@ -155,6 +159,18 @@ def eval_transform(
     return EvalTransform(resize=round(image_pixels * 256 / 224), crop=image_pixels, mean=mean, std=std)
 
 
+def read_image(source: ImageSource, image_id: str) -> bytes:
+    """Read an image's bytes, with some patience for a network disk that stalls. Raises OSError."""
+    for delay in _READ_DELAYS_SECONDS:
+        try:
+            return source.read(image_id)
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+            time.sleep(delay)
+    return source.read(image_id)
+
+
 def is_image_name(name: str) -> bool:
     """Tell by its name whether a file is taken for an image."""
     return not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
@@ -227,7 +243,7 @@ def _faults_named(content: bytes) -> Iterator[None]:
 
 
 def _opened(content: bytes) -> ImageFile.ImageFile:
-    image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
     if image.mode in _REFUSED_MODES:
         raise BadImageError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8-bit RGB")
     if max(image.size) > _LONGEST_ASPECT * min(image.size):
@@ -242,7 +258,7 @@ def _unknown_format(content: bytes) -> str:
         return "a gzip file under an image name; unpack it"
     if content.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer; run git lfs pull"
-    return f"no {', '.join(_FORMATS)} image (first bytes {content[:4].hex(' ')})"
+    return f"no {', '.join(FORMATS)} image (first bytes {content[:4].hex(' ')})"
 
 
 def resize_and_crop(image: Image.Image, transform: EvalTransform) -> NDArray[np.uint8]:

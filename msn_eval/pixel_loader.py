@@ -1,7 +1,6 @@
 """Batches of pixels: images read, proved to be those that were hashed, and decoded in worker processes."""
 
 import contextlib
-import errno
 import faulthandler
 import hashlib
 import logging
@@ -24,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from msn_eval.decoders import Pixels, decode_pixels, undecoded
 from msn_eval.errors import ResourceError
-from msn_eval.images import BadImageError, EvalTransform, ImageSource, resize_and_crop
+from msn_eval.host import usable_cores
+from msn_eval.images import BadImageError, EvalTransform, ImageSource, read_image, resize_and_crop
 
 _log = logging.getLogger(__name__)
 _MOST_WORKERS = 16
@@ -32,10 +32,8 @@ _FEW_IMAGES = 512  # below, starting workers costs more than they save
 _WORKER_TIMEOUT_SECONDS = 300.0
 _BATCHES_A_WORKER = 2  # kept ready, in shared memory
 _SHARED_MEMORY = "/dev/shm"
-_READ_DELAYS_SECONDS = (0.2, 1.0, 5.0)  # a network disk that stalls deserves some patience
 _Loaded = tuple[bytes | Pixels, tuple[str, str] | None]
 _Collated = tuple[Tensor | Sequence[bytes | Pixels], list[tuple[str, str]]]
-_PASSING = frozenset({errno.EIO, errno.ESTALE})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +76,6 @@ def automatic_workers(images: PixelList, *, batch_size: int, cuda: bool) -> int:
     if room < wanted:
         _log.warning("%s has room for %d decoding processes instead of %d", _SHARED_MEMORY, room, wanted)
     return min(wanted, room)
-
-
-def usable_cores() -> int:
-    """Give the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _affordable_workers(batch_bytes: int) -> int:
@@ -238,18 +231,6 @@ def _worker_error(reason: str, places: Sequence[str]) -> ResourceError:
         remedy=f"Host memory or {_SHARED_MEMORY} may be short: try --workers 0, or a smaller --batch-size.",
         kept="Features that were finished are kept; the same command goes on from there.",
     )
-
-
-def read_image(source: ImageSource, image_id: str) -> bytes:
-    """Read an image's bytes, with some patience for a network disk that stalls. Raises OSError."""
-    for delay in _READ_DELAYS_SECONDS:
-        try:
-            return source.read(image_id)
-        except OSError as error:
-            if error.errno not in _PASSING:
-                raise
-            time.sleep(delay)
-    return source.read(image_id)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ _FLOORS = [
         "metrics",
         "position_embedding",
         "own_code",
-        "host_memory",
+        "host",
         "distributed",
         "slurm",
         "weights.sniff",

@@ -16,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+from msn_eval import images as images_module
 from msn_eval import pixel_loader
 from msn_eval.errors import ResourceError
-from msn_eval.images import EvalTransform, decode_image
-from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels, read_image
+from msn_eval.images import EvalTransform, decode_image, read_image
+from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers are forked")
 # Torch leaves the connection to a worker that died in the middle of a hand-over to the garbage collector.
@@ -114,7 +115,7 @@ def brightness(images: PixelList, *, batch_size: int = 3, workers: int = 0) -> l
 
 @pytest.fixture
 def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixel_loader, "_READ_DELAYS_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(images_module, "_READ_DELAYS_SECONDS", (0.0, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

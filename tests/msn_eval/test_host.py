@@ -1,10 +1,10 @@
-"""Host memory: the smaller of what the machine and the container leave."""
+"""Host: the smaller of what the machine and the container leave."""
 
 from pathlib import Path
 
 import pytest
 
-from msn_eval.host_memory import available_bytes
+from msn_eval.host import available_bytes
 
 
 @pytest.fixture

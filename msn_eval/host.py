@@ -1,5 +1,6 @@
-"""Host memory: what this process may still take, by the machine's count and by its container's."""
+"""Host: the memory and the cores that this process may use, by the machine's count and by its container's."""
 
+import os
 from pathlib import Path
 
 _MACHINE = Path("/proc/meminfo")
@@ -13,6 +14,11 @@ def available_bytes(*, machine: Path = _MACHINE, container: Path = _CONTAINER) -
     """
     found = [free for free in (_of_machine(machine), _of_container(container)) if free is not None]
     return min(found, default=None)
+
+
+def usable_cores() -> int:
+    """Give the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _of_machine(file: Path) -> int | None:
