@@ -206,6 +206,12 @@ def prepare(plan: Plan, name: str) -> Preparation:
         image_pixels=request.image_pixels,
         compiled=request.compile,
     )
+    return _look_for_results(plan, encoder)
+
+
+def _look_for_results(plan: Plan, encoder: Encoder) -> Preparation:
+    """See what is left to measure of one encoder, as the plan's folder is now."""
+    request = plan.request
     found = [(task, _known_result(Path(request.out), encoder, task, request)) for task in plan.tasks]
     return Preparation(
         encoder=encoder,
@@ -230,7 +236,8 @@ def evaluate_checkpoint(
     Results that the plan's folder already holds are yielded and not computed again; failed ones are tried again.
     Raises CheckpointError, DataError, ResourceError, StoreError or DistributedError; NumericalError becomes a failed result.
     """
-    ready = prepared or prepare(plan, name)
+    # Another name for the same weights may have been evaluated since they were prepared.
+    ready = _look_for_results(plan, prepared.encoder) if prepared is not None else prepare(plan, name)
     encoder, out = ready.encoder, Path(plan.request.out)
     agree(group, encoder.checkpoint.name, _shared_facts(plan, encoder))
     if group.rank == 0:

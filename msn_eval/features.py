@@ -399,7 +399,8 @@ def _encoded(
             if not failures:
                 features, refused = _encode_within_memory(work, batch.pixels)
                 failures += [f"{place(pixels_of.image_ids[done + row])}: {reason}" for row, reason in refused]
-                under_way = (done, features)
+                # Rows that the device refused were encoded as black images: nobody must keep them.
+                under_way = None if refused else (done, features)
             done += len(batch.pixels)
             if on_progress is not None:
                 on_progress(done, len(rows))

@@ -4,6 +4,7 @@ import logging
 import time
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from msn_eval.encoder import Encoder, encode
@@ -114,24 +115,25 @@ def _seconds_an_image(plan: Plan, encoder: Encoder, ready: Preparation, missing:
         hashes=None,
         decoder="pillow" if plan.request.decoder == "pillow" else "torchvision",
     )
+    loading = loading_of(plan.request)
+    cuda = encoder.device.type == "cuda"
+    batch_size = loading.batch_size or automatic_batch_size(encoder)
+    workers = loading.workers
+    if workers is None:
+        workers = automatic_workers(replace(sample, image_ids=images.ids), batch_size=batch_size, cuda=cuda)
+    beside = cuda and workers > 0  # the encoder; else one waits for the other, or they share the cores
     started = time.perf_counter()
-    pixels = next(load_pixels(sample, batch_size=_SAMPLE, workers=0)).pixels
-    assert isinstance(pixels, Tensor)
+    # One by one where each worker will do so, else all cores at once, as the pass will.
+    batches = [batch.pixels for batch in load_pixels(sample, batch_size=1 if beside else _SAMPLE, workers=0)]
     decoding = (time.perf_counter() - started) / len(sample)
-    batch_size = plan.request.batch_images or automatic_batch_size(encoder)
+    pixels = torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
     try:
         encoding = _encoding_seconds(encoder, pixels, ready.pending_taps, batch_size)
     except (RuntimeError, MemoryError) as error:
         # Too large a batch, no compiler: the pass itself finds its way, or says what is wrong.
         _log.debug("%s could not be timed: %s", encoder.checkpoint.name, error)
         return None
-    loading = loading_of(plan.request)
-    cuda = encoder.device.type == "cuda"
-    whole = replace(sample, image_ids=images.ids)
-    workers = automatic_workers(whole, batch_size=batch_size, cuda=cuda) if loading.workers is None else loading.workers
-    if cuda and workers:
-        return max(decoding / workers, encoding)
-    return decoding + encoding  # one after the other, or side by side on the same cores
+    return max(decoding / workers, encoding) if beside else decoding + encoding
 
 
 def _encoding_seconds(encoder: Encoder, pixels: Tensor, taps: tuple[str, ...], batch_size: int) -> float:

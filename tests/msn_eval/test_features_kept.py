@@ -1,6 +1,7 @@
 """Features that are kept: computed once, by any number of ranks, and never another image's or network's."""
 
 import hashlib
+import io
 import logging
 import multiprocessing
 import socket
@@ -470,3 +471,28 @@ def test_memory_is_asked_before_much_is_encoded(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ResourceError):
         kept(numbers(tmp_path, range(80)), None)
     assert len((tmp_path / "read").read_text().split()) == 16  # the next batch is under way by then
+
+
+class JpegSource(NumberSource):
+    """Real JPEGs, for a decoder that takes files to its device."""
+
+    def read(self, image_id: str) -> bytes:
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16), (9 * int(image_id.partition("/")[2]), 0, 7)).save(file, "JPEG")
+        return file.getvalue()
+
+
+def test_image_that_the_device_refuses_leaves_no_row(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = replace(numbers(tmp_path, range(8)), source=JpegSource(tmp_path))
+    hashes = {one: hashlib.sha256(images.source.read(one)).hexdigest() for one in images.ids}
+    loading = Loading(batch_size=4, decoder="nvjpeg", workers=0)
+
+    def refuse_one(part: Sequence[object], *given: object) -> tuple[Tensor, dict[int, str]]:
+        return torch.zeros(len(part), 8, 8, 3, dtype=torch.uint8), {2: "torn"}
+
+    monkeypatch.setattr(features_module, "decode_on_device", refuse_one)
+    with pytest.raises(DataError, match="0/0002: torn"):
+        extract_features(encoder_of(Reading()), images, taps=["out"], hashes=hashes, loading=loading, cache=cache)
+    assert list(cache.rglob("*.safetensors")) == []

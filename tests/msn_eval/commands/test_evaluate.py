@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from msn_eval.checkpoint import read_checkpoint
 from msn_eval.cli import main
 from msn_eval.commands import evaluate
 from msn_eval.commands.evaluate import describe_forecasts
@@ -227,3 +229,17 @@ def test_second_rank_asks_for_the_second_gpu(
     monkeypatch.setattr("msn_eval.plan.make_plan", refuse)
     as_second_rank()
     assert (main(command), asked) == (2, [1])
+
+
+def test_second_name_of_the_same_weights_finds_the_results_of_the_first(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = read_checkpoint(TINY).network.state_dict()
+    for name in ("one.pth", "other.pth"):
+        torch.save(weights, tmp_path / name)
+    named = ["--checkpoint", str(tmp_path / "one.pth"), "--checkpoint", str(tmp_path / "other.pth")]
+    arch = ["--arch", TINY.removeprefix("random:")]
+    assert main([*named, *command[2:], *arch]) == 0
+    (record,) = (tmp_path / "runs").glob("*.json")
+    assert json.loads(record.read_text())["checkpoint"]["name"] == "one"
+    assert "other: all 1 results are in" in capsys.readouterr().err
