@@ -174,6 +174,7 @@ def feature_key(encoder: Encoder, tap: str, *, decoder: str, embedded: bool) -> 
     embedded: the images are no files, and only resized
     """
     checkpoint = encoder.checkpoint
+    of_files = "embedded" if embedded else decoder_version(decoder)
     return FeatureKey(
         weights=checkpoint.weights_sha256,
         arch=encoder.arch,
@@ -181,7 +182,7 @@ def feature_key(encoder: Encoder, tap: str, *, decoder: str, embedded: bool) -> 
         code=checkpoint.code_sha256,
         tap=tap,
         transform=vars(encoder.transform),
-        decoder=f"{'embedded' if embedded else decoder_version(decoder)}, {decoder_version('pillow')}",
+        decoder=", ".join(dict.fromkeys([of_files, decoder_version("pillow")])),  # which does what others leave to it
         precision=encoder.precision,
         device=encoder.device.type,
         compiled=encoder.compiled,

@@ -212,9 +212,8 @@ class _SettledWarnings:
             if self.threads == 1:
                 self.filters = warnings.catch_warnings()
                 self.filters.__enter__()
-                warnings.simplefilter(
-                    "ignore"
-                )  # damaged EXIF blocks are common in ImageNet and do not touch the pixels
+                # Damaged EXIF blocks are common in ImageNet and do not touch the pixels.
+                warnings.simplefilter("ignore")
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             yield

@@ -14,7 +14,7 @@ import torch
 from msn_eval.atomic_file import prepare_folder
 from msn_eval.checkpoint import check_checkpoint_names
 from msn_eval.datasets import DATASETS, read_dataset
-from msn_eval.datasets.dataset import class_map_sha256
+from msn_eval.datasets.dataset import DataSet, class_map_sha256
 from msn_eval.decoders import check_decoder
 from msn_eval.encoder import Precision, choose_device, default_precision, precision_class
 from msn_eval.errors import DataError, NumericalError, UsageError
@@ -99,7 +99,6 @@ def make_plan(request: Request, *, local_rank: int | None = None) -> Plan:
     """Read the data set, draw the subsets, hash the images, and list the measurements.
 
     local_rank: number of this rank among those of its machine, None where it is alone
-
     Raises UsageError, CheckpointError, DataError or NumericalError for whatever can be known before a network runs.
     """
     if not request.checkpoint:
@@ -114,15 +113,7 @@ def make_plan(request: Request, *, local_rank: int | None = None) -> Plan:
     memory = None if request.no_cache else cache_folder(request)
     if memory is not None:
         prepare_folder(memory, option="--cache")
-    data = read_dataset(_data_name(request), allow_class_mismatch=request.allow_class_mismatch, memory=memory)
-    for split, images in (("train", data.train), ("val", data.val)):
-        if images.passed_over:
-            _log.info("%s: %d files passed over that are no images by their names", split, images.passed_over)
-    if len(data.classes) < 2:
-        raise NumericalError(
-            f"{data.name} has the single class {data.classes[0]!r}: every answer would be right",
-            remedy="Give --data a folder with a folder for each of several classes.",
-        )
+    data = _read_data(request, memory)
     val = data.val.first_of_each_class(request.limit) if request.limit else data.val
     skipped_val: tuple[str, ...] = ()
     if request.on_bad_image == "skip":
@@ -159,6 +150,19 @@ def make_plan(request: Request, *, local_rank: int | None = None) -> Plan:
             remedy="Ask for a smaller one: --k 1,5.",
         )
     return replace(plan, tasks=tasks)
+
+
+def _read_data(request: Request, memory: Path | None) -> DataSet:
+    data = read_dataset(_data_name(request), allow_class_mismatch=request.allow_class_mismatch, memory=memory)
+    for split, images in (("train", data.train), ("val", data.val)):
+        if images.passed_over:
+            _log.info("%s: %d files passed over that are no images by their names", split, images.passed_over)
+    if len(data.classes) < 2:
+        raise NumericalError(
+            f"{data.name} has the single class {data.classes[0]!r}: every answer would be right",
+            remedy="Give --data a folder with a folder for each of several classes.",
+        )
+    return data
 
 
 def _data_name(request: Request) -> str:

@@ -406,4 +406,5 @@ def test_file_that_the_device_refuses_is_told_by_its_name(tmp_path: Path, monkey
 
 def test_number_of_workers_that_is_given_is_not_chosen_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("msn_eval.features.automatic_workers", lambda *given, **named: pytest.fail("chosen again"))
-    extract_features(own(nn.Flatten()), greys(1, 2), taps=["out"], loading=Loading(workers=0))
+    found = extract_features(own(nn.Flatten()), greys(1, 2), taps=["out"], loading=Loading(workers=0))
+    assert found.read == 2
