@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import gc
 import hashlib
 import logging
 import multiprocessing
@@ -193,12 +194,16 @@ def _deaths_told_when_asked() -> Iterator[Callable[[], contextlib.AbstractContex
     def asking() -> Iterator[None]:
         if signal.getsignal(signal.SIGCHLD) is not _hear:  # torch sets its own with its first workers
             _ear.torchs_handler = signal.signal(signal.SIGCHLD, _hear)
+        collecting = gc.isenabled()
+        gc.disable()  # what the handler raises in the middle of a collection, Python drops
         _ear.asked = True
         try:
             _ear.hear(signal.SIGCHLD, None)  # of those who died meanwhile
             yield
         finally:
             _ear.asked = False
+            if collecting:
+                gc.enable()
 
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield contextlib.nullcontext
