@@ -144,7 +144,8 @@ def stated(folder: Path, name: str = "config.json") -> dict[str, object]:
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    """Within 1e-5 of the largest value: the sums behind a small one are as large as those behind a large one."""
+    torch.testing.assert_close(found, expected, atol=1e-5 * max(1.0, float(expected.abs().max())), rtol=0)
 
 
 # A folder that transformers loads.
