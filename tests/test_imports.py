@@ -28,6 +28,7 @@ _FLOORS = [
     [
         "images",
         "result",
+        "statistics",
         "config",
         "published_lists",
         "architectures",
