@@ -29,6 +29,7 @@ _FLOORS = [
     [
         "images",
         "result",
+        "statistics",
         "config",
         "published_lists",
         "architectures",
