@@ -66,8 +66,9 @@ _FLOORS = [
     ["evaluation"],
     ["forecast"],
     ["table", "verification"],
+    ["leaderboard", "published"],
     ["reports.texts"],
-    ["reports.markdown", "reports.csv_report", "reports.json_report", "reports.terminal"],
+    ["reports.markdown", "reports.csv_report", "reports.json_report", "reports.latex", "reports.terminal"],
     ["reports"],
     ["commands.evaluate"],
     [

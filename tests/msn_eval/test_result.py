@@ -215,6 +215,7 @@ def test_a_pipe_or_folder_named_like_a_record_is_refused_and_not_waited_for(resu
     scan = scan_results([tmp_path])
 
     assert [Path(fault.where).stem for fault in scan.faults] == [f"{1:016x}", f"{2:016x}"]
+    assert "it is no file" in scan.faults[0].what
 
 
 @pytest.mark.parametrize("keep", [0, 1, 200])
