@@ -16,16 +16,23 @@ import difflib
 import re
 from collections.abc import Iterable
 
-# C0 and C1 controls (so also ANSI escapes) and the marks that turn the direction of text.
+# C0 and C1 controls (so also ANSI escapes), the marks that turn the direction of text, and what breaks lines or has no width.
 _LONGEST_PLACE = 1000  # of an error, in characters
 _LONGEST_LINE = 2000  # of an error, in characters: much of it may be a stranger's text
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 
 
 def printable(text: str) -> str:
     """Give `text` with controls, direction marks and undecodable bytes spelled out instead of acted upon."""
     shown = _UNPRINTABLE.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
     return shown.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def one_line(text: str) -> str:
+    """Give `printable` text with every run of white space as one space: a name stays in its line and its cell."""
+    return printable(" ".join(text.split()))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

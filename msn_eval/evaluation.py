@@ -96,7 +96,7 @@ class _Measurement:
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             protocol_id=task.protocol_id,
             protocol=task.protocol,
-            checkpoint=_checkpoint_facts(encoder.checkpoint),
+            checkpoint=_checkpoint_facts(encoder.checkpoint, plan.request),
             data=DataFacts(
                 name=plan.data_name,
                 sha256=plan.val_sha256,
@@ -456,7 +456,7 @@ def _feature_facts(encoder: Encoder, tap: str, dim: int | None, decoder: str) ->
     )
 
 
-def _checkpoint_facts(checkpoint: Checkpoint) -> CheckpointFacts:
+def _checkpoint_facts(checkpoint: Checkpoint, request: Request) -> CheckpointFacts:
     return CheckpointFacts(
         name=checkpoint.name,
         path=checkpoint.path,
@@ -468,4 +468,5 @@ def _checkpoint_facts(checkpoint: Checkpoint) -> CheckpointFacts:
         params=checkpoint.params,
         matched=checkpoint.matched,
         epoch=checkpoint.epoch,
+        allow_missing=tuple(request.allow_missing) if checkpoint.matched < 1 else (),
     )

@@ -29,7 +29,7 @@ def measure(rank_of_label: NDArray[np.int64]) -> Metrics:
     )
 
 
-def wilson_interval(right: int, n: int) -> tuple[float, float]:
+def wilson_interval(right: float, n: float) -> tuple[float, float]:
     """Give the 95 % interval of a share, `right` of `n` images, over test images of this kind.
 
     Source: Wilson 1927; unlike the normal interval it stays within [0, 1] and does not vanish at 0 and 1.

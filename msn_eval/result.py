@@ -4,7 +4,11 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +18,7 @@ from numpy.typing import NDArray
 
 from msn_eval.atomic_file import write_atomically
 from msn_eval.errors import StoreError, UsageError
+from msn_eval.json_fields import parse_json, read_fields
 from msn_eval.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -23,12 +28,18 @@ _log = logging.getLogger(__name__)
 SCHEMA = 1
 PROTOCOL_VERSION = 1
 _ID_DIGITS = 16
+_RECORD_NAME = re.compile(rf"[0-9a-f]{{{_ID_DIGITS}}}\.json")
+_READ_AT_ONCE = 64
+_READERS = 8
 Status = Literal["ok", "not_converged", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFacts:
-    """What was evaluated; the fields are those of Checkpoint."""
+    """What was evaluated; the fields are those of Checkpoint.
+
+    allow_missing: the patterns by which weights were allowed to be absent, where some were
+    """
 
     name: str
     path: str
@@ -40,6 +51,7 @@ class CheckpointFacts:
     params: int
     matched: float
     epoch: int | None
+    allow_missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,75 +220,171 @@ def as_json(result: Result) -> dict[str, Any]:
 
 
 def read_result(path: Path) -> Result:
-    """Read one record. Raises StoreError naming the file where it is damaged or of a newer schema."""
+    """Read one record. Raises StoreError naming the file where it is damaged or of another schema."""
     try:
-        content = json.loads(path.read_bytes())
+        return parse_result(path.read_bytes(), path)
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
+
+
+def parse_result(text: bytes, path: Path) -> Result:
+    """Give the record that a file's bytes are. Raises StoreError naming `path` where they are none of this schema."""
+    try:
+        content = parse_json(text)
         schema = content.pop("schema")
-        if schema != SCHEMA:
-            raise StoreError(
-                f"schema {schema}, this version reads {SCHEMA}", where=str(path), remedy="Update msn-eval."
-            )
-        features = content["features"]
-        transform = features.pop("transform")
-        metrics = content["metrics"]
-        return Result(
-            **{name: content[name] for name in _PLAIN_FIELDS},
-            checkpoint=CheckpointFacts(**content["checkpoint"]),
-            data=DataFacts(**content["data"]),
-            split=SplitFacts(**content["split"]),
-            features=FeatureFacts(
-                **features,
-                transform=TransformFacts(**transform | {name: tuple(transform[name]) for name in ("mean", "std")}),
-            ),
-            probe=ProbeFacts(**content["probe"]),
-            metrics=metrics and Metrics(**metrics | {"top1_ci95": tuple(metrics["top1_ci95"])}),
-            timing_s=TimingFacts(**content["timing_s"]),
-            environment=EnvironmentFacts(**content["environment"]),
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StoreError(
-            f"is no readable result: {type(error).__name__}: {error}",
-            where=str(path),
-            remedy="Move it away (and its .npz); the same evaluation writes it anew.",
-        ) from error
+        if schema != SCHEMA or isinstance(schema, bool):
+            raise _wrong_schema(path, schema)
+        result = read_fields(Result, content)
+        if result.metrics is not None:
+            _check_metrics(result.metrics)
+        return result
+    except KeyError:
+        raise _unreadable(path, "it states no schema") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable(path, f"{error}") from error
+    except StoreError as error:
+        raise StoreError(error.what, where=error.where or str(path), remedy=error.remedy or _MOVE_AWAY) from error
 
 
-_PLAIN_FIELDS = ("id", "status", "error", "created", "protocol_id", "protocol", "predictions")
+_MOVE_AWAY = "Move it away (and its .npz); the same evaluation writes it anew."
+
+
+def _unreadable(path: Path, reason: str) -> StoreError:
+    return StoreError(f"is no readable result: {reason}", where=str(path), remedy=_MOVE_AWAY)
+
+
+def _wrong_schema(path: Path, schema: object) -> StoreError:
+    newer = isinstance(schema, int) and schema > SCHEMA
+    return StoreError(
+        f"is a record of schema {schema!r}, this version of msn-eval reads {SCHEMA}",
+        where=str(path),
+        remedy="Update msn-eval." if newer else "No version wrote such a record; move it away.",
+    )
+
+
+def _check_metrics(metrics: Metrics) -> None:
+    low, high = metrics.top1_ci95
+    shares = (metrics.top1, metrics.top5, low, high)
+    if not all(0 <= share <= 1 for share in shares) or metrics.top1 > metrics.top5 or low > high or metrics.n < 1:
+        raise ValueError(f"its metrics are no accuracies: {metrics}")
 
 
 def read_predictions(path: Path) -> Predictions:
     """Read the predictions beside a record. Raises StoreError naming the file where it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return Predictions(**{one.name: stored[one.name] for one in fields(Predictions)})
     except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
         raise StoreError(f"are no readable predictions: {error}", where=str(path)) from error
 
 
-def list_results(folders: Iterable[str | Path]) -> list[Result]:
-    """Read every record of some result folders, each once, in the order of folder and file name.
+@dataclass(frozen=True, kw_only=True)
+class ResultScan:
+    """What stands in some result folders.
 
-    Raises UsageError for a folder that is not there or holds no results, StoreError for a record that cannot be read or
-    stands twice with different labelled images.
+    results: every readable record, each once, in the order of folder and file name
+    paths:   the file of each, in the same order
+    faults:  what is wrong with the others, each naming its file
     """
-    found: dict[str, Result] = {}
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise UsageError("no such result folder", where=str(folder), remedy="Give the --out folder of a run.")
-        for path in sorted(folder.glob(f"{'[0-9a-f]' * _ID_DIGITS}.json")):  # a table left here is no record
-            result = read_result(path)
+
+    results: tuple[Result, ...]
+    paths: tuple[Path, ...]
+    faults: tuple[StoreError, ...]
+
+
+def scan_results(folders: Iterable[str | Path]) -> ResultScan:
+    """Read every record of some result folders; one that cannot be read is a fault and hides no other.
+
+    A record is a file named by an id: tables and other files left in the folder are none. Of a record that stands in
+    several folders the first counts, before a failed one any other.
+    Raises UsageError for a folder that is not there, or where there are no records at all.
+    """
+    chosen = [Path(folder) for folder in folders]
+    found: dict[str, tuple[Result, Path]] = {}
+    faults: list[StoreError] = []
+    for path, text in _texts(path for folder in chosen for path in _record_paths(folder)):
+        try:
+            result = _parsed(text, path)
             known = found.get(result.id)
-            if known is not None and known.split.sha256 != result.split.sha256:
+            if known is not None and known[0].split.sha256 != result.split.sha256:
                 raise StoreError(
                     f"result {result.id} stands in several folders, measured with different labelled images",
                     where=str(path),
                     remedy="Report the folders one at a time.",
                 )
-            if known is None or known.status == "failed":  # a retry elsewhere may have succeeded
-                found[result.id] = result
-    if not found:
-        raise UsageError("no results here", where=", ".join(map(str, folders)), remedy="Run msn-eval with --out first.")
-    return list(found.values())
+        except StoreError as error:
+            faults.append(error)
+            continue
+        if known is None or (known[0].status == "failed" and result.status != "failed"):  # a retry may have succeeded
+            found[result.id] = (result, path)
+    if not found and not faults:
+        raise UsageError("no results here", where=", ".join(map(str, chosen)), remedy="Run msn-eval with --out first.")
+    results, paths = zip(*found.values(), strict=True) if found else ((), ())
+    return ResultScan(results=results, paths=paths, faults=tuple(faults))
+
+
+def _record_paths(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if _RECORD_NAME.fullmatch(entry.name))
+    except OSError as error:
+        raise UsageError(
+            f"no such result folder: {error.strerror}", where=str(folder), remedy="Give the --out folder of a run."
+        ) from error
+    return [folder / name for name in names]
+
+
+def _texts(paths: Iterable[Path]) -> Iterator[tuple[Path, bytes | OSError]]:
+    """Read files, some at a time, so that a disk far away is waited for once and not for each of thousands."""
+    chosen = list(paths)
+    batches = [chosen[start : start + _READ_AT_ONCE] for start in range(0, len(chosen), _READ_AT_ONCE)]
+    with ThreadPoolExecutor(_READERS) as readers:
+        for batch, texts in zip(batches, readers.map(_read_all, batches), strict=True):
+            yield from zip(batch, texts, strict=True)
+
+
+def _read_all(paths: Sequence[Path]) -> list[bytes | OSError]:
+    return [_read_one(path) for path in paths]
+
+
+def _read_one(path: Path) -> bytes | OSError:
+    try:
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe of that name is not waited for
+        with os.fdopen(opened, "rb", buffering=0) as file:
+            return file.read() if stat.S_ISREG(os.fstat(opened).st_mode) else OSError(0, "it is no file")
+    except OSError as error:
+        return error
+
+
+def _parsed(text: bytes | OSError, path: Path) -> Result:
+    if isinstance(text, OSError):
+        raise _unreadable(path, text.strerror or str(text)) from text
+    result = parse_result(text, path)
+    if result.id != path.stem:
+        raise StoreError(
+            f"holds the record of {result.id}: it was renamed or edited", where=str(path), remedy=_MOVE_AWAY
+        )
+    return result
+
+
+def list_results(folders: Iterable[str | Path]) -> list[Result]:
+    """Read every record of some result folders, each once, in the order of folder and file name.
+
+    Raises UsageError for a folder that is not there or holds no results, StoreError naming every record that cannot be
+    read or stands twice with different labelled images.
+    """
+    scan = scan_results(folders)
+    if scan.faults:
+        raise all_faults(scan.faults)
+    return list(scan.results)
+
+
+def all_faults(faults: Sequence[StoreError]) -> StoreError:
+    """Give one error that tells of all."""
+    if len(faults) == 1:
+        return faults[0]
+    lines = "\n".join(f"{fault.where}: {fault.what}" for fault in faults)
+    return StoreError(f"{len(faults)} records cannot be used\n{lines}", remedy=_MOVE_AWAY)
 
 
 def read_results(folders: "str | Path | Sequence[str | Path]") -> "pd.DataFrame":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def shipped_folder(name: str) -> Path:
-    """Give the folder `configs` or `imagenet_subsets` as it came with this package."""
+    """Give the folder `configs`, `imagenet_subsets` or `reports` as it came with this package."""
     package = Path(__file__).parent
     inside = package / "shipped" / name
     return inside if inside.is_dir() else package.parent / name

@@ -3,13 +3,14 @@
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from msn_eval.result import Result
 
 _SUBSET_ORDER = ("1img", "2imgs", "5imgs", "1pct", "10pct", "full")
 _PROBE_ORDER = ("logistic", "linear", "linear-augmented", "knn", "ncm", "ridge", "finetune")
+Place = tuple[str, str | None, str]  # weights_sha256, key and protocol_id: what a cell is of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,8 @@ class Column:
 
     images_per_class: labelled images a class, on average
     classes:          of the data set
-    reason:           what sets it apart from other columns of the same probe and subset, or empty
+    reason:           wherein it differs from other protocols of the same probe in this table, field by field, or empty
+    published:        whether its numbers were published by others: never ranked, and never in one column with measured ones
     """
 
     protocol_id: str
@@ -29,32 +31,61 @@ class Column:
     images_per_class: float
     classes: int
     reason: str
+    published: bool = False
 
     @property
     def group(self) -> str:
-        """Give the probe with the settings that hold for every subset: `knn k=10 T=0.07`."""
+        """Give what holds for every subset: `knn k=10 T=0.07`, and what sets it apart: `knn k=10 T=0.07, precision=reduced`."""
         neighbours = [f"k={self.params['k']:g}", f"T={self.params['temperature']:g}"] if "k" in self.params else []
-        return " ".join([self.probe, *neighbours])
+        name = " ".join([self.probe, *neighbours])
+        return ", ".join(part for part in (name, self.reason) if part)
+
+    @property
+    def images(self) -> str:
+        """Give the labelled images a class, to three digits."""
+        return f"{self.images_per_class:.3g}" if self.images_per_class < 1000 else f"{self.images_per_class:.0f}"
+
+    @property
+    def strength(self) -> str:
+        """Give lambda, or nothing."""
+        return f"{self.params['lambda']:g}" if "lambda" in self.params else ""
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Give the rest: the subset, its images a class, and lambda."""
+        parts = (self.subset, f"{self.images} image{'' if self.images == '1' else 's'} a class")
+        return (*parts, f"λ={self.strength}") if self.strength else parts
 
     @property
     def title(self) -> str:
-        """Give the rest: the subset, its images a class, lambda, and what sets the column apart."""
-        images = f"{self.images_per_class:.3g}"
-        parts = [self.subset, f"{images} image{'' if images == '1' else 's'} a class"]
-        if "lambda" in self.params:
-            parts.append(f"λ={self.params['lambda']:g}")
-        return ", ".join(part for part in (*parts, self.reason) if part)
+        return ", ".join(self.lines)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One checkpoint: its network, told apart by weights and key; `note` says what every reader must know of it."""
+    """One checkpoint: its network, told apart by weights and key; `note` says what every reader must know of it.
+
+    source: where its numbers were published, empty where they were measured
+    """
 
     name: str
     arch: str
-    weights_sha256: str
+    weights_sha256: str | None
     key: str | None
     note: str
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What the images of a cell say about it, where they were asked.
+
+    interval: 95 % interval of the mean over test images of this kind, fractions
+    rank:     among the checkpoints of its column; those that their images cannot tell apart share one
+    """
+
+    interval: tuple[float, float] | None = None
+    rank: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,86 +94,161 @@ class Cell:
 
     mean, std: fractions in [0, 1] of top-1; std is the sample standard deviation over draws, None for one draw;
                mean is None where a draw failed
-    status:    that of the worst draw
+    draws:     how many; None where a publication does not say
+    status:    that of the worst draw, or `published`
+    results:   ids of the records
     """
 
     mean: float | None
     std: float | None
-    draws: int
+    draws: int | None
     status: str
+    standing: Standing = Standing()
+    results: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows, columns, and the cells that exist."""
+    """Rows, columns, and the cells that exist.
+
+    notices: what a reader of the whole table must know
+    """
 
     rows: tuple[Row, ...]
     columns: tuple[Column, ...]
     cells: Mapping[tuple[Row, Column], Cell]
+    notices: tuple[str, ...] = ()
 
     def groups(self) -> dict[str, tuple[Column, ...]]:
-        """Give the columns by probe and its settings, in order."""
+        """Give the columns by probe, its settings and what sets them apart, in order."""
         grouped: defaultdict[str, list[Column]] = defaultdict(list)
         for column in self.columns:
             grouped[column.group].append(column)
         return {group: tuple(columns) for group, columns in grouped.items()}
 
+    def rows_of(self, columns: Sequence[Column]) -> list[tuple[Row, list[Cell | None]]]:
+        """Give the rows that have a cell in one of the columns, with their cells; None is a missing one."""
+        lines = [(row, [self.cells.get((row, column)) for column in columns]) for row in self.rows]
+        return [(row, cells) for row, cells in lines if any(cells)]
 
-def make_table(results: Iterable[Result]) -> Table:
-    """Put results into rows and columns, each result once. Two protocols never share a column."""
+
+def make_table(
+    results: Iterable[Result],
+    *,
+    standings: Mapping[Place, Standing] | None = None,
+    published: Table | None = None,
+    notices: Sequence[str] = (),
+) -> Table:
+    """Put results into rows and columns, each result once. Two protocols never share a column.
+
+    standings: what the images of each cell say, where they were asked
+    published: rows and columns to stand beside the measured ones
+    """
     kept = list({_identity(result): result for result in results}.values())
     columns = {column.protocol_id: column for column in _columns(kept)}
     rows = _rows(kept)
-    draws: defaultdict[tuple[Row, Column], list[Result]] = defaultdict(list)
+    draws: defaultdict[Place, list[Result]] = defaultdict(list)
     for result in kept:
-        row = rows[result.checkpoint.weights_sha256, result.checkpoint.key]
-        draws[row, columns[result.protocol_id]].append(result)
-    cells = {place: _cell(group) for place, group in draws.items()}
+        draws[place_of(result)].append(result)
+    cells = {
+        (rows[weights, key], columns[protocol]): _cell(
+            group, (standings or {}).get((weights, key, protocol), Standing())
+        )
+        for (weights, key, protocol), group in draws.items()
+    }
     ordered = tuple(sorted(columns.values(), key=_column_order))
+    best_first = sorted(rows.values(), key=lambda row: _row_order(row, ordered, cells))
+    others = published or Table(rows=(), columns=(), cells={})
     return Table(
-        rows=tuple(sorted(rows.values(), key=lambda row: _row_order(row, ordered, cells))), columns=ordered, cells=cells
+        rows=(*best_first, *others.rows),
+        columns=tuple(sorted((*ordered, *others.columns), key=_column_order)),
+        cells=cells | dict(others.cells),
+        notices=(*_other_draws(kept), *others.notices, *notices),
     )
+
+
+def place_of(result: Result) -> Place:
+    """Say in which cell a result belongs."""
+    return result.checkpoint.weights_sha256, result.checkpoint.key, result.protocol_id
 
 
 def _identity(result: Result) -> tuple[object, ...]:
     """Give what a result's id stands for."""
-    return result.checkpoint.weights_sha256, result.checkpoint.key, result.protocol_id, result.split.draw
+    return *place_of(result), result.split.draw
 
 
-def _cell(draws: Sequence[Result]) -> Cell:
+def _cell(draws: Sequence[Result], standing: Standing) -> Cell:
+    from msn_eval.statistics import draw_spread  # SciPy, which --help does without
+
     scores = [result.metrics.top1 for result in draws if result.metrics is not None]
     statuses = {result.status for result in draws}
+    ids = tuple(result.id for result in sorted(draws, key=lambda result: result.split.draw))
     if "failed" in statuses:
-        return Cell(mean=None, std=None, draws=len(draws), status="failed")
+        return Cell(mean=None, std=None, draws=len(draws), status="failed", results=ids)
     return Cell(
         mean=statistics.fmean(scores),
-        std=statistics.stdev(scores) if len(scores) > 1 else None,
+        std=draw_spread(scores),
         draws=len(draws),
         status="not_converged" if "not_converged" in statuses else "ok",
+        standing=standing,
+        results=ids,
     )
 
 
 def _rows(results: Sequence[Result]) -> dict[tuple[str, str | None], Row]:
-    identities = {(r.checkpoint.weights_sha256, r.checkpoint.key): r.checkpoint for r in reversed(results)}
-    names = [checkpoint.name for checkpoint in identities.values()]
+    by_network: defaultdict[tuple[str, str | None], list[Result]] = defaultdict(list)
+    for result in results:
+        by_network[result.checkpoint.weights_sha256, result.checkpoint.key].append(result)
+    names = [group[0].checkpoint.name for group in by_network.values()]
     rows = {}
-    for identity, checkpoint in identities.items():
-        # Two checkpoints of one name are told apart by what they are.
-        twin = names.count(checkpoint.name) > 1
-        name = f"{checkpoint.name} [{checkpoint.weights_sha256[:8]}]" if twin else checkpoint.name
-        note = "" if checkpoint.matched == 1.0 else f"{checkpoint.matched:.1%} of weights loaded"
-        rows[identity] = Row(name=name, arch=checkpoint.arch, weights_sha256=identity[0], key=identity[1], note=note)
+    for (weights, key), group in by_network.items():
+        checkpoint = group[0].checkpoint
+        name = checkpoint.name
+        if names.count(name) > 1:  # two checkpoints of one name are told apart by what they are
+            same_weights = sum(1 for other, _ in by_network if other == weights) > 1
+            name = f"{name} [{weights[:8]}{f' {key}' if same_weights and key else ''}]"
+        rows[weights, key] = Row(name=name, arch=checkpoint.arch, weights_sha256=weights, key=key, note=_note(group))
     return rows
+
+
+def _note(results: Sequence[Result]) -> str:
+    """Say what is not as it should be with a network or the images it was given."""
+    parts = []
+    matched = min(result.checkpoint.matched for result in results)
+    if matched < 1:
+        parts.append(f"{matched:.1%} of weights loaded")
+    patterns = sorted({pattern for result in results for pattern in result.checkpoint.allow_missing})
+    if patterns:
+        parts.append(f"absent by --allow-missing {' '.join(patterns)}")
+    skipped = sorted({result.data.skipped for result in results} - {0})
+    if skipped:
+        images = "image" if skipped == [1] else "images"
+        parts.append(f"{' or '.join(map(str, skipped))} unreadable {images} skipped")
+    return ", ".join(parts)
+
+
+def _other_draws(results: Sequence[Result]) -> Iterator[str]:
+    """Tell of columns whose rows were not measured with the same labelled images: another train folder, the same val."""
+    splits: defaultdict[tuple[str, str, str, int], set[str]] = defaultdict(set)
+    for result in results:
+        key = (result.protocol_id, result.probe.name, result.split.subset, result.split.draw)
+        splits[key].add(result.split.sha256)
+    apart = sorted({f"{probe} {subset}" for (_, probe, subset, _), digests in splits.items() if len(digests) > 1})
+    if apart:
+        yield f"Rows were measured with different labelled images, and are not to be compared: {', '.join(apart)}."
 
 
 def _columns(results: Sequence[Result]) -> list[Column]:
     by_protocol = {result.protocol_id: result for result in results}
-    alike: defaultdict[str, list[Result]] = defaultdict(list)
+    groups: defaultdict[str, list[Result]] = defaultdict(list)
     for result in by_protocol.values():
-        alike[json.dumps([result.probe.name, dict(result.probe.params), result.split.subset], sort_keys=True)].append(
-            result
-        )
-    return [_column(result, _differences(group)[result.protocol_id]) for group in alike.values() for result in group]
+        params = {name: value for name, value in result.probe.params.items() if name != "lambda"}
+        groups[json.dumps([result.probe.name, params], sort_keys=True)].append(result)
+    return [
+        _column(result, reason)
+        for group in groups.values()
+        for result, reason in zip(group, _reasons(group), strict=True)
+    ]
 
 
 def _column(result: Result, reason: str) -> Column:
@@ -158,19 +264,50 @@ def _column(result: Result, reason: str) -> Column:
     )
 
 
-def _differences(group: Sequence[Result]) -> dict[str, str]:
-    """Say for each of several protocols that look alike in a header wherein it differs from the others."""
-    flat = {result.protocol_id: dict(_leaves(result.protocol)) for result in group}
-    keys = sorted({key for leaves in flat.values() for key in leaves})
-    differing = [key for key in keys if len({json.dumps(leaves.get(key)) for leaves in flat.values()}) > 1]
-    reasons = {}
-    for result in group:
-        leaves = flat[result.protocol_id]
-        parts = [f"{key}={_short(leaves.get(key))}" for key in differing if key != "data.class_map_sha256"]
-        if "data.sha256" in differing and len({one.data.name for one in group}) > 1:
-            parts = [result.data.name, *(part for part in parts if not part.startswith("data.sha256="))]
-        reasons[result.protocol_id] = " ".join(parts)
+def _reasons(group: Sequence[Result]) -> list[str]:
+    """Say for each protocol of one probe wherein it differs from the others, field by field.
+
+    What a subset brings with it (its own rule, and the unreadable images among its own) is told only where two protocols
+    of the same subset differ in it.
+    """
+    flat = [dict(_leaves(result.protocol)) for result in group]
+    keys = sorted({key for leaves in flat for key in leaves} - {"subset.name", "probe.params.lambda", "probe.params"})
+    alike: defaultdict[tuple[str, object], list[dict[str, object]]] = defaultdict(list)
+    for result, leaves in zip(group, flat, strict=True):
+        alike[result.split.subset, result.probe.params.get("lambda")].append(leaves)
+    differing = {
+        key for key in keys if any(_differ(one, key) for one in (alike.values() if key in _OF_A_SUBSET else [flat]))
+    }
+    # The images scored follow from a limit and from what was skipped; where these are told, that is enough.
+    named = len({result.data.name for result in group}) > 1
+    hashed = "data.sha256" in differing
+    differing -= {"data.class_map_sha256"} if hashed else set()
+    if named or differing & {"limit", "skipped"}:
+        differing -= {"data.sha256"}
+    same_name = (
+        named
+        and hashed
+        and len({result.data.name for result in group}) < len({leaves.get("data.sha256") for leaves in flat})
+    )
+    reasons = []
+    for result, leaves in zip(group, flat, strict=True):
+        parts = [f"{key}={_short(leaves.get(key), [one.get(key) for one in flat])}" for key in sorted(differing)]
+        if named and hashed:
+            digest = (
+                f" {_short(leaves.get('data.sha256'), [one.get('data.sha256') for one in flat])}"
+                if same_name and not differing & {"limit", "skipped"}
+                else ""
+            )
+            parts.insert(0, f"{result.data.name}{digest}")
+        reasons.append(" ".join(parts))
     return reasons
+
+
+_OF_A_SUBSET = {"subset.rule", "skipped"}
+
+
+def _differ(flat: Sequence[Mapping[str, object]], key: str) -> bool:
+    return len({json.dumps(leaves.get(key)) for leaves in flat}) > 1
 
 
 def _leaves(value: object, path: str = "") -> list[tuple[str, object]]:
@@ -179,9 +316,11 @@ def _leaves(value: object, path: str = "") -> list[tuple[str, object]]:
     return [leaf for key, inner in value.items() for leaf in _leaves(inner, f"{path}.{key}" if path else str(key))]
 
 
-def _short(value: object) -> str:
+def _short(value: object, others: Sequence[object]) -> str:
+    """Give eight digits of a hash where that tells it from the others, else all of the value."""
     text = "none" if value is None else str(value)
-    return text[:8] if len(text) == 64 else text
+    apart = len({str(other)[:8] for other in others}) == len({str(other) for other in others})
+    return text[:8] if len(text) == 64 and apart else text
 
 
 def _column_order(column: Column) -> tuple[object, ...]:
@@ -192,6 +331,7 @@ def _column_order(column: Column) -> tuple[object, ...]:
         place(column.probe, _PROBE_ORDER),
         column.probe,
         tuple(sorted((name, value) for name, value in column.params.items() if name != "lambda")),
+        column.published,
         column.reason,
         place(column.subset, _SUBSET_ORDER),
         column.subset,

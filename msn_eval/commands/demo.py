@@ -20,7 +20,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from msn_eval.commands.evaluate import evaluate_all
     from msn_eval.distributed import ALONE
     from msn_eval.plan import make_plan
-    from msn_eval.reports import FORMATS, render
+    from msn_eval.reports import FORMATS, SUFFIXES, render
     from msn_eval.reports.terminal import print_table
     from msn_eval.request import Request
     from msn_eval.table import make_table
@@ -38,6 +38,6 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     table = make_table(results)
     print_table(table)
     for form in FORMATS:
-        write_atomically(folder / f"table.{form}", render(table, form).encode())
-    print(f"Written to {folder}: records in runs/, table.md, table.csv, table.json.")
+        write_atomically(folder / f"table.{SUFFIXES[form]}", render(table, form).encode())
+    print(f"Written to {folder}: records in runs/, table.md, table.csv, table.json, table.tex.")
     return code

@@ -4,13 +4,15 @@ from typing import Literal
 
 from msn_eval.reports.csv_report import render_csv
 from msn_eval.reports.json_report import render_json
+from msn_eval.reports.latex import render_latex
 from msn_eval.reports.markdown import render_markdown
 from msn_eval.table import Table
 
-__all__ = ["FORMATS", "Format", "render"]
+__all__ = ["FORMATS", "SUFFIXES", "Format", "render"]
 
-Format = Literal["md", "csv", "json"]
-FORMATS: tuple[Format, ...] = ("md", "csv", "json")
+Format = Literal["md", "csv", "json", "latex"]
+FORMATS: tuple[Format, ...] = ("md", "csv", "json", "latex")
+SUFFIXES: dict[Format, str] = {"md": "md", "csv": "csv", "json": "json", "latex": "tex"}
 
 
 def render(table: Table, form: Format) -> str:
@@ -22,3 +24,5 @@ def render(table: Table, form: Format) -> str:
             return render_csv(table)
         case "json":
             return render_json(table)
+        case "latex":
+            return render_latex(table)

@@ -1,26 +1,25 @@
-"""Tables in CSV (RFC 4180): a line a checkpoint, three fields a protocol."""
+"""Tables in CSV (RFC 4180): a line a checkpoint, seven fields a protocol."""
 
 import csv
 import io
 
-from msn_eval.errors import printable
-from msn_eval.reports.texts import FAILED
+from msn_eval.errors import one_line
+from msn_eval.reports.texts import FAILED, exact_percent
 from msn_eval.table import Cell, Table
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\0")
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "'")
+_ROW = ("checkpoint", "note", "architecture", "weights_sha256", "source")
+_CELL = ("top1 %", "std %", "95 % low %", "95 % high %", "draws", "rank", "status")
 
 
 def render_csv(table: Table) -> str:
-    """Give the whole table; means and standard deviations in percent, unrounded; empty where there is no result."""
+    """Give the whole table; percents with all their digits; empty fields where there is no result."""
     written = io.StringIO()
     writer = csv.writer(written)
-    header = ["checkpoint", "note", "architecture", "weights_sha256"]
-    for column in table.columns:
-        name = f"{column.group}, {column.title}"
-        header += [f"{name}: top1 %", f"{name}: std %", f"{name}: draws"]
-    writer.writerow(map(_text, header))
+    fields = [f"{column.group}, {column.title}: {name}" for column in table.columns for name in _CELL]
+    writer.writerow(map(_text, (*_ROW, *fields)))
     for row in table.rows:
-        line: list[str] = [_text(row.name), _text(row.note), _text(row.arch), row.weights_sha256]
+        line = [_text(text) for text in (row.name, row.note, row.arch, row.weights_sha256 or "", row.source)]
         for column in table.columns:
             line += _fields(table.cells.get((row, column)))
         writer.writerow(line)
@@ -29,12 +28,14 @@ def render_csv(table: Table) -> str:
 
 def _fields(cell: Cell | None) -> list[str]:
     if cell is None:
-        return ["", "", ""]
-    mean = FAILED if cell.mean is None else repr(100 * cell.mean)
-    return [mean, "" if cell.std is None else repr(100 * cell.std), str(cell.draws)]
+        return [""] * len(_CELL)
+    numbers = (cell.mean, cell.std, *(cell.standing.interval or (None, None)))
+    top1, *others = ("" if number is None else exact_percent(number) for number in numbers)
+    counts = ("" if count is None else str(count) for count in (cell.draws, cell.standing.rank))
+    return [top1 or FAILED, *others, *counts, cell.status]
 
 
 def _text(text: str) -> str:
-    """Keep a spreadsheet from taking a name for a formula."""
-    shown = printable(text)
+    """Keep a spreadsheet from taking a text for a formula: it gets a quote before it, as does one that begins with a quote."""
+    shown = one_line(text)
     return f"'{shown}" if shown.startswith(_FORMULA) else shown

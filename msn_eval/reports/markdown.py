@@ -2,30 +2,32 @@
 
 import re
 
-from msn_eval.errors import printable
-from msn_eval.reports.texts import cell_text, legend, row_text
-from msn_eval.table import Table
+from msn_eval.errors import one_line
+from msn_eval.reports.texts import cell_text, legend, row_text, standing_text
+from msn_eval.table import Cell, Table
 
-_SPECIAL = re.compile(r"([\\`*_<>\[\]|#~])")
+_SPECIAL = re.compile(r"([\\`*_<>\[\]|#~&!@$])")
 
 
 def render_markdown(table: Table) -> str:
     """Give one Markdown table for each probe and its settings."""
     parts = []
     for group, columns in table.groups().items():
-        header = ["checkpoint", *(column.title for column in columns)]
+        header = ["checkpoint", *(_escaped(column.title) for column in columns)]
         lines = [f"### {_escaped(group)}", "", _line(header), "| --- |" + " ---: |" * len(columns)]
-        for row in table.rows:
-            cells = [table.cells.get((row, column)) for column in columns]
-            if any(cells):
-                lines.append(_line([row_text(row), *map(cell_text, cells)]))
+        lines += [_line([_escaped(row_text(row)), *map(_cell, cells)]) for row, cells in table.rows_of(columns)]
         parts.append("\n".join(lines))
-    return "\n\n".join([*parts, legend(table)]) + "\n"
+    return "\n\n".join([*parts, "  \n".join(map(_escaped, legend(table)))]) + "\n"
 
 
 def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(map(_escaped, cells)) + " |"
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cell(cell: Cell | None) -> str:
+    # Our own text: brackets around two numbers are no link.
+    return " ".join(part for part in (_escaped(cell_text(cell)), standing_text(cell)) if part)
 
 
 def _escaped(text: str) -> str:
-    return _SPECIAL.sub(r"\\\1", " ".join(printable(text).split()))
+    return _SPECIAL.sub(r"\\\1", one_line(text))

@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import printable
-from msn_eval.reports.texts import FAILED, cell_text, legend, row_text
-from msn_eval.table import Table
+from msn_eval.errors import one_line
+from msn_eval.reports.texts import FAILED, cell_text, legend, row_text, standing_text
+from msn_eval.table import Cell, Table
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 _UNWRAPPED_WIDTH = 100_000
 
@@ -24,17 +25,23 @@ def print_table(table: Table, console: "Console | None" = None) -> None:
         if not console.is_terminal:  # lines are not wrapped when piped
             console = Console(highlight=False, width=_UNWRAPPED_WIDTH)
     for group, columns in table.groups().items():
-        drawn = Drawn(title=Text(group, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        # Not the table's own title, which would be wrapped to the table's width.
+        console.print(Text(one_line(group), style="bold"), soft_wrap=True)
+        drawn = Drawn(box=box.SIMPLE_HEAD, pad_edge=False)
         drawn.add_column("checkpoint", overflow="fold")
         for column in columns:
-            drawn.add_column(Text(column.title.replace(", ", "\n")), justify="right")
-        for row in table.rows:
-            cells = [table.cells.get((row, column)) for column in columns]
-            if not any(cells):
-                continue
-            texts = [cell_text(cell) for cell in cells]
-            drawn.add_row(
-                Text(printable(row_text(row))), *(Text(text, style="red" if text == FAILED else "") for text in texts)
-            )
+            drawn.add_column(Text("\n".join(map(one_line, column.lines))), justify="right")
+        for row, cells in table.rows_of(columns):
+            drawn.add_row(Text(one_line(row_text(row))), *map(_drawn_cell, cells))
         console.print(drawn)
-    console.print(Text(legend(table), style="dim"))
+    for line in legend(table):
+        console.print(Text(one_line(line), style="dim"))
+
+
+def _drawn_cell(cell: Cell | None) -> "Text":
+    from rich.text import Text
+
+    text = cell_text(cell)
+    drawn = Text(text, style="red" if text == FAILED else "")
+    standing = standing_text(cell)
+    return drawn.append(f"\n{standing}", style="dim") if standing else drawn

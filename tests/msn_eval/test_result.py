@@ -1,6 +1,7 @@
 """Records: what is written reads back, and nothing damaged passes for a result."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +12,20 @@ from msn_eval import read_results
 from msn_eval.errors import StoreError, UsageError
 from msn_eval.metrics import measure
 from msn_eval.result import (
+    SCHEMA,
     Result,
+    as_json,
     canonical_json,
     list_results,
     protocol_id,
     read_predictions,
     read_result,
     result_id,
+    scan_results,
     write_result,
 )
+
+_RELEASED = Path(__file__).parents[1] / "golden" / "records"
 
 
 @pytest.fixture
@@ -79,13 +85,137 @@ def test_a_protocol_that_was_edited_in_the_file_is_refused(result: Result, tmp_p
         read_result(path)
 
 
-def test_a_newer_schema_is_refused(result: Result, tmp_path: Path) -> None:
-    write_result(tmp_path, result, None)
-    path = tmp_path / f"{result.id}.json"
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("2", "schema 2, this version of msn-eval reads 1\nUpdate msn-eval."),
+        ("0", "schema 0, this version of msn-eval reads 1\nNo version wrote"),
+        ("true", "schema True"),
+        ('"1"', "schema '1'"),
+        ("null", "schema None"),
+    ],
+)
+def test_another_schema_is_refused_with_what_to_do(result: Result, tmp_path: Path, written: str, told: str) -> None:
+    path = _rewritten(result, tmp_path, '"schema": 1', f'"schema": {written}')
 
-    with pytest.raises(StoreError, match="schema 2"):
+    with pytest.raises(StoreError) as refusal:
         read_result(path)
+
+    assert str(path) in str(refusal.value)
+    assert told in str(refusal.value)
+
+
+def _rewritten(result: Result, folder: Path, before: str, after: str) -> Path:
+    write_result(folder, result, None)
+    path = folder / f"{result.id}.json"
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ('"schema": 1,', "", "it states no schema"),
+        ('"draw": ', '"draw": "1", "was": ', "split.draw is of the wrong type"),
+        ('"draw": ', '"drawn": ', "split.drawn is no field of this schema"),
+        ('"classes": 10,', "", "data.classes is missing"),
+        ('"top1": ', '"top1": NaN, "was": ', "NaN is no JSON number"),
+        ('"top5": ', '"top5": -0.5, "was": ', "metrics.was is no field"),
+        ('"status": "ok"', '"status": "fine"', "status is of the wrong type"),
+        ('"classes": 10', '"classes": true', "data.classes is of the wrong type: true"),
+        ('"name": "digits"', '"name": null', "data.name is of the wrong type: null"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_refused_by_name(
+    result: Result, tmp_path: Path, before: str, after: str, told: str
+) -> None:
+    path = _rewritten(result, tmp_path, before, after)
+
+    with pytest.raises(StoreError, match="is no readable result") as refusal:
+        read_result(path)
+
+    assert told in str(refusal.value)
+
+
+@pytest.mark.parametrize("change", [{"top1": 1.5}, {"top5": 0.0}, {"n": 0}, {"top1_ci95": (0.9, 0.1)}])
+def test_metrics_that_are_no_accuracies_are_refused(
+    result: Result, tmp_path: Path, change: dict[str, float | tuple[float, float]]
+) -> None:
+    assert result.metrics is not None
+    write_result(tmp_path, replace(result, metrics=replace(result.metrics, **change)), None)  # type: ignore[arg-type]
+
+    with pytest.raises(StoreError, match="its metrics are no accuracies"):
+        read_result(tmp_path / f"{result.id}.json")
+
+
+def test_records_of_every_released_schema_are_read_as_they_were_meant() -> None:
+    assert [path.name for path in sorted(_RELEASED.iterdir())] == [f"schema-{n}" for n in range(1, SCHEMA + 1)]
+    for path in _RELEASED.glob("*/*.json"):
+        written = json.loads(path.read_text())
+        read = json.loads(json.dumps(as_json(read_result(path))))
+        assert written.pop("schema") <= read.pop("schema") == SCHEMA
+        written["checkpoint"].setdefault("allow_missing", [])  # what 0.1.0 did not record at first
+        assert read == written
+
+
+def test_records_of_every_released_schema_say_what_they_said() -> None:
+    said = {
+        result.id: (result.probe.name, result.split.subset, result.split.draw, result.metrics and result.metrics.top1)
+        for result in list_results(sorted(_RELEASED.iterdir()))
+    }
+
+    assert said == {
+        "25349e1768a0730b": ("ncm", "5imgs", 1, 0.84),
+        "47ee276da93c9e8e": ("knn", "1img", 1, 0.61),
+        "83169b93ab604759": ("ncm", "1img", 1, None),
+        "9e8f2071fa9c582d": ("logistic", "1img", 2, 0.76),
+        "b39361b67149d6c5": ("logistic", "1img", 1, 0.62),
+    }
+
+
+def test_one_broken_record_is_named_and_hides_no_other(result: Result, tmp_path: Path) -> None:
+    for number in range(200):
+        write_result(tmp_path, replace(result, id=f"{number:016x}"), None)
+    broken = tmp_path / f"{123:016x}.json"
+    broken.write_text(broken.read_text()[:-40])
+
+    scan = scan_results([tmp_path])
+
+    assert len(scan.results) == 199
+    assert [fault.where for fault in scan.faults] == [str(broken)]
+
+
+def test_every_broken_record_is_named_where_all_are_needed(result: Result, tmp_path: Path) -> None:
+    for number in range(5):
+        write_result(tmp_path, replace(result, id=f"{number:016x}"), None)
+    for number in (1, 3):
+        (tmp_path / f"{number:016x}.json").write_text("")
+
+    with pytest.raises(StoreError, match="2 records cannot be used") as refusal:
+        list_results([tmp_path])
+
+    assert all(f"{number:016x}.json" in str(refusal.value) for number in (1, 3))
+
+
+def test_a_record_under_another_name_is_refused(result: Result, tmp_path: Path) -> None:
+    write_result(tmp_path, result, None)
+    (tmp_path / f"{result.id}.json").rename(tmp_path / "0123456789abcdef.json")
+
+    with pytest.raises(StoreError, match=f"holds the record of {result.id}: it was renamed or edited"):
+        list_results([tmp_path])
+
+
+def test_a_pipe_or_folder_named_like_a_record_is_refused_and_not_waited_for(result: Result, tmp_path: Path) -> None:
+    write_result(tmp_path, result, None)
+    os.mkfifo(tmp_path / f"{1:016x}.json")
+    (tmp_path / f"{2:016x}.json").mkdir()
+
+    scan = scan_results([tmp_path])
+
+    assert [Path(fault.where).stem for fault in scan.faults] == [f"{1:016x}", f"{2:016x}"]
+    assert "it is no file" in scan.faults[0].what
 
 
 @pytest.mark.parametrize("keep", [0, 1, 200])
