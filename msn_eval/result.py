@@ -56,12 +56,16 @@ class DataFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitFacts:
-    """The labelled images of one draw."""
+    """The labelled images of one draw.
+
+    overlap: validation images that are also among them, byte for byte; None in records written before it was counted
+    """
 
     subset: str
     draw: int
     images: int
     sha256: str
+    overlap: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
