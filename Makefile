@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 IMAGES ?= photos
 KILLS ?= 100
 
-.PHONY: demo test lint bench bench-images kill-test fuzz clean
+.PHONY: demo test lint exact bench bench-images kill-test fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ bench: $(VENV)/installed-test
 bench-images: $(VENV)/installed-test
 	$(BIN)/python benchmarks/decode.py --images $(IMAGES)
 	$(BIN)/python benchmarks/low_shot.py --images $(IMAGES)
+
+# The gate and the intervals where the truth is known, by simulation with fixed seeds: minutes.
+exact: $(VENV)/installed-test
+	$(BIN)/python tests/exact/simulate_gate.py --out reports/exact/gate.md
 
 # SIGKILL at random instants of an evaluation on an image folder: make kill-test IMAGES=folder KILLS=100
 kill-test: $(VENV)/installed-test

@@ -251,7 +251,8 @@ _PLAIN_FIELDS = ("id", "status", "error", "created", "protocol_id", "protocol", 
 def read_predictions(path: Path) -> Predictions:
     """Read the predictions beside a record. Raises StoreError naming the file where it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # NumPy would leave a file open that it cannot read.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return Predictions(**{one.name: stored[one.name] for one in fields(Predictions)})
     except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
         raise StoreError(f"are no readable predictions: {error}", where=str(path)) from error
