@@ -273,7 +273,7 @@ def test_no_change_is_rarely_a_regression(n: int, share: float) -> None:
     """A sample of `make exact`; 8 of 250 are one in 20,000 at the stated level."""
     simulation = _simulation()
 
-    regressions, _ = simulation.families_called(simulation.World(1, share, 0.0), n, 250, margin=0.0, seed=11)
+    regressions, _ = simulation.families_called(simulation.World(1, share, 0.0), n, 250, margin=0.01, seed=11)
 
     assert regressions <= 6 * 250 * LEVEL
 
