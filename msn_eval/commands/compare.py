@@ -12,8 +12,9 @@ SUMMARY = "two checkpoints, image by image"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("sides", nargs=2, metavar=("A", "B"), help="result folders of one checkpoint each, or, with "
-                        "--runs, two checkpoints by name or by the first digits of their hashes")  # fmt: skip
+    parser.add_argument("first", metavar="A", help="result folder of one checkpoint; with --runs, a checkpoint's name or the "
+                        "first digits of its hash")  # fmt: skip
+    parser.add_argument("second", metavar="B", help="likewise: what is compared with A")
     parser.add_argument("--runs", metavar="RUNS", action="append", help="result folder that holds both; repeatable")
     parser.add_argument("--markdown", metavar="FILE", help="write a table there as well")
     parser.add_argument("--json", action="store_true", help="all of it as JSON on stdout, and nothing else there")
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     )
     from msn_eval.result import list_results
 
-    first, second = options.sides
+    first, second = options.first, options.second
     if options.runs:
         runs = list_results(options.runs)
         where = ", ".join(options.runs)
