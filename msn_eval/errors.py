@@ -7,9 +7,11 @@
     ├── StoreError           22   results, cache, disk
     ├── NumericalError       23   NaN features, k above n, a single class
     ├── ResourceError        30   memory, workers
-    └── DistributedError     31   ranks that died, hang, or do not agree
+    ├── DistributedError     31   ranks that died, hang, or do not agree
+    └── ComparisonError      12   no baseline, or results that must not be compared
 
-Besides these the command ends with 75 when it was told to stop (SIGTERM) and 130 when it was interrupted.
+Besides these `check` ends with 10 for a regression and with 11 where it cannot tell, and any command with 75 when it was
+told to stop (SIGTERM) and 130 when it was interrupted.
 """
 
 import difflib
@@ -61,6 +63,12 @@ class UsageError(MsnEvalError):
     """An option, a config key or a name of ours that does not exist or is out of range."""
 
     exit_code = 2
+
+
+class ComparisonError(MsnEvalError):
+    """A baseline that is missing or unreadable, or results that must not be put beside others."""
+
+    exit_code = 12
 
 
 class CheckpointError(MsnEvalError):

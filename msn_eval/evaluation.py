@@ -110,6 +110,7 @@ class _Measurement:
                 draw=task.subset.draw,
                 images=len(task.subset),
                 sha256=task.split_sha256,
+                overlap=task.overlap,
             ),
             features=_feature_facts(encoder, _tap(encoder, task, plan.request), dim, plan.decoder),
             probe=ProbeFacts(

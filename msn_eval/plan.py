@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -42,10 +43,12 @@ class Task:
     """One measurement to make, the checkpoint apart: a draw, a probe, one setting of it.
 
     split_sha256: of the draw's images by content
+    overlap:      validation images that are also among them, byte for byte
     """
 
     subset: Subset
     split_sha256: str
+    overlap: int
     probe: Probe
     params: dict[str, int | float]
     protocol: dict[str, object]
@@ -198,15 +201,24 @@ def probes_for(request: Request, subset: Subset) -> Iterator[Probe]:
 
 
 def _tasks(plan: Plan) -> Iterator[Task]:
+    val_digests = Counter(plan.val_hashes.values())
     for subset in plan.subsets:
         split_sha256 = content_sha256(subset.image_ids, plan.train_hashes)
+        overlap = sum(val_digests[digest] for digest in {plan.train_hashes[image_id] for image_id in subset.image_ids})
         for probe in probes_for(plan.request, subset):
             possible = settings(probe, len(subset))
             if not possible:
                 _log.warning("%s leaves nothing to measure on the %d images of %s", probe, len(subset), subset.name)
             for params in possible:
                 protocol = _protocol(plan, subset, probe, params)
-                yield Task(subset=subset, split_sha256=split_sha256, probe=probe, params=params, protocol=protocol)
+                yield Task(
+                    subset=subset,
+                    split_sha256=split_sha256,
+                    overlap=overlap,
+                    probe=probe,
+                    params=params,
+                    protocol=protocol,
+                )
 
 
 def _protocol(plan: Plan, subset: Subset, probe: Probe, params: dict[str, int | float]) -> dict[str, object]:

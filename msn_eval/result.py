@@ -68,12 +68,16 @@ class DataFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitFacts:
-    """The labelled images of one draw."""
+    """The labelled images of one draw.
+
+    overlap: validation images that are also among them, byte for byte; None in records written before it was counted
+    """
 
     subset: str
     draw: int
     images: int
     sha256: str
+    overlap: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +276,7 @@ def _check_metrics(metrics: Metrics) -> None:
 def read_predictions(path: Path) -> Predictions:
     """Read the predictions beside a record. Raises StoreError naming the file where it is damaged."""
     try:
+        # NumPy would leave a file open that it cannot read.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return Predictions(**{one.name: stored[one.name] for one in fields(Predictions)})
     except Exception as error:  # zipfile, zlib and NumPy each have their own kinds

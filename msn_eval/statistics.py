@@ -165,7 +165,9 @@ def sign_flip_test(differences: Integers) -> SignFlip:
     whose distributions are convolved. With one draw this is the exact form of McNemar's test.
     Source: Fisher 1935, The Design of Experiments, section 21; McNemar 1947.
     """
-    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    seen = np.bincount(np.abs(differences))
+    sizes = 1 + np.flatnonzero(seen[1:])
+    counts = seen[sizes]
     total = int(sizes @ counts)
     if total == 0:
         return SignFlip(lower=1.0, upper=1.0, two_sided=1.0)

@@ -29,6 +29,8 @@ def test_every_option_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -
         [],
         ["report"],
         ["verify"],
+        ["check"],
+        ["baseline"],
         ["demo"],
         ["subsets", "fetch"],
         ["subsets", "draw"],

@@ -7,12 +7,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+from msn_eval.metrics import measure
+from msn_eval.result import (
+    CheckpointFacts,
+    DataFacts,
+    EnvironmentFacts,
+    FeatureFacts,
+    Predictions,
+    ProbeFacts,
+    Result,
+    SplitFacts,
+    TimingFacts,
+    TransformFacts,
+    protocol_id,
+    result_id,
+    write_result,
+)
 
 Weights = dict[str, Tensor]
 WeightMaker = Callable[..., Weights]
 MSNWriter = Callable[..., Path]
+RunWriter = Callable[..., list[Result]]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -127,3 +146,84 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def random_pixels() -> Tensor:
     """Give four images of 32 pixels, as decoders leave them."""
     return torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="session")
+def write_run() -> RunWriter:
+    """Give a function that writes the records of one checkpoint under one protocol, with predictions of our choice."""
+
+    def write(
+        folder: Path,
+        right: NDArray[np.bool_],
+        *,
+        name: str = "net",
+        k: int = 1,
+        limit: int | None = None,
+        precision: str = "exact",
+        weights: str = "a" * 64,
+        changed: Callable[[Result], Result] = lambda result: result,
+        wrong_class: int = 1,
+    ) -> list[Result]:
+        """right: (draws, n). Labels are 0 and 1 in halves, of classes `ant` and `bee`; wrong predictions name another."""
+        n = right.shape[1]
+        label = np.repeat([0, 1], [n - n // 2, n // 2])
+        image = np.array([f"{('ant', 'bee')[one]}/{place:05d}.png".encode() for place, one in enumerate(label)])
+        protocol = {
+            "version": 1,
+            "data": {"sha256": "d" * 64, "class_map_sha256": "c" * 64},
+            "subset": {"name": "5imgs", "rule": "nested"},
+            "probe": {"name": "knn", "version": 1, "params": {"k": k, "temperature": 0.07}},
+            "precision": precision,
+            "limit": limit,
+            "skipped": None,
+            "by_hand": {},
+        }
+        folder.mkdir(exist_ok=True)
+        results = []
+        for draw, row in enumerate(right, start=1):
+            rank = np.where(row, 1, 2)
+            result = changed(_record(name, weights, protocol, draw, rank))
+            prediction = np.where(row, label, (label + wrong_class) % 3)
+            write_result(
+                folder, result, Predictions(image=image, label=label, prediction=prediction, rank_of_label=rank)
+            )
+            results.append(result)
+        return results
+
+    return write
+
+
+def _record(name: str, weights: str, protocol: dict[str, object], draw: int, rank: NDArray[np.int64]) -> Result:
+    key = protocol_id(protocol)
+    identity = result_id(weights_sha256=weights, key=None, protocol_id=key, draw=draw)
+    params = protocol["probe"]["params"]  # type: ignore[index]
+    return Result(
+        id=identity,
+        status="ok",
+        error=None,
+        created="2026-01-31T12:00:00Z",
+        protocol_id=key,
+        protocol=protocol,
+        checkpoint=CheckpointFacts(
+            name=name, path=name, sha256=None, weights_sha256=weights, format="timm", key=None, arch="vit", params=9,
+            matched=1.0, epoch=None,
+        ),
+        data=DataFacts(
+            name="insects", sha256="d" * 64, class_map_sha256="c" * 64, classes=3, val_images=len(rank), skipped=0
+        ),
+        split=SplitFacts(subset="5imgs", draw=draw, images=15, sha256=f"{draw}" * 64, overlap=0),
+        features=FeatureFacts(
+            tap="cls", dim=4, precision="fp32", decoder="pillow 13.0",
+            transform=TransformFacts(resize=256, crop=224, interpolation="bilinear", mean=(0.5,), std=(0.5,)),
+        ),
+        probe=ProbeFacts(
+            name="knn", version=1, params=params, solver=None, converged=None, certificate=None, objective=None,
+            iterations=None,
+        ),
+        metrics=measure(rank),
+        timing_s=TimingFacts(extract=0.0, probe=0.0, total=0.0),
+        environment=EnvironmentFacts(
+            package="0.1", git=None, python="3.11", torch="2.14", device="cpu", batch_size=1, seed=0
+        ),
+        predictions=f"{identity}.npz",
+    )  # fmt: skip

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from msn_eval import errors
 from msn_eval.errors import (
     CheckpointError,
+    ComparisonError,
     DataError,
     MsnEvalError,
     NumericalError,
@@ -33,6 +34,7 @@ DIRECTION_MARKS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\
         (StoreError, 22),
         (NumericalError, 23),
         (ResourceError, 30),
+        (ComparisonError, 12),
     ],
 )
 def test_each_kind_of_error_has_its_exit_code(kind: type[MsnEvalError], code: int) -> None:

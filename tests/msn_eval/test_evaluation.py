@@ -370,3 +370,17 @@ def test_hashes_of_both_splits_are_remembered(folder: Path, tmp_path: Path, monk
     monkeypatch.setattr("msn_eval.file_hashes._SETTLED_NS", 0)
     _plan(folder, tmp_path, no_cache=False, cache=str(tmp_path / "cache"))
     assert len(list((tmp_path / "cache" / "hashes").iterdir())) == 2
+
+
+def test_labelled_images_among_the_validation_images_are_counted_draw_by_draw(folder: Path, tmp_path: Path) -> None:
+    leaky = tmp_path / "leaky"
+    shutil.copytree(folder, leaky)
+    plan = make_plan(Request(checkpoint=["pixels"], data=str(leaky), subset=["2imgs"], device="cpu", no_cache=True))
+    first, second, third = (subset.image_ids for subset in plan.subsets)
+    shared = next(image_id for image_id in first if image_id not in second)
+    (leaky / "val" / "a" / "copy.png").write_bytes((leaky / "train" / shared).read_bytes())
+
+    found = _evaluate(leaky, tmp_path / "out")
+
+    overlaps = {result.split.draw: result.split.overlap for result in found}
+    assert overlaps == {1: 1, 2: 0, 3: int(shared in third)}

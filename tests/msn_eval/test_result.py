@@ -85,6 +85,16 @@ def test_a_protocol_that_was_edited_in_the_file_is_refused(result: Result, tmp_p
         read_result(path)
 
 
+def test_records_from_before_overlap_was_counted_read_as_not_counted(result: Result, tmp_path: Path) -> None:
+    write_result(tmp_path, result, None)
+    path = tmp_path / f"{result.id}.json"
+    content = json.loads(path.read_text())
+    assert content["split"].pop("overlap") == 0
+    path.write_text(json.dumps(content))
+
+    assert read_result(path).split.overlap is None
+
+
 @pytest.mark.parametrize(
     ("written", "told"),
     [
@@ -157,6 +167,7 @@ def test_records_of_every_released_schema_are_read_as_they_were_meant() -> None:
         read = json.loads(json.dumps(as_json(read_result(path))))
         assert written.pop("schema") <= read.pop("schema") == SCHEMA
         written["checkpoint"].setdefault("allow_missing", [])  # what 0.1.0 did not record at first
+        written["split"].setdefault("overlap", None)
         assert read == written
 
 

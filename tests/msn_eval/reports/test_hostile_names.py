@@ -32,9 +32,9 @@ def test_no_form_of_a_report_is_changed_by_made_up_names(exact: ModuleType) -> N
     [
         ("terminal", "one_line", "\x1b[31mred"),
         ("terminal", "one_line", "two\nlines"),
-        ("markdown", "_escaped", "a|b"),
-        ("markdown", "_escaped", "[x](y)"),
-        ("markdown", "_escaped", "<b>"),
+        ("markdown", "markdown_text", "a|b"),
+        ("markdown", "markdown_text", "[x](y)"),
+        ("markdown", "markdown_text", "<b>"),
         ("csv_report", "_text", "=1+1"),
         ("latex", "_escaped", "\\input{x}"),
         ("latex", "_escaped", "50% of it"),

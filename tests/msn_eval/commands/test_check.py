@@ -1,0 +1,166 @@
+"""The gate as it is typed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from msn_eval.cli import main
+from msn_eval.result import Result
+
+RunWriter = Callable[..., list[Result]]
+_RIGHT = np.array([[True] * 3500 + [False] * 1500] * 2)
+
+
+@pytest.fixture
+def baseline(write_run: RunWriter, tmp_path: Path) -> list[str]:
+    """Give the first words of a check against a baseline of 5,000 images."""
+    write_run(tmp_path / "before", _RIGHT, name="old")
+    assert main(["baseline", str(tmp_path / "before"), "--out", str(tmp_path / "b.json")]) == 0
+    return ["check", "--baseline", str(tmp_path / "b.json")]
+
+
+@pytest.fixture
+def worse(write_run: RunWriter, tmp_path: Path) -> str:
+    """Give a run that lost four points."""
+    right = _RIGHT.copy()
+    right[:, :200] = False
+    write_run(tmp_path / "worse", right, name="new", weights="b" * 64)
+    return str(tmp_path / "worse")
+
+
+def test_equal_results_pass(baseline: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*baseline, str(tmp_path / "before")]) == 0
+    assert "PASS: old [aaaaaaaa] against the baseline old" in capsys.readouterr().out
+
+
+def test_a_drop_ends_with_ten_and_says_how_large_it_is(
+    baseline: list[str], worse: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*baseline, worse]) == 10
+
+    out = capsys.readouterr().out
+    assert "70.00 % -> 66.00 %: -4.00 points (95 % interval -4.5" in out
+    assert "minimal detectable drop: 0." in out
+
+
+def test_json_holds_the_numbers_and_nothing_else(
+    baseline: list[str], worse: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    main([*baseline, worse, "--json"])
+
+    report = json.loads(capsys.readouterr().out)
+    assert (report["verdict"], report["exit_code"], report["margin"]) == ("regression", 10, 0.01)
+    assert report["protocols"][0]["paired"]["lost"] == 200
+    assert report["protocols"][0]["accuracy"] == 0.66
+
+
+def test_build_servers_and_pull_requests_get_the_same_verdict(baseline: list[str], worse: str, tmp_path: Path) -> None:
+    main([*baseline, worse, "--junit", str(tmp_path / "j.xml"), "--markdown", str(tmp_path / "m.md")])
+
+    suite = ElementTree.parse(tmp_path / "j.xml").getroot()
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("1", "1", "0")
+    assert suite.find("testcase/failure[@type='regression']") is not None
+    assert "| regression | 70.00 % | 66.00 % | -4.00 |" in (tmp_path / "m.md").read_text()
+
+
+def test_without_a_baseline_nothing_passes_and_the_files_say_so(
+    write_run: RunWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "runs", _RIGHT)
+    files = ["--junit", str(tmp_path / "j.xml"), "--markdown", str(tmp_path / "m.md")]
+
+    assert main(["check", "--baseline", str(tmp_path / "none.json"), str(tmp_path / "runs"), *files]) == 12
+
+    assert "no baseline: there is no such file" in capsys.readouterr().err
+    assert ElementTree.parse(tmp_path / "j.xml").getroot().get("errors") == "1"
+    assert "not comparable" in (tmp_path / "m.md").read_text()
+
+
+def test_a_record_that_cannot_be_read_is_not_comparable(
+    baseline: list[str], worse: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = next(Path(worse).glob("*.json"))
+    record.write_text(record.read_text()[:100])
+
+    assert main([*baseline, worse]) == 12
+    assert record.name in capsys.readouterr().err
+
+
+def test_a_protocol_without_a_baseline_is_named_by_its_key(
+    baseline: list[str], write_run: RunWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "before", _RIGHT, name="old", k=5)
+
+    assert main([*baseline, str(tmp_path / "before")]) == 12
+    assert "no baseline for key knn k=5 T=0.07, 5imgs [" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give result folders or --checkpoint, one of the two"),
+        (["runs", "--checkpoint", "pixels"], "one of the two"),
+        (["runs", "--data", "digits"], "--data belongs to --checkpoint"),
+        (["runs", "--margin", "1"], "--margin 1: out of range"),
+        (["runs", "--margin", "nan"], "out of range"),
+        (["runs", "--margin", "much"], "--margin much: not a number"),
+        (["runs", "--junit", "/no/such/folder/j.xml"], "no file can be written there"),
+        (["no/such/runs"], "no such result folder"),
+        (["--checkpoint", "pixels", "--name", "x"], "--name belongs to result folders"),
+        (["runs", "--limit", "5"], "unknown option --limit"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_judged(
+    baseline: list[str], capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main([*baseline, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def digits_baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder with a baseline of pixels on the digits: two probes, settings that are no full product."""
+    folder = tmp_path_factory.mktemp("digits")
+    common = ["--checkpoint", "pixels", "--data", "digits", "--device", "cpu", "--out", str(folder / "runs")]
+    cache = ["--cache", str(folder / "cache"), "-q"]
+    assert main([*common, "--subset", "1img@1", "--probe", "ncm,knn", "--k", "1,3", *cache]) == 0
+    assert main([*common, "--subset", "2imgs", "--probe", "ncm", *cache]) == 0
+    assert main(["baseline", str(folder / "runs"), "--out", str(folder / "b.json")]) == 0
+    return folder
+
+
+def test_a_checkpoint_is_measured_as_the_baseline_was(
+    digits_baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--out", str(tmp_path / "runs"), "--cache", str(digits_baseline / "cache"), "--device", "cpu"]
+    capsys.readouterr()
+
+    code = main(["check", "--baseline", str(digits_baseline / "b.json"), "--checkpoint", "pixels", "--json", *own])
+
+    report = json.loads(capsys.readouterr().out)
+    assert (code, report["verdict"]) == (0, "pass")
+    assert [one["reason"] for one in report["protocols"]] == ["no prediction differs"] * 4
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 6
+
+
+def test_another_data_set_is_refused_before_any_network_runs(
+    digits_baseline: Path, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "val"):
+        (data / split).symlink_to(picture_folder / "val")
+    own = ["--out", str(tmp_path / "runs"), "--no-cache", "--device", "cpu", "--data", str(data)]
+
+    code = main(["check", "--baseline", str(digits_baseline / "b.json"), "--checkpoint", "pixels", *own])
+
+    told = capsys.readouterr().err
+    assert code == 12
+    assert "ncm, 1img: this data set gives another protocol: " in told
+    assert "data.sha256: " in told
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,73 @@
+"""The comparison as it is typed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from msn_eval.cli import main
+from msn_eval.result import Result
+
+RunWriter = Callable[..., list[Result]]
+_RIGHT = np.array([[True] * 60 + [False] * 40] * 2)
+
+
+@pytest.fixture
+def runs(write_run: RunWriter, tmp_path: Path) -> Path:
+    """Give two folders with a checkpoint each, `a` and `b`, and one with both."""
+    for folder in ("a", "both"):
+        write_run(tmp_path / folder, _RIGHT, name="old")
+    for folder in ("b", "both"):
+        write_run(tmp_path / folder, np.roll(_RIGHT, 30), name="new", weights="b" * 64)
+    return tmp_path
+
+
+def test_two_folders_and_two_names_give_the_same_answer(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(runs / "a"), str(runs / "b")]) == 0
+    by_folder = capsys.readouterr().out
+    assert main(["compare", "--runs", str(runs / "both"), "old", "bbbbbbbb"]) == 0
+
+    assert capsys.readouterr().out == by_folder
+    assert "first   old [aaaaaaaa]\nsecond  new [bbbbbbbb]" in by_folder
+
+
+def test_json_has_every_flipped_image(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["compare", str(runs / "a"), str(runs / "b"), "--json"])
+
+    (one,) = json.loads(capsys.readouterr().out)["protocols"]
+    assert len(one["flips"]) == one["paired"]["differing"] == 60
+    assert one["flips"][0] == {"image": "ant/00000.png", "first": 2, "second": 0}
+
+
+def test_markdown_has_a_row_a_protocol(runs: Path) -> None:
+    main(["compare", str(runs / "a"), str(runs / "b"), "--markdown", str(runs / "c.md")])
+
+    rows = [line for line in (runs / "c.md").read_text().splitlines() if line.startswith("| knn")]
+    assert len(rows) == 1
+    assert "| right on the same images |" not in rows[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["a", "nowhere"], 2, "no such result folder"),
+        (["a", "both"], 2, "holds results of 2 checkpoints, and one is needed: "),
+        (["--runs", "both", "old", "newer"], 2, "Did you mean new?"),
+        (["a"], 2, "the following arguments are required"),
+        (["a", "b", "--markdown", "nowhere/c.md"], 2, "no file can be written there"),
+    ],
+)
+def test_mistakes_are_named(
+    runs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(runs)
+
+    assert main(["compare", *words]) == code
+    assert message in capsys.readouterr().err
