@@ -121,6 +121,7 @@ class _Measurement:
                 certificate=setting.certificate,
                 objective=setting.objective,
                 iterations=setting.iterations,
+                chosen=None if setting.chosen is None else dict(setting.chosen),
             ),
             metrics=None,
             timing_s=TimingFacts(

@@ -58,7 +58,7 @@ _FLOORS = [
     ["protocols.rows", "protocols.cross_entropy", "protocols.nearest", "protocols.fitted"],
     ["protocols.line_search"],
     ["protocols.newton", "protocols.lbfgs", "protocols.reference_solvers"],
-    ["protocols.logistic", "protocols.knn", "protocols.ncm"],
+    ["protocols.logistic", "protocols.knn", "protocols.ridge", "protocols.ncm"],
     ["protocols"],
     ["plan"],
     ["evaluation"],
