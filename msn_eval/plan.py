@@ -220,6 +220,7 @@ def _protocol(plan: Plan, subset: Subset, probe: Probe, params: dict[str, int | 
         "tap": request.tap,
         "image_pixels": request.image_pixels,
         "decoder": None if request.decoder == DECODERS[0] else request.decoder,
+        "canary": request.seed if request.canary else None,  # never comparable with a measurement
     }
     return {
         "version": PROTOCOL_VERSION,

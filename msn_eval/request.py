@@ -44,6 +44,7 @@ class Request:
     limit: int | None = None
     seed: int = 0
     on_bad_image: str = "error"
+    canary: bool = False
     out: str = "runs"
     cache: str | None = None
     no_cache: bool = False

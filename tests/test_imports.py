@@ -61,6 +61,7 @@ _FLOORS = [
     ["protocols.logistic", "protocols.knn", "protocols.ridge", "protocols.ncm"],
     ["protocols"],
     ["plan"],
+    ["canary"],
     ["evaluation"],
     ["forecast"],
     ["table"],
