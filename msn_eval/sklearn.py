@@ -22,9 +22,10 @@ from msn_eval.protocols.ncm import class_directions
 from msn_eval.protocols.nearest import search_nearest
 from msn_eval.protocols.newton import minimise_by_newton
 from msn_eval.protocols.reference_solvers import minimise_by_cyanure, minimise_by_sklearn
+from msn_eval.protocols.ridge import solve_ridge
 from msn_eval.protocols.rows import centred_rows, normalised_rows
 
-__all__ = ["LinearProbe", "LogisticProbe", "NearestClassMean", "NearestNeighbourProbe"]
+__all__ = ["LinearProbe", "LogisticProbe", "NearestClassMean", "NearestNeighbourProbe", "RidgeProbe"]
 
 Floats = NDArray[np.float64]
 
@@ -168,6 +169,29 @@ class NearestClassMean(_Probe):
 
     def _scores(self, X: Tensor) -> Tensor:
         return normalised_rows(X) @ torch.from_numpy(self.coef_).T
+
+
+class RidgeProbe(_CentredProbe):
+    """The ridge protocol: one-hot targets less the class prior, an unpenalised bias, the strength by leave-one-out error.
+
+    preprocess: centre each row and bring it to unit length, as the protocol does
+
+    coef_ (classes, d) and intercept_ (classes,) belong to the prepared rows; alpha_ is the strength that was chosen, and
+    objective_ the mean squared leave-one-out error at it.
+    """
+
+    def __init__(self, preprocess: bool = True) -> None:
+        self.preprocess = preprocess
+
+    def _fit(self, X: Tensor, labels: Tensor) -> None:
+        self._at_least_two()
+        fit = solve_ridge(self._rows(X), labels, n_classes=len(self.classes_))
+        self.coef_ = fit.weights.T.numpy()
+        self.intercept_ = (fit.bias - fit.centre @ fit.weights).numpy()
+        self.alpha_, self.objective_ = fit.alpha, float(fit.errors.min())
+
+    def _scores(self, X: Tensor) -> Tensor:
+        return self._rows(X) @ torch.from_numpy(self.coef_).T + torch.from_numpy(self.intercept_)
 
 
 class LinearProbe(_Softmax, _CentredProbe):

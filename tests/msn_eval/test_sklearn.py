@@ -19,9 +19,10 @@ from msn_eval.protocols import Probe, fit
 from msn_eval.protocols.knn import NearestNeighbours
 from msn_eval.protocols.logistic import Logistic
 from msn_eval.protocols.ncm import NearestClassMean as MeanProbe
-from msn_eval.sklearn import LinearProbe, LogisticProbe, NearestClassMean, NearestNeighbourProbe
+from msn_eval.protocols.ridge import Ridge
+from msn_eval.sklearn import LinearProbe, LogisticProbe, NearestClassMean, NearestNeighbourProbe, RidgeProbe
 
-_ESTIMATORS = [LogisticProbe(), NearestNeighbourProbe(), NearestClassMean(), LinearProbe(epochs=20)]
+_ESTIMATORS = [LogisticProbe(), NearestNeighbourProbe(), NearestClassMean(), RidgeProbe(), LinearProbe(epochs=20)]
 _IDS = [type(one).__name__ for one in _ESTIMATORS]
 _EVERY = pytest.mark.parametrize("estimator", _ESTIMATORS, ids=_IDS)
 
@@ -51,7 +52,7 @@ def test_scikit_learns_own_checks_pass(estimator: Any) -> None:
 def test_only_probes_that_centre_rows_may_score_badly_in_two_dimensions(estimator: Any) -> None:
     tags = estimator.__sklearn_tags__()
 
-    assert tags.classifier_tags.poor_score == isinstance(estimator, LogisticProbe | LinearProbe)
+    assert tags.classifier_tags.poor_score == isinstance(estimator, LogisticProbe | RidgeProbe | LinearProbe)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +61,9 @@ def test_only_probes_that_centre_rows_may_score_badly_in_two_dimensions(estimato
         (LogisticProbe(lam=0.0025), Logistic(lambdas=(0.0025,))),
         (NearestNeighbourProbe(k=10, temperature=0.1), NearestNeighbours(ks=(10,), temperatures=(0.1,))),
         (NearestClassMean(), MeanProbe()),
+        (RidgeProbe(), Ridge()),
     ],
-    ids=["logistic", "knn", "ncm"],
+    ids=["logistic", "knn", "ncm", "ridge"],
 )
 def test_predictions_are_those_of_the_protocol(estimator: Any, probe: Probe, digits: Any) -> None:
     X, y, queries, _ = digits
