@@ -244,3 +244,25 @@ def test_memory_too_small_for_one_query_is_a_resource_error(monkeypatch: pytest.
 
     with pytest.raises(ResourceError, match="memory of cpu is too small for k-NN among 90 rows: no room"):
         search_nearest(_unit_rows(3, seed=1), _unit_rows(90), 7)
+
+
+def test_a_few_near_ties_far_from_all_others_are_ordered_by_their_float64_cosines() -> None:
+    query, others = _unit_rows(1, 64, seed=1), _unit_rows(300, 64)
+    bank = torch.cat([normalised_rows(query + 3e-4 * others[:12]), others])
+
+    _, nearest = search_nearest(query, bank, 3)
+
+    assert nearest.tolist() == _naive_nearest(query, bank, 3)
+
+
+def test_unlike_rows_with_one_cosine_are_taken_in_their_order() -> None:
+    query = torch.eye(8, dtype=torch.float64)[:1]
+    bank = torch.eye(8, dtype=torch.float64)[1:2].repeat(300, 1) + torch.arange(300)[:, None] * torch.eye(8)[2]
+    places = torch.randperm(300, generator=torch.Generator().manual_seed(4))[:14]
+    for turn, place in enumerate(places.tolist()):
+        bank[place] = torch.tensor([4.0, *([3.0, 2, 1, 0, 0, 0, 0][turn % 7 :] + [3.0, 2, 1, 0, 0, 0, 0][: turn % 7])])
+        bank[place, 1:] *= 1 if turn < 7 else -1
+
+    _, nearest = search_nearest(query, bank, 5)
+
+    assert nearest[0].tolist() == places.sort().values[:5].tolist()

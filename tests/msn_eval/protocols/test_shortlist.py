@@ -60,6 +60,15 @@ def test_the_bound_holds_where_every_rounding_goes_the_same_way() -> None:
     assert 0.006 < off <= found.bound[0]
 
 
+@pytest.mark.parametrize(("drift", "bank_drift"), [(0.01, 0.0), (0.0, 0.01), (0.01, 0.02)])
+def test_the_bound_covers_what_rounding_did_to_queries_and_to_the_bank(drift: float, bank_drift: float) -> None:
+    loss = shortlist._Loss(width=8, arithmetic="float64", device="cpu", faiss=False)
+
+    assert (
+        shortlist.error_bound(torch.tensor([drift], dtype=torch.float64), bank_drift, loss).item() >= drift + bank_drift
+    )
+
+
 def test_lists_are_the_same_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, bank = _rows(20, 16), _rows(300, 16, seed=1)
     whole = _listed(queries, bank, 10, "float32", "torch")
