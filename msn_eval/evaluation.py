@@ -18,6 +18,7 @@ import torch
 
 from msn_eval import __version__
 from msn_eval.atomic_file import prepare_folder
+from msn_eval.canary import judge_canary, random_labels, refuse_leaks
 from msn_eval.checkpoint import Checkpoint, read_checkpoint
 from msn_eval.decoders import decoder_version
 from msn_eval.distributed import ALONE, Group, agree, decided
@@ -122,6 +123,7 @@ class _Measurement:
                 certificate=setting.certificate,
                 objective=setting.objective,
                 iterations=setting.iterations,
+                chosen=None if setting.chosen is None else dict(setting.chosen),
             ),
             metrics=None,
             timing_s=TimingFacts(
@@ -152,7 +154,8 @@ def evaluate(
     """Evaluate checkpoints and give their results, those found in `out` included.
 
     options: the other fields of Request, such as device="cpu", limit=10, k=[10]
-    Raises the children of MsnEvalError; results finished before are kept in `out`.
+    Raises the children of MsnEvalError; results finished before are kept in `out`. With canary=True nothing is written,
+    and NumericalError is raised where random labels are predicted better than by chance.
     """
     from msn_eval.config import read_config
 
@@ -165,7 +168,10 @@ def evaluate(
     }
     plan = make_plan(read_config(Request, given=given | options))
     found = (result for name in plan.request.checkpoint for result in evaluate_checkpoint(plan, name))
-    return list({result.id: result for result in found}.values())
+    results = list({result.id: result for result in found}.values())
+    if plan.request.canary:
+        refuse_leaks(judge_canary(results))
+    return results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +219,10 @@ def prepare(plan: Plan, name: str) -> Preparation:
 def _look_for_results(plan: Plan, encoder: Encoder) -> Preparation:
     """See what is left to measure of one encoder, as the plan's folder is now."""
     request = plan.request
-    found = [(task, _known_result(Path(request.out), encoder, task, request)) for task in plan.tasks]
+    found = [
+        (task, None if request.canary else _known_result(Path(request.out), encoder, task, request))
+        for task in plan.tasks
+    ]
     return Preparation(
         encoder=encoder,
         taps={task.probe.tap: _tap(encoder, task, request) for task in plan.tasks},
@@ -235,6 +244,7 @@ def evaluate_checkpoint(
     prepared: what `prepare` gave for it, where that was asked before
     group:    ranks that share the extraction; the first alone fits, writes and yields
     Results that the plan's folder already holds are yielded and not computed again; failed ones are tried again.
+    Those of a canary are never written, nor looked for.
     Raises CheckpointError, DataError, ResourceError, StoreError or DistributedError; NumericalError becomes a failed result.
     """
     # Another name for the same weights may have been evaluated since they were prepared.
@@ -242,7 +252,8 @@ def evaluate_checkpoint(
     encoder, out = ready.encoder, Path(plan.request.out)
     agree(group, encoder.checkpoint.name, _shared_facts(plan, encoder))
     if group.rank == 0:
-        prepare_folder(out, option="--out")
+        if not plan.request.canary:
+            prepare_folder(out, option="--out")
         yield from ready.known
     # The first rank's look into the result folder is everyone's: it may write there while others still read.
     places = [str(place) for place, task in enumerate(plan.tasks) if task in ready.pending]
@@ -252,7 +263,8 @@ def evaluate_checkpoint(
         return
     for result, predictions in _measure(plan, replace(ready, pending=tuple(pending)), group, on_progress):
         if group.rank == 0:
-            write_result(out, result, predictions)
+            if not plan.request.canary:
+                write_result(out, result, predictions)
             yield result
 
 
@@ -381,7 +393,16 @@ def _probe(measurements: Sequence[_Measurement], pool: Features, test: Features)
     open_ones = {str(one.task.params): one for one in measurements}
     started = time.perf_counter()
     try:
-        fitted = fit(first.task.probe, pool.only(first.task.subset.image_ids), first.plan.device)
+        labelled = pool.only(first.task.subset.image_ids)
+        if first.plan.request.canary:
+            labelled, test = random_labels(
+                labelled,
+                test,
+                seed=first.plan.request.seed,
+                train_hashes=first.plan.train_hashes,
+                val_hashes=first.plan.val_hashes,
+            )
+        fitted = fit(first.task.probe, labelled, first.plan.device)
         fit_seconds = time.perf_counter() - started
         scored = time.perf_counter()
         for setting, scores in zip(fitted.settings, fitted.scores(test.values), strict=True):

@@ -26,6 +26,7 @@ from msn_eval.protocols import Probe, settings
 from msn_eval.protocols.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, NearestNeighbours
 from msn_eval.protocols.logistic import Logistic, Solver, default_lambda
 from msn_eval.protocols.ncm import NearestClassMean
+from msn_eval.protocols.ridge import Ridge
 from msn_eval.published_lists import read_publication
 from msn_eval.request import Request
 from msn_eval.result import PROTOCOL_VERSION, protocol_id
@@ -196,6 +197,8 @@ def probes_for(request: Request, subset: Subset) -> Iterator[Probe]:
                     temperatures=tuple(dict.fromkeys(request.temperature)) or (DEFAULT_TEMPERATURE,),
                     asked=bool(request.k),
                 )
+            case "ridge":
+                yield Ridge()
             case _:
                 yield NearestClassMean()
 
@@ -229,6 +232,7 @@ def _protocol(plan: Plan, subset: Subset, probe: Probe, params: dict[str, int | 
         "tap": request.tap,
         "image_pixels": request.image_pixels,
         "decoder": None if request.decoder == DECODERS[0] else request.decoder,
+        "canary": request.seed if request.canary else None,  # never comparable with a measurement
     }
     return {
         "version": PROTOCOL_VERSION,

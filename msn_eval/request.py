@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from msn_eval.errors import UsageError, nearest
 from msn_eval.images import DECODERS
 
-PROBE_NAMES = ("logistic", "knn", "ncm")
+PROBE_NAMES = ("logistic", "knn", "ridge", "ncm")
 TAP_NAMES = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
 SOLVER_NAMES = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -44,6 +44,7 @@ class Request:
     limit: int | None = None
     seed: int = 0
     on_bad_image: str = "error"
+    canary: bool = False
     out: str = "runs"
     cache: str | None = None
     no_cache: bool = False

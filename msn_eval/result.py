@@ -104,7 +104,7 @@ class FeatureFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeFacts:
-    """The probe, one setting of it, and how its fit came out."""
+    """The probe, one setting of it, how its fit came out, and what it chose from the labelled images."""
 
     name: str
     version: int
@@ -114,6 +114,7 @@ class ProbeFacts:
     certificate: float | None
     objective: float | None
     iterations: int | None
+    chosen: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

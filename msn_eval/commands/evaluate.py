@@ -49,6 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--temperature", type=_names, metavar="A,B", help="knn: 0.07")
     what.add_argument("--image-pixels", metavar="N", help="instead of the native size; interpolates positions")
     what.add_argument("--decoder", metavar="NAME", help=f"{', '.join(DECODERS)}")
+    what.add_argument("--canary", action="store_true", help="random labels instead: anything above chance leaks")
     what.add_argument("--limit", metavar="N", help="at most N validation images a class")
     loading = parser.add_argument_group("how a checkpoint is read")
     loading.add_argument("--arch", metavar="NAME", help="timm's name, where the file leaves it open")
@@ -92,6 +93,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _run(request: Request, options: argparse.Namespace, group: "Group") -> int:
+    from msn_eval.canary import describe_canary, judge_canary, refuse_leaks
     from msn_eval.distributed import barrier
     from msn_eval.forecast import forecast
     from msn_eval.plan import make_plan
@@ -115,15 +117,19 @@ def _run(request: Request, options: argparse.Namespace, group: "Group") -> int:
     results, code = evaluate_all(plan, prepared, group)
     if group.rank != 0:
         return code
+    canaries = judge_canary(results) if request.canary else ()
     if options.json_output:
         from msn_eval.result import as_json
 
         print(json.dumps([as_json(result) for result in results], indent=1, allow_nan=False))
+    elif request.canary:
+        print(printable(describe_canary(canaries)))
     elif results:
         from msn_eval.reports.terminal import print_table
         from msn_eval.table import make_table
 
         print_table(make_table(results))
+    refuse_leaks(canaries)
     return code
 
 
@@ -228,10 +234,11 @@ def describe_plan(plan: "Plan") -> str:
 
     pool = union_of(plan.subsets, plan.train)
     listed = sum(len(subset) for subset in plan.subsets)
+    where = "with random labels, not written" if plan.request.canary else f"into {plan.request.out}"
     lines = [
         f"data       {plan.data_name}: {len(plan.val):,} validation images, {len(plan.val.classes)} classes",
         f"labelled   {len(pool):,} images for {len(plan.subsets)} draws ({listed:,} if each draw were read by itself)",
-        f"results    {len(plan.tasks)} for each of {len(plan.request.checkpoint)} checkpoints, into {plan.request.out}",
+        f"results    {len(plan.tasks)} for each of {len(plan.request.checkpoint)} checkpoints, {where}",
         f"computing  {plan.precision} on {plan.device}, decoded by {plan.request.decoder}",
     ]
     return printable("\n".join(lines))

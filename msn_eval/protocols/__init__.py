@@ -7,13 +7,15 @@ from msn_eval.protocols.fitted import Fitted, Setting
 from msn_eval.protocols.knn import NearestNeighbours, fit_knn, knn_settings
 from msn_eval.protocols.logistic import Logistic, fit_logistic, logistic_settings
 from msn_eval.protocols.ncm import NearestClassMean, fit_ncm
+from msn_eval.protocols.ridge import Ridge, fit_ridge, ridge_settings
 
 __all__ = ["PROBES", "Fitted", "Probe", "Setting", "fit", "settings"]
 
-Probe = Logistic | NearestNeighbours | NearestClassMean
+Probe = Logistic | NearestNeighbours | Ridge | NearestClassMean
 PROBES = {
     "logistic": "L2-regularised multinomial regression, the protocol of the MSN tables",
     "knn": "weighted nearest neighbours, every k and temperature from one search",
+    "ridge": "ridge regression onto classes, its strength by exact leave-one-out error",
     "ncm": "nearest class mean",
 }
 
@@ -25,6 +27,8 @@ def settings(probe: Probe, n: int) -> tuple[dict[str, int | float], ...]:
             return logistic_settings(probe, n)
         case NearestNeighbours():
             return knn_settings(probe, n)
+        case Ridge():
+            return ridge_settings()
         case NearestClassMean():
             return ({},)
 
@@ -37,5 +41,7 @@ def fit(probe: Probe, train: Features, device: torch.device) -> Fitted:
             return fit_logistic(probe, train, device)
         case NearestNeighbours():
             return fit_knn(probe, train, device)
+        case Ridge():
+            return fit_ridge(probe, train, device)
         case NearestClassMean():
             return fit_ncm(probe, train, device)

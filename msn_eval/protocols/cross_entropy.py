@@ -1,9 +1,13 @@
 """The objective of L2-regularised multinomial regression, its gradient, and the certificate that follows from it."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+_BLOCK_VALUES = 1 << 18  # values of a block of logits: what a core's cache holds while they are worked on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +44,44 @@ class Point:
     gap: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """Weights, (n_classes, d), and what is proven of them: the fields of Point that outlive the solving."""
+
+    weights: Tensor
+    objective: float
+    gap: float
+
+
+def row_blocks(problem: CrossEntropyProblem) -> Iterator[slice]:
+    """Cut the rows so that a block of logits stays in a core's cache; a GPU takes all of them at once."""
+    n = len(problem.rows)
+    size = n if problem.rows.device.type == "cuda" else max(1, _BLOCK_VALUES // problem.n_classes)
+    return (slice(first, min(first + size, n)) for first in range(0, n, size))
+
+
 def evaluate_point(problem: CrossEntropyProblem, weights: Tensor, logits: Tensor | None = None) -> Point:
-    """Evaluate objective, gradient and relative duality gap at `weights`.
+    """Evaluate objective, gradient and relative duality gap at `weights`, and keep logits and probabilities.
+
+    logits: rows @ weights.T where it is known
+    """
+    rows = problem.rows
+    known = logits is not None
+    logits = rows.new_empty(len(rows), problem.n_classes) if logits is None else logits
+    probabilities = torch.empty_like(logits)
+    gradient, loss = problem.mu * weights, 0.0
+    for block in row_blocks(problem):
+        if not known:
+            torch.mm(rows[block], weights.T, out=logits[block])
+        loss += _add_block(problem, block, logits[block], probabilities[block], gradient)
+    objective, gap = _judged(problem, weights, loss, gradient)
+    return Point(
+        weights=weights, logits=logits, probabilities=probabilities, objective=objective, gradient=gradient, gap=gap
+    )
+
+
+def certify(problem: CrossEntropyProblem, weights: Tensor) -> Solution:
+    """Give what is proven of `weights`, in the dtype of the problem's rows; no logits are kept.
 
     The dual point is the residual P - Y, P being the softmax of the logits. With G = (P - Y)' X / n the gap is
 
@@ -49,16 +89,61 @@ def evaluate_point(problem: CrossEntropyProblem, weights: Tensor, logits: Tensor
 
     the squared norm of the gradient over 2 mu: for this dual point Fenchel's inequality is tight in every row.
     """
-    logits = problem.rows @ weights.T if logits is None else logits
-    log_normaliser = logits.logsumexp(dim=1, keepdim=True)
-    own = logits.gather(1, problem.labels[:, None])
-    penalty = problem.mu / 2 * weights.square().sum()
-    objective = float((log_normaliser - own).mean() + penalty)
-    probabilities = (logits - log_normaliser).exp()
-    residual = probabilities.clone()
-    residual[torch.arange(len(residual), device=residual.device), problem.labels] -= 1
-    gradient = residual.T @ problem.rows / len(residual) + problem.mu * weights
-    gap = float(gradient.square().sum()) / (2 * problem.mu * objective)
+    weights = weights.to(problem.rows.dtype)
+    gradient, loss = problem.mu * weights, 0.0
+    for block in row_blocks(problem):
+        logits = problem.rows[block] @ weights.T
+        loss += _add_block(problem, block, logits, torch.empty_like(logits), gradient)
+    objective, gap = _judged(problem, weights, loss, gradient)
+    return Solution(weights=weights, objective=objective, gap=gap)
+
+
+def _add_block(
+    problem: CrossEntropyProblem, block: slice, logits: Tensor, probabilities: Tensor, gradient: Tensor
+) -> float:
+    """Fill the probabilities of a block of rows, add its share to the gradient, and give the sum of its losses."""
+    label = problem.labels[block, None]
+    torch.softmax(logits, dim=1, out=probabilities)
+    # log-sum-exp = largest logit - log of the largest probability, which is at least 1 / n_classes.
+    normaliser = logits.amax(dim=1) - probabilities.amax(dim=1).log()
+    loss = float((normaliser - logits.gather(1, label)[:, 0]).sum(dtype=torch.float64))
+    own = probabilities.gather(1, label)
+    probabilities.scatter_(1, label, own - 1)  # the residual P - Y, without a copy of P
+    gradient.addmm_(probabilities.T, problem.rows[block], alpha=1 / len(problem.rows))
+    probabilities.scatter_(1, label, own)
+    return loss
+
+
+def _judged(problem: CrossEntropyProblem, weights: Tensor, loss: float, gradient: Tensor) -> tuple[float, float]:
+    objective = loss / len(problem.rows) + problem.mu / 2 * _squared(weights)
+    return objective, _squared(gradient) / (2 * problem.mu * objective)
+
+
+def _squared(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))
+
+
+def zero_point(problem: CrossEntropyProblem) -> Point:
+    """Give the point of zero weights, where every class is equally likely: no product is needed."""
+    rows, n_classes = problem.rows, problem.n_classes
+    n = len(rows)
+    sums = rows.new_zeros(n_classes, rows.shape[1]).index_add_(0, problem.labels, rows)
+    gradient = (rows.sum(dim=0) / n_classes - sums) / n
+    objective = math.log(n_classes)
     return Point(
-        weights=weights, logits=logits, probabilities=probabilities, objective=objective, gradient=gradient, gap=gap
+        weights=torch.zeros_like(gradient),
+        logits=rows.new_zeros(n, n_classes),
+        probabilities=rows.new_full((n, n_classes), 1 / n_classes),
+        objective=objective,
+        gradient=gradient,
+        gap=_squared(gradient) / (2 * problem.mu * objective),
     )
+
+
+def reweighted_point(point: Point, *, before: float, now: float) -> Point:
+    """Give the point as it is in the problem whose mu is `now` instead of `before`: no product is needed."""
+    squared = _squared(point.weights)
+    objective = point.objective + (now - before) / 2 * squared
+    gradient = torch.add(point.gradient, point.weights, alpha=now - before)
+    gap = _squared(gradient) / (2 * now * objective)
+    return replace(point, objective=objective, gradient=gradient, gap=gap)

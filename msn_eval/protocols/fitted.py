@@ -11,6 +11,7 @@ class Setting:
     """One setting of a probe's hyper-parameters, and how well its fit came out.
 
     certificate: relative duality gap, None for probes that are not solved for
+    chosen:      what the fit chose for itself from the labelled images, by a rule that is part of the protocol
     """
 
     params: Mapping[str, int | float]
@@ -19,6 +20,7 @@ class Setting:
     certificate: float | None = None
     objective: float | None = None
     iterations: int | None = None
+    chosen: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from msn_eval.errors import NumericalError
 from msn_eval.features import Features
+from msn_eval.protocols.bank import index_bank
 from msn_eval.protocols.fitted import Fitted, Setting
 from msn_eval.protocols.nearest import search_nearest
-from msn_eval.protocols.rows import normalised_rows
 
 DEFAULT_KS = (10, 20, 100, 200)
 DEFAULT_TEMPERATURE = 0.07
@@ -49,16 +49,18 @@ def knn_settings(probe: NearestNeighbours, n: int) -> tuple[dict[str, int | floa
 
 
 def fit_knn(probe: NearestNeighbours, train: Features, device: torch.device) -> Fitted:
-    """Keep the labelled rows; the work is in the search."""
+    """Make the labelled rows ready for the one search that all settings share.
+
+    Raises NumericalError where a row is not finite.
+    """
     params = knn_settings(probe, len(train.labels))
-    bank = normalised_rows(train.values.to(device))
+    bank = index_bank(train.values.to(device))
     labels = train.labels.to(device)
 
     def scores(values: Tensor) -> Iterator[Tensor]:
         if not params:  # every k of the default list is above the number of labelled images
             return
-        queries = normalised_rows(values.to(device))
-        cosines, nearest = search_nearest(queries, bank, max(int(one["k"]) for one in params))
+        cosines, nearest = search_nearest(values.to(device), bank, max(int(one["k"]) for one in params))
         for one in params:
             k = int(one["k"])  # the k nearest are a prefix of the most that any setting wants
             yield neighbour_vote(
@@ -79,5 +81,8 @@ def neighbour_vote(cosines: Tensor, classes: Tensor, *, n_classes: int, temperat
     logits = cosines / temperature
     largest = logits.new_full((len(logits), n_classes), -torch.inf).scatter_reduce_(1, classes, logits, "amax")
     votes = logits.new_zeros(len(logits), n_classes)
-    votes.scatter_add_(1, classes, (logits - largest.gather(1, classes)).exp())
+    weights = (logits - largest.gather(1, classes)).exp()
+    # One neighbour after the other: a GPU adds what meets in one place in any order, and equal votes must stay equal.
+    for place in range(classes.shape[1]):
+        votes.scatter_add_(1, classes[:, place : place + 1], weights[:, place : place + 1])
     return votes.log() + largest.where(votes > 0, torch.zeros_like(largest))

@@ -4,29 +4,29 @@ from collections import deque
 
 from torch import Tensor
 
-from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Point, evaluate_point
+from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Solution, evaluate_point, zero_point
 from msn_eval.protocols.line_search import search_line
 
 _MEMORY = 20
 _MOST_STEPS = 2000
 
 
-def minimise_by_lbfgs(problem: CrossEntropyProblem, *, target: float) -> tuple[Point, int]:
-    """Minimise until the relative duality gap is at most `target`; give the point reached and the steps taken.
+def minimise_by_lbfgs(problem: CrossEntropyProblem, *, target: float) -> tuple[Solution, int]:
+    """Minimise until the relative duality gap is at most `target`; give the solution and the steps taken.
 
     Two-loop recursion of Nocedal (1980), float64.
     """
-    point = evaluate_point(problem, problem.rows.new_zeros(problem.n_classes, problem.rows.shape[1]))
+    point, step = zero_point(problem), 0
     history: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_MEMORY)
-    for step in range(_MOST_STEPS):
-        if point.gap <= target:
-            return point, step
+    while point.gap > target and step < _MOST_STEPS:
         direction = -_inverse_curvature_product(point.gradient, history, problem.mu)
-        length, along = search_line(problem, point, direction)
+        along = problem.rows @ direction.T
+        length = search_line(problem, point, direction, along)
         moved = evaluate_point(problem, point.weights + length * direction, point.logits + length * along)
+        step += 1
         if moved.objective > point.objective:
             if not history:  # even the steepest direction leads nowhere: float64 has no better answer
-                return point, step
+                break
             history.clear()
             continue
         change = moved.gradient - point.gradient
@@ -34,7 +34,7 @@ def minimise_by_lbfgs(problem: CrossEntropyProblem, *, target: float) -> tuple[P
         if curvature > 0:
             history.append((length * direction, change, 1 / curvature))
         point = moved
-    return point, _MOST_STEPS
+    return Solution(weights=point.weights, objective=point.objective, gap=point.gap), step
 
 
 def _inverse_curvature_product(gradient: Tensor, history: "deque[tuple[Tensor, Tensor, float]]", mu: float) -> Tensor:

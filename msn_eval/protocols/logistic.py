@@ -1,7 +1,7 @@
 """L2-regularised multinomial regression on frozen features: the protocol of the MSN tables."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from msn_eval.errors import NumericalError
 from msn_eval.features import Features
-from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Point
+from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Solution
 from msn_eval.protocols.fitted import Fitted, Setting
 from msn_eval.protocols.lbfgs import minimise_by_lbfgs
-from msn_eval.protocols.newton import minimise_by_newton
+from msn_eval.protocols.newton import minimise_path
 from msn_eval.protocols.reference_solvers import minimise_by_cyanure, minimise_by_sklearn
 from msn_eval.protocols.rows import centred_rows
 
@@ -27,7 +27,7 @@ class Logistic:
     """Mean softmax cross-entropy + (lambda / n) / 2 ||W||^2 on centred, normalised rows; no intercept.
 
     lambdas: > 0, each a protocol of its own; scikit-learn's C is 1 / lambda
-    solver:  how the one minimum is found; `auto` is Newton's method
+    solver:  how the one minimum is found; `auto` is Newton's method, along the lambdas from large to small
     Source: arXiv:2204.07141, appendix A.2, and its released evaluation.
     """
 
@@ -59,22 +59,22 @@ def fit_logistic(probe: Logistic, train: Features, device: torch.device) -> Fitt
         raise NumericalError("logistic regression on a single class", remedy="Label images of at least two classes.")
     rows = centred_rows(train.values.to(device))
     reduced, basis = _reduced(rows)
-    settings: list[Setting] = []
-    weights: list[Tensor] = []
-    for strength in probe.lambdas:
-        problem = CrossEntropyProblem(rows=reduced, labels=labels, n_classes=len(present), mu=strength / len(reduced))
-        point, steps = _solve(problem, probe.solver)
-        weights.append(point.weights if basis is None else point.weights @ basis.T)
-        settings.append(
-            Setting(
-                params={"lambda": strength},
-                solver="newton" if probe.solver == "auto" else probe.solver,
-                converged=point.gap <= LARGEST_GAP,
-                certificate=point.gap,
-                objective=point.objective,
-                iterations=steps,
-            )
+    n = len(reduced)
+    problem = CrossEntropyProblem(rows=reduced, labels=labels, n_classes=len(present), mu=max(probe.lambdas) / n)
+    falling = sorted(set(probe.lambdas), reverse=True)  # from the smoothest problem to the roughest
+    solved = dict(zip(falling, _solve(problem, [strength / n for strength in falling], probe.solver), strict=True))
+    settings = [
+        Setting(
+            params={"lambda": strength},
+            solver="newton" if probe.solver == "auto" else probe.solver,
+            converged=solved[strength][0].gap <= LARGEST_GAP,
+            certificate=solved[strength][0].gap,
+            objective=solved[strength][0].objective,
+            iterations=solved[strength][1],
         )
+        for strength in probe.lambdas
+    ]
+    weights = [one if basis is None else one @ basis.T for one in (solved[key][0].weights for key in probe.lambdas)]
 
     def scores(values: Tensor) -> Iterator[Tensor]:
         queries = centred_rows(values.to(device))
@@ -86,16 +86,19 @@ def fit_logistic(probe: Logistic, train: Features, device: torch.device) -> Fitt
     return Fitted(settings=tuple(settings), scores=scores)
 
 
-def _solve(problem: CrossEntropyProblem, solver: Solver) -> tuple[Point, int]:
-    match solver:
-        case "auto" | "newton":
-            return minimise_by_newton(problem, target=TARGET_GAP)
-        case "lbfgs":
-            return minimise_by_lbfgs(problem, target=TARGET_GAP)
-        case "cyanure":
-            return minimise_by_cyanure(problem)
-        case "sklearn":
-            return minimise_by_sklearn(problem)
+def _solve(problem: CrossEntropyProblem, mus: Sequence[float], solver: Solver) -> Iterator[tuple[Solution, int]]:
+    """Give the solution and its number of steps for every mu in turn."""
+    if solver in ("auto", "newton"):
+        yield from minimise_path(problem, mus, target=TARGET_GAP)
+        return
+    for one in (replace(problem, mu=mu) for mu in mus):
+        match solver:
+            case "lbfgs":
+                yield minimise_by_lbfgs(one, target=TARGET_GAP)
+            case "cyanure":
+                yield minimise_by_cyanure(one)
+            case "sklearn":
+                yield minimise_by_sklearn(one)
 
 
 def _reduced(rows: Tensor) -> tuple[Tensor, Tensor | None]:

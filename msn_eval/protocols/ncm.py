@@ -29,11 +29,23 @@ def fit_ncm(probe: NearestClassMean, train: Features, device: torch.device) -> F
     rows = normalised_rows(train.values.to(device))
     labels = train.labels.to(device)
     counts = torch.bincount(labels, minlength=train.n_classes)
-    sums = rows.new_zeros(train.n_classes, rows.shape[1]).index_add_(0, labels, rows)
-    directions = normalised_rows(sums)  # the mean's length cancels in the cosine
+    directions = class_directions(rows, labels, n_classes=train.n_classes)
 
     def scores(values: Tensor) -> Iterator[Tensor]:
         cosines = normalised_rows(values.to(device)) @ directions.T
         yield cosines.masked_fill(counts == 0, -torch.inf)
 
     return Fitted(settings=(Setting(params={}),), scores=scores)
+
+
+def class_directions(rows: Tensor, labels: Tensor, *, n_classes: int) -> Tensor:
+    """Give the unit vector that each class's mean points along, zero where it points nowhere.
+
+    rows:    (n, d) float64, of unit length or zero
+    labels:  (n,) int64 in [0, n_classes)
+    returns: (n_classes, d) float64; the mean's length cancels in the cosine
+    """
+    sums = rows.new_zeros(n_classes, rows.shape[1]).index_add_(0, labels, rows)
+    # What is left of rows that cancel is rounding, and must not be blown up to unit length.
+    rounding = torch.finfo(rows.dtype).eps * torch.bincount(labels, minlength=n_classes)[:, None]
+    return normalised_rows(torch.where(sums.abs().amax(dim=1, keepdim=True) <= rounding, torch.zeros_like(sums), sums))

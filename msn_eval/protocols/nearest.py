@@ -1,109 +1,155 @@
-"""Exact nearest neighbours by cosine: every search gives the same rows in the same order."""
+"""Exact nearest neighbours by cosine: every search gives the same rows in the same order.
 
-from dataclasses import dataclass
-from typing import Any
+A coarse product proposes, the float64 cosine of `cosine.py` decides. The shortlist's last member says how large the cosine of
+a row outside can be at most: its coarse product plus the bound of `shortlist.py`. Where the k-th cosine inside is above
+that, no row outside can be among the k nearest, nor tie with them, and the answer is proved; where it is not, the query
+is searched again in finer arithmetic, at last by the cosines of all rows. A coarse product that is further from its cosine than
+the bound allows ends the search: then the device does not compute what the bound was proved for.
+"""
 
 import torch
 from torch import Tensor
 
-from msn_eval.errors import UsageError
+from msn_eval.errors import NumericalError, ResourceError
+from msn_eval.host import available_bytes
+from msn_eval.protocols.bank import Bank, Copies, as_searched, check_finite, index_bank
+from msn_eval.protocols.cosine import cosines_of_pairs, row_lengths
+from msn_eval.protocols.shortlist import Arithmetic, By, Shortlist, arithmetics, find_shortlist, tile_rows
 
-_CHUNK_VALUES = 1 << 21  # float64 values that a step holds: 16 MiB, about a processor's cache
-_CUDA_CHUNK_VALUES = 1 << 26  # 512 MiB
-_LARGE_BANK = 32_768  # rows above which a float32 shortlist pays on a CPU
-_SPARE = 16  # candidates beyond k in a shortlist
+Found = tuple[Tensor, Tensor]  # cosines (m, k) float64, falling, and rows (m, k) int64
+
+_VALUE_BYTES = 16  # of a coarse product while it is made, widened and sorted
+_CPU_BYTES = 1 << 28
+_CUDA_BYTES = 1 << 34
+_FLAT = 1 << 22  # pairs that are sorted at once
 
 
-def search_nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int, *, by: By = "auto") -> Found:
     """Give the k rows of `bank` with the largest cosine to each query, ties to the earlier row.
 
-    queries: (m, d) float64, rows of unit length or zero
-    bank:    (n, d) float64, likewise, n >= k
+    queries: (m, d) floating, rows of any length; a zero row has the cosine 0 to all
+    bank:    (n, d) likewise, n >= k, or what `index_bank` made of it, for more than one search
+    by:      what proposes: `auto` takes what is fastest here (on a GPU torch's bfloat16 products, on a processor those where
+             they pay, else faiss); `faiss` on a GPU takes a GPU index of faiss. It changes seconds, never the answer
     returns: (m, k) float64 cosines, falling; (m, k) int64 rows of the bank
+    Raises NumericalError for rows that are not finite or a device that miscalculates, ResourceError where memory gives out,
+    UsageError where faiss was asked for and cannot be used.
     """
-    if bank.device.type == "cpu" and len(bank) > _LARGE_BANK:
-        return _search_by_shortlist(queries, bank, k)
-    return _search_all(queries, bank, k)
+    indexed = bank if isinstance(bank, Bank) else index_bank(bank)
+    rows = as_searched(queries)
+    check_finite(rows, "query")
+    start, step = 0, _queries_at_once(rows.device)
+    parts: list[Found] = []
+    while start < len(rows):
+        try:
+            part = _search_chunk(rows[start : start + step], indexed, k, by)
+        except torch.OutOfMemoryError as error:
+            if step == 1:
+                raise ResourceError(
+                    f"memory of {rows.device} is too small for k-NN among {indexed.rows:,} rows: {error}",
+                    remedy="Use --device cpu for this probe.",
+                ) from error
+            part = None
+        if part is None:  # out of the handler, whose traceback holds what did not fit
+            step = (step + 1) // 2
+            torch.cuda.empty_cache()
+            continue
+        parts.append(part)
+        start += step
+    if not parts:
+        return rows.new_empty(0, k, dtype=torch.float64), torch.empty(0, k, dtype=torch.int64, device=rows.device)
+    return torch.cat([cosines for cosines, _ in parts]), torch.cat([places for _, places in parts])
 
 
-@dataclass(frozen=True)
-class _Distinct:
-    """A bank without repetitions: a product may round equal rows apart, depending on where they stand."""
-
-    rows: Tensor
-    place: Tensor | None  # of each bank row among `rows`; None where no row repeats
-
-
-def _distinct(bank: Tensor) -> _Distinct:
-    rows, place = torch.unique(bank, dim=0, return_inverse=True)
-    return _Distinct(bank, None) if len(rows) == len(bank) else _Distinct(rows, place)
+def _queries_at_once(device: torch.device) -> int:
+    """Give how many queries a chunk holds, by the memory that is free now."""
+    if device.type == "cuda":
+        room = min(_CUDA_BYTES, torch.cuda.mem_get_info(device)[0] // 4)
+    else:
+        free = available_bytes()
+        room = _CPU_BYTES if free is None else min(_CPU_BYTES, free // 4)
+    return max(1, room // (_VALUE_BYTES * tile_rows(device)))
 
 
-def _search_all(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Search by float64 products with every row, in chunks of queries."""
-    distinct = _distinct(bank)
-    chunk = _CUDA_CHUNK_VALUES if bank.device.type == "cuda" else _CHUNK_VALUES
-    parts = [
-        _top_rows(part @ distinct.rows.T if distinct.place is None else (part @ distinct.rows.T)[:, distinct.place], k)
-        for part in torch.split(queries, max(1, chunk // len(bank)))
-    ]
-    return torch.cat([cosines for cosines, _ in parts]), torch.cat([rows for _, rows in parts])
+def _search_chunk(queries: Tensor, bank: Bank, k: int, by: By) -> Found:
+    """Search for one chunk of queries, coarse first, and repeat the rows that the bank holds more than once."""
+    lengths = row_lengths(queries)
+    kinds = min(k, len(bank.values))
+    cosines = queries.new_zeros(len(queries), kinds, dtype=torch.float64)
+    rows = torch.arange(kinds, device=queries.device).repeat(len(queries), 1)  # what a zero row gets
+    open_ones = lengths.nonzero()[:, 0]
+    for arithmetic in arithmetics(queries.device, by):
+        if not len(open_ones):
+            break
+        some, scale = queries[open_ones], lengths[open_ones]
+        proposed = find_shortlist(some, scale, bank, kinds, arithmetic=arithmetic, by=by)
+        found, proved = _decide(some, scale, bank, kinds, proposed, arithmetic)
+        cosines[open_ones[proved]], rows[open_ones[proved]] = found[0][proved], found[1][proved]
+        open_ones = open_ones[~proved]
+    for one in open_ones.tolist():
+        cosines[one], rows[one] = _search_all(queries[one : one + 1], lengths[one : one + 1], bank, kinds)
+    return (cosines, rows) if bank.copies is None else _with_copies(cosines, rows, bank.copies, k)
 
 
-def _top_rows(cosines: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Give the k largest of each row and their columns, ties to the earlier column."""
-    values, columns = cosines.topk(min(k + 1, cosines.shape[1]), dim=1)
-    # topk leaves the order of equal values open, and which of them it takes; a stable sort does not.
-    tied = (values[:, 1:] == values[:, :-1]).any(dim=1)
-    values, columns = values[:, :k].contiguous(), columns[:, :k].contiguous()
-    if bool(tied.any()):
-        ordered = cosines[tied].sort(dim=1, descending=True, stable=True)
-        values[tied], columns[tied] = ordered.values[:, :k], ordered.indices[:, :k]
-    return values, columns
+def _decide(
+    queries: Tensor, lengths: Tensor, bank: Bank, k: int, proposed: Shortlist, arithmetic: Arithmetic
+) -> tuple[Found, Tensor]:
+    """Order a shortlist by exact cosines; and say for which queries it proves to hold the k nearest.
 
-
-def _search_by_shortlist(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Search by faiss in float32 for slightly more than k rows, and take their cosines again in float64.
-
-    A query's shortlist is complete where its last member lies further below the k-th than rounding can explain;
-    where it is not, every row is searched.
+    Only members within twice the bound of the k-th coarse product can be among the k nearest.
     """
-    faiss = _faiss()
-    size = min(len(bank), k + _SPARE)
-    index = faiss.IndexFlatIP(bank.shape[1])
-    index.add(bank.to(torch.float32).numpy())
-    found, rows = index.search(queries.to(torch.float32).numpy(), size)
-    coarse, shortlist = torch.from_numpy(found), torch.from_numpy(rows)
-    # |fl(x.y) - x.y| <= d u |x||y| for any order of summation (Higham 2002, section 3.1), once for each of the two
-    # rows compared; the rows themselves were rounded first.
-    margin = 2 * (bank.shape[1] + 2) * torch.finfo(torch.float32).eps
-    complete = coarse[:, -1] < coarse[:, k - 1] - margin
-    cosines, nearest = queries.new_empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
-    if bool(complete.any()):
-        cosines[complete], nearest[complete] = _rescored(queries[complete], bank, shortlist[complete], k)
-    if not bool(complete.all()):
-        cosines[~complete], nearest[~complete] = _search_all(queries[~complete], bank, k)
-    return cosines, nearest
+    coarse, bound = proposed.coarse, proposed.bound[:, None]
+    which, column = (coarse >= coarse[:, k - 1 : k] - 2 * bound).nonzero(as_tuple=True)
+    members = proposed.rows[which, column]
+    exact = cosines_of_pairs(queries, lengths, bank.values, bank.lengths, which, members)
+    if not bool(((coarse[which, column] - exact).abs() <= proposed.bound[which]).all()):
+        raise NumericalError(
+            f"products in {arithmetic} on {queries.device} are wrong by more than rounding explains",
+            remedy="Another library changed how this process computes (cyanure's fit does): use a process of its own.",
+        )
+    cosines = torch.full_like(coarse, -torch.inf)
+    cosines[which, column] = exact
+    earliest, order = proposed.rows.sort(dim=1)
+    ordered = cosines.gather(1, order).sort(dim=1, descending=True, stable=True)
+    found = ordered.values[:, :k], earliest.gather(1, ordered.indices[:, :k])
+    if coarse.shape[1] == len(bank.values):
+        return found, torch.ones(len(queries), dtype=torch.bool, device=queries.device)
+    return found, found[0][:, -1] > coarse[:, -1] + proposed.bound
 
 
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise UsageError(
-            f"k-NN among more than {_LARGE_BANK:,} labelled images needs faiss, which is not installed",
-            remedy="pip install faiss-gpu (Linux on x86-64) or faiss-cpu.",
-        ) from error
-    return faiss
+def _search_all(query: Tensor, length: Tensor, bank: Bank, k: int) -> Found:
+    """Search by the cosines of all rows."""
+    rows = torch.arange(len(bank.values), device=query.device)
+    cosines = cosines_of_pairs(query, length, bank.values, bank.lengths, torch.zeros_like(rows), rows)
+    ordered = cosines.sort(descending=True, stable=True)
+    return ordered.values[:k], ordered.indices[:k]
 
 
-def _rescored(queries: Tensor, bank: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Order candidates by float64 products taken row by row, so that equal rows tie exactly, and keep k."""
-    earliest_first = rows.sort(dim=1).values
-    step = max(1, _CHUNK_VALUES // (rows.shape[1] * bank.shape[1]))
+def _with_copies(cosines: Tensor, kinds: Tensor, copies: Copies, k: int) -> Found:
+    """Put the rows in place of their kinds, and keep the first k in the order of cosine and row.
+
+    A row among the k nearest is of one of the first k kinds: each kind before its own has a row before it.
+    """
+    most = (copies.starts[kinds + 1] - copies.starts[kinds]).clamp(max=k)  # (m, kinds)
+    step = max(1, _FLAT // max(1, int(most.sum(dim=1).max())))
     parts = [
-        (bank[some] * part[:, None, :]).sum(dim=2)
-        for part, some in zip(torch.split(queries, step), torch.split(earliest_first, step), strict=True)
+        _expanded(*part, copies, k)
+        for part in zip(torch.split(cosines, step), torch.split(kinds, step), torch.split(most, step), strict=True)
     ]
-    ordered = torch.cat(parts).sort(dim=1, descending=True, stable=True)
-    return ordered.values[:, :k], earliest_first.gather(1, ordered.indices[:, :k])
+    return torch.cat([values for values, _ in parts]), torch.cat([rows for _, rows in parts])
+
+
+def _expanded(cosines: Tensor, kinds: Tensor, most: Tensor, copies: Copies, k: int) -> Found:
+    device, counts = kinds.device, most.flatten()
+    ends = counts.cumsum(0)
+    within = torch.arange(int(ends[-1]), device=device) - (ends - counts).repeat_interleave(counts)
+    rows = copies.ids[copies.starts[kinds.flatten()].repeat_interleave(counts) + within]
+    values = cosines.flatten().repeat_interleave(counts)
+    query = torch.arange(len(kinds), device=device).repeat_interleave(most.sum(dim=1))
+    # Sorted by the last key first; each sort keeps what the one before left.
+    order = rows.argsort(stable=True)
+    order = order[values[order].argsort(descending=True, stable=True)]
+    order = order[query[order].argsort(stable=True)]
+    begins = most.sum(dim=1).cumsum(0) - most.sum(dim=1)
+    chosen = order[begins[:, None] + torch.arange(k, device=device)]
+    return values[chosen], rows[chosen]

@@ -1,43 +1,100 @@
 """Newton's method with conjugate gradients for the regularised cross-entropy."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Point, evaluate_point
+from msn_eval.protocols.cross_entropy import (
+    CrossEntropyProblem,
+    Point,
+    Solution,
+    certify,
+    evaluate_point,
+    reweighted_point,
+    row_blocks,
+    zero_point,
+)
 from msn_eval.protocols.line_search import search_line
 
 _MOST_STEPS = 100
 _MOST_PRODUCTS = 250  # curvature products a step
-_LOOSEST_FORCING = 0.3
-_ROUGH_GAP = 1e-3  # up to here float32 can be trusted with everything
+_LOOSEST_FORCING = 0.5
+_FAR_GAP = 0.4  # above it the quadratic model is too poor for more than the steepest descent
 
 
-def minimise_by_newton(problem: CrossEntropyProblem, *, target: float) -> tuple[Point, int]:
-    """Minimise until the relative duality gap is at most `target`; give the point reached and the steps taken.
+def minimise_by_newton(problem: CrossEntropyProblem, *, target: float) -> tuple[Solution, int]:
+    """Minimise until the relative duality gap is at most `target`; give the solution and the steps taken.
 
-    The way to a gap of 1e-3 is walked in float32. From there gradients, objectives and steps are float64, and only
-    the curvature products inside a step float32, which bends the direction a little and never the answer.
+    problem: with float64 rows
     """
-    start = problem.rows.new_zeros(problem.n_classes, problem.rows.shape[1])
-    rough_problem = replace(problem, rows=problem.rows.to(torch.float32))
-    rough, rough_steps = _minimise(rough_problem, start.to(torch.float32), max(target, _ROUGH_GAP))
-    point, steps = _minimise(problem, rough.weights.to(problem.rows.dtype), target)
-    return point, rough_steps + steps
+    ((solution, steps),) = minimise_path(problem, [problem.mu], target=target)
+    return solution, steps
 
 
-def _minimise(problem: CrossEntropyProblem, start: Tensor, target: float) -> tuple[Point, int]:
-    point = evaluate_point(problem, start)
-    rows = problem.rows.to(torch.float32)
+def minimise_path(
+    problem: CrossEntropyProblem, mus: Sequence[float], *, target: float
+) -> Iterator[tuple[Solution, int]]:
+    """Minimise for several mus in their order, each from the solution before it; best from large to small.
+
+    problem: with float64 rows; its own mu is not looked at
+    The way is walked in float32, as far as that leads. What is returned is evaluated anew in float64; where its gap
+    does not meet the target, the rest of the way has gradients, objectives and steps in float64, and only the
+    curvature products inside a step in float32, which bends the direction a little and never the answer.
+    """
+    rough = replace(problem, rows=problem.rows.to(torch.float32))
+    point: Point | None = None
+    for mu in mus:
+        before, exact, rough = rough.mu, replace(problem, mu=mu), replace(rough, mu=mu)
+        start = zero_point(rough) if point is None else _scaled(rough, reweighted_point(point, before=before, now=mu))
+        point, rough_steps = _minimise(rough, rough, start, target)
+        solution = certify(exact, point.weights)
+        if solution.gap <= target:
+            yield solution, rough_steps
+        else:
+            yield _finish(exact, rough, solution.weights, rough_steps, target)
+
+
+def _finish(
+    problem: CrossEntropyProblem, rough: CrossEntropyProblem, weights: Tensor, steps: int, target: float
+) -> tuple[Solution, int]:
+    """Walk the rest of the way, where float32 leads no further, in float64."""
+    point, more = _minimise(problem, rough, evaluate_point(problem, weights), target)
+    return Solution(weights=point.weights, objective=point.objective, gap=point.gap), steps + more
+
+
+def _scaled(problem: CrossEntropyProblem, point: Point) -> Point:
+    """Stretch weights to the length that suits the problem best: those for another mu differ most in that."""
+    slope = float((point.gradient * point.weights).sum())
+    if slope == 0:
+        return point
+    direction, along = (point.weights, point.logits) if slope < 0 else (-point.weights, -point.logits)
+    return _moved(problem, point, direction, along)
+
+
+def _moved(problem: CrossEntropyProblem, point: Point, direction: Tensor, along: Tensor) -> Point:
+    length = search_line(problem, point, direction, along)
+    weights, logits = (
+        torch.add(old, new, alpha=length) for old, new in ((point.weights, direction), (point.logits, along))
+    )
+    return evaluate_point(problem, weights, logits)
+
+
+def _minimise(
+    problem: CrossEntropyProblem, rough: CrossEntropyProblem, point: Point, target: float
+) -> tuple[Point, int]:
+    """Walk from `point` in the precision of `problem`; `rough` is the same in float32."""
     for step in range(_MOST_STEPS):
         if point.gap <= target:
             return point, step
-        direction = _newton_direction(problem, point, rows, _forcing(point.gap, target))
-        length, along = search_line(problem, point, direction)
-        moved = evaluate_point(problem, point.weights + length * direction, point.logits + length * along)
-        if moved.objective >= point.objective and moved.gap >= point.gap:
+        direction, along = _newton_direction(rough, point, target)
+        if problem is not rough:
+            direction = direction.to(problem.rows.dtype)
+            along = problem.rows @ direction.T
+        moved = _moved(problem, point, direction, along)
+        if not moved.gap < point.gap and not moved.objective < point.objective:
             return point, step  # this precision has no better answer
         point = moved
     return point, _MOST_STEPS
@@ -51,32 +108,53 @@ def _forcing(gap: float, target: float) -> float:
     return min(_LOOSEST_FORCING, max(superlinear, enough))
 
 
-def _newton_direction(problem: CrossEntropyProblem, point: Point, rows: Tensor, forcing: float) -> Tensor:
-    """Solve H D = -gradient by conjugate gradients to a relative residual of `forcing`."""
+def _newton_direction(problem: CrossEntropyProblem, point: Point, target: float) -> tuple[Tensor, Tensor]:
+    """Solve H D = -gradient by conjugate gradients, roughly; give D and what it adds to the logits, rows @ D.T.
+
+    problem: with float32 rows
+    """
     probabilities = point.probabilities.to(torch.float32)
     scale = float(point.gradient.norm())  # to unit length, so that float32 holds gradients of any size
     residual = (-point.gradient / scale).to(torch.float32)
     direction = torch.zeros_like(residual)
     search = residual.clone()
+    change, along = torch.empty_like(probabilities), torch.zeros_like(probabilities)
     squared = float(residual.square().sum())
-    goal = forcing**2 * squared
+    goal = _forcing(point.gap, target) ** 2 * squared
+    only_one = point.gap > _FAR_GAP
     for _ in range(_MOST_PRODUCTS):
-        product = _curvature_product(search, probabilities, rows, problem.mu)
-        along = float((search * product).sum())
-        if along <= 0:  # rounding; the Hessian is positive definite
+        product, curvature = _curvature_product(problem, probabilities, search, change, wanted=not only_one)
+        if not curvature > 0:  # rounding; the Hessian is positive definite
             break
-        length = squared / along
+        length = squared / curvature
         direction.add_(search, alpha=length)
+        along.add_(change, alpha=length)
+        if product is None:
+            break
         residual.sub_(product, alpha=length)
         previous, squared = squared, float(residual.square().sum())
         if squared <= goal:
             break
         search.mul_(squared / previous).add_(residual)
-    return direction.to(point.weights.dtype) * scale
+    return direction * scale, along * scale
 
 
-def _curvature_product(vector: Tensor, probabilities: Tensor, rows: Tensor, mu: float) -> Tensor:
-    """Give the Hessian times (n_classes, d) `vector`."""
-    change = probabilities * (rows @ vector.T)
-    change -= probabilities * change.sum(dim=1, keepdim=True)
-    return (change.T @ rows).div_(len(rows)).add_(vector, alpha=mu)
+def _curvature_product(
+    problem: CrossEntropyProblem, probabilities: Tensor, vector: Tensor, change: Tensor, *, wanted: bool
+) -> tuple[Tensor | None, float]:
+    """Give the Hessian times (n_classes, d) `vector`, where it is wanted, and the product of that with `vector`.
+
+    change: (n, n_classes), is filled with rows @ vector.T
+    """
+    n = len(problem.rows)
+    product = problem.mu * vector
+    curvature = float((vector * product).sum(dtype=torch.float64))
+    for block in row_blocks(problem):
+        here, chances = change[block], probabilities[block]
+        torch.mm(problem.rows[block], vector.T, out=here)
+        bent = chances * here
+        bent.addcmul_(chances, bent.sum(dim=1, keepdim=True), value=-1)
+        curvature += float((bent * here).sum(dtype=torch.float64)) / n
+        if wanted:
+            product.addmm_(bent.T, problem.rows[block], alpha=1 / n)
+    return product if wanted else None, curvature

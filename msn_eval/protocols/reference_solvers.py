@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msn_eval.errors import ResourceError, UsageError
-from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Point, evaluate_point
+from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Solution, certify
 
 _SKLEARN_TOLERANCE = 1e-10  # on the gradient; its default of 1e-4 stops after two steps here
 _SKLEARN_STEPS = 20_000
@@ -20,7 +20,7 @@ _CYANURE_EPOCHS = 3_000
 _CHILD_SECONDS = 24 * 3600
 
 
-def minimise_by_sklearn(problem: CrossEntropyProblem) -> tuple[Point, int]:
+def minimise_by_sklearn(problem: CrossEntropyProblem) -> tuple[Solution, int]:
     """Solve by scikit-learn's LogisticRegression with C = 1 / lambda (2 / lambda for its binary form)."""
     import warnings
 
@@ -37,10 +37,10 @@ def minimise_by_sklearn(problem: CrossEntropyProblem) -> tuple[Point, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # our certificate says how far it came
         model.fit(problem.rows.cpu().numpy(), problem.labels.cpu().numpy())
-    return _point(problem, model.coef_), int(model.n_iter_.max())
+    return _solution(problem, model.coef_), int(model.n_iter_.max())
 
 
-def minimise_by_cyanure(problem: CrossEntropyProblem) -> tuple[Point, int]:
+def minimise_by_cyanure(problem: CrossEntropyProblem) -> tuple[Solution, int]:
     """Solve by cyanure in a process of its own.
 
     Its `fit` switches OpenMP to dynamic teams for the whole process, after which PyTorch's bf16 products are wrong
@@ -64,14 +64,14 @@ def minimise_by_cyanure(problem: CrossEntropyProblem) -> tuple[Point, int]:
             last = (child.stderr.strip().splitlines() or ["no message"])[-1]
             raise ResourceError(f"cyanure ended with code {child.returncode}: {last}", remedy="Use --solver auto.")
         with np.load(answer) as stored:
-            return _point(problem, stored["weights"]), int(stored["epochs"])
+            return _solution(problem, stored["weights"]), int(stored["epochs"])
 
 
-def _point(problem: CrossEntropyProblem, weights: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> Point:
+def _solution(problem: CrossEntropyProblem, weights: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> Solution:
     if problem.n_classes == 2:  # one vector w for both classes: their weights are -w/2 and w/2
         weights = np.concatenate([-weights.reshape(1, -1) / 2, weights.reshape(1, -1) / 2])
     found: Tensor = torch.as_tensor(weights, dtype=torch.float64, device=problem.rows.device)
-    return evaluate_point(problem, found)
+    return certify(problem, found)
 
 
 def _cyanure_child(task: Path, answer: Path) -> None:

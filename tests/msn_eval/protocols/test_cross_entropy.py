@@ -1,5 +1,7 @@
 """The objective, its gradient and its certificate, against finite differences and the dual."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,14 @@ from scipy.optimize import approx_fprime
 from scipy.special import entr, logsumexp, softmax
 from sklearn.linear_model import LogisticRegression
 
-from msn_eval.protocols.cross_entropy import CrossEntropyProblem, evaluate_point
+from msn_eval.protocols import cross_entropy
+from msn_eval.protocols.cross_entropy import (
+    CrossEntropyProblem,
+    certify,
+    evaluate_point,
+    reweighted_point,
+    zero_point,
+)
 
 
 def _problem(*, n_classes: int = 4, mu: float = 0.02, seed: int = 0) -> CrossEntropyProblem:
@@ -143,3 +152,51 @@ def test_permuting_the_classes_permutes_the_gradient() -> None:
     point = evaluate_point(renamed, weights[order])
 
     torch.testing.assert_close(point.gradient, evaluate_point(problem, weights).gradient[order])
+
+
+def test_point_of_zero_weights_is_the_one_evaluated() -> None:
+    problem = _problem()
+
+    point = zero_point(problem)
+
+    expected = evaluate_point(problem, torch.zeros(4, 6, dtype=torch.float64))
+    assert (point.objective, point.gap) == pytest.approx((expected.objective, expected.gap), rel=1e-13)
+    torch.testing.assert_close(point.gradient, expected.gradient)
+    torch.testing.assert_close(point.probabilities, expected.probabilities)
+
+
+def test_point_of_another_mu_is_the_one_evaluated() -> None:
+    problem = _problem(mu=0.02)
+    weights = _weights(problem)
+
+    point = reweighted_point(evaluate_point(problem, weights), before=0.02, now=0.5)
+
+    expected = evaluate_point(replace(problem, mu=0.5), weights)
+    assert (point.objective, point.gap) == pytest.approx((expected.objective, expected.gap), rel=1e-13)
+    torch.testing.assert_close(point.gradient, expected.gradient)
+
+
+def test_certificate_of_float32_weights_is_that_of_the_same_weights_in_float64() -> None:
+    problem = _problem()
+    weights = _weights(problem).float()
+
+    solution = certify(problem, weights)
+
+    expected = evaluate_point(problem, weights.double())
+    assert solution.weights.dtype == torch.float64
+    assert (solution.objective, solution.gap) == pytest.approx((expected.objective, expected.gap), rel=1e-13)
+
+
+@pytest.mark.parametrize("rows_a_block", [1, 7, 24])
+def test_cutting_the_rows_into_blocks_changes_nothing(rows_a_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = _problem()
+    weights = _weights(problem)
+    whole = evaluate_point(problem, weights)
+    monkeypatch.setattr(cross_entropy, "_BLOCK_VALUES", 4 * rows_a_block)
+
+    cut, certified = evaluate_point(problem, weights), certify(problem, weights)
+
+    assert cut.gap == pytest.approx(whole.gap, rel=1e-12)
+    assert certified.objective == pytest.approx(whole.objective, rel=1e-13)
+    torch.testing.assert_close(cut.gradient, whole.gradient)
+    torch.testing.assert_close(cut.probabilities, whole.probabilities)

@@ -82,12 +82,17 @@ def test_a_fit_that_was_cut_short_is_not_called_converged(monkeypatch: pytest.Mo
 
 
 def test_several_lambdas_give_what_each_gives_alone() -> None:
-    train, lambdas = _clusters(), (0.0025, 0.075, 1.0)
+    train, lambdas = _clusters(), (0.0025, 1.0, 0.075)
 
     together = fit_logistic(Logistic(lambdas=lambdas), train, CPU)
 
-    alone = [_only_scores(fit_logistic(Logistic(lambdas=(one,)), train, CPU), _queries()) for one in lambdas]
-    torch.testing.assert_close(list(together.scores(_queries())), alone, rtol=0, atol=1e-12)
+    alone = [fit_logistic(Logistic(lambdas=(one,)), train, CPU) for one in lambdas]
+    objectives = [one.settings[0].objective for one in alone]
+    assert [one.params["lambda"] for one in together.settings] == list(lambdas)
+    assert [one.objective for one in together.settings] == pytest.approx(objectives, rel=1e-6)
+    # Each is certified to 1e-6, and they are reached by different ways.
+    expected = [_only_scores(one, _queries()) for one in alone]
+    torch.testing.assert_close(list(together.scores(_queries())), expected, rtol=0, atol=5e-3)
 
 
 def test_scores_are_float64_with_a_column_for_every_class() -> None:

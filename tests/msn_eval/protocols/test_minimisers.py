@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Point
+from msn_eval.protocols import cross_entropy
+from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Solution
 from msn_eval.protocols.lbfgs import minimise_by_lbfgs
-from msn_eval.protocols.newton import minimise_by_newton
+from msn_eval.protocols.newton import minimise_by_newton, minimise_path
 from msn_eval.protocols.rows import centred_rows
 
-Minimiser = Callable[..., tuple[Point, int]]
+Minimiser = Callable[..., tuple[Solution, int]]
 
 
 @pytest.fixture(params=[minimise_by_newton, minimise_by_lbfgs], ids=["newton", "lbfgs"])
@@ -150,4 +152,28 @@ def test_a_class_without_rows_is_solved_for_and_likeliest_for_none_of_the_rows(m
     point, _ = minimise(problem, target=1e-6)
 
     assert point.gap <= 1e-6
-    assert (point.probabilities.argmax(dim=1) != 3).all()
+    assert ((rows @ point.weights.T).argmax(dim=1) != 3).all()
+
+
+@pytest.mark.parametrize("block_values", [6, 50, 1 << 18])
+def test_newtons_path_from_large_to_small_mu_meets_the_target_at_each(
+    block_values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "_BLOCK_VALUES", block_values)
+    problem = _problem(*_clusters(120, 12, 6), 1.0)
+    mus = [strength / 120 for strength in (10, 0.075, 0.0025, 1e-4)]
+
+    path = list(minimise_path(problem, mus, target=1e-6))
+
+    for mu, (solution, _) in zip(mus, path, strict=True):
+        alone, _ = minimise_by_lbfgs(replace(problem, mu=mu), target=1e-10)
+        assert solution.gap <= 1e-6
+        assert solution.objective == pytest.approx(alone.objective, rel=1e-6)
+
+
+def test_newton_goes_on_in_float64_where_float32_leads_no_further() -> None:
+    problem = _problem(*_clusters(120, 12, 6), 0.0025)
+
+    solution, _ = minimise_by_newton(problem, target=1e-13)
+
+    assert solution.gap <= 1e-13

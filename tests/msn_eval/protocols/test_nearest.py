@@ -1,22 +1,39 @@
-"""Exact neighbours: both searches, ties and rounding."""
+"""Exact neighbours by every arithmetic: ties, near ties and rounding."""
 
-import sys
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from msn_eval.errors import UsageError
+from msn_eval.errors import NumericalError, ResourceError
 from msn_eval.protocols import nearest as nearest_module
 from msn_eval.protocols.nearest import search_nearest
 from msn_eval.protocols.rows import normalised_rows
+from msn_eval.protocols.shortlist import Arithmetic, By, Shortlist, arithmetics, find_shortlist
+
+_WAYS: dict[str, tuple[tuple[Arithmetic, ...], By]] = {
+    "as it pays here": (arithmetics(torch.device("cpu"), "auto"), "auto"),
+    "bfloat16": (("bfloat16",), "torch"),
+    "float32": (("float32",), "torch"),
+    "faiss": (("float32",), "faiss"),
+    "float64": (("float64",), "torch"),
+    "all cosines": ((), "torch"),
+}
 
 
-@pytest.fixture(autouse=True, params=["every row", "shortlist"])
-def _search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run every test with both searches: small banks are shortlisted too where no bank is too small for it."""
-    if request.param == "shortlist":
-        monkeypatch.setattr(nearest_module, "_LARGE_BANK", 0)
+@pytest.fixture(autouse=True, params=_WAYS)
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test with each arithmetic alone: what it cannot prove falls to the cosines of all rows."""
+    ladder, by = _WAYS[request.param]
+    monkeypatch.setattr(nearest_module, "arithmetics", lambda device, asked: ladder)
+    monkeypatch.setattr(nearest_module, "find_shortlist", partial(_shortlist_by, by))
+
+
+def _shortlist_by(chosen: By, *given: Any, **options: Any) -> Shortlist:
+    return find_shortlist(*given, **(options | {"by": chosen}))
 
 
 def _unit_rows(n: int, d: int = 8, *, seed: int = 0) -> torch.Tensor:
@@ -150,9 +167,102 @@ def test_equal_rows_tie_exactly_wherever_they_stand(d: int) -> None:
     assert all(torch.equal(row[mine], row[mine].sort().values) for row, mine in zip(nearest, copies, strict=True))
 
 
-def test_a_large_bank_without_faiss_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nearest_module, "_LARGE_BANK", 0)
-    monkeypatch.setitem(sys.modules, "faiss", None)
+def test_near_ties_just_within_and_beyond_each_rounding_are_told_apart() -> None:
+    query = torch.zeros(1, 8, dtype=torch.float64)
+    query[0, 0] = 1
+    apart = torch.cat([torch.full((40,), 10.0**-power, dtype=torch.float64) for power in (14, 12, 9, 7, 5, 3, 2)])
+    sine = (1 - (0.9 - apart.cumsum(0) / 40).square()).sqrt()
+    bank = torch.zeros(280, 8, dtype=torch.float64)
+    order = torch.randperm(280, generator=torch.Generator().manual_seed(4))
+    bank[order, 0], bank[order, 1] = 0.9 - apart.cumsum(0) / 40, sine
 
-    with pytest.raises(UsageError, match="faiss-cpu"):
-        search_nearest(torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64), 1)
+    _, nearest = search_nearest(query, bank, 200)
+
+    assert nearest.tolist() == _naive_nearest(query, bank, 200)
+
+
+@pytest.mark.parametrize("where", ["bank", "queries"])
+def test_a_row_that_is_nan_is_an_error_before_it_ranks_first(where: str) -> None:
+    rows = {"bank": _unit_rows(50), "queries": _unit_rows(5, seed=1)}
+    rows[where][3, 2] = torch.nan
+
+    with pytest.raises(NumericalError, match="is not finite: 3"):
+        search_nearest(rows["queries"], rows["bank"], 2)
+
+
+def test_chunks_of_queries_and_one_call_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, bank = _unit_rows(30, seed=1), _unit_rows(90)
+    whole = search_nearest(queries, bank, 7)
+    monkeypatch.setattr(nearest_module, "_queries_at_once", lambda device: 4)
+
+    chunked = search_nearest(queries, bank, 7)
+
+    assert all(torch.equal(one, other) for one, other in zip(chunked, whole, strict=True))
+
+
+def test_equal_and_zero_rows_interleave_by_their_place() -> None:
+    bank = torch.tensor([[0.0, 1], [1, 0], [0, 0], [0, -1], [0, 1], [1, 0], [0, 0]])
+
+    cosines, nearest = search_nearest(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), bank, 6)
+
+    assert nearest.tolist() == [[1, 5, 0, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
+    assert cosines.tolist() == [[1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
+
+
+def test_a_device_that_multiplies_wrongly_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*given: Any, **options: Any) -> Shortlist:
+        found = find_shortlist(*given, **options)
+        return replace(found, coarse=found.coarse + 0.1)
+
+    monkeypatch.setattr(nearest_module, "arithmetics", lambda device, by: ("float32",))
+    monkeypatch.setattr(nearest_module, "find_shortlist", wrong)
+
+    with pytest.raises(NumericalError, match="products in float32 on cpu are wrong by more than rounding explains"):
+        search_nearest(_unit_rows(5, seed=1), _unit_rows(50), 2)
+
+
+def test_memory_that_gives_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, bank = _unit_rows(30, seed=1), _unit_rows(90)
+    whole = search_nearest(queries, bank, 7)
+    search = nearest_module._search_chunk
+
+    def scarce(queries: torch.Tensor, *others: Any) -> Any:
+        if len(queries) > 3:
+            raise torch.OutOfMemoryError
+        return search(queries, *others)
+
+    monkeypatch.setattr(nearest_module, "_search_chunk", scarce)
+
+    assert torch.equal(search_nearest(queries, bank, 7)[1], whole[1])
+
+
+def test_memory_too_small_for_one_query_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scarce(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(nearest_module, "_search_chunk", scarce)
+
+    with pytest.raises(ResourceError, match="memory of cpu is too small for k-NN among 90 rows: no room"):
+        search_nearest(_unit_rows(3, seed=1), _unit_rows(90), 7)
+
+
+def test_a_few_near_ties_far_from_all_others_are_ordered_by_their_float64_cosines() -> None:
+    query, others = _unit_rows(1, 64, seed=1), _unit_rows(300, 64)
+    bank = torch.cat([normalised_rows(query + 3e-4 * others[:12]), others])
+
+    _, nearest = search_nearest(query, bank, 3)
+
+    assert nearest.tolist() == _naive_nearest(query, bank, 3)
+
+
+def test_unlike_rows_with_one_cosine_are_taken_in_their_order() -> None:
+    query = torch.eye(8, dtype=torch.float64)[:1]
+    bank = torch.eye(8, dtype=torch.float64)[1:2].repeat(300, 1) + torch.arange(300)[:, None] * torch.eye(8)[2]
+    places = torch.randperm(300, generator=torch.Generator().manual_seed(4))[:14]
+    for turn, place in enumerate(places.tolist()):
+        bank[place] = torch.tensor([4.0, *([3.0, 2, 1, 0, 0, 0, 0][turn % 7 :] + [3.0, 2, 1, 0, 0, 0, 0][: turn % 7])])
+        bank[place, 1:] *= 1 if turn < 7 else -1
+
+    _, nearest = search_nearest(query, bank, 5)
+
+    assert nearest[0].tolist() == places.sort().values[:5].tolist()

@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from msn_eval.errors import ResourceError, UsageError
-from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Point
+from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Solution
 from msn_eval.protocols.newton import minimise_by_newton
 from msn_eval.protocols.reference_solvers import minimise_by_cyanure, minimise_by_sklearn
 from msn_eval.protocols.rows import centred_rows
@@ -29,12 +29,12 @@ def _problem(labels: torch.Tensor, *, n_classes: int, strength: float = 0.075) -
     return CrossEntropyProblem(rows=_clusters(labels), labels=labels, n_classes=n_classes, mu=strength / len(labels))
 
 
-def _accuracy(point: Point, rows: torch.Tensor, labels: torch.Tensor) -> float:
+def _accuracy(point: Solution, rows: torch.Tensor, labels: torch.Tensor) -> float:
     return ((rows @ point.weights.T).argmax(dim=1) == labels).double().mean().item()
 
 
 @pytest.fixture(scope="module")
-def digits_by_cyanure() -> Point:
+def digits_by_cyanure() -> Solution:
     rows, labels = _digits()
     problem = CrossEntropyProblem(rows=rows[:1000], labels=labels[:1000], n_classes=10, mu=0.0025 / 1000)
     return minimise_by_cyanure(problem)[0]
@@ -50,11 +50,11 @@ def test_scikit_learn_finds_the_minimum_of_our_objective(n_classes: int) -> None
     assert steps > 2
 
 
-def test_cyanure_finds_the_minimum_of_our_objective(digits_by_cyanure: Point) -> None:
+def test_cyanure_finds_the_minimum_of_our_objective(digits_by_cyanure: Solution) -> None:
     assert digits_by_cyanure.gap < 1e-4
 
 
-def test_cyanure_agrees_with_newton_within_three_tenths_of_a_point(digits_by_cyanure: Point) -> None:
+def test_cyanure_agrees_with_newton_within_three_tenths_of_a_point(digits_by_cyanure: Solution) -> None:
     rows, labels = _digits()
     problem = CrossEntropyProblem(rows=rows[:1000], labels=labels[:1000], n_classes=10, mu=0.0025 / 1000)
 

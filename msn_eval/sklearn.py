@@ -1,0 +1,271 @@
+"""The protocols as scikit-learn classifiers: NumPy arrays or torch tensors in, NumPy arrays out."""
+
+import warnings
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from msn_eval.protocols.bank import index_bank
+from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Solution
+from msn_eval.protocols.knn import neighbour_vote
+from msn_eval.protocols.lbfgs import minimise_by_lbfgs
+from msn_eval.protocols.linear_probe import Recipe, train_heads
+from msn_eval.protocols.logistic import LARGEST_GAP, SOLVERS
+from msn_eval.protocols.ncm import class_directions
+from msn_eval.protocols.nearest import search_nearest
+from msn_eval.protocols.newton import minimise_by_newton
+from msn_eval.protocols.reference_solvers import minimise_by_cyanure, minimise_by_sklearn
+from msn_eval.protocols.ridge import solve_ridge
+from msn_eval.protocols.rows import centred_rows, normalised_rows
+
+__all__ = ["LinearProbe", "LogisticProbe", "NearestClassMean", "NearestNeighbourProbe", "RidgeProbe"]
+
+Floats = NDArray[np.float64]
+
+
+class _Probe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """What all probes do alike: look at what they are given, name classes, and choose the one that scores highest."""
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit to rows X, (n, d), and their classes y, (n,).
+
+        Raises ValueError for what is not finite, not two-dimensional, or not a classification.
+        """
+        X, y = validate_data(self, _array(X), _array(y), dtype=[np.float64, np.float32])
+        check_classification_targets(y)
+        self.classes_, labels = np.unique(y, return_inverse=True)
+        self._fit(_tensor(X), torch.from_numpy(labels.astype(np.int64)))
+        return self
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Give the class of each row: of equal scores the first in the order of `classes_`."""
+        scores = self._scored(X)
+        return self.classes_[scores.argmax(axis=1)]  # type: ignore[no-any-return]
+
+    def decision_function(self, X: Any) -> Floats:
+        """Give scores, higher is better: (n, classes), or for two classes (n,), above 0 for the second."""
+        return _two_as_one(self._scored(X))
+
+    def _scored(self, X: Any) -> Floats:
+        check_is_fitted(self)
+        X = validate_data(self, _array(X), dtype=[np.float64, np.float32], reset=False)
+        return self._scores(_tensor(X)).numpy()
+
+    def _at_least_two(self) -> None:
+        if len(self.classes_) < 2:
+            raise ValueError(f"{type(self).__name__} needs labelled rows of at least two classes, not of 1 class.")
+
+    def _fit(self, X: Tensor, labels: Tensor) -> None:
+        raise NotImplementedError
+
+    def _scores(self, X: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _CentredProbe(_Probe):
+    """A probe on rows as the logistic protocol has them: each less its own mean, of unit length."""
+
+    preprocess: bool
+
+    def _rows(self, X: Tensor) -> Tensor:
+        return centred_rows(X) if self.preprocess else X.to(torch.float64)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.poor_score = True  # centring a row of two features leaves one of two directions
+        return tags
+
+
+class _Softmax:
+    """Probabilities by the softmax of the scores."""
+
+    def predict_proba(self, X: Any) -> Floats:
+        """Give the probability of each class, (n, classes)."""
+        scores = self._scored(X)  # type: ignore[attr-defined]
+        return torch.from_numpy(scores).softmax(dim=1).numpy()
+
+
+class LogisticProbe(_Softmax, _CentredProbe):
+    """The logistic protocol: mean softmax cross-entropy + (lam / n) / 2 ||W||^2, no intercept.
+
+    lam:        > 0; scikit-learn's C is 1 / lam (2 / lam for its binary form)
+    solver:     auto, newton, lbfgs, cyanure or sklearn: how the one minimum is found
+    tol:        relative duality gap at which ours stop; `cyanure` and `sklearn` go as far as they go
+    preprocess: centre each row and bring it to unit length, as the protocol does
+
+    coef_ (classes, d) belongs to the prepared rows; certificate_ is the relative duality gap, an upper bound of how far
+    objective_ is above the minimum; converged_ is false above 1e-3, with a warning; n_iter_ counts the solver's steps.
+    """
+
+    def __init__(self, lam: float = 0.0025, solver: str = "auto", tol: float = 1e-6, preprocess: bool = True) -> None:
+        self.lam, self.solver, self.tol, self.preprocess = lam, solver, tol, preprocess
+
+    def _fit(self, X: Tensor, labels: Tensor) -> None:
+        _check_positive(lam=self.lam, tol=self.tol)
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver is {self.solver!r}, not one of {', '.join(SOLVERS)}.")
+        self._at_least_two()
+        n = len(X)
+        problem = CrossEntropyProblem(rows=self._rows(X), labels=labels, n_classes=len(self.classes_), mu=self.lam / n)
+        solution, self.n_iter_ = _minimise(problem, self.solver, target=self.tol)
+        self.coef_ = solution.weights.to(torch.float64).numpy()
+        self.certificate_, self.objective_ = solution.gap, solution.objective
+        self.converged_ = solution.gap <= LARGEST_GAP
+        if not self.converged_:
+            said = f"the relative duality gap is {solution.gap:.1e}, above {LARGEST_GAP:g}"
+            warnings.warn(said, ConvergenceWarning, stacklevel=3)
+
+    def _scores(self, X: Tensor) -> Tensor:
+        return self._rows(X) @ torch.from_numpy(self.coef_).T
+
+
+class NearestNeighbourProbe(_Probe):
+    """The knn protocol: the k nearest rows by cosine vote for their classes with weight exp(cosine / temperature).
+
+    k:           above the number of rows it is lowered to that, with a warning; `k_` is what was used
+    temperature: > 0
+    metric:      cosine
+    """
+
+    def __init__(self, k: int = 20, temperature: float = 0.07, metric: str = "cosine") -> None:
+        self.k, self.temperature, self.metric = k, temperature, metric
+
+    def _fit(self, X: Tensor, labels: Tensor) -> None:
+        _check_positive(k=self.k, temperature=self.temperature)
+        if self.metric != "cosine":
+            raise ValueError(f"metric is {self.metric!r}; the protocol knows cosine alone.")
+        self.k_ = min(int(self.k), len(X))
+        if self.k_ < self.k:
+            warnings.warn(f"k = {self.k} neighbours among {len(X)} rows: all {len(X)} vote", stacklevel=3)
+        self.bank_, self.labels_ = index_bank(X), labels
+
+    def _scores(self, X: Tensor) -> Tensor:
+        cosines, nearest = search_nearest(X, self.bank_, self.k_)
+        return neighbour_vote(
+            cosines, self.labels_[nearest], n_classes=len(self.classes_), temperature=float(self.temperature)
+        )
+
+    def predict_proba(self, X: Any) -> Floats:
+        """Give each class's share of the votes, (n, classes)."""
+        return torch.from_numpy(self._scored(X)).softmax(dim=1).numpy()
+
+    def decision_function(self, X: Any) -> Floats:
+        """Give shares of the votes: (n, classes), or for two classes that of the second less that of the first."""
+        return _two_as_one(self.predict_proba(X))
+
+
+class NearestClassMean(_Probe):
+    """The ncm protocol: cosine to the mean of each class's rows of unit length. coef_ holds the means' directions."""
+
+    def _fit(self, X: Tensor, labels: Tensor) -> None:
+        self.coef_ = class_directions(normalised_rows(X), labels, n_classes=len(self.classes_)).numpy()
+
+    def _scores(self, X: Tensor) -> Tensor:
+        return normalised_rows(X) @ torch.from_numpy(self.coef_).T
+
+
+class RidgeProbe(_CentredProbe):
+    """The ridge protocol: one-hot targets less the class prior, an unpenalised bias, the strength by leave-one-out error.
+
+    preprocess: centre each row and bring it to unit length, as the protocol does
+
+    coef_ (classes, d) and intercept_ (classes,) belong to the prepared rows; alpha_ is the strength that was chosen, and
+    objective_ the mean squared leave-one-out error at it.
+    """
+
+    def __init__(self, preprocess: bool = True) -> None:
+        self.preprocess = preprocess
+
+    def _fit(self, X: Tensor, labels: Tensor) -> None:
+        self._at_least_two()
+        fit = solve_ridge(self._rows(X), labels, n_classes=len(self.classes_))
+        self.coef_ = fit.weights.T.numpy()
+        self.intercept_ = (fit.bias - fit.centre @ fit.weights).numpy()
+        self.alpha_, self.objective_ = fit.alpha, float(fit.errors.min())
+
+    def _scores(self, X: Tensor) -> Tensor:
+        return self._rows(X) @ torch.from_numpy(self.coef_).T + torch.from_numpy(self.intercept_)
+
+
+class LinearProbe(_Softmax, _CentredProbe):
+    """A linear layer with bias by SGD with Nesterov momentum 0.9, the learning rate falling along a cosine.
+
+    lr, weight_decay:   of the first step; on the weights alone
+    epochs, batch_size: a batch above the number of rows is all of them
+    seed:               of the order of rows; the layer starts from zero
+    preprocess:         centre each row and bring it to unit length, as the protocol does
+
+    coef_ (classes, d) and intercept_ (classes,) belong to the prepared rows; objective_ is the last epoch's loss.
+    """
+
+    def __init__(
+        self,
+        lr: float = 3.0,
+        weight_decay: float = 0.0,
+        epochs: int = 100,
+        batch_size: int = 256,
+        seed: int = 0,
+        preprocess: bool = True,
+    ) -> None:
+        self.lr, self.weight_decay, self.epochs = lr, weight_decay, epochs
+        self.batch_size, self.seed, self.preprocess = batch_size, seed, preprocess
+
+    def _fit(self, X: Tensor, labels: Tensor) -> None:
+        _check_positive(lr=self.lr, epochs=self.epochs, batch_size=self.batch_size)
+        self._at_least_two()
+        heads = train_heads(
+            self._rows(X),
+            labels,
+            [Recipe(learning_rate=self.lr, weight_decay=self.weight_decay)],
+            n_classes=len(self.classes_),
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        self.coef_, self.intercept_ = heads.weights[0].double().numpy(), heads.biases[0].double().numpy()
+        self.objective_ = float(heads.losses[0])
+
+    def _scores(self, X: Tensor) -> Tensor:
+        return self._rows(X) @ torch.from_numpy(self.coef_).T + torch.from_numpy(self.intercept_)
+
+
+def _array(values: Any) -> Any:
+    """Give a torch tensor as a NumPy array, and anything else as it is. Narrow floats become float32."""
+    if not isinstance(values, Tensor):
+        return values
+    values = values.detach().cpu()
+    return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
+
+
+def _tensor(values: NDArray[Any]) -> Tensor:
+    """Give the same memory as a tensor, or a copy where it is not to be written to, which torch does not know of."""
+    return torch.from_numpy(np.require(values, requirements=["C", "W"]))
+
+
+def _minimise(problem: CrossEntropyProblem, solver: str, *, target: float) -> tuple[Solution, int]:
+    match solver:
+        case "lbfgs":
+            return minimise_by_lbfgs(problem, target=target)
+        case "cyanure":
+            return minimise_by_cyanure(problem)
+        case "sklearn":
+            return minimise_by_sklearn(problem)
+        case _:
+            return minimise_by_newton(problem, target=target)
+
+
+def _check_positive(**given: float) -> None:
+    for name, value in given.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}, and must be above 0.")
+
+
+def _two_as_one(scores: Floats) -> Floats:
+    return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores

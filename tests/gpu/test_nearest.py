@@ -1,0 +1,88 @@
+"""Exact neighbours on a GPU: those of the CPU to the last bit, within the memory there is."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from msn_eval.protocols import nearest, shortlist
+from msn_eval.protocols.bank import index_bank
+from msn_eval.protocols.cosine import row_lengths
+from msn_eval.protocols.nearest import search_nearest
+from msn_eval.protocols.shortlist import By, find_shortlist
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def rows(n: int, d: int = 384, *, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def tf32_allowed() -> Iterator[None]:
+    """Allow TF32 and short sums, as a user's own code may have done, and put the settings back."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction
+    matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction = "tf32", True
+    yield
+    matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction = before
+
+
+@pytest.mark.usefixtures("tf32_allowed")
+@pytest.mark.parametrize("by", ["auto", "faiss"])
+@pytest.mark.parametrize("k", [1, 20, 200])
+def test_neighbours_and_cosines_are_those_of_the_cpu_to_the_last_bit(k: int, by: By) -> None:
+    if by == "faiss" and not hasattr(pytest.importorskip("faiss"), "StandardGpuResources"):
+        pytest.skip("this faiss has no GPU index")
+    bank, queries = rows(5_000), rows(300, seed=1)
+    bank[torch.arange(7, 5_000, 90)] = bank[3].clone()
+    expected = search_nearest(queries, bank, k)
+
+    found = search_nearest(queries.cuda(), bank.cuda(), k, by=by)
+
+    assert torch.equal(found[0].cpu(), expected[0])
+    assert torch.equal(found[1].cpu(), expected[1])
+
+
+@pytest.mark.usefixtures("tf32_allowed")
+def test_no_coarse_product_is_further_from_its_cosine_than_the_bound() -> None:
+    queries, bank = rows(200, 1536).cuda() + 1, rows(3_000, 1536, seed=1).cuda() + 1
+
+    listed = find_shortlist(queries, row_lengths(queries), index_bank(bank), 3_000, arithmetic="bfloat16")
+
+    cosines = torch.nn.functional.normalize(queries.double()) @ torch.nn.functional.normalize(bank.double()).T
+    off = (listed.coarse - cosines.gather(1, listed.rows)).abs().amax(dim=1)
+    assert (off <= listed.bound).all()
+
+
+def test_most_queries_are_proved_by_the_coarsest_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, bank = rows(2_000, 768).cuda(), rows(20_000, 768, seed=1).cuda()
+    asked: dict[str, int] = {}
+
+    def counted(some: torch.Tensor, *given: object, **options: object) -> shortlist.Shortlist:
+        asked[str(options["arithmetic"])] = asked.get(str(options["arithmetic"]), 0) + len(some)
+        return find_shortlist(some, *given, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(nearest, "find_shortlist", counted)
+
+    search_nearest(queries, bank, 20)
+
+    assert asked["bfloat16"] == 2_000
+    assert asked.get("float64", 0) < 40
+
+
+def test_an_imagenet_bank_is_searched_within_bounded_memory() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    bank = index_bank(torch.randn(400_000, 768, device="cuda", generator=generator))
+    queries = torch.randn(20_000, 768, device="cuda", generator=generator)
+    search_nearest(queries[:8], bank, 20)
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+
+    search_nearest(queries, bank, 20)
+
+    # The products of all queries with all rows would be 32 GB.
+    assert torch.cuda.max_memory_allocated() - held < 20 << 30

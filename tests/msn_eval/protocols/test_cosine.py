@@ -1,0 +1,78 @@
+"""Cosines that have the same bits wherever their pair stands."""
+
+import math
+
+import pytest
+import torch
+
+from msn_eval.protocols import cosine
+from msn_eval.protocols.cosine import cosines_of_pairs, folded_sum, row_lengths
+
+
+def _values(n: int, d: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def _all_pairs(queries: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
+    which = torch.arange(len(queries)).repeat_interleave(len(bank))
+    rows = torch.arange(len(bank)).repeat(len(queries))
+    found = cosines_of_pairs(queries, row_lengths(queries), bank, row_lengths(bank), which, rows)
+    return found.view(len(queries), len(bank))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 8, 100, 769])
+def test_every_term_is_summed_once(width: int) -> None:
+    powers = 2.0 ** (torch.arange(width) % 50).double()
+
+    assert folded_sum(powers[None].clone()).item() == math.fsum(powers.tolist())
+
+
+@pytest.mark.parametrize("d", [1, 3, 64, 385])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cosines_are_within_the_stated_distance_of_correctly_rounded_sums(d: int, dtype: torch.dtype) -> None:
+    queries, bank = _values(4, d, dtype=dtype), _values(9, d, seed=1, dtype=dtype)
+
+    found = _all_pairs(queries, bank)
+
+    for query, mine in zip(queries.tolist(), found.tolist(), strict=True):
+        for row, one in zip(bank.tolist(), mine, strict=True):
+            true = math.sumprod(query, row) if hasattr(math, "sumprod") else _dot(query, row)
+            assert abs(one - true / math.hypot(*query) / math.hypot(*row)) <= (d + 16) * 2.0**-53
+
+
+def _dot(left: list[float], right: list[float]) -> float:
+    from fractions import Fraction
+
+    return float(sum(Fraction(one) * Fraction(other) for one, other in zip(left, right, strict=True)))
+
+
+@pytest.mark.parametrize("d", [5, 384])
+def test_a_pair_has_the_same_bits_in_every_company(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, bank = _values(6, d), _values(40, d, seed=1)
+    whole = _all_pairs(queries, bank)
+    monkeypatch.setattr(cosine, "_CPU_VALUES", 3 * d)
+
+    in_threes = _all_pairs(queries, bank)
+
+    alone = torch.stack([torch.cat([_all_pairs(query[None], row[None])[0] for row in bank]) for query in queries])
+    assert torch.equal(in_threes, whole)
+    assert torch.equal(alone, whole)
+
+
+def test_a_row_twice_as_long_has_the_same_bits() -> None:
+    queries, bank = _values(6, 50), _values(40, 50, seed=1)
+
+    assert torch.equal(_all_pairs(queries, 2 * bank), _all_pairs(queries, bank))
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-20, 3e37])
+def test_rows_of_any_float32_size_have_cosines(size: float) -> None:
+    values = torch.tensor([[1.0, -1.0, 2.0]]) * size
+
+    assert _all_pairs(values, values).item() == pytest.approx(1, abs=1e-15)
+
+
+def test_a_zero_row_has_the_cosine_zero() -> None:
+    found = _all_pairs(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [3.0, 0.0]]))
+
+    assert found.tolist() == [[0, 0], [0, 1]]

@@ -1,0 +1,194 @@
+"""The probes as scikit-learn estimators: its own checks, and the numbers of the protocols."""
+
+import pickle
+import subprocess
+import sys
+from typing import Any
+from unittest import SkipTest
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.utils.estimator_checks import estimator_checks_generator
+
+from msn_eval.features import Features
+from msn_eval.protocols import Probe, fit
+from msn_eval.protocols.knn import NearestNeighbours
+from msn_eval.protocols.logistic import Logistic
+from msn_eval.protocols.ncm import NearestClassMean as MeanProbe
+from msn_eval.protocols.ridge import Ridge
+from msn_eval.sklearn import LinearProbe, LogisticProbe, NearestClassMean, NearestNeighbourProbe, RidgeProbe
+
+_ESTIMATORS = [LogisticProbe(), NearestNeighbourProbe(), NearestClassMean(), RidgeProbe(), LinearProbe(epochs=20)]
+_IDS = [type(one).__name__ for one in _ESTIMATORS]
+_EVERY = pytest.mark.parametrize("estimator", _ESTIMATORS, ids=_IDS)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    X, y = load_digits(return_X_y=True)
+    return X[:300], y[:300], X[300:500], y[300:500]
+
+
+@pytest.mark.filterwarnings("ignore:k = 20 neighbours among", "ignore:the relative duality gap is")
+@_EVERY
+def test_scikit_learns_own_checks_pass(estimator: Any) -> None:
+    failed = []
+    for one, check in estimator_checks_generator(estimator):
+        try:
+            check(one)
+        except SkipTest as skipped:  # of array libraries beside NumPy, which torch tensors are tested as below
+            assert "SCIPY_ARRAY_API" in str(skipped)  # noqa: PT017
+        except Exception as error:
+            failed.append(f"{check.func.__name__}: {error!r}")
+
+    assert failed == []
+
+
+@_EVERY
+def test_only_probes_that_centre_rows_may_score_badly_in_two_dimensions(estimator: Any) -> None:
+    tags = estimator.__sklearn_tags__()
+
+    assert tags.classifier_tags.poor_score == isinstance(estimator, LogisticProbe | RidgeProbe | LinearProbe)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "probe"),
+    [
+        (LogisticProbe(lam=0.0025), Logistic(lambdas=(0.0025,))),
+        (NearestNeighbourProbe(k=10, temperature=0.1), NearestNeighbours(ks=(10,), temperatures=(0.1,))),
+        (NearestClassMean(), MeanProbe()),
+        (RidgeProbe(), Ridge()),
+    ],
+    ids=["logistic", "knn", "ncm", "ridge"],
+)
+def test_predictions_are_those_of_the_protocol(estimator: Any, probe: Probe, digits: Any) -> None:
+    X, y, queries, _ = digits
+    train = Features(
+        values=torch.from_numpy(X),
+        labels=torch.from_numpy(y),
+        image_ids=tuple(map(str, range(len(X)))),
+        n_classes=10,
+        tap="cls",
+    )
+    (scores,) = fit(probe, train, torch.device("cpu")).scores(torch.from_numpy(queries))
+
+    predicted = estimator.fit(X, y).predict(queries)
+
+    assert predicted.tolist() == scores.argmax(dim=1).tolist()
+
+
+@_EVERY
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_torch_tensors_give_what_numpy_arrays_give(estimator: Any, dtype: torch.dtype, digits: Any) -> None:
+    X, y, queries, _ = digits
+    expected = clone(estimator).fit(X.astype(np.float32), y).decision_function(queries.astype(np.float32))
+
+    fitted = clone(estimator).fit(torch.from_numpy(X).to(dtype).requires_grad_(), torch.from_numpy(y))
+
+    found = fitted.decision_function(torch.from_numpy(queries).to(dtype))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)  # grey levels are exact in bfloat16
+
+
+@_EVERY
+def test_pickled_estimators_score_as_before(estimator: Any, digits: Any) -> None:
+    X, y, queries, labels = digits
+    fitted = clone(estimator).fit(X, y)
+
+    again = pickle.loads(pickle.dumps(fitted))
+
+    assert np.array_equal(again.decision_function(queries), fitted.decision_function(queries))
+    assert again.score(queries, labels) == fitted.score(queries, labels) > 0.75
+
+
+@pytest.mark.parametrize("estimator", [LogisticProbe(), NearestNeighbourProbe(), LinearProbe(epochs=20)], ids=str)
+def test_probabilities_sum_to_one_and_agree_with_predictions(estimator: Any, digits: Any) -> None:
+    X, y, queries, _ = digits
+    names = np.array([f"digit {label}" for label in y])
+
+    fitted = clone(estimator).fit(X, names)
+
+    shares = fitted.predict_proba(queries)
+    np.testing.assert_allclose(shares.sum(axis=1), 1)
+    assert fitted.classes_[shares.argmax(axis=1)].tolist() == fitted.predict(queries).tolist()
+
+
+def test_a_grid_search_chooses_among_strengths(digits: Any) -> None:
+    X, y, _, _ = digits
+
+    search = GridSearchCV(LogisticProbe(), {"lam": [0.0025, 1000.0]}, cv=3).fit(X, y)
+
+    assert search.best_params_ == {"lam": 0.0025}
+    assert search.best_score_ == pytest.approx(cross_val_score(LogisticProbe(lam=0.0025), X, y, cv=3).mean())
+
+
+@pytest.mark.parametrize("solver", ["auto", "newton", "lbfgs", "sklearn"])
+def test_a_logistic_fit_states_its_certificate(solver: str, digits: Any) -> None:
+    X, y, _, _ = digits
+
+    probe = LogisticProbe(solver=solver).fit(X, y)
+
+    rows = X - X.mean(axis=1, keepdims=True)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    logits = rows @ probe.coef_.T
+    loss = np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(X)), y])
+    assert probe.coef_.shape == (10, 64)
+    assert probe.objective_ == pytest.approx(loss + 0.0025 / len(X) / 2 * np.square(probe.coef_).sum(), rel=1e-9)
+    assert probe.certificate_ <= 1e-6
+    assert probe.converged_
+
+
+def test_a_coarser_tolerance_stops_earlier(digits: Any) -> None:
+    X, y, _, _ = digits
+
+    coarse, fine = LogisticProbe(tol=9e-4).fit(X, y), LogisticProbe(tol=1e-9).fit(X, y)
+
+    assert fine.certificate_ <= 1e-9 < coarse.certificate_ <= 9e-4
+
+
+def test_rows_are_taken_as_they_are_without_preprocessing(digits: Any) -> None:
+    X, y, queries, _ = digits
+
+    plain = LogisticProbe(preprocess=False).fit(X / 200, y)
+
+    np.testing.assert_allclose(plain.decision_function(queries), queries @ plain.coef_.T)
+
+
+def test_a_k_above_the_number_of_rows_is_lowered_with_a_warning() -> None:
+    probe = NearestNeighbourProbe(k=7)
+
+    with pytest.warns(UserWarning, match="k = 7 neighbours among 3 rows: all 3 vote"):
+        probe.fit([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], [0, 1, 1])
+
+    assert (probe.k_, probe.k) == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (LogisticProbe(lam=0), "lam is 0, and must be above 0."),
+        (LogisticProbe(tol=-1), "tol is -1, and must be above 0."),
+        (LogisticProbe(solver="sgd"), "solver is 'sgd', not one of auto, newton, lbfgs, cyanure, sklearn."),
+        (NearestNeighbourProbe(k=0), "k is 0, and must be above 0."),
+        (NearestNeighbourProbe(temperature=0.0), "temperature is 0.0, and must be above 0."),
+        (NearestNeighbourProbe(metric="l2"), "metric is 'l2'; the protocol knows cosine alone."),
+        (LinearProbe(batch_size=0), "batch_size is 0, and must be above 0."),
+    ],
+    ids=lambda value: None if isinstance(value, str) else repr(value),
+)
+def test_parameters_out_of_range_are_named(estimator: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        estimator.fit([[1.0, 0.0], [0.0, 1.0]], [0, 1])
+
+    assert str(caught.value) == message
+
+
+def test_importing_the_package_does_not_load_the_estimators() -> None:
+    code = "import sys, msn_eval; print('msn_eval.sklearn' in sys.modules, 'sklearn' in sys.modules)"
+
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    assert said == "False False\n"
