@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 IMAGES ?= photos
 KILLS ?= 100
 
-.PHONY: demo test lint bench bench-images kill-test fuzz clean
+.PHONY: demo test lint bench bench-images exact kill-test fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,13 +32,18 @@ lint: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/extract.py
-	$(BIN)/python benchmarks/logistic.py
+	$(BIN)/python benchmarks/probes.py
 	$(BIN)/python benchmarks/inspect_file.py
 
 # These need real JPEGs: make bench-images IMAGES=folder
 bench-images: $(VENV)/installed-test
 	$(BIN)/python benchmarks/decode.py --images $(IMAGES)
 	$(BIN)/python benchmarks/low_shot.py --images $(IMAGES)
+
+# Logistic regression at every size and lambda, where the suite takes a sample.
+exact: $(VENV)/installed-test
+	mkdir -p reports/exact
+	$(BIN)/python tests/exact/exact_logistic.py > reports/exact/logistic.md; code=$$?; tail -n 1 reports/exact/logistic.md; exit $$code
 
 # SIGKILL at random instants of an evaluation on an image folder: make kill-test IMAGES=folder KILLS=100
 kill-test: $(VENV)/installed-test

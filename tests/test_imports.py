@@ -56,6 +56,7 @@ _FLOORS = [
     ["environment", "pixel_loader"],
     ["features"],
     ["protocols.rows", "protocols.cross_entropy", "protocols.nearest", "protocols.fitted"],
+    ["protocols.degenerate"],
     ["protocols.line_search"],
     ["protocols.newton", "protocols.lbfgs", "protocols.reference_solvers"],
     ["protocols.logistic", "protocols.knn", "protocols.ridge", "protocols.ncm"],
