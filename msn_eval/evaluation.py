@@ -31,6 +31,7 @@ from msn_eval.images import ImageSet
 from msn_eval.metrics import measure
 from msn_eval.plan import Plan, Task, cache_folder, make_plan
 from msn_eval.protocols import Setting, fit
+from msn_eval.protocols.degenerate import describe_collapse
 from msn_eval.ranking import rank_labels
 from msn_eval.request import Request
 from msn_eval.result import (
@@ -302,6 +303,10 @@ def _measure(plan: Plan, ready: Preparation, group: Group, on_progress: Progress
         "%s: features of %d images in %.1f s, %d of them from the cache",
         encoder.checkpoint.name, pool.read + test.read + pool.reused + test.reused, cost.seconds, pool.reused + test.reused,
     )  # fmt: skip
+    for tap in pool.features:
+        for part, features in (("labelled", pool.features[tap]), ("validation", test.features[tap])):
+            if told := describe_collapse(features.values):
+                _log.warning("%s: tap %s, %s images: %s", encoder.checkpoint.name, tap, part, told)
     for _, tasks in groupby(ready.pending, key=lambda task: (id(task.subset), task.probe)):
         measurements = [_Measurement(plan, encoder, task, cost) for task in tasks]
         tap = ready.taps[measurements[0].task.probe.tap]

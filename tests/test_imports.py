@@ -66,6 +66,7 @@ _FLOORS = [
     ["protocols.shortlist"],
     ["protocols.nearest"],
     ["protocols.sharded"],
+    ["protocols.degenerate"],
     ["protocols.line_search"],
     ["protocols.newton", "protocols.lbfgs", "protocols.reference_solvers"],
     ["protocols.logistic", "protocols.knn", "protocols.ridge", "protocols.ncm"],

@@ -3,6 +3,7 @@
 import torch
 
 from msn_eval.features import Features
+from msn_eval.protocols.degenerate import check_labelled
 from msn_eval.protocols.fitted import Fitted, Setting
 from msn_eval.protocols.knn import NearestNeighbours, fit_knn, knn_settings
 from msn_eval.protocols.logistic import Logistic, fit_logistic, logistic_settings
@@ -35,7 +36,11 @@ def settings(probe: Probe, n: int) -> tuple[dict[str, int | float], ...]:
 
 def fit(probe: Probe, train: Features, device: torch.device) -> Fitted:
     """Fit every setting of `probe` to labelled features. The validation features are not here, so nothing can be
-    chosen on them."""
+    chosen on them.
+
+    Raises NumericalError for a single class, labels out of range, features that are not finite, and a k above n.
+    """
+    check_labelled(train)
     match probe:
         case Logistic():
             return fit_logistic(probe, train, device)

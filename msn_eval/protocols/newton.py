@@ -22,7 +22,7 @@ from msn_eval.protocols.line_search import search_line
 _MOST_STEPS = 100
 _MOST_PRODUCTS = 250  # curvature products a step
 _LOOSEST_FORCING = 0.5
-_FAR_GAP = 0.4  # above it the quadratic model is too poor for more than the steepest descent
+_FAR_GAP, _FAR_STEPS = 0.4, 2  # so far away, and so early, no more than the steepest descent is worth its products
 
 
 def minimise_by_newton(problem: CrossEntropyProblem, *, target: float) -> tuple[Solution, int]:
@@ -89,7 +89,7 @@ def _minimise(
     for step in range(_MOST_STEPS):
         if point.gap <= target:
             return point, step
-        direction, along = _newton_direction(rough, point, target)
+        direction, along = _newton_direction(rough, point, target, early=step < _FAR_STEPS)
         if problem is not rough:
             direction = direction.to(problem.rows.dtype)
             along = problem.rows @ direction.T
@@ -108,7 +108,9 @@ def _forcing(gap: float, target: float) -> float:
     return min(_LOOSEST_FORCING, max(superlinear, enough))
 
 
-def _newton_direction(problem: CrossEntropyProblem, point: Point, target: float) -> tuple[Tensor, Tensor]:
+def _newton_direction(
+    problem: CrossEntropyProblem, point: Point, target: float, *, early: bool
+) -> tuple[Tensor, Tensor]:
     """Solve H D = -gradient by conjugate gradients, roughly; give D and what it adds to the logits, rows @ D.T.
 
     problem: with float32 rows
@@ -121,7 +123,7 @@ def _newton_direction(problem: CrossEntropyProblem, point: Point, target: float)
     change, along = torch.empty_like(probabilities), torch.zeros_like(probabilities)
     squared = float(residual.square().sum())
     goal = _forcing(point.gap, target) ** 2 * squared
-    only_one = point.gap > _FAR_GAP
+    only_one = early and point.gap > _FAR_GAP
     for _ in range(_MOST_PRODUCTS):
         product, curvature = _curvature_product(problem, probabilities, search, change, wanted=not only_one)
         if not curvature > 0:  # rounding; the Hessian is positive definite

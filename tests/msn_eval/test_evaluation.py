@@ -384,3 +384,29 @@ def test_labelled_images_among_the_validation_images_are_counted_draw_by_draw(fo
 
     overlaps = {result.split.draw: result.split.overlap for result in found}
     assert overlaps == {1: 1, 2: 0, 3: int(shared in third)}
+
+
+def test_features_that_collapsed_are_told_and_scored_at_chance(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "abcd":
+        for split, count in (("train", 2), ("val", 5)):
+            (tmp_path / "black" / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (8, 8)).save(tmp_path / "black" / split / name / f"{number}.png")
+
+    results = evaluate(
+        ["pixels"],
+        data=str(tmp_path / "black"),
+        subsets=["2imgs@1"],
+        probes=["logistic", "ridge", "ncm"],
+        out=tmp_path / "runs",
+        device="cpu",
+        no_cache=True,
+    )
+
+    assert [result.metrics.top1 for result in results if result.metrics] == [0.25] * 3
+    told = [record.getMessage() for record in caplog.records if "collapsed representation" in record.getMessage()]
+    assert [text.partition(": collapsed")[0] for text in told] == [
+        f"pixels: tap pixels, {part} images" for part in ("labelled", "validation")
+    ]

@@ -177,3 +177,15 @@ def test_newton_goes_on_in_float64_where_float32_leads_no_further() -> None:
     solution, _ = minimise_by_newton(problem, target=1e-13)
 
     assert solution.gap <= 1e-13
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1e-3])
+def test_unevenly_spread_rows_are_solved_from_zero(strength: float) -> None:
+    rows, labels = _clusters(300, 24, 10)
+    spread = torch.linspace(0, -3, 24, dtype=torch.float64).exp()
+    problem = _problem(centred_rows(rows * spread), labels, strength)
+
+    solution, steps = minimise_by_newton(problem, target=1e-6)
+
+    assert solution.gap <= 1e-6
+    assert steps < 40

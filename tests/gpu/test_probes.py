@@ -1,0 +1,54 @@
+"""The logistic probe on a GPU: the size that 1 % of ImageNet has, and the CPU's answer."""
+
+import pytest
+import torch
+
+from msn_eval.features import Features
+from msn_eval.protocols.logistic import Logistic, fit_logistic
+from msn_eval.protocols.ridge import Ridge, fit_ridge
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+LAMBDAS = (0.0025, 0.0137, 0.075)
+
+
+def clusters(n: int, d: int, classes: int, *, seed: int = 0) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    values = 0.3 * torch.randn(classes, d, generator=generator)[labels] + torch.randn(n, d, generator=generator)
+    ids = tuple(f"{row}.png" for row in range(n))
+    return Features(values=values, labels=labels, image_ids=ids, n_classes=classes, tap="cls")
+
+
+def test_nine_fits_at_one_per_cent_of_imagenet_are_certified_within_a_few_gigabytes() -> None:
+    torch.cuda.reset_peak_memory_stats()
+
+    fits = [
+        fit_logistic(Logistic(lambdas=LAMBDAS), clusters(12_811, 768, 1000, seed=draw), torch.device("cuda"))
+        for draw in range(3)
+    ]
+
+    certificates = [one.certificate for fit in fits for one in fit.settings]
+    assert len(certificates) == 9
+    assert all(certificate is not None and certificate <= 1e-6 for certificate in certificates)
+    assert torch.cuda.max_memory_allocated() < 4e9
+
+
+def test_objectives_are_the_cpus() -> None:
+    train = clusters(500, 96, 50)
+
+    here, there = (
+        fit_logistic(Logistic(lambdas=LAMBDAS), train, torch.device(device)).settings for device in ("cuda", "cpu")
+    )
+
+    assert [one.objective for one in here] == pytest.approx([one.objective for one in there], rel=1e-6)
+
+
+def test_ridge_chooses_as_on_the_cpu() -> None:
+    train = clusters(500, 96, 50)
+
+    here, there = (fit_ridge(Ridge(), train, torch.device(device)).settings[0].chosen for device in ("cuda", "cpu"))
+
+    assert here == pytest.approx(there, rel=1e-9)
