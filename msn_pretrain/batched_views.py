@@ -30,7 +30,7 @@ def make_batched_views(images: Sequence[Tensor], parameters: ViewParameters, kin
     made = []
     for view in range(kind.count):
         own = parameters.rows(slice(view * len(images), (view + 1) * len(images)))
-        made.append(_changed(_resized(padded, own.boxes, kind.pixels), own, device).to(torch.uint8))
+        made.append(_changed(_resized(padded, own.boxes, kind), own, device).to(torch.uint8))
     return torch.cat(made) if made else torch.empty(0, 3, kind.pixels, kind.pixels, dtype=torch.uint8, device=device)
 
 
@@ -45,25 +45,36 @@ def _padded(images: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def _resized(images: Tensor, boxes: NDArray[np.int64], pixels: int) -> Tensor:
-    """Crop and resize by antialiased bilinear interpolation: two products with each view's own weights."""
+def _resized(images: Tensor, boxes: NDArray[np.int64], kind: ViewKind) -> Tensor:
+    """Crop and resize by antialiased interpolation: two products with each view's own weights, whole levels after each."""
     box = torch.from_numpy(boxes).to(images.device)
-    down = _resizing_weights(box[:, 0], box[:, 2], images.shape[2], pixels)
-    across = _resizing_weights(box[:, 1], box[:, 3], images.shape[3], pixels)
-    narrow = images @ across.transpose(1, 2)[:, None]  # (b, 3, H, pixels)
+    down = _resizing_weights(box[:, 0], box[:, 2], images.shape[2], kind)
+    across = _resizing_weights(box[:, 1], box[:, 3], images.shape[3], kind)
+    narrow = (images @ across.transpose(1, 2)[:, None] + 0.5).floor_().clamp_(0, 255)  # (b, 3, H, pixels)
     return (down[:, None] @ narrow + 0.5).floor_().clamp_(0, 255)
 
 
-def _resizing_weights(starts: Tensor, lengths: Tensor, size: int, pixels: int) -> Tensor:
-    """Give (b, pixels, size) weights by which the run from `start` on becomes `pixels` pixels: a triangle around each one's
-    centre, as wide as a pixel of the larger of the two scales."""
-    scale = (lengths / pixels)[:, None, None].float()
+def _resizing_weights(starts: Tensor, lengths: Tensor, size: int, kind: ViewKind) -> Tensor:
+    """Give (b, pixels, size) weights by which the run from `start` on becomes `pixels` pixels: a bump around each one's
+    centre, stretched to the larger of the two scales."""
+    scale = (lengths / kind.pixels)[:, None, None].float()
     places = torch.arange(size, device=starts.device) - starts[:, None]  # within the box
-    centres = (torch.arange(pixels, device=starts.device) + 0.5)[None, :, None] * scale
-    distance = (places[:, None, :] + 0.5 - centres) / scale.clamp(min=1)
+    centres = (torch.arange(kind.pixels, device=starts.device) + 0.5)[None, :, None] * scale
+    distance = ((places[:, None, :] + 0.5 - centres) / scale.clamp(min=1)).abs()
     inside = (places >= 0) & (places < lengths[:, None])
-    weights = (1 - distance.abs()).clamp_(min=0) * inside[:, None]
+    weights = (_triangle(distance) if kind.interpolation == "bilinear" else _cubic(distance)) * inside[:, None]
     return weights / weights.sum(dim=2, keepdim=True)
+
+
+def _triangle(distance: Tensor) -> Tensor:
+    return (1 - distance).clamp_(min=0)
+
+
+def _cubic(distance: Tensor) -> Tensor:
+    """Give Keys' cubic with a = -1/2, as antialiasing libraries take it."""
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
 
 
 def _changed(views: Tensor, own: ViewParameters, device: torch.device) -> Tensor:

@@ -76,6 +76,8 @@ class Views:
     interpolation: bilinear or bicubic
     brightness, contrast, saturation, hue: how far each may be jittered, as torchvision's ColorJitter counts
     jitter, grey, blur, flip: probabilities
+    made:          loader (one by one where images are decoded), device (many at once on the training device), or auto:
+                   device on CUDA. The two differ by rounding.
     """
 
     image_pixels: int = 224
@@ -94,8 +96,10 @@ class Views:
     grey: float = 0.2
     blur: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
+    made: str = "auto"
 
     def __post_init__(self) -> None:
+        _one_of("views.made", self.made, ("auto", "loader", "device"))
         for name in ("image_pixels", "focal_pixels", "random_views"):
             _at_least(f"views.{name}", getattr(self, name), 1)
         _at_least("views.focal_views", self.focal_views, 0)

@@ -11,7 +11,7 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -48,6 +48,7 @@ class Snapshot:
     step, epoch: that are finished
     tensors:     model (target encoder and prototypes among it) and optimiser, by section
     rng:         of every rank, as `generator_states` gives them
+    watched:     what alarms remember
     """
 
     step: int
@@ -55,6 +56,7 @@ class Snapshot:
     model: Mapping[str, Any]
     optimizer: Mapping[str, Any]
     rng: tuple[Mapping[str, Any], ...]
+    watched: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,8 @@ def write_snapshot(
 
 
 def _write_state(path: Path, snapshot: Snapshot) -> str:
-    state = {"step": snapshot.step, "model": snapshot.model, "optimizer": snapshot.optimizer, "rng": list(snapshot.rng)}
+    state = {name: getattr(snapshot, name) for name in ("step", "model", "optimizer", "watched")}
+    state["rng"] = list(snapshot.rng)
     with _written(path) as temporary:
         torch.save(state, temporary)
     return file_sha256(path)
@@ -177,6 +180,7 @@ def read_snapshot(files: SnapshotFiles) -> Snapshot:
             model=state["model"],
             optimizer=state["optimizer"],
             rng=tuple(state["rng"]),
+            watched=state["watched"],
         )
     except (KeyError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(

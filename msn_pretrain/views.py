@@ -36,10 +36,12 @@ class ViewKind:
     scale:       the crop's share of the image's area, from and to
     ratio:       width to height, from and to
     flip:        probability of a horizontal flip
-    jitter:      strength s of the colour jitter, applied with probability 0.8: brightness, contrast and saturation by 0.8 s,
-                 hue by 0.2 s; 0 leaves colours alone
+    jitter:      probability of the colour jitter
+    amounts:     of it: brightness, contrast, saturation, hue, as torchvision's ColorJitter counts; MSN's are SimCLR's at
+                 strength 0.5
     grey:        probability of dropping the colours
-    blur:        probability of a Gaussian blur, its sigma from 0.1 to 2 pixels
+    blur:        probability of a Gaussian blur, with a `sigma` in pixels, from and to
+    interpolation: bilinear or bicubic, antialiased
     Source: SimCLR's distortions (arXiv:2002.05709, appendix A), as MSN takes them (arXiv:2204.07141, appendix A.1).
     """
 
@@ -48,11 +50,12 @@ class ViewKind:
     scale: tuple[float, float]
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
-    jitter: float = 0.5
+    jitter: float = 0.8
+    amounts: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     grey: float = 0.2
     blur: float = 0.5
-    jitter_probability: float = 0.8
     sigma: tuple[float, float] = (0.1, 2.0)
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         if self.pixels < 1 or self.count < 0:
@@ -62,11 +65,11 @@ class ViewKind:
                 raise UsageError(f"{name} of a view goes from {least} to {most}", remedy="Give a range above 0.")
         if self.scale[1] > 1:
             raise UsageError(f"a crop of {self.scale[1]} of the image's area", remedy="Give a share of at most 1.")
-        for name in ("flip", "grey", "blur", "jitter_probability"):
+        for name in ("flip", "jitter", "grey", "blur"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} of a view is {getattr(self, name)}", remedy="Give a probability.")
-        if self.jitter < 0 or 0.2 * self.jitter > 0.5:
-            raise UsageError(f"a colour jitter of {self.jitter}", remedy="Give a strength from 0 to 2.5.")
+        if min(self.amounts) < 0 or self.amounts[HUE] > 0.5:
+            raise UsageError(f"a colour jitter by {self.amounts}", remedy="Give amounts from 0, the hue's up to 0.5.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +115,11 @@ def draw_views(
     sizes: (n, 2) int64: height and width of each view's image
     """
     drawn = uniforms(np.stack([epochs, images, views], axis=1), seed=seed, count=_NUMBERS)
-    strength = np.array([0.8, 0.8, 0.8, 0.2]) * kind.jitter
     # Brightness, contrast and saturation scale around 1 and not below 0, the hue shifts around 0.
-    least = np.maximum(0.0, np.array([1.0, 1.0, 1.0, 0.0]) - strength)
-    least[HUE] = -strength[HUE]
-    most = np.array([1.0, 1.0, 1.0, 0.0]) + strength
-    jittered = (drawn[:, _JITTER] < kind.jitter_probability) & (kind.jitter > 0)
+    amounts, middle = np.array(kind.amounts), np.array([1.0, 1.0, 1.0, 0.0])
+    least, most = middle - amounts, middle + amounts
+    least[:HUE] = np.maximum(0.0, least[:HUE])
+    jittered = drawn[:, _JITTER] < kind.jitter
     factors = least + (most - least) * drawn[:, _FACTORS : _FACTORS + 4]
     blurred = drawn[:, _BLUR] < kind.blur
     sigmas = kind.sigma[0] + (kind.sigma[1] - kind.sigma[0]) * drawn[:, _SIGMA]
@@ -126,7 +128,7 @@ def draw_views(
         flipped=drawn[:, _FLIP] < kind.flip,
         jittered=jittered,
         order=np.argsort(drawn[:, _ORDER : _ORDER + 4], axis=1, kind="stable"),
-        factors=np.where(jittered[:, None], factors, np.array([1.0, 1.0, 1.0, 0.0])),
+        factors=np.where(jittered[:, None], factors, middle),
         greyed=drawn[:, _GREY] < kind.grey,
         sigmas=np.where(blurred, sigmas, 0.0),
     )
@@ -166,7 +168,7 @@ def _between(ends: tuple[float, float], drawn: NDArray[np.float64]) -> NDArray[n
     return ends[0] + (ends[1] - ends[0]) * drawn
 
 
-def make_view(image: Tensor, parameters: ViewParameters, row: int, *, pixels: int) -> Tensor:
+def make_view(image: Tensor, parameters: ViewParameters, row: int, kind: ViewKind) -> Tensor:
     """Apply the numbers of one view to an image, by torchvision's functions on uint8.
 
     image:   (3, height, width) uint8
@@ -175,10 +177,10 @@ def make_view(image: Tensor, parameters: ViewParameters, row: int, *, pixels: in
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional as change
 
+    side = kind.pixels
+    mode = InterpolationMode(kind.interpolation)
     top, left, height, width = parameters.boxes[row].tolist()
-    view = change.resized_crop(
-        image, top, left, height, width, [pixels, pixels], InterpolationMode.BILINEAR, antialias=True
-    )
+    view = change.resized_crop(image, top, left, height, width, [side, side], mode, antialias=True)
     if parameters.flipped[row]:
         view = change.horizontal_flip(view)
     if parameters.jittered[row]:
@@ -188,8 +190,8 @@ def make_view(image: Tensor, parameters: ViewParameters, row: int, *, pixels: in
     if parameters.greyed[row]:
         view = change.rgb_to_grayscale(view, num_output_channels=3)
     if parameters.sigmas[row]:
-        side = 2 * blur_radius(pixels) + 1
-        view = change.gaussian_blur(view, [side, side], [float(parameters.sigmas[row])] * 2)
+        reach = 2 * blur_radius(side) + 1
+        view = change.gaussian_blur(view, [reach, reach], [float(parameters.sigmas[row])] * 2)
     assert isinstance(view, Tensor)
     return view
 
@@ -210,7 +212,7 @@ def make_views(
     returns:    (count · b, 3, pixels, pixels) uint8, view-major: the first view of every image, then the second, …
     """
     drawn = draw_for_batch(images, kind, first_view=first_view, seed=seed, epoch=epoch, numbers=numbers)
-    made = [make_view(images[row % len(images)], drawn, row, pixels=kind.pixels) for row in range(len(drawn))]
+    made = [make_view(images[row % len(images)], drawn, row, kind) for row in range(len(drawn))]
     return torch.stack(made) if made else torch.empty(0, 3, kind.pixels, kind.pixels, dtype=torch.uint8)
 
 

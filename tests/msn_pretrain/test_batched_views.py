@@ -45,6 +45,15 @@ def test_every_change_alone_agrees(photographs: list[Tensor], changed: str) -> N
     assert _difference(batched, unchanged).float().mean() > 1
 
 
+def test_bicubic_crops_agree(photographs: list[Tensor]) -> None:
+    kind = ViewKind(pixels=48, count=6, scale=(0.1, 1.0), jitter=0, grey=0, blur=0, interpolation="bicubic")
+
+    difference = _difference(*_both(photographs, kind)).float()
+
+    assert difference.max() <= 2
+    assert difference.mean() < 0.1
+
+
 def test_a_crop_of_the_target_size_is_copied(photographs: list[Tensor]) -> None:
     image = photographs[0][:, :40, :40]
     kind = ViewKind(pixels=40, count=1, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0, jitter=0, grey=0, blur=0)

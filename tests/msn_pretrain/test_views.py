@@ -102,14 +102,15 @@ def test_a_view_that_nothing_changes_is_the_resized_image(photographs: list[Tens
     kind = ViewKind(pixels=128, count=1, scale=(1.0, 1.0), ratio=(0.75, 0.75), flip=0, jitter=0, grey=0, blur=0)
     drawn = draw_for_batch(photographs[1:], kind, first_view=0, seed=0, epoch=0, numbers=np.array([0]))
 
-    view = make_view(photographs[1], drawn, 0, pixels=128)
+    view = make_view(photographs[1], drawn, 0, kind)
 
     assert drawn.boxes.tolist() == [[0, 0, 128, 96]]
     assert torch.equal(view[:, :, 0], photographs[1][:, :, 0])
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"scale": (0.5, 1.5)}, {"scale": (0.0, 1.0)}, {"flip": 1.5}, {"pixels": 0}, {"jitter": 3.0}]
+    "wrong",
+    [{"scale": (0.5, 1.5)}, {"scale": (0.0, 1.0)}, {"flip": 1.5}, {"pixels": 0}, {"amounts": (0.4, 0.4, 0.4, 0.6)}],
 )
 def test_a_kind_of_view_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
     settings: dict[str, object] = {"pixels": 8, "count": 1, "scale": (0.3, 1.0)}
