@@ -123,9 +123,17 @@ def test_the_seed_alone_decides_the_first_weights() -> None:
     assert not torch.equal(first["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
 
 
-def test_views_that_are_no_whole_number_of_patches_are_refused() -> None:
-    with pytest.raises(UsageError, match="views of 20 pixels are no whole number of patches of 8"):
-        small_trunk(sides=(32, 20))
+def test_edges_beyond_whole_patches_are_not_seen_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    trunk = small_trunk(sides=(32, 20))
+    images = some_images(20)
+
+    assert "views of 20 pixels are no whole number of patches of 8: 4 pixels" in caplog.text
+    torch.testing.assert_close(trunk(images), trunk(images[..., :16, :16]))
+
+
+def test_views_smaller_than_a_patch_are_refused() -> None:
+    with pytest.raises(UsageError, match="views of 7 pixels are smaller than a patch of 8"):
+        small_trunk(sides=(32, 7))
 
 
 @pytest.mark.parametrize("name", ["resnet18", f"{SMALL}&class_token=False&global_pool=avg"])
