@@ -66,5 +66,5 @@ def share_batch_norm(network: nn.Module) -> nn.Module:
                     f"{name} is a {type(module).__name__}, which has no form over several ranks here",
                     remedy="Choose an encoder with plain BatchNorm, such as resnet50, or with LayerNorm.",
                 )
-            module.__class__ = SharedBatchNorm  # type: ignore[assignment]
+            module.__class__ = SharedBatchNorm
     return network

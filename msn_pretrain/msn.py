@@ -191,7 +191,7 @@ def build_msn(recipe: MSNRecipe) -> MSN:
     """Build the networks of a recipe on the CPU, in training mode, all weights drawn from its seed.
 
     Raises CheckpointError for an encoder that timm does not know, UsageError for one that cannot be masked or whose
-    patches do not fit the views.
+    patches are larger than a view.
     """
     network = build_transformer(recipe.encoder.name, drop_path=recipe.encoder.drop_path, seed=recipe.run.seed)
     views = recipe.views

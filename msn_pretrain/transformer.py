@@ -1,5 +1,6 @@
 """Transformer: a Vision Transformer in training, which may be given only some of its patches and images of several sizes."""
 
+import logging
 from collections.abc import Iterable
 from typing import cast
 
@@ -12,6 +13,7 @@ from msn_eval.last_block import class_token_after, is_plain
 from msn_eval.position_embedding import PositionRule, interpolate_positions, patch_pixels, stored_pixels
 from msn_pretrain.masking import keep_patches
 
+_log = logging.getLogger(__name__)
 _RELEASED = PositionRule(image_pixels=224, antialias=False, offset=0.0)
 
 
@@ -118,10 +120,15 @@ class MaskedTransformer(nn.Module):
         return cast(Tensor, cast(nn.Module, network.pos_drop)(tokens))
 
     def _checked(self, pixels: int) -> int:
-        if pixels < self.patch_pixels or pixels % self.patch_pixels:
+        if pixels < self.patch_pixels:
             raise UsageError(
-                f"views of {pixels} pixels are no whole number of patches of {self.patch_pixels}",
-                remedy=f"Give a multiple of {self.patch_pixels}: views.image_pixels, views.focal_pixels.",
+                f"views of {pixels} pixels are smaller than a patch of {self.patch_pixels}",
+                remedy="Raise views.image_pixels or views.focal_pixels.",
+            )
+        if pixels % self.patch_pixels:
+            _log.warning(
+                "views of %d pixels are no whole number of patches of %d: %d pixels at two edges are not seen",
+                *(pixels, self.patch_pixels, pixels % self.patch_pixels),
             )
         return pixels
 
