@@ -58,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         text = printable(f"{type(error).__name__}: {error}")
-        return _fail(f"This is a bug in msn-pretrain: {text}\nRun it again with -vv for the traceback.", _BUG, verbosity)
+        return _fail(
+            f"This is a bug in msn-pretrain: {text}\nRun it again with -vv for the traceback.", _BUG, verbosity
+        )
 
 
 def _parser(verb: str) -> _Parser:
@@ -92,7 +94,9 @@ def _parser(verb: str) -> _Parser:
             allow_abbrev=False,
         )
         parser.add_argument("recipe", metavar="CONFIG", help="YAML; `key=value` arguments override it")
-        parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps to time, behind 2 others; default 10")
+        parser.add_argument(
+            "--steps", type=int, default=10, metavar="N", help="steps to time, behind 2 others; default 10"
+        )
     parser.add_argument("-v", "--verbose", action="count", default=0, help="more on stderr; -vv for tracebacks")
     parser.add_argument("-q", "--quiet", action="store_true", default=False, help="only errors on stderr")
     parser.add_argument("--version", action="version", version=f"msn-pretrain {__version__}")
@@ -132,7 +136,9 @@ def _train(options: argparse.Namespace) -> int:
             logging.getLogger("msn_pretrain").setLevel(logging.ERROR)  # the first rank speaks for all
         code = train(recipe, ranks, allowed=options.allow_config_change, quiet=options.quiet)
     if ranks.first and code:
-        print(f"Stopped; the state is saved in {recipe.run.dir}, and the same command goes on from it.", file=sys.stderr)
+        print(
+            f"Stopped; the state is saved in {recipe.run.dir}, and the same command goes on from it.", file=sys.stderr
+        )
     elif ranks.first:
         _log.info("%s is trained to its end: msn-eval --checkpoint %s", recipe.run.dir, recipe.run.dir)
     return code

@@ -52,7 +52,7 @@ _LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Session:
+class Session:
     """What a run trains with, from its first step to its last."""
 
     recipe: Recipe
@@ -106,7 +106,7 @@ def train(recipe: Recipe, ranks: Ranks, *, allowed: Sequence[str] = (), quiet: b
             progress = _Progress(step=snapshot.step, watched=Watched(**snapshot.watched))
         steps = recipe.optimization.epochs * order.steps_an_epoch
         journal = open_journal(run, first=ranks.first, step=progress.step, steps=steps, quiet=quiet)
-        session = _Session(
+        session = Session(
             recipe=recipe,
             ranks=ranks,
             run=run,
@@ -120,7 +120,7 @@ def train(recipe: Recipe, ranks: Ranks, *, allowed: Sequence[str] = (), quiet: b
         return _go_through(session, progress, stop)
 
 
-def _go_through(session: _Session, progress: _Progress, stop: Stop) -> int:
+def _go_through(session: Session, progress: _Progress, stop: Stop) -> int:
     """Do the steps that are left."""
     recipe, ranks, an_epoch = session.recipe, session.ranks, session.order.steps_an_epoch
     if progress.step and progress.step % an_epoch == 0:
@@ -137,7 +137,7 @@ def _go_through(session: _Session, progress: _Progress, stop: Stop) -> int:
     for batch in load_views(wanted, session.order, first_step=progress.step, steps=session.steps, workers=workers):
         waited = time.monotonic() - ended
         settings = settings_at(recipe, step=progress.step, steps_per_epoch=an_epoch)
-        step, norms, finite = _compute(session, batch, settings)
+        step, norms, finite = compute(session, batch, settings)
         stopping, unsound, due = any_of(ranks, stop.asked, not finite, ranks.first and _is_due(session, progress))
         if unsound:
             _leave_out(session, batch, norms | {"total": float(step.total)})
@@ -163,7 +163,7 @@ def _go_through(session: _Session, progress: _Progress, stop: Stop) -> int:
     return 0
 
 
-def _compute(session: _Session, batch: ViewBatch, settings: StepSettings) -> tuple[Step, dict[str, float], bool]:
+def compute(session: Session, batch: ViewBatch, settings: StepSettings) -> tuple[Step, dict[str, float], bool]:
     """Compute a step's loss and gradients, averaged and clipped; give it, the norms, and whether all is finite."""
     recipe, ranks, model, optimizer = session.recipe, session.ranks, session.learner.model, session.learner.optimizer
     set_for_step(optimizer, settings)
@@ -212,17 +212,17 @@ def _facts(progress: _Progress, an_epoch: int, step: Step, settings: StepSetting
     }
 
 
-def _timing(session: _Session, *, waited: float, seconds: float) -> dict[str, float]:
+def _timing(session: Session, *, waited: float, seconds: float) -> dict[str, float]:
     return {
         "time": time.time(),
         "step_seconds": seconds,
         "wait_seconds": waited,
         "images_per_second": session.order.batch_size / seconds,
-        "memory_bytes": _memory_bytes(session.ranks.device),
+        "memory_bytes": memory_bytes(session.ranks.device),
     }
 
 
-def _memory_bytes(device: torch.device) -> int:
+def memory_bytes(device: torch.device) -> int:
     """Give the most memory that was in use so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -231,24 +231,24 @@ def _memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _show(session: _Session, progress: _Progress, step: Step, *, seconds: float) -> None:
+def _show(session: Session, progress: _Progress, step: Step, *, seconds: float) -> None:
     if session.journal.show is not None:
         session.journal.progress(
             step=progress.step,
             images_per_second=session.order.batch_size / seconds,
             loss=float(step.total),
-            memory_bytes=_memory_bytes(session.ranks.device),
+            memory_bytes=memory_bytes(session.ranks.device),
         )
 
 
-def _leave_out(session: _Session, batch: ViewBatch, facts: Mapping[str, float]) -> None:
+def _leave_out(session: Session, batch: ViewBatch, facts: Mapping[str, float]) -> None:
     """Change no weights by a step that is not finite, and write down what it saw."""
     ids = [session.images.ids[number] for number in batch.batch.images.tolist()]
     dump_batch(session.run, step=batch.batch.step, rank=session.ranks.rank, image_ids=ids, facts=facts)
     _log.warning("step %d was left out: its loss or gradient is not finite", batch.batch.step + 1)
 
 
-def _heed_alarms(session: _Session, progress: _Progress) -> None:
+def _heed_alarms(session: Session, progress: _Progress) -> None:
     alarm = raised(progress.watched)
     if alarm is None:
         return
@@ -257,7 +257,7 @@ def _heed_alarms(session: _Session, progress: _Progress) -> None:
     _log.warning("step %d: %s", progress.step, alarm.what)
 
 
-def _is_due(session: _Session, progress: _Progress) -> bool:
+def _is_due(session: Session, progress: _Progress) -> bool:
     """Tell whether the step at hand ends with a snapshot: by the clock, and at the ends of epochs that are not too short."""
     now, step = time.monotonic(), progress.step + 1
     if progress.refused_at is not None and now - progress.refused_at < _RETRY_SECONDS:
@@ -272,7 +272,7 @@ def _is_due(session: _Session, progress: _Progress) -> bool:
     return wanted or now - progress.saved_at >= progress.save_seconds / _MOST_SNAPSHOT_SHARE
 
 
-def _save(session: _Session, progress: _Progress, *, last: bool) -> None:
+def _save(session: Session, progress: _Progress, *, last: bool) -> None:
     """Write a snapshot. A disk that refuses is told, and training goes on: to the end of the next epoch at most."""
     with session.dog.paused():
         started = time.monotonic()
@@ -288,7 +288,7 @@ def _save(session: _Session, progress: _Progress, *, last: bool) -> None:
             progress.refused_at = progress.saved_at
 
 
-def _is_written(session: _Session, progress: _Progress, states: Sequence[Mapping[str, Any]], *, last: bool) -> bool:
+def _is_written(session: Session, progress: _Progress, states: Sequence[Mapping[str, Any]], *, last: bool) -> bool:
     recipe, learner, an_epoch = session.recipe, session.learner, session.order.steps_an_epoch
     model, optimizer = learner.state()
     snapshot = Snapshot(
@@ -329,7 +329,7 @@ def _is_written(session: _Session, progress: _Progress, states: Sequence[Mapping
     return True
 
 
-def _probe(session: _Session, progress: _Progress) -> None:
+def _probe(session: Session, progress: _Progress) -> None:
     """Measure the encoder where that is due and its snapshot stands; the other ranks wait."""
     epoch = progress.step // session.order.steps_an_epoch
     if not probe.is_due(session.recipe, epoch):
