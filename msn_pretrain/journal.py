@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, cast
 
 from msn_eval.atomic_file import write_atomically
 from msn_eval.errors import StoreError
@@ -27,7 +27,7 @@ class Journal:
     """An open journal of a run; of a rank that is not the first, one that writes nothing."""
 
     steps: int
-    file: TextIO | None = None
+    file: BinaryIO | None = None
     board: Any = None  # torch's SummaryWriter, which has no types
     show: Any = None
     started: float = field(default_factory=time.monotonic)
@@ -40,12 +40,12 @@ class Journal:
             return
         line = {name: None if _is_not_finite(value) else value for name, value in facts.items()}
         try:
-            self.file.write(json.dumps(line, allow_nan=False) + "\n")
-            self.file.flush()
+            torn = "\n" if self.write_problem else ""
+            self.file.write(f"{torn}{json.dumps(line, allow_nan=False)}\n".encode())
             self.write_problem = None
         except OSError as error:
             if self.write_problem is None:
-                _log.warning("%s: cannot be written: %s; training goes on", self.file.name, error.strerror)
+                _log.warning("%s: cannot be written: %s; training goes on", METRICS, error.strerror)
             self.write_problem = error.strerror or str(error)
         for name, value in facts.items():
             if isinstance(value, float | int) and name not in ("step", "epoch", "time") and not _is_not_finite(value):
@@ -61,12 +61,11 @@ class Journal:
         if self.file is None:
             return
         try:
-            self.file.flush()
             os.fsync(self.file.fileno())
             self.board.flush()
         except OSError as error:
             raise StoreError(
-                f"cannot be written: {error.strerror}", where=self.file.name, remedy="Free space on that disk."
+                f"cannot be written: {error.strerror}", where=METRICS, remedy="Free space on that disk."
             ) from error
 
 
@@ -88,9 +87,9 @@ def open_journal(run: Path, *, first: bool, step: int, steps: int, quiet: bool =
     cut(run / METRICS, step=step)
     # Numbers of the steps that are done once more replace those that TensorBoard has of them.
     board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
-    with (run / METRICS).open("a") as file, _line_to_watch(step, steps, quiet=quiet) as show:
+    with (run / METRICS).open("ab", buffering=0) as file, _line_to_watch(step, steps, quiet=quiet) as show:
         try:
-            yield Journal(steps=steps, first_step=step, file=file, board=board, show=show)
+            yield Journal(steps=steps, first_step=step, file=cast(BinaryIO, file), board=board, show=show)
         finally:
             board.close()
 

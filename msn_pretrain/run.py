@@ -19,7 +19,8 @@ from msn_eval.errors import UsageError
 from msn_eval.images import ImageSet
 from msn_eval.plan import cache_folder
 from msn_eval.request import Request
-from msn_eval.run_folder import CHECKPOINTS, CONFIG, newest_snapshot
+from msn_eval.run_folder import CHECKPOINTS, CONFIG, newest_snapshot, read_manifest
+from msn_pretrain import snapshot as snapshots
 from msn_pretrain.gradients import Model
 from msn_pretrain.msn import build_msn
 from msn_pretrain.optimizer import build_optimizer
@@ -218,9 +219,6 @@ def resume(learner: Learner, folder: Path | None, ranks: Ranks) -> Snapshot | No
     """Put a learner and this rank's generators where a snapshot left them."""
     if folder is None:
         return None
-    from msn_eval.run_folder import read_manifest
-    from msn_pretrain.snapshot import set_generators
-
     snapshot = read_snapshot(read_manifest(folder))
     learner.restore(snapshot)
     if len(snapshot.rng) != ranks.world and ranks.first:
@@ -229,5 +227,5 @@ def resume(learner: Learner, folder: Path | None, ranks: Ranks) -> Snapshot | No
             len(snapshot.rng), ranks.world,
         )  # fmt: skip
     if ranks.rank < len(snapshot.rng):
-        set_generators(snapshot.rng[ranks.rank], ranks.device)
+        snapshots.set_generators(snapshot.rng[ranks.rank], ranks.device)
     return snapshot

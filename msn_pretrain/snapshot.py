@@ -270,6 +270,13 @@ def generator_states(device: torch.device) -> dict[str, Any]:
     }
 
 
+def seed_generators(seed: int) -> None:
+    """Start this rank's global generators."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def set_generators(states: Mapping[str, Any], device: torch.device) -> None:
     """Put this rank's global generators where `generator_states` found them."""
     torch.set_rng_state(states["torch"])

@@ -39,7 +39,7 @@ from msn_pretrain.run import (
 )
 from msn_pretrain.run_lock import locked
 from msn_pretrain.schedule import StepSettings, settings_at
-from msn_pretrain.snapshot import Snapshot, generator_states, write_snapshot
+from msn_pretrain.snapshot import Snapshot, generator_states, seed_generators, write_snapshot
 from msn_pretrain.stop import Stop, stop_heard
 from msn_pretrain.view_loader import ViewBatch, ViewList, load_views, normalised
 from msn_pretrain.watchdog import Watchdog, watching
@@ -99,7 +99,7 @@ def train(recipe: Recipe, ranks: Ranks, *, allowed: Sequence[str] = (), quiet: b
         run.mkdir(parents=True, exist_ok=True)
         first_decides(ranks, lambda: opened.enter_context(locked(run)))
         folder = first_decides(ranks, lambda: open_run(recipe, images, allowed=allowed))
-        torch.manual_seed(seed_at(_RANKS, ranks.rank, seed=recipe.run.seed))
+        seed_generators(seed_at(_RANKS, ranks.rank, seed=recipe.run.seed))
         snapshot = resume(learner, folder, ranks)
         progress = _Progress(step=0, watched=Watched())
         if snapshot is not None:
