@@ -8,7 +8,6 @@ which also chooses the newest whole one.
 import contextlib
 import json
 import logging
-import os
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from msn_eval.stored_checkpoint import ARCHITECTURE, EPOCH
 _log = logging.getLogger(__name__)
 _GENERATIONS = 2
 _SHOWN = 3
+_HEADER_AT = 8  # bytes, of a safetensors file; its length stands before it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,23 +125,25 @@ def _write_encoder(folder: Path, snapshot: Snapshot, encoder: EvaluatedEncoder) 
 
 def write_encoder(path: Path, encoder: EvaluatedEncoder, *, epoch: int, dtype: torch.dtype | None = None) -> None:
     """Write an encoder by timm's names as one safetensors file that says which architecture it belongs to."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {
         name: value.detach().to(device="cpu", dtype=dtype if value.is_floating_point() else None).contiguous().clone()
         for name, value in encoder.weights.items()
     }
-    with _written(path) as temporary:
-        try:
-            save_file(
-                tensors,
-                temporary,
-                metadata={"format": "pt", ARCHITECTURE: encoder.architecture, EPOCH: str(epoch)},
-            )
-            temporary.chmod(0o666 & ~_umask())  # the library lets nobody else read its files
-        except SafetensorError as error:  # what the disk said, as the library tells it
-            raise OSError(str(error)) from error
+    facts = {"format": "pt", ARCHITECTURE: encoder.architecture, EPOCH: str(epoch)}
+    write_atomically(path, _ordered(save(tensors, metadata=facts)))
+
+
+def _ordered(content: bytes) -> bytes:
+    """Give a safetensors file with its header's facts in order, which the library writes in another one every time: the same
+    weights are to be the same file."""
+    end = _HEADER_AT + int.from_bytes(content[:_HEADER_AT], "little")
+    header = json.loads(content[_HEADER_AT:end])
+    facts = header.pop("__metadata__")
+    text = json.dumps({"__metadata__": dict(sorted(facts.items())), **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_AT)
+    return len(text).to_bytes(_HEADER_AT, "little") + text + content[end:]
 
 
 @contextlib.contextmanager
@@ -152,12 +154,6 @@ def _written(path: Path) -> Iterator[Path]:
             yield temporary
         except RuntimeError as error:
             raise OSError(str(error).partition("\n")[0]) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _read_back(folder: Path, snapshot: Snapshot) -> SnapshotFiles:
