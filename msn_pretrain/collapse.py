@@ -24,7 +24,11 @@ def effective_rank(features: Tensor) -> float:
     features: (n, d)
     Source: Garrido et al. 2023, arXiv:2210.02885 (RankMe).
     """
-    values = torch.linalg.svdvals(features.double())
+    rows = features.double()
+    # Their squares are the eigenvalues of the smaller product, which takes half the time of a decomposition.
+    squares = torch.linalg.eigvalsh(rows.T @ rows if rows.shape[0] > rows.shape[1] else rows @ rows.T)
+    rounding = squares[-1] * len(squares) * torch.finfo(squares.dtype).eps
+    values = torch.where(squares > rounding, squares, 0.0).sqrt()
     if not bool(values.sum() > 0):
         return 1.0
     shares = values / values.sum()

@@ -25,6 +25,15 @@ def test_rank_counts_directions_of_equal_strength() -> None:
     assert effective_rank(torch.eye(6)[:, :4]) == pytest.approx(4)
 
 
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30)])
+def test_rank_is_that_of_the_singular_values(shape: tuple[int, int]) -> None:
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -4, shape[1])
+    shares = torch.linalg.svdvals(features.double())
+    shares = shares / shares.sum()
+
+    assert effective_rank(features) == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-6)
+
+
 def test_features_that_are_nothing_have_rank_one() -> None:
     assert effective_rank(torch.zeros(4, 3)) == 1
 
