@@ -140,7 +140,7 @@ def _go_through(session: Session, progress: _Progress, stop: Stop) -> int:
         step, norms, finite = compute(session, batch, settings)
         stopping, unsound, due = any_of(ranks, stop.asked, not finite, ranks.first and _is_due(session, progress))
         if unsound:
-            _leave_out(session, batch, norms | {"total": float(step.total)})
+            _leave_out(session, batch, norms | {"total": float(step.total.detach())})
         else:
             session.learner.optimizer.step()
             session.learner.model.after_update(settings)
@@ -236,7 +236,7 @@ def _show(session: Session, progress: _Progress, step: Step, *, seconds: float) 
         session.journal.progress(
             step=progress.step,
             images_per_second=session.order.batch_size / seconds,
-            loss=float(step.total),
+            loss=float(step.total.detach()),
             memory_bytes=memory_bytes(session.ranks.device),
         )
 
