@@ -40,9 +40,10 @@ bench-images: $(VENV)/installed-test
 	$(BIN)/python benchmarks/decode.py --images $(IMAGES)
 	$(BIN)/python benchmarks/low_shot.py --images $(IMAGES)
 
-# SIGKILL at random instants of an evaluation on an image folder: make kill-test IMAGES=folder KILLS=100
+# SIGKILL at random instants of an evaluation on an image folder, and of a pre-training on embedded images: make kill-test IMAGES=folder KILLS=100
 kill-test: $(VENV)/installed-test
 	$(BIN)/python tests/faults/kill_evaluation.py --data $(IMAGES) --kills $(KILLS)
+	$(BIN)/python tests/faults/kill_training.py --kills 50
 
 # One minute of made-up files for the code that looks at a stranger's file first.
 fuzz: $(VENV)/installed-test
