@@ -193,7 +193,14 @@ def build_msn(recipe: MSNRecipe) -> MSN:
     Raises CheckpointError for an encoder that timm does not know, UsageError for one that cannot be masked or whose
     patches are larger than a view.
     """
-    network = build_transformer(recipe.encoder.name, drop_path=recipe.encoder.drop_path, seed=recipe.run.seed)
+    encoder = recipe.encoder
+    network = build_transformer(
+        encoder.name,
+        drop_path=encoder.drop_path,
+        first_weights=encoder.first_weights,
+        position_scale=encoder.position_scale,
+        seed=recipe.run.seed,
+    )
     views = recipe.views
     sides = [views.image_pixels] + ([views.focal_pixels] if views.focal_views else [])
     trunk = MaskedTransformer(network, image_sides=sides)

@@ -126,15 +126,22 @@ class Encoder:
 
     name:      timm's, keywords behind it as vit_tiny_patch16_224?img_size=32&patch_size=4
     drop_path: chance that a block is skipped, rising to this in the last one
+    first_weights:  of a Transformer: `release` draws them as the MSN release does, `timm` as timm
+    position_scale: of its first position embeddings, whose deviation is 0.02. Patches of few pixels have larger embeddings, in
+               which those drown: a small network then long sees patches without their places.
     stem:      `cifar` for a residual network's 3 x 3 stem without max-pool, else `imagenet`
     """
 
     name: str = "vit_small_patch16_224"
     drop_path: float = 0.0
+    first_weights: str = "release"
+    position_scale: float = 1.0
     stem: str = "imagenet"
 
     def __post_init__(self) -> None:
         _within("encoder.drop_path", self.drop_path, 0, 0.999)
+        _one_of("encoder.first_weights", self.first_weights, ("release", "timm"))
+        _above("encoder.position_scale", self.position_scale, 0)
         _one_of("encoder.stem", self.stem, ("imagenet", "cifar"))
 
 

@@ -17,10 +17,19 @@ _log = logging.getLogger(__name__)
 _RELEASED = PositionRule(image_pixels=224, antialias=False, offset=0.0)
 
 
-def build_transformer(name: str, *, drop_path: float = 0.0, seed: int = 0) -> nn.Module:
-    """Build timm's Vision Transformer `name`, in training mode, its weights drawn from `seed` as the MSN release draws them.
+def build_transformer(
+    name: str,
+    *,
+    drop_path: float = 0.0,
+    first_weights: str = "release",
+    position_scale: float = 1.0,
+    seed: int = 0,
+) -> nn.Module:
+    """Build timm's Vision Transformer `name`, in training mode, its weights drawn from `seed`.
 
     name: as `--arch` takes it, keywords behind it
+    first_weights:  `release`, as the MSN release draws them, or `timm`
+    position_scale: of the first position embeddings, to what they are drawn as
     Raises CheckpointError for a name that timm does not know, UsageError for a network of another kind.
     """
     from timm.models.vision_transformer import VisionTransformer
@@ -32,7 +41,11 @@ def build_transformer(name: str, *, drop_path: float = 0.0, seed: int = 0) -> nn
             f"encoder.name: {name} is no Vision Transformer with class token and learned positions",
             remedy="Choose for example vit_small_patch16_224.",
         )
-    draw_weights(network, seed=seed)
+    if first_weights == "release":
+        draw_weights(network, seed=seed)
+    if position_scale != 1:
+        with torch.no_grad():
+            cast(Tensor, network.pos_embed).mul_(position_scale)
     return cast(nn.Module, network.train())
 
 

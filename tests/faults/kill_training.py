@@ -48,6 +48,7 @@ criterion: {prototypes: 16}
 optimization: {epochs: 3, batch_size: 8, warmup: 1}
 ema: {start: 0.9}
 """
+_LONGEST_SECONDS = 120.0
 BREAKS = ("rng", "journal", "writes")
 
 
@@ -73,13 +74,15 @@ def main() -> int:
         for trial in range(options.kills):
             ranks, workers = chance.choice(options.ranks), chance.choice(options.workers)
             expected, seconds = whole[ranks]
-            instant = chance.uniform(0.2, 1.1) * seconds
-            faults, at = _trial(place / f"trial{trial}", ranks, workers, instant, expected)
+            # Every other one while steps are done, the rest at any time, while a run starts too.
+            after = chance.randrange(1, int(expected["steps"])) if trial % 2 == 0 else 0
+            longest = 2 * seconds / int(expected["steps"]) if after else 1.1 * seconds
+            instant = chance.uniform(0, longest)
+            faults, at = _trial(place / f"trial{trial}", ranks, workers, (after, instant), expected)
             unsound += bool(faults)
             told = "; ".join(faults) or "sound"
-            print(
-                f"kill {trial + 1} at {instant:.2f} s, step {at}, {ranks} ranks, {workers} workers: {told}", flush=True
-            )
+            when = f"{instant:.2f} s behind {f'step {after}' if after else 'the start'}"
+            print(f"kill {trial + 1}, {when}, from step {at}, {ranks} ranks, {workers} workers: {told}", flush=True)
             shutil.rmtree(place / f"trial{trial}")
     print(f"{options.kills - unsound} of {options.kills} trials sound")
     return 1 if unsound else 0
@@ -96,9 +99,13 @@ def _undisturbed(place: Path, ranks: int) -> tuple[dict[str, Any], float]:
     return found, seconds
 
 
-def _trial(here: Path, ranks: int, workers: int, instant: float, expected: dict[str, Any]) -> tuple[list[str], int]:
+def _trial(
+    here: Path, ranks: int, workers: int, when: tuple[int, float], expected: dict[str, Any]
+) -> tuple[list[str], int]:
+    """Kill a run some seconds behind a step, start it again, and compare."""
     children = _start(here, ranks, workers)
-    time.sleep(instant)
+    _wait_for_lines(here / "run" / METRICS, when[0])
+    time.sleep(when[1])
     for child in children:
         os.kill(child, signal.SIGKILL)
     _wait(children)
@@ -112,6 +119,12 @@ def _trial(here: Path, ranks: int, workers: int, instant: float, expected: dict[
     outcome = _outcome(here / "run")
     faults += [f"{name} differs" for name in expected if not equal(outcome[name], expected[name])]
     return faults, at
+
+
+def _wait_for_lines(metrics: Path, count: int) -> None:
+    until = time.monotonic() + _LONGEST_SECONDS
+    while count and time.monotonic() < until and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= count):
+        time.sleep(0.002)
 
 
 def _promised(run: Path) -> int:
@@ -198,7 +211,7 @@ def _tear_writes() -> None:
         with path.open("wb", buffering=0) as file:
             for start in range(0, len(content), 1 + len(content) // 8):
                 file.write(content[start : start + 1 + len(content) // 8])
-                time.sleep(0.01)
+                time.sleep(0.03)
 
     def believed(folder: Path) -> SnapshotFiles:
         return read_manifest(folder)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from msn_eval.architectures import build_network, name_architecture
 from msn_eval.errors import CheckpointError, UsageError
 from msn_pretrain.transformer import MaskedTransformer, build_transformer
 
@@ -145,3 +146,16 @@ def test_networks_that_cannot_be_masked_are_refused(name: str) -> None:
 def test_unknown_network_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(CheckpointError, match="Did you mean vit_small_patch16_224"):
         build_transformer("vit_smal_patch16_224")
+
+
+def test_first_positions_can_be_larger_and_first_weights_timms_own() -> None:
+    name = "vit_tiny_patch16_224?img_size=16&patch_size=4&embed_dim=32&depth=1&num_heads=2"
+    released, scaled, timms = (
+        build_transformer(name, first_weights=first, position_scale=scale, seed=4).state_dict()
+        for first, scale in (("release", 1.0), ("release", 20.0), ("timm", 1.0))
+    )
+
+    assert torch.equal(scaled["pos_embed"], 20 * released["pos_embed"])
+    own = build_network(name_architecture(name), seed=4).state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in timms.items())
+    assert not torch.equal(released["patch_embed.proj.weight"], timms["patch_embed.proj.weight"])
