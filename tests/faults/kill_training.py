@@ -32,9 +32,11 @@ import msn_pretrain.journal
 import msn_pretrain.run
 import msn_pretrain.snapshot
 import msn_pretrain.train
+from msn_eval.datasets import read_split
 from msn_eval.run_folder import SnapshotFiles, newest_snapshot, read_manifest
 from msn_pretrain.cli import main as msn_pretrain_main
 from msn_pretrain.journal import METRICS, TIMING, read_metrics
+from msn_pretrain.run import data_sha256
 from msn_pretrain.snapshot import equal
 
 _RECIPE = """
@@ -198,12 +200,14 @@ def _break(fault: str) -> None:
 def _tear_writes() -> None:
     """Write in place and slowly, the manifest first, and believe every manifest."""
 
+    known = data_sha256(read_split("digits", "train").first_of_each_class(4))
+
     @contextmanager
     def in_place(path: Path, what: str) -> Iterator[Path]:
         (path.parent / "manifest.json").write_text(
             json.dumps(
                 {"schema": 1, "step": int(path.parent.name.partition("-")[2]), "epoch": 0, "world": 1}
-                | {"files": {"encoder.safetensors": "", "state.pt": ""}, "data_sha256": ""}
+                | {"files": {"encoder.safetensors": "", "state.pt": ""}, "data_sha256": known}
             )
         )
         yield path
@@ -211,7 +215,7 @@ def _tear_writes() -> None:
         with path.open("wb", buffering=0) as file:
             for start in range(0, len(content), 1 + len(content) // 8):
                 file.write(content[start : start + 1 + len(content) // 8])
-                time.sleep(0.03)
+                time.sleep(0.1)
 
     def believed(folder: Path) -> SnapshotFiles:
         return read_manifest(folder)
