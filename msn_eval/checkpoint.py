@@ -44,7 +44,9 @@ SCHEMES = {
     "random:FILE": "untrained, with the architecture of that checkpoint",
     "py:package.module:factory": "your own nn.Module; the one scheme that runs your code",
     "pixels": "no network: 32 x 32 pixels as they are",
+    "demo": "ships with the package: MSN pre-trained on the digits, 16 pixels",
 }
+_DEMO = Path(__file__).parent / "demo.safetensors"
 _log = logging.getLogger(__name__)
 _PIXELS = 32
 Triple = tuple[float, float, float]
@@ -122,6 +124,8 @@ def locate_weights(name: str) -> tuple[Path, str]:
     Raises CheckpointError where it cannot be had, or where no file stands behind the name.
     """
     scheme, colon, rest = name.partition(":")
+    if name == "demo":
+        return _DEMO, name
     if colon and scheme == "msn":
         return fetch_msn(rest), name
     if colon and scheme == "hf":
@@ -139,7 +143,7 @@ def locate_weights(name: str) -> tuple[Path, str]:
 def stored_weights(name: str) -> Path:
     """Give the file or folder of weights at a path that is there: of a folder that msn-pretrain trains in, the newest whole
     snapshot's. Raises CheckpointError where such a folder has none."""
-    path = Path(name)
+    path = _DEMO if name == "demo" else Path(name)
     return evaluated_file(path) if is_run_folder(path) else path
 
 
@@ -163,7 +167,7 @@ def check_checkpoint_names(names: tuple[str, ...]) -> None:
     work is done."""
     for name in names:
         scheme, colon, rest = name.partition(":")
-        if name == "pixels":
+        if name in ("pixels", "demo"):
             continue
         if colon and scheme == "py":
             _own_module_parts(name)
@@ -173,7 +177,7 @@ def check_checkpoint_names(names: tuple[str, ...]) -> None:
         elif colon and scheme == "hf":
             check_hub_name(rest)
         elif colon and scheme in ("timm", "random"):
-            if not (scheme == "random" and _is_stored(rest)):
+            if not (scheme == "random" and (rest == "demo" or _is_stored(rest))):
                 check_architecture_name(name_architecture(rest))
         elif not _is_stored(name):
             raise CheckpointError("no such checkpoint file or scheme", where=name, remedy=_known_schemes())
@@ -212,7 +216,7 @@ def _pixels() -> Checkpoint:
 
 
 def _untrained(name: str, rest: str, *, arch: str | None, key: str | None, seed: int) -> Checkpoint:
-    if not _is_stored(rest):
+    if rest != "demo" and not _is_stored(rest):
         architecture = name_architecture(rest)
         return _checkpoint(
             build_network(architecture, seed=seed), architecture, name=name, path=name, file_format="random"
