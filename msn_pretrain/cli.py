@@ -3,10 +3,13 @@
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from msn_eval import __version__
@@ -15,10 +18,14 @@ from msn_eval.errors import MsnEvalError, UsageError, nearest, printable
 if TYPE_CHECKING:
     from msn_pretrain.run import Recipe
 
-_BUG, _INTERRUPTED = 1, 130
+_BUG, _PREEMPTED, _INTERRUPTED = 1, 75, 130
 _VERBS = ("export", "bench")
 _TARGETS = ("timm", "hf", "msn", "torchvision")
 _log = logging.getLogger(__name__)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM arrived while nothing was being trained."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `msn-pretrain` and give its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbosity = 0
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _on_sigterm) if in_main_thread else None
     try:
         verb, rest = (words[0], words[1:]) if words and words[0] in _VERBS else ("train", words)
         parser = _parser(verb)
@@ -51,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except MsnEvalError as error:
         return _fail(f"{type(error).__name__}: {error}", error.exit_code, verbosity)
+    except _Terminated:
+        return _fail("Terminated. The last snapshot is kept; the same command goes on from it.", _PREEMPTED, 0)
     except KeyboardInterrupt:
         return _fail("Interrupted. The last snapshot is kept; the same command goes on from it.", _INTERRUPTED, 0)
     except BrokenPipeError:  # the reader of our output left, as `head` does
@@ -61,6 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(
             f"This is a bug in msn-pretrain: {text}\nRun it again with -vv for the traceback.", _BUG, verbosity
         )
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
 
 
 def _parser(verb: str) -> _Parser:

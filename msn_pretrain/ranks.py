@@ -24,6 +24,7 @@ _T = TypeVar("_T")
 _COLLECTIVE_TIMEOUT = timedelta(hours=1)  # a rank that evaluates or saves keeps the others waiting
 _LONGEST_PARTING_SECONDS = 20.0
 _POLL_SECONDS = 0.05
+_PREEMPTED = 75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +198,10 @@ def run_local_ranks(words: Sequence[str], devices: Sequence[str]) -> int:
         for rank in range(len(devices))
     ]
 
+    told: list[int] = []
+
     def hand_on(number: int, frame: FrameType | None) -> None:
+        told.append(number)
         for child in crew:
             child.send_signal(number)
 
@@ -205,7 +209,9 @@ def run_local_ranks(words: Sequence[str], devices: Sequence[str]) -> int:
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, hand_on)}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return _wait_for(crew)
+        code = _wait_for(crew)
+        # Ranks that were still starting up have no ear for it yet, and nothing to save.
+        return _PREEMPTED if told and code == DistributedError.exit_code else code
     finally:
         for stop, handler in before.items():
             signal.signal(stop, handler)
