@@ -40,9 +40,10 @@ bench-images: $(VENV)/installed-test
 	$(BIN)/python benchmarks/decode.py --images $(IMAGES)
 	$(BIN)/python benchmarks/low_shot.py --images $(IMAGES)
 
-# SIGKILL at random instants of an evaluation on an image folder: make kill-test IMAGES=folder KILLS=100
+# SIGKILL at random instants of an evaluation on an image folder, and of a pre-training on embedded images: make kill-test IMAGES=folder KILLS=100
 kill-test: $(VENV)/installed-test
 	$(BIN)/python tests/faults/kill_evaluation.py --data $(IMAGES) --kills $(KILLS)
+	$(BIN)/python tests/faults/kill_training.py --kills 50
 
 # What the suite takes a sample of: every size and strength of the logistic fits, 5,000 hostile names in every form of a
 # report, the gate where the truth is known. Each prints the log that is kept.

@@ -17,7 +17,7 @@ _ROOT = Path(__file__).parents[1]
 
 def main() -> None:
     """Print the demo's table to a recording console and save what it recorded."""
-    console = Console(record=True, width=130, highlight=False, file=io.StringIO(), force_terminal=True)
+    console = Console(record=True, width=172, highlight=False, file=io.StringIO(), force_terminal=True)
     print_table(make_table(list_results([_ROOT / "reports" / "demo" / "runs"])), console)
     console.save_svg(str(_ROOT / "docs" / "demo.svg"), title="msn-eval demo", unique_id="demo")
 

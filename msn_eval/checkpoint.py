@@ -24,6 +24,7 @@ from msn_eval.errors import CheckpointError, printable
 from msn_eval.images import IMAGENET_MEAN, IMAGENET_STD
 from msn_eval.own_code import own_code_sha256
 from msn_eval.position_embedding import native_pixels
+from msn_eval.run_folder import evaluated_file, is_run_folder
 from msn_eval.stored_checkpoint import StoredCheckpoint, check_stored, choose_stored, read_contents
 from msn_eval.weights.alarms import find_alarms
 from msn_eval.weights.hub import check_hub_name, open_hub
@@ -35,6 +36,7 @@ SCHEMES = {
     "FILE": ".pth, .pth.tar, .pt, .ckpt, .bin, .safetensors of MSN, DINO, iBOT, DINOv2, MAE, MoCo, I-JEPA, BEiT, SimSiam, SwAV, "
     "Barlow Twins, VICReg, lightly, solo-learn, Lightning, timm, torchvision, Hugging Face",
     "FOLDER": "a folder in Hugging Face layout: config.json with model.safetensors or pytorch_model.bin",
+    "RUN": "a folder that msn-pretrain trains in: its newest whole snapshot",
     "msn:NAME": f"the released MSN weights, downloaded once: {', '.join(MSN_RELEASES)}",
     "hf:REPO[@REVISION]": "from the Hugging Face hub or its local cache; hf:FOLDER is FOLDER",
     "timm:NAME": "timm's pretrained weights, from its cache or its hub",
@@ -42,7 +44,9 @@ SCHEMES = {
     "random:FILE": "untrained, with the architecture of that checkpoint",
     "py:package.module:factory": "your own nn.Module; the one scheme that runs your code",
     "pixels": "no network: 32 x 32 pixels as they are",
+    "demo": "ships with the package: MSN pre-trained on the digits, 16 pixels",
 }
+_DEMO = Path(__file__).parent / "demo.safetensors"
 _log = logging.getLogger(__name__)
 _PIXELS = 32
 Triple = tuple[float, float, float]
@@ -120,6 +124,8 @@ def locate_weights(name: str) -> tuple[Path, str]:
     Raises CheckpointError where it cannot be had, or where no file stands behind the name.
     """
     scheme, colon, rest = name.partition(":")
+    if name == "demo":
+        return _DEMO, name
     if colon and scheme == "msn":
         return fetch_msn(rest), name
     if colon and scheme == "hf":
@@ -131,7 +137,14 @@ def locate_weights(name: str) -> tuple[Path, str]:
         if name == "pixels" or (colon and scheme in ("timm", "random", "py")):
             raise CheckpointError("stands for no file", where=name, remedy="Give a file, a folder, msn: or hf:.")
         raise CheckpointError("no such checkpoint file or scheme", where=name, remedy=_known_schemes())
-    return Path(name), name
+    return stored_weights(name), name
+
+
+def stored_weights(name: str) -> Path:
+    """Give the file or folder of weights at a path that is there: of a folder that msn-pretrain trains in, the newest whole
+    snapshot's. Raises CheckpointError where such a folder has none."""
+    path = _DEMO if name == "demo" else Path(name)
+    return evaluated_file(path) if is_run_folder(path) else path
 
 
 def _timm_repository(name: str) -> str | None:
@@ -154,7 +167,7 @@ def check_checkpoint_names(names: tuple[str, ...]) -> None:
     work is done."""
     for name in names:
         scheme, colon, rest = name.partition(":")
-        if name == "pixels":
+        if name in ("pixels", "demo"):
             continue
         if colon and scheme == "py":
             _own_module_parts(name)
@@ -164,7 +177,7 @@ def check_checkpoint_names(names: tuple[str, ...]) -> None:
         elif colon and scheme == "hf":
             check_hub_name(rest)
         elif colon and scheme in ("timm", "random"):
-            if not (scheme == "random" and _is_stored(rest)):
+            if not (scheme == "random" and (rest == "demo" or _is_stored(rest))):
                 check_architecture_name(name_architecture(rest))
         elif not _is_stored(name):
             raise CheckpointError("no such checkpoint file or scheme", where=name, remedy=_known_schemes())
@@ -203,12 +216,12 @@ def _pixels() -> Checkpoint:
 
 
 def _untrained(name: str, rest: str, *, arch: str | None, key: str | None, seed: int) -> Checkpoint:
-    if not _is_stored(rest):
+    if rest != "demo" and not _is_stored(rest):
         architecture = name_architecture(rest)
         return _checkpoint(
             build_network(architecture, seed=seed), architecture, name=name, path=name, file_format="random"
         )
-    stored = choose_stored(read_contents(Path(rest)), arch=arch, key=key)
+    stored = choose_stored(read_contents(stored_weights(rest)), arch=arch, key=key)
     network = build_network(stored.architecture, seed=seed)
     checkpoint = _checkpoint(network, stored.architecture, name=name, path=name, file_format="random")
     return _normalised_as_stored(checkpoint, stored)

@@ -20,10 +20,13 @@ from msn_eval.weights.load import check_fit, fit_weights, not_real
 from msn_eval.weights.networks import ChosenNetwork, StoredNetwork, choose_network, find_networks, stated_epoch
 from msn_eval.weights.outline import Outline
 from msn_eval.weights.read import WeightFile, read_weight_file, read_weight_outline
+from msn_eval.weights.safetensors_file import read_metadata
 
 _log = logging.getLogger(__name__)
 _SLACK_BYTES = 1 << 20
 _MOST_TENSORS = 20_000  # the published networks have a few hundred
+# Names of what a safetensors file may say of itself; msn_pretrain writes them.
+ARCHITECTURE, EPOCH = "msn_eval.architecture", "epoch"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -40,6 +43,7 @@ class Contents:
     networks:   those found
     epoch:      as stated
     config:     of the config.json that belongs to the weights, None where there is none
+    stated_arch: what a safetensors file says its architecture is, as `--arch` takes it: heads are in no weight's shape
     """
 
     where: str
@@ -52,6 +56,7 @@ class Contents:
     networks: tuple[StoredNetwork, ...]
     epoch: int | None
     config: HubConfig | None
+    stated_arch: str | None = None
 
     def pieces(self, tensor: Tensor) -> Iterator[Tensor]:
         """Give the values of one of its tensors, flat and piece by piece, from the file where they were left there."""
@@ -120,6 +125,7 @@ def _contents(path: Path, read: Callable[[Path], tuple[WeightFile, Outline | Non
                 remedy="The folder mixes two checkpoints; fetch it again.",
             )
         content.update(part.content)
+    stated = read_metadata(files[0]) if len(files) == 1 and parts[0].container == "safetensors" else {}
     lines = "".join(f"{file.name}\t{part.sha256}\n" for file, part in zip(files, parts, strict=True))
     return Contents(
         where=str(path),
@@ -130,8 +136,9 @@ def _contents(path: Path, read: Callable[[Path], tuple[WeightFile, Outline | Non
         notes=tuple(note for part in parts for note in part.notes),
         content=content,
         networks=find_networks(content),
-        epoch=stated_epoch(content),
+        epoch=stated_epoch(stated if EPOCH in stated else content),
         config=config,
+        stated_arch=stated.get(ARCHITECTURE),
     )
 
 
@@ -146,7 +153,7 @@ def choose_stored(contents: Contents, *, arch: str | None = None, key: str | Non
     _check_size(contents, choice.network)
     trunk = read_trunk(choice.network, contents.values)
     try:
-        architecture = _architecture(contents.config, trunk, arch)
+        architecture = _architecture(contents.config, trunk, arch or contents.stated_arch)
         reclaimed = _with_own_heads(trunk, choice.network, architecture)
     except CheckpointError as error:
         raise CheckpointError(error.what, where=contents.where, remedy=error.remedy) from error

@@ -1,1 +1,25 @@
-"""Pre-training of the checkpoints that msn_eval measures."""
+"""Pre-training of the checkpoints that msn_eval measures.
+
+Public names are imported on first use: `import msn_pretrain` alone loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from msn_pretrain.assignment import sinkhorn
+    from msn_pretrain.loss import msn_loss, simsiam_loss
+
+__all__ = ["msn_loss", "simsiam_loss", "sinkhorn"]
+
+_HOMES = {
+    "msn_loss": "msn_pretrain.loss",
+    "simsiam_loss": "msn_pretrain.loss",
+    "sinkhorn": "msn_pretrain.assignment",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'msn_pretrain' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -20,6 +20,7 @@ _FLOORS = [
         "host",
         "distributed",
         "slurm",
+        "run_folder",
         "weights.sniff",
         "weights.opcodes",
         "weights.networks",

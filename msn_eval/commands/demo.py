@@ -6,7 +6,7 @@ from pathlib import Path
 
 TAKES_OVERRIDES = False
 SUMMARY = "a whole evaluation on embedded images"
-UNTRAINED = "random:vit_tiny_patch16_224?img_size=32&patch_size=4"
+CHECKPOINTS = ("pixels", "random:demo", "demo")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Evaluate pixels and an untrained network on the digits, print the table, and write it beside the records."""
+    """Evaluate pixels, the checkpoint that ships, and the same network untrained on the digits; print the table, and write it
+    beside the records."""
     from msn_eval.atomic_file import prepare_folder, write_atomically
     from msn_eval.commands.evaluate import evaluate_all
     from msn_eval.distributed import ALONE
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     folder = Path(options.out)
     prepare_folder(folder / "runs", option="--out")
     request = Request(
-        checkpoint=["pixels", UNTRAINED],
+        checkpoint=list(CHECKPOINTS),
         data="digits",
         probe=["logistic", "knn"],
         device="cpu",

@@ -4,7 +4,8 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from pathlib import Path
+from typing import BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -77,6 +78,18 @@ def read_header(file: BinaryIO, file_bytes: int, *, where: str) -> tuple[TensorS
             remedy="The file is truncated or damaged; fetch it again.",
         )
     return tuple(spans)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Give what the writer of a safetensors file says about it, beside its tensors.
+
+    Raises CheckpointError as `read_header` does.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        metadata = _parsed(file.read(min(size, _MOST_HEADER_BYTES)), str(path)).get("__metadata__", {})
+    _check_metadata(metadata, str(path))
+    return cast("dict[str, str]", metadata)
 
 
 def read_tensors(file: BinaryIO, spans: tuple[TensorSpan, ...], *, where: str) -> dict[str, Tensor]:

@@ -1,0 +1,94 @@
+"""Export: a run's encoder in the layout of another project."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msn_eval.architectures import name_architecture, outline_network
+from msn_eval.atomic_file import written_atomically
+from msn_eval.errors import CheckpointError, UsageError
+from msn_eval.run_folder import SnapshotFiles, is_run_folder, newest_snapshot
+from msn_eval.weights.convert import convert_checkpoint
+from msn_eval.weights.safetensors_file import read_metadata
+from msn_pretrain.snapshot import EvaluatedEncoder, read_snapshot, write_encoder
+
+
+def export(run: Path, out: Path, *, to: str) -> str:
+    """Write the evaluated encoder of a run's newest whole snapshot to `out`, and say what was written.
+
+    to: timm        one safetensors file by timm's names, which states its architecture
+        hf          a folder that transformers loads
+        msn         a torch file as the MSN authors release theirs: target_encoder and prototypes, behind `module.`
+        torchvision a torch file by torchvision's names, for residual networks
+    Raises UsageError for what is no run or exists already, CheckpointError where there is no whole snapshot or the network has
+    no such form, StoreError when the disk refuses.
+    """
+    if not is_run_folder(run):
+        raise UsageError("is no folder that msn-pretrain trained in", where=str(run), remedy="Give its run.dir.")
+    if os.path.lexists(out):
+        raise UsageError("is there already", where=str(out), remedy="Name another, or remove it first.")
+    if not out.parent.is_dir():
+        raise UsageError("no such folder", where=str(out.parent), remedy="Make it first.")
+    files, skipped = newest_snapshot(run)
+    if files is None:
+        raise CheckpointError(
+            "holds no whole snapshot", where=str(run), remedy=f"Train on. {'; '.join(skipped)}".strip()
+        )
+    architecture = read_metadata(files.encoder).get("msn_eval.architecture", str(files.facts["architecture"]))
+    match to:
+        case "timm":
+            encoder = EvaluatedEncoder(weights=_weights(files), architecture=architecture)
+            write_encoder(out, encoder, epoch=files.epoch)
+        case "hf":
+            convert_checkpoint(files.encoder, out, to="hf")
+        case "msn":
+            _write_release(files, out)
+        case _:
+            _write_torchvision(files, out, architecture)
+    return f"{out}: {architecture}, {files.epoch} epochs, for {to}"
+
+
+def _weights(files: SnapshotFiles) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    weights: dict[str, Tensor] = load_file(files.encoder)
+    return weights
+
+
+def _write_release(files: SnapshotFiles, out: Path) -> None:
+    """Write what the authors' own scripts and every reader of their files expect."""
+    model = read_snapshot(files).model
+    if "prototypes" not in model:
+        raise CheckpointError(
+            "was not trained by MSN", where=str(files.folder), remedy="Use --to timm or --to torchvision."
+        )
+    target = {f"module.{name}": value for name, value in _weights(files).items()}
+    # Their head is called `fc`, its layers as ours.
+    start = "target.head."
+    target |= {
+        f"module.fc.{name.removeprefix(start)}": value for name, value in model.items() if name.startswith(start)
+    }
+    _save({"target_encoder": target, "prototypes": model["prototypes"], "epoch": files.epoch}, out)
+
+
+def _write_torchvision(files: SnapshotFiles, out: Path, architecture: str) -> None:
+    from timm.models.resnet import ResNet
+
+    if not isinstance(outline_network(name_architecture(architecture)), ResNet):
+        raise CheckpointError(
+            f"{architecture} is no residual network, and torchvision names only those as their authors do",
+            where=str(files.folder),
+            remedy="Use --to timm, --to hf or --to msn.",
+        )
+    _save(_weights(files), out)  # timm's names of a residual network are torchvision's
+
+
+def _save(content: dict[str, Any], out: Path) -> None:
+    with written_atomically(out, "the checkpoint") as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch tells so of a full disk
+            raise OSError(str(error).partition("\n")[0]) from error

@@ -1,0 +1,49 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from msn_pretrain.recipe import MSNRecipe, SimSiamRecipe
+from msn_pretrain.recipe_file import read_recipe
+
+_TINY = """
+run: {device: cpu, seed: 3, log_every: 1}
+data: {root: digits, workers: 0, limit: 4}
+views: {image_pixels: 16, focal_pixels: 8, focal_views: 2, focal_crop_scale: [0.2, 0.6]}
+encoder:
+  name: vit_tiny_patch16_224?img_size=16&patch_size=4&embed_dim=32&depth=2&num_heads=2
+  drop_path: 0.2
+head: {hidden: 32, output: 16}
+masking: {ratio: 0.3, per_image: true}
+criterion: {prototypes: 16}
+optimization: {epochs: 2, batch_size: 8, warmup: 1}
+ema: {start: 0.9}
+"""
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[Tensor]:
+    """Give two photographs of different sizes, (3, height, width) uint8: those that scikit-learn carries."""
+    import sklearn.datasets
+
+    folder = Path(sklearn.datasets.__file__).parent / "images"
+    found = []
+    for name, size in (("china.jpg", (160, 120)), ("flower.jpg", (96, 128))):
+        pixels = np.asarray(Image.open(folder / name).convert("RGB").resize(size))
+        found.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous())
+    return found
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., MSNRecipe | SimSiamRecipe]:
+    """Give a function that reads a recipe of 10 steps on 40 digits, with overrides; its run folder is `run`."""
+    (tmp_path / "tiny.yaml").write_text(_TINY)
+
+    def read(*overrides: str) -> MSNRecipe | SimSiamRecipe:
+        return read_recipe(tmp_path / "tiny.yaml", overrides=[f"run.dir={tmp_path / 'run'}", *overrides])
+
+    return read

@@ -1,0 +1,128 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from msn_eval.cli import main as msn_eval
+from msn_pretrain.cli import main
+
+Recipe = Callable[..., object]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder of a run that was trained to its end, by its command."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(
+        "run: {device: cpu}\ndata: {root: digits, workers: 0, limit: 2}\n"
+        "views: {image_pixels: 16, focal_pixels: 8, focal_views: 1}\n"
+        "encoder: {name: 'vit_tiny_patch16_224?img_size=16&patch_size=4&embed_dim=32&depth=1&num_heads=2'}\n"
+        "head: {hidden: 16, output: 8}\ncriterion: {prototypes: 8}\n"
+        "optimization: {epochs: 1, batch_size: 10, warmup: 0}\n"
+    )
+    assert main([str(folder / "tiny.yaml"), f"run.dir={folder / 'run'}", "-q"]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["nowhere.yaml"], 2, "no such recipe"),
+        ([], 2, "required"),
+        (["msn_digits", "optimization.epoch=3"], 2, "Did you mean optimization.epochs?"),
+        (["msn_digits", "--dry-runs"], 2, "Did you mean --dry-run?"),
+        (["msn_digits", "epochs"], 2, "unexpected argument 'epochs'"),
+        (["msn_vits16"], 2, "data.root is not given"),
+        (["msn_vits16", "data.root=/nowhere"], 21, "/nowhere"),
+        (["msn_digits", "run.device=cuda:77"], 2, "cuda:77"),
+        (["msn_digits", "--slurm", "partitoin=gpu"], 2, "Did you mean partition?"),
+        (["export", "/nowhere", "--to", "timm", "--out", "x"], 2, "no folder that msn-pretrain trained in"),
+        (["bench", "msn_digits", "--steps", "0"], 2, "out of range"),
+    ],
+)
+def test_mistakes_are_told_with_their_exit_code(
+    words: list[str],
+    code: int,
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert main(words) == code
+
+    told = capsys.readouterr()
+    assert text in told.err
+    assert told.out == ""
+
+
+def test_dry_run_says_what_would_be_trained_and_trains_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["msn_digits", f"run.dir={tmp_path / 'run'}", "--dry-run"]) == 0
+
+    told = capsys.readouterr().out
+    assert "epochs:" in told
+    assert "images      1,000 for training, from digits" in told
+    assert "parameters" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_has_nothing_left_to_do(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+
+    assert main([str(run.parent / "tiny.yaml"), f"run.dir={run}"]) == 0
+
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert "trained to its end" in capsys.readouterr().err
+
+
+def test_a_run_folder_is_a_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["--data", "digits", "--subset", "1img@1", "--limit", "3", "--device", "cpu", "--no-cache", "-q"]
+
+    assert msn_eval(["--checkpoint", str(run), *words, "--out", str(tmp_path)]) == 0
+
+    assert "run (vit_tiny_patch16_224?img_size=16" in capsys.readouterr().out
+
+
+def test_an_exported_encoder_is_read_without_its_architecture_being_named(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "small.safetensors"
+    assert main(["export", str(run), "--to", "timm", "--out", str(out)]) == 0
+
+    assert msn_eval(["inspect", str(out)]) == 0
+
+    assert "embed_dim=32&depth=1&num_heads=2" in capsys.readouterr().out
+    assert main(["export", str(run), "--to", "timm", "--out", str(out)]) == 2
+
+
+@pytest.mark.parametrize("to", ["hf", "msn"])
+def test_other_layouts_hold_the_same_weights(run: Path, tmp_path: Path, to: str) -> None:
+    import torch
+
+    from msn_eval.checkpoint import read_checkpoint
+
+    out = tmp_path / ("folder" if to == "hf" else "small.pth.tar")
+    assert main(["export", str(run), "--to", to, "--out", str(out)]) == 0
+
+    arch = None if to == "hf" else read_checkpoint(str(run)).arch
+    one, other = (
+        read_checkpoint(str(path), arch=name).network.state_dict() for path, name in ((run, None), (out, arch))
+    )
+
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_transformer_has_no_torchvision_layout(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["export", str(run), "--to", "torchvision", "--out", str(tmp_path / "x.pth")]) == 20
+
+    assert "no residual network" in capsys.readouterr().err
+
+
+def test_bench_says_how_fast_a_recipe_trains(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(run.parent / "tiny.yaml"), "--steps", "2"]) == 0
+
+    assert "images/s on cpu in fp32" in capsys.readouterr().out
