@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 IMAGES ?= photos
 KILLS ?= 100
 
-.PHONY: demo test lint bench bench-images kill-test fuzz clean
+.PHONY: demo test lint bench bench-images kill-test exact fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,10 @@ bench-images: $(VENV)/installed-test
 # SIGKILL at random instants of an evaluation on an image folder: make kill-test IMAGES=folder KILLS=100
 kill-test: $(VENV)/installed-test
 	$(BIN)/python tests/faults/kill_evaluation.py --data $(IMAGES) --kills $(KILLS)
+
+# Properties tried by the thousand.
+exact: $(VENV)/installed-test
+	set -e; for script in tests/exact/*.py; do $(BIN)/python $$script; done
 
 # One minute of made-up files for the code that looks at a stranger's file first.
 fuzz: $(VENV)/installed-test

@@ -104,7 +104,7 @@ def _read_scores(draws: _Draws) -> NDArray[np.int64] | StoreError | None:
         if not beside.exists():
             return None
         try:
-            with np.load(beside, allow_pickle=False) as stored:
+            with beside.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 ranks = stored["rank_of_label"]  # the one array that is needed
         except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
             return StoreError(f"are no readable predictions: {error}", where=str(beside))

@@ -272,7 +272,7 @@ def _check_metrics(metrics: Metrics) -> None:
 def read_predictions(path: Path) -> Predictions:
     """Read the predictions beside a record. Raises StoreError naming the file where it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return Predictions(**{one.name: stored[one.name] for one in fields(Predictions)})
     except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
         raise StoreError(f"are no readable predictions: {error}", where=str(path)) from error

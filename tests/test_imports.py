@@ -141,9 +141,10 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_reports_are_made_without_torch(digits_runs: Path, tmp_path: Path) -> None:
-    arguments = ["report", str(digits_runs), "--format", "md,csv,json", "--out", str(tmp_path)]
+    report = ["report", str(digits_runs), "--published", "--format", "md,csv,json,latex", "--out", str(tmp_path)]
+    verify = ["verify", str(digits_runs)]
 
-    loaded = _loaded_after(f"from msn_eval.cli import main\nassert main({arguments!r}) == 0")
+    loaded = _loaded_after(f"from msn_eval.cli import main\nassert main({report!r}) == main({verify!r}) == 0")
 
     assert "torch" not in loaded
 

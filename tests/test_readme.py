@@ -25,7 +25,16 @@ def test_the_picture_shows_the_numbers_that_the_demo_prints(digits_runs: Path) -
 
 def test_every_option_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
     known = set()
-    for verb in ([], ["report"], ["demo"], ["subsets", "fetch"], ["subsets", "draw"], ["cache"], ["data", "verify"]):
+    for verb in (
+        [],
+        ["report"],
+        ["verify"],
+        ["demo"],
+        ["subsets", "fetch"],
+        ["subsets", "draw"],
+        ["cache"],
+        ["data", "verify"],
+    ):
         with pytest.raises(SystemExit):
             main([*verb, "--help"])
         known |= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))

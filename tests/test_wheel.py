@@ -35,6 +35,12 @@ def test_wheel_carries_the_data_folders(installed: Path) -> None:
         assert travelled == {path.relative_to(_ROOT / name) for path in (_ROOT / name).rglob("*") if path.is_file()}
 
 
+def test_wheel_carries_the_published_numbers(installed: Path) -> None:
+    travelled = installed / "msn_eval" / "shipped" / "reports" / "published_results.csv"
+
+    assert travelled.read_bytes() == (_ROOT / "reports" / "published_results.csv").read_bytes()
+
+
 def _files(installed: Path, name: str) -> list[Path]:
     return [path for path in (installed / "msn_eval" / "shipped" / name).rglob("*") if path.is_file()]
 

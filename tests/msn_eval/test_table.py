@@ -109,3 +109,75 @@ def test_a_result_that_comes_twice_counts_once(results: list[Result]) -> None:
 
 def test_order_of_the_records_changes_nothing(results: list[Result]) -> None:
     assert make_table(results) == make_table(results[::-1])
+
+
+def test_what_a_subset_brings_with_it_sets_no_column_apart(results: list[Result]) -> None:
+    skipped = [_other_protocol(r, skipped=r.split.subset) for r in results]
+
+    assert {column.reason for column in make_table(skipped).columns} == {""}
+
+
+def test_a_precision_of_its_own_is_told_even_where_no_other_column_has_the_subset(results: list[Result]) -> None:
+    chosen = [r for r in results if r.probe.name == "ncm"]
+    mixed = [r if r.split.subset == "1img" else _other_protocol(r, precision="reduced") for r in chosen]
+
+    table = make_table(mixed)
+
+    assert list(table.groups()) == ["ncm, precision=exact", "ncm, precision=reduced"]
+
+
+def test_columns_of_two_data_sets_are_called_by_their_names(results: list[Result]) -> None:
+    data = replace(results[0].data, name="photos", sha256="f" * 64)
+    facts = {"sha256": "f" * 64, "class_map_sha256": "e" * 64}
+    other = replace(_other_protocol(results[0], data=facts), data=data)
+
+    table = make_table([results[0], other])
+
+    assert {column.reason for column in table.columns} == {"digits", "photos"}
+
+
+def test_a_limit_is_told_without_the_hash_that_follows_from_it(results: list[Result]) -> None:
+    facts = {"sha256": "f" * 64, "class_map_sha256": results[0].data.class_map_sha256}
+    limited = _other_protocol(results[0], data=facts, limit=10)
+
+    assert {column.reason for column in make_table([results[0], limited]).columns} == {"limit=10", "limit=none"}
+
+
+def test_another_class_map_alone_is_told(results: list[Result]) -> None:
+    facts = {"sha256": results[0].data.sha256, "class_map_sha256": "e" * 64}
+
+    reasons = {c.reason for c in make_table([results[0], _other_protocol(results[0], data=facts)]).columns}
+
+    assert "data.class_map_sha256=eeeeeeee" in reasons
+
+
+def test_patterns_of_absent_weights_and_skipped_images_stand_in_the_row(results: list[Result]) -> None:
+    checkpoint = replace(results[0].checkpoint, matched=0.5, allow_missing=("head.*", "norm.*"))
+    data = [replace(results[0].data, skipped=count) for count in (0, 2)]
+
+    table = make_table([replace(r, checkpoint=checkpoint, data=one) for r, one in zip(results[:2], data, strict=True)])
+
+    assert table.rows[0].note == (
+        "50.0% of weights loaded, absent by --allow-missing head.* norm.*, 2 unreadable images skipped"
+    )
+
+
+def test_rows_measured_with_other_labelled_images_are_told_of(results: list[Result]) -> None:
+    other = replace(
+        results[0],
+        checkpoint=replace(results[0].checkpoint, weights_sha256="f" * 64),
+        split=replace(results[0].split, sha256="f" * 64),
+    )
+
+    (notice,) = make_table([results[0], other]).notices
+
+    assert notice.startswith("Rows were measured with different labelled images")
+    assert make_table(results).notices == ()
+
+
+def test_a_cell_names_its_records(results: list[Result]) -> None:
+    table = make_table(results)
+
+    for (_, column), cell in table.cells.items():
+        assert list(cell.results) == [r.id for d in (1, 2, 3) for r in results
+                                      if (r.protocol_id, r.split.draw) == (column.protocol_id, d)]  # fmt: skip
