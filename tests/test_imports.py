@@ -71,6 +71,9 @@ _FLOORS = [
     ["reports.texts"],
     ["reports.markdown", "reports.csv_report", "reports.json_report", "reports.latex", "reports.terminal"],
     ["reports"],
+    ["reports.charts", "reports.class_view", "reports.provenance"],
+    ["reports.curves"],
+    ["reports.html_report"],
     ["commands.evaluate"],
     [
         "commands.cache",
