@@ -291,10 +291,12 @@ def _reasons(group: Sequence[Result]) -> list[str]:
     )
     reasons = []
     for result, leaves in zip(group, flat, strict=True):
-        parts = [f"{key}={_short(leaves.get(key))}" for key in sorted(differing)]
+        parts = [f"{key}={_short(leaves.get(key), [one.get(key) for one in flat])}" for key in sorted(differing)]
         if named and hashed:
             digest = (
-                f" {_short(leaves.get('data.sha256'))}" if same_name and not differing & {"limit", "skipped"} else ""
+                f" {_short(leaves.get('data.sha256'), [one.get('data.sha256') for one in flat])}"
+                if same_name and not differing & {"limit", "skipped"}
+                else ""
             )
             parts.insert(0, f"{result.data.name}{digest}")
         reasons.append(" ".join(parts))
@@ -314,9 +316,11 @@ def _leaves(value: object, path: str = "") -> list[tuple[str, object]]:
     return [leaf for key, inner in value.items() for leaf in _leaves(inner, f"{path}.{key}" if path else str(key))]
 
 
-def _short(value: object) -> str:
+def _short(value: object, others: Sequence[object]) -> str:
+    """Give eight digits of a hash where that tells it from the others, else all of the value."""
     text = "none" if value is None else str(value)
-    return text[:8] if len(text) == 64 else text
+    apart = len({str(other)[:8] for other in others}) == len({str(other) for other in others})
+    return text[:8] if len(text) == 64 and apart else text
 
 
 def _column_order(column: Column) -> tuple[object, ...]:

@@ -25,8 +25,9 @@ def print_table(table: Table, console: "Console | None" = None) -> None:
         if not console.is_terminal:  # lines are not wrapped when piped
             console = Console(highlight=False, width=_UNWRAPPED_WIDTH)
     for group, columns in table.groups().items():
-        title = Text(one_line(group), style="bold")
-        drawn = Drawn(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        # Not the table's own title, which would be wrapped to the table's width.
+        console.print(Text(one_line(group), style="bold"), soft_wrap=True)
+        drawn = Drawn(box=box.SIMPLE_HEAD, pad_edge=False)
         drawn.add_column("checkpoint", overflow="fold")
         for column in columns:
             drawn.add_column(Text("\n".join(map(one_line, column.lines))), justify="right")

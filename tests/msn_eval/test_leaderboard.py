@@ -76,9 +76,10 @@ def test_a_failed_draw_leaves_its_cell_without_interval_and_rank(tmp_path: Path)
     result = _write(tmp_path, "b", 1, 100)
     write_result(tmp_path, replace(result, status="failed", error="NaN", metrics=None, predictions=None), None)
 
-    standings = make_leaderboard(scan_results([tmp_path])).standings
+    board = make_leaderboard(scan_results([tmp_path]))
 
-    assert standings.get(place_of(result), Standing()) == Standing()
+    assert board.standings.get(place_of(result), Standing()) == Standing()
+    assert (board.notices, board.faults) == ((), ())
 
 
 def test_predictions_that_are_not_there_are_told_and_leave_the_recorded_interval(tmp_path: Path) -> None:
