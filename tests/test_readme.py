@@ -28,6 +28,7 @@ def test_every_option_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -
     for verb in (
         [],
         ["report"],
+        ["reproduce"],
         ["verify"],
         ["demo"],
         ["subsets", "fetch"],

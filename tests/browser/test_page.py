@@ -160,7 +160,7 @@ def test_filter_leaves_what_fits_and_counts_it(opened: "webdriver.Chrome") -> No
     opened.find_element(By.ID, "filter").send_keys("onerror")
 
     assert _measured(opened) == [_HOSTILE]
-    assert opened.find_element(By.ID, "shown").text == "1 of 2 checkpoints shown."
+    assert opened.find_element(By.ID, "shown").text == "1 of 2 checkpoints fit."
 
 
 def test_probes_can_be_hidden(opened: "webdriver.Chrome") -> None:

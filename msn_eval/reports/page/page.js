@@ -43,7 +43,7 @@
   };
 
   // Sorting: by number, best first; what has none stays last in both directions, equal ones keep their order.
-  const sortable = (table, value, text) => {
+  const sortable = (table, value, text, after) => {
     const heads = [...table.querySelectorAll("thead [data-sort]")];
     const sort = (head) => {
       const column = Number(head.dataset.sort), cell = head.closest("th");
@@ -60,6 +60,7 @@
       const hung = table.parentNode, place = table.nextSibling;
       table.remove();  // one layout instead of one a row
       body.append(...rows.map((one) => one.row));
+      after();
       hung.insertBefore(table, place);
     };
     heads.forEach((head) => head.addEventListener("click", () => { sort(head); head.focus({ preventScroll: true }); }));
@@ -82,20 +83,29 @@
   const board = at("board"), body = board.tBodies[0];
   [...body.rows].forEach((row, number) => { row.number = number; });
   const cellOf = (row, column) => cells[row.number][column];
-  sortable(board, (row, column) => (cellOf(row, column) || {}).mean, (row) => data.rows[row.number].name);
+  sortable(board, (row, column) => (cellOf(row, column) || {}).mean, (row) => data.rows[row.number].name, () => filter());
 
-  // Filter by every word; groups of columns on and off.
+  // Filter by every word; only so many rows are laid out until all are asked for; groups of columns on and off.
+  const most = 100, said = at("shown");
+  let all = false;
   const texts = data.rows.map((row) => `${row.name} ${row.arch} ${row.note}`.toLowerCase());
   const filter = () => {
     const words = at("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
-    let shown = 0;
+    const unseen = board.classList.contains("no-published");
+    let fitting = 0, measured = 0;
     for (const row of body.rows) {
-      const fits = words.every((word) => texts[row.number].includes(word));
+      const other = row.classList.contains("pub"), fits = words.every((word) => texts[row.number].includes(word));
+      if (fits && !(other && unseen)) fitting += 1;
+      measured += fits && !other;
       row.classList.toggle("hidden", !fits);
-      shown += fits && !row.classList.contains("pub");
+      row.classList.toggle("beyond", !all && fitting > most);
     }
-    at("shown").textContent = words.length ? `${shown} of ${data.measured} checkpoints shown.` : "";
+    said.textContent = words.length ? `${measured} of ${data.measured} checkpoints fit.` : "";
+    at("all").hidden = all || fitting <= most;
+    at("all").textContent = `Show all ${fitting.toLocaleString("en")} rows`;
   };
+  at("all").addEventListener("click", () => { all = true; filter(); });
+  filter();
   at("filter").addEventListener("input", filter);
   const hide = (group, hidden) => {
     board.querySelectorAll(`th.g${group}`).forEach((head) => head.classList.toggle("hidden", hidden));
@@ -105,7 +115,10 @@
   document.querySelectorAll("[data-group]").forEach((box) =>
     box.addEventListener("change", () => hide(Number(box.dataset.group), !box.checked)));
   const published = at("published");
-  if (published) published.addEventListener("change", () => board.classList.toggle("no-published", !published.checked));
+  if (published) published.addEventListener("change", () => {
+    board.classList.toggle("no-published", !published.checked);
+    filter();
+  });
 
   // What a cell says of itself, at the pointer or at the focus.
   const tip = at("tip");
@@ -244,7 +257,7 @@
       const said = make("span", `Accuracy in percent of each class under ${data.columns[view.column].title}, ${view.draws === 1 ? "one draw" : `mean of ${view.draws} draws`}${view.rows.length < data.measured ? `; ${view.rows.length} checkpoints` : ""}.`);
       said.className = "said";
       table.caption.replaceChildren(said);
-      sortable(table, (row, column) => (column < view.rows.length ? shares[row.place][column] : view.images[row.place]), (row) => names[row.place]);
+      sortable(table, (row, column) => (column < view.rows.length ? shares[row.place][column] : view.images[row.place]), (row) => names[row.place], () => {});
     };
     choice.append(...data.views.map((view, number) => {
       const option = make("option", data.columns[view.column].title);
