@@ -15,7 +15,20 @@ from typing import NoReturn
 from msn_eval import __version__
 from msn_eval.errors import MsnEvalError, UsageError, nearest, printable
 
-_VERBS = ("evaluate", "report", "reproduce", "verify", "inspect", "convert", "subsets", "data", "cache", "ls", "demo")
+_VERBS = (
+    "evaluate",
+    "report",
+    "reproduce",
+    "show",
+    "verify",
+    "inspect",
+    "convert",
+    "subsets",
+    "data",
+    "cache",
+    "ls",
+    "demo",
+)
 _BUG, _PREEMPTED, _INTERRUPTED = 1, 75, 130
 _GO_ON = "Finished results are kept; the same command goes on from them."
 

@@ -29,6 +29,7 @@ def test_every_option_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -
         [],
         ["report"],
         ["reproduce"],
+        ["show"],
         ["verify"],
         ["demo"],
         ["subsets", "fetch"],
