@@ -174,8 +174,15 @@ def _groups(table: Table) -> list[_Group]:
 
 
 def _grouped(table: Table) -> list[tuple[str, tuple[Column, ...]]]:
-    """Give the groups of columns, measured ones first."""
-    return sorted(table.groups().items(), key=lambda group: group[1][0].published)
+    """Give the groups of columns, the published numbers of a probe behind its measured ones."""
+    groups = list(table.groups().items())
+    probes = list(dict.fromkeys(column.probe for column in table.columns if not column.published))
+
+    def place(group: tuple[str, tuple[Column, ...]]) -> tuple[int, bool]:
+        probe = group[1][0].probe
+        return probes.index(probe) if probe in probes else len(probes), group[1][0].published
+
+    return sorted(groups, key=place)
 
 
 def _ordered(table: Table) -> list[Column]:

@@ -126,6 +126,18 @@ def test_published_rows_are_there_and_hidden_until_they_are_asked_for(scan: Resu
     assert "arXiv:2204.07141 Table 1" in page
 
 
+def test_published_numbers_of_a_probe_stand_behind_its_measured_ones(scan: ResultScan) -> None:
+    table = make_table(scan.results)
+    published = table_of_published(read_published(published_file()), table.columns)
+
+    page = render_html(make_table(scan.results, published=published), scan, show_published=False)
+
+    groups = re.findall(r'<th scope="colgroup"[^>]*>([^<]*)</th>', page)
+    assert groups[:3] == ["logistic", "logistic, published, imagenet", "knn k=10 T=0.07"]
+    chips = dict(re.findall(r'data-group="(\d+)" checked><span>([^<]*)<', page))
+    assert all(groups[int(number)] == name for number, name in chips.items())
+
+
 def test_a_page_without_published_numbers_has_no_switch(scan: ResultScan) -> None:
     assert 'id="published"' not in render_html(make_table(scan.results), scan, show_published=False)
 
