@@ -255,6 +255,24 @@ def test_a_phone_scrolls_the_table_and_not_the_page(opened: "webdriver.Chrome") 
     assert width == 390
 
 
+def test_paper_is_white_and_holds_every_column(opened: "webdriver.Chrome") -> None:
+    paper = {"width": 1032, "height": 730, "deviceScaleFactor": 1, "mobile": False}  # A4 across, less its margins
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", paper)
+    opened.execute_script("document.documentElement.dataset.theme = 'dark'")
+    opened.execute_script("dispatchEvent(new Event('beforeprint'))")
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    printed = opened.execute_script(
+        "return [getComputedStyle(document.body).backgroundColor, document.querySelector('.bar input').checkVisibility(),"
+        " ...[...document.querySelectorAll('table')].map((one) => one.getBoundingClientRect().width)]"
+    )
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+    background, filter_is_there, *widths = printed
+    assert (background, filter_is_there) == ("rgb(255, 255, 255)", False)
+    assert max(widths) <= 1032
+
+
 def test_a_served_page_asks_its_server_for_nothing_more(
     browser: "webdriver.Chrome", served: tuple[str, list[str]]
 ) -> None:

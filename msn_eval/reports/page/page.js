@@ -268,6 +268,12 @@
     showClasses(data.views[0]);
   }
 
+  // On paper nothing scrolls: a table wider than a landscape page is made smaller.
+  const paper = 1020;
+  const tables = document.querySelectorAll("table");
+  addEventListener("beforeprint", () => tables.forEach((one) => { one.style.zoom = Math.min(1, paper / one.offsetWidth); }));
+  addEventListener("afterprint", () => tables.forEach((one) => { one.style.zoom = ""; }));
+
   at("theme").addEventListener("click", () => {
     const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)").matches;
     const now = root.dataset.theme || (dark ? "dark" : "light");

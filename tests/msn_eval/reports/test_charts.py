@@ -29,7 +29,9 @@ def test_lines_that_meet_in_a_measured_point_cross_there() -> None:
 
 
 def test_lines_that_only_touch_do_not_cross() -> None:
-    assert find_crossings([_line("a", {1: 10, 2: 20, 5: 10}), _line("b", {1: 15, 2: 20, 5: 30})]) == []
+    below, above = _line("below", {1: 10, 2: 20, 5: 10}), _line("above", {1: 15, 2: 20, 5: 30})
+
+    assert find_crossings([below, above]) == find_crossings([above, below]) == []
 
 
 def test_a_crossing_lies_on_both_lines_where_one_lacks_a_point() -> None:
@@ -45,8 +47,9 @@ def test_lines_without_a_common_range_do_not_cross() -> None:
     assert find_crossings([_line("a", {1: 10, 2: 90}), _line("b", {5: 80, 10: 20})]) == []
 
 
-def test_labels_never_cover_each_other_and_keep_their_order() -> None:
-    lines = [_line(f"c{number}", {1: 50 + number / 10, 10: 50 + number / 10}) for number in range(8)]
+@pytest.mark.parametrize("level", [0, 50, 99])
+def test_labels_never_cover_each_other_and_keep_their_order(level: float) -> None:
+    lines = [_line(f"c{number}", {1: 0 if level else 100, 10: level + number / 10}) for number in range(8)]
 
     chart = draw_chart(lines, ticks=_TICKS, title="", x_title="", most_crossings=9)
 
