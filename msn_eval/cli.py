@@ -21,6 +21,8 @@ _VERBS = (
     "compare",
     "baseline",
     "check",
+    "reproduce",
+    "show",
     "verify",
     "inspect",
     "convert",

@@ -243,7 +243,7 @@ def encode(encoder: Encoder, pixels: Tensor, taps: Sequence[str]) -> dict[str, T
     returns: (b, d) float32 for each tap, on the encoder's device
     """
     with torch.inference_mode(), exact_float32():
-        images = _normalised(pixels.to(encoder.device, non_blocking=True), encoder)
+        images = normalised(pixels.to(encoder.device, non_blocking=True), encoder)
         if encoder.checkpoint.format == "py" or not _has_tokens(encoder.network):
             return {taps[0]: _whole_image(encoder, images).float()}
         if "out" in taps:
@@ -280,7 +280,7 @@ def _check_evaluation_mode(encoder: Encoder) -> None:
         )
 
 
-def _normalised(pixels: Tensor, encoder: Encoder) -> Tensor:
+def normalised(pixels: Tensor, encoder: Encoder) -> Tensor:
     """Give (b, 3, S, S) images in the network's dtype; the arithmetic is float32."""
     mean = torch.tensor(encoder.transform.mean, device=pixels.device)
     std = torch.tensor(encoder.transform.std, device=pixels.device)

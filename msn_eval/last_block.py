@@ -1,5 +1,6 @@
 """The last transformer block, computed for the class token alone where nobody reads the others."""
 
+import math
 from typing import cast
 
 from torch import Tensor, nn
@@ -33,19 +34,36 @@ def class_token_after(block: nn.Module, tokens: Tensor) -> Tensor:
     return cast(Tensor, token[:, 0])
 
 
+def class_attention(block: nn.Module, tokens: Tensor) -> Tensor:
+    """Give how the class token shares its attention among all tokens in a plain block.
+
+    tokens:  (b, n, width), those before the block, the class token first
+    returns: (b, heads, n), each head's shares adding up to 1
+    """
+    attention = cast(nn.Module, block.attn)
+    query, key, _ = _projected(attention, block.norm1(tokens))  # type: ignore[operator]
+    return (query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])).softmax(dim=-1)[:, :, 0]
+
+
 def _attended(attention: nn.Module, tokens: Tensor) -> Tensor:
     """Give (b, 1, width), the attention of the first of the (b, n, width) tokens over all of them."""
+    query, key, value = _projected(attention, tokens)
+    mixed = functional.scaled_dot_product_attention(query, key, value)
+    return cast(Tensor, attention.proj(mixed.transpose(1, 2).flatten(2)))  # type: ignore[operator]
+
+
+def _projected(attention: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the query of the first of the (b, n, width) tokens, (b, heads, 1, width / heads), and keys and values of all."""
     projection = cast(nn.Linear, attention.qkv)
     width = projection.weight.shape[0] // 3
     split = (None, None) if projection.bias is None else (projection.bias[:width], projection.bias[width:])
     query = functional.linear(tokens[:, :1], projection.weight[:width], split[0])
     others = functional.linear(tokens, projection.weight[width:], split[1])
-    mixed = functional.scaled_dot_product_attention(
+    return (
         attention.q_norm(_by_head(query, attention)),  # type: ignore[operator]
         attention.k_norm(_by_head(others[..., :width], attention)),  # type: ignore[operator]
         _by_head(others[..., width:], attention),
     )
-    return cast(Tensor, attention.proj(mixed.transpose(1, 2).flatten(2)))  # type: ignore[operator]
 
 
 def _by_head(vectors: Tensor, attention: nn.Module) -> Tensor:

@@ -28,6 +28,8 @@ def test_every_option_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -
     for verb in (
         [],
         ["report"],
+        ["reproduce"],
+        ["show"],
         ["verify"],
         ["check"],
         ["baseline"],

@@ -45,6 +45,12 @@ def _files(installed: Path, name: str) -> list[Path]:
     return [path for path in (installed / "msn_eval" / "shipped" / name).rglob("*") if path.is_file()]
 
 
+def test_wheel_carries_the_page(installed: Path) -> None:
+    inside = {path.name for path in (installed / "msn_eval" / "reports" / "page").iterdir()}
+
+    assert inside == {"page.html", "page.css", "page.js"}
+
+
 def test_wheel_holds_the_two_packages_and_nothing_else(installed: Path) -> None:
     top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
 

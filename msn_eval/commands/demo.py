@@ -20,10 +20,13 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from msn_eval.atomic_file import prepare_folder, write_atomically
     from msn_eval.commands.evaluate import evaluate_all
     from msn_eval.distributed import ALONE
+    from msn_eval.leaderboard import make_leaderboard
     from msn_eval.plan import make_plan
     from msn_eval.reports import FORMATS, SUFFIXES, render
+    from msn_eval.reports.html_report import render_html
     from msn_eval.reports.terminal import print_table
     from msn_eval.request import Request
+    from msn_eval.result import scan_results
     from msn_eval.table import make_table
 
     folder = Path(options.out)
@@ -38,7 +41,11 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     results, code = evaluate_all(make_plan(request), {}, ALONE)
     table = make_table(results)
     print_table(table)
+    scan = scan_results([folder / "runs"])
+    board = make_leaderboard(scan)
+    page = render_html(make_table(scan.results, standings=board.standings), scan, show_published=False)
+    write_atomically(folder / "table.html", page.encode())
     for form in FORMATS:
         write_atomically(folder / f"table.{SUFFIXES[form]}", render(table, form).encode())
-    print(f"Written to {folder}: records in runs/, table.md, table.csv, table.json, table.tex.")
+    print(f"Written to {folder}: records in runs/, table.html, table.md, table.csv, table.json, table.tex.")
     return code

@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import cast
 
 from msn_eval.errors import UsageError, nearest
-from msn_eval.reports import FORMATS, SUFFIXES, Format, render
-from msn_eval.result import ResultScan, all_faults, scan_results
+from msn_eval.reports import FORMATS, PAGE, SUFFIXES, Format, render
+from msn_eval.result import Result, ResultScan, all_faults, scan_results
 from msn_eval.table import Table, make_table
 
 TAKES_OVERRIDES = False
 SUMMARY = "tables from result folders"
+_KNOWN = (*FORMATS, PAGE)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="result folders")
-    parser.add_argument("--format", metavar="A,B", help=f"{', '.join(FORMATS)}; default a table on the terminal")
+    parser.add_argument("--format", metavar="A,B", help=f"{', '.join(_KNOWN)}; default a table on the terminal")
     parser.add_argument("--out", metavar="DIR", help="write table.md, table.csv … there instead of to stdout")
     parser.add_argument("--published", action="store_true", help="add published ImageNet numbers, with their sources")
     parser.add_argument(
@@ -39,13 +40,14 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not scan.results:
         raise all_faults(scan.faults)
     board = make_leaderboard(scan, ranked=options.ranks)
-    table = make_table(
-        scan.results,
-        standings=board.standings,
-        published=_published(scan) if options.published else None,
-        notices=[*board.notices, *_left_out(scan)],
-    )
-    _give(table, formats, options.out)
+    notices = [*board.notices, *_left_out(scan)]
+    published = _published(scan) if options.published else None
+    table = make_table(scan.results, standings=board.standings, published=published, notices=notices)
+    _give(table, [cast(Format, form) for form in formats if form != PAGE], options, also_page=PAGE in formats)
+    if PAGE in formats or (not formats and options.out is not None):
+        if not options.published and any(map(is_imagenet, scan.results)):  # there on the page, behind a switch
+            table = make_table(scan.results, standings=board.standings, published=_published(scan), notices=notices)
+        _give_page(table, scan, options)
     faults = (*scan.faults, *board.faults)
     if faults:
         raise all_faults(faults)
@@ -66,31 +68,46 @@ def _published(scan: ResultScan) -> Table:
     return table_of_published(read_published(published_file()), make_table(scan.results).columns)
 
 
-def _give(table: Table, formats: Sequence[Format], out: str | None) -> None:
-    if not formats and out is None:
+def is_imagenet(result: Result) -> bool:
+    """Tell whether a record is of ImageNet's classes, so that published numbers may stand on its page."""
+    from msn_eval.published_lists import read_publication
+
+    return result.data.class_map_sha256 == read_publication().class_map_sha256
+
+
+def _give(table: Table, formats: Sequence[Format], options: argparse.Namespace, *, also_page: bool) -> None:
+    if not formats and also_page:
+        return
+    if not formats and options.out is None:
         from msn_eval.reports.terminal import print_table
 
         print_table(table)
         return
+    for form in formats or FORMATS:
+        _write(render(table, form), f"table.{SUFFIXES[form]}", options.out)
+
+
+def _give_page(table: Table, scan: ResultScan, options: argparse.Namespace) -> None:
+    from msn_eval.reports.html_report import render_html
+
+    _write(render_html(table, scan, show_published=options.published), f"table.{PAGE}", options.out)
+
+
+def _write(text: str, name: str, out: str | None) -> None:
+    """Print a report, or write it under its name into the folder asked for."""
     if out is None:
-        for form in formats:
-            print(render(table, form), end="")
+        print(text, end="")
         return
     from msn_eval.atomic_file import prepare_folder, write_atomically
 
-    folder = Path(out)
-    prepare_folder(folder, option="--out")
-    for form in formats or FORMATS:
-        path = folder / f"table.{SUFFIXES[form]}"
-        write_atomically(path, render(table, form).encode())
-        print(path)
+    prepare_folder(Path(out), option="--out")
+    write_atomically(Path(out) / name, text.encode())
+    print(Path(out) / name)
 
 
-def _formats(text: str | None) -> tuple[Format, ...]:
+def _formats(text: str | None) -> tuple[str, ...]:
     wanted = [part.strip() for part in (text or "").split(",") if part.strip()]
     for form in wanted:
-        if form not in FORMATS:
-            raise UsageError(
-                f"--format {form}: unknown.{nearest(form, FORMATS)}", remedy=f"Known: {', '.join(FORMATS)}."
-            )
-    return tuple(cast(Format, form) for form in dict.fromkeys(wanted))
+        if form not in _KNOWN:
+            raise UsageError(f"--format {form}: unknown.{nearest(form, _KNOWN)}", remedy=f"Known: {', '.join(_KNOWN)}.")
+    return tuple(dict.fromkeys(wanted))

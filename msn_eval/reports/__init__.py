@@ -8,11 +8,12 @@ from msn_eval.reports.latex import render_latex
 from msn_eval.reports.markdown import render_markdown
 from msn_eval.table import Table
 
-__all__ = ["FORMATS", "SUFFIXES", "Format", "render"]
+__all__ = ["FORMATS", "PAGE", "SUFFIXES", "Format", "render"]
 
 Format = Literal["md", "csv", "json", "latex"]
 FORMATS: tuple[Format, ...] = ("md", "csv", "json", "latex")
 SUFFIXES: dict[Format, str] = {"md": "md", "csv": "csv", "json": "json", "latex": "tex"}
+PAGE = "html"  # made by html_report, which asks the records too
 
 
 def render(table: Table, form: Format) -> str:

@@ -1,0 +1,48 @@
+"""Draw docs/page.png, the picture in the README: the page of four checkpoints as Chromium shows it.
+
+msn-eval --checkpoint pixels --checkpoint 'random:vit_tiny_patch16_224?img_size=32&patch_size=4' \
+  --checkpoint 'random:vit_small_patch16_224?img_size=32&patch_size=8' \
+  --checkpoint 'random:vit_tiny_patch16_224?img_size=32&patch_size=2&depth=2' --data digits \
+  --subset 1img,2imgs,5imgs,1pct,10pct,full --probe logistic,knn,ncm --k 10 --device cpu --out RUNS
+python docs/draw_page.py RUNS
+"""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from selenium import webdriver
+
+from msn_eval.leaderboard import make_leaderboard
+from msn_eval.reports.html_report import render_html
+from msn_eval.result import scan_results
+from msn_eval.table import make_table
+
+_ROOT = Path(__file__).parents[1]
+_FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,1290"),
+)
+
+
+def main() -> None:
+    """Make the page of some records and save what a window of 1280 by 1290 pixels shows of it."""
+    scan = scan_results(sys.argv[1:])
+    page = render_html(make_table(scan.results, standings=make_leaderboard(scan).standings), scan, show_published=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "page.html"
+        path.write_text(page, encoding="utf-8")
+        options = webdriver.ChromeOptions()
+        for flag in (*_FLAGS, f"--user-data-dir={folder}/profile"):
+            options.add_argument(flag)
+        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+        try:
+            browser.get(path.as_uri())
+            browser.save_screenshot(str(_ROOT / "docs" / "page.png"))
+        finally:
+            browser.quit()
+
+
+if __name__ == "__main__":
+    main()

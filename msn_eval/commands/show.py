@@ -1,0 +1,177 @@
+"""`msn-eval show`: pictures of what survives the masking, of where a network looks, and of how classes lie."""
+
+import argparse
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msn_eval.errors import UsageError, nearest, printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from msn_eval.encoder import Encoder
+    from msn_eval.images import ImageSet
+
+TAKES_OVERRIDES = False
+SUMMARY = "pictures: nearest images under masking, attention maps, class map"
+_PICTURES = {
+    "neighbours": "Each image with more and more of its patches hidden, and the training images that the network then finds "
+    "nearest: a green frame is the same class, a red one another.",
+    "attention": "How the class token of the last block shares its attention among the patches, heads together and one by one.",
+    "classes": "Validation images by the first two principal components of their features.",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--checkpoint", metavar="X", required=True, help="a Vision Transformer; see `ls checkpoints`")
+    parser.add_argument("--data", metavar="X", required=True, help="image folder or digits")
+    parser.add_argument("--subset", metavar="A", default="5imgs@1", help="training images to search; default 5imgs@1")
+    parser.add_argument("--image", metavar="ID", action="append", help="a validation image, CLASS/FILE; repeatable")
+    parser.add_argument("--images", metavar="N", type=int, default=4, help="how many, where none is named; default 4")
+    parser.add_argument("--masked", metavar="A,B", default="0,50,90", help="percent of patches hidden; default 0,50,90")
+    parser.add_argument("--neighbours", metavar="N", type=int, default=5, help="nearest images shown; default 5")
+    parser.add_argument("--pictures", metavar="A,B", default=",".join(_PICTURES), help=f"default {','.join(_PICTURES)}")
+    parser.add_argument("--limit", metavar="N", type=int, default=50, help="class map: images a class; default 50")
+    parser.add_argument("--format", choices=("png", "html"), default="png", help="files, or one page; default png")
+    parser.add_argument("--device", metavar="D", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of the hidden patches, and of untrained weights"
+    )
+    parser.add_argument("--out", metavar="DIR", default="pictures", help="default pictures")
+
+
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Draw the pictures asked for and print where they are."""
+    from msn_eval.atomic_file import prepare_folder, write_atomically
+    from msn_eval.datasets import read_dataset
+    from msn_eval.encoder import load_encoder
+    from msn_eval.pictures import as_png
+    from msn_eval.visible_patches import check_patches
+
+    wanted = _pictures(options.pictures)
+    masked = _shares(options.masked)
+    for name, least in (("images", 1), ("neighbours", 1), ("limit", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            raise UsageError(f"--{name} {getattr(options, name)}: out of range", remedy=f"Give at least {least}.")
+    folder = Path(options.out)
+    prepare_folder(folder, option="--out")
+    encoder = load_encoder(options.checkpoint, device=options.device, seed=options.seed)
+    check_patches(encoder)
+    data = read_dataset(options.data)
+    chosen = _chosen(data.val, options.image, options.images)
+    figures: dict[str, Figure] = {}
+    for name in wanted:
+        match name:
+            case "neighbours":
+                figures[name] = _neighbours(encoder, data.train, chosen, options, masked)
+            case "attention":
+                figures[name] = _attention(encoder, chosen)
+            case _:
+                figures[name] = _classes(encoder, data.val.first_of_each_class(options.limit))
+    files = {name: as_png(figure) for name, figure in figures.items()}
+    if options.format == "html":
+        page = _page(f"{encoder.checkpoint.name} on {data.name}", files)
+        write_atomically(folder / "show.html", page.encode())
+        print(folder / "show.html")
+        return 0
+    for name, content in files.items():
+        write_atomically(folder / f"{name}.png", content)
+        print(folder / f"{name}.png")
+    return 0
+
+
+def _pictures(text: str) -> list[str]:
+    wanted = [part.strip() for part in text.split(",") if part.strip()]
+    for name in wanted or [text]:
+        if name not in _PICTURES:
+            hint = nearest(name, _PICTURES)
+            raise UsageError(f"--pictures {name}: unknown.{hint}", remedy=f"Known: {', '.join(_PICTURES)}.")
+    return list(dict.fromkeys(wanted))
+
+
+def _shares(text: str) -> list[float]:
+    """Give shares in [0, 1), rising, from percent."""
+    try:
+        shares = sorted({float(part) / 100 for part in text.split(",")})
+    except ValueError:
+        shares = []
+    if not shares or not all(0 <= share < 1 for share in shares):
+        raise UsageError(f"--masked {text}: out of range", remedy="Give percentages from 0 to below 100: 0,50,90.")
+    return shares
+
+
+def _chosen(val: "ImageSet", named: Sequence[str] | None, count: int) -> "ImageSet":
+    """Give the images named, or the first image of so many classes, evenly spread over the class list."""
+    if named:
+        unknown = [image_id for image_id in named if image_id not in val.position]
+        if unknown:
+            hint = nearest(unknown[0], val.ids)
+            raise UsageError(
+                f"--image {unknown[0]}: no validation image is called so.{hint}", remedy="Write CLASS/FILE."
+            )
+        return val.only(list(named))
+    firsts = [ids[0] for ids in val.ids_by_class if ids]
+    number = min(count, len(firsts))
+    return val.only([firsts[place * len(firsts) // number] for place in range(number)])
+
+
+def _neighbours(
+    encoder: "Encoder", train: "ImageSet", chosen: "ImageSet", options: argparse.Namespace, masked: Sequence[float]
+) -> "Figure":
+    from msn_eval.features import extract_features
+    from msn_eval.pictures import draw_neighbours, find_neighbours, read_pixels
+    from msn_eval.subset import make_subsets, union_of
+
+    pool = union_of(make_subsets([options.subset], train), train)
+    bank = extract_features(encoder, pool, taps=["cls-norm"]).features["cls-norm"]
+    pixels = read_pixels(chosen, chosen.ids, encoder.transform)
+    found = find_neighbours(encoder, pixels, bank, masked=masked, count=options.neighbours, seed=options.seed)
+    rows = sorted({row for one in found for row in one.nearest.ravel().tolist()})
+    images = read_pixels(pool, [bank.image_ids[row] for row in rows], encoder.transform).numpy()
+    return draw_neighbours(
+        found,
+        labels=chosen.labels,
+        bank=bank,
+        bank_pixels=dict(zip(rows, images, strict=True)),
+        classes=pool.classes,
+    )
+
+
+def _attention(encoder: "Encoder", chosen: "ImageSet") -> "Figure":
+    from msn_eval.pictures import draw_attention, read_pixels
+    from msn_eval.visible_patches import attention_maps
+
+    pixels = read_pixels(chosen, chosen.ids, encoder.transform)
+    return draw_attention(attention_maps(encoder, pixels), pixels, [chosen.classes[label] for label in chosen.labels])
+
+
+def _classes(encoder: "Encoder", val: "ImageSet") -> "Figure":
+    from msn_eval.features import extract_features
+    from msn_eval.pictures import draw_classes
+
+    features = extract_features(encoder, val, taps=["cls-norm"]).features["cls-norm"]
+    return draw_classes(features, val.classes)
+
+
+def _page(title: str, files: dict[str, bytes]) -> str:
+    """Give one page with the pictures in it, which asks nothing of any network."""
+    from jinja2 import Environment
+
+    pictures = [(name, _PICTURES[name], base64.b64encode(content).decode()) for name, content in files.items()]
+    page: str = Environment(autoescape=True).from_string(_TEMPLATE).render(title=printable(title), pictures=pictures)
+    return page
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,"><title>{{ title }}</title></head>
+<body><h1>{{ title }}</h1>
+{% for name, text, content in pictures %}<h2>{{ name }}</h2><p>{{ text }}</p>
+<p><img width="100%" alt="{{ text }}" src="data:image/png;base64,{{ content }}"></p>
+{% endfor %}</body></html>
+"""

@@ -1,0 +1,286 @@
+"""The page in a real browser: sorted, filtered, asked where its numbers come from, without a request to anywhere."""
+
+import http.server
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from msn_eval.cli import main
+from msn_eval.reports.provenance import command_of
+from msn_eval.result import read_result, scan_results, write_result
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+from selenium.webdriver import ActionChains, Keys  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+
+_CHROMIUM, _DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (_CHROMIUM and _DRIVER),
+    reason="no browser: install chromium and chromium-driver to have the page tested in one",
+)
+_FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1400,1000"),
+)
+_HOSTILE = "<img src=//x.invalid/a onerror=alert(1)></script>"
+
+
+@pytest.fixture(scope="module")
+def runs(digits_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the digits' records, those of a network of a hostile name, and a failed one."""
+    folder = tmp_path_factory.mktemp("page") / "runs"
+    shutil.copytree(digits_runs, folder)
+    paths = sorted(folder.glob("*.json"))
+    for number, path in enumerate(paths):
+        result = read_result(path)
+        if result.probe.name != "logistic" or result.metrics is None:
+            continue
+        checkpoint = replace(result.checkpoint, name=_HOSTILE, weights_sha256="0" * 64)
+        metrics = replace(result.metrics, top1=result.metrics.top1 / 2)
+        failed = result.split.subset == "2imgs" and result.split.draw == 3
+        other = replace(
+            result,
+            id=f"{number:016x}",
+            checkpoint=checkpoint,
+            status="failed" if failed else "ok",
+            metrics=None if failed else metrics,
+            error="it broke" if failed else None,
+            predictions=None,
+        )
+        write_result(folder, other, None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    assert main(["report", str(runs), "--published", "--format", "html", "--out", str(out)]) == 0
+    return out / "table.html"
+
+
+@pytest.fixture(scope="module")
+def served(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """Give the page's address on a server of this machine, and the requests that it gets."""
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments, directory=str(page.parent))  # type: ignore[arg-type]
+
+        def log_request(self, code: object = "-", size: object = "-") -> None:
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/table.html", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["webdriver.Chrome"]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(_CHROMIUM)
+    for flag in (*_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(_DRIVER)))
+    started.get("about:blank")  # instead of the browser's own first page, which loads its parts for a while
+    yield started
+    started.quit()
+
+
+@pytest.fixture
+def opened(browser: "webdriver.Chrome", page: Path) -> Iterator["webdriver.Chrome"]:
+    """Give the browser with the page just opened; afterwards it must have had nothing to complain of or to ask for."""
+    browser.get_log("performance")
+    browser.get(page.as_uri())
+    yield browser
+    assert browser.get_log("browser") == []
+    assert _requests(browser) == [page.as_uri()]
+
+
+def _requests(browser: "webdriver.Chrome") -> list[str]:
+    """Give the addresses that were asked for, those of data in the page and of the browser's own pages apart."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent"]
+    return [url for url in sent if not url.startswith(("data:", "chrome://"))]
+
+
+def _names(browser: "webdriver.Chrome") -> list[str]:
+    return [
+        one.text
+        for one in browser.find_elements(By.CSS_SELECTOR, "#board tbody tr:not(.hidden) bdi")
+        if one.is_displayed()
+    ]
+
+
+def _measured(browser: "webdriver.Chrome") -> list[str]:
+    return [name for name in _names(browser) if name in ("pixels", _HOSTILE)]
+
+
+def _head(browser: "webdriver.Chrome", number: int) -> "webdriver.remote.webelement.WebElement":
+    return browser.find_element(By.CSS_SELECTOR, f'#board [data-sort="{number}"]')
+
+
+def _open_first(browser: "webdriver.Chrome") -> dict[str, object]:
+    browser.find_element(By.CSS_SELECTOR, "#board td button").click()
+    record: dict[str, object] = json.loads(browser.find_element(By.ID, "record").text)
+    return record
+
+
+def test_sorting_turns_the_rows_and_says_so(opened: "webdriver.Chrome") -> None:
+    head = _head(opened, 0)
+    before = _measured(opened)
+
+    head.click()
+
+    assert (before, _measured(opened)) == (["pixels", _HOSTILE], [_HOSTILE, "pixels"])
+    assert head.find_element(By.XPATH, "..").get_attribute("aria-sort") == "ascending"
+
+
+def test_failed_stays_last_however_it_is_sorted(opened: "webdriver.Chrome") -> None:
+    orders = []
+    for _ in range(2):
+        _head(opened, 1).click()
+        orders.append(_measured(opened))
+
+    assert orders == [["pixels", _HOSTILE], ["pixels", _HOSTILE]]
+    assert opened.find_element(By.CSS_SELECTOR, "#board td.failed").text == "FAILED"
+
+
+def test_filter_leaves_what_fits_and_counts_it(opened: "webdriver.Chrome") -> None:
+    opened.find_element(By.ID, "filter").send_keys("onerror")
+
+    assert _measured(opened) == [_HOSTILE]
+    assert opened.find_element(By.ID, "shown").text == "1 of 2 checkpoints fit."
+
+
+def test_probes_can_be_hidden(opened: "webdriver.Chrome") -> None:
+    opened.execute_script("document.querySelector('[data-group=\"0\"]').click()")
+
+    assert not _head(opened, 0).is_displayed()
+    assert _head(opened, 2).is_displayed()
+
+
+def test_published_rows_are_on_a_switch(opened: "webdriver.Chrome") -> None:
+    shown = len(_names(opened))
+
+    opened.execute_script("document.getElementById('published').click()")
+
+    assert (shown > 10, len(_names(opened))) == (True, 2)
+
+
+def test_number_is_one_click_from_its_record_and_its_command(opened: "webdriver.Chrome", runs: Path) -> None:
+    record = _open_first(opened)
+
+    path = runs / f"{record['id']}.json"
+    assert record == json.loads(path.read_text())
+    assert opened.find_element(By.ID, "command").text == command_of(read_result(path))
+
+
+def test_every_record_is_in_the_page_to_the_last_digit(opened: "webdriver.Chrome", runs: Path) -> None:
+    seen = {}
+    for button in opened.find_elements(By.CSS_SELECTOR, "#board td button"):
+        opened.execute_script("arguments[0].click()", button)
+        for draw in opened.find_elements(By.CSS_SELECTOR, "#draws button"):
+            opened.execute_script("arguments[0].click()", draw)
+            text = opened.execute_script("return document.getElementById('record').textContent")
+            seen[json.loads(text)["id"]] = json.loads(text)
+        opened.execute_script("document.getElementById('origin').close()")
+
+    assert seen == {one.id: json.loads((runs / f"{one.id}.json").read_text()) for one in scan_results([runs]).results}
+
+
+def test_interval_is_shown_at_the_pointer_and_at_the_focus(opened: "webdriver.Chrome") -> None:
+    tip = opened.find_element(By.ID, "tip")
+    buttons = opened.find_elements(By.CSS_SELECTOR, "#board td button")
+    ActionChains(opened).move_to_element(buttons[0]).perform()
+    at_pointer = tip.text
+    ActionChains(opened).move_to_element(opened.find_element(By.ID, "filter")).perform()
+    hidden = not tip.is_displayed()
+
+    opened.execute_script("arguments[0].focus()", buttons[0])
+    ActionChains(opened).send_keys(Keys.ARROW_RIGHT).perform()
+
+    assert "95 % interval over test images: " in at_pointer
+    assert hidden
+    assert opened.switch_to.active_element == buttons[1]
+    assert "2imgs" in tip.text
+
+
+def test_theme_can_be_switched_and_both_can_be_read(opened: "webdriver.Chrome") -> None:
+    colours = []
+    for _ in range(2):
+        opened.find_element(By.ID, "theme").click()
+        colours.append(
+            opened.execute_script("const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]")
+        )
+
+    assert colours[0] != colours[1]
+    assert all(_contrast(*pair) > 7 for pair in colours)
+
+
+def _contrast(one: str, other: str) -> float:
+    """Give the contrast of two colours, as accessibility guidelines define it: 7 is their strictest demand."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(part) / 255 for part in colour[4:-1].split(",")]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_classes_of_a_protocol_are_listed(opened: "webdriver.Chrome") -> None:
+    rows = opened.find_elements(By.CSS_SELECTOR, "#classes tbody tr")
+
+    assert sorted(row.find_element(By.TAG_NAME, "bdi").text for row in rows) == [str(number) for number in range(10)]
+
+
+def test_a_phone_scrolls_the_table_and_not_the_page(opened: "webdriver.Chrome") -> None:
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    width = opened.execute_script("return document.documentElement.scrollWidth")
+    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+    assert width == 390
+
+
+def test_paper_is_white_and_holds_every_column(opened: "webdriver.Chrome") -> None:
+    paper = {"width": 1032, "height": 730, "deviceScaleFactor": 1, "mobile": False}  # A4 across, less its margins
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", paper)
+    opened.execute_script("document.documentElement.dataset.theme = 'dark'")
+    opened.execute_script("dispatchEvent(new Event('beforeprint'))")
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    printed = opened.execute_script(
+        "return [getComputedStyle(document.body).backgroundColor, document.querySelector('.bar input').checkVisibility(),"
+        " ...[...document.querySelectorAll('table')].map((one) => one.getBoundingClientRect().width)]"
+    )
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+    background, filter_is_there, *widths = printed
+    assert (background, filter_is_there) == ("rgb(255, 255, 255)", False)
+    assert max(widths) <= 1032
+
+
+def test_a_served_page_asks_its_server_for_nothing_more(
+    browser: "webdriver.Chrome", served: tuple[str, list[str]]
+) -> None:
+    address, asked = served
+    browser.get_log("performance")
+
+    browser.get(address)
+    _open_first(browser)
+
+    assert asked == ["/table.html"]
+    assert (browser.get_log("browser"), _requests(browser)) == ([], [address])

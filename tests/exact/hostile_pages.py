@@ -1,0 +1,205 @@
+"""Names that attack a page, and what no page may make of them; run as a script it tries thousands of them."""
+
+import argparse
+import base64
+import hashlib
+import importlib.util
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+
+from msn_eval.reports.html_report import render_html
+from msn_eval.result import Result, ResultScan
+from msn_eval.table import make_table
+
+_ADDRESSES = (
+    "src",
+    "href",
+    "action",
+    "formaction",
+    "data",
+    "srcset",
+    "poster",
+    "background",
+    "ping",
+    "xlink:href",
+    "manifest",
+)
+_STOREYS = {"script": 2, "style": 1}
+
+
+@cache
+def names() -> ModuleType:
+    """Give the module of hostile names that stands beside this one."""
+    spec = importlib.util.spec_from_file_location("hostile_names", Path(__file__).with_name("hostile_names.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Page(HTMLParser):
+    """A parsed page: how often each tag, the attributes that could do something, and what stands in its elements."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.inside: dict[str, list[str]] = {"script": [], "style": []}
+        self.texts: list[str] = []
+        self.others: list[str] = []  # comments, declarations and the like
+        self._open = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag, tuple(sorted(name for name, _ in attrs))] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag in self.inside:
+            self.inside[tag].append("")
+        self._open = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._open in self.inside:
+            self.inside[self._open][-1] += data
+        else:
+            self.texts.append(data)
+
+    def handle_comment(self, data: str) -> None:
+        self.others.append(data)
+
+    def handle_decl(self, decl: str) -> None:
+        self.others.append(decl)
+
+    def handle_pi(self, data: str) -> None:
+        self.others.append(data)
+
+    def unknown_decl(self, data: str) -> None:
+        self.others.append(data)
+
+
+def page_of(results: list[Result], folder: Path) -> str:
+    """Give the page of some records whose predictions would stand in a folder."""
+    scan = ResultScan(results=tuple(results), paths=tuple(folder / f"{one.id}.json" for one in results), faults=())
+    return render_html(make_table(results), scan, show_published=False)
+
+
+def _write_predictions(results: list[Result], folder: Path, name: str) -> None:
+    """Write predictions whose classes are called `name`, as far as a folder can be."""
+    folder_name = "".join(one for one in name if one not in "/\0").encode("utf-8", "surrogatepass")
+    ids = [folder_name + f"{number}/0.png".encode() for number in range(10)]
+    for result in results:
+        if result.metrics is not None:
+            place = np.arange(10)
+            np.savez(
+                folder / f"{result.id}.npz",
+                image=np.array(ids),
+                label=place,
+                rank_of_label=place % 2 + 1,
+                prediction=place,
+            )
+
+
+def check_name(name: str) -> None:
+    """Say with an AssertionError what a name changes in a page besides its own texts."""
+    check_page(_page_named(name), _harmless())
+
+
+@cache
+def _harmless() -> str:
+    return _page_named("plain")
+
+
+def _page_named(name: str) -> str:
+    results = names().records_named(name)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_predictions(results, Path(folder), name)
+        return page_of(results, Path(folder))
+
+
+def check_page(text: str, plain: str) -> None:
+    """Hold a page against that of harmless names."""
+    text.encode()
+    page, expected = Page(text), Page(plain)
+    assert page.tags == expected.tags, "other elements or attributes"
+    assert page.others == expected.others == ["doctype html"], "comments or declarations"
+    assert {tag: len(inside) for tag, inside in page.inside.items()} == _STOREYS, "scripts or styles"
+    assert page.inside["script"][1] == expected.inside["script"][1], "another script"
+    assert page.inside["style"] == expected.inside["style"], "another style"
+    assert not [one for one in page.attributes if one[1].startswith("on") or one[1] == "style"], "a handler or a style"
+    addresses = {value for _, name, value in page.attributes if name in _ADDRESSES}
+    assert addresses == {"data:,"}, addresses
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200b-\u200f\u2028\u2029]", text), (
+        "controls"
+    )
+    _check_policy(page)
+    _check_data(page, expected)
+
+
+def _check_policy(page: Page) -> None:
+    """See that the policy allows the script and the style that stand in the page, and nothing else."""
+    (policy,) = [
+        value for tag, name, value in page.attributes if tag == "meta" and name == "content" and "default-src" in value
+    ]
+    rules = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+    digests = {kind: f"'sha256-{_digest(page.inside[kind][-1])}'" for kind in ("script", "style")}
+    assert rules == {
+        "default-src": "'none'",
+        "style-src": digests["style"],
+        "script-src": digests["script"],
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }, rules
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _check_data(page: Page, expected: Page) -> None:
+    block = page.inside["script"][0]
+    assert not set("<>&") & set(block), "what HTML could take for its own"
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    data, harmless = (json.loads(one.inside["script"][0], parse_constant=refuse) for one in (page, expected))
+    assert [list(data), len(data["rows"]), len(data["records"]), data["cells"]] == [
+        list(harmless), len(harmless["rows"]), len(harmless["records"]), harmless["cells"],
+    ], "other data"  # fmt: skip
+
+
+def check_names(count: int) -> None:
+    """Try so many names."""
+    tried: Callable[[], None] = settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )(given(name=names().HOSTILE_NAMES)(check_name))
+    tried()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--names", type=int, default=5000)
+    chosen = parser.parse_args()
+    for attack in names().ATTACKS:
+        check_name(attack)
+    check_names(chosen.names)
+    print(f"{len(names().ATTACKS)} attacks and {chosen.names} made-up names: no page was changed by any")

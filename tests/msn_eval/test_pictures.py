@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from msn_eval.datasets import read_dataset
+from msn_eval.encoder import Encoder, load_encoder
+from msn_eval.errors import DataError
+from msn_eval.features import Features, extract_features
+from msn_eval.images import ImageSet
+from msn_eval.pictures import as_png, draw_classes, find_neighbours, hide, project, read_pixels
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return load_encoder("random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageSet:
+    return read_dataset("digits").train.first_of_each_class(3)
+
+
+@pytest.fixture(scope="module")
+def bank(encoder: Encoder, images: ImageSet) -> Features:
+    return extract_features(encoder, images, taps=["cls-norm"]).features["cls-norm"]
+
+
+def test_whole_image_is_its_own_nearest_and_stays_so_as_little_is_hidden(
+    encoder: Encoder, images: ImageSet, bank: Features
+) -> None:
+    pixels = read_pixels(images, images.ids, encoder.transform)
+
+    whole, most = find_neighbours(encoder, pixels, bank, masked=[0.0, 0.9], count=4, seed=0)
+
+    assert whole.nearest[:, 0].tolist() == list(range(30))
+    assert np.array_equal(whole.shown, pixels.numpy())
+    assert most.nearest.shape == (30, 4)
+    assert (most.nearest[:, 0] != np.arange(30)).any()
+
+
+def test_more_neighbours_than_there_are_gives_all(encoder: Encoder, images: ImageSet, bank: Features) -> None:
+    pixels = read_pixels(images, images.ids[:1], encoder.transform)
+
+    (one,) = find_neighbours(encoder, pixels, bank, masked=[0.0], count=99, seed=0)
+
+    assert sorted(one.nearest[0].tolist()) == list(range(30))
+
+
+def test_hidden_patches_are_grey(random_pixels: Tensor) -> None:
+    shown = hide(random_pixels, torch.tensor([[0, 15]]).expand(4, -1), side=4)
+
+    assert np.array_equal(shown[:, :8, :8], random_pixels[:, :8, :8].numpy())
+    assert np.array_equal(shown[:, 24:, 24:], random_pixels[:, 24:, 24:].numpy())
+    assert (shown[:, 8:, :24] == 127).all()
+
+
+def test_places_are_the_principal_components(bank: Features) -> None:
+    rows = torch.nn.functional.normalize(bank.values.double(), dim=1).numpy()
+    reference = PCA(2).fit(rows)
+
+    places, share = project(bank)
+
+    assert np.allclose(np.abs(places), np.abs(reference.transform(rows)), atol=1e-8)
+    assert share == pytest.approx(reference.explained_variance_ratio_.sum())
+
+
+def test_image_that_cannot_be_read_is_named(tmp_path_factory: pytest.TempPathFactory, encoder: Encoder) -> None:
+    from msn_eval.datasets import read_split
+
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "val" / "ant").mkdir(parents=True)
+    (folder / "val" / "ant" / "0.png").write_bytes(b"no image")
+
+    with pytest.raises(DataError, match=r"0\.png"):
+        read_pixels(read_split(str(folder), "val"), ["ant/0.png"], encoder.transform)
+
+
+def test_names_are_no_mathematics_and_equal_pictures_equal_bytes(bank: Features) -> None:
+    names = [r"$\frac{", "a_b^c", "\x1b[1m", *map(str, range(7))]
+
+    pictures = {as_png(draw_classes(bank, names)) for _ in range(2)}
+
+    assert len(pictures) == 1
+    assert pictures.pop().startswith(b"\x89PNG")
