@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 	$(BIN)/msn-eval demo --out reports/demo
 
 test: $(VENV)/installed-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

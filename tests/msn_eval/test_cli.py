@@ -119,11 +119,13 @@ def test_a_record_has_the_promised_fields(folder: Path, capsys: pytest.CaptureFi
     }
     assert fields == {
         "schema": None, "id": None, "status": None, "error": None, "created": None, "protocol_id": None, "protocol": None,
-        "checkpoint": ["arch", "epoch", "format", "key", "matched", "name", "params", "path", "sha256", "weights_sha256"],
+        "checkpoint": [
+            "allow_missing", "arch", "epoch", "format", "key", "matched", "name", "params", "path", "sha256", "weights_sha256",
+        ],
         "data": ["class_map_sha256", "classes", "name", "sha256", "skipped", "val_images"],
-        "split": ["draw", "images", "sha256", "subset"],
+        "split": ["draw", "images", "overlap", "sha256", "subset"],
         "features": ["decoder", "dim", "precision", "tap", "transform"],
-        "probe": ["certificate", "converged", "iterations", "name", "objective", "params", "solver", "version"],
+        "probe": ["certificate", "chosen", "converged", "iterations", "name", "objective", "params", "solver", "version"],
         "metrics": ["n", "top1", "top1_ci95", "top5"],
         "timing_s": ["decode_share", "encode_share", "extract", "images_per_second", "probe", "total"],
         "environment": ["batch_size", "device", "git", "package", "python", "seed", "torch"],
