@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,10 +117,6 @@ def _edited(**fields: object) -> Callable[[list[Result], Path], None]:
 
 
 _MALFORMED: dict[str, tuple[Callable[[list[Result], Path], None], str, str]] = {
-    "NaN": (_edited(metrics__top1=float("nan")), "not comparable", "no accuracies"),
-    "NaN in the interval": (_edited(metrics__top1_ci95=[float("nan")] * 2), "not comparable", "no accuracies"),
-    "infinite": (_edited(metrics__top1=float("inf")), "not comparable", "no accuracies"),
-    "above one": (_edited(metrics__top1=70.0), "not comparable", "no accuracies"),
     "a better metric": (_edited(metrics__top1=0.99), "not comparable", "do not follow from its predictions"),
     "failed": (_edited(status="failed", metrics=None, error="broken"), "not comparable", "FAILED: broken"),
     "not converged": (_edited(status="not_converged"), "inconclusive", "did not converge"),
@@ -150,6 +148,25 @@ def test_doubtful_results_never_pass(write_run: RunWriter, tmp_path: Path, fault
 
     assert report.verdict == verdict
     assert reason in report.protocols[0].reason
+
+
+@pytest.mark.parametrize(
+    "metrics", [{"top1": math.nan}, {"top1_ci95": (math.nan, math.nan)}, {"top1": math.inf}, {"top1": 70.0}], ids=str
+)
+def test_metrics_that_are_no_accuracies_never_pass(
+    write_run: RunWriter, tmp_path: Path, metrics: dict[str, Any]
+) -> None:
+    write_run(tmp_path / "before", _right(3000))
+    write_run(tmp_path / "after", _right(3000), weights="b" * 64)
+    baseline = make_baseline(list_results([tmp_path / "before"]), [tmp_path / "before"])
+    (result,) = list_results([tmp_path / "after"])
+    assert result.metrics is not None
+    broken = replace(result, metrics=replace(result.metrics, **metrics))
+
+    report = check_results(baseline, [broken], [tmp_path / "after"])
+
+    assert report.verdict == "not comparable"
+    assert "no accuracies" in report.protocols[0].reason
 
 
 @pytest.mark.parametrize(
