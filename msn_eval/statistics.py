@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, special
+from scipy import special
 
 from msn_eval.metrics import wilson_interval
 
@@ -232,6 +232,8 @@ def minimal_detectable_difference(differences: Integers, *, draws: int, level: f
 
     if shortfall(1.0) <= 0:
         return 1.0
+    from scipy import optimize  # half a second that no table has to wait for
+
     # Below the root the shortfall is negative: at zero it is so or, where nothing differs, on the way there.
     return float(optimize.brentq(shortfall, 1e-12, 1.0, xtol=1e-12))
 
