@@ -39,12 +39,19 @@ def digits_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def package_logger() -> Iterator[None]:
-    """Give the package's logger back as it was: a command that ran in this process sends it to stderr alone."""
-    logger = logging.getLogger("msn_eval")
-    before = (logger.handlers[:], logger.level, logger.propagate)
+def package_loggers() -> Iterator[None]:
+    """Give the packages' loggers as they are at first: commands that run in this process send them to stderr alone,
+    those that fixtures of a whole module run too."""
+    _reset_loggers()
     yield
-    logger.handlers[:], logger.level, logger.propagate = before
+    _reset_loggers()
+
+
+def _reset_loggers() -> None:
+    for name in ("msn_eval", "msn_pretrain"):
+        logger = logging.getLogger(name)
+        logger.handlers[:], logger.propagate = [], True
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
