@@ -22,8 +22,9 @@ $(VENV)/installed-test: $(BIN)/python pyproject.toml
 demo: $(VENV)/installed
 	$(BIN)/msn-eval demo --out reports/demo
 
+# One thread a process: several that share the cores wait for each other.
 test: $(VENV)/installed-test lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
