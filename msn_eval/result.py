@@ -1,5 +1,7 @@
 """Result: one checkpoint, one protocol, one draw; one JSON file, and its predictions beside it."""
 
+import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -308,25 +310,40 @@ def scan_results(folders: Iterable[str | Path]) -> ResultScan:
     chosen = [Path(folder) for folder in folders]
     found: dict[str, tuple[Result, Path]] = {}
     faults: list[StoreError] = []
-    for path, text in _texts(path for folder in chosen for path in _record_paths(folder)):
-        try:
-            result = _parsed(text, path)
-            known = found.get(result.id)
-            if known is not None and known[0].split.sha256 != result.split.sha256:
-                raise StoreError(
-                    f"result {result.id} stands in several folders, measured with different labelled images",
-                    where=str(path),
-                    remedy="Report the folders one at a time.",
-                )
-        except StoreError as error:
-            faults.append(error)
-            continue
-        if known is None or (known[0].status == "failed" and result.status != "failed"):  # a retry may have succeeded
-            found[result.id] = (result, path)
+    with _no_collections():
+        for path, text in _texts(path for folder in chosen for path in _record_paths(folder)):
+            try:
+                result = _parsed(text, path)
+                known = found.get(result.id)
+                if known is not None and known[0].split.sha256 != result.split.sha256:
+                    raise StoreError(
+                        f"result {result.id} stands in several folders, measured with different labelled images",
+                        where=str(path),
+                        remedy="Report the folders one at a time.",
+                    )
+            except StoreError as error:
+                faults.append(error)
+                continue
+            if known is None or (
+                known[0].status == "failed" and result.status != "failed"
+            ):  # a retry may have succeeded
+                found[result.id] = (result, path)
     if not found and not faults:
         raise UsageError("no results here", where=", ".join(map(str, chosen)), remedy="Run msn-eval with --out first.")
     results, paths = zip(*found.values(), strict=True) if found else ((), ())
     return ResultScan(results=results, paths=paths, faults=tuple(faults))
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Keep the garbage collector still: thousands of records are no garbage, and it would walk them all again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _record_paths(folder: Path) -> list[Path]:
