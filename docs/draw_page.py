@@ -1,8 +1,7 @@
 """Draw docs/page.png, the picture in the README: the page of four checkpoints as Chromium shows it.
 
-msn-eval --checkpoint pixels --checkpoint 'random:vit_tiny_patch16_224?img_size=32&patch_size=4' \
-  --checkpoint 'random:vit_small_patch16_224?img_size=32&patch_size=8' \
-  --checkpoint 'random:vit_tiny_patch16_224?img_size=32&patch_size=2&depth=2' --data digits \
+msn-eval --checkpoint demo --checkpoint random:demo --checkpoint pixels \
+  --checkpoint 'random:vit_tiny_patch16_224?img_size=32&patch_size=4' --data digits \
   --subset 1img,2imgs,5imgs,1pct,10pct,full --probe logistic,knn,ncm --k 10 --device cpu --out RUNS
 python docs/draw_page.py RUNS
 """
