@@ -46,12 +46,13 @@ kill-test: $(VENV)/installed-test
 	$(BIN)/python tests/faults/kill_evaluation.py --data $(IMAGES) --kills $(KILLS)
 	$(BIN)/python tests/faults/kill_training.py --kills 50
 
-# What the suite takes a sample of: every size and strength of the logistic fits, 5,000 hostile names in every form of a
+# What the suite takes a sample of: every size and strength of the logistic fits, 5,000 hostile names in every form and page of a
 # report, the gate where the truth is known. Each prints the log that is kept.
 exact: $(VENV)/installed-test
 	mkdir -p reports/exact
 	$(BIN)/python tests/exact/exact_logistic.py > reports/exact/logistic.md
 	$(BIN)/python tests/exact/hostile_names.py > reports/exact/names.md
+	$(BIN)/python tests/exact/hostile_pages.py > reports/exact/pages.md
 	$(BIN)/python tests/exact/simulate_gate.py > reports/exact/gate.md
 
 # One minute of made-up files for the code that looks at a stranger's file first.
