@@ -9,9 +9,11 @@ import logging
 import os
 import re
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +35,7 @@ _ID_DIGITS = 16
 _RECORD_NAME = re.compile(rf"[0-9a-f]{{{_ID_DIGITS}}}\.json")
 _READ_AT_ONCE = 64
 _READERS = 8
+_FAR_SECONDS = 0.001  # a file
 Status = Literal["ok", "not_converged", "failed"]
 
 
@@ -358,11 +361,16 @@ def _record_paths(folder: Path) -> list[Path]:
 
 
 def _texts(paths: Iterable[Path]) -> Iterator[tuple[Path, bytes | OSError]]:
-    """Read files, some at a time, so that a disk far away is waited for once and not for each of thousands."""
+    """Read files one by one or, where the first of them show a disk that is far away, many at a time: threads beside
+    the parser cost more than a near disk takes, and thousands of waits far more than threads."""
     chosen = list(paths)
     batches = [chosen[start : start + _READ_AT_ONCE] for start in range(0, len(chosen), _READ_AT_ONCE)]
+    started = time.perf_counter()
+    first = [_read_all(batch) for batch in batches[:1]]
+    is_far = time.perf_counter() - started > _FAR_SECONDS * _READ_AT_ONCE
     with ThreadPoolExecutor(_READERS) as readers:
-        for batch, texts in zip(batches, readers.map(_read_all, batches), strict=True):
+        rest = readers.map(_read_all, batches[1:]) if is_far else map(_read_all, batches[1:])
+        for batch, texts in zip(batches, chain(first, rest), strict=True):
             yield from zip(batch, texts, strict=True)
 
 

@@ -199,6 +199,20 @@ def test_one_broken_record_is_named_and_hides_no_other(result: Result, tmp_path:
     assert [fault.where for fault in scan.faults] == [str(broken)]
 
 
+def test_records_on_a_disk_far_away_are_the_same_in_the_same_order(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(200):
+        write_result(tmp_path, replace(result, id=f"{number:016x}"), None)
+    near = scan_results([tmp_path])
+    monkeypatch.setattr("msn_eval.result._FAR_SECONDS", -1.0)
+
+    far = scan_results([tmp_path])
+
+    assert (far.results, far.paths) == (near.results, near.paths)
+    assert [path.stem for path in far.paths] == [f"{number:016x}" for number in range(200)]
+
+
 def test_every_broken_record_is_named_where_all_are_needed(result: Result, tmp_path: Path) -> None:
     for number in range(5):
         write_result(tmp_path, replace(result, id=f"{number:016x}"), None)
