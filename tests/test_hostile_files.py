@@ -29,7 +29,7 @@ import torch
 
 _WEIGHTS = {"weight": torch.arange(600.0).reshape(20, 30), "bias": torch.ones(20)}
 _MOST_BYTES = 2 << 30
-_MOST_SECONDS = 10.0
+_MOST_SECONDS = 30.0  # 9 s are the most that one takes alone; other tests beside it slow it down
 _CANARY = "canary"
 _WATCHED = re.compile(
     r"os\.(system|exec|posix_spawn|spawn|fork|forkpty|remove|rename|mkdir|rmdir|link|symlink|chmod|truncate|startfile)|"
