@@ -162,6 +162,18 @@ def _refused(what: str) -> UsageError:
     return UsageError(f"--slurm: {what}", remedy=f"Known keys: {', '.join(SLURM_KEYS)}.")
 
 
+def without_slurm(words: Sequence[str]) -> list[str]:
+    """Give the words of a command without --slurm and its value."""
+    kept: list[str] = []
+    follows = False
+    for word in words:
+        if follows or word == "--slurm" or word.startswith("--slurm="):
+            follows = word == "--slurm" and not follows
+            continue
+        kept.append(word)
+    return kept
+
+
 def submit(
     arguments: Sequence[str],
     options: SlurmOptions,

@@ -184,24 +184,13 @@ def _recipe_file(name: str) -> Path:
 
 def _submit(options: argparse.Namespace, recipe: "Recipe") -> int:
     """Hand the same command to Slurm, and say where its output will be."""
-    from msn_eval.slurm import parse_slurm, submit
+    from msn_eval.slurm import parse_slurm, submit, without_slurm
 
-    words = _without_slurm(options.words)
+    words = without_slurm(options.words)
     command = (sys.executable, "-m", "msn_pretrain")
     job = submit(words, parse_slurm(options.slurm), folder=Path(recipe.run.dir) / "slurm", command=command)
     print(f"submitted job {job.job_id}; its output: {', '.join(str(path) for path in job.logs)}")
     return 0
-
-
-def _without_slurm(words: Sequence[str]) -> list[str]:
-    kept: list[str] = []
-    follows = False
-    for word in words:
-        if follows or word == "--slurm" or word.startswith("--slurm="):
-            follows = word == "--slurm" and not follows
-            continue
-        kept.append(word)
-    return kept
 
 
 def _export(options: argparse.Namespace) -> int:

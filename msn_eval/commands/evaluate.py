@@ -81,7 +81,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Evaluate; give 0, or the exit code of what failed."""
     request = read_request(options, overrides)
     if hasattr(options, "slurm"):
-        return _submit(options.slurm, request, _without_slurm(options.words))
+        from msn_eval.slurm import without_slurm
+
+        return _submit(options.slurm, request, without_slurm(options.words))
     from msn_eval.distributed import join_group
 
     if "WORLD_SIZE" in os.environ:
@@ -162,18 +164,6 @@ def _submit(text: str, request: Request, words: Sequence[str]) -> int:
     job = submit(words, parse_slurm(text), folder=Path(request.out) / "slurm")
     print(f"submitted job {job.job_id}; its output: {', '.join(str(path) for path in job.logs)}")
     return 0
-
-
-def _without_slurm(words: Sequence[str]) -> list[str]:
-    """Give the words of a command without --slurm and its value."""
-    kept: list[str] = []
-    follows = False
-    for word in words:
-        if follows or word == "--slurm" or word.startswith("--slurm="):
-            follows = word == "--slurm" and not follows
-            continue
-        kept.append(word)
-    return kept
 
 
 def evaluate_all(plan: "Plan", prepared: "dict[str, Preparation]", group: "Group") -> "tuple[list[Result], int]":
