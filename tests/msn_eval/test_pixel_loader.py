@@ -23,10 +23,13 @@ from msn_eval.images import EvalTransform, decode_image, read_image
 from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="workers are forked")
-# Torch leaves the connection to a worker that died in the middle of a hand-over to the garbage collector.
+# Torch leaves the connection to a worker that died in the middle of a hand-over to the garbage collector; and where it
+# looks into that, opening files in /tmp to see whether there are too many, the word of the death interrupts it.
 half_open = pytest.mark.filterwarnings(
     "ignore:unclosed <socket:ResourceWarning", "ignore:.*unclosed <socket:pytest.PytestUnraisableExceptionWarning",
     "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning",
+    "ignore:unclosed file <_io.BufferedRandom name='/tmp':ResourceWarning",
+    "ignore:Exception ignored in. <_io.FileIO name='/tmp':pytest.PytestUnraisableExceptionWarning",
 )  # fmt: skip
 TRANSFORM = EvalTransform(resize=9, crop=8)
 
