@@ -4,7 +4,7 @@ import http.server
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +18,6 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 from selenium.webdriver import ActionChains, Keys  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 
-_CHROMIUM, _DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (_CHROMIUM and _DRIVER),
-    reason="no browser: install chromium and chromium-driver to have the page tested in one",
-)
-_FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1400,1000"),
-)
 _HOSTILE = "<img src=//x.invalid/a onerror=alert(1)></script>"
 
 
@@ -84,34 +75,13 @@ def served(page: Path) -> Iterator[tuple[str, list[str]]]:
     server.server_close()
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["webdriver.Chrome"]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(_CHROMIUM)
-    for flag in (*_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(_DRIVER)))
-    started.get("about:blank")  # instead of the browser's own first page, which loads its parts for a while
-    yield started
-    started.quit()
-
-
 @pytest.fixture
-def opened(browser: "webdriver.Chrome", page: Path) -> Iterator["webdriver.Chrome"]:
+def opened(browser: "webdriver.Chrome", page: Path, requests: Callable[[], list[str]]) -> Iterator["webdriver.Chrome"]:
     """Give the browser with the page just opened; afterwards it must have had nothing to complain of or to ask for."""
-    browser.get_log("performance")
     browser.get(page.as_uri())
     yield browser
     assert browser.get_log("browser") == []
-    assert _requests(browser) == [page.as_uri()]
-
-
-def _requests(browser: "webdriver.Chrome") -> list[str]:
-    """Give the addresses that were asked for, those of data in the page and of the browser's own pages apart."""
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent"]
-    return [url for url in sent if not url.startswith(("data:", "chrome://"))]
+    assert requests() == [page.as_uri()]
 
 
 def _names(browser: "webdriver.Chrome") -> list[str]:
@@ -274,13 +244,12 @@ def test_paper_is_white_and_holds_every_column(opened: "webdriver.Chrome") -> No
 
 
 def test_a_served_page_asks_its_server_for_nothing_more(
-    browser: "webdriver.Chrome", served: tuple[str, list[str]]
+    browser: "webdriver.Chrome", served: tuple[str, list[str]], requests: Callable[[], list[str]]
 ) -> None:
     address, asked = served
-    browser.get_log("performance")
 
     browser.get(address)
     _open_first(browser)
 
     assert asked == ["/table.html"]
-    assert (browser.get_log("browser"), _requests(browser)) == ([], [address])
+    assert (browser.get_log("browser"), requests()) == ([], [address])
