@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from msn_eval import evaluate
 from msn_eval.cli import main
 from msn_eval.reports.provenance import command_of
 from msn_eval.result import read_result, scan_results, write_result
@@ -23,9 +24,10 @@ _HOSTILE = "<img src=//x.invalid/a onerror=alert(1)></script>"
 
 @pytest.fixture(scope="module")
 def runs(digits_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the digits' records, those of a network of a hostile name, and a failed one."""
+    """Give the digits' records, ridge with what it chose among them, those of a network of a hostile name, and a failed one."""
     folder = tmp_path_factory.mktemp("page") / "runs"
     shutil.copytree(digits_runs, folder)
+    evaluate(["pixels"], data="digits", subsets=["1img"], probes=["ridge"], out=folder, device="cpu", no_cache=True)
     paths = sorted(folder.glob("*.json"))
     for number, path in enumerate(paths):
         result = read_result(path)

@@ -18,7 +18,7 @@
 
   // A record as it stands in its file, from what it shares with others and what is its own.
   const unpack = (number) => {
-    const [askedAt, whoAt, howAt, passAt, splitAt, createdAt, id, certificate, objective, iterations, seconds, total, predictions, ...measured] =
+    const [askedAt, whoAt, howAt, passAt, splitAt, createdAt, chosenAt, id, certificate, objective, iterations, seconds, total, predictions, ...measured] =
       data.records[number];
     const asked = data.asked[askedAt], how = data.how[howAt], { extract, ...pass } = data.pass[passAt];
     const share = (one) => (Array.isArray(one) ? one[0] : one / asked.n);
@@ -26,7 +26,7 @@
       schema: asked.schema, id, status: asked.status, error: asked.error, created: data.created[createdAt],
       protocol_id: asked.protocol_id, protocol: asked.protocol, checkpoint: data.who[whoAt], data: asked.data,
       split: data.split[splitAt], features: how.features,
-      probe: { ...asked.probe, certificate, objective, iterations },
+      probe: { ...asked.probe, certificate, objective, iterations, chosen: data.chosen[chosenAt] },
       metrics: measured.length
         ? {
           top1: share(measured[0]), top5: share(measured[1]),
