@@ -12,12 +12,15 @@ import pytest
 
 from msn_eval import evaluate
 from msn_eval.cli import main
+from msn_eval.reports.html_report import render_html
 from msn_eval.reports.provenance import command_of
-from msn_eval.result import read_result, scan_results, write_result
+from msn_eval.result import ResultScan, read_result, scan_results, write_result
+from msn_eval.table import make_table
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.webdriver import ActionChains, Keys  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 _HOSTILE = "<img src=//x.invalid/a onerror=alert(1)></script>"
 
@@ -255,3 +258,79 @@ def test_a_served_page_asks_its_server_for_nothing_more(
 
     assert asked == ["/table.html"]
     assert (browser.get_log("browser"), requests()) == ([], [address])
+
+
+@pytest.fixture(scope="module")
+def long_page(digits_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the page of 130 checkpoints of one record each; every one has another accuracy."""
+    scan = scan_results([digits_runs])
+    (first,) = [
+        one for one in scan.results if one.probe.name == "ncm" and one.split.subset == "1img" and one.split.draw == 1
+    ]
+    results = []
+    for number in range(130):
+        checkpoint = replace(first.checkpoint, name=f"network {number}", weights_sha256=f"{number:064x}")
+        assert first.metrics is not None
+        metrics = replace(first.metrics, top1=number / 797, top5=1.0)
+        results.append(replace(first, id=f"{number:016x}", checkpoint=checkpoint, metrics=metrics, predictions=None))
+    paths = tuple(digits_runs / f"{one.id}.json" for one in results)
+    path = tmp_path_factory.mktemp("long") / "table.html"
+    page = render_html(
+        make_table(results), ResultScan(results=tuple(results), paths=paths, faults=()), show_published=False
+    )
+    path.write_text(page)
+    return path
+
+
+@pytest.fixture
+def long_opened(browser: "webdriver.Chrome", long_page: Path) -> Iterator["webdriver.Chrome"]:
+    browser.get(long_page.as_uri())
+    yield browser
+    assert browser.get_log("browser") == []
+
+
+def _shown(browser: "webdriver.Chrome") -> list[str]:
+    """Give the names of the rows that are laid out."""
+    script = (
+        "return [...document.querySelectorAll('#board tbody tr')].filter((one) => one.checkVisibility())"
+        ".map((one) => one.querySelector('bdi').textContent)"
+    )
+    names: list[str] = browser.execute_script(script)
+    return names
+
+
+def _best(first: int, last: int) -> list[str]:
+    return [f"network {number}" for number in range(first, last, -1)]
+
+
+def test_a_hundred_rows_are_laid_out_until_all_are_asked_for(long_opened: "webdriver.Chrome") -> None:
+    button = long_opened.find_element(By.ID, "all")
+    before, text = _shown(long_opened), button.text
+
+    button.click()
+
+    assert (before, text) == (_best(129, 29), "Show all 130 rows")
+    WebDriverWait(long_opened, 5).until(lambda browser: _shown(browser) == _best(129, -1))
+    assert not button.is_displayed()
+
+
+def test_sorting_among_many_rows_shows_those_that_come_first_then(long_opened: "webdriver.Chrome") -> None:
+    _head(long_opened, 0).click()
+
+    assert _shown(long_opened) == [f"network {number}" for number in range(100)]
+
+
+def test_all_rows_stay_shown_after_sorting(long_opened: "webdriver.Chrome") -> None:
+    long_opened.find_element(By.ID, "all").click()
+    _head(long_opened, -1).click()
+
+    WebDriverWait(long_opened, 5).until(
+        lambda browser: _shown(browser) == [f"network {number}" for number in range(130)]
+    )
+
+
+def test_filter_finds_rows_that_were_not_laid_out(long_opened: "webdriver.Chrome") -> None:
+    long_opened.find_element(By.ID, "filter").send_keys("12")
+
+    assert _shown(long_opened) == [f"network {number}" for number in (*range(129, 119, -1), 112, 12)]
+    assert long_opened.find_element(By.ID, "shown").text == "12 of 130 checkpoints fit."

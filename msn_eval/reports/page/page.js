@@ -85,9 +85,10 @@
   const cellOf = (row, column) => cells[row.number][column];
   sortable(board, (row, column) => (cellOf(row, column) || {}).mean, (row) => data.rows[row.number].name, () => filter());
 
-  // Filter by every word; only so many rows are laid out until all are asked for; groups of columns on and off.
+  // Filter by every word; only so many rows are laid out until all are asked for, and then too the first of them are painted
+  // before the others; groups of columns on and off.
   const most = 100, said = at("shown");
-  let all = false;
+  let all = false, others = 0;
   const texts = data.rows.map((row) => `${row.name} ${row.arch} ${row.note}`.toLowerCase());
   const filter = () => {
     const words = at("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -98,8 +99,11 @@
       if (fits && !(other && unseen)) fitting += 1;
       measured += fits && !other;
       row.classList.toggle("hidden", !fits);
-      row.classList.toggle("beyond", !all && fitting > most);
+      row.classList.toggle("beyond", fitting > most);
     }
+    cancelAnimationFrame(others);
+    const show = () => { for (const row of body.rows) row.classList.remove("beyond"); };
+    if (all) others = requestAnimationFrame(() => { others = requestAnimationFrame(show); });
     said.textContent = words.length ? `${measured} of ${data.measured} checkpoints fit.` : "";
     at("all").hidden = all || fitting <= most;
     at("all").textContent = `Show all ${fitting.toLocaleString("en")} rows`;
