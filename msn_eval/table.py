@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -199,12 +199,12 @@ def _rows(results: Sequence[Result]) -> dict[tuple[str, str | None], Row]:
     by_network: defaultdict[tuple[str, str | None], list[Result]] = defaultdict(list)
     for result in results:
         by_network[result.checkpoint.weights_sha256, result.checkpoint.key].append(result)
-    names = [group[0].checkpoint.name for group in by_network.values()]
+    names = Counter(group[0].checkpoint.name for group in by_network.values())
     rows = {}
     for (weights, key), group in by_network.items():
         checkpoint = group[0].checkpoint
         name = checkpoint.name
-        if names.count(name) > 1:  # two checkpoints of one name are told apart by what they are
+        if names[name] > 1:  # two checkpoints of one name are told apart by what they are
             same_weights = sum(1 for other, _ in by_network if other == weights) > 1
             name = f"{name} [{weights[:8]}{f' {key}' if same_weights and key else ''}]"
         rows[weights, key] = Row(name=name, arch=checkpoint.arch, weights_sha256=weights, key=key, note=_note(group))
