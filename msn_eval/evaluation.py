@@ -50,6 +50,7 @@ from msn_eval.result import (
     write_result,
 )
 from msn_eval.subset import union_of
+from msn_eval.visible_patches import PatchDrop, check_drop
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # what is being done, images done, images in all
@@ -197,7 +198,7 @@ class Preparation:
 def prepare(plan: Plan, name: str) -> Preparation:
     """Read one checkpoint and see what is left to measure; failed results are tried again.
 
-    Raises CheckpointError or StoreError.
+    Raises CheckpointError, StoreError, or UsageError for patches to be dropped from what has none.
     """
     request = plan.request
     checkpoint = read_checkpoint(
@@ -214,6 +215,8 @@ def prepare(plan: Plan, name: str) -> Preparation:
         image_pixels=request.image_pixels,
         compiled=request.compile,
     )
+    if (drop := drop_of(request)) is not None:
+        check_drop(encoder, drop)
     return _look_for_results(plan, encoder)
 
 
@@ -339,13 +342,14 @@ def _both_splits(
                 taps=ready.pending_taps,
                 hashes=hashes,
                 loading=loading_of(request),
+                drop=drop,
                 cache=cache,
                 group=group,
                 on_progress=_named(on_progress, f"{ready.encoder.checkpoint.name}: {part}"),
             )
-            for part, images, hashes in (
-                ("labelled images", pending_pool(plan, ready), plan.train_hashes),
-                ("validation images", plan.val, plan.val_hashes),
+            for part, images, hashes, drop in (
+                ("labelled images", pending_pool(plan, ready), plan.train_hashes, drop_of(request)),
+                ("validation images", plan.val, plan.val_hashes, None),
             )
         )
     return pool, test
@@ -359,6 +363,11 @@ def pending_pool(plan: Plan, ready: Preparation) -> ImageSet:
 def loading_of(request: Request) -> Loading:
     """Give how a request wants images to come to the encoder."""
     return Loading(decoder=request.decoder, batch_size=request.batch_images, workers=request.worker_count)
+
+
+def drop_of(request: Request) -> PatchDrop | None:
+    """Give what is left out of the labelled images; validation images are always seen whole."""
+    return PatchDrop(share=request.patch_drop, seed=request.seed) if request.patch_drop else None
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msn_eval.encoder import Encoder, encode
 from msn_eval.errors import CheckpointError
-from msn_eval.evaluation import Preparation, loading_of, pending_pool, prepare
+from msn_eval.evaluation import Preparation, drop_of, loading_of, pending_pool, prepare
 from msn_eval.features import automatic_batch_size, missing_images
 from msn_eval.images import ImageSet
 from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
@@ -97,10 +97,13 @@ def _missing(plan: Plan, ready: Preparation, wanted: tuple[ImageSet, ImageSet]) 
                 taps=ready.pending_taps,
                 hashes=hashes,
                 decoder=plan.request.decoder,
+                drop=drop,
                 cache=cache_folder(plan.request),
             )
         )
-        for images, hashes in zip(wanted, (plan.train_hashes, plan.val_hashes), strict=True)
+        for images, hashes, drop in zip(
+            wanted, (plan.train_hashes, plan.val_hashes), (drop_of(plan.request), None), strict=True
+        )
     )
 
 

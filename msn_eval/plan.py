@@ -231,6 +231,8 @@ def _protocol(plan: Plan, subset: Subset, probe: Probe, params: dict[str, int | 
     by_hand = {
         "tap": request.tap,
         "image_pixels": request.image_pixels,
+        "patch_drop": request.patch_drop,
+        "seed": request.seed if request.patch_drop else None,  # by which the patches are drawn
         "decoder": None if request.decoder == DECODERS[0] else request.decoder,
         "canary": request.seed if request.canary else None,  # never comparable with a measurement
     }

@@ -41,6 +41,7 @@ class Request:
     compile: bool = False
     decoder: str = "pillow"
     image_pixels: int | None = None
+    patch_drop: float | None = None
     limit: int | None = None
     seed: int = 0
     on_bad_image: str = "error"
@@ -75,6 +76,8 @@ class Request:
             _at_least("limit", self.limit, 1)
         if self.image_pixels is not None:
             _at_least("image-pixels", self.image_pixels, 1)
+        if self.patch_drop is not None and not 0 <= self.patch_drop < 1:
+            raise UsageError(f"--patch-drop {self.patch_drop}: out of range", remedy="Give a share from 0 up to 1.")
         _count_or_auto("batch-size", self.batch_size, least=1)
         _count_or_auto("workers", self.workers, least=0)
 

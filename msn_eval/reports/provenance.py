@@ -33,7 +33,7 @@ def _command(result: Result) -> dict[str, str]:
         asked += [option, repr(result.probe.params[name])] if name in result.probe.params else []
     protocol, by_hand = result.protocol, result.protocol.get("by_hand")
     for name, value in sorted(by_hand.items()) if isinstance(by_hand, Mapping) else ():
-        asked += [f"--{name.replace('_', '-')}", str(value)]
+        asked += [] if name == "seed" else [f"--{name.replace('_', '-')}", str(value)]  # which stands in any command
     asked += [] if protocol.get("limit") is None else ["--limit", str(protocol["limit"])]
     asked += [] if protocol.get("skipped") is None else ["--on-bad-image", "skip"]
     split = ["--subset", f"{subset}@{result.split.draw}" if _has_draws(result) else subset]
