@@ -24,6 +24,7 @@ from msn_eval.images import DECODERS, ImageSet, eval_transform
 from msn_eval.pixel_loader import PixelList, load_pixels
 from msn_eval.protocols import Probe, settings
 from msn_eval.protocols.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, NearestNeighbours
+from msn_eval.protocols.linear import Linear
 from msn_eval.protocols.logistic import Logistic, Solver, default_lambda
 from msn_eval.protocols.ncm import NearestClassMean
 from msn_eval.protocols.ridge import Ridge
@@ -199,6 +200,8 @@ def probes_for(request: Request, subset: Subset) -> Iterator[Probe]:
                 )
             case "ridge":
                 yield Ridge()
+            case "linear":
+                yield Linear(**vars(request.linear))
             case _:
                 yield NearestClassMean()
 

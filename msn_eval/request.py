@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from msn_eval.errors import UsageError, nearest
 from msn_eval.images import DECODERS
+from msn_eval.probe_recipe import LinearRecipe
 
-PROBE_NAMES = ("logistic", "knn", "ridge", "ncm")
+PROBE_NAMES = ("logistic", "knn", "ridge", "ncm", "linear")
 TAP_NAMES = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
 SOLVER_NAMES = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -33,6 +34,7 @@ class Request:
     lambda_: list[float] = field(default_factory=list)
     k: list[int] = field(default_factory=list)
     temperature: list[float] = field(default_factory=list)
+    linear: LinearRecipe = field(default_factory=LinearRecipe)
     solver: str = "auto"
     device: str = "auto"
     precision: str | None = None

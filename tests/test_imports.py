@@ -26,7 +26,7 @@ _FLOORS = [
         "weights.networks",
         "weights.tensor_facts",
     ],
-    ["json_fields"],
+    ["json_fields", "probe_recipe"],
     [
         "images",
         "result",
@@ -71,7 +71,7 @@ _FLOORS = [
     ["protocols.degenerate"],
     ["protocols.line_search"],
     ["protocols.newton", "protocols.lbfgs", "protocols.reference_solvers"],
-    ["protocols.logistic", "protocols.knn", "protocols.ridge", "protocols.ncm"],
+    ["protocols.logistic", "protocols.knn", "protocols.ridge", "protocols.ncm", "protocols.linear"],
     ["protocols", "sklearn"],
     ["plan"],
     ["canary"],
