@@ -8,7 +8,7 @@ from typing import Any, cast
 from msn_eval.baseline import Baseline, BaselineProtocol
 from msn_eval.errors import ComparisonError
 from msn_eval.plan import Plan, make_plan
-from msn_eval.probe_recipe import LinearRecipe
+from msn_eval.probe_recipe import AugmentedRecipe, LinearRecipe
 from msn_eval.protocol_difference import nearest_protocol
 from msn_eval.request import Request
 
@@ -35,7 +35,7 @@ def _alike(entries: Sequence[BaselineProtocol]) -> Iterable[list[BaselineProtoco
     found: defaultdict[tuple[str, str, str], list[BaselineProtocol]] = defaultdict(list)
     for entry in entries:
         probe = entry.protocol["probe"]
-        recipe = str(probe["params"]) if probe["name"] == "linear" else ""
+        recipe = str(probe["params"]) if probe["name"] in ("linear", "linear-augmented") else ""
         found[entry.protocol["subset"]["name"], probe["name"], recipe].append(entry)
     return found.values()
 
@@ -55,11 +55,17 @@ def _plan(entries: Sequence[BaselineProtocol], request: Request) -> Plan:
             k=[int(k) for k in _values(params, "k")],
             temperature=_values(params, "temperature"),
             linear=LinearRecipe(**cast(dict[str, Any], params[0])) if name == "linear" else request.linear,
+            linear_augmented=_augmented(params[0]) if name == "linear-augmented" else request.linear_augmented,
             precision=precision,
             on_bad_image="error" if protocol["skipped"] is None else "skip",
             **by_hand,
         )
     )
+
+
+def _augmented(params: Params) -> AugmentedRecipe:
+    rate = float(params["lr"])
+    return replace(AugmentedRecipe(lr=[rate]), **{name: value for name, value in params.items() if name != "lr"})
 
 
 def _values(params: Sequence[Params], name: str) -> list[float]:

@@ -1,6 +1,6 @@
 """Config: a YAML file, options and `key=value` overrides into a frozen dataclass; unknown keys are refused."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_origin
@@ -16,11 +16,13 @@ def read_config(
     file: Path | None = None,
     given: Mapping[str, object] | None = None,
     overrides: Iterable[str] = (),
+    translate: Callable[[Mapping[str, object], str], Mapping[str, object]] | None = None,
 ) -> _Record:
     """Build a `kind` from its defaults, then `file`, then `given`, then `overrides`, the last one winning.
 
     file:      YAML with the fields' names; `-` stands for `_`
     overrides: `key=value`, the value in YAML
+    translate: makes a `kind`'s fields of the file's content and place, where the file may be another program's
     Raises UsageError naming the file and the key for unknown keys and values of the wrong type.
     """
     from omegaconf import OmegaConf
@@ -28,7 +30,8 @@ def read_config(
 
     layers: list[tuple[str, Mapping[str, object]]] = []
     if file is not None:
-        layers.append((str(file), _read_yaml(file)))
+        content: Mapping[str, object] = _read_yaml(file)
+        layers.append((str(file), content if translate is None else translate(content, str(file))))
     layers.append(("options", given or {}))
     layers += [(f"override {text!r}", _read_override(kind, text)) for text in overrides]
     config: Any = OmegaConf.structured(kind)

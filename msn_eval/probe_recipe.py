@@ -1,7 +1,7 @@
 """Probe recipes: how probes are trained that have more to them than one number; the fields of a config's sections."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msn_eval.errors import UsageError
 
@@ -51,6 +51,40 @@ class LinearRecipe:
         if self.lr is not None:
             return (self.weight_decay,)
         return _in_equal_ratios(self.weight_decay_first, self.weight_decay_last, self.weight_decays)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentedRecipe:
+    """How linear layers are trained on augmented images; each field is part of the protocol, each learning rate one by itself.
+
+    lr:           at the first step, falling to 0 along a cosine over all steps
+    weight_decay: on the layer's weights; biases and the norm are left alone
+    batch_size:   images a step, all ranks and accumulated parts together; never more than there are
+    crop_share:   smallest share of an image's area that a crop keeps
+    seed:         of the first weights, the order of images, and every image's crops and flips
+    """
+
+    lr: list[float] = field(default_factory=lambda: [6.4])
+    weight_decay: float = 0.0
+    epochs: int = 100
+    batch_size: int = 16384
+    crop_share: float = 0.08
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.lr:
+            raise UsageError("linear_augmented.lr: nothing given", remedy="Name at least one learning rate.")
+        for rate in self.lr:
+            _above_zero("linear_augmented.lr", rate)
+        _not_below("linear_augmented.weight_decay", self.weight_decay, 0)
+        for name in ("epochs", "batch_size"):
+            _not_below(f"linear_augmented.{name}", getattr(self, name), 1)
+        _above_zero("linear_augmented.crop_share", self.crop_share)
+        if self.crop_share > 1:
+            raise UsageError(
+                f"linear_augmented.crop_share: {self.crop_share} is out of range", remedy="Give a share of at most 1."
+            )
+        _not_below("linear_augmented.seed", self.seed, 0)
 
 
 def _in_equal_ratios(first: float, last: float, count: int) -> tuple[float, ...]:

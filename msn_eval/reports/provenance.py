@@ -14,7 +14,7 @@ _OWN_OF_PROBE = ("certificate", "objective", "iterations")
 _PASS_SECONDS = ("extract", "images_per_second", "decode_share", "encode_share")
 _PARTS = ("asked", "who", "how", "pass", "split", "created")
 _OPTIONS = {"lambda": "--lambda", "k": "--k", "temperature": "--temperature"}
-_SECTIONS = ("linear",)  # of a config, called as their probe is, with its settings as keys
+_SECTIONS = ("linear", "linear-augmented")  # of a config, called as their probe is, with its settings as keys
 
 
 def command_of(result: Result) -> str:

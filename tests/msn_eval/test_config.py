@@ -238,6 +238,7 @@ class _Whole:
         {"overrides": ["layer.width=8"]},
         {"overrides": ["layer={width: 8}"]},
         {"given": {"layer": {"width": 8}}},
+        {"given": {"layer.width": 8}},
         {"given": {"layer": _Layer(width=8)}},
     ],
     ids=str,
