@@ -19,6 +19,7 @@ _FLOORS = [
         "own_code",
         "host",
         "augmentation",
+        "reference_networks",
         "distributed",
         "stop",
         "slurm",
@@ -28,7 +29,7 @@ _FLOORS = [
         "weights.networks",
         "weights.tensor_facts",
     ],
-    ["json_fields", "probe_recipe", "process_group", "training_state"],
+    ["json_fields", "probe_recipe", "process_group", "training_state", "reference_evaluation"],
     [
         "images",
         "result",
