@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from msn_eval.errors import UsageError, nearest
 from msn_eval.images import DECODERS
+from msn_eval.probe_recipe import AugmentedRecipe, LinearRecipe
 
-PROBE_NAMES = ("logistic", "knn", "ridge", "ncm")
+PROBE_NAMES = ("logistic", "knn", "ridge", "ncm", "linear", "linear-augmented")
 TAP_NAMES = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
 SOLVER_NAMES = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -19,6 +20,7 @@ class Request:
     """The options of an evaluation. A field is called like its option, with `_` for `-` (and `lambda_` for lambda).
 
     None or an empty list means the protocol's or the device's own default.
+    classes: that the data set must have; None for any number
     """
 
     checkpoint: list[str] = field(default_factory=list)
@@ -27,12 +29,15 @@ class Request:
     allow_missing: list[str] = field(default_factory=list)
     data: str | None = None
     allow_class_mismatch: bool = False
+    classes: int | None = None
     subset: list[str] = field(default_factory=lambda: ["low-shot"])
     probe: list[str] = field(default_factory=lambda: ["logistic"])
     tap: str | None = None
     lambda_: list[float] = field(default_factory=list)
     k: list[int] = field(default_factory=list)
     temperature: list[float] = field(default_factory=list)
+    linear: LinearRecipe = field(default_factory=LinearRecipe)
+    linear_augmented: AugmentedRecipe = field(default_factory=AugmentedRecipe)
     solver: str = "auto"
     device: str = "auto"
     precision: str | None = None

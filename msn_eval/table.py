@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 
 from msn_eval.result import Result
 
+_IN_TITLES = (
+    "k",
+    "temperature",
+)  # settings that stand in a column's title; others where they tell it from its neighbours
 _SUBSET_ORDER = ("1img", "2imgs", "5imgs", "1pct", "10pct", "full")
 _PROBE_ORDER = ("logistic", "linear", "linear-augmented", "knn", "ncm", "ridge", "finetune")
 Place = tuple[str, str | None, str]  # weights_sha256, key and protocol_id: what a cell is of
@@ -242,7 +246,7 @@ def _columns(results: Sequence[Result]) -> list[Column]:
     by_protocol = {result.protocol_id: result for result in results}
     groups: defaultdict[str, list[Result]] = defaultdict(list)
     for result in by_protocol.values():
-        params = {name: value for name, value in result.probe.params.items() if name != "lambda"}
+        params = {name: result.probe.params[name] for name in _IN_TITLES if name in result.probe.params}
         groups[json.dumps([result.probe.name, params], sort_keys=True)].append(result)
     return [
         _column(result, reason)
@@ -291,7 +295,10 @@ def _reasons(group: Sequence[Result]) -> list[str]:
     )
     reasons = []
     for result, leaves in zip(group, flat, strict=True):
-        parts = [f"{key}={_short(leaves.get(key), [one.get(key) for one in flat])}" for key in sorted(differing)]
+        parts = [
+            f"{key.removeprefix('probe.params.')}={_short(leaves.get(key), [one.get(key) for one in flat])}"
+            for key in sorted(differing)
+        ]
         if named and hashed:
             digest = (
                 f" {_short(leaves.get('data.sha256'), [one.get('data.sha256') for one in flat])}"

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,7 +145,15 @@ def read_request(options: argparse.Namespace, overrides: Sequence[str]) -> Reque
     given = {name: value for name, value in vars(options).items() if name in Request.__dataclass_fields__}
     options.json_output = getattr(options, "json", False)
     config = getattr(options, "config", None)
-    return read_config(Request, file=_config_file(config) if config else None, given=given, overrides=overrides)
+    file = _config_file(config) if config else None
+    return read_config(Request, file=file, given=given, overrides=overrides, translate=_translated)
+
+
+def _translated(content: Mapping[str, object], where: str) -> Mapping[str, object]:
+    """Give a config file's content in our words: the MSN repository's linear-evaluation files are read as they are."""
+    from msn_eval.reference_evaluation import converted, is_reference
+
+    return converted(content, where=where) if is_reference(content) else content
 
 
 def _config_file(name: str) -> Path:

@@ -6,18 +6,23 @@ from msn_eval.features import Features
 from msn_eval.protocols.degenerate import check_labelled
 from msn_eval.protocols.fitted import Fitted, Setting
 from msn_eval.protocols.knn import NearestNeighbours, fit_knn, knn_settings
+from msn_eval.protocols.linear import Linear, fit_linear, linear_settings
+from msn_eval.protocols.linear_augmented import LinearAugmented, augmented_settings
 from msn_eval.protocols.logistic import Logistic, fit_logistic, logistic_settings
 from msn_eval.protocols.ncm import NearestClassMean, fit_ncm
 from msn_eval.protocols.ridge import Ridge, fit_ridge, ridge_settings
 
-__all__ = ["PROBES", "Fitted", "Probe", "Setting", "fit", "settings"]
+__all__ = ["PROBES", "FeatureProbe", "Fitted", "Probe", "Setting", "fit", "settings"]
 
-Probe = Logistic | NearestNeighbours | Ridge | NearestClassMean
+FeatureProbe = Logistic | NearestNeighbours | Ridge | NearestClassMean | Linear
+Probe = FeatureProbe | LinearAugmented
 PROBES = {
     "logistic": "L2-regularised multinomial regression, the protocol of the MSN tables",
     "knn": "weighted nearest neighbours, every k and temperature from one search",
     "ridge": "ridge regression onto classes, its strength by exact leave-one-out error",
     "ncm": "nearest class mean",
+    "linear": "a linear layer by SGD, chosen from a grid of learning rates and weight decays on held-out labelled images",
+    "linear-augmented": "norm and linear layer by SGD on the frozen encoder's features of random crops and flips",
 }
 
 
@@ -32,9 +37,13 @@ def settings(probe: Probe, n: int) -> tuple[dict[str, int | float], ...]:
             return ridge_settings()
         case NearestClassMean():
             return ({},)
+        case Linear():
+            return linear_settings(probe)
+        case LinearAugmented():
+            return augmented_settings(probe)
 
 
-def fit(probe: Probe, train: Features, device: torch.device) -> Fitted:
+def fit(probe: FeatureProbe, train: Features, device: torch.device) -> Fitted:
     """Fit every setting of `probe` to labelled features. The validation features are not here, so nothing can be
     chosen on them.
 
@@ -50,3 +59,5 @@ def fit(probe: Probe, train: Features, device: torch.device) -> Fitted:
             return fit_ridge(probe, train, device)
         case NearestClassMean():
             return fit_ncm(probe, train, device)
+        case Linear():
+            return fit_linear(probe, train, device)

@@ -14,6 +14,7 @@ _OWN_OF_PROBE = ("certificate", "objective", "iterations", "chosen")
 _PASS_SECONDS = ("extract", "images_per_second", "decode_share", "encode_share")
 _PARTS = ("asked", "who", "how", "pass", "split", "created", "chosen")
 _OPTIONS = {"lambda": "--lambda", "k": "--k", "temperature": "--temperature"}
+_SECTIONS = ("linear", "linear-augmented")  # of a config, called as their probe is, with its settings as keys
 
 
 def command_of(result: Result) -> str:
@@ -31,6 +32,9 @@ def _command(result: Result) -> dict[str, str]:
     asked = ["--data", result.data.name, "--probe", result.probe.name]
     for name, option in _OPTIONS.items():
         asked += [option, repr(result.probe.params[name])] if name in result.probe.params else []
+    if result.probe.name in _SECTIONS:
+        section = result.probe.name.replace("-", "_")
+        asked += [f"{section}.{name}={value!r}" for name, value in result.probe.params.items()]
     protocol, by_hand = result.protocol, result.protocol.get("by_hand")
     for name, value in sorted(by_hand.items()) if isinstance(by_hand, Mapping) else ():
         asked += [] if name == "seed" else [f"--{name.replace('_', '-')}", str(value)]  # which stands in any command
