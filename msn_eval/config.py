@@ -1,6 +1,6 @@
 """Config: a YAML file, options and `key=value` overrides into a frozen dataclass; unknown keys are refused."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_origin
@@ -19,8 +19,8 @@ def read_config(
 ) -> _Record:
     """Build a `kind` from its defaults, then `file`, then `given`, then `overrides`, the last one winning.
 
-    file:      YAML with the fields' names; `-` stands for `_`
-    overrides: `key=value`, the value in YAML
+    file:      YAML with the fields' names; `-` stands for `_`; a field that is a record is a section with its own
+    overrides: `key=value`, the value in YAML; `section.key=value` for a record's field
     Raises UsageError naming the file and the key for unknown keys and values of the wrong type.
     """
     from omegaconf import OmegaConf
@@ -31,22 +31,49 @@ def read_config(
         layers.append((str(file), _read_yaml(file)))
     layers.append(("options", given or {}))
     layers += [(f"override {text!r}", _read_override(kind, text)) for text in overrides]
-    config = OmegaConf.structured(kind)
-    OmegaConf.set_readonly(config, False)  # it inherits that from frozen dataclasses
+    config: Any = OmegaConf.structured(kind)
+    for part in (config, *(section for section in config.values() if OmegaConf.is_dict(section))):
+        OmegaConf.set_readonly(part, False)  # they inherit that from frozen dataclasses
     for where, layer in layers:
-        for key, value in layer.items():
-            name = _field_name(kind, key, where)
+        for owner, path, value in _settings(kind, layer, where):
+            name = path[-1]
             try:
-                OmegaConf.update(config, name, _as_field(kind, name, value))
+                OmegaConf.update(config, ".".join(path), _as_field(owner, name, value))
                 settled: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-                if isinstance(settled[name], list) and any(isinstance(part, list | dict) for part in settled[name]):
+                for part in path:
+                    settled = settled[part]
+                if isinstance(settled, list) and any(isinstance(part, list | dict) for part in settled):
                     raise ValidationError("a list or mapping inside the list")
             except OmegaConfBaseException as error:
                 reason = str(error).partition("\n")[0]
+                shown = ".".join(part.rstrip("_") for part in path)
                 raise UsageError(
-                    f"{name.rstrip('_')}: {reason}", where=where, remedy=f"It takes: {_described(kind, name)}."
+                    f"{shown}: {reason}", where=where, remedy=f"It takes: {_described(owner, name)}."
                 ) from error
     return cast(_Record, OmegaConf.to_object(config))
+
+
+def _settings(
+    kind: type[object], layer: Mapping[str, object], where: str
+) -> Iterator[tuple[type[object], tuple[str, ...], object]]:
+    """Give every value of a layer with its place, and the record that it is a field of."""
+    for key, value in layer.items():
+        first, dot, rest = key.partition(".")
+        section = _section(kind, _field_name(kind, first, where)) if dot or isinstance(value, Mapping) else None
+        if section is None:
+            yield kind, (_field_name(kind, key, where),), value
+            continue
+        name = _field_name(kind, first, where)
+        content = {rest: value} if dot else {str(one): inner for one, inner in cast(Any, value).items()}
+        for owner, path, inner in _settings(section, content, where):
+            yield owner, (name, *path), inner
+
+
+def _section(kind: type[object], name: str) -> type[object] | None:
+    """Give the record that a field holds, None where it holds none."""
+    assert is_dataclass(kind)
+    held = next(one.type for one in fields(kind) if one.name == name)
+    return held if isinstance(held, type) and is_dataclass(held) else None
 
 
 def _read_yaml(file: Path) -> dict[str, object]:
@@ -80,14 +107,15 @@ def _read_override(kind: type[object], text: str) -> dict[str, object]:
     except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise UsageError(f"{text!r}: the value is no YAML", remedy="Quote it for the shell.") from error
     read = content["value"]
-    if isinstance(read, int | float) and _is_text(kind, _field_name(kind, key, f"override {text!r}")):
+    if isinstance(read, int | float) and _is_text(kind, key, f"override {text!r}"):
         return {key: value.strip()}  # as its option gives it: YAML would make 7 of a folder called 007
     return {key: read}
 
 
-def _is_text(kind: type[object], name: str) -> bool:
-    assert is_dataclass(kind)
-    return any(one.name == name and one.type in (str, str | None) for one in fields(kind))
+def _is_text(kind: type[object], key: str, where: str) -> bool:
+    ((owner, path, _),) = _settings(kind, {key: 0}, where)
+    assert is_dataclass(owner)
+    return any(one.name == path[-1] and one.type in (str, str | None) for one in fields(owner))
 
 
 def _field_name(kind: type[object], key: str, where: str) -> str:

@@ -30,8 +30,9 @@ from msn_eval.file_hashes import content_sha256
 from msn_eval.images import ImageSet
 from msn_eval.metrics import measure
 from msn_eval.plan import Plan, Task, cache_folder, make_plan
-from msn_eval.protocols import Setting, fit
+from msn_eval.protocols import Finetune, Setting, fit
 from msn_eval.protocols.degenerate import describe_collapse
+from msn_eval.protocols.finetune_state import remove_states
 from msn_eval.ranking import rank_labels
 from msn_eval.request import Request
 from msn_eval.result import (
@@ -190,8 +191,18 @@ class Preparation:
     pending: tuple[Task, ...]
 
     @property
+    def frozen(self) -> tuple[Task, ...]:
+        """Give what is left to measure on features, which all of it shares."""
+        return tuple(task for task in self.pending if not isinstance(task.probe, Finetune))
+
+    @property
+    def tuned(self) -> tuple[Task, ...]:
+        """Give what is left to fine-tune, each from images."""
+        return tuple(task for task in self.pending if isinstance(task.probe, Finetune))
+
+    @property
     def pending_taps(self) -> tuple[str, ...]:
-        return tuple({self.taps[task.probe.tap]: None for task in self.pending})
+        return tuple({self.taps[task.probe.tap]: None for task in self.frozen})
 
 
 def prepare(plan: Plan, name: str) -> Preparation:
@@ -286,6 +297,37 @@ def _shared_facts(plan: Plan, encoder: Encoder) -> dict[str, str]:
 
 
 def _measure(plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None) -> Iterator[_Outcome]:
+    """Measure what is left: on features first, then whatever changes the encoder."""
+    if ready.frozen:
+        yield from _measure_frozen(plan, ready, group, on_progress)
+    for task in ready.tuned:
+        yield from _measure_tuned(plan, ready.encoder, task, group, on_progress)
+
+
+def _measure_tuned(
+    plan: Plan, encoder: Encoder, task: Task, group: Group, on_progress: Progress | None
+) -> Iterator[_Outcome]:
+    """Fine-tune for one task, all ranks together, and yield on the first."""
+    from msn_eval.finetuning import finetune_task, states_of  # timm's parts for training, which no other probe needs
+
+    started = time.perf_counter()
+    result_id = _result_id(encoder, task)
+    named = _named(on_progress, f"{encoder.checkpoint.name}: fine-tuning on {task.subset.name}@{task.subset.draw}")
+    try:
+        done = finetune_task(plan, encoder, task, result_id=result_id, group=group, on_progress=named)
+    except NumericalError as error:
+        if group.rank == 0:
+            yield _Measurement(plan, encoder, task, _Cost(0.0, automatic_batch_size(encoder))).failed(error), None
+        return
+    if group.rank != 0:
+        return
+    measurement = _Measurement(plan, encoder, task, _Cost(0.0, done.part))
+    seconds = time.perf_counter() - started
+    yield measurement.done(done.setting, done.predictions, done.dim, seconds), done.predictions
+    remove_states(states_of(plan, result_id))
+
+
+def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None) -> Iterator[_Outcome]:
     """Extract the features that the pending tasks need, each image once, and fit and score probe by probe."""
     encoder = ready.encoder
     started = time.perf_counter()
@@ -294,7 +336,7 @@ def _measure(plan: Plan, ready: Preparation, group: Group, on_progress: Progress
             pool, test = _both_splits(plan, ready, group, on_progress)
     except NumericalError as error:
         cost = _Cost(time.perf_counter() - started, plan.request.batch_images or automatic_batch_size(encoder))
-        yield from ((_Measurement(plan, encoder, task, cost).failed(error), None) for task in ready.pending)
+        yield from ((_Measurement(plan, encoder, task, cost).failed(error), None) for task in ready.frozen)
         return
     if group.rank != 0:
         return
@@ -307,7 +349,7 @@ def _measure(plan: Plan, ready: Preparation, group: Group, on_progress: Progress
         for part, features in (("labelled", pool.features[tap]), ("validation", test.features[tap])):
             if told := describe_collapse(features.values):
                 _log.warning("%s: tap %s, %s images: %s", encoder.checkpoint.name, tap, part, told)
-    for _, tasks in groupby(ready.pending, key=lambda task: (id(task.subset), task.probe)):
+    for _, tasks in groupby(ready.frozen, key=lambda task: (id(task.subset), task.probe)):
         measurements = [_Measurement(plan, encoder, task, cost) for task in tasks]
         tap = ready.taps[measurements[0].task.probe.tap]
         yield from _probe(measurements, pool.features[tap], test.features[tap])
@@ -353,7 +395,7 @@ def _both_splits(
 
 def pending_pool(plan: Plan, ready: Preparation) -> ImageSet:
     """Give the labelled images that the pending tasks need, the union of their draws."""
-    return union_of(list({id(task.subset): task.subset for task in ready.pending}.values()), plan.train)
+    return union_of(list({id(task.subset): task.subset for task in ready.frozen}.values()), plan.train)
 
 
 def loading_of(request: Request) -> Loading:
@@ -407,6 +449,7 @@ def _probe(measurements: Sequence[_Measurement], pool: Features, test: Features)
                 train_hashes=first.plan.train_hashes,
                 val_hashes=first.plan.val_hashes,
             )
+        assert not isinstance(first.task.probe, Finetune)
         fitted = fit(first.task.probe, labelled, first.plan.device)
         fit_seconds = time.perf_counter() - started
         scored = time.perf_counter()

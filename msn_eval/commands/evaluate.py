@@ -71,6 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     files.add_argument("--config", metavar="FILE", help="YAML of these names; `key=value` arguments override it")
     files.add_argument("--out", metavar="DIR", help="results; an earlier run's folder is continued; default runs")
+    files.add_argument("--save", metavar="DIR", help="finetune: the network, as a folder that transformers loads")
     files.add_argument("--cache", metavar="DIR", help="what can be computed again; default the user's cache folder")
     files.add_argument("--no-cache", action="store_true", help="neither read nor write it")
     files.add_argument("--dry-run", action="store_true", help="print the plan and stop")

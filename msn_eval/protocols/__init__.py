@@ -3,6 +3,7 @@
 import torch
 
 from msn_eval.features import Features
+from msn_eval.finetune_recipe import Finetune
 from msn_eval.protocols.degenerate import check_labelled
 from msn_eval.protocols.fitted import Fitted, Setting
 from msn_eval.protocols.knn import NearestNeighbours, fit_knn, knn_settings
@@ -10,14 +11,16 @@ from msn_eval.protocols.logistic import Logistic, fit_logistic, logistic_setting
 from msn_eval.protocols.ncm import NearestClassMean, fit_ncm
 from msn_eval.protocols.ridge import Ridge, fit_ridge, ridge_settings
 
-__all__ = ["PROBES", "Fitted", "Probe", "Setting", "fit", "settings"]
+__all__ = ["PROBES", "FeatureProbe", "Finetune", "Fitted", "Probe", "Setting", "fit", "settings"]
 
-Probe = Logistic | NearestNeighbours | Ridge | NearestClassMean
+FeatureProbe = Logistic | NearestNeighbours | Ridge | NearestClassMean
+Probe = FeatureProbe | Finetune
 PROBES = {
     "logistic": "L2-regularised multinomial regression, the protocol of the MSN tables",
     "knn": "weighted nearest neighbours, every k and temperature from one search",
     "ridge": "ridge regression onto classes, its strength by exact leave-one-out error",
     "ncm": "nearest class mean",
+    "finetune": "encoder and head trained together, from images; never in one column with frozen features",
 }
 
 
@@ -32,9 +35,11 @@ def settings(probe: Probe, n: int) -> tuple[dict[str, int | float], ...]:
             return ridge_settings()
         case NearestClassMean():
             return ({},)
+        case Finetune():
+            return (probe.params,)
 
 
-def fit(probe: Probe, train: Features, device: torch.device) -> Fitted:
+def fit(probe: FeatureProbe, train: Features, device: torch.device) -> Fitted:
     """Fit every setting of `probe` to labelled features. The validation features are not here, so nothing can be
     chosen on them.
 

@@ -1,0 +1,69 @@
+"""Process group: the ranks of a job as torch.distributed knows them, for what must be summed over them at every step."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed
+
+from msn_eval.distributed import Group, barrier
+from msn_eval.errors import DistributedError
+
+_TIMEOUT = timedelta(hours=1)  # the group's own line tells much sooner of a rank that is lost
+_LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting")
+
+
+@contextmanager
+def joined(group: Group, device: torch.device) -> Iterator[None]:
+    """Have a process group inside: gloo on CPUs, NCCL on GPUs. For one rank alone, or where there is one, nothing is done.
+
+    What the transport says of a rank that is gone becomes DistributedError, with what that rank told of itself.
+    """
+    if group.world == 1:
+        yield
+        return
+    own = not distributed.is_initialized()
+    try:
+        if own:
+            barrier(group, "process group")  # whoever is late is waited for without a limit
+            distributed.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                rank=group.rank,
+                world_size=group.world,
+                timeout=_TIMEOUT,
+                device_id=device if device.type == "cuda" else None,
+            )
+        yield
+    except (RuntimeError, ValueError) as error:
+        text = str(error)
+        if not any(word in text.lower() for word in _LOST):
+            raise
+        barrier(group, "lost rank")  # which ends with what the lost one told
+        raise DistributedError(
+            f"rank {group.rank} has lost another rank: {text.partition(chr(10))[0][:300]}",
+            remedy="See what the other ranks say.",
+        ) from error
+    finally:
+        if own and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def sum_over_ranks(group: Group, tensors: Sequence[Tensor]) -> None:
+    """Put the sum over ranks into each tensor, all of one dtype and device, by one sum in their order: it adds the same numbers
+    in the same order at every step."""
+    if group.world == 1:
+        return
+    flat = torch.cat([one.reshape(-1) for one in tensors])
+    distributed.all_reduce(flat)
+    for one, part in zip(tensors, torch.split(flat, [one.numel() for one in tensors]), strict=True):
+        one.copy_(part.view_as(one))
+
+
+def rows_of_all_ranks(group: Group, rows: Tensor) -> Tensor:
+    """Put the rows of all ranks below each other, in the order of ranks; each may have another number of them."""
+    if group.world == 1:
+        return rows
+    told: list[Tensor | None] = [None] * group.world
+    distributed.all_gather_object(told, rows.cpu())
+    return torch.cat([one for one in told if one is not None])
