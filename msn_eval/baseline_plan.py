@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from msn_eval.baseline import Baseline, BaselineProtocol
 from msn_eval.errors import ComparisonError
+from msn_eval.finetune_recipe import Finetune, recipe_of
 from msn_eval.plan import Plan, make_plan
 from msn_eval.protocol_difference import nearest_protocol
 from msn_eval.request import Request
@@ -30,9 +31,11 @@ def make_baseline_plans(baseline: Baseline, request: Request) -> list[Plan]:
 
 def _alike(entries: Sequence[BaselineProtocol]) -> Iterable[list[BaselineProtocol]]:
     """Give the protocols by subset and probe: only these can be asked for in one request without asking for more."""
-    found: defaultdict[tuple[str, str], list[BaselineProtocol]] = defaultdict(list)
+    found: defaultdict[tuple[str, ...], list[BaselineProtocol]] = defaultdict(list)
     for entry in entries:
-        found[entry.protocol["subset"]["name"], entry.protocol["probe"]["name"]].append(entry)
+        probe = entry.protocol["probe"]
+        recipe = str(probe["params"]) if probe["name"] == Finetune.name else ""  # a request has one
+        found[entry.protocol["subset"]["name"], probe["name"], recipe].append(entry)
     return found.values()
 
 
@@ -40,6 +43,7 @@ def _plan(entries: Sequence[BaselineProtocol], request: Request) -> Plan:
     protocol = entries[0].protocol
     params = [cast(Params, entry.protocol["probe"]["params"]) for entry in entries]
     by_hand = cast(dict[str, Any], protocol["by_hand"])
+    given = {**by_hand, **_finetuning(params[0])} if protocol["probe"]["name"] == Finetune.name else by_hand
     precision = "fp32" if protocol["precision"] == "exact" else str(entries[0].made_with["precision"])
     return make_plan(
         replace(
@@ -51,9 +55,13 @@ def _plan(entries: Sequence[BaselineProtocol], request: Request) -> Plan:
             temperature=_values(params, "temperature"),
             precision=precision,
             on_bad_image="error" if protocol["skipped"] is None else "skip",
-            **by_hand,
+            **given,
         )
     )
+
+
+def _finetuning(params: Params) -> dict[str, Any]:
+    return {"finetune": recipe_of(params), "seed": int(params["seed"])}
 
 
 def _values(params: Sequence[Params], name: str) -> list[float]:

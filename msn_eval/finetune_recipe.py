@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 from msn_eval.errors import UsageError
 
@@ -14,6 +15,7 @@ class FinetuneRecipe:
     epochs:              passes over the labelled images
     batch:               images a step, all ranks and accumulated parts together; never more than there are images
     blocks:              last blocks that are trained, with the final norm and the head; 0: these two alone; None: all weights
+    head_lambda:         strength of the logistic regression that the head starts from; 0: it starts from zeros
     learning_rate:       of the head after the warm-up; `smallest_rate` at the end of the cosine
     warmup_epochs:       in which the rate rises from 0
     layer_decay:         factor of the learning rate from each layer to the one below it; 1: all alike
@@ -33,6 +35,7 @@ class FinetuneRecipe:
     epochs: int = 50
     batch: int = 512
     blocks: int | None = None
+    head_lambda: float = 0.0
     learning_rate: float = 1e-3
     smallest_rate: float = 1e-6
     warmup_epochs: int = 5
@@ -58,7 +61,7 @@ class FinetuneRecipe:
                 raise _out_of_range(name, value, f"a whole number of at least {least}")
         for name in ("learning_rate",):
             _check(name, getattr(self, name), above=0.0)
-        for name in ("smallest_rate", "weight_decay", "clip", "mixup", "cutmix", "randaugment_std"):
+        for name in ("head_lambda", "smallest_rate", "weight_decay", "clip", "mixup", "cutmix", "randaugment_std"):
             _check(name, getattr(self, name), least=0.0)
         for name in ("layer_decay", "crop_share"):
             _check(name, getattr(self, name), above=0.0, most=1.0)
@@ -94,11 +97,12 @@ class Finetune:
     seed: of the order of the images, their augmentation and mixing, and drop path
     """
 
+    name: ClassVar[str] = "finetune"
+    version: ClassVar[int] = 1
+    tap: ClassVar[str] = "cls-norm"
+
     recipe: FinetuneRecipe = field(default_factory=FinetuneRecipe)
     seed: int = 0
-    name: str = "finetune"
-    version: int = 1
-    tap: str = "cls-norm"
 
     @property
     def params(self) -> dict[str, int | float]:

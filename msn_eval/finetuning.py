@@ -20,10 +20,11 @@ from msn_eval.images import ImageSet, eval_transform
 from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
 from msn_eval.plan import Plan, Task
 from msn_eval.process_group import joined
-from msn_eval.protocols.finetune import Labelled, Pace, Progress, Tuned, finetune, score_images
+from msn_eval.protocols.finetune import Progress, Tuned, finetune
 from msn_eval.protocols.finetune_state import StateFiles
 from msn_eval.protocols.fitted import Setting
 from msn_eval.protocols.trainee import Trainee, build_trainee
+from msn_eval.protocols.trainee_outputs import Labelled, Pace, score_images
 from msn_eval.ranking import rank_labels
 from msn_eval.result import Predictions
 from msn_eval.weights.classifier import Head, check_saved_place, classifier_content, write_classifier

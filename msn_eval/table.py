@@ -10,6 +10,10 @@ from msn_eval.result import Result
 
 _SUBSET_ORDER = ("1img", "2imgs", "5imgs", "1pct", "10pct", "full")
 _PROBE_ORDER = ("logistic", "linear", "linear-augmented", "knn", "ncm", "ridge", "finetune")
+_TOLD_BY_GROUP = (
+    "k",
+    "temperature",
+)  # the other settings of a probe are told where they differ, lambda with its column
 Place = tuple[str, str | None, str]  # weights_sha256, key and protocol_id: what a cell is of
 
 
@@ -242,7 +246,7 @@ def _columns(results: Sequence[Result]) -> list[Column]:
     by_protocol = {result.protocol_id: result for result in results}
     groups: defaultdict[str, list[Result]] = defaultdict(list)
     for result in by_protocol.values():
-        params = {name: value for name, value in result.probe.params.items() if name != "lambda"}
+        params = {name: value for name, value in result.probe.params.items() if name in _TOLD_BY_GROUP}
         groups[json.dumps([result.probe.name, params], sort_keys=True)].append(result)
     return [
         _column(result, reason)

@@ -254,6 +254,8 @@ def _cost(forecasts: "Sequence[Forecast]", ranks: int) -> str:
     parts = [f"{finished:,} results are there already"] if finished else []
     parts.append(f"{read:,} images to read ({size:,} bytes, {passes} pass{'' if passes == 1 else 'es'})")
     parts.append(f"{reused:,} features to reuse")
+    if tuned := sum(one.tuned for one in forecasts):
+        parts.append(f"fine-tuning on {tuned:,} images, seen again and again")
     if measured := [one.seconds for one in forecasts if one.seconds is not None]:
         parts.append(f"about {_duration(sum(measured) / ranks)}")
     return ", ".join(parts)

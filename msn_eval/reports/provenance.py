@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from msn_eval.errors import printable
+from msn_eval.finetune_recipe import Finetune, recipe_of
 from msn_eval.metrics import wilson_interval
 from msn_eval.result import SCHEMA, Result, canonical_json
 
@@ -31,6 +32,8 @@ def _command(result: Result) -> dict[str, str]:
     asked = ["--data", result.data.name, "--probe", result.probe.name]
     for name, option in _OPTIONS.items():
         asked += [option, repr(result.probe.params[name])] if name in result.probe.params else []
+    if result.probe.name == Finetune.name:
+        asked += [f"finetune.{name}={value!r}" for name, value in recipe_of(result.probe.params).differing.items()]
     protocol, by_hand = result.protocol, result.protocol.get("by_hand")
     for name, value in sorted(by_hand.items()) if isinstance(by_hand, Mapping) else ():
         asked += [f"--{name.replace('_', '-')}", str(value)]
