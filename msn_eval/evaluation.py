@@ -24,7 +24,7 @@ from msn_eval.decoders import decoder_version
 from msn_eval.distributed import ALONE, Group, agree, decided
 from msn_eval.encoder import Encoder, build_encoder, resolve_tap, unchanged
 from msn_eval.environment import describe_environment
-from msn_eval.errors import NumericalError, StoreError
+from msn_eval.errors import NumericalError, StoreError, UsageError
 from msn_eval.features import Extraction, Features, Loading, automatic_batch_size, extract_features
 from msn_eval.file_hashes import content_sha256
 from msn_eval.images import ImageSet
@@ -266,6 +266,7 @@ def evaluate_checkpoint(
     if group.rank == 0:
         if not plan.request.canary:
             prepare_folder(out, option="--out")
+        _refuse_unsaved(plan, ready)
         yield from ready.known
     # The first rank's look into the result folder is everyone's: it may write there while others still read.
     places = [str(place) for place, task in enumerate(plan.tasks) if task in ready.pending]
@@ -278,6 +279,25 @@ def evaluate_checkpoint(
             if not plan.request.canary:
                 write_result(out, result, predictions)
             yield result
+
+
+def _refuse_unsaved(plan: Plan, ready: Preparation) -> None:
+    """Raise UsageError where a network is to be saved that an earlier run has measured and not kept."""
+    if plan.request.save is None:
+        return
+    from msn_eval.finetuning import saved_folder
+    from msn_eval.weights.classifier import saved_result
+
+    pending = set(map(id, ready.pending))
+    for task in plan.tasks:
+        if isinstance(task.probe, Finetune) and id(task) not in pending:
+            folder, result_id = saved_folder(plan, ready.encoder, task), _result_id(ready.encoder, task)
+            if saved_result(folder) != result_id:
+                raise UsageError(
+                    f"--save: {result_id} is measured already in {plan.request.out}, and its network was not kept",
+                    where=str(folder),
+                    remedy="Train it again with another --out.",
+                )
 
 
 def _shared_facts(plan: Plan, encoder: Encoder) -> dict[str, str]:
