@@ -9,6 +9,8 @@ from msn_eval.errors import UsageError
 from msn_eval.finetune_recipe import Finetune, FinetuneRecipe, recipe_of
 from msn_eval.request import Request
 
+_CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
+
 
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -64,7 +66,7 @@ def test_section_given_as_a_number_is_refused() -> None:
         read_config(Request, overrides=["finetune=3"])
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs/eval").glob("finetune*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(_CONFIGS.glob("finetune*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipe_can_be_read_and_fine_tunes(path: Path) -> None:
     assert read_config(Request, file=path).probe == ["finetune"]
 
