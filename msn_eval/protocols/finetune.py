@@ -19,6 +19,7 @@ from msn_eval.distributed import ALONE, Group, barrier, decided
 from msn_eval.encoder import Precision, exact_float32
 from msn_eval.errors import StoreError
 from msn_eval.finetune_recipe import Finetune
+from msn_eval.process_group import broadcast_from_first
 from msn_eval.protocols.finetune_state import FinetuneState, StateFiles, read_state, write_state
 from msn_eval.protocols.finetune_step import Run, Setup, own_rows, take_step
 from msn_eval.protocols.trainee import Trainee, build_optimizer
@@ -114,16 +115,9 @@ def _resume(setup: Setup, run: Run) -> None:
         return
     # Ranks on other hosts may not see the first one's folder; what it reads is everyone's.
     state = read_state(setup.states) if setup.group.rank == 0 else None
-    found = decided(setup.group, "state", lambda: "" if state is None else str(state.step))
-    if not found:
+    if not decided(setup.group, "state", lambda: "" if state is None else str(state.step)):
         return
-    if setup.group.world > 1:
-        from torch import distributed
-
-        told = [state]
-        distributed.broadcast_object_list(told, src=0)
-        state = told[0]
-    assert state is not None
+    state = broadcast_from_first(setup.group, state)
     with torch.no_grad():
         for name, one in run.trainee.trained.items():
             one.copy_(state.network[name])
