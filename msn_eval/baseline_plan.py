@@ -9,6 +9,7 @@ from msn_eval.baseline import Baseline, BaselineProtocol
 from msn_eval.errors import ComparisonError
 from msn_eval.finetune_recipe import Finetune, recipe_of
 from msn_eval.plan import Plan, make_plan
+from msn_eval.probe_recipe import AugmentedRecipe, LinearRecipe
 from msn_eval.protocol_difference import nearest_protocol
 from msn_eval.request import Request
 
@@ -30,29 +31,33 @@ def make_baseline_plans(baseline: Baseline, request: Request) -> list[Plan]:
 
 
 def _alike(entries: Sequence[BaselineProtocol]) -> Iterable[list[BaselineProtocol]]:
-    """Give the protocols by subset and probe: only these can be asked for in one request without asking for more."""
-    found: defaultdict[tuple[str, ...], list[BaselineProtocol]] = defaultdict(list)
+    """Give the protocols by subset and probe, and by a recipe where that is one protocol by itself: only these can be asked
+    for in one request without asking for more."""
+    found: defaultdict[tuple[str, str, str], list[BaselineProtocol]] = defaultdict(list)
     for entry in entries:
         probe = entry.protocol["probe"]
-        recipe = str(probe["params"]) if probe["name"] == Finetune.name else ""  # a request has one
+        recipe = str(probe["params"]) if probe["name"] in ("linear", "linear-augmented", Finetune.name) else ""
         found[entry.protocol["subset"]["name"], probe["name"], recipe].append(entry)
     return found.values()
 
 
 def _plan(entries: Sequence[BaselineProtocol], request: Request) -> Plan:
     protocol = entries[0].protocol
+    name = protocol["probe"]["name"]
     params = [cast(Params, entry.protocol["probe"]["params"]) for entry in entries]
     by_hand = cast(dict[str, Any], protocol["by_hand"])
-    given = {**by_hand, **_finetuning(params[0])} if protocol["probe"]["name"] == Finetune.name else by_hand
+    given = {**by_hand, **_finetuning(params[0])} if name == Finetune.name else by_hand
     precision = "fp32" if protocol["precision"] == "exact" else str(entries[0].made_with["precision"])
     return make_plan(
         replace(
             request,
             subset=[protocol["subset"]["name"]],
-            probe=[protocol["probe"]["name"]],
+            probe=[name],
             lambda_=_values(params, "lambda"),
             k=[int(k) for k in _values(params, "k")],
             temperature=_values(params, "temperature"),
+            linear=LinearRecipe(**cast(dict[str, Any], params[0])) if name == "linear" else request.linear,
+            linear_augmented=_augmented(params[0]) if name == "linear-augmented" else request.linear_augmented,
             precision=precision,
             on_bad_image="error" if protocol["skipped"] is None else "skip",
             **given,
@@ -62,6 +67,11 @@ def _plan(entries: Sequence[BaselineProtocol], request: Request) -> Plan:
 
 def _finetuning(params: Params) -> dict[str, Any]:
     return {"finetune": recipe_of(params), "seed": int(params["seed"])}
+
+
+def _augmented(params: Params) -> AugmentedRecipe:
+    rate = float(params["lr"])
+    return replace(AugmentedRecipe(lr=[rate]), **{name: value for name, value in params.items() if name != "lr"})
 
 
 def _values(params: Sequence[Params], name: str) -> list[float]:

@@ -22,6 +22,7 @@ _VERBS = (
     "baseline",
     "check",
     "reproduce",
+    "watch",
     "show",
     "verify",
     "inspect",

@@ -1,7 +1,7 @@
 """Config: a YAML file, options and `key=value` overrides into a frozen dataclass; unknown keys are refused."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_origin
 
@@ -16,11 +16,13 @@ def read_config(
     file: Path | None = None,
     given: Mapping[str, object] | None = None,
     overrides: Iterable[str] = (),
+    translate: Callable[[Mapping[str, object], str], Mapping[str, object]] | None = None,
 ) -> _Record:
     """Build a `kind` from its defaults, then `file`, then `given`, then `overrides`, the last one winning.
 
-    file:      YAML with the fields' names; `-` stands for `_`; a field that is a record is a section with its own
-    overrides: `key=value`, the value in YAML; `section.key=value` for a record's field
+    file:      YAML with the fields' names; `-` stands for `_`
+    overrides: `key=value`, the value in YAML
+    translate: makes a `kind`'s fields of the file's content and place, where the file may be another program's
     Raises UsageError naming the file and the key for unknown keys and values of the wrong type.
     """
     from omegaconf import OmegaConf
@@ -28,52 +30,55 @@ def read_config(
 
     layers: list[tuple[str, Mapping[str, object]]] = []
     if file is not None:
-        layers.append((str(file), _read_yaml(file)))
+        content: Mapping[str, object] = _read_yaml(file)
+        layers.append((str(file), content if translate is None else translate(content, str(file))))
     layers.append(("options", given or {}))
     layers += [(f"override {text!r}", _read_override(kind, text)) for text in overrides]
     config: Any = OmegaConf.structured(kind)
-    for part in (config, *(section for section in config.values() if OmegaConf.is_dict(section))):
+    for part in (config, *(section for section in config.values() if OmegaConf.is_config(section))):
         OmegaConf.set_readonly(part, False)  # they inherit that from frozen dataclasses
     for where, layer in layers:
-        for owner, path, value in _settings(kind, layer, where):
-            name = path[-1]
+        for section, owner, name, value in _leaves(kind, layer, where):
             try:
-                OmegaConf.update(config, ".".join(path), _as_field(owner, name, value))
+                OmegaConf.update(config, f"{section}{name}", _as_field(owner, name, value))
                 settled: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-                for part in path:
-                    settled = settled[part]
-                if isinstance(settled, list) and any(isinstance(part, list | dict) for part in settled):
+                settled = settled[section[:-1]] if section else settled
+                if isinstance(settled[name], list) and any(isinstance(part, list | dict) for part in settled[name]):
                     raise ValidationError("a list or mapping inside the list")
             except OmegaConfBaseException as error:
                 reason = str(error).partition("\n")[0]
-                shown = ".".join(part.rstrip("_") for part in path)
                 raise UsageError(
-                    f"{shown}: {reason}", where=where, remedy=f"It takes: {_described(owner, name)}."
+                    f"{section}{name.rstrip('_')}: {reason}",
+                    where=where,
+                    remedy=f"It takes: {_described(owner, name)}.",
                 ) from error
     return cast(_Record, OmegaConf.to_object(config))
 
 
-def _settings(
+def _leaves(
     kind: type[object], layer: Mapping[str, object], where: str
-) -> Iterator[tuple[type[object], tuple[str, ...], object]]:
-    """Give every value of a layer with its place, and the record that it is a field of."""
+) -> Iterator[tuple[str, type[object], str, object]]:
+    """Give each value of a layer with its section (`linear.`, or nothing), the record that it belongs to, and its field.
+
+    A section is a field that is a record itself; its keys stand below it, or behind it and a point.
+    """
     for key, value in layer.items():
-        first, dot, rest = key.partition(".")
-        section = _section(kind, _field_name(kind, first, where)) if dot or isinstance(value, Mapping) else None
-        if section is None:
-            yield kind, (_field_name(kind, key, where),), value
+        head, point, rest = key.partition(".")
+        name = _field_name(kind, head, where)
+        inner = _type_of(kind, name)
+        if not is_dataclass(inner):
+            yield "", kind, _field_name(kind, key, where), value
             continue
-        name = _field_name(kind, first, where)
-        content = {rest: value} if dot else {str(one): inner for one, inner in cast(Any, value).items()}
-        for owner, path, inner in _settings(section, content, where):
-            yield owner, (name, *path), inner
-
-
-def _section(kind: type[object], name: str) -> type[object] | None:
-    """Give the record that a field holds, None where it holds none."""
-    assert is_dataclass(kind)
-    held = next(one.type for one in fields(kind) if one.name == name)
-    return held if isinstance(held, type) and is_dataclass(held) else None
+        assert isinstance(inner, type)
+        below = {rest: value} if point else asdict(value) if isinstance(value, inner) else value
+        if not isinstance(below, Mapping):
+            raise UsageError(
+                f"{name} is a section, not a value",
+                where=where,
+                remedy=f"Write {name}.KEY=VALUE, or keys below {name}:.",
+            )
+        for one, given in below.items():
+            yield f"{name}.", inner, _field_name(inner, str(one), where, section=f"{name}."), given
 
 
 def _read_yaml(file: Path) -> dict[str, object]:
@@ -107,37 +112,36 @@ def _read_override(kind: type[object], text: str) -> dict[str, object]:
     except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise UsageError(f"{text!r}: the value is no YAML", remedy="Quote it for the shell.") from error
     read = content["value"]
-    if isinstance(read, int | float) and _is_text(kind, key, f"override {text!r}"):
+    types = [_type_of(owner, name) for _, owner, name, _ in _leaves(kind, {key: read}, f"override {text!r}")]
+    if isinstance(read, int | float) and types[0] in (str, str | None):
         return {key: value.strip()}  # as its option gives it: YAML would make 7 of a folder called 007
     return {key: read}
 
 
-def _is_text(kind: type[object], key: str, where: str) -> bool:
-    ((owner, path, _),) = _settings(kind, {key: 0}, where)
-    assert is_dataclass(owner)
-    return any(one.name == path[-1] and one.type in (str, str | None) for one in fields(owner))
+def _type_of(kind: type[object], name: str) -> object:
+    assert is_dataclass(kind)
+    return next(one.type for one in fields(kind) if one.name == name)
 
 
-def _field_name(kind: type[object], key: str, where: str) -> str:
+def _field_name(kind: type[object], key: str, where: str, *, section: str = "") -> str:
     assert is_dataclass(kind)
     names = {one.name.rstrip("_"): one.name for one in fields(kind)}
     normal = key.replace("-", "_").rstrip("_")
     if normal not in names:
         raise UsageError(
-            f"unknown key {key!r}.{nearest(normal, names)}", where=where, remedy=f"Known: {', '.join(names)}."
+            f"unknown key {section + key!r}.{nearest(normal, names)}",
+            where=where,
+            remedy=f"Known{f' in {section[:-1]}' if section else ''}: {', '.join(names)}.",
         )
     return names[normal]
 
 
 def _as_field(kind: type[object], name: str, value: object) -> object:
     """Let a list field take `a,b` or a single value, as its option does."""
-    assert is_dataclass(kind)
-    types = {one.name: one.type for one in fields(kind)}
-    if get_origin(types[name]) is not list or isinstance(value, list | tuple) or value is None:
+    if get_origin(_type_of(kind, name)) is not list or isinstance(value, list | tuple) or value is None:
         return value
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else [value]
 
 
 def _described(kind: type[object], name: str) -> str:
-    assert is_dataclass(kind)
-    return next(str(one.type) for one in fields(kind) if one.name == name)
+    return str(_type_of(kind, name))

@@ -18,6 +18,7 @@ import torch
 
 from msn_eval import __version__
 from msn_eval.atomic_file import prepare_folder
+from msn_eval.augmented_features import AugmentedImages
 from msn_eval.canary import judge_canary, random_labels, refuse_leaks
 from msn_eval.checkpoint import Checkpoint, read_checkpoint
 from msn_eval.decoders import decoder_version
@@ -30,9 +31,9 @@ from msn_eval.file_hashes import content_sha256
 from msn_eval.images import ImageSet
 from msn_eval.metrics import measure
 from msn_eval.plan import Plan, Task, cache_folder, make_plan
-from msn_eval.protocols import Finetune, Setting, fit
+from msn_eval.protocols import Finetune, Fitted, Setting, fit
 from msn_eval.protocols.degenerate import describe_collapse
-from msn_eval.protocols.finetune_state import remove_states
+from msn_eval.protocols.linear_augmented import LinearAugmented, fit_augmented
 from msn_eval.ranking import rank_labels
 from msn_eval.request import Request
 from msn_eval.result import (
@@ -51,8 +52,13 @@ from msn_eval.result import (
     write_result,
 )
 from msn_eval.subset import union_of
+from msn_eval.training_state import StateFiles, remove_states
+from msn_eval.visible_patches import PatchDrop, check_drop
 
 _log = logging.getLogger(__name__)
+_NOTHING = Extraction(
+    features={}, read=0, reused=0, seconds=0.0, decode_seconds=0.0, encode_seconds=0.0, batch_size=1 << 30
+)
 Progress = Callable[[str, int, int], None]  # what is being done, images done, images in all
 
 
@@ -208,7 +214,7 @@ class Preparation:
 def prepare(plan: Plan, name: str) -> Preparation:
     """Read one checkpoint and see what is left to measure; failed results are tried again.
 
-    Raises CheckpointError or StoreError.
+    Raises CheckpointError, StoreError, or UsageError for patches to be dropped from what has none.
     """
     request = plan.request
     checkpoint = read_checkpoint(
@@ -225,6 +231,8 @@ def prepare(plan: Plan, name: str) -> Preparation:
         image_pixels=request.image_pixels,
         compiled=request.compile,
     )
+    if (drop := drop_of(request)) is not None:
+        check_drop(encoder, drop)
     return _look_for_results(plan, encoder)
 
 
@@ -344,7 +352,7 @@ def _measure_tuned(
     measurement = _Measurement(plan, encoder, task, _Cost(0.0, done.part))
     seconds = time.perf_counter() - started
     yield measurement.done(done.setting, done.predictions, done.dim, seconds), done.predictions
-    remove_states(states_of(plan, result_id))
+    remove_states(states_of(plan, encoder, task, result_id))
 
 
 def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None) -> Iterator[_Outcome]:
@@ -358,21 +366,38 @@ def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: P
         cost = _Cost(time.perf_counter() - started, plan.request.batch_images or automatic_batch_size(encoder))
         yield from ((_Measurement(plan, encoder, task, cost).failed(error), None) for task in ready.frozen)
         return
-    if group.rank != 0:
-        return
     cost = _cost(pool, test, time.perf_counter() - started)
+    if group.rank == 0:
+        yield from _on_features(plan, ready, pool, test, cost)
+    for measurements, tap in _grouped(plan, ready, cost, augmented=True):
+        yield from _on_augmented(measurements, tap, test.features.get(tap), group)
+
+
+def _on_features(
+    plan: Plan, ready: Preparation, pool: Extraction, test: Extraction, cost: "_Cost"
+) -> Iterator[_Outcome]:
+    """Fit and score every probe that takes cached features."""
+    encoder = ready.encoder
     _log.info(
         "%s: features of %d images in %.1f s, %d of them from the cache",
         encoder.checkpoint.name, pool.read + test.read + pool.reused + test.reused, cost.seconds, pool.reused + test.reused,
     )  # fmt: skip
-    for tap in pool.features:
-        for part, features in (("labelled", pool.features[tap]), ("validation", test.features[tap])):
+    for tap in test.features:
+        splits = (("labelled", pool), ("validation", test))
+        for part, features in ((part, split.features[tap]) for part, split in splits if tap in split.features):
             if told := describe_collapse(features.values):
                 _log.warning("%s: tap %s, %s images: %s", encoder.checkpoint.name, tap, part, told)
-    for _, tasks in groupby(ready.frozen, key=lambda task: (id(task.subset), task.probe)):
-        measurements = [_Measurement(plan, encoder, task, cost) for task in tasks]
-        tap = ready.taps[measurements[0].task.probe.tap]
+    for measurements, tap in _grouped(plan, ready, cost, augmented=False):
         yield from _probe(measurements, pool.features[tap], test.features[tap])
+
+
+def _grouped(
+    plan: Plan, ready: Preparation, cost: "_Cost", *, augmented: bool
+) -> Iterator[tuple[list[_Measurement], str]]:
+    """Give what each probe has to measure on each draw, and where the encoder is tapped for it."""
+    for (_, probe), tasks in groupby(ready.frozen, key=lambda task: (id(task.subset), task.probe)):
+        if isinstance(probe, LinearAugmented) == augmented:
+            yield [_Measurement(plan, ready.encoder, task, cost) for task in tasks], ready.taps[probe.tap]
 
 
 def _cost(pool: Extraction, test: Extraction, seconds: float) -> _Cost:
@@ -393,34 +418,48 @@ def _both_splits(
 ) -> tuple[Extraction, Extraction]:
     """Give the features of the labelled images, the union of all draws, and of the validation images."""
     request = plan.request
+    labelled_taps = tuple({ready.taps[task.probe.tap]: None for task in _cached(ready.pending)})
     with _shared_cache(plan, group) as cache:
         pool, test = (
             extract_features(
                 ready.encoder,
                 images,
-                taps=ready.pending_taps,
+                taps=taps,
                 hashes=hashes,
                 loading=loading_of(request),
+                drop=drop,
                 cache=cache,
                 group=group,
                 on_progress=_named(on_progress, f"{ready.encoder.checkpoint.name}: {part}"),
             )
-            for part, images, hashes in (
-                ("labelled images", pending_pool(plan, ready), plan.train_hashes),
-                ("validation images", plan.val, plan.val_hashes),
+            if taps
+            else _NOTHING
+            for part, images, taps, hashes, drop in (
+                ("labelled images", pending_pool(plan, ready), labelled_taps, plan.train_hashes, drop_of(request)),
+                ("validation images", plan.val, ready.pending_taps, plan.val_hashes, None),
             )
         )
     return pool, test
 
 
 def pending_pool(plan: Plan, ready: Preparation) -> ImageSet:
-    """Give the labelled images that the pending tasks need, the union of their draws."""
-    return union_of(list({id(task.subset): task.subset for task in ready.frozen}.values()), plan.train)
+    """Give the labelled images whose features the pending tasks need, the union of their draws."""
+    return union_of(list({id(task.subset): task.subset for task in _cached(ready.frozen)}.values()), plan.train)
+
+
+def _cached(tasks: Sequence[Task]) -> Iterator[Task]:
+    """Give the tasks that take the labelled images' features from the cache."""
+    return (task for task in tasks if not isinstance(task.probe, LinearAugmented))
 
 
 def loading_of(request: Request) -> Loading:
     """Give how a request wants images to come to the encoder."""
     return Loading(decoder=request.decoder, batch_size=request.batch_images, workers=request.worker_count)
+
+
+def drop_of(request: Request) -> PatchDrop | None:
+    """Give what is left out of the labelled images; validation images are always seen whole."""
+    return PatchDrop(share=request.patch_drop, seed=request.seed) if request.patch_drop else None
 
 
 @contextlib.contextmanager
@@ -456,21 +495,73 @@ def _tap(encoder: Encoder, task: Task, request: Request) -> str:
 
 def _probe(measurements: Sequence[_Measurement], pool: Features, test: Features) -> Iterator[_Outcome]:
     """Fit one probe to one draw and score its pending settings."""
+    probe = measurements[0].task.probe
+    assert not isinstance(probe, LinearAugmented | Finetune)
+    labelled, test = _labels_of(measurements[0], pool.only(measurements[0].task.subset.image_ids), test)
+    yield from _scored(measurements, lambda: fit(probe, labelled, measurements[0].plan.device), test)
+
+
+def _on_augmented(
+    measurements: Sequence[_Measurement], tap: str, test: Features | None, group: Group
+) -> Iterator[_Outcome]:
+    """Train layers on augmented images of one draw, all ranks together, and score the pending ones on the first."""
     first = measurements[0]
+    plan, encoder, probe = first.plan, first.encoder, first.task.probe
+    assert isinstance(probe, LinearAugmented)
+    drawn = plan.train.only(first.task.subset.image_ids)
+    nothing = _unseen(plan.val.only([]), tap)
+    labelled, scored = _labels_of(first, _unseen(drawn, tap), nothing if test is None else test)
+    images = AugmentedImages(
+        images=drawn,
+        labels=labelled.labels,
+        hashes=plan.train_hashes,
+        encoder=encoder,
+        tap=tap,
+        loading=loading_of(plan.request),
+    )
+    files = None
+    if not plan.request.canary:
+        shared = _shared_facts(plan, encoder) | {"tap": tap, "transform": str(encoder.transform)}
+        files = StateFiles(
+            out=Path(plan.request.out), facts=shared | {"probe": str(probe), "draw": first.task.split_sha256}
+        )
+    if group.rank != 0:
+        with contextlib.suppress(NumericalError):  # which the first rank meets as well, and records
+            fit_augmented(probe, images, group=group, files=files)
+        return
+    # Each result is written before the next is asked for.
+    yield from _scored(measurements, lambda: fit_augmented(probe, images, group=group, files=files), scored)
+    if files is not None:
+        remove_states(files)
+
+
+def _unseen(images: ImageSet, tap: str) -> Features:
+    """Give images with their labels where their features are not wanted."""
+    return Features(
+        values=torch.empty(len(images), 0),
+        labels=torch.tensor(images.labels, dtype=torch.int64),
+        image_ids=images.ids,
+        n_classes=len(images.classes),
+        tap=tap,
+    )
+
+
+def _labels_of(measurement: _Measurement, labelled: Features, test: Features) -> tuple[Features, Features]:
+    """Give both splits with their own labels, or for a canary with random ones."""
+    plan = measurement.plan
+    if not plan.request.canary:
+        return labelled, test
+    return random_labels(
+        labelled, test, seed=plan.request.seed, train_hashes=plan.train_hashes, val_hashes=plan.val_hashes
+    )
+
+
+def _scored(measurements: Sequence[_Measurement], make: Callable[[], Fitted], test: Features) -> Iterator[_Outcome]:
+    """Fit, and score the settings that are pending."""
     open_ones = {str(one.task.params): one for one in measurements}
     started = time.perf_counter()
     try:
-        labelled = pool.only(first.task.subset.image_ids)
-        if first.plan.request.canary:
-            labelled, test = random_labels(
-                labelled,
-                test,
-                seed=first.plan.request.seed,
-                train_hashes=first.plan.train_hashes,
-                val_hashes=first.plan.val_hashes,
-            )
-        assert not isinstance(first.task.probe, Finetune)
-        fitted = fit(first.task.probe, labelled, first.plan.device)
+        fitted = make()
         fit_seconds = time.perf_counter() - started
         scored = time.perf_counter()
         for setting, scores in zip(fitted.settings, fitted.scores(test.values), strict=True):
@@ -485,8 +576,11 @@ def _probe(measurements: Sequence[_Measurement], pool: Features, test: Features)
                 prediction=prediction.numpy(),
                 rank_of_label=rank.numpy(),
             )
-            yield open_ones.pop(params).done(setting, predictions, pool.values.shape[1], seconds), predictions
+            yield open_ones.pop(params).done(setting, predictions, test.values.shape[1], seconds), predictions
             scored = time.perf_counter()
+        for params_of, reason in fitted.failures:
+            if str(dict(params_of)) in open_ones:
+                yield open_ones.pop(str(dict(params_of))).failed(reason), None
     except NumericalError as error:
         yield from ((measurement.failed(error), None) for measurement in open_ones.values())
 

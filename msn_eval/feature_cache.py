@@ -54,6 +54,7 @@ class FeatureKey:
     decoder:   with its version, and those of what it leans on
     device:    cpu or cuda
     extractor: raised whenever the same inputs would give other features
+    patches:   share of an image's patches that was dropped, and the seed; None where it was seen whole
     """
 
     weights: str
@@ -69,6 +70,7 @@ class FeatureKey:
     torch: str
     timm: str
     extractor: int
+    patches: Mapping[str, object] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -77,7 +79,8 @@ class FeatureKey:
 
     def as_json(self) -> dict[str, object]:
         """Give the key as its file holds it."""
-        return asdict(self)
+        # What is new and not there leaves the addresses of features alone that were kept before.
+        return {name: value for name, value in asdict(self).items() if name != "patches" or value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,10 @@
 """Features: what an encoder says about a list of images, and how it is asked."""
 
 import base64
+import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +25,7 @@ from msn_eval.file_hashes import hash_images, unreadable
 from msn_eval.host import available_bytes
 from msn_eval.images import ImageSet
 from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
+from msn_eval.visible_patches import PatchDrop, check_drop, encode_kept, kept_patches, patch_count
 
 _log = logging.getLogger(__name__)
 EXTRACTOR = 1  # raised whenever the same weights and images would give other features
@@ -128,6 +131,7 @@ def extract_features(
     taps: Sequence[str],
     hashes: Mapping[str, str] | None = None,
     loading: Loading = Loading(),
+    drop: PatchDrop | None = None,
     cache: Path | None = None,
     group: Group = ALONE,
     on_progress: Progress | None = None,
@@ -135,12 +139,16 @@ def extract_features(
     """Extract the features of `images` at every tap, each image in one pass, those in the cache in none.
 
     hashes: SHA-256 of each image's bytes; an image that no longer has its hash is refused. A cache needs them
+    drop:   patches of each image to leave out; None for whole images
     cache:  a folder that rows are kept in as they are made, shared by all ranks of the group
     Raises DataError listing every unusable image, NumericalError for features that are not finite, ResourceError
-    where memory or a loader worker gives out, StoreError where the cache cannot be written.
+    where memory or a loader worker gives out, StoreError where the cache cannot be written, UsageError for patches to
+    be dropped from what has none.
     """
     started = time.perf_counter()
-    work = _Work(encoder=encoder, images=images, taps=tuple(taps), hashes=hashes, loading=loading)
+    if drop is not None:
+        check_drop(encoder, drop)
+    work = _Work(encoder=encoder, images=images, taps=tuple(taps), hashes=hashes, loading=loading, drop=drop)
     if cache is None:
         values = _in_memory(work, on_progress)
         read = len(images)
@@ -168,7 +176,9 @@ def automatic_batch_size(encoder: Encoder) -> int:
     return int(min(16 * base, max(base, base * (224 / encoder.transform.crop) ** 2)))
 
 
-def feature_key(encoder: Encoder, tap: str, *, decoder: str, embedded: bool) -> FeatureKey:
+def feature_key(
+    encoder: Encoder, tap: str, *, decoder: str, embedded: bool, drop: PatchDrop | None = None
+) -> FeatureKey:
     """Give the address of an encoder's features at one tap.
 
     embedded: the images are no files, and only resized
@@ -189,19 +199,34 @@ def feature_key(encoder: Encoder, tap: str, *, decoder: str, embedded: bool) -> 
         torch=torch.__version__,
         timm=version("timm"),
         extractor=EXTRACTOR,
+        patches=None if drop is None else vars(drop),
     )
 
 
+def _address(image_id: str, sha256: str, drop: PatchDrop | None) -> str:
+    """Give what an image's row is found by: its bytes and, where its patches are drawn by its id, that too."""
+    if drop is None:
+        return sha256
+    return hashlib.sha256(f"{sha256} ".encode() + os.fsencode(image_id)).hexdigest()
+
+
 def missing_images(
-    encoder: Encoder, images: ImageSet, *, taps: Sequence[str], hashes: Mapping[str, str], decoder: str, cache: Path
+    encoder: Encoder,
+    images: ImageSet,
+    *,
+    taps: Sequence[str],
+    hashes: Mapping[str, str],
+    decoder: str,
+    drop: PatchDrop | None,
+    cache: Path,
 ) -> list[str]:
     """Give the images that would have to be encoded, by what the cache's manifests list."""
-    contents = {hashes[image_id] for image_id in images.ids}
-    known = set(contents)
+    contents = {image_id: _address(image_id, hashes[image_id], drop) for image_id in images.ids}
+    known = set(contents.values())
     for tap in taps:
-        bank = find_bank(cache, feature_key(encoder, tap, decoder=decoder, embedded=images.source.root is None))
-        known &= listed_contents(bank, contents)
-    return [image_id for image_id in images.ids if hashes[image_id] not in known]
+        key = feature_key(encoder, tap, decoder=decoder, embedded=images.source.root is None, drop=drop)
+        known &= listed_contents(find_bank(cache, key), known)
+    return [image_id for image_id, content in contents.items() if content not in known]
 
 
 @dataclass
@@ -222,6 +247,7 @@ class _Work:
     taps: tuple[str, ...]
     hashes: Mapping[str, str] | None
     loading: Loading
+    drop: PatchDrop | None = None
 
     @cached_property
     def clock(self) -> _Clock:
@@ -239,7 +265,14 @@ class _Work:
 
     def contents(self, rows: Sequence[int]) -> list[str]:
         assert self.hashes is not None
-        return [self.hashes[self.images.ids[row]] for row in rows]
+        ids = [self.images.ids[row] for row in rows]
+        return [_address(image_id, self.hashes[image_id], self.drop) for image_id in ids]
+
+    def kept(self, image_ids: Sequence[str]) -> Tensor | None:
+        """Give the patches of images that are kept, (b, k), or None where they are seen whole."""
+        if self.drop is None:
+            return None
+        return kept_patches(self.drop, image_ids, patches=patch_count(self.encoder))
 
 
 def _in_memory(work: _Work, on_progress: Progress | None) -> dict[str, Tensor]:
@@ -266,7 +299,10 @@ def _through_cache(
     returns: values by tap, empty on the other ranks; and how many images were encoded by all
     """
     embedded = work.images.source.root is None
-    keys = {tap: feature_key(work.encoder, tap, decoder=work.loading.decoder, embedded=embedded) for tap in work.taps}
+    keys = {
+        tap: feature_key(work.encoder, tap, decoder=work.loading.decoder, embedded=embedded, drop=work.drop)
+        for tap in work.taps
+    }
     banks = {tap: open_bank(cache, key, checkpoint=work.encoder.checkpoint.name) for tap, key in keys.items()}
     contents = work.contents(range(len(work.images)))
     stored: dict[str, tuple[Tensor | None, list[bool]]] = {}
@@ -398,7 +434,8 @@ def _encoded(
             place = work.images.source.place
             failures += [f"{place(image_id)}: {reason}" for image_id, reason in batch.failures]
             if not failures:
-                features, refused = _encode_within_memory(work, batch.pixels)
+                seen = work.kept(pixels_of.image_ids[done : done + len(batch.pixels)])
+                features, refused = _encode_within_memory(work, batch.pixels, seen)
                 failures += [f"{place(pixels_of.image_ids[done + row])}: {reason}" for row, reason in refused]
                 # Rows that the device refused were encoded as black images: nobody must keep them.
                 under_way = None if refused else (done, features)
@@ -420,10 +457,11 @@ def _encoded(
 
 
 def _encode_within_memory(
-    work: _Work, pixels: Tensor | Sequence[bytes | Pixels]
+    work: _Work, pixels: Tensor | Sequence[bytes | Pixels], seen: Tensor | None
 ) -> tuple[dict[str, Tensor], list[tuple[int, str]]]:
     """Encode a batch, in halves and their halves where memory runs out.
 
+    seen:    (b, k), the patches to look at; None for all
     returns: features by tap, on the device; and rows that the device's decoder refused, with the reasons
     """
     clock = work.clock
@@ -436,7 +474,11 @@ def _encode_within_memory(
                 if not isinstance(part, Tensor):
                     part, reasons = decode_on_device(part, work.encoder.transform, work.encoder.device)
                     refused += [(first + row, reason) for row, reason in reasons.items()]
-                parts.append(encode(work.encoder, part, work.taps))
+                if seen is None:
+                    parts.append(encode(work.encoder, part, work.taps))
+                else:
+                    kept = seen[first : first + clock.batch_size]
+                    parts.append(encode_kept(work.encoder, part, work.taps, kept))
             return {tap: torch.cat([part[tap] for part in parts]) for tap in work.taps}, refused
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             if work.encoder.compiled and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

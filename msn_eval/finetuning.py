@@ -1,7 +1,6 @@
 """Finetuning: one task of a plan from labelled images to the predictions of the network that was trained on them."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +20,12 @@ from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
 from msn_eval.plan import Plan, Task
 from msn_eval.process_group import joined
 from msn_eval.protocols.finetune import Progress, Tuned, finetune
-from msn_eval.protocols.finetune_state import StateFiles
 from msn_eval.protocols.fitted import Setting
 from msn_eval.protocols.trainee import Trainee, build_trainee
 from msn_eval.protocols.trainee_outputs import Labelled, Pace, score_images
 from msn_eval.ranking import rank_labels
 from msn_eval.result import Predictions
+from msn_eval.training_state import StateFiles
 from msn_eval.weights.classifier import Head, check_saved_place, classifier_content, write_classifier
 from msn_eval.weights.convert import PlainNetwork
 
@@ -72,9 +71,7 @@ def finetune_task(
     _refuse_unreadable(plan, images, group)
     pace = pace_of(plan, encoder, images)
     trainee = build_trainee(encoder, probe.recipe, tap=tap, n_classes=len(plan.val.classes))
-    states = (
-        None if request.canary else StateFiles(out=Path(request.out), id=result_id, facts=_facts(plan, encoder, task))
-    )
+    states = None if request.canary else states_of(plan, encoder, task, result_id)
     with joined(group, plan.device):
         tuned = finetune(
             probe,
@@ -106,9 +103,16 @@ def finetune_task(
     )
 
 
-def states_of(plan: Plan, result_id: str) -> StateFiles:
-    """Give where a fine-tuning's states stand, whatever they are of."""
-    return StateFiles(out=Path(plan.request.out), id=result_id, facts={})
+def states_of(plan: Plan, encoder: Encoder, task: Task, result_id: str) -> StateFiles:
+    """Give where the states of a task stand: by all that decides how its training goes on."""
+    facts = {
+        "result": result_id,
+        "labelled images": task.split_sha256,
+        "architecture": encoder.arch,
+        "transform": str(encoder.transform),
+        "precision": plan.precision,
+    }
+    return StateFiles(out=Path(plan.request.out), facts=facts)
 
 
 def pace_of(plan: Plan, encoder: Encoder, images: ImageSet) -> Pace:
@@ -157,16 +161,6 @@ def _labels(plan: Plan, images: ImageSet) -> tuple[Tensor, Tensor]:
         train_contents=[plan.train_hashes[image_id] for image_id in images.ids],
         val_contents=[plan.val_hashes[image_id] for image_id in plan.val.ids],
     )
-
-
-def _facts(plan: Plan, encoder: Encoder, task: Task) -> Mapping[str, str]:
-    """Give what a state must have been made with, besides what the id of its result says."""
-    return {
-        "labelled images": task.split_sha256,
-        "architecture": encoder.arch,
-        "transform": str(encoder.transform),
-        "precision": plan.precision,
-    }
 
 
 def _refuse_unreadable(plan: Plan, images: ImageSet, group: Group) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msn_eval.encoder import Encoder, encode
 from msn_eval.errors import CheckpointError
-from msn_eval.evaluation import Preparation, loading_of, pending_pool, prepare
+from msn_eval.evaluation import Preparation, drop_of, loading_of, pending_pool, prepare
 from msn_eval.features import automatic_batch_size, missing_images
 from msn_eval.finetune_recipe import Finetune
 from msn_eval.images import ImageSet
@@ -118,10 +118,13 @@ def _missing(plan: Plan, ready: Preparation, wanted: tuple[ImageSet, ...]) -> tu
                 taps=ready.pending_taps,
                 hashes=hashes,
                 decoder=plan.request.decoder,
+                drop=drop,
                 cache=cache_folder(plan.request),
             )
         )
-        for images, hashes in zip(wanted, (plan.train_hashes, plan.val_hashes), strict=False)
+        for images, hashes, drop in zip(
+            wanted, (plan.train_hashes, plan.val_hashes), (drop_of(plan.request), None), strict=False
+        )
     )
 
 

@@ -44,23 +44,39 @@ def _record_reader(kind: type[Any], where: str) -> _Reader:
     plain = {name: types for name, hint in hints.items() if (types := _plain_types(hint)) is not None}
     others = {name: _reader(hint, prefix + name) for name, hint in hints.items() if name not in plain}
     needed = {one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING}
+    defaults = {one.name: one.default for one in fields(kind) if one.default is not MISSING}
+    assert needed | defaults.keys() == hints.keys(), f"{kind}: a default of each record's own is not read here"
+    finish = getattr(kind, "__post_init__", None)
+    seen_to_fit: set[Any] = set()
 
-    def read(content: Any) -> Any:
-        if type(content) is not dict:
-            raise _wrong_type(where or "the file", content)
-        given = {}
+    def check(content: dict[str, Any]) -> None:
         for name, value in content.items():
             if name in plain:
                 if type(value) not in plain[name]:
                     raise _wrong_type(prefix + name, value)
-                given[name] = value
-            elif name in others:
-                given[name] = others[name](value)
-            else:
+            elif name not in others:
                 raise ValueError(f"{prefix}{name} is no field of this schema")
-        if not needed <= given.keys():
-            raise ValueError(f"{prefix}{min(needed - given.keys())} is missing")
-        return kind(**given)
+        if not needed <= content.keys():
+            raise ValueError(f"{prefix}{min(needed - content.keys())} is missing")
+
+    def read(content: Any) -> Any:
+        if type(content) is not dict:
+            raise _wrong_type(where or "the file", content)
+        # Names and types are all that is checked here, and thousands of records have the same.
+        shape = (*content, *map(type, content.values()))
+        if shape not in seen_to_fit:
+            check(content)
+            seen_to_fit.add(shape)
+        record = object.__new__(kind)
+        # A frozen dataclass would set each field by itself, which takes longer than all the rest.
+        record.__dict__.update(defaults)
+        record.__dict__.update(content)
+        for name, read_other in others.items():
+            if name in content:
+                record.__dict__[name] = read_other(content[name])
+        if finish is not None:
+            finish(record)
+        return record
 
     return read
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from msn_eval.augmentation import RandomCrops
 from msn_eval.decoders import Pixels, decode_pixels, undecoded
 from msn_eval.errors import ResourceError
 from msn_eval.host import usable_cores
@@ -42,6 +43,7 @@ class PixelList:
     """Images to be turned into pixels.
 
     hashes: SHA-256 of each image's bytes by id; an image that no longer has its hash is refused
+    crops:  random ones instead of the transform's, by Pillow
     """
 
     source: ImageSource
@@ -49,6 +51,7 @@ class PixelList:
     transform: EvalTransform
     hashes: Mapping[str, str] | None
     decoder: str = "pillow"
+    crops: RandomCrops | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -262,13 +265,15 @@ class _Pixels(Dataset[_Loaded]):
             content = read_image(source, image_id)
             if images.hashes is not None and hashlib.sha256(content).hexdigest() != images.hashes[image_id]:
                 raise BadImageError("it changed since it was hashed; start again when nothing writes to the data set")
-            return _decoded(content, images), None
+            return _decoded(content, images, image_id), None
         except (BadImageError, OSError) as error:
             side = images.transform.crop
             return np.zeros((side, side, 3), dtype=np.uint8), (image_id, str(error))
 
 
-def _decoded(content: bytes, images: PixelList) -> bytes | Pixels:
+def _decoded(content: bytes, images: PixelList, image_id: str) -> bytes | Pixels:
+    if images.crops is not None:
+        return images.crops.crop(images.source.decode(content), image_id, images.transform.crop)
     if images.decoder == "pillow" or images.source.root is None:
         return resize_and_crop(images.source.decode(content), images.transform)
     if images.decoder == "nvjpeg":

@@ -24,6 +24,8 @@ from msn_eval.images import DECODERS, ImageSet, eval_transform
 from msn_eval.pixel_loader import PixelList, load_pixels
 from msn_eval.protocols import Finetune, Probe, settings
 from msn_eval.protocols.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, NearestNeighbours
+from msn_eval.protocols.linear import Linear
+from msn_eval.protocols.linear_augmented import LinearAugmented
 from msn_eval.protocols.logistic import Logistic, Solver, default_lambda
 from msn_eval.protocols.ncm import NearestClassMean
 from msn_eval.protocols.ridge import Ridge
@@ -161,6 +163,11 @@ def _read_data(request: Request, memory: Path | None) -> DataSet:
     for split, images in (("train", data.train), ("val", data.val)):
         if images.passed_over:
             _log.info("%s: %d files passed over that are no images by their names", split, images.passed_over)
+    if request.classes not in (None, len(data.classes)):
+        raise DataError(
+            f"{data.name} has {len(data.classes)} classes, {request.classes} are asked for",
+            remedy="Give the --data that was meant, or correct `classes` (num_classes in a file of the MSN repository).",
+        )
     if len(data.classes) < 2:
         raise NumericalError(
             f"{data.name} has the single class {data.classes[0]!r}: every answer would be right",
@@ -199,6 +206,10 @@ def probes_for(request: Request, subset: Subset) -> Iterator[Probe]:
                 )
             case "ridge":
                 yield Ridge()
+            case "linear":
+                yield Linear(**vars(request.linear))
+            case "linear-augmented":
+                yield LinearAugmented(**vars(request.linear_augmented))
             case "finetune":
                 yield Finetune(recipe=request.finetune, seed=request.seed)
             case _:
@@ -233,6 +244,8 @@ def _protocol(plan: Plan, subset: Subset, probe: Probe, params: dict[str, int | 
     by_hand = {
         "tap": request.tap,
         "image_pixels": request.image_pixels,
+        "patch_drop": request.patch_drop,
+        "seed": request.seed if request.patch_drop else None,  # by which the patches are drawn
         "decoder": None if request.decoder == DECODERS[0] else request.decoder,
         "canary": request.seed if request.canary else None,  # never comparable with a measurement
     }

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from msn_eval.errors import UsageError, nearest
 from msn_eval.finetune_recipe import FinetuneRecipe
 from msn_eval.images import DECODERS
+from msn_eval.probe_recipe import AugmentedRecipe, LinearRecipe
 
-PROBE_NAMES = ("logistic", "knn", "ridge", "ncm", "finetune")
+PROBE_NAMES = ("logistic", "knn", "ridge", "ncm", "linear", "linear-augmented", "finetune")
 TAP_NAMES = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
 SOLVER_NAMES = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -20,6 +21,7 @@ class Request:
     """The options of an evaluation. A field is called like its option, with `_` for `-` (and `lambda_` for lambda).
 
     None or an empty list means the protocol's or the device's own default.
+    classes: that the data set must have; None for any number
     """
 
     checkpoint: list[str] = field(default_factory=list)
@@ -28,12 +30,15 @@ class Request:
     allow_missing: list[str] = field(default_factory=list)
     data: str | None = None
     allow_class_mismatch: bool = False
+    classes: int | None = None
     subset: list[str] = field(default_factory=lambda: ["low-shot"])
     probe: list[str] = field(default_factory=lambda: ["logistic"])
     tap: str | None = None
     lambda_: list[float] = field(default_factory=list)
     k: list[int] = field(default_factory=list)
     temperature: list[float] = field(default_factory=list)
+    linear: LinearRecipe = field(default_factory=LinearRecipe)
+    linear_augmented: AugmentedRecipe = field(default_factory=AugmentedRecipe)
     solver: str = "auto"
     device: str = "auto"
     precision: str | None = None
@@ -42,6 +47,7 @@ class Request:
     compile: bool = False
     decoder: str = "pillow"
     image_pixels: int | None = None
+    patch_drop: float | None = None
     limit: int | None = None
     seed: int = 0
     on_bad_image: str = "error"
@@ -66,6 +72,10 @@ class Request:
             raise UsageError(f"--device {self.device}: not a device", remedy="Use auto, cpu, cuda or cuda:N.")
         if "finetune" in self.probe and self.precision == "fp16":
             raise UsageError("--precision fp16: gradients underflow in it", remedy="Fine-tune in bf16 or fp32.")
+        if "finetune" in self.probe and self.patch_drop:
+            raise UsageError(
+                "--patch-drop: fine-tuning sees whole images", remedy="Ask for it with other probes alone."
+            )
         if self.save is not None and "finetune" not in self.probe:
             raise UsageError("--save: no network is trained", remedy="It goes with --probe finetune.")
         for name in ("subset", "probe"):
@@ -82,6 +92,8 @@ class Request:
             _at_least("limit", self.limit, 1)
         if self.image_pixels is not None:
             _at_least("image-pixels", self.image_pixels, 1)
+        if self.patch_drop is not None and not 0 <= self.patch_drop < 1:
+            raise UsageError(f"--patch-drop {self.patch_drop}: out of range", remedy="Give a share from 0 up to 1.")
         _count_or_auto("batch-size", self.batch_size, least=1)
         _count_or_auto("workers", self.workers, least=0)
 

@@ -172,7 +172,7 @@ class Result:
     predictions: str | None
 
     def __post_init__(self) -> None:
-        if self.protocol_id != protocol_id(self.protocol):
+        if self.protocol_id != _id_of(self.protocol):
             raise StoreError(f"result {self.id}: its protocol is not the one of its protocol_id")
         if (self.metrics is None) != (self.status == "failed"):
             raise StoreError(f"result {self.id}: status {self.status!r} does not go with its metrics")
@@ -202,6 +202,21 @@ def canonical_json(value: object) -> str:
 def protocol_id(protocol: Mapping[str, object]) -> str:
     """Give the first 16 hex digits of the SHA-256 of the protocol's canonical JSON."""
     return _digest(protocol)
+
+
+_ids: dict[str, str] = {}  # of protocols as Python writes them, which tells more apart than JSON does
+_MOST_IDS = 10_000
+
+
+def _id_of(protocol: Mapping[str, object]) -> str:
+    """Give `protocol_id`, once for the many records that have the same protocol."""
+    text = repr(protocol)
+    if text not in _ids:
+        found = protocol_id(protocol)
+        if len(_ids) >= _MOST_IDS:
+            return found
+        _ids[text] = found
+    return _ids[text]
 
 
 def result_id(*, weights_sha256: str, key: str | None, protocol_id: str, draw: int) -> str:
@@ -313,7 +328,7 @@ def scan_results(folders: Iterable[str | Path]) -> ResultScan:
     chosen = [Path(folder) for folder in folders]
     found: dict[str, tuple[Result, Path]] = {}
     faults: list[StoreError] = []
-    with _no_collections():
+    with no_collections():
         for path, text in _texts(path for folder in chosen for path in _record_paths(folder)):
             try:
                 result = _parsed(text, path)
@@ -338,7 +353,7 @@ def scan_results(folders: Iterable[str | Path]) -> ResultScan:
 
 
 @contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
+def no_collections() -> Iterator[None]:
     """Keep the garbage collector still: thousands of records are no garbage, and it would walk them all again and again."""
     collecting = gc.isenabled()
     gc.disable()

@@ -3,6 +3,8 @@
 RUN/checkpoints/step-00000120/manifest.json     written last: without it, or where a hash differs, there is no snapshot
                               encoder.safetensors   the network that is evaluated
                               state.pt              what training goes on from
+    metrics.jsonl                                   one line a logged step
+    eval/                                           records of msn_eval
 """
 
 import hashlib
@@ -16,6 +18,7 @@ from typing import Any
 from msn_eval.errors import CheckpointError
 
 CHECKPOINTS, CONFIG, MANIFEST = "checkpoints", "config.yaml", "manifest.json"
+METRICS, EVAL = "metrics.jsonl", "eval"
 ENCODER, STATE = "encoder.safetensors", "state.pt"
 SCHEMA = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -122,6 +125,19 @@ def file_sha256(path: Path) -> str:
         while piece := file.read(_PIECE_BYTES):
             whole.update(piece)
     return whole.hexdigest()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Give the lines of a journal in the order of their steps, the last one of each step; torn ones are passed over."""
+    found: dict[int, dict[str, Any]] = {}
+    for text in path.read_bytes().split(b"\n"):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            found[line["step"]] = line
+    return [found[step] for step in sorted(found)]
 
 
 def evaluated_file(run: Path) -> Path:

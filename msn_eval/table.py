@@ -2,18 +2,18 @@
 
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from msn_eval.result import Result
 
-_SUBSET_ORDER = ("1img", "2imgs", "5imgs", "1pct", "10pct", "full")
-_PROBE_ORDER = ("logistic", "linear", "linear-augmented", "knn", "ncm", "ridge", "finetune")
-_TOLD_BY_GROUP = (
+_IN_TITLES = (
     "k",
     "temperature",
-)  # the other settings of a probe are told where they differ, lambda with its column
+)  # settings that stand in a column's title; others where they tell it from its neighbours
+_SUBSET_ORDER = ("1img", "2imgs", "5imgs", "1pct", "10pct", "full")
+_PROBE_ORDER = ("logistic", "linear", "linear-augmented", "knn", "ncm", "ridge", "finetune")
 Place = tuple[str, str | None, str]  # weights_sha256, key and protocol_id: what a cell is of
 
 
@@ -203,12 +203,12 @@ def _rows(results: Sequence[Result]) -> dict[tuple[str, str | None], Row]:
     by_network: defaultdict[tuple[str, str | None], list[Result]] = defaultdict(list)
     for result in results:
         by_network[result.checkpoint.weights_sha256, result.checkpoint.key].append(result)
-    names = [group[0].checkpoint.name for group in by_network.values()]
+    names = Counter(group[0].checkpoint.name for group in by_network.values())
     rows = {}
     for (weights, key), group in by_network.items():
         checkpoint = group[0].checkpoint
         name = checkpoint.name
-        if names.count(name) > 1:  # two checkpoints of one name are told apart by what they are
+        if names[name] > 1:  # two checkpoints of one name are told apart by what they are
             same_weights = sum(1 for other, _ in by_network if other == weights) > 1
             name = f"{name} [{weights[:8]}{f' {key}' if same_weights and key else ''}]"
         rows[weights, key] = Row(name=name, arch=checkpoint.arch, weights_sha256=weights, key=key, note=_note(group))
@@ -246,7 +246,7 @@ def _columns(results: Sequence[Result]) -> list[Column]:
     by_protocol = {result.protocol_id: result for result in results}
     groups: defaultdict[str, list[Result]] = defaultdict(list)
     for result in by_protocol.values():
-        params = {name: value for name, value in result.probe.params.items() if name in _TOLD_BY_GROUP}
+        params = {name: result.probe.params[name] for name in _IN_TITLES if name in result.probe.params}
         groups[json.dumps([result.probe.name, params], sort_keys=True)].append(result)
     return [
         _column(result, reason)
@@ -295,7 +295,10 @@ def _reasons(group: Sequence[Result]) -> list[str]:
     )
     reasons = []
     for result, leaves in zip(group, flat, strict=True):
-        parts = [f"{key}={_short(leaves.get(key), [one.get(key) for one in flat])}" for key in sorted(differing)]
+        parts = [
+            f"{key.removeprefix('probe.params.')}={_short(leaves.get(key), [one.get(key) for one in flat])}"
+            for key in sorted(differing)
+        ]
         if named and hashed:
             digest = (
                 f" {_short(leaves.get('data.sha256'), [one.get('data.sha256') for one in flat])}"

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msn_eval.atomic_file import write_atomically
+from msn_eval.collapse import COLLAPSED_LINES
+from msn_eval.collapse import is_collapsed as is_collapsed
 from msn_eval.errors import NumericalError
 
 _MOST_BAD_STEPS = 3  # one after the other: single ones happen in half precision and are skipped
-_MOST_COLLAPSED_LINES = 10  # one after the other
-_LEAST_SPREAD = 0.01  # random directions have 1, equal rows 0
-_LEAST_RANK = 1.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +37,6 @@ def after_line(watched: Watched, statistics: Mapping[str, float]) -> Watched:
     return replace(watched, collapsed_lines=watched.collapsed_lines + 1 if collapsed else 0)
 
 
-def is_collapsed(statistics: Mapping[str, float]) -> bool:
-    """Tell whether all images look alike to the network."""
-    spread, rank = statistics.get("feature_spread", 1.0), statistics.get("feature_rank", math.inf)
-    return spread < _LEAST_SPREAD or statistics.get("output_spread", 1.0) < _LEAST_SPREAD or rank < _LEAST_RANK
-
-
 def raised(watched: Watched) -> NumericalError | None:
     """Give the alarm that is due, if one is."""
     if watched.bad_steps >= _MOST_BAD_STEPS:
@@ -53,7 +46,7 @@ def raised(watched: Watched) -> NumericalError | None:
             "run.precision=fp32.",
             kept="No weights were changed by those steps; the last snapshot is kept.",
         )
-    if watched.collapsed_lines >= _MOST_COLLAPSED_LINES:
+    if watched.collapsed_lines >= COLLAPSED_LINES:
         return NumericalError(
             f"the representation has collapsed: all images have looked alike in {watched.collapsed_lines} lines in a row",
             remedy="metrics.jsonl has feature_spread, output_spread and feature_rank. Change the recipe; "

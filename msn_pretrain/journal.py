@@ -14,9 +14,9 @@ from typing import Any, BinaryIO, cast
 
 from msn_eval.atomic_file import write_atomically
 from msn_eval.errors import StoreError
+from msn_eval.run_folder import METRICS, read_metrics
 
 _log = logging.getLogger(__name__)
-METRICS = "metrics.jsonl"
 # What differs from run to run of the same numbers.
 TIMING = ("time", "step_seconds", "wait_seconds", "images_per_second", "memory_bytes", "remaining_seconds")
 _GIB = 2**30
@@ -102,19 +102,6 @@ def cut(path: Path, *, step: int) -> None:
     kept = b"".join(f"{json.dumps(line)}\n".encode() for line in read_metrics(path) if line["step"] <= step)
     if kept != content:
         write_atomically(path, kept)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Give the lines of a journal in the order of their steps, the last one of each step; torn ones are passed over."""
-    found: dict[int, dict[str, Any]] = {}
-    for text in path.read_text(errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            found[line["step"]] = line
-    return [found[step] for step in sorted(found)]
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from msn_eval.evaluation import evaluate_checkpoint
 from msn_eval.plan import make_plan
 from msn_eval.request import Request
 from msn_eval.result import Result
+from msn_eval.run_folder import EVAL
 from msn_pretrain.run import Recipe
 
 _log = logging.getLogger(__name__)
-EVAL = "eval"
 
 
 def is_due(recipe: Recipe, epoch: int) -> bool:

@@ -8,25 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from msn_eval.errors import UsageError, nearest
+from msn_eval.reference_networks import NETWORKS
 
-# Their name -> ours, behind timm's the keywords that make it the same network.
-_NETWORKS = {
-    "deit_tiny": "vit_tiny_patch16_224",
-    "deit_small": "vit_small_patch16_224",
-    "deit_small_p8": "vit_small_patch8_224",
-    "deit_small_p7": "vit_small_patch16_224?patch_size=7",
-    "deit_base": "vit_base_patch16_224",
-    "deit_base_p8": "vit_base_patch8_224",
-    "deit_base_p7": "vit_base_patch16_224?patch_size=7",
-    "deit_base_p4": "vit_base_patch16_224?patch_size=4",
-    "deit_large": "vit_large_patch16_224",
-    "deit_large_p8": "vit_large_patch16_224?patch_size=8",
-    "deit_large_p7": "vit_large_patch16_224?patch_size=7",
-    "deit_huge": "vit_huge_patch14_224?patch_size=16",
-    "deit_huge_p10": "vit_huge_patch14_224?patch_size=10",
-    "deit_huge_p8": "vit_huge_patch14_224?patch_size=8",
-    "deit_huge_p7": "vit_huge_patch14_224?patch_size=7",
-}
 _SECTIONS = ("criterion", "data", "logging", "meta", "optimization")
 _MAPPED = {
     "criterion.batch_size": "optimization.batch_size, times the number of ranks",
@@ -116,11 +99,11 @@ def converted(content: Mapping[str, Any], *, world_size: int, where: str) -> dic
         if given[key] != only:
             raise UsageError(f"{key}: {given[key]} cannot be mapped: {why}", where=where, remedy=f"Set it to {only}.")
     name = str(given["meta.model_name"])
-    if name not in _NETWORKS:
+    if name not in NETWORKS:
         raise UsageError(
-            f"meta.model_name: {name!r} cannot be mapped.{nearest(name, _NETWORKS)}",
+            f"meta.model_name: {name!r} cannot be mapped.{nearest(name, NETWORKS)}",
             where=where,
-            remedy=f"Known: {', '.join(_NETWORKS)}.",
+            remedy=f"Known: {', '.join(NETWORKS)}.",
         )
     number = _numbers(given, where)
     strength = number("data.color_jitter_strength")
@@ -144,7 +127,7 @@ def converted(content: Mapping[str, Any], *, world_size: int, where: str) -> dic
             "saturation": 0.8 * strength,
             "hue": 0.2 * strength,
         },
-        "encoder": {"name": _NETWORKS[name], "drop_path": given["meta.drop_path_rate"]},
+        "encoder": {"name": NETWORKS[name], "drop_path": given["meta.drop_path_rate"]},
         "head": {
             "hidden": given["meta.hidden_dim"],
             "output": given["meta.output_dim"],

@@ -156,8 +156,10 @@ def _title(bank: "Bank") -> str:
         return f"{name:.{_WIDEST}}"
     transform = key.get("transform")
     pixels = transform.get("crop") if isinstance(transform, dict) else None
+    patches = key.get("patches")
+    dropped = f", {patches.get('share')} of patches dropped" if isinstance(patches, dict) else ""
     details = f"{key.get('arch')}, tap {key.get('tap')}, {pixels} px, {key.get('precision')} on {key.get('device')}"
-    return f"{name:.{_WIDEST}} ({details:.{_WIDEST}})"
+    return f"{name:.{_WIDEST}} ({details:.{_WIDEST}}{dropped:.{_WIDEST}})"
 
 
 def _statuses(folder: Path) -> list[os.stat_result]:

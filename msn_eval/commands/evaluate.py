@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--k", type=_names, metavar="A,B", help="knn: 10,20,100,200")
     what.add_argument("--temperature", type=_names, metavar="A,B", help="knn: 0.07")
     what.add_argument("--image-pixels", metavar="N", help="instead of the native size; interpolates positions")
+    what.add_argument(
+        "--patch-drop", metavar="F", help="share of patches to drop from labelled images, drawn by --seed"
+    )
     what.add_argument("--decoder", metavar="NAME", help=f"{', '.join(DECODERS)}")
     what.add_argument("--canary", action="store_true", help="random labels instead: anything above chance leaks")
     what.add_argument("--limit", metavar="N", help="at most N validation images a class")
@@ -63,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--workers", metavar="N", help="decoding processes, or auto")
     how.add_argument("--compile", action="store_true", help="torch.compile the network: slow to start, faster for long")
     how.add_argument("--slurm", metavar="K=V,…", help="submit this command, e.g. partition=gpu,nodes=2,gpus_per_node=8")
-    how.add_argument("--seed", metavar="N", help="of untrained weights; default 0")
+    how.add_argument("--seed", metavar="N", help="of untrained weights and --patch-drop; default 0")
     how.add_argument("--on-bad-image", metavar="RULE", help=f"{' or '.join(BAD_IMAGE_RULES)}; default error")
     how.add_argument(
         "--allow-class-mismatch", action="store_true", help="number the union of train's and val's classes"
@@ -143,7 +146,15 @@ def read_request(options: argparse.Namespace, overrides: Sequence[str]) -> Reque
     given = {name: value for name, value in vars(options).items() if name in Request.__dataclass_fields__}
     options.json_output = getattr(options, "json", False)
     config = getattr(options, "config", None)
-    return read_config(Request, file=_config_file(config) if config else None, given=given, overrides=overrides)
+    file = _config_file(config) if config else None
+    return read_config(Request, file=file, given=given, overrides=overrides, translate=_translated)
+
+
+def _translated(content: Mapping[str, object], where: str) -> Mapping[str, object]:
+    """Give a config file's content in our words: the MSN repository's linear-evaluation files are read as they are."""
+    from msn_eval.reference_evaluation import converted, is_reference
+
+    return converted(content, where=where) if is_reference(content) else content
 
 
 def _config_file(name: str) -> Path:
@@ -226,9 +237,10 @@ def describe_plan(plan: "Plan") -> str:
     pool = union_of(plan.subsets, plan.train)
     listed = sum(len(subset) for subset in plan.subsets)
     where = "with random labels, not written" if plan.request.canary else f"into {plan.request.out}"
+    dropped = f", {plan.request.patch_drop:.3g} of the patches of each dropped" if plan.request.patch_drop else ""
     lines = [
         f"data       {plan.data_name}: {len(plan.val):,} validation images, {len(plan.val.classes)} classes",
-        f"labelled   {len(pool):,} images for {len(plan.subsets)} draws ({listed:,} if each draw were read by itself)",
+        f"labelled   {len(pool):,} images for {len(plan.subsets)} draws ({listed:,} if each draw were read by itself){dropped}",
         f"results    {len(plan.tasks)} for each of {len(plan.request.checkpoint)} checkpoints, {where}",
         f"computing  {plan.precision} on {plan.device}, decoded by {plan.request.decoder}",
     ]

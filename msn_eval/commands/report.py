@@ -7,7 +7,7 @@ from typing import cast
 
 from msn_eval.errors import UsageError, nearest
 from msn_eval.reports import FORMATS, PAGE, SUFFIXES, Format, render
-from msn_eval.result import Result, ResultScan, all_faults, scan_results
+from msn_eval.result import Result, ResultScan, all_faults, no_collections, scan_results
 from msn_eval.table import Table, make_table
 
 TAKES_OVERRIDES = False
@@ -33,9 +33,14 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     A record that cannot be read is left out, told of in the table, and told on stderr with the exit code of a damaged store.
     """
+    formats = _formats(options.format)
+    with no_collections():
+        return _report(options, formats)
+
+
+def _report(options: argparse.Namespace, formats: Sequence[str]) -> int:
     from msn_eval.leaderboard import make_leaderboard
 
-    formats = _formats(options.format)
     scan = scan_results(options.runs)
     if not scan.results:
         raise all_faults(scan.faults)

@@ -7,19 +7,23 @@ from msn_eval.finetune_recipe import Finetune
 from msn_eval.protocols.degenerate import check_labelled
 from msn_eval.protocols.fitted import Fitted, Setting
 from msn_eval.protocols.knn import NearestNeighbours, fit_knn, knn_settings
+from msn_eval.protocols.linear import Linear, fit_linear, linear_settings
+from msn_eval.protocols.linear_augmented import LinearAugmented, augmented_settings
 from msn_eval.protocols.logistic import Logistic, fit_logistic, logistic_settings
 from msn_eval.protocols.ncm import NearestClassMean, fit_ncm
 from msn_eval.protocols.ridge import Ridge, fit_ridge, ridge_settings
 
 __all__ = ["PROBES", "FeatureProbe", "Finetune", "Fitted", "Probe", "Setting", "fit", "settings"]
 
-FeatureProbe = Logistic | NearestNeighbours | Ridge | NearestClassMean
-Probe = FeatureProbe | Finetune
+FeatureProbe = Logistic | NearestNeighbours | Ridge | NearestClassMean | Linear
+Probe = FeatureProbe | LinearAugmented | Finetune
 PROBES = {
     "logistic": "L2-regularised multinomial regression, the protocol of the MSN tables",
     "knn": "weighted nearest neighbours, every k and temperature from one search",
     "ridge": "ridge regression onto classes, its strength by exact leave-one-out error",
     "ncm": "nearest class mean",
+    "linear": "a linear layer by SGD, chosen from a grid of learning rates and weight decays on held-out labelled images",
+    "linear-augmented": "norm and linear layer by SGD on the frozen encoder's features of random crops and flips",
     "finetune": "encoder and head trained together, from images; never in one column with frozen features",
 }
 
@@ -35,6 +39,10 @@ def settings(probe: Probe, n: int) -> tuple[dict[str, int | float], ...]:
             return ridge_settings()
         case NearestClassMean():
             return ({},)
+        case Linear():
+            return linear_settings(probe)
+        case LinearAugmented():
+            return augmented_settings(probe)
         case Finetune():
             return (probe.params,)
 
@@ -55,3 +63,5 @@ def fit(probe: FeatureProbe, train: Features, device: torch.device) -> Fitted:
             return fit_ridge(probe, train, device)
         case NearestClassMean():
             return fit_ncm(probe, train, device)
+        case Linear():
+            return fit_linear(probe, train, device)

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from msn_eval.distributed import ALONE, Group, barrier, decided
 from msn_eval.encoder import Precision, exact_float32
-from msn_eval.errors import StoreError
+from msn_eval.errors import NumericalError, StoreError
 from msn_eval.finetune_recipe import Finetune
 from msn_eval.process_group import broadcast_from_first
-from msn_eval.protocols.finetune_state import FinetuneState, StateFiles, read_state, write_state
 from msn_eval.protocols.finetune_step import Run, Setup, own_rows, take_step
 from msn_eval.protocols.trainee import Trainee, build_optimizer
 from msn_eval.protocols.trainee_outputs import Labelled, Pace, start_head
@@ -31,6 +30,7 @@ from msn_eval.protocols.training_images import (
     order_of,
 )
 from msn_eval.stop import stop_heard
+from msn_eval.training_state import StateFiles, read_state, write_state
 
 _log = logging.getLogger(__name__)
 _SHOWN = 5
@@ -115,14 +115,14 @@ def _resume(setup: Setup, run: Run) -> None:
         return
     # Ranks on other hosts may not see the first one's folder; what it reads is everyone's.
     state = read_state(setup.states) if setup.group.rank == 0 else None
-    if not decided(setup.group, "state", lambda: "" if state is None else str(state.step)):
+    if not decided(setup.group, "state", lambda: "" if state is None else str(state["step"])):
         return
     state = broadcast_from_first(setup.group, state)
     with torch.no_grad():
         for name, one in run.trainee.trained.items():
-            one.copy_(state.network[name])
-    run.optimizer.load_state_dict(dict(state.optimizer))
-    run.step, run.loss = state.step, state.loss
+            one.copy_(state["network"][name])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.step, run.loss = state["step"], state["loss"]
     _log.info("fine-tuning goes on after step %d of %d", run.step, setup.order.steps)
 
 
@@ -172,9 +172,15 @@ def _save(setup: Setup, run: Run, *, last: bool) -> None:
     if setup.states is None or setup.group.rank != 0:
         return
     network = {name: one.detach().cpu() for name, one in run.trainee.trained.items()}
-    state = FinetuneState(step=run.step, network=network, optimizer=run.optimizer.state_dict(), loss=run.loss)
+    bad = [name for name, one in network.items() if not bool(one.isfinite().all())]
+    if bad:
+        raise NumericalError(
+            f"{len(bad)} weights are not finite after step {run.step} ({', '.join(bad[:_SHOWN])})",
+            remedy="Use a smaller finetune.learning_rate.",
+        )
+    state = {"network": network, "optimizer": run.optimizer.state_dict(), "loss": run.loss}
     try:
-        write_state(setup.states, state)
+        write_state(setup.states, state, step=run.step)
         run.refused_step = None
     except StoreError as error:
         run.refused_step = run.step if run.refused_step is None else run.refused_step

@@ -16,11 +16,11 @@ from msn_eval.encoder import Precision
 from msn_eval.errors import NumericalError, ResourceError
 from msn_eval.finetune_recipe import Finetune
 from msn_eval.process_group import sum_over_ranks
-from msn_eval.protocols.finetune_state import StateFiles
 from msn_eval.protocols.trainee import Trainee
 from msn_eval.protocols.trainee_outputs import Labelled, Pace, logits_of
 from msn_eval.protocols.training_images import Mixing, Order, path_draws
 from msn_eval.stop import Stop
+from msn_eval.training_state import StateFiles
 
 _log = logging.getLogger(__name__)
 _SHOWN = 5

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from msn_eval.errors import NumericalError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -28,7 +30,9 @@ class Fitted:
     """Settings, and a function from (m, d) features to (m, n_classes) scores: one matrix a setting, in their order.
 
     Scores are float64, higher is better, -inf for a class that cannot be chosen.
+    failures: settings that came to nothing, each by its hyper-parameters, and why
     """
 
     settings: tuple[Setting, ...]
     scores: Callable[[Tensor], Iterator[Tensor]]
+    failures: tuple[tuple[Mapping[str, int | float], NumericalError], ...] = ()

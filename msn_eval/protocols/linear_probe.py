@@ -1,8 +1,9 @@
 """Linear layers by stochastic gradient descent on frozen features, any number of them in one pass over the rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,6 +37,12 @@ class Heads:
     biases: Tensor
     losses: Tensor
 
+    @cached_property
+    def diverged(self) -> tuple[bool, ...]:
+        """Tell of each head whether it left the finite numbers."""
+        finite = self.weights.isfinite().all(dim=(1, 2)) & self.biases.isfinite().all(dim=1) & self.losses.isfinite()
+        return tuple(not one for one in finite.tolist())
+
 
 def train_heads(
     rows: Tensor,
@@ -47,29 +54,66 @@ def train_heads(
     batch_size: int,
     generator: torch.Generator,
 ) -> Heads:
+    """Train as `train_grid` does, on rows as they are, heads that all must come out finite.
+
+    rows: (n, d) floating, as the protocol prepares them; taken in float32
+    Raises NumericalError where a head diverges.
+    """
+    values = rows.to(torch.float32)
+    heads = train_grid(
+        lambda some: values[some],
+        labels,
+        recipes,
+        n_classes=n_classes,
+        epochs=epochs,
+        batch_size=batch_size,
+        generator=generator,
+    )
+    refuse_divergence(heads, recipes)
+    return heads
+
+
+def refuse_divergence(heads: Heads, recipes: Sequence[Recipe]) -> None:
+    """Raise NumericalError naming the first head that diverged, if one did."""
+    lost = [one for one, gone in zip(recipes, heads.diverged, strict=True) if gone]
+    if lost:
+        raise NumericalError(
+            f"the linear layer diverged at learning rate {lost[0].learning_rate:g}", remedy="Use a smaller one."
+        )
+
+
+def train_grid(
+    take: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    recipes: Sequence[Recipe],
+    *,
+    n_classes: int,
+    epochs: int,
+    batch_size: int,
+    generator: torch.Generator,
+) -> Heads:
     """Minimise mean softmax cross-entropy by SGD with Nesterov momentum, from zero, for every recipe at once.
 
-    rows:      (n, d) floating, as the protocol prepares them; taken in float32
+    take:      gives the rows of some places, (b, d) float32, as the protocol prepares them: all need not be in memory
     labels:    (n,) int64 in [0, n_classes)
     generator: on the CPU; draws the order of every epoch, the same for all heads and on every device
-    All heads see the same batches and share one product a batch; none depends on the others. The steps are those of
-    torch.optim.SGD(nesterov=True); an epoch's last batch may be short, and counts by its own mean.
-    Raises NumericalError where a head diverges.
+    All heads see the same batches and share one product a batch; none depends on the others, one that diverges neither.
+    The steps are those of torch.optim.SGD(nesterov=True); an epoch's last batch may be short, and counts by its own mean.
     Source: the linear evaluation of arXiv:2204.07141, section A.3: SGD, Nesterov momentum 0.9, cosine, no warm-up.
     """
-    values, n = rows.to(torch.float32), len(rows)
-    rate = values.new_tensor([one.learning_rate for one in recipes])[:, None, None]
-    decay = values.new_tensor([one.weight_decay for one in recipes])[:, None, None]
-    weights = values.new_zeros(len(recipes), n_classes, values.shape[1])
-    biases = values.new_zeros(len(recipes), n_classes)
+    n, first = len(labels), take(labels.new_zeros(1))
+    rate = first.new_tensor([one.learning_rate for one in recipes])[:, None, None]
+    decay = first.new_tensor([one.weight_decay for one in recipes])[:, None, None]
+    weights = first.new_zeros(len(recipes), n_classes, first.shape[1])
+    biases = first.new_zeros(len(recipes), n_classes)
     speed, bias_speed = torch.zeros_like(weights), torch.zeros_like(biases)
     steps, step = epochs * -(-n // batch_size), 0
-    losses = torch.zeros(len(recipes), dtype=torch.float64, device=values.device)
+    losses = torch.zeros(len(recipes), dtype=torch.float64, device=first.device)
     for _ in range(epochs):
         losses.zero_()
-        order = torch.randperm(n, generator=generator).to(values.device)
+        order = torch.randperm(n, generator=generator).to(labels.device)
         for some in torch.split(order, batch_size):
-            batch = values[some]
+            batch = take(some)
             residual, loss = _residual(batch, labels[some], weights, biases)
             losses += loss.to(torch.float64) * (len(some) / n)
             gradient = torch.tensordot(residual, batch, dims=([0], [0])) + decay * weights
@@ -80,11 +124,6 @@ def train_heads(
             weights -= share * rate * (gradient + MOMENTUM * speed)
             biases -= share * rate[:, :, 0] * (bias_gradient + MOMENTUM * bias_speed)
             step += 1
-    lost = [one for one, fine in zip(recipes, weights.isfinite().all(dim=(1, 2)).tolist(), strict=True) if not fine]
-    if lost:
-        raise NumericalError(
-            f"the linear layer diverged at learning rate {lost[0].learning_rate:g}", remedy="Use a smaller one."
-        )
     return Heads(weights=weights, biases=biases, losses=losses)
 
 

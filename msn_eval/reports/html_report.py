@@ -1,34 +1,24 @@
-"""Tables as a page: one HTML file that asks nothing of any network, and opens from a disk, a mail or a web server.
+"""Tables as a page: one HTML file that asks nothing of any network, and opens from a disk, a mail or a web server."""
 
-Every text comes through Jinja2's escaping or stands in a JSON block in which nothing can end the block; the page's policy lets
-no script and no style run but the two whose hashes it names.
-"""
-
-import base64
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from msn_eval import __version__
 from msn_eval.errors import printable
 from msn_eval.reports.class_view import ClassView, make_class_views
 from msn_eval.reports.curves import neighbour_charts, shot_charts
+from msn_eval.reports.offline_page import as_block, asset, environment, policy_hash
 from msn_eval.reports.provenance import pack_records
 from msn_eval.reports.texts import FAILED, UNCONVERGED
 from msn_eval.result import Result, ResultScan
 from msn_eval.table import Cell, Column, Row, Table
 
-_FOLDER = Path(__file__).parent / "page"
 _SHADES = 8
 _OPEN_CHARTS = 2  # of a part; the others unfold
-_FOR_JSON_IN_HTML = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +66,8 @@ def render_html(table: Table, scan: ResultScan, *, show_published: bool) -> str:
     """
     records = {result.id: (result, path) for result, path in zip(scan.results, scan.paths, strict=True)}
     views, unseen = make_class_views(table, records)
-    script, style = _asset("page.js"), _asset("page.css")
-    page: str = _environment().get_template("page.html").render(
+    script, style = asset("page.js"), asset("page.css")
+    page: str = environment().get_template("page.html").render(
         title=_title(table),
         facts=_facts(table, len(scan.results)),
         notices=[printable(notice) for notice in (*table.notices, *unseen)],
@@ -88,49 +78,15 @@ def render_html(table: Table, scan: ResultScan, *, show_published: bool) -> str:
         unconverged=any(cell.status == "not_converged" for cell in table.cells.values()),
         chart_parts=_chart_parts(table),
         has_classes=bool(views),
-        data=_as_block(_data(table, records, views)),
+        data=as_block(_data(table, records, views)),
         script=script,
         style=style,
-        script_sha256=_hash(script),
-        style_sha256=_hash(style),
+        script_sha256=policy_hash(script),
+        style_sha256=policy_hash(style),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
     )  # fmt: skip
     return page
-
-
-@cache
-def _environment() -> Any:
-    """Give Jinja2 with escaping of everything that is not marked as ours."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    return Environment(
-        loader=FileSystemLoader(_FOLDER),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-
-
-def _asset(name: str) -> Any:
-    """Give a file of ours that stands in the page as it is."""
-    from markupsafe import Markup
-
-    return Markup((_FOLDER / name).read_text(encoding="utf-8"))
-
-
-def _hash(text: str) -> str:
-    """Give the hash by which a policy knows an inline script or style."""
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _as_block(value: object) -> Any:
-    """Give JSON that can stand in a script element: no text in it can end the element or open a comment."""
-    from markupsafe import Markup
-
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII, and \u2028 escaped
-    return Markup(text.translate(_FOR_JSON_IN_HTML))
 
 
 def _printable(value: object) -> object:

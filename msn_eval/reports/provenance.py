@@ -8,13 +8,14 @@ from typing import Any
 from msn_eval.errors import printable
 from msn_eval.finetune_recipe import Finetune, recipe_of
 from msn_eval.metrics import wilson_interval
-from msn_eval.result import SCHEMA, Result, canonical_json
+from msn_eval.result import SCHEMA, Result
 
 _DECIMALS = 4  # of seconds in records
-_OWN_OF_PROBE = ("certificate", "objective", "iterations")
+_OWN_OF_PROBE = ("certificate", "objective", "iterations", "chosen")
 _PASS_SECONDS = ("extract", "images_per_second", "decode_share", "encode_share")
-_PARTS = ("asked", "who", "how", "pass", "split", "created")
+_PARTS = ("asked", "who", "how", "pass", "split", "created", "chosen")
 _OPTIONS = {"lambda": "--lambda", "k": "--k", "temperature": "--temperature"}
+_SECTIONS = ("linear", "linear-augmented")  # of a config, called as their probe is, with its settings as keys
 
 
 def command_of(result: Result) -> str:
@@ -32,11 +33,14 @@ def _command(result: Result) -> dict[str, str]:
     asked = ["--data", result.data.name, "--probe", result.probe.name]
     for name, option in _OPTIONS.items():
         asked += [option, repr(result.probe.params[name])] if name in result.probe.params else []
+    if result.probe.name in _SECTIONS:
+        section = result.probe.name.replace("-", "_")
+        asked += [f"{section}.{name}={value!r}" for name, value in result.probe.params.items()]
     if result.probe.name == Finetune.name:
         asked += [f"finetune.{name}={value!r}" for name, value in recipe_of(result.probe.params).differing.items()]
     protocol, by_hand = result.protocol, result.protocol.get("by_hand")
     for name, value in sorted(by_hand.items()) if isinstance(by_hand, Mapping) else ():
-        asked += [f"--{name.replace('_', '-')}", str(value)]
+        asked += [] if name == "seed" else [f"--{name.replace('_', '-')}", str(value)]  # which stands in any command
     asked += [] if protocol.get("limit") is None else ["--limit", str(protocol["limit"])]
     asked += [] if protocol.get("skipped") is None else ["--on-bad-image", "skip"]
     split = ["--subset", f"{subset}@{result.split.draw}" if _has_draws(result) else subset]
@@ -53,9 +57,9 @@ def _has_draws(result: Result) -> bool:
 def pack_records(results: Iterable[Result]) -> dict[str, Any]:
     """Give records as a JSON value in which what many share stands once; the page's script gives each back whole.
 
-    asked, who, how, pass, split, created: the distinct values of six parts of a record
+    asked, who, how, pass, split, created, chosen: the distinct values of seven parts of a record
     commands: the parts of the commands that go with `who`, `how`, `asked` and `split`
-    records:  for each its places in the six, its id, and the numbers that are its own
+    records:  for each its places in the seven, its id, and the numbers that are its own
     """
     places: dict[str, dict[object, int]] = {name: {} for name in _PARTS}
     values: dict[str, list[Any]] = {name: [] for name in _PARTS}
@@ -77,7 +81,7 @@ def pack_records(results: Iterable[Result]) -> dict[str, Any]:
 def _keys(result: Result) -> dict[str, object]:
     """Give what each shared part of a record is known by: equal keys, equal parts."""
     probe, seconds = result.probe, result.timing_s
-    fit = (probe.name, probe.version, canonical_json(probe.params), probe.solver, probe.converged)
+    fit = (probe.name, probe.version, repr(probe.params), probe.solver, probe.converged)
     n = None if result.metrics is None else result.metrics.n
     return {
         "asked": (result.status, result.error, result.protocol_id, result.data, fit, n),
@@ -86,6 +90,7 @@ def _keys(result: Result) -> dict[str, object]:
         "pass": tuple(getattr(seconds, name) for name in _PASS_SECONDS),
         "split": (result.split, _has_draws(result)),
         "created": result.created,
+        "chosen": repr(probe.chosen),
     }
 
 
@@ -112,8 +117,10 @@ def _part(result: Result, name: str) -> Any:
             return {name: getattr(result.timing_s, name) for name in _PASS_SECONDS}
         case "split":
             return asdict(result.split)
-        case _:
+        case "created":
             return result.created
+        case _:
+            return None if result.probe.chosen is None else dict(result.probe.chosen)
 
 
 def _own(result: Result) -> list[Any]:

@@ -4,37 +4,33 @@ import http.server
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from msn_eval import evaluate
 from msn_eval.cli import main
+from msn_eval.reports.html_report import render_html
 from msn_eval.reports.provenance import command_of
-from msn_eval.result import read_result, scan_results, write_result
+from msn_eval.result import ResultScan, read_result, scan_results, write_result
+from msn_eval.table import make_table
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.webdriver import ActionChains, Keys  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
-_CHROMIUM, _DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (_CHROMIUM and _DRIVER),
-    reason="no browser: install chromium and chromium-driver to have the page tested in one",
-)
-_FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1400,1000"),
-)
 _HOSTILE = "<img src=//x.invalid/a onerror=alert(1)></script>"
 
 
 @pytest.fixture(scope="module")
 def runs(digits_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the digits' records, those of a network of a hostile name, and a failed one."""
+    """Give the digits' records, ridge with what it chose among them, those of a network of a hostile name, and a failed one."""
     folder = tmp_path_factory.mktemp("page") / "runs"
     shutil.copytree(digits_runs, folder)
+    evaluate(["pixels"], data="digits", subsets=["1img"], probes=["ridge"], out=folder, device="cpu", no_cache=True)
     paths = sorted(folder.glob("*.json"))
     for number, path in enumerate(paths):
         result = read_result(path)
@@ -84,34 +80,13 @@ def served(page: Path) -> Iterator[tuple[str, list[str]]]:
     server.server_close()
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["webdriver.Chrome"]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(_CHROMIUM)
-    for flag in (*_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(_DRIVER)))
-    started.get("about:blank")  # instead of the browser's own first page, which loads its parts for a while
-    yield started
-    started.quit()
-
-
 @pytest.fixture
-def opened(browser: "webdriver.Chrome", page: Path) -> Iterator["webdriver.Chrome"]:
+def opened(browser: "webdriver.Chrome", page: Path, requests: Callable[[], list[str]]) -> Iterator["webdriver.Chrome"]:
     """Give the browser with the page just opened; afterwards it must have had nothing to complain of or to ask for."""
-    browser.get_log("performance")
     browser.get(page.as_uri())
     yield browser
     assert browser.get_log("browser") == []
-    assert _requests(browser) == [page.as_uri()]
-
-
-def _requests(browser: "webdriver.Chrome") -> list[str]:
-    """Give the addresses that were asked for, those of data in the page and of the browser's own pages apart."""
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent"]
-    return [url for url in sent if not url.startswith(("data:", "chrome://"))]
+    assert requests() == [page.as_uri()]
 
 
 def _names(browser: "webdriver.Chrome") -> list[str]:
@@ -274,13 +249,88 @@ def test_paper_is_white_and_holds_every_column(opened: "webdriver.Chrome") -> No
 
 
 def test_a_served_page_asks_its_server_for_nothing_more(
-    browser: "webdriver.Chrome", served: tuple[str, list[str]]
+    browser: "webdriver.Chrome", served: tuple[str, list[str]], requests: Callable[[], list[str]]
 ) -> None:
     address, asked = served
-    browser.get_log("performance")
 
     browser.get(address)
     _open_first(browser)
 
     assert asked == ["/table.html"]
-    assert (browser.get_log("browser"), _requests(browser)) == ([], [address])
+    assert (browser.get_log("browser"), requests()) == ([], [address])
+
+
+@pytest.fixture(scope="module")
+def long_page(digits_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the page of 130 checkpoints of one record each; every one has another accuracy."""
+    scan = scan_results([digits_runs])
+    (first,) = [
+        one for one in scan.results if one.probe.name == "ncm" and one.split.subset == "1img" and one.split.draw == 1
+    ]
+    results = []
+    for number in range(130):
+        checkpoint = replace(first.checkpoint, name=f"network {number}", weights_sha256=f"{number:064x}")
+        assert first.metrics is not None
+        metrics = replace(first.metrics, top1=number / 797, top5=1.0)
+        results.append(replace(first, id=f"{number:016x}", checkpoint=checkpoint, metrics=metrics, predictions=None))
+    paths = tuple(digits_runs / f"{one.id}.json" for one in results)
+    path = tmp_path_factory.mktemp("long") / "table.html"
+    page = render_html(
+        make_table(results), ResultScan(results=tuple(results), paths=paths, faults=()), show_published=False
+    )
+    path.write_text(page)
+    return path
+
+
+@pytest.fixture
+def long_opened(browser: "webdriver.Chrome", long_page: Path) -> Iterator["webdriver.Chrome"]:
+    browser.get(long_page.as_uri())
+    yield browser
+    assert browser.get_log("browser") == []
+
+
+def _shown(browser: "webdriver.Chrome") -> list[str]:
+    """Give the names of the rows that are laid out."""
+    script = (
+        "return [...document.querySelectorAll('#board tbody tr')].filter((one) => one.checkVisibility())"
+        ".map((one) => one.querySelector('bdi').textContent)"
+    )
+    names: list[str] = browser.execute_script(script)
+    return names
+
+
+def _best(first: int, last: int) -> list[str]:
+    return [f"network {number}" for number in range(first, last, -1)]
+
+
+def test_a_hundred_rows_are_laid_out_until_all_are_asked_for(long_opened: "webdriver.Chrome") -> None:
+    button = long_opened.find_element(By.ID, "all")
+    before, text = _shown(long_opened), button.text
+
+    button.click()
+
+    assert (before, text) == (_best(129, 29), "Show all 130 rows")
+    WebDriverWait(long_opened, 5).until(lambda browser: _shown(browser) == _best(129, -1))
+    assert not button.is_displayed()
+
+
+def test_sorting_among_many_rows_shows_those_that_come_first_then(long_opened: "webdriver.Chrome") -> None:
+    _head(long_opened, 0).click()
+
+    assert _shown(long_opened) == [f"network {number}" for number in range(100)]
+
+
+def test_all_rows_stay_shown_after_sorting(long_opened: "webdriver.Chrome") -> None:
+    long_opened.find_element(By.ID, "all").click()
+    _head(long_opened, -1).click()
+
+    WebDriverWait(long_opened, 5).until(
+        lambda browser: _shown(browser) == [f"network {number}" for number in range(130)]
+    )
+
+
+def test_filter_finds_rows_that_were_not_laid_out(long_opened: "webdriver.Chrome") -> None:
+    long_opened.find_element(By.ID, "filter").send_keys("12")
+
+    assert _shown(long_opened) == [f"network {number}" for number in (*range(129, 119, -1), 112, 12)]
+    assert long_opened.find_element(By.ID, "shown").text == "12 of 130 checkpoints fit."

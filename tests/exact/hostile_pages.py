@@ -17,9 +17,13 @@ from types import ModuleType
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 
+from msn_eval.look import Look, Seen
 from msn_eval.reports.html_report import render_html
+from msn_eval.reports.trajectory_report import render_trajectory
 from msn_eval.result import Result, ResultScan
+from msn_eval.run_alarms import Alarm
 from msn_eval.table import make_table
+from msn_eval.trajectory import Point, RunFacts, Trajectory
 
 _ADDRESSES = (
     "src",
@@ -114,13 +118,15 @@ def _write_predictions(results: list[Result], folder: Path, name: str) -> None:
 
 
 def check_name(name: str) -> None:
-    """Say with an AssertionError what a name changes in a page besides its own texts."""
-    check_page(_page_named(name), _harmless())
+    """Say with an AssertionError what a name changes in the page of a table, or of a run, besides its own texts."""
+    page, expected = _checked(_page_named(name), _harmless(_page_named))
+    _check_data(page, expected)
+    _checked(_run_named(name), _harmless(_run_named))
 
 
 @cache
-def _harmless() -> str:
-    return _page_named("plain")
+def _harmless(named: Callable[[str], str]) -> str:
+    return named("plain")
 
 
 def _page_named(name: str) -> str:
@@ -130,8 +136,28 @@ def _page_named(name: str) -> str:
         return page_of(results, Path(folder))
 
 
-def check_page(text: str, plain: str) -> None:
-    """Hold a page against that of harmless names."""
+def _run_named(name: str) -> str:
+    """Give the page of a run in which everything that has a name has this one."""
+    seen = Seen(data_sha256="d", tap="cls-norm", precision="exact")
+    look = Look(
+        step=5, epoch=1, created="", sha256="", weights_sha256="w", seen=seen, images=9, feature_rank=2.0,
+        feature_spread=0.5, problem=f"problem {name}",
+    )  # fmt: skip
+    trajectory = Trajectory(
+        facts=RunFacts(
+            name=name, method=f"msn {name}", data=None, subset=None, epochs=2, warmup_epochs=0, prototypes=8
+        ),
+        steps_an_epoch=5,
+        lines=({"step": 1.0, "epoch": 0.0, "loss": 1.0}, {"step": 9.0, "epoch": 1.0, "loss": None}),
+        points=(Point(step=5, epoch=1, look=look, results=tuple(names().records_named(name))),),
+        alarms=(Alarm(what=f"alarm {name}", first=1, last=9, on=True),),
+        notices=(f"notice {name}",),
+    )
+    return render_trajectory(trajectory)
+
+
+def _checked(text: str, plain: str) -> tuple[Page, Page]:
+    """Hold a page against that of harmless names, and give both."""
     text.encode()
     page, expected = Page(text), Page(plain)
     assert page.tags == expected.tags, "other elements or attributes"
@@ -146,7 +172,8 @@ def check_page(text: str, plain: str) -> None:
         "controls"
     )
     _check_policy(page)
-    _check_data(page, expected)
+    assert not set("<>&") & set(page.inside["script"][0]), "what HTML could take for its own"
+    return page, expected
 
 
 def _check_policy(page: Page) -> None:
@@ -171,9 +198,6 @@ def _digest(text: str) -> str:
 
 
 def _check_data(page: Page, expected: Page) -> None:
-    block = page.inside["script"][0]
-    assert not set("<>&") & set(block), "what HTML could take for its own"
-
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 

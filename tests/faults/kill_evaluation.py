@@ -2,11 +2,13 @@
 
     python tests/faults/kill_evaluation.py --data FOLDER [--kills 100] [--seed 0] [--torn-writes]
 
-Each trial starts from nothing: a run is killed at a random instant, what it left is looked over, and the same command then
-runs to its end. Its records must be those of an undisturbed run (times and environment apart), with no file under a final
-name that is not whole, no word of quarantine, and no more images encoded twice than a shard and a batch hold.
---torn-writes breaks our writing on purpose, files then growing under their final names: the trials must see that.
-Ends with 0 where every trial was sound. One process imports everything and forks the runs, so that a trial takes seconds.
+Each trial starts from nothing: a run is killed, by turns at a random instant and in a random sync of a file that it is writing;
+what it left is looked over, and the same command then runs to its end. Its records must be those of an undisturbed run (times and
+environment apart), with no file under a final name that is not whole, no word of quarantine, and no more images encoded twice
+than a shard and a batch hold. --torn-writes breaks our writing on purpose, files then growing under their final names: the trials
+must see that.
+Ends with 0 where every trial was sound. One process imports everything, by doing the undisturbed run itself, and forks the
+others, so that a trial takes a second or two.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from sync_kill import SyncKill, die_in_sync, note_syncs, read_counts
 from torch import Tensor
 
 import msn_eval.atomic_file
@@ -40,6 +43,7 @@ from msn_eval.feature_cache import list_banks, read_manifests, read_rows
 _NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=16&depth=2"
 _BATCH, _SHARD_ROWS = 32, 128
 _LEFT_OUT = ("created", "timing_s", "environment")
+_SYNCED = (".json", ".npz", ".safetensors")  # what the names of the files hold that are written
 
 
 def main() -> int:
@@ -58,28 +62,40 @@ def main() -> int:
         _tear_writes()
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
+        (Path(folder) / "first").mkdir()
+        _run_here(Path(folder) / "first", options.data)  # imports all that a run does
         started = time.monotonic()
         code, images = _run_to_the_end(whole, options.data)
         seconds = time.monotonic() - started
         assert code == 0, (whole / "stderr").read_text()
-        expected = _records(whole)
+        expected, syncs = _records(whole), read_counts(whole / "syncs", _SYNCED)
         print(f"undisturbed: {seconds:.1f} s, {images} images encoded, {len(expected)} results", flush=True)
         for trial in range(options.kills):
             here = Path(folder) / f"trial{trial}"
-            instant = chance.uniform(0, 1.02 * seconds)
-            faults = _trial(here, options.data, instant, images, expected)
+            if trial % 2:
+                name = _SYNCED[trial // 2 % len(_SYNCED)]
+                kill = SyncKill(name=name, count=chance.randint(1, syncs[name]))
+            else:
+                kill = chance.uniform(0, 1.02 * seconds)
+            faults = _trial(here, options.data, kill, images, expected)
             shutil.rmtree(here)
             unsound += bool(faults)
-            print(f"kill {trial + 1} at {instant:.2f} s: {'; '.join(faults) or 'sound'}", flush=True)
+            when = f"at {kill:.2f} s" if isinstance(kill, float) else str(kill)
+            print(f"kill {trial + 1} {when}: {'; '.join(faults) or 'sound'}", flush=True)
     print(f"{options.kills - unsound} of {options.kills} trials sound")
     return 1 if unsound else 0
 
 
-def _trial(here: Path, data: str, instant: float, images: int, expected: dict[str, object]) -> list[str]:
-    child = _start(here, data)
-    time.sleep(instant)
-    os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
+def _trial(here: Path, data: str, kill: float | SyncKill, images: int, expected: dict[str, object]) -> list[str]:
+    if isinstance(kill, SyncKill):
+        status = os.waitpid(_start(here, data, kill), 0)[1]
+        if not os.WIFSIGNALED(status):
+            return [f"it was not killed: {(here / 'stderr').read_text()[-300:]}"]
+    else:
+        child = _start(here, data)
+        time.sleep(kill)
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
     faults = _torn_files(here)
     finished_before = set(_records(here)) if not faults else set()
     code, encoded = _run_to_the_end(here, data)
@@ -105,8 +121,8 @@ def _run_to_the_end(here: Path, data: str) -> tuple[int, int]:
     return os.waitstatus_to_exitcode(status), sum(int(line) for line in counts.split())
 
 
-def _start(here: Path, data: str) -> int:
-    """Start the evaluation in a forked process."""
+def _start(here: Path, data: str, kill: SyncKill | None = None) -> int:
+    """Start the evaluation in a forked process, which dies as `kill` says."""
     here.mkdir(exist_ok=True)
     child = os.fork()
     if child:
@@ -116,17 +132,25 @@ def _start(here: Path, data: str) -> int:
         output = os.open(here / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        torch.set_num_threads(1)
+        note_syncs(here / "syncs")
+        if kill is not None:
+            die_in_sync(kill)
         with _counted(here / "encoded"):
-            code = msn_eval_main(
-                [
-                    "--checkpoint", _NETWORK, "--data", data, "--subset", "1img,2imgs@1", "--probe", "logistic,knn",
-                    "--k", "5", "--limit", "8", "--batch-size", str(_BATCH), "--workers", "0",
-                    "--out", str(here / "runs"), "--cache", str(here / "cache"), "--json",
-                ]
-            )  # fmt: skip
+            code = _run_here(here, data)
     finally:
         os._exit(code)
+
+
+def _run_here(here: Path, data: str) -> int:
+    torch.set_num_threads(1)
+    with (here / "stderr").open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        return msn_eval_main(
+            [
+                "--checkpoint", _NETWORK, "--data", data, "--subset", "1img,2imgs@1", "--probe", "logistic,knn",
+                "--k", "5", "--limit", "8", "--batch-size", str(_BATCH), "--workers", "0",
+                "--out", str(here / "runs"), "--cache", str(here / "cache"), "--json",
+            ]
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -192,7 +216,9 @@ def _tear_writes() -> None:
             piece = -(-len(content) // 8)
             for start in range(0, len(content), piece):
                 file.write(content[start : start + piece])
-                time.sleep(0.01)
+                if start <= len(content) // 2 < start + piece:
+                    os.fsync(file.fileno())
+                time.sleep(0.003)
 
     for module in (msn_eval.atomic_file, msn_eval.feature_cache, msn_eval.file_hashes, msn_eval.result):
         module.write_atomically = write_in_place  # type: ignore[attr-defined]

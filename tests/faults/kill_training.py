@@ -2,11 +2,12 @@
 
     python tests/faults/kill_training.py [--kills 50] [--seed 0] [--break rng|journal|writes]
 
-Each trial starts from nothing: a run on 1 or 2 ranks with 0 or 2 loader workers is killed at a random instant, every rank of
-it, and the same command then runs to its end. Weights, target, prototypes, optimiser, generators and metrics.jsonl (times and
+Each trial starts from nothing: a run on 1 or 2 ranks with 0 or 2 loader workers is killed, every rank of it, by turns at a random
+instant behind a random step, in a random sync of a file that it is writing, and at any instant, while it starts up too; and the
+same command then runs to its end. Weights, target, prototypes, optimiser, generators and metrics.jsonl (times and
 memory apart) must be those of an undisturbed run of as many ranks, and no newer snapshot may have been lost.
 --break puts a fault into our own code on purpose; the trials must see it. Ends with 0 where every trial was sound.
-One process imports everything and forks the ranks, so that a trial takes seconds.
+One process imports everything, by doing such a run itself, and forks the ranks, so that a trial takes seconds.
 """
 
 import argparse
@@ -19,13 +20,16 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from sync_kill import SyncKill, die_in_sync, note_syncs, read_counts
 
 import msn_eval.run_folder
 import msn_pretrain.journal
@@ -47,11 +51,41 @@ encoder: {name: "vit_tiny_patch16_224?img_size=16&patch_size=4&embed_dim=32&dept
 head: {hidden: 32, output: 16}
 masking: {ratio: 0.3, per_image: true}
 criterion: {prototypes: 16}
-optimization: {epochs: 3, batch_size: 8, warmup: 1}
+optimization: {epochs: %d, batch_size: 8, warmup: 1}
 ema: {start: 0.9}
 """
 _LONGEST_SECONDS = 120.0
 BREAKS = ("rng", "journal", "writes")
+_SYNCED = (
+    "state.pt",
+    "encoder.safetensors",
+    "manifest.json",
+    METRICS,
+)  # what the names of the files hold that are written
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedKill:
+    """Death some seconds behind the line of a step, or behind the start."""
+
+    step: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.2f} s behind {f'step {self.step}' if self.step else 'the start'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """An undisturbed run: what became of it, how long it took, and how often it synced files of each name."""
+
+    outcome: dict[str, Any]
+    seconds: float
+    syncs: dict[str, int]
+
+    @property
+    def steps(self) -> int:
+        return int(self.outcome["steps"])
 
 
 def main() -> int:
@@ -62,6 +96,7 @@ def main() -> int:
     parser.add_argument("--break", dest="fault", choices=BREAKS)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--epochs", type=int, default=3)
     options = parser.parse_args()
     print(f"torch {torch.__version__}, timm {timm.__version__}, {options.kills} kills, seed {options.seed}", flush=True)
     torch.set_num_threads(1)
@@ -69,28 +104,33 @@ def main() -> int:
     unsound = 0
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        (place / "recipe.yaml").write_text(_RECIPE)
+        (place / "recipe.yaml").write_text(_RECIPE % options.epochs)
+        _import_all(place / "first")
         whole = {ranks: _undisturbed(place, ranks) for ranks in options.ranks}
         if options.fault:
             _break(options.fault)
+        shapes = list(product(options.ranks, options.workers))
         for trial in range(options.kills):
-            ranks, workers = chance.choice(options.ranks), chance.choice(options.workers)
-            expected, seconds = whole[ranks]
-            # Every other one while steps are done, the rest at any time, while a run starts too.
-            after = chance.randrange(1, int(expected["steps"])) if trial % 2 == 0 else 0
-            longest = 2 * seconds / int(expected["steps"]) if after else 1.1 * seconds
-            instant = chance.uniform(0, longest)
-            faults, at = _trial(place / f"trial{trial}", ranks, workers, (after, instant), expected)
+            ranks, workers = shapes[trial % len(shapes)]
+            kill = _drawn(trial, whole[ranks], chance)
+            faults, at = _trial(place / f"trial{trial}", ranks, workers, kill, whole[ranks].outcome)
             unsound += bool(faults)
             told = "; ".join(faults) or "sound"
-            when = f"{instant:.2f} s behind {f'step {after}' if after else 'the start'}"
-            print(f"kill {trial + 1}, {when}, from step {at}, {ranks} ranks, {workers} workers: {told}", flush=True)
+            print(f"kill {trial + 1}, {kill}, from step {at}, {ranks} ranks, {workers} workers: {told}", flush=True)
             shutil.rmtree(place / f"trial{trial}")
     print(f"{options.kills - unsound} of {options.kills} trials sound")
     return 1 if unsound else 0
 
 
-def _undisturbed(place: Path, ranks: int) -> tuple[dict[str, Any], float]:
+def _import_all(here: Path) -> None:
+    """Do a run in this process: its forks then need to import nothing."""
+    here.mkdir()
+    with (here / "stderr").open("w") as output, redirect_stdout(output), redirect_stderr(output):
+        code = msn_pretrain_main([*_words(here, 0), "optimization.epochs=1"])
+    assert code == 0, (here / "stderr").read_text()
+
+
+def _undisturbed(place: Path, ranks: int) -> Whole:
     here = place / f"whole{ranks}"
     started = time.monotonic()
     codes = _wait(_start(here, ranks, 0))
@@ -98,16 +138,34 @@ def _undisturbed(place: Path, ranks: int) -> tuple[dict[str, Any], float]:
     seconds = time.monotonic() - started
     found = _outcome(here / "run")
     print(f"undisturbed on {ranks}: {seconds:.1f} s, {found['steps']} steps", flush=True)
-    return found, seconds
+    return Whole(outcome=found, seconds=seconds, syncs=read_counts(here / "syncs", _SYNCED))
+
+
+def _drawn(trial: int, whole: Whole, chance: random.Random) -> TimedKill | SyncKill:
+    match trial % 3:
+        case 0:
+            name = _SYNCED[trial // 3 % len(_SYNCED)]
+            return SyncKill(name=name, count=chance.randint(1, whole.syncs[name]))
+        case 1:
+            seconds = chance.uniform(0, 2 * whole.seconds / whole.steps)
+            return TimedKill(step=chance.randrange(1, whole.steps), seconds=seconds)
+        case _:
+            return TimedKill(step=0, seconds=chance.uniform(0, 1.1 * whole.seconds))
 
 
 def _trial(
-    here: Path, ranks: int, workers: int, when: tuple[int, float], expected: dict[str, Any]
+    here: Path, ranks: int, workers: int, kill: TimedKill | SyncKill, expected: dict[str, Any]
 ) -> tuple[list[str], int]:
-    """Kill a run some seconds behind a step, start it again, and compare."""
-    children = _start(here, ranks, workers)
-    _wait_for_lines(here / "run" / METRICS, when[0])
-    time.sleep(when[1])
+    """Kill a run, start it again, and compare."""
+    if isinstance(kill, SyncKill):
+        children = _start(here, ranks, workers, kill)
+        if _wait(children[:1]) != [-signal.SIGKILL]:  # the first rank alone writes
+            return [f"it was not killed: {(here / 'stderr').read_text()[-400:]}"], 0
+        children = children[1:]
+    else:
+        children = _start(here, ranks, workers)
+        _wait_for_lines(here / "run" / METRICS, kill.step)
+        time.sleep(kill.seconds)
     for child in children:
         os.kill(child, signal.SIGKILL)
     _wait(children)
@@ -156,16 +214,20 @@ def _outcome(run: Path) -> dict[str, Any]:
     }
 
 
-def _start(here: Path, ranks: int, workers: int) -> list[int]:
-    """Start the ranks of one run as forked processes."""
+def _words(here: Path, workers: int) -> list[str]:
+    return [str(here.parent / "recipe.yaml"), f"run.dir={here / 'run'}", f"data.workers={workers}", "-vv"]
+
+
+def _start(here: Path, ranks: int, workers: int, kill: SyncKill | None = None) -> list[int]:
+    """Start the ranks of one run as forked processes, whose first dies as `kill` says."""
     here.mkdir(exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return [_start_rank(here, rank, ranks, workers, port) for rank in range(ranks)]
+    return [_start_rank(here, rank, ranks, workers, port, kill) for rank in range(ranks)]
 
 
-def _start_rank(here: Path, rank: int, ranks: int, workers: int, port: int) -> int:
+def _start_rank(here: Path, rank: int, ranks: int, workers: int, port: int, kill: SyncKill | None) -> int:
     child = os.fork()
     if child:
         return child
@@ -177,13 +239,15 @@ def _start_rank(here: Path, rank: int, ranks: int, workers: int, port: int) -> i
         if ranks > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        words = [str(here.parent / "recipe.yaml"), f"run.dir={here / 'run'}", f"data.workers={workers}", "-vv"]
-        code = msn_pretrain_main(words)
+        note_syncs(here / "syncs")
+        if kill is not None and rank == 0:
+            die_in_sync(kill)
+        code = msn_pretrain_main(_words(here, workers))
     finally:
         os._exit(code)
 
 
-def _wait(children: list[int]) -> list[int]:
+def _wait(children: Sequence[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
@@ -213,9 +277,11 @@ def _tear_writes() -> None:
         yield path
         content = path.read_bytes()
         with path.open("wb", buffering=0) as file:
-            for start in range(0, len(content), 1 + len(content) // 8):
-                file.write(content[start : start + 1 + len(content) // 8])
-                time.sleep(0.1)
+            for piece in range(8):
+                file.write(content[len(content) * piece // 8 : len(content) * (piece + 1) // 8])
+                time.sleep(0.03)
+                if piece == 4:
+                    os.fsync(file.fileno())
 
     def believed(folder: Path) -> SnapshotFiles:
         return read_manifest(folder)

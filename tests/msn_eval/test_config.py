@@ -1,6 +1,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -217,3 +218,50 @@ def test_count_or_auto_may_be_written_as_a_number(tmp_path: Path) -> None:
     file = write_yaml(tmp_path, "batch-size: 64\nworkers: auto\n")
     request = read_config(Request, file=file)
     assert (request.batch_images, request.worker_count) == (64, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    width: int = 4
+    name: str = "flat"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Whole:
+    layer: _Layer = field(default_factory=_Layer)
+    steps: int = 1
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"overrides": ["layer.width=8"]},
+        {"overrides": ["layer={width: 8}"]},
+        {"given": {"layer": {"width": 8}}},
+        {"given": {"layer.width": 8}},
+        {"given": {"layer": _Layer(width=8)}},
+    ],
+    ids=str,
+)
+def test_a_section_is_filled_key_by_key(layers: dict[str, Any]) -> None:
+    assert read_config(_Whole, **layers) == _Whole(layer=_Layer(width=8))
+
+
+def test_a_text_in_a_section_is_kept_as_typed() -> None:
+    assert read_config(_Whole, overrides=["layer.name=007"]).layer.name == "007"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("layer.widht=8", "override 'layer.widht=8': unknown key 'layer.widht'. Did you mean width?\nKnown in layer: "),
+        ("layer=8", "override 'layer=8': layer is a section, not a value\nWrite layer.KEY=VALUE"),
+        ("layer.width=wide", "override 'layer.width=wide': layer.width: Value 'wide'"),
+        ("steps.width=8", "override 'steps.width=8': unknown key 'steps.width'."),
+    ],
+)
+def test_a_mistake_in_a_section_is_named_with_it(override: str, told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        read_config(_Whole, overrides=[override])
+
+    assert str(caught.value).startswith(told)

@@ -410,3 +410,46 @@ def test_features_that_collapsed_are_told_and_scored_at_chance(
     assert [text.partition(": collapsed")[0] for text in told] == [
         f"pixels: tap pixels, {part} images" for part in ("labelled", "validation")
     ]
+
+
+def test_validation_labels_that_would_reveal_the_best_layer_move_neither_the_choice_nor_a_prediction(
+    folder: Path, tmp_path: Path
+) -> None:
+    revealing = tmp_path / "revealing"
+    for split, names in (("train", "abcd"), ("val", "bcda")):  # every class's validation images under another name
+        for name, other in zip("abcd", names, strict=True):
+            shutil.copytree(folder / split / name, revealing / split / other)
+    options = {"subsets": ["5imgs@1"], "probes": ["linear"], "device": "cpu", "no_cache": True}
+    recipe = {"lr_first": 0.01, "lr_last": 100.0, "lrs": 5, "epochs": 20}
+
+    (told,) = evaluate(["pixels"], data=str(folder), out=tmp_path / "a", linear=recipe, **options)
+    (other,) = evaluate(["pixels"], data=str(revealing), out=tmp_path / "b", linear=recipe, **options)
+
+    assert told.probe.chosen is not None
+    assert other.probe == told.probe
+    assert told.predictions is not None
+    assert other.predictions is not None
+    first, second = (
+        read_predictions(tmp_path / "a" / told.predictions),
+        read_predictions(tmp_path / "b" / other.predictions),
+    )
+    assert (np.roll(second.prediction, -20) == first.prediction).all()
+    assert (np.roll(second.label, -20) != first.label).all()
+
+
+def test_one_image_a_class_fails_for_a_grid_and_other_subsets_are_measured(folder: Path, tmp_path: Path) -> None:
+    grid = {"lrs": 2, "epochs": 5}
+
+    results = evaluate(
+        ["pixels"],
+        data=str(folder),
+        subsets=["1img@1", "2imgs@1"],
+        probes=["linear"],
+        out=tmp_path,
+        device="cpu",
+        no_cache=True,
+        linear=grid,
+    )
+
+    assert [(one.split.subset, one.status) for one in results] == [("1img", "failed"), ("2imgs", "ok")]
+    assert "one a class" in str(results[0].error)

@@ -76,6 +76,11 @@ def test_fp16_is_refused() -> None:
         Request(probe=["finetune"], precision="fp16")
 
 
+def test_hidden_patches_are_refused() -> None:
+    with pytest.raises(UsageError, match="--patch-drop: fine-tuning sees whole images"):
+        Request(probe=["finetune"], patch_drop=0.7)
+
+
 def test_saving_without_training_is_refused() -> None:
     with pytest.raises(UsageError, match="--save: no network is trained"):
         Request(save="there")

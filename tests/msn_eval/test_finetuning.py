@@ -111,7 +111,7 @@ def test_evaluation_that_was_killed_goes_on_from_its_state_to_the_same_record(
         patched.setattr(finetuning, "score_images", kill)
         with pytest.raises(KilledError):
             tune()
-    states = list((tmp_path / "runs" / ".finetune").iterdir())
+    states = list((tmp_path / "runs" / ".training").iterdir())
     monkeypatch.setattr(finetune_module, "take_step", lambda *given: pytest.fail("it began anew"))
 
     (result,) = tune()
@@ -197,7 +197,7 @@ def test_fine_tuned_and_frozen_numbers_stand_in_columns_of_their_own(
 
     groups = list(make_table(results).groups())
 
-    assert groups == ["logistic", "finetune, probe.params.epochs=1", "finetune, probe.params.epochs=2"]
+    assert groups == ["logistic", "finetune, epochs=1", "finetune, epochs=2"]
     assert main(["verify", str(tmp_path)]) == 0
     assert "3 records" in capsys.readouterr().out
 

@@ -181,3 +181,17 @@ def test_a_cell_names_its_records(results: list[Result]) -> None:
     for (_, column), cell in table.cells.items():
         assert list(cell.results) == [r.id for d in (1, 2, 3) for r in results
                                       if (r.protocol_id, r.split.draw) == (column.protocol_id, d)]  # fmt: skip
+
+
+def test_linear_layers_of_one_recipe_need_no_reason_and_of_several_say_wherein_they_differ(
+    results: list[Result],
+) -> None:
+    def layer(**params: float) -> Result:
+        probe = {"name": "linear", "version": 1, "params": params}
+        changed = _other_protocol(results[0], probe=probe)
+        return replace(changed, probe=replace(changed.probe, name="linear", params=params))
+
+    one, other = layer(lr=3.0, epochs=100), layer(lr=6.4, epochs=100)
+
+    assert [column.group for column in make_table([one]).columns] == ["linear"]
+    assert [column.group for column in make_table([one, other]).columns] == ["linear, lr=3.0", "linear, lr=6.4"]

@@ -4,7 +4,17 @@ from torch import Tensor
 
 from msn_eval.encoder import Encoder, encode, load_encoder
 from msn_eval.errors import UsageError
-from msn_eval.visible_patches import attention_maps, check_patches, choose_patches, encode_visible, patches_a_side
+from msn_eval.visible_patches import (
+    PatchDrop,
+    attention_maps,
+    check_drop,
+    check_patches,
+    choose_patches,
+    encode_kept,
+    encode_visible,
+    kept_patches,
+    patches_a_side,
+)
 
 _SMALL = "vit_tiny_patch16_224?img_size=32&patch_size=8&depth=3"
 
@@ -99,3 +109,68 @@ def test_network_without_patches_is_refused(name: str) -> None:
 
 def test_patches_a_side(encoder: Encoder) -> None:
     assert patches_a_side(encoder) == 4
+
+
+# Patch drop.
+
+
+def test_kept_patches_are_the_share_rounded_down_and_each_images_own() -> None:
+    kept = kept_patches(PatchDrop(share=0.7, seed=0), ["a/1", "a/2"], patches=196)
+
+    assert kept.shape == (2, 58)
+    assert all(len(set(row)) == 58 and row == sorted(row) and row[0] >= 0 and row[-1] < 196 for row in kept.tolist())
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_kept_patches_hang_on_seed_and_id_alone() -> None:
+    drop = PatchDrop(share=0.5, seed=3)
+    both, alone = (kept_patches(drop, ids, patches=16) for ids in (["a/1", "a/2"], ["a/2"]))
+    other = kept_patches(PatchDrop(share=0.5, seed=4), ["a/2"], patches=16)
+
+    assert torch.equal(both[1], alone[0])
+    assert not torch.equal(alone, other)
+    assert alone.tolist() == [[0, 2, 3, 4, 8, 10, 13, 15]]  # as ever: stored features and results lean on it
+
+
+def test_every_patch_is_kept_about_as_often_as_any_other() -> None:
+    kept = kept_patches(PatchDrop(share=0.75, seed=0), [f"a/{n}" for n in range(4000)], patches=16)
+    counts = torch.bincount(kept.flatten(), minlength=16)
+
+    assert (counts - 1000).abs().max() < 5 * (4000 * 0.25 * 0.75) ** 0.5
+
+
+def test_with_every_patch_kept_all_taps_are_those_of_the_whole_image(encoder: Encoder, random_pixels: Tensor) -> None:
+    taps = list(encoder.taps)
+    some, whole = encode_kept(encoder, random_pixels, taps, _all(4)), encode(encoder, random_pixels, taps)
+
+    assert all(torch.equal(some[tap], whole[tap]) for tap in taps)
+
+
+def test_dropped_patches_have_no_say_at_any_tap_and_enter_no_block(encoder: Encoder, random_pixels: Tensor) -> None:
+    kept = torch.tensor([[0, 5, 10]]).expand(4, -1)
+    others = random_pixels.clone()
+    others[:, 8:16, :8] = 255 - others[:, 8:16, :8]  # patch 4, dropped
+    entered: list[int] = []
+    blocks = encoder.network.blocks
+    hook = blocks[0].register_forward_pre_hook(lambda block, given: entered.append(given[0].shape[1]))  # type: ignore[index, union-attr]
+    taps = list(encoder.taps)
+
+    one, other = (encode_kept(encoder, pixels, taps, kept) for pixels in (random_pixels, others))
+    hook.remove()
+
+    assert all(torch.equal(one[tap], other[tap]) for tap in taps)
+    assert entered == [3 + encoder.network.num_prefix_tokens] * 2
+    assert torch.allclose(one["cls-norm"], encode_visible(encoder, random_pixels, kept), atol=1e-5)
+    whole = encode(encoder, random_pixels, ["cls"])["cls"]  # afterwards it is seen whole again
+    assert not torch.allclose(one["cls"], whole, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["pixels", "random:resnet18"])
+def test_patches_are_dropped_from_vision_transformers_alone(name: str) -> None:
+    with pytest.raises(UsageError, match=r"--patch-drop 0.5: .* is no plain Vision Transformer"):
+        check_drop(load_encoder(name, device="cpu"), PatchDrop(share=0.5, seed=0))
+
+
+def test_dropping_every_patch_is_refused(encoder: Encoder) -> None:
+    with pytest.raises(UsageError, match="leaves none of the 16 patches"):
+        check_drop(encoder, PatchDrop(share=0.95, seed=0))

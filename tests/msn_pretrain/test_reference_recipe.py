@@ -9,9 +9,10 @@ from omegaconf import OmegaConf
 
 from msn_eval.architectures import name_architecture, outline_network
 from msn_eval.errors import UsageError
+from msn_eval.reference_networks import NETWORKS
 from msn_pretrain.recipe import MSNRecipe, Run
 from msn_pretrain.recipe_file import read_recipe
-from msn_pretrain.reference_recipe import _MAPPED, _NETWORKS
+from msn_pretrain.reference_recipe import _MAPPED
 
 CRITERION = {
     "batch_size": 64,
@@ -208,7 +209,7 @@ def test_their_networks_have_their_patches_and_widths(theirs: str) -> None:
     widths = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24), "huge": (1280, 32)}
     size, patch = theirs.split("_")[1], int(theirs.partition("_p")[2] or 16)
 
-    network = outline_network(name_architecture(_NETWORKS[theirs]))
+    network = outline_network(name_architecture(NETWORKS[theirs]))
 
     assert (network.embed_dim, len(network.blocks)) == widths[size]
     assert network.patch_embed.proj.kernel_size == (patch, patch)

@@ -18,7 +18,7 @@
 
   // A record as it stands in its file, from what it shares with others and what is its own.
   const unpack = (number) => {
-    const [askedAt, whoAt, howAt, passAt, splitAt, createdAt, id, certificate, objective, iterations, seconds, total, predictions, ...measured] =
+    const [askedAt, whoAt, howAt, passAt, splitAt, createdAt, chosenAt, id, certificate, objective, iterations, seconds, total, predictions, ...measured] =
       data.records[number];
     const asked = data.asked[askedAt], how = data.how[howAt], { extract, ...pass } = data.pass[passAt];
     const share = (one) => (Array.isArray(one) ? one[0] : one / asked.n);
@@ -26,7 +26,7 @@
       schema: asked.schema, id, status: asked.status, error: asked.error, created: data.created[createdAt],
       protocol_id: asked.protocol_id, protocol: asked.protocol, checkpoint: data.who[whoAt], data: asked.data,
       split: data.split[splitAt], features: how.features,
-      probe: { ...asked.probe, certificate, objective, iterations },
+      probe: { ...asked.probe, certificate, objective, iterations, chosen: data.chosen[chosenAt] },
       metrics: measured.length
         ? {
           top1: share(measured[0]), top5: share(measured[1]),
@@ -85,9 +85,10 @@
   const cellOf = (row, column) => cells[row.number][column];
   sortable(board, (row, column) => (cellOf(row, column) || {}).mean, (row) => data.rows[row.number].name, () => filter());
 
-  // Filter by every word; only so many rows are laid out until all are asked for; groups of columns on and off.
+  // Filter by every word; only so many rows are laid out until all are asked for, and then too the first of them are painted
+  // before the others; groups of columns on and off.
   const most = 100, said = at("shown");
-  let all = false;
+  let all = false, others = 0;
   const texts = data.rows.map((row) => `${row.name} ${row.arch} ${row.note}`.toLowerCase());
   const filter = () => {
     const words = at("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -98,8 +99,11 @@
       if (fits && !(other && unseen)) fitting += 1;
       measured += fits && !other;
       row.classList.toggle("hidden", !fits);
-      row.classList.toggle("beyond", !all && fitting > most);
+      row.classList.toggle("beyond", fitting > most);
     }
+    cancelAnimationFrame(others);
+    const show = () => { for (const row of body.rows) row.classList.remove("beyond"); };
+    if (all) others = requestAnimationFrame(() => { others = requestAnimationFrame(show); });
     said.textContent = words.length ? `${measured} of ${data.measured} checkpoints fit.` : "";
     at("all").hidden = all || fitting <= most;
     at("all").textContent = `Show all ${fitting.toLocaleString("en")} rows`;

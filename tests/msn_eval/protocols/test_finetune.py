@@ -22,9 +22,9 @@ from msn_eval.images import ImageSet
 from msn_eval.protocols import finetune as finetune_module
 from msn_eval.protocols import finetune_step
 from msn_eval.protocols.finetune import Tuned, finetune
-from msn_eval.protocols.finetune_state import StateFiles
 from msn_eval.protocols.trainee import Trainee, build_trainee
 from msn_eval.protocols.trainee_outputs import Labelled, Pace, score_images
+from msn_eval.training_state import StateFiles
 
 _VIT = "random:vit_tiny_patch16_224?img_size=16&patch_size=8&embed_dim=32&depth=2&num_heads=2"
 # Everything that is drawn is in it.
@@ -60,7 +60,7 @@ def _train(
 
 
 def _states(folder: Path) -> StateFiles:
-    return StateFiles(out=folder, id="0" * 16, facts={"labelled images": "these"})
+    return StateFiles(out=folder, facts={"labelled images": "these"})
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -207,11 +207,11 @@ def test_disk_that_is_full_for_a_while_stops_nothing(
 ) -> None:
     real, calls = finetune_module.write_state, []
 
-    def refuse_once(*given: Any) -> Path:
+    def refuse_once(*given: Any, **named: Any) -> None:
         calls.append(given)
         if len(calls) == 1:
             raise StoreError("could not write a state: No space left on device")
-        return real(*given)
+        real(*given, **named)
 
     monkeypatch.setattr(finetune_module, "write_state", refuse_once)
 
@@ -226,7 +226,7 @@ def test_disk_that_stays_full_ends_training_before_another_epoch(
 ) -> None:
     done: list[int] = []
 
-    def refuse(*given: Any) -> Path:
+    def refuse(*given: Any, **named: Any) -> None:
         raise StoreError("could not write a state: No space left on device")
 
     monkeypatch.setattr(finetune_module, "write_state", refuse)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from msn_eval import evaluate
 from msn_eval.cli import main
 from msn_eval.reports.provenance import command_of, pack_records
 from msn_eval.result import Result, list_results
@@ -23,6 +24,18 @@ def test_command_makes_the_same_record_again(probe: str, results: list[Result], 
 
     (again,) = list_results([tmp_path])
     assert (code, again.id, again.metrics) == (0, record.id, record.metrics)
+
+
+@pytest.mark.parametrize("recipe", [{"lr": 3.0, "epochs": 4}, {"lrs": 2, "weight_decays": 1, "epochs": 2, "seed": 1}])
+def test_command_makes_the_same_linear_layer_again(recipe: dict[str, float], tmp_path: Path) -> None:
+    options = {"subsets": ["2imgs@1"], "probes": ["linear"], "device": "cpu", "no_cache": True}
+    (record,) = evaluate(["pixels"], data="digits", out=tmp_path / "first", linear=recipe, **options)
+    words = shlex.split(command_of(record))
+
+    code = main([*words[1:], "--device", "cpu", "--no-cache", "--out", str(tmp_path / "again"), "-q"])
+
+    (again,) = list_results([tmp_path / "again"])
+    assert (code, again.id, again.metrics, again.probe) == (0, record.id, record.metrics, record.probe)
 
 
 def test_command_says_all_that_was_set_by_hand(results: list[Result]) -> None:

@@ -1,0 +1,97 @@
+"""What thousands of records cost: read, as a table, as the page, each in a process of its own, from its start to its end.
+
+    python benchmarks/reports.py [--checkpoints 1000] [--rounds 3]
+
+The records are those of raw pixels on the digits under 12 protocols, written again for made-up checkpoints with hashes,
+scores and times of their own. No predictions stand beside them: of a table of this size none are read.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from msn_eval import evaluate
+from msn_eval.metrics import wilson_interval
+from msn_eval.result import result_id
+
+_PROTOCOLS = 12
+_READ = "import sys; from msn_eval.result import list_results; list_results(sys.argv[1:])"
+
+
+def main() -> None:
+    """Print one line a command: the least and the median of its seconds, and of its processor's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoints", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        runs, out = Path(folder) / "runs", Path(folder) / "out"
+        write_records(runs, chosen.checkpoints, seed=Path(folder) / "seed")
+        report = [sys.executable, "-m", "msn_eval", "report", str(runs), "--out", str(out), "--format"]
+        commands = {"read": [sys.executable, "-c", _READ, str(runs)], "md": [*report, "md"], "html": [*report, "html"]}
+        for name, command in commands.items():
+            print(name, _timed(command, chosen.rounds), flush=True)
+        print(f"page {(out / 'table.html').stat().st_size:,} bytes")
+
+
+def write_records(runs: Path, checkpoints: int, *, seed: Path) -> None:
+    """Write the records of so many made-up checkpoints under 12 protocols."""
+    evaluate(
+        ["pixels"], data="digits", subsets=["1img@1", "2imgs@1", "5imgs@1"], probes=["logistic", "knn", "ncm", "ridge"],
+        out=seed, device="cpu", no_cache=True, k=[10],
+    )  # fmt: skip
+    records = [json.loads(path.read_text()) for path in sorted(seed.glob("*.json"))][:_PROTOCOLS]
+    runs.mkdir()
+    draw = random.Random(0)
+    for number in range(checkpoints):
+        weights = hashlib.sha256(str(number).encode()).hexdigest()
+        for record in records:
+            other = _changed(record, number, weights, draw)
+            (runs / f"{other['id']}.json").write_text(json.dumps(other, indent=1) + "\n")
+
+
+def _changed(record: dict[str, Any], number: int, weights: str, draw: random.Random) -> dict[str, Any]:
+    key = record["checkpoint"]["key"]
+    identity = result_id(
+        weights_sha256=weights, key=key, protocol_id=record["protocol_id"], draw=record["split"]["draw"]
+    )
+    n = record["metrics"]["n"]
+    right = draw.randrange(n // 10, n)
+    seconds = {"extract": round(draw.random(), 4), "probe": round(draw.random(), 4), "total": round(draw.random(), 4)}
+    return {
+        **record,
+        "id": identity,
+        "predictions": f"{identity}.npz",
+        "checkpoint": {
+            **record["checkpoint"], "name": f"network-{number}", "path": f"/checkpoints/{number}.pth",
+            "sha256": weights, "weights_sha256": weights,
+        },
+        "metrics": {**record["metrics"], "top1": right / n, "top5": 1.0, "top1_ci95": list(wilson_interval(right, n))},
+        "timing_s": {**record["timing_s"], **seconds},
+    }  # fmt: skip
+
+
+def _timed(command: list[str], rounds: int) -> str:
+    walls, busy = [], []
+    for _ in range(rounds):
+        before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        walls.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        busy.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    seconds = (f"{min(one):.2f} to {statistics.median(one):.2f} s" for one in (walls, busy))
+    return "{}, {} of a processor".format(*seconds)
+
+
+if __name__ == "__main__":
+    main()

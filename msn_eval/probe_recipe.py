@@ -1,0 +1,105 @@
+"""Probe recipes: how probes are trained that have more to them than one number; the fields of a config's sections."""
+
+import math
+from dataclasses import dataclass, field
+
+from msn_eval.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRecipe:
+    """A grid of linear layers, each field part of the protocol; the layer is chosen from the labelled images alone.
+
+    lr:             the one learning rate, trained at `weight_decay` without any choice; None for the grid
+    weight_decay:   beside `lr` alone
+    lr_first, lr_last, lrs: ends and number of the grid's learning rates, in equal ratios; the same of weight decays
+    seeds:          held-out tenths, each with an order of its own, over which a layer's accuracy is averaged
+    seed:           of the first of them, and of the final training
+    """
+
+    lr: float | None = None
+    weight_decay: float = 0.0
+    lr_first: float = 0.1
+    lr_last: float = 1000.0
+    lrs: int = 13
+    weight_decay_first: float = 1e-7
+    weight_decay_last: float = 1e-3
+    weight_decays: int = 3
+    epochs: int = 100
+    batch_size: int = 256
+    seeds: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("lr_first", "lr_last", "weight_decay_first", "weight_decay_last"):
+            _above_zero(f"linear.{name}", getattr(self, name))
+        if self.lr is not None:
+            _above_zero("linear.lr", self.lr)
+        _not_below("linear.weight_decay", self.weight_decay, 0)
+        for name in ("lrs", "weight_decays", "epochs", "batch_size", "seeds"):
+            _not_below(f"linear.{name}", getattr(self, name), 1)
+        _not_below("linear.seed", self.seed, 0)
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """Give the learning rates to choose from, rising where the ends do."""
+        return (self.lr,) if self.lr is not None else _in_equal_ratios(self.lr_first, self.lr_last, self.lrs)
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """Give the weight decays to choose from."""
+        if self.lr is not None:
+            return (self.weight_decay,)
+        return _in_equal_ratios(self.weight_decay_first, self.weight_decay_last, self.weight_decays)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentedRecipe:
+    """How linear layers are trained on augmented images; each field is part of the protocol, each learning rate one by itself.
+
+    lr:           at the first step, falling to 0 along a cosine over all steps
+    weight_decay: on the layer's weights; biases and the norm are left alone
+    batch_size:   images a step, all ranks and accumulated parts together; never more than there are
+    crop_share:   smallest share of an image's area that a crop keeps
+    seed:         of the first weights, the order of images, and every image's crops and flips
+    """
+
+    lr: list[float] = field(default_factory=lambda: [6.4])
+    weight_decay: float = 0.0
+    epochs: int = 100
+    batch_size: int = 16384
+    crop_share: float = 0.08
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.lr:
+            raise UsageError("linear_augmented.lr: nothing given", remedy="Name at least one learning rate.")
+        for rate in self.lr:
+            _above_zero("linear_augmented.lr", rate)
+        _not_below("linear_augmented.weight_decay", self.weight_decay, 0)
+        for name in ("epochs", "batch_size"):
+            _not_below(f"linear_augmented.{name}", getattr(self, name), 1)
+        _above_zero("linear_augmented.crop_share", self.crop_share)
+        if self.crop_share > 1:
+            raise UsageError(
+                f"linear_augmented.crop_share: {self.crop_share} is out of range", remedy="Give a share of at most 1."
+            )
+        _not_below("linear_augmented.seed", self.seed, 0)
+
+
+def _in_equal_ratios(first: float, last: float, count: int) -> tuple[float, ...]:
+    """Give `count` numbers from `first` to `last`, both ends exact, rounded to six digits between them."""
+    if count == 1:
+        return (first,)
+    steps = (first * (last / first) ** (place / (count - 1)) for place in range(1, count - 1))
+    return (first, *(float(f"{one:.6g}") for one in steps), last)
+
+
+def _above_zero(key: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(f"{key}: {value} is out of range", remedy="Give a finite number above 0.")
+
+
+def _not_below(key: str, value: float, least: int) -> None:
+    if not (math.isfinite(value) and value >= least):
+        raise UsageError(f"{key}: {value} is out of range", remedy=f"Give a number of at least {least}.")

@@ -1,0 +1,208 @@
+"""A linear layer by SGD on cached features, its learning rate and weight decay chosen on held-out labelled images."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from msn_eval.errors import NumericalError
+from msn_eval.features import Features
+from msn_eval.probe_recipe import LinearRecipe
+from msn_eval.protocols.fitted import Fitted, Setting
+from msn_eval.protocols.linear_probe import Heads, Recipe, refuse_divergence, train_grid
+from msn_eval.protocols.rows import centred_rows
+
+_log = logging.getLogger(__name__)
+_SCORED_VALUES = 1 << 24  # scores of all heads that are held at once
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(LinearRecipe):
+    """A linear layer with bias on centred, normalised rows: softmax cross-entropy by SGD with Nesterov momentum.
+
+    Every layer of the grid is trained at once, each time without another stratified tenth of the labelled images; the one
+    with the best mean accuracy on these is trained anew on all. The grid and the rule are the protocol, not the choice.
+    Source: the linear evaluation of arXiv:2204.07141, appendix A.3, without its augmentation.
+    """
+
+    name: ClassVar[str] = "linear"
+    version: ClassVar[int] = 1
+    tap: ClassVar[str] = "cls"
+
+    @property
+    def grid(self) -> tuple[Recipe, ...]:
+        """Give every layer, learning rate by learning rate."""
+        return tuple(
+            Recipe(learning_rate=rate, weight_decay=decay) for rate in self.learning_rates for decay in self.decays
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What held-out images say of every layer of a grid.
+
+    accuracies: (h,) float64, the mean over seeds of the share of held-out images that are right; -1 where it diverged
+    losses:     (h,) float64, their mean cross-entropy, likewise; infinite where it diverged
+    """
+
+    accuracies: Tensor
+    losses: Tensor
+
+
+def linear_settings(probe: Linear) -> tuple[dict[str, int | float], ...]:
+    """Give the one protocol that a grid, or a single learning rate, is."""
+    if probe.lr is not None:
+        names: tuple[str, ...] = ("lr", "weight_decay", "epochs", "batch_size", "seed")
+    else:
+        rates, decays = ("lr_first", "lr_last", "lrs"), ("weight_decay_first", "weight_decay_last", "weight_decays")
+        names = (*rates, *decays, "epochs", "batch_size", "seeds", "seed")
+    return ({name: getattr(probe, name) for name in names},)
+
+
+def fit_linear(probe: Linear, train: Features, device: torch.device) -> Fitted:
+    """Choose a layer of the grid, train it on all labelled images. A class without images is never chosen.
+
+    Raises NumericalError where no class has two images to choose by, or every layer diverges.
+    """
+    present, labels = torch.unique(train.labels.to(device), return_inverse=True)
+    values = train.values.to(device)
+    n_classes = len(present)
+
+    def take(places: Tensor) -> Tensor:
+        return centred_rows(values[places]).to(torch.float32)
+
+    recipe, chosen = probe.grid[0], None
+    if len(probe.grid) > 1:
+        found = held_out_scores(probe, take, labels, n_classes=n_classes)
+        best = best_layer(found, probe.grid)
+        recipe = probe.grid[best]
+        chosen = {
+            "lr": recipe.learning_rate,
+            "weight_decay": recipe.weight_decay,
+            "held_out_accuracy": float(found.accuracies[best]),
+            "diverged": int((found.accuracies < 0).sum()),
+        }
+    heads = _trained(probe, take, labels, [recipe], n_classes, probe.seed)
+    refuse_divergence(heads, [recipe])
+    setting = Setting(
+        params=linear_settings(probe)[0],
+        solver="sgd",
+        objective=float(heads.losses[0]),
+        iterations=probe.epochs * -(-len(labels) // probe.batch_size),
+        chosen=chosen,
+    )
+
+    def scores(queries: Tensor) -> Iterator[Tensor]:
+        rows = centred_rows(queries.to(device))
+        whole = rows.new_full((len(rows), train.n_classes), -torch.inf)
+        whole[:, present] = rows @ heads.weights[0].double().T + heads.biases[0].double()
+        yield whole
+
+    return Fitted(settings=(setting,), scores=scores)
+
+
+def held_out_scores(probe: Linear, take: Callable[[Tensor], Tensor], labels: Tensor, *, n_classes: int) -> HeldOut:
+    """Train every layer of the grid without a tenth of the rows, and score it on them; another tenth for every seed.
+
+    take:   gives the rows of some places, (b, d) float32
+    labels: (n,) int64 in [0, n_classes), every class present
+    Raises NumericalError where no class has two rows, and where every layer diverges.
+    """
+    grid = probe.grid
+    right = torch.zeros(len(grid), dtype=torch.float64)
+    loss, gone = torch.zeros_like(right), torch.zeros(len(grid), dtype=torch.bool)
+    for seed in range(probe.seed, probe.seed + probe.seeds):
+        held = draw_held_out(labels.cpu(), seed=seed).to(labels.device)
+        if not held.any():
+            raise NumericalError(
+                f"linear: the {len(labels)} labelled images are one a class, and none is left over to choose by",
+                remedy="Give the one learning rate, linear.lr=3, or use more labelled images.",
+            )
+        kept = (~held).nonzero()[:, 0]
+        heads = _trained(probe, partial(_take_some, take, kept), labels[kept], grid, n_classes, seed)
+        hits, losses = _score(heads, take, labels, held.nonzero()[:, 0])
+        right += hits / probe.seeds
+        loss += losses / probe.seeds
+        gone |= torch.tensor(heads.diverged)
+    if gone.any():
+        lost = [one for one, diverged in zip(grid, gone.tolist(), strict=True) if diverged]
+        told = ", ".join(f"{one.learning_rate:g} with decay {one.weight_decay:g}" for one in lost[:_SHOWN])
+        if len(lost) == len(grid):
+            raise NumericalError(
+                f"linear: all {len(grid)} layers diverged", remedy="Use smaller ones: linear.lr_last, linear.lr_first."
+            )
+        _log.warning("linear: %d of %d layers diverged and are left out: learning rates %s", len(lost), len(grid), told)
+    return HeldOut(
+        accuracies=torch.where(gone, -torch.ones_like(right), right),
+        losses=torch.where(gone, torch.full_like(loss, torch.inf), loss),
+    )
+
+
+def _take_some(take: Callable[[Tensor], Tensor], kept: Tensor, some: Tensor) -> Tensor:
+    return take(kept[some])
+
+
+def draw_held_out(labels: Tensor, *, seed: int) -> Tensor:
+    """Draw a tenth of each class, of a class with fewer than ten rows one, and of a class with a single row none.
+
+    returns: (n,) bool, true for the rows that are held out
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(int(labels.max()) + 1):
+        rows = (labels == label).nonzero()[:, 0]
+        if len(rows) > 1:
+            shuffled = rows[torch.randperm(len(rows), generator=generator)]
+            held[shuffled[: max(1, len(rows) // 10)]] = True
+    return held
+
+
+def best_layer(found: HeldOut, grid: Sequence[Recipe]) -> int:
+    """Give the place of the layer with the best accuracy; of equal ones with the smallest loss, then the smallest rate."""
+    places = range(len(grid))
+    return min(
+        places,
+        key=lambda place: (
+            -round(float(found.accuracies[place]), 12),
+            float(found.losses[place]),
+            grid[place].learning_rate,
+            place,
+        ),
+    )
+
+
+def _trained(
+    probe: Linear,
+    take: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    recipes: Sequence[Recipe],
+    n_classes: int,
+    seed: int,
+) -> Heads:
+    return train_grid(
+        take,
+        labels,
+        recipes,
+        n_classes=n_classes,
+        epochs=probe.epochs,
+        batch_size=probe.batch_size,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def _score(heads: Heads, take: Callable[[Tensor], Tensor], labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each head's share of right answers and mean cross-entropy on the rows at some places, (h,) float64 on the CPU."""
+    h, n_classes = heads.biases.shape
+    right, loss = torch.zeros(h, dtype=torch.float64), torch.zeros(h, dtype=torch.float64)
+    for some in torch.split(places, max(1, _SCORED_VALUES // (h * n_classes))):
+        scores = torch.tensordot(take(some), heads.weights, dims=([1], [2])) + heads.biases  # (b, h, n_classes)
+        own = labels[some][:, None]
+        right += (scores.argmax(dim=2) == own).sum(dim=0).double().cpu() / len(places)
+        logs = scores.log_softmax(dim=2).gather(2, own[:, :, None].expand(-1, h, -1))[:, :, 0]
+        loss -= logs.sum(dim=0).double().cpu() / len(places)
+    return right, loss

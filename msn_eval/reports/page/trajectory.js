@@ -1,0 +1,49 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const panels = [...document.querySelectorAll(".panel")].map((panel, number) => ({
+    svg: panel.querySelector("svg"), cursor: panel.querySelector(".cursor"),
+    keys: [...panel.querySelectorAll(".key b")].map((key) => ({ key, last: key.textContent })),
+    curves: data.panels[number],
+  }));
+
+  // The value of a curve that is nearest to a place; what is known only elsewhere is not told here.
+  const nearest = (curve, x) => {
+    let low = 0, high = curve.length - 1;
+    while (high - low > 1) {
+      const middle = (low + high) >> 1;
+      if (curve[middle][0] < x) low = middle; else high = middle;
+    }
+    return Math.abs(curve[low][0] - x) <= Math.abs(curve[high][0] - x) ? curve[low] : curve[high];
+  };
+
+  // One place in all panels: under the pointer of one of them.
+  const show = (x) => panels.forEach(({ svg, cursor, keys, curves }) => {
+    const { left, right } = svg.dataset, at = Number(left) + (x / data.end) * (right - left);
+    cursor.setAttribute("x1", at);
+    cursor.setAttribute("x2", at);
+    cursor.setAttribute("visibility", "visible");
+    keys.forEach(({ key }, number) => {
+      const [where, value] = nearest(curves[number], x);
+      key.textContent = `${value} at ${data.unit} ${Number(where.toPrecision(4))}`;
+    });
+  });
+  const hide = () => panels.forEach(({ cursor, keys }) => {
+    cursor.setAttribute("visibility", "hidden");
+    keys.forEach(({ key, last }) => { key.textContent = last; });
+  });
+  panels.forEach(({ svg }) => {
+    svg.addEventListener("pointermove", (event) => {
+      const box = svg.getBoundingClientRect(), { left, right } = svg.dataset;
+      const place = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
+      show(Math.max(0, Math.min(1, (place - left) / (right - left))) * data.end);
+    });
+    svg.addEventListener("pointerleave", hide);
+  });
+
+  document.getElementById("theme").addEventListener("click", () => {
+    const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)").matches;
+    const now = root.dataset.theme || (dark ? "dark" : "light");
+    root.dataset.theme = now === "dark" ? "light" : "dark";
+  });
+})();

@@ -1,0 +1,166 @@
+"""Trajectory as a page and as a plot: one HTML file that asks nothing of any network, and one PNG."""
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from msn_eval import __version__
+from msn_eval.errors import printable
+from msn_eval.pictures import as_png
+from msn_eval.reports.offline_page import as_block, asset, environment, policy_hash
+from msn_eval.reports.panels import Extent, Panel, lay_out
+from msn_eval.reports.texts import FAILED
+from msn_eval.reports.trajectory_panels import column_name, extent_of, panels_of, rows_by_weights, scores_of
+from msn_eval.trajectory import Point, Trajectory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#3b5bdb", "#e8590c", "#0b8a6a", "#c2255c", "#7048e8", "#0c8599", "#846358", "#5c7a00")
+_ALARM, _INK, _SOFT, _LINE = "#c92a2a", "#17202b", "#5a6878", "#e2e6ec"
+_INCHES = (12.0, 3.4)  # width of the plot, height of a row of it
+_DOTS_PER_INCH = 110
+
+
+def render_trajectory(trajectory: Trajectory) -> str:
+    """Give the page of a run as it stands."""
+    extent = extent_of(trajectory)
+    laid = [lay_out(panel, extent) for panel in panels_of(trajectory)]
+    shown = [[curve.shown for curve in panel.curves] for panel in laid]
+    script, style = asset("trajectory.js"), asset("page.css") + asset("trajectory.css")
+    page: str = environment().get_template("trajectory.html").render(
+        name=printable(trajectory.facts.name),
+        facts=facts_of(trajectory),
+        alarms=[(printable(str(alarm)), alarm.on) for alarm in trajectory.alarms],
+        notices=[printable(notice) for notice in trajectory.notices],
+        panels=laid,
+        heads=_heads(trajectory),
+        rows=_rows(trajectory),
+        has_problems=any(point.look is not None and point.look.problem for point in trajectory.points),
+        data=as_block({"end": extent.end, "unit": extent.title, "panels": shown}),
+        script=script,
+        style=style,
+        script_sha256=policy_hash(script),
+        style_sha256=policy_hash(style),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+    )  # fmt: skip
+    return page
+
+
+def facts_of(trajectory: Trajectory) -> list[str]:
+    """Say in a few words where a run stands."""
+    steps, unit = trajectory.steps, trajectory.steps_an_epoch
+    of = "" if steps is None else f" of {steps:,}"
+    epochs = f"epoch {trajectory.step // unit:,} of {trajectory.facts.epochs:,}" if unit and steps is not None else ""
+    count = len(trajectory.points)
+    scored = f"{count:,} snapshot{'' if count == 1 else 's'} scored"
+    known = [printable(trajectory.facts.method), f"step {trajectory.step:,}{of}", epochs, scored]
+    return [fact for fact in known if fact]
+
+
+def _heads(trajectory: Trajectory) -> list[str]:
+    columns = scores_of(trajectory).columns
+    one_subset = len({column.subset for column in columns}) == 1
+    return [column_name(column, one_subset=one_subset) for column in columns]
+
+
+def _rows(trajectory: Trajectory) -> list[tuple[str, str, list[str], str, str, str]]:
+    """Give the rows of the table of snapshots, the newest first: step, epoch, scores, rank, spread, what is wrong."""
+    table = scores_of(trajectory)
+    rows = rows_by_weights(table)
+
+    def score(point: Point, place: int) -> str:
+        row = rows.get(point.results[0].checkpoint.weights_sha256) if point.results else None
+        cell = None if row is None else table.cells.get((row, table.columns[place]))
+        if cell is None:
+            return "–"
+        if cell.mean is None:
+            return FAILED
+        return f"{100 * cell.mean:.1f}" + ("" if cell.std is None else f" ± {100 * cell.std:.1f}")
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3g}"
+
+    return [
+        (
+            f"{point.step:,}",
+            f"{point.epoch:,}",
+            [score(point, place) for place in range(len(table.columns))],
+            number(point.look.feature_rank if point.look else None),
+            number(point.look.feature_spread if point.look else None),
+            printable(point.look.problem) if point.look else "",
+        )
+        for point in reversed(trajectory.points)
+    ]
+
+
+def trajectory_png(trajectory: Trajectory) -> bytes:
+    """Give the plot of a run as it stands; it has at least one number."""
+    return as_png(_draw(trajectory))
+
+
+def _draw(trajectory: Trajectory) -> "Figure":
+    from matplotlib.figure import Figure
+
+    panels, extent = panels_of(trajectory), extent_of(trajectory)
+    tall = [panel for panel in panels if panel.tall]
+    others = [panel for panel in panels if not panel.tall]
+    lines = len(tall) + (len(others) + 1) // 2
+    figure = Figure(figsize=(_INCHES[0], 0.7 + _INCHES[1] * lines), dpi=_DOTS_PER_INCH, layout="constrained")
+    grid = figure.add_gridspec(lines, 2)
+    for number, panel in enumerate(tall):
+        _draw_panel(figure.add_subplot(grid[number, :]), panel, extent)
+    for number, panel in enumerate(others):
+        _draw_panel(figure.add_subplot(grid[len(tall) + number // 2, number % 2]), panel, extent)
+    alarms = [alarm for alarm in trajectory.alarms if alarm.on] or trajectory.alarms
+    told = "no alarm" if not alarms else "; ".join(f"ALARM: {_plain(str(alarm))}" for alarm in alarms[:2])
+    title = f"{_plain(trajectory.facts.name)}: {', '.join(map(_plain, facts_of(trajectory)))}\n{told}"
+    figure.suptitle(title, fontsize=12, color=_ALARM if alarms else _INK)
+    return figure
+
+
+def _draw_panel(axes: "Axes", panel: Panel, extent: Extent) -> None:
+    laid = lay_out(panel, extent)
+    for number, curve in enumerate(panel.curves):
+        colour = _COLOURS[number % len(_COLOURS)]
+        xs = [x for x, _ in curve.values]
+        ys = [float("nan") if y is None else y for _, y in curve.values]
+        axes.plot(
+            xs, ys, color=colour, linewidth=1.6, marker="o" if curve.texts else "", markersize=4, label=curve.name
+        )
+        if any(curve.spread):
+            beside = [one or 0.0 for one in curve.spread]
+            low, high = ([y + sign * one for y, one in zip(ys, beside, strict=True)] for sign in (-1, 1))
+            axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_ylim(laid.y_low, laid.y_high)
+    axes.set_xlim(0, extent.end)
+    for height, text in panel.levels:
+        if laid.y_low <= height <= laid.y_high:
+            axes.axhline(height, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)))
+            axes.text(
+                0.995,
+                height,
+                text,
+                transform=axes.get_yaxis_transform(),
+                fontsize=8,
+                color=_SOFT,
+                ha="right",
+                va="bottom",
+            )
+    for first, last in extent.alarms:
+        axes.axvspan(first, max(last, first + extent.end / 300), color=_ALARM, alpha=0.08, linewidth=0)
+    axes.set_title(panel.title, fontsize=11, loc="left", color=_INK, weight="bold")
+    axes.set_xlabel(extent.title, fontsize=9, color=_SOFT)
+    axes.tick_params(labelsize=9, colors=_SOFT, length=0)
+    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(_LINE)
+    axes.legend(fontsize=8, frameon=False, loc="best")
+
+
+def _plain(text: str) -> str:
+    """Give a text that matplotlib takes for no mathematics."""
+    return printable(text).replace("$", r"\$")
