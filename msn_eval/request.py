@@ -78,6 +78,8 @@ class Request:
             )
         if self.save is not None and "finetune" not in self.probe:
             raise UsageError("--save: no network is trained", remedy="It goes with --probe finetune.")
+        if self.save is not None and self.canary:
+            raise UsageError("--save: with --canary nothing is written", remedy="Leave out one of them.")
         for name in ("subset", "probe"):
             if not getattr(self, name):
                 raise UsageError(f"--{name}: nothing given", remedy=f"Name at least one {name}.")

@@ -84,3 +84,8 @@ def test_hidden_patches_are_refused() -> None:
 def test_saving_without_training_is_refused() -> None:
     with pytest.raises(UsageError, match="--save: no network is trained"):
         Request(save="there")
+
+
+def test_saving_what_was_trained_on_random_labels_is_refused() -> None:
+    with pytest.raises(UsageError, match="with --canary nothing is written"):
+        Request(probe=["finetune"], save="there", canary=True)
