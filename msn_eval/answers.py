@@ -21,6 +21,7 @@ from msn_eval.metrics import measure
 from msn_eval.result import Predictions, Result, read_predictions
 from msn_eval.statistics import Integers, count_right
 
+_MOST_TOLD = 4  # settings of a probe in its name
 Network = tuple[str, str | None]  # the hash of the weights, and which network of the file
 
 
@@ -81,9 +82,14 @@ class Answers:
 
 
 def protocol_title(result: Result) -> str:
-    """Give a protocol's name for people: `knn k=10 T=0.07, 5imgs`; only its id tells it from all others."""
+    """Give a protocol's name for people: `knn k=10 T=0.07, 5imgs`; only its id tells it from all others.
+
+    Of a probe with many settings, as fine-tuning has, it gives the start of that id: `finetune #1f0a3c52, 1pct`.
+    """
     short = {"temperature": "T", "lambda": "λ"}
     params = [f"{short.get(name, name)}={value:g}" for name, value in result.probe.params.items()]
+    if len(params) > _MOST_TOLD:
+        params = [f"#{result.protocol_id[:8]}"]
     return f"{' '.join([result.probe.name, *params])}, {result.split.subset}"
 
 

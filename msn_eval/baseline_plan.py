@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from msn_eval.baseline import Baseline, BaselineProtocol
 from msn_eval.errors import ComparisonError
+from msn_eval.finetune_recipe import Finetune, recipe_of
 from msn_eval.plan import Plan, make_plan
 from msn_eval.probe_recipe import AugmentedRecipe, LinearRecipe
 from msn_eval.protocol_difference import nearest_protocol
@@ -35,7 +36,7 @@ def _alike(entries: Sequence[BaselineProtocol]) -> Iterable[list[BaselineProtoco
     found: defaultdict[tuple[str, str, str], list[BaselineProtocol]] = defaultdict(list)
     for entry in entries:
         probe = entry.protocol["probe"]
-        recipe = str(probe["params"]) if probe["name"] in ("linear", "linear-augmented") else ""
+        recipe = str(probe["params"]) if probe["name"] in ("linear", "linear-augmented", Finetune.name) else ""
         found[entry.protocol["subset"]["name"], probe["name"], recipe].append(entry)
     return found.values()
 
@@ -45,6 +46,7 @@ def _plan(entries: Sequence[BaselineProtocol], request: Request) -> Plan:
     name = protocol["probe"]["name"]
     params = [cast(Params, entry.protocol["probe"]["params"]) for entry in entries]
     by_hand = cast(dict[str, Any], protocol["by_hand"])
+    given = {**by_hand, **_finetuning(params[0])} if name == Finetune.name else by_hand
     precision = "fp32" if protocol["precision"] == "exact" else str(entries[0].made_with["precision"])
     return make_plan(
         replace(
@@ -58,9 +60,13 @@ def _plan(entries: Sequence[BaselineProtocol], request: Request) -> Plan:
             linear_augmented=_augmented(params[0]) if name == "linear-augmented" else request.linear_augmented,
             precision=precision,
             on_bad_image="error" if protocol["skipped"] is None else "skip",
-            **by_hand,
+            **given,
         )
     )
+
+
+def _finetuning(params: Params) -> dict[str, Any]:
+    return {"finetune": recipe_of(params), "seed": int(params["seed"])}
 
 
 def _augmented(params: Params) -> AugmentedRecipe:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from msn_eval.errors import NumericalError
 from msn_eval.features import Features
@@ -42,13 +43,34 @@ def random_labels(
     An image that is in both splits, byte for byte, keeps one label, so that it is found out. Whatever a sound probe
     predicts, every other validation image is right with probability 1 / n_classes, independently of all others.
     """
-    generator = torch.Generator().manual_seed(seed)
-    own = labelled.labels[torch.randperm(len(labelled.labels), generator=generator)]
-    drawn = torch.randint(test.n_classes, (len(test.labels),), generator=generator)
-    by_content = {train_hashes[image]: label for image, label in zip(labelled.image_ids, own.tolist(), strict=True)}
-    for row, image in enumerate(test.image_ids):
-        drawn[row] = by_content.get(val_hashes[image], int(drawn[row]))
+    own, drawn = draw_labels(
+        labelled.labels,
+        test.labels,
+        n_classes=test.n_classes,
+        seed=seed,
+        train_contents=[train_hashes[image] for image in labelled.image_ids],
+        val_contents=[val_hashes[image] for image in test.image_ids],
+    )
     return replace(labelled, labels=own), replace(test, labels=drawn)
+
+
+def draw_labels(
+    labelled: Tensor,
+    test: Tensor,
+    *,
+    n_classes: int,
+    seed: int,
+    train_contents: Sequence[str],
+    val_contents: Sequence[str],
+) -> tuple[Tensor, Tensor]:
+    """Give what `random_labels` gives, of labels alone: (n,) and (m,) int64. contents: the hash of each image."""
+    generator = torch.Generator().manual_seed(seed)
+    own = labelled[torch.randperm(len(labelled), generator=generator)]
+    drawn = torch.randint(n_classes, (len(test),), generator=generator)
+    by_content = dict(zip(train_contents, own.tolist(), strict=True))
+    for row, content in enumerate(val_contents):
+        drawn[row] = by_content.get(content, int(drawn[row]))
+    return own, drawn
 
 
 def judge_canary(results: Sequence[Result]) -> tuple[Canary, ...]:

@@ -25,13 +25,13 @@ from msn_eval.decoders import decoder_version
 from msn_eval.distributed import ALONE, Group, agree, decided
 from msn_eval.encoder import Encoder, build_encoder, resolve_tap, unchanged
 from msn_eval.environment import describe_environment
-from msn_eval.errors import NumericalError, StoreError
+from msn_eval.errors import NumericalError, StoreError, UsageError
 from msn_eval.features import Extraction, Features, Loading, automatic_batch_size, extract_features
 from msn_eval.file_hashes import content_sha256
 from msn_eval.images import ImageSet
 from msn_eval.metrics import measure
 from msn_eval.plan import Plan, Task, cache_folder, make_plan
-from msn_eval.protocols import Fitted, Setting, fit
+from msn_eval.protocols import Finetune, Fitted, Setting, fit
 from msn_eval.protocols.degenerate import describe_collapse
 from msn_eval.protocols.linear_augmented import LinearAugmented, fit_augmented
 from msn_eval.ranking import rank_labels
@@ -197,8 +197,18 @@ class Preparation:
     pending: tuple[Task, ...]
 
     @property
+    def frozen(self) -> tuple[Task, ...]:
+        """Give what is left to measure on features, which all of it shares."""
+        return tuple(task for task in self.pending if not isinstance(task.probe, Finetune))
+
+    @property
+    def tuned(self) -> tuple[Task, ...]:
+        """Give what is left to fine-tune, each from images."""
+        return tuple(task for task in self.pending if isinstance(task.probe, Finetune))
+
+    @property
     def pending_taps(self) -> tuple[str, ...]:
-        return tuple({self.taps[task.probe.tap]: None for task in self.pending})
+        return tuple({self.taps[task.probe.tap]: None for task in self.frozen})
 
 
 def prepare(plan: Plan, name: str) -> Preparation:
@@ -264,6 +274,7 @@ def evaluate_checkpoint(
     if group.rank == 0:
         if not plan.request.canary:
             prepare_folder(out, option="--out")
+        _refuse_unsaved(plan, ready)
         yield from ready.known
     # The first rank's look into the result folder is everyone's: it may write there while others still read.
     places = [str(place) for place, task in enumerate(plan.tasks) if task in ready.pending]
@@ -276,6 +287,25 @@ def evaluate_checkpoint(
             if not plan.request.canary:
                 write_result(out, result, predictions)
             yield result
+
+
+def _refuse_unsaved(plan: Plan, ready: Preparation) -> None:
+    """Raise UsageError where a network is to be saved that an earlier run has measured and not kept."""
+    if plan.request.save is None:
+        return
+    from msn_eval.finetuning import saved_folder
+    from msn_eval.weights.classifier import saved_result
+
+    pending = set(map(id, ready.pending))
+    for task in plan.tasks:
+        if isinstance(task.probe, Finetune) and id(task) not in pending:
+            folder, result_id = saved_folder(plan, ready.encoder, task), _result_id(ready.encoder, task)
+            if saved_result(folder) != result_id:
+                raise UsageError(
+                    f"--save: {result_id} is measured already in {plan.request.out}, and its network was not kept",
+                    where=str(folder),
+                    remedy="Train it again with another --out.",
+                )
 
 
 def _shared_facts(plan: Plan, encoder: Encoder) -> dict[str, str]:
@@ -295,6 +325,37 @@ def _shared_facts(plan: Plan, encoder: Encoder) -> dict[str, str]:
 
 
 def _measure(plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None) -> Iterator[_Outcome]:
+    """Measure what is left: on features first, then whatever changes the encoder."""
+    if ready.frozen:
+        yield from _measure_frozen(plan, ready, group, on_progress)
+    for task in ready.tuned:
+        yield from _measure_tuned(plan, ready.encoder, task, group, on_progress)
+
+
+def _measure_tuned(
+    plan: Plan, encoder: Encoder, task: Task, group: Group, on_progress: Progress | None
+) -> Iterator[_Outcome]:
+    """Fine-tune for one task, all ranks together, and yield on the first."""
+    from msn_eval.finetuning import finetune_task, states_of  # timm's parts for training, which no other probe needs
+
+    started = time.perf_counter()
+    result_id = _result_id(encoder, task)
+    named = _named(on_progress, f"{encoder.checkpoint.name}: fine-tuning on {task.subset.name}@{task.subset.draw}")
+    try:
+        done = finetune_task(plan, encoder, task, result_id=result_id, group=group, on_progress=named)
+    except NumericalError as error:
+        if group.rank == 0:
+            yield _Measurement(plan, encoder, task, _Cost(0.0, automatic_batch_size(encoder))).failed(error), None
+        return
+    if group.rank != 0:
+        return
+    measurement = _Measurement(plan, encoder, task, _Cost(0.0, done.part))
+    seconds = time.perf_counter() - started
+    yield measurement.done(done.setting, done.predictions, done.dim, seconds), done.predictions
+    remove_states(states_of(plan, encoder, task, result_id))
+
+
+def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None) -> Iterator[_Outcome]:
     """Extract the features that the pending tasks need, each image once, and fit and score probe by probe."""
     encoder = ready.encoder
     started = time.perf_counter()
@@ -303,7 +364,7 @@ def _measure(plan: Plan, ready: Preparation, group: Group, on_progress: Progress
             pool, test = _both_splits(plan, ready, group, on_progress)
     except NumericalError as error:
         cost = _Cost(time.perf_counter() - started, plan.request.batch_images or automatic_batch_size(encoder))
-        yield from ((_Measurement(plan, encoder, task, cost).failed(error), None) for task in ready.pending)
+        yield from ((_Measurement(plan, encoder, task, cost).failed(error), None) for task in ready.frozen)
         return
     cost = _cost(pool, test, time.perf_counter() - started)
     if group.rank == 0:
@@ -334,7 +395,7 @@ def _grouped(
     plan: Plan, ready: Preparation, cost: "_Cost", *, augmented: bool
 ) -> Iterator[tuple[list[_Measurement], str]]:
     """Give what each probe has to measure on each draw, and where the encoder is tapped for it."""
-    for (_, probe), tasks in groupby(ready.pending, key=lambda task: (id(task.subset), task.probe)):
+    for (_, probe), tasks in groupby(ready.frozen, key=lambda task: (id(task.subset), task.probe)):
         if isinstance(probe, LinearAugmented) == augmented:
             yield [_Measurement(plan, ready.encoder, task, cost) for task in tasks], ready.taps[probe.tap]
 
@@ -383,7 +444,7 @@ def _both_splits(
 
 def pending_pool(plan: Plan, ready: Preparation) -> ImageSet:
     """Give the labelled images whose features the pending tasks need, the union of their draws."""
-    return union_of(list({id(task.subset): task.subset for task in _cached(ready.pending)}.values()), plan.train)
+    return union_of(list({id(task.subset): task.subset for task in _cached(ready.frozen)}.values()), plan.train)
 
 
 def _cached(tasks: Sequence[Task]) -> Iterator[Task]:
@@ -435,7 +496,7 @@ def _tap(encoder: Encoder, task: Task, request: Request) -> str:
 def _probe(measurements: Sequence[_Measurement], pool: Features, test: Features) -> Iterator[_Outcome]:
     """Fit one probe to one draw and score its pending settings."""
     probe = measurements[0].task.probe
-    assert not isinstance(probe, LinearAugmented)
+    assert not isinstance(probe, LinearAugmented | Finetune)
     labelled, test = _labels_of(measurements[0], pool.only(measurements[0].task.subset.image_ids), test)
     yield from _scored(measurements, lambda: fit(probe, labelled, measurements[0].plan.device), test)
 

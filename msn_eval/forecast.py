@@ -11,14 +11,16 @@ from msn_eval.encoder import Encoder, encode
 from msn_eval.errors import CheckpointError
 from msn_eval.evaluation import Preparation, drop_of, loading_of, pending_pool, prepare
 from msn_eval.features import automatic_batch_size, missing_images
+from msn_eval.finetune_recipe import Finetune
 from msn_eval.images import ImageSet
 from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
-from msn_eval.plan import Plan, cache_folder
+from msn_eval.plan import Plan, Task, cache_folder
 
 _log = logging.getLogger(__name__)
 _FEW_IMAGES = 64  # the measurement would cost about as much as they do
 _SAMPLE = 16
 _PATIENCE_SECONDS = 1.5
+_PASSES_A_STEP = 3  # forward, and about twice that backward
 _KEPT_BYTES = 2 << 30  # of weights, of checkpoints that were looked at and wait for their turn
 
 
@@ -29,6 +31,7 @@ class Forecast:
     read, reused: images to be read and encoded, and images whose features are in the cache
     bytes:        of the image files to be read
     seconds:      for these images, None where they were not timed
+    tuned:        images that fine-tuning will see, each as often as it does; they are not among those read
     finished:     results that are there already
     problem:      why it would be refused
     """
@@ -39,6 +42,7 @@ class Forecast:
     bytes: int = 0
     seconds: float | None = None
     finished: int = 0
+    tuned: int = 0
     problem: str | None = None
 
 
@@ -70,23 +74,40 @@ def _forecast_one(plan: Plan, ready: Preparation, run_own_code: bool) -> Forecas
     name = encoder.checkpoint.name
     if not ready.pending:
         return Forecast(name=name, finished=len(ready.known))
-    wanted = pending_pool(plan, ready), plan.val
+    wanted = (pending_pool(plan, ready), plan.val) if ready.frozen else ()
     missing = _missing(plan, ready, wanted)
     read = sum(map(len, missing))
     sizes = (images.source.stamp(image_id)[0] for images in missing for image_id in images.ids)
     measurable = read >= _FEW_IMAGES and (run_own_code or encoder.checkpoint.format != "py")
-    each = _seconds_an_image(plan, encoder, ready, missing) if measurable else None
+    each = _seconds_an_image(plan, encoder, ready.pending_taps, missing) if measurable else None
+    seconds = None if each is None else each * read
+    tuned = [_images_tuned(task, plan) for task in ready.tuned]
+    if tuned and (run_own_code or encoder.checkpoint.format != "py"):
+        own = _seconds_an_image(plan, encoder, (ready.taps[Finetune.tap],), (plan.val,))
+        seconds = (
+            None if own is None else (seconds or 0.0) + own * (_PASSES_A_STEP * sum(tuned) + len(tuned) * len(plan.val))
+        )
     return Forecast(
         name=name,
         read=read,
         reused=sum(map(len, wanted)) - read,
         bytes=sum(sizes),
-        seconds=None if each is None else each * read,
+        seconds=seconds,
         finished=len(ready.known),
+        tuned=sum(tuned),
     )
 
 
-def _missing(plan: Plan, ready: Preparation, wanted: tuple[ImageSet, ImageSet]) -> tuple[ImageSet, ...]:
+def _images_tuned(task: Task, plan: Plan) -> int:
+    """Give the images of all steps of a fine-tuning."""
+    from msn_eval.protocols.training_images import order_of
+
+    assert isinstance(task.probe, Finetune)
+    order = order_of(task.probe.recipe, len(task.subset), seed=task.probe.seed)
+    return order.steps * order.batch
+
+
+def _missing(plan: Plan, ready: Preparation, wanted: tuple[ImageSet, ...]) -> tuple[ImageSet, ...]:
     if plan.request.no_cache:
         return wanted
     return tuple(
@@ -102,12 +123,14 @@ def _missing(plan: Plan, ready: Preparation, wanted: tuple[ImageSet, ImageSet]) 
             )
         )
         for images, hashes, drop in zip(
-            wanted, (plan.train_hashes, plan.val_hashes), (drop_of(plan.request), None), strict=True
+            wanted, (plan.train_hashes, plan.val_hashes), (drop_of(plan.request), None), strict=False
         )
     )
 
 
-def _seconds_an_image(plan: Plan, encoder: Encoder, ready: Preparation, missing: tuple[ImageSet, ...]) -> float | None:
+def _seconds_an_image(
+    plan: Plan, encoder: Encoder, taps: tuple[str, ...], missing: tuple[ImageSet, ...]
+) -> float | None:
     """Time some images, spread over those to be read, through the decoder and the encoder; None where that failed."""
     images = max(missing, key=len)
     step = max(1, len(images) // _SAMPLE)
@@ -131,7 +154,7 @@ def _seconds_an_image(plan: Plan, encoder: Encoder, ready: Preparation, missing:
     decoding = (time.perf_counter() - started) / len(sample)
     pixels = torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
     try:
-        encoding = _encoding_seconds(encoder, pixels, ready.pending_taps, batch_size)
+        encoding = _encoding_seconds(encoder, pixels, taps, batch_size)
     except (RuntimeError, MemoryError) as error:
         # Too large a batch, no compiler: the pass itself finds its way, or says what is wrong.
         _log.debug("%s could not be timed: %s", encoder.checkpoint.name, error)

@@ -22,7 +22,7 @@ from msn_eval.errors import DataError, NumericalError, UsageError
 from msn_eval.file_hashes import content_sha256, hash_images
 from msn_eval.images import DECODERS, ImageSet, eval_transform
 from msn_eval.pixel_loader import PixelList, load_pixels
-from msn_eval.protocols import Probe, settings
+from msn_eval.protocols import Finetune, Probe, settings
 from msn_eval.protocols.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, NearestNeighbours
 from msn_eval.protocols.linear import Linear
 from msn_eval.protocols.linear_augmented import LinearAugmented
@@ -210,6 +210,8 @@ def probes_for(request: Request, subset: Subset) -> Iterator[Probe]:
                 yield Linear(**vars(request.linear))
             case "linear-augmented":
                 yield LinearAugmented(**vars(request.linear_augmented))
+            case "finetune":
+                yield Finetune(recipe=request.finetune, seed=request.seed)
             case _:
                 yield NearestClassMean()
 

@@ -75,12 +75,12 @@ def sum_over_ranks(group: Group, tensors: Sequence[Tensor]) -> None:
         one.copy_(part.view_as(one))
 
 
-def rows_of_all_ranks(group: Group, rows: Tensor) -> Tensor:
-    """Put the rows of all ranks below each other, in the order of ranks; each may have another number of them."""
-    if group.world == 1:
-        return rows
-    told: list[Tensor | None] = [None] * group.world
-    distributed.all_gather_object(told, rows.cpu())
+def rows_of_all_ranks(group: Group, rows: Tensor | None) -> Tensor:
+    """Put the rows of all ranks below each other, in the order of ranks; each may have another number of them, None for none."""
+    told: list[Tensor | None] = [rows]
+    if group.world > 1:
+        told = [None] * group.world
+        distributed.all_gather_object(told, None if rows is None else rows.cpu())
     return torch.cat([one for one in told if one is not None])
 
 

@@ -5,10 +5,11 @@ import re
 from dataclasses import dataclass, field
 
 from msn_eval.errors import UsageError, nearest
+from msn_eval.finetune_recipe import FinetuneRecipe
 from msn_eval.images import DECODERS
 from msn_eval.probe_recipe import AugmentedRecipe, LinearRecipe
 
-PROBE_NAMES = ("logistic", "knn", "ridge", "ncm", "linear", "linear-augmented")
+PROBE_NAMES = ("logistic", "knn", "ridge", "ncm", "linear", "linear-augmented", "finetune")
 TAP_NAMES = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
 SOLVER_NAMES = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -54,6 +55,8 @@ class Request:
     out: str = "runs"
     cache: str | None = None
     no_cache: bool = False
+    finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
+    save: str | None = None
 
     def __post_init__(self) -> None:
         for probe in self.probe:
@@ -67,6 +70,16 @@ class Request:
             _one_of("precision", self.precision, PRECISIONS)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: not a device", remedy="Use auto, cpu, cuda or cuda:N.")
+        if "finetune" in self.probe and self.precision == "fp16":
+            raise UsageError("--precision fp16: gradients underflow in it", remedy="Fine-tune in bf16 or fp32.")
+        if "finetune" in self.probe and self.patch_drop:
+            raise UsageError(
+                "--patch-drop: fine-tuning sees whole images", remedy="Ask for it with other probes alone."
+            )
+        if self.save is not None and "finetune" not in self.probe:
+            raise UsageError("--save: no network is trained", remedy="It goes with --probe finetune.")
+        if self.save is not None and self.canary:
+            raise UsageError("--save: with --canary nothing is written", remedy="Leave out one of them.")
         for name in ("subset", "probe"):
             if not getattr(self, name):
                 raise UsageError(f"--{name}: nothing given", remedy=f"Name at least one {name}.")

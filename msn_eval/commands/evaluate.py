@@ -74,6 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     files.add_argument("--config", metavar="FILE", help="YAML of these names; `key=value` arguments override it")
     files.add_argument("--out", metavar="DIR", help="results; an earlier run's folder is continued; default runs")
+    files.add_argument("--save", metavar="DIR", help="finetune: the network, as a folder that transformers loads")
     files.add_argument("--cache", metavar="DIR", help="what can be computed again; default the user's cache folder")
     files.add_argument("--no-cache", action="store_true", help="neither read nor write it")
     files.add_argument("--dry-run", action="store_true", help="print the plan and stop")
@@ -265,6 +266,8 @@ def _cost(forecasts: "Sequence[Forecast]", ranks: int) -> str:
     parts = [f"{finished:,} results are there already"] if finished else []
     parts.append(f"{read:,} images to read ({size:,} bytes, {passes} pass{'' if passes == 1 else 'es'})")
     parts.append(f"{reused:,} features to reuse")
+    if tuned := sum(one.tuned for one in forecasts):
+        parts.append(f"fine-tuning on {tuned:,} images, seen again and again")
     if measured := [one.seconds for one in forecasts if one.seconds is not None]:
         parts.append(f"about {_duration(sum(measured) / ranks)}")
     return ", ".join(parts)

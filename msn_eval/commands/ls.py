@@ -51,6 +51,7 @@ def _entries(kind: str) -> dict[str, str]:
 
 
 def _protocols() -> dict[str, str]:
+    from msn_eval.finetune_recipe import Finetune
     from msn_eval.plan import probes_for
     from msn_eval.protocols import settings
     from msn_eval.protocols.linear import Linear
@@ -62,7 +63,7 @@ def _protocols() -> dict[str, str]:
     for name in LOW_SHOT:
         for probe in probes_for(Request(probe=list(PROBE_NAMES)), Subset(name=name, draw=1, rule="", image_ids=("",))):
             # A recipe's fields may hold in turn, and its settings are those that do.
-            known = settings(probe, 1)[0] if isinstance(probe, Linear | LinearAugmented) else vars(probe)
+            known = settings(probe, 1)[0] if isinstance(probe, Linear | LinearAugmented | Finetune) else vars(probe)
             fields = ", ".join(f"{key}={value}" for key, value in known.items() if key not in ("solver", "asked"))
             described[f"{probe.name} {name}"] = f"version {probe.version}, tap {probe.tap}" + (
                 f", {fields}" if fields else ""

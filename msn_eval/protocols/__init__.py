@@ -3,6 +3,7 @@
 import torch
 
 from msn_eval.features import Features
+from msn_eval.finetune_recipe import Finetune
 from msn_eval.protocols.degenerate import check_labelled
 from msn_eval.protocols.fitted import Fitted, Setting
 from msn_eval.protocols.knn import NearestNeighbours, fit_knn, knn_settings
@@ -12,10 +13,10 @@ from msn_eval.protocols.logistic import Logistic, fit_logistic, logistic_setting
 from msn_eval.protocols.ncm import NearestClassMean, fit_ncm
 from msn_eval.protocols.ridge import Ridge, fit_ridge, ridge_settings
 
-__all__ = ["PROBES", "FeatureProbe", "Fitted", "Probe", "Setting", "fit", "settings"]
+__all__ = ["PROBES", "FeatureProbe", "Finetune", "Fitted", "Probe", "Setting", "fit", "settings"]
 
 FeatureProbe = Logistic | NearestNeighbours | Ridge | NearestClassMean | Linear
-Probe = FeatureProbe | LinearAugmented
+Probe = FeatureProbe | LinearAugmented | Finetune
 PROBES = {
     "logistic": "L2-regularised multinomial regression, the protocol of the MSN tables",
     "knn": "weighted nearest neighbours, every k and temperature from one search",
@@ -23,6 +24,7 @@ PROBES = {
     "ncm": "nearest class mean",
     "linear": "a linear layer by SGD, chosen from a grid of learning rates and weight decays on held-out labelled images",
     "linear-augmented": "norm and linear layer by SGD on the frozen encoder's features of random crops and flips",
+    "finetune": "encoder and head trained together, from images; never in one column with frozen features",
 }
 
 
@@ -41,6 +43,8 @@ def settings(probe: Probe, n: int) -> tuple[dict[str, int | float], ...]:
             return linear_settings(probe)
         case LinearAugmented():
             return augmented_settings(probe)
+        case Finetune():
+            return (probe.params,)
 
 
 def fit(probe: FeatureProbe, train: Features, device: torch.device) -> Fitted:

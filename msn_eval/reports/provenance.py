@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from msn_eval.errors import printable
+from msn_eval.finetune_recipe import Finetune, recipe_of
 from msn_eval.metrics import wilson_interval
 from msn_eval.result import SCHEMA, Result
 
@@ -35,6 +36,8 @@ def _command(result: Result) -> dict[str, str]:
     if result.probe.name in _SECTIONS:
         section = result.probe.name.replace("-", "_")
         asked += [f"{section}.{name}={value!r}" for name, value in result.probe.params.items()]
+    if result.probe.name == Finetune.name:
+        asked += [f"finetune.{name}={value!r}" for name, value in recipe_of(result.probe.params).differing.items()]
     protocol, by_hand = result.protocol, result.protocol.get("by_hand")
     for name, value in sorted(by_hand.items()) if isinstance(by_hand, Mapping) else ():
         asked += [] if name == "seed" else [f"--{name.replace('_', '-')}", str(value)]  # which stands in any command

@@ -191,15 +191,68 @@ def _unseen(network: nn.Module) -> tuple[int, float]:
 # A folder in Hugging Face layout, by the names that transformers writes and that every version of it reads.
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlainNetwork:
+    """A Vision Transformer's trunk as it is to stand in a folder.
+
+    outline:   the network, with or without values: its blocks, heads and sizes
+    weights:   by timm's names
+    gated:     whether its MLPs are
+    mean, std: that its images are normalised with
+    name:      of the architecture, for errors; where: of the checkpoint, likewise
+    """
+
+    outline: nn.Module
+    weights: Mapping[str, Tensor]
+    gated: bool
+    mean: object
+    std: object
+    name: str
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderContent:
+    """What a folder in Hugging Face layout holds: config.json, preprocessor_config.json and the tensors by their names."""
+
+    config: dict[str, object]
+    processor: dict[str, object]
+    tensors: dict[str, Tensor]
+
+
 def _write_folder(out: Path, stored: StoredCheckpoint) -> None:
     outline = outline_network(stored.architecture)
-    layout = _layout_of(outline, stored)
-    weights = stored.trunk.weights
+    mean, std = _normalisation(outline, stored)
+    network = PlainNetwork(
+        outline=outline,
+        weights=stored.trunk.weights,
+        gated=stored.architecture.gated,
+        mean=mean,
+        std=std,
+        name=stored.architecture.name,
+        where=stored.where,
+    )
+    write_folder(out, folder_content(network))
+
+
+def write_folder(out: Path, content: FolderContent) -> None:
+    """Write a folder in Hugging Face layout, whole or not at all. Raises StoreError when the disk refuses."""
+    size = sum(one.nbytes for one in content.tensors.values())
+    with written_atomically(out, f"{size:,} bytes") as temporary:
+        temporary.mkdir()
+        _save(temporary / "model.safetensors", content.tensors)
+        (temporary / "config.json").write_text(json.dumps(content.config, indent=2) + "\n")
+        (temporary / "preprocessor_config.json").write_text(json.dumps(content.processor, indent=2) + "\n")
+
+
+def folder_content(network: PlainNetwork) -> FolderContent:
+    """Give what transformers reads as the same network without a classifier. Raises CheckpointError where it has none like it."""
+    outline, weights = network.outline, network.weights
+    layout = _layout_of(network)
     heads, norm_eps = _unseen(outline)
     width = weights["patch_embed.proj.weight"].shape[0]
     hidden = weights["blocks.0.mlp.fc2.weight"].shape[1]
     side = native_pixels(outline)
-    mean, std = _normalisation(outline, stored)
     config: dict[str, object] = {
         "architectures": [layout.model],
         "model_type": layout.model_type,
@@ -217,7 +270,7 @@ def _write_folder(out: Path, stored: StoredCheckpoint) -> None:
         "dtype": str(weights["patch_embed.proj.weight"].dtype).removeprefix("torch."),
     }
     if layout.model_type.startswith("dinov2"):
-        config |= _dinov2_config(stored, layout, width, hidden)
+        config |= _dinov2_config(network, layout, width, hidden)
     else:
         config["intermediate_size"] = hidden
     processor = {
@@ -230,17 +283,11 @@ def _write_folder(out: Path, stored: StoredCheckpoint) -> None:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(cast(tuple[float, ...], mean)),
-        "image_std": list(cast(tuple[float, ...], std)),
+        "image_mean": list(cast(tuple[float, ...], network.mean)),
+        "image_std": list(cast(tuple[float, ...], network.std)),
         "do_convert_rgb": True,
     }
-    tensors = _huggingface_names(weights, layout)
-    size = sum(one.nbytes for one in tensors.values())
-    with written_atomically(out, f"{size:,} bytes") as temporary:
-        temporary.mkdir()
-        _save(temporary / "model.safetensors", tensors)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (temporary / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    return FolderContent(config=config, processor=processor, tensors=_huggingface_names(weights, layout))
 
 
 def _normalisation(outline: nn.Module, stored: StoredCheckpoint) -> tuple[object, object]:
@@ -253,19 +300,19 @@ def _normalisation(outline: nn.Module, stored: StoredCheckpoint) -> tuple[object
     return stated.get("mean") or IMAGENET_MEAN, stated.get("std") or IMAGENET_STD
 
 
-def _layout_of(outline: nn.Module, stored: StoredCheckpoint) -> _Layout:
-    weights = stored.trunk.weights
-    obstacle = _obstacle(outline, weights)
+def _layout_of(network: PlainNetwork) -> _Layout:
+    weights = network.weights
+    obstacle = _obstacle(network.outline, weights)
     if obstacle:
         raise CheckpointError(
-            f"{stored.architecture.name} cannot be written for transformers: {obstacle}",
-            where=stored.where,
+            f"{network.name} cannot be written for transformers: {obstacle}",
+            where=network.where,
             remedy="Use --to timm or --to safetensors.",
         )
     if "cls_token" not in weights:
         return _Layout("ijepa", "IJepaModel", *_MSN_NAMES)
     if "blocks.0.ls1.gamma" in weights:
-        norms, mlp = _DINOV2_NAMES[0], _GATED_NAMES if stored.architecture.gated else _DINOV2_NAMES[1]
+        norms, mlp = _DINOV2_NAMES[0], _GATED_NAMES if network.gated else _DINOV2_NAMES[1]
         if "reg_token" in weights:
             return _Layout("dinov2_with_registers", "Dinov2WithRegistersModel", norms, mlp)
         return _Layout("dinov2", "Dinov2Model", norms, mlp)
@@ -304,25 +351,25 @@ def _obstacle(outline: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _dinov2_config(stored: StoredCheckpoint, layout: _Layout, width: int, hidden: int) -> dict[str, object]:
+def _dinov2_config(network: PlainNetwork, layout: _Layout, width: int, hidden: int) -> dict[str, object]:
     config: dict[str, object] = {
-        "use_swiglu_ffn": stored.architecture.gated,
+        "use_swiglu_ffn": network.gated,
         "layerscale_value": 1.0,
         "drop_path_rate": 0.0,
     }
     ratio: float = hidden / width
-    if stored.architecture.gated:
+    if network.gated:
         # transformers takes two thirds of ratio x width, rounded up to a multiple of 8.
         ratio = next((one for one in (4, hidden * 3 / 2 / width) if _gated_width(width, one) == hidden), 0)
         if not ratio:
             raise CheckpointError(
                 f"its gated MLPs are {hidden} wide, which transformers' DINOv2 cannot be",
-                where=stored.where,
+                where=network.where,
                 remedy="Use --to timm or --to safetensors.",
             )
     config["mlp_ratio"] = int(ratio) if ratio == int(ratio) else ratio
     if layout.model_type == "dinov2_with_registers":
-        config["num_register_tokens"] = stored.trunk.weights["reg_token"].shape[1]
+        config["num_register_tokens"] = network.weights["reg_token"].shape[1]
     return config
 
 

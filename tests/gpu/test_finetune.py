@@ -1,0 +1,69 @@
+"""Fine-tuning on a GPU: about the CPU's loss and predictions, a state that goes on, and bf16."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from msn_eval import evaluate, finetuning
+from msn_eval.result import Result, read_predictions
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+_RECIPE = {
+    "epochs": 4,
+    "batch": 16,
+    "warmup_epochs": 1,
+    "learning_rate": 1e-3,
+    "flip": 0.0,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "head_lambda": 0.01,
+}
+
+
+def _tune(out: Path, *, device: str, precision: str = "fp32", **options: object) -> Result:
+    (result,) = evaluate(
+        ["demo"], data="digits", subsets=["5imgs@1"], probes=["finetune"], finetune=_RECIPE, out=out, device=device,
+        precision=precision, no_cache=True, limit=40, **options,
+    )  # fmt: skip
+    return result
+
+
+def test_cuda_trains_to_about_what_the_cpu_does(tmp_path: Path) -> None:
+    here, there = _tune(tmp_path / "cuda", device="cuda"), _tune(tmp_path / "cpu", device="cpu")
+
+    answers = [read_predictions(tmp_path / name / f"{here.id}.npz").prediction for name in ("cuda", "cpu")]
+    assert here.id == there.id
+    assert here.probe.objective == pytest.approx(there.probe.objective, rel=1e-2)
+    assert float(np.mean(answers[0] == answers[1])) > 0.97
+
+
+def test_bf16_is_a_protocol_of_its_own_and_learns_as_much(tmp_path: Path) -> None:
+    exact, reduced = (_tune(tmp_path, device="cuda", precision=precision) for precision in ("fp32", "bf16"))
+
+    assert exact.protocol_id != reduced.protocol_id
+    assert exact.metrics is not None
+    assert reduced.metrics is not None
+    assert reduced.metrics.top1 == pytest.approx(exact.metrics.top1, abs=0.05)
+
+
+def test_killed_evaluation_goes_on_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(*given: object, **named: object) -> None:
+        raise KeyError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finetuning, "score_images", kill)
+        with pytest.raises(KeyError):
+            _tune(tmp_path, device="cuda")
+
+    assert _tune(tmp_path, device="cuda").status == "ok"
+
+
+def test_parts_of_a_batch_add_up(tmp_path: Path) -> None:
+    whole, cut = (_tune(tmp_path / size, device="cuda", batch_size=size) for size in ("16", "4"))
+
+    assert cut.probe.objective == pytest.approx(whole.probe.objective, rel=1e-2)
