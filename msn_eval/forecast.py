@@ -14,6 +14,7 @@ from msn_eval.features import automatic_batch_size, missing_images
 from msn_eval.images import ImageSet
 from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
 from msn_eval.plan import Plan, cache_folder
+from msn_eval.protocols.linear_augmented import LinearAugmented
 
 _log = logging.getLogger(__name__)
 _FEW_IMAGES = 64  # the measurement would cost about as much as they do
@@ -28,7 +29,8 @@ class Forecast:
 
     read, reused: images to be read and encoded, and images whose features are in the cache
     bytes:        of the image files to be read
-    seconds:      for these images, None where they were not timed
+    augmented:    images to be read and encoded besides, once for every epoch of a training on augmented images
+    seconds:      for all that are to be read, None where they were not timed
     finished:     results that are there already
     problem:      why it would be refused
     """
@@ -37,6 +39,7 @@ class Forecast:
     read: int = 0
     reused: int = 0
     bytes: int = 0
+    augmented: int = 0
     seconds: float | None = None
     finished: int = 0
     problem: str | None = None
@@ -73,17 +76,31 @@ def _forecast_one(plan: Plan, ready: Preparation, run_own_code: bool) -> Forecas
     wanted = pending_pool(plan, ready), plan.val
     missing = _missing(plan, ready, wanted)
     read = sum(map(len, missing))
+    trainings = _trainings(plan, ready)
+    augmented = sum(epochs * len(images) for epochs, images in trainings)
     sizes = (images.source.stamp(image_id)[0] for images in missing for image_id in images.ids)
-    measurable = read >= _FEW_IMAGES and (run_own_code or encoder.checkpoint.format != "py")
-    each = _seconds_an_image(plan, encoder, ready, missing) if measurable else None
+    measurable = read + augmented >= _FEW_IMAGES and (run_own_code or encoder.checkpoint.format != "py")
+    samples = (*missing, *(images for _, images in trainings))
+    each = _seconds_an_image(plan, encoder, ready, samples) if measurable else None
     return Forecast(
         name=name,
         read=read,
         reused=sum(map(len, wanted)) - read,
         bytes=sum(sizes),
-        seconds=None if each is None else each * read,
+        augmented=augmented,
+        seconds=None if each is None else each * (read + augmented),
         finished=len(ready.known),
     )
+
+
+def _trainings(plan: Plan, ready: Preparation) -> list[tuple[int, ImageSet]]:
+    """Give the epochs and images of every training on augmented images that is pending; its learning rates share them."""
+    found = {(id(task.subset), str(task.probe)): task for task in ready.pending}
+    return [
+        (task.probe.epochs, plan.train.only(task.subset.image_ids))
+        for task in found.values()
+        if isinstance(task.probe, LinearAugmented)
+    ]
 
 
 def _missing(plan: Plan, ready: Preparation, wanted: tuple[ImageSet, ImageSet]) -> tuple[ImageSet, ...]:
