@@ -33,6 +33,7 @@ from msn_eval.metrics import measure
 from msn_eval.plan import Plan, Task, cache_folder, make_plan
 from msn_eval.protocols import Finetune, Fitted, Setting, fit
 from msn_eval.protocols.degenerate import describe_collapse
+from msn_eval.protocols.linear import Linear
 from msn_eval.protocols.linear_augmented import LinearAugmented, fit_augmented
 from msn_eval.ranking import rank_labels
 from msn_eval.request import Request
@@ -419,14 +420,16 @@ def _both_splits(
     """Give the features of the labelled images, the union of all draws, and of the validation images."""
     request = plan.request
     labelled_taps = tuple({ready.taps[task.probe.tap]: None for task in _cached(ready.pending)})
+    loading = loading_of(request)
     with _shared_cache(plan, group) as cache:
+        some_at_a_time = cache is not None and all(isinstance(task.probe, Linear) for task in _cached(ready.pending))
         pool, test = (
             extract_features(
                 ready.encoder,
                 images,
                 taps=taps,
                 hashes=hashes,
-                loading=loading_of(request),
+                loading=replace(loading, beyond_memory=some_at_a_time) if hashes is plan.train_hashes else loading,
                 drop=drop,
                 cache=cache,
                 group=group,
