@@ -145,6 +145,13 @@ class Encoder:
         _one_of("encoder.stem", self.stem, ("imagenet", "cifar"))
 
 
+def architecture_of(encoder: Encoder) -> str:
+    """Give an encoder's architecture as `msn-eval --arch` takes it."""
+    if encoder.stem == "imagenet":
+        return encoder.name
+    return f"{encoder.name}{'&' if '?' in encoder.name else '?'}stem={encoder.stem}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Head:
     """MSN's projection head: three linear layers, after the first two BatchNorm and GELU."""

@@ -25,7 +25,7 @@ from msn_pretrain.gradients import Model
 from msn_pretrain.msn import build_msn
 from msn_pretrain.optimizer import build_optimizer
 from msn_pretrain.ranks import Ranks
-from msn_pretrain.recipe import MSNRecipe, SimSiamRecipe
+from msn_pretrain.recipe import MSNRecipe, SimSiamRecipe, architecture_of
 from msn_pretrain.recipe_file import read_recipe, recipe_as_yaml
 from msn_pretrain.simsiam import build_simsiam
 from msn_pretrain.snapshot import EvaluatedEncoder, Snapshot, read_snapshot
@@ -86,7 +86,11 @@ def _encoders(model: Model) -> list[nn.Module]:
 
 def evaluated_encoder(learner: Learner, recipe: Recipe) -> EvaluatedEncoder:
     """Give the network of a learner that is evaluated."""
-    return EvaluatedEncoder(weights=learner.model.exported().state_dict(), architecture=recipe.encoder.name)
+    return EvaluatedEncoder(
+        weights=learner.model.exported().state_dict(),
+        architecture=architecture_of(recipe.encoder),
+        image_pixels=recipe.views.image_pixels,
+    )
 
 
 def precision_of(recipe: Recipe, device: torch.device) -> str:

@@ -22,6 +22,7 @@ from msn_pretrain.optimizer import set_for_step
 from msn_pretrain.order import Order
 from msn_pretrain.philox import seed_at
 from msn_pretrain.ranks import Ranks, agree, any_of, average_gradients, first_decides, gather
+from msn_pretrain.recipe import architecture_of
 from msn_pretrain.run import (
     Learner,
     Recipe,
@@ -301,7 +302,7 @@ def _is_written(session: Session, progress: _Progress, states: Sequence[Mapping[
     )
     facts = {
         "method": recipe.method,
-        "architecture": recipe.encoder.name,
+        "architecture": architecture_of(recipe.encoder),
         "steps_an_epoch": an_epoch,
         "epoch_end": progress.step % an_epoch == 0,
         "config_sha256": config_sha256(recipe),

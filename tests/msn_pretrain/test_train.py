@@ -17,6 +17,7 @@ from msn_pretrain import train as training
 from msn_pretrain.journal import METRICS, TIMING, read_metrics
 from msn_pretrain.ranks import Ranks
 from msn_pretrain.recipe import MSNRecipe
+from msn_pretrain.recipe_file import read_recipe
 from msn_pretrain.snapshot import equal
 from msn_pretrain.train import train
 
@@ -58,6 +59,29 @@ def test_a_run_that_was_told_to_stop_becomes_what_it_would_have_become(
     assert [line["step"] for line in read_metrics(tmp_path / "run" / METRICS)] == list(range(1, step + 2))
 
     assert train(tiny(), _ALONE) == 0
+
+    expected, found = _outcome(tmp_path / "whole"), _outcome(tmp_path / "run")
+    assert [name for name in expected if not equal(expected[name], found[name])] == []
+
+
+def test_a_simsiam_run_that_was_told_to_stop_becomes_what_it_would_have_become(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "simsiam.yaml").write_text(
+        "method: simsiam\nrun: {device: cpu, seed: 3, log_every: 1}\ndata: {root: digits, workers: 0, limit: 2}\n"
+        "encoder: {name: 'resnet18?channels=(8,8,8,8)', stem: cifar, drop_path: 0.2}\n"
+        "views: {image_pixels: 16, random_views: 2, focal_views: 0}\n"
+        "projector: {layers: 2, output: 16, predictor: 8}\noptimization: {epochs: 2, batch_size: 5, warmup: 1}\n"
+    )
+    whole, stopped = (
+        read_recipe(tmp_path / "simsiam.yaml", overrides=[f"run.dir={tmp_path / name}"]) for name in ("whole", "run")
+    )
+    assert train(whole, _ALONE) == 0
+    with monkeypatch.context() as patched:
+        _stop_at(3, patched)
+        assert train(stopped, _ALONE) == 75
+
+    assert train(stopped, _ALONE) == 0
 
     expected, found = _outcome(tmp_path / "whole"), _outcome(tmp_path / "run")
     assert [name for name in expected if not equal(expected[name], found[name])] == []
