@@ -10,6 +10,7 @@ from msn_eval.atomic_file import write_atomically
 from msn_eval.errors import NumericalError
 
 _MOST_BAD_STEPS = 3  # one after the other: single ones happen in half precision and are skipped
+_MOST_ROLLBACKS = 3  # in a whole run: one that needs more has another fault than bad luck
 _MOST_COLLAPSED_LINES = 10  # one after the other
 _LEAST_SPREAD = 0.01  # random directions have 1, equal rows 0
 _LEAST_RANK = 1.05
@@ -21,10 +22,12 @@ class Watched:
 
     bad_steps:       in a row whose loss or gradient was not finite
     collapsed_lines: of the journal in a row that looked collapsed
+    rollbacks:       to an earlier snapshot, so far
     """
 
     bad_steps: int = 0
     collapsed_lines: int = 0
+    rollbacks: int = 0
 
 
 def after_step(watched: Watched, *, finite: bool) -> Watched:
@@ -42,6 +45,16 @@ def is_collapsed(statistics: Mapping[str, float]) -> bool:
     """Tell whether all images look alike to the network."""
     spread, rank = statistics.get("feature_spread", 1.0), statistics.get("feature_rank", math.inf)
     return spread < _LEAST_SPREAD or statistics.get("output_spread", 1.0) < _LEAST_SPREAD or rank < _LEAST_RANK
+
+
+def may_roll_back(watched: Watched) -> bool:
+    """Tell whether the alarm that is due is one of numbers that are not finite, and an earlier snapshot is worth a try."""
+    return watched.bad_steps >= _MOST_BAD_STEPS and watched.rollbacks < _MOST_ROLLBACKS
+
+
+def after_rollback(watched: Watched) -> Watched:
+    """Count a rollback."""
+    return replace(watched, bad_steps=0, rollbacks=watched.rollbacks + 1)
 
 
 def raised(watched: Watched) -> NumericalError | None:
