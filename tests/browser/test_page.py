@@ -120,6 +120,10 @@ def test_sorting_turns_the_rows_and_says_so(opened: "webdriver.Chrome") -> None:
     assert (before, _measured(opened)) == (["pixels", _HOSTILE], [_HOSTILE, "pixels"])
     assert head.find_element(By.XPATH, "..").get_attribute("aria-sort") == "ascending"
 
+    head.click()
+
+    assert (_measured(opened), head.find_element(By.XPATH, "..").get_attribute("aria-sort")) == (before, "descending")
+
 
 def test_failed_stays_last_however_it_is_sorted(opened: "webdriver.Chrome") -> None:
     orders = []

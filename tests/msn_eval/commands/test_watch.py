@@ -51,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def without_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no plots, which take a second each, but in the test of them."""
     if "plot" not in request.node.name:
-        monkeypatch.setattr(trajectory_report, "trajectory_png", lambda trajectory: b"")
+        monkeypatch.setattr(trajectory_report, "render_plot", lambda sheet: b"")
 
 
 @pytest.fixture
