@@ -136,7 +136,7 @@ def test_failed_stays_last_however_it_is_sorted(opened: "webdriver.Chrome") -> N
 
 
 def test_filter_leaves_what_fits_and_counts_it(opened: "webdriver.Chrome") -> None:
-    opened.find_element(By.ID, "filter").send_keys("onerror")
+    opened.find_element(By.ID, "filter").send_keys("ONERROR img")
 
     assert _measured(opened) == [_HOSTILE]
     assert opened.find_element(By.ID, "shown").text == "1 of 2 checkpoints fit."
