@@ -225,13 +225,19 @@ def test_classes_of_a_protocol_are_listed(opened: "webdriver.Chrome") -> None:
     assert sorted(row.find_element(By.TAG_NAME, "bdi").text for row in rows) == [str(number) for number in range(10)]
 
 
-def test_a_phone_scrolls_the_table_and_not_the_page(opened: "webdriver.Chrome") -> None:
+def test_a_phone_scrolls_the_table_and_not_the_page_and_names_every_line(opened: "webdriver.Chrome") -> None:
     size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     width = opened.execute_script("return document.documentElement.scrollWidth")
+    keys = [one.text for one in opened.find_elements(By.CSS_SELECTOR, "section > .charts .key span")]
+    dots = opened.execute_script(
+        "return [...document.querySelectorAll('.charts > figure .dot')].map((one) => one.getBoundingClientRect().right)"
+    )
     opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
     assert width == 390
+    assert set(keys) == {"pixels", _HOSTILE}
+    assert 0 < max(dots) < 390
 
 
 def test_paper_is_white_and_holds_every_column(opened: "webdriver.Chrome") -> None:
