@@ -80,8 +80,8 @@ _FLOORS = [
     ["protocols.shortlist"],
     ["protocols.nearest"],
     ["protocols.sharded"],
-    ["protocols.degenerate"],
-    ["protocols.line_search"],
+    ["protocols.degenerate", "protocols.full_data"],
+    ["protocols.line_search", "protocols.team"],
     ["protocols.newton", "protocols.lbfgs", "protocols.reference_solvers"],
     [
         "protocols.logistic",
