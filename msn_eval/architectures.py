@@ -45,6 +45,9 @@ _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((3, 8, 36, 3), True): "resnet152",
 }
 _RESNET_WIDTH = 64
+# Of residual networks for images of 32 pixels, by the padding: a 3 x 3 convolution of stride 1 comes first, and no max-pool.
+_STEM_PADDING = {"cifar": 1, "cifar_padded": 2}
+_STEM_PIXELS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,7 @@ class Architecture:
     keywords:     what the constructor is given besides
     norm_eps:     of the layer norms of a Transformer described by keywords
     gated:        whether its MLPs multiply values by a SiLU gate (SwiGLU)
+    stem:         of a residual network, `cifar` or `cifar_padded` where it is not timm's
     """
 
     name: str
@@ -65,6 +69,7 @@ class Architecture:
     keywords: Mapping[str, object] = field(default_factory=dict)
     norm_eps: float = NORM_EPS
     gated: bool = False
+    stem: str | None = None
 
 
 def build_network(architecture: Architecture, *, seed: int = 0) -> nn.Module:
@@ -106,9 +111,22 @@ def _constructed(architecture: Architecture) -> nn.Module:
             network: nn.Module = timm.create_model(
                 architecture.timm_name, pretrained=False, num_classes=0, **architecture.keywords
             )
-            return network
+            return network if architecture.stem is None else _with_stem(network, architecture.stem)
     except Exception as error:  # timm lets through whatever its keywords lead to
         raise _unbuildable(architecture, error) from error
+
+
+def _with_stem(network: nn.Module, stem: str) -> nn.Module:
+    """Let a residual network see images of 32 pixels. Raises ValueError for one that has no such stem."""
+    from timm.models.resnet import ResNet
+
+    if stem not in _STEM_PADDING or not isinstance(network, ResNet) or not isinstance(network.conv1, nn.Conv2d):
+        raise ValueError(f"stem={stem} is one of {', '.join(_STEM_PADDING)}, and for residual networks alone")
+    network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=_STEM_PADDING[stem], bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's other convolutions
+    network.maxpool = nn.Identity()
+    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, _STEM_PIXELS, _STEM_PIXELS)}
+    return cast(nn.Module, network)
 
 
 @contextlib.contextmanager
@@ -165,7 +183,7 @@ def check_architecture_name(architecture: Architecture) -> None:
 
 
 def name_architecture(text: str) -> Architecture:
-    """Read `NAME` or `NAME?keyword=value&…`, as `--arch` and `random:` take it."""
+    """Read `NAME` or `NAME?keyword=value&…`, as `--arch` and `random:` take it. `stem=cifar` is ours, all others timm's."""
     name, _, query = text.partition("?")
     if not name:
         raise CheckpointError("an architecture has a name", remedy="Write for example vit_tiny_patch16_224.")
@@ -182,7 +200,9 @@ def name_architecture(text: str) -> Architecture:
             f"{forbidden} is none of an architecture's keywords here",
             remedy="Leave it out; weights come from the file alone.",
         )
-    return Architecture(name=text, timm_name=name, keywords={key: _literal(value) for key, value in pairs})
+    keywords = {key: _literal(value) for key, value in pairs}
+    stem = keywords.pop("stem", None)
+    return Architecture(name=text, timm_name=name, keywords=keywords, stem=None if stem is None else str(stem))
 
 
 def _literal(text: str) -> object:
@@ -193,12 +213,17 @@ def _literal(text: str) -> object:
 
 
 def recognise_architecture(
-    weights: Mapping[str, Tensor], *, heads: int | None = None, norm_eps: float | None = None
+    weights: Mapping[str, Tensor],
+    *,
+    heads: int | None = None,
+    norm_eps: float | None = None,
+    padded_stem: bool = False,
 ) -> Architecture:
     """Read the architecture from the names and shapes of a trunk's weights, in timm's naming.
 
     heads:    attention heads, where something beside the weights states them
     norm_eps: of the layer norms, likewise
+    padded_stem: whether its makers pad a 3 x 3 stem by two pixels, which is in no weight either
     Raises CheckpointError where they leave it open.
     """
     if "patch_embed.proj.weight" in weights and "blocks.0.attn.qkv.weight" in weights:
@@ -207,7 +232,7 @@ def recognise_architecture(
             return _recognise_beit(weights, heads, norm_eps or NORM_EPS)
         return _recognise_vit(weights, heads, norm_eps or NORM_EPS)
     if "layer1.0.conv1.weight" in weights and "bn1.weight" in weights:
-        return _recognise_resnet(weights)
+        return _recognise_resnet(weights, "cifar_padded" if padded_stem else "cifar")
     shown = ", ".join(sorted(weights)[:4])
     raise CheckpointError(
         f"the architecture cannot be told from the weights' names ({shown}, …)",
@@ -371,7 +396,7 @@ def _position_grid(weights: Mapping[str, Tensor], *, has_class_token: bool, regi
     )
 
 
-def _recognise_resnet(weights: Mapping[str, Tensor]) -> Architecture:
+def _recognise_resnet(weights: Mapping[str, Tensor], small_stem: str) -> Architecture:
     depths = tuple(
         1 + max(int(found.group(1)) for name in weights if (found := re.match(rf"layer{stage}\.(\d{{1,4}})\.", name)))
         for stage in range(1, 5)
@@ -383,4 +408,6 @@ def _recognise_resnet(weights: Mapping[str, Tensor]) -> Architecture:
             f"a residual network with {depths} blocks a stage that is none of ResNet-18, 34, 50, 101, 152",
             remedy="Name it: --arch NAME, one of timm's.",
         )
+    if "conv1.weight" in weights and weights["conv1.weight"].shape[2:] == (3, 3):
+        return Architecture(name=f"{name}?stem={small_stem}", timm_name=name, stem=small_stem)
     return Architecture(name=name, timm_name=name)

@@ -70,8 +70,8 @@ def _finetuning(params: Params) -> dict[str, Any]:
 
 
 def _augmented(params: Params) -> AugmentedRecipe:
-    rate = float(params["lr"])
-    return replace(AugmentedRecipe(lr=[rate]), **{name: value for name, value in params.items() if name != "lr"})
+    others: dict[str, Any] = {name: value for name, value in params.items() if name != "lr"}
+    return AugmentedRecipe(lr=[float(params["lr"])], **others)
 
 
 def _values(params: Sequence[Params], name: str) -> list[float]:

@@ -224,7 +224,7 @@ def _untrained(name: str, rest: str, *, arch: str | None, key: str | None, seed:
     stored = choose_stored(read_contents(stored_weights(rest)), arch=arch, key=key)
     network = build_network(stored.architecture, seed=seed)
     checkpoint = _checkpoint(network, stored.architecture, name=name, path=name, file_format="random")
-    return _normalised_as_stored(checkpoint, stored)
+    return _as_stored(checkpoint, stored)
 
 
 def _timm_pretrained(name: str, rest: str) -> Checkpoint:
@@ -336,12 +336,14 @@ def _loaded(stored: StoredCheckpoint, *, name: str, path: str, allow_missing: tu
         epoch=stored.contents.epoch,
         matched=matched,
     )
-    return _normalised_as_stored(checkpoint, stored)
+    return _as_stored(checkpoint, stored)
 
 
-def _normalised_as_stored(checkpoint: Checkpoint, stored: StoredCheckpoint) -> Checkpoint:
-    """Give mean and std as the folder of the weights states them; ImageNet's to weights that state none, unless the
-    architecture was named with one of timm's tags (`NAME.TAG`), which stand for particular weights and their normalisation."""
+def _as_stored(checkpoint: Checkpoint, stored: StoredCheckpoint) -> Checkpoint:
+    """Give native size, mean and std as the weights' file or folder states them; ImageNet's mean and std to weights that state
+    none, unless the architecture was named with one of timm's tags (`NAME.TAG`), which stand for particular weights and their
+    normalisation."""
+    checkpoint = replace(checkpoint, image_pixels=stored.native_pixels(checkpoint.network))
     config = stored.contents.config
     if config is not None and config.statistics is not None:
         return replace(checkpoint, mean=config.statistics[0], std=config.statistics[1])

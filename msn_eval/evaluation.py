@@ -33,7 +33,9 @@ from msn_eval.metrics import measure
 from msn_eval.plan import Plan, Task, cache_folder, make_plan
 from msn_eval.protocols import Finetune, Fitted, Setting, fit
 from msn_eval.protocols.degenerate import describe_collapse
+from msn_eval.protocols.linear import Linear
 from msn_eval.protocols.linear_augmented import LinearAugmented, fit_augmented
+from msn_eval.protocols.team import Team, assist, dismiss
 from msn_eval.ranking import rank_labels
 from msn_eval.request import Request
 from msn_eval.result import (
@@ -366,15 +368,22 @@ def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: P
         cost = _Cost(time.perf_counter() - started, plan.request.batch_images or automatic_batch_size(encoder))
         yield from ((_Measurement(plan, encoder, task, cost).failed(error), None) for task in ready.frozen)
         return
+    team = Team(group=group, device=plan.device) if group.world > 1 else None
     cost = _cost(pool, test, time.perf_counter() - started)
     if group.rank == 0:
-        yield from _on_features(plan, ready, pool, test, cost)
+        try:
+            yield from _on_features(plan, ready, pool, test, cost, team)
+        finally:
+            if team is not None:
+                dismiss(team)
+    elif team is not None:
+        assist(team)
     for measurements, tap in _grouped(plan, ready, cost, augmented=True):
         yield from _on_augmented(measurements, tap, test.features.get(tap), group)
 
 
 def _on_features(
-    plan: Plan, ready: Preparation, pool: Extraction, test: Extraction, cost: "_Cost"
+    plan: Plan, ready: Preparation, pool: Extraction, test: Extraction, cost: "_Cost", team: Team | None
 ) -> Iterator[_Outcome]:
     """Fit and score every probe that takes cached features."""
     encoder = ready.encoder
@@ -388,7 +397,7 @@ def _on_features(
             if told := describe_collapse(features.values):
                 _log.warning("%s: tap %s, %s images: %s", encoder.checkpoint.name, tap, part, told)
     for measurements, tap in _grouped(plan, ready, cost, augmented=False):
-        yield from _probe(measurements, pool.features[tap], test.features[tap])
+        yield from _probe(measurements, pool.features[tap], test.features[tap], team)
 
 
 def _grouped(
@@ -419,14 +428,16 @@ def _both_splits(
     """Give the features of the labelled images, the union of all draws, and of the validation images."""
     request = plan.request
     labelled_taps = tuple({ready.taps[task.probe.tap]: None for task in _cached(ready.pending)})
+    loading = loading_of(request)
     with _shared_cache(plan, group) as cache:
+        some_at_a_time = cache is not None and all(isinstance(task.probe, Linear) for task in _cached(ready.pending))
         pool, test = (
             extract_features(
                 ready.encoder,
                 images,
                 taps=taps,
                 hashes=hashes,
-                loading=loading_of(request),
+                loading=replace(loading, beyond_memory=some_at_a_time) if hashes is plan.train_hashes else loading,
                 drop=drop,
                 cache=cache,
                 group=group,
@@ -493,12 +504,14 @@ def _tap(encoder: Encoder, task: Task, request: Request) -> str:
     return resolve_tap(encoder, request.tap or task.probe.tap, by_hand=request.tap is not None)
 
 
-def _probe(measurements: Sequence[_Measurement], pool: Features, test: Features) -> Iterator[_Outcome]:
+def _probe(
+    measurements: Sequence[_Measurement], pool: Features, test: Features, team: Team | None
+) -> Iterator[_Outcome]:
     """Fit one probe to one draw and score its pending settings."""
     probe = measurements[0].task.probe
     assert not isinstance(probe, LinearAugmented | Finetune)
     labelled, test = _labels_of(measurements[0], pool.only(measurements[0].task.subset.image_ids), test)
-    yield from _scored(measurements, lambda: fit(probe, labelled, measurements[0].plan.device), test)
+    yield from _scored(measurements, lambda: fit(probe, labelled, measurements[0].plan.device, team=team), test)
 
 
 def _on_augmented(

@@ -15,16 +15,19 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from msn_eval.atomic_file import free_bytes, prepare_folder, write_atomically
 from msn_eval.errors import StoreError, UsageError
+from msn_eval.host import available_bytes
 from msn_eval.result import canonical_json
 
 _log = logging.getLogger(__name__)
@@ -36,6 +39,7 @@ _QUARANTINE = "quarantine"
 _PRUNED = ".pruned."
 _KEY_FILE = "key.json"
 _SEAL = b',"seal":"'
+_MEMORY_SHARE = 0.5  # of what is available, that rows may take which need not be in memory
 _ATTEMPTS = 5  # at a folder that somebody prunes again and again
 
 
@@ -212,9 +216,10 @@ def listed_contents(bank: Bank, wanted: set[str]) -> set[str]:
     return {content for manifest in read_manifests(bank) for content in manifest.contents if content in wanted}
 
 
-def read_rows(bank: Bank, wanted: Sequence[str]) -> tuple[Tensor | None, list[bool]]:
+def read_rows(bank: Bank, wanted: Sequence[str], *, beyond_memory: bool = False) -> tuple[Tensor | None, list[bool]]:
     """Read the features of images by their contents, every shard checked against its manifest.
 
+    beyond_memory: rows that would take more than half of the memory there is are put into a file of their own, mapped
     returns: (n, d) float32 with rows of zeros where the bank has none, None where it has none at all; and which rows it has
     A damaged shard is set aside with a warning, and its rows count as missing. Raises StoreError where the disk refuses.
     """
@@ -229,7 +234,7 @@ def read_rows(bank: Bank, wanted: Sequence[str]) -> tuple[Tensor | None, list[bo
         try:
             shard = _read_values(bank, manifest)
             if values is None:
-                values = torch.zeros(len(wanted), shard.shape[1])
+                values = _room_for(len(wanted), shard.shape[1], bank, beyond_memory=beyond_memory)
             if shard.shape[1] != values.shape[1]:
                 raise _DamageError(f"rows of {shard.shape[1]} values among rows of {values.shape[1]}")
         except FileNotFoundError:  # pruned a moment ago
@@ -244,6 +249,27 @@ def read_rows(bank: Bank, wanted: Sequence[str]) -> tuple[Tensor | None, list[bo
         for place, _ in targets:
             found[place] = True
     return values, found
+
+
+def _room_for(n: int, d: int, bank: Bank, *, beyond_memory: bool) -> Tensor:
+    """Give (n, d) zeros in memory or, where asked and too large for it, in a file without a name: the system reads and drops its
+    pages as they are used, nobody can shorten it under the mapping, and it is gone with the process."""
+    there = available_bytes()
+    if not beyond_memory or there is None or 4 * n * d <= _MEMORY_SHARE * there:
+        return torch.zeros(n, d)
+    try:
+        with tempfile.TemporaryFile(dir=bank.folder) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, 4 * n * d)  # a disk that fills up later would kill the process
+            mapped = np.memmap(file, dtype=np.float32, mode="r+", shape=(n, d))
+    except OSError as error:
+        raise StoreError(
+            f"has no room for {4 * n * d:,} bytes of features, which memory has none for either: {error.strerror or error}",
+            where=str(bank.folder),
+            remedy=f"Choose another --cache folder, or a smaller --subset; {free_bytes(bank.folder)}.",
+        ) from error
+    _log.info("%d rows of %d features are more than memory is to hold, and stay on the disk", n, d)
+    return torch.from_numpy(mapped)
 
 
 def check_bank(bank: Bank) -> tuple[int, int]:

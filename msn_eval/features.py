@@ -57,7 +57,9 @@ class Features:
         return {image_id: row for row, image_id in enumerate(self.image_ids)}
 
     def only(self, image_ids: Sequence[str]) -> "Features":
-        """Give the rows of the named images, in the order named."""
+        """Give the rows of the named images, in the order named; all in their own order are not copied."""
+        if len(image_ids) == len(self.image_ids) and tuple(image_ids) == self.image_ids:
+            return self
         rows = torch.tensor([self._rows[image_id] for image_id in image_ids])
         return replace(self, values=self.values[rows], labels=self.labels[rows], image_ids=tuple(image_ids))
 
@@ -67,11 +69,13 @@ class Loading:
     """How images come to the encoder. None chooses for the device and the image size.
 
     decoder: changes numbers; the others speed alone
+    beyond_memory: rows of a cache that memory has no room for are mapped from a file, for probes that take some at a time
     """
 
     decoder: str = "pillow"
     batch_size: int | None = None
     workers: int | None = None
+    beyond_memory: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +313,7 @@ def _through_cache(
 
     def look() -> str:
         for tap, bank in banks.items():
-            stored[tap] = read_rows(bank, contents)
+            stored[tap] = read_rows(bank, contents, beyond_memory=work.loading.beyond_memory)
         return _packed([not found for found in np.all([found for _, found in stored.values()], axis=0)])
 
     # The first rank's word on what is missing is everyone's: shards that others write meanwhile would shift the shares.
@@ -336,7 +340,9 @@ def _through_cache(
         work.clock.waiting, work.clock.encoding = (sum(column) / len(times) for column in zip(*times, strict=True))
     if group.rank != 0:
         return {}, len(todo)
-    return {tap: _completed(bank, contents, stored[tap]) for tap, bank in banks.items()}, len(todo)
+    beyond_memory = work.loading.beyond_memory
+    values = {tap: _completed(bank, contents, stored[tap], beyond_memory=beyond_memory) for tap, bank in banks.items()}
+    return values, len(todo)
 
 
 def _fill(
@@ -372,20 +378,23 @@ def _fill(
         keep()
 
 
-def _completed(bank: Bank, contents: Sequence[str], stored: tuple[Tensor | None, list[bool]]) -> Tensor:
+def _completed(
+    bank: Bank, contents: Sequence[str], stored: tuple[Tensor | None, list[bool]], *, beyond_memory: bool
+) -> Tensor:
     """Read the rows that were missing before; every row is there now, or it is an error."""
     values, found = stored
     missing = [row for row, there in enumerate(found) if not there]
     if missing:
-        fresh, there_now = read_rows(bank, [contents[row] for row in missing])
+        fresh, there_now = read_rows(bank, [contents[row] for row in missing], beyond_memory=beyond_memory)
         if fresh is None or not all(there_now):
             raise StoreError(
                 f"{there_now.count(False)} of {len(missing)} rows are not there that were written a moment ago",
                 where=str(bank.folder),
                 remedy="Ranks on several hosts need a --cache folder that all of them see; and nobody may prune it now.",
             )
-        if values is None:
-            values = torch.empty(len(contents), fresh.shape[1])
+        if len(missing) == len(contents):
+            return fresh
+        assert values is not None
         values[torch.tensor(missing)] = fresh
     assert values is not None
     return values
@@ -509,7 +518,7 @@ def _check_memory(work: _Work, batch: Mapping[str, Tensor]) -> None:
     """Refuse what would end with a process killed by the system, hours later."""
     needed = sum(4 * rows.shape[1] for rows in batch.values()) * len(work.images)
     there = available_bytes()
-    if there is not None and needed > there:
+    if there is not None and needed > there and not work.loading.beyond_memory:
         raise ResourceError(
             f"the features of {len(work.images):,} images need {needed:,} bytes of memory, {there:,} are available",
             remedy="Ask for fewer probes or a smaller --subset at a time, or use a machine or a job with more memory.",

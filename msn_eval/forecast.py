@@ -15,6 +15,7 @@ from msn_eval.finetune_recipe import Finetune
 from msn_eval.images import ImageSet
 from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
 from msn_eval.plan import Plan, Task, cache_folder
+from msn_eval.protocols.linear_augmented import LinearAugmented
 
 _log = logging.getLogger(__name__)
 _FEW_IMAGES = 64  # the measurement would cost about as much as they do
@@ -30,8 +31,9 @@ class Forecast:
 
     read, reused: images to be read and encoded, and images whose features are in the cache
     bytes:        of the image files to be read
-    seconds:      for these images, None where they were not timed
+    augmented:    images to be read and encoded besides, once for every epoch of a training on augmented images
     tuned:        images that fine-tuning will see, each as often as it does; they are not among those read
+    seconds:      for all of these, None where they were not timed
     finished:     results that are there already
     problem:      why it would be refused
     """
@@ -40,6 +42,7 @@ class Forecast:
     read: int = 0
     reused: int = 0
     bytes: int = 0
+    augmented: int = 0
     seconds: float | None = None
     finished: int = 0
     tuned: int = 0
@@ -77,22 +80,22 @@ def _forecast_one(plan: Plan, ready: Preparation, run_own_code: bool) -> Forecas
     wanted = (pending_pool(plan, ready), plan.val) if ready.frozen else ()
     missing = _missing(plan, ready, wanted)
     read = sum(map(len, missing))
+    trainings = _trainings(plan, ready)
+    augmented = sum(epochs * len(images) for epochs, images in trainings)
     sizes = (images.source.stamp(image_id)[0] for images in missing for image_id in images.ids)
-    measurable = read >= _FEW_IMAGES and (run_own_code or encoder.checkpoint.format != "py")
-    each = _seconds_an_image(plan, encoder, ready.pending_taps, missing) if measurable else None
-    seconds = None if each is None else each * read
     tuned = [_images_tuned(task, plan) for task in ready.tuned]
-    if tuned and (run_own_code or encoder.checkpoint.format != "py"):
-        own = _seconds_an_image(plan, encoder, (ready.taps[Finetune.tap],), (plan.val,))
-        seconds = (
-            None if own is None else (seconds or 0.0) + own * (_PASSES_A_STEP * sum(tuned) + len(tuned) * len(plan.val))
-        )
+    encodings = read + augmented + _PASSES_A_STEP * sum(tuned) + len(tuned) * len(plan.val)
+    measurable = encodings >= _FEW_IMAGES and (run_own_code or encoder.checkpoint.format != "py")
+    samples = (*missing, *(images for _, images in trainings), *([plan.val] if tuned else []))
+    taps = ready.pending_taps or (ready.taps[Finetune.tap],)
+    each = _seconds_an_image(plan, encoder, taps, samples) if measurable else None
     return Forecast(
         name=name,
         read=read,
         reused=sum(map(len, wanted)) - read,
         bytes=sum(sizes),
-        seconds=seconds,
+        augmented=augmented,
+        seconds=None if each is None else each * encodings,
         finished=len(ready.known),
         tuned=sum(tuned),
     )
@@ -105,6 +108,16 @@ def _images_tuned(task: Task, plan: Plan) -> int:
     assert isinstance(task.probe, Finetune)
     order = order_of(task.probe.recipe, len(task.subset), seed=task.probe.seed)
     return order.steps * order.batch
+
+
+def _trainings(plan: Plan, ready: Preparation) -> list[tuple[int, ImageSet]]:
+    """Give the epochs and images of every training on augmented images that is pending; its learning rates share them."""
+    found = {(id(task.subset), str(task.probe)): task for task in ready.pending}
+    return [
+        (task.probe.epochs, plan.train.only(task.subset.image_ids))
+        for task in found.values()
+        if isinstance(task.probe, LinearAugmented)
+    ]
 
 
 def _missing(plan: Plan, ready: Preparation, wanted: tuple[ImageSet, ...]) -> tuple[ImageSet, ...]:

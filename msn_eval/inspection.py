@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from msn_eval.architectures import outline_network
 from msn_eval.errors import CheckpointError
-from msn_eval.position_embedding import native_pixels, patch_pixels, published_rule, stored_pixels
+from msn_eval.position_embedding import patch_pixels, published_rule, stored_pixels
 from msn_eval.stored_checkpoint import Contents, StoredCheckpoint, choose_stored, read_outline
 from msn_eval.weights.alarms import find_alarms
 from msn_eval.weights.load import fit_weights, not_real
@@ -153,7 +153,7 @@ def _of_architecture(facts: Inspection, stored: StoredCheckpoint) -> Inspection:
         matched=fit.matched,
         patch_pixels=patch_pixels(outline),
         stored_pixels=stored_pixels(outline),
-        image_pixels=native_pixels(outline),
+        image_pixels=stored.native_pixels(outline),
         positions=_position_change(outline),
         missing=fit.missing,
         left_over=fit.left_over,

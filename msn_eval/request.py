@@ -96,6 +96,10 @@ class Request:
             _at_least("image-pixels", self.image_pixels, 1)
         if self.patch_drop is not None and not 0 <= self.patch_drop < 1:
             raise UsageError(f"--patch-drop {self.patch_drop}: out of range", remedy="Give a share from 0 up to 1.")
+        if self.patch_drop is not None and "linear-augmented" in self.probe:
+            raise UsageError(
+                "--patch-drop: linear-augmented encodes whole crops", remedy="Leave it out, or ask for another probe."
+            )
         _count_or_auto("batch-size", self.batch_size, least=1)
         _count_or_auto("workers", self.workers, least=0)
 

@@ -3,16 +3,18 @@
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msn_eval.architectures import Architecture, name_architecture, outline_network, recognise_architecture
 from msn_eval.errors import CheckpointError
+from msn_eval.position_embedding import native_pixels, stored_pixels
 from msn_eval.weights.families import Trunk, read_trunk
 from msn_eval.weights.hub_config import HubConfig, read_config_beside
 from msn_eval.weights.hub_files import CONFIG, weight_files
@@ -26,7 +28,7 @@ _log = logging.getLogger(__name__)
 _SLACK_BYTES = 1 << 20
 _MOST_TENSORS = 20_000  # the published networks have a few hundred
 # Names of what a safetensors file may say of itself; msn_pretrain writes them.
-ARCHITECTURE, EPOCH = "msn_eval.architecture", "epoch"
+ARCHITECTURE, EPOCH, IMAGE_PIXELS = "msn_eval.architecture", "epoch", "msn_eval.image_pixels"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -44,6 +46,7 @@ class Contents:
     epoch:      as stated
     config:     of the config.json that belongs to the weights, None where there is none
     stated_arch: what a safetensors file says its architecture is, as `--arch` takes it: heads are in no weight's shape
+    stated_pixels: the side of the images that it says it was trained on, which no weight of a convolutional network shows
     """
 
     where: str
@@ -57,6 +60,7 @@ class Contents:
     epoch: int | None
     config: HubConfig | None
     stated_arch: str | None = None
+    stated_pixels: int | None = None
 
     def pieces(self, tensor: Tensor) -> Iterator[Tensor]:
         """Give the values of one of its tensors, flat and piece by piece, from the file where they were left there."""
@@ -90,6 +94,11 @@ class StoredCheckpoint:
     @property
     def where(self) -> str:
         return self.contents.where
+
+    def native_pixels(self, network: nn.Module) -> int:
+        """Give the native size of the network built for these weights: what position embeddings say, else what the file does."""
+        stated = self.contents.stated_pixels
+        return native_pixels(network) if stated is None or stored_pixels(network) is not None else stated
 
 
 def read_contents(path: Path) -> Contents:
@@ -139,7 +148,12 @@ def _contents(path: Path, read: Callable[[Path], tuple[WeightFile, Outline | Non
         epoch=stated_epoch(stated if EPOCH in stated else content),
         config=config,
         stated_arch=stated.get(ARCHITECTURE),
+        stated_pixels=_whole_number(stated.get(IMAGE_PIXELS, "")),
     )
+
+
+def _whole_number(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"[1-9]\d{0,4}", text) else None
 
 
 def choose_stored(contents: Contents, *, arch: str | None = None, key: str | None = None) -> StoredCheckpoint:
@@ -205,7 +219,10 @@ def _architecture(config: HubConfig | None, trunk: Trunk, arch: str | None) -> A
     if config is not None and config.architecture is not None:
         return config.architecture
     heads, norm_eps = (trunk.heads, trunk.norm_eps) if config is None else (config.heads, config.norm_eps)
-    return recognise_architecture(trunk.weights, heads=heads, norm_eps=norm_eps)
+    padded = (
+        trunk.format == "solo-learn"
+    )  # its resnet18 for CIFAR: nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=2)
+    return recognise_architecture(trunk.weights, heads=heads, norm_eps=norm_eps, padded_stem=padded)
 
 
 def _likeness(stored: StoredCheckpoint) -> str:

@@ -298,6 +298,7 @@ def _reasons(group: Sequence[Result]) -> list[str]:
         parts = [
             f"{key.removeprefix('probe.params.')}={_short(leaves.get(key), [one.get(key) for one in flat])}"
             for key in sorted(differing)
+            if key in leaves or not key.startswith("probe.params.")  # a recipe does not have every setting
         ]
         if named and hashed:
             digest = (

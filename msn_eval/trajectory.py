@@ -262,12 +262,13 @@ def read_trajectory(run: Path, facts: RunFacts, plan: Plan) -> Trajectory:
     faults += [f"{Path(fault.where).name}: {fault.what}" for fault in scan.faults]
     known = newest_of_each_step(looks, _seen(plan))
     results = [one for one in scan.results if one.data.sha256 == plan.val_sha256]
-    points = _points({step: look for step, look in known.items() if step <= last}, results, an_epoch)
+    unplaced = {result.checkpoint.weights_sha256 for result in results} - {look.weights_sha256 for look in looks}
+    points = [point for point in _points(known, results, unplaced, an_epoch) if point.step <= last]
     return Trajectory(
         facts=facts,
         steps_an_epoch=an_epoch,
         lines=lines,
-        points=points,
+        points=tuple(points),
         alarms=find_alarms(
             lines,
             [point.look for point in points if point.look is not None],
@@ -300,9 +301,13 @@ def _records(run: Path) -> ResultScan:
         return ResultScan(results=(), paths=(), faults=())
 
 
-def _points(looks: Mapping[int, Look], results: Sequence[Result], an_epoch: int | None) -> tuple[Point, ...]:
-    """Put records beside the looks at the same weights; those of the run's own probes, of which only the epoch is known, at
-    its end."""
+def _points(
+    looks: Mapping[int, Look], results: Sequence[Result], unplaced: Collection[str], an_epoch: int | None
+) -> list[Point]:
+    """Put records beside the looks at the same weights, and those of the run's own probes at the ends of their epochs.
+
+    unplaced: weights of which only the epoch is known
+    """
     by_weights: defaultdict[str, list[Result]] = defaultdict(list)
     for result in results:
         by_weights[result.checkpoint.weights_sha256].append(result)
@@ -310,13 +315,13 @@ def _points(looks: Mapping[int, Look], results: Sequence[Result], an_epoch: int 
         step: Point(step=step, epoch=look.epoch, look=look, results=tuple(by_weights.get(look.weights_sha256, ())))
         for step, look in looks.items()
     }
-    looked_at = {look.weights_sha256 for look in looks.values()}
-    for weights, group in by_weights.items():
+    for weights in sorted(unplaced):
+        group = by_weights[weights]
         epoch = group[0].checkpoint.epoch
-        if weights not in looked_at and epoch is not None and an_epoch is not None:
+        if epoch is not None and an_epoch is not None:
             step = epoch * an_epoch
             found.setdefault(step, Point(step=step, epoch=epoch, look=None, results=tuple(group)))
-    return tuple(found[step] for step in sorted(found))
+    return [found[step] for step in sorted(found)]
 
 
 def _notices(lines: Sequence[Line], faults: Sequence[str]) -> Iterator[str]:

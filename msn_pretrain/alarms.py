@@ -12,6 +12,7 @@ from msn_eval.collapse import is_collapsed as is_collapsed
 from msn_eval.errors import NumericalError
 
 _MOST_BAD_STEPS = 3  # one after the other: single ones happen in half precision and are skipped
+_MOST_ROLLBACKS = 3  # in a whole run: one that needs more has another fault than bad luck
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +21,12 @@ class Watched:
 
     bad_steps:       in a row whose loss or gradient was not finite
     collapsed_lines: of the journal in a row that looked collapsed
+    rollbacks:       to an earlier snapshot, so far
     """
 
     bad_steps: int = 0
     collapsed_lines: int = 0
+    rollbacks: int = 0
 
 
 def after_step(watched: Watched, *, finite: bool) -> Watched:
@@ -35,6 +38,16 @@ def after_line(watched: Watched, statistics: Mapping[str, float]) -> Watched:
     """Count a line of the journal by its statistics (collapse.py)."""
     collapsed = is_collapsed(statistics)
     return replace(watched, collapsed_lines=watched.collapsed_lines + 1 if collapsed else 0)
+
+
+def may_roll_back(watched: Watched) -> bool:
+    """Tell whether the alarm that is due is one of numbers that are not finite, and an earlier snapshot is worth a try."""
+    return watched.bad_steps >= _MOST_BAD_STEPS and watched.rollbacks < _MOST_ROLLBACKS
+
+
+def after_rollback(watched: Watched) -> Watched:
+    """Count a rollback."""
+    return replace(watched, bad_steps=0, rollbacks=watched.rollbacks + 1)
 
 
 def raised(watched: Watched) -> NumericalError | None:

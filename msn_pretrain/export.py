@@ -11,6 +11,7 @@ from msn_eval.architectures import name_architecture, outline_network
 from msn_eval.atomic_file import written_atomically
 from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.run_folder import SnapshotFiles, is_run_folder, newest_snapshot
+from msn_eval.stored_checkpoint import ARCHITECTURE, IMAGE_PIXELS
 from msn_eval.weights.convert import convert_checkpoint
 from msn_eval.weights.safetensors_file import read_metadata
 from msn_pretrain.snapshot import EvaluatedEncoder, read_snapshot, write_encoder
@@ -37,10 +38,12 @@ def export(run: Path, out: Path, *, to: str) -> str:
         raise CheckpointError(
             "holds no whole snapshot", where=str(run), remedy=f"Train on. {'; '.join(skipped)}".strip()
         )
-    architecture = read_metadata(files.encoder).get("msn_eval.architecture", str(files.facts["architecture"]))
+    stated = read_metadata(files.encoder)
+    architecture = stated.get(ARCHITECTURE, str(files.facts["architecture"]))
     match to:
         case "timm":
-            encoder = EvaluatedEncoder(weights=_weights(files), architecture=architecture)
+            pixels = int(stated[IMAGE_PIXELS]) if IMAGE_PIXELS in stated else None
+            encoder = EvaluatedEncoder(weights=_weights(files), architecture=architecture, image_pixels=pixels)
             write_encoder(out, encoder, epoch=files.epoch)
         case "hf":
             convert_checkpoint(files.encoder, out, to="hf")

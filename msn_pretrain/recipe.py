@@ -24,6 +24,7 @@ class Run:
     log_every:        steps between two lines of metrics.jsonl
     snapshot_minutes: minutes between two snapshots; each epoch ends with one besides
     keep_every:       epochs between two snapshots that stay, 0 for none
+    compare_every:    steps between two comparisons of the ranks' weights, 0 for none but those before snapshots
     """
 
     dir: str = "runs/pretrain"
@@ -36,6 +37,7 @@ class Run:
     log_every: int = 10
     snapshot_minutes: float = 10.0
     keep_every: int = 25
+    compare_every: int = 100
 
     def __post_init__(self) -> None:
         _one_of("run.precision", self.precision, ("auto", "fp32", "bf16"))
@@ -45,6 +47,7 @@ class Run:
         _at_least("run.log_every", self.log_every, 1)
         _above("run.snapshot_minutes", self.snapshot_minutes, 0)
         _at_least("run.keep_every", self.keep_every, 0)
+        _at_least("run.compare_every", self.compare_every, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +146,13 @@ class Encoder:
         _one_of("encoder.first_weights", self.first_weights, ("release", "timm"))
         _above("encoder.position_scale", self.position_scale, 0)
         _one_of("encoder.stem", self.stem, ("imagenet", "cifar"))
+
+
+def architecture_of(encoder: Encoder) -> str:
+    """Give an encoder's architecture as `msn-eval --arch` takes it."""
+    if encoder.stem == "imagenet":
+        return encoder.name
+    return f"{encoder.name}{'&' if '?' in encoder.name else '?'}stem={encoder.stem}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +267,8 @@ class Watch:
     probe_data:  their data set, empty for that of the run
     probes:      which, of knn, ridge and logistic
     subset:      labelled images they get
-    on_alarm:    stop or warn, at a loss that is not finite and at a collapse
+    on_alarm:    stop or warn, at a loss that is not finite and at a collapse; rollback takes the last snapshot's weights
+                 again at the first, leaves out the images in between, and stops at a collapse
     """
 
     probe_every: int = 0
@@ -268,7 +279,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         _at_least("watch.probe_every", self.probe_every, 0)
-        _one_of("watch.on_alarm", self.on_alarm, ("stop", "warn"))
+        _one_of("watch.on_alarm", self.on_alarm, ("stop", "warn", "rollback"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,8 @@ from msn_pretrain import snapshot as snapshots
 from msn_pretrain.gradients import Model
 from msn_pretrain.msn import build_msn
 from msn_pretrain.optimizer import build_optimizer
-from msn_pretrain.ranks import Ranks
-from msn_pretrain.recipe import MSNRecipe, SimSiamRecipe
+from msn_pretrain.ranks import Ranks, first_decides
+from msn_pretrain.recipe import MSNRecipe, SimSiamRecipe, architecture_of
 from msn_pretrain.recipe_file import read_recipe, recipe_as_yaml
 from msn_pretrain.simsiam import build_simsiam
 from msn_pretrain.snapshot import EvaluatedEncoder, Snapshot, read_snapshot
@@ -36,7 +36,7 @@ Recipe = MSNRecipe | SimSiamRecipe
 # What no number that is learnt depends on.
 _FREE = frozenset(
     (
-        *("run.dir", "run.device", "run.log_every", "run.snapshot_minutes", "run.keep_every"),
+        *("run.dir", "run.device", "run.log_every", "run.snapshot_minutes", "run.keep_every", "run.compare_every"),
         *("data.workers", "data.pin_memory"),
         *("watch.probe_every", "watch.probe_data", "watch.probes", "watch.subset", "watch.on_alarm"),
     )
@@ -86,7 +86,11 @@ def _encoders(model: Model) -> list[nn.Module]:
 
 def evaluated_encoder(learner: Learner, recipe: Recipe) -> EvaluatedEncoder:
     """Give the network of a learner that is evaluated."""
-    return EvaluatedEncoder(weights=learner.model.exported().state_dict(), architecture=recipe.encoder.name)
+    return EvaluatedEncoder(
+        weights=learner.model.exported().state_dict(),
+        architecture=architecture_of(recipe.encoder),
+        image_pixels=recipe.views.image_pixels,
+    )
 
 
 def precision_of(recipe: Recipe, device: torch.device) -> str:
@@ -229,3 +233,12 @@ def resume(learner: Learner, folder: Path | None, ranks: Ranks) -> Snapshot | No
     if ranks.rank < len(snapshot.rng):
         snapshots.set_generators(snapshot.rng[ranks.rank], ranks.device)
     return snapshot
+
+
+def roll_back(learner: Learner, run: Path, ranks: Ranks) -> int | None:
+    """Give a learner the weights and the optimiser of a run's newest snapshot again; give its step, None where there is none."""
+    found = first_decides(ranks, lambda: newest_snapshot(run)[0])
+    if found is None:
+        return None
+    learner.restore(read_snapshot(found))
+    return found.step

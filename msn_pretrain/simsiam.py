@@ -6,13 +6,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from msn_eval.architectures import build_network, name_architecture
+from msn_eval.architectures import build_network, name_architecture, outline_network
 from msn_eval.errors import UsageError
 from msn_pretrain.batch_norm import share_batch_norm
 from msn_pretrain.heads import simsiam_predictor, simsiam_projector
 from msn_pretrain.loss import simsiam_loss
 from msn_pretrain.msn import Step
-from msn_pretrain.recipe import SimSiamRecipe
+from msn_pretrain.recipe import SimSiamRecipe, architecture_of
 from msn_pretrain.schedule import StepSettings
 from msn_pretrain.transformer import draw_weights
 
@@ -71,13 +71,12 @@ def build_simsiam(recipe: SimSiamRecipe) -> SimSiam:
     from timm.models.resnet import ResNet
     from timm.models.vision_transformer import VisionTransformer
 
-    name, drop_path, seed = recipe.encoder.name, recipe.encoder.drop_path, recipe.run.seed
+    plain = outline_network(name_architecture(recipe.encoder.name))
+    if recipe.encoder.stem == "cifar" and not isinstance(plain, ResNet):
+        raise UsageError("encoder.stem: cifar is for residual networks", remedy="Leave encoder.stem=imagenet.")
+    name, drop_path, seed = architecture_of(recipe.encoder), recipe.encoder.drop_path, recipe.run.seed
     keywords = f"{'&' if '?' in name else '?'}drop_path_rate={drop_path}" if drop_path else ""
     network = build_network(name_architecture(name + keywords), seed=seed)
-    if recipe.encoder.stem == "cifar":
-        if not isinstance(network, ResNet):
-            raise UsageError("encoder.stem: cifar is for residual networks", remedy="Leave encoder.stem=imagenet.")
-        _take_cifar_stem(network, seed=seed)
     if isinstance(network, VisionTransformer):
         draw_weights(network, seed=seed)
     width = cast(int, network.num_features)
@@ -86,13 +85,3 @@ def build_simsiam(recipe: SimSiamRecipe) -> SimSiam:
         projector = simsiam_projector(width, layers=recipe.projector.layers, output=recipe.projector.output)
         predictor = simsiam_predictor(recipe.projector.output, hidden=recipe.projector.predictor)
     return SimSiam(share_batch_norm(network), projector, predictor).train()
-
-
-def _take_cifar_stem(network: nn.Module, *, seed: int) -> None:
-    """Let a residual network see images of 32 pixels: a 3 x 3 convolution of stride 1 comes first, and no max-pool."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        stem = nn.Conv2d(3, cast(nn.Conv2d, network.conv1).out_channels, 3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-    network.conv1 = stem
-    network.maxpool = nn.Identity()

@@ -33,7 +33,7 @@ from msn_eval.run_folder import (
     snapshot_folder,
     snapshot_folders,
 )
-from msn_eval.stored_checkpoint import ARCHITECTURE, EPOCH
+from msn_eval.stored_checkpoint import ARCHITECTURE, EPOCH, IMAGE_PIXELS
 
 _log = logging.getLogger(__name__)
 _GENERATIONS = 2
@@ -65,10 +65,12 @@ class EvaluatedEncoder:
 
     weights:      by timm's names
     architecture: as `msn-eval --arch` takes it
+    image_pixels: side of the images that it was trained on, None where that is not known
     """
 
     weights: Mapping[str, Tensor]
     architecture: str
+    image_pixels: int | None = None
 
 
 def write_snapshot(
@@ -132,6 +134,8 @@ def write_encoder(path: Path, encoder: EvaluatedEncoder, *, epoch: int, dtype: t
         for name, value in encoder.weights.items()
     }
     facts = {"format": "pt", ARCHITECTURE: encoder.architecture, EPOCH: str(epoch)}
+    if encoder.image_pixels is not None:
+        facts[IMAGE_PIXELS] = str(encoder.image_pixels)
     write_atomically(path, _ordered(save(tensors, metadata=facts)))
 
 

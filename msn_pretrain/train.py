@@ -14,7 +14,7 @@ from torch import Tensor
 from msn_eval.errors import DistributedError, NumericalError, StoreError
 from msn_eval.images import IMAGENET_MEAN, IMAGENET_STD, ImageSet
 from msn_pretrain import probe
-from msn_pretrain.alarms import Watched, after_line, after_step, dump_batch, raised
+from msn_pretrain.alarms import Watched, after_line, after_rollback, after_step, dump_batch, may_roll_back, raised
 from msn_pretrain.gradients import compute_gradients, norm_of
 from msn_pretrain.journal import Journal, open_journal
 from msn_pretrain.msn import Step
@@ -22,6 +22,8 @@ from msn_pretrain.optimizer import set_for_step
 from msn_pretrain.order import Order
 from msn_pretrain.philox import seed_at
 from msn_pretrain.ranks import Ranks, agree, any_of, average_gradients, first_decides, gather
+from msn_pretrain.recipe import architecture_of
+from msn_pretrain.replica import check_replicas
 from msn_pretrain.run import (
     Learner,
     Recipe,
@@ -33,6 +35,7 @@ from msn_pretrain.run import (
     makes_views_on_device,
     open_run,
     resume,
+    roll_back,
     shared_facts,
     training_images,
     view_kinds,
@@ -85,7 +88,7 @@ def train(recipe: Recipe, ranks: Ranks, *, allowed: Sequence[str] = (), quiet: b
     Raises the children of MsnEvalError; the last snapshot is kept.
     """
     run = Path(recipe.run.dir)
-    with ExitStack() as opened, _lost_ranks_named(ranks), stop_heard() as stop:
+    with ExitStack() as opened, _lost_ranks_named(ranks):
         images = first_decides(ranks, lambda: training_images(recipe))
         order = Order(
             n_images=len(images),
@@ -117,7 +120,8 @@ def train(recipe: Recipe, ranks: Ranks, *, allowed: Sequence[str] = (), quiet: b
             journal=opened.enter_context(journal),
             dog=opened.enter_context(watching()),
         )
-        return _go_through(session, progress, stop)
+        with stop_heard() as stop:  # until here there is nothing to save, and being told to stop ends at once
+            return _go_through(session, progress, stop)
 
 
 def _go_through(session: Session, progress: _Progress, stop: Stop) -> int:
@@ -152,8 +156,12 @@ def _go_through(session: Session, progress: _Progress, stop: Stop) -> int:
             session.journal.write(facts | _timing(session, waited=waited, seconds=time.monotonic() - ended))
         _show(session, progress, step, seconds=time.monotonic() - ended)
         session.dog.step_done()
-        _heed_alarms(session, progress)
-        if stopping or due or progress.step == session.steps:
+        rolled_back = _heed_alarms(session, progress)
+        saving = stopping or due or rolled_back or progress.step == session.steps
+        compare_every = recipe.run.compare_every
+        if saving or (compare_every and progress.step % compare_every == 0):
+            check_replicas(ranks, session.learner.model.state_dict(), step=progress.step)
+        if saving:
             _save(session, progress, last=stopping or progress.step == session.steps)
         if progress.step % an_epoch == 0:
             _probe(session, progress)
@@ -248,13 +256,28 @@ def _leave_out(session: Session, batch: ViewBatch, facts: Mapping[str, float]) -
     _log.warning("step %d was left out: its loss or gradient is not finite", batch.batch.step + 1)
 
 
-def _heed_alarms(session: Session, progress: _Progress) -> None:
+def _heed_alarms(session: Session, progress: _Progress) -> bool:
+    """Stop, warn, or go back to the last snapshot, as the recipe says; tell whether it went back."""
     alarm = raised(progress.watched)
     if alarm is None:
-        return
-    if session.recipe.watch.on_alarm == "stop":
+        return False
+    on_alarm = session.recipe.watch.on_alarm
+    if on_alarm == "rollback" and may_roll_back(progress.watched):
+        return _roll_back(session, progress, alarm)
+    if on_alarm != "warn":
         raise alarm
     _log.warning("step %d: %s", progress.step, alarm.what)
+    return False
+
+
+def _roll_back(session: Session, progress: _Progress, alarm: NumericalError) -> bool:
+    """Take the weights and the optimiser of the newest snapshot; steps, rates and images go on behind those that were bad."""
+    step = roll_back(session.learner, session.run, session.ranks)
+    if step is None:
+        raise alarm
+    progress.watched = after_rollback(progress.watched)
+    _log.warning("step %d: %s; going on with the weights of step %d", progress.step, alarm.what, step)
+    return True
 
 
 def _is_due(session: Session, progress: _Progress) -> bool:
@@ -301,7 +324,7 @@ def _is_written(session: Session, progress: _Progress, states: Sequence[Mapping[
     )
     facts = {
         "method": recipe.method,
-        "architecture": recipe.encoder.name,
+        "architecture": architecture_of(recipe.encoder),
         "steps_an_epoch": an_epoch,
         "epoch_end": progress.step % an_epoch == 0,
         "config_sha256": config_sha256(recipe),

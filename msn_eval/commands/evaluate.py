@@ -259,13 +259,14 @@ def describe_forecasts(forecasts: "Sequence[Forecast]", *, ranks: int = 1) -> st
 
 
 def _cost(forecasts: "Sequence[Forecast]", ranks: int) -> str:
-    finished, read, reused, size = (
-        sum(getattr(one, name) for one in forecasts) for name in ("finished", "read", "reused", "bytes")
+    finished, read, reused, size, augmented = (
+        sum(getattr(one, name) for one in forecasts) for name in ("finished", "read", "reused", "bytes", "augmented")
     )
     passes = sum(1 for one in forecasts if one.read)
     parts = [f"{finished:,} results are there already"] if finished else []
     parts.append(f"{read:,} images to read ({size:,} bytes, {passes} pass{'' if passes == 1 else 'es'})")
     parts.append(f"{reused:,} features to reuse")
+    parts += [f"{augmented:,} augmented images to encode"] if augmented else []
     if tuned := sum(one.tuned for one in forecasts):
         parts.append(f"fine-tuning on {tuned:,} images, seen again and again")
     if measured := [one.seconds for one in forecasts if one.seconds is not None]:

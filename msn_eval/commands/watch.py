@@ -19,6 +19,7 @@ TAKES_OVERRIDES = False
 SUMMARY = "scores each new snapshot of a pre-training run; curve and collapse alarms"
 _PROBES = "ridge,knn,ncm"
 _NAME = "trajectory"
+_MOST_DRAWING_SHARE = 0.05  # of the time, while nothing but the journal grows
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -94,24 +95,29 @@ def _follow(
 
     refused: takes up what could not be scored, by the SHA-256 of the file
     """
-    from msn_eval.trajectory import read_trajectory, signs_of_life
+    from msn_eval.trajectory import signs_of_life
 
     tried: set[str] = set()
     told: set[str] = set()
     signs: object = None
-    changed = time.monotonic()
-    trajectory = read_trajectory(folder, facts, plan)
+    changed = drawn = time.monotonic()
+    cost = 0.0
+    trajectory: Trajectory | None = None
     while True:
         now = signs_of_life(folder)
-        if now != signs:
+        if trajectory is None or now != signs:
             signs, changed = now, time.monotonic()
-            trajectory = _go_through(folder, facts, plan, tried, refused)
+            before, trajectory = trajectory, _go_through(folder, facts, plan, tried, refused)
             for alarm in trajectory.alarms:
                 if alarm.on and alarm.what not in told:
                     told.add(alarm.what)
                     _log.warning("ALARM %s: %s", folder, alarm)
-            if not options.once:
+            scored = before is None or before.points != trajectory.points
+            if not options.once and (scored or changed - drawn > cost / _MOST_DRAWING_SHARE):
+                started = time.monotonic()
                 _draw(folder, trajectory)
+                drawn = time.monotonic()
+                cost = drawn - started
         if options.once or _has_ended(trajectory):
             return trajectory
         if time.monotonic() - changed > 60 * options.patience:
@@ -123,11 +129,13 @@ def _follow(
 def _go_through(
     folder: Path, facts: "RunFacts", plan: "Plan", tried: set[str], refused: "dict[str, CheckpointError]"
 ) -> "Trajectory":
-    """Score the snapshots that lack something, and print a line for each."""
+    """Score the snapshots that lack something, print a line for each, and give the run as it stands then."""
     from msn_eval.run_folder import ENCODER
     from msn_eval.trajectory import read_trajectory, score, unscored
 
-    for snapshot in unscored(plan, folder, read_trajectory(folder, facts, plan), tried):
+    before = read_trajectory(folder, facts, plan)
+    lacking = unscored(plan, folder, before, tried)
+    for snapshot in lacking:
         sha256 = snapshot.files[ENCODER]
         try:
             point = score(plan, folder, snapshot)
@@ -141,7 +149,7 @@ def _go_through(
             continue
         tried.add(sha256)
         print(printable(_line(point)), flush=True)
-    return read_trajectory(folder, facts, plan)
+    return read_trajectory(folder, facts, plan) if lacking else before
 
 
 def _line(point: "Point") -> str:
@@ -169,14 +177,15 @@ def _has_ended(trajectory: "Trajectory") -> bool:
 def _draw(folder: Path, trajectory: "Trajectory") -> list[Path]:
     """Write page and plot, each whole, and give their paths; there is no plot of no numbers."""
     from msn_eval.atomic_file import write_atomically
-    from msn_eval.reports.trajectory_report import render_trajectory, trajectory_png
+    from msn_eval.reports import trajectory_report
     from msn_eval.run_folder import EVAL
 
+    sheet = trajectory_report.sheet_of(trajectory)
     page, plot = (folder / EVAL / f"{_NAME}.{suffix}" for suffix in ("html", "png"))
-    write_atomically(page, render_trajectory(trajectory).encode())
-    if not (trajectory.lines or trajectory.points):
+    write_atomically(page, trajectory_report.render_page(sheet).encode())
+    if not sheet.panels:
         return [page]
-    write_atomically(plot, trajectory_png(trajectory))
+    write_atomically(plot, trajectory_report.render_plot(sheet))
     return [page, plot]
 
 

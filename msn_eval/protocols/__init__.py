@@ -12,6 +12,7 @@ from msn_eval.protocols.linear_augmented import LinearAugmented, augmented_setti
 from msn_eval.protocols.logistic import Logistic, fit_logistic, logistic_settings
 from msn_eval.protocols.ncm import NearestClassMean, fit_ncm
 from msn_eval.protocols.ridge import Ridge, fit_ridge, ridge_settings
+from msn_eval.protocols.team import Team
 
 __all__ = ["PROBES", "FeatureProbe", "Finetune", "Fitted", "Probe", "Setting", "fit", "settings"]
 
@@ -47,16 +48,17 @@ def settings(probe: Probe, n: int) -> tuple[dict[str, int | float], ...]:
             return (probe.params,)
 
 
-def fit(probe: FeatureProbe, train: Features, device: torch.device) -> Fitted:
+def fit(probe: FeatureProbe, train: Features, device: torch.device, *, team: Team | None = None) -> Fitted:
     """Fit every setting of `probe` to labelled features. The validation features are not here, so nothing can be
     chosen on them.
 
+    team: ranks that help where there are very many labelled images
     Raises NumericalError for a single class, labels out of range, features that are not finite, and a k above n.
     """
     check_labelled(train)
     match probe:
         case Logistic():
-            return fit_logistic(probe, train, device)
+            return fit_logistic(probe, train, device, team=team)
         case NearestNeighbours():
             return fit_knn(probe, train, device)
         case Ridge():

@@ -29,7 +29,8 @@ def check_labelled(train: Features) -> None:
         raise NumericalError(
             f"the {len(labels)} labelled images are of a single class", remedy="Label images of at least two classes."
         )
-    bad = (~train.values.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    finite = torch.cat([part.isfinite().all(dim=1) for part in torch.split(train.values, _BLOCK_ROWS)])
+    bad = (~finite).nonzero().flatten().tolist()
     if bad:
         names = ", ".join(train.image_ids[row] for row in bad[:_SHOWN])
         raise NumericalError(

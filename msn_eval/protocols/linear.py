@@ -54,6 +54,13 @@ class HeldOut:
     losses: Tensor
 
 
+def _fits(values: Tensor, device: torch.device) -> bool:
+    """Tell whether a GPU is to hold all rows at once: they take at most half of its free memory."""
+    if device.type != "cuda":
+        return True
+    return 2 * values.numel() * values.element_size() <= torch.cuda.mem_get_info(device)[0]
+
+
 def linear_settings(probe: Linear) -> tuple[dict[str, int | float], ...]:
     """Give the one protocol that a grid, or a single learning rate, is."""
     if probe.lr is not None:
@@ -70,11 +77,11 @@ def fit_linear(probe: Linear, train: Features, device: torch.device) -> Fitted:
     Raises NumericalError where no class has two images to choose by, or every layer diverges.
     """
     present, labels = torch.unique(train.labels.to(device), return_inverse=True)
-    values = train.values.to(device)
+    values = train.values.to(device) if _fits(train.values, device) else train.values
     n_classes = len(present)
 
     def take(places: Tensor) -> Tensor:
-        return centred_rows(values[places]).to(torch.float32)
+        return centred_rows(values[places.to(values.device)].to(device)).to(torch.float32)
 
     recipe, chosen = probe.grid[0], None
     if len(probe.grid) > 1:

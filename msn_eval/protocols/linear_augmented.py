@@ -54,7 +54,7 @@ class AugmentedHead(nn.Module):
     def __init__(self, dim: int, n_classes: int, *, seed: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.linear = nn.utils.skip_init(nn.Linear, dim, n_classes)
+        self.linear: nn.Linear = nn.utils.skip_init(nn.Linear, dim, n_classes)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.linear.weight.normal_(0.0, _FIRST_WEIGHT_STD, generator=torch.Generator().manual_seed(seed))
             self.linear.bias.zero_()

@@ -11,6 +11,7 @@ from torch import Tensor
 from msn_eval.errors import NumericalError
 
 MOMENTUM = 0.9
+_SMALLEST = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,37 +103,40 @@ def train_grid(
     Source: the linear evaluation of arXiv:2204.07141, section A.3: SGD, Nesterov momentum 0.9, cosine, no warm-up.
     """
     n, first = len(labels), take(labels.new_zeros(1))
-    rate = first.new_tensor([one.learning_rate for one in recipes])[:, None, None]
-    decay = first.new_tensor([one.weight_decay for one in recipes])[:, None, None]
-    weights = first.new_zeros(len(recipes), n_classes, first.shape[1])
-    biases = first.new_zeros(len(recipes), n_classes)
-    speed, bias_speed = torch.zeros_like(weights), torch.zeros_like(biases)
+    h, d = len(recipes), first.shape[1]
+    # One row a layer and class; buffers are made once, since large ones are given back to the system at every step.
+    weights, biases = first.new_zeros(h * n_classes, d), first.new_zeros(h * n_classes)
+    speed, bias_speed, gradient = torch.zeros_like(weights), torch.zeros_like(biases), torch.empty_like(weights)
+    logits, shares = (first.new_empty(min(batch_size, n), h * n_classes) for _ in range(2))
+    rate, decay = (
+        first.new_tensor(column).repeat_interleave(n_classes)
+        for column in ([one.learning_rate for one in recipes], [one.weight_decay for one in recipes])
+    )
     steps, step = epochs * -(-n // batch_size), 0
-    losses = torch.zeros(len(recipes), dtype=torch.float64, device=first.device)
-    for _ in range(epochs):
-        losses.zero_()
+    losses = torch.zeros(h, dtype=torch.float64, device=first.device)
+    for epoch in range(epochs):
         order = torch.randperm(n, generator=generator).to(labels.device)
         for some in torch.split(order, batch_size):
-            batch = take(some)
-            residual, loss = _residual(batch, labels[some], weights, biases)
-            losses += loss.to(torch.float64) * (len(some) / n)
-            gradient = torch.tensordot(residual, batch, dims=([0], [0])) + decay * weights
-            bias_gradient = residual.sum(dim=0)
+            batch, b = take(some), len(some)
+            torch.addmm(biases, batch, weights.T, out=logits[:b])
+            if epoch == epochs - 1:
+                losses += _losses(logits[:b].view(b, h, n_classes), labels[some]) * (b / n)
+            residual = torch.softmax(logits[:b].view(b, h, n_classes), dim=2, out=shares[:b].view(b, h, n_classes))
+            # What a float32 holds only as a denormal number moves no weight, and makes a product ten times as slow.
+            torch.threshold_(residual, _SMALLEST, 0.0)
+            residual[torch.arange(b, device=labels.device), :, labels[some]] -= 1
+            torch.mm(shares[:b].T, batch / b, out=gradient).addcmul_(decay[:, None], weights)
+            bias_gradient = shares[:b].sum(dim=0) / b
             share = (1 + math.cos(math.pi * step / steps)) / 2
             speed.mul_(MOMENTUM).add_(gradient)
             bias_speed.mul_(MOMENTUM).add_(bias_gradient)
-            weights -= share * rate * (gradient + MOMENTUM * speed)
-            biases -= share * rate[:, :, 0] * (bias_gradient + MOMENTUM * bias_speed)
+            weights.addcmul_(rate[:, None], gradient.add_(speed, alpha=MOMENTUM), value=-share)
+            biases.addcmul_(rate, bias_gradient.add_(bias_speed, alpha=MOMENTUM), value=-share)
             step += 1
-    return Heads(weights=weights, biases=biases, losses=losses)
+    return Heads(weights=weights.view(h, n_classes, d), biases=biases.view(h, n_classes), losses=losses)
 
 
-def _residual(batch: Tensor, labels: Tensor, weights: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the derivative of each head's mean loss by its logits, (b, h, n_classes), and the losses, (h,)."""
-    logits = torch.tensordot(batch, weights, dims=([1], [2])) + biases
-    logs = logits.log_softmax(dim=2)
-    own = labels[:, None, None].expand(-1, logits.shape[1], 1)
-    loss = -logs.gather(2, own)[:, :, 0].mean(dim=0)
-    residual = logs.exp()
-    residual.scatter_add_(2, own, residual.new_full(own.shape, -1.0))
-    return residual / len(batch), loss
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Give each layer's mean cross-entropy, (h,) float64, from (b, h, n_classes) logits."""
+    own = logits.gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1))[:, :, 0]
+    return (logits.logsumexp(dim=2) - own).mean(dim=0).to(torch.float64)

@@ -11,10 +11,12 @@ from msn_eval.errors import NumericalError
 from msn_eval.features import Features
 from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Solution
 from msn_eval.protocols.fitted import Fitted, Setting
+from msn_eval.protocols.full_data import RowShare, is_large, minimise_in_chunks
 from msn_eval.protocols.lbfgs import minimise_by_lbfgs
 from msn_eval.protocols.newton import minimise_path
 from msn_eval.protocols.reference_solvers import minimise_by_cyanure, minimise_by_sklearn
 from msn_eval.protocols.rows import centred_rows
+from msn_eval.protocols.team import Team, minimise_together
 
 Solver = Literal["auto", "newton", "lbfgs", "cyanure", "sklearn"]
 SOLVERS: tuple[Solver, ...] = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
@@ -49,20 +51,30 @@ def logistic_settings(probe: Logistic, n: int) -> tuple[dict[str, int | float], 
     return tuple({"lambda": strength} for strength in probe.lambdas)
 
 
-def fit_logistic(probe: Logistic, train: Features, device: torch.device) -> Fitted:
+def fit_logistic(probe: Logistic, train: Features, device: torch.device, *, team: Team | None = None) -> Fitted:
     """Solve for every lambda over the classes that have labelled images; the others can never be chosen.
 
+    team: ranks that share the rows where there are very many
     Raises NumericalError for labelled images of a single class.
     """
     present, labels = torch.unique(train.labels.to(device), return_inverse=True)
     if len(present) < 2:
         raise NumericalError("logistic regression on a single class", remedy="Label images of at least two classes.")
-    rows = centred_rows(train.values.to(device))
-    reduced, basis = _reduced(rows)
-    n = len(reduced)
-    problem = CrossEntropyProblem(rows=reduced, labels=labels, n_classes=len(present), mu=max(probe.lambdas) / n)
+    n, width = train.values.shape
     falling = sorted(set(probe.lambdas), reverse=True)  # from the smoothest problem to the roughest
-    solved = dict(zip(falling, _solve(problem, [strength / n for strength in falling], probe.solver), strict=True))
+    mus = [strength / n for strength in falling]
+    basis = None
+    if probe.solver in ("auto", "newton") and is_large(n, width, len(present)):
+        share = RowShare(values=train.values.to(device), labels=labels, n_classes=len(present), n=n)
+        if team is None:
+            solutions = minimise_in_chunks(share, mus, target=TARGET_GAP)
+        else:
+            solutions = minimise_together(team, share, mus, target=TARGET_GAP)
+    else:
+        reduced, basis = _reduced(centred_rows(train.values.to(device)))
+        problem = CrossEntropyProblem(rows=reduced, labels=labels, n_classes=len(present), mu=mus[0])
+        solutions = _solve(problem, mus, probe.solver)
+    solved = dict(zip(falling, solutions, strict=True))
     settings = [
         Setting(
             params={"lambda": strength},

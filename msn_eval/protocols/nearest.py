@@ -13,7 +13,7 @@ from torch import Tensor
 from msn_eval.errors import NumericalError, ResourceError
 from msn_eval.host import available_bytes
 from msn_eval.protocols.bank import Bank, Copies, as_searched, check_finite, index_bank
-from msn_eval.protocols.cosine import cosines_of_pairs, row_lengths
+from msn_eval.protocols.cosine import cosines_of_rows, row_lengths
 from msn_eval.protocols.shortlist import Arithmetic, By, Shortlist, arithmetics, find_shortlist, tile_rows
 
 Found = tuple[Tensor, Tensor]  # cosines (m, k) float64, falling, and rows (m, k) int64
@@ -22,6 +22,7 @@ _VALUE_BYTES = 16  # of a coarse product while it is made, widened and sorted
 _CPU_BYTES = 1 << 28
 _CUDA_BYTES = 1 << 34
 _FLAT = 1 << 22  # pairs that are sorted at once
+_ALIKE = 8  # parts of a chunk of queries: in each those with like numbers of members
 
 
 def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int, *, by: By = "auto") -> Found:
@@ -96,31 +97,35 @@ def _decide(
 ) -> tuple[Found, Tensor]:
     """Order a shortlist by exact cosines; and say for which queries it proves to hold the k nearest.
 
-    Only members within twice the bound of the k-th coarse product can be among the k nearest.
+    The first k are taken at once. Of the others only those that can be as near as the farthest of these can be among the k
+    nearest; they come next in the list.
     """
-    coarse, bound = proposed.coarse, proposed.bound[:, None]
-    which, column = (coarse >= coarse[:, k - 1 : k] - 2 * bound).nonzero(as_tuple=True)
-    members = proposed.rows[which, column]
-    exact = cosines_of_pairs(queries, lengths, bank.values, bank.lengths, which, members)
-    if not bool(((coarse[which, column] - exact).abs() <= proposed.bound[which]).all()):
+    coarse, highest = proposed.coarse, proposed.coarse + proposed.bound
+    cosines = torch.full_like(coarse, -torch.inf)
+    cosines[:, :k] = cosines_of_rows(queries, lengths, bank.values, bank.lengths, proposed.rows[:, :k])
+    members = (highest >= cosines[:, :k].amin(dim=1, keepdim=True)).sum(dim=1)
+    for some in members.argsort().split(max(1, -(-len(members) // _ALIKE))):
+        rows = proposed.rows[some, k : int(members[some[-1]])]
+        more = cosines_of_rows(queries[some], lengths[some], bank.values, bank.lengths, rows)
+        cosines[some, k : k + rows.shape[1]] = more
+    off = (coarse - cosines).abs().masked_fill(cosines == -torch.inf, 0)
+    if not bool((off <= proposed.bound).all()):
         raise NumericalError(
             f"products in {arithmetic} on {queries.device} are wrong by more than rounding explains",
             remedy="Another library changed how this process computes (cyanure's fit does): use a process of its own.",
         )
-    cosines = torch.full_like(coarse, -torch.inf)
-    cosines[which, column] = exact
     earliest, order = proposed.rows.sort(dim=1)
     ordered = cosines.gather(1, order).sort(dim=1, descending=True, stable=True)
     found = ordered.values[:, :k], earliest.gather(1, ordered.indices[:, :k])
     if coarse.shape[1] == len(bank.values):
         return found, torch.ones(len(queries), dtype=torch.bool, device=queries.device)
-    return found, found[0][:, -1] > coarse[:, -1] + proposed.bound
+    return found, found[0][:, -1] > highest[:, -1]
 
 
 def _search_all(query: Tensor, length: Tensor, bank: Bank, k: int) -> Found:
     """Search by the cosines of all rows."""
     rows = torch.arange(len(bank.values), device=query.device)
-    cosines = cosines_of_pairs(query, length, bank.values, bank.lengths, torch.zeros_like(rows), rows)
+    cosines = cosines_of_rows(query, length, bank.values, bank.lengths, rows[None])[0]
     ordered = cosines.sort(descending=True, stable=True)
     return ordered.values[:k], ordered.indices[:k]
 

@@ -13,13 +13,13 @@ The second part is what the device lost. A sum of d products in any order, each 
 fused or not, is within g_d |u'||v'| of the true one, g_d = d w / (1 - d w) (Higham 2002, sections 3.1 and 4.2), where
 w = 2^-24 in float32 and 2^-53 in float64. Products of bfloat16 values are exact in float32, where they are summed; matrix
 units may cut instead of rounding and drop bits in aligning (Fasi et al. 2021), for which w = 2^-21 leaves a factor of eight.
-Values too small for float32, at most 2^-126 each, may be flushed: d 2^-125 in all. Where the answer is given in
-bfloat16, another 2^-8 of it is lost; where a product rounds its inputs to TF32, 2^-11 for each factor.
+Values too small for float32, at most 2^-126 each, may be flushed: d 2^-125 in all. Where a product rounds its inputs to
+TF32, 2^-11 for each factor is lost; where the answer is given in bfloat16, half a unit in its last place: out = 2^-8 of it.
 
-    bound  =  e (1 + f) + f + (g_d + out) (1 + e) (1 + f) + d 2^-125 + (d + 16) 2^-53,
+    bound  =  e (1 + f) + f + (g_d + in) (1 + e) (1 + f) + d 2^-125 + (d + 16) 2^-53 + out |c|,
 
-the last for the rounding of the exact cosine itself and of what is compared here. f is the largest of the bank, so that
-one bound holds for a query.
+the last but one for the rounding of the exact cosine itself and of what is compared here. f is the largest of the bank, so
+that for a query c + bound rises with c: no row outside a list has a larger one than the list's last.
 """
 
 import time
@@ -43,7 +43,8 @@ By = Literal["auto", "torch", "faiss"]
 _SPARE = 16  # candidates beyond k: equal rows are one, so few stand as near to each other as float32 is coarse
 _PAYS = 1.5  # times as fast as float32 must bfloat16 be: its shortlists are longer
 _FAISS_GPU_LONGEST = 2048  # of its shortlists
-_TILE_ROWS = 16_384  # bank rows a product on a CPU
+_TILE_ROWS = 32_768  # bank rows a product on a CPU
+_GROUP = 8  # columns of products that are first looked at by their largest
 _CUDA_TILE_ROWS = 131_072
 
 
@@ -53,7 +54,8 @@ class Shortlist:
 
     coarse: (m, s) float64, falling
     rows:   (m, s) int64, distinct rows of the bank
-    bound:  (m,) float64: no coarse product, in the list or not, is further from the cosine than this
+    bound:  (m, s) float64: no coarse product is further from its cosine than this; that of a row outside of the list is at
+            most coarse + bound of the last member
     """
 
     coarse: Tensor
@@ -80,7 +82,7 @@ def bfloat16_pays() -> bool:
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.ones(128, 512, dtype=dtype), torch.ones(1024, 512, dtype=dtype)
         times = []
-        for _ in range(4):
+        for _ in range(12):  # the least of them, since a busy machine delays most
             started = time.perf_counter()
             left @ right.T
             times.append(time.perf_counter() - started)
@@ -111,7 +113,8 @@ def find_shortlist(
             coarse, rows = _by_faiss(library, left.values, right.values, size)
         else:
             coarse, rows = _by_torch(left.values, bank, size, arithmetic)
-    return Shortlist(coarse=coarse.to(torch.float64), rows=rows, bound=error_bound(left.drift, largest, loss))
+    coarse = coarse.to(torch.float64)
+    return Shortlist(coarse=coarse, rows=rows, bound=error_bound(coarse, left.drift, largest, loss))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,19 +127,20 @@ class _Loss:
     faiss: bool
 
 
-def error_bound(drift: Tensor, bank_drift: float, loss: _Loss) -> Tensor:
-    """Give the bound of the module's docstring, one for each query.
+def error_bound(coarse: Tensor, drift: Tensor, bank_drift: float, loss: _Loss) -> Tensor:
+    """Give the bound of the module's docstring, (m, s), one for each coarse product.
 
-    drift: (m,) float64, e; bank_drift: f, the largest of the bank
+    coarse: (m, s) float64; drift: (m,) float64, e; bank_drift: f, the largest of the bank
     """
     d = loss.width
     unit = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-21}[loss.arithmetic]
     summed = d * unit / (1 - d * unit)
     rounded_output = 2.0**-8 if loss.arithmetic == "bfloat16" and loss.device != "cuda" else 0.0
     tf32_inputs = 2.0**-10 + 2.0**-22 if loss.faiss and loss.device == "cuda" else 0.0  # faiss does not say
-    lost = summed + (rounded_output + tf32_inputs) * (1 + summed)
+    lost = summed + tf32_inputs * (1 + summed)
     rest = d * 2.0**-125 + (d + 16) * 2.0**-53
-    return drift * (1 + bank_drift) + bank_drift + lost * (1 + drift) * (1 + bank_drift) + rest
+    whole = drift * (1 + bank_drift) + bank_drift + lost * (1 + drift) * (1 + bank_drift) + rest
+    return whole[:, None] + rounded_output * coarse.abs()
 
 
 def _unit_drift(width: int) -> float:
@@ -157,7 +161,7 @@ def _by_torch(left: Tensor, bank: Bank, size: int, arithmetic: Arithmetic) -> tu
     with _honest_products():
         for start in range(0, len(bank.values), step):
             products = _products(left, _tile(bank, slice(start, start + step), arithmetic))
-            found, rows = products.topk(min(size, products.shape[1]), dim=1)
+            found, rows = _largest(products, min(size, products.shape[1]))
             del products
             if not start:
                 best, where = found, rows
@@ -182,7 +186,22 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
         return left @ right.T
     if left.device.type == "cuda":
         return torch.mm(left, right.T, out_dtype=torch.float32)
-    return (left @ right.T).float()  # a processor gives bfloat16; its topk is faster on float32
+    return left @ right.T  # a processor gives bfloat16
+
+
+def _largest(products: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Give what `topk` gives. On a processor by way of the largest of each group of columns: no more than `size` groups hold
+    one of the `size` largest, and those that do have the largest maxima."""
+    columns = products.shape[1] // _GROUP
+    if products.device.type == "cuda" or columns < 2 * size:
+        return products.topk(size, dim=1)
+    grouped = products[:, : columns * _GROUP].view(len(products), _GROUP, columns)  # columns apart are in one group
+    groups = grouped.amax(dim=1).topk(size, dim=1, sorted=False).indices
+    spread = torch.arange(0, columns * _GROUP, columns)[:, None]
+    rest = torch.arange(columns * _GROUP, products.shape[1]).expand(len(products), -1)
+    members = torch.cat([(groups[:, None] + spread).flatten(1), rest], dim=1)
+    values, places = products.gather(1, members).topk(size, dim=1)
+    return values, members.gather(1, places)
 
 
 @contextmanager

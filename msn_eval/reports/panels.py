@@ -56,14 +56,29 @@ class Extent:
     alarms: tuple[tuple[float, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Thinned:
+    """A stretch of a curve without gaps: places, means, and the least and the most of what each stands for."""
+
+    xs: list[float] = field(default_factory=list)
+    means: list[float] = field(default_factory=list)
+    lows: list[float] = field(default_factory=list)
+    highs: list[float] = field(default_factory=list)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A curve on paper: pieces of its line, its band, its dots; its last number, and those that are told at the pointer, each
-    with its place."""
+    """A curve on paper.
+
+    last:         its last number
+    pieces:       its numbers between gaps, as many as are drawn; `lines` and `bands` are these in SVG units
+    shown:        what is told at the pointer, each with its place
+    """
 
     number: int
     name: str
     last: str
+    pieces: tuple[Thinned, ...]
     lines: tuple[str, ...]
     bands: tuple[str, ...]
     dots: tuple[tuple[float, float, str], ...]
@@ -72,7 +87,7 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Laid:
-    """Everything that the template draws of a panel, in SVG units."""
+    """Everything that is drawn of a panel: in SVG units, but for `heights`, those of its levels, and `y_low` and `y_high`."""
 
     title: str
     lead: str
@@ -81,6 +96,7 @@ class Laid:
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     levels: tuple[tuple[float, str], ...]
+    heights: tuple[float, ...]
     alarms: tuple[tuple[float, float], ...]
     tall: bool
     cut: bool
@@ -92,16 +108,6 @@ class Laid:
     y_high: float
     left: float = _LEFT
     top: float = _TOP
-
-
-@dataclass(frozen=True)
-class _Thinned:
-    """A stretch of a curve without gaps: places, means, and the least and the most of what each stands for."""
-
-    xs: list[float] = field(default_factory=list)
-    means: list[float] = field(default_factory=list)
-    lows: list[float] = field(default_factory=list)
-    highs: list[float] = field(default_factory=list)
 
 
 def lay_out(panel: Panel, extent: Extent) -> Laid:
@@ -119,12 +125,13 @@ def lay_out(panel: Panel, extent: Extent) -> Laid:
         share = (min(high, max(low, y)) - low) / (high - low)
         return round(height - _BOTTOM - share * (height - _TOP - _BOTTOM), 1)
 
-    def drawn(number: int, curve: Curve, pieces: Sequence[_Thinned]) -> Drawn:
+    def drawn(number: int, curve: Curve, pieces: Sequence[Thinned]) -> Drawn:
         known = [(place, value) for place, (_, value) in enumerate(curve.values) if value is not None]
         return Drawn(
             number=number,
             name=curve.name,
             last=number_text(known[-1][1], panel.decimals) if known else "–",
+            pieces=tuple(pieces),
             lines=tuple(
                 " ".join(f"{across(x)},{down(y)}" for x, y in zip(one.xs, one.means, strict=True)) for one in pieces
             ),
@@ -159,6 +166,7 @@ def lay_out(panel: Panel, extent: Extent) -> Laid:
         x_ticks=tuple((across(x), number_text(x)) for x in _ticks(0, extent.end, _MOST_X_TICKS) if x <= extent.end),
         y_ticks=tuple((down(y), number_text(y)) for y in ticks),
         levels=tuple((down(y), text) for y, text in panel.levels if low <= y <= high),
+        heights=tuple(y for y, _ in panel.levels if low <= y <= high),
         alarms=tuple(
             (across(first), max(2.0, round(across(last) - across(first), 1))) for first, last in extent.alarms
         ),
@@ -182,7 +190,7 @@ def number_text(value: float, decimals: int | None = None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _stretches(curve: Curve, end: float) -> list[_Thinned]:
+def _stretches(curve: Curve, end: float) -> list[Thinned]:
     """Give a curve in pieces between its gaps, with at most so many places over the whole run."""
     width = end / _MOST_PLACES if len(curve.values) > _MOST_PLACES else 0.0
     spread = curve.spread or (None,) * len(curve.values)
@@ -194,8 +202,8 @@ def _stretches(curve: Curve, end: float) -> list[_Thinned]:
     return found
 
 
-def _thinned(rows: Sequence[tuple[float, float, float]], width: float) -> _Thinned:
-    thin = _Thinned()
+def _thinned(rows: Sequence[tuple[float, float, float]], width: float) -> Thinned:
+    thin = Thinned()
     for _, stretch in groupby(enumerate(rows), key=lambda one: int(one[1][0] / width) if width else one[0]):
         together = [row for _, row in stretch]
         thin.xs.append(together[len(together) // 2][0])
@@ -205,7 +213,7 @@ def _thinned(rows: Sequence[tuple[float, float, float]], width: float) -> _Thinn
     return thin
 
 
-def _limits(panel: Panel, stretches: Sequence[Sequence[_Thinned]]) -> tuple[float, float, bool]:
+def _limits(panel: Panel, stretches: Sequence[Sequence[Thinned]]) -> tuple[float, float, bool]:
     """Give the span of the y axis, and whether single values far outside of it are cut off."""
     pieces = [one for curve in stretches for one in curve]
     lows = sorted(y for one in pieces for y in one.lows)

@@ -1,5 +1,6 @@
 """Trajectory as a page and as a plot: one HTML file that asks nothing of any network, and one PNG."""
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -7,25 +8,41 @@ from msn_eval import __version__
 from msn_eval.errors import printable
 from msn_eval.pictures import as_png
 from msn_eval.reports.offline_page import as_block, asset, environment, policy_hash
-from msn_eval.reports.panels import Extent, Panel, lay_out
+from msn_eval.reports.panels import Extent, Laid, lay_out
 from msn_eval.reports.texts import FAILED
 from msn_eval.reports.trajectory_panels import column_name, extent_of, panels_of, rows_by_weights, scores_of
 from msn_eval.trajectory import Point, Trajectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _COLOURS = ("#3b5bdb", "#e8590c", "#0b8a6a", "#c2255c", "#7048e8", "#0c8599", "#846358", "#5c7a00")
 _ALARM, _INK, _SOFT, _LINE = "#c92a2a", "#17202b", "#5a6878", "#e2e6ec"
 _INCHES = (12.0, 3.4)  # width of the plot, height of a row of it
 _DOTS_PER_INCH = 110
+_MOST_ALARMS, _TITLE_CHARACTERS = 4, 110  # in the plot's title
 
 
-def render_trajectory(trajectory: Trajectory) -> str:
-    """Give the page of a run as it stands."""
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """What is drawn of a run: its panels, laid out once for page and plot."""
+
+    trajectory: Trajectory
+    extent: Extent
+    panels: tuple[Laid, ...]
+
+
+def sheet_of(trajectory: Trajectory) -> Sheet:
+    """Lay out a run as it stands."""
     extent = extent_of(trajectory)
-    laid = [lay_out(panel, extent) for panel in panels_of(trajectory)]
+    return Sheet(
+        trajectory=trajectory, extent=extent, panels=tuple(lay_out(panel, extent) for panel in panels_of(trajectory))
+    )
+
+
+def render_page(sheet: Sheet) -> str:
+    """Give the page of a run."""
+    trajectory, extent, laid = sheet.trajectory, sheet.extent, sheet.panels
     shown = [[curve.shown for curve in panel.curves] for panel in laid]
     script, style = asset("trajectory.js"), asset("page.css") + asset("trajectory.css")
     page: str = environment().get_template("trajectory.html").render(
@@ -95,59 +112,43 @@ def _rows(trajectory: Trajectory) -> list[tuple[str, str, list[str], str, str, s
     ]
 
 
-def trajectory_png(trajectory: Trajectory) -> bytes:
-    """Give the plot of a run as it stands; it has at least one number."""
-    return as_png(_draw(trajectory))
-
-
-def _draw(trajectory: Trajectory) -> "Figure":
+def render_plot(sheet: Sheet) -> bytes:
+    """Give the plot of a run that has at least one panel, as a PNG file."""
     from matplotlib.figure import Figure
 
-    panels, extent = panels_of(trajectory), extent_of(trajectory)
-    tall = [panel for panel in panels if panel.tall]
-    others = [panel for panel in panels if not panel.tall]
+    tall = [panel for panel in sheet.panels if panel.tall]
+    others = [panel for panel in sheet.panels if not panel.tall]
     lines = len(tall) + (len(others) + 1) // 2
     figure = Figure(figsize=(_INCHES[0], 0.7 + _INCHES[1] * lines), dpi=_DOTS_PER_INCH, layout="constrained")
     grid = figure.add_gridspec(lines, 2)
     for number, panel in enumerate(tall):
-        _draw_panel(figure.add_subplot(grid[number, :]), panel, extent)
+        _draw_panel(figure.add_subplot(grid[number, :]), panel, sheet.extent)
     for number, panel in enumerate(others):
-        _draw_panel(figure.add_subplot(grid[len(tall) + number // 2, number % 2]), panel, extent)
-    alarms = [alarm for alarm in trajectory.alarms if alarm.on] or trajectory.alarms
-    told = "no alarm" if not alarms else "; ".join(f"ALARM: {_plain(str(alarm))}" for alarm in alarms[:2])
-    title = f"{_plain(trajectory.facts.name)}: {', '.join(map(_plain, facts_of(trajectory)))}\n{told}"
-    figure.suptitle(title, fontsize=12, color=_ALARM if alarms else _INK)
-    return figure
+        _draw_panel(figure.add_subplot(grid[len(tall) + number // 2, number % 2]), panel, sheet.extent)
+    alarms = [alarm for alarm in sheet.trajectory.alarms if alarm.on] or sheet.trajectory.alarms
+    told = [f"ALARM: {alarm}" for alarm in alarms[:_MOST_ALARMS]] or ["no alarm"]
+    title = [f"{sheet.trajectory.facts.name}: {', '.join(facts_of(sheet.trajectory))}", *told]
+    lines_of_title = "\n".join(
+        _plain(f"{one[:_TITLE_CHARACTERS]}…" if len(one) > _TITLE_CHARACTERS else one) for one in title
+    )
+    figure.suptitle(lines_of_title, fontsize=12, color=_ALARM if alarms else _INK)
+    return as_png(figure)
 
 
-def _draw_panel(axes: "Axes", panel: Panel, extent: Extent) -> None:
-    laid = lay_out(panel, extent)
-    for number, curve in enumerate(panel.curves):
-        colour = _COLOURS[number % len(_COLOURS)]
-        xs = [x for x, _ in curve.values]
-        ys = [float("nan") if y is None else y for _, y in curve.values]
-        axes.plot(
-            xs, ys, color=colour, linewidth=1.6, marker="o" if curve.texts else "", markersize=4, label=curve.name
-        )
-        if any(curve.spread):
-            beside = [one or 0.0 for one in curve.spread]
-            low, high = ([y + sign * one for y, one in zip(ys, beside, strict=True)] for sign in (-1, 1))
-            axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.set_ylim(laid.y_low, laid.y_high)
+def _draw_panel(axes: "Axes", panel: Laid, extent: Extent) -> None:
+    for curve in panel.curves:
+        colour, name = _COLOURS[curve.number % len(_COLOURS)], curve.name
+        for piece in curve.pieces:
+            marker = "o" if curve.dots else ""
+            axes.plot(piece.xs, piece.means, color=colour, linewidth=1.6, marker=marker, markersize=4, label=name)
+            axes.fill_between(piece.xs, piece.lows, piece.highs, color=colour, alpha=0.15, linewidth=0)
+            name = "_"  # one line in the legend
+    axes.set_ylim(panel.y_low, panel.y_high)
     axes.set_xlim(0, extent.end)
-    for height, text in panel.levels:
-        if laid.y_low <= height <= laid.y_high:
-            axes.axhline(height, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)))
-            axes.text(
-                0.995,
-                height,
-                text,
-                transform=axes.get_yaxis_transform(),
-                fontsize=8,
-                color=_SOFT,
-                ha="right",
-                va="bottom",
-            )
+    for height, (_, text) in zip(panel.heights, panel.levels, strict=True):
+        axes.axhline(height, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)))
+        right = axes.get_yaxis_transform()
+        axes.text(0.995, height, text, transform=right, fontsize=8, color=_SOFT, ha="right", va="bottom")
     for first, last in extent.alarms:
         axes.axvspan(first, max(last, first + extent.end / 300), color=_ALARM, alpha=0.08, linewidth=0)
     axes.set_title(panel.title, fontsize=11, loc="left", color=_INK, weight="bold")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from msn_eval.look import Look, Seen
-from msn_eval.reports.trajectory_report import render_trajectory
+from msn_eval.reports.trajectory_report import render_page, sheet_of
 from msn_eval.run_alarms import find_alarms
 from msn_eval.trajectory import Point, RunFacts, Trajectory
 
@@ -43,7 +43,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         notices=(_NAME,),
     )
     path = tmp_path_factory.mktemp("trajectory") / "trajectory.html"
-    path.write_text(render_trajectory(trajectory))
+    path.write_text(render_page(sheet_of(trajectory)))
     return path
 
 

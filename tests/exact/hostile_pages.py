@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 
 from msn_eval.look import Look, Seen
 from msn_eval.reports.html_report import render_html
-from msn_eval.reports.trajectory_report import render_trajectory
+from msn_eval.reports.trajectory_report import render_page, sheet_of
 from msn_eval.result import Result, ResultScan
 from msn_eval.run_alarms import Alarm
 from msn_eval.table import make_table
@@ -153,7 +153,7 @@ def _run_named(name: str) -> str:
         alarms=(Alarm(what=f"alarm {name}", first=1, last=9, on=True),),
         notices=(f"notice {name}",),
     )
-    return render_trajectory(trajectory)
+    return render_page(sheet_of(trajectory))
 
 
 def _checked(text: str, plain: str) -> tuple[Page, Page]:

@@ -138,6 +138,24 @@ def test_residual_networks_are_told_apart_by_their_blocks(blocks: tuple[int, ...
     assert recognise_architecture(resnet_shapes(*blocks, bottleneck=bottleneck)).timm_name == name
 
 
+@pytest.mark.parametrize(("padded", "padding", "name"), [(False, 1, "cifar"), (True, 2, "cifar_padded")])
+def test_small_first_convolution_belongs_to_a_stem_for_small_images(padded: bool, padding: int, name: str) -> None:
+    weights = resnet_shapes(2, 2, 2, 2) | {"conv1.weight": torch.empty(64, 3, 3, 3, device="meta")}
+
+    architecture = recognise_architecture(weights, padded_stem=padded)
+
+    network = build_network(architecture)
+    assert architecture.name == f"resnet18?stem={name}"
+    assert network.maxpool(network.conv1(torch.zeros(1, 3, 32, 32))).shape[2:] == (30 + 2 * padding,) * 2
+    assert shapes(build_network(name_architecture(architecture.name)).state_dict()) == shapes(network.state_dict())
+
+
+@pytest.mark.parametrize("name", ["resnet18?stem=small", "vit_tiny_patch16_224?stem=cifar"])
+def test_stem_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match="residual networks alone"):
+        build_network(name_architecture(name))
+
+
 @pytest.mark.parametrize("weights", [resnet_shapes(1, 1, 1, 1), resnet_shapes(2, 2, 2, 2, width=128)])
 def test_residual_network_of_another_depth_or_width_is_refused(weights: dict[str, Tensor]) -> None:
     with pytest.raises(CheckpointError, match="none of ResNet-18") as refusal:

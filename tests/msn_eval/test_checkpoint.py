@@ -166,6 +166,19 @@ def test_torchvision_residual_network_is_read(tmp_path: Path) -> None:
     assert (checkpoint.arch, checkpoint.format, checkpoint.matched) == ("resnet18", "torchvision", 1.0)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "stem"), [("", "cifar"), ("backbone.", "cifar_padded")], ids=["plain", "solo-learn"]
+)
+def test_residual_network_for_small_images_is_read(tmp_path: Path, prefix: str, stem: str) -> None:
+    theirs = torchvision.models.resnet18().state_dict() | {"conv1.weight": torch.zeros(64, 3, 3, 3)}
+    content = {prefix + name: tensor for name, tensor in theirs.items() if not name.startswith("fc.")}
+    beside = {"classifier.weight": torch.zeros(10, 512), "classifier.bias": torch.zeros(10)} if prefix else {}
+
+    checkpoint = read_checkpoint(str(saved(tmp_path, {"state_dict": content | beside})))
+
+    assert (checkpoint.arch, checkpoint.matched, checkpoint.image_pixels) == (f"resnet18?stem={stem}", 1.0, 32)
+
+
 def test_file_of_old_pytorch_without_batch_counts_is_read(tmp_path: Path) -> None:
     state = torchvision.models.resnet18().state_dict()
     older = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}

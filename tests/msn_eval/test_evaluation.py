@@ -1,5 +1,6 @@
 """The corridor from Python: the same numbers whatever the batch, the loader and the moment."""
 
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msn_eval import evaluate, evaluation
+from msn_eval import evaluate, evaluation, feature_cache
 from msn_eval import plan as plan_module
 from msn_eval.distributed import Group
 from msn_eval.errors import CheckpointError, StoreError, UsageError
@@ -453,3 +454,22 @@ def test_one_image_a_class_fails_for_a_grid_and_other_subsets_are_measured(folde
 
     assert [(one.split.subset, one.status) for one in results] == [("1img", "failed"), ("2imgs", "ok")]
     assert "one a class" in str(results[0].error)
+
+
+def test_a_bank_that_memory_has_no_room_for_gives_the_same_linear_layer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def measured(name: str) -> Result:
+        recipe = {"lrs": 3, "epochs": 5, "batch_size": 8}
+        options = {"subsets": ["full"], "probes": ["linear"], "device": "cpu", "cache": str(tmp_path / f"{name} cache")}
+        (result,) = evaluate(["pixels"], data=str(folder), out=tmp_path / name, linear=recipe, **options)
+        return result
+
+    in_memory = measured("memory")
+    monkeypatch.setattr(feature_cache, "available_bytes", lambda: 1)
+    with caplog.at_level(logging.INFO):
+        streamed = measured("disk")
+
+    assert caplog.text.count("stay on the disk") == 1  # the labelled rows alone: scores need the others at once
+    assert "32 rows of 3072 features" in caplog.text
+    assert (streamed.metrics, streamed.probe) == (in_memory.metrics, in_memory.probe)

@@ -804,3 +804,50 @@ def test_bank_that_is_removed_while_it_is_checked_is_not_damaged(bank: Bank, mon
 
     monkeypatch.setattr(Path, "read_bytes", read_and_remove)
     assert check_bank(bank) == (0, 0)
+
+
+# Rows that memory has no room for.
+
+
+def test_rows_beyond_memory_are_those_in_memory_and_leave_no_file(
+    bank: Bank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keep(bank, CONTENTS[:10])
+    keep(bank, CONTENTS[10:])
+    before = names_in(bank.folder)
+    expected, _ = read_rows(bank, CONTENTS)
+    monkeypatch.setattr(feature_cache, "available_bytes", lambda: 2 * 4 * len(CONTENTS) * WIDTH - 1)
+
+    with caplog.at_level(logging.INFO):
+        values, found = read_rows(bank, CONTENTS, beyond_memory=True)
+
+    assert "24 rows of 6 features" in caplog.text
+    assert values is not None
+    assert expected is not None
+    assert torch.equal(values, expected)
+    assert all(found)
+    assert names_in(bank.folder) == before
+
+
+def test_rows_stay_in_memory_where_it_has_room_or_that_was_not_asked(
+    bank: Bank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keep(bank, CONTENTS)
+    with caplog.at_level(logging.INFO):
+        read_rows(bank, CONTENTS, beyond_memory=True)
+        monkeypatch.setattr(feature_cache, "available_bytes", lambda: 1)
+        read_rows(bank, CONTENTS)
+
+    assert "stay on the disk" not in caplog.text
+
+
+def test_a_disk_without_room_for_rows_beyond_memory_is_told(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    keep(bank, CONTENTS)
+    monkeypatch.setattr(feature_cache, "available_bytes", lambda: 1)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+
+    with pytest.raises(StoreError, match=r"has no room for 576 bytes of features, .*: No space left on device"):
+        read_rows(bank, CONTENTS, beyond_memory=True)

@@ -12,6 +12,7 @@ from msn_eval import evaluate
 from msn_eval.evaluation import prepare
 from msn_eval.forecast import Forecast, forecast
 from msn_eval.plan import make_plan
+from msn_eval.probe_recipe import AugmentedRecipe
 from msn_eval.request import Request
 
 TINY = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
@@ -144,3 +145,13 @@ def test_checkpoints_are_at_hand_as_far_as_memory_is_spent_on_them(
         monkeypatch.setattr("msn_eval.forecast._KEPT_BYTES", limit)
         found.append(len(forecast(plan, run_own_code=True)[1]))
     assert found == [1, 0]
+
+
+def test_epochs_of_a_training_on_augmented_images_are_counted_and_timed(pictures: Path, tmp_path: Path) -> None:
+    recipe = AugmentedRecipe(lr=[1.0, 2.0], epochs=50)
+    wanted = request(pictures, tmp_path, limit=20, probe=["linear-augmented"], linear_augmented=recipe)
+
+    found = forecast_one(wanted)
+
+    assert (found.read, found.augmented) == (40, 50 * 2)  # both rates share the two labelled images' passes
+    assert found.seconds is not None

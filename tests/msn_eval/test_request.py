@@ -100,3 +100,8 @@ def test_request_cannot_be_changed() -> None:
 def test_changed_copy_is_checked_again() -> None:
     with pytest.raises(UsageError, match="--seed -1"):
         replace(Request(), seed=-1)
+
+
+def test_patches_are_not_dropped_from_augmented_images() -> None:
+    with pytest.raises(UsageError, match="--patch-drop: linear-augmented encodes whole crops"):
+        Request(probe=["linear-augmented"], patch_drop=0.5)

@@ -195,3 +195,5 @@ def test_linear_layers_of_one_recipe_need_no_reason_and_of_several_say_wherein_t
 
     assert [column.group for column in make_table([one]).columns] == ["linear"]
     assert [column.group for column in make_table([one, other]).columns] == ["linear, lr=3.0", "linear, lr=6.4"]
+    grid = layer(lrs=13, epochs=100)
+    assert [column.group for column in make_table([one, grid]).columns] == ["linear, lr=3.0", "linear, lrs=13"]

@@ -1,10 +1,13 @@
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from msn_eval.cli import main as msn_eval
+from msn_pretrain import train as training
 from msn_pretrain.cli import main
+from msn_pretrain.journal import read_metrics
 
 Recipe = Callable[..., object]
 
@@ -76,6 +79,29 @@ def test_a_finished_run_has_nothing_left_to_do(run: Path, capsys: pytest.Capture
 
     assert (run / "metrics.jsonl").read_bytes() == before
     assert "trained to its end" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["training_images", "build_learner", "open_run", "open_journal"])
+def test_a_run_that_is_told_to_stop_while_it_starts_does_no_step_and_can_be_started_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    words = [str(run.parent / "tiny.yaml"), f"run.dir={tmp_path / 'run'}", "-q"]
+    begin = getattr(training, stage)
+
+    def stopped(*given: object, **named: object) -> object:
+        signal.raise_signal(signal.SIGTERM)
+        return begin(*given, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, stage, stopped)
+        assert main(words) == 75
+    assert "same command goes on" in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/metrics.jsonl"))
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+    assert main(words) == 0
+
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") != []
 
 
 def test_a_run_folder_is_a_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from msn_eval.errors import NumericalError, StoreError, UsageError
-from msn_eval.run_folder import newest_snapshot
+from msn_eval.run_folder import check_snapshot, newest_snapshot, snapshot_folders
 from msn_pretrain import snapshot as snapshots
 from msn_pretrain import train as training
 from msn_pretrain.journal import METRICS, TIMING, read_metrics
 from msn_pretrain.ranks import Ranks
 from msn_pretrain.recipe import MSNRecipe
-from msn_pretrain.snapshot import equal
+from msn_pretrain.recipe_file import read_recipe
+from msn_pretrain.snapshot import equal, read_snapshot
 from msn_pretrain.train import train
 
 _ALONE = Ranks(rank=0, world=1, device=torch.device("cpu"))
@@ -58,6 +59,29 @@ def test_a_run_that_was_told_to_stop_becomes_what_it_would_have_become(
     assert [line["step"] for line in read_metrics(tmp_path / "run" / METRICS)] == list(range(1, step + 2))
 
     assert train(tiny(), _ALONE) == 0
+
+    expected, found = _outcome(tmp_path / "whole"), _outcome(tmp_path / "run")
+    assert [name for name in expected if not equal(expected[name], found[name])] == []
+
+
+def test_a_simsiam_run_that_was_told_to_stop_becomes_what_it_would_have_become(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "simsiam.yaml").write_text(
+        "method: simsiam\nrun: {device: cpu, seed: 3, log_every: 1}\ndata: {root: digits, workers: 0, limit: 2}\n"
+        "encoder: {name: 'resnet18?channels=(8,8,8,8)', stem: cifar, drop_path: 0.2}\n"
+        "views: {image_pixels: 16, random_views: 2, focal_views: 0}\n"
+        "projector: {layers: 2, output: 16, predictor: 8}\noptimization: {epochs: 2, batch_size: 5, warmup: 1}\n"
+    )
+    whole, stopped = (
+        read_recipe(tmp_path / "simsiam.yaml", overrides=[f"run.dir={tmp_path / name}"]) for name in ("whole", "run")
+    )
+    assert train(whole, _ALONE) == 0
+    with monkeypatch.context() as patched:
+        _stop_at(3, patched)
+        assert train(stopped, _ALONE) == 75
+
+    assert train(stopped, _ALONE) == 0
 
     expected, found = _outcome(tmp_path / "whole"), _outcome(tmp_path / "run")
     assert [name for name in expected if not equal(expected[name], found[name])] == []
@@ -117,6 +141,48 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_changes_no_weights(
     dumped = json.loads((tmp_path / "run" / "alarms" / "step-00000006-rank-0.json").read_text())
     assert len(dumped["images"]) == 8
     assert _outcome(tmp_path / "run")["step"] >= 6
+
+
+def _with_bad_steps(first: int, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the gradients of some steps, counted from 0, be not finite."""
+    compute = training.compute
+
+    def spoilt(session: Any, batch: Any, settings: Any) -> Any:
+        step, norms, _ = compute(session, batch, settings)
+        return step, norms, not first <= batch.batch.step <= last
+
+    monkeypatch.setattr(training, "compute", spoilt)
+
+
+def test_a_rollback_takes_the_last_snapshots_weights_and_goes_on_behind_the_bad_steps(
+    tiny: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _with_bad_steps(6, 8, monkeypatch)
+    recipe = tiny("watch.on_alarm=rollback", "run.keep_every=1")
+
+    assert train(recipe, _ALONE) == 0
+
+    assert (
+        "step 9: loss or gradient was not finite in 3 steps in a row; going on with the weights of step 5"
+        in caplog.text
+    )
+    epoch, after, _ = (read_snapshot(check_snapshot(one)) for one in reversed(snapshot_folders(tmp_path / "run")))
+    assert (epoch.step, after.step) == (5, 9)
+    assert equal(epoch.model, after.model)
+    assert equal(epoch.optimizer, after.optimizer)
+    assert len(read_metrics(tmp_path / "run" / METRICS)) == 10
+
+
+def test_a_run_that_stays_bad_after_its_rollbacks_stops(
+    tiny: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _with_bad_steps(5, 99, monkeypatch)
+
+    with pytest.raises(NumericalError, match="3 steps in a row"):
+        train(tiny("watch.on_alarm=rollback", "run.keep_every=1", "optimization.epochs=4"), _ALONE)
+
+    assert caplog.text.count("going on with the weights of step") == 3
+    assert read_metrics(tmp_path / "run" / METRICS)[-1]["step"] == 17
 
 
 def test_a_full_disk_stops_no_training_before_the_next_epoch_ends(

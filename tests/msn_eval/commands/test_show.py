@@ -1,9 +1,13 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import msn_eval.pictures
 from msn_eval.cli import main
+from msn_eval.commands.show import _chosen, _page
+from msn_eval.datasets import read_dataset
 
 _NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2"
 
@@ -47,3 +51,46 @@ def test_what_cannot_be_shown_is_refused(
     code = _show(tmp_path, *arguments)
 
     assert (code, message in capsys.readouterr().err, list(tmp_path.iterdir())) == (2, True, [])
+
+
+def _asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Give what the picture of neighbours is asked for, once it is."""
+    asked: dict[str, Any] = {}
+    find = msn_eval.pictures.find_neighbours
+
+    def caught(*arguments: Any, **options: Any) -> Any:
+        asked.update(options, images=len(arguments[1]))
+        return find(*arguments, **options)
+
+    monkeypatch.setattr(msn_eval.pictures, "find_neighbours", caught)
+    return asked
+
+
+def test_shares_neighbours_and_images_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _asked(monkeypatch)
+
+    _show(
+        tmp_path, "--pictures", "neighbours", "--masked", "90,25", "--neighbours", "3", "--images", "3", "--seed", "7"
+    )
+
+    assert asked == {"masked": [0.25, 0.9], "count": 3, "images": 3, "seed": 7}
+
+
+def test_images_without_names_are_spread_over_the_classes() -> None:
+    val = read_dataset("digits").val
+
+    assert [image_id.split("/")[0] for image_id in _chosen(val, None, 5).ids] == ["0", "2", "4", "6", "8"]
+
+
+def test_named_images_are_the_ones_that_are_shown() -> None:
+    val = read_dataset("digits").val
+    named = [val.ids[700], val.ids[3]]
+
+    assert set(_chosen(val, named, 5).ids) == set(named)
+
+
+def test_names_in_a_page_are_texts() -> None:
+    page = _page("<script>alert(1)</script>\u202e", {})
+
+    assert "<h1>&lt;script&gt;alert(1)&lt;/script&gt;\\x202e</h1>" in page
+    assert "<script" not in page

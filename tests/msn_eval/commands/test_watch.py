@@ -51,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def without_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no plots, which take a second each, but in the test of them."""
     if "plot" not in request.node.name:
-        monkeypatch.setattr(trajectory_report, "trajectory_png", lambda trajectory: b"")
+        monkeypatch.setattr(trajectory_report, "render_plot", lambda sheet: b"")
 
 
 @pytest.fixture
@@ -89,6 +89,9 @@ def test_every_snapshot_is_scored_in_ordinary_records(watched: Path) -> None:
 
     assert sorted(one.checkpoint.name for one in results) == [f"tiny run step {step}" for step in (2, 4, 6)]
     assert {(one.probe.name, one.split.subset, one.split.draw) for one in results} == {("ncm", "1img", 1)}
+    assert [
+        path.name for path in (watched / "eval").iterdir() if path.name.startswith(".")
+    ] == []  # no features are kept
     assert main(["verify", str(watched / "eval")]) == 0
 
 
@@ -138,8 +141,42 @@ def test_scores_of_snapshots_that_were_removed_since_stay_on_the_page(watched: P
 
     assert _once(run) == 0
 
-    page = (run / "eval" / "trajectory.html").read_text()
-    assert re.findall(r'<tr><th scope="row">(\d+)</th>', page) == ["6", "4", "2"]
+    assert _steps_shown(run) == ["6", "4", "2"]
+
+
+def _steps_shown(run: Path) -> list[str]:
+    return re.findall(r'<tr><th scope="row">(\d+)</th>', (run / "eval" / "trajectory.html").read_text())
+
+
+def test_what_the_run_itself_has_probed_is_shown_at_the_end_of_its_epoch(copied: Path) -> None:
+    given = ["--data", "digits", "--subset", "1img@1", "--probe", "ncm", "--limit", "3", "--device", "cpu", "-q"]
+    assert main(["--checkpoint", str(copied), *given, "--out", str(copied / "eval"), "--json"]) == 0
+    shutil.rmtree(copied / "checkpoints" / "step-00000006")
+
+    assert _once(copied) == 0
+
+    assert _steps_shown(copied) == ["6", "4", "2"]
+    assert [one.step for one in read_looks(copied / "eval")[0]] == [2, 4]
+
+
+def test_steps_that_a_run_has_gone_back_behind_are_not_shown(watched: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(watched, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:4]))
+
+    assert _once(run) == 0
+
+    assert _steps_shown(run) == ["4", "2"]
+
+
+def test_scores_on_other_images_are_not_mixed_in(watched: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(watched, tmp_path / "run"))
+
+    assert _once(run, "--limit", "2") == 0
+
+    assert len(list_results([run / "eval"])) == 6
+    assert (run / "eval" / "trajectory.html").read_text().count('<th scope="col">ncm') == 1
 
 
 def test_page_asks_for_nothing_and_shows_names_as_text(trained: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from msn_eval.protocols import cosine
-from msn_eval.protocols.cosine import cosines_of_pairs, folded_sum, row_lengths
+from msn_eval.protocols.cosine import cosines_of_rows, folded_sum, row_lengths
 
 
 def _values(n: int, d: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -14,10 +14,8 @@ def _values(n: int, d: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def _all_pairs(queries: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-    which = torch.arange(len(queries)).repeat_interleave(len(bank))
-    rows = torch.arange(len(bank)).repeat(len(queries))
-    found = cosines_of_pairs(queries, row_lengths(queries), bank, row_lengths(bank), which, rows)
-    return found.view(len(queries), len(bank))
+    rows = torch.arange(len(bank)).repeat(len(queries), 1)
+    return cosines_of_rows(queries, row_lengths(queries), bank, row_lengths(bank), rows)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 8, 100, 769])
@@ -25,6 +23,19 @@ def test_every_term_is_summed_once(width: int) -> None:
     powers = 2.0 ** (torch.arange(width) % 50).double()
 
     assert folded_sum(powers[None].clone()).item() == math.fsum(powers.tolist())
+
+
+@pytest.mark.parametrize("width", [96, 97, 385, 769])
+def test_sums_are_folded_half_upon_half(width: int) -> None:
+    terms = _values(3, width, dtype=torch.float64)
+    expected = terms.tolist()
+    for row in expected:
+        while len(row) > 1:
+            half, odd = len(row) // 2, row[-1] if len(row) % 2 else 0.0
+            row[:] = [one + other for one, other in zip(row[:half], row[half:], strict=False)]
+            row[0] += odd
+
+    assert folded_sum(terms).tolist() == [row[0] for row in expected]
 
 
 @pytest.mark.parametrize("d", [1, 3, 64, 385])
@@ -47,15 +58,16 @@ def _dot(left: list[float], right: list[float]) -> float:
 
 
 @pytest.mark.parametrize("d", [5, 384])
-def test_a_pair_has_the_same_bits_in_every_company(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pairs", [3, 100])
+def test_a_pair_has_the_same_bits_in_every_company(d: int, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     queries, bank = _values(6, d), _values(40, d, seed=1)
     whole = _all_pairs(queries, bank)
-    monkeypatch.setattr(cosine, "_CPU_VALUES", 3 * d)
+    monkeypatch.setattr(cosine, "_CPU_VALUES", pairs * d)
 
-    in_threes = _all_pairs(queries, bank)
+    in_parts = _all_pairs(queries, bank)
 
     alone = torch.stack([torch.cat([_all_pairs(query[None], row[None])[0] for row in bank]) for query in queries])
-    assert torch.equal(in_threes, whole)
+    assert torch.equal(in_parts, whole)
     assert torch.equal(alone, whole)
 
 

@@ -117,9 +117,9 @@ def test_held_out_accuracy_is_that_of_a_layer_trained_without_them() -> None:
 
 def test_of_equally_accurate_layers_the_smallest_loss_then_the_smallest_rate_wins() -> None:
     grid = [Recipe(learning_rate=rate) for rate in (4.0, 3.0, 2.0, 1.0)]
-    found = HeldOut(accuracies=torch.tensor([0.9, 0.9, 0.9, 0.8]), losses=torch.tensor([0.5, 0.2, 0.2, 0.1]))
+    found = HeldOut(accuracies=torch.tensor([0.9, 0.9, 0.9, 0.8]), losses=torch.tensor([0.2, 0.2, 0.5, 0.1]))
 
-    assert best_layer(found, grid) == 2
+    assert best_layer(found, grid) == 1
 
 
 def test_layers_that_diverge_are_left_out_with_a_word(caplog: pytest.LogCaptureFixture) -> None:

@@ -40,7 +40,7 @@ def test_no_coarse_product_is_further_from_its_cosine_than_the_bound(
 
     found = _listed(queries, bank, 300, arithmetic, by)
 
-    off = (found.coarse - _cosines(queries, bank).gather(1, found.rows)).abs().amax(dim=1)
+    off = (found.coarse - _cosines(queries, bank).gather(1, found.rows)).abs()
     assert (off <= found.bound).all()
 
 
@@ -57,16 +57,41 @@ def test_the_bound_holds_where_every_rounding_goes_the_same_way() -> None:
     found = _listed(row, row, 1, "bfloat16", "torch")
 
     off = (found.coarse[0, 0] - 1).abs()
-    assert 0.006 < off <= found.bound[0]
+    assert 0.006 < off <= found.bound[0, 0]
 
 
 @pytest.mark.parametrize(("drift", "bank_drift"), [(0.01, 0.0), (0.0, 0.01), (0.01, 0.02)])
 def test_the_bound_covers_what_rounding_did_to_queries_and_to_the_bank(drift: float, bank_drift: float) -> None:
     loss = shortlist._Loss(width=8, arithmetic="float64", device="cpu", faiss=False)
 
+    none = torch.zeros(1, 1, dtype=torch.float64)
     assert (
-        shortlist.error_bound(torch.tensor([drift], dtype=torch.float64), bank_drift, loss).item() >= drift + bank_drift
+        shortlist.error_bound(none, torch.tensor([drift], dtype=torch.float64), bank_drift, loss) >= drift + bank_drift
     )
+
+
+@pytest.mark.parametrize(("arithmetic", "by"), [_WAYS[0], _WAYS[1]])
+@pytest.mark.parametrize("k", [1, 20])
+def test_no_row_outside_of_a_list_exceeds_its_last_by_more_than_the_bound(
+    arithmetic: Arithmetic, by: By, k: int
+) -> None:
+    queries, bank = _rows(20, 96), _rows(3_003, 96, seed=1)  # many times as long as the list, and not of whole groups
+
+    found = _listed(queries, bank, k, arithmetic, by)
+
+    outside = _cosines(queries, bank).scatter(1, found.rows, -torch.inf)
+    assert found.rows.shape[1] < 500
+    assert (outside.amax(dim=1) <= found.coarse[:, -1] + found.bound[:, -1]).all()
+
+
+def test_the_largest_are_found_in_every_column() -> None:
+    products = torch.randperm(20 * 1_003, generator=torch.Generator().manual_seed(0)).view(20, 1_003).float()
+
+    values, places = shortlist._largest(products, 60)
+
+    assert torch.equal(values, products.topk(60, dim=1).values)
+    assert torch.equal(products.gather(1, places), values)
+    assert places.max() > 1_000  # 1,003 are no whole groups
 
 
 def test_lists_are_the_same_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:

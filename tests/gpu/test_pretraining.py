@@ -1,0 +1,133 @@
+"""Pre-training on CUDA: half precision, what a resumed run becomes, two ranks, and the loss beside that of a CPU."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from msn_eval.run_folder import newest_snapshot
+from msn_pretrain import train as training
+from msn_pretrain.cli import main
+from msn_pretrain.journal import METRICS, TIMING, read_metrics
+from msn_pretrain.snapshot import equal, read_snapshot
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+_RECIPE = """
+run: {seed: 3, log_every: 1, snapshot_minutes: 1000, keep_every: 0, precision: fp32}
+data: {root: digits, workers: 2, limit: 40}
+views: {image_pixels: 16, focal_pixels: 8, focal_views: 2, focal_crop_scale: [0.2, 0.6], made: loader}
+encoder: {name: "vit_tiny_patch16_224?img_size=16&patch_size=4&embed_dim=64&depth=2&num_heads=2"}
+head: {hidden: 64, output: 16}
+masking: {ratio: 0.3}
+criterion: {prototypes: 16}
+optimization: {epochs: 5, batch_size: 40, warmup: 1}
+ema: {start: 0.9}
+"""
+_STEPS = 50
+Trained = Callable[..., Path]
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Trained:
+    """Give a function that trains 50 steps on the digits in a folder of the name given, with overrides."""
+    (tmp_path / "recipe.yaml").write_text(_RECIPE)
+
+    def run(name: str, *overrides: str, code: int = 0) -> Path:
+        assert main([str(tmp_path / "recipe.yaml"), f"run.dir={tmp_path / name}", *overrides, "-q"]) == code
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Any:
+    """Have float32 multiplied as such."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def _losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run / METRICS)]
+
+
+def test_fifty_steps_have_the_losses_of_a_cpu(trained: Trained) -> None:
+    here, there = (_losses(trained(name, f"run.device={name}")) for name in ("cpu", "cuda"))
+
+    assert len(there) == _STEPS
+    assert there[:10] == pytest.approx(here[:10], rel=1e-4)
+    assert there == pytest.approx(here, rel=2e-2)  # roundings grow from step to step
+
+
+def test_half_precision_learns_beside_float32_and_keeps_its_weights_in_it(trained: Trained) -> None:
+    whole, half = (trained(name, "run.device=cuda", f"run.precision={name}") for name in ("fp32", "bf16"))
+
+    assert _losses(half)[:10] == pytest.approx(_losses(whole)[:10], rel=3e-2)
+    assert _losses(half) != _losses(whole)
+    assert all(math.isfinite(line["gradient_norm"]) for line in read_metrics(half / METRICS))
+    files, _ = newest_snapshot(half)
+    assert files is not None
+    model = read_snapshot(files).model
+    assert {value.dtype for value in model.values() if value.is_floating_point()} == {torch.float32}
+
+
+def test_views_made_on_the_device_train_too(trained: Trained) -> None:
+    run = trained("device", "run.device=cuda", "views.made=device", "run.precision=bf16")
+
+    losses = _losses(run)
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def _outcome(run: Path) -> dict[str, Any]:
+    files, _ = newest_snapshot(run)
+    assert files is not None
+    state = torch.load(files.state, weights_only=True)
+    lines = [
+        {name: value for name, value in line.items() if name not in TIMING} for line in read_metrics(run / METRICS)
+    ]
+    return state | {"lines": json.dumps(lines)}
+
+
+@pytest.mark.parametrize("settings", [("run.precision=fp32",), ("run.precision=bf16", "views.made=device")], ids=str)
+def test_a_run_that_was_told_to_stop_becomes_what_it_would_have_become(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
+) -> None:
+    import signal
+
+    expected = _outcome(trained("whole", "run.device=cuda", *settings))
+    compute = training.compute
+
+    def stopping(session: Any, batch: Any, step: Any) -> Any:
+        if batch.batch.step == _STEPS // 2:
+            signal.raise_signal(signal.SIGTERM)
+        return compute(session, batch, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "compute", stopping)
+        trained("stopped", "run.device=cuda", *settings, code=75)
+
+    found = _outcome(trained("stopped", "run.device=cuda", *settings))
+
+    assert [name for name in expected if not equal(expected[name], found[name])] == []
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices here")
+def test_two_gpus_train_as_one(trained: Trained, tmp_path: Path) -> None:
+    alone = _losses(trained("one", "run.device=cuda:0"))
+    words = [str(tmp_path / "recipe.yaml"), f"run.dir={tmp_path / 'two'}", "run.device=cuda:0,cuda:1"]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "msn_pretrain", *words],
+        capture_output=True, text=True, timeout=250, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert _losses(tmp_path / "two")[:10] == pytest.approx(alone[:10], rel=1e-4)
