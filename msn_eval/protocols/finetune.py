@@ -167,17 +167,23 @@ def _save_if_due(setup: Setup, run: Run) -> None:
 
 
 def _save(setup: Setup, run: Run, *, last: bool) -> None:
-    """Write a state. A disk that refuses is told, and training goes on: to the end of the next epoch at most."""
+    """Write a state, if it is finite. A disk that refuses is told, and training goes on: to the end of the next epoch at most.
+
+    last: no step follows, in which every rank would meet what is not finite
+    """
     run.saved_at = time.monotonic()
-    if setup.states is None or setup.group.rank != 0:
+    writes = setup.states is not None and setup.group.rank == 0
+    if not (writes or last):
         return
     network = {name: one.detach().cpu() for name, one in run.trainee.trained.items()}
     bad = [name for name, one in network.items() if not bool(one.isfinite().all())]
-    if bad:
+    if bad and last:
         raise NumericalError(
             f"{len(bad)} weights are not finite after step {run.step} ({', '.join(bad[:_SHOWN])})",
             remedy="Use a smaller finetune.learning_rate.",
         )
+    if bad or setup.states is None or not writes:
+        return
     state = {"network": network, "optimizer": run.optimizer.state_dict(), "loss": run.loss}
     try:
         write_state(setup.states, state, step=run.step)

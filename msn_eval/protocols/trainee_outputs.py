@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from msn_eval.distributed import ALONE, Group, share
 from msn_eval.encoder import Precision, exact_float32, normalised
+from msn_eval.errors import NumericalError
 from msn_eval.file_hashes import unreadable
 from msn_eval.images import ImageSet
 from msn_eval.pixel_loader import PixelList, load_pixels
@@ -78,7 +79,7 @@ def start_head(
     """Put the head at the solution of logistic regression on what it sees of the labelled images, before anything is trained.
 
     strength: lambda of mean cross-entropy + (lambda / n) / 2 ||W||^2 on rows less their mean, in units of their mean length.
-    Classes without labelled images keep a row of zeros.
+    Classes without labelled images keep a row of zeros. Raises NumericalError where what it sees is not finite.
     Source: linear probing before fine-tuning, arXiv:2202.10054.
     """
     seen: list[Tensor] = []
@@ -89,6 +90,11 @@ def start_head(
             return seen.pop().float()
 
         rows = _asked(trainee, labelled.images, labelled.hashes, ask, decoder="pillow", pace=pace, group=group).double()
+    if not bool(rows.isfinite().all()):
+        raise NumericalError(
+            f"what the head sees of the labelled images at tap {trainee.tap} is not finite",
+            remedy="Retry with --precision fp32.",
+        )
     middle = rows.mean(dim=0)
     centred = rows - middle
     unit = centred.norm(dim=1).mean().clamp_min(torch.finfo(torch.float64).tiny)
