@@ -71,7 +71,7 @@ def fit_logistic(probe: Logistic, train: Features, device: torch.device, *, team
         else:
             solutions = minimise_together(team, share, mus, target=TARGET_GAP)
     else:
-        reduced, basis = _reduced(centred_rows(train.values.to(device)))
+        reduced, basis = reduced_rows(centred_rows(train.values.to(device)))
         problem = CrossEntropyProblem(rows=reduced, labels=labels, n_classes=len(present), mu=mus[0])
         solutions = _solve(problem, mus, probe.solver)
     solved = dict(zip(falling, solutions, strict=True))
@@ -113,7 +113,7 @@ def _solve(problem: CrossEntropyProblem, mus: Sequence[float], solver: Solver) -
                 yield minimise_by_sklearn(one)
 
 
-def _reduced(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+def reduced_rows(rows: Tensor) -> tuple[Tensor, Tensor | None]:
     """Give the rows in a basis of their own span where that is smaller: the problem only rotates.
 
     returns: (n, min(n, d)) coordinates, and the (d, n) orthonormal basis or None
