@@ -106,18 +106,19 @@ def _follow(
     while True:
         now = signs_of_life(folder)
         if trajectory is None or now != signs:
-            signs, changed = now, time.monotonic()
+            signs = now
             before, trajectory = trajectory, _go_through(folder, facts, plan, tried, refused)
             for alarm in trajectory.alarms:
                 if alarm.on and alarm.what not in told:
                     told.add(alarm.what)
                     _log.warning("ALARM %s: %s", folder, alarm)
             scored = before is None or before.points != trajectory.points
-            if not options.once and (scored or changed - drawn > cost / _MOST_DRAWING_SHARE):
+            if not options.once and (scored or time.monotonic() - drawn > cost / _MOST_DRAWING_SHARE):
                 started = time.monotonic()
                 _draw(folder, trajectory)
                 drawn = time.monotonic()
                 cost = drawn - started
+            changed = time.monotonic()  # what took long here is no silence of the run's
         if options.once or _has_ended(trajectory):
             return trajectory
         if time.monotonic() - changed > 60 * options.patience:
@@ -171,7 +172,8 @@ def _line(point: "Point") -> str:
 
 def _has_ended(trajectory: "Trajectory") -> bool:
     """Tell whether the snapshot after the last step of the run has been scored."""
-    return trajectory.steps is not None and any(point.step >= trajectory.steps for point in trajectory.points)
+    looked_at = [point.step for point in trajectory.points if point.look is not None]
+    return trajectory.steps is not None and max(looked_at, default=0) >= trajectory.steps
 
 
 def _draw(folder: Path, trajectory: "Trajectory") -> list[Path]:

@@ -402,6 +402,28 @@ def test_following_ends_where_nothing_is_written_any_more(copied: Path, capsys: 
     assert (code, "nothing new was written for 0.0005 minutes" in seen) == (20, True)
 
 
+def test_a_damaged_snapshot_is_tried_once_while_the_run_is_followed(
+    watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(watched, tmp_path / "run"))
+    for path in (run / "eval").glob("step-00000006.*"):
+        path.unlink()
+    (run / "checkpoints" / "step-00000006" / "encoder.safetensors").write_bytes(b"\0" * 64)
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) < 3:
+            _add_lines(run, 1)
+
+    monkeypatch.setattr(command.time, "sleep", wait)
+
+    code = _follow(run, "--patience", "0.002")
+
+    assert (code, len(waits) > 2) == (20, True)
+    assert capsys.readouterr().err.count("step-00000006") == 2  # when it was tried, and at the end
+
+
 def test_an_alarm_is_told_once_while_the_run_is_followed(
     watched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
