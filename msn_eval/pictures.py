@@ -1,6 +1,7 @@
 """Pictures: which training images are nearest to an image that is partly hidden, where a network looks, how classes lie."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -163,9 +164,11 @@ def draw_classes(features: Features, classes: Sequence[str]) -> "Figure":
 
 
 def as_png(figure: "Figure") -> bytes:
-    """Give a figure as a PNG file; equal figures give equal bytes."""
+    """Give a figure as a PNG file; equal figures give equal bytes. A letter that the font lacks is drawn as a box."""
     written = io.BytesIO()
-    figure.savefig(written, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        figure.savefig(written, format="png", metadata={"Software": None})
     return written.getvalue()
 
 

@@ -124,6 +124,13 @@ def test_sorting_turns_the_rows_and_says_so(opened: "webdriver.Chrome") -> None:
 
     assert (_measured(opened), head.find_element(By.XPATH, "..").get_attribute("aria-sort")) == (before, "descending")
 
+    _head(opened, 1).click()
+
+    sorted_by = [
+        one.get_attribute("aria-sort") for one in opened.find_elements(By.CSS_SELECTOR, "#board th[aria-sort]")
+    ]
+    assert [one for one in sorted_by if one != "none"] == ["descending"]
+
 
 def test_failed_stays_last_however_it_is_sorted(opened: "webdriver.Chrome") -> None:
     orders = []
