@@ -104,7 +104,7 @@ def _decide(
     cosines = torch.full_like(coarse, -torch.inf)
     cosines[:, :k] = cosines_of_rows(queries, lengths, bank.values, bank.lengths, proposed.rows[:, :k])
     members = (highest >= cosines[:, :k].amin(dim=1, keepdim=True)).sum(dim=1)
-    for some in members.argsort().split(max(1, -(-len(members) // _ALIKE))):
+    for some in torch.split(members.argsort(), max(1, -(-len(members) // _ALIKE))):
         rows = proposed.rows[some, k : int(members[some[-1]])]
         more = cosines_of_rows(queries[some], lengths[some], bank.values, bank.lengths, rows)
         cosines[some, k : k + rows.shape[1]] = more

@@ -60,6 +60,17 @@ def test_the_bound_holds_where_every_rounding_goes_the_same_way() -> None:
     assert 0.006 < off <= found.bound[0, 0]
 
 
+def test_the_bound_covers_an_answer_that_is_rounded_to_bfloat16() -> None:
+    query = torch.full((1, 1024), 1 / 32)  # of unit length and exact in bfloat16, as the row is
+    row = query.clone()
+    row[0, 0] *= -1
+
+    found = _listed(query, row, 1, "bfloat16", "torch")
+
+    off = (found.coarse[0, 0] - 511 / 512).abs()
+    assert 0.001 < off <= found.bound[0, 0]
+
+
 @pytest.mark.parametrize(("drift", "bank_drift"), [(0.01, 0.0), (0.0, 0.01), (0.01, 0.02)])
 def test_the_bound_covers_what_rounding_did_to_queries_and_to_the_bank(drift: float, bank_drift: float) -> None:
     loss = shortlist._Loss(width=8, arithmetic="float64", device="cpu", faiss=False)
