@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,11 +73,14 @@ def _train(rows: Tensor, labels: Tensor, recipes: list[Recipe], n_classes: int, 
 
 def _train_by_torch(rows: Tensor, labels: Tensor, recipe: Recipe, n_classes: int, epochs: int) -> None:
     layer = torch.nn.Linear(rows.shape[1], n_classes)
-    groups = [{"params": [layer.weight], "weight_decay": recipe.weight_decay}, {"params": [layer.bias]}]
+    groups: list[dict[str, Any]] = [
+        {"params": [layer.weight], "weight_decay": recipe.weight_decay},
+        {"params": [layer.bias]},
+    ]
     optimiser = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs * -(-len(rows) // _BATCH))
     for _ in range(epochs):
-        for some in torch.randperm(len(rows)).split(_BATCH):
+        for some in torch.split(torch.randperm(len(rows)), _BATCH):
             optimiser.zero_grad()
             torch.nn.functional.cross_entropy(layer(rows[some]), labels[some]).backward()  # type: ignore[no-untyped-call]
             optimiser.step()

@@ -90,6 +90,8 @@ def protocol_title(result: Result) -> str:
     params = [f"{short.get(name, name)}={value:g}" for name, value in result.probe.params.items()]
     if len(params) > _MOST_TOLD:
         params = [f"#{result.protocol_id[:8]}"]
+    if "auto" in result.probe.params:
+        params = ["λ=auto"]  # the rule and its grid say less to people than that there is one
     return f"{' '.join([result.probe.name, *params])}, {result.split.subset}"
 
 

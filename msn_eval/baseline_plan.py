@@ -11,7 +11,7 @@ from msn_eval.finetune_recipe import Finetune, recipe_of
 from msn_eval.plan import Plan, make_plan
 from msn_eval.probe_recipe import AugmentedRecipe, LinearRecipe
 from msn_eval.protocol_difference import nearest_protocol
-from msn_eval.request import Request
+from msn_eval.request import AUTO, Request
 
 Params = Mapping[str, int | float]
 
@@ -53,7 +53,7 @@ def _plan(entries: Sequence[BaselineProtocol], request: Request) -> Plan:
             request,
             subset=[protocol["subset"]["name"]],
             probe=[name],
-            lambda_=_values(params, "lambda"),
+            lambda_=[*map(repr, _values(params, "lambda")), *([AUTO] if any("auto" in one for one in params) else [])],
             k=[int(k) for k in _values(params, "k")],
             temperature=_values(params, "temperature"),
             linear=LinearRecipe(**cast(dict[str, Any], params[0])) if name == "linear" else request.linear,

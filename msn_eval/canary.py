@@ -11,7 +11,7 @@ from msn_eval.features import Features
 from msn_eval.result import Result
 
 FALSE_ALARMS = 1e-3  # probability that a sound run is told that it leaks
-_TOLD = ("lambda", "k", "temperature")  # settings of which a run may have several
+_TOLD = ("lambda", "auto", "k", "temperature")  # settings of which a run may have several
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -538,12 +538,16 @@ def _on_augmented(
         files = StateFiles(
             out=Path(plan.request.out), facts=shared | {"probe": str(probe), "draw": first.task.split_sha256}
         )
+
+    def make() -> Fitted:
+        with unchanged(encoder):
+            return fit_augmented(probe, images, group=group, files=files)
+
     if group.rank != 0:
         with contextlib.suppress(NumericalError):  # which the first rank meets as well, and records
-            fit_augmented(probe, images, group=group, files=files)
+            make()
         return
-    # Each result is written before the next is asked for.
-    yield from _scored(measurements, lambda: fit_augmented(probe, images, group=group, files=files), scored)
+    yield from _scored(measurements, make, scored)  # each result is written before the next is asked for
     if files is not None:
         remove_states(files)
 

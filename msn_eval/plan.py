@@ -26,7 +26,7 @@ from msn_eval.protocols import Finetune, Probe, settings
 from msn_eval.protocols.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, NearestNeighbours
 from msn_eval.protocols.linear import Linear
 from msn_eval.protocols.linear_augmented import LinearAugmented
-from msn_eval.protocols.logistic import Logistic, Solver, default_lambda
+from msn_eval.protocols.logistic import ChosenLogistic, Logistic, Solver, default_lambda
 from msn_eval.protocols.ncm import NearestClassMean
 from msn_eval.protocols.ridge import Ridge
 from msn_eval.published_lists import read_publication
@@ -196,8 +196,11 @@ def probes_for(request: Request, subset: Subset) -> Iterator[Probe]:
     for name in dict.fromkeys(request.probe):
         match name:
             case "logistic":
-                lambdas = tuple(dict.fromkeys(request.lambda_)) or (default_lambda(subset.name),)
-                yield Logistic(lambdas=lambdas, solver=cast(Solver, request.solver))
+                solver = cast(Solver, request.solver)
+                if request.strengths or not request.chooses_strength:
+                    yield Logistic(lambdas=request.strengths or (default_lambda(subset.name),), solver=solver)
+                if request.chooses_strength:
+                    yield ChosenLogistic(solver=solver)
             case "knn":
                 yield NearestNeighbours(
                     ks=tuple(dict.fromkeys(request.k)) or DEFAULT_KS,

@@ -184,7 +184,7 @@ def request_options(reproduction: Reproduction) -> dict[str, object]:
         "decoder": "pillow",
     }
     if reproduction.strength is not None:
-        pinned["lambda_"] = [reproduction.strength[0]]
+        pinned["lambda_"] = [repr(reproduction.strength[0])]
     return pinned
 
 

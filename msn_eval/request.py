@@ -14,6 +14,7 @@ TAP_NAMES = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
 SOLVER_NAMES = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BAD_IMAGE_RULES = ("error", "skip")
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Request:
     subset: list[str] = field(default_factory=lambda: ["low-shot"])
     probe: list[str] = field(default_factory=lambda: ["logistic"])
     tap: str | None = None
-    lambda_: list[float] = field(default_factory=list)
+    lambda_: list[str] = field(default_factory=list)
     k: list[int] = field(default_factory=list)
     temperature: list[float] = field(default_factory=list)
     linear: LinearRecipe = field(default_factory=LinearRecipe)
@@ -83,8 +84,9 @@ class Request:
         for name in ("subset", "probe"):
             if not getattr(self, name):
                 raise UsageError(f"--{name}: nothing given", remedy=f"Name at least one {name}.")
-        for strength in self.lambda_:
-            _positive("lambda", strength)
+        for text in self.lambda_:
+            if text != AUTO:
+                _positive("lambda", _number("lambda", text))
         for temperature in self.temperature:
             _positive("temperature", temperature)
         for k in self.k:
@@ -104,6 +106,16 @@ class Request:
         _count_or_auto("workers", self.workers, least=0)
 
     @property
+    def strengths(self) -> tuple[float, ...]:
+        """Give the lambdas that are numbers, each once."""
+        return tuple(dict.fromkeys(float(text) for text in self.lambda_ if text != AUTO))
+
+    @property
+    def chooses_strength(self) -> bool:
+        """Tell whether the labelled images are to choose a lambda."""
+        return AUTO in self.lambda_
+
+    @property
     def batch_images(self) -> int | None:
         return None if self.batch_size == "auto" else int(self.batch_size)
 
@@ -118,6 +130,15 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
             f"--{option} {value}: there is no such {option}.{nearest(value, known)}",
             remedy=f"Known: {', '.join(known)}.",
         )
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(
+            f"--{option} {text}: not a number", remedy=f"Give a finite number above 0, or {AUTO}."
+        ) from None
 
 
 def _positive(option: str, value: float) -> None:

@@ -119,7 +119,7 @@ class ProbeFacts:
     certificate: float | None
     objective: float | None
     iterations: int | None
-    chosen: Mapping[str, float] | None = None
+    chosen: Mapping[str, float | str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

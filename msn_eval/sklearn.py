@@ -17,7 +17,7 @@ from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Solution
 from msn_eval.protocols.knn import neighbour_vote
 from msn_eval.protocols.lbfgs import minimise_by_lbfgs
 from msn_eval.protocols.linear_probe import Recipe, train_heads
-from msn_eval.protocols.logistic import LARGEST_GAP, SOLVERS
+from msn_eval.protocols.logistic import LARGEST_GAP, SOLVERS, reduced_rows
 from msn_eval.protocols.ncm import class_directions
 from msn_eval.protocols.nearest import search_nearest
 from msn_eval.protocols.newton import minimise_by_newton
@@ -112,10 +112,11 @@ class LogisticProbe(_Softmax, _CentredProbe):
         if self.solver not in SOLVERS:
             raise ValueError(f"solver is {self.solver!r}, not one of {', '.join(SOLVERS)}.")
         self._at_least_two()
-        n = len(X)
-        problem = CrossEntropyProblem(rows=self._rows(X), labels=labels, n_classes=len(self.classes_), mu=self.lam / n)
+        rows, basis = reduced_rows(self._rows(X))
+        problem = CrossEntropyProblem(rows=rows, labels=labels, n_classes=len(self.classes_), mu=self.lam / len(X))
         solution, self.n_iter_ = _minimise(problem, self.solver, target=self.tol)
-        self.coef_ = solution.weights.to(torch.float64).numpy()
+        weights = solution.weights.to(torch.float64)
+        self.coef_ = (weights if basis is None else weights @ basis.T).numpy()
         self.certificate_, self.objective_ = solution.gap, solution.objective
         self.converged_ = solution.gap <= LARGEST_GAP
         if not self.converged_:

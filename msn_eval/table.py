@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 
 from msn_eval.result import Result
 
-_IN_TITLES = (
-    "k",
-    "temperature",
-)  # settings that stand in a column's title; others where they tell it from its neighbours
+# Settings that stand in a column's title; others where they tell it from its neighbours.
+_IN_TITLES = ("k", "temperature", "auto")
 _SUBSET_ORDER = ("1img", "2imgs", "5imgs", "1pct", "10pct", "full")
 _PROBE_ORDER = ("logistic", "linear", "linear-augmented", "knn", "ncm", "ridge", "finetune")
 Place = tuple[str, str | None, str]  # weights_sha256, key and protocol_id: what a cell is of
@@ -41,7 +39,8 @@ class Column:
     def group(self) -> str:
         """Give what holds for every subset: `knn k=10 T=0.07`, and what sets it apart: `knn k=10 T=0.07, precision=reduced`."""
         neighbours = [f"k={self.params['k']:g}", f"T={self.params['temperature']:g}"] if "k" in self.params else []
-        name = " ".join([self.probe, *neighbours])
+        chosen = ["λ=auto"] if "auto" in self.params else []  # not the same protocol as those whose λ was given
+        name = " ".join([self.probe, *neighbours, *chosen])
         return ", ".join(part for part in (name, self.reason) if part)
 
     @property
@@ -52,6 +51,8 @@ class Column:
     @property
     def strength(self) -> str:
         """Give lambda, or nothing."""
+        if "auto" in self.params:
+            return "auto"
         return f"{self.params['lambda']:g}" if "lambda" in self.params else ""
 
     @property

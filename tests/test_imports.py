@@ -83,7 +83,7 @@ _FLOORS = [
     ["protocols.shortlist"],
     ["protocols.nearest"],
     ["protocols.sharded"],
-    ["protocols.degenerate", "protocols.full_data"],
+    ["protocols.degenerate", "protocols.full_data", "protocols.lambda_choice"],
     ["protocols.line_search", "protocols.team"],
     ["protocols.newton", "protocols.lbfgs", "protocols.reference_solvers"],
     ["protocols.trainee_outputs"],

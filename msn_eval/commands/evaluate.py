@@ -42,9 +42,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                       "@DRAW; low-shot (default); or a list file")  # fmt: skip
     what.add_argument("--probe", type=_names, metavar="A,B", help=f"{', '.join(PROBE_NAMES)}; default logistic")
     what.add_argument("--tap", metavar="NAME", help=f"{', '.join(TAP_NAMES)}; default the probe's own")
-    what.add_argument(
-        "--lambda", dest="lambda_", type=_names, metavar="A,B", help="logistic: 0.0025, and 0.075 for 1pct"
-    )
+    what.add_argument("--lambda", dest="lambda_", type=_names, metavar="A,B|auto", help="logistic: 0.0025, and 0.075 for "
+                      "1pct; auto: chosen from the labelled images alone")  # fmt: skip
     what.add_argument("--k", type=_names, metavar="A,B", help="knn: 10,20,100,200")
     what.add_argument("--temperature", type=_names, metavar="A,B", help="knn: 0.07")
     what.add_argument("--image-pixels", metavar="N", help="instead of the native size; interpolates positions")

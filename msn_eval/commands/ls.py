@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from itertools import product
 
 TAKES_OVERRIDES = False
 SUMMARY = "what there is: checkpoints, subsets, probes, datasets, protocols"
@@ -56,16 +57,23 @@ def _protocols() -> dict[str, str]:
     from msn_eval.protocols import settings
     from msn_eval.protocols.linear import Linear
     from msn_eval.protocols.linear_augmented import LinearAugmented
-    from msn_eval.request import PROBE_NAMES, Request
+    from msn_eval.protocols.logistic import ChosenLogistic
+    from msn_eval.request import AUTO, PROBE_NAMES, Request
     from msn_eval.subset import LOW_SHOT, Subset
 
     described = {}
-    for name in LOW_SHOT:
-        for probe in probes_for(Request(probe=list(PROBE_NAMES)), Subset(name=name, draw=1, rule="", image_ids=("",))):
+    asked = Request(probe=list(PROBE_NAMES)), Request(probe=["logistic"], lambda_=[AUTO])
+    for name, request in product(LOW_SHOT, asked):
+        for probe in probes_for(request, Subset(name=name, draw=1, rule="", image_ids=("",))):
             # A recipe's fields may hold in turn, and its settings are those that do.
-            known = settings(probe, 1)[0] if isinstance(probe, Linear | LinearAugmented | Finetune) else vars(probe)
+            known = (
+                settings(probe, 1)[0]
+                if isinstance(probe, Linear | LinearAugmented | Finetune | ChosenLogistic)
+                else vars(probe)
+            )
             fields = ", ".join(f"{key}={value}" for key, value in known.items() if key not in ("solver", "asked"))
-            described[f"{probe.name} {name}"] = f"version {probe.version}, tap {probe.tap}" + (
+            option = " --lambda auto" if request.chooses_strength else ""
+            described[f"{probe.name} {name}{option}"] = f"version {probe.version}, tap {probe.tap}" + (
                 f", {fields}" if fields else ""
             )
     return described

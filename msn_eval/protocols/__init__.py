@@ -7,16 +7,17 @@ from msn_eval.finetune_recipe import Finetune
 from msn_eval.protocols.degenerate import check_labelled
 from msn_eval.protocols.fitted import Fitted, Setting
 from msn_eval.protocols.knn import NearestNeighbours, fit_knn, knn_settings
+from msn_eval.protocols.lambda_choice import auto_settings
 from msn_eval.protocols.linear import Linear, fit_linear, linear_settings
 from msn_eval.protocols.linear_augmented import LinearAugmented, augmented_settings
-from msn_eval.protocols.logistic import Logistic, fit_logistic, logistic_settings
+from msn_eval.protocols.logistic import ChosenLogistic, Logistic, fit_chosen, fit_logistic, logistic_settings
 from msn_eval.protocols.ncm import NearestClassMean, fit_ncm
 from msn_eval.protocols.ridge import Ridge, fit_ridge, ridge_settings
 from msn_eval.protocols.team import Team
 
 __all__ = ["PROBES", "FeatureProbe", "Finetune", "Fitted", "Probe", "Setting", "fit", "settings"]
 
-FeatureProbe = Logistic | NearestNeighbours | Ridge | NearestClassMean | Linear
+FeatureProbe = Logistic | ChosenLogistic | NearestNeighbours | Ridge | NearestClassMean | Linear
 Probe = FeatureProbe | LinearAugmented | Finetune
 PROBES = {
     "logistic": "L2-regularised multinomial regression, the protocol of the MSN tables",
@@ -34,6 +35,8 @@ def settings(probe: Probe, n: int) -> tuple[dict[str, int | float], ...]:
     match probe:
         case Logistic():
             return logistic_settings(probe, n)
+        case ChosenLogistic():
+            return auto_settings()
         case NearestNeighbours():
             return knn_settings(probe, n)
         case Ridge():
@@ -59,6 +62,8 @@ def fit(probe: FeatureProbe, train: Features, device: torch.device, *, team: Tea
     match probe:
         case Logistic():
             return fit_logistic(probe, train, device, team=team)
+        case ChosenLogistic():
+            return fit_chosen(probe, train, device, team=team)
         case NearestNeighbours():
             return fit_knn(probe, train, device)
         case Ridge():

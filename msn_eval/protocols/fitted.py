@@ -22,7 +22,7 @@ class Setting:
     certificate: float | None = None
     objective: float | None = None
     iterations: int | None = None
-    chosen: Mapping[str, float] | None = None
+    chosen: Mapping[str, float | str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -249,10 +249,9 @@ def _chunks(rows: _Rows, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
 def chunk_rows(share: RowShare) -> int:
     """Give the rows of a chunk: what is cheap beside the features, and less where memory is short."""
     values = share.width + share.n_classes
-    if share.values.device.type == "cuda":
-        free, most = torch.cuda.mem_get_info(share.values.device)[0], _CUDA_CHUNK_VALUES
-    else:
-        free, most = available_bytes(), _CHUNK_VALUES
+    cuda = share.values.device.type == "cuda"
+    most = _CUDA_CHUNK_VALUES if cuda else _CHUNK_VALUES
+    free = torch.cuda.mem_get_info(share.values.device)[0] if cuda else available_bytes()
     if free is not None:
         most = min(most, free // (2 * _TEMPORARIES))
     return max(1, most // values)

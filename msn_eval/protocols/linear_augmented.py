@@ -69,8 +69,9 @@ class Training:
     """Heads between two steps: all that a resumption needs; everything random follows from the step.
 
     heads, optimizers: by learning rate; those that diverged are taken out
-    losses:            (learning rates,) float64, sums over the images of the epoch under way
-    last_losses:       mean over those of the epoch before, likewise
+    losses:            by learning rate, cross-entropy summed over the images of the epoch under way
+    last_losses:       its mean over the epoch before, NaN in the first
+    diverged_at:       steps at which layers were taken out
     """
 
     step: int

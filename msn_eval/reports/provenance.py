@@ -38,6 +38,7 @@ def _command(result: Result) -> dict[str, str]:
         asked += [f"{section}.{name}={value!r}" for name, value in result.probe.params.items()]
     if result.probe.name == Finetune.name:
         asked += [f"finetune.{name}={value!r}" for name, value in recipe_of(result.probe.params).differing.items()]
+    asked += ["--lambda", "auto"] if "auto" in result.probe.params else []
     protocol, by_hand = result.protocol, result.protocol.get("by_hand")
     for name, value in sorted(by_hand.items()) if isinstance(by_hand, Mapping) else ():
         asked += [] if name == "seed" else [f"--{name.replace('_', '-')}", str(value)]  # which stands in any command

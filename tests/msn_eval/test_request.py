@@ -26,6 +26,8 @@ from msn_eval.request import Request
         ("lambda_", [-1.0], "--lambda -1.0: out of range"),
         ("lambda_", [float("nan")], "--lambda nan: out of range"),
         ("lambda_", [float("inf")], "--lambda inf: out of range"),
+        ("lambda_", ["0.1", "best"], "--lambda best: not a number\nGive a finite number above 0, or auto."),
+        ("patch_drop", 1.0, "--patch-drop 1.0: out of range\nGive a share from 0 up to 1."),
         ("temperature", [0.0], "--temperature 0.0: out of range"),
         ("temperature", [0.07, float("nan")], "--temperature nan: out of range"),
         ("k", [10, 0], "--k 0: out of range\nGive a whole number of at least 1."),

@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 from unittest import SkipTest
 
@@ -14,8 +15,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
+from msn_eval import sklearn as estimators
 from msn_eval.features import Features
 from msn_eval.protocols import Probe, fit
+from msn_eval.protocols.cross_entropy import certify
 from msn_eval.protocols.knn import NearestNeighbours
 from msn_eval.protocols.logistic import Logistic
 from msn_eval.protocols.ncm import NearestClassMean as MeanProbe
@@ -139,6 +142,25 @@ def test_a_logistic_fit_states_its_certificate(solver: str, digits: Any) -> None
     assert probe.objective_ == pytest.approx(loss + 0.0025 / len(X) / 2 * np.square(probe.coef_).sum(), rel=1e-9)
     assert probe.certificate_ <= 1e-6
     assert probe.converged_
+
+
+def test_fewer_rows_than_features_are_fitted_in_as_many_coordinates(
+    digits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X, y, *_ = digits
+    rows, labels, seen, minimise = X[:30] / 50, y[:30], [], estimators._minimise
+    monkeypatch.setattr(
+        estimators, "_minimise", lambda *given, **target: seen.append(given[0]) or minimise(*given, **target)
+    )
+
+    probe = LogisticProbe(preprocess=False).fit(np.pad(rows, ((0, 0), (0, 3))), labels)
+
+    problem = replace(seen[0], rows=torch.from_numpy(rows))
+    whole, _ = minimise(problem, "newton", target=1e-6)
+    assert seen[0].rows.shape == (30, 30)
+    assert probe.objective_ == pytest.approx(whole.objective, rel=2e-6)
+    assert np.abs(probe.coef_[:, 64:]).max() < 1e-12
+    assert certify(problem, torch.from_numpy(probe.coef_[:, :64])).gap <= 1.01e-6
 
 
 def test_a_coarser_tolerance_stops_earlier(digits: Any) -> None:
