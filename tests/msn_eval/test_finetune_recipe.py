@@ -57,7 +57,7 @@ def test_unknown_key_of_the_section_names_the_nearest_one(tmp_path: Path) -> Non
     file = tmp_path / "few.yaml"
     file.write_text("finetune:\n  learning_rat: 1e-4\n")
 
-    with pytest.raises(UsageError, match=r"unknown key 'learning_rat'. Did you mean learning_rate\?"):
+    with pytest.raises(UsageError, match=r"unknown key 'finetune.learning_rat'. Did you mean learning_rate\?"):
         read_config(Request, file=file)
 
 
