@@ -15,7 +15,7 @@ from msn_eval.result import Result
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Result], Path]:
     """Give records of linear layers by two grids and on augmented images at two learning rates, and their folder."""
     out = tmp_path_factory.mktemp("linear")
-    options = {"data": "digits", "subsets": ["2imgs@1"], "device": "cpu", "no_cache": True, "out": out, "limit": 1}
+    options = {"data": "digits", "subsets": ["2imgs@1"], "device": "cpu", "no_cache": True, "out": out}
     augmented = {"lr": [1.0, 2.0], "epochs": 1, "batch_size": 8, "seed": 3}
     results = [
         *evaluate(["pixels"], probes=["linear"], linear={"lrs": 2, "epochs": 2}, **options),
@@ -29,9 +29,7 @@ def test_recipes_are_the_baselines(measured: tuple[list[Result], Path]) -> None:
     results, out = measured
     baseline = make_baseline(results, [out])
 
-    plans = make_baseline_plans(
-        baseline, Request(checkpoint=["pixels"], data="digits", device="cpu", no_cache=True, limit=1)
-    )
+    plans = make_baseline_plans(baseline, Request(checkpoint=["pixels"], data="digits", device="cpu", no_cache=True))
 
     tasks = [task for plan in plans for task in plan.tasks]
     assert sorted(task.protocol_id for task in tasks) == sorted(result.protocol_id for result in results)
