@@ -1,10 +1,13 @@
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from msn_eval.cli import main as msn_eval
+from msn_eval.slurm import SlurmOptions, Submitted
 from msn_pretrain import train as training
 from msn_pretrain.cli import main
 from msn_pretrain.journal import read_metrics
@@ -102,6 +105,25 @@ def test_a_run_that_is_told_to_stop_while_it_starts_does_no_step_and_can_be_star
     assert main(words) == 0
 
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") != []
+
+
+def test_slurm_gets_the_command_without_itself_and_its_output_beside_the_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(run.parent / "tiny.yaml"), f"run.dir={tmp_path / 'run'}", "run.seed=4"]
+    handed = []
+
+    def take(words: list[str], options: SlurmOptions, **places: object) -> Submitted:
+        handed.append((words, options.cluster, places))
+        return Submitted(job=cast(Any, None), job_id="17", logs=(tmp_path / "17.out",))
+
+    monkeypatch.setattr("msn_eval.slurm.submit", take)
+    assert main([words[0], "--slurm", "cluster=local", *words[1:]]) == 0
+
+    command = (sys.executable, "-m", "msn_pretrain")
+    assert handed == [(words, "local", {"folder": tmp_path / "run" / "slurm", "command": command})]
+    assert f"submitted job 17; its output: {tmp_path / '17.out'}" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_run_folder_is_a_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

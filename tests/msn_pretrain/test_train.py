@@ -15,9 +15,11 @@ from msn_eval.run_folder import check_snapshot, newest_snapshot, snapshot_folder
 from msn_pretrain import snapshot as snapshots
 from msn_pretrain import train as training
 from msn_pretrain.journal import METRICS, TIMING, read_metrics
+from msn_pretrain.msn import MSN
 from msn_pretrain.ranks import Ranks
 from msn_pretrain.recipe import MSNRecipe
 from msn_pretrain.recipe_file import read_recipe
+from msn_pretrain.run import build_learner
 from msn_pretrain.snapshot import equal, read_snapshot
 from msn_pretrain.train import train
 
@@ -208,6 +210,17 @@ def test_the_encoder_is_measured_on_schedule_as_ordinary_records(tiny: Read, tmp
     assert {record["checkpoint"]["epoch"] for record in records} == {1, 2}
     assert {record["status"] for record in records} == {"ok"}
     assert {record["checkpoint"]["name"] for record in records} == {"run"}
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_encoders_alone_are_compiled_and_on_request(tiny: Read, monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
+
+    model = build_learner(tiny(f"run.compile={wanted}"), _ALONE.device).model
+
+    assert isinstance(model, MSN)
+    assert compiled == ([model.anchor.trunk, model.target.trunk] if wanted else [])
 
 
 def test_two_local_ranks_train_as_one(tiny: Read, tmp_path: Path) -> None:
