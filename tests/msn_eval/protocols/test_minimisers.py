@@ -189,3 +189,12 @@ def test_unevenly_spread_rows_are_solved_from_zero(strength: float) -> None:
 
     assert solution.gap <= 1e-6
     assert steps < 40
+
+
+def test_a_target_beyond_float64_ends_where_nothing_improves_any_more(minimise: Minimiser) -> None:
+    problem = _problem(*_clusters(30, 8, 3), strength=0.01)
+
+    solution, steps = minimise(problem, target=1e-40)
+
+    assert steps < 100
+    assert solution.gap < 1e-12
