@@ -83,6 +83,7 @@ class _Measurement:
     encoder: Encoder
     task: Task
     cost: "_Cost"
+    degenerate: str | None = None
 
     def done(self, setting: Setting, predictions: Predictions, dim: int, probe_seconds: float) -> Result:
         status: Status = "not_converged" if setting.converged is False else "ok"
@@ -123,7 +124,10 @@ class _Measurement:
                 sha256=task.split_sha256,
                 overlap=task.overlap,
             ),
-            features=_feature_facts(encoder, _tap(encoder, task, plan.request), dim, plan.decoder),
+            features=replace(
+                _feature_facts(encoder, _tap(encoder, task, plan.request), dim, plan.decoder),
+                degenerate=self.degenerate,
+            ),
             probe=ProbeFacts(
                 name=task.probe.name,
                 version=task.probe.version,
@@ -391,13 +395,20 @@ def _on_features(
         "%s: features of %d images in %.1f s, %d of them from the cache",
         encoder.checkpoint.name, pool.read + test.read + pool.reused + test.reused, cost.seconds, pool.reused + test.reused,
     )  # fmt: skip
-    for tap in test.features:
-        splits = (("labelled", pool), ("validation", test))
-        for part, features in ((part, split.features[tap]) for part, split in splits if tap in split.features):
-            if told := describe_collapse(features.values):
-                _log.warning("%s: tap %s, %s images: %s", encoder.checkpoint.name, tap, part, told)
+    degenerate = {tap: _told_of_collapse(encoder, tap, pool, test) for tap in test.features}
     for measurements, tap in _grouped(plan, ready, cost, augmented=False):
-        yield from _probe(measurements, pool.features[tap], test.features[tap], team)
+        told = [replace(measurement, degenerate=degenerate[tap]) for measurement in measurements]
+        yield from _probe(told, pool.features[tap], test.features[tap], team)
+
+
+def _told_of_collapse(encoder: Encoder, tap: str, pool: Extraction, test: Extraction) -> str | None:
+    """Warn of degenerate features at a tap, and give the words for the record; None where there is nothing to tell."""
+    found = []
+    for part, split in (("labelled", pool), ("validation", test)):
+        if tap in split.features and (told := describe_collapse(split.features[tap].values)):
+            _log.warning("%s: tap %s, %s images: %s", encoder.checkpoint.name, tap, part, told)
+            found.append(f"{part} images: {told}")
+    return "; ".join(found) or None
 
 
 def _grouped(

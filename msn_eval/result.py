@@ -98,13 +98,17 @@ class TransformFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureFacts:
-    """Which vectors were used."""
+    """Which vectors were used.
+
+    degenerate: what is wrong with those of an evaluation in all, such as a collapsed representation; None where nothing is known
+    """
 
     tap: str
     dim: int | None
     precision: str
     decoder: str
     transform: TransformFacts
+    degenerate: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

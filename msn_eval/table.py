@@ -229,6 +229,7 @@ def _note(results: Sequence[Result]) -> str:
     if skipped:
         images = "image" if skipped == [1] else "images"
         parts.append(f"{' or '.join(map(str, skipped))} unreadable {images} skipped")
+    parts += sorted({result.features.degenerate for result in results if result.features.degenerate})
     return ", ".join(parts)
 
 

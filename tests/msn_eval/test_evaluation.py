@@ -411,6 +411,7 @@ def test_features_that_collapsed_are_told_and_scored_at_chance(
     assert [text.partition(": collapsed")[0] for text in told] == [
         f"pixels: tap pixels, {part} images" for part in ("labelled", "validation")
     ]
+    assert {(result.features.degenerate or "").partition(":")[0] for result in results} == {"labelled images"}
 
 
 def test_validation_labels_that_would_reveal_the_best_layer_move_neither_the_choice_nor_a_prediction(

@@ -162,6 +162,12 @@ def test_patterns_of_absent_weights_and_skipped_images_stand_in_the_row(results:
     )
 
 
+def test_collapsed_features_stand_in_the_row(results: list[Result]) -> None:
+    features = replace(results[0].features, degenerate="validation images: collapsed representation")
+
+    assert make_table([replace(results[0], features=features)]).rows[0].note == features.degenerate
+
+
 def test_rows_measured_with_other_labelled_images_are_told_of(results: list[Result]) -> None:
     other = replace(
         results[0],
