@@ -1142,8 +1142,8 @@ def changed_huggingface(folder: Path, change: Callable[[Weights], Weights]) -> P
         (changed_resnet, lambda w: w | {"layer3.1.se.weight": torch.ones(3)}, "layer3.1.se.weight: no place"),
         (
             changed_resnet,
-            lambda w: w | {"conv1.weight": torch.ones(64, 3, 3, 3)},  # as for CIFAR
-            "conv1.weight: file (64, 3, 3, 3), model (64, 3, 7, 7)",
+            lambda w: w | {"conv1.weight": torch.ones(64, 3, 5, 5)},  # 3 x 3 is a stem for small images
+            "conv1.weight: file (64, 3, 5, 5), model (64, 3, 7, 7)",
         ),
         (
             changed_huggingface,

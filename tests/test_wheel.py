@@ -48,7 +48,7 @@ def _files(installed: Path, name: str) -> list[Path]:
 def test_wheel_carries_the_page(installed: Path) -> None:
     inside = {path.name for path in (installed / "msn_eval" / "reports" / "page").iterdir()}
 
-    assert inside == {"page.html", "page.css", "page.js"}
+    assert inside == {f"{name}.{kind}" for name in ("page", "trajectory") for kind in ("html", "css", "js")}
 
 
 def test_wheel_holds_the_two_packages_and_nothing_else(installed: Path) -> None:

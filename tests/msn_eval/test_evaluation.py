@@ -281,8 +281,8 @@ def test_result_of_another_transform_is_not_taken_for_this_one(folder: Path, tmp
 def test_solver_that_did_not_converge_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = evaluation.fit
 
-    def unfinished(*given: object) -> object:
-        found = real(*given)  # type: ignore[arg-type]
+    def unfinished(*given: object, **named: object) -> object:
+        found = real(*given, **named)  # type: ignore[arg-type]
         return replace(found, settings=tuple(replace(one, converged=False) for one in found.settings))
 
     monkeypatch.setattr(evaluation, "fit", unfinished)

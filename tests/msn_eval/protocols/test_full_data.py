@@ -84,7 +84,7 @@ def test_probe_over_many_rows_scores_as_it_does_over_few(monkeypatch: pytest.Mon
     probe, cpu = Logistic(lambdas=(0.0025, 1.0)), torch.device("cpu")
     few = fit_logistic(probe, train, cpu)
     monkeypatch.setattr(full_data, "_WHOLE_BYTES", 0)
-    monkeypatch.setattr("msn_eval.protocols.logistic._reduced", None)  # never called
+    monkeypatch.setattr("msn_eval.protocols.logistic.reduced_rows", None)  # never called
 
     many = fit_logistic(probe, train, cpu)
 
