@@ -274,7 +274,8 @@ def _reasons(group: Sequence[Result]) -> list[str]:
     """Say for each protocol of one probe wherein it differs from the others, field by field.
 
     What a subset brings with it (its own rule, and the unreadable images among its own) is told only where two protocols
-    of the same subset differ in it.
+    of the same subset differ in it. What was set by hand and a limit are told always: without them the number would be taken
+    for that of the protocol as it stands.
     """
     flat = [dict(_leaves(result.protocol)) for result in group]
     keys = sorted({key for leaves in flat for key in leaves} - {"subset.name", "probe.params.lambda", "probe.params"})
@@ -284,6 +285,7 @@ def _reasons(group: Sequence[Result]) -> list[str]:
     differing = {
         key for key in keys if any(_differ(one, key) for one in (alike.values() if key in _OF_A_SUBSET else [flat]))
     }
+    differing |= {key for leaves in flat for key, value in leaves.items() if _is_by_hand(key) and value is not None}
     # The images scored follow from a limit and from what was skipped; where these are told, that is enough.
     named = len({result.data.name for result in group}) > 1
     hashed = "data.sha256" in differing
@@ -314,6 +316,10 @@ def _reasons(group: Sequence[Result]) -> list[str]:
 
 
 _OF_A_SUBSET = {"subset.rule", "skipped"}
+
+
+def _is_by_hand(key: str) -> bool:
+    return key == "limit" or key.startswith("by_hand.")
 
 
 def _differ(flat: Sequence[Mapping[str, object]], key: str) -> bool:

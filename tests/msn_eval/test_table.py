@@ -162,6 +162,21 @@ def test_patterns_of_absent_weights_and_skipped_images_stand_in_the_row(results:
     )
 
 
+@pytest.mark.parametrize(
+    ("protocol", "told"),
+    [
+        ({"by_hand": {"patch_drop": 0.5, "seed": 0}}, "by_hand.patch_drop=0.5 by_hand.seed=0"),
+        ({"limit": 20}, "limit=20"),
+    ],
+)
+def test_what_was_set_by_hand_is_told_of_a_protocol_that_stands_alone(
+    results: list[Result], protocol: dict[str, object], told: str
+) -> None:
+    column = make_table([replace(results[0], protocol=dict(results[0].protocol) | protocol)]).columns[0]
+
+    assert column.reason == told
+
+
 def test_collapsed_features_stand_in_the_row(results: list[Result]) -> None:
     features = replace(results[0].features, degenerate="validation images: collapsed representation")
 
