@@ -172,7 +172,7 @@ def test_patterns_of_absent_weights_and_skipped_images_stand_in_the_row(results:
 def test_what_was_set_by_hand_is_told_of_a_protocol_that_stands_alone(
     results: list[Result], protocol: dict[str, object], told: str
 ) -> None:
-    column = make_table([replace(results[0], protocol=dict(results[0].protocol) | protocol)]).columns[0]
+    column = make_table([_other_protocol(results[0], **protocol)]).columns[0]
 
     assert column.reason == told
 
