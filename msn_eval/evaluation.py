@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 
@@ -20,39 +19,23 @@ from msn_eval import __version__
 from msn_eval.atomic_file import prepare_folder
 from msn_eval.augmented_features import AugmentedImages
 from msn_eval.canary import judge_canary, random_labels, refuse_leaks
-from msn_eval.checkpoint import Checkpoint, read_checkpoint
-from msn_eval.decoders import decoder_version
+from msn_eval.checkpoint import read_checkpoint
 from msn_eval.distributed import ALONE, Group, agree, decided
-from msn_eval.encoder import Encoder, build_encoder, resolve_tap, unchanged
-from msn_eval.environment import describe_environment
-from msn_eval.errors import NumericalError, StoreError, UsageError
+from msn_eval.encoder import Encoder, build_encoder, unchanged
+from msn_eval.errors import NumericalError, UsageError
 from msn_eval.features import Extraction, Features, Loading, automatic_batch_size, extract_features
 from msn_eval.file_hashes import content_sha256
 from msn_eval.images import ImageSet
-from msn_eval.metrics import measure
+from msn_eval.measurement import Cost, Measurement, id_of, known_result, tap_of
 from msn_eval.plan import Plan, Task, cache_folder, make_plan
-from msn_eval.protocols import Finetune, Fitted, Setting, fit
+from msn_eval.protocols import Finetune, Fitted, fit
 from msn_eval.protocols.degenerate import describe_collapse
 from msn_eval.protocols.linear import Linear
 from msn_eval.protocols.linear_augmented import LinearAugmented, fit_augmented
 from msn_eval.protocols.team import Team, assist, dismiss
 from msn_eval.ranking import rank_labels
 from msn_eval.request import Request
-from msn_eval.result import (
-    CheckpointFacts,
-    DataFacts,
-    FeatureFacts,
-    Predictions,
-    ProbeFacts,
-    Result,
-    SplitFacts,
-    Status,
-    TimingFacts,
-    TransformFacts,
-    read_result,
-    result_id,
-    write_result,
-)
+from msn_eval.result import Predictions, Result, write_result
 from msn_eval.subset import union_of
 from msn_eval.training_state import StateFiles, remove_states
 from msn_eval.visible_patches import PatchDrop, check_drop
@@ -62,95 +45,6 @@ _NOTHING = Extraction(
     features={}, read=0, reused=0, seconds=0.0, decode_seconds=0.0, encode_seconds=0.0, batch_size=1 << 30
 )
 Progress = Callable[[str, int, int], None]  # what is being done, images done, images in all
-
-
-@dataclass(frozen=True)
-class _Cost:
-    """What the features of a checkpoint cost, both splits together."""
-
-    seconds: float
-    batch_size: int
-    images_per_second: float | None = None
-    decode_share: float | None = None
-    encode_share: float | None = None
-
-
-@dataclass(frozen=True)
-class _Measurement:
-    """One task about to become a result."""
-
-    plan: Plan
-    encoder: Encoder
-    task: Task
-    cost: "_Cost"
-    degenerate: str | None = None
-
-    def done(self, setting: Setting, predictions: Predictions, dim: int, probe_seconds: float) -> Result:
-        status: Status = "not_converged" if setting.converged is False else "ok"
-        result = self._result(setting, dim, probe_seconds)
-        return replace(
-            result,
-            status=status,
-            error=None,
-            metrics=measure(predictions.rank_of_label),
-            predictions=f"{result.id}.npz",
-        )
-
-    def failed(self, error: NumericalError) -> Result:
-        return replace(self._result(Setting(params=self.task.params), None, 0.0), error=str(error))
-
-    def _result(self, setting: Setting, dim: int | None, probe_seconds: float) -> Result:
-        plan, task, encoder = self.plan, self.task, self.encoder
-        return Result(
-            id=_result_id(encoder, task),
-            status="failed",
-            error=None,
-            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            protocol_id=task.protocol_id,
-            protocol=task.protocol,
-            checkpoint=_checkpoint_facts(encoder.checkpoint, plan.request),
-            data=DataFacts(
-                name=plan.data_name,
-                sha256=plan.val_sha256,
-                class_map_sha256=plan.classes_sha256,
-                classes=len(plan.val.classes),
-                val_images=len(plan.val),
-                skipped=len(plan.skipped(task.subset)),
-            ),
-            split=SplitFacts(
-                subset=task.subset.name,
-                draw=task.subset.draw,
-                images=len(task.subset),
-                sha256=task.split_sha256,
-                overlap=task.overlap,
-            ),
-            features=replace(
-                _feature_facts(encoder, _tap(encoder, task, plan.request), dim, plan.decoder),
-                degenerate=self.degenerate,
-            ),
-            probe=ProbeFacts(
-                name=task.probe.name,
-                version=task.probe.version,
-                params=dict(setting.params),
-                solver=setting.solver,
-                converged=setting.converged,
-                certificate=setting.certificate,
-                objective=setting.objective,
-                iterations=setting.iterations,
-                chosen=None if setting.chosen is None else dict(setting.chosen),
-            ),
-            metrics=None,
-            timing_s=TimingFacts(
-                extract=round(self.cost.seconds, 4),
-                probe=round(probe_seconds, 4),
-                total=round(self.cost.seconds + probe_seconds, 4),
-                images_per_second=self.cost.images_per_second,
-                decode_share=self.cost.decode_share,
-                encode_share=self.cost.encode_share,
-            ),
-            environment=describe_environment(plan.device, batch_size=self.cost.batch_size, seed=plan.request.seed),
-            predictions=None,
-        )
 
 
 _Outcome = tuple[Result, Predictions | None]
@@ -246,12 +140,12 @@ def _look_for_results(plan: Plan, encoder: Encoder) -> Preparation:
     """See what is left to measure of one encoder, as the plan's folder is now."""
     request = plan.request
     found = [
-        (task, None if request.canary else _known_result(Path(request.out), encoder, task, request))
+        (task, None if request.canary else known_result(Path(request.out), encoder, task, request))
         for task in plan.tasks
     ]
     return Preparation(
         encoder=encoder,
-        taps={task.probe.tap: _tap(encoder, task, request) for task in plan.tasks},
+        taps={task.probe.tap: tap_of(encoder, task, request) for task in plan.tasks},
         known=tuple(result for _, result in found if result is not None),
         pending=tuple(task for task, result in found if result is None),
     )
@@ -305,7 +199,7 @@ def _refuse_unsaved(plan: Plan, ready: Preparation) -> None:
     pending = set(map(id, ready.pending))
     for task in plan.tasks:
         if isinstance(task.probe, Finetune) and id(task) not in pending:
-            folder, result_id = saved_folder(plan, ready.encoder, task), _result_id(ready.encoder, task)
+            folder, result_id = saved_folder(plan, ready.encoder, task), id_of(ready.encoder, task)
             if saved_result(folder) != result_id:
                 raise UsageError(
                     f"--save: {result_id} is measured already in {plan.request.out}, and its network was not kept",
@@ -345,17 +239,17 @@ def _measure_tuned(
     from msn_eval.finetuning import finetune_task, states_of  # timm's parts for training, which no other probe needs
 
     started = time.perf_counter()
-    result_id = _result_id(encoder, task)
+    result_id = id_of(encoder, task)
     named = _named(on_progress, f"{encoder.checkpoint.name}: fine-tuning on {task.subset.name}@{task.subset.draw}")
     try:
         done = finetune_task(plan, encoder, task, result_id=result_id, group=group, on_progress=named)
     except NumericalError as error:
         if group.rank == 0:
-            yield _Measurement(plan, encoder, task, _Cost(0.0, automatic_batch_size(encoder))).failed(error), None
+            yield Measurement(plan, encoder, task, Cost(0.0, automatic_batch_size(encoder))).failed(error), None
         return
     if group.rank != 0:
         return
-    measurement = _Measurement(plan, encoder, task, _Cost(0.0, done.part))
+    measurement = Measurement(plan, encoder, task, Cost(0.0, done.part))
     seconds = time.perf_counter() - started
     yield measurement.done(done.setting, done.predictions, done.dim, seconds), done.predictions
     remove_states(states_of(plan, encoder, task, result_id))
@@ -369,8 +263,8 @@ def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: P
         with unchanged(encoder):
             pool, test = _both_splits(plan, ready, group, on_progress)
     except NumericalError as error:
-        cost = _Cost(time.perf_counter() - started, plan.request.batch_images or automatic_batch_size(encoder))
-        yield from ((_Measurement(plan, encoder, task, cost).failed(error), None) for task in ready.frozen)
+        cost = Cost(time.perf_counter() - started, plan.request.batch_images or automatic_batch_size(encoder))
+        yield from ((Measurement(plan, encoder, task, cost).failed(error), None) for task in ready.frozen)
         return
     team = Team(group=group, device=plan.device) if group.world > 1 else None
     cost = _cost(pool, test, time.perf_counter() - started)
@@ -387,7 +281,7 @@ def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: P
 
 
 def _on_features(
-    plan: Plan, ready: Preparation, pool: Extraction, test: Extraction, cost: "_Cost", team: Team | None
+    plan: Plan, ready: Preparation, pool: Extraction, test: Extraction, cost: Cost, team: Team | None
 ) -> Iterator[_Outcome]:
     """Fit and score every probe that takes cached features."""
     encoder = ready.encoder
@@ -411,20 +305,18 @@ def _told_of_collapse(encoder: Encoder, tap: str, pool: Extraction, test: Extrac
     return "; ".join(found) or None
 
 
-def _grouped(
-    plan: Plan, ready: Preparation, cost: "_Cost", *, augmented: bool
-) -> Iterator[tuple[list[_Measurement], str]]:
+def _grouped(plan: Plan, ready: Preparation, cost: Cost, *, augmented: bool) -> Iterator[tuple[list[Measurement], str]]:
     """Give what each probe has to measure on each draw, and where the encoder is tapped for it."""
     for (_, probe), tasks in groupby(ready.frozen, key=lambda task: (id(task.subset), task.probe)):
         if isinstance(probe, LinearAugmented) == augmented:
-            yield [_Measurement(plan, ready.encoder, task, cost) for task in tasks], ready.taps[probe.tap]
+            yield [Measurement(plan, ready.encoder, task, cost) for task in tasks], ready.taps[probe.tap]
 
 
-def _cost(pool: Extraction, test: Extraction, seconds: float) -> _Cost:
+def _cost(pool: Extraction, test: Extraction, seconds: float) -> Cost:
     batch_size = min(pool.batch_size, test.batch_size)
     if not pool.read + test.read:
-        return _Cost(seconds, batch_size)
-    return _Cost(
+        return Cost(seconds, batch_size)
+    return Cost(
         seconds,
         batch_size,
         images_per_second=round((pool.read + test.read) / (pool.seconds + test.seconds), 2),
@@ -511,12 +403,8 @@ def _named(on_progress: Progress | None, what: str) -> Callable[[int, int], None
     return lambda done, total: on_progress(what, done, total)
 
 
-def _tap(encoder: Encoder, task: Task, request: Request) -> str:
-    return resolve_tap(encoder, request.tap or task.probe.tap, by_hand=request.tap is not None)
-
-
 def _probe(
-    measurements: Sequence[_Measurement], pool: Features, test: Features, team: Team | None
+    measurements: Sequence[Measurement], pool: Features, test: Features, team: Team | None
 ) -> Iterator[_Outcome]:
     """Fit one probe to one draw and score its pending settings."""
     probe = measurements[0].task.probe
@@ -526,7 +414,7 @@ def _probe(
 
 
 def _on_augmented(
-    measurements: Sequence[_Measurement], tap: str, test: Features | None, group: Group
+    measurements: Sequence[Measurement], tap: str, test: Features | None, group: Group
 ) -> Iterator[_Outcome]:
     """Train layers on augmented images of one draw, all ranks together, and score the pending ones on the first."""
     first = measurements[0]
@@ -574,7 +462,7 @@ def _unseen(images: ImageSet, tap: str) -> Features:
     )
 
 
-def _labels_of(measurement: _Measurement, labelled: Features, test: Features) -> tuple[Features, Features]:
+def _labels_of(measurement: Measurement, labelled: Features, test: Features) -> tuple[Features, Features]:
     """Give both splits with their own labels, or for a canary with random ones."""
     plan = measurement.plan
     if not plan.request.canary:
@@ -584,7 +472,7 @@ def _labels_of(measurement: _Measurement, labelled: Features, test: Features) ->
     )
 
 
-def _scored(measurements: Sequence[_Measurement], make: Callable[[], Fitted], test: Features) -> Iterator[_Outcome]:
+def _scored(measurements: Sequence[Measurement], make: Callable[[], Fitted], test: Features) -> Iterator[_Outcome]:
     """Fit, and score the settings that are pending."""
     open_ones = {str(one.task.params): one for one in measurements}
     started = time.perf_counter()
@@ -611,74 +499,3 @@ def _scored(measurements: Sequence[_Measurement], make: Callable[[], Fitted], te
                 yield open_ones.pop(str(dict(params_of))).failed(reason), None
     except NumericalError as error:
         yield from ((measurement.failed(error), None) for measurement in open_ones.values())
-
-
-def _result_id(encoder: Encoder, task: Task) -> str:
-    return result_id(
-        weights_sha256=encoder.checkpoint.weights_sha256,
-        key=encoder.checkpoint.key,
-        protocol_id=task.protocol_id,
-        draw=task.subset.draw,
-    )
-
-
-def _known_result(out: Path, encoder: Encoder, task: Task, request: Request) -> Result | None:
-    """Give the finished result of a task from an earlier run, or None.
-
-    Raises StoreError where the folder holds a result of the same id that was made with other labelled images, or by
-    another network or transform from the same weights: the id leaves these out, and they must not pass for each other.
-    """
-    path = out / f"{_result_id(encoder, task)}.json"
-    if not path.exists():
-        return None
-    known = read_result(path)
-    if known.status == "failed":
-        return None
-    if known.split.sha256 != task.split_sha256:
-        raise StoreError(
-            f"holds a result of {known.split.subset}@{known.split.draw} with other labelled images than the data set gives now",
-            where=str(path),
-            remedy="The training images changed since: use another --out folder, or restore them.",
-        )
-    facts = _feature_facts(encoder, _tap(encoder, task, request), known.features.dim, request.decoder)
-    # The versions of a decoder and bf16 against fp16 may differ between comparable results.
-    same = replace(known.features, decoder=facts.decoder, precision=facts.precision)
-    if same != facts or known.checkpoint.arch != encoder.arch:
-        raise StoreError(
-            f"holds a result of the same weights read as {known.checkpoint.arch} with {known.features.transform}; "
-            f"now they are read as {encoder.arch} with {facts.transform}",
-            where=str(path),
-            remedy="Use another --out folder for this reading.",
-        )
-    if request.solver not in ("auto", known.probe.solver) and known.probe.name == "logistic":
-        _log.warning(
-            "%s was solved by %s before and is kept; use another --out for %s", path, known.probe.solver, request.solver
-        )
-    return known
-
-
-def _feature_facts(encoder: Encoder, tap: str, dim: int | None, decoder: str) -> FeatureFacts:
-    transform = encoder.transform
-    return FeatureFacts(
-        tap=tap,
-        dim=dim,
-        precision=encoder.precision,
-        decoder=decoder_version(decoder),
-        transform=TransformFacts(**vars(transform)),
-    )
-
-
-def _checkpoint_facts(checkpoint: Checkpoint, request: Request) -> CheckpointFacts:
-    return CheckpointFacts(
-        name=checkpoint.name,
-        path=checkpoint.path,
-        sha256=checkpoint.sha256,
-        weights_sha256=checkpoint.weights_sha256,
-        format=checkpoint.format,
-        key=checkpoint.key,
-        arch=checkpoint.arch,
-        params=checkpoint.params,
-        matched=checkpoint.matched,
-        epoch=checkpoint.epoch,
-        allow_missing=tuple(request.allow_missing) if checkpoint.matched < 1 else (),
-    )

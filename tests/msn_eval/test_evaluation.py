@@ -396,15 +396,8 @@ def test_features_that_collapsed_are_told_and_scored_at_chance(
             for number in range(count):
                 Image.new("RGB", (8, 8)).save(tmp_path / "black" / split / name / f"{number}.png")
 
-    results = evaluate(
-        ["pixels"],
-        data=str(tmp_path / "black"),
-        subsets=["2imgs@1"],
-        probes=["logistic", "ridge", "ncm"],
-        out=tmp_path / "runs",
-        device="cpu",
-        no_cache=True,
-    )
+    given = {"data": str(tmp_path / "black"), "subsets": ["2imgs@1"], "out": tmp_path / "runs", "device": "cpu"}
+    results = evaluate(["pixels"], probes=["logistic", "ridge", "ncm"], no_cache=True, **given)
 
     assert [result.metrics.top1 for result in results if result.metrics] == [0.25] * 3
     told = [record.getMessage() for record in caplog.records if "collapsed representation" in record.getMessage()]
@@ -412,6 +405,7 @@ def test_features_that_collapsed_are_told_and_scored_at_chance(
         f"pixels: tap pixels, {part} images" for part in ("labelled", "validation")
     ]
     assert {(result.features.degenerate or "").partition(":")[0] for result in results} == {"labelled images"}
+    assert evaluate(["pixels"], probes=["logistic", "ridge", "ncm"], no_cache=True, **given) == results
 
 
 def test_validation_labels_that_would_reveal_the_best_layer_move_neither_the_choice_nor_a_prediction(
