@@ -124,7 +124,7 @@ def test_a_record_has_the_promised_fields(folder: Path, capsys: pytest.CaptureFi
         ],
         "data": ["class_map_sha256", "classes", "name", "sha256", "skipped", "val_images"],
         "split": ["draw", "images", "overlap", "sha256", "subset"],
-        "features": ["decoder", "dim", "precision", "tap", "transform"],
+        "features": ["decoder", "degenerate", "dim", "precision", "tap", "transform"],
         "probe": ["certificate", "chosen", "converged", "iterations", "name", "objective", "params", "solver", "version"],
         "metrics": ["n", "top1", "top1_ci95", "top5"],
         "timing_s": ["decode_share", "encode_share", "extract", "images_per_second", "probe", "total"],

@@ -201,7 +201,7 @@ def test_fine_tuned_and_frozen_numbers_stand_in_columns_of_their_own(
 
     groups = list(make_table(results).groups())
 
-    assert groups == ["logistic", "finetune, epochs=1", "finetune, epochs=2"]
+    assert groups == ["logistic, limit=2", "finetune, limit=2 epochs=1", "finetune, limit=2 epochs=2"]
     assert main(["verify", str(tmp_path)]) == 0
     assert "3 records" in capsys.readouterr().out
 
