@@ -7,10 +7,10 @@ import posixpath
 from collections.abc import Mapping
 from typing import Any
 
-from msn_eval.errors import UsageError, nearest
-from msn_eval.reference_networks import NETWORKS
+from msn_eval.errors import UsageError
+from msn_eval.reference_file import read_keys
+from msn_eval.reference_networks import network_of
 
-_SECTIONS = ("data", "logging", "meta", "optimization")
 MAPPED = {
     "data.root_path": "data, with image_folder behind it",
     "data.image_folder": "data",
@@ -40,33 +40,22 @@ _ONLY: dict[str, tuple[object, str]] = {
 _BATCH_SIZE = 16384
 
 
-def is_reference(content: Mapping[str, object]) -> bool:
-    """Tell whether a YAML file is laid out as the authors' are: it has their section `meta`, and ours has none."""
-    return "meta" in content
-
-
 def converted(content: Mapping[str, Any], *, where: str) -> dict[str, object]:
     """Give the fields of a request for an authors' file.
 
     Raises UsageError for keys that their code does not read, lacks, or that mean something that is not done here.
     """
-    given = _read(content, where)
+    given = read_keys(content, known=MAPPED, defaults={}, reader="linear evaluation", where=where)
     for key, (only, why) in _ONLY.items():
         if type(given[key]) is not type(only) or given[key] != only:
             raise UsageError(
                 f"{key}: {given[key]} cannot be mapped: {why}", where=where, remedy=f"Set it to {str(only).lower()}."
             )
-    name = str(given["meta.model_name"])
-    if name not in NETWORKS:
-        raise UsageError(
-            f"meta.model_name: {name!r} cannot be mapped.{nearest(name, NETWORKS)}",
-            where=where,
-            remedy=f"Known: {', '.join(NETWORKS)}.",
-        )
+    network = network_of(str(given["meta.model_name"]), where=where)
     folder = str(given["logging.folder"])
     return {
         "checkpoint": [posixpath.join(folder, str(given["logging.pretrain_path"]))],
-        "arch": NETWORKS[name],
+        "arch": network,
         "data": posixpath.join(str(given["data.root_path"]), str(given["data.image_folder"])).rstrip("/") or "/",
         "classes": given["data.num_classes"],
         "subset": ["full"],
@@ -80,29 +69,3 @@ def converted(content: Mapping[str, Any], *, where: str) -> dict[str, object]:
             "batch_size": _BATCH_SIZE,
         },
     }
-
-
-def _read(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Give `section.key` and value, all that the authors' code reads and no others."""
-    given: dict[str, Any] = {}
-    for section, values in content.items():
-        if section not in _SECTIONS or not isinstance(values, Mapping):
-            raise UsageError(
-                f"{section!r} is no section of the MSN repository's files.{nearest(section, _SECTIONS)}",
-                where=where,
-                remedy=f"Known: {', '.join(_SECTIONS)}. A file of ours has no section `meta`.",
-            )
-        given |= {f"{section}.{key}": value for key, value in values.items()}
-    unknown = next((key for key in given if key not in MAPPED), None)
-    if unknown is not None:
-        raise UsageError(
-            f"unknown key {unknown!r}.{nearest(unknown, MAPPED)}",
-            where=where,
-            remedy="The linear evaluation of the MSN repository does not read it either: take it out.",
-        )
-    missing = [key for key in MAPPED if key not in given]
-    if missing:
-        raise UsageError(
-            f"lacks {', '.join(missing)}", where=where, remedy="The code of the MSN repository needs them, too."
-        )
-    return given

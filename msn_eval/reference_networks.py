@@ -3,6 +3,8 @@
 Source: github.com/facebookresearch/msn, src/deit.py.
 """
 
+from msn_eval.errors import UsageError, nearest
+
 # Their name -> ours, behind timm's the keywords that make it the same network.
 NETWORKS = {
     "deit_tiny": "vit_tiny_patch16_224",
@@ -21,3 +23,14 @@ NETWORKS = {
     "deit_huge_p8": "vit_huge_patch14_224?patch_size=8",
     "deit_huge_p7": "vit_huge_patch14_224?patch_size=7",
 }
+
+
+def network_of(name: str, *, where: str) -> str:
+    """Give the architecture behind a name of theirs. Raises UsageError naming the file `where` it stands."""
+    if name not in NETWORKS:
+        raise UsageError(
+            f"meta.model_name: {name!r} cannot be mapped.{nearest(name, NETWORKS)}",
+            where=where,
+            remedy=f"Known: {', '.join(NETWORKS)}.",
+        )
+    return NETWORKS[name]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
 from msn_eval.errors import UsageError, nearest
+from msn_eval.reference_file import is_reference
 from msn_pretrain.recipe import MSNRecipe, SimSiamRecipe
-from msn_pretrain.reference_recipe import converted, is_reference
+from msn_pretrain.reference_recipe import converted
 
 _Recipe = TypeVar("_Recipe", MSNRecipe, SimSiamRecipe)
 

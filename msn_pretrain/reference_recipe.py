@@ -7,10 +7,10 @@ import posixpath
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from msn_eval.errors import UsageError, nearest
-from msn_eval.reference_networks import NETWORKS
+from msn_eval.errors import UsageError
+from msn_eval.reference_file import read_keys
+from msn_eval.reference_networks import network_of
 
-_SECTIONS = ("criterion", "data", "logging", "meta", "optimization")
 _MAPPED = {
     "criterion.batch_size": "optimization.batch_size, times the number of ranks",
     "criterion.num_proto": "criterion.prototypes",
@@ -83,28 +83,17 @@ _ONLY: dict[str, tuple[object, str]] = {
 }
 
 
-def is_reference(content: Mapping[str, object]) -> bool:
-    """Tell whether a YAML file is laid out as the authors' are: it has their section `meta`, which ours have not."""
-    return "meta" in content
-
-
 def converted(content: Mapping[str, Any], *, world_size: int, where: str) -> dict[str, dict[str, object]]:
     """Give our keys and values for an authors' file.
 
     world_size: ranks of this job: their batch size is that of one rank (64, and 16 ranks, for the published runs)
     Raises UsageError for keys that their code does not read, lacks, or that mean something that is not done here.
     """
-    given = _read(content, where)
+    given = read_keys(content, known=_MAPPED, defaults=_DEFAULTS, reader="code", where=where)
     for key, (only, why) in _ONLY.items():
         if given[key] != only:
             raise UsageError(f"{key}: {given[key]} cannot be mapped: {why}", where=where, remedy=f"Set it to {only}.")
-    name = str(given["meta.model_name"])
-    if name not in NETWORKS:
-        raise UsageError(
-            f"meta.model_name: {name!r} cannot be mapped.{nearest(name, NETWORKS)}",
-            where=where,
-            remedy=f"Known: {', '.join(NETWORKS)}.",
-        )
+    network = network_of(str(given["meta.model_name"]), where=where)
     number = _numbers(given, where)
     strength = number("data.color_jitter_strength")
     return {
@@ -127,7 +116,7 @@ def converted(content: Mapping[str, Any], *, world_size: int, where: str) -> dic
             "saturation": 0.8 * strength,
             "hue": 0.2 * strength,
         },
-        "encoder": {"name": NETWORKS[name], "drop_path": given["meta.drop_path_rate"]},
+        "encoder": {"name": network, "drop_path": given["meta.drop_path_rate"]},
         "head": {
             "hidden": given["meta.hidden_dim"],
             "output": given["meta.output_dim"],
@@ -155,33 +144,6 @@ def converted(content: Mapping[str, Any], *, world_size: int, where: str) -> dic
             "clip": given["optimization.clip_grad"],
         },
     }
-
-
-def _read(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Give `section.key` and value, all that the authors' code reads and no others."""
-    given: dict[str, Any] = {}
-    for section, values in content.items():
-        if section not in _SECTIONS or not isinstance(values, Mapping):
-            raise UsageError(
-                f"{section!r} is no section of the MSN repository's files.{nearest(section, _SECTIONS)}",
-                where=where,
-                remedy=f"Known: {', '.join(_SECTIONS)}. A file of ours has no section `meta`.",
-            )
-        given |= {f"{section}.{key}": value for key, value in values.items()}
-    unknown = next((key for key in given if key not in _MAPPED), None)
-    if unknown is not None:
-        raise UsageError(
-            f"unknown key {unknown!r}.{nearest(unknown, _MAPPED)}",
-            where=where,
-            remedy="The code of the MSN repository does not read it either: take it out.",
-        )
-    given = _DEFAULTS | given
-    missing = [key for key in _MAPPED if key not in given]
-    if missing:
-        raise UsageError(
-            f"lacks {', '.join(missing)}", where=where, remedy="The code of the MSN repository needs them, too."
-        )
-    return given
 
 
 def _numbers(given: Mapping[str, Any], where: str) -> Callable[[str], float]:

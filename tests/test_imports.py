@@ -20,6 +20,7 @@ _FLOORS = [
         "host",
         "augmentation",
         "reference_networks",
+        "reference_file",
         "distributed",
         "stop",
         "slurm",

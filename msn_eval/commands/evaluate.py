@@ -151,7 +151,8 @@ def read_request(options: argparse.Namespace, overrides: Sequence[str]) -> Reque
 
 def _translated(content: Mapping[str, object], where: str) -> Mapping[str, object]:
     """Give a config file's content in our words: the MSN repository's linear-evaluation files are read as they are."""
-    from msn_eval.reference_evaluation import converted, is_reference
+    from msn_eval.reference_evaluation import converted
+    from msn_eval.reference_file import is_reference
 
     return converted(content, where=where) if is_reference(content) else content
 

@@ -16,9 +16,7 @@ from msn_eval.protocols.cross_entropy import Solution
 from msn_eval.protocols.rows import centred_rows
 
 _WHOLE_BYTES = 1 << 30  # that all rows and their logits may take; a fixed number, so that machines do not differ
-_CHUNK_VALUES = (
-    1 << 20
-)  # of rows and logits: as much as stays small beside any features, and is enough for a fast product
+_CHUNK_VALUES = 1 << 20  # of rows and logits: small beside such features, and enough for a fast product
 _CUDA_CHUNK_VALUES = 1 << 27
 _TEMPORARIES = 64  # bytes a value of a chunk, all temporaries of the float64 pass together
 _MOST_STEPS = 100

@@ -343,9 +343,8 @@ def test_all_rows_stay_shown_after_sorting(long_opened: "webdriver.Chrome") -> N
     long_opened.find_element(By.ID, "all").click()
     _head(long_opened, -1).click()
 
-    WebDriverWait(long_opened, 5).until(
-        lambda browser: _shown(browser) == [f"network {number}" for number in range(130)]
-    )
+    wanted = [f"network {number}" for number in range(130)]
+    assert WebDriverWait(long_opened, 5).until(lambda browser: _shown(browser) == wanted)
 
 
 def test_filter_finds_rows_that_were_not_laid_out(long_opened: "webdriver.Chrome") -> None:
