@@ -10,6 +10,7 @@ from msn_eval.errors import NumericalError
 from msn_eval.protocols.cosine import row_lengths, unit_rows
 
 _STEP_VALUES = 1 << 22  # values that a pass over rows holds at once, in float64: 32 MiB
+_WIDE_VALUES = 1 << 26  # of a bank that is kept in float64 too: 512 MiB
 _SHOWN = 5  # rows in an error
 
 
@@ -43,6 +44,13 @@ class Bank:
     @property
     def rows(self) -> int:
         return len(self.values) if self.copies is None else len(self.copies.ids)
+
+    @cached_property
+    def wide(self) -> Tensor | None:
+        """The values in float64, on a processor, where they are no more than `_WIDE_VALUES`."""
+        if self.values.device.type != "cpu" or self.values.numel() > _WIDE_VALUES:
+            return None
+        return self.values.to(torch.float64)
 
     @cached_property
     def float32(self) -> "Rounded":

@@ -102,11 +102,11 @@ def _decide(
     """
     coarse, highest = proposed.coarse, proposed.coarse + proposed.bound
     cosines = torch.full_like(coarse, -torch.inf)
-    cosines[:, :k] = cosines_of_rows(queries, lengths, bank.values, bank.lengths, proposed.rows[:, :k])
+    cosines[:, :k] = cosines_of_rows(queries, lengths, bank.values, bank.lengths, proposed.rows[:, :k], wide=bank.wide)
     members = (highest >= cosines[:, :k].amin(dim=1, keepdim=True)).sum(dim=1)
     for some in torch.split(members.argsort(), max(1, -(-len(members) // _ALIKE))):
         rows = proposed.rows[some, k : int(members[some[-1]])]
-        more = cosines_of_rows(queries[some], lengths[some], bank.values, bank.lengths, rows)
+        more = cosines_of_rows(queries[some], lengths[some], bank.values, bank.lengths, rows, wide=bank.wide)
         cosines[some, k : k + rows.shape[1]] = more
     off = (coarse - cosines).abs().masked_fill(cosines == -torch.inf, 0)
     if not bool((off <= proposed.bound).all()):
@@ -125,7 +125,7 @@ def _decide(
 def _search_all(query: Tensor, length: Tensor, bank: Bank, k: int) -> Found:
     """Search by the cosines of all rows."""
     rows = torch.arange(len(bank.values), device=query.device)
-    cosines = cosines_of_rows(query, length, bank.values, bank.lengths, rows[None])[0]
+    cosines = cosines_of_rows(query, length, bank.values, bank.lengths, rows[None], wide=bank.wide)[0]
     ordered = cosines.sort(descending=True, stable=True)
     return ordered.values[:k], ordered.indices[:k]
 

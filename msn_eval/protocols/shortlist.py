@@ -16,10 +16,11 @@ units may cut instead of rounding and drop bits in aligning (Fasi et al. 2021), 
 Values too small for float32, at most 2^-126 each, may be flushed: d 2^-125 in all. Where a product rounds its inputs to
 TF32, 2^-11 for each factor is lost; where the answer is given in bfloat16, half a unit in its last place: out = 2^-8 of it.
 
-    bound  =  e (1 + f) + f + (g_d + in) (1 + e) (1 + f) + d 2^-125 + (d + 16) 2^-53 + out |c|,
+    bound  =  e (1 + f) + f + (g_d + in) (1 + e) (1 + f) + d 2^-125 + (d + 16) 2^-53 + 2^-39 + out |c|,
 
-the last but one for the rounding of the exact cosine itself and of what is compared here. f is the largest of the bank, so
-that for a query c + bound rises with c: no row outside a list has a larger one than the list's last.
+the two before the last for the rounding of the exact cosine itself, in float64 and to its grid, and of what is compared here.
+f is the largest of the bank, so that for a query c + bound rises with c: no row outside a list has a larger one than the
+list's last.
 """
 
 import time
@@ -35,7 +36,7 @@ from torch import Tensor
 from msn_eval.encoder import exact_float32
 from msn_eval.errors import UsageError
 from msn_eval.protocols.bank import Bank, Rounded, rounded
-from msn_eval.protocols.cosine import unit_rows
+from msn_eval.protocols.cosine import GRID, unit_rows
 
 Arithmetic = Literal["bfloat16", "float32", "float64"]
 By = Literal["auto", "torch", "faiss"]
@@ -138,7 +139,7 @@ def error_bound(coarse: Tensor, drift: Tensor, bank_drift: float, loss: _Loss) -
     rounded_output = 2.0**-8 if loss.arithmetic == "bfloat16" and loss.device != "cuda" else 0.0
     tf32_inputs = 2.0**-10 + 2.0**-22 if loss.faiss and loss.device == "cuda" else 0.0  # faiss does not say
     lost = summed + tf32_inputs * (1 + summed)
-    rest = d * 2.0**-125 + (d + 16) * 2.0**-53
+    rest = d * 2.0**-125 + (d + 16) * 2.0**-53 + GRID / 2
     whole = drift * (1 + bank_drift) + bank_drift + lost * (1 + drift) * (1 + bank_drift) + rest
     return whole[:, None] + rounded_output * coarse.abs()
 
