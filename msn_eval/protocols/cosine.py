@@ -132,7 +132,8 @@ def _sampled_dots(queries: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
             size=(m, len(bank)),
             check_invariants=False,
         )
-    return torch.sparse.sampled_addmm(pattern, queries, bank.T, beta=0.0).values().view(m, s)
+    dots: Tensor = torch.sparse.sampled_addmm(pattern, queries, bank.T, beta=0.0).values()
+    return dots.view(m, s)
 
 
 def _folded_dots(queries: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
