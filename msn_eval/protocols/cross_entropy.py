@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -138,12 +138,3 @@ def zero_point(problem: CrossEntropyProblem) -> Point:
         gradient=gradient,
         gap=_squared(gradient) / (2 * problem.mu * objective),
     )
-
-
-def reweighted_point(point: Point, *, before: float, now: float) -> Point:
-    """Give the point as it is in the problem whose mu is `now` instead of `before`: no product is needed."""
-    squared = _squared(point.weights)
-    objective = point.objective + (now - before) / 2 * squared
-    gradient = torch.add(point.gradient, point.weights, alpha=now - before)
-    gap = _squared(gradient) / (2 * now * objective)
-    return replace(point, objective=objective, gradient=gradient, gap=gap)

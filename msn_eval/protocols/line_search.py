@@ -21,7 +21,7 @@ def search_line(problem: CrossEntropyProblem, point: Point, direction: Tensor, a
     first_slope = float((point.gradient * direction).sum(dtype=torch.float64))
     inner = float((point.weights * direction).sum(dtype=torch.float64))
     squared = float(direction.square().sum(dtype=torch.float64))
-    length, shortest, longest = 1.0, 0.0, torch.inf
+    length, shortest, longest, last = 1.0, 0.0, torch.inf, torch.inf
     for _ in range(_MOST_TRIALS):
         slope, curvature = _slope(problem, point, along, length)
         slope += problem.mu * (inner + length * squared)
@@ -32,7 +32,10 @@ def search_line(problem: CrossEntropyProblem, point: Point, direction: Tensor, a
         if longest == torch.inf:
             length = min(max(newton, 1.5 * length), _LONGEST_GROWTH * length)
         else:
-            length = newton if shortest < newton < longest else (shortest + longest) / 2
+            # Steps that do not shrink may swing between both ends for long.
+            closer = shortest < newton < longest and abs(newton - length) <= last / 2
+            trial = newton if closer else (shortest + longest) / 2
+            length, last = trial, abs(trial - length)
     return length
 
 

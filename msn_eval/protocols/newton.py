@@ -1,6 +1,7 @@
 """Newton's method with conjugate gradients for the regularised cross-entropy."""
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -13,15 +14,17 @@ from msn_eval.protocols.cross_entropy import (
     Solution,
     certify,
     evaluate_point,
-    reweighted_point,
     row_blocks,
     zero_point,
 )
 from msn_eval.protocols.line_search import search_line
+from msn_eval.protocols.warm_start import combined_point
 
 _MOST_STEPS = 100
 _MOST_PRODUCTS = 250  # curvature products a step
 _LOOSEST_FORCING = 0.5
+_REMEMBERED = 2  # solutions that the next start is combined of
+_NEGLIGIBLE = 10  # times the target: so little a start is not improved for, since a step follows
 _FAR_GAP, _FAR_STEPS = 0.4, 2  # so far away, and so early, no more than the steepest descent is worth its products
 
 
@@ -37,7 +40,7 @@ def minimise_by_newton(problem: CrossEntropyProblem, *, target: float) -> tuple[
 def minimise_path(
     problem: CrossEntropyProblem, mus: Sequence[float], *, target: float
 ) -> Iterator[tuple[Solution, int]]:
-    """Minimise for several mus in their order, each from the solution before it; best from large to small.
+    """Minimise for several mus in their order, each from what the two solutions before it foretell; best from large to small.
 
     problem: with float64 rows; its own mu is not looked at
     The way is walked in float32, as far as that leads. What is returned is evaluated anew in float64; where its gap
@@ -45,11 +48,12 @@ def minimise_path(
     curvature products inside a step in float32, which bends the direction a little and never the answer.
     """
     rough = replace(problem, rows=problem.rows.to(torch.float32))
-    point: Point | None = None
+    walked: deque[Point] = deque(maxlen=_REMEMBERED)
     for mu in mus:
-        before, exact, rough = rough.mu, replace(problem, mu=mu), replace(rough, mu=mu)
-        start = zero_point(rough) if point is None else _scaled(rough, reweighted_point(point, before=before, now=mu))
+        exact, rough = replace(problem, mu=mu), replace(rough, mu=mu)
+        start = combined_point(rough, walked, enough=_NEGLIGIBLE * target) if walked else zero_point(rough)
         point, rough_steps = _minimise(rough, rough, start, target)
+        walked.append(point)
         solution = certify(exact, point.weights)
         if solution.gap <= target:
             yield solution, rough_steps
@@ -63,15 +67,6 @@ def _finish(
     """Walk the rest of the way, where float32 leads no further, in float64."""
     point, more = _minimise(problem, rough, evaluate_point(problem, weights), target)
     return Solution(weights=point.weights, objective=point.objective, gap=point.gap), steps + more
-
-
-def _scaled(problem: CrossEntropyProblem, point: Point) -> Point:
-    """Stretch weights to the length that suits the problem best: those for another mu differ most in that."""
-    slope = float((point.gradient * point.weights).sum())
-    if slope == 0:
-        return point
-    direction, along = (point.weights, point.logits) if slope < 0 else (-point.weights, -point.logits)
-    return _moved(problem, point, direction, along)
 
 
 def _moved(problem: CrossEntropyProblem, point: Point, direction: Tensor, along: Tensor) -> Point:

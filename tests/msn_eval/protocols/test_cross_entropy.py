@@ -1,7 +1,5 @@
 """The objective, its gradient and its certificate, against finite differences and the dual."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,6 @@ from msn_eval.protocols.cross_entropy import (
     CrossEntropyProblem,
     certify,
     evaluate_point,
-    reweighted_point,
     zero_point,
 )
 
@@ -163,17 +160,6 @@ def test_point_of_zero_weights_is_the_one_evaluated() -> None:
     assert (point.objective, point.gap) == pytest.approx((expected.objective, expected.gap), rel=1e-13)
     torch.testing.assert_close(point.gradient, expected.gradient)
     torch.testing.assert_close(point.probabilities, expected.probabilities)
-
-
-def test_point_of_another_mu_is_the_one_evaluated() -> None:
-    problem = _problem(mu=0.02)
-    weights = _weights(problem)
-
-    point = reweighted_point(evaluate_point(problem, weights), before=0.02, now=0.5)
-
-    expected = evaluate_point(replace(problem, mu=0.5), weights)
-    assert (point.objective, point.gap) == pytest.approx((expected.objective, expected.gap), rel=1e-13)
-    torch.testing.assert_close(point.gradient, expected.gradient)
 
 
 def test_certificate_of_float32_weights_is_that_of_the_same_weights_in_float64() -> None:

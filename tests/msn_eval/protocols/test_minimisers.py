@@ -171,6 +171,16 @@ def test_newtons_path_from_large_to_small_mu_meets_the_target_at_each(
         assert solution.objective == pytest.approx(alone.objective, rel=1e-6)
 
 
+def test_solutions_along_a_path_foretell_the_next_and_save_steps() -> None:
+    problem = _problem(*_clusters(120, 12, 6), 1.0)
+    mus = [0.075 / 2**halving / 120 for halving in range(6)]
+
+    steps = [found for _, found in minimise_path(problem, mus, target=1e-6)]
+
+    alone = [minimise_by_newton(replace(problem, mu=mu), target=1e-6)[1] for mu in mus]
+    assert sum(steps[2:]) <= sum(alone[2:]) / 2
+
+
 def test_newton_goes_on_in_float64_where_float32_leads_no_further() -> None:
     problem = _problem(*_clusters(120, 12, 6), 0.0025)
 
