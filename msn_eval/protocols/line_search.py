@@ -8,6 +8,7 @@ from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Point, row_blo
 _MOST_TRIALS = 25
 _SLOPE_SHARE = 0.2  # the search ends where the slope is this share of the first one
 _LONGEST_GROWTH = 10.0
+_SHRINKING = 0.9  # of a step before: those that hardly shrink may swing between both ends for long
 
 
 def search_line(problem: CrossEntropyProblem, point: Point, direction: Tensor, along: Tensor) -> float:
@@ -32,8 +33,7 @@ def search_line(problem: CrossEntropyProblem, point: Point, direction: Tensor, a
         if longest == torch.inf:
             length = min(max(newton, 1.5 * length), _LONGEST_GROWTH * length)
         else:
-            # Steps that do not shrink may swing between both ends for long.
-            closer = shortest < newton < longest and abs(newton - length) <= last / 2
+            closer = shortest < newton < longest and abs(newton - length) <= _SHRINKING * last
             trial = newton if closer else (shortest + longest) / 2
             length, last = trial, abs(trial - length)
     return length

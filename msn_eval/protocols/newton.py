@@ -51,8 +51,12 @@ def minimise_path(
     walked: deque[Point] = deque(maxlen=_REMEMBERED)
     for mu in mus:
         exact, rough = replace(problem, mu=mu), replace(rough, mu=mu)
-        start = combined_point(rough, walked, enough=_NEGLIGIBLE * target) if walked else zero_point(rough)
-        point, rough_steps = _minimise(rough, rough, start, target)
+        if walked:
+            start, taken = combined_point(rough, walked, enough=_NEGLIGIBLE * target), 0
+        else:
+            start, taken = _minimise(rough, rough, zero_point(rough), target, range(1))
+            walked.append(start)  # the gradient at zero is the direction of the solution for an infinite mu
+        point, rough_steps = _minimise(rough, rough, start, target, range(taken, _MOST_STEPS))
         walked.append(point)
         solution = certify(exact, point.weights)
         if solution.gap <= target:
@@ -65,7 +69,7 @@ def _finish(
     problem: CrossEntropyProblem, rough: CrossEntropyProblem, weights: Tensor, steps: int, target: float
 ) -> tuple[Solution, int]:
     """Walk the rest of the way, where float32 leads no further, in float64."""
-    point, more = _minimise(problem, rough, evaluate_point(problem, weights), target)
+    point, more = _minimise(problem, rough, evaluate_point(problem, weights), target, range(_MOST_STEPS))
     return Solution(weights=point.weights, objective=point.objective, gap=point.gap), steps + more
 
 
@@ -78,10 +82,14 @@ def _moved(problem: CrossEntropyProblem, point: Point, direction: Tensor, along:
 
 
 def _minimise(
-    problem: CrossEntropyProblem, rough: CrossEntropyProblem, point: Point, target: float
+    problem: CrossEntropyProblem,
+    rough: CrossEntropyProblem,
+    point: Point,
+    target: float,
+    steps: range,
 ) -> tuple[Point, int]:
-    """Walk from `point` in the precision of `problem`; `rough` is the same in float32."""
-    for step in range(_MOST_STEPS):
+    """Walk from `point` in the precision of `problem`; `rough` is the same in float32. Gives the number of the step after."""
+    for step in steps:
         if point.gap <= target:
             return point, step
         direction, along = _newton_direction(rough, point, target, early=step < _FAR_STEPS)
@@ -92,7 +100,7 @@ def _minimise(
         if not moved.gap < point.gap and not moved.objective < point.objective:
             return point, step  # this precision has no better answer
         point = moved
-    return point, _MOST_STEPS
+    return point, steps.stop
 
 
 def _forcing(gap: float, target: float) -> float:
