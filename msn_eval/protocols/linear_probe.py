@@ -107,7 +107,7 @@ def train_grid(
     # One row a layer and class; buffers are made once, since large ones are given back to the system at every step.
     weights, biases = first.new_zeros(h * n_classes, d), first.new_zeros(h * n_classes)
     speed, bias_speed, gradient = torch.zeros_like(weights), torch.zeros_like(biases), torch.empty_like(weights)
-    logits, shares = (first.new_empty(min(batch_size, n), h * n_classes) for _ in range(2))
+    scores = first.new_empty(min(batch_size, n), h * n_classes)
     rate, decay = (
         first.new_tensor(column).repeat_interleave(n_classes)
         for column in ([one.learning_rate for one in recipes], [one.weight_decay for one in recipes])
@@ -118,15 +118,16 @@ def train_grid(
         order = torch.randperm(n, generator=generator).to(labels.device)
         for some in torch.split(order, batch_size):
             batch, b = take(some), len(some)
-            torch.addmm(biases, batch, weights.T, out=logits[:b])
+            logits = torch.addmm(biases, batch, weights.T, out=scores[:b])
+            residual = logits.view(b, h, n_classes)
             if epoch == epochs - 1:
-                losses += _losses(logits[:b].view(b, h, n_classes), labels[some]) * (b / n)
-            residual = torch.softmax(logits[:b].view(b, h, n_classes), dim=2, out=shares[:b].view(b, h, n_classes))
+                losses += _losses(residual, labels[some]) * (b / n)
+            torch.softmax(residual, dim=2, out=residual)  # in its place: a second buffer would push the first out of the cache
             # What a float32 holds only as a denormal number moves no weight, and makes a product ten times as slow.
             torch.threshold_(residual, _SMALLEST, 0.0)
             residual[torch.arange(b, device=labels.device), :, labels[some]] -= 1
-            torch.mm(shares[:b].T, batch / b, out=gradient).addcmul_(decay[:, None], weights)
-            bias_gradient = shares[:b].sum(dim=0) / b
+            torch.mm(logits.T, batch / b, out=gradient).addcmul_(decay[:, None], weights)
+            bias_gradient = logits.sum(dim=0) / b
             share = (1 + math.cos(math.pi * step / steps)) / 2
             speed.mul_(MOMENTUM).add_(gradient)
             bias_speed.mul_(MOMENTUM).add_(bias_gradient)
