@@ -87,9 +87,11 @@ def protocol_title(result: Result) -> str:
     Of a probe with many settings, as fine-tuning has, it gives the start of that id: `finetune #1f0a3c52, 1pct`.
     """
     short = {"temperature": "T", "lambda": "λ"}
-    params = [f"{short.get(name, name)}={value:g}" for name, value in result.probe.params.items()]
+    settings = result.probe.params
+    taps = [f"taps={settings['taps']}"] if "taps" in settings else []
+    params = [f"{short.get(name, name)}={value:g}" for name, value in settings.items() if not isinstance(value, str)]
     if len(params) > _MOST_TOLD:
-        params = [f"#{result.protocol_id[:8]}"]
+        params = [*taps, f"#{result.protocol_id[:8]}"]
     if "auto" in result.probe.params:
         params = ["λ=auto"]  # the rule and its grid say less to people than that there is one
     return f"{' '.join([result.probe.name, *params])}, {result.split.subset}"

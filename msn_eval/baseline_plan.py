@@ -1,7 +1,7 @@
 """The plans that measure another checkpoint exactly as a baseline was measured."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -9,11 +9,9 @@ from msn_eval.baseline import Baseline, BaselineProtocol
 from msn_eval.errors import ComparisonError
 from msn_eval.finetune_recipe import Finetune, recipe_of
 from msn_eval.plan import Plan, make_plan
-from msn_eval.probe_recipe import AugmentedRecipe, LinearRecipe
+from msn_eval.probe_recipe import AugmentedRecipe, Params, linear_recipe_of
 from msn_eval.protocol_difference import nearest_protocol
 from msn_eval.request import AUTO, Request
-
-Params = Mapping[str, int | float]
 
 
 def make_baseline_plans(baseline: Baseline, request: Request) -> list[Plan]:
@@ -56,7 +54,7 @@ def _plan(entries: Sequence[BaselineProtocol], request: Request) -> Plan:
             lambda_=[*map(repr, _values(params, "lambda")), *([AUTO] if any("auto" in one for one in params) else [])],
             k=[int(k) for k in _values(params, "k")],
             temperature=_values(params, "temperature"),
-            linear=LinearRecipe(**cast(dict[str, Any], params[0])) if name == "linear" else request.linear,
+            linear=linear_recipe_of(params[0]) if name == "linear" else request.linear,
             linear_augmented=_augmented(params[0]) if name == "linear-augmented" else request.linear_augmented,
             precision=precision,
             on_bad_image="error" if protocol["skipped"] is None else "skip",

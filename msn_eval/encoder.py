@@ -220,17 +220,17 @@ def _available_taps(checkpoint: Checkpoint, network: nn.Module) -> tuple[str, ..
     return ("cls", "cls-norm", "mean", "cls4") if deep else ("cls", "cls-norm", "mean")
 
 
-def resolve_tap(encoder: Encoder, wanted: str, *, by_hand: bool) -> str:
+def resolve_tap(encoder: Encoder, wanted: str, *, by_hand: bool, option: str = "--tap") -> str:
     """Give the tap to use: `wanted` where the network has it, else the first it has of mean, pool, out, pixels.
 
-    by_hand: the user asked for this very tap, and another would be a surprise
+    by_hand: the user asked for this very tap by `option`, and another would be a surprise
     Raises UsageError where a tap asked for by hand is not there.
     """
     if wanted in encoder.taps:
         return wanted
     if by_hand:
         raise UsageError(
-            f"--tap {wanted}: {encoder.checkpoint.name} ({encoder.arch}) has no such tap",
+            f"{option} {wanted}: {encoder.checkpoint.name} ({encoder.arch}) has no such tap",
             remedy=f"It has: {', '.join(encoder.taps)}.",
         )
     return next(tap for tap in _FALLBACKS if tap in encoder.taps)

@@ -7,8 +7,9 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from msn_eval.errors import NumericalError, UsageError
 from msn_eval.features import Extraction, Features, Loading, automatic_batch_size, extract_features
 from msn_eval.file_hashes import content_sha256
 from msn_eval.images import ImageSet
-from msn_eval.measurement import Cost, Measurement, id_of, known_result, tap_of
+from msn_eval.measurement import Cost, Measurement, id_of, known_result, taps_of
 from msn_eval.plan import Plan, Task, cache_folder, make_plan
 from msn_eval.protocols import Finetune, Fitted, fit
 from msn_eval.protocols.degenerate import describe_collapse
@@ -108,7 +109,11 @@ class Preparation:
 
     @property
     def pending_taps(self) -> tuple[str, ...]:
-        return tuple({self.taps[task.probe.tap]: None for task in self.frozen})
+        return self.taps_of(self.frozen)
+
+    def taps_of(self, tasks: Iterable[Task]) -> tuple[str, ...]:
+        """Give where the encoder is tapped for some tasks, each tap once."""
+        return tuple({self.taps[name]: None for task in tasks for name in task.taps})
 
 
 def prepare(plan: Plan, name: str) -> Preparation:
@@ -145,7 +150,7 @@ def _look_for_results(plan: Plan, encoder: Encoder) -> Preparation:
     ]
     return Preparation(
         encoder=encoder,
-        taps={task.probe.tap: tap_of(encoder, task, request) for task in plan.tasks},
+        taps={name: tap for task in plan.tasks for name, tap in taps_of(encoder, task, request).items()},
         known=tuple(result for _, result in found if result is not None),
         pending=tuple(task for task, result in found if result is None),
     )
@@ -276,7 +281,7 @@ def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: P
                 dismiss(team)
     elif team is not None:
         assist(team)
-    for measurements, tap in _grouped(plan, ready, cost, augmented=True):
+    for measurements, (tap,) in _grouped(plan, ready, cost, augmented=True):
         yield from _on_augmented(measurements, tap, test.features.get(tap), group)
 
 
@@ -290,9 +295,10 @@ def _on_features(
         encoder.checkpoint.name, pool.read + test.read + pool.reused + test.reused, cost.seconds, pool.reused + test.reused,
     )  # fmt: skip
     degenerate = {tap: _told_of_collapse(encoder, tap, pool, test) for tap in test.features}
-    for measurements, tap in _grouped(plan, ready, cost, augmented=False):
-        told = [replace(measurement, degenerate=degenerate[tap]) for measurement in measurements]
-        yield from _probe(told, pool.features[tap], test.features[tap], team)
+    for measurements, taps in _grouped(plan, ready, cost, augmented=False):
+        known = "; ".join(words for tap in taps if (words := degenerate[tap])) or None
+        told = [replace(measurement, degenerate=known) for measurement in measurements]
+        yield from _probe(told, [(pool.features[tap], test.features[tap]) for tap in taps], team)
 
 
 def _told_of_collapse(encoder: Encoder, tap: str, pool: Extraction, test: Extraction) -> str | None:
@@ -305,11 +311,14 @@ def _told_of_collapse(encoder: Encoder, tap: str, pool: Extraction, test: Extrac
     return "; ".join(found) or None
 
 
-def _grouped(plan: Plan, ready: Preparation, cost: Cost, *, augmented: bool) -> Iterator[tuple[list[Measurement], str]]:
+def _grouped(
+    plan: Plan, ready: Preparation, cost: Cost, *, augmented: bool
+) -> Iterator[tuple[list[Measurement], tuple[str, ...]]]:
     """Give what each probe has to measure on each draw, and where the encoder is tapped for it."""
     for (_, probe), tasks in groupby(ready.frozen, key=lambda task: (id(task.subset), task.probe)):
         if isinstance(probe, LinearAugmented) == augmented:
-            yield [Measurement(plan, ready.encoder, task, cost) for task in tasks], ready.taps[probe.tap]
+            measurements = [Measurement(plan, ready.encoder, task, cost) for task in tasks]
+            yield measurements, ready.taps_of([measurements[0].task])
 
 
 def _cost(pool: Extraction, test: Extraction, seconds: float) -> Cost:
@@ -330,7 +339,7 @@ def _both_splits(
 ) -> tuple[Extraction, Extraction]:
     """Give the features of the labelled images, the union of all draws, and of the validation images."""
     request = plan.request
-    labelled_taps = tuple({ready.taps[task.probe.tap]: None for task in _cached(ready.pending)})
+    labelled_taps = ready.taps_of(_cached(ready.frozen))
     loading = loading_of(request)
     with _shared_cache(plan, group) as cache:
         some_at_a_time = cache is not None and all(isinstance(task.probe, Linear) for task in _cached(ready.pending))
@@ -404,13 +413,19 @@ def _named(on_progress: Progress | None, what: str) -> Callable[[int, int], None
 
 
 def _probe(
-    measurements: Sequence[Measurement], pool: Features, test: Features, team: Team | None
+    measurements: Sequence[Measurement], splits: Sequence[tuple[Features, Features]], team: Team | None
 ) -> Iterator[_Outcome]:
-    """Fit one probe to one draw and score its pending settings."""
-    probe = measurements[0].task.probe
+    """Fit one probe to one draw and score its pending settings.
+
+    splits: the labelled and the validation images' features, at each tap that the probe is given
+    """
+    first = measurements[0]
+    probe, drawn = first.task.probe, first.task.subset.image_ids
     assert not isinstance(probe, LinearAugmented | Finetune)
-    labelled, test = _labels_of(measurements[0], pool.only(measurements[0].task.subset.image_ids), test)
-    yield from _scored(measurements, lambda: fit(probe, labelled, measurements[0].plan.device, team=team), test)
+    pairs = [_labels_of(first, pool.only(drawn), test) for pool, test in splits]
+    labelled, *elsewhere = (pool for pool, _ in pairs)
+    make = partial(fit, probe, labelled, first.plan.device, team=team, elsewhere=elsewhere)
+    yield from _scored(measurements, make, [test for _, test in pairs])
 
 
 def _on_augmented(
@@ -446,7 +461,7 @@ def _on_augmented(
         with contextlib.suppress(NumericalError):  # which the first rank meets as well, and records
             make()
         return
-    yield from _scored(measurements, make, scored)  # each result is written before the next is asked for
+    yield from _scored(measurements, make, [scored])  # each result is written before the next is asked for
     if files is not None:
         remove_states(files)
 
@@ -472,13 +487,19 @@ def _labels_of(measurement: Measurement, labelled: Features, test: Features) -> 
     )
 
 
-def _scored(measurements: Sequence[Measurement], make: Callable[[], Fitted], test: Features) -> Iterator[_Outcome]:
-    """Fit, and score the settings that are pending."""
+def _scored(
+    measurements: Sequence[Measurement], make: Callable[[], Fitted], offered: Sequence[Features]
+) -> Iterator[_Outcome]:
+    """Fit, and score the settings that are pending.
+
+    offered: the validation images' features, at each tap that the probe was given
+    """
     open_ones = {str(one.task.params): one for one in measurements}
     started = time.perf_counter()
     try:
         fitted = make()
         fit_seconds = time.perf_counter() - started
+        (test,) = (features for features in offered if fitted.tap in (None, features.tap))
         scored = time.perf_counter()
         for setting, scores in zip(fitted.settings, fitted.scores(test.values), strict=True):
             params = str(dict(setting.params))

@@ -1,11 +1,11 @@
 """Finetune recipe: every number that a fine-tuning is made of, as a YAML file's `finetune` section gives it."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from msn_eval.errors import UsageError
+from msn_eval.probe_recipe import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +109,11 @@ class Finetune:
         return {**self.recipe.settings, "seed": self.seed}
 
 
-def recipe_of(settings: Mapping[str, int | float]) -> FinetuneRecipe:
+def recipe_of(settings: Params) -> FinetuneRecipe:
     """Give the recipe that a record's settings tell of; others among them are passed over."""
     known = {one.name for one in fields(FinetuneRecipe)}
     # Each given, since None is left out of the settings and need not be the default.
-    given: dict[str, int | float | None] = {"blocks": None}
+    given: dict[str, int | float | str | None] = {"blocks": None}
     given |= {name: value for name, value in settings.items() if name in known}
     return FinetuneRecipe(**given)  # type: ignore[arg-type]
 

@@ -1,6 +1,7 @@
 """Measurement: a task of a plan about to become a result, and the result that an earlier run may have made of it."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from msn_eval.errors import NumericalError, StoreError
 from msn_eval.metrics import measure
 from msn_eval.plan import Plan, Task
 from msn_eval.protocols import Setting
+from msn_eval.protocols.linear import Linear
 from msn_eval.request import Request
 from msn_eval.result import (
     CheckpointFacts,
@@ -93,7 +95,7 @@ class Measurement:
                 overlap=task.overlap,
             ),
             features=replace(
-                _feature_facts(encoder, tap_of(encoder, task, plan.request), dim, plan.decoder),
+                _feature_facts(encoder, taps_of(encoder, task, plan.request), dim, plan.decoder),
                 degenerate=self.degenerate,
             ),
             probe=ProbeFacts(
@@ -149,7 +151,7 @@ def known_result(out: Path, encoder: Encoder, task: Task, request: Request) -> R
             where=str(path),
             remedy="The training images changed since: use another --out folder, or restore them.",
         )
-    facts = _feature_facts(encoder, tap_of(encoder, task, request), known.features.dim, request.decoder)
+    facts = _feature_facts(encoder, taps_of(encoder, task, request), known.features.dim, request.decoder)
     # The versions of a decoder and bf16 against fp16 may differ between comparable results.
     same = replace(known.features, decoder=facts.decoder, precision=facts.precision, degenerate=None)
     if same != facts or known.checkpoint.arch != encoder.arch:
@@ -166,15 +168,19 @@ def known_result(out: Path, encoder: Encoder, task: Task, request: Request) -> R
     return known
 
 
-def tap_of(encoder: Encoder, task: Task, request: Request) -> str:
-    """Give the tap of an encoder that a task uses. Raises UsageError for one that was asked for and is not there."""
-    return resolve_tap(encoder, request.tap or task.probe.tap, by_hand=request.tap is not None)
+def taps_of(encoder: Encoder, task: Task, request: Request) -> dict[str, str]:
+    """Say where an encoder is tapped for each tap that a task names. Raises UsageError for one that was asked for and is not
+    there: what stands in for the tap of a rule would be a surprise among taps of the user's choice."""
+    if request.tap is not None:
+        return {name: resolve_tap(encoder, request.tap, by_hand=True) for name in task.taps}
+    chosen = isinstance(task.probe, Linear) and bool(task.probe.named_taps)
+    return {name: resolve_tap(encoder, name, by_hand=chosen, option="linear.taps") for name in task.taps}
 
 
-def _feature_facts(encoder: Encoder, tap: str, dim: int | None, decoder: str) -> FeatureFacts:
+def _feature_facts(encoder: Encoder, taps: Mapping[str, str], dim: int | None, decoder: str) -> FeatureFacts:
     transform = encoder.transform
     return FeatureFacts(
-        tap=tap,
+        tap=",".join(taps.values()),
         dim=dim,
         precision=encoder.precision,
         decoder=decoder_version(decoder),

@@ -22,7 +22,8 @@ from msn_eval.errors import DataError, NumericalError, UsageError
 from msn_eval.file_hashes import content_sha256, hash_images
 from msn_eval.images import DECODERS, ImageSet, eval_transform
 from msn_eval.pixel_loader import PixelList, load_pixels
-from msn_eval.protocols import Finetune, Probe, settings
+from msn_eval.probe_recipe import Params
+from msn_eval.protocols import Finetune, Probe, settings, taps_named
 from msn_eval.protocols.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, NearestNeighbours
 from msn_eval.protocols.linear import Linear
 from msn_eval.protocols.linear_augmented import LinearAugmented
@@ -53,8 +54,13 @@ class Task:
     split_sha256: str
     overlap: int
     probe: Probe
-    params: dict[str, int | float]
+    params: Params
     protocol: dict[str, object]
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Give the taps that the probe names: one by its rule, or those among which it is to choose."""
+        return taps_named(self.probe)
 
     @cached_property
     def protocol_id(self) -> str:
@@ -240,7 +246,7 @@ def _tasks(plan: Plan) -> Iterator[Task]:
                 )
 
 
-def _protocol(plan: Plan, subset: Subset, probe: Probe, params: dict[str, int | float]) -> dict[str, object]:
+def _protocol(plan: Plan, subset: Subset, probe: Probe, params: Params) -> dict[str, object]:
     """Give all that must be equal for two numbers to be comparable. The draw and the checkpoint's own facts are not
     in it; what the user sets by hand is."""
     request = plan.request
@@ -256,7 +262,7 @@ def _protocol(plan: Plan, subset: Subset, probe: Probe, params: dict[str, int | 
         "version": PROTOCOL_VERSION,
         "data": {"sha256": plan.val_sha256, "class_map_sha256": plan.classes_sha256},
         "subset": {"name": subset.name, "rule": subset.rule},
-        "tap": probe.tap,
+        "tap": ",".join(taps_named(probe)),
         "transform": _TRANSFORM_RULE,
         "probe": {"name": probe.name, "version": probe.version, "params": params},
         "precision": precision_class(plan.precision),

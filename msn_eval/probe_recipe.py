@@ -1,15 +1,21 @@
 """Probe recipes: how probes are trained that have more to them than one number; the fields of a config's sections."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from msn_eval.errors import UsageError
+from msn_eval.errors import UsageError, nearest
+
+TAP_NAMES = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
+Params = Mapping[str, int | float | str]  # a probe's settings, as they stand in protocols and records
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearRecipe:
     """A grid of linear layers, each field part of the protocol; the layer is chosen from the labelled images alone.
 
+    taps:           where the encoder is tapped; of several, each with a grid of its own, the labelled images choose one too
     lr:             the one learning rate, trained at `weight_decay` without any choice; None for the grid
     weight_decay:   beside `lr` alone
     lr_first, lr_last, lrs: ends and number of the grid's learning rates, in equal ratios; the same of weight decays
@@ -17,6 +23,7 @@ class LinearRecipe:
     seed:           of the first of them, and of the final training
     """
 
+    taps: list[str] = field(default_factory=lambda: ["cls"])
     lr: float | None = None
     weight_decay: float = 0.0
     lr_first: float = 0.1
@@ -31,6 +38,14 @@ class LinearRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not self.taps:
+            raise UsageError("linear.taps: nothing given", remedy=f"Name one or several of {', '.join(TAP_NAMES)}.")
+        for tap in self.taps:
+            if tap not in TAP_NAMES:
+                raise UsageError(
+                    f"linear.taps: there is no tap {tap!r}.{nearest(tap, TAP_NAMES)}",
+                    remedy=f"Known: {', '.join(TAP_NAMES)}.",
+                )
         for name in ("lr_first", "lr_last", "weight_decay_first", "weight_decay_last"):
             _above_zero(f"linear.{name}", getattr(self, name))
         if self.lr is not None:
@@ -39,6 +54,11 @@ class LinearRecipe:
         for name in ("lrs", "weight_decays", "epochs", "batch_size", "seeds"):
             _not_below(f"linear.{name}", getattr(self, name), 1)
         _not_below("linear.seed", self.seed, 0)
+
+    @property
+    def named_taps(self) -> tuple[str, ...]:
+        """Give the taps asked for, each once, in one order whatever the user's; none where the probe's own rule holds."""
+        return tuple(tap for tap in TAP_NAMES if tap in self.taps) if set(self.taps) != {"cls"} else ()
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
@@ -51,6 +71,14 @@ class LinearRecipe:
         if self.lr is not None:
             return (self.weight_decay,)
         return _in_equal_ratios(self.weight_decay_first, self.weight_decay_last, self.weight_decays)
+
+
+def linear_recipe_of(settings: Params) -> LinearRecipe:
+    """Give the recipe that a record's settings tell of."""
+    given: dict[str, Any] = dict(settings)
+    if "taps" in given:
+        given["taps"] = given["taps"].split(",")
+    return LinearRecipe(**given)
 
 
 @dataclass(frozen=True, kw_only=True)

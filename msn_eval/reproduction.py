@@ -1,12 +1,13 @@
 """Reproduction: a published low-shot number, all that it was measured with, and whether ours agrees with it."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 from msn_eval.errors import UsageError, nearest
+from msn_eval.probe_recipe import Params
 from msn_eval.published import PublishedNumber, published_file, read_published
 from msn_eval.result import Result
 
@@ -84,7 +85,7 @@ class Reproduction:
 class Verdict:
     """What came out, in percent. params: of the probe, as measured; std: over draws, None for one draw."""
 
-    params: Mapping[str, int | float]
+    params: Params
     measured: float | None
     std: float | None
     draws: int

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from msn_eval.errors import UsageError, nearest
 from msn_eval.finetune_recipe import FinetuneRecipe
 from msn_eval.images import DECODERS
-from msn_eval.probe_recipe import AugmentedRecipe, LinearRecipe
+from msn_eval.probe_recipe import TAP_NAMES, AugmentedRecipe, LinearRecipe
 
 PROBE_NAMES = ("logistic", "knn", "ridge", "ncm", "linear", "linear-augmented", "finetune")
-TAP_NAMES = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
 SOLVER_NAMES = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BAD_IMAGE_RULES = ("error", "skip")
@@ -64,6 +63,11 @@ class Request:
             _one_of("probe", probe, PROBE_NAMES)
         if self.tap is not None:
             _one_of("tap", self.tap, TAP_NAMES)
+            if "linear" in self.probe and self.linear.named_taps:
+                raise UsageError(
+                    f"--tap {self.tap}: linear.taps names {', '.join(self.linear.named_taps)}",
+                    remedy="Leave out one of them.",
+                )
         _one_of("solver", self.solver, SOLVER_NAMES)
         _one_of("decoder", self.decoder, DECODERS)
         _one_of("on-bad-image", self.on_bad_image, BAD_IMAGE_RULES)

@@ -24,6 +24,7 @@ from msn_eval.atomic_file import write_atomically
 from msn_eval.errors import StoreError, UsageError
 from msn_eval.json_fields import parse_json, read_fields
 from msn_eval.metrics import Metrics
+from msn_eval.probe_recipe import Params
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -117,7 +118,7 @@ class ProbeFacts:
 
     name: str
     version: int
-    params: Mapping[str, int | float]
+    params: Params
     solver: str | None
     converged: bool | None
     certificate: float | None

@@ -6,10 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from msn_eval.probe_recipe import Params
 from msn_eval.result import Result
 
 # Settings that stand in a column's title; others where they tell it from its neighbours.
-_IN_TITLES = ("k", "temperature", "auto")
+_IN_TITLES = ("k", "temperature", "auto", "taps")
 _SUBSET_ORDER = ("1img", "2imgs", "5imgs", "1pct", "10pct", "full")
 _PROBE_ORDER = ("logistic", "linear", "linear-augmented", "knn", "ncm", "ridge", "finetune")
 Place = tuple[str, str | None, str]  # weights_sha256, key and protocol_id: what a cell is of
@@ -27,7 +28,7 @@ class Column:
 
     protocol_id: str
     probe: str
-    params: Mapping[str, int | float] = field(hash=False)
+    params: Params = field(hash=False)
     subset: str
     data: str
     images_per_class: float
@@ -40,7 +41,8 @@ class Column:
         """Give what holds for every subset: `knn k=10 T=0.07`, and what sets it apart: `knn k=10 T=0.07, precision=reduced`."""
         neighbours = [f"k={self.params['k']:g}", f"T={self.params['temperature']:g}"] if "k" in self.params else []
         chosen = ["λ=auto"] if "auto" in self.params else []  # not the same protocol as those whose λ was given
-        name = " ".join([self.probe, *neighbours, *chosen])
+        taps = [f"taps={self.params['taps']}"] if "taps" in self.params else []
+        name = " ".join([self.probe, *neighbours, *chosen, *taps])
         return ", ".join(part for part in (name, self.reason) if part)
 
     @property

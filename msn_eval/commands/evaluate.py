@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from msn_eval.errors import CheckpointError, NumericalError, UsageError, nearest, printable
 from msn_eval.images import DECODERS
-from msn_eval.request import BAD_IMAGE_RULES, PRECISIONS, PROBE_NAMES, SOLVER_NAMES, TAP_NAMES, Request
+from msn_eval.probe_recipe import TAP_NAMES
+from msn_eval.request import BAD_IMAGE_RULES, PRECISIONS, PROBE_NAMES, SOLVER_NAMES, Request
 from msn_eval.shipped import shipped_folder
 
 if TYPE_CHECKING:

@@ -1,9 +1,12 @@
 """Probes: what is fitted to the labelled features. One visible choice among them."""
 
+from collections.abc import Sequence
+
 import torch
 
 from msn_eval.features import Features
 from msn_eval.finetune_recipe import Finetune
+from msn_eval.probe_recipe import Params
 from msn_eval.protocols.degenerate import check_labelled
 from msn_eval.protocols.fitted import Fitted, Setting
 from msn_eval.protocols.knn import NearestNeighbours, fit_knn, knn_settings
@@ -15,7 +18,7 @@ from msn_eval.protocols.ncm import NearestClassMean, fit_ncm
 from msn_eval.protocols.ridge import Ridge, fit_ridge, ridge_settings
 from msn_eval.protocols.team import Team
 
-__all__ = ["PROBES", "FeatureProbe", "Finetune", "Fitted", "Probe", "Setting", "fit", "settings"]
+__all__ = ["PROBES", "FeatureProbe", "Finetune", "Fitted", "Probe", "Setting", "fit", "settings", "taps_named"]
 
 FeatureProbe = Logistic | ChosenLogistic | NearestNeighbours | Ridge | NearestClassMean | Linear
 Probe = FeatureProbe | LinearAugmented | Finetune
@@ -30,7 +33,7 @@ PROBES = {
 }
 
 
-def settings(probe: Probe, n: int) -> tuple[dict[str, int | float], ...]:
+def settings(probe: Probe, n: int) -> tuple[Params, ...]:
     """Give the hyper-parameters of every protocol that `probe` stands for, n being the labelled images."""
     match probe:
         case Logistic():
@@ -51,14 +54,28 @@ def settings(probe: Probe, n: int) -> tuple[dict[str, int | float], ...]:
             return (probe.params,)
 
 
-def fit(probe: FeatureProbe, train: Features, device: torch.device, *, team: Team | None = None) -> Fitted:
+def taps_named(probe: Probe) -> tuple[str, ...]:
+    """Give the taps that a probe names: one by its rule, or those among which it is to choose."""
+    return (isinstance(probe, Linear) and probe.named_taps) or (probe.tap,)
+
+
+def fit(
+    probe: FeatureProbe,
+    train: Features,
+    device: torch.device,
+    *,
+    team: Team | None = None,
+    elsewhere: Sequence[Features] = (),
+) -> Fitted:
     """Fit every setting of `probe` to labelled features. The validation features are not here, so nothing can be
     chosen on them.
 
-    team: ranks that help where there are very many labelled images
+    team:      ranks that help where there are very many labelled images
+    elsewhere: the same images at the other taps that the probe is to choose among
     Raises NumericalError for a single class, labels out of range, features that are not finite, and a k above n.
     """
-    check_labelled(train)
+    for features in (train, *elsewhere):
+        check_labelled(features)
     match probe:
         case Logistic():
             return fit_logistic(probe, train, device, team=team)
@@ -71,4 +88,4 @@ def fit(probe: FeatureProbe, train: Features, device: torch.device, *, team: Tea
         case NearestClassMean():
             return fit_ncm(probe, train, device)
         case Linear():
-            return fit_linear(probe, train, device)
+            return fit_linear(probe, train, device, elsewhere=elsewhere)

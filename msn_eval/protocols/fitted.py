@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from msn_eval.errors import NumericalError
+from msn_eval.probe_recipe import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,7 @@ class Setting:
     chosen:      what the fit chose for itself from the labelled images, by a rule that is part of the protocol
     """
 
-    params: Mapping[str, int | float]
+    params: Params
     solver: str | None = None
     converged: bool | None = None
     certificate: float | None = None
@@ -31,8 +32,10 @@ class Fitted:
 
     Scores are float64, higher is better, -inf for a class that cannot be chosen.
     failures: settings that came to nothing, each by its hyper-parameters, and why
+    tap:      where several taps were offered, the one whose features the scores are of
     """
 
     settings: tuple[Setting, ...]
     scores: Callable[[Tensor], Iterator[Tensor]]
-    failures: tuple[tuple[Mapping[str, int | float], NumericalError], ...] = ()
+    failures: tuple[tuple[Params, NumericalError], ...] = ()
+    tap: str | None = None

@@ -62,7 +62,7 @@ def train_heads(
     """
     values = rows.to(torch.float32)
     heads = train_grid(
-        lambda some: values[some],
+        lambda some: values[some][None],
         labels,
         recipes,
         n_classes=n_classes,
@@ -93,51 +93,59 @@ def train_grid(
     batch_size: int,
     generator: torch.Generator,
 ) -> Heads:
-    """Minimise mean softmax cross-entropy by SGD with Nesterov momentum, from zero, for every recipe at once.
+    """Minimise mean softmax cross-entropy by SGD with Nesterov momentum, from zero, for every tap and recipe at once.
 
-    take:      gives the rows of some places, (b, d) float32, as the protocol prepares them: all need not be in memory
+    take:      gives the rows of some places at each of t taps of one width, (t, b, d) float32, as the protocol prepares them:
+               all need not be in memory
     labels:    (n,) int64 in [0, n_classes)
+    recipes:   of the heads of one tap, the same for each
     generator: on the CPU; draws the order of every epoch, the same for all heads and on every device
-    All heads see the same batches and share one product a batch; none depends on the others, one that diverges neither.
+    returns:   the heads tap by tap, of each recipe by recipe
+    All heads see the same batches and share one batched product a step; none depends on the others, one that diverges neither.
     The steps are those of torch.optim.SGD(nesterov=True); an epoch's last batch may be short, and counts by its own mean.
     Source: the linear evaluation of arXiv:2204.07141, section A.3: SGD, Nesterov momentum 0.9, cosine, no warm-up.
     """
     n, first = len(labels), take(labels.new_zeros(1))
-    h, d = len(recipes), first.shape[1]
+    h, (t, _, d) = len(recipes), first.shape
     # One row a layer and class; buffers are made once, since large ones are given back to the system at every step.
-    weights, biases = first.new_zeros(h * n_classes, d), first.new_zeros(h * n_classes)
+    weights, biases = first.new_zeros(t, h * n_classes, d), first.new_zeros(t, 1, h * n_classes)
     speed, bias_speed, gradient = torch.zeros_like(weights), torch.zeros_like(biases), torch.empty_like(weights)
-    scores = first.new_empty(min(batch_size, n), h * n_classes)
+    scores = first.new_empty(t * min(batch_size, n) * h * n_classes)
     rate, decay = (
         first.new_tensor(column).repeat_interleave(n_classes)
         for column in ([one.learning_rate for one in recipes], [one.weight_decay for one in recipes])
     )
     steps, step = epochs * -(-n // batch_size), 0
-    losses = torch.zeros(h, dtype=torch.float64, device=first.device)
+    losses = torch.zeros(t, h, dtype=torch.float64, device=first.device)
     for epoch in range(epochs):
         order = torch.randperm(n, generator=generator).to(labels.device)
         for some in torch.split(order, batch_size):
             batch, b = take(some), len(some)
-            logits = torch.addmm(biases, batch, weights.T, out=scores[:b])
-            residual = logits.view(b, h, n_classes)
+            logits = scores[: t * b * h * n_classes].view(t, b, h * n_classes)
+            torch.baddbmm(biases, batch, weights.mT, out=logits)
+            residual = logits.view(t, b, h, n_classes)
             if epoch == epochs - 1:
                 losses += _losses(residual, labels[some]) * (b / n)
-            torch.softmax(residual, dim=2, out=residual)  # in its place: a second buffer would push the first out of the cache
+            # In its place: a second buffer would push the first out of the cache.
+            torch.softmax(residual, dim=3, out=residual)
             # What a float32 holds only as a denormal number moves no weight, and makes a product ten times as slow.
             torch.threshold_(residual, _SMALLEST, 0.0)
-            residual[torch.arange(b, device=labels.device), :, labels[some]] -= 1
-            torch.mm(logits.T, batch / b, out=gradient).addcmul_(decay[:, None], weights)
-            bias_gradient = logits.sum(dim=0) / b
+            residual[:, torch.arange(b, device=labels.device), :, labels[some]] -= 1
+            torch.bmm(logits.mT, batch / b, out=gradient).addcmul_(decay[:, None], weights)
+            bias_gradient = logits.sum(dim=1, keepdim=True) / b
             share = (1 + math.cos(math.pi * step / steps)) / 2
             speed.mul_(MOMENTUM).add_(gradient)
             bias_speed.mul_(MOMENTUM).add_(bias_gradient)
             weights.addcmul_(rate[:, None], gradient.add_(speed, alpha=MOMENTUM), value=-share)
             biases.addcmul_(rate, bias_gradient.add_(bias_speed, alpha=MOMENTUM), value=-share)
             step += 1
-    return Heads(weights=weights.view(h, n_classes, d), biases=biases.view(h, n_classes), losses=losses)
+    return Heads(
+        weights=weights.view(t * h, n_classes, d), biases=biases.view(t * h, n_classes), losses=losses.flatten()
+    )
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Give each layer's mean cross-entropy, (h,) float64, from (b, h, n_classes) logits."""
-    own = logits.gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1))[:, :, 0]
-    return (logits.logsumexp(dim=2) - own).mean(dim=0).to(torch.float64)
+    """Give each layer's mean cross-entropy, (t, h) float64, from (t, b, h, n_classes) logits."""
+    t, _, h, _ = logits.shape
+    own = logits.gather(3, labels[:, None, None].expand(t, -1, h, 1))[..., 0]
+    return (logits.logsumexp(dim=3) - own).mean(dim=1).to(torch.float64)

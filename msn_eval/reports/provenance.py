@@ -35,7 +35,7 @@ def _command(result: Result) -> dict[str, str]:
         asked += [option, repr(result.probe.params[name])] if name in result.probe.params else []
     if result.probe.name in _SECTIONS:
         section = result.probe.name.replace("-", "_")
-        asked += [f"{section}.{name}={value!r}" for name, value in result.probe.params.items()]
+        asked += [f"{section}.{name}={_written(value)}" for name, value in result.probe.params.items()]
     if result.probe.name == Finetune.name:
         asked += [f"finetune.{name}={value!r}" for name, value in recipe_of(result.probe.params).differing.items()]
     asked += ["--lambda", "auto"] if "auto" in result.probe.params else []
@@ -47,6 +47,11 @@ def _command(result: Result) -> dict[str, str]:
     split = ["--subset", f"{subset}@{result.split.draw}" if _has_draws(result) else subset]
     parts = {"who": who, "how": how, "asked": asked, "split": split}
     return {name: shlex.join(map(printable, words)) for name, words in parts.items()}
+
+
+def _written(value: float | str) -> str:
+    """Give a setting as a command line has it: a number with all its digits, a text as it is."""
+    return value if isinstance(value, str) else repr(value)
 
 
 def _has_draws(result: Result) -> bool:

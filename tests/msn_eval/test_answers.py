@@ -23,6 +23,15 @@ def test_scores_count_the_draws_and_names_come_from_the_ids(write_run: RunWriter
     assert protocol_title(answers.first) == "knn k=1 T=0.07, 5imgs"
 
 
+def test_a_title_says_among_which_taps_a_layer_was_chosen(tmp_path: Path, write_run: RunWriter) -> None:
+    params = {"lrs": 13, "epochs": 100, "batch_size": 256, "seeds": 3, "seed": 0, "taps": "cls,mean"}
+    (result, *_) = write_run(tmp_path, np.ones((1, 4), dtype=np.bool_))
+
+    title = protocol_title(replace(result, probe=replace(result.probe, name="linear", params=params)))
+
+    assert title == f"linear taps=cls,mean #{result.protocol_id[:8]}, 5imgs"
+
+
 def test_some_draws_can_be_taken_alone(write_run: RunWriter, tmp_path: Path) -> None:
     answers = read_answers(write_run(tmp_path, _RIGHT), [tmp_path]).only([2])
 

@@ -19,6 +19,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Result], Pa
     augmented = {"lr": [1.0, 2.0], "epochs": 1, "batch_size": 8, "seed": 3}
     results = [
         *evaluate(["pixels"], probes=["linear"], linear={"lrs": 2, "epochs": 2}, **options),
+        *evaluate(["pixels"], probes=["linear"], linear={"taps": ["pixels"], "lr": 1.0, "epochs": 2}, **options),
         *evaluate(["pixels"], probes=["linear"], linear={"lr": 0.5, "epochs": 3, "seed": 1}, **options),
         *evaluate(["pixels"], probes=["linear-augmented"], linear_augmented=augmented, **options),
     ]
@@ -33,4 +34,4 @@ def test_recipes_are_the_baselines(measured: tuple[list[Result], Path]) -> None:
 
     tasks = [task for plan in plans for task in plan.tasks]
     assert sorted(task.protocol_id for task in tasks) == sorted(result.protocol_id for result in results)
-    assert len(tasks) == 4
+    assert len(tasks) == 5

@@ -468,3 +468,58 @@ def test_a_bank_that_memory_has_no_room_for_gives_the_same_linear_layer(
     assert caplog.text.count("stay on the disk") == 1  # the labelled rows alone: scores need the others at once
     assert "32 rows of 3072 features" in caplog.text
     assert (streamed.metrics, streamed.probe) == (in_memory.metrics, in_memory.probe)
+
+
+def _chosen_tap(folder: Path, tmp_path: Path, taps: list[str], **options: object) -> list[Result]:
+    recipe = {"taps": taps, "lrs": 3, "weight_decays": 1, "epochs": 3}
+    given = {"probes": ["linear"], "device": "cpu", "cache": str(tmp_path / "cache"), "linear": recipe}
+    return evaluate(
+        [_NETWORK], data=str(folder), subsets=["5imgs@1"], out=tmp_path / "runs", **given | {"seed": 3} | options
+    )
+
+
+def test_a_tap_chosen_from_several_is_recorded_and_gives_the_number_of_that_tap_alone(
+    folder: Path, tmp_path: Path
+) -> None:
+    (several,) = _chosen_tap(folder, tmp_path, ["mean", "cls-norm", "cls"])
+
+    assert several.probe.chosen is not None
+    tap = str(several.probe.chosen["tap"])
+    (alone,) = _chosen_tap(folder, tmp_path, [tap])
+    assert (several.metrics, several.features.dim) == (alone.metrics, alone.features.dim)
+    assert several.protocol_id != alone.protocol_id
+    assert several.probe.params["taps"] == several.features.tap == several.protocol["tap"] == "cls,cls-norm,mean"
+
+
+def test_taps_to_choose_from_share_one_pass_and_a_rerun_computes_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    real = evaluation.extract_features
+
+    def counted(*given: object, **named: object) -> Extraction:
+        passes.append(named["taps"])
+        return real(*given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluation, "extract_features", counted)
+    (first,) = _chosen_tap(folder, tmp_path, ["cls", "mean"])
+    (again,) = _chosen_tap(folder, tmp_path, ["mean", "cls", "mean"])
+
+    assert passes == [("cls", "mean")] * 2  # labelled and validation images
+    assert first == again
+
+
+def test_a_network_without_one_of_the_taps_to_choose_from_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        _chosen_tap(folder, tmp_path, ["cls", "cls4"])
+
+    assert str(caught.value).startswith(f"linear.taps cls4: {_NETWORK} (")
+    assert str(caught.value).endswith("has no such tap\nIt has: cls, cls-norm, mean.")
+
+
+def test_random_labels_are_the_same_at_every_tap(folder: Path, tmp_path: Path) -> None:
+    (several,) = _chosen_tap(folder, tmp_path, ["cls", "mean"], canary=True)
+
+    assert several.probe.chosen is not None
+    (alone,) = _chosen_tap(folder, tmp_path, [str(several.probe.chosen["tap"])], canary=True)
+    assert several.metrics == alone.metrics

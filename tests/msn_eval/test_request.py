@@ -3,6 +3,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from msn_eval.errors import UsageError
+from msn_eval.probe_recipe import LinearRecipe
 from msn_eval.request import Request
 
 
@@ -107,3 +108,13 @@ def test_changed_copy_is_checked_again() -> None:
 def test_patches_are_not_dropped_from_augmented_images() -> None:
     with pytest.raises(UsageError, match="--patch-drop: linear-augmented encodes whole crops"):
         Request(probe=["linear-augmented"], patch_drop=0.5)
+
+
+def test_a_tap_by_hand_beside_taps_to_choose_from_is_refused() -> None:
+    recipe = LinearRecipe(taps=["mean", "cls"])
+
+    with pytest.raises(UsageError) as caught:
+        Request(probe=["linear"], tap="mean", linear=recipe)
+
+    assert str(caught.value) == "--tap mean: linear.taps names cls, mean\nLeave out one of them."
+    assert Request(probe=["knn"], tap="mean", linear=recipe).tap == "mean"

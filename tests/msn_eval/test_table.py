@@ -207,7 +207,7 @@ def test_a_cell_names_its_records(results: list[Result]) -> None:
 def test_linear_layers_of_one_recipe_need_no_reason_and_of_several_say_wherein_they_differ(
     results: list[Result],
 ) -> None:
-    def layer(**params: float) -> Result:
+    def layer(**params: float | str) -> Result:
         probe = {"name": "linear", "version": 1, "params": params}
         changed = _other_protocol(results[0], probe=probe)
         return replace(changed, probe=replace(changed.probe, name="linear", params=params))
@@ -218,3 +218,6 @@ def test_linear_layers_of_one_recipe_need_no_reason_and_of_several_say_wherein_t
     assert [column.group for column in make_table([one, other]).columns] == ["linear, lr=3.0", "linear, lr=6.4"]
     grid = layer(lrs=13, epochs=100)
     assert [column.group for column in make_table([one, grid]).columns] == ["linear, lr=3.0", "linear, lrs=13"]
+    taps = layer(lr=3.0, epochs=100, taps="cls,mean")  # said always: the number is that of whichever was chosen
+    assert [column.group for column in make_table([taps]).columns] == ["linear taps=cls,mean"]
+    assert {column.group for column in make_table([one, taps]).columns} == {"linear", "linear taps=cls,mean"}

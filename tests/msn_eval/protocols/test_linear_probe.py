@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from msn_eval.errors import NumericalError
-from msn_eval.protocols.linear_probe import Heads, Recipe, train_heads
+from msn_eval.protocols.linear_probe import Heads, Recipe, train_grid, train_heads
 
 _RECIPES = [Recipe(learning_rate=0.5), Recipe(learning_rate=2.0, weight_decay=1e-3), Recipe(learning_rate=0.1)]
 
@@ -53,6 +53,25 @@ def test_heads_trained_together_are_those_trained_alone() -> None:
 
     alone = [_trained([recipe]) for recipe in _RECIPES]
 
+    torch.testing.assert_close(together.weights, torch.cat([one.weights for one in alone]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(together.biases, torch.cat([one.biases for one in alone]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(together.losses, torch.cat([one.losses for one in alone]), rtol=0, atol=1e-5)
+
+
+def test_heads_of_several_taps_trained_together_are_those_trained_alone() -> None:
+    rows, labels = _task()
+    taps = torch.stack([rows, rows.flip(1), rows.abs()])
+    plan = {"n_classes": 4, "epochs": 5, "batch_size": 16}
+
+    together = train_grid(
+        lambda some: taps[:, some], labels, _RECIPES, generator=torch.Generator().manual_seed(7), **plan
+    )
+
+    alone = [
+        train_heads(one, labels, [recipe], generator=torch.Generator().manual_seed(7), **plan)
+        for one in taps
+        for recipe in _RECIPES
+    ]
     torch.testing.assert_close(together.weights, torch.cat([one.weights for one in alone]), rtol=0, atol=1e-5)
     torch.testing.assert_close(together.biases, torch.cat([one.biases for one in alone]), rtol=0, atol=1e-5)
     torch.testing.assert_close(together.losses, torch.cat([one.losses for one in alone]), rtol=0, atol=1e-5)

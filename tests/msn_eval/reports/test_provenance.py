@@ -26,8 +26,15 @@ def test_command_makes_the_same_record_again(probe: str, results: list[Result], 
     assert (code, again.id, again.metrics) == (0, record.id, record.metrics)
 
 
-@pytest.mark.parametrize("recipe", [{"lr": 3.0, "epochs": 4}, {"lrs": 2, "weight_decays": 1, "epochs": 2, "seed": 1}])
-def test_command_makes_the_same_linear_layer_again(recipe: dict[str, float], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"lr": 3.0, "epochs": 4},
+        {"lrs": 2, "weight_decays": 1, "epochs": 2, "seed": 1},
+        {"taps": ["pixels"], "lr": 3.0, "epochs": 1},
+    ],
+)
+def test_command_makes_the_same_linear_layer_again(recipe: dict[str, object], tmp_path: Path) -> None:
     options = {"subsets": ["2imgs@1"], "probes": ["linear"], "device": "cpu", "no_cache": True}
     (record,) = evaluate(["pixels"], data="digits", out=tmp_path / "first", linear=recipe, **options)
     words = shlex.split(command_of(record))
