@@ -471,24 +471,32 @@ def test_a_bank_that_memory_has_no_room_for_gives_the_same_linear_layer(
 
 
 def _chosen_tap(folder: Path, tmp_path: Path, taps: list[str], **options: object) -> list[Result]:
-    recipe = {"taps": taps, "lrs": 3, "weight_decays": 1, "epochs": 3}
+    recipe = {"taps": taps, "lrs": 2, "lr_last": 1.0, "weight_decays": 1, "epochs": 3}
     given = {"probes": ["linear"], "device": "cpu", "cache": str(tmp_path / "cache"), "linear": recipe}
     return evaluate(
         [_NETWORK], data=str(folder), subsets=["5imgs@1"], out=tmp_path / "runs", **given | {"seed": 3} | options
     )
 
 
-def test_a_tap_chosen_from_several_is_recorded_and_gives_the_number_of_that_tap_alone(
-    folder: Path, tmp_path: Path
-) -> None:
-    (several,) = _chosen_tap(folder, tmp_path, ["mean", "cls-norm", "cls"])
+def test_every_draw_scores_by_the_tap_that_it_chose(tmp_path: Path) -> None:
+    options = {"data": "digits", "probes": ["linear"], "device": "cpu", "cache": str(tmp_path / "cache")}
+    recipe = {"lrs": 1, "weight_decays": 1, "epochs": 2}
 
-    assert several.probe.chosen is not None
-    tap = str(several.probe.chosen["tap"])
-    (alone,) = _chosen_tap(folder, tmp_path, [tap])
-    assert (several.metrics, several.features.dim) == (alone.metrics, alone.features.dim)
-    assert several.protocol_id != alone.protocol_id
-    assert several.probe.params["taps"] == several.features.tap == several.protocol["tap"] == "cls,cls-norm,mean"
+    def of(*taps: str) -> dict[int, Result]:
+        found = evaluate(
+            ["demo"], subsets=["5imgs"], out=tmp_path / "runs", linear=recipe | {"taps": list(taps)}, **options
+        )
+        return {result.split.draw: result for result in found}
+
+    several, alone = of("mean", "cls"), {tap: of(tap) for tap in ("cls", "mean")}
+
+    chosen = {draw: str((result.probe.chosen or {})["tap"]) for draw, result in several.items()}
+    assert set(chosen.values()) == {"cls", "mean"}
+    assert all(result.metrics == alone[chosen[draw]][draw].metrics for draw, result in several.items())
+    assert alone["cls"][3].metrics != alone["mean"][3].metrics
+    assert {one.protocol_id for one in several.values()}.isdisjoint(one.protocol_id for one in alone["mean"].values())
+    (told,) = {(one.probe.params["taps"], one.features.tap, one.protocol["tap"]) for one in several.values()}
+    assert told == ("cls,mean",) * 3
 
 
 def test_taps_to_choose_from_share_one_pass_and_a_rerun_computes_nothing(
@@ -515,11 +523,3 @@ def test_a_network_without_one_of_the_taps_to_choose_from_is_refused(folder: Pat
 
     assert str(caught.value).startswith(f"linear.taps cls4: {_NETWORK} (")
     assert str(caught.value).endswith("has no such tap\nIt has: cls, cls-norm, mean.")
-
-
-def test_random_labels_are_the_same_at_every_tap(folder: Path, tmp_path: Path) -> None:
-    (several,) = _chosen_tap(folder, tmp_path, ["cls", "mean"], canary=True)
-
-    assert several.probe.chosen is not None
-    (alone,) = _chosen_tap(folder, tmp_path, [str(several.probe.chosen["tap"])], canary=True)
-    assert several.metrics == alone.metrics
