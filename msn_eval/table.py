@@ -10,7 +10,7 @@ from msn_eval.probe_recipe import Params
 from msn_eval.result import Result
 
 # Settings that stand in a column's title; others where they tell it from its neighbours.
-_IN_TITLES = ("k", "temperature", "auto", "taps")
+_IN_TITLES = ("k", "temperature", "auto")
 _SUBSET_ORDER = ("1img", "2imgs", "5imgs", "1pct", "10pct", "full")
 _PROBE_ORDER = ("logistic", "linear", "linear-augmented", "knn", "ncm", "ridge", "finetune")
 Place = tuple[str, str | None, str]  # weights_sha256, key and protocol_id: what a cell is of
@@ -280,7 +280,7 @@ def _reasons(group: Sequence[Result]) -> list[str]:
     for that of the protocol as it stands.
     """
     flat = [dict(_leaves(result.protocol)) for result in group]
-    keys = sorted({key for leaves in flat for key in leaves} - {"subset.name", "probe.params.lambda", "probe.params"})
+    keys = sorted({key for leaves in flat for key in leaves} - _TOLD_ELSEWHERE)
     alike: defaultdict[tuple[str, object], list[dict[str, object]]] = defaultdict(list)
     for result, leaves in zip(group, flat, strict=True):
         alike[result.split.subset, result.probe.params.get("lambda")].append(leaves)
@@ -317,6 +317,7 @@ def _reasons(group: Sequence[Result]) -> list[str]:
     return reasons
 
 
+_TOLD_ELSEWHERE = {"subset.name", "probe.params.lambda", "probe.params", "probe.params.taps", "tap"}
 _OF_A_SUBSET = {"subset.rule", "skipped"}
 
 

@@ -221,3 +221,7 @@ def test_linear_layers_of_one_recipe_need_no_reason_and_of_several_say_wherein_t
     taps = layer(lr=3.0, epochs=100, taps="cls,mean")  # said always: the number is that of whichever was chosen
     assert [column.group for column in make_table([taps]).columns] == ["linear taps=cls,mean"]
     assert {column.group for column in make_table([one, taps]).columns} == {"linear", "linear taps=cls,mean"}
+    assert {column.group for column in make_table([grid, taps]).columns} == {
+        "linear, lrs=13",
+        "linear taps=cls,mean, lr=3.0",
+    }
