@@ -189,6 +189,15 @@ def test_newton_goes_on_in_float64_where_float32_leads_no_further() -> None:
     assert solution.gap <= 1e-13
 
 
+@pytest.mark.parametrize(("n", "d", "n_classes"), [(20, 50, 5), (12, 12, 3)])
+def test_newton_is_not_misled_where_float32_takes_every_row_for_certain(n: int, d: int, n_classes: int) -> None:
+    problem = _problem(*_clusters(n, d, n_classes), 1e-9)
+
+    solution, _ = minimise_by_newton(problem, target=1e-6)
+
+    assert solution.gap <= 1e-6
+
+
 @pytest.mark.parametrize("strength", [1e-4, 1e-3])
 def test_unevenly_spread_rows_are_solved_from_zero(strength: float) -> None:
     rows, labels = _clusters(300, 24, 10)
