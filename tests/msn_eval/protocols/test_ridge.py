@@ -103,6 +103,34 @@ def test_features_that_say_nothing_give_the_class_shares(values: torch.Tensor) -
     torch.testing.assert_close(scores, torch.tensor([[1, 2, 3]]).double().expand(6, 3) / 6, rtol=0, atol=1e-12)
 
 
+def test_equal_rows_give_the_class_shares_whatever_rounding_their_mean_suffers() -> None:
+    one = torch.randn(1, 5, generator=torch.Generator().manual_seed(3))
+    train = _features(one.repeat(7, 1), torch.arange(7) % 2, 2)
+    rows = centred_rows(train.values)
+    assert (rows - rows.mean(dim=0)).abs().max() > 0  # or there is nothing to test
+
+    scores = _scores(train, torch.randn(9, 5, generator=torch.Generator().manual_seed(4)))
+
+    assert torch.equal(scores, torch.tensor([[4, 3]]).double().expand(9, 2) / 7)
+
+
+def test_rows_far_longer_than_the_grid_reaches_have_errors_all_the_same() -> None:
+    rows = 1e10 * centred_rows(_clusters(8, 20).values)
+
+    fit = solve_ridge(rows, torch.arange(8) % 3, n_classes=3)
+
+    assert fit.errors.isfinite().all()
+
+
+def test_record_tells_the_error_at_the_strength_that_was_chosen() -> None:
+    train = _clusters(14, 5)
+
+    (setting,) = fit_ridge(Ridge(), train, CPU).settings
+
+    fit = solve_ridge(centred_rows(train.values), train.labels, n_classes=3)
+    assert setting.chosen == {"alpha": fit.alpha, "left_out_error": float(fit.errors[GRID.index(fit.alpha)])}
+
+
 def test_a_class_without_labelled_images_is_never_chosen() -> None:
     train = _clusters(30, 8)
     sparse = _features(train.values, torch.tensor([1, 2, 4])[train.labels], 5)
