@@ -54,7 +54,7 @@ _FLOORS = [
     ["answers"],
     ["baseline", "comparison"],
     ["regression"],
-    ["decoders", "weights.rehearsal", "weights.alarms", "weights.download", "weights.hub_config"],
+    ["decoders", "weights.hub_folder", "weights.rehearsal", "weights.alarms", "weights.download", "weights.hub_config"],
     ["weights.outline"],
     ["weights.read"],
     ["weights.msn_release", "stored_checkpoint"],
