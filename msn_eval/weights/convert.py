@@ -8,11 +8,12 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from msn_eval.architectures import outline_network, recognise_architecture
+from msn_eval.architectures import recognise_architecture
 from msn_eval.atomic_file import remove, written_atomically
 from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.images import IMAGENET_MEAN, IMAGENET_STD
 from msn_eval.stored_checkpoint import Contents, StoredCheckpoint, check_stored, choose_stored, read_contents
+from msn_eval.trunk import outline_network
 from msn_eval.weights.hub_folder import PlainNetwork, folder_content, heads_and_epsilon, write_folder
 from msn_eval.weights.safetensors_file import DTYPES, save_tensors
 
