@@ -51,7 +51,7 @@ _FLOORS = [
         "weights.hub_files",
         "weights.hub_library",
     ],
-    ["answers", "trunk"],
+    ["answers", "result_folder", "trunk"],
     ["baseline", "comparison"],
     ["regression"],
     ["decoders", "weights.hub_folder", "weights.rehearsal", "weights.alarms", "weights.download", "weights.hub_config"],

@@ -14,7 +14,8 @@ from msn_eval.reports.curves import neighbour_charts, shot_charts
 from msn_eval.reports.offline_page import as_block, asset, environment, policy_hash
 from msn_eval.reports.provenance import pack_records
 from msn_eval.reports.texts import FAILED, UNCONVERGED
-from msn_eval.result import Result, ResultScan
+from msn_eval.result import Result
+from msn_eval.result_folder import ResultScan
 from msn_eval.table import Cell, Column, Row, Table
 
 _SHADES = 8

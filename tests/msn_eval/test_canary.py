@@ -18,7 +18,8 @@ from msn_eval.features import Features
 from msn_eval.metrics import measure
 from msn_eval.plan import make_plan
 from msn_eval.request import Request
-from msn_eval.result import Result, list_results
+from msn_eval.result import Result
+from msn_eval.result_folder import list_results
 
 _CLASSES = ("a", "b", "c", "d")
 

@@ -15,7 +15,8 @@ import msn_eval.reports.html_report
 from msn_eval.leaderboard import make_leaderboard
 from msn_eval.published import published_file, read_published, table_of_published
 from msn_eval.reports.html_report import render_html
-from msn_eval.result import Result, ResultScan, list_results, scan_results
+from msn_eval.result import Result
+from msn_eval.result_folder import ResultScan, list_results, scan_results
 from msn_eval.table import make_table
 
 _ROW = re.compile(r'<tr(?: class="pub")?><th scope="row"><bdi>(.*?)</bdi>.*?</th>(.*)')
