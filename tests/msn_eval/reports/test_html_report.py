@@ -171,12 +171,12 @@ def test_made_up_names_change_no_page(exact: ModuleType) -> None:
 
 
 def _not_escaping(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = msn_eval.reports.html_report.environment().overlay(autoescape=False)
-    monkeypatch.setattr(msn_eval.reports.html_report, "environment", lambda: environment)
+    environment = msn_eval.reports.offline_page.environment().overlay(autoescape=False)
+    monkeypatch.setattr(msn_eval.reports.offline_page, "environment", lambda: environment)
 
 
 def _plain_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(msn_eval.reports.html_report, "as_block", lambda value: markupsafe.Markup(json.dumps(value)))
+    monkeypatch.setattr(msn_eval.reports.offline_page, "as_block", lambda value: markupsafe.Markup(json.dumps(value)))
 
 
 def _unprintable(monkeypatch: pytest.MonkeyPatch) -> None:
