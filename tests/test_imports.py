@@ -11,6 +11,7 @@ _ROOT = Path(__file__).parents[1]
 # From the ground up; a module imports only from floors below its own.
 _FLOORS = [
     ["errors"],
+    ["number_range"],
     [
         "atomic_file",
         "shipped",
