@@ -60,8 +60,26 @@ def test_chunks_give_the_minimum_and_the_certificate_of_all_rows_at_once(
         assert one.objective == pytest.approx(alone.objective, rel=2e-6)
 
 
-def test_gradients_go_on_in_float64_where_float32_leads_no_further() -> None:
-    assert all(one.gap <= 1e-12 for one in _solve(_share(*_drawn()), target=1e-12))
+def test_gradients_go_on_in_float64_where_float32_leads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    share, stages, walk = _share(*_drawn()), [], full_data._walk
+    monkeypatch.setattr(full_data, "_walk", lambda *given: stages.append(walk(*given)) or stages[-1])
+
+    ((solution, steps),) = minimise_in_chunks(share, [0.0025 / share.n], target=1e-12)
+
+    assert solution.gap <= 1e-12
+    assert steps == sum(taken for _, taken in stages)
+    assert all(taken for _, taken in stages)
+    assert len(stages) == 2
+
+
+def test_curvature_in_the_rows_axes_saves_most_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, product = [], full_data._curvature_product
+    monkeypatch.setattr(full_data, "_curvature_product", lambda *given: taken.append(1) or product(*given))
+
+    for noise in (0.1, 1.5):
+        _solve(_share(*_drawn(noise=noise)))
+
+    assert len(taken) <= 230  # 188 as it is; 299 and more where spread or axes are off by a factor or a term
 
 
 def test_products_are_taken_of_rows_that_are_the_protocols_to_float32() -> None:
@@ -99,7 +117,14 @@ def test_probe_over_many_rows_scores_as_it_does_over_few(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("n", "width", "classes", "large"),
-    [(12_811, 1024, 1000, False), (128_112, 384, 1000, True), (1_281_167, 384, 1000, True), (20_000, 768, 10, False)],
+    [
+        (12_811, 1024, 1000, False),
+        (128_112, 384, 1000, True),
+        (1_281_167, 384, 1000, True),
+        (20_000, 768, 10, False),
+        (100_000, 1024, 2, True),  # for its rows alone
+        (60_000, 10, 1200, True),  # for its logits alone
+    ],
 )
 def test_what_is_large(n: int, width: int, classes: int, large: bool) -> None:
     assert is_large(n, width, classes) is large

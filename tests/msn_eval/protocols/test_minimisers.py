@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from msn_eval.protocols import cross_entropy
+from msn_eval.protocols import cross_entropy, newton
 from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Solution
 from msn_eval.protocols.lbfgs import minimise_by_lbfgs
 from msn_eval.protocols.newton import minimise_by_newton, minimise_path
@@ -181,12 +181,16 @@ def test_solutions_along_a_path_foretell_the_next_and_save_steps() -> None:
     assert sum(steps[2:]) <= sum(alone[2:]) / 2
 
 
-def test_newton_goes_on_in_float64_where_float32_leads_no_further() -> None:
+def test_newton_goes_on_in_float64_where_float32_leads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = _problem(*_clusters(120, 12, 6), 0.0025)
+    stages, walk = [], newton._minimise
+    monkeypatch.setattr(newton, "_minimise", lambda *given: stages.append(walk(*given)) or stages[-1])
 
-    solution, _ = minimise_by_newton(problem, target=1e-13)
+    solution, steps = minimise_by_newton(problem, target=1e-13)
 
     assert solution.gap <= 1e-13
+    assert steps == sum(taken for _, taken in stages)
+    assert [taken > 0 for _, taken in stages][:2] == [True, True]
 
 
 @pytest.mark.parametrize(("n", "d", "n_classes"), [(20, 50, 5), (12, 12, 3)])
