@@ -43,7 +43,7 @@ def _solve(share: RowShare, *, target: float = 1e-6) -> list[Solution]:
 
 
 @pytest.mark.parametrize("noise", [0.1, 1.5], ids=["separable", "overlapping"])
-@pytest.mark.parametrize("chunk_values", [900, 1 << 20], ids=["some", "all"])
+@pytest.mark.parametrize("chunk_values", [900, 499 * 30, 1 << 20], ids=["some", "all but one", "all"])
 def test_chunks_give_the_minimum_and_the_certificate_of_all_rows_at_once(
     chunk_values: int, noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +70,19 @@ def test_gradients_go_on_in_float64_where_float32_leads_no_further(monkeypatch: 
     assert steps == sum(taken for _, taken in stages)
     assert all(taken for _, taken in stages)
     assert len(stages) == 2
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_step_ends_where_the_slope_is_half_of_the_first_or_less(scale: float) -> None:
+    share = _share(*_drawn())
+    rows, mu = full_data._measured(share), 0.0025 / share.n
+    start = full_data._evaluate(rows, torch.zeros(6, 24, dtype=torch.float64), mu, torch.float64)
+    direction = -scale * start.gradient
+
+    moved = full_data._moved(rows, start, direction, mu, torch.float64)
+
+    first, last = (float((one.gradient * direction).sum()) for one in (start, moved))
+    assert abs(last) <= 0.5 * abs(first)
 
 
 def test_curvature_in_the_rows_axes_saves_most_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +148,8 @@ def test_short_memory_makes_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> N
     usual = full_data.chunk_rows(share)
     monkeypatch.setattr(full_data, "available_bytes", lambda: 1 << 20)
 
-    assert 1 <= full_data.chunk_rows(share) < usual
+    assert usual == (1 << 20) // 30
+    assert full_data.chunk_rows(share) == (1 << 20) // 128 // 30  # room for 128 bytes a value
 
 
 def _solved_on_a_rank(values: Tensor, labels: Tensor) -> list[tuple[Tensor, float, float]]:
