@@ -13,7 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from msn_eval.protocols import cross_entropy, newton
-from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Solution
+from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Solution, certify
 from msn_eval.protocols.lbfgs import minimise_by_lbfgs
 from msn_eval.protocols.newton import minimise_by_newton, minimise_path
 from msn_eval.protocols.rows import centred_rows
@@ -109,10 +109,11 @@ def test_asked_gap_is_reached(minimise: Minimiser, strength: float, target: floa
     assert steps > 0
 
 
-def test_objective_is_that_of_the_weights_returned(minimise: Minimiser) -> None:
+@pytest.mark.parametrize("target", [1e-6, 1e-13])
+def test_objective_is_that_of_the_weights_returned(minimise: Minimiser, target: float) -> None:
     problem = _problem(*_clusters(120, 12, 6), 0.0025)
 
-    point, _ = minimise(problem, target=1e-6)
+    point, _ = minimise(problem, target=target)
 
     assert point.objective == pytest.approx(_objective(problem, point.weights), rel=1e-12)
 
@@ -199,7 +200,9 @@ def test_newton_is_not_misled_where_float32_takes_every_row_for_certain(n: int, 
 
     solution, _ = minimise_by_newton(problem, target=1e-6)
 
-    assert solution.gap <= 1e-6
+    proven = certify(problem, solution.weights)
+    assert proven.gap <= 1e-6
+    assert solution.objective == pytest.approx(proven.objective, rel=1e-8)
 
 
 @pytest.mark.parametrize("strength", [1e-4, 1e-3])
