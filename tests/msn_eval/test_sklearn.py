@@ -272,6 +272,16 @@ def test_a_fit_that_has_not_converged_says_so(gap: float, warned: list[str], mon
     assert [(str(one.message), one.category) for one in told] == [(text, ConvergenceWarning) for text in warned]
 
 
+@pytest.mark.parametrize("solver", ["newton", "lbfgs", "sklearn", "cyanure"])
+def test_the_solver_that_is_named_solves(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    solution = Solution(weights=torch.zeros(2, 2), objective=0.123, gap=0.0)
+    monkeypatch.setattr(estimators, f"minimise_by_{solver}", lambda problem, **target: (solution, 3))
+
+    probe = LogisticProbe(solver=solver).fit([[1.0, 0.0], [0.0, 1.0]], [0, 1])
+
+    assert (probe.objective_, probe.n_iter_) == (0.123, 3)
+
+
 @pytest.mark.parametrize("estimator", [LogisticProbe(), RidgeProbe(), LinearProbe()], ids=repr)
 def test_a_single_class_is_refused_by_name(estimator: Any) -> None:
     with pytest.raises(ValueError, match=rf"{type(estimator).__name__} needs labelled rows of at least two classes"):
