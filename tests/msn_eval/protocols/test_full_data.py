@@ -159,6 +159,8 @@ def test_short_memory_makes_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> N
 
     assert usual == (1 << 20) // 30
     assert full_data.chunk_rows(share) == (1 << 20) // 128 // 30  # room for 128 bytes a value
+    monkeypatch.setattr(full_data, "available_bytes", lambda: 0)
+    assert full_data.chunk_rows(share) == 1
 
 
 def _solved_on_a_rank(values: Tensor, labels: Tensor) -> list[tuple[Tensor, float, float]]:
