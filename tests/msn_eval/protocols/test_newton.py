@@ -1,11 +1,11 @@
-"""Newton's method: what its directions and its start save. What it finds is tested with the other minimiser's."""
+"""Newton's method: what its directions save. What it finds is tested with the other minimiser's."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from msn_eval.protocols import newton
-from msn_eval.protocols.cross_entropy import CrossEntropyProblem, evaluate_point
+from msn_eval.protocols.cross_entropy import CrossEntropyProblem
 from msn_eval.protocols.newton import minimise_path
 from msn_eval.protocols.rows import centred_rows
 
@@ -22,7 +22,7 @@ def _problem(mu: float) -> CrossEntropyProblem:
     return CrossEntropyProblem(rows=rows, labels=labels, n_classes=6, mu=mu)
 
 
-def test_conjugate_directions_and_a_warm_start_save_most_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conjugate_directions_save_most_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     taken, product = [], newton._curvature_product
     monkeypatch.setattr(
         newton, "_curvature_product", lambda *given, **wanted: taken.append(1) or product(*given, **wanted)
@@ -30,20 +30,4 @@ def test_conjugate_directions_and_a_warm_start_save_most_of_the_products(monkeyp
 
     list(minimise_path(_problem(1.0), [strength / 120 for strength in (10, 0.075, 0.0025, 1e-4)], target=1e-6))
 
-    assert (
-        len(taken) <= 205
-    )  # 180 as it is; 216 from the unscaled weights of another mu, 2,399 down the steepest slopes
-
-
-@pytest.mark.parametrize("factor", [0.1, 10.0])
-def test_weights_are_stretched_to_where_they_suit_best(factor: float) -> None:
-    problem = _problem(0.0025 / 120)
-    rows, labels = _drawn()
-    means = torch.zeros(6, 12, dtype=torch.float64).index_add_(0, labels, rows)
-    start = evaluate_point(problem, factor * means)
-
-    scaled = newton._scaled(problem, start)
-
-    first, last = (float((one.gradient * start.weights).sum()) for one in (start, scaled))
-    assert abs(last) <= 0.2 * abs(first)
-    assert scaled.objective < start.objective
+    assert len(taken) <= 400  # 185 as it is; thousands where the steps of the inner solver are not conjugate
