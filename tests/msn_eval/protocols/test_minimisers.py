@@ -190,8 +190,9 @@ def test_newton_goes_on_in_float64_where_float32_leads_no_further(monkeypatch: p
     solution, steps = minimise_by_newton(problem, target=1e-13)
 
     assert solution.gap <= 1e-13
-    assert steps == sum(taken for _, taken in stages)
-    assert [taken > 0 for _, taken in stages][:2] == [True, True]
+    _, rough, fine, last = (taken for _, taken in stages)  # the first step, which the rough ones count too
+    assert steps == rough + fine + last
+    assert min(rough, fine) > 0
 
 
 @pytest.mark.parametrize(("n", "d", "n_classes"), [(20, 50, 5), (12, 12, 3)])
