@@ -89,7 +89,7 @@ _FLOORS = [
     ["protocols.nearest"],
     ["protocols.sharded"],
     ["protocols.degenerate", "protocols.full_data", "protocols.lambda_choice"],
-    ["protocols.line_search", "protocols.team"],
+    ["protocols.line_search", "protocols.team", "protocols.warm_start"],
     ["protocols.newton", "protocols.lbfgs", "protocols.reference_solvers"],
     ["protocols.trainee_outputs"],
     ["protocols.finetune_step"],
