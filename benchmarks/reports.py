@@ -25,7 +25,7 @@ from msn_eval.metrics import wilson_interval
 from msn_eval.result import result_id
 
 _PROTOCOLS = 12
-_READ = "import sys; from msn_eval.result import list_results; list_results(sys.argv[1:])"
+_READ = "import sys; from msn_eval.result_folder import list_results; list_results(sys.argv[1:])"
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from selenium import webdriver
 
 from msn_eval.leaderboard import make_leaderboard
 from msn_eval.reports.html_report import render_html
-from msn_eval.result import scan_results
+from msn_eval.result_folder import scan_results
 from msn_eval.table import make_table
 
 _ROOT = Path(__file__).parents[1]

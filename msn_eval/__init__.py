@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from msn_eval.encoder import load_encoder
     from msn_eval.evaluation import evaluate
     from msn_eval.features import extract
-    from msn_eval.result import read_results
+    from msn_eval.result_folder import read_results
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "extract", "load_encoder", "read_results"]
@@ -19,7 +19,7 @@ _HOMES = {
     "evaluate": "msn_eval.evaluation",
     "extract": "msn_eval.features",
     "load_encoder": "msn_eval.encoder",
-    "read_results": "msn_eval.result",
+    "read_results": "msn_eval.result_folder",
 }
 
 

@@ -14,18 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from msn_eval.architectures import (
-    Architecture,
-    build_network,
-    check_architecture_name,
-    name_architecture,
-)
+from msn_eval.architectures import Architecture, name_architecture
 from msn_eval.errors import CheckpointError, printable
 from msn_eval.images import IMAGENET_MEAN, IMAGENET_STD
 from msn_eval.own_code import own_code_sha256
 from msn_eval.position_embedding import native_pixels
 from msn_eval.run_folder import evaluated_file, is_run_folder
 from msn_eval.stored_checkpoint import StoredCheckpoint, check_stored, choose_stored, read_contents
+from msn_eval.trunk import build_network, check_architecture_name
 from msn_eval.weights.alarms import find_alarms
 from msn_eval.weights.hub import check_hub_name, open_hub
 from msn_eval.weights.load import load_weights

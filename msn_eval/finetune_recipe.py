@@ -1,10 +1,9 @@
 """Finetune recipe: every number that a fine-tuning is made of, as a YAML file's `finetune` section gives it."""
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from msn_eval.errors import UsageError
+from msn_eval.number_range import check_range
 from msn_eval.probe_recipe import Params
 
 
@@ -57,22 +56,20 @@ class FinetuneRecipe:
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch", 1), ("warmup_epochs", 0), ("blocks", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise _out_of_range(name, value, f"a whole number of at least {least}")
-        for name in ("learning_rate",):
-            _check(name, getattr(self, name), above=0.0)
+            if value is not None:
+                check_range(f"finetune.{name}", value, least=least)
+        check_range("finetune.learning_rate", self.learning_rate, above=0)
         for name in ("head_lambda", "smallest_rate", "weight_decay", "clip", "mixup", "cutmix", "randaugment_std"):
-            _check(name, getattr(self, name), least=0.0)
+            check_range(f"finetune.{name}", getattr(self, name), least=0.0)
         for name in ("layer_decay", "crop_share"):
-            _check(name, getattr(self, name), above=0.0, most=1.0)
+            check_range(f"finetune.{name}", getattr(self, name), above=0.0, most=1.0)
         for name in ("flip", "erase"):
-            _check(name, getattr(self, name), least=0.0, most=1.0)
+            check_range(f"finetune.{name}", getattr(self, name), least=0.0, most=1.0)
         for name in ("beta2", "drop_path", "label_smoothing"):
-            _check(name, getattr(self, name), least=0.0, below=1.0)
-        _check("randaugment_magnitude", self.randaugment_magnitude, least=0.0, most=10.0)
-        _check("randaugment_layers", self.randaugment_layers, least=1.0)
-        if self.warmup_epochs >= self.epochs:
-            raise _out_of_range("warmup_epochs", self.warmup_epochs, f"fewer than the {self.epochs} epochs")
+            check_range(f"finetune.{name}", getattr(self, name), least=0.0, below=1.0)
+        check_range("finetune.randaugment_magnitude", self.randaugment_magnitude, least=0.0, most=10.0)
+        check_range("finetune.randaugment_layers", self.randaugment_layers, least=1.0)
+        check_range("finetune.warmup_epochs", self.warmup_epochs, below=self.epochs)
 
     @property
     def mixes(self) -> bool:
@@ -116,31 +113,3 @@ def recipe_of(settings: Params) -> FinetuneRecipe:
     given: dict[str, int | float | str | None] = {"blocks": None}
     given |= {name: value for name, value in settings.items() if name in known}
     return FinetuneRecipe(**given)  # type: ignore[arg-type]
-
-
-def _check(
-    name: str,
-    value: float,
-    *,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-    most: float = math.inf,
-) -> None:
-    if math.isfinite(value) and above < value < below and least <= value <= most:
-        return
-    bounds = [
-        text
-        for text, there in (
-            (f"above {above:g}", above > -math.inf),
-            (f"at least {least:g}", least > -math.inf),
-            (f"below {below:g}", below < math.inf),
-            (f"at most {most:g}", most < math.inf),
-        )
-        if there
-    ]
-    raise _out_of_range(name, value, f"a number {' and '.join(bounds)}")
-
-
-def _out_of_range(name: str, value: float, wanted: str) -> UsageError:
-    return UsageError(f"finetune.{name}: {value} is out of range", remedy=f"Give {wanted}.")

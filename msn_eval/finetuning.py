@@ -27,7 +27,7 @@ from msn_eval.ranking import rank_labels
 from msn_eval.result import Predictions
 from msn_eval.training_state import StateFiles
 from msn_eval.weights.classifier import Head, check_saved_place, classifier_content, write_classifier
-from msn_eval.weights.convert import PlainNetwork
+from msn_eval.weights.hub_folder import PlainNetwork
 
 _SMALL_PIXELS, _CHECKED_AT_ONCE = 8, 64
 _SLUG = "abcdefghijklmnopqrstuvwxyz0123456789-_."

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from msn_eval.architectures import outline_network
 from msn_eval.errors import CheckpointError
 from msn_eval.position_embedding import patch_pixels, published_rule, stored_pixels
 from msn_eval.stored_checkpoint import Contents, StoredCheckpoint, choose_stored, read_outline
+from msn_eval.trunk import outline_network
 from msn_eval.weights.alarms import find_alarms
 from msn_eval.weights.load import fit_weights, not_real
 from msn_eval.weights.networks import StoredNetwork

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msn_eval.errors import StoreError
-from msn_eval.result import Result, ResultScan
+from msn_eval.result import Result
+from msn_eval.result_folder import ResultScan
 from msn_eval.statistics import accuracy_interval, count_right, rank_with_ties
 from msn_eval.table import Place, Standing, place_of
 

@@ -1,11 +1,11 @@
 """Probe recipes: how probes are trained that have more to them than one number; the fields of a config's sections."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from msn_eval.errors import UsageError, nearest
+from msn_eval.number_range import check_range
 
 TAP_NAMES = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
 Params = Mapping[str, int | float | str]  # a probe's settings, as they stand in protocols and records
@@ -47,13 +47,13 @@ class LinearRecipe:
                     remedy=f"Known: {', '.join(TAP_NAMES)}.",
                 )
         for name in ("lr_first", "lr_last", "weight_decay_first", "weight_decay_last"):
-            _above_zero(f"linear.{name}", getattr(self, name))
+            check_range(f"linear.{name}", getattr(self, name), above=0)
         if self.lr is not None:
-            _above_zero("linear.lr", self.lr)
-        _not_below("linear.weight_decay", self.weight_decay, 0)
+            check_range("linear.lr", self.lr, above=0)
+        check_range("linear.weight_decay", self.weight_decay, least=0)
         for name in ("lrs", "weight_decays", "epochs", "batch_size", "seeds"):
-            _not_below(f"linear.{name}", getattr(self, name), 1)
-        _not_below("linear.seed", self.seed, 0)
+            check_range(f"linear.{name}", getattr(self, name), least=1)
+        check_range("linear.seed", self.seed, least=0)
 
     @property
     def named_taps(self) -> tuple[str, ...]:
@@ -103,16 +103,12 @@ class AugmentedRecipe:
         if not self.lr:
             raise UsageError("linear_augmented.lr: nothing given", remedy="Name at least one learning rate.")
         for rate in self.lr:
-            _above_zero("linear_augmented.lr", rate)
-        _not_below("linear_augmented.weight_decay", self.weight_decay, 0)
+            check_range("linear_augmented.lr", rate, above=0)
+        check_range("linear_augmented.weight_decay", self.weight_decay, least=0)
         for name in ("epochs", "batch_size"):
-            _not_below(f"linear_augmented.{name}", getattr(self, name), 1)
-        _above_zero("linear_augmented.crop_share", self.crop_share)
-        if self.crop_share > 1:
-            raise UsageError(
-                f"linear_augmented.crop_share: {self.crop_share} is out of range", remedy="Give a share of at most 1."
-            )
-        _not_below("linear_augmented.seed", self.seed, 0)
+            check_range(f"linear_augmented.{name}", getattr(self, name), least=1)
+        check_range("linear_augmented.crop_share", self.crop_share, above=0, most=1)
+        check_range("linear_augmented.seed", self.seed, least=0)
 
 
 def _in_equal_ratios(first: float, last: float, count: int) -> tuple[float, ...]:
@@ -121,13 +117,3 @@ def _in_equal_ratios(first: float, last: float, count: int) -> tuple[float, ...]
         return (first,)
     steps = (first * (last / first) ** (place / (count - 1)) for place in range(1, count - 1))
     return (first, *(float(f"{one:.6g}") for one in steps), last)
-
-
-def _above_zero(key: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise UsageError(f"{key}: {value} is out of range", remedy="Give a finite number above 0.")
-
-
-def _not_below(key: str, value: float, least: int) -> None:
-    if not (math.isfinite(value) and value >= least):
-        raise UsageError(f"{key}: {value} is out of range", remedy=f"Give a number of at least {least}.")

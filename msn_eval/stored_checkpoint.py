@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from msn_eval.architectures import Architecture, name_architecture, outline_network, recognise_architecture
+from msn_eval.architectures import Architecture, name_architecture, recognise_architecture
 from msn_eval.errors import CheckpointError
 from msn_eval.position_embedding import native_pixels, stored_pixels
+from msn_eval.trunk import outline_network
 from msn_eval.weights.families import Trunk, read_trunk
 from msn_eval.weights.hub_config import HubConfig, read_config_beside
 from msn_eval.weights.hub_files import CONFIG, weight_files

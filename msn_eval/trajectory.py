@@ -21,7 +21,8 @@ from msn_eval.evaluation import Preparation, evaluate_checkpoint, loading_of, pr
 from msn_eval.features import extract_features
 from msn_eval.look import Look, Place, Seen, look_at, newest_of_each_step, read_looks, write_look
 from msn_eval.plan import Plan
-from msn_eval.result import Result, ResultScan, scan_results
+from msn_eval.result import Result
+from msn_eval.result_folder import ResultScan, scan_results
 from msn_eval.run_alarms import Alarm, Line, find_alarms, is_not_finite
 from msn_eval.run_folder import (
     CONFIG,

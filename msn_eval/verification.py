@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from msn_eval.errors import StoreError
 from msn_eval.metrics import measure
-from msn_eval.result import PROTOCOL_VERSION, Predictions, Result, read_predictions, result_id, scan_results
+from msn_eval.result import PROTOCOL_VERSION, Predictions, Result, read_predictions, result_id
+from msn_eval.result_folder import scan_results
 
 _AT_ONCE = 4  # prediction files that are unpacked at a time
 _HIGHEST_GAP = 1e-3  # relative duality gap above which a fit has not converged

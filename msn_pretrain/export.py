@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msn_eval.architectures import name_architecture, outline_network
+from msn_eval.architectures import name_architecture
 from msn_eval.atomic_file import written_atomically
 from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.run_folder import SnapshotFiles, is_run_folder, newest_snapshot
 from msn_eval.stored_checkpoint import ARCHITECTURE, IMAGE_PIXELS
+from msn_eval.trunk import outline_network
 from msn_eval.weights.convert import convert_checkpoint
 from msn_eval.weights.safetensors_file import read_metadata
 from msn_pretrain.snapshot import EvaluatedEncoder, read_snapshot, write_encoder

@@ -6,11 +6,11 @@
 Defaults are the published values: of the released ViT-S/16 for MSN, of ResNet-50 for SimSiam.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from msn_eval.errors import UsageError, nearest
+from msn_eval.number_range import check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,12 @@ class Run:
     def __post_init__(self) -> None:
         _one_of("run.precision", self.precision, ("auto", "fp32", "bf16"))
         _one_of("run.attention", self.attention, ("auto", "fused", "explicit"))
-        _at_least("run.seed", self.seed, 0)
-        _at_least("run.micro_batch", self.micro_batch, 0)
-        _at_least("run.log_every", self.log_every, 1)
-        _above("run.snapshot_minutes", self.snapshot_minutes, 0)
-        _at_least("run.keep_every", self.keep_every, 0)
-        _at_least("run.compare_every", self.compare_every, 0)
+        check_range("run.seed", self.seed, least=0)
+        check_range("run.micro_batch", self.micro_batch, least=0)
+        check_range("run.log_every", self.log_every, least=1)
+        check_range("run.snapshot_minutes", self.snapshot_minutes, above=0)
+        check_range("run.keep_every", self.keep_every, least=0)
+        check_range("run.compare_every", self.compare_every, least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,8 @@ class Data:
     pin_memory: bool = True
 
     def __post_init__(self) -> None:
-        _at_least("data.workers", self.workers, 0)
-        _at_least("data.limit", self.limit, 0)
+        check_range("data.workers", self.workers, least=0)
+        check_range("data.limit", self.limit, least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,23 +104,23 @@ class Views:
     def __post_init__(self) -> None:
         _one_of("views.made", self.made, ("auto", "loader", "device"))
         for name in ("image_pixels", "focal_pixels", "random_views"):
-            _at_least(f"views.{name}", getattr(self, name), 1)
-        _at_least("views.focal_views", self.focal_views, 0)
+            check_range(f"views.{name}", getattr(self, name), least=1)
+        check_range("views.focal_views", self.focal_views, least=0)
         _one_of("views.interpolation", self.interpolation, ("bilinear", "bicubic"))
         for name in ("flip", "jitter", "grey", "blur"):
-            _within(f"views.{name}", getattr(self, name), 0, 1)
+            check_range(f"views.{name}", getattr(self, name), least=0, most=1)
         for name in ("brightness", "contrast", "saturation"):
-            _at_least(f"views.{name}", getattr(self, name), 0)
-        _within("views.hue", self.hue, 0, 0.5)
+            check_range(f"views.{name}", getattr(self, name), least=0)
+        check_range("views.hue", self.hue, least=0, most=0.5)
         for name in ("crop_scale", "focal_crop_scale", "blur_sigma"):
             _check_pair(f"views.{name}", getattr(self, name))
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a YAML file gives a list
         for name in ("crop_scale", "focal_crop_scale"):
             low, high = getattr(self, name)
-            _above(f"views.{name}", low, 0)
-            _within(f"views.{name}", high, low, 1)
-        _above("views.blur_sigma", self.blur_sigma[0], 0)
-        _at_least("views.blur_sigma", self.blur_sigma[1], self.blur_sigma[0])
+            check_range(f"views.{name}", low, above=0)
+            check_range(f"views.{name}", high, least=low, most=1)
+        check_range("views.blur_sigma", self.blur_sigma[0], above=0)
+        check_range("views.blur_sigma", self.blur_sigma[1], least=self.blur_sigma[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +142,9 @@ class Encoder:
     stem: str = "imagenet"
 
     def __post_init__(self) -> None:
-        _within("encoder.drop_path", self.drop_path, 0, 0.999)
+        check_range("encoder.drop_path", self.drop_path, least=0, most=0.999)
         _one_of("encoder.first_weights", self.first_weights, ("release", "timm"))
-        _above("encoder.position_scale", self.position_scale, 0)
+        check_range("encoder.position_scale", self.position_scale, above=0)
         _one_of("encoder.stem", self.stem, ("imagenet", "cifar"))
 
 
@@ -164,8 +164,8 @@ class Head:
     batch_norm: bool = True
 
     def __post_init__(self) -> None:
-        _at_least("head.hidden", self.hidden, 1)
-        _at_least("head.output", self.output, 1)
+        check_range("head.hidden", self.hidden, least=1)
+        check_range("head.output", self.output, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ class Masking:
     per_image: bool = False
 
     def __post_init__(self) -> None:
-        _within("masking.ratio", self.ratio, 0, 0.999)
+        check_range("masking.ratio", self.ratio, least=0, most=0.999)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,11 +201,11 @@ class Criterion:
     prior_exponent: float = 0.25
 
     def __post_init__(self) -> None:
-        _at_least("criterion.prototypes", self.prototypes, 2)
+        check_range("criterion.prototypes", self.prototypes, least=2)
         for name in ("temperature", "sharpening", "final_sharpening"):
-            _above(f"criterion.{name}", getattr(self, name), 0)
+            check_range(f"criterion.{name}", getattr(self, name), above=0)
         for name in ("sinkhorn_iterations", "me_max_weight", "entropy_weight", "prior_exponent"):
-            _at_least(f"criterion.{name}", getattr(self, name), 0)
+            check_range(f"criterion.{name}", getattr(self, name), least=0)
         _one_of("criterion.prior", self.prior, ("uniform", "power_law"))
 
 
@@ -232,9 +232,9 @@ class Optimization:
     clip: float = 3.0
 
     def __post_init__(self) -> None:
-        _at_least("optimization.epochs", self.epochs, 1)
-        _at_least("optimization.batch_size", self.batch_size, 2)
-        _above("optimization.learning_rate", self.learning_rate, 0)
+        check_range("optimization.epochs", self.epochs, least=1)
+        check_range("optimization.batch_size", self.batch_size, least=2)
+        check_range("optimization.learning_rate", self.learning_rate, above=0)
         for name in (
             "start_learning_rate",
             "final_learning_rate",
@@ -243,8 +243,8 @@ class Optimization:
             "clip",
             "warmup",
         ):
-            _at_least(f"optimization.{name}", getattr(self, name), 0)
-        _at_least("optimization.stretch", self.stretch, 1)
+            check_range(f"optimization.{name}", getattr(self, name), least=0)
+        check_range("optimization.stretch", self.stretch, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,8 +255,8 @@ class EMA:
     final: float = 1.0
 
     def __post_init__(self) -> None:
-        _within("ema.start", self.start, 0, 1)
-        _within("ema.final", self.final, 0, 1)
+        check_range("ema.start", self.start, least=0, most=1)
+        check_range("ema.final", self.final, least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +278,7 @@ class Watch:
     on_alarm: str = "stop"
 
     def __post_init__(self) -> None:
-        _at_least("watch.probe_every", self.probe_every, 0)
+        check_range("watch.probe_every", self.probe_every, least=0)
         _one_of("watch.on_alarm", self.on_alarm, ("stop", "warn", "rollback"))
 
 
@@ -317,9 +317,9 @@ class Projector:
     predictor: int = 512
 
     def __post_init__(self) -> None:
-        _at_least("projector.layers", self.layers, 1)
-        _at_least("projector.output", self.output, 1)
-        _at_least("projector.predictor", self.predictor, 1)
+        check_range("projector.layers", self.layers, least=1)
+        check_range("projector.output", self.output, least=1)
+        check_range("projector.predictor", self.predictor, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,12 +345,12 @@ class SGD:
 
     def __post_init__(self) -> None:
         _one_of("optimization.optimizer", self.optimizer, ("sgd", "adamw"))
-        _at_least("optimization.epochs", self.epochs, 1)
-        _at_least("optimization.batch_size", self.batch_size, 2)
-        _above("optimization.learning_rate", self.learning_rate, 0)
+        check_range("optimization.epochs", self.epochs, least=1)
+        check_range("optimization.batch_size", self.batch_size, least=2)
+        check_range("optimization.learning_rate", self.learning_rate, above=0)
         for name in ("weight_decay", "warmup", "clip"):
-            _at_least(f"optimization.{name}", getattr(self, name), 0)
-        _within("optimization.momentum", self.momentum, 0, 0.9999)
+            check_range(f"optimization.{name}", getattr(self, name), least=0)
+        check_range("optimization.momentum", self.momentum, least=0, most=0.9999)
 
 
 def _simsiam_views() -> Views:
@@ -388,18 +388,3 @@ def _check_pair(key: str, values: Sequence[float]) -> None:
         raise UsageError(
             f"{key}: {list(values)} are not two numbers", remedy="Give a lower and an upper one: [0.3, 1.0]."
         )
-
-
-def _at_least(key: str, value: float, low: float) -> None:
-    if not (math.isfinite(value) and value >= low):
-        raise UsageError(f"{key}: {value} is out of range", remedy=f"Give at least {low:g}.")
-
-
-def _above(key: str, value: float, low: float) -> None:
-    if not (math.isfinite(value) and value > low):
-        raise UsageError(f"{key}: {value} is out of range", remedy=f"Give more than {low:g}.")
-
-
-def _within(key: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise UsageError(f"{key}: {value} is out of range", remedy=f"Give {low:g} to {high:g}.")

@@ -6,8 +6,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from msn_eval.architectures import build_network, name_architecture, outline_network
+from msn_eval.architectures import name_architecture
 from msn_eval.errors import UsageError
+from msn_eval.trunk import build_network, outline_network
 from msn_pretrain.batch_norm import share_batch_norm
 from msn_pretrain.heads import simsiam_predictor, simsiam_projector
 from msn_pretrain.loss import simsiam_loss

@@ -7,10 +7,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from msn_eval.architectures import build_network, name_architecture
+from msn_eval.architectures import name_architecture
 from msn_eval.errors import UsageError
 from msn_eval.last_block import class_token_after, is_plain
 from msn_eval.position_embedding import PositionRule, interpolate_positions, patch_pixels, stored_pixels
+from msn_eval.trunk import build_network
 from msn_pretrain.masking import keep_patches
 
 _log = logging.getLogger(__name__)

@@ -7,6 +7,14 @@ from pathlib import Path
 import pytest
 
 from msn_eval import evaluate
+from msn_eval.finetune_recipe import Finetune
+from msn_eval.protocols import Probe
+from msn_eval.protocols.knn import NearestNeighbours
+from msn_eval.protocols.linear import Linear
+from msn_eval.protocols.linear_augmented import LinearAugmented
+from msn_eval.protocols.logistic import ChosenLogistic, Logistic
+from msn_eval.protocols.ncm import NearestClassMean
+from msn_eval.protocols.ridge import Ridge
 from msn_eval.result import Result, protocol_id
 
 _GOLDEN = Path(__file__).parent / "golden"
@@ -35,6 +43,23 @@ def test_a_protocol_id_is_the_hash_of_its_canonical_json() -> None:
     for entry in _read("digits_protocols.json"):
         text = json.dumps(entry["protocol"], sort_keys=True, separators=(",", ":"))
         assert entry["protocol_id"] == hashlib.sha256(text.encode()).hexdigest()[:16] == protocol_id(entry["protocol"])
+
+
+@pytest.mark.parametrize(
+    ("probe", "name", "tap"),
+    [
+        (Logistic, "logistic", "cls"),
+        (ChosenLogistic, "logistic", "cls"),
+        (NearestNeighbours, "knn", "cls-norm"),
+        (Linear, "linear", "cls"),
+        (LinearAugmented, "linear-augmented", "cls"),
+        (Ridge, "ridge", "cls"),
+        (NearestClassMean, "ncm", "cls-norm"),
+        (Finetune, "finetune", "cls-norm"),
+    ],
+)
+def test_every_probe_has_the_name_version_and_tap_of_record(probe: type[Probe], name: str, tap: str) -> None:
+    assert (probe.name, probe.version, probe.tap) == (name, 1, tap)
 
 
 def test_raw_pixels_on_the_digits_score_what_they_always_did(results: list[Result]) -> None:

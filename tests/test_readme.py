@@ -7,7 +7,7 @@ import pytest
 
 from msn_eval.cli import main
 from msn_eval.reports.texts import cell_text
-from msn_eval.result import list_results
+from msn_eval.result_folder import list_results
 from msn_eval.table import make_table
 
 _ROOT = Path(__file__).parents[1]

@@ -102,7 +102,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _stored(options: argparse.Namespace) -> "tuple[list[Result], list[Path]]":
     from msn_eval.answers import results_of_one_checkpoint
-    from msn_eval.result import list_results
+    from msn_eval.result_folder import list_results
 
     try:
         results = list_results(options.runs)

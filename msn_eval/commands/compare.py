@@ -30,7 +30,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         render_comparison_markdown,
         render_comparison_text,
     )
-    from msn_eval.result import list_results
+    from msn_eval.result_folder import list_results
 
     first, second = options.first, options.second
     if options.runs:

@@ -14,7 +14,10 @@ from msn_eval.errors import DataError, UsageError, printable
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from msn_eval.dataset_check import DatasetCheck, ManifestCheck, Progress, Sized, SplitCheck
+    from msn_eval.dataset_check import DatasetCheck
+    from msn_eval.image_facts import Progress
+    from msn_eval.manifest import ManifestCheck
+    from msn_eval.split_check import Sized, SplitCheck
 
 _log = logging.getLogger(__name__)
 TAKES_OVERRIDES = False
@@ -39,8 +42,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Print what was found; give 21 where an image cannot be used or is not what the manifest says."""
     from msn_eval.atomic_file import prepare_folder, write_atomically
-    from msn_eval.dataset_check import check_dataset, read_manifest, write_manifest
+    from msn_eval.dataset_check import check_dataset
     from msn_eval.datasets import read_dataset
+    from msn_eval.manifest import read_manifest, write_manifest
 
     workers = _read_workers(options.workers)
     out = None if options.write_manifest is None else Path(options.write_manifest)
@@ -64,7 +68,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             f"{printable(str(out))}: not written, since {_count(unreadable, 'image')} cannot be used", file=sys.stderr
         )
     elif out is not None:
-        write_atomically(out, write_manifest(check))
+        write_atomically(out, write_manifest(check.splits))
     return 0 if check.sound else DataError.exit_code
 
 

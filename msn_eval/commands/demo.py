@@ -26,7 +26,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from msn_eval.reports.html_report import render_html
     from msn_eval.reports.terminal import print_table
     from msn_eval.request import Request
-    from msn_eval.result import scan_results
+    from msn_eval.result_folder import scan_results
     from msn_eval.table import make_table
 
     folder = Path(options.out)

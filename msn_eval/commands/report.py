@@ -7,7 +7,8 @@ from typing import cast
 
 from msn_eval.errors import UsageError, nearest
 from msn_eval.reports import FORMATS, PAGE, SUFFIXES, Format, render
-from msn_eval.result import Result, ResultScan, all_faults, no_collections, scan_results
+from msn_eval.result import Result
+from msn_eval.result_folder import ResultScan, all_faults, no_collections, scan_results
 from msn_eval.table import Table, make_table
 
 TAKES_OVERRIDES = False

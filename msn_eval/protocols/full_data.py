@@ -15,6 +15,7 @@ from msn_eval.host import available_bytes
 from msn_eval.protocols.cross_entropy import Solution
 from msn_eval.protocols.rows import centred_rows
 
+_ROUGH, _FINE = torch.float32, torch.float64
 _WHOLE_BYTES = 1 << 30  # that all rows and their logits may take; a fixed number, so that machines do not differ
 _CHUNK_VALUES = 1 << 20  # of rows and logits: small beside such features, and enough for a fast product
 _CUDA_CHUNK_VALUES = 1 << 27
@@ -87,27 +88,29 @@ def minimise_in_chunks(share: RowShare, mus: Sequence[float], *, target: float) 
     Rows are centred and normalised a chunk at a time. Newton's method with conjugate gradients, in the axes of the rows'
     second moment, where the curvature of every class is all but diagonal. Products are float32 as far as that leads; what
     is returned is evaluated in float64 over all rows, and where that does not meet the target, the rest of the way has its
-    gradients in float64.
+    gradients in float64 and, where rows are all but certain, the last of it the products inside a step as well.
     """
     rows = _measured(share)
     axes = _moment(rows)
     weights = share.values.new_zeros(share.n_classes, share.width, dtype=torch.float64)
     for mu in mus:
-        point, steps = _walk(rows, axes, _evaluate(rows, weights, mu, torch.float32), mu, target, torch.float32)
-        point = _evaluate(rows, point.weights, mu, torch.float64)
-        if point.gap > target:
-            point, more = _walk(rows, axes, point, mu, target, torch.float64)
+        point, steps = _walk(rows, axes, _evaluate(rows, weights, mu, _ROUGH), mu, target, _ROUGH, _ROUGH)
+        point = _evaluate(rows, point.weights, mu, _FINE)
+        for products in (_ROUGH, _FINE):
+            point, more = _walk(rows, axes, point, mu, target, _FINE, products)
             steps += more
         weights = point.weights
         yield Solution(weights=weights, objective=point.objective, gap=point.gap), steps
 
 
-def _walk(rows: _Rows, axes: _Axes, point: _Point, mu: float, target: float, dtype: torch.dtype) -> tuple[_Point, int]:
-    """Walk until the gap meets the target or `dtype` has no better answer."""
+def _walk(
+    rows: _Rows, axes: _Axes, point: _Point, mu: float, target: float, dtype: torch.dtype, products: torch.dtype
+) -> tuple[_Point, int]:
+    """Walk until the gap meets the target or `dtype`, and `products` for the curvature, have no better answer."""
     for step in range(_MOST_STEPS):
         if point.gap <= target:
             return point, step
-        moved = _moved(rows, point, _direction(rows, axes, point, mu, target), mu, dtype)
+        moved = _moved(rows, point, _direction(rows, axes, point, mu, target, products), mu, dtype)
         if not moved.gap < point.gap and not moved.objective < point.objective:
             return point, step
         point = moved
@@ -135,7 +138,7 @@ def _moved(rows: _Rows, point: _Point, direction: Tensor, mu: float, dtype: torc
     return moved
 
 
-def _direction(rows: _Rows, axes: _Axes, point: _Point, mu: float, target: float) -> Tensor:
+def _direction(rows: _Rows, axes: _Axes, point: _Point, mu: float, target: float, products: torch.dtype) -> Tensor:
     """Solve H D = -gradient by preconditioned conjugate gradients, as finely as the target needs."""
     residual = -point.gradient
     direction = torch.zeros_like(residual)
@@ -146,7 +149,7 @@ def _direction(rows: _Rows, axes: _Axes, point: _Point, mu: float, target: float
     goal = forcing**2 * squared
     ample = _AMPLE * target * 2 * mu * point.objective  # of the squared gradient that the residual will be
     for _ in range(_MOST_PRODUCTS):
-        product = _curvature_product(rows, point, mu, search)
+        product = _curvature_product(rows, point, mu, search, products)
         curvature = _inner(search, product)
         if not curvature > 0:  # rounding; the Hessian is positive definite
             break
@@ -192,11 +195,11 @@ def _residual(chances: Tensor, label: Tensor) -> Tensor:
     return chances.scatter_add_(1, label, chances.new_full(label.shape, -1.0))
 
 
-def _curvature_product(rows: _Rows, point: _Point, mu: float, vector: Tensor) -> Tensor:
-    """Give the Hessian times (n_classes, d) `vector`, in float32 within a chunk."""
+def _curvature_product(rows: _Rows, point: _Point, mu: float, vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give the Hessian times (n_classes, d) `vector`, in `dtype` within a chunk."""
     total = torch.zeros_like(vector)
-    weights, narrow = point.weights.to(torch.float32), vector.to(torch.float32)
-    for some, _ in _chunks(rows, torch.float32):
+    weights, narrow = point.weights.to(dtype), vector.to(dtype)
+    for some, _ in _chunks(rows, dtype):
         chances = (some @ weights.T).softmax(dim=1)
         bent = (some @ narrow.T).mul_(chances)
         total += bent.sub_(chances.mul_(bent.sum(dim=1, keepdim=True))).T @ some

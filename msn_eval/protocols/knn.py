@@ -85,4 +85,4 @@ def neighbour_vote(cosines: Tensor, classes: Tensor, *, n_classes: int, temperat
     # One neighbour after the other: a GPU adds what meets in one place in any order, and equal votes must stay equal.
     for place in range(classes.shape[1]):
         votes.scatter_add_(1, classes[:, place : place + 1], weights[:, place : place + 1])
-    return votes.log() + largest.where(votes > 0, torch.zeros_like(largest))
+    return votes.log() + largest

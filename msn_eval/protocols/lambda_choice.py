@@ -17,7 +17,7 @@ GRID = tuple(10.0 ** (step / 2) for step in range(-10, 3))
 _SHARE_OF_MEDIAN = 0.3
 _EPSILON = 1e-10  # of the largest eigenvalue: what is smaller is rounding
 _BLOCK_ROWS = 4096
-_ERRORS_APART = 2.0  # standard errors above the smallest left-out error, from which on another is told from it
+_ERRORS_APART = 2.0  # standard errors above the smallest left-out error, beyond which another is told from it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,8 @@ def minimise_path(
     problem: with float64 rows; its own mu is not looked at
     The way is walked in float32, as far as that leads. What is returned is evaluated anew in float64; where its gap
     does not meet the target, the rest of the way has gradients, objectives and steps in float64, and only the
-    curvature products inside a step in float32, which bends the direction a little and never the answer.
+    curvature products inside a step in float32, which bends the direction a little and never the answer. Where rows are
+    all but certain, their p (1 - p) is below the rounding of float32, and the last of the way has those in float64 too.
     """
     rough = replace(problem, rows=problem.rows.to(torch.float32))
     walked: deque[Point] = deque(maxlen=_REMEMBERED)
@@ -68,9 +69,12 @@ def minimise_path(
 def _finish(
     problem: CrossEntropyProblem, rough: CrossEntropyProblem, weights: Tensor, steps: int, target: float
 ) -> tuple[Solution, int]:
-    """Walk the rest of the way, where float32 leads no further, in float64."""
-    point, more = _minimise(problem, rough, evaluate_point(problem, weights), target, range(_MOST_STEPS))
-    return Solution(weights=point.weights, objective=point.objective, gap=point.gap), steps + more
+    """Walk the rest of the way, where float32 leads no further, in float64: the curvature products last."""
+    point = evaluate_point(problem, weights)
+    for products in (rough, problem):
+        point, more = _minimise(problem, products, point, target, range(_MOST_STEPS))
+        steps += more
+    return Solution(weights=point.weights, objective=point.objective, gap=point.gap), steps
 
 
 def _moved(problem: CrossEntropyProblem, point: Point, direction: Tensor, along: Tensor) -> Point:
@@ -88,7 +92,8 @@ def _minimise(
     target: float,
     steps: range,
 ) -> tuple[Point, int]:
-    """Walk from `point` in the precision of `problem`; `rough` is the same in float32. Gives the number of the step after."""
+    """Walk from `point` in the precision of `problem`; `rough` is the same in that of the curvature products. Gives the number
+    of the step after."""
     for step in steps:
         if point.gap <= target:
             return point, step
@@ -114,13 +119,13 @@ def _forcing(gap: float, target: float) -> float:
 def _newton_direction(
     problem: CrossEntropyProblem, point: Point, target: float, *, early: bool
 ) -> tuple[Tensor, Tensor]:
-    """Solve H D = -gradient by conjugate gradients, roughly; give D and what it adds to the logits, rows @ D.T.
-
-    problem: with float32 rows
+    """Solve H D = -gradient by conjugate gradients, roughly, in the precision of the problem's rows; give D and what it
+    adds to the logits, rows @ D.T.
     """
-    probabilities = point.probabilities.to(torch.float32)
+    dtype = problem.rows.dtype
+    probabilities = point.probabilities.to(dtype)
     scale = float(point.gradient.norm())  # to unit length, so that float32 holds gradients of any size
-    residual = (-point.gradient / scale).to(torch.float32)
+    residual = (-point.gradient / scale).to(dtype)
     direction = torch.zeros_like(residual)
     search = residual.clone()
     change, along = torch.empty_like(probabilities), torch.zeros_like(probabilities)

@@ -21,7 +21,7 @@ def merge_nearest(parts: Sequence[Found], k: int) -> Found:
     """Choose the k nearest of what shards found, ties to the earlier row.
 
     parts: of each shard (m, k_i) cosines and (m, k_i) rows, numbered as in the whole bank; the k nearest of the shard, or
-           all of its rows where it has fewer; k at most the sum of k_i
+           all of its rows where it has fewer, and any number of cosines of -inf; k at most the rows of all shards
     """
     cosines, rows = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
     earliest, order = rows.sort(dim=1)
@@ -45,12 +45,11 @@ def search_sharded(
     from torch import distributed
 
     rank, world = distributed.get_rank(group), distributed.get_world_size(group)
-    rows = shard.rows if shard is not None else 0
-    counts = [torch.empty(2, dtype=torch.int64, device=queries.device) for _ in range(world)]
-    distributed.all_gather(counts, torch.tensor([len(queries), rows], device=queries.device), group=group)
+    counts = [torch.empty(1, dtype=torch.int64, device=queries.device) for _ in range(world)]
+    distributed.all_gather(counts, torch.tensor([len(queries)], device=queries.device), group=group)
     own: list[Found] = []
     for owner in range(world):
-        asked = int(counts[owner][0])
+        asked = int(counts[owner])
         if not asked:
             continue
         travelling = queries.contiguous() if owner == rank else queries.new_empty(asked, queries.shape[1])
@@ -63,8 +62,7 @@ def search_sharded(
             if answers is not None:
                 gathered.append(answers)
         if gathered:
-            sizes = [min(k, int(count[1])) for count in counts]
-            own = [(values[:, :size], places[:, :size]) for values, places, size in zip(*gathered, sizes, strict=True)]
+            own = [(values, places) for values, places in zip(*gathered, strict=True)]
     if own:
         return merge_nearest(own, k)
     nothing = torch.empty(0, k, dtype=torch.int64, device=queries.device)
@@ -72,7 +70,7 @@ def search_sharded(
 
 
 def _padded(queries: Tensor, shard: Bank | None, first: int, k: int) -> Found:
-    """Give k columns whatever the shard holds: collectives want equal shapes."""
+    """Give k columns whatever the shard holds: collectives want equal shapes. What is not there is farther than any row."""
     cosines = torch.full((len(queries), k), -torch.inf, dtype=torch.float64, device=queries.device)
     rows = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
     if shard is not None:

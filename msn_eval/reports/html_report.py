@@ -3,18 +3,17 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 
-from msn_eval import __version__
 from msn_eval.errors import printable
 from msn_eval.reports.class_view import ClassView, make_class_views
 from msn_eval.reports.curves import neighbour_charts, shot_charts
-from msn_eval.reports.offline_page import as_block, asset, environment, policy_hash
+from msn_eval.reports.offline_page import render_offline
 from msn_eval.reports.provenance import pack_records
 from msn_eval.reports.texts import FAILED, UNCONVERGED
-from msn_eval.result import Result, ResultScan
+from msn_eval.result import Result
+from msn_eval.result_folder import ResultScan
 from msn_eval.table import Cell, Column, Row, Table
 
 _SHADES = 8
@@ -66,8 +65,11 @@ def render_html(table: Table, scan: ResultScan, *, show_published: bool) -> str:
     """
     records = {result.id: (result, path) for result, path in zip(scan.results, scan.paths, strict=True)}
     views, unseen = make_class_views(table, records)
-    script, style = asset("page.js"), asset("page.css")
-    page: str = environment().get_template("page.html").render(
+    return render_offline(
+        "page.html",
+        script="page.js",
+        styles=["page.css"],
+        data=_data(table, records, views),
         title=_title(table),
         facts=_facts(table, len(scan.results)),
         notices=[printable(notice) for notice in (*table.notices, *unseen)],
@@ -78,15 +80,7 @@ def render_html(table: Table, scan: ResultScan, *, show_published: bool) -> str:
         unconverged=any(cell.status == "not_converged" for cell in table.cells.values()),
         chart_parts=_chart_parts(table),
         has_classes=bool(views),
-        data=as_block(_data(table, records, views)),
-        script=script,
-        style=style,
-        script_sha256=policy_hash(script),
-        style_sha256=policy_hash(style),
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        version=__version__,
-    )  # fmt: skip
-    return page
+    )
 
 
 def _printable(value: object) -> object:

@@ -7,9 +7,13 @@ no script and no style run but the two whose hashes it names.
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from msn_eval import __version__
 
 _FOLDER = Path(__file__).parent / "page"
 _FOR_JSON_IN_HTML = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
@@ -29,14 +33,36 @@ def environment() -> Any:
     )
 
 
-def asset(name: str) -> Any:
+def render_offline(template: str, *, script: str, styles: Sequence[str], data: object, **facts: object) -> str:
+    """Give the page of a template.
+
+    script, styles: files of ours that stand in it, and that alone its policy lets run and look
+    data:           what the script reads; facts: what else the template asks for
+    """
+    from markupsafe import Markup
+
+    code, style = _asset(script), Markup("").join(map(_asset, styles))
+    page: str = environment().get_template(template).render(
+        facts,
+        data=as_block(data),
+        script=code,
+        style=style,
+        script_sha256=_policy_hash(code),
+        style_sha256=_policy_hash(style),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+    )  # fmt: skip
+    return page
+
+
+def _asset(name: str) -> Any:
     """Give a file of ours that stands in the page as it is."""
     from markupsafe import Markup
 
     return Markup((_FOLDER / name).read_text(encoding="utf-8"))
 
 
-def policy_hash(text: str) -> str:
+def _policy_hash(text: str) -> str:
     """Give the hash by which a policy knows an inline script or style."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 

@@ -110,6 +110,27 @@ class Laid:
     top: float = _TOP
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Paper:
+    """Where a panel's numbers come to stand: `end` steps across, `low` to `high` up, on `width` x `height` SVG units."""
+
+    end: float
+    low: float
+    high: float
+    width: int
+    height: int
+
+    def across(self, x: float) -> float:
+        return round(_LEFT + min(1.0, x / self.end) * (self.width - _LEFT - _RIGHT), 1)
+
+    def down(self, y: float) -> float:
+        share = (min(self.high, max(self.low, y)) - self.low) / (self.high - self.low)
+        return round(self.height - _BOTTOM - share * (self.height - _TOP - _BOTTOM), 1)
+
+    def line(self, xs: Sequence[float], ys: Sequence[float]) -> str:
+        return " ".join(f"{self.across(x)},{self.down(y)}" for x, y in zip(xs, ys, strict=True))
+
+
 def lay_out(panel: Panel, extent: Extent) -> Laid:
     """Lay out a panel whose curves hold at least one number."""
     width, height = (_TALL_WIDTH, _TALL_HEIGHT) if panel.tall else (_WIDTH, _HEIGHT)
@@ -117,49 +138,13 @@ def lay_out(panel: Panel, extent: Extent) -> Laid:
     low, high, cut = _limits(panel, stretches)
     ticks = _ticks(low, high, _MOST_Y_TICKS)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
-
-    def across(x: float) -> float:
-        return round(_LEFT + min(1.0, x / extent.end) * (width - _LEFT - _RIGHT), 1)
-
-    def down(y: float) -> float:
-        share = (min(high, max(low, y)) - low) / (high - low)
-        return round(height - _BOTTOM - share * (height - _TOP - _BOTTOM), 1)
-
-    def drawn(number: int, curve: Curve, pieces: Sequence[Thinned]) -> Drawn:
-        known = [(place, value) for place, (_, value) in enumerate(curve.values) if value is not None]
-        return Drawn(
-            number=number,
-            name=curve.name,
-            last=number_text(known[-1][1], panel.decimals) if known else "–",
-            pieces=tuple(pieces),
-            lines=tuple(
-                " ".join(f"{across(x)},{down(y)}" for x, y in zip(one.xs, one.means, strict=True)) for one in pieces
-            ),
-            bands=tuple(
-                " ".join(
-                    [f"{across(x)},{down(y)}" for x, y in zip(one.xs, one.highs, strict=True)]
-                    + [f"{across(x)},{down(y)}" for x, y in zip(one.xs[::-1], one.lows[::-1], strict=True)]
-                )
-                for one in pieces
-                if len(one.xs) > 1 and one.lows != one.highs
-            ),
-            dots=tuple(
-                (across(curve.values[place][0]), down(value), curve.texts[place])
-                for place, value in known
-                if curve.texts
-            ),
-            shown=tuple(
-                (float(f"{x:.6g}"), number_text(y, panel.decimals))
-                for one in pieces
-                for x, y in zip(one.xs, one.means, strict=True)
-            ),
-        )
-
+    paper = _Paper(end=extent.end, low=low, high=high, width=width, height=height)
+    across, down = paper.across, paper.down
     return Laid(
         title=panel.title,
         lead=panel.lead,
         curves=tuple(
-            drawn(number, curve, pieces)
+            _drawn(number, curve, pieces, paper, panel.decimals)
             for number, (curve, pieces) in enumerate(zip(panel.curves, stretches, strict=True))
         ),
         x_title=extent.title,
@@ -178,6 +163,32 @@ def lay_out(panel: Panel, extent: Extent) -> Laid:
         bottom=height - _BOTTOM,
         y_low=low,
         y_high=high,
+    )
+
+
+def _drawn(number: int, curve: Curve, pieces: Sequence[Thinned], paper: _Paper, decimals: int | None) -> Drawn:
+    known = [(place, value) for place, (_, value) in enumerate(curve.values) if value is not None]
+    return Drawn(
+        number=number,
+        name=curve.name,
+        last=number_text(known[-1][1], decimals) if known else "–",
+        pieces=tuple(pieces),
+        lines=tuple(paper.line(one.xs, one.means) for one in pieces),
+        bands=tuple(
+            f"{paper.line(one.xs, one.highs)} {paper.line(one.xs[::-1], one.lows[::-1])}"
+            for one in pieces
+            if len(one.xs) > 1 and one.lows != one.highs
+        ),
+        dots=tuple(
+            (paper.across(curve.values[place][0]), paper.down(value), curve.texts[place])
+            for place, value in known
+            if curve.texts
+        ),
+        shown=tuple(
+            (float(f"{x:.6g}"), number_text(y, decimals))
+            for one in pieces
+            for x, y in zip(one.xs, one.means, strict=True)
+        ),
     )
 
 

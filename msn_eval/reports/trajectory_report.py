@@ -1,13 +1,11 @@
 """Trajectory as a page and as a plot: one HTML file that asks nothing of any network, and one PNG."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from msn_eval import __version__
 from msn_eval.errors import printable
 from msn_eval.pictures import as_png
-from msn_eval.reports.offline_page import as_block, asset, environment, policy_hash
+from msn_eval.reports.offline_page import render_offline
 from msn_eval.reports.panels import Extent, Laid, lay_out
 from msn_eval.reports.texts import FAILED
 from msn_eval.reports.trajectory_panels import column_name, extent_of, panels_of, rows_by_weights, scores_of
@@ -44,8 +42,11 @@ def render_page(sheet: Sheet) -> str:
     """Give the page of a run."""
     trajectory, extent, laid = sheet.trajectory, sheet.extent, sheet.panels
     shown = [[curve.shown for curve in panel.curves] for panel in laid]
-    script, style = asset("trajectory.js"), asset("page.css") + asset("trajectory.css")
-    page: str = environment().get_template("trajectory.html").render(
+    return render_offline(
+        "trajectory.html",
+        script="trajectory.js",
+        styles=["page.css", "trajectory.css"],
+        data={"end": extent.end, "unit": extent.title, "panels": shown},
         name=printable(trajectory.facts.name),
         facts=facts_of(trajectory),
         alarms=[(printable(str(alarm)), alarm.on) for alarm in trajectory.alarms],
@@ -54,15 +55,7 @@ def render_page(sheet: Sheet) -> str:
         heads=_heads(trajectory),
         rows=_rows(trajectory),
         has_problems=any(point.look is not None and point.look.problem for point in trajectory.points),
-        data=as_block({"end": extent.end, "unit": extent.title, "panels": shown}),
-        script=script,
-        style=style,
-        script_sha256=policy_hash(script),
-        style_sha256=policy_hash(style),
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        version=__version__,
-    )  # fmt: skip
-    return page
+    )
 
 
 def facts_of(trajectory: Trajectory) -> list[str]:

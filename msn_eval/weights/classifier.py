@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msn_eval.errors import CheckpointError, UsageError
-from msn_eval.weights.convert import FolderContent, PlainNetwork, folder_content, write_folder
+from msn_eval.weights.hub_folder import FolderContent, PlainNetwork, folder_content, write_folder
 
 RESULT = "msn_eval_result"  # in config.json: the id of the record that tells of the network
 

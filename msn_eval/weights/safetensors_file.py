@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -109,6 +109,22 @@ def _read_tensor(file: BinaryIO, span: TensorSpan, where: str) -> Tensor:
             raise _misfit("an end that came while it was being read", where)
         done += count
     return tensor
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a file, readable to whom the umask lets. Raises OSError where the disk refuses."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    # Each in memory of its own: the format knows no views, and no two names for one tensor.
+    owned = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(owned, path, metadata={"format": "pt"})
+        path.chmod(mode)  # as of every other file of the user's: the library lets nobody else read its own
+    except SafetensorError as error:  # what the disk said, as the library tells it
+        raise OSError(str(error)) from error
 
 
 class _TwiceError(ValueError):

@@ -14,7 +14,8 @@ from msn_eval import evaluate
 from msn_eval.cli import main
 from msn_eval.reports.html_report import render_html
 from msn_eval.reports.provenance import command_of
-from msn_eval.result import ResultScan, read_result, scan_results, write_result
+from msn_eval.result import read_result, write_result
+from msn_eval.result_folder import ResultScan, scan_results
 from msn_eval.table import make_table
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")

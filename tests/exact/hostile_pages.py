@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from msn_eval.look import Look, Seen
 from msn_eval.reports.html_report import render_html
 from msn_eval.reports.trajectory_report import render_page, sheet_of
-from msn_eval.result import Result, ResultScan
+from msn_eval.result import Result
+from msn_eval.result_folder import ResultScan
 from msn_eval.run_alarms import Alarm
 from msn_eval.table import make_table
 from msn_eval.trajectory import Point, RunFacts, Trajectory

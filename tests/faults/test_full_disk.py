@@ -20,7 +20,8 @@ from msn_eval.errors import MsnEvalError, StoreError
 from msn_eval.feature_cache import Bank, FeatureKey, check_bank, open_bank, read_rows, write_shard
 from msn_eval.file_hashes import hash_images
 from msn_eval.images import ImageSet
-from msn_eval.result import Predictions, Result, list_results, read_predictions, read_result, write_result
+from msn_eval.result import Predictions, Result, read_predictions, read_result, write_result
+from msn_eval.result_folder import list_results
 
 KEY = FeatureKey(
     weights="00" * 32,

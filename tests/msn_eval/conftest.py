@@ -1,7 +1,9 @@
 """Small real things for the tests of checkpoints, encoders and features: weights, files, pictures."""
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from msn_eval.images import ImageSet, Stamp, decode_image
 from msn_eval.metrics import measure
 from msn_eval.result import (
     CheckpointFacts,
@@ -32,6 +35,7 @@ Weights = dict[str, Tensor]
 WeightMaker = Callable[..., Weights]
 MSNWriter = Callable[..., Path]
 RunWriter = Callable[..., list[Result]]
+ImageSetMaker = Callable[..., ImageSet]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -140,6 +144,42 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = generator.integers(0, 256, (40, 36 + number, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{number}.png")
     return root
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """Images in memory; None is one that cannot be read."""
+
+    contents: Mapping[str, bytes | None]
+    root: None = None
+
+    def read(self, image_id: str) -> bytes:
+        content = self.contents[image_id]
+        if content is None:
+            raise PermissionError(13, "Permission denied")
+        return content
+
+    def decode(self, content: bytes) -> Image.Image:
+        return decode_image(content)
+
+    def place(self, image_id: str) -> str:
+        return f"/data/{image_id}"
+
+    def stamp(self, image_id: str) -> Stamp:
+        return (0,)
+
+
+@pytest.fixture
+def memory_images() -> ImageSetMaker:
+    """Give a function from the bytes of images by id, None for one that cannot be read, to a set of them."""
+
+    def make(contents: Mapping[str, bytes | None], *, passed_over: int = 0) -> ImageSet:
+        classes = tuple(sorted({one.partition("/")[0] for one in contents}, key=os.fsencode))
+        ids = tuple(sorted(contents, key=os.fsencode))
+        labels = tuple(classes.index(one.partition("/")[0]) for one in ids)
+        return ImageSet(ids=ids, labels=labels, classes=classes, source=MemorySource(contents), passed_over=passed_over)
+
+    return make
 
 
 @pytest.fixture

@@ -7,14 +7,9 @@ import torch
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from msn_eval.architectures import (
-    Architecture,
-    build_network,
-    name_architecture,
-    outline_network,
-    recognise_architecture,
-)
+from msn_eval.architectures import name_architecture, recognise_architecture
 from msn_eval.errors import CheckpointError
+from msn_eval.trunk import build_network, outline_network
 
 WeightMaker = Callable[..., dict[str, Tensor]]
 TINY = "vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
@@ -150,12 +145,6 @@ def test_small_first_convolution_belongs_to_a_stem_for_small_images(padded: bool
     assert shapes(build_network(name_architecture(architecture.name)).state_dict()) == shapes(network.state_dict())
 
 
-@pytest.mark.parametrize("name", ["resnet18?stem=small", "vit_tiny_patch16_224?stem=cifar"])
-def test_stem_that_is_none_is_refused(name: str) -> None:
-    with pytest.raises(CheckpointError, match="residual networks alone"):
-        build_network(name_architecture(name))
-
-
 @pytest.mark.parametrize("weights", [resnet_shapes(1, 1, 1, 1), resnet_shapes(2, 2, 2, 2, width=128)])
 def test_residual_network_of_another_depth_or_width_is_refused(weights: dict[str, Tensor]) -> None:
     with pytest.raises(CheckpointError, match="none of ResNet-18") as refusal:
@@ -168,11 +157,6 @@ def test_keywords_of_a_name_are_read_as_values() -> None:
     assert architecture.keywords == {"img_size": 32, "patch_size": 4, "qk_norm": True, "global_pool": "avg"}
 
 
-def test_keywords_of_a_name_shape_the_network() -> None:
-    network = build_network(name_architecture("vit_tiny_patch16_224?img_size=32&patch_size=4&depth=1"))
-    assert network.pos_embed.shape == (1, 1 + 8 * 8, 192)
-
-
 @pytest.mark.parametrize("text", ["", "?img_size=32"])
 def test_architecture_without_a_name_is_refused(text: str) -> None:
     with pytest.raises(CheckpointError, match="has a name"):
@@ -183,39 +167,6 @@ def test_keywords_that_are_no_pairs_are_refused_with_an_example() -> None:
     with pytest.raises(CheckpointError, match="keywords") as refusal:
         name_architecture("vit_tiny_patch16_224?img_size")
     assert "img_size=32&patch_size=4" in refusal.value.remedy
-
-
-def test_unknown_name_is_refused_with_the_nearest_one() -> None:
-    with pytest.raises(CheckpointError, match=r"Did you mean vit_tiny_patch16_224\?"):
-        build_network(name_architecture("vit_tiny_patch16_223"))
-
-
-@pytest.mark.parametrize("query", ["img_sise=32", "num_classes=10", "img_size=big", "depth=-1&embed_dim=7"])
-def test_keywords_that_the_network_does_not_take_are_refused(query: str) -> None:
-    with pytest.raises(CheckpointError, match="no network can be built"):
-        build_network(name_architecture(f"vit_tiny_patch16_224?{query}"))
-
-
-def test_network_has_no_classifier_and_is_in_eval_mode() -> None:
-    network = build_network(name_architecture(TINY))
-    assert (network.training, [name for name in network.state_dict() if name.startswith("head")]) == (False, [])
-
-
-def test_same_seed_draws_the_same_weights() -> None:
-    first, second = (build_network(name_architecture(TINY), seed=3).state_dict() for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_another_seed_draws_other_weights() -> None:
-    first, second = (build_network(name_architecture(TINY), seed=seed).state_dict() for seed in (3, 4))
-    assert not torch.equal(first["patch_embed.proj.weight"], second["patch_embed.proj.weight"])
-
-
-@pytest.mark.parametrize("architecture", [name_architecture(TINY), Architecture(name="resnet18", timm_name="resnet18")])
-def test_building_leaves_the_global_generator_alone(architecture: Architecture) -> None:
-    before = torch.get_rng_state()
-    build_network(architecture, seed=3)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_norm_before_the_blocks_leaves_the_activation_open_and_is_refused(vit_weights: WeightMaker) -> None:
@@ -378,33 +329,6 @@ def test_beit_of_512_pixels_has_room_for_its_tables() -> None:
     assert outline.patch_embed.grid_size == (32, 32)
 
 
-# Outlines.
-
-
-@pytest.mark.parametrize(
-    "architecture",
-    [name_architecture(TINY), name_architecture("resnet18"), name_architecture("vit_gigantic_patch14_224")],
-    ids=["ViT", "ResNet", "7 gigabytes"],
-)
-def test_outline_has_no_values(architecture: Architecture) -> None:
-    outline = outline_network(architecture)
-    assert {tensor.device.type for tensor in outline.state_dict().values()} == {"meta"}
-
-
-def test_outline_has_the_shapes_of_the_network(vit_weights: WeightMaker) -> None:
-    for architecture in (name_architecture(TINY), recognise_architecture(vit_weights())):
-        outline, network = outline_network(architecture), build_network(architecture)
-        assert shapes(outline.state_dict()) == shapes(network.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("name", "text"), [("vit_tiny_patch16_223", "Did you mean"), (f"{TINY}&width=3", "no network")]
-)
-def test_outline_that_cannot_be_built_is_refused(name: str, text: str) -> None:
-    with pytest.raises(CheckpointError, match=text):
-        outline_network(name_architecture(name))
-
-
 def test_transformer_whose_norms_may_stand_before_or_behind_its_layers_is_refused(vit_weights: WeightMaker) -> None:
     weights = vit_weights(class_token=False, fc_norm=True)
     plain = {name: tensor for name, tensor in weights.items() if not name.endswith("attn.qkv.bias")}
@@ -417,8 +341,3 @@ def test_transformer_whose_norms_may_stand_before_or_behind_its_layers_is_refuse
 def test_keywords_that_would_open_other_files_are_refused(keyword: str) -> None:
     with pytest.raises(CheckpointError, match="none of an architecture's keywords"):
         name_architecture(f"vit_tiny_patch16_224?{keyword}")
-
-
-def test_network_without_end_is_refused_before_it_fills_the_memory() -> None:
-    with pytest.raises(CheckpointError, match="more than 10,000 weights"):
-        outline_network(name_architecture("vit_tiny_patch16_224?depth=100000"))

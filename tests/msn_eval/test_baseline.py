@@ -9,7 +9,8 @@ import pytest
 
 from msn_eval.baseline import Baseline, make_baseline, read_baseline, render_baseline, write_baseline
 from msn_eval.errors import ComparisonError
-from msn_eval.result import Result, list_results
+from msn_eval.result import Result
+from msn_eval.result_folder import list_results
 
 RunWriter = Callable[..., list[Result]]
 _RIGHT = np.random.default_rng(0).random((3, 1001)) < 0.7

@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 
 from msn_eval import evaluate, evaluation
-from msn_eval.canary import FALSE_ALARMS, judge_canary, random_labels
+from msn_eval.canary import FALSE_ALARMS, judge_canary, random_labels, refuse_leaks
 from msn_eval.cli import main
 from msn_eval.errors import NumericalError
 from msn_eval.features import Features
 from msn_eval.metrics import measure
 from msn_eval.plan import make_plan
 from msn_eval.request import Request
-from msn_eval.result import Result, list_results
+from msn_eval.result import Result
+from msn_eval.result_folder import list_results
 
 _CLASSES = ("a", "b", "c", "d")
 
@@ -148,10 +149,10 @@ def test_an_image_of_both_splits_has_one_label() -> None:
 
 
 def test_seed_decides_the_labels() -> None:
-    same, other = _shuffled(1), _shuffled(2)
+    first, same, other = _shuffled(1), _shuffled(1), _shuffled(2)
 
-    assert torch.equal(_shuffled(1)[1].labels, same[1].labels)
-    assert not torch.equal(other[1].labels, same[1].labels)
+    assert all(torch.equal(one.labels, again.labels) for one, again in zip(first, same, strict=True))
+    assert not any(torch.equal(one.labels, another.labels) for one, another in zip(first, other, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,33 @@ def test_bound_is_the_exact_binomial_one_shared_among_the_results(result: Result
 
     assert not at.leaks
     assert above.leaks
+
+
+def test_images_that_were_right_are_counted_exactly(result: Result) -> None:
+    assert [judge_canary([_with(result, right, 100)])[0].right for right in (28, 29, 57, 58)] == [28, 29, 57, 58]
+
+
+def test_a_failed_result_is_no_judgement(result: Result) -> None:
+    failed = replace(result, status="failed", error="out of luck", metrics=None, predictions=None)
+
+    assert judge_canary([failed, _with(result, 20, 50)]) == judge_canary([_with(result, 20, 50)])
+
+
+def test_a_judgement_names_setting_and_draw(result: Result) -> None:
+    second = replace(_with(result, 20, 50), split=replace(result.split, draw=2))
+
+    assert judge_canary([second])[0].what == "pixels: logistic lambda=0.0025 1img@2"
+
+
+def test_of_several_results_the_one_farthest_above_its_bound_is_named(result: Result) -> None:
+    sound, just, far = (_with(result, right, n) for right, n in ((250, 1000), (320, 1000), (80, 100)))
+
+    with pytest.raises(NumericalError, match=r"2 of 3 results are better than chance, worst .* with 80 of 100 right"):
+        refuse_leaks(judge_canary([sound, just, far]))
+
+
+def test_results_at_chance_are_not_refused(result: Result) -> None:
+    refuse_leaks(judge_canary([_with(result, 250, 1000)]))
 
 
 def test_too_few_images_to_tell_are_refused(result: Result) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from msn_eval.comparison import Comparison, compare
 from msn_eval.errors import ComparisonError
-from msn_eval.result import Result, list_results
+from msn_eval.result import Result
+from msn_eval.result_folder import list_results
 
 RunWriter = Callable[..., list[Result]]
 _BEFORE = np.array([[True] * 60 + [False] * 40] * 2)

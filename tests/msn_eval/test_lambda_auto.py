@@ -10,7 +10,8 @@ from msn_eval.baseline_plan import make_baseline_plans
 from msn_eval.plan import make_plan
 from msn_eval.reports.provenance import command_of
 from msn_eval.request import Request
-from msn_eval.result import Result, list_results
+from msn_eval.result import Result
+from msn_eval.result_folder import list_results
 from msn_eval.table import make_table
 
 

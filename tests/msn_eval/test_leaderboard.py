@@ -10,7 +10,8 @@ import pytest
 from msn_eval import leaderboard
 from msn_eval.leaderboard import make_leaderboard
 from msn_eval.metrics import measure
-from msn_eval.result import Predictions, Result, read_predictions, read_result, scan_results, write_result
+from msn_eval.result import Predictions, Result, read_predictions, read_result, write_result
+from msn_eval.result_folder import scan_results
 from msn_eval.statistics import accuracy_interval
 from msn_eval.table import Standing, place_of
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msn_eval.architectures import name_architecture, outline_network
+from msn_eval.architectures import name_architecture
 from msn_eval.position_embedding import (
     PositionRule,
     interpolate_positions,
@@ -15,6 +15,7 @@ from msn_eval.position_embedding import (
     published_rule,
     stored_pixels,
 )
+from msn_eval.trunk import outline_network
 
 PLAIN = PositionRule(image_pixels=224, antialias=False, offset=0.0)
 WITH_OFFSET = PositionRule(image_pixels=224, antialias=False, offset=0.1)

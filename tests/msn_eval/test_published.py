@@ -9,7 +9,8 @@ import pytest
 from msn_eval.errors import StoreError
 from msn_eval.published import PublishedNumber, published_file, read_published, table_of_published
 from msn_eval.reports.texts import cell_text, exact_percent
-from msn_eval.result import Result, list_results
+from msn_eval.result import Result
+from msn_eval.result_folder import list_results
 from msn_eval.table import make_table
 
 _RECORDS = Path(__file__).parents[1] / "golden" / "records" / "schema-1"

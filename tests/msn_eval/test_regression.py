@@ -20,7 +20,8 @@ from msn_eval.baseline import Baseline, make_baseline
 from msn_eval.errors import UsageError
 from msn_eval.regression import EXIT_CODES, LEVEL, GateReport, check_results, weigh
 from msn_eval.reports.gate_report import render_gate_json, render_gate_junit, render_gate_markdown, render_gate_text
-from msn_eval.result import Result, list_results
+from msn_eval.result import Result
+from msn_eval.result_folder import list_results
 
 RunWriter = Callable[..., list[Result]]
 Right = NDArray[np.bool_]

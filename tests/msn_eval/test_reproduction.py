@@ -15,7 +15,8 @@ from msn_eval.reproduction import (
     request_options,
 )
 from msn_eval.request import Request
-from msn_eval.result import Result, list_results
+from msn_eval.result import Result
+from msn_eval.result_folder import list_results
 from msn_eval.weights.msn_release import MSN_RELEASES
 
 Measured = Callable[..., list[Result]]

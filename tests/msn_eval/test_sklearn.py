@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from typing import Any
 from unittest import SkipTest
@@ -12,17 +13,20 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from msn_eval import sklearn as estimators
 from msn_eval.features import Features
 from msn_eval.protocols import Probe, fit
-from msn_eval.protocols.cross_entropy import certify
+from msn_eval.protocols.cross_entropy import Solution, certify
 from msn_eval.protocols.knn import NearestNeighbours
+from msn_eval.protocols.linear_probe import Recipe, train_heads
 from msn_eval.protocols.logistic import Logistic
 from msn_eval.protocols.ncm import NearestClassMean as MeanProbe
-from msn_eval.protocols.ridge import Ridge
+from msn_eval.protocols.ridge import Ridge, solve_ridge
+from msn_eval.protocols.rows import centred_rows
 from msn_eval.sklearn import LinearProbe, LogisticProbe, NearestClassMean, NearestNeighbourProbe, RidgeProbe
 
 _ESTIMATORS = [LogisticProbe(), NearestNeighbourProbe(), NearestClassMean(), RidgeProbe(), LinearProbe(epochs=20)]
@@ -206,6 +210,89 @@ def test_parameters_out_of_range_are_named(estimator: Any, message: str) -> None
         estimator.fit([[1.0, 0.0], [0.0, 1.0]], [0, 1])
 
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("estimator", "defaults"),
+    [
+        (LogisticProbe(), {"lam": 0.0025, "solver": "auto", "tol": 1e-6, "preprocess": True}),
+        (NearestNeighbourProbe(), {"k": 20, "temperature": 0.07, "metric": "cosine"}),
+        (NearestClassMean(), {}),
+        (RidgeProbe(), {"preprocess": True}),
+        (
+            LinearProbe(),
+            {"lr": 3.0, "weight_decay": 0.0, "epochs": 100, "batch_size": 256, "seed": 0, "preprocess": True},
+        ),
+    ],
+    ids=_IDS,
+)
+def test_defaults_are_those_of_record(estimator: Any, defaults: dict[str, object]) -> None:
+    assert estimator.get_params() == defaults
+
+
+def test_a_linear_fit_is_that_of_its_parameters(digits: Any) -> None:
+    X, y, _, _ = digits
+    heads = train_heads(
+        centred_rows(torch.from_numpy(X)),
+        torch.from_numpy(y),
+        [Recipe(learning_rate=0.7, weight_decay=0.01)],
+        n_classes=10,
+        epochs=7,
+        batch_size=50,
+        generator=torch.Generator().manual_seed(3),
+    )
+
+    probe = LinearProbe(lr=0.7, weight_decay=0.01, epochs=7, batch_size=50, seed=3).fit(X, y)
+
+    assert np.array_equal(probe.coef_, heads.weights[0].double().numpy())
+    assert np.array_equal(probe.intercept_, heads.biases[0].double().numpy())
+    assert probe.objective_ == float(heads.losses[0])
+
+
+def test_a_ridge_fit_states_its_strength_and_error(digits: Any) -> None:
+    X, y, _, _ = digits
+    fit = solve_ridge(centred_rows(torch.from_numpy(X)), torch.from_numpy(y), n_classes=10)
+
+    probe = RidgeProbe().fit(X, y)
+
+    assert (probe.alpha_, probe.objective_) == (fit.alpha, float(fit.errors.min()))
+
+
+@pytest.mark.parametrize(
+    ("gap", "warned"), [(9e-4, []), (1.1e-3, ["the relative duality gap is 1.1e-03, above 0.001"])]
+)
+def test_a_fit_that_has_not_converged_says_so(gap: float, warned: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    solution = Solution(weights=torch.zeros(2, 2), objective=0.5, gap=gap)
+    monkeypatch.setattr(estimators, "_minimise", lambda *given, **target: (solution, 1))
+
+    with warnings.catch_warnings(record=True, action="always") as told:
+        probe = LogisticProbe().fit([[1.0, 0.0], [0.0, 1.0]], [0, 1])
+
+    assert probe.converged_ == (not warned)
+    assert [(str(one.message), one.category) for one in told] == [(text, ConvergenceWarning) for text in warned]
+
+
+@pytest.mark.parametrize("solver", ["newton", "lbfgs", "sklearn", "cyanure"])
+def test_the_solver_that_is_named_solves(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    solution = Solution(weights=torch.zeros(2, 2), objective=0.123, gap=0.0)
+    monkeypatch.setattr(estimators, f"minimise_by_{solver}", lambda problem, **target: (solution, 3))
+
+    probe = LogisticProbe(solver=solver).fit([[1.0, 0.0], [0.0, 1.0]], [0, 1])
+
+    assert (probe.objective_, probe.n_iter_) == (0.123, 3)
+
+
+@pytest.mark.parametrize("estimator", [LogisticProbe(), RidgeProbe(), LinearProbe()], ids=repr)
+def test_a_single_class_is_refused_by_name(estimator: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{type(estimator).__name__} needs labelled rows of at least two classes"):
+        estimator.fit([[1.0, 0.0], [0.0, 1.0]], [1, 1])
+
+
+def test_length_of_a_row_does_not_matter_to_the_class_means(digits: Any) -> None:
+    X, y, queries, _ = digits
+    probe = NearestClassMean().fit(X, y)
+
+    np.testing.assert_allclose(probe.decision_function(10 * queries), probe.decision_function(queries), rtol=1e-12)
 
 
 def test_importing_the_package_does_not_load_the_estimators() -> None:

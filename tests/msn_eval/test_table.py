@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from msn_eval.result import Result, list_results, protocol_id
+from msn_eval.result import Result, protocol_id
+from msn_eval.result_folder import list_results
 from msn_eval.table import Table, make_table
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from msn_eval.architectures import name_architecture, outline_network
+from msn_eval.architectures import name_architecture
 from msn_eval.errors import UsageError
 from msn_eval.shipped import shipped_folder
+from msn_eval.trunk import outline_network
 from msn_pretrain.recipe import MSNRecipe, SimSiamRecipe
 from msn_pretrain.recipe_file import read_recipe, recipe_as_yaml
 

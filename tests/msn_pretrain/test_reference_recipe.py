@@ -7,9 +7,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from msn_eval.architectures import name_architecture, outline_network
+from msn_eval.architectures import name_architecture
 from msn_eval.errors import UsageError
 from msn_eval.reference_networks import NETWORKS
+from msn_eval.trunk import outline_network
 from msn_pretrain.recipe import MSNRecipe, Run
 from msn_pretrain.recipe_file import read_recipe
 from msn_pretrain.reference_recipe import _MAPPED

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from msn_eval.architectures import build_network, name_architecture
+from msn_eval.architectures import name_architecture
 from msn_eval.errors import CheckpointError, UsageError
+from msn_eval.trunk import build_network
 from msn_pretrain.transformer import MaskedTransformer, build_transformer
 
 SMALL = "vit_tiny_patch16_224?img_size=32&patch_size=8&embed_dim=24&depth=3&num_heads=3"

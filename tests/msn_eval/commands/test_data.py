@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from msn_eval import dataset_check
+from msn_eval import image_facts
 from msn_eval.commands import data
-from msn_eval.dataset_check import ImageFacts, look_at_image
 from msn_eval.datasets.dataset import class_map_sha256
 from msn_eval.datasets.folder import read_folder
 from msn_eval.errors import DataError, UsageError
 from msn_eval.file_hashes import content_sha256, hash_images
+from msn_eval.image_facts import ImageFacts, look_at_image
 from msn_eval.images import ImageSet
 
 Capture = pytest.CaptureFixture[str]
@@ -180,7 +180,7 @@ def test_as_many_processes_are_started_as_asked_for(pets: Path, monkeypatch: pyt
         asked.append(workers)
         return [look_at_image(images.source, image_id) for image_id in images.ids]
 
-    monkeypatch.setattr(dataset_check, "_look_in_processes", look)
+    monkeypatch.setattr(image_facts, "_look_in_processes", look)
     verify(pets, "--workers", "3")
     assert asked == [3, 3]
 

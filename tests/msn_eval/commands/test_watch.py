@@ -17,7 +17,7 @@ from msn_eval.cli import main
 from msn_eval.commands import watch as command
 from msn_eval.look import read_looks
 from msn_eval.reports import trajectory_report
-from msn_eval.result import list_results
+from msn_eval.result_folder import list_results
 from msn_eval.run_folder import SnapshotFiles, file_sha256, snapshot_folders
 from msn_pretrain.ranks import Ranks
 from msn_pretrain.recipe_file import read_recipe

@@ -173,7 +173,7 @@ def test_certificate_of_float32_weights_is_that_of_the_same_weights_in_float64()
     assert (solution.objective, solution.gap) == pytest.approx((expected.objective, expected.gap), rel=1e-13)
 
 
-@pytest.mark.parametrize("rows_a_block", [1, 7, 24])
+@pytest.mark.parametrize("rows_a_block", [0, 1, 7, 24], ids=lambda rows: str(rows) if rows else "too many classes")
 def test_cutting_the_rows_into_blocks_changes_nothing(rows_a_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = _problem()
     weights = _weights(problem)

@@ -7,7 +7,7 @@ import torch
 
 from msn_eval.errors import NumericalError
 from msn_eval.features import Features
-from msn_eval.protocols import Probe, fit
+from msn_eval.protocols import Probe, degenerate, fit
 from msn_eval.protocols.degenerate import describe_collapse
 from msn_eval.protocols.knn import NearestNeighbours
 from msn_eval.protocols.logistic import Logistic
@@ -73,6 +73,15 @@ def test_row_that_is_not_finite_is_named_by_every_probe(probe: Probe, value: flo
     )
 
 
+def test_of_many_rows_that_are_not_finite_the_first_five_are_named() -> None:
+    train = _clusters()
+    train.values[9:16, 0] = torch.inf
+
+    assert _refusal(PROBES[0], train).startswith(
+        "features at tap cls are not finite for 7 labelled images, first 9.png, 10.png, 11.png, 12.png, 13.png\n"
+    )
+
+
 @pytest.mark.parametrize("level", [0.0, 0.3])
 def test_constant_features_are_scored_at_chance(probe: Probe, level: float) -> None:
     train = _features(torch.full((20, 6), level), torch.arange(20) % 4)
@@ -121,6 +130,28 @@ def test_one_vector_with_float32_noise_is_told_to_have_collapsed() -> None:
     values = torch.randn(8, generator=generator) + 1e-6 * torch.randn(50, 8, generator=generator)
 
     assert describe_collapse(values).startswith("collapsed representation")
+
+
+def test_collapse_is_seen_over_more_rows_than_are_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(degenerate, "_BLOCK_ROWS", 3)
+    values = torch.randn(8, generator=torch.Generator().manual_seed(0)).repeat(50, 1)
+
+    assert describe_collapse(values).startswith("collapsed representation")
+
+
+def test_features_alike_as_those_of_networks_may_be_have_not_collapsed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(64, generator=generator) + 0.03 * torch.randn(50, 64, generator=generator)
+
+    assert describe_collapse(values) == ""  # what differs is a thousandth of the squared length
+
+
+def test_one_image_alone_has_not_collapsed() -> None:
+    assert describe_collapse(_clusters().values[:1]) == ""
+
+
+def test_values_at_the_mean_of_their_row_do_not_make_it_constant() -> None:
+    assert describe_collapse(torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])) == ""
 
 
 def test_zero_rows_are_counted_where_the_rest_is_sound() -> None:

@@ -43,7 +43,7 @@ def _solve(share: RowShare, *, target: float = 1e-6) -> list[Solution]:
 
 
 @pytest.mark.parametrize("noise", [0.1, 1.5], ids=["separable", "overlapping"])
-@pytest.mark.parametrize("chunk_values", [900, 1 << 20], ids=["some", "all"])
+@pytest.mark.parametrize("chunk_values", [900, 499 * 30, 1 << 20], ids=["some", "all but one", "all"])
 def test_chunks_give_the_minimum_and_the_certificate_of_all_rows_at_once(
     chunk_values: int, noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,8 +60,48 @@ def test_chunks_give_the_minimum_and_the_certificate_of_all_rows_at_once(
         assert one.objective == pytest.approx(alone.objective, rel=2e-6)
 
 
-def test_gradients_go_on_in_float64_where_float32_leads_no_further() -> None:
-    assert all(one.gap <= 1e-12 for one in _solve(_share(*_drawn()), target=1e-12))
+def test_gradients_go_on_in_float64_where_float32_leads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    share, stages, walk = _share(*_drawn()), [], full_data._walk
+    monkeypatch.setattr(full_data, "_walk", lambda *given: stages.append(walk(*given)) or stages[-1])
+
+    ((solution, steps),) = minimise_in_chunks(share, [0.0025 / share.n], target=1e-12)
+
+    assert solution.gap <= 1e-12
+    assert steps == sum(taken for _, taken in stages)
+    assert [taken > 0 for _, taken in stages] == [True, True, False]
+
+
+@pytest.mark.parametrize(("n", "d"), [(20, 50), (30, 40)])
+def test_products_go_on_in_float64_where_float32_takes_every_row_for_certain(n: int, d: int) -> None:
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(n) % 5
+    values = torch.randn(5, d, generator=generator)[labels] + 1.5 * torch.randn(n, d, generator=generator)
+
+    ((solution, _),) = minimise_in_chunks(replace(_share(values, labels), n_classes=5), [1e-9 / n], target=1e-6)
+
+    assert solution.gap <= 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_step_ends_where_the_slope_is_half_of_the_first_or_less(scale: float) -> None:
+    share = _share(*_drawn())
+    rows, mu = full_data._measured(share), 0.0025 / share.n
+    start = full_data._evaluate(rows, torch.zeros(6, 24, dtype=torch.float64), mu, torch.float64)
+    direction = -scale * start.gradient
+
+    moved = full_data._moved(rows, start, direction, mu, torch.float64)
+
+    first, last = (float((one.gradient * direction).sum()) for one in (start, moved))
+    assert abs(last) <= 0.5 * abs(first)
+
+
+def test_curvature_in_the_rows_axes_saves_most_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, product = [], full_data._curvature_product
+    monkeypatch.setattr(full_data, "_curvature_product", lambda *given: taken.append(1) or product(*given))
+
+    for noise in (0.1, 1.5):
+        _solve(_share(*_drawn(noise=noise)))
+
+    assert len(taken) <= 230  # 188 as it is; 299 and more where spread or axes are off by a factor or a term
 
 
 def test_products_are_taken_of_rows_that_are_the_protocols_to_float32() -> None:
@@ -99,7 +139,14 @@ def test_probe_over_many_rows_scores_as_it_does_over_few(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("n", "width", "classes", "large"),
-    [(12_811, 1024, 1000, False), (128_112, 384, 1000, True), (1_281_167, 384, 1000, True), (20_000, 768, 10, False)],
+    [
+        (12_811, 1024, 1000, False),
+        (128_112, 384, 1000, True),
+        (1_281_167, 384, 1000, True),
+        (20_000, 768, 10, False),
+        (100_000, 1024, 2, True),  # for its rows alone
+        (60_000, 10, 1200, True),  # for its logits alone
+    ],
 )
 def test_what_is_large(n: int, width: int, classes: int, large: bool) -> None:
     assert is_large(n, width, classes) is large
@@ -110,7 +157,10 @@ def test_short_memory_makes_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> N
     usual = full_data.chunk_rows(share)
     monkeypatch.setattr(full_data, "available_bytes", lambda: 1 << 20)
 
-    assert 1 <= full_data.chunk_rows(share) < usual
+    assert usual == (1 << 20) // 30
+    assert full_data.chunk_rows(share) == (1 << 20) // 128 // 30  # room for 128 bytes a value
+    monkeypatch.setattr(full_data, "available_bytes", lambda: 0)
+    assert full_data.chunk_rows(share) == 1
 
 
 def _solved_on_a_rank(values: Tensor, labels: Tensor) -> list[tuple[Tensor, float, float]]:

@@ -109,6 +109,7 @@ def test_default_ks_above_the_number_of_images_are_left_out() -> None:
 
 def test_default_k_may_equal_the_number_of_images() -> None:
     assert [params["k"] for params in knn_settings(NearestNeighbours(), 100)] == [10, 20, 100]
+    assert [params["k"] for params in knn_settings(NearestNeighbours(), 200)] == [10, 20, 100, 200]
 
 
 def test_fewer_images_than_every_default_k_leave_nothing_to_score() -> None:

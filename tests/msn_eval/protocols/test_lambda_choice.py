@@ -1,6 +1,5 @@
 """The choice of lambda: left-out errors against leaving out in earnest, the spectrum against its closed form, the rule."""
 
-import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -115,10 +114,11 @@ def test_typical_strength_is_a_share_of_the_median_eigenvalue_that_is_not_zero(n
     )
 
 
-def test_equal_rows_have_the_smallest_strength() -> None:
-    rows = torch.ones(4, 3, dtype=torch.float64)
+@pytest.mark.parametrize("value", [1.0, 0.1], ids=["exactly", "but for rounding"])
+def test_equal_rows_have_the_smallest_strength(value: float) -> None:
+    rows = torch.full((7, 3), value, dtype=torch.float64)
 
-    assert typical_strength(_labelled(rows, torch.tensor([0, 1, 2, 3]))) == GRID[0]
+    assert choose_by_spectrum(typical_strength(_labelled(rows, torch.arange(7)))) == 0
 
 
 def test_the_choice_by_spectrum_is_the_nearest_of_the_grid() -> None:
@@ -134,10 +134,21 @@ def test_errors_that_can_be_told_apart_overrule_the_spectrum() -> None:
     assert choose_strength(errors, n=5, typical=GRID[9]) == 9  # 0.18
 
 
-def test_of_two_equally_near_the_larger_is_chosen() -> None:
-    typical = math.sqrt(GRID[4] * GRID[5])
+def test_of_two_equally_near_the_larger_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lambda_choice, "GRID", (1.0, 4.0))  # whose logarithms are exactly as far from that of 2
 
-    assert choose_strength([0.0] * len(GRID), n=4, typical=typical) == 5
+    assert choose_strength([0.0, 0.0], n=4, typical=2.0) == 1
+
+
+def test_an_error_of_nothing_is_uncertain_by_one_image() -> None:
+    errors = [0.5] * len(GRID)
+    errors[3], errors[6], errors[7] = 0.0, 0.01, 0.05
+
+    assert choose_strength(errors, n=100, typical=GRID[7]) == 6  # within two images of a hundred, and five are not
+
+
+def test_rule_and_grid_are_those_of_record() -> None:
+    assert auto_settings() == ({"auto": 1, "lambda_first": 1e-5, "lambda_last": 10.0, "lambdas": 13},)
 
 
 def test_every_class_must_spare_a_row() -> None:
@@ -165,8 +176,23 @@ def test_the_chosen_fit_is_the_fit_at_that_strength(count: int, rule: str) -> No
     assert torch.equal(ours.argmax(dim=1), theirs.argmax(dim=1))
 
 
+def test_the_strength_is_chosen_by_the_left_out_errors_of_the_fits_at_each() -> None:
+    rows, labels = _clusters(40, 16, 5, noise=1.5)
+    labelled = _labelled(rows.float().double(), labels)
+    errors = [left_out_error(labelled, _weights(rows, labels, strength, 5), strength) for strength in GRID]
+    best = choose_strength(errors, n=40, typical=typical_strength(labelled))
+
+    (setting,) = fit_chosen(ChosenLogistic(), _features(rows, labels), CPU).settings
+
+    assert setting.chosen is not None
+    assert setting.chosen["lambda"] == GRID[best]
+    assert setting.chosen["left_out_error"] == pytest.approx(errors[best])
+    assert errors[best] > min(errors)  # or the smallest error could stand in the record as well
+
+
 def test_very_many_rows_choose_as_few_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    train = _features(*_clusters(200, 16, 4, noise=1.5))
+    rows, labels = _clusters(200, 16, 4, noise=1.5)
+    train = _features(5 * rows + torch.arange(200)[:, None], labels)  # as an encoder may give them: not prepared
     few = fit_chosen(ChosenLogistic(), train, CPU).settings[0]
     monkeypatch.setattr(full_data, "_WHOLE_BYTES", 0)
 

@@ -31,7 +31,7 @@ from msn_eval.protocols.linear_augmented import (
     start_training,
     take_step,
 )
-from msn_eval.result import list_results
+from msn_eval.result_folder import list_results
 from msn_eval.stop import Stop
 from msn_eval.training_state import StateFiles, write_state
 

@@ -6,10 +6,10 @@ from sklearn.linear_model import LogisticRegression
 
 from msn_eval.errors import NumericalError
 from msn_eval.features import Features
-from msn_eval.protocols import newton
-from msn_eval.protocols.cross_entropy import CrossEntropyProblem
+from msn_eval.protocols import logistic, newton
+from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Solution
 from msn_eval.protocols.fitted import Fitted
-from msn_eval.protocols.logistic import Logistic, Solver, default_lambda, fit_logistic, logistic_settings
+from msn_eval.protocols.logistic import Logistic, Solver, _setting, default_lambda, fit_logistic, logistic_settings
 from msn_eval.protocols.newton import minimise_by_newton
 from msn_eval.protocols.rows import centred_rows
 
@@ -69,6 +69,25 @@ def test_settings_state_how_the_fit_came_out() -> None:
     assert setting.converged is True
     assert setting.certificate is not None
     assert setting.certificate <= 1e-6
+
+
+@pytest.mark.parametrize(("gap", "converged"), [(1e-9, True), (9e-4, True), (1.1e-3, False)])
+def test_a_fit_has_converged_up_to_a_gap_of_a_thousandth(gap: float, converged: bool) -> None:
+    setting = _setting("auto", {}, (Solution(weights=torch.zeros(2, 3), objective=0.5, gap=gap), 7))
+
+    assert (setting.converged, setting.certificate, setting.objective, setting.iterations) == (converged, gap, 0.5, 7)
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "sklearn", "cyanure"])
+@pytest.mark.parametrize("large", [False, True])
+def test_the_solver_that_is_named_solves(solver: Solver, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    solution = Solution(weights=torch.zeros(4, 16), objective=0.123, gap=0.0)
+    monkeypatch.setattr(logistic, f"minimise_by_{solver}", lambda problem, **target: (solution, 3))
+    monkeypatch.setattr(logistic, "is_large", lambda *sizes: large)
+
+    (setting,) = fit_logistic(Logistic(lambdas=(0.1,), solver=solver), _clusters(), CPU).settings
+
+    assert (setting.solver, setting.objective, setting.iterations) == (solver, 0.123, 3)
 
 
 def test_a_fit_that_was_cut_short_is_not_called_converged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +201,7 @@ def test_a_class_without_labelled_images_has_a_column_and_is_never_chosen() -> N
 
     assert scores.shape == (200, 6)
     assert set(scores.argmax(dim=1).tolist()) == {0, 2, 4, 5}
+    assert scores[:, [1, 3]].isneginf().all()
 
 
 @pytest.mark.parametrize("solver", ["lbfgs", "sklearn", "cyanure"])

@@ -12,8 +12,8 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from msn_eval.protocols import cross_entropy
-from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Solution
+from msn_eval.protocols import cross_entropy, newton
+from msn_eval.protocols.cross_entropy import CrossEntropyProblem, Solution, certify
 from msn_eval.protocols.lbfgs import minimise_by_lbfgs
 from msn_eval.protocols.newton import minimise_by_newton, minimise_path
 from msn_eval.protocols.rows import centred_rows
@@ -109,10 +109,11 @@ def test_asked_gap_is_reached(minimise: Minimiser, strength: float, target: floa
     assert steps > 0
 
 
-def test_objective_is_that_of_the_weights_returned(minimise: Minimiser) -> None:
+@pytest.mark.parametrize("target", [1e-6, 1e-13])
+def test_objective_is_that_of_the_weights_returned(minimise: Minimiser, target: float) -> None:
     problem = _problem(*_clusters(120, 12, 6), 0.0025)
 
-    point, _ = minimise(problem, target=1e-6)
+    point, _ = minimise(problem, target=target)
 
     assert point.objective == pytest.approx(_objective(problem, point.weights), rel=1e-12)
 
@@ -181,12 +182,28 @@ def test_solutions_along_a_path_foretell_the_next_and_save_steps() -> None:
     assert sum(steps[2:]) <= sum(alone[2:]) / 2
 
 
-def test_newton_goes_on_in_float64_where_float32_leads_no_further() -> None:
+def test_newton_goes_on_in_float64_where_float32_leads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = _problem(*_clusters(120, 12, 6), 0.0025)
+    stages, walk = [], newton._minimise
+    monkeypatch.setattr(newton, "_minimise", lambda *given: stages.append(walk(*given)) or stages[-1])
 
-    solution, _ = minimise_by_newton(problem, target=1e-13)
+    solution, steps = minimise_by_newton(problem, target=1e-13)
 
     assert solution.gap <= 1e-13
+    _, rough, fine, last = (taken for _, taken in stages)  # the first step, which the rough ones count too
+    assert steps == rough + fine + last
+    assert min(rough, fine) > 0
+
+
+@pytest.mark.parametrize(("n", "d", "n_classes"), [(20, 50, 5), (12, 12, 3)])
+def test_newton_is_not_misled_where_float32_takes_every_row_for_certain(n: int, d: int, n_classes: int) -> None:
+    problem = _problem(*_clusters(n, d, n_classes), 1e-9)
+
+    solution, _ = minimise_by_newton(problem, target=1e-6)
+
+    proven = certify(problem, solution.weights)
+    assert proven.gap <= 1e-6
+    assert solution.objective == pytest.approx(proven.objective, rel=1e-8)
 
 
 @pytest.mark.parametrize("strength", [1e-4, 1e-3])

@@ -5,7 +5,8 @@ import torch
 from scipy.spatial.distance import cdist
 
 from msn_eval.features import Features
-from msn_eval.protocols.ncm import NearestClassMean, fit_ncm
+from msn_eval.protocols.ncm import NearestClassMean, class_directions, fit_ncm
+from msn_eval.protocols.rows import normalised_rows
 from msn_eval.ranking import rank_labels
 
 CPU = torch.device("cpu")
@@ -72,6 +73,24 @@ def test_a_class_whose_rows_cancel_scores_zero() -> None:
     scores = _scores(train, torch.tensor([[3.0, 4.0]]))
 
     torch.testing.assert_close(scores, torch.tensor([[0.0, 0.8]], dtype=torch.float64))
+
+
+def test_a_class_whose_rows_cancel_but_for_rounding_points_nowhere() -> None:
+    row = normalised_rows(torch.randn(1, 20, generator=torch.Generator().manual_seed(0)))
+    rows, labels = torch.cat([row, row.repeat(7, 1), -row.repeat(7, 1)]), torch.tensor([0] + [1] * 14)
+    assert torch.zeros(1, 20).double().index_add_(0, labels[1:] - 1, rows[1:]).any()  # or there is nothing to test
+
+    directions = class_directions(rows, labels, n_classes=2)
+
+    assert not directions[1].any()
+
+
+def test_a_class_whose_rows_all_but_cancel_points_where_they_leave_off() -> None:
+    train = _features(torch.tensor([[1.0, 1e-7], [-1.0, 1e-7], [1.0, 0.0]]), torch.tensor([0, 0, 1]), 2)
+
+    scores = _scores(train, torch.tensor([[0.0, 2.0]]))
+
+    torch.testing.assert_close(scores, torch.tensor([[1.0, 0.0]], dtype=torch.float64))
 
 
 def test_a_zero_row_counts_as_no_direction() -> None:

@@ -103,6 +103,33 @@ def test_features_that_say_nothing_give_the_class_shares(values: torch.Tensor) -
     torch.testing.assert_close(scores, torch.tensor([[1, 2, 3]]).double().expand(6, 3) / 6, rtol=0, atol=1e-12)
 
 
+def test_what_rounding_leaves_of_equal_rows_is_no_axis_however_long_they_are() -> None:
+    one = torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    rows = 1e16 * centred_rows(one * torch.tensor([[1], [3], [5], [7], [11], [13], [17]]))
+    assert (rows[1:] - rows[:1]).any()  # or there is nothing to test
+
+    fit = solve_ridge(rows, torch.arange(7) % 2, n_classes=2)
+
+    assert not fit.weights.any()
+
+
+def test_rows_far_longer_than_the_grid_reaches_have_errors_all_the_same() -> None:
+    rows = 1e10 * torch.eye(8, dtype=torch.float64)  # each is all of its own prediction, to the last digit
+
+    fit = solve_ridge(rows, torch.arange(8) % 3, n_classes=3)
+
+    assert fit.errors.isfinite().all()
+
+
+def test_record_tells_the_error_at_the_strength_that_was_chosen() -> None:
+    train = _clusters(14, 5)
+
+    (setting,) = fit_ridge(Ridge(), train, CPU).settings
+
+    fit = solve_ridge(centred_rows(train.values), train.labels, n_classes=3)
+    assert setting.chosen == {"alpha": fit.alpha, "left_out_error": float(fit.errors[GRID.index(fit.alpha)])}
+
+
 def test_a_class_without_labelled_images_is_never_chosen() -> None:
     train = _clusters(30, 8)
     sparse = _features(train.values, torch.tensor([1, 2, 4])[train.labels], 5)

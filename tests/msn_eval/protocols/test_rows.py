@@ -66,6 +66,12 @@ def test_a_constant_row_becomes_zero_whatever_rounding_its_mean_suffers(
     assert torch.equal(rows, torch.zeros(2, d, dtype=torch.float64))
 
 
+def test_a_row_with_values_at_its_mean_is_not_taken_for_constant() -> None:
+    rows = centred_rows(torch.tensor([[1.0, 2.0, 3.0]]))
+
+    torch.testing.assert_close(rows, torch.tensor([[-1.0, 0.0, 1.0]], dtype=torch.float64) / 2**0.5)
+
+
 def test_a_row_one_float32_step_from_constant_is_not_taken_for_constant() -> None:
     values = torch.full((1, 384), 0.1)
     values[0, 5] = torch.nextafter(values[0, 5], torch.tensor(1.0))

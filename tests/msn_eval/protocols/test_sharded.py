@@ -14,7 +14,7 @@ from msn_eval.protocols.nearest import search_nearest
 from msn_eval.protocols.sharded import merge_nearest, search_sharded
 
 _K = 9
-_RANKS = 3
+_RANKS = 4
 
 
 def _bank() -> tuple[Tensor, Tensor]:
@@ -55,10 +55,11 @@ def _be_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=_RANKS)
     values, _ = _bank()
-    # Uneven on purpose: rank 1 holds fewer rows than k, rank 2 asks nothing.
-    start, end = [(0, 50), (50, 54), (54, 60)][rank]
-    mine = [slice(0, 5), slice(5, 14), slice(14, 14)][rank]
-    found = search_sharded(_queries()[mine], index_bank(values[start:end]), start, _K)
+    # Uneven on purpose: rank 1 holds fewer rows than k, rank 2 asks nothing, rank 3 holds nothing.
+    start, end = [(0, 50), (50, 54), (54, 60), (60, 60)][rank]
+    mine = [slice(0, 5), slice(5, 11), slice(14, 14), slice(11, 14)][rank]
+    shard = index_bank(values[start:end]) if end > start else None
+    found = search_sharded(_queries()[mine], shard, start, _K)
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -78,3 +79,4 @@ def test_ranks_find_for_each_other_what_one_process_finds_alone(tmp_path: Path) 
     whole = search_nearest(_queries(), _bank()[0], _K)
     assert torch.equal(torch.cat([cosines for cosines, _ in found]), whole[0])
     assert torch.equal(torch.cat([rows for _, rows in found]), whole[1])
+    assert [(part.shape, part.dtype) for part in found[2]] == [((0, _K), part.dtype) for part in whole]

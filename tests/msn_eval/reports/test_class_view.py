@@ -6,7 +6,8 @@ import pytest
 
 import msn_eval.reports.class_view
 from msn_eval.reports.class_view import make_class_views
-from msn_eval.result import Result, read_predictions, scan_results
+from msn_eval.result import Result, read_predictions
+from msn_eval.result_folder import scan_results
 from msn_eval.table import Table, make_table
 
 Records = dict[str, tuple[Result, Path]]

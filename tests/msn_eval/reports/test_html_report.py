@@ -15,7 +15,8 @@ import msn_eval.reports.html_report
 from msn_eval.leaderboard import make_leaderboard
 from msn_eval.published import published_file, read_published, table_of_published
 from msn_eval.reports.html_report import render_html
-from msn_eval.result import Result, ResultScan, list_results, scan_results
+from msn_eval.result import Result
+from msn_eval.result_folder import ResultScan, list_results, scan_results
 from msn_eval.table import make_table
 
 _ROW = re.compile(r'<tr(?: class="pub")?><th scope="row"><bdi>(.*?)</bdi>.*?</th>(.*)')
@@ -170,12 +171,12 @@ def test_made_up_names_change_no_page(exact: ModuleType) -> None:
 
 
 def _not_escaping(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = msn_eval.reports.html_report.environment().overlay(autoescape=False)
-    monkeypatch.setattr(msn_eval.reports.html_report, "environment", lambda: environment)
+    environment = msn_eval.reports.offline_page.environment().overlay(autoescape=False)
+    monkeypatch.setattr(msn_eval.reports.offline_page, "environment", lambda: environment)
 
 
 def _plain_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(msn_eval.reports.html_report, "as_block", lambda value: markupsafe.Markup(json.dumps(value)))
+    monkeypatch.setattr(msn_eval.reports.offline_page, "as_block", lambda value: markupsafe.Markup(json.dumps(value)))
 
 
 def _unprintable(monkeypatch: pytest.MonkeyPatch) -> None:

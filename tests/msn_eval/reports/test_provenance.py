@@ -7,7 +7,8 @@ import pytest
 from msn_eval import evaluate
 from msn_eval.cli import main
 from msn_eval.reports.provenance import command_of, pack_records
-from msn_eval.result import Result, list_results
+from msn_eval.result import Result
+from msn_eval.result_folder import list_results
 
 
 @pytest.fixture
