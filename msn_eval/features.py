@@ -25,6 +25,7 @@ from msn_eval.file_hashes import hash_images, unreadable
 from msn_eval.host import available_bytes
 from msn_eval.images import ImageSet
 from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
+from msn_eval.shortage import SHORTAGES, is_shortage
 from msn_eval.visible_patches import PatchDrop, check_drop, encode_kept, kept_patches, patch_count
 
 _log = logging.getLogger(__name__)
@@ -489,13 +490,13 @@ def _encode_within_memory(
                     kept = seen[first : first + clock.batch_size]
                     parts.append(encode_kept(work.encoder, part, work.taps, kept))
             return {tap: torch.cat([part[tap] for part in parts]) for tap in work.taps}, refused
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        except SHORTAGES as error:
             if work.encoder.compiled and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise ResourceError(
                     f"torch.compile failed: {str(error).strip().partition(chr(10))[0]}",
                     remedy="It needs a C++ compiler, or Triton on a GPU; or leave out --compile.",
                 ) from error
-            if not _is_shortage(error):
+            if not is_shortage(error):
                 raise
             shortage = str(error).partition("\n")[0]
         # Outside of the except block: there the failed attempt's frames, and their tensors with them, would live on.
@@ -523,10 +524,6 @@ def _check_memory(work: _Work, batch: Mapping[str, Tensor]) -> None:
             f"the features of {len(work.images):,} images need {needed:,} bytes of memory, {there:,} are available",
             remedy="Ask for fewer probes or a smaller --subset at a time, or use a machine or a job with more memory.",
         )
-
-
-def _is_shortage(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _check_finite(values: Mapping[str, Tensor], image_ids: Sequence[str], encoder: Encoder) -> None:

@@ -18,6 +18,7 @@ _FLOORS = [
         "position_embedding",
         "own_code",
         "host",
+        "shortage",
         "augmentation",
         "reference_networks",
         "reference_file",
