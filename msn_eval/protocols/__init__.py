@@ -65,7 +65,7 @@ def fit(probe: FeatureProbe, train: Features, device: torch.device, *, team: Tea
         case ChosenLogistic():
             return fit_chosen(probe, train, device, team=team)
         case NearestNeighbours():
-            return fit_knn(probe, train, device)
+            return fit_knn(probe, train, device, team=team)
         case Ridge():
             return fit_ridge(probe, train, device)
         case NearestClassMean():
