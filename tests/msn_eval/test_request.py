@@ -107,3 +107,8 @@ def test_changed_copy_is_checked_again() -> None:
 def test_patches_are_not_dropped_from_augmented_images() -> None:
     with pytest.raises(UsageError, match="--patch-drop: linear-augmented encodes whole crops"):
         Request(probe=["linear-augmented"], patch_drop=0.5)
+
+
+def test_fine_tuning_is_not_compiled() -> None:
+    with pytest.raises(UsageError, match="--compile: fine-tuning trains the network as it is"):
+        Request(probe=["logistic", "finetune"], compile=True)
