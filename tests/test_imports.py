@@ -76,7 +76,7 @@ _FLOORS = [
     ["datasets.imagenet", "datasets.webdataset"],
     ["datasets", "checkpoint"],
     ["encoder", "feature_cache"],
-    ["environment", "pixel_loader", "visible_patches"],
+    ["environment", "pixel_loader", "portion", "visible_patches"],
     ["features", "collapse", "protocols.trainee"],
     ["augmented_features"],
     ["pictures"],

@@ -3,7 +3,7 @@
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msn_eval import load_encoder
+from msn_eval import augmented_features, load_encoder
 from msn_eval.augmented_features import AugmentedImages, features_from
 from msn_eval.cli import main
 from msn_eval.datasets import read_split
 from msn_eval.distributed import ALONE, Group
-from msn_eval.errors import NumericalError, StoreError
+from msn_eval.encoder import Encoder
+from msn_eval.errors import NumericalError, ResourceError, StoreError
 from msn_eval.features import Loading
 from msn_eval.protocols import linear_augmented
 from msn_eval.protocols.linear_augmented import (
@@ -189,6 +190,53 @@ def test_workers_move_no_feature(images: AugmentedImages) -> None:
     elsewhere = _features(replace(images, loading=Loading(batch_size=6, workers=2)), batches)
 
     assert all(torch.equal(one[0], other[0]) for one, other in zip(here, elsewhere, strict=True))
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Give a function that leaves the encoder memory for so many images; it gives the sizes of all attempts."""
+
+    def leave(room: int) -> list[int]:
+        tried: list[int] = []
+
+        def encode(encoder: Encoder, pixels: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
+            tried.append(len(pixels))
+            if len(pixels) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return whole(encoder, pixels, taps)
+
+        whole = augmented_features.encode
+        monkeypatch.setattr(augmented_features, "encode", encode)
+        return tried
+
+    return leave
+
+
+def test_where_memory_is_short_the_encoder_goes_in_halves_and_no_number_moves(
+    images: AugmentedImages, small_memory: Callable[[int], list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = list(torch.split(draw_order(40, seed=3, epoch=1), 16))
+    whole, fitted = _features(images, batches), fit_augmented(_PROBE, images, group=ALONE, files=None)
+
+    tried = small_memory(2)
+    halved = _features(images, batches)
+
+    assert tried[:6] == [6, 3, 1, 1, 1, 1]
+    assert max(tried[2:]) == 1  # what memory had no room for once is not tried again
+    assert caplog.text.count("going on with") == 2
+    assert [len(labels) for _, labels in halved] == [len(labels) for _, labels in whole]
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(halved, whole, strict=True))
+    again = fit_augmented(_PROBE, images, group=ALONE, files=None)
+    assert [one.objective for one in again.settings] == [one.objective for one in fitted.settings]
+
+
+def test_memory_that_is_too_small_for_one_image_is_told(
+    images: AugmentedImages, small_memory: Callable[[int], list[int]]
+) -> None:
+    small_memory(0)
+
+    with pytest.raises(ResourceError, match="memory of cpu is too small for one image"):
+        fit_augmented(_PROBE, images, group=ALONE, files=None)
 
 
 def test_orders_are_permutations_that_differ_from_epoch_to_epoch() -> None:
