@@ -103,6 +103,39 @@ def test_accumulated_and_direct_batches_give_the_same_step(cuts: list[int]) -> N
     torch.testing.assert_close(_weights(_stepped(cuts)), _weights(_stepped([20])), rtol=0, atol=1e-6)
 
 
+def test_learning_rates_fall_along_half_a_cosine_over_all_epochs(
+    images: AugmentedImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+
+    def take(training: Training, *given: Any, share: float, **named: Any) -> bool:
+        shares.append(share)
+        return take_step(training, *given, share=share, **named)
+
+    monkeypatch.setattr(linear_augmented, "take_step", take)
+    fit_augmented(replace(_PROBE, epochs=2, batch_size=20), images, group=ALONE, files=None)
+
+    assert shares == pytest.approx([1.0, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])
+
+
+def test_the_objective_is_the_mean_loss_of_the_last_epoch_as_it_was_met(images: AugmentedImages) -> None:
+    probe = replace(_PROBE, epochs=2, batch_size=40)
+    training = start_training(probe, images.dim, 10, CPU)
+    losses = []
+    for epoch in range(2):
+        order = draw_order(40, seed=0, epoch=epoch)
+        (parts,) = features_from(images, images.labels, [order], seed=0, epoch=epoch, share=0.08, group=ALONE)
+        features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        losses = [functional.cross_entropy(head(features), labels).item() for head in training.heads.values()]
+        share = (1.0, 0.5)[epoch]
+        take_step(training, iter([(features, labels)]), images=40, share=share, group=ALONE, stop=Stop())
+
+    fitted = fit_augmented(probe, images, group=ALONE, files=None)
+
+    assert [one.objective for one in fitted.settings] == pytest.approx(losses, rel=1e-5)
+    assert [one.iterations for one in fitted.settings] == [2, 2]
+
+
 def test_layers_trained_together_are_those_trained_alone() -> None:
     together = _weights(_stepped([20]))
 
