@@ -11,6 +11,10 @@ _ROOT = Path(__file__).parents[1]
 # From the ground up; a module imports only from floors below its own.
 _FLOORS = [
     ["errors"],
+    ["ranks", "ranks.limits", "ranks.place", "ranks.end"],
+    ["ranks.others"],
+    ["ranks.clerk", "ranks.watch"],
+    ["ranks.line"],
     [
         "atomic_file",
         "shipped",

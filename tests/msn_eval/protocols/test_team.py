@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from msn_eval.distributed import Group, Limits, join_group
+from msn_eval.distributed import Group, join_group
 from msn_eval.errors import MsnEvalError, NumericalError
 from msn_eval.features import Features
 from msn_eval.protocols import full_data, knn, team
@@ -17,6 +17,7 @@ from msn_eval.protocols.bank import Bank, index_bank
 from msn_eval.protocols.knn import NearestNeighbours, fit_knn
 from msn_eval.protocols.logistic import Logistic, fit_logistic
 from msn_eval.protocols.team import Team, assist, dismiss, search_together
+from msn_eval.ranks.limits import Limits
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="ranks are forked")
 CPU = torch.device("cpu")
