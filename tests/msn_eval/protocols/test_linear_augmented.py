@@ -3,9 +3,10 @@
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from msn_eval.protocols.linear_augmented import (
     augmented_settings,
     draw_order,
     fit_augmented,
+    restore_training,
     start_training,
     take_step,
 )
@@ -101,6 +103,59 @@ def test_a_step_is_that_of_torchs_optimiser_on_the_whole_batch() -> None:
 @pytest.mark.parametrize("cuts", [[1] * 20, [7, 13], [6, 6, 6, 2]], ids=str)
 def test_accumulated_and_direct_batches_give_the_same_step(cuts: list[int]) -> None:
     torch.testing.assert_close(_weights(_stepped(cuts)), _weights(_stepped([20])), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_first_weights_are_small_drawn_by_the_seed_and_alike_for_all_rates(seed: int) -> None:
+    expected = torch.empty(3, 8).normal_(0.0, 0.01, generator=torch.Generator().manual_seed(seed))
+
+    for head in start_training(replace(_PROBE, seed=seed), 8, 3, CPU).heads.values():
+        assert torch.equal(head.linear.weight, expected)
+        assert not head.linear.bias.any()
+
+
+def test_a_restored_training_is_the_one_that_was_taken() -> None:
+    probe = replace(_PROBE, lr=[0.5, 9.0, 4.0])
+    training = _stepped([20], probe)
+    training.last_losses = {0.5: 1.25, 9.0: 2.0, 4.0: 1.5}
+    del training.heads[9.0], training.optimizers[9.0]
+    training.diverged_at = {9.0: 2}
+
+    restored = start_training(probe, 8, 3, CPU)
+    restore_training(restored, {**training.as_state(), "step": training.step})
+
+    assert (restored.step, restored.diverged_at) == (3, {9.0: 2})
+    assert (restored.losses, restored.last_losses) == (training.losses, training.last_losses)
+    assert list(restored.heads) == list(restored.optimizers) == [0.5, 4.0]
+    torch.testing.assert_close(_weights(restored), _weights(training), rtol=0, atol=0)
+
+
+def test_features_that_are_not_finite_are_told_by_the_rank_that_met_them() -> None:
+    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        yield _batch()
+        raise NumericalError("features of a.png are not finite")
+
+    training = start_training(_PROBE, 8, 3, CPU)
+
+    with pytest.raises(NumericalError, match=r"features of a\.png"):
+        take_step(training, parts(), images=40, share=1.0, group=ALONE, stop=Stop())
+    assert training.step == 0
+
+
+def test_a_disk_that_refused_is_asked_again_after_a_while(
+    files: StateFiles, full_disk: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_augmented, "_SAVE_SECONDS", 60.0)
+    now = [100.0]
+    monkeypatch.setattr(linear_augmented, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    full_disk["left"] = 10
+    keeper = linear_augmented._Keeper(files=files, saved_at=0.0)
+    left = []
+    for now[0] in (100.0, 101.0, 159.0, 161.0):
+        keeper.save_if_due(_stepped([20], steps=1))
+        left.append(full_disk["left"])
+
+    assert left == [9, 9, 9, 8]
 
 
 def test_learning_rates_fall_along_half_a_cosine_over_all_epochs(
@@ -277,6 +332,7 @@ def test_orders_are_permutations_that_differ_from_epoch_to_epoch() -> None:
 
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
+    assert draw_order(50, seed=2, epoch=0).tolist() not in orders
 
 
 @pytest.fixture
