@@ -15,6 +15,7 @@ from msn_eval.features import Loading, automatic_batch_size
 from msn_eval.file_hashes import unreadable
 from msn_eval.images import ImageSet
 from msn_eval.pixel_loader import PixelBatch, PixelList, automatic_workers, load_pixels
+from msn_eval.portion import Portion, in_portions
 
 _SHOWN = 5
 
@@ -42,7 +43,7 @@ class AugmentedImages:
     def dim(self) -> int:
         side = self.encoder.transform.crop
         blank = torch.zeros(1, side, side, 3, dtype=torch.uint8)
-        return encode(self.encoder, blank, [self.tap])[self.tap].shape[1]
+        return _features_of(self, blank, Portion(images=1)).shape[1]
 
 
 def features_from(
@@ -61,7 +62,8 @@ def features_from(
     batches: places of each step's images
     share:   smallest share of an image's area that a crop keeps
     A step's parts do not depend on where an epoch is entered. Each is to be taken up before the next step.
-    Raises DataError naming images that cannot be used, NumericalError for features that are not finite.
+    Raises DataError naming images that cannot be used, NumericalError for features that are not finite, ResourceError
+    where memory is too small for one image.
     """
     mine = [batch[_part_of(len(batch), group)] for batch in batches]
     places = torch.cat(mine).tolist() if mine else []
@@ -79,8 +81,9 @@ def features_from(
         workers = automatic_workers(pixels_of, batch_size=size, cuda=cuda)
     sizes = (len(part) for batch in mine for part in torch.split(batch, size))
     pixels = _cut(load_pixels(pixels_of, batch_size=size, workers=workers, pinned=cuda), images, sizes)
+    portion = Portion(images=size)
     for batch in mine:
-        yield _encoded(images, labels, torch.split(batch, size), pixels)
+        yield _encoded(images, labels, torch.split(batch, size), pixels, portion)
 
 
 def _part_of(count: int, group: Group) -> slice:
@@ -89,12 +92,11 @@ def _part_of(count: int, group: Group) -> slice:
 
 
 def _encoded(
-    images: AugmentedImages, labels: Tensor, parts: Sequence[Tensor], pixels: Iterator[Tensor]
+    images: AugmentedImages, labels: Tensor, parts: Sequence[Tensor], pixels: Iterator[Tensor], portion: Portion
 ) -> Iterator[tuple[Tensor, Tensor]]:
     device = images.encoder.device
     for places in parts:
-        # Outside of inference mode, whose tensors gradients cannot pass.
-        features = encode(images.encoder, next(pixels), [images.tap])[images.tap].clone()
+        features = _features_of(images, next(pixels), portion)
         bad = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if bad:
             names = ", ".join(images.images.ids[int(places[row])] for row in bad[:_SHOWN])
@@ -103,6 +105,16 @@ def _encoded(
                 remedy="Retry with --precision fp32.",
             )
         yield features, labels[places].to(device)
+
+
+def _features_of(images: AugmentedImages, pixels: Tensor, portion: Portion) -> Tensor:
+    """Encode a part of a step. Where memory is short the encoder alone goes in smaller ones: the step is cut as before."""
+
+    def encoded(rows: slice) -> Tensor:
+        return encode(images.encoder, pixels[rows], [images.tap])[images.tap]
+
+    # Put together outside of inference mode, whose tensors gradients cannot pass.
+    return torch.cat(in_portions(images.encoder, len(pixels), portion, encoded))
 
 
 def _cut(batches: Iterator[PixelBatch], images: AugmentedImages, sizes: Iterator[int]) -> Iterator[Tensor]:

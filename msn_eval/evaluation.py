@@ -274,11 +274,9 @@ def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: P
     team = Team(group=group, device=plan.device) if group.world > 1 else None
     cost = _cost(pool, test, time.perf_counter() - started)
     if group.rank == 0:
-        try:
-            yield from _on_features(plan, ready, pool, test, cost, team)
-        finally:
-            if team is not None:
-                dismiss(team)
+        yield from _on_features(plan, ready, pool, test, cost, team)
+        if team is not None:  # where this rank failed, the others hear of that instead
+            dismiss(team)
     elif team is not None:
         assist(team)
     for measurements, (tap,) in _grouped(plan, ready, cost, augmented=True):

@@ -25,6 +25,7 @@ from msn_eval.file_hashes import hash_images, unreadable
 from msn_eval.host import available_bytes
 from msn_eval.images import ImageSet
 from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
+from msn_eval.portion import Portion, in_portions
 from msn_eval.visible_patches import PatchDrop, check_drop, encode_kept, kept_patches, patch_count
 
 _log = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ def extract_features(
         seconds=time.perf_counter() - started,
         decode_seconds=work.clock.waiting,
         encode_seconds=work.clock.encoding,
-        batch_size=work.clock.batch_size,
+        batch_size=work.clock.images,
     )
 
 
@@ -233,11 +234,10 @@ def missing_images(
     return [image_id for image_id, content in contents.items() if content not in known]
 
 
-@dataclass
-class _Clock:
-    """Where the time of a pass goes, and the batch size that memory allows."""
+@dataclass(kw_only=True)
+class _Clock(Portion):
+    """Where the time of a pass goes, and how many images memory allows at once."""
 
-    batch_size: int
     waiting: float = 0.0
     encoding: float = 0.0
 
@@ -255,7 +255,7 @@ class _Work:
 
     @cached_property
     def clock(self) -> _Clock:
-        return _Clock(self.batch_size)
+        return _Clock(images=self.batch_size)
 
     @property
     def batch_size(self) -> int:
@@ -473,45 +473,20 @@ def _encode_within_memory(
     seen:    (b, k), the patches to look at; None for all
     returns: features by tap, on the device; and rows that the device's decoder refused, with the reasons
     """
-    clock = work.clock
-    while True:
-        shortage = None
-        try:
-            parts, refused = [], []
-            for first in range(0, len(pixels), clock.batch_size):
-                part = pixels[first : first + clock.batch_size]
-                if not isinstance(part, Tensor):
-                    part, reasons = decode_on_device(part, work.encoder.transform, work.encoder.device)
-                    refused += [(first + row, reason) for row, reason in reasons.items()]
-                if seen is None:
-                    parts.append(encode(work.encoder, part, work.taps))
-                else:
-                    kept = seen[first : first + clock.batch_size]
-                    parts.append(encode_kept(work.encoder, part, work.taps, kept))
-            return {tap: torch.cat([part[tap] for part in parts]) for tap in work.taps}, refused
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-            if work.encoder.compiled and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise ResourceError(
-                    f"torch.compile failed: {str(error).strip().partition(chr(10))[0]}",
-                    remedy="It needs a C++ compiler, or Triton on a GPU; or leave out --compile.",
-                ) from error
-            if not _is_shortage(error):
-                raise
-            shortage = str(error).partition("\n")[0]
-        # Outside of the except block: there the failed attempt's frames, and their tensors with them, would live on.
-        if clock.batch_size == 1:
-            raise ResourceError(
-                f"{work.encoder.checkpoint.name}: memory of {work.encoder.device} is too small for one image: {shortage}",
-                remedy="Use another --device, or --precision bf16.",
-                kept="Features that were finished are kept; the same command goes on from there.",
-            )
-        clock.batch_size = max(1, clock.batch_size // 2)
-        _log.warning(
-            "%s: out of memory on %s; going on with %d images a batch",
-            work.encoder.checkpoint.name, work.encoder.device, clock.batch_size,
-        )  # fmt: skip
-        if work.encoder.device.type == "cuda":
-            torch.cuda.empty_cache()
+    refused: dict[int, str] = {}
+
+    def features_of(rows: slice) -> dict[str, Tensor]:
+        part = pixels[rows]
+        if not isinstance(part, Tensor):
+            part, reasons = decode_on_device(part, work.encoder.transform, work.encoder.device)
+            refused.update((rows.start + row, reason) for row, reason in reasons.items())
+        if seen is None:
+            return encode(work.encoder, part, work.taps)
+        return encode_kept(work.encoder, part, work.taps, seen[rows])
+
+    kept = "Features that were finished are kept; the same command goes on from there."
+    parts = in_portions(work.encoder, len(pixels), work.clock, features_of, kept=kept)
+    return {tap: torch.cat([part[tap] for part in parts]) for tap in work.taps}, sorted(refused.items())
 
 
 def _check_memory(work: _Work, batch: Mapping[str, Tensor]) -> None:
@@ -523,10 +498,6 @@ def _check_memory(work: _Work, batch: Mapping[str, Tensor]) -> None:
             f"the features of {len(work.images):,} images need {needed:,} bytes of memory, {there:,} are available",
             remedy="Ask for fewer probes or a smaller --subset at a time, or use a machine or a job with more memory.",
         )
-
-
-def _is_shortage(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _check_finite(values: Mapping[str, Tensor], image_ids: Sequence[str], encoder: Encoder) -> None:

@@ -2,12 +2,13 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from msn_eval.encoder import Encoder, encode
+from msn_eval.encoder import encode
 from msn_eval.errors import CheckpointError
 from msn_eval.evaluation import Preparation, drop_of, loading_of, pending_pool, prepare
 from msn_eval.features import automatic_batch_size, missing_images
@@ -16,12 +17,14 @@ from msn_eval.images import ImageSet
 from msn_eval.pixel_loader import PixelList, automatic_workers, load_pixels
 from msn_eval.plan import Plan, Task, cache_folder
 from msn_eval.protocols.linear_augmented import LinearAugmented
+from msn_eval.visible_patches import PatchDrop, encode_kept, kept_patches, patch_count
 
 _log = logging.getLogger(__name__)
 _FEW_IMAGES = 64  # the measurement would cost about as much as they do
 _SAMPLE = 16
 _PATIENCE_SECONDS = 1.5
 _PASSES_A_STEP = 3  # forward, and about twice that backward
+_Pass = Callable[[Tensor], dict[str, Tensor]]
 _KEPT_BYTES = 2 << 30  # of weights, of checkpoints that were looked at and wait for their turn
 
 
@@ -86,16 +89,18 @@ def _forecast_one(plan: Plan, ready: Preparation, run_own_code: bool) -> Forecas
     tuned = [_images_tuned(task, plan) for task in ready.tuned]
     encodings = read + augmented + _PASSES_A_STEP * sum(tuned) + len(tuned) * len(plan.val)
     measurable = encodings >= _FEW_IMAGES and (run_own_code or encoder.checkpoint.format != "py")
-    samples = (*missing, *(images for _, images in trainings), *([plan.val] if tuned else []))
-    taps = ready.pending_taps or (ready.taps[Finetune.tap],)
-    each = _seconds_an_image(plan, encoder, taps, samples) if measurable else None
+    drop = drop_of(plan.request)
+    partly = missing[:1] if drop is not None else ()
+    whole = (*missing[len(partly) :], *(images for _, images in trainings), *([plan.val] if tuned else []))
+    in_part = sum(map(len, partly))
+    shares = [_Share(images=encodings - in_part, among=whole), _Share(images=in_part, among=partly, drop=drop)]
     return Forecast(
         name=name,
         read=read,
         reused=sum(map(len, wanted)) - read,
         bytes=sum(sizes),
         augmented=augmented,
-        seconds=None if each is None else each * encodings,
+        seconds=_seconds(plan, ready, shares) if measurable else None,
         finished=len(ready.known),
         tuned=sum(tuned),
     )
@@ -141,11 +146,31 @@ def _missing(plan: Plan, ready: Preparation, wanted: tuple[ImageSet, ...]) -> tu
     )
 
 
-def _seconds_an_image(
-    plan: Plan, encoder: Encoder, taps: tuple[str, ...], missing: tuple[ImageSet, ...]
-) -> float | None:
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """Images that are encoded alike, and the sets that some are taken from to be timed. drop: the patches they do without."""
+
+    images: int
+    among: tuple[ImageSet, ...]
+    drop: PatchDrop | None = None
+
+
+def _seconds(plan: Plan, ready: Preparation, shares: list[_Share]) -> float | None:
+    """Give the time for all; None where some could not be timed."""
+    total = 0.0
+    for share in shares:
+        if share.images:
+            each = _seconds_an_image(plan, ready, share)
+            if each is None:
+                return None
+            total += share.images * each
+    return total
+
+
+def _seconds_an_image(plan: Plan, ready: Preparation, share: _Share) -> float | None:
     """Time some images, spread over those to be read, through the decoder and the encoder; None where that failed."""
-    images = max(missing, key=len)
+    encoder = ready.encoder
+    images = max(share.among, key=len)
     step = max(1, len(images) // _SAMPLE)
     sample = PixelList(
         source=images.source,
@@ -167,7 +192,7 @@ def _seconds_an_image(
     decoding = (time.perf_counter() - started) / len(sample)
     pixels = torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
     try:
-        encoding = _encoding_seconds(encoder, pixels, taps, batch_size)
+        encoding = _encoding_seconds(_pass_of(ready, share.drop), pixels, batch_size)
     except (RuntimeError, MemoryError) as error:
         # Too large a batch, no compiler: the pass itself finds its way, or says what is wrong.
         _log.debug("%s could not be timed: %s", encoder.checkpoint.name, error)
@@ -175,20 +200,33 @@ def _seconds_an_image(
     return max(decoding / workers, encoding) if beside else decoding + encoding
 
 
-def _encoding_seconds(encoder: Encoder, pixels: Tensor, taps: tuple[str, ...], batch_size: int) -> float:
+def _pass_of(ready: Preparation, drop: PatchDrop | None) -> _Pass:
+    """Give the pass that images will go through, from pixels to features."""
+    encoder, taps = ready.encoder, ready.pending_taps or (ready.taps[Finetune.tap],)
+    if drop is None:
+        return lambda pixels: encode(encoder, pixels, taps)
+
+    def in_part(pixels: Tensor) -> dict[str, Tensor]:
+        kept = kept_patches(drop, [str(row) for row in range(len(pixels))], patches=patch_count(encoder))
+        return encode_kept(encoder, pixels, taps, kept)
+
+    return in_part
+
+
+def _encoding_seconds(one_pass: _Pass, pixels: Tensor, batch_size: int) -> float:
     """Time the encoder on a batch, or on as much of one as takes about a second; seconds an image."""
-    encode(encoder, pixels[:2], taps)  # the first call builds what later ones find
-    pair = _timed(encoder, pixels[:2], taps)
+    one_pass(pixels[:2])  # the first call builds what later ones find
+    pair = _timed(one_pass, pixels[:2])
     affordable = int(_PATIENCE_SECONDS / (pair / 2))
     count = min(batch_size, affordable)
     if count <= 2:
         return pair / 2
     batch = pixels.repeat(-(-count // len(pixels)), 1, 1, 1)[:count]
-    return _timed(encoder, batch, taps) / count
+    return _timed(one_pass, batch) / count
 
 
-def _timed(encoder: Encoder, pixels: Tensor, taps: tuple[str, ...]) -> float:
+def _timed(one_pass: _Pass, pixels: Tensor) -> float:
     started = time.perf_counter()
-    for features in encode(encoder, pixels, taps).values():
+    for features in one_pass(pixels).values():
         features.sum().item()  # waits for the device
     return time.perf_counter() - started

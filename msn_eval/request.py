@@ -81,6 +81,10 @@ class Request:
             raise UsageError(
                 "--patch-drop: fine-tuning sees whole images", remedy="Ask for it with other probes alone."
             )
+        if "finetune" in self.probe and self.compile:
+            raise UsageError(
+                "--compile: fine-tuning trains the network as it is", remedy="Ask for it with other probes alone."
+            )
         if self.save is not None and "finetune" not in self.probe:
             raise UsageError("--save: no network is trained", remedy="It goes with --probe finetune.")
         if self.save is not None and self.canary:

@@ -12,6 +12,10 @@ _ROOT = Path(__file__).parents[1]
 _FLOORS = [
     ["errors"],
     ["number_range"],
+    ["ranks", "ranks.limits", "ranks.place", "ranks.end"],
+    ["ranks.others"],
+    ["ranks.clerk", "ranks.watch"],
+    ["ranks.line"],
     [
         "atomic_file",
         "shipped",
@@ -19,6 +23,7 @@ _FLOORS = [
         "position_embedding",
         "own_code",
         "host",
+        "shortage",
         "augmentation",
         "reference_networks",
         "reference_file",
@@ -79,7 +84,7 @@ _FLOORS = [
     ["datasets.imagenet", "datasets.webdataset"],
     ["datasets", "checkpoint"],
     ["encoder", "feature_cache"],
-    ["environment", "pixel_loader", "visible_patches"],
+    ["environment", "pixel_loader", "portion", "visible_patches"],
     ["features", "collapse", "protocols.trainee"],
     ["augmented_features"],
     ["pictures"],

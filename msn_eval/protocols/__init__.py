@@ -82,7 +82,7 @@ def fit(
         case ChosenLogistic():
             return fit_chosen(probe, train, device, team=team)
         case NearestNeighbours():
-            return fit_knn(probe, train, device)
+            return fit_knn(probe, train, device, team=team)
         case Ridge():
             return fit_ridge(probe, train, device)
         case NearestClassMean():

@@ -19,6 +19,7 @@ from msn_eval.process_group import sum_over_ranks
 from msn_eval.protocols.trainee import Trainee
 from msn_eval.protocols.trainee_outputs import Labelled, Pace, logits_of
 from msn_eval.protocols.training_images import Mixing, Order, path_draws
+from msn_eval.shortage import SHORTAGES, is_shortage
 from msn_eval.stop import Stop
 from msn_eval.training_state import StateFiles
 
@@ -96,10 +97,8 @@ def _gradients(setup: Setup, run: Run, pixels: Tensor) -> Tensor:
         run.optimizer.zero_grad(set_to_none=True)
         try:
             return _accumulated(setup, run, pixels)
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(
-                error
-            ):
+        except SHORTAGES as error:
+            if not is_shortage(error):
                 raise
             shortage = str(error).partition("\n")[0]
         # Outside of the except block: there the failed attempt's frames, and their tensors with them, would live on.

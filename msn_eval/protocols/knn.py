@@ -1,6 +1,6 @@
 """Weighted nearest neighbours."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,10 +11,14 @@ from msn_eval.errors import NumericalError
 from msn_eval.features import Features
 from msn_eval.protocols.bank import index_bank
 from msn_eval.protocols.fitted import Fitted, Setting
-from msn_eval.protocols.nearest import search_nearest
+from msn_eval.protocols.nearest import Found, search_nearest
+from msn_eval.protocols.team import Team, search_together
 
 DEFAULT_KS = (10, 20, 100, 200)
 DEFAULT_TEMPERATURE = 0.07
+_SHARED_VALUES = (
+    1 << 26
+)  # of a bank: in smaller ones what every rank does in full, for its own k, outlasts the products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,19 +52,20 @@ def knn_settings(probe: NearestNeighbours, n: int) -> tuple[dict[str, int | floa
     return tuple({"k": k, "temperature": t} for k in probe.ks if k <= n for t in probe.temperatures)
 
 
-def fit_knn(probe: NearestNeighbours, train: Features, device: torch.device) -> Fitted:
+def fit_knn(probe: NearestNeighbours, train: Features, device: torch.device, *, team: Team | None = None) -> Fitted:
     """Make the labelled rows ready for the one search that all settings share.
 
+    team: ranks that share the search where the bank is large
     Raises NumericalError where a row is not finite.
     """
     params = knn_settings(probe, len(train.labels))
-    bank = index_bank(train.values.to(device))
     labels = train.labels.to(device)
+    search = _search_among(train.values, device, team)
 
     def scores(values: Tensor) -> Iterator[Tensor]:
         if not params:  # every k of the default list is above the number of labelled images
             return
-        cosines, nearest = search_nearest(values.to(device), bank, max(int(one["k"]) for one in params))
+        cosines, nearest = search(values, max(int(one["k"]) for one in params))
         for one in params:
             k = int(one["k"])  # the k nearest are a prefix of the most that any setting wants
             yield neighbour_vote(
@@ -68,6 +73,14 @@ def fit_knn(probe: NearestNeighbours, train: Features, device: torch.device) -> 
             )
 
     return Fitted(settings=tuple(Setting(params=one) for one in params), scores=scores)
+
+
+def _search_among(rows: Tensor, device: torch.device, team: Team | None) -> Callable[[Tensor, int], Found]:
+    """Give the function from queries and k to neighbours: the same whether ranks share the search or not."""
+    if team is not None and rows.numel() >= _SHARED_VALUES:
+        return lambda values, k: search_together(team, values, rows, k)
+    bank = index_bank(rows.to(device))
+    return lambda values, k: search_nearest(values.to(device), bank, k)
 
 
 def neighbour_vote(cosines: Tensor, classes: Tensor, *, n_classes: int, temperature: float) -> Tensor:

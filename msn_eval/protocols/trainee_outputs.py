@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from msn_eval.decoders import decode_on_device
 from msn_eval.distributed import ALONE, Group, share
 from msn_eval.encoder import Precision, exact_float32, normalised
 from msn_eval.errors import NumericalError
@@ -139,12 +140,17 @@ def _asked(
     )
     found: list[Tensor] = []
     failures: list[str] = []
+    done = 0
     with torch.inference_mode(), exact_float32():
         for batch in load_pixels(pixels_of, batch_size=pace.part, workers=pace.workers):
-            failures += [f"{images.source.place(image_id)}: {reason}" for image_id, reason in batch.failures]
+            pixels, refused = batch.pixels, list(batch.failures)
+            if not isinstance(pixels, Tensor):
+                pixels, reasons = decode_on_device(pixels, encoder.transform, encoder.device)
+                refused += [(pixels_of.image_ids[done + row], reason) for row, reason in reasons.items()]
+            failures += [f"{images.source.place(image_id)}: {reason}" for image_id, reason in refused]
+            done += len(pixels)
             if not failures:
-                assert isinstance(batch.pixels, Tensor)
-                found.append(ask(normalised(batch.pixels.to(encoder.device), encoder)).cpu())
+                found.append(ask(normalised(pixels.to(encoder.device), encoder)).cpu())
     if failures:
         raise unreadable(failures)
     return rows_of_all_ranks(group, torch.cat(found) if found else None)

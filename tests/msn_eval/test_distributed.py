@@ -18,8 +18,9 @@ import pytest
 import torch.distributed
 from torch.utils.data import DataLoader
 
-from msn_eval.distributed import ALONE, Group, Limits, agree, barrier, decided, gathered, join_group, share
-from msn_eval.errors import DataError, DistributedError, MsnEvalError
+from msn_eval.distributed import ALONE, Group, agree, barrier, decided, gathered, join_group, share
+from msn_eval.errors import DataError, MsnEvalError
+from msn_eval.ranks.limits import Limits
 
 QUICK = Limits(
     join_seconds=5, beat_seconds=0.05, silent_seconds=1, settle_seconds=0.1, linger_seconds=0.5, unwind_seconds=0.5
@@ -219,28 +220,6 @@ def test_without_other_ranks_the_group_is_one(environment: dict[str, str]) -> No
         assert (group.rank, group.world, group.local_rank) == (0, 1, 0)
         assert decided(group, "choice", lambda: "this") == "this"
         assert gathered(group, "names", "me") == ["me"]
-
-
-@pytest.mark.parametrize(
-    ("changed", "name", "what"),
-    [
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE", "is not set"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE", "is 'two'"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE", "is '0'"),
-        ({"RANK": ""}, "RANK", "is not set"),
-        ({"RANK": "2"}, "RANK", "is '2', not a whole number from 0 to 1"),
-        ({"RANK": "-1"}, "RANK", "is '-1'"),
-        ({"LOCAL_RANK": ""}, "LOCAL_RANK", "is not set"),
-        ({"MASTER_ADDR": ""}, "MASTER_ADDR", "is not set"),
-        ({"MASTER_PORT": ""}, "MASTER_PORT", "is not set"),
-        ({"MASTER_PORT": "65536"}, "MASTER_PORT", "is '65536'"),
-    ],
-)
-def test_an_incomplete_environment_names_the_variable(changed: dict[str, str], name: str, what: str) -> None:
-    with pytest.raises(DistributedError) as caught, join_group(environment=place(0, 2, 4000) | changed):
-        pass
-    assert f"but {name} {what}" in str(caught.value)
-    assert caught.value.exit_code == 31
 
 
 def test_a_rank_that_waits_in_vain_names_the_missing(start: Start) -> None:

@@ -1,14 +1,18 @@
 """Forecasts: what is to be read, what is there already, and about how long it will take."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from msn_eval import evaluate
+from msn_eval.encoder import Encoder
 from msn_eval.evaluation import prepare
 from msn_eval.forecast import Forecast, forecast
 from msn_eval.plan import make_plan
@@ -120,6 +124,26 @@ def test_time_is_that_of_one_image_times_all(pictures: Path, tmp_path: Path, mon
     monkeypatch.setattr("msn_eval.forecast.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     decoding, encoding = 1 / 16, 1 / 3  # of every measurement of a second; three images are what patience allows
     assert forecast_one(request(pictures, tmp_path)).seconds == pytest.approx(82 * (decoding + encoding))
+
+
+def test_labelled_images_are_timed_without_the_patches_that_are_dropped(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("msn_eval.forecast.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def take(seconds: float) -> Callable[..., dict[str, Tensor]]:
+        def encode(encoder: Encoder, pixels: Tensor, *others: object) -> dict[str, Tensor]:
+            clock[0] += seconds * len(pixels)
+            return {"cls": torch.zeros(len(pixels), 2)}
+
+        return encode
+
+    monkeypatch.setattr("msn_eval.forecast.encode", take(3.0))
+    monkeypatch.setattr("msn_eval.forecast.encode_kept", take(1.0))
+
+    assert forecast_one(request(pictures, tmp_path, patch_drop=0.5)).seconds == 80 * 3 + 2 * 1
+    assert forecast_one(request(pictures, tmp_path)).seconds == 82 * 3
 
 
 def test_bytes_are_those_of_the_images_that_are_missing(pictures: Path, tmp_path: Path) -> None:

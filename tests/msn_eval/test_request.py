@@ -118,3 +118,8 @@ def test_a_tap_by_hand_beside_taps_to_choose_from_is_refused() -> None:
 
     assert str(caught.value) == "--tap mean: linear.taps names cls, mean\nLeave out one of them."
     assert Request(probe=["knn"], tap="mean", linear=recipe).tap == "mean"
+
+
+def test_fine_tuning_is_not_compiled() -> None:
+    with pytest.raises(UsageError, match="--compile: fine-tuning trains the network as it is"):
+        Request(probe=["logistic", "finetune"], compile=True)

@@ -20,6 +20,7 @@ from msn_eval.commands.evaluate import describe_forecasts
 from msn_eval.distributed import Group
 from msn_eval.errors import UsageError
 from msn_eval.forecast import Forecast
+from msn_eval.protocols import full_data, knn, team
 from msn_eval.request import Request
 
 TINY = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
@@ -167,6 +168,28 @@ def test_ranks_give_the_results_that_one_process_gives(
     for one, other in zip(alone, ranks, strict=True):
         with np.load(one) as left, np.load(other) as right:
             assert all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def test_ranks_share_neighbours_and_a_chunked_fit_under_a_launcher(
+    command: list[str], tmp_path: Path, run_script: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knn, "_SHARED_VALUES", 0)
+    monkeypatch.setattr(full_data, "_WHOLE_BYTES", 0)
+    words = ["--checkpoint", TINY, *command[2:], "--probe", "knn,logistic", "--k", "5", "--batch-size", "64"]
+    (tmp_path / "launch.py").write_text(_LAUNCH)
+    places = {name: ["--out", str(tmp_path / name)] for name in ("alone", "ranks")}
+
+    assert main([*words, *places["alone"]]) == 0
+    help_out = {name: getattr(team, name) for name in ("_help_to_search", "_help_to_fit")}
+    for name, do in help_out.items():
+        monkeypatch.setattr(team, name, lambda *given, name=name, do=do: (print(name, flush=True), do(*given)))
+    code, told = run_script(tmp_path / "launch.py", *words, *places["ranks"])
+
+    assert code == 0, told
+    assert [told.count(name) for name in help_out] == [1, 1]
+    alone, ranks = (sorted((tmp_path / name).glob("*.npz")) for name in ("alone", "ranks"))
+    assert [path.name for path in alone] == [path.name for path in ranks]
+    assert [path.read_bytes() for path in alone] == [path.read_bytes() for path in ranks]
 
 
 def test_embedded_images_are_said_to_be_resized_by_pillow_under_any_decoder(command: list[str], tmp_path: Path) -> None:

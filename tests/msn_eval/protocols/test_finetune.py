@@ -2,28 +2,31 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from msn_eval.checkpoint import read_checkpoint
-from msn_eval.datasets import read_dataset
+from msn_eval.datasets import read_dataset, read_split
 from msn_eval.distributed import ALONE, Group
 from msn_eval.encoder import build_encoder
-from msn_eval.errors import NumericalError, ResourceError, StoreError
+from msn_eval.errors import DataError, NumericalError, ResourceError, StoreError
 from msn_eval.file_hashes import hash_images
 from msn_eval.finetune_recipe import Finetune, FinetuneRecipe
 from msn_eval.images import ImageSet
 from msn_eval.protocols import finetune as finetune_module
-from msn_eval.protocols import finetune_step
+from msn_eval.protocols import finetune_step, trainee_outputs
 from msn_eval.protocols.finetune import Tuned, finetune
-from msn_eval.protocols.trainee import Trainee, build_trainee
+from msn_eval.protocols.trainee import Trainee, build_optimizer, build_trainee
 from msn_eval.protocols.trainee_outputs import Labelled, Pace, score_images
+from msn_eval.protocols.training_images import Order
 from msn_eval.training_state import StateFiles
 
 _VIT = "random:vit_tiny_patch16_224?img_size=16&patch_size=8&embed_dim=32&depth=2&num_heads=2"
@@ -306,3 +309,97 @@ def test_head_starts_at_logistic_regression(images: ImageSet) -> None:
     scores = score_images(trainee, images, labelled.hashes, decoder="pillow", precision="fp32", pace=_PACE)
     expected = torch.from_numpy(reference.predict_log_proba(rows))
     torch.testing.assert_close(scores.log_softmax(dim=1), expected, rtol=0, atol=2e-3)
+
+
+def test_gradients_are_no_longer_than_the_clip(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[float] = []
+
+    def build(trainee: Trainee, recipe: FinetuneRecipe) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(trainee, recipe)
+        gradients = [one for group in optimizer.param_groups for one in group["params"]]
+        optimizer.register_step_pre_hook(
+            lambda *given: lengths.append(float(torch.nn.utils.get_total_norm([one.grad for one in gradients])))
+        )
+        return optimizer
+
+    monkeypatch.setattr(finetune_module, "build_optimizer", build)
+    _train(images, recipe=replace(_RECIPE, epochs=2, clip=0.01))
+    clipped = list(lengths)
+    lengths.clear()
+    _train(images, recipe=replace(_RECIPE, epochs=2, clip=0.0))
+
+    assert max(clipped) <= 0.01 * 1.0001
+    assert min(lengths) > 0.01
+
+
+def test_the_loss_that_is_told_begins_anew_with_every_epoch(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[float, int]] = []
+
+    def take(setup: finetune_step.Setup, run: finetune_step.Run, *given: Any) -> bool:
+        stopped = finetune_step.take_step(setup, run, *given)
+        steps.append(run.loss)
+        return stopped
+
+    monkeypatch.setattr(finetune_module, "take_step", take)
+    tuned, _ = _train(images)
+
+    assert [count for _, count in steps] == [1, 2, 1, 2, 1]
+    assert tuned.loss == steps[-1][0]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_no_pair_of_a_batch_is_torn_between_ranks(images: ImageSet, world: int) -> None:
+    order = Order(images=20, batch=14, epochs=1, seed=0)
+    setup = finetune_step.Setup(
+        probe=Finetune(recipe=_RECIPE), labelled=_labelled(images), order=order, precision="fp32", group=ALONE,
+        pace=_PACE, states=None,
+    )  # fmt: skip
+    shares = [
+        finetune_step.own_rows(replace(setup, group=Group(rank=rank, world=world, local_rank=rank, host="here")))
+        for rank in range(world)
+    ]
+
+    assert [row for rows in shares for row in rows] == list(range(14))
+    assert all(rows.start % 2 == 0 for rows in shares)
+
+
+@pytest.fixture
+def jpegs(tmp_path: Path) -> ImageSet:
+    """Give five JPEG files in two classes."""
+    generator = np.random.default_rng(0)
+    for number in range(5):
+        folder = tmp_path / "val" / ("ant", "bee")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (24, 30, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
+    return read_split(str(tmp_path), "val")
+
+
+def _by_nvjpeg(images: ImageSet) -> Tensor:
+    hashes = hash_images(images, memory=None)
+    pace = Pace(part=2, workers=0)
+    return score_images(_trainee(), images, hashes, decoder="nvjpeg", precision="fp32", pace=pace)
+
+
+def test_images_that_the_device_decodes_are_scored_in_their_order(
+    jpegs: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainee_outputs, "logits_of", lambda trainee, pixels, precision: pixels.flatten(1))
+    hashes = hash_images(jpegs, memory=None)
+
+    here = _by_nvjpeg(jpegs)
+
+    there = score_images(_trainee(), jpegs, hashes, decoder="pillow", precision="fp32", pace=Pace(part=2, workers=0))
+    assert float((here - there).abs().max()) < 0.03  # a level of 255, in units of std
+
+
+def test_an_image_that_the_device_refuses_is_named(jpegs: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(batch: Sequence[object], transform: object, device: torch.device) -> tuple[Tensor, dict[int, str]]:
+        return torch.zeros(len(batch), 16, 16, 3, dtype=torch.uint8), {len(batch) - 1: "torn"}
+
+    monkeypatch.setattr(trainee_outputs, "decode_on_device", refuse)
+
+    with pytest.raises(DataError, match="3 images cannot be used") as told:
+        _by_nvjpeg(jpegs)
+
+    names = [line.partition(": torn")[0].rpartition("/")[2] for line in str(told.value).splitlines() if "torn" in line]
+    assert names == [jpegs.ids[row].partition("/")[2] for row in (1, 3, 4)]

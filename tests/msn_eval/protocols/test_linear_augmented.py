@@ -3,9 +3,10 @@
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msn_eval import load_encoder
+from msn_eval import augmented_features, load_encoder
 from msn_eval.augmented_features import AugmentedImages, features_from
 from msn_eval.cli import main
 from msn_eval.datasets import read_split
 from msn_eval.distributed import ALONE, Group
-from msn_eval.errors import NumericalError, StoreError
+from msn_eval.encoder import Encoder
+from msn_eval.errors import NumericalError, ResourceError, StoreError
 from msn_eval.features import Loading
 from msn_eval.protocols import linear_augmented
 from msn_eval.protocols.linear_augmented import (
@@ -28,6 +30,7 @@ from msn_eval.protocols.linear_augmented import (
     augmented_settings,
     draw_order,
     fit_augmented,
+    restore_training,
     start_training,
     take_step,
 )
@@ -100,6 +103,92 @@ def test_a_step_is_that_of_torchs_optimiser_on_the_whole_batch() -> None:
 @pytest.mark.parametrize("cuts", [[1] * 20, [7, 13], [6, 6, 6, 2]], ids=str)
 def test_accumulated_and_direct_batches_give_the_same_step(cuts: list[int]) -> None:
     torch.testing.assert_close(_weights(_stepped(cuts)), _weights(_stepped([20])), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_first_weights_are_small_drawn_by_the_seed_and_alike_for_all_rates(seed: int) -> None:
+    expected = torch.empty(3, 8).normal_(0.0, 0.01, generator=torch.Generator().manual_seed(seed))
+
+    for head in start_training(replace(_PROBE, seed=seed), 8, 3, CPU).heads.values():
+        assert torch.equal(head.linear.weight, expected)
+        assert not head.linear.bias.any()
+
+
+def test_a_restored_training_is_the_one_that_was_taken() -> None:
+    probe = replace(_PROBE, lr=[0.5, 9.0, 4.0])
+    training = _stepped([20], probe)
+    training.last_losses = {0.5: 1.25, 9.0: 2.0, 4.0: 1.5}
+    del training.heads[9.0], training.optimizers[9.0]
+    training.diverged_at = {9.0: 2}
+
+    restored = start_training(probe, 8, 3, CPU)
+    restore_training(restored, {**training.as_state(), "step": training.step})
+
+    assert (restored.step, restored.diverged_at) == (3, {9.0: 2})
+    assert (restored.losses, restored.last_losses) == (training.losses, training.last_losses)
+    assert list(restored.heads) == list(restored.optimizers) == [0.5, 4.0]
+    torch.testing.assert_close(_weights(restored), _weights(training), rtol=0, atol=0)
+
+
+def test_features_that_are_not_finite_are_told_by_the_rank_that_met_them() -> None:
+    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        yield _batch()
+        raise NumericalError("features of a.png are not finite")
+
+    training = start_training(_PROBE, 8, 3, CPU)
+
+    with pytest.raises(NumericalError, match=r"features of a\.png"):
+        take_step(training, parts(), images=40, share=1.0, group=ALONE, stop=Stop())
+    assert training.step == 0
+
+
+def test_a_disk_that_refused_is_asked_again_after_a_while(
+    files: StateFiles, full_disk: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_augmented, "_SAVE_SECONDS", 60.0)
+    now = [100.0]
+    monkeypatch.setattr(linear_augmented, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    full_disk["left"] = 10
+    keeper = linear_augmented._Keeper(files=files, saved_at=0.0)
+    left = []
+    for now[0] in (100.0, 101.0, 159.0, 161.0):
+        keeper.save_if_due(_stepped([20], steps=1))
+        left.append(full_disk["left"])
+
+    assert left == [9, 9, 9, 8]
+
+
+def test_learning_rates_fall_along_half_a_cosine_over_all_epochs(
+    images: AugmentedImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+
+    def take(training: Training, *given: Any, share: float, **named: Any) -> bool:
+        shares.append(share)
+        return take_step(training, *given, share=share, **named)
+
+    monkeypatch.setattr(linear_augmented, "take_step", take)
+    fitted = fit_augmented(replace(_PROBE, epochs=2, batch_size=20), images, group=ALONE, files=None)
+
+    assert [one.iterations for one in fitted.settings] == [4, 4]
+    assert shares == pytest.approx([1.0, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])
+
+
+def test_the_objective_is_the_mean_loss_of_the_last_epoch_as_it_was_met(images: AugmentedImages) -> None:
+    probe = replace(_PROBE, epochs=2, batch_size=40)
+    training = start_training(probe, images.dim, 10, CPU)
+    losses = []
+    for epoch in range(2):
+        order = draw_order(40, seed=0, epoch=epoch)
+        (parts,) = features_from(images, images.labels, [order], seed=0, epoch=epoch, share=0.08, group=ALONE)
+        features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        losses = [functional.cross_entropy(head(features), labels).item() for head in training.heads.values()]
+        share = (1.0, 0.5)[epoch]
+        take_step(training, iter([(features, labels)]), images=40, share=share, group=ALONE, stop=Stop())
+
+    fitted = fit_augmented(probe, images, group=ALONE, files=None)
+
+    assert [one.objective for one in fitted.settings] == pytest.approx(losses, rel=1e-5)
 
 
 def test_layers_trained_together_are_those_trained_alone() -> None:
@@ -191,11 +280,59 @@ def test_workers_move_no_feature(images: AugmentedImages) -> None:
     assert all(torch.equal(one[0], other[0]) for one, other in zip(here, elsewhere, strict=True))
 
 
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Give a function that leaves the encoder memory for so many images; it gives the sizes of all attempts."""
+
+    def leave(room: int) -> list[int]:
+        tried: list[int] = []
+
+        def encode(encoder: Encoder, pixels: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
+            tried.append(len(pixels))
+            if len(pixels) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return whole(encoder, pixels, taps)
+
+        whole = augmented_features.encode
+        monkeypatch.setattr(augmented_features, "encode", encode)
+        return tried
+
+    return leave
+
+
+def test_where_memory_is_short_the_encoder_goes_in_halves_and_no_number_moves(
+    images: AugmentedImages, small_memory: Callable[[int], list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = list(torch.split(draw_order(40, seed=3, epoch=1), 16))
+    whole, fitted = _features(images, batches), fit_augmented(_PROBE, images, group=ALONE, files=None)
+
+    tried = small_memory(2)
+    halved = _features(images, batches)
+
+    assert tried[:6] == [6, 3, 1, 1, 1, 1]
+    assert max(tried[2:]) == 1  # what memory had no room for once is not tried again
+    assert caplog.text.count("going on with") == 2
+    assert [len(labels) for _, labels in halved] == [len(labels) for _, labels in whole]
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(halved, whole, strict=True))
+    again = fit_augmented(_PROBE, images, group=ALONE, files=None)
+    assert [one.objective for one in again.settings] == [one.objective for one in fitted.settings]
+
+
+def test_memory_that_is_too_small_for_one_image_is_told(
+    images: AugmentedImages, small_memory: Callable[[int], list[int]]
+) -> None:
+    small_memory(0)
+
+    with pytest.raises(ResourceError, match="memory of cpu is too small for one image"):
+        fit_augmented(_PROBE, images, group=ALONE, files=None)
+
+
 def test_orders_are_permutations_that_differ_from_epoch_to_epoch() -> None:
     orders = [draw_order(50, seed=1, epoch=epoch).tolist() for epoch in range(3)]
 
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
+    assert draw_order(50, seed=2, epoch=0).tolist() not in orders
 
 
 @pytest.fixture

@@ -129,3 +129,14 @@ def test_branch_is_left_out_where_its_draw_says_so_and_made_up_for_elsewhere() -
     path.draws = torch.tensor([0.1, 0.2, 0.9])
 
     assert path(torch.ones(3, 2)).tolist() == [[0, 0], [1.25, 1.25], [1.25, 1.25]]
+
+
+def test_a_network_of_unknown_layers_learns_slower_than_its_head_and_no_bias_decays() -> None:
+    recipe = FinetuneRecipe(drop_path=0.0, layer_decay=0.5, weight_decay=0.1)
+    trainee = build_trainee(_encoder("pixels"), recipe, tap="pixels", n_classes=4)
+    trainee.network.get_submodule("trunk").add_module("layer", torch.nn.Linear(3, 2))
+
+    groups = build_optimizer(trainee, recipe).param_groups
+
+    found = {tuple(group["params"][0].shape): (group["lr_scale"], group["weight_decay"]) for group in groups}
+    assert found == {(2, 3): (0.5, 0.1), (2,): (0.5, 0.0), (4, 3072): (1.0, 0.1), (4,): (1.0, 0.0)}

@@ -1,0 +1,74 @@
+"""Linear layers on augmented images on a GPU: about the CPU's layers, a state that goes on, and a batch in parts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from msn_eval import evaluate
+from msn_eval.protocols import linear_augmented
+from msn_eval.protocols.linear_augmented import Training
+from msn_eval.result import Result, read_predictions
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+_RECIPE = {"lr": [2.0, 8.0], "epochs": 6, "batch_size": 32, "crop_share": 0.4}
+
+
+def _train(out: Path, *, device: str, precision: str = "fp32", **options: object) -> list[Result]:
+    found = evaluate(
+        ["demo"], data="digits", subsets=["5imgs@1"], probes=["linear-augmented"], linear_augmented=_RECIPE, out=out,
+        device=device, precision=precision, no_cache=True, limit=40, **options,
+    )  # fmt: skip
+    return sorted(found, key=lambda one: one.probe.params["lr"])
+
+
+def test_cuda_trains_the_layers_that_the_cpu_trains(tmp_path: Path) -> None:
+    here, there = (_train(tmp_path / name, device=name) for name in ("cuda", "cpu"))
+
+    for one, other in zip(here, there, strict=True):
+        answers = [read_predictions(tmp_path / name / f"{one.id}.npz").prediction for name in ("cuda", "cpu")]
+        assert one.id == other.id
+        assert one.probe.objective == pytest.approx(other.probe.objective, rel=1e-3)
+        assert float(np.mean(answers[0] == answers[1])) > 0.99
+
+
+def test_bf16_is_a_protocol_of_its_own_and_learns_as_much(tmp_path: Path) -> None:
+    exact, reduced = (_train(tmp_path, device="cuda", precision=precision) for precision in ("fp32", "bf16"))
+
+    for one, other in zip(exact, reduced, strict=True):
+        assert one.protocol_id != other.protocol_id
+        assert one.metrics is not None
+        assert other.metrics is not None
+        assert other.metrics.top1 == pytest.approx(one.metrics.top1, abs=0.03)
+
+
+def test_parts_of_a_batch_add_up(tmp_path: Path) -> None:
+    whole, cut = (_train(tmp_path / size, device="cuda", batch_size=size) for size in ("32", "5"))
+
+    for one, other in zip(whole, cut, strict=True):
+        assert other.probe.objective == pytest.approx(one.probe.objective, rel=1e-4)
+
+
+def test_a_training_that_was_stopped_goes_on_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = _train(tmp_path / "whole", device="cuda")
+    step = linear_augmented.take_step
+
+    def fail(training: Training, *given: object, **named: object) -> bool:
+        if training.step == 7:
+            raise KeyError
+        return step(training, *given, **named)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(linear_augmented, "_SAVE_SECONDS", 0.0)
+        patched.setattr(linear_augmented, "take_step", fail)
+        with pytest.raises(KeyError):
+            _train(tmp_path / "stopped", device="cuda")
+    resumed = _train(tmp_path / "stopped", device="cuda")
+
+    for one, other in zip(resumed, undisturbed, strict=True):
+        assert one.probe.objective == pytest.approx(other.probe.objective, rel=1e-5)
+        assert one.probe.iterations == other.probe.iterations
