@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from msn_eval.probe_recipe import Params
+from msn_eval.probe_recipe import AugmentedRecipe, LinearRecipe, Params
 from msn_eval.result import Result
 
 # Settings that stand in a column's title; others where they tell it from its neighbours.
@@ -276,8 +276,8 @@ def _reasons(group: Sequence[Result]) -> list[str]:
     """Say for each protocol of one probe wherein it differs from the others, field by field.
 
     What a subset brings with it (its own rule, and the unreadable images among its own) is told only where two protocols
-    of the same subset differ in it. What was set by hand and a limit are told always: without them the number would be taken
-    for that of the protocol as it stands.
+    of the same subset differ in it. What was set by hand, a limit and what a recipe has otherwise than by default are told
+    always: without them the number would be taken for that of the protocol as it stands.
     """
     flat = [dict(_leaves(result.protocol)) for result in group]
     keys = sorted({key for leaves in flat for key in leaves} - _TOLD_ELSEWHERE)
@@ -288,6 +288,9 @@ def _reasons(group: Sequence[Result]) -> list[str]:
         key for key in keys if any(_differ(one, key) for one in (alike.values() if key in _OF_A_SUBSET else [flat]))
     }
     differing |= {key for leaves in flat for key, value in leaves.items() if _is_by_hand(key) and value is not None}
+    differing |= {
+        f"probe.params.{name}" for result in group for name in _unusual(result.probe.name, result.probe.params)
+    }
     # The images scored follow from a limit and from what was skipped; where these are told, that is enough.
     named = len({result.data.name for result in group}) > 1
     hashed = "data.sha256" in differing
@@ -319,10 +322,20 @@ def _reasons(group: Sequence[Result]) -> list[str]:
 
 _TOLD_ELSEWHERE = {"subset.name", "probe.params.lambda", "probe.params", "probe.params.taps", "tap"}
 _OF_A_SUBSET = {"subset.rule", "skipped"}
+_RECIPES = {"linear": LinearRecipe(), "linear-augmented": AugmentedRecipe()}
 
 
 def _is_by_hand(key: str) -> bool:
     return key == "limit" or key.startswith("by_hand.")
+
+
+def _unusual(probe: str, params: Params) -> Iterator[str]:
+    """Name the settings that are not those of the probe's recipe; several learning rates are as many protocols."""
+    recipe = _RECIPES.get(probe)
+    for name, value in params.items():
+        usual = getattr(recipe, name, value)
+        if value != usual and [value] != usual and f"probe.params.{name}" not in _TOLD_ELSEWHERE:
+            yield name
 
 
 def _differ(flat: Sequence[Mapping[str, object]], key: str) -> bool:

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from msn_eval.errors import NumericalError
+from msn_eval.host import available_bytes
 from msn_eval.protocols.cosine import row_lengths, unit_rows
 
 _STEP_VALUES = 1 << 22  # values that a pass over rows holds at once, in float64: 32 MiB
 _WIDE_VALUES = 1 << 26  # of a bank that is kept in float64 too: 512 MiB
+_WIDE_BYTES = 32  # of free memory for each of them
 _SHOWN = 5  # rows in an error
 
 
@@ -47,8 +49,10 @@ class Bank:
 
     @cached_property
     def wide(self) -> Tensor | None:
-        """The values in float64, on a processor, where they are no more than `_WIDE_VALUES`."""
-        if self.values.device.type != "cpu" or self.values.numel() > _WIDE_VALUES:
+        """The values in float64, on a processor, where they are no more than `_WIDE_VALUES` and memory is not short."""
+        free = available_bytes()
+        most = _WIDE_VALUES if free is None else min(_WIDE_VALUES, free // _WIDE_BYTES)
+        if self.values.device.type != "cpu" or self.values.numel() > most:
             return None
         return self.values.to(torch.float64)
 

@@ -15,6 +15,7 @@ from msn_eval.host import available_bytes
 from msn_eval.protocols.bank import Bank, Copies, as_searched, check_finite, index_bank
 from msn_eval.protocols.cosine import cosines_of_rows, row_lengths
 from msn_eval.protocols.shortlist import Arithmetic, By, Shortlist, arithmetics, find_shortlist, tile_rows
+from msn_eval.shortage import SHORTAGES, is_shortage
 
 Found = tuple[Tensor, Tensor]  # cosines (m, k) float64, falling, and rows (m, k) int64
 
@@ -44,11 +45,13 @@ def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int, *, by: By = "au
     while start < len(rows):
         try:
             part = _search_chunk(rows[start : start + step], indexed, k, by)
-        except torch.OutOfMemoryError as error:
+        except SHORTAGES as error:
+            if not is_shortage(error):
+                raise
             if step == 1:
                 raise ResourceError(
                     f"memory of {rows.device} is too small for k-NN among {indexed.rows:,} rows: {error}",
-                    remedy="Use --device cpu for this probe.",
+                    remedy="Use --device cpu for this probe." if rows.is_cuda else "Use a machine with more memory.",
                 ) from error
             part = None
         if part is None:  # out of the handler, whose traceback holds what did not fit

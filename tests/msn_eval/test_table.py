@@ -205,24 +205,22 @@ def test_a_cell_names_its_records(results: list[Result]) -> None:
                                       if (r.protocol_id, r.split.draw) == (column.protocol_id, d)]  # fmt: skip
 
 
-def test_linear_layers_of_one_recipe_need_no_reason_and_of_several_say_wherein_they_differ(
-    results: list[Result],
-) -> None:
-    def layer(**params: float | str) -> Result:
-        probe = {"name": "linear", "version": 1, "params": params}
-        changed = _other_protocol(results[0], probe=probe)
-        return replace(changed, probe=replace(changed.probe, name="linear", params=params))
+def test_linear_layers_say_wherein_they_differ_from_the_recipe_and_from_each_other(results: list[Result]) -> None:
+    def layer(name: str = "linear", **params: float | str) -> Result:
+        changed = _other_protocol(results[0], probe={"name": name, "version": 1, "params": params})
+        return replace(changed, probe=replace(changed.probe, name=name, params=params))
 
-    one, other = layer(lr=3.0, epochs=100), layer(lr=6.4, epochs=100)
+    def heads(*layers: Result) -> set[str]:
+        return {column.group for column in make_table(list(layers)).columns}
 
-    assert [column.group for column in make_table([one]).columns] == ["linear"]
-    assert [column.group for column in make_table([one, other]).columns] == ["linear, lr=3.0", "linear, lr=6.4"]
-    grid = layer(lrs=13, epochs=100)
-    assert [column.group for column in make_table([one, grid]).columns] == ["linear, lr=3.0", "linear, lrs=13"]
-    taps = layer(lr=3.0, epochs=100, taps="cls,mean")  # said always: the number is that of whichever was chosen
-    assert [column.group for column in make_table([taps]).columns] == ["linear taps=cls,mean"]
-    assert {column.group for column in make_table([one, taps]).columns} == {"linear", "linear taps=cls,mean"}
-    assert {column.group for column in make_table([grid, taps]).columns} == {
-        "linear, lrs=13",
-        "linear taps=cls,mean, lr=3.0",
-    }
+    grid, one, other = layer(lrs=13, epochs=100), layer(lr=3.0, epochs=100), layer(lr=6.4, epochs=100)
+    assert heads(grid) == {"linear"}
+    assert heads(one) == {"linear, lr=3.0"}
+    assert heads(one, other) == {"linear, lr=3.0", "linear, lr=6.4"}
+    assert heads(one, grid) == {"linear, lr=3.0", "linear, lrs=13"}
+    assert heads(layer(lrs=13, epochs=400)) == {"linear, epochs=400"}  # no other column is there to differ from
+    taps = layer(lrs=13, epochs=100, taps="cls,mean")  # said always: the number is that of whichever was chosen
+    assert heads(taps) == {"linear taps=cls,mean"}
+    assert heads(grid, taps) == {"linear", "linear taps=cls,mean"}
+    assert heads(layer("linear-augmented", lr=6.4, epochs=100)) == {"linear-augmented"}
+    assert heads(layer("linear-augmented", lr=3.2, epochs=50)) == {"linear-augmented, epochs=50 lr=3.2"}

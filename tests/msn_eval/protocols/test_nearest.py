@@ -238,13 +238,26 @@ def test_memory_that_gives_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(search_nearest(queries, bank, 7)[1], whole[1])
 
 
-def test_memory_too_small_for_one_query_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shortage", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_memory_too_small_for_one_query_is_a_resource_error(
+    shortage: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def scarce(*given: Any) -> Any:
-        raise torch.OutOfMemoryError("no room")
+        raise shortage("can't allocate memory")
 
     monkeypatch.setattr(nearest_module, "_search_chunk", scarce)
 
-    with pytest.raises(ResourceError, match="memory of cpu is too small for k-NN among 90 rows: no room"):
+    with pytest.raises(ResourceError, match="memory of cpu is too small for k-NN among 90 rows: can't allocate"):
+        search_nearest(_unit_rows(3, seed=1), _unit_rows(90), 7)
+
+
+def test_an_error_that_is_no_shortage_of_memory_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> Any:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(nearest_module, "_search_chunk", broken)
+
+    with pytest.raises(RuntimeError, match="something else"):
         search_nearest(_unit_rows(3, seed=1), _unit_rows(90), 7)
 
 
