@@ -16,9 +16,8 @@ from msn_eval.protocols.team import Team, search_together
 
 DEFAULT_KS = (10, 20, 100, 200)
 DEFAULT_TEMPERATURE = 0.07
-_SHARED_VALUES = (
-    1 << 26
-)  # of a bank: in smaller ones what every rank does in full, for its own k, outlasts the products
+# Of a bank: in smaller ones what every rank does in full, for its own k, outlasts the products.
+_SHARED_VALUES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
