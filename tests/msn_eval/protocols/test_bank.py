@@ -77,3 +77,20 @@ def test_drift_is_how_far_rounding_moved_each_unit_row(kind: str) -> None:
 
 def test_half_precision_rows_are_searched_in_float32() -> None:
     assert index_bank(_values().half()).values.dtype == torch.float32
+
+
+def test_a_copy_in_float64_is_kept_where_there_is_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = _values()
+
+    monkeypatch.setattr(bank_module, "available_bytes", lambda: None)
+    kept = index_bank(values).wide
+    monkeypatch.setattr(bank_module, "available_bytes", lambda: values.numel() * 8)
+    short_of_memory = index_bank(values).wide
+    monkeypatch.setattr(bank_module, "available_bytes", lambda: None)
+    monkeypatch.setattr(bank_module, "_WIDE_VALUES", values.numel() - 1)
+    too_large = index_bank(values).wide
+
+    assert kept is not None
+    assert torch.equal(kept, values.double())
+    assert short_of_memory is None
+    assert too_large is None
