@@ -63,6 +63,7 @@ def cosines_of_rows(
     bank_lengths: Tensor,
     rows: Tensor,
     *,
+    counts: Tensor | None = None,
     wide: Tensor | None = None,
 ) -> Tensor:
     """Give the cosines of each query with bank rows of its own, multiples of `GRID`; that of a zero row is 0.
@@ -70,22 +71,33 @@ def cosines_of_rows(
     queries, bank: (m, d) and (n, d), float32 or float64, as they are: of float32 values every product is exact
     lengths:       (m,) and (n,) float64, those of `row_lengths`
     rows:          (m, s) int64, rows of the bank
+    counts:        (m,) int64, how many of its rows each query wants, the first ones; all where it is None
     wide:          (n, d) float64, the bank's values, where a copy is at hand: faster on a processor, the same cosines
-    returns:       (m, s) float64, within GRID / 2 + (d + 16) 2^-53 of the cosine of the values as given, relative to 1
+    returns:       (m, s) float64, within GRID / 2 + (d + 16) 2^-53 of the cosine of the values as given, relative to 1;
+                   -inf where none was wanted
     """
-    scale = query_lengths[:, None] * bank_lengths[rows]
-    divisor = torch.where(scale > 0, scale, torch.ones_like(scale))
+    if counts is None:
+        counts = torch.full((len(rows),), rows.shape[1], device=rows.device)
+    wanted = torch.arange(rows.shape[1], device=rows.device) < counts[:, None]
+    query, place = wanted.nonzero(as_tuple=True)
+    row = rows[query, place]
+    scale = query_lengths[query] * bank_lengths[row]
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    cosines = torch.full(rows.shape, -torch.inf, dtype=torch.float64, device=rows.device)
     if bank.device.type == "cuda":
-        return (_folded_dots(queries, bank, rows) / divisor).div_(GRID).round_().mul_(GRID)
-    dots = _gathered_dots(queries, bank, rows) if wide is None else _sampled_dots(queries.to(torch.float64), wide, rows)
-    steps = (dots / divisor).div_(GRID)
+        cosines[query, place] = (_folded_dots(queries, bank, query, row) / scale).div_(GRID).round_().mul_(GRID)
+        return cosines
+    if wide is None:
+        dots = _gathered_dots(queries, bank, query, row)
+    else:
+        dots = _sampled_dots(queries.to(torch.float64), wide, query, row)
+    steps = (dots / scale).div_(GRID)
     nearest = steps.round()
-    doubtful = (steps - nearest).abs_() > 0.5 - _distance(bank.shape[1]) / GRID
-    query, place = doubtful.nonzero(as_tuple=True)
-    if len(query):
-        folded = _folded_dots(queries[query], bank, rows[query, place][:, None])[:, 0]
-        nearest[query, place] = (folded / divisor[query, place]).div_(GRID).round_()
-    return nearest.mul_(GRID)
+    doubtful = ((steps - nearest).abs_() > 0.5 - _distance(bank.shape[1]) / GRID).nonzero()[:, 0]
+    folded = _folded_dots(queries, bank, query[doubtful], row[doubtful])
+    nearest[doubtful] = (folded / scale[doubtful]).div_(GRID).round_()
+    cosines[query, place] = nearest.mul_(GRID)
+    return cosines
 
 
 def _distance(d: int) -> float:
@@ -98,60 +110,47 @@ def _distance(d: int) -> float:
     return (d + 2 * math.ceil(math.log2(d + 1)) + 16) * 2.0**-53
 
 
-def _gathered_dots(queries: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
-    """Give the float64 products of queries with bank rows of their own, (m, s), summed in the library's order."""
-    (m, s), d = rows.shape, bank.shape[1]
-    sums = torch.empty(m, s, dtype=torch.float64)
-    pairs = max(1, _GATHERED_VALUES // d)
-    across = max(1, min(s, pairs))
-    down = max(1, pairs // across)
-    gathered = torch.empty(min(down, m) * across, d, dtype=torch.float64)
-    for top in range(0, m, down):
-        wide = queries[top : top + down].to(torch.float64)
-        for left in range(0, s, across):
-            some = rows[top : top + down, left : left + across]
-            # Gathered as they are and widened on the way into one buffer: half the traffic of float64 rows.
-            part = gathered[: some.numel()].copy_(bank.index_select(0, some.flatten()))
-            sums[top : top + down, left : left + across] = _sampled_dots(
-                wide, part, torch.arange(some.numel()).view(some.shape)
-            )
-    return sums
+def _gathered_dots(queries: Tensor, bank: Tensor, query: Tensor, row: Tensor) -> Tensor:
+    """Give what `_sampled_dots` gives, of rows that are widened to float64 some at a time."""
+    pairs = max(1, _GATHERED_VALUES // bank.shape[1])
+    gathered = torch.empty(min(pairs, len(row)), bank.shape[1], dtype=torch.float64)
+    parts = [gathered.new_empty(0)]
+    for start in range(0, len(row), pairs):
+        some, own = row[start : start + pairs], query[start : start + pairs]
+        # Gathered as they are and widened on the way into one buffer: half the traffic of float64 rows.
+        part = gathered[: len(some)].copy_(bank.index_select(0, some))
+        first, last = int(own[0]), int(own[-1])
+        asking = queries[first : last + 1].to(torch.float64)
+        parts.append(_sampled_dots(asking, part, own - first, torch.arange(len(some))))
+    return torch.cat(parts)
 
 
-def _sampled_dots(queries: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
-    """Give the products of float64 queries with float64 bank rows of their own, (m, s), without gathering rows."""
-    m, s = rows.shape
-    if not m * s:
-        return torch.empty(m, s, dtype=torch.float64)
+def _sampled_dots(queries: Tensor, bank: Tensor, query: Tensor, row: Tensor) -> Tensor:
+    """Give the products of pairs of float64 rows, (p,), summed in the library's order, without gathering any.
+
+    query, row: (p,) int64, rows of each; those of `query` never fall
+    """
+    if not len(row):
+        return queries.new_empty(0)
+    starts = torch.cat([query.new_zeros(1), torch.bincount(query, minlength=len(queries)).cumsum(0)])
+    nothing = torch.zeros(len(row), dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-        pattern = torch.sparse_csr_tensor(
-            torch.arange(0, m * s + 1, s),
-            rows.flatten(),
-            torch.zeros(m * s, dtype=torch.float64),
-            size=(m, len(bank)),
-            check_invariants=False,
-        )
+        size = (len(queries), len(bank))
+        pattern = torch.sparse_csr_tensor(starts, row, nothing, size=size, check_invariants=False)
     dots: Tensor = torch.sparse.sampled_addmm(pattern, queries, bank.T, beta=0.0).values()
-    return dots.view(m, s)
+    return dots
 
 
-def _folded_dots(queries: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
-    """Give the products of queries with bank rows of their own, (m, s) float64, by folded sums."""
-    (m, s), d = rows.shape, bank.shape[1]
-    sums = torch.empty(m, s, dtype=torch.float64, device=bank.device)
+def _folded_dots(queries: Tensor, bank: Tensor, query: Tensor, row: Tensor) -> Tensor:
+    """Give the products of pairs of rows, (p,) float64, by folded sums."""
     pairs = _rows_at_once(bank)
-    across = -(-s // max(1, -(-s // pairs)))  # of equal parts, each at most as many as a step holds
-    down = max(1, pairs // max(1, across))
-    terms = torch.empty(min(down, m) * across, d, dtype=torch.float64, device=bank.device)
-    for top in range(0, m, down):
-        wide = queries[top : top + down, None].to(torch.float64)
-        for left in range(0, s, max(1, across)):
-            some = rows[top : top + down, left : left + across]
-            part = terms[: some.numel()].copy_(bank.index_select(0, some.flatten()))
-            part.view(*some.shape, d).mul_(wide)
-            sums[top : top + down, left : left + across] = folded_sum(part).view(some.shape)
-    return sums
+    terms = torch.empty(min(pairs, len(row)), bank.shape[1], dtype=torch.float64, device=bank.device)
+    parts = [terms.new_empty(0)]
+    for some, own in zip(torch.split(row, pairs), torch.split(query, pairs), strict=True):
+        part = terms[: len(some)].copy_(bank.index_select(0, some)).mul_(queries.index_select(0, own))
+        parts.append(folded_sum(part).clone())
+    return torch.cat(parts)
 
 
 def _rows_at_once(values: Tensor) -> int:

@@ -23,7 +23,6 @@ _VALUE_BYTES = 16  # of a coarse product while it is made, widened and sorted
 _CPU_BYTES = 1 << 28
 _CUDA_BYTES = 1 << 34
 _FLAT = 1 << 22  # pairs that are sorted at once
-_ALIKE = 8  # parts of a chunk of queries: in each those with like numbers of members
 
 
 def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int, *, by: By = "auto") -> Found:
@@ -107,10 +106,15 @@ def _decide(
     cosines = torch.full_like(coarse, -torch.inf)
     cosines[:, :k] = cosines_of_rows(queries, lengths, bank.values, bank.lengths, proposed.rows[:, :k], wide=bank.wide)
     members = (highest >= cosines[:, :k].amin(dim=1, keepdim=True)).sum(dim=1)
-    for some in torch.split(members.argsort(), max(1, -(-len(members) // _ALIKE))):
-        rows = proposed.rows[some, k : int(members[some[-1]])]
-        more = cosines_of_rows(queries[some], lengths[some], bank.values, bank.lengths, rows, wide=bank.wide)
-        cosines[some, k : k + rows.shape[1]] = more
+    cosines[:, k:] = cosines_of_rows(
+        queries,
+        lengths,
+        bank.values,
+        bank.lengths,
+        proposed.rows[:, k:],
+        counts=(members - k).clamp(min=0),
+        wide=bank.wide,
+    )
     off = (coarse - cosines).abs().masked_fill(cosines == -torch.inf, 0)
     if not bool((off <= proposed.bound).all()):
         raise NumericalError(

@@ -114,6 +114,21 @@ def test_a_pair_has_the_same_bits_in_every_company(d: int, pairs: int, monkeypat
     assert torch.equal(alone, whole)
 
 
+@pytest.mark.parametrize("copy", [True, False], ids=["float64 copy", "gathered"])
+def test_no_more_than_the_first_rows_wanted_are_taken(copy: bool) -> None:
+    queries, bank = _values(4, 20), _values(30, 20, seed=1)
+    rows = torch.arange(30).repeat(4, 1)
+    counts = torch.tensor([3, 0, 30, 1])
+    lengths = row_lengths(queries), row_lengths(bank)
+
+    found = cosines_of_rows(
+        queries, lengths[0], bank, lengths[1], rows, counts=counts, wide=bank.double() if copy else None
+    )
+
+    wanted = torch.arange(30) < counts[:, None]
+    assert torch.equal(found, _all_pairs(queries, bank).masked_fill(~wanted, -torch.inf))
+
+
 def test_a_row_twice_as_long_has_the_same_bits() -> None:
     queries, bank = _values(6, 50), _values(40, 50, seed=1)
 
