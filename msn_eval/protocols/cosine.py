@@ -6,7 +6,7 @@ additions of IEEE arithmetic. Such sums are slow on a processor, where a library
 choice. Of that one both are within a proved distance of the true cosine, so that both round to the same multiple, unless the
 library's lies so near to the middle between two that the distance reaches across: then, in one of twenty pairs at a width
 of 768, the folded sum is taken after all (Ziv 1991, on functions rounded correctly). Pairs that have the same cosine but for
-the rounding of float64 are equal now, and ties that the protocol's rule decides.
+the rounding of float64 are equal, and ties that the protocol's rule decides.
 """
 
 import math

@@ -44,9 +44,9 @@ def combined_point(problem: CrossEntropyProblem, points: Sequence[Point], *, eno
     points: of problems that differ from this one in mu alone
     enough: share of the objective that is not worth another look
     The logits of a combination are that of the logits, so that a look takes no product. The objective is convex in the
-    coefficients: Newton's method leads from the last point to the best combination in the eyes of some of the rows, by shorter
-    steps where one leads uphill, and one step by all rows ends it. Solutions turn slowly as mu falls, so that two of them
-    foretell the direction of the next.
+    coefficients: Newton's method leads from the last point to the best combination in the eyes of some of the rows, by
+    shorter steps where one leads uphill; one step by all rows ends it, if it leads downhill. Solutions turn slowly as mu
+    falls, so that two of them foretell the direction of the next.
     """
     inner = torch.tensor([[float((one.weights * other.weights).sum(dtype=torch.float64)) for other in points]
                           for one in points], dtype=torch.float64)  # fmt: skip
@@ -54,9 +54,15 @@ def combined_point(problem: CrossEntropyProblem, points: Sequence[Point], *, eno
     some = slice(None, None, -(-len(whole.labels) // _SOME_ROWS))
     few = _Span(labels=whole.labels[some], logits=tuple(one[some] for one in whole.logits), inner=inner, mu=problem.mu)
     shares = _best_shares(few, enough)
-    if len(few.labels) < len(whole.labels):
-        shares = shares + _newton_step(_look_at(whole, shares))
-    weights, logits = _mixed(shares, [one.weights for one in points]), _mixed(shares, whole.logits)
+    if len(few.labels) == len(whole.labels):
+        return _point_at(problem, points, shares)
+    seen = _look_at(whole, shares)
+    point = _point_at(problem, points, shares + _newton_step(seen))
+    return point if point.objective <= seen.objective else _point_at(problem, points, shares)
+
+
+def _point_at(problem: CrossEntropyProblem, points: Sequence[Point], shares: Tensor) -> Point:
+    weights, logits = _mixed(shares, [one.weights for one in points]), _mixed(shares, [one.logits for one in points])
     return evaluate_point(problem, weights, logits)
 
 

@@ -140,3 +140,16 @@ def test_of_many_rows_some_lead_there_and_all_take_the_last_step(monkeypatch: py
     monkeypatch.setattr(warm_start, "_SOME_ROWS", 40)
     best = combined_point(problem, points, enough=1e-12)
     assert best.objective < found.objective < best.objective * 1.01 < points[-1].objective
+
+
+def test_a_last_step_that_leads_uphill_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = _problem()
+    points = _points(problem, 2)
+    monkeypatch.setattr(warm_start, "_SOME_ROWS", 20)
+    best_shares = torch.tensor([0.3, 0.6], dtype=torch.float64)
+    monkeypatch.setattr(warm_start, "_best_shares", lambda span, enough: best_shares)
+    monkeypatch.setattr(warm_start, "_newton_step", lambda look: torch.full((2,), 50.0, dtype=torch.float64))
+
+    found = combined_point(problem, points, enough=1e-6)
+
+    torch.testing.assert_close(found.weights, 0.3 * points[0].weights + 0.6 * points[1].weights)
