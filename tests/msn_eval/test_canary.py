@@ -205,7 +205,11 @@ def test_of_several_results_the_one_farthest_above_its_bound_is_named(result: Re
 
 
 def test_results_at_chance_are_not_refused(result: Result) -> None:
-    refuse_leaks(judge_canary([_with(result, 250, 1000)]))
+    found = judge_canary([_with(result, 250, 1000)])
+
+    refuse_leaks(found)
+
+    assert [(one.right, one.leaks) for one in found] == [(250, False)]
 
 
 def test_too_few_images_to_tell_are_refused(result: Result) -> None:
