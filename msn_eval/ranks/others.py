@@ -37,9 +37,7 @@ class Others:
     def names(self, ranks: list[int]) -> str:
         """Give ranks and their hosts, for people."""
         hosts = list(dict.fromkeys(self.hosts[rank] for rank in ranks))
-        more = f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else ""
-        listed = ", ".join(map(str, ranks[:SHOWN]))
-        return f"rank{'s' if len(ranks) > 1 else ''} {listed}{more} ({', '.join(hosts[:SHOWN])})"
+        return f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks)} ({', '.join(hosts[:SHOWN])})"
 
     def all_ended(self) -> bool:
         return len(self.ends) == len(self.ranks)
