@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 _BIND_SECONDS = 5.0  # in which an earlier group of this process may still hold the port
-_groups_joined = (
-    count()
-)  # every rank joins the same groups in the same order; keys of an earlier one must not be met again
+# Every rank joins the same groups in the same order; keys of an earlier one must not be met again.
+_groups_joined = count()
 
 
 class LineCutError(Exception):
