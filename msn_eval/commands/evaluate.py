@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msn_eval.errors import CheckpointError, NumericalError, UsageError, nearest, printable
 from msn_eval.images import DECODERS
@@ -39,14 +39,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", action="append", metavar="X", help="file or scheme; repeatable (see `ls checkpoints`)"
     )
     what.add_argument("--data", metavar="X", help="image folder or `digits`; default $MSN_EVAL_DATA")
-    what.add_argument("--subset", type=_names, metavar="A,B", help="1img, 2imgs, 5imgs, 1pct, 10pct, full, each perhaps "
+    # Given twice, an option adds: the last alone would be a surprise.
+    several: dict[str, Any] = {"type": _names, "action": "extend"}
+    what.add_argument("--subset", **several, metavar="A,B", help="1img, 2imgs, 5imgs, 1pct, 10pct, full, each perhaps "
                       "@DRAW; low-shot (default); or a list file")  # fmt: skip
-    what.add_argument("--probe", type=_names, metavar="A,B", help=f"{', '.join(PROBE_NAMES)}; default logistic")
+    what.add_argument("--probe", **several, metavar="A,B", help=f"{', '.join(PROBE_NAMES)}; default logistic")
     what.add_argument("--tap", metavar="NAME", help=f"{', '.join(TAP_NAMES)}; default the probe's own")
-    what.add_argument("--lambda", dest="lambda_", type=_names, metavar="A,B|auto", help="logistic: 0.0025, and 0.075 for "
+    what.add_argument("--lambda", dest="lambda_", **several, metavar="A,B|auto", help="logistic: 0.0025, and 0.075 for "
                       "1pct; auto: chosen from the labelled images alone")  # fmt: skip
-    what.add_argument("--k", type=_names, metavar="A,B", help="knn: 10,20,100,200")
-    what.add_argument("--temperature", type=_names, metavar="A,B", help="knn: 0.07")
+    what.add_argument("--k", **several, metavar="A,B", help="knn: 10,20,100,200")
+    what.add_argument("--temperature", **several, metavar="A,B", help="knn: 0.07")
     what.add_argument("--image-pixels", metavar="N", help="instead of the native size; interpolates positions")
     what.add_argument(
         "--patch-drop", metavar="F", help="share of patches to drop from labelled images, drawn by --seed"

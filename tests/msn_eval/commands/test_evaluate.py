@@ -22,6 +22,7 @@ from msn_eval.errors import UsageError
 from msn_eval.forecast import Forecast
 from msn_eval.protocols import full_data, knn, team
 from msn_eval.request import Request
+from msn_eval.result_folder import list_results
 
 TINY = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
 
@@ -47,6 +48,19 @@ def test_run_prints_the_plan_first(command: list[str], capsys: pytest.CaptureFix
     main(command)
     told = capsys.readouterr().err
     assert told.index("807 images to read") < told.index("features of 807 images in")
+
+
+def test_options_that_are_given_twice_add_up(command: list[str], tmp_path: Path) -> None:
+    more = ["--subset", "2imgs@1", "--probe", "logistic,knn", "--lambda", "1", "--lambda", "2", "--k", "1", "--k", "3"]
+    assert main([*command, *more, "--temperature", "0.1", "--temperature", "0.2"]) == 0
+
+    probes = [
+        (one.split.subset, one.probe.name, tuple(one.probe.params.values()))
+        for one in list_results([tmp_path / "runs"])
+    ]
+    of_a_subset = [("ncm", ()), *(("logistic", (strength,)) for strength in (1.0, 2.0)),
+                   *(("knn", (k, t)) for k in (1, 3) for t in (0.1, 0.2))]  # fmt: skip
+    assert sorted(probes) == sorted((subset, *one) for subset in ("1img", "2imgs") for one in of_a_subset)
 
 
 def test_second_probe_reuses_the_features(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
