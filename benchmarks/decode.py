@@ -19,8 +19,8 @@ import torch
 import torchvision
 from torch.nn.functional import interpolate
 
-from msn_eval.decoders import decode_pixels, decoder_version
-from msn_eval.images import (
+from msn_eval.data.decoders import decode_pixels, decoder_version
+from msn_eval.data.images import (
     EvalTransform,
     decode_image,
     eval_transform,

@@ -17,8 +17,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from msn_eval.checkpoint import Checkpoint, read_checkpoint
-from msn_eval.encoder import Encoder, Precision, build_encoder, encode, exact_float32
+from msn_eval.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from msn_eval.features.encoder import Encoder, Precision, build_encoder, encode, exact_float32
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BATCH = {"cpu": 16, "cuda": 256}

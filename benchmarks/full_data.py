@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from msn_eval.features import Features
-from msn_eval.protocols.full_data import is_large
-from msn_eval.protocols.logistic import Logistic, fit_logistic
+from msn_eval.features.extraction import Features
+from msn_eval.probes.logistic import Logistic, fit_logistic
+from msn_eval.probes.logistic_solvers.chunked_newton import is_large
 
 _BLOCK = 4096
 

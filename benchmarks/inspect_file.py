@@ -24,7 +24,7 @@ _BLOCK_VALUES = 12 * _WIDTH * _WIDTH + 13 * _WIDTH  # of a Transformer block: tw
 _INSPECT = """
 import resource, sys, time
 from pathlib import Path
-from msn_eval.inspection import inspect_checkpoint
+from msn_eval.checkpoints.inspection import inspect_checkpoint
 started = time.perf_counter()
 facts = inspect_checkpoint(Path(sys.argv[1]))
 print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, facts.problem, sep="\\t")

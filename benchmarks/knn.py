@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msn_eval.protocols.bank import index_bank
-from msn_eval.protocols.nearest import search_nearest
-from msn_eval.protocols.shortlist import arithmetics
+from msn_eval.probes.knn_search.candidates import arithmetics
+from msn_eval.probes.knn_search.index import index_bank
+from msn_eval.probes.knn_search.search import search_nearest
 
 _ROWS_A_CLUSTER = 20
 

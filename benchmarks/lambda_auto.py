@@ -30,12 +30,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msn_eval.datasets import read_split
-from msn_eval.encoder import Encoder, encode, load_encoder
-from msn_eval.features import Loading, extract_features
-from msn_eval.images import ImageSet, resize_and_crop
-from msn_eval.protocols.cross_entropy import CrossEntropyProblem
-from msn_eval.protocols.lambda_choice import (
+from msn_eval.data import read_split
+from msn_eval.data.images import ImageSet, resize_and_crop
+from msn_eval.features.encoder import Encoder, encode, load_encoder
+from msn_eval.features.extraction import Loading, extract_features
+from msn_eval.probes.logistic_solvers.lambda_selection import (
     GRID,
     LabelledRows,
     can_be_left_out,
@@ -44,8 +43,9 @@ from msn_eval.protocols.lambda_choice import (
     left_out_error,
     typical_strength,
 )
-from msn_eval.protocols.newton import minimise_path
-from msn_eval.protocols.rows import centred_rows
+from msn_eval.probes.logistic_solvers.newton import minimise_path
+from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem
+from msn_eval.probes.rows import centred_rows
 
 _CROPS, _SMALLEST_AREA = 4, 0.35
 _VAL_IMAGES = 100  # a class

@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
-from msn_eval.checkpoint import read_checkpoint
-from msn_eval.datasets import read_split
-from msn_eval.encoder import Precision, build_encoder
-from msn_eval.features import Loading, extract_features
-from msn_eval.file_hashes import hash_images
+from msn_eval.checkpoints.checkpoint import read_checkpoint
+from msn_eval.data import read_split
+from msn_eval.data.hashing import hash_images
+from msn_eval.features.encoder import Precision, build_encoder
+from msn_eval.features.extraction import Loading, extract_features
 
 _VALIDATION, _LABELLED, _LISTED = 50_000, 21_635, 36_811
 _LIST_SIZES = (1000, 1000, 1000, 2000, 2000, 2000, 5000, 5000, 5000, 12811)

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from msn_eval import evaluate
-from msn_eval.metrics import wilson_interval
-from msn_eval.result import result_id
+from msn_eval.results.metrics import wilson_interval
+from msn_eval.results.record import result_id
 
 _PROTOCOLS = 12
-_READ = "import sys; from msn_eval.result_folder import list_results; list_results(sys.argv[1:])"
+_READ = "import sys; from msn_eval.results.folder import list_results; list_results(sys.argv[1:])"
 
 
 def main() -> None:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from msn_eval.checkpoint import read_checkpoint
-from msn_eval.datasets import read_split
-from msn_eval.encoder import build_encoder
-from msn_eval.features import extract_features
-from msn_eval.file_hashes import hash_images
+from msn_eval.checkpoints.checkpoint import read_checkpoint
+from msn_eval.data import read_split
+from msn_eval.data.hashing import hash_images
+from msn_eval.features.encoder import build_encoder
+from msn_eval.features.extraction import extract_features
 
 _NETWORK = "random:vit_tiny_patch16_224?img_size=64&patch_size=16&depth=2"
 

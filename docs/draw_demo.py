@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from msn_eval.reports.terminal import print_table
-from msn_eval.result_folder import list_results
-from msn_eval.table import make_table
+from msn_eval.results.folder import list_results
+from msn_eval.results.table import make_table
 
 _ROOT = Path(__file__).parents[1]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from selenium import webdriver
 
-from msn_eval.leaderboard import make_leaderboard
-from msn_eval.reports.html_report import render_html
-from msn_eval.result_folder import scan_results
-from msn_eval.table import make_table
+from msn_eval.reports.html.leaderboard import render_html
+from msn_eval.results.folder import scan_results
+from msn_eval.results.leaderboard import make_leaderboard
+from msn_eval.results.table import make_table
 
 _ROOT = Path(__file__).parents[1]
 _FLAGS = (

@@ -6,20 +6,21 @@ Public names are imported on first use: `import msn_eval` alone loads neither to
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from msn_eval.encoder import load_encoder
-    from msn_eval.evaluation import evaluate
-    from msn_eval.features import extract
-    from msn_eval.result_folder import read_results
+from msn_eval.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from msn_eval.evaluation.evaluate import evaluate
+    from msn_eval.features.encoder import load_encoder
+    from msn_eval.features.extraction import extract
+    from msn_eval.results.folder import read_results
+
 __all__ = ["__version__", "evaluate", "extract", "load_encoder", "read_results"]
 
 _HOMES = {
-    "evaluate": "msn_eval.evaluation",
-    "extract": "msn_eval.features",
-    "load_encoder": "msn_eval.encoder",
-    "read_results": "msn_eval.result_folder",
+    "evaluate": "msn_eval.evaluation.evaluate",
+    "extract": "msn_eval.features.extraction",
+    "load_encoder": "msn_eval.features.encoder",
+    "read_results": "msn_eval.results.folder",
 }
 
 

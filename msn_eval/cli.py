@@ -12,8 +12,8 @@ from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
-from msn_eval import __version__
 from msn_eval.errors import MsnEvalError, UsageError, nearest, printable
+from msn_eval.version import __version__
 
 _VERBS = (
     "evaluate",

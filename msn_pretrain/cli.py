@@ -12,11 +12,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from msn_eval import __version__
 from msn_eval.errors import MsnEvalError, UsageError, nearest, printable
+from msn_eval.version import __version__
 
 if TYPE_CHECKING:
-    from msn_pretrain.run import Recipe
+    from msn_pretrain.training.run import Recipe
 
 _BUG, _PREEMPTED, _INTERRUPTED = 1, 75, 130
 _VERBS = ("export", "bench")
@@ -134,7 +134,7 @@ def _overrides(extra: Sequence[str], parser: argparse.ArgumentParser) -> list[st
 
 
 def _train(options: argparse.Namespace) -> int:
-    from msn_pretrain.ranks import is_rank, join_ranks, run_local_ranks
+    from msn_pretrain.distributed.process_group import is_rank, join_ranks, run_local_ranks
 
     recipe = _read(options)
     if options.dry_run:
@@ -147,7 +147,7 @@ def _train(options: argparse.Namespace) -> int:
     devices = recipe.run.device.split(",")
     if len(devices) > 1 and not is_rank():
         return run_local_ranks(options.words, devices)
-    from msn_pretrain.train import train
+    from msn_pretrain.training.train import train
 
     with join_ranks(recipe.run.device) as ranks:
         if not ranks.first:
@@ -163,7 +163,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _read(options: argparse.Namespace) -> "Recipe":
-    from msn_pretrain.recipe_file import read_recipe
+    from msn_pretrain.config.load import read_recipe
 
     return read_recipe(_recipe_file(options.recipe), overrides=options.overrides, world_size=_world_size())
 
@@ -174,7 +174,7 @@ def _world_size() -> int:
 
 def _recipe_file(name: str) -> Path:
     """Give the file called `name`, or the shipped recipe of that bare name."""
-    from msn_eval.shipped import shipped_folder
+    from msn_eval.files.package_data import shipped_folder
 
     shipped = {path.stem: path for path in (shipped_folder("configs") / "pretrain").glob("*.yaml")}
     if Path(name).exists() or name not in shipped:
@@ -184,7 +184,7 @@ def _recipe_file(name: str) -> Path:
 
 def _submit(options: argparse.Namespace, recipe: "Recipe") -> int:
     """Hand the same command to Slurm, and say where its output will be."""
-    from msn_eval.slurm import parse_slurm, submit, without_slurm
+    from msn_eval.distributed.slurm import parse_slurm, submit, without_slurm
 
     words = without_slurm(options.words)
     command = (sys.executable, "-m", "msn_pretrain")
@@ -201,7 +201,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from msn_pretrain.bench import bench
+    from msn_pretrain.benchmark import bench
 
     if options.steps < 1:
         raise UsageError(f"--steps {options.steps}: out of range", remedy="Give at least 1.")

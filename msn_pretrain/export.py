@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msn_eval.architectures import name_architecture
-from msn_eval.atomic_file import written_atomically
+from msn_eval.checkpoints.convert import convert_checkpoint
+from msn_eval.checkpoints.formats.safetensors import read_metadata
+from msn_eval.checkpoints.run_folder import SnapshotFiles, is_run_folder, newest_snapshot
+from msn_eval.checkpoints.stored import ARCHITECTURE, IMAGE_PIXELS
 from msn_eval.errors import CheckpointError, UsageError
-from msn_eval.run_folder import SnapshotFiles, is_run_folder, newest_snapshot
-from msn_eval.stored_checkpoint import ARCHITECTURE, IMAGE_PIXELS
-from msn_eval.trunk import outline_network
-from msn_eval.weights.convert import convert_checkpoint
-from msn_eval.weights.safetensors_file import read_metadata
-from msn_pretrain.snapshot import EvaluatedEncoder, read_snapshot, write_encoder
+from msn_eval.files.atomic import written_atomically
+from msn_eval.models.architectures import name_architecture
+from msn_eval.models.build import outline_network
+from msn_pretrain.training.snapshot import EvaluatedEncoder, read_snapshot, write_encoder
 
 
 def export(run: Path, out: Path, *, to: str) -> str:

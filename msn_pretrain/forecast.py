@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from msn_eval.errors import printable
-from msn_pretrain.recipe_file import recipe_as_yaml
-from msn_pretrain.run import (
+from msn_pretrain.config.load import recipe_as_yaml
+from msn_pretrain.training.run import (
     Recipe,
     build_learner,
     makes_views_on_device,

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from msn_eval import evaluate
-from msn_eval.finetune_recipe import Finetune
-from msn_eval.protocols import Probe
-from msn_eval.protocols.knn import NearestNeighbours
-from msn_eval.protocols.linear import Linear
-from msn_eval.protocols.linear_augmented import LinearAugmented
-from msn_eval.protocols.logistic import ChosenLogistic, Logistic
-from msn_eval.protocols.ncm import NearestClassMean
-from msn_eval.protocols.ridge import Ridge
-from msn_eval.result import Result, protocol_id
+from msn_eval.config.finetune_recipe import Finetune
+from msn_eval.probes import Probe
+from msn_eval.probes.knn import NearestNeighbours
+from msn_eval.probes.linear import Linear
+from msn_eval.probes.linear_augmented import LinearAugmented
+from msn_eval.probes.logistic import ChosenLogistic, Logistic
+from msn_eval.probes.ncm import NearestClassMean
+from msn_eval.probes.ridge import Ridge
+from msn_eval.results.record import Result, protocol_id
 
 _GOLDEN = Path(__file__).parent / "golden"
 

@@ -475,8 +475,8 @@ READERS = ("read_weight_file", "read_weight_outline")
 
 def read_all(folder: Path) -> None:
     """Read every file under watch by each reader, and print what came of each, and the peak memory, as JSON."""
+    from msn_eval.checkpoints.formats import read
     from msn_eval.errors import CheckpointError
-    from msn_eval.weights import read
 
     readers = {name: getattr(read, name) for name in READERS}
     for name, read_file in product(("good.pth", "good old.pth", "good.safetensors", "bad.pth"), readers.values()):

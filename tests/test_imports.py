@@ -1,155 +1,30 @@
-"""The sentences about who may import whom, kept true."""
+"""Imports flow one way: the layers of the packages, and what loading a module may do."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 _ROOT = Path(__file__).parents[1]
-# From the ground up; a module imports only from floors below its own.
-_FLOORS = [
-    ["errors"],
-    ["number_range"],
-    ["ranks", "ranks.limits", "ranks.place", "ranks.end"],
-    ["ranks.others"],
-    ["ranks.clerk", "ranks.watch"],
-    ["ranks.line"],
-    [
-        "atomic_file",
-        "shipped",
-        "metrics",
-        "position_embedding",
-        "own_code",
-        "host",
-        "shortage",
-        "augmentation",
-        "reference_networks",
-        "reference_file",
-        "distributed",
-        "stop",
-        "slurm",
-        "run_folder",
-        "probe_recipe",
-        "weights.sniff",
-        "weights.opcodes",
-        "weights.networks",
-        "weights.tensor_facts",
-    ],
-    ["json_fields", "finetune_recipe", "process_group", "training_state", "reference_evaluation"],
-    [
-        "images",
-        "result",
-        "statistics",
-        "protocol_difference",
-        "config",
-        "published_lists",
-        "architectures",
-        "last_block",
-        "weights.families",
-        "weights.load",
-        "weights.torch_archive",
-        "weights.safetensors_file",
-        "weights.vetted",
-        "weights.content",
-        "weights.part",
-        "weights.hub_files",
-        "weights.hub_library",
-    ],
-    ["answers", "result_folder", "trunk"],
-    ["baseline", "comparison"],
-    ["regression"],
-    ["decoders", "weights.hub_folder", "weights.rehearsal", "weights.alarms", "weights.download", "weights.hub_config"],
-    ["weights.outline"],
-    ["weights.read"],
-    ["weights.msn_release", "stored_checkpoint"],
-    ["weights.hub", "weights.convert", "inspection"],
-    ["weights.classifier"],
-    ["datasets.dataset", "request", "file_hashes", "ranking"],
-    ["protocols.training_images"],
-    [
-        "datasets.listing",
-        "datasets.image_index",
-        "datasets.tar_members",
-        "datasets.imagenet_labels",
-        "datasets.hub_name",
-    ],
-    ["datasets.hub_splits"],
-    ["datasets.hub_rows"],
-    ["datasets.digits", "datasets.folder", "datasets.tar_source", "datasets.huggingface", "subset", "image_facts"],
-    ["split_check"],
-    ["manifest"],
-    ["dataset_check"],
-    ["datasets.imagenet", "datasets.webdataset"],
-    ["datasets", "checkpoint"],
-    ["encoder", "feature_cache"],
-    ["environment", "pixel_loader", "portion", "visible_patches"],
-    ["features", "collapse", "protocols.trainee"],
-    ["augmented_features"],
-    ["pictures"],
-    ["protocols.rows", "protocols.cross_entropy", "protocols.fitted", "protocols.cosine", "protocols.linear_probe"],
-    ["protocols.bank"],
-    ["protocols.shortlist"],
-    ["protocols.nearest"],
-    ["protocols.sharded"],
-    ["protocols.degenerate", "protocols.full_data", "protocols.lambda_choice"],
-    ["protocols.line_search", "protocols.team", "protocols.warm_start"],
-    ["protocols.newton", "protocols.lbfgs", "protocols.reference_solvers"],
-    ["protocols.trainee_outputs"],
-    ["protocols.finetune_step"],
-    ["protocols.finetune"],
-    [
-        "protocols.logistic",
-        "protocols.knn",
-        "protocols.ridge",
-        "protocols.ncm",
-        "protocols.linear",
-        "protocols.linear_augmented",
-    ],
-    ["protocols", "sklearn"],
-    ["plan"],
-    ["canary"],
-    ["finetuning"],
-    ["measurement", "baseline_plan"],
-    ["evaluation"],
-    ["forecast"],
-    ["look"],
-    ["run_alarms"],
-    ["trajectory"],
-    ["table", "verification"],
-    ["leaderboard", "published"],
-    ["reproduction"],
-    ["reports.texts", "reports.markdown_text", "reports.points"],
-    ["reports.gate_report", "reports.comparison_report"],
-    ["reports.markdown", "reports.csv_report", "reports.json_report", "reports.latex", "reports.terminal"],
-    ["reports"],
-    ["reports.charts", "reports.panels", "reports.class_view", "reports.provenance", "reports.offline_page"],
-    ["reports.curves", "reports.trajectory_panels"],
-    ["reports.html_report", "reports.trajectory_report"],
-    ["commands.evaluate"],
-    [
-        "commands.cache",
-        "commands.data",
-        "commands.report",
-        "commands.reproduce",
-        "commands.show",
-        "commands.watch",
-        "commands.verify",
-        "commands.compare",
-        "commands.baseline",
-        "commands.check",
-        "commands.subsets",
-        "commands.ls",
-        "commands.demo",
-        "commands.inspect",
-        "commands.convert",
-    ],
-    ["cli"],
-    ["__main__"],
-]
-_FLOOR = {name: floor for floor, names in enumerate(_FLOORS) for name in names}
-_FREE = {"", "weights", "commands"}  # packages that hold no code but, at the top, the list of public names
+# From the top down: a component of msn_eval, a folder or a module, imports only from layers below its own.
+_LAYERS = (
+    ("__main__",),
+    ("cli",),
+    ("commands",),
+    ("reports",),
+    ("monitor",),
+    ("evaluation", "sklearn"),
+    ("probes",),
+    ("features",),
+    ("checkpoints",),
+    ("data", "results"),
+    ("distributed", "models", "config", "files"),
+    ("errors", "version", "process"),
+)
+_LAYER = {component: depth for depth, layer in enumerate(_LAYERS) for component in layer}
 
 
 def _modules() -> list[Path]:
@@ -157,34 +32,65 @@ def _modules() -> list[Path]:
 
 
 def _name(path: Path) -> str:
-    parts = path.relative_to(_ROOT / "msn_eval").with_suffix("").parts
+    parts = path.relative_to(_ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _imports(path: Path) -> set[str]:
+def _imported(path: Path) -> set[str]:
+    """Return the dotted names that a module imports: of `from a import b`, `a.b` where that is a module, else `a`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in names if _path(name) is not None}
+            found |= modules | ({node.module} if modules != names else set())
     return found
 
 
-@pytest.mark.parametrize("path", _modules(), ids=_name)
-def test_module_imports_only_from_floors_below(path: Path) -> None:
-    name = _name(path)
-    if name in _FREE:
-        return
-    own = {one.removeprefix("msn_eval").removeprefix(".") for one in _imports(path) if one.startswith("msn_eval")}
+def _path(name: str) -> Path | None:
+    base = _ROOT.joinpath(*name.split("."))
+    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
-    above = {one for one in own - _FREE if _FLOOR[one] >= _FLOOR[name]}
 
-    assert not above
+def _component(name: str) -> str:
+    """Return the folder or module of msn_eval that a dotted name belongs to, "" for the package itself."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "msn_eval" and len(parts) > 1 else ""
+
+
+def _imports_of_components() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for path in _modules():
+        own = _component(_name(path))
+        imported = {_component(name) for name in _imported(path) if name.startswith("msn_eval.")}
+        found.setdefault(own, set()).update(imported - {own, ""})
+    del found[""]  # the package itself names its public functions
+    return found
+
+
+def test_every_component_has_a_layer() -> None:
+    assert set(_imports_of_components()) == set(_LAYER)
+
+
+@pytest.mark.parametrize("component", _LAYER)
+def test_component_imports_only_from_layers_below(component: str) -> None:
+    imported = _imports_of_components()[component]
+
+    assert {name for name in imported if _LAYER[name] <= _LAYER[component]} == set()
+
+
+@pytest.mark.parametrize("package", ["msn_eval", "msn_pretrain"])
+def test_modules_import_each_other_in_no_cycle(package: str) -> None:
+    graph = {_name(path): _imported(path) for path in sorted(_ROOT.glob(f"{package}/**/*.py"))}
+    within = {name: {one for one in imported if one in graph and one != name} for name, imported in graph.items()}
+
+    TopologicalSorter(within).prepare()  # raises CycleError, which names the cycle
 
 
 def test_evaluation_never_imports_pretraining() -> None:
-    importing = [path for path in _modules() if any(one.startswith("msn_pretrain") for one in _imports(path))]
+    importing = [path for path in _modules() if any(name.startswith("msn_pretrain") for name in _imported(path))]
 
     assert importing == []
 
@@ -211,7 +117,7 @@ def test_reports_are_made_without_torch(digits_runs: Path, tmp_path: Path) -> No
 
 
 def test_importing_every_module_configures_no_logging_and_draws_no_number() -> None:
-    names = [f"msn_eval.{_name(path)}".rstrip(".") for path in _modules() if _name(path) != "__main__"]
+    names = [_name(path) for path in _modules() if path.stem != "__main__"]
     code = (
         "import importlib, logging, torch, random\n"
         "torch.manual_seed(1); random.seed(1); before = torch.get_rng_state(), random.getstate()\n"

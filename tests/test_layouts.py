@@ -27,8 +27,8 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 from msn_eval import load_encoder
-from msn_eval.encoder import Encoder, encode
 from msn_eval.errors import CheckpointError
+from msn_eval.features.encoder import Encoder, encode
 
 Network = TypeVar("Network", bound=nn.Module)
 Weights = dict[str, Tensor]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from msn_eval.cli import main
-from msn_eval.reports.texts import cell_text
-from msn_eval.result_folder import list_results
-from msn_eval.table import make_table
+from msn_eval.reports.text_tables import cell_text
+from msn_eval.results.folder import list_results
+from msn_eval.results.table import make_table
 
 _ROOT = Path(__file__).parents[1]
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,8 +60,8 @@ def test_the_two_commands_of_the_first_screen_are_in_the_makefile() -> None:
 
 
 def test_every_shipped_config_is_readable_and_opens_as_a_lab_note() -> None:
-    from msn_eval.config import read_config
-    from msn_eval.request import Request
+    from msn_eval.config.request import Request
+    from msn_eval.config.yaml_config import read_config
 
     for path in (_ROOT / "configs" / "eval").glob("*.yaml"):
         note = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]

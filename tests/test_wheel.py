@@ -46,7 +46,7 @@ def _files(installed: Path, name: str) -> list[Path]:
 
 
 def test_wheel_carries_the_page(installed: Path) -> None:
-    inside = {path.name for path in (installed / "msn_eval" / "reports" / "page").iterdir()}
+    inside = {path.name for path in (installed / "msn_eval" / "reports" / "html" / "assets").iterdir()}
 
     assert inside == {f"{name}.{kind}" for name in ("page", "trajectory") for kind in ("html", "css", "js")}
 

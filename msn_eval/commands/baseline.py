@@ -19,9 +19,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Write the baseline, and say what is in it."""
-    from msn_eval.answers import results_of_one_checkpoint
-    from msn_eval.baseline import make_baseline, write_baseline
-    from msn_eval.result_folder import list_results
+    from msn_eval.results.baseline import make_baseline, write_baseline
+    from msn_eval.results.folder import list_results
+    from msn_eval.results.predictions import results_of_one_checkpoint
 
     out = Path(options.out)
     if not out.parent.is_dir() or out.is_dir():

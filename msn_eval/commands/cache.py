@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from msn_eval.errors import StoreError, UsageError, printable
 
 if TYPE_CHECKING:
-    from msn_eval.feature_cache import Bank
+    from msn_eval.features.cache import Bank
 
 TAKES_OVERRIDES = False
 SUMMARY = "list, verify or prune what is kept of earlier runs"
@@ -50,8 +50,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Do what was asked; give 0, or the store's exit code where verify found damage."""
-    from msn_eval.plan import cache_folder
-    from msn_eval.request import Request
+    from msn_eval.config.request import Request
+    from msn_eval.evaluation.plan import cache_folder
 
     cache = cache_folder(Request(cache=options.cache))
     if options.cache and not cache.is_dir():
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _list(cache: Path) -> int:
-    from msn_eval.feature_cache import read_manifests
+    from msn_eval.features.cache import read_manifests
 
     entries = _entries(cache)
     for entry in entries:
@@ -83,7 +83,7 @@ def _list(cache: Path) -> int:
 
 
 def _verify(cache: Path) -> int:
-    from msn_eval.feature_cache import check_bank, describe_bank, list_banks
+    from msn_eval.features.cache import check_bank, describe_bank, list_banks
 
     all_damaged = 0
     for bank in list_banks(cache):
@@ -96,7 +96,7 @@ def _verify(cache: Path) -> int:
 
 
 def _prune(cache: Path, options: argparse.Namespace) -> None:
-    from msn_eval.feature_cache import remove_bank, sweep_pruned
+    from msn_eval.features.cache import remove_bank, sweep_pruned
 
     if not options.all and options.older_than is None and options.max_bytes is None:
         raise UsageError("nothing said of what to remove", remedy="Pass --older-than DAYS, --max-bytes N or --all.")
@@ -131,7 +131,7 @@ def _prune(cache: Path, options: argparse.Namespace) -> None:
 
 def _entries(cache: Path) -> list[_Entry]:
     """Give every bank, the one used last first."""
-    from msn_eval.feature_cache import list_banks
+    from msn_eval.features.cache import list_banks
 
     entries = []
     for bank in list_banks(cache):
@@ -149,7 +149,7 @@ def _entries(cache: Path) -> list[_Entry]:
 
 def _title(bank: "Bank") -> str:
     """Say what a bank's features are of."""
-    from msn_eval.feature_cache import describe_bank
+    from msn_eval.features.cache import describe_bank
 
     name, key = describe_bank(bank.folder)
     if not key:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from msn_eval.errors import ComparisonError, StoreError, UsageError
 
 if TYPE_CHECKING:
-    from msn_eval.baseline import Baseline
-    from msn_eval.regression import GateReport
-    from msn_eval.result import Result
+    from msn_eval.results.baseline import Baseline
+    from msn_eval.results.gate import GateReport
+    from msn_eval.results.record import Result
 
 TAKES_OVERRIDES = False
 SUMMARY = "the regression gate: is a checkpoint worse than a baseline?"
@@ -53,9 +53,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Judge, write what was asked for, and give the verdict's exit code."""
-    from msn_eval.baseline import read_baseline
-    from msn_eval.regression import DEFAULT_MARGIN, check_results
-    from msn_eval.reports.gate_report import render_gate_json, render_gate_text
+    from msn_eval.reports.gate import render_gate_json, render_gate_text
+    from msn_eval.results.baseline import read_baseline
+    from msn_eval.results.gate import DEFAULT_MARGIN, check_results
 
     margin = DEFAULT_MARGIN if options.margin is None else _margin(options.margin)
     _check_options(options)
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _margin(text: str) -> float:
-    from msn_eval.regression import check_margin
+    from msn_eval.results.gate import check_margin
 
     try:
         return check_margin(float(text))
@@ -101,8 +101,8 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _stored(options: argparse.Namespace) -> "tuple[list[Result], list[Path]]":
-    from msn_eval.answers import results_of_one_checkpoint
-    from msn_eval.result_folder import list_results
+    from msn_eval.results.folder import list_results
+    from msn_eval.results.predictions import results_of_one_checkpoint
 
     try:
         results = list_results(options.runs)
@@ -116,12 +116,12 @@ def _stored(options: argparse.Namespace) -> "tuple[list[Result], list[Path]]":
 
 def _measured(options: argparse.Namespace, baseline: "Baseline") -> "tuple[list[Result], list[Path]]":
     """Evaluate the checkpoint by the baseline's protocols."""
-    from msn_eval.baseline_plan import make_baseline_plans
     from msn_eval.commands.evaluate import evaluate_all
-    from msn_eval.config import read_config
-    from msn_eval.distributed import ALONE
-    from msn_eval.plan import DATA_VARIABLE
-    from msn_eval.request import Request
+    from msn_eval.config.request import Request
+    from msn_eval.config.yaml_config import read_config
+    from msn_eval.distributed.group import ALONE
+    from msn_eval.evaluation.baseline_plan import make_baseline_plans
+    from msn_eval.evaluation.plan import DATA_VARIABLE
 
     given = {name: getattr(options, name) for name in _OF_AN_EVALUATION if hasattr(options, name)}
     if "data" not in given and not os.environ.get(DATA_VARIABLE):
@@ -136,8 +136,8 @@ def _measured(options: argparse.Namespace, baseline: "Baseline") -> "tuple[list[
 
 
 def _write(options: argparse.Namespace, report: "GateReport") -> None:
-    from msn_eval.atomic_file import write_atomically
-    from msn_eval.reports.gate_report import render_gate_junit, render_gate_markdown
+    from msn_eval.files.atomic import write_atomically
+    from msn_eval.reports.gate import render_gate_junit, render_gate_markdown
 
     for path, render in ((options.junit, render_gate_junit), (options.markdown, render_gate_markdown)):
         if path is not None:
@@ -146,8 +146,8 @@ def _write(options: argparse.Namespace, report: "GateReport") -> None:
 
 def _write_refusal(options: argparse.Namespace, error: ComparisonError) -> None:
     """Leave the reason where a build server and a pull request look for it."""
-    from msn_eval.atomic_file import write_atomically
-    from msn_eval.reports.gate_report import render_refusal_junit, render_refusal_markdown
+    from msn_eval.files.atomic import write_atomically
+    from msn_eval.reports.gate import render_refusal_junit, render_refusal_markdown
 
     for path, render in ((options.junit, render_refusal_junit), (options.markdown, render_refusal_markdown)):
         if path is not None:

@@ -22,15 +22,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Print how the second differs from the first."""
-    from msn_eval.answers import results_of_one_checkpoint
-    from msn_eval.atomic_file import write_atomically
-    from msn_eval.comparison import compare
-    from msn_eval.reports.comparison_report import (
-        render_comparison_json,
-        render_comparison_markdown,
-        render_comparison_text,
-    )
-    from msn_eval.result_folder import list_results
+    from msn_eval.files.atomic import write_atomically
+    from msn_eval.reports.comparison import render_comparison_json, render_comparison_markdown, render_comparison_text
+    from msn_eval.results.comparison import compare
+    from msn_eval.results.folder import list_results
+    from msn_eval.results.predictions import results_of_one_checkpoint
 
     first, second = options.first, options.second
     if options.runs:

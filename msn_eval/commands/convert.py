@@ -24,10 +24,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Convert, and print what was written."""
-    from msn_eval.checkpoint import locate_weights
+    from msn_eval.checkpoints.checkpoint import locate_weights
+    from msn_eval.checkpoints.convert import convert_checkpoint
+    from msn_eval.checkpoints.stored import StoredCheckpoint
     from msn_eval.errors import printable
-    from msn_eval.stored_checkpoint import StoredCheckpoint
-    from msn_eval.weights.convert import convert_checkpoint
 
     path, _ = locate_weights(options.checkpoint)
     written = convert_checkpoint(path, options.out, to=options.to, arch=options.arch, key=options.checkpoint_key)

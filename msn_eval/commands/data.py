@@ -14,10 +14,10 @@ from msn_eval.errors import DataError, UsageError, printable
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from msn_eval.dataset_check import DatasetCheck
-    from msn_eval.image_facts import Progress
-    from msn_eval.manifest import ManifestCheck
-    from msn_eval.split_check import Sized, SplitCheck
+    from msn_eval.data.image_info import Progress
+    from msn_eval.data.manifest import ManifestCheck
+    from msn_eval.data.split_check import Sized, SplitCheck
+    from msn_eval.data.validation import DatasetCheck
 
 _log = logging.getLogger(__name__)
 TAKES_OVERRIDES = False
@@ -41,10 +41,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Print what was found; give 21 where an image cannot be used or is not what the manifest says."""
-    from msn_eval.atomic_file import prepare_folder, write_atomically
-    from msn_eval.dataset_check import check_dataset
-    from msn_eval.datasets import read_dataset
-    from msn_eval.manifest import read_manifest, write_manifest
+    from msn_eval.data import read_dataset
+    from msn_eval.data.manifest import read_manifest, write_manifest
+    from msn_eval.data.validation import check_dataset
+    from msn_eval.files.atomic import prepare_folder, write_atomically
 
     workers = _read_workers(options.workers)
     out = None if options.write_manifest is None else Path(options.write_manifest)

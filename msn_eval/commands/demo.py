@@ -17,17 +17,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Evaluate pixels, the checkpoint that ships, and the same network untrained on the digits; print the table, and write it
     beside the records."""
-    from msn_eval.atomic_file import prepare_folder, write_atomically
     from msn_eval.commands.evaluate import evaluate_all
-    from msn_eval.distributed import ALONE
-    from msn_eval.leaderboard import make_leaderboard
-    from msn_eval.plan import make_plan
+    from msn_eval.config.request import Request
+    from msn_eval.distributed.group import ALONE
+    from msn_eval.evaluation.plan import make_plan
+    from msn_eval.files.atomic import prepare_folder, write_atomically
     from msn_eval.reports import FORMATS, SUFFIXES, render
-    from msn_eval.reports.html_report import render_html
+    from msn_eval.reports.html.leaderboard import render_html
     from msn_eval.reports.terminal import print_table
-    from msn_eval.request import Request
-    from msn_eval.result_folder import scan_results
-    from msn_eval.table import make_table
+    from msn_eval.results.folder import scan_results
+    from msn_eval.results.leaderboard import make_leaderboard
+    from msn_eval.results.table import make_table
 
     folder = Path(options.out)
     prepare_folder(folder / "runs", option="--out")

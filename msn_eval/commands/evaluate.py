@@ -11,20 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msn_eval.config.recipes import TAP_NAMES
+from msn_eval.config.request import BAD_IMAGE_RULES, DECODERS, PRECISIONS, PROBE_NAMES, SOLVER_NAMES, Request
 from msn_eval.errors import CheckpointError, NumericalError, UsageError, nearest, printable
-from msn_eval.images import DECODERS
-from msn_eval.probe_recipe import TAP_NAMES
-from msn_eval.request import BAD_IMAGE_RULES, PRECISIONS, PROBE_NAMES, SOLVER_NAMES, Request
-from msn_eval.shipped import shipped_folder
+from msn_eval.files.package_data import shipped_folder
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from msn_eval.distributed import Group
-    from msn_eval.evaluation import Preparation, Progress
-    from msn_eval.forecast import Forecast
-    from msn_eval.plan import Plan
-    from msn_eval.result import Result
+    from msn_eval.distributed.group import Group
+    from msn_eval.evaluation.cost_estimate import Forecast
+    from msn_eval.evaluation.evaluate import Preparation, Progress
+    from msn_eval.evaluation.plan import Plan
+    from msn_eval.results.record import Result
 
 _log = logging.getLogger(__name__)
 TAKES_OVERRIDES = True
@@ -87,10 +86,10 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Evaluate; give 0, or the exit code of what failed."""
     request = read_request(options, overrides)
     if hasattr(options, "slurm"):
-        from msn_eval.slurm import without_slurm
+        from msn_eval.distributed.slurm import without_slurm
 
         return _submit(options.slurm, request, without_slurm(options.words))
-    from msn_eval.distributed import join_group
+    from msn_eval.distributed.group import join_group
 
     if "WORLD_SIZE" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that is lost is told by us, without C++ stacks
@@ -101,10 +100,10 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _run(request: Request, options: argparse.Namespace, group: "Group") -> int:
-    from msn_eval.canary import describe_canary, judge_canary, refuse_leaks
-    from msn_eval.distributed import barrier
-    from msn_eval.forecast import forecast
-    from msn_eval.plan import make_plan
+    from msn_eval.distributed.group import barrier
+    from msn_eval.evaluation.canary import describe_canary, judge_canary, refuse_leaks
+    from msn_eval.evaluation.cost_estimate import forecast
+    from msn_eval.evaluation.plan import make_plan
 
     if group.rank != 0:
         barrier(group, "plan")  # what the first rank has hashed and listed, the others find in the cache
@@ -127,14 +126,14 @@ def _run(request: Request, options: argparse.Namespace, group: "Group") -> int:
         return code
     canaries = judge_canary(results) if request.canary else ()
     if options.json_output:
-        from msn_eval.result import as_json
+        from msn_eval.results.record import as_json
 
         print(json.dumps([as_json(result) for result in results], indent=1, allow_nan=False))
     elif request.canary:
         print(printable(describe_canary(canaries)))
     elif results:
         from msn_eval.reports.terminal import print_table
-        from msn_eval.table import make_table
+        from msn_eval.results.table import make_table
 
         print_table(make_table(results))
     refuse_leaks(canaries)
@@ -143,7 +142,7 @@ def _run(request: Request, options: argparse.Namespace, group: "Group") -> int:
 
 def read_request(options: argparse.Namespace, overrides: Sequence[str]) -> Request:
     """Put together defaults, the config file, the options and the overrides."""
-    from msn_eval.config import read_config
+    from msn_eval.config.yaml_config import read_config
 
     given = {name: value for name, value in vars(options).items() if name in Request.__dataclass_fields__}
     options.json_output = getattr(options, "json", False)
@@ -154,8 +153,8 @@ def read_request(options: argparse.Namespace, overrides: Sequence[str]) -> Reque
 
 def _translated(content: Mapping[str, object], where: str) -> Mapping[str, object]:
     """Give a config file's content in our words: the MSN repository's linear-evaluation files are read as they are."""
-    from msn_eval.reference_evaluation import converted
-    from msn_eval.reference_file import is_reference
+    from msn_eval.config.reference_evaluation import converted
+    from msn_eval.config.reference_yaml import is_reference
 
     return converted(content, where=where) if is_reference(content) else content
 
@@ -174,7 +173,7 @@ def _config_file(name: str) -> Path:
 
 def _submit(text: str, request: Request, words: Sequence[str]) -> int:
     """Hand the same command to Slurm, and say where its output will be."""
-    from msn_eval.slurm import parse_slurm, submit
+    from msn_eval.distributed.slurm import parse_slurm, submit
 
     job = submit(words, parse_slurm(text), folder=Path(request.out) / "slurm")
     print(f"submitted job {job.job_id}; its output: {', '.join(str(path) for path in job.logs)}")
@@ -183,7 +182,7 @@ def _submit(text: str, request: Request, words: Sequence[str]) -> int:
 
 def evaluate_all(plan: "Plan", prepared: "dict[str, Preparation]", group: "Group") -> "tuple[list[Result], int]":
     """Evaluate every checkpoint; one that is refused does not keep the others from being measured."""
-    from msn_eval.evaluation import evaluate_checkpoint
+    from msn_eval.evaluation.evaluate import evaluate_checkpoint
 
     found: dict[str, Result] = {}  # by id: two names for the same weights give the same results
     code = 0
@@ -235,7 +234,7 @@ def progress_on_stderr() -> "Iterator[Progress | None]":
 
 def describe_plan(plan: "Plan") -> str:
     """Say what a plan comes to, the checkpoints apart."""
-    from msn_eval.subset import union_of
+    from msn_eval.data.subsets import union_of
 
     pool = union_of(plan.subsets, plan.train)
     listed = sum(len(subset) for subset in plan.subsets)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from msn_eval.errors import printable
 
 if TYPE_CHECKING:
-    from msn_eval.inspection import Inspection
+    from msn_eval.checkpoints.inspection import Inspection
 
 TAKES_OVERRIDES = False
 SUMMARY = "what is in a checkpoint and what would be used; runs nothing from it"
@@ -31,8 +31,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Print the inspection; a file that can be read is no error, whether or not it can be evaluated."""
-    from msn_eval.checkpoint import locate_weights
-    from msn_eval.inspection import inspect_checkpoint
+    from msn_eval.checkpoints.checkpoint import locate_weights
+    from msn_eval.checkpoints.inspection import inspect_checkpoint
 
     path, _ = locate_weights(options.checkpoint)
     inspection = inspect_checkpoint(path, arch=options.arch, key=options.checkpoint_key)

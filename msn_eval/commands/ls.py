@@ -34,17 +34,17 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _entries(kind: str) -> dict[str, str]:
     match kind:
         case "checkpoints":
-            from msn_eval.checkpoint import SCHEMES
+            from msn_eval.checkpoints.checkpoint import SCHEMES
 
             return SCHEMES
         case "subsets":
             return _SUBSETS
         case "datasets":
-            from msn_eval.datasets import DATASETS
+            from msn_eval.data import DATASETS
 
             return DATASETS
         case "probes":
-            from msn_eval.protocols import PROBES
+            from msn_eval.probes import PROBES
 
             return PROBES
         case _:
@@ -52,14 +52,14 @@ def _entries(kind: str) -> dict[str, str]:
 
 
 def _protocols() -> dict[str, str]:
-    from msn_eval.finetune_recipe import Finetune
-    from msn_eval.plan import probes_for
-    from msn_eval.protocols import settings
-    from msn_eval.protocols.linear import Linear
-    from msn_eval.protocols.linear_augmented import LinearAugmented
-    from msn_eval.protocols.logistic import ChosenLogistic
-    from msn_eval.request import AUTO, PROBE_NAMES, Request
-    from msn_eval.subset import LOW_SHOT, Subset
+    from msn_eval.config.finetune_recipe import Finetune
+    from msn_eval.config.request import AUTO, PROBE_NAMES, Request
+    from msn_eval.data.subsets import LOW_SHOT, Subset
+    from msn_eval.evaluation.plan import probes_for
+    from msn_eval.probes import settings
+    from msn_eval.probes.linear import Linear
+    from msn_eval.probes.linear_augmented import LinearAugmented
+    from msn_eval.probes.logistic import ChosenLogistic
 
     described = {}
     asked = Request(probe=list(PROBE_NAMES)), Request(probe=["logistic"], lambda_=[AUTO])

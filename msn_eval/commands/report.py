@@ -7,9 +7,9 @@ from typing import cast
 
 from msn_eval.errors import UsageError, nearest
 from msn_eval.reports import FORMATS, PAGE, SUFFIXES, Format, render
-from msn_eval.result import Result
-from msn_eval.result_folder import ResultScan, all_faults, no_collections, scan_results
-from msn_eval.table import Table, make_table
+from msn_eval.results.folder import ResultScan, all_faults, no_collections, scan_results
+from msn_eval.results.record import Result
+from msn_eval.results.table import Table, make_table
 
 TAKES_OVERRIDES = False
 SUMMARY = "tables from result folders"
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _report(options: argparse.Namespace, formats: Sequence[str]) -> int:
-    from msn_eval.leaderboard import make_leaderboard
+    from msn_eval.results.leaderboard import make_leaderboard
 
     scan = scan_results(options.runs)
     if not scan.results:
@@ -69,14 +69,14 @@ def _left_out(scan: ResultScan) -> list[str]:
 
 
 def _published(scan: ResultScan) -> Table:
-    from msn_eval.published import published_file, read_published, table_of_published
+    from msn_eval.results.published import published_file, read_published, table_of_published
 
     return table_of_published(read_published(published_file()), make_table(scan.results).columns)
 
 
 def is_imagenet(result: Result) -> bool:
     """Tell whether a record is of ImageNet's classes, so that published numbers may stand on its page."""
-    from msn_eval.published_lists import read_publication
+    from msn_eval.data.imagenet_subsets import read_publication
 
     return result.data.class_map_sha256 == read_publication().class_map_sha256
 
@@ -94,7 +94,7 @@ def _give(table: Table, formats: Sequence[Format], options: argparse.Namespace, 
 
 
 def _give_page(table: Table, scan: ResultScan, options: argparse.Namespace) -> None:
-    from msn_eval.reports.html_report import render_html
+    from msn_eval.reports.html.leaderboard import render_html
 
     _write(render_html(table, scan, show_published=options.published), f"table.{PAGE}", options.out)
 
@@ -104,7 +104,7 @@ def _write(text: str, name: str, out: str | None) -> None:
     if out is None:
         print(text, end="")
         return
-    from msn_eval.atomic_file import prepare_folder, write_atomically
+    from msn_eval.files.atomic import prepare_folder, write_atomically
 
     prepare_folder(Path(out), option="--out")
     write_atomically(Path(out) / name, text.encode())

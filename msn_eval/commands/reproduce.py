@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from msn_eval.errors import CheckpointError, DataError, UsageError, printable
 
 if TYPE_CHECKING:
-    from msn_eval.datasets import DataSet
-    from msn_eval.reproduction import Reproduction, Verdict
-    from msn_eval.result import Result
+    from msn_eval.data import DataSet
+    from msn_eval.results.record import Result
+    from msn_eval.results.reproduction import Reproduction, Verdict
 
 TAKES_OVERRIDES = False
 SUMMARY = "a published protocol: expected, measured, tolerance, verdict"
@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Print the plan, measure, print the verdicts; give 0 where all is reproduced, 10 where a number differs, 11 where no
     verdict can be given."""
-    from msn_eval.reproduction import find_reproductions, list_reproductions
+    from msn_eval.results.reproduction import find_reproductions, list_reproductions
 
     if options.list:
         print(_listing(list_reproductions()))
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _environment_data() -> str | None:
-    from msn_eval.plan import DATA_VARIABLE
+    from msn_eval.evaluation.plan import DATA_VARIABLE
 
     return os.environ.get(DATA_VARIABLE)
 
@@ -105,7 +105,7 @@ def _probe_text(one: "Reproduction") -> str:
 
 
 def _weights_state(one: "Reproduction", checkpoint: str | None) -> str:
-    from msn_eval.weights.msn_release import MSN_RELEASES, weights_folder
+    from msn_eval.checkpoints.msn_release import MSN_RELEASES, weights_folder
 
     if checkpoint is not None:
         return f"{checkpoint}, which must turn out to be {one.network.arch}"
@@ -119,7 +119,7 @@ def _weights_state(one: "Reproduction", checkpoint: str | None) -> str:
 
 
 def _labelled_state(one: "Reproduction") -> str:
-    from msn_eval.published_lists import find_list, read_publication
+    from msn_eval.data.imagenet_subsets import find_list, read_publication
 
     if one.subset == "full":
         return "every training image"
@@ -140,9 +140,9 @@ def _check_weights(wanted: "Sequence[Reproduction]", checkpoint: str | None, dat
 
 
 def _read_imagenet(name: str | None) -> "DataSet":
-    from msn_eval.datasets import read_dataset
-    from msn_eval.datasets.dataset import class_map_sha256
-    from msn_eval.published_lists import read_publication
+    from msn_eval.data import read_dataset
+    from msn_eval.data.dataset import class_map_sha256
+    from msn_eval.data.imagenet_subsets import read_publication
 
     if name is None:
         raise DataError(
@@ -161,7 +161,7 @@ def _read_imagenet(name: str | None) -> "DataSet":
 
 
 def _check_lists(wanted: "Sequence[Reproduction]") -> None:
-    from msn_eval.published_lists import read_publication, read_published_list
+    from msn_eval.data.imagenet_subsets import read_publication, read_published_list
 
     for subset in dict.fromkeys(one.subset for one in wanted):
         for entry in read_publication().lists_of(subset):
@@ -169,8 +169,8 @@ def _check_lists(wanted: "Sequence[Reproduction]") -> None:
 
 
 def _measure(wanted: "Sequence[Reproduction]", options: argparse.Namespace, data: "DataSet") -> int:
-    from msn_eval.reproduction import judge
-    from msn_eval.subset import make_subsets
+    from msn_eval.data.subsets import make_subsets
+    from msn_eval.results.reproduction import judge
 
     verdicts: list[tuple[Reproduction, Verdict]] = []
     code = 0
@@ -189,12 +189,12 @@ def _measure(wanted: "Sequence[Reproduction]", options: argparse.Namespace, data
 
 def _evaluate(one: "Reproduction", options: argparse.Namespace) -> "tuple[list[Result], int]":
     from msn_eval.commands.evaluate import evaluate_all
-    from msn_eval.config import read_config
-    from msn_eval.distributed import ALONE
-    from msn_eval.evaluation import prepare
-    from msn_eval.plan import make_plan
-    from msn_eval.reproduction import request_options
-    from msn_eval.request import Request
+    from msn_eval.config.request import Request
+    from msn_eval.config.yaml_config import read_config
+    from msn_eval.distributed.group import ALONE
+    from msn_eval.evaluation.evaluate import prepare
+    from msn_eval.evaluation.plan import make_plan
+    from msn_eval.results.reproduction import request_options
 
     checkpoint = str(options.checkpoint or one.network.checkpoint)
     given = {

@@ -11,8 +11,8 @@ from msn_eval.errors import UsageError, nearest, printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from msn_eval.encoder import Encoder
-    from msn_eval.images import ImageSet
+    from msn_eval.data.images import ImageSet
+    from msn_eval.features.encoder import Encoder
 
 TAKES_OVERRIDES = False
 SUMMARY = "pictures: nearest images under masking, attention maps, class map"
@@ -45,11 +45,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Draw the pictures asked for and print where they are."""
-    from msn_eval.atomic_file import prepare_folder, write_atomically
-    from msn_eval.datasets import read_dataset
-    from msn_eval.encoder import load_encoder
-    from msn_eval.pictures import as_png
-    from msn_eval.visible_patches import check_patches
+    from msn_eval.data import read_dataset
+    from msn_eval.features.encoder import load_encoder
+    from msn_eval.features.patch_drop import check_patches
+    from msn_eval.features.visualization import as_png
+    from msn_eval.files.atomic import prepare_folder, write_atomically
 
     wanted = _pictures(options.pictures)
     masked = _shares(options.masked)
@@ -121,9 +121,9 @@ def _chosen(val: "ImageSet", named: Sequence[str] | None, count: int) -> "ImageS
 def _neighbours(
     encoder: "Encoder", train: "ImageSet", chosen: "ImageSet", options: argparse.Namespace, masked: Sequence[float]
 ) -> "Figure":
-    from msn_eval.features import extract_features
-    from msn_eval.pictures import draw_neighbours, find_neighbours, read_pixels
-    from msn_eval.subset import make_subsets, union_of
+    from msn_eval.data.subsets import make_subsets, union_of
+    from msn_eval.features.extraction import extract_features
+    from msn_eval.features.visualization import draw_neighbours, find_neighbours, read_pixels
 
     pool = union_of(make_subsets([options.subset], train), train)
     bank = extract_features(encoder, pool, taps=["cls-norm"]).features["cls-norm"]
@@ -141,16 +141,16 @@ def _neighbours(
 
 
 def _attention(encoder: "Encoder", chosen: "ImageSet") -> "Figure":
-    from msn_eval.pictures import draw_attention, read_pixels
-    from msn_eval.visible_patches import attention_maps
+    from msn_eval.features.patch_drop import attention_maps
+    from msn_eval.features.visualization import draw_attention, read_pixels
 
     pixels = read_pixels(chosen, chosen.ids, encoder.transform)
     return draw_attention(attention_maps(encoder, pixels), pixels, [chosen.classes[label] for label in chosen.labels])
 
 
 def _classes(encoder: "Encoder", val: "ImageSet") -> "Figure":
-    from msn_eval.features import extract_features
-    from msn_eval.pictures import draw_classes
+    from msn_eval.features.extraction import extract_features
+    from msn_eval.features.visualization import draw_classes
 
     features = extract_features(encoder, val, taps=["cls-norm"]).features["cls-norm"]
     return draw_classes(features, val.classes)

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from msn_eval.data.imagenet_subsets import fetch_lists, find_list, read_publication, user_list_folder
 from msn_eval.errors import DataError, UsageError
-from msn_eval.published_lists import fetch_lists, find_list, read_publication, user_list_folder
 
 TAKES_OVERRIDES = False
 SUMMARY = "the published ImageNet lists: list, verify, fetch; or draw a subset of any data set"
@@ -56,9 +56,9 @@ def _fetch(options: argparse.Namespace) -> int:
 
 
 def _draw(options: argparse.Namespace) -> int:
-    from msn_eval.atomic_file import write_atomically
-    from msn_eval.datasets import read_dataset
-    from msn_eval.subset import make_subsets
+    from msn_eval.data import read_dataset
+    from msn_eval.data.subsets import make_subsets
+    from msn_eval.files.atomic import write_atomically
 
     subsets = make_subsets([options.subset], read_dataset(options.data).train)
     if len(subsets) != 1:

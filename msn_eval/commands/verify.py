@@ -17,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Say that all is as recorded. Raises StoreError with the list of all that is not."""
-    from msn_eval.verification import verify_results
+    from msn_eval.results.verification import verify_results
 
     found = verify_results(options.runs)
     if found.faults:

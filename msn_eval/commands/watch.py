@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from msn_eval.errors import CheckpointError, NumericalError, UsageError, printable
 
 if TYPE_CHECKING:
-    from msn_eval.plan import Plan
-    from msn_eval.request import Request
-    from msn_eval.trajectory import Point, RunFacts, Trajectory
+    from msn_eval.config.request import Request
+    from msn_eval.evaluation.plan import Plan
+    from msn_eval.monitor.trajectory import Point, RunFacts, Trajectory
 
 _log = logging.getLogger(__name__)
 TAKES_OVERRIDES = False
@@ -50,10 +50,10 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     Raises NumericalError where an alarm was raised, CheckpointError where no snapshot, or not every one, could be scored.
     """
-    from msn_eval.atomic_file import prepare_folder
-    from msn_eval.plan import make_plan
-    from msn_eval.run_folder import EVAL
-    from msn_eval.trajectory import read_facts
+    from msn_eval.checkpoints.run_folder import EVAL
+    from msn_eval.evaluation.plan import make_plan
+    from msn_eval.files.atomic import prepare_folder
+    from msn_eval.monitor.trajectory import read_facts
 
     for name in ("every", "patience"):
         if not 0 < getattr(options, name) < float("inf"):
@@ -72,9 +72,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _request(options: argparse.Namespace, facts: "RunFacts") -> "Request":
     """Give the evaluation that each snapshot goes through: the options, where they leave it open what the run says."""
-    from msn_eval.config import read_config
-    from msn_eval.request import Request
-    from msn_eval.run_folder import EVAL
+    from msn_eval.checkpoints.run_folder import EVAL
+    from msn_eval.config.request import Request
+    from msn_eval.config.yaml_config import read_config
 
     given = {
         "checkpoint": [options.run],
@@ -95,7 +95,7 @@ def _follow(
 
     refused: takes up what could not be scored, by the SHA-256 of the file
     """
-    from msn_eval.trajectory import signs_of_life
+    from msn_eval.monitor.trajectory import signs_of_life
 
     tried: set[str] = set()
     told: set[str] = set()
@@ -131,8 +131,8 @@ def _go_through(
     folder: Path, facts: "RunFacts", plan: "Plan", tried: set[str], refused: "dict[str, CheckpointError]"
 ) -> "Trajectory":
     """Score the snapshots that lack something, print a line for each, and give the run as it stands then."""
-    from msn_eval.run_folder import ENCODER
-    from msn_eval.trajectory import read_trajectory, score, unscored
+    from msn_eval.checkpoints.run_folder import ENCODER
+    from msn_eval.monitor.trajectory import read_trajectory, score, unscored
 
     before = read_trajectory(folder, facts, plan)
     lacking = unscored(plan, folder, before, tried)
@@ -155,8 +155,8 @@ def _go_through(
 
 def _line(point: "Point") -> str:
     """Say what was measured of a snapshot."""
-    from msn_eval.reports.texts import FAILED
-    from msn_eval.table import make_table
+    from msn_eval.reports.text_tables import FAILED
+    from msn_eval.results.table import make_table
 
     table = make_table(point.results)
     parts = []
@@ -178,9 +178,9 @@ def _has_ended(trajectory: "Trajectory") -> bool:
 
 def _draw(folder: Path, trajectory: "Trajectory") -> list[Path]:
     """Write page and plot, each whole, and give their paths; there is no plot of no numbers."""
-    from msn_eval.atomic_file import write_atomically
-    from msn_eval.reports import trajectory_report
-    from msn_eval.run_folder import EVAL
+    from msn_eval.checkpoints.run_folder import EVAL
+    from msn_eval.files.atomic import write_atomically
+    from msn_eval.reports.html import trajectory as trajectory_report
 
     sheet = trajectory_report.sheet_of(trajectory)
     page, plot = (folder / EVAL / f"{_NAME}.{suffix}" for suffix in ("html", "png"))

@@ -4,8 +4,8 @@ import csv
 import io
 
 from msn_eval.errors import one_line
-from msn_eval.reports.texts import FAILED, exact_percent
-from msn_eval.table import Cell, Table
+from msn_eval.reports.text_tables import FAILED, exact_percent
+from msn_eval.results.table import Cell, Table
 
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "'")
 _ROW = ("checkpoint", "note", "architecture", "weights_sha256", "source")

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from msn_eval.table import Cell, Table
+from msn_eval.results.table import Cell, Table
 
 
 def render_json(table: Table) -> str:

@@ -3,8 +3,8 @@
 import re
 
 from msn_eval.errors import one_line
-from msn_eval.reports.texts import MISSING, cell_text, legend, mark, row_text, standing_text
-from msn_eval.table import Cell, Column, Row, Table
+from msn_eval.reports.text_tables import MISSING, cell_text, legend, mark, row_text, standing_text
+from msn_eval.results.table import Cell, Column, Row, Table
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",

@@ -1,8 +1,8 @@
 """Tables in Markdown."""
 
 from msn_eval.reports.markdown_text import markdown_line, markdown_text
-from msn_eval.reports.texts import cell_text, legend, row_text, standing_text
-from msn_eval.table import Cell, Table
+from msn_eval.reports.text_tables import cell_text, legend, row_text, standing_text
+from msn_eval.results.table import Cell, Table
 
 
 def render_markdown(table: Table) -> str:

@@ -1,6 +1,6 @@
 """Numbers of comparisons as people read them: accuracies in percent, differences in points of a percent."""
 
-from msn_eval.statistics import Interval, Paired
+from msn_eval.results.statistics import Interval, Paired
 
 
 def percent(accuracy: float) -> str:

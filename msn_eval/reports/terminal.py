@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from msn_eval.errors import one_line
-from msn_eval.reports.texts import FAILED, cell_text, legend, row_text, standing_text
-from msn_eval.table import Cell, Table
+from msn_eval.reports.text_tables import FAILED, cell_text, legend, row_text, standing_text
+from msn_eval.results.table import Cell, Table
 
 if TYPE_CHECKING:
     from rich.console import Console

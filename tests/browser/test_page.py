@@ -12,11 +12,11 @@ import pytest
 
 from msn_eval import evaluate
 from msn_eval.cli import main
-from msn_eval.reports.html_report import render_html
-from msn_eval.reports.provenance import command_of
-from msn_eval.result import read_result, write_result
-from msn_eval.result_folder import ResultScan, scan_results
-from msn_eval.table import make_table
+from msn_eval.reports.html.leaderboard import render_html
+from msn_eval.reports.html.provenance import command_of
+from msn_eval.results.folder import ResultScan, scan_results
+from msn_eval.results.record import read_result, write_result
+from msn_eval.results.table import make_table
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.webdriver import ActionChains, Keys  # noqa: E402

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from msn_eval.look import Look, Seen
-from msn_eval.reports.trajectory_report import render_page, sheet_of
-from msn_eval.run_alarms import find_alarms
-from msn_eval.trajectory import Point, RunFacts, Trajectory
+from msn_eval.monitor.alarms import find_alarms
+from msn_eval.monitor.snapshot_features import Look, Seen
+from msn_eval.monitor.trajectory import Point, RunFacts, Trajectory
+from msn_eval.reports.html.trajectory import render_page, sheet_of
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.webdriver import ActionChains  # noqa: E402

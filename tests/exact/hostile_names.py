@@ -18,10 +18,10 @@ from rich.console import Console
 from msn_eval.errors import one_line
 from msn_eval.reports import render
 from msn_eval.reports.terminal import print_table
-from msn_eval.reports.texts import row_text
-from msn_eval.result import Result, protocol_id
-from msn_eval.result_folder import list_results
-from msn_eval.table import Table, make_table
+from msn_eval.reports.text_tables import row_text
+from msn_eval.results.folder import list_results
+from msn_eval.results.record import Result, protocol_id
+from msn_eval.results.table import Table, make_table
 
 _RECORDS = Path(__file__).parents[1] / "golden" / "records" / "schema-1"
 ATTACKS = [

@@ -17,14 +17,14 @@ from types import ModuleType
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 
-from msn_eval.look import Look, Seen
-from msn_eval.reports.html_report import render_html
-from msn_eval.reports.trajectory_report import render_page, sheet_of
-from msn_eval.result import Result
-from msn_eval.result_folder import ResultScan
-from msn_eval.run_alarms import Alarm
-from msn_eval.table import make_table
-from msn_eval.trajectory import Point, RunFacts, Trajectory
+from msn_eval.monitor.alarms import Alarm
+from msn_eval.monitor.snapshot_features import Look, Seen
+from msn_eval.monitor.trajectory import Point, RunFacts, Trajectory
+from msn_eval.reports.html.leaderboard import render_html
+from msn_eval.reports.html.trajectory import render_page, sheet_of
+from msn_eval.results.folder import ResultScan
+from msn_eval.results.record import Result
+from msn_eval.results.table import make_table
 
 _ADDRESSES = (
     "src",

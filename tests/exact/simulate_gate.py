@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from msn_eval.metrics import wilson_interval
-from msn_eval.regression import LEVEL, weigh
-from msn_eval.statistics import (
+from msn_eval.results.gate import LEVEL, weigh
+from msn_eval.results.metrics import wilson_interval
+from msn_eval.results.statistics import (
     Integers,
     accuracy_interval,
     difference_interval,

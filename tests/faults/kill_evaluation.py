@@ -31,14 +31,14 @@ import torch
 from sync_kill import SyncKill, die_in_sync, note_syncs, read_counts
 from torch import Tensor
 
-import msn_eval.atomic_file
-import msn_eval.feature_cache
-import msn_eval.features
-import msn_eval.file_hashes
-import msn_eval.result
+import msn_eval.data.hashing
+import msn_eval.features.cache
+import msn_eval.features.extraction
+import msn_eval.files.atomic
+import msn_eval.results.record
 from msn_eval.cli import main as msn_eval_main
-from msn_eval.encoder import Encoder, encode
-from msn_eval.feature_cache import list_banks, read_manifests, read_rows
+from msn_eval.features.cache import list_banks, read_manifests, read_rows
+from msn_eval.features.encoder import Encoder, encode
 
 _NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=16&depth=2"
 _BATCH, _SHARD_ROWS = 32, 128
@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--torn-writes", action="store_true")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, timm {timm.__version__}, {options.kills} kills, seed {options.seed}", flush=True)
-    msn_eval.features._CPU_SHARD_ROWS = _SHARD_ROWS  # type: ignore[attr-defined]
+    msn_eval.features.extraction._CPU_SHARD_ROWS = _SHARD_ROWS  # type: ignore[attr-defined]
     chance = random.Random(options.seed)
     unsound = 0
     if options.torn_writes:
@@ -162,7 +162,7 @@ def _counted(file: Path) -> Iterator[None]:
             counter.write(b"%d\n" % len(pixels))
         return encode(encoder, pixels, taps)
 
-    msn_eval.features.encode = counting  # type: ignore[attr-defined, assignment]
+    msn_eval.features.extraction.encode = counting  # type: ignore[attr-defined, assignment]
     yield
 
 
@@ -220,7 +220,7 @@ def _tear_writes() -> None:
                     os.fsync(file.fileno())
                 time.sleep(0.003)
 
-    for module in (msn_eval.atomic_file, msn_eval.feature_cache, msn_eval.file_hashes, msn_eval.result):
+    for module in (msn_eval.files.atomic, msn_eval.features.cache, msn_eval.data.hashing, msn_eval.results.record):
         module.write_atomically = write_in_place  # type: ignore[attr-defined]
 
 

@@ -31,17 +31,17 @@ import timm
 import torch
 from sync_kill import SyncKill, die_in_sync, note_syncs, read_counts
 
-import msn_eval.run_folder
-import msn_pretrain.journal
-import msn_pretrain.run
-import msn_pretrain.snapshot
-import msn_pretrain.train
-from msn_eval.datasets import read_split
-from msn_eval.run_folder import SnapshotFiles, newest_snapshot, read_manifest
+import msn_eval.checkpoints.run_folder
+import msn_pretrain.training.journal
+import msn_pretrain.training.run
+import msn_pretrain.training.snapshot
+import msn_pretrain.training.train
+from msn_eval.checkpoints.run_folder import SnapshotFiles, newest_snapshot, read_manifest
+from msn_eval.data import read_split
 from msn_pretrain.cli import main as msn_pretrain_main
-from msn_pretrain.journal import METRICS, TIMING, read_metrics
-from msn_pretrain.run import data_sha256
-from msn_pretrain.snapshot import equal
+from msn_pretrain.training.journal import METRICS, TIMING, read_metrics
+from msn_pretrain.training.run import data_sha256
+from msn_pretrain.training.snapshot import equal
 
 _RECIPE = """
 run: {device: cpu, seed: 3, log_every: 1, snapshot_minutes: 0.0001, attention: explicit}
@@ -254,9 +254,9 @@ def _wait(children: Sequence[int]) -> list[int]:
 def _break(fault: str) -> None:
     """Put a fault into our own code."""
     if fault == "rng":
-        msn_pretrain.snapshot.set_generators = lambda states, device: None
+        msn_pretrain.training.snapshot.set_generators = lambda states, device: None
     elif fault == "journal":
-        msn_pretrain.journal.cut = lambda path, *, step: None
+        msn_pretrain.training.journal.cut = lambda path, *, step: None
     else:
         _tear_writes()
 
@@ -286,8 +286,8 @@ def _tear_writes() -> None:
     def believed(folder: Path) -> SnapshotFiles:
         return read_manifest(folder)
 
-    msn_pretrain.snapshot.written_atomically = in_place  # type: ignore[attr-defined]
-    for module in (msn_eval.run_folder, msn_pretrain.snapshot):
+    msn_pretrain.training.snapshot.written_atomically = in_place  # type: ignore[attr-defined]
+    for module in (msn_eval.checkpoints.run_folder, msn_pretrain.training.snapshot):
         module.check_snapshot = believed  # type: ignore[attr-defined]
 
 

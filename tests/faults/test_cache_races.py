@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from msn_eval import feature_cache
 from msn_eval.errors import StoreError
-from msn_eval.feature_cache import Bank, FeatureKey, check_bank, open_bank, read_rows, remove_bank, write_shard
+from msn_eval.features import cache as feature_cache
+from msn_eval.features.cache import Bank, FeatureKey, check_bank, open_bank, read_rows, remove_bank, write_shard
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked"),

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from msn_eval import feature_cache
+from msn_eval.data.hashing import hash_images
+from msn_eval.data.images import ImageSet
 from msn_eval.errors import MsnEvalError, StoreError
-from msn_eval.feature_cache import Bank, FeatureKey, check_bank, open_bank, read_rows, write_shard
-from msn_eval.file_hashes import hash_images
-from msn_eval.images import ImageSet
-from msn_eval.result import Predictions, Result, read_predictions, read_result, write_result
-from msn_eval.result_folder import list_results
+from msn_eval.features import cache as feature_cache
+from msn_eval.features.cache import Bank, FeatureKey, check_bank, open_bank, read_rows, write_shard
+from msn_eval.results.folder import list_results
+from msn_eval.results.record import Predictions, Result, read_predictions, read_result, write_result
 
 KEY = FeatureKey(
     weights="00" * 32,
@@ -276,7 +276,7 @@ class Pictures:
 def test_memory_of_hashes_is_whole_or_as_it_was_on_a_disk_that_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("msn_eval.file_hashes._SETTLED_NS", 0)
+    monkeypatch.setattr("msn_eval.data.hashing._SETTLED_NS", 0)
 
     def images(*ids: str) -> ImageSet:
         source: Any = Pictures(tmp_path)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["msn_eval.weights", "pickletools"]):
+with atheris.instrument_imports(include=["msn_eval.checkpoints", "pickletools"]):
+    from msn_eval.checkpoints.formats.opcodes import scan_pickle
+    from msn_eval.checkpoints.formats.pickle_dry_run import rehearse
+    from msn_eval.checkpoints.formats.safetensors import read_header
+    from msn_eval.checkpoints.formats.sniff import sniff_container
+    from msn_eval.checkpoints.formats.torch_zip import read_archive
     from msn_eval.errors import CheckpointError
-    from msn_eval.weights.opcodes import scan_pickle
-    from msn_eval.weights.rehearsal import rehearse
-    from msn_eval.weights.safetensors_file import read_header
-    from msn_eval.weights.sniff import sniff_container
-    from msn_eval.weights.torch_archive import read_archive
 
 import safetensors.torch
 import torch

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from msn_eval import evaluate, load_encoder
-from msn_eval.encoder import encode, exact_float32
-from msn_eval.result import Predictions, Result, read_predictions
+from msn_eval.features.encoder import encode, exact_float32
+from msn_eval.results.record import Predictions, Result, read_predictions
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from msn_eval.decoders import check_decoder, decode_on_device, decode_pixels, undecoded
-from msn_eval.images import BadImageError, eval_transform
+from msn_eval.data.decoders import check_decoder, decode_on_device, decode_pixels, undecoded
+from msn_eval.data.images import BadImageError, eval_transform
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from msn_eval.datasets import read_split
-from msn_eval.encoder import Encoder, encode, load_encoder
+from msn_eval.data import read_split
+from msn_eval.data.hashing import hash_images
 from msn_eval.errors import ResourceError
-from msn_eval.features import Extraction, Loading, extract_features
-from msn_eval.file_hashes import hash_images
+from msn_eval.features.encoder import Encoder, encode, load_encoder
+from msn_eval.features.extraction import Extraction, Loading, extract_features
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,7 +80,7 @@ def test_kept_features_are_reused_bit_for_bit(photographs: Path, tmp_path: Path)
 def test_interrupted_pass_is_resumed_to_the_same_features(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("msn_eval.features._CUDA_SHARD_ROWS", 32)
+    monkeypatch.setattr("msn_eval.features.extraction._CUDA_SHARD_ROWS", 32)
     left = [4]
 
     def interrupted(encoder: Encoder, pixels: torch.Tensor, taps: list[str]) -> dict[str, torch.Tensor]:
@@ -90,10 +90,10 @@ def test_interrupted_pass_is_resumed_to_the_same_features(
         return encode(encoder, pixels, taps)
 
     loading = Loading(batch_size=16, workers=0)
-    monkeypatch.setattr("msn_eval.features.encode", interrupted)
+    monkeypatch.setattr("msn_eval.features.extraction.encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(photographs, tmp_path, loading=loading)
-    monkeypatch.setattr("msn_eval.features.encode", encode)
+    monkeypatch.setattr("msn_eval.features.extraction.encode", encode)
     resumed = run(photographs, tmp_path, loading=loading)
     assert resumed.reused == 32
     assert torch.equal(values(resumed), values(run(photographs, None, loading=loading)))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from msn_eval import evaluate, finetuning
-from msn_eval.result import Result, read_predictions
+from msn_eval import evaluate
+from msn_eval.evaluation import finetune as finetuning
+from msn_eval.results.record import Result, read_predictions
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from msn_eval.features import Features
-from msn_eval.protocols.linear import Linear, fit_linear, held_out_scores, stacked
-from msn_eval.protocols.linear_probe import Heads, Recipe, train_grid
+from msn_eval.features.extraction import Features
+from msn_eval.probes.linear import Linear, fit_linear, held_out_scores, stacked
+from msn_eval.probes.linear_probe import Heads, Recipe, train_grid
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from msn_eval import evaluate
-from msn_eval.protocols import linear_augmented
-from msn_eval.protocols.linear_augmented import Training
-from msn_eval.result import Result, read_predictions
+from msn_eval.probes import linear_augmented
+from msn_eval.probes.linear_augmented import Training
+from msn_eval.results.record import Result, read_predictions
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from msn_eval.protocols import nearest, shortlist
-from msn_eval.protocols.bank import index_bank
-from msn_eval.protocols.cosine import row_lengths
-from msn_eval.protocols.nearest import search_nearest
-from msn_eval.protocols.shortlist import By, find_shortlist
+from msn_eval.probes.knn_search import candidates as shortlist
+from msn_eval.probes.knn_search import search as nearest
+from msn_eval.probes.knn_search.candidates import By, find_shortlist
+from msn_eval.probes.knn_search.cosine import row_lengths
+from msn_eval.probes.knn_search.index import index_bank
+from msn_eval.probes.knn_search.search import search_nearest
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from msn_eval.run_folder import newest_snapshot
-from msn_pretrain import train as training
+from msn_eval.checkpoints.run_folder import newest_snapshot
 from msn_pretrain.cli import main
-from msn_pretrain.journal import METRICS, TIMING, read_metrics
-from msn_pretrain.snapshot import equal, read_snapshot
+from msn_pretrain.training import train as training
+from msn_pretrain.training.journal import METRICS, TIMING, read_metrics
+from msn_pretrain.training.snapshot import equal, read_snapshot
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 _RECIPE = """

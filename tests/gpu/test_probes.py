@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from msn_eval.features import Features
-from msn_eval.protocols.logistic import Logistic, fit_logistic
-from msn_eval.protocols.ridge import Ridge, fit_ridge
+from msn_eval.features.extraction import Features
+from msn_eval.probes.logistic import Logistic, fit_logistic
+from msn_eval.probes.ridge import Ridge, fit_ridge
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from msn_eval.images import ImageSet, Stamp, decode_image
-from msn_eval.metrics import measure
-from msn_eval.result import (
+from msn_eval.data.images import ImageSet, Stamp, decode_image
+from msn_eval.results.metrics import measure
+from msn_eval.results.record import (
     CheckpointFacts,
     DataFacts,
     EnvironmentFacts,

@@ -18,15 +18,15 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from msn_eval import sklearn as estimators
-from msn_eval.features import Features
-from msn_eval.protocols import Probe, fit
-from msn_eval.protocols.cross_entropy import Solution, certify
-from msn_eval.protocols.knn import NearestNeighbours
-from msn_eval.protocols.linear_probe import Recipe, train_heads
-from msn_eval.protocols.logistic import Logistic
-from msn_eval.protocols.ncm import NearestClassMean as MeanProbe
-from msn_eval.protocols.ridge import Ridge, solve_ridge
-from msn_eval.protocols.rows import centred_rows
+from msn_eval.features.extraction import Features
+from msn_eval.probes import Probe, fit
+from msn_eval.probes.knn import NearestNeighbours
+from msn_eval.probes.linear_probe import Recipe, train_heads
+from msn_eval.probes.logistic import Logistic
+from msn_eval.probes.logistic_solvers.objective import Solution, certify
+from msn_eval.probes.ncm import NearestClassMean as MeanProbe
+from msn_eval.probes.ridge import Ridge, solve_ridge
+from msn_eval.probes.rows import centred_rows
 from msn_eval.sklearn import LinearProbe, LogisticProbe, NearestClassMean, NearestNeighbourProbe, RidgeProbe
 
 _ESTIMATORS = [LogisticProbe(), NearestNeighbourProbe(), NearestClassMean(), RidgeProbe(), LinearProbe(epochs=20)]

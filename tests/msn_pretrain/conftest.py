@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from msn_pretrain.recipe import MSNRecipe, SimSiamRecipe
-from msn_pretrain.recipe_file import read_recipe
+from msn_pretrain.config.load import read_recipe
+from msn_pretrain.config.recipe import MSNRecipe, SimSiamRecipe
 
 _TINY = """
 run: {device: cpu, seed: 3, log_every: 1}

@@ -7,10 +7,10 @@ from typing import Any, cast
 import pytest
 
 from msn_eval.cli import main as msn_eval
-from msn_eval.slurm import SlurmOptions, Submitted
-from msn_pretrain import train as training
+from msn_eval.distributed.slurm import SlurmOptions, Submitted
 from msn_pretrain.cli import main
-from msn_pretrain.journal import read_metrics
+from msn_pretrain.training import train as training
+from msn_pretrain.training.journal import read_metrics
 
 Recipe = Callable[..., object]
 
@@ -117,7 +117,7 @@ def test_slurm_gets_the_command_without_itself_and_its_output_beside_the_run(
         handed.append((words, options.cluster, places))
         return Submitted(job=cast(Any, None), job_id="17", logs=(tmp_path / "17.out",))
 
-    monkeypatch.setattr("msn_eval.slurm.submit", take)
+    monkeypatch.setattr("msn_eval.distributed.slurm.submit", take)
     assert main([words[0], "--slurm", "cluster=local", *words[1:]]) == 0
 
     command = (sys.executable, "-m", "msn_pretrain")
@@ -150,7 +150,7 @@ def test_an_exported_encoder_is_read_without_its_architecture_being_named(
 def test_other_layouts_hold_the_same_weights(run: Path, tmp_path: Path, to: str) -> None:
     import torch
 
-    from msn_eval.checkpoint import read_checkpoint
+    from msn_eval.checkpoints.checkpoint import read_checkpoint
 
     out = tmp_path / ("folder" if to == "hf" else "small.pth.tar")
     assert main(["export", str(run), "--to", to, "--out", str(out)]) == 0

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msn_eval.checkpoint import read_checkpoint
+from msn_eval.checkpoints.checkpoint import read_checkpoint
 from msn_eval.errors import CheckpointError
+from msn_pretrain.config.load import read_recipe
+from msn_pretrain.distributed.process_group import Ranks
 from msn_pretrain.export import export
-from msn_pretrain.ranks import Ranks
-from msn_pretrain.recipe_file import read_recipe
-from msn_pretrain.train import train
+from msn_pretrain.training.train import train
 
 _RECIPE = """
 method: simsiam

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from msn_eval.cli import main
-from msn_eval.feature_cache import Bank, FeatureKey, check_bank, open_bank, write_shard
-from msn_eval.images import EvalTransform
+from msn_eval.data.images import EvalTransform
+from msn_eval.features.cache import Bank, FeatureKey, check_bank, open_bank, write_shard
 
 Capture = pytest.CaptureFixture[str]
 BankMaker = Callable[..., Bank]

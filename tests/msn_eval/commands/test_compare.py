@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from msn_eval.cli import main
-from msn_eval.result import Result
+from msn_eval.results.record import Result
 
 RunWriter = Callable[..., list[Result]]
 _RIGHT = np.array([[True] * 60 + [False] * 40] * 2)

@@ -10,8 +10,8 @@ import pytest
 import torchvision
 from torch import Tensor, save
 
+from msn_eval.checkpoints.convert import convert_checkpoint
 from msn_eval.cli import main
-from msn_eval.weights.convert import convert_checkpoint
 
 WeightMaker = Callable[..., dict[str, Tensor]]
 MSNWriter = Callable[..., Path]

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from msn_eval import image_facts
 from msn_eval.commands import data
-from msn_eval.datasets.dataset import class_map_sha256
-from msn_eval.datasets.folder import read_folder
+from msn_eval.data import image_info as image_facts
+from msn_eval.data.dataset import class_map_sha256
+from msn_eval.data.folder import read_folder
+from msn_eval.data.hashing import content_sha256, hash_images
+from msn_eval.data.image_info import ImageFacts, look_at_image
+from msn_eval.data.images import ImageSet
 from msn_eval.errors import DataError, UsageError
-from msn_eval.file_hashes import content_sha256, hash_images
-from msn_eval.image_facts import ImageFacts, look_at_image
-from msn_eval.images import ImageSet
 
 Capture = pytest.CaptureFixture[str]
 

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from msn_eval import evaluate
-from msn_eval.checkpoint import locate_weights, read_checkpoint
+from msn_eval.checkpoints.checkpoint import locate_weights, read_checkpoint
 from msn_eval.commands.demo import CHECKPOINTS
 
 

@@ -13,16 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from msn_eval.checkpoint import read_checkpoint
+from msn_eval.checkpoints.checkpoint import read_checkpoint
 from msn_eval.cli import main
 from msn_eval.commands import evaluate
 from msn_eval.commands.evaluate import describe_forecasts
-from msn_eval.distributed import Group
+from msn_eval.config.request import Request
+from msn_eval.distributed.group import Group
 from msn_eval.errors import UsageError
-from msn_eval.forecast import Forecast
-from msn_eval.protocols import full_data, knn, team
-from msn_eval.request import Request
-from msn_eval.result_folder import list_results
+from msn_eval.evaluation.cost_estimate import Forecast
+from msn_eval.probes import distributed as team
+from msn_eval.probes import knn
+from msn_eval.probes.logistic_solvers import chunked_newton as full_data
+from msn_eval.results.folder import list_results
 
 TINY = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
 
@@ -249,7 +251,7 @@ def test_own_network_whose_helper_changed_is_measured_anew(
 
 
 def test_checkpoint_is_read_once_for_the_plan_and_the_run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("msn_eval.evaluation.prepare", lambda *given: pytest.fail("it was read again"))
+    monkeypatch.setattr("msn_eval.evaluation.evaluate.prepare", lambda *given: pytest.fail("it was read again"))
     assert main(command) == 0
 
 
@@ -257,7 +259,7 @@ def test_checkpoint_is_read_once_for_the_plan_and_the_run(command: list[str], mo
 def as_second_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Give a function that makes this process the second of two ranks, with no line to the first."""
     group = Group(rank=1, world=2, local_rank=1, host="localhost")
-    return lambda: monkeypatch.setattr("msn_eval.distributed.join_group", lambda: contextlib.nullcontext(group))
+    return lambda: monkeypatch.setattr("msn_eval.distributed.group.join_group", lambda: contextlib.nullcontext(group))
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=str)
@@ -279,7 +281,7 @@ def test_second_rank_asks_for_the_second_gpu(
         asked.append(local_rank)
         raise UsageError("enough was seen", remedy="")
 
-    monkeypatch.setattr("msn_eval.plan.make_plan", refuse)
+    monkeypatch.setattr("msn_eval.evaluation.plan.make_plan", refuse)
     as_second_rank()
     assert (main(command), asked) == (2, [1])
 

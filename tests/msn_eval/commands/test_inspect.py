@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from msn_eval.checkpoints.convert import convert_checkpoint
+from msn_eval.checkpoints.inspection import Inspection, WeightStatistics
 from msn_eval.cli import main
-from msn_eval.inspection import Inspection, WeightStatistics
-from msn_eval.weights.convert import convert_checkpoint
 
 Weights = dict[str, Tensor]
 WeightMaker = Callable[..., Weights]

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-import msn_eval.published_lists
-import msn_eval.reproduction
-import msn_eval.subset
+import msn_eval.data.imagenet_subsets
+import msn_eval.data.subsets
+import msn_eval.results.reproduction
 from msn_eval.cli import main
-from msn_eval.datasets import read_dataset
-from msn_eval.datasets.dataset import class_map_sha256
-from msn_eval.published_lists import read_publication
-from msn_eval.reproduction import Expected, Network, Reproduction
+from msn_eval.data import read_dataset
+from msn_eval.data.dataset import class_map_sha256
+from msn_eval.data.imagenet_subsets import read_publication
+from msn_eval.results.reproduction import Expected, Network, Reproduction
 
 _NETWORK = Network(name="p", method="P", printed_arch="ViT-P/1", arch="pixels", checkpoint="pixels")
 
@@ -24,7 +24,7 @@ def digits_as_imagenet(monkeypatch: pytest.MonkeyPatch) -> None:
     publication = replace(
         read_publication(), class_map_sha256=class_map_sha256(digits.classes), val_images=len(digits.val), lists=()
     )
-    for module in (msn_eval.published_lists, msn_eval.subset):
+    for module in (msn_eval.data.imagenet_subsets, msn_eval.data.subsets):
         monkeypatch.setattr(module, "read_publication", lambda: publication)
 
 
@@ -37,7 +37,7 @@ def _publish(monkeypatch: pytest.MonkeyPatch, value: float, *, network: Network 
         strength=(0.0025, "here"),
         expected=Expected(value=value, spread=0.5, epochs="1", source="a table"),
     )
-    monkeypatch.setattr(msn_eval.reproduction, "list_reproductions", lambda: (published,))
+    monkeypatch.setattr(msn_eval.results.reproduction, "list_reproductions", lambda: (published,))
 
 
 def _reproduce(tmp_path: Path, *arguments: str) -> int:

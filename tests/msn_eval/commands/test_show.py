@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-import msn_eval.pictures
+import msn_eval.features.visualization
 from msn_eval.cli import main
 from msn_eval.commands.show import _chosen, _page
-from msn_eval.datasets import read_dataset
+from msn_eval.data import read_dataset
 
 _NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2"
 
@@ -56,13 +56,13 @@ def test_what_cannot_be_shown_is_refused(
 def _asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Give what the picture of neighbours is asked for, once it is."""
     asked: dict[str, Any] = {}
-    find = msn_eval.pictures.find_neighbours
+    find = msn_eval.features.visualization.find_neighbours
 
     def caught(*arguments: Any, **options: Any) -> Any:
         asked.update(options, images=len(arguments[1]))
         return find(*arguments, **options)
 
-    monkeypatch.setattr(msn_eval.pictures, "find_neighbours", caught)
+    monkeypatch.setattr(msn_eval.features.visualization, "find_neighbours", caught)
     return asked
 
 

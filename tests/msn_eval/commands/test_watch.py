@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-import msn_eval.look
-import msn_eval.trajectory
+import msn_eval.monitor.snapshot_features
+import msn_eval.monitor.trajectory
+from msn_eval.checkpoints.run_folder import SnapshotFiles, file_sha256, snapshot_folders
 from msn_eval.cli import main
 from msn_eval.commands import watch as command
-from msn_eval.look import read_looks
-from msn_eval.reports import trajectory_report
-from msn_eval.result_folder import list_results
-from msn_eval.run_folder import SnapshotFiles, file_sha256, snapshot_folders
-from msn_pretrain.ranks import Ranks
-from msn_pretrain.recipe_file import read_recipe
-from msn_pretrain.train import train
+from msn_eval.monitor.snapshot_features import read_looks
+from msn_eval.reports.html import trajectory as trajectory_report
+from msn_eval.results.folder import list_results
+from msn_pretrain.config.load import read_recipe
+from msn_pretrain.distributed.process_group import Ranks
+from msn_pretrain.training.train import train
 
 _RECIPE = """
 run: {device: cpu, log_every: 1, keep_every: 1}
@@ -109,7 +109,7 @@ def test_a_second_look_computes_and_rewrites_nothing(
     watched: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = _content(watched / "eval")
-    monkeypatch.setattr(msn_eval.trajectory, "prepare", lambda *_: pytest.fail("a checkpoint was read again"))
+    monkeypatch.setattr(msn_eval.monitor.trajectory, "prepare", lambda *_: pytest.fail("a checkpoint was read again"))
 
     assert _once(watched) == 0
 
@@ -281,7 +281,7 @@ def test_a_snapshot_without_manifest_is_being_written_and_waited_for(
 def test_a_snapshot_removed_while_it_is_read_is_passed_over(
     copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    listed = msn_eval.trajectory.unscored
+    listed = msn_eval.monitor.trajectory.unscored
 
     def removed_since(*arguments: Any) -> list[SnapshotFiles]:
         found = listed(*arguments)
@@ -289,7 +289,7 @@ def test_a_snapshot_removed_while_it_is_read_is_passed_over(
             shutil.rmtree(copied / "checkpoints" / "step-00000002")
         return found
 
-    monkeypatch.setattr(msn_eval.trajectory, "unscored", removed_since)
+    monkeypatch.setattr(msn_eval.monitor.trajectory, "unscored", removed_since)
 
     assert _once(copied) == 0
 
@@ -443,4 +443,4 @@ def test_a_run_that_goes_through_a_step_again_shows_the_newer_snapshot(watched: 
     old = looks[1]
     new = replace(old, created="2999-01-01T00:00:00Z", weights_sha256="0" * 64)
 
-    assert msn_eval.look.newest_of_each_step([new, old], old.seen) == {4: new}
+    assert msn_eval.monitor.snapshot_features.newest_of_each_step([new, old], old.seen) == {4: new}

@@ -1,0 +1,361 @@
+"""Families: how published files name the weights of one network, and the same weights in timm's names.
+
+A family is one branch of `read_trunk`. Which of a file's networks it is given was chosen in `networks`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msn_eval.checkpoints.networks import StoredNetwork
+
+_Names = Mapping[str, Tensor]
+Values = Callable[[Tensor], Tensor]
+_PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_Rules = tuple[tuple[re.Pattern[str], str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trunk:
+    """The evaluated weights in timm's naming, without heads.
+
+    format:    the family: msn, dino, ibot, dinov2, mae, mocov3, ijepa, beit, moco, simsiam, swav, solo-learn, lightly,
+               huggingface, timm, torchvision, or other
+    weights:   by name
+    dropped:   names, as the file has them, of what stands in the network and is not evaluated: heads, decoders, mask tokens
+    heads:     attention heads, where the family differs from what its width would tell
+    norm_eps:  of the layer norms, where the family differs from 1e-6
+    """
+
+    format: str
+    weights: Mapping[str, Tensor]
+    dropped: tuple[str, ...]
+    heads: int | None = None
+    norm_eps: float | None = None
+
+
+def read_trunk(network: StoredNetwork, values: Values = lambda tensor: tensor) -> Trunk:
+    """Give the trunk of a stored network in timm's naming; names that no family knows stay as they are.
+
+    values: gives the values of a tensor that is an outline
+    """
+    tensors = network.tensors
+    if "embeddings.patch_embeddings.projection.weight" in tensors:
+        return _huggingface(network)
+    if "conv_proj.weight" in tensors:
+        return _torchvision_vit(network)
+    if "4.0.conv1.weight" in tensors:
+        return _sequential_resnet(network)
+    if "layer1.0.conv1.weight" in tensors:
+        return _resnet(network)
+    if "patch_embed.proj.weight" in tensors:
+        return _vit(network, values)
+    return _kept("other", tensors, _is_head)
+
+
+def classifier_classes(network: StoredNetwork) -> int | None:
+    """Give the number of classes of a supervised classifier on top of a network, None without one.
+
+    A single matrix under one of a classifier's names counts; the projection heads of pre-training have several layers. Beside
+    a network only Hugging Face keeps it: what others keep there are probes that watched the training.
+    """
+    on_top = dict(network.tensors)
+    if "embeddings.patch_embeddings.projection.weight" in network.tensors:
+        on_top |= network.beside
+    for name in ("head", "heads.head", "heads", "fc", "classifier"):
+        matrix = on_top.get(f"{name}.weight")
+        if matrix is not None and matrix.dim() == 2:
+            return matrix.shape[0]
+    return None
+
+
+def _kept(family: str, tensors: _Names, is_dropped: Callable[[str], bool]) -> Trunk:
+    dropped = tuple(name for name in tensors if is_dropped(name))
+    kept = {name: tensor for name, tensor in tensors.items() if not is_dropped(name)}
+    return Trunk(format=family, weights=kept, dropped=dropped)
+
+
+def _is_head(name: str) -> bool:
+    return name.startswith(("head.", "head_dist.", "heads.", "fc.", "classifier."))
+
+
+# Vision Transformers in timm's names: timm itself and what was copied from it.
+
+_VIT_LEFT = re.compile(
+    r"(head|head_dist|fc|lm_head|cls_pt_layers|projection_head|prototypes|predictor|projector)\b"
+    r"|mask_token$|masked_embed$|decoder_|queue"
+)
+_VIT_NAMES: _Rules = (
+    # DINOv2 trains its blocks in chunks; the second number is the block.
+    (re.compile(r"^blocks\.\d+\.(\d+)\."), r"blocks.\1."),
+    (re.compile(r"\.mlp\.w12\."), ".mlp.fc1."),
+    (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),
+)
+_MOCOV3_HEADS = 12  # of its small network as of its base, and of solo-learn's tiny one
+_MOCOV3_WIDEST = 768
+_MOCOV3_TEMPERATURE = 10_000.0
+_MOCOV3_MOST_PATCHES = 1 << 14
+_MOCOV3_TOLERANCE = 1e-2  # bfloat16 keeps two digits
+
+
+def _vit(network: StoredNetwork, values: Values) -> Trunk:
+    family = _vit_family(network)
+    # MoCo v3's networks come in other families' files too, where nothing but their positions tells.
+    is_mocov3 = family == "mocov3" or (
+        family in ("timm", "solo-learn") and _has_fixed_positions(network.tensors, values)
+    )
+    # solo-learn's MAE has as many, and MAE's positions; its other networks learn theirs.
+    is_solo_mae = family == "solo-learn" and _has_fixed_positions(network.tensors, values, column_first=True)
+    narrow = (*network.tensors["patch_embed.proj.weight"].shape, 0)[0] <= _MOCOV3_WIDEST
+    kept = _kept(family, network.tensors, lambda name: _VIT_LEFT.match(name) is not None)
+    weights = _renamed({name: tensor for name, tensor in kept.weights.items() if _is_weight(name)}, _VIT_NAMES)
+    return Trunk(
+        format="mocov3" if is_mocov3 and family == "timm" else family,
+        weights=_without_register_positions(weights),
+        dropped=kept.dropped,
+        heads=_MOCOV3_HEADS if (is_mocov3 or is_solo_mae) and narrow else None,
+    )
+
+
+def _has_fixed_positions(tensors: _Names, values: Values, *, column_first: bool = False) -> bool:
+    """Tell fixed positions: none for the class token; for the patches sines and cosines, of the row first as MoCo v3's or of
+    the column first as MAE's.
+
+    Source: github.com/facebookresearch/moco-v3, vits.py; github.com/facebookresearch/mae, util/pos_embed.py.
+    """
+    positions = tensors.get("pos_embed")
+    if positions is None or positions.dim() != 3 or "cls_token" not in tensors:
+        return False
+    if positions.shape[0] != 1 or not positions.shape[2] or not positions.is_floating_point():
+        return False
+    patches, width = positions.shape[1] - 1, positions.shape[2]
+    grid = math.isqrt(max(0, patches))
+    if not 4 <= grid * grid == patches <= _MOCOV3_MOST_PATCHES or width % 4 or width > _MOCOV3_WIDEST:
+        return False
+    found = values(positions)[0].double()
+    frequencies = _MOCOV3_TEMPERATURE ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    first, second = angles.repeat_interleave(grid, dim=0), angles.repeat(grid, 1)
+    if column_first:
+        first, second = second, first
+    fixed = torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], dim=1)
+    return not found[0].any() and bool((found[1:] - fixed).abs().max() < _MOCOV3_TOLERANCE)
+
+
+def _vit_family(network: StoredNetwork) -> str:
+    tensors, words, beside = network.tensors, set(network.words), network.beside
+    if "blocks.0.gamma_1" in tensors or "blocks.0.attn.relative_position_bias_table" in tensors:
+        return "beit"
+    if "register_tokens" in tensors or (
+        "mask_token" in tensors and any(name.endswith(".ls1.gamma") for name in tensors)
+    ):
+        return "dinov2"
+    if any(name.startswith("decoder_") for name in tensors):
+        return "mae"
+    if words & {"base_encoder", "momentum_encoder"}:
+        return "mocov3"
+    if "cls_token" not in tensors and words & {"target_encoder", "encoder"}:
+        return "ijepa"
+    if words & {"target_encoder"} or any(name.startswith("fc.") for name in tensors):
+        return "msn"
+    if "masked_embed" in tensors or _has(beside, "last_layer2", "mlp2"):
+        return "ibot"
+    if words & {"teacher", "student"}:
+        return "dino"
+    return _library(network, "timm")
+
+
+def _has(names: Iterable[str], *words: str) -> bool:
+    return any(word in name.split(".") for name in names for word in words)
+
+
+def _library(network: StoredNetwork, otherwise: str) -> str:
+    """Tell solo-learn's and lightly's training files by what stands beside their backbone."""
+    words = set(network.words)
+    if "backbone" in words and _has(network.beside, "classifier", "online_classifier") and "state_dict" in words:
+        return "solo-learn"
+    if "vit" in words and words & {"backbone", "anchor_backbone", "student_backbone", "teacher_backbone"}:
+        return "lightly"
+    return otherwise
+
+
+def _is_weight(name: str) -> bool:
+    """Leave out tables of indices, which are computed and not learned."""
+    return not name.endswith("relative_position_index")
+
+
+def _renamed(tensors: _Names, rules: _Rules) -> dict[str, Tensor]:
+    """Give tensors by other names; a second one for the same name gets one that fits no network, so that none is lost."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        other = name
+        for pattern, replacement in rules:
+            other = pattern.sub(replacement, other)
+        renamed[f"{name} (a second {other})" if other in renamed else other] = tensor
+    return renamed
+
+
+def _without_register_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn DINOv2's registers, which stand between the class token and the patches and have no position, into timm's, whose
+    prefix tokens have none: the class token takes up its own."""
+    if "register_tokens" not in weights or "pos_embed" not in weights:
+        return weights
+    positions, token = weights["pos_embed"], weights.get("cls_token")
+    if (
+        positions.dim() != 3
+        or token is None
+        or token.shape != positions[:, :1].shape
+        or not _are_alike([token, positions])
+    ):
+        return weights  # which then fit no network
+    changed = dict(weights)
+    changed["reg_token"] = changed.pop("register_tokens")
+    changed["cls_token"] = token + positions[:, :1]
+    changed["pos_embed"] = positions[:, 1:]
+    return changed
+
+
+# Residual networks: torchvision's names, and the methods that wrap them.
+
+_RESNET_LEFT = re.compile(r"(fc|head|classifier|projection_head|prototypes|projector|predictor|queue|queue_ptr)\b")
+
+
+def _resnet(network: StoredNetwork) -> Trunk:
+    return _kept(_resnet_family(network), network.tensors, lambda name: _RESNET_LEFT.match(name) is not None)
+
+
+def _resnet_family(network: StoredNetwork) -> str:
+    words, beside, names = set(network.words), network.beside, network.tensors
+    if words & {"encoder_q", "encoder_k"}:
+        return "moco"
+    if words & {"base_encoder", "momentum_encoder"}:
+        return "mocov3"
+    if _has(names, "prototypes", "projection_head"):
+        return "swav"
+    if "encoder" in words and _has(beside, "predictor"):
+        return "simsiam"
+    if words & {"teacher", "student"}:
+        return "dino"
+    return _library(network, "torchvision")
+
+
+_SEQUENTIAL_NAMES: _Rules = (
+    (re.compile(r"^0\."), "conv1."),
+    (re.compile(r"^1\."), "bn1."),
+    (re.compile(r"^4\."), "layer1."),
+    (re.compile(r"^5\."), "layer2."),
+    (re.compile(r"^6\."), "layer3."),
+    (re.compile(r"^7\."), "layer4."),
+)
+
+
+def _sequential_resnet(network: StoredNetwork) -> Trunk:
+    """Give back the names that nn.Sequential(*list(resnet.children())[:-1]) took from a residual network."""
+    return _kept("lightly", _renamed(network.tensors, _SEQUENTIAL_NAMES), _is_head)
+
+
+# torchvision's Vision Transformer, which lightly wraps too.
+
+_TORCHVISION_NAMES: _Rules = (
+    (re.compile(r"^class_token$"), "cls_token"),
+    (re.compile(r"^encoder\.pos_embedding$"), "pos_embed"),
+    (re.compile(r"^conv_proj\."), "patch_embed.proj."),
+    (re.compile(r"^encoder\.ln\."), "norm."),
+    (re.compile(r"^encoder\.layers\.encoder_layer_(\d+)\."), r"blocks.\1."),
+    (re.compile(r"^(blocks\.\d+)\.ln_(\d)\."), r"\1.norm\2."),
+    (re.compile(r"^(blocks\.\d+)\.self_attention\.in_proj_"), r"\1.attn.qkv."),
+    (re.compile(r"^(blocks\.\d+)\.self_attention\.out_proj\."), r"\1.attn.proj."),
+    (re.compile(r"^(blocks\.\d+)\.mlp\.(?:0|linear_1)\."), r"\1.mlp.fc1."),
+    (re.compile(r"^(blocks\.\d+)\.mlp\.(?:3|linear_2)\."), r"\1.mlp.fc2."),
+)
+
+
+def _torchvision_vit(network: StoredNetwork) -> Trunk:
+    trunk = _kept(_library(network, "torchvision"), network.tensors, _is_head)
+    weights = _renamed(trunk.weights, _TORCHVISION_NAMES)
+    return Trunk(format=trunk.format, weights=weights, dropped=trunk.dropped)
+
+
+# Hugging Face: the names of transformers before its version 5, which its files still carry, and those of version 5.
+
+_HUGGINGFACE_LEFT = re.compile(
+    r"(classifier|decoder|lm_head|pooler\.dense)\b|embeddings\.mask_token$|.*relative_position_index$"
+)
+_HUGGINGFACE_NAMES: _Rules = (
+    (re.compile(r"^embeddings\.cls_token$"), "cls_token"),
+    (re.compile(r"^embeddings\.register_tokens$"), "register_tokens"),
+    (re.compile(r"^embeddings\.position_embeddings$"), "pos_embed"),
+    (re.compile(r"^embeddings\.patch_embeddings\.projection\."), "patch_embed.proj."),
+    (re.compile(r"^(?:encoder\.layer|layers)\.(\d+)\."), r"blocks.\1."),
+    (re.compile(r"^(blocks\.\d+)\.layernorm_before\."), r"\1.norm1."),
+    (re.compile(r"^(blocks\.\d+)\.layernorm_after\."), r"\1.norm2."),
+    (re.compile(r"^(blocks\.\d+)\.(?:intermediate\.dense|mlp\.weights_in)\."), r"\1.mlp.fc1."),
+    (re.compile(r"^(blocks\.\d+)\.(?:output\.dense|mlp\.weights_out|mlp\.down_proj)\."), r"\1.mlp.fc2."),
+    (re.compile(r"^(blocks\.\d+)\.attention\.(?:output\.dense|o_proj)\."), r"\1.attn.proj."),
+    (re.compile(r"^(blocks\.\d+)\.attention\.(?:attention\.query|q_proj)\."), r"\1.attn.q."),
+    (re.compile(r"^(blocks\.\d+)\.attention\.(?:attention\.key|k_proj)\."), r"\1.attn.k."),
+    (re.compile(r"^(blocks\.\d+)\.attention\.(?:attention\.value|v_proj)\."), r"\1.attn.v."),
+    (re.compile(r"^(blocks\.\d+)\.layer_scale(\d)\.lambda1$"), r"\1.ls\2.gamma"),
+    (re.compile(r"^(blocks\.\d+)\.lambda_(\d)$"), r"\1.gamma_\2"),
+    (re.compile(r"^(blocks\.\d+)\..*relative_position_bias_table$"), r"\1.attn.relative_position_bias_table"),
+    (re.compile(r"^(?!blocks).*relative_position_bias_table$"), "rel_pos_bias.relative_position_bias_table"),
+    (re.compile(r"^layernorm\."), "norm."),
+    (re.compile(r"^pooler\.layernorm\."), "fc_norm."),
+)
+_HUGGINGFACE_EPS = 1e-12  # of ViT, ViTMAE, I-JEPA and BEiT; ViTMSN and DINOv2 have 1e-6
+
+
+def _huggingface(network: StoredNetwork) -> Trunk:
+    trunk = _kept("huggingface", network.tensors, lambda name: _HUGGINGFACE_LEFT.match(name) is not None)
+    named = _renamed(trunk.weights, _HUGGINGFACE_NAMES)
+    beit = any(name.endswith(".gamma_1") for name in named)
+    has_their_default = beit or "cls_token" not in named or _has((*network.beside, *trunk.dropped), "decoder", "pooler")
+    return Trunk(
+        format="huggingface",
+        weights=_without_register_positions(_packed(named, beit=beit)),
+        dropped=trunk.dropped,
+        norm_eps=_HUGGINGFACE_EPS if has_their_default else None,
+    )
+
+
+def _packed(named: dict[str, Tensor], *, beit: bool) -> dict[str, Tensor]:
+    """Put queries, keys and values into one matrix, and the gate and the values of a gated MLP into another, as timm does."""
+    packed = {}
+    for name, tensor in named.items():
+        block, _, rest = name.partition(".attn.q.")
+        gated, _, gate = name.partition(".mlp.gate_proj.")
+        if rest == "weight" or (rest == "bias" and not beit):
+            packed[f"{block}.attn.qkv.{rest}"] = _stacked(named, [f"{block}.attn.{one}.{rest}" for one in "qkv"], name)
+        elif gate:
+            packed[f"{gated}.mlp.fc1.{gate}"] = _stacked(named, [name, f"{gated}.mlp.up_proj.{gate}"], name)
+        elif beit and (found := re.fullmatch(r"(.*\.attn)\.([qv])\.bias", name)):
+            packed[f"{found.group(1)}.{found.group(2)}_bias"] = tensor
+        elif not _is_packed_with_another(name, named):
+            packed[name] = tensor
+    return packed
+
+
+def _is_packed_with_another(name: str, named: _Names) -> bool:
+    """Tell keys, values and gated values, which go with the queries and the gates; adapters beside them do not."""
+    found = re.fullmatch(r"(.*)(\.attn\.[kv]|\.mlp\.up_proj)\.(weight|bias)", name)
+    if found is None:
+        return False
+    other = ".mlp.gate_proj" if found[2] == ".mlp.up_proj" else ".attn.q"
+    return f"{found[1]}{other}.{found[3]}" in named
+
+
+def _stacked(named: _Names, parts: list[str], otherwise: str) -> Tensor:
+    """Give the parts one above the other; where they do not go together the first alone, which then fits no network."""
+    tensors = [named[part] for part in parts if part in named]
+    if len(tensors) == len(parts) and _are_alike(tensors) and len({one.shape[1:] for one in tensors}) == 1:
+        return torch.cat(tensors)
+    return named[otherwise]
+
+
+def _are_alike(tensors: list[Tensor]) -> bool:
+    """Tell whether tensors can be computed with together: of one type, or of types that numbers pass between."""
+    return all(one.dim() and one.dtype in _PLAIN_DTYPES for one in tensors) and len({one.dim() for one in tensors}) == 1

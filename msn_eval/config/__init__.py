@@ -1,0 +1,1 @@
+"""Options and YAML files as typed dataclasses."""

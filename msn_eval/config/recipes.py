@@ -1,0 +1,119 @@
+"""Probe recipes: how probes are trained that have more to them than one number; the fields of a config's sections."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from msn_eval.config.number_range import check_range
+from msn_eval.errors import UsageError, nearest
+
+TAP_NAMES = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
+Params = Mapping[str, int | float | str]  # a probe's settings, as they stand in protocols and records
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRecipe:
+    """A grid of linear layers, each field part of the protocol; the layer is chosen from the labelled images alone.
+
+    taps:           where the encoder is tapped; of several, each with a grid of its own, the labelled images choose one too
+    lr:             the one learning rate, trained at `weight_decay` without any choice; None for the grid
+    weight_decay:   beside `lr` alone
+    lr_first, lr_last, lrs: ends and number of the grid's learning rates, in equal ratios; the same of weight decays
+    seeds:          held-out tenths, each with an order of its own, over which a layer's accuracy is averaged
+    seed:           of the first of them, and of the final training
+    """
+
+    taps: list[str] = field(default_factory=lambda: ["cls"])
+    lr: float | None = None
+    weight_decay: float = 0.0
+    lr_first: float = 0.1
+    lr_last: float = 1000.0
+    lrs: int = 13
+    weight_decay_first: float = 1e-7
+    weight_decay_last: float = 1e-3
+    weight_decays: int = 3
+    epochs: int = 100
+    batch_size: int = 256
+    seeds: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.taps:
+            raise UsageError("linear.taps: nothing given", remedy=f"Name one or several of {', '.join(TAP_NAMES)}.")
+        for tap in self.taps:
+            if tap not in TAP_NAMES:
+                raise UsageError(
+                    f"linear.taps: there is no tap {tap!r}.{nearest(tap, TAP_NAMES)}",
+                    remedy=f"Known: {', '.join(TAP_NAMES)}.",
+                )
+        for name in ("lr_first", "lr_last", "weight_decay_first", "weight_decay_last"):
+            check_range(f"linear.{name}", getattr(self, name), above=0)
+        if self.lr is not None:
+            check_range("linear.lr", self.lr, above=0)
+        check_range("linear.weight_decay", self.weight_decay, least=0)
+        for name in ("lrs", "weight_decays", "epochs", "batch_size", "seeds"):
+            check_range(f"linear.{name}", getattr(self, name), least=1)
+        check_range("linear.seed", self.seed, least=0)
+
+    @property
+    def named_taps(self) -> tuple[str, ...]:
+        """Give the taps asked for, each once, in one order whatever the user's; none where the probe's own rule holds."""
+        return tuple(tap for tap in TAP_NAMES if tap in self.taps) if set(self.taps) != {"cls"} else ()
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """Give the learning rates to choose from, rising where the ends do."""
+        return (self.lr,) if self.lr is not None else _in_equal_ratios(self.lr_first, self.lr_last, self.lrs)
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """Give the weight decays to choose from."""
+        if self.lr is not None:
+            return (self.weight_decay,)
+        return _in_equal_ratios(self.weight_decay_first, self.weight_decay_last, self.weight_decays)
+
+
+def linear_recipe_of(settings: Params) -> LinearRecipe:
+    """Give the recipe that a record's settings tell of."""
+    given: dict[str, Any] = dict(settings)
+    if "taps" in given:
+        given["taps"] = given["taps"].split(",")
+    return LinearRecipe(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentedRecipe:
+    """How linear layers are trained on augmented images; each field is part of the protocol, each learning rate one by itself.
+
+    lr:           at the first step, falling to 0 along a cosine over all steps
+    weight_decay: on the layer's weights; biases and the norm are left alone
+    batch_size:   images a step, all ranks and accumulated parts together; never more than there are
+    crop_share:   smallest share of an image's area that a crop keeps
+    seed:         of the first weights, the order of images, and every image's crops and flips
+    """
+
+    lr: list[float] = field(default_factory=lambda: [6.4])
+    weight_decay: float = 0.0
+    epochs: int = 100
+    batch_size: int = 16384
+    crop_share: float = 0.08
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.lr:
+            raise UsageError("linear_augmented.lr: nothing given", remedy="Name at least one learning rate.")
+        for rate in self.lr:
+            check_range("linear_augmented.lr", rate, above=0)
+        check_range("linear_augmented.weight_decay", self.weight_decay, least=0)
+        for name in ("epochs", "batch_size"):
+            check_range(f"linear_augmented.{name}", getattr(self, name), least=1)
+        check_range("linear_augmented.crop_share", self.crop_share, above=0, most=1)
+        check_range("linear_augmented.seed", self.seed, least=0)
+
+
+def _in_equal_ratios(first: float, last: float, count: int) -> tuple[float, ...]:
+    """Give `count` numbers from `first` to `last`, both ends exact, rounded to six digits between them."""
+    if count == 1:
+        return (first,)
+    steps = (first * (last / first) ** (place / (count - 1)) for place in range(1, count - 1))
+    return (first, *(float(f"{one:.6g}") for one in steps), last)

@@ -1,0 +1,231 @@
+"""Subset: the labelled training images of one draw. It counts itself and trusts no file name."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from msn_eval.data.dataset import class_map_sha256
+from msn_eval.data.imagenet_subsets import read_publication, read_published_list
+from msn_eval.data.images import ImageSet
+from msn_eval.errors import DataError, NumericalError, UsageError, nearest
+
+SHOTS = {"1img": 1, "2imgs": 2, "5imgs": 5}
+SHARES = {"1pct": 100, "10pct": 10}  # one image in so many, rounded up
+LOW_SHOT = ("1img", "2imgs", "5imgs", "1pct")
+SUBSETS = (*SHOTS, *SHARES, "full")
+DRAWS = (1, 2, 3)
+_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subset:
+    """One draw of labelled training images.
+
+    name:      as asked for, such as `5imgs`; a list file's name for a list
+    draw:      1-based
+    rule:      how the images were chosen: `published`, `nested`, `full`, or `list:` and a hash of the list
+    image_ids: unique, in the order of the data set
+    skipped:   unreadable images that some draw of this subset had to do without, in byte order
+    """
+
+    name: str
+    draw: int
+    rule: str
+    image_ids: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.image_ids:
+            raise DataError(f"subset {self.name}@{self.draw} has no images")
+        if len(set(self.image_ids)) != len(self.image_ids):
+            raise DataError(f"subset {self.name}@{self.draw} names an image twice")
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+
+def make_subsets(names: Sequence[str], train: ImageSet) -> tuple[Subset, ...]:
+    """Give every draw of the subsets asked for, each once, in the order asked.
+
+    names: `1img`, `2imgs`, `5imgs`, `1pct`, `10pct`, `full`, `low-shot`, each perhaps with `@DRAW`, or list files
+    Raises UsageError for an unknown name or draw, DataError where images are missing.
+    """
+    subsets: dict[tuple[str, int, str], Subset] = {}
+    for name in names:
+        base, at, draw = name.partition("@")
+        for part in [f"{one}{at}{draw}" for one in LOW_SHOT] if base == "low-shot" else [name]:
+            for subset in _draws_of(part, train):
+                subsets.setdefault((subset.name, subset.draw, subset.rule), subset)
+    return tuple(subsets.values())
+
+
+def union_of(subsets: Sequence[Subset], train: ImageSet) -> ImageSet:
+    """Give every image that some of the subsets need, once: draws and sizes overlap heavily."""
+    return train.only(list({image_id: None for subset in subsets for image_id in subset.image_ids}))
+
+
+def check_subset_names(names: Iterable[str]) -> None:
+    """Raise UsageError for a name that no data set could have, before anything is read."""
+    for name in names:
+        base, _, draw = name.partition("@")
+        if base in (*SUBSETS, "low-shot"):
+            if draw and draw not in [str(known) for known in DRAWS]:
+                raise UsageError(f"--subset {name}: there is no draw {draw!r}", remedy="Draws are 1, 2 and 3.")
+        elif not _is_list_file(name):
+            raise UsageError(
+                f"--subset {name}: no subset and no list file has this name.{nearest(base, (*SUBSETS, 'low-shot'))}",
+                remedy=f"Known: {', '.join(SUBSETS)}, low-shot, or the path of a list, one image a line.",
+            )
+
+
+def _is_list_file(name: str) -> bool:
+    return Path(name).is_file()
+
+
+def _draws_of(name: str, train: ImageSet) -> tuple[Subset, ...]:
+    check_subset_names([name])
+    base, _, wanted = name.partition("@")
+    if base not in SUBSETS:
+        return (read_list(Path(name), train),)
+    publication = read_publication()
+    published = publication.lists_of(base) if class_map_sha256(train.classes) == publication.class_map_sha256 else ()
+    draws = [entry.draw for entry in published] or ([1] if base == "full" else list(DRAWS))
+    if wanted and int(wanted) not in draws:
+        raise UsageError(f"--subset {name}: {base} has only draw {draws[0]} here", remedy=f"Ask for {base}.")
+    chosen = [draw for draw in draws if not wanted or draw == int(wanted)]
+    if published:
+        lists = {entry.draw: read_published_list(entry) for entry in published if entry.draw in chosen}
+        return tuple(
+            Subset(name=base, draw=draw, rule="published", image_ids=_listed(lists[draw][1], lists[draw][0], train))
+            for draw in chosen
+        )
+    return tuple(draw_subset(base, draw, train) for draw in chosen)
+
+
+def draw_subset(name: str, draw: int, train: ImageSet) -> Subset:
+    """Draw a nested subset: within each class the first k images in the order of SHA-256 of `DRAW:CLASS/FILE`.
+
+    Classes of the data set that have no training image at all (only with --allow-class-mismatch) give none.
+    Raises DataError naming a class with fewer than k images.
+    """
+    if name == "full":
+        return Subset(name=name, draw=draw, rule="full", image_ids=train.ids)
+    chosen: list[str] = []
+    for class_name, ids in zip(train.classes, train.ids_by_class, strict=True):
+        count = SHOTS[name] if name in SHOTS else -(-len(ids) // SHARES[name])
+        if ids and len(ids) < count:
+            raise DataError(
+                f"class {class_name!r} has {len(ids)} training image{'s' if len(ids) > 1 else ''}, {name} needs {count}",
+                remedy="Add images to the class, or ask for a smaller subset.",
+            )
+        chosen += sorted(ids, key=lambda image_id: (_lot(draw, image_id), os.fsencode(image_id)))[:count]
+    return Subset(name=name, draw=draw, rule="nested", image_ids=train.only(chosen).ids)
+
+
+def readable_subsets(
+    names: Sequence[str], train: ImageSet, undecodable: Callable[[ImageSet], Collection[str]]
+) -> tuple[Subset, ...]:
+    """Give the subsets asked for without images that cannot be decoded.
+
+    undecodable: tells the images of a set that cannot be used
+    In a draw the next readable image of its order takes a bad one's place; `full` and lists of the user's own only lose
+    theirs. Every draw of a subset is looked at even if one alone was asked for, so that `skipped` depends on the subset
+    and not on the request. Raises DataError naming a class that runs out of images.
+    """
+    asked = make_subsets(names, train)
+    found: list[Subset] = []
+    for name in dict.fromkeys(subset.name for subset in asked):
+        wanted = [subset for subset in asked if subset.name == name]
+        draws = wanted if wanted[0].rule.startswith("list:") else make_subsets([name], train)
+        bad: set[str] = set()
+        replaced = tuple(draws)
+        while fresh := set(undecodable(union_of(replaced, train))):
+            bad |= fresh
+            replaced = tuple(without_images(subset, train, bad) for subset in draws)
+        numbers = {subset.draw for subset in wanted}
+        skipped = tuple(sorted(bad, key=os.fsencode))
+        found += [replace(subset, skipped=skipped) for subset in replaced if subset.draw in numbers]
+    return tuple(found)
+
+
+def without_images(subset: Subset, train: ImageSet, bad: set[str]) -> Subset:
+    """Give a draw without the `bad` images, each replaced by the next of the draw's order; `full` and lists only lose.
+
+    Raises DataError naming a class that runs out of images.
+    """
+    kept = set(subset.image_ids) - bad
+    if subset.rule in ("nested", "published"):
+        lost = Counter(train.labels[train.position[image_id]] for image_id in subset.image_ids if image_id in bad)
+        for label, count in lost.items():
+            spare = [image_id for image_id in train.ids_by_class[label] if image_id not in kept and image_id not in bad]
+            if len(spare) < count:
+                raise DataError(
+                    f"class {train.classes[label]!r} has too few readable images for {subset.name}",
+                    remedy="Repair its images, or ask for a smaller subset.",
+                )
+            kept.update(
+                sorted(spare, key=lambda image_id: (_lot(subset.draw, image_id), os.fsencode(image_id)))[:count]
+            )
+    if not kept:
+        raise DataError(f"no image of subset {subset.name} can be read", remedy="Repair the files.")
+    return replace(subset, image_ids=train.only(list(kept)).ids)
+
+
+def _lot(draw: int, image_id: str) -> bytes:
+    return hashlib.sha256(str(draw).encode() + b":" + os.fsencode(image_id)).digest()
+
+
+def read_list(path: Path, train: ImageSet) -> Subset:
+    """Read a list file: one id or file name a line; a byte-order mark, CRLF and empty lines do no harm.
+
+    Raises DataError naming the lines that are unknown, ambiguous or double, NumericalError for a class without images.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the list cannot be read: {error}", where=str(path), remedy="Give a UTF-8 text file."
+        ) from error
+    image_ids = _listed(text, path, train)
+    counts = Counter(train.labels[train.position[image_id]] for image_id in image_ids)
+    empty = [name for label, name in enumerate(train.classes) if not counts[label]]
+    if empty:
+        raise NumericalError(
+            f"{len(empty)} of {len(train.classes)} classes have no image in this list ({', '.join(empty[:_SHOWN])}); "
+            "their validation images could never be right",
+            where=str(path),
+            remedy="Add images of these classes to the list, or evaluate on a data set without them.",
+        )
+    content = hashlib.sha256(b"".join(os.fsencode(image_id) + b"\n" for image_id in image_ids)).hexdigest()
+    return Subset(name=path.name, draw=1, rule=f"list:{content[:16]}", image_ids=image_ids)
+
+
+def _listed(text: str, path: Path, train: ImageSet) -> tuple[str, ...]:
+    first_line: dict[str, int] = {}
+    faults: list[str] = []
+    for number, raw in enumerate(text.splitlines(), start=1):
+        line = raw.strip()
+        if not line:
+            continue
+        found = (line,) if line in train.position else train.ids_by_file.get(line, ())
+        if len(found) != 1:
+            reason = f"{len(found)} images have this file name; write CLASS/FILE" if found else "no such training image"
+            faults.append(f"line {number}: {line}: {reason}")
+        elif found[0] in first_line:
+            faults.append(f"line {number}: {line}: already on line {first_line[found[0]]}")
+        else:
+            first_line[found[0]] = number
+    if faults:
+        shown = "\n".join(f"  {fault}" for fault in faults[:_SHOWN])
+        more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise DataError(
+            f"{len(faults)} lines of the list do not fit the training images:\n{shown}{more}",
+            where=str(path),
+            remedy="Complete the data set, or use the list that belongs to it.",
+        )
+    if not first_line:
+        raise DataError("the list is empty", where=str(path), remedy="Write one image a line.")
+    return train.only(list(first_line)).ids

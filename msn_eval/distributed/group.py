@@ -1,0 +1,116 @@
+"""Group: the processes of one job, the share of each, and that none waits for one that is gone.
+
+No tensor travels between ranks: each writes the features of its share to the cache that all of them read. So they only
+have to agree, to wait for each other and to notice each other's end. The key-value store by which launchers let ranks
+meet is enough for that, beside any backend, and no call here can hang in a collective.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from msn_eval.distributed.job import Line
+from msn_eval.distributed.limits import Limits
+from msn_eval.distributed.peers import SHOWN
+from msn_eval.distributed.place import read_place
+from msn_eval.errors import DistributedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The ranks of one job as one of them sees it.
+
+    rank:       0 to world - 1; rank 0 alone prints and writes records
+    local_rank: among the ranks of this host: the number of its GPU
+    line:       to the other ranks; None where there are none
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+    host: str
+    line: Line | None = field(default=None, repr=False)
+
+
+ALONE = Group(rank=0, world=1, local_rank=0, host="localhost")
+
+
+def share(items: int, group: Group, *, block: int) -> range:
+    """Give the rows that one rank does: contiguous, nothing twice, in whole blocks of which only the last may be short.
+
+    Over all ranks they are range(items), and no rank has over one block more than another.
+    """
+    blocks = -(-items // block)
+    first, last = (blocks * edge // group.world for edge in (group.rank, group.rank + 1))
+    return range(first * block, min(last * block, items))
+
+
+@contextmanager
+def join_group(*, environment: Mapping[str, str] | None = None, limits: Limits | None = None) -> Iterator[Group]:
+    """Give the group that the launcher's environment names; a group of one where it names none.
+
+    Inside, the death or silence of another rank ends the body with DistributedError, whose exit code is the one that the
+    other rank posted, if it posted one. An exception that leaves the body is told to the others; of several ranks with the
+    same fault, the lowest keeps its error and the rest leave with a line. An orderly end is told too, and a rank that
+    holds the store waits for the others.
+    Raises DistributedError where the environment is incomplete or the ranks do not meet.
+    """
+    place = read_place(os.environ if environment is None else environment)
+    if place is None:
+        yield ALONE
+        return
+    line = Line(place, limits or Limits())
+    with line.open():
+        yield Group(rank=place.rank, world=place.world, local_rank=place.local_rank, host=place.host, line=line)
+
+
+def agree(group: Group, what: str, facts: Mapping[str, str]) -> None:
+    """Go on only if every rank states the same facts.
+
+    what: whose facts they are, for people
+    Raises DistributedError on every rank, naming the facts that differ, the ranks and what each says.
+    """
+    if group.line is None:
+        return
+    told = [json.loads(facts_of) for facts_of in group.line.exchange("agreement", what, json.dumps(dict(facts)))]
+    names = list(dict.fromkeys(name for one in told for name in one))
+    differing = [name for name in names if any(one.get(name) != told[0].get(name) for one in told)]
+    if not differing:
+        return
+    lines = []
+    for name in differing[:SHOWN]:
+        sayings: dict[str | None, list[int]] = defaultdict(list)
+        for rank, one in enumerate(told):
+            sayings[one.get(name)].append(rank)
+        said = (
+            f"{'nothing' if value is None else value} on {group.line.others.names(ranks)}"
+            for value, ranks in sayings.items()
+        )
+        lines.append(f"  {name}: {'; '.join(said)}")
+    if len(differing) > SHOWN:
+        lines.append(f"  and {len(differing) - SHOWN} more")
+    raise DistributedError(
+        "\n".join([f"the ranks do not agree on {what}:", *lines]),
+        remedy="Give every host the same files, options and versions.",
+    )
+
+
+def barrier(group: Group, name: str) -> None:
+    """Wait until every rank is here. Raises DistributedError where one of them will not come."""
+    if group.line is not None:
+        group.line.exchange("barrier", name, "")
+
+
+def gathered(group: Group, name: str, value: str) -> list[str]:
+    """Give what every rank says, in the order of the ranks. Raises DistributedError where one of them is lost."""
+    return [value] if group.line is None else group.line.exchange("gathering", name, value)
+
+
+def decided(group: Group, name: str, make: Callable[[], str]) -> str:
+    """Give what rank 0 makes; the others wait for it. Raises DistributedError where rank 0 is lost."""
+    if group.line is None:
+        return make()
+    return group.line.follow(name, make)

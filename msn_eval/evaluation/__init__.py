@@ -1,0 +1,1 @@
+"""The evaluation pipeline: checkpoint, encoder, features, probe, record."""

@@ -1,0 +1,59 @@
+"""Portion: how many images go through an encoder at once; it changes seconds, and numbers by rounding at most."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from msn_eval.errors import ResourceError
+from msn_eval.features.encoder import Encoder
+from msn_eval.features.shortage import SHORTAGES, is_shortage
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(kw_only=True)
+class Portion:
+    """images: at least 1; halved where memory gives out, and what follows begins with what was left."""
+
+    images: int
+
+
+def in_portions(
+    encoder: Encoder, images: int, portion: Portion, do: Callable[[slice], _T], *, kept: str = ""
+) -> list[_T]:
+    """Do something to runs of a batch's images that together are all of them, in halves and their halves where memory runs out.
+
+    do:   from the rows of a run, of which the last may reach beyond the batch; all are done anew after a shortage
+    kept: what is told of work that was finished
+    Raises ResourceError where one image is too much, and where the encoder cannot be compiled.
+    """
+    while True:
+        try:
+            return [do(slice(first, first + portion.images)) for first in range(0, images, portion.images)]
+        except SHORTAGES as error:
+            if encoder.compiled and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise ResourceError(
+                    f"torch.compile failed: {str(error).strip().partition(chr(10))[0]}",
+                    remedy="It needs a C++ compiler, or Triton on a GPU; or leave out --compile.",
+                ) from error
+            if not is_shortage(error):
+                raise
+            shortage = str(error).partition("\n")[0]
+        # Outside of the except block: there the failed attempt's frames, and their tensors with them, would live on.
+        if portion.images == 1:
+            raise ResourceError(
+                f"{encoder.checkpoint.name}: memory of {encoder.device} is too small for one image: {shortage}",
+                remedy="Use another --device, or --precision bf16.",
+                kept=kept,
+            )
+        portion.images = max(1, min(portion.images, images) // 2)
+        _log.warning(
+            "%s: out of memory on %s; going on with %d images a batch",
+            encoder.checkpoint.name, encoder.device, portion.images,
+        )  # fmt: skip
+        if encoder.device.type == "cuda":
+            torch.cuda.empty_cache()

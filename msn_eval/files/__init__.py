@@ -1,0 +1,1 @@
+"""Reading and writing files: atomic writes, JSON records, package data."""

@@ -1,0 +1,1 @@
+"""Network architectures by timm's names, and how they are built."""

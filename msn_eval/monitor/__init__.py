@@ -1,0 +1,1 @@
+"""Monitoring of a running pre-training: scores and alarms for each snapshot."""

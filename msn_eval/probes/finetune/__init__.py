@@ -1,0 +1,1 @@
+"""Fine-tuning of an encoder together with a linear head."""

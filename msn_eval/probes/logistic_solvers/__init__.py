@@ -1,0 +1,1 @@
+"""Solvers for L2-regularised multinomial logistic regression."""

@@ -1,0 +1,1 @@
+"""Result records, their predictions and the statistics over them."""

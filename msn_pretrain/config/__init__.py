@@ -1,0 +1,1 @@
+"""Pre-training recipes and their schedules."""

@@ -1,0 +1,390 @@
+"""Recipe: everything that defines a pre-training run; recipe_file reads it.
+
+    MSNRecipe      run, data, views, encoder, head, masking, criterion, optimization, ema, watch
+    SimSiamRecipe  run, data, views, encoder, projector, optimization, watch
+
+Defaults are the published values: of the released ViT-S/16 for MSN, of ResNet-50 for SimSiam.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from msn_eval.config.number_range import check_range
+from msn_eval.errors import UsageError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where and how a run computes; nothing here changes what is learnt but `seed`, and by rounding `precision`.
+
+    device:           auto, cpu, cuda, cuda:N, or several as cuda:0,cuda:1
+    precision:        auto (bf16 on CUDA, fp32 on CPU), fp32, bf16
+    attention:        auto, fused (SDPA) or explicit, which is faster in bf16 on CPUs
+    micro_batch:      images a rank computes at once, 0 for its whole share of the batch
+    log_every:        steps between two lines of metrics.jsonl
+    snapshot_minutes: minutes between two snapshots; each epoch ends with one besides
+    keep_every:       epochs between two snapshots that stay, 0 for none
+    compare_every:    steps between two comparisons of the ranks' weights, 0 for none but those before snapshots
+    """
+
+    dir: str = "runs/pretrain"
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    attention: str = "auto"
+    compile: bool = False
+    micro_batch: int = 0
+    log_every: int = 10
+    snapshot_minutes: float = 10.0
+    keep_every: int = 25
+    compare_every: int = 100
+
+    def __post_init__(self) -> None:
+        _one_of("run.precision", self.precision, ("auto", "fp32", "bf16"))
+        _one_of("run.attention", self.attention, ("auto", "fused", "explicit"))
+        check_range("run.seed", self.seed, least=0)
+        check_range("run.micro_batch", self.micro_batch, least=0)
+        check_range("run.log_every", self.log_every, least=1)
+        check_range("run.snapshot_minutes", self.snapshot_minutes, above=0)
+        check_range("run.keep_every", self.keep_every, least=0)
+        check_range("run.compare_every", self.compare_every, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The images: a folder with `train/<class>/*`, or another data set that `msn-eval --data` takes.
+
+    root:       its path or name; must be given
+    workers:    processes that decode, 0 for none
+    limit:      images a class at most, 0 for all
+    pin_memory: whether batches are handed to a GPU through page-locked memory
+    """
+
+    root: str = ""
+    workers: int = 4
+    limit: int = 0
+    pin_memory: bool = True
+
+    def __post_init__(self) -> None:
+        check_range("data.workers", self.workers, least=0)
+        check_range("data.limit", self.limit, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """How an image becomes views. Sides in pixels, scales as shares of its area, the rest probabilities and strengths.
+
+    random_views:  anchors of `image_pixels`, besides the one target of MSN; SimSiam has two views and no others
+    focal_views:   anchors of `focal_pixels`, unmasked
+    interpolation: bilinear or bicubic
+    brightness, contrast, saturation, hue: how far each may be jittered, as torchvision's ColorJitter counts
+    jitter, grey, blur, flip: probabilities
+    made:          loader (one by one where images are decoded), device (many at once on the training device), or auto:
+                   device on CUDA. The two differ by rounding.
+    """
+
+    image_pixels: int = 224
+    focal_pixels: int = 96
+    random_views: int = 1
+    focal_views: int = 10
+    crop_scale: tuple[float, float] = (0.3, 1.0)
+    focal_crop_scale: tuple[float, float] = (0.05, 0.3)
+    interpolation: str = "bilinear"
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    grey: float = 0.2
+    blur: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    made: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("views.made", self.made, ("auto", "loader", "device"))
+        for name in ("image_pixels", "focal_pixels", "random_views"):
+            check_range(f"views.{name}", getattr(self, name), least=1)
+        check_range("views.focal_views", self.focal_views, least=0)
+        _one_of("views.interpolation", self.interpolation, ("bilinear", "bicubic"))
+        for name in ("flip", "jitter", "grey", "blur"):
+            check_range(f"views.{name}", getattr(self, name), least=0, most=1)
+        for name in ("brightness", "contrast", "saturation"):
+            check_range(f"views.{name}", getattr(self, name), least=0)
+        check_range("views.hue", self.hue, least=0, most=0.5)
+        for name in ("crop_scale", "focal_crop_scale", "blur_sigma"):
+            _check_pair(f"views.{name}", getattr(self, name))
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a YAML file gives a list
+        for name in ("crop_scale", "focal_crop_scale"):
+            low, high = getattr(self, name)
+            check_range(f"views.{name}", low, above=0)
+            check_range(f"views.{name}", high, least=low, most=1)
+        check_range("views.blur_sigma", self.blur_sigma[0], above=0)
+        check_range("views.blur_sigma", self.blur_sigma[1], least=self.blur_sigma[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """The network that is trained.
+
+    name:      timm's, keywords behind it as vit_tiny_patch16_224?img_size=32&patch_size=4
+    drop_path: chance that a block is skipped, rising to this in the last one
+    first_weights:  of a Transformer: `release` draws them as the MSN release does, `timm` as timm
+    position_scale: of its first position embeddings, whose deviation is 0.02. Patches of few pixels have larger embeddings, in
+               which those drown: a small network then long sees patches without their places.
+    stem:      `cifar` for a residual network's 3 x 3 stem without max-pool, else `imagenet`
+    """
+
+    name: str = "vit_small_patch16_224"
+    drop_path: float = 0.0
+    first_weights: str = "release"
+    position_scale: float = 1.0
+    stem: str = "imagenet"
+
+    def __post_init__(self) -> None:
+        check_range("encoder.drop_path", self.drop_path, least=0, most=0.999)
+        _one_of("encoder.first_weights", self.first_weights, ("release", "timm"))
+        check_range("encoder.position_scale", self.position_scale, above=0)
+        _one_of("encoder.stem", self.stem, ("imagenet", "cifar"))
+
+
+def architecture_of(encoder: Encoder) -> str:
+    """Give an encoder's architecture as `msn-eval --arch` takes it."""
+    if encoder.stem == "imagenet":
+        return encoder.name
+    return f"{encoder.name}{'&' if '?' in encoder.name else '?'}stem={encoder.stem}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """MSN's projection head: three linear layers, after the first two BatchNorm and GELU."""
+
+    hidden: int = 2048
+    output: int = 256
+    batch_norm: bool = True
+
+    def __post_init__(self) -> None:
+        check_range("head.hidden", self.hidden, least=1)
+        check_range("head.output", self.output, least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking:
+    """What share of the random anchor's patches is dropped; one choice for a step's batch, as released, or for each image."""
+
+    ratio: float = 0.15
+    per_image: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("masking.ratio", self.ratio, least=0, most=0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion:
+    """MSN's loss.
+
+    temperature:         of anchors' and targets' softmax
+    sharpening:          T of the power 1 / T that targets are raised to, at the first step
+    final_sharpening:    the same at the end of the stretched schedule
+    sinkhorn_iterations: 0 for no Sinkhorn
+    prior:               uniform, or power_law with `prior_exponent` (arXiv:2210.07277)
+    """
+
+    prototypes: int = 1024
+    temperature: float = 0.1
+    sharpening: float = 0.25
+    final_sharpening: float = 0.25
+    sinkhorn_iterations: int = 3
+    me_max_weight: float = 1.0
+    entropy_weight: float = 0.0
+    prior: str = "uniform"
+    prior_exponent: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_range("criterion.prototypes", self.prototypes, least=2)
+        for name in ("temperature", "sharpening", "final_sharpening"):
+            check_range(f"criterion.{name}", getattr(self, name), above=0)
+        for name in ("sinkhorn_iterations", "me_max_weight", "entropy_weight", "prior_exponent"):
+            check_range(f"criterion.{name}", getattr(self, name), least=0)
+        _one_of("criterion.prior", self.prior, ("uniform", "power_law"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimization:
+    """AdamW and its schedules, as MSN's.
+
+    batch_size:             images of one step, over all ranks
+    warmup:                 epochs from `start_learning_rate` to `learning_rate`
+    stretch:                the schedules are as long as this many times the epochs, so that their ends are never reached
+    weight_decay:           at the first step; `final_weight_decay` at the end of the stretched schedule
+    clip:                   largest norm of the gradient of encoder and head, 0 for no limit; prototypes are not clipped
+    """
+
+    epochs: int = 800
+    batch_size: int = 1024
+    start_learning_rate: float = 2e-4
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-6
+    warmup: float = 15.0
+    stretch: float = 1.25
+    weight_decay: float = 0.04
+    final_weight_decay: float = 0.4
+    clip: float = 3.0
+
+    def __post_init__(self) -> None:
+        check_range("optimization.epochs", self.epochs, least=1)
+        check_range("optimization.batch_size", self.batch_size, least=2)
+        check_range("optimization.learning_rate", self.learning_rate, above=0)
+        for name in (
+            "start_learning_rate",
+            "final_learning_rate",
+            "weight_decay",
+            "final_weight_decay",
+            "clip",
+            "warmup",
+        ):
+            check_range(f"optimization.{name}", getattr(self, name), least=0)
+        check_range("optimization.stretch", self.stretch, least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMA:
+    """How much of the target encoder stays at each step, rising linearly over the stretched schedule."""
+
+    start: float = 0.996
+    final: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("ema.start", self.start, least=0, most=1)
+        check_range("ema.final", self.final, least=0, most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What is looked at while a run goes on.
+
+    probe_every: epochs between two evaluations through msn_eval, 0 for none
+    probe_data:  their data set, empty for that of the run
+    probes:      which, of knn, ridge and logistic
+    subset:      labelled images they get
+    on_alarm:    stop or warn, at a loss that is not finite and at a collapse; rollback takes the last snapshot's weights
+                 again at the first, leaves out the images in between, and stops at a collapse
+    """
+
+    probe_every: int = 0
+    probe_data: str = ""
+    probes: list[str] = field(default_factory=lambda: ["knn"])
+    subset: str = "5imgs"
+    on_alarm: str = "stop"
+
+    def __post_init__(self) -> None:
+        check_range("watch.probe_every", self.probe_every, least=0)
+        _one_of("watch.on_alarm", self.on_alarm, ("stop", "warn", "rollback"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MSNRecipe:
+    """Masked Siamese Networks. Source: arXiv:2204.07141; github.com/facebookresearch/msn, configs/pretrain/msn_vits16.yaml."""
+
+    method: str = "msn"
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    views: Views = field(default_factory=Views)
+    encoder: Encoder = field(default_factory=Encoder)
+    head: Head = field(default_factory=Head)
+    masking: Masking = field(default_factory=Masking)
+    criterion: Criterion = field(default_factory=Criterion)
+    optimization: Optimization = field(default_factory=Optimization)
+    ema: EMA = field(default_factory=EMA)
+    watch: Watch = field(default_factory=Watch)
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, ("msn",))
+        _one_of("encoder.stem", self.encoder.stem, ("imagenet",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projector:
+    """SimSiam's projector, with BatchNorm after each of its layers, and predictor.
+
+    layers:    of the projector: 3 on ImageNet, 2 on CIFAR-10
+    output:    width of the projection and of the projector's hidden layers
+    predictor: width of the predictor's hidden layer
+    """
+
+    layers: int = 3
+    output: int = 2048
+    predictor: int = 512
+
+    def __post_init__(self) -> None:
+        check_range("projector.layers", self.layers, least=1)
+        check_range("projector.output", self.output, least=1)
+        check_range("projector.predictor", self.predictor, least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD:
+    """SimSiam's optimiser: SGD, or AdamW for Transformers.
+
+    batch_size:           images of one step, over all ranks
+    learning_rate:        for 256 images; the rate of a step is this times batch_size / 256, on a cosine over the epochs
+    warmup:               epochs of linear warm-up
+    weight_decay:         of all parameters, biases and norms too, for `sgd`; of matrices alone for `adamw`
+    fixed_predictor_rate: whether the predictor's rate does not decay
+    """
+
+    optimizer: str = "sgd"
+    epochs: int = 100
+    batch_size: int = 512
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup: float = 0.0
+    clip: float = 0.0
+    fixed_predictor_rate: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("optimization.optimizer", self.optimizer, ("sgd", "adamw"))
+        check_range("optimization.epochs", self.epochs, least=1)
+        check_range("optimization.batch_size", self.batch_size, least=2)
+        check_range("optimization.learning_rate", self.learning_rate, above=0)
+        for name in ("weight_decay", "warmup", "clip"):
+            check_range(f"optimization.{name}", getattr(self, name), least=0)
+        check_range("optimization.momentum", self.momentum, least=0, most=0.9999)
+
+
+def _simsiam_views() -> Views:
+    return Views(random_views=2, focal_views=0, crop_scale=(0.2, 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimSiamRecipe:
+    """Simple Siamese networks. Source: arXiv:2011.10566; github.com/facebookresearch/simsiam."""
+
+    method: str = "simsiam"
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    views: Views = field(default_factory=_simsiam_views)
+    encoder: Encoder = field(default_factory=lambda: Encoder(name="resnet50"))
+    projector: Projector = field(default_factory=Projector)
+    optimization: SGD = field(default_factory=SGD)
+    watch: Watch = field(default_factory=Watch)
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, ("simsiam",))
+        if self.views.random_views != 2 or self.views.focal_views:
+            raise UsageError(
+                "views: SimSiam compares two views", remedy="Leave views.random_views=2, views.focal_views=0."
+            )
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"{key}: {value!r}.{nearest(value, known)}", remedy=f"Known: {', '.join(known)}.")
+
+
+def _check_pair(key: str, values: Sequence[float]) -> None:
+    if len(values) != 2:
+        raise UsageError(
+            f"{key}: {list(values)} are not two numbers", remedy="Give a lower and an upper one: [0.3, 1.0]."
+        )

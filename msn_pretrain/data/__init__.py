@@ -1,0 +1,1 @@
+"""Training images: sampling order and augmented views."""

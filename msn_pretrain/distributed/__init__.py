@@ -1,0 +1,1 @@
+"""Ranks of a pre-training run and their collectives."""

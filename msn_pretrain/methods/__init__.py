@@ -1,0 +1,1 @@
+"""Pre-training methods: MSN and SimSiam."""

@@ -1,0 +1,432 @@
+"""Reading weight files, and refusing those that are damaged, hostile, or something else."""
+
+import argparse
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import random
+import re
+import struct
+import tarfile
+import warnings
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from omegaconf import OmegaConf
+
+from msn_eval.checkpoints.formats import read
+from msn_eval.checkpoints.formats.read import read_weight_file
+from msn_eval.errors import CheckpointError
+
+WEIGHTS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
+
+
+class Payload:
+    """What an attacker would pickle: loading it calls a function with arguments."""
+
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call
+
+
+def saved(content: object = WEIGHTS, *, zipped: bool = True) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+def old_file(pickled: bytes, keys: bytes = b"\x80\2].") -> bytes:
+    headers = b"".join(pickle.dumps(part, protocol=2) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
+    return headers + pickled + keys
+
+
+def real_tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("weights.pth"))
+    return buffer.getvalue()
+
+
+def torchscript() -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), buffer)
+    return buffer.getvalue()
+
+
+def plain_zip() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("readme.txt", "not weights")
+    return buffer.getvalue()
+
+
+REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "empty"),
+    "HTML": (lambda: b"<!DOCTYPE html><title>404</title>", "web page"),
+    "git-lfs pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+    "gzip": (lambda: gzip.compress(saved()), "gzip"),
+    "tar": (real_tar, "tar archive"),
+    "zeros": (lambda: bytes(4096), "zeros"),
+    "truncated zip": (lambda: saved()[:-100], "truncated zip: no central directory"),
+    "half a zip": (lambda: saved()[: len(saved()) // 2], "truncated zip: no central directory"),
+    "other zip": (plain_zip, "zip archive of something else"),
+    "TorchScript": (torchscript, "TorchScript"),
+    "truncated old file": (lambda: saved(zipped=False)[:-4], "cannot be read in full"),
+    "truncated safetensors": (lambda: safetensors.torch.save(WEIGHTS)[:-4], "cannot be read in full"),
+    "safetensors without its end": (lambda: safetensors.torch.save(WEIGHTS)[:20], "a header of"),
+    "pickle of protocol 4": (lambda: pickle.dumps({"epoch": 3}, protocol=4), "saved with pickle protocol 4"),
+    "os.system": (lambda: saved(Payload(os.system, "true")), r"posix\.system"),
+    "os.system, old file": (lambda: saved(Payload(os.system, "true"), zipped=False), r"posix\.system"),
+    "os.system, bare pickle": (lambda: pickle.dumps(Payload(os.system, "true"), protocol=2), r"posix\.system"),
+    "exec": (lambda: saved({"weight": Payload(exec, "1")}), r"found: builtins\.exec"),
+    "whole module": (lambda: saved(torch.nn.Linear(2, 2)), r"torch\.nn\.modules\.linear\.Linear"),
+    "unfamiliar class": (lambda: saved(WEIGHTS | {"args": argparse.ArgumentParser}), r"argparse\.ArgumentParser"),
+}
+
+
+def refusal(tmp_path: Path, kind: str) -> CheckpointError:
+    path = tmp_path / "vitb16.pth"
+    path.write_bytes(REFUSED[kind][0]())
+    with pytest.raises(CheckpointError) as caught:
+        read_weight_file(path)
+    return caught.value
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+def test_tensors_and_plain_values_are_read_as_saved(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "vit.pth"
+    path.write_bytes(saved({"model": WEIGHTS, "epoch": 3, "loss": 0.5}, zipped=zipped))
+    content = read_weight_file(path).content
+    assert (content["epoch"], content["loss"], content["model"]["weight"].tolist()) == (3, 0.5, [[0, 1, 2], [3, 4, 5]])
+
+
+def test_safetensors_are_read_as_saved(tmp_path: Path) -> None:
+    path = tmp_path / "vit.safetensors"
+    safetensors.torch.save_file(WEIGHTS, path)
+    content = read_weight_file(path).content
+    assert all(torch.equal(content[name], WEIGHTS[name]) for name in WEIGHTS)
+
+
+@pytest.mark.parametrize("name", ["vit.pth", "vit.safetensors", "vit.bin", "vit"])
+def test_container_is_told_by_content_and_not_by_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(safetensors.torch.save(WEIGHTS))
+    assert read_weight_file(path).container == "safetensors"
+
+
+def test_file_named_pth_tar_that_is_no_tar_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "vit.pth.tar"
+    path.write_bytes(saved())
+    assert read_weight_file(path).container == "zip"
+
+
+def test_sha256_is_that_of_the_files_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "vit.pth"
+    path.write_bytes(saved())
+    assert read_weight_file(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_unusable_file_is_refused_by_what_it_is(tmp_path: Path, kind: str) -> None:
+    assert re.search(REFUSED[kind][1], refusal(tmp_path, kind).what)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refusal_names_the_file_and_a_remedy(tmp_path: Path, kind: str) -> None:
+    error = refusal(tmp_path, kind)
+    assert (error.exit_code, "vitb16.pth" in str(error), len(error.remedy) > 10) == (20, True, True)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refusal_passes_on_no_advice_to_trust_the_file(tmp_path: Path, kind: str) -> None:
+    text = str(refusal(tmp_path, kind))
+    assert not re.search("weights_only|add_safe_globals|safe_globals", text)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refusal_has_no_escape_sequences(tmp_path: Path, kind: str) -> None:
+    text = str(refusal(tmp_path, kind))
+    assert "\x1b" not in text
+    assert r"\x1b" not in text
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+@pytest.mark.parametrize("function", [os.system, os.popen, exec, eval], ids=["system", "popen", "exec", "eval"])
+def test_payload_in_a_file_is_never_run(tmp_path: Path, function: Callable[..., object], zipped: bool) -> None:
+    canary = tmp_path / "canary"
+    order = f"touch {canary}" if function in (os.system, os.popen) else f"open({str(canary)!r}, 'w')"
+    path = tmp_path / "vit.pth"
+    path.write_bytes(saved({"weight": Payload(function, order)}, zipped=zipped))
+    with pytest.raises(CheckpointError):
+        read_weight_file(path)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+def test_file_cut_anywhere_is_refused(tmp_path: Path, zipped: bool) -> None:
+    whole = saved(zipped=zipped)
+    path = tmp_path / "vit.pth"
+    for size in range(0, len(whole) - 1, 7):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError):
+            read_weight_file(path)
+
+
+def training_checkpoint() -> dict[str, object]:
+    """Give weights among all that training code keeps beside them."""
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    optimizer = torch.optim.Adam(network.parameters())
+    network(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+    hyper = argparse.Namespace(lr=0.1, out=Path("/runs"), sizes=[1, 2])
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.note = "with an attribute"
+    return {
+        "model": network.state_dict(),
+        "parameters": dict(network.named_parameters()),
+        "noted": {"p": parameter},
+        "optimizer": optimizer.state_dict(),
+        "rng": [torch.get_rng_state(), random.getstate(), np.random.get_state()],
+        "args": hyper,
+        "config": OmegaConf.create({"a": {"b": [1, {"c": None}], "d": "${a.b}"}, "e": True, "f": 1.5, "g": "x"}),
+        "list": OmegaConf.create([1, [2]]),
+        "scores": {"best": np.float64(0.5), "last": np.int64(3), "all": np.arange(4), "named": np.array([None, "x"])},
+        "paths": [PurePosixPath("a"), PureWindowsPath("b"), Path("c")],
+        "plain": [1, 2.5, "x", b"x", b"", bytearray(b"x"), {1}, frozenset([1]), 1j, None, 2**70, (1, (2,))],
+        "torch": [torch.float16, torch.device("cuda:0"), torch.Size([1]), torch.strided, Counter("aab")],
+        "tensors": {
+            **{
+                name: torch.ones(4).to(getattr(torch, name))
+                for name in ("bfloat16", "float16", "int8", "bool", "int64")
+            },
+            "view": torch.arange(24.0).reshape(4, 6).t()[1:, ::2],
+            "empty": torch.empty(0, 3),
+            "empty of another type": torch.empty(0, dtype=torch.int64),
+            "scalar": torch.tensor(2.0),
+        },
+        "epoch": 3,
+        "empty": defaultdict(list),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+def test_checkpoint_with_all_that_training_code_keeps_gives_its_tensors(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "last.ckpt"
+    everything = training_checkpoint()
+    path.write_bytes(saved(everything, zipped=zipped))
+
+    content = read_weight_file(path).content
+
+    assert content["epoch"] == 3
+    assert all(torch.equal(content["tensors"][name], value) for name, value in everything["tensors"].items())
+    assert all(torch.equal(content["model"][name], value) for name, value in everything["model"].items())
+    assert torch.equal(content["parameters"]["0.weight"], everything["parameters"]["0.weight"])
+
+
+def test_what_was_left_out_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(saved({"model": WEIGHTS, "args": argparse.Namespace(lr=0.1)}))
+    assert read_weight_file(path).notes == ("left out: argparse.Namespace",)
+
+
+def test_names_of_old_numpy_are_left_out_too(tmp_path: Path) -> None:
+    content = saved({"model": WEIGHTS, "best": np.float64(0.5)}, zipped=False)
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(content.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    assert read_weight_file(path).notes == ("left out: numpy.core.multiarray.scalar, numpy.dtype",)
+
+
+@pytest.mark.parametrize("package", ["lightning.fabric.utilities.data", "pytorch_lightning.utilities.parsing"])
+def test_lightning_hyper_parameters_are_read(tmp_path: Path, package: str) -> None:
+    hyper = b"c" + package.encode() + b"\nAttributeDict\n)\x81X\2\0\0\0lrG" + struct.pack(">d", 0.5) + b"s"
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(old_file(b"\x80\2}X\5\0\0\0hyper" + hyper + b"s."))
+    assert read_weight_file(path).content == {"hyper": {"lr": 0.5}}
+
+
+def test_weights_saved_on_a_gpu_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "vit.pth"
+    path.write_bytes(saved(zipped=False).replace(b"X\3\0\0\0cpu", b"X\6\0\0\0cuda:1"))
+    assert read_weight_file(path).content["weight"].device.type == "cpu"
+
+
+def test_file_of_python_2_is_read(tmp_path: Path) -> None:
+    storage = b"(U\7storagectorch\nFloatStorage\nU\0017U\6cuda:0\x8a\1\2NtQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0(K\2t(K\1t\x89NtR"
+    pickled = (
+        b"\x80\2ccollections\nOrderedDict\n]](U\6weight"
+        + tensor
+        + b"ea\x85Rq\1}U\t_metadataccollections\nOrderedDict\n)Rsb."
+    )
+    path = tmp_path / "alexnet.pth"
+    path.write_bytes(old_file(pickled, b"\x80\2]U\0017a.") + struct.pack("<Q2f", 2, 1.5, 2.5))
+    assert read_weight_file(path).content["weight"].tolist() == [1.5, 2.5]
+
+
+def test_file_written_without_checksums_is_read_and_noted(tmp_path: Path) -> None:
+    path = tmp_path / "vit.pth"
+    torch.serialization.set_crc32_options(False)
+    try:
+        path.write_bytes(saved())
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_weight_file(path).notes == ("its members carry no checksums",)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000, 1 << 20])
+def test_checksums_are_compared_wherever_the_reading_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(read, "_CHUNK_BYTES", chunk)
+    content = saved()
+    path = tmp_path / "vit.pth"
+    path.write_bytes(content)
+    assert read_weight_file(path).sha256 == hashlib.sha256(content).hexdigest()
+    place = content.index(WEIGHTS["weight"].numpy().tobytes()) + 5
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    with pytest.raises(CheckpointError, match=r"the checksum of 'archive/data/0' does not match"):
+        read_weight_file(path)
+
+
+@pytest.mark.parametrize("line", ["{}  vit.pth\n", "{}", "# made in May\n{} *vit.pth\n"])
+def test_hash_beside_the_file_that_matches_is_noted(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "vit.pth"
+    path.write_bytes(saved())
+    (tmp_path / "vit.pth.sha256").write_text(line.format(hashlib.sha256(saved()).hexdigest().upper()))
+    assert read_weight_file(path).notes == ("sha256 matches vit.pth.sha256",)
+
+
+@pytest.mark.parametrize(("stated", "reason"), [("0" * 64, "is not the file that"), ("none", "holds no SHA-256")])
+def test_hash_beside_the_file_that_differs_is_refused(tmp_path: Path, stated: str, reason: str) -> None:
+    path = tmp_path / "vit.pth"
+    path.write_bytes(saved())
+    (tmp_path / "vit.pth.sha256").write_text(stated)
+    with pytest.raises(CheckpointError, match=reason) as refusal:
+        read_weight_file(path)
+    assert "vit.pth.sha256" in str(refusal.value)
+
+
+def change_while_loading(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
+    whole = torch.load
+
+    def load(*arguments: object, **options: object) -> object:
+        loaded = whole(*arguments, **options)  # type: ignore[arg-type]
+        change()
+        return loaded
+
+    monkeypatch.setattr(torch, "load", load)
+
+
+def test_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "vit.pth"
+    path.write_bytes(saved())
+    change_while_loading(monkeypatch, lambda: path.write_bytes(saved() + b"\0"))
+    with pytest.raises(CheckpointError, match="changed while it was being read"):
+        read_weight_file(path)
+
+
+def test_file_that_is_replaced_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, other = tmp_path / "vit.pth", tmp_path / "other.pth"
+    path.write_bytes(saved())
+    other.write_bytes(saved())
+    change_while_loading(monkeypatch, lambda: other.replace(path))
+    with pytest.raises(CheckpointError, match="changed while it was being read"):
+        read_weight_file(path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RecursionError("deep"),
+        MemoryError(),
+        AssertionError(),
+        struct.error("short"),
+        RuntimeError("\x1b[1mset weights_only=False"),
+    ],
+)
+def test_whatever_torch_raises_becomes_a_refusal_in_our_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load(*_: object, **__: object) -> object:
+        raise error
+
+    path = tmp_path / "vit.pth"
+    path.write_bytes(saved())
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(CheckpointError) as refusal:
+        read_weight_file(path)
+    assert not re.search("weights_only|x1b", str(refusal.value))
+
+
+def test_torch_is_told_to_load_nothing_but_data_whatever_its_default_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, object] = {}
+
+    def load(*_: object, **options: object) -> object:
+        told.update(options)
+        return {}
+
+    path = tmp_path / "vit.pth"
+    path.write_bytes(saved())
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.setattr(torch, "load", load)
+    read_weight_file(path)
+    assert told == {"map_location": "cpu", "weights_only": True, "mmap": False}
+
+
+def test_interruption_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> object:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "vit.pth"
+    path.write_bytes(saved())
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(KeyboardInterrupt):
+        read_weight_file(path)
+
+
+def test_pipe_is_refused_without_waiting_for_its_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "vit.pth")
+    with pytest.raises(CheckpointError, match="is a pipe, device or socket"):
+        read_weight_file(tmp_path / "vit.pth")
+
+
+def test_missing_file_is_refused_with_where_to_find_the_schemes(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere\.pth: no such checkpoint file") as refusal:
+        read_weight_file(tmp_path / "nowhere.pth")
+    assert "msn-eval ls checkpoints" in refusal.value.remedy
+
+
+def test_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a folder") as refusal:
+        read_weight_file(tmp_path)
+    assert refusal.value.remedy == "Name the file."
+
+
+def test_path_that_cannot_be_opened_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "vit.pth").write_bytes(saved())
+    with pytest.raises(CheckpointError, match=r"inner\.pth: cannot be read") as refusal:
+        read_weight_file(tmp_path / "vit.pth" / "inner.pth")
+    assert refusal.value.remedy
+
+
+def test_torch_with_known_holes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "vit.pth"
+    path.write_bytes(saved())
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(CheckpointError, match=r"torch 2\.9\.1") as refusal:
+        read_weight_file(path)
+    assert "2.10" in refusal.value.remedy

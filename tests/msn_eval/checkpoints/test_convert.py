@@ -1,0 +1,768 @@
+"""Conversions, held against the libraries that their files are for."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+
+import msn_eval
+from msn_eval.checkpoints.checkpoint import read_checkpoint
+from msn_eval.checkpoints.convert import TARGETS, Target, convert_checkpoint
+from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD, eval_transform, resize_and_crop
+from msn_eval.errors import CheckpointError, MsnEvalError, StoreError, UsageError
+from msn_eval.features.encoder import encode, load_encoder
+
+Weights = dict[str, Tensor]
+WeightMaker = Callable[..., Weights]
+MSNWriter = Callable[..., Path]
+Triple = tuple[float, float, float]
+TINY = "vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2"
+MOCO_V3 = "module.base_encoder."
+
+
+def saved(folder: Path, content: object, *, name: str = "vit.pth") -> Path:
+    path = folder / name
+    torch.save(content, path)
+    return path
+
+
+def dinov2(weights: Weights, *, registers: int = 0, gated: int = 0) -> Weights:
+    """Give weights as DINOv2 publishes them: registers behind the class token, a mask token, gated MLPs `gated` wide."""
+    generator = torch.Generator().manual_seed(9)
+    width = weights["cls_token"].shape[2]
+
+    def noise(*shape: int, scale: float = 0.1) -> Tensor:
+        return scale * torch.randn(shape, generator=generator)
+
+    changed = weights | {"mask_token": noise(1, width)}
+    if registers:
+        changed["register_tokens"] = noise(1, registers, width)
+    for name in [name for name in weights if gated and ".mlp." in name and name.endswith("weight")]:
+        block = name.partition(".mlp.")[0]
+        for kind in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
+            changed.pop(f"{block}.mlp.{kind}", None)
+        changed[f"{block}.mlp.w12.weight"] = noise(2 * gated, width)
+        changed[f"{block}.mlp.w12.bias"] = noise(2 * gated)
+        changed[f"{block}.mlp.w3.weight"] = noise(width, gated)
+        changed[f"{block}.mlp.w3.bias"] = noise(width)
+    return changed
+
+
+def in_moco_v3s_layout(weights: Weights) -> dict[str, Weights]:
+    return {"state_dict": {f"{MOCO_V3}{name}": tensor for name, tensor in weights.items()}}
+
+
+# What transformers calls the network of a file, and the file.
+KINDS: dict[str, tuple[str, Callable[[WeightMaker], object]]] = {
+    "msn": ("ViTMSNModel", lambda draw: {"target_encoder": draw() | {"fc.fc1.weight": torch.ones(8, 192)}}),
+    "wider": ("ViTMSNModel", lambda draw: draw(width=384, depth=1)),
+    "no bias in qkv": (
+        "ViTMSNModel",
+        lambda draw: {name: tensor for name, tensor in draw().items() if not name.endswith("qkv.bias")},
+    ),
+    "mocov3": ("ViTMSNModel", lambda draw: in_moco_v3s_layout(draw(width=384, depth=1))),
+    "ijepa": ("IJepaModel", lambda draw: {"target_encoder": draw(class_token=False)}),
+    "dinov2": ("Dinov2Model", lambda draw: dinov2(draw(layer_scale=True))),
+    "dinov2 gated": ("Dinov2Model", lambda draw: dinov2(draw(layer_scale=True), gated=512)),
+    "dinov2 gated otherwise": ("Dinov2Model", lambda draw: dinov2(draw(layer_scale=True), gated=256)),
+    "registers": ("Dinov2WithRegistersModel", lambda draw: dinov2(draw(layer_scale=True), registers=3)),
+    "registers gated": (
+        "Dinov2WithRegistersModel",
+        lambda draw: dinov2(draw(layer_scale=True), registers=4, gated=512),
+    ),
+}
+of_every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture
+def file_of(tmp_path: Path, vit_weights: WeightMaker) -> Callable[[str], Path]:
+    """Give a function that writes the file of one of KINDS."""
+    return lambda kind: saved(tmp_path, KINDS[kind][1](vit_weights))
+
+
+def folder_from(source: Path, **options: str) -> Path:
+    """Convert a file for transformers, beside it."""
+    out = source.with_name("converted")
+    convert_checkpoint(source, out, to="hf", **options)
+    return out
+
+
+def refusal(source: Path, *, to: str = "hf", out: Path | None = None, **options: str) -> MsnEvalError:
+    with pytest.raises(MsnEvalError) as caught:
+        convert_checkpoint(source, out or source.with_name("converted"), to=to, **options)
+    return caught.value
+
+
+def features(path: Path, pixels: Tensor, tap: str, *, arch: str | None = None) -> Tensor:
+    return encode(load_encoder(str(path), device="cpu", arch=arch), pixels, [tap])[tap]
+
+
+def default_tap(kind: str, *, after_norm: bool) -> str:
+    if KINDS[kind][0] == "IJepaModel":
+        return "mean"
+    return "cls-norm" if after_norm else "cls"
+
+
+def normalised(pixels: Tensor, mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD) -> Tensor:
+    return ((pixels / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
+
+
+def opened(folder: Path, model: str) -> tuple[nn.Module, dict[str, object]]:
+    """Load a folder by the class of transformers called `model`; with it comes what did not fit."""
+    network, told = getattr(transformers, model).from_pretrained(
+        folder, output_loading_info=True, local_files_only=True
+    )
+    return network.eval(), told
+
+
+def states(folder: Path, pixels: Tensor, model: str) -> tuple[Tensor, Tensor]:
+    """Give transformers' tokens before and after the last norm."""
+    network, _ = opened(folder, model)
+    with torch.inference_mode():
+        answer = network(normalised(pixels), output_hidden_states=True)
+    return answer.hidden_states[-1], answer.last_hidden_state
+
+
+def stated(folder: Path, name: str = "config.json") -> dict[str, object]:
+    return dict(json.loads((folder / name).read_text()))
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """Within 1e-5 of the largest value: the sums behind a small one are as large as those behind a large one."""
+    torch.testing.assert_close(found, expected, atol=1e-5 * max(1.0, float(expected.abs().max())), rtol=0)
+
+
+# A folder that transformers loads.
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind][0] != "IJepaModel"])
+def test_transformers_gives_the_class_token_before_the_last_norm(
+    file_of: Callable[[str], Path], random_pixels: Tensor, kind: str
+) -> None:
+    source = file_of(kind)
+    before, _ = states(folder_from(source), random_pixels, KINDS[kind][0])
+    assert_close(features(source, random_pixels, "cls"), before[:, 0])
+
+
+@of_every_kind
+def test_transformers_gives_the_features_after_the_last_norm(
+    file_of: Callable[[str], Path], random_pixels: Tensor, kind: str
+) -> None:
+    source = file_of(kind)
+    _, after = states(folder_from(source), random_pixels, KINDS[kind][0])
+    expected = after.mean(dim=1) if KINDS[kind][0] == "IJepaModel" else after[:, 0]
+    assert_close(features(source, random_pixels, default_tap(kind, after_norm=True)), expected)
+
+
+@of_every_kind
+def test_transformers_misses_no_weight_and_finds_none_too_many(file_of: Callable[[str], Path], kind: str) -> None:
+    _, told = opened(folder_from(file_of(kind)), KINDS[kind][0])
+    wrong = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    # Only the pooler of IJepaModel is of no file.
+    assert {one for name in wrong for one in told[name] if not str(one).startswith("pooler.")} == set()
+
+
+@of_every_kind
+def test_config_names_the_model_that_loads_it(file_of: Callable[[str], Path], kind: str) -> None:
+    assert stated(folder_from(file_of(kind)))["architectures"] == [KINDS[kind][0]]
+
+
+@of_every_kind
+def test_folder_is_read_here_with_the_same_weights(file_of: Callable[[str], Path], kind: str) -> None:
+    source = file_of(kind)
+    before, after = read_checkpoint(str(source)), read_checkpoint(str(folder_from(source)))
+    assert (after.weights_sha256, after.arch) == (before.weights_sha256, before.arch)
+
+
+@of_every_kind
+def test_folder_is_read_here_with_the_same_features(
+    file_of: Callable[[str], Path], random_pixels: Tensor, kind: str
+) -> None:
+    source, tap = file_of(kind), default_tap(kind, after_norm=False)
+    assert torch.equal(features(folder_from(source), random_pixels, tap), features(source, random_pixels, tap))
+
+
+def test_image_classifier_of_transformers_lacks_its_classifier_alone(msn_file: MSNWriter) -> None:
+    _, told = opened(folder_from(msn_file()), "ViTMSNForImageClassification")
+    assert (set(told["missing_keys"]), set(told["unexpected_keys"])) == (
+        {"classifier.weight", "classifier.bias"},
+        set(),
+    )
+
+
+def test_image_classifier_of_transformers_gives_the_class_token(msn_file: MSNWriter, random_pixels: Tensor) -> None:
+    source = msn_file()
+    network, _ = opened(folder_from(source), "ViTMSNForImageClassification")
+    with torch.inference_mode():
+        answer = network(normalised(random_pixels), output_hidden_states=True)
+    assert_close(features(source, random_pixels, "cls"), answer.hidden_states[-1][:, 0])
+
+
+def test_heads_named_with_the_architecture_go_along(msn_file: MSNWriter, random_pixels: Tensor) -> None:
+    source, arch = msn_file(), f"{TINY}&num_heads=6"
+    before, _ = states(folder_from(source, arch=arch), random_pixels, "ViTMSNModel")
+    assert_close(features(source, random_pixels, "cls", arch=arch), before[:, 0])
+
+
+def test_heads_named_with_the_architecture_are_read_back(msn_file: MSNWriter, random_pixels: Tensor) -> None:
+    source, arch = msn_file(), f"{TINY}&num_heads=6"
+    found = features(folder_from(source, arch=arch), random_pixels, "cls")
+    assert torch.equal(found, features(source, random_pixels, "cls", arch=arch))
+
+
+def test_width_that_no_published_network_has_goes_along(
+    tmp_path: Path, vit_weights: WeightMaker, random_pixels: Tensor
+) -> None:
+    source = saved(tmp_path, vit_weights(width=96))
+    arch = f"{TINY}&embed_dim=96&num_heads=4"
+    before, _ = states(folder_from(source, arch=arch), random_pixels, "ViTMSNModel")
+    assert_close(features(source, random_pixels, "cls", arch=arch), before[:, 0])
+
+
+@pytest.mark.parametrize(("model", "kind"), [("ViTMSN", "msn"), ("IJepa", "ijepa"), ("Dinov2", "dinov2")])
+def test_epsilon_of_a_folder_goes_along(
+    file_of: Callable[[str], Path], random_pixels: Tensor, model: str, kind: str
+) -> None:
+    """Large enough to be seen: no weight holds it, and each model of transformers assumes another."""
+    first = folder_from(file_of(kind))
+    (first / "config.json").write_text(json.dumps(stated(first) | {"layer_norm_eps": 0.05}))
+    second = first.with_name("second")
+    convert_checkpoint(first, second, to="hf")
+    expected, found = (states(folder, random_pixels, f"{model}Model")[1] for folder in (first, second))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["msn", "ijepa"])
+def test_epsilon_of_a_file_is_stated(file_of: Callable[[str], Path], kind: str) -> None:
+    """transformers' own defaults are 1e-6 for the one and 1e-12 for the other; published files have 1e-6."""
+    assert stated(folder_from(file_of(kind)))["layer_norm_eps"] == 1e-6
+
+
+def test_half_precision_stays_half(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    source = saved(tmp_path, {name: tensor.half() for name, tensor in vit_weights().items()})
+    network, _ = opened(folder_from(source), "ViTMSNModel")
+    assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.float16}
+
+
+def test_one_of_several_networks_is_converted_by_its_key(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    source = saved(tmp_path, {"student": vit_weights(), "teacher": vit_weights(depth=1)})
+    assert stated(folder_from(source, key="student"))["num_hidden_layers"] == 2
+
+
+def test_registers_are_counted_and_have_no_positions(file_of: Callable[[str], Path]) -> None:
+    folder = folder_from(file_of("registers"))
+    written = safetensors.torch.load_file(folder / "model.safetensors")
+    assert (stated(folder)["num_register_tokens"], written["embeddings.position_embeddings"].shape[1]) == (3, 17)
+
+
+def test_file_of_dinov2_is_described_at_the_size_of_its_positions(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    source = saved(tmp_path, dinov2(vit_weights(depth=1, patch=14, image=518, layer_scale=True)))
+    assert stated(folder_from(source))["image_size"] == 518
+
+
+def test_registers_at_another_size_than_that_of_their_positions_give_transformers_features(
+    tmp_path: Path, vit_weights: WeightMaker
+) -> None:
+    source = saved(tmp_path, dinov2(vit_weights(depth=1, patch=14, image=518, layer_scale=True), registers=4))
+    pixels = torch.randint(0, 256, (1, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    before, _ = states(folder_from(source), pixels, "Dinov2WithRegistersModel")
+    assert_close(features(source, pixels, "cls"), before[:, 0])
+
+
+# The image processor of that folder.
+
+
+def picture() -> Image.Image:
+    pixels = np.random.default_rng(3).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((400, 300), Image.Resampling.BICUBIC)
+
+
+def processed(folder: Path) -> Tensor:
+    """Give what transformers' own processor, made from a folder, makes of a picture."""
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    pixels: Tensor = processor(picture(), return_tensors="pt")["pixel_values"]
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("image", "patch", "kind"), [(224, 56, "msn"), (518, 14, "dinov2")], ids=["224", "518 evaluated at 224"]
+)
+def test_image_processor_crops_224_pixels_from_a_shorter_side_of_256(
+    tmp_path: Path, vit_weights: WeightMaker, image: int, patch: int, kind: str
+) -> None:
+    weights = vit_weights(depth=1, image=image, patch=patch, layer_scale=kind == "dinov2")
+    folder = folder_from(saved(tmp_path, dinov2(weights) if kind == "dinov2" else weights))
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    assert (dict(processor.size), dict(processor.crop_size)) == ({"shortest_edge": 256}, {"height": 224, "width": 224})
+
+
+def test_image_processor_gives_the_protocols_pixels(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    """Up to rounding: torchvision and Pillow round to whole levels after other sums."""
+    folder = folder_from(saved(tmp_path, vit_weights(depth=1, image=224, patch=56)))
+    ours = torch.from_numpy(resize_and_crop(picture(), eval_transform(224)).copy())[None]
+    torch.testing.assert_close(processed(folder), normalised(ours), atol=1.1 / 255 / min(IMAGENET_STD), rtol=0)
+
+
+def test_image_processor_is_the_one_named(file_of: Callable[[str], Path]) -> None:
+    folder = folder_from(file_of("msn"))
+    processor = transformers.BitImageProcessor.from_pretrained(folder, local_files_only=True)
+    assert (processor.crop_size["height"], processor.size["shortest_edge"]) == (32, 37)
+
+
+def test_image_processor_normalises_as_imagenet_where_the_file_states_nothing(file_of: Callable[[str], Path]) -> None:
+    written = stated(folder_from(file_of("msn")), "preprocessor_config.json")
+    assert (written["image_mean"], written["image_std"]) == (list(IMAGENET_MEAN), list(IMAGENET_STD))
+
+
+def test_image_statistics_of_a_folder_go_along(file_of: Callable[[str], Path]) -> None:
+    first = folder_from(file_of("msn"))
+    other = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}
+    (first / "preprocessor_config.json").write_text(json.dumps(other))
+    second = first.with_name("second")
+    convert_checkpoint(first, second, to="hf")
+    checkpoint = read_checkpoint(str(second))
+    assert (checkpoint.mean, checkpoint.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+
+
+def test_image_statistics_of_one_of_timms_tags_go_along(msn_file: MSNWriter) -> None:
+    source, arch = msn_file(), TINY.replace("224?", "224.augreg_in21k?")
+    checkpoint = read_checkpoint(str(folder_from(source, arch=arch)))
+    assert checkpoint.mean == read_checkpoint(str(source), arch=arch).mean == (0.5, 0.5, 0.5)
+
+
+# What transformers could not compute.
+
+
+def timm_weights(name: str, **keywords: object) -> Weights:
+    network = timm.create_model(name, num_classes=0, img_size=32, patch_size=8, depth=2, **keywords)
+    return dict(network.state_dict())
+
+
+def beit() -> Weights:
+    return timm_weights("beit_base_patch16_224", embed_dim=192, num_heads=3)
+
+
+OBSTACLES: dict[str, tuple[Callable[[WeightMaker], Weights], str | None, str]] = {
+    "residual network": (lambda draw: torchvision.models.resnet18().state_dict(), None, "it is a ResNet"),
+    "BEiT": (lambda draw: beit(), None, "it is a Beit"),
+    "norms of queries and keys": (lambda draw: draw(qk_norm=True), None, "q_norm"),
+    "norm after the mean": (lambda draw: draw(fc_norm=True), None, "norm"),
+    "norm before the blocks": (
+        lambda draw: timm_weights("vit_tiny_patch16_224", pre_norm=True),
+        f"{TINY}&pre_norm=True",
+        "norm_pre",
+    ),
+    "another activation": (lambda draw: draw(), f"{TINY}&act_layer=relu", "its activation is ReLU"),
+    "gated MLPs without scaled residuals": (
+        lambda draw: {
+            name: tensor for name, tensor in dinov2(draw(), gated=512).items() if name != "mask_token"
+        },
+        None,
+        "gated",
+    ),
+    "gated MLPs of an odd width": (lambda draw: dinov2(draw(layer_scale=True), gated=260), None, "260 wide"),
+    "registers without scaled residuals": (lambda draw: dinov2(draw(), registers=4), None, "registers"),
+    "attention over the patches": (
+        lambda draw: timm_weights("vit_tiny_patch16_224", global_pool="map"),
+        f"{TINY}&global_pool=map",
+        "attn_pool",
+    ),
+    "blocks side by side": (
+        lambda draw: timm_weights("vit_small_patch16_18x2_224", embed_dim=192, num_heads=3),
+        "vit_small_patch16_18x2_224?embed_dim=192&num_heads=3&img_size=32&patch_size=8&depth=2",
+        "ParallelThingsBlock",
+    ),
+    "class token without a position": (lambda draw: draw(class_position=False), None, "position"),
+    "registers with positions": (lambda draw: draw(registers=4, layer_scale=True), None, "position"),
+    "scaled residuals without a class token": (
+        lambda draw: draw(class_token=False, layer_scale=True), None, "class token"
+    ),
+    "registers without a class token": (
+        lambda draw: draw(class_token=False, class_position=False, layer_scale=True, registers=4), None, "class token"
+    ),
+}  # fmt: skip
+
+
+def refused(folder: Path, draw: WeightMaker, obstacle: str) -> MsnEvalError:
+    content, arch, _ = OBSTACLES[obstacle]
+    return refusal(saved(folder, content(draw)), **({"arch": arch} if arch else {}))
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_network_that_transformers_cannot_compute_is_refused_by_what_it_cannot(
+    tmp_path: Path, vit_weights: WeightMaker, obstacle: str
+) -> None:
+    assert OBSTACLES[obstacle][2] in refused(tmp_path, vit_weights, obstacle).what
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_refused_network_names_file_code_and_remedy(tmp_path: Path, vit_weights: WeightMaker, obstacle: str) -> None:
+    error = refused(tmp_path, vit_weights, obstacle)
+    assert (error.exit_code, error.where, "--to timm" in error.remedy) == (20, str(tmp_path / "vit.pth"), True)
+
+
+@pytest.mark.parametrize("obstacle", ["norms of queries and keys", "attention over the patches"])
+def test_refused_network_leaves_nothing(tmp_path: Path, vit_weights: WeightMaker, obstacle: str) -> None:
+    refused(tmp_path, vit_weights, obstacle)
+    assert [path.name for path in tmp_path.iterdir()] == ["vit.pth"]
+
+
+@pytest.mark.parametrize("to", ["hf", "timm"])
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, vit_weights: WeightMaker, to: str) -> None:
+    source = saved(tmp_path, vit_weights() | {"norm.bias": torch.ones(3)})
+    assert "norm.bias: file (3,), model (192,)" in str(refusal(source, to=to))
+
+
+# One file in timm's names.
+
+
+def test_timm_takes_every_weight_and_no_more(msn_file: MSNWriter) -> None:
+    out = msn_file().with_name("vit.safetensors")
+    convert_checkpoint(msn_file(), out, to="timm")
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=0)
+    assert network.load_state_dict(safetensors.torch.load_file(out), strict=True) == ([], [])
+
+
+def test_timms_network_gives_the_features(msn_file: MSNWriter, random_pixels: Tensor) -> None:
+    source = msn_file()
+    out = source.with_name("vit.safetensors")
+    convert_checkpoint(source, out, to="timm")
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=0).eval()
+    network.load_state_dict(safetensors.torch.load_file(out))
+    with torch.inference_mode():
+        expected = network(normalised(random_pixels))
+    assert_close(features(source, random_pixels, "cls-norm"), expected)
+
+
+def test_timm_takes_registers_of_dinov2(file_of: Callable[[str], Path]) -> None:
+    source = file_of("registers")
+    out = source.with_name("vit.safetensors")
+    convert_checkpoint(source, out, to="timm")
+    keywords = {
+        "img_size": 32,
+        "patch_size": 8,
+        "depth": 2,
+        "init_values": 1.0,
+        "reg_tokens": 3,
+        "no_embed_class": True,
+    }
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **keywords)
+    assert network.load_state_dict(safetensors.torch.load_file(out), strict=True) == ([], [])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mocov3"])
+def test_file_in_timms_names_is_read_here_with_the_same_features(
+    file_of: Callable[[str], Path], random_pixels: Tensor, kind: str
+) -> None:
+    source, tap = file_of(kind), default_tap(kind, after_norm=False)
+    out = source.with_name("vit.safetensors")
+    convert_checkpoint(source, out, to="timm")
+    assert torch.equal(features(out, random_pixels, tap), features(source, random_pixels, tap))
+
+
+def test_residual_network_goes_into_timms_names(tmp_path: Path) -> None:
+    source = saved(tmp_path, torchvision.models.resnet18().state_dict())
+    out = tmp_path / "resnet.safetensors"
+    convert_checkpoint(source, out, to="timm")
+    network = timm.create_model("resnet18", num_classes=0)
+    assert network.load_state_dict(safetensors.torch.load_file(out), strict=True) == ([], [])
+
+
+def test_file_in_timms_names_holds_neither_heads_nor_prototypes(msn_file: MSNWriter, vit_weights: WeightMaker) -> None:
+    out = msn_file().with_name("vit.safetensors")
+    convert_checkpoint(msn_file(), out, to="timm")
+    assert safetensors.torch.load_file(out).keys() == vit_weights().keys()
+
+
+def test_heads_that_timms_names_would_not_show_are_refused(file_of: Callable[[str], Path]) -> None:
+    """MoCo v3's small network has 12 heads where every other of its width has 6."""
+    error = refusal(file_of("mocov3"), to="timm")
+    assert ("other heads" in error.what, "--to hf" in error.remedy, error.exit_code) == (True, True, 20)
+
+
+def test_heads_named_with_the_architecture_are_refused_for_timms_names(msn_file: MSNWriter) -> None:
+    assert "other heads" in refusal(msn_file(), to="timm", arch=f"{TINY}&num_heads=6").what
+
+
+@pytest.mark.parametrize("kind", ["vit", "beit"])
+def test_epsilon_that_timms_names_would_not_show_is_refused(
+    tmp_path: Path, file_of: Callable[[str], Path], kind: str
+) -> None:
+    if kind == "vit":
+        folder = folder_from(file_of("msn"))
+        (folder / "config.json").write_text(json.dumps(stated(folder) | {"layer_norm_eps": 1e-12}))
+    else:
+        folder = tmp_path / "beit"
+        shape = {"hidden_size": 192, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 768}
+        config = transformers.BeitConfig(image_size=32, patch_size=8, use_relative_position_bias=True, **shape)
+        transformers.BeitModel(config).save_pretrained(folder)
+    assert "another epsilon" in refusal(folder, to="timm", out=tmp_path / "out").what
+
+
+# Plain safetensors.
+
+
+def plain_from(source: Path) -> Path:
+    out = source.with_name("plain.safetensors")
+    convert_checkpoint(source, out, to="safetensors")
+    return out
+
+
+def test_every_tensor_of_the_file_has_its_own_name(msn_file: MSNWriter, vit_weights: WeightMaker) -> None:
+    written = safetensors.torch.load_file(plain_from(msn_file()))
+    heads = {"fc.fc1.weight", "fc.fc1.bias"}
+    assert written.keys() == {f"target_encoder.module.{name}" for name in vit_weights().keys() | heads} | {"prototypes"}
+
+
+def test_every_tensor_of_the_file_has_its_own_values(msn_file: MSNWriter, vit_weights: WeightMaker) -> None:
+    written = safetensors.torch.load_file(plain_from(msn_file()))
+    assert all(torch.equal(written[f"target_encoder.module.{name}"], value) for name, value in vit_weights().items())
+
+
+def test_name_of_a_tensor_begins_with_all_that_it_stands_in(tmp_path: Path) -> None:
+    source = saved(tmp_path, {"state": {"model": {"some.weight": torch.ones(2)}}})
+    assert list(safetensors.torch.load_file(plain_from(source))) == ["state.model.some.weight"]
+
+
+def test_same_network_of_several_is_chosen(msn_file: MSNWriter, vit_weights: WeightMaker) -> None:
+    online = {f"module.{name}": 2 * tensor for name, tensor in vit_weights().items()}
+    source = msn_file(encoder=online)
+    before, after = read_checkpoint(str(source)), read_checkpoint(str(plain_from(source)))
+    assert (after.key, after.weights_sha256) == (before.key, before.weights_sha256)
+
+
+@of_every_kind
+def test_plain_file_gives_the_same_features(file_of: Callable[[str], Path], random_pixels: Tensor, kind: str) -> None:
+    source, tap = file_of(kind), default_tap(kind, after_norm=False)
+    assert torch.equal(features(plain_from(source), random_pixels, tap), features(source, random_pixels, tap))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64], ids=str
+)
+def test_dtype_stays(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = saved(tmp_path, {"some.weight": torch.ones(2, 3, dtype=dtype)})
+    assert safetensors.torch.load_file(plain_from(source))["some.weight"].dtype == dtype
+
+
+def test_shared_tensor_is_written_under_each_of_its_names(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    source = saved(tmp_path, {"one.weight": shared, "two.weight": shared, "a.part": shared[2:4]})
+    written = safetensors.torch.load_file(plain_from(source))
+    assert {name: value.tolist() for name, value in written.items()} == {
+        "one.weight": shared.tolist(),
+        "two.weight": shared.tolist(),
+        "a.part": [2.0, 3.0],
+    }
+
+
+def test_transposed_tensor_is_written_as_it_is_seen(tmp_path: Path) -> None:
+    source = saved(tmp_path, {"some.weight": torch.arange(6.0).reshape(2, 3).T})
+    assert safetensors.torch.load_file(plain_from(source))["some.weight"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_numbers_without_dimensions_and_tensors_without_values_are_written(tmp_path: Path) -> None:
+    source = saved(tmp_path, {"bn.num_batches_tracked": torch.tensor(7), "queue.rows": torch.zeros(0, 3)})
+    shapes = {name: tuple(value.shape) for name, value in safetensors.torch.load_file(plain_from(source)).items()}
+    assert shapes == {"bn.num_batches_tracked": (), "queue.rows": (0, 3)}
+
+
+def test_not_a_number_reads_back_equal(tmp_path: Path) -> None:
+    source = saved(tmp_path, {"some.weight": torch.tensor([float("nan"), -0.0])})
+    assert safetensors.torch.load_file(plain_from(source))["some.weight"].isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"a": {"b.c": torch.ones(2)}, "a.b": {"c": torch.zeros(2)}}, "'a.b.c'"),
+        ({"some.weight": torch.ones(2, dtype=torch.complex128)}, "complex128"),
+        ({"__metadata__": torch.ones(2), "some.weight": torch.ones(2)}, "'__metadata__'"),
+        ({"a\ud800b.weight": torch.ones(2)}, "'a\\ud800b.weight'"),
+        ({"epoch": 3}, "no tensors"),
+    ],
+    ids=["two tensors of one name", "dtype", "name of the format's own", "name that is no text", "nothing"],
+)
+def test_what_the_format_cannot_hold_is_refused(tmp_path: Path, content: object, text: str) -> None:
+    error = refusal(saved(tmp_path, content), to="safetensors")
+    assert (error.exit_code, text in error.what, [path.name for path in tmp_path.iterdir()]) == (20, True, ["vit.pth"])
+
+
+# OUT.
+
+
+@pytest.mark.parametrize("to", ["safetensors", "timm", "hf"])
+def test_file_in_the_place_of_out_is_a_usage_error_and_stays(msn_file: MSNWriter, tmp_path: Path, to: str) -> None:
+    out = tmp_path / "out"
+    out.write_bytes(b"mine")
+    error = refusal(msn_file(), to=to, out=out)
+    assert (error.exit_code, error.what, error.where, out.read_bytes()) == (2, "is there already", str(out), b"mine")
+
+
+@pytest.mark.parametrize("to", ["safetensors", "timm"])
+def test_folder_in_the_place_of_a_file_is_a_usage_error(msn_file: MSNWriter, tmp_path: Path, to: str) -> None:
+    (tmp_path / "out").mkdir()
+    assert refusal(msn_file(), to=to, out=tmp_path / "out").exit_code == 2
+
+
+def test_folder_that_holds_something_is_a_usage_error(msn_file: MSNWriter, tmp_path: Path) -> None:
+    (tmp_path / "out" / "notes").mkdir(parents=True)
+    assert refusal(msn_file(), out=tmp_path / "out").exit_code == 2
+
+
+def test_empty_folder_is_filled(msn_file: MSNWriter, tmp_path: Path) -> None:
+    source, out = msn_file(), tmp_path / "out"
+    out.mkdir()
+    convert_checkpoint(source, out, to="hf")
+    assert read_checkpoint(str(out)).weights_sha256 == read_checkpoint(str(source)).weights_sha256
+
+
+def test_working_folder_is_not_taken_away(msn_file: MSNWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert refusal(msn_file(), out=Path()).what == "is there already"
+
+
+def test_missing_folder_above_out_is_a_usage_error(msn_file: MSNWriter, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder") as caught:
+        convert_checkpoint(msn_file(), tmp_path / "nowhere" / "out", to="hf")
+    assert caught.value.where == str(tmp_path / "nowhere")
+
+
+def test_unreadable_source_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "vit.pth"
+    source.write_bytes(b"<html>Sign in</html>")
+    with pytest.raises(CheckpointError) as caught:
+        convert_checkpoint(source, tmp_path / "out", to="hf")
+    assert (caught.value.where, (tmp_path / "out").exists()) == (str(source), False)
+
+
+def test_conversion_gives_what_was_read_back(msn_file: MSNWriter) -> None:
+    written = convert_checkpoint(msn_file(), msn_file().with_name("converted"), to="hf")
+    assert written.where == str(msn_file().with_name("converted"))
+
+
+# Disks that refuse, and what is written wrong.
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("to", ["safetensors", "timm", "hf"])
+def test_full_disk_is_a_store_error_that_names_out(msn_file: MSNWriter, tmp_path: Path, to: str) -> None:
+    source, out = msn_file(), tmp_path / "out"
+    with no_file_above(100_000), pytest.raises(StoreError, match="could not write 3,7") as caught:
+        convert_checkpoint(source, out, to=to)
+    assert (caught.value.exit_code, caught.value.where) == (22, str(out))
+
+
+@pytest.mark.parametrize("to", ["safetensors", "timm", "hf"])
+def test_full_disk_leaves_nothing(msn_file: MSNWriter, tmp_path: Path, to: str) -> None:
+    source = msn_file()
+    with no_file_above(100_000), pytest.raises(StoreError):
+        convert_checkpoint(source, tmp_path / "out", to=to)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_full_disk_while_syncing_leaves_nothing(
+    msn_file: MSNWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    source = msn_file()
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StoreError, match="No space left on device"):
+        convert_checkpoint(source, tmp_path / "out", to="hf")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_kill_while_writing_leaves_nothing_at_out(msn_file: MSNWriter, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from msn_eval.checkpoints.convert import convert_checkpoint\n"
+        "os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "convert_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), to='hf')\n"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code, str(msn_file()), str(tmp_path / "out")],
+        env=os.environ | {"PYTHONPATH": str(Path(msn_eval.__file__).parents[1])},
+        timeout=120,
+        check=False,
+    )
+    assert (child.returncode, (tmp_path / "out").exists()) == (-signal.SIGKILL, False)
+
+
+@pytest.mark.parametrize("to", ["safetensors", "timm", "hf"])
+def test_tensor_that_reads_back_otherwise_is_an_error(
+    msn_file: MSNWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    save = safetensors.torch.save_file
+
+    def corrupt(tensors: Weights, path: Path, **options: object) -> None:
+        name = sorted(name for name in tensors if name.endswith("norm.bias"))[0]
+        save(tensors | {name: tensors[name].nextafter(torch.tensor(9.0))}, path, **options)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", corrupt)
+    with pytest.raises(CheckpointError, match="1 tensors read back differently") as caught:
+        convert_checkpoint(msn_file(), tmp_path / "out", to=to)
+    assert (caught.value.where, (tmp_path / "out").exists()) == (str(tmp_path / "out"), False)
+
+
+def test_tensor_of_the_same_bytes_and_another_dtype_is_an_error(
+    msn_file: MSNWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = safetensors.torch.save_file
+
+    def mistake(tensors: Weights, path: Path, **options: object) -> None:
+        save(tensors | {"prototypes": tensors["prototypes"].view(torch.int32)}, path, **options)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", mistake)
+    with pytest.raises(CheckpointError, match=r"1 tensors read back differently \(prototypes\)"):
+        convert_checkpoint(msn_file(), tmp_path / "out", to="safetensors")
+
+
+def test_tensor_that_is_not_there_when_read_back_is_an_error(
+    msn_file: MSNWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = safetensors.torch.save_file
+
+    def forget(tensors: Weights, path: Path, **options: object) -> None:
+        save({name: tensor for name, tensor in tensors.items() if name != "prototypes"}, path, **options)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", forget)
+    with pytest.raises(CheckpointError, match=r"1 tensors read back differently \(prototypes\)"):
+        convert_checkpoint(msn_file(), tmp_path / "out", to="safetensors")
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_what_is_written_may_be_read_by_whom_the_umask_lets(msn_file: MSNWriter, tmp_path: Path, to: Target) -> None:
+    out = tmp_path / "out"
+    convert_checkpoint(msn_file(), out, to=to)
+    (tmp_path / "plain").write_bytes(b"")
+    written = out / "model.safetensors" if to == "hf" else out
+    assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -1,0 +1,527 @@
+"""The weights of one network in timm's naming, and what family they are told to be of."""
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
+
+from msn_eval.checkpoints.families import Trunk, classifier_classes, read_trunk
+from msn_eval.checkpoints.networks import StoredNetwork
+
+Weights = dict[str, Tensor]
+WeightMaker = Callable[..., Weights]
+PATCHES = "patch_embed.proj.weight"
+HUB_PATCHES = "embeddings.patch_embeddings.projection.weight"
+RESIDUAL = "layer1.0.conv1.weight"
+
+
+def read(tensors: Mapping[str, Tensor], place: str = "", beside: tuple[str, ...] = ()) -> Trunk:
+    """Read weights that stand at a place in a file, with others beside them."""
+    words = tuple(word for word in place.split(".") if word)
+    return read_trunk(StoredNetwork(key=place or None, words=words, tensors=tensors, beside=dict.fromkeys(beside, ONE)))
+
+
+ONE = torch.ones(1)
+
+
+def ones(*names: str) -> Weights:
+    return dict.fromkeys(names, ONE)
+
+
+def numbered(*names: str) -> Weights:
+    """Give each name a tensor of its own value, so that it can be found again under another."""
+    return {name: torch.full((1,), float(number)) for number, name in enumerate(names)}
+
+
+def renamed(before: Weights, after: Mapping[str, Tensor]) -> dict[str, str]:
+    """Tell by the values which name became which."""
+    names = {tensor.item(): name for name, tensor in after.items()}
+    return {name: names[tensor.item()] for name, tensor in before.items() if tensor.item() in names}
+
+
+# Families.
+
+
+@pytest.mark.parametrize(
+    ("family", "tensors", "place", "beside"),
+    [
+        ("msn", (PATCHES, "cls_token"), "target_encoder", ()),
+        ("msn", (PATCHES, "cls_token", "fc.fc1.weight"), "encoder", ()),
+        ("ijepa", (PATCHES,), "target_encoder", ()),
+        ("ijepa", (PATCHES,), "encoder", ()),
+        ("dino", (PATCHES, "cls_token"), "teacher.backbone", ("head.mlp.0.weight",)),
+        ("dino", (PATCHES, "cls_token"), "student.backbone", ("head.mlp.0.weight",)),
+        ("ibot", (PATCHES, "cls_token", "masked_embed"), "teacher.backbone", ()),
+        ("ibot", (PATCHES, "cls_token"), "teacher.backbone", ("head.mlp2.0.weight",)),
+        ("ibot", (PATCHES, "cls_token"), "teacher.backbone", ("head.last_layer2.weight_g",)),
+        ("ibot", (PATCHES, "cls_token", "masked_embed"), "state_dict", ()),
+        ("dinov2", (PATCHES, "cls_token", "mask_token", "blocks.0.ls1.gamma"), "", ()),
+        ("dinov2", (PATCHES, "cls_token", "mask_token", "blocks.0.0.ls1.gamma"), "teacher.backbone", ()),
+        ("dinov2", (PATCHES, "cls_token", "register_tokens"), "", ()),
+        ("mae", (PATCHES, "cls_token", "decoder_pos_embed"), "model", ()),
+        ("mocov3", (PATCHES, "cls_token"), "state_dict.base_encoder", ()),
+        ("mocov3", (PATCHES, "cls_token"), "state_dict.momentum_encoder", ()),
+        ("beit", (PATCHES, "cls_token", "blocks.0.gamma_1"), "model", ()),
+        ("beit", (PATCHES, "cls_token", "blocks.0.attn.relative_position_bias_table"), "model", ()),
+        ("solo-learn", (PATCHES, "cls_token"), "state_dict.backbone", ("classifier.weight",)),
+        ("solo-learn", (PATCHES, "cls_token"), "state_dict.backbone", ("online_classifier.weight",)),
+        ("timm", (PATCHES, "cls_token"), "model.backbone", ("classifier.weight",)),
+        ("timm", (PATCHES, "cls_token"), "state_dict.backbone", ("projector.weight",)),
+        ("lightly", (PATCHES, "cls_token"), "state_dict.backbone.vit", ()),
+        ("lightly", (PATCHES, "cls_token"), "state_dict.anchor_backbone.vit", ()),
+        ("lightly", (PATCHES, "cls_token"), "state_dict.student_backbone.vit", ()),
+        ("lightly", (PATCHES, "cls_token"), "state_dict.teacher_backbone.vit", ()),
+        ("lightly", ("conv_proj.weight",), "state_dict.backbone.vit", ()),
+        ("timm", (PATCHES, "cls_token"), "state_dict.vit", ()),
+        ("timm", (PATCHES, "cls_token"), "", ()),
+        ("timm", (PATCHES, "mask_token", "cls_token"), "", ()),
+        ("torchvision", ("conv_proj.weight",), "", ()),
+        ("huggingface", (HUB_PATCHES,), "", ()),
+        ("moco", (RESIDUAL,), "state_dict.encoder_q", ()),
+        ("moco", (RESIDUAL,), "state_dict.encoder_k", ()),
+        ("mocov3", (RESIDUAL,), "state_dict.base_encoder", ()),
+        ("mocov3", (RESIDUAL,), "state_dict.momentum_encoder", ()),
+        ("simsiam", (RESIDUAL,), "state_dict.encoder", ("predictor.0.weight",)),
+        ("torchvision", (RESIDUAL,), "state_dict.encoder", ()),
+        ("swav", (RESIDUAL, "prototypes.weight"), "", ()),
+        ("swav", (RESIDUAL, "projection_head.0.weight"), "", ()),
+        ("dino", (RESIDUAL,), "teacher.backbone", ()),
+        ("solo-learn", (RESIDUAL,), "state_dict.backbone", ("classifier.weight",)),
+        ("torchvision", (RESIDUAL,), "model.backbone", ("projector.0.weight",)),
+        ("torchvision", (RESIDUAL,), "", ()),
+        ("lightly", ("4.0.conv1.weight",), "state_dict.backbone", ()),
+        ("other", ("stem.weight",), "", ()),
+    ],
+)
+def test_family_is_told_by_names_place_and_neighbours(
+    family: str, tensors: tuple[str, ...], place: str, beside: tuple[str, ...]
+) -> None:
+    assert read(ones(*tensors), place, beside).format == family
+
+
+def test_twelve_heads_are_those_of_moco_v3s_transformers_alone(vit_weights: WeightMaker) -> None:
+    places = ("state_dict.base_encoder", "state_dict.encoder", "target_encoder", "")
+    assert [read(vit_weights(depth=1), place).heads for place in places] == [12, None, None, None]
+
+
+# What is left out.
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("head.weight", "head_dist.bias", "fc.fc1.weight", "lm_head.weight", "projection_head.0.weight", "prototypes"),
+        *("predictor.0.weight", "projector.0.weight", "cls_pt_layers.0.norm1.weight", "mask_token", "masked_embed"),
+        *("decoder_pos_embed", "decoder_blocks.0.norm1.weight", "queue", "queue_ptr"),
+    ],
+)
+def test_part_of_pretraining_is_dropped_from_a_transformer(vit_weights: WeightMaker, name: str) -> None:
+    weights = vit_weights(depth=1)
+    trunk = read(weights | ones(name))
+    assert (trunk.weights.keys(), trunk.dropped) == (weights.keys(), (name,))
+
+
+@pytest.mark.parametrize(
+    "name", ["head2.weight", "fc_norm.weight", "blocks.0.head.weight", "dist_token", "norm_pre.weight"]
+)
+def test_other_weights_of_a_transformer_stay(vit_weights: WeightMaker, name: str) -> None:
+    assert name in read(vit_weights(depth=1) | ones(name)).weights
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.relative_position_index", "rel_pos_bias.relative_position_index"])
+def test_table_of_indices_is_no_weight(vit_weights: WeightMaker, name: str) -> None:
+    assert name not in read(vit_weights(depth=1) | ones(name)).weights
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fc.weight", "fc.0.weight", "head.weight", "classifier.weight", "projection_head.0.weight"),
+        *("prototypes.weight", "projector.0.weight", "predictor.0.weight", "queue", "queue_ptr"),
+    ],
+)
+def test_part_of_pretraining_is_dropped_from_a_residual_network(name: str) -> None:
+    trunk = read(ones(RESIDUAL, "bn1.weight", name))
+    assert (list(trunk.weights), trunk.dropped) == ([RESIDUAL, "bn1.weight"], (name,))
+
+
+def test_other_weights_of_a_residual_network_stay() -> None:
+    assert "layer1.0.fc.weight" in read(ones(RESIDUAL, "layer1.0.fc.weight")).weights
+
+
+@pytest.mark.parametrize(
+    "name", ["heads.head.weight", "head.bias", "fc.weight", "classifier.weight", "head_dist.weight"]
+)
+@pytest.mark.parametrize("anchor", ["conv_proj.weight", "4.0.conv1.weight", "stem.weight"])
+def test_classifier_of_other_networks_is_dropped(anchor: str, name: str) -> None:
+    assert read(ones(anchor, name)).dropped == (name,)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("classifier.weight", "decoder.layers.0.norm.weight", "lm_head.weight", "pooler.dense.weight"),
+        *(
+            "embeddings.mask_token",
+            "encoder.layer.0.attention.attention.relative_position_bias.relative_position_index",
+        ),
+    ],
+)
+def test_part_of_pretraining_is_dropped_from_a_network_of_transformers(name: str) -> None:
+    trunk = read(ones(HUB_PATCHES, "embeddings.cls_token", name))
+    assert (list(trunk.weights), trunk.dropped) == ([PATCHES, "cls_token"], (name,))
+
+
+def test_unfamiliar_network_keeps_its_names() -> None:
+    trunk = read(ones("stem.weight", "classifier.weight"))
+    assert (trunk.format, list(trunk.weights)) == ("other", ["stem.weight"])
+
+
+# DINOv2's names.
+
+
+def test_blocks_in_chunks_are_numbered_by_their_second_number() -> None:
+    names = numbered(PATCHES, "blocks.0.0.norm1.weight", "blocks.1.7.norm1.weight", "blocks.1.8.attn.qkv.bias")
+    assert renamed(names, read(names).weights) == {
+        PATCHES: PATCHES,
+        "blocks.0.0.norm1.weight": "blocks.0.norm1.weight",
+        "blocks.1.7.norm1.weight": "blocks.7.norm1.weight",
+        "blocks.1.8.attn.qkv.bias": "blocks.8.attn.qkv.bias",
+    }
+
+
+def test_gated_mlp_gets_timms_names() -> None:
+    names = numbered(PATCHES, "blocks.0.mlp.w12.weight", "blocks.0.mlp.w3.bias")
+    assert list(read(names).weights) == [PATCHES, "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.bias"]
+
+
+def test_class_token_takes_up_its_position_where_registers_have_none() -> None:
+    stored = {
+        PATCHES: ONE,
+        "cls_token": torch.tensor([[[1.0, 2.0]]]),
+        "pos_embed": torch.tensor([[[10.0, 20.0], [3.0, 4.0], [5.0, 6.0]]]),
+        "register_tokens": torch.tensor([[[7.0, 8.0]]]),
+    }
+    weights = read(stored).weights
+    assert {name: weights[name].tolist() for name in weights if name != PATCHES} == {
+        "cls_token": [[[11.0, 22.0]]],
+        "pos_embed": [[[3.0, 4.0], [5.0, 6.0]]],
+        "reg_token": [[[7.0, 8.0]]],
+    }
+
+
+def test_folding_positions_leaves_the_stored_weights_alone() -> None:
+    stored = {
+        PATCHES: ONE,
+        "cls_token": torch.ones(1, 1, 2),
+        "pos_embed": torch.ones(1, 5, 2),
+        "register_tokens": torch.ones(1, 4, 2),
+    }
+    read(stored)
+    assert (stored["cls_token"].sum().item(), stored["pos_embed"].shape) == (2.0, (1, 5, 2))
+
+
+@pytest.mark.parametrize("name", ["register_tokens", "pos_embed"])
+def test_positions_stay_without_registers_and_registers_without_positions(name: str) -> None:
+    stored = ones(PATCHES, "cls_token", name)
+    assert read(stored).weights.keys() == stored.keys()
+
+
+# torchvision's names.
+
+
+def test_torchvision_transformer_gets_timms_names_and_shapes(vit_weights: WeightMaker) -> None:
+    theirs = TorchvisionViT(image_size=32, patch_size=8, num_layers=2, num_heads=3, hidden_dim=192, mlp_dim=768)
+    trunk = read(theirs.state_dict())
+    assert {name: weight.shape for name, weight in trunk.weights.items()} == {
+        name: weight.shape for name, weight in vit_weights().items()
+    }
+
+
+def test_torchvision_transformer_of_older_releases_gets_the_same_names() -> None:
+    theirs = TorchvisionViT(image_size=32, patch_size=8, num_layers=1, num_heads=3, hidden_dim=192, mlp_dim=768)
+    older = {
+        name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): weight
+        for name, weight in theirs.state_dict().items()
+    }
+    assert read(older).weights.keys() == read(theirs.state_dict()).weights.keys()
+
+
+def test_residual_network_gets_back_the_names_that_a_sequence_took() -> None:
+    places = (
+        "0.weight",
+        "1.running_var",
+        "4.0.conv1.weight",
+        "5.1.bn2.bias",
+        "6.0.downsample.0.weight",
+        "7.1.bn1.bias",
+    )
+    assert list(read(ones(*places)).weights) == [
+        "conv1.weight",
+        "bn1.running_var",
+        "layer1.0.conv1.weight",
+        "layer2.1.bn2.bias",
+        "layer3.0.downsample.0.weight",
+        "layer4.1.bn1.bias",
+    ]
+
+
+# transformers' names.
+
+OLDER = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    HUB_PATCHES: PATCHES,
+    "encoder.layer.11.layernorm_before.weight": "blocks.11.norm1.weight",
+    "encoder.layer.11.layernorm_after.weight": "blocks.11.norm2.weight",
+    "encoder.layer.11.attention.output.dense.bias": "blocks.11.attn.proj.bias",
+    "encoder.layer.11.intermediate.dense.weight": "blocks.11.mlp.fc1.weight",
+    "encoder.layer.11.output.dense.weight": "blocks.11.mlp.fc2.weight",
+    "layernorm.bias": "norm.bias",
+}
+NEWER = {
+    "layers.3.layernorm_before.weight": "blocks.3.norm1.weight",
+    "layers.3.attention.o_proj.weight": "blocks.3.attn.proj.weight",
+    "layers.3.mlp.fc1.weight": "blocks.3.mlp.fc1.weight",
+    "layers.3.mlp.fc2.bias": "blocks.3.mlp.fc2.bias",
+}
+DINOV2 = {
+    "embeddings.register_tokens": "register_tokens",
+    "encoder.layer.0.norm1.weight": "blocks.0.norm1.weight",
+    "encoder.layer.0.norm2.weight": "blocks.0.norm2.weight",
+    "encoder.layer.0.layer_scale1.lambda1": "blocks.0.ls1.gamma",
+    "encoder.layer.0.layer_scale2.lambda1": "blocks.0.ls2.gamma",
+    "encoder.layer.0.mlp.weights_in.weight": "blocks.0.mlp.fc1.weight",
+    "encoder.layer.0.mlp.weights_out.bias": "blocks.0.mlp.fc2.bias",
+    "layers.1.mlp.down_proj.weight": "blocks.1.mlp.fc2.weight",
+}
+BEIT = {
+    "encoder.layer.0.lambda_1": "blocks.0.gamma_1",
+    "encoder.layer.0.lambda_2": "blocks.0.gamma_2",
+    "encoder.layer.0.attention.attention.relative_position_bias.relative_position_bias_table": (
+        "blocks.0.attn.relative_position_bias_table"
+    ),
+    "encoder.relative_position_bias.relative_position_bias_table": "rel_pos_bias.relative_position_bias_table",
+    "pooler.layernorm.weight": "fc_norm.weight",
+}
+
+
+@pytest.mark.parametrize("names", [OLDER, NEWER, DINOV2, BEIT], ids=["older", "newer", "DINOv2", "BEiT"])
+def test_names_of_transformers_become_timms(names: dict[str, str]) -> None:
+    stored = numbered(HUB_PATCHES, *(name for name in names if name != HUB_PATCHES))
+    assert renamed(stored, read(stored).weights) == {HUB_PATCHES: PATCHES} | names
+
+
+@pytest.mark.parametrize(
+    "stem",
+    ["encoder.layer.2.attention.attention.{}", "layers.2.attention.{}"],
+    ids=["older names", "newer names"],
+)
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_queries_keys_and_values_are_put_into_one_in_this_order(stem: str, kind: str) -> None:
+    parts = ("query", "key", "value") if "encoder" in stem else ("q_proj", "k_proj", "v_proj")
+    stored = {
+        f"{stem.format(part)}.{kind}": torch.full((2, 3), float(at)) for at, part in reversed([*enumerate(parts)])
+    }
+    packed = read(stored | ones(HUB_PATCHES)).weights
+    assert packed.keys() == {f"blocks.2.attn.qkv.{kind}", PATCHES}
+    assert packed[f"blocks.2.attn.qkv.{kind}"][:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("absent", "left"),
+    [
+        ("k", ["blocks.0.attn.qkv.weight"]),
+        ("v", ["blocks.0.attn.qkv.weight"]),
+        ("q", ["blocks.0.attn.k.weight", "blocks.0.attn.v.weight"]),
+    ],
+)
+def test_missing_part_leaves_the_queries_alone_which_fit_no_network(absent: str, left: list[str]) -> None:
+    stored = {f"layers.0.attention.{part}_proj.weight": torch.ones(2, 2) for part in "qkv" if part != absent}
+    weights = read(stored | ones(HUB_PATCHES)).weights
+    assert [name for name in weights if name != PATCHES] == left
+    assert all(weights[name].shape == (2, 2) for name in left)
+
+
+def test_gate_and_values_of_an_mlp_are_put_into_one_in_this_order() -> None:
+    stored = {"layers.1.mlp.up_proj.weight": torch.full((2, 1), 5.0), "layers.1.mlp.gate_proj.weight": torch.ones(2, 1)}
+    packed = read(stored | ones(HUB_PATCHES)).weights
+    assert {name: tensor.flatten().tolist() for name, tensor in packed.items() if name != PATCHES} == {
+        "blocks.1.mlp.fc1.weight": [1, 1, 5, 5]
+    }
+
+
+def test_gate_without_its_values_stays_alone() -> None:
+    packed = read({"layers.1.mlp.gate_proj.bias": torch.ones(2)} | ones(HUB_PATCHES)).weights
+    assert packed["blocks.1.mlp.fc1.bias"].shape == (2,)
+
+
+def test_beits_queries_and_values_keep_biases_of_their_own() -> None:
+    attention = "encoder.layer.0.attention.attention"
+    stored = numbered(HUB_PATCHES, "encoder.layer.0.lambda_1", f"{attention}.query.bias", f"{attention}.value.bias")
+    assert renamed(stored, read(stored).weights) == {
+        HUB_PATCHES: PATCHES,
+        "encoder.layer.0.lambda_1": "blocks.0.gamma_1",
+        f"{attention}.query.bias": "blocks.0.attn.q_bias",
+        f"{attention}.value.bias": "blocks.0.attn.v_bias",
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "beside", "norm_eps"),
+    [
+        (("embeddings.cls_token",), (), None),
+        (("embeddings.cls_token", "embeddings.mask_token"), (), None),
+        (("embeddings.cls_token", "pooler.dense.weight"), (), 1e-12),
+        (("embeddings.cls_token",), ("decoder.decoder_norm.weight",), 1e-12),
+        (("embeddings.cls_token", "encoder.layer.0.lambda_1"), (), 1e-12),
+        ((), (), 1e-12),
+    ],
+    ids=["ViTMSN", "DINOv2", "ViT", "MAE", "BEiT", "I-JEPA"],
+)
+def test_epsilon_is_the_one_that_transformers_gives_a_family(
+    names: tuple[str, ...], beside: tuple[str, ...], norm_eps: float | None
+) -> None:
+    assert read(ones(HUB_PATCHES, *names), beside=beside).norm_eps == norm_eps
+
+
+@pytest.mark.parametrize("anchor", [PATCHES, "conv_proj.weight", RESIDUAL, "4.0.conv1.weight", "stem.weight"])
+def test_other_families_leave_the_epsilon_to_the_architecture(anchor: str) -> None:
+    assert read(ones(anchor)).norm_eps is None
+
+
+# Classifiers on top.
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("head.weight", 10),
+        ("heads.head.weight", 10),
+        ("heads.weight", 10),
+        ("fc.weight", 10),
+        ("classifier.weight", 10),
+        ("head.0.weight", None),
+        ("fc.fc1.weight", None),
+        ("head.bias", None),
+        ("projector.weight", None),
+    ],
+)
+def test_classifier_is_a_single_matrix_under_its_name(name: str, classes: int | None) -> None:
+    tensors = ones(PATCHES) | {name: torch.ones(10, 192)}
+    assert classifier_classes(StoredNetwork(key=None, words=(), tensors=tensors)) == classes
+
+
+def test_vector_is_no_classifier() -> None:
+    tensors = ones(PATCHES) | {"head.weight": torch.ones(10)}
+    assert classifier_classes(StoredNetwork(key=None, words=(), tensors=tensors)) is None
+
+
+@pytest.mark.parametrize(("anchor", "classes"), [(HUB_PATCHES, 10), (PATCHES, None), (RESIDUAL, None)])
+def test_classifier_beside_a_network_is_one_in_transformers_alone(anchor: str, classes: int | None) -> None:
+    beside = {"classifier.weight": torch.ones(10, 192)}
+    assert classifier_classes(StoredNetwork(key=None, words=(), tensors=ones(anchor), beside=beside)) == classes
+
+
+# Fixed positions, by which MoCo v3's networks are told where nothing else tells.
+
+
+def fixed_positions(width: int = 384, grid: int = 14, *, rows_first: bool = True) -> Tensor:
+    one, other = torch.meshgrid(torch.arange(float(grid)), torch.arange(float(grid)), indexing="ij")
+    first, second = (one, other) if rows_first else (other, one)
+    omega = 1 / 10000 ** (torch.arange(width // 4) / (width // 4))
+    angles = [torch.outer(numbers.flatten(), omega) for numbers in (first, second)]
+    patches = torch.cat([angles[0].sin(), angles[0].cos(), angles[1].sin(), angles[1].cos()], dim=1)
+    return torch.cat([torch.zeros(1, width), patches])[None]
+
+
+def with_positions(positions: Tensor) -> Weights:
+    width = positions.shape[2]
+    return {PATCHES: torch.ones(width, 3, 16, 16), "cls_token": torch.ones(1, 1, width), "pos_embed": positions}
+
+
+@pytest.mark.parametrize("width", [192, 384, 768])
+def test_fixed_positions_of_mocov3_give_its_twelve_heads(width: int) -> None:
+    trunk = read(with_positions(fixed_positions(width)))
+    assert (trunk.format, trunk.heads) == ("mocov3", 12)
+
+
+def test_mocov3_by_solo_learn_has_twelve_heads_too() -> None:
+    trunk = read(with_positions(fixed_positions(192)), "state_dict.backbone", ("classifier.weight",))
+    assert (trunk.format, trunk.heads) == ("solo-learn", 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fixed_positions_are_known_in_half_precision(dtype: torch.dtype) -> None:
+    assert read(with_positions(fixed_positions().to(dtype))).heads == 12
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        fixed_positions(rows_first=False),
+        fixed_positions() + 0.02,
+        fixed_positions()[:, 1:],
+        fixed_positions().roll(1, dims=1),
+        torch.randn(1, 197, 384, generator=torch.Generator().manual_seed(1)),
+        torch.zeros(1, 197, 384),
+    ],
+    ids=["MAE's", "trained since", "no class token's", "class token last", "learned", "zeros"],
+)
+def test_other_positions_leave_the_heads_to_the_width(positions: Tensor) -> None:
+    assert read(with_positions(positions)).heads is None
+
+
+@pytest.mark.parametrize(("place", "family"), [("target_encoder", "msn"), ("teacher.backbone", "dino")])
+def test_positions_do_not_go_before_what_a_file_says(place: str, family: str) -> None:
+    trunk = read(with_positions(fixed_positions()), place)
+    assert (trunk.format, trunk.heads) == (family, None)
+
+
+def test_mocov3_wider_than_its_base_has_the_heads_of_its_width() -> None:
+    weights = with_positions(fixed_positions(1024, grid=4))
+    assert read(weights, "state_dict.base_encoder").heads is None
+
+
+def test_positions_of_an_outline_are_asked_for() -> None:
+    positions = fixed_positions()
+    outline = with_positions(positions.to("meta"))
+    network = StoredNetwork(key=None, words=(), tensors=outline)
+    assert read_trunk(network, lambda tensor: positions).heads == 12
+
+
+@pytest.mark.parametrize(
+    ("anchor", "names"),
+    [
+        (PATCHES, ("blocks.0.3.mlp.fc1.weight", "blocks.1.3.mlp.fc1.weight")),
+        (PATCHES, ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.w12.weight")),
+        (HUB_PATCHES, ("layers.0.mlp.fc1.weight", "encoder.layer.0.intermediate.dense.weight")),
+        (HUB_PATCHES, ("layers.0.attention.q_proj.weight", "encoder.layer.0.attention.attention.query.weight")),
+        ("conv_proj.weight", ("encoder.layers.encoder_layer_0.mlp.0.weight", "blocks.0.mlp.fc1.weight")),
+        ("4.0.conv1.weight", ("0.weight", "conv1.weight")),
+    ],
+)
+def test_second_weight_of_one_meaning_is_never_lost(anchor: str, names: tuple[str, str]) -> None:
+    trunk = read(ones(anchor) | numbered(*names))
+    assert {0.0, 1.0} <= {tensor.item() for tensor in trunk.weights.values()}
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_adapter_beside_a_projection_is_never_lost(part: str) -> None:
+    projections = {f"layers.0.attention.{one}_proj.weight": torch.ones(2, 2) for one in "qkv"}
+    adapter = {f"layers.0.attention.{part}_proj.lora_A.weight": torch.ones(1, 2)}
+    names = read(ones(HUB_PATCHES) | projections | adapter).weights
+    assert any("lora_A" in name for name in names)
+
+
+@pytest.mark.parametrize(("rows_first", "heads"), [(True, 12), (False, 12)])
+def test_solo_learns_networks_of_fixed_positions_have_twelve_heads(rows_first: bool, heads: int) -> None:
+    weights = with_positions(fixed_positions(192, rows_first=rows_first))
+    assert read(weights, "state_dict.backbone", ("classifier.weight",)).heads == heads
+
+
+def test_solo_learns_networks_of_learned_positions_have_the_heads_of_their_width() -> None:
+    weights = with_positions(torch.randn(1, 197, 192, generator=torch.Generator().manual_seed(1)))
+    assert read(weights, "state_dict.backbone", ("classifier.weight",)).heads is None

@@ -1,0 +1,227 @@
+"""What a config.json says about the weights beside it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from msn_eval.checkpoints.hf_config import HubConfig, read_config_beside
+from msn_eval.errors import CheckpointError
+
+MSN = {"model_type": "vit_msn"}
+TIMM = {"architecture": "vit_tiny_patch16_224"}
+
+
+def described(folder: Path, config: object, processor: object = None) -> HubConfig:
+    (folder / "config.json").write_text(json.dumps(config))
+    if processor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return read_config_beside(folder)
+
+
+def refusal(folder: Path, config: object) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        described(folder, config)
+    assert caught.value.where == str(folder / "config.json")
+    assert caught.value.remedy
+    return caught.value
+
+
+# transformers.
+
+
+@pytest.mark.parametrize(
+    ("model_type", "norm_eps"),
+    [
+        ("vit_msn", 1e-6),
+        ("vit", 1e-12),
+        ("vit_mae", 1e-12),
+        ("dinov2", 1e-6),
+        ("dinov2_with_registers", 1e-6),
+        ("ijepa", 1e-12),
+        ("beit", 1e-12),
+        ("data2vec-vision", 1e-12),
+    ],
+)
+def test_epsilon_that_is_not_stated_is_transformers_default(tmp_path: Path, model_type: str, norm_eps: float) -> None:
+    config = described(tmp_path, {"model_type": model_type})
+    assert (config.model_type, config.norm_eps) == (model_type, norm_eps)
+
+
+def test_defaults_here_are_those_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    stated = {
+        name: transformers.CONFIG_MAPPING[name]().layer_norm_eps
+        for name in ("vit_msn", "vit", "vit_mae", "dinov2", "dinov2_with_registers", "ijepa", "beit", "data2vec-vision")
+    }
+    from msn_eval.checkpoints import hf_config as hub_config
+
+    assert {name: hub_config._NORM_EPS.get(name, 1e-12) for name in hub_config._MODEL_TYPES} == stated
+
+
+@pytest.mark.parametrize("stated", [1e-6, 1e-12, 1e-5, 0.5])
+def test_stated_epsilon_is_read(tmp_path: Path, stated: float) -> None:
+    assert described(tmp_path, {"model_type": "vit", "layer_norm_eps": stated}).norm_eps == stated
+
+
+def test_stated_heads_are_read(tmp_path: Path) -> None:
+    assert described(tmp_path, MSN | {"num_attention_heads": 12}).heads == 12
+
+
+def test_heads_that_are_not_stated_stay_open(tmp_path: Path) -> None:
+    config = described(tmp_path, MSN)
+    assert (config.heads, config.architecture, config.statistics) == (None, None, None)
+
+
+def test_statistics_are_those_of_the_processor_beside_it(tmp_path: Path) -> None:
+    processor = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.1, 1]}
+    assert described(tmp_path, MSN, processor).statistics == ((0.5, 0.4, 0.3), (0.2, 0.1, 1.0))
+
+
+@pytest.mark.parametrize("heads", [0, -3, 1 << 16, 3.0, True, "3", [3]])
+def test_heads_that_are_no_small_whole_number_are_refused(tmp_path: Path, heads: object) -> None:
+    error = refusal(tmp_path, MSN | {"num_attention_heads": heads})
+    assert error.what == f"num_attention_heads is {heads!r}"
+
+
+@pytest.mark.parametrize("eps", [0, 1, -1e-6, float("nan"), float("inf"), "1e-6", [1e-6]])
+def test_epsilon_that_is_no_small_number_is_refused(tmp_path: Path, eps: object) -> None:
+    error = refusal(tmp_path, MSN | {"layer_norm_eps": eps})
+    assert error.what == f"layer_norm_eps is {eps!r}"
+
+
+@pytest.mark.parametrize("model_type", ["swin", "", None, 3, ["vit"]])
+def test_architecture_that_is_not_evaluated_here_is_refused_with_those_that_are(
+    tmp_path: Path, model_type: object
+) -> None:
+    error = refusal(tmp_path, {"model_type": model_type})
+    assert error.what == (
+        f"describes a {model_type!r}, which is not one of vit_msn, vit, vit_mae, dinov2, dinov2_with_registers, ijepa, "
+        "beit, data2vec-vision"
+    )
+
+
+def test_config_without_a_model_type_is_refused(tmp_path: Path) -> None:
+    assert "describes a None" in refusal(tmp_path, {"hidden_size": 48}).what
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "known"), [("hidden_act", "relu", "gelu"), ("hidden_act", None, "gelu"), ("num_channels", 1, 3)]
+)
+def test_what_no_weight_shows_and_is_otherwise_here_is_refused(
+    tmp_path: Path, name: str, value: object, known: object
+) -> None:
+    error = refusal(tmp_path, MSN | {name: value})
+    assert (error.what, "py:" in error.remedy) == (f"{name} is {value!r}; here it is {known!r}", True)
+
+
+def test_what_is_as_here_is_accepted(tmp_path: Path) -> None:
+    assert described(tmp_path, MSN | {"hidden_act": "gelu", "num_channels": 3}).model_type == "vit_msn"
+
+
+# timm.
+
+
+def test_timms_config_names_the_architecture(tmp_path: Path) -> None:
+    config = described(tmp_path, TIMM | {"model_args": {"img_size": 32, "num_classes": 5, "global_pool": "avg"}})
+    assert config.architecture is not None
+    assert (config.model_type, config.architecture.timm_name, config.architecture.keywords) == (
+        "timm",
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "global_pool": "avg"},
+    )
+
+
+def test_timms_config_leaves_heads_and_epsilon_to_the_architecture(tmp_path: Path) -> None:
+    config = described(tmp_path, TIMM)
+    assert (config.heads, config.norm_eps, config.statistics) == (None, None, None)
+
+
+@pytest.mark.parametrize("model_args", [None, [], "img_size=32"])
+def test_timms_config_may_have_no_keywords(tmp_path: Path, model_args: object) -> None:
+    config = described(tmp_path, TIMM | {"model_args": model_args})
+    assert config.architecture is not None
+    assert config.architecture.keywords == {}
+
+
+def test_timms_statistics_are_read(tmp_path: Path) -> None:
+    stated = {"mean": [0.5, 0.4, 0.3], "std": [1, 2, 3]}
+    assert described(tmp_path, TIMM | {"pretrained_cfg": stated}).statistics == ((0.5, 0.4, 0.3), (1.0, 2.0, 3.0))
+
+
+@pytest.mark.parametrize("stated", [{"mean": [0.5, 0.5, 0.5]}, {"std": [0.5, 0.5, 0.5]}])
+def test_timms_statistics_of_which_one_is_missing_are_refused(tmp_path: Path, stated: object) -> None:
+    assert "is not three finite numbers: None" in refusal(tmp_path, TIMM | {"pretrained_cfg": stated}).what
+
+
+def test_timms_std_of_zero_is_refused(tmp_path: Path) -> None:
+    stated = {"mean": [0.5, 0.5, 0.5], "std": [1, 0, 1]}
+    assert "is not positive" in refusal(tmp_path, TIMM | {"pretrained_cfg": stated}).what
+
+
+@pytest.mark.parametrize("stated", [None, [], {}])
+def test_timms_statistics_that_are_not_stated_are_none(tmp_path: Path, stated: object) -> None:
+    assert described(tmp_path, TIMM | {"pretrained_cfg": stated}).statistics is None
+
+
+@pytest.mark.parametrize("mean", [[0.5], 0.5, ["a", "b", "c"], [0.5, 0.5, float("nan")], "abc"])
+def test_timms_statistics_that_are_no_three_numbers_are_refused(tmp_path: Path, mean: object) -> None:
+    error = refusal(tmp_path, TIMM | {"pretrained_cfg": {"mean": mean, "std": [1, 1, 1]}})
+    assert error.what.startswith("mean is not three finite numbers")
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"checkpoint_path": "/somewhere/else.pth"},
+        {"pretrained": True},
+        {"pretrained_cfg": {"file": "/somewhere/else.pth"}},
+        {"pretrained_cfg_overlay": {"file": "/somewhere/else.pth"}},
+        {"cache_dir": "/somewhere"},
+        {"scriptable": True},
+        {"embed_layer": {"name": "hybrid"}},
+        {"depth": 1_000_000},
+        {"depths": [2, 1_000_000]},
+        {"img_size": [32, 1_000_000]},
+    ],
+    ids=lambda keywords: next(iter(keywords)),
+)
+def test_keyword_that_would_open_other_files_or_cost_hours_is_refused(
+    tmp_path: Path, keywords: dict[str, object]
+) -> None:
+    assert next(iter(keywords)) in refusal(tmp_path, TIMM | {"model_args": keywords}).what
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224?checkpoint_path=other.pth", ["vit_tiny_patch16_224"], 3, None, ""]
+)
+def test_architecture_that_is_no_plain_name_is_refused(tmp_path: Path, name: object) -> None:
+    assert "architecture" in refusal(tmp_path, {"architecture": name}).what
+
+
+# Folders.
+
+
+def test_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+        read_config_beside(tmp_path)
+
+
+def test_folder_that_wants_its_own_code_run_is_refused(tmp_path: Path) -> None:
+    assert "auto_map" in refusal(tmp_path, MSN | {"auto_map": {"AutoModel": "own.Model"}}).what
+
+
+def test_folder_with_an_adapter_is_refused_with_how_to_merge_it(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    error = refusal(tmp_path, TIMM)
+    assert ("adapter_config.json" in error.what, "merge" in error.remedy.lower()) == (True, True)
+
+
+@pytest.mark.parametrize("name", ["image_size", "patch_size"])
+def test_images_and_patches_that_are_not_square_are_refused(tmp_path: Path, name: str) -> None:
+    assert "square" in refusal(tmp_path, {"model_type": "vit_msn", name: [224, 112]}).what
+
+
+def test_statistics_of_timm_before_its_09_are_read(tmp_path: Path) -> None:
+    older = TIMM | {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    assert described(tmp_path, older).statistics == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

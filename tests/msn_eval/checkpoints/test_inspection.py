@@ -1,0 +1,423 @@
+"""Inspections: what is told of files whose content is known."""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor
+
+import msn_eval
+from msn_eval.checkpoints import sanity_checks as tensor_facts
+from msn_eval.checkpoints.checkpoint import read_checkpoint
+from msn_eval.checkpoints.convert import convert_checkpoint
+from msn_eval.checkpoints.inspection import Inspection, inspect_checkpoint
+from msn_eval.errors import CheckpointError
+
+Weights = dict[str, Tensor]
+WeightMaker = Callable[..., Weights]
+MSNWriter = Callable[..., Path]
+
+
+def saved(folder: Path, content: object, *, name: str = "vit.pth") -> Path:
+    path = folder / name
+    torch.save(content, path)
+    return path
+
+
+def inspected(folder: Path, content: object, **options: str) -> Inspection:
+    return inspect_checkpoint(saved(folder, content), **options)
+
+
+def dino(draw: WeightMaker) -> dict[str, Weights]:
+    head = {"head.mlp.0.weight": torch.ones(8, 192), "head.last_layer.weight_v": torch.ones(4, 8)}
+    student = {f"module.backbone.{name}": tensor for name, tensor in draw().items()}
+    teacher = {f"backbone.{name}": 0.9 * tensor for name, tensor in draw().items()}
+    return {"student": student | {f"module.{name}": tensor for name, tensor in head.items()}, "teacher": teacher | head}
+
+
+# Which network, and whose.
+
+
+def test_msn_release_is_inspected_as_it_would_be_evaluated(msn_file: MSNWriter, vit_weights: WeightMaker) -> None:
+    facts, weights = inspect_checkpoint(msn_file()), vit_weights()
+    assert (facts.family, facts.key, facts.arch, facts.epoch, facts.problem) == (
+        "msn",
+        "target_encoder",
+        "vit_width192_depth2_patch8_32",
+        600,
+        None,
+    )
+    assert facts.params == sum(tensor.numel() for tensor in weights.values())
+
+
+def test_every_weight_of_a_whole_network_is_used_and_matched(msn_file: MSNWriter, vit_weights: WeightMaker) -> None:
+    facts = inspect_checkpoint(msn_file())
+    assert (set(facts.used), facts.matched) == (vit_weights().keys(), 1.0)
+
+
+def test_heads_and_prototypes_are_dropped(msn_file: MSNWriter) -> None:
+    assert set(inspect_checkpoint(msn_file()).dropped) >= {"fc.fc1.weight", "fc.fc1.bias"}
+
+
+def test_nothing_is_missing_or_left_over_in_a_whole_network(msn_file: MSNWriter) -> None:
+    facts = inspect_checkpoint(msn_file())
+    assert (facts.missing, facts.left_over, facts.reshaped, facts.alarms) == ((), (), (), ())
+
+
+def test_every_network_is_listed_and_the_used_one_marked(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    networks = inspected(tmp_path, dino(vit_weights)).networks
+    assert [(one.key, one.used, one.tensors) for one in networks] == [("student", False, 30), ("teacher", True, 30)]
+
+
+def test_values_of_a_network_count_its_heads(msn_file: MSNWriter, vit_weights: WeightMaker) -> None:
+    (network,) = inspect_checkpoint(msn_file()).networks
+    assert network.values == sum(tensor.numel() for tensor in vit_weights().values()) + 8 * 192 + 8
+
+
+def test_teacher_of_dino_is_used_and_it_is_said_why(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    facts = inspected(tmp_path, dino(vit_weights))
+    assert (facts.family, facts.key, facts.why) == (
+        "dino",
+        "teacher",
+        "the teacher, which DINO and its successors evaluate",
+    )
+
+
+def test_student_asked_for_by_key_is_used_with_an_alarm(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    facts = inspected(tmp_path, dino(vit_weights), key="student")
+    assert (facts.key, facts.why, facts.alarms) == (
+        "student",
+        "asked for by --checkpoint-key",
+        ("'teacher' stands beside it, and is what the method's authors evaluate",),
+    )
+
+
+def test_residual_network_has_no_patches_and_no_positions(tmp_path: Path) -> None:
+    facts = inspected(tmp_path, torchvision.models.resnet18().state_dict())
+    assert (facts.family, facts.arch, facts.patch_pixels, facts.stored_pixels, facts.positions, facts.problem) == (
+        "torchvision",
+        "resnet18",
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def test_residual_network_is_evaluated_at_224_pixels(tmp_path: Path) -> None:
+    assert inspected(tmp_path, torchvision.models.resnet18().state_dict()).image_pixels == 224
+
+
+def test_folder_of_hugging_face_is_inspected_with_its_config(msn_file: MSNWriter, tmp_path: Path) -> None:
+    convert_checkpoint(msn_file(), tmp_path / "folder", to="hf")
+    config = tmp_path / "folder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 6}))
+    facts = inspect_checkpoint(tmp_path / "folder")
+    assert (facts.family, facts.container, facts.arch) == (
+        "huggingface",
+        "safetensors",
+        "vit_width192_depth2_patch8_32_heads6",
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [
+        ({}, "37 x 37 to 16 x 16 patches, bicubic, offset 0.1, as the authors evaluate"),
+        ({"register_tokens": torch.ones(1, 4, 192)}, "37 x 37 to 16 x 16 patches, bicubic, antialiased, as the authors evaluate"),
+    ],
+    ids=["plain", "registers"],
+)  # fmt: skip
+def test_positions_of_dinov2_are_told_to_be_changed(
+    tmp_path: Path, vit_weights: WeightMaker, extra: Weights, line: str
+) -> None:
+    weights = vit_weights(depth=1, patch=14, image=518, layer_scale=True) | {"mask_token": torch.ones(1, 192)}
+    facts = inspected(tmp_path, weights | extra)
+    assert (facts.positions, facts.stored_pixels, facts.image_pixels, facts.patch_pixels) == (line, 518, 224, 14)
+
+
+def test_positions_at_their_own_size_are_not_changed(msn_file: MSNWriter) -> None:
+    facts = inspect_checkpoint(msn_file())
+    assert (facts.positions, facts.stored_pixels, facts.image_pixels) == (None, 32, 32)
+
+
+# The file.
+
+
+def test_file_is_told_by_its_bytes(msn_file: MSNWriter) -> None:
+    facts, content = inspect_checkpoint(msn_file()), msn_file().read_bytes()
+    assert (facts.container, facts.file_bytes, facts.sha256) == (
+        "zip",
+        len(content),
+        hashlib.sha256(content).hexdigest(),
+    )
+
+
+def test_hash_beside_the_file_that_matches_is_noted(msn_file: MSNWriter) -> None:
+    path = msn_file()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_name(f"{path.name}.sha256").write_text(f"{digest}  {path.name}\n")
+    assert inspect_checkpoint(path).notes == ("sha256 matches vit.pth.tar.sha256",)
+
+
+@pytest.mark.parametrize("container", ["zip", "pickle", "safetensors"])
+def test_inspection_is_the_same_in_every_container(tmp_path: Path, vit_weights: WeightMaker, container: str) -> None:
+    weights, path = vit_weights(), tmp_path / "vit.bin"
+    if container == "safetensors":
+        safetensors.torch.save_file(weights, path)
+    else:
+        torch.save(weights, path, _use_new_zipfile_serialization=container == "zip")
+    facts, reference = inspect_checkpoint(path), inspected(tmp_path, weights)
+    assert facts.container == container
+    assert (facts.statistics, facts.networks, set(facts.used), facts.arch) == (
+        reference.statistics,
+        reference.networks,
+        set(reference.used),
+        reference.arch,
+    )
+
+
+def test_unreadable_file_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "vit.pth"
+    path.write_bytes(b"<html>")
+    with pytest.raises(CheckpointError) as caught:
+        inspect_checkpoint(path)
+    assert (caught.value.exit_code, caught.value.where) == (20, str(path))
+
+
+# What an evaluation would refuse.
+
+
+def test_open_choice_is_a_problem_that_lists_the_networks(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    facts = inspected(tmp_path, {"one": vit_weights(), "two": vit_weights(depth=1)})
+    assert str(facts.problem).splitlines()[:2] == [
+        "holds several networks:",
+        "  one: 30 tensors, 930,624 values",
+    ]
+    assert "--checkpoint-key NAME" in str(facts.problem)
+
+
+def test_open_choice_leaves_all_that_follows_from_it_open(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    facts = inspected(tmp_path, {"one": vit_weights(), "two": vit_weights(depth=1)})
+    assert [one.used for one in facts.networks] == [False, False]
+    assert (facts.key, facts.family, facts.arch, facts.statistics, facts.matched) == (None, None, None, None, None)
+
+
+def test_file_without_a_network_is_a_problem(tmp_path: Path) -> None:
+    facts = inspected(tmp_path, {"epoch": 3, "loss": 0.5})
+    assert (facts.networks, str(facts.problem).startswith("holds no network"), facts.epoch) == ((), True, 3)
+
+
+def test_unknown_width_is_a_problem_with_a_remedy(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    assert "--arch" in str(inspected(tmp_path, vit_weights(width=96)).problem)
+
+
+def test_architecture_given_by_hand_closes_what_was_open(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    arch = "vit_tiny_patch16_224?embed_dim=96&num_heads=4&img_size=32&patch_size=8&depth=2"
+    facts = inspected(tmp_path, vit_weights(width=96), arch=arch)
+    assert (facts.arch, facts.problem, facts.matched) == (arch, None, 1.0)
+
+
+def test_weights_that_do_not_fit_are_told_each_by_its_kind(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    weights = vit_weights() | {"blocks.1.norm1.bias": torch.ones(3), "neck.bias": torch.ones(2)}
+    del weights["norm.bias"]
+    facts = inspected(tmp_path, weights)
+    assert (facts.missing, facts.left_over, facts.reshaped, facts.problem) == (
+        ("norm.bias",),
+        ("neck.bias",),
+        (("blocks.1.norm1.bias", (3,), (192,)),),
+        "3 of 30 weights do not fit vit_width192_depth2_patch8_32",
+    )
+
+
+def test_share_of_the_values_that_match_leaves_out_the_missing(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    weights = vit_weights()
+    whole = sum(tensor.numel() for tensor in weights.values())
+    del weights["blocks.1.mlp.fc2.weight"]
+    assert inspected(tmp_path, weights).matched == pytest.approx(1 - 768 * 192 / whole, abs=1e-12)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_a_problem_and_an_alarm(
+    tmp_path: Path, vit_weights: WeightMaker, value: float
+) -> None:
+    facts = inspected(tmp_path, vit_weights() | {"norm.bias": torch.full((192,), value)})
+    assert (facts.problem, facts.alarms) == (
+        "weights hold NaN or infinite values",
+        ("NaN or infinite values in norm.bias",),
+    )
+
+
+def test_values_that_are_infinite_in_float32_are_a_problem(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    weights = vit_weights() | {"norm.bias": torch.full((192,), 1e200, dtype=torch.float64)}
+    assert inspected(tmp_path, weights).problem == "weights hold NaN or infinite values"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda draw: {"one": draw(), "two": draw(depth=1)},
+        lambda draw: draw(width=96),
+        lambda draw: draw() | {"norm.bias": torch.full((192,), math.nan)},
+        lambda draw: draw() | {"neck.bias": torch.ones(2)},
+        lambda draw: draw(),
+        lambda draw: draw() | {"norm.bias": torch.full((192,), 1e200, dtype=torch.float64)},
+        lambda draw: draw() | {"norm.bias": torch.ones(192, dtype=torch.int64)},
+        lambda draw: draw() | {"norm.bias": torch.ones(192, dtype=torch.complex64)},
+    ],
+    ids=["several", "width", "NaN", "left over", "whole", "beyond float32", "integers", "complex"],
+)
+def test_problem_is_there_exactly_where_an_evaluation_refuses(
+    tmp_path: Path, vit_weights: WeightMaker, content: Callable[[WeightMaker], object]
+) -> None:
+    path = saved(tmp_path, content(vit_weights))
+    try:
+        read_checkpoint(str(path))
+        refused = False
+    except CheckpointError:
+        refused = True
+    assert (inspect_checkpoint(path).problem is not None) == refused
+
+
+# Alarms, which are reasons to doubt and no problems.
+
+
+def test_matrix_of_zeros_alone_is_an_alarm(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    weights = vit_weights()
+    zero = {"blocks.0.mlp.fc1.weight": torch.zeros_like(weights["blocks.0.mlp.fc1.weight"])}
+    facts = inspected(tmp_path, weights | zero)
+    assert (facts.alarms, facts.problem) == (("nothing but zeros in blocks.0.mlp.fc1.weight",), None)
+
+
+def test_network_as_it_is_initialised_is_an_alarm(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    fresh = {
+        name: torch.full_like(tensor, float(name.endswith("weight"))) if "norm" in name else tensor
+        for name, tensor in vit_weights().items()
+    }
+    (alarm,) = inspected(tmp_path, fresh).alarms
+    assert "these weights look untrained" in alarm
+
+
+def test_classifier_on_top_is_an_alarm(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    head = {"head.weight": torch.ones(1000, 192), "head.bias": torch.ones(1000)}
+    facts = inspected(tmp_path, vit_weights() | head)
+    assert (facts.problem, facts.alarms) == (
+        None,
+        ("a classifier of 1,000 classes is on top: the weights were trained or fine-tuned with labels",),
+    )
+
+
+# Statistics, against torch's own.
+
+
+def flat(weights: Weights) -> Tensor:
+    return torch.cat([tensor.double().flatten() for tensor in weights.values()])
+
+
+def test_statistics_are_those_of_all_values_together(msn_file: MSNWriter, vit_weights: WeightMaker) -> None:
+    found, values = inspect_checkpoint(msn_file()).statistics, flat(vit_weights())
+    assert found is not None
+    assert (found.mean, found.std) == pytest.approx((values.mean().item(), values.std(correction=0).item()), rel=1e-9)
+    assert (found.minimum, found.maximum, found.values) == (values.min().item(), values.max().item(), len(values))
+
+
+def test_statistics_do_not_depend_on_the_length_of_chunks(msn_file: MSNWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = inspect_checkpoint(msn_file()).statistics
+    monkeypatch.setattr(tensor_facts, "_CHUNK_VALUES", 10_007)
+    pieces = inspect_checkpoint(msn_file()).statistics
+    assert whole is not None
+    assert pieces is not None
+    assert (pieces.mean, pieces.std) == pytest.approx((whole.mean, whole.std), rel=1e-9)
+    assert (pieces.minimum, pieces.maximum, pieces.zeros) == (whole.minimum, whole.maximum, whole.zeros)
+
+
+def test_zeros_are_counted_exactly(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    weights = vit_weights() | {"norm.bias": torch.tensor([0.0, -0.0, 1e-30] * 64)}
+    found = inspected(tmp_path, weights).statistics
+    assert found is not None
+    assert found.zeros == 128
+
+
+def test_values_that_are_not_finite_are_counted_and_left_out(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    weights = vit_weights()
+    rest = flat(weights | {"norm.bias": torch.full((188,), 0.25)})
+    poisoned = torch.tensor([math.nan, math.inf, -math.inf, math.nan] + [0.25] * 188)
+    found = inspected(tmp_path, weights | {"norm.bias": poisoned}).statistics
+    assert found is not None
+    assert (found.not_finite, found.maximum) == (4, rest.max().item())
+    assert (found.mean, found.std) == pytest.approx((rest.mean().item(), rest.std(correction=0).item()), rel=1e-9)
+
+
+def test_statistics_leave_out_heads_and_counts(tmp_path: Path) -> None:
+    state = torchvision.models.resnet18().state_dict()
+    found = inspected(tmp_path, state | {"fc.weight": torch.full((1000, 512), 1e6)}).statistics
+    kept = {name: one for name, one in state.items() if not name.startswith("fc.") and one.is_floating_point()}
+    assert found is not None
+    assert (found.values, found.maximum) == (flat(kept).numel(), flat(kept).max().item())
+
+
+def test_dtypes_are_all_those_of_the_weights(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    weights = vit_weights()
+    found = inspected(tmp_path, weights | {"norm.bias": weights["norm.bias"].half()}).statistics
+    assert found is not None
+    assert found.dtypes == ("float16", "float32")
+
+
+def test_network_of_values_that_are_not_finite_has_no_mean(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    lost = {name: torch.full_like(tensor, math.nan) for name, tensor in vit_weights().items()}
+    found = inspected(tmp_path, lost).statistics
+    assert found is not None
+    assert (found.mean, found.std, found.minimum, found.maximum) == (None, None, None, None)
+
+
+def test_inspection_is_plain_data_for_json(msn_file: MSNWriter) -> None:
+    told = json.loads(json.dumps(asdict(inspect_checkpoint(msn_file())), allow_nan=False))
+    assert told["networks"][0]["key"] == "target_encoder"
+
+
+# Memory.
+
+# The peak is set back to what is held after the imports; ru_maxrss begins with that of the process that forked.
+MEASURED = """
+import sys
+from pathlib import Path
+import timm
+from msn_eval.checkpoints.inspection import inspect_checkpoint
+
+def kibibytes(name):
+    (line,) = (one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(name))
+    return int(line.split()[1])
+
+Path("/proc/self/clear_refs").write_text("5")
+before = kibibytes("VmRSS")
+for path in sys.argv[1:]:
+    assert inspect_checkpoint(Path(path)).problem is None
+print(1024 * (kibibytes("VmHWM") - before))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are told by Linux alone")
+@pytest.mark.slow
+def test_large_file_is_never_held_in_full(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    weights = vit_weights(width=1024, depth=4)
+    paths = [saved(tmp_path, weights), tmp_path / "vit.safetensors"]
+    safetensors.torch.save_file(weights, paths[1])
+    child = subprocess.run(
+        [sys.executable, "-c", MEASURED, *map(str, paths)],
+        env=os.environ | {"PYTHONPATH": str(Path(msn_eval.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert int(child.stdout) < 0.5 * paths[0].stat().st_size

@@ -1,0 +1,110 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from msn_eval.checkpoints.checkpoint import read_checkpoint, weights_sha256
+from msn_eval.checkpoints.run_folder import newest_snapshot
+from msn_eval.cli import main
+from msn_eval.errors import CheckpointError
+
+_ARCH = "vit_tiny_patch16_224?img_size=16&patch_size=4&embed_dim=32&depth=1&num_heads=2"
+
+
+def _snapshot(run: Path, step: int, *, seed: int) -> Path:
+    """Write a snapshot as msn-pretrain does, of an encoder whose heads are in no weight's shape."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    network = read_checkpoint(f"random:{_ARCH}", seed=seed).network
+    facts = {"msn_eval.architecture": _ARCH, "epoch": str(step // 10)}
+    save_file(network.state_dict(), folder / "encoder.safetensors", metadata=facts)
+    (folder / "state.pt").write_bytes(b"whatever training needs")
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    manifest = {"schema": 1, "step": step, "epoch": step // 10, "world": 1, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def _weights(seed: int) -> str:
+    return weights_sha256(read_checkpoint(f"random:{_ARCH}", seed=seed).network.state_dict())
+
+
+def test_a_run_is_read_by_its_newest_snapshot_without_its_architecture_being_named(tmp_path: Path) -> None:
+    run = tmp_path / "mine"
+    for step, seed in ((20, 1), (100, 2)):
+        _snapshot(run, step, seed=seed)
+
+    checkpoint = read_checkpoint(str(run))
+
+    assert checkpoint.weights_sha256 == _weights(2)
+    assert (checkpoint.name, checkpoint.arch, checkpoint.epoch) == ("mine", _ARCH, 10)
+
+
+def test_a_snapshot_that_is_not_whole_is_passed_over(tmp_path: Path) -> None:
+    for step, seed in ((20, 1), (30, 2), (40, 3)):
+        folder = _snapshot(tmp_path, step, seed=seed)
+    (folder / "state.pt").write_bytes(b"torn")
+    (tmp_path / "checkpoints" / "step-00000030" / "manifest.json").unlink()
+
+    found, skipped = newest_snapshot(tmp_path)
+
+    assert found is not None
+    assert found.step == 20
+    assert [reason.partition(":")[0] for reason in skipped] == ["step-00000040", "step-00000030"]
+    assert read_checkpoint(str(tmp_path)).weights_sha256 == _weights(1)
+
+
+def test_a_run_without_a_whole_snapshot_says_why(tmp_path: Path) -> None:
+    (_snapshot(tmp_path, 20, seed=1) / "manifest.json").unlink()
+
+    with pytest.raises(CheckpointError, match="never finished"):
+        read_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "manifest", ["[]", '{"schema": 2}', '{"schema": 1, "step": 20, "epoch": 2, "world": 1, "files": {}}']
+)
+def test_a_manifest_of_another_kind_is_none(tmp_path: Path, manifest: str) -> None:
+    (_snapshot(tmp_path, 20, seed=1) / "manifest.json").write_text(manifest)
+
+    assert newest_snapshot(tmp_path)[0] is None
+
+
+def test_a_manifest_that_names_files_elsewhere_is_none(tmp_path: Path) -> None:
+    folder = _snapshot(tmp_path, 20, seed=1)
+    content = json.loads((folder / "manifest.json").read_text())
+    content["files"]["../../config.yaml"] = hashlib.sha256(b"").hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+    assert newest_snapshot(tmp_path)[0] is None
+
+
+def test_an_untrained_network_can_have_a_runs_architecture(tmp_path: Path) -> None:
+    _snapshot(tmp_path, 20, seed=1)
+
+    checkpoint = read_checkpoint(f"random:{tmp_path}", seed=5)
+
+    assert checkpoint.weights_sha256 == _weights(5)
+
+
+def test_a_stated_architecture_cannot_reach_beyond_its_keywords(tmp_path: Path) -> None:
+    weights = {"patch_embed.proj.weight": torch.zeros(8, 3, 4, 4), "blocks.0.attn.qkv.weight": torch.zeros(24, 8)}
+    facts = {"msn_eval.architecture": "vit_tiny_patch16_224?checkpoint_path=/etc/passwd"}
+    save_file(weights, tmp_path / "x.safetensors", metadata=facts)
+
+    with pytest.raises(CheckpointError, match="checkpoint_path"):
+        read_checkpoint(str(tmp_path / "x.safetensors"))
+
+
+def test_inspect_shows_what_of_a_run_would_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _snapshot(tmp_path, 20, seed=1)
+
+    assert main(["inspect", str(tmp_path)]) == 0
+
+    told = capsys.readouterr().out
+    assert "step-00000020/encoder.safetensors" in told
+    assert _ARCH in told

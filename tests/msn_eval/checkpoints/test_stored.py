@@ -1,0 +1,250 @@
+"""What a file or folder holds, and whether the network chosen from it fits its architecture."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor
+
+from msn_eval.checkpoints.stored import StoredCheckpoint, check_stored, choose_stored, read_contents, read_outline
+from msn_eval.errors import CheckpointError
+
+Weights = dict[str, Tensor]
+WeightMaker = Callable[..., Weights]
+HEADS = {"model_type": "vit_msn", "num_attention_heads": 6, "layer_norm_eps": 1e-5}
+
+
+def saved(folder: Path, content: object, name: str = "vit.pth") -> Path:
+    path = folder / name
+    torch.save(content, path)
+    return path
+
+
+def described(folder: Path, weights: Weights, config: dict[str, object], name: str = "model.safetensors") -> Path:
+    safetensors.torch.save_file(weights, folder / name)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder / name
+
+
+def stored(path: Path, **options: str | None) -> StoredCheckpoint:
+    return choose_stored(read_contents(path), **options)
+
+
+# Contents.
+
+
+def test_contents_of_a_file_are_its_networks_hash_and_size(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    path = saved(tmp_path, {"target_encoder": vit_weights(depth=1), "prototypes": torch.ones(2), "epoch": 7})
+    contents = read_contents(path)
+    assert [network.key for network in contents.networks] == ["target_encoder"]
+    assert (contents.where, contents.container, contents.epoch, contents.config) == (str(path), "zip", 7, None)
+    assert (contents.sha256, contents.file_bytes) == (
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+        path.stat().st_size,
+    )
+
+
+@pytest.mark.parametrize(("name", "has_config"), [("model.safetensors", True), ("other.safetensors", False)])
+def test_config_belongs_to_the_file_that_has_a_hubs_name(
+    tmp_path: Path, vit_weights: WeightMaker, name: str, has_config: bool
+) -> None:
+    contents = read_contents(described(tmp_path, vit_weights(depth=1), HEADS, name))
+    assert (contents.config is not None) == has_config
+
+
+def test_file_of_a_hubs_name_without_a_config_is_read_alone(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    path = described(tmp_path, vit_weights(depth=1), HEADS)
+    (tmp_path / "config.json").unlink()
+    assert read_contents(path).config is None
+
+
+def test_folder_is_read_as_its_weight_file(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    path = described(tmp_path, vit_weights(depth=1), HEADS)
+    folder, file = read_contents(tmp_path), read_contents(path)
+    assert (folder.sha256, folder.container, folder.where) == (file.sha256, "safetensors", str(tmp_path))
+
+
+def sharded(folder: Path, *shards: Weights) -> list[Path]:
+    paths = [folder / f"model-{number}.safetensors" for number in range(len(shards))]
+    for path, weights in zip(paths, shards, strict=True):
+        safetensors.torch.save_file(weights, path)
+    named = {name: path.name for path, weights in zip(paths, shards, strict=True) for name in weights}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    (folder / "config.json").write_text(json.dumps(HEADS))
+    return paths
+
+
+def test_shards_are_one_network_with_one_hash(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    weights = vit_weights(depth=1)
+    head = {name: weights.pop(name) for name in ("cls_token", "norm.weight")}
+    paths = sharded(tmp_path, weights, head)
+    contents = read_contents(tmp_path)
+    lines = "".join(f"{path.name}\t{hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in paths)
+    assert contents.sha256 == hashlib.sha256(lines.encode()).hexdigest()
+    assert contents.file_bytes == sum(path.stat().st_size for path in paths)
+    assert contents.networks[0].tensors.keys() == (weights | head).keys()
+
+
+def test_weight_in_two_shards_is_refused(tmp_path: Path) -> None:
+    paths = sharded(tmp_path, {"a.b": torch.ones(2)}, {"c.d": torch.ones(2)})
+    safetensors.torch.save_file({"a.b": torch.zeros(2), "c.d": torch.ones(2)}, paths[1])
+    with pytest.raises(CheckpointError, match=r"holds a\.b, which another file of the folder holds too") as refusal:
+        read_contents(tmp_path)
+    assert refusal.value.where == str(paths[1])
+
+
+@pytest.mark.parametrize("name", ["vit.pth", "vit.safetensors"])
+def test_outline_has_names_and_shapes_and_no_values(tmp_path: Path, vit_weights: WeightMaker, name: str) -> None:
+    weights = vit_weights(depth=1)
+    path = tmp_path / name
+    if name.endswith("safetensors"):
+        safetensors.torch.save_file(weights, path)
+    else:
+        saved(tmp_path, weights)
+    outline, contents = read_outline(path), read_contents(path)
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in outline.networks[0].tensors.items()}
+    assert shapes == {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
+    assert {tensor.device.type for tensor in outline.networks[0].tensors.values()} == {"meta"}
+    assert outline.sha256 == contents.sha256
+
+
+@pytest.mark.parametrize("read", [read_contents, read_outline])
+@pytest.mark.parametrize(
+    ("change", "networks"), [(0.0, "stored 2 times with equal weights"), (1e-3, "several networks")]
+)
+def test_networks_are_told_to_be_equal_by_their_values(
+    tmp_path: Path, vit_weights: WeightMaker, read: Callable[[Path], object], change: float, networks: str
+) -> None:
+    weights = vit_weights(depth=1)
+    other = {name: tensor.clone() for name, tensor in weights.items()}
+    other["norm.bias"][-1] += change
+    contents = read(saved(tmp_path, {"one": weights, "other": other}))
+    if not change:
+        assert choose_stored(contents).choice.why == networks
+        return
+    with pytest.raises(CheckpointError, match=networks):
+        choose_stored(contents)
+
+
+# The choice of a network and its architecture.
+
+
+def test_architecture_is_read_from_shapes_where_nothing_states_it(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    architecture = stored(saved(tmp_path, vit_weights())).architecture
+    assert (architecture.name, architecture.keywords["num_heads"]) == ("vit_width192_depth2_patch8_32", 3)
+
+
+def test_heads_and_epsilon_are_those_of_the_config(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    architecture = stored(described(tmp_path, vit_weights(), HEADS)).architecture
+    assert (architecture.keywords["num_heads"], architecture.norm_eps) == (6, 1e-5)
+
+
+def test_heads_and_epsilon_of_a_family_are_used_without_a_config(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    weights = {f"base_encoder.{name}": tensor for name, tensor in vit_weights().items()}
+    assert stored(saved(tmp_path, weights)).architecture.keywords["num_heads"] == 12
+
+
+def test_config_of_timm_names_the_architecture(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": 32, "patch_size": 8, "depth": 2}}
+    checkpoint = stored(described(tmp_path, vit_weights(), config))
+    assert checkpoint.architecture.timm_name == "vit_tiny_patch16_224"
+    check_stored(checkpoint)
+
+
+def test_architecture_named_by_hand_goes_before_all(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    path = described(tmp_path, vit_weights(), HEADS)
+    assert stored(path, arch="resnet18").architecture.name == "resnet18"
+
+
+def test_key_chooses_the_network(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    path = saved(tmp_path, {"student": vit_weights(depth=1), "teacher": vit_weights(depth=2)})
+    assert stored(path, key="student").architecture.keywords["depth"] == 1
+
+
+def test_architecture_that_stays_open_is_refused_with_the_file(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    path = saved(tmp_path, vit_weights(width=96))
+    with pytest.raises(CheckpointError, match="width 96") as refusal:
+        stored(path)
+    assert (refusal.value.where, "--arch" in refusal.value.remedy) == (str(path), True)
+
+
+def test_head_that_the_architecture_has_itself_is_given_back(tmp_path: Path) -> None:
+    import timm
+
+    weights = timm.create_model("convnext_atto", num_classes=3).state_dict()
+    checkpoint = stored(saved(tmp_path, weights), arch="convnext_atto")
+    assert checkpoint.trunk.dropped == ("head.fc.weight", "head.fc.bias")
+    check_stored(checkpoint)
+
+
+# Whether the weights fit.
+
+
+def misfit(checkpoint: StoredCheckpoint) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        check_stored(checkpoint)
+    return caught.value
+
+
+def test_weights_that_fit_pass(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    check_stored(stored(saved(tmp_path, vit_weights())))
+
+
+def test_misfit_names_weight_network_and_file(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    weights = vit_weights() | {"norm.bias": torch.ones(3)}
+    path = saved(tmp_path, {"teacher": weights, "epoch": 1})
+    error = misfit(stored(path))
+    assert (error.where, error.what) == (
+        str(path),
+        "1 of 30 weights do not fit vit_width192_depth2_patch8_32 (network 'teacher' of the file)\n"
+        "  norm.bias: file (3,), model (192,)",
+    )
+
+
+def test_misfit_says_what_the_weights_look_like(tmp_path: Path) -> None:
+    path = saved(tmp_path, torchvision.models.resnet18().state_dict())
+    assert misfit(stored(path, arch="resnet34")).remedy.startswith("The weights look like resnet18. ")
+
+
+@pytest.mark.parametrize("arch", [None, "vit_tiny_patch16_224"])
+def test_misfit_says_nothing_where_they_look_like_nothing_else(
+    tmp_path: Path, vit_weights: WeightMaker, arch: str | None
+) -> None:
+    weights = vit_weights(width=96) if arch else vit_weights() | {"neck": torch.ones(1)}
+    assert "look like" not in misfit(stored(saved(tmp_path, weights), arch=arch)).remedy
+
+
+def test_weights_that_may_be_absent_are_told(
+    tmp_path: Path, vit_weights: WeightMaker, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = vit_weights()
+    del weights["norm.bias"]
+    path = saved(tmp_path, weights)
+    with caplog.at_level(logging.WARNING):
+        check_stored(stored(path), allow_missing=("norm.*",))
+    assert caplog.messages == [f"{path}: absent, so left untrained: norm.bias"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("patch_embed.proj.weight", torch.ones(192, 3, 0, 0)),
+        ("patch_embed.proj.weight", torch.tensor(1.0)),
+        ("pos_embed", torch.ones(1, 17, 0)),
+        ("register_tokens", torch.ones(1, 4, 192, dtype=torch.complex64)),
+        ("blocks.0.mlp.fc1.weight", torch.ones(0, 192)),
+    ],
+)
+def test_weights_of_odd_shapes_are_refused_by_an_error_of_ours(
+    tmp_path: Path, vit_weights: WeightMaker, name: str, tensor: Tensor
+) -> None:
+    contents = read_contents(saved(tmp_path, vit_weights() | {name: tensor}))
+    with pytest.raises(CheckpointError) as refusal:
+        check_stored(choose_stored(contents))
+    assert refusal.value.remedy

@@ -1,0 +1,147 @@
+"""The linear-evaluation YAML of the MSN repository, key by key. The values below are facts of that file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from msn_eval.cli import main
+from msn_eval.config.recipes import AugmentedRecipe
+from msn_eval.config.reference_evaluation import MAPPED, converted
+from msn_eval.config.request import Request
+from msn_eval.errors import UsageError
+
+RELEASED: dict[str, dict[str, object]] = {
+    "meta": {
+        "model_name": "deit_small",
+        "master_port": 8888,
+        "load_checkpoint": False,
+        "training": True,
+        "copy_data": False,
+        "device": "cuda:0",
+    },
+    "data": {"root_path": "/datasets01/", "image_folder": "imagenet_full_size/061417/", "num_classes": 1000},
+    "optimization": {"weight_decay": 0.0, "lr": 6.4, "epochs": 100, "num_blocks": 1, "normalize": True},
+    "logging": {"folder": "/logs/", "write_tag": "experiment-1", "pretrain_path": "vits16.pth.tar"},
+}
+
+
+def _read(tmp_path: Path, *changes: tuple[str, object], given: dict[str, object] | None = None) -> Request:
+    from msn_eval.commands.evaluate import _translated
+    from msn_eval.config.yaml_config import read_config
+
+    content: Any = {section: dict(values) for section, values in RELEASED.items()}
+    for key, value in changes:
+        section, _, name = key.partition(".")
+        content[section][name] = value
+    path = tmp_path / "lineval.yaml"
+    OmegaConf.save(OmegaConf.create(content), path)
+    return read_config(Request, file=path, given=given, translate=_translated)
+
+
+def test_the_released_file_is_the_published_evaluation(tmp_path: Path) -> None:
+    assert _read(tmp_path) == Request(
+        checkpoint=["/logs/vits16.pth.tar"],
+        arch="vit_small_patch16_224",
+        data="/datasets01/imagenet_full_size/061417",
+        classes=1000,
+        subset=["full"],
+        probe=["linear-augmented"],
+        device="cuda:0",
+        out="/logs/experiment-1",
+        linear_augmented=AugmentedRecipe(lr=[6.4], weight_decay=0.0, epochs=100, batch_size=16384),
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field", "expected"),
+    [
+        ("data.root_path", "/a", "data", "/a/imagenet_full_size/061417"),
+        ("data.image_folder", "b/", "data", "/datasets01/b"),
+        ("data.num_classes", 10, "classes", 10),
+        ("logging.folder", "/there", "out", "/there/experiment-1"),
+        ("logging.folder", "/there", "checkpoint", ["/there/vits16.pth.tar"]),
+        ("logging.pretrain_path", "/elsewhere/b.pth.tar", "checkpoint", ["/elsewhere/b.pth.tar"]),
+        ("logging.write_tag", "second", "out", "/logs/second"),
+        ("meta.device", "cpu", "device", "cpu"),
+        ("meta.model_name", "deit_base_p4", "arch", "vit_base_patch16_224?patch_size=4"),
+        ("optimization.epochs", 3, "linear_augmented.epochs", 3),
+        ("optimization.lr", 0.5, "linear_augmented.lr", [0.5]),
+        ("optimization.weight_decay", 1e-4, "linear_augmented.weight_decay", 1e-4),
+    ],
+)
+def test_a_key_moves_its_field(key: str, value: object, field: str, expected: object, tmp_path: Path) -> None:
+    found: object = _read(tmp_path, (key, value))
+    for name in field.split("."):
+        found = getattr(found, name)
+
+    assert found == expected
+
+
+@pytest.mark.parametrize(("key", "value"), [("meta.load_checkpoint", True), ("meta.master_port", 1)])
+def test_a_key_that_means_nothing_here_moves_nothing(key: str, value: object, tmp_path: Path) -> None:
+    assert _read(tmp_path, (key, value)) == _read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("meta.copy_data", True, "Set it to false."),
+        ("meta.training", False, "Set it to true."),
+        ("optimization.normalize", False, "Set it to true."),
+        ("optimization.num_blocks", 4, "Set it to 1."),
+        ("meta.model_name", "deit_smal", "Known: "),
+    ],
+)
+def test_what_is_not_done_here_is_refused_by_its_key(key: str, value: object, remedy: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        _read(tmp_path, (key, value))
+
+    assert f"lineval.yaml: {key}: " in str(caught.value)
+    assert "cannot be mapped" in str(caught.value)
+    assert remedy in str(caught.value)
+
+
+def test_every_key_is_tested_to_be_mapped_or_refused() -> None:
+    assert sorted(MAPPED) == sorted(f"{section}.{key}" for section, values in RELEASED.items() for key in values)
+
+
+@pytest.mark.parametrize("key", sorted(MAPPED))
+def test_a_file_without_a_key_is_refused_by_its_name(key: str) -> None:
+    section, _, name = key.partition(".")
+    content = RELEASED | {section: {one: value for one, value in RELEASED[section].items() if one != name}}
+
+    with pytest.raises(UsageError, match=rf"lacks {key}"):
+        converted(content, where="x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"optimization": {**RELEASED["optimization"], "ref_lr": 1}}, r"unknown key 'optimization\.ref_lr'"),
+        ({"criterion": {}}, "'criterion' is no section"),
+    ],
+)
+def test_what_their_code_does_not_read_is_refused(changed: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        converted(RELEASED | changed, where="x.yaml")
+
+
+def test_options_win_over_the_file(tmp_path: Path) -> None:
+    request = _read(tmp_path, given={"device": "cpu", "linear_augmented.epochs": 2})
+
+    assert (request.device, request.linear_augmented.epochs, request.linear_augmented.lr) == ("cpu", 2, [6.4])
+
+
+def test_the_file_runs_up_to_its_number_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "lineval.yaml"
+    OmegaConf.save(OmegaConf.create(RELEASED), path)
+    words = ["--config", str(path), "--checkpoint", "pixels", "--data", "digits", "--device", "cpu", "--no-cache"]
+    words += ["--out", str(tmp_path / "runs"), "--subset", "1img@1", "linear_augmented.epochs=1", "arch=null", "-q"]
+
+    assert main(words) == 21
+    assert "digits has 10 classes, 1000 are asked for" in capsys.readouterr().err
+
+    assert main([*words, "classes=10"]) == 0
+    assert "linear-augmented" in capsys.readouterr().out

@@ -1,0 +1,125 @@
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+from msn_eval.config.recipes import LinearRecipe
+from msn_eval.config.request import Request
+from msn_eval.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("probe", ["logistic", "svm"], "--probe svm: there is no such probe.\nKnown: logistic"),
+        ("probe", ["logstic"], "--probe logstic: there is no such probe. Did you mean logistic?"),
+        ("probe", [], "--probe: nothing given"),
+        ("subset", [], "--subset: nothing given"),
+        ("tap", "cls_norm", "--tap cls_norm: there is no such tap. Did you mean cls-norm?"),
+        ("solver", "sgd", "--solver sgd: there is no such solver."),
+        ("decoder", "opencv", "--decoder opencv: there is no such decoder."),
+        ("on_bad_image", "skp", "--on-bad-image skp: there is no such on-bad-image. Did you mean skip?"),
+        ("precision", "fp23", "--precision fp23: there is no such precision. Did you mean fp32?"),
+        ("device", "gpu", "--device gpu: not a device\nUse auto, cpu, cuda or cuda:N."),
+        ("device", "cuda:", "--device cuda:: not a device"),
+        ("device", "cuda:-1", "--device cuda:-1: not a device"),
+        ("device", "cpu\n", "not a device"),
+        ("lambda_", [0.1, 0.0], "--lambda 0.0: out of range\nGive a finite number above 0."),
+        ("lambda_", [-1.0], "--lambda -1.0: out of range"),
+        ("lambda_", [float("nan")], "--lambda nan: out of range"),
+        ("lambda_", [float("inf")], "--lambda inf: out of range"),
+        ("lambda_", ["0.1", "best"], "--lambda best: not a number\nGive a finite number above 0, or auto."),
+        ("patch_drop", 1.0, "--patch-drop 1.0: out of range\nGive a share from 0 up to 1."),
+        ("temperature", [0.0], "--temperature 0.0: out of range"),
+        ("temperature", [0.07, float("nan")], "--temperature nan: out of range"),
+        ("k", [10, 0], "--k 0: out of range\nGive a whole number of at least 1."),
+        ("k", [-1], "--k -1: out of range"),
+        ("seed", -1, "--seed -1: out of range\nGive a whole number of at least 0."),
+        ("limit", 0, "--limit 0: out of range\nGive a whole number of at least 1."),
+        ("image_pixels", 0, "--image-pixels 0: out of range"),
+        ("batch_size", "0", "--batch-size 0: out of range\nGive `auto` or a whole number of at least 1."),
+        ("batch_size", "-8", "--batch-size -8: out of range"),
+        ("batch_size", "8.0", "--batch-size 8.0: out of range"),
+        ("batch_size", "Auto", "--batch-size Auto: out of range"),
+        ("batch_size", "", "--batch-size : out of range"),
+        ("workers", "-1", "--workers -1: out of range\nGive `auto` or a whole number of at least 0."),
+        ("workers", "many", "--workers many: out of range"),
+    ],
+    ids=lambda part: repr(part)[:24],
+)
+def test_value_out_of_range_is_a_usage_error_that_names_the_option(field: str, value: object, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Request(**{field: value})
+    assert caught.value.exit_code == 2
+    assert message in caught.value.what + "\n" + caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"probe": ["logistic", "knn", "ncm"]},
+        {"tap": "cls4"},
+        {"lambda_": [1e-12, 1e6], "temperature": [0.01]},
+        {"k": [1]},
+        {"limit": 1, "image_pixels": 1, "seed": 0},
+        {"device": "cuda:10"},
+        {"device": "cpu", "precision": "bf16", "solver": "sklearn", "on_bad_image": "skip"},
+        {"batch_size": "1", "workers": "0"},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_value_at_the_edge_of_its_range_is_taken(options: dict[str, object]) -> None:
+    assert all(getattr(Request(**options), name) == value for name, value in options.items())
+
+
+def test_defaults_are_the_promised_ones() -> None:
+    request = Request()
+    assert (request.subset, request.probe, request.decoder, request.out) == (
+        ["low-shot"],
+        ["logistic"],
+        "pillow",
+        "runs",
+    )
+    assert (request.seed, request.on_bad_image, request.precision, request.limit) == (0, "error", None, None)
+
+
+def test_two_requests_share_no_list() -> None:
+    assert Request().subset is not Request().subset
+
+
+def test_counts_are_numbers_once_given() -> None:
+    request = Request(batch_size="64", workers="0")
+    assert (request.batch_images, request.worker_count) == (64, 0)
+
+
+def test_automatic_counts_are_left_to_the_device() -> None:
+    assert (Request().batch_images, Request().worker_count) == (None, None)
+
+
+def test_request_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Request().seed = 1  # type: ignore[misc]
+
+
+def test_changed_copy_is_checked_again() -> None:
+    with pytest.raises(UsageError, match="--seed -1"):
+        replace(Request(), seed=-1)
+
+
+def test_patches_are_not_dropped_from_augmented_images() -> None:
+    with pytest.raises(UsageError, match="--patch-drop: linear-augmented encodes whole crops"):
+        Request(probe=["linear-augmented"], patch_drop=0.5)
+
+
+def test_a_tap_by_hand_beside_taps_to_choose_from_is_refused() -> None:
+    recipe = LinearRecipe(taps=["mean", "cls"])
+
+    with pytest.raises(UsageError) as caught:
+        Request(probe=["linear"], tap="mean", linear=recipe)
+
+    assert str(caught.value) == "--tap mean: linear.taps names cls, mean\nLeave out one of them."
+    assert Request(probe=["knn"], tap="mean", linear=recipe).tap == "mean"
+
+
+def test_fine_tuning_is_not_compiled() -> None:
+    with pytest.raises(UsageError, match="--compile: fine-tuning trains the network as it is"):
+        Request(probe=["logistic", "finetune"], compile=True)

@@ -1,0 +1,267 @@
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from msn_eval.config.request import Request
+from msn_eval.config.yaml_config import read_config
+from msn_eval.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A small record of every kind of field."""
+
+    name: str = "default"
+    learning_rate: float = 0.1
+    lambda_: list[float] = field(default_factory=list)
+    steps: int = 100
+    limit: int | None = None
+    shuffle: bool = False
+    tags: list[str] = field(default_factory=lambda: ["a", "b"])
+
+
+def write_yaml(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_are_those_of_the_record() -> None:
+    assert read_config(Recipe) == Recipe()
+
+
+def test_file_wins_over_the_defaults(tmp_path: Path) -> None:
+    file = write_yaml(tmp_path, "steps: 7\ntags: [x]\n")
+    assert read_config(Recipe, file=file) == Recipe(steps=7, tags=["x"])
+
+
+def test_options_win_over_the_file(tmp_path: Path) -> None:
+    file = write_yaml(tmp_path, "steps: 7\nname: file\n")
+    assert read_config(Recipe, file=file, given={"steps": 8}) == Recipe(steps=8, name="file")
+
+
+def test_overrides_win_over_the_options() -> None:
+    assert read_config(Recipe, given={"steps": 8}, overrides=["steps=9"]).steps == 9
+
+
+def test_last_override_wins() -> None:
+    assert read_config(Recipe, overrides=["steps=9", "steps=10"]).steps == 10
+
+
+def test_list_of_a_later_layer_replaces_the_earlier_one(tmp_path: Path) -> None:
+    file = write_yaml(tmp_path, "tags: [x, y, z]\n")
+    assert read_config(Recipe, file=file, overrides=["tags=[q]"]).tags == ["q"]
+
+
+def test_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert read_config(Recipe, file=write_yaml(tmp_path, "# nothing yet\n")) == Recipe()
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "learning-rate"])
+def test_dash_stands_for_underscore(tmp_path: Path, key: str) -> None:
+    file = write_yaml(tmp_path, f"{key}: 0.5\n")
+    assert read_config(Recipe, file=file) == read_config(Recipe, overrides=[f"{key}=0.5"]) == Recipe(learning_rate=0.5)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", "1E-3"])
+def test_number_with_an_exponent_is_a_number(tmp_path: Path, text: str) -> None:
+    file = write_yaml(tmp_path, f"learning_rate: {text}\n")
+    assert read_config(Recipe, file=file).learning_rate == 0.001
+    assert read_config(Recipe, overrides=[f"learning_rate={text}"]).learning_rate == 0.001
+
+
+@pytest.mark.parametrize("text", ["1e-3,2.5", "1e-3, 2.5", "[1e-3, 2.5]"])
+def test_list_of_numbers_is_written_with_commas_or_brackets(text: str) -> None:
+    assert read_config(Recipe, overrides=[f"lambda={text}"]).lambda_ == [0.001, 2.5]
+
+
+def test_single_value_is_a_list_of_one(tmp_path: Path) -> None:
+    file = write_yaml(tmp_path, "lambda: 2.5\ntags: only\n")
+    assert read_config(Recipe, file=file) == Recipe(lambda_=[2.5], tags=["only"])
+
+
+def test_options_give_lists_as_they_are() -> None:
+    assert read_config(Recipe, given={"tags": ["a,b", "c"]}).tags == ["a,b", "c"]
+
+
+def test_nothing_after_the_equals_sign_is_none() -> None:
+    assert read_config(Recipe, given={"limit": 5}, overrides=["limit="]).limit is None
+
+
+def test_value_may_hold_equals_signs_and_colons() -> None:
+    assert read_config(Recipe, overrides=["name=random:vit?img_size=32"]).name == "random:vit?img_size=32"
+
+
+@pytest.mark.parametrize("text", ["007", "on", "1e3"])
+def test_override_gives_a_text_as_its_option_does(text: str) -> None:
+    """A folder may be called so; YAML would make a number or a word of it."""
+    assert read_config(Recipe, overrides=[f"name={text}"]) == read_config(Recipe, given={"name": text})
+
+
+def test_unknown_key_of_a_file_names_the_file_and_the_nearest_key(tmp_path: Path) -> None:
+    file = write_yaml(tmp_path, "learning_rat: 0.5\n")
+    with pytest.raises(UsageError) as caught:
+        read_config(Recipe, file=file)
+    assert caught.value.exit_code == 2
+    assert str(caught.value).startswith(
+        f"{file}: unknown key 'learning_rat'. Did you mean learning_rate?\nKnown: name, "
+    )
+
+
+def test_unknown_key_of_an_override_names_the_override() -> None:
+    with pytest.raises(UsageError, match=r"override 'stepz=3': unknown key 'stepz'\. Did you mean steps\?"):
+        read_config(Recipe, overrides=["stepz=3"])
+
+
+def test_unknown_key_of_the_options_is_refused() -> None:
+    with pytest.raises(UsageError, match="options: unknown key 'colour'"):
+        read_config(Recipe, given={"colour": "red"})
+
+
+@pytest.mark.parametrize("key", ["steps.more", "tags[0]", "_target_"])
+def test_paths_into_fields_are_unknown_keys(key: str) -> None:
+    with pytest.raises(UsageError, match="unknown key"):
+        read_config(Recipe, overrides=[f"{key}=1"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("steps", "many", "int"),
+        ("steps", "1.5", "int"),
+        ("steps", "true", "int"),
+        ("steps", "null", "int"),
+        ("learning_rate", "fast", "float"),
+        ("shuffle", "maybe", "bool"),
+        ("lambda", "1,x", "list[float]"),
+        ("lambda", "{a: 1}", "list[float]"),
+        ("lambda", "[1, [2]]", "list[float]"),
+        ("name", "[1, 2]", "str"),
+        ("tags", "null", "list[str]"),
+    ],
+)
+def test_value_of_the_wrong_type_names_file_key_and_type(tmp_path: Path, key: str, value: str, wanted: str) -> None:
+    file = write_yaml(tmp_path, f"{key}: {value}\n")
+    with pytest.raises(UsageError) as caught:
+        read_config(Recipe, file=file)
+    assert str(caught.value).startswith(f"{file}: {key}: ")
+    assert wanted in caught.value.remedy
+
+
+@pytest.mark.parametrize("value", ["${nowhere}", "${oc.env:NOT_SET_ANYWHERE}", "???"])
+def test_value_that_stands_for_nothing_is_a_usage_error_that_names_the_key(value: str) -> None:
+    """OmegaConf takes these for references and for a value still to come."""
+    with pytest.raises(UsageError, match="name: "):
+        read_config(Recipe, given={"name": value})
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        pytest.param(b"steps: [", "cannot be read as YAML", id="broken"),
+        pytest.param(b"steps: 1\nsteps: 2\n", "found duplicate key steps", id="key twice"),
+        pytest.param(b"\xff\xfe", "cannot be read as YAML", id="no UTF-8"),
+        pytest.param(b"- steps\n", "is no mapping of keys to values", id="list"),
+        pytest.param(b"steps: 1\n---\nsteps: 2\n", "cannot be read as YAML", id="two documents"),
+        pytest.param(b"tags: &x [*x]\n", "cannot be read as YAML", id="endless"),
+    ],
+)
+def test_file_that_is_no_mapping_is_a_usage_error_that_names_it(tmp_path: Path, content: bytes, reason: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        read_config(Recipe, file=file)
+    assert caught.value.exit_code == 2
+    assert str(caught.value).startswith(f"{file}: ")
+    assert reason in str(caught.value)
+
+
+def test_missing_file_is_a_usage_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.yaml: no such config file"):
+        read_config(Recipe, file=tmp_path / "nowhere.yaml")
+
+
+def test_folder_in_the_place_of_a_file_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read as YAML"):
+        read_config(Recipe, file=tmp_path)
+
+
+def test_tags_of_a_file_run_nothing(tmp_path: Path) -> None:
+    file = write_yaml(tmp_path, f"name: !!python/object/apply:os.mkdir [{tmp_path / 'made'}]\n")
+    with pytest.raises(UsageError, match="could not determine a constructor"):
+        read_config(Recipe, file=file)
+    assert os.listdir(tmp_path) == ["recipe.yaml"]  # noqa: PTH208 - names are enough
+
+
+@pytest.mark.parametrize("text", ["steps", "=3", ""])
+def test_override_without_key_or_value_is_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError, match="is not of the form key=value"):
+        read_config(Recipe, overrides=[text])
+
+
+@pytest.mark.parametrize("text", ["name=a: b", "tags=[a", "name=!!python/object/apply:os.getcwd []"])
+def test_override_that_is_no_yaml_is_a_usage_error_that_shows_it(text: str) -> None:
+    with pytest.raises(UsageError, match="the value is no YAML") as caught:
+        read_config(Recipe, overrides=[text])
+    assert text in str(caught.value)
+
+
+def test_checks_of_the_record_itself_reach_the_user() -> None:
+    with pytest.raises(UsageError, match="--temperature nan: out of range"):
+        read_config(Request, overrides=["temperature=.nan"])
+
+
+def test_count_or_auto_may_be_written_as_a_number(tmp_path: Path) -> None:
+    file = write_yaml(tmp_path, "batch-size: 64\nworkers: auto\n")
+    request = read_config(Request, file=file)
+    assert (request.batch_images, request.worker_count) == (64, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    width: int = 4
+    name: str = "flat"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Whole:
+    layer: _Layer = field(default_factory=_Layer)
+    steps: int = 1
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"overrides": ["layer.width=8"]},
+        {"overrides": ["layer={width: 8}"]},
+        {"given": {"layer": {"width": 8}}},
+        {"given": {"layer.width": 8}},
+        {"given": {"layer": _Layer(width=8)}},
+    ],
+    ids=str,
+)
+def test_a_section_is_filled_key_by_key(layers: dict[str, Any]) -> None:
+    assert read_config(_Whole, **layers) == _Whole(layer=_Layer(width=8))
+
+
+def test_a_text_in_a_section_is_kept_as_typed() -> None:
+    assert read_config(_Whole, overrides=["layer.name=007"]).layer.name == "007"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("layer.widht=8", "override 'layer.widht=8': unknown key 'layer.widht'. Did you mean width?\nKnown in layer: "),
+        ("layer=8", "override 'layer=8': layer is a section, not a value\nWrite layer.KEY=VALUE"),
+        ("layer.width=wide", "override 'layer.width=wide': layer.width: Value 'wide'"),
+        ("steps.width=8", "override 'steps.width=8': unknown key 'steps.width'."),
+    ],
+)
+def test_a_mistake_in_a_section_is_named_with_it(override: str, told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        read_config(_Whole, overrides=[override])
+
+    assert str(caught.value).startswith(told)

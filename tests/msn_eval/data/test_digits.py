@@ -1,0 +1,68 @@
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from msn_eval.data.dataset import DataSet
+from msn_eval.data.digits import read_digits
+
+
+@pytest.fixture(scope="module")
+def digits() -> DataSet:
+    return read_digits()
+
+
+def test_first_hundred_of_each_digit_train(digits: DataSet) -> None:
+    wanted = tuple(f"{digit}/{number:04d}.png" for digit in range(10) for number in range(100))
+    assert digits.train.ids == wanted
+
+
+def test_other_797_validate(digits: DataSet) -> None:
+    counts = Counter(load_digits().target.tolist())
+    wanted = tuple(f"{digit}/{number:04d}.png" for digit in range(10) for number in range(100, counts[digit]))
+    assert (len(digits.val), digits.val.ids) == (797, wanted)
+
+
+def test_labels_are_the_digits_of_the_ids(digits: DataSet) -> None:
+    images = zip(digits.train.ids + digits.val.ids, digits.train.labels + digits.val.labels, strict=True)
+    assert all(image_id[0] == digits.classes[label] == str(label) for image_id, label in images)
+
+
+def test_ids_stand_in_byte_order(digits: DataSet) -> None:
+    assert all(list(images.ids) == sorted(images.ids, key=str.encode) for images in (digits.train, digits.val))
+
+
+def test_every_pixel_is_its_value_scaled_from_sixteen_to_255(digits: DataSet) -> None:
+    values, targets = load_digits(return_X_y=True)
+    whole = values.astype(int).reshape(-1, 8, 8)
+    rounded = (2 * 255 * whole + 16) // 32  # v * 255/16 to the nearest; its only half, 127.5, is rounded to 128
+    wrong = []
+    for digit in range(10):
+        for number, grey in enumerate(rounded[targets == digit]):
+            image_id = f"{digit}/{number:04d}.png"
+            source = (digits.train if number < 100 else digits.val).source
+            pixels = np.asarray(source.decode(source.read(image_id)))
+            if not np.array_equal(pixels, np.repeat(grey[..., None], 3, axis=2)):
+                wrong.append(image_id)
+    assert wrong == []
+
+
+def test_content_of_a_digit_is_its_raw_pixels(digits: DataSet) -> None:
+    image = digits.train.source.decode(digits.train.source.read("3/0000.png"))
+    assert digits.train.source.read("3/0000.png") == image.tobytes()
+
+
+def test_digits_decode_to_small_rgb_images(digits: DataSet) -> None:
+    image = digits.val.source.decode(digits.val.source.read("9/0100.png"))
+    assert (image.mode, image.size) == ("RGB", (8, 8))
+
+
+def test_digits_are_no_files(digits: DataSet) -> None:
+    assert digits.val.source.root is None
+
+
+def test_source_survives_the_way_to_a_loader_worker(digits: DataSet) -> None:
+    copy = pickle.loads(pickle.dumps(digits.train.source))
+    assert copy.read("0/0000.png") == digits.train.source.read("0/0000.png")

@@ -1,0 +1,289 @@
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from msn_eval.data import hashing as file_hashes
+from msn_eval.data.folder import FolderSource
+from msn_eval.data.hashing import content_sha256, hash_images, unreadable
+from msn_eval.data.images import ImageSet
+from msn_eval.errors import DataError, StoreError
+
+
+@dataclass(frozen=True)
+class CountingSource:
+    """Files under a root that remember being read."""
+
+    root: Path
+    reads: list[str] = field(default_factory=list)
+
+    def read(self, image_id: str) -> bytes:
+        self.reads.append(image_id)
+        return self.path(image_id).read_bytes()
+
+    def decode(self, content: bytes) -> Image.Image:
+        raise AssertionError("hashing decodes nothing")
+
+    def path(self, image_id: str) -> Path:
+        return self.root / image_id
+
+    def place(self, image_id: str) -> str:
+        return str(self.path(image_id))
+
+    def stamp(self, image_id: str) -> tuple[int, ...]:
+        status = self.path(image_id).stat()
+        return status.st_size, status.st_mtime_ns
+
+
+class EmbeddedSource:
+    """Images that are no files."""
+
+    root = None
+
+    def read(self, image_id: str) -> bytes:
+        return image_id.encode()
+
+    def decode(self, content: bytes) -> Image.Image:
+        raise AssertionError("hashing decodes nothing")
+
+    def place(self, image_id: str) -> str:
+        return image_id
+
+    def stamp(self, image_id: str) -> tuple[int, ...]:
+        return (0,)
+
+
+CONTENTS = {"a/x.jpg": b"first", "a/y.jpg": b"second", "b/x.jpg": b""}
+
+
+@pytest.fixture(autouse=True)
+def settled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trust the clock of this disk to its last tick, so that a test need not wait for it."""
+    monkeypatch.setattr(file_hashes, "_SETTLED_NS", 0)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> CountingSource:
+    for image_id, content in CONTENTS.items():
+        path = tmp_path / "train" / image_id
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return CountingSource(tmp_path / "train")
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def images_of(source: CountingSource | EmbeddedSource, ids: tuple[str, ...] = tuple(CONTENTS)) -> ImageSet:
+    return ImageSet(ids=ids, labels=(0,) * len(ids), classes=("any",), source=source)
+
+
+def digests() -> dict[str, str]:
+    return {image_id: hashlib.sha256(content).hexdigest() for image_id, content in CONTENTS.items()}
+
+
+def memory_file(memory: Path) -> Path:
+    (found,) = (memory / "hashes").iterdir()
+    return found
+
+
+def test_every_image_is_hashed_by_its_bytes(source: CountingSource) -> None:
+    assert hash_images(images_of(source), memory=None) == digests()
+
+
+def test_hashes_stand_in_the_order_of_the_images(source: CountingSource) -> None:
+    assert list(hash_images(images_of(source), memory=None)) == list(CONTENTS)
+
+
+def test_remembered_images_are_not_read_again(source: CountingSource, memory: Path) -> None:
+    hash_images(images_of(source), memory=memory)
+    source.reads.clear()
+    assert (hash_images(images_of(source), memory=memory), source.reads) == (digests(), [])
+
+
+def test_nothing_is_remembered_where_nothing_shall_be(source: CountingSource, tmp_path: Path) -> None:
+    hash_images(images_of(source), memory=None)
+    hash_images(images_of(source), memory=None)
+    assert len(source.reads) == 2 * len(CONTENTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+def test_image_of_another_size_is_read_again(source: CountingSource, memory: Path) -> None:
+    hash_images(images_of(source), memory=memory)
+    path = source.path("a/y.jpg")
+    before = path.stat()
+    path.write_bytes(b"longer than before")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = hash_images(images_of(source), memory=memory)
+    assert again["a/y.jpg"] == hashlib.sha256(b"longer than before").hexdigest()
+
+
+def test_image_of_another_time_is_read_again(source: CountingSource, memory: Path) -> None:
+    hash_images(images_of(source), memory=memory)
+    path = source.path("a/y.jpg")
+    before = path.stat()
+    path.write_bytes(b"SECOND")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    source.reads.clear()
+    again = hash_images(images_of(source), memory=memory)
+    assert (again["a/y.jpg"], source.reads) == (hashlib.sha256(b"SECOND").hexdigest(), ["a/y.jpg"])
+
+
+def test_changed_image_is_remembered_as_it_is_now(source: CountingSource, memory: Path) -> None:
+    hash_images(images_of(source), memory=memory)
+    source.path("a/y.jpg").write_bytes(b"longer than before")
+    hash_images(images_of(source), memory=memory)
+    source.reads.clear()
+    hash_images(images_of(source), memory=memory)
+    assert source.reads == []
+
+
+def test_part_of_the_images_does_not_make_the_rest_forgotten(source: CountingSource, memory: Path) -> None:
+    hash_images(images_of(source, ("a/x.jpg", "b/x.jpg")), memory=memory)
+    hash_images(images_of(source, ("a/y.jpg",)), memory=memory)
+    source.reads.clear()
+    assert (hash_images(images_of(source), memory=memory), source.reads) == (digests(), [])
+
+
+def test_same_name_under_another_root_is_another_image(source: CountingSource, memory: Path, tmp_path: Path) -> None:
+    """Even where size and time agree, as after a copy of the folder that was then edited."""
+    hash_images(images_of(source), memory=memory)
+    stamp = source.path("a/x.jpg").stat()
+    other = tmp_path / "val" / "a" / "x.jpg"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"FIRST")
+    os.utime(other, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    found = hash_images(images_of(CountingSource(tmp_path / "val"), ("a/x.jpg",)), memory=memory)
+    assert found == {"a/x.jpg": hashlib.sha256(b"FIRST").hexdigest()}
+
+
+def test_names_that_are_no_utf8_are_remembered(source: CountingSource, memory: Path) -> None:
+    image_id = "a/\udcff.jpg"
+    source.path(image_id).write_bytes(b"odd")
+    hash_images(images_of(source, (image_id,)), memory=memory)
+    source.reads.clear()
+    found = hash_images(images_of(source, (image_id,)), memory=memory)
+    assert (found[image_id], source.reads) == (hashlib.sha256(b"odd").hexdigest(), [])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b'{"a/x.jpg": [[5, 1',
+        b"[]",
+        b"null",
+        b'{"a/x.jpg": 3}',
+        b'{"a/x.jpg": [null, "00"]}',
+        b'{"a/x.jpg": [[], "00"]}',
+        b'{"a/x.jpg": [{}, "00"]}',
+    ],
+)
+def test_damaged_memory_is_no_memory(source: CountingSource, memory: Path, content: bytes) -> None:
+    hash_images(images_of(source), memory=memory)
+    memory_file(memory).write_bytes(content)
+    assert hash_images(images_of(source), memory=memory) == digests()
+
+
+@pytest.mark.parametrize("digest", [None, 5, "00" * 31])
+def test_memory_of_what_is_no_hash_is_no_memory(source: CountingSource, memory: Path, digest: object) -> None:
+    hash_images(images_of(source), memory=memory)
+    remembered = json.loads(memory_file(memory).read_bytes())
+    remembered["a/x.jpg"][1] = digest
+    memory_file(memory).write_text(json.dumps(remembered))
+    assert hash_images(images_of(source), memory=memory) == digests()
+
+
+def test_embedded_images_leave_no_memory(memory: Path) -> None:
+    found = hash_images(images_of(EmbeddedSource(), ("0/0000.png",)), memory=memory)
+    assert found == {"0/0000.png": hashlib.sha256(b"0/0000.png").hexdigest()}
+    assert not memory.exists()
+
+
+def test_no_images_have_no_hashes(memory: Path) -> None:
+    assert hash_images(images_of(EmbeddedSource(), ()), memory=memory) == {}
+
+
+def test_every_unreadable_file_is_listed(source: CountingSource, memory: Path) -> None:
+    source.path("a/gone.jpg").symlink_to("nowhere")
+    source.path("b/folder.jpg").mkdir()
+    with pytest.raises(DataError) as caught:
+        hash_images(images_of(source, (*CONTENTS, "a/gone.jpg", "b/folder.jpg")), memory=memory)
+    assert caught.value.exit_code == 21
+    assert str(caught.value).splitlines()[:3] == [
+        "2 images cannot be used:",
+        f"  {source.path('a/gone.jpg')}: No such file or directory",
+        f"  {source.path('b/folder.jpg')}: Is a directory",
+    ]
+
+
+def test_error_about_bad_images_says_how_to_go_on_without_them() -> None:
+    assert "--on-bad-image skip" in str(unreadable(["a/x.jpg: truncated"]))
+
+
+def test_one_bad_image_is_counted_as_one() -> None:
+    assert str(unreadable(["a/x.jpg: truncated"])).startswith("1 image cannot be used:\n  a/x.jpg: truncated\n")
+
+
+def test_bad_images_are_listed_in_order() -> None:
+    assert str(unreadable(["b", "c", "a"])).splitlines()[1:4] == ["  a", "  b", "  c"]
+
+
+def test_content_hash_covers_a_line_of_id_and_hash_for_each_image() -> None:
+    lines = b"a/x.jpg\t" + b"0" * 64 + b"\nb/\xff.jpg\t" + b"1" * 64 + b"\n"
+    hashes = {"a/x.jpg": "0" * 64, "b/\udcff.jpg": "1" * 64, "c/other.jpg": "2" * 64}
+    assert content_sha256(["a/x.jpg", "b/\udcff.jpg"], hashes) == hashlib.sha256(lines).hexdigest()
+
+
+def test_content_hash_depends_on_the_order() -> None:
+    assert content_sha256(["a/x.jpg", "a/y.jpg"], digests()) != content_sha256(["a/y.jpg", "a/x.jpg"], digests())
+
+
+def test_memory_that_cannot_be_written_costs_only_time(
+    source: CountingSource, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    images = ImageSet(ids=tuple(CONTENTS), labels=(0, 0, 1), classes=("a", "b"), source=source)
+    assert len(hash_images(images, memory=tmp_path / "file")) == 3
+    assert "not remembered" in caplog.text
+
+
+def test_full_disk_under_the_memory_costs_only_time(
+    source: CountingSource, memory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise StoreError("could not write: No space left on device", where=str(path))
+
+    monkeypatch.setattr("msn_eval.data.hashing.write_atomically", full)
+    images = ImageSet(ids=tuple(CONTENTS), labels=(0, 0, 1), classes=("a", "b"), source=source)
+    assert len(hash_images(images, memory=memory)) == 3
+    assert "No space left" in caplog.text
+
+
+def test_file_that_changed_a_moment_ago_is_not_remembered(
+    source: CountingSource, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_hashes, "_SETTLED_NS", 10**9 * 3600)
+    hash_images(images_of(source), memory=memory)
+    source.reads.clear()
+    hash_images(images_of(source), memory=memory)
+    assert sorted(source.reads) == sorted(CONTENTS)
+
+
+def test_replaced_image_of_the_same_size_and_time_is_read_again(tmp_path: Path, memory: Path) -> None:
+    root = tmp_path / "val"
+    (root / "a").mkdir(parents=True)
+    (root / "a" / "x.jpg").write_bytes(b"one")
+    images = ImageSet(ids=("a/x.jpg",), labels=(0,), classes=("a",), source=FolderSource(root))
+    before = (root / "a" / "x.jpg").stat()
+    hash_images(images, memory=memory)
+    (root / "a" / "x.jpg").write_bytes(b"two")
+    os.utime(root / "a" / "x.jpg", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert hash_images(images, memory=memory)["a/x.jpg"] == hashlib.sha256(b"two").hexdigest()

@@ -1,0 +1,808 @@
+import errno
+import hashlib
+import http.server
+import io
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from PIL import Image
+
+from msn_eval.data.folder import read_folder
+from msn_eval.data.hashing import content_sha256, hash_images
+from msn_eval.data.hf_rows import RowSource
+from msn_eval.data.huggingface import read_hub, read_hub_split
+from msn_eval.data.images import BadImageError, ImageSet
+from msn_eval.errors import DataError, StoreError, UsageError
+
+datasets = pytest.importorskip("datasets")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+Row = Mapping[str, object]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the library a cache of its own, and keep it from every network."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def picture(number: int, kind: str = "PNG") -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (3, 2), (number % 256, 7, 9)).save(content, kind)
+    return content.getvalue()
+
+
+def row(number: int, label: object, path: str | None = None, kind: str = "PNG") -> Row:
+    return {"image": {"bytes": picture(number, kind), "path": path}, "label": label}
+
+
+def features(classes: Sequence[str] = ("ant", "bee")) -> Any:
+    return datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(classes))})
+
+
+def table(rows: Sequence[Row], kinds: Any = None) -> Any:
+    return datasets.Dataset.from_list(list(rows), features=kinds or features())
+
+
+def write(folder: Path, kinds: Any = None, **splits: Sequence[Row]) -> str:
+    """Write Parquet files as the library itself does, and give what stands behind `hf:`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        whole = table(rows, kinds)
+        parts = 2 if len(rows) > 3 else 1
+        for part in range(parts):
+            piece = whole.shard(parts, part, contiguous=True)
+            piece.to_parquet(folder / f"{split}-{part:05d}-of-{parts:05d}.parquet")
+    return str(folder)
+
+
+def pair(label: object = 0) -> list[Row]:
+    return [row(1, label, "a.png"), row(2, 1, "b.png")]
+
+
+def read(name: str) -> Any:
+    return read_hub(name, allow_class_mismatch=False)
+
+
+def refused(name: str, kind: type[Exception] = DataError) -> str:
+    with pytest.raises(kind) as caught:
+        read(name)
+    return str(caught.value)
+
+
+@pytest.fixture
+def twins(tmp_path: Path) -> tuple[str, str]:
+    """Give the same real files as an image folder and as Parquet, whose rows stand in no order."""
+    stored: dict[str, list[Row]] = {"train": [], "validation": []}
+    classes = ["ant", "bee", "cät"]
+    for split, folder, start in (("train", "train", 0), ("validation", "val", 50)):
+        for number in range(9):
+            kind = ("PNG", "JPEG", "GIF")[number % 3]
+            label = (number * 2) % 3
+            name = f"{number // 3}{'' if number < 6 else '-x'}.{kind.lower()}"
+            file = tmp_path / "twin" / folder / classes[label] / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(picture(start + number, kind))
+            stored[split].insert(0, row(start + number, label, name, kind))
+    return str(tmp_path / "twin"), write(tmp_path / "parquet" / "twin", features(classes), **stored)
+
+
+# --- the same images as an image folder
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_parquet_gives_ids_labels_and_classes_of_the_image_folder(twins: tuple[str, str], split: str) -> None:
+    folder, parquet = getattr(read_folder(twins[0]), split), getattr(read(twins[1]), split)
+    assert (parquet.ids, parquet.labels, parquet.classes) == (folder.ids, folder.labels, folder.classes)
+
+
+def test_bytes_are_those_that_were_stored(twins: tuple[str, str]) -> None:
+    folder, parquet = read_folder(twins[0]).train, read(twins[1]).train
+    assert [parquet.source.read(one) for one in parquet.ids] == [folder.source.read(one) for one in folder.ids]
+
+
+def test_content_hash_is_that_of_the_image_folder(twins: tuple[str, str]) -> None:
+    hashes = [
+        content_sha256(val.ids, hash_images(val, memory=None))
+        for val in (read_folder(twins[0]).val, read(twins[1]).val)
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def test_data_set_is_called_like_its_folder(twins: tuple[str, str]) -> None:
+    assert read(twins[1]).name == "twin"
+
+
+def test_real_images_are_read_back(tmp_path: Path, shared_data: Path) -> None:
+    import tarfile
+
+    with tarfile.open(shared_data / "imagenet_samples.tar") as archive:
+        members = [one for one in archive.getmembers() if one.name.lower().endswith(".jpeg")][:4]
+        contents = [archive.extractfile(one).read() for one in members]  # type: ignore[union-attr]
+    rows = [
+        {"image": {"bytes": content, "path": f"{number}.JPEG"}, "label": number % 2}
+        for number, content in enumerate(contents)
+    ]
+    val = read(write(tmp_path / "d", train=rows, validation=rows)).val
+    assert {val.source.read(one) for one in val.ids} == set(contents)
+
+
+def test_image_folder_read_by_the_library_has_the_same_ids(twins: tuple[str, str]) -> None:
+    """Its rows hold no bytes, but the paths of the files."""
+    folder, rows = read_folder(twins[0]).val, read(twins[0]).val
+    assert (rows.ids, rows.labels, [rows.source.read(one) for one in rows.ids]) == (
+        folder.ids,
+        folder.labels,
+        [folder.source.read(one) for one in folder.ids],
+    )
+
+
+# --- layouts
+
+
+def test_folder_that_save_to_disk_wrote_is_read_without_a_cache(tmp_path: Path, cache: Path) -> None:
+    stored = datasets.DatasetDict({"train": table(pair()), "validation": table(pair())})
+    stored.save_to_disk(tmp_path / "saved")
+    assert (read(str(tmp_path / "saved")).val.ids, cache.exists()) == (("ant/a.png", "bee/b.png"), False)
+
+
+def test_single_split_of_save_to_disk_is_refused(tmp_path: Path) -> None:
+    table(pair()).save_to_disk(tmp_path / "saved")
+    assert "is a single split that `save_to_disk` wrote\nSave a DatasetDict" in refused(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(
+    ("splits", "chosen"),
+    [
+        (("train", "validation", "val", "test"), "validation"),
+        (("train", "val", "test"), "val"),
+        (("train", "test", "extra"), "test"),
+    ],
+)
+def test_validation_images_are_those_of_the_first_split_of_the_rule(
+    tmp_path: Path, splits: Sequence[str], chosen: str
+) -> None:
+    stored = {split: table([row(1, 0, f"{split}.png"), row(1, 1, "x.png")]) for split in splits}
+    datasets.DatasetDict(stored).save_to_disk(tmp_path / "saved")
+    assert f"ant/{chosen}.png" in read(str(tmp_path / "saved")).val.ids
+
+
+def test_split_that_is_missing_is_told_with_those_that_are_there(tmp_path: Path) -> None:
+    text = refused(write(tmp_path / "d", test=pair()))
+    assert "has no split 'train' (it has: test)" in text
+
+
+def test_one_split_is_read_without_the_other(tmp_path: Path) -> None:
+    assert read_hub_split(write(tmp_path / "d", test=pair()), "val").ids == ("ant/a.png", "bee/b.png")
+
+
+def test_one_split_of_a_name_is_that_split(tmp_path: Path) -> None:
+    name = write(tmp_path / "d", train=[row(1, 0, "t.png")], validation=[row(1, 0, "v.png")])
+    assert read_hub_split(name, "train").ids == ("ant/t.png",)
+
+
+def test_configuration_of_a_folder_is_chosen_after_a_colon(tmp_path: Path) -> None:
+    for config in ("coarse", "fine"):
+        write(tmp_path / "d" / config, train=[row(1, 0, f"{config}.png")], validation=[row(1, 0, "x.png")])
+    lines = "".join(f"- config_name: {one}\n  data_dir: {one}\n" for one in ("coarse", "fine"))
+    (tmp_path / "d" / "README.md").write_text(f"---\nconfigs:\n{lines}---\n")
+    data = read(f"{tmp_path / 'd'}:fine")
+    assert (data.name, data.train.ids) == ("d:fine", ("ant/fine.png",))
+
+
+def test_open_choice_of_a_configuration_names_them(tmp_path: Path) -> None:
+    for config in ("coarse", "fine"):
+        write(tmp_path / "d" / config, train=pair())
+    lines = "".join(f"- config_name: {one}\n  data_dir: {one}\n" for one in ("coarse", "fine"))
+    (tmp_path / "d" / "README.md").write_text(f"---\nconfigs:\n{lines}---\n")
+    text = refused(str(tmp_path / "d"))
+    assert "['coarse', 'fine']" in text
+    assert f"Choose one: hf:{tmp_path / 'd'}:CONFIG." in text
+
+
+def test_class_mismatch_is_refused_unless_allowed(tmp_path: Path) -> None:
+    name = write(tmp_path / "d", train=pair(), validation=[row(1, 1, "v.png")])
+    assert "train and val differ in their classes (only in train: ant)" in refused(name)
+    assert read_hub(name, allow_class_mismatch=True).val.labels == (1,)
+
+
+def test_code_in_a_folder_is_neither_run_nor_passed_over(tmp_path: Path) -> None:
+    folder = Path(write(tmp_path / "d", train=pair(), validation=pair()))
+    (folder / "d.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
+    assert "comes with code of its own, which is never run here" in refused(str(folder))
+    assert not (tmp_path / "canary").exists()
+
+
+def test_damaged_parquet_is_an_error_of_the_data_set(tmp_path: Path) -> None:
+    name = write(tmp_path / "d", train=pair(), validation=pair())
+    file = next(Path(name).glob("train-*"))
+    file.write_bytes(file.read_bytes()[:-50])
+    assert refused(name).startswith(f"hf:{name}: the `datasets` library cannot load it: ")
+
+
+# --- columns
+
+
+def kinds_of(**columns: object) -> Any:
+    return datasets.Features(columns)
+
+
+def test_label_column_is_found_by_its_kind(tmp_path: Path) -> None:
+    kinds = kinds_of(
+        picture=datasets.Image(), species=datasets.ClassLabel(names=["ant"]), caption=datasets.Value("string")
+    )
+    rows = [{"picture": {"bytes": picture(1), "path": "x.png"}, "species": 0, "caption": "dog"}]
+    assert read(write(tmp_path / "d", kinds, train=rows, validation=rows)).val.ids == ("ant/x.png",)
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (("coarse_label", "fine_label"), "fine_label"),
+        (("genus", "label"), "label"),
+        (("fine_label", "labels"), "labels"),
+    ],
+)
+def test_of_several_label_columns_the_usual_name_is_taken(tmp_path: Path, names: Sequence[str], chosen: str) -> None:
+    kinds = kinds_of(image=datasets.Image(), **{name: datasets.ClassLabel(names=[name]) for name in names})
+    rows = [{"image": {"bytes": picture(1), "path": "x.png"}, **dict.fromkeys(names, 0)}]
+    assert read(write(tmp_path / "d", kinds, train=rows, validation=rows)).val.classes == (chosen,)
+
+
+def test_several_label_columns_without_a_usual_name_are_refused(tmp_path: Path) -> None:
+    kinds = kinds_of(image=datasets.Image(), **{name: datasets.ClassLabel(names=["a"]) for name in ("genus", "family")})
+    rows = [{"image": {"bytes": picture(1), "path": "x.png"}, "genus": 0, "family": 0}]
+    text = refused(write(tmp_path / "d", kinds, train=rows, validation=rows))
+    assert "split train: has several columns of classes: genus, family\nCall the one that is meant 'label'" in text
+
+
+@pytest.mark.parametrize("usual", ["image", "img"])
+def test_of_several_image_columns_the_usual_name_is_taken(tmp_path: Path, usual: str) -> None:
+    kinds = kinds_of(**{"mask": datasets.Image(), usual: datasets.Image()}, label=datasets.ClassLabel(names=["a"]))
+    rows = [{usual: {"bytes": picture(1), "path": None}, "mask": {"bytes": picture(2), "path": None}, "label": 0}]
+    val = read(write(tmp_path / "d", kinds, train=rows, validation=rows)).val
+    assert val.source.read(val.ids[0]) == picture(1)
+
+
+def test_several_image_columns_without_a_usual_name_are_refused(tmp_path: Path) -> None:
+    kinds = kinds_of(left=datasets.Image(), right=datasets.Image(), label=datasets.ClassLabel(names=["a"]))
+    rows = [{"left": {"bytes": b"1", "path": None}, "right": {"bytes": b"2", "path": None}, "label": 0}]
+    assert "has several columns of images: left, right" in refused(
+        write(tmp_path / "d", kinds, train=rows, validation=rows)
+    )
+
+
+def test_data_set_without_images_is_told_its_columns(tmp_path: Path) -> None:
+    kinds = kinds_of(text=datasets.Value("string"), label=datasets.ClassLabel(names=["a"]))
+    rows = [{"text": "x", "label": 0}]
+    text = refused(write(tmp_path / "d", kinds, train=rows, validation=rows))
+    assert "has no column of images (columns: text (string), label (int64))" in text
+
+
+@pytest.mark.parametrize(("column", "value", "kind"), [("label", 0.5, "float32"), ("caption", "a dog", "string")])
+def test_data_set_without_labels_is_refused(tmp_path: Path, column: str, value: object, kind: str) -> None:
+    kinds = kinds_of(image=datasets.Image(), **{column: datasets.Value(kind)})
+    rows = [{"image": {"bytes": b"x", "path": None}, column: value}]
+    assert "has no column of classes" in refused(write(tmp_path / "d", kinds, train=rows, validation=rows))
+
+
+@pytest.mark.parametrize("column", ["label", "class"])
+def test_strings_are_class_names(tmp_path: Path, column: str) -> None:
+    kinds = kinds_of(image=datasets.Image(), **{column: datasets.Value("string")})
+    rows = [{"image": {"bytes": picture(1), "path": "x.png"}, column: name} for name in ("dog", "cat")]
+    assert read(write(tmp_path / "d", kinds, train=rows, validation=rows)).val.classes == ("cat", "dog")
+
+
+def test_numbers_without_names_are_classes_called_by_their_decimals(tmp_path: Path) -> None:
+    kinds = kinds_of(image=datasets.Image(), label=datasets.Value("int32"))
+    rows = [{"image": {"bytes": picture(1), "path": "x.png"}, "label": number} for number in (10, 9, 0)]
+    assert read(write(tmp_path / "d", kinds, train=rows, validation=rows)).val.classes == ("0", "10", "9")
+
+
+@pytest.mark.parametrize("layout", ["struct", "binary"])
+def test_parquet_of_other_libraries_is_read_by_its_column_names(tmp_path: Path, layout: str) -> None:
+    images = [{"bytes": picture(1), "path": "x.png"}] if layout == "struct" else [picture(1)]
+    for split in ("train", "validation"):
+        pq.write_table(pa.table({"image": images, "label": ["ant"]}), tmp_path / f"{split}.parquet")
+    val = read(str(tmp_path)).val
+    assert (val.ids, val.source.read(val.ids[0])) == (
+        ("ant/x.png" if layout == "struct" else "ant/00000000.png",),
+        picture(1),
+    )
+
+
+# --- labels
+
+
+@pytest.mark.parametrize("bad", [-1, None])
+def test_rows_without_a_class_are_counted(tmp_path: Path, bad: object) -> None:
+    rows = [row(1, 0, "a.png"), row(2, bad, "b.png"), row(3, bad, "c.png")]
+    text = refused(write(tmp_path / "d", train=pair(), test=rows))
+    assert f"split test: 2 of 3 rows have no class (labels {bad}; first row 1)" in text
+
+
+@pytest.mark.parametrize("label", [2, 7])
+def test_label_beyond_the_class_names_is_refused(tmp_path: Path, label: int) -> None:
+    numbers = kinds_of(image=datasets.Image(), label=datasets.Value("int64"))
+    plain = table([row(1, label, "a.png")], numbers)
+    named = datasets.Dataset(plain.data, info=datasets.DatasetInfo(features=features()))
+    datasets.DatasetDict({"train": named, "validation": named}).save_to_disk(tmp_path / "saved")
+    assert f"1 of 1 rows have no class (labels {label}; first row 0)" in refused(str(tmp_path / "saved"))
+
+
+def test_negative_number_without_names_is_no_class(tmp_path: Path) -> None:
+    kinds = kinds_of(image=datasets.Image(), label=datasets.Value("int64"))
+    assert "have no class (labels -1" in refused(
+        write(tmp_path / "d", kinds, train=[row(1, -1)], validation=[row(1, -1)])
+    )
+
+
+def test_class_without_images_is_no_class(tmp_path: Path) -> None:
+    kinds = features(("ant", "bee", "cat"))
+    assert read(write(tmp_path / "d", kinds, train=pair(), validation=pair())).val.classes == ("ant", "bee")
+
+
+# --- ids
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [("a.png", None), ("a.png", "a.png"), ("a.png", "folder/a.png"), ("a.png", "b\n.png"), ("a.png", "folder/")],
+    ids=["missing", "twice", "twice by its last part", "line end", "no last part"],
+)
+def test_rows_give_names_where_paths_do_not(tmp_path: Path, paths: tuple[str, str | None]) -> None:
+    rows = [row(1, 1, "x.png"), *(row(2, 0, path) for path in paths)]
+    val = read(write(tmp_path / "d", train=rows, validation=rows)).val
+    assert val.ids == ("ant/00000001.png", "ant/00000002.png", "bee/00000000.png")
+
+
+def test_same_file_name_in_two_classes_is_no_clash(tmp_path: Path) -> None:
+    rows = [row(1, 0, "x/a.png"), row(2, 1, "y/a.png")]
+    assert read(write(tmp_path / "d", train=rows, validation=rows)).val.ids == ("ant/a.png", "bee/a.png")
+
+
+@pytest.mark.parametrize(
+    ("content", "ending"),
+    [
+        (picture(1, "JPEG"), "jpg"),
+        (picture(1, "PNG"), "png"),
+        (picture(1, "WEBP"), "webp"),
+        (picture(1, "BMP"), "bmp"),
+        (picture(1, "GIF"), "gif"),
+        (b"", "img"),
+        (b"RIFF....WAVE", "img"),
+    ],
+)
+def test_ending_of_a_row_is_that_of_its_bytes(tmp_path: Path, content: bytes, ending: str) -> None:
+    rows = [{"image": {"bytes": content, "path": None}, "label": 0}]
+    assert read(write(tmp_path / "d", train=rows, validation=rows)).val.ids == (f"ant/00000000.{ending}",)
+
+
+def test_row_numbers_go_on_over_files_and_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("msn_eval.data.hf_rows._BATCH_ROWS", 2)
+    rows = [row(number, 0) for number in range(5)]
+    val = read(write(tmp_path / "d", train=rows, validation=rows)).val
+    assert [(one, val.source.read(one)) for one in val.ids] == [(f"ant/{n:08d}.png", picture(n)) for n in range(5)]
+
+
+def test_path_into_an_archive_gives_the_name_in_it(tmp_path: Path) -> None:
+    rows = [row(1, 0, "folder/a.png::/data/whole.zip")]
+    assert read(write(tmp_path / "d", train=rows, validation=rows)).val.ids == ("ant/a.png",)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("n/a", "n_a"),
+        ("two\nlines", "two_lines"),
+        ("", "_"),
+        (".", "_"),
+        ("..", "__"),
+        ("\x85", "_"),
+        ("tench, tinca", None),
+    ],
+)
+def test_class_name_becomes_one_part_of_a_path(tmp_path: Path, name: str, written: str | None) -> None:
+    rows = [row(1, 0, "x.png")]
+    data = read(write(tmp_path / "d", features((name,)), train=rows, validation=rows))
+    assert (data.classes, data.val.ids) == ((written or name,), (f"{written or name}/x.png",))
+
+
+def test_two_classes_never_become_one(tmp_path: Path) -> None:
+    """Even where each stands in a split of its own."""
+    kinds = kinds_of(image=datasets.Image(), label=datasets.Value("string"))
+    name = write(tmp_path / "d", kinds, train=[row(1, "a/b", "x.png")], validation=[row(1, "a_b", "x.png")])
+    text = refused(name)
+    assert "classes 'a/b', 'a_b' would have the same name 'a_b' in ids" in text
+
+
+# --- rows without bytes
+
+
+def write_paths(folder: Path, *images: tuple[bytes | None, str | None]) -> str:
+    """Write Parquet files whose rows may hold paths alone; the library itself would put the files' bytes there."""
+    folder.mkdir(exist_ok=True)
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    column = pa.array([{"bytes": content, "path": path} for content, path in images], kind)
+    for split in ("train", "test"):
+        pq.write_table(pa.table({"image": column, "label": ["ant"] * len(images)}), folder / f"{split}.parquet")
+    return str(folder)
+
+
+def test_relative_path_starts_at_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "d" / "files").mkdir(parents=True)
+    (tmp_path / "d" / "files" / "x.png").write_bytes(picture(4))
+    val = read(write_paths(tmp_path / "d", (None, "files/x.png"))).val
+    assert (val.ids, val.source.read("ant/x.png")) == (("ant/x.png",), picture(4))
+    assert val.source.place("ant/x.png").endswith(f"row 0: {tmp_path / 'd' / 'files' / 'x.png'}")
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        (None, "neither bytes nor a path are stored"),
+        ("", "neither bytes nor a path are stored"),
+        ("https://example.org/x.png", "only an address is stored, https://example.org/x.png"),
+    ],
+)
+def test_row_without_an_image_is_named(
+    tmp_path: Path, path: str | None, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("msn_eval.data.hf_rows._BATCH_ROWS", 2)
+    name = write_paths(tmp_path / "d", (b"1", "a.png"), (b"2", "b.png"), (b"3", "c.png"), (None, path))
+    assert f"split train, row 3: has no image: {why}" in refused(name)
+
+
+@pytest.mark.parametrize("there", ["nothing", "a pipe"])
+def test_file_that_is_none_is_an_error_of_the_image_alone(tmp_path: Path, there: str) -> None:
+    path = tmp_path / "x.png"
+    if there == "a pipe":
+        os.mkfifo(path)
+    val = read(write_paths(tmp_path / "d", (None, str(path)))).val
+    with pytest.raises(FileNotFoundError):
+        val.source.read("ant/x.png")
+    assert val.source.place("ant/x.png").endswith("split test, row 0")
+
+
+def test_file_that_is_needed_for_its_ending_is_named_where_missing(tmp_path: Path) -> None:
+    name = write_paths(tmp_path / "d", (None, "/nowhere/a/x.png"), (None, "/nowhere/b/x.png"))
+    assert "split train, row 0: /nowhere/a/x.png cannot be read: No such file" in refused(name)
+
+
+def test_ending_of_a_row_with_a_path_is_that_of_the_file(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.png").write_bytes(picture(1, "JPEG"))
+    name = write_paths(tmp_path / "d", *((None, str(tmp_path / folder / "x.png")) for folder in ("a", "b")))
+    assert read(name).val.ids == ("ant/00000000.jpg", "ant/00000001.jpg")
+
+
+# --- the source
+
+
+@pytest.fixture
+def val(tmp_path: Path) -> ImageSet:
+    rows = [row(number, number % 2, f"{number}.png") for number in range(40)]
+    images = read(write(tmp_path / "d", train=rows[::-1], validation=rows)).val
+    assert isinstance(images, ImageSet)
+    return images
+
+
+def contents(images: ImageSet) -> list[bytes]:
+    return [picture(int(one.partition("/")[2].removesuffix(".png"))) for one in images.ids]
+
+
+def test_threads_read_the_right_rows(val: ImageSet) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(val.source.read, val.ids * 5)) == contents(val) * 5
+
+
+def test_fresh_process_reads_the_right_rows(val: ImageSet) -> None:
+    """It gets the source by pickle, without the rows themselves."""
+    assert len(pickle.dumps(val.source)) < 10_000
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.map(val.source.read, val.ids) == contents(val)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_forked_process_reads_the_right_rows(val: ImageSet) -> None:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.map(val.source.read, val.ids) == contents(val)
+
+
+def test_rows_stay_on_the_disk(val: ImageSet) -> None:
+    source = val.source
+    assert isinstance(source, RowSource)
+    assert source.table.column_names == ["image"]
+    assert [Path(entry["filename"]) for entry in source.table.cache_files] == [source.root]
+
+
+def test_splits_have_roots_of_their_own(tmp_path: Path) -> None:
+    """The memory of hashes goes by the root, and both splits may hold an image of the same id."""
+    rows = [row(1, 0, "x.png")]
+    data = read(write(tmp_path / "d", train=rows, validation=[row(2, 0, "x.png")]))
+    hashes = [hash_images(images, memory=tmp_path / "memory") for images in (data.train, data.val) * 2]
+    expected = [{"ant/x.png": hashlib.sha256(picture(number)).hexdigest()} for number in (1, 2)]
+    assert hashes == expected * 2
+
+
+def test_stamp_begins_with_the_bytes_of_the_image(val: ImageSet) -> None:
+    assert {val.source.stamp(one)[0] for one in val.ids} == {len(picture(1))}
+
+
+def test_stamps_of_two_rows_differ(val: ImageSet) -> None:
+    assert len({val.source.stamp(one) for one in val.ids}) == len(val)
+
+
+def test_stamp_changes_with_the_arrow_file(tmp_path: Path) -> None:
+    datasets.DatasetDict({"train": table(pair()), "test": table(pair())}).save_to_disk(tmp_path / "saved")
+    before = read(str(tmp_path / "saved")).val
+    file = next((tmp_path / "saved" / "test").glob("*.arrow"))
+    os.utime(file, ns=(5, 5))
+    after = read(str(tmp_path / "saved")).val
+    assert before.source.stamp("ant/a.png")[2:] != after.source.stamp("ant/a.png")[2:]
+
+
+def test_stamp_of_a_row_with_a_path_is_that_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(picture(1))
+    os.utime(tmp_path / "x.png", ns=(9, 9))
+    val = read(write_paths(tmp_path / "d", (None, str(tmp_path / "x.png")))).val
+    assert val.source.stamp("ant/x.png")[:2] == (len(picture(1)), 9)
+
+
+def test_place_names_split_and_row(val: ImageSet) -> None:
+    assert re.fullmatch(r"hf:.*/d, split validation, row 3", val.source.place("bee/3.png"))
+
+
+def test_damaged_image_is_a_bad_image(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": b"no image", "path": "x.png"}, "label": 0}]
+    val = read(write(tmp_path / "d", train=rows, validation=rows)).val
+    with pytest.raises(BadImageError, match="no JPEG, PNG"):
+        val.source.decode(val.source.read("ant/x.png"))
+
+
+def test_image_of_no_bytes_is_a_bad_image_and_not_a_missing_one(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": b"", "path": None}, "label": 0}]
+    val = read(write(tmp_path / "d", train=rows, validation=rows)).val
+    with pytest.raises(BadImageError, match="the file is empty"):
+        val.source.decode(val.source.read(val.ids[0]))
+
+
+# --- names, the library and its cache
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere", "./nowhere", "/nowhere/at/all", "a/b/c", "a/..", "", "o/n:", "o/n@", "parquet"]
+)
+def test_name_that_is_neither_folder_nor_repository_is_refused(name: str) -> None:
+    assert f"hf:{name}: is neither a folder that exists nor OWNER/NAME" in refused(name)
+
+
+@pytest.mark.parametrize("name", ["o/n", "o/n:default", "o/n@v1", "o/n:default@refs/convert/parquet"])
+def test_hub_that_must_not_be_asked_is_told_how_to_do_without(name: str, cache: Path) -> None:
+    text = refused(name)
+    assert text.startswith(
+        f"hf:{name}: $HF_DATASETS_OFFLINE forbids to ask the hub, and the cache {cache} does not hold"
+    )
+    assert "`hf download --repo-type dataset o/n" in text
+    assert "copy DIR here and give it: hf:DIR" in text
+
+
+def test_folder_called_like_a_reader_of_the_library_is_read_as_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library would read whatever stands in the working folder instead."""
+    write(tmp_path, train=[row(1, 0, "other.png")], validation=[row(1, 0, "other.png")])
+    write(tmp_path / "parquet", train=pair(), validation=pair())
+    monkeypatch.chdir(tmp_path)
+    assert read("parquet").val.ids == ("ant/a.png", "bee/b.png")
+
+
+def test_missing_library_is_told_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'msn-eval[hf]'" in refused(str(tmp_path), UsageError)
+
+
+def test_cache_that_cannot_be_written_is_a_store_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = write(tmp_path / "d", train=pair(), validation=pair())
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    text = refused(name, StoreError)
+    assert f"{tmp_path / 'file'}" in text
+    assert "the cache of the `datasets` library cannot be written: Not a directory" in text
+    assert "$HF_DATASETS_CACHE" in text
+
+
+def failing(error: Exception) -> Callable[..., object]:
+    def load(*_: object, **__: object) -> object:
+        raise RuntimeError("An error occurred while generating the dataset") from error
+
+    return load
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_cache_of_another_user_is_a_store_error_naming_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    error = OSError(number, os.strerror(number), "/shared/cache/x.lock")
+    monkeypatch.setattr(datasets, "load_dataset_builder", failing(error))
+    text = refused(str(tmp_path), StoreError)
+    assert text.startswith(
+        f"/shared/cache/x.lock: the cache of the `datasets` library cannot be written: {os.strerror(number)}"
+    )
+
+
+def test_closed_file_of_the_data_set_itself_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "train.parquet"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", failing(error))
+    assert (
+        refused(str(tmp_path))
+        == f"{tmp_path / 'train.parquet'}: cannot be read: Permission denied\nCheck its permissions."
+    )
+
+
+def test_progress_bars_are_not_drawn_into_a_file_and_left_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_DATASETS_DISABLE_PROGRESS_BARS", raising=False)
+    name = write(tmp_path / "d", train=pair(), validation=pair())
+    datasets.enable_progress_bars()
+    capsys.readouterr()
+    read(name)
+    assert (capsys.readouterr().err, datasets.are_progress_bars_disabled()) == ("", False)
+
+
+def test_word_of_the_environment_about_progress_bars_goes_before_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library warns whoever contradicts it."""
+    name = write(tmp_path / "d", train=pair(), validation=pair())
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "0")
+    monkeypatch.setattr(datasets, "disable_progress_bars", lambda: pytest.fail("it was contradicted"))
+    assert len(read(name).val) == 2
+
+
+def test_naming_by_rows_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="msn_eval"):
+        read(write(tmp_path / "d", train=[row(1, 0)], validation=pair()[:1]))
+    told = [one.getMessage() for one in caplog.records if "called by their rows" in one.getMessage()]
+    assert [text.partition(", ")[2] for text in told] == ["split train: images are called by their rows"]
+
+
+# --- the hub, one of our own; the library reads its address once, when it is imported
+
+
+class Hub:
+    """A hub with the data set `o/n` at one commit."""
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        outer = self
+        self.asked: list[str] = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                path = unquote(urlsplit(self.path).path)
+                outer.asked.append(path)
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                code, body, headers = outer._answer(path, files)
+                self.send_response(code)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            do_GET = do_HEAD = do_POST = answer  # noqa: N815
+
+            def log_message(self, format: str, *arguments: object) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+    @staticmethod
+    def _answer(path: str, files: Mapping[str, bytes]) -> tuple[int, bytes, dict[str, str]]:
+        if path.startswith("/api/datasets/o/n/tree/"):
+            sizes = [{"type": "file", "path": name, "size": len(body), "oid": name} for name, body in files.items()]
+            return 200, json.dumps(sizes if path.endswith(COMMIT) else []).encode(), {}
+        if path in ("/api/datasets/o/n", f"/api/datasets/o/n/revision/{COMMIT}", "/api/datasets/o/n/revision/v1"):
+            return 200, json.dumps({"id": "o/n", "sha": COMMIT, "siblings": [], "tags": []}).encode(), {}
+        name = path.rpartition("/")[2]
+        if path.startswith(f"/datasets/o/n/resolve/{COMMIT}/") and name in files:
+            return 200, files[name], {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}
+        missing = "EntryNotFound" if path.startswith("/datasets/o/n/resolve/") else "RepoNotFound"
+        return 404, b"{}", {"X-Error-Code": missing, "X-Repo-Commit": COMMIT}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, dict[str, str]]]:
+    """Give a hub, and the environment of a process that talks to it."""
+    home = tmp_path_factory.mktemp("hub")
+    write(home / "files", train=pair(), validation=pair())
+    made = Hub({file.name: file.read_bytes() for file in (home / "files").iterdir()})
+    thread = threading.Thread(target=made.http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{made.http.server_port}",
+        "HF_HOME": str(home / "home"),
+        "no_proxy": "127.0.0.1",
+    }
+    yield made, environment
+    made.http.shutdown()
+    thread.join()
+    made.http.server_close()
+
+
+def read_elsewhere(environment: Mapping[str, str], *names: str) -> list[str]:
+    """Read data sets in another process, and give what each came to."""
+    program = (
+        "import datasets, sys, time\n"
+        "from msn_eval.data.huggingface import read_hub\n"
+        "from msn_eval.errors import MsnEvalError\n"
+        "for name in sys.argv[1:]:\n"
+        "    began = time.monotonic()\n"
+        "    try: said = read_hub(name, allow_class_mismatch=False).val.ids\n"
+        "    except MsnEvalError as error: said = str(error).partition(chr(10))[0]\n"
+        "    print(said, 'slow' if time.monotonic() - began > 20 else '')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *names], capture_output=True, text=True, env=dict(environment), timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return [line.strip() for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def said(hub: tuple[Hub, dict[str, str]]) -> list[str]:
+    """Read from the hub with nothing in the cache, and give what was said."""
+    return read_elsewhere(hub[1], "o/n", "o/n@v1", "o/x", "o/n:other")
+
+
+def test_data_set_of_the_hub_is_read_at_any_name_of_its_commit(said: list[str]) -> None:
+    assert said[:2] == ["('ant/a.png', 'bee/b.png')"] * 2
+
+
+def test_names_that_the_hub_does_not_know_are_refused(said: list[str]) -> None:
+    assert said[2:] == [
+        "hf:o/x: the hub has no repository of this name",
+        "hf:o/n:other: BuilderConfig 'other' not found. Available: ['default']",
+    ]
+
+
+@pytest.mark.usefixtures("said")  # they filled the cache
+def test_silent_hub_is_given_up_soon_and_the_cache_taken(hub: tuple[Hub, dict[str, str]]) -> None:
+    silent = hub[1] | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    told = read_elsewhere(silent, "o/n", f"o/n@{COMMIT}", "o/n@v1", "o/other")
+    assert told[:2] == ["('ant/a.png', 'bee/b.png')"] * 2
+    assert re.search(r"^hf:o/n@v1: the hub cannot be reached: .* at a commit known to be v1$", told[2])
+    assert re.search(r"^hf:o/other: the hub cannot be reached: .* does not hold this data set$", told[3])
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "MSN_EVAL_OFFLINE"])
+def test_forbidden_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr("msn_eval.data.hf_splits._ask_commit", lambda where: pytest.fail("it was asked"))
+    assert refused("o/n").startswith(f"hf:o/n: ${variable} forbids to ask the hub")
+    assert datasets.config.HF_HUB_OFFLINE is False

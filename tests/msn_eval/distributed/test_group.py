@@ -1,0 +1,655 @@
+"""Ranks as real processes: what each of them does, and how all end when one does."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import torch.distributed
+from torch.utils.data import DataLoader
+
+from msn_eval.distributed.group import ALONE, Group, agree, barrier, decided, gathered, join_group, share
+from msn_eval.distributed.limits import Limits
+from msn_eval.errors import DataError, MsnEvalError
+
+QUICK = Limits(
+    join_seconds=5, beat_seconds=0.05, silent_seconds=1, settle_seconds=0.1, linger_seconds=0.5, unwind_seconds=0.5
+)
+PATIENT = replace(QUICK, silent_seconds=60)
+CALM = replace(PATIENT, settle_seconds=1, linger_seconds=1)
+Body = Callable[[Group], object]
+
+
+class Terminated(KeyboardInterrupt):
+    """What a command makes of SIGTERM."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How one rank ended: what a command would exit with and say."""
+
+    code: int
+    said: str
+    seconds: float
+
+    @property
+    def lines(self) -> list[str]:
+        return self.said.splitlines()
+
+
+@dataclass(kw_only=True)
+class Job:
+    """Ranks that run."""
+
+    processes: list[multiprocessing.process.BaseProcess]
+    outputs: list[Path]
+    started: float
+
+    def send(self, number: int, *ranks: int) -> None:
+        for rank in ranks or range(len(self.processes)):
+            pid = self.processes[rank].pid
+            assert pid is not None
+            os.kill(pid, number)
+
+    def ends(self) -> list[Ended]:
+        """Wait for all and tell how they ended."""
+        found = []
+        for process, output in zip(self.processes, self.outputs, strict=True):
+            process.join(20)
+            assert process.exitcode is not None, "still runs"
+            left = output.with_suffix(".left")
+            seconds = (float(left.read_text()) if left.exists() else time.monotonic()) - self.started
+            found.append(Ended(code=process.exitcode, said=output.read_text(), seconds=seconds))
+        return found
+
+    def wait_for(self, *words: str) -> None:
+        """Wait until each rank has said its word."""
+        until = time.monotonic() + 10
+        while any(word not in path.read_text() for word, path in zip(words, self.outputs, strict=True)):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def place(rank: int, world: int, port: int) -> dict[str, str]:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return dict(zip(names, map(str, (rank, world, rank, "127.0.0.1", port)), strict=True))
+
+
+Start = Callable[..., Job]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Give a function that runs a body as every rank of a job; the child of a process that has torch needs no import."""
+    jobs: list[Job] = []
+
+    def run(
+        world: int,
+        body: Body,
+        *,
+        limits: Limits = PATIENT,
+        port: int | None = None,
+        ranks: Sequence[int] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Job:
+        port = port or free_port()
+        fork = multiprocessing.get_context("fork")
+        job = Job(processes=[], outputs=[], started=time.monotonic())
+        jobs.append(job)
+        for rank in range(world) if ranks is None else ranks:
+            output = tmp_path / f"{len(jobs)}-{rank}.txt"
+            output.touch()
+            named = place(rank, world, port) | dict(environment or {})
+            process = fork.Process(target=_be_a_rank, args=(body, named, limits, output))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # other tests leave threads behind
+                process.start()
+            job.processes.append(process)
+            job.outputs.append(output)
+        return job
+
+    yield run
+    for process in (process for job in jobs for process in job.processes):
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _be_a_rank(body: Body, environment: Mapping[str, str], limits: Limits, output: Path) -> NoReturn:
+    with output.open("a") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    code = 0
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+        with join_group(environment=environment, limits=limits) as group:
+            os.write(1, b"joined\n")
+            body(group)
+    except Terminated:
+        os.write(1, b"Terminated\n")
+        code = 75
+    except MsnEvalError as error:
+        os.write(1, f"{type(error).__name__}: {error}\n".encode())
+        code = error.exit_code
+    except Exception as error:
+        os.write(1, f"bug: {type(error).__name__}: {error}\n".encode())
+        code = 1
+    output.with_suffix(".left").write_text(f"{time.monotonic()}")
+    os._exit(code)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
+
+
+def sleep(group: Group) -> None:
+    time.sleep(15)
+
+
+def codes(ends: Sequence[Ended]) -> list[int]:
+    return [end.code for end in ends]
+
+
+def said(ends: Sequence[Ended]) -> list[list[str]]:
+    return [[line for line in end.lines if line != "joined"] for end in ends]
+
+
+@pytest.fixture
+def launchers_store() -> Iterator[int]:
+    """Give the port of a store that no rank holds."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield int(store.port)
+    del store
+
+
+def launched(attempt: int) -> dict[str, str]:
+    return {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+
+
+# Shares.
+
+
+@pytest.mark.parametrize("world", range(1, 9))
+@pytest.mark.parametrize("block", [1, 3, 64])
+def test_shares_are_every_row_once_and_in_order(world: int, block: int) -> None:
+    for items in {0, 1, world - 1, world, world + 1, 997}:
+        shares = [share(items, replace(ALONE, rank=rank, world=world), block=block) for rank in range(world)]
+
+        assert [row for rows in shares for row in rows] == list(range(items))
+
+
+@pytest.mark.parametrize("world", range(1, 9))
+@pytest.mark.parametrize("block", [1, 3, 64])
+def test_shares_are_whole_blocks_and_even_to_one_of_them(world: int, block: int) -> None:
+    for items in {0, 1, world - 1, world, world + 1, 997}:
+        shares = [share(items, replace(ALONE, rank=rank, world=world), block=block) for rank in range(world)]
+        blocks = [-(-len(rows) // block) for rows in shares]
+
+        assert max(blocks) - min(blocks) <= 1
+        assert all(len(rows) % block == 0 or rows.stop == items for rows in shares)
+
+
+# Where the launcher put this rank.
+
+
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1", "RANK": "0"}, {"MASTER_ADDR": "a", "LOCAL_RANK": "3"}])
+def test_without_other_ranks_the_group_is_one(environment: dict[str, str]) -> None:
+    with join_group(environment=environment) as group:
+        barrier(group, "end")
+        agree(group, "the plan", {"weights": "a"})
+
+        assert (group.rank, group.world, group.local_rank) == (0, 1, 0)
+        assert decided(group, "choice", lambda: "this") == "this"
+        assert gathered(group, "names", "me") == ["me"]
+
+
+def test_a_rank_that_waits_in_vain_names_the_missing(start: Start) -> None:
+    ends = start(4, sleep, ranks=[0, 2], limits=replace(PATIENT, join_seconds=0.5)).ends()
+
+    assert codes(ends) == [31, 31]
+    assert ends[0].lines[0].startswith("DistributedError: rank 0 of 4 waited 0.5 s at 127.0.0.1:")
+    assert ends[0].lines[0].endswith("without ranks 1, 3")
+    assert "joined" not in ends[0].said
+
+
+def test_a_store_that_is_not_reached_is_named(start: Start) -> None:
+    port = free_port()
+
+    (end,) = start(2, sleep, ranks=[1], port=port, limits=replace(PATIENT, join_seconds=0.5)).ends()
+
+    assert end.code == 31
+    assert f"rank 1 of 2 waited 0.5 s at 127.0.0.1:{port}, which was not reached: " in end.said
+
+
+def test_a_port_that_another_program_holds_is_named(start: Start) -> None:
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+
+        (end,) = start(2, sleep, ranks=[0], port=port, limits=replace(PATIENT, join_seconds=0.5)).ends()
+
+    assert end.code == 31
+    assert f"could not be opened at 127.0.0.1:{port}" in end.said
+    assert "choose another MASTER_PORT" in end.said
+
+
+def test_a_rank_that_is_there_already_is_not_joined_twice(start: Start) -> None:
+    port = free_port()
+    first = start(2, lambda group: time.sleep(1), port=port)
+    first.wait_for("joined", "joined")
+
+    (second,) = start(2, sleep, ranks=[1], port=port).ends()
+
+    assert second.code == 31
+    assert "rank 1 at 127.0.0.1:" in second.said
+    assert f"is taken by process {first.processes[1].pid} on {socket.gethostname()}" in second.said
+    assert codes(first.ends()) == [0, 0]
+
+
+def test_a_rank_that_is_told_to_stop_while_it_joins_does_so_at_once(start: Start) -> None:
+    job = start(2, sleep, ranks=[1])
+    time.sleep(0.3)
+
+    job.send(signal.SIGTERM)
+
+    (end,) = job.ends()
+    assert (end.code, end.lines) == (75, ["Terminated"])
+    assert end.seconds < 2
+
+
+def test_two_groups_on_one_machine_do_not_meet(start: Start) -> None:
+    def tell(name: str) -> Body:
+        return lambda group: os.write(1, " ".join(gathered(group, "names", f"{name}{group.rank}")).encode())
+
+    first, second = start(2, tell("a")), start(2, tell("b"))
+
+    assert [end.lines[-1] for end in first.ends()] == ["a0 a1"] * 2
+    assert [end.lines[-1] for end in second.ends()] == ["b0 b1"] * 2
+
+
+def test_a_process_may_join_one_group_after_another(start: Start) -> None:
+    port = free_port()
+
+    def again(group: Group) -> None:
+        pass
+
+    def twice(group: Group) -> None:
+        for number in range(2):
+            with join_group(environment=place(group.rank, 2, port), limits=QUICK) as inner:
+                assert gathered(inner, "names", f"{number}{group.rank}") == [f"{number}0", f"{number}1"]
+
+    assert codes(start(2, twice).ends()) == [0, 0]
+
+
+# Agreement.
+
+
+def test_ranks_say_and_hear_the_same_things_in_order(start: Start) -> None:
+    def body(group: Group) -> None:
+        barrier(group, "start")
+        agree(group, "the plan", {"weights": "abc", "data": "def"})
+        choice = decided(group, "choice", lambda: f"made by {group.rank}")
+        os.write(1, json.dumps([choice, gathered(group, "names", f"é{group.rank}"), group.local_rank]).encode())
+
+    ends = start(4, body).ends()
+
+    assert codes(ends) == [0] * 4
+    expected = [["made by 0", ["é0", "é1", "é2", "é3"], rank] for rank in range(4)]
+    assert [json.loads(end.lines[-1]) for end in ends] == expected
+
+
+def test_nobody_passes_a_barrier_before_all_are_there(start: Start) -> None:
+    def body(group: Group) -> None:
+        if group.rank == 1:
+            time.sleep(0.5)
+            os.write(1, f"{time.monotonic()}".encode())
+        barrier(group, "here")
+        if group.rank != 1:
+            os.write(1, f"{time.monotonic()}".encode())
+
+    passed = [float(end.lines[-1]) for end in start(3, body).ends()]
+
+    assert min(passed[0], passed[2]) >= passed[1]
+
+
+def test_only_the_first_rank_decides(start: Start) -> None:
+    def body(group: Group) -> None:
+        def make() -> str:
+            os.write(1, b"made\n")
+            time.sleep(0.3)
+            return "x"
+
+        decided(group, "choice", make)
+
+    assert ["made" in end.lines for end in start(3, body).ends()] == [True, False, False]
+
+
+def test_ranks_that_disagree_say_on_what(start: Start) -> None:
+    def body(group: Group) -> None:
+        weights = "abc" if group.rank != 1 else "def"
+        agree(group, "a.pth", {"data": "same", "weights": weights} | ({"seed": "1"} if group.rank == 2 else {}))
+
+    ends = start(3, body).ends()
+
+    host = socket.gethostname()
+    assert codes(ends) == [31, 31, 31]
+    assert said(ends)[0] == [
+        "DistributedError: the ranks do not agree on a.pth:",
+        f"  weights: abc on ranks 0, 2 ({host}); def on rank 1 ({host})",
+        f"  seed: nothing on ranks 0, 1 ({host}); 1 on rank 2 ({host})",
+        "Give every host the same files, options and versions.",
+    ]
+
+
+def test_ranks_that_went_different_ways_are_told_apart(start: Start) -> None:
+    ends = start(2, lambda group: barrier(group, f"after {group.rank}")).ends()
+
+    assert codes(ends) == [31, 31]
+    assert "rank 1 (" in ends[0].said
+    assert "is at the barrier 'after 1', rank 0 at the barrier 'after 0'" in ends[0].said
+
+
+def test_nobody_waits_for_a_rank_that_has_left(start: Start) -> None:
+    ends = start(3, lambda group: barrier(group, "end") if group.rank != 1 else None).ends()
+
+    assert codes(ends) == [31, 0, 31]
+    assert "has left, while rank 0 waits for it at the barrier 'end'" in ends[0].said
+
+
+# Ends.
+
+
+@pytest.mark.parametrize("early", [0, 1])
+def test_a_rank_that_is_done_early_is_not_taken_for_dead(start: Start, early: int) -> None:
+    def body(group: Group) -> None:
+        if group.rank != early:
+            time.sleep(1.6)
+
+    ends = start(3, body, limits=QUICK).ends()
+
+    assert (codes(ends), said(ends)) == ([0, 0, 0], [[], [], []])
+
+
+def test_the_rank_that_holds_the_store_leaves_last(start: Start) -> None:
+    ends = start(3, lambda group: time.sleep(0.2 * group.rank)).ends()
+
+    assert ends[1].seconds < ends[2].seconds < ends[0].seconds
+
+
+def test_the_launchers_store_is_waited_for_by_nobody(start: Start, launchers_store: int) -> None:
+    ends = start(2, lambda group: time.sleep(0.5 * group.rank), port=launchers_store, environment=launched(0)).ends()
+
+    assert codes(ends) == [0, 0]
+    assert ends[0].seconds < ends[1].seconds - 0.2
+
+
+def test_what_an_earlier_attempt_left_in_the_launchers_store_is_not_met_again(
+    start: Start, launchers_store: int
+) -> None:
+    def fail(group: Group) -> None:
+        raise DataError("no images")
+
+    first = start(2, fail, port=launchers_store, environment=launched(0)).ends()
+    second = start(2, lambda group: barrier(group, "end"), port=launchers_store, environment=launched(1)).ends()
+
+    assert (codes(first), codes(second)) == ([21, 21], [0, 0])
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_fails_ends_all_with_its_code_and_its_error_first(start: Start, failing: int) -> None:
+    def body(group: Group) -> None:
+        if group.rank == failing:
+            raise DataError("no images", where="a/b", remedy="Look there.")
+        barrier(group, "end")
+
+    ends = start(3, body).ends()
+
+    line = f"DistributedError: rank {failing} on {socket.gethostname()}: DataError: a/b: no images"
+    assert codes(ends) == [21, 21, 21]
+    assert said(ends) == [
+        ["DataError: a/b: no images", "Look there."] if rank == failing else [line] for rank in range(3)
+    ]
+    assert ends[0].seconds < 8
+
+
+def test_a_failing_rank_is_heard_before_the_others(start: Start) -> None:
+    def body(group: Group) -> None:
+        if group.rank == 0:
+            raise DataError("no images")
+        barrier(group, "end")
+
+    ends = start(3, body).ends()
+
+    assert ends[0].seconds < min(ends[1].seconds, ends[2].seconds)
+
+
+def test_a_rank_that_computes_is_called_back(start: Start) -> None:
+    def body(group: Group) -> None:
+        if group.rank == 1:
+            raise ValueError("a bug")
+        try:
+            time.sleep(15)
+        finally:
+            os.write(1, b"tidied up\n")
+
+    ends = start(2, body).ends()
+
+    assert codes(ends) == [1, 1]
+    assert said(ends)[0] == ["tidied up", f"DistributedError: rank 1 on {socket.gethostname()}: ValueError: a bug"]
+
+
+def test_a_rank_that_cannot_be_called_back_is_ended(start: Start) -> None:
+    def body(group: Group) -> None:
+        if group.rank == 1:
+            raise DataError("no images")
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # as deaf as a long native loop
+        sleep(group)
+
+    ends = start(2, body).ends()
+
+    assert codes(ends) == [21, 21]
+    assert said(ends)[0] == [f"DistributedError: rank 1 on {socket.gethostname()}: DataError: no images"]
+    assert ends[0].seconds < 8
+
+
+def test_a_fault_of_all_ranks_is_told_once_by_the_lowest(start: Start) -> None:
+    def body(group: Group) -> None:
+        time.sleep(0.05 * (3 - group.rank))
+        raise DataError("no such folder", where="a/b", remedy="Look there.")
+
+    ends = start(4, body, limits=CALM).ends()
+
+    host = socket.gethostname()
+    others = [[f"DistributedError: rank {rank} on {host} failed as rank 0 did"] for rank in (1, 2, 3)]
+    assert codes(ends) == [21] * 4
+    assert said(ends) == [["DataError: a/b: no such folder", "Look there."], *others]
+
+
+def test_a_later_fault_is_told_in_a_line(start: Start) -> None:
+    def body(group: Group) -> None:
+        time.sleep(0.15 * group.rank)
+        raise (ValueError("a bug\nof two lines") if group.rank else DataError("no images"))
+
+    ends = start(2, body, limits=CALM).ends()
+
+    line = f"DistributedError: rank 1 on {socket.gethostname()} failed after rank 0 had: ValueError: a bug"
+    assert (codes(ends), said(ends)) == ([21, 1], [["DataError: no images"], [line]])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_stops_ends_all(start: Start, number: int) -> None:
+    job = start(3, sleep, limits=QUICK)
+    job.wait_for("joined", "joined", "joined")
+
+    job.send(number, 1)
+
+    ends = job.ends()
+    assert codes(ends) == [31, -9 if number == signal.SIGKILL else 31, 31]
+    told = [line for end in ends for line in end.lines if line.startswith("DistributedError")]
+    assert all(
+        f"rank 1 ({socket.gethostname()}) gave no sign for 1 s" in line or " failed as rank " in line for line in told
+    )
+    assert sum(end.said.count("Finished features and results are kept") for end in ends) == 1
+    assert 1 < ends[0].seconds < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_rank_that_holds_the_store_may_die_or_stop(start: Start, number: int) -> None:
+    job = start(3, sleep, limits=QUICK)
+    job.wait_for("joined", "joined", "joined")
+
+    job.send(number, 0)
+
+    ends = job.ends()
+    assert codes(ends) == [-9 if number == signal.SIGKILL else 31, 31, 31]
+    how = "is gone" if number == signal.SIGKILL else "gave no sign for 1 s"
+    assert f"rank 0 ({socket.gethostname()}), which holds the store at 127.0.0.1:" in ends[1].said + ends[2].said
+    assert how in ends[1].said + ends[2].said
+    assert ends[2].seconds < 10
+
+
+def test_ranks_that_all_stood_still_go_on(start: Start) -> None:
+    job = start(3, lambda group: time.sleep(1), limits=QUICK)
+    job.wait_for("joined", "joined", "joined")
+    job.send(signal.SIGSTOP)
+    time.sleep(1.5)
+
+    job.send(signal.SIGCONT, 0)
+    time.sleep(0.2)  # in which the first finds nothing new from the others
+    job.send(signal.SIGCONT, 1, 2)
+
+    assert codes(job.ends()) == [0, 0, 0]
+
+
+def test_a_rank_that_is_silent_for_less_than_the_limit_is_waited_for(start: Start) -> None:
+    job = start(2, lambda group: time.sleep(1.2), limits=replace(QUICK, silent_seconds=2))
+    job.wait_for("joined", "joined")
+    job.send(signal.SIGSTOP, 1)
+    time.sleep(0.8)
+
+    job.send(signal.SIGCONT, 1)
+
+    assert codes(job.ends()) == [0, 0]
+
+
+def test_ranks_that_are_all_told_to_stop_do_so_at_once_and_name_no_fault(start: Start) -> None:
+    job = start(3, lambda group: barrier(group, "end") if group.rank else sleep(group))
+    job.wait_for("joined", "joined", "joined")
+    told = time.monotonic()
+
+    job.send(signal.SIGTERM)
+
+    ends = job.ends()
+    assert (codes(ends), said(ends)) == ([75] * 3, [["Terminated"]] * 3)
+    assert time.monotonic() - told < 4
+
+
+def test_a_single_rank_that_is_told_to_stop_takes_the_others_along(start: Start) -> None:
+    job = start(3, sleep)
+    job.wait_for("joined", "joined", "joined")
+
+    job.send(signal.SIGTERM, 1)
+
+    ends = job.ends()
+    line = (
+        f"DistributedError: rank 1 on {socket.gethostname()} was told to stop. Finished features and results are kept;"
+    )
+    assert codes(ends) == [75] * 3
+    assert [ends[0].lines[-1].startswith(line), ends[1].lines[-1], len(said(ends)[2])] == [True, "Terminated", 1]
+
+
+def test_a_rank_that_is_stopped_after_another_failed_names_that_fault(start: Start) -> None:
+    """A launcher ends the rest by SIGTERM as soon as one has failed."""
+
+    def body(group: Group) -> None:
+        if group.rank == 1:
+            raise DataError("no images")
+        sleep(group)
+
+    job = start(2, body, limits=replace(PATIENT, linger_seconds=10))
+    job.processes[1].join(10)
+
+    job.send(signal.SIGTERM, 0)
+
+    ends = job.ends()
+    assert codes(ends) == [21, 21]
+    assert said(ends)[0] == [f"DistributedError: rank 1 on {socket.gethostname()}: DataError: no images"]
+    assert ends[0].seconds < 9
+
+
+def test_an_orderly_exit_is_no_fault(start: Start) -> None:
+    def body(group: Group) -> None:
+        if group.rank:
+            sys.exit()
+        time.sleep(0.6)
+
+    assert codes(start(2, body).ends()) == [0, 0]
+
+
+def test_children_of_a_rank_are_no_ranks(start: Start) -> None:
+    def body(group: Group) -> None:
+        batches = DataLoader(torch.arange(8), batch_size=2, num_workers=2)  # type: ignore[arg-type]
+        assert [int(batch.sum()) for batch in batches] == [1, 5, 9, 13]
+        child = multiprocessing.get_context("fork").Process(target=sys.exit)
+        child.start()
+        child.join(5)
+        assert child.exitcode == 0
+        barrier(group, "end")
+
+    ends = start(2, body).ends()
+
+    assert (codes(ends), said(ends)) == ([0, 0], [[], []])
+
+
+def test_a_forked_child_that_falls_through_leaves_at_once_and_the_group_stays(start: Start) -> None:
+    def body(group: Group) -> None:
+        child = os.fork()
+        if child == 0:
+            sys.exit()
+        assert os.waitpid(child, 0) == (child, 0)
+        barrier(group, "end")
+
+    assert codes(start(2, body).ends()) == [0, 0]
+
+
+def test_torchrun_is_a_launcher(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import sys\n"
+        "from msn_eval.distributed.group import agree, gathered, join_group\n"
+        "from msn_eval.errors import MsnEvalError\n"
+        "try:\n"
+        "    with join_group() as group:\n"
+        "        print('told', ' '.join(gathered(group, 'names', f'r{group.rank}of{group.world}')), flush=True)\n"
+        "        agree(group, 'the plan', {'weights': str(group.rank)})\n"
+        "except MsnEvalError as error:\n"
+        "    print(error, file=sys.stderr, flush=True)\n"
+        "    raise SystemExit(error.exit_code)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+
+    assert done.returncode != 0
+    assert done.stdout.splitlines() == ["told r0of2 r1of2"] * 2
+    assert done.stderr.count("the ranks do not agree on the plan:") == 1

@@ -1,0 +1,37 @@
+"""Plans that measure as a baseline was measured, recipes included."""
+
+from pathlib import Path
+
+import pytest
+
+from msn_eval import evaluate
+from msn_eval.config.request import Request
+from msn_eval.evaluation.baseline_plan import make_baseline_plans
+from msn_eval.results.baseline import make_baseline
+from msn_eval.results.record import Result
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Result], Path]:
+    """Give records of linear layers by two grids and on augmented images at two learning rates, and their folder."""
+    out = tmp_path_factory.mktemp("linear")
+    options = {"data": "digits", "subsets": ["2imgs@1"], "device": "cpu", "no_cache": True, "out": out}
+    augmented = {"lr": [1.0, 2.0], "epochs": 1, "batch_size": 8, "seed": 3}
+    results = [
+        *evaluate(["pixels"], probes=["linear"], linear={"lrs": 2, "epochs": 2}, **options),
+        *evaluate(["pixels"], probes=["linear"], linear={"taps": ["pixels"], "lr": 1.0, "epochs": 2}, **options),
+        *evaluate(["pixels"], probes=["linear"], linear={"lr": 0.5, "epochs": 3, "seed": 1}, **options),
+        *evaluate(["pixels"], probes=["linear-augmented"], linear_augmented=augmented, **options),
+    ]
+    return results, out
+
+
+def test_recipes_are_the_baselines(measured: tuple[list[Result], Path]) -> None:
+    results, out = measured
+    baseline = make_baseline(results, [out])
+
+    plans = make_baseline_plans(baseline, Request(checkpoint=["pixels"], data="digits", device="cpu", no_cache=True))
+
+    tasks = [task for plan in plans for task in plan.tasks]
+    assert sorted(task.protocol_id for task in tasks) == sorted(result.protocol_id for result in results)
+    assert len(tasks) == 5

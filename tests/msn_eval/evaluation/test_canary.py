@@ -1,0 +1,223 @@
+"""Random labels: chance passes, a planted leak does not, and neither leaves a record."""
+
+import shutil
+from dataclasses import replace
+from math import comb
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from msn_eval import evaluate
+from msn_eval.cli import main
+from msn_eval.config.request import Request
+from msn_eval.errors import NumericalError
+from msn_eval.evaluation import evaluate as evaluation
+from msn_eval.evaluation.canary import FALSE_ALARMS, judge_canary, random_labels, refuse_leaks
+from msn_eval.evaluation.plan import make_plan
+from msn_eval.features.extraction import Features
+from msn_eval.results.folder import list_results
+from msn_eval.results.metrics import measure
+from msn_eval.results.record import Result
+
+_CLASSES = ("a", "b", "c", "d")
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give an image folder of four classes of coloured noise, four train and thirty val images each."""
+    root = tmp_path_factory.mktemp("canary") / "clean"
+    generator = np.random.default_rng(0)
+    for place, name in enumerate(_CLASSES):
+        for split, count in (("train", 4), ("val", 30)):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 200, (9, 9, 3), dtype=np.uint8) + np.uint8(13 * place)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def leaking(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the same folder with the validation images among the labelled ones."""
+    root = tmp_path_factory.mktemp("canary") / "leaking"
+    shutil.copytree(clean, root)
+    shutil.rmtree(root / "train")
+    shutil.copytree(root / "val", root / "train")
+    return root
+
+
+def _command(data: Path, out: Path, *more: str) -> list[str]:
+    words = [
+        "--canary",
+        "--checkpoint",
+        "pixels",
+        "--data",
+        str(data),
+        "--subset",
+        "full",
+        "--probe",
+        "logistic,knn,ridge,ncm",
+    ]
+    return [*words, "--k", "1", "--device", "cpu", "--no-cache", "--out", str(out), *more]
+
+
+def test_sound_run_is_at_chance_and_leaves_nothing(
+    clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(_command(clean, tmp_path / "runs"))
+
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 0
+    assert len(lines) == 4
+    assert all(line.startswith("canary     pixels: ") and "of 120 right, 30.0 by chance" in line for line in lines)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_validation_images_among_the_labelled_ones_are_found_out(
+    leaking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(_command(leaking, tmp_path / "runs"))
+
+    told = capsys.readouterr()
+    assert code == 23
+    assert "--canary: something leaks: with random labels" in told.err
+    assert "knn k=1 temperature=0.07 full@1: 120 of 120 right" in told.out
+    assert "LEAKS" in told.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_scoring_that_looks_at_the_labels_is_found_out(
+    clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "rank_labels", lambda scores, labels: (labels, torch.ones_like(labels)))
+
+    with pytest.raises(NumericalError, match="something leaks"):
+        evaluate(["pixels"], data=str(clean), subsets=["1img"], out=tmp_path, device="cpu", no_cache=True, canary=True)
+
+
+def test_a_canary_is_a_protocol_of_its_own_and_no_finished_result_stands_for_it(clean: Path, tmp_path: Path) -> None:
+    options = {"data": str(clean), "subsets": ["1img@1"], "out": tmp_path, "device": "cpu", "no_cache": True}
+    (real,) = evaluate(["pixels"], **options)  # type: ignore[arg-type]
+
+    (canary,) = evaluate(["pixels"], **options, canary=True)  # type: ignore[arg-type]
+
+    assert canary.protocol["by_hand"] == {"canary": 0}
+    assert canary.protocol_id != real.protocol_id
+    assert [result.id for result in list_results([tmp_path])] == [real.id]
+
+
+def test_without_a_canary_protocols_do_not_know_of_it(clean: Path, tmp_path: Path) -> None:
+    plan = make_plan(
+        Request(checkpoint=["pixels"], data=str(clean), subset=["1img"], out=str(tmp_path), device="cpu", no_cache=True)
+    )
+
+    assert {str(task.protocol["by_hand"]) for task in plan.tasks} == {"{}"}
+
+
+def _features(split: str, n: int) -> Features:
+    ids = tuple(f"{split}{row}" for row in range(n))
+    return Features(values=torch.zeros(n, 2), labels=torch.arange(n) % 5, image_ids=ids, n_classes=5, tap="cls")
+
+
+def _shuffled(seed: int, *, shared: int = 0) -> tuple[Features, Features]:
+    train, val = _features("train", 40), _features("val", 2000)
+    of_train, of_val = ({image: image for image in one.image_ids} for one in (train, val))
+    of_val |= {f"val{row}": f"train{row}" for row in range(shared)}
+    return random_labels(train, val, seed=seed, train_hashes=of_train, val_hashes=of_val)
+
+
+def test_labelled_images_keep_their_class_counts_in_another_order() -> None:
+    labelled, _ = _shuffled(0)
+
+    assert labelled.labels.bincount().tolist() == [8] * 5
+    assert labelled.labels.tolist() != _features("train", 40).labels.tolist()
+
+
+def test_validation_labels_are_uniform_and_say_nothing_of_the_true_ones() -> None:
+    _, test = _shuffled(0)
+
+    assert all(330 < count < 470 for count in test.labels.bincount().tolist())
+    assert 330 < int((test.labels == _features("val", 2000).labels).sum()) < 470
+
+
+def test_an_image_of_both_splits_has_one_label() -> None:
+    labelled, test = _shuffled(3, shared=40)
+
+    assert torch.equal(test.labels[:40], labelled.labels)
+
+
+def test_seed_decides_the_labels() -> None:
+    first, same, other = _shuffled(1), _shuffled(1), _shuffled(2)
+
+    assert all(torch.equal(one.labels, again.labels) for one, again in zip(first, same, strict=True))
+    assert not any(torch.equal(one.labels, another.labels) for one, another in zip(first, other, strict=True))
+
+
+@pytest.fixture(scope="module")
+def result(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    folder = tmp_path_factory.mktemp("one")
+    (found,) = evaluate(
+        ["pixels"], data=str(clean), subsets=["1img@1"], out=folder, device="cpu", no_cache=True, canary=True
+    )
+    return found
+
+
+def _with(result: Result, right: int, n: int) -> Result:
+    ranks = np.where(np.arange(n) < right, 1, 2)
+    return replace(result, metrics=measure(ranks), data=replace(result.data, val_images=n))
+
+
+@pytest.mark.parametrize("results", [1, 20])
+def test_bound_is_the_exact_binomial_one_shared_among_the_results(result: Result, results: int) -> None:
+    n, level = 50, FALSE_ALARMS / results
+    tail = [sum(comb(n, k) * 3 ** (n - k) for k in range(least, n + 1)) / 4**n for least in range(n + 1)]
+    least_alarming = next(k for k in range(n + 1) if tail[k] <= level)
+
+    at, above = (judge_canary([_with(result, right, n)] * results)[0] for right in (least_alarming - 1, least_alarming))
+
+    assert not at.leaks
+    assert above.leaks
+
+
+def test_images_that_were_right_are_counted_exactly(result: Result) -> None:
+    assert [judge_canary([_with(result, right, 100)])[0].right for right in (28, 29, 57, 58)] == [28, 29, 57, 58]
+
+
+def test_a_failed_result_is_no_judgement(result: Result) -> None:
+    failed = replace(result, status="failed", error="out of luck", metrics=None, predictions=None)
+
+    assert judge_canary([failed, _with(result, 20, 50)]) == judge_canary([_with(result, 20, 50)])
+
+
+def test_a_judgement_names_setting_and_draw(result: Result) -> None:
+    second = replace(_with(result, 20, 50), split=replace(result.split, draw=2))
+
+    assert judge_canary([second])[0].what == "pixels: logistic lambda=0.0025 1img@2"
+
+
+def test_of_several_results_the_one_farthest_above_its_bound_is_named(result: Result) -> None:
+    sound, just, far = (_with(result, right, n) for right, n in ((250, 1000), (320, 1000), (80, 100)))
+
+    with pytest.raises(NumericalError, match=r"2 of 3 results are better than chance, worst .* with 80 of 100 right"):
+        refuse_leaks(judge_canary([sound, just, far]))
+
+
+def test_results_at_chance_are_not_refused(result: Result) -> None:
+    found = judge_canary([_with(result, 250, 1000)])
+
+    refuse_leaks(found)
+
+    assert [(one.right, one.leaks) for one in found] == [(250, False)]
+
+
+def test_too_few_images_to_tell_are_refused(result: Result) -> None:
+    with pytest.raises(NumericalError) as caught:
+        judge_canary([_with(result, 4, 4)])
+
+    assert str(caught.value) == (
+        "--canary: 4 validation images of 4 classes are too few to tell a leak from chance\n"
+        "Score more images: a larger --limit, or another data set."
+    )

@@ -1,0 +1,63 @@
+"""Portions of a batch: halves where memory runs out, and words where there is nothing to halve."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from msn_eval import load_encoder
+from msn_eval.errors import ResourceError
+from msn_eval.features.batch_size import Portion, in_portions
+from msn_eval.features.encoder import Encoder
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return load_encoder("pixels", device="cpu")
+
+
+def _rows(rows: slice) -> list[int]:
+    return list(range(10))[rows]
+
+
+def _with_room_for(room: int, rows: slice) -> list[int]:
+    if len(_rows(rows)) > room:
+        raise MemoryError
+    return _rows(rows)
+
+
+def test_portions_are_every_image_once_and_in_order(encoder: Encoder) -> None:
+    assert in_portions(encoder, 10, Portion(images=4), _rows) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_what_follows_begins_there(encoder: Encoder) -> None:
+    portion = Portion(images=64)
+
+    found = in_portions(encoder, 10, portion, lambda rows: _with_room_for(3, rows))
+
+    assert found == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert portion.images == 2
+
+
+def test_one_image_that_does_not_fit_is_told_with_what_was_kept(encoder: Encoder) -> None:
+    with pytest.raises(ResourceError) as told:
+        in_portions(encoder, 10, Portion(images=4), lambda rows: _with_room_for(0, rows), kept="All is kept.")
+
+    assert "pixels: memory of cpu is too small for one image" in str(told.value)
+    assert str(told.value).endswith("All is kept.")
+
+
+def test_another_fault_is_no_shortage(encoder: Encoder) -> None:
+    with pytest.raises(RuntimeError, match="size"):
+        in_portions(encoder, 10, Portion(images=4), lambda rows: torch.ones(2) @ torch.ones(3))
+
+
+def test_a_network_that_cannot_be_compiled_is_told(encoder: Encoder) -> None:
+    class BackendError(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def fail(rows: slice) -> None:
+        raise BackendError("no compiler here")
+
+    with pytest.raises(ResourceError, match=r"torch\.compile failed: no compiler here"):
+        in_portions(replace(encoder, compiled=True), 10, Portion(images=4), fail)

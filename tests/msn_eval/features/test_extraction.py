@@ -1,0 +1,412 @@
+"""Features: the same for every batch size and number of workers, and refused where images or numbers are bad."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from msn_eval import extract, load_encoder
+from msn_eval.checkpoints.checkpoint import Checkpoint
+from msn_eval.data import read_split
+from msn_eval.data.hashing import hash_images
+from msn_eval.data.images import ImageSet
+from msn_eval.errors import CheckpointError, DataError, NumericalError, ResourceError, UsageError
+from msn_eval.features.encoder import Encoder, Precision, build_encoder
+from msn_eval.features.extraction import Features, Loading, automatic_batch_size, extract_features
+
+WeightMaker = Callable[..., dict[str, Tensor]]
+MSNWriter = Callable[..., Path]
+CPU = torch.device("cpu")
+TINY = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
+
+
+class NotANumberForBright(nn.Module):
+    """Gives NaN for images that are bright on the whole, as an overflow would for some."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        means = images.mean((2, 3))
+        return torch.where(means.mean(1, keepdim=True) > 1, math.nan, means)
+
+
+def own(network: nn.Module) -> Encoder:
+    checkpoint = Checkpoint(
+        name="own",
+        path="py:own:factory",
+        sha256=None,
+        weights_sha256="",
+        format="py",
+        key=None,
+        arch="own",
+        network=network.eval(),
+        matched=1.0,
+        epoch=None,
+        image_pixels=32,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+    )
+    return build_encoder(checkpoint, device=CPU, precision="fp32")
+
+
+@dataclass(frozen=True)
+class GreySource:
+    """Images in memory: the image called `CLASS/n.png` is grey of brightness n."""
+
+    root = None
+
+    def read(self, image_id: str) -> bytes:
+        return image_id.encode()
+
+    def decode(self, content: bytes) -> Image.Image:
+        return Image.new("RGB", (40, 40), (int(content.decode().partition("/")[2].removesuffix(".png")),) * 3)
+
+    def place(self, image_id: str) -> str:
+        return image_id
+
+    def stamp(self, image_id: str) -> tuple[int, ...]:
+        return (0,)
+
+
+def greys(*brightness: int) -> ImageSet:
+    return ImageSet(
+        ids=tuple(f"0/{one}.png" for one in brightness),
+        labels=(0,) * len(brightness),
+        classes=("0",),
+        source=GreySource(),
+    )
+
+
+@pytest.fixture
+def encoder(msn_file: MSNWriter, vit_weights: WeightMaker) -> Encoder:
+    return load_encoder(str(msn_file(vit_weights(depth=1))), device="cpu")
+
+
+@pytest.fixture
+def damaged_folder(tmp_path: Path) -> Path:
+    """Give a folder of four images in `val`, two of them damaged."""
+    folder = tmp_path / "val" / "ant"
+    folder.mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / f"{number}.png")
+    (folder / "1.png").write_bytes(b"")
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:60])
+    return tmp_path
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_features_do_not_depend_on_the_batch_size(encoder: Encoder, picture_folder: Path, batch_size: int) -> None:
+    whole = extract(encoder, str(picture_folder), tap="cls", batch_size=15).values
+    parted = extract(encoder, str(picture_folder), tap="cls", batch_size=batch_size).values
+    torch.testing.assert_close(parted, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_features_do_not_depend_on_the_number_of_workers(encoder: Encoder, picture_folder: Path, workers: int) -> None:
+    alone = extract(encoder, str(picture_folder), tap="cls", batch_size=4, workers=0).values
+    shared = extract(encoder, str(picture_folder), tap="cls", batch_size=4, workers=workers).values
+    torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_row_is_that_of_its_own_image(workers: int) -> None:
+    brightness = (3, 200, 77, 250, 0, 128, 9)
+    features = extract_features(
+        own(nn.Flatten()), greys(*brightness), taps=["out"], loading=Loading(batch_size=2, workers=workers)
+    )
+    expected = (torch.tensor(brightness)[:, None] / 255 - 0.5) / 0.25
+    torch.testing.assert_close(features.features["out"].values, expected.expand(7, 3072))
+
+
+def test_labels_and_ids_follow_the_folder(encoder: Encoder, picture_folder: Path) -> None:
+    features = extract(encoder, str(picture_folder))
+    assert features.image_ids == tuple(f"{name}/{number}.png" for name in ("ant", "bee", "cat") for number in range(5))
+    assert features.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_features_are_float32_with_int64_labels_and_text_ids() -> None:
+    features = extract(load_encoder(TINY, device="cpu"), "digits", split="val", tap="cls")
+    assert (features.values.shape, features.values.dtype) == ((797, 192), torch.float32)
+    assert (features.labels.dtype, features.n_classes, features.tap) == (torch.int64, 10, "cls")
+    assert {type(image_id) for image_id in features.image_ids} == {str}
+
+
+def test_extraction_needs_only_the_split_asked_for(encoder: Encoder, picture_folder: Path) -> None:
+    assert not (picture_folder / "train").exists()
+    assert len(extract(encoder, str(picture_folder), split="val").labels) == 15
+
+
+def test_missing_split_is_refused_by_its_folder(encoder: Encoder, picture_folder: Path) -> None:
+    with pytest.raises(DataError, match="train: does not exist"):
+        extract(encoder, str(picture_folder), split="train")
+
+
+def test_unknown_split_is_refused(encoder: Encoder, picture_folder: Path) -> None:
+    with pytest.raises(UsageError, match="'test'"):
+        extract(encoder, str(picture_folder), split="test")
+
+
+def test_extraction_takes_the_first_tap_unless_told(encoder: Encoder, picture_folder: Path) -> None:
+    assert extract(encoder, str(picture_folder)).tap == "cls"
+
+
+def test_tap_that_the_encoder_has_not_is_refused(encoder: Encoder, picture_folder: Path) -> None:
+    with pytest.raises(UsageError, match="--tap pool"):
+        extract(encoder, str(picture_folder), tap="pool")
+
+
+def test_two_taps_in_one_pass_equal_one_at_a_time(encoder: Encoder, picture_folder: Path) -> None:
+    images = read_split(str(picture_folder), "val")
+    together = extract_features(encoder, images, taps=["cls", "mean"], loading=Loading(batch_size=4)).features
+    for tap in ("cls", "mean"):
+        alone = extract_features(encoder, images, taps=[tap], loading=Loading(batch_size=4)).features[tap]
+        assert torch.equal(together[tap].values, alone.values)
+
+
+def test_network_without_a_class_token_has_features(
+    tmp_path: Path, vit_weights: WeightMaker, picture_folder: Path
+) -> None:
+    torch.save(vit_weights(depth=1, class_token=False), tmp_path / "vit.pth")
+    encoder = load_encoder(str(tmp_path / "vit.pth"), device="cpu")
+    assert extract(encoder, str(picture_folder), tap="mean").values.shape == (15, 192)
+
+
+def test_progress_counts_every_image_once(encoder: Encoder, picture_folder: Path) -> None:
+    counts: list[tuple[int, int]] = []
+    images = read_split(str(picture_folder), "val")
+    extract_features(
+        encoder, images, taps=["cls"], loading=Loading(batch_size=4), on_progress=lambda *count: counts.append(count)
+    )
+    assert counts == [(4, 15), (8, 15), (12, 15), (15, 15)]
+
+
+def test_rows_are_picked_by_name_in_the_order_named() -> None:
+    features = Features(
+        values=torch.arange(6.0).reshape(3, 2),
+        labels=torch.tensor([0, 1, 2]),
+        image_ids=("a", "b", "c"),
+        n_classes=3,
+        tap="cls",
+    )
+    picked = features.only(["c", "a"])
+    assert (picked.values.tolist(), picked.labels.tolist(), picked.image_ids) == ([[4, 5], [0, 1]], [2, 0], ("c", "a"))
+
+
+# Bad images.
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_all_damaged_images_are_listed_at_once(
+    encoder: Encoder, damaged_folder: Path, batch_size: int, workers: int
+) -> None:
+    with pytest.raises(DataError, match="2 images cannot be used") as refusal:
+        extract(encoder, str(damaged_folder), batch_size=batch_size, workers=workers)
+    named = [
+        number for number in range(4) if str(damaged_folder / "val" / "ant" / f"{number}.png") in str(refusal.value)
+    ]
+    assert (refusal.value.exit_code, named) == (21, [1, 3])
+
+
+def test_damaged_image_is_refused_with_its_reason(encoder: Encoder, damaged_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"1\.png: the file is empty"):
+        extract(encoder, str(damaged_folder))
+
+
+def test_image_that_vanishes_is_listed(encoder: Encoder, damaged_folder: Path) -> None:
+    images = read_split(str(damaged_folder), "val").only(["ant/0.png", "ant/2.png"])
+    (damaged_folder / "val" / "ant" / "2.png").unlink()
+    with pytest.raises(DataError, match=r"1 image cannot be used:\n  .*2\.png"):
+        extract_features(encoder, images, taps=["cls"])
+
+
+def test_image_that_changed_since_it_was_hashed_is_refused(encoder: Encoder, damaged_folder: Path) -> None:
+    images = read_split(str(damaged_folder), "val").only(["ant/0.png", "ant/2.png"])
+    hashes = hash_images(images, memory=None)
+    Image.new("RGB", (40, 40), (0, 99, 0)).save(damaged_folder / "val" / "ant" / "2.png")
+    with pytest.raises(DataError, match=r"1 image cannot be used:\n  .*2\.png: it changed since it was hashed"):
+        extract_features(encoder, images, taps=["cls"], hashes=hashes)
+
+
+def test_images_that_have_their_hashes_are_used(encoder: Encoder, picture_folder: Path) -> None:
+    images = read_split(str(picture_folder), "val")
+    hashes = {
+        image_id: hashlib.sha256((picture_folder / "val" / image_id).read_bytes()).hexdigest()
+        for image_id in images.ids
+    }
+    checked = extract_features(encoder, images, taps=["cls"], hashes=hashes).features["cls"].values
+    assert torch.equal(checked, extract_features(encoder, images, taps=["cls"]).features["cls"].values)
+
+
+# Bad numbers.
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_features_that_are_no_numbers_are_refused_by_the_first_image(batch_size: int) -> None:
+    with pytest.raises(NumericalError, match=r"tap out are not finite for .* first 0/250\.png") as refusal:
+        extract_features(
+            own(NotANumberForBright()),
+            greys(10, 20, 30, 250, 40, 240),
+            taps=["out"],
+            loading=Loading(batch_size=batch_size),
+        )
+    assert refusal.value.exit_code == 23
+
+
+def test_features_that_are_no_numbers_are_counted_in_their_batch() -> None:
+    with pytest.raises(NumericalError, match=r"2 images, first 0/250\.png, 0/240\.png"):
+        extract_features(
+            own(NotANumberForBright()), greys(10, 250, 40, 240), taps=["out"], loading=Loading(batch_size=4)
+        )
+
+
+def test_infinite_features_are_refused() -> None:
+    class Overflow(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.mean((2, 3)) * 3e38 * 10
+
+    with pytest.raises(NumericalError, match="not finite"):
+        extract_features(own(Overflow()), greys(250), taps=["out"])
+
+
+def test_finite_features_of_dark_images_pass() -> None:
+    features = extract_features(own(NotANumberForBright()), greys(10, 20), taps=["out"]).features["out"]
+    torch.testing.assert_close(features.values[0], torch.full((3,), (10 / 255 - 0.5) / 0.25))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda images: images,
+        lambda images: images.mean((1, 2, 3)),
+        lambda images: images.mean((0, 2, 3))[None],
+        lambda images: images.mean((2, 3)).repeat(2, 1),
+        lambda images: (images.mean((2, 3)), images),
+    ],
+    ids=["a map", "a number an image", "one row a batch", "two rows an image", "a pair"],
+)
+def test_own_module_that_gives_no_row_for_each_image_is_refused(answer: Callable[[Tensor], object]) -> None:
+    class Answering(nn.Module):
+        def forward(self, images: Tensor) -> object:
+            return answer(images)
+
+    with pytest.raises(CheckpointError, match="own"):
+        extract_features(own(Answering()), greys(10, 20, 30, 40), taps=["out"], loading=Loading(batch_size=2))
+
+
+# Resources.
+
+
+def test_own_fault_of_the_network_is_not_blamed_on_the_workers() -> None:
+    class Broken(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        extract_features(own(Broken()), greys(1, 2), taps=["out"], loading=Loading(workers=1))
+
+
+def test_smaller_images_get_larger_batches(encoder: Encoder) -> None:
+    assert automatic_batch_size(encoder) > automatic_batch_size(
+        load_encoder(TINY.replace("img_size=32", "img_size=224"), device="cpu")
+    )
+
+
+def test_batches_of_one_size_of_images_are_neither_tiny_nor_huge() -> None:
+    found = [
+        automatic_batch_size(
+            build_encoder(own(nn.Flatten()).checkpoint, device=CPU, precision="fp32", image_pixels=side)
+        )
+        for side in (448, 224, 112, 8)
+    ]
+    assert found == [16, 16, 64, 256]
+
+
+def test_extraction_from_a_network_that_changes_is_refused(picture_folder: Path) -> None:
+    class Drifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = nn.Parameter(torch.zeros(1))
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.seen.data += len(images)
+            return images.mean((2, 3))
+
+    with pytest.raises(CheckpointError, match="its weights changed"):
+        extract(own(Drifting()), str(picture_folder))
+
+
+def test_extraction_with_a_cache_encodes_once(
+    encoder: Encoder, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = extract(encoder, str(picture_folder), cache=tmp_path / "cache").values
+    monkeypatch.setattr("msn_eval.features.extraction.encode", lambda *given: pytest.fail("encoded again"))
+    assert torch.equal(extract(encoder, str(picture_folder), cache=tmp_path / "cache").values, first)
+
+
+def test_taps_that_are_kept_for_different_images_are_completed(
+    encoder: Encoder, picture_folder: Path, tmp_path: Path
+) -> None:
+    images = read_split(str(picture_folder), "val")
+    hashes = hash_images(images, memory=None)
+    for tap, ids in (("cls", images.ids[:7]), ("mean", images.ids[4:12])):
+        extract_features(encoder, images.only(ids), taps=[tap], hashes=hashes, cache=tmp_path)
+    both = extract_features(encoder, images, taps=["cls", "mean"], hashes=hashes, cache=tmp_path)
+    assert (both.read, both.reused) == (12, 3)
+    fresh = extract_features(encoder, images, taps=["cls", "mean"]).features
+    for tap in ("cls", "mean"):
+        torch.testing.assert_close(both.features[tap].values, fresh[tap].values, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "advice"), [("fp32", "overflow here"), ("bf16", "--precision fp32")])
+def test_remedy_against_overflow_is_one_that_was_not_tried(precision: Precision, advice: str) -> None:
+    encoder = build_encoder(own(NotANumberForBright()).checkpoint, device=CPU, precision=precision)
+    with pytest.raises(NumericalError) as refusal:
+        extract_features(encoder, greys(250), taps=["out"])
+    assert advice in refusal.value.remedy
+
+
+def test_failed_compilation_is_a_fault_of_resources() -> None:
+    class Uncompilable(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})("no C++ compiler")
+
+    encoder = replace(own(Uncompilable()), compiled=True)
+    with pytest.raises(ResourceError, match=r"torch\.compile failed: no C\+\+ compiler") as refusal:
+        extract_features(encoder, greys(250), taps=["out"])
+    assert "--compile" in refusal.value.remedy
+
+
+def test_file_that_the_device_refuses_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "val" / "ant"
+    folder.mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (40, 40), (60 * number, 0, 0)).save(folder / f"{number}.jpg")
+    torn = (folder / "3.jpg").read_bytes()
+
+    def decode(part: list[bytes], *given: object) -> tuple[Tensor, dict[int, str]]:
+        pixels = torch.zeros(len(part), 32, 32, 3, dtype=torch.uint8)
+        return pixels, {row: "torn" for row, content in enumerate(part) if content == torn}
+
+    class Hungry(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            if len(images) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return images.mean((2, 3))
+
+    monkeypatch.setattr("msn_eval.features.extraction.decode_on_device", decode)
+    loading = Loading(batch_size=2, decoder="nvjpeg")
+    with pytest.raises(DataError, match=r"1 image cannot be used:\n  .*3\.jpg: torn"):
+        extract_features(own(Hungry()), read_split(str(tmp_path), "val"), taps=["out"], loading=loading)
+
+
+def test_number_of_workers_that_is_given_is_not_chosen_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "msn_eval.features.extraction.automatic_workers", lambda *given, **named: pytest.fail("chosen again")
+    )
+    found = extract_features(own(nn.Flatten()), greys(1, 2), taps=["out"], loading=Loading(workers=0))
+    assert found.read == 2

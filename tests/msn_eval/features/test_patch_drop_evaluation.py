@@ -1,0 +1,145 @@
+"""Patches dropped from labelled images: what that makes of features, cache, protocol and records."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from msn_eval import evaluate
+from msn_eval.commands.evaluate import describe_plan
+from msn_eval.config.request import Request
+from msn_eval.data import read_dataset
+from msn_eval.data.hashing import hash_images
+from msn_eval.data.images import ImageSet
+from msn_eval.errors import UsageError
+from msn_eval.evaluation.cost_estimate import forecast
+from msn_eval.evaluation.plan import make_plan
+from msn_eval.features.encoder import Encoder, load_encoder
+from msn_eval.features.extraction import extract_features
+from msn_eval.features.patch_drop import PatchDrop
+from msn_eval.reports.html.provenance import command_of
+from msn_eval.results.record import Result
+
+HALF = PatchDrop(share=0.5, seed=0)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return load_encoder("demo", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageSet:
+    train = read_dataset("digits").train
+    return train.only(train.ids[::50])
+
+
+def asked(tmp_path: Path, **options: object) -> Request:
+    given = {"checkpoint": ["demo"], "data": "digits", "subset": ["1img@1"], "limit": 2, "device": "cpu"}
+    folders = {"out": str(tmp_path / "runs"), "cache": str(tmp_path / "cache")}
+    return Request(**{**given, **folders, **options})  # type: ignore[arg-type]
+
+
+def measured(tmp_path: Path, **options: object) -> Result:
+    request = vars(asked(tmp_path, **options)).copy()
+    names, subsets, probes = (request.pop(name) for name in ("checkpoint", "subset", "probe"))
+    (result,) = evaluate(names, data=request.pop("data"), subsets=subsets, probes=probes, **request)
+    return result
+
+
+def test_kept_features_are_those_of_a_pass_without_a_cache(encoder: Encoder, images: ImageSet, tmp_path: Path) -> None:
+    hashes = hash_images(images, memory=None)
+    plain = extract_features(encoder, images, taps=["cls"], drop=HALF)
+    for read in (len(images), 0):
+        kept = extract_features(encoder, images, taps=["cls"], hashes=hashes, drop=HALF, cache=tmp_path)
+        assert kept.read == read
+        assert torch.equal(kept.features["cls"].values, plain.features["cls"].values)
+
+
+@pytest.mark.parametrize("other", [None, PatchDrop(share=0.25, seed=0), PatchDrop(share=0.5, seed=1)])
+def test_features_of_another_drop_are_not_taken(
+    encoder: Encoder, images: ImageSet, tmp_path: Path, other: PatchDrop | None
+) -> None:
+    hashes = hash_images(images, memory=None)
+    first, second = (
+        extract_features(encoder, images, taps=["cls"], hashes=hashes, drop=drop, cache=tmp_path)
+        for drop in (HALF, other)
+    )
+
+    assert second.read == len(images)
+    assert not torch.equal(first.features["cls"].values, second.features["cls"].values)
+
+
+def test_equal_files_of_other_ids_lose_other_patches(encoder: Encoder, images: ImageSet, tmp_path: Path) -> None:
+    first = images.only(images.ids[:1])
+    renamed = replace(first, source=_Renamed(first), ids=("0/copy.png",))
+    rows = [
+        extract_features(encoder, one, taps=["cls"], hashes=hash_images(one, memory=None), drop=HALF, cache=tmp_path)
+        for one in (first, renamed)
+    ]
+
+    assert rows[1].read == 1
+    assert not torch.equal(rows[0].features["cls"].values, rows[1].features["cls"].values)
+
+
+class _Renamed:
+    """The same bytes under another id."""
+
+    root = None
+
+    def __init__(self, images: ImageSet) -> None:
+        self.source, self.image_id = images.source, images.ids[0]
+
+    def read(self, image_id: str) -> bytes:
+        return self.source.read(self.image_id)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.source, name)
+
+
+def test_a_drop_given_by_hand_is_hashed_and_its_seed_with_it(tmp_path: Path) -> None:
+    def by_hand(**options: object) -> object:
+        return make_plan(asked(tmp_path, **options)).tasks[0].protocol["by_hand"]
+
+    assert by_hand() == {}
+    assert by_hand(patch_drop=0.0, seed=5) == {"patch_drop": 0.0}
+    assert by_hand(patch_drop=0.5, seed=5) == {"patch_drop": 0.5, "seed": 5}
+
+
+def test_nothing_dropped_predicts_as_without_the_option_from_the_same_features(tmp_path: Path) -> None:
+    plain, none = measured(tmp_path), measured(tmp_path, patch_drop=0.0)
+
+    assert none.id != plain.id
+    assert (none.probe.objective, none.metrics) == (plain.probe.objective, plain.metrics)
+    assert none.timing_s.images_per_second is None  # every feature was there
+
+
+def test_validation_images_stay_whole(tmp_path: Path) -> None:
+    measured(tmp_path)
+
+    (cost,), _ = forecast(make_plan(asked(tmp_path, patch_drop=0.5)), run_own_code=True)
+
+    assert (cost.read, cost.reused) == (10, 20)  # the labelled ones are to be read again
+
+
+def test_the_plan_says_what_is_dropped(tmp_path: Path) -> None:
+    assert "0.5 of the patches of each dropped" in describe_plan(make_plan(asked(tmp_path, patch_drop=0.5)))
+
+
+def test_a_record_names_the_command_that_makes_it_again(tmp_path: Path) -> None:
+    command = command_of(measured(tmp_path, patch_drop=0.5, seed=7))
+
+    assert "--patch-drop 0.5" in command
+    assert command.count("--seed 7") == 1
+
+
+def test_other_networks_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"pixels .* is no plain Vision Transformer"):
+        measured(tmp_path, checkpoint=["pixels"], patch_drop=0.5)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_out_of_range_is_refused(share: float) -> None:
+    with pytest.raises(UsageError, match=r"--patch-drop .* out of range"):
+        Request(patch_drop=share)

@@ -1,0 +1,91 @@
+"""Networks of an architecture: with drawn weights, and outlines with none."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from msn_eval.errors import CheckpointError
+from msn_eval.models.architectures import Architecture, name_architecture, recognise_architecture
+from msn_eval.models.build import build_network, outline_network
+
+WeightMaker = Callable[..., dict[str, Tensor]]
+TINY = "vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
+
+
+def shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("name", ["resnet18?stem=small", "vit_tiny_patch16_224?stem=cifar"])
+def test_stem_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match="residual networks alone"):
+        build_network(name_architecture(name))
+
+
+def test_keywords_of_a_name_shape_the_network() -> None:
+    network = build_network(name_architecture("vit_tiny_patch16_224?img_size=32&patch_size=4&depth=1"))
+    assert network.pos_embed.shape == (1, 1 + 8 * 8, 192)
+
+
+def test_unknown_name_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(CheckpointError, match=r"Did you mean vit_tiny_patch16_224\?"):
+        build_network(name_architecture("vit_tiny_patch16_223"))
+
+
+@pytest.mark.parametrize("query", ["img_sise=32", "num_classes=10", "img_size=big", "depth=-1&embed_dim=7"])
+def test_keywords_that_the_network_does_not_take_are_refused(query: str) -> None:
+    with pytest.raises(CheckpointError, match="no network can be built"):
+        build_network(name_architecture(f"vit_tiny_patch16_224?{query}"))
+
+
+def test_network_has_no_classifier_and_is_in_eval_mode() -> None:
+    network = build_network(name_architecture(TINY))
+    assert (network.training, [name for name in network.state_dict() if name.startswith("head")]) == (False, [])
+
+
+def test_same_seed_draws_the_same_weights() -> None:
+    first, second = (build_network(name_architecture(TINY), seed=3).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_another_seed_draws_other_weights() -> None:
+    first, second = (build_network(name_architecture(TINY), seed=seed).state_dict() for seed in (3, 4))
+    assert not torch.equal(first["patch_embed.proj.weight"], second["patch_embed.proj.weight"])
+
+
+@pytest.mark.parametrize("architecture", [name_architecture(TINY), Architecture(name="resnet18", timm_name="resnet18")])
+def test_building_leaves_the_global_generator_alone(architecture: Architecture) -> None:
+    before = torch.get_rng_state()
+    build_network(architecture, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [name_architecture(TINY), name_architecture("resnet18"), name_architecture("vit_gigantic_patch14_224")],
+    ids=["ViT", "ResNet", "7 gigabytes"],
+)
+def test_outline_has_no_values(architecture: Architecture) -> None:
+    outline = outline_network(architecture)
+    assert {tensor.device.type for tensor in outline.state_dict().values()} == {"meta"}
+
+
+def test_outline_has_the_shapes_of_the_network(vit_weights: WeightMaker) -> None:
+    for architecture in (name_architecture(TINY), recognise_architecture(vit_weights())):
+        outline, network = outline_network(architecture), build_network(architecture)
+        assert shapes(outline.state_dict()) == shapes(network.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("vit_tiny_patch16_223", "Did you mean"), (f"{TINY}&width=3", "no network")]
+)
+def test_outline_that_cannot_be_built_is_refused(name: str, text: str) -> None:
+    with pytest.raises(CheckpointError, match=text):
+        outline_network(name_architecture(name))
+
+
+def test_network_without_end_is_refused_before_it_fills_the_memory() -> None:
+    with pytest.raises(CheckpointError, match="more than 10,000 weights"):
+        outline_network(name_architecture("vit_tiny_patch16_224?depth=100000"))

@@ -1,0 +1,154 @@
+"""Position embeddings at other image sizes, held against the definition of bicubic interpolation."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from msn_eval.models.architectures import name_architecture
+from msn_eval.models.build import outline_network
+from msn_eval.models.vit import (
+    PositionRule,
+    interpolate_positions,
+    native_pixels,
+    patch_pixels,
+    published_rule,
+    stored_pixels,
+)
+
+PLAIN = PositionRule(image_pixels=224, antialias=False, offset=0.0)
+WITH_OFFSET = PositionRule(image_pixels=224, antialias=False, offset=0.1)
+ANTIALIASED = PositionRule(image_pixels=224, antialias=True, offset=0.0)
+DINOV2 = "vit_tiny_patch16_224?img_size=518&patch_size=14&init_values=1.0&depth=1"
+
+
+def positions(grid: int, *, prefix: int = 1, width: int = 3) -> Tensor:
+    return torch.randn(1, prefix + grid * grid, width, generator=torch.Generator().manual_seed(4))
+
+
+def network(name: str) -> nn.Module:
+    return outline_network(name_architecture(name))
+
+
+# Bicubic interpolation by its definition: Keys' kernel (IEEE Trans. ASSP 29, 1981), one axis after the other.
+
+
+def kernel(distance: float, sharpness: float) -> float:
+    at = abs(distance)
+    if at <= 1:
+        return (sharpness + 2) * at**3 - (sharpness + 3) * at**2 + 1
+    return sharpness * (at**3 - 5 * at**2 + 8 * at - 4) if at < 2 else 0.0
+
+
+def matrix(grid: int, wanted: int, rule: PositionRule) -> Tensor:
+    """Give (wanted, grid), the share of every old place along an axis in every new one."""
+    scale = (wanted + rule.offset) / grid
+    shares = torch.zeros(wanted, grid, dtype=torch.float64)
+    for new in range(wanted):
+        centre = (new + 0.5) / scale
+        if rule.antialias:
+            # As in Pillow: the kernel widens to the spacing of the new places, and is cut at the border.
+            width = max(1 / scale, 1.0)
+            for old in range(grid):
+                shares[new, old] = kernel((old + 0.5 - centre) / width, -0.5)
+            shares[new] /= shares[new].sum()
+        else:
+            for old in range(math.floor(centre - 0.5) - 1, math.floor(centre - 0.5) + 3):
+                shares[new, min(max(old, 0), grid - 1)] += kernel(old + 0.5 - centre, -0.75)
+    return shares
+
+
+@pytest.mark.parametrize("rule", [PLAIN, WITH_OFFSET, ANTIALIASED], ids=["plain", "offset", "antialiased"])
+@pytest.mark.parametrize(("grid", "wanted"), [(37, 16), (7, 4), (5, 9), (6, 1)])
+def test_positions_are_interpolated_by_the_definition(grid: int, wanted: int, rule: PositionRule) -> None:
+    before = positions(grid)
+    shares = matrix(grid, wanted, rule)
+    expected = torch.einsum("ai,bj,ijd->abd", shares, shares, before[0, 1:].reshape(grid, grid, 3).double())
+    found = interpolate_positions(before, patches_a_side=wanted, rule=rule)[0, 1:].reshape(wanted, wanted, 3)
+    torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rule", [PLAIN, ANTIALIASED], ids=["plain", "antialiased"])
+def test_positions_of_the_same_grid_stay(rule: PositionRule) -> None:
+    before = positions(6)
+    torch.testing.assert_close(interpolate_positions(before, patches_a_side=6, rule=rule), before)
+
+
+@pytest.mark.parametrize("rule", [PLAIN, WITH_OFFSET, ANTIALIASED], ids=["plain", "offset", "antialiased"])
+def test_positions_that_are_all_the_same_stay_so(rule: PositionRule) -> None:
+    before = torch.full((1, 37 * 37, 2), 0.7)
+    found = interpolate_positions(before, patches_a_side=16, rule=rule)
+    torch.testing.assert_close(found, torch.full((1, 16 * 16, 2), 0.7))
+
+
+@pytest.mark.parametrize("rule", [PLAIN, WITH_OFFSET, ANTIALIASED], ids=["plain", "offset", "antialiased"])
+def test_prefix_token_keeps_its_position(rule: PositionRule) -> None:
+    before = positions(6)
+    assert torch.equal(interpolate_positions(before, patches_a_side=4, rule=rule)[:, :1], before[:, :1])
+
+
+def test_grid_without_prefix_token_has_none_afterwards() -> None:
+    assert interpolate_positions(positions(6, prefix=0), patches_a_side=4, rule=PLAIN).shape == (1, 16, 3)
+
+
+def test_rows_and_columns_are_treated_alike() -> None:
+    before = positions(6, prefix=0)
+    turned = before.reshape(1, 6, 6, 3).transpose(1, 2).reshape(1, 36, 3)
+    found = interpolate_positions(before, patches_a_side=4, rule=WITH_OFFSET).reshape(1, 4, 4, 3)
+    found_turned = interpolate_positions(turned, patches_a_side=4, rule=WITH_OFFSET).reshape(1, 4, 4, 3)
+    torch.testing.assert_close(found_turned, found.transpose(1, 2))
+
+
+# Which networks have a rule of their own.
+
+
+def test_dinov2_is_evaluated_at_224_with_an_offset() -> None:
+    assert published_rule(network(DINOV2)) == PositionRule(image_pixels=224, antialias=False, offset=0.1)
+
+
+@pytest.mark.parametrize("more", ["&reg_tokens=4", "&reg_tokens=4&no_embed_class=True"])
+def test_dinov2_with_registers_is_evaluated_at_224_with_antialiasing(more: str) -> None:
+    assert published_rule(network(DINOV2 + more)) == PositionRule(image_pixels=224, antialias=True, offset=0.0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        DINOV2.replace("518", "224"),
+        DINOV2.replace("518", "504"),
+        DINOV2.replace("patch_size=14", "patch_size=7"),
+        DINOV2.replace("&init_values=1.0", ""),
+        f"{DINOV2}&class_token=False&global_pool=avg",
+        "vit_tiny_patch16_224?depth=1",
+        "beit_base_patch16_224?img_size=518&patch_size=14&depth=1",
+        "resnet18",
+    ],
+)
+def test_other_networks_have_no_rule(name: str) -> None:
+    assert published_rule(network(name)) is None
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize(
+    ("name", "native", "stored", "patch"),
+    [
+        (DINOV2, 224, 518, 14),
+        (f"{DINOV2}&reg_tokens=4", 224, 518, 14),
+        (DINOV2.replace("518", "504"), 504, 504, 14),
+        ("vit_tiny_patch16_224?img_size=96&depth=1", 96, 96, 16),
+        ("beit_base_patch16_384?depth=1", 384, 384, 16),
+        ("resnet18", 224, None, None),
+        ("resnet18.fb_swsl_ig1b_ft_in1k", 224, None, None),
+        ("efficientnet_b1", 240, None, None),
+    ],
+)
+def test_sizes_of_a_network(name: str, native: int, stored: int | None, patch: int | None) -> None:
+    built = network(name)
+    assert (native_pixels(built), stored_pixels(built), patch_pixels(built)) == (native, stored, patch)
+
+
+def test_network_that_tells_nothing_is_evaluated_at_224() -> None:
+    assert native_pixels(nn.Identity()) == 224

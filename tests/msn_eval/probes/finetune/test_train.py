@@ -1,0 +1,406 @@
+"""Fine-tuning as a whole: the same step however it is cut or shared, the same end whatever stopped it."""
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from msn_eval.checkpoints.checkpoint import read_checkpoint
+from msn_eval.config.finetune_recipe import Finetune, FinetuneRecipe
+from msn_eval.data import read_dataset, read_split
+from msn_eval.data.hashing import hash_images
+from msn_eval.data.images import ImageSet
+from msn_eval.distributed.group import ALONE, Group
+from msn_eval.errors import DataError, NumericalError, ResourceError, StoreError
+from msn_eval.features.encoder import build_encoder
+from msn_eval.probes.finetune import predict as trainee_outputs
+from msn_eval.probes.finetune import step as finetune_step
+from msn_eval.probes.finetune import train as finetune_module
+from msn_eval.probes.finetune.data import Order
+from msn_eval.probes.finetune.model import Trainee, build_optimizer, build_trainee
+from msn_eval.probes.finetune.predict import Labelled, Pace, score_images
+from msn_eval.probes.finetune.train import Tuned, finetune
+from msn_eval.probes.training_state import StateFiles
+
+_VIT = "random:vit_tiny_patch16_224?img_size=16&patch_size=8&embed_dim=32&depth=2&num_heads=2"
+# Everything that is drawn is in it.
+_RECIPE = FinetuneRecipe(
+    epochs=3, batch=12, warmup_epochs=1, learning_rate=3e-3, drop_path=0.3, mixup=0.8, cutmix=1.0, erase=0.2, clip=1.0
+)
+_PACE = Pace(part=64, workers=0)
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageSet:
+    return read_dataset("digits").train.first_of_each_class(2)
+
+
+def _trainee(recipe: FinetuneRecipe = _RECIPE, dtype: torch.dtype = torch.float32) -> Trainee:
+    encoder = build_encoder(read_checkpoint(_VIT), device=torch.device("cpu"), precision="fp32")
+    trainee = build_trainee(encoder, recipe, tap="cls-norm", n_classes=10)
+    trainee.network.to(dtype)
+    return trainee
+
+
+def _labelled(images: ImageSet) -> Labelled:
+    return Labelled(images=images, labels=torch.tensor(images.labels), hashes=hash_images(images, memory=None))
+
+
+def _train(
+    images: ImageSet, *, recipe: FinetuneRecipe = _RECIPE, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[Tuned, dict[str, Tensor]]:
+    trainee = _trainee(recipe, dtype)
+    given = {"precision": "fp32", "pace": _PACE} | options
+    tuned = finetune(Finetune(recipe=recipe, seed=1), trainee, _labelled(images), **given)
+    return tuned, {name: one.detach().clone() for name, one in trainee.network.state_dict().items()}
+
+
+def _states(folder: Path) -> StateFiles:
+    return StateFiles(out=folder, facts={"labelled images": "these"})
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_fine_tuning_learns_the_labels(images: ImageSet) -> None:
+    recipe = FinetuneRecipe(epochs=40, batch=20, learning_rate=3e-3, warmup_epochs=2, drop_path=0.0, crop_share=1.0,
+                            flip=0.0, randaugment_magnitude=0, label_smoothing=0.0)  # fmt: skip
+    trainee, labelled = _trainee(recipe), _labelled(images)
+
+    finetune(Finetune(recipe=recipe), trainee, labelled, precision="fp32", pace=_PACE)
+
+    scores = score_images(trainee, images, labelled.hashes, decoder="pillow", precision="fp32", pace=_PACE)
+    assert float((scores.argmax(dim=1) == labelled.labels).double().mean()) > 0.9
+
+
+def test_frozen_blocks_do_not_move(images: ImageSet) -> None:
+    before = _trainee().network.state_dict()
+
+    _, after = _train(images, recipe=replace(_RECIPE, blocks=1))
+
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith(("blocks.1.", "norm.", "head.")) for name in moved)
+
+
+@pytest.mark.parametrize("part", [2, 10])
+def test_accumulated_batches_give_the_steps_of_whole_ones(images: ImageSet, part: int) -> None:
+    whole, cut = (_train(images, dtype=torch.float64, pace=replace(_PACE, part=size))[1] for size in (64, part))
+
+    assert _distance(whole, cut) < 1e-12
+
+
+def test_accumulated_batches_agree_in_float32_too(images: ImageSet) -> None:
+    recipe = replace(_RECIPE, epochs=1, warmup_epochs=0, learning_rate=1e-3)
+    whole, cut = (_train(images, recipe=recipe, pace=replace(_PACE, part=size))[1] for size in (64, 2))
+
+    # Adam's first steps are as long whatever the gradient: where it is rounding alone, so is the step's sign.
+    moved = [(whole[name] - cut[name]).abs().flatten() for name in whole]
+    assert float(torch.cat(moved).median()) < 1e-6
+
+
+@pytest.mark.parametrize("stop_after", [1, 4])
+def test_training_that_was_killed_ends_bit_for_bit_as_if_it_had_not(
+    images: ImageSet, tmp_path: Path, stop_after: int
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    def kill(done: int, total: int) -> None:
+        if done >= stop_after * 12:
+            raise KilledError
+
+    pace = replace(_PACE, save_seconds=0.0, epoch_seconds=0.0)
+    undisturbed = _train(images)
+    with pytest.raises(KilledError):
+        _train(images, states=_states(tmp_path), pace=pace, on_progress=kill)
+
+    resumed = _train(images, states=_states(tmp_path), pace=pace)
+
+    assert resumed[0] == undisturbed[0]
+    assert _same(resumed[1], undisturbed[1])
+
+
+def test_resumed_training_does_not_begin_anew(images: ImageSet, tmp_path: Path) -> None:
+    seen: list[int] = []
+    pace = replace(_PACE, save_seconds=0.0, epoch_seconds=0.0)
+    _train(images, states=_states(tmp_path), pace=pace)
+
+    _train(images, states=_states(tmp_path), pace=pace, on_progress=lambda done, total: seen.append(done))
+
+    assert seen == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_is_heeded_after_the_step_with_a_state(images: ImageSet, tmp_path: Path, number: signal.Signals) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def heard(number: int, frame: object) -> None:
+        raise StoppedError
+
+    before = signal.signal(number, heard)
+    steps: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        steps.append(done // 12)
+        if len(steps) == 2:
+            os.kill(os.getpid(), number)
+
+    try:
+        with pytest.raises(StoppedError):
+            _train(images, states=_states(tmp_path), on_progress=progress)
+    finally:
+        signal.signal(number, before)
+
+    (state,) = _states(tmp_path).found()
+    assert steps == [1, 2]
+    assert ".step-00000003." in state.name
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_together_take_the_steps_of_one(images: ImageSet, on_ranks: Callable[..., list[Any]], world: int) -> None:
+    _, alone = _train(images, dtype=torch.float64)
+
+    for weights in on_ranks(_train_on_rank, images, world, world=world):
+        assert _distance(alone, weights) < 1e-12
+
+
+def _train_on_rank(images: ImageSet, world: int) -> dict[str, Tensor]:
+    group = Group(rank=torch.distributed.get_rank(), world=world, local_rank=0, host="here")
+    return _train(images, dtype=torch.float64, group=group)[1]
+
+
+def test_loss_that_is_not_finite_ends_training_and_names_step_and_images(images: ImageSet) -> None:
+    with pytest.raises(NumericalError, match=r"at step \d+ of 5 \(images \d/\d{4}\.png, ") as caught:
+        _train(images, recipe=replace(_RECIPE, learning_rate=1e30, warmup_epochs=0))
+
+    assert "finetune.learning_rate" in caught.value.remedy
+
+
+def test_state_that_is_not_finite_is_never_written(images: ImageSet, tmp_path: Path) -> None:
+    pace = replace(_PACE, save_seconds=0.0, epoch_seconds=0.0)
+    with pytest.raises(NumericalError):
+        _train(
+            images,
+            recipe=replace(_RECIPE, learning_rate=1e30, warmup_epochs=0),
+            states=_states(tmp_path),
+            pace=pace,
+        )
+
+    for path in _states(tmp_path).found():
+        content = torch.load(path, weights_only=True)
+        assert all(bool(one.isfinite().all()) for one in content["network"].values())
+
+
+def test_weights_that_the_last_step_made_infinite_are_told(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = finetune_module.take_step
+
+    def overflow(setup: Any, run: Any, *given: Any) -> bool:
+        stops = real(setup, run, *given)
+        run.trainee.trained["head.bias"].data.fill_(float("inf"))
+        return stops
+
+    monkeypatch.setattr(finetune_module, "take_step", overflow)
+
+    with pytest.raises(NumericalError, match=r"1 weights are not finite after step 1 \(head\.bias\)"):
+        _train(images, recipe=replace(_RECIPE, epochs=1, batch=20, warmup_epochs=0))
+
+
+def test_disk_that_is_full_for_a_while_stops_nothing(
+    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, calls = finetune_module.write_state, []
+
+    def refuse_once(*given: Any, **named: Any) -> None:
+        calls.append(given)
+        if len(calls) == 1:
+            raise StoreError("could not write a state: No space left on device")
+        real(*given, **named)
+
+    monkeypatch.setattr(finetune_module, "write_state", refuse_once)
+
+    _train(images, states=_states(tmp_path), pace=replace(_PACE, save_seconds=0.0, epoch_seconds=0.0))
+
+    assert "training goes on without a state after step 1" in caplog.text
+    assert len(_states(tmp_path).found()) == 2
+
+
+def test_disk_that_stays_full_ends_training_before_another_epoch(
+    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int] = []
+
+    def refuse(*given: Any, **named: Any) -> None:
+        raise StoreError("could not write a state: No space left on device")
+
+    monkeypatch.setattr(finetune_module, "write_state", refuse)
+
+    with pytest.raises(StoreError, match="No space left"):
+        _train(images, states=_states(tmp_path), pace=replace(_PACE, save_seconds=0.0, epoch_seconds=0.0),
+               on_progress=lambda now, total: done.append(now // 12))  # fmt: skip
+
+    assert done == [1, 2, 3, 4]  # two steps an epoch: the first refusal, one epoch, and the next
+
+
+def test_memory_that_is_short_halves_the_parts_and_changes_nothing(
+    images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = finetune_step.logits_of
+
+    def short(trainee: Trainee, pixels: Tensor, precision: str) -> Tensor:
+        if len(pixels) > 4:
+            raise torch.OutOfMemoryError("no room")
+        return real(trainee, pixels, precision)  # type: ignore[arg-type]
+
+    _, expected = _train(images, dtype=torch.float64)
+    monkeypatch.setattr(finetune_step, "logits_of", short)
+
+    tuned, weights = _train(images, dtype=torch.float64)
+
+    assert tuned.part == 4 or tuned.part == 2
+    assert _distance(weights, expected) < 1e-12
+
+
+def test_memory_that_is_too_small_for_two_images_is_told(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*given: object) -> Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(finetune_step, "logits_of", short)
+
+    with pytest.raises(ResourceError, match="too small to train on two images"):
+        _train(images)
+
+
+def test_bf16_trains_float32_weights_to_about_the_same(images: ImageSet) -> None:
+    exact, reduced = (_train(images, precision=precision) for precision in ("fp32", "bf16"))
+
+    assert all(one.dtype == torch.float32 for one in reduced[1].values())
+    assert reduced[0].loss == pytest.approx(exact[0].loss, rel=0.05)
+    assert not _same(exact[1], reduced[1])
+
+
+def test_head_starts_at_logistic_regression(images: ImageSet) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    trainee, labelled = _trainee(replace(_RECIPE, drop_path=0.0)), _labelled(images)
+    seen: list[Tensor] = []
+    handle = trainee.head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    score_images(trainee, images, labelled.hashes, decoder="pillow", precision="fp32", pace=_PACE)
+    handle.remove()
+    rows = (seen[0] - seen[0].mean(dim=0)).double()
+    rows = (rows / rows.norm(dim=1).mean()).numpy()
+    reference = LogisticRegression(C=10.0, fit_intercept=False, tol=1e-10, max_iter=10_000).fit(rows, labelled.labels)
+
+    finetune_module.start_head(trainee, labelled, strength=0.1, precision="fp32", pace=_PACE, group=ALONE)
+
+    scores = score_images(trainee, images, labelled.hashes, decoder="pillow", precision="fp32", pace=_PACE)
+    expected = torch.from_numpy(reference.predict_log_proba(rows))
+    torch.testing.assert_close(scores.log_softmax(dim=1), expected, rtol=0, atol=2e-3)
+
+
+def test_gradients_are_no_longer_than_the_clip(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[float] = []
+
+    def build(trainee: Trainee, recipe: FinetuneRecipe) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(trainee, recipe)
+        gradients = [one for group in optimizer.param_groups for one in group["params"]]
+        optimizer.register_step_pre_hook(
+            lambda *given: lengths.append(float(torch.nn.utils.get_total_norm([one.grad for one in gradients])))
+        )
+        return optimizer
+
+    monkeypatch.setattr(finetune_module, "build_optimizer", build)
+    _train(images, recipe=replace(_RECIPE, epochs=2, clip=0.01))
+    clipped = list(lengths)
+    lengths.clear()
+    _train(images, recipe=replace(_RECIPE, epochs=2, clip=0.0))
+
+    assert max(clipped) <= 0.01 * 1.0001
+    assert min(lengths) > 0.01
+
+
+def test_the_loss_that_is_told_begins_anew_with_every_epoch(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[float, int]] = []
+
+    def take(setup: finetune_step.Setup, run: finetune_step.Run, *given: Any) -> bool:
+        stopped = finetune_step.take_step(setup, run, *given)
+        steps.append(run.loss)
+        return stopped
+
+    monkeypatch.setattr(finetune_module, "take_step", take)
+    tuned, _ = _train(images)
+
+    assert [count for _, count in steps] == [1, 2, 1, 2, 1]
+    assert tuned.loss == steps[-1][0]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_no_pair_of_a_batch_is_torn_between_ranks(images: ImageSet, world: int) -> None:
+    order = Order(images=20, batch=14, epochs=1, seed=0)
+    setup = finetune_step.Setup(
+        probe=Finetune(recipe=_RECIPE), labelled=_labelled(images), order=order, precision="fp32", group=ALONE,
+        pace=_PACE, states=None,
+    )  # fmt: skip
+    shares = [
+        finetune_step.own_rows(replace(setup, group=Group(rank=rank, world=world, local_rank=rank, host="here")))
+        for rank in range(world)
+    ]
+
+    assert [row for rows in shares for row in rows] == list(range(14))
+    assert all(rows.start % 2 == 0 for rows in shares)
+
+
+@pytest.fixture
+def jpegs(tmp_path: Path) -> ImageSet:
+    """Give five JPEG files in two classes."""
+    generator = np.random.default_rng(0)
+    for number in range(5):
+        folder = tmp_path / "val" / ("ant", "bee")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (24, 30, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
+    return read_split(str(tmp_path), "val")
+
+
+def _by_nvjpeg(images: ImageSet) -> Tensor:
+    hashes = hash_images(images, memory=None)
+    pace = Pace(part=2, workers=0)
+    return score_images(_trainee(), images, hashes, decoder="nvjpeg", precision="fp32", pace=pace)
+
+
+def test_images_that_the_device_decodes_are_scored_in_their_order(
+    jpegs: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainee_outputs, "logits_of", lambda trainee, pixels, precision: pixels.flatten(1))
+    hashes = hash_images(jpegs, memory=None)
+
+    here = _by_nvjpeg(jpegs)
+
+    there = score_images(_trainee(), jpegs, hashes, decoder="pillow", precision="fp32", pace=Pace(part=2, workers=0))
+    assert float((here - there).abs().max()) < 0.03  # a level of 255, in units of std
+
+
+def test_an_image_that_the_device_refuses_is_named(jpegs: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(batch: Sequence[object], transform: object, device: torch.device) -> tuple[Tensor, dict[int, str]]:
+        return torch.zeros(len(batch), 16, 16, 3, dtype=torch.uint8), {len(batch) - 1: "torn"}
+
+    monkeypatch.setattr(trainee_outputs, "decode_on_device", refuse)
+
+    with pytest.raises(DataError, match="3 images cannot be used") as told:
+        _by_nvjpeg(jpegs)
+
+    names = [line.partition(": torn")[0].rpartition("/")[2] for line in str(told.value).splitlines() if "torn" in line]
+    assert names == [jpegs.ids[row].partition("/")[2] for row in (1, 3, 4)]

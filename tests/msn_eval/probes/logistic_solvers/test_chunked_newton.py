@@ -1,0 +1,189 @@
+"""Logistic regression in chunks: the same minimum, the same certificate, whatever the chunks and the ranks."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from msn_eval.features.extraction import Features
+from msn_eval.probes.logistic import Logistic, fit_logistic
+from msn_eval.probes.logistic_solvers import chunked_newton as full_data
+from msn_eval.probes.logistic_solvers.chunked_newton import RowShare, is_large, minimise_in_chunks
+from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
+from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution, certify
+from msn_eval.probes.rows import centred_rows
+
+_STRENGTHS = (1.0, 0.0025)
+
+
+def _drawn(n: int = 500, d: int = 24, classes: int = 6, *, noise: float = 1.5) -> tuple[Tensor, Tensor]:
+    """Give clusters whose axes differ in strength, far from the origin, one row of them constant."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % classes
+    centres = torch.randn(classes, d, generator=generator)
+    spread = torch.linspace(0, -3, d).exp()
+    values = (centres[labels] + noise * torch.randn(n, d, generator=generator)) * spread + 3
+    values[7] = 1.25
+    return values, labels
+
+
+def _share(values: Tensor, labels: Tensor) -> RowShare:
+    return RowShare(values=values, labels=labels, n_classes=6, n=len(values))
+
+
+def _whole(values: Tensor, labels: Tensor, strength: float) -> CrossEntropyProblem:
+    return CrossEntropyProblem(rows=centred_rows(values), labels=labels, n_classes=6, mu=strength / len(values))
+
+
+def _solve(share: RowShare, *, target: float = 1e-6) -> list[Solution]:
+    return [one for one, _ in minimise_in_chunks(share, [s / share.n for s in _STRENGTHS], target=target)]
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.5], ids=["separable", "overlapping"])
+@pytest.mark.parametrize("chunk_values", [900, 499 * 30, 1 << 20], ids=["some", "all but one", "all"])
+def test_chunks_give_the_minimum_and_the_certificate_of_all_rows_at_once(
+    chunk_values: int, noise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(full_data, "_CHUNK_VALUES", chunk_values)
+    values, labels = _drawn(noise=noise)
+
+    found = _solve(_share(values, labels))
+
+    for strength, one in zip(_STRENGTHS, found, strict=True):
+        problem = _whole(values, labels, strength)
+        proven, (alone, _) = certify(problem, one.weights), minimise_by_newton(problem, target=1e-9)
+        assert one.gap <= 1e-6
+        assert (one.objective, one.gap) == pytest.approx((proven.objective, proven.gap), rel=1e-9)
+        assert one.objective == pytest.approx(alone.objective, rel=2e-6)
+
+
+def test_gradients_go_on_in_float64_where_float32_leads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    share, stages, walk = _share(*_drawn()), [], full_data._walk
+    monkeypatch.setattr(full_data, "_walk", lambda *given: stages.append(walk(*given)) or stages[-1])
+
+    ((solution, steps),) = minimise_in_chunks(share, [0.0025 / share.n], target=1e-12)
+
+    assert solution.gap <= 1e-12
+    assert steps == sum(taken for _, taken in stages)
+    assert [taken > 0 for _, taken in stages] == [True, True, False]
+
+
+@pytest.mark.parametrize(("n", "d"), [(20, 50), (30, 40)])
+def test_products_go_on_in_float64_where_float32_takes_every_row_for_certain(n: int, d: int) -> None:
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(n) % 5
+    values = torch.randn(5, d, generator=generator)[labels] + 1.5 * torch.randn(n, d, generator=generator)
+
+    ((solution, _),) = minimise_in_chunks(replace(_share(values, labels), n_classes=5), [1e-9 / n], target=1e-6)
+
+    assert solution.gap <= 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_step_ends_where_the_slope_is_half_of_the_first_or_less(scale: float) -> None:
+    share = _share(*_drawn())
+    rows, mu = full_data._measured(share), 0.0025 / share.n
+    start = full_data._evaluate(rows, torch.zeros(6, 24, dtype=torch.float64), mu, torch.float64)
+    direction = -scale * start.gradient
+
+    moved = full_data._moved(rows, start, direction, mu, torch.float64)
+
+    first, last = (float((one.gradient * direction).sum()) for one in (start, moved))
+    assert abs(last) <= 0.5 * abs(first)
+
+
+def test_curvature_in_the_rows_axes_saves_most_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, product = [], full_data._curvature_product
+    monkeypatch.setattr(full_data, "_curvature_product", lambda *given: taken.append(1) or product(*given))
+
+    for noise in (0.1, 1.5):
+        _solve(_share(*_drawn(noise=noise)))
+
+    assert len(taken) <= 230  # 188 as it is; 299 and more where spread or axes are off by a factor or a term
+
+
+def test_products_are_taken_of_rows_that_are_the_protocols_to_float32() -> None:
+    values, labels = _drawn()
+    rows = full_data._measured(_share(values, labels))
+
+    ((quick, _),) = full_data._chunks(rows, torch.float32)
+
+    torch.testing.assert_close(quick, centred_rows(values).float(), rtol=0, atol=1e-6)
+    assert (quick[7] == 0).all()  # the constant row
+
+
+def test_probe_over_many_rows_scores_as_it_does_over_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, labels = _drawn()
+    ids = tuple(map(str, range(len(values))))
+    train = Features(
+        values=values, labels=labels * 2, image_ids=ids, n_classes=12, tap="cls"
+    )  # every other class empty
+    queries = _drawn(50, noise=3.0)[0]
+    probe, cpu = Logistic(lambdas=(0.0025, 1.0)), torch.device("cpu")
+    few = fit_logistic(probe, train, cpu)
+    monkeypatch.setattr(full_data, "_WHOLE_BYTES", 0)
+    monkeypatch.setattr("msn_eval.probes.logistic.reduced_rows", None)  # never called
+
+    many = fit_logistic(probe, train, cpu)
+
+    assert [one.params for one in many.settings] == [one.params for one in few.settings]
+    for one, other in zip(many.settings, few.settings, strict=True):
+        assert one.converged
+        assert one.objective == pytest.approx(other.objective, rel=1e-6)
+    for ours, theirs in zip(many.scores(queries), few.scores(queries), strict=True):
+        assert torch.equal(ours.isinf(), theirs.isinf())
+        assert torch.equal(ours.argmax(dim=1), theirs.argmax(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "classes", "large"),
+    [
+        (12_811, 1024, 1000, False),
+        (128_112, 384, 1000, True),
+        (1_281_167, 384, 1000, True),
+        (20_000, 768, 10, False),
+        (100_000, 1024, 2, True),  # for its rows alone
+        (60_000, 10, 1200, True),  # for its logits alone
+    ],
+)
+def test_what_is_large(n: int, width: int, classes: int, large: bool) -> None:
+    assert is_large(n, width, classes) is large
+
+
+def test_short_memory_makes_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    share = _share(*_drawn())
+    usual = full_data.chunk_rows(share)
+    monkeypatch.setattr(full_data, "available_bytes", lambda: 1 << 20)
+
+    assert usual == (1 << 20) // 30
+    assert full_data.chunk_rows(share) == (1 << 20) // 128 // 30  # room for 128 bytes a value
+    monkeypatch.setattr(full_data, "available_bytes", lambda: 0)
+    assert full_data.chunk_rows(share) == 1
+
+
+def _solved_on_a_rank(values: Tensor, labels: Tensor) -> list[tuple[Tensor, float, float]]:
+    from torch import distributed
+
+    from msn_eval.probes.distributed import add_up
+
+    rank = distributed.get_rank()
+    own = slice(0, 180) if rank == 0 else slice(180, None)  # uneven
+    share = replace(_share(values, labels), values=values[own], labels=labels[own], total=add_up)
+    return [(one.weights, one.objective, one.gap) for one in _solve(share)]
+
+
+def test_ranks_with_uneven_shares_give_what_one_process_gives(on_ranks: Callable[..., list[Any]]) -> None:
+    values, labels = _drawn()
+    alone = _solve(_share(values, labels))
+
+    first, second = on_ranks(_solved_on_a_rank, values, labels)
+
+    for strength, one, mine, other in zip(_STRENGTHS, alone, first, second, strict=True):
+        assert torch.equal(mine[0], other[0])
+        assert mine[1:] == other[1:]
+        proven = certify(_whole(values, labels, strength), mine[0])
+        assert mine[2] <= 1e-6
+        assert (proven.objective, proven.gap) == pytest.approx(mine[1:], rel=1e-9)  # over the rows of both
+        assert mine[1] == pytest.approx(one.objective, rel=1e-6)

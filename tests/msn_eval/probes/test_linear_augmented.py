@@ -1,0 +1,484 @@
+"""Linear layers on augmented images: one step however it is cut, and one training however often it is stopped."""
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from msn_eval import load_encoder
+from msn_eval.cli import main
+from msn_eval.data import read_split
+from msn_eval.distributed.group import ALONE, Group
+from msn_eval.errors import NumericalError, ResourceError, StoreError
+from msn_eval.features import augmented as augmented_features
+from msn_eval.features.augmented import AugmentedImages, features_from
+from msn_eval.features.encoder import Encoder
+from msn_eval.features.extraction import Loading
+from msn_eval.probes import linear_augmented
+from msn_eval.probes.linear_augmented import (
+    LinearAugmented,
+    Training,
+    augmented_settings,
+    draw_order,
+    fit_augmented,
+    restore_training,
+    start_training,
+    take_step,
+)
+from msn_eval.probes.training_state import StateFiles, write_state
+from msn_eval.process import Stop
+from msn_eval.results.folder import list_results
+
+CPU = torch.device("cpu")
+_PROBE = LinearAugmented(lr=[0.5, 4.0], epochs=3, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def images() -> AugmentedImages:
+    """Give four digits of each class as raw pixels."""
+    drawn = read_split("digits", "train").first_of_each_class(4)
+    return AugmentedImages(
+        images=drawn,
+        labels=torch.tensor(drawn.labels),
+        hashes=None,
+        encoder=load_encoder("pixels", device="cpu"),
+        tap="pixels",
+        loading=Loading(batch_size=6, workers=0),
+    )
+
+
+def _batch(n: int = 20, d: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, d, generator=generator), torch.arange(n) % 3
+
+
+def _stepped(cuts: list[int], probe: LinearAugmented = _PROBE, steps: int = 3) -> Training:
+    training = start_training(probe, 8, 3, CPU)
+    features, labels = _batch()
+    for step in range(steps):
+        parts = zip(torch.split(features, cuts), torch.split(labels, cuts), strict=True)
+        assert take_step(training, parts, images=20, share=1 - step / 4, group=ALONE, stop=Stop())
+    return training
+
+
+def _weights(training: Training) -> dict[str, Tensor]:
+    return {
+        f"{rate} {name}": value for rate, head in training.heads.items() for name, value in head.state_dict().items()
+    }
+
+
+def test_a_step_is_that_of_torchs_optimiser_on_the_whole_batch() -> None:
+    probe = replace(_PROBE, lr=[2.0], weight_decay=0.1)
+    features, labels = _batch()
+    norm, layer = torch.nn.LayerNorm(8), torch.nn.Linear(8, 3)
+    layer.load_state_dict(start_training(probe, 8, 3, CPU).heads[2.0].linear.state_dict())
+    plain = {"params": [*norm.parameters(), layer.bias], "weight_decay": 0.0}
+    optimiser = torch.optim.SGD(
+        [{"params": [layer.weight]}, plain], lr=2.0, momentum=0.9, nesterov=True, weight_decay=0.1
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / 4)
+    for _ in range(3):
+        optimiser.zero_grad()
+        functional.cross_entropy(layer(functional.normalize(norm(features), dim=1)), labels).backward()
+        optimiser.step()
+        schedule.step()
+
+    head = _stepped([20], probe).heads[2.0]
+
+    torch.testing.assert_close(head.linear.weight, layer.weight)
+    torch.testing.assert_close(head.linear.bias, layer.bias)
+    torch.testing.assert_close(head.norm.weight, norm.weight)
+    torch.testing.assert_close(head.norm.bias, norm.bias)
+
+
+@pytest.mark.parametrize("cuts", [[1] * 20, [7, 13], [6, 6, 6, 2]], ids=str)
+def test_accumulated_and_direct_batches_give_the_same_step(cuts: list[int]) -> None:
+    torch.testing.assert_close(_weights(_stepped(cuts)), _weights(_stepped([20])), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_first_weights_are_small_drawn_by_the_seed_and_alike_for_all_rates(seed: int) -> None:
+    expected = torch.empty(3, 8).normal_(0.0, 0.01, generator=torch.Generator().manual_seed(seed))
+
+    for head in start_training(replace(_PROBE, seed=seed), 8, 3, CPU).heads.values():
+        assert torch.equal(head.linear.weight, expected)
+        assert not head.linear.bias.any()
+
+
+def test_a_restored_training_is_the_one_that_was_taken() -> None:
+    probe = replace(_PROBE, lr=[0.5, 9.0, 4.0])
+    training = _stepped([20], probe)
+    training.last_losses = {0.5: 1.25, 9.0: 2.0, 4.0: 1.5}
+    del training.heads[9.0], training.optimizers[9.0]
+    training.diverged_at = {9.0: 2}
+
+    restored = start_training(probe, 8, 3, CPU)
+    restore_training(restored, {**training.as_state(), "step": training.step})
+
+    assert (restored.step, restored.diverged_at) == (3, {9.0: 2})
+    assert (restored.losses, restored.last_losses) == (training.losses, training.last_losses)
+    assert list(restored.heads) == list(restored.optimizers) == [0.5, 4.0]
+    torch.testing.assert_close(_weights(restored), _weights(training), rtol=0, atol=0)
+
+
+def test_features_that_are_not_finite_are_told_by_the_rank_that_met_them() -> None:
+    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        yield _batch()
+        raise NumericalError("features of a.png are not finite")
+
+    training = start_training(_PROBE, 8, 3, CPU)
+
+    with pytest.raises(NumericalError, match=r"features of a\.png"):
+        take_step(training, parts(), images=40, share=1.0, group=ALONE, stop=Stop())
+    assert training.step == 0
+
+
+def test_a_disk_that_refused_is_asked_again_after_a_while(
+    files: StateFiles, full_disk: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_augmented, "_SAVE_SECONDS", 60.0)
+    now = [100.0]
+    monkeypatch.setattr(linear_augmented, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    full_disk["left"] = 10
+    keeper = linear_augmented._Keeper(files=files, saved_at=0.0)
+    left = []
+    for now[0] in (100.0, 101.0, 159.0, 161.0):
+        keeper.save_if_due(_stepped([20], steps=1))
+        left.append(full_disk["left"])
+
+    assert left == [9, 9, 9, 8]
+
+
+def test_learning_rates_fall_along_half_a_cosine_over_all_epochs(
+    images: AugmentedImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+
+    def take(training: Training, *given: Any, share: float, **named: Any) -> bool:
+        shares.append(share)
+        return take_step(training, *given, share=share, **named)
+
+    monkeypatch.setattr(linear_augmented, "take_step", take)
+    fitted = fit_augmented(replace(_PROBE, epochs=2, batch_size=20), images, group=ALONE, files=None)
+
+    assert [one.iterations for one in fitted.settings] == [4, 4]
+    assert shares == pytest.approx([1.0, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])
+
+
+def test_the_objective_is_the_mean_loss_of_the_last_epoch_as_it_was_met(images: AugmentedImages) -> None:
+    probe = replace(_PROBE, epochs=2, batch_size=40)
+    training = start_training(probe, images.dim, 10, CPU)
+    losses = []
+    for epoch in range(2):
+        order = draw_order(40, seed=0, epoch=epoch)
+        (parts,) = features_from(images, images.labels, [order], seed=0, epoch=epoch, share=0.08, group=ALONE)
+        features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        losses = [functional.cross_entropy(head(features), labels).item() for head in training.heads.values()]
+        share = (1.0, 0.5)[epoch]
+        take_step(training, iter([(features, labels)]), images=40, share=share, group=ALONE, stop=Stop())
+
+    fitted = fit_augmented(probe, images, group=ALONE, files=None)
+
+    assert [one.objective for one in fitted.settings] == pytest.approx(losses, rel=1e-5)
+
+
+def test_layers_trained_together_are_those_trained_alone() -> None:
+    together = _weights(_stepped([20]))
+
+    for rate in _PROBE.lr:
+        alone = _weights(_stepped([20], replace(_PROBE, lr=[rate])))
+        torch.testing.assert_close(alone, {name: together[name] for name in alone}, rtol=0, atol=0)
+
+
+def _step_on_a_rank() -> dict[str, Tensor]:
+    rank = torch.distributed.get_rank()
+    group = Group(rank=rank, world=2, local_rank=rank, host="here")
+    training = start_training(_PROBE, 8, 3, CPU)
+    features, labels = _batch()
+    mine = slice(0, 13) if rank == 0 else slice(13, 20)
+    for step in range(3):
+        parts = iter([(features[mine], labels[mine])])
+        take_step(training, parts, images=20, share=1 - step / 4, group=group, stop=Stop())
+    return _weights(training)
+
+
+def test_ranks_take_the_step_of_one_process(on_ranks: Callable[..., list[Any]]) -> None:
+    first, second = on_ranks(_step_on_a_rank)
+
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, _weights(_stepped([20])), rtol=0, atol=1e-6)
+
+
+def _stop_one_rank() -> tuple[bool, int]:
+    rank = torch.distributed.get_rank()
+    group = Group(rank=rank, world=2, local_rank=rank, host="here")
+    training = start_training(_PROBE, 8, 3, CPU)
+    stop = Stop(number=signal.SIGTERM if rank == 1 else None)
+    return take_step(training, iter([_batch()]), images=40, share=1.0, group=group, stop=stop), training.step
+
+
+def test_a_rank_that_is_told_to_stop_has_none_take_the_step(on_ranks: Callable[..., list[Any]]) -> None:
+    assert on_ranks(_stop_one_rank) == [(False, 0), (False, 0)]
+
+
+def test_a_layer_that_diverges_is_left_out_and_moves_no_other(
+    images: AugmentedImages, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        wild = fit_augmented(replace(_PROBE, lr=[3e38, 4.0]), images, group=ALONE, files=None)
+    calm = fit_augmented(replace(_PROBE, lr=[4.0]), images, group=ALONE, files=None)
+
+    ((params, reason),) = wild.failures
+    assert params["lr"] == 3e38
+    assert "diverged at learning rate 3e+38, step" in str(reason)
+    assert "learning rate 3e+38 diverged" in caplog.text
+    assert [one.params["lr"] for one in wild.settings] == [4.0]
+    (kept,), (expected,) = (list(one.scores(_pixels(images))) for one in (wild, calm))
+    assert torch.equal(kept, expected)
+
+
+def _pixels(images: AugmentedImages) -> Tensor:
+    return torch.linspace(0, 1, 5 * images.dim).view(5, -1).sin()
+
+
+def test_where_every_layer_diverges_there_is_no_probe(images: AugmentedImages) -> None:
+    with pytest.raises(NumericalError, match=r"the layer diverged at learning rate 3e\+38"):
+        fit_augmented(replace(_PROBE, lr=[3e38]), images, group=ALONE, files=None)
+
+
+def _features(images: AugmentedImages, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    found = features_from(images, images.labels, batches, seed=3, epoch=1, share=0.3, group=ALONE)
+    return [part for parts in found for part in parts]
+
+
+def test_an_epoch_entered_late_has_the_features_that_it_would_have_had(images: AugmentedImages) -> None:
+    batches = list(torch.split(draw_order(40, seed=3, epoch=1), 16))
+
+    whole, late = _features(images, batches), _features(images, batches[1:])
+
+    assert [len(labels) for _, labels in whole] == [6, 6, 4, 6, 6, 4, 6, 2]
+    for (features, labels), (others, their) in zip(whole[3:], late, strict=True):
+        assert torch.equal(features, others)
+        assert torch.equal(labels, their)
+
+
+def test_workers_move_no_feature(images: AugmentedImages) -> None:
+    batches = list(torch.split(draw_order(40, seed=3, epoch=1), 16))
+
+    here = _features(images, batches)
+    elsewhere = _features(replace(images, loading=Loading(batch_size=6, workers=2)), batches)
+
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(here, elsewhere, strict=True))
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Give a function that leaves the encoder memory for so many images; it gives the sizes of all attempts."""
+
+    def leave(room: int) -> list[int]:
+        tried: list[int] = []
+
+        def encode(encoder: Encoder, pixels: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
+            tried.append(len(pixels))
+            if len(pixels) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return whole(encoder, pixels, taps)
+
+        whole = augmented_features.encode
+        monkeypatch.setattr(augmented_features, "encode", encode)
+        return tried
+
+    return leave
+
+
+def test_where_memory_is_short_the_encoder_goes_in_halves_and_no_number_moves(
+    images: AugmentedImages, small_memory: Callable[[int], list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = list(torch.split(draw_order(40, seed=3, epoch=1), 16))
+    whole, fitted = _features(images, batches), fit_augmented(_PROBE, images, group=ALONE, files=None)
+
+    tried = small_memory(2)
+    halved = _features(images, batches)
+
+    assert tried[:6] == [6, 3, 1, 1, 1, 1]
+    assert max(tried[2:]) == 1  # what memory had no room for once is not tried again
+    assert caplog.text.count("going on with") == 2
+    assert [len(labels) for _, labels in halved] == [len(labels) for _, labels in whole]
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(halved, whole, strict=True))
+    again = fit_augmented(_PROBE, images, group=ALONE, files=None)
+    assert [one.objective for one in again.settings] == [one.objective for one in fitted.settings]
+
+
+def test_memory_that_is_too_small_for_one_image_is_told(
+    images: AugmentedImages, small_memory: Callable[[int], list[int]]
+) -> None:
+    small_memory(0)
+
+    with pytest.raises(ResourceError, match="memory of cpu is too small for one image"):
+        fit_augmented(_PROBE, images, group=ALONE, files=None)
+
+
+def test_orders_are_permutations_that_differ_from_epoch_to_epoch() -> None:
+    orders = [draw_order(50, seed=1, epoch=epoch).tolist() for epoch in range(3)]
+
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert draw_order(50, seed=2, epoch=0).tolist() not in orders
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> StateFiles:
+    return StateFiles(out=tmp_path, facts={"training": "one"})
+
+
+def _killed_at(step: int) -> Callable[..., bool]:
+    def take(training: Training, *arguments: Any, **others: Any) -> bool:
+        if training.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return take_step(training, *arguments, **others)
+
+    return take
+
+
+def test_a_training_that_was_killed_becomes_bit_by_bit_what_it_would_have_become(
+    images: AugmentedImages, files: StateFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    undisturbed = fit_augmented(_PROBE, images, group=ALONE, files=None)
+    child = os.fork()
+    if child == 0:
+        try:
+            linear_augmented._SAVE_SECONDS = 0.0
+            linear_augmented.take_step = _killed_at(5)
+            fit_augmented(_PROBE, images, group=ALONE, files=files)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+    with caplog.at_level(logging.INFO):
+        resumed = fit_augmented(_PROBE, images, group=ALONE, files=files)
+
+    assert "goes on behind step 5" in caplog.text  # in the middle of the second epoch of three steps
+    assert [one.objective for one in resumed.settings] == [one.objective for one in undisturbed.settings]
+    pixels = _pixels(images)
+    pairs = zip(resumed.scores(pixels), undisturbed.scores(pixels), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_command_told_to_stop_ends_with_75_and_goes_on_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", "pixels", "--data", "digits", "--subset", "2imgs@1", "--probe", "linear-augmented"]
+    words += ["--device", "cpu", "--no-cache", "--json", "linear_augmented.epochs=4", "linear_augmented.batch_size=8"]
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    told: list[int] = []
+
+    def stop_once(training: Training, *arguments: Any, **others: Any) -> bool:
+        if training.step == 4 and not told:
+            told.append(training.step)
+            signal.raise_signal(signal.SIGTERM)
+        return take_step(training, *arguments, **others)
+
+    monkeypatch.setattr(linear_augmented, "take_step", stop_once)
+    out = tmp_path / "stopped"
+    assert main([*words, "--out", str(out)]) == 75
+    assert [path.name.split(".")[1] for path in (out / ".training").iterdir()] == ["step-00000004"]
+    assert list(out.glob("*.json")) == []
+
+    assert main([*words, "--out", str(out)]) == 0
+
+    assert "goes on behind step 4" in capsys.readouterr().err
+    (whole,), (resumed,) = list_results([tmp_path / "whole"]), list_results([out])
+    assert (resumed.id, resumed.metrics, resumed.probe) == (whole.id, whole.metrics, whole.probe)
+    assert not (out / ".training").exists()
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Have the disk refuse as many states as `left` says, and save at every step."""
+    left = {"left": 0}
+
+    def write(files: StateFiles, state: dict[str, Any], *, step: int) -> None:
+        if left["left"]:
+            left["left"] -= 1
+            raise StoreError("disk full", where=str(files.folder))
+        write_state(files, state, step=step)
+
+    monkeypatch.setattr(linear_augmented, "write_state", write)
+    monkeypatch.setattr(linear_augmented, "_SAVE_SECONDS", 0.0)
+    return left
+
+
+def test_a_disk_that_is_full_for_a_moment_does_not_stop_a_training(
+    images: AugmentedImages, files: StateFiles, full_disk: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    full_disk["left"] = 2
+
+    fitted = fit_augmented(_PROBE, images, group=ALONE, files=files)
+
+    assert len(fitted.settings) == 2
+    assert caplog.text.count("disk full") == 2
+    assert files.found()
+
+
+def test_a_disk_that_stays_full_stops_a_training_before_the_next_epoch(
+    images: AugmentedImages, files: StateFiles, full_disk: dict[str, int]
+) -> None:
+    full_disk["left"] = 1000
+
+    with pytest.raises(StoreError, match="disk full"):
+        fit_augmented(_PROBE, images, group=ALONE, files=files)
+
+    assert full_disk["left"] == 1000 - 4  # three steps of the first epoch, and its end
+
+
+def test_a_class_without_labelled_images_is_never_chosen(images: AugmentedImages) -> None:
+    few = images.images.only([one for one in images.images.ids if not one.startswith("3/")])
+    probe = replace(images, images=few, labels=torch.tensor(few.labels))
+
+    for scores in fit_augmented(_PROBE, probe, group=ALONE, files=None).scores(_pixels(images)):
+        assert (scores[:, 3] == -torch.inf).all()
+        assert scores[:, [0, 1, 2, 4, 5, 6, 7, 8, 9]].isfinite().all()
+
+
+def test_each_learning_rate_is_a_protocol_by_itself_with_every_field_in_it() -> None:
+    first, second = augmented_settings(_PROBE)
+
+    assert (first["lr"], second["lr"]) == (0.5, 4.0)
+    changed = {"weight_decay": 0.1, "epochs": 4, "batch_size": 17, "crop_share": 0.3, "seed": 1}
+    for name, value in changed.items():
+        assert augmented_settings(replace(_PROBE, **{name: value}))[0] != first, name
+
+
+def test_a_longer_training_learns_the_labelled_images(images: AugmentedImages) -> None:
+    probe = LinearAugmented(lr=[30.0], epochs=60, batch_size=40, crop_share=0.9)
+    features = torch.cat([part for part, _ in _unaugmented(images)])
+
+    (scores,) = fit_augmented(probe, images, group=ALONE, files=None).scores(features)
+
+    assert float((scores.argmax(dim=1) == images.labels).double().mean()) > 0.8
+
+
+def _unaugmented(images: AugmentedImages) -> list[tuple[Tensor, Tensor]]:
+    from msn_eval.features.extraction import extract_features
+
+    found = extract_features(images.encoder, images.images, taps=["pixels"])
+    return [(found.features["pixels"].values, images.labels)]
+
+
+def test_numbers_of_the_global_generators_are_left_alone(images: AugmentedImages) -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+
+    fit_augmented(_PROBE, images, group=ALONE, files=None)
+
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert (before[1] == np.random.get_state()[1]).all()

@@ -1,0 +1,118 @@
+"""Nearest class mean against its closed form."""
+
+import numpy as np
+import torch
+from scipy.spatial.distance import cdist
+
+from msn_eval.features.extraction import Features
+from msn_eval.probes.ncm import NearestClassMean, class_directions, fit_ncm
+from msn_eval.probes.ranking import rank_labels
+from msn_eval.probes.rows import normalised_rows
+
+CPU = torch.device("cpu")
+
+
+def _features(values: torch.Tensor, labels: torch.Tensor, n_classes: int) -> Features:
+    ids = tuple(f"{row:04d}.png" for row in range(len(values)))
+    return Features(values=values, labels=labels, image_ids=ids, n_classes=n_classes, tap="cls-norm")
+
+
+def _clusters() -> Features:
+    generator = torch.Generator().manual_seed(0)
+    return _features(torch.randn(40, 8, generator=generator) + 0.5, torch.arange(40) % 4, 4)
+
+
+def _queries() -> torch.Tensor:
+    return torch.randn(30, 8, generator=torch.Generator().manual_seed(1))
+
+
+def _scores(train: Features, values: torch.Tensor) -> torch.Tensor:
+    (scores,) = fit_ncm(NearestClassMean(), train, CPU).scores(values)
+    return scores
+
+
+def test_scores_are_the_cosines_to_the_means_of_normalised_rows() -> None:
+    train = _clusters()
+    rows = train.values.numpy().astype(np.float64)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    means = np.stack([rows[train.labels.numpy() == label].mean(axis=0) for label in range(4)])
+
+    scores = _scores(train, _queries())
+
+    np.testing.assert_allclose(scores.numpy(), 1 - cdist(_queries().double().numpy(), means, "cosine"), atol=1e-14)
+
+
+def test_there_is_one_setting_without_parameters() -> None:
+    (setting,) = fit_ncm(NearestClassMean(), _clusters(), CPU).settings
+
+    assert setting.params == {}
+
+
+def test_length_of_features_does_not_matter() -> None:
+    train = _clusters()
+    stretch = torch.linspace(0.01, 100, 40)[:, None]
+
+    stretched = _scores(_features(train.values * stretch, train.labels, 4), 7 * _queries())
+
+    torch.testing.assert_close(stretched, _scores(train, _queries()), rtol=0, atol=1e-6)
+
+
+def test_a_class_without_images_is_never_chosen() -> None:
+    train = _features(torch.tensor([[1.0, 0.0], [0.9, 0.1]]), torch.tensor([1, 2]), 4)
+
+    scores = _scores(train, torch.tensor([[-1.0, 0.0], [0.0, 0.0]]))
+
+    prediction, rank = rank_labels(scores, torch.tensor([0, 3]))
+    assert prediction.tolist() == [2, 1]
+    assert rank.tolist() == [3, 4]
+
+
+def test_a_class_whose_rows_cancel_scores_zero() -> None:
+    train = _features(torch.tensor([[1.0, 2.0], [-1.0, -2.0], [0.0, 1.0]]), torch.tensor([0, 0, 1]), 2)
+
+    scores = _scores(train, torch.tensor([[3.0, 4.0]]))
+
+    torch.testing.assert_close(scores, torch.tensor([[0.0, 0.8]], dtype=torch.float64))
+
+
+def test_a_class_whose_rows_cancel_but_for_rounding_points_nowhere() -> None:
+    row = normalised_rows(torch.randn(1, 20, generator=torch.Generator().manual_seed(0)))
+    rows, labels = torch.cat([row, row.repeat(7, 1), -row.repeat(7, 1)]), torch.tensor([0] + [1] * 14)
+    assert torch.zeros(1, 20).double().index_add_(0, labels[1:] - 1, rows[1:]).any()  # or there is nothing to test
+
+    directions = class_directions(rows, labels, n_classes=2)
+
+    assert not directions[1].any()
+
+
+def test_a_class_whose_rows_all_but_cancel_points_where_they_leave_off() -> None:
+    train = _features(torch.tensor([[1.0, 1e-7], [-1.0, 1e-7], [1.0, 0.0]]), torch.tensor([0, 0, 1]), 2)
+
+    scores = _scores(train, torch.tensor([[0.0, 2.0]]))
+
+    torch.testing.assert_close(scores, torch.tensor([[1.0, 0.0]], dtype=torch.float64))
+
+
+def test_a_zero_row_counts_as_no_direction() -> None:
+    train = _features(torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 1]), 2)
+
+    scores = _scores(train, torch.tensor([[1.0, 0.0]]))
+
+    torch.testing.assert_close(scores, torch.tensor([[1.0, 0.0]], dtype=torch.float64))
+
+
+def test_renaming_the_classes_renames_the_scores() -> None:
+    train = _clusters()
+    name = torch.tensor([2, 0, 3, 1])
+
+    renamed = _scores(_features(train.values, name[train.labels], 4), _queries())
+
+    torch.testing.assert_close(renamed[:, name], _scores(train, _queries()), rtol=0, atol=1e-14)
+
+
+def test_order_of_the_labelled_images_does_not_matter() -> None:
+    train = _clusters()
+
+    reversed_scores = _scores(train.only(train.image_ids[::-1]), _queries())
+
+    torch.testing.assert_close(reversed_scores, _scores(train, _queries()), rtol=0, atol=1e-14)

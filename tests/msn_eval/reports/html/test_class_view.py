@@ -1,0 +1,69 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import msn_eval.reports.html.class_view
+from msn_eval.reports.html.class_view import make_class_views
+from msn_eval.results.folder import scan_results
+from msn_eval.results.record import Result, read_predictions
+from msn_eval.results.table import Table, make_table
+
+Records = dict[str, tuple[Result, Path]]
+
+
+@pytest.fixture
+def runs(digits_runs: Path, tmp_path: Path) -> Path:
+    shutil.copytree(digits_runs, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def _read(runs: Path) -> tuple[Table, Records]:
+    scan = scan_results([runs])
+    return make_table(scan.results), {one.id: (one, path) for one, path in zip(scan.results, scan.paths, strict=True)}
+
+
+def test_classes_are_counted_over_all_draws(runs: Path) -> None:
+    table, records = _read(runs)
+
+    views, notices = make_class_views(table, records)
+
+    assert ([view.column for view in views], notices) == (list(table.columns), ())
+    for view in views:
+        ids = table.cells[table.rows[0], view.column].results
+        stored = [read_predictions(runs / f"{identity}.npz") for identity in ids]
+        right = [sum(int(np.sum(one.prediction[one.label == label] == label)) for one in stored) for label in range(10)]
+        assert (view.right, view.draws) == ((tuple(right),), 3)
+        assert view.names == tuple("0123456789")
+        assert sum(view.images) == 797
+
+
+def test_a_cell_without_all_of_its_predictions_is_not_shown(runs: Path) -> None:
+    table, records = _read(runs)
+    (runs / f"{table.cells[table.rows[0], table.columns[0]].results[1]}.npz").unlink()
+
+    views, _ = make_class_views(table, records)
+
+    assert [view.column for view in views] == list(table.columns[1:])
+
+
+def test_damaged_predictions_are_told_of(runs: Path) -> None:
+    table, records = _read(runs)
+    broken = runs / f"{table.cells[table.rows[0], table.columns[0]].results[0]}.npz"
+    broken.write_bytes(b"PK")
+
+    views, notices = make_class_views(table, records)
+
+    assert [view.column for view in views] == list(table.columns[1:])
+    assert str(broken) in notices[0]
+
+
+def test_views_beyond_the_room_are_told_of(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, records = _read(runs)
+    monkeypatch.setattr(msn_eval.reports.html.class_view, "_MOST_COUNTS", 25)
+
+    views, notices = make_class_views(table, records)
+
+    assert len(views) == 2
+    assert notices == (f"{len(table.columns) - 2} protocols are not shown class by class: there are too many.",)

@@ -1,0 +1,94 @@
+"""Strangers' names in what the gate and the comparison print: shown, never acted upon; every number is the record's."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msn_eval.reports.comparison import render_comparison_json, render_comparison_markdown, render_comparison_text
+from msn_eval.reports.gate import (
+    render_gate_json,
+    render_gate_junit,
+    render_gate_markdown,
+    render_gate_text,
+    render_refusal_junit,
+    render_refusal_markdown,
+)
+from msn_eval.reports.markdown_text import markdown_row
+from msn_eval.reports.points import p_text
+from msn_eval.results.baseline import make_baseline
+from msn_eval.results.comparison import Comparison, compare
+from msn_eval.results.gate import GateReport, check_results
+from msn_eval.results.record import Result
+
+RunWriter = Callable[..., list[Result]]
+_EVIL = "\x1b[1m<script>|\n## [x](javascript:1)`&lt;\u202e\ud800\ufffe" + "x" * 400
+
+
+@pytest.fixture(scope="module")
+def both(write_run: RunWriter, tmp_path_factory: pytest.TempPathFactory) -> tuple[GateReport, Comparison]:
+    """Give a gate's report and a comparison of a checkpoint that lost a tenth, with a name that bites."""
+    folder = tmp_path_factory.mktemp("runs")
+    right = np.array([[True] * 700 + [False] * 300])
+    before = write_run(folder, right, name="old")
+    after = write_run(folder, right & (np.arange(1000) >= 100), weights="b" * 64)
+    after = [replace(one, checkpoint=replace(one.checkpoint, name=_EVIL)) for one in after]
+    report = check_results(make_baseline(before, [folder]), after, [folder])
+    return report, compare(before, after, ([folder], [folder]))
+
+
+def test_junit_is_well_formed_whatever_the_names(both: tuple[GateReport, Comparison]) -> None:
+    named = replace(both[0], protocols=tuple(replace(one, title=_EVIL, reason=_EVIL) for one in both[0].protocols))
+
+    for text in (render_gate_junit(named), render_refusal_junit(_EVIL)):
+        assert len(list(ElementTree.fromstring(text))) == 1
+
+
+def test_terminal_gets_no_control_and_no_direction_mark(both: tuple[GateReport, Comparison]) -> None:
+    for text in (render_gate_text(both[0]), render_comparison_text(both[1])):
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", text)
+
+
+def test_markdown_has_no_markup_of_strangers(both: tuple[GateReport, Comparison]) -> None:
+    for text in (render_gate_markdown(both[0]), render_comparison_markdown(both[1]), render_refusal_markdown(_EVIL)):
+        assert not re.search(r"(?<!\\)[<`\[]", text)
+        assert text.encode()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=4))
+def test_a_row_has_as_many_cells_as_it_was_given(cells: list[str]) -> None:
+    row = markdown_row(cells)
+
+    assert "\n" not in row
+    assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == len(cells) + 1
+
+
+def test_every_number_of_the_gate_is_that_of_its_report(both: tuple[GateReport, Comparison]) -> None:
+    report, (one,) = both[0], both[0].protocols
+    stated = json.loads(render_gate_json(report))["protocols"][0]
+    assert one.paired is not None
+    assert one.detectable is not None
+    texts = ["70.00 %", "60.00 %", "-10.00", f"{100 * one.detectable:.2f}", f"{one.worse:.2g}"]
+
+    assert (stated["baseline_accuracy"], stated["accuracy"]) == (0.7, 0.6)
+    for text in (render_gate_text(report), render_gate_markdown(report)):
+        assert [number for number in texts if number not in text] == []
+
+
+def test_every_number_of_the_comparison_is_that_of_its_record(both: tuple[GateReport, Comparison]) -> None:
+    stated = json.loads(render_comparison_json(both[1]))["protocols"][0]
+    texts = ["70.00 %", "60.00 %", "-10.00", f"{100 * stated['paired']['interval']['low']:+.2f}", "100 images lost"]
+
+    for text in (render_comparison_text(both[1]), render_comparison_markdown(both[1])):
+        assert [number for number in texts if number not in text] == []
+
+
+def test_what_is_too_small_for_a_float_is_not_called_zero() -> None:
+    assert (p_text(0.0), p_text(0.0312)) == ("p < 1e-300", "p = 0.031")

@@ -1,0 +1,128 @@
+"""Two checkpoints: what the words say follows from the images."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from msn_eval.errors import ComparisonError
+from msn_eval.results.comparison import Comparison, compare
+from msn_eval.results.folder import list_results
+from msn_eval.results.record import Result
+
+RunWriter = Callable[..., list[Result]]
+_BEFORE = np.array([[True] * 60 + [False] * 40] * 2)
+
+
+def _compare(a: Path, b: Path) -> Comparison:
+    return compare(list_results([a]), list_results([b]), ([a], [b]))
+
+
+@pytest.fixture
+def compared(write_run: RunWriter, tmp_path: Path) -> Comparison:
+    """Give a second checkpoint that lost 20 ants in both draws and gained one bee in the first draw."""
+    after = _BEFORE.copy()
+    after[:, 5:25] = False
+    after[0, 99] = True
+    write_run(tmp_path / "a", _BEFORE)
+    write_run(tmp_path / "b", after, weights="b" * 64)
+    return _compare(tmp_path / "a", tmp_path / "b")
+
+
+def test_worse_is_said_with_its_size(compared: Comparison) -> None:
+    (one,) = compared.protocols
+
+    assert (one.outcome, one.words) == ("worse", "the second is worse by 19.50 points")
+    assert one.paired.difference == pytest.approx(-0.195)
+    assert one.paired.interval.low < -0.195 < one.paired.interval.high < 0
+
+
+def test_flipped_images_are_named_lost_ones_first(compared: Comparison) -> None:
+    flips = compared.protocols[0].flips
+
+    assert len(flips) == 21
+    assert (flips[0].image, flips[0].first, flips[0].second) == ("ant/00005.png", 2, 0)
+    assert (flips[-1].image, flips[-1].first, flips[-1].second) == ("bee/00099.png", 0, 1)
+
+
+def test_classes_are_those_that_changed_the_most_changed_first(compared: Comparison) -> None:
+    assert [(one.name, one.images, one.first, one.second) for one in compared.protocols[0].classes] == [
+        ("ant", 50, 1.0, 0.6),
+        ("bee", 50, 0.2, 0.21),
+    ]
+
+
+def test_spread_over_draws_and_interval_over_images_stand_apart(compared: Comparison) -> None:
+    first, second = compared.protocols[0].first, compared.protocols[0].second
+
+    assert (first.spread, second.spread) == (0.0, pytest.approx(np.std([0.41, 0.40], ddof=1)))
+    assert first.interval.low < 0.6 < first.interval.high
+
+
+def test_a_small_difference_is_not_separable_and_says_what_would_be(write_run: RunWriter, tmp_path: Path) -> None:
+    after = _BEFORE.copy()
+    after[:, 0] = False
+    write_run(tmp_path / "a", _BEFORE)
+    write_run(tmp_path / "b", after, weights="b" * 64)
+
+    (one,) = _compare(tmp_path / "a", tmp_path / "b").protocols
+
+    assert one.outcome == "not separable"
+    assert one.words.startswith(f"not separable: a true difference of {100 * one.detectable:.2f} points or more would")
+
+
+def test_the_same_predictions_are_called_so(write_run: RunWriter, tmp_path: Path) -> None:
+    write_run(tmp_path / "a", _BEFORE)
+    write_run(tmp_path / "b", _BEFORE, weights="b" * 64, wrong_class=2)
+
+    assert _compare(tmp_path / "a", tmp_path / "a").protocols[0].words == "the same predictions"
+    assert _compare(tmp_path / "a", tmp_path / "b").protocols[0].words == "right on the same images"
+
+
+def test_only_common_draws_are_compared(write_run: RunWriter, tmp_path: Path) -> None:
+    write_run(tmp_path / "a", _BEFORE)
+    write_run(tmp_path / "b", _BEFORE[:1], weights="b" * 64)
+
+    assert _compare(tmp_path / "a", tmp_path / "b").protocols[0].draws == (1,)
+
+
+def test_unconverged_solutions_make_the_words_doubtful(write_run: RunWriter, tmp_path: Path) -> None:
+    write_run(tmp_path / "a", _BEFORE)
+    write_run(tmp_path / "b", ~_BEFORE, weights="b" * 64, changed=lambda one: replace(one, status="not_converged"))
+
+    assert (
+        _compare(tmp_path / "a", tmp_path / "b")
+        .protocols[0]
+        .words.endswith("doubtful, since the solver did not converge for the second")
+    )
+
+
+def test_what_is_not_compared_is_named_with_the_reason(write_run: RunWriter, tmp_path: Path) -> None:
+    write_run(tmp_path / "a", _BEFORE)
+    write_run(tmp_path / "a", _BEFORE, k=5)
+    write_run(tmp_path / "b", _BEFORE, weights="b" * 64)
+    write_run(tmp_path / "b", _BEFORE, weights="b" * 64, k=7)
+
+    left_out = dict(_compare(tmp_path / "a", tmp_path / "b").left_out)
+
+    assert len(left_out) == 2
+    assert "the second has no result under it; nearest: probe.params.k: 5 -> 7" in left_out.values()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda one: replace(one, split=replace(one.split, sha256="9" * 64)), "fitted to other labelled images"),
+        (lambda one: replace(one, status="failed", metrics=None, error="broken"), "FAILED: broken"),
+    ],
+)
+def test_nothing_to_compare_is_an_error(
+    write_run: RunWriter, tmp_path: Path, changed: Callable[[Result], Result], message: str
+) -> None:
+    write_run(tmp_path / "a", _BEFORE)
+    write_run(tmp_path / "b", _BEFORE, weights="b" * 64, changed=changed)
+
+    with pytest.raises(ComparisonError, match=message):
+        _compare(tmp_path / "a", tmp_path / "b")

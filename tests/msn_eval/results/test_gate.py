@@ -1,0 +1,312 @@
+"""The gate: verdicts of the contract, and no way to pass with anything doubtful."""
+
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from msn_eval.errors import UsageError
+from msn_eval.reports.gate import render_gate_json, render_gate_junit, render_gate_markdown, render_gate_text
+from msn_eval.results.baseline import Baseline, make_baseline
+from msn_eval.results.folder import list_results
+from msn_eval.results.gate import EXIT_CODES, LEVEL, GateReport, check_results, weigh
+from msn_eval.results.record import Result
+
+RunWriter = Callable[..., list[Result]]
+Right = NDArray[np.bool_]
+_N = 10_000
+
+
+def _right(n: int = _N, *, lost: int = 0, gained: int = 0, draws: int = 1) -> Right:
+    """Give answers of which the first `lost` and the last `gained` differ from those of no change."""
+    right = np.zeros((draws, n), dtype=bool)
+    right[:, : 7 * n // 10] = True
+    right[:, :lost] = False
+    right[:, n - gained :] |= gained > 0
+    return right
+
+
+@pytest.fixture(scope="module")
+def baseline(write_run: RunWriter, tmp_path_factory: pytest.TempPathFactory) -> Baseline:
+    folder = tmp_path_factory.mktemp("baseline")
+    write_run(folder, _right())
+    return make_baseline(list_results([folder]), [folder])
+
+
+def _check(baseline: Baseline, folder: Path, **options: float) -> GateReport:
+    return check_results(baseline, list_results([folder]), [folder], **options)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "margin", "verdict"),
+    [
+        (0, 0, 0.01, "pass"),
+        (60, 55, 0.01, "pass"),
+        (200, 0, 0.01, "regression"),
+        (250, 50, 0.01, "regression"),
+        (99, 0, 0.01, "pass"),  # a drop, and smaller than the margin
+        (100, 0, 0.01, "regression"),
+        (150, 50, 0.002, "regression"),
+        (60, 55, 0.002, "inconclusive"),  # a drop of 0.2 points would not have been found
+        (650, 550, 0.0101, "inconclusive"),  # 1,200 that differ hide one of a point
+        (0, 400, 0.01, "pass"),
+        (0, 600, 0.01, "too good"),
+        (0, 0, 0.0, "pass"),  # no prediction differs, whatever the margin
+    ],
+)
+def test_verdict_follows_from_what_was_lost_and_gained(
+    baseline: Baseline, write_run: RunWriter, tmp_path: Path, lost: int, gained: int, margin: float, verdict: str
+) -> None:
+    write_run(tmp_path, _right(lost=lost, gained=gained), weights="b" * 64)
+
+    report = _check(baseline, tmp_path, margin=margin)
+
+    assert (report.verdict, report.exit_code) == (verdict, EXIT_CODES[report.verdict])
+
+
+def test_exit_codes_are_those_of_the_contract() -> None:
+    assert dict(EXIT_CODES) == {"regression": 10, "not comparable": 12, "too good": 11, "inconclusive": 11, "pass": 0}
+
+
+def test_equal_scores_by_other_predictions_are_no_equal_predictions(
+    baseline: Baseline, write_run: RunWriter, tmp_path: Path
+) -> None:
+    write_run(tmp_path, _right(), weights="b" * 64, wrong_class=2)
+
+    assert _check(baseline, tmp_path, margin=0.0001).verdict == "inconclusive"
+
+
+def _dropped(results: list[Result], folder: Path) -> None:
+    (folder / f"{results[0].id}.json").unlink()
+
+
+def _unfinished(results: list[Result], folder: Path) -> None:
+    (folder / str(results[0].predictions)).unlink()
+
+
+def _truncated(results: list[Result], folder: Path) -> None:
+    path = folder / str(results[0].predictions)
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def _edited(**fields: object) -> Callable[[list[Result], Path], None]:
+    """Give a change of the first record's JSON, by dotted names."""
+
+    def edit(results: list[Result], folder: Path) -> None:
+        path = folder / f"{results[0].id}.json"
+        content = json.loads(path.read_text())
+        for name, value in fields.items():
+            place = content
+            *outer, last = name.split("__")
+            for one in outer:
+                place = place[one]
+            place[last] = value
+        path.write_text(json.dumps(content))
+
+    return edit
+
+
+_MALFORMED: dict[str, tuple[Callable[[list[Result], Path], None], str, str]] = {
+    "a better metric": (_edited(metrics__top1=0.99), "not comparable", "do not follow from its predictions"),
+    "failed": (_edited(status="failed", metrics=None, error="broken"), "not comparable", "FAILED: broken"),
+    "not converged": (_edited(status="not_converged"), "inconclusive", "did not converge"),
+    "a missing draw": (_dropped, "not comparable", "draws [2, 3] instead of [1, 2, 3]"),
+    "no predictions": (_unfinished, "not comparable", "are missing"),
+    "truncated predictions": (_truncated, "not comparable", "no readable predictions"),
+    "fewer images": (_edited(data__val_images=2999), "not comparable", "of 3,000 images, its record says 2,999"),
+    "other data": (_edited(data__sha256="e" * 64), "not comparable", "not that of its protocol"),
+    "other labelled images": (_edited(split__sha256="e" * 64), "not comparable", "other labelled images"),
+    "fewer labelled images": (_edited(split__images=14), "not comparable", "other labelled images"),
+    "more overlap": (_edited(split__overlap=3), "inconclusive", "3 test images are also among its labelled images"),
+    "a draw of another number": (_edited(split__draw=4), "not comparable", "draws [2, 3, 4] instead of [1, 2, 3]"),
+    "a draw twice": (_edited(split__draw=2), "not comparable", "a draw stands twice"),
+}
+
+
+@pytest.mark.parametrize("fault", _MALFORMED)
+def test_doubtful_results_never_pass(write_run: RunWriter, tmp_path: Path, fault: str) -> None:
+    """Nothing else differs: without its fault each of these would pass."""
+    spoil, verdict, reason = _MALFORMED[fault]
+    before, after = tmp_path / "before", tmp_path / "after"
+    write_run(before, _right(3000, draws=3))
+    results = write_run(after, _right(3000, draws=3), weights="b" * 64)
+    baseline = make_baseline(list_results([before]), [before])
+    assert _check(baseline, after).verdict == "pass"
+
+    spoil(results, after)
+    report = _check(baseline, after)
+
+    assert report.verdict == verdict
+    assert reason in report.protocols[0].reason
+
+
+@pytest.mark.parametrize(
+    "metrics", [{"top1": math.nan}, {"top1_ci95": (math.nan, math.nan)}, {"top1": math.inf}, {"top1": 70.0}], ids=str
+)
+def test_metrics_that_are_no_accuracies_never_pass(
+    write_run: RunWriter, tmp_path: Path, metrics: dict[str, Any]
+) -> None:
+    write_run(tmp_path / "before", _right(3000))
+    write_run(tmp_path / "after", _right(3000), weights="b" * 64)
+    baseline = make_baseline(list_results([tmp_path / "before"]), [tmp_path / "before"])
+    (result,) = list_results([tmp_path / "after"])
+    assert result.metrics is not None
+    broken = replace(result, metrics=replace(result.metrics, **metrics))
+
+    report = check_results(baseline, [broken], [tmp_path / "after"])
+
+    assert report.verdict == "not comparable"
+    assert "no accuracies" in report.protocols[0].reason
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"limit": 50}, "limit: None -> 50"),
+        ({"precision": "reduced"}, "precision: exact -> reduced"),
+        ({"k": 7}, "probe.params.k: 1 -> 7"),
+    ],
+)
+def test_another_protocol_is_not_comparable_and_told_field_by_field(
+    baseline: Baseline, write_run: RunWriter, tmp_path: Path, options: dict[str, object], difference: str
+) -> None:
+    write_run(tmp_path, _right(), weights="b" * 64, **options)
+
+    report = _check(baseline, tmp_path)
+
+    assert report.exit_code == 12
+    assert report.protocols[0].reason == f"another protocol was measured: {difference}"
+    assert report.protocols[1].reason.startswith("no baseline for key knn k=")
+
+
+def test_results_of_part_of_the_images_are_refused_even_beside_such_a_baseline(
+    baseline: Baseline, write_run: RunWriter, tmp_path: Path
+) -> None:
+    (result,) = write_run(tmp_path, _right(), weights="b" * 64, limit=50)
+    entry = replace(baseline.protocols[0], protocol_id=result.protocol_id, protocol=result.protocol)
+
+    report = _check(replace(baseline, protocols=(entry,)), tmp_path)
+
+    assert (report.exit_code, report.protocols[0].reason) == (12, "scored on a part of the images (--limit 50)")
+
+
+def test_fewer_or_other_images_are_not_comparable(baseline: Baseline, write_run: RunWriter, tmp_path: Path) -> None:
+    write_run(tmp_path, _right(_N - 1), weights="b" * 64)
+
+    report = _check(baseline, tmp_path)
+
+    assert (report.exit_code, report.protocols[0].reason) == (12, "9,999 test images instead of 10,000")
+
+
+def test_no_results_are_not_comparable(baseline: Baseline) -> None:
+    assert check_results(baseline, [], []).exit_code == 12
+
+
+def test_a_proven_drop_stays_one_beside_what_is_not_comparable(
+    baseline: Baseline, write_run: RunWriter, tmp_path: Path
+) -> None:
+    write_run(tmp_path, _right(lost=300), weights="b" * 64)
+    write_run(tmp_path, _right(), weights="b" * 64, k=9)
+
+    assert [one.verdict for one in _check(baseline, tmp_path).protocols] == ["regression", "not comparable"]
+    assert _check(baseline, tmp_path).exit_code == 10
+
+
+def test_versions_are_shown_as_a_difference_and_not_refused(
+    baseline: Baseline, write_run: RunWriter, tmp_path: Path
+) -> None:
+    def newer(result: Result) -> Result:
+        features = replace(result.features, decoder="pillow 14.0")
+        return replace(result, features=features, environment=replace(result.environment, torch="2.15"))
+
+    write_run(tmp_path, _right(), weights="b" * 64, changed=newer)
+
+    report = _check(baseline, tmp_path)
+
+    assert report.verdict == "pass"
+    assert report.protocols[0].notes == ("torch: 2.14 -> 2.15", "decoder: pillow 13.0 -> pillow 14.0")
+
+
+def test_protocols_are_judged_together() -> None:
+    """A drop that is significant alone is not among twelve, and the strictest of twelve tests finds less."""
+    drop = np.repeat([-1, 0, 1], [75, 4875, 40])
+    (alone,) = weigh([drop], [1], margin=0.005)
+    together = weigh([drop, *[np.zeros(5000, dtype=np.int64)] * 11], [1] * 12, margin=0.005)
+
+    assert (alone.verdict, together[0].verdict) == ("regression", "inconclusive")
+    assert together[0].worse == pytest.approx(12 * alone.worse)
+    assert together[0].detectable > alone.detectable
+
+
+@given(st.integers(20, 3000), st.integers(0, 300), st.integers(0, 300), st.floats(0, 0.1))
+@settings(max_examples=200, deadline=None)
+def test_what_passes_lost_less_than_the_margin_and_would_have_shown_more(
+    n: int, lost: int, gained: int, margin: float
+) -> None:
+    rest = max(0, n - lost - gained)
+    (one,) = weigh([np.repeat([-1, 0, 1], [lost, rest, gained])], [1], margin=margin)
+
+    assert one.verdict != "pass" or (one.detectable <= margin and (lost - gained) / (lost + rest + gained) < margin)
+
+
+@pytest.mark.parametrize("margin", [float("nan"), float("inf"), -0.01, 1.0, 5.0])
+def test_margin_that_is_no_fraction_is_refused(baseline: Baseline, margin: float) -> None:
+    with pytest.raises(UsageError, match="out of range"):
+        check_results(baseline, [], [], margin=margin)
+
+
+def test_equal_input_gives_equal_bytes(baseline: Baseline, write_run: RunWriter, tmp_path: Path) -> None:
+    write_run(tmp_path, _right(lost=90, gained=40), weights="b" * 64)
+    renderers = (render_gate_text, render_gate_markdown, render_gate_json, render_gate_junit)
+
+    found = {tuple(render(_check(baseline, tmp_path)) for render in renderers) for _ in range(4)}
+
+    assert len(found) == 1
+
+
+def _simulation() -> ModuleType:
+    path = Path(__file__).parents[2] / "exact" / "simulate_gate.py"
+    spec = importlib.util.spec_from_file_location("simulate_gate", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("n", "share"), [(1_000, 0.08), (10_000, 0.002)])
+def test_no_change_is_rarely_a_regression(n: int, share: float) -> None:
+    """A sample of `make exact`; 8 of 250 are one in 20,000 at the stated level."""
+    simulation = _simulation()
+
+    regressions, _ = simulation.families_called(simulation.World(1, share, 0.0), n, 250, margin=0.01, seed=11)
+
+    assert regressions <= 6 * 250 * LEVEL
+
+
+@pytest.mark.parametrize(("drop", "margin"), [(0.02, 0.01), (0.01, 0.002)])
+def test_a_true_drop_is_a_regression(drop: float, margin: float) -> None:
+    simulation = _simulation()
+    world = simulation.World(1, 0.02, drop / 0.02)
+
+    assert simulation.regressions_found(world, 10_000, 40, margin=margin, seed=12) >= 38
+
+
+def test_paired_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    simulation = _simulation()
+
+    held = [simulation.coverage(simulation.World(3, 0.08, tilt), 2_000, 300, seed=13) for tilt in (0.0, 0.5, 1.0)]
+
+    assert 0.925 < np.mean(held) < 0.975

@@ -1,0 +1,212 @@
+"""Records: what is written reads back, and nothing damaged passes for a result."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from msn_eval.errors import StoreError
+from msn_eval.files.json_records import canonical_json
+from msn_eval.results.folder import list_results
+from msn_eval.results.metrics import measure
+from msn_eval.results.record import (
+    SCHEMA,
+    Result,
+    as_json,
+    protocol_id,
+    read_predictions,
+    read_result,
+    result_id,
+    write_result,
+)
+
+_RELEASED = Path(__file__).parents[2] / "golden" / "records"
+
+
+@pytest.fixture
+def result(digits_runs: Path) -> Result:
+    return list_results([digits_runs])[0]
+
+
+def test_a_written_result_reads_back_equal(result: Result, tmp_path: Path) -> None:
+    write_result(tmp_path, result, None)
+
+    assert read_result(tmp_path / f"{result.id}.json") == result
+
+
+def test_metrics_follow_from_the_stored_predictions(digits_runs: Path) -> None:
+    for result in list_results([digits_runs]):
+        assert result.predictions is not None
+        predictions = read_predictions(digits_runs / result.predictions)
+        assert measure(predictions.rank_of_label) == result.metrics
+
+
+def test_predictions_hold_every_image_in_order_with_consistent_ranks(digits_runs: Path) -> None:
+    for result in list_results([digits_runs]):
+        assert result.predictions is not None
+        stored = read_predictions(digits_runs / result.predictions)
+        assert list(stored.image) == sorted(stored.image)
+        assert np.array_equal(stored.rank_of_label == 1, stored.prediction == stored.label)
+
+
+def test_predictions_need_no_pickle(digits_runs: Path) -> None:
+    with np.load(next(digits_runs.glob("*.npz")), allow_pickle=False) as stored:
+        assert {name: stored[name].dtype.kind for name in stored} == {
+            "image": "S",
+            "label": "i",
+            "prediction": "i",
+            "rank_of_label": "i",
+        }
+
+
+def test_a_record_with_nan_cannot_be_written(result: Result, tmp_path: Path) -> None:
+    assert result.metrics is not None
+    broken = replace(result, metrics=replace(result.metrics, top1=float("nan")))
+
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_result(tmp_path, broken, None)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_protocol_that_was_edited_in_the_file_is_refused(result: Result, tmp_path: Path) -> None:
+    write_result(tmp_path, result, None)
+    path = tmp_path / f"{result.id}.json"
+    content = json.loads(path.read_text())
+    content["protocol"]["limit"] = 7
+    path.write_text(json.dumps(content))
+
+    with pytest.raises(StoreError, match="its protocol is not the one of its protocol_id"):
+        read_result(path)
+
+
+def test_records_from_before_overlap_was_counted_read_as_not_counted(result: Result, tmp_path: Path) -> None:
+    write_result(tmp_path, result, None)
+    path = tmp_path / f"{result.id}.json"
+    content = json.loads(path.read_text())
+    assert content["split"].pop("overlap") == 0
+    path.write_text(json.dumps(content))
+
+    assert read_result(path).split.overlap is None
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("2", "schema 2, this version of msn-eval reads 1\nUpdate msn-eval."),
+        ("0", "schema 0, this version of msn-eval reads 1\nNo version wrote"),
+        ("true", "schema True"),
+        ('"1"', "schema '1'"),
+        ("null", "schema None"),
+    ],
+)
+def test_another_schema_is_refused_with_what_to_do(result: Result, tmp_path: Path, written: str, told: str) -> None:
+    path = _rewritten(result, tmp_path, '"schema": 1', f'"schema": {written}')
+
+    with pytest.raises(StoreError) as refusal:
+        read_result(path)
+
+    assert str(path) in str(refusal.value)
+    assert told in str(refusal.value)
+
+
+def _rewritten(result: Result, folder: Path, before: str, after: str) -> Path:
+    write_result(folder, result, None)
+    path = folder / f"{result.id}.json"
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ('"schema": 1,', "", "it states no schema"),
+        ('"draw": ', '"draw": "1", "was": ', "split.draw is of the wrong type"),
+        ('"draw": ', '"drawn": ', "split.drawn is no field of this schema"),
+        ('"classes": 10,', "", "data.classes is missing"),
+        ('"top1": ', '"top1": NaN, "was": ', "NaN is no JSON number"),
+        ('"top5": ', '"top5": -0.5, "was": ', "metrics.was is no field"),
+        ('"status": "ok"', '"status": "fine"', "status is of the wrong type"),
+        ('"classes": 10', '"classes": true', "data.classes is of the wrong type: true"),
+        ('"name": "digits"', '"name": null', "data.name is of the wrong type: null"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_refused_by_name(
+    result: Result, tmp_path: Path, before: str, after: str, told: str
+) -> None:
+    path = _rewritten(result, tmp_path, before, after)
+
+    with pytest.raises(StoreError, match="is no readable result") as refusal:
+        read_result(path)
+
+    assert told in str(refusal.value)
+
+
+@pytest.mark.parametrize("change", [{"top1": 1.5}, {"top5": 0.0}, {"n": 0}, {"top1_ci95": (0.9, 0.1)}])
+def test_metrics_that_are_no_accuracies_are_refused(
+    result: Result, tmp_path: Path, change: dict[str, float | tuple[float, float]]
+) -> None:
+    assert result.metrics is not None
+    write_result(tmp_path, replace(result, metrics=replace(result.metrics, **change)), None)  # type: ignore[arg-type]
+
+    with pytest.raises(StoreError, match="its metrics are no accuracies"):
+        read_result(tmp_path / f"{result.id}.json")
+
+
+def test_records_of_every_released_schema_are_read_as_they_were_meant() -> None:
+    assert [path.name for path in sorted(_RELEASED.iterdir())] == [f"schema-{n}" for n in range(1, SCHEMA + 1)]
+    for path in _RELEASED.glob("*/*.json"):
+        written = json.loads(path.read_text())
+        read = json.loads(json.dumps(as_json(read_result(path))))
+        assert written.pop("schema") <= read.pop("schema") == SCHEMA
+        written["checkpoint"].setdefault("allow_missing", [])  # what 0.1.0 did not record at first
+        written["split"].setdefault("overlap", None)
+        written["probe"].setdefault("chosen", None)
+        written["features"].setdefault("degenerate", None)
+        assert read == written
+
+
+def test_records_of_every_released_schema_say_what_they_said() -> None:
+    said = {
+        result.id: (result.probe.name, result.split.subset, result.split.draw, result.metrics and result.metrics.top1)
+        for result in list_results(sorted(_RELEASED.iterdir()))
+    }
+
+    assert said == {
+        "25349e1768a0730b": ("ncm", "5imgs", 1, 0.84),
+        "47ee276da93c9e8e": ("knn", "1img", 1, 0.61),
+        "83169b93ab604759": ("ncm", "1img", 1, None),
+        "9e8f2071fa9c582d": ("logistic", "1img", 2, 0.76),
+        "b39361b67149d6c5": ("logistic", "1img", 1, 0.62),
+    }
+
+
+def test_a_damaged_prediction_file_is_refused_by_name(digits_runs: Path, tmp_path: Path) -> None:
+    whole = next(digits_runs.glob("*.npz")).read_bytes()
+    path = tmp_path / "flipped.npz"
+    path.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+
+    with pytest.raises(StoreError, match=r"flipped\.npz"):
+        read_predictions(path)
+
+
+def test_canonical_json_sorts_keys_and_keeps_the_shortest_float() -> None:
+    assert canonical_json({"b": 0.1, "a": [1, None]}) == '{"a":[1,null],"b":0.1}'
+
+
+def test_an_id_depends_on_weights_key_protocol_and_draw() -> None:
+    base = {"weights_sha256": "w", "key": None, "protocol_id": "p", "draw": 1}
+    others = [{"weights_sha256": "x"}, {"key": "k"}, {"protocol_id": "q"}, {"draw": 2}]
+
+    ids = {result_id(**{**base, **other}) for other in [{}, *others]}  # type: ignore[arg-type]
+
+    assert len(ids) == 5
+
+
+def test_protocol_id_has_sixteen_hex_digits() -> None:
+    assert int(protocol_id({}), 16) >= 0
+    assert len(protocol_id({})) == 16

@@ -1,0 +1,249 @@
+"""Intervals, tests and rankings against enumeration, closed forms, SciPy and simulation."""
+
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
+
+from msn_eval.results.metrics import wilson_interval
+from msn_eval.results.statistics import (
+    Integers,
+    accuracy_interval,
+    compare_scores,
+    count_right,
+    difference_interval,
+    draw_spread,
+    holm,
+    minimal_detectable_difference,
+    rank_with_ties,
+    sign_flip_test,
+)
+
+_FEW_DIFFERENCES = st.lists(st.integers(-3, 3), min_size=1, max_size=9)
+
+
+def _differences(n: int, *, lost: int, gained: int, size: int = 1) -> Integers:
+    differences = np.zeros(n, dtype=np.int64)
+    differences[:lost], differences[lost : lost + gained] = -size, size
+    return differences
+
+
+def _scores(n: int, right: int, *, first: int = 0) -> Integers:
+    scores = np.zeros(n, dtype=np.int64)
+    scores[first : first + right] = 1
+    return scores
+
+
+def test_one_draw_has_no_spread_and_three_have_the_sample_deviation() -> None:
+    assert draw_spread([0.5]) is None
+    assert draw_spread([0.1, 0.2, 0.6]) == pytest.approx(np.std([0.1, 0.2, 0.6], ddof=1))
+
+
+def test_score_of_an_image_is_the_draws_in_which_it_is_right() -> None:
+    right = np.array([[True, False, True], [True, False, False]])
+
+    assert count_right(right).tolist() == [2, 0, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(_FEW_DIFFERENCES)
+def test_sign_flip_test_is_the_count_of_all_flips(differences: list[int]) -> None:
+    sizes = [abs(one) for one in differences]
+    seen = sum(differences)
+    sums = [
+        sum(sign * size for sign, size in zip(signs, sizes, strict=True))
+        for signs in product((-1, 1), repeat=len(sizes))
+    ]
+
+    test = sign_flip_test(np.array(differences))
+
+    assert test.lower == pytest.approx(float(Fraction(sum(one <= seen for one in sums), len(sums))), rel=1e-12)
+    assert test.upper == pytest.approx(float(Fraction(sum(one >= seen for one in sums), len(sums))), rel=1e-12)
+    assert test.two_sided == pytest.approx(
+        float(Fraction(sum(abs(one) >= abs(seen) for one in sums), len(sums))), rel=1e-12
+    )
+
+
+def test_with_one_draw_it_is_the_binomial_test_of_mcnemar() -> None:
+    test = sign_flip_test(_differences(10_000, lost=61, gained=40))
+
+    assert test.two_sided == pytest.approx(stats.binomtest(40, 101).pvalue, rel=1e-10)
+    assert test.lower == pytest.approx(stats.binomtest(40, 101, alternative="less").pvalue, rel=1e-10)
+
+
+def test_size_common_to_all_differences_does_not_matter() -> None:
+    assert sign_flip_test(_differences(99, lost=30, gained=9, size=3)) == sign_flip_test(
+        _differences(99, lost=30, gained=9)
+    )
+
+
+def test_far_tail_keeps_its_digits() -> None:
+    differences = np.concatenate([_differences(500, lost=400, gained=0), _differences(300, lost=200, gained=0, size=2)])
+
+    assert sign_flip_test(differences).lower == pytest.approx(0.5**600, rel=1e-9)
+
+
+def test_equal_checkpoints_are_not_told_apart() -> None:
+    same = compare_scores(_scores(50, 20), _scores(50, 20), draws=1)
+
+    assert (same.difference, same.differing, same.worse, same.better, same.two_sided) == (0.0, 0, 1.0, 1.0, 1.0)
+
+
+def test_paired_result_counts_what_was_lost_and_gained() -> None:
+    paired = compare_scores(_scores(100, 40), _scores(100, 30, first=20), draws=1)
+
+    assert (paired.lost, paired.gained, paired.differing, paired.difference) == (20, 10, 30, pytest.approx(-0.1))
+
+
+def test_exchanging_the_checkpoints_mirrors_everything() -> None:
+    first, second = _scores(200, 90), _scores(200, 80, first=30)
+    there, back = compare_scores(first, second, draws=1), compare_scores(second, first, draws=1)
+
+    assert (there.difference, there.worse, there.lost) == (-back.difference, back.better, back.gained)
+    assert there.interval.low == pytest.approx(-back.interval.high, abs=1e-12)
+
+
+def test_paired_interval_is_that_of_resampling_the_images() -> None:
+    differences = np.random.default_rng(4).choice([-3, -1, 0, 1, 2], 2000, p=[0.05, 0.1, 0.7, 0.1, 0.05])
+    resamples = np.random.default_rng(5).choice(differences, (4000, 2000)).mean(axis=1) / 3
+
+    interval = difference_interval(differences, draws=3)
+
+    assert [interval.low, interval.high] == pytest.approx(np.percentile(resamples, [2.5, 97.5]), abs=6e-4)
+
+
+def test_interval_of_equal_checkpoints_is_not_empty() -> None:
+    interval = difference_interval(np.zeros(1000, dtype=np.int64), draws=1)
+
+    assert -0.003 < interval.low < 0 < interval.high < 0.003
+
+
+@pytest.mark.parametrize("lost", [1, 1000])
+def test_interval_stays_within_what_a_difference_can_be(lost: int) -> None:
+    interval = difference_interval(_differences(1000, lost=lost, gained=0), draws=1)
+
+    assert -1 <= interval.low < -lost / 1000 + 1e-9 <= interval.high + 1e-9 <= 1
+
+
+def test_interval_of_one_draw_is_wilsons() -> None:
+    interval = accuracy_interval(_scores(300, 200), draws=1)
+
+    assert (interval.low, interval.high) == wilson_interval(200, 300)
+
+
+def test_draws_that_agree_are_no_more_images() -> None:
+    one, three = accuracy_interval(_scores(300, 200), draws=1), accuracy_interval(3 * _scores(300, 200), draws=3)
+
+    assert (three.low, three.high) == (pytest.approx(one.low), pytest.approx(one.high))
+
+
+def test_draws_that_differ_narrow_the_interval() -> None:
+    scores = np.random.default_rng(0).binomial(3, 0.6, 900)
+    three, one = accuracy_interval(scores, draws=3), wilson_interval(int(scores.sum()) / 3, 900)
+
+    assert three.high - three.low < 0.7 * (one[1] - one[0])
+
+
+@pytest.mark.parametrize(
+    ("n", "share", "points", "points_of_twelve"),
+    [(1_000, 0.02, 1.11, 1.56), (5_000, 0.02, 0.50, 0.70), (10_000, 0.08, 0.70, 0.98), (50_000, 0.08, 0.31, 0.44)],
+)
+def test_detectable_drop_is_that_of_the_normal_form(
+    n: int, share: float, points: float, points_of_twelve: float
+) -> None:
+    """The numbers are those of a simulation that this code did not take part in, at 5 % and 80 % power."""
+    half = round(n * share / 2)
+    differences = _differences(n, lost=half, gained=half)
+
+    for level, expected in ((0.05, points), (0.05 / 12, points_of_twelve)):
+        found = minimal_detectable_difference(differences, draws=1, level=level)
+        assert 100 * found == pytest.approx(expected, abs=0.012)
+
+
+def test_where_nothing_differed_a_drop_must_bring_its_own_images() -> None:
+    n, level = 10_000, 0.01
+    found = minimal_detectable_difference(np.zeros(n, dtype=np.int64), draws=1, level=level)
+
+    needed = next(k for k in range(99) if 0.5**k <= level)  # losses alone that the exact test calls a drop
+    assert 0.75 < stats.binom.sf(needed - 1, n, found) < 0.95
+
+
+def test_few_images_can_show_nothing() -> None:
+    assert minimal_detectable_difference(np.zeros(5, dtype=np.int64), draws=1, level=0.01) == 1.0
+
+
+def test_detectable_drop_is_found_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(9)
+    n, level, draws = 5_000, 0.01, 3
+    null = np.repeat([-2, -1, 0, 1, 2], [25, 50, 4850, 50, 25])
+    drop = minimal_detectable_difference(null, draws=draws, level=level)
+    tilt = drop * draws / 1.5  # moves this much probability from gains to losses, in images of mean size 1.5
+    shares = [0.005 + tilt / 4, 0.01 + tilt / 4, 0.97, 0.01 - tilt / 4, 0.005 - tilt / 4]
+
+    found = [sign_flip_test(generator.choice([-2, -1, 0, 1, 2], n, p=shares)).lower <= level for _ in range(400)]
+
+    assert 0.72 < np.mean(found) < 0.88
+
+
+def test_holm_rejects_as_the_step_down_does() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx((0.03, 0.06, 0.06))
+    assert holm([0.6, 0.7]) == (1.0, 1.0)
+    assert holm([]) == ()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_lies_between_no_correction_and_bonferronis(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+
+    assert all(p <= a <= min(1, len(p_values) * p) for p, a in zip(p_values, adjusted, strict=True))
+    assert [adjusted[i] for i in np.argsort(p_values, kind="stable")] == sorted(adjusted)
+
+
+def test_checkpoints_that_cannot_be_told_apart_share_a_rank() -> None:
+    good, alike, worse = _scores(1000, 700), _scores(1000, 699), _scores(1000, 500)
+
+    assert rank_with_ties([worse, alike, good]) == (3, 1, 1)
+
+
+def _linked() -> list[Integers]:
+    """Give three checkpoints, each 6 images below the one before: only the first and the last are separable."""
+    return [_scores(1000, 700), _scores(1000, 694), _scores(1000, 688)]
+
+
+def test_separable_checkpoints_share_a_rank_where_others_link_them() -> None:
+    best, middle, last = _linked()
+
+    assert rank_with_ties([best, middle, last]) == (1, 1, 1)
+    assert rank_with_ties([best, last]) == (1, 2)
+
+
+@pytest.mark.parametrize("level", [1e-9, 0.05])
+def test_not_separable_means_the_same_rank(level: float) -> None:
+    generator = np.random.default_rng(2)
+    scores = [generator.binomial(3, share, 400) for share in (0.5, 0.52, 0.55, 0.7, 0.71, 0.9)]
+    ranks = rank_with_ties(scores, level=level)
+
+    pairs = [(a, b) for a in range(6) for b in range(a)]
+    adjusted = holm([sign_flip_test(scores[a] - scores[b]).two_sided for a, b in pairs])
+    tied = [(a, b) for (a, b), p in zip(pairs, adjusted, strict=True) if p > level]
+    assert tied
+    assert all(ranks[a] == ranks[b] for a, b in tied)
+
+
+def test_order_of_the_checkpoints_moves_no_rank() -> None:
+    scores = _linked()
+
+    assert rank_with_ties(scores[::-1]) == rank_with_ties(scores)[::-1]
+
+
+def test_equal_input_gives_equal_bits() -> None:
+    differences: NDArray[np.int64] = np.random.default_rng(1).integers(-3, 4, 5000)
+
+    found = {(difference_interval(differences, draws=3), sign_flip_test(differences)) for _ in range(5)}
+
+    assert len(found) == 1

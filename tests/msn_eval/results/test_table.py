@@ -1,0 +1,226 @@
+"""From records to rows, columns and cells."""
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from msn_eval.results.folder import list_results
+from msn_eval.results.record import Result, protocol_id
+from msn_eval.results.table import Table, make_table
+
+
+@pytest.fixture
+def results(digits_runs: Path) -> list[Result]:
+    return list_results([digits_runs])
+
+
+def _other_protocol(result: Result, **changes: object) -> Result:
+    protocol = {**result.protocol, **changes}
+    return replace(result, protocol=protocol, protocol_id=protocol_id(protocol))
+
+
+def test_a_cell_is_mean_and_sample_deviation_over_draws(results: list[Result]) -> None:
+    table = make_table(results)
+
+    for (_, column), cell in table.cells.items():
+        scores = [r.metrics.top1 for r in results if r.protocol_id == column.protocol_id and r.metrics]
+        assert (cell.mean, cell.std, cell.draws) == (
+            pytest.approx(statistics.fmean(scores)),
+            pytest.approx(statistics.stdev(scores)),
+            3,
+        )
+
+
+def test_one_draw_has_no_deviation(results: list[Result]) -> None:
+    (cell,) = make_table(results[:1]).cells.values()
+
+    assert (cell.std, cell.draws) == (None, 1)
+
+
+def test_every_protocol_has_a_column_of_its_own(results: list[Result]) -> None:
+    reduced = [_other_protocol(result, precision="reduced") for result in results]
+
+    table = make_table([*results, *reduced])
+
+    assert len(table.columns) == len({result.protocol_id for result in [*results, *reduced]})
+
+
+def test_columns_that_look_alike_say_wherein_they_differ(results: list[Result]) -> None:
+    result = results[0]
+
+    table = make_table([result, _other_protocol(result, precision="reduced")])
+
+    assert {column.reason for column in table.columns} == {"precision=exact", "precision=reduced"}
+
+
+def test_a_failed_draw_leaves_no_mean(results: list[Result]) -> None:
+    same = [r for r in results if r.protocol_id == results[0].protocol_id]
+    failed = replace(same[0], status="failed", metrics=None, error="broken")
+
+    (cell,) = make_table([failed, *same[1:]]).cells.values()
+
+    assert (cell.mean, cell.status) == (None, "failed")
+
+
+def test_a_draw_that_did_not_converge_marks_its_cell(results: list[Result]) -> None:
+    same = [r for r in results if r.protocol_id == results[0].protocol_id]
+
+    (cell,) = make_table([replace(same[0], status="not_converged"), *same[1:]]).cells.values()
+
+    assert cell.status == "not_converged"
+
+
+def test_two_checkpoints_of_one_name_are_two_rows_told_apart(results: list[Result]) -> None:
+    other = replace(results[0], checkpoint=replace(results[0].checkpoint, weights_sha256="f" * 64))
+
+    table = make_table([results[0], other])
+
+    assert sorted(row.name for row in table.rows) == ["pixels [e3b0c442]", "pixels [ffffffff]"]
+
+
+def test_best_checkpoint_comes_first_and_the_failed_last(results: list[Result]) -> None:
+    def named(name: str, top1: float | None) -> Result:
+        checkpoint = replace(results[0].checkpoint, name=name, weights_sha256=name)
+        metrics = results[0].metrics and replace(results[0].metrics, top1=top1 or 0.0)
+        status = "failed" if top1 is None else "ok"
+        return replace(results[0], checkpoint=checkpoint, status=status, metrics=metrics if top1 is not None else None)
+
+    table = make_table([named("worse", 0.1), named("broken", None), named("better", 0.9)])
+
+    assert [row.name for row in table.rows] == ["better", "worse", "broken"]
+
+
+def test_partly_loaded_weights_are_noted_in_the_row(results: list[Result]) -> None:
+    partly = replace(results[0], checkpoint=replace(results[0].checkpoint, matched=0.5))
+
+    assert make_table([partly]).rows[0].note == "50.0% of weights loaded"
+
+
+def test_subsets_stand_in_the_order_of_their_size(results: list[Result]) -> None:
+    table: Table = make_table(reversed(results))
+
+    assert [column.subset for column in table.groups()["ncm"]] == ["1img", "2imgs"]
+
+
+def test_a_result_that_comes_twice_counts_once(results: list[Result]) -> None:
+    assert make_table([*results, *results]) == make_table(results)
+
+
+def test_order_of_the_records_changes_nothing(results: list[Result]) -> None:
+    assert make_table(results) == make_table(results[::-1])
+
+
+def test_what_a_subset_brings_with_it_sets_no_column_apart(results: list[Result]) -> None:
+    skipped = [_other_protocol(r, skipped=r.split.subset) for r in results]
+
+    assert {column.reason for column in make_table(skipped).columns} == {""}
+
+
+def test_a_precision_of_its_own_is_told_even_where_no_other_column_has_the_subset(results: list[Result]) -> None:
+    chosen = [r for r in results if r.probe.name == "ncm"]
+    mixed = [r if r.split.subset == "1img" else _other_protocol(r, precision="reduced") for r in chosen]
+
+    table = make_table(mixed)
+
+    assert list(table.groups()) == ["ncm, precision=exact", "ncm, precision=reduced"]
+
+
+def test_columns_of_two_data_sets_are_called_by_their_names(results: list[Result]) -> None:
+    data = replace(results[0].data, name="photos", sha256="f" * 64)
+    facts = {"sha256": "f" * 64, "class_map_sha256": "e" * 64}
+    other = replace(_other_protocol(results[0], data=facts), data=data)
+
+    table = make_table([results[0], other])
+
+    assert {column.reason for column in table.columns} == {"digits", "photos"}
+
+
+def test_a_limit_is_told_without_the_hash_that_follows_from_it(results: list[Result]) -> None:
+    facts = {"sha256": "f" * 64, "class_map_sha256": results[0].data.class_map_sha256}
+    limited = _other_protocol(results[0], data=facts, limit=10)
+
+    assert {column.reason for column in make_table([results[0], limited]).columns} == {"limit=10", "limit=none"}
+
+
+def test_another_class_map_alone_is_told(results: list[Result]) -> None:
+    facts = {"sha256": results[0].data.sha256, "class_map_sha256": "e" * 64}
+
+    reasons = {c.reason for c in make_table([results[0], _other_protocol(results[0], data=facts)]).columns}
+
+    assert "data.class_map_sha256=eeeeeeee" in reasons
+
+
+def test_patterns_of_absent_weights_and_skipped_images_stand_in_the_row(results: list[Result]) -> None:
+    checkpoint = replace(results[0].checkpoint, matched=0.5, allow_missing=("head.*", "norm.*"))
+    data = [replace(results[0].data, skipped=count) for count in (0, 2)]
+
+    table = make_table([replace(r, checkpoint=checkpoint, data=one) for r, one in zip(results[:2], data, strict=True)])
+
+    assert table.rows[0].note == (
+        "50.0% of weights loaded, absent by --allow-missing head.* norm.*, 2 unreadable images skipped"
+    )
+
+
+@pytest.mark.parametrize(
+    ("protocol", "told"),
+    [
+        ({"by_hand": {"patch_drop": 0.5, "seed": 0}}, "by_hand.patch_drop=0.5 by_hand.seed=0"),
+        ({"limit": 20}, "limit=20"),
+    ],
+)
+def test_what_was_set_by_hand_is_told_of_a_protocol_that_stands_alone(
+    results: list[Result], protocol: dict[str, object], told: str
+) -> None:
+    column = make_table([_other_protocol(results[0], **protocol)]).columns[0]
+
+    assert column.reason == told
+
+
+def test_collapsed_features_stand_in_the_row(results: list[Result]) -> None:
+    features = replace(results[0].features, degenerate="validation images: collapsed representation")
+
+    assert make_table([replace(results[0], features=features)]).rows[0].note == features.degenerate
+
+
+def test_rows_measured_with_other_labelled_images_are_told_of(results: list[Result]) -> None:
+    other = replace(
+        results[0],
+        checkpoint=replace(results[0].checkpoint, weights_sha256="f" * 64),
+        split=replace(results[0].split, sha256="f" * 64),
+    )
+
+    (notice,) = make_table([results[0], other]).notices
+
+    assert notice.startswith("Rows were measured with different labelled images")
+    assert make_table(results).notices == ()
+
+
+def test_a_cell_names_its_records(results: list[Result]) -> None:
+    table = make_table(results)
+
+    for (_, column), cell in table.cells.items():
+        assert list(cell.results) == [r.id for d in (1, 2, 3) for r in results
+                                      if (r.protocol_id, r.split.draw) == (column.protocol_id, d)]  # fmt: skip
+
+
+def test_linear_layers_say_wherein_they_differ_from_the_recipe_and_from_each_other(results: list[Result]) -> None:
+    def layer(name: str = "linear", **params: float | str) -> Result:
+        changed = _other_protocol(results[0], probe={"name": name, "version": 1, "params": params})
+        return replace(changed, probe=replace(changed.probe, name=name, params=params))
+
+    def heads(*layers: Result) -> set[str]:
+        return {column.group for column in make_table(list(layers)).columns}
+
+    grid, one, other = layer(lrs=13, epochs=100), layer(lr=3.0, epochs=100), layer(lr=6.4, epochs=100)
+    assert heads(grid) == {"linear"}
+    assert heads(one) == {"linear, lr=3.0"}
+    assert heads(one, other) == {"linear, lr=3.0", "linear, lr=6.4"}
+    assert heads(one, grid) == {"linear, lr=3.0", "linear, lrs=13"}
+    assert heads(layer(lrs=13, epochs=400)) == {"linear, epochs=400"}  # no other column is there to differ from
+    taps = layer(lrs=13, epochs=100, taps="cls,mean")  # said always: the number is that of whichever was chosen
+    assert heads(taps) == {"linear taps=cls,mean"}
+    assert heads(grid, taps) == {"linear", "linear taps=cls,mean"}
+    assert heads(layer("linear-augmented", lr=6.4, epochs=100)) == {"linear-augmented"}
+    assert heads(layer("linear-augmented", lr=3.2, epochs=50)) == {"linear-augmented, epochs=50 lr=3.2"}

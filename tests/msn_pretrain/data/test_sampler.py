@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+
+from msn_eval.errors import UsageError
+from msn_pretrain.data.sampler import Order
+
+
+def _images(order: Order, first: int, steps: int) -> list[list[int]]:
+    return [batch.images.tolist() for batch in order.batches(first, steps)]
+
+
+def test_ranks_share_the_batches_of_a_single_one() -> None:
+    alone = _images(Order(n_images=50, batch_size=12, seed=4), 0, 9)
+
+    shares = [_images(Order(n_images=50, batch_size=12, seed=4, rank=rank, world=3), 0, 9) for rank in range(3)]
+
+    assert [[image for share in shares for image in share[step]] for step in range(9)] == alone
+
+
+def test_a_run_that_starts_later_sees_what_it_would_have_seen() -> None:
+    order = Order(n_images=50, batch_size=12, seed=4)
+
+    assert _images(order, 6, 9) == _images(order, 0, 9)[6:]
+
+
+def test_an_epoch_sees_no_image_twice_and_the_next_one_another_order() -> None:
+    order = Order(n_images=50, batch_size=12, seed=4)
+
+    first, second = ([image for batch in _images(order, start, start + 4) for image in batch] for start in (0, 4))
+
+    assert len(set(first)) == len(set(second)) == 48
+    assert first != second
+    assert [batch.epoch for batch in order.batches(0, 9)] == [0, 0, 0, 0, 1, 1, 1, 1, 2]
+
+
+def test_the_order_of_an_epoch_stays_what_it_is() -> None:
+    assert Order(n_images=8, batch_size=8, seed=0).permutation(3).tolist() == [5, 7, 4, 2, 6, 1, 0, 3]
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(51, 1), (12, 5), (0, 1)])
+def test_batches_that_cannot_be_are_refused(batch_size: int, world: int) -> None:
+    with pytest.raises(UsageError):
+        Order(n_images=50, batch_size=batch_size, seed=0, world=world)
+
+
+def test_other_seeds_give_other_orders() -> None:
+    one, other = (Order(n_images=50, batch_size=10, seed=seed).permutation(0) for seed in (0, 1))
+
+    assert not np.array_equal(one, other)

@@ -1,0 +1,81 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from msn_eval.data import read_dataset, read_split
+from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSet
+from msn_eval.errors import DataError
+from msn_pretrain.data.sampler import Order
+from msn_pretrain.data.view_loader import ViewBatch, ViewList, load_views, normalised
+from msn_pretrain.data.views import ViewKind
+
+_KINDS = (ViewKind(pixels=16, count=2, scale=(0.3, 1.0)), ViewKind(pixels=8, count=1, scale=(0.1, 0.4)))
+
+
+def _loaded(images: ImageSet, *, workers: int = 0, first: int = 0, batched: bool = False) -> list[ViewBatch]:
+    wanted = ViewList(images=images, kinds=_KINDS, seed=2, batched=batched, device=torch.device("cpu"))
+    order = Order(n_images=len(images), batch_size=6, seed=2)
+    return list(load_views(wanted, order, first_step=first, steps=5, workers=workers))
+
+
+def _equal(one: list[ViewBatch], other: list[ViewBatch]) -> bool:
+    pairs = list(zip(one, other, strict=True))
+    return all(
+        np.array_equal(a.batch.images, b.batch.images)
+        and all(torch.equal(*views) for views in zip(a.views, b.views, strict=True))
+        for a, b in pairs
+    )
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageSet:
+    return read_dataset("digits").train.first_of_each_class(2)
+
+
+def test_workers_change_nothing(digits: ImageSet) -> None:
+    assert _equal(_loaded(digits), _loaded(digits, workers=2))
+
+
+def test_a_later_start_with_other_workers_gives_the_same_batches(digits: ImageSet) -> None:
+    assert _equal(_loaded(digits)[3:], _loaded(digits, workers=1, first=3))
+
+
+def test_loading_draws_no_number_from_the_global_generator(digits: ImageSet) -> None:
+    before = torch.get_rng_state()
+
+    _loaded(digits, workers=1)
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_views_made_on_the_device_are_nearly_those_of_the_loader(digits: ImageSet) -> None:
+    for one, other in zip(_loaded(digits), _loaded(digits, batched=True), strict=True):
+        for views, batched in zip(one.views, other.views, strict=True):
+            assert (views.int() - batched.int()).abs().float().mean() < 0.5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, workers: int) -> None:
+    for label in ("a", "b"):
+        (tmp_path / "train" / label).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (9, 9)).save(tmp_path / "train" / label / f"{number}.png")
+    bad = tmp_path / "train" / "b" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+
+    with pytest.raises(DataError, match=r"b/1\.png"):
+        _loaded(read_split(str(tmp_path), "train"), workers=workers)
+
+
+def test_normalised_views_have_the_statistics_that_they_are_to_have() -> None:
+    grey = torch.tensor([round(255 * mean) for mean in IMAGENET_MEAN], dtype=torch.uint8)
+    views: Tensor = grey.view(1, 3, 1, 1).expand(2, 3, 4, 4)
+
+    values = normalised(views, IMAGENET_MEAN, IMAGENET_STD)
+
+    assert values.dtype == torch.float32
+    assert values.abs().max() < 0.01

@@ -1,0 +1,236 @@
+"""The losses against plain float64 formulas of the papers, on one rank and on two."""
+
+import math
+
+import lightly.loss
+import pytest
+import torch
+from torch import Tensor, distributed
+
+from msn_eval.errors import UsageError
+from msn_pretrain import msn_loss, simsiam_loss
+from msn_pretrain.methods.assignment import log_prior
+from msn_pretrain.methods.loss import prior_matching_loss
+
+SETTINGS = {
+    "temperature": 0.2,
+    "sharpening": 0.5,
+    "sinkhorn_iterations": 3,
+    "me_max_weight": 0.7,
+    "entropy_weight": 0.3,
+}
+
+
+def plain_msn_loss(
+    anchors: Tensor,
+    targets: Tensor,
+    prototypes: Tensor,
+    *,
+    temperature: float,
+    sharpening: float,
+    sinkhorn_iterations: int,
+    me_max_weight: float,
+    entropy_weight: float,
+) -> dict[str, Tensor]:
+    """Compute equations 1 to 3 of arXiv:2204.07141 with the release's targets, as they are written."""
+    unit = [one / one.norm(dim=1, keepdim=True) for one in (anchors, targets.detach(), prototypes)]
+    p = torch.exp(unit[0] @ unit[2].T / temperature)
+    p = p / p.sum(dim=1, keepdim=True)
+    with torch.no_grad():
+        t = torch.exp(unit[1] @ unit[2].T / temperature)
+        t = (t / t.sum(dim=1, keepdim=True)) ** (1 / sharpening)
+        t = t / t.sum(dim=1, keepdim=True)
+        for _ in range(sinkhorn_iterations):
+            t = t / t.sum(dim=0, keepdim=True)
+            t = t / t.sum(dim=1, keepdim=True)
+    views = len(anchors) // len(targets)
+    cross_entropy = -sum(
+        (t[row] * p[view * len(t) + row].log()).sum() for view in range(views) for row in range(len(t))
+    ) / len(anchors)
+    mean = p.mean(dim=0)
+    me_max = math.log(len(prototypes)) + (mean * mean.log()).sum()
+    entropy = -(p * p.log()).sum(dim=1).mean()
+    total = cross_entropy + me_max_weight * me_max + entropy_weight * entropy
+    return {"total": total, "cross_entropy": cross_entropy, "me_max": me_max, "entropy": entropy}
+
+
+def some_rows(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def some_batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Give 3 views of 8 anchors, 8 targets, 6 prototypes, of width 5."""
+    return some_rows(24, 5, seed=1), some_rows(8, 5, seed=2), some_rows(6, 5, seed=3)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+def test_parts_are_the_plain_formulas(iterations: int) -> None:
+    settings = SETTINGS | {"sinkhorn_iterations": iterations}
+
+    loss, plain = msn_loss(*some_batch(), **settings), plain_msn_loss(*some_batch(), **settings)
+
+    for name, value in plain.items():
+        torch.testing.assert_close(getattr(loss, name), value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("part", ["total", "cross_entropy", "me_max", "entropy"])
+def test_gradients_are_those_of_the_plain_formulas(part: str) -> None:
+    ours, plain = some_batch(), some_batch()
+    for one in (*ours, *plain):
+        one.requires_grad_()
+
+    getattr(msn_loss(*ours, **SETTINGS), part).backward()
+    plain_msn_loss(*plain, **SETTINGS)[part].backward()
+
+    assert ours[1].grad is None
+    for number in (0, 2):
+        torch.testing.assert_close(ours[number].grad, plain[number].grad, rtol=1e-11, atol=1e-13)
+
+
+def test_defaults_are_those_of_the_release_without_weight_on_entropy() -> None:
+    released = {
+        "temperature": 0.1,
+        "sharpening": 0.25,
+        "sinkhorn_iterations": 3,
+        "me_max_weight": 1.0,
+        "entropy_weight": 0.0,
+    }
+
+    torch.testing.assert_close(msn_loss(*some_batch()).total, plain_msn_loss(*some_batch(), **released)["total"])
+
+
+def test_single_precision_is_within_a_millionth() -> None:
+    loss = msn_loss(*(one.float() for one in some_batch()), **SETTINGS)
+
+    for name, value in plain_msn_loss(*some_batch(), **SETTINGS).items():
+        assert float(getattr(loss, name)) == pytest.approx(float(value), rel=1e-6, abs=1e-6)
+
+
+def share_of(rows: Tensor, views: int) -> Tensor:
+    """Give this rank's images of each view."""
+    world, rank = distributed.get_world_size(), distributed.get_rank()
+    return torch.cat([view.chunk(world)[rank] for view in rows.chunk(views)])
+
+
+def loss_of_own_share(anchors: Tensor, targets: Tensor, prototypes: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    prototypes.requires_grad_()
+    weight.requires_grad_()
+    loss = msn_loss(share_of(anchors, 3) @ weight, share_of(targets, 1) @ weight, prototypes, **SETTINGS)
+    loss.total.backward()
+    distributed.all_reduce(weight.grad)
+    found = {name: getattr(loss, name).detach() for name in ("total", "cross_entropy", "me_max", "entropy")}
+    return found | {"weight": weight.grad / distributed.get_world_size(), "prototypes": prototypes.grad}
+
+
+def test_two_ranks_have_values_and_gradients_of_the_one_global_batch(on_ranks) -> None:
+    anchors, targets, prototypes = some_batch()
+    weight = some_rows(5, 5, seed=4)
+    ranks = on_ranks(loss_of_own_share, anchors, targets, prototypes, weight)
+
+    prototypes.requires_grad_()
+    weight.requires_grad_()
+    plain = plain_msn_loss(anchors @ weight, targets @ weight, prototypes, **SETTINGS)
+    plain["total"].backward()
+
+    for found in ranks:
+        for name, value in (plain | {"weight": weight.grad, "prototypes": prototypes.grad}).items():
+            torch.testing.assert_close(found[name], value.detach(), rtol=1e-11, atol=1e-13)
+
+
+def test_certain_predictions_give_finite_losses_and_gradients() -> None:
+    anchors = torch.eye(3).repeat(2, 1).requires_grad_()
+    prototypes = torch.eye(3).requires_grad_()
+
+    loss = msn_loss(anchors, torch.eye(3), prototypes, temperature=0.001, entropy_weight=1.0)
+    loss.total.backward()
+
+    assert loss.total.isfinite()
+    assert anchors.grad.isfinite().all()
+    assert prototypes.grad.isfinite().all()
+
+
+def test_a_prototype_that_nobody_is_near_costs_no_number() -> None:
+    anchors = torch.tensor([[1.0, 0.0]]).requires_grad_()
+    prototypes = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).requires_grad_()
+
+    loss = msn_loss(anchors, torch.tensor([[1.0, 0.0]]), prototypes, temperature=0.001)
+    loss.total.backward()
+
+    assert float(loss.me_max.detach()) == pytest.approx(math.log(2))
+    assert prototypes.grad.isfinite().all()
+
+
+def test_uniform_prior_is_mean_entropy_maximisation_and_another_is_a_divergence() -> None:
+    anchors, targets, prototypes = some_batch()
+    prior = log_prior("power_law", 6, exponent=1.0)
+    mean = torch.cosine_similarity(anchors[:, None], prototypes[None], dim=2).div(0.2).softmax(dim=1).mean(dim=0)
+
+    loss = prior_matching_loss(anchors, targets, prototypes, logarithm_of_prior=prior, **SETTINGS)
+
+    torch.testing.assert_close(loss.me_max, (mean * (mean.log() - prior)).sum())
+
+
+def test_half_precision_is_computed_in_single() -> None:
+    batch = [one.bfloat16() for one in some_batch()]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = msn_loss(*batch, **SETTINGS)
+
+    torch.testing.assert_close(loss.total, msn_loss(*(one.float() for one in batch), **SETTINGS).total, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "settings"),
+    [
+        (((7, 5), (8, 5), (6, 5)), {}),
+        (((8, 5), (8, 4), (6, 5)), {}),
+        (((8, 5), (0, 5), (6, 5)), {}),
+        (((8, 5), (8, 5), (6, 5)), {"temperature": 0.0}),
+        (((8, 5), (8, 5), (6, 5)), {"sharpening": float("nan")}),
+    ],
+)
+def test_what_does_not_fit_is_refused(shapes: tuple[tuple[int, int], ...], settings: dict[str, float]) -> None:
+    with pytest.raises(UsageError):
+        msn_loss(*(torch.ones(shape) for shape in shapes), **settings)
+
+
+def some_views() -> list[Tensor]:
+    return [some_rows(8, 5, seed=seed) for seed in range(4)]
+
+
+def test_simsiam_loss_is_that_of_lightly() -> None:
+    p1, z2, p2, z1 = some_views()
+    cosine = lightly.loss.NegativeCosineSimilarity()
+
+    torch.testing.assert_close(simsiam_loss(p1, z2, p2, z1), 0.5 * (cosine(p1, z2) + cosine(p2, z1)))
+
+
+def test_projections_of_simsiam_get_no_gradient() -> None:
+    p1, z2, p2, z1 = (one.requires_grad_() for one in some_views())
+
+    simsiam_loss(p1, z2, p2, z1).backward()
+
+    assert z1.grad is None
+    assert z2.grad is None
+    assert p1.grad.any()
+    assert p2.grad.any()
+
+
+def simsiam_of_own_share(views: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+    weight.requires_grad_()
+    loss = simsiam_loss(*(share_of(one, 1) @ weight for one in views))
+    loss.backward()
+    distributed.all_reduce(weight.grad)
+    return loss.detach(), weight.grad / distributed.get_world_size()
+
+
+def test_simsiam_on_two_ranks_is_that_of_the_one_global_batch(on_ranks) -> None:
+    weight = some_rows(5, 5, seed=4)
+    ranks = on_ranks(simsiam_of_own_share, some_views(), weight)
+
+    weight.requires_grad_()
+    loss = simsiam_loss(*(one @ weight for one in some_views()))
+    loss.backward()
+
+    for value, gradient in ranks:
+        torch.testing.assert_close(value, loss.detach())
+        torch.testing.assert_close(gradient, weight.grad)

@@ -1,0 +1,236 @@
+"""MSN's step against plain formulas in float64, on one rank and on two."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from msn_eval.errors import UsageError
+from msn_pretrain.config.recipe import Criterion, Encoder, Head, Masking, MSNRecipe, Run, Views
+from msn_pretrain.config.schedule import StepSettings
+from msn_pretrain.methods.msn import MSN, build_msn
+
+KEPT = torch.tensor([0, 2, 3])
+ROUNDING = {"rtol": 1e-6, "atol": 1e-8}  # interpolated positions are a float32 matrix's
+
+
+def small_recipe(**sections: object) -> MSNRecipe:
+    given = {
+        "run": Run(seed=3),
+        "encoder": Encoder(name="vit_tiny_patch16_224?img_size=16&patch_size=8&embed_dim=12&depth=2&num_heads=3"),
+        "views": Views(image_pixels=16, focal_pixels=8, focal_views=2),
+        "head": Head(hidden=10, output=6),
+        "criterion": Criterion(prototypes=7, entropy_weight=0.2),
+        "masking": Masking(ratio=0.25),
+    }
+    return MSNRecipe(**(given | sections))
+
+
+def small_model(**sections: object) -> MSN:
+    """Give a model whose target already differs from its anchor."""
+    model = build_msn(small_recipe(**sections)).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+    return model
+
+
+def some_views(images: int = 8) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(images, 3, side, side, dtype=torch.float64, generator=generator) for side in (16, 16, 8, 8)]
+
+
+def plain_head(head: nn.Sequential, rows: Tensor) -> Tensor:
+    for linear, norm in ((head.fc1, head.bn1), (head.fc2, head.bn2)):
+        rows = rows @ linear.weight.T + linear.bias
+        rows = (rows - rows.mean(dim=0)) / (rows.var(dim=0, correction=0) + 1e-5).sqrt() * norm.weight + norm.bias
+        rows = rows * 0.5 * (1 + torch.erf(rows / math.sqrt(2)))
+    return rows @ head.fc3.weight.T + head.fc3.bias
+
+
+def plain_class_token(network: nn.Module, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    patches = network.patch_embed.proj(images).flatten(2).transpose(1, 2)
+    positions = network.pos_embed[:, 1:]
+    if patches.shape[1] != positions.shape[1]:
+        grid = positions.reshape(1, 2, 2, -1).permute(0, 3, 1, 2)
+        positions = nn.functional.interpolate(grid, size=1, mode="bicubic").flatten(2).transpose(1, 2)
+    patches = patches + positions
+    if kept is not None:
+        patches = patches[:, kept]
+    front = (network.cls_token + network.pos_embed[:, :1]).expand(len(images), -1, -1)
+    return network.norm(network.blocks(torch.cat([front, patches], dim=1)))[:, 0]
+
+
+def plain_loss(model: MSN, views: list[Tensor]) -> dict[str, Tensor]:
+    """Compute the loss of the paper with the release's settings, from images on."""
+    anchor, target = model.anchor, model.target
+    random = plain_head(anchor.head, plain_class_token(anchor.trunk.network, views[1], KEPT))
+    focal = plain_head(anchor.head, plain_class_token(anchor.trunk.network, torch.cat(views[2:])))
+    wanted = plain_head(target.head, plain_class_token(target.trunk.network, views[0])).detach()
+    anchors = torch.cat([random, focal])
+    unit = [one / one.norm(dim=1, keepdim=True) for one in (anchors, wanted, model.prototypes)]
+    p = (unit[0] @ unit[2].T / 0.1).softmax(dim=1)
+    t = (unit[1] @ unit[2].T / 0.1).softmax(dim=1).detach() ** 4
+    t = t / t.sum(dim=1, keepdim=True)
+    for _ in range(3):
+        t = t / t.sum(dim=0, keepdim=True)
+        t = t / t.sum(dim=1, keepdim=True)
+    parts = {
+        "cross_entropy": -(t.repeat(3, 1) * p.log()).sum(dim=1).mean(),
+        "me_max": math.log(7) + (p.mean(dim=0) * p.mean(dim=0).log()).sum(),
+        "entropy": -(p * p.log()).sum(dim=1).mean(),
+    }
+    return parts | {"total": parts["cross_entropy"] + parts["me_max"] + 0.2 * parts["entropy"]}
+
+
+def plain_gradients() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    model = small_model()
+    parts = plain_loss(model, some_views())
+    parts["total"].backward()
+    gradients = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    return {name: part.detach() for name, part in parts.items()}, gradients
+
+
+def test_a_step_has_the_plain_formulas_parts_and_gradients() -> None:
+    model = small_model()
+    parts, gradients = plain_gradients()
+
+    step = model(some_views(), KEPT)
+    step.total.backward()
+
+    for name, part in parts.items():
+        torch.testing.assert_close(step.parts[name], part, **ROUNDING)
+    assert {name for name, one in model.named_parameters() if one.grad is not None} == set(gradients)
+    for name, one in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(one.grad, gradients[name], **ROUNDING, msg=name)
+
+
+def step_of_own_share() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+    model = small_model()
+    parallel = DistributedDataParallel(model)
+    step = parallel([view.chunk(2)[distributed.get_rank()] for view in some_views()], KEPT)
+    step.total.backward()
+    gradients = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    return dict(step.parts), gradients, step.statistics()
+
+
+def test_two_ranks_have_the_plain_formulas_parts_and_gradients_of_the_global_batch(on_ranks) -> None:
+    parts, gradients = plain_gradients()
+
+    for own_parts, own_gradients, _ in on_ranks(step_of_own_share):
+        for name, part in parts.items():
+            torch.testing.assert_close(own_parts[name], part, **ROUNDING)
+        assert own_gradients.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(own_gradients[name], gradient, **ROUNDING, msg=name)
+
+
+def test_statistics_are_those_of_the_global_batch(on_ranks) -> None:
+    whole = small_model()(some_views(), KEPT).statistics()
+
+    for _, _, own in on_ranks(step_of_own_share):
+        assert own == pytest.approx(whole, rel=1e-6)
+
+
+def test_only_encoder_head_and_prototypes_are_trained() -> None:
+    trained = {name.partition(".")[0] for name, one in small_model().named_parameters() if one.requires_grad}
+
+    assert trained == {"anchor", "prototypes"}
+
+
+def test_target_starts_as_the_anchor_and_then_follows() -> None:
+    model = build_msn(small_recipe())
+    assert all(torch.equal(a, t) for a, t in zip(model.anchor.parameters(), model.target.parameters(), strict=True))
+    was = copy.deepcopy(model.target.trunk.network.cls_token)
+    model.anchor.trunk.network.cls_token.data += 1
+
+    model.after_update(StepSettings(learning_rate=0.0, fixed_learning_rate=0.0, weight_decay=0.0, ema=0.75))
+
+    torch.testing.assert_close(model.target.trunk.network.cls_token, was + 0.25)
+
+
+def test_without_masking_nothing_is_drawn_and_nothing_dropped() -> None:
+    model = small_model(masking=Masking(ratio=0.0))
+
+    assert model.draw_kept(torch.Generator(), images=8) is None
+    kept = model(some_views(), torch.arange(4)).parts["total"]
+    assert torch.equal(model(some_views()).parts["total"], kept)
+
+
+def test_each_image_may_have_a_mask_of_its_own() -> None:
+    model = small_model(masking=Masking(ratio=0.5, per_image=True))
+
+    assert model.draw_kept(torch.Generator().manual_seed(0), images=8).shape == (8, 2)
+
+
+def test_random_views_of_the_focal_size_are_masked_and_focal_ones_are_not() -> None:
+    model = small_model(views=Views(image_pixels=16, focal_pixels=16, focal_views=1))
+    views = [*some_views()[:2], some_views()[1]]
+
+    masked, whole = model.anchors(views[1:], KEPT).chunk(2)
+
+    torch.testing.assert_close(whole, model.anchors(views[2:]))
+    assert not torch.allclose(masked, whole)
+
+
+def test_sharpening_of_a_step_wins_over_the_recipes() -> None:
+    model = small_model()
+
+    soft, sharp = (model(some_views(), KEPT, sharpening=one) for one in (1.0, 0.25))
+
+    assert sharp.statistics()["target_entropy"] < soft.statistics()["target_entropy"]
+    assert torch.equal(sharp.total, model(some_views(), KEPT).total)
+
+
+def test_gradient_of_a_batch_taken_in_parts_is_that_of_the_whole() -> None:
+    """Projections first, the loss of all of them, then each part again with its share of the gradient."""
+    whole, parts = (
+        small_model(head=Head(hidden=10, output=6, batch_norm=False)),
+        small_model(head=Head(hidden=10, output=6, batch_norm=False)),
+    )
+    whole(some_views(), KEPT).total.backward()
+
+    halves = [[view[:4] for view in some_views()], [view[4:] for view in some_views()]]
+    with torch.no_grad():
+        anchors = torch.cat([parts.anchors(half[1:], KEPT).view(3, 4, 6) for half in halves], dim=1).flatten(0, 1)
+        targets = torch.cat([parts.targets(half[0])[1] for half in halves])
+    anchors.requires_grad_()
+    parts.compared(anchors, targets).total.backward()
+    for half, share in zip(halves, anchors.grad.view(3, 8, 6).split(4, dim=1), strict=True):
+        parts.anchors(half[1:], KEPT).backward(share.flatten(0, 1))
+
+    for (name, one), other in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_the_seed_alone_decides_the_first_weights() -> None:
+    torch.manual_seed(1)
+    first = build_msn(small_recipe()).state_dict()
+    torch.manual_seed(2)
+    again, other = build_msn(small_recipe()).state_dict(), build_msn(small_recipe(run=Run(seed=4))).state_dict()
+
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["prototypes"], other["prototypes"])
+
+
+def test_prototypes_start_within_the_root_of_the_width() -> None:
+    prototypes = build_msn(small_recipe(criterion=Criterion(prototypes=500))).prototypes.detach()
+
+    assert float(prototypes.abs().max()) == pytest.approx(6**-0.5, rel=0.01)
+
+
+def test_too_few_views_are_refused() -> None:
+    with pytest.raises(UsageError, match="1 views"):
+        small_model()(some_views()[:1])
+
+
+def test_state_holds_anchor_target_and_prototypes_by_timms_names() -> None:
+    names = build_msn(small_recipe()).state_dict().keys()
+
+    assert {"prototypes", "anchor.trunk.network.cls_token", "target.head.fc3.weight"} <= names
+    assert not any("to_1_a_side" in name or "prior" in name for name in names)

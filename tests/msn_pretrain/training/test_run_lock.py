@@ -1,0 +1,27 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from msn_eval.errors import DistributedError
+from msn_pretrain.training.run_lock import locked
+
+_HOLD = "import sys, time; from pathlib import Path; from msn_pretrain.training.run_lock import locked\n"
+_HOLD += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+
+
+def test_a_second_job_is_told_who_trains_and_may_train_once_that_one_was_killed(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    with holder.stdout:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(DistributedError, match=f"process {holder.pid}"), locked(tmp_path):
+            pass
+
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with locked(tmp_path):
+            assert str(os.getpid()) in (tmp_path / "run.lock").read_text()

@@ -1,0 +1,196 @@
+import json
+import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from msn_eval.checkpoints.run_folder import newest_snapshot, snapshot_folder, snapshot_folders
+from msn_eval.errors import NumericalError, StoreError
+from msn_pretrain.training import snapshot as snapshots
+from msn_pretrain.training.snapshot import (
+    EvaluatedEncoder,
+    Snapshot,
+    equal,
+    generator_states,
+    read_snapshot,
+    seed_generators,
+    set_generators,
+    write_snapshot,
+)
+
+_CPU = torch.device("cpu")
+_ENCODER = EvaluatedEncoder(weights={"norm.weight": torch.ones(3)}, architecture="vit_tiny_patch16_224")
+
+
+def _state(step: int) -> Snapshot:
+    torch.manual_seed(step)
+    layer = nn.Linear(40, 30)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    layer(torch.randn(2, 40)).sum().backward()
+    optimizer.step()
+    return Snapshot(
+        step=step,
+        epoch=step // 4,
+        model=layer.state_dict(),
+        optimizer=optimizer.state_dict(),
+        rng=(generator_states(_CPU),),
+        watched={"bad_steps": 1, "collapsed_lines": 0},
+    )
+
+
+def _write(run: Path, step: int, *, keep_every: int = 0, snapshot: Snapshot | None = None) -> None:
+    facts = {"epoch_end": step % 4 == 0}
+    write_snapshot(run, snapshot or _state(step), _ENCODER, facts=facts, keep_every=keep_every)
+
+
+def _steps(run: Path) -> list[int]:
+    return [int(folder.name.partition("-")[2]) for folder in snapshot_folders(run)]
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    written = _state(7)
+    _write(tmp_path, 7, snapshot=written)
+
+    files, skipped = newest_snapshot(tmp_path)
+
+    assert files is not None
+    assert skipped == ()
+    found = read_snapshot(files)
+    for name in ("step", "epoch", "model", "optimizer", "rng", "watched"):
+        assert equal(getattr(found, name), getattr(written, name))
+
+
+def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    def draw() -> tuple[float, float, float]:
+        return float(torch.rand(())), random.random(), float(np.random.rand())
+
+    seed_generators(5)
+    draw()
+    states = generator_states(_CPU)
+    expected = draw()
+
+    seed_generators(6)
+    set_generators(states, _CPU)
+
+    assert draw() == expected
+
+
+def test_two_generations_and_every_nth_epoch_are_kept(tmp_path: Path) -> None:
+    for step in range(4, 33, 4):
+        _write(tmp_path, step, keep_every=3)
+
+    assert _steps(tmp_path) == [32, 28, 24, 12]
+
+
+@pytest.mark.parametrize("damage", ["manifest", "state", "truncated", "encoder", "not json"])
+def test_a_snapshot_that_is_not_whole_is_passed_over_and_named(tmp_path: Path, damage: str) -> None:
+    for step in (1, 2):
+        _write(tmp_path, step)
+    newest = snapshot_folder(tmp_path, 2)
+    match damage:
+        case "manifest":
+            (newest / "manifest.json").unlink()
+        case "not json":
+            (newest / "manifest.json").write_text("{")
+        case "truncated":
+            content = (newest / "state.pt").read_bytes()
+            (newest / "state.pt").write_bytes(content[:-100])
+        case name:
+            path = newest / {"state": "state.pt", "encoder": "encoder.safetensors"}[name]
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+
+    files, skipped = newest_snapshot(tmp_path)
+
+    assert files is not None
+    assert files.step == 1
+    assert len(skipped) == 1
+    assert skipped[0].startswith("step-00000002: ")
+
+
+def test_a_state_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
+    _write(tmp_path, 1)
+    bad = _state(2)
+    weights = dict(bad.model) | {"weight": torch.full((30, 40), torch.nan)}
+
+    with pytest.raises(NumericalError, match="weight"):
+        _write(tmp_path, 2, snapshot=replace(bad, model=weights))
+
+    assert _steps(tmp_path) == [1]
+
+
+def test_a_full_disk_leaves_the_older_ones_and_says_so(tmp_path: Path) -> None:
+    for step in (1, 2):
+        _write(tmp_path, step)
+
+    with _files_of_at_most(8_000), pytest.raises(StoreError):
+        _write(tmp_path, 3)
+
+    files, _ = newest_snapshot(tmp_path)
+    assert files is not None
+    assert files.step == 2
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_older_ones_stay_until_the_new_one_was_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        _write(tmp_path, step)
+    save = torch.save
+
+    def save_badly(state: object, path: Path) -> None:
+        save(state, path)
+        assert isinstance(state, dict)
+        other = {**state, "model": {name: value + 1 for name, value in state["model"].items()}}
+        save(other, path)
+
+    monkeypatch.setattr(snapshots.torch, "save", save_badly)
+    with pytest.raises(StoreError, match="read back"):
+        _write(tmp_path, 3)
+
+    files, _ = newest_snapshot(tmp_path)
+    assert files is not None
+    assert files.step == 2
+    assert {1, 2} <= set(_steps(tmp_path))
+
+
+def test_a_manifest_is_written_after_all_that_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    write = snapshots.write_atomically
+
+    def listed(path: Path, content: bytes) -> None:
+        if path.name == "manifest.json":
+            assert set(json.loads(content)["files"]) <= {one.name for one in path.parent.iterdir()}
+        written.append(path.name)
+        write(path, content)
+
+    monkeypatch.setattr(snapshots, "write_atomically", listed)
+    _write(tmp_path, 1)
+
+    assert written[-1] == "manifest.json"
+
+
+def test_the_same_weights_are_the_same_file(tmp_path: Path) -> None:
+    for step in (1, 2):
+        _write(tmp_path, step)
+
+    one, other = (snapshot_folder(tmp_path, step) / "encoder.safetensors" for step in (1, 2))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@contextmanager
+def _files_of_at_most(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
