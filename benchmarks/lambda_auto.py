@@ -34,6 +34,7 @@ from msn_eval.data import read_split
 from msn_eval.data.images import ImageSet, resize_and_crop
 from msn_eval.features.encoder import Encoder, encode, load_encoder
 from msn_eval.features.extraction import Loading, extract_features
+from msn_eval.probes.base import centred_rows
 from msn_eval.probes.logistic_solvers.lambda_selection import (
     GRID,
     LabelledRows,
@@ -45,7 +46,6 @@ from msn_eval.probes.logistic_solvers.lambda_selection import (
 )
 from msn_eval.probes.logistic_solvers.newton import minimise_path
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem
-from msn_eval.probes.rows import centred_rows
 
 _CROPS, _SMALLEST_AREA = 4, 0.35
 _VAL_IMAGES = 100  # a class

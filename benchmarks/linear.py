@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msn_eval.probes.linear import Linear
-from msn_eval.probes.linear_probe import Heads, Recipe, train_heads
+from msn_eval.probes.linear import Heads, Linear, Recipe, train_heads
 
 _BATCH = 256
 

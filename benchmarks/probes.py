@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from msn_eval.features.extraction import Features
+from msn_eval.probes.base import centred_rows
 from msn_eval.probes.logistic import TARGET_GAP, Logistic, fit_logistic
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, certify
-from msn_eval.probes.rows import centred_rows
 
 _CLASSES = 1000
 _LAMBDA = 0.0025

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from msn_eval import evaluate
-from msn_eval.results.metrics import wilson_interval
 from msn_eval.results.record import result_id
+from msn_eval.results.statistics import wilson_interval
 
 _PROTOCOLS = 12
 _READ = "import sys; from msn_eval.results.folder import list_results; list_results(sys.argv[1:])"

@@ -8,31 +8,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
+from msn_eval.commands import VERBS, load_command
 from msn_eval.errors import MsnEvalError, UsageError, nearest, printable
 from msn_eval.version import __version__
 
-_VERBS = (
-    "evaluate",
-    "report",
-    "compare",
-    "baseline",
-    "check",
-    "reproduce",
-    "watch",
-    "show",
-    "verify",
-    "inspect",
-    "convert",
-    "subsets",
-    "data",
-    "cache",
-    "ls",
-    "demo",
-)
 _BUG, _PREEMPTED, _INTERRUPTED = 1, 75, 130
 _GO_ON = "Finished results are kept; the same command goes on from them."
 
@@ -55,11 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _on_sigterm) if in_main_thread else None
     try:
-        verb, rest = (words[0], words[1:]) if words and words[0] in _VERBS else ("evaluate", words)
-        command = import_module(f"msn_eval.commands.{verb}")
+        verb, rest = (words[0], words[1:]) if words and words[0] in VERBS else ("evaluate", words)
+        command = load_command(verb)
         parser = _parser(verb)
         options, extra = parser.parse_known_args(rest)
-        overrides = _overrides(extra, parser, takes_overrides=command.TAKES_OVERRIDES)
+        overrides = _overrides(extra, parser, takes_overrides=verb == "evaluate")
         options.words = words
         verbosity = options.verbose
         _log_to_stderr(verbosity, quiet=options.quiet)
@@ -84,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(verb: str) -> _Parser:
-    command = import_module(f"msn_eval.commands.{verb}")
+    command = load_command(verb)
     if verb == "evaluate":
-        others = (f"{one} ({import_module(f'msn_eval.commands.{one}').SUMMARY})" for one in _VERBS if one != verb)
+        others = (f"{name} ({summary})" for name, summary in VERBS.items() if name != verb)
         parser = _Parser(
             prog="msn-eval",
             description="How good is a frozen vision checkpoint when labels are scarce?",
@@ -94,7 +76,7 @@ def _parser(verb: str) -> _Parser:
             allow_abbrev=False,
         )
     else:
-        parser = _Parser(prog=f"msn-eval {verb}", description=command.SUMMARY, allow_abbrev=False)
+        parser = _Parser(prog=f"msn-eval {verb}", description=VERBS[verb], allow_abbrev=False)
     command.add_options(parser)
     parser.add_argument("-v", "--verbose", action="count", default=0, help="more on stderr; -vv for tracebacks")
     parser.add_argument("-q", "--quiet", action="store_true", default=False, help="only errors on stderr")
@@ -110,7 +92,7 @@ def _overrides(extra: Sequence[str], parser: argparse.ArgumentParser, *, takes_o
             name = word.partition("=")[0]
             raise UsageError(f"unknown option {name}.{nearest(name, known)}", remedy=f"See {parser.prog} --help.")
         if not takes_overrides or "=" not in word:
-            hint = nearest(word, _VERBS)
+            hint = nearest(word, VERBS)
             raise UsageError(f"unexpected argument {word!r}.{hint}", remedy=f"See {parser.prog} --help.")
     return list(extra)
 

@@ -12,18 +12,21 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from msn_eval.probes.base import centred_rows, normalised_rows
 from msn_eval.probes.knn import neighbour_vote
 from msn_eval.probes.knn_search.index import index_bank
 from msn_eval.probes.knn_search.search import search_nearest
-from msn_eval.probes.linear_probe import Recipe, train_heads
+from msn_eval.probes.linear import Recipe, train_heads
 from msn_eval.probes.logistic import LARGEST_GAP, SOLVERS, reduced_rows
-from msn_eval.probes.logistic_solvers.lbfgs import minimise_by_lbfgs
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution
-from msn_eval.probes.logistic_solvers.reference_solvers import minimise_by_cyanure, minimise_by_sklearn
+from msn_eval.probes.logistic_solvers.reference_solvers import (
+    minimise_by_cyanure,
+    minimise_by_lbfgs,
+    minimise_by_sklearn,
+)
 from msn_eval.probes.ncm import class_directions
 from msn_eval.probes.ridge import solve_ridge
-from msn_eval.probes.rows import centred_rows, normalised_rows
 
 __all__ = ["LinearProbe", "LogisticProbe", "NearestClassMean", "NearestNeighbourProbe", "RidgeProbe"]
 

@@ -7,15 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from msn_pretrain.methods.assignment import sinkhorn
-    from msn_pretrain.methods.loss import msn_loss, simsiam_loss
+    from msn_pretrain.methods.loss import msn_loss, simsiam_loss, sinkhorn
 
 __all__ = ["msn_loss", "simsiam_loss", "sinkhorn"]
 
 _HOMES = {
     "msn_loss": "msn_pretrain.methods.loss",
     "simsiam_loss": "msn_pretrain.methods.loss",
-    "sinkhorn": "msn_pretrain.methods.assignment",
+    "sinkhorn": "msn_pretrain.methods.loss",
 }
 
 

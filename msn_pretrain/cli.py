@@ -138,7 +138,7 @@ def _train(options: argparse.Namespace) -> int:
 
     recipe = _read(options)
     if options.dry_run:
-        from msn_pretrain.forecast import describe
+        from msn_pretrain.benchmark import describe
 
         print(describe(recipe))
         return 0

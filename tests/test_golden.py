@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from msn_eval import evaluate
-from msn_eval.config.finetune_recipe import Finetune
+from msn_eval.config.recipes import Finetune
 from msn_eval.probes import Probe
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.linear import Linear

@@ -6,7 +6,9 @@ import inspect
 import logging
 import math
 import os
+import site
 import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from msn_eval.checkpoints.alarms import find_alarms
 from msn_eval.checkpoints.hf_folder import check_hub_name, open_hub
 from msn_eval.checkpoints.load import load_weights
 from msn_eval.checkpoints.msn_release import MSN_RELEASES, fetch_msn, find_release
-from msn_eval.checkpoints.own_code import own_code_sha256
 from msn_eval.checkpoints.run_folder import evaluated_file, is_run_folder
-from msn_eval.checkpoints.sanity_checks import describe_values
+from msn_eval.checkpoints.sanity_checks import describe_values, find_alarms
 from msn_eval.checkpoints.stored import StoredCheckpoint, check_stored, choose_stored, read_contents
 from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD
 from msn_eval.errors import CheckpointError, printable
@@ -388,3 +388,22 @@ def _short_name(name: str) -> str:
     for suffix in (".tar", ".pth", ".pt", ".bin", ".ckpt", ".safetensors"):
         short = short.removesuffix(suffix)
     return short or plain or name
+
+
+def own_code_sha256() -> str:
+    """Give the SHA-256 over name and source of every loaded module that is neither Python's, nor installed, nor ours.
+
+    What a network imports only while it runs, and data that it reads, are not covered.
+    """
+    installed = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
+    installed += [*site.getsitepackages(), site.getusersitepackages()]
+    foreign = {Path(place).resolve() for place in installed} | {Path(__file__).resolve().parents[1]}
+    whole = hashlib.sha256()
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not isinstance(file, str) or not file.endswith(".py"):
+            continue
+        path = Path(file).resolve()
+        if foreign.isdisjoint(path.parents) and path.is_file():
+            whole.update(f"{name}\t{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return whole.hexdigest()

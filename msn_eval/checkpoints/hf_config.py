@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from msn_eval.checkpoints.hub_files import CONFIG, Triple, image_statistics, read_hub_config, stated_statistics
+from msn_eval.checkpoints.hf_folder import CONFIG, Triple, image_statistics, read_hub_config, stated_statistics
 from msn_eval.errors import CheckpointError
 from msn_eval.models.architectures import NOT_KEYWORDS, Architecture, name_architecture
 

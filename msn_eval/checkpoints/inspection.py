@@ -6,10 +6,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from msn_eval.checkpoints.alarms import find_alarms
 from msn_eval.checkpoints.load import fit_weights, not_real
 from msn_eval.checkpoints.networks import StoredNetwork
-from msn_eval.checkpoints.sanity_checks import TensorFacts, describe_values, join_facts
+from msn_eval.checkpoints.sanity_checks import TensorFacts, describe_values, find_alarms, join_facts
 from msn_eval.checkpoints.stored import Contents, StoredCheckpoint, choose_stored, read_outline
 from msn_eval.errors import CheckpointError
 from msn_eval.models.build import outline_network

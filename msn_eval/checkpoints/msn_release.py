@@ -8,8 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from msn_eval.checkpoints.download import download
-from msn_eval.checkpoints.part import sweep_parts
+from msn_eval.checkpoints.download import download, sweep_parts
 from msn_eval.errors import CheckpointError, nearest
 from msn_eval.files.atomic import write_atomically
 from msn_eval.files.hf_hub import offline_variable

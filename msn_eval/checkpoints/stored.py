@@ -17,7 +17,7 @@ from msn_eval.checkpoints.formats.contents import Outline
 from msn_eval.checkpoints.formats.read import WeightFile, read_weight_file, read_weight_outline
 from msn_eval.checkpoints.formats.safetensors import read_metadata
 from msn_eval.checkpoints.hf_config import HubConfig, read_config_beside
-from msn_eval.checkpoints.hub_files import CONFIG, weight_files
+from msn_eval.checkpoints.hf_folder import CONFIG, weight_files
 from msn_eval.checkpoints.load import check_fit, fit_weights, not_real
 from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork, choose_network, find_networks, stated_epoch
 from msn_eval.errors import CheckpointError

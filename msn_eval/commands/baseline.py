@@ -6,9 +6,6 @@ from pathlib import Path
 
 from msn_eval.errors import UsageError
 
-TAKES_OVERRIDES = False
-SUMMARY = "write the file that `check` holds checkpoints against"
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""

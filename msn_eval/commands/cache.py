@@ -16,8 +16,6 @@ from msn_eval.errors import StoreError, UsageError, printable
 if TYPE_CHECKING:
     from msn_eval.features.cache import Bank
 
-TAKES_OVERRIDES = False
-SUMMARY = "list, verify or prune what is kept of earlier runs"
 _THOUSANDS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _WIDEST = 200  # of what a key says about itself, in characters: much of it may be a stranger's text
 _DAY_SECONDS = 86400

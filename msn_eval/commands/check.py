@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from msn_eval.results.gate import GateReport
     from msn_eval.results.record import Result
 
-TAKES_OVERRIDES = False
-SUMMARY = "the regression gate: is a checkpoint worse than a baseline?"
 _OF_AN_EVALUATION = (
     "data", "arch", "checkpoint_key", "allow_missing", "allow_class_mismatch", "device", "batch_size", "workers",
     "compile", "seed", "out", "cache", "no_cache",

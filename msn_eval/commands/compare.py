@@ -6,9 +6,6 @@ from pathlib import Path
 
 from msn_eval.errors import UsageError
 
-TAKES_OVERRIDES = False
-SUMMARY = "two checkpoints, image by image"
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""

@@ -4,8 +4,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-TAKES_OVERRIDES = False
-SUMMARY = "a checkpoint as plain safetensors, by timm's names, or as a folder for transformers"
 _TARGETS = ("safetensors", "timm", "hf")
 
 

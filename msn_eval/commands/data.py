@@ -15,13 +15,9 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from msn_eval.data.image_info import Progress
-    from msn_eval.data.manifest import ManifestCheck
-    from msn_eval.data.split_check import Sized, SplitCheck
-    from msn_eval.data.validation import DatasetCheck
+    from msn_eval.data.validation import DatasetCheck, ManifestCheck, Sized, SplitCheck
 
 _log = logging.getLogger(__name__)
-TAKES_OVERRIDES = False
-SUMMARY = "verify a data set: read and decode every image, count, compare with a manifest"
 _PAIRS_SHOWN = 10
 
 
@@ -42,8 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Print what was found; give 21 where an image cannot be used or is not what the manifest says."""
     from msn_eval.data import read_dataset
-    from msn_eval.data.manifest import read_manifest, write_manifest
-    from msn_eval.data.validation import check_dataset
+    from msn_eval.data.validation import check_dataset, read_manifest, write_manifest
     from msn_eval.files.atomic import prepare_folder, write_atomically
 
     workers = _read_workers(options.workers)

@@ -4,8 +4,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-TAKES_OVERRIDES = False
-SUMMARY = "a whole evaluation on embedded images"
 CHECKPOINTS = ("pixels", "random:demo", "demo")
 
 

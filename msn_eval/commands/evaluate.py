@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from msn_eval.results.record import Result
 
 _log = logging.getLogger(__name__)
-TAKES_OVERRIDES = True
-SUMMARY = "evaluate checkpoints (no verb needed)"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -153,8 +151,7 @@ def read_request(options: argparse.Namespace, overrides: Sequence[str]) -> Reque
 
 def _translated(content: Mapping[str, object], where: str) -> Mapping[str, object]:
     """Give a config file's content in our words: the MSN repository's linear-evaluation files are read as they are."""
-    from msn_eval.config.reference_evaluation import converted
-    from msn_eval.config.reference_yaml import is_reference
+    from msn_eval.config.reference_yaml import converted, is_reference
 
     return converted(content, where=where) if is_reference(content) else content
 

@@ -11,8 +11,6 @@ from msn_eval.errors import printable
 if TYPE_CHECKING:
     from msn_eval.checkpoints.inspection import Inspection
 
-TAKES_OVERRIDES = False
-SUMMARY = "what is in a checkpoint and what would be used; runs nothing from it"
 _SHOWN = 5
 _NETWORKS_SHOWN = 20
 _LONGEST = 80  # of a name, in characters

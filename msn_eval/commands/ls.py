@@ -4,8 +4,6 @@ import argparse
 from collections.abc import Sequence
 from itertools import product
 
-TAKES_OVERRIDES = False
-SUMMARY = "what there is: checkpoints, subsets, probes, datasets, protocols"
 _KINDS = ("checkpoints", "subsets", "probes", "datasets", "protocols")
 _SUBSETS = {
     "1img": "1 labelled image a class, three draws",
@@ -52,7 +50,7 @@ def _entries(kind: str) -> dict[str, str]:
 
 
 def _protocols() -> dict[str, str]:
-    from msn_eval.config.finetune_recipe import Finetune
+    from msn_eval.config.recipes import Finetune
     from msn_eval.config.request import AUTO, PROBE_NAMES, Request
     from msn_eval.data.subsets import LOW_SHOT, Subset
     from msn_eval.evaluation.plan import probes_for

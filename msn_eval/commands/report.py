@@ -11,8 +11,6 @@ from msn_eval.results.folder import ResultScan, all_faults, no_collections, scan
 from msn_eval.results.record import Result
 from msn_eval.results.table import Table, make_table
 
-TAKES_OVERRIDES = False
-SUMMARY = "tables from result folders"
 _KNOWN = (*FORMATS, PAGE)
 
 

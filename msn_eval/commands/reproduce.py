@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from msn_eval.results.record import Result
     from msn_eval.results.reproduction import Reproduction, Verdict
 
-TAKES_OVERRIDES = False
-SUMMARY = "a published protocol: expected, measured, tolerance, verdict"
 _DIFFERS, _NO_VERDICT = 10, 11
 
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from msn_eval.data.images import ImageSet
     from msn_eval.features.encoder import Encoder
 
-TAKES_OVERRIDES = False
-SUMMARY = "pictures: nearest images under masking, attention maps, class map"
 _PICTURES = {
     "neighbours": "Each image with more and more of its patches hidden, and the training images that the network then finds "
     "nearest: a green frame is the same class, a red one another.",

@@ -7,9 +7,6 @@ from pathlib import Path
 from msn_eval.data.imagenet_subsets import fetch_lists, find_list, read_publication, user_list_folder
 from msn_eval.errors import DataError, UsageError
 
-TAKES_OVERRIDES = False
-SUMMARY = "the published ImageNet lists: list, verify, fetch; or draw a subset of any data set"
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 from msn_eval.errors import StoreError
 
-TAKES_OVERRIDES = False
-SUMMARY = "recompute every metric of result folders from the stored predictions, and every hash"
 _SHOWN = 1000  # of the faults
 
 

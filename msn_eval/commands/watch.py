@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from msn_eval.monitor.trajectory import Point, RunFacts, Trajectory
 
 _log = logging.getLogger(__name__)
-TAKES_OVERRIDES = False
-SUMMARY = "scores each new snapshot of a pre-training run; curve and collapse alarms"
 _PROBES = "ridge,knn,ncm"
 _NAME = "trajectory"
 _MOST_DRAWING_SHARE = 0.05  # of the time, while nothing but the journal grows

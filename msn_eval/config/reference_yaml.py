@@ -3,6 +3,7 @@
 Source: github.com/facebookresearch/msn.
 """
 
+import posixpath
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -48,3 +49,94 @@ def read_keys(
             f"lacks {', '.join(missing)}", where=where, remedy="The code of the MSN repository needs them, too."
         )
     return given
+
+
+MAPPED = {
+    "data.root_path": "data, with image_folder behind it",
+    "data.image_folder": "data",
+    "data.num_classes": "classes: a data set with another number is refused",
+    "logging.folder": "checkpoint and out, with pretrain_path and write_tag behind it",
+    "logging.pretrain_path": "checkpoint",
+    "logging.write_tag": "out",
+    "meta.copy_data": "nothing; only false",
+    "meta.device": "device",
+    "meta.load_checkpoint": "nothing: a run that is started again on its folder goes on",
+    "meta.master_port": "nothing: the launcher's",
+    "meta.model_name": "arch",
+    "meta.training": "nothing; only true",
+    "optimization.epochs": "linear_augmented.epochs",
+    "optimization.lr": "linear_augmented.lr",
+    "optimization.normalize": "nothing; only true",
+    "optimization.num_blocks": "nothing; only 1",
+    "optimization.weight_decay": "linear_augmented.weight_decay",
+}
+_ONLY: dict[str, tuple[object, str]] = {
+    "meta.copy_data": (False, "nothing is copied to a node's own disk here; do so beforehand and set data.root_path"),
+    "meta.training": (True, "a classifier that their code has trained cannot be scored here"),
+    "optimization.normalize": (True, "the layer of linear-augmented stands behind an L2 norm"),
+    "optimization.num_blocks": (1, "the class tokens of several blocks, not normed, are no tap here"),
+}
+# The file has no batch size: 256 a rank in their code, and 64 ranks in the published runs.
+_BATCH_SIZE = 16384
+
+
+def converted(content: Mapping[str, Any], *, where: str) -> dict[str, object]:
+    """Give the fields of a request for an authors' file.
+
+    Raises UsageError for keys that their code does not read, lacks, or that mean something that is not done here.
+    """
+    given = read_keys(content, known=MAPPED, defaults={}, reader="linear evaluation", where=where)
+    for key, (only, why) in _ONLY.items():
+        if type(given[key]) is not type(only) or given[key] != only:
+            raise UsageError(
+                f"{key}: {given[key]} cannot be mapped: {why}", where=where, remedy=f"Set it to {str(only).lower()}."
+            )
+    network = network_of(str(given["meta.model_name"]), where=where)
+    folder = str(given["logging.folder"])
+    return {
+        "checkpoint": [posixpath.join(folder, str(given["logging.pretrain_path"]))],
+        "arch": network,
+        "data": posixpath.join(str(given["data.root_path"]), str(given["data.image_folder"])).rstrip("/") or "/",
+        "classes": given["data.num_classes"],
+        "subset": ["full"],
+        "probe": ["linear-augmented"],
+        "device": given["meta.device"],
+        "out": posixpath.join(folder, str(given["logging.write_tag"])),
+        "linear_augmented": {
+            "lr": [given["optimization.lr"]],
+            "weight_decay": given["optimization.weight_decay"],
+            "epochs": given["optimization.epochs"],
+            "batch_size": _BATCH_SIZE,
+        },
+    }
+
+
+# Their name -> ours, behind timm's the keywords that make it the same network.
+NETWORKS = {
+    "deit_tiny": "vit_tiny_patch16_224",
+    "deit_small": "vit_small_patch16_224",
+    "deit_small_p8": "vit_small_patch8_224",
+    "deit_small_p7": "vit_small_patch16_224?patch_size=7",
+    "deit_base": "vit_base_patch16_224",
+    "deit_base_p8": "vit_base_patch8_224",
+    "deit_base_p7": "vit_base_patch16_224?patch_size=7",
+    "deit_base_p4": "vit_base_patch16_224?patch_size=4",
+    "deit_large": "vit_large_patch16_224",
+    "deit_large_p8": "vit_large_patch16_224?patch_size=8",
+    "deit_large_p7": "vit_large_patch16_224?patch_size=7",
+    "deit_huge": "vit_huge_patch14_224?patch_size=16",
+    "deit_huge_p10": "vit_huge_patch14_224?patch_size=10",
+    "deit_huge_p8": "vit_huge_patch14_224?patch_size=8",
+    "deit_huge_p7": "vit_huge_patch14_224?patch_size=7",
+}
+
+
+def network_of(name: str, *, where: str) -> str:
+    """Give the architecture behind a name of theirs. Raises UsageError naming the file `where` it stands."""
+    if name not in NETWORKS:
+        raise UsageError(
+            f"meta.model_name: {name!r} cannot be mapped.{nearest(name, NETWORKS)}",
+            where=where,
+            remedy=f"Known: {', '.join(NETWORKS)}.",
+        )
+    return NETWORKS[name]

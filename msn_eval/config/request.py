@@ -4,8 +4,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from msn_eval.config.finetune_recipe import FinetuneRecipe
-from msn_eval.config.recipes import TAP_NAMES, AugmentedRecipe, LinearRecipe
+from msn_eval.config.recipes import TAP_NAMES, AugmentedRecipe, FinetuneRecipe, LinearRecipe
 from msn_eval.errors import UsageError, nearest
 
 PROBE_NAMES = ("logistic", "knn", "ridge", "ncm", "linear", "linear-augmented", "finetune")

@@ -1,5 +1,6 @@
 """Config: a YAML file, options and `key=value` overrides into a frozen dataclass; unknown keys are refused."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -145,3 +146,28 @@ def _as_field(kind: type[object], name: str, value: object) -> object:
 
 def _described(kind: type[object], name: str) -> str:
     return str(_type_of(kind, name))
+
+
+def check_range(
+    key: str,
+    value: float,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+) -> None:
+    """Raise UsageError, by the key's full name, for what is not finite or not within the bounds that are given."""
+    if math.isfinite(value) and above < value < below and least <= value <= most:
+        return
+    bounds = [
+        text
+        for text, there in (
+            (f"above {above:g}", above > -math.inf),
+            (f"at least {least:g}", least > -math.inf),
+            (f"below {below:g}", below < math.inf),
+            (f"at most {most:g}", most < math.inf),
+        )
+        if there
+    ]
+    raise UsageError(f"{key}: {value} is out of range", remedy=f"Give a number {' and '.join(bounds)}.")

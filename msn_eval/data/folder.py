@@ -8,10 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from msn_eval.data.dataset import DataSet
+from msn_eval.data.dataset import DataSet, Listing, make_dataset, make_split
 from msn_eval.data.images import ImageSet, Stamp, decode_image, file_stamp, is_image_name
 from msn_eval.data.index import Part, list_parts, make_part
-from msn_eval.data.listing import Listing, make_dataset, make_split
 from msn_eval.errors import DataError
 
 _SHOWN = 5

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from msn_eval.data.hf_splits import first_line
-from msn_eval.data.hub_name import HubName
+from msn_eval.data.hf_splits import HubName, first_line
 from msn_eval.data.images import Stamp, decode_image, file_stamp
 from msn_eval.errors import DataError
 

@@ -10,12 +10,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from msn_eval.data.dataset import DataSet
+from msn_eval.data.dataset import DataSet, Listing, make_dataset, make_split
 from msn_eval.data.hf_rows import SHOWN, StoredRows, read_rows, row_names
-from msn_eval.data.hf_splits import load_splits
-from msn_eval.data.hub_name import HubName, parse_name
+from msn_eval.data.hf_splits import HubName, load_splits, parse_name
 from msn_eval.data.images import ImageSet
-from msn_eval.data.listing import Listing, make_dataset, make_split
 from msn_eval.errors import DataError
 
 _log = logging.getLogger(__name__)

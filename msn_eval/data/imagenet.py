@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from msn_eval.data.dataset import DataSet
+from msn_eval.data.dataset import DataSet, Listing, make_dataset, make_split
 from msn_eval.data.folder import FolderSource, check_is_folder, list_class_folders, list_entries, scan_images
 from msn_eval.data.imagenet_labels import WNID, read_labels
 from msn_eval.data.images import ImageSet, is_image_name
 from msn_eval.data.index import Part, list_parts, make_part
-from msn_eval.data.listing import Listing, make_dataset, make_split
-from msn_eval.data.tar import list_members, open_archives
-from msn_eval.data.tar_members import TarMember, read_members
+from msn_eval.data.tar import TarMember, list_members, open_archives, read_members
 from msn_eval.errors import DataError
 
 _TARS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}

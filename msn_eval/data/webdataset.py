@@ -6,13 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from msn_eval.data.dataset import DataSet
+from msn_eval.data.dataset import DataSet, Listing, make_dataset, make_split
 from msn_eval.data.folder import list_entries
 from msn_eval.data.images import ImageSet, is_image_name
 from msn_eval.data.index import Part, list_parts, make_part
-from msn_eval.data.listing import Listing, make_dataset, make_split
-from msn_eval.data.tar import list_members, open_archives
-from msn_eval.data.tar_members import TarMember, read_members
+from msn_eval.data.tar import TarMember, list_members, open_archives, read_members
 from msn_eval.errors import DataError
 
 _log = logging.getLogger(__name__)

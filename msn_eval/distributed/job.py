@@ -17,12 +17,8 @@ from itertools import count
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from msn_eval.distributed.end import End, ending, exit_code_of, text_of
-from msn_eval.distributed.heartbeat import Clerk, LineCutError
-from msn_eval.distributed.limits import Limits
-from msn_eval.distributed.peers import Others
-from msn_eval.distributed.place import Place
-from msn_eval.distributed.watch import SUMMONS, Watch
+from msn_eval.distributed.heartbeat import SUMMONS, Clerk, LineCutError, Watch
+from msn_eval.distributed.peers import End, Limits, Others, Place, ending, exit_code_of, text_of
 from msn_eval.errors import DistributedError
 
 if TYPE_CHECKING:

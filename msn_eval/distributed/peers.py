@@ -2,11 +2,137 @@
 
 import os
 import signal
+import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from msn_eval.distributed.end import KEPT, End, Verdict
-from msn_eval.distributed.place import Place
+from msn_eval.errors import DistributedError, MsnEvalError, printable
+
+_PREEMPTED, _INTERRUPTED = 75, 130
+KEPT = "Finished features and results are kept; the same command goes on from them."
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """The last words of a rank.
+
+    code:  it exits with; 0: it is done
+    order: 1 for the first rank that failed, 2 for the next; 0: it is done, or was told to stop
+    text:  of its error
+    """
+
+    code: int
+    order: int = 0
+    text: str = ""
+
+    @property
+    def first_line(self) -> str:
+        return printable(self.text.partition("\n")[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Why this rank cannot go on.
+
+    end: of the other rank, where it left last words
+    """
+
+    what: str
+    code: int
+    end: End | None = None
+
+    @cached_property
+    def error(self) -> DistributedError:
+        # One line, where the other rank says the rest.
+        return ending(self.what, self.code, remedy="" if self.end else KEPT)
+
+
+def ending(what: str, code: int, *, remedy: str = "") -> DistributedError:
+    """Give an error that this rank leaves with, by another's exit code."""
+    error = DistributedError(what, remedy=remedy)
+    error.exit_code = code
+    return error
+
+
+def text_of(error: BaseException) -> str:
+    """Give an error as a command tells it."""
+    return f"{type(error).__name__}: {error}"
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Give what a command exits with."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):  # by another name it is what the command line makes of SIGTERM
+        return _INTERRUPTED if type(error) is KeyboardInterrupt else _PREEMPTED
+    return error.exit_code if isinstance(error, MsnEvalError) else MsnEvalError.exit_code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the launcher put this rank."""
+
+    rank: int
+    world: int
+    local_rank: int
+    host: str
+    address: str
+    port: int
+    job: str
+    launcher_holds_store: bool
+
+    @property
+    def holds_store(self) -> bool:
+        return self.rank == 0 and not self.launcher_holds_store
+
+    @property
+    def meeting_point(self) -> str:
+        return f"{self.address}:{self.port}"
+
+
+def read_place(environment: Mapping[str, str]) -> Place | None:
+    """Give the place that the launcher's variables name; None where this process is alone.
+
+    Raises DistributedError naming the variable that is missing or no number.
+    """
+    if not environment.get("WORLD_SIZE") and not environment.get("RANK"):
+        return None
+    world = _whole(environment, "WORLD_SIZE", 1, 1 << 20)
+    if world == 1:
+        return None
+    address = environment.get("MASTER_ADDR", "")
+    if not address:
+        raise _bad_variable("MASTER_ADDR", "is not set")
+    return Place(
+        rank=_whole(environment, "RANK", 0, world - 1),
+        world=world,
+        local_rank=_whole(environment, "LOCAL_RANK", 0, world - 1),
+        host=socket.gethostname(),
+        address=address,
+        port=_whole(environment, "MASTER_PORT", 1, (1 << 16) - 1),
+        # A launcher that starts the ranks again may keep its store, and with it the keys of the attempt before.
+        job=f"{environment.get('TORCHELASTIC_RUN_ID', '')}/{environment.get('TORCHELASTIC_RESTART_COUNT', '')}",
+        launcher_holds_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def _whole(environment: Mapping[str, str], name: str, least: int, most: int) -> int:
+    text = environment.get(name, "")
+    if not text:
+        raise _bad_variable(name, "is not set")
+    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+        raise _bad_variable(name, f"is {text!r}, not a whole number from {least} to {most}")
+    return int(text)
+
+
+def _bad_variable(name: str, what: str) -> DistributedError:
+    return DistributedError(
+        f"the environment names a job of several processes, but {name} {what}",
+        remedy="Start the ranks by torchrun or --slurm; for one process alone, unset RANK and WORLD_SIZE.",
+    )
+
 
 SHOWN = 6  # facts or ranks in one message
 
@@ -71,3 +197,28 @@ class Others:
 def listed(ranks: list[int]) -> str:
     """Give ranks, for people."""
     return ", ".join(map(str, ranks[:SHOWN])) + (f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long ranks wait for each other.
+
+    join:   until all of them are there
+    beat:   from one sign of life to the next
+    silent: without a sign, after which a rank counts as dead; above the longest native call that keeps Python still
+    settle: that ranks which meet the same fault may be apart
+    linger: that a rank which takes the store with it leaves the others to read its last words
+    unwind: that the main thread is given to come out of what it does, before its process is ended
+    """
+
+    join_seconds: float = 300.0
+    beat_seconds: float = 1.0
+    silent_seconds: float = 40.0
+    settle_seconds: float = 1.0
+    linger_seconds: float = 2.0
+    unwind_seconds: float = 5.0
+
+    @property
+    def news_seconds(self) -> float:
+        """Give the time from bad news to acting on it: the rank that failed speaks first, and SIGTERM reaches all."""
+        return self.settle_seconds + self.linger_seconds + self.beat_seconds

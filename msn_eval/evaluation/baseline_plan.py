@@ -5,13 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from msn_eval.config.finetune_recipe import Finetune, recipe_of
-from msn_eval.config.recipes import AugmentedRecipe, Params, linear_recipe_of
+from msn_eval.config.recipes import AugmentedRecipe, Finetune, Params, linear_recipe_of, recipe_of
 from msn_eval.config.request import AUTO, Request
 from msn_eval.errors import ComparisonError
 from msn_eval.evaluation.plan import Plan, make_plan
 from msn_eval.results.baseline import Baseline, BaselineProtocol
-from msn_eval.results.protocol_difference import nearest_protocol
+from msn_eval.results.comparison import nearest_protocol
 
 
 def make_baseline_plans(baseline: Baseline, request: Request) -> list[Plan]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from msn_eval.config.finetune_recipe import Finetune
+from msn_eval.config.recipes import Finetune
 from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelList, automatic_workers, load_pixels
 from msn_eval.errors import CheckpointError

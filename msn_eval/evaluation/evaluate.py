@@ -32,11 +32,10 @@ from msn_eval.features.extraction import Extraction, Features, Loading, automati
 from msn_eval.features.patch_drop import PatchDrop, check_drop
 from msn_eval.files.atomic import prepare_folder
 from msn_eval.probes import Finetune, Fitted, fit
-from msn_eval.probes.degenerate import describe_collapse
+from msn_eval.probes.base import describe_collapse, rank_labels
 from msn_eval.probes.distributed import Team, assist, dismiss
 from msn_eval.probes.linear import Linear
 from msn_eval.probes.linear_augmented import LinearAugmented, fit_augmented
-from msn_eval.probes.ranking import rank_labels
 from msn_eval.probes.training_state import StateFiles, remove_states
 from msn_eval.results.record import Predictions, Result, write_result
 from msn_eval.version import __version__
@@ -198,7 +197,7 @@ def _refuse_unsaved(plan: Plan, ready: Preparation) -> None:
     """Raise UsageError where a network is to be saved that an earlier run has measured and not kept."""
     if plan.request.save is None:
         return
-    from msn_eval.checkpoints.classifier import saved_result
+    from msn_eval.checkpoints.hf_export import saved_result
     from msn_eval.evaluation.finetune import saved_folder
 
     pending = set(map(id, ready.pending))

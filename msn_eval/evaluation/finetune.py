@@ -8,24 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msn_eval.checkpoints.classifier import Head, check_saved_place, classifier_content, write_classifier
-from msn_eval.checkpoints.hf_export import PlainNetwork
-from msn_eval.config.finetune_recipe import Finetune, FinetuneRecipe
+from msn_eval.checkpoints.hf_export import Head, PlainNetwork, check_saved_place, classifier_content, write_classifier
+from msn_eval.config.recipes import Finetune, FinetuneRecipe
 from msn_eval.data.hashing import unreadable
 from msn_eval.data.images import ImageSet, eval_transform
 from msn_eval.data.loader import PixelList, automatic_workers, load_pixels
-from msn_eval.distributed.group import ALONE, Group, gathered, share
-from msn_eval.distributed.process_group import joined
+from msn_eval.distributed.group import ALONE, Group, gathered, joined, share
 from msn_eval.errors import NumericalError
 from msn_eval.evaluation.canary import draw_labels
 from msn_eval.evaluation.plan import Plan, Task
 from msn_eval.features.encoder import Encoder, resolve_tap
 from msn_eval.features.extraction import automatic_batch_size
-from msn_eval.probes.base import Setting
+from msn_eval.probes.base import Setting, rank_labels
 from msn_eval.probes.finetune.model import Trainee, build_trainee
 from msn_eval.probes.finetune.predict import Labelled, Pace, score_images
 from msn_eval.probes.finetune.train import Progress, Tuned, finetune
-from msn_eval.probes.ranking import rank_labels
 from msn_eval.probes.training_state import StateFiles
 from msn_eval.results.record import Predictions
 

@@ -14,8 +14,6 @@ from msn_eval.evaluation.plan import Plan, Task
 from msn_eval.features.encoder import Encoder, resolve_tap
 from msn_eval.probes import Setting
 from msn_eval.probes.linear import Linear
-from msn_eval.results.environment import describe_environment
-from msn_eval.results.metrics import measure
 from msn_eval.results.record import (
     CheckpointFacts,
     DataFacts,
@@ -27,9 +25,11 @@ from msn_eval.results.record import (
     Status,
     TimingFacts,
     TransformFacts,
+    describe_environment,
     read_result,
     result_id,
 )
+from msn_eval.results.statistics import measure
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ import torch
 
 from msn_eval.errors import ResourceError
 from msn_eval.features.encoder import Encoder
-from msn_eval.features.shortage import SHORTAGES, is_shortage
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -57,3 +56,11 @@ def in_portions(
         )  # fmt: skip
         if encoder.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+SHORTAGES = (torch.OutOfMemoryError, MemoryError, RuntimeError)  # what to catch; `is_shortage` tells which of them are
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Tell whether an error is that of memory that gave out; torch has no class of its own for that of the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -15,8 +15,14 @@ from torch import Tensor, nn
 from msn_eval.checkpoints.checkpoint import Checkpoint, read_checkpoint, weights_sha256
 from msn_eval.data.images import EvalTransform, eval_transform
 from msn_eval.errors import CheckpointError, UsageError
-from msn_eval.models.last_block import class_token_after, is_plain
-from msn_eval.models.vit import interpolate_positions, patch_pixels, published_rule, stored_pixels
+from msn_eval.models.vit import (
+    class_token_after,
+    interpolate_positions,
+    is_plain,
+    patch_pixels,
+    published_rule,
+    stored_pixels,
+)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 TAPS = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from msn_eval.errors import UsageError
 from msn_eval.features.encoder import Encoder, encode, exact_float32, normalised
-from msn_eval.models.last_block import class_attention, is_plain
+from msn_eval.models.vit import class_attention, is_plain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from msn_eval.features.collapse import effective_rank, is_collapsed, spread
 from msn_eval.features.extraction import Features
 from msn_eval.files.atomic import write_atomically
 from msn_eval.files.json_records import parse_json, read_fields
-from msn_eval.probes.degenerate import describe_collapse
+from msn_eval.probes.base import describe_collapse
 
 _SCHEMA = 1
 _NAME = re.compile(r"step-\d{8,}\.[0-9a-f]{8}\.json")

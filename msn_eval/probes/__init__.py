@@ -4,11 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from msn_eval.config.finetune_recipe import Finetune
-from msn_eval.config.recipes import Params
+from msn_eval.config.recipes import Finetune, Params
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import Fitted, Setting
-from msn_eval.probes.degenerate import check_labelled
+from msn_eval.probes.base import Fitted, Setting, check_labelled
 from msn_eval.probes.distributed import Team
 from msn_eval.probes.knn import NearestNeighbours, fit_knn, knn_settings
 from msn_eval.probes.linear import Linear, fit_linear, linear_settings

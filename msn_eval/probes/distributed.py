@@ -9,13 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, distributed
 
-from msn_eval.distributed.group import Group, decided, share
-from msn_eval.distributed.process_group import joined
+from msn_eval.distributed.group import Group, decided, joined, share
 from msn_eval.errors import DistributedError, NumericalError, ResourceError
-from msn_eval.features.shortage import SHORTAGES, is_shortage
+from msn_eval.features.batch_size import SHORTAGES, is_shortage
 from msn_eval.probes.knn_search.index import check_finite, index_bank
-from msn_eval.probes.knn_search.search import Found
-from msn_eval.probes.knn_search.sharded import search_sharded
+from msn_eval.probes.knn_search.search import Found, search_sharded
 from msn_eval.probes.logistic_solvers.chunked_newton import RowShare, minimise_in_chunks
 from msn_eval.probes.logistic_solvers.objective import Solution
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from msn_eval.config.recipes import AugmentedRecipe
-from msn_eval.distributed.group import Group, decided
-from msn_eval.distributed.process_group import broadcast_from_first, joined, sum_over_ranks
+from msn_eval.distributed.group import Group, broadcast_from_first, decided, joined, sum_over_ranks
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features.augmented import AugmentedImages, features_from
 from msn_eval.probes.base import Fitted, Setting

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import Fitted, Setting
+from msn_eval.probes.base import Fitted, Setting, centred_rows
 from msn_eval.probes.distributed import Team, minimise_together
 from msn_eval.probes.logistic_solvers.chunked_newton import RowShare, is_large, minimise_in_chunks
 from msn_eval.probes.logistic_solvers.lambda_selection import (
@@ -23,11 +23,13 @@ from msn_eval.probes.logistic_solvers.lambda_selection import (
     left_out_error,
     typical_strength,
 )
-from msn_eval.probes.logistic_solvers.lbfgs import minimise_by_lbfgs
 from msn_eval.probes.logistic_solvers.newton import minimise_path
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution
-from msn_eval.probes.logistic_solvers.reference_solvers import minimise_by_cyanure, minimise_by_sklearn
-from msn_eval.probes.rows import centred_rows
+from msn_eval.probes.logistic_solvers.reference_solvers import (
+    minimise_by_cyanure,
+    minimise_by_lbfgs,
+    minimise_by_sklearn,
+)
 
 Solver = Literal["auto", "newton", "lbfgs", "cyanure", "sklearn"]
 SOLVERS: tuple[Solver, ...] = ("auto", "newton", "lbfgs", "cyanure", "sklearn")

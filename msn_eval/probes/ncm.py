@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import Fitted, Setting
-from msn_eval.probes.rows import normalised_rows
+from msn_eval.probes.base import Fitted, Setting, normalised_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import Fitted, Setting
-from msn_eval.probes.rows import centred_rows
+from msn_eval.probes.base import Fitted, Setting, centred_rows
 
 # alpha = 10^-4, 10^-3.5, … 10^4: rows have unit length, so the Gram matrix's eigenvalues lie between 0 and n.
 GRID = tuple(float(10 ** (step / 2)) for step in range(-8, 9))

@@ -2,10 +2,8 @@
 
 from typing import Literal
 
-from msn_eval.reports.csv_report import render_csv
-from msn_eval.reports.json_report import render_json
 from msn_eval.reports.latex import render_latex
-from msn_eval.reports.markdown import render_markdown
+from msn_eval.reports.text_tables import render_csv, render_json, render_markdown
 from msn_eval.results.table import Table
 
 __all__ = ["FORMATS", "PAGE", "SUFFIXES", "Format", "render"]

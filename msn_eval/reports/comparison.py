@@ -4,10 +4,10 @@ import json
 from dataclasses import asdict
 
 from msn_eval.errors import printable
-from msn_eval.reports.markdown_text import markdown_row, markdown_text
-from msn_eval.reports.points import counts_text, interval_text, p_text, percent, points
+from msn_eval.reports.text_tables import markdown_row, markdown_text
 from msn_eval.results.comparison import Comparison, Measured, ProtocolComparison
 from msn_eval.results.record import CheckpointFacts
+from msn_eval.results.statistics import Interval, Paired
 
 _SHOWN = 5
 
@@ -101,3 +101,28 @@ def _legend() -> str:
         "Draws: sample standard deviation. Test images: 95 % intervals of these fits. p: exact sign-flip test over images, "
         "two-sided, after Holm's correction over the protocols; separable at 5 %."
     )
+
+
+def percent(accuracy: float) -> str:
+    """Give `65.53 %`."""
+    return f"{100 * accuracy:.2f} %"
+
+
+def points(difference: float) -> str:
+    """Give a signed difference in points, `-2.03`."""
+    return f"{100 * difference:+.2f}"
+
+
+def p_text(p_value: float) -> str:
+    """Give `p = 0.0031`; what a float64 cannot hold is not called zero."""
+    return f"p = {p_value:.2g}" if p_value > 0 else "p < 1e-300"
+
+
+def interval_text(interval: Interval) -> str:
+    """Give the ends of a difference's interval, in points."""
+    return f"{points(interval.low)} to {points(interval.high)}"
+
+
+def counts_text(paired: Paired) -> str:
+    """Say how many images got worse and better."""
+    return f"{paired.lost:,} images lost, {paired.gained:,} gained of {paired.images:,}"

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from xml.etree import ElementTree
 
 from msn_eval.errors import printable
-from msn_eval.reports.markdown_text import markdown_row, markdown_text
-from msn_eval.reports.points import counts_text, interval_text, p_text, percent, points
+from msn_eval.reports.comparison import counts_text, interval_text, p_text, percent, points
+from msn_eval.reports.text_tables import markdown_row, markdown_text
 from msn_eval.results.gate import GateReport, ProtocolVerdict
 
 _SUITE = "msn-eval check"

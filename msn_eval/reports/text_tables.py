@@ -1,7 +1,15 @@
 """The texts of rows and cells that every printed form shares: percent with one decimal, as papers print it."""
 
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
 from decimal import Decimal
+from typing import Any
 
+from msn_eval.errors import one_line
 from msn_eval.results.table import Cell, Row, Table
 
 MISSING = "–"
@@ -62,3 +70,99 @@ def legend(table: Table) -> tuple[str, ...]:
     if any(cell.status == "failed" for cell in cells):
         lines.append(f"{FAILED}: a draw gave no number; its record says why.")
     return (*lines, *table.notices)
+
+
+_SPECIAL = re.compile(r"([\\`*_<>\[\]|#~&!@$])")
+
+
+def markdown_text(text: str) -> str:
+    """Give `text` on one line with everything escaped that Markdown or HTML in it would mean."""
+    return _SPECIAL.sub(r"\\\1", one_line(text))
+
+
+def markdown_line(cells: Sequence[str]) -> str:
+    """Give one row of a table from cells that are escaped already."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """Give one row of a table from plain text."""
+    return markdown_line([markdown_text(cell) for cell in cells])
+
+
+def render_markdown(table: Table) -> str:
+    """Give one Markdown table for each probe and its settings."""
+    parts = []
+    for group, columns in table.groups().items():
+        header = ["checkpoint", *(markdown_text(column.title) for column in columns)]
+        lines = [f"### {markdown_text(group)}", "", markdown_line(header), "| --- |" + " ---: |" * len(columns)]
+        lines += [
+            markdown_line([markdown_text(row_text(row)), *map(_cell, cells)]) for row, cells in table.rows_of(columns)
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join([*parts, "  \n".join(map(markdown_text, legend(table)))]) + "\n"
+
+
+def _cell(cell: Cell | None) -> str:
+    # Our own text: brackets around two numbers are no link.
+    return " ".join(part for part in (markdown_text(cell_text(cell)), standing_text(cell)) if part)
+
+
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "'")
+_ROW = ("checkpoint", "note", "architecture", "weights_sha256", "source")
+_CELL = ("top1 %", "std %", "95 % low %", "95 % high %", "draws", "rank", "status")
+
+
+def render_csv(table: Table) -> str:
+    """Give the whole table; percents with all their digits; empty fields where there is no result."""
+    written = io.StringIO()
+    writer = csv.writer(written)
+    fields = [f"{column.group}, {column.title}: {name}" for column in table.columns for name in _CELL]
+    writer.writerow(map(_text, (*_ROW, *fields)))
+    for row in table.rows:
+        line = [_text(text) for text in (row.name, row.note, row.arch, row.weights_sha256 or "", row.source)]
+        for column in table.columns:
+            line += _fields(table.cells.get((row, column)))
+        writer.writerow(line)
+    return written.getvalue()
+
+
+def _fields(cell: Cell | None) -> list[str]:
+    if cell is None:
+        return [""] * len(_CELL)
+    numbers = (cell.mean, cell.std, *(cell.standing.interval or (None, None)))
+    top1, *others = ("" if number is None else exact_percent(number) for number in numbers)
+    counts = ("" if count is None else str(count) for count in (cell.draws, cell.standing.rank))
+    return [top1 or FAILED, *others, *counts, cell.status]
+
+
+def _text(text: str) -> str:
+    """Keep a spreadsheet from taking a text for a formula: it gets a quote before it, as does one that begins with a quote."""
+    shown = one_line(text)
+    return f"'{shown}" if shown.startswith(_FORMULA) else shown
+
+
+def render_json(table: Table) -> str:
+    """Give columns, rows, for each row its cells by protocol id with the ids of their records, and the notices."""
+    content = {
+        "columns": [asdict(column) for column in table.columns],
+        "rows": [
+            asdict(row)
+            | {
+                "cells": {
+                    column.protocol_id: _json_cell(table.cells[row, column])
+                    for column in table.columns
+                    if (row, column) in table.cells
+                }
+            }
+            for row in table.rows
+        ],
+        "notices": table.notices,
+    }
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def _json_cell(cell: Cell) -> dict[str, Any]:
+    content = asdict(cell)
+    standing = content.pop("standing")
+    return content | {"interval95": standing["interval"], "rank": standing["rank"]}

@@ -15,8 +15,8 @@ import numpy as np
 
 from msn_eval.errors import ComparisonError, UsageError
 from msn_eval.results.baseline import Baseline, BaselineProtocol, made_with, predictions_sha256
+from msn_eval.results.comparison import nearest_protocol, protocol_differences
 from msn_eval.results.predictions import Answers, by_protocol, protocol_title, read_answers
-from msn_eval.results.protocol_difference import nearest_protocol, protocol_differences
 from msn_eval.results.record import CheckpointFacts, Result
 from msn_eval.results.statistics import (
     POWER,

@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msn_eval.errors import ComparisonError, StoreError, UsageError, nearest, printable
-from msn_eval.results.metrics import measure
 from msn_eval.results.record import Predictions, Result, read_predictions
-from msn_eval.results.statistics import Integers, count_right
+from msn_eval.results.statistics import Integers, count_right, measure
 
 _MOST_TOLD = 4  # settings of a probe in its name
 Network = tuple[str, str | None]  # the hash of the weights, and which network of the file

@@ -3,10 +3,13 @@
 import hashlib
 import io
 import json
+import platform
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +18,11 @@ from msn_eval.config.recipes import Params
 from msn_eval.errors import StoreError
 from msn_eval.files.atomic import write_atomically
 from msn_eval.files.json_records import canonical_json, parse_json, read_fields
-from msn_eval.results.metrics import Metrics
+from msn_eval.results.statistics import Metrics
+from msn_eval.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA = 1
 PROTOCOL_VERSION = 1
@@ -284,3 +291,38 @@ def read_predictions(path: Path) -> Predictions:
             return Predictions(**{one.name: stored[one.name] for one in fields(Predictions)})
     except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
         raise StoreError(f"are no readable predictions: {error}", where=str(path)) from error
+
+
+def describe_environment(device: "torch.device", *, batch_size: int, seed: int) -> EnvironmentFacts:
+    """Give what a record states of its surroundings."""
+    import torch
+
+    name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    return EnvironmentFacts(
+        package=__version__,
+        git=_commit(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        device=name,
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
+@cache
+def _commit() -> str | None:
+    """Give the commit of the checkout that the package runs from, `+` behind it where files differ; else None."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, timeout=30, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changed else "")

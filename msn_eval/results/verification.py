@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from msn_eval.errors import StoreError
 from msn_eval.results.folder import scan_results
-from msn_eval.results.metrics import measure
 from msn_eval.results.record import PROTOCOL_VERSION, Predictions, Result, read_predictions, result_id
+from msn_eval.results.statistics import measure
 
 _AT_ONCE = 4  # prediction files that are unpacked at a time
 _HIGHEST_GAP = 1e-3  # relative duality gap above which a fit has not converged

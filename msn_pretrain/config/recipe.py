@@ -9,7 +9,7 @@ Defaults are the published values: of the released ViT-S/16 for MSN, of ResNet-5
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from msn_eval.config.number_range import check_range
+from msn_eval.config.yaml_config import check_range
 from msn_eval.errors import UsageError, nearest
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msn_eval.errors import UsageError
-from msn_pretrain.data.philox import uniforms
+from msn_pretrain.data.sampler import uniforms
 
 _ATTEMPTS = 10  # to fit a crop into the image, as torchvision makes them
 _CORNER = 2 * _ATTEMPTS

@@ -15,7 +15,7 @@
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import cast
@@ -24,16 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from msn_eval.errors import UsageError
+from msn_eval.features.collapse import effective_rank as effective_rank
+from msn_eval.features.collapse import spread as spread
 from msn_pretrain.config.recipe import Criterion, Head, Masking, MSNRecipe
 from msn_pretrain.config.schedule import StepSettings
 from msn_pretrain.distributed.collective import rows_of_all_ranks
-from msn_pretrain.methods.assignment import log_prior
-from msn_pretrain.methods.collapse import effective_rank, mean_entropy, prototypes_in_use, spread
-from msn_pretrain.methods.ema import follow
 from msn_pretrain.methods.heads import projection_head
-from msn_pretrain.methods.loss import MSNLoss, prior_matching_loss
-from msn_pretrain.methods.masking import kept_patches
-from msn_pretrain.methods.vit import MaskedTransformer, build_transformer
+from msn_pretrain.methods.loss import MSNLoss, log_prior, prior_matching_loss
+from msn_pretrain.methods.vit import MaskedTransformer, build_transformer, kept_patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,3 +226,31 @@ def _drawn_head(width: int, head: Head, *, n_prototypes: int, seed: int) -> tupl
                 nn.init.zeros_(layer.bias)
         bound = head.output**-0.5
         return layers, torch.empty(n_prototypes, head.output).uniform_(-bound, bound)
+
+
+@torch.no_grad()
+def follow(target: nn.Module, anchor: nn.Module, *, share: float) -> None:
+    """Move the target's weights: `share` of each stays, the rest comes from the anchor.
+
+    Buffers are left alone: as in the release, the target's BatchNorm has statistics of its own.
+    Source: arXiv:2204.07141, section 3; github.com/facebookresearch/msn, src/msn_train.py.
+    """
+    weights = _values(target.parameters())
+    torch._foreach_mul_(weights, share)
+    torch._foreach_add_(weights, _values(anchor.parameters()), alpha=1.0 - share)
+
+
+def _values(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    return [parameter.detach() for parameter in parameters]
+
+
+@torch.no_grad()
+def prototypes_in_use(targets: Tensor) -> int:
+    """Give how many prototypes are the largest of some row. targets: (n, k)."""
+    return len(set(targets.argmax(dim=1).tolist()))
+
+
+@torch.no_grad()
+def mean_entropy(targets: Tensor) -> float:
+    """Give the mean entropy of rows that sum to 1, in nats. targets: (n, k)."""
+    return float(torch.special.entr(targets.double()).sum(dim=1).mean())

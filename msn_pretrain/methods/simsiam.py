@@ -11,8 +11,7 @@ from msn_eval.models.architectures import name_architecture
 from msn_eval.models.build import build_network, outline_network
 from msn_pretrain.config.recipe import SimSiamRecipe, architecture_of
 from msn_pretrain.config.schedule import StepSettings
-from msn_pretrain.methods.batch_norm import share_batch_norm
-from msn_pretrain.methods.heads import simsiam_predictor, simsiam_projector
+from msn_pretrain.methods.heads import share_batch_norm, simsiam_predictor, simsiam_projector
 from msn_pretrain.methods.loss import simsiam_loss
 from msn_pretrain.methods.msn import Step
 from msn_pretrain.methods.vit import draw_weights

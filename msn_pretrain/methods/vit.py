@@ -1,6 +1,7 @@
 """Transformer: a Vision Transformer in training, which may be given only some of its patches and images of several sizes."""
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import cast
 
@@ -10,9 +11,14 @@ from torch import Tensor, nn
 from msn_eval.errors import UsageError
 from msn_eval.models.architectures import name_architecture
 from msn_eval.models.build import build_network
-from msn_eval.models.last_block import class_token_after, is_plain
-from msn_eval.models.vit import PositionRule, interpolate_positions, patch_pixels, stored_pixels
-from msn_pretrain.methods.masking import keep_patches
+from msn_eval.models.vit import (
+    PositionRule,
+    class_token_after,
+    interpolate_positions,
+    is_plain,
+    patch_pixels,
+    stored_pixels,
+)
 
 _log = logging.getLogger(__name__)
 _RELEASED = PositionRule(image_pixels=224, antialias=False, offset=0.0)
@@ -160,3 +166,45 @@ def _never_drops(network: nn.Module) -> bool:
         isinstance(module, DropPath) or (isinstance(module, nn.Dropout) and module.p > 0)
         for module in cast(nn.Sequential, network.blocks)[-1].modules()
     )
+
+
+def kept_count(n_patches: int, ratio: float) -> int:
+    """Give how many of `n_patches` are kept when a share `ratio` is dropped, rounded down as the release does.
+
+    Raises UsageError where none would be left, and for a ratio outside [0, 1).
+    """
+    kept = math.floor(n_patches * (1.0 - ratio)) if 0 <= ratio < 1 else 0
+    if not kept:
+        raise UsageError(
+            f"a view of {n_patches} patches of which a share of {ratio} is dropped keeps none",
+            remedy="Drop a smaller share: masking.ratio=0.15.",
+        )
+    return kept
+
+
+def kept_patches(n_patches: int, ratio: float, generator: torch.Generator, *, images: int | None = None) -> Tensor:
+    """Draw the patches that are kept, each set equally likely, by a generator on the CPU.
+
+    images:  how many images get a set of their own; None draws one set for all of a batch, as the release does
+    returns: (kept,) or (images, kept) int64 on the CPU, ascending, in [0, n_patches)
+    """
+    kept = kept_count(n_patches, ratio)
+    if images is None:
+        return torch.randperm(n_patches, generator=generator)[:kept].sort().values
+    order = torch.rand(images, n_patches, generator=generator, dtype=torch.float64).argsort(dim=1)
+    return order[:, :kept].sort(dim=1).values
+
+
+def keep_patches(tokens: Tensor, kept: Tensor, *, prefix: int) -> Tensor:
+    """Leave the first `prefix` tokens and, of the patches behind them, those in `kept`.
+
+    tokens:  (b, prefix + n, d)
+    kept:    (m,) or (b, m) int64, numbers of patches
+    returns: (b, prefix + m, d)
+    """
+    patches = tokens[:, prefix:]
+    if kept.dim() == 1:
+        chosen = patches.index_select(1, kept)
+    else:
+        chosen = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
+    return torch.cat([tokens[:, :prefix], chosen], dim=1)

@@ -1,9 +1,15 @@
 """Run: a recipe at work in its folder: what it trains on and with, and what it goes on from."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
+import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +22,7 @@ from msn_eval.checkpoints.run_folder import CHECKPOINTS, CONFIG, newest_snapshot
 from msn_eval.config.request import Request
 from msn_eval.data import DATASETS, read_split
 from msn_eval.data.images import ImageSet
-from msn_eval.errors import UsageError
+from msn_eval.errors import DistributedError, UsageError
 from msn_eval.evaluation.plan import cache_folder
 from msn_eval.files.atomic import prepare_folder, write_atomically
 from msn_eval.version import __version__
@@ -242,3 +248,43 @@ def roll_back(learner: Learner, run: Path, ranks: Ranks) -> int | None:
         return None
     learner.restore(read_snapshot(found))
     return found.step
+
+
+_NAME = "run.lock"
+_HELD = (errno.EACCES, errno.EAGAIN)
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, which the system takes back when this process ends, however it ends.
+
+    A lock by fcntl is this process's alone: a loader's worker that outlives it holds nothing.
+    Raises DistributedError naming host and process that hold it. On disks without locks it warns and goes on: no file
+    of a run depends on it.
+    """
+    with (run / _NAME).open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD:
+                raise DistributedError(
+                    f"is being trained in by {_holder(run / _NAME)}",
+                    where=str(run),
+                    remedy="Wait for it or end it, or give another run.dir.",
+                ) from error
+            _log.warning("%s: this disk has no locks (%s); start no second job there", run, error.strerror)
+        file.seek(0)
+        file.truncate()
+        facts = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+        file.write(json.dumps(facts))
+        file.flush()
+        yield
+
+
+def _holder(path: Path) -> str:
+    try:
+        facts = json.loads(path.read_text())
+        job = f" (job {facts['job']})" if facts["job"] else ""
+        return f"process {facts['pid']} on {facts['host']}{job}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

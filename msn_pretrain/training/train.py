@@ -15,24 +15,31 @@ from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSet
 from msn_eval.errors import DistributedError, NumericalError, StoreError
 from msn_pretrain.config.recipe import architecture_of
 from msn_pretrain.config.schedule import StepSettings, settings_at
-from msn_pretrain.data.philox import seed_at
-from msn_pretrain.data.sampler import Order
+from msn_pretrain.data.sampler import Order, seed_at
 from msn_pretrain.data.view_loader import ViewBatch, ViewList, load_views, normalised
-from msn_pretrain.distributed.process_group import Ranks, agree, any_of, average_gradients, first_decides, gather
-from msn_pretrain.distributed.replica import check_replicas
+from msn_pretrain.distributed.process_group import (
+    Ranks,
+    agree,
+    any_of,
+    average_gradients,
+    check_replicas,
+    first_decides,
+    gather,
+)
 from msn_pretrain.methods.msn import Step
 from msn_pretrain.training import online_probe as probe
-from msn_pretrain.training.alarms import (
+from msn_pretrain.training.gradients import compute_gradients, norm_of
+from msn_pretrain.training.journal import (
+    Journal,
     Watched,
     after_line,
     after_rollback,
     after_step,
     dump_batch,
     may_roll_back,
+    open_journal,
     raised,
 )
-from msn_pretrain.training.gradients import compute_gradients, norm_of
-from msn_pretrain.training.journal import Journal, open_journal
 from msn_pretrain.training.optimizer import set_for_step
 from msn_pretrain.training.run import (
     Learner,
@@ -42,6 +49,7 @@ from msn_pretrain.training.run import (
     config_sha256,
     data_sha256,
     evaluated_encoder,
+    locked,
     makes_views_on_device,
     open_run,
     resume,
@@ -50,10 +58,8 @@ from msn_pretrain.training.run import (
     training_images,
     view_kinds,
 )
-from msn_pretrain.training.run_lock import locked
 from msn_pretrain.training.snapshot import Snapshot, generator_states, seed_generators, write_snapshot
-from msn_pretrain.training.stop import Stop, stop_heard
-from msn_pretrain.training.watchdog import Watchdog, watching
+from msn_pretrain.training.watchdog import Stop, Watchdog, stop_heard, watching
 
 _log = logging.getLogger(__name__)
 _MASKS, _RANKS = 1, 2  # what a seed is for

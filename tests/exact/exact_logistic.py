@@ -18,10 +18,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from msn_eval.features.extraction import Features
+from msn_eval.probes.base import centred_rows
 from msn_eval.probes.logistic import Logistic, fit_logistic
-from msn_eval.probes.logistic_solvers.line_search import search_line
-from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, evaluate_point
-from msn_eval.probes.rows import centred_rows
+from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, evaluate_point, search_line
 
 _LAMBDAS = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
 _CLOSE = 1e-6

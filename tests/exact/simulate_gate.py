@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msn_eval.results.gate import LEVEL, weigh
-from msn_eval.results.metrics import wilson_interval
 from msn_eval.results.statistics import (
     Integers,
     accuracy_interval,
     difference_interval,
     minimal_detectable_difference,
     sign_flip_test,
+    wilson_interval,
 )
 
 PROTOCOLS = 12

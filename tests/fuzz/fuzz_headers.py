@@ -13,10 +13,10 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["msn_eval.checkpoints", "pickletools"]):
-    from msn_eval.checkpoints.formats.opcodes import scan_pickle
+    from msn_eval.checkpoints.formats.pickle_allowlist import scan_pickle
     from msn_eval.checkpoints.formats.pickle_dry_run import rehearse
+    from msn_eval.checkpoints.formats.read import sniff_container
     from msn_eval.checkpoints.formats.safetensors import read_header
-    from msn_eval.checkpoints.formats.sniff import sniff_container
     from msn_eval.checkpoints.formats.torch_zip import read_archive
     from msn_eval.errors import CheckpointError
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from msn_eval.features.extraction import Features
-from msn_eval.probes.linear import Linear, fit_linear, held_out_scores, stacked
-from msn_eval.probes.linear_probe import Heads, Recipe, train_grid
+from msn_eval.probes.linear import Heads, Linear, Recipe, fit_linear, held_out_scores, stacked, train_grid
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from msn_eval.data.images import ImageSet, Stamp, decode_image
-from msn_eval.results.metrics import measure
 from msn_eval.results.record import (
     CheckpointFacts,
     DataFacts,
@@ -30,6 +29,7 @@ from msn_eval.results.record import (
     result_id,
     write_result,
 )
+from msn_eval.results.statistics import measure
 
 Weights = dict[str, Tensor]
 WeightMaker = Callable[..., Weights]

@@ -20,13 +20,13 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 from msn_eval import sklearn as estimators
 from msn_eval.features.extraction import Features
 from msn_eval.probes import Probe, fit
+from msn_eval.probes.base import centred_rows
 from msn_eval.probes.knn import NearestNeighbours
-from msn_eval.probes.linear_probe import Recipe, train_heads
+from msn_eval.probes.linear import Recipe, train_heads
 from msn_eval.probes.logistic import Logistic
 from msn_eval.probes.logistic_solvers.objective import Solution, certify
 from msn_eval.probes.ncm import NearestClassMean as MeanProbe
 from msn_eval.probes.ridge import Ridge, solve_ridge
-from msn_eval.probes.rows import centred_rows
 from msn_eval.sklearn import LinearProbe, LogisticProbe, NearestClassMean, NearestNeighbourProbe, RidgeProbe
 
 _ESTIMATORS = [LogisticProbe(), NearestNeighbourProbe(), NearestClassMean(), RidgeProbe(), LinearProbe(epochs=20)]

@@ -12,7 +12,6 @@ from typing import BinaryIO, cast
 
 import torch
 
-from msn_eval.checkpoints.formats.opcodes import damaged_pickle, full_name, operations
 from msn_eval.checkpoints.formats.pickle_allowlist import (
     CALLS,
     DTYPES,
@@ -20,6 +19,9 @@ from msn_eval.checkpoints.formats.pickle_allowlist import (
     STORAGE_DTYPES,
     TENSOR_MAKERS,
     PlainDict,
+    damaged_pickle,
+    full_name,
+    operations,
 )
 from msn_eval.errors import CheckpointError
 

@@ -20,7 +20,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from msn_eval.config.finetune_recipe import FinetuneRecipe
+from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.data.hashing import unreadable
 from msn_eval.data.images import BadImageError, EvalTransform, ImageSet, read_image, resize_and_crop
 from msn_eval.errors import ResourceError

@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from msn_eval.config.finetune_recipe import FinetuneRecipe
+from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.errors import UsageError
 from msn_eval.features.encoder import Encoder, build_encoder
 

@@ -11,8 +11,7 @@ from msn_eval.data.decoders import decode_on_device
 from msn_eval.data.hashing import unreadable
 from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelList, load_pixels
-from msn_eval.distributed.group import ALONE, Group, share
-from msn_eval.distributed.process_group import rows_of_all_ranks
+from msn_eval.distributed.group import ALONE, Group, rows_of_all_ranks, share
 from msn_eval.errors import NumericalError
 from msn_eval.features.encoder import Precision, exact_float32, normalised
 from msn_eval.probes.finetune.model import Trainee

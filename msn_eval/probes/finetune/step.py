@@ -11,12 +11,11 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
-from msn_eval.config.finetune_recipe import Finetune
-from msn_eval.distributed.group import Group, share
-from msn_eval.distributed.process_group import sum_over_ranks
+from msn_eval.config.recipes import Finetune
+from msn_eval.distributed.group import Group, share, sum_over_ranks
 from msn_eval.errors import NumericalError, ResourceError
+from msn_eval.features.batch_size import SHORTAGES, is_shortage
 from msn_eval.features.encoder import Precision
-from msn_eval.features.shortage import SHORTAGES, is_shortage
 from msn_eval.probes.finetune.data import Mixing, Order, path_draws
 from msn_eval.probes.finetune.model import Trainee
 from msn_eval.probes.finetune.predict import Labelled, Pace, logits_of

@@ -15,9 +15,8 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
-from msn_eval.config.finetune_recipe import Finetune
-from msn_eval.distributed.group import ALONE, Group, barrier, decided
-from msn_eval.distributed.process_group import broadcast_from_first
+from msn_eval.config.recipes import Finetune
+from msn_eval.distributed.group import ALONE, Group, barrier, broadcast_from_first, decided
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features.encoder import Precision, exact_float32
 from msn_eval.probes.finetune.data import Augmentation, Order, load_training_images, order_of

@@ -35,8 +35,7 @@ from torch import Tensor
 
 from msn_eval.errors import UsageError
 from msn_eval.features.encoder import exact_float32
-from msn_eval.probes.knn_search.cosine import GRID, unit_rows
-from msn_eval.probes.knn_search.index import Bank, Rounded, rounded
+from msn_eval.probes.knn_search.index import GRID, Bank, Rounded, rounded, unit_rows
 
 Arithmetic = Literal["bfloat16", "float32", "float64"]
 By = Literal["auto", "torch", "faiss"]

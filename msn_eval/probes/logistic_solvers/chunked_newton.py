@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msn_eval.probes.base import centred_rows
 from msn_eval.probes.logistic_solvers.objective import Solution
-from msn_eval.probes.rows import centred_rows
 from msn_eval.process import available_bytes
 
 _ROUGH, _FINE = torch.float32, torch.float64

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 
 from msn_eval.errors import printable
+from msn_eval.reports.html.charts import neighbour_charts, shot_charts
 from msn_eval.reports.html.class_view import ClassView, make_class_views
-from msn_eval.reports.html.curves import neighbour_charts, shot_charts
 from msn_eval.reports.html.page import render_offline
 from msn_eval.reports.html.provenance import pack_records
 from msn_eval.reports.text_tables import FAILED, UNCONVERGED

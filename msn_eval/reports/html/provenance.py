@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from msn_eval.config.finetune_recipe import Finetune, recipe_of
+from msn_eval.config.recipes import Finetune, recipe_of
 from msn_eval.errors import printable
-from msn_eval.results.metrics import wilson_interval
 from msn_eval.results.record import SCHEMA, Result
+from msn_eval.results.statistics import wilson_interval
 
 _DECIMALS = 4  # of seconds in records
 _OWN_OF_PROBE = ("certificate", "objective", "iterations", "chosen")

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from msn_eval.checkpoints import download as module
-from msn_eval.checkpoints import part as part_module
+from msn_eval.checkpoints import download as part_module
 from msn_eval.checkpoints.download import download
 from msn_eval.errors import CheckpointError, MsnEvalError, StoreError, UsageError
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from msn_eval.checkpoints import hf_folder as hub_files
 from msn_eval.checkpoints import hf_folder as hub_module
-from msn_eval.checkpoints import hub_files
 from msn_eval.checkpoints.hf_folder import HubFolder, image_statistics, open_hub, read_hub_config, weight_files
 from msn_eval.errors import CheckpointError, StoreError
 

@@ -4,8 +4,17 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from msn_eval.checkpoints.sanity_checks import TensorFacts, chunks, count_not_finite, describe_values, join_facts
+from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork
+from msn_eval.checkpoints.sanity_checks import (
+    TensorFacts,
+    chunks,
+    count_not_finite,
+    describe_values,
+    find_alarms,
+    join_facts,
+)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -74,3 +83,121 @@ def test_chunks_cover_a_tensor_in_order() -> None:
 )
 def test_not_finite_are_counted(values: torch.Tensor, count: int) -> None:
     assert count_not_finite(values) == count
+
+
+Weights = dict[str, Tensor]
+UNTOUCHED = "every norm has its initial values (scale 1, shift 0): these weights look untrained"
+
+
+def trained() -> Weights:
+    return {
+        "blocks.0.mlp.fc1.weight": torch.arange(6.0).reshape(2, 3),
+        "blocks.0.mlp.fc1.bias": torch.zeros(2),
+        "blocks.0.norm1.weight": torch.tensor([1.0, 0.9]),
+        "blocks.0.norm1.bias": torch.tensor([0.0, 0.1]),
+        "norm.weight": torch.ones(2),
+        "norm.bias": torch.zeros(2),
+    }
+
+
+def stored(weights: Weights, key: str | None = None, beside: Weights | None = None) -> StoredNetwork:
+    return StoredNetwork(key=key, words=(key,) if key else (), tensors=weights, beside=beside or {})
+
+
+def alarms(weights: Weights, *, dropped: Weights | None = None, passed_over: StoredNetwork | None = None) -> list[str]:
+    """Give the alarms of a network with `weights` that are used and `dropped` that are not."""
+    network = stored(weights | (dropped or {}), "student")
+    choice = ChosenNetwork(network=network, why="the only network", passed_over=passed_over)
+    return list(find_alarms(choice, {name: describe_values([tensor]) for name, tensor in weights.items()}))
+
+
+def test_trained_weights_raise_none() -> None:
+    assert alarms(trained()) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_named(value: float) -> None:
+    weights = trained() | {"blocks.0.mlp.fc1.bias": torch.tensor([0.0, value])}
+    assert alarms(weights) == ["NaN or infinite values in blocks.0.mlp.fc1.bias"]
+
+
+def test_three_names_are_shown_and_the_rest_counted() -> None:
+    weights = trained() | {f"x{number}.weight": torch.full((2, 2), math.nan) for number in range(5)}
+    assert alarms(weights) == ["NaN or infinite values in x0.weight, x1.weight, x2.weight and 2 more"]
+
+
+def test_three_names_alone_are_shown_without_a_count() -> None:
+    weights = trained() | {f"x{number}.weight": torch.zeros(2, 2) for number in range(3)}
+    assert alarms(weights) == ["nothing but zeros in x0.weight, x1.weight, x2.weight"]
+
+
+def test_matrix_of_zeros_alone_is_named() -> None:
+    weights = trained() | {"blocks.0.mlp.fc1.weight": torch.zeros(2, 3)}
+    assert alarms(weights) == ["nothing but zeros in blocks.0.mlp.fc1.weight"]
+
+
+def test_matrix_with_one_value_is_none_of_zeros() -> None:
+    assert alarms(trained() | {"blocks.0.mlp.fc1.weight": torch.eye(2)[:1]}) == []
+
+
+def test_shifts_of_zeros_alone_are_usual() -> None:
+    assert alarms(trained() | {"blocks.0.norm1.bias": torch.zeros(2)}) == []
+
+
+def test_matrix_without_values_is_none_of_zeros() -> None:
+    assert alarms(trained() | {"queue.weight": torch.zeros(0, 3)}) == []
+
+
+def test_norms_as_initialised_look_untrained() -> None:
+    fresh = {"blocks.0.norm1.weight": torch.ones(2), "blocks.0.norm1.bias": torch.zeros(2)}
+    assert alarms(trained() | fresh) == [UNTOUCHED]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("norm.weight", [1.0, 1.001]), ("norm.bias", [0.0, -1e-6])], ids=["scale", "shift"]
+)
+def test_one_trained_norm_is_enough(name: str, value: list[float]) -> None:
+    fresh = {"blocks.0.norm1.weight": torch.ones(2), "blocks.0.norm1.bias": torch.zeros(2)}
+    assert alarms(trained() | fresh | {name: torch.tensor(value)}) == []
+
+
+def test_weights_without_norms_do_not_look_untrained() -> None:
+    assert alarms({"fc1.weight": torch.eye(2)}) == []
+
+
+def test_constant_matrix_with_a_shift_is_no_trained_norm() -> None:
+    """A linear layer has a weight and a bias as a norm has, and another shape."""
+    fresh = {
+        "norm.weight": torch.ones(2),
+        "norm.bias": torch.zeros(2),
+        "fc1.weight": torch.eye(2),
+        "fc1.bias": torch.ones(2),
+    }
+    assert alarms(fresh) == [UNTOUCHED]
+
+
+def test_student_beside_its_teacher_names_the_teacher() -> None:
+    assert alarms(trained(), passed_over=stored(trained(), "teacher")) == [
+        "'teacher' stands beside it, and is what the method's authors evaluate"
+    ]
+
+
+@pytest.mark.parametrize("name", ["head", "fc", "classifier"])
+def test_classifier_on_top_is_told_with_its_classes(name: str) -> None:
+    found = alarms(trained(), dropped={f"{name}.weight": torch.ones(1000, 2)})
+    assert found == ["a classifier of 1,000 classes is on top: the weights were trained or fine-tuned with labels"]
+
+
+def test_projection_head_of_several_layers_is_no_classifier() -> None:
+    assert alarms(trained(), dropped={"fc.fc1.weight": torch.ones(8, 2), "fc.fc2.weight": torch.ones(8, 8)}) == []
+
+
+def test_each_reason_has_a_sentence_of_its_own() -> None:
+    weights = {
+        "norm.weight": torch.ones(2),
+        "norm.bias": torch.zeros(2),
+        "a.weight": torch.zeros(2, 2),
+        "b.weight": torch.full((2, 2), math.nan),
+    }
+    dropped = {"head.weight": torch.ones(10, 2)}
+    assert len(alarms(weights, dropped=dropped, passed_over=stored(weights, "teacher"))) == 5

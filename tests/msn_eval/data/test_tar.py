@@ -1,18 +1,22 @@
+import bz2
+import gzip
+import io
+import lzma
 import multiprocessing
 import os
 import pickle
+import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from msn_eval.data.dataset import Listing
 from msn_eval.data.hashing import hash_images
 from msn_eval.data.images import ImageSet, file_stamp
 from msn_eval.data.index import make_part
-from msn_eval.data.listing import Listing
-from msn_eval.data.tar import list_members, open_archives
-from msn_eval.data.tar_members import read_members
+from msn_eval.data.tar import list_members, open_archives, read_members
 from msn_eval.errors import DataError
 
 TarWriter = Callable[..., Path]
@@ -163,3 +167,250 @@ def test_forked_processes_read_at_once(listing: Listing) -> None:
     listing.source.read("x/a.jpg")
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.map(listing.source.read, ["y/a.jpg", "x/b.jpg"] * 50) == [b"ape" * 1000, b"bee"] * 50
+
+
+FILES = [("a/0.jpg", b"first"), ("a/1.jpg", b"x" * 600), ("2.jpg", b"")]
+
+
+@pytest.fixture
+def archive(tmp_path: Path, write_tar: TarWriter) -> Path:
+    return write_tar(tmp_path / "images.tar", FILES)
+
+
+def contents(path: Path) -> list[tuple[str, bytes]]:
+    whole = path.read_bytes()
+    return [(member.name, whole[member.offset : member.offset + member.size]) for member in read_members(path)]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_found_at_their_bytes(tmp_path: Path, write_tar: TarWriter, format: int) -> None:
+    assert contents(write_tar(tmp_path / "images.tar", FILES, format=format)) == FILES
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_beyond_a_header_are_read_in_full(tmp_path: Path, write_tar: TarWriter, format: int) -> None:
+    long = f"{'folder/' * 60}é.jpg"
+    path = write_tar(tmp_path / "images.tar", [(long, b"one"), ("z.jpg", b"two")], format=format)
+    assert contents(path) == [(long, b"one"), ("z.jpg", b"two")]
+
+
+def test_file_of_a_member_is_its_name_without_folders(archive: Path) -> None:
+    assert [member.file for member in read_members(archive)] == ["0.jpg", "1.jpg", "2.jpg"]
+
+
+def test_archive_within_another_is_read_at_its_place(tmp_path: Path, write_tar: TarWriter, archive: Path) -> None:
+    outer = write_tar(tmp_path / "outer.tar", [("x.tar", b"before"), ("inner.tar", archive.read_bytes())])
+    inner = read_members(outer)[1]
+    whole = outer.read_bytes()
+    found = read_members(outer, within=inner)
+    assert [(one.name, whole[one.offset : one.offset + one.size]) for one in found] == FILES
+
+
+def test_links_devices_and_folders_are_no_files(tmp_path: Path) -> None:
+    kinds = {"s.jpg": tarfile.SYMTYPE, "h.jpg": tarfile.LNKTYPE, "f.jpg": tarfile.FIFOTYPE, "c.jpg": tarfile.CHRTYPE}
+    path = tmp_path / "odd.tar"
+    with tarfile.open(path, "w") as tar:
+        folder = tarfile.TarInfo("folder.jpg")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, kind in kinds.items():
+            header = tarfile.TarInfo(name)
+            header.type, header.linkname, header.size = kind, "/etc/passwd", 9
+            tar.addfile(header)
+    assert [(member.name, member.is_file, member.size) for member in read_members(path)] == [
+        (name, False, 0) for name in kinds
+    ]
+
+
+def test_names_that_lead_out_of_a_folder_are_only_names(tmp_path: Path, write_tar: TarWriter) -> None:
+    path = write_tar(tmp_path / "images.tar", [("../../up.jpg", b"1"), ("/etc/abs.jpg", b"2")])
+    assert [member.file for member in read_members(path)] == ["up.jpg", "abs.jpg"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_names_that_are_no_utf8_survive(tmp_path: Path) -> None:
+    path = tmp_path / "latin.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        tar.addfile(tarfile.TarInfo("caf\xe9.jpg"))
+    assert [member.name for member in read_members(path)] == ["caf\udce9.jpg"]
+
+
+def test_archive_of_nothing_has_no_members(tmp_path: Path, write_tar: TarWriter) -> None:
+    assert read_members(write_tar(tmp_path / "none.tar", [])) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "pack", "command"),
+    [("gzip", gzip.compress, "gunzip"), ("bzip2", bz2.compress, "bunzip2"), ("xz", lzma.compress, "unxz")],
+)
+def test_compressed_archive_is_refused_with_the_command_that_decompresses_it(
+    archive: Path, name: str, pack: Callable[[bytes], bytes], command: str
+) -> None:
+    archive.write_bytes(pack(archive.read_bytes()))
+    with pytest.raises(DataError, match=f"is compressed by {name}; images are read in place") as caught:
+        read_members(archive)
+    assert (caught.value.exit_code, caught.value.where) == (21, str(archive))
+    assert command in caught.value.remedy
+
+
+def test_zstd_archive_is_refused_as_compressed(archive: Path) -> None:
+    archive.write_bytes(b"\x28\xb5\x2f\xfd" + archive.read_bytes())
+    with pytest.raises(DataError, match="is compressed by zstd"):
+        read_members(archive)
+
+
+@pytest.mark.parametrize("length", range(0, 4096, 256))
+def test_archive_cut_anywhere_is_refused_and_named(archive: Path, length: int) -> None:
+    """Its members and zeros take: 512 + 512, 512 + 1024, 512 and 1024 bytes; a cut may fall on their borders."""
+    whole = archive.read_bytes()
+    closing = 512 * 6
+    archive.write_bytes(whole[: min(length, closing + 511)])
+    with pytest.raises(DataError) as caught:
+        read_members(archive)
+    assert caught.value.exit_code == 21
+    assert caught.value.where == str(archive)
+    assert caught.value.remedy
+
+
+def test_archive_without_the_zeros_that_close_it_is_refused(archive: Path) -> None:
+    archive.write_bytes(archive.read_bytes()[: 512 * 6])
+    with pytest.raises(DataError, match="ends without the zeros that close an archive"):
+        read_members(archive)
+
+
+def test_one_block_of_zeros_closes_an_archive(archive: Path) -> None:
+    archive.write_bytes(archive.read_bytes()[: 512 * 7])
+    assert contents(archive) == FILES
+
+
+def test_damaged_byte_of_a_header_is_noticed_or_harmless(archive: Path) -> None:
+    """A reader that stops at the first odd header gives fewer images."""
+    whole = archive.read_bytes()
+    silent = []
+    for at in [*range(0, 512, 3), *range(1024, 1536, 3), *range(2560, 3072, 3)]:
+        archive.write_bytes(whole[:at] + bytes([whole[at] ^ 0x15]) + whole[at + 1 :])
+        try:
+            if contents(archive) != FILES:
+                silent.append(at)
+        except DataError:
+            continue
+    assert silent == []
+
+
+def test_zeroed_header_between_members_is_no_end(archive: Path) -> None:
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:1024] + bytes(512) + whole[1536:])
+    with pytest.raises(DataError, match="goes on after its end at byte 1,024"):
+        read_members(archive)
+
+
+def test_joined_archives_are_refused(archive: Path) -> None:
+    archive.write_bytes(archive.read_bytes() * 2)
+    with pytest.raises(DataError, match="several archives were joined"):
+        read_members(archive)
+
+
+def test_something_far_behind_the_end_is_seen(archive: Path) -> None:
+    archive.write_bytes(archive.read_bytes() + bytes(3 << 20) + b"x")
+    with pytest.raises(DataError, match="goes on after its end"):
+        read_members(archive)
+
+
+def test_damage_is_told_with_the_member_before_it(archive: Path) -> None:
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: 1024 + 512 + 100])
+    with pytest.raises(
+        DataError, match=r"images\.tar: is no tar archive, or a damaged or truncated one: member a/1\.jpg"
+    ):
+        read_members(archive)
+
+
+def test_inner_archive_ends_where_its_member_does(tmp_path: Path, write_tar: TarWriter, archive: Path) -> None:
+    """What follows in the outer archive must not be taken for the rest of a truncated inner one."""
+    cut = archive.read_bytes()[: 512 * 6]
+    outer = write_tar(tmp_path / "outer.tar", [("inner.tar", cut), ("next.tar", archive.read_bytes())])
+    inner = read_members(outer)[0]
+    with pytest.raises(DataError, match=r"outer\.tar: inner\.tar: is no tar archive.* zeros that close"):
+        read_members(outer, within=inner)
+
+
+def test_compressed_inner_archive_is_named(tmp_path: Path, write_tar: TarWriter, archive: Path) -> None:
+    outer = write_tar(tmp_path / "outer.tar", [("inner.tar", gzip.compress(archive.read_bytes()))])
+    with pytest.raises(DataError, match=r"outer\.tar: inner\.tar: is compressed by gzip"):
+        read_members(outer, within=read_members(outer)[0])
+
+
+def test_sparse_member_is_refused(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("holes.jpg")
+    header.type = tarfile.GNUTYPE_SPARSE
+    header.size = 512
+    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    block[386:398], block[398:410], block[483:495] = b"%011o\0" % 0, b"%011o\0" % 512, b"%011o\0" % 4096
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block[:512])
+    path = tmp_path / "sparse.tar"
+    path.write_bytes(bytes(block[:512]) + b"x" * 512 + bytes(1024))
+    with pytest.raises(DataError, match=r"member holes\.jpg is stored with its zeros left out") as caught:
+        read_members(path)
+    assert "--sparse" in caught.value.remedy
+
+
+def test_length_of_a_long_name_is_not_believed_beyond_reason(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 1 << 21
+    path = tmp_path / "long.tar"
+    path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + b"a" * (1 << 21) + bytes(4096))
+    with pytest.raises(DataError, match="a header of 2097152 bytes"):
+        read_members(path)
+
+
+def test_negative_size_is_refused(tmp_path: Path) -> None:
+    block = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = b"\xff" * 10 + b"\xfc\x00"  # -1024, in the base-256 form
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    path = tmp_path / "negative.tar"
+    path.write_bytes(bytes(block) + bytes(4096))
+    with pytest.raises(DataError, match="is no tar archive, or a damaged"):
+        read_members(path)
+
+
+def test_chain_of_long_names_without_end_is_refused(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2
+    path = tmp_path / "chain.tar"
+    path.write_bytes((header.tobuf(tarfile.GNU_FORMAT) + b"a\0".ljust(512, b"\0")) * 5000 + bytes(1024))
+    with pytest.raises(DataError, match=r"chain\.tar: is no tar archive"):
+        read_members(path)
+
+
+def test_picture_is_no_archive(tmp_path: Path) -> None:
+    path = tmp_path / "picture.tar"
+    path.write_bytes(bytes(range(256)) * 20)
+    with pytest.raises(DataError, match="is no tar archive"):
+        read_members(path)
+
+
+def test_empty_file_is_told_to_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "empty.tar").touch()
+    with pytest.raises(DataError, match=r"empty\.tar: is empty"):
+        read_members(tmp_path / "empty.tar")
+
+
+def test_archive_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.tar: cannot be read: No such file"):
+        read_members(tmp_path / "gone.tar")
+
+
+def test_headers_alone_are_read(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    read = io.FileIO.read
+
+    class Counted(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes | None:
+            sizes.append(size or 0)
+            return read(self, size)
+
+    monkeypatch.setattr("msn_eval.data.tar._HeaderFile", Counted)
+    read_members(archive)
+    assert max(sizes) == 512

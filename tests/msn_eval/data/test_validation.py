@@ -2,16 +2,34 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from msn_eval.data import validation as dataset_check
 from msn_eval.data.dataset import DataSet, class_map_sha256
+from msn_eval.data.folder import read_folder
+from msn_eval.data.hashing import content_sha256, hash_images
+from msn_eval.data.image_info import look_at_images
 from msn_eval.data.imagenet_subsets import Publication
 from msn_eval.data.images import ImageSet
-from msn_eval.data.validation import check_dataset, shared_images
+from msn_eval.data.validation import (
+    ManifestCheck,
+    Sized,
+    SplitCheck,
+    check_dataset,
+    check_split,
+    compare_manifest,
+    look_alikes,
+    read_manifest,
+    shared_images,
+    write_manifest,
+)
+from msn_eval.errors import DataError
 
 ImageSetMaker = Callable[..., ImageSet]
 DataSetMaker = Callable[..., DataSet]
@@ -95,3 +113,220 @@ def test_any_difference_from_the_manifest_is_unsound(data_set: DataSetMaker, dif
         del manifest["val/a/1.png"]
     unsound = check_dataset(data_set({"a/1.png": picture()}, {"a/1.png": picture()}), manifest=manifest)
     assert (sound.sound, unsound.sound) == (True, False)
+
+
+Check = Callable[[Mapping[str, bytes | None]], SplitCheck]
+
+
+def encoded_picture(kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (3, 2), **options: object) -> bytes:
+    content = io.BytesIO()
+    Image.new(mode, size).save(content, kind, **options)
+    return content.getvalue()
+
+
+def with_exif(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded_picture("JPEG", exif=exif)
+
+
+def with_broken_exif() -> bytes:
+    """Promise an entry that the block is too short for."""
+    return encoded_picture("JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x05\x00")
+
+
+@pytest.fixture
+def check(memory_images: ImageSetMaker) -> Check:
+    def look(contents: Mapping[str, bytes | None]) -> SplitCheck:
+        images = memory_images(contents)
+        return check_split("val", images, look_at_images("val", images))
+
+    return look
+
+
+def test_images_are_counted_by_class_and_kind(check: Check) -> None:
+    found = check(
+        {
+            "a/1.png": encoded_picture(),
+            "b/1.png": encoded_picture("PNG", "L"),
+            "b/2.png": encoded_picture(size=(9, 9)),
+        }
+    )
+    assert (found.images, found.class_sizes) == (3, {"a": 1, "b": 2})
+    assert list(found.kinds.items()) == [("PNG RGB", 2), ("PNG L", 1)]
+
+
+def test_class_of_the_other_split_alone_has_no_images(memory_images: ImageSetMaker) -> None:
+    images = replace(memory_images({"a/1.png": encoded_picture()}), classes=("a", "z"))
+    assert check_split("val", images, look_at_images("val", images)).class_sizes == {"a": 1, "z": 0}
+
+
+def test_passed_over_files_are_those_of_the_set(memory_images: ImageSetMaker) -> None:
+    images = memory_images({"a/1.png": encoded_picture()}, passed_over=4)
+    assert check_split("val", images, look_at_images("val", images)).passed_over == 4
+
+
+def test_image_of_no_known_format_is_of_no_kind(check: Check) -> None:
+    assert check({"a/1.png": None, "a/2.png": encoded_picture(), "a/3.png": b""}).kinds == {"PNG RGB": 1}
+
+
+def test_turned_and_damaged_are_counted(check: Check) -> None:
+    contents = {
+        "a/1.jpg": with_exif(6),
+        "a/2.jpg": with_exif(3),
+        "a/3.jpg": with_exif(1),
+        "a/4.jpg": with_broken_exif(),
+    }
+    found = check(contents)
+    assert (found.turned, found.damaged_exif) == (2, 1)
+
+
+def test_smallest_and_largest_go_by_pixels_and_the_first_of_several_is_named(check: Check) -> None:
+    sizes = {"a/1.png": (9, 1), "a/2.png": (4, 4), "a/3.png": (1, 9), "a/4.png": (2, 8)}
+    found = check({name: encoded_picture(size=size) for name, size in sizes.items()})
+    assert (found.smallest, found.largest) == (
+        Sized(image="a/1.png", width=9, height=1),
+        Sized(image="a/2.png", width=4, height=4),
+    )
+
+
+def test_every_image_that_cannot_be_used_is_listed_with_place_and_reason(check: Check) -> None:
+    found = check({"a/1.png": None, "a/2.png": encoded_picture(), "a/3.png": b""})
+    assert [(one.image, one.place, one.reason) for one in found.unreadable] == [
+        ("a/1.png", "/data/a/1.png", "cannot be read: Permission denied"),
+        ("a/3.png", "/data/a/3.png", "the file is empty"),
+    ]
+
+
+def test_duplicates_are_images_with_the_bytes_of_an_earlier_one(check: Check) -> None:
+    same, other = encoded_picture(), encoded_picture(size=(1, 1))
+    assert check({"a/1.png": same, "a/2.png": same, "b/3.png": same, "b/4.png": other}).duplicates == 2
+
+
+def test_images_that_cannot_be_read_are_no_duplicates(check: Check) -> None:
+    assert check({"a/1.png": None, "a/2.png": None}).duplicates == 0
+
+
+def test_content_hash_is_that_of_records(memory_images: ImageSetMaker) -> None:
+    images = memory_images({"a/1.png": encoded_picture(), "b/1.png": b"damaged"})
+    expected = content_sha256(images.ids, hash_images(images, memory=None))
+    assert check_split("val", images, look_at_images("val", images)).content_sha256 == expected
+
+
+def test_there_is_no_content_hash_where_an_image_cannot_be_read(check: Check) -> None:
+    assert check({"a/1.png": encoded_picture(), "a/2.png": None}).content_sha256 is None
+
+
+def test_split_without_images_is_no_trouble(check: Check) -> None:
+    found = check({})
+    assert (found.images, found.kinds, found.smallest, found.largest, found.unreadable) == (0, {}, None, None, ())
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["a/x.jpg", "a/X.JPG", "a/y.jpg"], (("a/x.jpg", "a/X.JPG"),)),
+        (["caf\u00e9/1.jpg", "cafe\u0301/1.jpg"], (("caf\u00e9/1.jpg", "cafe\u0301/1.jpg"),)),
+        (["caf\u00c9/1.jpg", "cafe\u0301/1.jpg"], (("caf\u00c9/1.jpg", "cafe\u0301/1.jpg"),)),
+        (["a/x.jpg", "b/x.jpg", "caf\udce9/1.jpg"], ()),
+    ],
+    ids=["case", "normalisation", "both", "none"],
+)
+def test_names_that_some_disks_hold_for_one_are_grouped(
+    names: Sequence[str], groups: tuple[tuple[str, ...], ...]
+) -> None:
+    assert look_alikes(names) == groups
+
+
+def test_classes_that_look_alike_are_told_even_where_no_two_images_do(check: Check) -> None:
+    assert check({"Cat/1.png": encoded_picture(), "cat/2.png": encoded_picture()}).look_alikes == (("Cat", "cat"),)
+
+
+SplitsOf = Callable[..., list[SplitCheck]]
+
+
+@pytest.fixture
+def splits_of(memory_images: ImageSetMaker) -> SplitsOf:
+    def look(train: Mapping[str, bytes | None], val: Mapping[str, bytes | None]) -> list[SplitCheck]:
+        named = (("train", memory_images(train)), ("val", memory_images(val)))
+        return [check_split(name, images, look_at_images(name, images)) for name, images in named]
+
+    return look
+
+
+def test_manifest_has_a_line_an_image(splits_of: SplitsOf) -> None:
+    found = splits_of({"a/1.png": picture()}, {"a/2.png": b"damaged"})
+    expected = f"{digest(picture())}  train/a/1.png\n{digest(b'damaged')}  val/a/2.png\n"
+    assert write_manifest(found) == expected.encode()
+
+
+def test_manifest_is_accepted_by_sha256sum(tmp_path: Path) -> None:
+    """With the names that it spells in its own way, and bytes that are no text."""
+    for split in ("train", "val"):
+        folder = tmp_path / split / "caf\udce9"
+        folder.mkdir(parents=True)
+        for name in ("a b.png", "back\\slash.png", "line\nend.png", "return\r.png"):
+            (folder / name).write_bytes(picture())
+    content = write_manifest(check_dataset(read_folder(str(tmp_path))).splits)
+    (tmp_path / "SHA256SUMS").write_bytes(content)
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=tmp_path, capture_output=True
+    )
+    assert (done.returncode, done.stdout, done.stderr, content.count(b"\n")) == (0, b"", b"", 8)
+
+
+def test_manifest_is_read_back_as_it_was_written(splits_of: SplitsOf, tmp_path: Path) -> None:
+    names = ["a/1 2.png", "a/b\\n.png", "a/c\n.png", "a/d\r.png", "a/e\\n\n.png", "a/caf\udce9.png", "a/\\.png"]
+    found = splits_of({name: picture() for name in names}, {"a/1.png": picture()})
+    (tmp_path / "m").write_bytes(write_manifest(found))
+    assert read_manifest(tmp_path / "m") == {
+        **{f"train/{name}": digest(picture()) for name in names},
+        "val/a/1.png": digest(picture()),
+    }
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"%s  val/a/1.png\n", b"%s *val/a/1.png", b"%s  ./val/a/1.png\r\n", b"\xef\xbb\xbf%s  val/a/1.png\n\n"],
+    ids=["text", "binary", "found by find, CRLF", "BOM, empty line"],
+)
+def test_lines_of_other_tools_are_read(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "m").write_bytes(line % (b"AB" * 32))
+    assert read_manifest(tmp_path / "m") == {"val/a/1.png": "ab" * 32}
+
+
+@pytest.mark.parametrize("line", [b"val/a/1.png", b"ab" * 31 + b"  val/x", b"ab" * 32 + b"  ", b"ab" * 32 + b"\tval/x"])
+def test_line_that_is_none_of_a_manifest_is_named(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "m").write_bytes(b"ab" * 32 + b"  val/a/1.png\n" + line + b"\n")
+    with pytest.raises(DataError, match=f"{tmp_path / 'm'}: line 2 is no SHA-256 with a name: "):
+        read_manifest(tmp_path / "m")
+
+
+def test_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m").write_bytes((b"ab" * 32 + b"  val/a/1.png\n") * 2)
+    with pytest.raises(DataError, match=r"line 2 names val/a/1\.png again"):
+        read_manifest(tmp_path / "m")
+
+
+def test_missing_manifest_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        read_manifest(tmp_path / "m")
+
+
+def test_changed_missing_and_extra_images_are_listed(splits_of: SplitsOf) -> None:
+    found = splits_of({"a/1.png": picture(), "a/2.png": picture()}, {"a/1.png": picture(size=(1, 1))})
+    manifest = {
+        "train/a/1.png": digest(picture()),
+        "train/a/0.png": "0" * 64,
+        "val/a/1.png": digest(picture()),
+        "val/a/9.png": "9" * 64,
+    }
+    assert compare_manifest(manifest, found) == ManifestCheck(
+        listed=4, changed=("val/a/1.png",), missing=("train/a/0.png", "val/a/9.png"), extra=("train/a/2.png",)
+    )
+
+
+def test_image_that_cannot_be_read_is_neither_missing_nor_changed(splits_of: SplitsOf) -> None:
+    found = splits_of({"a/1.png": picture()}, {"a/1.png": None})
+    manifest = {"train/a/1.png": digest(picture()), "val/a/1.png": "0" * 64}
+    assert compare_manifest(manifest, found).agrees

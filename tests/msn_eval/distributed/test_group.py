@@ -19,7 +19,7 @@ import torch.distributed
 from torch.utils.data import DataLoader
 
 from msn_eval.distributed.group import ALONE, Group, agree, barrier, decided, gathered, join_group, share
-from msn_eval.distributed.limits import Limits
+from msn_eval.distributed.peers import Limits
 from msn_eval.errors import DataError, MsnEvalError
 
 QUICK = Limits(

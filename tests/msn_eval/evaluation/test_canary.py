@@ -19,8 +19,8 @@ from msn_eval.evaluation.canary import FALSE_ALARMS, judge_canary, random_labels
 from msn_eval.evaluation.plan import make_plan
 from msn_eval.features.extraction import Features
 from msn_eval.results.folder import list_results
-from msn_eval.results.metrics import measure
 from msn_eval.results.record import Result
+from msn_eval.results.statistics import measure
 
 _CLASSES = ("a", "b", "c", "d")
 

@@ -7,7 +7,7 @@ import torch
 
 from msn_eval import load_encoder
 from msn_eval.errors import ResourceError
-from msn_eval.features.batch_size import Portion, in_portions
+from msn_eval.features.batch_size import SHORTAGES, Portion, in_portions, is_shortage
 from msn_eval.features.encoder import Encoder
 
 
@@ -61,3 +61,22 @@ def test_a_network_that_cannot_be_compiled_is_told(encoder: Encoder) -> None:
 
     with pytest.raises(ResourceError, match=r"torch\.compile failed: no compiler here"):
         in_portions(replace(encoder, compiled=True), 10, Portion(images=4), fail)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_errors_of_memory_are_shortages(error: BaseException) -> None:
+    assert is_shortage(error)
+
+
+def test_what_torch_says_of_the_hosts_memory_is_a_shortage() -> None:
+    with pytest.raises(SHORTAGES) as told:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    assert is_shortage(told.value)
+
+
+def test_another_fault_of_torch_is_none() -> None:
+    with pytest.raises(SHORTAGES) as told:
+        torch.ones(2) @ torch.ones(3)
+
+    assert not is_shortage(told.value)

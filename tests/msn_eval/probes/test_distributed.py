@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from msn_eval.distributed.group import Group, join_group
-from msn_eval.distributed.limits import Limits
+from msn_eval.distributed.peers import Limits
 from msn_eval.errors import MsnEvalError, NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes import distributed as team

@@ -9,8 +9,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
+from msn_eval.probes.base import rank_labels
 from msn_eval.probes.knn import NearestNeighbours, fit_knn, knn_settings, neighbour_vote
-from msn_eval.probes.ranking import rank_labels
 
 CPU = torch.device("cpu")
 

@@ -7,12 +7,11 @@ from sklearn.linear_model import LogisticRegression
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes import logistic
-from msn_eval.probes.base import Fitted
+from msn_eval.probes.base import Fitted, centred_rows
 from msn_eval.probes.logistic import Logistic, Solver, _setting, default_lambda, fit_logistic, logistic_settings
 from msn_eval.probes.logistic_solvers import newton
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution
-from msn_eval.probes.rows import centred_rows
 
 CPU = torch.device("cpu")
 

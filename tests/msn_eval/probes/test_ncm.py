@@ -5,9 +5,8 @@ import torch
 from scipy.spatial.distance import cdist
 
 from msn_eval.features.extraction import Features
+from msn_eval.probes.base import normalised_rows, rank_labels
 from msn_eval.probes.ncm import NearestClassMean, class_directions, fit_ncm
-from msn_eval.probes.ranking import rank_labels
-from msn_eval.probes.rows import normalised_rows
 
 CPU = torch.device("cpu")
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from msn_eval import extract, load_encoder
 from msn_eval.features.extraction import Features
 from msn_eval.probes import fit
-from msn_eval.probes.base import Fitted
+from msn_eval.probes.base import Fitted, centred_rows, normalised_rows
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.logistic import Logistic, Solver
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, evaluate_point
-from msn_eval.probes.rows import centred_rows, normalised_rows
 
 _CPU = torch.device("cpu")
 _LAMBDA = 0.0025

@@ -7,9 +7,8 @@ from sklearn.linear_model import Ridge as SklearnRidge
 
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.ranking import rank_labels
+from msn_eval.probes.base import centred_rows, rank_labels
 from msn_eval.probes.ridge import GRID, Ridge, fit_ridge, ridge_settings, solve_ridge
-from msn_eval.probes.rows import centred_rows
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msn_eval.reports.comparison import render_comparison_json, render_comparison_markdown, render_comparison_text
+from msn_eval.reports.comparison import (
+    p_text,
+    render_comparison_json,
+    render_comparison_markdown,
+    render_comparison_text,
+)
 from msn_eval.reports.gate import (
     render_gate_json,
     render_gate_junit,
@@ -20,8 +25,7 @@ from msn_eval.reports.gate import (
     render_refusal_junit,
     render_refusal_markdown,
 )
-from msn_eval.reports.markdown_text import markdown_row
-from msn_eval.reports.points import p_text
+from msn_eval.reports.text_tables import markdown_row
 from msn_eval.results.baseline import make_baseline
 from msn_eval.results.comparison import Comparison, compare
 from msn_eval.results.gate import GateReport, check_results

@@ -17,8 +17,8 @@ from rich.console import Console
 from msn_eval.reports import FORMATS, render
 from msn_eval.reports.terminal import print_table
 from msn_eval.results.folder import list_results
-from msn_eval.results.metrics import Metrics, wilson_interval
 from msn_eval.results.record import Result, read_result
+from msn_eval.results.statistics import Metrics, wilson_interval
 from msn_eval.results.table import Standing, Table, make_table, place_of
 
 _RECORD = Path(__file__).parents[2] / "golden" / "records" / "schema-1" / "b39361b67149d6c5.json"

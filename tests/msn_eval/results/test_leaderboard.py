@@ -10,9 +10,8 @@ import pytest
 from msn_eval.results import leaderboard
 from msn_eval.results.folder import scan_results
 from msn_eval.results.leaderboard import make_leaderboard
-from msn_eval.results.metrics import measure
 from msn_eval.results.record import Predictions, Result, read_predictions, read_result, write_result
-from msn_eval.results.statistics import accuracy_interval
+from msn_eval.results.statistics import accuracy_interval, measure
 from msn_eval.results.table import Standing, place_of
 
 _RECORD = Path(__file__).parents[2] / "golden" / "records" / "schema-1" / "b39361b67149d6c5.json"

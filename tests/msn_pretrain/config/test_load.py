@@ -1,15 +1,19 @@
 """Recipes from YAML and overrides, and those that ship."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
+from msn_eval.config.reference_yaml import NETWORKS
 from msn_eval.errors import UsageError
 from msn_eval.files.package_data import shipped_folder
 from msn_eval.models.architectures import name_architecture
 from msn_eval.models.build import outline_network
-from msn_pretrain.config.load import read_recipe, recipe_as_yaml
-from msn_pretrain.config.recipe import MSNRecipe, SimSiamRecipe
+from msn_pretrain.config.load import _MAPPED, read_recipe, recipe_as_yaml
+from msn_pretrain.config.recipe import MSNRecipe, Run, SimSiamRecipe
 
 _SHIPPED = sorted((shipped_folder("configs") / "pretrain").glob("*.yaml"))
 
@@ -142,3 +146,207 @@ def test_released_recipe_is_the_default_and_the_headline_differs_in_its_targets_
     assert (headline.criterion.sinkhorn_iterations, headline.criterion.me_max_weight) == (0, 5.0)
     overrides = ("criterion.sinkhorn_iterations=0", "criterion.me_max_weight=5")
     assert read_recipe(folder / "msn_vits16.yaml", overrides=overrides) == headline
+
+
+CRITERION = {
+    "batch_size": 64,
+    "num_proto": 1024,
+    "temperature": 0.1,
+    "start_sharpen": 0.25,
+    "final_sharpen": 0.25,
+    "me_max": True,
+    "memax_weight": 1.0,
+    "use_ent": True,
+    "ent_weight": 0.0,
+    "use_sinkhorn": True,
+}
+DATA = {
+    "root_path": "/datasets",
+    "image_folder": "imagenet/",
+    "num_workers": 10,
+    "pin_mem": True,
+    "color_jitter_strength": 0.5,
+    "label_smoothing": 0.0,
+    "patch_drop": 0.15,
+    "rand_size": 224,
+    "focal_size": 96,
+    "rand_views": 1,
+    "focal_views": 10,
+}
+META = {
+    "model_name": "deit_small",
+    "drop_path_rate": 0.0,
+    "hidden_dim": 2048,
+    "output_dim": 256,
+    "use_bn": True,
+    "use_fp16": False,
+    "use_pred_head": False,
+    "bottleneck": 1,
+    "copy_data": False,
+    "load_checkpoint": False,
+    "read_checkpoint": None,
+}
+OPTIMIZATION = {
+    "epochs": 800,
+    "warmup": 15,
+    "start_lr": 0.0002,
+    "lr": 0.001,
+    "final_lr": 1.0e-06,
+    "weight_decay": 0.04,
+    "final_weight_decay": 0.4,
+    "clip_grad": 3.0,
+}
+LOGGING = {"folder": "/logs/", "write_tag": "first"}
+RELEASED = {
+    "criterion": CRITERION,
+    "data": DATA,
+    "logging": LOGGING,
+    "meta": META,
+    "optimization": OPTIMIZATION,
+}
+NOTHING = object()
+
+
+def read(
+    folder: Path, *changes: tuple[str, object], world_size: int = 16, overrides: tuple[str, ...] = ()
+) -> MSNRecipe:
+    """Read the released file with some keys changed, or taken out."""
+    content: Any = {section: dict(values) for section, values in RELEASED.items()}
+    for key, value in changes:
+        section, name = key.split(".")
+        content[section][name] = value
+        if value is NOTHING:
+            del content[section][name]
+    file = folder / "theirs.yaml"
+    OmegaConf.save(OmegaConf.create(content), file)
+    recipe = read_recipe(file, overrides=overrides, world_size=world_size)
+    assert isinstance(recipe, MSNRecipe)
+    return recipe
+
+
+def test_released_file_on_16_ranks_is_our_released_recipe(tmp_path: Path) -> None:
+    recipe = read(tmp_path)
+
+    ours = MSNRecipe(run=Run(dir="/logs/first", precision="fp32"))
+    assert (recipe.data.root, recipe.data.workers, recipe.data.pin_memory) == ("/datasets/imagenet", 10, True)
+    for section in ("views", "encoder", "head", "masking", "criterion", "optimization", "ema", "run"):
+        assert getattr(recipe, section) == getattr(ours, section)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "value", "ours", "expected"),
+    [
+        ("criterion.batch_size", 32, "optimization.batch_size", 512),
+        ("criterion.num_proto", 512, "criterion.prototypes", 512),
+        ("criterion.temperature", 0.2, "criterion.temperature", 0.2),
+        ("criterion.start_sharpen", 0.5, "criterion.sharpening", 0.5),
+        ("criterion.final_sharpen", 0.1, "criterion.final_sharpening", 0.1),
+        ("criterion.me_max", False, "criterion.me_max_weight", 0.0),
+        ("criterion.memax_weight", 5.0, "criterion.me_max_weight", 5.0),
+        ("criterion.memax_weight", NOTHING, "criterion.me_max_weight", 1.0),
+        ("criterion.ent_weight", 0.3, "criterion.entropy_weight", 0.3),
+        ("criterion.ent_weight", NOTHING, "criterion.entropy_weight", 1.0),
+        ("criterion.use_sinkhorn", False, "criterion.sinkhorn_iterations", 0),
+        ("data.root_path", "/else", "data.root", "/else/imagenet"),
+        ("data.image_folder", "small", "data.root", "/datasets/small"),
+        ("data.num_workers", 3, "data.workers", 3),
+        ("data.pin_mem", False, "data.pin_memory", False),
+        ("data.color_jitter_strength", 1.0, "views.brightness", 0.8),
+        ("data.color_jitter_strength", 1.0, "views.contrast", 0.8),
+        ("data.color_jitter_strength", 1.0, "views.saturation", 0.8),
+        ("data.color_jitter_strength", 1.0, "views.hue", 0.2),
+        ("data.patch_drop", 0.7, "masking.ratio", 0.7),
+        ("data.rand_size", 192, "views.image_pixels", 192),
+        ("data.focal_size", 64, "views.focal_pixels", 64),
+        ("data.rand_views", 2, "views.random_views", 2),
+        ("data.focal_views", 0, "views.focal_views", 0),
+        ("logging.folder", "/runs", "run.dir", "/runs/first"),
+        ("logging.write_tag", "second", "run.dir", "/logs/second"),
+        ("meta.model_name", "deit_base_p4", "encoder.name", "vit_base_patch16_224?patch_size=4"),
+        ("meta.drop_path_rate", 0.1, "encoder.drop_path", 0.1),
+        ("meta.hidden_dim", 512, "head.hidden", 512),
+        ("meta.output_dim", 64, "head.output", 64),
+        ("meta.use_bn", False, "head.batch_norm", False),
+        ("meta.load_checkpoint", True, "run.dir", "/logs/first"),
+        ("optimization.epochs", 3, "optimization.epochs", 3),
+        ("optimization.warmup", 2, "optimization.warmup", 2.0),
+        ("optimization.start_lr", 0.1, "optimization.start_learning_rate", 0.1),
+        ("optimization.lr", 0.2, "optimization.learning_rate", 0.2),
+        ("optimization.final_lr", 0.3, "optimization.final_learning_rate", 0.3),
+        ("optimization.weight_decay", 0.1, "optimization.weight_decay", 0.1),
+        ("optimization.final_weight_decay", 0.2, "optimization.final_weight_decay", 0.2),
+        ("optimization.clip_grad", 0, "optimization.clip", 0.0),
+    ],
+)
+def test_each_key_reaches_its_place(tmp_path: Path, theirs: str, value: object, ours: str, expected: object) -> None:
+    section, name = ours.split(".")
+
+    assert getattr(getattr(read(tmp_path, (theirs, value)), section), name) == expected
+
+
+def test_entropy_that_is_not_used_has_no_weight(tmp_path: Path) -> None:
+    assert read(tmp_path, ("criterion.ent_weight", 0.3), ("criterion.use_ent", False)).criterion.entropy_weight == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("criterion.freeze_proto", True),
+        ("data.label_smoothing", 0.1),
+        ("meta.read_checkpoint", "epoch.pth.tar"),
+        ("meta.copy_data", True),
+        ("meta.use_fp16", True),
+        ("meta.use_pred_head", True),
+        ("meta.bottleneck", 2),
+        ("meta.two_layer", True),
+        ("meta.model_name", "deit_small_convstem"),
+    ],
+)
+def test_what_cannot_be_mapped_is_refused_by_name(tmp_path: Path, key: str, value: object) -> None:
+    with pytest.raises(UsageError, match=rf"{key}: .*cannot be mapped") as caught:
+        read(tmp_path, (key, value))
+
+    assert caught.value.remedy
+
+
+def test_every_key_that_is_known_is_tested_here() -> None:
+    tested = {f"{section}.{key}" for section, values in RELEASED.items() for key in values}
+
+    assert tested | {"criterion.freeze_proto", "meta.two_layer"} == _MAPPED.keys()
+
+
+def test_an_unknown_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"Did you mean optimization\.clip_grad\?"):
+        read(tmp_path, ("optimization.clip_gard", 3.0))
+
+
+def test_a_key_that_their_code_needs_may_not_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"lacks optimization\.epochs"):
+        read(tmp_path, ("optimization.epochs", NOTHING))
+
+
+def test_a_value_of_a_wrong_kind_is_refused_by_our_key(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"optimization\.epochs: Value .many"):
+        read(tmp_path, ("optimization.epochs", "many"))
+    with pytest.raises(UsageError, match=r"criterion\.batch_size: .many. is no number"):
+        read(tmp_path, ("criterion.batch_size", "many"))
+
+
+def test_our_overrides_work_on_their_file(tmp_path: Path) -> None:
+    recipe = read(tmp_path, overrides=("data.root=/mine", "optimization.epochs=2"))
+
+    assert (recipe.data.root, recipe.optimization.epochs) == ("/mine", 2)
+
+
+@pytest.mark.parametrize("theirs", ["deit_tiny", "deit_small_p7", "deit_base_p4", "deit_large_p7", "deit_huge_p10"])
+def test_their_networks_have_their_patches_and_widths(theirs: str) -> None:
+    widths = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24), "huge": (1280, 32)}
+    size, patch = theirs.split("_")[1], int(theirs.partition("_p")[2] or 16)
+
+    network = outline_network(name_architecture(NETWORKS[theirs]))
+
+    assert (network.embed_dim, len(network.blocks)) == widths[size]
+    assert network.patch_embed.proj.kernel_size == (patch, patch)
+    assert network.pos_embed.shape[1] == 1 + (224 // patch) ** 2
+    assert network.norm.eps == 1e-6
+    assert isinstance(network.norm, torch.nn.LayerNorm)

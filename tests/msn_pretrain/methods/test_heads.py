@@ -1,9 +1,17 @@
 """The heads' layers, as the releases have them."""
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, distributed, nn
 
-from msn_pretrain.methods.heads import projection_head, simsiam_predictor, simsiam_projector
+from msn_eval.errors import UsageError
+from msn_pretrain.methods.heads import (
+    SharedBatchNorm,
+    projection_head,
+    share_batch_norm,
+    simsiam_predictor,
+    simsiam_projector,
+)
 
 
 def outline(head: nn.Module) -> list[str]:
@@ -60,3 +68,67 @@ def test_projections_of_a_batch_have_mean_zero_and_variance_one() -> None:
 
     torch.testing.assert_close(rows.mean(dim=0), torch.zeros(6), atol=1e-5, rtol=0)
     torch.testing.assert_close(rows.var(dim=0, correction=0), torch.ones(6), atol=1e-3, rtol=0)
+
+
+def small_layer(kind: type[nn.Module], **keywords: bool) -> nn.Module:
+    torch.manual_seed(0)
+    layer = kind(3, dtype=torch.float64, **keywords)
+    if layer.affine:
+        nn.init.normal_(layer.weight)
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+def some_rows(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3 + 100
+
+
+def scored(layer: nn.Module, rows: Tensor) -> Tensor:
+    """Give a loss that is a sum over rows, so that ranks may add theirs."""
+    return (layer(rows).sin() * torch.arange(3.0).view(1, 3, *[1] * (rows.dim() - 2))).sum()
+
+
+def own_rows_through(layer: nn.Module, rows: Tensor, cut: int) -> dict[str, Tensor]:
+    own = (rows[:cut], rows[cut:])[distributed.get_rank()].clone().requires_grad_()
+    scored(share_batch_norm(layer), own).backward()
+    layer_gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    for gradient in layer_gradients.values():
+        distributed.all_reduce(gradient)
+    return {"rows": own.grad} | layer_gradients | dict(layer.named_buffers())
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(nn.BatchNorm1d, (8, 3)), (nn.BatchNorm2d, (8, 3, 2, 2))])
+def test_two_ranks_normalise_train_and_remember_as_one(on_ranks, kind: type[nn.Module], shape: tuple[int, ...]) -> None:
+    first, second = on_ranks(own_rows_through, small_layer(kind), some_rows(*shape), 3)  # 3 rows and 5
+
+    layer, rows = small_layer(kind), some_rows(*shape).requires_grad_()
+    scored(layer, rows).backward()
+
+    torch.testing.assert_close(torch.cat([first["rows"], second["rows"]]), rows.grad, rtol=1e-9, atol=1e-11)
+    for name, value in [(name, one.grad) for name, one in layer.named_parameters()] + list(layer.named_buffers()):
+        torch.testing.assert_close(first[name], value, rtol=1e-10, atol=0)
+        torch.testing.assert_close(second[name], value, rtol=1e-10, atol=0)
+
+
+def test_on_one_rank_it_is_the_layer_it_was() -> None:
+    layer, rows = small_layer(nn.BatchNorm1d), some_rows(8, 3)
+    before = layer(rows)
+
+    assert torch.equal(share_batch_norm(layer)(rows), before)
+
+
+def test_names_of_weights_stay() -> None:
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    names = list(network.state_dict())
+
+    assert list(share_batch_norm(network).state_dict()) == names
+    assert isinstance(network[1], SharedBatchNorm)
+
+
+class OtherNorm(nn.BatchNorm2d):
+    """One with an activation inside, as some of timm's."""
+
+
+def test_batch_normalisation_that_would_stay_alone_is_refused() -> None:
+    with pytest.raises(UsageError, match="1 is a OtherNorm"):
+        share_batch_norm(nn.Sequential(nn.Conv2d(3, 3, 1), OtherNorm(3)))

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from msn_eval.errors import UsageError
 from msn_pretrain.config.recipe import Criterion, Encoder, Head, Masking, MSNRecipe, Run, Views
 from msn_pretrain.config.schedule import StepSettings
-from msn_pretrain.methods.msn import MSN, build_msn
+from msn_pretrain.methods.msn import MSN, build_msn, effective_rank, follow, mean_entropy, prototypes_in_use, spread
 
 KEPT = torch.tensor([0, 2, 3])
 ROUNDING = {"rtol": 1e-6, "atol": 1e-8}  # interpolated positions are a float32 matrix's
@@ -234,3 +234,74 @@ def test_state_holds_anchor_target_and_prototypes_by_timms_names() -> None:
 
     assert {"prototypes", "anchor.trunk.network.cls_token", "target.head.fc3.weight"} <= names
     assert not any("to_1_a_side" in name or "prior" in name for name in names)
+
+
+def two_networks() -> tuple[nn.Module, nn.Module]:
+    target = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    return target, nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+
+
+def test_a_share_stays_and_the_rest_comes_from_the_anchor() -> None:
+    target, anchor = two_networks()
+    before = copy.deepcopy(target)
+
+    follow(target, anchor, share=0.75)
+
+    for now, was, comes in zip(target.parameters(), before.parameters(), anchor.parameters(), strict=True):
+        torch.testing.assert_close(now, 0.75 * was + 0.25 * comes)
+
+
+def test_statistics_of_the_target_are_its_own() -> None:
+    target, anchor = two_networks()
+    anchor(torch.randn(8, 3))
+
+    follow(target, anchor, share=0.5)
+
+    assert torch.equal(target[1].running_mean, torch.zeros(3))
+
+
+def test_a_share_of_one_moves_nothing() -> None:
+    target, anchor = two_networks()
+    before = [parameter.clone() for parameter in target.parameters()]
+
+    follow(target, anchor, share=1.0)
+
+    assert all(torch.equal(now, was) for now, was in zip(target.parameters(), before, strict=True))
+
+
+def test_equal_features_have_no_spread_and_rank_one() -> None:
+    features = torch.ones(20, 8)
+
+    assert spread(features) == pytest.approx(0, abs=1e-6)
+    assert effective_rank(features) == pytest.approx(1)
+
+
+def test_random_directions_have_spread_one() -> None:
+    features = torch.randn(5_000, 64, generator=torch.Generator().manual_seed(0))
+
+    assert spread(features) == pytest.approx(1, abs=0.01)
+
+
+def test_rank_counts_directions_of_equal_strength() -> None:
+    assert effective_rank(torch.eye(6)[:, :4]) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30)])
+def test_rank_is_that_of_the_singular_values(shape: tuple[int, int]) -> None:
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -4, shape[1])
+    shares = torch.linalg.svdvals(features.double())
+    shares = shares / shares.sum()
+
+    assert effective_rank(features) == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-6)
+
+
+def test_features_that_are_nothing_have_rank_one() -> None:
+    assert effective_rank(torch.zeros(4, 3)) == 1
+
+
+def test_prototypes_in_use_are_those_that_some_image_is_nearest_to() -> None:
+    assert prototypes_in_use(torch.tensor([[0.6, 0.4, 0.0], [0.9, 0.1, 0.0], [0.2, 0.8, 0.0]])) == 2
+
+
+def test_entropy_of_certain_and_even_targets() -> None:
+    assert mean_entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]])) == pytest.approx(math.log(2) / 2)

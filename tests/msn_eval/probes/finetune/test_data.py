@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from msn_eval.config.finetune_recipe import FinetuneRecipe
+from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.data import read_dataset
 from msn_eval.data.hashing import hash_images
 from msn_eval.data.images import ImageSet, eval_transform

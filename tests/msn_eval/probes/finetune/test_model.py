@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from msn_eval.checkpoints.checkpoint import read_checkpoint
-from msn_eval.config.finetune_recipe import FinetuneRecipe
+from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.errors import UsageError
 from msn_eval.features.encoder import Encoder, build_encoder, encode, normalised
 from msn_eval.probes.finetune.model import DrawnDropPath, build_optimizer, build_trainee

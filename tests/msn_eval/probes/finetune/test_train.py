@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from msn_eval.checkpoints.checkpoint import read_checkpoint
-from msn_eval.config.finetune_recipe import Finetune, FinetuneRecipe
+from msn_eval.config.recipes import Finetune, FinetuneRecipe
 from msn_eval.data import read_dataset, read_split
 from msn_eval.data.hashing import hash_images
 from msn_eval.data.images import ImageSet

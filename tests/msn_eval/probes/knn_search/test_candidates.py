@@ -8,8 +8,7 @@ import torch
 from msn_eval.errors import UsageError
 from msn_eval.probes.knn_search import candidates as shortlist
 from msn_eval.probes.knn_search.candidates import Arithmetic, By, Shortlist, arithmetics, find_shortlist
-from msn_eval.probes.knn_search.cosine import row_lengths
-from msn_eval.probes.knn_search.index import index_bank
+from msn_eval.probes.knn_search.index import index_bank, row_lengths
 
 _WAYS: list[tuple[Arithmetic, By]] = [
     ("bfloat16", "torch"),

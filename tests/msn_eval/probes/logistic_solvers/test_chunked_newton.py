@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from msn_eval.features.extraction import Features
+from msn_eval.probes.base import centred_rows
 from msn_eval.probes.logistic import Logistic, fit_logistic
 from msn_eval.probes.logistic_solvers import chunked_newton as full_data
 from msn_eval.probes.logistic_solvers.chunked_newton import RowShare, is_large, minimise_in_chunks
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution, certify
-from msn_eval.probes.rows import centred_rows
 
 _STRENGTHS = (1.0, 0.0025)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from msn_eval import evaluate
 from msn_eval.features.extraction import Features
+from msn_eval.probes.base import centred_rows
 from msn_eval.probes.logistic import ChosenLogistic, Logistic, fit_chosen, fit_logistic
 from msn_eval.probes.logistic_solvers import chunked_newton as full_data
 from msn_eval.probes.logistic_solvers import lambda_selection as lambda_choice
@@ -25,7 +26,6 @@ from msn_eval.probes.logistic_solvers.lambda_selection import (
 )
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem
-from msn_eval.probes.rows import centred_rows
 
 CPU = torch.device("cpu")
 

@@ -12,12 +12,12 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from msn_eval.probes.base import centred_rows
 from msn_eval.probes.logistic_solvers import newton
 from msn_eval.probes.logistic_solvers import objective as cross_entropy
-from msn_eval.probes.logistic_solvers.lbfgs import minimise_by_lbfgs
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton, minimise_path
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution, certify
-from msn_eval.probes.rows import centred_rows
+from msn_eval.probes.logistic_solvers.reference_solvers import minimise_by_lbfgs
 
 Minimiser = Callable[..., tuple[Solution, int]]
 

@@ -1,5 +1,8 @@
 """The objective, its gradient and its certificate, against finite differences and the dual."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,14 @@ from scipy.special import entr, logsumexp, softmax
 from sklearn.linear_model import LogisticRegression
 
 from msn_eval.probes.logistic_solvers import objective as cross_entropy
-from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, certify, evaluate_point, zero_point
+from msn_eval.probes.logistic_solvers import objective as line_search
+from msn_eval.probes.logistic_solvers.objective import (
+    CrossEntropyProblem,
+    certify,
+    evaluate_point,
+    search_line,
+    zero_point,
+)
 
 
 def _problem(*, n_classes: int = 4, mu: float = 0.02, seed: int = 0) -> CrossEntropyProblem:
@@ -181,3 +191,43 @@ def test_cutting_the_rows_into_blocks_changes_nothing(rows_a_block: int, monkeyp
     assert certified.objective == pytest.approx(whole.objective, rel=1e-13)
     torch.testing.assert_close(cut.gradient, whole.gradient)
     torch.testing.assert_close(cut.probabilities, whole.probabilities)
+
+
+def _search_problem() -> CrossEntropyProblem:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    return CrossEntropyProblem(rows=rows, labels=torch.arange(40) % 4, n_classes=4, mu=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.01, 1.0, 100.0, 1e4])
+def test_slope_at_the_step_found_is_a_small_share_of_the_first(scale: float) -> None:
+    problem = _search_problem()
+    point = evaluate_point(problem, torch.zeros(4, 6, dtype=torch.float64))
+    direction = -scale * point.gradient
+
+    along = problem.rows @ direction.T
+    length = search_line(problem, point, direction, along)
+
+    moved = evaluate_point(problem, point.weights + length * direction, point.logits + length * along)
+    first, last = (float((one.gradient * direction).sum()) for one in (point, moved))
+    assert abs(last) <= 0.2 * abs(first)
+
+
+def test_newtons_steps_that_swing_between_both_ends_are_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = replace(_search_problem(), mu=1e-12)
+    point = evaluate_point(problem, torch.zeros(4, 6, dtype=torch.float64))
+    direction = -point.gradient
+    far = float(point.gradient.square().sum())
+    trials = []
+
+    def slope(*given: Any) -> tuple[float, float]:
+        trials.append(given[3])
+        steep, other_end = far * (given[3] - 0.4), 1 - given[3] / 2 if given[3] < 0.4 else 0.55 - given[3] / 2
+        return steep, steep / (given[3] - other_end)  # so little curved that a step leads to the other end
+
+    monkeypatch.setattr(line_search, "_slope", slope)
+
+    length = search_line(problem, point, direction, problem.rows @ direction.T)
+
+    assert 0.2 <= length <= 0.6
+    assert len(trials) <= 4

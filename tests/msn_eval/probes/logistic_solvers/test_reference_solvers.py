@@ -1,5 +1,6 @@
 """The cross-checks solve our objective, and cyanure leaves this process alone."""
 
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,15 @@ import torch
 from sklearn.datasets import load_digits
 
 from msn_eval.errors import ResourceError, UsageError
+from msn_eval.probes.base import centred_rows
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution
-from msn_eval.probes.logistic_solvers.reference_solvers import minimise_by_cyanure, minimise_by_sklearn
-from msn_eval.probes.rows import centred_rows
+from msn_eval.probes.logistic_solvers.reference_solvers import (
+    _inverse_curvature_product,
+    minimise_by_cyanure,
+    minimise_by_lbfgs,
+    minimise_by_sklearn,
+)
 
 
 def _digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,3 +110,27 @@ def test_cyanure_that_dies_is_told_with_its_last_words(tmp_path: Path, monkeypat
     assert str(caught.value) == (
         "cyanure ended with code 1: MemoryError: no room for the Gram matrix\nUse --solver auto."
     )
+
+
+def test_newest_change_of_the_gradient_leads_back_to_the_move_that_made_it() -> None:
+    """The secant equation, which every member of BFGS's family keeps exactly."""
+    generator = torch.Generator().manual_seed(0)
+    bend = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    moves = [torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(3)]
+    changes = [(bend @ bend.T @ move.flatten()).view(2, 3) for move in moves]
+    history = deque((s, y, 1 / float((s * y).sum())) for s, y in zip(moves, changes, strict=True))
+
+    torch.testing.assert_close(_inverse_curvature_product(changes[-1], history, 0.1), moves[-1])
+
+
+def test_memory_saves_most_of_the_steps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = centred_rows(
+        torch.randn(6, 12, generator=generator).repeat(20, 1) + torch.randn(120, 12, generator=generator)
+    )
+    problem = CrossEntropyProblem(rows=rows, labels=torch.arange(120) % 6, n_classes=6, mu=0.0025 / 120)
+
+    solution, steps = minimise_by_lbfgs(problem, target=1e-6)
+
+    assert solution.gap <= 1e-6
+    assert steps <= 55  # 45 as it is; 61 where the oldest move sets the scale, 85 with a memory of one

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from msn_eval.errors import DistributedError
-from msn_pretrain.training.run_lock import locked
+from msn_pretrain.training.run import locked
 
-_HOLD = "import sys, time; from pathlib import Path; from msn_pretrain.training.run_lock import locked\n"
+_HOLD = "import sys, time; from pathlib import Path; from msn_pretrain.training.run import locked\n"
 _HOLD += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 

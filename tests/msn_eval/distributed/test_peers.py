@@ -2,7 +2,7 @@
 
 import pytest
 
-from msn_eval.distributed.place import read_place
+from msn_eval.distributed.peers import read_place
 from msn_eval.errors import DistributedError
 
 _ENVIRONMENT = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4000"}

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from msn_eval.cli import main
 from msn_eval.config.recipes import AugmentedRecipe
-from msn_eval.config.reference_evaluation import MAPPED, converted
+from msn_eval.config.reference_yaml import MAPPED, converted
 from msn_eval.config.request import Request
 from msn_eval.errors import UsageError
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from msn_eval.config.finetune_recipe import Finetune, FinetuneRecipe, recipe_of
+from msn_eval.config.recipes import Finetune, FinetuneRecipe, recipe_of
 from msn_eval.config.request import Request
 from msn_eval.config.yaml_config import read_config
 from msn_eval.errors import UsageError

@@ -1,19 +1,123 @@
-"""Degenerate features and labels: refused with what to do, or scored at chance; never NaN."""
+"""Rows are centred and normalised each by itself."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes import Probe, degenerate, fit
-from msn_eval.probes.degenerate import describe_collapse
+from msn_eval.probes import Probe, fit
+from msn_eval.probes import base as degenerate
+from msn_eval.probes.base import centred_rows, describe_collapse, normalised_rows, rank_labels
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.logistic import Logistic
 from msn_eval.probes.ncm import NearestClassMean
-from msn_eval.probes.ranking import rank_labels
 from msn_eval.probes.ridge import Ridge
+
+RowsOf = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _values(n: int = 7, d: int = 12) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(0)) + 3
+
+
+def test_normalised_rows_have_unit_length_in_float64() -> None:
+    lengths = normalised_rows(_values()).norm(dim=1)
+
+    torch.testing.assert_close(lengths, torch.ones(7, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+def test_normalised_rows_keep_their_direction() -> None:
+    values = _values()
+
+    rows = normalised_rows(values)
+
+    torch.testing.assert_close(rows * values.double().norm(dim=1, keepdim=True), values.double())
+
+
+def test_centred_rows_have_zero_mean_and_unit_length() -> None:
+    rows = centred_rows(_values())
+
+    torch.testing.assert_close(rows.mean(dim=1), torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(7, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+def test_centred_rows_forget_the_scale_and_the_offset_of_each_row() -> None:
+    values = _values().double()
+    scale = torch.linspace(0.5, 20, len(values), dtype=torch.float64)[:, None]
+
+    rows = centred_rows(scale * values - 5 * scale)
+
+    torch.testing.assert_close(rows, centred_rows(values))
+
+
+@pytest.mark.parametrize("rows_of", [normalised_rows, centred_rows])
+def test_a_zero_row_stays_zero(rows_of: RowsOf) -> None:
+    values = _values()
+    values[2] = 0
+
+    rows = rows_of(values)
+
+    assert torch.equal(rows[2], torch.zeros(12, dtype=torch.float64))
+    assert rows.isfinite().all()
+
+
+@pytest.mark.parametrize("level", [1e-30, 0.1, -1 / 3, 12345.678, 3e38])
+@pytest.mark.parametrize("d", [3, 384, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_row_becomes_zero_whatever_rounding_its_mean_suffers(
+    level: float, d: int, dtype: torch.dtype
+) -> None:
+    rows = centred_rows(torch.full((2, d), level, dtype=dtype))
+
+    assert torch.equal(rows, torch.zeros(2, d, dtype=torch.float64))
+
+
+def test_a_row_with_values_at_its_mean_is_not_taken_for_constant() -> None:
+    rows = centred_rows(torch.tensor([[1.0, 2.0, 3.0]]))
+
+    torch.testing.assert_close(rows, torch.tensor([[-1.0, 0.0, 1.0]], dtype=torch.float64) / 2**0.5)
+
+
+def test_a_row_one_float32_step_from_constant_is_not_taken_for_constant() -> None:
+    values = torch.full((1, 384), 0.1)
+    values[0, 5] = torch.nextafter(values[0, 5], torch.tensor(1.0))
+
+    rows = centred_rows(values)
+
+    assert rows.norm().item() == pytest.approx(1)
+    assert rows.argmax().item() == 5
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-20, 1e38])
+def test_rows_of_any_float32_size_reach_unit_length(size: float) -> None:
+    values = torch.tensor([[1.0, -1.0, 2.0]]) * size
+
+    assert normalised_rows(values).norm().item() == pytest.approx(1)
+    assert centred_rows(values).norm().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("rows_of", [normalised_rows, centred_rows])
+def test_a_row_does_not_depend_on_the_rows_beside_it(rows_of: RowsOf) -> None:
+    values = _values()
+
+    together = rows_of(values)
+
+    torch.testing.assert_close(torch.cat([rows_of(row[None]) for row in values]), together, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("rows_of", [normalised_rows, centred_rows])
+def test_the_features_themselves_are_left_as_they_were(rows_of: RowsOf) -> None:
+    values = _values().double()
+    before = values.clone()
+
+    rows_of(values)
+
+    assert torch.equal(values, before)
+
 
 CPU = torch.device("cpu")
 PROBES = [Logistic(lambdas=(0.0025,)), NearestNeighbours(ks=(3,)), Ridge(), NearestClassMean()]
@@ -163,3 +267,66 @@ def test_zero_rows_are_counted_where_the_rest_is_sound() -> None:
 
 def test_nothing_is_told_of_sound_features() -> None:
     assert describe_collapse(_clusters().values) == ""
+
+
+def _naive_order(scores: torch.Tensor) -> np.ndarray:
+    return np.argsort(-scores.numpy(), axis=1, kind="stable")
+
+
+@pytest.mark.parametrize("levels", [2, 4, 1000])
+def test_predictions_and_ranks_are_those_of_a_stable_sort(levels: int) -> None:
+    generator = torch.Generator().manual_seed(levels)
+    scores = torch.randint(levels, (300, 7), generator=generator).double()
+    labels = torch.randint(7, (300,), generator=generator)
+
+    prediction, rank = rank_labels(scores, labels)
+
+    order = _naive_order(scores)
+    assert prediction.tolist() == order[:, 0].tolist()
+    assert rank.tolist() == [row.tolist().index(label) + 1 for row, label in zip(order, labels.tolist(), strict=True)]
+
+
+def test_equal_scores_rank_by_smaller_class_index() -> None:
+    scores = torch.tensor([[0.2, 0.7, 0.7, 0.7]]).repeat(4, 1)
+
+    prediction, rank = rank_labels(scores, torch.arange(4))
+
+    assert prediction.tolist() == [1, 1, 1, 1]
+    assert rank.tolist() == [4, 1, 2, 3]
+
+
+def test_a_label_is_predicted_exactly_where_it_ranks_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(3, (200, 5), generator=generator).double()
+    labels = torch.randint(5, (200,), generator=generator)
+
+    prediction, rank = rank_labels(scores, labels)
+
+    assert torch.equal(prediction == labels, rank == 1)
+
+
+def test_classes_that_cannot_be_chosen_rank_last() -> None:
+    scores = torch.tensor([[-torch.inf, -1e300, -torch.inf, 0.5]], dtype=torch.float64).repeat(4, 1)
+
+    prediction, rank = rank_labels(scores, torch.arange(4))
+
+    assert prediction.tolist() == [3, 3, 3, 3]
+    assert rank.tolist() == [3, 2, 4, 1]
+
+
+def test_float64_scores_are_not_rounded_into_ties() -> None:
+    scores = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64)
+
+    prediction, _ = rank_labels(scores, torch.tensor([0]))
+
+    assert prediction.tolist() == [1]
+
+
+def test_nan_is_refused_wherever_it_stands() -> None:
+    scores = torch.zeros(3, 4)
+    scores[1, 2] = torch.nan
+
+    with pytest.raises(NumericalError) as caught:
+        rank_labels(scores, torch.zeros(3, dtype=torch.int64))
+
+    assert str(caught.value) == ("scores are NaN\nThe features or the fit overflowed; retry with --precision fp32.")
