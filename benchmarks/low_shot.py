@@ -130,7 +130,7 @@ def _ours(root: Path, arch: str, precision: Precision, decoder: str) -> Tensor:
                 encoder,
                 images,
                 taps=["cls"],
-                hashes=hash_images(images, memory=Path(cache)),
+                hashes=hash_images(images, cache_dir=Path(cache)),
                 loading=Loading(decoder=decoder),
                 cache=Path(cache),
             )

@@ -67,7 +67,7 @@ def _extract(data: str, count: int) -> tuple[float, float]:
         extract_features(encoder, images.only(images.ids[:64]), taps=["cls"])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.perf_counter()
-        hashes = hash_images(images, memory=Path(cache))
+        hashes = hash_images(images, cache_dir=Path(cache))
         extraction = extract_features(encoder, images, taps=["cls"], hashes=hashes, cache=Path(cache))
         seconds = time.perf_counter() - started
     values = extraction.features["cls"].values

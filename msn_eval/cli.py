@@ -12,7 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 from msn_eval.commands import VERBS, load_command
-from msn_eval.errors import MsnEvalError, UsageError, nearest, printable
+from msn_eval.errors import MsnEvalError, UsageError, did_you_mean, printable
 from msn_eval.version import __version__
 
 _BUG, _PREEMPTED, _INTERRUPTED = 1, 75, 130
@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are errors like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message, remedy=f"See {self.prog} --help.")
+        raise UsageError(message, hint=f"See {self.prog} --help.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,10 +90,10 @@ def _overrides(extra: Sequence[str], parser: argparse.ArgumentParser, *, takes_o
     for word in extra:
         if word.startswith("-"):
             name = word.partition("=")[0]
-            raise UsageError(f"unknown option {name}.{nearest(name, known)}", remedy=f"See {parser.prog} --help.")
+            raise UsageError(f"unknown option {name}.{did_you_mean(name, known)}", hint=f"See {parser.prog} --help.")
         if not takes_overrides or "=" not in word:
-            hint = nearest(word, VERBS)
-            raise UsageError(f"unexpected argument {word!r}.{hint}", remedy=f"See {parser.prog} --help.")
+            hint = did_you_mean(word, VERBS)
+            raise UsageError(f"unexpected argument {word!r}.{hint}", hint=f"See {parser.prog} --help.")
     return list(extra)
 
 

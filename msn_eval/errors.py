@@ -37,7 +37,7 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Give ` Did you mean X?` for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else ""
@@ -48,14 +48,14 @@ class MsnEvalError(Exception):
 
     exit_code = 1
 
-    def __init__(self, what: str, *, where: str = "", remedy: str = "", kept: str = "") -> None:
+    def __init__(self, what: str, *, where: str = "", hint: str = "", kept: str = "") -> None:
         super().__init__(what)
-        self.what, self.where, self.remedy, self.kept = what, where, remedy, kept
+        self.what, self.where, self.hint, self.kept = what, where, hint, kept
 
     def __str__(self) -> str:
         where = self.where if len(self.where) <= _LONGEST_PLACE else f"{self.where[:_LONGEST_PLACE]}…"
         head = f"{where}: {self.what}" if where else self.what
-        lines = "\n".join(part for part in (head, self.remedy, self.kept) if part).split("\n")
+        lines = "\n".join(part for part in (head, self.hint, self.kept) if part).split("\n")
         return printable("\n".join(f"{line[:_LONGEST_LINE]}…" if len(line) > _LONGEST_LINE else line for line in lines))
 
 

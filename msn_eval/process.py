@@ -56,19 +56,19 @@ def _of_container(folder: Path) -> int | None:
 
 
 @dataclass(kw_only=True)
-class Stop:
+class StopRequest:
     """The signal by which this process was asked to stop, None until then."""
 
     number: int | None = None
 
 
 @contextmanager
-def stop_heard() -> Iterator[Stop]:
+def watch_stop_signals() -> Iterator[StopRequest]:
     """Give what SIGTERM and Ctrl-C set inside; a second one acts at once. Outside of the main thread nothing is heard.
 
     The body that heeds a stop ends, and the signal is then raised again for whoever listened before.
     """
-    stop = Stop()
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

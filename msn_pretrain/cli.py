@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from msn_eval.errors import MsnEvalError, UsageError, nearest, printable
+from msn_eval.errors import MsnEvalError, UsageError, did_you_mean, printable
 from msn_eval.version import __version__
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are errors like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message, remedy=f"See {self.prog} --help.")
+        raise UsageError(message, hint=f"See {self.prog} --help.")
 
 
 class _PrintableFormatter(logging.Formatter):
@@ -127,9 +127,9 @@ def _overrides(extra: Sequence[str], parser: argparse.ArgumentParser) -> list[st
     for word in extra:
         if word.startswith("-"):
             name = word.partition("=")[0]
-            raise UsageError(f"unknown option {name}.{nearest(name, known)}", remedy=f"See {parser.prog} --help.")
+            raise UsageError(f"unknown option {name}.{did_you_mean(name, known)}", hint=f"See {parser.prog} --help.")
         if "=" not in word or "export" in parser.prog:
-            raise UsageError(f"unexpected argument {word!r}.", remedy=f"See {parser.prog} --help.")
+            raise UsageError(f"unexpected argument {word!r}.", hint=f"See {parser.prog} --help.")
     return list(extra)
 
 
@@ -204,7 +204,7 @@ def _bench(options: argparse.Namespace) -> int:
     from msn_pretrain.benchmark import bench
 
     if options.steps < 1:
-        raise UsageError(f"--steps {options.steps}: out of range", remedy="Give at least 1.")
+        raise UsageError(f"--steps {options.steps}: out of range", hint="Give at least 1.")
     print(bench(_read(options), steps=options.steps))
     return 0
 

@@ -29,16 +29,14 @@ def export(run: Path, out: Path, *, to: str) -> str:
     no such form, StoreError when the disk refuses.
     """
     if not is_run_folder(run):
-        raise UsageError("is no folder that msn-pretrain trained in", where=str(run), remedy="Give its run.dir.")
+        raise UsageError("is no folder that msn-pretrain trained in", where=str(run), hint="Give its run.dir.")
     if os.path.lexists(out):
-        raise UsageError("is there already", where=str(out), remedy="Name another, or remove it first.")
+        raise UsageError("is there already", where=str(out), hint="Name another, or remove it first.")
     if not out.parent.is_dir():
-        raise UsageError("no such folder", where=str(out.parent), remedy="Make it first.")
+        raise UsageError("no such folder", where=str(out.parent), hint="Make it first.")
     files, skipped = newest_snapshot(run)
     if files is None:
-        raise CheckpointError(
-            "holds no whole snapshot", where=str(run), remedy=f"Train on. {'; '.join(skipped)}".strip()
-        )
+        raise CheckpointError("holds no whole snapshot", where=str(run), hint=f"Train on. {'; '.join(skipped)}".strip())
     stated = read_metadata(files.encoder)
     architecture = stated.get(ARCHITECTURE, str(files.facts["architecture"]))
     match to:
@@ -67,7 +65,7 @@ def _write_release(files: SnapshotFiles, out: Path) -> None:
     model = read_snapshot(files).model
     if "prototypes" not in model:
         raise CheckpointError(
-            "was not trained by MSN", where=str(files.folder), remedy="Use --to timm or --to torchvision."
+            "was not trained by MSN", where=str(files.folder), hint="Use --to timm or --to torchvision."
         )
     target = {f"module.{name}": value for name, value in _weights(files).items()}
     # Their head is called `fc`, its layers as ours.
@@ -85,7 +83,7 @@ def _write_torchvision(files: SnapshotFiles, out: Path, architecture: str) -> No
         raise CheckpointError(
             f"{architecture} is no residual network, and torchvision names only those as their authors do",
             where=str(files.folder),
-            remedy="Use --to timm, --to hf or --to msn.",
+            hint="Use --to timm, --to hf or --to msn.",
         )
     _save(_weights(files), out)  # timm's names of a residual network are torchvision's
 

@@ -12,7 +12,7 @@ from msn_eval.probes import Probe
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.linear import Linear
 from msn_eval.probes.linear_augmented import LinearAugmented
-from msn_eval.probes.logistic import ChosenLogistic, Logistic
+from msn_eval.probes.logistic import Logistic, LogisticAutoLambda
 from msn_eval.probes.ncm import NearestClassMean
 from msn_eval.probes.ridge import Ridge
 from msn_eval.results.record import Result, protocol_id
@@ -49,7 +49,7 @@ def test_a_protocol_id_is_the_hash_of_its_canonical_json() -> None:
     ("probe", "name", "tap"),
     [
         (Logistic, "logistic", "cls"),
-        (ChosenLogistic, "logistic", "cls"),
+        (LogisticAutoLambda, "logistic", "cls"),
         (NearestNeighbours, "knn", "cls-norm"),
         (Linear, "linear", "cls"),
         (LinearAugmented, "linear-augmented", "cls"),

@@ -504,7 +504,7 @@ def read_all(folder: Path) -> None:
             told = {"accepted": str(read_file(Path(path)))[:100]}
         except BaseException as error:
             told = {"kind": type(error).__name__, "text": str(error), "exit_code": getattr(error, "exit_code", None)}
-            told["remedy"] = getattr(error, "remedy", "")
+            told["hint"] = getattr(error, "hint", "")
         lines[reader].append({"path": path, "seconds": time.thread_time() - started, "events": list(events), **told})
     watching = False
     print(json.dumps({name: {"files": lines[name], "peak_bytes": _peak_bytes()} for name in readers}))
@@ -627,8 +627,8 @@ def test_no_file_leaves_a_canary(told: dict[str, Any], corpus: list[Path]) -> No
     assert not list(corpus[0].parent.parent.rglob(_CANARY))
 
 
-def test_every_refusal_names_the_file_and_a_remedy(told: dict[str, Any]) -> None:
-    assert not broken_rule(told, lambda one: Path(one["path"]).name in one["text"] and len(one["remedy"]) > 10)
+def test_every_refusal_names_the_file_and_a_hint(told: dict[str, Any]) -> None:
+    assert not broken_rule(told, lambda one: Path(one["path"]).name in one["text"] and len(one["hint"]) > 10)
 
 
 def test_no_refusal_tells_to_trust_the_file(told: dict[str, Any]) -> None:

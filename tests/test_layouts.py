@@ -1188,7 +1188,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(
 def test_width_that_leaves_the_heads_open_asks_for_the_architecture(tmp_path: Path) -> None:
     folder = huggingface_folder(tmp_path, "ViTMSNModel", TINY).path
     alone = (folder / "model.safetensors").rename(folder / "alone.safetensors")
-    assert "--arch 'vit_tiny_patch16_224?embed_dim=48&depth=2" in refusal(alone).remedy
+    assert "--arch 'vit_tiny_patch16_224?embed_dim=48&depth=2" in refusal(alone).hint
 
 
 @pytest.mark.parametrize(

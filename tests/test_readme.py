@@ -60,10 +60,10 @@ def test_the_two_commands_of_the_first_screen_are_in_the_makefile() -> None:
 
 
 def test_every_shipped_config_is_readable_and_opens_as_a_lab_note() -> None:
-    from msn_eval.config.request import Request
+    from msn_eval.config.request import EvaluationConfig
     from msn_eval.config.yaml_config import read_config
 
     for path in (_ROOT / "configs" / "eval").glob("*.yaml"):
         note = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
         assert all(any(word in line for line in note) for word in ("Reproduces:", "Command:", "Expected:", "Time:"))
-        assert isinstance(read_config(Request, file=path), Request)
+        assert isinstance(read_config(EvaluationConfig, file=path), EvaluationConfig)

@@ -131,8 +131,8 @@ def locate_weights(name: str) -> tuple[Path, str]:
         return open_hub(repository).folder, name
     if not _is_stored(name):
         if name == "pixels" or (colon and scheme in ("timm", "random", "py")):
-            raise CheckpointError("stands for no file", where=name, remedy="Give a file, a folder, msn: or hf:.")
-        raise CheckpointError("no such checkpoint file or scheme", where=name, remedy=_known_schemes())
+            raise CheckpointError("stands for no file", where=name, hint="Give a file, a folder, msn: or hf:.")
+        raise CheckpointError("no such checkpoint file or scheme", where=name, hint=_known_schemes())
     return stored_weights(name), name
 
 
@@ -176,7 +176,7 @@ def check_checkpoint_names(names: tuple[str, ...]) -> None:
             if not (scheme == "random" and (rest == "demo" or _is_stored(rest))):
                 check_architecture_name(name_architecture(rest))
         elif not _is_stored(name):
-            raise CheckpointError("no such checkpoint file or scheme", where=name, remedy=_known_schemes())
+            raise CheckpointError("no such checkpoint file or scheme", where=name, hint=_known_schemes())
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -241,7 +241,7 @@ def _timm_elsewhere(name: str, architecture: Architecture) -> Checkpoint:
         raise CheckpointError(
             f"timm's weights could not be had: {printable(str(error)).partition(chr(10))[0][:200]}",
             where=name,
-            remedy="Without a network they must be in the Hugging Face cache (HF_HOME); or download them elsewhere and "
+            hint="Without a network they must be in the Hugging Face cache (HF_HOME); or download them elsewhere and "
             "give the file with --arch.",
         ) from error
     return _checkpoint(network.eval(), architecture, name=architecture.name, path=name, file_format="timm")
@@ -251,7 +251,7 @@ def _own_module_parts(name: str) -> tuple[str, str]:
     """Give module and function of `py:package.module:factory`."""
     module_name, colon, factory_name = name.partition(":")[2].rpartition(":")
     if not (colon and module_name and factory_name):
-        raise CheckpointError("is not of the form py:package.module:factory", where=name, remedy="Name the function.")
+        raise CheckpointError("is not of the form py:package.module:factory", where=name, hint="Name the function.")
     return module_name, factory_name
 
 
@@ -265,11 +265,11 @@ def _own_module(name: str, rest: str) -> Checkpoint:
         network = factory()
     except Exception as error:
         raise CheckpointError(
-            f"the factory failed: {type(error).__name__}: {error}", where=name, remedy="Run it by itself to see why."
+            f"the factory failed: {type(error).__name__}: {error}", where=name, hint="Run it by itself to see why."
         ) from error
     if not isinstance(network, nn.Module):
         raise CheckpointError(
-            f"the factory gave a {type(network).__name__}, not an nn.Module", where=name, remedy="Return the module."
+            f"the factory gave a {type(network).__name__}, not an nn.Module", where=name, hint="Return the module."
         )
     try:
         source = inspect.getsourcefile(inspect.unwrap(factory))
@@ -284,7 +284,7 @@ def _own_module(name: str, rest: str) -> Checkpoint:
         image_pixels = int(getattr(network, "image_pixels", 224))
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"image_pixels is {network.image_pixels!r}", where=name, remedy="Make it a whole number."
+            f"image_pixels is {network.image_pixels!r}", where=name, hint="Make it a whole number."
         ) from error
     return Checkpoint(
         name=rest,
@@ -373,7 +373,7 @@ def _triple(what: str, values: object, *, where: str) -> Triple:
     three = values if isinstance(values, tuple | list) and len(values) == 3 else ()
     if not three or not all(isinstance(value, int | float) and math.isfinite(value) for value in three):
         raise CheckpointError(
-            f"{what} is {values!r}, not three numbers", where=where, remedy="Give one a channel, on the [0, 1] scale."
+            f"{what} is {values!r}, not three numbers", where=where, hint="Give one a channel, on the [0, 1] scale."
         )
     return float(three[0]), float(three[1]), float(three[2])
 

@@ -34,9 +34,9 @@ def convert_checkpoint(
     `out` exists; StoreError when the disk refuses.
     """
     if os.path.lexists(out) and not (to == "hf" and _is_empty_folder(out)):
-        raise UsageError("is there already", where=str(out), remedy="Name another, or remove it first.")
+        raise UsageError("is there already", where=str(out), hint="Name another, or remove it first.")
     if not os.path.isdir(out.parent):  # noqa: PTH112 - Path.is_dir raises on names too long for the disk
-        raise UsageError("no such folder", where=str(out.parent), remedy="Make it first.")
+        raise UsageError("no such folder", where=str(out.parent), hint="Make it first.")
     contents = read_contents(source)
     if to == "safetensors":
         tensors = _every_tensor(contents)
@@ -85,7 +85,7 @@ def _every_tensor(contents: Contents) -> dict[str, Tensor]:
         problem = f"holds tensors of {size:,} bytes in a file of {contents.file_bytes:,}: many names for the same bytes"
     if problem is not None:
         raise CheckpointError(
-            problem, where=contents.where, remedy="Convert the evaluated network alone: --to timm or --to hf."
+            problem, where=contents.where, hint="Convert the evaluated network alone: --to timm or --to hf."
         )
     return tensors
 
@@ -116,7 +116,7 @@ def _check_same(back: Mapping[str, Tensor], tensors: Mapping[str, Tensor], out: 
         raise CheckpointError(
             f"{len(differing)} tensors read back differently ({', '.join(sorted(differing)[:3])}); it was removed",
             where=str(out),
-            remedy="Convert to another format, or report this.",
+            hint="Convert to another format, or report this.",
         )
 
 
@@ -141,7 +141,7 @@ def _check_readable_without_name(stored: StoredCheckpoint) -> None:
         raise CheckpointError(
             f"{stored.architecture.name} has other heads or another epsilon than its weights would be read with ({guessed.name})",
             where=stored.where,
-            remedy="Use --to hf, whose config.json states them.",
+            hint="Use --to hf, whose config.json states them.",
         )
 
 

@@ -81,13 +81,13 @@ def download(url: str, target: Path, *, sha256: str | None = None, advice: str) 
             digest = _insist(url, target, sha256, show)
     except _NetworkError as error:
         raise CheckpointError(
-            f"could not be downloaded: {error}", where=url, remedy=advice, kept=_what_is_kept(target)
+            f"could not be downloaded: {error}", where=url, hint=advice, kept=_what_is_kept(target)
         ) from error
     except OSError as error:  # of the disk, since those of the network are network errors by now
         raise StoreError(
             f"could not be written: {error.strerror or error}",
             where=str(target),
-            remedy=f"Free space or choose another folder; {free_bytes(target.parent)}.",
+            hint=f"Free space or choose another folder; {free_bytes(target.parent)}.",
             kept=_what_is_kept(target),
         ) from error
     _log.info("downloaded %s in %.0f s, SHA-256 %s", target, time.monotonic() - start, digest)

@@ -20,7 +20,7 @@ _Rules = tuple[tuple[re.Pattern[str], str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trunk:
+class Backbone:
     """The evaluated weights in timm's naming, without heads.
 
     format:    the family: msn, dino, ibot, dinov2, mae, mocov3, ijepa, beit, moco, simsiam, swav, solo-learn, lightly,
@@ -38,7 +38,7 @@ class Trunk:
     norm_eps: float | None = None
 
 
-def read_trunk(network: StoredNetwork, values: Values = lambda tensor: tensor) -> Trunk:
+def read_trunk(network: StoredNetwork, values: Values = lambda tensor: tensor) -> Backbone:
     """Give the trunk of a stored network in timm's naming; names that no family knows stay as they are.
 
     values: gives the values of a tensor that is an outline
@@ -73,10 +73,10 @@ def classifier_classes(network: StoredNetwork) -> int | None:
     return None
 
 
-def _kept(family: str, tensors: _Names, is_dropped: Callable[[str], bool]) -> Trunk:
+def _kept(family: str, tensors: _Names, is_dropped: Callable[[str], bool]) -> Backbone:
     dropped = tuple(name for name in tensors if is_dropped(name))
     kept = {name: tensor for name, tensor in tensors.items() if not is_dropped(name)}
-    return Trunk(format=family, weights=kept, dropped=dropped)
+    return Backbone(format=family, weights=kept, dropped=dropped)
 
 
 def _is_head(name: str) -> bool:
@@ -102,7 +102,7 @@ _MOCOV3_MOST_PATCHES = 1 << 14
 _MOCOV3_TOLERANCE = 1e-2  # bfloat16 keeps two digits
 
 
-def _vit(network: StoredNetwork, values: Values) -> Trunk:
+def _vit(network: StoredNetwork, values: Values) -> Backbone:
     family = _vit_family(network)
     # MoCo v3's networks come in other families' files too, where nothing but their positions tells.
     is_mocov3 = family == "mocov3" or (
@@ -113,7 +113,7 @@ def _vit(network: StoredNetwork, values: Values) -> Trunk:
     narrow = (*network.tensors["patch_embed.proj.weight"].shape, 0)[0] <= _MOCOV3_WIDEST
     kept = _kept(family, network.tensors, lambda name: _VIT_LEFT.match(name) is not None)
     weights = _renamed({name: tensor for name, tensor in kept.weights.items() if _is_weight(name)}, _VIT_NAMES)
-    return Trunk(
+    return Backbone(
         format="mocov3" if is_mocov3 and family == "timm" else family,
         weights=_without_register_positions(weights),
         dropped=kept.dropped,
@@ -224,7 +224,7 @@ def _without_register_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]
 _RESNET_LEFT = re.compile(r"(fc|head|classifier|projection_head|prototypes|projector|predictor|queue|queue_ptr)\b")
 
 
-def _resnet(network: StoredNetwork) -> Trunk:
+def _resnet(network: StoredNetwork) -> Backbone:
     return _kept(_resnet_family(network), network.tensors, lambda name: _RESNET_LEFT.match(name) is not None)
 
 
@@ -253,7 +253,7 @@ _SEQUENTIAL_NAMES: _Rules = (
 )
 
 
-def _sequential_resnet(network: StoredNetwork) -> Trunk:
+def _sequential_resnet(network: StoredNetwork) -> Backbone:
     """Give back the names that nn.Sequential(*list(resnet.children())[:-1]) took from a residual network."""
     return _kept("lightly", _renamed(network.tensors, _SEQUENTIAL_NAMES), _is_head)
 
@@ -274,10 +274,10 @@ _TORCHVISION_NAMES: _Rules = (
 )
 
 
-def _torchvision_vit(network: StoredNetwork) -> Trunk:
+def _torchvision_vit(network: StoredNetwork) -> Backbone:
     trunk = _kept(_library(network, "torchvision"), network.tensors, _is_head)
     weights = _renamed(trunk.weights, _TORCHVISION_NAMES)
-    return Trunk(format=trunk.format, weights=weights, dropped=trunk.dropped)
+    return Backbone(format=trunk.format, weights=weights, dropped=trunk.dropped)
 
 
 # Hugging Face: the names of transformers before its version 5, which its files still carry, and those of version 5.
@@ -309,12 +309,12 @@ _HUGGINGFACE_NAMES: _Rules = (
 _HUGGINGFACE_EPS = 1e-12  # of ViT, ViTMAE, I-JEPA and BEiT; ViTMSN and DINOv2 have 1e-6
 
 
-def _huggingface(network: StoredNetwork) -> Trunk:
+def _huggingface(network: StoredNetwork) -> Backbone:
     trunk = _kept("huggingface", network.tensors, lambda name: _HUGGINGFACE_LEFT.match(name) is not None)
     named = _renamed(trunk.weights, _HUGGINGFACE_NAMES)
     beit = any(name.endswith(".gamma_1") for name in named)
     has_their_default = beit or "cls_token" not in named or _has((*network.beside, *trunk.dropped), "decoder", "pooler")
-    return Trunk(
+    return Backbone(
         format="huggingface",
         weights=_without_register_positions(_packed(named, beit=beit)),
         dropped=trunk.dropped,

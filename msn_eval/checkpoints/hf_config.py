@@ -60,7 +60,7 @@ def read_config_beside(folder: Path) -> HubConfig:
         raise CheckpointError(
             f"has an adapter beside it ({_ADAPTER}), which would change the network and is not read here",
             where=where,
-            remedy="Merge it (merge_and_unload of peft) and save that, or take the adapter's files away to evaluate the base.",
+            hint="Merge it (merge_and_unload of peft) and save that, or take the adapter's files away to evaluate the base.",
         )
     if "architecture" in config:
         return _timm_config(config, where)
@@ -69,7 +69,7 @@ def read_config_beside(folder: Path) -> HubConfig:
         raise CheckpointError(
             f"describes a {model_type!r}, which is not one of {', '.join(_MODEL_TYPES)}",
             where=where,
-            remedy="Give its weight file alone with --arch NAME, or wrap it: py:package.module:factory.",
+            hint="Give its weight file alone with --arch NAME, or wrap it: py:package.module:factory.",
         )
     for name in ("image_size", "patch_size"):
         sides = config.get(name)
@@ -77,14 +77,14 @@ def read_config_beside(folder: Path) -> HubConfig:
             raise CheckpointError(
                 f"{name} is {sides}; here images and patches are square",
                 where=where,
-                remedy="Wrap it: py:package.module:factory.",
+                hint="Wrap it: py:package.module:factory.",
             )
     for name, value in _PLAIN.items():
         if config.get(name, value) != value:
             raise CheckpointError(
                 f"{name} is {config[name]!r}; here it is {value!r}",
                 where=where,
-                remedy="Wrap it: py:package.module:factory.",
+                hint="Wrap it: py:package.module:factory.",
             )
     return HubConfig(
         model_type=str(model_type),
@@ -98,7 +98,7 @@ def read_config_beside(folder: Path) -> HubConfig:
 def _timm_config(config: Mapping[str, object], where: str) -> HubConfig:
     name, keywords, pretrained = config["architecture"], config.get("model_args"), config.get("pretrained_cfg")
     if not isinstance(name, str) or not re.fullmatch(r"[\w.]+", name):
-        raise CheckpointError(f"architecture is {name!r}", where=where, remedy="It is one of timm's names.")
+        raise CheckpointError(f"architecture is {name!r}", where=where, hint="It is one of timm's names.")
     # timm before 0.9 wrote all of it side by side, and still reads it so.
     stated: Mapping[str, object] = pretrained if isinstance(pretrained, Mapping) else config
     return HubConfig(
@@ -124,7 +124,7 @@ def _keywords(stated: Mapping[str, object], where: str) -> dict[str, object]:
             raise CheckpointError(
                 f"model_args holds {name} = {str(value)[:60]!r}, which is none of an architecture's keywords here",
                 where=where,
-                remedy="Give its weight file alone with --arch NAME, or wrap it: py:package.module:factory.",
+                hint="Give its weight file alone with --arch NAME, or wrap it: py:package.module:factory.",
             )
     return {name: value for name, value in stated.items() if name != "num_classes"}
 
@@ -133,11 +133,11 @@ def _positive_int(config: Mapping[str, object], name: str, where: str) -> int | 
     value = config.get(name)
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 16):
         return value
-    raise CheckpointError(f"{name} is {value!r}", where=where, remedy="It is a whole number above 0.")
+    raise CheckpointError(f"{name} is {value!r}", where=where, hint="It is a whole number above 0.")
 
 
 def _positive(config: Mapping[str, object], name: str, where: str) -> float | None:
     value = config.get(name)
     if value is None or (isinstance(value, float | int) and 0 < value < 1):
         return None if value is None else float(value)
-    raise CheckpointError(f"{name} is {value!r}", where=where, remedy="It is a small number above 0.")
+    raise CheckpointError(f"{name} is {value!r}", where=where, hint="It is a small number above 0.")

@@ -134,7 +134,7 @@ def _layout_of(network: PlainNetwork) -> _Layout:
         raise CheckpointError(
             f"{network.name} cannot be written for transformers: {obstacle}",
             where=network.where,
-            remedy="Use --to timm or --to safetensors.",
+            hint="Use --to timm or --to safetensors.",
         )
     if "cls_token" not in weights:
         return _Layout("ijepa", "IJepaModel", *_MSN_NAMES)
@@ -192,7 +192,7 @@ def _dinov2_config(network: PlainNetwork, layout: _Layout, width: int, hidden: i
             raise CheckpointError(
                 f"its gated MLPs are {hidden} wide, which transformers' DINOv2 cannot be",
                 where=network.where,
-                remedy="Use --to timm or --to safetensors.",
+                hint="Use --to timm or --to safetensors.",
             )
     config["mlp_ratio"] = int(ratio) if ratio == int(ratio) else ratio
     if layout.model_type == "dinov2_with_registers":
@@ -305,7 +305,7 @@ def classifier_content(network: PlainNetwork, head: Head, *, result_id: str) -> 
         raise CheckpointError(
             f"{network.name} cannot be written for transformers: {fitting.name} puts no head on tap {head.tap}",
             where=network.where,
-            remedy=f"Fine-tune with --tap {fitting.taps[0]}.",
+            hint=f"Fine-tune with --tap {fitting.taps[0]}.",
         )
     weight = head.weight
     if fitting.both:
@@ -344,7 +344,7 @@ def check_saved_place(out: Path, result_id: str) -> None:
     if saved_result(out) == result_id or not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     raise UsageError(
-        "--save: something else is there already", where=str(out), remedy="Name another folder, or remove it first."
+        "--save: something else is there already", where=str(out), hint="Name another folder, or remove it first."
     )
 
 

@@ -78,7 +78,7 @@ def check_hub_name(name: str) -> None:
         raise CheckpointError(
             "is neither a folder that exists nor OWNER/NAME or OWNER/NAME@REVISION on the hub",
             where=f"hf:{name}",
-            remedy="Write for example hf:facebook/vit-msn-small. A single weight file is given by its path, without hf:.",
+            hint="Write for example hf:facebook/vit-msn-small. A single weight file is given by its path, without hf:.",
         )
 
 
@@ -98,7 +98,7 @@ def _open_repository(repository: _Repository) -> HubFolder:
         raise CheckpointError(
             f"the cache {repository.cache} lacks {lacking}, and {why}",
             where=str(repository),
-            remedy=f"Where there is a network, run `hf download {repository.name}{revision}` (formerly huggingface-cli) and "
+            hint=f"Where there is a network, run `hf download {repository.name}{revision}` (formerly huggingface-cli) and "
             f"copy the folder {repository.place.name} of its cache into this one ($HF_HUB_CACHE names another).",
             kept=f"As it is, it can be given by its folder: hf:{repository.snapshot(commit)}"
             if commit is not None and lacking.startswith(PREPROCESSOR)
@@ -159,7 +159,7 @@ def _download(repository: _Repository) -> HubFolder:
         raise CheckpointError(
             f"the repository has no {CONFIG}, or none of {', '.join(WEIGHT_FILES)}",
             where=where,
-            remedy="Take one in the layout of transformers or timm, or download its weight file and give the path.",
+            hint="Take one in the layout of transformers or timm, or download its weight file and give the path.",
         )
 
     def fetch(name: str) -> Path:
@@ -220,7 +220,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         raise CheckpointError(
             f"holds none of {', '.join(WEIGHT_FILES)}",
             where=str(folder),
-            remedy="Give a folder that `save_pretrained` wrote, or the path of the weight file itself.",
+            hint="Give a folder that `save_pretrained` wrote, or the path of the weight file itself.",
         )
     if not first.endswith(INDEX_SUFFIX):
         return (_own_file(folder, first),)
@@ -230,7 +230,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         raise CheckpointError(
             f"lacks {len(missing)} of the {len(shards)} files that {first} names: {', '.join(missing[:_SHOWN])}",
             where=str(folder),
-            remedy="Fetch or copy them again; all of them are needed.",
+            hint="Fetch or copy them again; all of them are needed.",
         )
     return tuple(_own_file(folder, name) for name in shards)
 
@@ -248,7 +248,7 @@ def shard_names(folder: Path, index: str) -> tuple[str, ...]:
         raise CheckpointError(
             f"names {odd[0]!r}, no plain name of a {kind} file beside it" if odd else "has no weight_map with files",
             where=str(folder / index),
-            remedy="The index is damaged or hostile; fetch it again from where it was published.",
+            hint="The index is damaged or hostile; fetch it again from where it was published.",
         )
     return tuple(names)
 
@@ -262,7 +262,7 @@ def read_hub_config(folder: Path) -> dict[str, object]:
         raise CheckpointError(
             f"holds no {CONFIG}",
             where=str(folder),
-            remedy="Copy it from where the weights came from, or give the path of the weight file itself.",
+            hint="Copy it from where the weights came from, or give the path of the weight file itself.",
         )
     config = _read_json(folder, CONFIG)
     _refuse_code(folder / CONFIG, config)
@@ -297,7 +297,7 @@ def stated_statistics(
         return None
     mean, std = _triple(path, stated, mean_name), _triple(path, stated, std_name)
     if min(std) <= 0:
-        raise CheckpointError(f"{std_name} {list(std)} is not positive", where=str(path), remedy="Correct it by hand.")
+        raise CheckpointError(f"{std_name} {list(std)} is not positive", where=str(path), hint="Correct it by hand.")
     return mean, std
 
 
@@ -308,7 +308,7 @@ def _triple(path: Path, stated: Mapping[str, object], name: str) -> Triple:
         if len(numbers) == len(values) == 3:
             return numbers[0], numbers[1], numbers[2]
     raise CheckpointError(
-        f"{name} is not three finite numbers: {str(values)[:60]}", where=str(path), remedy="Correct it by hand."
+        f"{name} is not three finite numbers: {str(values)[:60]}", where=str(path), hint="Correct it by hand."
     )
 
 
@@ -317,7 +317,7 @@ def _refuse_code(path: Path, content: Mapping[str, object]) -> None:
         raise CheckpointError(
             "wants code of its own repository run (auto_map), which never happens here",
             where=str(path),
-            remedy="Take a repository that transformers or timm knows without it, or wrap the network yourself: "
+            hint="Take a repository that transformers or timm knows without it, or wrap the network yourself: "
             "py:package.module:factory.",
         )
 
@@ -332,15 +332,15 @@ def _read_json(folder: Path, name: str) -> dict[str, object]:
         content = json.loads(text, object_pairs_hook=_without_repetition)
     except OSError as error:
         raise CheckpointError(
-            f"cannot be read: {error.strerror or error}", where=str(path), remedy="Check its permissions."
+            f"cannot be read: {error.strerror or error}", where=str(path), hint="Check its permissions."
         ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"is damaged: {str(error)[:160]}", where=str(path), remedy="Fetch it again from where it was published."
+            f"is damaged: {str(error)[:160]}", where=str(path), hint="Fetch it again from where it was published."
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(
-            "holds no JSON object", where=str(path), remedy="Fetch it again from where it was published."
+            "holds no JSON object", where=str(path), hint="Fetch it again from where it was published."
         )
     return content
 
@@ -363,11 +363,11 @@ def _own_file(folder: Path, name: str) -> Path:
     ):  # CACHE/models--OWNER--NAME/snapshots/COMMIT; blobs may be shared by repositories
         homes += [(home.parents[1] / "blobs").resolve(), (home.parents[2] / "blobs").resolve()]
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a folder on the way is closed
-        raise CheckpointError("is no readable file", where=str(path), remedy="Fetch or copy it again.")
+        raise CheckpointError("is no readable file", where=str(path), hint="Fetch or copy it again.")
     if not any(path.resolve().is_relative_to(one) for one in homes):
         raise CheckpointError(
             f"is a link that leads out of its folder, to {path.resolve()}",
             where=str(path),
-            remedy="Put the file itself there where it is meant.",
+            hint="Put the file itself there where it is meant.",
         )
     return path

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from msn_eval.checkpoints.load import fit_weights, not_real
 from msn_eval.checkpoints.networks import StoredNetwork
-from msn_eval.checkpoints.sanity_checks import TensorFacts, describe_values, find_alarms, join_facts
+from msn_eval.checkpoints.sanity_checks import TensorInfo, describe_values, find_alarms, join_facts
 from msn_eval.checkpoints.stored import Contents, StoredCheckpoint, choose_stored, read_outline
 from msn_eval.errors import CheckpointError
 from msn_eval.models.build import outline_network
@@ -18,7 +18,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkFacts:
+class NetworkInfo:
     """One network of a file. key: as --checkpoint-key takes it; values: of all its tensors, heads included."""
 
     key: str | None
@@ -67,7 +67,7 @@ class Inspection:
     file_bytes: int
     sha256: str
     notes: tuple[str, ...]
-    networks: tuple[NetworkFacts, ...]
+    networks: tuple[NetworkInfo, ...]
     epoch: int | None
     problem: str | None
     key: str | None = None
@@ -102,7 +102,7 @@ def inspect_checkpoint(path: Path, *, arch: str | None = None, key: str | None =
         facts = _of_choice(stored)
         return _of_architecture(facts, stored)
     except CheckpointError as error:
-        return replace(facts, problem=f"{error.what}\n{error.remedy}".strip())
+        return replace(facts, problem=f"{error.what}\n{error.hint}".strip())
 
 
 def _of_contents(contents: Contents, *, used: StoredNetwork | None) -> Inspection:
@@ -113,7 +113,7 @@ def _of_contents(contents: Contents, *, used: StoredNetwork | None) -> Inspectio
         sha256=contents.sha256,
         notes=contents.notes,
         networks=tuple(
-            NetworkFacts(key=one.key, tensors=len(one.tensors), values=one.values, used=one is used)
+            NetworkInfo(key=one.key, tensors=len(one.tensors), values=one.values, used=one is used)
             for one in contents.networks
         ),
         epoch=contents.epoch,
@@ -169,7 +169,7 @@ def _position_change(outline: nn.Module) -> str | None:
     return f"{before} x {before} to {after} x {after} patches, bicubic, {how}, as the authors evaluate"
 
 
-def _facts(stored: StoredCheckpoint) -> dict[str, TensorFacts]:
+def _facts(stored: StoredCheckpoint) -> dict[str, TensorInfo]:
     """Give the facts of every stored tensor that is used, by the file's names."""
     unused = set(stored.trunk.dropped)
     return {
@@ -179,7 +179,7 @@ def _facts(stored: StoredCheckpoint) -> dict[str, TensorFacts]:
     }
 
 
-def _statistics(facts: Mapping[str, TensorFacts], tensors: Mapping[str, Tensor]) -> WeightStatistics:
+def _statistics(facts: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> WeightStatistics:
     floating = [name for name in facts if tensors[name].is_floating_point()]
     whole = join_facts(facts[name] for name in floating)
     return WeightStatistics(

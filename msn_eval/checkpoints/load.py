@@ -77,7 +77,7 @@ def check_fit(fit: Fit, *, of: int, arch: str, where: str, hint: str = "") -> No
     raise CheckpointError(
         f"{len(fit.lines)} of {of} weights do not fit {arch}\n{listed}",
         where=where,
-        remedy=f"{hint}Name another architecture with --arch, another network of the file with --checkpoint-key, or, where "
+        hint=f"{hint}Name another architecture with --arch, another network of the file with --checkpoint-key, or, where "
         "weights may stay untrained, --allow-missing PATTERN.",
     )
 
@@ -111,7 +111,7 @@ def _check_plain(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
         raise CheckpointError(
             f"{len(bad)} weights are no dense real numbers ({', '.join(bad[:_SHOWN])})",
             where=where,
-            remedy="Save them dense and in floating point.",
+            hint="Save them dense and in floating point.",
         )
 
 
@@ -127,5 +127,5 @@ def _check_finite(weights: Mapping[str, Tensor], where: str) -> None:
         raise CheckpointError(
             f"{len(bad)} weights hold NaN or infinite values ({shown})",
             where=where,
-            remedy="A network with such weights gives no meaningful accuracy; use an earlier checkpoint.",
+            hint="A network with such weights gives no meaningful accuracy; use an earlier checkpoint.",
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msn_eval.checkpoints.download import download, sweep_parts
-from msn_eval.errors import CheckpointError, nearest
+from msn_eval.errors import CheckpointError, did_you_mean
 from msn_eval.files.atomic import write_atomically
 from msn_eval.files.hf_hub import offline_variable
 
@@ -43,9 +43,9 @@ def find_release(name: str) -> MsnRelease:
     """Give the released network called `name`. Raises CheckpointError for a name that is not one of the five."""
     if name not in MSN_RELEASES:
         raise CheckpointError(
-            f"MSN released no network {name!r}.{nearest(name, MSN_RELEASES)}",
+            f"MSN released no network {name!r}.{did_you_mean(name, MSN_RELEASES)}",
             where=f"msn:{name}",
-            remedy=f"There are {', '.join(f'msn:{known}' for known in MSN_RELEASES)}.",
+            hint=f"There are {', '.join(f'msn:{known}' for known in MSN_RELEASES)}.",
         )
     return MSN_RELEASES[name]
 
@@ -76,7 +76,7 @@ def fetch_msn(name: str) -> Path:
     forbidden = offline_variable()
     if forbidden is not None:
         raise CheckpointError(
-            f"{path} is not there, and ${forbidden} forbids to download it", where=f"msn:{name}", remedy=advice
+            f"{path} is not there, and ${forbidden} forbids to download it", where=f"msn:{name}", hint=advice
         )
     digest = download(url, path, sha256=release.sha256, advice=advice)
     write_atomically(sidecar_of(path), f"{digest}  {path.name}\n".encode())

@@ -100,7 +100,7 @@ def choose_network(
     Raises CheckpointError listing the candidates where the choice is open.
     """
     if not networks:
-        raise CheckpointError("holds no network: no tensors by name", where=where, remedy="Save model.state_dict().")
+        raise CheckpointError("holds no network: no tensors by name", where=where, hint="Save model.state_dict().")
     asked = tuple(network for network in networks if key is None or key in _spellings(network))
     if not asked:
         raise _open_choice(f"has no network {key!r}; it holds", networks, where)
@@ -237,7 +237,7 @@ def _open_choice(what: str, networks: tuple[StoredNetwork, ...], where: str) -> 
         for network in networks[:_SHOWN]
     )
     listed += f"\n  and {len(networks) - _SHOWN:,} more" if len(networks) > _SHOWN else ""
-    return CheckpointError(f"{what}:{listed}", where=where, remedy="Choose one by name: --checkpoint-key NAME.")
+    return CheckpointError(f"{what}:{listed}", where=where, hint="Choose one by name: --checkpoint-key NAME.")
 
 
 def stated_epoch(content: Mapping[str, object]) -> int | None:

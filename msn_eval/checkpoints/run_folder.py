@@ -148,6 +148,6 @@ def evaluated_file(run: Path) -> Path:
         raise CheckpointError(
             f"holds no whole snapshot{':' if reasons else ''}{reasons}",
             where=str(run),
-            remedy="Train on: the same msn-pretrain command goes on; each epoch ends with a snapshot.",
+            hint="Train on: the same msn-pretrain command goes on; each epoch ends with a snapshot.",
         )
     return found.encoder

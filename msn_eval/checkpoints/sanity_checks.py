@@ -14,7 +14,7 @@ _CHUNK_VALUES = 1 << 15  # as many as torch computes on one core: beside a busy 
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorFacts:
+class TensorInfo:
     """Of one tensor's values, or of several tensors' together.
 
     values:           all of them
@@ -52,16 +52,16 @@ class TensorFacts:
         return math.sqrt(max(0.0, self.squares / self.finite - (self.total / self.finite) ** 2))
 
 
-def describe_values(pieces: Iterable[Tensor]) -> TensorFacts:
+def describe_values(pieces: Iterable[Tensor]) -> TensorInfo:
     """Gather the facts of tensors of any dtype and shape; complex numbers count as two."""
     real = (torch.view_as_real(piece) if piece.is_complex() else piece for piece in pieces)
     return join_facts(_of_chunk(chunk) for piece in real for chunk in chunks(piece))
 
 
-def join_facts(several: Iterable[TensorFacts]) -> TensorFacts:
+def join_facts(several: Iterable[TensorInfo]) -> TensorInfo:
     """Give the facts of several tensors together."""
     facts = list(several)
-    return TensorFacts(
+    return TensorInfo(
         values=sum(one.values for one in facts),
         not_finite=sum(one.not_finite for one in facts),
         zeros=sum(one.zeros for one in facts),
@@ -84,18 +84,18 @@ def count_not_finite(tensor: Tensor) -> int:
     return sum(_of_chunk(chunk).not_finite for chunk in chunks(tensor))
 
 
-def _of_chunk(chunk: Tensor) -> TensorFacts:
+def _of_chunk(chunk: Tensor) -> TensorInfo:
     if not chunk.numel():
-        return TensorFacts()
+        return TensorInfo()
     exact = (chunk.float() if chunk.is_floating_point() else chunk).double()
     lowest, highest = (float(one) for one in exact.aminmax())
     values = chunk.numel()
     if not (math.isfinite(lowest) and math.isfinite(highest)):  # one NaN makes NaN of both
         exact = exact[exact.isfinite()]
         if not exact.numel():
-            return TensorFacts(values=values, not_finite=values)
+            return TensorInfo(values=values, not_finite=values)
         lowest, highest = (float(one) for one in exact.aminmax())
-    return TensorFacts(
+    return TensorInfo(
         values=values,
         not_finite=values - exact.numel(),
         zeros=exact.numel() - int(exact.count_nonzero()),
@@ -109,7 +109,7 @@ def _of_chunk(chunk: Tensor) -> TensorFacts:
 _SHOWN = 3
 
 
-def find_alarms(choice: ChosenNetwork, facts: Mapping[str, TensorFacts]) -> tuple[str, ...]:
+def find_alarms(choice: ChosenNetwork, facts: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     """Give what is doubtful about the network chosen for evaluation, a sentence each.
 
     facts: of the weights that are used, by name
@@ -135,7 +135,7 @@ def find_alarms(choice: ChosenNetwork, facts: Mapping[str, TensorFacts]) -> tupl
     return tuple(found)
 
 
-def _are_untouched(facts: Mapping[str, TensorFacts]) -> bool:
+def _are_untouched(facts: Mapping[str, TensorInfo]) -> bool:
     """Tell whether every norm is as it was initialised: a vector of scales beside a vector of shifts as long."""
     norms = []
     for name, scale in facts.items():

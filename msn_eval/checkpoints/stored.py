@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from msn_eval.checkpoints.families import Trunk, read_trunk
+from msn_eval.checkpoints.families import Backbone, read_trunk
 from msn_eval.checkpoints.formats.contents import Outline
 from msn_eval.checkpoints.formats.read import WeightFile, read_weight_file, read_weight_outline
 from msn_eval.checkpoints.formats.safetensors import read_metadata
@@ -89,7 +89,7 @@ class StoredCheckpoint:
 
     contents: Contents
     choice: ChosenNetwork
-    trunk: Trunk
+    trunk: Backbone
     architecture: Architecture
 
     @property
@@ -132,7 +132,7 @@ def _contents(path: Path, read: Callable[[Path], tuple[WeightFile, Outline | Non
             raise CheckpointError(
                 f"holds {sorted(twice)[0]}, which another file of the folder holds too",
                 where=str(file),
-                remedy="The folder mixes two checkpoints; fetch it again.",
+                hint="The folder mixes two checkpoints; fetch it again.",
             )
         content.update(part.content)
     stated = read_metadata(files[0]) if len(files) == 1 and parts[0].container == "safetensors" else {}
@@ -171,7 +171,7 @@ def choose_stored(contents: Contents, *, arch: str | None = None, key: str | Non
         architecture = _architecture(contents.config, trunk, arch or contents.stated_arch)
         reclaimed = _with_own_heads(trunk, choice.network, architecture)
     except CheckpointError as error:
-        raise CheckpointError(error.what, where=contents.where, remedy=error.remedy) from error
+        raise CheckpointError(error.what, where=contents.where, hint=error.hint) from error
     return StoredCheckpoint(contents=contents, choice=choice, trunk=reclaimed, architecture=architecture)
 
 
@@ -183,11 +183,11 @@ def _check_size(contents: Contents, network: StoredNetwork) -> None:
             f"holds a network of {len(network.tensors):,} tensors and {network_bytes:,} bytes in a file of "
             f"{contents.file_bytes:,}",
             where=contents.where,
-            remedy="Weights that share their bytes are refused; where it was made, save them with .clone().",
+            hint="Weights that share their bytes are refused; where it was made, save them with .clone().",
         )
 
 
-def _with_own_heads(trunk: Trunk, network: StoredNetwork, architecture: Architecture) -> Trunk:
+def _with_own_heads(trunk: Backbone, network: StoredNetwork, architecture: Architecture) -> Backbone:
     """Give back what was dropped as a head and is part of the trunk that timm builds, such as the norm in ConvNeXt's head."""
     if not trunk.dropped:
         return trunk
@@ -208,13 +208,13 @@ def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) 
         raise CheckpointError(
             f"{len(bad)} weights are no dense real numbers ({', '.join(bad[:5])})",
             where=stored.where,
-            remedy="Save them dense and in floating point.",
+            hint="Save them dense and in floating point.",
         )
     if fit.waived:
         _log.warning("%s: absent, so left untrained: %s", stored.where, ", ".join(fit.waived))
 
 
-def _architecture(config: HubConfig | None, trunk: Trunk, arch: str | None) -> Architecture:
+def _architecture(config: HubConfig | None, trunk: Backbone, arch: str | None) -> Architecture:
     if arch is not None:
         return name_architecture(arch)
     if config is not None and config.architecture is not None:

@@ -22,7 +22,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     out = Path(options.out)
     if not out.parent.is_dir() or out.is_dir():
-        raise UsageError(f"--out {out}: no file can be written there", remedy="Give a file in an existing folder.")
+        raise UsageError(f"--out {out}: no file can be written there", hint="Give a file in an existing folder.")
     results = results_of_one_checkpoint(list_results(options.runs), name=options.name, where=", ".join(options.runs))
     baseline = make_baseline(results, list(map(Path, options.runs)))
     write_baseline(out, baseline)

@@ -48,18 +48,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Do what was asked; give 0, or the store's exit code where verify found damage."""
-    from msn_eval.config.request import Request
+    from msn_eval.config.request import EvaluationConfig
     from msn_eval.evaluation.plan import cache_folder
 
-    cache = cache_folder(Request(cache=options.cache))
+    cache = cache_folder(EvaluationConfig(cache=options.cache))
     if options.cache and not cache.is_dir():
-        raise UsageError("no such folder", where=options.cache, remedy="Give the --cache folder of a run.")
+        raise UsageError("no such folder", where=options.cache, hint="Give the --cache folder of a run.")
     if options.action == "prune":
         _prune(cache, options)
         return 0
     for name in ("older_than", "max_bytes", "all", "dry_run"):
         if getattr(options, name) is not None and getattr(options, name) is not False:  # 0 days are said, too
-            raise UsageError(f"--{name.replace('_', '-')} goes with prune alone", remedy="See msn-eval cache --help.")
+            raise UsageError(f"--{name.replace('_', '-')} goes with prune alone", hint="See msn-eval cache --help.")
     return _list(cache) if options.action == "list" else _verify(cache)
 
 
@@ -97,9 +97,9 @@ def _prune(cache: Path, options: argparse.Namespace) -> None:
     from msn_eval.features.cache import remove_bank, sweep_pruned
 
     if not options.all and options.older_than is None and options.max_bytes is None:
-        raise UsageError("nothing said of what to remove", remedy="Pass --older-than DAYS, --max-bytes N or --all.")
+        raise UsageError("nothing said of what to remove", hint="Pass --older-than DAYS, --max-bytes N or --all.")
     if options.older_than is not None and not options.older_than >= 0:
-        raise UsageError(f"--older-than {options.older_than}: out of range", remedy="Give days, 0 or more.")
+        raise UsageError(f"--older-than {options.older_than}: out of range", hint="Give days, 0 or more.")
     limit = None if options.max_bytes is None else _bytes(options.max_bytes)
     entries = _entries(cache)
     kept_bytes = sum(entry.bytes for entry in entries)
@@ -173,7 +173,7 @@ def _statuses(folder: Path) -> list[os.stat_result]:
 def _bytes(text: str) -> int:
     found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?:([kmgt])(i?))?b?", text.strip().lower())
     if found is None:
-        raise UsageError(f"--max-bytes {text}: no size", remedy="Give a number of bytes, or 500M, 20G.")
+        raise UsageError(f"--max-bytes {text}: no size", hint="Give a number of bytes, or 500M, 20G.")
     thousand = 1024 if found[3] else 1000
     return int(Decimal(found[1]) * thousand ** _THOUSANDS[found[2] or ""])
 

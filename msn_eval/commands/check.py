@@ -75,26 +75,26 @@ def _margin(text: str) -> float:
     try:
         return check_margin(float(text))
     except ValueError as error:
-        raise UsageError(f"--margin {text}: not a number", remedy="Give a fraction of 1: 0.01 is one point.") from error
+        raise UsageError(f"--margin {text}: not a number", hint="Give a fraction of 1: 0.01 is one point.") from error
 
 
 def _check_options(options: argparse.Namespace) -> None:
     if bool(options.runs) == bool(options.checkpoint):
-        raise UsageError("give result folders or --checkpoint, one of the two", remedy="See msn-eval check --help.")
+        raise UsageError("give result folders or --checkpoint, one of the two", hint="See msn-eval check --help.")
     if options.runs:
         for name in _OF_AN_EVALUATION:
             if hasattr(options, name):
                 option = f"--{name.replace('_', '-')}"
                 raise UsageError(
-                    f"{option} belongs to --checkpoint; results are as they are", remedy=f"Leave out {option}."
+                    f"{option} belongs to --checkpoint; results are as they are", hint=f"Leave out {option}."
                 )
     elif options.name is not None:
-        raise UsageError("--name belongs to result folders", remedy="Leave it out.")
+        raise UsageError("--name belongs to result folders", hint="Leave it out.")
     for option in ("junit", "markdown"):
         path = getattr(options, option)
         if path is not None and (not Path(path).parent.is_dir() or Path(path).is_dir()):
             raise UsageError(
-                f"--{option} {path}: no file can be written there", remedy="Give a file in a folder that exists."
+                f"--{option} {path}: no file can be written there", hint="Give a file in a folder that exists."
             )
 
 
@@ -106,7 +106,7 @@ def _stored(options: argparse.Namespace) -> "tuple[list[Result], list[Path]]":
         results = list_results(options.runs)
     except StoreError as error:
         raise ComparisonError(
-            f"these results cannot be read: {error.what}", where=error.where, remedy=error.remedy
+            f"these results cannot be read: {error.what}", where=error.where, hint=error.hint
         ) from error
     where = ", ".join(options.runs)
     return results_of_one_checkpoint(results, name=options.name, where=where), list(map(Path, options.runs))
@@ -115,7 +115,7 @@ def _stored(options: argparse.Namespace) -> "tuple[list[Result], list[Path]]":
 def _measured(options: argparse.Namespace, baseline: "Baseline") -> "tuple[list[Result], list[Path]]":
     """Evaluate the checkpoint by the baseline's protocols."""
     from msn_eval.commands.evaluate import evaluate_all
-    from msn_eval.config.request import Request
+    from msn_eval.config.request import EvaluationConfig
     from msn_eval.config.yaml_config import read_config
     from msn_eval.distributed.group import ALONE
     from msn_eval.evaluation.baseline_plan import make_baseline_plans
@@ -125,10 +125,10 @@ def _measured(options: argparse.Namespace, baseline: "Baseline") -> "tuple[list[
     if "data" not in given and not os.environ.get(DATA_VARIABLE):
         if baseline.data != "digits":  # all others have a place that only the user knows
             raise UsageError(
-                "no data set given", remedy=f"Pass --data or set ${DATA_VARIABLE}: the baseline's is {baseline.data}."
+                "no data set given", hint=f"Pass --data or set ${DATA_VARIABLE}: the baseline's is {baseline.data}."
             )
         given["data"] = baseline.data
-    request = read_config(Request, given=given | {"checkpoint": [options.checkpoint]})
+    request = read_config(EvaluationConfig, given=given | {"checkpoint": [options.checkpoint]})
     results = [result for plan in make_baseline_plans(baseline, request) for result in evaluate_all(plan, {}, ALONE)[0]]
     return results, [Path(request.out)]
 

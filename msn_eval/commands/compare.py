@@ -44,6 +44,4 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _check_parent(path: str) -> None:
     if not Path(path).parent.is_dir() or Path(path).is_dir():
-        raise UsageError(
-            f"--markdown {path}: no file can be written there", remedy="Give a file in an existing folder."
-        )
+        raise UsageError(f"--markdown {path}: no file can be written there", hint="Give a file in an existing folder.")

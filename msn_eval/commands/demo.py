@@ -16,7 +16,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Evaluate pixels, the checkpoint that ships, and the same network untrained on the digits; print the table, and write it
     beside the records."""
     from msn_eval.commands.evaluate import evaluate_all
-    from msn_eval.config.request import Request
+    from msn_eval.config.request import EvaluationConfig
     from msn_eval.distributed.group import ALONE
     from msn_eval.evaluation.plan import make_plan
     from msn_eval.files.atomic import prepare_folder, write_atomically
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     folder = Path(options.out)
     prepare_folder(folder / "runs", option="--out")
-    request = Request(
+    request = EvaluationConfig(
         checkpoint=list(CHECKPOINTS),
         data="digits",
         probe=["logistic", "knn"],

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msn_eval.config.recipes import TAP_NAMES
-from msn_eval.config.request import BAD_IMAGE_RULES, DECODERS, PRECISIONS, PROBE_NAMES, SOLVER_NAMES, Request
-from msn_eval.errors import CheckpointError, NumericalError, UsageError, nearest, printable
+from msn_eval.config.request import BAD_IMAGE_RULES, DECODERS, PRECISIONS, PROBE_NAMES, SOLVER_NAMES, EvaluationConfig
+from msn_eval.errors import CheckpointError, NumericalError, UsageError, did_you_mean, printable
 from msn_eval.files.package_data import shipped_folder
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from msn_eval.distributed.group import Group
-    from msn_eval.evaluation.cost_estimate import Forecast
+    from msn_eval.evaluation.cost_estimate import CostEstimate
     from msn_eval.evaluation.evaluate import Preparation, Progress
     from msn_eval.evaluation.plan import Plan
     from msn_eval.results.record import Result
@@ -97,10 +97,10 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _run(request, options, group)
 
 
-def _run(request: Request, options: argparse.Namespace, group: "Group") -> int:
+def _run(request: EvaluationConfig, options: argparse.Namespace, group: "Group") -> int:
     from msn_eval.distributed.group import barrier
     from msn_eval.evaluation.canary import describe_canary, judge_canary, refuse_leaks
-    from msn_eval.evaluation.cost_estimate import forecast
+    from msn_eval.evaluation.cost_estimate import estimate_cost
     from msn_eval.evaluation.plan import make_plan
 
     if group.rank != 0:
@@ -111,7 +111,7 @@ def _run(request: Request, options: argparse.Namespace, group: "Group") -> int:
     dry_run = getattr(options, "dry_run", False)
     prepared: dict[str, Preparation] = {}
     if group.rank == 0 and (dry_run or not options.json_output):
-        forecasts, prepared = forecast(plan, run_own_code=dry_run)
+        forecasts, prepared = estimate_cost(plan, run_own_code=dry_run)
         text = f"{describe_plan(plan)}\n{describe_forecasts(forecasts, ranks=group.world)}"
         if dry_run:
             print(text)
@@ -138,15 +138,15 @@ def _run(request: Request, options: argparse.Namespace, group: "Group") -> int:
     return code
 
 
-def read_request(options: argparse.Namespace, overrides: Sequence[str]) -> Request:
+def read_request(options: argparse.Namespace, overrides: Sequence[str]) -> EvaluationConfig:
     """Put together defaults, the config file, the options and the overrides."""
     from msn_eval.config.yaml_config import read_config
 
-    given = {name: value for name, value in vars(options).items() if name in Request.__dataclass_fields__}
+    given = {name: value for name, value in vars(options).items() if name in EvaluationConfig.__dataclass_fields__}
     options.json_output = getattr(options, "json", False)
     config = getattr(options, "config", None)
     file = _config_file(config) if config else None
-    return read_config(Request, file=file, given=given, overrides=overrides, translate=_translated)
+    return read_config(EvaluationConfig, file=file, given=given, overrides=overrides, translate=_translated)
 
 
 def _translated(content: Mapping[str, object], where: str) -> Mapping[str, object]:
@@ -164,11 +164,11 @@ def _config_file(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     raise UsageError(
-        f"no such config file.{nearest(name, shipped)}", where=name, remedy=f"Shipped: {', '.join(sorted(shipped))}."
+        f"no such config file.{did_you_mean(name, shipped)}", where=name, hint=f"Shipped: {', '.join(sorted(shipped))}."
     )
 
 
-def _submit(text: str, request: Request, words: Sequence[str]) -> int:
+def _submit(text: str, request: EvaluationConfig, words: Sequence[str]) -> int:
     """Hand the same command to Slurm, and say where its output will be."""
     from msn_eval.distributed.slurm import parse_slurm, submit
 
@@ -246,7 +246,7 @@ def describe_plan(plan: "Plan") -> str:
     return printable("\n".join(lines))
 
 
-def describe_forecasts(forecasts: "Sequence[Forecast]", *, ranks: int = 1) -> str:
+def describe_forecasts(forecasts: "Sequence[CostEstimate]", *, ranks: int = 1) -> str:
     """Say what each checkpoint will cost, and all of them together: images to read and to reuse, passes, bytes, time."""
     lines = []
     for one in forecasts:
@@ -257,7 +257,7 @@ def describe_forecasts(forecasts: "Sequence[Forecast]", *, ranks: int = 1) -> st
     return printable("\n".join(lines))
 
 
-def _cost(forecasts: "Sequence[Forecast]", ranks: int) -> str:
+def _cost(forecasts: "Sequence[CostEstimate]", ranks: int) -> str:
     finished, read, reused, size, augmented = (
         sum(getattr(one, name) for one in forecasts) for name in ("finished", "read", "reused", "bytes", "augmented")
     )

@@ -51,22 +51,22 @@ def _entries(kind: str) -> dict[str, str]:
 
 def _protocols() -> dict[str, str]:
     from msn_eval.config.recipes import Finetune
-    from msn_eval.config.request import AUTO, PROBE_NAMES, Request
+    from msn_eval.config.request import AUTO, PROBE_NAMES, EvaluationConfig
     from msn_eval.data.subsets import LOW_SHOT, Subset
     from msn_eval.evaluation.plan import probes_for
-    from msn_eval.probes import settings
+    from msn_eval.probes import probe_configs
     from msn_eval.probes.linear import Linear
     from msn_eval.probes.linear_augmented import LinearAugmented
-    from msn_eval.probes.logistic import ChosenLogistic
+    from msn_eval.probes.logistic import LogisticAutoLambda
 
     described = {}
-    asked = Request(probe=list(PROBE_NAMES)), Request(probe=["logistic"], lambda_=[AUTO])
+    asked = EvaluationConfig(probe=list(PROBE_NAMES)), EvaluationConfig(probe=["logistic"], lambda_=[AUTO])
     for name, request in product(LOW_SHOT, asked):
         for probe in probes_for(request, Subset(name=name, draw=1, rule="", image_ids=("",))):
             # A recipe's fields may hold in turn, and its settings are those that do.
             known = (
-                settings(probe, 1)[0]
-                if isinstance(probe, Linear | LinearAugmented | Finetune | ChosenLogistic)
+                probe_configs(probe, 1)[0]
+                if isinstance(probe, Linear | LinearAugmented | Finetune | LogisticAutoLambda)
                 else vars(probe)
             )
             fields = ", ".join(f"{key}={value}" for key, value in known.items() if key not in ("solver", "asked"))

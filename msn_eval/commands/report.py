@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from msn_eval.errors import UsageError, nearest
+from msn_eval.errors import UsageError, did_you_mean
 from msn_eval.reports import FORMATS, PAGE, SUFFIXES, Format, render
 from msn_eval.results.folder import ResultScan, all_faults, no_collections, scan_results
 from msn_eval.results.record import Result
@@ -113,5 +113,7 @@ def _formats(text: str | None) -> tuple[str, ...]:
     wanted = [part.strip() for part in (text or "").split(",") if part.strip()]
     for form in wanted:
         if form not in _KNOWN:
-            raise UsageError(f"--format {form}: unknown.{nearest(form, _KNOWN)}", remedy=f"Known: {', '.join(_KNOWN)}.")
+            raise UsageError(
+                f"--format {form}: unknown.{did_you_mean(form, _KNOWN)}", hint=f"Known: {', '.join(_KNOWN)}."
+            )
     return tuple(dict.fromkeys(wanted))

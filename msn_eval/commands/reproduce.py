@@ -44,7 +44,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(_listing(list_reproductions()))
         return 0
     if options.name is None:
-        raise UsageError("no published number is named", remedy="See msn-eval reproduce --list.")
+        raise UsageError("no published number is named", hint="See msn-eval reproduce --list.")
     wanted = find_reproductions(options.name)
     name = options.data or _environment_data()
     if not options.json:
@@ -133,7 +133,7 @@ def _check_weights(wanted: "Sequence[Reproduction]", checkpoint: str | None, dat
     network = wanted[0].network
     if checkpoint is None and network.checkpoint is None and data is not None:
         raise CheckpointError(
-            "no name brings its weights", where=network.name, remedy=f"Give --checkpoint FILE: {network.by_hand}."
+            "no name brings its weights", where=network.name, hint=f"Give --checkpoint FILE: {network.by_hand}."
         )
 
 
@@ -145,7 +145,7 @@ def _read_imagenet(name: str | None) -> "DataSet":
     if name is None:
         raise DataError(
             "ImageNet is missing: the published numbers were measured on it, and no other images give them",
-            remedy="Pass --data DIR or set $MSN_EVAL_DATA to ImageNet as it is distributed; --dry-run says what else it takes.",
+            hint="Pass --data DIR or set $MSN_EVAL_DATA to ImageNet as it is distributed; --dry-run says what else it takes.",
         )
     data, publication = read_dataset(name), read_publication()
     if class_map_sha256(data.classes) != publication.class_map_sha256 or len(data.val) != publication.val_images:
@@ -153,7 +153,7 @@ def _read_imagenet(name: str | None) -> "DataSet":
             f"is not ImageNet: {len(data.classes):,} classes and {len(data.val):,} validation images, "
             f"not its own 1,000 and {publication.val_images:,}",
             where=name,
-            remedy="The published numbers were measured on ImageNet, and no other images give them.",
+            hint="The published numbers were measured on ImageNet, and no other images give them.",
         )
     return data
 
@@ -187,7 +187,7 @@ def _measure(wanted: "Sequence[Reproduction]", options: argparse.Namespace, data
 
 def _evaluate(one: "Reproduction", options: argparse.Namespace) -> "tuple[list[Result], int]":
     from msn_eval.commands.evaluate import evaluate_all
-    from msn_eval.config.request import Request
+    from msn_eval.config.request import EvaluationConfig
     from msn_eval.config.yaml_config import read_config
     from msn_eval.distributed.group import ALONE
     from msn_eval.evaluation.evaluate import prepare
@@ -205,13 +205,13 @@ def _evaluate(one: "Reproduction", options: argparse.Namespace) -> "tuple[list[R
         "cache": options.cache,
         "no_cache": options.no_cache,
     }
-    plan = make_plan(read_config(Request, given=given | request_options(one)))
+    plan = make_plan(read_config(EvaluationConfig, given=given | request_options(one)))
     ready = prepare(plan, checkpoint)
     if ready.encoder.arch.partition(".")[0] != one.network.arch:
         raise CheckpointError(
             f"is {ready.encoder.arch}, and {one.name} was published for {one.network.arch}",
             where=checkpoint,
-            remedy="Give the weights of that network, or another NAME.",
+            hint="Give the weights of that network, or another NAME.",
         )
     return evaluate_all(plan, {checkpoint: ready}, ALONE)
 

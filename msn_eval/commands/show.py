@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import UsageError, nearest, printable
+from msn_eval.errors import UsageError, did_you_mean, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     masked = _shares(options.masked)
     for name, least in (("images", 1), ("neighbours", 1), ("limit", 1), ("seed", 0)):
         if getattr(options, name) < least:
-            raise UsageError(f"--{name} {getattr(options, name)}: out of range", remedy=f"Give at least {least}.")
+            raise UsageError(f"--{name} {getattr(options, name)}: out of range", hint=f"Give at least {least}.")
     folder = Path(options.out)
     prepare_folder(folder, option="--out")
     encoder = load_encoder(options.checkpoint, device=options.device, seed=options.seed)
@@ -85,8 +85,8 @@ def _pictures(text: str) -> list[str]:
     wanted = [part.strip() for part in text.split(",") if part.strip()]
     for name in wanted or [text]:
         if name not in _PICTURES:
-            hint = nearest(name, _PICTURES)
-            raise UsageError(f"--pictures {name}: unknown.{hint}", remedy=f"Known: {', '.join(_PICTURES)}.")
+            hint = did_you_mean(name, _PICTURES)
+            raise UsageError(f"--pictures {name}: unknown.{hint}", hint=f"Known: {', '.join(_PICTURES)}.")
     return list(dict.fromkeys(wanted))
 
 
@@ -97,7 +97,7 @@ def _shares(text: str) -> list[float]:
     except ValueError:
         shares = []
     if not shares or not all(0 <= share < 1 for share in shares):
-        raise UsageError(f"--masked {text}: out of range", remedy="Give percentages from 0 to below 100: 0,50,90.")
+        raise UsageError(f"--masked {text}: out of range", hint="Give percentages from 0 to below 100: 0,50,90.")
     return shares
 
 
@@ -106,10 +106,8 @@ def _chosen(val: "ImageSet", named: Sequence[str] | None, count: int) -> "ImageS
     if named:
         unknown = [image_id for image_id in named if image_id not in val.position]
         if unknown:
-            hint = nearest(unknown[0], val.ids)
-            raise UsageError(
-                f"--image {unknown[0]}: no validation image is called so.{hint}", remedy="Write CLASS/FILE."
-            )
+            hint = did_you_mean(unknown[0], val.ids)
+            raise UsageError(f"--image {unknown[0]}: no validation image is called so.{hint}", hint="Write CLASS/FILE.")
         return val.only(list(named))
     firsts = [ids[0] for ids in val.ids_by_class if ids]
     number = min(count, len(firsts))

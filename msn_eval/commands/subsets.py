@@ -41,7 +41,7 @@ def _list(*, must_be_complete: bool) -> int:
         if path is None:
             missing.append(f"{entry.subset}@{entry.draw}")
     if missing and must_be_complete:
-        raise DataError(f"{len(missing)} published lists were not found", remedy="Run `msn-eval subsets fetch`.")
+        raise DataError(f"{len(missing)} published lists were not found", hint="Run `msn-eval subsets fetch`.")
     return 0
 
 
@@ -59,7 +59,7 @@ def _draw(options: argparse.Namespace) -> int:
 
     subsets = make_subsets([options.subset], read_dataset(options.data).train)
     if len(subsets) != 1:
-        raise UsageError(f"{options.subset} has {len(subsets)} draws", remedy=f"Choose one: {options.subset}@1.")
+        raise UsageError(f"{options.subset} has {len(subsets)} draws", hint=f"Choose one: {options.subset}@1.")
     text = "".join(f"{image_id}\n" for image_id in subsets[0].image_ids)
     if options.out is None:
         print(text, end="")

@@ -24,7 +24,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         more = [f"… and {len(found.faults) - _SHOWN} more"] if len(found.faults) > _SHOWN else []
         raise StoreError(
             "\n".join([f"{len(found.faults)} faults in {files} of {found.records} records", *lines, *more]),
-            remedy="Move these records away (and their .npz); the same evaluation writes them anew.",
+            hint="Move these records away (and their .npz); the same evaluation writes them anew.",
         )
     print(f"{found.records} records: ids, hashes and metrics follow from {found.images} stored predictions")
     if found.leftovers:

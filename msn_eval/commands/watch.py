@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from msn_eval.errors import CheckpointError, NumericalError, UsageError, printable
 
 if TYPE_CHECKING:
-    from msn_eval.config.request import Request
+    from msn_eval.config.request import EvaluationConfig
     from msn_eval.evaluation.plan import Plan
-    from msn_eval.monitor.trajectory import Point, RunFacts, Trajectory
+    from msn_eval.monitor.trajectory import Point, RunInfo, Trajectory
 
 _log = logging.getLogger(__name__)
 _PROBES = "ridge,knn,ncm"
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     for name in ("every", "patience"):
         if not 0 < getattr(options, name) < float("inf"):
-            raise UsageError(f"--{name} {getattr(options, name)}: out of range", remedy="Give a number above 0.")
+            raise UsageError(f"--{name} {getattr(options, name)}: out of range", hint="Give a number above 0.")
     folder = Path(options.run)
     facts = read_facts(folder)
     prepare_folder(folder / EVAL, option="RUN_DIR")
@@ -68,10 +68,10 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _request(options: argparse.Namespace, facts: "RunFacts") -> "Request":
+def _request(options: argparse.Namespace, facts: "RunInfo") -> "EvaluationConfig":
     """Give the evaluation that each snapshot goes through: the options, where they leave it open what the run says."""
     from msn_eval.checkpoints.run_folder import EVAL
-    from msn_eval.config.request import Request
+    from msn_eval.config.request import EvaluationConfig
     from msn_eval.config.yaml_config import read_config
 
     given = {
@@ -83,11 +83,11 @@ def _request(options: argparse.Namespace, facts: "RunFacts") -> "Request":
         **({} if options.limit is None else {"limit": options.limit}),
         **({} if options.k is None else {"k": options.k}),
     }
-    return read_config(Request, given=given)
+    return read_config(EvaluationConfig, given=given)
 
 
 def _follow(
-    folder: Path, facts: "RunFacts", plan: "Plan", refused: "dict[str, CheckpointError]", options: argparse.Namespace
+    folder: Path, facts: "RunInfo", plan: "Plan", refused: "dict[str, CheckpointError]", options: argparse.Namespace
 ) -> "Trajectory":
     """Score what is there and what comes, and redraw; give the run as it stood at the end.
 
@@ -126,7 +126,7 @@ def _follow(
 
 
 def _go_through(
-    folder: Path, facts: "RunFacts", plan: "Plan", tried: set[str], refused: "dict[str, CheckpointError]"
+    folder: Path, facts: "RunInfo", plan: "Plan", tried: set[str], refused: "dict[str, CheckpointError]"
 ) -> "Trajectory":
     """Score the snapshots that lack something, print a line for each, and give the run as it stands then."""
     from msn_eval.checkpoints.run_folder import ENCODER
@@ -197,18 +197,18 @@ def _judge(folder: Path, trajectory: "Trajectory", refused: "Sequence[Checkpoint
         raise NumericalError(
             f"{count} alarm{'' if count == 1 else 's'}{lines}",
             where=str(folder),
-            remedy="Look at the curves; go back to a snapshot from before, with another recipe.",
+            hint="Look at the curves; go back to a snapshot from before, with another recipe.",
             kept="Records and curves are in its eval folder.",
         )
     if refused:
         raise CheckpointError(
             f"{len(refused)} snapshots could not be scored" if len(refused) > 1 else refused[0].what,
             where=str(folder) if len(refused) > 1 else refused[0].where,
-            remedy="Each was told above; the others are scored.",
+            hint="Each was told above; the others are scored.",
         )
     if not trajectory.points:
         raise CheckpointError(
             "holds no finished snapshot yet",
             where=str(folder),
-            remedy="Train on: each epoch ends with one. Without --once they are waited for.",
+            hint="Train on: each epoch ends with one. Without --once they are waited for.",
         )

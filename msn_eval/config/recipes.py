@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from msn_eval.config.yaml_config import check_range
-from msn_eval.errors import UsageError, nearest
+from msn_eval.errors import UsageError, did_you_mean
 
 TAP_NAMES = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
 Params = Mapping[str, int | float | str]  # a probe's settings, as they stand in protocols and records
@@ -39,12 +39,12 @@ class LinearRecipe:
 
     def __post_init__(self) -> None:
         if not self.taps:
-            raise UsageError("linear.taps: nothing given", remedy=f"Name one or several of {', '.join(TAP_NAMES)}.")
+            raise UsageError("linear.taps: nothing given", hint=f"Name one or several of {', '.join(TAP_NAMES)}.")
         for tap in self.taps:
             if tap not in TAP_NAMES:
                 raise UsageError(
-                    f"linear.taps: there is no tap {tap!r}.{nearest(tap, TAP_NAMES)}",
-                    remedy=f"Known: {', '.join(TAP_NAMES)}.",
+                    f"linear.taps: there is no tap {tap!r}.{did_you_mean(tap, TAP_NAMES)}",
+                    hint=f"Known: {', '.join(TAP_NAMES)}.",
                 )
         for name in ("lr_first", "lr_last", "weight_decay_first", "weight_decay_last"):
             check_range(f"linear.{name}", getattr(self, name), above=0)
@@ -101,7 +101,7 @@ class AugmentedRecipe:
 
     def __post_init__(self) -> None:
         if not self.lr:
-            raise UsageError("linear_augmented.lr: nothing given", remedy="Name at least one learning rate.")
+            raise UsageError("linear_augmented.lr: nothing given", hint="Name at least one learning rate.")
         for rate in self.lr:
             check_range("linear_augmented.lr", rate, above=0)
         check_range("linear_augmented.weight_decay", self.weight_decay, least=0)

@@ -7,7 +7,7 @@ import posixpath
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from msn_eval.errors import UsageError, nearest
+from msn_eval.errors import UsageError, did_you_mean
 
 
 def is_reference(content: Mapping[str, object]) -> bool:
@@ -30,23 +30,23 @@ def read_keys(
     for section, values in content.items():
         if section not in sections or not isinstance(values, Mapping):
             raise UsageError(
-                f"{section!r} is no section of the MSN repository's files.{nearest(section, sections)}",
+                f"{section!r} is no section of the MSN repository's files.{did_you_mean(section, sections)}",
                 where=where,
-                remedy=f"Known: {', '.join(sections)}. A file of ours has no section `meta`.",
+                hint=f"Known: {', '.join(sections)}. A file of ours has no section `meta`.",
             )
         given |= {f"{section}.{key}": value for key, value in values.items()}
     unknown = next((key for key in given if key not in known), None)
     if unknown is not None:
         raise UsageError(
-            f"unknown key {unknown!r}.{nearest(unknown, known)}",
+            f"unknown key {unknown!r}.{did_you_mean(unknown, known)}",
             where=where,
-            remedy=f"The {reader} of the MSN repository does not read it either: take it out.",
+            hint=f"The {reader} of the MSN repository does not read it either: take it out.",
         )
     given = {**defaults, **given}
     missing = [key for key in known if key not in given]
     if missing:
         raise UsageError(
-            f"lacks {', '.join(missing)}", where=where, remedy="The code of the MSN repository needs them, too."
+            f"lacks {', '.join(missing)}", where=where, hint="The code of the MSN repository needs them, too."
         )
     return given
 
@@ -89,7 +89,7 @@ def converted(content: Mapping[str, Any], *, where: str) -> dict[str, object]:
     for key, (only, why) in _ONLY.items():
         if type(given[key]) is not type(only) or given[key] != only:
             raise UsageError(
-                f"{key}: {given[key]} cannot be mapped: {why}", where=where, remedy=f"Set it to {str(only).lower()}."
+                f"{key}: {given[key]} cannot be mapped: {why}", where=where, hint=f"Set it to {str(only).lower()}."
             )
     network = network_of(str(given["meta.model_name"]), where=where)
     folder = str(given["logging.folder"])
@@ -135,8 +135,8 @@ def network_of(name: str, *, where: str) -> str:
     """Give the architecture behind a name of theirs. Raises UsageError naming the file `where` it stands."""
     if name not in NETWORKS:
         raise UsageError(
-            f"meta.model_name: {name!r} cannot be mapped.{nearest(name, NETWORKS)}",
+            f"meta.model_name: {name!r} cannot be mapped.{did_you_mean(name, NETWORKS)}",
             where=where,
-            remedy=f"Known: {', '.join(NETWORKS)}.",
+            hint=f"Known: {', '.join(NETWORKS)}.",
         )
     return NETWORKS[name]

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 from msn_eval.config.recipes import TAP_NAMES, AugmentedRecipe, FinetuneRecipe, LinearRecipe
-from msn_eval.errors import UsageError, nearest
+from msn_eval.errors import UsageError, did_you_mean
 
 PROBE_NAMES = ("logistic", "knn", "ridge", "ncm", "linear", "linear-augmented", "finetune")
 SOLVER_NAMES = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
@@ -16,7 +16,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class EvaluationConfig:
     """The options of an evaluation. A field is called like its option, with `_` for `-` (and `lambda_` for lambda).
 
     None or an empty list means the protocol's or the device's own default.
@@ -65,7 +65,7 @@ class Request:
             if "linear" in self.probe and self.linear.named_taps:
                 raise UsageError(
                     f"--tap {self.tap}: linear.taps names {', '.join(self.linear.named_taps)}",
-                    remedy="Leave out one of them.",
+                    hint="Leave out one of them.",
                 )
         _one_of("solver", self.solver, SOLVER_NAMES)
         _one_of("decoder", self.decoder, DECODERS)
@@ -73,24 +73,22 @@ class Request:
         if self.precision is not None:
             _one_of("precision", self.precision, PRECISIONS)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise UsageError(f"--device {self.device}: not a device", remedy="Use auto, cpu, cuda or cuda:N.")
+            raise UsageError(f"--device {self.device}: not a device", hint="Use auto, cpu, cuda or cuda:N.")
         if "finetune" in self.probe and self.precision == "fp16":
-            raise UsageError("--precision fp16: gradients underflow in it", remedy="Fine-tune in bf16 or fp32.")
+            raise UsageError("--precision fp16: gradients underflow in it", hint="Fine-tune in bf16 or fp32.")
         if "finetune" in self.probe and self.patch_drop:
-            raise UsageError(
-                "--patch-drop: fine-tuning sees whole images", remedy="Ask for it with other probes alone."
-            )
+            raise UsageError("--patch-drop: fine-tuning sees whole images", hint="Ask for it with other probes alone.")
         if "finetune" in self.probe and self.compile:
             raise UsageError(
-                "--compile: fine-tuning trains the network as it is", remedy="Ask for it with other probes alone."
+                "--compile: fine-tuning trains the network as it is", hint="Ask for it with other probes alone."
             )
         if self.save is not None and "finetune" not in self.probe:
-            raise UsageError("--save: no network is trained", remedy="It goes with --probe finetune.")
+            raise UsageError("--save: no network is trained", hint="It goes with --probe finetune.")
         if self.save is not None and self.canary:
-            raise UsageError("--save: with --canary nothing is written", remedy="Leave out one of them.")
+            raise UsageError("--save: with --canary nothing is written", hint="Leave out one of them.")
         for name in ("subset", "probe"):
             if not getattr(self, name):
-                raise UsageError(f"--{name}: nothing given", remedy=f"Name at least one {name}.")
+                raise UsageError(f"--{name}: nothing given", hint=f"Name at least one {name}.")
         for text in self.lambda_:
             if text != AUTO:
                 _positive("lambda", _number("lambda", text))
@@ -104,10 +102,10 @@ class Request:
         if self.image_pixels is not None:
             _at_least("image-pixels", self.image_pixels, 1)
         if self.patch_drop is not None and not 0 <= self.patch_drop < 1:
-            raise UsageError(f"--patch-drop {self.patch_drop}: out of range", remedy="Give a share from 0 up to 1.")
+            raise UsageError(f"--patch-drop {self.patch_drop}: out of range", hint="Give a share from 0 up to 1.")
         if self.patch_drop is not None and "linear-augmented" in self.probe:
             raise UsageError(
-                "--patch-drop: linear-augmented encodes whole crops", remedy="Leave it out, or ask for another probe."
+                "--patch-drop: linear-augmented encodes whole crops", hint="Leave it out, or ask for another probe."
             )
         _count_or_auto("batch-size", self.batch_size, least=1)
         _count_or_auto("workers", self.workers, least=0)
@@ -134,8 +132,8 @@ class Request:
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UsageError(
-            f"--{option} {value}: there is no such {option}.{nearest(value, known)}",
-            remedy=f"Known: {', '.join(known)}.",
+            f"--{option} {value}: there is no such {option}.{did_you_mean(value, known)}",
+            hint=f"Known: {', '.join(known)}.",
         )
 
 
@@ -143,23 +141,21 @@ def _number(option: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UsageError(
-            f"--{option} {text}: not a number", remedy=f"Give a finite number above 0, or {AUTO}."
-        ) from None
+        raise UsageError(f"--{option} {text}: not a number", hint=f"Give a finite number above 0, or {AUTO}.") from None
 
 
 def _positive(option: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
-        raise UsageError(f"--{option} {value}: out of range", remedy="Give a finite number above 0.")
+        raise UsageError(f"--{option} {value}: out of range", hint="Give a finite number above 0.")
 
 
 def _at_least(option: str, value: int, least: int) -> None:
     if value < least:
-        raise UsageError(f"--{option} {value}: out of range", remedy=f"Give a whole number of at least {least}.")
+        raise UsageError(f"--{option} {value}: out of range", hint=f"Give a whole number of at least {least}.")
 
 
 def _count_or_auto(option: str, value: str, *, least: int) -> None:
     if value != "auto" and not (value.isdecimal() and int(value) >= least):
         raise UsageError(
-            f"--{option} {value}: out of range", remedy=f"Give `auto` or a whole number of at least {least}."
+            f"--{option} {value}: out of range", hint=f"Give `auto` or a whole number of at least {least}."
         )

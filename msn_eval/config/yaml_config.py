@@ -6,7 +6,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_origin
 
-from msn_eval.errors import UsageError, nearest
+from msn_eval.errors import UsageError, did_you_mean
 
 _Record = TypeVar("_Record")
 
@@ -51,7 +51,7 @@ def read_config(
                 raise UsageError(
                     f"{section}{name.rstrip('_')}: {reason}",
                     where=where,
-                    remedy=f"It takes: {_described(owner, name)}.",
+                    hint=f"It takes: {_described(owner, name)}.",
                 ) from error
     return cast(_Record, OmegaConf.to_object(config))
 
@@ -76,7 +76,7 @@ def _leaves(
             raise UsageError(
                 f"{name} is a section, not a value",
                 where=where,
-                remedy=f"Write {name}.KEY=VALUE, or keys below {name}:.",
+                hint=f"Write {name}.KEY=VALUE, or keys below {name}:.",
             )
         for one, given in below.items():
             yield f"{name}.", inner, _field_name(inner, str(one), where, section=f"{name}."), given
@@ -90,13 +90,13 @@ def _read_yaml(file: Path) -> dict[str, object]:
     try:
         content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except FileNotFoundError:
-        raise UsageError("no such config file", where=str(file), remedy="Give the path of a YAML file.") from None
+        raise UsageError("no such config file", where=str(file), hint="Give the path of a YAML file.") from None
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         endless = isinstance(error, RecursionError)
         reason = "it refers to itself, or is nested too deeply" if endless else " ".join(str(error).split())
-        raise UsageError(f"cannot be read as YAML: {reason}", where=str(file), remedy="Correct the file.") from error
+        raise UsageError(f"cannot be read as YAML: {reason}", where=str(file), hint="Correct the file.") from error
     if not isinstance(content, dict):
-        raise UsageError("is no mapping of keys to values", where=str(file), remedy="Write `key: value` lines.")
+        raise UsageError("is no mapping of keys to values", where=str(file), hint="Write `key: value` lines.")
     return {str(key): value for key, value in content.items()}
 
 
@@ -107,11 +107,11 @@ def _read_override(kind: type[object], text: str) -> dict[str, object]:
 
     key, equals, value = text.partition("=")
     if not (key and equals):
-        raise UsageError(f"{text!r} is not of the form key=value", remedy="Write for example limit=10.")
+        raise UsageError(f"{text!r} is not of the form key=value", hint="Write for example limit=10.")
     try:
         content: Any = OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)
     except (YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise UsageError(f"{text!r}: the value is no YAML", remedy="Quote it for the shell.") from error
+        raise UsageError(f"{text!r}: the value is no YAML", hint="Quote it for the shell.") from error
     read = content["value"]
     types = [_type_of(owner, name) for _, owner, name, _ in _leaves(kind, {key: read}, f"override {text!r}")]
     if isinstance(read, int | float) and types[0] in (str, str | None):
@@ -130,9 +130,9 @@ def _field_name(kind: type[object], key: str, where: str, *, section: str = "") 
     normal = key.replace("-", "_").rstrip("_")
     if normal not in names:
         raise UsageError(
-            f"unknown key {section + key!r}.{nearest(normal, names)}",
+            f"unknown key {section + key!r}.{did_you_mean(normal, names)}",
             where=where,
-            remedy=f"Known{f' in {section[:-1]}' if section else ''}: {', '.join(names)}.",
+            hint=f"Known{f' in {section[:-1]}' if section else ''}: {', '.join(names)}.",
         )
     return names[normal]
 
@@ -170,4 +170,4 @@ def check_range(
         )
         if there
     ]
-    raise UsageError(f"{key}: {value} is out of range", remedy=f"Give a number {' and '.join(bounds)}.")
+    raise UsageError(f"{key}: {value} is out of range", hint=f"Give a number {' and '.join(bounds)}.")

@@ -21,7 +21,7 @@ DATASETS = {
 }
 
 
-def read_dataset(name: str, *, allow_class_mismatch: bool = False, memory: Path | None = None) -> DataSet:
+def read_dataset(name: str, *, allow_class_mismatch: bool = False, cache_dir: Path | None = None) -> DataSet:
     """Read the data set called `name`.
 
     name:   `digits`, `wds:` and a folder, `hf:` and a name or folder, or the path of an image folder or of ImageNet as
@@ -38,14 +38,14 @@ def read_dataset(name: str, *, allow_class_mismatch: bool = False, memory: Path 
 
             return read_hub(place, allow_class_mismatch=allow_class_mismatch)
         case "wds":
-            return read_webdataset(place, allow_class_mismatch=allow_class_mismatch, memory=memory)
+            return read_webdataset(place, allow_class_mismatch=allow_class_mismatch, cache_dir=cache_dir)
         case _ if is_imagenet(Path(name)):
-            return read_imagenet(name, allow_class_mismatch=allow_class_mismatch, memory=memory)
+            return read_imagenet(name, allow_class_mismatch=allow_class_mismatch, cache_dir=cache_dir)
         case _:
-            return read_folder(name, allow_class_mismatch=allow_class_mismatch, memory=memory)
+            return read_folder(name, allow_class_mismatch=allow_class_mismatch, cache_dir=cache_dir)
 
 
-def read_split(name: str, split: str, *, memory: Path | None = None) -> ImageSet:
+def read_split(name: str, split: str, *, cache_dir: Path | None = None) -> ImageSet:
     """Read the `train` or `val` images of a data set without asking for the other."""
     if split not in ("train", "val"):
         raise UsageError(f"split {split!r}: a data set has the splits train and val")
@@ -59,11 +59,11 @@ def read_split(name: str, split: str, *, memory: Path | None = None) -> ImageSet
 
             return read_hub_split(place, split)
         case "wds":
-            return read_webdataset_split(place, split, memory=memory)
+            return read_webdataset_split(place, split, cache_dir=cache_dir)
         case _ if is_imagenet(Path(name)):
-            return read_imagenet_split(name, split, memory=memory)
+            return read_imagenet_split(name, split, cache_dir=cache_dir)
         case _:
-            return read_folder_split(name, split, memory=memory)
+            return read_folder_split(name, split, cache_dir=cache_dir)
 
 
 def _scheme(name: str) -> tuple[str, str]:
@@ -76,6 +76,6 @@ def _scheme(name: str) -> tuple[str, str]:
     if not place:
         raise UsageError(
             f"--data {name}: a folder or a name is missing after the colon",
-            remedy="Known: DIR, wds:DIR, hf:NAME_OR_DIR, digits.",
+            hint="Known: DIR, wds:DIR, hf:NAME_OR_DIR, digits.",
         )
     return scheme, place

@@ -72,7 +72,7 @@ def _class_mismatch(where: str, train: Listing, val: Listing) -> DataError:
     return DataError(
         f"train and val differ in their classes ({'; '.join(parts)})",
         where=where,
-        remedy="Labels would shift. Complete the split, or pass --allow-class-mismatch to number the union of both.",
+        hint="Labels would shift. Complete the split, or pass --allow-class-mismatch to number the union of both.",
     )
 
 

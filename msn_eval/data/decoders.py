@@ -59,7 +59,7 @@ def check_decoder(decoder: str, device: torch.device) -> None:
     if decoder == "nvjpeg" and device.type != "cuda":
         raise UsageError(
             f"--decoder nvjpeg: it decodes on a CUDA device, and this run computes on {device.type}.",
-            remedy="Choose --decoder torchvision or pillow, or --device cuda where there is one.",
+            hint="Choose --decoder torchvision or pillow, or --device cuda where there is one.",
         )
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, "JPEG")
@@ -69,7 +69,7 @@ def check_decoder(decoder: str, device: torch.device) -> None:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UsageError(
             f"--decoder {decoder}: the installed torchvision {version('torchvision')} decodes no JPEG with it: {reason}",
-            remedy="Choose --decoder pillow, or install the torchvision that was made for this torch.",
+            hint="Choose --decoder pillow, or install the torchvision that was made for this torch.",
         ) from error
 
 

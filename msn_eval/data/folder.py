@@ -41,7 +41,7 @@ class FolderSource:
         return file_stamp(self.path(image_id).stat())
 
 
-def read_folder(name: str, *, allow_class_mismatch: bool = False, memory: Path | None = None) -> DataSet:
+def read_folder(name: str, *, allow_class_mismatch: bool = False, cache_dir: Path | None = None) -> DataSet:
     """Read the image folder at path `name`.
 
     Classes are the folders of `train` and `val`, numbered in the byte order of their names; the two splits must have
@@ -54,31 +54,31 @@ def read_folder(name: str, *, allow_class_mismatch: bool = False, memory: Path |
     return make_dataset(
         root.resolve().name or str(root),
         where=str(root),
-        train=list_class_folders(root / "train", memory=memory),
-        val=list_class_folders(root / "val", memory=memory),
+        train=list_class_folders(root / "train", cache_dir=cache_dir),
+        val=list_class_folders(root / "val", cache_dir=cache_dir),
         allow_class_mismatch=allow_class_mismatch,
     )
 
 
-def read_folder_split(name: str, split: str, *, memory: Path | None = None) -> ImageSet:
+def read_folder_split(name: str, split: str, *, cache_dir: Path | None = None) -> ImageSet:
     """Read one split of an image folder alone, with its own classes; for extraction, which compares nothing."""
     root = Path(name)
     check_is_folder(root)
-    return make_split(list_class_folders(root / split, memory=memory))
+    return make_split(list_class_folders(root / split, cache_dir=cache_dir))
 
 
-def list_class_folders(root: Path, *, memory: Path | None) -> Listing:
+def list_class_folders(root: Path, *, cache_dir: Path | None) -> Listing:
     """Give the images of one split, a folder a class. Raises DataError naming the class without images."""
     if not root.is_dir():
-        raise DataError("does not exist", where=str(root), remedy="Give --data the folder that holds this split.")
+        raise DataError("does not exist", where=str(root), hint="Give --data the folder that holds this split.")
     entries = sorted(list_entries(root), key=lambda entry: os.fsencode(entry.name))
     classes = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
     if not classes:
         raise DataError(
-            "holds no class folders", where=str(root), remedy="Put the images of each class into a folder of its own."
+            "holds no class folders", where=str(root), hint="Put the images of each class into a folder of its own."
         )
     _check_unpacked(root, {path.name for path in classes}, [entry.name for entry in entries])
-    parts = list_parts(classes, _scan_class, root=root, kind="class folders", memory=memory)
+    parts = list_parts(classes, _scan_class, root=root, kind="class folders", cache_dir=cache_dir)
     return Listing(
         files={path.name: part.names for path, part in zip(classes, parts, strict=True)},
         source=FolderSource(root),
@@ -102,7 +102,7 @@ def list_entries(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(
             f"cannot be listed: {error.strerror or error}",
             where=str(folder),
-            remedy="Check its permissions and its disk.",
+            hint="Check its permissions and its disk.",
         ) from error
 
 
@@ -113,7 +113,7 @@ def check_is_folder(root: Path) -> None:
         raise DataError(
             f"the data folder {state}",
             where=str(root),
-            remedy="Give --data a folder with train/<class>/* and val/<class>/* or with ImageNet's archives, "
+            hint="Give --data a folder with train/<class>/* and val/<class>/* or with ImageNet's archives, "
             "wds:FOLDER, hf:NAME, or `digits` to try things out.",
         )
 
@@ -127,7 +127,7 @@ def _check_root(root: Path) -> None:
             raise DataError(
                 f"has no folder {split!r} (it holds: {', '.join(there[:_SHOWN]) or 'nothing'})",
                 where=str(root),
-                remedy=f"Give wds:{root} if these are the archives of a WebDataset."
+                hint=f"Give wds:{root} if these are the archives of a WebDataset."
                 if shards
                 else f"An image folder has train/<class>/* and val/<class>/*; make {root / split}, or give its parent.",
             )
@@ -148,13 +148,13 @@ def _check_unpacked(root: Path, classes: set[str], names: Iterable[str]) -> None
             raise DataError(
                 f"holds {name} beside class folders, but no folder {packed[1]}",
                 where=str(root),
-                remedy="Unpack every class, or move the folders away to have all archives read in place.",
+                hint="Unpack every class, or move the folders away to have all archives read in place.",
             )
         if _FLAT_IMAGE.fullmatch(name):
             raise DataError(
                 f"holds {name} beside class folders: sorting the images into classes was not finished",
                 where=str(root),
-                remedy="Finish it, or move all images back out of their folders to have them read with their labels.",
+                hint="Finish it, or move all images back out of their folders to have them read with their labels.",
             )
 
 
@@ -166,4 +166,4 @@ def _is_file_or_broken_link(entry: os.DirEntry[str]) -> bool:
 def _empty_class(folder: Path) -> DataError:
     inner = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     hint = f"The images seem to be one level down, in {inner[0]}/: move them up." if inner else "Remove it or fill it."
-    return DataError("this class has no images", where=str(folder), remedy=hint)
+    return DataError("this class has no images", where=str(folder), hint=hint)

@@ -23,14 +23,14 @@ _SETTLED_NS = 2_000_000_000  # the coarsest clock among file systems ticks every
 _HASH = re.compile("[0-9a-f]{64}")
 
 
-def hash_images(images: ImageSet, *, memory: Path | None) -> dict[str, str]:
+def hash_images(images: ImageSet, *, cache_dir: Path | None) -> dict[str, str]:
     """Give the SHA-256 of each image's bytes, by id.
 
     memory: a folder to remember hashes in, or None to hash everything
     Raises DataError listing every file that cannot be read.
     """
     started = time.time_ns()
-    memory_file = _memory_file(images, memory)
+    memory_file = _memory_file(images, cache_dir)
     known = _recall(memory_file)
     failures: list[str] = []
 
@@ -75,15 +75,15 @@ def unreadable(failures: Sequence[str]) -> DataError:
     listed = "\n".join(f"  {failure}" for failure in sorted(failures))
     return DataError(
         f"{len(failures)} image{'s' if len(failures) > 1 else ''} cannot be used:\n{listed}",
-        remedy="Repair or remove them, or pass --on-bad-image skip to score without them (they are counted).",
+        hint="Repair or remove them, or pass --on-bad-image skip to score without them (they are counted).",
     )
 
 
-def _memory_file(images: ImageSet, memory: Path | None) -> Path | None:
+def _memory_file(images: ImageSet, cache_dir: Path | None) -> Path | None:
     root = images.source.root
-    if memory is None or root is None:
+    if cache_dir is None or root is None:
         return None
-    folder = memory / "hashes"
+    folder = cache_dir / "hashes"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -108,7 +108,7 @@ def read_rows(where: HubName, split: str, table: "datasets.Dataset") -> StoredRo
     image, label = _image_column(place, table.features), _label_column(place, table.features)
     files = [Path(entry["filename"]) for entry in table.cache_files]
     if not files or not len(table):
-        raise DataError("has no rows", where=place, remedy="Complete the data set.")
+        raise DataError("has no rows", where=place, hint="Complete the data set.")
     labels: list[object] = []
     paths: list[str | None] = []
     for batch in table.select_columns([image, label]).with_format("arrow").iter(batch_size=_BATCH_ROWS):
@@ -178,13 +178,13 @@ def _choose_column(
         raise DataError(
             f"has several columns of {what}: {', '.join(found)}",
             where=place,
-            remedy=f"Call the one that is meant {preferred[0]!r}, or drop the others.",
+            hint=f"Call the one that is meant {preferred[0]!r}, or drop the others.",
         )
     shown = ", ".join(f"{name} ({_kind_name(kind)})" for name, kind in features.items())
     raise DataError(
         f"has no column of {what} (columns: {shown or 'none'})",
         where=place,
-        remedy="A data set has one Image column, and a ClassLabel column or one called label of names or numbers.",
+        hint="A data set has one Image column, and a ClassLabel column or one called label of names or numbers.",
     )
 
 
@@ -207,7 +207,7 @@ def _number_labels(place: str, kind: object, stored: Sequence[object]) -> tuple[
         raise DataError(
             f"{len(bad):,} of {len(stored):,} rows have no class (labels {values}; first row {bad[0]})",
             where=place,
-            remedy="Test splits are often published without labels: take a data set with labelled validation images.",
+            hint="Test splits are often published without labels: take a data set with labelled validation images.",
         )
     found = list(dict.fromkeys(stored))
     number = {value: position for position, value in enumerate(found)}
@@ -247,7 +247,7 @@ def _check_file(place: str, path: str | None, folder: Path | None) -> None:
         _local_file(path, folder, must_exist=False)
     except OSError as error:
         raise DataError(
-            f"has no image: {error}", where=place, remedy="Store the images' bytes, as `push_to_hub` and `embed` do."
+            f"has no image: {error}", where=place, hint="Store the images' bytes, as `push_to_hub` and `embed` do."
         ) from error
 
 
@@ -287,5 +287,5 @@ def _file_head(source: RowSource, path: str | None, row: int) -> bytes:
         raise DataError(
             f"{path} cannot be read: {error.strerror or error}",
             where=f"{source.place_of_rows}, row {row}",
-            remedy="Put it back, or store the images' bytes instead of their paths.",
+            hint="Put it back, or store the images' bytes instead of their paths.",
         ) from error

@@ -51,7 +51,7 @@ def parse_name(text: str) -> HubName:
     raise DataError(
         "is neither a folder that exists nor OWNER/NAME, OWNER/NAME:CONFIG or OWNER/NAME@REVISION on the hub",
         where=f"hf:{text}",
-        remedy="Write for example hf:uoft-cs/cifar10, or the path of a folder with train-*.parquet and "
+        hint="Write for example hf:uoft-cs/cifar10, or the path of a folder with train-*.parquet and "
         "validation-*.parquet. An image folder is given by its path, without hf:.",
     )
 
@@ -83,7 +83,7 @@ def load_splits(where: HubName, wanted: Sequence[str]) -> "dict[str, Table]":
         raise UsageError(
             f"data sets called hf: need the `datasets` library ({error})",
             where=str(where),
-            remedy="Install it: pip install 'msn-eval[hf]'.",
+            hint="Install it: pip install 'msn-eval[hf]'.",
         ) from error
     unwanted = (
         not datasets.are_progress_bars_disabled() and not sys.stderr.isatty() and _BARS_VARIABLE not in os.environ
@@ -114,7 +114,7 @@ def _load_folder(where: HubName, folder: Path, wanted: Sequence[str]) -> "dict[s
         raise DataError(
             "is a single split that `save_to_disk` wrote",
             where=str(where),
-            remedy="Save a DatasetDict of train and validation, and give its folder, which holds a dataset_dict.json.",
+            hint="Save a DatasetDict of train and validation, and give its folder, which holds a dataset_dict.json.",
         )
     # An absolute path, since the library takes some relative ones for names of its own.
     return _prepare(where, datasets.load_dataset_builder(str(folder), where.config), wanted)
@@ -159,7 +159,7 @@ def _ask_commit(where: HubName) -> str:
             _cache(),
         )
     except CheckpointError as error:
-        raise DataError(error.what, where=error.where, remedy=error.remedy) from error
+        raise DataError(error.what, where=error.where, hint=error.hint) from error
     return str(info.sha)
 
 
@@ -190,7 +190,7 @@ def _choose_split(where: HubName, wanted: str, there: Sequence[str]) -> str:
     raise DataError(
         f"has no split {' or '.join(map(repr, _SPLITS[wanted]))} (it has: {', '.join(there) or 'none'})",
         where=str(where),
-        remedy="Files of a local folder are told apart by their names: train-*.parquet and validation-*.parquet.",
+        hint="Files of a local folder are told apart by their names: train-*.parquet and validation-*.parquet.",
     )
 
 
@@ -218,11 +218,11 @@ def _translate(error: Exception, where: HubName) -> MsnEvalError:
         if isinstance(one, OSError) and one.errno in _DISK:
             place = os.fsdecode(one.filename) if isinstance(one.filename, str | bytes) else str(_cache())
             if where.folder is not None and Path(place).is_relative_to(where.folder):
-                return DataError(f"cannot be read: {one.strerror}", where=place, remedy="Check its permissions.")
+                return DataError(f"cannot be read: {one.strerror}", where=place, hint="Check its permissions.")
             return StoreError(
                 f"the cache of the `datasets` library cannot be written: {one.strerror}",
                 where=place,
-                remedy="Free space, or name a folder of your own: $HF_DATASETS_CACHE (and $HF_HUB_CACHE for downloads). "
+                hint="Free space, or name a folder of your own: $HF_DATASETS_CACHE (and $HF_HUB_CACHE for downloads). "
                 "What `save_to_disk` wrote is read where it is and needs no cache.",
             )
     if where.folder is None and any(_is_of_the_web(one) for one in chain):
@@ -230,18 +230,18 @@ def _translate(error: Exception, where: HubName) -> MsnEvalError:
     text = first_line(error)
     if "onfig" in text and isinstance(error, ValueError):  # several, and none or an unknown one was named
         listed = " ".join(str(error).split())[:600]
-        return DataError(listed, where=str(where), remedy=f"Choose one: hf:{where.place}:CONFIG.")
+        return DataError(listed, where=str(where), hint=f"Choose one: hf:{where.place}:CONFIG.")
     if "scripts are no longer supported" in text:
         return DataError(
             "comes with code of its own, which is never run here",
             where=str(where),
-            remedy="Take a version of it in Parquet files; many have one in their branch refs/convert/parquet: "
+            hint="Take a version of it in Parquet files; many have one in their branch refs/convert/parquet: "
             f"hf:{where.place}@refs/convert/parquet.",
         )
     return DataError(
         f"the `datasets` library cannot load it: {type(error).__name__}: {text}",
         where=str(where),
-        remedy="It reads folders of train-*.parquet and validation-*.parquet, what `save_to_disk` wrote, and most layouts "
+        hint="It reads folders of train-*.parquet and validation-*.parquet, what `save_to_disk` wrote, and most layouts "
         "of the hub. An image folder is given by its path, without hf:.",
     )
 
@@ -256,7 +256,7 @@ def _not_cached(where: HubName, why: str) -> DataError:
         f"{why}, and the cache {_cache()} does not hold this data set"
         + (f" at a commit known to be {where.revision}" if where.revision else ""),
         where=str(where),
-        remedy=f"Where there is a network, run `hf download --repo-type dataset {where.place}{revision} --local-dir DIR`, "
+        hint=f"Where there is a network, run `hf download --repo-type dataset {where.place}{revision} --local-dir DIR`, "
         f"copy DIR here and give it: hf:DIR{f':{where.config}' if where.config else ''}.",
     )
 

@@ -65,7 +65,7 @@ def _class_names(where: HubName, stored: Sequence[str]) -> dict[str, str]:
         raise DataError(
             f"classes {', '.join(map(repr, merged[:SHOWN]))} would have the same name {names[merged[0]]!r} in ids",
             where=str(where),
-            remedy="Rename one of them.",
+            hint="Rename one of them.",
         )
     renamed = [f"{name!r} as {fit!r}" for name, fit in names.items() if name != fit]
     if renamed:

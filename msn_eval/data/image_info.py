@@ -29,7 +29,7 @@ _ORIENTATION = 0x0112  # EXIF's tag
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFacts:
+class ImageInfo:
     """What one image turned out to be.
 
     digest:       SHA-256 of its bytes, None where they could not be read
@@ -48,12 +48,12 @@ class ImageFacts:
     problem: str = ""
 
 
-def look_at_image(source: ImageSource, image_id: str) -> ImageFacts:
+def inspect_image(source: ImageSource, image_id: str) -> ImageInfo:
     """Read and decode one image, and say what it is."""
     try:
         content = read_image(source, image_id)
     except OSError as error:
-        return ImageFacts(problem=f"cannot be read: {error.strerror or error}")
+        return ImageInfo(problem=f"cannot be read: {error.strerror or error}")
     digest = hashlib.sha256(content).digest()
     kind, size, orientation, damaged_exif = _read_header(content)
     problem = ""
@@ -63,7 +63,7 @@ def look_at_image(source: ImageSource, image_id: str) -> ImageFacts:
             kind, size = f"raw {decoded.mode}", decoded.size
     except BadImageError as error:
         problem = str(error)
-    return ImageFacts(
+    return ImageInfo(
         digest=digest, kind=kind, size=size, orientation=orientation, damaged_exif=damaged_exif, problem=problem
     )
 
@@ -87,9 +87,9 @@ def _read_header(content: bytes) -> tuple[str, tuple[int, int] | None, int, bool
         return f"{image.format} {image.mode}", image.size, turned, damaged
 
 
-def look_at_images(
+def inspect_images(
     split: str, images: ImageSet, *, workers: int | None = None, on_progress: Progress | None = None
-) -> Iterator[ImageFacts]:
+) -> Iterator[ImageInfo]:
     """Give what each image is, in the order of the set, from `workers` processes, or this one where that is 0."""
     tell = on_progress or _tell_nobody
     if workers is None:
@@ -97,7 +97,7 @@ def look_at_images(
     if workers == 0:
         for done, image_id in enumerate(images.ids):
             tell(split, done, len(images))
-            yield look_at_image(images.source, image_id)
+            yield inspect_image(images.source, image_id)
     else:
         yield from _look_in_processes(split, images, workers, tell)
     tell(split, len(images), len(images))
@@ -114,13 +114,13 @@ def _tell_nobody(split: str, done: int, total: int) -> None:
     """Take the news where nobody wants them."""
 
 
-def _look_in_processes(split: str, images: ImageSet, workers: int, tell: Progress) -> Iterator[ImageFacts]:
+def _look_in_processes(split: str, images: ImageSet, workers: int, tell: Progress) -> Iterator[ImageInfo]:
     # Fresh processes, not forks: a progress bar and Arrow have threads of their own, whose locks a fork would inherit.
     fresh = multiprocessing.get_context("spawn")
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, fresh, initializer=_become_worker, initargs=(images.source,))
     tasks = iter([images.ids[first : first + _IMAGES_A_TASK] for first in range(0, len(images), _IMAGES_A_TASK)])
-    ahead: deque[tuple[Sequence[str], Future[list[ImageFacts]]]] = deque()
+    ahead: deque[tuple[Sequence[str], Future[list[ImageInfo]]]] = deque()
     done, ended = 0, False
     try:
         while True:
@@ -146,7 +146,7 @@ def _look_in_processes(split: str, images: ImageSet, workers: int, tell: Progres
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _is_finished(future: "Future[list[ImageFacts]]") -> bool:
+def _is_finished(future: "Future[list[ImageInfo]]") -> bool:
     return future.done() and not future.cancelled() and future.exception() is None
 
 
@@ -157,7 +157,7 @@ def _worker_error(split: str, images: ImageSet, error: Exception, unfinished: Se
     what = f"hung for {_TASK_SECONDS:.0f} s" if isinstance(error, TimeoutError) else "died"
     return ResourceError(
         f"a process that decodes images of {split} {what}, at one of these or near them:\n{shown}{more}",
-        remedy="Host memory may be short, or the disk may have gone: try fewer --workers, or 0 to see which image it is.",
+        hint="Host memory may be short, or the disk may have gone: try fewer --workers, or 0 to see which image it is.",
     )
 
 
@@ -171,6 +171,6 @@ def _become_worker(source: ImageSource) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _look_at_some(image_ids: Sequence[str]) -> list[ImageFacts]:
+def _look_at_some(image_ids: Sequence[str]) -> list[ImageInfo]:
     assert _source is not None
-    return [look_at_image(_source, image_id) for image_id in image_ids]
+    return [inspect_image(_source, image_id) for image_id in image_ids]

@@ -49,7 +49,7 @@ def is_imagenet(root: Path) -> bool:
     return any(split is not None and split.form != "class folders" for split in found)
 
 
-def read_imagenet(name: str, *, allow_class_mismatch: bool = False, memory: Path | None = None) -> DataSet:
+def read_imagenet(name: str, *, allow_class_mismatch: bool = False, cache_dir: Path | None = None) -> DataSet:
     """Read ImageNet from the folder `name`, each split in whatever form it is.
 
     train: class folders, a tar a class, or ILSVRC2012_img_train.tar
@@ -59,9 +59,9 @@ def read_imagenet(name: str, *, allow_class_mismatch: bool = False, memory: Path
     """
     root = Path(name)
     check_is_folder(root)
-    train = _list_split(root, "train", None, memory)
+    train = _list_split(root, "train", None, cache_dir)
     known = None if allow_class_mismatch else train.files.keys()
-    val = _list_split(root, "val", known, memory)
+    val = _list_split(root, "val", known, cache_dir)
     return make_dataset(
         root.resolve().name or str(root),
         where=str(root),
@@ -71,10 +71,10 @@ def read_imagenet(name: str, *, allow_class_mismatch: bool = False, memory: Path
     )
 
 
-def read_imagenet_split(name: str, split: str, *, memory: Path | None = None) -> ImageSet:
+def read_imagenet_split(name: str, split: str, *, cache_dir: Path | None = None) -> ImageSet:
     """Read one split of ImageNet alone, with its own classes."""
     check_is_folder(Path(name))
-    return make_split(_list_split(Path(name), split, None, memory))
+    return make_split(_list_split(Path(name), split, None, cache_dir))
 
 
 def _base(root: Path) -> Path:
@@ -99,21 +99,21 @@ def _find_split(root: Path, split: str) -> _Split | None:
     return None
 
 
-def _list_split(root: Path, split: str, known: Iterable[str] | None, memory: Path | None) -> Listing:
+def _list_split(root: Path, split: str, known: Iterable[str] | None, cache_dir: Path | None) -> Listing:
     found = _find_split(root, split)
     if found is None:
         raise _no_split(root, split)
     match found.form:
         case "class folders":
-            return list_class_folders(found.path, memory=memory)
+            return list_class_folders(found.path, cache_dir=cache_dir)
         case "class tars":
-            return _list_class_tars(found.path, memory)
+            return _list_class_tars(found.path, cache_dir)
         case "train tar":
-            return _list_train_tar(found.path, memory)
+            return _list_train_tar(found.path, cache_dir)
         case "flat folder":
-            return _list_flat_folder(found.path, _label_folders(root), known, memory)
+            return _list_flat_folder(found.path, _label_folders(root), known, cache_dir)
         case "flat tar":
-            return _list_flat_tar(found.path, _label_folders(root), known, memory)
+            return _list_flat_tar(found.path, _label_folders(root), known, cache_dir)
 
 
 def _no_split(root: Path, split: str) -> DataError:
@@ -122,15 +122,15 @@ def _no_split(root: Path, split: str) -> DataError:
     return DataError(
         f"has no {split} images (it holds: {', '.join(there[:_SHOWN]) or 'nothing'})",
         where=str(root),
-        remedy=f"Put {_TARS[split]} there, or fill a folder {split} with {forms[split]}.",
+        hint=f"Put {_TARS[split]} there, or fill a folder {split} with {forms[split]}.",
     )
 
 
-def _list_class_tars(folder: Path, memory: Path | None) -> Listing:
+def _list_class_tars(folder: Path, cache_dir: Path | None) -> Listing:
     names = sorted((entry.name for entry in list_entries(folder)), key=os.fsencode)
     paths = [folder / name for name in names if _CLASS_TAR.fullmatch(name)]
     archives = open_archives(paths)
-    parts = list_parts(paths, _scan_class_tar, root=folder, kind="class tars", memory=memory)
+    parts = list_parts(paths, _scan_class_tar, root=folder, kind="class tars", cache_dir=cache_dir)
     classes = [[path.stem] * len(part.names) for path, part in zip(paths, parts, strict=True)]
     return list_members(archives, parts, classes, root=folder)
 
@@ -139,9 +139,9 @@ def _scan_class_tar(path: Path) -> Part:
     return _take_images(read_members(path), where=str(path))
 
 
-def _list_train_tar(path: Path, memory: Path | None) -> Listing:
+def _list_train_tar(path: Path, cache_dir: Path | None) -> Listing:
     archives = open_archives([path])
-    (part,) = list_parts([path], _scan_train_tar, root=path, kind="train tar", memory=memory)
+    (part,) = list_parts([path], _scan_train_tar, root=path, kind="train tar", cache_dir=cache_dir)
     ids = [image_id.partition("/") for image_id in part.names]
     files = Part(names=tuple(file for _, _, file in ids), numbers=part.numbers, passed_over=part.passed_over)
     return list_members(archives, [files], [[name for name, _, _ in ids]], root=path)
@@ -155,7 +155,7 @@ def _scan_train_tar(path: Path) -> Part:
         raise DataError(
             "holds no class tars such as n01440764.tar",
             where=str(path),
-            remedy=f"{_TARS['train']} is a tar of tars; unpack another one, with a folder for each class.",
+            hint=f"{_TARS['train']} is a tar of tars; unpack another one, with a folder for each class.",
         )
 
     def scan(entry: tuple[TarMember, str]) -> Part:
@@ -173,22 +173,22 @@ def _take_images(members: list[TarMember], *, where: str) -> Part:
     """Give the images among the members of an archive, with their offsets and sizes."""
     images = [member for member in members if member.is_file and is_image_name(member.file)]
     if not images:
-        raise DataError("this archive has no images", where=where, remedy="Download or write it again.")
+        raise DataError("this archive has no images", where=where, hint="Download or write it again.")
     rows = [(member.offset, member.size) for member in images]
     return make_part([member.file for member in images], rows, columns=2, passed_over=len(members) - len(images))
 
 
-def _list_flat_folder(folder: Path, places: list[Path], known: Iterable[str] | None, memory: Path | None) -> Listing:
-    (part,) = list_parts([folder], scan_images, root=folder, kind="flat folder", memory=memory)
+def _list_flat_folder(folder: Path, places: list[Path], known: Iterable[str] | None, cache_dir: Path | None) -> Listing:
+    (part,) = list_parts([folder], scan_images, root=folder, kind="flat folder", cache_dir=cache_dir)
     files: dict[str, list[str]] = {}
     for file, wnid in zip(part.names, read_labels(part.names, places, where=str(folder), known=known), strict=True):
         files.setdefault(wnid, []).append(file)
     return Listing(files=files, source=FlatSource(folder), passed_over=part.passed_over)
 
 
-def _list_flat_tar(path: Path, places: list[Path], known: Iterable[str] | None, memory: Path | None) -> Listing:
+def _list_flat_tar(path: Path, places: list[Path], known: Iterable[str] | None, cache_dir: Path | None) -> Listing:
     archives = open_archives([path])
-    (part,) = list_parts([path], _scan_class_tar, root=path, kind="flat tar", memory=memory)
+    (part,) = list_parts([path], _scan_class_tar, root=path, kind="flat tar", cache_dir=cache_dir)
     wnids = read_labels(part.names, places, where=str(path), known=known)
     return list_members(archives, [part], [wnids], root=path)
 

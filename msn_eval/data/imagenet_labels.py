@@ -60,7 +60,7 @@ def read_labels(files: Sequence[str], folders: Sequence[Path], *, where: str, kn
         raise DataError(
             f"holds {len(files):,} images without class folders, and nothing tells their classes",
             where=where,
-            remedy=f"{_REMEDY} Of another data set, put the images of each class into a folder of its own.",
+            hint=f"{_REMEDY} Of another data set, put the images of each class into a folder of its own.",
         )
     classes = None if known is None else frozenset(known)
     first, labels = sources[0], _match(sources[0], files, where, classes)
@@ -79,7 +79,7 @@ def _match(source: _LabelFile, files: Sequence[str], where: str, known: frozense
             raise DataError(
                 f"line {label.line}: {label.wnid}, the class of {file}, is none of the {len(known):,} training classes",
                 where=source.where,
-                remedy="Complete the training images, or pass --allow-class-mismatch to number the union of both.",
+                hint="Complete the training images, or pass --allow-class-mismatch to number the union of both.",
             )
     return found
 
@@ -90,7 +90,7 @@ def _by_name(source: _LabelFile, named: Mapping[str, _Label], files: Sequence[st
         raise DataError(
             f"names no class for {len(without):,} of the {len(files):,} images in {where}, {without[0]} first",
             where=source.where,
-            remedy="Complete it, or remove the images that are not ImageNet's.",
+            hint="Complete it, or remove the images that are not ImageNet's.",
         )
     return [named[_stem(file)] for file in files]
 
@@ -100,7 +100,7 @@ def _by_order(source: _LabelFile, files: Sequence[str], where: str) -> list[_Lab
         raise DataError(
             f"holds {len(source.ordered):,} labels, but there are {len(files):,} images in {where}",
             where=source.where,
-            remedy="Its lines follow the order of all images: complete the images, "
+            hint="Its lines follow the order of all images: complete the images, "
             f"or give labels by name (FILE WNID a line in val.txt, or {_KAGGLE_FILE}).",
         )
     order = sorted(range(len(files)), key=lambda row: os.fsencode(files[row]))
@@ -110,7 +110,7 @@ def _by_order(source: _LabelFile, files: Sequence[str], where: str) -> list[_Lab
             raise DataError(
                 f"image {place:,} in order is {files[row]}: another is missing, and labels would shift",
                 where=where,
-                remedy=f"{source.where} tells labels by the order of all images: complete them, and remove strays.",
+                hint=f"{source.where} tells labels by the order of all images: complete them, and remove strays.",
             )
     found = dict(zip(order, source.ordered, strict=True))
     return [found[row] for row in range(len(files))]
@@ -126,7 +126,7 @@ def _check_agreement(
             f"says {labels[row].wnid} in line {labels[row].line} of {files[row]}, where {other.where} says "
             f"{others[row].wnid} in line {others[row].line}; they differ on {len(apart):,} of {len(files):,} images",
             where=one.where,
-            remedy="Remove the one that is wrong.",
+            hint="Remove the one that is wrong.",
         )
 
 
@@ -196,13 +196,13 @@ def _read_packed_devkit(path: Path) -> _LabelFile:
             files = {name: archive.extractfile(members[name]) for name in (_META, _TRUTH) if name in members}
             contents = {name: file.read() for name, file in files.items() if file is not None}
     except (tarfile.TarError, zlib.error, ValueError, LookupError, OSError, EOFError, RecursionError) as error:
-        raise DataError(f"the devkit cannot be read: {error}", where=str(path), remedy="Download it again.") from error
+        raise DataError(f"the devkit cannot be read: {error}", where=str(path), hint="Download it again.") from error
     missing = [name for name in (_META, _TRUTH) if name not in contents]
     if missing:
         raise DataError(
             f"holds no {' and no '.join(missing)}",
             where=str(path),
-            remedy=f"It should be {_DEVKIT}.tar.gz; get it anew.",
+            hint=f"It should be {_DEVKIT}.tar.gz; get it anew.",
         )
     return _read_devkit(contents[_META], contents[_TRUTH], path / "data" / _META, path / "data" / _TRUTH)
 
@@ -231,11 +231,11 @@ def _read_meta(content: bytes, where: str) -> dict[int, str]:
         pairs = [(int(row["ILSVRC2012_ID"]), str(row["WNID"])) for row in synsets]
     except Exception as error:  # loadmat fails in a dozen ways on a damaged file
         raise DataError(
-            f"holds no table of classes: {error or type(error).__name__}", where=where, remedy="Get the devkit anew."
+            f"holds no table of classes: {error or type(error).__name__}", where=where, hint="Get the devkit anew."
         ) from error
     classes = dict(pairs)
     if len(classes) != len(pairs) or not all(WNID.fullmatch(wnid) for wnid in classes.values()):
-        raise DataError("an ILSVRC2012_ID stands twice, or has no WNID", where=where, remedy="Get the devkit anew.")
+        raise DataError("an ILSVRC2012_ID stands twice, or has no WNID", where=where, hint="Get the devkit anew.")
     return classes
 
 
@@ -245,11 +245,11 @@ def _content(path: Path) -> bytes:
             content = file.read(_MOST_BYTES + 1)
     except OSError as error:
         raise DataError(
-            f"cannot be read: {error.strerror or error}", where=str(path), remedy="Check its permissions."
+            f"cannot be read: {error.strerror or error}", where=str(path), hint="Check its permissions."
         ) from error
     if len(content) > _MOST_BYTES:
         raise DataError(
-            f"has more than {_MOST_BYTES:,} bytes, too many for labels", where=str(path), remedy="Move it elsewhere."
+            f"has more than {_MOST_BYTES:,} bytes, too many for labels", where=str(path), hint="Move it elsewhere."
         )
     return content
 
@@ -258,7 +258,7 @@ def _lines(content: bytes, where: str) -> list[tuple[int, str]]:
     try:
         return list(enumerate(content.decode("utf-8-sig").split("\n"), 1))
     except UnicodeDecodeError as error:
-        raise DataError(f"is no UTF-8 text: {error}", where=where, remedy="Get it anew.") from error
+        raise DataError(f"is no UTF-8 text: {error}", where=where, hint="Get it anew.") from error
 
 
 def _wnid(word: str, where: str, line: int) -> str:
@@ -284,4 +284,4 @@ def _is_number(word: str) -> bool:
 
 
 def _bad_line(where: str, line: int, text: str, why: str) -> DataError:
-    return DataError(f"line {line}: {text!r}: {why}", where=where, remedy="Correct the file, or get it anew.")
+    return DataError(f"line {line}: {text!r}: {why}", where=where, hint="Correct the file, or get it anew.")

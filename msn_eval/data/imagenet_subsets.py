@@ -84,7 +84,7 @@ def read_published_list(wanted: PublishedList) -> tuple[Path, str]:
         folders = ", ".join(str(folder) for folder in list_folders())
         raise DataError(
             f"the published list {wanted.subset}@{wanted.draw} ({wanted.path}) was not found in {folders}",
-            remedy="Run `msn-eval subsets fetch` once, or copy the lists of github.com/facebookresearch/msn there; "
+            hint="Run `msn-eval subsets fetch` once, or copy the lists of github.com/facebookresearch/msn there; "
             f"${FOLDER_VARIABLE} names another folder.",
         )
     return path, path.read_text(encoding="utf-8")
@@ -107,7 +107,7 @@ def fetch_lists(folder: Path, url: str) -> Iterator[tuple[PublishedList, str]]:
             raise DataError(
                 f"{len(content):,} bytes with SHA-256 {digest[:16]}… instead of {entry.sha256[:16]}…",
                 where=f"{url}/{entry.path}",
-                remedy="This is not the published list. Fetch it from github.com/facebookresearch/msn by hand.",
+                hint="This is not the published list. Fetch it from github.com/facebookresearch/msn by hand.",
             )
         prepare_folder(target.parent, option="--to")
         write_atomically(target, content)
@@ -123,7 +123,7 @@ def _download(url: str, target: Path) -> bytes:
         raise DataError(
             f"could not be downloaded: {reason}",
             where=url,
-            remedy=f"Without a network, download it elsewhere and put it at {target}; then run this again.",
+            hint=f"Without a network, download it elsewhere and put it at {target}; then run this again.",
             kept="Lists fetched before are kept.",
         ) from error
 

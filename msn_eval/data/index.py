@@ -62,7 +62,7 @@ def make_part(
 
 
 def list_parts(
-    paths: Sequence[Path], scan: Callable[[Path], Part], *, root: Path, kind: str, memory: Path | None
+    paths: Sequence[Path], scan: Callable[[Path], Part], *, root: Path, kind: str, cache_dir: Path | None
 ) -> tuple[Part, ...]:
     """Give the part at each path, by `scan` where it changed since it was remembered.
 
@@ -73,7 +73,7 @@ def list_parts(
     """
     started = time.time_ns()
     states = {path.name: _state(path) for path in paths}
-    index = _index_file(root, kind, memory)
+    index = _index_file(root, kind, cache_dir)
     known = _recall(index, root, kind)
     trusted = {name: known[name][1] for name, state in states.items() if name in known and known[name][0] == state}
     unknown = [path for path in paths if path.name not in trusted]
@@ -98,7 +98,7 @@ def _state(path: Path) -> State:
         status = path.stat()
     except OSError as error:
         raise DataError(
-            f"cannot be read: {error.strerror or error}", where=str(path), remedy="Check its permissions and its disk."
+            f"cannot be read: {error.strerror or error}", where=str(path), hint="Check its permissions and its disk."
         ) from error
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
@@ -108,11 +108,11 @@ def _settled(state: State, started: int) -> bool:
     return max(state[2:]) + _SETTLED_NS <= started
 
 
-def _index_file(root: Path, kind: str, memory: Path | None) -> Path | None:
-    if memory is None:
+def _index_file(root: Path, kind: str, cache_dir: Path | None) -> Path | None:
+    if cache_dir is None:
         return None
     name = hashlib.sha256(kind.encode() + b"\0" + os.fsencode(root.resolve())).hexdigest()[:16]
-    return memory / "indexes" / f"{name}.index"
+    return cache_dir / "indexes" / f"{name}.index"
 
 
 def _heading(root: Path, kind: str) -> dict[str, object]:

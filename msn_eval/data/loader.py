@@ -163,7 +163,7 @@ def _decoded_here(images: PixelList, batch_size: int) -> Iterator[PixelBatch]:
                 edges = [images.source.place(images.image_ids[row]) for row in (rows[0], rows[-1])]
                 raise ResourceError(
                     f"nothing came for {_WORKER_TIMEOUT_SECONDS:g} s from some image between {edges[0]} and {edges[1]}",
-                    remedy="The disk or the network behind it may hang; the same command goes on once it answers.",
+                    hint="The disk or the network behind it may hang; the same command goes on once it answers.",
                 ) from error
             yield PixelBatch(pixels=found[0], failures=found[1])
 
@@ -236,7 +236,7 @@ def _worker_error(reason: str, places: Sequence[str]) -> ResourceError:
     listed = "\n".join(f"  {place}" for place in places)
     return ResourceError(
         f"a loader worker died or hung twice at the same place: {reason}\nThey were at these images:\n{listed}",
-        remedy=f"Host memory or {_SHARED_MEMORY} may be short: try --workers 0, or a smaller --batch-size.",
+        hint=f"Host memory or {_SHARED_MEMORY} may be short: try --workers 0, or a smaller --batch-size.",
         kept="Features that were finished are kept; the same command goes on from there.",
     )
 

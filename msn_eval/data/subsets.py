@@ -10,7 +10,7 @@ from pathlib import Path
 from msn_eval.data.dataset import class_map_sha256
 from msn_eval.data.imagenet_subsets import read_publication, read_published_list
 from msn_eval.data.images import ImageSet
-from msn_eval.errors import DataError, NumericalError, UsageError, nearest
+from msn_eval.errors import DataError, NumericalError, UsageError, did_you_mean
 
 SHOTS = {"1img": 1, "2imgs": 2, "5imgs": 5}
 SHARES = {"1pct": 100, "10pct": 10}  # one image in so many, rounded up
@@ -73,11 +73,11 @@ def check_subset_names(names: Iterable[str]) -> None:
         base, _, draw = name.partition("@")
         if base in (*SUBSETS, "low-shot"):
             if draw and draw not in [str(known) for known in DRAWS]:
-                raise UsageError(f"--subset {name}: there is no draw {draw!r}", remedy="Draws are 1, 2 and 3.")
+                raise UsageError(f"--subset {name}: there is no draw {draw!r}", hint="Draws are 1, 2 and 3.")
         elif not _is_list_file(name):
             raise UsageError(
-                f"--subset {name}: no subset and no list file has this name.{nearest(base, (*SUBSETS, 'low-shot'))}",
-                remedy=f"Known: {', '.join(SUBSETS)}, low-shot, or the path of a list, one image a line.",
+                f"--subset {name}: no subset and no list file has this name.{did_you_mean(base, (*SUBSETS, 'low-shot'))}",
+                hint=f"Known: {', '.join(SUBSETS)}, low-shot, or the path of a list, one image a line.",
             )
 
 
@@ -94,7 +94,7 @@ def _draws_of(name: str, train: ImageSet) -> tuple[Subset, ...]:
     published = publication.lists_of(base) if class_map_sha256(train.classes) == publication.class_map_sha256 else ()
     draws = [entry.draw for entry in published] or ([1] if base == "full" else list(DRAWS))
     if wanted and int(wanted) not in draws:
-        raise UsageError(f"--subset {name}: {base} has only draw {draws[0]} here", remedy=f"Ask for {base}.")
+        raise UsageError(f"--subset {name}: {base} has only draw {draws[0]} here", hint=f"Ask for {base}.")
     chosen = [draw for draw in draws if not wanted or draw == int(wanted)]
     if published:
         lists = {entry.draw: read_published_list(entry) for entry in published if entry.draw in chosen}
@@ -119,7 +119,7 @@ def draw_subset(name: str, draw: int, train: ImageSet) -> Subset:
         if ids and len(ids) < count:
             raise DataError(
                 f"class {class_name!r} has {len(ids)} training image{'s' if len(ids) > 1 else ''}, {name} needs {count}",
-                remedy="Add images to the class, or ask for a smaller subset.",
+                hint="Add images to the class, or ask for a smaller subset.",
             )
         chosen += sorted(ids, key=lambda image_id: (_lot(draw, image_id), os.fsencode(image_id)))[:count]
     return Subset(name=name, draw=draw, rule="nested", image_ids=train.only(chosen).ids)
@@ -164,13 +164,13 @@ def without_images(subset: Subset, train: ImageSet, bad: set[str]) -> Subset:
             if len(spare) < count:
                 raise DataError(
                     f"class {train.classes[label]!r} has too few readable images for {subset.name}",
-                    remedy="Repair its images, or ask for a smaller subset.",
+                    hint="Repair its images, or ask for a smaller subset.",
                 )
             kept.update(
                 sorted(spare, key=lambda image_id: (_lot(subset.draw, image_id), os.fsencode(image_id)))[:count]
             )
     if not kept:
-        raise DataError(f"no image of subset {subset.name} can be read", remedy="Repair the files.")
+        raise DataError(f"no image of subset {subset.name} can be read", hint="Repair the files.")
     return replace(subset, image_ids=train.only(list(kept)).ids)
 
 
@@ -186,9 +186,7 @@ def read_list(path: Path, train: ImageSet) -> Subset:
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"the list cannot be read: {error}", where=str(path), remedy="Give a UTF-8 text file."
-        ) from error
+        raise DataError(f"the list cannot be read: {error}", where=str(path), hint="Give a UTF-8 text file.") from error
     image_ids = _listed(text, path, train)
     counts = Counter(train.labels[train.position[image_id]] for image_id in image_ids)
     empty = [name for label, name in enumerate(train.classes) if not counts[label]]
@@ -197,7 +195,7 @@ def read_list(path: Path, train: ImageSet) -> Subset:
             f"{len(empty)} of {len(train.classes)} classes have no image in this list ({', '.join(empty[:_SHOWN])}); "
             "their validation images could never be right",
             where=str(path),
-            remedy="Add images of these classes to the list, or evaluate on a data set without them.",
+            hint="Add images of these classes to the list, or evaluate on a data set without them.",
         )
     content = hashlib.sha256(b"".join(os.fsencode(image_id) + b"\n" for image_id in image_ids)).hexdigest()
     return Subset(name=path.name, draw=1, rule=f"list:{content[:16]}", image_ids=image_ids)
@@ -224,8 +222,8 @@ def _listed(text: str, path: Path, train: ImageSet) -> tuple[str, ...]:
         raise DataError(
             f"{len(faults)} lines of the list do not fit the training images:\n{shown}{more}",
             where=str(path),
-            remedy="Complete the data set, or use the list that belongs to it.",
+            hint="Complete the data set, or use the list that belongs to it.",
         )
     if not first_line:
-        raise DataError("the list is empty", where=str(path), remedy="Write one image a line.")
+        raise DataError("the list is empty", where=str(path), hint="Write one image a line.")
     return train.only(list(first_line)).ids

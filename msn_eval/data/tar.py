@@ -96,7 +96,7 @@ def open_archives(paths: Iterable[Path]) -> tuple[Archive, ...]:
             status = path.stat()
         except OSError as error:
             raise DataError(
-                f"cannot be read: {error.strerror or error}", where=str(path), remedy="Check its permissions."
+                f"cannot be read: {error.strerror or error}", where=str(path), hint="Check its permissions."
             ) from error
         archives.append(Archive(path=path, size=status.st_size, mtime_ns=status.st_mtime_ns))
     return tuple(archives)
@@ -143,7 +143,7 @@ def _duplicate(one: Archive, other: Archive, image_id: str) -> DataError:
     return DataError(
         f"hold{'s' if one == other else ''} two images of the id {image_id}",
         where=where,
-        remedy="Remove or rename one of them: an id is a class and a file name without folders.",
+        hint="Remove or rename one of them: an id is a class and a file name without folders.",
     )
 
 
@@ -207,7 +207,7 @@ def read_members(path: Path, *, within: TarMember | None = None) -> list[TarMemb
             _check_end(file, closing, end, where)
     except OSError as error:
         raise DataError(
-            f"cannot be read: {error.strerror or error}", where=where, remedy="Check its permissions and its disk."
+            f"cannot be read: {error.strerror or error}", where=where, hint="Check its permissions and its disk."
         ) from error
     return members
 
@@ -238,13 +238,13 @@ def _walk(file: _HeaderFile, start: int, end: int, where: str) -> tuple[list[Tar
 def _check_kind(file: _HeaderFile, start: int, end: int, where: str) -> None:
     head = os.pread(file.fileno(), min(_BLOCK, max(0, end - start)), start)
     if not head:
-        raise DataError("is empty: no tar archive is", where=where, remedy="Download or write it again.")
+        raise DataError("is empty: no tar archive is", where=where, hint="Download or write it again.")
     for magic, (name, command) in _COMPRESSED.items():
         if head.startswith(magic):
             raise DataError(
                 f"is compressed by {name}; images are read in place, which takes a plain tar",
                 where=where,
-                remedy=f"Decompress it once, such as by `{command}`, and leave the plain tar in its place.",
+                hint=f"Decompress it once, such as by `{command}`, and leave the plain tar in its place.",
             )
 
 
@@ -263,7 +263,7 @@ def _check_end(file: _HeaderFile, offset: int, end: int, where: str) -> None:
             raise DataError(
                 f"goes on after its end at byte {offset:,}",
                 where=where,
-                remedy="Part of it was overwritten by zeros, or several archives were joined; "
+                hint="Part of it was overwritten by zeros, or several archives were joined; "
                 "write it again, or keep each in a file of its own.",
             )
         if not rest:
@@ -275,7 +275,7 @@ def _cut_short(where: str, why: str) -> DataError:
     return DataError(
         f"is no tar archive, or a damaged or truncated one: {why}",
         where=where,
-        remedy="Compare its size and checksum with the original's, and copy or download it again.",
+        hint="Compare its size and checksum with the original's, and copy or download it again.",
     )
 
 
@@ -283,5 +283,5 @@ def _sparse(where: str, name: str) -> DataError:
     return DataError(
         f"member {name} is stored with its zeros left out",
         where=where,
-        remedy="Write the archive without tar's --sparse; images are read in place.",
+        hint="Write the archive without tar's --sparse; images are read in place.",
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from msn_eval.data.dataset import DataSet, class_map_sha256
 from msn_eval.data.hashing import content_sha256
-from msn_eval.data.image_info import ImageFacts, Progress, look_at_images
+from msn_eval.data.image_info import ImageInfo, Progress, inspect_images
 from msn_eval.data.imagenet_subsets import read_publication
 from msn_eval.data.images import ImageSet
 from msn_eval.errors import DataError
@@ -64,7 +64,7 @@ class SplitCheck:
     digests: Mapping[str, bytes]
 
 
-def check_split(split: str, images: ImageSet, facts: Iterable[ImageFacts]) -> SplitCheck:
+def check_split(split: str, images: ImageSet, facts: Iterable[ImageInfo]) -> SplitCheck:
     """Put together what was found out about each image, in the order of the set."""
     kinds: Counter[str] = Counter()
     turned = damaged_exif = 0
@@ -165,7 +165,7 @@ def read_manifest(path: Path) -> dict[str, str]:
         raise DataError(
             f"cannot be read: {error.strerror or error}",
             where=str(path),
-            remedy="Give --manifest a file of SHA-256 lines.",
+            hint="Give --manifest a file of SHA-256 lines.",
         ) from error
     found: dict[str, str] = {}
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
@@ -177,13 +177,13 @@ def read_manifest(path: Path) -> dict[str, str]:
             raise DataError(
                 f"line {number} is no SHA-256 with a name: {os.fsdecode(line[:80])}",
                 where=str(path),
-                remedy="Each line is `HASH  split/CLASS/FILE`, as `sha256sum` in the data folder writes them.",
+                hint="Each line is `HASH  split/CLASS/FILE`, as `sha256sum` in the data folder writes them.",
             )
         escaped, digest, raw = match.groups()
         plain = re.sub(rb"\\([\\nr])", _unescape, raw) if escaped else raw
         name = os.fsdecode(plain).removeprefix("./")
         if name in found:
-            raise DataError(f"line {number} names {name} again", where=str(path), remedy="Keep one of the lines.")
+            raise DataError(f"line {number} names {name} again", where=str(path), hint="Keep one of the lines.")
         found[name] = digest.decode().lower()
     return found
 
@@ -247,7 +247,7 @@ def check_dataset(
     Raises ResourceError where a process dies or hangs, naming the images that it was at.
     """
     splits = tuple(
-        check_split(name, images, look_at_images(name, images, workers=workers, on_progress=on_progress))
+        check_split(name, images, inspect_images(name, images, workers=workers, on_progress=on_progress))
         for name, images in (("train", data.train), ("val", data.val))
     )
     train, val = splits

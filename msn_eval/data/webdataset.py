@@ -20,7 +20,7 @@ _LONGEST_INDEX = 32  # bytes of a class index with its spaces and line end
 _SHOWN = 5
 
 
-def read_webdataset(name: str, *, allow_class_mismatch: bool = False, memory: Path | None = None) -> DataSet:
+def read_webdataset(name: str, *, allow_class_mismatch: bool = False, cache_dir: Path | None = None) -> DataSet:
     """Read the WebDataset in the folder `name`.
 
     A sample is the members of one archive that share a key, the path up to the first dot of the file's name: an image
@@ -32,8 +32,8 @@ def read_webdataset(name: str, *, allow_class_mismatch: bool = False, memory: Pa
     data = make_dataset(
         root.resolve().name or str(root),
         where=str(root),
-        train=_list_shards(root, "train", classes, memory),
-        val=_list_shards(root, "val", classes, memory),
+        train=_list_shards(root, "train", classes, cache_dir),
+        val=_list_shards(root, "val", classes, cache_dir),
         allow_class_mismatch=allow_class_mismatch,
     )
     left_out = sorted(set(classes) - set(data.classes), key=os.fsencode)
@@ -42,29 +42,29 @@ def read_webdataset(name: str, *, allow_class_mismatch: bool = False, memory: Pa
     return data
 
 
-def read_webdataset_split(name: str, split: str, *, memory: Path | None = None) -> ImageSet:
+def read_webdataset_split(name: str, split: str, *, cache_dir: Path | None = None) -> ImageSet:
     """Read one split of a WebDataset alone, with its own classes."""
     root = Path(name)
-    return make_split(_list_shards(root, split, _read_classes(root), memory))
+    return make_split(_list_shards(root, split, _read_classes(root), cache_dir))
 
 
-def _list_shards(root: Path, split: str, classes: Sequence[str], memory: Path | None) -> Listing:
+def _list_shards(root: Path, split: str, classes: Sequence[str], cache_dir: Path | None) -> Listing:
     paths = _find_shards(root, split)
     archives = open_archives(paths)
-    parts = list_parts(paths, _scan_shard, root=paths[0], kind="webdataset", memory=memory)
+    parts = list_parts(paths, _scan_shard, root=paths[0], kind="webdataset", cache_dir=cache_dir)
     for path, part in zip(paths, parts, strict=True):
         for file, index in zip(part.names, part.numbers[:, 2].tolist(), strict=True):
             if index >= len(classes):
                 raise DataError(
                     f"the class index of {file} is {index}, but classes.txt has {len(classes)} lines, 0 the first",
                     where=str(path),
-                    remedy=f"{root / 'classes.txt'} must be the one that the archives were written with.",
+                    hint=f"{root / 'classes.txt'} must be the one that the archives were written with.",
                 )
     names = [[classes[index] for index in part.numbers[:, 2].tolist()] for part in parts]
     listing = list_members(archives, parts, names, root=paths[0])
     if not listing.files:
         raise DataError(
-            f"the {split} archives hold no images", where=str(paths[0]), remedy="Write them again with their images."
+            f"the {split} archives hold no images", where=str(paths[0]), hint="Write them again with their images."
         )
     return listing
 
@@ -78,14 +78,14 @@ def _find_shards(root: Path, split: str) -> list[Path]:
         raise DataError(
             "is compressed; images are read in place, which takes plain tars",
             where=str(root / packed[0]),
-            remedy="Decompress the archives once and remove the compressed ones.",
+            hint="Decompress the archives once and remove the compressed ones.",
         )
     shards = [name for name in names if name.endswith(".tar")]
     if not shards:
         raise DataError(
             f"holds no {beginning}*.tar",
             where=str(root),
-            remedy="A WebDataset has train-*.tar, val-*.tar, classes.txt.",
+            hint="A WebDataset has train-*.tar, val-*.tar, classes.txt.",
         )
     found = [match for name in shards if (match := _NUMBERED.fullmatch(name, len(split)))]
     numbers = sorted({int(match[1]) for match in found})
@@ -100,7 +100,7 @@ def _find_shards(root: Path, split: str) -> list[Path]:
                 f"{len(missing)} of the {split} archives are missing between {shards[0]} and {shards[-1]}: "
                 f"number {shown}",
                 where=str(root),
-                remedy="Download what is missing, or rename the archives if all are there.",
+                hint="Download what is missing, or rename the archives if all are there.",
             )
     return [root / name for name in shards]
 
@@ -133,7 +133,7 @@ def _pair(path: Path, key: str, sample: Sequence[TarMember]) -> tuple[TarMember,
             raise DataError(
                 f"sample {key} has {len(found)} {what}s: {shown}" if found else f"sample {key} has no {what}",
                 where=str(path),
-                remedy="A sample is one image and one KEY.cls with the index of its class.",
+                hint="A sample is one image and one KEY.cls with the index of its class.",
             )
     return images[0], labels[0]
 
@@ -144,7 +144,7 @@ def _class_index(path: Path, label: TarMember, content: bytes) -> int:
         raise DataError(
             f"member {label.name} holds {content!r}, which is no class index",
             where=str(path),
-            remedy="A .cls holds a decimal index into classes.txt, counted from 0.",
+            hint="A .cls holds a decimal index into classes.txt, counted from 0.",
         )
     return int(digits)
 
@@ -155,17 +155,17 @@ def _read_classes(root: Path) -> tuple[str, ...]:
         raise DataError(
             f"the data folder {state}",
             where=str(root),
-            remedy="Give --data wds:FOLDER with train-*.tar, val-*.tar and classes.txt.",
+            hint="Give --data wds:FOLDER with train-*.tar, val-*.tar and classes.txt.",
         )
     path = root / "classes.txt"
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except FileNotFoundError:
         raise DataError(
-            "has no classes.txt", where=str(root), remedy="Write one class name a line, that of index 0 first."
+            "has no classes.txt", where=str(root), hint="Write one class name a line, that of index 0 first."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read: {error}", where=str(path), remedy="Write it as UTF-8 text.") from error
+        raise DataError(f"cannot be read: {error}", where=str(path), hint="Write it as UTF-8 text.") from error
     names = [line.removesuffix("\r") for line in lines]
     while names and not names[-1]:
         names.pop()
@@ -175,13 +175,13 @@ def _read_classes(root: Path) -> tuple[str, ...]:
             raise DataError(
                 f"line {number}: {name!r} is no class name",
                 where=str(path),
-                remedy="Each line is one class, not empty and without a slash, which ids set between class and file.",
+                hint="Each line is one class, not empty and without a slash, which ids set between class and file.",
             )
         if name in seen:
             raise DataError(
                 f"line {number}: {name} stands in line {seen[name]} already",
                 where=str(path),
-                remedy="Give every class a name of its own.",
+                hint="Give every class a name of its own.",
             )
         seen[name] = number
     return tuple(names)

@@ -72,7 +72,7 @@ def join_group(*, environment: Mapping[str, str] | None = None, limits: Limits |
         yield Group(rank=place.rank, world=place.world, local_rank=place.local_rank, host=place.host, line=line)
 
 
-def agree(group: Group, what: str, facts: Mapping[str, str]) -> None:
+def check_equal_across_ranks(group: Group, what: str, facts: Mapping[str, str]) -> None:
     """Go on only if every rank states the same facts.
 
     what: whose facts they are, for people
@@ -99,7 +99,7 @@ def agree(group: Group, what: str, facts: Mapping[str, str]) -> None:
         lines.append(f"  and {len(differing) - SHOWN} more")
     raise DistributedError(
         "\n".join([f"the ranks do not agree on {what}:", *lines]),
-        remedy="Give every host the same files, options and versions.",
+        hint="Give every host the same files, options and versions.",
     )
 
 
@@ -109,12 +109,12 @@ def barrier(group: Group, name: str) -> None:
         group.line.exchange("barrier", name, "")
 
 
-def gathered(group: Group, name: str, value: str) -> list[str]:
+def all_gather_object(group: Group, name: str, value: str) -> list[str]:
     """Give what every rank says, in the order of the ranks. Raises DistributedError where one of them is lost."""
     return [value] if group.line is None else group.line.exchange("gathering", name, value)
 
 
-def decided(group: Group, name: str, make: Callable[[], str]) -> str:
+def broadcast_from_rank0(group: Group, name: str, make: Callable[[], str]) -> str:
     """Give what rank 0 makes; the others wait for it. Raises DistributedError where rank 0 is lost."""
     if group.line is None:
         return make()
@@ -156,7 +156,7 @@ def joined(group: Group, device: torch.device) -> Iterator[None]:
         barrier(group, "lost rank")  # which ends with what the lost one told
         raise DistributedError(
             f"rank {group.rank} has lost another rank: {text.partition(chr(10))[0][:300]}",
-            remedy="See what the other ranks say.",
+            hint="See what the other ranks say.",
         ) from error
     finally:
         if own and distributed.is_initialized():

@@ -135,7 +135,7 @@ class Clerk:
                 ):
                     raise DistributedError(
                         f"the store of the job could not be opened at {self.others.place.meeting_point}: {reason}",
-                        remedy="Another job may use this port: choose another MASTER_PORT, or torchrun --standalone.",
+                        hint="Another job may use this port: choose another MASTER_PORT, or torchrun --standalone.",
                     ) from error
                 if time.monotonic() > deadline:
                     raise self._not_met(f"was not reached: {reason}") from error
@@ -199,14 +199,14 @@ class Clerk:
         what = f"rank {self.others.place.rank} of {self.others.place.world} waited {seconds} at {self.others.place.meeting_point}"
         return DistributedError(
             f"{what}, which {how}" if how.startswith("was") else f"{what} {how}",
-            remedy="Look for the first error of the ranks that are missing, and check MASTER_ADDR, MASTER_PORT and firewalls.",
+            hint="Look for the first error of the ranks that are missing, and check MASTER_ADDR, MASTER_PORT and firewalls.",
         )
 
     def _rank_taken(self, there: Mapping[str, object]) -> DistributedError:
         place = self.others.place
         return DistributedError(
             f"rank {place.rank} at {place.meeting_point} is taken by process {there['process']} on {there['host']}",
-            remedy="Two jobs use one address and port: choose another MASTER_PORT, or torchrun --standalone.",
+            hint="Two jobs use one address and port: choose another MASTER_PORT, or torchrun --standalone.",
         )
 
 

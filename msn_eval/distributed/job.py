@@ -105,7 +105,7 @@ class Line:
                 if not self._ask(lambda store, key=keys[rank]: store.check([key])):  # type: ignore[misc]
                     raise DistributedError(
                         f"{self.others.names([rank])} has left, while rank {self.place.rank} waits for it at the {kind} {name!r}",
-                        remedy="Start every rank with the same arguments.",
+                        hint="Start every rank with the same arguments.",
                     )
             pause = min(pause * 1.5, self.limits.beat_seconds / 2)
             time.sleep(pause)
@@ -115,7 +115,7 @@ class Line:
                 raise DistributedError(
                     f"{self.others.names([rank])} is at the {one['kind']} {one['name']!r}, "
                     f"rank {self.place.rank} at the {kind} {name!r}",
-                    remedy="Start every rank with the same arguments.",
+                    hint="Start every rank with the same arguments.",
                 )
         return [one["value"] for one in found]
 

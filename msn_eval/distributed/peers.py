@@ -46,12 +46,12 @@ class Verdict:
     @cached_property
     def error(self) -> DistributedError:
         # One line, where the other rank says the rest.
-        return ending(self.what, self.code, remedy="" if self.end else KEPT)
+        return ending(self.what, self.code, hint="" if self.end else KEPT)
 
 
-def ending(what: str, code: int, *, remedy: str = "") -> DistributedError:
+def ending(what: str, code: int, *, hint: str = "") -> DistributedError:
     """Give an error that this rank leaves with, by another's exit code."""
-    error = DistributedError(what, remedy=remedy)
+    error = DistributedError(what, hint=hint)
     error.exit_code = code
     return error
 
@@ -130,7 +130,7 @@ def _whole(environment: Mapping[str, str], name: str, least: int, most: int) -> 
 def _bad_variable(name: str, what: str) -> DistributedError:
     return DistributedError(
         f"the environment names a job of several processes, but {name} {what}",
-        remedy="Start the ranks by torchrun or --slurm; for one process alone, unset RANK and WORLD_SIZE.",
+        hint="Start the ranks by torchrun or --slurm; for one process alone, unset RANK and WORLD_SIZE.",
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import DistributedError, UsageError, nearest, printable
+from msn_eval.errors import DistributedError, UsageError, did_you_mean, printable
 
 if TYPE_CHECKING:
     from submitit import Job
@@ -117,7 +117,7 @@ def parse_slurm(text: str) -> SlurmOptions:
         if equals:
             key = name
             if key not in SLURM_KEYS:
-                raise _refused(f"there is no key {key!r}.{nearest(key, SLURM_KEYS)}")
+                raise _refused(f"there is no key {key!r}.{did_you_mean(key, SLURM_KEYS)}")
             if key in given:
                 raise _refused(f"{key} is given twice.")
             given[key] = value
@@ -127,7 +127,7 @@ def parse_slurm(text: str) -> SlurmOptions:
             raise _refused(f"{name!r} is not of the form key=value.")
     cluster = given.pop("cluster", "slurm")
     if cluster not in _CLUSTERS:
-        raise _refused(f"there is no cluster {cluster!r}.{nearest(cluster, _CLUSTERS)}")
+        raise _refused(f"there is no cluster {cluster!r}.{did_you_mean(cluster, _CLUSTERS)}")
     folder = given.pop("folder", None)
     parameters: dict[str, str | int | float | bool] = {"name": "msn-eval", "timeout_min": _DEFAULT_TIMEOUT_MINUTES}
     parameters |= {name: _value(name, value) for name, value in given.items()}
@@ -159,7 +159,7 @@ def _value(name: str, text: str) -> str | int | float | bool:
 
 
 def _refused(what: str) -> UsageError:
-    return UsageError(f"--slurm: {what}", remedy=f"Known keys: {', '.join(SLURM_KEYS)}.")
+    return UsageError(f"--slurm: {what}", hint=f"Known keys: {', '.join(SLURM_KEYS)}.")
 
 
 def without_slurm(words: Sequence[str]) -> list[str]:
@@ -192,7 +192,7 @@ def submit(
         from submitit.helpers import clean_env
     except ImportError as error:
         raise UsageError(
-            "--slurm needs submitit, which is not installed", remedy="pip install 'msn-eval[slurm]'"
+            "--slurm needs submitit, which is not installed", hint="pip install 'msn-eval[slurm]'"
         ) from error
     job = CommandJob(
         command=(*command, *arguments),
@@ -213,16 +213,16 @@ def submit(
             handle = executor.submit(job)
     except OSError as error:
         raise UsageError(
-            f"--slurm: {error.strerror or error}", where=str(place), remedy="Name another folder=."
+            f"--slurm: {error.strerror or error}", where=str(place), hint="Name another folder=."
         ) from error
     except (ValueError, NameError, AssertionError) as error:
         raise UsageError(
-            f"--slurm: submitit refuses the options: {error}", remedy="Change or leave out that key."
+            f"--slurm: submitit refuses the options: {error}", hint="Change or leave out that key."
         ) from error
     except RuntimeError as error:
         raise DistributedError(
             f"the job could not be submitted: {error}",
-            remedy="Submit from a machine of the Slurm cluster; cluster=local runs the job on this one.",
+            hint="Submit from a machine of the Slurm cluster; cluster=local runs the job on this one.",
         ) from error
     if options.cluster == "debug":
         handle.results()

@@ -6,14 +6,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 from msn_eval.config.recipes import AugmentedRecipe, Finetune, Params, linear_recipe_of, recipe_of
-from msn_eval.config.request import AUTO, Request
+from msn_eval.config.request import AUTO, EvaluationConfig
 from msn_eval.errors import ComparisonError
 from msn_eval.evaluation.plan import Plan, make_plan
 from msn_eval.results.baseline import Baseline, BaselineProtocol
 from msn_eval.results.comparison import nearest_protocol
 
 
-def make_baseline_plans(baseline: Baseline, request: Request) -> list[Plan]:
+def make_baseline_plans(baseline: Baseline, request: EvaluationConfig) -> list[Plan]:
     """Give plans whose tasks are the baseline's protocols and draws, and nothing else.
 
     request: the checkpoint, the data set, and what changes no number; whatever is part of a protocol is the baseline's
@@ -38,7 +38,7 @@ def _alike(entries: Sequence[BaselineProtocol]) -> Iterable[list[BaselineProtoco
     return found.values()
 
 
-def _plan(entries: Sequence[BaselineProtocol], request: Request) -> Plan:
+def _plan(entries: Sequence[BaselineProtocol], request: EvaluationConfig) -> Plan:
     protocol = entries[0].protocol
     name = protocol["probe"]["name"]
     params = [cast(Params, entry.protocol["probe"]["params"]) for entry in entries]
@@ -93,7 +93,7 @@ def _joined(plans: Sequence[Plan], entries: Sequence[BaselineProtocol]) -> Plan:
     if problems:
         raise ComparisonError(
             "the baseline's measurements cannot be made here:\n" + "\n".join(problems),
-            remedy="Give the data set that the baseline was measured on.",
+            hint="Give the data set that the baseline was measured on.",
         )
     return replace(
         plans[0],

@@ -92,7 +92,7 @@ def _judge(result: Result, level: float) -> Canary:
     if largest >= n:
         raise NumericalError(
             f"--canary: {n} validation images of {n_classes} classes are too few to tell a leak from chance",
-            remedy="Score more images: a larger --limit, or another data set.",
+            hint="Score more images: a larger --limit, or another data set.",
         )
     return Canary(
         what=f"{result.checkpoint.name}: {_setting(result)} {result.split.subset}@{result.split.draw}",
@@ -125,6 +125,6 @@ def refuse_leaks(found: Sequence[Canary]) -> None:
         raise NumericalError(
             f"--canary: something leaks: with random labels {len(leaking)} of {len(found)} results are better than chance, "
             f"worst {first.what} with {first.right:,} of {first.images:,} right where {first.chance:,.1f} are expected",
-            remedy="Look for validation images among the labelled ones, and for code that sees the labels of what it scores.",
+            hint="Look for validation images among the labelled ones, and for code that sees the labels of what it scores.",
             kept="Nothing was written; results of runs without --canary are as they were, and not to be trusted.",
         )

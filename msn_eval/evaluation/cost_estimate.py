@@ -29,7 +29,7 @@ _KEPT_BYTES = 2 << 30  # of weights, of checkpoints that were looked at and wait
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forecast:
+class CostEstimate:
     """What one checkpoint will cost.
 
     read, reused: images to be read and encoded, and images whose features are in the cache
@@ -52,14 +52,14 @@ class Forecast:
     problem: str | None = None
 
 
-def forecast(plan: Plan, *, run_own_code: bool) -> tuple[tuple[Forecast, ...], dict[str, Preparation]]:
+def estimate_cost(plan: Plan, *, run_own_code: bool) -> tuple[tuple[CostEstimate, ...], dict[str, Preparation]]:
     """Look at every checkpoint of a plan, and time a few images where many are to be read.
 
     run_own_code: time networks of the user's own too; where results follow they are run for these alone
     returns: the forecasts, and the checkpoints that were read, as far as memory is to be spent on them, by name
     A checkpoint that is refused has a forecast that says so.
     """
-    found: list[Forecast] = []
+    found: list[CostEstimate] = []
     kept: dict[str, Preparation] = {}
     kept_bytes = 0
     for name in plan.request.checkpoint:
@@ -67,7 +67,7 @@ def forecast(plan: Plan, *, run_own_code: bool) -> tuple[tuple[Forecast, ...], d
             ready = prepare(plan, name)
             found.append(_forecast_one(plan, ready, run_own_code))
         except CheckpointError as error:
-            found.append(Forecast(name=name, problem=str(error).partition("\n")[0]))
+            found.append(CostEstimate(name=name, problem=str(error).partition("\n")[0]))
             continue
         kept_bytes += 4 * ready.encoder.checkpoint.params
         if kept_bytes <= _KEPT_BYTES:
@@ -75,11 +75,11 @@ def forecast(plan: Plan, *, run_own_code: bool) -> tuple[tuple[Forecast, ...], d
     return tuple(found), kept
 
 
-def _forecast_one(plan: Plan, ready: Preparation, run_own_code: bool) -> Forecast:
+def _forecast_one(plan: Plan, ready: Preparation, run_own_code: bool) -> CostEstimate:
     encoder = ready.encoder
     name = encoder.checkpoint.name
     if not ready.pending:
-        return Forecast(name=name, finished=len(ready.known))
+        return CostEstimate(name=name, finished=len(ready.known))
     wanted = (pending_pool(plan, ready), plan.val) if ready.frozen else ()
     missing = _missing(plan, ready, wanted)
     read = sum(map(len, missing))
@@ -94,7 +94,7 @@ def _forecast_one(plan: Plan, ready: Preparation, run_own_code: bool) -> Forecas
     whole = (*missing[len(partly) :], *(images for _, images in trainings), *([plan.val] if tuned else []))
     in_part = sum(map(len, partly))
     shares = [_Share(images=encodings - in_part, among=whole), _Share(images=in_part, among=partly, drop=drop)]
-    return Forecast(
+    return CostEstimate(
         name=name,
         read=read,
         reused=sum(map(len, wanted)) - read,
@@ -108,10 +108,10 @@ def _forecast_one(plan: Plan, ready: Preparation, run_own_code: bool) -> Forecas
 
 def _images_tuned(task: Task, plan: Plan) -> int:
     """Give the images of all steps of a fine-tuning."""
-    from msn_eval.probes.finetune.data import order_of
+    from msn_eval.probes.finetune.data import epoch_order
 
     assert isinstance(task.probe, Finetune)
-    order = order_of(task.probe.recipe, len(task.subset), seed=task.probe.seed)
+    order = epoch_order(task.probe.recipe, len(task.subset), seed=task.probe.seed)
     return order.steps * order.batch
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from msn_eval.checkpoints.checkpoint import read_checkpoint
-from msn_eval.config.request import Request
+from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.hashing import content_sha256
 from msn_eval.data.images import ImageSet
 from msn_eval.data.subsets import union_of
-from msn_eval.distributed.group import ALONE, Group, agree, decided
+from msn_eval.distributed.group import ALONE, Group, broadcast_from_rank0, check_equal_across_ranks
 from msn_eval.errors import NumericalError, UsageError
 from msn_eval.evaluation.canary import judge_canary, random_labels, refuse_leaks
 from msn_eval.evaluation.measurement import Cost, Measurement, id_of, known_result, taps_of
@@ -31,9 +31,9 @@ from msn_eval.features.encoder import Encoder, build_encoder, unchanged
 from msn_eval.features.extraction import Extraction, Features, Loading, automatic_batch_size, extract_features
 from msn_eval.features.patch_drop import PatchDrop, check_drop
 from msn_eval.files.atomic import prepare_folder
-from msn_eval.probes import Finetune, Fitted, fit
+from msn_eval.probes import Finetune, FittedProbe, fit
 from msn_eval.probes.base import describe_collapse, rank_labels
-from msn_eval.probes.distributed import Team, assist, dismiss
+from msn_eval.probes.distributed import WorkerGroup, serve, shutdown
 from msn_eval.probes.linear import Linear
 from msn_eval.probes.linear_augmented import LinearAugmented, fit_augmented
 from msn_eval.probes.training_state import StateFiles, remove_states
@@ -74,7 +74,7 @@ def evaluate(
         "probe": list(probes),
         "out": str(out),
     }
-    plan = make_plan(read_config(Request, given=given | options))
+    plan = make_plan(read_config(EvaluationConfig, given=given | options))
     found = (result for name in plan.request.checkpoint for result in evaluate_checkpoint(plan, name))
     results = list({result.id: result for result in found}.values())
     if plan.request.canary:
@@ -174,7 +174,7 @@ def evaluate_checkpoint(
     # Another name for the same weights may have been evaluated since they were prepared.
     ready = _look_for_results(plan, prepared.encoder) if prepared is not None else prepare(plan, name)
     encoder, out = ready.encoder, Path(plan.request.out)
-    agree(group, encoder.checkpoint.name, _shared_facts(plan, encoder))
+    check_equal_across_ranks(group, encoder.checkpoint.name, _shared_facts(plan, encoder))
     if group.rank == 0:
         if not plan.request.canary:
             prepare_folder(out, option="--out")
@@ -182,7 +182,9 @@ def evaluate_checkpoint(
         yield from ready.known
     # The first rank's look into the result folder is everyone's: it may write there while others still read.
     places = [str(place) for place, task in enumerate(plan.tasks) if task in ready.pending]
-    pending = [plan.tasks[int(place)] for place in decided(group, "pending", lambda: " ".join(places)).split()]
+    pending = [
+        plan.tasks[int(place)] for place in broadcast_from_rank0(group, "pending", lambda: " ".join(places)).split()
+    ]
     if not pending:
         _log.info("%s: all %d results are in %s, nothing computed", encoder.checkpoint.name, len(plan.tasks), out)
         return
@@ -208,7 +210,7 @@ def _refuse_unsaved(plan: Plan, ready: Preparation) -> None:
                 raise UsageError(
                     f"--save: {result_id} is measured already in {plan.request.out}, and its network was not kept",
                     where=str(folder),
-                    remedy="Train it again with another --out.",
+                    hint="Train it again with another --out.",
                 )
 
 
@@ -273,20 +275,20 @@ def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: P
         cost = Cost(time.perf_counter() - started, plan.request.batch_images or automatic_batch_size(encoder))
         yield from ((Measurement(plan, encoder, task, cost).failed(error), None) for task in ready.frozen)
         return
-    team = Team(group=group, device=plan.device) if group.world > 1 else None
+    team = WorkerGroup(group=group, device=plan.device) if group.world > 1 else None
     cost = _cost(pool, test, time.perf_counter() - started)
     if group.rank == 0:
         yield from _on_features(plan, ready, pool, test, cost, team)
         if team is not None:  # where this rank failed, the others hear of that instead
-            dismiss(team)
+            shutdown(team)
     elif team is not None:
-        assist(team)
+        serve(team)
     for measurements, (tap,) in _grouped(plan, ready, cost, augmented=True):
         yield from _on_augmented(measurements, tap, test.features.get(tap), group)
 
 
 def _on_features(
-    plan: Plan, ready: Preparation, pool: Extraction, test: Extraction, cost: Cost, team: Team | None
+    plan: Plan, ready: Preparation, pool: Extraction, test: Extraction, cost: Cost, team: WorkerGroup | None
 ) -> Iterator[_Outcome]:
     """Fit and score every probe that takes cached features."""
     encoder = ready.encoder
@@ -375,12 +377,12 @@ def _cached(tasks: Sequence[Task]) -> Iterator[Task]:
     return (task for task in tasks if not isinstance(task.probe, LinearAugmented))
 
 
-def loading_of(request: Request) -> Loading:
+def loading_of(request: EvaluationConfig) -> Loading:
     """Give how a request wants images to come to the encoder."""
     return Loading(decoder=request.decoder, batch_size=request.batch_images, workers=request.worker_count)
 
 
-def drop_of(request: Request) -> PatchDrop | None:
+def drop_of(request: EvaluationConfig) -> PatchDrop | None:
     """Give what is left out of the labelled images; validation images are always seen whole."""
     return PatchDrop(share=request.patch_drop, seed=request.seed) if request.patch_drop else None
 
@@ -393,7 +395,7 @@ def _shared_cache(plan: Plan, group: Group) -> Iterator[Path | None]:
     elif group.world == 1:
         yield None
     else:
-        folder = Path(plan.request.out) / decided(group, "folder", _temporary_name)
+        folder = Path(plan.request.out) / broadcast_from_rank0(group, "folder", _temporary_name)
         try:
             yield folder
         finally:
@@ -413,7 +415,7 @@ def _named(on_progress: Progress | None, what: str) -> Callable[[int, int], None
 
 
 def _probe(
-    measurements: Sequence[Measurement], splits: Sequence[tuple[Features, Features]], team: Team | None
+    measurements: Sequence[Measurement], splits: Sequence[tuple[Features, Features]], team: WorkerGroup | None
 ) -> Iterator[_Outcome]:
     """Fit one probe to one draw and score its pending settings.
 
@@ -453,7 +455,7 @@ def _on_augmented(
             out=Path(plan.request.out), facts=shared | {"probe": str(probe), "draw": first.task.split_sha256}
         )
 
-    def make() -> Fitted:
+    def make() -> FittedProbe:
         with unchanged(encoder):
             return fit_augmented(probe, images, group=group, files=files)
 
@@ -488,7 +490,7 @@ def _labels_of(measurement: Measurement, labelled: Features, test: Features) -> 
 
 
 def _scored(
-    measurements: Sequence[Measurement], make: Callable[[], Fitted], offered: Sequence[Features]
+    measurements: Sequence[Measurement], make: Callable[[], FittedProbe], offered: Sequence[Features]
 ) -> Iterator[_Outcome]:
     """Fit, and score the settings that are pending.
 

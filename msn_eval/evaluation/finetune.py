@@ -13,16 +13,16 @@ from msn_eval.config.recipes import Finetune, FinetuneRecipe
 from msn_eval.data.hashing import unreadable
 from msn_eval.data.images import ImageSet, eval_transform
 from msn_eval.data.loader import PixelList, automatic_workers, load_pixels
-from msn_eval.distributed.group import ALONE, Group, gathered, joined, share
+from msn_eval.distributed.group import ALONE, Group, all_gather_object, joined, share
 from msn_eval.errors import NumericalError
 from msn_eval.evaluation.canary import draw_labels
 from msn_eval.evaluation.plan import Plan, Task
 from msn_eval.features.encoder import Encoder, resolve_tap
 from msn_eval.features.extraction import automatic_batch_size
-from msn_eval.probes.base import Setting, rank_labels
-from msn_eval.probes.finetune.model import Trainee, build_trainee
+from msn_eval.probes.base import ProbeConfig, rank_labels
+from msn_eval.probes.finetune.model import FinetuneModel, build_finetune_model
 from msn_eval.probes.finetune.predict import Labelled, Pace, score_images
-from msn_eval.probes.finetune.train import Progress, Tuned, finetune
+from msn_eval.probes.finetune.train import FinetuneResult, Progress, finetune
 from msn_eval.probes.training_state import StateFiles
 from msn_eval.results.record import Predictions
 
@@ -34,7 +34,7 @@ _SLUG = "abcdefghijklmnopqrstuvwxyz0123456789-_."
 class Finetuned:
     """What a task came to. dim: of what the head is given; part: images at once on a rank at the end."""
 
-    setting: Setting
+    setting: ProbeConfig
     predictions: Predictions
     dim: int
     part: int
@@ -61,13 +61,13 @@ def finetune_task(
     trained_labels, labels = _labels(plan, images)
     if len(torch.unique(trained_labels)) < 2:
         raise NumericalError(
-            f"the {len(images)} labelled images are of a single class", remedy="Label images of at least two classes."
+            f"the {len(images)} labelled images are of a single class", hint="Label images of at least two classes."
         )
     if request.save is not None and group.rank == 0:
         _check_savable(plan, encoder, task, tap, result_id)
     _refuse_unreadable(plan, images, group)
     pace = pace_of(plan, encoder, images)
-    trainee = build_trainee(encoder, probe.recipe, tap=tap, n_classes=len(plan.val.classes))
+    trainee = build_finetune_model(encoder, probe.recipe, tap=tap, n_classes=len(plan.val.classes))
     states = None if request.canary else states_of(plan, encoder, task, result_id)
     with joined(group, plan.device):
         tuned = finetune(
@@ -175,13 +175,13 @@ def _refuse_unreadable(plan: Plan, images: ImageSet, group: Group) -> None:
         )
         for batch in load_pixels(pixels, batch_size=_CHECKED_AT_ONCE, workers=plan.request.worker_count or 0):
             failures += [f"{split.source.place(image_id)}: {reason}" for image_id, reason in batch.failures]
-    told = gathered(group, "unreadable images", "\n".join(failures))
+    told = all_gather_object(group, "unreadable images", "\n".join(failures))
     if any(told):
         raise unreadable([line for text in told for line in text.splitlines()])
 
 
-def _setting(probe: Finetune, tuned: Tuned) -> Setting:
-    return Setting(params=probe.params, solver="adamw", objective=tuned.loss, iterations=tuned.steps)
+def _setting(probe: Finetune, tuned: FinetuneResult) -> ProbeConfig:
+    return ProbeConfig(params=probe.params, solver="adamw", objective=tuned.loss, iterations=tuned.steps)
 
 
 def _predictions(val: ImageSet, scores: Tensor, trained_labels: Tensor, labels: Tensor) -> Predictions:
@@ -200,11 +200,11 @@ def _predictions(val: ImageSet, scores: Tensor, trained_labels: Tensor, labels: 
 def _check_savable(plan: Plan, encoder: Encoder, task: Task, tap: str, result_id: str) -> None:
     """Find out before training what would keep the network from being saved after it."""
     check_saved_place(saved_folder(plan, encoder, task), result_id)
-    blank = build_trainee(encoder, FinetuneRecipe(drop_path=0.0), tap=tap, n_classes=len(plan.val.classes))
+    blank = build_finetune_model(encoder, FinetuneRecipe(drop_path=0.0), tap=tap, n_classes=len(plan.val.classes))
     classifier_content(_plain(encoder, blank), _head(plan, blank), result_id=result_id)
 
 
-def _plain(encoder: Encoder, trainee: Trainee) -> PlainNetwork:
+def _plain(encoder: Encoder, trainee: FinetuneModel) -> PlainNetwork:
     from timm.layers import GluMlp
 
     head = {f"head.{name}" for name in ("weight", "bias")}
@@ -220,7 +220,7 @@ def _plain(encoder: Encoder, trainee: Trainee) -> PlainNetwork:
     )
 
 
-def _head(plan: Plan, trainee: Trainee) -> Head:
+def _head(plan: Plan, trainee: FinetuneModel) -> Head:
     return Head(
         weight=trainee.head.weight.detach().cpu(),
         bias=trainee.head.bias.detach().cpu(),

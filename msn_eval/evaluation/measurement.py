@@ -7,24 +7,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from msn_eval.checkpoints.checkpoint import Checkpoint
-from msn_eval.config.request import Request
+from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.decoders import decoder_version
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.evaluation.plan import Plan, Task
 from msn_eval.features.encoder import Encoder, resolve_tap
-from msn_eval.probes import Setting
+from msn_eval.probes import ProbeConfig
 from msn_eval.probes.linear import Linear
 from msn_eval.results.record import (
-    CheckpointFacts,
-    DataFacts,
-    FeatureFacts,
+    CheckpointInfo,
+    DataInfo,
+    FeatureInfo,
     Predictions,
-    ProbeFacts,
+    ProbeInfo,
     Result,
-    SplitFacts,
+    SplitInfo,
     Status,
-    TimingFacts,
-    TransformFacts,
+    TimingInfo,
+    TransformInfo,
     describe_environment,
     read_result,
     result_id,
@@ -55,7 +55,7 @@ class Measurement:
     cost: Cost
     degenerate: str | None = None
 
-    def done(self, setting: Setting, predictions: Predictions, dim: int, probe_seconds: float) -> Result:
+    def done(self, setting: ProbeConfig, predictions: Predictions, dim: int, probe_seconds: float) -> Result:
         status: Status = "not_converged" if setting.converged is False else "ok"
         result = self._result(setting, dim, probe_seconds)
         return replace(
@@ -67,9 +67,9 @@ class Measurement:
         )
 
     def failed(self, error: NumericalError) -> Result:
-        return replace(self._result(Setting(params=self.task.params), None, 0.0), error=str(error))
+        return replace(self._result(ProbeConfig(params=self.task.params), None, 0.0), error=str(error))
 
-    def _result(self, setting: Setting, dim: int | None, probe_seconds: float) -> Result:
+    def _result(self, setting: ProbeConfig, dim: int | None, probe_seconds: float) -> Result:
         plan, task, encoder = self.plan, self.task, self.encoder
         return Result(
             id=id_of(encoder, task),
@@ -79,7 +79,7 @@ class Measurement:
             protocol_id=task.protocol_id,
             protocol=task.protocol,
             checkpoint=_checkpoint_facts(encoder.checkpoint, plan.request),
-            data=DataFacts(
+            data=DataInfo(
                 name=plan.data_name,
                 sha256=plan.val_sha256,
                 class_map_sha256=plan.classes_sha256,
@@ -87,7 +87,7 @@ class Measurement:
                 val_images=len(plan.val),
                 skipped=len(plan.skipped(task.subset)),
             ),
-            split=SplitFacts(
+            split=SplitInfo(
                 subset=task.subset.name,
                 draw=task.subset.draw,
                 images=len(task.subset),
@@ -98,7 +98,7 @@ class Measurement:
                 _feature_facts(encoder, taps_of(encoder, task, plan.request), dim, plan.decoder),
                 degenerate=self.degenerate,
             ),
-            probe=ProbeFacts(
+            probe=ProbeInfo(
                 name=task.probe.name,
                 version=task.probe.version,
                 params=dict(setting.params),
@@ -110,7 +110,7 @@ class Measurement:
                 chosen=None if setting.chosen is None else dict(setting.chosen),
             ),
             metrics=None,
-            timing_s=TimingFacts(
+            timing_s=TimingInfo(
                 extract=round(self.cost.seconds, 4),
                 probe=round(probe_seconds, 4),
                 total=round(self.cost.seconds + probe_seconds, 4),
@@ -133,7 +133,7 @@ def id_of(encoder: Encoder, task: Task) -> str:
     )
 
 
-def known_result(out: Path, encoder: Encoder, task: Task, request: Request) -> Result | None:
+def known_result(out: Path, encoder: Encoder, task: Task, request: EvaluationConfig) -> Result | None:
     """Give the finished result of a task from an earlier run, or None.
 
     Raises StoreError where the folder holds a result of the same id that was made with other labelled images, or by
@@ -149,7 +149,7 @@ def known_result(out: Path, encoder: Encoder, task: Task, request: Request) -> R
         raise StoreError(
             f"holds a result of {known.split.subset}@{known.split.draw} with other labelled images than the data set gives now",
             where=str(path),
-            remedy="The training images changed since: use another --out folder, or restore them.",
+            hint="The training images changed since: use another --out folder, or restore them.",
         )
     facts = _feature_facts(encoder, taps_of(encoder, task, request), known.features.dim, request.decoder)
     # The versions of a decoder and bf16 against fp16 may differ between comparable results.
@@ -159,7 +159,7 @@ def known_result(out: Path, encoder: Encoder, task: Task, request: Request) -> R
             f"holds a result of the same weights read as {known.checkpoint.arch} with {known.features.transform}; "
             f"now they are read as {encoder.arch} with {facts.transform}",
             where=str(path),
-            remedy="Use another --out folder for this reading.",
+            hint="Use another --out folder for this reading.",
         )
     if request.solver not in ("auto", known.probe.solver) and known.probe.name == "logistic":
         _log.warning(
@@ -168,7 +168,7 @@ def known_result(out: Path, encoder: Encoder, task: Task, request: Request) -> R
     return known
 
 
-def taps_of(encoder: Encoder, task: Task, request: Request) -> dict[str, str]:
+def taps_of(encoder: Encoder, task: Task, request: EvaluationConfig) -> dict[str, str]:
     """Say where an encoder is tapped for each tap that a task names. Raises UsageError for one that was asked for and is not
     there: what stands in for the tap of a rule would be a surprise among taps of the user's choice."""
     if request.tap is not None:
@@ -177,19 +177,19 @@ def taps_of(encoder: Encoder, task: Task, request: Request) -> dict[str, str]:
     return {name: resolve_tap(encoder, name, by_hand=chosen, option="linear.taps") for name in task.taps}
 
 
-def _feature_facts(encoder: Encoder, taps: Mapping[str, str], dim: int | None, decoder: str) -> FeatureFacts:
+def _feature_facts(encoder: Encoder, taps: Mapping[str, str], dim: int | None, decoder: str) -> FeatureInfo:
     transform = encoder.transform
-    return FeatureFacts(
+    return FeatureInfo(
         tap=",".join(taps.values()),
         dim=dim,
         precision=encoder.precision,
         decoder=decoder_version(decoder),
-        transform=TransformFacts(**vars(transform)),
+        transform=TransformInfo(**vars(transform)),
     )
 
 
-def _checkpoint_facts(checkpoint: Checkpoint, request: Request) -> CheckpointFacts:
-    return CheckpointFacts(
+def _checkpoint_facts(checkpoint: Checkpoint, request: EvaluationConfig) -> CheckpointInfo:
+    return CheckpointInfo(
         name=checkpoint.name,
         path=checkpoint.path,
         sha256=checkpoint.sha256,

@@ -14,7 +14,7 @@ import torch
 
 from msn_eval.checkpoints.checkpoint import check_checkpoint_names
 from msn_eval.config.recipes import Params
-from msn_eval.config.request import DECODERS, Request
+from msn_eval.config.request import DECODERS, EvaluationConfig
 from msn_eval.data import DATASETS, read_dataset
 from msn_eval.data.dataset import DataSet, class_map_sha256
 from msn_eval.data.decoders import check_decoder
@@ -26,11 +26,11 @@ from msn_eval.data.subsets import Subset, check_subset_names, make_subsets, read
 from msn_eval.errors import DataError, NumericalError, UsageError
 from msn_eval.features.encoder import Precision, choose_device, default_precision, precision_class
 from msn_eval.files.atomic import prepare_folder
-from msn_eval.probes import Finetune, Probe, settings, taps_named
+from msn_eval.probes import Finetune, Probe, named_taps, probe_configs
 from msn_eval.probes.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, NearestNeighbours
 from msn_eval.probes.linear import Linear
 from msn_eval.probes.linear_augmented import LinearAugmented
-from msn_eval.probes.logistic import ChosenLogistic, Logistic, Solver, default_lambda
+from msn_eval.probes.logistic import Logistic, LogisticAutoLambda, Solver, default_lambda
 from msn_eval.probes.ncm import NearestClassMean
 from msn_eval.probes.ridge import Ridge
 from msn_eval.results.record import PROTOCOL_VERSION, protocol_id
@@ -60,7 +60,7 @@ class Task:
     @property
     def taps(self) -> tuple[str, ...]:
         """Give the taps that the probe names: one by its rule, or those among which it is to choose."""
-        return taps_named(self.probe)
+        return named_taps(self.probe)
 
     @cached_property
     def protocol_id(self) -> str:
@@ -77,7 +77,7 @@ class Plan:
     skipped_val: unreadable validation images that are not scored
     """
 
-    request: Request
+    request: EvaluationConfig
     data_name: str
     val: ImageSet
     train: ImageSet
@@ -107,14 +107,14 @@ class Plan:
         return (*(f"val/{image_id}" for image_id in self.skipped_val), *(f"train/{one}" for one in subset.skipped))
 
 
-def make_plan(request: Request, *, local_rank: int | None = None) -> Plan:
+def make_plan(request: EvaluationConfig, *, local_rank: int | None = None) -> Plan:
     """Read the data set, draw the subsets, hash the images, and list the measurements.
 
     local_rank: number of this rank among those of its machine, None where it is alone
     Raises UsageError, CheckpointError, DataError or NumericalError for whatever can be known before a network runs.
     """
     if not request.checkpoint:
-        raise UsageError("no checkpoint given", remedy="Name one or several: --checkpoint FILE; or try msn-eval demo.")
+        raise UsageError("no checkpoint given", hint="Name one or several: --checkpoint FILE; or try msn-eval demo.")
     check_checkpoint_names(tuple(request.checkpoint))
     check_subset_names(request.subset)
     device = choose_device(request.device, local_rank=local_rank)
@@ -122,10 +122,10 @@ def make_plan(request: Request, *, local_rank: int | None = None) -> Plan:
     precision = (
         cast(Precision, request.precision) if request.precision in get_args(Precision) else default_precision(device)
     )
-    memory = None if request.no_cache else cache_folder(request)
-    if memory is not None:
-        prepare_folder(memory, option="--cache")
-    data = _read_data(request, memory)
+    cache_dir = None if request.no_cache else cache_folder(request)
+    if cache_dir is not None:
+        prepare_folder(cache_dir, option="--cache")
+    data = _read_data(request, cache_dir)
     val = data.val.first_of_each_class(request.limit) if request.limit else data.val
     skipped_val: tuple[str, ...] = ()
     if request.on_bad_image == "skip":
@@ -136,7 +136,7 @@ def make_plan(request: Request, *, local_rank: int | None = None) -> Plan:
     else:
         subsets = make_subsets(request.subset, data.train)
     if not len(val):
-        raise DataError("no validation image can be read", remedy="Check the files, or give another --data.")
+        raise DataError("no validation image can be read", hint="Check the files, or give another --data.")
     pool = union_of(subsets, data.train)
     plan = Plan(
         request=request,
@@ -144,8 +144,8 @@ def make_plan(request: Request, *, local_rank: int | None = None) -> Plan:
         val=val,
         train=data.train,
         subsets=subsets,
-        val_hashes=hash_images(val, memory=memory),
-        train_hashes=hash_images(pool, memory=memory),
+        val_hashes=hash_images(val, cache_dir=cache_dir),
+        train_hashes=hash_images(pool, cache_dir=cache_dir),
         skipped_val=skipped_val,
         device=device,
         precision=precision,
@@ -159,45 +159,45 @@ def make_plan(request: Request, *, local_rank: int | None = None) -> Plan:
     if not tasks:
         raise NumericalError(
             f"every k is above the {max(map(len, subsets))} labelled images: nothing to measure",
-            remedy="Ask for a smaller one: --k 1,5.",
+            hint="Ask for a smaller one: --k 1,5.",
         )
     return replace(plan, tasks=tasks)
 
 
-def _read_data(request: Request, memory: Path | None) -> DataSet:
-    data = read_dataset(_data_name(request), allow_class_mismatch=request.allow_class_mismatch, memory=memory)
+def _read_data(request: EvaluationConfig, cache_dir: Path | None) -> DataSet:
+    data = read_dataset(_data_name(request), allow_class_mismatch=request.allow_class_mismatch, cache_dir=cache_dir)
     for split, images in (("train", data.train), ("val", data.val)):
         if images.passed_over:
             _log.info("%s: %d files passed over that are no images by their names", split, images.passed_over)
     if request.classes not in (None, len(data.classes)):
         raise DataError(
             f"{data.name} has {len(data.classes)} classes, {request.classes} are asked for",
-            remedy="Give the --data that was meant, or correct `classes` (num_classes in a file of the MSN repository).",
+            hint="Give the --data that was meant, or correct `classes` (num_classes in a file of the MSN repository).",
         )
     if len(data.classes) < 2:
         raise NumericalError(
             f"{data.name} has the single class {data.classes[0]!r}: every answer would be right",
-            remedy="Give --data a folder with a folder for each of several classes.",
+            hint="Give --data a folder with a folder for each of several classes.",
         )
     return data
 
 
-def _data_name(request: Request) -> str:
+def _data_name(request: EvaluationConfig) -> str:
     name = request.data or os.environ.get(DATA_VARIABLE)
     if not name:
         choices = "; ".join(f"{name}: {what}" for name, what in DATASETS.items())
-        raise UsageError("no data set given", remedy=f"Pass --data or set ${DATA_VARIABLE}. Choices: {choices}.")
+        raise UsageError("no data set given", hint=f"Pass --data or set ${DATA_VARIABLE}. Choices: {choices}.")
     return name
 
 
-def cache_folder(request: Request) -> Path:
+def cache_folder(request: EvaluationConfig) -> Path:
     """Give the folder for what can be computed again: --cache, or the user's cache folder."""
     import platformdirs
 
     return Path(request.cache) if request.cache else platformdirs.user_cache_path("msn-eval")
 
 
-def probes_for(request: Request, subset: Subset) -> Iterator[Probe]:
+def probes_for(request: EvaluationConfig, subset: Subset) -> Iterator[Probe]:
     """Give the probes asked for, with the hyper-parameters that hold for this subset."""
     for name in dict.fromkeys(request.probe):
         match name:
@@ -206,7 +206,7 @@ def probes_for(request: Request, subset: Subset) -> Iterator[Probe]:
                 if request.strengths or not request.chooses_strength:
                     yield Logistic(lambdas=request.strengths or (default_lambda(subset.name),), solver=solver)
                 if request.chooses_strength:
-                    yield ChosenLogistic(solver=solver)
+                    yield LogisticAutoLambda(solver=solver)
             case "knn":
                 yield NearestNeighbours(
                     ks=tuple(dict.fromkeys(request.k)) or DEFAULT_KS,
@@ -231,7 +231,7 @@ def _tasks(plan: Plan) -> Iterator[Task]:
         split_sha256 = content_sha256(subset.image_ids, plan.train_hashes)
         overlap = sum(val_digests[digest] for digest in {plan.train_hashes[image_id] for image_id in subset.image_ids})
         for probe in probes_for(plan.request, subset):
-            possible = settings(probe, len(subset))
+            possible = probe_configs(probe, len(subset))
             if not possible:
                 _log.warning("%s leaves nothing to measure on the %d images of %s", probe, len(subset), subset.name)
             for params in possible:
@@ -262,7 +262,7 @@ def _protocol(plan: Plan, subset: Subset, probe: Probe, params: Params) -> dict[
         "version": PROTOCOL_VERSION,
         "data": {"sha256": plan.val_sha256, "class_map_sha256": plan.classes_sha256},
         "subset": {"name": subset.name, "rule": subset.rule},
-        "tap": ",".join(taps_named(probe)),
+        "tap": ",".join(named_taps(probe)),
         "transform": _TRANSFORM_RULE,
         "probe": {"name": probe.name, "version": probe.version, "params": params},
         "precision": precision_class(plan.precision),

@@ -13,7 +13,7 @@ from msn_eval.data.loader import PixelBatch, PixelList, automatic_workers, load_
 from msn_eval.distributed import group as distributed
 from msn_eval.distributed.group import Group
 from msn_eval.errors import NumericalError
-from msn_eval.features.batch_size import Portion, in_portions
+from msn_eval.features.batch_size import AdaptiveBatchSize, run_with_oom_backoff
 from msn_eval.features.encoder import Encoder, encode
 from msn_eval.features.extraction import Loading, automatic_batch_size
 
@@ -43,7 +43,7 @@ class AugmentedImages:
     def dim(self) -> int:
         side = self.encoder.transform.crop
         blank = torch.zeros(1, side, side, 3, dtype=torch.uint8)
-        return _features_of(self, blank, Portion(images=1)).shape[1]
+        return _features_of(self, blank, AdaptiveBatchSize(images=1)).shape[1]
 
 
 def features_from(
@@ -81,7 +81,7 @@ def features_from(
         workers = automatic_workers(pixels_of, batch_size=size, cuda=cuda)
     sizes = (len(part) for batch in mine for part in torch.split(batch, size))
     pixels = _cut(load_pixels(pixels_of, batch_size=size, workers=workers, pinned=cuda), images, sizes)
-    portion = Portion(images=size)
+    portion = AdaptiveBatchSize(images=size)
     for batch in mine:
         yield _encoded(images, labels, torch.split(batch, size), pixels, portion)
 
@@ -92,7 +92,11 @@ def _part_of(count: int, group: Group) -> slice:
 
 
 def _encoded(
-    images: AugmentedImages, labels: Tensor, parts: Sequence[Tensor], pixels: Iterator[Tensor], portion: Portion
+    images: AugmentedImages,
+    labels: Tensor,
+    parts: Sequence[Tensor],
+    pixels: Iterator[Tensor],
+    portion: AdaptiveBatchSize,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     device = images.encoder.device
     for places in parts:
@@ -102,19 +106,19 @@ def _encoded(
             names = ", ".join(images.images.ids[int(places[row])] for row in bad[:_SHOWN])
             raise NumericalError(
                 f"features at tap {images.tap} are not finite for {len(bad)} augmented images, first {names}",
-                remedy="Retry with --precision fp32.",
+                hint="Retry with --precision fp32.",
             )
         yield features, labels[places].to(device)
 
 
-def _features_of(images: AugmentedImages, pixels: Tensor, portion: Portion) -> Tensor:
+def _features_of(images: AugmentedImages, pixels: Tensor, portion: AdaptiveBatchSize) -> Tensor:
     """Encode a part of a step. Where memory is short the encoder alone goes in smaller ones: the step is cut as before."""
 
     def encoded(rows: slice) -> Tensor:
         return encode(images.encoder, pixels[rows], [images.tap])[images.tap]
 
     # Put together outside of inference mode, whose tensors gradients cannot pass.
-    return torch.cat(in_portions(images.encoder, len(pixels), portion, encoded))
+    return torch.cat(run_with_oom_backoff(images.encoder, len(pixels), portion, encoded))
 
 
 def _cut(batches: Iterator[PixelBatch], images: AugmentedImages, sizes: Iterator[int]) -> Iterator[Tensor]:

@@ -15,14 +15,14 @@ _T = TypeVar("_T")
 
 
 @dataclass(kw_only=True)
-class Portion:
+class AdaptiveBatchSize:
     """images: at least 1; halved where memory gives out, and what follows begins with what was left."""
 
     images: int
 
 
-def in_portions(
-    encoder: Encoder, images: int, portion: Portion, do: Callable[[slice], _T], *, kept: str = ""
+def run_with_oom_backoff(
+    encoder: Encoder, images: int, portion: AdaptiveBatchSize, do: Callable[[slice], _T], *, kept: str = ""
 ) -> list[_T]:
     """Do something to runs of a batch's images that together are all of them, in halves and their halves where memory runs out.
 
@@ -33,20 +33,20 @@ def in_portions(
     while True:
         try:
             return [do(slice(first, first + portion.images)) for first in range(0, images, portion.images)]
-        except SHORTAGES as error:
+        except OUT_OF_MEMORY_ERRORS as error:
             if encoder.compiled and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise ResourceError(
                     f"torch.compile failed: {str(error).strip().partition(chr(10))[0]}",
-                    remedy="It needs a C++ compiler, or Triton on a GPU; or leave out --compile.",
+                    hint="It needs a C++ compiler, or Triton on a GPU; or leave out --compile.",
                 ) from error
-            if not is_shortage(error):
+            if not is_out_of_memory(error):
                 raise
             shortage = str(error).partition("\n")[0]
         # Outside of the except block: there the failed attempt's frames, and their tensors with them, would live on.
         if portion.images == 1:
             raise ResourceError(
                 f"{encoder.checkpoint.name}: memory of {encoder.device} is too small for one image: {shortage}",
-                remedy="Use another --device, or --precision bf16.",
+                hint="Use another --device, or --precision bf16.",
                 kept=kept,
             )
         portion.images = max(1, min(portion.images, images) // 2)
@@ -58,9 +58,13 @@ def in_portions(
             torch.cuda.empty_cache()
 
 
-SHORTAGES = (torch.OutOfMemoryError, MemoryError, RuntimeError)  # what to catch; `is_shortage` tells which of them are
+OUT_OF_MEMORY_ERRORS = (
+    torch.OutOfMemoryError,
+    MemoryError,
+    RuntimeError,
+)  # what to catch; `is_shortage` tells which of them are
 
 
-def is_shortage(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error is that of memory that gave out; torch has no class of its own for that of the host."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

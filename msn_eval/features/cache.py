@@ -146,7 +146,7 @@ def open_bank(cache: Path, key: FeatureKey, *, checkpoint: str) -> Bank:
             prepare_folder(bank.folder, option="--cache")
         except UsageError as error:  # the cache itself could be written when the run began
             raise StoreError(
-                error.what, where=error.where, remedy=f"{error.remedy} {free_bytes(cache)}."
+                error.what, where=error.where, hint=f"{error.hint} {free_bytes(cache)}."
             ) from error.__cause__
         with contextlib.suppress(OSError):  # another user's file cannot be touched, but it can be replaced
             if describe_bank(bank.folder)[1]:
@@ -192,7 +192,7 @@ def write_shard(bank: Bank, contents: Sequence[str], images: Sequence[str], valu
             raise StoreError(
                 f"could not keep {len(packed):,} bytes of features: {error.strerror or error}",
                 where=str(bank.folder),
-                remedy=f"Choose another --cache folder; {free_bytes(bank.folder.parent)}.",
+                hint=f"Choose another --cache folder; {free_bytes(bank.folder.parent)}.",
             ) from error
 
     _despite_pruning(write)
@@ -266,7 +266,7 @@ def _room_for(n: int, d: int, bank: Bank, *, beyond_memory: bool) -> Tensor:
         raise StoreError(
             f"has no room for {4 * n * d:,} bytes of features, which memory has none for either: {error.strerror or error}",
             where=str(bank.folder),
-            remedy=f"Choose another --cache folder, or a smaller --subset; {free_bytes(bank.folder)}.",
+            hint=f"Choose another --cache folder, or a smaller --subset; {free_bytes(bank.folder)}.",
         ) from error
     _log.info("%d rows of %d features are more than memory is to hold, and stay on the disk", n, d)
     return torch.from_numpy(mapped)
@@ -314,7 +314,7 @@ def remove_bank(bank: Bank) -> None:
     pruned = bank.folder.with_name(f"{_PRUNED}{bank.digest}.{secrets.token_hex(4)}")
     if bank.folder.is_symlink():
         raise StoreError(
-            "is a link to elsewhere", where=str(bank.folder), remedy="Remove it, and what it leads to, by hand."
+            "is a link to elsewhere", where=str(bank.folder), hint="Remove it, and what it leads to, by hand."
         )
     try:
         bank.folder.rename(pruned)
@@ -325,7 +325,7 @@ def remove_bank(bank: Bank) -> None:
         raise StoreError(
             f"could not be removed: {error.strerror or error}",
             where=str(bank.folder),
-            remedy="Try again; it may be in use.",
+            hint="Try again; it may be in use.",
         ) from error
 
 
@@ -409,7 +409,7 @@ def _read_file(path: Path) -> bytes:
         raise StoreError(
             f"cannot be read: {error.strerror or error}",
             where=str(path),
-            remedy="Check the disk and the permissions, or use --no-cache.",
+            hint="Check the disk and the permissions, or use --no-cache.",
         ) from error
 
 
@@ -425,7 +425,7 @@ def _names_in(folder: Path) -> list[str]:
         return []
     except OSError as error:
         raise StoreError(
-            f"cannot be listed: {error.strerror or error}", where=str(folder), remedy="Check the --cache folder."
+            f"cannot be listed: {error.strerror or error}", where=str(folder), hint="Check the --cache folder."
         ) from error
 
 
@@ -452,7 +452,7 @@ def _set_aside(bank: Bank, stem: str, damage: _DamageError) -> None:
         raise StoreError(
             f"is damaged ({damage}) and could not be moved away: {error.strerror or error}",
             where=str(bank.folder / f"{stem}.safetensors"),
-            remedy="Remove it, or use another --cache.",
+            hint="Remove it, or use another --cache.",
         ) from error
     if moved:
         shard = bank.folder / f"{stem}.safetensors"

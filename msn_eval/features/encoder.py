@@ -90,7 +90,7 @@ def load_encoder(
     """
     chosen = choose_device(device)
     if precision not in (None, *_DTYPES):
-        raise UsageError(f"--precision {precision}: no such precision", remedy=f"Use {', '.join(_DTYPES)}.")
+        raise UsageError(f"--precision {precision}: no such precision", hint=f"Use {', '.join(_DTYPES)}.")
     return build_encoder(
         read_checkpoint(checkpoint, arch=arch, key=checkpoint_key, seed=seed),
         device=chosen,
@@ -110,12 +110,12 @@ def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
     if name == "cuda" and local_rank is not None:
         name = f"cuda:{local_rank}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UsageError(f"--device {name}: not a device", remedy="Use auto, cpu, cuda or cuda:N.")
+        raise UsageError(f"--device {name}: not a device", hint="Use auto, cpu, cuda or cuda:N.")
     device = torch.device(name)
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise UsageError(
             f"--device {name}: this machine offers {torch.cuda.device_count()} CUDA devices to PyTorch",
-            remedy="Use --device cpu, or check the driver with nvidia-smi.",
+            hint="Use --device cpu, or check the driver with nvidia-smi.",
         )
     return device
 
@@ -165,7 +165,7 @@ def _resized(network: nn.Module, image_pixels: int) -> nn.Module:
     if image_pixels % patch:
         raise UsageError(
             f"--image-pixels {image_pixels} is no multiple of the patch size {patch}",
-            remedy=f"Use {max(1, image_pixels // patch) * patch} or {max(2, image_pixels // patch + 1) * patch}.",
+            hint=f"Use {max(1, image_pixels // patch) * patch} or {max(2, image_pixels // patch + 1) * patch}.",
         )
     rule, learned = published_rule(network), network.pos_embed
     with warnings.catch_warnings():
@@ -237,7 +237,7 @@ def resolve_tap(encoder: Encoder, wanted: str, *, by_hand: bool, option: str = "
     if by_hand:
         raise UsageError(
             f"{option} {wanted}: {encoder.checkpoint.name} ({encoder.arch}) has no such tap",
-            remedy=f"It has: {', '.join(encoder.taps)}.",
+            hint=f"It has: {', '.join(encoder.taps)}.",
         )
     return next(tap for tap in _FALLBACKS if tap in encoder.taps)
 
@@ -272,7 +272,7 @@ def unchanged(encoder: Encoder) -> Iterator[None]:
         raise CheckpointError(
             "its weights changed while features were taken from it",
             where=encoder.checkpoint.path,
-            remedy="A frozen network changes nothing in its forward pass; look for statistics that are updated there.",
+            hint="A frozen network changes nothing in its forward pass; look for statistics that are updated there.",
         )
 
 
@@ -282,7 +282,7 @@ def _check_evaluation_mode(encoder: Encoder) -> None:
         raise CheckpointError(
             f"{len(training)} of its modules are in training mode ({', '.join(training[:3])})",
             where=encoder.checkpoint.path,
-            remedy="Features are taken in evaluation mode; its forward pass must not call train().",
+            hint="Features are taken in evaluation mode; its forward pass must not call train().",
         )
 
 
@@ -312,7 +312,7 @@ def _one_row_an_image(answer: object, encoder: Encoder, images: int) -> Tensor:
     raise CheckpointError(
         f"gave {given} for {images} images, not ({images}, d)",
         where=encoder.checkpoint.path,
-        remedy="The module maps images (n, 3, S, S) to features (n, d).",
+        hint="The module maps images (n, 3, S, S) to features (n, d).",
     )
 
 

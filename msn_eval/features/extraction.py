@@ -20,9 +20,9 @@ from msn_eval.data.decoders import Pixels, decode_on_device, decoder_version
 from msn_eval.data.hashing import hash_images, unreadable
 from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelList, automatic_workers, load_pixels
-from msn_eval.distributed.group import ALONE, Group, decided, gathered, share
+from msn_eval.distributed.group import ALONE, Group, all_gather_object, broadcast_from_rank0, share
 from msn_eval.errors import NumericalError, ResourceError, StoreError
-from msn_eval.features.batch_size import Portion, in_portions
+from msn_eval.features.batch_size import AdaptiveBatchSize, run_with_oom_backoff
 from msn_eval.features.cache import Bank, FeatureKey, find_bank, listed_contents, open_bank, read_rows, write_shard
 from msn_eval.features.encoder import Encoder, encode, resolve_tap, unchanged
 from msn_eval.features.patch_drop import PatchDrop, check_drop, encode_kept, kept_patches, patch_count
@@ -120,12 +120,12 @@ def extract(
     from msn_eval.data import read_split
 
     chosen = resolve_tap(encoder, tap or encoder.taps[0], by_hand=True)
-    memory = Path(cache) if cache is not None else None
-    images = read_split(data, split, memory=memory)
+    cache_dir = Path(cache) if cache is not None else None
+    images = read_split(data, split, cache_dir=cache_dir)
     loading = Loading(batch_size=batch_size, workers=workers)
-    hashes = hash_images(images, memory=memory) if memory is not None else None
+    hashes = hash_images(images, cache_dir=cache_dir) if cache_dir is not None else None
     with unchanged(encoder):
-        found = extract_features(encoder, images, taps=[chosen], hashes=hashes, loading=loading, cache=memory)
+        found = extract_features(encoder, images, taps=[chosen], hashes=hashes, loading=loading, cache=cache_dir)
     return found.features[chosen]
 
 
@@ -235,7 +235,7 @@ def missing_images(
 
 
 @dataclass(kw_only=True)
-class _Clock(Portion):
+class _Clock(AdaptiveBatchSize):
     """Where the time of a pass goes, and how many images memory allows at once."""
 
     waiting: float = 0.0
@@ -318,7 +318,7 @@ def _through_cache(
 
     # The first rank's word on what is missing is everyone's: shards that others write meanwhile would shift the shares.
     step = f"{work.encoder.checkpoint.name} {' '.join(banks)}"
-    lacking = _unpacked(decided(group, f"missing {step}", look), len(contents))
+    lacking = _unpacked(broadcast_from_rank0(group, f"missing {step}", look), len(contents))
     first_row = {content: row for row, content in reversed(list(enumerate(contents))) if lacking[row]}
     todo = sorted(first_row.values())  # each content once
     failures: list[str] = []
@@ -327,15 +327,15 @@ def _through_cache(
     try:
         _fill(work, banks, stored, mine, failures, on_progress)
     except NumericalError as error:
-        not_finite = (error.what, error.remedy)
+        not_finite = (error.what, error.hint)
     # A fault of some images is everyone's, told once and whole.
     mine_told = json.dumps([failures, not_finite, [work.clock.waiting, work.clock.encoding] if mine else None])
-    told = [json.loads(text) for text in gathered(group, f"filled {step}", mine_told)]
+    told = [json.loads(text) for text in all_gather_object(group, f"filled {step}", mine_told)]
     if any(reasons for reasons, _, _ in told):
         raise unreadable([reason for reasons, _, _ in told for reason in reasons])
     for _, fault, _ in told:
         if fault is not None:
-            raise NumericalError(fault[0], remedy=fault[1])
+            raise NumericalError(fault[0], hint=fault[1])
     if times := [spent for _, _, spent in told if spent is not None]:
         work.clock.waiting, work.clock.encoding = (sum(column) / len(times) for column in zip(*times, strict=True))
     if group.rank != 0:
@@ -390,7 +390,7 @@ def _completed(
             raise StoreError(
                 f"{there_now.count(False)} of {len(missing)} rows are not there that were written a moment ago",
                 where=str(bank.folder),
-                remedy="Ranks on several hosts need a --cache folder that all of them see; and nobody may prune it now.",
+                hint="Ranks on several hosts need a --cache folder that all of them see; and nobody may prune it now.",
             )
         if len(missing) == len(contents):
             return fresh
@@ -485,7 +485,7 @@ def _encode_within_memory(
         return encode_kept(work.encoder, part, work.taps, seen[rows])
 
     kept = "Features that were finished are kept; the same command goes on from there."
-    parts = in_portions(work.encoder, len(pixels), work.clock, features_of, kept=kept)
+    parts = run_with_oom_backoff(work.encoder, len(pixels), work.clock, features_of, kept=kept)
     return {tap: torch.cat([part[tap] for part in parts]) for tap in work.taps}, sorted(refused.items())
 
 
@@ -496,7 +496,7 @@ def _check_memory(work: _Work, batch: Mapping[str, Tensor]) -> None:
     if there is not None and needed > there and not work.loading.beyond_memory:
         raise ResourceError(
             f"the features of {len(work.images):,} images need {needed:,} bytes of memory, {there:,} are available",
-            remedy="Ask for fewer probes or a smaller --subset at a time, or use a machine or a job with more memory.",
+            hint="Ask for fewer probes or a smaller --subset at a time, or use a machine or a job with more memory.",
         )
 
 
@@ -507,5 +507,5 @@ def _check_finite(values: Mapping[str, Tensor], image_ids: Sequence[str], encode
             names = ", ".join(image_ids[row] for row in bad[:_SHOWN])
             raise NumericalError(
                 f"{encoder.checkpoint.name}: features at tap {tap} are not finite for {len(bad)} images, first {names}",
-                remedy="Retry with --precision fp32." if encoder.precision != "fp32" else "The weights overflow here.",
+                hint="Retry with --precision fp32." if encoder.precision != "fp32" else "The weights overflow here.",
             )

@@ -47,13 +47,13 @@ def check_drop(encoder: Encoder, drop: PatchDrop) -> None:
     if encoder.checkpoint.format == "py" or type(encoder.network) is not VisionTransformer:
         raise UsageError(
             f"--patch-drop {drop.share}: {encoder.checkpoint.name} ({encoder.arch}) is no plain Vision Transformer",
-            remedy="Patches can be dropped only from what one is given; leave the option out for other networks.",
+            hint="Patches can be dropped only from what one is given; leave the option out for other networks.",
         )
     patches = patch_count(encoder)
     if math.floor(patches * (1 - drop.share)) < 1:
         raise UsageError(
             f"--patch-drop {drop.share} leaves none of the {patches} patches that {encoder.checkpoint.name} sees",
-            remedy="Drop a smaller share.",
+            hint="Drop a smaller share.",
         )
 
 
@@ -103,7 +103,7 @@ def check_patches(encoder: Encoder) -> None:
     if encoder.checkpoint.format == "py" or not is_plain(encoder.network):
         raise UsageError(
             f"{encoder.checkpoint.name} ({encoder.arch}) is no plain Vision Transformer with a class token",
-            remedy="Patches can be left out, and attention shown, only of one that is.",
+            hint="Patches can be left out, and attention shown, only of one that is.",
         )
 
 

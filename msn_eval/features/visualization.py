@@ -51,7 +51,7 @@ def read_pixels(images: ImageSet, image_ids: Sequence[str], transform: EvalTrans
     for batch in load_pixels(listed, batch_size=len(listed), workers=0):
         if batch.failures:
             image_id, reason = batch.failures[0]
-            raise DataError(reason, where=images.source.place(image_id), remedy="Choose another image.")
+            raise DataError(reason, where=images.source.place(image_id), hint="Choose another image.")
         batches.append(torch.as_tensor(batch.pixels))
     return torch.cat(batches)
 

@@ -47,7 +47,7 @@ def written_atomically(path: Path, what: str) -> Iterator[Path]:
         raise StoreError(
             f"could not write {what}: {error.strerror or error}",
             where=str(path),
-            remedy=f"Free space or choose another folder; {free_bytes(path.parent)}.",
+            hint=f"Free space or choose another folder; {free_bytes(path.parent)}.",
             kept="Files written before are untouched; the same command goes on from there.",
         ) from error
 
@@ -74,7 +74,7 @@ def prepare_folder(folder: Path, *, option: str) -> None:
             probe.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(
-            f"cannot be written: {error.strerror or error}", where=str(folder), remedy=f"Give another {option} folder."
+            f"cannot be written: {error.strerror or error}", where=str(folder), hint=f"Give another {option} folder."
         ) from error
     for left in folder.glob(f".*{_SUFFIX}"):
         if _is_abandoned(left):

@@ -41,20 +41,20 @@ def ask_hub(ask: Callable[[], _Given], where: str, cache: Path) -> _Given:
         raise UnreachableError(_short(error.__cause__ or error)) from error
     except errors.HFValidationError as error:
         raise CheckpointError(
-            f"is no name of a repository: {_short(error)}", where=where, remedy="Correct it."
+            f"is no name of a repository: {_short(error)}", where=where, hint="Correct it."
         ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in _BUSY or status >= _SERVER_ERROR:
             raise UnreachableError(f"HTTP {status}") from error
-        what, remedy = _refusal(status, type(error).__name__)
-        raise CheckpointError(what, where=where, remedy=remedy) from error
+        what, hint = _refusal(status, type(error).__name__)
+        raise CheckpointError(what, where=where, hint=hint) from error
     except Exception as error:  # its web client was requests, httpx and httpx2, whose errors have no common base
         if isinstance(error, OSError) and error.errno in _DISK:
             raise StoreError(
                 f"cannot be written: {error.strerror}",
                 where=str(cache),
-                remedy="Free space, or name another folder: $HF_HUB_CACHE.",
+                hint="Free space, or name another folder: $HF_HUB_CACHE.",
             ) from error
         raise UnreachableError(_short(error)) from error
 

@@ -68,19 +68,19 @@ def name_architecture(text: str) -> Architecture:
     """Read `NAME` or `NAME?keyword=value&…`, as `--arch` and `random:` take it. `stem=cifar` is ours, all others timm's."""
     name, _, query = text.partition("?")
     if not name:
-        raise CheckpointError("an architecture has a name", remedy="Write for example vit_tiny_patch16_224.")
+        raise CheckpointError("an architecture has a name", hint="Write for example vit_tiny_patch16_224.")
     try:
         pairs = urllib.parse.parse_qsl(query, strict_parsing=True) if query else []
     except ValueError as error:
         raise CheckpointError(
             f"the keywords of {text!r} cannot be read",
-            remedy="Write them as vit_tiny_patch16_224?img_size=32&patch_size=4 (quoted, for the shell).",
+            hint="Write them as vit_tiny_patch16_224?img_size=32&patch_size=4 (quoted, for the shell).",
         ) from error
     forbidden = next((key for key, _ in pairs if key in NOT_KEYWORDS), None)
     if forbidden is not None:
         raise CheckpointError(
             f"{forbidden} is none of an architecture's keywords here",
-            remedy="Leave it out; weights come from the file alone.",
+            hint="Leave it out; weights come from the file alone.",
         )
     keywords = {key: _literal(value) for key, value in pairs}
     stem = keywords.pop("stem", None)
@@ -118,7 +118,7 @@ def recognise_architecture(
     shown = ", ".join(sorted(weights)[:4])
     raise CheckpointError(
         f"the architecture cannot be told from the weights' names ({shown}, …)",
-        remedy="Name it: --arch NAME, one of timm's.",
+        hint="Name it: --arch NAME, one of timm's.",
     )
 
 
@@ -134,7 +134,7 @@ def _check_dimensions(weights: Mapping[str, Tensor]) -> None:
         if name in weights and (weights[name].dim() != dimensions or not weights[name].numel()):
             raise CheckpointError(
                 f"{name} of shape {tuple(weights[name].shape)} belongs to no Vision Transformer that is known",
-                remedy="Name its architecture: --arch NAME.",
+                hint="Name its architecture: --arch NAME.",
             )
 
 
@@ -142,13 +142,13 @@ def _recognise_vit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: f
     if "norm_pre.weight" in weights:
         raise CheckpointError(
             "a Vision Transformer with a norm before its blocks, as CLIP's: its activation and epsilon are in no weight",
-            remedy="Name its architecture: --arch NAME, such as vit_base_patch16_clip_quickgelu_224.",
+            hint="Name its architecture: --arch NAME, such as vit_base_patch16_clip_quickgelu_224.",
         )
     if not weights.keys() & {"cls_token", "norm.weight", "blocks.0.attn.qkv.bias", "blocks.0.ls1.gamma"}:
         raise CheckpointError(
             "a Vision Transformer without class token, final norm, biases of its queries and scaled residuals: timm's "
             "networks with norms behind their layers and those with norms before them have the same weights",
-            remedy="Name its architecture: --arch NAME, such as vit_base_patch16_rpn_224.",
+            hint="Name its architecture: --arch NAME, such as vit_base_patch16_rpn_224.",
         )
     width, _, patch, _ = weights["patch_embed.proj.weight"].shape
     depth = _depth(weights)
@@ -230,7 +230,7 @@ def _depth(weights: Mapping[str, Tensor]) -> int:
     numbers = {int(found.group(1)) for name in weights if (found := re.match(r"blocks\.(\d{1,4})\.", name))}
     if max(numbers) >= _DEEPEST:
         raise CheckpointError(
-            f"a Vision Transformer with a block {max(numbers)}", remedy="Name its architecture: --arch NAME."
+            f"a Vision Transformer with a block {max(numbers)}", hint="Name its architecture: --arch NAME."
         )
     return 1 + max(numbers)
 
@@ -241,7 +241,7 @@ def _heads(width: int, depth: int, patch: int, *, gated: bool) -> int:
         raise CheckpointError(
             f"a Vision Transformer of width {width} and depth {depth}: its number of heads is in no weight's shape, "
             f"and no published architecture has this width (known: {', '.join(map(str, _HEADS_BY_WIDTH))})",
-            remedy=f"Name it: --arch 'vit_tiny_patch16_224?embed_dim={width}&depth={depth}&patch_size={patch}&num_heads=N"
+            hint=f"Name it: --arch 'vit_tiny_patch16_224?embed_dim={width}&depth={depth}&patch_size={patch}&num_heads=N"
             "&img_size=N'.",
         )
     return heads
@@ -256,7 +256,7 @@ def _hidden_width(weights: Mapping[str, Tensor]) -> tuple[int, bool]:
     if "blocks.0.mlp.fc1.weight" not in weights or "blocks.0.mlp.fc2.weight" not in weights:
         raise CheckpointError(
             "a Vision Transformer whose blocks have no mlp.fc1 and mlp.fc2",
-            remedy="Name its architecture: --arch NAME.",
+            hint="Name its architecture: --arch NAME.",
         )
     outputs = weights["blocks.0.mlp.fc1.weight"].shape[0]
     return outputs, outputs == 2 * weights["blocks.0.mlp.fc2.weight"].shape[1]
@@ -266,7 +266,7 @@ def _position_grid(weights: Mapping[str, Tensor], *, has_class_token: bool, regi
     """Give the patches a side and whether prefix tokens have positions of their own."""
     if "pos_embed" not in weights:
         raise CheckpointError(
-            "a Vision Transformer without learned positions (pos_embed)", remedy="Name its architecture: --arch NAME."
+            "a Vision Transformer without learned positions (pos_embed)", hint="Name its architecture: --arch NAME."
         )
     positions = weights["pos_embed"].shape[1]
     for prefix in dict.fromkeys((int(has_class_token) + registers, int(has_class_token), 0)):
@@ -274,7 +274,7 @@ def _position_grid(weights: Mapping[str, Tensor], *, has_class_token: bool, regi
         if grid and grid * grid == positions - prefix:
             return grid, prefix > 0
     raise CheckpointError(
-        f"{positions} positions (pos_embed) are no square grid of patches", remedy="Name the architecture: --arch NAME."
+        f"{positions} positions (pos_embed) are no square grid of patches", hint="Name the architecture: --arch NAME."
     )
 
 
@@ -288,7 +288,7 @@ def _recognise_resnet(weights: Mapping[str, Tensor], small_stem: str) -> Archite
     if name is None or weights["layer1.0.conv1.weight"].shape[:1] != (_RESNET_WIDTH,):
         raise CheckpointError(
             f"a residual network with {depths} blocks a stage that is none of ResNet-18, 34, 50, 101, 152",
-            remedy="Name it: --arch NAME, one of timm's.",
+            hint="Name it: --arch NAME, one of timm's.",
         )
     if "conv1.weight" in weights and weights["conv1.weight"].shape[2:] == (3, 3):
         return Architecture(name=f"{name}?stem={small_stem}", timm_name=name, stem=small_stem)

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from msn_eval.errors import CheckpointError, nearest
+from msn_eval.errors import CheckpointError, did_you_mean
 from msn_eval.models.architectures import Architecture
 
 _MOST_TABLE_BYTES = 2 << 30
@@ -42,7 +42,7 @@ def outline_network(architecture: Architecture) -> nn.Module:
     if table_bytes > _MOST_TABLE_BYTES:
         raise CheckpointError(
             f"{architecture.name} needs {table_bytes:,} bytes for tables beside its weights",
-            remedy="Is it made for images of this size? Name its architecture: --arch NAME.",
+            hint="Is it made for images of this size? Name its architecture: --arch NAME.",
         )
     return outline
 
@@ -112,7 +112,7 @@ def _described(architecture: Architecture) -> nn.Module:
 def _unbuildable(architecture: Architecture, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"no network can be built from {architecture.name!r:.200}: {type(error).__name__}: {str(error)[:200]}",
-        remedy="`msn-eval ls checkpoints` shows how architectures and their keywords are written.",
+        hint="`msn-eval ls checkpoints` shows how architectures and their keywords are written.",
     )
 
 
@@ -123,6 +123,6 @@ def check_architecture_name(architecture: Architecture) -> None:
     base = (architecture.timm_name or "").partition(".")[0]
     if base and not timm.is_model(base):
         raise CheckpointError(
-            f"timm knows no architecture {base!r}.{nearest(base, timm.list_models())}",
-            remedy="timm.list_models() lists their names; a file needs its path.",
+            f"timm knows no architecture {base!r}.{did_you_mean(base, timm.list_models())}",
+            hint="timm.list_models() lists their names; a file needs its path.",
         )

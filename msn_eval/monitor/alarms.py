@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from msn_eval.features.collapse import COLLAPSED_LINES, LEAST_RANK, LEAST_SPREAD, is_collapsed
-from msn_eval.monitor.snapshot_features import Look
+from msn_eval.monitor.snapshot_features import SnapshotFeatures
 
 Line = Mapping[str, float | None]  # of a journal: names and numbers, None for one that is not finite
 _BAD_LINES = 3
@@ -43,7 +43,7 @@ class _Rule:
 
 
 def find_alarms(
-    lines: Sequence[Line], looks: Iterable[Look], *, prototypes: int | None, first_epochs: float
+    lines: Sequence[Line], looks: Iterable[SnapshotFeatures], *, prototypes: int | None, first_epochs: float
 ) -> tuple[Alarm, ...]:
     """Give what went or goes wrong, by the step where it began.
 
@@ -115,7 +115,7 @@ def _spans(lines: Sequence[Line], rule: _Rule) -> Iterable[Alarm]:
         start = None
 
 
-def _seen(looks: Sequence[Look]) -> list[Alarm]:
+def _seen(looks: Sequence[SnapshotFeatures]) -> list[Alarm]:
     """Give the stretches of snapshots whose features are degenerate; one is enough."""
     found: list[Alarm] = []
     before = ""

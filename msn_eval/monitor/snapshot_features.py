@@ -34,7 +34,7 @@ class Seen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class SnapshotFeatures:
     """What the features of one snapshot are like.
 
     step, epoch:    that were finished
@@ -68,13 +68,13 @@ class Place:
     seen: Seen
 
 
-def look_at(features: Features, place: Place) -> Look:
+def look_at(features: Features, place: Place) -> SnapshotFeatures:
     """Measure the features of a snapshot, which are finite."""
     rank, width = effective_rank(features.values), spread(features.values)
     problem = describe_collapse(features.values)
     if not problem and is_collapsed({"feature_rank": rank, "feature_spread": width}):
         problem = f"all images look alike: rank {rank:.3g}, spread {width:.2g}"
-    return Look(
+    return SnapshotFeatures(
         **vars(place),
         images=len(features.values),
         feature_rank=round(rank, 4),
@@ -83,7 +83,7 @@ def look_at(features: Features, place: Place) -> Look:
     )
 
 
-def write_look(folder: Path, look: Look) -> None:
+def write_snapshot_features(folder: Path, look: SnapshotFeatures) -> None:
     """Write a look under a name that its step, weights and images shape. Raises StoreError where the disk refuses."""
     shaped = json.dumps([look.weights_sha256, asdict(look.seen)], sort_keys=True)
     address = hashlib.sha256(shaped.encode()).hexdigest()[:_ADDRESS_DIGITS]
@@ -92,7 +92,7 @@ def write_look(folder: Path, look: Look) -> None:
     write_atomically(folder / f"step-{look.step:08d}.{address}.json", text.encode())
 
 
-def read_looks(folder: Path) -> tuple[list[Look], list[str]]:
+def read_snapshot_features(folder: Path) -> tuple[list[SnapshotFeatures], list[str]]:
     """Read every look in a folder, by step; give them, and what is wrong with those that cannot be read."""
     found, faults = [], []
     for path in sorted(folder.glob("step-*.json")) if folder.is_dir() else []:
@@ -102,13 +102,13 @@ def read_looks(folder: Path) -> tuple[list[Look], list[str]]:
             content = parse_json(path.read_bytes())
             if content.pop("schema") != _SCHEMA:
                 raise ValueError("it is of another schema")
-            found.append(read_fields(Look, content))
+            found.append(read_fields(SnapshotFeatures, content))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             faults.append(f"{path.name}: {error}")
     return sorted(found, key=lambda look: look.step), faults
 
 
-def newest_of_each_step(looks: Iterable[Look], seen: Seen) -> dict[int, Look]:
+def newest_of_each_step(looks: Iterable[SnapshotFeatures], seen: Seen) -> dict[int, SnapshotFeatures]:
     """Give the looks at features made one way, of each step the newest: a run may have gone through it twice."""
     alike = [look for look in looks if look.seen == seen]
     return {look.step: look for look in sorted(alike, key=lambda look: (look.step, look.created))}

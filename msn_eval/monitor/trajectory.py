@@ -32,7 +32,15 @@ from msn_eval.features.encoder import precision_class, resolve_tap
 from msn_eval.features.extraction import extract_features
 from msn_eval.files.atomic import prepare_folder, remove
 from msn_eval.monitor.alarms import Alarm, Line, find_alarms, is_not_finite
-from msn_eval.monitor.snapshot_features import Look, Place, Seen, look_at, newest_of_each_step, read_looks, write_look
+from msn_eval.monitor.snapshot_features import (
+    Place,
+    Seen,
+    SnapshotFeatures,
+    look_at,
+    newest_of_each_step,
+    read_snapshot_features,
+    write_snapshot_features,
+)
 from msn_eval.results.folder import ResultScan, scan_results
 from msn_eval.results.record import Result
 
@@ -44,7 +52,7 @@ _FIRST_SHARE = 0.05  # of the epochs: how long a loss may stay where every run b
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFacts:
+class RunInfo:
     """What a run's configuration says that a watcher must know; None for what it does not say.
 
     data, subset: what the run itself probes with
@@ -66,7 +74,7 @@ class Point:
 
     step: int
     epoch: int
-    look: Look | None
+    look: SnapshotFeatures | None
     results: tuple[Result, ...]
 
 
@@ -79,7 +87,7 @@ class Trajectory:
     notices:        what a reader must know besides alarms
     """
 
-    facts: RunFacts
+    facts: RunInfo
     steps_an_epoch: int | None
     lines: tuple[Line, ...]
     points: tuple[Point, ...]
@@ -100,15 +108,15 @@ class Trajectory:
         return (self.facts.epochs or 0) * (self.steps_an_epoch or 0) if known else None
 
 
-def read_facts(run: Path) -> RunFacts:
+def read_facts(run: Path) -> RunInfo:
     """Read what a run's folder says of it. Raises CheckpointError where it is none."""
     if not run.is_dir():
-        raise CheckpointError("no such folder", where=str(run), remedy="Give the run.dir of an msn-pretrain run.")
+        raise CheckpointError("no such folder", where=str(run), hint="Give the run.dir of an msn-pretrain run.")
     if not is_run_folder(run):
         raise CheckpointError(
             f"is no folder that msn-pretrain trains in: it holds no {CONFIG} beside a folder of checkpoints",
             where=str(run),
-            remedy="Give the run.dir of a run; other checkpoints are measured by msn-eval --checkpoint.",
+            hint="Give the run.dir of a run; other checkpoints are measured by msn-eval --checkpoint.",
         )
     import yaml
 
@@ -116,14 +124,14 @@ def read_facts(run: Path) -> RunFacts:
         content: Any = yaml.safe_load((run / CONFIG).read_bytes())
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"cannot be read: {' '.join(str(error).split())}", where=str(run / CONFIG), remedy="Restore it."
+            f"cannot be read: {' '.join(str(error).split())}", where=str(run / CONFIG), hint="Restore it."
         ) from error
     if not isinstance(content, dict):
-        raise CheckpointError("is no configuration of a run", where=str(run / CONFIG), remedy="Restore it.")
+        raise CheckpointError("is no configuration of a run", where=str(run / CONFIG), hint="Restore it.")
     return _facts(run, content)
 
 
-def _facts(run: Path, content: Mapping[object, Any]) -> RunFacts:
+def _facts(run: Path, content: Mapping[object, Any]) -> RunInfo:
     def value(section: str, key: str) -> Any:
         part = content.get(section)
         return part.get(key) if isinstance(part, dict) else None
@@ -134,7 +142,7 @@ def _facts(run: Path, content: Mapping[object, Any]) -> RunFacts:
 
     texts = (value("watch", "probe_data"), value("data", "root"))
     subset, warmup = value("watch", "subset"), value("optimization", "warmup")
-    return RunFacts(
+    return RunInfo(
         name=run.resolve().name,
         method=str(content.get("method", "")),
         data=next((one for one in texts if isinstance(one, str) and one), None),
@@ -200,7 +208,7 @@ def score(plan: Plan, run: Path, snapshot: SnapshotFiles) -> Point | None:
         raise CheckpointError(
             "is not the file that its manifest describes",
             where=str(snapshot.encoder),
-            remedy="It is passed over; the next snapshot is measured.",
+            hint="It is passed over; the next snapshot is measured.",
         )
     folder = run / EVAL
     named = replace(ready.encoder.checkpoint, name=f"{run.resolve().name} step {snapshot.step}", epoch=snapshot.epoch)
@@ -213,7 +221,7 @@ def score(plan: Plan, run: Path, snapshot: SnapshotFiles) -> Point | None:
         look = _look(kept, ready, snapshot, features)
     finally:
         remove(features)
-    write_look(folder, look)
+    write_snapshot_features(folder, look)
     return Point(step=snapshot.step, epoch=snapshot.epoch, look=look, results=results)
 
 
@@ -225,7 +233,7 @@ def _stands(snapshot: SnapshotFiles) -> bool:
         return False
 
 
-def _look(plan: Plan, ready: Preparation, snapshot: SnapshotFiles, cache: Path) -> Look:
+def _look(plan: Plan, ready: Preparation, snapshot: SnapshotFiles, cache: Path) -> SnapshotFeatures:
     encoder = ready.encoder
     tap = resolve_tap(encoder, _TAP, by_hand=False)
     place = Place(
@@ -242,7 +250,9 @@ def _look(plan: Plan, ready: Preparation, snapshot: SnapshotFiles, cache: Path) 
         ).features[tap]
     except NumericalError as error:
         images = len(plan.val)
-        return Look(**vars(place), images=images, feature_rank=None, feature_spread=None, problem=error.what)
+        return SnapshotFeatures(
+            **vars(place), images=images, feature_rank=None, feature_spread=None, problem=error.what
+        )
     return look_at(values, place)
 
 
@@ -250,7 +260,7 @@ def _seen(plan: Plan) -> Seen:
     return Seen(data_sha256=plan.val_sha256, tap=_TAP, precision=precision_class(plan.precision))
 
 
-def read_trajectory(run: Path, facts: RunFacts, plan: Plan) -> Trajectory:
+def read_trajectory(run: Path, facts: RunInfo, plan: Plan) -> Trajectory:
     """Read a run as it stands: its journal, and what was measured of it on the plan's validation images."""
     lines = tuple(_numbers(line) for line in _journal(run))
     snapshots = _finished(run)
@@ -258,7 +268,7 @@ def read_trajectory(run: Path, facts: RunFacts, plan: Plan) -> Trajectory:
         (one for one in (found.facts.get("steps_an_epoch") for found in snapshots) if type(one) is int), None
     )
     last = max([int(line["step"] or 0) for line in lines[-1:]] + [one.step for one in snapshots[:1]], default=math.inf)
-    looks, faults = read_looks(run / EVAL)
+    looks, faults = read_snapshot_features(run / EVAL)
     scan = _records(run)
     faults += [f"{Path(fault.where).name}: {fault.what}" for fault in scan.faults]
     known = newest_of_each_step(looks, _seen(plan))
@@ -303,7 +313,7 @@ def _records(run: Path) -> ResultScan:
 
 
 def _points(
-    looks: Mapping[int, Look], results: Sequence[Result], unplaced: Collection[str], an_epoch: int | None
+    looks: Mapping[int, SnapshotFeatures], results: Sequence[Result], unplaced: Collection[str], an_epoch: int | None
 ) -> list[Point]:
     """Put records beside the looks at the same weights, and those of the run's own probes at the ends of their epochs.
 

@@ -6,19 +6,29 @@ import torch
 
 from msn_eval.config.recipes import Finetune, Params
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import Fitted, Setting, check_labelled
-from msn_eval.probes.distributed import Team
+from msn_eval.probes.base import FittedProbe, ProbeConfig, check_labelled
+from msn_eval.probes.distributed import WorkerGroup
 from msn_eval.probes.knn import NearestNeighbours, fit_knn, knn_settings
 from msn_eval.probes.linear import Linear, fit_linear, linear_settings
 from msn_eval.probes.linear_augmented import LinearAugmented, augmented_settings
-from msn_eval.probes.logistic import ChosenLogistic, Logistic, fit_chosen, fit_logistic, logistic_settings
+from msn_eval.probes.logistic import Logistic, LogisticAutoLambda, fit_chosen, fit_logistic, logistic_settings
 from msn_eval.probes.logistic_solvers.lambda_selection import auto_settings
 from msn_eval.probes.ncm import NearestClassMean, fit_ncm
 from msn_eval.probes.ridge import Ridge, fit_ridge, ridge_settings
 
-__all__ = ["PROBES", "FeatureProbe", "Finetune", "Fitted", "Probe", "Setting", "fit", "settings", "taps_named"]
+__all__ = [
+    "PROBES",
+    "FeatureProbe",
+    "Finetune",
+    "FittedProbe",
+    "Probe",
+    "ProbeConfig",
+    "fit",
+    "named_taps",
+    "probe_configs",
+]
 
-FeatureProbe = Logistic | ChosenLogistic | NearestNeighbours | Ridge | NearestClassMean | Linear
+FeatureProbe = Logistic | LogisticAutoLambda | NearestNeighbours | Ridge | NearestClassMean | Linear
 Probe = FeatureProbe | LinearAugmented | Finetune
 PROBES = {
     "logistic": "L2-regularised multinomial regression, the protocol of the MSN tables",
@@ -31,12 +41,12 @@ PROBES = {
 }
 
 
-def settings(probe: Probe, n: int) -> tuple[Params, ...]:
+def probe_configs(probe: Probe, n: int) -> tuple[Params, ...]:
     """Give the hyper-parameters of every protocol that `probe` stands for, n being the labelled images."""
     match probe:
         case Logistic():
             return logistic_settings(probe, n)
-        case ChosenLogistic():
+        case LogisticAutoLambda():
             return auto_settings()
         case NearestNeighbours():
             return knn_settings(probe, n)
@@ -52,7 +62,7 @@ def settings(probe: Probe, n: int) -> tuple[Params, ...]:
             return (probe.params,)
 
 
-def taps_named(probe: Probe) -> tuple[str, ...]:
+def named_taps(probe: Probe) -> tuple[str, ...]:
     """Give the taps that a probe names: one by its rule, or those among which it is to choose."""
     return (isinstance(probe, Linear) and probe.named_taps) or (probe.tap,)
 
@@ -62,9 +72,9 @@ def fit(
     train: Features,
     device: torch.device,
     *,
-    team: Team | None = None,
+    team: WorkerGroup | None = None,
     elsewhere: Sequence[Features] = (),
-) -> Fitted:
+) -> FittedProbe:
     """Fit every setting of `probe` to labelled features. The validation features are not here, so nothing can be
     chosen on them.
 
@@ -77,7 +87,7 @@ def fit(
     match probe:
         case Logistic():
             return fit_logistic(probe, train, device, team=team)
-        case ChosenLogistic():
+        case LogisticAutoLambda():
             return fit_chosen(probe, train, device, team=team)
         case NearestNeighbours():
             return fit_knn(probe, train, device, team=team)

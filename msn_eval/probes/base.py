@@ -12,7 +12,7 @@ from msn_eval.features.extraction import Features
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class ProbeConfig:
     """One setting of a probe's hyper-parameters, and how well its fit came out.
 
     certificate: relative duality gap, None for probes that are not solved for
@@ -29,7 +29,7 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
+class FittedProbe:
     """Settings, and a function from (m, d) features to (m, n_classes) scores: one matrix a setting, in their order.
 
     Scores are float64, higher is better, -inf for a class that cannot be chosen.
@@ -37,7 +37,7 @@ class Fitted:
     tap:      where several taps were offered, the one whose features the scores are of
     """
 
-    settings: tuple[Setting, ...]
+    settings: tuple[ProbeConfig, ...]
     scores: Callable[[Tensor], Iterator[Tensor]]
     failures: tuple[tuple[Params, NumericalError], ...] = ()
     tap: str | None = None
@@ -83,11 +83,11 @@ def check_labelled(train: Features) -> None:
         first = f"{train.image_ids[wrong[0]]} has {int(labels[wrong[0]])}"
         raise NumericalError(
             f"{len(wrong)} labels are outside of 0 to {train.n_classes - 1}, first {first}",
-            remedy="Number the classes from 0.",
+            hint="Number the classes from 0.",
         )
     if len(torch.unique(labels)) < 2:
         raise NumericalError(
-            f"the {len(labels)} labelled images are of a single class", remedy="Label images of at least two classes."
+            f"the {len(labels)} labelled images are of a single class", hint="Label images of at least two classes."
         )
     finite = torch.cat([part.isfinite().all(dim=1) for part in torch.split(train.values, _BLOCK_ROWS)])
     bad = (~finite).nonzero().flatten().tolist()
@@ -95,7 +95,7 @@ def check_labelled(train: Features) -> None:
         names = ", ".join(train.image_ids[row] for row in bad[:_SHOWN])
         raise NumericalError(
             f"features at tap {train.tap} are not finite for {len(bad)} labelled images, first {names}",
-            remedy="Retry with --precision fp32.",
+            hint="Retry with --precision fp32.",
         )
 
 
@@ -131,9 +131,7 @@ def rank_labels(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Raises NumericalError for NaN, which every comparison would let pass.
     """
     if bool(scores.isnan().any()):
-        raise NumericalError(
-            "scores are NaN", remedy="The features or the fit overflowed; retry with --precision fp32."
-        )
+        raise NumericalError("scores are NaN", hint="The features or the fit overflowed; retry with --precision fp32.")
     labels = labels.to(scores.device)
     own = scores.gather(1, labels[:, None])
     classes = torch.arange(scores.shape[1], device=scores.device)

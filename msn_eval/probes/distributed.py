@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, distributed
 
-from msn_eval.distributed.group import Group, decided, joined, share
+from msn_eval.distributed.group import Group, broadcast_from_rank0, joined, share
 from msn_eval.errors import DistributedError, NumericalError, ResourceError
-from msn_eval.features.batch_size import SHORTAGES, is_shortage
+from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_eval.probes.knn_search.index import check_finite, index_bank
 from msn_eval.probes.knn_search.search import Found, search_sharded
 from msn_eval.probes.logistic_solvers.chunked_newton import RowShare, minimise_in_chunks
@@ -23,7 +23,7 @@ _DONE = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Team:
+class WorkerGroup:
     """The ranks of a group, each with a device to compute on."""
 
     group: Group
@@ -56,7 +56,7 @@ class _Search:
 
 
 def minimise_together(
-    team: Team, whole: RowShare, mus: Sequence[float], *, target: float
+    team: WorkerGroup, whole: RowShare, mus: Sequence[float], *, target: float
 ) -> Iterator[tuple[Solution, int]]:
     """Call the others, who are in `assist`, to a fit, send them their rows, and solve with them as `minimise_in_chunks` does.
 
@@ -70,7 +70,7 @@ def minimise_together(
         yield from minimise_in_chunks(first, mus, target=target)
 
 
-def search_together(team: Team, queries: Tensor, bank: Tensor, k: int) -> Found:
+def search_together(team: WorkerGroup, queries: Tensor, bank: Tensor, k: int) -> Found:
     """Call the others, who are in `assist`, to a search, send them their rows of the bank, and search with them.
 
     queries: (m, d) float32, m >= 1, on the first rank
@@ -89,9 +89,9 @@ def search_together(team: Team, queries: Tensor, bank: Tensor, k: int) -> Found:
     return cosines, rows
 
 
-def assist(team: Team) -> None:
+def serve(team: WorkerGroup) -> None:
     """Take part in what the first rank calls to, until it says that there is no more."""
-    while told := decided(team.group, "work", lambda: _DONE):
+    while told := broadcast_from_rank0(team.group, "work", lambda: _DONE):
         name, facts = json.loads(told)
         with _at_work(team):
             if name == _Search.name:
@@ -100,9 +100,9 @@ def assist(team: Team) -> None:
                 _help_to_fit(team, _Fit(**facts))
 
 
-def dismiss(team: Team) -> None:
+def shutdown(team: WorkerGroup) -> None:
     """Tell the others, on the first rank, that there is no more."""
-    decided(team.group, "work", lambda: _DONE)
+    broadcast_from_rank0(team.group, "work", lambda: _DONE)
 
 
 def add_up(sums: Tensor) -> None:
@@ -111,29 +111,29 @@ def add_up(sums: Tensor) -> None:
     distributed.broadcast(sums, 0)
 
 
-def _call(team: Team, work: _Fit | _Search) -> None:
-    decided(team.group, "work", lambda: json.dumps([work.name, asdict(work)]))
+def _call(team: WorkerGroup, work: _Fit | _Search) -> None:
+    broadcast_from_rank0(team.group, "work", lambda: json.dumps([work.name, asdict(work)]))
 
 
 @contextmanager
-def _at_work(team: Team) -> Iterator[None]:
+def _at_work(team: WorkerGroup) -> Iterator[None]:
     """Have a process group inside. What keeps one rank from going on ends the job: the others wait for it in a collective."""
     rank, device = team.group.rank, team.device
     with joined(team.group, device):
         try:
             yield
         except NumericalError as error:  # elsewhere that of one result
-            raise DistributedError(f"rank {rank} cannot go on: {error.what}", remedy=error.remedy) from error
-        except SHORTAGES as error:
-            if not is_shortage(error):
+            raise DistributedError(f"rank {rank} cannot go on: {error.what}", hint=error.hint) from error
+        except OUT_OF_MEMORY_ERRORS as error:
+            if not is_out_of_memory(error):
                 raise
             raise ResourceError(
                 f"rank {rank}: memory of {device} is too small for its share: {str(error).partition(chr(10))[0]}",
-                remedy="Use more ranks, fewer of them on one host, or --device cpu.",
+                hint="Use more ranks, fewer of them on one host, or --device cpu.",
             ) from error
 
 
-def _help_to_fit(team: Team, fit: _Fit) -> None:
+def _help_to_fit(team: WorkerGroup, fit: _Fit) -> None:
     rows = len(_rows_of(team, fit.n, team.group.rank))
     values = torch.empty(rows, fit.width, device=team.device)
     labels = torch.empty(rows, dtype=torch.int64, device=team.device)
@@ -143,13 +143,13 @@ def _help_to_fit(team: Team, fit: _Fit) -> None:
         pass
 
 
-def _help_to_search(team: Team, search: _Search) -> None:
+def _help_to_search(team: WorkerGroup, search: _Search) -> None:
     values = torch.empty(len(_rows_of(team, search.n, team.group.rank)), search.width, device=team.device)
     _receive_share(values)
     _searched(team, search, values, None)
 
 
-def _searched(team: Team, search: _Search, values: Tensor, queries: Tensor | None) -> list[Found]:
+def _searched(team: WorkerGroup, search: _Search, values: Tensor, queries: Tensor | None) -> list[Found]:
     """Search for the first rank's queries, which alone has some, a part of them at a time.
 
     values: this rank's rows of the bank
@@ -163,7 +163,7 @@ def _searched(team: Team, search: _Search, values: Tensor, queries: Tensor | Non
     ]
 
 
-def _send_shares(team: Team, *whole: Tensor) -> None:
+def _send_shares(team: WorkerGroup, *whole: Tensor) -> None:
     """Send every other rank its rows of each tensor."""
     for rank in range(1, team.group.world):
         for some in _pieces(_rows_of(team, len(whole[0]), rank), _SENT_ROWS):
@@ -177,7 +177,7 @@ def _receive_share(*share_of: Tensor) -> None:
             distributed.recv(one[some], 0)
 
 
-def _rows_of(team: Team, n: int, rank: int) -> range:
+def _rows_of(team: WorkerGroup, n: int, rank: int) -> range:
     return share(n, replace(team.group, rank=rank), block=1)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import Fitted, Setting
-from msn_eval.probes.distributed import Team, search_together
+from msn_eval.probes.base import FittedProbe, ProbeConfig
+from msn_eval.probes.distributed import WorkerGroup, search_together
 from msn_eval.probes.knn_search.index import index_bank
 from msn_eval.probes.knn_search.search import Found, search_nearest
 
@@ -46,12 +46,14 @@ def knn_settings(probe: NearestNeighbours, n: int) -> tuple[dict[str, int | floa
     if probe.asked and max(probe.ks) > n:
         raise NumericalError(
             f"k = {max(probe.ks)} neighbours among {n} labelled images",
-            remedy=f"Ask for --k of at most {n}, or for a larger subset.",
+            hint=f"Ask for --k of at most {n}, or for a larger subset.",
         )
     return tuple({"k": k, "temperature": t} for k in probe.ks if k <= n for t in probe.temperatures)
 
 
-def fit_knn(probe: NearestNeighbours, train: Features, device: torch.device, *, team: Team | None = None) -> Fitted:
+def fit_knn(
+    probe: NearestNeighbours, train: Features, device: torch.device, *, team: WorkerGroup | None = None
+) -> FittedProbe:
     """Make the labelled rows ready for the one search that all settings share.
 
     team: ranks that share the search where the bank is large
@@ -71,10 +73,10 @@ def fit_knn(probe: NearestNeighbours, train: Features, device: torch.device, *, 
                 cosines[:, :k], labels[nearest[:, :k]], n_classes=train.n_classes, temperature=float(one["temperature"])
             )
 
-    return Fitted(settings=tuple(Setting(params=one) for one in params), scores=scores)
+    return FittedProbe(settings=tuple(ProbeConfig(params=one) for one in params), scores=scores)
 
 
-def _search_among(rows: Tensor, device: torch.device, team: Team | None) -> Callable[[Tensor, int], Found]:
+def _search_among(rows: Tensor, device: torch.device, team: WorkerGroup | None) -> Callable[[Tensor, int], Found]:
     """Give the function from queries and k to neighbours: the same whether ranks share the search or not."""
     if team is not None and rows.numel() >= _SHARED_VALUES:
         return lambda values, k: search_together(team, values, rows, k)

@@ -13,7 +13,7 @@ from torch import Tensor
 from msn_eval.config.recipes import LinearRecipe, Params
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import Fitted, Setting, centred_rows
+from msn_eval.probes.base import FittedProbe, ProbeConfig, centred_rows
 
 MOMENTUM = 0.9
 _SMALLEST = 1e-30
@@ -84,7 +84,7 @@ def refuse_divergence(heads: Heads, recipes: Sequence[Recipe]) -> None:
     lost = [one for one, gone in zip(recipes, heads.diverged, strict=True) if gone]
     if lost:
         raise NumericalError(
-            f"the linear layer diverged at learning rate {lost[0].learning_rate:g}", remedy="Use a smaller one."
+            f"the linear layer diverged at learning rate {lost[0].learning_rate:g}", hint="Use a smaller one."
         )
 
 
@@ -254,7 +254,9 @@ def linear_settings(probe: Linear) -> tuple[Params, ...]:
     return (params,)
 
 
-def fit_linear(probe: Linear, train: Features, device: torch.device, *, elsewhere: Sequence[Features] = ()) -> Fitted:
+def fit_linear(
+    probe: Linear, train: Features, device: torch.device, *, elsewhere: Sequence[Features] = ()
+) -> FittedProbe:
     """Choose a layer of the grid, train it on all labelled images. A class without images is never chosen.
 
     elsewhere: the same images at further taps, of which one is chosen too
@@ -281,7 +283,7 @@ def fit_linear(probe: Linear, train: Features, device: torch.device, *, elsewher
     alone = next(stack.only(tap) for stack in stacks if tap in stack.taps)
     heads = _trained(probe, alone.take, labels, [recipe], n_classes, probe.seed)
     refuse_divergence(heads, [recipe])
-    setting = Setting(
+    setting = ProbeConfig(
         params=linear_settings(probe)[0],
         solver="sgd",
         objective=float(heads.losses[0]),
@@ -295,7 +297,7 @@ def fit_linear(probe: Linear, train: Features, device: torch.device, *, elsewher
         whole[:, present] = rows @ heads.weights[0].double().T + heads.biases[0].double()
         yield whole
 
-    return Fitted(settings=(setting,), scores=scores, tap=tap)
+    return FittedProbe(settings=(setting,), scores=scores, tap=tap)
 
 
 def held_out_scores(probe: Linear, stacks: Sequence[Stack], labels: Tensor, *, n_classes: int) -> HeldOut:
@@ -312,7 +314,7 @@ def held_out_scores(probe: Linear, stacks: Sequence[Stack], labels: Tensor, *, n
         if not held.any():
             raise NumericalError(
                 f"linear: the {len(labels)} labelled images are one a class, and none is left over to choose by",
-                remedy=f"Give the one learning rate, linear.lr=3{_and_tap(taps)}, or use more labelled images.",
+                hint=f"Give the one learning rate, linear.lr=3{_and_tap(taps)}, or use more labelled images.",
             )
         kept, left_out = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
         of_seed = []
@@ -340,7 +342,7 @@ def _tell_of_divergence(probe: Linear, taps: Sequence[str], gone: Tensor) -> Non
     """Warn of the layers that diverged. Raises NumericalError where all did."""
     if gone.all():
         raise NumericalError(
-            f"linear: all {len(gone)} layers diverged", remedy="Use smaller ones: linear.lr_last, linear.lr_first."
+            f"linear: all {len(gone)} layers diverged", hint="Use smaller ones: linear.lr_last, linear.lr_first."
         )
     names = [
         f"{one.learning_rate:g} with decay {one.weight_decay:g}{f' at {tap}' if len(taps) > 1 else ''}"

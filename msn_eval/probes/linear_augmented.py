@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from msn_eval.config.recipes import AugmentedRecipe
-from msn_eval.distributed.group import Group, broadcast_from_first, decided, joined, sum_over_ranks
+from msn_eval.distributed.group import Group, broadcast_from_first, broadcast_from_rank0, joined, sum_over_ranks
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features.augmented import AugmentedImages, features_from
-from msn_eval.probes.base import Fitted, Setting
+from msn_eval.probes.base import FittedProbe, ProbeConfig
 from msn_eval.probes.training_state import StateFiles, read_state, write_state
-from msn_eval.process import Stop, stop_heard
+from msn_eval.process import StopRequest, watch_stop_signals
 
 _log = logging.getLogger(__name__)
 MOMENTUM = 0.9
@@ -130,7 +130,7 @@ def take_step(
     images: int,
     share: float,
     group: Group,
-    stop: Stop,
+    stop: StopRequest,
 ) -> bool:
     """Take one step on a batch that comes in parts, this rank's share of it; the same step however it is cut.
 
@@ -178,7 +178,9 @@ def take_step(
     return True
 
 
-def fit_augmented(probe: LinearAugmented, images: AugmentedImages, *, group: Group, files: StateFiles | None) -> Fitted:
+def fit_augmented(
+    probe: LinearAugmented, images: AugmentedImages, *, group: Group, files: StateFiles | None
+) -> FittedProbe:
     """Train a head for every learning rate on the labelled images. Every rank calls it, and all have the heads.
 
     files: where the state is kept that a stopped training goes on from; None keeps none
@@ -187,10 +189,10 @@ def fit_augmented(probe: LinearAugmented, images: AugmentedImages, *, group: Gro
     """
     present, labels = torch.unique(images.labels, return_inverse=True)
     if len(present) < 2:
-        raise NumericalError("linear-augmented on a single class", remedy="Label images of at least two classes.")
+        raise NumericalError("linear-augmented on a single class", hint="Label images of at least two classes.")
     device = images.encoder.device
     training = start_training(probe, images.dim, len(present), device)
-    with joined(group, device), stop_heard() as stop:
+    with joined(group, device), watch_stop_signals() as stop:
         _resume(training, files, group)
         _train(probe, images, labels, training, group=group, files=files, stop=stop)
     if stop.number is not None:  # which was raised again behind the block, unless nobody listens
@@ -198,7 +200,7 @@ def fit_augmented(probe: LinearAugmented, images: AugmentedImages, *, group: Gro
     params = {float(one["lr"]): one for one in augmented_settings(probe)}
     kept = tuple(training.heads)
     settings = tuple(
-        Setting(
+        ProbeConfig(
             params=params[rate],
             solver="sgd",
             objective=training.last_losses[rate],
@@ -215,7 +217,7 @@ def fit_augmented(probe: LinearAugmented, images: AugmentedImages, *, group: Gro
             whole[:, present.to(device)] = own
             yield whole
 
-    return Fitted(
+    return FittedProbe(
         settings=settings,
         scores=scores,
         failures=tuple((params[rate], _divergence(rate, step)) for rate, step in training.diverged_at.items()),
@@ -224,14 +226,14 @@ def fit_augmented(probe: LinearAugmented, images: AugmentedImages, *, group: Gro
 
 def _divergence(rate: float, step: int) -> NumericalError:
     return NumericalError(
-        f"linear-augmented: the layer diverged at learning rate {rate:g}, step {step}", remedy="Use a smaller one."
+        f"linear-augmented: the layer diverged at learning rate {rate:g}, step {step}", hint="Use a smaller one."
     )
 
 
 def _resume(training: Training, files: StateFiles | None, group: Group) -> None:
     """Go on from the newest state of the first rank, where there is one."""
     state = read_state(files) if files is not None and group.rank == 0 else None
-    step = int(decided(group, "training step", lambda: str(state["step"] if state is not None else 0)))
+    step = int(broadcast_from_rank0(group, "training step", lambda: str(state["step"] if state is not None else 0)))
     if step == 0:
         return
     whole: dict[str, Any] = broadcast_from_first(group, state)
@@ -248,7 +250,7 @@ def _train(
     *,
     group: Group,
     files: StateFiles | None,
-    stop: Stop,
+    stop: StopRequest,
 ) -> None:
     n = len(labels)
     steps_an_epoch = -(-n // probe.batch_size)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import Fitted, Setting, centred_rows
-from msn_eval.probes.distributed import Team, minimise_together
+from msn_eval.probes.base import FittedProbe, ProbeConfig, centred_rows
+from msn_eval.probes.distributed import WorkerGroup, minimise_together
 from msn_eval.probes.logistic_solvers.chunked_newton import RowShare, is_large, minimise_in_chunks
 from msn_eval.probes.logistic_solvers.lambda_selection import (
     GRID,
@@ -65,7 +65,7 @@ def logistic_settings(probe: Logistic, n: int) -> tuple[dict[str, int | float], 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChosenLogistic:
+class LogisticAutoLambda:
     """The same objective at the lambda that the labelled images choose; the rule is that of lambda_choice, and its own protocol.
 
     solver: as in Logistic
@@ -94,7 +94,9 @@ class _Labelled:
     solve: Callable[[Sequence[float]], Iterator[tuple[Solution, int]]]
 
 
-def fit_logistic(probe: Logistic, train: Features, device: torch.device, *, team: Team | None = None) -> Fitted:
+def fit_logistic(
+    probe: Logistic, train: Features, device: torch.device, *, team: WorkerGroup | None = None
+) -> FittedProbe:
     """Solve for every lambda over the classes that have labelled images; the others can never be chosen.
 
     team: ranks that share the rows where there are very many
@@ -107,7 +109,9 @@ def fit_logistic(probe: Logistic, train: Features, device: torch.device, *, team
     return _fitted(labelled, found, train.n_classes, device)
 
 
-def fit_chosen(probe: ChosenLogistic, train: Features, device: torch.device, *, team: Team | None = None) -> Fitted:
+def fit_chosen(
+    probe: LogisticAutoLambda, train: Features, device: torch.device, *, team: WorkerGroup | None = None
+) -> FittedProbe:
     """Choose lambda from the labelled images and solve for it; the certificate is that of the chosen fit.
 
     Raises NumericalError for labelled images of a single class.
@@ -131,10 +135,10 @@ def fit_chosen(probe: ChosenLogistic, train: Features, device: torch.device, *, 
     return _fitted(labelled, [(setting, best[0])], train.n_classes, device)
 
 
-def _labelled(train: Features, device: torch.device, solver: Solver, team: Team | None) -> _Labelled:
+def _labelled(train: Features, device: torch.device, solver: Solver, team: WorkerGroup | None) -> _Labelled:
     present, labels = torch.unique(train.labels.to(device), return_inverse=True)
     if len(present) < 2:
-        raise NumericalError("logistic regression on a single class", remedy="Label images of at least two classes.")
+        raise NumericalError("logistic regression on a single class", hint="Label images of at least two classes.")
     n, width = train.values.shape
     if solver in ("auto", "newton") and is_large(n, width, len(present)):
         whole = RowShare(values=train.values.to(device), labels=labels, n_classes=len(present), n=n)
@@ -160,9 +164,9 @@ def _labelled(train: Features, device: torch.device, solver: Solver, team: Team 
     )
 
 
-def _setting(solver: Solver, params: Mapping[str, int | float], solved: tuple[Solution, int]) -> Setting:
+def _setting(solver: Solver, params: Mapping[str, int | float], solved: tuple[Solution, int]) -> ProbeConfig:
     solution, steps = solved
-    return Setting(
+    return ProbeConfig(
         params=params,
         solver="newton" if solver == "auto" else solver,
         converged=solution.gap <= LARGEST_GAP,
@@ -173,8 +177,8 @@ def _setting(solver: Solver, params: Mapping[str, int | float], solved: tuple[So
 
 
 def _fitted(
-    labelled: _Labelled, found: Sequence[tuple[Setting, Solution]], n_classes: int, device: torch.device
-) -> Fitted:
+    labelled: _Labelled, found: Sequence[tuple[ProbeConfig, Solution]], n_classes: int, device: torch.device
+) -> FittedProbe:
     basis = labelled.basis
     weights = [solution.weights if basis is None else solution.weights @ basis.T for _, solution in found]
 
@@ -185,7 +189,7 @@ def _fitted(
             whole[:, labelled.present] = queries @ one.T
             yield whole
 
-    return Fitted(settings=tuple(setting for setting, _ in found), scores=scores)
+    return FittedProbe(settings=tuple(setting for setting, _ in found), scores=scores)
 
 
 def _solve(problem: CrossEntropyProblem, mus: Sequence[float], solver: Solver) -> Iterator[tuple[Solution, int]]:

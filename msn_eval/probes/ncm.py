@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import Fitted, Setting, normalised_rows
+from msn_eval.probes.base import FittedProbe, ProbeConfig, normalised_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class NearestClassMean:
     tap: ClassVar[str] = "cls-norm"
 
 
-def fit_ncm(probe: NearestClassMean, train: Features, device: torch.device) -> Fitted:
+def fit_ncm(probe: NearestClassMean, train: Features, device: torch.device) -> FittedProbe:
     """Average each class. A class without images can never be chosen."""
     rows = normalised_rows(train.values.to(device))
     labels = train.labels.to(device)
@@ -34,7 +34,7 @@ def fit_ncm(probe: NearestClassMean, train: Features, device: torch.device) -> F
         cosines = normalised_rows(values.to(device)) @ directions.T
         yield cosines.masked_fill(counts == 0, -torch.inf)
 
-    return Fitted(settings=(Setting(params={}),), scores=scores)
+    return FittedProbe(settings=(ProbeConfig(params={}),), scores=scores)
 
 
 def class_directions(rows: Tensor, labels: Tensor, *, n_classes: int) -> Tensor:

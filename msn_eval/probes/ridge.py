@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import Fitted, Setting, centred_rows
+from msn_eval.probes.base import FittedProbe, ProbeConfig, centred_rows
 
 # alpha = 10^-4, 10^-3.5, … 10^4: rows have unit length, so the Gram matrix's eigenvalues lie between 0 and n.
 GRID = tuple(float(10 ** (step / 2)) for step in range(-8, 9))
@@ -50,17 +50,17 @@ def ridge_settings() -> tuple[dict[str, int | float], ...]:
     return ({"alpha_first": GRID[0], "alpha_last": GRID[-1], "alphas": len(GRID)},)
 
 
-def fit_ridge(probe: Ridge, train: Features, device: torch.device) -> Fitted:
+def fit_ridge(probe: Ridge, train: Features, device: torch.device) -> FittedProbe:
     """Fit every strength from one eigendecomposition and keep the best. A class without images is never chosen.
 
     Raises NumericalError for labelled images of a single class.
     """
     present, labels = torch.unique(train.labels.to(device), return_inverse=True)
     if len(present) < 2:
-        raise NumericalError("ridge regression on a single class", remedy="Label images of at least two classes.")
+        raise NumericalError("ridge regression on a single class", hint="Label images of at least two classes.")
     fit = solve_ridge(centred_rows(train.values.to(device)), labels, n_classes=len(present))
     chosen = {"alpha": fit.alpha, "left_out_error": float(fit.errors.min())}
-    setting = Setting(params=ridge_settings()[0], chosen=chosen)
+    setting = ProbeConfig(params=ridge_settings()[0], chosen=chosen)
 
     def scores(values: Tensor) -> Iterator[Tensor]:
         queries = centred_rows(values.to(device))
@@ -68,7 +68,7 @@ def fit_ridge(probe: Ridge, train: Features, device: torch.device) -> Fitted:
         whole[:, present] = (queries - fit.centre) @ fit.weights + fit.bias
         yield whole
 
-    return Fitted(settings=(setting,), scores=scores)
+    return FittedProbe(settings=(setting,), scores=scores)
 
 
 def solve_ridge(rows: Tensor, labels: Tensor, *, n_classes: int) -> RidgeFit:

@@ -73,7 +73,7 @@ def write_state(files: StateFiles, state: Mapping[str, Any], *, step: int) -> No
         raise StoreError(
             f"could not keep the state of a training: {error.strerror or error}",
             where=str(path),
-            remedy=f"Free space or choose another --out folder; {free_bytes(files.out)}.",
+            hint=f"Free space or choose another --out folder; {free_bytes(files.out)}.",
             kept="Older states are as they were; the same command goes on from them.",
         ) from error
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from msn_eval.errors import printable
 from msn_eval.reports.text_tables import markdown_row, markdown_text
 from msn_eval.results.comparison import Comparison, Measured, ProtocolComparison
-from msn_eval.results.record import CheckpointFacts
+from msn_eval.results.record import CheckpointInfo
 from msn_eval.results.statistics import Interval, Paired
 
 _SHOWN = 5
@@ -56,7 +56,7 @@ def render_comparison_json(comparison: Comparison) -> str:
     return json.dumps(asdict(comparison), indent=1, allow_nan=False) + "\n"
 
 
-def _name(facts: CheckpointFacts) -> str:
+def _name(facts: CheckpointInfo) -> str:
     return f"{facts.name} [{facts.weights_sha256[:8]}]"
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from msn_eval.errors import ComparisonError, MsnEvalError
 from msn_eval.files.atomic import write_atomically
 from msn_eval.files.json_records import canonical_json
-from msn_eval.results.predictions import Answers, by_protocol, protocol_title, read_answers
+from msn_eval.results.predictions import CheckpointPredictions, by_protocol, protocol_title, read_checkpoint_predictions
 from msn_eval.results.record import Result, protocol_id
 from msn_eval.results.statistics import Integers, count_right
 
@@ -113,7 +113,7 @@ def make_baseline(results: Sequence[Result], folders: Sequence[Path]) -> Baselin
     for group in by_protocol(results).values():
         title = protocol_title(group[0])
         try:
-            answers = read_answers(group, folders)
+            answers = read_checkpoint_predictions(group, folders)
             if group[0].protocol.get("limit") is not None:
                 raise ComparisonError(f"scored on a part of the images (--limit {group[0].protocol['limit']})")
             if answers.unconverged:
@@ -124,7 +124,7 @@ def make_baseline(results: Sequence[Result], folders: Sequence[Path]) -> Baselin
     if problems:
         raise ComparisonError(
             "these results can be no baseline:\n" + "\n".join(problems),
-            remedy="Measure them anew, or give a folder without them.",
+            hint="Measure them anew, or give a folder without them.",
         )
     checkpoint = results[0].checkpoint
     facts = {
@@ -135,7 +135,7 @@ def make_baseline(results: Sequence[Result], folders: Sequence[Path]) -> Baselin
     return Baseline(checkpoint=facts, data=results[0].data.name, protocols=tuple(ordered))
 
 
-def _protocol(answers: Answers, title: str) -> BaselineProtocol:
+def _protocol(answers: CheckpointPredictions, title: str) -> BaselineProtocol:
     first = answers.first
     draws = tuple(
         BaselineDraw(
@@ -207,13 +207,13 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
 
 def read_baseline(path: Path) -> Baseline:
     """Read a baseline. Raises ComparisonError naming the file where there is none or it is not as it was written."""
-    remedy = "Make one on purpose, and review it: msn-eval baseline RUNS --out FILE."
+    hint = "Make one on purpose, and review it: msn-eval baseline RUNS --out FILE."
     try:
         text = path.read_bytes()
     except FileNotFoundError as error:
-        raise ComparisonError("no baseline: there is no such file", where=str(path), remedy=remedy) from error
+        raise ComparisonError("no baseline: there is no such file", where=str(path), hint=hint) from error
     except OSError as error:
-        raise ComparisonError(f"no baseline: {error.strerror or error}", where=str(path), remedy=remedy) from error
+        raise ComparisonError(f"no baseline: {error.strerror or error}", where=str(path), hint=hint) from error
     try:
         content = json.loads(text)
         stated = content.pop("sha256")
@@ -228,5 +228,5 @@ def read_baseline(path: Path) -> Baseline:
             raise ValueError("its content is not that of its sha256: it was edited or damaged")
     except (MsnEvalError, ValueError, TypeError, KeyError, AttributeError, binascii.Error, RecursionError) as error:
         problem = f"no readable baseline: {type(error).__name__}: {error}"
-        raise ComparisonError(problem, where=str(path), remedy=remedy) from error
+        raise ComparisonError(problem, where=str(path), hint=hint) from error
     return baseline

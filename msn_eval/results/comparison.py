@@ -8,8 +8,14 @@ from typing import Literal
 import numpy as np
 
 from msn_eval.errors import ComparisonError
-from msn_eval.results.predictions import Answers, by_protocol, class_names, protocol_title, read_answers
-from msn_eval.results.record import CheckpointFacts, Result
+from msn_eval.results.predictions import (
+    CheckpointPredictions,
+    by_protocol,
+    class_names,
+    protocol_title,
+    read_checkpoint_predictions,
+)
+from msn_eval.results.record import CheckpointInfo, Result
 from msn_eval.results.statistics import (
     POWER,
     Interval,
@@ -83,8 +89,8 @@ class ProtocolComparison:
 class Comparison:
     """Two checkpoints. left_out: protocols that are not compared, and why."""
 
-    first: CheckpointFacts
-    second: CheckpointFacts
+    first: CheckpointInfo
+    second: CheckpointInfo
     protocols: tuple[ProtocolComparison, ...]
     left_out: tuple[tuple[str, str], ...]
 
@@ -99,7 +105,7 @@ def compare(
     Raises ComparisonError where there is nothing to compare.
     """
     groups = by_protocol(first), by_protocol(second)
-    pairs: list[tuple[Answers, Answers]] = []
+    pairs: list[tuple[CheckpointPredictions, CheckpointPredictions]] = []
     left_out: list[tuple[str, str]] = []
     for key in dict.fromkeys([*groups[0], *groups[1]]):
         title = protocol_title((groups[0].get(key) or groups[1][key])[0])
@@ -110,7 +116,7 @@ def compare(
     if not pairs:
         reasons = "\n".join(f"  {title}: {reason}" for title, reason in left_out)
         raise ComparisonError(
-            f"nothing of the two can be compared:\n{reasons}", remedy="Evaluate both with the same options."
+            f"nothing of the two can be compared:\n{reasons}", hint="Evaluate both with the same options."
         )
     compared = [_compare_one(*pair) for pair in pairs]
     adjusted = holm([one.paired.two_sided for one in compared])
@@ -128,7 +134,7 @@ def _pair(
     key: str,
     groups: tuple[dict[str, list[Result]], dict[str, list[Result]]],
     folders: tuple[Sequence[Path], Sequence[Path]],
-) -> tuple[Answers, Answers]:
+) -> tuple[CheckpointPredictions, CheckpointPredictions]:
     """Read both sides of one protocol, cut to the draws that both have. Raises ComparisonError."""
     for mine, others, who in ((groups[0], groups[1], "second"), (groups[1], groups[0], "first")):
         if key not in others:
@@ -137,7 +143,7 @@ def _pair(
             raise ComparisonError(
                 f"the {who} has no result under it" + (f"; nearest: {'; '.join(nearest)}" if nearest else "")
             )
-    sides = [read_answers(group[key], place) for group, place in zip(groups, folders, strict=True)]
+    sides = [read_checkpoint_predictions(group[key], place) for group, place in zip(groups, folders, strict=True)]
     common = [draw for draw in sides[0].draws if draw in sides[1].draws]
     if not common:
         raise ComparisonError(f"no draw in common: {list(sides[0].draws)} and {list(sides[1].draws)}")
@@ -150,7 +156,7 @@ def _pair(
     return a, b
 
 
-def _compare_one(a: Answers, b: Answers) -> ProtocolComparison:
+def _compare_one(a: CheckpointPredictions, b: CheckpointPredictions) -> ProtocolComparison:
     draws = len(a.draws)
     return ProtocolComparison(
         protocol_id=a.first.protocol_id,
@@ -168,7 +174,7 @@ def _compare_one(a: Answers, b: Answers) -> ProtocolComparison:
     )
 
 
-def _measured(answers: Answers) -> Measured:
+def _measured(answers: CheckpointPredictions) -> Measured:
     return Measured(
         accuracy=float(answers.right.mean()),
         spread=draw_spread([float(draw.mean()) for draw in answers.right]),
@@ -176,7 +182,9 @@ def _measured(answers: Answers) -> Measured:
     )
 
 
-def _worded(one: ProtocolComparison, p_value: float, a: Answers, b: Answers, *, tests: int) -> ProtocolComparison:
+def _worded(
+    one: ProtocolComparison, p_value: float, a: CheckpointPredictions, b: CheckpointPredictions, *, tests: int
+) -> ProtocolComparison:
     """Add what depends on how many protocols are compared: the p-value, what could be seen, and the sentence."""
     paired = one.paired
     # Two-sided: half of the level on each side.
@@ -201,7 +209,7 @@ def _worded(one: ProtocolComparison, p_value: float, a: Answers, b: Answers, *, 
     return replace(one, p_value=p_value, detectable=detectable, outcome=outcome, words=words)
 
 
-def _class_changes(a: Answers, b: Answers) -> tuple[ClassChange, ...]:
+def _class_changes(a: CheckpointPredictions, b: CheckpointPredictions) -> tuple[ClassChange, ...]:
     draws, names = len(a.draws), class_names(a)
     images = np.bincount(a.label)
     sides = [np.bincount(a.label, weights=side.scores).astype(np.int64) for side in (a, b)]
@@ -218,7 +226,7 @@ def _class_changes(a: Answers, b: Answers) -> tuple[ClassChange, ...]:
     return tuple(sorted(changes, key=lambda one: (-abs(one.second - one.first), one.name)))
 
 
-def _flips(a: Answers, b: Answers) -> tuple[Flip, ...]:
+def _flips(a: CheckpointPredictions, b: CheckpointPredictions) -> tuple[Flip, ...]:
     differences = b.scores - a.scores
     places = [*np.flatnonzero(differences < 0), *np.flatnonzero(differences > 0)]
     return tuple(

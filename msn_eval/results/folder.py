@@ -58,7 +58,7 @@ def scan_results(folders: Iterable[str | Path]) -> ResultScan:
                     raise StoreError(
                         f"result {result.id} stands in several folders, measured with different labelled images",
                         where=str(path),
-                        remedy="Report the folders one at a time.",
+                        hint="Report the folders one at a time.",
                     )
             except StoreError as error:
                 faults.append(error)
@@ -68,7 +68,7 @@ def scan_results(folders: Iterable[str | Path]) -> ResultScan:
             ):  # a retry may have succeeded
                 found[result.id] = (result, path)
     if not found and not faults:
-        raise UsageError("no results here", where=", ".join(map(str, chosen)), remedy="Run msn-eval with --out first.")
+        raise UsageError("no results here", where=", ".join(map(str, chosen)), hint="Run msn-eval with --out first.")
     results, paths = zip(*found.values(), strict=True) if found else ((), ())
     return ResultScan(results=results, paths=paths, faults=tuple(faults))
 
@@ -91,7 +91,7 @@ def _record_paths(folder: Path) -> list[Path]:
             names = sorted(entry.name for entry in entries if _RECORD_NAME.fullmatch(entry.name))
     except OSError as error:
         raise UsageError(
-            f"no such result folder: {error.strerror}", where=str(folder), remedy="Give the --out folder of a run."
+            f"no such result folder: {error.strerror}", where=str(folder), hint="Give the --out folder of a run."
         ) from error
     return [folder / name for name in names]
 
@@ -128,9 +128,7 @@ def _parsed(text: bytes | OSError, path: Path) -> Result:
         raise unreadable_result(path, text.strerror or str(text)) from text
     result = parse_result(text, path)
     if result.id != path.stem:
-        raise StoreError(
-            f"holds the record of {result.id}: it was renamed or edited", where=str(path), remedy=MOVE_AWAY
-        )
+        raise StoreError(f"holds the record of {result.id}: it was renamed or edited", where=str(path), hint=MOVE_AWAY)
     return result
 
 
@@ -151,7 +149,7 @@ def all_faults(faults: Sequence[StoreError]) -> StoreError:
     if len(faults) == 1:
         return faults[0]
     lines = "\n".join(f"{fault.where}: {fault.what}" for fault in faults)
-    return StoreError(f"{len(faults)} records cannot be used\n{lines}", remedy=MOVE_AWAY)
+    return StoreError(f"{len(faults)} records cannot be used\n{lines}", hint=MOVE_AWAY)
 
 
 def read_results(folders: "str | Path | Sequence[str | Path]") -> "pd.DataFrame":

@@ -16,8 +16,8 @@ import numpy as np
 from msn_eval.errors import ComparisonError, UsageError
 from msn_eval.results.baseline import Baseline, BaselineProtocol, made_with, predictions_sha256
 from msn_eval.results.comparison import nearest_protocol, protocol_differences
-from msn_eval.results.predictions import Answers, by_protocol, protocol_title, read_answers
-from msn_eval.results.record import CheckpointFacts, Result
+from msn_eval.results.predictions import CheckpointPredictions, by_protocol, protocol_title, read_checkpoint_predictions
+from msn_eval.results.record import CheckpointInfo, Result
 from msn_eval.results.statistics import (
     POWER,
     Integers,
@@ -89,7 +89,7 @@ class GateReport:
     power: float
     baseline_name: str
     baseline_sha256: str
-    checkpoint: CheckpointFacts | None
+    checkpoint: CheckpointInfo | None
     protocols: tuple[ProtocolVerdict, ...]
 
 
@@ -98,13 +98,13 @@ class _Comparable:
     """A protocol of which there is something to compare."""
 
     entry: BaselineProtocol
-    answers: Answers
+    answers: CheckpointPredictions
 
 
 def check_margin(margin: float) -> float:
     """Give the margin back. Raises UsageError for one that is no share of the images."""
     if not (math.isfinite(margin) and 0 <= margin < 1):
-        raise UsageError(f"--margin {margin:g}: out of range", remedy="Give a fraction of 1: 0.01 is one point.")
+        raise UsageError(f"--margin {margin:g}: out of range", hint="Give a fraction of 1: 0.01 is one point.")
     return margin
 
 
@@ -128,7 +128,7 @@ def check_results(
         try:
             if entry.protocol_id not in groups:
                 raise ComparisonError(_missing(entry, extra))
-            answers = read_answers(groups[entry.protocol_id], folders)
+            answers = read_checkpoint_predictions(groups[entry.protocol_id], folders)
             _check_comparable(entry, answers)
         except ComparisonError as error:
             refused.append(_refusal(entry.protocol_id, entry.title, str(error)))
@@ -167,7 +167,7 @@ def _missing(entry: BaselineProtocol, extra: Mapping[str, Result]) -> str:
     return f"another protocol was measured: {'; '.join(fields)}"
 
 
-def _check_comparable(entry: BaselineProtocol, answers: Answers) -> None:
+def _check_comparable(entry: BaselineProtocol, answers: CheckpointPredictions) -> None:
     """Raise ComparisonError where results under one protocol are still not of the same images and labels."""
     first = answers.first
     if first.protocol.get("limit") is not None:

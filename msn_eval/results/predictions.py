@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from msn_eval.errors import ComparisonError, StoreError, UsageError, nearest, printable
+from msn_eval.errors import ComparisonError, StoreError, UsageError, did_you_mean, printable
 from msn_eval.results.record import Predictions, Result, read_predictions
 from msn_eval.results.statistics import Integers, count_right, measure
 
@@ -25,7 +25,7 @@ Network = tuple[str, str | None]  # the hash of the weights, and which network o
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answers:
+class CheckpointPredictions:
     """The draws of one checkpoint under one protocol.
 
     results:    a record a draw, by rising draw, none failed
@@ -69,10 +69,10 @@ class Answers:
         lines = (name + b"\t%d\n" % label for name, label in zip(self.image.tolist(), self.label.tolist(), strict=True))
         return hashlib.sha256(b"".join(lines)).hexdigest()
 
-    def only(self, draws: Iterable[int]) -> "Answers":
+    def only(self, draws: Iterable[int]) -> "CheckpointPredictions":
         """Give the answers of some of the draws."""
         kept = [place for place, draw in enumerate(self.draws) if draw in set(draws)]
-        return Answers(
+        return CheckpointPredictions(
             results=tuple(self.results[place] for place in kept),
             image=self.image,
             label=self.label,
@@ -112,10 +112,10 @@ def results_of_one_checkpoint(results: Sequence[Result], *, name: str | None, wh
     if name is None:
         problem = f"holds results of {len(found)} checkpoints, and one is needed: {', '.join(names)}"
     elif not fitting:
-        problem = f"holds no results of a checkpoint {name!r}.{nearest(name, known)} Here are: {', '.join(names)}"
+        problem = f"holds no results of a checkpoint {name!r}.{did_you_mean(name, known)} Here are: {', '.join(names)}"
     else:
         problem = f"holds results of {len(fitting)} checkpoints that are called {name!r}: {', '.join(names)}"
-    raise UsageError(problem, where=where, remedy="Name one by its name or the first digits of its hash.")
+    raise UsageError(problem, where=where, hint="Name one by its name or the first digits of its hash.")
 
 
 def _is_called(group: Sequence[Result], name: str) -> bool:
@@ -132,7 +132,7 @@ def by_protocol(results: Iterable[Result]) -> dict[str, list[Result]]:
     return dict(groups)
 
 
-def read_answers(results: Sequence[Result], folders: Sequence[Path]) -> Answers:
+def read_checkpoint_predictions(results: Sequence[Result], folders: Sequence[Path]) -> CheckpointPredictions:
     """Read the predictions of one checkpoint's draws under one protocol.
 
     results: at least one, by rising draw
@@ -147,7 +147,7 @@ def read_answers(results: Sequence[Result], folders: Sequence[Path]) -> Answers:
         same = np.array_equal(predictions.image, found[0].image) and np.array_equal(predictions.label, found[0].label)
         if not same:
             raise ComparisonError(f"draw {result.split.draw} has other test images than draw {draws[0]}")
-    return Answers(
+    return CheckpointPredictions(
         results=tuple(results),
         image=found[0].image,
         label=found[0].label,
@@ -196,7 +196,7 @@ def _problem(result: Result, predictions: Predictions) -> str:
     return ""
 
 
-def class_names(answers: Answers) -> dict[int, str]:
+def class_names(answers: CheckpointPredictions) -> dict[int, str]:
     """Give the classes that have test images by index, named by their images' ids (`CLASS/FILE`)."""
     labels, places = np.unique(answers.label, return_index=True)
     names = (os.fsdecode(answers.image[place]).rpartition("/")[0] for place in places)

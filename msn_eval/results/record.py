@@ -32,7 +32,7 @@ Status = Literal["ok", "not_converged", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointFacts:
+class CheckpointInfo:
     """What was evaluated; the fields are those of Checkpoint.
 
     allow_missing: the patterns by which weights were allowed to be absent, where some were
@@ -52,7 +52,7 @@ class CheckpointFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataFacts:
+class DataInfo:
     """The validation images that were scored. sha256: over `id TAB sha256(file bytes)` lines in order."""
 
     name: str
@@ -64,7 +64,7 @@ class DataFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitFacts:
+class SplitInfo:
     """The labelled images of one draw.
 
     overlap: validation images that are also among them, byte for byte; None in records written before it was counted
@@ -78,7 +78,7 @@ class SplitFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformFacts:
+class TransformInfo:
     """How pixels were made. Sizes in pixels; mean and std on the [0, 1] scale."""
 
     resize: int
@@ -89,7 +89,7 @@ class TransformFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureFacts:
+class FeatureInfo:
     """Which vectors were used.
 
     degenerate: what is wrong with those of an evaluation in all, such as a collapsed representation; None where nothing is known
@@ -99,12 +99,12 @@ class FeatureFacts:
     dim: int | None
     precision: str
     decoder: str
-    transform: TransformFacts
+    transform: TransformInfo
     degenerate: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeFacts:
+class ProbeInfo:
     """The probe, one setting of it, how its fit came out, and what it chose from the labelled images."""
 
     name: str
@@ -119,7 +119,7 @@ class ProbeFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimingFacts:
+class TimingInfo:
     """Seconds. `extract` is that of the pass that this result shares with others.
 
     images_per_second:          of that pass, None where every feature was in the cache
@@ -135,7 +135,7 @@ class TimingFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EnvironmentFacts:
+class EnvironmentInfo:
     """What the numbers were computed with."""
 
     package: str
@@ -157,14 +157,14 @@ class Result:
     created: str
     protocol_id: str
     protocol: Mapping[str, object]
-    checkpoint: CheckpointFacts
-    data: DataFacts
-    split: SplitFacts
-    features: FeatureFacts
-    probe: ProbeFacts
+    checkpoint: CheckpointInfo
+    data: DataInfo
+    split: SplitInfo
+    features: FeatureInfo
+    probe: ProbeInfo
     metrics: Metrics | None
-    timing_s: TimingFacts
-    environment: EnvironmentFacts
+    timing_s: TimingInfo
+    environment: EnvironmentInfo
     predictions: str | None
 
     def __post_init__(self) -> None:
@@ -259,12 +259,12 @@ def parse_result(text: bytes, path: Path) -> Result:
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise unreadable_result(path, f"{error}") from error
     except StoreError as error:
-        raise StoreError(error.what, where=error.where or str(path), remedy=error.remedy or MOVE_AWAY) from error
+        raise StoreError(error.what, where=error.where or str(path), hint=error.hint or MOVE_AWAY) from error
 
 
 def unreadable_result(path: Path, reason: str) -> StoreError:
     """Give the error that says of a file why it is no record."""
-    return StoreError(f"is no readable result: {reason}", where=str(path), remedy=MOVE_AWAY)
+    return StoreError(f"is no readable result: {reason}", where=str(path), hint=MOVE_AWAY)
 
 
 def _wrong_schema(path: Path, schema: object) -> StoreError:
@@ -272,7 +272,7 @@ def _wrong_schema(path: Path, schema: object) -> StoreError:
     return StoreError(
         f"is a record of schema {schema!r}, this version of msn-eval reads {SCHEMA}",
         where=str(path),
-        remedy="Update msn-eval." if newer else "No version wrote such a record; move it away.",
+        hint="Update msn-eval." if newer else "No version wrote such a record; move it away.",
     )
 
 
@@ -293,12 +293,12 @@ def read_predictions(path: Path) -> Predictions:
         raise StoreError(f"are no readable predictions: {error}", where=str(path)) from error
 
 
-def describe_environment(device: "torch.device", *, batch_size: int, seed: int) -> EnvironmentFacts:
+def describe_environment(device: "torch.device", *, batch_size: int, seed: int) -> EnvironmentInfo:
     """Give what a record states of its surroundings."""
     import torch
 
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    return EnvironmentFacts(
+    return EnvironmentInfo(
         package=__version__,
         git=_commit(),
         python=platform.python_version(),

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Literal
 
 from msn_eval.config.recipes import Params
-from msn_eval.errors import UsageError, nearest
+from msn_eval.errors import UsageError, did_you_mean
 from msn_eval.results.published import PublishedNumber, published_file, read_published
 from msn_eval.results.record import Result
 
@@ -169,10 +169,8 @@ def find_reproductions(name: str) -> tuple[Reproduction, ...]:
     known = list_reproductions()
     found = tuple(one for one in known if name in (one.name, one.network.name))
     if not found:
-        hint = nearest(name, [*(one.name for one in known), *(network.name for network in NETWORKS)])
-        raise UsageError(
-            f"no published number is called so.{hint}", where=name, remedy="See msn-eval reproduce --list."
-        )
+        hint = did_you_mean(name, [*(one.name for one in known), *(network.name for network in NETWORKS)])
+        raise UsageError(f"no published number is called so.{hint}", where=name, hint="See msn-eval reproduce --list.")
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
 from msn_eval.config.reference_yaml import is_reference, network_of, read_keys
-from msn_eval.errors import UsageError, nearest
+from msn_eval.errors import UsageError, did_you_mean
 from msn_pretrain.config.recipe import MSNRecipe, SimSiamRecipe
 
 _Recipe = TypeVar("_Recipe", MSNRecipe, SimSiamRecipe)
@@ -34,9 +34,9 @@ def read_recipe(file: Path, *, overrides: Iterable[str] = (), world_size: int = 
     method = next((layer["method"] for _, layer in reversed(layers) if "method" in layer), "msn")
     if method not in ("msn", "simsiam"):
         raise UsageError(
-            f"method {method!r}.{nearest(str(method), ('msn', 'simsiam'))}",
+            f"method {method!r}.{did_you_mean(str(method), ('msn', 'simsiam'))}",
             where=str(file),
-            remedy="Known: msn, simsiam.",
+            hint="Known: msn, simsiam.",
         )
     return _built(MSNRecipe, layers) if method == "msn" else _built(SimSiamRecipe, layers)
 
@@ -61,11 +61,11 @@ def _built(kind: type[_Recipe], layers: Iterable[tuple[str, Mapping[str, object]
                 OmegaConf.update(config, key, value, force_add=False)
             except OmegaConfBaseException as error:
                 reason = str(error).partition("\n")[0]
-                raise UsageError(f"{key}: {reason}", where=where, remedy="Correct the value.") from error
+                raise UsageError(f"{key}: {reason}", where=where, hint="Correct the value.") from error
         try:
             recipe = cast(_Recipe, OmegaConf.to_object(config))
         except UsageError as error:
-            raise UsageError(error.what, where=where, remedy=error.remedy) from None
+            raise UsageError(error.what, where=where, hint=error.hint) from None
     return recipe
 
 
@@ -79,15 +79,15 @@ def _leaves(
         if key not in names:
             known = _all_keys(kind, prefix)
             namesakes = [one for one in known if one.endswith(f".{key}")]
-            close = nearest(namesakes[0] if namesakes else f"{prefix}{key}", known)
+            close = did_you_mean(namesakes[0] if namesakes else f"{prefix}{key}", known)
             raise UsageError(
-                f"unknown key {prefix + key!r}.{close}", where=where, remedy=f"Known here: {', '.join(names)}."
+                f"unknown key {prefix + key!r}.{close}", where=where, hint=f"Known here: {', '.join(names)}."
             )
         inner = types[key]
         if is_dataclass(inner):
             if not isinstance(value, Mapping):
                 raise UsageError(
-                    f"{prefix}{key} is a section, not a value", where=where, remedy=f"Write {key}: and keys below."
+                    f"{prefix}{key} is a section, not a value", where=where, hint=f"Write {key}: and keys below."
                 )
             yield from _leaves(cast(type[object], inner), value, where, f"{prefix}{key}.")
         elif inner is str and isinstance(value, _AsTyped):
@@ -115,12 +115,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except FileNotFoundError:
-        raise UsageError("no such recipe", where=str(file), remedy="configs/pretrain/ has those that ship.") from None
+        raise UsageError("no such recipe", where=str(file), hint="configs/pretrain/ has those that ship.") from None
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise UsageError(f"cannot be read as YAML: {reason}", where=str(file), remedy="Correct the file.") from error
+        raise UsageError(f"cannot be read as YAML: {reason}", where=str(file), hint="Correct the file.") from error
     if not isinstance(content, dict):
-        raise UsageError("is no mapping of keys to values", where=str(file), remedy="Write `key: value` lines.")
+        raise UsageError("is no mapping of keys to values", where=str(file), hint="Write `key: value` lines.")
     return {str(key): value for key, value in content.items()}
 
 
@@ -132,13 +132,13 @@ def _read_override(text: str) -> dict[str, Any]:
 
     key, equals, value = text.partition("=")
     if not (key and equals):
-        raise UsageError(f"{text!r} is not of the form key=value", remedy="Write for example optimization.epochs=10.")
+        raise UsageError(f"{text!r} is not of the form key=value", hint="Write for example optimization.epochs=10.")
     try:
         read: Any = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False))[
             "value"
         ]
     except (YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise UsageError(f"{text!r}: the value is no YAML", remedy="Quote it for the shell.") from error
+        raise UsageError(f"{text!r}: the value is no YAML", hint="Quote it for the shell.") from error
     if isinstance(read, int | float) and not isinstance(read, bool):
         read = _AsTyped(value=read, text=value.strip())
     for part in reversed(key.split(".")):
@@ -227,7 +227,7 @@ def converted(content: Mapping[str, Any], *, world_size: int, where: str) -> dic
     given = read_keys(content, known=_MAPPED, defaults=_DEFAULTS, reader="code", where=where)
     for key, (only, why) in _ONLY.items():
         if given[key] != only:
-            raise UsageError(f"{key}: {given[key]} cannot be mapped: {why}", where=where, remedy=f"Set it to {only}.")
+            raise UsageError(f"{key}: {given[key]} cannot be mapped: {why}", where=where, hint=f"Set it to {only}.")
     network = network_of(str(given["meta.model_name"]), where=where)
     number = _numbers(given, where)
     strength = number("data.color_jitter_strength")
@@ -286,6 +286,6 @@ def _numbers(given: Mapping[str, Any], where: str) -> Callable[[str], float]:
         try:
             return float(given[key])
         except (TypeError, ValueError):
-            raise UsageError(f"{key}: {given[key]!r} is no number", where=where, remedy="Correct the value.") from None
+            raise UsageError(f"{key}: {given[key]!r} is no number", where=where, hint="Correct the value.") from None
 
     return number

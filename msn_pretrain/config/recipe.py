@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from msn_eval.config.yaml_config import check_range
-from msn_eval.errors import UsageError, nearest
+from msn_eval.errors import UsageError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,17 +374,17 @@ class SimSiamRecipe:
         _one_of("method", self.method, ("simsiam",))
         if self.views.random_views != 2 or self.views.focal_views:
             raise UsageError(
-                "views: SimSiam compares two views", remedy="Leave views.random_views=2, views.focal_views=0."
+                "views: SimSiam compares two views", hint="Leave views.random_views=2, views.focal_views=0."
             )
 
 
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise UsageError(f"{key}: {value!r}.{nearest(value, known)}", remedy=f"Known: {', '.join(known)}.")
+        raise UsageError(f"{key}: {value!r}.{did_you_mean(value, known)}", hint=f"Known: {', '.join(known)}.")
 
 
 def _check_pair(key: str, values: Sequence[float]) -> None:
     if len(values) != 2:
         raise UsageError(
-            f"{key}: {list(values)} are not two numbers", remedy="Give a lower and an upper one: [0.3, 1.0]."
+            f"{key}: {list(values)} are not two numbers", hint="Give a lower and an upper one: [0.3, 1.0]."
         )

@@ -41,12 +41,12 @@ class Order:
         if self.batch_size < 1 or self.batch_size > self.n_images:
             raise UsageError(
                 f"a batch of {self.batch_size} from {self.n_images:,} images",
-                remedy="Set optimization.batch_size to at most the number of images.",
+                hint="Set optimization.batch_size to at most the number of images.",
             )
         if self.batch_size % self.world:
             raise UsageError(
                 f"a global batch of {self.batch_size} cannot be shared by {self.world} ranks alike",
-                remedy="Choose an optimization.batch_size that the number of ranks divides.",
+                hint="Choose an optimization.batch_size that the number of ranks divides.",
             )
 
     @property

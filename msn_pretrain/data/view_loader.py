@@ -73,7 +73,7 @@ def load_views(wanted: ViewList, order: Order, *, first_step: int, steps: int, w
         except RuntimeError as error:
             raise ResourceError(
                 f"a loader worker died or hung: {str(error).partition(chr(10))[0]}",
-                remedy="Host memory or /dev/shm may be short: try data.workers=0 or a smaller batch.",
+                hint="Host memory or /dev/shm may be short: try data.workers=0 or a smaller batch.",
                 kept="The last snapshot is kept; the same command goes on from it.",
             ) from error
         if found is None:
@@ -122,7 +122,7 @@ def _decoded(images: ImageSet, number: int) -> Tensor:
         raise DataError(
             f"cannot be read: {error}",
             where=images.source.place(image_id),
-            remedy="Repair or remove the image; `msn-eval data verify DIR` lists all such.",
+            hint="Repair or remove the image; `msn-eval data verify DIR` lists all such.",
         ) from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
 

@@ -62,14 +62,14 @@ class ViewKind:
             raise UsageError(f"{self.count} views of {self.pixels} pixels cannot be made")
         for name, (least, most) in (("scale", self.scale), ("ratio", self.ratio), ("sigma", self.sigma)):
             if not 0 < least <= most:
-                raise UsageError(f"{name} of a view goes from {least} to {most}", remedy="Give a range above 0.")
+                raise UsageError(f"{name} of a view goes from {least} to {most}", hint="Give a range above 0.")
         if self.scale[1] > 1:
-            raise UsageError(f"a crop of {self.scale[1]} of the image's area", remedy="Give a share of at most 1.")
+            raise UsageError(f"a crop of {self.scale[1]} of the image's area", hint="Give a share of at most 1.")
         for name in ("flip", "jitter", "grey", "blur"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name} of a view is {getattr(self, name)}", remedy="Give a probability.")
+                raise UsageError(f"{name} of a view is {getattr(self, name)}", hint="Give a probability.")
         if min(self.amounts) < 0 or self.amounts[HUE] > 0.5:
-            raise UsageError(f"a colour jitter by {self.amounts}", remedy="Give amounts from 0, the hue's up to 0.5.")
+            raise UsageError(f"a colour jitter by {self.amounts}", hint="Give amounts from 0, the hue's up to 0.5.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,7 @@ def join_ranks(device: str, *, environment: Mapping[str, str] | None = None) -> 
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
             f"rank {rank} of {world} does not meet the others: {str(error).partition(chr(10))[0]}",
-            remedy="Check MASTER_ADDR and MASTER_PORT, and that all ranks were started.",
+            hint="Check MASTER_ADDR and MASTER_PORT, and that all ranks were started.",
         ) from error
     try:
         yield Ranks(rank=rank, world=world, device=chosen)
@@ -128,7 +128,7 @@ def agree(ranks: Ranks, facts: Mapping[str, str]) -> None:
         ]
         raise DistributedError(
             f"the ranks differ in {', '.join(differing)}:\n" + "\n".join(lines),
-            remedy="Give all of them the same data, recipe and versions.",
+            hint="Give all of them the same data, recipe and versions.",
         )
 
 
@@ -182,7 +182,7 @@ def run_local_ranks(words: Sequence[str], devices: Sequence[str]) -> int:
     """
     for name in devices:
         if name == "auto":
-            raise UsageError("run.device: auto among several", remedy="Name each: run.device=cuda:0,cuda:1.")
+            raise UsageError("run.device: auto among several", hint="Name each: run.device=cuda:0,cuda:1.")
         choose_device(name)
     environment = os.environ | {
         "WORLD_SIZE": str(len(devices)),
@@ -271,7 +271,7 @@ def check_replicas(ranks: Ranks, tensors: Mapping[str, Tensor], *, step: int) ->
     raise DistributedError(
         f"after step {step} {shown} {'holds' if clear and len(other) == 1 else 'hold'} other weights than "
         f"{'the rest' if clear else 'each other'}: {len(differing)} tensors, {', '.join(differing[:_SHOWN])}",
-        remedy="Hardware that changes numbers on its own does this: leave that machine or GPU out, and start the same command.",
+        hint="Hardware that changes numbers on its own does this: leave that machine or GPU out, and start the same command.",
         kept="The last snapshot is kept; it was written after such a comparison.",
     )
 

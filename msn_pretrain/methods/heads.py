@@ -107,7 +107,7 @@ def share_batch_norm(network: nn.Module) -> nn.Module:
             if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, SharedBatchNorm):
                 raise UsageError(
                     f"{name} is a {type(module).__name__}, which has no form over several ranks here",
-                    remedy="Choose an encoder with plain BatchNorm, such as resnet50, or with LayerNorm.",
+                    hint="Choose an encoder with plain BatchNorm, such as resnet50, or with LayerNorm.",
                 )
             module.__class__ = SharedBatchNorm
     return network

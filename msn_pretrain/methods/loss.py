@@ -138,7 +138,7 @@ def simsiam_loss(p1: Tensor, z2: Tensor, p2: Tensor, z1: Tensor) -> Tensor:
     """
     if not (p1.dim() == 2 and p1.shape == z2.shape == p2.shape == z1.shape):
         shapes = ", ".join(str(tuple(one.shape)) for one in (p1, z2, p2, z1))
-        raise UsageError(f"predictions and projections of shapes {shapes}", remedy="Give four of one shape (b, d).")
+        raise UsageError(f"predictions and projections of shapes {shapes}", hint="Give four of one shape (b, d).")
     with torch.autocast(p1.device.type, enabled=False):
         p1, z2, p2, z1 = (_at_least_single(one) for one in (p1, z2, p2, z1))
         first = functional.cosine_similarity(p1, z2.detach(), dim=1)
@@ -160,12 +160,12 @@ def _check(
     if not fits or not len(targets) or not len(anchors) or len(anchors) % len(targets):
         raise UsageError(
             f"anchors {shapes[0]}, targets {shapes[1]} and prototypes {shapes[2]} do not fit",
-            remedy="Give (views * b, d), (b, d) and (k, d).",
+            hint="Give (views * b, d), (b, d) and (k, d).",
         )
     if not (temperature > 0 and sharpening > 0 and iterations >= 0):
         raise UsageError(
             f"temperature {temperature}, sharpening {sharpening}, {iterations} iterations of Sinkhorn",
-            remedy="Give temperatures and sharpening above 0 and a number of iterations that is not negative.",
+            hint="Give temperatures and sharpening above 0 and a number of iterations that is not negative.",
         )
 
 
@@ -228,7 +228,7 @@ def log_prior(name: str, n_prototypes: int, *, exponent: float = 0.25) -> Tensor
     if name == "power_law":
         order = torch.arange(1, n_prototypes + 1, dtype=torch.float64)
         return (-exponent * order.log()).log_softmax(dim=0)
-    raise UsageError(f"no prior {name!r}", remedy="Known: uniform, power_law.")
+    raise UsageError(f"no prior {name!r}", hint="Known: uniform, power_law.")
 
 
 def _log_mass(log_assignments: Tensor) -> Tensor:

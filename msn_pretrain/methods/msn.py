@@ -131,7 +131,7 @@ class MSN(nn.Module):
         """
         if len(views) < 1 + self.random_views:
             raise UsageError(
-                f"{len(views)} views", remedy=f"Give the target's view and at least {self.random_views} anchors'."
+                f"{len(views)} views", hint=f"Give the target's view and at least {self.random_views} anchors'."
             )
         features, targets = self.targets(views[0])
         loss = self.compared(self.anchors(views[1:], kept), targets, sharpening=sharpening)
@@ -171,7 +171,7 @@ class MSN(nn.Module):
 
     def after_update(self, settings: StepSettings) -> None:
         """Move the target after the anchor."""
-        follow(self.target, self.anchor, share=settings.ema)
+        update_ema(self.target, self.anchor, share=settings.ema)
 
     def clipped_parameters(self) -> Iterator[nn.Parameter]:
         """Give the parameters whose common gradient norm is limited."""
@@ -229,7 +229,7 @@ def _drawn_head(width: int, head: Head, *, n_prototypes: int, seed: int) -> tupl
 
 
 @torch.no_grad()
-def follow(target: nn.Module, anchor: nn.Module, *, share: float) -> None:
+def update_ema(target: nn.Module, anchor: nn.Module, *, share: float) -> None:
     """Move the target's weights: `share` of each stays, the rest comes from the anchor.
 
     Buffers are left alone: as in the release, the target's BatchNorm has statistics of its own.

@@ -37,7 +37,7 @@ class SimSiam(nn.Module):
     def forward(self, views: Sequence[Tensor], kept: Tensor | None = None, *, sharpening: float | None = None) -> Step:
         """Compute the loss of this rank's share of a batch. views: two of (b, 3, S, S); nothing else is used."""
         if len(views) != 2:
-            raise UsageError(f"{len(views)} views", remedy="SimSiam compares two.")
+            raise UsageError(f"{len(views)} views", hint="SimSiam compares two.")
         (features, z1), (_, z2) = (self.projected(view) for view in views)
         total = simsiam_loss(self.predictor(z1), z2, self.predictor(z2), z1)
         return Step(
@@ -73,7 +73,7 @@ def build_simsiam(recipe: SimSiamRecipe) -> SimSiam:
 
     plain = outline_network(name_architecture(recipe.encoder.name))
     if recipe.encoder.stem == "cifar" and not isinstance(plain, ResNet):
-        raise UsageError("encoder.stem: cifar is for residual networks", remedy="Leave encoder.stem=imagenet.")
+        raise UsageError("encoder.stem: cifar is for residual networks", hint="Leave encoder.stem=imagenet.")
     name, drop_path, seed = architecture_of(recipe.encoder), recipe.encoder.drop_path, recipe.run.seed
     keywords = f"{'&' if '?' in name else '?'}drop_path_rate={drop_path}" if drop_path else ""
     network = build_network(name_architecture(name + keywords), seed=seed)

@@ -46,7 +46,7 @@ def build_transformer(
     if not isinstance(network, VisionTransformer) or network.cls_token is None or network.pos_embed is None:
         raise UsageError(
             f"encoder.name: {name} is no Vision Transformer with class token and learned positions",
-            remedy="Choose for example vit_small_patch16_224.",
+            hint="Choose for example vit_small_patch16_224.",
         )
     if first_weights == "release":
         draw_weights(network, seed=seed)
@@ -143,7 +143,7 @@ class MaskedTransformer(nn.Module):
         if pixels < self.patch_pixels:
             raise UsageError(
                 f"views of {pixels} pixels are smaller than a patch of {self.patch_pixels}",
-                remedy="Raise views.image_pixels or views.focal_pixels.",
+                hint="Raise views.image_pixels or views.focal_pixels.",
             )
         if pixels % self.patch_pixels:
             _log.warning(
@@ -177,7 +177,7 @@ def kept_count(n_patches: int, ratio: float) -> int:
     if not kept:
         raise UsageError(
             f"a view of {n_patches} patches of which a share of {ratio} is dropped keeps none",
-            remedy="Drop a smaller share: masking.ratio=0.15.",
+            hint="Drop a smaller share: masking.ratio=0.15.",
         )
     return kept
 

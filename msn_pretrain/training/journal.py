@@ -67,7 +67,7 @@ class Journal:
             self.board.flush()
         except OSError as error:
             raise StoreError(
-                f"cannot be written: {error.strerror}", where=METRICS, remedy="Free space on that disk."
+                f"cannot be written: {error.strerror}", where=METRICS, hint="Free space on that disk."
             ) from error
 
 
@@ -179,14 +179,14 @@ def raised(watched: Watched) -> NumericalError | None:
     if watched.bad_steps >= _MOST_BAD_STEPS:
         return NumericalError(
             f"loss or gradient was not finite in {watched.bad_steps} steps in a row",
-            remedy="The images of those steps are listed in alarms/ of the run. Train with a smaller learning rate, or in "
+            hint="The images of those steps are listed in alarms/ of the run. Train with a smaller learning rate, or in "
             "run.precision=fp32.",
             kept="No weights were changed by those steps; the last snapshot is kept.",
         )
     if watched.collapsed_lines >= COLLAPSED_LINES:
         return NumericalError(
             f"the representation has collapsed: all images have looked alike in {watched.collapsed_lines} lines in a row",
-            remedy="metrics.jsonl has feature_spread, output_spread and feature_rank. Change the recipe; "
+            hint="metrics.jsonl has feature_spread, output_spread and feature_rank. Change the recipe; "
             "watch.on_alarm=warn goes on regardless.",
             kept="Snapshots are kept.",
         )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from msn_eval.checkpoints.run_folder import EVAL
-from msn_eval.config.request import Request
+from msn_eval.config.request import EvaluationConfig
 from msn_eval.errors import CheckpointError, DataError, NumericalError, UsageError
 from msn_eval.evaluation.evaluate import evaluate_checkpoint
 from msn_eval.evaluation.plan import make_plan
@@ -29,7 +29,7 @@ def measure(run: Path, recipe: Recipe, device: torch.device) -> list[Result]:
     Global generators are left where they stand. What cannot be measured is told in the log: training goes on.
     """
     watch = recipe.watch
-    request = Request(
+    request = EvaluationConfig(
         checkpoint=[str(run)],
         data=watch.probe_data or recipe.data.root,
         subset=[watch.subset],

@@ -19,7 +19,7 @@ from torch import nn
 
 from msn_eval.checkpoints.checkpoint import weights_sha256
 from msn_eval.checkpoints.run_folder import CHECKPOINTS, CONFIG, newest_snapshot, read_manifest
-from msn_eval.config.request import Request
+from msn_eval.config.request import EvaluationConfig
 from msn_eval.data import DATASETS, read_split
 from msn_eval.data.images import ImageSet
 from msn_eval.errors import DistributedError, UsageError
@@ -142,10 +142,10 @@ def training_images(recipe: Recipe) -> ImageSet:
     """Read the training images of a recipe. Raises UsageError where it names none, DataError where they cannot be read."""
     if not recipe.data.root:
         choices = "; ".join(f"{name}: {what}" for name, what in DATASETS.items())
-        raise UsageError("data.root is not given", remedy=f"Add data.root=X, X being one of\n{choices}")
-    memory = cache_folder(Request())
-    prepare_folder(memory, option="cache")
-    images = read_split(recipe.data.root, "train", memory=memory)
+        raise UsageError("data.root is not given", hint=f"Add data.root=X, X being one of\n{choices}")
+    cache_dir = cache_folder(EvaluationConfig())
+    prepare_folder(cache_dir, option="cache")
+    images = read_split(recipe.data.root, "train", cache_dir=cache_dir)
     return images.first_of_each_class(recipe.data.limit) if recipe.data.limit else images
 
 
@@ -191,7 +191,7 @@ def open_run(recipe: Recipe, images: ImageSet, *, allowed: Sequence[str] = ()) -
         raise UsageError(
             "data: the training images are others than those that this run began with",
             where=str(run),
-            remedy=f"Restore them, or go on with --allow-config-change {DATA}.",
+            hint=f"Restore them, or go on with --allow-config-change {DATA}.",
         )
     write_atomically(known, recipe_as_yaml(recipe).encode())
     return None if found is None else found.folder
@@ -201,7 +201,7 @@ def _check_unchanged(before: Recipe, now: Recipe, allowed: Sequence[str], *, whe
     old, new = flat(asdict(before)), flat(asdict(now))
     unknown = [key for key in allowed if key not in old.keys() | new.keys() | {DATA}]
     if unknown:
-        raise UsageError(f"--allow-config-change {unknown[0]}: no such key", remedy="Name it as section.key.")
+        raise UsageError(f"--allow-config-change {unknown[0]}: no such key", hint="Name it as section.key.")
     changed = [
         key
         for key in dict.fromkeys([*old, *new])
@@ -212,7 +212,7 @@ def _check_unchanged(before: Recipe, now: Recipe, allowed: Sequence[str], *, whe
         raise UsageError(
             f"the recipe differs from the one that this folder was trained with:{lines}",
             where=where,
-            remedy="Give another run.dir; or go on regardless with "
+            hint="Give another run.dir; or go on regardless with "
             + " ".join(f"--allow-config-change {key}" for key in changed),
         )
 
@@ -270,7 +270,7 @@ def locked(run: Path) -> Iterator[None]:
                 raise DistributedError(
                     f"is being trained in by {_holder(run / _NAME)}",
                     where=str(run),
-                    remedy="Wait for it or end it, or give another run.dir.",
+                    hint="Wait for it or end it, or give another run.dir.",
                 ) from error
             _log.warning("%s: this disk has no locks (%s); start no second job there", run, error.strerror)
         file.seek(0)

@@ -106,7 +106,7 @@ def write_snapshot(
         raise StoreError(
             f"could not write a snapshot: {error}",
             where=str(folder),
-            remedy="Free space, or go on from the older ones in another folder.",
+            hint="Free space, or go on from the older ones in another folder.",
             kept="Older snapshots are as they were.",
         ) from error
     return written
@@ -186,7 +186,7 @@ def read_snapshot(files: SnapshotFiles) -> Snapshot:
         raise CheckpointError(
             f"cannot be read: {str(error).partition(chr(10))[0]}",
             where=str(files.state),
-            remedy="Remove its folder, so that the one before is taken.",
+            hint="Remove its folder, so that the one before is taken.",
         ) from error
 
 
@@ -224,7 +224,7 @@ def check_finite(snapshot: Snapshot) -> None:
     if bad:
         raise NumericalError(
             f"{len(bad)} tensors are not finite after step {snapshot.step} ({', '.join(bad[:_SHOWN])})",
-            remedy="Train with a smaller learning rate from the last snapshot.",
+            hint="Train with a smaller learning rate from the last snapshot.",
             kept="No snapshot was written; the older ones are as they were.",
         )
 

@@ -391,6 +391,6 @@ def _lost_ranks_named(ranks: Ranks) -> Iterator[None]:
             raise
         raise DistributedError(
             f"rank {ranks.rank} has lost another rank: {text.partition(chr(10))[0][:300]}",
-            remedy="See what the other ranks say.",
+            hint="See what the other ranks say.",
             kept="The last snapshot is kept; the same command goes on from it.",
         ) from error

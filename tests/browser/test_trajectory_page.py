@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from msn_eval.monitor.alarms import find_alarms
-from msn_eval.monitor.snapshot_features import Look, Seen
-from msn_eval.monitor.trajectory import Point, RunFacts, Trajectory
+from msn_eval.monitor.snapshot_features import Seen, SnapshotFeatures
+from msn_eval.monitor.trajectory import Point, RunInfo, Trajectory
 from msn_eval.reports.html.trajectory import render_page, sheet_of
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -27,11 +27,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     seen = Seen(data_sha256="d", tap="cls-norm", precision="exact")
     looks = [
-        Look(step=step, epoch=step // 100, created="", sha256="", weights_sha256=str(step), seen=seen, images=30,
+        SnapshotFeatures(step=step, epoch=step // 100, created="", sha256="", weights_sha256=str(step), seen=seen, images=30,
              feature_rank=math.log(step), feature_spread=0.5, problem=_NAME if step == 2000 else "")
         for step in (500, 1000, 2000)
     ]  # fmt: skip
-    facts = RunFacts(
+    facts = RunInfo(
         name=_NAME, method="msn", data="digits", subset="5imgs", epochs=20, warmup_epochs=1.0, prototypes=64
     )
     trajectory = Trajectory(

@@ -18,8 +18,8 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 
 from msn_eval.monitor.alarms import Alarm
-from msn_eval.monitor.snapshot_features import Look, Seen
-from msn_eval.monitor.trajectory import Point, RunFacts, Trajectory
+from msn_eval.monitor.snapshot_features import Seen, SnapshotFeatures
+from msn_eval.monitor.trajectory import Point, RunInfo, Trajectory
 from msn_eval.reports.html.leaderboard import render_html
 from msn_eval.reports.html.trajectory import render_page, sheet_of
 from msn_eval.results.folder import ResultScan
@@ -140,14 +140,12 @@ def _page_named(name: str) -> str:
 def _run_named(name: str) -> str:
     """Give the page of a run in which everything that has a name has this one."""
     seen = Seen(data_sha256="d", tap="cls-norm", precision="exact")
-    look = Look(
+    look = SnapshotFeatures(
         step=5, epoch=1, created="", sha256="", weights_sha256="w", seen=seen, images=9, feature_rank=2.0,
         feature_spread=0.5, problem=f"problem {name}",
     )  # fmt: skip
     trajectory = Trajectory(
-        facts=RunFacts(
-            name=name, method=f"msn {name}", data=None, subset=None, epochs=2, warmup_epochs=0, prototypes=8
-        ),
+        facts=RunInfo(name=name, method=f"msn {name}", data=None, subset=None, epochs=2, warmup_epochs=0, prototypes=8),
         steps_an_epoch=5,
         lines=({"step": 1.0, "epoch": 0.0, "loss": 1.0}, {"step": 9.0, "epoch": 1.0, "loss": None}),
         points=(Point(step=5, epoch=1, look=look, results=tuple(names().records_named(name))),),

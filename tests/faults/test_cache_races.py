@@ -60,11 +60,11 @@ class Account:
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Path]:
     """Give a folder in memory where there is one: at a disk processes wait, and meet less often."""
-    memory = Path("/dev/shm")
-    if not memory.is_dir():
+    cache_dir = Path("/dev/shm")
+    if not cache_dir.is_dir():
         yield tmp_path
         return
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
+    with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
         yield Path(folder)
 
 

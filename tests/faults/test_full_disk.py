@@ -282,11 +282,11 @@ def test_memory_of_hashes_is_whole_or_as_it_was_on_a_disk_that_refuses(
         source: Any = Pictures(tmp_path)
         return ImageSet(ids=ids, labels=(0,) * len(ids), classes=("any",), source=source)
 
-    hash_images(images("a"), memory=tmp_path)
+    hash_images(images("a"), cache_dir=tmp_path)
     before = everything_in(tmp_path)
     for size in range(0, 400, 20):
         with largest_file(size):
-            hash_images(images("a", "b"), memory=tmp_path)  # it would only save time
+            hash_images(images("a", "b"), cache_dir=tmp_path)  # it would only save time
         if everything_in(tmp_path) != before:
             break
     assert 100 < size < 380

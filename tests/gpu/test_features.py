@@ -52,7 +52,7 @@ def run(
     photographs: Path, cache: Path | None, *, encoder: Encoder | None = None, loading: Loading = HERE
 ) -> Extraction:
     images = read_split(str(photographs), "val")
-    hashes = hash_images(images, memory=None)
+    hashes = hash_images(images, cache_dir=None)
     chosen = encoder or load_encoder(DEEP, device="cuda", precision="fp32")
     return extract_features(chosen, images, taps=["cls"], hashes=hashes, loading=loading, cache=cache)
 

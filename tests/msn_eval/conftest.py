@@ -15,16 +15,16 @@ from torch import Tensor
 
 from msn_eval.data.images import ImageSet, Stamp, decode_image
 from msn_eval.results.record import (
-    CheckpointFacts,
-    DataFacts,
-    EnvironmentFacts,
-    FeatureFacts,
+    CheckpointInfo,
+    DataInfo,
+    EnvironmentInfo,
+    FeatureInfo,
     Predictions,
-    ProbeFacts,
+    ProbeInfo,
     Result,
-    SplitFacts,
-    TimingFacts,
-    TransformFacts,
+    SplitInfo,
+    TimingInfo,
+    TransformInfo,
     protocol_id,
     result_id,
     write_result,
@@ -244,25 +244,25 @@ def _record(name: str, weights: str, protocol: dict[str, object], draw: int, ran
         created="2026-01-31T12:00:00Z",
         protocol_id=key,
         protocol=protocol,
-        checkpoint=CheckpointFacts(
+        checkpoint=CheckpointInfo(
             name=name, path=name, sha256=None, weights_sha256=weights, format="timm", key=None, arch="vit", params=9,
             matched=1.0, epoch=None,
         ),
-        data=DataFacts(
+        data=DataInfo(
             name="insects", sha256="d" * 64, class_map_sha256="c" * 64, classes=3, val_images=len(rank), skipped=0
         ),
-        split=SplitFacts(subset="5imgs", draw=draw, images=15, sha256=f"{draw}" * 64, overlap=0),
-        features=FeatureFacts(
+        split=SplitInfo(subset="5imgs", draw=draw, images=15, sha256=f"{draw}" * 64, overlap=0),
+        features=FeatureInfo(
             tap="cls", dim=4, precision="fp32", decoder="pillow 13.0",
-            transform=TransformFacts(resize=256, crop=224, interpolation="bilinear", mean=(0.5,), std=(0.5,)),
+            transform=TransformInfo(resize=256, crop=224, interpolation="bilinear", mean=(0.5,), std=(0.5,)),
         ),
-        probe=ProbeFacts(
+        probe=ProbeInfo(
             name="knn", version=1, params=params, solver=None, converged=None, certificate=None, objective=None,
             iterations=None,
         ),
         metrics=measure(rank),
-        timing_s=TimingFacts(extract=0.0, probe=0.0, total=0.0),
-        environment=EnvironmentFacts(
+        timing_s=TimingInfo(extract=0.0, probe=0.0, total=0.0),
+        environment=EnvironmentInfo(
             package="0.1", git=None, python="3.11", torch="2.14", device="cpu", batch_size=1, seed=0
         ),
         predictions=f"{identity}.npz",

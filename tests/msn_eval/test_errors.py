@@ -16,7 +16,7 @@ from msn_eval.errors import (
     ResourceError,
     StoreError,
     UsageError,
-    nearest,
+    did_you_mean,
     printable,
 )
 
@@ -54,7 +54,7 @@ def _entry(line: str) -> list[str]:
 
 
 def test_text_says_where_what_the_remedy_and_what_was_kept() -> None:
-    error = DataError("is empty", where="data/val", remedy="Fill it.", kept="Results are kept.")
+    error = DataError("is empty", where="data/val", hint="Fill it.", kept="Results are kept.")
     assert str(error) == "data/val: is empty\nFill it.\nResults are kept."
 
 
@@ -63,7 +63,7 @@ def test_text_without_place_or_remedy_is_what_was_wrong() -> None:
 
 
 def test_error_survives_the_way_from_a_worker_process() -> None:
-    error = pickle.loads(pickle.dumps(DataError("is empty", where="val", remedy="Fill it.", kept="All.")))
+    error = pickle.loads(pickle.dumps(DataError("is empty", where="val", hint="Fill it.", kept="All.")))
     assert (type(error), str(error)) == (DataError, "val: is empty\nFill it.\nAll.")
 
 
@@ -108,4 +108,4 @@ def test_no_text_whatever_controls_the_terminal(text: str) -> None:
     ("name", "hint"), [("logstic", " Did you mean logistic?"), ("KNN", ""), ("", ""), ("something else", "")]
 )
 def test_nearest_name_is_offered_where_one_is_near(name: str, hint: str) -> None:
-    assert nearest(name, ["logistic", "knn", "ncm"]) == hint
+    assert did_you_mean(name, ["logistic", "knn", "ncm"]) == hint

@@ -53,7 +53,7 @@ class Outline:
                     yield values.as_strided(tensor.shape, tensor.stride()).reshape(-1)
         except OSError as error:
             raise CheckpointError(
-                f"cannot be read: {error.strerror or error}", where=where, remedy="Check the path and its permissions."
+                f"cannot be read: {error.strerror or error}", where=where, hint="Check the path and its permissions."
             ) from error
 
 
@@ -72,7 +72,7 @@ def check_unchanged(before: os.stat_result, *after: os.stat_result, where: str) 
 
 
 def _changed(where: str) -> CheckpointError:
-    return CheckpointError("changed while it was being read", where=where, remedy="Wait until it is written in full.")
+    return CheckpointError("changed while it was being read", where=where, hint="Wait until it is written in full.")
 
 
 def make_outline(plan: object, starts: Mapping[str, int]) -> tuple[object, dict[int, int]]:
@@ -146,7 +146,7 @@ def plain_content(
     Raises CheckpointError where `loaded` is no mapping, has no end, or holds a tensor that is more than its bytes.
     """
     if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"holds a {type(loaded).__name__}, not a state dict", where=where, remedy=_SAVE_PLAINLY)
+        raise CheckpointError(f"holds a {type(loaded).__name__}, not a state dict", where=where, hint=_SAVE_PLAINLY)
     content: dict[str, Content] = {}
     distinct: set[tuple[object, ...]] = set()
     waiting: list[tuple[Mapping[object, object], dict[str, Content], int]] = [(loaded, content, 1)]
@@ -203,7 +203,7 @@ def _not_dense(what: str, name: str, where: str) -> CheckpointError:
     return CheckpointError(
         f"holds tensor {name!r:.80}, which is {what}",
         where=where,
-        remedy="Only dense tensors are read; save it with .to_dense().",
+        hint="Only dense tensors are read; save it with .to_dense().",
     )
 
 
@@ -211,7 +211,7 @@ def _expanded(what: str, where: str) -> CheckpointError:
     return CheckpointError(
         f"holds {what}",
         where=where,
-        remedy="Expanded tensors are refused; where it was made, save them with .contiguous().",
+        hint="Expanded tensors are refused; where it was made, save them with .contiguous().",
     )
 
 
@@ -219,5 +219,5 @@ def _endless(where: str) -> CheckpointError:
     return CheckpointError(
         f"holds more than {_MOST_NODES:,} values, or values nested more than {_DEEPEST} deep",
         where=where,
-        remedy=_SAVE_PLAINLY,
+        hint=_SAVE_PLAINLY,
     )

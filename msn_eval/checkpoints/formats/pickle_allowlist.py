@@ -50,7 +50,7 @@ def operations(stream: BinaryIO, *, where: str) -> Iterator[tuple[pickletools.Op
                 raise CheckpointError(
                     f"holds a pickle of more than {MOST_OPCODES:,} operations",
                     where=where,
-                    remedy="Save the state dict alone, best as .safetensors.",
+                    hint="Save the state dict alone, best as .safetensors.",
                 )
             yield opcode, argument
     except (ValueError, OverflowError) as error:  # what genops says of junk, UnicodeDecodeError included
@@ -94,7 +94,7 @@ def damaged_pickle(reason: str, where: str) -> CheckpointError:
     return CheckpointError(
         f"cannot be read in full, its pickle is damaged: {reason}",
         where=where,
-        remedy="The file is damaged, truncated or of another kind; fetch it again.",
+        hint="The file is damaged, truncated or of another kind; fetch it again.",
     )
 
 
@@ -103,7 +103,7 @@ def too_large(where: str) -> CheckpointError:
     return CheckpointError(
         f"holds a pickle of more than {MOST_PICKLE_BYTES:,} bytes beside its tensors",
         where=where,
-        remedy="Save the state dict alone, best as .safetensors.",
+        hint="Save the state dict alone, best as .safetensors.",
     )
 
 
@@ -235,13 +235,13 @@ def check_names(scan: PickleScan, *, sha256: str, where: str) -> None:
     left_out = f"\n  left out while loading: {_listed(vetted)}" if vetted else ""
     found = f"holds more than tensors and plain values:\n  found: {_listed(strange)}{left_out}\n  sha256: {sha256}"
     if all(any(part in name for part in _NOT_DENSE) and name.startswith("torch.") for name in strange):
-        remedy = "Only dense tensors are read. Where it was made, save `{name: tensor.to_dense()}` as .safetensors."
+        hint = "Only dense tensors are read. Where it was made, save `{name: tensor.to_dense()}` as .safetensors."
     else:
-        remedy = (
+        hint = (
             "Loading it could run code from the file, so it is refused. Open it where it was made, or in a sandbox without "
             "network if its origin is not yours, and save the state dict alone, best as .safetensors."
         )
-    raise CheckpointError(found, where=where, remedy=remedy)
+    raise CheckpointError(found, where=where, hint=hint)
 
 
 def _listed(names: list[str] | tuple[str, ...]) -> str:

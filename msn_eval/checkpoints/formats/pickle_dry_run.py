@@ -190,7 +190,7 @@ def _set_items(items: list[object], target: object, where: str) -> None:
         raise CheckpointError(
             "holds a collections.defaultdict with items",
             where=where,
-            remedy="Turn it into a plain dict where it was made, `dict(it)`, and save that, best as .safetensors.",
+            hint="Turn it into a plain dict where it was made, `dict(it)`, and save that, best as .safetensors.",
         )
     if not isinstance(target, Made) or target.kind not in _WITH_ITEMS:
         raise _beyond("puts items into something that is no dict", where)
@@ -361,7 +361,7 @@ def _other_writer(operation: str, protocol: int, where: str) -> CheckpointError:
     return CheckpointError(
         f"{what} (pickle operation {operation})",
         where=where,
-        remedy="Save the state dict with torch.save's default protocol, or better as .safetensors.",
+        hint="Save the state dict with torch.save's default protocol, or better as .safetensors.",
     )
 
 
@@ -369,5 +369,5 @@ def _beyond(what: str, where: str) -> CheckpointError:
     return CheckpointError(
         f"{what}; it is damaged, or made to do harm",
         where=where,
-        remedy="Fetch it again, from where it was published. " + _SAVE_PLAINLY,
+        hint="Fetch it again, from where it was published. " + _SAVE_PLAINLY,
     )

@@ -74,9 +74,9 @@ def sniff_container(head: bytes) -> Container | tuple[str, str]:
         return _pointer(head), "Run `git lfs pull` where it came from."
     if _is_tar(head):
         return "a tar archive", "Unpack it first; a PyTorch checkpoint named .pth.tar is no tar archive."
-    for magic, what, remedy in _NOT_WEIGHTS:
+    for magic, what, hint in _NOT_WEIGHTS:
         if head.startswith(magic):
-            return what, remedy
+            return what, hint
     return _known_container(head) or _unknown(head)
 
 
@@ -227,8 +227,8 @@ def _checked(path: Path, where: str) -> Iterator[tuple[BinaryIO, int, _Checked]]
                 starts = {span.name: span.start for span in spans}
                 sha256 = _sha256(file, (), where)
                 checked = _Checked(sha256=sha256, container=container, notes=(), plan=spans, starts=starts)
-            case what, remedy:
-                raise CheckpointError(what, where=where, remedy=remedy)
+            case what, hint:
+                raise CheckpointError(what, where=where, hint=hint)
         yield file, size, checked
         check_unchanged(before, os.fstat(file.fileno()), path.stat(), where=where)
 
@@ -246,28 +246,26 @@ def _opened(path: Path, where: str) -> Iterator[BinaryIO]:
         raise CheckpointError(
             "no such checkpoint file",
             where=where,
-            remedy="Give a file, or one of the schemes that `msn-eval ls checkpoints` lists.",
+            hint="Give a file, or one of the schemes that `msn-eval ls checkpoints` lists.",
         ) from None
     except OSError as error:
         raise CheckpointError(
-            f"cannot be read: {error.strerror or error}", where=where, remedy="Check the path and its permissions."
+            f"cannot be read: {error.strerror or error}", where=where, hint="Check the path and its permissions."
         ) from error
 
 
 def _check_regular(mode: int, where: str) -> None:
     if stat.S_ISDIR(mode):
-        raise CheckpointError("is a folder, not a checkpoint file", where=where, remedy="Name the file.")
+        raise CheckpointError("is a folder, not a checkpoint file", where=where, hint="Name the file.")
     if not stat.S_ISREG(mode):
-        raise CheckpointError(
-            "is a pipe, device or socket, not a checkpoint file", where=where, remedy="Name the file."
-        )
+        raise CheckpointError("is a pipe, device or socket, not a checkpoint file", where=where, hint="Name the file.")
 
 
 def _check_torch() -> None:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < _OLDEST_TORCH:
         raise CheckpointError(
-            f"torch {torch.__version__} does not load strangers' files safely", remedy="Install torch 2.10 or newer."
+            f"torch {torch.__version__} does not load strangers' files safely", hint="Install torch 2.10 or newer."
         )
 
 
@@ -325,7 +323,7 @@ def _check_old(file: BinaryIO, size: int, where: str) -> _Checked:
             raise CheckpointError(
                 "a pickle that torch.save did not write",
                 where=where,
-                remedy="Open it where it was made, and save its state dict with torch.save, best as .safetensors.",
+                hint="Open it where it was made, and save its state dict with torch.save, best as .safetensors.",
             )
     return _Checked(
         sha256=sha256,
@@ -362,7 +360,7 @@ def _load(file: BinaryIO, where: str) -> object:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except MemoryError as error:
         raise CheckpointError(
-            "does not fit into memory", where=where, remedy="Free memory, or use a larger host."
+            "does not fit into memory", where=where, hint="Free memory, or use a larger host."
         ) from error
     except (
         Exception
@@ -390,7 +388,7 @@ def _sha256(file: BinaryIO, members: tuple[Member, ...], where: str) -> str:
                 raise CheckpointError(
                     f"is damaged: the checksum of {member.name!r:.80} does not match",
                     where=where,
-                    remedy="Fetch the file again.",
+                    hint="Fetch the file again.",
                 )
             member, found = next(waiting, None), 0
         at += count
@@ -409,17 +407,17 @@ def _checked_sidecar(path: Path, sha256: str, where: str) -> tuple[str, ...]:
         raise CheckpointError(
             f"{sidecar.name} beside it cannot be read: {error.strerror or error}",
             where=where,
-            remedy="Check its permissions.",
+            hint="Check its permissions.",
         ) from error
     if stated is None:
         raise CheckpointError(
-            f"{sidecar.name} beside it holds no SHA-256", where=where, remedy="Fetch that file again, or remove it."
+            f"{sidecar.name} beside it holds no SHA-256", where=where, hint="Fetch that file again, or remove it."
         )
     if stated.group().lower() != sha256:
         raise CheckpointError(
             f"is not the file that {sidecar.name} beside it describes\n  its SHA-256: {sha256}\n  described:   {stated.group()}",
             where=where,
-            remedy="The file is damaged or of another version; fetch both again.",
+            hint="The file is damaged or of another version; fetch both again.",
         )
     return (f"sha256 matches {sidecar.name}",)
 
@@ -430,4 +428,4 @@ def _left_out(scan: PickleScan) -> tuple[str, ...]:
 
 
 def _damaged(reason: str, where: str) -> CheckpointError:
-    return CheckpointError(f"cannot be read in full: {reason}", where=where, remedy=_FETCH)
+    return CheckpointError(f"cannot be read in full: {reason}", where=where, hint=_FETCH)

@@ -75,7 +75,7 @@ def read_header(file: BinaryIO, file_bytes: int, *, where: str) -> tuple[TensorS
         raise CheckpointError(
             f"cannot be read in full: its tensors end at byte {end:,}, the file at {file_bytes:,}",
             where=where,
-            remedy="The file is truncated or damaged; fetch it again.",
+            hint="The file is truncated or damaged; fetch it again.",
         )
     return tuple(spans)
 
@@ -171,7 +171,7 @@ def _span(name: str, entry: object, data_start: int, where: str) -> TensorSpan:
         raise CheckpointError(
             f"holds tensor {_quoted(name)} of type {_quoted(dtype)}, which is not known",
             where=where,
-            remedy=f"Save it as one of {', '.join(DTYPES)}.",
+            hint=f"Save it as one of {', '.join(DTYPES)}.",
         )
     size = math.prod(sizes) * DTYPES[dtype].itemsize if len(sizes) == len(shape) <= _MOST_DIMENSIONS else -1
     if first < 0 or size != last - first or math.prod(max(1, one) for one in sizes) * _WIDEST_BYTES >= 1 << 63:
@@ -190,5 +190,5 @@ def _quoted(text: str) -> str:
 
 def _misfit(what: str, where: str) -> CheckpointError:
     return CheckpointError(
-        f"a safetensors file with {what}", where=where, remedy="The file is damaged or of another kind; fetch it again."
+        f"a safetensors file with {what}", where=where, hint="The file is damaged or of another kind; fetch it again."
     )

@@ -175,30 +175,30 @@ def _checked_name(entry: _Entry, where: str) -> str:
 def _check_kind(names: list[str], where: str) -> str:
     """Give the top folder with its slash. Raises CheckpointError with words of its own for other kinds of zip."""
     if not names:
-        raise CheckpointError("an empty zip archive", where=where, remedy=_FETCH)
+        raise CheckpointError("an empty zip archive", where=where, hint=_FETCH)
     top = names[0].partition("/")[0] + "/"
     below = {name.removeprefix(top) for name in names if name.startswith(top)}
     if "constants.pkl" in below or any(name.startswith("code/") for name in below):
         raise CheckpointError(
             "a TorchScript archive, which is a program and not a state dict",
             where=where,
-            remedy="Save the state_dict() of the module it came from.",
+            hint="Save the state_dict() of the module it came from.",
         )
     if below & {"archive_format", "archive_version", "serialized_exported_program.json"} or "archive_version" in names:
         raise CheckpointError(
             "an exported program of torch.export (.pt2), not a state dict",
             where=where,
-            remedy="Save the state_dict() of the module it came from.",
+            hint="Save the state_dict() of the module it came from.",
         )
     if all(name.endswith(".npy") for name in names):
-        raise CheckpointError("a NumPy archive (.npz)", where=where, remedy="Give a PyTorch or safetensors file.")
+        raise CheckpointError("a NumPy archive (.npz)", where=where, hint="Give a PyTorch or safetensors file.")
     if {"config.json", "metadata.json"} <= set(names) or "model.weights.h5" in names:
-        raise CheckpointError("a Keras model", where=where, remedy="Convert it to a PyTorch state dict first.")
+        raise CheckpointError("a Keras model", where=where, hint="Convert it to a PyTorch state dict first.")
     if top + "data.pkl" not in names:
         raise CheckpointError(
             f"a zip archive of something else (first member {printable(names[0])!r:.80})",
             where=where,
-            remedy="If a checkpoint is in it, unpack it first; else fetch the file again.",
+            hint="If a checkpoint is in it, unpack it first; else fetch the file again.",
         )
     if len(below) < len(set(names)):
         raise _unlike_torch("members outside its one folder", where)
@@ -239,8 +239,8 @@ def _check_order(members: list[Member], entries: list[_Entry], directory_start: 
 
 
 def _truncated(file_bytes: int, where: str) -> CheckpointError:
-    return CheckpointError(f"truncated zip: no central directory, {file_bytes:,} bytes", where=where, remedy=_FETCH)
+    return CheckpointError(f"truncated zip: no central directory, {file_bytes:,} bytes", where=where, hint=_FETCH)
 
 
 def _unlike_torch(what: str, where: str) -> CheckpointError:
-    return CheckpointError(f"a zip archive with {what}", where=where, remedy=_RESAVE)
+    return CheckpointError(f"a zip archive with {what}", where=where, hint=_RESAVE)

@@ -73,7 +73,7 @@ class Order:
         return {}
 
 
-def order_of(recipe: FinetuneRecipe, images: int, *, seed: int) -> Order:
+def epoch_order(recipe: FinetuneRecipe, images: int, *, seed: int) -> Order:
     """Give the order of a recipe: its batch where there are as many images, else all of them; even where they are mixed."""
     batch = min(recipe.batch, images)
     return Order(
@@ -200,7 +200,7 @@ def load_training_images(
                 raise
             raise ResourceError(
                 f"a process that decodes died or hung: {str(error).partition(chr(10))[0]}",
-                remedy="Host memory or /dev/shm may be short: try --workers 0.",
+                hint="Host memory or /dev/shm may be short: try --workers 0.",
             ) from error
         if batch is None:
             return

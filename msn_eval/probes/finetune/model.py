@@ -20,7 +20,7 @@ _PATHS = ("drop_path", "drop_path1", "drop_path2")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trainee:
+class FinetuneModel:
     """A network from images to logits, in evaluation mode throughout: norms of batches keep their statistics, and drop path
     alone tells training from evaluation.
 
@@ -61,7 +61,7 @@ class DrawnDropPath(DropPath):  # type: ignore[misc]
         return found
 
 
-def build_trainee(encoder: Encoder, recipe: FinetuneRecipe, *, tap: str, n_classes: int) -> Trainee:
+def build_finetune_model(encoder: Encoder, recipe: FinetuneRecipe, *, tap: str, n_classes: int) -> FinetuneModel:
     """Copy an encoder's network, put a head of zeros on a tap of it, and mark what the recipe trains.
 
     Raises UsageError for a tap that fine-tuning knows no head for, for `blocks` of a network that has none or fewer, and
@@ -70,7 +70,7 @@ def build_trainee(encoder: Encoder, recipe: FinetuneRecipe, *, tap: str, n_class
     if tap not in TAPS:
         raise UsageError(
             f"--tap {tap}: a head that is trained with its encoder is put on {', '.join(TAPS)}",
-            remedy="Leave out --tap.",
+            hint="Leave out --tap.",
         )
     copied = build_encoder(
         encoder.checkpoint,
@@ -92,7 +92,7 @@ def build_trainee(encoder: Encoder, recipe: FinetuneRecipe, *, tap: str, n_class
     nn.init.zeros_(head.bias)
     network.to(encoder.device).eval()
     _freeze(network, head, recipe, encoder)
-    return Trainee(
+    return FinetuneModel(
         network=network,
         head=head,
         dim=head.in_features,
@@ -111,12 +111,12 @@ def _freeze(network: nn.Module, head: nn.Linear, recipe: FinetuneRecipe, encoder
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         raise UsageError(
             f"finetune.blocks: {encoder.checkpoint.name} ({encoder.arch}) has no blocks that could be counted",
-            remedy="Train all of its weights: finetune.blocks=null.",
+            hint="Train all of its weights: finetune.blocks=null.",
         )
     if recipe.blocks > len(blocks):
         raise UsageError(
             f"finetune.blocks: {encoder.checkpoint.name} ({encoder.arch}) has {len(blocks)} blocks, not {recipe.blocks}",
-            remedy=f"Give at most {len(blocks)}, or null for all weights.",
+            hint=f"Give at most {len(blocks)}, or null for all weights.",
         )
     parts = [
         *list(blocks)[len(blocks) - recipe.blocks :],
@@ -135,7 +135,7 @@ def _put_drop_path(trunk: nn.Module, recipe: FinetuneRecipe, encoder: Encoder) -
     if not residual:
         raise UsageError(
             f"finetune.drop_path: {encoder.checkpoint.name} ({encoder.arch}) has no residual branches that could be left out",
-            remedy="Set finetune.drop_path=0.",
+            hint="Set finetune.drop_path=0.",
         )
     for depth, block in enumerate(residual):
         rate = recipe.drop_path * depth / max(1, len(residual) - 1)
@@ -147,7 +147,7 @@ def _put_drop_path(trunk: nn.Module, recipe: FinetuneRecipe, encoder: Encoder) -
                     yield path
 
 
-def build_optimizer(trainee: Trainee, recipe: FinetuneRecipe) -> torch.optim.Optimizer:
+def build_optimizer(trainee: FinetuneModel, recipe: FinetuneRecipe) -> torch.optim.Optimizer:
     """Give timm's AdamW over the trained weights; a group's `lr_scale` is its layer's share of the learning rate."""
     betas = _BETA1, recipe.beta2
     if hasattr(trainee.network, "group_matcher"):

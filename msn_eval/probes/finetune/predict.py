@@ -14,7 +14,7 @@ from msn_eval.data.loader import PixelList, load_pixels
 from msn_eval.distributed.group import ALONE, Group, rows_of_all_ranks, share
 from msn_eval.errors import NumericalError
 from msn_eval.features.encoder import Precision, exact_float32, normalised
-from msn_eval.probes.finetune.model import Trainee
+from msn_eval.probes.finetune.model import FinetuneModel
 from msn_eval.probes.logistic_solvers.newton import minimise_path
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem
 
@@ -45,7 +45,7 @@ class Labelled:
     hashes: Mapping[str, str]
 
 
-def logits_of(trainee: Trainee, images: Tensor, precision: Precision) -> Tensor:
+def logits_of(trainee: FinetuneModel, images: Tensor, precision: Precision) -> Tensor:
     """Give (b, n_classes) of normalised images, in the weights' own type; bf16 by autocast around them."""
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision != "fp32"):
         logits: Tensor = trainee.network(images)
@@ -53,7 +53,7 @@ def logits_of(trainee: Trainee, images: Tensor, precision: Precision) -> Tensor:
 
 
 def score_images(
-    trainee: Trainee,
+    trainee: FinetuneModel,
     images: ImageSet,
     hashes: Mapping[str, str],
     *,
@@ -74,7 +74,13 @@ def score_images(
 
 
 def start_head(
-    trainee: Trainee, labelled: Labelled, *, strength: float, precision: Precision, pace: Pace, group: Group = ALONE
+    trainee: FinetuneModel,
+    labelled: Labelled,
+    *,
+    strength: float,
+    precision: Precision,
+    pace: Pace,
+    group: Group = ALONE,
 ) -> None:
     """Put the head at the solution of logistic regression on what it sees of the labelled images, before anything is trained.
 
@@ -93,7 +99,7 @@ def start_head(
     if not bool(rows.isfinite().all()):
         raise NumericalError(
             f"what the head sees of the labelled images at tap {trainee.tap} is not finite",
-            remedy="Retry with --precision fp32.",
+            hint="Retry with --precision fp32.",
         )
     middle = rows.mean(dim=0)
     centred = rows - middle
@@ -118,7 +124,7 @@ def _head_watched(head: nn.Linear, seen: list[Tensor]) -> Iterator[None]:
 
 
 def _asked(
-    trainee: Trainee,
+    trainee: FinetuneModel,
     images: ImageSet,
     hashes: Mapping[str, str],
     ask: Callable[[Tensor], Tensor],

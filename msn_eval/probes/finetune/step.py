@@ -14,13 +14,13 @@ from torch import Tensor
 from msn_eval.config.recipes import Finetune
 from msn_eval.distributed.group import Group, share, sum_over_ranks
 from msn_eval.errors import NumericalError, ResourceError
-from msn_eval.features.batch_size import SHORTAGES, is_shortage
+from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_eval.features.encoder import Precision
 from msn_eval.probes.finetune.data import Mixing, Order, path_draws
-from msn_eval.probes.finetune.model import Trainee
+from msn_eval.probes.finetune.model import FinetuneModel
 from msn_eval.probes.finetune.predict import Labelled, Pace, logits_of
 from msn_eval.probes.training_state import StateFiles
-from msn_eval.process import Stop
+from msn_eval.process import StopRequest
 
 _log = logging.getLogger(__name__)
 _SHOWN = 5
@@ -30,7 +30,7 @@ _SHOWN = 5
 class Run:
     """A fine-tuning under way: what changes from step to step."""
 
-    trainee: Trainee
+    trainee: FinetuneModel
     optimizer: torch.optim.Optimizer
     schedule: CosineLRScheduler
     part: int
@@ -62,7 +62,7 @@ def own_rows(setup: Setup) -> range:
     return share(setup.order.batch, setup.group, block=2)
 
 
-def take_step(setup: Setup, run: Run, pixels: Tensor, stop: Stop) -> bool:
+def take_step(setup: Setup, run: Run, pixels: Tensor, stop: StopRequest) -> bool:
     """Change the weights by one step; tell whether some rank was asked to stop."""
     run.schedule.step_update(run.step)
     loss = _gradients(setup, run, pixels)
@@ -96,8 +96,8 @@ def _gradients(setup: Setup, run: Run, pixels: Tensor) -> Tensor:
         run.optimizer.zero_grad(set_to_none=True)
         try:
             return _accumulated(setup, run, pixels)
-        except SHORTAGES as error:
-            if not is_shortage(error):
+        except OUT_OF_MEMORY_ERRORS as error:
+            if not is_out_of_memory(error):
                 raise
             shortage = str(error).partition("\n")[0]
         # Outside of the except block: there the failed attempt's frames, and their tensors with them, would live on.
@@ -106,7 +106,7 @@ def _gradients(setup: Setup, run: Run, pixels: Tensor) -> Tensor:
         if run.part <= 2:
             raise ResourceError(
                 f"memory of {device} is too small to train on two images at once: {shortage}",
-                remedy="Train fewer blocks (finetune.blocks), or use --precision bf16 or another --device.",
+                hint="Train fewer blocks (finetune.blocks), or use --precision bf16 or another --device.",
             )
         run.part = max(2, run.part // 2 - run.part // 2 % 2)
         _log.warning("out of memory on %s; going on with %d images at once", device, run.part)
@@ -141,7 +141,7 @@ def _accumulated(setup: Setup, run: Run, pixels: Tensor) -> Tensor:
 
 
 @contextmanager
-def _paths_drawn(trainee: Trainee, draws: Tensor) -> Iterator[None]:
+def _paths_drawn(trainee: FinetuneModel, draws: Tensor) -> Iterator[None]:
     for column, path in enumerate(trainee.paths):
         path.draws = draws[:, column]
     try:
@@ -155,8 +155,8 @@ def _not_finite(setup: Setup, run: Run, loss: float, length: float) -> Numerical
     items = setup.order.items(run.step, range(setup.order.batch))
     names = ", ".join(setup.labelled.images.ids[number] for _, number in items[:_SHOWN])
     what = f"the loss is {loss:g}" if loss != loss or abs(loss) == float("inf") else f"the gradient is {length:g} long"
-    remedy = "Use a smaller finetune.learning_rate or a longer warm-up"
+    hint = "Use a smaller finetune.learning_rate or a longer warm-up"
     return NumericalError(
         f"fine-tuning: {what} at step {run.step + 1} of {setup.order.steps} (images {names}, …)",
-        remedy=f"{remedy}, or --precision fp32." if setup.precision != "fp32" else f"{remedy}.",
+        hint=f"{hint}, or --precision fp32." if setup.precision != "fp32" else f"{hint}.",
     )

@@ -16,15 +16,15 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 from msn_eval.config.recipes import Finetune
-from msn_eval.distributed.group import ALONE, Group, barrier, broadcast_from_first, decided
+from msn_eval.distributed.group import ALONE, Group, barrier, broadcast_from_first, broadcast_from_rank0
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features.encoder import Precision, exact_float32
-from msn_eval.probes.finetune.data import Augmentation, Order, load_training_images, order_of
-from msn_eval.probes.finetune.model import Trainee, build_optimizer
+from msn_eval.probes.finetune.data import Augmentation, Order, epoch_order, load_training_images
+from msn_eval.probes.finetune.model import FinetuneModel, build_optimizer
 from msn_eval.probes.finetune.predict import Labelled, Pace, start_head
 from msn_eval.probes.finetune.step import Run, Setup, own_rows, take_step
 from msn_eval.probes.training_state import StateFiles, read_state, write_state
-from msn_eval.process import stop_heard
+from msn_eval.process import watch_stop_signals
 
 _log = logging.getLogger(__name__)
 _SHOWN = 5
@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]  # images done, images in all
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuned:
+class FinetuneResult:
     """How a fine-tuning ended.
 
     loss: mean over the last epoch's steps of what was minimised
@@ -45,7 +45,7 @@ class Tuned:
 
 def finetune(
     probe: Finetune,
-    trainee: Trainee,
+    trainee: FinetuneModel,
     labelled: Labelled,
     *,
     precision: Precision,
@@ -53,7 +53,7 @@ def finetune(
     states: StateFiles | None = None,
     group: Group = ALONE,
     on_progress: Progress | None = None,
-) -> Tuned:
+) -> FinetuneResult:
     """Train a trainee in place, from the state that an earlier attempt left, if it left one.
 
     precision: fp32, or bf16 by autocast around float32 weights
@@ -63,7 +63,7 @@ def finetune(
     used; StoreError where the disk refused states for an epoch and at its end again; ResourceError where memory is too
     small for two images. SIGTERM and Ctrl-C are heeded between two steps, with a state written.
     """
-    order = order_of(probe.recipe, len(labelled.labels), seed=probe.seed)
+    order = epoch_order(probe.recipe, len(labelled.labels), seed=probe.seed)
     setup = Setup(
         probe=probe, labelled=labelled, order=order, precision=precision, group=group, pace=pace, states=states
     )
@@ -74,7 +74,7 @@ def finetune(
         start_head(trainee, labelled, strength=probe.recipe.head_lambda, precision=precision, pace=pace, group=group)
     with ExitStack() as opened:
         opened.enter_context(exact_float32())
-        stop = opened.enter_context(stop_heard())
+        stop = opened.enter_context(watch_stop_signals())
         for pixels in _batches(setup, run):
             if take_step(setup, run, pixels, stop):
                 _save(setup, run, last=True)
@@ -87,7 +87,7 @@ def finetune(
                 on_progress(run.step * order.batch, order.steps * order.batch)
             _save_if_due(setup, run)
     total, count = run.loss
-    return Tuned(steps=run.step, loss=total / max(1, count), part=run.part)
+    return FinetuneResult(steps=run.step, loss=total / max(1, count), part=run.part)
 
 
 def _schedule(setup: Setup, optimizer: torch.optim.Optimizer) -> CosineLRScheduler:
@@ -109,7 +109,7 @@ def _resume(setup: Setup, run: Run) -> None:
         return
     # Ranks on other hosts may not see the first one's folder; what it reads is everyone's.
     state = read_state(setup.states) if setup.group.rank == 0 else None
-    if not decided(setup.group, "state", lambda: "" if state is None else str(state["step"])):
+    if not broadcast_from_rank0(setup.group, "state", lambda: "" if state is None else str(state["step"])):
         return
     state = broadcast_from_first(setup.group, state)
     with torch.no_grad():
@@ -174,7 +174,7 @@ def _save(setup: Setup, run: Run, *, last: bool) -> None:
     if bad and last:
         raise NumericalError(
             f"{len(bad)} weights are not finite after step {run.step} ({', '.join(bad[:_SHOWN])})",
-            remedy="Use a smaller finetune.learning_rate.",
+            hint="Use a smaller finetune.learning_rate.",
         )
     if bad or setup.states is None or not writes:
         return

@@ -233,11 +233,11 @@ def _faiss_for(device: str, by: By, arithmetic: Arithmetic, size: int) -> Any | 
             return None
         raise UsageError(
             "k-NN by faiss was asked for, and faiss is not installed",
-            remedy="pip install faiss-gpu (Linux on x86-64) or faiss-cpu.",
+            hint="pip install faiss-gpu (Linux on x86-64) or faiss-cpu.",
         ) from error
     if device == "cuda":
         if not getattr(faiss, "get_num_gpus", lambda: 0)():
-            raise UsageError("this faiss has no GPU index", remedy="pip install faiss-gpu (Linux on x86-64).")
+            raise UsageError("this faiss has no GPU index", hint="pip install faiss-gpu (Linux on x86-64).")
         return faiss if size <= _FAISS_GPU_LONGEST else None
     return faiss
 

@@ -104,7 +104,7 @@ def check_finite(values: Tensor, what: str) -> None:
         shown = ", ".join(map(str, bad[:_SHOWN].tolist())) + (", …" if len(bad) > _SHOWN else "")
         raise NumericalError(
             f"{len(bad)} of {len(values)} {what}s {'is' if len(bad) == 1 else 'are'} not finite: {shown}",
-            remedy="The features overflowed; retry with --precision fp32.",
+            hint="The features overflowed; retry with --precision fp32.",
         )
 
 

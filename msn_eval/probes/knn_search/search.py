@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from msn_eval.errors import NumericalError, ResourceError
-from msn_eval.features.batch_size import SHORTAGES, is_shortage
+from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_eval.probes.knn_search.candidates import Arithmetic, By, Shortlist, arithmetics, find_shortlist, tile_rows
 from msn_eval.probes.knn_search.index import (
     Bank,
@@ -54,13 +54,13 @@ def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int, *, by: By = "au
     while start < len(rows):
         try:
             part = _search_chunk(rows[start : start + step], indexed, k, by)
-        except SHORTAGES as error:
-            if not is_shortage(error):
+        except OUT_OF_MEMORY_ERRORS as error:
+            if not is_out_of_memory(error):
                 raise
             if step == 1:
                 raise ResourceError(
                     f"memory of {rows.device} is too small for k-NN among {indexed.rows:,} rows: {error}",
-                    remedy="Use --device cpu for this probe." if rows.is_cuda else "Use a machine with more memory.",
+                    hint="Use --device cpu for this probe." if rows.is_cuda else "Use a machine with more memory.",
                 ) from error
             part = None
         if part is None:  # out of the handler, whose traceback holds what did not fit
@@ -129,7 +129,7 @@ def _decide(
     if not bool((off <= proposed.bound).all()):
         raise NumericalError(
             f"products in {arithmetic} on {queries.device} are wrong by more than rounding explains",
-            remedy="Another library changed how this process computes (cyanure's fit does): use a process of its own.",
+            hint="Another library changed how this process computes (cyanure's fit does): use a process of its own.",
         )
     earliest, order = proposed.rows.sort(dim=1)
     ordered = cosines.gather(1, order).sort(dim=1, descending=True, stable=True)

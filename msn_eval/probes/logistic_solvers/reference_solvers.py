@@ -68,9 +68,9 @@ def minimise_by_cyanure(problem: CrossEntropyProblem) -> tuple[Solution, int]:
         )
         if not answer.exists():
             if "No module named 'cyanure'" in child.stderr:
-                raise UsageError("--solver cyanure: cyanure is not installed", remedy="pip install cyanure")
+                raise UsageError("--solver cyanure: cyanure is not installed", hint="pip install cyanure")
             last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ResourceError(f"cyanure ended with code {child.returncode}: {last}", remedy="Use --solver auto.")
+            raise ResourceError(f"cyanure ended with code {child.returncode}: {last}", hint="Use --solver auto.")
         with np.load(answer) as stored:
             return _solution(problem, stored["weights"]), int(stored["epochs"])
 

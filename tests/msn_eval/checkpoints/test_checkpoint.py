@@ -252,9 +252,9 @@ def test_weights_that_do_not_fit_are_refused_by_what_is_wrong(
 
 
 @pytest.mark.parametrize("kind", MISFITS)
-def test_misfit_names_the_file_and_a_remedy(tmp_path: Path, vit_weights: WeightMaker, kind: str) -> None:
+def test_misfit_names_the_file_and_a_hint(tmp_path: Path, vit_weights: WeightMaker, kind: str) -> None:
     error = refusal(saved(tmp_path, MISFITS[kind][0](vit_weights())))
-    assert (error.exit_code, error.where, len(error.remedy) > 10) == (20, str(tmp_path / "vit.pth"), True)
+    assert (error.exit_code, error.where, len(error.hint) > 10) == (20, str(tmp_path / "vit.pth"), True)
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_released_network_that_is_not_there_says_where_to_put_it(
 ) -> None:
     monkeypatch.setenv("MSN_EVAL_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("MSN_EVAL_OFFLINE", "1")
-    assert str(tmp_path / "vits16_800ep.pth.tar") in refusal("msn:vits16").remedy
+    assert str(tmp_path / "vits16_800ep.pth.tar") in refusal("msn:vits16").hint
 
 
 @pytest.mark.parametrize("check", [lambda name: check_checkpoint_names(("pixels", name)), read_checkpoint])
@@ -610,7 +610,7 @@ def test_factory_may_be_any_callable(factory: FactoryWriter) -> None:
 )
 def test_factory_that_gives_no_encoder_is_refused(factory: FactoryWriter, body: str, text: str) -> None:
     error = refusal(factory(body))
-    assert (text in error.what, error.where, bool(error.remedy)) == (True, "py:own_encoder:factory", True)
+    assert (text in error.what, error.where, bool(error.hint)) == (True, "py:own_encoder:factory", True)
 
 
 @pytest.mark.parametrize("name", ["py:own_encoder", "py:"])
@@ -697,13 +697,13 @@ def test_schemes_pass_the_check_of_names(name: str) -> None:
 def test_name_that_leads_nowhere_is_refused_before_any_work(name: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         check_checkpoint_names(("pixels", name))
-    assert caught.value.remedy
+    assert caught.value.hint
 
 
 def test_missing_file_is_refused_with_the_schemes() -> None:
     with pytest.raises(CheckpointError, match=r"nowhere\.pth: no such checkpoint file or scheme") as caught:
         check_checkpoint_names(("nowhere.pth",))
-    assert all(scheme in caught.value.remedy for scheme in ("timm:NAME", "random:ARCH", "py:", "pixels"))
+    assert all(scheme in caught.value.hint for scheme in ("timm:NAME", "random:ARCH", "py:", "pixels"))
 
 
 @pytest.mark.parametrize(("name", "text"), [("", "no such checkpoint"), (".", "holds none of model.safetensors")])

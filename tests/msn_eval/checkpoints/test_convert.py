@@ -412,9 +412,9 @@ def test_network_that_transformers_cannot_compute_is_refused_by_what_it_cannot(
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES)
-def test_refused_network_names_file_code_and_remedy(tmp_path: Path, vit_weights: WeightMaker, obstacle: str) -> None:
+def test_refused_network_names_file_code_and_hint(tmp_path: Path, vit_weights: WeightMaker, obstacle: str) -> None:
     error = refused(tmp_path, vit_weights, obstacle)
-    assert (error.exit_code, error.where, "--to timm" in error.remedy) == (20, str(tmp_path / "vit.pth"), True)
+    assert (error.exit_code, error.where, "--to timm" in error.hint) == (20, str(tmp_path / "vit.pth"), True)
 
 
 @pytest.mark.parametrize("obstacle", ["norms of queries and keys", "attention over the patches"])
@@ -493,7 +493,7 @@ def test_file_in_timms_names_holds_neither_heads_nor_prototypes(msn_file: MSNWri
 def test_heads_that_timms_names_would_not_show_are_refused(file_of: Callable[[str], Path]) -> None:
     """MoCo v3's small network has 12 heads where every other of its width has 6."""
     error = refusal(file_of("mocov3"), to="timm")
-    assert ("other heads" in error.what, "--to hf" in error.remedy, error.exit_code) == (True, True, 20)
+    assert ("other heads" in error.what, "--to hf" in error.hint, error.exit_code) == (True, True, 20)
 
 
 def test_heads_named_with_the_architecture_are_refused_for_timms_names(msn_file: MSNWriter) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
-from msn_eval.checkpoints.families import Trunk, classifier_classes, read_trunk
+from msn_eval.checkpoints.families import Backbone, classifier_classes, read_trunk
 from msn_eval.checkpoints.networks import StoredNetwork
 
 Weights = dict[str, Tensor]
@@ -17,7 +17,7 @@ HUB_PATCHES = "embeddings.patch_embeddings.projection.weight"
 RESIDUAL = "layer1.0.conv1.weight"
 
 
-def read(tensors: Mapping[str, Tensor], place: str = "", beside: tuple[str, ...] = ()) -> Trunk:
+def read(tensors: Mapping[str, Tensor], place: str = "", beside: tuple[str, ...] = ()) -> Backbone:
     """Read weights that stand at a place in a file, with others beside them."""
     words = tuple(word for word in place.split(".") if word)
     return read_trunk(StoredNetwork(key=place or None, words=words, tensors=tensors, beside=dict.fromkeys(beside, ONE)))

@@ -23,7 +23,7 @@ def refusal(folder: Path, config: object) -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
         described(folder, config)
     assert caught.value.where == str(folder / "config.json")
-    assert caught.value.remedy
+    assert caught.value.hint
     return caught.value
 
 
@@ -112,7 +112,7 @@ def test_what_no_weight_shows_and_is_otherwise_here_is_refused(
     tmp_path: Path, name: str, value: object, known: object
 ) -> None:
     error = refusal(tmp_path, MSN | {name: value})
-    assert (error.what, "py:" in error.remedy) == (f"{name} is {value!r}; here it is {known!r}", True)
+    assert (error.what, "py:" in error.hint) == (f"{name} is {value!r}; here it is {known!r}", True)
 
 
 def test_what_is_as_here_is_accepted(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_folder_that_wants_its_own_code_run_is_refused(tmp_path: Path) -> None:
 def test_folder_with_an_adapter_is_refused_with_how_to_merge_it(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     error = refusal(tmp_path, TIMM)
-    assert ("adapter_config.json" in error.what, "merge" in error.remedy.lower()) == (True, True)
+    assert ("adapter_config.json" in error.what, "merge" in error.hint.lower()) == (True, True)
 
 
 @pytest.mark.parametrize("name", ["image_size", "patch_size"])

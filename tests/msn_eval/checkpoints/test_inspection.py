@@ -218,7 +218,7 @@ def test_file_without_a_network_is_a_problem(tmp_path: Path) -> None:
     assert (facts.networks, str(facts.problem).startswith("holds no network"), facts.epoch) == ((), True, 3)
 
 
-def test_unknown_width_is_a_problem_with_a_remedy(tmp_path: Path, vit_weights: WeightMaker) -> None:
+def test_unknown_width_is_a_problem_with_a_hint(tmp_path: Path, vit_weights: WeightMaker) -> None:
     assert "--arch" in str(inspected(tmp_path, vit_weights(width=96)).problem)
 
 

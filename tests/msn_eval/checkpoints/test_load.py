@@ -110,7 +110,7 @@ def test_weights_that_fit_pass() -> None:
     check_fit(fit_weights(drawn(), expected()), of=3, arch="vit_x", where="vit.pth")
 
 
-def test_misfit_is_one_block_with_its_place_its_lines_and_a_remedy() -> None:
+def test_misfit_is_one_block_with_its_place_its_lines_and_a_hint() -> None:
     assert told(without("a.bias"), hint="The weights look like vit_y. ") == (
         "vit.pth: 1 of 3 weights do not fit vit_x\n"
         "  a.bias: missing in the file\n"

@@ -162,7 +162,7 @@ def test_failed_download_tells_address_and_path(server: Server, folder: Path) ->
     with pytest.raises(CheckpointError) as caught:
         fetch_msn("vitl16")
     assert str(caught.value).startswith(f"{server.url}/vitl16_600ep.pth.tar: could not be downloaded: HTTP 404")
-    assert f"put it at {folder / 'vitl16_600ep.pth.tar'}" in caught.value.remedy
+    assert f"put it at {folder / 'vitl16_600ep.pth.tar'}" in caught.value.hint
 
 
 def test_address_of_the_authors_stands_where_no_mirror_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork
 from msn_eval.checkpoints.sanity_checks import (
-    TensorFacts,
+    TensorInfo,
     chunks,
     count_not_finite,
     describe_values,
@@ -65,7 +65,7 @@ def test_facts_of_parts_are_those_of_the_whole() -> None:
 
 
 def test_facts_of_nothing_are_empty() -> None:
-    assert join_facts([]) == TensorFacts()
+    assert join_facts([]) == TensorInfo()
 
 
 def test_complex_values_are_described_by_their_parts() -> None:

@@ -171,7 +171,7 @@ def test_architecture_that_stays_open_is_refused_with_the_file(tmp_path: Path, v
     path = saved(tmp_path, vit_weights(width=96))
     with pytest.raises(CheckpointError, match="width 96") as refusal:
         stored(path)
-    assert (refusal.value.where, "--arch" in refusal.value.remedy) == (str(path), True)
+    assert (refusal.value.where, "--arch" in refusal.value.hint) == (str(path), True)
 
 
 def test_head_that_the_architecture_has_itself_is_given_back(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_misfit_names_weight_network_and_file(tmp_path: Path, vit_weights: Weigh
 
 def test_misfit_says_what_the_weights_look_like(tmp_path: Path) -> None:
     path = saved(tmp_path, torchvision.models.resnet18().state_dict())
-    assert misfit(stored(path, arch="resnet34")).remedy.startswith("The weights look like resnet18. ")
+    assert misfit(stored(path, arch="resnet34")).hint.startswith("The weights look like resnet18. ")
 
 
 @pytest.mark.parametrize("arch", [None, "vit_tiny_patch16_224"])
@@ -217,7 +217,7 @@ def test_misfit_says_nothing_where_they_look_like_nothing_else(
     tmp_path: Path, vit_weights: WeightMaker, arch: str | None
 ) -> None:
     weights = vit_weights(width=96) if arch else vit_weights() | {"neck": torch.ones(1)}
-    assert "look like" not in misfit(stored(saved(tmp_path, weights), arch=arch)).remedy
+    assert "look like" not in misfit(stored(saved(tmp_path, weights), arch=arch)).hint
 
 
 def test_weights_that_may_be_absent_are_told(
@@ -247,4 +247,4 @@ def test_weights_of_odd_shapes_are_refused_by_an_error_of_ours(
     contents = read_contents(saved(tmp_path, vit_weights() | {name: tensor}))
     with pytest.raises(CheckpointError) as refusal:
         check_stored(choose_stored(contents))
-    assert refusal.value.remedy
+    assert refusal.value.hint

@@ -18,7 +18,7 @@ from msn_eval.data import image_info as image_facts
 from msn_eval.data.dataset import class_map_sha256
 from msn_eval.data.folder import read_folder
 from msn_eval.data.hashing import content_sha256, hash_images
-from msn_eval.data.image_info import ImageFacts, look_at_image
+from msn_eval.data.image_info import ImageInfo, inspect_image
 from msn_eval.data.images import ImageSet
 from msn_eval.errors import DataError, UsageError
 
@@ -176,9 +176,9 @@ def test_number_of_workers_is_a_number(pets: Path, workers: str) -> None:
 def test_as_many_processes_are_started_as_asked_for(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def look(split: str, images: ImageSet, workers: int, tell: object) -> list[ImageFacts]:
+    def look(split: str, images: ImageSet, workers: int, tell: object) -> list[ImageInfo]:
         asked.append(workers)
-        return [look_at_image(images.source, image_id) for image_id in images.ids]
+        return [inspect_image(images.source, image_id) for image_id in images.ids]
 
     monkeypatch.setattr(image_facts, "_look_in_processes", look)
     verify(pets, "--workers", "3")
@@ -220,7 +220,7 @@ def as_json(pets: Path, capsys: Capture, *words: str | Path) -> Mapping[str, Any
 def test_json_tells_the_same_facts(pets: Path, capsys: Capture) -> None:
     facts = as_json(pets, capsys)
     val = read_folder(str(pets)).val
-    hashed = content_sha256(val.ids, hash_images(val, memory=None))
+    hashed = content_sha256(val.ids, hash_images(val, cache_dir=None))
     assert facts == {
         "name": "pets",
         "sound": True,

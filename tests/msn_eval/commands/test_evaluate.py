@@ -17,10 +17,10 @@ from msn_eval.checkpoints.checkpoint import read_checkpoint
 from msn_eval.cli import main
 from msn_eval.commands import evaluate
 from msn_eval.commands.evaluate import describe_forecasts
-from msn_eval.config.request import Request
+from msn_eval.config.request import EvaluationConfig
 from msn_eval.distributed.group import Group
 from msn_eval.errors import UsageError
-from msn_eval.evaluation.cost_estimate import Forecast
+from msn_eval.evaluation.cost_estimate import CostEstimate
 from msn_eval.probes import distributed as team
 from msn_eval.probes import knn
 from msn_eval.probes.logistic_solvers import chunked_newton as full_data
@@ -110,9 +110,9 @@ def test_unwritable_cache_is_refused_by_its_option(
 def test_costs_of_several_checkpoints_are_summed() -> None:
     text = describe_forecasts(
         [
-            Forecast(name="a", read=100, reused=5, bytes=1000, seconds=60.0),
-            Forecast(name="b", read=0, reused=105, finished=3),
-            Forecast(name="c", problem="no such file"),
+            CostEstimate(name="a", read=100, reused=5, bytes=1000, seconds=60.0),
+            CostEstimate(name="b", read=0, reused=105, finished=3),
+            CostEstimate(name="c", problem="no such file"),
         ],
         ranks=2,
     )
@@ -128,7 +128,7 @@ def test_costs_of_several_checkpoints_are_summed() -> None:
     ("seconds", "told"), [(0.2, "1 s"), (89.4, "89 s"), (90.0, "2 min"), (5900.0, "98 min"), (7300.0, "2 h")]
 )
 def test_estimates_are_told_in_the_unit_that_fits(seconds: float, told: str) -> None:
-    assert describe_forecasts([Forecast(name="a", read=1, seconds=seconds)]).endswith(f"about {told}")
+    assert describe_forecasts([CostEstimate(name="a", read=1, seconds=seconds)]).endswith(f"about {told}")
 
 
 @pytest.mark.parametrize("slurm", [["--slurm", "partition=gpu,nodes=2"], ["--slurm=partition=gpu,nodes=2"]])
@@ -137,7 +137,7 @@ def test_slurm_gets_the_command_without_itself(
 ) -> None:
     handed = []
 
-    def take(text: str, request: Request, words: list[str]) -> int:
+    def take(text: str, request: EvaluationConfig, words: list[str]) -> int:
         handed.append((text, request.out, words))
         return 0
 
@@ -277,9 +277,9 @@ def test_second_rank_asks_for_the_second_gpu(
 ) -> None:
     asked: list[int | None] = []
 
-    def refuse(request: Request, *, local_rank: int | None) -> None:
+    def refuse(request: EvaluationConfig, *, local_rank: int | None) -> None:
         asked.append(local_rank)
-        raise UsageError("enough was seen", remedy="")
+        raise UsageError("enough was seen", hint="")
 
     monkeypatch.setattr("msn_eval.evaluation.plan.make_plan", refuse)
     as_second_rank()

@@ -16,7 +16,7 @@ import msn_eval.monitor.trajectory
 from msn_eval.checkpoints.run_folder import SnapshotFiles, file_sha256, snapshot_folders
 from msn_eval.cli import main
 from msn_eval.commands import watch as command
-from msn_eval.monitor.snapshot_features import read_looks
+from msn_eval.monitor.snapshot_features import read_snapshot_features
 from msn_eval.reports.html import trajectory as trajectory_report
 from msn_eval.results.folder import list_results
 from msn_pretrain.config.load import read_recipe
@@ -129,7 +129,7 @@ def test_another_probe_is_measured_of_snapshots_that_were_looked_at_before(
 
 
 def test_looks_tell_rank_and_spread_of_the_validation_images(watched: Path) -> None:
-    looks, faults = read_looks(watched / "eval")
+    looks, faults = read_snapshot_features(watched / "eval")
 
     assert ([one.step for one in looks], faults) == ([2, 4, 6], [])
     assert all(one.images == 30 and (one.feature_rank or 0) > 1 and not one.problem for one in looks)
@@ -156,7 +156,7 @@ def test_what_the_run_itself_has_probed_is_shown_at_the_end_of_its_epoch(copied:
     assert _once(copied) == 0
 
     assert _steps_shown(copied) == ["6", "4", "2"]
-    assert [one.step for one in read_looks(copied / "eval")[0]] == [2, 4]
+    assert [one.step for one in read_snapshot_features(copied / "eval")[0]] == [2, 4]
 
 
 def test_steps_that_a_run_has_gone_back_behind_are_not_shown(watched: Path, tmp_path: Path) -> None:
@@ -439,7 +439,7 @@ def test_an_alarm_is_told_once_while_the_run_is_followed(
 
 
 def test_a_run_that_goes_through_a_step_again_shows_the_newer_snapshot(watched: Path) -> None:
-    looks, _ = read_looks(watched / "eval")
+    looks, _ = read_snapshot_features(watched / "eval")
     old = looks[1]
     new = replace(old, created="2999-01-01T00:00:00Z", weights_sha256="0" * 64)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from msn_eval.config.recipes import Finetune, FinetuneRecipe, recipe_of
-from msn_eval.config.request import Request
+from msn_eval.config.request import EvaluationConfig
 from msn_eval.config.yaml_config import read_config
 from msn_eval.errors import UsageError
 
@@ -48,7 +48,7 @@ def test_section_of_a_file_is_the_recipe(tmp_path: Path) -> None:
     file = tmp_path / "few.yaml"
     file.write_text("probe: [finetune]\nfinetune:\n  epochs: 7\n  learning_rate: 1e-4\n")
 
-    request = read_config(Request, file=file, overrides=["finetune.epochs=8"])
+    request = read_config(EvaluationConfig, file=file, overrides=["finetune.epochs=8"])
 
     assert request.finetune == FinetuneRecipe(epochs=8, learning_rate=1e-4)
 
@@ -58,34 +58,34 @@ def test_unknown_key_of_the_section_names_the_nearest_one(tmp_path: Path) -> Non
     file.write_text("finetune:\n  learning_rat: 1e-4\n")
 
     with pytest.raises(UsageError, match=r"unknown key 'finetune.learning_rat'. Did you mean learning_rate\?"):
-        read_config(Request, file=file)
+        read_config(EvaluationConfig, file=file)
 
 
 def test_section_given_as_a_number_is_refused() -> None:
     with pytest.raises(UsageError, match="finetune"):
-        read_config(Request, overrides=["finetune=3"])
+        read_config(EvaluationConfig, overrides=["finetune=3"])
 
 
 @pytest.mark.parametrize("path", sorted(_CONFIGS.glob("finetune*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipe_can_be_read_and_fine_tunes(path: Path) -> None:
-    assert read_config(Request, file=path).probe == ["finetune"]
+    assert read_config(EvaluationConfig, file=path).probe == ["finetune"]
 
 
 def test_fp16_is_refused() -> None:
     with pytest.raises(UsageError, match="--precision fp16"):
-        Request(probe=["finetune"], precision="fp16")
+        EvaluationConfig(probe=["finetune"], precision="fp16")
 
 
 def test_hidden_patches_are_refused() -> None:
     with pytest.raises(UsageError, match="--patch-drop: fine-tuning sees whole images"):
-        Request(probe=["finetune"], patch_drop=0.7)
+        EvaluationConfig(probe=["finetune"], patch_drop=0.7)
 
 
 def test_saving_without_training_is_refused() -> None:
     with pytest.raises(UsageError, match="--save: no network is trained"):
-        Request(save="there")
+        EvaluationConfig(save="there")
 
 
 def test_saving_what_was_trained_on_random_labels_is_refused() -> None:
     with pytest.raises(UsageError, match="with --canary nothing is written"):
-        Request(probe=["finetune"], save="there", canary=True)
+        EvaluationConfig(probe=["finetune"], save="there", canary=True)

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from msn_eval.cli import main
 from msn_eval.config.recipes import AugmentedRecipe
 from msn_eval.config.reference_yaml import MAPPED, converted
-from msn_eval.config.request import Request
+from msn_eval.config.request import EvaluationConfig
 from msn_eval.errors import UsageError
 
 RELEASED: dict[str, dict[str, object]] = {
@@ -27,7 +27,7 @@ RELEASED: dict[str, dict[str, object]] = {
 }
 
 
-def _read(tmp_path: Path, *changes: tuple[str, object], given: dict[str, object] | None = None) -> Request:
+def _read(tmp_path: Path, *changes: tuple[str, object], given: dict[str, object] | None = None) -> EvaluationConfig:
     from msn_eval.commands.evaluate import _translated
     from msn_eval.config.yaml_config import read_config
 
@@ -37,11 +37,11 @@ def _read(tmp_path: Path, *changes: tuple[str, object], given: dict[str, object]
         content[section][name] = value
     path = tmp_path / "lineval.yaml"
     OmegaConf.save(OmegaConf.create(content), path)
-    return read_config(Request, file=path, given=given, translate=_translated)
+    return read_config(EvaluationConfig, file=path, given=given, translate=_translated)
 
 
 def test_the_released_file_is_the_published_evaluation(tmp_path: Path) -> None:
-    assert _read(tmp_path) == Request(
+    assert _read(tmp_path) == EvaluationConfig(
         checkpoint=["/logs/vits16.pth.tar"],
         arch="vit_small_patch16_224",
         data="/datasets01/imagenet_full_size/061417",
@@ -85,7 +85,7 @@ def test_a_key_that_means_nothing_here_moves_nothing(key: str, value: object, tm
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "remedy"),
+    ("key", "value", "hint"),
     [
         ("meta.copy_data", True, "Set it to false."),
         ("meta.training", False, "Set it to true."),
@@ -94,13 +94,13 @@ def test_a_key_that_means_nothing_here_moves_nothing(key: str, value: object, tm
         ("meta.model_name", "deit_smal", "Known: "),
     ],
 )
-def test_what_is_not_done_here_is_refused_by_its_key(key: str, value: object, remedy: str, tmp_path: Path) -> None:
+def test_what_is_not_done_here_is_refused_by_its_key(key: str, value: object, hint: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         _read(tmp_path, (key, value))
 
     assert f"lineval.yaml: {key}: " in str(caught.value)
     assert "cannot be mapped" in str(caught.value)
-    assert remedy in str(caught.value)
+    assert hint in str(caught.value)
 
 
 def test_every_key_is_tested_to_be_mapped_or_refused() -> None:

@@ -3,7 +3,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from msn_eval.config.recipes import LinearRecipe
-from msn_eval.config.request import Request
+from msn_eval.config.request import EvaluationConfig
 from msn_eval.errors import UsageError
 
 
@@ -48,9 +48,9 @@ from msn_eval.errors import UsageError
 )
 def test_value_out_of_range_is_a_usage_error_that_names_the_option(field: str, value: object, message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        Request(**{field: value})
+        EvaluationConfig(**{field: value})
     assert caught.value.exit_code == 2
-    assert message in caught.value.what + "\n" + caught.value.remedy
+    assert message in caught.value.what + "\n" + caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ def test_value_out_of_range_is_a_usage_error_that_names_the_option(field: str, v
     ids=lambda options: " ".join(options),
 )
 def test_value_at_the_edge_of_its_range_is_taken(options: dict[str, object]) -> None:
-    assert all(getattr(Request(**options), name) == value for name, value in options.items())
+    assert all(getattr(EvaluationConfig(**options), name) == value for name, value in options.items())
 
 
 def test_defaults_are_the_promised_ones() -> None:
-    request = Request()
+    request = EvaluationConfig()
     assert (request.subset, request.probe, request.decoder, request.out) == (
         ["low-shot"],
         ["logistic"],
@@ -83,43 +83,43 @@ def test_defaults_are_the_promised_ones() -> None:
 
 
 def test_two_requests_share_no_list() -> None:
-    assert Request().subset is not Request().subset
+    assert EvaluationConfig().subset is not EvaluationConfig().subset
 
 
 def test_counts_are_numbers_once_given() -> None:
-    request = Request(batch_size="64", workers="0")
+    request = EvaluationConfig(batch_size="64", workers="0")
     assert (request.batch_images, request.worker_count) == (64, 0)
 
 
 def test_automatic_counts_are_left_to_the_device() -> None:
-    assert (Request().batch_images, Request().worker_count) == (None, None)
+    assert (EvaluationConfig().batch_images, EvaluationConfig().worker_count) == (None, None)
 
 
 def test_request_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
-        Request().seed = 1  # type: ignore[misc]
+        EvaluationConfig().seed = 1  # type: ignore[misc]
 
 
 def test_changed_copy_is_checked_again() -> None:
     with pytest.raises(UsageError, match="--seed -1"):
-        replace(Request(), seed=-1)
+        replace(EvaluationConfig(), seed=-1)
 
 
 def test_patches_are_not_dropped_from_augmented_images() -> None:
     with pytest.raises(UsageError, match="--patch-drop: linear-augmented encodes whole crops"):
-        Request(probe=["linear-augmented"], patch_drop=0.5)
+        EvaluationConfig(probe=["linear-augmented"], patch_drop=0.5)
 
 
 def test_a_tap_by_hand_beside_taps_to_choose_from_is_refused() -> None:
     recipe = LinearRecipe(taps=["mean", "cls"])
 
     with pytest.raises(UsageError) as caught:
-        Request(probe=["linear"], tap="mean", linear=recipe)
+        EvaluationConfig(probe=["linear"], tap="mean", linear=recipe)
 
     assert str(caught.value) == "--tap mean: linear.taps names cls, mean\nLeave out one of them."
-    assert Request(probe=["knn"], tap="mean", linear=recipe).tap == "mean"
+    assert EvaluationConfig(probe=["knn"], tap="mean", linear=recipe).tap == "mean"
 
 
 def test_fine_tuning_is_not_compiled() -> None:
     with pytest.raises(UsageError, match="--compile: fine-tuning trains the network as it is"):
-        Request(probe=["logistic", "finetune"], compile=True)
+        EvaluationConfig(probe=["logistic", "finetune"], compile=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from msn_eval.config.request import Request
+from msn_eval.config.request import EvaluationConfig
 from msn_eval.config.yaml_config import read_config
 from msn_eval.errors import UsageError
 
@@ -148,7 +148,7 @@ def test_value_of_the_wrong_type_names_file_key_and_type(tmp_path: Path, key: st
     with pytest.raises(UsageError) as caught:
         read_config(Recipe, file=file)
     assert str(caught.value).startswith(f"{file}: {key}: ")
-    assert wanted in caught.value.remedy
+    assert wanted in caught.value.hint
 
 
 @pytest.mark.parametrize("value", ["${nowhere}", "${oc.env:NOT_SET_ANYWHERE}", "???"])
@@ -211,12 +211,12 @@ def test_override_that_is_no_yaml_is_a_usage_error_that_shows_it(text: str) -> N
 
 def test_checks_of_the_record_itself_reach_the_user() -> None:
     with pytest.raises(UsageError, match="--temperature nan: out of range"):
-        read_config(Request, overrides=["temperature=.nan"])
+        read_config(EvaluationConfig, overrides=["temperature=.nan"])
 
 
 def test_count_or_auto_may_be_written_as_a_number(tmp_path: Path) -> None:
     file = write_yaml(tmp_path, "batch-size: 64\nworkers: auto\n")
-    request = read_config(Request, file=file)
+    request = read_config(EvaluationConfig, file=file)
     assert (request.batch_images, request.worker_count) == (64, None)
 
 

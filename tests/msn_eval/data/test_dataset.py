@@ -84,14 +84,14 @@ def test_data_sets_that_can_be_named_are_described() -> None:
 def test_missing_folder_is_answered_with_all_that_can_be_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the data folder does not exist") as caught:
         read_dataset(str(tmp_path / "nowhere"))
-    assert all(form in caught.value.remedy for form in ("train/<class>/*", "ImageNet", "wds:", "hf:", "digits"))
+    assert all(form in caught.value.hint for form in ("train/<class>/*", "ImageNet", "wds:", "hf:", "digits"))
 
 
 def test_archives_of_a_webdataset_are_pointed_at(tmp_path: Path) -> None:
     (tmp_path / "train-000000.tar").touch()
     with pytest.raises(DataError, match="has no folder 'train'") as caught:
         read_dataset(str(tmp_path))
-    assert caught.value.remedy == f"Give wds:{tmp_path} if these are the archives of a WebDataset."
+    assert caught.value.hint == f"Give wds:{tmp_path} if these are the archives of a WebDataset."
 
 
 SOURCE = FolderSource(Path("nowhere"))

@@ -68,7 +68,7 @@ def test_allowed_mismatch_numbers_the_union_of_the_classes(tmp_path: Path) -> No
     assert (data.train.classes, data.train.labels, data.val.labels) == (("a", "b", "c"), (0, 2), (1, 2))
 
 
-def test_missing_folder_is_named_with_a_remedy(tmp_path: Path) -> None:
+def test_missing_folder_is_named_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_folder(str(tmp_path / "nowhere"))
     assert caught.value.exit_code == 21
@@ -87,7 +87,7 @@ def test_folder_without_val_is_told_what_it_holds_and_lacks(tmp_path: Path) -> N
         read_folder(str(root))
     assert caught.value.exit_code == 21
     assert f"{root}: has no folder 'val' (it holds: train, validation)" in str(caught.value)
-    assert str(root / "val") in caught.value.remedy
+    assert str(root / "val") in caught.value.hint
 
 
 def test_empty_folder_is_said_to_hold_nothing(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_images_one_level_too_deep_are_pointed_at(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_folder(str(root))
     assert f"{root / 'train' / 'a'}: this class has no images" in str(caught.value)
-    assert "one level down, in images/: move them up" in caught.value.remedy
+    assert "one level down, in images/: move them up" in caught.value.hint
 
 
 def test_suffixes_count_in_any_case(tmp_path: Path) -> None:

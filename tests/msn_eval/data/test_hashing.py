@@ -76,7 +76,7 @@ def source(tmp_path: Path) -> CountingSource:
 
 
 @pytest.fixture
-def memory(tmp_path: Path) -> Path:
+def cache_dir(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
@@ -88,87 +88,87 @@ def digests() -> dict[str, str]:
     return {image_id: hashlib.sha256(content).hexdigest() for image_id, content in CONTENTS.items()}
 
 
-def memory_file(memory: Path) -> Path:
-    (found,) = (memory / "hashes").iterdir()
+def memory_file(cache_dir: Path) -> Path:
+    (found,) = (cache_dir / "hashes").iterdir()
     return found
 
 
 def test_every_image_is_hashed_by_its_bytes(source: CountingSource) -> None:
-    assert hash_images(images_of(source), memory=None) == digests()
+    assert hash_images(images_of(source), cache_dir=None) == digests()
 
 
 def test_hashes_stand_in_the_order_of_the_images(source: CountingSource) -> None:
-    assert list(hash_images(images_of(source), memory=None)) == list(CONTENTS)
+    assert list(hash_images(images_of(source), cache_dir=None)) == list(CONTENTS)
 
 
-def test_remembered_images_are_not_read_again(source: CountingSource, memory: Path) -> None:
-    hash_images(images_of(source), memory=memory)
+def test_remembered_images_are_not_read_again(source: CountingSource, cache_dir: Path) -> None:
+    hash_images(images_of(source), cache_dir=cache_dir)
     source.reads.clear()
-    assert (hash_images(images_of(source), memory=memory), source.reads) == (digests(), [])
+    assert (hash_images(images_of(source), cache_dir=cache_dir), source.reads) == (digests(), [])
 
 
 def test_nothing_is_remembered_where_nothing_shall_be(source: CountingSource, tmp_path: Path) -> None:
-    hash_images(images_of(source), memory=None)
-    hash_images(images_of(source), memory=None)
+    hash_images(images_of(source), cache_dir=None)
+    hash_images(images_of(source), cache_dir=None)
     assert len(source.reads) == 2 * len(CONTENTS)
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
-def test_image_of_another_size_is_read_again(source: CountingSource, memory: Path) -> None:
-    hash_images(images_of(source), memory=memory)
+def test_image_of_another_size_is_read_again(source: CountingSource, cache_dir: Path) -> None:
+    hash_images(images_of(source), cache_dir=cache_dir)
     path = source.path("a/y.jpg")
     before = path.stat()
     path.write_bytes(b"longer than before")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    again = hash_images(images_of(source), memory=memory)
+    again = hash_images(images_of(source), cache_dir=cache_dir)
     assert again["a/y.jpg"] == hashlib.sha256(b"longer than before").hexdigest()
 
 
-def test_image_of_another_time_is_read_again(source: CountingSource, memory: Path) -> None:
-    hash_images(images_of(source), memory=memory)
+def test_image_of_another_time_is_read_again(source: CountingSource, cache_dir: Path) -> None:
+    hash_images(images_of(source), cache_dir=cache_dir)
     path = source.path("a/y.jpg")
     before = path.stat()
     path.write_bytes(b"SECOND")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     source.reads.clear()
-    again = hash_images(images_of(source), memory=memory)
+    again = hash_images(images_of(source), cache_dir=cache_dir)
     assert (again["a/y.jpg"], source.reads) == (hashlib.sha256(b"SECOND").hexdigest(), ["a/y.jpg"])
 
 
-def test_changed_image_is_remembered_as_it_is_now(source: CountingSource, memory: Path) -> None:
-    hash_images(images_of(source), memory=memory)
+def test_changed_image_is_remembered_as_it_is_now(source: CountingSource, cache_dir: Path) -> None:
+    hash_images(images_of(source), cache_dir=cache_dir)
     source.path("a/y.jpg").write_bytes(b"longer than before")
-    hash_images(images_of(source), memory=memory)
+    hash_images(images_of(source), cache_dir=cache_dir)
     source.reads.clear()
-    hash_images(images_of(source), memory=memory)
+    hash_images(images_of(source), cache_dir=cache_dir)
     assert source.reads == []
 
 
-def test_part_of_the_images_does_not_make_the_rest_forgotten(source: CountingSource, memory: Path) -> None:
-    hash_images(images_of(source, ("a/x.jpg", "b/x.jpg")), memory=memory)
-    hash_images(images_of(source, ("a/y.jpg",)), memory=memory)
+def test_part_of_the_images_does_not_make_the_rest_forgotten(source: CountingSource, cache_dir: Path) -> None:
+    hash_images(images_of(source, ("a/x.jpg", "b/x.jpg")), cache_dir=cache_dir)
+    hash_images(images_of(source, ("a/y.jpg",)), cache_dir=cache_dir)
     source.reads.clear()
-    assert (hash_images(images_of(source), memory=memory), source.reads) == (digests(), [])
+    assert (hash_images(images_of(source), cache_dir=cache_dir), source.reads) == (digests(), [])
 
 
-def test_same_name_under_another_root_is_another_image(source: CountingSource, memory: Path, tmp_path: Path) -> None:
+def test_same_name_under_another_root_is_another_image(source: CountingSource, cache_dir: Path, tmp_path: Path) -> None:
     """Even where size and time agree, as after a copy of the folder that was then edited."""
-    hash_images(images_of(source), memory=memory)
+    hash_images(images_of(source), cache_dir=cache_dir)
     stamp = source.path("a/x.jpg").stat()
     other = tmp_path / "val" / "a" / "x.jpg"
     other.parent.mkdir(parents=True)
     other.write_bytes(b"FIRST")
     os.utime(other, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    found = hash_images(images_of(CountingSource(tmp_path / "val"), ("a/x.jpg",)), memory=memory)
+    found = hash_images(images_of(CountingSource(tmp_path / "val"), ("a/x.jpg",)), cache_dir=cache_dir)
     assert found == {"a/x.jpg": hashlib.sha256(b"FIRST").hexdigest()}
 
 
-def test_names_that_are_no_utf8_are_remembered(source: CountingSource, memory: Path) -> None:
+def test_names_that_are_no_utf8_are_remembered(source: CountingSource, cache_dir: Path) -> None:
     image_id = "a/\udcff.jpg"
     source.path(image_id).write_bytes(b"odd")
-    hash_images(images_of(source, (image_id,)), memory=memory)
+    hash_images(images_of(source, (image_id,)), cache_dir=cache_dir)
     source.reads.clear()
-    found = hash_images(images_of(source, (image_id,)), memory=memory)
+    found = hash_images(images_of(source, (image_id,)), cache_dir=cache_dir)
     assert (found[image_id], source.reads) == (hashlib.sha256(b"odd").hexdigest(), [])
 
 
@@ -186,36 +186,36 @@ def test_names_that_are_no_utf8_are_remembered(source: CountingSource, memory: P
         b'{"a/x.jpg": [{}, "00"]}',
     ],
 )
-def test_damaged_memory_is_no_memory(source: CountingSource, memory: Path, content: bytes) -> None:
-    hash_images(images_of(source), memory=memory)
-    memory_file(memory).write_bytes(content)
-    assert hash_images(images_of(source), memory=memory) == digests()
+def test_damaged_memory_is_no_memory(source: CountingSource, cache_dir: Path, content: bytes) -> None:
+    hash_images(images_of(source), cache_dir=cache_dir)
+    memory_file(cache_dir).write_bytes(content)
+    assert hash_images(images_of(source), cache_dir=cache_dir) == digests()
 
 
 @pytest.mark.parametrize("digest", [None, 5, "00" * 31])
-def test_memory_of_what_is_no_hash_is_no_memory(source: CountingSource, memory: Path, digest: object) -> None:
-    hash_images(images_of(source), memory=memory)
-    remembered = json.loads(memory_file(memory).read_bytes())
+def test_memory_of_what_is_no_hash_is_no_memory(source: CountingSource, cache_dir: Path, digest: object) -> None:
+    hash_images(images_of(source), cache_dir=cache_dir)
+    remembered = json.loads(memory_file(cache_dir).read_bytes())
     remembered["a/x.jpg"][1] = digest
-    memory_file(memory).write_text(json.dumps(remembered))
-    assert hash_images(images_of(source), memory=memory) == digests()
+    memory_file(cache_dir).write_text(json.dumps(remembered))
+    assert hash_images(images_of(source), cache_dir=cache_dir) == digests()
 
 
-def test_embedded_images_leave_no_memory(memory: Path) -> None:
-    found = hash_images(images_of(EmbeddedSource(), ("0/0000.png",)), memory=memory)
+def test_embedded_images_leave_no_memory(cache_dir: Path) -> None:
+    found = hash_images(images_of(EmbeddedSource(), ("0/0000.png",)), cache_dir=cache_dir)
     assert found == {"0/0000.png": hashlib.sha256(b"0/0000.png").hexdigest()}
-    assert not memory.exists()
+    assert not cache_dir.exists()
 
 
-def test_no_images_have_no_hashes(memory: Path) -> None:
-    assert hash_images(images_of(EmbeddedSource(), ()), memory=memory) == {}
+def test_no_images_have_no_hashes(cache_dir: Path) -> None:
+    assert hash_images(images_of(EmbeddedSource(), ()), cache_dir=cache_dir) == {}
 
 
-def test_every_unreadable_file_is_listed(source: CountingSource, memory: Path) -> None:
+def test_every_unreadable_file_is_listed(source: CountingSource, cache_dir: Path) -> None:
     source.path("a/gone.jpg").symlink_to("nowhere")
     source.path("b/folder.jpg").mkdir()
     with pytest.raises(DataError) as caught:
-        hash_images(images_of(source, (*CONTENTS, "a/gone.jpg", "b/folder.jpg")), memory=memory)
+        hash_images(images_of(source, (*CONTENTS, "a/gone.jpg", "b/folder.jpg")), cache_dir=cache_dir)
     assert caught.value.exit_code == 21
     assert str(caught.value).splitlines()[:3] == [
         "2 images cannot be used:",
@@ -251,39 +251,39 @@ def test_memory_that_cannot_be_written_costs_only_time(
 ) -> None:
     (tmp_path / "file").touch()
     images = ImageSet(ids=tuple(CONTENTS), labels=(0, 0, 1), classes=("a", "b"), source=source)
-    assert len(hash_images(images, memory=tmp_path / "file")) == 3
+    assert len(hash_images(images, cache_dir=tmp_path / "file")) == 3
     assert "not remembered" in caplog.text
 
 
 def test_full_disk_under_the_memory_costs_only_time(
-    source: CountingSource, memory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    source: CountingSource, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(path: Path, content: bytes) -> None:
         raise StoreError("could not write: No space left on device", where=str(path))
 
     monkeypatch.setattr("msn_eval.data.hashing.write_atomically", full)
     images = ImageSet(ids=tuple(CONTENTS), labels=(0, 0, 1), classes=("a", "b"), source=source)
-    assert len(hash_images(images, memory=memory)) == 3
+    assert len(hash_images(images, cache_dir=cache_dir)) == 3
     assert "No space left" in caplog.text
 
 
 def test_file_that_changed_a_moment_ago_is_not_remembered(
-    source: CountingSource, memory: Path, monkeypatch: pytest.MonkeyPatch
+    source: CountingSource, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_hashes, "_SETTLED_NS", 10**9 * 3600)
-    hash_images(images_of(source), memory=memory)
+    hash_images(images_of(source), cache_dir=cache_dir)
     source.reads.clear()
-    hash_images(images_of(source), memory=memory)
+    hash_images(images_of(source), cache_dir=cache_dir)
     assert sorted(source.reads) == sorted(CONTENTS)
 
 
-def test_replaced_image_of_the_same_size_and_time_is_read_again(tmp_path: Path, memory: Path) -> None:
+def test_replaced_image_of_the_same_size_and_time_is_read_again(tmp_path: Path, cache_dir: Path) -> None:
     root = tmp_path / "val"
     (root / "a").mkdir(parents=True)
     (root / "a" / "x.jpg").write_bytes(b"one")
     images = ImageSet(ids=("a/x.jpg",), labels=(0,), classes=("a",), source=FolderSource(root))
     before = (root / "a" / "x.jpg").stat()
-    hash_images(images, memory=memory)
+    hash_images(images, cache_dir=cache_dir)
     (root / "a" / "x.jpg").write_bytes(b"two")
     os.utime(root / "a" / "x.jpg", ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert hash_images(images, memory=memory)["a/x.jpg"] == hashlib.sha256(b"two").hexdigest()
+    assert hash_images(images, cache_dir=cache_dir)["a/x.jpg"] == hashlib.sha256(b"two").hexdigest()

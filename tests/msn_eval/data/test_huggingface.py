@@ -120,7 +120,7 @@ def test_bytes_are_those_that_were_stored(twins: tuple[str, str]) -> None:
 
 def test_content_hash_is_that_of_the_image_folder(twins: tuple[str, str]) -> None:
     hashes = [
-        content_sha256(val.ids, hash_images(val, memory=None))
+        content_sha256(val.ids, hash_images(val, cache_dir=None))
         for val in (read_folder(twins[0]).val, read(twins[1]).val)
     ]
     assert hashes[0] == hashes[1]
@@ -538,7 +538,7 @@ def test_splits_have_roots_of_their_own(tmp_path: Path) -> None:
     """The memory of hashes goes by the root, and both splits may hold an image of the same id."""
     rows = [row(1, 0, "x.png")]
     data = read(write(tmp_path / "d", train=rows, validation=[row(2, 0, "x.png")]))
-    hashes = [hash_images(images, memory=tmp_path / "memory") for images in (data.train, data.val) * 2]
+    hashes = [hash_images(images, cache_dir=tmp_path / "memory") for images in (data.train, data.val) * 2]
     expected = [{"ant/x.png": hashlib.sha256(picture(number)).hexdigest()} for number in (1, 2)]
     assert hashes == expected * 2
 

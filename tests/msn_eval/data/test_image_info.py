@@ -16,12 +16,12 @@ from PIL import Image
 from msn_eval.data import image_info as image_facts
 from msn_eval.data.digits import read_digits
 from msn_eval.data.folder import FolderSource
-from msn_eval.data.image_info import ImageFacts, automatic_workers, look_at_image, look_at_images
+from msn_eval.data.image_info import ImageInfo, automatic_workers, inspect_image, inspect_images
 from msn_eval.data.images import ImageSet
 from msn_eval.errors import ResourceError
 
 ImageSetMaker = Callable[..., ImageSet]
-FactsOf = Callable[[bytes | None], ImageFacts]
+FactsOf = Callable[[bytes | None], ImageInfo]
 
 
 def picture(kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (3, 2), **options: object) -> bytes:
@@ -32,8 +32,8 @@ def picture(kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (3, 2)
 
 @pytest.fixture
 def facts_of(memory_images: ImageSetMaker) -> FactsOf:
-    def look(content: bytes | None) -> ImageFacts:
-        return look_at_image(memory_images({"a/x.png": content}).source, "a/x.png")
+    def look(content: bytes | None) -> ImageInfo:
+        return inspect_image(memory_images({"a/x.png": content}).source, "a/x.png")
 
     return look
 
@@ -74,7 +74,7 @@ def test_digest_is_that_of_the_bytes(facts_of: FactsOf) -> None:
 
 
 def test_image_that_cannot_be_read_says_why(facts_of: FactsOf) -> None:
-    assert facts_of(None) == ImageFacts(problem="cannot be read: Permission denied")
+    assert facts_of(None) == ImageInfo(problem="cannot be read: Permission denied")
 
 
 def test_truncated_image_is_a_problem_with_its_kind_and_digest(facts_of: FactsOf) -> None:
@@ -130,7 +130,7 @@ def test_image_far_too_large_is_a_problem(facts_of: FactsOf, monkeypatch: pytest
 
 def test_pixels_without_a_file_are_raw() -> None:
     digits = read_digits().val
-    facts = look_at_image(digits.source, digits.ids[0])
+    facts = inspect_image(digits.source, digits.ids[0])
     assert (facts.kind, facts.size, facts.problem) == ("raw RGB", (8, 8), "")
 
 
@@ -152,13 +152,13 @@ def no_child() -> bool:
 
 
 def test_processes_say_the_same_in_the_same_order(folder: ImageSet) -> None:
-    assert list(look_at_images("val", folder, workers=2)) == list(look_at_images("val", folder, workers=0))
+    assert list(inspect_images("val", folder, workers=2)) == list(inspect_images("val", folder, workers=0))
     assert no_child()
 
 
 def test_more_tasks_than_are_handed_out_ahead_are_done(folder: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_facts, "_IMAGES_A_TASK", 7)
-    sizes = [one.size for one in look_at_images("val", folder, workers=1)]
+    sizes = [one.size for one in inspect_images("val", folder, workers=1)]
     assert sizes == [(number + 1, 1) for number in range(150)]
 
 
@@ -172,7 +172,7 @@ class Deadly(FolderSource):
 
 def test_process_that_dies_is_an_error_naming_the_images_at_hand(folder: ImageSet) -> None:
     with pytest.raises(ResourceError) as caught:
-        list(look_at_images("val", replace(folder, source=Deadly(Path("/data"))), workers=1))
+        list(inspect_images("val", replace(folder, source=Deadly(Path("/data"))), workers=1))
     assert str(caught.value).startswith(
         "a process that decodes images of val died, at one of these or near them:\n  /data/a/000.png\n"
     )
@@ -187,7 +187,7 @@ def test_process_that_hangs_is_given_up(folder: ImageSet, monkeypatch: pytest.Mo
     os.mkfifo(folder.source.root / "a" / "000.png")
     monkeypatch.setattr(image_facts, "_TASK_SECONDS", 1.0)
     with pytest.raises(ResourceError, match="hung for 1 s, at one of these or near them"):
-        list(look_at_images("val", folder, workers=1))
+        list(inspect_images("val", folder, workers=1))
     assert no_child()
 
 
@@ -196,20 +196,20 @@ def test_interruption_leaves_no_process_behind(folder: ImageSet) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(look_at_images("val", folder, workers=1, on_progress=interrupt))
+        list(inspect_images("val", folder, workers=1, on_progress=interrupt))
     assert no_child()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_progress_ends_with_all_images(folder: ImageSet, workers: int) -> None:
     told: list[tuple[str, int, int]] = []
-    list(look_at_images("val", folder, workers=workers, on_progress=lambda *news: told.append(news)))
+    list(inspect_images("val", folder, workers=workers, on_progress=lambda *news: told.append(news)))
     assert (told[-1], told == sorted(told)) == (("val", 150, 150), True)
 
 
 def test_few_images_start_no_process(folder: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_facts, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("a process was started"))
-    assert len(list(look_at_images("val", folder))) == 150
+    assert len(list(inspect_images("val", folder))) == 150
 
 
 def test_many_images_take_a_process_a_core_up_to_sixteen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def test_missing_split_is_named_with_the_archive_to_get(
     with pytest.raises(DataError, match=f"has no {missing} images \\(it holds: ") as caught:
         read_dataset(str(root))
     assert (caught.value.exit_code, caught.value.where) == (21, str(root))
-    assert archive in caught.value.remedy
+    assert archive in caught.value.hint
 
 
 def test_one_split_is_read_where_the_other_is_missing(root: Path, store_pictures: Store) -> None:

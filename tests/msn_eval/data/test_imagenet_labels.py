@@ -48,7 +48,7 @@ def refusal(folder: Path, files: list[str] = FILES, known: list[str] | None = No
     with pytest.raises(DataError) as caught:
         labels_in(folder, files, known)
     assert caught.value.exit_code == 21
-    assert caught.value.remedy
+    assert caught.value.hint
     return str(caught.value)
 
 

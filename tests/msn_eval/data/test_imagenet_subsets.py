@@ -111,7 +111,7 @@ def test_altered_list_is_not_accepted(shared_data: Path, named_folder: Path) -> 
     assert find_list(entry) is None
 
 
-def test_missing_list_is_named_with_the_folders_and_the_remedy(named_folder: Path) -> None:
+def test_missing_list_is_named_with_the_folders_and_the_hint(named_folder: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_published_list(entry_of("2imgs", 3))
     text = str(caught.value)
@@ -256,7 +256,7 @@ def test_server_that_is_down_leads_to_the_place_for_the_file(tmp_path: Path, mon
         unheard.bind(("127.0.0.1", 0))
         with pytest.raises(DataError, match=r"could not be downloaded: .*refused") as caught:
             list(fetch_lists(tmp_path, f"http://127.0.0.1:{unheard.getsockname()[1]}"))
-    assert f"put it at {tmp_path / 'one.txt'}" in caught.value.remedy
+    assert f"put it at {tmp_path / 'one.txt'}" in caught.value.hint
 
 
 @pytest.mark.usefixtures("publication")

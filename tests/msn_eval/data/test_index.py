@@ -54,30 +54,30 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def memory(tmp_path: Path) -> Path:
+def cache_dir(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def listed(root: Path, memory: Path | None, kind: str = "folders") -> tuple[dict[str, list[str]], list[str]]:
+def listed(root: Path, cache_dir: Path | None, kind: str = "folders") -> tuple[dict[str, list[str]], list[str]]:
     """Give the names found in each folder, and the folders that were really listed."""
     scanner = Scanner()
     paths = sorted(root.iterdir())
-    parts = list_parts(paths, scanner, root=root, kind=kind, memory=memory)
+    parts = list_parts(paths, scanner, root=root, kind=kind, cache_dir=cache_dir)
     found = {path.name: sorted(part.names) for path, part in zip(paths, parts, strict=True)}
     return found, sorted(scanner.scanned)
 
 
-def index_file(memory: Path) -> Path:
-    (found,) = (memory / "indexes").iterdir()
+def index_file(cache_dir: Path) -> Path:
+    (found,) = (cache_dir / "indexes").iterdir()
     return found
 
 
 ALL = {"a": ["a.jpg"], "b": ["b.jpg"], "c": ["c.jpg"]}
 
 
-def test_second_listing_scans_nothing(root: Path, memory: Path) -> None:
-    assert listed(root, memory) == (ALL, ["a", "b", "c"])
-    assert listed(root, memory) == (ALL, [])
+def test_second_listing_scans_nothing(root: Path, cache_dir: Path) -> None:
+    assert listed(root, cache_dir) == (ALL, ["a", "b", "c"])
+    assert listed(root, cache_dir) == (ALL, [])
 
 
 def test_without_a_memory_everything_is_scanned_and_nothing_written(root: Path, tmp_path: Path) -> None:
@@ -86,239 +86,241 @@ def test_without_a_memory_everything_is_scanned_and_nothing_written(root: Path, 
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
-def test_added_file_is_noticed_in_its_folder_alone(root: Path, memory: Path) -> None:
-    listed(root, memory)
+def test_added_file_is_noticed_in_its_folder_alone(root: Path, cache_dir: Path) -> None:
+    listed(root, cache_dir)
     (root / "b" / "new.jpg").touch()
-    assert listed(root, memory) == (ALL | {"b": ["b.jpg", "new.jpg"]}, ["b"])
-    assert listed(root, memory)[1] == []
+    assert listed(root, cache_dir) == (ALL | {"b": ["b.jpg", "new.jpg"]}, ["b"])
+    assert listed(root, cache_dir)[1] == []
 
 
-def test_deleted_file_is_noticed(root: Path, memory: Path) -> None:
-    listed(root, memory)
+def test_deleted_file_is_noticed(root: Path, cache_dir: Path) -> None:
+    listed(root, cache_dir)
     (root / "b" / "b.jpg").unlink()
-    assert listed(root, memory) == (ALL | {"b": []}, ["b"])
+    assert listed(root, cache_dir) == (ALL | {"b": []}, ["b"])
 
 
-def test_renamed_file_is_noticed(root: Path, memory: Path) -> None:
-    listed(root, memory)
+def test_renamed_file_is_noticed(root: Path, cache_dir: Path) -> None:
+    listed(root, cache_dir)
     (root / "b" / "b.jpg").rename(root / "b" / "z.jpg")
-    assert listed(root, memory) == (ALL | {"b": ["z.jpg"]}, ["b"])
+    assert listed(root, cache_dir) == (ALL | {"b": ["z.jpg"]}, ["b"])
 
 
-def test_change_whose_time_was_set_back_is_noticed(root: Path, memory: Path) -> None:
-    listed(root, memory)
+def test_change_whose_time_was_set_back_is_noticed(root: Path, cache_dir: Path) -> None:
+    listed(root, cache_dir)
     status = (root / "b").stat()
     (root / "b" / "b.jpg").rename(root / "b" / "z.jpg")
     os.utime(root / "b", ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert listed(root, memory) == (ALL | {"b": ["z.jpg"]}, ["b"])
+    assert listed(root, cache_dir) == (ALL | {"b": ["z.jpg"]}, ["b"])
 
 
-def test_added_class_is_noticed(root: Path, memory: Path) -> None:
-    listed(root, memory)
+def test_added_class_is_noticed(root: Path, cache_dir: Path) -> None:
+    listed(root, cache_dir)
     (root / "d").mkdir()
     (root / "d" / "d.jpg").touch()
-    assert listed(root, memory) == (ALL | {"d": ["d.jpg"]}, ["d"])
+    assert listed(root, cache_dir) == (ALL | {"d": ["d.jpg"]}, ["d"])
 
 
-def test_removed_class_is_gone_and_forgotten(root: Path, memory: Path) -> None:
-    listed(root, memory)
-    before = index_file(memory).read_bytes()
+def test_removed_class_is_gone_and_forgotten(root: Path, cache_dir: Path) -> None:
+    listed(root, cache_dir)
+    before = index_file(cache_dir).read_bytes()
     shutil.rmtree(root / "b")
-    assert listed(root, memory) == ({"a": ["a.jpg"], "c": ["c.jpg"]}, [])
-    assert index_file(memory).read_bytes() != before
+    assert listed(root, cache_dir) == ({"a": ["a.jpg"], "c": ["c.jpg"]}, [])
+    assert index_file(cache_dir).read_bytes() != before
 
 
-def test_renamed_class_is_scanned_under_its_new_name(root: Path, memory: Path) -> None:
-    listed(root, memory)
+def test_renamed_class_is_scanned_under_its_new_name(root: Path, cache_dir: Path) -> None:
+    listed(root, cache_dir)
     (root / "b").rename(root / "e")
-    assert listed(root, memory) == ({"a": ["a.jpg"], "c": ["c.jpg"], "e": ["b.jpg"]}, ["e"])
+    assert listed(root, cache_dir) == ({"a": ["a.jpg"], "c": ["c.jpg"], "e": ["b.jpg"]}, ["e"])
 
 
-def test_exchanged_classes_are_noticed(root: Path, memory: Path) -> None:
-    listed(root, memory)
+def test_exchanged_classes_are_noticed(root: Path, cache_dir: Path) -> None:
+    listed(root, cache_dir)
     (root / "a").rename(root / "x")
     (root / "b").rename(root / "a")
     (root / "x").rename(root / "b")
-    assert listed(root, memory) == ({"a": ["b.jpg"], "b": ["a.jpg"], "c": ["c.jpg"]}, ["a", "b"])
+    assert listed(root, cache_dir) == ({"a": ["b.jpg"], "b": ["a.jpg"], "c": ["c.jpg"]}, ["a", "b"])
 
 
-def test_folder_of_another_inode_is_scanned_again(root: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_of_another_inode_is_scanned_again(root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = image_index._state
-    listed(root, memory)
+    listed(root, cache_dir)
     monkeypatch.setattr(image_index, "_state", lambda path: (state(path)[0] + (path.name == "b"), *state(path)[1:]))
-    assert listed(root, memory) == (ALL, ["b"])
+    assert listed(root, cache_dir) == (ALL, ["b"])
 
 
 def test_folder_that_changed_a_moment_ago_is_not_trusted(
-    root: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another change within the same tick of the disk's clock would leave no trace."""
     changed = {path.name: max(path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in root.iterdir()}
     monkeypatch.setattr(time, "time_ns", lambda: changed["b"] + 1_999_999_999)
-    assert "b" in listed(root, memory)[1]
-    assert "b" in listed(root, memory)[1]
+    assert "b" in listed(root, cache_dir)[1]
+    assert "b" in listed(root, cache_dir)[1]
 
 
 def test_folder_that_rested_for_two_seconds_is_trusted(
-    root: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = max(max(path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in root.iterdir())
     monkeypatch.setattr(time, "time_ns", lambda: changed + 2_000_000_000)
-    listed(root, memory)
-    assert listed(root, memory)[1] == []
+    listed(root, cache_dir)
+    assert listed(root, cache_dir)[1] == []
 
 
-def test_folder_whose_old_time_was_just_set_is_not_trusted(root: Path, memory: Path) -> None:
+def test_folder_whose_old_time_was_just_set_is_not_trusted(root: Path, cache_dir: Path) -> None:
     """Unpacking sets a folder's time back as its last step; it may come again."""
     with pytest.MonkeyPatch.context() as patch:
         os.utime(root / "b", (1, 1))
         changed = (root / "b").stat().st_ctime_ns
         patch.setattr(time, "time_ns", lambda: changed + 1_000_000_000)
-        listed(root, memory)
-        assert "b" in listed(root, memory)[1]
+        listed(root, cache_dir)
+        assert "b" in listed(root, cache_dir)[1]
 
 
-def test_folder_whose_time_lies_ahead_is_not_trusted(root: Path, memory: Path) -> None:
+def test_folder_whose_time_lies_ahead_is_not_trusted(root: Path, cache_dir: Path) -> None:
     """Its disk's clock and ours are apart, so nothing is known of the moment of its last change."""
     os.utime(root / "b", (time.time() + 3600,) * 2)
-    listed(root, memory)
-    assert listed(root, memory) == (ALL, ["b"])
+    listed(root, cache_dir)
+    assert listed(root, cache_dir) == (ALL, ["b"])
 
 
-def test_file_added_while_its_folder_is_listed_is_found_next_time(root: Path, memory: Path) -> None:
+def test_file_added_while_its_folder_is_listed_is_found_next_time(root: Path, cache_dir: Path) -> None:
     def scan(path: Path) -> Part:
         part = scan_images(path)
         if path.name == "b":
             (path / "late.jpg").touch()
         return part
 
-    list_parts(sorted(root.iterdir()), scan, root=root, kind="folders", memory=memory)
-    assert listed(root, memory) == (ALL | {"b": ["b.jpg", "late.jpg"]}, ["b"])
+    list_parts(sorted(root.iterdir()), scan, root=root, kind="folders", cache_dir=cache_dir)
+    assert listed(root, cache_dir) == (ALL | {"b": ["b.jpg", "late.jpg"]}, ["b"])
 
 
-def test_numbers_and_counts_are_remembered(tmp_path: Path, memory: Path) -> None:
+def test_numbers_and_counts_are_remembered(tmp_path: Path, cache_dir: Path) -> None:
     archive = tmp_path / "x.tar"
     archive.write_text("name")
     scan = Scanner()
-    first, second = (list_parts([archive], scan, root=archive, kind="tar", memory=memory)[0] for _ in range(2))
+    first, second = (list_parts([archive], scan, root=archive, kind="tar", cache_dir=cache_dir)[0] for _ in range(2))
     assert scan.scanned == ["x.tar"]
     assert second.names == first.names == ("name",)
     assert np.array_equal(second.numbers, [[4, -7]])
     assert second.numbers.dtype == np.int64
 
 
-def test_count_of_files_passed_over_is_remembered(root: Path, memory: Path) -> None:
+def test_count_of_files_passed_over_is_remembered(root: Path, cache_dir: Path) -> None:
     (root / "a" / "notes.txt").touch()
     paths = [root / "a"]
-    counts = [list_parts(paths, scan_images, root=root, kind="x", memory=memory)[0].passed_over for _ in range(2)]
+    counts = [list_parts(paths, scan_images, root=root, kind="x", cache_dir=cache_dir)[0].passed_over for _ in range(2)]
     assert counts == [1, 1]
 
 
 @pytest.mark.parametrize("name", ["\udcff.jpg", "é.jpg", 'a"b.jpg', "new\nline.jpg"])
-def test_odd_names_are_remembered_as_they_are(root: Path, memory: Path, name: str) -> None:
+def test_odd_names_are_remembered_as_they_are(root: Path, cache_dir: Path, name: str) -> None:
     (root / "a" / name).touch()
-    assert listed(root, memory)[0] == listed(root, memory)[0] == ALL | {"a": sorted(["a.jpg", name])}
-    assert listed(root, memory)[1] == []
+    assert listed(root, cache_dir)[0] == listed(root, cache_dir)[0] == ALL | {"a": sorted(["a.jpg", name])}
+    assert listed(root, cache_dir)[1] == []
 
 
-def test_every_flipped_byte_of_an_index_makes_it_void(root: Path, memory: Path) -> None:
-    listed(root, memory)
-    index = index_file(memory)
+def test_every_flipped_byte_of_an_index_makes_it_void(root: Path, cache_dir: Path) -> None:
+    listed(root, cache_dir)
+    index = index_file(cache_dir)
     whole = index.read_bytes()
     wrong = []
     for at in range(0, len(whole), 7):
         index.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        if listed(root, memory) != (ALL, ["a", "b", "c"]):
+        if listed(root, cache_dir) != (ALL, ["a", "b", "c"]):
             wrong.append(at)
     assert wrong == []
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
-def test_index_that_is_cut_short_is_void(root: Path, memory: Path, share: float) -> None:
-    listed(root, memory)
-    index = index_file(memory)
+def test_index_that_is_cut_short_is_void(root: Path, cache_dir: Path, share: float) -> None:
+    listed(root, cache_dir)
+    index = index_file(cache_dir)
     index.write_bytes(index.read_bytes()[: int(share * index.stat().st_size)])
-    assert listed(root, memory) == (ALL, ["a", "b", "c"])
-    assert listed(root, memory) == (ALL, [])
+    assert listed(root, cache_dir) == (ALL, ["a", "b", "c"])
+    assert listed(root, cache_dir) == (ALL, [])
 
 
-def test_index_of_another_version_is_void(root: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed(root, memory)
+def test_index_of_another_version_is_void(root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed(root, cache_dir)
     monkeypatch.setattr(image_index, "_VERSION", 2)
-    assert listed(root, memory)[1] == ["a", "b", "c"]
+    assert listed(root, cache_dir)[1] == ["a", "b", "c"]
 
 
 def test_index_made_with_other_image_suffixes_is_void(
-    root: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listed(root, memory)
+    listed(root, cache_dir)
     monkeypatch.setattr(image_index, "SUFFIXES", frozenset({".jpg", ".tif"}))
-    assert listed(root, memory)[1] == ["a", "b", "c"]
+    assert listed(root, cache_dir)[1] == ["a", "b", "c"]
 
 
-def test_index_of_another_folder_is_void(root: Path, memory: Path, tmp_path: Path) -> None:
-    listed(root, memory)
-    content = index_file(memory).read_bytes()
-    index_file(memory).unlink()
+def test_index_of_another_folder_is_void(root: Path, cache_dir: Path, tmp_path: Path) -> None:
+    listed(root, cache_dir)
+    content = index_file(cache_dir).read_bytes()
+    index_file(cache_dir).unlink()
     root.rename(tmp_path / "moved")
-    listed(tmp_path / "moved", memory)
-    index_file(memory).write_bytes(content)
-    assert listed(tmp_path / "moved", memory)[1] == ["a", "b", "c"]
+    listed(tmp_path / "moved", cache_dir)
+    index_file(cache_dir).write_bytes(content)
+    assert listed(tmp_path / "moved", cache_dir)[1] == ["a", "b", "c"]
 
 
-def test_each_root_and_kind_has_an_index_of_its_own(root: Path, memory: Path) -> None:
-    listed(root, memory)
-    assert listed(root, memory, "other")[1] == ["a", "b", "c"]
-    list_parts([root / "a"], scan_images, root=root / "a", kind="folders", memory=memory)
-    assert len(list((memory / "indexes").iterdir())) == 3
+def test_each_root_and_kind_has_an_index_of_its_own(root: Path, cache_dir: Path) -> None:
+    listed(root, cache_dir)
+    assert listed(root, cache_dir, "other")[1] == ["a", "b", "c"]
+    list_parts([root / "a"], scan_images, root=root / "a", kind="folders", cache_dir=cache_dir)
+    assert len(list((cache_dir / "indexes").iterdir())) == 3
 
 
-def test_folder_is_one_by_whatever_name_it_is_given(root: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed(root, memory)
+def test_folder_is_one_by_whatever_name_it_is_given(
+    root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed(root, cache_dir)
     monkeypatch.chdir(root.parent)
-    assert listed(Path("train"), memory)[1] == []
+    assert listed(Path("train"), cache_dir)[1] == []
 
 
-def test_small_sets_are_not_worth_a_file(root: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_sets_are_not_worth_a_file(root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_index, "_FEWEST_IMAGES", 4)
-    listed(root, memory)
-    assert not memory.exists()
+    listed(root, cache_dir)
+    assert not cache_dir.exists()
     (root / "a" / "fourth.jpg").touch()
-    listed(root, memory)
-    assert index_file(memory).is_file()
+    listed(root, cache_dir)
+    assert index_file(cache_dir).is_file()
 
 
-def test_nothing_new_writes_nothing(root: Path, memory: Path) -> None:
-    listed(root, memory)
-    before = index_file(memory).stat().st_ino
-    listed(root, memory)
-    assert index_file(memory).stat().st_ino == before
+def test_nothing_new_writes_nothing(root: Path, cache_dir: Path) -> None:
+    listed(root, cache_dir)
+    before = index_file(cache_dir).stat().st_ino
+    listed(root, cache_dir)
+    assert index_file(cache_dir).stat().st_ino == before
 
 
 def test_memory_that_cannot_be_written_is_done_without(
-    root: Path, memory: Path, caplog: pytest.LogCaptureFixture
+    root: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    memory.write_text("a file where the folder should be")
+    cache_dir.write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING, "msn_eval"):
-        assert listed(root, memory) == (ALL, ["a", "b", "c"])
+        assert listed(root, cache_dir) == (ALL, ["a", "b", "c"])
     assert "cannot be remembered for the next run" in caplog.text
 
 
 def test_full_disk_is_done_without(
-    root: Path, memory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", refuse)
     with caplog.at_level(logging.WARNING, "msn_eval"):
-        assert listed(root, memory)[0] == ALL
+        assert listed(root, cache_dir)[0] == ALL
     assert "No space left on device" in caplog.text
 
 
 def test_folder_that_vanishes_is_named(root: Path) -> None:
     with pytest.raises(DataError, match="gone: cannot be read: No such file") as caught:
-        list_parts([root / "a", root / "gone"], scan_images, root=root, kind="folders", memory=None)
+        list_parts([root / "a", root / "gone"], scan_images, root=root, kind="folders", cache_dir=None)
     assert caught.value.exit_code == 21
 
 
@@ -327,8 +329,8 @@ def test_part_with_numbers_of_other_images_is_refused() -> None:
         Part(names=("a", "b"), numbers=np.zeros((1, 2), dtype=np.int64))
 
 
-def test_image_folder_is_not_listed_twice(root: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = read_split(str(root.parent), "train", memory=memory).ids
+def test_image_folder_is_not_listed_twice(root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = read_split(str(root.parent), "train", cache_dir=cache_dir).ids
     listing = os.scandir
 
     def refuse(path: str | Path) -> object:
@@ -337,39 +339,39 @@ def test_image_folder_is_not_listed_twice(root: Path, memory: Path, monkeypatch:
         return listing(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert read_split(str(root.parent), "train", memory=memory).ids == ids == ("a/a.jpg", "b/b.jpg", "c/c.jpg")
+    assert read_split(str(root.parent), "train", cache_dir=cache_dir).ids == ids == ("a/a.jpg", "b/b.jpg", "c/c.jpg")
 
 
 def test_headers_of_an_archive_are_not_read_twice(
-    tmp_path: Path, memory: Path, write_tar: TarWriter, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache_dir: Path, write_tar: TarWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tar(tmp_path / "train" / "n01440764.tar", [("a.jpg", b"ant")])
-    read_split(str(tmp_path), "train", memory=memory)
+    read_split(str(tmp_path), "train", cache_dir=cache_dir)
     monkeypatch.setattr("msn_eval.data.imagenet.read_members", None)
-    again = read_split(str(tmp_path), "train", memory=memory)
+    again = read_split(str(tmp_path), "train", cache_dir=cache_dir)
     assert again.source.read("n01440764/a.jpg") == b"ant"
 
 
 @pytest.mark.parametrize("members", [[("b.jpg", b"bee")], [("a.jpg", b"ape")], [("0.jpg", b""), ("a.jpg", b"ant")]])
 def test_replaced_archive_is_read_anew(
-    tmp_path: Path, memory: Path, write_tar: TarWriter, members: list[tuple[str, bytes]]
+    tmp_path: Path, cache_dir: Path, write_tar: TarWriter, members: list[tuple[str, bytes]]
 ) -> None:
     archive = write_tar(tmp_path / "train" / "n01440764.tar", [("a.jpg", b"ant")])
-    read_split(str(tmp_path), "train", memory=memory)
+    read_split(str(tmp_path), "train", cache_dir=cache_dir)
     status = archive.stat()
     write_tar(tmp_path / "new.tar", members).replace(archive)
     os.utime(archive, ns=(status.st_atime_ns, status.st_mtime_ns))
-    train = read_split(str(tmp_path), "train", memory=memory)
+    train = read_split(str(tmp_path), "train", cache_dir=cache_dir)
     assert {name: train.source.read(name) for name in train.ids} == {
         f"n01440764/{name}": data for name, data in members
     }
 
 
 def test_corrected_classes_txt_is_used_with_remembered_archives(
-    tmp_path: Path, memory: Path, write_tar: TarWriter
+    tmp_path: Path, cache_dir: Path, write_tar: TarWriter
 ) -> None:
     write_tar(tmp_path / "train-000000.tar", [("a.jpg", b""), ("a.cls", b"0")])
     (tmp_path / "classes.txt").write_text("bee\n")
-    read_split(f"wds:{tmp_path}", "train", memory=memory)
+    read_split(f"wds:{tmp_path}", "train", cache_dir=cache_dir)
     (tmp_path / "classes.txt").write_text("ant\n")
-    assert read_split(f"wds:{tmp_path}", "train", memory=memory).ids == ("ant/a.jpg",)
+    assert read_split(f"wds:{tmp_path}", "train", cache_dir=cache_dir).ids == ("ant/a.jpg",)

@@ -48,8 +48,8 @@ def test_content_hash_is_the_same_in_every_layout(data_name: str, store_pictures
     plain = read_dataset(store_pictures(tmp_path / "plain", train="folders", val="folders"))
     data = read_dataset(data_name)
     for one, other in ((plain.train, data.train), (plain.val, data.val)):
-        assert content_sha256(one.ids, hash_images(one, memory=None)) == content_sha256(
-            other.ids, hash_images(other, memory=tmp_path / "memory")
+        assert content_sha256(one.ids, hash_images(one, cache_dir=None)) == content_sha256(
+            other.ids, hash_images(other, cache_dir=tmp_path / "memory")
         )
 
 
@@ -61,8 +61,8 @@ def test_one_split_alone_is_that_of_the_whole(data_name: str) -> None:
 def test_remembered_listing_is_the_listing(data_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("msn_eval.data.index._FEWEST_IMAGES", 0)
     monkeypatch.setattr("msn_eval.data.index._SETTLED_NS", 0)
-    first = read_dataset(data_name, memory=tmp_path / "memory")
-    again = read_dataset(data_name, memory=tmp_path / "memory")
+    first = read_dataset(data_name, cache_dir=tmp_path / "memory")
+    again = read_dataset(data_name, cache_dir=tmp_path / "memory")
     for one, other in ((first.train, again.train), (first.val, again.val)):
         assert (one.ids, one.labels, one.passed_over) == (other.ids, other.labels, other.passed_over)
         assert [one.source.read(name) for name in one.ids] == [other.source.read(name) for name in one.ids]
@@ -72,7 +72,7 @@ def test_hash_memories_of_the_splits_are_apart(data_name: str, tmp_path: Path, m
     monkeypatch.setattr("msn_eval.data.hashing._SETTLED_NS", 0)
     data = read_dataset(data_name)
     for images in (data.train, data.val):
-        hash_images(images, memory=tmp_path / "memory")
+        hash_images(images, cache_dir=tmp_path / "memory")
     assert len(list((tmp_path / "memory" / "hashes").iterdir())) == 2
 
 

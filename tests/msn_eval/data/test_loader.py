@@ -162,7 +162,7 @@ def test_worker_that_hangs_is_replaced(
 def test_worker_that_always_dies_is_a_fault_of_resources_with_the_images_it_was_at(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"twice at the same place(.|\n)*images:\n  grey 5\n") as refusal:
         brightness(greys(DyingAlways(tmp_path)), batch_size=2, workers=1)
-    assert (refusal.value.exit_code, "--workers 0" in refusal.value.remedy) == (30, True)
+    assert (refusal.value.exit_code, "--workers 0" in refusal.value.hint) == (30, True)
 
 
 def test_workers_leave_signals_to_their_parent(tmp_path: Path) -> None:

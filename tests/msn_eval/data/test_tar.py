@@ -139,7 +139,7 @@ def test_unreadable_archive_is_told_with_the_images_that_it_costs(listing: Listi
     images = ImageSet(ids=("y/a.jpg", "y/c.jpg"), labels=(0, 0), classes=("y",), source=listing.source)
     os.truncate(paths[1], 100)
     with pytest.raises(DataError, match=r"2 images cannot be used:\n.*second\.tar: y/a\.jpg: the archive changed"):
-        hash_images(images, memory=None)
+        hash_images(images, cache_dir=None)
 
 
 def test_no_file_stays_open(listing: Listing) -> None:
@@ -250,7 +250,7 @@ def test_compressed_archive_is_refused_with_the_command_that_decompresses_it(
     with pytest.raises(DataError, match=f"is compressed by {name}; images are read in place") as caught:
         read_members(archive)
     assert (caught.value.exit_code, caught.value.where) == (21, str(archive))
-    assert command in caught.value.remedy
+    assert command in caught.value.hint
 
 
 def test_zstd_archive_is_refused_as_compressed(archive: Path) -> None:
@@ -269,7 +269,7 @@ def test_archive_cut_anywhere_is_refused_and_named(archive: Path, length: int) -
         read_members(archive)
     assert caught.value.exit_code == 21
     assert caught.value.where == str(archive)
-    assert caught.value.remedy
+    assert caught.value.hint
 
 
 def test_archive_without_the_zeros_that_close_it_is_refused(archive: Path) -> None:
@@ -352,7 +352,7 @@ def test_sparse_member_is_refused(tmp_path: Path) -> None:
     path.write_bytes(bytes(block[:512]) + b"x" * 512 + bytes(1024))
     with pytest.raises(DataError, match=r"member holes\.jpg is stored with its zeros left out") as caught:
         read_members(path)
-    assert "--sparse" in caught.value.remedy
+    assert "--sparse" in caught.value.hint
 
 
 def test_length_of_a_long_name_is_not_believed_beyond_reason(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from msn_eval.data import validation as dataset_check
 from msn_eval.data.dataset import DataSet, class_map_sha256
 from msn_eval.data.folder import read_folder
 from msn_eval.data.hashing import content_sha256, hash_images
-from msn_eval.data.image_info import look_at_images
+from msn_eval.data.image_info import inspect_images
 from msn_eval.data.imagenet_subsets import Publication
 from msn_eval.data.images import ImageSet
 from msn_eval.data.validation import (
@@ -139,7 +139,7 @@ def with_broken_exif() -> bytes:
 def check(memory_images: ImageSetMaker) -> Check:
     def look(contents: Mapping[str, bytes | None]) -> SplitCheck:
         images = memory_images(contents)
-        return check_split("val", images, look_at_images("val", images))
+        return check_split("val", images, inspect_images("val", images))
 
     return look
 
@@ -158,12 +158,12 @@ def test_images_are_counted_by_class_and_kind(check: Check) -> None:
 
 def test_class_of_the_other_split_alone_has_no_images(memory_images: ImageSetMaker) -> None:
     images = replace(memory_images({"a/1.png": encoded_picture()}), classes=("a", "z"))
-    assert check_split("val", images, look_at_images("val", images)).class_sizes == {"a": 1, "z": 0}
+    assert check_split("val", images, inspect_images("val", images)).class_sizes == {"a": 1, "z": 0}
 
 
 def test_passed_over_files_are_those_of_the_set(memory_images: ImageSetMaker) -> None:
     images = memory_images({"a/1.png": encoded_picture()}, passed_over=4)
-    assert check_split("val", images, look_at_images("val", images)).passed_over == 4
+    assert check_split("val", images, inspect_images("val", images)).passed_over == 4
 
 
 def test_image_of_no_known_format_is_of_no_kind(check: Check) -> None:
@@ -209,8 +209,8 @@ def test_images_that_cannot_be_read_are_no_duplicates(check: Check) -> None:
 
 def test_content_hash_is_that_of_records(memory_images: ImageSetMaker) -> None:
     images = memory_images({"a/1.png": encoded_picture(), "b/1.png": b"damaged"})
-    expected = content_sha256(images.ids, hash_images(images, memory=None))
-    assert check_split("val", images, look_at_images("val", images)).content_sha256 == expected
+    expected = content_sha256(images.ids, hash_images(images, cache_dir=None))
+    assert check_split("val", images, inspect_images("val", images)).content_sha256 == expected
 
 
 def test_there_is_no_content_hash_where_an_image_cannot_be_read(check: Check) -> None:
@@ -249,7 +249,7 @@ SplitsOf = Callable[..., list[SplitCheck]]
 def splits_of(memory_images: ImageSetMaker) -> SplitsOf:
     def look(train: Mapping[str, bytes | None], val: Mapping[str, bytes | None]) -> list[SplitCheck]:
         named = (("train", memory_images(train)), ("val", memory_images(val)))
-        return [check_split(name, images, look_at_images(name, images)) for name, images in named]
+        return [check_split(name, images, inspect_images(name, images)) for name, images in named]
 
     return look
 

@@ -33,7 +33,7 @@ def refusal(name: str) -> str:
     with pytest.raises(DataError) as caught:
         read_dataset(name)
     assert caught.value.exit_code == 21
-    assert caught.value.remedy
+    assert caught.value.hint
     return str(caught.value)
 
 

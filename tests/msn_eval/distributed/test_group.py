@@ -18,7 +18,16 @@ import pytest
 import torch.distributed
 from torch.utils.data import DataLoader
 
-from msn_eval.distributed.group import ALONE, Group, agree, barrier, decided, gathered, join_group, share
+from msn_eval.distributed.group import (
+    ALONE,
+    Group,
+    all_gather_object,
+    barrier,
+    broadcast_from_rank0,
+    check_equal_across_ranks,
+    join_group,
+    share,
+)
 from msn_eval.distributed.peers import Limits
 from msn_eval.errors import DataError, MsnEvalError
 
@@ -215,11 +224,11 @@ def test_shares_are_whole_blocks_and_even_to_one_of_them(world: int, block: int)
 def test_without_other_ranks_the_group_is_one(environment: dict[str, str]) -> None:
     with join_group(environment=environment) as group:
         barrier(group, "end")
-        agree(group, "the plan", {"weights": "a"})
+        check_equal_across_ranks(group, "the plan", {"weights": "a"})
 
         assert (group.rank, group.world, group.local_rank) == (0, 1, 0)
-        assert decided(group, "choice", lambda: "this") == "this"
-        assert gathered(group, "names", "me") == ["me"]
+        assert broadcast_from_rank0(group, "choice", lambda: "this") == "this"
+        assert all_gather_object(group, "names", "me") == ["me"]
 
 
 def test_a_rank_that_waits_in_vain_names_the_missing(start: Start) -> None:
@@ -279,7 +288,7 @@ def test_a_rank_that_is_told_to_stop_while_it_joins_does_so_at_once(start: Start
 
 def test_two_groups_on_one_machine_do_not_meet(start: Start) -> None:
     def tell(name: str) -> Body:
-        return lambda group: os.write(1, " ".join(gathered(group, "names", f"{name}{group.rank}")).encode())
+        return lambda group: os.write(1, " ".join(all_gather_object(group, "names", f"{name}{group.rank}")).encode())
 
     first, second = start(2, tell("a")), start(2, tell("b"))
 
@@ -296,7 +305,7 @@ def test_a_process_may_join_one_group_after_another(start: Start) -> None:
     def twice(group: Group) -> None:
         for number in range(2):
             with join_group(environment=place(group.rank, 2, port), limits=QUICK) as inner:
-                assert gathered(inner, "names", f"{number}{group.rank}") == [f"{number}0", f"{number}1"]
+                assert all_gather_object(inner, "names", f"{number}{group.rank}") == [f"{number}0", f"{number}1"]
 
     assert codes(start(2, twice).ends()) == [0, 0]
 
@@ -307,9 +316,11 @@ def test_a_process_may_join_one_group_after_another(start: Start) -> None:
 def test_ranks_say_and_hear_the_same_things_in_order(start: Start) -> None:
     def body(group: Group) -> None:
         barrier(group, "start")
-        agree(group, "the plan", {"weights": "abc", "data": "def"})
-        choice = decided(group, "choice", lambda: f"made by {group.rank}")
-        os.write(1, json.dumps([choice, gathered(group, "names", f"é{group.rank}"), group.local_rank]).encode())
+        check_equal_across_ranks(group, "the plan", {"weights": "abc", "data": "def"})
+        choice = broadcast_from_rank0(group, "choice", lambda: f"made by {group.rank}")
+        os.write(
+            1, json.dumps([choice, all_gather_object(group, "names", f"é{group.rank}"), group.local_rank]).encode()
+        )
 
     ends = start(4, body).ends()
 
@@ -339,7 +350,7 @@ def test_only_the_first_rank_decides(start: Start) -> None:
             time.sleep(0.3)
             return "x"
 
-        decided(group, "choice", make)
+        broadcast_from_rank0(group, "choice", make)
 
     assert ["made" in end.lines for end in start(3, body).ends()] == [True, False, False]
 
@@ -347,7 +358,9 @@ def test_only_the_first_rank_decides(start: Start) -> None:
 def test_ranks_that_disagree_say_on_what(start: Start) -> None:
     def body(group: Group) -> None:
         weights = "abc" if group.rank != 1 else "def"
-        agree(group, "a.pth", {"data": "same", "weights": weights} | ({"seed": "1"} if group.rank == 2 else {}))
+        check_equal_across_ranks(
+            group, "a.pth", {"data": "same", "weights": weights} | ({"seed": "1"} if group.rank == 2 else {})
+        )
 
     ends = start(3, body).ends()
 
@@ -419,7 +432,7 @@ def test_what_an_earlier_attempt_left_in_the_launchers_store_is_not_met_again(
 def test_a_rank_that_fails_ends_all_with_its_code_and_its_error_first(start: Start, failing: int) -> None:
     def body(group: Group) -> None:
         if group.rank == failing:
-            raise DataError("no images", where="a/b", remedy="Look there.")
+            raise DataError("no images", where="a/b", hint="Look there.")
         barrier(group, "end")
 
     ends = start(3, body).ends()
@@ -475,7 +488,7 @@ def test_a_rank_that_cannot_be_called_back_is_ended(start: Start) -> None:
 def test_a_fault_of_all_ranks_is_told_once_by_the_lowest(start: Start) -> None:
     def body(group: Group) -> None:
         time.sleep(0.05 * (3 - group.rank))
-        raise DataError("no such folder", where="a/b", remedy="Look there.")
+        raise DataError("no such folder", where="a/b", hint="Look there.")
 
     ends = start(4, body, limits=CALM).ends()
 

@@ -148,7 +148,7 @@ def test_a_mistake_is_named(text: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_slurm(text)
     assert said in str(caught.value)
-    assert "Known keys: account, " in caught.value.remedy
+    assert "Known keys: account, " in caught.value.hint
 
 
 def test_known_keys_are_those_of_submitit() -> None:
@@ -201,7 +201,7 @@ def test_without_slurm_the_local_machine_is_offered(tmp_path: Path, monkeypatch:
     with pytest.raises(DistributedError) as caught:
         submit([], parse_slurm("nodes=1"), folder=tmp_path / "slurm")
     assert "srun" in str(caught.value)
-    assert "cluster=local" in caught.value.remedy
+    assert "cluster=local" in caught.value.hint
 
 
 def test_what_sbatch_refuses_is_shown(sbatch: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_missing_submitit_names_the_extra(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UsageError) as caught:
         submit([], parse_slurm("nodes=1"), folder=tmp_path)
-    assert "msn-eval[slurm]" in caught.value.remedy
+    assert "msn-eval[slurm]" in caught.value.hint
 
 
 def test_only_harmless_variables_are_written_to_the_shared_folder(

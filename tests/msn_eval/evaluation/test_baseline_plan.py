@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from msn_eval import evaluate
-from msn_eval.config.request import Request
+from msn_eval.config.request import EvaluationConfig
 from msn_eval.evaluation.baseline_plan import make_baseline_plans
 from msn_eval.results.baseline import make_baseline
 from msn_eval.results.record import Result
@@ -30,7 +30,9 @@ def test_recipes_are_the_baselines(measured: tuple[list[Result], Path]) -> None:
     results, out = measured
     baseline = make_baseline(results, [out])
 
-    plans = make_baseline_plans(baseline, Request(checkpoint=["pixels"], data="digits", device="cpu", no_cache=True))
+    plans = make_baseline_plans(
+        baseline, EvaluationConfig(checkpoint=["pixels"], data="digits", device="cpu", no_cache=True)
+    )
 
     tasks = [task for plan in plans for task in plan.tasks]
     assert sorted(task.protocol_id for task in tasks) == sorted(result.protocol_id for result in results)

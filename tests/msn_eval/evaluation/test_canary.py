@@ -12,7 +12,7 @@ from PIL import Image
 
 from msn_eval import evaluate
 from msn_eval.cli import main
-from msn_eval.config.request import Request
+from msn_eval.config.request import EvaluationConfig
 from msn_eval.errors import NumericalError
 from msn_eval.evaluation import evaluate as evaluation
 from msn_eval.evaluation.canary import FALSE_ALARMS, judge_canary, random_labels, refuse_leaks
@@ -111,7 +111,9 @@ def test_a_canary_is_a_protocol_of_its_own_and_no_finished_result_stands_for_it(
 
 def test_without_a_canary_protocols_do_not_know_of_it(clean: Path, tmp_path: Path) -> None:
     plan = make_plan(
-        Request(checkpoint=["pixels"], data=str(clean), subset=["1img"], out=str(tmp_path), device="cpu", no_cache=True)
+        EvaluationConfig(
+            checkpoint=["pixels"], data=str(clean), subset=["1img"], out=str(tmp_path), device="cpu", no_cache=True
+        )
     )
 
     assert {str(task.protocol["by_hand"]) for task in plan.tasks} == {"{}"}

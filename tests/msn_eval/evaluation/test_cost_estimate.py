@@ -13,8 +13,8 @@ from torch import Tensor
 
 from msn_eval import evaluate
 from msn_eval.config.recipes import AugmentedRecipe
-from msn_eval.config.request import Request
-from msn_eval.evaluation.cost_estimate import Forecast, forecast
+from msn_eval.config.request import EvaluationConfig
+from msn_eval.evaluation.cost_estimate import CostEstimate, estimate_cost
 from msn_eval.evaluation.evaluate import prepare
 from msn_eval.evaluation.plan import make_plan
 from msn_eval.features.encoder import Encoder
@@ -37,16 +37,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def request(pictures: Path, folder: Path, **options: object) -> Request:
+def request(pictures: Path, folder: Path, **options: object) -> EvaluationConfig:
     given = {"checkpoint": [TINY], "data": str(pictures), "subset": ["1img@1"], "out": str(folder / "runs")}
-    return Request(**{**given, "cache": str(folder / "cache"), "device": "cpu", **options})  # type: ignore[arg-type]
+    return EvaluationConfig(**{**given, "cache": str(folder / "cache"), "device": "cpu", **options})  # type: ignore[arg-type]
 
 
-def forecast_one(wanted: Request) -> Forecast:
-    return forecast(make_plan(wanted), run_own_code=True)[0][0]
+def forecast_one(wanted: EvaluationConfig) -> CostEstimate:
+    return estimate_cost(make_plan(wanted), run_own_code=True)[0][0]
 
 
-def measure(wanted: Request) -> None:
+def measure(wanted: EvaluationConfig) -> None:
     names = ("cache", "device", "probe", "limit")
     options = {name: value for name in names if (value := getattr(wanted, name)) is not None}
     evaluate(wanted.checkpoint, data=str(wanted.data), subsets=wanted.subset, out=wanted.out, **options)
@@ -94,7 +94,7 @@ def test_without_a_cache_all_is_to_be_read_again(pictures: Path, tmp_path: Path)
 def test_refused_checkpoint_has_its_problem(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.pth").touch()
     plan = make_plan(request(pictures, tmp_path, checkpoint=[str(tmp_path / "empty.pth"), TINY]))
-    first, second = forecast(plan, run_own_code=True)[0]
+    first, second = estimate_cost(plan, run_own_code=True)[0]
     assert ("empty" in str(first.problem), second.problem, second.read) == (True, None, 82)
 
 
@@ -110,12 +110,12 @@ def test_own_code_is_run_only_where_that_is_allowed(
     )
     monkeypatch.syspath_prepend(tmp_path)
     plan = make_plan(request(pictures, tmp_path, checkpoint=["py:own_network:make"]))
-    (found,), _ = forecast(plan, run_own_code=False)
+    (found,), _ = estimate_cost(plan, run_own_code=False)
     assert (found.read, found.seconds) == (82, None)
 
 
 def test_what_was_read_is_at_hand_for_the_evaluation(pictures: Path, tmp_path: Path) -> None:
-    _, prepared = forecast(make_plan(request(pictures, tmp_path)), run_own_code=True)
+    _, prepared = estimate_cost(make_plan(request(pictures, tmp_path)), run_own_code=True)
     assert list(prepared) == [TINY]
 
 
@@ -167,7 +167,7 @@ def test_checkpoints_are_at_hand_as_far_as_memory_is_spent_on_them(
     found = []
     for limit in (needed, needed - 1):
         monkeypatch.setattr("msn_eval.evaluation.cost_estimate._KEPT_BYTES", limit)
-        found.append(len(forecast(plan, run_own_code=True)[1]))
+        found.append(len(estimate_cost(plan, run_own_code=True)[1]))
     assert found == [1, 0]
 
 

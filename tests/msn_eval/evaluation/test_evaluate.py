@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from msn_eval import evaluate
-from msn_eval.config.request import Request
+from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.loader import PixelBatch
 from msn_eval.distributed.group import Group
 from msn_eval.errors import CheckpointError, StoreError, UsageError
@@ -137,7 +137,7 @@ def test_an_unknown_option_is_named_with_the_nearest(folder: Path, tmp_path: Pat
 
 def _plan(folder: Path, out: Path, **options: object) -> Plan:
     given = {"checkpoint": [_NETWORK], "data": str(folder), "subset": ["1img@1"], "out": str(out), "device": "cpu"}
-    return make_plan(Request(**{**given, "no_cache": True, **options}))  # type: ignore[arg-type]
+    return make_plan(EvaluationConfig(**{**given, "no_cache": True, **options}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_checkpoint_is_read_as_requested(folder: Path, tmp_path: Path, monkeypat
 
     def refuse(name: str, **named: object) -> None:
         asked.update(named)
-        raise CheckpointError("enough was seen", where=name, remedy="")
+        raise CheckpointError("enough was seen", where=name, hint="")
 
     monkeypatch.setattr(evaluation, "read_checkpoint", refuse)
     options = {"arch": "a", "checkpoint_key": "k", "allow_missing": ["m"], "seed": 3}
@@ -316,7 +316,7 @@ def test_checkpoint_is_read_as_requested(folder: Path, tmp_path: Path, monkeypat
 
 
 def test_images_come_as_requested() -> None:
-    request = Request(decoder="torchvision", batch_size="7", workers="0")
+    request = EvaluationConfig(decoder="torchvision", batch_size="7", workers="0")
     assert loading_of(request) == Loading(decoder="torchvision", batch_size=7, workers=0)
 
 
@@ -335,7 +335,9 @@ def test_bf16_and_fp16_stand_for_each_other(folder: Path, tmp_path: Path) -> Non
 def test_rank_computes_on_the_gpu_of_its_number(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    request = Request(checkpoint=[_NETWORK], data=str(folder), subset=["1img@1"], out=str(tmp_path), no_cache=True)
+    request = EvaluationConfig(
+        checkpoint=[_NETWORK], data=str(folder), subset=["1img@1"], out=str(tmp_path), no_cache=True
+    )
     assert str(make_plan(request, local_rank=1).device) == "cuda:1"
 
 
@@ -378,7 +380,9 @@ def test_hashes_of_both_splits_are_remembered(folder: Path, tmp_path: Path, monk
 def test_labelled_images_among_the_validation_images_are_counted_draw_by_draw(folder: Path, tmp_path: Path) -> None:
     leaky = tmp_path / "leaky"
     shutil.copytree(folder, leaky)
-    plan = make_plan(Request(checkpoint=["pixels"], data=str(leaky), subset=["2imgs"], device="cpu", no_cache=True))
+    plan = make_plan(
+        EvaluationConfig(checkpoint=["pixels"], data=str(leaky), subset=["2imgs"], device="cpu", no_cache=True)
+    )
     first, second, third = (subset.image_ids for subset in plan.subsets)
     shared = next(image_id for image_id in first if image_id not in second)
     (leaky / "val" / "a" / "copy.png").write_bytes((leaky / "train" / shared).read_bytes())

@@ -7,7 +7,7 @@ import torch
 
 from msn_eval import load_encoder
 from msn_eval.errors import ResourceError
-from msn_eval.features.batch_size import SHORTAGES, Portion, in_portions, is_shortage
+from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, AdaptiveBatchSize, is_out_of_memory, run_with_oom_backoff
 from msn_eval.features.encoder import Encoder
 
 
@@ -27,13 +27,13 @@ def _with_room_for(room: int, rows: slice) -> list[int]:
 
 
 def test_portions_are_every_image_once_and_in_order(encoder: Encoder) -> None:
-    assert in_portions(encoder, 10, Portion(images=4), _rows) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert run_with_oom_backoff(encoder, 10, AdaptiveBatchSize(images=4), _rows) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_what_follows_begins_there(encoder: Encoder) -> None:
-    portion = Portion(images=64)
+    portion = AdaptiveBatchSize(images=64)
 
-    found = in_portions(encoder, 10, portion, lambda rows: _with_room_for(3, rows))
+    found = run_with_oom_backoff(encoder, 10, portion, lambda rows: _with_room_for(3, rows))
 
     assert found == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
     assert portion.images == 2
@@ -41,7 +41,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_what_follows_begins_there(encod
 
 def test_one_image_that_does_not_fit_is_told_with_what_was_kept(encoder: Encoder) -> None:
     with pytest.raises(ResourceError) as told:
-        in_portions(encoder, 10, Portion(images=4), lambda rows: _with_room_for(0, rows), kept="All is kept.")
+        run_with_oom_backoff(
+            encoder, 10, AdaptiveBatchSize(images=4), lambda rows: _with_room_for(0, rows), kept="All is kept."
+        )
 
     assert "pixels: memory of cpu is too small for one image" in str(told.value)
     assert str(told.value).endswith("All is kept.")
@@ -49,7 +51,7 @@ def test_one_image_that_does_not_fit_is_told_with_what_was_kept(encoder: Encoder
 
 def test_another_fault_is_no_shortage(encoder: Encoder) -> None:
     with pytest.raises(RuntimeError, match="size"):
-        in_portions(encoder, 10, Portion(images=4), lambda rows: torch.ones(2) @ torch.ones(3))
+        run_with_oom_backoff(encoder, 10, AdaptiveBatchSize(images=4), lambda rows: torch.ones(2) @ torch.ones(3))
 
 
 def test_a_network_that_cannot_be_compiled_is_told(encoder: Encoder) -> None:
@@ -60,23 +62,23 @@ def test_a_network_that_cannot_be_compiled_is_told(encoder: Encoder) -> None:
         raise BackendError("no compiler here")
 
     with pytest.raises(ResourceError, match=r"torch\.compile failed: no compiler here"):
-        in_portions(replace(encoder, compiled=True), 10, Portion(images=4), fail)
+        run_with_oom_backoff(replace(encoder, compiled=True), 10, AdaptiveBatchSize(images=4), fail)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_errors_of_memory_are_shortages(error: BaseException) -> None:
-    assert is_shortage(error)
+    assert is_out_of_memory(error)
 
 
 def test_what_torch_says_of_the_hosts_memory_is_a_shortage() -> None:
-    with pytest.raises(SHORTAGES) as told:
+    with pytest.raises(OUT_OF_MEMORY_ERRORS) as told:
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    assert is_shortage(told.value)
+    assert is_out_of_memory(told.value)
 
 
 def test_another_fault_of_torch_is_none() -> None:
-    with pytest.raises(SHORTAGES) as told:
+    with pytest.raises(OUT_OF_MEMORY_ERRORS) as told:
         torch.ones(2) @ torch.ones(3)
 
-    assert not is_shortage(told.value)
+    assert not is_out_of_memory(told.value)

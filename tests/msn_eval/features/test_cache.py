@@ -380,8 +380,8 @@ class Scene:
 @pytest.fixture
 def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # a thousand times over, and no power is cut here
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
+    cache_dir = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=cache_dir if cache_dir.is_dir() else tmp_path) as folder:
         yield make_scene(Path(folder) / "cache")
 
 

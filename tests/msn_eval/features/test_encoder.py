@@ -388,7 +388,7 @@ def test_shallow_network_without_cls4_falls_back_to_mean() -> None:
 def test_tap_asked_for_by_hand_that_is_not_there_is_refused_with_those_that_are() -> None:
     with pytest.raises(UsageError, match=r"--tap cls: random:resnet18 \(resnet18\)") as refusal:
         resolve_tap(load("random:resnet18"), "cls", by_hand=True)
-    assert (refusal.value.exit_code, refusal.value.remedy) == (2, "It has: pool.")
+    assert (refusal.value.exit_code, refusal.value.hint) == (2, "It has: pool.")
 
 
 # Image sizes.
@@ -436,13 +436,13 @@ def test_resizing_leaves_the_checkpoints_own_network_as_it_was() -> None:
 def test_size_that_is_no_multiple_of_the_patch_is_refused_with_its_neighbours() -> None:
     with pytest.raises(UsageError, match="--image-pixels 36 is no multiple of the patch size 8") as refusal:
         load(TINY, image_pixels=36)
-    assert (refusal.value.exit_code, refusal.value.remedy) == (2, "Use 32 or 40.")
+    assert (refusal.value.exit_code, refusal.value.hint) == (2, "Use 32 or 40.")
 
 
 def test_size_below_one_patch_is_refused_with_sizes_that_differ() -> None:
     with pytest.raises(UsageError) as refusal:
         load(TINY, image_pixels=5)
-    assert refusal.value.remedy in ("Use 8.", "Use 8 or 16.")
+    assert refusal.value.hint in ("Use 8.", "Use 8 or 16.")
 
 
 def test_networks_published_at_another_size_are_evaluated_there() -> None:
@@ -558,7 +558,7 @@ def test_auto_device_is_one_that_is_there() -> None:
 def test_device_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"--device {name}") as refusal:
         load_encoder("pixels", device=name)
-    assert "cpu" in refusal.value.remedy
+    assert "cpu" in refusal.value.hint
 
 
 def test_unknown_precision_is_refused() -> None:

@@ -226,7 +226,7 @@ def test_image_that_vanishes_is_listed(encoder: Encoder, damaged_folder: Path) -
 
 def test_image_that_changed_since_it_was_hashed_is_refused(encoder: Encoder, damaged_folder: Path) -> None:
     images = read_split(str(damaged_folder), "val").only(["ant/0.png", "ant/2.png"])
-    hashes = hash_images(images, memory=None)
+    hashes = hash_images(images, cache_dir=None)
     Image.new("RGB", (40, 40), (0, 99, 0)).save(damaged_folder / "val" / "ant" / "2.png")
     with pytest.raises(DataError, match=r"1 image cannot be used:\n  .*2\.png: it changed since it was hashed"):
         extract_features(encoder, images, taps=["cls"], hashes=hashes)
@@ -352,7 +352,7 @@ def test_taps_that_are_kept_for_different_images_are_completed(
     encoder: Encoder, picture_folder: Path, tmp_path: Path
 ) -> None:
     images = read_split(str(picture_folder), "val")
-    hashes = hash_images(images, memory=None)
+    hashes = hash_images(images, cache_dir=None)
     for tap, ids in (("cls", images.ids[:7]), ("mean", images.ids[4:12])):
         extract_features(encoder, images.only(ids), taps=[tap], hashes=hashes, cache=tmp_path)
     both = extract_features(encoder, images, taps=["cls", "mean"], hashes=hashes, cache=tmp_path)
@@ -363,11 +363,11 @@ def test_taps_that_are_kept_for_different_images_are_completed(
 
 
 @pytest.mark.parametrize(("precision", "advice"), [("fp32", "overflow here"), ("bf16", "--precision fp32")])
-def test_remedy_against_overflow_is_one_that_was_not_tried(precision: Precision, advice: str) -> None:
+def test_hint_against_overflow_is_one_that_was_not_tried(precision: Precision, advice: str) -> None:
     encoder = build_encoder(own(NotANumberForBright()).checkpoint, device=CPU, precision=precision)
     with pytest.raises(NumericalError) as refusal:
         extract_features(encoder, greys(250), taps=["out"])
-    assert advice in refusal.value.remedy
+    assert advice in refusal.value.hint
 
 
 def test_failed_compilation_is_a_fault_of_resources() -> None:
@@ -378,7 +378,7 @@ def test_failed_compilation_is_a_fault_of_resources() -> None:
     encoder = replace(own(Uncompilable()), compiled=True)
     with pytest.raises(ResourceError, match=r"torch\.compile failed: no C\+\+ compiler") as refusal:
         extract_features(encoder, greys(250), taps=["out"])
-    assert "--compile" in refusal.value.remedy
+    assert "--compile" in refusal.value.hint
 
 
 def test_file_that_the_device_refuses_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -402,7 +402,7 @@ def test_only_the_first_rank_looks_for_what_is_missing(tmp_path: Path, cache: Pa
     images = numbers(tmp_path, range(64))
 
     def refuse(*given: object) -> None:
-        raise StoreError("looked", where="here", remedy="")
+        raise StoreError("looked", where="here", hint="")
 
     def extract(group: Group) -> int:
         if group.rank != 0:

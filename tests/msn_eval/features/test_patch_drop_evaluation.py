@@ -8,12 +8,12 @@ import torch
 
 from msn_eval import evaluate
 from msn_eval.commands.evaluate import describe_plan
-from msn_eval.config.request import Request
+from msn_eval.config.request import EvaluationConfig
 from msn_eval.data import read_dataset
 from msn_eval.data.hashing import hash_images
 from msn_eval.data.images import ImageSet
 from msn_eval.errors import UsageError
-from msn_eval.evaluation.cost_estimate import forecast
+from msn_eval.evaluation.cost_estimate import estimate_cost
 from msn_eval.evaluation.plan import make_plan
 from msn_eval.features.encoder import Encoder, load_encoder
 from msn_eval.features.extraction import extract_features
@@ -35,10 +35,10 @@ def images() -> ImageSet:
     return train.only(train.ids[::50])
 
 
-def asked(tmp_path: Path, **options: object) -> Request:
+def asked(tmp_path: Path, **options: object) -> EvaluationConfig:
     given = {"checkpoint": ["demo"], "data": "digits", "subset": ["1img@1"], "limit": 2, "device": "cpu"}
     folders = {"out": str(tmp_path / "runs"), "cache": str(tmp_path / "cache")}
-    return Request(**{**given, **folders, **options})  # type: ignore[arg-type]
+    return EvaluationConfig(**{**given, **folders, **options})  # type: ignore[arg-type]
 
 
 def measured(tmp_path: Path, **options: object) -> Result:
@@ -49,7 +49,7 @@ def measured(tmp_path: Path, **options: object) -> Result:
 
 
 def test_kept_features_are_those_of_a_pass_without_a_cache(encoder: Encoder, images: ImageSet, tmp_path: Path) -> None:
-    hashes = hash_images(images, memory=None)
+    hashes = hash_images(images, cache_dir=None)
     plain = extract_features(encoder, images, taps=["cls"], drop=HALF)
     for read in (len(images), 0):
         kept = extract_features(encoder, images, taps=["cls"], hashes=hashes, drop=HALF, cache=tmp_path)
@@ -61,7 +61,7 @@ def test_kept_features_are_those_of_a_pass_without_a_cache(encoder: Encoder, ima
 def test_features_of_another_drop_are_not_taken(
     encoder: Encoder, images: ImageSet, tmp_path: Path, other: PatchDrop | None
 ) -> None:
-    hashes = hash_images(images, memory=None)
+    hashes = hash_images(images, cache_dir=None)
     first, second = (
         extract_features(encoder, images, taps=["cls"], hashes=hashes, drop=drop, cache=tmp_path)
         for drop in (HALF, other)
@@ -75,7 +75,7 @@ def test_equal_files_of_other_ids_lose_other_patches(encoder: Encoder, images: I
     first = images.only(images.ids[:1])
     renamed = replace(first, source=_Renamed(first), ids=("0/copy.png",))
     rows = [
-        extract_features(encoder, one, taps=["cls"], hashes=hash_images(one, memory=None), drop=HALF, cache=tmp_path)
+        extract_features(encoder, one, taps=["cls"], hashes=hash_images(one, cache_dir=None), drop=HALF, cache=tmp_path)
         for one in (first, renamed)
     ]
 
@@ -118,7 +118,7 @@ def test_nothing_dropped_predicts_as_without_the_option_from_the_same_features(t
 def test_validation_images_stay_whole(tmp_path: Path) -> None:
     measured(tmp_path)
 
-    (cost,), _ = forecast(make_plan(asked(tmp_path, patch_drop=0.5)), run_own_code=True)
+    (cost,), _ = estimate_cost(make_plan(asked(tmp_path, patch_drop=0.5)), run_own_code=True)
 
     assert (cost.read, cost.reused) == (10, 20)  # the labelled ones are to be read again
 
@@ -142,4 +142,4 @@ def test_other_networks_are_refused_before_anything_runs(tmp_path: Path) -> None
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_share_out_of_range_is_refused(share: float) -> None:
     with pytest.raises(UsageError, match=r"--patch-drop .* out of range"):
-        Request(patch_drop=share)
+        EvaluationConfig(patch_drop=share)

@@ -108,7 +108,7 @@ def test_full_disk_is_a_store_error_that_says_what_was_needed(tmp_path: Path, mo
     assert str(caught.value).startswith(
         f"{tmp_path / 'record.json'}: could not write 1,234 bytes: No space left on device\nFree space"
     )
-    assert f"bytes are free at {tmp_path}" in caught.value.remedy
+    assert f"bytes are free at {tmp_path}" in caught.value.hint
 
 
 def test_full_disk_leaves_the_old_content_and_no_temporary_file(

@@ -76,17 +76,17 @@ def test_vit_base_has_the_published_number_of_parameters(vit_weights: WeightMake
     assert sum(parameter.numel() for parameter in network.parameters()) == 85_798_656
 
 
-def test_unknown_width_is_refused_with_the_arch_option_as_remedy(vit_weights: WeightMaker) -> None:
+def test_unknown_width_is_refused_with_the_arch_option_as_hint(vit_weights: WeightMaker) -> None:
     with pytest.raises(CheckpointError, match="width 96 and depth 2") as refusal:
         recognise_architecture(vit_weights(width=96))
-    assert "--arch 'vit_tiny_patch16_224?embed_dim=96&depth=2&patch_size=8" in refusal.value.remedy
+    assert "--arch 'vit_tiny_patch16_224?embed_dim=96&depth=2&patch_size=8" in refusal.value.hint
 
 
 def test_positions_that_fill_no_square_are_refused(vit_weights: WeightMaker) -> None:
     weights = vit_weights() | {"pos_embed": torch.zeros(1, 15, 192)}
     with pytest.raises(CheckpointError, match="15 positions") as refusal:
         recognise_architecture(weights)
-    assert "--arch" in refusal.value.remedy
+    assert "--arch" in refusal.value.hint
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_weight_of_an_unexpected_dimension_is_refused(
     weights = vit_weights() | {name: torch.zeros(shape)}
     with pytest.raises(CheckpointError) as refusal:
         build_network(recognise_architecture(weights))
-    assert "--arch" in refusal.value.remedy
+    assert "--arch" in refusal.value.hint
 
 
 @pytest.mark.parametrize(("registers", "positions", "image"), [(4, 1, 8), (3, 4, 16)])
@@ -118,7 +118,7 @@ def test_positions_that_the_prefix_tokens_alone_would_use_up_are_those_of_patche
 def test_unfamiliar_names_are_refused_and_shown() -> None:
     with pytest.raises(CheckpointError, match=r"stem\.weight") as refusal:
         recognise_architecture({"stem.weight": torch.zeros(3)})
-    assert "--arch" in refusal.value.remedy
+    assert "--arch" in refusal.value.hint
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_small_first_convolution_belongs_to_a_stem_for_small_images(padded: bool
 def test_residual_network_of_another_depth_or_width_is_refused(weights: dict[str, Tensor]) -> None:
     with pytest.raises(CheckpointError, match="none of ResNet-18") as refusal:
         recognise_architecture(weights)
-    assert "--arch" in refusal.value.remedy
+    assert "--arch" in refusal.value.hint
 
 
 def test_keywords_of_a_name_are_read_as_values() -> None:
@@ -166,7 +166,7 @@ def test_architecture_without_a_name_is_refused(text: str) -> None:
 def test_keywords_that_are_no_pairs_are_refused_with_an_example() -> None:
     with pytest.raises(CheckpointError, match="keywords") as refusal:
         name_architecture("vit_tiny_patch16_224?img_size")
-    assert "img_size=32&patch_size=4" in refusal.value.remedy
+    assert "img_size=32&patch_size=4" in refusal.value.hint
 
 
 def test_norm_before_the_blocks_leaves_the_activation_open_and_is_refused(vit_weights: WeightMaker) -> None:
@@ -257,7 +257,7 @@ def test_depth_that_no_network_has_is_refused(vit_weights: WeightMaker, block: i
         return
     with pytest.raises(CheckpointError, match=rf"with a block {block}\b") as refusal:
         recognise_architecture(weights)
-    assert "--arch" in refusal.value.remedy
+    assert "--arch" in refusal.value.hint
 
 
 def test_depth_is_one_more_than_the_highest_block(vit_weights: WeightMaker) -> None:
@@ -321,7 +321,7 @@ def test_beit_whose_tables_would_not_fit_into_memory_is_refused(grid: int) -> No
     weights = beit_weights(use_shared_rel_pos_bias=True) | {"rel_pos_bias.relative_position_bias_table": table}
     with pytest.raises(CheckpointError, match=r"beit_.* needs [\d,]+ bytes for tables") as refusal:
         outline_network(recognise_architecture(weights))
-    assert "--arch" in refusal.value.remedy
+    assert "--arch" in refusal.value.hint
 
 
 def test_beit_of_512_pixels_has_room_for_its_tables() -> None:
@@ -334,7 +334,7 @@ def test_transformer_whose_norms_may_stand_before_or_behind_its_layers_is_refuse
     plain = {name: tensor for name, tensor in weights.items() if not name.endswith("attn.qkv.bias")}
     with pytest.raises(CheckpointError, match="have the same weights") as refusal:
         recognise_architecture(plain)
-    assert "--arch" in refusal.value.remedy
+    assert "--arch" in refusal.value.hint
 
 
 @pytest.mark.parametrize("keyword", ["checkpoint_path=/somewhere.pth", "pretrained=True", "pretrained_cfg=x"])

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from msn_eval.monitor.alarms import Alarm, find_alarms
-from msn_eval.monitor.snapshot_features import Look, Seen
+from msn_eval.monitor.snapshot_features import Seen, SnapshotFeatures
 
 _LOG_K = math.log(64)
 _HEALTHY = {
@@ -27,13 +27,13 @@ def _run(*sick: dict[str, float | None], healthy: int = 5) -> list[dict[str, flo
     return [{**line, "step": 10.0 * number} for number, line in enumerate(lines, start=1)]
 
 
-def _alarms(lines: list[dict[str, float | None]], looks: list[Look] | None = None) -> tuple[Alarm, ...]:
+def _alarms(lines: list[dict[str, float | None]], looks: list[SnapshotFeatures] | None = None) -> tuple[Alarm, ...]:
     return find_alarms(lines, looks or [], prototypes=64, first_epochs=3)
 
 
-def _look(step: int, problem: str) -> Look:
+def _look(step: int, problem: str) -> SnapshotFeatures:
     seen = Seen(data_sha256="d", tap="cls-norm", precision="exact")
-    return Look(
+    return SnapshotFeatures(
         step=step, epoch=1, created="", sha256="f", weights_sha256=f"{step}", seen=seen,
         images=9, feature_rank=1.0, feature_spread=0.0, problem=problem,
     )  # fmt: skip

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from msn_eval.features.extraction import Features
-from msn_eval.monitor.snapshot_features import Place, Seen, look_at, newest_of_each_step, read_looks, write_look
+from msn_eval.monitor.snapshot_features import (
+    Place,
+    Seen,
+    look_at,
+    newest_of_each_step,
+    read_snapshot_features,
+    write_snapshot_features,
+)
 
 _PLACE = Place(
     step=40, epoch=2, created="2026-01-31T12:00:00Z", sha256="a" * 64, weights_sha256="b" * 64,
@@ -47,11 +54,11 @@ def test_equal_features_are_told() -> None:
 
 def test_looks_are_read_as_they_were_written_and_damaged_ones_told(tmp_path: Path) -> None:
     look = look_at(_features(_noise()), _PLACE)
-    write_look(tmp_path, look)
+    write_snapshot_features(tmp_path, look)
     (tmp_path / "step-00000080.00000000.json").write_text('{"schema": 1, "step": "80"}')
     (tmp_path / "step-note.json").write_text("mine")
 
-    looks, faults = read_looks(tmp_path)
+    looks, faults = read_snapshot_features(tmp_path)
 
     assert looks == [look]
     assert len(faults) == 1
@@ -62,9 +69,9 @@ def test_looks_at_other_images_stand_beside_each_other_and_are_not_mixed(tmp_pat
     one = look_at(_features(_noise()), _PLACE)
     other = dataclasses.replace(one, seen=dataclasses.replace(one.seen, data_sha256="d" * 64))
     for look in (one, other):
-        write_look(tmp_path, look)
+        write_snapshot_features(tmp_path, look)
 
-    looks, _ = read_looks(tmp_path)
+    looks, _ = read_snapshot_features(tmp_path)
 
     assert len(looks) == 2
     assert newest_of_each_step(looks, other.seen) == {40: other}

@@ -15,7 +15,7 @@ from msn_eval.errors import MsnEvalError, NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes import distributed as team
 from msn_eval.probes import knn
-from msn_eval.probes.distributed import Team, assist, dismiss, search_together
+from msn_eval.probes.distributed import WorkerGroup, search_together, serve, shutdown
 from msn_eval.probes.knn import NearestNeighbours, fit_knn
 from msn_eval.probes.knn_search.index import Bank, index_bank
 from msn_eval.probes.logistic import Logistic, fit_logistic
@@ -53,13 +53,13 @@ def _on_ranks(world: int, do: Callable[[Group], object]) -> list[object]:
     return [found[rank] for rank in range(world)]
 
 
-def _led(group: Group, lead: Callable[[Team], object]) -> object:
+def _led(group: Group, lead: Callable[[WorkerGroup], object]) -> object:
     """Do something on the first rank while the others assist."""
-    team = Team(group=group, device=CPU)
+    team = WorkerGroup(group=group, device=CPU)
     if group.rank:
-        return assist(team)
+        return serve(team)
     found = lead(team)
-    dismiss(team)
+    shutdown(team)
     return found
 
 
@@ -75,7 +75,7 @@ def test_a_team_fits_what_the_first_rank_alone_fits(monkeypatch: pytest.MonkeyPa
     train, queries = _features(), torch.randn(40, 12, generator=torch.Generator().manual_seed(1))
     probes = Logistic(lambdas=(0.1, 0.0025)), Logistic(lambdas=(1.0,))
 
-    def fits(team: Team | None) -> list[tuple[float, float, list[int]]]:
+    def fits(team: WorkerGroup | None) -> list[tuple[float, float, list[int]]]:
         fitted = [fit_logistic(probe, train, CPU, team=team) for probe in probes]
         told = []
         for one in fitted:
@@ -121,7 +121,7 @@ def test_a_team_finds_the_neighbours_and_votes_of_one_rank_to_the_last_bit(
     train.values[200:250] = train.values[:50]  # equal rows, on other ranks
     queries[7] = 0
 
-    def find(team: Team | None) -> list[Tensor]:
+    def find(team: WorkerGroup | None) -> list[Tensor]:
         return list(fit_knn(NearestNeighbours(ks=(3, 150)), train, CPU, team=team).scores(queries))
 
     def do(group: Group) -> object:
@@ -135,7 +135,7 @@ def test_a_team_finds_the_neighbours_and_votes_of_one_rank_to_the_last_bit(
 
 
 def test_a_small_bank_is_searched_by_the_first_rank_alone(banks: list[int]) -> None:
-    def find(team: Team) -> object:
+    def find(team: WorkerGroup) -> object:
         return len(list(fit_knn(NearestNeighbours(ks=(3,)), _features(), CPU, team=team).scores(torch.ones(1, 12))))
 
     assert _on_ranks(2, lambda group: (_led(group, find), banks)) == [(1, []), (None, [])]
@@ -146,7 +146,7 @@ def test_rows_that_are_not_finite_are_refused_before_anybody_is_called(bad: str,
     rows = {"query": torch.ones(4, 12), "labelled row": torch.ones(9, 12)}
     rows[bad][2] = torch.nan
 
-    def find(team: Team) -> object:
+    def find(team: WorkerGroup) -> object:
         with pytest.raises(NumericalError, match=f"1 of . {bad}s is not finite: 2"):
             search_together(team, rows["query"], rows["labelled row"], 3)
         return "refused"
@@ -169,7 +169,7 @@ def test_rows_that_are_not_finite_are_refused_before_anybody_is_called(bad: str,
 def test_a_rank_that_fails_in_a_search_ends_the_job_with_its_error(
     monkeypatch: pytest.MonkeyPatch, failing: int, error: Exception, code: int, told: str
 ) -> None:
-    def find(team: Team) -> object:
+    def find(team: WorkerGroup) -> object:
         return search_together(team, torch.ones(4, 12), torch.ones(9, 12), 3)
 
     def do(group: Group) -> object:
@@ -188,9 +188,9 @@ def test_a_rank_that_fails_in_a_search_ends_the_job_with_its_error(
 
 def test_a_team_that_is_not_needed_is_dismissed() -> None:
     def do(group: Group) -> object:
-        team = Team(group=group, device=CPU)
+        team = WorkerGroup(group=group, device=CPU)
         if group.rank:
-            return assist(team)
-        return dismiss(team)
+            return serve(team)
+        return shutdown(team)
 
     assert _on_ranks(2, do) == [None, None]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from msn_eval import evaluate
-from msn_eval.config.request import Request
+from msn_eval.config.request import EvaluationConfig
 from msn_eval.evaluation.baseline_plan import make_baseline_plans
 from msn_eval.evaluation.plan import make_plan
 from msn_eval.reports.html.provenance import command_of
@@ -66,7 +66,7 @@ def test_command_asks_for_it_again(chosen: Result) -> None:
 
 def test_baseline_measures_it_again(runs: Path) -> None:
     results = list_results([runs])
-    request = Request(checkpoint=["pixels"], data="digits", device="cpu", no_cache=True)
+    request = EvaluationConfig(checkpoint=["pixels"], data="digits", device="cpu", no_cache=True)
 
     plans = make_baseline_plans(make_baseline(results, [runs]), request)
 
@@ -79,6 +79,6 @@ def test_baseline_measures_it_again(runs: Path) -> None:
     ids=["nothing", "auto", "both"],
 )
 def test_a_list_may_hold_numbers_and_auto(asked: list[str], params: list[float | None]) -> None:
-    request = Request(checkpoint=["pixels"], data="digits", subset=["1img@1"], lambda_=asked, no_cache=True)
+    request = EvaluationConfig(checkpoint=["pixels"], data="digits", subset=["1img@1"], lambda_=asked, no_cache=True)
 
     assert [task.params.get("lambda") for task in make_plan(request).tasks] == params

@@ -36,7 +36,7 @@ from msn_eval.probes.linear_augmented import (
     take_step,
 )
 from msn_eval.probes.training_state import StateFiles, write_state
-from msn_eval.process import Stop
+from msn_eval.process import StopRequest
 from msn_eval.results.folder import list_results
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def _stepped(cuts: list[int], probe: LinearAugmented = _PROBE, steps: int = 3) -
     features, labels = _batch()
     for step in range(steps):
         parts = zip(torch.split(features, cuts), torch.split(labels, cuts), strict=True)
-        assert take_step(training, parts, images=20, share=1 - step / 4, group=ALONE, stop=Stop())
+        assert take_step(training, parts, images=20, share=1 - step / 4, group=ALONE, stop=StopRequest())
     return training
 
 
@@ -139,7 +139,7 @@ def test_features_that_are_not_finite_are_told_by_the_rank_that_met_them() -> No
     training = start_training(_PROBE, 8, 3, CPU)
 
     with pytest.raises(NumericalError, match=r"features of a\.png"):
-        take_step(training, parts(), images=40, share=1.0, group=ALONE, stop=Stop())
+        take_step(training, parts(), images=40, share=1.0, group=ALONE, stop=StopRequest())
     assert training.step == 0
 
 
@@ -185,7 +185,7 @@ def test_the_objective_is_the_mean_loss_of_the_last_epoch_as_it_was_met(images: 
         features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
         losses = [functional.cross_entropy(head(features), labels).item() for head in training.heads.values()]
         share = (1.0, 0.5)[epoch]
-        take_step(training, iter([(features, labels)]), images=40, share=share, group=ALONE, stop=Stop())
+        take_step(training, iter([(features, labels)]), images=40, share=share, group=ALONE, stop=StopRequest())
 
     fitted = fit_augmented(probe, images, group=ALONE, files=None)
 
@@ -208,7 +208,7 @@ def _step_on_a_rank() -> dict[str, Tensor]:
     mine = slice(0, 13) if rank == 0 else slice(13, 20)
     for step in range(3):
         parts = iter([(features[mine], labels[mine])])
-        take_step(training, parts, images=20, share=1 - step / 4, group=group, stop=Stop())
+        take_step(training, parts, images=20, share=1 - step / 4, group=group, stop=StopRequest())
     return _weights(training)
 
 
@@ -223,7 +223,7 @@ def _stop_one_rank() -> tuple[bool, int]:
     rank = torch.distributed.get_rank()
     group = Group(rank=rank, world=2, local_rank=rank, host="here")
     training = start_training(_PROBE, 8, 3, CPU)
-    stop = Stop(number=signal.SIGTERM if rank == 1 else None)
+    stop = StopRequest(number=signal.SIGTERM if rank == 1 else None)
     return take_step(training, iter([_batch()]), images=40, share=1.0, group=group, stop=stop), training.step
 
 

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes import logistic
-from msn_eval.probes.base import Fitted, centred_rows
+from msn_eval.probes.base import FittedProbe, centred_rows
 from msn_eval.probes.logistic import Logistic, Solver, _setting, default_lambda, fit_logistic, logistic_settings
 from msn_eval.probes.logistic_solvers import newton
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
@@ -32,7 +32,7 @@ def _queries(d: int = 16) -> torch.Tensor:
     return torch.randn(200, d, generator=torch.Generator().manual_seed(1))
 
 
-def _only_scores(fitted: Fitted, values: torch.Tensor) -> torch.Tensor:
+def _only_scores(fitted: FittedProbe, values: torch.Tensor) -> torch.Tensor:
     (scores,) = fitted.scores(values)
     return scores
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from msn_eval import extract, load_encoder
 from msn_eval.features.extraction import Features
 from msn_eval.probes import fit
-from msn_eval.probes.base import Fitted, centred_rows, normalised_rows
+from msn_eval.probes.base import FittedProbe, centred_rows, normalised_rows
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.logistic import Logistic, Solver
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, evaluate_point
@@ -41,7 +41,7 @@ def splits(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return train, val
 
 
-def _predictions(fitted: Fitted, values: Tensor) -> Tensor:
+def _predictions(fitted: FittedProbe, values: Tensor) -> Tensor:
     (scores,) = fitted.scores(values)
     return scores.argmax(dim=1)
 

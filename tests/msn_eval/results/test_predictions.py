@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from msn_eval.errors import ComparisonError, UsageError
-from msn_eval.results.predictions import class_names, protocol_title, read_answers, results_of_one_checkpoint
+from msn_eval.results.predictions import (
+    class_names,
+    protocol_title,
+    read_checkpoint_predictions,
+    results_of_one_checkpoint,
+)
 from msn_eval.results.record import Predictions, Result, read_predictions, write_result
 
 RunWriter = Callable[..., list[Result]]
@@ -16,7 +21,7 @@ _RIGHT = np.array([[True, False, True, True], [False, False, True, True]])
 
 
 def test_scores_count_the_draws_and_names_come_from_the_ids(write_run: RunWriter, tmp_path: Path) -> None:
-    answers = read_answers(write_run(tmp_path, _RIGHT), [tmp_path])
+    answers = read_checkpoint_predictions(write_run(tmp_path, _RIGHT), [tmp_path])
 
     assert answers.scores.tolist() == [1, 0, 2, 2]
     assert class_names(answers) == {0: "ant", 1: "bee"}
@@ -33,7 +38,7 @@ def test_a_title_says_among_which_taps_a_layer_was_chosen(tmp_path: Path, write_
 
 
 def test_some_draws_can_be_taken_alone(write_run: RunWriter, tmp_path: Path) -> None:
-    answers = read_answers(write_run(tmp_path, _RIGHT), [tmp_path]).only([2])
+    answers = read_checkpoint_predictions(write_run(tmp_path, _RIGHT), [tmp_path]).only([2])
 
     assert (answers.draws, answers.scores.tolist()) == ((2,), [0, 0, 1, 1])
 
@@ -64,12 +69,12 @@ _FAULTS: dict[str, tuple[Callable[[Predictions], Predictions], str]] = {
 def test_predictions_that_do_not_fit_are_refused(write_run: RunWriter, tmp_path: Path, fault: str) -> None:
     spoil, message = _FAULTS[fault]
     results = write_run(tmp_path, _RIGHT)
-    read_answers(results, [tmp_path])
+    read_checkpoint_predictions(results, [tmp_path])
     stored = read_predictions(tmp_path / str(results[1].predictions))
     write_result(tmp_path, results[1], spoil(stored))
 
     with pytest.raises(ComparisonError, match=message):
-        read_answers(results, [tmp_path])
+        read_checkpoint_predictions(results, [tmp_path])
 
 
 def test_one_of_several_checkpoints_is_found_by_name_or_hash(write_run: RunWriter, tmp_path: Path) -> None:

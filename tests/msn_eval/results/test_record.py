@@ -18,7 +18,7 @@ from msn_eval.results import record as environment
 from msn_eval.results.folder import list_results
 from msn_eval.results.record import (
     SCHEMA,
-    EnvironmentFacts,
+    EnvironmentInfo,
     Result,
     as_json,
     describe_environment,
@@ -224,7 +224,7 @@ CPU = torch.device("cpu")
 Checkout = Callable[[], Path]
 
 
-def describe() -> EnvironmentFacts:
+def describe() -> EnvironmentInfo:
     return describe_environment(CPU, batch_size=64, seed=3)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from msn_eval.checkpoints.msn_release import MSN_RELEASES
-from msn_eval.config.request import Request
+from msn_eval.config.request import EvaluationConfig
 from msn_eval.errors import UsageError
 from msn_eval.results.folder import list_results
 from msn_eval.results.record import Result
@@ -141,4 +141,4 @@ def test_unknown_name_names_the_nearest() -> None:
 
 @pytest.mark.parametrize("reproduction", list_reproductions(), ids=lambda one: one.name)
 def test_pinned_options_are_a_valid_float32_request(reproduction: Reproduction) -> None:
-    assert Request(**request_options(reproduction)).precision == "fp32"  # type: ignore[arg-type]
+    assert EvaluationConfig(**request_options(reproduction)).precision == "fp32"  # type: ignore[arg-type]

@@ -74,7 +74,7 @@ def test_an_override_that_cannot_be_meant_is_refused(tmp_path: Path, override: s
         recipe_of(tmp_path, "method: msn", override)
 
     assert message in str(caught.value)
-    assert caught.value.remedy
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "run: {", "\tx", "run: &a\n  dir: *b\n"])
@@ -306,7 +306,7 @@ def test_what_cannot_be_mapped_is_refused_by_name(tmp_path: Path, key: str, valu
     with pytest.raises(UsageError, match=rf"{key}: .*cannot be mapped") as caught:
         read(tmp_path, (key, value))
 
-    assert caught.value.remedy
+    assert caught.value.hint
 
 
 def test_every_key_that_is_known_is_tested_here() -> None:

@@ -51,4 +51,4 @@ def test_a_value_out_of_range_is_refused_by_its_key(make, message: str) -> None:
         make()
 
     assert caught.value.what.startswith(message)
-    assert caught.value.remedy
+    assert caught.value.hint

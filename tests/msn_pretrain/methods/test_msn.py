@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from msn_eval.errors import UsageError
 from msn_pretrain.config.recipe import Criterion, Encoder, Head, Masking, MSNRecipe, Run, Views
 from msn_pretrain.config.schedule import StepSettings
-from msn_pretrain.methods.msn import MSN, build_msn, effective_rank, follow, mean_entropy, prototypes_in_use, spread
+from msn_pretrain.methods.msn import MSN, build_msn, effective_rank, mean_entropy, prototypes_in_use, spread, update_ema
 
 KEPT = torch.tensor([0, 2, 3])
 ROUNDING = {"rtol": 1e-6, "atol": 1e-8}  # interpolated positions are a float32 matrix's
@@ -245,7 +245,7 @@ def test_a_share_stays_and_the_rest_comes_from_the_anchor() -> None:
     target, anchor = two_networks()
     before = copy.deepcopy(target)
 
-    follow(target, anchor, share=0.75)
+    update_ema(target, anchor, share=0.75)
 
     for now, was, comes in zip(target.parameters(), before.parameters(), anchor.parameters(), strict=True):
         torch.testing.assert_close(now, 0.75 * was + 0.25 * comes)
@@ -255,7 +255,7 @@ def test_statistics_of_the_target_are_its_own() -> None:
     target, anchor = two_networks()
     anchor(torch.randn(8, 3))
 
-    follow(target, anchor, share=0.5)
+    update_ema(target, anchor, share=0.5)
 
     assert torch.equal(target[1].running_mean, torch.zeros(3))
 
@@ -264,7 +264,7 @@ def test_a_share_of_one_moves_nothing() -> None:
     target, anchor = two_networks()
     before = [parameter.clone() for parameter in target.parameters()]
 
-    follow(target, anchor, share=1.0)
+    update_ema(target, anchor, share=1.0)
 
     assert all(torch.equal(now, was) for now, was in zip(target.parameters(), before, strict=True))
 

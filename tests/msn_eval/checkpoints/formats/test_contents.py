@@ -185,7 +185,7 @@ def test_parameter_becomes_its_values() -> None:
 @pytest.mark.parametrize(("loaded", "kind"), [([], "list"), (torch.ones(1), "Tensor"), (3, "int")])
 def test_root_that_is_no_mapping_is_refused_by_its_kind(loaded: object, kind: str) -> None:
     error = refused(loaded)
-    assert (error.what, error.remedy) == (f"holds a {kind}, not a state dict", "Save model.state_dict().")
+    assert (error.what, error.hint) == (f"holds a {kind}, not a state dict", "Save model.state_dict().")
 
 
 def test_circle_is_refused() -> None:

@@ -58,11 +58,11 @@ def test_refusal_tells_what_was_found_what_is_vetted_and_the_hash() -> None:
 
 
 def test_refusal_tells_to_open_the_file_where_it_was_made() -> None:
-    assert "sandbox without network" in refusal("mymodels.Config").remedy
+    assert "sandbox without network" in refusal("mymodels.Config").hint
 
 
 def test_sparse_tensors_are_refused_with_the_way_to_make_them_dense() -> None:
-    assert "to_dense" in refusal("torch._utils._rebuild_sparse_tensor", "torch.sparse_coo").remedy
+    assert "to_dense" in refusal("torch._utils._rebuild_sparse_tensor", "torch.sparse_coo").hint
 
 
 def test_refusal_lists_only_the_first_names_and_their_beginnings() -> None:

@@ -94,4 +94,4 @@ def test_what_torch_never_saves_is_refused(content: bytes, reason: str) -> None:
 def test_protocol_4_is_refused_by_its_number() -> None:
     with pytest.raises(CheckpointError, match="saved with pickle protocol 4") as refusal:
         rehearsed(pickle.dumps({"epoch": 3}, protocol=4))
-    assert "torch.save" in refusal.value.remedy
+    assert "torch.save" in refusal.value.hint

@@ -146,9 +146,9 @@ def test_unusable_file_is_refused_by_what_it_is(tmp_path: Path, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_refusal_names_the_file_and_a_remedy(tmp_path: Path, kind: str) -> None:
+def test_refusal_names_the_file_and_a_hint(tmp_path: Path, kind: str) -> None:
     error = refusal(tmp_path, kind)
-    assert (error.exit_code, "vitb16.pth" in str(error), len(error.remedy) > 10) == (20, True, True)
+    assert (error.exit_code, "vitb16.pth" in str(error), len(error.hint) > 10) == (20, True, True)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -409,20 +409,20 @@ def test_pipe_is_refused_without_waiting_for_its_writer(tmp_path: Path) -> None:
 def test_missing_file_is_refused_with_where_to_find_the_schemes(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere\.pth: no such checkpoint file") as refusal:
         read_weight_file(tmp_path / "nowhere.pth")
-    assert "msn-eval ls checkpoints" in refusal.value.remedy
+    assert "msn-eval ls checkpoints" in refusal.value.hint
 
 
 def test_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a folder") as refusal:
         read_weight_file(tmp_path)
-    assert refusal.value.remedy == "Name the file."
+    assert refusal.value.hint == "Name the file."
 
 
-def test_path_that_cannot_be_opened_is_refused_with_a_remedy(tmp_path: Path) -> None:
+def test_path_that_cannot_be_opened_is_refused_with_a_hint(tmp_path: Path) -> None:
     (tmp_path / "vit.pth").write_bytes(saved())
     with pytest.raises(CheckpointError, match=r"inner\.pth: cannot be read") as refusal:
         read_weight_file(tmp_path / "vit.pth" / "inner.pth")
-    assert refusal.value.remedy
+    assert refusal.value.hint
 
 
 def test_torch_with_known_holes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +431,7 @@ def test_torch_with_known_holes_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     with pytest.raises(CheckpointError, match=r"torch 2\.9\.1") as refusal:
         read_weight_file(path)
-    assert "2.10" in refusal.value.remedy
+    assert "2.10" in refusal.value.hint
 
 
 def saved_bytes(*, zipped: bool) -> bytes:
@@ -458,7 +458,7 @@ def test_containers_of_weights_are_told_apart(content: bytes, container: str) ->
 
 
 @pytest.mark.parametrize(
-    ("head", "what", "remedy"),
+    ("head", "what", "hint"),
     [
         (b"", "empty", "fetch it again"),
         (bytes(512), "zeros", "Fetch it again"),
@@ -486,10 +486,10 @@ def test_containers_of_weights_are_told_apart(content: bytes, container: str) ->
         (b"epoch,loss\n1,0.5\n", "no checkpoint format that is known (first bytes 65 70 6f 63)", "safetensors"),
     ],
 )
-def test_what_is_no_container_is_named_with_a_remedy(head: bytes, what: str, remedy: str) -> None:
+def test_what_is_no_container_is_named_with_a_hint(head: bytes, what: str, hint: str) -> None:
     verdict = sniff_container(head)
     assert isinstance(verdict, tuple)
-    assert (what in verdict[0], remedy in verdict[1]) == (True, True)
+    assert (what in verdict[0], hint in verdict[1]) == (True, True)
 
 
 def test_pickle_that_is_also_a_tar_is_taken_for_a_tar() -> None:
@@ -500,6 +500,6 @@ def test_pickle_that_is_also_a_tar_is_taken_for_a_tar() -> None:
 
 
 @given(st.binary(max_size=512))
-def test_any_first_bytes_give_a_container_or_a_fault_with_its_remedy(head: bytes) -> None:
+def test_any_first_bytes_give_a_container_or_a_fault_with_its_hint(head: bytes) -> None:
     verdict = sniff_container(head)
     assert verdict in ("zip", "pickle", "safetensors") or all(verdict)

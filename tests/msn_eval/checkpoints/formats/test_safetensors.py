@@ -104,7 +104,7 @@ ONE = '"dtype":"F32","shape":[2],"data_offsets":'
 def test_header_that_does_not_fit_is_refused(content: bytes, reason: str) -> None:
     with pytest.raises(CheckpointError, match=reason) as refusal:
         read(content)
-    assert refusal.value.remedy
+    assert refusal.value.hint
 
 
 def test_names_in_a_refusal_are_spelled_out() -> None:

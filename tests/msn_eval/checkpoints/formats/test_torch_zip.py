@@ -105,7 +105,7 @@ DATA = ("vit/data.pkl", b"N.")
 def test_other_archives_are_refused_by_what_they_are(content: bytes, reason: str) -> None:
     with pytest.raises(CheckpointError, match=reason) as refusal:
         read(content)
-    assert refusal.value.remedy
+    assert refusal.value.hint
 
 
 def test_compressed_members_are_refused() -> None:

@@ -14,7 +14,7 @@ from msn_eval.data import read_dataset
 from msn_eval.data.hashing import hash_images
 from msn_eval.data.images import ImageSet, eval_transform
 from msn_eval.errors import DataError
-from msn_eval.probes.finetune.data import Augmentation, Mixing, Order, load_training_images, order_of, path_draws
+from msn_eval.probes.finetune.data import Augmentation, Mixing, Order, epoch_order, load_training_images, path_draws
 
 _STRONG = FinetuneRecipe(erase=0.5, mixup=0.8, cutmix=1.0, crop_share=0.3)
 
@@ -31,7 +31,7 @@ def _augmentation(**changes: object) -> Augmentation:
 def _loaded(images: ImageSet, augment: Augmentation, workers: int) -> Tensor:
     order = Order(images=len(images), batch=4, epochs=2, seed=0)
     batches = [order.items(step, range(4)) for step in range(order.steps)]
-    hashes = hash_images(images, memory=None)
+    hashes = hash_images(images, cache_dir=None)
     return torch.cat(list(load_training_images(images, hashes, augment, batches, workers=workers)))
 
 
@@ -50,7 +50,7 @@ def test_epochs_have_orders_of_their_own() -> None:
 
 
 def test_batch_is_no_larger_than_the_labelled_images_and_even_where_they_are_mixed() -> None:
-    sizes = [order_of(FinetuneRecipe(batch=64, mixup=mixup), 9, seed=0).batch for mixup in (0.0, 0.8)]
+    sizes = [epoch_order(FinetuneRecipe(batch=64, mixup=mixup), 9, seed=0).batch for mixup in (0.0, 0.8)]
 
     assert sizes == [9, 8]
 
@@ -99,7 +99,7 @@ def test_number_of_workers_changes_no_pixel(images: ImageSet, workers: int) -> N
 
 
 def test_image_that_changed_since_it_was_hashed_is_named(images: ImageSet) -> None:
-    hashes = hash_images(images, memory=None) | {images.ids[2]: "0" * 64}
+    hashes = hash_images(images, cache_dir=None) | {images.ids[2]: "0" * 64}
 
     with pytest.raises(DataError, match=rf"{images.ids[2]}: it changed since it was hashed"):
         list(load_training_images(images, hashes, _augmentation(), [[(0, 1), (0, 2)]], workers=0))

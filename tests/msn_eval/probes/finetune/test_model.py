@@ -8,7 +8,7 @@ from msn_eval.checkpoints.checkpoint import read_checkpoint
 from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.errors import UsageError
 from msn_eval.features.encoder import Encoder, build_encoder, encode, normalised
-from msn_eval.probes.finetune.model import DrawnDropPath, build_optimizer, build_trainee
+from msn_eval.probes.finetune.model import DrawnDropPath, build_finetune_model, build_optimizer
 
 _VIT = "random:vit_tiny_patch16_224?img_size=16&patch_size=8&embed_dim=32&depth=3&num_heads=2"
 _NORMED_MEAN = "random:vit_tiny_patch16_224?img_size=16&patch_size=8&embed_dim=32&depth=2&num_heads=2&fc_norm=True"
@@ -25,7 +25,7 @@ def _encoder(name: str) -> Encoder:
 )
 def test_head_sees_the_features_of_its_tap(name: str, tap: str) -> None:
     encoder = _encoder(name)
-    trainee = build_trainee(encoder, _STILL, tap=tap, n_classes=4)
+    trainee = build_finetune_model(encoder, _STILL, tap=tap, n_classes=4)
     side = encoder.transform.crop
     pixels = torch.randint(256, (2, side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     seen: list[Tensor] = []
@@ -39,7 +39,7 @@ def test_head_sees_the_features_of_its_tap(name: str, tap: str) -> None:
 
 def test_encoder_that_is_copied_keeps_its_weights() -> None:
     encoder = _encoder(_VIT)
-    trainee = build_trainee(encoder, _STILL, tap="cls-norm", n_classes=4)
+    trainee = build_finetune_model(encoder, _STILL, tap="cls-norm", n_classes=4)
     before = encoder.checkpoint.network.norm.weight.clone()  # type: ignore[union-attr, operator]
 
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_encoder_that_is_copied_keeps_its_weights() -> None:
     [(0, {"norm", "head"}), (1, {"blocks.2", "norm", "head"}), (2, {"blocks.1", "blocks.2", "norm", "head"})],
 )
 def test_last_blocks_alone_are_trained(blocks: int, expected: set[str]) -> None:
-    trainee = build_trainee(_encoder(_VIT), FinetuneRecipe(blocks=blocks), tap="cls-norm", n_classes=4)
+    trainee = build_finetune_model(_encoder(_VIT), FinetuneRecipe(blocks=blocks), tap="cls-norm", n_classes=4)
 
     parts = {".".join(name.split(".")[: 2 if name.startswith("blocks") else 1]) for name in trainee.trained}
 
@@ -62,13 +62,13 @@ def test_last_blocks_alone_are_trained(blocks: int, expected: set[str]) -> None:
 
 
 def test_all_weights_are_trained_where_no_blocks_are_named() -> None:
-    trainee = build_trainee(_encoder(_VIT), _STILL, tap="cls-norm", n_classes=4)
+    trainee = build_finetune_model(_encoder(_VIT), _STILL, tap="cls-norm", n_classes=4)
 
     assert trainee.trained.keys() == dict(trainee.network.named_parameters()).keys()
 
 
 def test_each_layer_learns_slower_than_the_one_above_it() -> None:
-    trainee = build_trainee(_encoder(_VIT), _STILL, tap="cls-norm", n_classes=4)
+    trainee = build_finetune_model(_encoder(_VIT), _STILL, tap="cls-norm", n_classes=4)
     optimizer = build_optimizer(trainee, FinetuneRecipe(layer_decay=0.5, weight_decay=0.1))
     rate = {id(one): group["lr_scale"] for group in optimizer.param_groups for one in group["params"]}
     decay = {id(one): group["weight_decay"] for group in optimizer.param_groups for one in group["params"]}
@@ -92,29 +92,29 @@ def test_each_layer_learns_slower_than_the_one_above_it() -> None:
 
 def test_more_blocks_than_there_are_are_refused() -> None:
     with pytest.raises(UsageError, match="has 3 blocks, not 4"):
-        build_trainee(_encoder(_VIT), FinetuneRecipe(blocks=4), tap="cls-norm", n_classes=4)
+        build_finetune_model(_encoder(_VIT), FinetuneRecipe(blocks=4), tap="cls-norm", n_classes=4)
 
 
 def test_blocks_of_a_network_without_any_are_refused() -> None:
     with pytest.raises(UsageError, match="has no blocks that could be counted"):
-        build_trainee(_encoder("random:resnet18"), FinetuneRecipe(blocks=1), tap="pool", n_classes=4)
+        build_finetune_model(_encoder("random:resnet18"), FinetuneRecipe(blocks=1), tap="pool", n_classes=4)
 
 
 def test_tap_before_the_norm_is_refused() -> None:
     with pytest.raises(UsageError, match="--tap cls: a head that is trained"):
-        build_trainee(_encoder(_VIT), _STILL, tap="cls", n_classes=4)
+        build_finetune_model(_encoder(_VIT), _STILL, tap="cls", n_classes=4)
 
 
 def test_drop_path_of_a_network_without_residual_branches_is_refused() -> None:
     with pytest.raises(UsageError, match=r"finetune\.drop_path"):
-        build_trainee(_encoder("pixels"), FinetuneRecipe(), tap="pixels", n_classes=4)
+        build_finetune_model(_encoder("pixels"), FinetuneRecipe(), tap="pixels", n_classes=4)
 
 
 def test_drop_path_grows_with_depth_and_spares_what_is_frozen() -> None:
     rates = [
         [
             path.drop_prob
-            for path in build_trainee(
+            for path in build_finetune_model(
                 _encoder(_VIT), FinetuneRecipe(drop_path=0.2, blocks=blocks), tap="cls-norm", n_classes=4
             ).paths
         ]
@@ -133,7 +133,7 @@ def test_branch_is_left_out_where_its_draw_says_so_and_made_up_for_elsewhere() -
 
 def test_a_network_of_unknown_layers_learns_slower_than_its_head_and_no_bias_decays() -> None:
     recipe = FinetuneRecipe(drop_path=0.0, layer_decay=0.5, weight_decay=0.1)
-    trainee = build_trainee(_encoder("pixels"), recipe, tap="pixels", n_classes=4)
+    trainee = build_finetune_model(_encoder("pixels"), recipe, tap="pixels", n_classes=4)
     trainee.network.get_submodule("trunk").add_module("layer", torch.nn.Linear(3, 2))
 
     groups = build_optimizer(trainee, recipe).param_groups

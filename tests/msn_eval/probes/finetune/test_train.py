@@ -25,9 +25,9 @@ from msn_eval.probes.finetune import predict as trainee_outputs
 from msn_eval.probes.finetune import step as finetune_step
 from msn_eval.probes.finetune import train as finetune_module
 from msn_eval.probes.finetune.data import Order
-from msn_eval.probes.finetune.model import Trainee, build_optimizer, build_trainee
+from msn_eval.probes.finetune.model import FinetuneModel, build_finetune_model, build_optimizer
 from msn_eval.probes.finetune.predict import Labelled, Pace, score_images
-from msn_eval.probes.finetune.train import Tuned, finetune
+from msn_eval.probes.finetune.train import FinetuneResult, finetune
 from msn_eval.probes.training_state import StateFiles
 
 _VIT = "random:vit_tiny_patch16_224?img_size=16&patch_size=8&embed_dim=32&depth=2&num_heads=2"
@@ -43,20 +43,20 @@ def images() -> ImageSet:
     return read_dataset("digits").train.first_of_each_class(2)
 
 
-def _trainee(recipe: FinetuneRecipe = _RECIPE, dtype: torch.dtype = torch.float32) -> Trainee:
+def _trainee(recipe: FinetuneRecipe = _RECIPE, dtype: torch.dtype = torch.float32) -> FinetuneModel:
     encoder = build_encoder(read_checkpoint(_VIT), device=torch.device("cpu"), precision="fp32")
-    trainee = build_trainee(encoder, recipe, tap="cls-norm", n_classes=10)
+    trainee = build_finetune_model(encoder, recipe, tap="cls-norm", n_classes=10)
     trainee.network.to(dtype)
     return trainee
 
 
 def _labelled(images: ImageSet) -> Labelled:
-    return Labelled(images=images, labels=torch.tensor(images.labels), hashes=hash_images(images, memory=None))
+    return Labelled(images=images, labels=torch.tensor(images.labels), hashes=hash_images(images, cache_dir=None))
 
 
 def _train(
     images: ImageSet, *, recipe: FinetuneRecipe = _RECIPE, dtype: torch.dtype = torch.float32, **options: Any
-) -> tuple[Tuned, dict[str, Tensor]]:
+) -> tuple[FinetuneResult, dict[str, Tensor]]:
     trainee = _trainee(recipe, dtype)
     given = {"precision": "fp32", "pace": _PACE} | options
     tuned = finetune(Finetune(recipe=recipe, seed=1), trainee, _labelled(images), **given)
@@ -188,7 +188,7 @@ def test_loss_that_is_not_finite_ends_training_and_names_step_and_images(images:
     with pytest.raises(NumericalError, match=r"at step \d+ of 5 \(images \d/\d{4}\.png, ") as caught:
         _train(images, recipe=replace(_RECIPE, learning_rate=1e30, warmup_epochs=0))
 
-    assert "finetune.learning_rate" in caught.value.remedy
+    assert "finetune.learning_rate" in caught.value.hint
 
 
 def test_state_that_is_not_finite_is_never_written(images: ImageSet, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_memory_that_is_short_halves_the_parts_and_changes_nothing(
 ) -> None:
     real = finetune_step.logits_of
 
-    def short(trainee: Trainee, pixels: Tensor, precision: str) -> Tensor:
+    def short(trainee: FinetuneModel, pixels: Tensor, precision: str) -> Tensor:
         if len(pixels) > 4:
             raise torch.OutOfMemoryError("no room")
         return real(trainee, pixels, precision)  # type: ignore[arg-type]
@@ -315,7 +315,7 @@ def test_head_starts_at_logistic_regression(images: ImageSet) -> None:
 def test_gradients_are_no_longer_than_the_clip(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[float] = []
 
-    def build(trainee: Trainee, recipe: FinetuneRecipe) -> torch.optim.Optimizer:
+    def build(trainee: FinetuneModel, recipe: FinetuneRecipe) -> torch.optim.Optimizer:
         optimizer = build_optimizer(trainee, recipe)
         gradients = [one for group in optimizer.param_groups for one in group["params"]]
         optimizer.register_step_pre_hook(
@@ -376,7 +376,7 @@ def jpegs(tmp_path: Path) -> ImageSet:
 
 
 def _by_nvjpeg(images: ImageSet) -> Tensor:
-    hashes = hash_images(images, memory=None)
+    hashes = hash_images(images, cache_dir=None)
     pace = Pace(part=2, workers=0)
     return score_images(_trainee(), images, hashes, decoder="nvjpeg", precision="fp32", pace=pace)
 
@@ -385,7 +385,7 @@ def test_images_that_the_device_decodes_are_scored_in_their_order(
     jpegs: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainee_outputs, "logits_of", lambda trainee, pixels, precision: pixels.flatten(1))
-    hashes = hash_images(jpegs, memory=None)
+    hashes = hash_images(jpegs, cache_dir=None)
 
     here = _by_nvjpeg(jpegs)
 
