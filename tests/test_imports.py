@@ -22,6 +22,7 @@ _LAYERS = (
     ("checkpoints",),
     ("data", "results"),
     ("distributed", "models", "config", "files"),
+    ("registry",),
     ("errors", "version", "process"),
 )
 _LAYER = {component: depth for depth, layer in enumerate(_LAYERS) for component in layer}
