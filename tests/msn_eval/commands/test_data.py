@@ -73,7 +73,7 @@ val          2 images, 2 classes
 
 val in train 1 of 2 images, byte for byte
              val/ant/8.png = train/bee/1.png
-data.sha256  {content_sha256(val.ids, hash_images(val, memory=None))}
+data.sha256  {content_sha256(val.ids, hash_images(val, cache_dir=None))}
 class map    {class_map_sha256(("ant", "bee"))}
 verdict      every image can be used
 """

@@ -187,7 +187,7 @@ def test_costs_are_those_of_both_splits(folder: Path, tmp_path: Path, monkeypatc
 def _facts(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
     """Give what a rank tells the others before it works."""
     told: list[Mapping[str, str]] = []
-    monkeypatch.setattr(evaluation, "agree", lambda group, what, facts: told.append(facts))
+    monkeypatch.setattr(evaluation, "check_equal_across_ranks", lambda group, what, facts: told.append(facts))
     next(evaluate_checkpoint(plan, _NETWORK))
     return told[0]
 
