@@ -122,16 +122,16 @@ def _neighbours(
     from msn_eval.features.visualization import draw_neighbours, find_neighbours, read_pixels
 
     pool = union_of(make_subsets([options.subset], train), train)
-    bank = extract_features(encoder, pool, taps=["cls-norm"]).features["cls-norm"]
+    train = extract_features(encoder, pool, taps=["cls-norm"]).features["cls-norm"]
     pixels = read_pixels(chosen, chosen.ids, encoder.transform)
-    found = find_neighbours(encoder, pixels, bank, masked=masked, count=options.neighbours, seed=options.seed)
+    found = find_neighbours(encoder, pixels, train, masked=masked, count=options.neighbours, seed=options.seed)
     rows = sorted({row for one in found for row in one.nearest.ravel().tolist()})
-    images = read_pixels(pool, [bank.image_ids[row] for row in rows], encoder.transform).numpy()
+    images = read_pixels(pool, [train.image_ids[row] for row in rows], encoder.transform).numpy()
     return draw_neighbours(
         found,
         labels=chosen.labels,
-        bank=bank,
-        bank_pixels=dict(zip(rows, images, strict=True)),
+        train=train,
+        train_pixels=dict(zip(rows, images, strict=True)),
         classes=pool.classes,
     )
 

@@ -1,4 +1,4 @@
-"""Augmented features: the frozen encoder's features of an epoch's crops, step by step, never all at once."""
+"""Features of augmented images: a frozen encoder on the random crops of an epoch, step by step."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,20 +12,18 @@ from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelBatch, PixelList, automatic_workers, load_pixels
 from msn_eval.distributed import group as distributed
 from msn_eval.distributed.group import Group
-from msn_eval.errors import NumericalError
 from msn_eval.features.batch_size import AdaptiveBatchSize, run_with_oom_backoff
 from msn_eval.features.encoder import Encoder, encode
-from msn_eval.features.extraction import Loading, automatic_batch_size
-
-_SHOWN = 5
+from msn_eval.features.extraction import Loading, automatic_batch_size, check_finite
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentedImages:
-    """Labelled images and the encoder that sees them, anew in every epoch.
+    """Labelled images, and the frozen encoder that sees other crops of them in every epoch.
 
-    labels: (n,) int64 in [0, n_classes), of `images` in their order
-    hashes: SHA-256 of each image's bytes; an image that no longer has its hash is refused
+    Attributes:
+        labels: (n,) int64 in [0, n_classes), in the order of `images`.
+        hashes: SHA-256 of each image's bytes. An image whose bytes have changed is refused.
     """
 
     images: ImageSet
@@ -43,7 +41,7 @@ class AugmentedImages:
     def dim(self) -> int:
         side = self.encoder.transform.crop
         blank = torch.zeros(1, side, side, 3, dtype=torch.uint8)
-        return _features_of(self, blank, AdaptiveBatchSize(images=1)).shape[1]
+        return _encode_part(self, blank, AdaptiveBatchSize(images=1)).shape[1]
 
 
 def features_from(
@@ -56,21 +54,33 @@ def features_from(
     share: float,
     group: Group,
 ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-    """Give, for each batch, this rank's part of it in parts that fit the device: features (b, d) float32 and their labels.
+    """Yield the features of this rank's part of each batch, in parts that fit the device.
 
-    labels:  (n,) int64 by place
-    batches: places of each step's images
-    share:   smallest share of an image's area that a crop keeps
-    A step's parts do not depend on where an epoch is entered. Each is to be taken up before the next step.
-    Raises DataError naming images that cannot be used, NumericalError for features that are not finite, ResourceError
-    where memory is too small for one image.
+    The parts of a step do not depend on the step at which an epoch is entered. Consume each step before the next.
+
+    Args:
+        images: Images and encoder.
+        labels: (n,) int64, indexed like `images`.
+        batches: Indices of the images of each step.
+        seed: Seed of the crops.
+        epoch: Epoch of the crops.
+        share: Smallest share of an image's area that a crop keeps.
+        group: Ranks that share each batch.
+
+    Yields:
+        For each batch an iterator of features (b, d) float32 and their labels (b,), both on the encoder's device.
+
+    Raises:
+        DataError: Images cannot be used; the error names them.
+        NumericalError: Features are not finite.
+        ResourceError: One image does not fit into memory.
     """
-    mine = [batch[_part_of(len(batch), group)] for batch in batches]
-    places = torch.cat(mine).tolist() if mine else []
+    own = [batch[_slice_of_rank(len(batch), group)] for batch in batches]
+    indices = torch.cat(own).tolist() if own else []
     size = images.loading.batch_size or automatic_batch_size(images.encoder)
-    pixels_of = PixelList(
+    pixel_list = PixelList(
         source=images.images.source,
-        image_ids=[images.images.ids[place] for place in places],
+        image_ids=[images.images.ids[index] for index in indices],
         transform=images.encoder.transform,
         hashes=images.hashes,
         crops=RandomCrops(seed=seed, epoch=epoch, share=share),
@@ -78,61 +88,55 @@ def features_from(
     cuda = images.encoder.device.type == "cuda"
     workers = images.loading.workers
     if workers is None:
-        workers = automatic_workers(pixels_of, batch_size=size, cuda=cuda)
-    sizes = (len(part) for batch in mine for part in torch.split(batch, size))
-    pixels = _cut(load_pixels(pixels_of, batch_size=size, workers=workers, pinned=cuda), images, sizes)
-    portion = AdaptiveBatchSize(images=size)
-    for batch in mine:
-        yield _encoded(images, labels, torch.split(batch, size), pixels, portion)
+        workers = automatic_workers(pixel_list, batch_size=size, cuda=cuda)
+    sizes = (len(part) for batch in own for part in torch.split(batch, size))
+    loaded = load_pixels(pixel_list, batch_size=size, workers=workers, pinned=cuda)
+    pixels = _rebatch(loaded, images, sizes)
+    adaptive = AdaptiveBatchSize(images=size)
+    for batch in own:
+        yield _encode_step(images, labels, torch.split(batch, size), pixels, adaptive)
 
 
-def _part_of(count: int, group: Group) -> slice:
+def _slice_of_rank(count: int, group: Group) -> slice:
     rows = distributed.share(count, group, block=1)
     return slice(rows.start, rows.stop)
 
 
-def _encoded(
+def _encode_step(
     images: AugmentedImages,
     labels: Tensor,
     parts: Sequence[Tensor],
     pixels: Iterator[Tensor],
-    portion: AdaptiveBatchSize,
+    size: AdaptiveBatchSize,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    device = images.encoder.device
-    for places in parts:
-        features = _features_of(images, next(pixels), portion)
-        bad = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
-        if bad:
-            names = ", ".join(images.images.ids[int(places[row])] for row in bad[:_SHOWN])
-            raise NumericalError(
-                f"features at tap {images.tap} are not finite for {len(bad)} augmented images, first {names}",
-                hint="Retry with --precision fp32.",
-            )
-        yield features, labels[places].to(device)
+    for indices in parts:
+        features = _encode_part(images, next(pixels), size)
+        image_ids = [images.images.ids[index] for index in indices.tolist()]
+        check_finite({images.tap: features}, image_ids, images.encoder)
+        yield features, labels[indices].to(images.encoder.device)
 
 
-def _features_of(images: AugmentedImages, pixels: Tensor, portion: AdaptiveBatchSize) -> Tensor:
-    """Encode a part of a step. Where memory is short the encoder alone goes in smaller ones: the step is cut as before."""
+def _encode_part(images: AugmentedImages, pixels: Tensor, size: AdaptiveBatchSize) -> Tensor:
+    """Encode one part. On out-of-memory only the forward passes shrink; the parts of a step stay the same."""
 
-    def encoded(rows: slice) -> Tensor:
+    def run(rows: slice) -> Tensor:
         return encode(images.encoder, pixels[rows], [images.tap])[images.tap]
 
-    # Put together outside of inference mode, whose tensors gradients cannot pass.
-    return torch.cat(run_with_oom_backoff(images.encoder, len(pixels), portion, encoded))
+    # torch.cat outside of inference mode returns a tensor that gradients can use.
+    return torch.cat(run_with_oom_backoff(images.encoder, len(pixels), size, run))
 
 
-def _cut(batches: Iterator[PixelBatch], images: AugmentedImages, sizes: Iterator[int]) -> Iterator[Tensor]:
-    """Cut a loader's batches anew: (count, S, S, 3) uint8 for each of the sizes. Raises DataError for images that cannot be
-    used."""
-    left: list[Tensor] = []
+def _rebatch(batches: Iterator[PixelBatch], images: AugmentedImages, sizes: Iterator[int]) -> Iterator[Tensor]:
+    """Yield the loader's pixels in batches of the given sizes, (count, S, S, 3) uint8. Raises DataError for bad images."""
+    buffered: list[Tensor] = []
     for count in sizes:
-        while sum(map(len, left)) < count:
+        while sum(map(len, buffered)) < count:
             batch = next(batches)
             assert isinstance(batch.pixels, Tensor)
             if batch.failures:
                 place = images.images.source.place
                 raise unreadable([f"{place(image_id)}: {reason}" for image_id, reason in batch.failures])
-            left.append(batch.pixels)
-        whole = torch.cat(left)
-        left = [whole[count:]]
-        yield whole[:count]
+            buffered.append(batch.pixels)
+        joined = torch.cat(buffered)
+        buffered = [joined[count:]]
+        yield joined[:count]

@@ -1,9 +1,8 @@
-"""Features on disk: banks addressed by everything that shaped them, filled a shard at a time by any number of processes.
+"""Feature cache: folders addressed by everything that shaped the features, filled in shards by any number of processes.
 
-A bank is a folder for one encoder, tap and way of making pixels; a row in it is addressed by its image's bytes, so that
-subsets, splits and data sets share what they have in common. A shard is a safetensors file called by the SHA-256 of its
-bytes, and is there only once its manifest is, which is written after it. Nothing depends on a lock or a clock: two
-processes that write the same rows write the same files.
+A feature folder belongs to one encoder, tap and way of decoding. A row in it is addressed by the bytes of its image, so subsets,
+splits and data sets share rows. A shard is a safetensors file named by the SHA-256 of its bytes. It counts only together with its
+manifest, which is written after it. Nothing depends on locks or clocks: processes that write the same rows write the same files.
 """
 
 import contextlib
@@ -12,11 +11,10 @@ import json
 import logging
 import os
 import re
-import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,16 +29,14 @@ from msn_eval.files.json_records import canonical_json
 from msn_eval.process import available_bytes
 
 _log = logging.getLogger(__name__)
-_SCHEMA = 1  # of key and manifests; part of the address, so that no version reads or judges the files of another
+_SCHEMA = 1  # of key and manifests; part of the address, so that versions never read each other's files
 _DIGITS = 32
-_NAME = re.compile(f"[0-9a-f]{{{_DIGITS}}}")  # of banks and shards; whatever is called otherwise is not ours
+_NAME = re.compile(f"[0-9a-f]{{{_DIGITS}}}")  # of feature folders and shards; other names are ignored
 _HASHES = re.compile("(?:[0-9a-f]{64})*")
 _QUARANTINE = "quarantine"
-_PRUNED = ".pruned."
 _KEY_FILE = "key.json"
 _SEAL = b',"seal":"'
-_MEMORY_SHARE = 0.5  # of what is available, that rows may take which need not be in memory
-_ATTEMPTS = 5  # at a folder that somebody prunes again and again
+_MEMORY_SHARE = 0.5  # of the available memory, for rows that may be mapped from a file instead
 
 
 class _DamageError(Exception):
@@ -49,16 +45,23 @@ class _DamageError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureKey:
-    """Everything that shapes a feature besides the image's own bytes.
+    """Everything that shapes a feature, except for the image's own bytes.
 
-    weights:   SHA-256 over the network's tensors
-    network:   which of several networks of the file, None where it holds one
-    code:      SHA-256 over the source of a network that is the user's own module, None for all others
-    transform: sizes, interpolation, mean and std
-    decoder:   with its version, and those of what it leans on
-    device:    cpu or cuda
-    extractor: raised whenever the same inputs would give other features
-    patches:   share of an image's patches that was dropped, and the seed; None where it was seen whole
+    Attributes:
+        weights: SHA-256 of the network's tensors.
+        arch: Architecture.
+        network: Which of several networks of the file; None if it holds one.
+        code: SHA-256 of the source of a user's own module; None for all others.
+        tap: Name of the tap.
+        transform: Sizes, interpolation, mean and std.
+        decoder: Decoder and Pillow, with their versions.
+        precision: fp32, bf16 or fp16.
+        device: cpu or cuda.
+        compiled: Whether torch.compile was used.
+        torch: Version.
+        timm: Version.
+        extractor: Raised whenever the same inputs would give different features.
+        patches: Share of patches that was dropped, and the seed; None for complete images.
     """
 
     weights: str
@@ -82,20 +85,22 @@ class FeatureKey:
         return hashlib.sha256(described.encode()).hexdigest()[:_DIGITS]
 
     def as_json(self) -> dict[str, object]:
-        """Give the key as its file holds it."""
-        # What is new and not there leaves the addresses of features alone that were kept before.
+        """Return the key as stored in its file."""
+        # Without `patches` the address is the one from before this field existed.
         return {name: value for name, value in asdict(self).items() if name != "patches" or value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What vouches for one shard.
+    """Contents and hash of one shard.
 
-    bank:     digest of the key that the shard belongs to
-    shard:    file name, the first digits of its hash
-    sha256:   of the shard's bytes
-    contents: SHA-256 of each row's image, in hex
-    images:   an id of each row's image, for people
+    Attributes:
+        bank: Digest of the key that the shard belongs to.
+        shard: File name, the first digits of its hash.
+        bytes: Size of the shard.
+        sha256: Of the shard's bytes.
+        contents: SHA-256 of each row's image, in hex.
+        images: An id of each row's image, for people.
     """
 
     bank: str
@@ -107,63 +112,67 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if _HASHES.fullmatch(self.sha256) is None or self.shard != f"{self.sha256[:_DIGITS]}.safetensors":
-            raise ValueError("its shard is not called by its hash")
-        if {len(one) for one in self.contents} - {64} or _HASHES.fullmatch("".join(self.contents)) is None:
-            raise ValueError("its contents are no hashes")
+            raise ValueError("its shard is not named by its hash")
+        if {len(content) for content in self.contents} - {64} or _HASHES.fullmatch("".join(self.contents)) is None:
+            raise ValueError("its contents are not hashes")
         if len(self.images) != len(self.contents):
             raise ValueError(f"{len(self.contents)} contents but {len(self.images)} images")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bank:
+class FeatureFolder:
     """The folder of one key."""
 
-    folder: Path
+    path: Path
     digest: str
 
 
-def features_folder(cache: Path) -> Path:
-    """Give the folder of all banks below the cache's own."""
+def features_path(cache: Path) -> Path:
+    """Return the parent of all feature folders in a cache."""
     return cache / "features"
 
 
-def find_bank(cache: Path, key: FeatureKey) -> Bank:
-    """Give the place of a key's bank, whether it is there or not."""
-    return Bank(folder=features_folder(cache) / key.digest, digest=key.digest)
+def find_feature_folder(cache: Path, key: FeatureKey) -> FeatureFolder:
+    """Return the feature folder of a key, which may not exist yet."""
+    return FeatureFolder(path=features_path(cache) / key.digest, digest=key.digest)
 
 
-def open_bank(cache: Path, key: FeatureKey, *, checkpoint: str) -> Bank:
-    """Give the bank of a key, made where it is new.
+def open_feature_folder(cache: Path, key: FeatureKey, *, checkpoint: str) -> FeatureFolder:
+    """Return the feature folder of a key; create it if it is new, else mark it as used.
 
-    checkpoint: what the encoder is called, for `cache list`
-    Raises StoreError where the folder cannot be written.
+    Args:
+        cache: The cache folder.
+        key: What shapes the features.
+        checkpoint: Name of the checkpoint, for `cache list`.
+
+    Raises:
+        StoreError: The folder cannot be written.
     """
-    bank = find_bank(cache, key)
+    folder = find_feature_folder(cache, key)
     described = json.dumps({"schema": _SCHEMA, "checkpoint": checkpoint, "key": key.as_json()}, indent=1) + "\n"
-
-    def prepare() -> None:
-        try:
-            prepare_folder(bank.folder, option="--cache")
-        except UsageError as error:  # the cache itself could be written when the run began
-            raise StoreError(
-                error.what, where=error.where, hint=f"{error.hint} {free_bytes(cache)}."
-            ) from error.__cause__
-        with contextlib.suppress(OSError):  # another user's file cannot be touched, but it can be replaced
-            if describe_bank(bank.folder)[1]:
-                os.utime(bank.folder / _KEY_FILE)  # so that `cache prune` knows what is in use
-                return
-        write_atomically(bank.folder / _KEY_FILE, described.encode())
-
-    _despite_pruning(prepare)
-    return bank
+    try:
+        prepare_folder(folder.path, option="--cache")
+    except UsageError as error:  # the cache itself was writable when the run began
+        raise StoreError(error.what, where=error.where, hint=f"{error.hint} {free_bytes(cache)}.") from error.__cause__
+    with contextlib.suppress(OSError):  # another user's file cannot be touched, but it can be replaced
+        if describe_feature_folder(folder.path)[1]:
+            os.utime(folder.path / _KEY_FILE)  # the time of the last use, for `cache prune`
+            return folder
+    write_atomically(folder.path / _KEY_FILE, described.encode())
+    return folder
 
 
-def write_shard(bank: Bank, contents: Sequence[str], images: Sequence[str], values: Tensor) -> None:
-    """Keep the features of some images: the shard first, the manifest that vouches for it last.
+def write_shard(folder: FeatureFolder, contents: Sequence[str], images: Sequence[str], values: Tensor) -> None:
+    """Write the features of some images: first the shard, then its manifest.
 
-    contents: SHA-256 of each image's bytes, in hex
-    values:   (n, d) float32
-    Raises StoreError when the disk refuses; the rows then are not there.
+    Args:
+        folder: Where to write.
+        contents: SHA-256 of each image's bytes, in hex.
+        images: An id of each image.
+        values: (n, d) float32.
+
+    Raises:
+        StoreError: The disk refuses. No row is stored then.
     """
     from safetensors.torch import save
 
@@ -174,175 +183,171 @@ def write_shard(bank: Bank, contents: Sequence[str], images: Sequence[str], valu
     packed = save({"contents": addresses, "values": values.contiguous()})
     sha256 = hashlib.sha256(packed).hexdigest()
     manifest = Manifest(
-        bank=bank.digest,
+        bank=folder.digest,
         shard=f"{sha256[:_DIGITS]}.safetensors",
         bytes=len(packed),
         sha256=sha256,
         contents=tuple(contents),
         images=tuple(images),
     )
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)  # in case it was pruned
+        write_atomically(folder.path / manifest.shard, packed)
+        write_atomically(_manifest_path(folder, manifest), _encode_manifest(manifest))
+    except OSError as error:
+        raise StoreError(
+            f"could not write {len(packed):,} bytes of features: {error.strerror or error}",
+            where=str(folder.path),
+            hint=f"Choose another --cache folder; {free_bytes(folder.path.parent)}.",
+        ) from error
 
-    def write() -> None:
+
+def read_manifests(folder: FeatureFolder) -> Iterator[Manifest]:
+    """Yield the manifest of every shard, in the order of their names. Damaged ones are quarantined."""
+    for path in _manifest_paths(folder):
         try:
-            bank.folder.mkdir(parents=True, exist_ok=True)  # somebody may have pruned it meanwhile
-            write_atomically(bank.folder / manifest.shard, packed)
-            write_atomically(_manifest_file(bank, manifest), _sealed(manifest))
-            (bank.folder / manifest.shard).lstat()  # not so where the folder was pruned and made anew between the two
-        except OSError as error:
-            raise StoreError(
-                f"could not keep {len(packed):,} bytes of features: {error.strerror or error}",
-                where=str(bank.folder),
-                hint=f"Choose another --cache folder; {free_bytes(bank.folder.parent)}.",
-            ) from error
-
-    _despite_pruning(write)
-
-
-def read_manifests(bank: Bank) -> Iterator[Manifest]:
-    """Give the manifest of every shard of a bank, in the order of their names; damaged ones are set aside."""
-    for path in _manifest_files(bank):
-        try:
-            manifest = _read_manifest(path, bank)
-        except FileNotFoundError:  # pruned a moment ago
+            manifest = _read_manifest(path, folder)
+        except FileNotFoundError:  # pruned meanwhile
             continue
         except _DamageError as damage:
-            _set_aside(bank, path.stem, damage)
+            _quarantine(folder, path.stem, damage)
             continue
         yield manifest
 
 
-def listed_contents(bank: Bank, wanted: set[str]) -> set[str]:
-    """Give those of the wanted contents that the bank's manifests list, without reading a shard."""
-    return {content for manifest in read_manifests(bank) for content in manifest.contents if content in wanted}
+def find_listed(folder: FeatureFolder, wanted: set[str]) -> set[str]:
+    """Return those of the wanted contents that the manifests list. Reads no shard."""
+    return {content for manifest in read_manifests(folder) for content in manifest.contents if content in wanted}
 
 
-def read_rows(bank: Bank, wanted: Sequence[str], *, beyond_memory: bool = False) -> tuple[Tensor | None, list[bool]]:
-    """Read the features of images by their contents, every shard checked against its manifest.
+def read_rows(
+    folder: FeatureFolder, wanted: Sequence[str], *, beyond_memory: bool = False
+) -> tuple[Tensor | None, list[bool]]:
+    """Read the features of images by their contents. Every shard is checked against its manifest.
 
-    beyond_memory: rows that would take more than half of the memory there is are put into a file of their own, mapped
-    returns: (n, d) float32 with rows of zeros where the bank has none, None where it has none at all; and which rows it has
-    A damaged shard is set aside with a warning, and its rows count as missing. Raises StoreError where the disk refuses.
+    A damaged shard is quarantined with a warning, and its rows count as missing.
+
+    Args:
+        folder: Where to read.
+        wanted: SHA-256 of each image's bytes, in hex.
+        beyond_memory: Map rows from a temporary file if they would take more than half of the available memory.
+
+    Returns:
+        (n, d) float32 with zeros for missing rows, None if no row is stored; and which rows are stored.
+
+    Raises:
+        StoreError: The disk refuses.
     """
-    places: dict[str, list[int]] = {}
+    targets: dict[str, list[int]] = {}
     for row, content in enumerate(wanted):
-        places.setdefault(content, []).append(row)
+        targets.setdefault(content, []).append(row)
     values: Tensor | None = None
-    found = [False] * len(wanted)
-    for manifest in read_manifests(bank):
-        if places.keys().isdisjoint(manifest.contents):
+    present = [False] * len(wanted)
+    for manifest in read_manifests(folder):
+        if targets.keys().isdisjoint(manifest.contents):
             continue
         try:
-            shard = _read_values(bank, manifest)
+            shard = _read_values(folder, manifest)
             if values is None:
-                values = _room_for(len(wanted), shard.shape[1], bank, beyond_memory=beyond_memory)
+                values = _allocate(len(wanted), shard.shape[1], folder, beyond_memory=beyond_memory)
             if shard.shape[1] != values.shape[1]:
                 raise _DamageError(f"rows of {shard.shape[1]} values among rows of {values.shape[1]}")
-        except FileNotFoundError:  # pruned a moment ago
+        except FileNotFoundError:  # pruned meanwhile
             continue
         except _DamageError as damage:
-            _set_aside(bank, _stem(manifest), damage)
+            _quarantine(folder, _stem(manifest), damage)
             continue
-        # A content that stands in two shards is read from the first by name alone, whichever was written first.
-        targets = [(place, row) for row, content in enumerate(manifest.contents) for place in places.pop(content, ())]
-        rows, sources = (torch.tensor(column, dtype=torch.int64) for column in zip(*targets, strict=True))
+        # A content in two shards is read from the first by name, whichever was written first.
+        pairs = [(target, row) for row, content in enumerate(manifest.contents) for target in targets.pop(content, ())]
+        rows, sources = (torch.tensor(column, dtype=torch.int64) for column in zip(*pairs, strict=True))
         values[rows] = shard[sources]
-        for place, _ in targets:
-            found[place] = True
-    return values, found
+        for target, _ in pairs:
+            present[target] = True
+    return values, present
 
 
-def _room_for(n: int, d: int, bank: Bank, *, beyond_memory: bool) -> Tensor:
-    """Give (n, d) zeros in memory or, where asked and too large for it, in a file without a name: the system reads and drops its
-    pages as they are used, nobody can shorten it under the mapping, and it is gone with the process."""
-    there = available_bytes()
-    if not beyond_memory or there is None or 4 * n * d <= _MEMORY_SHARE * there:
+def _allocate(n: int, d: int, folder: FeatureFolder, *, beyond_memory: bool) -> Tensor:
+    """Return (n, d) zeros in memory or, if allowed and too large, mapped from an unnamed file that ends with the process."""
+    available = available_bytes()
+    if not beyond_memory or available is None or 4 * n * d <= _MEMORY_SHARE * available:
         return torch.zeros(n, d)
     try:
-        with tempfile.TemporaryFile(dir=bank.folder) as file:
+        with tempfile.TemporaryFile(dir=folder.path) as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, 4 * n * d)  # a disk that fills up later would kill the process
             mapped = np.memmap(file, dtype=np.float32, mode="r+", shape=(n, d))
     except OSError as error:
         raise StoreError(
-            f"has no room for {4 * n * d:,} bytes of features, which memory has none for either: {error.strerror or error}",
-            where=str(bank.folder),
-            hint=f"Choose another --cache folder, or a smaller --subset; {free_bytes(bank.folder)}.",
+            f"{4 * n * d:,} bytes of features fit neither into memory nor on this disk: {error.strerror or error}",
+            where=str(folder.path),
+            hint=f"Choose another --cache folder, or a smaller --subset; {free_bytes(folder.path)}.",
         ) from error
-    _log.info("%d rows of %d features are more than memory is to hold, and stay on the disk", n, d)
+    _log.info("%d rows of %d features do not fit into memory; they are mapped from the disk", n, d)
     return torch.from_numpy(mapped)
 
 
-def check_bank(bank: Bank) -> tuple[int, int]:
-    """Read every byte of a bank, set aside what is damaged, and count the shards that are sound and those that are not."""
-    sound = damaged = 0
-    for path in _manifest_files(bank):
+def verify_feature_folder(folder: FeatureFolder) -> tuple[int, int]:
+    """Read every byte, quarantine damaged shards, and return the numbers of valid and of damaged ones."""
+    valid = damaged = 0
+    for path in _manifest_paths(folder):
         try:
-            _read_values(bank, _read_manifest(path, bank))
-            sound += 1
-        except FileNotFoundError:  # pruned a moment ago
+            _read_values(folder, _read_manifest(path, folder))
+            valid += 1
+        except FileNotFoundError:  # pruned meanwhile
             continue
         except _DamageError as damage:
-            _set_aside(bank, path.stem, damage)
+            _quarantine(folder, path.stem, damage)
             damaged += 1
-    return sound, damaged
+    return valid, damaged
 
 
-def list_banks(cache: Path) -> list[Bank]:
-    """Give every bank of a cache, in the order of their names."""
-    root = features_folder(cache)
-    names = [name for name in _names_in(root) if _NAME.fullmatch(name) and (root / name).is_dir()]
-    return [Bank(folder=root / name, digest=name) for name in names]
+def list_feature_folders(cache: Path) -> list[FeatureFolder]:
+    """Return every feature folder of a cache, in the order of their names."""
+    root = features_path(cache)
+    names = [name for name in _list_names(root) if _NAME.fullmatch(name) and (root / name).is_dir()]
+    return [FeatureFolder(path=root / name, digest=name) for name in names]
 
 
-def describe_bank(folder: Path) -> tuple[str, dict[str, object]]:
-    """Give the checkpoint's name and the key that a bank's folder states; an empty key where it states none."""
+def describe_feature_folder(path: Path) -> tuple[str, dict[str, object]]:
+    """Return the checkpoint's name and the key that a feature folder states; `unknown` and an empty key if unreadable."""
     try:
-        content = json.loads(_read_file(folder / _KEY_FILE))
+        content = json.loads(_read_file(path / _KEY_FILE))
         key = content["key"]
         if not isinstance(key, dict):
-            raise TypeError("the key is no mapping")
+            raise TypeError("the key is not a mapping")
         return str(content["checkpoint"]), key
     except (OSError, StoreError, _DamageError, ValueError, TypeError, KeyError, RecursionError):
         return "unknown", {}
 
 
-def remove_bank(bank: Bank) -> None:
-    """Remove a bank at one stroke: who reads or writes it meanwhile finds no folder, never half of one.
+def remove_feature_folder(folder: FeatureFolder) -> None:
+    """Remove a feature folder, manifests first: whoever reads meanwhile finds complete shards or none.
 
-    Raises StoreError where it cannot be removed, or is a link: what it leads to is not the cache's.
+    Raises:
+        StoreError: It cannot be removed, or it is a symbolic link.
     """
-    pruned = bank.folder.with_name(f"{_PRUNED}{bank.digest}.{secrets.token_hex(4)}")
-    if bank.folder.is_symlink():
-        raise StoreError(
-            "is a link to elsewhere", where=str(bank.folder), hint="Remove it, and what it leads to, by hand."
-        )
+    if folder.path.is_symlink():
+        raise StoreError("is a symbolic link", where=str(folder.path), hint="Remove the link and its target manually.")
     try:
-        bank.folder.rename(pruned)
-        shutil.rmtree(pruned)
-    except FileNotFoundError:  # another process was quicker
+        for path in _manifest_paths(folder):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(folder.path)
+    except FileNotFoundError:  # another process removes it too
         return
     except OSError as error:
         raise StoreError(
             f"could not be removed: {error.strerror or error}",
-            where=str(bank.folder),
+            where=str(folder.path),
             hint="Try again; it may be in use.",
         ) from error
 
 
-def sweep_pruned(cache: Path) -> None:
-    """Remove what removals left behind that were killed."""
-    root = features_folder(cache)
-    for name in _names_in(root):
-        if name.startswith(_PRUNED):
-            shutil.rmtree(root / name, ignore_errors=True)
-
-
-def _read_values(bank: Bank, manifest: Manifest) -> Tensor:
-    """Read a shard that its manifest vouches for. Raises _DamageError, and FileNotFoundError where both are gone."""
+def _read_values(folder: FeatureFolder, manifest: Manifest) -> Tensor:
+    """Read a shard and compare it with its manifest. Raises _DamageError, or FileNotFoundError if both were pruned."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    packed = _read_shard(bank, manifest)
+    packed = _read_shard(folder, manifest)
     if len(packed) != manifest.bytes or hashlib.sha256(packed).hexdigest() != manifest.sha256:
         raise _DamageError("its bytes are not those that were written")
     try:
@@ -359,36 +364,34 @@ def _read_values(bank: Bank, manifest: Manifest) -> Tensor:
     return values
 
 
-def _read_shard(bank: Bank, manifest: Manifest) -> bytes:
-    for _ in range(2):
-        try:
-            return _read_file(bank.folder / manifest.shard)
-        except FileNotFoundError:
-            if not _manifest_file(bank, manifest).exists():  # both were pruned a moment ago
-                raise
-    # A shard is written before its manifest, and the manifest was there before the second look.
-    raise _DamageError("its shard is missing")
+def _read_shard(folder: FeatureFolder, manifest: Manifest) -> bytes:
+    try:
+        return _read_file(folder.path / manifest.shard)
+    except FileNotFoundError:
+        if _manifest_path(folder, manifest).exists():
+            raise _DamageError("its shard is missing") from None
+        raise  # both were pruned
 
 
-def _read_manifest(path: Path, bank: Bank) -> Manifest:
-    """Read a manifest. Raises _DamageError, and FileNotFoundError where it is gone."""
+def _read_manifest(path: Path, folder: FeatureFolder) -> Manifest:
+    """Read a manifest. Raises _DamageError, or FileNotFoundError if it is gone."""
     packed = _read_file(path)
-    sealed, _, seal = packed.rpartition(_SEAL)
-    if seal != _seal(sealed):
+    content_bytes, _, seal = packed.rpartition(_SEAL)
+    if seal != _seal(content_bytes):
         raise _DamageError("the seal of its manifest is broken")
     try:
         content = json.loads(packed)
-        body = content["manifest"]
-        manifest = Manifest(**body | {name: tuple(body[name]) for name in ("contents", "images")})
-        if content["schema"] != _SCHEMA or manifest.bank != bank.digest or _stem(manifest) != path.stem:
-            raise ValueError("it belongs elsewhere")
+        fields = content["manifest"]
+        manifest = Manifest(**fields | {name: tuple(fields[name]) for name in ("contents", "images")})
+        if content["schema"] != _SCHEMA or manifest.bank != folder.digest or _stem(manifest) != path.stem:
+            raise ValueError("it belongs to another feature folder")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _DamageError(f"its manifest cannot be used ({error})") from error
     return manifest
 
 
-def _sealed(manifest: Manifest) -> bytes:
-    """Give a manifest as its file holds it: JSON that ends with the hash of all that stands before."""
+def _encode_manifest(manifest: Manifest) -> bytes:
+    """Return a manifest as JSON that ends with the hash of everything before it."""
     content = canonical_json({"manifest": asdict(manifest), "schema": _SCHEMA}).removesuffix("}").encode()
     return content + _SEAL + _seal(content)
 
@@ -398,10 +401,10 @@ def _seal(content: bytes) -> bytes:
 
 
 def _read_file(path: Path) -> bytes:
-    """Read a plain file. Raises FileNotFoundError where there is none, StoreError where the disk refuses."""
+    """Read a regular file. Raises FileNotFoundError, or StoreError if the disk refuses."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):  # a link may lead anywhere, and a pipe would never end
-            raise _DamageError(f"{path.name} is no plain file")
+            raise _DamageError(f"{path.name} is not a regular file")
         return path.read_bytes()  # never mapped: a file that shrinks under a mapping kills the process
     except FileNotFoundError:
         raise
@@ -413,58 +416,47 @@ def _read_file(path: Path) -> bytes:
         ) from error
 
 
-def _manifest_files(bank: Bank) -> list[Path]:
-    names = (name.removesuffix(".json") for name in _names_in(bank.folder) if name.endswith(".json"))
-    return [bank.folder / f"{name}.json" for name in names if _NAME.fullmatch(name)]
+def _manifest_paths(folder: FeatureFolder) -> list[Path]:
+    names = (name.removesuffix(".json") for name in _list_names(folder.path) if name.endswith(".json"))
+    return [folder.path / f"{name}.json" for name in names if _NAME.fullmatch(name)]
 
 
-def _names_in(folder: Path) -> list[str]:
+def _list_names(path: Path) -> list[str]:
     try:
-        return sorted(path.name for path in folder.iterdir())
+        return sorted(entry.name for entry in path.iterdir())
     except FileNotFoundError:
         return []
     except OSError as error:
         raise StoreError(
-            f"cannot be listed: {error.strerror or error}", where=str(folder), hint="Check the --cache folder."
+            f"cannot be listed: {error.strerror or error}", where=str(path), hint="Check the --cache folder."
         ) from error
 
 
-def _manifest_file(bank: Bank, manifest: Manifest) -> Path:
-    return bank.folder / f"{_stem(manifest)}.json"
+def _manifest_path(folder: FeatureFolder, manifest: Manifest) -> Path:
+    return folder.path / f"{_stem(manifest)}.json"
 
 
 def _stem(manifest: Manifest) -> str:
     return manifest.sha256[:_DIGITS]
 
 
-def _set_aside(bank: Bank, stem: str, damage: _DamageError) -> None:
-    """Move a damaged shard and its manifest out of the way, where they can be looked at, and say so."""
-    aside = bank.folder / _QUARANTINE
+def _quarantine(folder: FeatureFolder, stem: str, damage: _DamageError) -> None:
+    """Move a damaged shard and its manifest to `quarantine/`, and log a warning."""
+    aside = folder.path / _QUARANTINE
     moved = 0
     try:
-        with contextlib.suppress(FileNotFoundError):  # the bank was pruned a moment ago
+        with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
             aside.mkdir(exist_ok=True)
-        for name in (f"{stem}.json", f"{stem}.safetensors"):  # without its manifest the shard is there for nobody
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                (bank.folder / name).replace(aside / name)
+        for name in (f"{stem}.json", f"{stem}.safetensors"):  # manifest first: a shard without one does not count
+            with contextlib.suppress(FileNotFoundError):  # another process moved it
+                (folder.path / name).replace(aside / name)
                 moved += 1
     except OSError as error:
         raise StoreError(
             f"is damaged ({damage}) and could not be moved away: {error.strerror or error}",
-            where=str(bank.folder / f"{stem}.safetensors"),
+            where=str(folder.path / f"{stem}.safetensors"),
             hint="Remove it, or use another --cache.",
         ) from error
     if moved:
-        shard = bank.folder / f"{stem}.safetensors"
+        shard = folder.path / f"{stem}.safetensors"
         _log.warning("%s: %s; moved to %s, its features are computed again", shard, damage, aside)
-
-
-def _despite_pruning(write: Callable[[], None]) -> None:
-    """Write, and write again where the folder was removed meanwhile."""
-    for _ in range(_ATTEMPTS - 1):
-        try:
-            return write()
-        except (StoreError, UsageError, OSError) as error:
-            if not isinstance(error.__cause__ or error, FileNotFoundError | FileExistsError):
-                raise
-    return write()

@@ -1,4 +1,4 @@
-"""Encoder: a checkpoint's network on a device, its transform, and the vectors that can be tapped from it."""
+"""Encoders: a frozen network on a device, its image transform, and its taps."""
 
 import contextlib
 import copy
@@ -34,12 +34,14 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """A frozen trunk that turns pixels into features.
+    """A frozen backbone that turns pixels into features.
 
-    network:    in eval mode, on `device`, in the dtype of `precision`
-    taps:       what can be tapped, in the order of TAPS
-    final_norm: the norm after the last block, in float32, for the taps that are taken after it
-    compiled:   its parts go through torch.compile
+    Attributes:
+        network: In evaluation mode, on `device`, in the dtype of `precision`.
+        transform: Resize, crop and normalisation.
+        taps: The available taps, in the order of TAPS.
+        final_norm: The norm after the last block, in float32, for taps after it.
+        compiled: Whether its parts run through torch.compile.
     """
 
     checkpoint: Checkpoint
@@ -57,7 +59,7 @@ class Encoder:
 
     @cached_property
     def dim(self) -> int:
-        """Give the width of the default tap."""
+        """Width of the default tap."""
         tap = self.taps[0]
         side = self.transform.crop
         blank = torch.zeros(1, side, side, 3, dtype=torch.uint8)
@@ -69,7 +71,7 @@ class Encoder:
 
 
 def precision_class(precision: Precision) -> str:
-    """Give `exact` for float32 without TF32, `reduced` for bf16 and fp16."""
+    """Return `exact` for float32 without TF32, `reduced` for bf16 and fp16."""
     return "exact" if precision == "fp32" else "reduced"
 
 
@@ -83,14 +85,24 @@ def load_encoder(
     image_pixels: int | None = None,
     seed: int = 0,
 ) -> Encoder:
-    """Read the checkpoint called `checkpoint` and put it on `device`.
+    """Load a checkpoint as a frozen encoder.
 
-    precision: fp32 on a CPU and bf16 on CUDA where None
-    Raises CheckpointError for weights that do not fit, UsageError for a device that is not there.
+    Args:
+        checkpoint: A file, a folder or a scheme such as `msn:vits16` or `timm:NAME`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        precision: None means fp32 on a CPU and bf16 on CUDA.
+        arch: timm's name of the architecture, where the file leaves it open.
+        checkpoint_key: Which of several networks in the file.
+        image_pixels: Image size; None means the native size. Another size interpolates the position embeddings.
+        seed: Seed of untrained weights.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, or its weights do not fit.
+        UsageError: The device or precision does not exist.
     """
     chosen = choose_device(device)
     if precision not in (None, *_DTYPES):
-        raise UsageError(f"--precision {precision}: no such precision", hint=f"Use {', '.join(_DTYPES)}.")
+        raise UsageError(f"--precision {precision} does not exist", hint=f"Use {', '.join(_DTYPES)}.")
     return build_encoder(
         read_checkpoint(checkpoint, arch=arch, key=checkpoint_key, seed=seed),
         device=chosen,
@@ -100,28 +112,32 @@ def load_encoder(
 
 
 def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
-    """Give the device called `auto`, `cpu`, `cuda` or `cuda:N`. Raises UsageError where it is not there.
+    """Return the device called `auto`, `cpu`, `cuda` or `cuda:N`.
 
-    local_rank: number of this rank among those of its machine, None where there is but one; `auto` and `cuda` then mean
-    the GPU of that number
+    Args:
+        name: Name of the device.
+        local_rank: Number of this rank on its machine; `auto` and `cuda` then mean the GPU of that number. None for one rank.
+
+    Raises:
+        UsageError: The device does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and local_rank is not None:
         name = f"cuda:{local_rank}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UsageError(f"--device {name}: not a device", hint="Use auto, cpu, cuda or cuda:N.")
+        raise UsageError(f"--device {name} is not a device", hint="Use auto, cpu, cuda or cuda:N.")
     device = torch.device(name)
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise UsageError(
-            f"--device {name}: this machine offers {torch.cuda.device_count()} CUDA devices to PyTorch",
+            f"--device {name} does not exist: PyTorch sees {torch.cuda.device_count()} CUDA devices",
             hint="Use --device cpu, or check the driver with nvidia-smi.",
         )
     return device
 
 
 def default_precision(device: torch.device) -> Precision:
-    """Give fp32 on a CPU, bf16 on CUDA."""
+    """Return fp32 for a CPU, bf16 for CUDA."""
     return "bf16" if device.type == "cuda" else "fp32"
 
 
@@ -133,16 +149,24 @@ def build_encoder(
     image_pixels: int | None = None,
     compiled: bool = False,
 ) -> Encoder:
-    """Put a checkpoint's network on a device, for images of `image_pixels` (its native size where None).
+    """Put a checkpoint's network on a device.
 
-    Another size than the native one interpolates the position embeddings, which otherwise never happens.
-    compiled: by torch.compile, part by part, at the first batch; numbers then differ by rounding
-    Raises UsageError for a size that the network cannot take.
+    Args:
+        checkpoint: As returned by `read_checkpoint`; its network is copied.
+        device: Where the network runs.
+        precision: Dtype of the network.
+        image_pixels: Image size; None means the native size. Another size interpolates the position embeddings.
+        compiled: Compile the parts of the network at the first batch. Numbers then differ by rounding.
+
+    Raises:
+        UsageError: The network cannot take images of this size.
     """
     network = copy.deepcopy(checkpoint.network)
     wanted = image_pixels or checkpoint.image_pixels
     if _has_tokens(network) and checkpoint.format != "py" and wanted != stored_pixels(network):
-        network = _resized(network, wanted)  # a convolution takes any size, and the user's module knows for itself
+        network = _resize_input(
+            network, wanted
+        )  # convolutional networks take any size; a user's module decides for itself
     final_norm = copy.deepcopy(_final_norm(network))
     if _is_convolutional(checkpoint, network):
         network = network.to(memory_format=torch.channels_last)
@@ -160,16 +184,16 @@ def build_encoder(
     )
 
 
-def _resized(network: nn.Module, image_pixels: int) -> nn.Module:
+def _resize_input(network: nn.Module, image_pixels: int) -> nn.Module:
     patch = patch_pixels(network) or 1
     if image_pixels % patch:
         raise UsageError(
-            f"--image-pixels {image_pixels} is no multiple of the patch size {patch}",
+            f"--image-pixels {image_pixels} is not a multiple of the patch size {patch}",
             hint=f"Use {max(1, image_pixels // patch) * patch} or {max(2, image_pixels // patch + 1) * patch}.",
         )
     rule, learned = published_rule(network), network.pos_embed
     with warnings.catch_warnings():
-        # timm interpolates BEiT's tables of offsets in ways that torch advises against.
+        # timm interpolates BEiT's relative position tables with arguments that torch warns about.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"timm\.layers\.interpolate")
         network.set_input_size(img_size=(image_pixels, image_pixels))  # type: ignore[operator]
     if rule is not None:
@@ -179,7 +203,7 @@ def _resized(network: nn.Module, image_pixels: int) -> nn.Module:
 
 
 def _has_tokens(network: nn.Module) -> bool:
-    """Tell whether a network is a Transformer whose tokens can be tapped after every block."""
+    """Whether a network is a Transformer of timm whose tokens are available after every block."""
     from timm.models.beit import Beit
     from timm.models.vision_transformer import VisionTransformer
 
@@ -187,13 +211,12 @@ def _has_tokens(network: nn.Module) -> bool:
 
 
 def _is_convolutional(checkpoint: Checkpoint, network: nn.Module) -> bool:
-    """Tell whether channels-last memory suits a network: timm's convolutional ones; a user's own is left as it is."""
+    """Whether to use channels-last memory: for timm's convolutional networks, not for a user's own."""
     return checkpoint.format not in ("py", "pixels") and not _has_tokens(network)
 
 
 def _compile(checkpoint: Checkpoint, network: nn.Module) -> None:
-    """Have a network compiled at its first batch, in place, so that weights keep their names: a Transformer block by block,
-    since equal blocks are compiled once."""
+    """Compile a network in place, so that weights keep their names: Transformers block by block, as equal blocks share code."""
     if checkpoint.format in ("py", "pixels"):
         network.compile()
     elif _has_tokens(network):
@@ -204,7 +227,7 @@ def _compile(checkpoint: Checkpoint, network: nn.Module) -> None:
 
 
 def _final_norm(network: nn.Module) -> nn.Module:
-    """Give the norm behind the last block, wherever the architecture keeps it."""
+    """Return the norm after the last block: `norm`, or `fc_norm` for architectures that pool first."""
     if not _has_tokens(network):
         return nn.Identity()
     norm, fc_norm = cast(nn.Module, network.norm), cast(nn.Module, network.fc_norm)
@@ -214,7 +237,7 @@ def _final_norm(network: nn.Module) -> nn.Module:
 def _available_taps(checkpoint: Checkpoint, network: nn.Module) -> tuple[str, ...]:
     if checkpoint.format == "pixels":
         return ("pixels",)
-    if checkpoint.format == "py":  # its forward is the user's, even where it is a Vision Transformer of timm's
+    if checkpoint.format == "py":  # its forward pass is the user's, even for a Vision Transformer of timm
         return ("out",)
     if not _has_tokens(network):
         return ("pool",)
@@ -227,31 +250,42 @@ def _available_taps(checkpoint: Checkpoint, network: nn.Module) -> tuple[str, ..
 
 
 def resolve_tap(encoder: Encoder, wanted: str, *, by_hand: bool, option: str = "--tap") -> str:
-    """Give the tap to use: `wanted` where the network has it, else the first it has of mean, pool, out, pixels.
+    """Return the tap to use: `wanted` if the network has it, else the first that it has of mean, pool, out, pixels.
 
-    by_hand: the user asked for this very tap by `option`, and another would be a surprise
-    Raises UsageError where a tap asked for by hand is not there.
+    Args:
+        encoder: The encoder.
+        wanted: Name of a tap.
+        by_hand: The user named this tap, so no other one may replace it.
+        option: The option that named it, for the error.
+
+    Raises:
+        UsageError: A tap that the user named does not exist.
     """
     if wanted in encoder.taps:
         return wanted
     if by_hand:
         raise UsageError(
-            f"{option} {wanted}: {encoder.checkpoint.name} ({encoder.arch}) has no such tap",
+            f"{option} {wanted}: {encoder.checkpoint.name} ({encoder.arch}) has no tap of this name",
             hint=f"It has: {', '.join(encoder.taps)}.",
         )
     return next(tap for tap in _FALLBACKS if tap in encoder.taps)
 
 
 def encode(encoder: Encoder, pixels: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
-    """Give the features of a batch at every tap, in one pass.
+    """Compute the features of a batch at several taps in one forward pass.
 
-    pixels:  (b, S, S, 3) uint8, on any device
-    returns: (b, d) float32 for each tap, on the encoder's device
+    Args:
+        encoder: The encoder.
+        pixels: (b, S, S, 3) uint8, on any device.
+        taps: Names of taps that the encoder has.
+
+    Returns:
+        (b, d) float32 for each tap, on the encoder's device.
     """
     with torch.inference_mode(), exact_float32():
         images = normalised(pixels.to(encoder.device, non_blocking=True), encoder)
         if encoder.checkpoint.format == "py" or not _has_tokens(encoder.network):
-            return {taps[0]: _whole_image(encoder, images).float()}
+            return {taps[0]: _pooled_features(encoder, images).float()}
         if "out" in taps:
             return {"out": cast(Tensor, encoder.network(images)).float()}
         return _token_taps(encoder, images, taps)
@@ -259,10 +293,10 @@ def encode(encoder: Encoder, pixels: Tensor, taps: Sequence[str]) -> dict[str, T
 
 @contextlib.contextmanager
 def unchanged(encoder: Encoder) -> Iterator[None]:
-    """Prove that the features taken inside come from the weights that are reported: evaluation mode and the same bytes, before
-    and after.
+    """Check before and after the block that the network is in evaluation mode and its weights have the same bytes.
 
-    Raises CheckpointError where that is not so.
+    Raises:
+        CheckpointError: A module is in training mode, or the weights have changed.
     """
     _check_evaluation_mode(encoder)
     before = weights_sha256(encoder.network.state_dict())
@@ -270,9 +304,9 @@ def unchanged(encoder: Encoder) -> Iterator[None]:
     _check_evaluation_mode(encoder)
     if weights_sha256(encoder.network.state_dict()) != before:
         raise CheckpointError(
-            "its weights changed while features were taken from it",
+            "its weights changed during feature extraction",
             where=encoder.checkpoint.path,
-            hint="A frozen network changes nothing in its forward pass; look for statistics that are updated there.",
+            hint="The forward pass of a frozen network must change nothing. Look for statistics that it updates.",
         )
 
 
@@ -282,61 +316,70 @@ def _check_evaluation_mode(encoder: Encoder) -> None:
         raise CheckpointError(
             f"{len(training)} of its modules are in training mode ({', '.join(training[:3])})",
             where=encoder.checkpoint.path,
-            hint="Features are taken in evaluation mode; its forward pass must not call train().",
+            hint="Features are extracted in evaluation mode. The forward pass must not call train().",
         )
 
 
 def normalised(pixels: Tensor, encoder: Encoder) -> Tensor:
-    """Give (b, 3, S, S) images in the network's dtype; the arithmetic is float32."""
+    """Normalise pixels in float32.
+
+    Args:
+        pixels: (b, S, S, 3) uint8.
+        encoder: Encoder whose mean, standard deviation and dtype apply.
+
+    Returns:
+        (b, 3, S, S) in the network's dtype.
+    """
     mean = torch.tensor(encoder.transform.mean, device=pixels.device)
     std = torch.tensor(encoder.transform.std, device=pixels.device)
     scaled = (pixels.float() / 255 - mean) / std
-    images = scaled.permute(0, 3, 1, 2)  # which is channels-last as it stands
+    images = scaled.permute(0, 3, 1, 2)  # channels-last in memory
     if not _is_convolutional(encoder.checkpoint, encoder.network):
         images = images.contiguous()
     return images.to(_DTYPES[encoder.precision])
 
 
-def _whole_image(encoder: Encoder, images: Tensor) -> Tensor:
+def _pooled_features(encoder: Encoder, images: Tensor) -> Tensor:
     network = encoder.network
     if encoder.checkpoint.format in ("pixels", "py"):
-        return _one_row_an_image(network(images), encoder, len(images))
+        return _check_features(network(images), encoder, len(images))
     maps = network.forward_features(images)  # type: ignore[operator]
     return cast(Tensor, network.forward_head(maps, pre_logits=True))  # type: ignore[operator]
 
 
-def _one_row_an_image(answer: object, encoder: Encoder, images: int) -> Tensor:
-    if isinstance(answer, Tensor) and answer.dim() == 2 and len(answer) == images:
-        return answer
-    given = f"a tensor {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+def _check_features(output: object, encoder: Encoder, images: int) -> Tensor:
+    if isinstance(output, Tensor) and output.dim() == 2 and len(output) == images:
+        return output
+    kind = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
     raise CheckpointError(
-        f"gave {given} for {images} images, not ({images}, d)",
+        f"the module returned {kind} for {images} images, not a tensor ({images}, d)",
         where=encoder.checkpoint.path,
-        hint="The module maps images (n, 3, S, S) to features (n, d).",
+        hint="It must map images (n, 3, S, S) to features (n, d).",
     )
 
 
 def _token_taps(encoder: Encoder, images: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
     network, norm = encoder.network, encoder.final_norm
-    token_alone = is_plain(network)
-    whole = not token_alone or not _CLASS_TOKEN_TAPS.issuperset(taps)
+    plain = is_plain(network)
+    # The last block is needed for all tokens only if a tap uses patches, or intermediate class tokens.
+    run_last_block = not plain or not _CLASS_TOKEN_TAPS.issuperset(taps)
     depth = len(cast(nn.Sequential, network.blocks))
     blocks: list[Tensor | tuple[Tensor, Tensor]] = network.forward_intermediates(  # type: ignore[operator]
         images,
-        indices=list(range(max(0, depth - _LAST_BLOCKS), depth)) if whole else [depth - 2],
+        indices=list(range(max(0, depth - _LAST_BLOCKS), depth)) if run_last_block else [depth - 2],
         return_prefix_tokens=True,
         norm=False,
         stop_early=True,
         output_fmt="NLC",
         intermediates_only=True,
     )
-    # Without prefix tokens timm gives the patches alone.
-    tokens = [(one, one[:, :0]) if isinstance(one, Tensor) else one for one in blocks]
-    patches, prefix = tokens[-1]
-    if token_alone and not _CLASS_TOKEN_TAPS.isdisjoint(taps):
-        # The same arithmetic whatever else is asked for: a number must not depend on its neighbours in a plan.
-        before = torch.cat(tokens[-2 if whole else -1][::-1], dim=1)
-        prefix = class_token_after(cast(nn.Sequential, network.blocks)[-1], before)[:, None]
+    # timm returns the patches alone for networks without prefix tokens.
+    outputs = [(block, block[:, :0]) if isinstance(block, Tensor) else block for block in blocks]
+    patches, prefix = outputs[-1]
+    if plain and not _CLASS_TOKEN_TAPS.isdisjoint(taps):
+        # The same arithmetic whatever other taps are extracted: a feature must not depend on them.
+        last_input = torch.cat(outputs[-2 if run_last_block else -1][::-1], dim=1)
+        prefix = class_token_after(cast(nn.Sequential, network.blocks)[-1], last_input)[:, None]
     features: dict[str, Tensor] = {}
     for tap in taps:
         if tap == "cls":
@@ -344,8 +387,8 @@ def _token_taps(encoder: Encoder, images: Tensor, taps: Sequence[str]) -> dict[s
         elif tap == "cls-norm":
             features[tap] = norm(prefix[:, 0].float())
         elif tap == "cls4":
-            features[tap] = torch.cat([norm(classes[:, 0].float()) for _, classes in tokens], dim=1)
-        elif isinstance(network.norm, nn.Identity):  # this architecture norms what it has pooled
+            features[tap] = torch.cat([norm(prefix_tokens[:, 0].float()) for _, prefix_tokens in outputs], dim=1)
+        elif isinstance(network.norm, nn.Identity):  # this architecture pools first, then normalises
             features[tap] = norm(patches.float().mean(dim=1))
         else:
             features[tap] = norm(patches.float()).mean(dim=1)
@@ -354,7 +397,7 @@ def _token_taps(encoder: Encoder, images: Tensor, taps: Sequence[str]) -> dict[s
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Keep TF32 and bf16 out of float32 products and convolutions, and put the settings back."""
+    """Disable TF32 and bf16 in float32 matrix products and convolutions inside the block."""
     cuda = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     settings = (*cuda, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]

@@ -1,4 +1,4 @@
-"""Features: what an encoder says about a list of images, and how it is asked."""
+"""Feature extraction: decode, encode in batches, and cache."""
 
 import base64
 import hashlib
@@ -23,28 +23,38 @@ from msn_eval.data.loader import PixelList, automatic_workers, load_pixels
 from msn_eval.distributed.group import ALONE, Group, all_gather_object, broadcast_from_rank0, share
 from msn_eval.errors import NumericalError, ResourceError, StoreError
 from msn_eval.features.batch_size import AdaptiveBatchSize, run_with_oom_backoff
-from msn_eval.features.cache import Bank, FeatureKey, find_bank, listed_contents, open_bank, read_rows, write_shard
+from msn_eval.features.cache import (
+    FeatureFolder,
+    FeatureKey,
+    find_feature_folder,
+    find_listed,
+    open_feature_folder,
+    read_rows,
+    write_shard,
+)
 from msn_eval.features.encoder import Encoder, encode, resolve_tap, unchanged
 from msn_eval.features.patch_drop import PatchDrop, check_drop, encode_kept, kept_patches, patch_count
 from msn_eval.process import available_bytes
 
 _log = logging.getLogger(__name__)
-EXTRACTOR = 1  # raised whenever the same weights and images would give other features
-_CPU_BATCH = 16  # larger batches measured slower on CPUs at 224 pixels
+EXTRACTOR = 1  # raised whenever the same weights and images would give different features
+_CPU_BATCH = 16  # at 224 pixels; larger batches measured slower on CPUs
 _CUDA_BATCH = 256
-_CPU_SHARD_ROWS, _CUDA_SHARD_ROWS = 256, 2048  # what a kill can cost: about a minute, and about a second
+_CPU_SHARD_ROWS, _CUDA_SHARD_ROWS = 256, 2048  # a kill loses at most one shard: about a minute, or a second
 _SHOWN = 5
-Progress = Callable[[int, int], None]  # images done, images in all
+Progress = Callable[[int, int], None]  # images done, all images
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What an encoder says about a list of images.
+    """Features of a list of images.
 
-    values:    (n, d) float32, as the encoder gave them; protocols normalise for themselves
-    labels:    (n,) int64 in [0, n_classes)
-    image_ids: n names, unique, in the order of the rows
-    tap:       where in the encoder they were taken
+    Attributes:
+        values: (n, d) float32, as returned by the encoder. Probes normalise for themselves.
+        labels: (n,) int64 in [0, n_classes).
+        image_ids: n unique names, in row order.
+        n_classes: Number of classes.
+        tap: Name of the tap.
     """
 
     values: Tensor
@@ -58,7 +68,7 @@ class Features:
         return {image_id: row for row, image_id in enumerate(self.image_ids)}
 
     def only(self, image_ids: Sequence[str]) -> "Features":
-        """Give the rows of the named images, in the order named; all in their own order are not copied."""
+        """Return the rows of the named images, in the given order; `self` if these are all rows in their own order."""
         if len(image_ids) == len(self.image_ids) and tuple(image_ids) == self.image_ids:
             return self
         rows = torch.tensor([self._rows[image_id] for image_id in image_ids])
@@ -67,10 +77,13 @@ class Features:
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How images come to the encoder. None chooses for the device and the image size.
+    """How images are decoded and batched.
 
-    decoder: changes numbers; the others speed alone
-    beyond_memory: rows of a cache that memory has no room for are mapped from a file, for probes that take some at a time
+    Attributes:
+        decoder: Name of the decoder. It changes numbers; the other fields change only speed.
+        batch_size: Images per batch; None chooses by device and image size.
+        workers: Decoding processes; None chooses.
+        beyond_memory: Map cached rows that do not fit into memory from a file, for probes that read them in chunks.
     """
 
     decoder: str = "pillow"
@@ -81,14 +94,16 @@ class Loading:
 
 @dataclass(frozen=True, kw_only=True)
 class Extraction:
-    """Features by tap, and what they cost.
+    """Features by tap, and their cost.
 
-    features:       of this rank; empty on all ranks but the first
-    read, reused:   images that were encoded now, by all ranks together, and images whose features were there
-    seconds:        from the first look into the cache to the last row
-    decode_seconds: in which the encoder waited for pixels, the mean over ranks that had images to encode
-    encode_seconds: in the encoder, likewise
-    batch_size:     the last one used; memory may have asked for a smaller one
+    Attributes:
+        features: By tap; empty on all ranks but rank 0.
+        read: Images that were encoded now, by all ranks together.
+        reused: Images whose features came from the cache.
+        seconds: Wall time.
+        decode_seconds: Time in which the encoder waited for pixels, mean over the ranks that encoded images.
+        encode_seconds: Time in the encoder, mean over the same ranks.
+        batch_size: The last one used; out-of-memory reduces it.
     """
 
     features: Mapping[str, Features]
@@ -112,10 +127,18 @@ def extract(
 ) -> Features:
     """Extract the features of one split of a data set.
 
-    data:  `digits`, the path of an image folder, or any other data set; only this split need be there
-    tap:   the encoder's first where None
-    cache: a folder that features are kept in and taken from
-    Raises DataError listing every image that cannot be used, UsageError for a tap that the encoder has not.
+    Args:
+        encoder: As returned by `load_encoder`.
+        data: A data set such as `digits` or the path of an image folder. Only the given split must exist.
+        split: `train` or `val`.
+        tap: Name of a tap; None means the encoder's first.
+        batch_size: Images per batch; None chooses by device and image size.
+        workers: Decoding processes; None chooses.
+        cache: Folder of cached features; None caches nothing.
+
+    Raises:
+        DataError: The data set is missing, or images cannot be used; the error lists them.
+        UsageError: The encoder does not have this tap.
     """
     from msn_eval.data import read_split
 
@@ -125,8 +148,8 @@ def extract(
     loading = Loading(batch_size=batch_size, workers=workers)
     hashes = hash_images(images, cache_dir=cache_dir) if cache_dir is not None else None
     with unchanged(encoder):
-        found = extract_features(encoder, images, taps=[chosen], hashes=hashes, loading=loading, cache=cache_dir)
-    return found.features[chosen]
+        result = extract_features(encoder, images, taps=[chosen], hashes=hashes, loading=loading, cache=cache_dir)
+    return result.features[chosen]
 
 
 def extract_features(
@@ -141,24 +164,35 @@ def extract_features(
     group: Group = ALONE,
     on_progress: Progress | None = None,
 ) -> Extraction:
-    """Extract the features of `images` at every tap, each image in one pass, those in the cache in none.
+    """Extract features at several taps: one forward pass per image, none for images in the cache.
 
-    hashes: SHA-256 of each image's bytes; an image that no longer has its hash is refused. A cache needs them
-    drop:   patches of each image to leave out; None for whole images
-    cache:  a folder that rows are kept in as they are made, shared by all ranks of the group
-    Raises DataError listing every unusable image, NumericalError for features that are not finite, ResourceError
-    where memory or a loader worker gives out, StoreError where the cache cannot be written, UsageError for patches to
-    be dropped from what has none.
+    Args:
+        encoder: The encoder.
+        images: Images to encode.
+        taps: Names of taps that the encoder has.
+        hashes: SHA-256 of each image's bytes, required with a cache. An image whose bytes have changed is refused.
+        loading: Decoding and batching.
+        drop: Patches of each image to drop; None for complete images.
+        cache: Folder of cached features, visible to all ranks of the group.
+        group: Ranks that share the job.
+        on_progress: Called with the number of images done, and of all images.
+
+    Raises:
+        DataError: Images cannot be used; the error lists all of them.
+        NumericalError: Features are not finite.
+        ResourceError: Out of memory, or a decoding process failed.
+        StoreError: The cache cannot be written.
+        UsageError: Patches cannot be dropped from this netjob.
     """
     started = time.perf_counter()
     if drop is not None:
         check_drop(encoder, drop)
-    work = _Work(encoder=encoder, images=images, taps=tuple(taps), hashes=hashes, loading=loading, drop=drop)
+    job = _Job(encoder=encoder, images=images, taps=tuple(taps), hashes=hashes, loading=loading, drop=drop)
     if cache is None:
-        values = _in_memory(work, on_progress)
+        values = _extract_to_memory(job, on_progress)
         read = len(images)
     else:
-        values, read = _through_cache(work, cache, group, on_progress)
+        values, read = _extract_through_cache(job, cache, group, on_progress)
     labels = torch.tensor(images.labels, dtype=torch.int64)
     features = {
         tap: Features(values=rows, labels=labels, image_ids=images.ids, n_classes=len(images.classes), tap=tap)
@@ -169,14 +203,14 @@ def extract_features(
         read=read,
         reused=len(images) - read,
         seconds=time.perf_counter() - started,
-        decode_seconds=work.clock.waiting,
-        encode_seconds=work.clock.encoding,
-        batch_size=work.clock.images,
+        decode_seconds=job.timing.waiting,
+        encode_seconds=job.timing.encoding,
+        batch_size=job.timing.images,
     )
 
 
 def automatic_batch_size(encoder: Encoder) -> int:
-    """Give a batch that keeps the device busy: more of smaller images."""
+    """Return a batch size that keeps the device busy: larger for smaller images."""
     base = _CUDA_BATCH if encoder.device.type == "cuda" else _CPU_BATCH
     return int(min(16 * base, max(base, base * (224 / encoder.transform.crop) ** 2)))
 
@@ -184,12 +218,17 @@ def automatic_batch_size(encoder: Encoder) -> int:
 def feature_key(
     encoder: Encoder, tap: str, *, decoder: str, embedded: bool, drop: PatchDrop | None = None
 ) -> FeatureKey:
-    """Give the address of an encoder's features at one tap.
+    """Return the cache key of an encoder's features at one tap.
 
-    embedded: the images are no files, and only resized
+    Args:
+        encoder: The encoder.
+        tap: Name of the tap.
+        decoder: Name of the decoder.
+        embedded: The images are arrays instead of files; they are only resized.
+        drop: Patches to drop.
     """
     checkpoint = encoder.checkpoint
-    of_files = "embedded" if embedded else decoder_version(decoder)
+    file_decoder = "embedded" if embedded else decoder_version(decoder)
     return FeatureKey(
         weights=checkpoint.weights_sha256,
         arch=encoder.arch,
@@ -197,7 +236,9 @@ def feature_key(
         code=checkpoint.code_sha256,
         tap=tap,
         transform=vars(encoder.transform),
-        decoder=", ".join(dict.fromkeys([of_files, decoder_version("pillow")])),  # which does what others leave to it
+        decoder=", ".join(
+            dict.fromkeys([file_decoder, decoder_version("pillow")])
+        ),  # Pillow decodes what the others do not support
         precision=encoder.precision,
         device=encoder.device.type,
         compiled=encoder.compiled,
@@ -208,8 +249,8 @@ def feature_key(
     )
 
 
-def _address(image_id: str, sha256: str, drop: PatchDrop | None) -> str:
-    """Give what an image's row is found by: its bytes and, where its patches are drawn by its id, that too."""
+def _row_key(image_id: str, sha256: str, drop: PatchDrop | None) -> str:
+    """Return the key of an image's row: the hash of its bytes and, if patches are drawn by its id, of the id too."""
     if drop is None:
         return sha256
     return hashlib.sha256(f"{sha256} ".encode() + os.fsencode(image_id)).hexdigest()
@@ -225,26 +266,26 @@ def missing_images(
     drop: PatchDrop | None,
     cache: Path,
 ) -> list[str]:
-    """Give the images that would have to be encoded, by what the cache's manifests list."""
-    contents = {image_id: _address(image_id, hashes[image_id], drop) for image_id in images.ids}
+    """Return the images whose features are not in the cache. Reads manifests only."""
+    contents = {image_id: _row_key(image_id, hashes[image_id], drop) for image_id in images.ids}
     known = set(contents.values())
     for tap in taps:
         key = feature_key(encoder, tap, decoder=decoder, embedded=images.source.root is None, drop=drop)
-        known &= listed_contents(find_bank(cache, key), known)
+        known &= find_listed(find_feature_folder(cache, key), known)
     return [image_id for image_id, content in contents.items() if content not in known]
 
 
 @dataclass(kw_only=True)
-class _Clock(AdaptiveBatchSize):
-    """Where the time of a pass goes, and how many images memory allows at once."""
+class _Timing(AdaptiveBatchSize):
+    """Seconds of waiting for pixels and of encoding, and the current batch size."""
 
     waiting: float = 0.0
     encoding: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Work:
-    """One call of extract_features."""
+class _Job:
+    """Arguments of one call of `extract_features`, and its timing."""
 
     encoder: Encoder
     images: ImageSet
@@ -254,8 +295,8 @@ class _Work:
     drop: PatchDrop | None = None
 
     @cached_property
-    def clock(self) -> _Clock:
-        return _Clock(images=self.batch_size)
+    def timing(self) -> _Timing:
+        return _Timing(images=self.batch_size)
 
     @property
     def batch_size(self) -> int:
@@ -263,134 +304,137 @@ class _Work:
 
     @property
     def shard_rows(self) -> int:
-        """Give the rows of a shard: whole batches, so that a resumed pass makes the batches that a whole one makes."""
+        """Rows per shard: a multiple of the batch size, so that a resumed run has the same batches as a complete one."""
         rows = _CUDA_SHARD_ROWS if self.encoder.device.type == "cuda" else _CPU_SHARD_ROWS
         return -(-rows // self.batch_size) * self.batch_size
 
     def contents(self, rows: Sequence[int]) -> list[str]:
         assert self.hashes is not None
         ids = [self.images.ids[row] for row in rows]
-        return [_address(image_id, self.hashes[image_id], self.drop) for image_id in ids]
+        return [_row_key(image_id, self.hashes[image_id], self.drop) for image_id in ids]
 
     def kept(self, image_ids: Sequence[str]) -> Tensor | None:
-        """Give the patches of images that are kept, (b, k), or None where they are seen whole."""
+        """Return the kept patches of images, (b, k) int64, or None for complete images."""
         if self.drop is None:
             return None
         return kept_patches(self.drop, image_ids, patches=patch_count(self.encoder))
 
 
-def _in_memory(work: _Work, on_progress: Progress | None) -> dict[str, Tensor]:
+def _extract_to_memory(job: _Job, on_progress: Progress | None) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     failures: list[str] = []
     done = 0
-    for batch in _encoded(work, range(len(work.images)), failures, on_progress):
+    for batch in _encode_images(job, range(len(job.images)), failures, on_progress):
         for tap, rows in batch.items():
             if tap not in values:
-                values[tap] = torch.empty(len(work.images), rows.shape[1])
+                values[tap] = torch.empty(len(job.images), rows.shape[1])
             values[tap][done : done + len(rows)] = rows
         done += len(next(iter(batch.values())))
     if failures:
         raise unreadable(failures)
-    assert done == len(work.images)
+    assert done == len(job.images)
     return values
 
 
-def _through_cache(
-    work: _Work, cache: Path, group: Group, on_progress: Progress | None
+def _extract_through_cache(
+    job: _Job, cache: Path, group: Group, on_progress: Progress | None
 ) -> tuple[dict[str, Tensor], int]:
-    """Encode what the cache lacks, every rank its share of it, and read everything back on the first rank.
+    """Encode what the cache lacks, each rank its share, and read all rows on rank 0.
 
-    returns: values by tap, empty on the other ranks; and how many images were encoded by all
+    Returns:
+        Values by tap, empty on the other ranks; and the number of images that all ranks encoded.
     """
-    embedded = work.images.source.root is None
+    embedded = job.images.source.root is None
     keys = {
-        tap: feature_key(work.encoder, tap, decoder=work.loading.decoder, embedded=embedded, drop=work.drop)
-        for tap in work.taps
+        tap: feature_key(job.encoder, tap, decoder=job.loading.decoder, embedded=embedded, drop=job.drop)
+        for tap in job.taps
     }
-    banks = {tap: open_bank(cache, key, checkpoint=work.encoder.checkpoint.name) for tap, key in keys.items()}
-    contents = work.contents(range(len(work.images)))
+    folders = {
+        tap: open_feature_folder(cache, key, checkpoint=job.encoder.checkpoint.name) for tap, key in keys.items()
+    }
+    contents = job.contents(range(len(job.images)))
     stored: dict[str, tuple[Tensor | None, list[bool]]] = {}
 
-    def look() -> str:
-        for tap, bank in banks.items():
-            stored[tap] = read_rows(bank, contents, beyond_memory=work.loading.beyond_memory)
-        return _packed([not found for found in np.all([found for _, found in stored.values()], axis=0)])
+    def find_missing() -> str:
+        for tap, folder in folders.items():
+            stored[tap] = read_rows(folder, contents, beyond_memory=job.loading.beyond_memory)
+        return _pack_flags([not present for present in np.all([present for _, present in stored.values()], axis=0)])
 
-    # The first rank's word on what is missing is everyone's: shards that others write meanwhile would shift the shares.
-    step = f"{work.encoder.checkpoint.name} {' '.join(banks)}"
-    lacking = _unpacked(broadcast_from_rank0(group, f"missing {step}", look), len(contents))
-    first_row = {content: row for row, content in reversed(list(enumerate(contents))) if lacking[row]}
+    # Rank 0 decides what is missing: shards that other ranks write meanwhile would shift the shares.
+    step = f"{job.encoder.checkpoint.name} {' '.join(folders)}"
+    missing = _unpack_flags(broadcast_from_rank0(group, f"missing {step}", find_missing), len(contents))
+    first_row = {content: row for row, content in reversed(list(enumerate(contents))) if missing[row]}
     todo = sorted(first_row.values())  # each content once
     failures: list[str] = []
     not_finite = None
-    mine = [todo[place] for place in share(len(todo), group, block=work.batch_size)]
+    own = [todo[index] for index in share(len(todo), group, block=job.batch_size)]
     try:
-        _fill(work, banks, stored, mine, failures, on_progress)
+        _fill_cache(job, folders, stored, own, failures, on_progress)
     except NumericalError as error:
         not_finite = (error.what, error.hint)
-    # A fault of some images is everyone's, told once and whole.
-    mine_told = json.dumps([failures, not_finite, [work.clock.waiting, work.clock.encoding] if mine else None])
-    told = [json.loads(text) for text in all_gather_object(group, f"filled {step}", mine_told)]
-    if any(reasons for reasons, _, _ in told):
-        raise unreadable([reason for reasons, _, _ in told for reason in reasons])
-    for _, fault, _ in told:
+    # All ranks raise the same error, with the failures of all of them.
+    report = json.dumps([failures, not_finite, [job.timing.waiting, job.timing.encoding] if own else None])
+    reports = [json.loads(text) for text in all_gather_object(group, f"filled {step}", report)]
+    if any(reasons for reasons, _, _ in reports):
+        raise unreadable([reason for reasons, _, _ in reports for reason in reasons])
+    for _, fault, _ in reports:
         if fault is not None:
             raise NumericalError(fault[0], hint=fault[1])
-    if times := [spent for _, _, spent in told if spent is not None]:
-        work.clock.waiting, work.clock.encoding = (sum(column) / len(times) for column in zip(*times, strict=True))
+    if times := [seconds for _, _, seconds in reports if seconds is not None]:
+        job.timing.waiting, job.timing.encoding = (sum(column) / len(times) for column in zip(*times, strict=True))
     if group.rank != 0:
         return {}, len(todo)
-    beyond_memory = work.loading.beyond_memory
-    values = {tap: _completed(bank, contents, stored[tap], beyond_memory=beyond_memory) for tap, bank in banks.items()}
+    beyond_memory = job.loading.beyond_memory
+    values = {tap: _read_missing(folder, contents, stored[tap], beyond_memory) for tap, folder in folders.items()}
     return values, len(todo)
 
 
-def _fill(
-    work: _Work,
-    banks: Mapping[str, Bank],
+def _fill_cache(
+    job: _Job,
+    folders: Mapping[str, FeatureFolder],
     stored: Mapping[str, tuple[Tensor | None, list[bool]]],
     todo: Sequence[int],
     failures: list[str],
     on_progress: Progress | None,
 ) -> None:
-    """Encode the images at some rows and keep the features, a shard at a time."""
-    kept = 0
-    waiting: list[dict[str, Tensor]] = []
+    """Encode the images of some rows and write their features, one shard at a time."""
+    written = 0
+    pending: list[dict[str, Tensor]] = []
 
-    def keep() -> None:
-        nonlocal kept
-        rows = todo[kept : kept + sum(len(batch[work.taps[0]]) for batch in waiting)]
-        for tap, bank in banks.items():
-            # Another tap may be why an image is encoded again.
-            new = [place for place, row in enumerate(rows) if tap not in stored or not stored[tap][1][row]]
+    def write_pending() -> None:
+        nonlocal written
+        rows = todo[written : written + sum(len(batch[job.taps[0]]) for batch in pending)]
+        for tap, folder in folders.items():
+            # An image may be encoded again because of another tap only.
+            new = [index for index, row in enumerate(rows) if tap not in stored or not stored[tap][1][row]]
             if new:
-                values = torch.cat([batch[tap] for batch in waiting])[new]
-                fresh = [rows[place] for place in new]
-                write_shard(bank, work.contents(fresh), [work.images.ids[row] for row in fresh], values)
-        kept += len(rows)
-        waiting.clear()
+                values = torch.cat([batch[tap] for batch in pending])[new]
+                new_rows = [rows[index] for index in new]
+                write_shard(folder, job.contents(new_rows), [job.images.ids[row] for row in new_rows], values)
+        written += len(rows)
+        pending.clear()
 
-    for batch in _encoded(work, todo, failures, on_progress):
-        waiting.append(batch)
-        if sum(len(one[work.taps[0]]) for one in waiting) >= work.shard_rows:
-            keep()
-    if waiting:
-        keep()
+    for batch in _encode_images(job, todo, failures, on_progress):
+        pending.append(batch)
+        if sum(len(batch[job.taps[0]]) for batch in pending) >= job.shard_rows:
+            write_pending()
+    if pending:
+        write_pending()
 
 
-def _completed(
-    bank: Bank, contents: Sequence[str], stored: tuple[Tensor | None, list[bool]], *, beyond_memory: bool
+def _read_missing(
+    folder: FeatureFolder, contents: Sequence[str], stored: tuple[Tensor | None, list[bool]], beyond_memory: bool
 ) -> Tensor:
-    """Read the rows that were missing before; every row is there now, or it is an error."""
-    values, found = stored
-    missing = [row for row, there in enumerate(found) if not there]
+    """Read the rows that were missing before. Raises StoreError if a row is still missing."""
+    values, present = stored
+    missing = [row for row, is_present in enumerate(present) if not is_present]
     if missing:
-        fresh, there_now = read_rows(bank, [contents[row] for row in missing], beyond_memory=beyond_memory)
-        if fresh is None or not all(there_now):
+        fresh, now_present = read_rows(folder, [contents[row] for row in missing], beyond_memory=beyond_memory)
+        if fresh is None or not all(now_present):
             raise StoreError(
-                f"{there_now.count(False)} of {len(missing)} rows are not there that were written a moment ago",
-                where=str(bank.folder),
-                hint="Ranks on several hosts need a --cache folder that all of them see; and nobody may prune it now.",
+                f"{now_present.count(False)} of {len(missing)} rows that were just written are missing",
+                where=str(folder.path),
+                hint="On several hosts all ranks must see the same --cache folder. Do not prune it during a run.",
             )
         if len(missing) == len(contents):
             return fresh
@@ -400,112 +444,127 @@ def _completed(
     return values
 
 
-def _packed(flags: Sequence[bool]) -> str:
+def _pack_flags(flags: Sequence[bool]) -> str:
     return base64.b64encode(np.packbits(np.array(flags, dtype=bool)).tobytes()).decode()
 
 
-def _unpacked(text: str, count: int) -> list[bool]:
+def _unpack_flags(text: str, count: int) -> list[bool]:
     bits = np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=count)
     return [bool(bit) for bit in bits]
 
 
-def _encoded(
-    work: _Work, rows: Sequence[int], failures: list[str], on_progress: Progress | None
+def _encode_images(
+    job: _Job, rows: Sequence[int], failures: list[str], on_progress: Progress | None
 ) -> Iterator[dict[str, Tensor]]:
-    """Give the features of the images at some rows, a batch at a time: float32 on the CPU, by tap.
+    """Yield the features of the images at some rows in batches: float32 on the CPU, by tap.
 
-    failures: gets the reason of every image that cannot be used. From the first on nothing more is encoded: there will be no
-    result, and the pass only completes the list.
+    Args:
+        job: The extraction.
+        rows: Indices of images.
+        failures: Receives the reason for every image that cannot be used. After the first one nothing more is encoded, as there
+            will be no result; the remaining images are only checked.
+        on_progress: Called after each batch.
     """
-    encoder, clock = work.encoder, work.clock
+    encoder, timing = job.encoder, job.timing
     cuda = encoder.device.type == "cuda"
-    pixels_of = PixelList(
-        source=work.images.source,
-        image_ids=[work.images.ids[row] for row in rows],
+    pixel_list = PixelList(
+        source=job.images.source,
+        image_ids=[job.images.ids[row] for row in rows],
         transform=encoder.transform,
-        hashes=work.hashes,
-        decoder=work.loading.decoder,
+        hashes=job.hashes,
+        decoder=job.loading.decoder,
     )
-    workers = work.loading.workers
+    workers = job.loading.workers
     if workers is None:
-        workers = automatic_workers(pixels_of, batch_size=work.batch_size, cuda=cuda)
-    batches = load_pixels(pixels_of, batch_size=work.batch_size, workers=workers, pinned=cuda)
+        workers = automatic_workers(pixel_list, batch_size=job.batch_size, cuda=cuda)
+    batches = load_pixels(pixel_list, batch_size=job.batch_size, workers=workers, pinned=cuda)
+    place = job.images.source.place
     done = 0
-    under_way: tuple[int, dict[str, Tensor]] | None = None  # on the device, while the next batch is decoded
+    on_device: tuple[int, dict[str, Tensor]] | None = None  # encoded while the next batch is decoded
     while True:
-        asked = time.perf_counter()
+        requested = time.perf_counter()
         batch = next(batches, None)
         arrived = time.perf_counter()
-        clock.waiting += arrived - asked
-        ready = under_way
-        under_way = None
+        timing.waiting += arrived - requested
+        previous, on_device = on_device, None
         if batch is not None:
-            place = work.images.source.place
             failures += [f"{place(image_id)}: {reason}" for image_id, reason in batch.failures]
             if not failures:
-                seen = work.kept(pixels_of.image_ids[done : done + len(batch.pixels)])
-                features, refused = _encode_within_memory(work, batch.pixels, seen)
-                failures += [f"{place(pixels_of.image_ids[done + row])}: {reason}" for row, reason in refused]
-                # Rows that the device refused were encoded as black images: nobody must keep them.
-                under_way = None if refused else (done, features)
+                kept = job.kept(pixel_list.image_ids[done : done + len(batch.pixels)])
+                features, refused = _encode_batch(job, batch.pixels, kept)
+                failures += [f"{place(pixel_list.image_ids[done + row])}: {reason}" for row, reason in refused]
+                # Rows that the device's decoder refused were encoded as black images and must not be cached.
+                on_device = None if refused else (done, features)
             done += len(batch.pixels)
             if on_progress is not None:
                 on_progress(done, len(rows))
-        if ready is not None:
-            first, on_device = ready
-            given = {tap: values.cpu() for tap, values in on_device.items()}
+        if previous is not None:
+            first, device_features = previous
+            values = {tap: tensor.cpu() for tap, tensor in device_features.items()}
             if first == 0:
-                _check_memory(work, given)
-            _check_finite(given, pixels_of.image_ids[first:], encoder)
-            clock.encoding += time.perf_counter() - arrived
-            yield given
+                _check_memory(job, values)
+            check_finite(values, pixel_list.image_ids[first:], encoder)
+            timing.encoding += time.perf_counter() - arrived
+            yield values
         else:
-            clock.encoding += time.perf_counter() - arrived
+            timing.encoding += time.perf_counter() - arrived
         if batch is None:
             return
 
 
-def _encode_within_memory(
-    work: _Work, pixels: Tensor | Sequence[bytes | Pixels], seen: Tensor | None
+def _encode_batch(
+    job: _Job, pixels: Tensor | Sequence[bytes | Pixels], kept: Tensor | None
 ) -> tuple[dict[str, Tensor], list[tuple[int, str]]]:
-    """Encode a batch, in halves and their halves where memory runs out.
+    """Encode a batch; halve it on out-of-memory.
 
-    seen:    (b, k), the patches to look at; None for all
-    returns: features by tap, on the device; and rows that the device's decoder refused, with the reasons
+    Args:
+        job: The extraction.
+        pixels: Decoded images, or encoded ones for the device's decoder.
+        kept: (b, k) int64, the patches to use; None for all.
+
+    Returns:
+        Features by tap, on the device; and the rows that the device's decoder refused, with reasons.
     """
     refused: dict[int, str] = {}
 
-    def features_of(rows: slice) -> dict[str, Tensor]:
+    def run(rows: slice) -> dict[str, Tensor]:
         part = pixels[rows]
         if not isinstance(part, Tensor):
-            part, reasons = decode_on_device(part, work.encoder.transform, work.encoder.device)
+            part, reasons = decode_on_device(part, job.encoder.transform, job.encoder.device)
             refused.update((rows.start + row, reason) for row, reason in reasons.items())
-        if seen is None:
-            return encode(work.encoder, part, work.taps)
-        return encode_kept(work.encoder, part, work.taps, seen[rows])
+        if kept is None:
+            return encode(job.encoder, part, job.taps)
+        return encode_kept(job.encoder, part, job.taps, kept[rows])
 
-    kept = "Features that were finished are kept; the same command goes on from there."
-    parts = run_with_oom_backoff(work.encoder, len(pixels), work.clock, features_of, kept=kept)
-    return {tap: torch.cat([part[tap] for part in parts]) for tap in work.taps}, sorted(refused.items())
+    advice = "Finished features are kept; the same command continues from there."
+    parts = run_with_oom_backoff(job.encoder, len(pixels), job.timing, run, kept=advice)
+    return {tap: torch.cat([part[tap] for part in parts]) for tap in job.taps}, sorted(refused.items())
 
 
-def _check_memory(work: _Work, batch: Mapping[str, Tensor]) -> None:
-    """Refuse what would end with a process killed by the system, hours later."""
-    needed = sum(4 * rows.shape[1] for rows in batch.values()) * len(work.images)
-    there = available_bytes()
-    if there is not None and needed > there and not work.loading.beyond_memory:
+def _check_memory(job: _Job, batch: Mapping[str, Tensor]) -> None:
+    """Raise ResourceError after the first batch if the features of all images cannot fit into memory."""
+    needed = sum(4 * rows.shape[1] for rows in batch.values()) * len(job.images)
+    available = available_bytes()
+    if available is not None and needed > available and not job.loading.beyond_memory:
         raise ResourceError(
-            f"the features of {len(work.images):,} images need {needed:,} bytes of memory, {there:,} are available",
-            hint="Ask for fewer probes or a smaller --subset at a time, or use a machine or a job with more memory.",
+            f"the features of {len(job.images):,} images need {needed:,} bytes of memory; {available:,} are available",
+            hint="Use fewer probes or a smaller --subset at a time, or a machine with more memory.",
         )
 
 
-def _check_finite(values: Mapping[str, Tensor], image_ids: Sequence[str], encoder: Encoder) -> None:
+def check_finite(values: Mapping[str, Tensor], image_ids: Sequence[str], encoder: Encoder) -> None:
+    """Raise NumericalError for features that are not finite.
+
+    Args:
+        values: (n, d) float32 by tap.
+        image_ids: Names of the images; those after the first n are ignored.
+        encoder: The encoder that computed them.
+    """
     for tap, rows in values.items():
         bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if bad:
             names = ", ".join(image_ids[row] for row in bad[:_SHOWN])
             raise NumericalError(
                 f"{encoder.checkpoint.name}: features at tap {tap} are not finite for {len(bad)} images, first {names}",
-                hint="Retry with --precision fp32." if encoder.precision != "fp32" else "The weights overflow here.",
+                hint="Retry with --precision fp32." if encoder.precision != "fp32" else "The weights overflow in fp32.",
             )

@@ -1,4 +1,4 @@
-"""Visible patches: what a Vision Transformer says of an image of which it is given only some patches, and where it looks."""
+"""Vision Transformers on a part of the patches of an image, and the attention of their class token."""
 
 import contextlib
 import hashlib
@@ -19,9 +19,11 @@ from msn_eval.models.vit import class_attention, is_plain
 
 @dataclass(frozen=True, kw_only=True)
 class PatchDrop:
-    """What is left out of labelled images: a share of the patches of each, drawn by the seed and the image's id.
+    """Patches to drop from labelled images, drawn from the seed and the image's id.
 
-    share: in (0, 1)
+    Attributes:
+        share: Share of the patches of each image, in (0, 1).
+        seed: Seed of the draw.
     """
 
     share: float
@@ -29,137 +31,135 @@ class PatchDrop:
 
 
 def kept_patches(drop: PatchDrop, image_ids: Sequence[str], *, patches: int) -> Tensor:
-    """Give which patches of each image are kept: the same ones in every batch, on every rank and machine.
+    """Draw the patches of each image that are kept: the same ones in every batch, on every rank and machine.
 
-    returns: (images, k) int64, rising; k is the share that is kept, rounded down as the release does
-    What a smaller share drops, a larger one drops too.
+    A larger share drops all patches that a smaller share drops.
+
+    Returns:
+        (images, k) int64, ascending; k is the kept share, rounded down as in the MSN release.
     """
-    kept = math.floor(patches * (1 - drop.share))
-    words = (hashlib.shake_256(f"{drop.seed}:".encode() + os.fsencode(one)).digest(8 * patches) for one in image_ids)
-    order = np.stack([np.frombuffer(word, dtype="<u8").argsort(kind="stable")[:kept] for word in words])
-    return torch.from_numpy(np.sort(order, axis=1).astype(np.int64))
+    count = math.floor(patches * (1 - drop.share))
+    # Sorting 8 bytes of SHAKE-256 per patch gives a uniform order that needs no random generator.
+    keys = (hashlib.shake_256(f"{drop.seed}:".encode() + os.fsencode(name)).digest(8 * patches) for name in image_ids)
+    kept = np.stack([np.frombuffer(key, dtype="<u8").argsort(kind="stable")[:count] for key in keys])
+    return torch.from_numpy(np.sort(kept, axis=1).astype(np.int64))
 
 
 def check_drop(encoder: Encoder, drop: PatchDrop) -> None:
-    """Raise UsageError for a network that takes no part of an image, and where no patch would be left."""
+    """Raise UsageError if patches cannot be dropped from this network, or if none would be left."""
     from timm.models.vision_transformer import VisionTransformer
 
     if encoder.checkpoint.format == "py" or type(encoder.network) is not VisionTransformer:
         raise UsageError(
-            f"--patch-drop {drop.share}: {encoder.checkpoint.name} ({encoder.arch}) is no plain Vision Transformer",
-            hint="Patches can be dropped only from what one is given; leave the option out for other networks.",
+            f"--patch-drop {drop.share}: {encoder.checkpoint.name} ({encoder.arch}) is not a plain Vision Transformer",
+            hint="Leave the option out for networks of another kind.",
         )
     patches = patch_count(encoder)
     if math.floor(patches * (1 - drop.share)) < 1:
         raise UsageError(
-            f"--patch-drop {drop.share} leaves none of the {patches} patches that {encoder.checkpoint.name} sees",
+            f"--patch-drop {drop.share} keeps none of the {patches} patches of {encoder.checkpoint.name}",
             hint="Drop a smaller share.",
         )
 
 
 def encode_kept(encoder: Encoder, pixels: Tensor, taps: Sequence[str], kept: Tensor) -> dict[str, Tensor]:
-    """Give what `encode` gives, of images of which only some patches enter the first block.
+    """Compute features like `encode`, from only some patches of each image.
 
-    kept: (b, k) int64, counted row by row; they keep their position embeddings, the others cost no block anything
+    Dropped patches are removed before the first block, as in pre-training with random masks. Kept patches keep their position
+    embeddings.
+
+    Args:
+        encoder: A plain Vision Transformer.
+        pixels: (b, S, S, 3) uint8.
+        taps: Names of taps.
+        kept: (b, k) int64, indices of patches counted row by row.
+
+    Returns:
+        (b, d) float32 for each tap, on the encoder's device.
     """
-    with _only(encoder.network, kept.to(encoder.device)):
+    with _keep_only(encoder.network, kept.to(encoder.device)):
         return encode(encoder, pixels, taps)
 
 
-class _Keep(nn.Module):
-    """What stands between the position embeddings and the first block, where timm drops patches in training."""
+class _KeepPatches(nn.Module):
+    """Replacement for timm's `patch_drop`, the module between the position embeddings and the first block."""
 
     def __init__(self, kept: Tensor, prefix: int) -> None:
         super().__init__()
         self.kept, self.prefix = kept, prefix
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return _gathered(tokens, self.kept, prefix=self.prefix)
+        index = self.kept[..., None].expand(-1, -1, tokens.shape[2])
+        return torch.cat([tokens[:, : self.prefix], tokens[:, self.prefix :].gather(1, index)], dim=1)
 
 
 @contextlib.contextmanager
-def _only(network: nn.Module, kept: Tensor) -> Iterator[None]:
+def _keep_only(network: nn.Module, kept: Tensor) -> Iterator[None]:
     before = network.patch_drop
-    network.patch_drop = _Keep(kept, cast(int, network.num_prefix_tokens)).eval()
+    network.patch_drop = _KeepPatches(kept, cast(int, network.num_prefix_tokens)).eval()
     try:
         yield
     finally:
         network.patch_drop = before
 
 
-def _gathered(tokens: Tensor, kept: Tensor, *, prefix: int) -> Tensor:
-    """Leave the first `prefix` tokens and, of the patches behind them, those in `kept`, (b, k)."""
-    seen = kept[..., None].expand(-1, -1, tokens.shape[2])
-    return torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, seen)], dim=1)
-
-
 def patch_count(encoder: Encoder) -> int:
-    """Give the number of patches of an image."""
+    """Return the number of patches of an image."""
     return cast(int, cast(nn.Module, encoder.network.patch_embed).num_patches)
 
 
 def check_patches(encoder: Encoder) -> None:
-    """Raise UsageError for a network of which no patches can be left out: it must be a plain Vision Transformer of timm's."""
+    """Raise UsageError unless the network is timm's plain Vision Transformer with a class token."""
     if encoder.checkpoint.format == "py" or not is_plain(encoder.network):
         raise UsageError(
-            f"{encoder.checkpoint.name} ({encoder.arch}) is no plain Vision Transformer with a class token",
-            hint="Patches can be left out, and attention shown, only of one that is.",
+            f"{encoder.checkpoint.name} ({encoder.arch}) is not a plain Vision Transformer with a class token",
+            hint="Only such a network can drop patches and show its attention.",
         )
 
 
 def patches_a_side(encoder: Encoder) -> int:
-    """Give the number of patches along one side of an image."""
-    (rows, columns) = encoder.network.patch_embed.grid_size  # type: ignore[union-attr, misc]
+    """Return the number of patches along one side of an image. Raises UsageError for a grid that is not square."""
+    rows, columns = cast(tuple[int, int], cast(nn.Module, encoder.network.patch_embed).grid_size)
     if rows != columns:
         raise UsageError(f"{encoder.checkpoint.name} takes images of {rows} x {columns} patches, not square ones")
-    return int(rows)
+    return rows
 
 
 def choose_patches(patches: int, *, masked: float, images: int, generator: torch.Generator) -> Tensor:
-    """Give which patches of each image stay visible, drawn uniformly, at least one.
+    """Draw visible patches uniformly, at least one per image.
 
-    masked:  the share to leave out, in [0, 1)
-    returns: (images, k) int64, rising
+    Args:
+        patches: Patches per image.
+        masked: Share to hide, in [0, 1).
+        images: Number of images.
+        generator: Source of randomness.
+
+    Returns:
+        (images, k) int64, ascending.
     """
     kept = max(1, round(patches * (1 - masked)))
     ranks = torch.rand(images, patches, generator=generator).argsort(dim=1)
     return ranks[:, :kept].sort(dim=1).values
 
 
-def encode_visible(encoder: Encoder, pixels: Tensor, visible: Tensor) -> Tensor:
-    """Give the class token after the final norm, the tap `cls-norm`, of images of which only some patches are seen.
-
-    pixels:  (b, S, S, 3) uint8
-    visible: (b, k) int64, the patches that are seen, counted row by row
-    returns: (b, width) float32
-    Hidden patches are taken out before the first block, as in pre-training with random masks; what is left keeps its
-    position embedding.
-    """
-    with torch.inference_mode(), exact_float32():
-        tokens = _tokens_before_last(encoder, pixels, visible)
-        last = cast(nn.Sequential, encoder.network.blocks)[-1]
-        return encoder.final_norm(last(tokens)[:, 0].float()).cpu()  # type: ignore[no-any-return]
-
-
 def attention_maps(encoder: Encoder, pixels: Tensor) -> Tensor:
-    """Give how the class token of the last block shares its attention among the patches.
+    """Compute the attention of the class token to the patches in the last block.
 
-    returns: (b, heads, rows, columns) float32; what it gives to itself and to registers is missing from a sum of 1
+    Args:
+        encoder: A plain Vision Transformer, see `check_patches`.
+        pixels: (b, S, S, 3) uint8.
+
+    Returns:
+        (b, heads, rows, columns) float32 on the CPU. Each map sums to 1 minus the attention to class token and registers.
     """
     side = patches_a_side(encoder)
-    every = torch.arange(side * side).expand(len(pixels), -1)
-    with torch.inference_mode(), exact_float32():
-        tokens = _tokens_before_last(encoder, pixels, every)
-        shares = class_attention(cast(nn.Sequential, encoder.network.blocks)[-1], tokens)
-        return shares[:, :, -side * side :].float().view(*shares.shape[:2], side, side).cpu()
-
-
-def _tokens_before_last(encoder: Encoder, pixels: Tensor, visible: Tensor) -> Tensor:
-    network = encoder.network
-    images = normalised(pixels.to(encoder.device), encoder)
-    tokens: Tensor = network._pos_embed(network.patch_embed(images))  # type: ignore[operator]
-    tokens = _gathered(tokens, visible.to(encoder.device), prefix=cast(int, network.num_prefix_tokens))
-    tokens = network.norm_pre(tokens)  # type: ignore[operator]
-    for block in list(cast(nn.Sequential, network.blocks))[:-1]:
-        tokens = block(tokens)
-    return tokens
+    last = cast(nn.Sequential, encoder.network.blocks)[-1]
+    inputs: list[Tensor] = []
+    hook = last.register_forward_pre_hook(lambda block, arguments: inputs.append(arguments[0]))
+    try:
+        with torch.inference_mode(), exact_float32():
+            encoder.network.forward_features(normalised(pixels.to(encoder.device), encoder))  # type: ignore[operator]
+            attention = class_attention(last, inputs[0])
+    finally:
+        hook.remove()
+    return attention[:, :, -side * side :].float().unflatten(2, (side, side)).cpu()

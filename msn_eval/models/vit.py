@@ -1,4 +1,4 @@
-"""Position embeddings at another image size than the one they were learned at."""
+"""Vision Transformers: position embeddings at other image sizes, and the last block for the class token alone."""
 
 import math
 from dataclasses import dataclass
@@ -11,11 +11,12 @@ from torch.nn import functional
 
 @dataclass(frozen=True, kw_only=True)
 class PositionRule:
-    """How a method's authors interpolate their positions for the images that they evaluate at.
+    """How a method's authors interpolate position embeddings for the images that they evaluate at.
 
-    image_pixels: side of those images
-    antialias:    whether the bicubic filter widens where the grid shrinks
-    offset:       added to the patches a side before the scale is taken from them, 0 for none
+    Attributes:
+        image_pixels: Side of these images.
+        antialias: Whether the bicubic filter widens when the grid shrinks.
+        offset: Added to the patches per side before the scale factor is computed, 0 for none.
     """
 
     image_pixels: int
@@ -28,10 +29,11 @@ _DINOV2_OFFSET = 0.1
 
 
 def published_rule(network: nn.Module) -> PositionRule | None:
-    """Give the rule for networks that are published at one size and evaluated at another, None for all others.
+    """Return the rule for networks that are published at one size and evaluated at another, else None.
 
-    That is DINOv2: 14-pixel patches, scaled residuals, positions of 518 pixels, evaluated at 224. Its networks with
-    registers interpolate with antialiasing, those without with an offset of 0.1.
+    That is DINOv2: 14-pixel patches, scaled residuals, position embeddings of 518 pixels, evaluated at 224. Its networks with
+    registers interpolate with antialiasing, those without registers with an offset of 0.1.
+
     Source: github.com/facebookresearch/dinov2, dinov2/hub/backbones.py and dinov2/models/vision_transformer.py.
     """
     if stored_pixels(network) != _DINOV2_TRAINED_AT or patch_pixels(network) != _DINOV2_PATCH:
@@ -46,7 +48,7 @@ def published_rule(network: nn.Module) -> PositionRule | None:
 
 
 def native_pixels(network: nn.Module) -> int:
-    """Give the side of the images that a network's authors evaluate it at, where none is known the one it was built for."""
+    """Return the side of the images that a network's authors evaluate at; if unknown, of those it was built for."""
     rule = published_rule(network)
     if rule is not None:
         return rule.image_pixels
@@ -56,40 +58,40 @@ def native_pixels(network: nn.Module) -> int:
 
 
 def interpolate_positions(positions: Tensor, *, patches_a_side: int, rule: PositionRule) -> Tensor:
-    """Interpolate the positions of a square grid of patches, leaving those of prefix tokens alone.
+    """Interpolate the position embeddings of a square grid of patches. Those of prefix tokens stay as they are.
 
-    positions: (1, p + g * g, d) float32, p of 0 or 1
-    returns:   (1, p + patches_a_side ** 2, d) float32
+    Args:
+        positions: (1, p + g * g, d) float32, p of 0 or 1.
+        patches_a_side: Patches per side of the new grid.
+        rule: How to interpolate.
+
+    Returns:
+        (1, p + patches_a_side ** 2, d) float32.
     """
     grid = math.isqrt(positions.shape[1])
     prefix = positions.shape[1] - grid * grid
-    width = positions.shape[2]
-    square = positions[:, prefix:].reshape(1, grid, grid, width).permute(0, 3, 1, 2)
-    if rule.offset:
-        scale = (patches_a_side + rule.offset) / grid
-        resized = functional.interpolate(square, scale_factor=(scale, scale), mode="bicubic", antialias=rule.antialias)
-    else:
-        resized = functional.interpolate(
-            square, size=(patches_a_side, patches_a_side), mode="bicubic", antialias=rule.antialias
-        )
-    patches = resized.permute(0, 2, 3, 1).reshape(1, -1, width)
-    return torch.cat([positions[:, :prefix], patches], dim=1)
+    square = positions[:, prefix:].unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+    # DINO's authors pass a scale factor, slightly enlarged, instead of a size; that shifts the sampling points.
+    scale = (patches_a_side + rule.offset) / grid
+    target = {"scale_factor": (scale, scale)} if rule.offset else {"size": (patches_a_side, patches_a_side)}
+    resized = functional.interpolate(square, mode="bicubic", antialias=rule.antialias, **target)  # type: ignore[arg-type]
+    return torch.cat([positions[:, :prefix], resized.flatten(2).transpose(1, 2)], dim=1)
 
 
 def stored_pixels(network: nn.Module) -> int | None:
-    """Give the side of the images that a network's positions stand for, None where it has none."""
+    """Return the side of the images that a network's position embeddings are for, None if it has none."""
     size = getattr(getattr(network, "patch_embed", None), "img_size", None)
     return int(size[0]) if size else None
 
 
 def patch_pixels(network: nn.Module) -> int | None:
-    """Give the side of a patch, None for networks without patches."""
+    """Return the side of a patch, None for networks without patches."""
     size = getattr(getattr(network, "patch_embed", None), "patch_size", None)
     return int(size[0]) if isinstance(size, tuple) else None
 
 
 def is_plain(network: nn.Module) -> bool:
-    """Tell whether the last block is timm's plain one, whose arithmetic is known here, behind at least one other."""
+    """Whether a network is timm's VisionTransformer with a class token and a standard last block, not its only one."""
     from timm.layers.attention import Attention
     from timm.models.vision_transformer import Block, VisionTransformer
 
@@ -103,50 +105,46 @@ def is_plain(network: nn.Module) -> bool:
 
 
 def class_token_after(block: nn.Module, tokens: Tensor) -> Tensor:
-    """Give the class token after a plain block.
+    """Compute the class token after a plain block, without the cost of the block for the patches.
 
-    tokens:  (b, n, width), those before the block, the class token first
-    returns: (b, width)
-    Keys and values come from every token; the query, the projection and the MLP are the class token's own.
+    Args:
+        block: The last block of a network for which `is_plain` holds.
+        tokens: (b, n, width), the input of the block, class token first.
+
+    Returns:
+        (b, width).
     """
-    token = tokens[:, :1]
-    token = token + block.ls1(_attended(block.attn, block.norm1(tokens)))  # type: ignore[operator, arg-type]
+    attention = cast(nn.Module, block.attn)
+    # Keys and values come from all tokens; query, projection and MLP are needed for the class token only.
+    query, key, value = _project_qkv(attention, block.norm1(tokens))  # type: ignore[operator]
+    attended = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    token = tokens[:, :1] + block.ls1(attention.proj(attended))  # type: ignore[operator]
     token = token + block.ls2(block.mlp(block.norm2(token)))  # type: ignore[operator]
     return cast(Tensor, token[:, 0])
 
 
 def class_attention(block: nn.Module, tokens: Tensor) -> Tensor:
-    """Give how the class token shares its attention among all tokens in a plain block.
+    """Compute the attention of the class token to all tokens in a plain block.
 
-    tokens:  (b, n, width), those before the block, the class token first
-    returns: (b, heads, n), each head's shares adding up to 1
+    Args:
+        block: The last block of a network for which `is_plain` holds.
+        tokens: (b, n, width), the input of the block, class token first.
+
+    Returns:
+        (b, heads, n); each head's weights sum to 1.
     """
-    attention = cast(nn.Module, block.attn)
-    query, key, _ = _projected(attention, block.norm1(tokens))  # type: ignore[operator]
+    query, key, _ = _project_qkv(cast(nn.Module, block.attn), block.norm1(tokens))  # type: ignore[operator]
     return (query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])).softmax(dim=-1)[:, :, 0]
 
 
-def _attended(attention: nn.Module, tokens: Tensor) -> Tensor:
-    """Give (b, 1, width), the attention of the first of the (b, n, width) tokens over all of them."""
-    query, key, value = _projected(attention, tokens)
-    mixed = functional.scaled_dot_product_attention(query, key, value)
-    return cast(Tensor, attention.proj(mixed.transpose(1, 2).flatten(2)))  # type: ignore[operator]
-
-
-def _projected(attention: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the query of the first of the (b, n, width) tokens, (b, heads, 1, width / heads), and keys and values of all."""
+def _project_qkv(attention: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the query of the first token, (b, heads, 1, d), and keys and values of all, (b, heads, n, d)."""
     projection = cast(nn.Linear, attention.qkv)
-    width = projection.weight.shape[0] // 3
-    split = (None, None) if projection.bias is None else (projection.bias[:width], projection.bias[width:])
-    query = functional.linear(tokens[:, :1], projection.weight[:width], split[0])
-    others = functional.linear(tokens, projection.weight[width:], split[1])
-    return (
-        attention.q_norm(_by_head(query, attention)),  # type: ignore[operator]
-        attention.k_norm(_by_head(others[..., :width], attention)),  # type: ignore[operator]
-        _by_head(others[..., width:], attention),
+    width = len(projection.weight) // 3
+    query_bias, other_bias = (None, None) if projection.bias is None else projection.bias.split([width, 2 * width])
+    query = functional.linear(tokens[:, :1], projection.weight[:width], query_bias)
+    key, value = functional.linear(tokens, projection.weight[width:], other_bias).chunk(2, dim=-1)
+    query, key, value = (
+        part.unflatten(2, (cast(int, attention.num_heads), -1)).transpose(1, 2) for part in (query, key, value)
     )
-
-
-def _by_head(vectors: Tensor, attention: nn.Module) -> Tensor:
-    """Turn (b, n, width) into (b, heads, n, width / heads)."""
-    return vectors.view(*vectors.shape[:2], cast(int, attention.num_heads), -1).transpose(1, 2)
+    return attention.q_norm(query), attention.k_norm(key), value  # type: ignore[operator]

@@ -115,7 +115,7 @@ def test_device_too_small_for_one_image_is_a_fault_of_resources(photographs: Pat
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
-    with pytest.raises(ResourceError, match="too small for one image"):
+    with pytest.raises(ResourceError, match="one image does not fit into the memory"):
         run(photographs, None, encoder=encoder)
 
 

@@ -36,7 +36,7 @@ def test_page_holds_the_pictures_and_asks_for_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--checkpoint", "pixels"), "pixels (pixels) is no plain Vision Transformer with a class token"),
+        (("--checkpoint", "pixels"), "pixels (pixels) is not a plain Vision Transformer with a class token"),
         (("--masked", "0,100"), "--masked 0,100: out of range"),
         (("--masked", "half"), "--masked half: out of range"),
         (("--pictures", "attention,class"), "--pictures class: unknown. Did you mean classes?"),

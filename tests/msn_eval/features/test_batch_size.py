@@ -26,11 +26,11 @@ def _with_room_for(room: int, rows: slice) -> list[int]:
     return _rows(rows)
 
 
-def test_portions_are_every_image_once_and_in_order(encoder: Encoder) -> None:
+def test_slices_cover_every_image_once_in_order(encoder: Encoder) -> None:
     assert run_with_oom_backoff(encoder, 10, AdaptiveBatchSize(images=4), _rows) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_what_follows_begins_there(encoder: Encoder) -> None:
+def test_batch_that_does_not_fit_is_halved_and_stays_halved(encoder: Encoder) -> None:
     portion = AdaptiveBatchSize(images=64)
 
     found = run_with_oom_backoff(encoder, 10, portion, lambda rows: _with_room_for(3, rows))
@@ -39,22 +39,22 @@ def test_a_batch_that_does_not_fit_is_halved_and_what_follows_begins_there(encod
     assert portion.images == 2
 
 
-def test_one_image_that_does_not_fit_is_told_with_what_was_kept(encoder: Encoder) -> None:
+def test_image_that_does_not_fit_is_an_error_that_says_what_was_kept(encoder: Encoder) -> None:
     with pytest.raises(ResourceError) as told:
         run_with_oom_backoff(
             encoder, 10, AdaptiveBatchSize(images=4), lambda rows: _with_room_for(0, rows), kept="All is kept."
         )
 
-    assert "pixels: memory of cpu is too small for one image" in str(told.value)
+    assert "pixels: one image does not fit into the memory of cpu" in str(told.value)
     assert str(told.value).endswith("All is kept.")
 
 
-def test_another_fault_is_no_shortage(encoder: Encoder) -> None:
+def test_other_errors_are_not_out_of_memory(encoder: Encoder) -> None:
     with pytest.raises(RuntimeError, match="size"):
         run_with_oom_backoff(encoder, 10, AdaptiveBatchSize(images=4), lambda rows: torch.ones(2) @ torch.ones(3))
 
 
-def test_a_network_that_cannot_be_compiled_is_told(encoder: Encoder) -> None:
+def test_network_that_cannot_be_compiled_is_a_resource_error(encoder: Encoder) -> None:
     class BackendError(RuntimeError):
         __module__ = "torch._inductor.exc"
 
@@ -66,18 +66,18 @@ def test_a_network_that_cannot_be_compiled_is_told(encoder: Encoder) -> None:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
-def test_errors_of_memory_are_shortages(error: BaseException) -> None:
+def test_memory_errors_are_out_of_memory(error: BaseException) -> None:
     assert is_out_of_memory(error)
 
 
-def test_what_torch_says_of_the_hosts_memory_is_a_shortage() -> None:
+def test_torchs_error_for_host_memory_is_out_of_memory() -> None:
     with pytest.raises(OUT_OF_MEMORY_ERRORS) as told:
         torch.empty(1 << 60, dtype=torch.uint8)
 
     assert is_out_of_memory(told.value)
 
 
-def test_another_fault_of_torch_is_none() -> None:
+def test_other_runtime_errors_of_torch_are_not_out_of_memory() -> None:
     with pytest.raises(OUT_OF_MEMORY_ERRORS) as told:
         torch.ones(2) @ torch.ones(3)
 

@@ -20,18 +20,17 @@ from msn_eval.data.images import EvalTransform
 from msn_eval.errors import StoreError
 from msn_eval.features import cache as feature_cache
 from msn_eval.features.cache import (
-    Bank,
+    FeatureFolder,
     FeatureKey,
-    check_bank,
-    describe_bank,
-    find_bank,
-    list_banks,
-    listed_contents,
-    open_bank,
+    describe_feature_folder,
+    find_feature_folder,
+    find_listed,
+    list_feature_folders,
+    open_feature_folder,
     read_manifests,
     read_rows,
-    remove_bank,
-    sweep_pruned,
+    remove_feature_folder,
+    verify_feature_folder,
     write_shard,
 )
 from msn_eval.files.json_records import canonical_json
@@ -60,12 +59,12 @@ def content_of(name: object) -> str:
 
 
 def rows_of(contents: Sequence[str], *, shift: float = 0.0) -> Tensor:
-    """Give each content's features: numbers that nothing but the content says."""
+    """Return each content's features: numbers that nothing but the content says."""
     return torch.tensor([[byte + shift for byte in bytes.fromhex(content)[:WIDTH]] for content in contents]).float()
 
 
-def keep(bank: Bank, contents: Sequence[str], *, shift: float = 0.0) -> None:
-    write_shard(bank, contents, [f"val/{content[:4]}.jpg" for content in contents], rows_of(contents, shift=shift))
+def keep(folder: FeatureFolder, contents: Sequence[str], *, shift: float = 0.0) -> None:
+    write_shard(folder, contents, [f"val/{content[:4]}.jpg" for content in contents], rows_of(contents, shift=shift))
 
 
 def names_in(folder: Path) -> list[str]:
@@ -81,8 +80,8 @@ def cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bank(cache: Path) -> Bank:
-    return open_bank(cache, KEY, checkpoint="vit.pth")
+def folder(cache: Path) -> FeatureFolder:
+    return open_feature_folder(cache, KEY, checkpoint="vit.pth")
 
 
 # The address.
@@ -111,13 +110,13 @@ def test_address_depends_on_every_field(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(EvalTransform)])
-def test_address_depends_on_every_fact_of_the_transform(name: str) -> None:
+def test_address_depends_on_every_field_of_the_transform(name: str) -> None:
     transform = {**KEY.transform, name: changed(KEY.transform[name])}
     assert replace(KEY, transform=transform).digest != KEY.digest
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(FeatureKey) if getattr(KEY, field.name) is None])
-def test_nothing_and_the_word_for_it_have_different_addresses(name: str) -> None:
+def test_none_and_the_string_none_have_different_addresses(name: str) -> None:
     assert replace(KEY, **{name: "None"}).digest != KEY.digest
 
 
@@ -125,182 +124,184 @@ def test_address_does_not_depend_on_the_order_of_the_transform() -> None:
     assert replace(KEY, transform=dict(reversed(KEY.transform.items()))).digest == KEY.digest
 
 
-def test_address_is_the_one_it_has_always_been() -> None:
+def test_address_of_a_known_key_is_stable() -> None:
     """Whoever changes this throws away everybody's features."""
     assert KEY.digest == GOLDEN
 
 
-def test_address_is_another_where_files_are_of_another_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_address_depends_on_the_schema(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_cache, "_SCHEMA", 2)
     assert replace(KEY).digest != GOLDEN
 
 
-# Opening a bank.
+# Opening a folder.
 
 
-def test_bank_says_what_it_holds(bank: Bank) -> None:
-    assert describe_bank(bank.folder) == ("vit.pth", json.loads(json.dumps(KEY.as_json())))
+def test_feature_folder_describes_its_key(folder: FeatureFolder) -> None:
+    assert describe_feature_folder(folder.path) == ("vit.pth", json.loads(json.dumps(KEY.as_json())))
 
 
-def test_bank_is_found_where_it_was_opened(cache: Path, bank: Bank) -> None:
-    assert find_bank(cache, KEY) == bank
+def test_feature_folder_is_found_where_it_was_opened(cache: Path, folder: FeatureFolder) -> None:
+    assert find_feature_folder(cache, KEY) == folder
 
 
-def test_finding_a_bank_makes_nothing(cache: Path) -> None:
-    find_bank(cache, KEY)
+def test_finding_a_feature_folder_creates_nothing(cache: Path) -> None:
+    find_feature_folder(cache, KEY)
     assert not cache.exists()
 
 
-def test_opening_again_notes_the_use(cache: Path, bank: Bank) -> None:
-    os.utime(bank.folder / "key.json", (1.0, 1.0))
-    open_bank(cache, KEY, checkpoint="vit.pth")
-    assert (bank.folder / "key.json").stat().st_mtime > time.time() - 60
+def test_opening_again_updates_the_time_of_use(cache: Path, folder: FeatureFolder) -> None:
+    os.utime(folder.path / "key.json", (1.0, 1.0))
+    open_feature_folder(cache, KEY, checkpoint="vit.pth")
+    assert (folder.path / "key.json").stat().st_mtime > time.time() - 60
 
 
-def test_opening_a_bank_whose_key_is_of_another_user_notes_the_use(
-    cache: Path, bank: Bank, monkeypatch: pytest.MonkeyPatch
+def test_opening_a_feature_folder_of_another_user_updates_the_time_of_use(
+    cache: Path, folder: FeatureFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    before = (bank.folder / "key.json").stat().st_ino
+    before = (folder.path / "key.json").stat().st_ino
     monkeypatch.setattr(os, "utime", refuse)
-    open_bank(cache, KEY, checkpoint="vit.pth")
-    assert (bank.folder / "key.json").stat().st_ino != before
+    open_feature_folder(cache, KEY, checkpoint="vit.pth")
+    assert (folder.path / "key.json").stat().st_ino != before
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"key": 3, "checkpoint": "x"}', "[" * 100_000, "\xff"])
-def test_damaged_key_is_unknown_until_the_bank_is_opened_again(cache: Path, bank: Bank, text: str) -> None:
-    (bank.folder / "key.json").write_text(text, encoding="latin-1")
-    unknown = describe_bank(bank.folder)
-    open_bank(cache, KEY, checkpoint="vit.pth")
-    assert (unknown, describe_bank(bank.folder)[0]) == (("unknown", {}), "vit.pth")
+def test_damaged_key_is_unknown_until_the_feature_folder_is_opened_again(
+    cache: Path, folder: FeatureFolder, text: str
+) -> None:
+    (folder.path / "key.json").write_text(text, encoding="latin-1")
+    unknown = describe_feature_folder(folder.path)
+    open_feature_folder(cache, KEY, checkpoint="vit.pth")
+    assert (unknown, describe_feature_folder(folder.path)[0]) == (("unknown", {}), "vit.pth")
 
 
-def test_file_in_the_place_of_a_bank_is_an_error_that_names_the_option(cache: Path) -> None:
+def test_file_in_the_place_of_a_feature_folder_is_an_error_that_names_the_option(cache: Path) -> None:
     (cache / "features").mkdir(parents=True)
     (cache / "features" / KEY.digest).touch()
     with pytest.raises(StoreError, match="Give another --cache folder"):
-        open_bank(cache, KEY, checkpoint="vit.pth")
+        open_feature_folder(cache, KEY, checkpoint="vit.pth")
 
 
-def test_file_in_the_place_of_a_bank_is_a_store_error_for_who_only_looks(cache: Path) -> None:
+def test_file_in_the_place_of_a_feature_folder_is_a_store_error_for_who_only_looks(cache: Path) -> None:
     (cache / "features").mkdir(parents=True)
     (cache / "features" / KEY.digest).touch()
     with pytest.raises(StoreError, match=r"cannot be listed: Not a directory\nCheck the --cache folder"):
-        listed_contents(find_bank(cache, KEY), {CONTENTS[0]})
+        find_listed(find_feature_folder(cache, KEY), {CONTENTS[0]})
 
 
 # What is written is read.
 
 
-def test_rows_come_back_bit_for_bit(bank: Bank) -> None:
+def test_rows_come_back_bit_for_bit(folder: FeatureFolder) -> None:
     values = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
-    write_shard(bank, CONTENTS[:5], list("abcde"), values)
-    read, found = read_rows(bank, CONTENTS[:5])
+    write_shard(folder, CONTENTS[:5], list("abcde"), values)
+    read, found = read_rows(folder, CONTENTS[:5])
     assert read is not None
     assert (read.numpy().tobytes(), found) == (values.numpy().tobytes(), [True] * 5)
 
 
-def test_rows_come_in_the_order_asked_for_from_several_shards(bank: Bank) -> None:
-    keep(bank, CONTENTS[:5])
-    keep(bank, CONTENTS[5:9])
+def test_rows_from_several_shards_come_in_the_requested_order(folder: FeatureFolder) -> None:
+    keep(folder, CONTENTS[:5])
+    keep(folder, CONTENTS[5:9])
     asked = [CONTENTS[row] for row in (7, 0, 8, 4, 5)]
-    read, _ = read_rows(bank, asked)
+    read, _ = read_rows(folder, asked)
     assert read is not None
     assert torch.equal(read, rows_of(asked))
 
 
-def test_rows_of_a_view_are_written_as_they_look(bank: Bank) -> None:
-    write_shard(bank, CONTENTS[:3], list("abc"), rows_of(CONTENTS).T.contiguous().T[:3])
-    read, _ = read_rows(bank, CONTENTS[:3])
+def test_rows_of_a_non_contiguous_tensor_are_written_in_order(folder: FeatureFolder) -> None:
+    write_shard(folder, CONTENTS[:3], list("abc"), rows_of(CONTENTS).T.contiguous().T[:3])
+    read, _ = read_rows(folder, CONTENTS[:3])
     assert read is not None
     assert torch.equal(read, rows_of(CONTENTS[:3]))
 
 
-def test_missing_rows_are_said_to_be_missing_and_are_zeros(bank: Bank) -> None:
-    keep(bank, CONTENTS[1:2])
-    read, found = read_rows(bank, CONTENTS[:3])
+def test_missing_rows_are_reported_and_zero(folder: FeatureFolder) -> None:
+    keep(folder, CONTENTS[1:2])
+    read, found = read_rows(folder, CONTENTS[:3])
     assert read is not None
     assert (found, read[[0, 2]].count_nonzero()) == ([False, True, False], 0)
 
 
-def test_content_that_stands_twice_in_the_list_is_found_twice(bank: Bank) -> None:
-    keep(bank, CONTENTS[:2])
-    read, found = read_rows(bank, [CONTENTS[1], CONTENTS[1]])
+def test_content_requested_twice_is_returned_twice(folder: FeatureFolder) -> None:
+    keep(folder, CONTENTS[:2])
+    read, found = read_rows(folder, [CONTENTS[1], CONTENTS[1]])
     assert read is not None
     assert (torch.equal(read, rows_of([CONTENTS[1]] * 2)), found) == (True, [True, True])
 
 
-def test_content_that_stands_twice_in_a_shard_is_read(bank: Bank) -> None:
-    keep(bank, [CONTENTS[0]] * 3)
-    read, _ = read_rows(bank, CONTENTS[:1])
+def test_content_stored_twice_in_a_shard_is_read(folder: FeatureFolder) -> None:
+    keep(folder, [CONTENTS[0]] * 3)
+    read, _ = read_rows(folder, CONTENTS[:1])
     assert read is not None
     assert torch.equal(read, rows_of(CONTENTS[:1]))
 
 
 @pytest.mark.parametrize("shifts", [(0.25, 0.5), (0.5, 0.25)])
 def test_content_in_two_shards_is_read_from_the_first_by_name_whichever_was_written_first(
-    bank: Bank, shifts: tuple[float, float]
+    folder: FeatureFolder, shifts: tuple[float, float]
 ) -> None:
     for shift in shifts:
-        keep(bank, CONTENTS[:2], shift=shift)
-    values, _ = read_rows(bank, CONTENTS[:2])
-    first = load(min(bank.folder.glob("*.safetensors")).read_bytes())
+        keep(folder, CONTENTS[:2], shift=shift)
+    values, _ = read_rows(folder, CONTENTS[:2])
+    first = load(min(folder.path.glob("*.safetensors")).read_bytes())
     assert values is not None
     assert torch.equal(values, first["values"])
 
 
-def test_one_row_comes_back(bank: Bank) -> None:
-    keep(bank, CONTENTS[:1])
-    assert read_rows(bank, CONTENTS[:1])[1] == [True]
+def test_single_row_is_read_back(folder: FeatureFolder) -> None:
+    keep(folder, CONTENTS[:1])
+    assert read_rows(folder, CONTENTS[:1])[1] == [True]
 
 
-def test_no_rows_leave_no_files(bank: Bank) -> None:
-    before = names_in(bank.folder)
-    write_shard(bank, [], [], torch.empty(0, WIDTH))
-    assert names_in(bank.folder) == before
+def test_writing_no_rows_writes_no_files(folder: FeatureFolder) -> None:
+    before = names_in(folder.path)
+    write_shard(folder, [], [], torch.empty(0, WIDTH))
+    assert names_in(folder.path) == before
 
 
-def test_no_rows_asked_for_are_none(bank: Bank) -> None:
-    keep(bank, CONTENTS[:1])
-    assert read_rows(bank, []) == (None, [])
+def test_requesting_no_rows_returns_none(folder: FeatureFolder) -> None:
+    keep(folder, CONTENTS[:1])
+    assert read_rows(folder, []) == (None, [])
 
 
-def test_bank_that_is_not_there_has_nothing(cache: Path) -> None:
-    assert read_rows(find_bank(cache, KEY), CONTENTS[:2]) == (None, [False, False])
+def test_missing_feature_folder_has_no_rows(cache: Path) -> None:
+    assert read_rows(find_feature_folder(cache, KEY), CONTENTS[:2]) == (None, [False, False])
 
 
-def test_rows_of_another_bank_are_never_served(cache: Path, bank: Bank) -> None:
-    keep(open_bank(cache, replace(KEY, tap="mean"), checkpoint="vit.pth"), CONTENTS)
-    assert read_rows(bank, CONTENTS) == (None, [False] * len(CONTENTS))
+def test_rows_of_another_feature_folder_are_never_returned(cache: Path, folder: FeatureFolder) -> None:
+    keep(open_feature_folder(cache, replace(KEY, tap="mean"), checkpoint="vit.pth"), CONTENTS)
+    assert read_rows(folder, CONTENTS) == (None, [False] * len(CONTENTS))
 
 
-def test_listed_are_those_of_the_wanted_that_are_kept(bank: Bank) -> None:
-    keep(bank, CONTENTS[:5])
-    keep(bank, CONTENTS[3:8])
-    assert listed_contents(bank, set(CONTENTS[4:20])) == set(CONTENTS[4:8])
+def test_listed_contents_are_the_wanted_ones_that_are_stored(folder: FeatureFolder) -> None:
+    keep(folder, CONTENTS[:5])
+    keep(folder, CONTENTS[3:8])
+    assert find_listed(folder, set(CONTENTS[4:20])) == set(CONTENTS[4:8])
 
 
-def test_listing_reads_no_shard(bank: Bank) -> None:
-    keep(bank, CONTENTS[:5])
-    for shard in bank.folder.glob("*.safetensors"):
+def test_listing_reads_no_shard(folder: FeatureFolder) -> None:
+    keep(folder, CONTENTS[:5])
+    for shard in folder.path.glob("*.safetensors"):
         shard.unlink()
-    assert listed_contents(bank, set(CONTENTS)) == set(CONTENTS[:5])
+    assert find_listed(folder, set(CONTENTS)) == set(CONTENTS[:5])
 
 
 @pytest.mark.parametrize("image_id", ["n01/\udcff\udcfe.jpg", "n01/ü→.jpg", 'n01/",\\"seal\\":\\"', "a\nb\x00"])
-def test_id_of_any_bytes_is_kept_for_people(bank: Bank, image_id: str) -> None:
-    write_shard(bank, CONTENTS[:1], [image_id], rows_of(CONTENTS[:1]))
-    (manifest,) = read_manifests(bank)
+def test_manifest_keeps_ids_of_any_bytes(folder: FeatureFolder, image_id: str) -> None:
+    write_shard(folder, CONTENTS[:1], [image_id], rows_of(CONTENTS[:1]))
+    (manifest,) = read_manifests(folder)
     assert manifest.images == (image_id,)
 
 
-def test_same_rows_written_twice_are_one_shard(bank: Bank) -> None:
-    keep(bank, CONTENTS[:5])
-    before = names_in(bank.folder)
-    keep(bank, CONTENTS[:5])
-    assert names_in(bank.folder) == before
+def test_same_rows_written_twice_are_one_shard(folder: FeatureFolder) -> None:
+    keep(folder, CONTENTS[:5])
+    before = names_in(folder.path)
+    keep(folder, CONTENTS[:5])
+    assert names_in(folder.path) == before
 
 
 @pytest.mark.parametrize(
@@ -313,18 +314,22 @@ def test_same_rows_written_twice_are_one_shard(bank: Bank) -> None:
         (["zz" * 32], ["x"]),
     ],
 )
-def test_what_is_no_hash_of_an_image_is_not_written(bank: Bank, contents: list[str], images: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"no hashes|1 contents but 0 images|non-hexadecimal"):
-        write_shard(bank, contents, images, torch.zeros(len(contents), WIDTH))
+def test_contents_that_are_not_hashes_are_not_written(
+    folder: FeatureFolder, contents: list[str], images: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"not hashes|1 contents but 0 images|non-hexadecimal"):
+        write_shard(folder, contents, images, torch.zeros(len(contents), WIDTH))
 
 
 @pytest.mark.parametrize("values", [torch.zeros(2, WIDTH), torch.zeros(1), torch.zeros(1, WIDTH).half()])
-def test_values_that_no_reader_would_take_are_not_written(bank: Bank, values: Tensor) -> None:
+def test_values_of_the_wrong_shape_or_dtype_are_not_written(folder: FeatureFolder, values: Tensor) -> None:
     with pytest.raises(AssertionError):
-        write_shard(bank, CONTENTS[:1], ["x"], values)
+        write_shard(folder, CONTENTS[:1], ["x"], values)
 
 
-def test_shard_is_on_disk_before_its_manifest_has_a_name(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_is_on_disk_before_its_manifest_has_a_name(
+    folder: FeatureFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A kill proves nothing about a power cut; the order of the calls does."""
     done: list[str] = []
     sync, put = os.fsync, Path.replace
@@ -339,42 +344,42 @@ def test_shard_is_on_disk_before_its_manifest_has_a_name(bank: Bank, monkeypatch
 
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(Path, "replace", note_replace)
-    keep(bank, CONTENTS[:2])
+    keep(folder, CONTENTS[:2])
     assert done == ["sync file", "name .safetensors", "sync folder", "sync file", "name .json", "sync folder"]
 
 
-# Damage: one corruption at a time, of a bank of three shards; another bank has other values for the same contents.
+# Damage: one corruption at a time, of a folder of three shards; another folder has other values for the same contents.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Two sound banks, and what chance chooses in them."""
+    """Two sound folders, and what chance chooses in them."""
 
-    bank: Bank
-    other: Bank
+    folder: FeatureFolder
+    other: FeatureFolder
     files: Mapping[Path, bytes]
     chance: random.Random
 
     def reset(self) -> None:
-        for bank in (self.bank, self.other):
-            shutil.rmtree(bank.folder)
-            bank.folder.mkdir()
+        for folder in (self.folder, self.other):
+            shutil.rmtree(folder.path)
+            folder.path.mkdir()
         for path, content in self.files.items():
             path.write_bytes(content)
 
     def shard(self) -> Path:
-        return self.chance.choice(sorted(self.bank.folder.glob("*.safetensors")))
+        return self.chance.choice(sorted(self.folder.path.glob("*.safetensors")))
 
     def manifest(self) -> Path:
         return self.shard().with_suffix(".json")
 
     def two(self, suffix: str) -> list[Path]:
         return self.chance.sample(
-            sorted(path.with_suffix(suffix) for path in self.bank.folder.glob("*.safetensors")), 2
+            sorted(path.with_suffix(suffix) for path in self.folder.path.glob("*.safetensors")), 2
         )
 
     def foreign(self, suffix: str) -> Path:
-        return self.chance.choice(sorted(self.other.folder.glob("*.safetensors"))).with_suffix(suffix)
+        return self.chance.choice(sorted(self.other.path.glob("*.safetensors"))).with_suffix(suffix)
 
 
 @pytest.fixture
@@ -386,13 +391,13 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
 
 
 def make_scene(cache: Path) -> Scene:
-    bank = open_bank(cache, KEY, checkpoint="vit.pth")
-    other = open_bank(cache, replace(KEY, tap="mean"), checkpoint="vit.pth")
+    folder = open_feature_folder(cache, KEY, checkpoint="vit.pth")
+    other = open_feature_folder(cache, replace(KEY, tap="mean"), checkpoint="vit.pth")
     for start in range(0, 24, 8):
-        keep(bank, CONTENTS[start : start + 8])
+        keep(folder, CONTENTS[start : start + 8])
         keep(other, CONTENTS[start : start + 8], shift=0.5)
-    files = {path: path.read_bytes() for folder in (bank.folder, other.folder) for path in folder.iterdir()}
-    return Scene(bank=bank, other=other, files=files, chance=random.Random(1))
+    files = {path: path.read_bytes() for folder in (folder.path, other.path) for path in folder.iterdir()}
+    return Scene(folder=folder, other=other, files=files, chance=random.Random(1))
 
 
 def put(path: Path, content: bytes) -> None:
@@ -506,8 +511,8 @@ def forge(scene: Scene) -> None:
     sha256 = hashlib.sha256(packed).hexdigest()
     path.unlink()
     path.with_suffix(".safetensors").unlink()
-    (scene.bank.folder / f"{sha256[:32]}.safetensors").write_bytes(packed)
-    (scene.bank.folder / f"{sha256[:32]}.json").write_bytes(
+    (scene.folder.path / f"{sha256[:32]}.safetensors").write_bytes(packed)
+    (scene.folder.path / f"{sha256[:32]}.json").write_bytes(
         resealed(body | {"sha256": sha256, "shard": f"{sha256[:32]}.safetensors", "bytes": len(packed)})
     )
 
@@ -515,7 +520,7 @@ def forge(scene: Scene) -> None:
 def misplace(scene: Scene) -> None:
     """Put something that is no plain file into a file's place."""
     path = scene.chance.choice((scene.shard, scene.manifest))()
-    kept = scene.bank.folder.parent.parent / path.name
+    kept = scene.folder.path.parent.parent / path.name
     path.replace(kept)
     match scene.chance.randrange(6):
         case 0:
@@ -551,8 +556,8 @@ DAMAGES: dict[str, Callable[[Scene], object]] = {
     "manifest twice over": lambda scene: repeat(scene.manifest(), scene.chance),
     "two shards in each other's place": lambda scene: swap(scene.two(".safetensors")),
     "two manifests in each other's place": lambda scene: swap(scene.two(".json")),
-    "shard of another bank": lambda scene: put(scene.shard(), scene.foreign(".safetensors").read_bytes()),
-    "manifest of another bank": lambda scene: put(scene.manifest(), scene.foreign(".json").read_bytes()),
+    "shard of another folder": lambda scene: put(scene.shard(), scene.foreign(".safetensors").read_bytes()),
+    "manifest of another folder": lambda scene: put(scene.manifest(), scene.foreign(".json").read_bytes()),
     "shard that is gone": lambda scene: scene.shard().unlink(),
     "shard by another name": rename,
     "one fact of a manifest": lie,
@@ -564,14 +569,14 @@ DAMAGES: dict[str, Callable[[Scene], object]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damaged_shard_is_set_aside_with_a_warning_and_its_rows_are_written_again(
+def test_damaged_shard_is_quarantined_with_a_warning_and_its_rows_can_be_written_again(
     scene: Scene, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     for _ in range(52):  # a thousand in all
         scene.reset()
         caplog.clear()
         DAMAGES[kind](scene)
-        values, found = read_rows(scene.bank, CONTENTS)
+        values, found = read_rows(scene.folder, CONTENTS)
         kept = [row for row, there in enumerate(found) if there]
         lost = [content for content, there in zip(CONTENTS, found, strict=True) if not there]
         assert len(lost) in (8, 16)
@@ -579,275 +584,207 @@ def test_damaged_shard_is_set_aside_with_a_warning_and_its_rows_are_written_agai
         assert torch.equal(values[kept], rows_of([CONTENTS[row] for row in kept]))
         assert {record.levelno for record in caplog.records} == {logging.WARNING}
         assert all("moved to" in record.getMessage() for record in caplog.records)
-        assert names_in(scene.bank.folder / "quarantine")
+        assert names_in(scene.folder.path / "quarantine")
         caplog.clear()
-        keep(scene.bank, lost)
-        again, there = read_rows(scene.bank, CONTENTS)
+        keep(scene.folder, lost)
+        again, there = read_rows(scene.folder, CONTENTS)
         assert again is not None
         assert (all(there), torch.equal(again, rows_of(CONTENTS)), caplog.records) == (True, True, [])
 
 
-def test_manifest_that_is_gone_loses_its_rows_alone(scene: Scene) -> None:
+def test_missing_manifest_loses_only_its_rows(scene: Scene) -> None:
     scene.manifest().unlink()
-    assert read_rows(scene.bank, CONTENTS)[1].count(False) == 8
+    assert read_rows(scene.folder, CONTENTS)[1].count(False) == 8
 
 
-def test_files_of_another_bank_are_set_aside_and_lose_nothing(scene: Scene) -> None:
-    for path in scene.other.folder.glob("*.*"):
+def test_files_of_another_feature_folder_are_quarantined_and_lose_nothing(scene: Scene) -> None:
+    for path in scene.other.path.glob("*.*"):
         if path.name != "key.json":
-            shutil.copy(path, scene.bank.folder)
-    values, found = read_rows(scene.bank, CONTENTS)
+            shutil.copy(path, scene.folder.path)
+    values, found = read_rows(scene.folder, CONTENTS)
     assert values is not None
     assert (all(found), torch.equal(values, rows_of(CONTENTS))) == (True, True)
 
 
 @pytest.mark.parametrize("width", [WIDTH + 1, 1])
-def test_shard_of_another_width_is_never_mixed_in(bank: Bank, width: int) -> None:
-    keep(bank, CONTENTS[:4])
-    write_shard(bank, CONTENTS[4:8], list("abcd"), torch.ones(4, width))
-    _, found = read_rows(bank, CONTENTS[:8])
-    assert (sum(found), len(names_in(bank.folder / "quarantine"))) == (4, 2)
+def test_shard_of_another_width_is_never_mixed_in(folder: FeatureFolder, width: int) -> None:
+    keep(folder, CONTENTS[:4])
+    write_shard(folder, CONTENTS[4:8], list("abcd"), torch.ones(4, width))
+    _, found = read_rows(folder, CONTENTS[:8])
+    assert (sum(found), len(names_in(folder.path / "quarantine"))) == (4, 2)
 
 
-def test_warning_names_shard_reason_and_where_it_went(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+def test_warning_names_the_shard_the_reason_and_the_quarantine(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
     shard = scene.shard()
     shard.unlink()
-    read_rows(scene.bank, CONTENTS)
+    read_rows(scene.folder, CONTENTS)
     assert caplog.messages == [
-        f"{shard}: its shard is missing; moved to {scene.bank.folder / 'quarantine'}, its features are computed again"
+        f"{shard}: its shard is missing; moved to {scene.folder.path / 'quarantine'}, its features are computed again"
     ]
 
 
-def test_listing_sets_damaged_manifests_aside(scene: Scene) -> None:
+def test_listing_quarantines_damaged_manifests(scene: Scene) -> None:
     flip(scene.manifest(), scene.chance)
-    assert len(listed_contents(scene.bank, set(CONTENTS))) == 16
+    assert len(find_listed(scene.folder, set(CONTENTS))) == 16
 
 
-def test_disk_that_refuses_to_read_is_a_store_error_and_damages_nothing(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_error_is_a_store_error_and_quarantines_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> bytes:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(StoreError, match=r"cannot be read: Input/output error\nCheck the disk .*--no-cache"):
-        read_rows(scene.bank, CONTENTS)
-    assert not (scene.bank.folder / "quarantine").exists()
+        read_rows(scene.folder, CONTENTS)
+    assert not (scene.folder.path / "quarantine").exists()
 
 
-def test_damage_that_cannot_be_moved_away_is_a_store_error(scene: Scene) -> None:
-    (scene.bank.folder / "quarantine").touch()
+def test_damaged_shard_that_cannot_be_moved_is_a_store_error(scene: Scene) -> None:
+    (scene.folder.path / "quarantine").touch()
     shard = scene.shard()
     flip(shard, scene.chance)
     with pytest.raises(StoreError, match=r"is damaged .* could not be moved away: File exists"):
-        read_rows(scene.bank, CONTENTS)
+        read_rows(scene.folder, CONTENTS)
 
 
-def test_foreign_files_in_a_bank_are_neither_read_nor_moved(scene: Scene) -> None:
+def test_foreign_files_in_a_feature_folder_are_neither_read_nor_moved(scene: Scene) -> None:
     strangers = ["notes.json", "package.json", f"{'G' * 32}.json", f".{'0' * 31}.json", f"{'0' * 32}.json.bak"]
     for name in strangers:
-        (scene.bank.folder / name).write_text("mine")
-    _, found = read_rows(scene.bank, CONTENTS)
+        (scene.folder.path / name).write_text("mine")
+    _, found = read_rows(scene.folder, CONTENTS)
     assert all(found)
-    assert [(scene.bank.folder / name).read_text() for name in strangers] == ["mine"] * len(strangers)
+    assert [(scene.folder.path / name).read_text() for name in strangers] == ["mine"] * len(strangers)
 
 
-def test_check_counts_sound_and_damaged_shards(scene: Scene) -> None:
+def test_verification_counts_valid_and_damaged_shards(scene: Scene) -> None:
     flip(scene.shard(), scene.chance)
-    assert (check_bank(scene.bank), check_bank(scene.bank)) == ((2, 1), (2, 0))
+    assert (verify_feature_folder(scene.folder), verify_feature_folder(scene.folder)) == ((2, 1), (2, 0))
 
 
-def test_check_finds_a_damaged_manifest(scene: Scene) -> None:
+def test_verification_finds_a_damaged_manifest(scene: Scene) -> None:
     flip(scene.manifest(), scene.chance)
-    assert check_bank(scene.bank) == (2, 1)
+    assert verify_feature_folder(scene.folder) == (2, 1)
 
 
 # Removal, and what meets it.
 
 
-def test_removed_bank_leaves_nothing(cache: Path, bank: Bank) -> None:
-    keep(bank, CONTENTS[:3])
-    remove_bank(bank)
+def test_removed_feature_folder_leaves_nothing(cache: Path, folder: FeatureFolder) -> None:
+    keep(folder, CONTENTS[:3])
+    remove_feature_folder(folder)
     assert names_in(cache / "features") == []
 
 
-def test_bank_that_somebody_else_removed_is_no_error(bank: Bank) -> None:
-    shutil.rmtree(bank.folder)
-    remove_bank(bank)
-    assert not bank.folder.exists()
+def test_removing_a_feature_folder_that_another_process_removed_is_not_an_error(folder: FeatureFolder) -> None:
+    shutil.rmtree(folder.path)
+    remove_feature_folder(folder)
+    assert not folder.path.exists()
 
 
-def test_bank_that_is_a_link_is_refused_and_keeps_what_it_leads_to(cache: Path, tmp_path: Path) -> None:
+def test_feature_folder_that_is_a_symbolic_link_is_not_removed(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / f"{'0' * 32}.json").write_text("mine")
     (cache / "features").mkdir(parents=True)
-    find_bank(cache, KEY).folder.symlink_to(tmp_path / "mine")
-    with pytest.raises(StoreError, match="is a link to elsewhere"):
-        remove_bank(find_bank(cache, KEY))
+    find_feature_folder(cache, KEY).path.symlink_to(tmp_path / "mine")
+    with pytest.raises(StoreError, match="is a symbolic link"):
+        remove_feature_folder(find_feature_folder(cache, KEY))
     assert names_in(tmp_path / "mine") == [f"{'0' * 32}.json"]
 
 
-def test_link_inside_a_bank_is_removed_and_not_what_it_leads_to(bank: Bank, tmp_path: Path) -> None:
+def test_removal_does_not_follow_links_inside_a_feature_folder(folder: FeatureFolder, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
-    (bank.folder / "link").symlink_to(tmp_path / "mine")
-    remove_bank(bank)
+    (folder.path / "link").symlink_to(tmp_path / "mine")
+    remove_feature_folder(folder)
     assert names_in(tmp_path / "mine") == ["file"]
 
 
-def test_removal_that_the_disk_refuses_is_a_store_error(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, target: Path) -> Path:
+def test_removal_error_of_the_disk_is_a_store_error(folder: FeatureFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
     with pytest.raises(StoreError, match="could not be removed: Permission denied"):
-        remove_bank(bank)
+        remove_feature_folder(folder)
 
 
-def test_what_a_killed_removal_leaves_is_no_bank_and_is_swept_out(
-    cache: Path, bank: Bank, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def die(path: Path) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(shutil, "rmtree", die)
-    with pytest.raises(KeyboardInterrupt):
-        remove_bank(bank)
-    monkeypatch.undo()
-    left = (list_banks(cache), len(names_in(cache / "features")))
-    sweep_pruned(cache)
-    assert (left, names_in(cache / "features")) == (([], 1), [])
-
-
-def test_banks_are_folders_called_as_ours_are(cache: Path, bank: Bank) -> None:
+def test_only_folders_named_like_a_digest_are_feature_folders(cache: Path, folder: FeatureFolder) -> None:
     for name in ("notes", "0" * 31, "0" * 33, "Z" * 32):
         (cache / "features" / name).mkdir()
     (cache / "features" / ("0" * 32)).touch()
-    assert list_banks(cache) == [bank]
+    assert list_feature_folders(cache) == [folder]
 
 
 def test_cache_without_features_has_no_banks(cache: Path) -> None:
-    assert list_banks(cache) == []
+    assert list_feature_folders(cache) == []
 
 
-def prune_before(monkeypatch: pytest.MonkeyPatch, bank: Bank, suffix: str, *, made_anew: bool, times: int) -> None:
-    """Have the bank removed whenever a file of that kind is about to be written, so many times."""
-    write = feature_cache.write_atomically
-    left = [times]
-
-    def write_or_prune(path: Path, content: bytes) -> None:
-        if path.suffix == suffix and left[0]:
-            left[0] -= 1
-            remove_bank(bank)
-            if made_anew:
-                bank.folder.mkdir()
-        write(path, content)
-
-    monkeypatch.setattr(feature_cache, "write_atomically", write_or_prune)
-
-
-@pytest.mark.parametrize("made_anew", [False, True])
-@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
-def test_rows_are_kept_though_the_bank_is_removed_while_they_are_written(
-    bank: Bank, monkeypatch: pytest.MonkeyPatch, suffix: str, made_anew: bool
+def test_feature_folder_removed_during_a_read_has_missing_rows_and_no_damage(
+    folder: FeatureFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    prune_before(monkeypatch, bank, suffix, made_anew=made_anew, times=2)
-    keep(bank, CONTENTS[:4])
-    assert (read_rows(bank, CONTENTS[:4])[1], check_bank(bank)) == ([True] * 4, (1, 0))
-
-
-def test_bank_that_is_removed_again_and_again_is_a_store_error(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
-    prune_before(monkeypatch, bank, ".json", made_anew=False, times=100)
-    with pytest.raises(StoreError, match="No such file or directory"):
-        keep(bank, CONTENTS[:4])
-
-
-def test_bank_is_opened_though_it_is_removed_meanwhile(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prune_before(monkeypatch, find_bank(cache, KEY), ".json", made_anew=False, times=2)
-    assert describe_bank(open_bank(cache, KEY, checkpoint="vit.pth").folder)[0] == "vit.pth"
-
-
-def test_shard_that_comes_back_while_it_is_looked_for_is_no_damage(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bank may be removed and written anew between the looks at a manifest and at its shard."""
-    keep(bank, CONTENTS[:4])
-    read = Path.read_bytes
-    missed: list[Path] = []
-
-    def miss_once(path: Path) -> bytes:
-        if path.suffix == ".safetensors" and not missed:
-            missed.append(path)
-            raise FileNotFoundError(2, "No such file or directory")
-        return read(path)
-
-    monkeypatch.setattr(Path, "read_bytes", miss_once)
-    assert (read_rows(bank, CONTENTS[:4])[1], len(missed)) == ([True] * 4, 1)
-
-
-def test_bank_that_is_removed_between_manifest_and_shard_has_missing_rows_and_no_damage(
-    bank: Bank, caplog: pytest.LogCaptureFixture
-) -> None:
-    keep(bank, CONTENTS[:4])
-    manifests = read_manifests(bank)
+    keep(folder, CONTENTS[:4])
+    manifests = read_manifests(folder)
     next(manifests)
-    remove_bank(bank)
-    assert (read_rows(bank, CONTENTS[:4]), list(manifests), caplog.records) == ((None, [False] * 4), [], [])
+    remove_feature_folder(folder)
+    assert (read_rows(folder, CONTENTS[:4]), list(manifests), caplog.records) == ((None, [False] * 4), [], [])
 
 
-def test_bank_that_is_removed_while_it_is_checked_is_not_damaged(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep(bank, CONTENTS[:4])
+def test_feature_folder_removed_during_verification_is_not_damaged(
+    folder: FeatureFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(folder, CONTENTS[:4])
     read = Path.read_bytes
 
     def read_and_remove(path: Path) -> bytes:
         content = read(path)
-        remove_bank(bank)
+        remove_feature_folder(folder)
         return content
 
     monkeypatch.setattr(Path, "read_bytes", read_and_remove)
-    assert check_bank(bank) == (0, 0)
+    assert verify_feature_folder(folder) == (0, 0)
 
 
 # Rows that memory has no room for.
 
 
-def test_rows_beyond_memory_are_those_in_memory_and_leave_no_file(
-    bank: Bank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_rows_mapped_from_a_file_equal_rows_in_memory_and_leave_no_file(
+    folder: FeatureFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keep(bank, CONTENTS[:10])
-    keep(bank, CONTENTS[10:])
-    before = names_in(bank.folder)
-    expected, _ = read_rows(bank, CONTENTS)
+    keep(folder, CONTENTS[:10])
+    keep(folder, CONTENTS[10:])
+    before = names_in(folder.path)
+    expected, _ = read_rows(folder, CONTENTS)
     monkeypatch.setattr(feature_cache, "available_bytes", lambda: 2 * 4 * len(CONTENTS) * WIDTH - 1)
 
     with caplog.at_level(logging.INFO):
-        values, found = read_rows(bank, CONTENTS, beyond_memory=True)
+        values, found = read_rows(folder, CONTENTS, beyond_memory=True)
 
     assert "24 rows of 6 features" in caplog.text
     assert values is not None
     assert expected is not None
     assert torch.equal(values, expected)
     assert all(found)
-    assert names_in(bank.folder) == before
+    assert names_in(folder.path) == before
 
 
-def test_rows_stay_in_memory_where_it_has_room_or_that_was_not_asked(
-    bank: Bank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_rows_stay_in_memory_if_they_fit_or_mapping_is_not_allowed(
+    folder: FeatureFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keep(bank, CONTENTS)
+    keep(folder, CONTENTS)
     with caplog.at_level(logging.INFO):
-        read_rows(bank, CONTENTS, beyond_memory=True)
+        read_rows(folder, CONTENTS, beyond_memory=True)
         monkeypatch.setattr(feature_cache, "available_bytes", lambda: 1)
-        read_rows(bank, CONTENTS)
+        read_rows(folder, CONTENTS)
 
     assert "stay on the disk" not in caplog.text
 
 
-def test_a_disk_without_room_for_rows_beyond_memory_is_told(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_for_mapped_rows_is_a_store_error(folder: FeatureFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: int, start: int, size: int) -> None:
         raise OSError(28, "No space left on device")
 
-    keep(bank, CONTENTS)
+    keep(folder, CONTENTS)
     monkeypatch.setattr(feature_cache, "available_bytes", lambda: 1)
     monkeypatch.setattr(os, "posix_fallocate", full)
 
-    with pytest.raises(StoreError, match=r"has no room for 576 bytes of features, .*: No space left on device"):
-        read_rows(bank, CONTENTS, beyond_memory=True)
+    with pytest.raises(StoreError, match=r"576 bytes of features fit neither .*: No space left on device"):
+        read_rows(folder, CONTENTS, beyond_memory=True)

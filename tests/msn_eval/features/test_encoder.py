@@ -69,7 +69,7 @@ def own(network: nn.Module, *, image_pixels: int = 32) -> Checkpoint:
 def normalised(
     pixels: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
 ) -> Tensor:
-    """Give the images (b, 3, S, S) that a network is fed with."""
+    """Return the images (b, 3, S, S) that a network is fed with."""
     return ((pixels.float() / 255 - torch.tensor(mean)) / torch.tensor(std)).movedim(3, 1)
 
 
@@ -106,7 +106,7 @@ def gelu(values: Tensor) -> Tensor:
 
 
 def vit_by_formula(weights: Weights, images: Tensor, heads: int) -> list[Tensor]:
-    """Give the tokens (b, prefix + patches, d) after every block, before the final norm."""
+    """Return the tokens (b, prefix + patches, d) after every block, before the final norm."""
     kernel = weights["patch_embed.proj.weight"]
     side = kernel.shape[-1]
     patches = images.unfold(2, side, side).unfold(3, side, side)  # (b, 3, rows, columns, side, side)
@@ -363,7 +363,7 @@ def test_own_module_that_is_a_transformer_of_timm_is_asked_for_its_output(random
     torch.testing.assert_close(encode(encoder, random_pixels, [tap])[tap], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_register_is_no_class_token() -> None:
+def test_register_token_is_not_a_class_token() -> None:
     assert load(f"{NO_CLASS_TOKEN}&reg_tokens=4").taps == ("mean",)
 
 
@@ -373,11 +373,11 @@ def test_register_is_no_class_token() -> None:
     [(NO_CLASS_TOKEN, "mean"), ("random:resnet18", "pool"), (MAP_POOLED, "out"), ("pixels", "pixels")],
     ids=["mean", "pool", "out", "pixels"],
 )
-def test_protocols_tap_falls_back_to_what_there_is(checkpoint: str, instead: str, wanted: str) -> None:
+def test_tap_of_a_protocol_falls_back_to_an_available_one(checkpoint: str, instead: str, wanted: str) -> None:
     assert resolve_tap(load(checkpoint), wanted, by_hand=False) == instead
 
 
-def test_tap_that_is_there_is_used() -> None:
+def test_available_tap_is_used() -> None:
     assert resolve_tap(load(TINY), "cls-norm", by_hand=False) == "cls-norm"
 
 
@@ -385,7 +385,7 @@ def test_shallow_network_without_cls4_falls_back_to_mean() -> None:
     assert resolve_tap(load(TINY), "cls4", by_hand=False) == "mean"
 
 
-def test_tap_asked_for_by_hand_that_is_not_there_is_refused_with_those_that_are() -> None:
+def test_missing_tap_named_by_the_user_is_refused_with_the_available_ones() -> None:
     with pytest.raises(UsageError, match=r"--tap cls: random:resnet18 \(resnet18\)") as refusal:
         resolve_tap(load("random:resnet18"), "cls", by_hand=True)
     assert (refusal.value.exit_code, refusal.value.hint) == (2, "It has: pool.")
@@ -433,8 +433,8 @@ def test_resizing_leaves_the_checkpoints_own_network_as_it_was() -> None:
     assert (checkpoint.network.pos_embed.shape[1], checkpoint.network.pos_embed.dtype) == (17, torch.float32)
 
 
-def test_size_that_is_no_multiple_of_the_patch_is_refused_with_its_neighbours() -> None:
-    with pytest.raises(UsageError, match="--image-pixels 36 is no multiple of the patch size 8") as refusal:
+def test_image_size_that_is_not_a_multiple_of_the_patch_size_is_refused_with_the_nearest_ones() -> None:
+    with pytest.raises(UsageError, match="--image-pixels 36 is not a multiple of the patch size 8") as refusal:
         load(TINY, image_pixels=36)
     assert (refusal.value.exit_code, refusal.value.hint) == (2, "Use 32 or 40.")
 
@@ -522,7 +522,7 @@ def test_network_that_goes_into_training_mode_is_refused(random_pixels: Tensor) 
 
 
 def test_network_that_updates_its_statistics_is_refused(random_pixels: Tensor) -> None:
-    with pytest.raises(CheckpointError, match="its weights changed while features were taken") as refusal:
+    with pytest.raises(CheckpointError, match="its weights changed during feature extraction") as refusal:
         run_unchanged(Restless(updated), random_pixels)
     assert refusal.value.where == "py:own:factory"
 
@@ -550,12 +550,12 @@ def test_cuda_is_reduced_by_default() -> None:
     assert precision_class(default_precision(torch.device("cuda"))) == "reduced"
 
 
-def test_auto_device_is_one_that_is_there() -> None:
+def test_auto_device_exists() -> None:
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "cuda:x"])
-def test_device_that_is_not_there_is_refused(name: str) -> None:
+def test_missing_device_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"--device {name}") as refusal:
         load_encoder("pixels", device=name)
     assert "cpu" in refusal.value.hint
@@ -569,7 +569,7 @@ def test_unknown_precision_is_refused() -> None:
 # The public attributes.
 
 
-def test_loaded_encoder_tells_its_architecture_and_width() -> None:
+def test_loaded_encoder_has_architecture_and_width() -> None:
     encoder = load(TINY)
     assert (encoder.arch, encoder.dim) == (TINY.partition(":")[2], 192)
 
@@ -595,7 +595,7 @@ def test_loading_passes_the_seed_and_the_key_on(tmp_path: Path, vit_weights: Wei
 
 @pytest.fixture
 def float32_settings() -> Iterator[tuple[object, object]]:
-    """Give torch's settings of float32 products and convolutions on CUDA, put back afterwards."""
+    """Return torch's settings of float32 products and convolutions on CUDA, put back afterwards."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [setting.fp32_precision for setting in settings]
     yield settings
@@ -654,7 +654,7 @@ def test_encoding_is_exact(float32_settings: tuple[nn.Module, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2", "resnet18"])
-def test_compiled_network_keeps_its_weights_and_says_the_same(name: str) -> None:
+def test_compiled_network_keeps_its_weights_and_features(name: str) -> None:
     checkpoint = read_checkpoint(f"random:{name}")
     plain, compiled = (
         build_encoder(checkpoint, device=CPU, precision="fp32", image_pixels=32, compiled=one) for one in (False, True)
@@ -699,11 +699,11 @@ def test_rank_gets_the_gpu_of_its_number_unless_told(
 def test_rank_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UsageError, match="offers 2 CUDA devices"):
+    with pytest.raises(UsageError, match="PyTorch sees 2 CUDA devices"):
         choose_device("auto", local_rank=2)
 
 
-def test_whatever_is_not_a_transformer_is_handed_to_the_compiler_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_that_is_not_a_transformer_is_compiled_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     handed: list[object] = []
     monkeypatch.setattr(torch, "compile", lambda function: handed.append(function) or function)
     monkeypatch.setattr(nn.Module, "compile", lambda module: handed.append(module))

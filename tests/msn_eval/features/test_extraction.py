@@ -27,7 +27,7 @@ TINY = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
 
 
 class NotANumberForBright(nn.Module):
-    """Gives NaN for images that are bright on the whole, as an overflow would for some."""
+    """Returns NaN for images that are bright on the whole, as an overflow would for some."""
 
     def forward(self, images: Tensor) -> Tensor:
         means = images.mean((2, 3))
@@ -88,7 +88,7 @@ def encoder(msn_file: MSNWriter, vit_weights: WeightMaker) -> Encoder:
 
 @pytest.fixture
 def damaged_folder(tmp_path: Path) -> Path:
-    """Give a folder of four images in `val`, two of them damaged."""
+    """Return a folder of four images in `val`, two of them damaged."""
     folder = tmp_path / "val" / "ant"
     folder.mkdir(parents=True)
     for number in range(4):
@@ -154,7 +154,7 @@ def test_extraction_takes_the_first_tap_unless_told(encoder: Encoder, picture_fo
     assert extract(encoder, str(picture_folder)).tap == "cls"
 
 
-def test_tap_that_the_encoder_has_not_is_refused(encoder: Encoder, picture_folder: Path) -> None:
+def test_missing_tap_is_refused(encoder: Encoder, picture_folder: Path) -> None:
     with pytest.raises(UsageError, match="--tap pool"):
         extract(encoder, str(picture_folder), tap="pool")
 
@@ -246,7 +246,7 @@ def test_images_that_have_their_hashes_are_used(encoder: Encoder, picture_folder
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_features_that_are_no_numbers_are_refused_by_the_first_image(batch_size: int) -> None:
+def test_nan_features_are_refused_and_the_first_image_is_named(batch_size: int) -> None:
     with pytest.raises(NumericalError, match=r"tap out are not finite for .* first 0/250\.png") as refusal:
         extract_features(
             own(NotANumberForBright()),
@@ -257,7 +257,7 @@ def test_features_that_are_no_numbers_are_refused_by_the_first_image(batch_size:
     assert refusal.value.exit_code == 23
 
 
-def test_features_that_are_no_numbers_are_counted_in_their_batch() -> None:
+def test_nan_features_are_counted_per_batch() -> None:
     with pytest.raises(NumericalError, match=r"2 images, first 0/250\.png, 0/240\.png"):
         extract_features(
             own(NotANumberForBright()), greys(10, 250, 40, 240), taps=["out"], loading=Loading(batch_size=4)
@@ -301,7 +301,7 @@ def test_own_module_that_gives_no_row_for_each_image_is_refused(answer: Callable
 # Resources.
 
 
-def test_own_fault_of_the_network_is_not_blamed_on_the_workers() -> None:
+def test_error_of_the_users_network_is_not_blamed_on_the_workers() -> None:
     class Broken(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
@@ -362,15 +362,15 @@ def test_taps_that_are_kept_for_different_images_are_completed(
         torch.testing.assert_close(both.features[tap].values, fresh[tap].values, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("precision", "advice"), [("fp32", "overflow here"), ("bf16", "--precision fp32")])
-def test_hint_against_overflow_is_one_that_was_not_tried(precision: Precision, advice: str) -> None:
+@pytest.mark.parametrize(("precision", "advice"), [("fp32", "overflow in fp32"), ("bf16", "--precision fp32")])
+def test_hint_for_overflow_depends_on_the_precision(precision: Precision, advice: str) -> None:
     encoder = build_encoder(own(NotANumberForBright()).checkpoint, device=CPU, precision=precision)
     with pytest.raises(NumericalError) as refusal:
         extract_features(encoder, greys(250), taps=["out"])
     assert advice in refusal.value.hint
 
 
-def test_failed_compilation_is_a_fault_of_resources() -> None:
+def test_failed_compilation_is_a_resource_error() -> None:
     class Uncompilable(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             raise type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})("no C++ compiler")
@@ -381,7 +381,7 @@ def test_failed_compilation_is_a_fault_of_resources() -> None:
     assert "--compile" in refusal.value.hint
 
 
-def test_file_that_the_device_refuses_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_that_the_device_decoder_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "val" / "ant"
     folder.mkdir(parents=True)
     for number in range(4):

@@ -59,7 +59,7 @@ class NumberSource:
 
 
 class Reading(nn.Module):
-    """Gives the number that an image holds, its half, and a weight; NaN for the images it is told to fail on."""
+    """Returns the number that an image holds, its half, and a weight; NaN for the images it is told to fail on."""
 
     def __init__(self, *, weight: float = 1.0, not_finite_at: int = -1) -> None:
         super().__init__()
@@ -134,14 +134,14 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features_module, "_CPU_SHARD_ROWS", 16)
 
 
-def test_kept_features_are_those_that_are_not_kept(tmp_path: Path, cache: Path) -> None:
+def test_cached_features_equal_those_without_a_cache(tmp_path: Path, cache: Path) -> None:
     images = numbers(tmp_path, range(50))
     fresh, first, second = kept(images, None), kept(images, cache), kept(images, cache)
     assert torch.equal(fresh.features["out"].values, first.features["out"].values)
     assert torch.equal(fresh.features["out"].values, second.features["out"].values)
 
 
-def test_second_time_reads_no_image(tmp_path: Path, cache: Path) -> None:
+def test_second_extraction_reads_no_image(tmp_path: Path, cache: Path) -> None:
     images = numbers(tmp_path, range(50))
     kept(images, cache)
     (tmp_path / "read").unlink()
@@ -149,7 +149,7 @@ def test_second_time_reads_no_image(tmp_path: Path, cache: Path) -> None:
     assert ((again.read, again.reused), (tmp_path / "read").exists()) == ((0, 50), False)
 
 
-def test_another_list_reads_only_what_is_new_in_it(tmp_path: Path, cache: Path) -> None:
+def test_second_list_reads_only_new_images(tmp_path: Path, cache: Path) -> None:
     kept(numbers(tmp_path, range(0, 60, 2)), cache)
     more = kept(numbers(tmp_path, range(0, 60, 3)), cache)
     assert (numbers_in(more), more.read, more.reused) == (list(range(0, 60, 3)), 10, 10)
@@ -164,7 +164,7 @@ def test_images_of_the_same_bytes_are_encoded_once(tmp_path: Path, cache: Path) 
 
 
 @pytest.mark.parametrize("other", ["weights", "code", "precision", "size", "decoder"])
-def test_what_another_encoder_said_is_not_taken(tmp_path: Path, cache: Path, other: str) -> None:
+def test_features_of_another_encoder_are_not_reused(tmp_path: Path, cache: Path, other: str) -> None:
     images = numbers(tmp_path, range(20))
     kept(images, cache)
     encoder, loading = encoder_of(Reading(weight=2.0)), LOADING
@@ -208,7 +208,7 @@ def hashes_of_real_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "hashes_of", hashes)
 
 
-def test_interrupted_pass_goes_on_at_the_next_shard(tmp_path: Path, cache: Path) -> None:
+def test_interrupted_extraction_continues_at_the_next_shard(tmp_path: Path, cache: Path) -> None:
     class Interrupted(Reading):
         left = 6  # batches of eight: two shards of sixteen, and what is lost
 
@@ -225,7 +225,7 @@ def test_interrupted_pass_goes_on_at_the_next_shard(tmp_path: Path, cache: Path)
     assert (numbers_in(rest), rest.reused) == (list(range(80)), 32)
 
 
-def test_damaged_shard_is_computed_again_with_a_word(
+def test_damaged_shard_is_computed_again_with_a_warning(
     tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     images = numbers(tmp_path, range(40))
@@ -239,14 +239,14 @@ def test_damaged_shard_is_computed_again_with_a_word(
     assert (numbers_in(again), again.read in (8, 16), "quarantine" in caplog.text) == (list(range(40)), True, True)
 
 
-def test_bad_images_are_all_listed_and_leave_the_good_ones_kept(tmp_path: Path, cache: Path) -> None:
+def test_all_bad_images_are_listed_and_good_ones_stay_cached(tmp_path: Path, cache: Path) -> None:
     images = numbers(tmp_path, range(64), bad=[40, 60])
     with pytest.raises(DataError, match="2 images cannot be used:\n  0/0040: damaged\n  0/0060: damaged"):
         kept(images, cache)
     assert kept(numbers(tmp_path, range(64)), cache).reused == 40
 
 
-def test_what_is_not_finite_is_not_kept(tmp_path: Path, cache: Path) -> None:
+def test_features_that_are_not_finite_are_not_cached(tmp_path: Path, cache: Path) -> None:
     images = numbers(tmp_path, range(40))
     with pytest.raises(NumericalError, match="0/0037"):
         kept(images, cache, encoder=encoder_of(Reading(not_finite_at=37)))
@@ -296,15 +296,17 @@ def test_a_failed_attempt_holds_no_memory_while_the_next_one_runs(tmp_path: Path
     assert seen[1] == 0
 
 
-def test_memory_too_small_for_one_image_is_a_fault_of_resources(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match="too small for one image") as refusal:
+def test_image_that_does_not_fit_into_memory_is_a_resource_error(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="one image does not fit into the memory") as refusal:
         kept(numbers(tmp_path, range(8)), None, encoder=encoder_of(out_of_memory_above(0)))
     assert refusal.value.exit_code == 30
 
 
-def test_more_features_than_memory_holds_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_that_do_not_fit_into_memory_are_refused_after_the_first_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(features_module, "available_bytes", lambda: 40 * 3 * 4 - 1)
-    with pytest.raises(ResourceError, match="40 images need 480 bytes of memory, 479 are available"):
+    with pytest.raises(ResourceError, match="40 images need 480 bytes of memory; 479 are available"):
         kept(numbers(tmp_path, range(40)), None)
 
 
@@ -378,7 +380,7 @@ def test_bad_images_of_all_ranks_are_listed_together(tmp_path: Path, cache: Path
     assert "2 images cannot be used:\n  0/0003: damaged\n  0/0060: damaged" in str(told[0])
 
 
-def test_not_finite_on_one_rank_is_the_first_ranks_finding_too(tmp_path: Path, cache: Path) -> None:
+def test_nan_on_one_rank_is_an_error_on_rank_0(tmp_path: Path, cache: Path) -> None:
     images = numbers(tmp_path, range(64))
     failing = encoder_of(Reading(not_finite_at=60))
     told = on_ranks(2, lambda group: kept(images, cache, encoder=failing, group=group).read)
@@ -392,9 +394,9 @@ def test_rank_takes_whole_batches(tmp_path: Path, cache: Path) -> None:
     assert read == [f"0/{number:04d}" for number in range(16, 40)]
 
 
-def test_rows_that_another_rank_did_not_write_are_missed(tmp_path: Path, cache: Path) -> None:
+def test_rows_that_another_rank_did_not_write_are_an_error(tmp_path: Path, cache: Path) -> None:
     first = Group(rank=0, world=2, local_rank=0, host="localhost")
-    with pytest.raises(StoreError, match="24 of 40 rows are not there"):
+    with pytest.raises(StoreError, match="24 of 40 rows that were just written are missing"):
         kept(numbers(tmp_path, range(40)), cache, group=first)
 
 
@@ -420,7 +422,7 @@ def address(encoder: Encoder) -> FeatureKey:
 
 
 @pytest.mark.parametrize("name", ["arch", "key", "code_sha256", "mean", "std"])
-def test_same_weights_read_in_another_way_have_another_address(name: str) -> None:
+def test_same_weights_read_differently_have_another_key(name: str) -> None:
     plain = encoder_of(Reading())
     value = (0.1, 0.2, 0.3) if name in ("mean", "std") else "other"
     other = build_encoder(replace(plain.checkpoint, **{name: value}), device=CPU, precision="fp32")
@@ -430,12 +432,12 @@ def test_same_weights_read_in_another_way_have_another_address(name: str) -> Non
 @pytest.mark.parametrize(
     "given", [{"device": torch.device("cuda")}, {"compiled": True}, {"precision": "fp16"}], ids=str
 )
-def test_same_network_run_in_another_way_has_another_address(given: dict[str, object]) -> None:
+def test_same_network_run_differently_has_another_key(given: dict[str, object]) -> None:
     plain = encoder_of(Reading())
     assert address(replace(plain, **given)) != address(plain)
 
 
-def test_images_that_are_no_files_have_one_address_for_all_decoders() -> None:
+def test_embedded_images_have_one_key_for_all_decoders() -> None:
     first, second = (
         feature_key(encoder_of(Reading()), "out", decoder=decoder, embedded=True)
         for decoder in ("pillow", "torchvision")
@@ -451,7 +453,7 @@ def test_images_that_are_no_files_have_one_address_for_all_decoders() -> None:
         ("torch.__version__", "other"),
     ],
 )
-def test_other_software_has_another_address(what: str, other: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_software_versions_have_another_key(what: str, other: object, monkeypatch: pytest.MonkeyPatch) -> None:
     before = address(encoder_of(Reading()))
     monkeypatch.setattr(what, other)
     assert address(encoder_of(Reading())) != before
@@ -466,7 +468,7 @@ def test_host_memory_that_runs_out_shrinks_the_batches_too(tmp_path: Path) -> No
     assert found.batch_size == 2
 
 
-def test_memory_is_asked_before_much_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_checked_after_the_first_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features_module, "available_bytes", lambda: 1)
     with pytest.raises(ResourceError):
         kept(numbers(tmp_path, range(80)), None)

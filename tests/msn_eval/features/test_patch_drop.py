@@ -11,7 +11,6 @@ from msn_eval.features.patch_drop import (
     check_patches,
     choose_patches,
     encode_kept,
-    encode_visible,
     kept_patches,
     patches_a_side,
 )
@@ -32,18 +31,22 @@ def _all(images: int) -> Tensor:
     return torch.arange(16).expand(images, -1)
 
 
-def test_with_every_patch_it_is_the_encoders_own_feature(encoder: Encoder, random_pixels: Tensor) -> None:
-    seen = encode_visible(encoder, random_pixels, _all(4))
+def _class_token(encoder: Encoder, pixels: Tensor, visible: Tensor) -> Tensor:
+    return encode_kept(encoder, pixels, ["cls-norm"], visible)["cls-norm"]
+
+
+def test_all_patches_give_the_encoders_feature(encoder: Encoder, random_pixels: Tensor) -> None:
+    seen = _class_token(encoder, random_pixels, _all(4))
 
     assert torch.allclose(seen, encode(encoder, random_pixels, ["cls-norm"])["cls-norm"], atol=1e-5)
 
 
-def test_hidden_patches_have_no_say(encoder: Encoder, random_pixels: Tensor) -> None:
+def test_hidden_patches_do_not_change_the_feature(encoder: Encoder, random_pixels: Tensor) -> None:
     visible = torch.tensor([[0, 5, 10]]).expand(4, -1)
     others = random_pixels.clone()
     others[:, 8:16, :8] = 255 - others[:, 8:16, :8]  # patch 4, hidden
 
-    assert torch.equal(encode_visible(encoder, random_pixels, visible), encode_visible(encoder, others, visible))
+    assert torch.equal(_class_token(encoder, random_pixels, visible), _class_token(encoder, others, visible))
 
 
 def test_visible_patches_are_counted_row_by_row(encoder: Encoder, random_pixels: Tensor) -> None:
@@ -51,7 +54,7 @@ def test_visible_patches_are_counted_row_by_row(encoder: Encoder, random_pixels:
     others[:, 8:16, :8] = 255 - others[:, 8:16, :8]
     visible = torch.tensor([[4]]).expand(4, -1)
 
-    before, after = (encode_visible(encoder, pixels, visible) for pixels in (random_pixels, others))
+    before, after = (_class_token(encoder, pixels, visible) for pixels in (random_pixels, others))
 
     assert (before - after).abs().amax(dim=1).min() > 1e-4
 
@@ -60,11 +63,11 @@ def test_order_of_the_visible_patches_does_not_matter(encoder: Encoder, random_p
     one, other = (torch.tensor([order]).expand(4, -1) for order in ([1, 6, 11], [11, 1, 6]))
 
     assert torch.allclose(
-        encode_visible(encoder, random_pixels, one), encode_visible(encoder, random_pixels, other), atol=1e-5
+        _class_token(encoder, random_pixels, one), _class_token(encoder, random_pixels, other), atol=1e-5
     )
 
 
-def test_attention_is_timms_own(encoder: Encoder, random_pixels: Tensor) -> None:
+def test_attention_equals_timms(encoder: Encoder, random_pixels: Tensor) -> None:
     attention = encoder.network.blocks[-1].attn  # type: ignore[index, union-attr]
     caught: list[Tensor] = []
     hook = attention.attn_drop.register_forward_hook(lambda module, given, shares: caught.append(shares))
@@ -103,7 +106,7 @@ def test_more_masking_hides_what_less_hides_too() -> None:
 
 @pytest.mark.parametrize("name", ["pixels", "random:resnet18"])
 def test_network_without_patches_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match="is no plain Vision Transformer with a class token"):
+    with pytest.raises(UsageError, match="is not a plain Vision Transformer with a class token"):
         check_patches(load_encoder(name, device="cpu"))
 
 
@@ -122,7 +125,7 @@ def test_kept_patches_are_the_share_rounded_down_and_each_images_own() -> None:
     assert not torch.equal(kept[0], kept[1])
 
 
-def test_kept_patches_hang_on_seed_and_id_alone() -> None:
+def test_kept_patches_depend_only_on_seed_and_id() -> None:
     drop = PatchDrop(share=0.5, seed=3)
     both, alone = (kept_patches(drop, ids, patches=16) for ids in (["a/1", "a/2"], ["a/2"]))
     other = kept_patches(PatchDrop(share=0.5, seed=4), ["a/2"], patches=16)
@@ -139,14 +142,14 @@ def test_every_patch_is_kept_about_as_often_as_any_other() -> None:
     assert (counts - 1000).abs().max() < 5 * (4000 * 0.25 * 0.75) ** 0.5
 
 
-def test_with_every_patch_kept_all_taps_are_those_of_the_whole_image(encoder: Encoder, random_pixels: Tensor) -> None:
+def test_keeping_all_patches_gives_the_features_of_the_complete_image(encoder: Encoder, random_pixels: Tensor) -> None:
     taps = list(encoder.taps)
     some, whole = encode_kept(encoder, random_pixels, taps, _all(4)), encode(encoder, random_pixels, taps)
 
     assert all(torch.equal(some[tap], whole[tap]) for tap in taps)
 
 
-def test_dropped_patches_have_no_say_at_any_tap_and_enter_no_block(encoder: Encoder, random_pixels: Tensor) -> None:
+def test_dropped_patches_change_no_tap_and_enter_no_block(encoder: Encoder, random_pixels: Tensor) -> None:
     kept = torch.tensor([[0, 5, 10]]).expand(4, -1)
     others = random_pixels.clone()
     others[:, 8:16, :8] = 255 - others[:, 8:16, :8]  # patch 4, dropped
@@ -160,17 +163,17 @@ def test_dropped_patches_have_no_say_at_any_tap_and_enter_no_block(encoder: Enco
 
     assert all(torch.equal(one[tap], other[tap]) for tap in taps)
     assert entered == [3 + encoder.network.num_prefix_tokens] * 2
-    assert torch.allclose(one["cls-norm"], encode_visible(encoder, random_pixels, kept), atol=1e-5)
+    assert torch.allclose(one["cls-norm"], _class_token(encoder, random_pixels, kept), atol=1e-5)
     whole = encode(encoder, random_pixels, ["cls"])["cls"]  # afterwards it is seen whole again
     assert not torch.allclose(one["cls"], whole, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["pixels", "random:resnet18"])
-def test_patches_are_dropped_from_vision_transformers_alone(name: str) -> None:
-    with pytest.raises(UsageError, match=r"--patch-drop 0.5: .* is no plain Vision Transformer"):
+def test_patches_are_dropped_only_from_vision_transformers(name: str) -> None:
+    with pytest.raises(UsageError, match=r"--patch-drop 0.5: .* is not a plain Vision Transformer"):
         check_drop(load_encoder(name, device="cpu"), PatchDrop(share=0.5, seed=0))
 
 
 def test_dropping_every_patch_is_refused(encoder: Encoder) -> None:
-    with pytest.raises(UsageError, match="leaves none of the 16 patches"):
+    with pytest.raises(UsageError, match="keeps none of the 16 patches"):
         check_drop(encoder, PatchDrop(share=0.95, seed=0))

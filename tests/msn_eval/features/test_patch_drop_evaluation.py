@@ -58,7 +58,7 @@ def test_kept_features_are_those_of_a_pass_without_a_cache(encoder: Encoder, ima
 
 
 @pytest.mark.parametrize("other", [None, PatchDrop(share=0.25, seed=0), PatchDrop(share=0.5, seed=1)])
-def test_features_of_another_drop_are_not_taken(
+def test_features_of_another_drop_are_not_reused(
     encoder: Encoder, images: ImageSet, tmp_path: Path, other: PatchDrop | None
 ) -> None:
     hashes = hash_images(images, cache_dir=None)
@@ -71,7 +71,9 @@ def test_features_of_another_drop_are_not_taken(
     assert not torch.equal(first.features["cls"].values, second.features["cls"].values)
 
 
-def test_equal_files_of_other_ids_lose_other_patches(encoder: Encoder, images: ImageSet, tmp_path: Path) -> None:
+def test_equal_files_with_different_ids_lose_different_patches(
+    encoder: Encoder, images: ImageSet, tmp_path: Path
+) -> None:
     first = images.only(images.ids[:1])
     renamed = replace(first, source=_Renamed(first), ids=("0/copy.png",))
     rows = [
@@ -115,7 +117,7 @@ def test_nothing_dropped_predicts_as_without_the_option_from_the_same_features(t
     assert none.timing_s.images_per_second is None  # every feature was there
 
 
-def test_validation_images_stay_whole(tmp_path: Path) -> None:
+def test_validation_images_keep_all_patches(tmp_path: Path) -> None:
     measured(tmp_path)
 
     (cost,), _ = estimate_cost(make_plan(asked(tmp_path, patch_drop=0.5)), run_own_code=True)
@@ -123,11 +125,11 @@ def test_validation_images_stay_whole(tmp_path: Path) -> None:
     assert (cost.read, cost.reused) == (10, 20)  # the labelled ones are to be read again
 
 
-def test_the_plan_says_what_is_dropped(tmp_path: Path) -> None:
+def test_plan_shows_the_dropped_share(tmp_path: Path) -> None:
     assert "0.5 of the patches of each dropped" in describe_plan(make_plan(asked(tmp_path, patch_drop=0.5)))
 
 
-def test_a_record_names_the_command_that_makes_it_again(tmp_path: Path) -> None:
+def test_record_gives_the_command_that_repeats_it(tmp_path: Path) -> None:
     command = command_of(measured(tmp_path, patch_drop=0.5, seed=7))
 
     assert "--patch-drop 0.5" in command
@@ -135,11 +137,11 @@ def test_a_record_names_the_command_that_makes_it_again(tmp_path: Path) -> None:
 
 
 def test_other_networks_are_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"pixels .* is no plain Vision Transformer"):
+    with pytest.raises(UsageError, match=r"pixels .* is not a plain Vision Transformer"):
         measured(tmp_path, checkpoint=["pixels"], patch_drop=0.5)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
-def test_a_share_out_of_range_is_refused(share: float) -> None:
+def test_share_out_of_range_is_refused(share: float) -> None:
     with pytest.raises(UsageError, match=r"--patch-drop .* out of range"):
         EvaluationConfig(patch_drop=share)

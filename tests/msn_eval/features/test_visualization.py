@@ -15,7 +15,7 @@ from msn_eval.features.visualization import (
     draw_classes,
     draw_neighbours,
     find_neighbours,
-    hide,
+    hide_patches,
     project,
     read_pixels,
 )
@@ -32,16 +32,14 @@ def images() -> ImageSet:
 
 
 @pytest.fixture(scope="module")
-def bank(encoder: Encoder, images: ImageSet) -> Features:
+def train(encoder: Encoder, images: ImageSet) -> Features:
     return extract_features(encoder, images, taps=["cls-norm"]).features["cls-norm"]
 
 
-def test_whole_image_is_its_own_nearest_and_stays_so_as_little_is_hidden(
-    encoder: Encoder, images: ImageSet, bank: Features
-) -> None:
+def test_nearest_neighbour_of_a_training_image_is_itself(encoder: Encoder, images: ImageSet, train: Features) -> None:
     pixels = read_pixels(images, images.ids, encoder.transform)
 
-    whole, most = find_neighbours(encoder, pixels, bank, masked=[0.0, 0.9], count=4, seed=0)
+    whole, most = find_neighbours(encoder, pixels, train, masked=[0.0, 0.9], count=4, seed=0)
 
     assert whole.nearest[:, 0].tolist() == list(range(30))
     assert np.array_equal(whole.shown, pixels.numpy())
@@ -49,27 +47,27 @@ def test_whole_image_is_its_own_nearest_and_stays_so_as_little_is_hidden(
     assert (most.nearest[:, 0] != np.arange(30)).any()
 
 
-def test_more_neighbours_than_there_are_gives_all(encoder: Encoder, images: ImageSet, bank: Features) -> None:
+def test_count_above_the_number_of_images_returns_all(encoder: Encoder, images: ImageSet, train: Features) -> None:
     pixels = read_pixels(images, images.ids[:1], encoder.transform)
 
-    (one,) = find_neighbours(encoder, pixels, bank, masked=[0.0], count=99, seed=0)
+    (one,) = find_neighbours(encoder, pixels, train, masked=[0.0], count=99, seed=0)
 
     assert sorted(one.nearest[0].tolist()) == list(range(30))
 
 
 def test_hidden_patches_are_grey(random_pixels: Tensor) -> None:
-    shown = hide(random_pixels, torch.tensor([[0, 15]]).expand(4, -1), side=4)
+    shown = hide_patches(random_pixels, torch.tensor([[0, 15]]).expand(4, -1), side=4)
 
     assert np.array_equal(shown[:, :8, :8], random_pixels[:, :8, :8].numpy())
     assert np.array_equal(shown[:, 24:, 24:], random_pixels[:, 24:, 24:].numpy())
     assert (shown[:, 8:, :24] == 127).all()
 
 
-def test_places_are_the_principal_components(bank: Features) -> None:
-    rows = torch.nn.functional.normalize(bank.values.double(), dim=1).numpy()
+def test_projection_gives_the_principal_components(train: Features) -> None:
+    rows = torch.nn.functional.normalize(train.values.double(), dim=1).numpy()
     reference = PCA(2).fit(rows)
 
-    places, share = project(bank)
+    places, share = project(train)
 
     assert np.allclose(np.abs(places), np.abs(reference.transform(rows)), atol=1e-8)
     assert share == pytest.approx(reference.explained_variance_ratio_.sum())
@@ -86,52 +84,54 @@ def test_image_that_cannot_be_read_is_named(tmp_path_factory: pytest.TempPathFac
         read_pixels(read_split(str(folder), "val"), ["ant/0.png"], encoder.transform)
 
 
-def test_names_are_no_mathematics_and_equal_pictures_equal_bytes(bank: Features) -> None:
+def test_names_are_not_mathematics_and_equal_figures_give_equal_bytes(train: Features) -> None:
     names = [r"$\frac{", "a_b^c", "\x1b[1m", "中", *map(str, range(6))]
 
-    pictures = {as_png(draw_classes(bank, names)) for _ in range(2)}
+    pictures = {as_png(draw_classes(train, names)) for _ in range(2)}
 
     assert len(pictures) == 1
     assert pictures.pop().startswith(b"\x89PNG")
 
 
-def test_what_a_smaller_share_hides_a_larger_one_hides_too(encoder: Encoder, images: ImageSet, bank: Features) -> None:
+def test_larger_share_hides_all_patches_of_a_smaller_one(encoder: Encoder, images: ImageSet, train: Features) -> None:
     pixels = read_pixels(images, images.ids[:6], encoder.transform)
 
-    half, most = find_neighbours(encoder, pixels, bank, masked=[0.5, 0.9], count=1, seed=0)
+    half, most = find_neighbours(encoder, pixels, train, masked=[0.5, 0.9], count=1, seed=0)
 
     hidden = (half.shown == 127).all(axis=-1)
     assert hidden.any()
     assert (most.shown == 127).all(axis=-1)[hidden].all()
 
 
-def test_another_seed_hides_other_patches(encoder: Encoder, images: ImageSet, bank: Features) -> None:
+def test_another_seed_hides_different_patches(encoder: Encoder, images: ImageSet, train: Features) -> None:
     pixels = read_pixels(images, images.ids[:1], encoder.transform)
 
-    (one,), (other,) = (find_neighbours(encoder, pixels, bank, masked=[0.5], count=1, seed=seed) for seed in (0, 1))
+    (one,), (other,) = (find_neighbours(encoder, pixels, train, masked=[0.5], count=1, seed=seed) for seed in (0, 1))
 
     assert not np.array_equal(one.shown, other.shown)
 
 
 def test_neighbours_are_framed_by_whether_their_class_is_the_images(
-    encoder: Encoder, images: ImageSet, bank: Features
+    encoder: Encoder, images: ImageSet, train: Features
 ) -> None:
     pixels = read_pixels(images, images.ids[:6], encoder.transform)
     labels = images.labels[:6]
-    (found,) = find_neighbours(encoder, pixels, bank, masked=[0.0], count=4, seed=0)
+    (found,) = find_neighbours(encoder, pixels, train, masked=[0.0], count=4, seed=0)
 
     figure = draw_neighbours(
         [found],
         labels=labels,
-        bank=bank,
-        bank_pixels=dict(enumerate(read_pixels(images, images.ids, encoder.transform).numpy())),
+        train=train,
+        train_pixels=dict(enumerate(read_pixels(images, images.ids, encoder.transform).numpy())),
         classes=images.classes,
     )
 
     frames = [
         [axes.spines["top"].get_edgecolor()[:3] for axes in figure.axes[row * 5 + 1 : row * 5 + 5]] for row in range(6)
     ]
-    same = [[int(bank.labels[row]) == label for row in rows] for rows, label in zip(found.nearest, labels, strict=True)]
+    same = [
+        [int(train.labels[row]) == label for row in rows] for rows, label in zip(found.nearest, labels, strict=True)
+    ]
     green, red = (11 / 255, 138 / 255, 106 / 255), (201 / 255, 42 / 255, 42 / 255)
     assert not all(map(all, same))
     assert frames == [[green if one else red for one in row] for row in same]
@@ -149,12 +149,13 @@ def test_each_image_stands_beside_its_own_attention(random_pixels: Tensor) -> No
         assert all(np.allclose(head, maps[number, place].numpy()) for place, head in enumerate(heads))
 
 
-def test_each_class_is_named_at_the_mean_of_its_images(bank: Features) -> None:
-    places, _ = project(bank)
+def test_class_name_is_drawn_at_the_mean_of_its_images(train: Features) -> None:
+    places, _ = project(train)
 
-    figure = draw_classes(bank, [f"class {number}" for number in range(10)])
+    figure = draw_classes(train, [f"class {number}" for number in range(10)])
 
     written = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
     assert written == {
-        f"class {label}": pytest.approx(tuple(places[bank.labels.numpy() == label].mean(axis=0))) for label in range(10)
+        f"class {label}": pytest.approx(tuple(places[train.labels.numpy() == label].mean(axis=0)))
+        for label in range(10)
     }

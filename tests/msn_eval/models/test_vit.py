@@ -153,7 +153,7 @@ def test_sizes_of_a_network(name: str, native: int, stored: int | None, patch: i
     assert (native_pixels(built), stored_pixels(built), patch_pixels(built)) == (native, stored, patch)
 
 
-def test_network_that_tells_nothing_is_evaluated_at_224() -> None:
+def test_network_without_a_stated_size_is_evaluated_at_224() -> None:
     assert native_pixels(nn.Identity()) == 224
 
 
@@ -193,7 +193,7 @@ def test_class_token_is_that_of_the_whole_block(variant: dict[str, object]) -> N
 @pytest.mark.parametrize(
     "variant", [{"scale_attn_norm": True}, {"class_token": False, "global_pool": "avg"}, {"depth": 1}]
 )
-def test_a_block_of_other_arithmetic_is_left_to_itself(variant: dict[str, object]) -> None:
+def test_block_of_another_kind_is_not_plain(variant: dict[str, object]) -> None:
     common = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
     network = VisionTransformer(**{**common, **variant})
 

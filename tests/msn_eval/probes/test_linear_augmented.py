@@ -324,7 +324,7 @@ def test_memory_that_is_too_small_for_one_image_is_told(
 ) -> None:
     small_memory(0)
 
-    with pytest.raises(ResourceError, match="memory of cpu is too small for one image"):
+    with pytest.raises(ResourceError, match="one image does not fit into the memory of cpu"):
         fit_augmented(_PROBE, images, group=ALONE, files=None)
 
 
