@@ -1,4 +1,4 @@
-"""`msn-eval show`: pictures of what survives the masking, of where a network looks, and of how classes lie."""
+"""`msn-eval show`: nearest images under masking, attention maps, and a map of the classes."""
 
 import argparse
 import base64
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from msn_eval.features.encoder import Encoder
 
 _PICTURES = {
-    "neighbours": "Each image with more and more of its patches hidden, and the training images that the network then finds "
-    "nearest: a green frame is the same class, a red one another.",
-    "attention": "How the class token of the last block shares its attention among the patches, heads together and one by one.",
+    "neighbours": "Each image with more and more patches hidden, and the training images nearest to what is left. "
+    "Green frame: same class. Red frame: another class.",
+    "attention": "Attention of the class token to the patches in the last block: mean of the heads, then each head.",
     "classes": "Validation images by the first two principal components of their features.",
 }
 
@@ -28,50 +28,54 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="X", required=True, help="image folder or digits")
     parser.add_argument("--subset", metavar="A", default="5imgs@1", help="training images to search; default 5imgs@1")
     parser.add_argument("--image", metavar="ID", action="append", help="a validation image, CLASS/FILE; repeatable")
-    parser.add_argument("--images", metavar="N", type=int, default=4, help="how many, where none is named; default 4")
+    parser.add_argument(
+        "--images", metavar="N", type=int, default=4, help="number of images if none is named; default 4"
+    )
     parser.add_argument("--masked", metavar="A,B", default="0,50,90", help="percent of patches hidden; default 0,50,90")
     parser.add_argument("--neighbours", metavar="N", type=int, default=5, help="nearest images shown; default 5")
     parser.add_argument("--pictures", metavar="A,B", default=",".join(_PICTURES), help=f"default {','.join(_PICTURES)}")
-    parser.add_argument("--limit", metavar="N", type=int, default=50, help="class map: images a class; default 50")
-    parser.add_argument("--format", choices=("png", "html"), default="png", help="files, or one page; default png")
+    parser.add_argument("--limit", metavar="N", type=int, default=50, help="class map: images per class; default 50")
+    parser.add_argument(
+        "--format", choices=("png", "html"), default="png", help="image files, or one page; default png"
+    )
     parser.add_argument("--device", metavar="D", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="of the hidden patches, and of untrained weights"
+        "--seed", metavar="N", type=int, default=0, help="seed of hidden patches and untrained weights; default 0"
     )
     parser.add_argument("--out", metavar="DIR", default="pictures", help="default pictures")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Draw the pictures asked for and print where they are."""
+    """Draw the pictures and print their paths."""
     from msn_eval.data import read_dataset
     from msn_eval.features.encoder import load_encoder
     from msn_eval.features.patch_drop import check_patches
     from msn_eval.features.visualization import as_png
     from msn_eval.files.atomic import prepare_folder, write_atomically
 
-    wanted = _pictures(options.pictures)
-    masked = _shares(options.masked)
+    wanted = _parse_pictures(options.pictures)
+    masked = _parse_shares(options.masked)
     for name, least in (("images", 1), ("neighbours", 1), ("limit", 1), ("seed", 0)):
         if getattr(options, name) < least:
-            raise UsageError(f"--{name} {getattr(options, name)}: out of range", hint=f"Give at least {least}.")
+            raise UsageError(f"--{name} {getattr(options, name)} is out of range", hint=f"Use at least {least}.")
     folder = Path(options.out)
     prepare_folder(folder, option="--out")
     encoder = load_encoder(options.checkpoint, device=options.device, seed=options.seed)
     check_patches(encoder)
     data = read_dataset(options.data)
-    chosen = _chosen(data.val, options.image, options.images)
+    chosen = _choose_images(data.val, options.image, options.images)
     figures: dict[str, Figure] = {}
     for name in wanted:
         match name:
             case "neighbours":
-                figures[name] = _neighbours(encoder, data.train, chosen, options, masked)
+                figures[name] = _draw_neighbours(encoder, data.train, chosen, options, masked)
             case "attention":
-                figures[name] = _attention(encoder, chosen)
+                figures[name] = _draw_attention(encoder, chosen)
             case _:
-                figures[name] = _classes(encoder, data.val.first_of_each_class(options.limit))
+                figures[name] = _draw_classes(encoder, data.val.first_of_each_class(options.limit))
     files = {name: as_png(figure) for name, figure in figures.items()}
     if options.format == "html":
-        page = _page(f"{encoder.checkpoint.name} on {data.name}", files)
+        page = _render_page(f"{encoder.checkpoint.name} on {data.name}", files)
         write_atomically(folder / "show.html", page.encode())
         print(folder / "show.html")
         return 0
@@ -81,54 +85,60 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _pictures(text: str) -> list[str]:
+def _parse_pictures(text: str) -> list[str]:
     wanted = [part.strip() for part in text.split(",") if part.strip()]
     for name in wanted or [text]:
         if name not in _PICTURES:
             hint = did_you_mean(name, _PICTURES)
-            raise UsageError(f"--pictures {name}: unknown.{hint}", hint=f"Known: {', '.join(_PICTURES)}.")
+            raise UsageError(f"--pictures {name} does not exist.{hint}", hint=f"Known: {', '.join(_PICTURES)}.")
     return list(dict.fromkeys(wanted))
 
 
-def _shares(text: str) -> list[float]:
-    """Give shares in [0, 1), rising, from percent."""
+def _parse_shares(text: str) -> list[float]:
+    """Parse percentages into ascending shares in [0, 1)."""
     try:
         shares = sorted({float(part) / 100 for part in text.split(",")})
     except ValueError:
         shares = []
     if not shares or not all(0 <= share < 1 for share in shares):
-        raise UsageError(f"--masked {text}: out of range", hint="Give percentages from 0 to below 100: 0,50,90.")
+        raise UsageError(
+            f"--masked {text} is out of range", hint="Use percentages from 0 to below 100, such as 0,50,90."
+        )
     return shares
 
 
-def _chosen(val: "ImageSet", named: Sequence[str] | None, count: int) -> "ImageSet":
-    """Give the images named, or the first image of so many classes, evenly spread over the class list."""
+def _choose_images(val: "ImageSet", named: Sequence[str] | None, count: int) -> "ImageSet":
+    """Return the named images, or the first image of `count` classes, evenly spread over the class list."""
     if named:
         unknown = [image_id for image_id in named if image_id not in val.position]
         if unknown:
             hint = did_you_mean(unknown[0], val.ids)
-            raise UsageError(f"--image {unknown[0]}: no validation image is called so.{hint}", hint="Write CLASS/FILE.")
+            raise UsageError(f"--image {unknown[0]} is not a validation image.{hint}", hint="Write CLASS/FILE.")
         return val.only(list(named))
     firsts = [ids[0] for ids in val.ids_by_class if ids]
     number = min(count, len(firsts))
-    return val.only([firsts[place * len(firsts) // number] for place in range(number)])
+    return val.only([firsts[index * len(firsts) // number] for index in range(number)])
 
 
-def _neighbours(
-    encoder: "Encoder", train: "ImageSet", chosen: "ImageSet", options: argparse.Namespace, masked: Sequence[float]
+def _draw_neighbours(
+    encoder: "Encoder",
+    train_images: "ImageSet",
+    chosen: "ImageSet",
+    options: argparse.Namespace,
+    masked: Sequence[float],
 ) -> "Figure":
     from msn_eval.data.subsets import make_subsets, union_of
     from msn_eval.features.extraction import extract_features
     from msn_eval.features.visualization import draw_neighbours, find_neighbours, read_pixels
 
-    pool = union_of(make_subsets([options.subset], train), train)
+    pool = union_of(make_subsets([options.subset], train_images), train_images)
     train = extract_features(encoder, pool, taps=["cls-norm"]).features["cls-norm"]
     pixels = read_pixels(chosen, chosen.ids, encoder.transform)
-    found = find_neighbours(encoder, pixels, train, masked=masked, count=options.neighbours, seed=options.seed)
-    rows = sorted({row for one in found for row in one.nearest.ravel().tolist()})
+    neighbours = find_neighbours(encoder, pixels, train, masked=masked, count=options.neighbours, seed=options.seed)
+    rows = sorted({row for masking in neighbours for row in masking.nearest.ravel().tolist()})
     images = read_pixels(pool, [train.image_ids[row] for row in rows], encoder.transform).numpy()
     return draw_neighbours(
-        found,
+        neighbours,
         labels=chosen.labels,
         train=train,
         train_pixels=dict(zip(rows, images, strict=True)),
@@ -136,7 +146,7 @@ def _neighbours(
     )
 
 
-def _attention(encoder: "Encoder", chosen: "ImageSet") -> "Figure":
+def _draw_attention(encoder: "Encoder", chosen: "ImageSet") -> "Figure":
     from msn_eval.features.patch_drop import attention_maps
     from msn_eval.features.visualization import draw_attention, read_pixels
 
@@ -144,7 +154,7 @@ def _attention(encoder: "Encoder", chosen: "ImageSet") -> "Figure":
     return draw_attention(attention_maps(encoder, pixels), pixels, [chosen.classes[label] for label in chosen.labels])
 
 
-def _classes(encoder: "Encoder", val: "ImageSet") -> "Figure":
+def _draw_classes(encoder: "Encoder", val: "ImageSet") -> "Figure":
     from msn_eval.features.extraction import extract_features
     from msn_eval.features.visualization import draw_classes
 
@@ -152,8 +162,8 @@ def _classes(encoder: "Encoder", val: "ImageSet") -> "Figure":
     return draw_classes(features, val.classes)
 
 
-def _page(title: str, files: dict[str, bytes]) -> str:
-    """Give one page with the pictures in it, which asks nothing of any network."""
+def _render_page(title: str, files: dict[str, bytes]) -> str:
+    """Return an HTML page that embeds the pictures and loads nothing from a network."""
     from jinja2 import Environment
 
     pictures = [(name, _PICTURES[name], base64.b64encode(content).decode()) for name, content in files.items()]

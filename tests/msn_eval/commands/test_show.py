@@ -6,7 +6,7 @@ import pytest
 
 import msn_eval.features.visualization
 from msn_eval.cli import main
-from msn_eval.commands.show import _chosen, _page
+from msn_eval.commands.show import _choose_images, _page
 from msn_eval.data import read_dataset
 
 _NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2"
@@ -37,12 +37,12 @@ def test_page_holds_the_pictures_and_asks_for_nothing(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("--checkpoint", "pixels"), "pixels (pixels) is not a plain Vision Transformer with a class token"),
-        (("--masked", "0,100"), "--masked 0,100: out of range"),
-        (("--masked", "half"), "--masked half: out of range"),
-        (("--pictures", "attention,class"), "--pictures class: unknown. Did you mean classes?"),
-        (("--pictures", ""), "--pictures : unknown."),
-        (("--image", "0/0000.png"), "--image 0/0000.png: no validation image is called so."),
-        (("--images", "0"), "--images 0: out of range"),
+        (("--masked", "0,100"), "--masked 0,100 is out of range"),
+        (("--masked", "half"), "--masked half is out of range"),
+        (("--pictures", "attention,class"), "--pictures class does not exist. Did you mean classes?"),
+        (("--pictures", ""), "--pictures  does not exist."),
+        (("--image", "0/0000.png"), "--image 0/0000.png is not a validation image."),
+        (("--images", "0"), "--images 0 is out of range"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(
@@ -79,14 +79,14 @@ def test_shares_neighbours_and_images_are_those_asked_for(tmp_path: Path, monkey
 def test_images_without_names_are_spread_over_the_classes() -> None:
     val = read_dataset("digits").val
 
-    assert [image_id.split("/")[0] for image_id in _chosen(val, None, 5).ids] == ["0", "2", "4", "6", "8"]
+    assert [image_id.split("/")[0] for image_id in _choose_images(val, None, 5).ids] == ["0", "2", "4", "6", "8"]
 
 
 def test_named_images_are_the_ones_that_are_shown() -> None:
     val = read_dataset("digits").val
     named = [val.ids[700], val.ids[3]]
 
-    assert set(_chosen(val, named, 5).ids) == set(named)
+    assert set(_choose_images(val, named, 5).ids) == set(named)
 
 
 def test_names_in_a_page_are_texts() -> None:
