@@ -6,7 +6,7 @@ import pytest
 
 import msn_eval.features.visualization
 from msn_eval.cli import main
-from msn_eval.commands.show import _choose_images, _page
+from msn_eval.commands.show import _choose_images, _render_page
 from msn_eval.data import read_dataset
 
 _NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2"
@@ -90,7 +90,7 @@ def test_named_images_are_the_ones_that_are_shown() -> None:
 
 
 def test_names_in_a_page_are_texts() -> None:
-    page = _page("<script>alert(1)</script>\u202e", {})
+    page = _render_page("<script>alert(1)</script>\u202e", {})
 
     assert "<h1>&lt;script&gt;alert(1)&lt;/script&gt;\\x202e</h1>" in page
     assert "<script" not in page
