@@ -1,9 +1,8 @@
-"""Bench: how fast a recipe trains here."""
+"""Training speed of a recipe on this machine, and the estimate of `--dry-run`."""
 
 import math
 import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,9 +31,10 @@ _GIB = 2**30
 
 
 def bench(recipe: Recipe, *, steps: int) -> str:
-    """Train a recipe for 2 + `steps` steps on this process's device, keep nothing, and say what the last `steps` took.
+    """Measure the speed of a recipe.
 
-    Raises what training would.
+    Trains 2 + `steps` steps on one device, writes nothing, and returns a line with the medians of the last `steps`. Raises what
+    training would.
     """
     with join_ranks(recipe.run.device.split(",")[0], environment={}) as ranks:
         images = training_images(recipe)
@@ -50,7 +50,7 @@ def bench(recipe: Recipe, *, steps: int) -> str:
             journal=Journal(steps=_WARM_UP + steps),
             dog=Watchdog(),
         )
-        wanted = ViewList(
+        view_list = ViewList(
             images=images,
             kinds=view_kinds(recipe),
             seed=recipe.run.seed,
@@ -58,11 +58,11 @@ def bench(recipe: Recipe, *, steps: int) -> str:
             device=ranks.device,
         )
         waits, computes, ended = [], [], time.perf_counter()
-        for batch in load_views(wanted, order, first_step=0, steps=session.steps, workers=recipe.data.workers):
+        for batch in load_views(view_list, order, first_step=0, steps=session.steps, workers=recipe.data.workers):
             loaded = time.perf_counter()
             step = batch.batch.step
             settings = settings_at(recipe, step=step, steps_per_epoch=order.steps_an_epoch)
-            compute(session, batch, settings)  # ends with numbers on the host: all is done then
+            compute(session, batch, settings)  # waits for the device
             session.learner.optimizer.step()
             session.learner.model.after_update(settings)
             waits.append(loaded - ended)
@@ -76,49 +76,44 @@ def bench(recipe: Recipe, *, steps: int) -> str:
     )
 
 
-_BYTES = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forecast:
-    """What a recipe comes to on some device.
-
-    trained, kept: parameters with gradients, and all
-    memory_bytes:  estimate for one rank: weights, gradients, optimiser, activations of one micro-batch
-    """
-
-    images: int
-    steps_an_epoch: int
-    steps: int
-    trained: int
-    kept: int
-    encoder: int
-    memory_bytes: int
-
-
-def forecast(recipe: Recipe, *, world: int = 1) -> Forecast:
-    """Look at the data set and build the networks; nothing is trained. Raises what training would."""
+def describe(recipe: Recipe) -> str:
+    """Return what `--dry-run` prints: the resolved recipe, its size and an estimate of its memory. Raises what training would."""
+    devices = recipe.run.device.split(",")
+    device = torch.device(devices[0] if devices[0] != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     images = len(training_images(recipe))
     model = build_learner(recipe, torch.device("cpu")).model
-    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    kept = sum(one.numel() for one in model.parameters())
-    an_epoch = images // recipe.optimization.batch_size
-    share = math.ceil(recipe.optimization.batch_size / world)
-    at_once = min(share, recipe.run.micro_batch or share)
-    return Forecast(
-        images=images,
-        steps_an_epoch=an_epoch,
-        steps=an_epoch * recipe.optimization.epochs,
-        trained=trained,
-        kept=kept,
-        encoder=sum(one.numel() for one in model.exported().parameters()),
-        memory_bytes=_BYTES * (kept + 3 * trained) + _activation_bytes(recipe, model.exported(), at_once),
-    )
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    encoder = sum(parameter.numel() for parameter in model.exported().parameters())
+    steps_per_epoch = images // recipe.optimization.batch_size
+    epochs = recipe.optimization.epochs
+    share = math.ceil(recipe.optimization.batch_size / len(devices))
+    activations = _activation_bytes(recipe, model.exported(), min(share, recipe.run.micro_batch or share))
+    # float32 weights, and for trained ones a gradient and two moments
+    memory = 4 * (total + 3 * trained) + activations
+    kinds = ", ".join(f"{kind.count} of {kind.pixels} pixels" for kind in view_kinds(recipe))
+    where = "in batches on the device" if makes_views_on_device(recipe, device) else "one by one in the loader"
+    lines = [
+        recipe_as_yaml(recipe).rstrip(),
+        "",
+        f"images      {images:,} for training, from {recipe.data.root}",
+        f"views       {kinds} per image, made {where}",
+        f"parameters  {trained:,} trained, {total:,} in total, {encoder:,} in the encoder that is evaluated",
+        f"steps       {steps_per_epoch * epochs:,}: {epochs} epochs of {steps_per_epoch}, "
+        f"{recipe.optimization.batch_size} images each",
+        f"computing   {precision_of(recipe, device)} on {recipe.run.device}",
+        f"memory      about {memory / _GIB:.1f} GiB for each of {len(devices)} {'ranks' if len(devices) > 1 else 'rank'} "
+        "(estimate)",
+    ]
+    return printable("\n".join(lines))
 
 
 def _activation_bytes(recipe: Recipe, network: nn.Module, images: int) -> int:
-    """Estimate what is kept for the backward pass: in a Transformer's block some 16 values a token and channel in half of
-    them, twice that in whole precision; in a residual network some 40 MB an image of 224 pixels."""
+    """Estimate the memory that the backward pass needs for `images` images.
+
+    Measured values: a Transformer block keeps about 16 values per token and channel, of 2 bytes in bf16 and 4 in fp32. A residual
+    network keeps about 40 MB per image of 224 pixels in bf16, twice that in fp32.
+    """
     half = recipe.run.precision == "bf16"
     blocks, width = getattr(network, "blocks", None), int(getattr(network, "embed_dim", 0))
     pixels = sum(kind.count * kind.pixels**2 for kind in view_kinds(recipe))
@@ -126,25 +121,3 @@ def _activation_bytes(recipe: Recipe, network: nn.Module, images: int) -> int:
         return int(images * pixels / 224**2 * 40e6 * (1 if half else 2))
     patch = int(network.patch_embed.patch_size[0])  # type: ignore[index, union-attr]
     return int(images * pixels / patch**2 * len(blocks) * width * 16 * (2 if half else 4))
-
-
-def describe(recipe: Recipe) -> str:
-    """Give what `--dry-run` prints: the resolved recipe and what it comes to."""
-    devices = recipe.run.device.split(",")
-    found = forecast(recipe, world=len(devices))
-    device = torch.device(devices[0] if devices[0] != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    kinds = ", ".join(f"{kind.count} of {kind.pixels} pixels" for kind in view_kinds(recipe))
-    made = "on the device, many at once" if makes_views_on_device(recipe, device) else "in the loader, one by one"
-    lines = [
-        recipe_as_yaml(recipe).rstrip(),
-        "",
-        f"images      {found.images:,} for training, from {recipe.data.root}",
-        f"views       {kinds} an image, made {made}",
-        f"parameters  {found.trained:,} trained, {found.kept:,} in all, {found.encoder:,} in the encoder that is evaluated",
-        f"steps       {found.steps:,}: {recipe.optimization.epochs} epochs of {found.steps_an_epoch}, "
-        f"{recipe.optimization.batch_size} images each",
-        f"computing   {precision_of(recipe, device)} on {recipe.run.device}",
-        f"memory      about {found.memory_bytes / _GIB:.1f} GiB for each of {len(devices)} "
-        f"{'ranks' if len(devices) > 1 else 'rank'} (an estimate)",
-    ]
-    return printable("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Export: a run's encoder in the layout of another project."""
+"""Export of a run's encoder in the layouts of other projects."""
 
 import os
 from pathlib import Path
@@ -19,24 +19,33 @@ from msn_pretrain.training.snapshot import EvaluatedEncoder, read_snapshot, writ
 
 
 def export(run: Path, out: Path, *, to: str) -> str:
-    """Write the evaluated encoder of a run's newest whole snapshot to `out`, and say what was written.
+    """Write the evaluated encoder of a run's newest complete snapshot.
 
-    to: timm        one safetensors file by timm's names, which states its architecture
-        hf          a folder that transformers loads
-        msn         a torch file as the MSN authors release theirs: target_encoder and prototypes, behind `module.`
-        torchvision a torch file by torchvision's names, for residual networks
-    Raises UsageError for what is no run or exists already, CheckpointError where there is no whole snapshot or the network has
-    no such form, StoreError when the disk refuses.
+    Args:
+        run: Folder of the run.
+        out: File or folder to write; must not exist.
+        to: `timm`, one safetensors file with timm's names that states its architecture; `hf`, a folder for transformers; `msn`, a
+            torch file like the MSN release, with target_encoder and prototypes behind `module.`; `torchvision`, a torch file with
+            torchvision's names, for residual networks.
+
+    Returns:
+        One line that describes what was written.
+
+    Raises:
+        UsageError: `run` is not a run, or `out` exists.
+        CheckpointError: There is no complete snapshot, or the network does not have this layout.
+        StoreError: The disk refuses.
     """
     if not is_run_folder(run):
-        raise UsageError("is no folder that msn-pretrain trained in", where=str(run), hint="Give its run.dir.")
+        raise UsageError("is not the folder of a pre-training run", where=str(run), hint="Pass its run.dir.")
     if os.path.lexists(out):
-        raise UsageError("is there already", where=str(out), hint="Name another, or remove it first.")
+        raise UsageError("already exists", where=str(out), hint="Use another path, or remove it first.")
     if not out.parent.is_dir():
-        raise UsageError("no such folder", where=str(out.parent), hint="Make it first.")
+        raise UsageError("the folder does not exist", where=str(out.parent), hint="Create it first.")
     files, skipped = newest_snapshot(run)
     if files is None:
-        raise CheckpointError("holds no whole snapshot", where=str(run), hint=f"Train on. {'; '.join(skipped)}".strip())
+        hint = f"Continue training. {'; '.join(skipped)}".strip()
+        raise CheckpointError("holds no complete snapshot", where=str(run), hint=hint)
     stated = read_metadata(files.encoder)
     architecture = stated.get(ARCHITECTURE, str(files.facts["architecture"]))
     match to:
@@ -61,14 +70,14 @@ def _weights(files: SnapshotFiles) -> dict[str, Tensor]:
 
 
 def _write_release(files: SnapshotFiles, out: Path) -> None:
-    """Write what the authors' own scripts and every reader of their files expect."""
+    """Write a file that the authors' scripts can read."""
     model = read_snapshot(files).model
     if "prototypes" not in model:
         raise CheckpointError(
             "was not trained by MSN", where=str(files.folder), hint="Use --to timm or --to torchvision."
         )
     target = {f"module.{name}": value for name, value in _weights(files).items()}
-    # Their head is called `fc`, its layers as ours.
+    # The release calls the head `fc`; its layers have the same names.
     start = "target.head."
     target |= {
         f"module.fc.{name.removeprefix(start)}": value for name, value in model.items() if name.startswith(start)
@@ -81,7 +90,7 @@ def _write_torchvision(files: SnapshotFiles, out: Path, architecture: str) -> No
 
     if not isinstance(outline_network(name_architecture(architecture)), ResNet):
         raise CheckpointError(
-            f"{architecture} is no residual network, and torchvision names only those as their authors do",
+            f"{architecture} is not a residual network; torchvision has its own names for others",
             where=str(files.folder),
             hint="Use --to timm, --to hf or --to msn.",
         )
@@ -92,5 +101,5 @@ def _save(content: dict[str, Any], out: Path) -> None:
     with written_atomically(out, "the checkpoint") as temporary:
         try:
             torch.save(content, temporary)
-        except RuntimeError as error:  # torch tells so of a full disk
+        except RuntimeError as error:  # torch's error for a full disk
             raise OSError(str(error).partition("\n")[0]) from error

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from msn_eval.errors import UsageError
 from msn_eval.features.encoder import Encoder, encode, exact_float32, normalised
-from msn_eval.models.vit import class_attention, is_plain
+from msn_eval.models.vit import class_attention, is_plain, keep_patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +89,7 @@ class _KeepPatches(nn.Module):
         self.kept, self.prefix = kept, prefix
 
     def forward(self, tokens: Tensor) -> Tensor:
-        index = self.kept[..., None].expand(-1, -1, tokens.shape[2])
-        return torch.cat([tokens[:, : self.prefix], tokens[:, self.prefix :].gather(1, index)], dim=1)
+        return keep_patches(tokens, self.kept, prefix=self.prefix)
 
 
 @contextlib.contextmanager

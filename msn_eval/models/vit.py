@@ -148,3 +148,22 @@ def _project_qkv(attention: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, 
         part.unflatten(2, (cast(int, attention.num_heads), -1)).transpose(1, 2) for part in (query, key, value)
     )
     return attention.q_norm(query), attention.k_norm(key), value  # type: ignore[operator]
+
+
+def keep_patches(tokens: Tensor, kept: Tensor, *, prefix: int) -> Tensor:
+    """Keep the prefix tokens and some of the patches.
+
+    Args:
+        tokens: (b, prefix + n, d).
+        kept: (m,) or (b, m) int64, indices of patches.
+        prefix: Number of class and register tokens.
+
+    Returns:
+        (b, prefix + m, d).
+    """
+    patches = tokens[:, prefix:]
+    if kept.dim() == 1:
+        kept_tokens = patches.index_select(1, kept)
+    else:
+        kept_tokens = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
+    return torch.cat([tokens[:, :prefix], kept_tokens], dim=1)

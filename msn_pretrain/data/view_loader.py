@@ -1,4 +1,4 @@
-"""Batches of views: images of the order read, decoded and turned into views, here or in worker processes."""
+"""Loading of views: read and decode images and make views, in this process or in workers."""
 
 import signal
 from collections.abc import Iterator, Sequence
@@ -17,14 +17,16 @@ from msn_pretrain.data.sampler import Batch, Order
 from msn_pretrain.data.views import ViewKind, draw_for_batch, make_views
 
 _WORKER_TIMEOUT_SECONDS = 300.0
-_BATCHES_A_WORKER = 2
+_BATCHES_PER_WORKER = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewBatch:
     """The views of one rank's images at one step.
 
-    views: of each kind, (count · b, 3, pixels, pixels) uint8, view-major
+    Attributes:
+        batch: The images.
+        views: For each kind (count * b, 3, pixels, pixels) uint8, view-major.
     """
 
     batch: Batch
@@ -33,9 +35,14 @@ class ViewBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewList:
-    """Images and the views that are wanted of them.
+    """Images, and the views to make of them.
 
-    batched: make them by batched_views.py on `device`, else one by one where they are decoded
+    Attributes:
+        images: The training images.
+        kinds: Kinds of views.
+        seed: Seed of the views.
+        batched: Make them in batches on `device` (batched_views.py) instead of one by one where they are decoded.
+        device: Where the views are needed.
     """
 
     images: ImageSet
@@ -45,52 +52,60 @@ class ViewList:
     device: torch.device
 
 
-def load_views(wanted: ViewList, order: Order, *, first_step: int, steps: int, workers: int) -> Iterator[ViewBatch]:
-    """Give the batches of this rank from `first_step` up to `steps`, their views on the device of `wanted`.
+def load_views(view_list: ViewList, order: Order, *, first_step: int, steps: int, workers: int) -> Iterator[ViewBatch]:
+    """Yield this rank's batches from `first_step` to `steps - 1`, with their views on the device.
 
-    workers: processes that read, decode and, unless views are batched, make them; 0 does that here
-    Raises DataError naming an image that cannot be used, ResourceError where workers die or hang. Draws no number from
-    a global generator.
+    Uses no global random generator.
+
+    Args:
+        view_list: Images and views.
+        order: Sampling order.
+        first_step: First step.
+        steps: Number of steps of the run.
+        workers: Processes that read, decode and, unless views are batched, make views; 0 for none.
+
+    Raises:
+        DataError: An image cannot be used.
+        ResourceError: A worker died or hangs.
     """
-    decoding = _Decoding(wanted, order, first_step, steps)
+    dataset = _BatchDataset(view_list, order, first_step, steps)
     if workers == 0:
-        prepared: Iterator[_Prepared] = iter(decoding)
+        prepared: Iterator[_Prepared] = iter(dataset)
     else:
         loader = DataLoader(
-            decoding,
+            dataset,
             batch_size=None,
             num_workers=workers,
-            prefetch_factor=_BATCHES_A_WORKER,
-            worker_init_fn=_become_worker,
+            prefetch_factor=_BATCHES_PER_WORKER,
+            worker_init_fn=_init_worker,
             timeout=_WORKER_TIMEOUT_SECONDS,
-            generator=torch.Generator(),  # else it would draw a seed for its workers from the global one
-            pin_memory=wanted.device.type == "cuda",
+            generator=torch.Generator(),  # otherwise it draws the workers' seed from the global generator
+            pin_memory=view_list.device.type == "cuda",
         )
         prepared = iter(loader)
     while True:
         try:
-            found = next(prepared, None)
+            item = next(prepared, None)
         except RuntimeError as error:
             raise ResourceError(
                 f"a loader worker died or hung: {str(error).partition(chr(10))[0]}",
                 hint="Host memory or /dev/shm may be short: try data.workers=0 or a smaller batch.",
-                kept="The last snapshot is kept; the same command goes on from it.",
+                kept="The last snapshot is kept; the same command continues from it.",
             ) from error
-        if found is None:
+        if item is None:
             return
-        yield _on_device(wanted, found)
+        yield _move_to_device(view_list, item)
 
 
-# A batch's step and epoch, its images' numbers, what was made of them (views of each kind, or the images themselves), and why
-# that could not be done.
+# Step, epoch, indices of the images, the views of each kind (or the images, if views are made on the device), and an error.
 _Prepared = tuple[int, int, Tensor, list[Tensor], str | None]
 
 
 @dataclass(frozen=True)
-class _Decoding(IterableDataset[_Prepared]):
-    """Every n-th batch for each of n workers: a loader asks its workers in turn, so that batches come in order."""
+class _BatchDataset(IterableDataset[_Prepared]):
+    """Every n-th batch for each of n workers. DataLoader asks its workers in turn, so batches come in order."""
 
-    wanted: ViewList
+    view_list: ViewList
     order: Order
     first_step: int
     steps: int
@@ -100,21 +115,21 @@ class _Decoding(IterableDataset[_Prepared]):
         number, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         for batch in self.order.batches(self.first_step, self.steps):
             if (batch.step - self.first_step) % count == number:
-                yield _prepared(self.wanted, batch)
+                yield _prepare(self.view_list, batch)
 
 
-def _prepared(wanted: ViewList, batch: Batch) -> _Prepared:
+def _prepare(view_list: ViewList, batch: Batch) -> _Prepared:
     numbers = torch.from_numpy(np.ascontiguousarray(batch.images))
     try:
-        images = [_decoded(wanted.images, number) for number in batch.images.tolist()]
-    except DataError as error:  # an exception of ours does not survive the way out of a worker
+        images = [_decode(view_list.images, number) for number in batch.images.tolist()]
+    except DataError as error:  # our exceptions cannot be pickled out of a worker
         return batch.step, batch.epoch, numbers, [], str(error)
-    made = images if wanted.batched else _views_one_by_one(wanted, images, batch)
+    made = images if view_list.batched else _make_views(view_list, images, batch)
     return batch.step, batch.epoch, numbers, made, None
 
 
-def _decoded(images: ImageSet, number: int) -> Tensor:
-    """Give one image as (3, height, width) uint8."""
+def _decode(images: ImageSet, number: int) -> Tensor:
+    """Read one image as (3, height, width) uint8."""
     image_id = images.ids[number]
     try:
         pixels = np.asarray(images.source.decode(read_image(images.source, image_id)))
@@ -122,49 +137,57 @@ def _decoded(images: ImageSet, number: int) -> Tensor:
         raise DataError(
             f"cannot be read: {error}",
             where=images.source.place(image_id),
-            hint="Repair or remove the image; `msn-eval data verify DIR` lists all such.",
+            hint="Repair or remove the image; `msn-eval data verify DIR` lists all bad images.",
         ) from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
 
 
-def _views_one_by_one(wanted: ViewList, images: list[Tensor], batch: Batch) -> list[Tensor]:
+def _make_views(view_list: ViewList, images: list[Tensor], batch: Batch) -> list[Tensor]:
     return [
-        make_views(images, kind, first_view=first, seed=wanted.seed, epoch=batch.epoch, numbers=batch.images)
-        for kind, first in zip(wanted.kinds, _first_views(wanted.kinds), strict=True)
+        make_views(images, kind, first_view=first, seed=view_list.seed, epoch=batch.epoch, numbers=batch.images)
+        for kind, first in zip(view_list.kinds, _first_views(view_list.kinds), strict=True)
     ]
 
 
 def _first_views(kinds: Sequence[ViewKind]) -> list[int]:
-    """Give the number of each kind's first view among all views of an image."""
-    return [sum(kind.count for kind in kinds[:place]) for place in range(len(kinds))]
+    """Return the number of each kind's first view among all views of an image."""
+    return [sum(kind.count for kind in kinds[:index]) for index in range(len(kinds))]
 
 
-def _on_device(wanted: ViewList, found: _Prepared) -> ViewBatch:
-    step, epoch, numbers, made, problem = found
+def _move_to_device(view_list: ViewList, item: _Prepared) -> ViewBatch:
+    step, epoch, numbers, made, problem = item
     if problem is not None:
         raise DataError(problem)
-    moved = [one.to(wanted.device, non_blocking=True) for one in made]
+    moved = [tensor.to(view_list.device, non_blocking=True) for tensor in made]
     batch = Batch(step=step, epoch=epoch, images=numbers.numpy())
-    if not wanted.batched:
+    if not view_list.batched:
         return ViewBatch(batch=batch, views=tuple(moved))
     views = []
-    for kind, first in zip(wanted.kinds, _first_views(wanted.kinds), strict=True):
-        drawn = draw_for_batch(moved, kind, first_view=first, seed=wanted.seed, epoch=batch.epoch, numbers=batch.images)
-        views.append(make_batched_views(moved, drawn, kind))
+    for kind, first in zip(view_list.kinds, _first_views(view_list.kinds), strict=True):
+        parameters = draw_for_batch(
+            moved, kind, first_view=first, seed=view_list.seed, epoch=batch.epoch, numbers=batch.images
+        )
+        views.append(make_batched_views(moved, parameters, kind))
     return ViewBatch(batch=batch, views=tuple(views))
 
 
-def _become_worker(number: int) -> None:
-    """Leave it to the parent to act upon signals that a launcher sends to every process of a job; one thread each."""
+def _init_worker(number: int) -> None:
+    """Ignore signals that a launcher sends to every process, as the parent handles them. Use one thread."""
     for name in ("SIGTERM", "SIGINT"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
-def normalised(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Give views as a network takes them: on the [0, 1] scale, less `mean`, divided by `std`, float32.
+def normalise(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Scale views to [0, 1], subtract `mean` and divide by `std`.
 
-    views: (n, 3, pixels, pixels) uint8
+    Args:
+        views: (n, 3, pixels, pixels) uint8.
+        mean: One value per channel.
+        std: One value per channel.
+
+    Returns:
+        (n, 3, pixels, pixels) float32.
     """
     shape: Any = (1, 3, 1, 1)
     shift, scale = (torch.tensor(values, device=views.device).view(shape) for values in (mean, std))

@@ -1,8 +1,7 @@
-"""Views: what a training image is turned into before a network sees it.
+"""Augmented views of training images.
 
-The numbers of a view are drawn once, by a pure function of (seed, epoch, image, view); how they are applied, one image at a
-time in a loader's worker or many at once on a GPU (batched_views.py), is another matter. So neither the number of workers
-nor that of ranks moves any view.
+The parameters of a view are a pure function of (seed, epoch, image, view), so they depend neither on the number of workers nor on
+that of ranks. They are applied one image at a time in a loader worker, or to many images at once on a GPU (batched_views.py).
 """
 
 import math
@@ -16,7 +15,7 @@ from torch import Tensor
 from msn_eval.errors import UsageError
 from msn_pretrain.data.sampler import uniforms
 
-_ATTEMPTS = 10  # to fit a crop into the image, as torchvision makes them
+_ATTEMPTS = 10  # to fit a crop into the image, as in torchvision
 _CORNER = 2 * _ATTEMPTS
 _FLIP, _JITTER = _CORNER + 2, _CORNER + 3
 _ORDER = _JITTER + 1
@@ -29,19 +28,22 @@ BLUR_RADIUS = 6  # pixels, three times the widest sigma
 
 @dataclass(frozen=True, kw_only=True)
 class ViewKind:
-    """How views of one kind are drawn.
+    """Distribution of views of one kind.
 
-    pixels:      of a side
-    count:       of such views an image
-    scale:       the crop's share of the image's area, from and to
-    ratio:       width to height, from and to
-    flip:        probability of a horizontal flip
-    jitter:      probability of the colour jitter
-    amounts:     of it: brightness, contrast, saturation, hue, as torchvision's ColorJitter counts; MSN's are SimCLR's at
-                 strength 0.5
-    grey:        probability of dropping the colours
-    blur:        probability of a Gaussian blur, with a `sigma` in pixels, from and to
-    interpolation: bilinear or bicubic, antialiased
+    Attributes:
+        pixels: Side of a view.
+        count: Views per image.
+        scale: Range of the crop's share of the image's area.
+        ratio: Range of width to height.
+        flip: Probability of a horizontal flip.
+        jitter: Probability of the colour jitter.
+        amounts: Strength of the jitter of brightness, contrast, saturation and hue, as for torchvision's ColorJitter. MSN's
+            values are SimCLR's at strength 0.5.
+        grey: Probability of greyscale.
+        blur: Probability of a Gaussian blur.
+        sigma: Range of its standard deviation in pixels.
+        interpolation: bilinear or bicubic, antialiased.
+
     Source: SimCLR's distortions (arXiv:2002.05709, appendix A), as MSN takes them (arXiv:2204.07141, appendix A.1).
     """
 
@@ -59,29 +61,31 @@ class ViewKind:
 
     def __post_init__(self) -> None:
         if self.pixels < 1 or self.count < 0:
-            raise UsageError(f"{self.count} views of {self.pixels} pixels cannot be made")
+            raise UsageError(f"{self.count} views of {self.pixels} pixels are impossible")
         for name, (least, most) in (("scale", self.scale), ("ratio", self.ratio), ("sigma", self.sigma)):
             if not 0 < least <= most:
-                raise UsageError(f"{name} of a view goes from {least} to {most}", hint="Give a range above 0.")
+                raise UsageError(f"{name} of a view is from {least} to {most}", hint="Use an ascending range above 0.")
         if self.scale[1] > 1:
-            raise UsageError(f"a crop of {self.scale[1]} of the image's area", hint="Give a share of at most 1.")
+            raise UsageError(f"a crop has {self.scale[1]} of the image's area", hint="Use a share of at most 1.")
         for name in ("flip", "jitter", "grey", "blur"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name} of a view is {getattr(self, name)}", hint="Give a probability.")
+                raise UsageError(f"{name} of a view is {getattr(self, name)}", hint="Use a probability.")
         if min(self.amounts) < 0 or self.amounts[HUE] > 0.5:
-            raise UsageError(f"a colour jitter by {self.amounts}", hint="Give amounts from 0, the hue's up to 0.5.")
+            raise UsageError(f"the colour jitter is {self.amounts}", hint="Use amounts from 0; for hue up to 0.5.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewParameters:
-    """The numbers of n views.
+    """Parameters of n views.
 
-    boxes:   (n, 4) int64: top, left, height, width of the crop, in pixels of the image
-    flipped: (n,) bool
-    order:   (n, 4) int64: which of brightness, contrast, saturation, hue comes first, second, …
-    factors: (n, 4): by which each is changed, in that order of names; 1, 1, 1, 0 leave it alone
-    greyed:  (n,) bool
-    sigmas:  (n,): of the blur in pixels, 0 for none
+    Attributes:
+        boxes: (n, 4) int64, top, left, height and width of the crop in pixels of the image.
+        flipped: (n,) bool.
+        jittered: (n,) bool.
+        order: (n, 4) int64, the order in which brightness, contrast, saturation and hue (0 to 3) are changed.
+        factors: (n, 4), factors of brightness, contrast and saturation, and shift of the hue; 1, 1, 1, 0 change nothing.
+        greyed: (n,) bool.
+        sigmas: (n,), standard deviation of the blur in pixels, 0 for none.
     """
 
     boxes: NDArray[np.int64]
@@ -96,8 +100,8 @@ class ViewParameters:
         return len(self.boxes)
 
     def rows(self, which: slice | NDArray[np.int64]) -> "ViewParameters":
-        """Give the numbers of some of the views."""
-        return ViewParameters(**{one.name: getattr(self, one.name)[which] for one in fields(self)})
+        """Return the parameters of some of the views."""
+        return ViewParameters(**{field.name: getattr(self, field.name)[which] for field in fields(self)})
 
 
 def draw_views(
@@ -109,13 +113,18 @@ def draw_views(
     views: NDArray[np.int64],
     sizes: NDArray[np.int64],
 ) -> ViewParameters:
-    """Draw the numbers of n views, each a pure function of (seed, epoch, image, view) and of the image's size.
+    """Draw the parameters of n views, each a pure function of (seed, epoch, image, view) and of the image's size.
 
-    epochs, images, views: (n,) numbers from 0
-    sizes: (n, 2) int64: height and width of each view's image
+    Args:
+        kind: Distribution of the views.
+        seed: The seed.
+        epochs: (n,) from 0.
+        images: (n,) indices of images.
+        views: (n,) numbers of views of an image.
+        sizes: (n, 2) int64, height and width of each view's image.
     """
     drawn = uniforms(np.stack([epochs, images, views], axis=1), seed=seed, count=_NUMBERS)
-    # Brightness, contrast and saturation scale around 1 and not below 0, the hue shifts around 0.
+    # Brightness, contrast and saturation are factors around 1, not below 0; the hue is a shift around 0.
     amounts, middle = np.array(kind.amounts), np.array([1.0, 1.0, 1.0, 0.0])
     least, most = middle - amounts, middle + amounts
     least[:HUE] = np.maximum(0.0, least[:HUE])
@@ -124,7 +133,7 @@ def draw_views(
     blurred = drawn[:, _BLUR] < kind.blur
     sigmas = kind.sigma[0] + (kind.sigma[1] - kind.sigma[0]) * drawn[:, _SIGMA]
     return ViewParameters(
-        boxes=_crops(kind, drawn, sizes),
+        boxes=_draw_boxes(kind, drawn, sizes),
         flipped=drawn[:, _FLIP] < kind.flip,
         jittered=jittered,
         order=np.argsort(drawn[:, _ORDER : _ORDER + 4], axis=1, kind="stable"),
@@ -134,82 +143,101 @@ def draw_views(
     )
 
 
-def _crops(kind: ViewKind, drawn: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Give boxes as torchvision's RandomResizedCrop draws them: ten attempts to fit area and ratio into the image, then the
-    largest box in its middle whose ratio is allowed."""
+def _draw_boxes(kind: ViewKind, drawn: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Draw boxes like torchvision's RandomResizedCrop.
+
+    After ten attempts to fit area and ratio into the image, the largest centred box with an allowed ratio is used.
+    """
     heights, widths = sizes[:, 0], sizes[:, 1]
-    areas = (heights * widths)[:, None] * _between(kind.scale, drawn[:, 0:_CORNER:2])
+    areas = (heights * widths)[:, None] * _scale_to(kind.scale, drawn[:, 0:_CORNER:2])
     low, high = math.log(kind.ratio[0]), math.log(kind.ratio[1])
-    ratios = np.exp(_between((low, high), drawn[:, 1:_CORNER:2]))
+    ratios = np.exp(_scale_to((low, high), drawn[:, 1:_CORNER:2]))
     tried_widths = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
     tried_heights = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
     fits = (tried_widths > 0) & (tried_widths <= widths[:, None])
     fits &= (tried_heights > 0) & (tried_heights <= heights[:, None])
     first, rows = fits.argmax(axis=1), np.arange(len(sizes))
-    found = fits[rows, first]
-    whole_heights, whole_widths = _largest(kind, heights, widths)
-    box_heights = np.where(found, tried_heights[rows, first], whole_heights)
-    box_widths = np.where(found, tried_widths[rows, first], whole_widths)
-    tops = np.where(found, drawn[:, _CORNER] * (heights - box_heights + 1), (heights - box_heights) // 2)
-    lefts = np.where(found, drawn[:, _CORNER + 1] * (widths - box_widths + 1), (widths - box_widths) // 2)
+    fitted = fits[rows, first]
+    largest_heights, largest_widths = _largest_box(kind, heights, widths)
+    box_heights = np.where(fitted, tried_heights[rows, first], largest_heights)
+    box_widths = np.where(fitted, tried_widths[rows, first], largest_widths)
+    tops = np.where(fitted, drawn[:, _CORNER] * (heights - box_heights + 1), (heights - box_heights) // 2)
+    lefts = np.where(fitted, drawn[:, _CORNER + 1] * (widths - box_widths + 1), (widths - box_widths) // 2)
     return np.stack([tops.astype(np.int64), lefts.astype(np.int64), box_heights, box_widths], axis=1)
 
 
-def _largest(
+def _largest_box(
     kind: ViewKind, heights: NDArray[np.int64], widths: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     shape = widths / heights
-    whole_heights = np.where(shape < kind.ratio[0], np.rint(widths / kind.ratio[0]), heights).astype(np.int64)
-    whole_widths = np.where(shape > kind.ratio[1], np.rint(heights * kind.ratio[1]), widths).astype(np.int64)
-    return np.minimum(whole_heights, heights), np.minimum(whole_widths, widths)
+    box_heights = np.where(shape < kind.ratio[0], np.rint(widths / kind.ratio[0]), heights).astype(np.int64)
+    box_widths = np.where(shape > kind.ratio[1], np.rint(heights * kind.ratio[1]), widths).astype(np.int64)
+    return np.minimum(box_heights, heights), np.minimum(box_widths, widths)
 
 
-def _between(ends: tuple[float, float], drawn: NDArray[np.float64]) -> NDArray[np.float64]:
+def _scale_to(ends: tuple[float, float], drawn: NDArray[np.float64]) -> NDArray[np.float64]:
     return ends[0] + (ends[1] - ends[0]) * drawn
 
 
 def make_view(image: Tensor, parameters: ViewParameters, row: int, kind: ViewKind) -> Tensor:
-    """Apply the numbers of one view to an image, by torchvision's functions on uint8.
+    """Make one view with torchvision's functions on uint8.
 
-    image:   (3, height, width) uint8
-    returns: (3, pixels, pixels) uint8
+    Args:
+        image: (3, height, width) uint8.
+        parameters: Parameters of views.
+        row: Which of them to use.
+        kind: The kind of the view.
+
+    Returns:
+        (3, pixels, pixels) uint8.
     """
     from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional as change
+    from torchvision.transforms.v2 import functional as transforms
 
     side = kind.pixels
     mode = InterpolationMode(kind.interpolation)
     top, left, height, width = parameters.boxes[row].tolist()
-    view = change.resized_crop(image, top, left, height, width, [side, side], mode, antialias=True)
+    view = transforms.resized_crop(image, top, left, height, width, [side, side], mode, antialias=True)
     if parameters.flipped[row]:
-        view = change.horizontal_flip(view)
+        view = transforms.horizontal_flip(view)
     if parameters.jittered[row]:
-        adjust = (change.adjust_brightness, change.adjust_contrast, change.adjust_saturation, change.adjust_hue)
+        adjust = (
+            transforms.adjust_brightness,
+            transforms.adjust_contrast,
+            transforms.adjust_saturation,
+            transforms.adjust_hue,
+        )
         for which in parameters.order[row].tolist():
             view = adjust[which](view, float(parameters.factors[row, which]))
     if parameters.greyed[row]:
-        view = change.rgb_to_grayscale(view, num_output_channels=3)
+        view = transforms.rgb_to_grayscale(view, num_output_channels=3)
     if parameters.sigmas[row]:
         reach = 2 * blur_radius(side) + 1
-        view = change.gaussian_blur(view, [reach, reach], [float(parameters.sigmas[row])] * 2)
+        view = transforms.gaussian_blur(view, [reach, reach], [float(parameters.sigmas[row])] * 2)
     assert isinstance(view, Tensor)
     return view
 
 
 def blur_radius(pixels: int) -> int:
-    """Give how far the blur of a view reaches: mirrored at its edges, it reaches no farther than the view is wide."""
+    """Return the radius of the blur kernel in pixels. Reflection at the edges limits it to the view's side."""
     return min(BLUR_RADIUS, pixels - 1)
 
 
 def make_views(
-    images: "list[Tensor]", kind: ViewKind, *, first_view: int, seed: int, epoch: int, numbers: NDArray[np.int64]
+    images: list[Tensor], kind: ViewKind, *, first_view: int, seed: int, epoch: int, numbers: NDArray[np.int64]
 ) -> Tensor:
     """Make all views of one kind of some images, one after the other.
 
-    images:     (3, height, width) uint8 each
-    first_view: the number of this kind's first view among all views of an image
-    numbers:    (b,) of the images in their data set
-    returns:    (count · b, 3, pixels, pixels) uint8, view-major: the first view of every image, then the second, …
+    Args:
+        images: (3, height, width) uint8 each.
+        kind: The kind of the views.
+        first_view: Number of this kind's first view among all views of an image.
+        seed: The seed.
+        epoch: The epoch.
+        numbers: (b,) indices of the images in their data set.
+
+    Returns:
+        (count * b, 3, pixels, pixels) uint8, view-major: the first view of every image, then the second, …
     """
     drawn = draw_for_batch(images, kind, first_view=first_view, seed=seed, epoch=epoch, numbers=numbers)
     made = [make_view(images[row % len(images)], drawn, row, kind) for row in range(len(drawn))]
@@ -217,9 +245,9 @@ def make_views(
 
 
 def draw_for_batch(
-    images: "list[Tensor]", kind: ViewKind, *, first_view: int, seed: int, epoch: int, numbers: NDArray[np.int64]
+    images: list[Tensor], kind: ViewKind, *, first_view: int, seed: int, epoch: int, numbers: NDArray[np.int64]
 ) -> ViewParameters:
-    """Draw the numbers for all views of one kind of some images, view-major; arguments as for `make_views`."""
+    """Draw the parameters of all views of one kind of some images, view-major. Arguments as for `make_views`."""
     sizes = np.array([image.shape[-2:] for image in images], dtype=np.int64).reshape(-1, 2)
     return draw_views(
         kind,

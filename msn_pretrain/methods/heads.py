@@ -1,4 +1,4 @@
-"""Heads: the small networks behind an encoder that only pre-training uses."""
+"""Projection and prediction heads, and BatchNorm over all ranks."""
 
 from collections import OrderedDict
 from typing import cast
@@ -11,10 +11,12 @@ from msn_pretrain.distributed.collective import sum_over_ranks, world_size
 
 
 def projection_head(width: int, *, hidden: int = 2048, output: int = 256, batch_norm: bool = True) -> nn.Sequential:
-    """Build MSN's head: three linear layers, after the first two BatchNorm and GELU.
+    """Build MSN's head: three linear layers, the first two followed by BatchNorm and GELU.
 
-    The paper puts a BatchNorm before the first layer, too; the release, which made the published weights, does not.
-    Layers have the release's names. Source: github.com/facebookresearch/msn, src/msn_train.py.
+    The paper has another BatchNorm before the first layer; the release, which trained the published weights, does not. Layers
+    have the release's names.
+
+    Source: github.com/facebookresearch/msn, src/msn_train.py.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for number, inputs in ((1, width), (2, hidden)):
@@ -27,9 +29,10 @@ def projection_head(width: int, *, hidden: int = 2048, output: int = 256, batch_
 
 
 def simsiam_projector(width: int, *, layers: int = 3, output: int = 2048) -> nn.Sequential:
-    """Build SimSiam's projector: linear layers with BatchNorm, ReLU between them; the last BatchNorm has no weights.
+    """Build SimSiam's projector: linear layers with BatchNorm, and ReLU between them. The last BatchNorm has no weights.
 
-    No layer has a bias, since a BatchNorm follows; the release holds its last layer's at its first value.
+    Layers have no bias, because a BatchNorm follows. The release keeps the bias of its last layer at the initial value.
+
     Source: arXiv:2011.10566, section 3; github.com/facebookresearch/simsiam, simsiam/builder.py.
     """
     parts: list[nn.Module] = []
@@ -42,7 +45,7 @@ def simsiam_projector(width: int, *, layers: int = 3, output: int = 2048) -> nn.
 
 
 def simsiam_predictor(width: int, *, hidden: int = 512) -> nn.Sequential:
-    """Build SimSiam's predictor: two linear layers, after the first BatchNorm and ReLU. Source: as the projector's."""
+    """Build SimSiam's predictor: two linear layers, the first followed by BatchNorm and ReLU. Source: as `simsiam_projector`."""
     parts = [
         nn.Linear(width, hidden, bias=False),
         nn.BatchNorm1d(hidden),
@@ -53,40 +56,40 @@ def simsiam_predictor(width: int, *, hidden: int = 512) -> nn.Sequential:
 
 
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the rows of all ranks while training, as torch's SyncBatchNorm, which has no CPU form.
+    """BatchNorm over the rows of all ranks in training, like torch's SyncBatchNorm, but also on CPUs.
 
-    Weights, buffers and their names are those of torch's layers. On one rank it is torch's BatchNorm.
-    The mean, then the mean squared distance from it, are each summed over ranks: exact, and so is their gradient.
+    Weights, buffers and their names are those of torch's BatchNorm, and so is the result on one rank. The mean, then the mean
+    squared distance from it, are summed over ranks; values and gradients are exact.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
-            raise ValueError(f"batch normalisation of a tensor of shape {tuple(input.shape)}")
+            raise ValueError(f"batch normalisation needs at least 2 dimensions, not shape {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (n, channels, …) by channel."""
+        """Normalise (n, channels, …) per channel."""
         if not self.training or world_size() == 1:
             return super().forward(input)
         self._check_input_dim(input)
         channels = (1, -1, *[1] * (input.dim() - 2))
-        others = [0, *range(2, input.dim())]
+        reduced = [0, *range(2, input.dim())]
         with torch.autocast(input.device.type, enabled=False):
             values = input if input.dtype == torch.float64 else input.float()
             own_count = values.new_full((1,), values.numel() / values.shape[1])
-            sums = sum_over_ranks(torch.cat([values.sum(dim=others), own_count]))
+            sums = sum_over_ranks(torch.cat([values.sum(dim=reduced), own_count]))
             count = sums[-1].detach()
             mean = sums[:-1] / count
             centred = values - mean.view(channels)
-            variance = sum_over_ranks(centred.square().sum(dim=others)) / count
-            self._follow(mean.detach(), variance.detach(), count)
+            variance = sum_over_ranks(centred.square().sum(dim=reduced)) / count
+            self._update_running_statistics(mean.detach(), variance.detach(), count)
             normal = centred * (variance + self.eps).rsqrt().view(channels)
             if self.affine:
                 normal = normal * self.weight.view(channels) + self.bias.view(channels)
         return normal.to(input.dtype)
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Move the running statistics, which hold the unbiased variance."""
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Update the running statistics. As in torch, the running variance is the unbiased one."""
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             return
         cast(Tensor, self.num_batches_tracked).add_(1)
@@ -98,15 +101,16 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def share_batch_norm(network: nn.Module) -> nn.Module:
-    """Make every BatchNorm in `network` one over all ranks, in place, and give the network; weights and names stay.
+    """Replace every BatchNorm in a network by `SharedBatchNorm`, in place, and return the network. Weights and names stay.
 
-    Raises UsageError for batch normalisation of another kind, which would go on to see its own rank's rows alone.
+    Raises:
+        UsageError: The network has batch normalisation of another kind, which would see the rows of its own rank only.
     """
     for name, module in network.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, SharedBatchNorm):
                 raise UsageError(
-                    f"{name} is a {type(module).__name__}, which has no form over several ranks here",
+                    f"{name} is a {type(module).__name__}, which does not support several ranks",
                     hint="Choose an encoder with plain BatchNorm, such as resnet50, or with LayerNorm.",
                 )
             module.__class__ = SharedBatchNorm

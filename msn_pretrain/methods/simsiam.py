@@ -1,4 +1,4 @@
-"""SimSiam: encoder, projector, predictor, and what one step computes from its two views; its form is that of msn.MSN."""
+"""SimSiam: encoder, projector, predictor. The interface is that of `msn.MSN`."""
 
 from collections.abc import Iterator, Sequence
 from typing import cast
@@ -14,13 +14,17 @@ from msn_pretrain.config.schedule import StepSettings
 from msn_pretrain.methods.heads import share_batch_norm, simsiam_predictor, simsiam_projector
 from msn_pretrain.methods.loss import simsiam_loss
 from msn_pretrain.methods.msn import Step
-from msn_pretrain.methods.vit import draw_weights
+from msn_pretrain.methods.vit import init_weights
 
 
 class SimSiam(nn.Module):
     """Simple Siamese networks.
 
-    network:   timm's, without classifier; (b, 3, S, S) -> (b, width)
+    Attributes:
+        network: timm's network without classifier, (b, 3, S, S) -> (b, width).
+        projector: (b, width) -> (b, d).
+        predictor: (b, d) -> (b, d).
+
     Source: arXiv:2011.10566; github.com/facebookresearch/simsiam, simsiam/builder.py.
     """
 
@@ -31,21 +35,27 @@ class SimSiam(nn.Module):
         self.predictor = predictor
 
     def draw_kept(self, generator: torch.Generator, *, images: int) -> Tensor | None:
-        """Give None: no patches are dropped."""
+        """Return None: SimSiam drops no patches."""
         return None
 
     def forward(self, views: Sequence[Tensor], kept: Tensor | None = None, *, sharpening: float | None = None) -> Step:
-        """Compute the loss of this rank's share of a batch. views: two of (b, 3, S, S); nothing else is used."""
+        """Compute the loss of this rank's share of a batch.
+
+        Args:
+            views: Two views of (b, 3, S, S).
+            kept: Unused.
+            sharpening: Unused.
+        """
         if len(views) != 2:
-            raise UsageError(f"{len(views)} views", hint="SimSiam compares two.")
-        (features, z1), (_, z2) = (self.projected(view) for view in views)
+            raise UsageError(f"SimSiam got {len(views)} views", hint="Pass two.")
+        (features, z1), (_, z2) = (self.project(view) for view in views)
         total = simsiam_loss(self.predictor(z1), z2, self.predictor(z2), z1)
         return Step(
             total=total, parts={"total": total.detach()}, features=features.detach(), outputs=z1.detach(), targets=None
         )
 
-    def projected(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Give (b, width) features and (b, d) projections. Each view goes alone: BatchNorm must not see both."""
+    def project(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute features (b, width) and projections (b, d) of one view. BatchNorm must not see both views together."""
         features = self.network(images)
         return features, self.projector(features)
 
@@ -53,35 +63,38 @@ class SimSiam(nn.Module):
         """Do nothing: both views share one network."""
 
     def clipped_parameters(self) -> Iterator[nn.Parameter]:
-        """Give the parameters whose common gradient norm is limited, where the recipe limits it."""
+        """Return the parameters whose common gradient norm is limited, if the recipe limits it."""
         return self.parameters()
 
     def exported(self) -> nn.Module:
-        """Give timm's network to evaluate."""
+        """Return timm's network to evaluate."""
         return self.network
 
 
 def build_simsiam(recipe: SimSiamRecipe) -> SimSiam:
-    """Build the networks of a recipe on the CPU, in training mode, all weights drawn from its seed.
+    """Build the networks of a recipe on the CPU, in training mode, with all weights drawn from its seed.
 
-    A residual network has torch's first values, the last BatchNorm of each block at zero; a Transformer MSN's. Linear
-    layers of projector and predictor have torch's: the paper found that others cost accuracy.
-    Raises CheckpointError for an encoder that timm does not know, UsageError for a stem that does not fit.
+    Residual networks start with timm's initial values, the last BatchNorm of each block at zero. Transformers start with MSN's.
+    Projector and predictor start with torch's: the paper found that others cost accuracy.
+
+    Raises:
+        CheckpointError: timm does not know the encoder.
+        UsageError: The stem does not fit the encoder.
     """
     from timm.models.resnet import ResNet
     from timm.models.vision_transformer import VisionTransformer
 
     plain = outline_network(name_architecture(recipe.encoder.name))
     if recipe.encoder.stem == "cifar" and not isinstance(plain, ResNet):
-        raise UsageError("encoder.stem: cifar is for residual networks", hint="Leave encoder.stem=imagenet.")
+        raise UsageError("encoder.stem=cifar is for residual networks only", hint="Use encoder.stem=imagenet.")
     name, drop_path, seed = architecture_of(recipe.encoder), recipe.encoder.drop_path, recipe.run.seed
     keywords = f"{'&' if '?' in name else '?'}drop_path_rate={drop_path}" if drop_path else ""
     network = build_network(name_architecture(name + keywords), seed=seed)
     if isinstance(network, VisionTransformer):
-        draw_weights(network, seed=seed)
+        init_weights(network, seed=seed)
     width = cast(int, network.num_features)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)  # not the encoder's own numbers again
+        torch.manual_seed(seed + 1)  # not the random numbers of the encoder again
         projector = simsiam_projector(width, layers=recipe.projector.layers, output=recipe.projector.output)
         predictor = simsiam_predictor(recipe.projector.output, hidden=recipe.projector.predictor)
     return SimSiam(share_batch_norm(network), projector, predictor).train()

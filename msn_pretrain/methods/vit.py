@@ -1,4 +1,4 @@
-"""Transformer: a Vision Transformer in training, which may be given only some of its patches and images of several sizes."""
+"""Vision Transformers in training: a part of the patches, and images of several sizes."""
 
 import logging
 import math
@@ -16,6 +16,7 @@ from msn_eval.models.vit import (
     class_token_after,
     interpolate_positions,
     is_plain,
+    keep_patches,
     patch_pixels,
     stored_pixels,
 )
@@ -32,12 +33,18 @@ def build_transformer(
     position_scale: float = 1.0,
     seed: int = 0,
 ) -> nn.Module:
-    """Build timm's Vision Transformer `name`, in training mode, its weights drawn from `seed`.
+    """Build a Vision Transformer of timm in training mode, with weights drawn from `seed`.
 
-    name: as `--arch` takes it, keywords behind it
-    first_weights:  `release`, as the MSN release draws them, or `timm`
-    position_scale: of the first position embeddings, to what they are drawn as
-    Raises CheckpointError for a name that timm does not know, UsageError for a network of another kind.
+    Args:
+        name: Architecture as for `--arch`, keywords included.
+        drop_path: Rate of stochastic depth.
+        first_weights: `release` draws weights as the MSN release does, `timm` as timm does.
+        position_scale: Factor for the initial position embeddings.
+        seed: Seed of the weights.
+
+    Raises:
+        CheckpointError: timm does not know the name.
+        UsageError: The network is of another kind.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -45,11 +52,11 @@ def build_transformer(
     network = build_network(name_architecture(name + keywords), seed=seed)
     if not isinstance(network, VisionTransformer) or network.cls_token is None or network.pos_embed is None:
         raise UsageError(
-            f"encoder.name: {name} is no Vision Transformer with class token and learned positions",
+            f"encoder.name: {name} is not a Vision Transformer with class token and learned positions",
             hint="Choose for example vit_small_patch16_224.",
         )
     if first_weights == "release":
-        draw_weights(network, seed=seed)
+        init_weights(network, seed=seed)
     if position_scale != 1:
         with torch.no_grad():
             cast(Tensor, network.pos_embed).mul_(position_scale)
@@ -57,10 +64,12 @@ def build_transformer(
 
 
 @torch.no_grad()
-def draw_weights(network: nn.Module, *, seed: int) -> None:
-    """Draw a Transformer's weights as the MSN release does: normal, cut at ±2, of standard deviation 0.02; biases 0.
+def init_weights(network: nn.Module, *, seed: int) -> None:
+    """Draw weights as the MSN release does: truncated normal with standard deviation 0.02, biases 0.
 
-    The patch embedding is Kaiming-normal by its inputs. Source: github.com/facebookresearch/msn, src/deit.py.
+    The patch embedding is Kaiming-normal by fan-in.
+
+    Source: github.com/facebookresearch/msn, src/deit.py.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -77,69 +86,82 @@ def draw_weights(network: nn.Module, *, seed: int) -> None:
 
 
 class MaskedTransformer(nn.Module):
-    """A timm Vision Transformer whose patches may be dropped before its blocks, for images of several sizes.
+    """A Vision Transformer of timm that can drop patches before its blocks and take images of several sizes.
 
-    network:     timm's, the only part with weights; its names are as timm's behind `network.`
-    image_sides: pixels of the images that it will see
-    Positions of another size than the network's are interpolated bicubically, without antialiasing, as the release does;
-    that is a fixed matrix for each size, so its gradient is a product, alike on every device.
+    Position embeddings of other sizes are interpolated bicubically without antialiasing, as in the release. For each size this is
+    a fixed matrix, so the gradient is a matrix product, which is deterministic on every device.
+
+    Attributes:
+        network: timm's network, the only part with weights.
+        width: Width of the class token.
+        prefix: Number of class and register tokens.
+        patch_pixels: Side of a patch.
     """
 
     def __init__(self, network: nn.Module, *, image_sides: Iterable[int]) -> None:
+        """Create the module.
+
+        Args:
+            network: As returned by `build_transformer`.
+            image_sides: Sides in pixels of the images that it will see.
+        """
         super().__init__()
         self.network = network
         self.width = cast(int, network.embed_dim)
         self.prefix = cast(int, network.num_prefix_tokens)
         self.patch_pixels = cast(int, patch_pixels(network))
         own_side = cast(int, stored_pixels(network)) // self.patch_pixels
-        for side in {pixels // self.patch_pixels for pixels in map(self._checked, image_sides)} - {own_side}:
-            self.register_buffer(f"to_{side}_a_side", _interpolation(own_side, side), persistent=False)
+        for side in {pixels // self.patch_pixels for pixels in map(self._check_side, image_sides)} - {own_side}:
+            self.register_buffer(f"to_{side}_a_side", _interpolation_matrix(own_side, side), persistent=False)
         self._own_side = own_side
-        # Only the class token leaves the last block; nothing else of it need be computed, unless blocks may be skipped.
-        self._class_token_alone = is_plain(network) and _never_drops(network)
+        # Only the class token of the last block is used. Compute it alone, unless stochastic depth may skip the block.
+        self._class_token_only = is_plain(network) and _never_drops(network)
 
     def patches(self, pixels: int) -> int:
-        """Give how many patches an image of this side has."""
+        """Return the number of patches of an image of this side."""
         return (pixels // self.patch_pixels) ** 2
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Give the class tokens after the final norm.
+        """Compute the class tokens after the final norm.
 
-        images:  (b, 3, S, S), normalised
-        kept:    (m,) or (b, m) int64, the patches that are not dropped; None keeps all
-        returns: (b, width)
+        Args:
+            images: (b, 3, S, S), normalised.
+            kept: (m,) or (b, m) int64, the patches to keep; None keeps all.
+
+        Returns:
+            (b, width).
         """
-        tokens = self._tokens(images)
+        tokens = self._embed(images)
         if kept is not None:
             tokens = keep_patches(tokens, kept, prefix=self.prefix)
         network = self.network
         tokens = network.norm_pre(tokens)  # type: ignore[operator]
         blocks = cast(nn.Sequential, network.blocks)
-        alone = self._class_token_alone
-        token = class_token_after(blocks[-1], blocks[:-1](tokens)) if alone else blocks(tokens)[:, 0]
+        only = self._class_token_only
+        token = class_token_after(blocks[-1], blocks[:-1](tokens)) if only else blocks(tokens)[:, 0]
         return cast(Tensor, network.fc_norm(network.norm(token)))  # type: ignore[operator]
 
-    def _tokens(self, images: Tensor) -> Tensor:
-        """Give (b, prefix + n, width), patches with their positions behind the prefix tokens."""
+    def _embed(self, images: Tensor) -> Tensor:
+        """Return prefix tokens and patches with their positions, (b, prefix + n, width)."""
         network = self.network
+        # Not timm's patch_embed(): it refuses image sizes other than the network's own.
         embed = cast(nn.Module, network.patch_embed)
         patches = cast(nn.Module, embed.norm)(cast(nn.Module, embed.proj)(images).flatten(2).transpose(1, 2))
         positions = cast(Tensor, network.pos_embed)
         n_prefix_positions = positions.shape[1] - self._own_side**2
         side = images.shape[-1] // self.patch_pixels
-        of_patches = positions[:, n_prefix_positions:]
+        patch_positions = positions[:, n_prefix_positions:]
         if side != self._own_side:
             with torch.autocast(images.device.type, enabled=False):
-                of_patches = cast(Tensor, getattr(self, f"to_{side}_a_side")) @ of_patches
-        prefix = [cast(Tensor, token) for token in (network.cls_token, network.reg_token) if token is not None]
-        front = torch.cat(prefix, dim=1)
+                patch_positions = cast(Tensor, getattr(self, f"to_{side}_a_side")) @ patch_positions
+        tokens = [cast(Tensor, token) for token in (network.cls_token, network.reg_token) if token is not None]
+        prefix = torch.cat(tokens, dim=1)
         if n_prefix_positions:
-            front = front + positions[:, :n_prefix_positions]
-        front = front.expand(len(images), -1, -1).to(patches.dtype)
-        tokens = torch.cat([front, patches + of_patches], dim=1)
-        return cast(Tensor, cast(nn.Module, network.pos_drop)(tokens))
+            prefix = prefix + positions[:, :n_prefix_positions]
+        prefix = prefix.expand(len(images), -1, -1).to(patches.dtype)
+        return cast(Tensor, cast(nn.Module, network.pos_drop)(torch.cat([prefix, patches + patch_positions], dim=1)))
 
-    def _checked(self, pixels: int) -> int:
+    def _check_side(self, pixels: int) -> int:
         if pixels < self.patch_pixels:
             raise UsageError(
                 f"views of {pixels} pixels are smaller than a patch of {self.patch_pixels}",
@@ -147,14 +169,15 @@ class MaskedTransformer(nn.Module):
             )
         if pixels % self.patch_pixels:
             _log.warning(
-                "views of %d pixels are no whole number of patches of %d: %d pixels at two edges are not seen",
+                "views of %d pixels are not a multiple of the patch size %d: %d pixels at two edges are ignored",
                 *(pixels, self.patch_pixels, pixels % self.patch_pixels),
             )
         return pixels
 
 
-def _interpolation(own_side: int, side: int) -> Tensor:
-    """Give (side ** 2, own_side ** 2) float32, the matrix that interpolates positions of one grid to another."""
+def _interpolation_matrix(own_side: int, side: int) -> Tensor:
+    """Return the matrix that interpolates positions from one grid to another, (side ** 2, own_side ** 2) float32."""
+    # Interpolation is linear: applied to the identity, it gives its own matrix.
     basis = torch.eye(own_side**2, dtype=torch.float64).unsqueeze(0)
     return interpolate_positions(basis, patches_a_side=side, rule=_RELEASED)[0].float()
 
@@ -169,42 +192,34 @@ def _never_drops(network: nn.Module) -> bool:
 
 
 def kept_count(n_patches: int, ratio: float) -> int:
-    """Give how many of `n_patches` are kept when a share `ratio` is dropped, rounded down as the release does.
+    """Return how many patches are kept when a share `ratio` is dropped, rounded down as in the release.
 
-    Raises UsageError where none would be left, and for a ratio outside [0, 1).
+    Raises:
+        UsageError: No patch would be kept, or the ratio is outside of [0, 1).
     """
     kept = math.floor(n_patches * (1.0 - ratio)) if 0 <= ratio < 1 else 0
     if not kept:
         raise UsageError(
-            f"a view of {n_patches} patches of which a share of {ratio} is dropped keeps none",
+            f"masking.ratio={ratio} keeps none of the {n_patches} patches of a view",
             hint="Drop a smaller share: masking.ratio=0.15.",
         )
     return kept
 
 
-def kept_patches(n_patches: int, ratio: float, generator: torch.Generator, *, images: int | None = None) -> Tensor:
-    """Draw the patches that are kept, each set equally likely, by a generator on the CPU.
+def draw_kept_patches(n_patches: int, ratio: float, generator: torch.Generator, *, images: int | None = None) -> Tensor:
+    """Draw the patches to keep; every set of this size is equally likely.
 
-    images:  how many images get a set of their own; None draws one set for all of a batch, as the release does
-    returns: (kept,) or (images, kept) int64 on the CPU, ascending, in [0, n_patches)
+    Args:
+        n_patches: Patches of an image.
+        ratio: Share to drop, in [0, 1).
+        generator: Source of randomness, on the CPU.
+        images: Number of images with a set each; None draws one set for the whole batch, as in the release.
+
+    Returns:
+        (kept,) or (images, kept) int64 on the CPU, ascending, in [0, n_patches).
     """
     kept = kept_count(n_patches, ratio)
     if images is None:
         return torch.randperm(n_patches, generator=generator)[:kept].sort().values
     order = torch.rand(images, n_patches, generator=generator, dtype=torch.float64).argsort(dim=1)
     return order[:, :kept].sort(dim=1).values
-
-
-def keep_patches(tokens: Tensor, kept: Tensor, *, prefix: int) -> Tensor:
-    """Leave the first `prefix` tokens and, of the patches behind them, those in `kept`.
-
-    tokens:  (b, prefix + n, d)
-    kept:    (m,) or (b, m) int64, numbers of patches
-    returns: (b, prefix + m, d)
-    """
-    patches = tokens[:, prefix:]
-    if kept.dim() == 1:
-        chosen = patches.index_select(1, kept)
-    else:
-        chosen = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
-    return torch.cat([tokens[:, :prefix], chosen], dim=1)

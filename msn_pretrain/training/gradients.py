@@ -1,8 +1,8 @@
-"""Gradients: loss and gradients of one step, in one piece or, where memory is short, in micro-batches.
+"""Loss and gradients of one step, in one pass or in micro-batches.
 
-In micro-batches MSN's are still those of the whole batch: every image goes through the encoder twice, first without
-gradient, so that head, BatchNorm, Sinkhorn and mean entropy see all of them at once, then with the gradient that they gave
-back. SimSiam's projector could be treated so, its encoder's own BatchNorm could not: it sees a micro-batch at a time.
+MSN's gradients in micro-batches are still those of the complete batch. Every image goes through the encoder twice: first without
+gradient, so that head, BatchNorm, Sinkhorn and mean entropy see all images at once, then with the gradient of its features.
+SimSiam's encoder has BatchNorm of its own, which only ever sees a micro-batch.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,15 @@ def compute_gradients(
     micro_batch: int,
     autocast: AbstractContextManager[None],
 ) -> Step:
-    """Compute one step's loss, and add its gradients to the model's.
+    """Compute the loss of one step and add its gradients to those of the model.
 
-    views:       each (b, 3, S, S), normalised
-    kept:        which patches the masked anchors keep
-    micro_batch: images at once, 0 for all of them
-    autocast:    in which everything forward is computed
+    Args:
+        model: MSN or SimSiam.
+        views: Each (b, 3, S, S), normalised.
+        kept: Patches that the masked anchor views keep.
+        sharpening: T of the targets.
+        micro_batch: Images per pass, 0 for all of them.
+        autocast: Context of all forward passes.
     """
     images = len(views[0])
     if micro_batch in (0, images) or micro_batch > images:
@@ -42,16 +45,19 @@ def compute_gradients(
         step.total.backward()  # type: ignore[no-untyped-call]
         return step
     if isinstance(model, MSN):
-        return _in_two_passes(model, views, kept, sharpening=sharpening, size=micro_batch, autocast=autocast)
-    return _piece_by_piece(model, views, size=micro_batch, autocast=autocast)
+        return _backward_in_two_passes(model, views, kept, sharpening=sharpening, size=micro_batch, autocast=autocast)
+    return _backward_per_micro_batch(model, views, size=micro_batch, autocast=autocast)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Piece:
-    """A micro-batch of one anchor view.
+class _MicroBatch:
+    """A part of one anchor view.
 
-    group: views of one size, masked or not, whose projections share BatchNorm statistics
-    state: of torch's generators before the encoder saw it the first time
+    Attributes:
+        images: (b, 3, S, S).
+        kept: Patches that it keeps.
+        group: Whether the view is masked, and its size. Views of one group share BatchNorm statistics in the head.
+        state: Of torch's random generators before its first forward pass.
     """
 
     images: Tensor
@@ -60,7 +66,7 @@ class _Piece:
     state: tuple[Tensor, Tensor | None]
 
 
-def _in_two_passes(
+def _backward_in_two_passes(
     model: MSN,
     views: Sequence[Tensor],
     kept: Tensor | None,
@@ -69,35 +75,36 @@ def _in_two_passes(
     size: int,
     autocast: AbstractContextManager[None],
 ) -> Step:
-    pieces: list[_Piece] = []
-    seen: list[Tensor] = []
+    parts: list[_MicroBatch] = []
+    first_pass: list[Tensor] = []
     with torch.no_grad(), autocast:
         target_features = torch.cat([model.target.trunk(part) for part in torch.split(views[0], size)])
         targets = model.target.head(target_features)
         for images, own, group in _micro_batches(model, views[1:], kept, size):
-            pieces.append(_Piece(images=images, kept=own, group=group, state=_generators(images.device)))
-            seen.append(model.anchor.trunk(images, own))
-    features = [one.detach().requires_grad_() for one in seen]
+            parts.append(_MicroBatch(images=images, kept=own, group=group, state=_generator_state(images.device)))
+            first_pass.append(model.anchor.trunk(images, own))
+    features = [output.detach().requires_grad_() for output in first_pass]
     with autocast:
-        by_group = groupby(zip(pieces, features, strict=True), key=lambda one: one[0].group)
-        anchors = [model.anchor.head(torch.cat([feature for _, feature in alike])) for _, alike in by_group]
-        loss = model.compared(torch.cat(anchors), targets, sharpening=sharpening)
+        by_group = groupby(zip(parts, features, strict=True), key=lambda pair: pair[0].group)
+        anchors = [model.anchor.head(torch.cat([feature for _, feature in group])) for _, group in by_group]
+        loss = model.compute_loss(torch.cat(anchors), targets, sharpening=sharpening)
     loss.total.backward()  # type: ignore[no-untyped-call]
-    after = _generators(views[0].device)
-    for piece, feature in zip(pieces, features, strict=True):
-        _set_generators(piece.state, piece.images.device)
+    state_after = _generator_state(views[0].device)
+    for part, feature in zip(parts, features, strict=True):
+        # The second pass must draw the same stochastic depth as the first.
+        _set_generator_state(part.state, part.images.device)
         with autocast:
-            again = model.anchor.trunk(piece.images, piece.kept)
-        again.backward(feature.grad)
-    _set_generators(after, views[0].device)
-    parts = {name: getattr(loss, name).detach() for name in ("total", "cross_entropy", "me_max", "entropy")}
-    return Step(total=loss.total, parts=parts, features=target_features, outputs=targets, targets=loss.targets)
+            second_pass = model.anchor.trunk(part.images, part.kept)
+        second_pass.backward(feature.grad)
+    _set_generator_state(state_after, views[0].device)
+    values = {name: getattr(loss, name).detach() for name in ("total", "cross_entropy", "me_max", "entropy")}
+    return Step(total=loss.total, parts=values, features=target_features, outputs=targets, targets=loss.targets)
 
 
 def _micro_batches(
     model: MSN, views: Sequence[Tensor], kept: Tensor | None, size: int
 ) -> list[tuple[Tensor, Tensor | None, tuple[bool, int]]]:
-    found = []
+    micro_batches = []
     for number, view in enumerate(views):
         masked = number < model.random_views and kept is not None
         for start in range(0, len(view), size):
@@ -106,11 +113,11 @@ def _micro_batches(
                 first = number * len(view) + start
                 own = kept if kept.dim() == 1 else kept[first : first + min(size, len(view) - start)]
             group = (number < model.random_views, view.shape[-1])
-            found.append((view[start : start + size], own, group))
-    return found
+            micro_batches.append((view[start : start + size], own, group))
+    return micro_batches
 
 
-def _piece_by_piece(
+def _backward_per_micro_batch(
     model: SimSiam, views: Sequence[Tensor], *, size: int, autocast: AbstractContextManager[None]
 ) -> Step:
     steps = []
@@ -131,16 +138,16 @@ def _piece_by_piece(
     )
 
 
-def _generators(device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _generator_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _set_generators(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+def _set_generator_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
 
 
-def norm_of(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Give the common norm of some parameters' gradients."""
-    return torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Compute the common L2 norm of the gradients of some parameters, a scalar."""
+    return torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])

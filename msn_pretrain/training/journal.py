@@ -1,4 +1,4 @@
-"""Journal: what a run has measured of itself: one JSON line a logged step, the same for TensorBoard, and a line to watch."""
+"""Journal of a run: one JSON line per logged step, the same for TensorBoard, a progress bar, and alarms."""
 
 import json
 import logging
@@ -14,19 +14,18 @@ from typing import Any, BinaryIO, cast
 
 from msn_eval.checkpoints.run_folder import METRICS, read_metrics
 from msn_eval.errors import NumericalError, StoreError
-from msn_eval.features.collapse import COLLAPSED_LINES
-from msn_eval.features.collapse import is_collapsed as is_collapsed
+from msn_eval.features.collapse import COLLAPSED_LINES, is_collapsed
 from msn_eval.files.atomic import write_atomically
 
 _log = logging.getLogger(__name__)
-# What differs from run to run of the same numbers.
+# Fields that differ between runs with the same numbers.
 TIMING = ("time", "step_seconds", "wait_seconds", "images_per_second", "memory_bytes", "remaining_seconds")
 _GIB = 2**30
 
 
 @dataclass(kw_only=True)
 class Journal:
-    """An open journal of a run; of a rank that is not the first, one that writes nothing."""
+    """An open journal. On ranks other than 0 it writes nothing."""
 
     steps: int
     file: BinaryIO | None = None
@@ -37,7 +36,7 @@ class Journal:
     write_problem: str | None = None
 
     def write(self, facts: Mapping[str, Any]) -> None:
-        """Add a line for one step. A number that is not finite becomes null: a line is JSON. A full disk is told, once."""
+        """Write the line of one step. Numbers that are not finite become null. A full disk is logged once."""
         if self.file is None:
             return
         line = {name: None if _is_not_finite(value) else value for name, value in facts.items()}
@@ -47,19 +46,19 @@ class Journal:
             self.write_problem = None
         except OSError as error:
             if self.write_problem is None:
-                _log.warning("%s: cannot be written: %s; training goes on", METRICS, error.strerror)
+                _log.warning("%s cannot be written: %s; training continues", METRICS, error.strerror)
             self.write_problem = error.strerror or str(error)
         for name, value in facts.items():
             if isinstance(value, float | int) and name not in ("step", "epoch", "time") and not _is_not_finite(value):
                 self.board.add_scalar(name, value, facts["step"])
 
     def progress(self, *, step: int, images_per_second: float, loss: float, memory_bytes: int) -> None:
-        """Move the line to watch."""
+        """Update the progress bar."""
         if self.show is not None:
             self.show(step, f"loss {loss:.4f}  {images_per_second:,.0f} images/s  {memory_bytes / _GIB:.2f} GiB")
 
     def sync(self) -> None:
-        """Have all lines on the disk: a snapshot must not be ahead of them. Raises StoreError where the disk refuses."""
+        """Flush all lines to the disk, so that no snapshot is ahead of them. Raises StoreError if the disk refuses."""
         if self.file is None:
             return
         try:
@@ -77,27 +76,32 @@ def _is_not_finite(value: object) -> bool:
 
 @contextmanager
 def open_journal(run: Path, *, first: bool, step: int, steps: int, quiet: bool = False) -> Iterator[Journal]:
-    """Open the journal of a run that goes on after `step` steps, cutting off what was written of later ones.
+    """Open the journal of a run that continues after `step` steps. Lines of later steps are removed.
 
-    first: whether this is the first rank, which alone writes
+    Args:
+        run: Folder of the run.
+        first: Whether this is rank 0, the only one that writes.
+        step: Finished steps.
+        steps: All steps of the run.
+        quiet: Show no progress bar.
     """
     if not first:
         yield Journal(steps=steps, first_step=step)
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    cut(run / METRICS, step=step)
-    # Numbers of the steps that are done once more replace those that TensorBoard has of them.
+    truncate_metrics(run / METRICS, step=step)
+    # TensorBoard drops what it has of the steps that run again.
     board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
-    with (run / METRICS).open("ab", buffering=0) as file, _line_to_watch(step, steps, quiet=quiet) as show:
+    with (run / METRICS).open("ab", buffering=0) as file, _progress_bar(step, steps, quiet=quiet) as show:
         try:
             yield Journal(steps=steps, first_step=step, file=cast(BinaryIO, file), board=board, show=show)
         finally:
             board.close()
 
 
-def cut(path: Path, *, step: int) -> None:
-    """Leave the lines of steps up to `step`, each once; torn ones go."""
+def truncate_metrics(path: Path, *, step: int) -> None:
+    """Keep the lines of steps up to `step`. Incomplete lines are removed."""
     if not path.exists():
         return
     content = path.read_bytes()
@@ -107,8 +111,8 @@ def cut(path: Path, *, step: int) -> None:
 
 
 @contextmanager
-def _line_to_watch(step: int, steps: int, *, quiet: bool) -> Iterator[Any]:
-    """Give a function that moves a progress bar on a terminal's stderr, None where stderr is none."""
+def _progress_bar(step: int, steps: int, *, quiet: bool) -> Iterator[Any]:
+    """Yield a function that updates a progress bar on stderr, None if stderr is not a terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -135,17 +139,18 @@ def _line_to_watch(step: int, steps: int, *, quiet: bool) -> Iterator[Any]:
         yield lambda done, facts: bar.update(task, completed=done, facts=facts)
 
 
-_MOST_BAD_STEPS = 3  # one after the other: single ones happen in half precision and are skipped
-_MOST_ROLLBACKS = 3  # in a whole run: one that needs more has another fault than bad luck
+_MOST_BAD_STEPS = 3  # in a row; single ones happen in half precision and are skipped
+_MOST_ROLLBACKS = 3  # per run; if that does not help, the cause is not bad luck
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watched:
-    """What alarms remember from step to step; part of a snapshot.
+class AlarmCounters:
+    """Counters of the alarms; part of a snapshot.
 
-    bad_steps:       in a row whose loss or gradient was not finite
-    collapsed_lines: of the journal in a row that looked collapsed
-    rollbacks:       to an earlier snapshot, so far
+    Attributes:
+        bad_steps: Consecutive steps whose loss or gradient was not finite.
+        collapsed_lines: Consecutive journal lines with collapse statistics.
+        rollbacks: Rollbacks to an earlier snapshot so far.
     """
 
     bad_steps: int = 0
@@ -153,48 +158,48 @@ class Watched:
     rollbacks: int = 0
 
 
-def after_step(watched: Watched, *, finite: bool) -> Watched:
-    """Count a step."""
-    return replace(watched, bad_steps=0 if finite else watched.bad_steps + 1)
+def after_step(counters: AlarmCounters, *, finite: bool) -> AlarmCounters:
+    """Return the counters after a step."""
+    return replace(counters, bad_steps=0 if finite else counters.bad_steps + 1)
 
 
-def after_line(watched: Watched, statistics: Mapping[str, float]) -> Watched:
-    """Count a line of the journal by its statistics (collapse.py)."""
+def after_line(counters: AlarmCounters, statistics: Mapping[str, float]) -> AlarmCounters:
+    """Return the counters after a journal line with these statistics."""
     collapsed = is_collapsed(statistics)
-    return replace(watched, collapsed_lines=watched.collapsed_lines + 1 if collapsed else 0)
+    return replace(counters, collapsed_lines=counters.collapsed_lines + 1 if collapsed else 0)
 
 
-def may_roll_back(watched: Watched) -> bool:
-    """Tell whether the alarm that is due is one of numbers that are not finite, and an earlier snapshot is worth a try."""
-    return watched.bad_steps >= _MOST_BAD_STEPS and watched.rollbacks < _MOST_ROLLBACKS
+def may_roll_back(counters: AlarmCounters) -> bool:
+    """Whether the alarm is about numbers that are not finite, and a rollback is still allowed."""
+    return counters.bad_steps >= _MOST_BAD_STEPS and counters.rollbacks < _MOST_ROLLBACKS
 
 
-def after_rollback(watched: Watched) -> Watched:
-    """Count a rollback."""
-    return replace(watched, bad_steps=0, rollbacks=watched.rollbacks + 1)
+def after_rollback(counters: AlarmCounters) -> AlarmCounters:
+    """Return the counters after a rollback."""
+    return replace(counters, bad_steps=0, rollbacks=counters.rollbacks + 1)
 
 
-def raised(watched: Watched) -> NumericalError | None:
-    """Give the alarm that is due, if one is."""
-    if watched.bad_steps >= _MOST_BAD_STEPS:
+def find_alarm(counters: AlarmCounters) -> NumericalError | None:
+    """Return the alarm that the counters raise, or None."""
+    if counters.bad_steps >= _MOST_BAD_STEPS:
         return NumericalError(
-            f"loss or gradient was not finite in {watched.bad_steps} steps in a row",
+            f"loss or gradient was not finite in {counters.bad_steps} steps in a row",
             hint="The images of those steps are listed in alarms/ of the run. Train with a smaller learning rate, or in "
             "run.precision=fp32.",
             kept="No weights were changed by those steps; the last snapshot is kept.",
         )
-    if watched.collapsed_lines >= COLLAPSED_LINES:
+    if counters.collapsed_lines >= COLLAPSED_LINES:
         return NumericalError(
-            f"the representation has collapsed: all images have looked alike in {watched.collapsed_lines} lines in a row",
+            f"the representation has collapsed: all images look alike in {counters.collapsed_lines} lines in a row",
             hint="metrics.jsonl has feature_spread, output_spread and feature_rank. Change the recipe; "
-            "watch.on_alarm=warn goes on regardless.",
+            "watch.on_alarm=warn continues anyway.",
             kept="Snapshots are kept.",
         )
     return None
 
 
 def dump_batch(run: Path, *, step: int, rank: int, image_ids: Sequence[str], facts: Mapping[str, float]) -> None:
-    """Write which images a step saw whose loss or gradient was not finite."""
+    """Write the images of a step whose loss or gradient was not finite."""
     folder = run / "alarms"
     folder.mkdir(exist_ok=True)
     content = {

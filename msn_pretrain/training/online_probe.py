@@ -1,4 +1,4 @@
-"""Probe: how good the encoder of a run is by now, measured by msn_eval and kept as its ordinary records."""
+"""Online probes: evaluation of a run's encoder during training, as ordinary records of msn_eval."""
 
 import logging
 import random
@@ -19,17 +19,17 @@ _log = logging.getLogger(__name__)
 
 
 def is_due(recipe: Recipe, epoch: int) -> bool:
-    """Tell whether the encoder is measured once `epoch` epochs are finished."""
+    """Whether the recipe asks for an evaluation after `epoch` epochs."""
     return bool(recipe.watch.probe_every) and epoch % recipe.watch.probe_every == 0
 
 
 def measure(run: Path, recipe: Recipe, device: torch.device) -> list[Result]:
-    """Measure the newest snapshot of a run by the recipe's probes, and write the records to its `eval` folder.
+    """Evaluate the newest snapshot of a run with the recipe's probes, and write the records to its `eval` folder.
 
-    Global generators are left where they stand. What cannot be measured is told in the log: training goes on.
+    The states of global random generators are restored. An error is logged, and training continues.
     """
     watch = recipe.watch
-    request = EvaluationConfig(
+    config = EvaluationConfig(
         checkpoint=[str(run)],
         data=watch.probe_data or recipe.data.root,
         subset=[watch.subset],
@@ -40,9 +40,9 @@ def measure(run: Path, recipe: Recipe, device: torch.device) -> list[Result]:
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return list(evaluate_checkpoint(make_plan(request), str(run)))
+            return list(evaluate_checkpoint(make_plan(config), str(run)))
     except (CheckpointError, DataError, NumericalError, UsageError) as error:
-        _log.warning("the encoder could not be measured: %s", error)
+        _log.warning("the encoder could not be evaluated: %s", error)
         return []
     finally:
         random.setstate(python)
@@ -50,10 +50,10 @@ def measure(run: Path, recipe: Recipe, device: torch.device) -> list[Result]:
 
 
 def describe(results: list[Result]) -> str:
-    """Say what was measured, the mean over draws of each probe and setting."""
-    found: dict[str, list[float]] = {}
+    """Return one line with the mean accuracy over draws of each probe."""
+    accuracies: dict[str, list[float]] = {}
     for result in results:
         if result.metrics is not None:
             setting = ",".join(f"{name}={value:g}" for name, value in result.probe.params.items())
-            found.setdefault(f"{result.probe.name} {setting}".strip(), []).append(result.metrics.top1)
-    return "; ".join(f"{name} {100 * sum(values) / len(values):.1f} %" for name, values in found.items())
+            accuracies.setdefault(f"{result.probe.name} {setting}".strip(), []).append(result.metrics.top1)
+    return "; ".join(f"{name} {100 * sum(values) / len(values):.1f} %" for name, values in accuracies.items())

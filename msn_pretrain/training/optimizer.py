@@ -1,4 +1,4 @@
-"""Optimizer: parameter groups, and what weight decay leaves alone."""
+"""Optimisers and their parameter groups."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,13 @@ from msn_pretrain.methods.simsiam import SimSiam
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterGroup:
-    """Parameters that an optimiser treats alike.
+    """Parameters with the same settings.
 
-    names:      of the parameters, as the model names them
-    decays:     whether weight decay is theirs
-    fixed_rate: whether their learning rate stays while others' falls
+    Attributes:
+        label: `encoder`, `prototypes` or `predictor`.
+        names: Parameter names in the model.
+        decays: Whether weight decay applies.
+        fixed_rate: Whether the learning rate stays constant.
     """
 
     label: str
@@ -26,10 +28,11 @@ class ParameterGroup:
 
 
 def parameter_groups(model: MSN | SimSiam, recipe: MSNRecipe | SimSiamRecipe) -> list[ParameterGroup]:
-    """Sort the trained parameters of a model into groups; empty groups are left out.
+    """Sort the trained parameters of a model into groups, without empty ones.
 
-    MSN: matrices and other tensors decay, class token and positions among them as in the release; biases, norms and all
-    other vectors do not, nor do prototypes. SimSiam with SGD: all decay; with AdamW as MSN. Its predictor is apart.
+    MSN: weight decay applies to matrices, and as in the release to class token and positions; not to biases, norms and other
+    vectors, nor to prototypes. SimSiam with SGD: it applies to everything; with AdamW as in MSN. The predictor is a separate
+    group.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     everything = isinstance(recipe, SimSiamRecipe) and recipe.optimization.optimizer == "sgd"
@@ -48,9 +51,9 @@ def parameter_groups(model: MSN | SimSiam, recipe: MSNRecipe | SimSiamRecipe) ->
 
 
 def build_optimizer(model: MSN | SimSiam, recipe: MSNRecipe | SimSiamRecipe) -> torch.optim.Optimizer:
-    """Build the recipe's optimiser; `set_for_step` must give it rates and decay before each step.
+    """Build the optimiser of a recipe. Call `set_for_step` before each step to set learning rates and weight decay.
 
-    AdamW has torch's other defaults (betas 0.9 and 0.999, epsilon 1e-8), as the release. On a GPU it is fused.
+    AdamW has torch's defaults (betas 0.9 and 0.999, epsilon 1e-8), as in the release. It is fused on a GPU.
     """
     parameters = dict(model.named_parameters())
     groups = [
@@ -64,7 +67,7 @@ def build_optimizer(model: MSN | SimSiam, recipe: MSNRecipe | SimSiamRecipe) -> 
 
 
 def set_for_step(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:
-    """Give each group the rate and decay of one step."""
+    """Set learning rate and weight decay of each group for one step."""
     for group in optimizer.param_groups:
         group["lr"] = settings.fixed_learning_rate if group["fixed_rate"] else settings.learning_rate
         group["weight_decay"] = settings.weight_decay if group["decays"] else 0.0

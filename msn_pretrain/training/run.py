@@ -1,8 +1,7 @@
-"""Run: a recipe at work in its folder: what it trains on and with, and what it goes on from."""
+"""A run: its folder and lock, its training images, and the model and optimiser that it trains."""
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -39,7 +38,7 @@ from msn_pretrain.training.snapshot import EvaluatedEncoder, Snapshot, read_snap
 
 _log = logging.getLogger(__name__)
 Recipe = MSNRecipe | SimSiamRecipe
-# What no number that is learnt depends on.
+# Keys on which no trained number depends.
 _FREE = frozenset(
     (
         *("run.dir", "run.device", "run.log_every", "run.snapshot_minutes", "run.keep_every", "run.compare_every"),
@@ -47,28 +46,28 @@ _FREE = frozenset(
         *("watch.probe_every", "watch.probe_data", "watch.probes", "watch.subset", "watch.on_alarm"),
     )
 )
-DATA = "data"  # what --allow-config-change calls the images themselves
+DATA = "data"  # the name of the training images for --allow-config-change
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """What is trained, on its device."""
+    """Model and optimiser on a device."""
 
     model: Model
     optimizer: torch.optim.Optimizer
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Give the state of model and optimiser."""
+        """Return the state of model and optimiser."""
         return self.model.state_dict(), self.optimizer.state_dict()
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Take over the state of a snapshot."""
+        """Load the state of a snapshot."""
         self.model.load_state_dict(snapshot.model)
         self.optimizer.load_state_dict(dict(snapshot.optimizer))
 
 
 def build_learner(recipe: Recipe, device: torch.device) -> Learner:
-    """Build model and optimiser of a recipe on a device, in training mode."""
+    """Build the model and optimiser of a recipe on a device, in training mode."""
     model: Model = build_msn(recipe) if isinstance(recipe, MSNRecipe) else build_simsiam(recipe)
     model.to(device)
     attention = recipe.run.attention
@@ -91,7 +90,7 @@ def _encoders(model: Model) -> list[nn.Module]:
 
 
 def evaluated_encoder(learner: Learner, recipe: Recipe) -> EvaluatedEncoder:
-    """Give the network of a learner that is evaluated."""
+    """Return the network of a learner that is evaluated."""
     return EvaluatedEncoder(
         weights=learner.model.exported().state_dict(),
         architecture=architecture_of(recipe.encoder),
@@ -100,22 +99,22 @@ def evaluated_encoder(learner: Learner, recipe: Recipe) -> EvaluatedEncoder:
 
 
 def precision_of(recipe: Recipe, device: torch.device) -> str:
-    """Give bf16 or fp32."""
+    """Return bf16 or fp32: as the recipe says, else bf16 on a GPU."""
     if recipe.run.precision != "auto":
         return recipe.run.precision
     return "bf16" if device.type == "cuda" else "fp32"
 
 
 def autocast_of(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Give the context in which forward passes are computed; it can be entered again and again."""
+    """Return the autocast context of forward passes. It can be entered repeatedly."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision_of(recipe, device) == "bf16")
 
 
 def view_kinds(recipe: Recipe) -> tuple[ViewKind, ...]:
-    """Give the kinds of views a recipe wants: those of the whole size, MSN's target first, then the focal ones."""
+    """Return the kinds of views of a recipe: full-size views, MSN's target first; then focal views."""
     views = recipe.views
     amounts = (views.brightness, views.contrast, views.saturation, views.hue)
-    alike: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "flip": views.flip,
         "jitter": views.jitter,
         "amounts": amounts,
@@ -126,23 +125,23 @@ def view_kinds(recipe: Recipe) -> tuple[ViewKind, ...]:
     }
     targets = 1 if isinstance(recipe, MSNRecipe) else 0
     kinds = [
-        ViewKind(pixels=views.image_pixels, count=targets + views.random_views, scale=views.crop_scale, **alike),
-        ViewKind(pixels=views.focal_pixels, count=views.focal_views, scale=views.focal_crop_scale, **alike),
+        ViewKind(pixels=views.image_pixels, count=targets + views.random_views, scale=views.crop_scale, **shared),
+        ViewKind(pixels=views.focal_pixels, count=views.focal_views, scale=views.focal_crop_scale, **shared),
     ]
     return tuple(kind for kind in kinds if kind.count)
 
 
 def makes_views_on_device(recipe: Recipe, device: torch.device) -> bool:
-    """Tell whether views are made by batched operations on the training device, not one by one in the loader."""
+    """Whether views are made in batches on the training device instead of one by one in the loader."""
     made = recipe.views.made
     return made == "device" or (made == "auto" and device.type == "cuda")
 
 
 def training_images(recipe: Recipe) -> ImageSet:
-    """Read the training images of a recipe. Raises UsageError where it names none, DataError where they cannot be read."""
+    """Read the training images of a recipe. Raises UsageError if it names none, DataError if they cannot be read."""
     if not recipe.data.root:
         choices = "; ".join(f"{name}: {what}" for name, what in DATASETS.items())
-        raise UsageError("data.root is not given", hint=f"Add data.root=X, X being one of\n{choices}")
+        raise UsageError("data.root is missing", hint=f"Add data.root=X, where X is one of\n{choices}")
     cache_dir = cache_folder(EvaluationConfig())
     prepare_folder(cache_dir, option="cache")
     images = read_split(recipe.data.root, "train", cache_dir=cache_dir)
@@ -150,18 +149,20 @@ def training_images(recipe: Recipe) -> ImageSet:
 
 
 def data_sha256(images: ImageSet) -> str:
-    """Give the SHA-256 of the images' ids, a line each: what is told apart is another list of files."""
-    return hashlib.sha256("".join(f"{one}\n" for one in images.ids).encode("utf-8", "surrogateescape")).hexdigest()
+    """Return the SHA-256 of the image ids, one per line. It identifies the list of files, not their content."""
+    return hashlib.sha256(
+        "".join(f"{image_id}\n" for image_id in images.ids).encode("utf-8", "surrogateescape")
+    ).hexdigest()
 
 
 def config_sha256(recipe: Recipe) -> str:
-    """Give the SHA-256 of what of a recipe shapes its numbers."""
-    values = {key: value for key, value in flat(asdict(recipe)).items() if key not in _FREE}
+    """Return the SHA-256 of the keys of a recipe that shape its numbers."""
+    values = {key: value for key, value in flatten(asdict(recipe)).items() if key not in _FREE}
     return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()
 
 
 def shared_facts(recipe: Recipe, images: ImageSet, learner: Learner) -> dict[str, str]:
-    """Give what all ranks must have in common."""
+    """Return what must be equal on all ranks."""
     return {
         "recipe": config_sha256(recipe),
         "images": data_sha256(images),
@@ -172,68 +173,76 @@ def shared_facts(recipe: Recipe, images: ImageSet, learner: Learner) -> dict[str
 
 
 def open_run(recipe: Recipe, images: ImageSet, *, allowed: Sequence[str] = ()) -> Path | None:
-    """Make or open the folder of a run, and give the snapshot that it goes on from, None for a new one.
+    """Create or open the folder of a run.
 
-    allowed: keys of the recipe that may differ from what the folder was trained with so far; `data` for the images
-    Raises UsageError with the differences where others do.
+    Args:
+        recipe: The recipe.
+        images: The training images.
+        allowed: Keys of the recipe whose values may differ from those of the folder; `data` for the images.
+
+    Returns:
+        Folder of the snapshot to continue from, None for a new run.
+
+    Raises:
+        UsageError: Other keys differ; the error lists them.
     """
     run = Path(recipe.run.dir)
     prepare_folder(run, option="run.dir")
     for name in (CHECKPOINTS, "eval"):
         (run / name).mkdir(exist_ok=True)
-    known = run / CONFIG
-    if known.exists():
-        _check_unchanged(read_recipe(known), recipe, allowed, where=str(known))
-    found, skipped = newest_snapshot(run)
+    config = run / CONFIG
+    if config.exists():
+        _check_unchanged(read_recipe(config), recipe, allowed, where=str(config))
+    snapshot, skipped = newest_snapshot(run)
     for reason in skipped:
-        _log.warning("passed over a snapshot that is not whole: %s", reason)
-    if found is not None and found.facts.get("data_sha256") != data_sha256(images) and DATA not in allowed:
+        _log.warning("incomplete snapshot is ignored: %s", reason)
+    if snapshot is not None and snapshot.facts.get("data_sha256") != data_sha256(images) and DATA not in allowed:
         raise UsageError(
-            "data: the training images are others than those that this run began with",
+            "data: the training images are not those that this run began with",
             where=str(run),
-            hint=f"Restore them, or go on with --allow-config-change {DATA}.",
+            hint=f"Restore them, or continue with --allow-config-change {DATA}.",
         )
-    write_atomically(known, recipe_as_yaml(recipe).encode())
-    return None if found is None else found.folder
+    write_atomically(config, recipe_as_yaml(recipe).encode())
+    return None if snapshot is None else snapshot.folder
 
 
 def _check_unchanged(before: Recipe, now: Recipe, allowed: Sequence[str], *, where: str) -> None:
-    old, new = flat(asdict(before)), flat(asdict(now))
+    old, new = flatten(asdict(before)), flatten(asdict(now))
     unknown = [key for key in allowed if key not in old.keys() | new.keys() | {DATA}]
     if unknown:
-        raise UsageError(f"--allow-config-change {unknown[0]}: no such key", hint="Name it as section.key.")
+        raise UsageError(f"--allow-config-change {unknown[0]}: there is no such key", hint="Write it as section.key.")
     changed = [
         key
         for key in dict.fromkeys([*old, *new])
         if key not in _FREE and key not in allowed and old.get(key) != new.get(key)
     ]
     if changed:
-        lines = "".join(f"\n  {key}: {old.get(key)} there, {new.get(key)} now" for key in changed)
+        lines = "".join(f"\n  {key}: folder {old.get(key)}, now {new.get(key)}" for key in changed)
         raise UsageError(
-            f"the recipe differs from the one that this folder was trained with:{lines}",
+            f"the recipe differs from the one of this folder:{lines}",
             where=where,
-            hint="Give another run.dir; or go on regardless with "
+            hint="Use another run.dir, or continue anyway with "
             + " ".join(f"--allow-config-change {key}" for key in changed),
         )
 
 
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Give nested mappings as one, its keys joined by dots."""
-    found: dict[str, Any] = {}
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings; keys are joined by dots."""
+    flattened: dict[str, Any] = {}
     for key, value in content.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        flattened |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flattened
 
 
 def resume(learner: Learner, folder: Path | None, ranks: Ranks) -> Snapshot | None:
-    """Put a learner and this rank's generators where a snapshot left them."""
+    """Restore a learner and this rank's random generators from a snapshot."""
     if folder is None:
         return None
     snapshot = read_snapshot(read_manifest(folder))
     learner.restore(snapshot)
     if len(snapshot.rng) != ranks.world and ranks.first:
         _log.warning(
-            "this run had %d ranks and goes on with %d: it is not what it would have become, bit by bit",
+            "this run had %d ranks and continues with %d: it will not be bit for bit the same run",
             len(snapshot.rng), ranks.world,
         )  # fmt: skip
     if ranks.rank < len(snapshot.rng):
@@ -242,12 +251,12 @@ def resume(learner: Learner, folder: Path | None, ranks: Ranks) -> Snapshot | No
 
 
 def roll_back(learner: Learner, run: Path, ranks: Ranks) -> int | None:
-    """Give a learner the weights and the optimiser of a run's newest snapshot again; give its step, None where there is none."""
-    found = first_decides(ranks, lambda: newest_snapshot(run)[0])
-    if found is None:
+    """Restore weights and optimiser of the newest snapshot and return its step; None if there is no snapshot."""
+    files = first_decides(ranks, lambda: newest_snapshot(run)[0])
+    if files is None:
         return None
-    learner.restore(read_snapshot(found))
-    return found.step
+    learner.restore(read_snapshot(files))
+    return files.step
 
 
 _NAME = "run.lock"
@@ -255,24 +264,28 @@ _HELD = (errno.EACCES, errno.EAGAIN)
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold the lock of a run folder, which the system takes back when this process ends, however it ends.
+def lock_run(run: Path) -> Iterator[None]:
+    """Hold the lock of a run folder. The system releases it when this process ends.
 
-    A lock by fcntl is this process's alone: a loader's worker that outlives it holds nothing.
-    Raises DistributedError naming host and process that hold it. On disks without locks it warns and goes on: no file
-    of a run depends on it.
+    An fcntl lock belongs to this process alone: a loader worker that outlives it does not hold the lock. On file systems without
+    locks this only logs a warning.
+
+    Raises:
+        DistributedError: Another process holds the lock; the error names host and process.
     """
+    import fcntl  # not on Windows
+
     with (run / _NAME).open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _HELD:
                 raise DistributedError(
-                    f"is being trained in by {_holder(run / _NAME)}",
+                    f"is in use by {_describe_holder(run / _NAME)}",
                     where=str(run),
-                    hint="Wait for it or end it, or give another run.dir.",
+                    hint="Wait until it ends, or use another run.dir.",
                 ) from error
-            _log.warning("%s: this disk has no locks (%s); start no second job there", run, error.strerror)
+            _log.warning("%s: this file system has no locks (%s); do not start a second job there", run, error.strerror)
         file.seek(0)
         file.truncate()
         facts = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
@@ -281,7 +294,7 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def _holder(path: Path) -> str:
+def _describe_holder(path: Path) -> str:
     try:
         facts = json.loads(path.read_text())
         job = f" (job {facts['job']})" if facts["job"] else ""

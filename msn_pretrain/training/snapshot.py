@@ -1,8 +1,8 @@
-"""Snapshot: everything that is needed to go on as if training had never stopped.
+"""Snapshots: everything needed to continue training as if it had never stopped.
 
-Written so that a kill at any instant loses nothing: every file under another name first, synced and renamed, the manifest
-with their hashes last; read back and compared before an older one goes. What stands where is told by
-msn_eval.checkpoints.run_folder, which also chooses the newest whole one.
+A kill at any time loses nothing: each file is written under a temporary name, synced and renamed; the manifest with the hashes
+comes last; the snapshot is read back and compared before an older one is removed. `msn_eval.checkpoints.run_folder` describes
+the files and finds the newest complete snapshot.
 """
 
 import contextlib
@@ -38,17 +38,20 @@ from msn_eval.files.atomic import remove, sync_folder, write_atomically, written
 _log = logging.getLogger(__name__)
 _GENERATIONS = 2
 _SHOWN = 3
-_HEADER_AT = 8  # bytes, of a safetensors file; its length stands before it
+_HEADER_AT = 8  # a safetensors file begins with 8 bytes for the length of its header
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """The state of a run between two steps.
 
-    step, epoch: that are finished
-    tensors:     model (target encoder and prototypes among it) and optimiser, by section
-    rng:         of every rank, as `generator_states` gives them
-    watched:     what alarms remember
+    Attributes:
+        step: Finished steps.
+        epoch: Finished epochs.
+        model: State dict of the model, target encoder and prototypes included.
+        optimizer: State dict of the optimiser.
+        rng: Random generator states of every rank, as returned by `generator_states`.
+        watched: Counters of the alarms.
     """
 
     step: int
@@ -63,9 +66,10 @@ class Snapshot:
 class EvaluatedEncoder:
     """The network of a snapshot that is evaluated.
 
-    weights:      by timm's names
-    architecture: as `msn-eval --arch` takes it
-    image_pixels: side of the images that it was trained on, None where that is not known
+    Attributes:
+        weights: By timm's names.
+        architecture: As for `msn-eval --arch`.
+        image_pixels: Side of the training images, None if unknown.
     """
 
     weights: Mapping[str, Tensor]
@@ -76,17 +80,23 @@ class EvaluatedEncoder:
 def write_snapshot(
     run: Path, snapshot: Snapshot, encoder: EvaluatedEncoder, *, facts: Mapping[str, Any], keep_every: int
 ) -> SnapshotFiles:
-    """Write a snapshot, read it back, and remove those that it makes needless.
+    """Write a snapshot, read it back, and remove old ones.
 
-    facts:      for the manifest, such as the hash of the configuration
-    keep_every: epochs between two snapshots that stay for good, 0 for none
-    Raises NumericalError for a state that is not finite, StoreError where the disk refuses or gives back something else;
-    older snapshots are then as they were.
+    Args:
+        run: Folder of the run.
+        snapshot: State to write.
+        encoder: Network for evaluation.
+        facts: Further fields of the manifest, such as the hash of the recipe.
+        keep_every: Epochs between two snapshots that are never removed, 0 for none.
+
+    Raises:
+        NumericalError: The state is not finite. Older snapshots stay.
+        StoreError: The disk refuses, or returns different bytes. Older snapshots stay.
     """
     check_finite(snapshot)
     folder = snapshot_folder(run, snapshot.step)
     try:
-        remove(folder / MANIFEST)  # of the same step, whatever it was: nothing may be whole while its files change
+        remove(folder / MANIFEST)  # of an older snapshot of this step: it must not be valid while its files change
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.parent)
         files = {STATE: _write_state(folder / STATE, snapshot), ENCODER: _write_encoder(folder, snapshot, encoder)}
@@ -101,13 +111,13 @@ def write_snapshot(
         }
         write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode())
         written = _read_back(folder, snapshot)
-        _remove_needless(run, written, keep_every=keep_every)
+        _remove_old(run, written, keep_every=keep_every)
     except (OSError, ValueError) as error:
         raise StoreError(
             f"could not write a snapshot: {error}",
             where=str(folder),
-            hint="Free space, or go on from the older ones in another folder.",
-            kept="Older snapshots are as they were.",
+            hint="Free space on that disk.",
+            kept="Older snapshots are unchanged.",
         ) from error
     return written
 
@@ -115,7 +125,7 @@ def write_snapshot(
 def _write_state(path: Path, snapshot: Snapshot) -> str:
     state = {name: getattr(snapshot, name) for name in ("step", "model", "optimizer", "watched")}
     state["rng"] = list(snapshot.rng)
-    with _written(path) as temporary:
+    with _atomic_path(path) as temporary:
         torch.save(state, temporary)
     return file_sha256(path)
 
@@ -126,7 +136,7 @@ def _write_encoder(folder: Path, snapshot: Snapshot, encoder: EvaluatedEncoder) 
 
 
 def write_encoder(path: Path, encoder: EvaluatedEncoder, *, epoch: int, dtype: torch.dtype | None = None) -> None:
-    """Write an encoder by timm's names as one safetensors file that says which architecture it belongs to."""
+    """Write an encoder with timm's names as a safetensors file whose metadata states the architecture."""
     from safetensors.torch import save
 
     tensors = {
@@ -136,12 +146,11 @@ def write_encoder(path: Path, encoder: EvaluatedEncoder, *, epoch: int, dtype: t
     facts = {"format": "pt", ARCHITECTURE: encoder.architecture, EPOCH: str(epoch)}
     if encoder.image_pixels is not None:
         facts[IMAGE_PIXELS] = str(encoder.image_pixels)
-    write_atomically(path, _ordered(save(tensors, metadata=facts)))
+    write_atomically(path, _sort_metadata(save(tensors, metadata=facts)))
 
 
-def _ordered(content: bytes) -> bytes:
-    """Give a safetensors file with its header's facts in order, which the library writes in another one every time: the same
-    weights are to be the same file."""
+def _sort_metadata(content: bytes) -> bytes:
+    """Sort a safetensors file's metadata, which the library writes in random order: equal weights must give equal files."""
     end = _HEADER_AT + int.from_bytes(content[:_HEADER_AT], "little")
     header = json.loads(content[_HEADER_AT:end])
     facts = header.pop("__metadata__")
@@ -151,8 +160,8 @@ def _ordered(content: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def _written(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`; torch tells of a full disk by a RuntimeError."""
+def _atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` at the end. torch reports a full disk as RuntimeError; raise OSError instead."""
     with written_atomically(path, path.name) as temporary:
         try:
             yield temporary
@@ -161,7 +170,7 @@ def _written(path: Path) -> Iterator[Path]:
 
 
 def _read_back(folder: Path, snapshot: Snapshot) -> SnapshotFiles:
-    """Read what was written as a later run will, and compare. Raises ValueError where it differs."""
+    """Read the snapshot as a later run would, and compare. Raises ValueError if it differs."""
     written = check_snapshot(folder)
     state = _load(written)
     if not (equal(state["model"], snapshot.model) and equal(state["optimizer"], snapshot.optimizer)):
@@ -171,7 +180,7 @@ def _read_back(folder: Path, snapshot: Snapshot) -> SnapshotFiles:
 
 
 def read_snapshot(files: SnapshotFiles) -> Snapshot:
-    """Read a snapshot that `newest_snapshot` chose. Raises CheckpointError where it cannot be."""
+    """Read a snapshot that `newest_snapshot` found. Raises CheckpointError if it cannot be read."""
     try:
         state = _load(files)
         return Snapshot(
@@ -186,7 +195,7 @@ def read_snapshot(files: SnapshotFiles) -> Snapshot:
         raise CheckpointError(
             f"cannot be read: {str(error).partition(chr(10))[0]}",
             where=str(files.state),
-            hint="Remove its folder, so that the one before is taken.",
+            hint="Remove its folder to use the previous snapshot.",
         ) from error
 
 
@@ -194,38 +203,38 @@ def _load(files: SnapshotFiles) -> dict[str, Any]:
     return cast("dict[str, Any]", torch.load(files.state, map_location="cpu", weights_only=True))
 
 
-def _remove_needless(run: Path, newest: SnapshotFiles, *, keep_every: int) -> None:
-    """Leave the newest whole snapshots and those that stay for good; of a removed one the manifest goes first."""
-    whole = 0
+def _remove_old(run: Path, newest: SnapshotFiles, *, keep_every: int) -> None:
+    """Remove all but the newest complete snapshots and those that are never removed. Manifests are removed first."""
+    complete = 0
     for folder in snapshot_folders(run):
         if folder == newest.folder:
-            whole += 1
+            complete += 1
             continue
         try:
-            found = read_manifest(folder)
+            files = read_manifest(folder)
         except (OSError, ValueError):
-            remove(folder)  # never finished: a kill or a full disk came in between
+            remove(folder)  # incomplete because of a kill or a full disk
             continue
-        whole += 1
-        if whole > _GENERATIONS and not _stays(found, keep_every):
+        complete += 1
+        if complete > _GENERATIONS and not _is_permanent(files, keep_every):
             remove(folder / MANIFEST)
             sync_folder(folder)
             remove(folder)
 
 
-def _stays(files: SnapshotFiles, keep_every: int) -> bool:
+def _is_permanent(files: SnapshotFiles, keep_every: int) -> bool:
     return bool(keep_every) and files.facts.get("epoch_end") is True and files.epoch % keep_every == 0
 
 
 def check_finite(snapshot: Snapshot) -> None:
-    """Raise NumericalError naming tensors that hold NaN or infinity: such a state is never written over a good one."""
+    """Raise NumericalError that names tensors with NaN or infinity. Such a state is never written."""
     bad = [name for name, tensor in tensors_of(snapshot.model) if not _is_finite(tensor)]
     bad += [f"optimizer {name}" for name, tensor in tensors_of(snapshot.optimizer) if not _is_finite(tensor)]
     if bad:
         raise NumericalError(
             f"{len(bad)} tensors are not finite after step {snapshot.step} ({', '.join(bad[:_SHOWN])})",
             hint="Train with a smaller learning rate from the last snapshot.",
-            kept="No snapshot was written; the older ones are as they were.",
+            kept="No snapshot was written; older ones are unchanged.",
         )
 
 
@@ -234,19 +243,19 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def tensors_of(content: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Give every tensor inside of mappings and lists, by its place."""
+    """Yield every tensor inside of mappings and lists with its path."""
     if isinstance(content, Tensor):
         yield name, content
     elif isinstance(content, Mapping):
         for key, value in content.items():
             yield from tensors_of(value, f"{name}.{key}" if name else str(key))
     elif isinstance(content, list | tuple):
-        for place, value in enumerate(content):
-            yield from tensors_of(value, f"{name}.{place}")
+        for index, value in enumerate(content):
+            yield from tensors_of(value, f"{name}.{index}")
 
 
 def equal(one: object, other: object) -> bool:
-    """Tell whether two states hold the same values, bit for bit."""
+    """Whether two states hold the same values, bit for bit."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         one, other = one.detach().cpu().contiguous(), other.detach().cpu().contiguous()
         if one.dtype != other.dtype or one.shape != other.shape:
@@ -260,7 +269,7 @@ def equal(one: object, other: object) -> bool:
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:
-    """Give where this rank's global generators stand, in what torch.load takes with weights_only."""
+    """Return the states of this rank's global random generators, in types that torch.load accepts with weights_only."""
     name, keys, place, has_gauss, gauss = cast("tuple[str, Any, int, int, float]", np.random.get_state())
     return {
         "torch": torch.get_rng_state(),
@@ -271,14 +280,14 @@ def generator_states(device: torch.device) -> dict[str, Any]:
 
 
 def seed_generators(seed: int) -> None:
-    """Start this rank's global generators."""
+    """Seed this rank's global random generators."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 def set_generators(states: Mapping[str, Any], device: torch.device) -> None:
-    """Put this rank's global generators where `generator_states` found them."""
+    """Restore this rank's global random generators from `generator_states`."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)

@@ -1,4 +1,4 @@
-"""Train: the loop, top to bottom."""
+"""The training loop."""
 
 import logging
 import time
@@ -16,7 +16,7 @@ from msn_eval.errors import DistributedError, NumericalError, StoreError
 from msn_pretrain.config.recipe import architecture_of
 from msn_pretrain.config.schedule import StepSettings, settings_at
 from msn_pretrain.data.sampler import Order, seed_at
-from msn_pretrain.data.view_loader import ViewBatch, ViewList, load_views, normalised
+from msn_pretrain.data.view_loader import ViewBatch, ViewList, load_views, normalise
 from msn_pretrain.distributed.process_group import (
     Ranks,
     agree,
@@ -27,18 +27,18 @@ from msn_pretrain.distributed.process_group import (
     gather,
 )
 from msn_pretrain.methods.msn import Step
-from msn_pretrain.training import online_probe as probe
-from msn_pretrain.training.gradients import compute_gradients, norm_of
+from msn_pretrain.training import online_probe
+from msn_pretrain.training.gradients import compute_gradients, gradient_norm
 from msn_pretrain.training.journal import (
+    AlarmCounters,
     Journal,
-    Watched,
     after_line,
     after_rollback,
     after_step,
     dump_batch,
+    find_alarm,
     may_roll_back,
     open_journal,
-    raised,
 )
 from msn_pretrain.training.optimizer import set_for_step
 from msn_pretrain.training.run import (
@@ -49,7 +49,7 @@ from msn_pretrain.training.run import (
     config_sha256,
     data_sha256,
     evaluated_encoder,
-    locked,
+    lock_run,
     makes_views_on_device,
     open_run,
     resume,
@@ -62,15 +62,15 @@ from msn_pretrain.training.snapshot import Snapshot, generator_states, seed_gene
 from msn_pretrain.training.watchdog import Stop, Watchdog, stop_heard, watching
 
 _log = logging.getLogger(__name__)
-_MASKS, _RANKS = 1, 2  # what a seed is for
-_RETRY_SECONDS = 60.0  # after the disk refused a snapshot
-_MOST_SNAPSHOT_SHARE = 0.1  # of the time, for those at the ends of epochs
+_MASKS, _RANKS = 1, 2  # purposes of derived seeds
+_RETRY_SECONDS = 60.0  # after a snapshot that could not be written
+_MOST_SNAPSHOT_SHARE = 0.1  # of the time, for snapshots at the ends of epochs
 _LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What a run trains with, from its first step to its last."""
+    """What stays the same from the first step of a run to the last."""
 
     recipe: Recipe
     ranks: Ranks
@@ -85,24 +85,33 @@ class Session:
 
 @dataclass(kw_only=True)
 class _Progress:
-    """Where a run stands: what changes from step to step besides the learner."""
+    """What changes from step to step, apart from the learner."""
 
     step: int
-    watched: Watched
+    alarms: AlarmCounters
     saved_at: float = field(default_factory=time.monotonic)
     save_seconds: float = 0.0
-    refused_at: float | None = None  # when the disk first refused a snapshot, until one was written
+    refused_at: float | None = None  # time of the last snapshot that could not be written; None after one that was
     refused_step: int = 0
 
 
 def train(recipe: Recipe, ranks: Ranks, *, allowed: Sequence[str] = (), quiet: bool = False) -> int:
-    """Train a recipe in its folder from where that stands, to its end; give 0, or 75 or 130 where it was told to stop.
+    """Train a recipe in its folder, from the newest snapshot to the end.
 
-    allowed: keys of the recipe that may differ from those that the folder was trained with
-    Raises the children of MsnEvalError; the last snapshot is kept.
+    Args:
+        recipe: The recipe; its `run.dir` is created or continued.
+        ranks: This process among the ranks.
+        allowed: Keys of the recipe whose values may differ from those of the folder.
+        quiet: Show no progress bar.
+
+    Returns:
+        0, or 75 or 130 if a signal ended the run.
+
+    Raises:
+        MsnEvalError: Of any kind. The last snapshot is kept.
     """
     run = Path(recipe.run.dir)
-    with ExitStack() as opened, _lost_ranks_named(ranks):
+    with ExitStack() as stack, _name_lost_ranks(ranks):
         images = first_decides(ranks, lambda: training_images(recipe))
         order = Order(
             n_images=len(images),
@@ -114,13 +123,13 @@ def train(recipe: Recipe, ranks: Ranks, *, allowed: Sequence[str] = (), quiet: b
         learner = build_learner(recipe, ranks.device)
         agree(ranks, shared_facts(recipe, images, learner))
         run.mkdir(parents=True, exist_ok=True)
-        first_decides(ranks, lambda: opened.enter_context(locked(run)))
+        first_decides(ranks, lambda: stack.enter_context(lock_run(run)))
         folder = first_decides(ranks, lambda: open_run(recipe, images, allowed=allowed))
         seed_generators(seed_at(_RANKS, ranks.rank, seed=recipe.run.seed))
         snapshot = resume(learner, folder, ranks)
-        progress = _Progress(step=0, watched=Watched())
+        progress = _Progress(step=0, alarms=AlarmCounters())
         if snapshot is not None:
-            progress = _Progress(step=snapshot.step, watched=Watched(**snapshot.watched))
+            progress = _Progress(step=snapshot.step, alarms=AlarmCounters(**snapshot.watched))
         steps = recipe.optimization.epochs * order.steps_an_epoch
         journal = open_journal(run, first=ranks.first, step=progress.step, steps=steps, quiet=quiet)
         session = Session(
@@ -131,19 +140,19 @@ def train(recipe: Recipe, ranks: Ranks, *, allowed: Sequence[str] = (), quiet: b
             order=order,
             steps=steps,
             learner=learner,
-            journal=opened.enter_context(journal),
-            dog=opened.enter_context(watching()),
+            journal=stack.enter_context(journal),
+            dog=stack.enter_context(watching()),
         )
-        with stop_heard() as stop:  # until here there is nothing to save, and being told to stop ends at once
-            return _go_through(session, progress, stop)
+        with stop_heard() as stop:  # before this there is nothing to save, and a signal ends the process at once
+            return _train_loop(session, progress, stop)
 
 
-def _go_through(session: Session, progress: _Progress, stop: Stop) -> int:
-    """Do the steps that are left."""
-    recipe, ranks, an_epoch = session.recipe, session.ranks, session.order.steps_an_epoch
-    if progress.step and progress.step % an_epoch == 0:
-        _probe(session, progress)  # a kill may have come between the snapshot and this
-    wanted = ViewList(
+def _train_loop(session: Session, progress: _Progress, stop: Stop) -> int:
+    """Run the remaining steps and return the exit code."""
+    recipe, ranks, steps_per_epoch = session.recipe, session.ranks, session.order.steps_an_epoch
+    if progress.step and progress.step % steps_per_epoch == 0:
+        _evaluate_if_due(session, progress)  # in case the run was killed between snapshot and probe
+    view_list = ViewList(
         images=session.images,
         kinds=view_kinds(recipe),
         seed=recipe.run.seed,
@@ -152,33 +161,33 @@ def _go_through(session: Session, progress: _Progress, stop: Stop) -> int:
     )
     ended = time.monotonic()
     workers = recipe.data.workers
-    for batch in load_views(wanted, session.order, first_step=progress.step, steps=session.steps, workers=workers):
+    for batch in load_views(view_list, session.order, first_step=progress.step, steps=session.steps, workers=workers):
         waited = time.monotonic() - ended
-        settings = settings_at(recipe, step=progress.step, steps_per_epoch=an_epoch)
+        settings = settings_at(recipe, step=progress.step, steps_per_epoch=steps_per_epoch)
         step, norms, finite = compute(session, batch, settings)
-        stopping, unsound, due = any_of(ranks, stop.asked, not finite, ranks.first and _is_due(session, progress))
-        if unsound:
-            _leave_out(session, batch, norms | {"total": float(step.total.detach())})
+        stopping, not_finite, due = any_of(ranks, stop.asked, not finite, ranks.first and _is_due(session, progress))
+        if not_finite:
+            _skip_step(session, batch, norms | {"total": float(step.total.detach())})
         else:
             session.learner.optimizer.step()
             session.learner.model.after_update(settings)
         progress.step += 1
-        progress.watched = after_step(progress.watched, finite=not unsound)
+        progress.alarms = after_step(progress.alarms, finite=not not_finite)
         if progress.step % recipe.run.log_every == 0 or progress.step == session.steps:
-            facts = _facts(progress, an_epoch, step, settings) | norms
-            progress.watched = after_line(progress.watched, facts)
-            session.journal.write(facts | _timing(session, waited=waited, seconds=time.monotonic() - ended))
-        _show(session, progress, step, seconds=time.monotonic() - ended)
+            line = _describe_step(progress, steps_per_epoch, step, settings) | norms
+            progress.alarms = after_line(progress.alarms, line)
+            session.journal.write(line | _timing(session, waited=waited, seconds=time.monotonic() - ended))
+        _update_progress_bar(session, progress, step, seconds=time.monotonic() - ended)
         session.dog.step_done()
-        rolled_back = _heed_alarms(session, progress)
+        rolled_back = _handle_alarms(session, progress)
         saving = stopping or due or rolled_back or progress.step == session.steps
         compare_every = recipe.run.compare_every
         if saving or (compare_every and progress.step % compare_every == 0):
             check_replicas(ranks, session.learner.model.state_dict(), step=progress.step)
         if saving:
             _save(session, progress, last=stopping or progress.step == session.steps)
-        if progress.step % an_epoch == 0:
-            _probe(session, progress)
+        if progress.step % steps_per_epoch == 0:
+            _evaluate_if_due(session, progress)
         if stopping:
             return max(gather(ranks, stop.exit_code))
         ended = time.monotonic()
@@ -186,14 +195,16 @@ def _go_through(session: Session, progress: _Progress, stop: Stop) -> int:
 
 
 def compute(session: Session, batch: ViewBatch, settings: StepSettings) -> tuple[Step, dict[str, float], bool]:
-    """Compute a step's loss and gradients, averaged and clipped; give it, the norms, and whether all is finite."""
+    """Compute loss and gradients of one step, averaged over ranks and clipped.
+
+    Returns:
+        The step, the gradient norms by name, and whether loss and gradients are finite.
+    """
     recipe, ranks, model, optimizer = session.recipe, session.ranks, session.learner.model, session.learner.optimizer
     set_for_step(optimizer, settings)
     optimizer.zero_grad(set_to_none=True)
     images = len(batch.batch.images)
-    views = [
-        view for kind in batch.views for view in torch.split(normalised(kind, IMAGENET_MEAN, IMAGENET_STD), images)
-    ]
+    views = [view for kind in batch.views for view in torch.split(normalise(kind, IMAGENET_MEAN, IMAGENET_STD), images)]
     generator = torch.Generator().manual_seed(seed_at(_MASKS, batch.batch.step, seed=recipe.run.seed))
     kept = model.draw_kept(generator, images=images * ranks.world)
     step = compute_gradients(
@@ -204,11 +215,12 @@ def compute(session: Session, batch: ViewBatch, settings: StepSettings) -> tuple
         micro_batch=recipe.run.micro_batch,
         autocast=autocast_of(recipe, ranks.device),
     )
-    parameters = [one for one in model.parameters() if one.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     average_gradients(ranks, parameters)
-    clipped = [one for one in model.clipped_parameters() if one.requires_grad]
-    limited = {id(one) for one in clipped}
-    norm, rest = norm_of(clipped), norm_of([one for one in parameters if id(one) not in limited])
+    clipped = [parameter for parameter in model.clipped_parameters() if parameter.requires_grad]
+    clipped_ids = {id(parameter) for parameter in clipped}
+    norm = gradient_norm(clipped)
+    rest = gradient_norm([parameter for parameter in parameters if id(parameter) not in clipped_ids])
     if recipe.optimization.clip:
         torch.nn.utils.clip_grads_with_norm_(clipped, recipe.optimization.clip, norm)
     finite = bool(torch.stack([step.total.detach(), norm, rest.to(norm.device)]).isfinite().all())
@@ -216,18 +228,18 @@ def compute(session: Session, batch: ViewBatch, settings: StepSettings) -> tuple
 
 
 def _own_rows(kept: Tensor, ranks: Ranks, images: int) -> Tensor:
-    """Give this rank's rows of each view, of patches that were drawn for the global batch."""
+    """Return this rank's rows of each view from patches drawn for the global batch."""
     if kept.dim() == 1 or ranks.world == 1:
         return kept
     by_view = kept.view(-1, images * ranks.world, kept.shape[1])
     return by_view[:, ranks.rank * images : (ranks.rank + 1) * images].reshape(-1, kept.shape[1])
 
 
-def _facts(progress: _Progress, an_epoch: int, step: Step, settings: StepSettings) -> dict[str, Any]:
-    """Give what a line of the journal says of a step; every rank must ask."""
+def _describe_step(progress: _Progress, steps_per_epoch: int, step: Step, settings: StepSettings) -> dict[str, Any]:
+    """Return the fields of a journal line, except for timing. Every rank must call this."""
     return {
         "step": progress.step,
-        "epoch": (progress.step - 1) // an_epoch,
+        "epoch": (progress.step - 1) // steps_per_epoch,
         **{("loss" if name == "total" else name): float(value) for name, value in step.parts.items()},
         **step.statistics(),
         **asdict(settings),
@@ -245,7 +257,7 @@ def _timing(session: Session, *, waited: float, seconds: float) -> dict[str, flo
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Give the most memory that was in use so far: of the GPU, or of this process."""
+    """Return the peak memory so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
@@ -253,7 +265,7 @@ def memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _show(session: Session, progress: _Progress, step: Step, *, seconds: float) -> None:
+def _update_progress_bar(session: Session, progress: _Progress, step: Step, *, seconds: float) -> None:
     if session.journal.show is not None:
         session.journal.progress(
             step=progress.step,
@@ -263,20 +275,20 @@ def _show(session: Session, progress: _Progress, step: Step, *, seconds: float) 
         )
 
 
-def _leave_out(session: Session, batch: ViewBatch, facts: Mapping[str, float]) -> None:
-    """Change no weights by a step that is not finite, and write down what it saw."""
+def _skip_step(session: Session, batch: ViewBatch, facts: Mapping[str, float]) -> None:
+    """Write the images of a step whose loss or gradient is not finite. The weights do not change."""
     ids = [session.images.ids[number] for number in batch.batch.images.tolist()]
     dump_batch(session.run, step=batch.batch.step, rank=session.ranks.rank, image_ids=ids, facts=facts)
-    _log.warning("step %d was left out: its loss or gradient is not finite", batch.batch.step + 1)
+    _log.warning("step %d is skipped: its loss or gradient is not finite", batch.batch.step + 1)
 
 
-def _heed_alarms(session: Session, progress: _Progress) -> bool:
-    """Stop, warn, or go back to the last snapshot, as the recipe says; tell whether it went back."""
-    alarm = raised(progress.watched)
+def _handle_alarms(session: Session, progress: _Progress) -> bool:
+    """Stop, warn, or roll back to the last snapshot, as the recipe says. Return whether it rolled back."""
+    alarm = find_alarm(progress.alarms)
     if alarm is None:
         return False
     on_alarm = session.recipe.watch.on_alarm
-    if on_alarm == "rollback" and may_roll_back(progress.watched):
+    if on_alarm == "rollback" and may_roll_back(progress.alarms):
         return _roll_back(session, progress, alarm)
     if on_alarm != "warn":
         raise alarm
@@ -285,36 +297,36 @@ def _heed_alarms(session: Session, progress: _Progress) -> bool:
 
 
 def _roll_back(session: Session, progress: _Progress, alarm: NumericalError) -> bool:
-    """Take the weights and the optimiser of the newest snapshot; steps, rates and images go on behind those that were bad."""
+    """Restore weights and optimiser of the newest snapshot. Steps, schedules and images continue after the bad steps."""
     step = roll_back(session.learner, session.run, session.ranks)
     if step is None:
         raise alarm
-    progress.watched = after_rollback(progress.watched)
-    _log.warning("step %d: %s; going on with the weights of step %d", progress.step, alarm.what, step)
+    progress.alarms = after_rollback(progress.alarms)
+    _log.warning("step %d: %s; continuing with the weights of step %d", progress.step, alarm.what, step)
     return True
 
 
 def _is_due(session: Session, progress: _Progress) -> bool:
-    """Tell whether the step at hand ends with a snapshot: by the clock, and at the ends of epochs that are not too short."""
+    """Whether the current step ends with a snapshot: by the clock, and at the end of an epoch unless epochs are too short."""
     now, step = time.monotonic(), progress.step + 1
     if progress.refused_at is not None and now - progress.refused_at < _RETRY_SECONDS:
         return False
     if now - progress.saved_at >= 60 * session.recipe.run.snapshot_minutes:
         return True
-    epoch, left = divmod(step, session.order.steps_an_epoch)
-    if left:
+    epoch, remainder = divmod(step, session.order.steps_an_epoch)
+    if remainder:
         return False
     keep_every = session.recipe.run.keep_every
-    wanted = probe.is_due(session.recipe, epoch) or (bool(keep_every) and epoch % keep_every == 0)
-    return wanted or now - progress.saved_at >= progress.save_seconds / _MOST_SNAPSHOT_SHARE
+    needed = online_probe.is_due(session.recipe, epoch) or (bool(keep_every) and epoch % keep_every == 0)
+    return needed or now - progress.saved_at >= progress.save_seconds / _MOST_SNAPSHOT_SHARE
 
 
 def _save(session: Session, progress: _Progress, *, last: bool) -> None:
-    """Write a snapshot. A disk that refuses is told, and training goes on: to the end of the next epoch at most."""
+    """Write a snapshot. If the disk refuses, training continues, at most to the end of the next epoch."""
     with session.dog.paused():
         started = time.monotonic()
         states = gather(session.ranks, generator_states(session.ranks.device))
-        written = first_decides(session.ranks, lambda: _is_written(session, progress, states, last=last))
+        written = first_decides(session.ranks, lambda: _try_to_write(session, progress, states, last=last))
         progress.saved_at = time.monotonic()
         progress.save_seconds = progress.saved_at - started
         if written:
@@ -325,22 +337,22 @@ def _save(session: Session, progress: _Progress, *, last: bool) -> None:
             progress.refused_at = progress.saved_at
 
 
-def _is_written(session: Session, progress: _Progress, states: Sequence[Mapping[str, Any]], *, last: bool) -> bool:
-    recipe, learner, an_epoch = session.recipe, session.learner, session.order.steps_an_epoch
+def _try_to_write(session: Session, progress: _Progress, states: Sequence[Mapping[str, Any]], *, last: bool) -> bool:
+    recipe, learner, steps_per_epoch = session.recipe, session.learner, session.order.steps_an_epoch
     model, optimizer = learner.state()
     snapshot = Snapshot(
         step=progress.step,
-        epoch=progress.step // an_epoch,
+        epoch=progress.step // steps_per_epoch,
         model=model,
         optimizer=optimizer,
         rng=tuple(states),
-        watched=asdict(progress.watched),
+        watched=asdict(progress.alarms),
     )
     facts = {
         "method": recipe.method,
         "architecture": architecture_of(recipe.encoder),
-        "steps_an_epoch": an_epoch,
-        "epoch_end": progress.step % an_epoch == 0,
+        "steps_an_epoch": steps_per_epoch,
+        "epoch_end": progress.step % steps_per_epoch == 0,
         "config_sha256": config_sha256(recipe),
         "data_sha256": data_sha256(session.images),
     }
@@ -354,35 +366,35 @@ def _is_written(session: Session, progress: _Progress, states: Sequence[Mapping[
             keep_every=recipe.run.keep_every,
         )
     except StoreError as error:
-        if last or (progress.refused_at is not None and progress.step >= progress.refused_step + an_epoch):
+        if last or (progress.refused_at is not None and progress.step >= progress.refused_step + steps_per_epoch):
             raise
-        _log.error("training goes on without a snapshot of step %d: %s", progress.step, error)
+        _log.error("training continues without a snapshot of step %d: %s", progress.step, error)
         return False
     except NumericalError:
         if last or recipe.watch.on_alarm == "stop":
             raise
-        _log.error("the state after step %d is not finite: no snapshot", progress.step)
+        _log.error("no snapshot: the state after step %d is not finite", progress.step)
         return False
     return True
 
 
-def _probe(session: Session, progress: _Progress) -> None:
-    """Measure the encoder where that is due and its snapshot stands; the other ranks wait."""
+def _evaluate_if_due(session: Session, progress: _Progress) -> None:
+    """Evaluate the newest snapshot on rank 0 if the recipe asks for it; the other ranks wait."""
     epoch = progress.step // session.order.steps_an_epoch
-    if not probe.is_due(session.recipe, epoch):
+    if not online_probe.is_due(session.recipe, epoch):
         return
     with session.dog.paused():
         text = first_decides(
             session.ranks,
-            lambda: probe.describe(probe.measure(session.run, session.recipe, session.ranks.device)),
+            lambda: online_probe.describe(online_probe.measure(session.run, session.recipe, session.ranks.device)),
         )
     if session.ranks.first:
         _log.info("epoch %d: %s", epoch, text)
 
 
 @contextmanager
-def _lost_ranks_named(ranks: Ranks) -> Iterator[None]:
-    """Turn what the transport says of a rank that is gone into an error of ours."""
+def _name_lost_ranks(ranks: Ranks) -> Iterator[None]:
+    """Turn transport errors about a lost rank into a DistributedError."""
     try:
         yield
     except RuntimeError as error:
@@ -390,7 +402,7 @@ def _lost_ranks_named(ranks: Ranks) -> Iterator[None]:
         if ranks.world == 1 or not any(word in text.lower() for word in _LOST):
             raise
         raise DistributedError(
-            f"rank {ranks.rank} has lost another rank: {text.partition(chr(10))[0][:300]}",
-            hint="See what the other ranks say.",
-            kept="The last snapshot is kept; the same command goes on from it.",
+            f"rank {ranks.rank} lost the connection to another rank: {text.partition(chr(10))[0][:300]}",
+            hint="See the messages of the other ranks.",
+            kept="The last snapshot is kept; the same command continues from it.",
         ) from error

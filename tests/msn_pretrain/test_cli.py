@@ -38,11 +38,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["msn_digits", "optimization.epoch=3"], 2, "Did you mean optimization.epochs?"),
         (["msn_digits", "--dry-runs"], 2, "Did you mean --dry-run?"),
         (["msn_digits", "epochs"], 2, "unexpected argument 'epochs'"),
-        (["msn_vits16"], 2, "data.root is not given"),
+        (["msn_vits16"], 2, "data.root is missing"),
         (["msn_vits16", "data.root=/nowhere"], 21, "/nowhere"),
         (["msn_digits", "run.device=cuda:77"], 2, "cuda:77"),
         (["msn_digits", "--slurm", "partitoin=gpu"], 2, "Did you mean partition?"),
-        (["export", "/nowhere", "--to", "timm", "--out", "x"], 2, "no folder that msn-pretrain trained in"),
+        (["export", "/nowhere", "--to", "timm", "--out", "x"], 2, "not the folder of a pre-training run"),
         (["bench", "msn_digits", "--steps", "0"], 2, "out of range"),
     ],
 )
@@ -167,7 +167,7 @@ def test_other_layouts_hold_the_same_weights(run: Path, tmp_path: Path, to: str)
 def test_a_transformer_has_no_torchvision_layout(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["export", str(run), "--to", "torchvision", "--out", str(tmp_path / "x.pth")]) == 20
 
-    assert "no residual network" in capsys.readouterr().err
+    assert "not a residual network" in capsys.readouterr().err
 
 
 def test_bench_says_how_fast_a_recipe_trains(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

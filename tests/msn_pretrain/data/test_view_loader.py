@@ -10,7 +10,7 @@ from msn_eval.data import read_dataset, read_split
 from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSet
 from msn_eval.errors import DataError
 from msn_pretrain.data.sampler import Order
-from msn_pretrain.data.view_loader import ViewBatch, ViewList, load_views, normalised
+from msn_pretrain.data.view_loader import ViewBatch, ViewList, load_views, normalise
 from msn_pretrain.data.views import ViewKind
 
 _KINDS = (ViewKind(pixels=16, count=2, scale=(0.3, 1.0)), ViewKind(pixels=8, count=1, scale=(0.1, 0.4)))
@@ -75,7 +75,7 @@ def test_normalised_views_have_the_statistics_that_they_are_to_have() -> None:
     grey = torch.tensor([round(255 * mean) for mean in IMAGENET_MEAN], dtype=torch.uint8)
     views: Tensor = grey.view(1, 3, 1, 1).expand(2, 3, 4, 4)
 
-    values = normalised(views, IMAGENET_MEAN, IMAGENET_STD)
+    values = normalise(views, IMAGENET_MEAN, IMAGENET_STD)
 
     assert values.dtype == torch.float32
     assert values.abs().max() < 0.01

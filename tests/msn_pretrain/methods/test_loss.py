@@ -9,7 +9,7 @@ from torch import Tensor, distributed
 
 from msn_eval.errors import UsageError
 from msn_pretrain import msn_loss, simsiam_loss, sinkhorn
-from msn_pretrain.methods.loss import balanced, log_predictions, log_prior, prior_matching_loss, sharpened
+from msn_pretrain.methods.loss import balance, log_predictions, make_log_prior, sharpen
 
 SETTINGS = {
     "temperature": 0.2,
@@ -161,10 +161,10 @@ def test_a_prototype_that_nobody_is_near_costs_no_number() -> None:
 
 def test_uniform_prior_is_mean_entropy_maximisation_and_another_is_a_divergence() -> None:
     anchors, targets, prototypes = some_batch()
-    prior = log_prior("power_law", 6, exponent=1.0)
+    prior = make_log_prior("power_law", 6, exponent=1.0)
     mean = torch.cosine_similarity(anchors[:, None], prototypes[None], dim=2).div(0.2).softmax(dim=1).mean(dim=0)
 
-    loss = prior_matching_loss(anchors, targets, prototypes, logarithm_of_prior=prior, **SETTINGS)
+    loss = msn_loss(anchors, targets, prototypes, log_prior=prior, **SETTINGS)
 
     torch.testing.assert_close(loss.me_max, (mean * (mean.log() - prior)).sum())
 
@@ -280,13 +280,13 @@ def test_assignments_beyond_the_range_of_float32_stay_apart() -> None:
     logarithms = log_predictions(representations, prototypes, temperature=0.005)
 
     assert (logarithms.exp() == torch.eye(2)).all()  # 1 / exp(200) is 0 in float32
-    assert balanced(logarithms, iterations=3).isfinite().all()
+    assert balance(logarithms, iterations=3).isfinite().all()
 
 
 def test_sharpening_a_softmax_divides_its_temperature() -> None:
     rows, prototypes = torch.randn(4, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
 
-    sharp = sharpened(log_predictions(rows, prototypes, temperature=0.1), sharpening=0.25)
+    sharp = sharpen(log_predictions(rows, prototypes, temperature=0.1), sharpening=0.25)
 
     torch.testing.assert_close(sharp, log_predictions(rows, prototypes, temperature=0.025))
 
@@ -295,15 +295,15 @@ def test_sharpening_is_a_power_divided_by_its_sum() -> None:
     rows = some_assignments()
     power = rows**4
 
-    torch.testing.assert_close(sharpened(rows.log(), sharpening=0.25).exp(), power / power.sum(dim=1, keepdim=True))
+    torch.testing.assert_close(sharpen(rows.log(), sharpening=0.25).exp(), power / power.sum(dim=1, keepdim=True))
 
 
 def test_power_law_prior_falls_with_the_number_of_the_prototype() -> None:
     shares = torch.arange(1, 6, dtype=torch.float64) ** -0.5
 
-    torch.testing.assert_close(log_prior("power_law", 5, exponent=0.5).exp(), shares / shares.sum())
+    torch.testing.assert_close(make_log_prior("power_law", 5, exponent=0.5).exp(), shares / shares.sum())
 
 
 def test_unknown_prior_is_refused() -> None:
-    with pytest.raises(UsageError, match="no prior 'normal'"):
-        log_prior("normal", 4)
+    with pytest.raises(UsageError, match="no prior is called 'normal'"):
+        make_log_prior("normal", 4)

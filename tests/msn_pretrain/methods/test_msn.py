@@ -9,9 +9,10 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from msn_eval.errors import UsageError
+from msn_eval.features.collapse import effective_rank, spread
 from msn_pretrain.config.recipe import Criterion, Encoder, Head, Masking, MSNRecipe, Run, Views
 from msn_pretrain.config.schedule import StepSettings
-from msn_pretrain.methods.msn import MSN, build_msn, effective_rank, mean_entropy, prototypes_in_use, spread, update_ema
+from msn_pretrain.methods.msn import MSN, build_msn, count_prototypes_in_use, mean_entropy, update_ema
 
 KEPT = torch.tensor([0, 2, 3])
 ROUNDING = {"rtol": 1e-6, "atol": 1e-8}  # interpolated positions are a float32 matrix's
@@ -171,9 +172,9 @@ def test_random_views_of_the_focal_size_are_masked_and_focal_ones_are_not() -> N
     model = small_model(views=Views(image_pixels=16, focal_pixels=16, focal_views=1))
     views = [*some_views()[:2], some_views()[1]]
 
-    masked, whole = model.anchors(views[1:], KEPT).chunk(2)
+    masked, whole = model.encode_anchors(views[1:], KEPT).chunk(2)
 
-    torch.testing.assert_close(whole, model.anchors(views[2:]))
+    torch.testing.assert_close(whole, model.encode_anchors(views[2:]))
     assert not torch.allclose(masked, whole)
 
 
@@ -196,12 +197,14 @@ def test_gradient_of_a_batch_taken_in_parts_is_that_of_the_whole() -> None:
 
     halves = [[view[:4] for view in some_views()], [view[4:] for view in some_views()]]
     with torch.no_grad():
-        anchors = torch.cat([parts.anchors(half[1:], KEPT).view(3, 4, 6) for half in halves], dim=1).flatten(0, 1)
-        targets = torch.cat([parts.targets(half[0])[1] for half in halves])
+        anchors = torch.cat([parts.encode_anchors(half[1:], KEPT).view(3, 4, 6) for half in halves], dim=1).flatten(
+            0, 1
+        )
+        targets = torch.cat([parts.encode_targets(half[0])[1] for half in halves])
     anchors.requires_grad_()
-    parts.compared(anchors, targets).total.backward()
+    parts.compute_loss(anchors, targets).total.backward()
     for half, share in zip(halves, anchors.grad.view(3, 8, 6).split(4, dim=1), strict=True):
-        parts.anchors(half[1:], KEPT).backward(share.flatten(0, 1))
+        parts.encode_anchors(half[1:], KEPT).backward(share.flatten(0, 1))
 
     for (name, one), other in zip(whole.named_parameters(), parts.parameters(), strict=True):
         if one.grad is not None:
@@ -245,7 +248,7 @@ def test_a_share_stays_and_the_rest_comes_from_the_anchor() -> None:
     target, anchor = two_networks()
     before = copy.deepcopy(target)
 
-    update_ema(target, anchor, share=0.75)
+    update_ema(target, anchor, decay=0.75)
 
     for now, was, comes in zip(target.parameters(), before.parameters(), anchor.parameters(), strict=True):
         torch.testing.assert_close(now, 0.75 * was + 0.25 * comes)
@@ -255,7 +258,7 @@ def test_statistics_of_the_target_are_its_own() -> None:
     target, anchor = two_networks()
     anchor(torch.randn(8, 3))
 
-    update_ema(target, anchor, share=0.5)
+    update_ema(target, anchor, decay=0.5)
 
     assert torch.equal(target[1].running_mean, torch.zeros(3))
 
@@ -264,7 +267,7 @@ def test_a_share_of_one_moves_nothing() -> None:
     target, anchor = two_networks()
     before = [parameter.clone() for parameter in target.parameters()]
 
-    update_ema(target, anchor, share=1.0)
+    update_ema(target, anchor, decay=1.0)
 
     assert all(torch.equal(now, was) for now, was in zip(target.parameters(), before, strict=True))
 
@@ -300,7 +303,7 @@ def test_features_that_are_nothing_have_rank_one() -> None:
 
 
 def test_prototypes_in_use_are_those_that_some_image_is_nearest_to() -> None:
-    assert prototypes_in_use(torch.tensor([[0.6, 0.4, 0.0], [0.9, 0.1, 0.0], [0.2, 0.8, 0.0]])) == 2
+    assert count_prototypes_in_use(torch.tensor([[0.6, 0.4, 0.0], [0.9, 0.1, 0.0], [0.2, 0.8, 0.0]])) == 2
 
 
 def test_entropy_of_certain_and_even_targets() -> None:

@@ -104,5 +104,5 @@ def test_a_stem_for_residual_networks_is_refused_for_others() -> None:
 
 
 def test_one_view_is_refused() -> None:
-    with pytest.raises(UsageError, match="compares two"):
+    with pytest.raises(UsageError, match="SimSiam got 1 views"):
         small_model()(two_views()[:1])

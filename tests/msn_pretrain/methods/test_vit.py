@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.models.architectures import name_architecture
 from msn_eval.models.build import build_network
-from msn_pretrain.methods.vit import MaskedTransformer, build_transformer, keep_patches, kept_count, kept_patches
+from msn_eval.models.vit import keep_patches
+from msn_pretrain.methods.vit import MaskedTransformer, build_transformer, draw_kept_patches, kept_count
 
 SMALL = "vit_tiny_patch16_224?img_size=32&patch_size=8&embed_dim=24&depth=3&num_heads=3"
 REGISTERS = f"{SMALL}&reg_tokens=2&no_embed_class=True"
@@ -129,7 +130,7 @@ def test_edges_beyond_whole_patches_are_not_seen_and_that_is_said(caplog: pytest
     trunk = small_trunk(sides=(32, 20))
     images = some_images(20)
 
-    assert "views of 20 pixels are no whole number of patches of 8: 4 pixels" in caplog.text
+    assert "views of 20 pixels are not a multiple of the patch size 8: 4 pixels" in caplog.text
     torch.testing.assert_close(trunk(images), trunk(images[..., :16, :16]))
 
 
@@ -140,7 +141,7 @@ def test_views_smaller_than_a_patch_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", f"{SMALL}&class_token=False&global_pool=avg"])
 def test_networks_that_cannot_be_masked_are_refused(name: str) -> None:
-    with pytest.raises(UsageError, match="is no Vision Transformer with class token"):
+    with pytest.raises(UsageError, match="is not a Vision Transformer with class token"):
         build_transformer(name)
 
 
@@ -172,14 +173,14 @@ def test_as_many_patches_are_kept_as_in_the_release(ratio: float, kept: int) -> 
 
 
 def test_kept_patches_differ_and_ascend() -> None:
-    kept = kept_patches(100, 0.3, generator(), images=20)
+    kept = draw_kept_patches(100, 0.3, generator(), images=20)
 
     assert kept.shape == (20, 70)
     assert (kept.diff(dim=1) > 0).all()
 
 
 def test_every_patch_is_kept_as_often_as_any_other() -> None:
-    kept = kept_patches(10, 0.5, generator(), images=20_000)
+    kept = draw_kept_patches(10, 0.5, generator(), images=20_000)
 
     # Of 20,000 sets a patch is in half; 5 standard deviations are 354.
     assert torch.bincount(kept.flatten(), minlength=10).sub(10_000).abs().max() < 354
@@ -187,7 +188,7 @@ def test_every_patch_is_kept_as_often_as_any_other() -> None:
 
 def test_one_set_for_a_batch_is_uniform_over_sets() -> None:
     one = generator()
-    sets = torch.tensor([int((2 ** kept_patches(4, 0.5, one)).sum()) for _ in range(6_000)])
+    sets = torch.tensor([int((2 ** draw_kept_patches(4, 0.5, one)).sum()) for _ in range(6_000)])
 
     _, counts = sets.unique(return_counts=True)
     assert len(counts) == 6
@@ -196,11 +197,11 @@ def test_one_set_for_a_batch_is_uniform_over_sets() -> None:
 
 def test_the_generator_alone_decides() -> None:
     torch.manual_seed(1)
-    first = kept_patches(50, 0.5, generator(3), images=2)
+    first = draw_kept_patches(50, 0.5, generator(3), images=2)
     torch.manual_seed(2)
 
-    assert torch.equal(first, kept_patches(50, 0.5, generator(3), images=2))
-    assert not torch.equal(first, kept_patches(50, 0.5, generator(4), images=2))
+    assert torch.equal(first, draw_kept_patches(50, 0.5, generator(3), images=2))
+    assert not torch.equal(first, draw_kept_patches(50, 0.5, generator(4), images=2))
 
 
 @pytest.mark.parametrize("ratio", [1.0, -0.1, 0.95, float("nan")])

@@ -5,15 +5,15 @@ import pytest
 
 from msn_pretrain.training.journal import (
     METRICS,
-    Watched,
+    AlarmCounters,
     after_line,
     after_step,
-    cut,
     dump_batch,
+    find_alarm,
     is_collapsed,
     open_journal,
-    raised,
     read_metrics,
+    truncate_metrics,
 )
 
 
@@ -36,7 +36,7 @@ def test_a_journal_that_goes_on_forgets_the_steps_that_are_done_again(tmp_path: 
 def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
 
-    cut(tmp_path / METRICS, step=5)
+    truncate_metrics(tmp_path / METRICS, step=5)
 
     assert _lines(tmp_path) == [1]
 
@@ -83,28 +83,28 @@ def test_a_full_disk_is_told_once_and_stops_nothing(tmp_path: Path, caplog: pyte
 _HEALTHY = {"feature_spread": 0.6, "feature_rank": 12.0, "output_spread": 0.9}
 
 
-def _after(steps: list[bool]) -> Watched:
-    watched = Watched()
+def _after(steps: list[bool]) -> AlarmCounters:
+    watched = AlarmCounters()
     for finite in steps:
         watched = after_step(watched, finite=finite)
     return watched
 
 
 def test_three_steps_in_a_row_that_are_not_finite_raise_the_alarm() -> None:
-    assert raised(_after([False, False, True, False, False])) is None
-    alarm = raised(_after([True, False, False, False]))
+    assert find_alarm(_after([False, False, True, False, False])) is None
+    alarm = find_alarm(_after([True, False, False, False]))
     assert alarm is not None
     assert alarm.exit_code == 23
 
 
 @pytest.mark.parametrize("sick", [{"feature_spread": 0.001}, {"output_spread": 0.001}, {"feature_rank": 1.01}])
 def test_ten_lines_in_a_row_that_look_collapsed_raise_the_alarm(sick: dict[str, float]) -> None:
-    watched = Watched()
+    watched = AlarmCounters()
     for _ in range(9):
         watched = after_line(watched, _HEALTHY | sick)
-    assert raised(watched) is None
-    assert raised(after_line(watched, _HEALTHY)) is None
-    assert "collapsed" in str(raised(after_line(watched, _HEALTHY | sick)))
+    assert find_alarm(watched) is None
+    assert find_alarm(after_line(watched, _HEALTHY)) is None
+    assert "collapsed" in str(find_alarm(after_line(watched, _HEALTHY | sick)))
 
 
 def test_a_healthy_network_is_not_taken_for_a_collapsed_one() -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from msn_eval.errors import DistributedError
-from msn_pretrain.training.run import locked
+from msn_pretrain.training.run import lock_run
 
-_HOLD = "import sys, time; from pathlib import Path; from msn_pretrain.training.run import locked\n"
-_HOLD += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+_HOLD = "import sys, time; from pathlib import Path; from msn_pretrain.training.run import lock_run\n"
+_HOLD += "with lock_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 
 def test_a_second_job_is_told_who_trains_and_may_train_once_that_one_was_killed(tmp_path: Path) -> None:
@@ -18,10 +18,10 @@ def test_a_second_job_is_told_who_trains_and_may_train_once_that_one_was_killed(
     assert holder.stdout is not None
     with holder.stdout:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(DistributedError, match=f"process {holder.pid}"), locked(tmp_path):
+        with pytest.raises(DistributedError, match=f"process {holder.pid}"), lock_run(tmp_path):
             pass
 
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        with locked(tmp_path):
+        with lock_run(tmp_path):
             assert str(os.getpid()) in (tmp_path / "run.lock").read_text()

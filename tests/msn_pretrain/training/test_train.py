@@ -106,7 +106,7 @@ def test_a_resumed_run_that_forgets_its_generators_is_found_out(
 def test_a_changed_recipe_is_refused_with_its_differences(tiny: Read) -> None:
     train(tiny("optimization.epochs=1"), _ALONE)
 
-    with pytest.raises(UsageError, match=r"optimization.epochs: 1 there, 2 now") as refused:
+    with pytest.raises(UsageError, match=r"optimization.epochs: folder 1, now 2") as refused:
         train(tiny(), _ALONE)
 
     assert "--allow-config-change optimization.epochs" in str(refused.value)
@@ -117,7 +117,7 @@ def test_other_images_are_refused(tiny: Read, tmp_path: Path, monkeypatch: pytes
     train(tiny("optimization.epochs=1"), _ALONE)
     monkeypatch.setattr(training, "training_images", lambda recipe: _digits_from(5))
 
-    with pytest.raises(UsageError, match="training images are others"):
+    with pytest.raises(UsageError, match="training images are not those"):
         train(tiny("optimization.epochs=1"), _ALONE)
 
 
@@ -165,7 +165,7 @@ def test_a_rollback_takes_the_last_snapshots_weights_and_goes_on_behind_the_bad_
     assert train(recipe, _ALONE) == 0
 
     assert (
-        "step 9: loss or gradient was not finite in 3 steps in a row; going on with the weights of step 5"
+        "step 9: loss or gradient was not finite in 3 steps in a row; continuing with the weights of step 5"
         in caplog.text
     )
     epoch, after, _ = (read_snapshot(check_snapshot(one)) for one in reversed(snapshot_folders(tmp_path / "run")))
@@ -183,7 +183,7 @@ def test_a_run_that_stays_bad_after_its_rollbacks_stops(
     with pytest.raises(NumericalError, match="3 steps in a row"):
         train(tiny("watch.on_alarm=rollback", "run.keep_every=1", "optimization.epochs=4"), _ALONE)
 
-    assert caplog.text.count("going on with the weights of step") == 3
+    assert caplog.text.count("continuing with the weights of step") == 3
     assert read_metrics(tmp_path / "run" / METRICS)[-1]["step"] == 17
 
 
@@ -199,7 +199,7 @@ def test_a_full_disk_stops_no_training_before_the_next_epoch_ends(
         train(tiny("optimization.epochs=4"), _ALONE)
 
     assert len(read_metrics(tmp_path / "run" / METRICS)) == 10
-    assert "training goes on without a snapshot of step 5" in caplog.text
+    assert "training continues without a snapshot of step 5" in caplog.text
 
 
 def test_the_encoder_is_measured_on_schedule_as_ordinary_records(tiny: Read, tmp_path: Path) -> None:
