@@ -1,9 +1,9 @@
-"""Recipe: everything that defines a pre-training run; recipe_file reads it.
+"""Recipes: everything that defines a pre-training run. `load.read_recipe` reads them.
 
     MSNRecipe      run, data, views, encoder, head, masking, criterion, optimization, ema, watch
     SimSiamRecipe  run, data, views, encoder, projector, optimization, watch
 
-Defaults are the published values: of the released ViT-S/16 for MSN, of ResNet-50 for SimSiam.
+Defaults are the published values: those of the released ViT-S/16 for MSN, of ResNet-50 for SimSiam.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,20 @@ from msn_eval.errors import UsageError, did_you_mean
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where and how a run computes; nothing here changes what is learnt but `seed`, and by rounding `precision`.
+    """Where and how a run computes. Only `seed`, and by rounding `precision`, change what is learnt.
 
-    device:           auto, cpu, cuda, cuda:N, or several as cuda:0,cuda:1
-    precision:        auto (bf16 on CUDA, fp32 on CPU), fp32, bf16
-    attention:        auto, fused (SDPA) or explicit, which is faster in bf16 on CPUs
-    micro_batch:      images a rank computes at once, 0 for its whole share of the batch
-    log_every:        steps between two lines of metrics.jsonl
-    snapshot_minutes: minutes between two snapshots; each epoch ends with one besides
-    keep_every:       epochs between two snapshots that stay, 0 for none
-    compare_every:    steps between two comparisons of the ranks' weights, 0 for none but those before snapshots
+    Attributes:
+        dir: Folder of the run.
+        seed: Seed of everything that is drawn.
+        device: auto, cpu, cuda, cuda:N, or several such as cuda:0,cuda:1.
+        precision: auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.
+        attention: auto, fused (SDPA) or explicit, which is faster in bf16 on CPUs.
+        compile: Whether encoders run through torch.compile.
+        micro_batch: Images per forward pass of a rank, 0 for its complete share of the batch.
+        log_every: Steps between two lines of metrics.jsonl.
+        snapshot_minutes: Minutes between two snapshots. There is also one at the end of each epoch.
+        keep_every: Epochs between two snapshots that are never removed, 0 for none.
+        compare_every: Steps between two comparisons of the ranks' weights, 0 for only those before snapshots.
     """
 
     dir: str = "runs/pretrain"
@@ -52,12 +56,13 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The images: a folder with `train/<class>/*`, or another data set that `msn-eval --data` takes.
+    """The images: a folder with `train/<class>/*`, or another data set that `msn-eval --data` accepts.
 
-    root:       its path or name; must be given
-    workers:    processes that decode, 0 for none
-    limit:      images a class at most, 0 for all
-    pin_memory: whether batches are handed to a GPU through page-locked memory
+    Attributes:
+        root: Path or name of the data set; required.
+        workers: Decoding processes, 0 for none.
+        limit: Maximum images per class, 0 for all.
+        pin_memory: Whether batches go to a GPU through page-locked memory.
     """
 
     root: str = ""
@@ -72,15 +77,27 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """How an image becomes views. Sides in pixels, scales as shares of its area, the rest probabilities and strengths.
+    """How an image becomes views.
 
-    random_views:  anchors of `image_pixels`, besides the one target of MSN; SimSiam has two views and no others
-    focal_views:   anchors of `focal_pixels`, unmasked
-    interpolation: bilinear or bicubic
-    brightness, contrast, saturation, hue: how far each may be jittered, as torchvision's ColorJitter counts
-    jitter, grey, blur, flip: probabilities
-    made:          loader (one by one where images are decoded), device (many at once on the training device), or auto:
-                   device on CUDA. The two differ by rounding.
+    Attributes:
+        image_pixels: Side of the target view and the random anchor views.
+        focal_pixels: Side of the focal anchor views.
+        random_views: Random anchor views, apart from MSN's target view. SimSiam has two views and no others.
+        focal_views: Focal anchor views, unmasked.
+        crop_scale: Range of the crop's share of the image's area.
+        focal_crop_scale: The same for focal views.
+        interpolation: bilinear or bicubic.
+        flip: Probability of a horizontal flip.
+        jitter: Probability of the colour jitter.
+        brightness: Strength of the jitter, as for torchvision's ColorJitter.
+        contrast: Likewise.
+        saturation: Likewise.
+        hue: Likewise.
+        grey: Probability of greyscale.
+        blur: Probability of a Gaussian blur.
+        blur_sigma: Range of its standard deviation in pixels.
+        made: loader (one by one where images are decoded), device (in batches on the training device), or auto: device on CUDA.
+            The two differ by rounding.
     """
 
     image_pixels: int = 224
@@ -127,12 +144,13 @@ class Views:
 class Encoder:
     """The network that is trained.
 
-    name:      timm's, keywords behind it as vit_tiny_patch16_224?img_size=32&patch_size=4
-    drop_path: chance that a block is skipped, rising to this in the last one
-    first_weights:  of a Transformer: `release` draws them as the MSN release does, `timm` as timm
-    position_scale: of its first position embeddings, whose deviation is 0.02. Patches of few pixels have larger embeddings, in
-               which those drown: a small network then long sees patches without their places.
-    stem:      `cifar` for a residual network's 3 x 3 stem without max-pool, else `imagenet`
+    Attributes:
+        name: timm's name with keywords, such as vit_tiny_patch16_224?img_size=32&patch_size=4.
+        drop_path: Probability that the last block is skipped; it rises linearly from the first block.
+        first_weights: Initial weights of a Transformer: `release` as in the MSN release, or `timm`.
+        position_scale: Factor for the initial position embeddings, whose standard deviation is 0.02. Embeddings of patches of few
+            pixels are larger, so that a small network may ignore positions for a long time.
+        stem: `cifar` for a residual network's 3 x 3 stem without max-pool, else `imagenet`.
     """
 
     name: str = "vit_small_patch16_224"
@@ -149,7 +167,7 @@ class Encoder:
 
 
 def architecture_of(encoder: Encoder) -> str:
-    """Give an encoder's architecture as `msn-eval --arch` takes it."""
+    """Return an encoder's architecture as for `msn-eval --arch`."""
     if encoder.stem == "imagenet":
         return encoder.name
     return f"{encoder.name}{'&' if '?' in encoder.name else '?'}stem={encoder.stem}"
@@ -157,7 +175,7 @@ def architecture_of(encoder: Encoder) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """MSN's projection head: three linear layers, after the first two BatchNorm and GELU."""
+    """MSN's projection head: three linear layers, the first two followed by BatchNorm and GELU."""
 
     hidden: int = 2048
     output: int = 256
@@ -170,7 +188,7 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Masking:
-    """What share of the random anchor's patches is dropped; one choice for a step's batch, as released, or for each image."""
+    """Share of patches to drop from random anchor views: one draw per step, as in the release, or per image."""
 
     ratio: float = 0.15
     per_image: bool = False
@@ -183,11 +201,16 @@ class Masking:
 class Criterion:
     """MSN's loss.
 
-    temperature:         of anchors' and targets' softmax
-    sharpening:          T of the power 1 / T that targets are raised to, at the first step
-    final_sharpening:    the same at the end of the stretched schedule
-    sinkhorn_iterations: 0 for no Sinkhorn
-    prior:               uniform, or power_law with `prior_exponent` (arXiv:2210.07277)
+    Attributes:
+        prototypes: Number of prototypes.
+        temperature: Of the softmax of anchors and targets.
+        sharpening: T of the power 1 / T of targets, at the first step.
+        final_sharpening: The same at the end of the stretched schedule.
+        sinkhorn_iterations: 0 for no Sinkhorn balancing.
+        me_max_weight: Weight of the mean-entropy term.
+        entropy_weight: Weight of the entropy of the predictions.
+        prior: uniform, or power_law with `prior_exponent` (arXiv:2210.07277).
+        prior_exponent: Exponent of the power law.
     """
 
     prototypes: int = 1024
@@ -211,13 +234,19 @@ class Criterion:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """AdamW and its schedules, as MSN's.
+    """MSN's optimiser, AdamW, and its schedules.
 
-    batch_size:             images of one step, over all ranks
-    warmup:                 epochs from `start_learning_rate` to `learning_rate`
-    stretch:                the schedules are as long as this many times the epochs, so that their ends are never reached
-    weight_decay:           at the first step; `final_weight_decay` at the end of the stretched schedule
-    clip:                   largest norm of the gradient of encoder and head, 0 for no limit; prototypes are not clipped
+    Attributes:
+        epochs: Epochs of training.
+        batch_size: Images of one step, over all ranks.
+        start_learning_rate: At the first step.
+        learning_rate: After the warm-up.
+        final_learning_rate: At the end of the stretched schedule.
+        warmup: Epochs from `start_learning_rate` to `learning_rate`.
+        stretch: Length of the schedules in multiples of the epochs. Above 1 their ends are never reached.
+        weight_decay: At the first step.
+        final_weight_decay: At the end of the stretched schedule.
+        clip: Maximum gradient norm of encoder and head, 0 for no limit. Prototypes are not clipped.
     """
 
     epochs: int = 800
@@ -249,7 +278,7 @@ class Optimization:
 
 @dataclass(frozen=True, kw_only=True)
 class EMA:
-    """How much of the target encoder stays at each step, rising linearly over the stretched schedule."""
+    """Decay of the target encoder's moving average; it changes linearly over the stretched schedule."""
 
     start: float = 0.996
     final: float = 1.0
@@ -261,14 +290,15 @@ class EMA:
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """What is looked at while a run goes on.
+    """Evaluation and alarms during training.
 
-    probe_every: epochs between two evaluations through msn_eval, 0 for none
-    probe_data:  their data set, empty for that of the run
-    probes:      which, of knn, ridge and logistic
-    subset:      labelled images they get
-    on_alarm:    stop or warn, at a loss that is not finite and at a collapse; rollback takes the last snapshot's weights
-                 again at the first, leaves out the images in between, and stops at a collapse
+    Attributes:
+        probe_every: Epochs between two evaluations with msn_eval, 0 for none.
+        probe_data: Their data set; empty means that of the run.
+        probes: Names of probes.
+        subset: Labelled images of the probes.
+        on_alarm: stop or warn when losses are not finite or the representation collapses. rollback restores the last snapshot's
+            weights when losses are not finite, skips the images in between, and stops on collapse.
     """
 
     probe_every: int = 0
@@ -305,11 +335,12 @@ class MSNRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Projector:
-    """SimSiam's projector, with BatchNorm after each of its layers, and predictor.
+    """SimSiam's projector, with BatchNorm after each layer, and predictor.
 
-    layers:    of the projector: 3 on ImageNet, 2 on CIFAR-10
-    output:    width of the projection and of the projector's hidden layers
-    predictor: width of the predictor's hidden layer
+    Attributes:
+        layers: Layers of the projector: 3 on ImageNet, 2 on CIFAR-10.
+        output: Width of the projection and of the projector's hidden layers.
+        predictor: Width of the predictor's hidden layer.
     """
 
     layers: int = 3
@@ -326,11 +357,16 @@ class Projector:
 class SGD:
     """SimSiam's optimiser: SGD, or AdamW for Transformers.
 
-    batch_size:           images of one step, over all ranks
-    learning_rate:        for 256 images; the rate of a step is this times batch_size / 256, on a cosine over the epochs
-    warmup:               epochs of linear warm-up
-    weight_decay:         of all parameters, biases and norms too, for `sgd`; of matrices alone for `adamw`
-    fixed_predictor_rate: whether the predictor's rate does not decay
+    Attributes:
+        optimizer: sgd or adamw.
+        epochs: Epochs of training.
+        batch_size: Images of one step, over all ranks.
+        learning_rate: For 256 images. The learning rate of a step is this times batch_size / 256, with a cosine decay over epochs.
+        momentum: Of SGD.
+        weight_decay: For `sgd` of all parameters, biases and norms included; for `adamw` of matrices only.
+        warmup: Epochs of linear warm-up.
+        clip: Maximum gradient norm, 0 for no limit.
+        fixed_predictor_rate: Whether the predictor's learning rate stays constant.
     """
 
     optimizer: str = "sgd"
@@ -374,7 +410,7 @@ class SimSiamRecipe:
         _one_of("method", self.method, ("simsiam",))
         if self.views.random_views != 2 or self.views.focal_views:
             raise UsageError(
-                "views: SimSiam compares two views", hint="Leave views.random_views=2, views.focal_views=0."
+                "views: SimSiam compares two views", hint="Set views.random_views=2 and views.focal_views=0."
             )
 
 
@@ -386,5 +422,5 @@ def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
 def _check_pair(key: str, values: Sequence[float]) -> None:
     if len(values) != 2:
         raise UsageError(
-            f"{key}: {list(values)} are not two numbers", hint="Give a lower and an upper one: [0.3, 1.0]."
+            f"{key}: {list(values)} are not two numbers", hint="Use a lower and an upper value: [0.3, 1.0]."
         )

@@ -1,6 +1,6 @@
-"""Schedule: rates, decay, momentum and sharpening as pure functions of the global step.
+"""Schedules of learning rate, weight decay, EMA and sharpening as pure functions of the global step.
 
-The step counts updates from 0, over all epochs; nothing else is remembered, so a resumed run goes on exactly.
+The step counts updates from 0, over all epochs. There is no other state, so a resumed run continues exactly.
 """
 
 import math
@@ -8,18 +8,19 @@ from dataclasses import dataclass
 
 from msn_pretrain.config.recipe import MSNRecipe, SimSiamRecipe
 
-_BATCH_OF_RATE = 256  # images that SimSiam states its learning rate for
+_BATCH_OF_RATE = 256  # batch size of SimSiam's base learning rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What one update uses.
+    """Hyper-parameters of one update.
 
-    learning_rate:       of all parameters whose rate is scheduled
-    fixed_learning_rate: of those whose rate is not: SimSiam's predictor
-    weight_decay:        of all parameters that decay
-    ema:                 share of the target encoder that stays; 1 where there is none
-    sharpening:          T of the power 1 / T of targets
+    Attributes:
+        learning_rate: Of parameters with a scheduled learning rate.
+        fixed_learning_rate: Of SimSiam's predictor.
+        weight_decay: Of parameters with weight decay.
+        ema: Decay of the target encoder; 1 if there is none.
+        sharpening: T of the power 1 / T of targets.
     """
 
     learning_rate: float
@@ -30,7 +31,7 @@ class StepSettings:
 
 
 def warmup_cosine(time: float, *, start: float, peak: float, final: float, warmup: float, duration: float) -> float:
-    """Rise linearly from `start` to `peak` during `warmup`, then fall on half a cosine to `final` at `duration`."""
+    """Return a value that rises linearly from `start` to `peak` during `warmup`, then falls on half a cosine to `final`."""
     if time < warmup:
         return start + (peak - start) * time / warmup
     progress = min(1.0, (time - warmup) / max(1.0, duration - warmup))
@@ -38,38 +39,40 @@ def warmup_cosine(time: float, *, start: float, peak: float, final: float, warmu
 
 
 def cosine(time: float, *, start: float, final: float, duration: float) -> float:
-    """Go from `start` to `final` on half a cosine."""
+    """Return the value at `time` on half a cosine from `start` to `final`."""
     progress = min(1.0, time / duration)
     return final + (start - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def linear(time: float, *, start: float, final: float, duration: float) -> float:
-    """Go from `start` to `final` on a straight line."""
+    """Return the value at `time` on a line from `start` to `final`."""
     return start + (final - start) * min(1.0, time / duration)
 
 
 def msn_settings(recipe: MSNRecipe, *, step: int, steps_per_epoch: int) -> StepSettings:
-    """Give the settings of MSN's update number `step`, from 0.
+    """Return the settings of MSN's update number `step`, from 0.
 
-    As in the release, rate and decay are those one step ahead of momentum and sharpening, and all are stretched over 1.25
-    times the epochs. Source: github.com/facebookresearch/msn, src/msn_train.py and src/utils.py.
+    As in the release, learning rate and weight decay are one step ahead of EMA and sharpening, and all schedules are stretched to
+    1.25 times the epochs.
+
+    Source: github.com/facebookresearch/msn, src/msn_train.py and src/utils.py.
     """
     optimization, criterion = recipe.optimization, recipe.criterion
     duration = optimization.stretch * optimization.epochs * steps_per_epoch
-    whole = int(duration)
+    whole_steps = int(duration)  # the release truncates here, but not for EMA and sharpening
     rate = warmup_cosine(
         step + 1,
         start=optimization.start_learning_rate,
         peak=optimization.learning_rate,
         final=optimization.final_learning_rate,
         warmup=int(optimization.warmup * steps_per_epoch),
-        duration=whole,
+        duration=whole_steps,
     )
     return StepSettings(
         learning_rate=rate,
         fixed_learning_rate=rate,
         weight_decay=cosine(
-            step + 1, start=optimization.weight_decay, final=optimization.final_weight_decay, duration=whole
+            step + 1, start=optimization.weight_decay, final=optimization.final_weight_decay, duration=whole_steps
         ),
         ema=linear(step, start=recipe.ema.start, final=recipe.ema.final, duration=duration),
         sharpening=linear(step, start=criterion.sharpening, final=criterion.final_sharpening, duration=duration),
@@ -77,9 +80,9 @@ def msn_settings(recipe: MSNRecipe, *, step: int, steps_per_epoch: int) -> StepS
 
 
 def simsiam_settings(recipe: SimSiamRecipe, *, step: int, steps_per_epoch: int) -> StepSettings:
-    """Give the settings of SimSiam's update number `step`, from 0: the rate changes from epoch to epoch.
+    """Return the settings of SimSiam's update number `step`, from 0. The learning rate changes per epoch.
 
-    Source: github.com/facebookresearch/simsiam, main_simsiam.py; the warm-up, from 0 and by step, is ours and off.
+    Source: github.com/facebookresearch/simsiam, main_simsiam.py. The linear warm-up per step is an addition, off by default.
     """
     optimization = recipe.optimization
     peak = optimization.learning_rate * optimization.batch_size / _BATCH_OF_RATE
@@ -92,7 +95,7 @@ def simsiam_settings(recipe: SimSiamRecipe, *, step: int, steps_per_epoch: int) 
 
 
 def settings_at(recipe: MSNRecipe | SimSiamRecipe, *, step: int, steps_per_epoch: int) -> StepSettings:
-    """Give the settings of update number `step`, from 0, of either method."""
+    """Return the settings of update number `step`, from 0, of either method."""
     if isinstance(recipe, MSNRecipe):
         return msn_settings(recipe, step=step, steps_per_epoch=steps_per_epoch)
     return simsiam_settings(recipe, step=step, steps_per_epoch=steps_per_epoch)
