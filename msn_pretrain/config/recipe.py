@@ -361,7 +361,7 @@ class SGD:
         optimizer: sgd or adamw.
         epochs: Epochs of training.
         batch_size: Images of one step, over all ranks.
-        learning_rate: For 256 images. The learning rate of a step is this times batch_size / 256, with a cosine decay over epochs.
+        learning_rate: For 256 images; multiplied by batch_size / 256, with a cosine decay over epochs.
         momentum: Of SGD.
         weight_decay: For `sgd` of all parameters, biases and norms included; for `adamw` of matrices only.
         warmup: Epochs of linear warm-up.

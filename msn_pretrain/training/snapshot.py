@@ -161,7 +161,7 @@ def _sort_metadata(content: bytes) -> bytes:
 
 @contextlib.contextmanager
 def _atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` at the end. torch reports a full disk as RuntimeError; raise OSError instead."""
+    """Yield a temporary path that replaces `path` at the end. Turns torch's RuntimeError for a full disk into OSError."""
     with written_atomically(path, path.name) as temporary:
         try:
             yield temporary
