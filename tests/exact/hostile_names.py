@@ -1,4 +1,4 @@
-"""Names that attack a report, and what no report may do with them; run as a script it tries thousands of them."""
+"""Names that attack a report, and checks that no report format lets them. As a script it checks thousands of them."""
 
 import argparse
 import csv
@@ -16,10 +16,10 @@ from markdown_it.token import Token
 from rich.console import Console
 
 from msn_eval.errors import one_line
-from msn_eval.reports import render
+from msn_eval.reports import load_format
 from msn_eval.reports.terminal import print_table
-from msn_eval.reports.text_tables import row_text
-from msn_eval.results.folder import list_results
+from msn_eval.reports.text_tables import describe_row
+from msn_eval.results.folder import ResultScan, list_results
 from msn_eval.results.record import Result, protocol_id
 from msn_eval.results.table import Table, make_table
 
@@ -39,7 +39,7 @@ HOSTILE_NAMES = st.one_of(
     st.lists(st.sampled_from(ATTACKS) | st.text(max_size=4), min_size=1, max_size=6).map("".join),
     st.text(st.characters(), min_size=1, max_size=300),
 )
-# Everything that our LaTeX may say, words and signs.
+# All commands and escapes of our LaTeX.
 _LATEX_WORDS = {
     "begin", "end", "toprule", "midrule", "bottomrule", "multicolumn", "textbf", "scriptsize", "footnotesize", "noindent",
     "par", "bigskip", "pm", "lambda", "textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater",
@@ -49,7 +49,7 @@ _LATEX_SIGNS = set("\\{}%&$#_")
 
 
 def records_named(name: str) -> list[Result]:
-    """Give real records in which whatever a stranger may choose is called `name`."""
+    """Return real records in which everything that a user can name has this name."""
     return [_named(result, name) for result in list_results([_RECORDS])]
 
 
@@ -73,8 +73,13 @@ def _named(result: Result, name: str) -> Result:
     )
 
 
+def render(table: Table, name: str) -> str:
+    """Return a table in a format that needs no records."""
+    return load_format(name).render(table, ResultScan(results=(), paths=(), faults=()))
+
+
 def check_name(name: str) -> None:
-    """Say with an AssertionError which form of a report a name changes in more than its own cells."""
+    """Raise AssertionError if a name changes more than its own cells in any format."""
     table, plain = make_table(records_named(name)), make_table(records_named("plain"))
     for check in (_check_terminal, _check_markdown, _check_csv, _check_json, _check_latex):
         check(table, plain)
@@ -91,7 +96,7 @@ def _check_terminal(table: Table, plain: Table) -> None:
         "a control character"
     )
     assert text.count("\n") == printed(plain).count("\n"), "more lines"
-    assert all(one_line(row_text(row)) in text for row in table.rows), "a name that changed"
+    assert all(one_line(describe_row(row)) in text for row in table.rows), "a name that changed"
 
 
 def _check_markdown(table: Table, plain: Table) -> None:
@@ -106,17 +111,17 @@ def _check_markdown(table: Table, plain: Table) -> None:
     for lines, columns in zip(cells, groups, strict=True):
         assert {len(line) for line in lines} == {1 + len(columns)}, "columns"
         for line, (row, _) in zip(lines[1:], table.rows_of(columns), strict=True):
-            assert line[0] == one_line(row_text(row)), (line[0], row_text(row))
+            assert line[0] == one_line(describe_row(row)), (line[0], describe_row(row))
 
 
 def _markdown(text: str) -> list[Token]:
-    """Give the tokens of Markdown with GitHub's tables, inline ones included, as markdown-it reads them."""
+    """Return the tokens of Markdown with GitHub's tables, inline ones included."""
     parsed = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
     return [inner for token in parsed for inner in (token, *(token.children or ()))]
 
 
 def _markdown_cells(text: str) -> list[list[list[str]]]:
-    """Give what a reader sees in the cells of each table, header first."""
+    """Return the visible text of the cells of each table, header first."""
     tables: list[list[list[str]]] = []
     for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text):
         if token.type == "table_open":
@@ -161,7 +166,7 @@ def _check_latex(table: Table, plain: Table) -> None:
 
 
 def latex_tokens(text: str) -> list[str]:
-    """Give the tokens of our LaTeX, and refuse any that is not of the few we mean."""
+    """Return the tokens of our LaTeX; raise AssertionError for a command that we do not use."""
     _, _, body = text.partition("\n")  # the first line is a comment
     assert body.isprintable() or all(one.isprintable() or one == "\n" for one in body), "a control character"
     assert all(ord(one) < 256 for one in body), "a letter that the standard fonts lack"
@@ -180,22 +185,22 @@ def latex_tokens(text: str) -> list[str]:
 
 
 def check_names(count: int) -> None:
-    """Try so many names."""
-    tried: Callable[[], None] = settings(
+    """Check `count` generated names."""
+    check: Callable[[], None] = settings(
         max_examples=count,
         deadline=None,
         database=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )(given(name=HOSTILE_NAMES)(check_name))
-    tried()
+    check()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--names", type=int, default=5000)
-    chosen = parser.parse_args()
+    options = parser.parse_args()
     for attack in ATTACKS:
         check_name(attack)
-    check_names(chosen.names)
-    print(f"{len(ATTACKS)} attacks and {chosen.names} made-up names: no form of a report was changed by any")
+    check_names(options.names)
+    print(f"{len(ATTACKS)} attacks and {options.names} generated names: none changed a report format")
