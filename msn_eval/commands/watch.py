@@ -205,10 +205,12 @@ def _raise_problems(folder: Path, trajectory: "Trajectory", failures: "Sequence[
             hint="Look at the curves; continue from an earlier snapshot with a changed recipe.",
             kept="Records and curves are in its eval folder.",
         )
+    if len(failures) == 1:
+        raise failures[0]
     if failures:
         raise CheckpointError(
-            f"{len(failures)} snapshots could not be scored" if len(failures) > 1 else failures[0].what,
-            where=str(folder) if len(failures) > 1 else failures[0].where,
+            f"{len(failures)} snapshots could not be scored",
+            where=str(folder),
             hint="Their errors are printed above; all other snapshots are scored.",
         )
     if not trajectory.points:

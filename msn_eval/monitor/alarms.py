@@ -40,13 +40,7 @@ class Alarm:
         return f"{self.what}, {since}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rule:
-    """An alarm after `lines` consecutive lines of the journal for which `applies` is true."""
-
-    what: str
-    applies: Callable[[JournalLine], bool]
-    lines: int = COLLAPSED_LINES
+_Rule = tuple[str, int, Callable[[JournalLine], bool]]  # problem, consecutive lines, and whether a line has the problem
 
 
 def find_alarms(
@@ -69,36 +63,27 @@ def find_alarms(
     return tuple(sorted(alarms, key=lambda alarm: (alarm.first, alarm.what)))
 
 
-def _make_rules(prototypes: int | None, first_epochs: float) -> list[_Rule]:
-    rules = [
-        _Rule(what="loss or gradient is not finite", lines=_NOT_FINITE_LINES, applies=is_not_finite),
-        _Rule(
-            what=f"collapse: all images look alike (spread below {LEAST_SPREAD} or rank below {LEAST_RANK})",
-            applies=is_collapsed,
-        ),
-    ]
+def _make_rules(prototypes: int | None, first_epochs: float) -> Iterator[_Rule]:
+    look_alike = f"collapse: all images look alike (spread below {LEAST_SPREAD} or rank below {LEAST_RANK})"
+    yield "loss or gradient is not finite", _NOT_FINITE_LINES, is_not_finite
+    yield look_alike, COLLAPSED_LINES, is_collapsed
     if prototypes is None or prototypes < 2:
-        return rules
+        return
     log_k = math.log(prototypes)
-    return [
-        *rules,
-        _Rule(
-            what="collapse: all images are on one prototype",
-            applies=lambda line: (
-                _reaches(line, "me_max", _ONE_PROTOTYPE * log_k) or line.get("prototypes_in_use") in (0.0, 1.0)
-            ),
-        ),
-        _Rule(
-            what=f"collapse: targets prefer no prototype (entropy near log k = {log_k:.2f})",
-            applies=lambda line: _reaches(line, "target_entropy", _UNIFORM_TARGETS * log_k),
-        ),
-        _Rule(
-            what=f"no learning: cross-entropy at log k = {log_k:.2f} after epoch {first_epochs:g}",
-            applies=lambda line: (
-                _reaches(line, "epoch", first_epochs) and _reaches(line, "cross_entropy", _NO_LEARNING * log_k)
-            ),
-        ),
-    ]
+
+    def has_one_prototype(line: JournalLine) -> bool:
+        return _reaches(line, "me_max", _ONE_PROTOTYPE * log_k) or line.get("prototypes_in_use") in (0.0, 1.0)
+
+    def has_uniform_targets(line: JournalLine) -> bool:
+        return _reaches(line, "target_entropy", _UNIFORM_TARGETS * log_k)
+
+    def has_learnt_nothing(line: JournalLine) -> bool:
+        return _reaches(line, "epoch", first_epochs) and _reaches(line, "cross_entropy", _NO_LEARNING * log_k)
+
+    at_log_k = f"log k = {log_k:.2f}"
+    yield "collapse: all images are on one prototype", COLLAPSED_LINES, has_one_prototype
+    yield f"collapse: targets prefer no prototype (entropy near {at_log_k})", COLLAPSED_LINES, has_uniform_targets
+    yield f"no learning: cross-entropy at {at_log_k} after epoch {first_epochs:g}", COLLAPSED_LINES, has_learnt_nothing
 
 
 def is_not_finite(line: JournalLine) -> bool:
@@ -112,11 +97,12 @@ def _reaches(line: JournalLine, name: str, least: float) -> bool:
 
 
 def _apply_rule(lines: Sequence[JournalLine], rule: _Rule) -> Iterator[Alarm]:
-    for applies, group in groupby(lines, key=rule.applies):
+    what, least, has_problem = rule
+    for applies, group in groupby(lines, key=has_problem):
         matches = list(group)
-        if applies and len(matches) >= rule.lines:
+        if applies and len(matches) >= least:
             first, last = (int(line["step"] or 0) for line in (matches[0], matches[-1]))
-            yield Alarm(what=rule.what, first=first, last=last, is_active=matches[-1] is lines[-1])
+            yield Alarm(what=what, first=first, last=last, is_active=matches[-1] is lines[-1])
 
 
 def _find_degenerate(snapshots: Sequence[SnapshotFeatures]) -> Iterator[Alarm]:

@@ -161,12 +161,11 @@ def read_run_info(folder: Path) -> RunInfo:
 
 def fingerprint_run(folder: Path) -> tuple[object, ...]:
     """Return a value that changes whenever the run writes to its journal or finishes a snapshot."""
-    try:
-        journal = (folder / METRICS).stat()
-        size: tuple[object, ...] = (journal.st_size, journal.st_mtime_ns)
-    except OSError:
-        size = ()
-    return (*size, *(snapshot.files[ENCODER] for snapshot in _list_finished(folder)))
+    journal = folder / METRICS
+    status = journal.stat() if journal.exists() else None
+    return status and (status.st_size, status.st_mtime_ns), *(
+        snapshot.files[ENCODER] for snapshot in _list_finished(folder)
+    )
 
 
 def list_unscored(plan: Plan, folder: Path, trajectory: Trajectory, skipped: Collection[str]) -> list[SnapshotFiles]:
@@ -277,7 +276,8 @@ def _extraction_settings(plan: Plan) -> ExtractionSettings:
 
 def read_trajectory(folder: Path, run: RunInfo, plan: Plan) -> Trajectory:
     """Read a run as it is now: its journal, and what was measured of it on the plan's validation images."""
-    lines = tuple(map(_to_numbers, _read_journal(folder)))
+    journal = folder / METRICS
+    lines = tuple(map(_to_numbers, read_metrics(journal) if journal.exists() else ()))
     snapshots = _list_finished(folder)
     stated = [snapshot.facts["steps_an_epoch"] for snapshot in snapshots if "steps_an_epoch" in snapshot.facts]
     steps_per_epoch = stated[0] if stated else None
@@ -303,13 +303,6 @@ def read_trajectory(folder: Path, run: RunInfo, plan: Plan) -> Trajectory:
         ),
         notices=tuple(_describe_problems(lines, faults)),
     )
-
-
-def _read_journal(folder: Path) -> list[dict[str, Any]]:
-    try:
-        return read_metrics(folder / METRICS)
-    except FileNotFoundError:
-        return []
 
 
 def _to_numbers(line: Mapping[str, Any]) -> JournalLine:

@@ -5,24 +5,20 @@ from dataclasses import asdict
 from typing import Any
 
 from msn_eval.results.folder import ResultScan
-from msn_eval.results.table import Cell, Row, Table
+from msn_eval.results.table import Cell, Table
 
 suffix = "json"
 
 
 def render(table: Table, scan: ResultScan) -> str:
     """Return the table as JSON."""
-    content = {
-        "columns": [asdict(column) for column in table.columns],
-        "rows": [asdict(row) | {"cells": _cells_by_protocol(table, row)} for row in table.rows],
-        "notices": table.notices,
-    }
+    rows = []
+    for row in table.rows:
+        columns = [column for column in table.columns if (row, column) in table.cells]
+        cells = {column.protocol_id: _flatten(table.cells[row, column]) for column in columns}
+        rows.append(asdict(row) | {"cells": cells})
+    content = {"columns": [asdict(column) for column in table.columns], "rows": rows, "notices": table.notices}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
-
-
-def _cells_by_protocol(table: Table, row: Row) -> dict[str, dict[str, Any]]:
-    columns = [column for column in table.columns if (row, column) in table.cells]
-    return {column.protocol_id: _flatten(table.cells[row, column]) for column in columns}
 
 
 def _flatten(cell: Cell) -> dict[str, Any]:

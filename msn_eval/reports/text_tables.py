@@ -48,10 +48,15 @@ def exact_percent(fraction: float) -> str:
 
 
 def describe_row(row: Row) -> str:
-    """Return the checkpoint's name; in parentheses its architecture unless the name has it, the note and the source."""
+    """Return the checkpoint's name, with its details in parentheses."""
+    details = row_details(row)
+    return f"{row.name} ({details})" if details else row.name
+
+
+def row_details(row: Row) -> str:
+    """Return the architecture unless the name has it, the note and the source of a row."""
     source = f"published in {row.source}" if row.source else ""
-    details = [text for text in ("" if row.arch in row.name else row.arch, row.note, source) if text]
-    return f"{row.name} ({', '.join(details)})" if details else row.name
+    return ", ".join(text for text in ("" if row.arch in row.name else row.arch, row.note, source) if text)
 
 
 def legend(table: Table) -> tuple[str, ...]:

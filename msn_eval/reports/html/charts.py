@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
@@ -18,13 +18,11 @@ from msn_eval.reports.html.svg import (
     widen_if_constant,
 )
 from msn_eval.reports.text_tables import format_accuracy
-from msn_eval.results.table import Cell, Column, Row, Table
+from msn_eval.results.table import Column, Row, Table
 
 MOST_CURVES = 8
 _MOST_CROSSINGS = 12
 _MOST_Y_TICKS = 6
-_LABEL_CHARACTERS = 20
-_LABEL_HEIGHT = 17.0  # SVG units
 _MIN_TICK_DISTANCE = 0.055  # of the axis; closer texts would overlap
 _SUBSET_TEXTS = {"1img": "1", "2imgs": "2", "5imgs": "5", "1pct": "1 %", "10pct": "10 %", "full": "all"}
 Tick = tuple[float, str, str]  # x, its text, and the text below it
@@ -56,7 +54,6 @@ class Chart:
     """A chart in SVG units.
 
     Attributes:
-        labels: (y, shortened name) beside the end of each curve.
         rings: (x, y) of the crossings.
         crossings: Their descriptions.
     """
@@ -67,7 +64,6 @@ class Chart:
     curves: tuple[Curve, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[tuple[float, str], ...]
-    labels: tuple[tuple[float, str], ...]
     rings: tuple[tuple[float, float], ...]
     crossings: tuple[str, ...]
 
@@ -81,21 +77,18 @@ def draw_chart(series: Sequence[Series], *, ticks: Sequence[Tick], title: str, x
         title: Of the chart.
         x_title: Of the x axis.
     """
-    segments = [split_into_segments(one_series) for one_series in series]
-    lows = [low for (segment,) in segments for low in segment.lows]
-    highs = [high for (segment,) in segments for high in segment.highs]
-    low, high = widen_if_constant(min(lows), max(highs))
+    segments = [split_into_segments(checkpoint) for checkpoint in series]
+    low = min(y for (segment,) in segments for y in segment.lows)
+    high = max(y for (segment,) in segments for y in segment.highs)
+    low, high = widen_if_constant(low, high)
     y_ticks = make_ticks(max(0.0, low), min(100.0, high), _MOST_Y_TICKS)
     axes = Axes(
         x_range=(ticks[0][0], ticks[-1][0]),
         y_range=(y_ticks[0], y_ticks[-1]),
         width=760,
         height=400,
-        right_margin=186,  # for the labels
         is_log=True,
     )
-    ends = [axes.y(segment.means[-1]) for (segment,) in segments]
-    labels = _separate_labels(ends, top=axes.top + 4, bottom=axes.bottom)
     crossings = find_crossings(series)[:_MOST_CROSSINGS]
     return Chart(
         title=title,
@@ -104,7 +97,6 @@ def draw_chart(series: Sequence[Series], *, ticks: Sequence[Tick], title: str, x
         curves=tuple(draw_curve(number, *pair, axes) for number, pair in enumerate(zip(series, segments, strict=True))),
         x_ticks=tuple((axes.x(x), text, below) for x, text, below in ticks),
         y_ticks=tuple((axes.y(y), f"{y:g}") for y in y_ticks),
-        labels=tuple((y, _shorten(one_series.name)) for y, one_series in zip(labels, series, strict=True)),
         rings=tuple((axes.x(crossing.x), axes.y(crossing.y)) for crossing in crossings),
         crossings=tuple(
             f"{series[crossing.passing].name} passes {series[crossing.passed].name} at about {crossing.x:.2g} "
@@ -145,43 +137,19 @@ def _interpolate(series: Series, x: float) -> float:
     return float(np.interp(math.log(x), logs, ys))
 
 
-def _shorten(name: str) -> str:
-    """Return a long name without its middle: names of one family differ at their ends."""
-    if len(name) <= _LABEL_CHARACTERS:
-        return name
-    end = (_LABEL_CHARACTERS - 1) // 2
-    return f"{name[: _LABEL_CHARACTERS - 1 - end]}…{name[-end:]}"
-
-
-def _separate_labels(wanted: Sequence[float], *, top: float, bottom: float) -> list[float]:
-    """Return y of labels that do not overlap, in the same order: moved down, then up again from the bottom."""
-    order = sorted(range(len(wanted)), key=wanted.__getitem__)
-    ys = [0.0] * len(wanted)
-    for number in order:
-        ys[number] = max(wanted[number], top)
-        top = ys[number] + _LABEL_HEIGHT
-    for number in reversed(order):
-        ys[number] = round(min(ys[number], bottom), 1)
-        bottom = ys[number] - _LABEL_HEIGHT
-    return ys
-
-
 def shot_charts(table: Table) -> list[Chart]:
     """Return the charts of accuracy over labelled images per class, for measured protocols with more than one subset."""
-    rounds: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     charts: list[tuple[int, Chart]] = []
     for group, columns in table.groups().items():
-        measured = [column for column in columns if not column.published]
-        for chart in _draw_columns(
-            table,
-            measured,
-            _images_per_class,
-            _subset_tick,
-            title=group,
-            x_title="labelled images per class, log scale",
-        ):
-            charts.append((rounds[columns[0].probe], chart))
-            rounds[columns[0].probe] += 1
+        ticks = []
+        for column in columns:
+            text, images = _SUBSET_TEXTS.get(column.subset, column.subset[:12]), f"{column.images_per_class:.3g}"
+            ticks.append((column.images_per_class, text, "" if text == images else images))
+        if not columns[0].published:
+            for chart in _draw_columns(table, columns, ticks, group, "labelled images per class, log scale"):
+                charts.append((counts[columns[0].probe], chart))
+                counts[columns[0].probe] += 1
     # The first chart of every probe, then the second ones.
     return [chart for _, chart in sorted(charts, key=lambda pair: pair[0])]
 
@@ -195,53 +163,25 @@ def neighbour_charts(table: Table) -> list[Chart]:
     charts = []
     for (subset, temperature, reason), columns in groups.items():
         title = ", ".join(text for text in (f"knn T={temperature:g}", subset, reason) if text)
-        charts += _draw_columns(
-            table, columns, _neighbours, _neighbours_tick, title=title, x_title="neighbours k, log scale"
-        )
+        ticks = [(float(column.params["k"]), f"{column.params['k']:g}", "") for column in columns]
+        charts += _draw_columns(table, columns, ticks, title, "neighbours k, log scale")
     return charts
 
 
-def _images_per_class(column: Column) -> float:
-    return column.images_per_class
-
-
-def _subset_tick(column: Column) -> Tick:
-    text, images = _SUBSET_TEXTS.get(column.subset, column.subset[:12]), f"{column.images_per_class:.3g}"
-    return column.images_per_class, text, "" if text == images else images
-
-
-def _neighbours(column: Column) -> float:
-    return float(column.params["k"])
-
-
-def _neighbours_tick(column: Column) -> Tick:
-    return _neighbours(column), f"{_neighbours(column):g}", ""
-
-
 def _draw_columns(
-    table: Table,
-    columns: Sequence[Column],
-    position: Callable[[Column], float],
-    tick: Callable[[Column], Tick],
-    *,
-    title: str,
-    x_title: str,
+    table: Table, columns: Sequence[Column], ticks: Sequence[Tick], title: str, x_title: str
 ) -> list[Chart]:
-    """Return the chart of the first checkpoints with a number in these columns; none for fewer than two positions."""
-    # Of several columns at one position the first: a curve has one point there.
-    chosen = sorted({position(column): column for column in reversed(columns)}.values(), key=position)
-    rows = [row for row in table.rows if any(_is_number(table.cells.get((row, column))) for column in chosen)]
-    if len(chosen) < 2 or not rows:
+    """Return the chart of the first checkpoints with a number in these columns; none for fewer than two different x."""
+    # Of several columns with the same x the first: a curve has one point there.
+    by_x = {tick[0]: (column, tick) for column, tick in zip(columns[::-1], ticks[::-1], strict=True)}
+    chosen = [by_x[x] for x in sorted(by_x)]
+    series = [series for row in table.rows if (series := _read_series(table, row, chosen)).points]
+    if len(chosen) < 2 or not series:
         return []
-    if len(rows) > MOST_CURVES:
-        title += f" (the first {MOST_CURVES} of {len(rows):,} checkpoints)"
-    series = [_read_series(table, row, chosen, position) for row in rows[:MOST_CURVES]]
-    ticks = _drop_overlapping_texts([tick(column) for column in chosen])
-    return [draw_chart(series, ticks=ticks, title=title, x_title=x_title)]
-
-
-def _is_number(cell: Cell | None) -> bool:
-    return cell is not None and cell.mean is not None
+    if len(series) > MOST_CURVES:
+        title += f" (the first {MOST_CURVES} of {len(series):,} checkpoints)"
+    shown_ticks = _drop_overlapping_texts([tick for _, tick in chosen])
+    return [draw_chart(series[:MOST_CURVES], ticks=shown_ticks, title=title, x_title=x_title)]
 
 
 def _drop_overlapping_texts(ticks: list[Tick]) -> list[Tick]:
@@ -254,12 +194,12 @@ def _drop_overlapping_texts(ticks: list[Tick]) -> list[Tick]:
     return kept[::-1]
 
 
-def _read_series(table: Table, row: Row, columns: Sequence[Column], position: Callable[[Column], float]) -> Series:
-    pairs = [(column, table.cells.get((row, column))) for column in columns]
-    numbers = [(column, cell, 100 * cell.mean) for column, cell in pairs if cell is not None and cell.mean is not None]
-    return Series(
-        name=row.name,
-        points=tuple((position(column), mean) for column, _, mean in numbers),
-        stds=tuple(None if cell.std is None else 100 * cell.std for _, cell, _ in numbers),
-        texts=tuple(f"{row.name}, {column.title}: {format_accuracy(cell)}" for column, cell, _ in numbers),
-    )
+def _read_series(table: Table, row: Row, columns: Sequence[tuple[Column, Tick]]) -> Series:
+    points, stds, texts = [], [], []
+    for column, (x, *_) in columns:
+        cell = table.cells.get((row, column))
+        if cell is not None and cell.mean is not None:
+            points.append((x, 100 * cell.mean))
+            stds.append(None if cell.std is None else 100 * cell.std)
+            texts.append(f"{row.name}, {column.title}: {format_accuracy(cell)}")
+    return Series(name=row.name, points=tuple(points), stds=tuple(stds), texts=tuple(texts))

@@ -6,18 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from msn_eval.reports.html.charts import Chart, neighbour_charts, shot_charts
+from msn_eval.reports.html.charts import neighbour_charts, shot_charts
 from msn_eval.reports.html.class_view import ClassView, make_class_views
 from msn_eval.reports.html.page import make_printable, render_offline
 from msn_eval.reports.html.provenance import pack_records
-from msn_eval.reports.text_tables import convergence_mark, format_accuracy
+from msn_eval.reports.text_tables import convergence_mark, format_accuracy, row_details
 from msn_eval.results.folder import ResultScan
 from msn_eval.results.record import Result
 from msn_eval.results.table import Cell, Column, Row, Table, make_table
 
 suffix = "html"
 _SHADES = 8
-_OPEN_CHARTS = 2  # per section; the others unfold
 Records = Mapping[str, tuple[Result, Path]]
 
 
@@ -30,21 +29,27 @@ def render(table: Table, scan: ResultScan) -> str:
     views, view_notices = make_class_views(table, records)
     groups = _order_groups(table)
     columns = [column for _, group in groups for column in group]
+    measured = [column for column in columns if not column.published]
     return render_offline(
         "page.html",
         script="page.js",
         styles=["page.css"],
         data=_page_data(table, groups, records, views),
-        title=f"{', '.join({column.data: None for column in columns if not column.published})}: low-shot accuracy",
-        counts=_describe_counts(table, len(scan.results)),
+        title=f"{', '.join({column.data: None for column in measured})}: low-shot accuracy",
+        counts={
+            "checkpoint": sum(not row.source for row in table.rows),
+            "protocol": len(measured),
+            "record": len(scan.results),
+        },
+        class_counts=sorted({column.classes for column in measured}),
         notices=(*table.notices, *view_notices),
         groups=[(name, group[0].published, [column.lines for column in group]) for name, group in groups],
         rows=_page_rows(table, columns),
-        has_published=any(column.published for column in columns),
+        has_published=len(measured) < len(columns),
         show_published=show_published,
         unconverged=any(cell.status == "not_converged" for cell in table.cells.values()),
-        chart_sections=_chart_sections(table),
-        open_charts=_OPEN_CHARTS,
+        shot_charts=shot_charts(table),
+        neighbour_charts=neighbour_charts(table),
         has_classes=bool(views),
     )
 
@@ -80,25 +85,12 @@ def _order_groups(table: Table) -> list[tuple[str, tuple[Column, ...]]]:
     return sorted(table.groups().items(), key=key)
 
 
-def _describe_counts(table: Table, records: int) -> list[str]:
-    columns = [column for column in table.columns if not column.published]
-    checkpoints = sum(not row.source for row in table.rows)
-    counts = {"checkpoint": checkpoints, "protocol": len(columns), "record": records}
-    classes = sorted({column.classes for column in columns})
-    return [
-        *(f"{count:,} {name}{'' if count == 1 else 's'}" for name, count in counts.items()),
-        f"{' or '.join(f'{count:,}' for count in classes)} classes",
-    ]
-
-
 def _page_rows(table: Table, columns: Sequence[Column]) -> list[dict[str, object]]:
     shades = {column: _choose_shades(table, column) for column in columns}
     return [
         {
             "name": row.name,
-            "details": ", ".join(
-                text for text in ("" if row.arch in row.name else row.arch, row.note, row.source) if text
-            ),
+            "details": row_details(row),
             "published": bool(row.source),
             "cells": [_page_cell(table.cells.get((row, column)), shades[column].get(row, 0)) for column in columns],
         }
@@ -138,20 +130,6 @@ def _page_cell(cell: Cell | None, shade: int) -> tuple[str, bool, int | None, st
     first = " first" if cell.standing.rank == 1 else ""
     css_class = f"h{shade}{first}" if has_records else "plain"
     return css_class, has_records, cell.standing.rank, mean, std, convergence_mark(cell)
-
-
-def _chart_sections(table: Table) -> list[tuple[str, str, str, list[Chart]]]:
-    """Return id, title, explanation and charts of each section that has charts."""
-    sections = (
-        (
-            "curves",
-            "Label efficiency",
-            "Accuracy over labelled images per class. The band is one standard deviation over draws.",
-            shot_charts(table),
-        ),
-        ("neighbours", "k-NN over k", "Accuracy over the number of neighbours that vote.", neighbour_charts(table)),
-    )
-    return [section for section in sections if section[-1]]
 
 
 def _page_data(
@@ -199,13 +177,13 @@ def _page_data(
     }
 
 
-def _cell_numbers(cell: Cell, tied: int) -> object:
-    """Return the number of records, the rank, how many share it, the mean and the interval of a cell.
+def _cell_numbers(cell: Cell, tied: int) -> list[object]:
+    """Return the number of records, the rank and how many share it; of several records also the mean and the interval.
 
-    The last ones are left out where the page's script knows them: of a single record it has mean and interval in the record.
+    The page's script has mean and interval of a single record from that record.
     """
-    count, rank = len(cell.results), cell.standing.rank
-    if count == 1:
-        return count if rank is None else [count, rank] if tied == 1 else [count, rank, tied]
-    mean = None if cell.mean is None else round(cell.mean, 7)
-    return [count, rank, tied if rank else 1, mean, *(round(bound, 4) for bound in cell.standing.interval or ())]
+    numbers: list[object] = [len(cell.results), cell.standing.rank, tied if cell.standing.rank else 1]
+    if len(cell.results) != 1:
+        numbers.append(None if cell.mean is None else round(cell.mean, 7))
+        numbers += [round(bound, 4) for bound in cell.standing.interval or ()]
+    return numbers

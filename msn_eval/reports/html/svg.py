@@ -42,7 +42,6 @@ class Axes:
         y_range: Lowest and highest y; numbers outside are drawn at the edge.
         width: Of the complete chart, in SVG units.
         height: Of the complete chart, in SVG units.
-        right_margin: In SVG units.
         is_log: Whether x is logarithmic.
     """
 
@@ -50,14 +49,13 @@ class Axes:
     y_range: tuple[float, float]
     width: int
     height: int
-    right_margin: int = 16
     is_log: bool = False
     left: int = 56
     top: int = 14
 
     @property
     def right(self) -> int:
-        return self.width - self.right_margin
+        return self.width - 16
 
     @property
     def bottom(self) -> int:
@@ -103,21 +101,22 @@ class Curve:
 
 def draw_curve(number: int, series: Series, segments: Sequence[Segment], axes: Axes) -> Curve:
     """Return the curve of a series that was split into `segments`."""
+    bands = []
+    for segment in segments:
+        edges = list(zip(segment.xs, segment.lows, segment.highs, strict=True))
+        if series.stds:  # no band where a point has no standard deviation
+            edges = [edge for edge in edges if edge[1] < edge[2]]
+        if len(edges) > 1:
+            xs, lows, highs = zip(*edges, strict=True)
+            bands.append(f"{axes.path(xs, highs)} {axes.path(xs[::-1], lows[::-1])}")
+    marked = zip(series.points, series.texts, strict=False)
     return Curve(
         number=number,
         name=series.name,
         segments=tuple(segments),
         lines=tuple(axes.path(segment.xs, segment.means) for segment in segments),
-        bands=tuple(
-            f"{axes.path(segment.xs, segment.highs)} {axes.path(segment.xs[::-1], segment.lows[::-1])}"
-            for segment in segments
-            if len(segment.xs) > 1 and segment.lows != segment.highs
-        ),
-        markers=tuple(
-            (axes.x(x), axes.y(y), text)
-            for (x, y), text in zip(series.points, series.texts, strict=False)
-            if y is not None
-        ),
+        bands=tuple(bands),
+        markers=tuple((axes.x(x), axes.y(y), text) for (x, y), text in marked if y is not None),
     )
 
 

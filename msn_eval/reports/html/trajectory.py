@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from msn_eval.errors import printable
@@ -121,7 +122,11 @@ def _plot_panel(axes: "Axes", drawn: DrawnPanel) -> None:
 def draw_panels(trajectory: Trajectory) -> list[DrawnPanel]:
     """Return the panels of a run that have at least one number, accuracy first."""
     x_axis = _run_axis(trajectory)
-    return [draw_panel(panel, x_axis) for panel in _make_panels(trajectory) if panel.series]
+    panels = [
+        replace(panel, series=tuple(series for series in panel.series if any(y is not None for _, y in series.points)))
+        for panel in _make_panels(trajectory)
+    ]
+    return [draw_panel(panel, x_axis) for panel in panels if panel.series]
 
 
 def _run_axis(trajectory: Trajectory) -> RunAxis:
@@ -140,14 +145,21 @@ def _make_panels(trajectory: Trajectory) -> list[Panel]:
 
     def journal(**names: str) -> tuple[Series, ...]:
         # A line without a name did not log it, which is not a gap.
-        series = (
-            Series(
-                name=text,
-                points=tuple(((line["step"] or 0) / unit, line[name]) for line in trajectory.lines if name in line),
-            )
-            for name, text in names.items()
+        points = {
+            name: tuple(((line["step"] or 0) / unit, line[name]) for line in trajectory.lines if name in line)
+            for name in names
+        }
+        return tuple(Series(name=text, points=points[name]) for name, text in names.items())
+
+    measured = [(point, point.features) for point in trajectory.points if point.features is not None]
+
+    def snapshots(name: str) -> Series:
+        values = [(point, getattr(features, name)) for point, features in measured]
+        return Series(
+            name=f"snapshots, {measured[0][1].images:,} validation images" if measured else "",
+            points=tuple((point.step / unit, value) for point, value in values),
+            texts=tuple(f"{_describe_position(point)}: {value or 0:.4g}" for point, value in values),
         )
-        return tuple(filter(_has_number, series))
 
     return [
         _accuracy_panel(trajectory, unit),
@@ -172,13 +184,15 @@ def _make_panels(trajectory: Trajectory) -> list[Panel]:
         Panel(
             title="Feature rank",
             lead="RankMe of the encoder's features: how many directions they fill. It grows with the number of images.",
-            series=journal(feature_rank="training batch") + _snapshot_series(trajectory.points, "feature_rank", unit),
+            series=(*journal(feature_rank="training batch"), snapshots("feature_rank")),
         ),
         Panel(
             title="Spread",
             lead="0 if all images have the same direction, near 1 if directions are random.",
-            series=journal(feature_spread="features", output_spread="outputs of the head")
-            + _snapshot_series(trajectory.points, "feature_spread", unit),
+            series=(
+                *journal(feature_spread="features", output_spread="outputs of the head"),
+                snapshots("feature_spread"),
+            ),
             levels=((LEAST_SPREAD, "collapsed below"),),
         ),
         Panel(
@@ -187,25 +201,6 @@ def _make_panels(trajectory: Trajectory) -> list[Panel]:
             series=journal(gradient_norm="encoder and head", prototype_gradient_norm="prototypes"),
         ),
     ]
-
-
-def _has_number(series: Series) -> bool:
-    return any(y is not None for _, y in series.points)
-
-
-def _snapshot_series(points: Sequence[Point], name: str, unit: int) -> tuple[Series, ...]:
-    """Return a statistic of the snapshots, if there is one."""
-    measured = [
-        (point, point.features, getattr(point.features, name)) for point in points if point.features is not None
-    ]
-    if not any(value is not None for *_, value in measured):
-        return ()
-    series = Series(
-        name=f"snapshots, {measured[0][1].images:,} validation images",
-        points=tuple((point.step / unit, value) for point, _, value in measured),
-        texts=tuple(f"{_describe_position(point)}: {value or 0:.4g}" for point, _, value in measured),
-    )
-    return (series,)
 
 
 def _accuracy_panel(trajectory: Trajectory, unit: int) -> Panel:
@@ -226,7 +221,7 @@ def _accuracy_panel(trajectory: Trajectory, unit: int) -> Panel:
     return Panel(
         title="Accuracy of the frozen encoder",
         lead=lead,
-        series=tuple(filter(_has_number, series[:_MOST_PROTOCOLS])),
+        series=tuple(series[:_MOST_PROTOCOLS]),
         levels=tuple((100 / count, "chance") for count in classes) if len(classes) == 1 else (),
         decimals=1,
         tall=True,

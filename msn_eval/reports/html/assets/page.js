@@ -71,9 +71,9 @@
   let following = 0;
   const cells = data.cells.map((line) => line.map((one) => {
     if (one === 0) return null;
-    const [count, rank, tied, mean, low, high] = typeof one === "number" ? [one] : one, first = following;
+    const [count, rank, tied, mean, low, high] = one, first = following;
     following += count;
-    const cell = { first, count, rank: rank || null, tied: tied || 1, mean, low, high };
+    const cell = { first, count, rank, tied, mean, low, high };
     if (count === 1 && mean === undefined) {
       const { metrics } = unpack(first);
       if (metrics) Object.assign(cell, { mean: metrics.top1, low: metrics.top1_ci95[0], high: metrics.top1_ci95[1] });
