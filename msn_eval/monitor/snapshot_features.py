@@ -99,9 +99,7 @@ def read_snapshot_features(folder: Path) -> tuple[list[SnapshotFeatures], list[s
     return sorted(snapshots, key=lambda snapshot: snapshot.step), faults
 
 
-def newest_of_each_step(
-    snapshots: Iterable[SnapshotFeatures], settings: ExtractionSettings
-) -> dict[int, SnapshotFeatures]:
+def select_newest(snapshots: Iterable[SnapshotFeatures], settings: ExtractionSettings) -> dict[int, SnapshotFeatures]:
     """Return the newest statistics of each step with these settings: a run may have passed a step twice."""
     matches = [snapshot for snapshot in snapshots if snapshot.seen == settings]
     return {snapshot.step: snapshot for snapshot in sorted(matches, key=lambda match: (match.step, match.created))}

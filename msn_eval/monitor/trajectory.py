@@ -36,8 +36,8 @@ from msn_eval.monitor.snapshot_features import (
     ExtractionSettings,
     SnapshotFeatures,
     measure_features,
-    newest_of_each_step,
     read_snapshot_features,
+    select_newest,
     write_snapshot_features,
 )
 from msn_eval.results.folder import ResultScan, scan_results
@@ -340,7 +340,7 @@ def _make_points(
             features=snapshot,
             results=tuple(by_weights.get(snapshot.weights_sha256, ())),
         )
-        for step, snapshot in newest_of_each_step(features, settings).items()
+        for step, snapshot in select_newest(features, settings).items()
     }
     for weights in sorted(by_weights.keys() - {snapshot.weights_sha256 for snapshot in features}):
         epoch = by_weights[weights][0].checkpoint.epoch

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from msn_eval.errors import one_line
 from msn_eval.reports.text_tables import (
     MISSING,
-    convergence_mark,
     describe_row,
     describe_significance,
+    explain_cells,
     format_accuracy,
-    legend,
+    format_convergence_mark,
 )
 from msn_eval.results.folder import ResultScan
 from msn_eval.results.table import Cell, Column, Table
@@ -33,7 +33,7 @@ def render(table: Table, scan: ResultScan) -> str:
     Names are printed and never run; letters that LaTeX's standard fonts lack are shown by their code points.
     """
     parts = ["\n".join(_render_group(table, group, columns)) for group, columns in table.groups().items()]
-    notes = "\\\\\n".join(map(escape_latex, legend(table)))
+    notes = "\\\\\n".join(map(escape_latex, explain_cells(table)))
     head = "% Needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc}\n\\noindent\n"
     return head + "\n\n\\bigskip\n\\noindent\n".join([*parts, f"{{\\footnotesize\n{notes}\\par}}"]) + "\n"
 
@@ -78,7 +78,7 @@ def _format_cell(cell: Cell | None, *, bold_first: bool) -> str:
     number, *std = format_accuracy(cell).split(" ± ")
     if cell.mean is None or (bold_first and cell.standing.rank == 1):
         number = f"\\textbf{{{number}}}"
-    return " $\\pm$ ".join([number, *std]) + convergence_mark(cell)
+    return " $\\pm$ ".join([number, *std]) + format_convergence_mark(cell)
 
 
 def _format_details(cell: Cell | None) -> str:

@@ -4,8 +4,8 @@ from msn_eval.reports.text_tables import (
     cell_text,
     describe_row,
     describe_significance,
-    legend,
-    markdown_line,
+    explain_cells,
+    join_markdown_cells,
     markdown_text,
 )
 from msn_eval.results.folder import ResultScan
@@ -19,15 +19,15 @@ def render(table: Table, scan: ResultScan) -> str:
     parts = []
     for group, columns in table.groups().items():
         header = ["checkpoint", *(markdown_text(column.title) for column in columns)]
-        lines = [f"### {markdown_text(group)}", "", markdown_line(header), "| --- |" + " ---: |" * len(columns)]
+        lines = [f"### {markdown_text(group)}", "", join_markdown_cells(header), "| --- |" + " ---: |" * len(columns)]
         lines += [
-            markdown_line([markdown_text(describe_row(row)), *map(_format_cell, cells)])
+            join_markdown_cells([markdown_text(describe_row(row)), *map(_format_cell, cells)])
             for row, cells in table.rows_of(columns)
         ]
         parts.append("\n".join(lines))
-    return "\n\n".join([*parts, "  \n".join(map(markdown_text, legend(table)))]) + "\n"
+    return "\n\n".join([*parts, "  \n".join(map(markdown_text, explain_cells(table)))]) + "\n"
 
 
 def _format_cell(cell: Cell | None) -> str:
     # The brackets of an interval are not escaped: around two numbers they are not a link.
-    return f"{markdown_text(cell_text(cell))} {describe_significance(cell)}".rstrip()
+    return " ".join([markdown_text(cell_text(cell)), describe_significance(cell)]).rstrip()

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from msn_eval.errors import one_line
-from msn_eval.reports.text_tables import FAILED, cell_text, describe_row, describe_significance, legend
+from msn_eval.reports.text_tables import FAILED, cell_text, describe_row, describe_significance, explain_cells
 from msn_eval.results.table import Cell, Table
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def print_table(table: Table, console: "Console | None" = None) -> None:
         for row, cells in table.rows_of(columns):
             rich_table.add_row(Text(one_line(describe_row(row))), *map(_format_cell, cells))
         console.print(rich_table)
-    for line in legend(table):
+    for line in explain_cells(table):
         console.print(Text(one_line(line), style="dim"))
 
 

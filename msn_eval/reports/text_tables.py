@@ -25,10 +25,10 @@ def cell_text(cell: Cell | None) -> str:
     if cell is None:
         return MISSING
     draws = "" if cell.draws is None or cell.mean is None else f" ({cell.draws})"
-    return f"{format_accuracy(cell)}{draws}{convergence_mark(cell)}"
+    return f"{format_accuracy(cell)}{draws}{format_convergence_mark(cell)}"
 
 
-def convergence_mark(cell: Cell) -> str:
+def format_convergence_mark(cell: Cell) -> str:
     """Return a star if the solver stopped early, else an empty string."""
     return UNCONVERGED if cell.status == "not_converged" else ""
 
@@ -49,17 +49,17 @@ def exact_percent(fraction: float) -> str:
 
 def describe_row(row: Row) -> str:
     """Return the checkpoint's name, with its details in parentheses."""
-    details = row_details(row)
+    details = describe_details(row)
     return f"{row.name} ({details})" if details else row.name
 
 
-def row_details(row: Row) -> str:
+def describe_details(row: Row) -> str:
     """Return the architecture unless the name has it, the note and the source of a row."""
     source = f"published in {row.source}" if row.source else ""
     return ", ".join(text for text in ("" if row.arch in row.name else row.arch, row.note, source) if text)
 
 
-def legend(table: Table) -> tuple[str, ...]:
+def explain_cells(table: Table) -> tuple[str, ...]:
     """Return the lines that explain the cells, and the notices of the table."""
     cells = table.cells.values()
     lines = ["Top-1 accuracy in percent: mean ± sample standard deviation over draws (number of draws)."]
@@ -82,11 +82,11 @@ def markdown_text(text: str) -> str:
     return _MARKDOWN_SPECIAL.sub(r"\\\1", one_line(text))
 
 
-def markdown_line(cells: Sequence[str]) -> str:
+def join_markdown_cells(cells: Sequence[str]) -> str:
     """Return one row of a Markdown table from cells that are escaped already."""
     return "| " + " | ".join(cells) + " |"
 
 
 def markdown_row(cells: Sequence[str]) -> str:
     """Return one row of a Markdown table from plain text."""
-    return markdown_line([markdown_text(cell) for cell in cells])
+    return join_markdown_cells([markdown_text(cell) for cell in cells])

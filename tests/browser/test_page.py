@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,25 +61,19 @@ def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "table.html"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def served(page: Path) -> Iterator[tuple[str, list[str]]]:
-    """Return the page's address on a local server, and the requests that the server gets."""
+    """Return the page's address on a local server, and the paths requested from the server."""
     requested: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments, directory=str(page.parent))  # type: ignore[arg-type]
-
         def log_request(self, code: object = "-", size: object = "-") -> None:
             requested.append(self.path)
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/table.html", requested
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=page.parent)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/table.html", requested
+        server.shutdown()
 
 
 def _names(browser: "webdriver.Chrome") -> list[str]:
@@ -213,8 +208,8 @@ def _contrast(first: str, second: str) -> float:
     """Return the contrast of two colours as defined by the WCAG; 7 is their strictest limit."""
 
     def luminance(colour: str) -> float:
-        parts = [int(part) / 255 for part in colour[4:-1].split(",")]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        channels = [int(channel) / 255 for channel in colour[4:-1].split(",")]
+        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     low, high = sorted((luminance(first), luminance(second)))

@@ -90,10 +90,10 @@ def test_hostile_texts_are_texts(opened: "webdriver.Chrome") -> None:
 def test_page_is_no_wider_than_its_window(width: int, opened: "webdriver.Chrome") -> None:
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    found = opened.execute_script("return document.documentElement.scrollWidth")
+    page_width = opened.execute_script("return document.documentElement.scrollWidth")
     opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
-    assert found == width
+    assert page_width == width
 
 
 def test_theme_is_switched(opened: "webdriver.Chrome") -> None:

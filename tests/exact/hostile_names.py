@@ -86,16 +86,16 @@ def check_name(name: str) -> None:
 
 
 def _check_terminal(table: Table, plain: Table) -> None:
-    def printed(one: Table) -> str:
+    def print_to_text(table: Table) -> str:
         written = io.StringIO()
-        print_table(one, Console(file=written, width=1_000_000, force_terminal=False))
+        print_table(table, Console(file=written, width=1_000_000, force_terminal=False))
         return written.getvalue()
 
-    text = printed(table)
+    text = print_to_text(table)
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u200b-\u200f]", text), (
         "a control character"
     )
-    assert text.count("\n") == printed(plain).count("\n"), "more lines"
+    assert text.count("\n") == print_to_text(plain).count("\n"), "more lines"
     assert all(one_line(describe_row(row)) in text for row in table.rows), "a name that changed"
 
 
@@ -104,7 +104,7 @@ def _check_markdown(table: Table, plain: Table) -> None:
     tokens, expected = _markdown(text), _markdown(render(plain, "md"))
     assert [token.type for token in tokens if token.type != "text"] == [
         token.type for token in expected if token.type != "text"
-    ], "another structure"
+    ], "a changed structure"
     cells = _markdown_cells(text)
     groups = list(table.groups().values())
     assert [len(lines) - 1 for lines in cells] == [len(table.rows_of(columns)) for columns in groups], "rows"
@@ -134,11 +134,11 @@ def _markdown_cells(text: str) -> list[list[list[str]]]:
 
 
 def _check_csv(table: Table, plain: Table) -> None:
-    def parsed(one: Table) -> list[list[str]]:
-        return list(csv.reader(io.StringIO(render(one, "csv"), newline=""), strict=True))
+    def parse(table: Table) -> list[list[str]]:
+        return list(csv.reader(io.StringIO(render(table, "csv"), newline=""), strict=True))
 
-    lines = parsed(table)
-    assert [len(line) for line in lines] == [len(line) for line in parsed(plain)], "rows or columns"
+    lines = parse(table)
+    assert [len(line) for line in lines] == [len(line) for line in parse(plain)], "rows or columns"
     assert not any(field.startswith(("=", "+", "-", "@", "\t", "\r", "\0", "＝")) for line in lines for field in line)
     for line, row in zip(lines[1:], table.rows, strict=True):
         shown = one_line(row.name)
@@ -161,15 +161,17 @@ def _check_latex(table: Table, plain: Table) -> None:
     text = render(table, "latex")
     tokens, expected = latex_tokens(text), latex_tokens(render(plain, "latex"))
     shape = {"&", "\\\\", "\\begin", "\\end", "\\toprule", "\\multicolumn", "\\scriptsize", "\\par"}
-    assert [one for one in tokens if one in shape] == [one for one in expected if one in shape], "another structure"
+    assert [token for token in tokens if token in shape] == [token for token in expected if token in shape], "structure"
     render(table, "latex").encode()
 
 
 def latex_tokens(text: str) -> list[str]:
     """Return the tokens of our LaTeX; raise AssertionError for a command that we do not use."""
     _, _, body = text.partition("\n")  # the first line is a comment
-    assert body.isprintable() or all(one.isprintable() or one == "\n" for one in body), "a control character"
-    assert all(ord(one) < 256 for one in body), "a letter that the standard fonts lack"
+    assert body.isprintable() or all(character.isprintable() or character == "\n" for character in body), (
+        "a control character"
+    )
+    assert all(ord(character) < 256 for character in body), "a letter that the standard fonts lack"
     tokens = re.findall(r"\\[A-Za-z]+|\\.|\\\n|[{}%&$#_^~]|\\|[^\\{}%&$#_^~]+", body)
     depth = 0
     for token in tokens:

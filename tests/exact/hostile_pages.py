@@ -25,19 +25,9 @@ from msn_eval.results.folder import ResultScan
 from msn_eval.results.record import Result
 from msn_eval.results.table import make_table
 
-_ADDRESSES = (
-    "src",
-    "href",
-    "action",
-    "formaction",
-    "data",
-    "srcset",
-    "poster",
-    "background",
-    "ping",
-    "xlink:href",
-    "manifest",
-)
+_ADDRESSES = {
+    "src", "href", "action", "formaction", "data", "srcset", "poster", "background", "ping", "xlink:href", "manifest",
+}  # fmt: skip
 _BLOCKS = {"script": 2, "style": 1}
 
 
@@ -79,23 +69,25 @@ class Page(HTMLParser):
 
 def page_of(results: list[Result], folder: Path) -> str:
     """Return the page of records whose predictions are in a folder."""
-    scan = ResultScan(results=tuple(results), paths=tuple(folder / f"{one.id}.json" for one in results), faults=())
+    scan = ResultScan(
+        results=tuple(results), paths=tuple(folder / f"{result.id}.json" for result in results), faults=()
+    )
     return render(make_table(results), scan)
 
 
 def _write_predictions(results: list[Result], folder: Path, name: str) -> None:
     """Write predictions whose classes have this name, as far as a folder can have it."""
-    folder_name = "".join(one for one in name if one not in "/\0").encode("utf-8", "surrogatepass")
+    folder_name = "".join(character for character in name if character not in "/\0").encode("utf-8", "surrogatepass")
     ids = [folder_name + f"{number}/0.png".encode() for number in range(10)]
     for result in results:
         if result.metrics is not None:
-            place = np.arange(10)
+            label = np.arange(10)
             np.savez(
                 folder / f"{result.id}.npz",
                 image=np.array(ids),
-                label=place,
-                rank_of_label=place % 2 + 1,
-                prediction=place,
+                label=label,
+                rank_of_label=label % 2 + 1,
+                prediction=label,
             )
 
 
@@ -140,19 +132,21 @@ def _checked(text: str, plain: str) -> tuple[Page, Page]:
     """Compare a page with that of harmless names, and return both."""
     text.encode()
     page, expected = Page(text), Page(plain)
-    assert page.tags == expected.tags, "other elements or attributes"
+    assert page.tags == expected.tags, "changed elements or attributes"
     assert page.others == expected.others == ["doctype html"], "comments or declarations"
     assert {tag: len(inside) for tag, inside in page.inside.items()} == _BLOCKS, "scripts or styles"
-    assert page.inside["script"][1] == expected.inside["script"][1], "another script"
-    assert page.inside["style"] == expected.inside["style"], "another style"
-    assert not [one for one in page.attributes if one[1].startswith("on") or one[1] == "style"], "a handler or a style"
+    assert page.inside["script"][1] == expected.inside["script"][1], "a changed script"
+    assert page.inside["style"] == expected.inside["style"], "a changed style"
+    assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"], (
+        "a handler or a style"
+    )
     addresses = {value for _, name, value in page.attributes if name in _ADDRESSES}
     assert addresses == {"data:,"}, addresses
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200b-\u200f\u2028\u2029]", text), (
         "controls"
     )
     _check_policy(page)
-    assert not set("<>&") & set(page.inside["script"][0]), "what HTML could take for its own"
+    assert not set("<>&") & set(page.inside["script"][0]), "unescaped HTML"
     return page, expected
 
 
@@ -181,10 +175,10 @@ def _check_data(page: Page, expected: Page) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    data, harmless = (json.loads(one.inside["script"][0], parse_constant=refuse) for one in (page, expected))
+    data, harmless = (json.loads(parsed.inside["script"][0], parse_constant=refuse) for parsed in (page, expected))
     assert [list(data), len(data["rows"]), len(data["records"]), data["cells"]] == [
         list(harmless), len(harmless["rows"]), len(harmless["records"]), harmless["cells"],
-    ], "other data"  # fmt: skip
+    ], "changed data"  # fmt: skip
 
 
 def check_names(count: int) -> None:

@@ -137,7 +137,7 @@ def _interpolate(series: Series, x: float) -> float:
     return float(np.interp(math.log(x), logs, ys))
 
 
-def shot_charts(table: Table) -> list[Chart]:
+def draw_shot_charts(table: Table) -> list[Chart]:
     """Return the charts of accuracy over labelled images per class, for measured protocols with more than one subset."""
     counts: Counter[str] = Counter()
     charts: list[tuple[int, Chart]] = []
@@ -154,7 +154,7 @@ def shot_charts(table: Table) -> list[Chart]:
     return [chart for _, chart in sorted(charts, key=lambda pair: pair[0])]
 
 
-def neighbour_charts(table: Table) -> list[Chart]:
+def draw_neighbour_charts(table: Table) -> list[Chart]:
     """Return the charts of accuracy over k, for subsets on which several k were measured, all else equal."""
     groups: defaultdict[tuple[str, object, str], list[Column]] = defaultdict(list)
     for column in table.columns:

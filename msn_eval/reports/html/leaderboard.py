@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from msn_eval.reports.html.charts import neighbour_charts, shot_charts
+from msn_eval.reports.html.charts import draw_neighbour_charts, draw_shot_charts
 from msn_eval.reports.html.class_view import ClassView, make_class_views
 from msn_eval.reports.html.page import make_printable, render_offline
 from msn_eval.reports.html.provenance import pack_records
-from msn_eval.reports.text_tables import convergence_mark, format_accuracy, row_details
+from msn_eval.reports.text_tables import describe_details, format_accuracy, format_convergence_mark
 from msn_eval.results.folder import ResultScan
 from msn_eval.results.record import Result
 from msn_eval.results.table import Cell, Column, Row, Table, make_table
@@ -48,8 +48,8 @@ def render(table: Table, scan: ResultScan) -> str:
         has_published=len(measured) < len(columns),
         show_published=show_published,
         unconverged=any(cell.status == "not_converged" for cell in table.cells.values()),
-        shot_charts=shot_charts(table),
-        neighbour_charts=neighbour_charts(table),
+        shot_charts=draw_shot_charts(table),
+        neighbour_charts=draw_neighbour_charts(table),
         has_classes=bool(views),
     )
 
@@ -90,7 +90,7 @@ def _page_rows(table: Table, columns: Sequence[Column]) -> list[dict[str, object
     return [
         {
             "name": row.name,
-            "details": row_details(row),
+            "details": describe_details(row),
             "published": bool(row.source),
             "cells": [_page_cell(table.cells.get((row, column)), shades[column].get(row, 0)) for column in columns],
         }
@@ -129,7 +129,7 @@ def _page_cell(cell: Cell | None, shade: int) -> tuple[str, bool, int | None, st
         return "failed", has_records, None, mean, std, ""
     first = " first" if cell.standing.rank == 1 else ""
     css_class = f"h{shade}{first}" if has_records else "plain"
-    return css_class, has_records, cell.standing.rank, mean, std, convergence_mark(cell)
+    return css_class, has_records, cell.standing.rank, mean, std, format_convergence_mark(cell)
 
 
 def _page_data(

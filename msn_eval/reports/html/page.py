@@ -53,7 +53,7 @@ def render_offline(template: str, *, script: str, styles: Sequence[str], data: o
     )
     page: str = build_environment().get_template(template).render(
         context,
-        data=json_block(data),
+        data=format_json_block(data),
         script=Markup(code),
         style=Markup(style),
         script_sha256=_policy_hash(code),
@@ -69,7 +69,7 @@ def _policy_hash(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def json_block(value: object) -> Any:
+def format_json_block(value: object) -> Any:
     """Return JSON for a script element: no text in it can end the element or open a comment."""
     from markupsafe import Markup
 

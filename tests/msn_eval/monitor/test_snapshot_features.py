@@ -9,8 +9,8 @@ from msn_eval.monitor.snapshot_features import (
     ExtractionSettings,
     SnapshotFeatures,
     measure_features,
-    newest_of_each_step,
     read_snapshot_features,
+    select_newest,
     write_snapshot_features,
 )
 
@@ -64,10 +64,10 @@ def test_statistics_of_different_images_are_both_kept_and_not_mixed(tmp_path: Pa
     snapshots, _ = read_snapshot_features(tmp_path)
 
     assert len(snapshots) == 2
-    assert newest_of_each_step(snapshots, other.seen) == {40: other}
+    assert select_newest(snapshots, other.seen) == {40: other}
 
 
 def test_the_newer_snapshot_of_a_step_is_used() -> None:
     newer = dataclasses.replace(_SNAPSHOT, created="2999-01-01T00:00:00Z", weights_sha256="0" * 64)
 
-    assert newest_of_each_step([newer, _SNAPSHOT], _SETTINGS) == {40: newer}
+    assert select_newest([newer, _SNAPSHOT], _SETTINGS) == {40: newer}

@@ -1,8 +1,14 @@
 """A sample of the names that tests/exact tries by the thousand; its checks can fail."""
 
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import pytest
+
+from msn_eval.errors import one_line
+from msn_eval.reports import csv_table, latex, markdown, terminal
+from msn_eval.reports.csv_table import escape_csv
+from msn_eval.reports.latex import escape_latex
+from msn_eval.reports.text_tables import markdown_text
 
 
 @pytest.fixture
@@ -21,24 +27,24 @@ def test_generated_names_change_no_report_format(hostile_names: ModuleType) -> N
 
 
 @pytest.mark.parametrize(
-    ("function", "name"),
+    ("module", "escape", "name"),
     [
-        ("terminal.one_line", "\x1b[31mred"),
-        ("terminal.one_line", "two\nlines"),
-        ("markdown.markdown_text", "a|b"),
-        ("markdown.markdown_text", "[x](y)"),
-        ("markdown.markdown_text", "<b>"),
-        ("csv_table.escape_csv", "=1+1"),
-        ("latex.escape_latex", "\\input{x}"),
-        ("latex.escape_latex", "50% of it"),
-        ("latex.escape_latex", "a&b"),
-        ("latex.escape_latex", "中"),
+        (terminal, one_line, "\x1b[31mred"),
+        (terminal, one_line, "two\nlines"),
+        (markdown, markdown_text, "a|b"),
+        (markdown, markdown_text, "[x](y)"),
+        (markdown, markdown_text, "<b>"),
+        (csv_table, escape_csv, "=1+1"),
+        (latex, escape_latex, "\\input{x}"),
+        (latex, escape_latex, "50% of it"),
+        (latex, escape_latex, "a&b"),
+        (latex, escape_latex, "中"),
     ],
 )
 def test_a_report_format_without_escaping_fails_the_check(
-    hostile_names: ModuleType, monkeypatch: pytest.MonkeyPatch, function: str, name: str
+    hostile_names: ModuleType, monkeypatch: pytest.MonkeyPatch, module: ModuleType, escape: FunctionType, name: str
 ) -> None:
-    monkeypatch.setattr(f"msn_eval.reports.{function}", lambda text: text)
+    monkeypatch.setattr(module, escape.__name__, lambda text: text)
 
     with pytest.raises(AssertionError):
         hostile_names.check_name(name)

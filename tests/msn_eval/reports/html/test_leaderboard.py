@@ -150,7 +150,9 @@ def _disable_escaping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _disable_json_escaping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(msn_eval.reports.html.page, "json_block", lambda value: markupsafe.Markup(json.dumps(value)))
+    monkeypatch.setattr(
+        msn_eval.reports.html.page, "format_json_block", lambda value: markupsafe.Markup(json.dumps(value))
+    )
 
 
 def _disable_printable(monkeypatch: pytest.MonkeyPatch) -> None:
