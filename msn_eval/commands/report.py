@@ -28,6 +28,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     A record that cannot be read is left out. The table and stderr name it, and the exit code is that of a damaged store.
     """
     names = [name.strip() for name in (options.format or "").split(",") if name.strip()]
+    if not names and options.out is not None:
+        names = list(list_formats())
     formats = [load_format(name) for name in dict.fromkeys(names)]
     with no_collections():
         scan = scan_results(options.runs)
@@ -42,11 +44,11 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             published=_published_table(scan) if options.published else None,
             notices=[*board.notices, *_describe_unreadable(scan)],
         )
-        if not formats and options.out is None:
+        if not formats:
             from msn_eval.reports.terminal import print_table
 
             print_table(table)
-        for report_format in formats or ([] if options.out is None else map(load_format, list_formats())):
+        for report_format in formats:
             _write(report_format.render(table, scan), f"table.{report_format.suffix}", options.out)
     if faults := (*scan.faults, *board.faults):
         raise all_faults(faults)

@@ -1,7 +1,8 @@
 """Report formats: a table of results as text. Reports are made from records alone and need no torch."""
 
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from msn_eval.errors import UsageError
 from msn_eval.registry import Entry, find_entry, read_registry
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ _FORMATS = (
 )
 
 
+@runtime_checkable
 class ReportFormat(Protocol):
     """A report format: a module, or any object, with a `suffix` and a `render` function.
 
@@ -57,5 +59,13 @@ def list_formats() -> dict[str, Entry]:
 
 
 def load_format(name: str) -> ReportFormat:
-    """Import the report format called `name`. Raises UsageError if there is none."""
-    return cast(ReportFormat, find_entry(list_formats(), name, what="report format").load())
+    """Import the report format called `name`. Raises UsageError if there is none, or if a plug-in is not a report format."""
+    entry = find_entry(list_formats(), name, what="report format")
+    report_format = entry.load()
+    if not isinstance(report_format, ReportFormat):
+        raise UsageError(
+            f"The plug-in {name!r} of {entry.distribution} is not a report format: it has no suffix or no render function",
+            where=entry.target,
+            hint="The docstring of msn_eval.reports.ReportFormat describes both.",
+        )
+    return report_format

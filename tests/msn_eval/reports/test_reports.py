@@ -169,12 +169,12 @@ def test_a_plug_in_format_is_listed_and_used_like_the_built_in_ones(
     (tmp_path / "names_report-1.0.dist-info").mkdir()
     (tmp_path / "names_report-1.0.dist-info" / "METADATA").write_text("Name: names-report\nVersion: 1.0\n")
     entry_points = tmp_path / "names_report-1.0.dist-info" / "entry_points.txt"
-    entry_points.write_text("[msn_eval.reports]\nnames = names_report\nbroken = no_such_module\n")
+    entry_points.write_text("[msn_eval.reports]\nnames = names_report\nbroken = no_such_module\nother = json\n")
     monkeypatch.syspath_prepend(tmp_path)
 
     with pytest.raises(SystemExit):
         main(["report", "--help"])
-    assert "latex, html, broken, names" in " ".join(capsys.readouterr().out.split())
+    assert "latex, html, broken, names, other" in " ".join(capsys.readouterr().out.split())
 
     assert main(["report", str(digits_runs), "--format", "names"]) == 0
     assert capsys.readouterr().out == f"pixels {len(list_results([digits_runs]))}\n"
@@ -182,5 +182,6 @@ def test_a_plug_in_format_is_listed_and_used_like_the_built_in_ones(
     assert main(["report", str(digits_runs), "--format", "names", "--out", str(tmp_path / "out")]) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["table.txt"]
 
-    assert main(["report", str(digits_runs), "--format", "broken"]) == 2
-    assert "The plug-in 'broken' of names-report 1.0 cannot be imported" in capsys.readouterr().err
+    for name, problem in (("broken", "cannot be imported"), ("other", "is not a report format")):
+        assert main(["report", str(digits_runs), "--format", name]) == 2
+        assert f"The plug-in {name!r} of names-report 1.0 {problem}" in capsys.readouterr().err
