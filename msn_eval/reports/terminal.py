@@ -1,5 +1,6 @@
 """Tables for the terminal."""
 
+import sys
 from typing import TYPE_CHECKING
 
 from msn_eval.errors import one_line
@@ -20,10 +21,8 @@ def print_table(table: Table, console: "Console | None" = None) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    if console is None:
-        console = Console(highlight=False)
-        if not console.is_terminal:  # lines are not wrapped when piped
-            console = Console(highlight=False, width=_UNWRAPPED_WIDTH)
+    if console is None:  # lines are not wrapped when piped
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else _UNWRAPPED_WIDTH)
     for group, columns in table.groups().items():
         # Not the title of the RichTable, which would be wrapped to the table's width.
         console.print(Text(one_line(group), style="bold"), soft_wrap=True)

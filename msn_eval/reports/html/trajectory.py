@@ -42,9 +42,10 @@ def render_page(trajectory: Trajectory, panels: Sequence[DrawnPanel]) -> str:
         notices=trajectory.notices,
         panels=panels,
         headers=_name_columns(scores),
-        rows=[
-            _page_row(point, [cells[number] for cells in scores.values()])
-            for number, point in reversed([*enumerate(trajectory.points)])
+        points=trajectory.points,
+        scores=[
+            [MISSING if (cell := cells[number]) is None else format_accuracy(cell) for cells in scores.values()]
+            for number in range(len(trajectory.points))
         ],
         has_problems=any(point.features is not None and point.features.problem for point in trajectory.points),
     )
@@ -57,14 +58,6 @@ def describe_status(trajectory: Trajectory) -> list[str]:
     if unit and steps is not None:
         texts.append(f"epoch {trajectory.step // unit:,} of {trajectory.run.epochs:,}")
     return [text for text in (*texts, f"{count:,} snapshot{'' if count == 1 else 's'} scored") if text]
-
-
-def _page_row(point: Point, cells: Sequence[Cell | None]) -> tuple[str, str, list[str], str, str, str]:
-    """Return step, epoch, scores, rank, spread and problem of a snapshot."""
-    numbers = (None, None) if point.features is None else (point.features.feature_rank, point.features.feature_spread)
-    rank, spread = (MISSING if number is None else f"{number:.3g}" for number in numbers)
-    scores = [MISSING if cell is None else format_accuracy(cell) for cell in cells]
-    return f"{point.step:,}", f"{point.epoch:,}", scores, rank, spread, point.features.problem if point.features else ""
 
 
 def render_plot(trajectory: Trajectory, panels: Sequence[DrawnPanel]) -> bytes:
