@@ -70,7 +70,7 @@ def _add_published(table: Table) -> Table:
         rows=(*table.rows, *published.rows),
         columns=(*table.columns, *published.columns),
         cells={**table.cells, **published.cells},
-        notices=(*published.notices, *table.notices),
+        notices=tuple(dict.fromkeys((*published.notices, *table.notices))),  # a notice may be in both
     )
 
 

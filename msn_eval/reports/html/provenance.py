@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from msn_eval.config.recipes import Finetune, recipe_of
+from msn_eval.config.recipes import recipe_of
 from msn_eval.errors import printable
 from msn_eval.results.record import SCHEMA, Result
 from msn_eval.results.statistics import wilson_interval
@@ -35,7 +35,7 @@ def _command_parts(result: Result) -> dict[str, str]:
     if probe.name in _SECTIONS:
         section = probe.name.replace("-", "_")
         measurement += [f"{section}.{name}={_format_setting(value)}" for name, value in probe.params.items()]
-    if probe.name == Finetune.name:
+    if probe.name == "finetune":
         measurement += [f"finetune.{name}={value!r}" for name, value in recipe_of(probe.params).differing.items()]
     measurement += ["--lambda", "auto"] if "auto" in probe.params else []
     by_hand = protocol.get("by_hand")
