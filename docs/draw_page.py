@@ -13,7 +13,7 @@ from pathlib import Path
 
 from selenium import webdriver
 
-from msn_eval.reports.html.leaderboard import render_html
+from msn_eval.reports.html.leaderboard import render
 from msn_eval.results.folder import scan_results
 from msn_eval.results.leaderboard import make_leaderboard
 from msn_eval.results.table import make_table
@@ -28,7 +28,7 @@ _FLAGS = (
 def main() -> None:
     """Make the page of some records and save what a window of 1280 by 1290 pixels shows of it."""
     scan = scan_results(sys.argv[1:])
-    page = render_html(make_table(scan.results, standings=make_leaderboard(scan).standings), scan, show_published=False)
+    page = render(make_table(scan.results, standings=make_leaderboard(scan).standings), scan)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "page.html"
         path.write_text(page, encoding="utf-8")

@@ -4,10 +4,9 @@ A folder lists its own implementations as `Entry` objects and passes them to `re
 `Entry.load` is called, so listing names is fast.
 """
 
-import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Literal
 
 from msn_eval.errors import UsageError, did_you_mean
@@ -22,7 +21,7 @@ class Entry:
     Attributes:
         name: What users type.
         summary: One line for `msn-eval ls`.
-        target: Where it is defined: `package.module:object`.
+        target: Where it is defined: `package.module:object`, or `package.module` for a module.
         distribution: Name and version of the distribution that adds it, None for a built-in one.
     """
 
@@ -37,11 +36,11 @@ class Entry:
         Raises:
             UsageError: A plug-in cannot be imported.
         """
-        module, _, attribute = self.target.partition(":")
+        point = EntryPoint(name=self.name, value=self.target, group="")
         if self.distribution is None:
-            return getattr(importlib.import_module(module), attribute)
+            return point.load()
         try:
-            return getattr(importlib.import_module(module), attribute)
+            return point.load()
         except Exception as error:
             raise UsageError(
                 f"The plug-in {self.name!r} of {self.distribution} cannot be imported: {type(error).__name__}: {error}",

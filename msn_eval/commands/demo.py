@@ -20,8 +20,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from msn_eval.distributed.group import ALONE
     from msn_eval.evaluation.plan import make_plan
     from msn_eval.files.atomic import prepare_folder, write_atomically
-    from msn_eval.reports import FORMATS, SUFFIXES, render
-    from msn_eval.reports.html.leaderboard import render_html
+    from msn_eval.reports import load_format
     from msn_eval.reports.terminal import print_table
     from msn_eval.results.folder import scan_results
     from msn_eval.results.leaderboard import make_leaderboard
@@ -41,9 +40,10 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     print_table(table)
     scan = scan_results([folder / "runs"])
     board = make_leaderboard(scan)
-    page = render_html(make_table(scan.results, standings=board.standings), scan, show_published=False)
+    page = load_format("html").render(make_table(scan.results, standings=board.standings), scan)
     write_atomically(folder / "table.html", page.encode())
-    for form in FORMATS:
-        write_atomically(folder / f"table.{SUFFIXES[form]}", render(table, form).encode())
+    for name in ("md", "csv", "json", "latex"):
+        report_format = load_format(name)
+        write_atomically(folder / f"table.{report_format.suffix}", report_format.render(table, scan).encode())
     print(f"Written to {folder}: records in runs/, table.html, table.md, table.csv, table.json, table.tex.")
     return code

@@ -1,9 +1,9 @@
-"""`msn-eval watch RUN_DIR`: a pre-training run, scored as it goes: a curve, and alarms."""
+"""`msn-eval watch RUN_DIR`: scores of a pre-training run while it trains, with a curve and alarms."""
 
 import argparse
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _PROBES = "ridge,knn,ncm"
-_NAME = "trajectory"
-_MOST_DRAWING_SHARE = 0.05  # of the time, while nothing but the journal grows
+_MOST_DRAWING_TIME = 0.05  # as a fraction of the time, while only the journal grows
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -27,188 +26,196 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subset", metavar="A,B", help="labelled images; default the run's watch.subset, else 5imgs")
     parser.add_argument("--probe", metavar="A,B", default=_PROBES, help=f"default {_PROBES}")
     parser.add_argument("--k", metavar="A,B", help="knn: neighbours that vote; default 10,20,100,200")
-    parser.add_argument("--limit", metavar="N", help="at most N validation images a class")
+    parser.add_argument("--limit", metavar="N", help="at most N validation images per class")
     parser.add_argument(
         "--device", metavar="D", default="auto", help="auto, cpu, cuda, cuda:N; training may need the GPU"
     )
     parser.add_argument("--workers", metavar="N", default="auto", help="decoding processes, or auto")
-    parser.add_argument("--once", action="store_true", help="score what is there and end")
-    parser.add_argument("--every", metavar="SECONDS", type=float, default=30.0, help="between two looks; default 30")
+    parser.add_argument("--once", action="store_true", help="score the existing snapshots and end")
+    parser.add_argument(
+        "--every",
+        metavar="SECONDS",
+        type=float,
+        default=30.0,
+        help="interval between checks for new snapshots; default 30",
+    )
     parser.add_argument(
         "--patience",
         metavar="MINUTES",
         type=float,
         default=30.0,
-        help="end when the run wrote nothing for so long; default 30",
+        help="end when the run has written nothing for this time; default 30",
     )
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Follow a run until it ends, and print a line for each snapshot; give 0.
+    """Score a run until it ends, and print a line per snapshot; return 0.
 
-    Raises NumericalError where an alarm was raised, CheckpointError where no snapshot, or not every one, could be scored.
+    Raises:
+        NumericalError: There was an alarm.
+        CheckpointError: A snapshot could not be scored, or there is none.
     """
     from msn_eval.checkpoints.run_folder import EVAL
     from msn_eval.evaluation.plan import make_plan
     from msn_eval.files.atomic import prepare_folder
-    from msn_eval.monitor.trajectory import read_facts
+    from msn_eval.monitor.trajectory import read_run_info
 
     for name in ("every", "patience"):
         if not 0 < getattr(options, name) < float("inf"):
-            raise UsageError(f"--{name} {getattr(options, name)}: out of range", hint="Give a number above 0.")
+            raise UsageError(f"--{name} {getattr(options, name)}: out of range", hint="Pass a number above 0.")
     folder = Path(options.run)
-    facts = read_facts(folder)
+    run_info = read_run_info(folder)
     prepare_folder(folder / EVAL, option="RUN_DIR")
-    plan = make_plan(_request(options, facts))
-    refused: dict[str, CheckpointError] = {}
-    trajectory = _follow(folder, facts, plan, refused, options)
-    for path in _draw(folder, trajectory):
+    plan = make_plan(_read_config(options, run_info))
+    attempts: dict[str, CheckpointError | None] = {}
+    warned: set[str] = set()
+    points: tuple[Point, ...] | None = None
+    next_drawing = 0.0
+    for trajectory in _follow_run(folder, run_info, plan, attempts, options):
+        for alarm in trajectory.alarms:
+            if alarm.is_active and alarm.what not in warned:
+                warned.add(alarm.what)
+                _log.warning("ALARM %s: %s", folder, alarm)
+        started = time.monotonic()
+        if not options.once and (points != trajectory.points or started > next_drawing):
+            _write_curves(folder, trajectory)
+            next_drawing = time.monotonic() + (time.monotonic() - started) / _MOST_DRAWING_TIME
+        points = trajectory.points
+    for path in _write_curves(folder, trajectory):
         print(path)
-    _judge(folder, trajectory, list(refused.values()))
+    _raise_problems(folder, trajectory, [error for error in attempts.values() if error is not None])
     return 0
 
 
-def _request(options: argparse.Namespace, facts: "RunInfo") -> "EvaluationConfig":
-    """Give the evaluation that each snapshot goes through: the options, where they leave it open what the run says."""
+def _read_config(options: argparse.Namespace, run_info: "RunInfo") -> "EvaluationConfig":
+    """Return the evaluation of each snapshot: the options, with the run's own data and subset as defaults."""
     from msn_eval.checkpoints.run_folder import EVAL
     from msn_eval.config.request import EvaluationConfig
     from msn_eval.config.yaml_config import read_config
 
     given = {
         "checkpoint": [options.run],
-        "data": options.data or facts.data,
-        "subset": options.subset or facts.subset or "5imgs",
+        "data": options.data or run_info.data,
+        "subset": options.subset or run_info.subset or "5imgs",
         "out": str(Path(options.run) / EVAL),
         **{name: getattr(options, name) for name in ("probe", "device", "workers")},
-        **({} if options.limit is None else {"limit": options.limit}),
-        **({} if options.k is None else {"k": options.k}),
+        **{name: value for name in ("limit", "k") if (value := getattr(options, name)) is not None},
     }
     return read_config(EvaluationConfig, given=given)
 
 
-def _follow(
-    folder: Path, facts: "RunInfo", plan: "Plan", refused: "dict[str, CheckpointError]", options: argparse.Namespace
-) -> "Trajectory":
-    """Score what is there and what comes, and redraw; give the run as it stood at the end.
+def _follow_run(
+    folder: Path,
+    run_info: "RunInfo",
+    plan: "Plan",
+    attempts: "dict[str, CheckpointError | None]",
+    options: argparse.Namespace,
+) -> "Iterator[Trajectory]":
+    """Yield the run with all its snapshots scored, at first and whenever it has changed, until it ends.
 
-    refused: takes up what could not be scored, by the SHA-256 of the file
+    Args:
+        folder: Of the run.
+        run_info: Its configuration.
+        plan: What is measured of every snapshot.
+        attempts: Receives, by SHA-256 of the encoder, the error of each snapshot, None if it was scored.
+        options: Of the command.
     """
-    from msn_eval.monitor.trajectory import signs_of_life
+    from msn_eval.monitor.trajectory import fingerprint_run
 
-    tried: set[str] = set()
-    told: set[str] = set()
-    signs: object = None
-    changed = drawn = time.monotonic()
-    cost = 0.0
-    trajectory: Trajectory | None = None
+    fingerprint: object = None
     while True:
-        now = signs_of_life(folder)
-        if trajectory is None or now != signs:
-            signs = now
-            before, trajectory = trajectory, _go_through(folder, facts, plan, tried, refused)
-            for alarm in trajectory.alarms:
-                if alarm.on and alarm.what not in told:
-                    told.add(alarm.what)
-                    _log.warning("ALARM %s: %s", folder, alarm)
-            scored = before is None or before.points != trajectory.points
-            if not options.once and (scored or time.monotonic() - drawn > cost / _MOST_DRAWING_SHARE):
-                started = time.monotonic()
-                _draw(folder, trajectory)
-                drawn = time.monotonic()
-                cost = drawn - started
-            changed = time.monotonic()  # what took long here is no silence of the run's
+        if (current := fingerprint_run(folder)) != fingerprint:
+            fingerprint = current
+            trajectory = _score_snapshots(folder, run_info, plan, attempts)
+            yield trajectory
+            changed = time.monotonic()  # after scoring and drawing, whose time does not count as silence
         if options.once or _has_ended(trajectory):
-            return trajectory
+            return
         if time.monotonic() - changed > 60 * options.patience:
             _log.warning("%s: nothing new was written for %g minutes", folder, options.patience)
-            return trajectory
+            return
         time.sleep(options.every)
 
 
-def _go_through(
-    folder: Path, facts: "RunInfo", plan: "Plan", tried: set[str], refused: "dict[str, CheckpointError]"
+def _score_snapshots(
+    folder: Path, run_info: "RunInfo", plan: "Plan", attempts: "dict[str, CheckpointError | None]"
 ) -> "Trajectory":
-    """Score the snapshots that lack something, print a line for each, and give the run as it stands then."""
+    """Score the snapshots with missing scores, print a line for each, and return the run with them."""
     from msn_eval.checkpoints.run_folder import ENCODER
-    from msn_eval.monitor.trajectory import read_trajectory, score, unscored
+    from msn_eval.monitor.trajectory import list_unscored, read_trajectory, score_snapshot
 
-    before = read_trajectory(folder, facts, plan)
-    lacking = unscored(plan, folder, before, tried)
-    for snapshot in lacking:
-        sha256 = snapshot.files[ENCODER]
+    trajectory = read_trajectory(folder, run_info, plan)
+    snapshots = list_unscored(plan, folder, trajectory, attempts)
+    for snapshot in snapshots:
         try:
-            point = score(plan, folder, snapshot)
+            point = score_snapshot(plan, folder, snapshot)
         except CheckpointError as error:
-            refused[sha256] = error
-            tried.add(sha256)
+            attempts[snapshot.files[ENCODER]] = error
             _log.error("%s", error)
             continue
         if point is None:
             _log.info("%s was removed while it was read", snapshot.folder.name)
-            continue
-        tried.add(sha256)
-        print(printable(_line(point)), flush=True)
-    return read_trajectory(folder, facts, plan) if lacking else before
+        else:
+            attempts[snapshot.files[ENCODER]] = None
+            print(printable(_describe_point(point)), flush=True)
+    return read_trajectory(folder, run_info, plan) if snapshots else trajectory
 
 
-def _line(point: "Point") -> str:
-    """Say what was measured of a snapshot."""
-    from msn_eval.reports.text_tables import FAILED
+def _describe_point(point: "Point") -> str:
+    from msn_eval.reports.text_tables import format_accuracy
     from msn_eval.results.table import make_table
 
     table = make_table(point.results)
-    parts = []
-    for (_, column), cell in sorted(table.cells.items(), key=lambda one: table.columns.index(one[0][1])):
-        spread = "" if cell.std is None else f" ± {100 * cell.std:.1f}"
-        number = FAILED if cell.mean is None else f"{100 * cell.mean:.1f}{spread}"
-        parts.append(f"{column.group}, {column.subset} {number}")
-    look = point.look
-    if look is not None and look.feature_rank is not None:
-        parts.append(f"rank {look.feature_rank:.3g}, spread {look.feature_spread:.2g}")
-    return f"step {point.step:,}, epoch {point.epoch}: {'; '.join(parts)}"
+    cells = [(column, table.cells[row, column]) for column in table.columns for row in table.rows]
+    texts = [f"{column.group}, {column.subset} {format_accuracy(cell)}" for column, cell in cells]
+    features = point.features
+    if features is not None and features.feature_rank is not None:
+        texts.append(f"rank {features.feature_rank:.3g}, spread {features.feature_spread:.2g}")
+    return f"step {point.step:,}, epoch {point.epoch}: {'; '.join(texts)}"
 
 
 def _has_ended(trajectory: "Trajectory") -> bool:
-    """Tell whether the snapshot after the last step of the run has been scored."""
-    looked_at = [point.step for point in trajectory.points if point.look is not None]
-    return trajectory.steps is not None and max(looked_at, default=0) >= trajectory.steps
+    """Whether the snapshot after the last step of the run is scored."""
+    scored = [point.step for point in trajectory.points if point.features is not None]
+    return trajectory.steps is not None and max(scored, default=0) >= trajectory.steps
 
 
-def _draw(folder: Path, trajectory: "Trajectory") -> list[Path]:
-    """Write page and plot, each whole, and give their paths; there is no plot of no numbers."""
+def _write_curves(folder: Path, trajectory: "Trajectory") -> list[Path]:
+    """Write page and plot and return their paths; there is no plot without numbers."""
     from msn_eval.checkpoints.run_folder import EVAL
     from msn_eval.files.atomic import write_atomically
     from msn_eval.reports.html import trajectory as trajectory_report
 
-    sheet = trajectory_report.sheet_of(trajectory)
-    page, plot = (folder / EVAL / f"{_NAME}.{suffix}" for suffix in ("html", "png"))
-    write_atomically(page, trajectory_report.render_page(sheet).encode())
-    if not sheet.panels:
+    panels = trajectory_report.draw_panels(trajectory)
+    page, plot = (folder / EVAL / f"trajectory.{suffix}" for suffix in ("html", "png"))
+    write_atomically(page, trajectory_report.render_page(trajectory, panels).encode())
+    if not panels:
         return [page]
-    write_atomically(plot, trajectory_report.render_plot(sheet))
+    write_atomically(plot, trajectory_report.render_plot(trajectory, panels))
     return [page, plot]
 
 
-def _judge(folder: Path, trajectory: "Trajectory", refused: "Sequence[CheckpointError]") -> None:
-    """Raise what the run's state comes to, if it is not well."""
+def _raise_problems(folder: Path, trajectory: "Trajectory", failures: "Sequence[CheckpointError]") -> None:
     if trajectory.alarms:
         count = len(trajectory.alarms)
         lines = "".join(f"\n  {alarm}" for alarm in trajectory.alarms)
         raise NumericalError(
             f"{count} alarm{'' if count == 1 else 's'}{lines}",
             where=str(folder),
-            hint="Look at the curves; go back to a snapshot from before, with another recipe.",
+            hint="Look at the curves; continue from an earlier snapshot with a changed recipe.",
             kept="Records and curves are in its eval folder.",
         )
-    if refused:
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
         raise CheckpointError(
-            f"{len(refused)} snapshots could not be scored" if len(refused) > 1 else refused[0].what,
-            where=str(folder) if len(refused) > 1 else refused[0].where,
-            hint="Each was told above; the others are scored.",
+            f"{len(failures)} snapshots could not be scored",
+            where=str(folder),
+            hint="Their errors are printed above; all other snapshots are scored.",
         )
     if not trajectory.points:
         raise CheckpointError(
-            "holds no finished snapshot yet",
+            "has no finished snapshot yet",
             where=str(folder),
-            hint="Train on: each epoch ends with one. Without --once they are waited for.",
+            hint="Wait for the end of an epoch, which writes one; without --once, watch waits for it.",
         )

@@ -1,6 +1,6 @@
-"""Look: what the features of one snapshot of a run are like, besides what probes make of them.
+"""Statistics of the features of a run's snapshots.
 
-eval/step-00000120.3f9a2c1d.json    one file a snapshot and set of images, beside the records; its name is no record's
+eval/step-00000120.3f9a2c1d.json    one file per snapshot and set of images, beside the records, whose names differ
 """
 
 import hashlib
@@ -10,22 +10,26 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from msn_eval.features.collapse import effective_rank, is_collapsed, spread
-from msn_eval.features.extraction import Features
 from msn_eval.files.atomic import write_atomically
 from msn_eval.files.json_records import parse_json, read_fields
 from msn_eval.probes.base import describe_collapse
 
 _SCHEMA = 1
 _NAME = re.compile(r"step-\d{8,}\.[0-9a-f]{8}\.json")
-_ADDRESS_DIGITS = 8
+_DIGEST_LENGTH = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """How features were made that are looked at; looks at others are not to be compared.
+class ExtractionSettings:
+    """How features were made; only those made in the same way are comparable.
 
-    data_sha256: of the validation images by content
+    Attributes:
+        data_sha256: Of the validation images by content.
+        tap: Which vector is the feature.
+        precision: `exact` or `reduced`.
     """
 
     data_sha256: str
@@ -35,13 +39,19 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotFeatures:
-    """What the features of one snapshot are like.
+    """Statistics of the features of one snapshot.
 
-    step, epoch:    that were finished
-    sha256:         of the encoder's file
-    feature_rank:   RankMe, 1 to min(images, width); None where features are not finite
-    feature_spread: 0 where all images have the same direction, near 1 where directions are random
-    problem:        what is degenerate about them, or empty
+    Attributes:
+        step: Finished steps.
+        epoch: Finished epochs.
+        created: When the snapshot was made.
+        sha256: Of the encoder's file.
+        weights_sha256: Of the encoder's weights.
+        seen: How the features were made.
+        images: Number of validation images.
+        feature_rank: RankMe, 1 to min(images, width); None if features are not finite.
+        feature_spread: 0 if all images have the same direction, near 1 if directions are random.
+        problem: Why they are degenerate, or empty.
     """
 
     step: int
@@ -49,66 +59,47 @@ class SnapshotFeatures:
     created: str
     sha256: str
     weights_sha256: str
-    seen: Seen
+    seen: ExtractionSettings
     images: int
     feature_rank: float | None
     feature_spread: float | None
     problem: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where in a run a snapshot stands, and which it is; the fields are those of Look."""
-
-    step: int
-    epoch: int
-    created: str
-    sha256: str
-    weights_sha256: str
-    seen: Seen
+def measure_features(features: Tensor) -> tuple[float, float, str]:
+    """Return rank, spread and problem, as in SnapshotFeatures, of finite (n, d) features."""
+    rank, feature_spread = effective_rank(features), spread(features)
+    problem = describe_collapse(features)
+    if not problem and is_collapsed({"feature_rank": rank, "feature_spread": feature_spread}):
+        problem = f"all images look alike: rank {rank:.3g}, spread {feature_spread:.2g}"
+    return round(rank, 4), round(feature_spread, 6), problem
 
 
-def look_at(features: Features, place: Place) -> SnapshotFeatures:
-    """Measure the features of a snapshot, which are finite."""
-    rank, width = effective_rank(features.values), spread(features.values)
-    problem = describe_collapse(features.values)
-    if not problem and is_collapsed({"feature_rank": rank, "feature_spread": width}):
-        problem = f"all images look alike: rank {rank:.3g}, spread {width:.2g}"
-    return SnapshotFeatures(
-        **vars(place),
-        images=len(features.values),
-        feature_rank=round(rank, 4),
-        feature_spread=round(width, 6),
-        problem=problem,
-    )
-
-
-def write_snapshot_features(folder: Path, look: SnapshotFeatures) -> None:
-    """Write a look under a name that its step, weights and images shape. Raises StoreError where the disk refuses."""
-    shaped = json.dumps([look.weights_sha256, asdict(look.seen)], sort_keys=True)
-    address = hashlib.sha256(shaped.encode()).hexdigest()[:_ADDRESS_DIGITS]
-    content = {"schema": _SCHEMA, **asdict(look)}
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomically(folder / f"step-{look.step:08d}.{address}.json", text.encode())
+def write_snapshot_features(folder: Path, snapshot: SnapshotFeatures) -> None:
+    """Write the statistics; step, weights and images determine the file name. Raises StoreError on a full or failing disk."""
+    identity = json.dumps([snapshot.weights_sha256, asdict(snapshot.seen)], sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:_DIGEST_LENGTH]
+    text = json.dumps({"schema": _SCHEMA, **asdict(snapshot)}, indent=1, allow_nan=False) + "\n"
+    write_atomically(folder / f"step-{snapshot.step:08d}.{digest}.json", text.encode())
 
 
 def read_snapshot_features(folder: Path) -> tuple[list[SnapshotFeatures], list[str]]:
-    """Read every look in a folder, by step; give them, and what is wrong with those that cannot be read."""
-    found, faults = [], []
-    for path in sorted(folder.glob("step-*.json")) if folder.is_dir() else []:
+    """Return the statistics in a folder, by step, and a description of each file that cannot be read."""
+    snapshots, faults = [], []
+    for path in sorted(folder.glob("step-*.json")):
         if not _NAME.fullmatch(path.name):
             continue
         try:
             content = parse_json(path.read_bytes())
             if content.pop("schema") != _SCHEMA:
-                raise ValueError("it is of another schema")
-            found.append(read_fields(SnapshotFeatures, content))
+                raise ValueError("unknown schema")
+            snapshots.append(read_fields(SnapshotFeatures, content))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             faults.append(f"{path.name}: {error}")
-    return sorted(found, key=lambda look: look.step), faults
+    return sorted(snapshots, key=lambda snapshot: snapshot.step), faults
 
 
-def newest_of_each_step(looks: Iterable[SnapshotFeatures], seen: Seen) -> dict[int, SnapshotFeatures]:
-    """Give the looks at features made one way, of each step the newest: a run may have gone through it twice."""
-    alike = [look for look in looks if look.seen == seen]
-    return {look.step: look for look in sorted(alike, key=lambda look: (look.step, look.created))}
+def select_newest(snapshots: Iterable[SnapshotFeatures], settings: ExtractionSettings) -> dict[int, SnapshotFeatures]:
+    """Return the newest statistics of each step with these settings: a run may have passed a step twice."""
+    matches = [snapshot for snapshot in snapshots if snapshot.seen == settings]
+    return {snapshot.step: snapshot for snapshot in sorted(matches, key=lambda match: (match.step, match.created))}

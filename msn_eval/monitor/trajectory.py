@@ -1,6 +1,6 @@
-"""Trajectory: a pre-training run, scored as it goes: its journal, and its snapshots measured as any other checkpoint.
+"""Trajectory: a pre-training run with its journal and its snapshots, measured like any other checkpoint.
 
-run folder -> snapshots -> records and looks in RUN/eval -> trajectory -> plot and page
+run folder -> snapshots -> records and feature statistics in RUN/eval -> trajectory -> plot and page
 """
 
 import logging
@@ -31,14 +31,13 @@ from msn_eval.evaluation.plan import Plan
 from msn_eval.features.encoder import precision_class, resolve_tap
 from msn_eval.features.extraction import extract_features
 from msn_eval.files.atomic import prepare_folder, remove
-from msn_eval.monitor.alarms import Alarm, Line, find_alarms, is_not_finite
+from msn_eval.monitor.alarms import Alarm, JournalLine, find_alarms, is_not_finite
 from msn_eval.monitor.snapshot_features import (
-    Place,
-    Seen,
+    ExtractionSettings,
     SnapshotFeatures,
-    look_at,
-    newest_of_each_step,
+    measure_features,
     read_snapshot_features,
+    select_newest,
     write_snapshot_features,
 )
 from msn_eval.results.folder import ResultScan, scan_results
@@ -46,17 +45,23 @@ from msn_eval.results.record import Result
 
 _log = logging.getLogger(__name__)
 _TAP = "cls-norm"
-_SHOWN = 3
-_MOST = 1e300
-_FIRST_SHARE = 0.05  # of the epochs: how long a loss may stay where every run begins
+_MOST_LISTED = 3
+_LARGEST_NUMBER = 1e300
+_FIRST_EPOCHS = 0.05  # of all epochs: how long a loss may stay where every run begins
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What a run's configuration says that a watcher must know; None for what it does not say.
+    """What a run's configuration says; None for what it does not say.
 
-    data, subset: what the run itself probes with
-    prototypes:   k, None where the method has none
+    Attributes:
+        name: Of the run folder.
+        method: Pre-training method.
+        data: Data set that the run itself probes with.
+        subset: Subset that the run itself probes with.
+        epochs: Of the complete run.
+        warmup_epochs: Of the learning rate.
+        prototypes: k, None if the method has none.
     """
 
     name: str
@@ -70,278 +75,289 @@ class RunInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One snapshot as it was measured. look: None where only its scores are known; results: of its draws and probes."""
+    """One measured snapshot.
+
+    Attributes:
+        step: Finished steps.
+        epoch: Finished epochs.
+        features: Statistics of its features, None if only its scores are known.
+        results: Records of its draws and probes.
+    """
 
     step: int
     epoch: int
-    look: SnapshotFeatures | None
+    features: SnapshotFeatures | None
     results: tuple[Result, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """A run from its first step to where it stands.
+    """A run up to its newest step.
 
-    lines:          of the journal, by step
-    steps_an_epoch: None where no snapshot has told it
-    notices:        what a reader must know besides alarms
+    Attributes:
+        run: Its configuration.
+        steps_per_epoch: None if no snapshot has it.
+        lines: Of the journal, by step.
+        points: Measured snapshots, by step.
+        alarms: Past and present ones.
+        notices: What else a reader must know.
     """
 
-    facts: RunInfo
-    steps_an_epoch: int | None
-    lines: tuple[Line, ...]
+    run: RunInfo
+    steps_per_epoch: int | None
+    lines: tuple[JournalLine, ...]
     points: tuple[Point, ...]
     alarms: tuple[Alarm, ...]
     notices: tuple[str, ...]
 
     @property
     def step(self) -> int:
-        """Give the last step that is known of."""
-        return max(
-            [int(line["step"] or 0) for line in self.lines[-1:]] + [point.step for point in self.points[-1:]] + [0]
-        )
+        """The last known step."""
+        logged = [int(line["step"] or 0) for line in self.lines[-1:]]
+        return max([*logged, *(point.step for point in self.points[-1:])], default=0)
 
     @property
     def steps(self) -> int | None:
-        """Give how many steps the run is to have."""
-        known = self.facts.epochs is not None and self.steps_an_epoch is not None
-        return (self.facts.epochs or 0) * (self.steps_an_epoch or 0) if known else None
+        """Steps of the complete run."""
+        if self.run.epochs is None or self.steps_per_epoch is None:
+            return None
+        return self.run.epochs * self.steps_per_epoch
 
 
-def read_facts(run: Path) -> RunInfo:
-    """Read what a run's folder says of it. Raises CheckpointError where it is none."""
-    if not run.is_dir():
-        raise CheckpointError("no such folder", where=str(run), hint="Give the run.dir of an msn-pretrain run.")
-    if not is_run_folder(run):
+def read_run_info(folder: Path) -> RunInfo:
+    """Read the configuration in a run folder. Raises CheckpointError if it is not one."""
+    if not folder.is_dir():
+        raise CheckpointError("no such folder", where=str(folder), hint="Pass the run.dir of an msn-pretrain run.")
+    if not is_run_folder(folder):
         raise CheckpointError(
-            f"is no folder that msn-pretrain trains in: it holds no {CONFIG} beside a folder of checkpoints",
-            where=str(run),
-            hint="Give the run.dir of a run; other checkpoints are measured by msn-eval --checkpoint.",
+            f"is not a run folder of msn-pretrain: it has no {CONFIG} beside a folder of checkpoints",
+            where=str(folder),
+            hint="Pass the run.dir of a run; evaluate other checkpoints with msn-eval --checkpoint.",
         )
     import yaml
 
-    try:
-        content: Any = yaml.safe_load((run / CONFIG).read_bytes())
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"cannot be read: {' '.join(str(error).split())}", where=str(run / CONFIG), hint="Restore it."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError("is no configuration of a run", where=str(run / CONFIG), hint="Restore it.")
-    return _facts(run, content)
-
-
-def _facts(run: Path, content: Mapping[object, Any]) -> RunInfo:
     def value(section: str, key: str) -> Any:
-        part = content.get(section)
-        return part.get(key) if isinstance(part, dict) else None
+        return (content.get(section) or {}).get(key)
 
-    def whole(section: str, key: str) -> int | None:
-        found = value(section, key)
-        return found if type(found) is int and found > 0 else None
+    try:
+        content = yaml.safe_load((folder / CONFIG).read_bytes())
+        if not isinstance(content, dict):
+            raise TypeError("it is not a mapping")
+        return RunInfo(
+            name=folder.resolve().name,
+            method=str(content.get("method", "")),
+            data=value("watch", "probe_data") or value("data", "root"),
+            subset=value("watch", "subset"),
+            epochs=value("optimization", "epochs"),
+            warmup_epochs=float(value("optimization", "warmup") or 0.0),
+            prototypes=value("criterion", "prototypes"),
+        )
+    except (OSError, yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        message = " ".join(str(error).split())
+        raise CheckpointError(
+            f"cannot be read as the configuration of a run: {message}", where=str(folder / CONFIG), hint="Restore it."
+        ) from error
 
-    texts = (value("watch", "probe_data"), value("data", "root"))
-    subset, warmup = value("watch", "subset"), value("optimization", "warmup")
-    return RunInfo(
-        name=run.resolve().name,
-        method=str(content.get("method", "")),
-        data=next((one for one in texts if isinstance(one, str) and one), None),
-        subset=subset if isinstance(subset, str) and subset else None,
-        epochs=whole("optimization", "epochs"),
-        warmup_epochs=float(warmup) if isinstance(warmup, int | float) and math.isfinite(warmup) else 0.0,
-        prototypes=whole("criterion", "prototypes"),
+
+def fingerprint_run(folder: Path) -> tuple[object, ...]:
+    """Return a value that changes whenever the run writes to its journal or finishes a snapshot."""
+    journal = folder / METRICS
+    status = journal.stat() if journal.exists() else None
+    return status and (status.st_size, status.st_mtime_ns), *(
+        snapshot.files[ENCODER] for snapshot in _list_finished(folder)
     )
 
 
-def signs_of_life(run: Path) -> tuple[object, ...]:
-    """Give something that differs whenever a run has written of itself: its journal and its whole snapshots."""
-    try:
-        journal = (run / METRICS).stat()
-        size: tuple[object, ...] = (journal.st_size, journal.st_mtime_ns)
-    except OSError:
-        size = ()
-    return (*size, *(found.files[ENCODER] for found in _finished(run)))
+def list_unscored(plan: Plan, folder: Path, trajectory: Trajectory, skipped: Collection[str]) -> list[SnapshotFiles]:
+    """Return the finished snapshots without statistics or with missing records, the oldest first: they are removed next.
 
-
-def unscored(plan: Plan, run: Path, trajectory: Trajectory, passed_over: Collection[str]) -> list[SnapshotFiles]:
-    """Give the finished snapshots that lack a look or a record, the oldest first: they are the next to be removed.
-
-    passed_over: SHA-256 of encoders not to be tried again
+    Args:
+        plan: What is measured of every snapshot.
+        folder: Of the run.
+        trajectory: What is measured already.
+        skipped: SHA-256 of encoders that are not to be tried again.
     """
     wanted = {(task.protocol_id, task.subset.draw) for task in plan.tasks}
-    whole = {
-        point.look.sha256
+    complete = {
+        point.features.sha256
         for point in trajectory.points
-        if point.look is not None and wanted <= {(one.protocol_id, one.split.draw) for one in point.results}
+        if point.features is not None
+        and wanted <= {(result.protocol_id, result.split.draw) for result in point.results}
     }
-    return [one for one in _finished(run)[::-1] if one.files[ENCODER] not in whole | set(passed_over)]
+    finished = reversed(_list_finished(folder))
+    return [snapshot for snapshot in finished if snapshot.files[ENCODER] not in complete | set(skipped)]
 
 
-def _finished(run: Path) -> list[SnapshotFiles]:
-    """Give the snapshots with a manifest, the newest first; one without is being written, or removed."""
-    found = []
-    for folder in snapshot_folders(run):
+def _list_finished(folder: Path) -> list[SnapshotFiles]:
+    """Return the snapshots with a manifest, the newest first; one without is being written, or removed."""
+    finished = []
+    for snapshot in snapshot_folders(folder):
         try:
-            found.append(read_manifest(folder))
+            finished.append(read_manifest(snapshot))
         except (OSError, ValueError) as error:
-            _log.debug("%s: %s", folder.name, error)
-    return found
+            _log.debug("%s: %s", snapshot.name, error)
+    return finished
 
 
-def score(plan: Plan, run: Path, snapshot: SnapshotFiles) -> Point | None:
-    """Measure a snapshot by every task of a plan, look at its features, and keep both in the run's `eval` folder; give None
-    where it was removed or written anew meanwhile.
+def score_snapshot(plan: Plan, folder: Path, snapshot: SnapshotFiles) -> Point | None:
+    """Measure a snapshot by every task of a plan and write records and feature statistics to the run's `eval` folder.
 
-    Records that are there already are taken as they are. Features are kept only while this runs: those of thousands of
-    snapshots are needed once each.
-    Raises CheckpointError where a snapshot that stays cannot be read, and what evaluation raises.
+    Existing records are used as they are. Features are kept only meanwhile: each of thousands of snapshots is needed once.
+
+    Returns:
+        None if the snapshot was removed or rewritten meanwhile.
+
+    Raises:
+        CheckpointError: The snapshot cannot be read. Evaluation raises its own errors.
     """
     try:
-        ready = prepare(plan, str(snapshot.encoder))
+        prepared = prepare(plan, str(snapshot.encoder))
+        checkpoint = prepared.encoder.checkpoint
+        if checkpoint.sha256 != snapshot.files[ENCODER]:
+            raise CheckpointError(
+                "is not the file that its manifest describes",
+                where=str(snapshot.encoder),
+                hint="It is skipped; the next snapshot is measured.",
+            )
     except CheckpointError:
-        if not _stands(snapshot):
-            return None
-        raise
-    if ready.encoder.checkpoint.sha256 != snapshot.files[ENCODER]:
-        if not _stands(snapshot):
-            return None
-        raise CheckpointError(
-            "is not the file that its manifest describes",
-            where=str(snapshot.encoder),
-            hint="It is passed over; the next snapshot is measured.",
-        )
-    folder = run / EVAL
-    named = replace(ready.encoder.checkpoint, name=f"{run.resolve().name} step {snapshot.step}", epoch=snapshot.epoch)
-    ready = replace(ready, encoder=replace(ready.encoder, checkpoint=named))
-    prepare_folder(folder, option="RUN_DIR")
-    features = folder / f".features.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    kept = replace(plan, request=replace(plan.request, cache=str(features)))
+        if _is_unchanged(snapshot):
+            raise
+        return None
+    checkpoint = replace(checkpoint, name=f"{folder.resolve().name} step {snapshot.step}", epoch=snapshot.epoch)
+    prepared = replace(prepared, encoder=replace(prepared.encoder, checkpoint=checkpoint))
+    prepare_folder(folder / EVAL, option="RUN_DIR")
+    cache = folder / EVAL / f".features.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    cached_plan = replace(plan, request=replace(plan.request, cache=str(cache)))
     try:
-        results = tuple(evaluate_checkpoint(kept, str(snapshot.encoder), prepared=ready))
-        look = _look(kept, ready, snapshot, features)
+        results = tuple(evaluate_checkpoint(cached_plan, str(snapshot.encoder), prepared=prepared))
+        features = _measure_snapshot(cached_plan, prepared, snapshot, cache)
     finally:
-        remove(features)
-    write_snapshot_features(folder, look)
-    return Point(step=snapshot.step, epoch=snapshot.epoch, look=look, results=results)
+        remove(cache)
+    write_snapshot_features(folder / EVAL, features)
+    return Point(step=snapshot.step, epoch=snapshot.epoch, features=features, results=results)
 
 
-def _stands(snapshot: SnapshotFiles) -> bool:
-    """Tell whether a snapshot is still the one that was listed."""
+def _is_unchanged(snapshot: SnapshotFiles) -> bool:
     try:
         return read_manifest(snapshot.folder) == snapshot
     except (OSError, ValueError):
         return False
 
 
-def _look(plan: Plan, ready: Preparation, snapshot: SnapshotFiles, cache: Path) -> SnapshotFeatures:
-    encoder = ready.encoder
+def _measure_snapshot(plan: Plan, prepared: Preparation, snapshot: SnapshotFiles, cache: Path) -> SnapshotFeatures:
+    encoder = prepared.encoder
     tap = resolve_tap(encoder, _TAP, by_hand=False)
-    place = Place(
+    rank: float | None
+    spread: float | None
+    try:
+        extracted = extract_features(
+            encoder, plan.val, taps=[tap], hashes=plan.val_hashes, loading=loading_of(plan.request), cache=cache
+        )
+        rank, spread, problem = measure_features(extracted.features[tap].values)
+    except NumericalError as error:
+        rank, spread, problem = None, None, error.what
+    return SnapshotFeatures(
         step=snapshot.step,
         epoch=snapshot.epoch,
         created=str(snapshot.facts.get("created", "")),
         sha256=snapshot.files[ENCODER],
         weights_sha256=encoder.checkpoint.weights_sha256,
-        seen=_seen(plan),
+        seen=_extraction_settings(plan),
+        images=len(plan.val),
+        feature_rank=rank,
+        feature_spread=spread,
+        problem=problem,
     )
-    try:
-        values = extract_features(
-            encoder, plan.val, taps=[tap], hashes=plan.val_hashes, loading=loading_of(plan.request), cache=cache
-        ).features[tap]
-    except NumericalError as error:
-        images = len(plan.val)
-        return SnapshotFeatures(
-            **vars(place), images=images, feature_rank=None, feature_spread=None, problem=error.what
-        )
-    return look_at(values, place)
 
 
-def _seen(plan: Plan) -> Seen:
-    return Seen(data_sha256=plan.val_sha256, tap=_TAP, precision=precision_class(plan.precision))
+def _extraction_settings(plan: Plan) -> ExtractionSettings:
+    return ExtractionSettings(data_sha256=plan.val_sha256, tap=_TAP, precision=precision_class(plan.precision))
 
 
-def read_trajectory(run: Path, facts: RunInfo, plan: Plan) -> Trajectory:
-    """Read a run as it stands: its journal, and what was measured of it on the plan's validation images."""
-    lines = tuple(_numbers(line) for line in _journal(run))
-    snapshots = _finished(run)
-    an_epoch = next(
-        (one for one in (found.facts.get("steps_an_epoch") for found in snapshots) if type(one) is int), None
-    )
-    last = max([int(line["step"] or 0) for line in lines[-1:]] + [one.step for one in snapshots[:1]], default=math.inf)
-    looks, faults = read_snapshot_features(run / EVAL)
-    scan = _records(run)
+def read_trajectory(folder: Path, run: RunInfo, plan: Plan) -> Trajectory:
+    """Read a run as it is now: its journal, and what was measured of it on the plan's validation images."""
+    journal = folder / METRICS
+    lines = tuple(map(_to_numbers, read_metrics(journal) if journal.exists() else ()))
+    snapshots = _list_finished(folder)
+    stated = [snapshot.facts["steps_an_epoch"] for snapshot in snapshots if "steps_an_epoch" in snapshot.facts]
+    steps_per_epoch = stated[0] if stated else None
+    known_steps = [*(int(line["step"] or 0) for line in lines[-1:]), *(snapshot.step for snapshot in snapshots[:1])]
+    last_step = max(known_steps, default=math.inf)
+    features, faults = read_snapshot_features(folder / EVAL)
+    scan = _scan_records(folder)
     faults += [f"{Path(fault.where).name}: {fault.what}" for fault in scan.faults]
-    known = newest_of_each_step(looks, _seen(plan))
-    results = [one for one in scan.results if one.data.sha256 == plan.val_sha256]
-    unplaced = {result.checkpoint.weights_sha256 for result in results} - {look.weights_sha256 for look in looks}
-    points = [point for point in _points(known, results, unplaced, an_epoch) if point.step <= last]
+    results = [result for result in scan.results if result.data.sha256 == plan.val_sha256]
+    # The run may have been set back to an earlier snapshot.
+    points = _make_points(features, results, _extraction_settings(plan), steps_per_epoch)
+    points = [point for point in points if point.step <= last_step]
     return Trajectory(
-        facts=facts,
-        steps_an_epoch=an_epoch,
+        run=run,
+        steps_per_epoch=steps_per_epoch,
         lines=lines,
         points=tuple(points),
         alarms=find_alarms(
             lines,
-            [point.look for point in points if point.look is not None],
-            prototypes=facts.prototypes,
-            first_epochs=max(facts.warmup_epochs, 1.0, _FIRST_SHARE * (facts.epochs or 0)),
+            [point.features for point in points if point.features is not None],
+            prototypes=run.prototypes,
+            first_epochs=max(run.warmup_epochs, 1.0, _FIRST_EPOCHS * (run.epochs or 0)),
         ),
-        notices=tuple(_notices(lines, faults)),
+        notices=tuple(_describe_problems(lines, faults)),
     )
 
 
-def _journal(run: Path) -> list[dict[str, Any]]:
-    try:
-        return read_metrics(run / METRICS)
-    except FileNotFoundError:
-        return []
-
-
-def _numbers(line: Mapping[str, Any]) -> Line:
-    """Give the numbers of a line; what is none, or is not finite, is None."""
+def _to_numbers(line: Mapping[str, Any]) -> JournalLine:
+    """Return the numbers of a line; None for what is not a finite number."""
     return {
-        str(name): float(value) if type(value) in (int, float) and abs(value) < _MOST else None
+        str(name): float(value) if type(value) in (int, float) and abs(value) < _LARGEST_NUMBER else None
         for name, value in line.items()
     }
 
 
-def _records(run: Path) -> ResultScan:
+def _scan_records(folder: Path) -> ResultScan:
     try:
-        return scan_results([run / EVAL])
+        return scan_results([folder / EVAL])
     except UsageError:  # none yet
         return ResultScan(results=(), paths=(), faults=())
 
 
-def _points(
-    looks: Mapping[int, SnapshotFeatures], results: Sequence[Result], unplaced: Collection[str], an_epoch: int | None
+def _make_points(
+    features: Sequence[SnapshotFeatures],
+    results: Sequence[Result],
+    settings: ExtractionSettings,
+    steps_per_epoch: int | None,
 ) -> list[Point]:
-    """Put records beside the looks at the same weights, and those of the run's own probes at the ends of their epochs.
+    """Return statistics and records of the same weights as points, by step.
 
-    unplaced: weights of which only the epoch is known
+    Records of the run's own probes have no statistics; they are placed at the end of their epoch.
     """
     by_weights: defaultdict[str, list[Result]] = defaultdict(list)
     for result in results:
         by_weights[result.checkpoint.weights_sha256].append(result)
-    found = {
-        step: Point(step=step, epoch=look.epoch, look=look, results=tuple(by_weights.get(look.weights_sha256, ())))
-        for step, look in looks.items()
+    points = {
+        step: Point(
+            step=step,
+            epoch=snapshot.epoch,
+            features=snapshot,
+            results=tuple(by_weights.get(snapshot.weights_sha256, ())),
+        )
+        for step, snapshot in select_newest(features, settings).items()
     }
-    for weights in sorted(unplaced):
-        group = by_weights[weights]
-        epoch = group[0].checkpoint.epoch
-        if epoch is not None and an_epoch is not None:
-            step = epoch * an_epoch
-            found.setdefault(step, Point(step=step, epoch=epoch, look=None, results=tuple(group)))
-    return [found[step] for step in sorted(found)]
+    for weights in sorted(by_weights.keys() - {snapshot.weights_sha256 for snapshot in features}):
+        epoch = by_weights[weights][0].checkpoint.epoch
+        if epoch is not None and steps_per_epoch is not None:
+            step = epoch * steps_per_epoch
+            points.setdefault(step, Point(step=step, epoch=epoch, features=None, results=tuple(by_weights[weights])))
+    return [points[step] for step in sorted(points)]
 
 
-def _notices(lines: Sequence[Line], faults: Sequence[str]) -> Iterator[str]:
-    if bad := [f"{line['step'] or 0:,.0f}" for line in lines if is_not_finite(line)]:
-        more = ", …" if len(bad) > _SHOWN else ""
+def _describe_problems(lines: Sequence[JournalLine], faults: Sequence[str]) -> Iterator[str]:
+    if steps := [f"{line['step'] or 0:,.0f}" for line in lines if is_not_finite(line)]:
+        more = ", …" if len(steps) > _MOST_LISTED else ""
         yield (
-            f"Loss or gradient was not finite at {len(bad)} logged step{'' if len(bad) == 1 else 's'} "
-            f"({', '.join(bad[:_SHOWN])}{more}); such steps change no weights."
+            f"Loss or gradient was not finite at {len(steps)} logged step{'' if len(steps) == 1 else 's'} "
+            f"({', '.join(steps[:_MOST_LISTED])}{more}); such steps do not change the weights."
         )
     if faults:
-        more = "; …" if len(faults) > _SHOWN else ""
-        yield f"Left out, because they cannot be read: {len(faults)} files ({'; '.join(faults[:_SHOWN])}{more})."
+        more = "; …" if len(faults) > _MOST_LISTED else ""
+        files = "1 file that" if len(faults) == 1 else f"{len(faults)} files that"
+        yield f"Left out: {files} cannot be read ({'; '.join(faults[:_MOST_LISTED])}{more})."

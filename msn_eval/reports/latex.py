@@ -1,124 +1,98 @@
-"""Tables in LaTeX, for papers: booktabs, one tabular for each probe and its settings."""
+"""Report format `latex`, for papers: one booktabs tabular per probe and its settings."""
 
 import re
+from collections.abc import Iterable
 
 from msn_eval.errors import one_line
-from msn_eval.reports.text_tables import MISSING, cell_text, legend, mark, row_text, standing_text
-from msn_eval.results.table import Cell, Column, Row, Table
+from msn_eval.reports.text_tables import (
+    MISSING,
+    describe_row,
+    describe_significance,
+    explain_cells,
+    format_accuracy,
+    format_convergence_mark,
+)
+from msn_eval.results.folder import ResultScan
+from msn_eval.results.table import Cell, Column, Table
 
-_SPECIAL = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "%": r"\%",
-    "&": r"\&",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
-    "'": r"\textquotesingle{}",
-    "`": r"\textasciigrave{}",
-    "±": r"$\pm$",
-    "λ": r"$\lambda$",
-    "–": r"\textendash{}",
-    "…": r"\dots{}",
-}
-_TWICE = re.compile("([-,])(?=\\1)")  # two in a row would become one sign
-_KNOWN = re.compile("[\x20-\x7e\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u00ff]")  # what every font of LaTeX has
+suffix = "tex"
+_ESCAPES: dict[str, str | int | None] = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "{": r"\{", "}": r"\}", "%": r"\%", "&": r"\&", "$": r"\$", "#": r"\#", "_": r"\_",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    '"': r"\textquotedbl{}", "'": r"\textquotesingle{}", "`": r"\textasciigrave{}",
+    "±": r"$\pm$", "λ": r"$\lambda$", "–": r"\textendash{}", "…": r"\dots{}",
+}  # fmt: skip
+_REPEATED = re.compile("([-,])(?=\\1)")  # LaTeX would print two in a row as one sign
+_UNKNOWN = re.compile("[^\x20-\x7e\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u00ff±λ–…]")
 
 
-def render_latex(table: Table) -> str:
-    """Give LaTeX to \\input: it needs the packages booktabs and textcomp, in T1 (\\usepackage[T1]{fontenc}).
+def render(table: Table, scan: ResultScan) -> str:
+    """Return LaTeX to \\input: it needs the packages booktabs and textcomp, in T1 (\\usepackage[T1]{fontenc}).
 
-    Whatever a name holds is printed and never run; letters that LaTeX's standard fonts lack are shown by their code points.
+    Names are printed and never run; letters that LaTeX's standard fonts lack are shown by their code points.
     """
-    parts = ["\n".join(_tabular(table, group, columns)) for group, columns in table.groups().items()]
-    notes = "\\\\\n".join(map(_escaped, legend(table)))
+    parts = ["\n".join(_render_group(table, group, columns)) for group, columns in table.groups().items()]
+    notes = "\\\\\n".join(map(escape_latex, explain_cells(table)))
     head = "% Needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc}\n\\noindent\n"
     return head + "\n\n\\bigskip\n\\noindent\n".join([*parts, f"{{\\footnotesize\n{notes}\\par}}"]) + "\n"
 
 
-def _tabular(table: Table, group: str, columns: tuple[Column, ...]) -> list[str]:
-    span = len(columns) + 1
-    lines = table.rows_of(columns)
-    return [
+def _render_group(table: Table, group: str, columns: tuple[Column, ...]) -> list[str]:
+    headers = [
+        ["", *(column.subset for column in columns)],
+        ["images per class", *(column.images for column in columns)],
+    ]
+    if any(column.strength for column in columns):
+        headers.append(["λ", *(column.strength for column in columns)])
+    lines = [
         f"\\begin{{tabular}}{{@{{}}l{'r' * len(columns)}@{{}}}}",
         "\\toprule",
-        f"\\multicolumn{{{span}}}{{@{{}}l@{{}}}}{{\\textbf{{{_escaped(group)}}}}} \\\\",
+        f"\\multicolumn{{{len(columns) + 1}}}{{@{{}}l@{{}}}}{{\\textbf{{{escape_latex(group)}}}}} \\\\",
         "\\midrule",
-        *_header(columns),
+        *(_join(map(escape_latex, texts)) for texts in headers),
         "\\midrule",
-        *(line for row, cells in lines for line in _row(row, cells, best=_leads(cells, lines))),
-        "\\bottomrule",
-        "\\end{tabular}",
     ]
-
-
-def _header(columns: tuple[Column, ...]) -> list[str]:
-    """Give a line of subsets, one of images a class, and one of lambda where some column has it."""
-    stacked = {
-        "": [column.subset for column in columns],
-        "images a class": [column.images for column in columns],
-        "λ": [column.strength for column in columns],
-    }
-    return [
-        f"{_escaped(name)} & {' & '.join(map(_escaped, texts))} \\\\"
-        for name, texts in stacked.items()
-        if any(texts) or name != "λ"
+    rows = table.rows_of(columns)
+    has_worse = [
+        any(cell is not None and (cell.standing.rank or 1) > 1 for cell in column)
+        for column in zip(*(cells for _, cells in rows), strict=True)
     ]
+    for row, cells in rows:
+        texts = [_format_cell(cell, bold_first=worse) for cell, worse in zip(cells, has_worse, strict=True)]
+        lines.append(_join([escape_latex(describe_row(row)), *texts]))
+        details = list(map(_format_details, cells))
+        if any(details):
+            lines.append(_join(["", *details]))
+    return [*lines, "\\bottomrule", "\\end{tabular}"]
 
 
-def _leads(cells: list[Cell | None], lines: list[tuple[Row, list[Cell | None]]]) -> list[bool]:
-    """Say which cells hold the first rank of a column where not all do."""
-    return [
-        cell is not None
-        and cell.standing.rank == 1
-        and any(other is not None and (other.standing.rank or 1) > 1 for _, row in lines for other in [row[place]])
-        for place, cell in enumerate(cells)
-    ]
+def _join(cells: Iterable[str]) -> str:
+    return f"{' & '.join(cells)} \\\\"
 
 
-def _row(row: Row, cells: list[Cell | None], best: list[bool]) -> list[str]:
-    """Give a line of accuracies and, small beneath it, one of draws, intervals and ranks."""
-    texts = [_cell(cell, leads=leads) for cell, leads in zip(cells, best, strict=True)]
-    lines = [f"{_escaped(row_text(row))} & {' & '.join(texts)} \\\\"]
-    asides = [_aside(cell) for cell in cells]
-    if any(asides):
-        lines.append(f" & {' & '.join(asides)} \\\\")
-    return lines
-
-
-def _cell(cell: Cell | None, *, leads: bool) -> str:
+def _format_cell(cell: Cell | None, *, bold_first: bool) -> str:
+    """Return the accuracy; in bold if it failed, or if it has the first rank and others do not."""
     if cell is None:
-        return _escaped(MISSING)
-    if cell.mean is None:
-        return f"\\textbf{{{_escaped(cell_text(cell))}}}"
-    number = f"{100 * cell.mean:.1f}"
-    spread = "" if cell.std is None else f" $\\pm$ {100 * cell.std:.1f}"
-    shown = f"\\textbf{{{number}}}" if leads else number
-    return f"{shown}{spread}{mark(cell)}"
+        return escape_latex(MISSING)
+    number, *std = format_accuracy(cell).split(" ± ")
+    if cell.mean is None or (bold_first and cell.standing.rank == 1):
+        number = f"\\textbf{{{number}}}"
+    return " $\\pm$ ".join([number, *std]) + format_convergence_mark(cell)
 
 
-def _aside(cell: Cell | None) -> str:
+def _format_details(cell: Cell | None) -> str:
+    """Return draws, interval and rank, in small print."""
     if cell is None or cell.mean is None:
         return ""
     draws = "" if cell.draws is None else f"({cell.draws})"
-    small = " ".join(part for part in (draws, standing_text(cell)) if part)
-    return f"{{\\scriptsize {_escaped(small)}}}" if small else ""
+    text = f"{draws} {describe_significance(cell)}".strip()
+    return f"{{\\scriptsize {escape_latex(text)}}}" if text else ""
 
 
-def _escaped(text: str) -> str:
-    shown = _TWICE.sub(r"\1{}", "".join(map(_character, one_line(text))))
+def escape_latex(text: str) -> str:
+    """Return LaTeX that prints `text` on one line."""
+    known = _UNKNOWN.sub(lambda match: f"[U+{ord(match.group()):04X}]", one_line(text))
+    escaped = _REPEATED.sub(r"\1{}", known.translate(str.maketrans(_ESCAPES)))
     # After the \\ of the line before, these would be its arguments.
-    return f"{{}}{shown}" if shown.startswith(("[", "*")) else shown
-
-
-def _character(one: str) -> str:
-    if one in _SPECIAL:
-        return _SPECIAL[one]
-    return one if _KNOWN.fullmatch(one) else f"[U+{ord(one):04X}]"
+    return f"{{}}{escaped}" if escaped.startswith(("[", "*")) else escaped

@@ -1,4 +1,4 @@
-"""The page in a real browser: sorted, filtered, asked where its numbers come from, without a request to anywhere."""
+"""The page in a real browser: sorting, filtering and records, without any request."""
 
 import http.server
 import json
@@ -6,13 +6,14 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from msn_eval import evaluate
 from msn_eval.cli import main
-from msn_eval.reports.html.leaderboard import render_html
+from msn_eval.reports.html.leaderboard import render
 from msn_eval.reports.html.provenance import command_of
 from msn_eval.results.folder import ResultScan, scan_results
 from msn_eval.results.record import read_result, write_result
@@ -28,7 +29,7 @@ _HOSTILE = "<img src=//x.invalid/a onerror=alert(1)></script>"
 
 @pytest.fixture(scope="module")
 def runs(digits_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the digits' records, ridge with what it chose among them, those of a network of a hostile name, and a failed one."""
+    """Return records of the digits, some of ridge with its chosen strength, a hostile name, and a failed draw."""
     folder = tmp_path_factory.mktemp("page") / "runs"
     shutil.copytree(digits_runs, folder)
     evaluate(["pixels"], data="digits", subsets=["1img"], probes=["ridge"], out=folder, device="cpu", no_cache=True)
@@ -60,41 +61,26 @@ def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "table.html"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def served(page: Path) -> Iterator[tuple[str, list[str]]]:
-    """Give the page's address on a server of this machine, and the requests that it gets."""
-    asked: list[str] = []
+    """Return the page's address on a local server, and the paths requested from the server."""
+    requested: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments, directory=str(page.parent))  # type: ignore[arg-type]
-
         def log_request(self, code: object = "-", size: object = "-") -> None:
-            asked.append(self.path)
+            requested.append(self.path)
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/table.html", asked
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.fixture
-def opened(browser: "webdriver.Chrome", page: Path, requests: Callable[[], list[str]]) -> Iterator["webdriver.Chrome"]:
-    """Give the browser with the page just opened; afterwards it must have had nothing to complain of or to ask for."""
-    browser.get(page.as_uri())
-    yield browser
-    assert browser.get_log("browser") == []
-    assert requests() == [page.as_uri()]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=page.parent)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/table.html", requested
+        server.shutdown()
 
 
 def _names(browser: "webdriver.Chrome") -> list[str]:
     return [
-        one.text
-        for one in browser.find_elements(By.CSS_SELECTOR, "#board tbody tr:not(.hidden) bdi")
-        if one.is_displayed()
+        item.text
+        for item in browser.find_elements(By.CSS_SELECTOR, "#board tbody tr:not(.hidden) bdi")
+        if item.is_displayed()
     ]
 
 
@@ -112,7 +98,7 @@ def _open_first(browser: "webdriver.Chrome") -> dict[str, object]:
     return record
 
 
-def test_sorting_turns_the_rows_and_says_so(opened: "webdriver.Chrome") -> None:
+def test_sorting_reverses_the_rows_and_states_the_order(opened: "webdriver.Chrome") -> None:
     head = _head(opened, 0)
     before = _measured(opened)
 
@@ -128,12 +114,12 @@ def test_sorting_turns_the_rows_and_says_so(opened: "webdriver.Chrome") -> None:
     _head(opened, 1).click()
 
     sorted_by = [
-        one.get_attribute("aria-sort") for one in opened.find_elements(By.CSS_SELECTOR, "#board th[aria-sort]")
+        item.get_attribute("aria-sort") for item in opened.find_elements(By.CSS_SELECTOR, "#board th[aria-sort]")
     ]
-    assert [one for one in sorted_by if one != "none"] == ["descending"]
+    assert [item for item in sorted_by if item != "none"] == ["descending"]
 
 
-def test_failed_stays_last_however_it_is_sorted(opened: "webdriver.Chrome") -> None:
+def test_failed_stays_last_in_both_directions(opened: "webdriver.Chrome") -> None:
     orders = []
     for _ in range(2):
         _head(opened, 1).click()
@@ -143,11 +129,11 @@ def test_failed_stays_last_however_it_is_sorted(opened: "webdriver.Chrome") -> N
     assert opened.find_element(By.CSS_SELECTOR, "#board td.failed").text == "FAILED"
 
 
-def test_filter_leaves_what_fits_and_counts_it(opened: "webdriver.Chrome") -> None:
+def test_filter_keeps_and_counts_the_matches(opened: "webdriver.Chrome") -> None:
     opened.find_element(By.ID, "filter").send_keys("ONERROR img")
 
     assert _measured(opened) == [_HOSTILE]
-    assert opened.find_element(By.ID, "shown").text == "1 of 2 checkpoints fit."
+    assert opened.find_element(By.ID, "shown").text == "1 of 2 checkpoints match."
 
 
 def test_probes_can_be_hidden(opened: "webdriver.Chrome") -> None:
@@ -167,7 +153,7 @@ def test_published_rows_are_on_a_switch(opened: "webdriver.Chrome") -> None:
     assert (shown > 10, len(_names(opened))) == (True, 2)
 
 
-def test_number_is_one_click_from_its_record_and_its_command(opened: "webdriver.Chrome", runs: Path) -> None:
+def test_a_number_is_one_click_from_its_record_and_its_command(opened: "webdriver.Chrome", runs: Path) -> None:
     record = _open_first(opened)
 
     path = runs / f"{record['id']}.json"
@@ -176,16 +162,17 @@ def test_number_is_one_click_from_its_record_and_its_command(opened: "webdriver.
 
 
 def test_every_record_is_in_the_page_to_the_last_digit(opened: "webdriver.Chrome", runs: Path) -> None:
-    seen = {}
+    records = {}
     for button in opened.find_elements(By.CSS_SELECTOR, "#board td button"):
         opened.execute_script("arguments[0].click()", button)
         for draw in opened.find_elements(By.CSS_SELECTOR, "#draws button"):
             opened.execute_script("arguments[0].click()", draw)
             text = opened.execute_script("return document.getElementById('record').textContent")
-            seen[json.loads(text)["id"]] = json.loads(text)
+            records[json.loads(text)["id"]] = json.loads(text)
         opened.execute_script("document.getElementById('origin').close()")
 
-    assert seen == {one.id: json.loads((runs / f"{one.id}.json").read_text()) for one in scan_results([runs]).results}
+    ids = [result.id for result in scan_results([runs]).results]
+    assert records == {identity: json.loads((runs / f"{identity}.json").read_text()) for identity in ids}
 
 
 def test_interval_is_shown_at_the_pointer_and_at_the_focus(opened: "webdriver.Chrome") -> None:
@@ -205,7 +192,7 @@ def test_interval_is_shown_at_the_pointer_and_at_the_focus(opened: "webdriver.Ch
     assert "2imgs" in tip.text
 
 
-def test_theme_can_be_switched_and_both_can_be_read(opened: "webdriver.Chrome") -> None:
+def test_both_themes_are_readable(opened: "webdriver.Chrome") -> None:
     colours = []
     for _ in range(2):
         opened.find_element(By.ID, "theme").click()
@@ -217,15 +204,15 @@ def test_theme_can_be_switched_and_both_can_be_read(opened: "webdriver.Chrome") 
     assert all(_contrast(*pair) > 7 for pair in colours)
 
 
-def _contrast(one: str, other: str) -> float:
-    """Give the contrast of two colours, as accessibility guidelines define it: 7 is their strictest demand."""
+def _contrast(first: str, second: str) -> float:
+    """Return the contrast of two colours as defined by the WCAG; 7 is their strictest limit."""
 
     def luminance(colour: str) -> float:
-        parts = [int(part) / 255 for part in colour[4:-1].split(",")]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        channels = [int(channel) / 255 for channel in colour[4:-1].split(",")]
+        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    low, high = sorted((luminance(one), luminance(other)))
+    low, high = sorted((luminance(first), luminance(second)))
     return (high + 0.05) / (low + 0.05)
 
 
@@ -235,13 +222,13 @@ def test_classes_of_a_protocol_are_listed(opened: "webdriver.Chrome") -> None:
     assert sorted(row.find_element(By.TAG_NAME, "bdi").text for row in rows) == [str(number) for number in range(10)]
 
 
-def test_a_phone_scrolls_the_table_and_not_the_page_and_names_every_line(opened: "webdriver.Chrome") -> None:
+def test_a_phone_scrolls_the_table_and_not_the_page_and_names_every_curve(opened: "webdriver.Chrome") -> None:
     size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     width = opened.execute_script("return document.documentElement.scrollWidth")
-    keys = [one.text for one in opened.find_elements(By.CSS_SELECTOR, "section > .charts .key span")]
+    keys = [item.text for item in opened.find_elements(By.CSS_SELECTOR, "section > .charts .key span")]
     dots = opened.execute_script(
-        "return [...document.querySelectorAll('.charts > figure .dot')].map((one) => one.getBoundingClientRect().right)"
+        "return [...document.querySelectorAll('.charts > figure .dot')].map((item) => item.getBoundingClientRect().right)"
     )
     opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -258,7 +245,7 @@ def test_paper_is_white_and_holds_every_column(opened: "webdriver.Chrome") -> No
     opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     printed = opened.execute_script(
         "return [getComputedStyle(document.body).backgroundColor, document.querySelector('.bar input').checkVisibility(),"
-        " ...[...document.querySelectorAll('table')].map((one) => one.getBoundingClientRect().width)]"
+        " ...[...document.querySelectorAll('table')].map((item) => item.getBoundingClientRect().width)]"
     )
     opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -268,24 +255,26 @@ def test_paper_is_white_and_holds_every_column(opened: "webdriver.Chrome") -> No
     assert max(widths) <= 1032
 
 
-def test_a_served_page_asks_its_server_for_nothing_more(
+def test_a_served_page_makes_no_further_requests(
     browser: "webdriver.Chrome", served: tuple[str, list[str]], requests: Callable[[], list[str]]
 ) -> None:
-    address, asked = served
+    address, requested = served
 
     browser.get(address)
     _open_first(browser)
 
-    assert asked == ["/table.html"]
+    assert requested == ["/table.html"]
     assert (browser.get_log("browser"), requests()) == ([], [address])
 
 
 @pytest.fixture(scope="module")
 def long_page(digits_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the page of 130 checkpoints of one record each; every one has another accuracy."""
+    """Return the page of 130 checkpoints with one record each and different accuracies."""
     scan = scan_results([digits_runs])
     (first,) = [
-        one for one in scan.results if one.probe.name == "ncm" and one.split.subset == "1img" and one.split.draw == 1
+        item
+        for item in scan.results
+        if item.probe.name == "ncm" and item.split.subset == "1img" and item.split.draw == 1
     ]
     results = []
     for number in range(130):
@@ -293,12 +282,9 @@ def long_page(digits_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         assert first.metrics is not None
         metrics = replace(first.metrics, top1=number / 797, top5=1.0)
         results.append(replace(first, id=f"{number:016x}", checkpoint=checkpoint, metrics=metrics, predictions=None))
-    paths = tuple(digits_runs / f"{one.id}.json" for one in results)
+    paths = tuple(digits_runs / f"{item.id}.json" for item in results)
     path = tmp_path_factory.mktemp("long") / "table.html"
-    page = render_html(
-        make_table(results), ResultScan(results=tuple(results), paths=paths, faults=()), show_published=False
-    )
-    path.write_text(page)
+    path.write_text(render(make_table(results), ResultScan(results=tuple(results), paths=paths, faults=())))
     return path
 
 
@@ -310,10 +296,10 @@ def long_opened(browser: "webdriver.Chrome", long_page: Path) -> Iterator["webdr
 
 
 def _shown(browser: "webdriver.Chrome") -> list[str]:
-    """Give the names of the rows that are laid out."""
+    """Return the names of the rows that are laid out."""
     script = (
-        "return [...document.querySelectorAll('#board tbody tr')].filter((one) => one.checkVisibility())"
-        ".map((one) => one.querySelector('bdi').textContent)"
+        "return [...document.querySelectorAll('#board tbody tr')].filter((item) => item.checkVisibility())"
+        ".map((item) => item.querySelector('bdi').textContent)"
     )
     names: list[str] = browser.execute_script(script)
     return names
@@ -323,7 +309,7 @@ def _best(first: int, last: int) -> list[str]:
     return [f"network {number}" for number in range(first, last, -1)]
 
 
-def test_a_hundred_rows_are_laid_out_until_all_are_asked_for(long_opened: "webdriver.Chrome") -> None:
+def test_a_hundred_rows_are_laid_out_until_all_are_requested(long_opened: "webdriver.Chrome") -> None:
     button = long_opened.find_element(By.ID, "all")
     before, text = _shown(long_opened), button.text
 
@@ -334,7 +320,7 @@ def test_a_hundred_rows_are_laid_out_until_all_are_asked_for(long_opened: "webdr
     assert not button.is_displayed()
 
 
-def test_sorting_among_many_rows_shows_those_that_come_first_then(long_opened: "webdriver.Chrome") -> None:
+def test_sorting_many_rows_shows_the_first_of_the_new_order(long_opened: "webdriver.Chrome") -> None:
     _head(long_opened, 0).click()
 
     assert _shown(long_opened) == [f"network {number}" for number in range(100)]
@@ -348,8 +334,8 @@ def test_all_rows_stay_shown_after_sorting(long_opened: "webdriver.Chrome") -> N
     assert WebDriverWait(long_opened, 5).until(lambda browser: _shown(browser) == wanted)
 
 
-def test_filter_finds_rows_that_were_not_laid_out(long_opened: "webdriver.Chrome") -> None:
+def test_filter_matches_rows_that_were_not_laid_out(long_opened: "webdriver.Chrome") -> None:
     long_opened.find_element(By.ID, "filter").send_keys("12")
 
     assert _shown(long_opened) == [f"network {number}" for number in (*range(129, 119, -1), 112, 12)]
-    assert long_opened.find_element(By.ID, "shown").text == "12 of 130 checkpoints fit."
+    assert long_opened.find_element(By.ID, "shown").text == "12 of 130 checkpoints match."

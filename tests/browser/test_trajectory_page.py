@@ -1,15 +1,14 @@
-"""The page of a pre-training run in a real browser: read at the pointer, in both themes, without a request to anywhere."""
+"""The page of a pre-training run in a real browser: values at the pointer and both themes, without any request."""
 
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from msn_eval.monitor.alarms import find_alarms
-from msn_eval.monitor.snapshot_features import Seen, SnapshotFeatures
+from msn_eval.monitor.snapshot_features import ExtractionSettings, SnapshotFeatures
 from msn_eval.monitor.trajectory import Point, RunInfo, Trajectory
-from msn_eval.reports.html.trajectory import render_page, sheet_of
+from msn_eval.reports.html.trajectory import draw_panels, render_page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.webdriver import ActionChains  # noqa: E402
@@ -20,50 +19,39 @@ _NAME = "<img src=//x.invalid/a onerror=alert(1)></script>"
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the page of a made-up run of 2,000 steps that collapses onto one prototype, and of a hostile name."""
+    """Return the page of an invented run of 2,000 steps with a hostile name that collapses onto one prototype."""
     lines = [
         {"step": float(step), "epoch": step // 100.0, "loss": 4.0 / step, "me_max": 4.1 if step > 1500 else 0.1}
         for step in range(1, 2001)
     ]
-    seen = Seen(data_sha256="d", tap="cls-norm", precision="exact")
-    looks = [
-        SnapshotFeatures(step=step, epoch=step // 100, created="", sha256="", weights_sha256=str(step), seen=seen, images=30,
+    settings = ExtractionSettings(data_sha256="d", tap="cls-norm", precision="exact")
+    snapshots = [
+        SnapshotFeatures(step=step, epoch=step // 100, created="", sha256="", weights_sha256=str(step), seen=settings, images=30,
              feature_rank=math.log(step), feature_spread=0.5, problem=_NAME if step == 2000 else "")
         for step in (500, 1000, 2000)
     ]  # fmt: skip
-    facts = RunInfo(
-        name=_NAME, method="msn", data="digits", subset="5imgs", epochs=20, warmup_epochs=1.0, prototypes=64
-    )
+    run = RunInfo(name=_NAME, method="msn", data="digits", subset="5imgs", epochs=20, warmup_epochs=1.0, prototypes=64)
     trajectory = Trajectory(
-        facts=facts,
-        steps_an_epoch=100,
+        run=run,
+        steps_per_epoch=100,
         lines=tuple(lines),
-        points=tuple(Point(step=one.step, epoch=one.epoch, look=one, results=()) for one in looks),
-        alarms=find_alarms(lines, looks, prototypes=64, first_epochs=1),
+        points=tuple(Point(step=item.step, epoch=item.epoch, features=item, results=()) for item in snapshots),
+        alarms=find_alarms(lines, snapshots, prototypes=64, first_epochs=1),
         notices=(_NAME,),
     )
     path = tmp_path_factory.mktemp("trajectory") / "trajectory.html"
-    path.write_text(render_page(sheet_of(trajectory)))
+    path.write_text(render_page(trajectory, draw_panels(trajectory)))
     return path
-
-
-@pytest.fixture
-def opened(browser: "webdriver.Chrome", page: Path, requests: Callable[[], list[str]]) -> Iterator["webdriver.Chrome"]:
-    """Give the browser with the page just opened; afterwards it must have had nothing to complain of or to ask for."""
-    browser.get(page.as_uri())
-    yield browser
-    assert browser.get_log("browser") == []
-    assert requests() == [page.as_uri()]
 
 
 def _keys(browser: "webdriver.Chrome") -> list[str]:
     return [key.text for key in browser.find_elements(By.CSS_SELECTOR, ".key b")]
 
 
-def test_pointer_reads_all_panels_at_one_place_and_leaves_them_as_they_were(opened: "webdriver.Chrome") -> None:
+def test_pointer_shows_the_values_of_all_panels_until_it_leaves(opened: "webdriver.Chrome") -> None:
     before = _keys(opened)
     first = opened.find_element(By.CSS_SELECTOR, ".panel svg")
-    cursors = "return [...document.querySelectorAll('.cursor')].map((one) => one.getAttribute('visibility'))"
+    cursors = "return [...document.querySelectorAll('.cursor')].map((item) => item.getAttribute('visibility'))"
 
     ActionChains(opened).move_to_element(first).perform()
     at_pointer, shown = _keys(opened), opened.execute_script(cursors)
@@ -74,7 +62,7 @@ def test_pointer_reads_all_panels_at_one_place_and_leaves_them_as_they_were(open
     assert (_keys(opened), set(opened.execute_script(cursors))) == (before, {"hidden"})
 
 
-def test_pointer_tells_the_value_that_is_under_it(opened: "webdriver.Chrome") -> None:
+def test_pointer_shows_the_value_under_it(opened: "webdriver.Chrome") -> None:
     rank = opened.find_elements(By.CSS_SELECTOR, ".panel")[1]
     dot = rank.find_elements(By.CSS_SELECTOR, "circle.dot")[1]
 
@@ -83,13 +71,13 @@ def test_pointer_tells_the_value_that_is_under_it(opened: "webdriver.Chrome") ->
     assert rank.find_element(By.CSS_SELECTOR, ".key b").text == f"{math.log(1000):.4g} at epoch 10"
 
 
-def test_alarms_are_told_in_words_and_shaded_where_they_hold(opened: "webdriver.Chrome") -> None:
-    told = [one.text for one in opened.find_elements(By.CSS_SELECTOR, ".alarms li")]
+def test_alarms_are_listed_and_their_steps_are_shaded(opened: "webdriver.Chrome") -> None:
+    alarms = [item.text for item in opened.find_elements(By.CSS_SELECTOR, ".alarms li")]
     shade = opened.find_element(By.CSS_SELECTOR, "rect.alarm").rect
     svg = opened.find_element(By.CSS_SELECTOR, ".panel svg").rect
 
-    assert told[0] == "collapse: all images are on one prototype, since step 1,501"
-    assert told[1] == f"a snapshot's features: {_NAME}, since step 2,000"
+    assert alarms[0] == "collapse: all images are on one prototype, since step 1,501"
+    assert alarms[1] == f"features of a snapshot: {_NAME}, since step 2,000"
     assert 0.7 < (shade["x"] - svg["x"]) / svg["width"] < 0.8
 
 
@@ -102,10 +90,10 @@ def test_hostile_texts_are_texts(opened: "webdriver.Chrome") -> None:
 def test_page_is_no_wider_than_its_window(width: int, opened: "webdriver.Chrome") -> None:
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    found = opened.execute_script("return document.documentElement.scrollWidth")
+    page_width = opened.execute_script("return document.documentElement.scrollWidth")
     opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
-    assert found == width
+    assert page_width == width
 
 
 def test_theme_is_switched(opened: "webdriver.Chrome") -> None:

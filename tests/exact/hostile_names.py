@@ -1,4 +1,4 @@
-"""Names that attack a report, and what no report may do with them; run as a script it tries thousands of them."""
+"""Names that attack a report, and checks that no report format lets them. As a script it checks thousands of them."""
 
 import argparse
 import csv
@@ -16,10 +16,10 @@ from markdown_it.token import Token
 from rich.console import Console
 
 from msn_eval.errors import one_line
-from msn_eval.reports import render
+from msn_eval.reports import load_format
 from msn_eval.reports.terminal import print_table
-from msn_eval.reports.text_tables import row_text
-from msn_eval.results.folder import list_results
+from msn_eval.reports.text_tables import describe_row
+from msn_eval.results.folder import ResultScan, list_results
 from msn_eval.results.record import Result, protocol_id
 from msn_eval.results.table import Table, make_table
 
@@ -39,7 +39,7 @@ HOSTILE_NAMES = st.one_of(
     st.lists(st.sampled_from(ATTACKS) | st.text(max_size=4), min_size=1, max_size=6).map("".join),
     st.text(st.characters(), min_size=1, max_size=300),
 )
-# Everything that our LaTeX may say, words and signs.
+# All commands and escapes of our LaTeX.
 _LATEX_WORDS = {
     "begin", "end", "toprule", "midrule", "bottomrule", "multicolumn", "textbf", "scriptsize", "footnotesize", "noindent",
     "par", "bigskip", "pm", "lambda", "textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater",
@@ -49,7 +49,7 @@ _LATEX_SIGNS = set("\\{}%&$#_")
 
 
 def records_named(name: str) -> list[Result]:
-    """Give real records in which whatever a stranger may choose is called `name`."""
+    """Return real records in which everything that a user can name has this name."""
     return [_named(result, name) for result in list_results([_RECORDS])]
 
 
@@ -73,25 +73,30 @@ def _named(result: Result, name: str) -> Result:
     )
 
 
+def render(table: Table, name: str) -> str:
+    """Return a table in a format that needs no records."""
+    return load_format(name).render(table, ResultScan(results=(), paths=(), faults=()))
+
+
 def check_name(name: str) -> None:
-    """Say with an AssertionError which form of a report a name changes in more than its own cells."""
+    """Raise AssertionError if a name changes more than its own cells in any format."""
     table, plain = make_table(records_named(name)), make_table(records_named("plain"))
     for check in (_check_terminal, _check_markdown, _check_csv, _check_json, _check_latex):
         check(table, plain)
 
 
 def _check_terminal(table: Table, plain: Table) -> None:
-    def printed(one: Table) -> str:
+    def print_to_text(table: Table) -> str:
         written = io.StringIO()
-        print_table(one, Console(file=written, width=1_000_000, force_terminal=False))
+        print_table(table, Console(file=written, width=1_000_000, force_terminal=False))
         return written.getvalue()
 
-    text = printed(table)
+    text = print_to_text(table)
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u200b-\u200f]", text), (
         "a control character"
     )
-    assert text.count("\n") == printed(plain).count("\n"), "more lines"
-    assert all(one_line(row_text(row)) in text for row in table.rows), "a name that changed"
+    assert text.count("\n") == print_to_text(plain).count("\n"), "more lines"
+    assert all(one_line(describe_row(row)) in text for row in table.rows), "a name that changed"
 
 
 def _check_markdown(table: Table, plain: Table) -> None:
@@ -99,24 +104,24 @@ def _check_markdown(table: Table, plain: Table) -> None:
     tokens, expected = _markdown(text), _markdown(render(plain, "md"))
     assert [token.type for token in tokens if token.type != "text"] == [
         token.type for token in expected if token.type != "text"
-    ], "another structure"
+    ], "a changed structure"
     cells = _markdown_cells(text)
     groups = list(table.groups().values())
     assert [len(lines) - 1 for lines in cells] == [len(table.rows_of(columns)) for columns in groups], "rows"
     for lines, columns in zip(cells, groups, strict=True):
         assert {len(line) for line in lines} == {1 + len(columns)}, "columns"
         for line, (row, _) in zip(lines[1:], table.rows_of(columns), strict=True):
-            assert line[0] == one_line(row_text(row)), (line[0], row_text(row))
+            assert line[0] == one_line(describe_row(row)), (line[0], describe_row(row))
 
 
 def _markdown(text: str) -> list[Token]:
-    """Give the tokens of Markdown with GitHub's tables, inline ones included, as markdown-it reads them."""
+    """Return the tokens of Markdown with GitHub's tables, inline ones included."""
     parsed = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
     return [inner for token in parsed for inner in (token, *(token.children or ()))]
 
 
 def _markdown_cells(text: str) -> list[list[list[str]]]:
-    """Give what a reader sees in the cells of each table, header first."""
+    """Return the visible text of the cells of each table, header first."""
     tables: list[list[list[str]]] = []
     for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text):
         if token.type == "table_open":
@@ -129,11 +134,11 @@ def _markdown_cells(text: str) -> list[list[list[str]]]:
 
 
 def _check_csv(table: Table, plain: Table) -> None:
-    def parsed(one: Table) -> list[list[str]]:
-        return list(csv.reader(io.StringIO(render(one, "csv"), newline=""), strict=True))
+    def parse(table: Table) -> list[list[str]]:
+        return list(csv.reader(io.StringIO(render(table, "csv"), newline=""), strict=True))
 
-    lines = parsed(table)
-    assert [len(line) for line in lines] == [len(line) for line in parsed(plain)], "rows or columns"
+    lines = parse(table)
+    assert [len(line) for line in lines] == [len(line) for line in parse(plain)], "rows or columns"
     assert not any(field.startswith(("=", "+", "-", "@", "\t", "\r", "\0", "＝")) for line in lines for field in line)
     for line, row in zip(lines[1:], table.rows, strict=True):
         shown = one_line(row.name)
@@ -156,15 +161,17 @@ def _check_latex(table: Table, plain: Table) -> None:
     text = render(table, "latex")
     tokens, expected = latex_tokens(text), latex_tokens(render(plain, "latex"))
     shape = {"&", "\\\\", "\\begin", "\\end", "\\toprule", "\\multicolumn", "\\scriptsize", "\\par"}
-    assert [one for one in tokens if one in shape] == [one for one in expected if one in shape], "another structure"
+    assert [token for token in tokens if token in shape] == [token for token in expected if token in shape], "structure"
     render(table, "latex").encode()
 
 
 def latex_tokens(text: str) -> list[str]:
-    """Give the tokens of our LaTeX, and refuse any that is not of the few we mean."""
+    """Return the tokens of our LaTeX; raise AssertionError for a command that we do not use."""
     _, _, body = text.partition("\n")  # the first line is a comment
-    assert body.isprintable() or all(one.isprintable() or one == "\n" for one in body), "a control character"
-    assert all(ord(one) < 256 for one in body), "a letter that the standard fonts lack"
+    assert body.isprintable() or all(character.isprintable() or character == "\n" for character in body), (
+        "a control character"
+    )
+    assert all(ord(character) < 256 for character in body), "a letter that the standard fonts lack"
     tokens = re.findall(r"\\[A-Za-z]+|\\.|\\\n|[{}%&$#_^~]|\\|[^\\{}%&$#_^~]+", body)
     depth = 0
     for token in tokens:
@@ -180,22 +187,22 @@ def latex_tokens(text: str) -> list[str]:
 
 
 def check_names(count: int) -> None:
-    """Try so many names."""
-    tried: Callable[[], None] = settings(
+    """Check `count` generated names."""
+    check: Callable[[], None] = settings(
         max_examples=count,
         deadline=None,
         database=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )(given(name=HOSTILE_NAMES)(check_name))
-    tried()
+    check()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--names", type=int, default=5000)
-    chosen = parser.parse_args()
+    options = parser.parse_args()
     for attack in ATTACKS:
         check_name(attack)
-    check_names(chosen.names)
-    print(f"{len(ATTACKS)} attacks and {chosen.names} made-up names: no form of a report was changed by any")
+    check_names(options.names)
+    print(f"{len(ATTACKS)} attacks and {options.names} generated names: none changed a report format")

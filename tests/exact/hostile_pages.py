@@ -1,9 +1,8 @@
-"""Names that attack a page, and what no page may make of them; run as a script it tries thousands of them."""
+"""Checks that no name attacks a page. As a script it checks thousands of names."""
 
 import argparse
 import base64
 import hashlib
-import importlib.util
 import json
 import re
 import tempfile
@@ -12,49 +11,28 @@ from collections.abc import Callable
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 
+import hostile_names
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 
 from msn_eval.monitor.alarms import Alarm
-from msn_eval.monitor.snapshot_features import Seen, SnapshotFeatures
+from msn_eval.monitor.snapshot_features import ExtractionSettings, SnapshotFeatures
 from msn_eval.monitor.trajectory import Point, RunInfo, Trajectory
-from msn_eval.reports.html.leaderboard import render_html
-from msn_eval.reports.html.trajectory import render_page, sheet_of
+from msn_eval.reports.html.leaderboard import render
+from msn_eval.reports.html.trajectory import draw_panels, render_page
 from msn_eval.results.folder import ResultScan
 from msn_eval.results.record import Result
 from msn_eval.results.table import make_table
 
-_ADDRESSES = (
-    "src",
-    "href",
-    "action",
-    "formaction",
-    "data",
-    "srcset",
-    "poster",
-    "background",
-    "ping",
-    "xlink:href",
-    "manifest",
-)
-_STOREYS = {"script": 2, "style": 1}
-
-
-@cache
-def names() -> ModuleType:
-    """Give the module of hostile names that stands beside this one."""
-    spec = importlib.util.spec_from_file_location("hostile_names", Path(__file__).with_name("hostile_names.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+_ADDRESSES = {
+    "src", "href", "action", "formaction", "data", "srcset", "poster", "background", "ping", "xlink:href", "manifest",
+}  # fmt: skip
+_BLOCKS = {"script": 2, "style": 1}
 
 
 class Page(HTMLParser):
-    """A parsed page: how often each tag, the attributes that could do something, and what stands in its elements."""
+    """A parsed page: the count of each tag, all attributes, and the contents of scripts, styles and texts."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -62,7 +40,7 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str, str]] = []
         self.inside: dict[str, list[str]] = {"script": [], "style": []}
         self.texts: list[str] = []
-        self.others: list[str] = []  # comments, declarations and the like
+        self.others: list[str] = []  # comments, declarations, …
         self._open = ""
         self.feed(text)
         self.close()
@@ -86,40 +64,35 @@ class Page(HTMLParser):
     def handle_comment(self, data: str) -> None:
         self.others.append(data)
 
-    def handle_decl(self, decl: str) -> None:
-        self.others.append(decl)
-
-    def handle_pi(self, data: str) -> None:
-        self.others.append(data)
-
-    def unknown_decl(self, data: str) -> None:
-        self.others.append(data)
+    handle_decl = handle_pi = unknown_decl = handle_comment
 
 
 def page_of(results: list[Result], folder: Path) -> str:
-    """Give the page of some records whose predictions would stand in a folder."""
-    scan = ResultScan(results=tuple(results), paths=tuple(folder / f"{one.id}.json" for one in results), faults=())
-    return render_html(make_table(results), scan, show_published=False)
+    """Return the page of records whose predictions are in a folder."""
+    scan = ResultScan(
+        results=tuple(results), paths=tuple(folder / f"{result.id}.json" for result in results), faults=()
+    )
+    return render(make_table(results), scan)
 
 
 def _write_predictions(results: list[Result], folder: Path, name: str) -> None:
-    """Write predictions whose classes are called `name`, as far as a folder can be."""
-    folder_name = "".join(one for one in name if one not in "/\0").encode("utf-8", "surrogatepass")
+    """Write predictions whose classes have this name, as far as a folder can have it."""
+    folder_name = "".join(character for character in name if character not in "/\0").encode("utf-8", "surrogatepass")
     ids = [folder_name + f"{number}/0.png".encode() for number in range(10)]
     for result in results:
         if result.metrics is not None:
-            place = np.arange(10)
+            label = np.arange(10)
             np.savez(
                 folder / f"{result.id}.npz",
                 image=np.array(ids),
-                label=place,
-                rank_of_label=place % 2 + 1,
-                prediction=place,
+                label=label,
+                rank_of_label=label % 2 + 1,
+                prediction=label,
             )
 
 
 def check_name(name: str) -> None:
-    """Say with an AssertionError what a name changes in the page of a table, or of a run, besides its own texts."""
+    """Raise AssertionError if a name changes more than its own texts in the page of a table or of a run."""
     page, expected = _checked(_page_named(name), _harmless(_page_named))
     _check_data(page, expected)
     _checked(_run_named(name), _harmless(_run_named))
@@ -131,52 +104,54 @@ def _harmless(named: Callable[[str], str]) -> str:
 
 
 def _page_named(name: str) -> str:
-    results = names().records_named(name)
+    results = hostile_names.records_named(name)
     with tempfile.TemporaryDirectory() as folder:
         _write_predictions(results, Path(folder), name)
         return page_of(results, Path(folder))
 
 
 def _run_named(name: str) -> str:
-    """Give the page of a run in which everything that has a name has this one."""
-    seen = Seen(data_sha256="d", tap="cls-norm", precision="exact")
-    look = SnapshotFeatures(
-        step=5, epoch=1, created="", sha256="", weights_sha256="w", seen=seen, images=9, feature_rank=2.0,
+    """Return the page of a run in which everything has this name."""
+    settings = ExtractionSettings(data_sha256="d", tap="cls-norm", precision="exact")
+    features = SnapshotFeatures(
+        step=5, epoch=1, created="", sha256="", weights_sha256="w", seen=settings, images=9, feature_rank=2.0,
         feature_spread=0.5, problem=f"problem {name}",
     )  # fmt: skip
     trajectory = Trajectory(
-        facts=RunInfo(name=name, method=f"msn {name}", data=None, subset=None, epochs=2, warmup_epochs=0, prototypes=8),
-        steps_an_epoch=5,
+        run=RunInfo(name=name, method=f"msn {name}", data=None, subset=None, epochs=2, warmup_epochs=0, prototypes=8),
+        steps_per_epoch=5,
         lines=({"step": 1.0, "epoch": 0.0, "loss": 1.0}, {"step": 9.0, "epoch": 1.0, "loss": None}),
-        points=(Point(step=5, epoch=1, look=look, results=tuple(names().records_named(name))),),
-        alarms=(Alarm(what=f"alarm {name}", first=1, last=9, on=True),),
+        points=(Point(step=5, epoch=1, features=features, results=tuple(hostile_names.records_named(name))),),
+        alarms=(Alarm(what=f"alarm {name}", first=1, last=9, is_active=True),),
         notices=(f"notice {name}",),
     )
-    return render_page(sheet_of(trajectory))
+    return render_page(trajectory, draw_panels(trajectory))
 
 
 def _checked(text: str, plain: str) -> tuple[Page, Page]:
-    """Hold a page against that of harmless names, and give both."""
+    """Compare a page with that of harmless names, and return both."""
     text.encode()
     page, expected = Page(text), Page(plain)
-    assert page.tags == expected.tags, "other elements or attributes"
+    assert page.tags == expected.tags, "changed elements or attributes"
     assert page.others == expected.others == ["doctype html"], "comments or declarations"
-    assert {tag: len(inside) for tag, inside in page.inside.items()} == _STOREYS, "scripts or styles"
-    assert page.inside["script"][1] == expected.inside["script"][1], "another script"
-    assert page.inside["style"] == expected.inside["style"], "another style"
-    assert not [one for one in page.attributes if one[1].startswith("on") or one[1] == "style"], "a handler or a style"
+    assert {tag: len(inside) for tag, inside in page.inside.items()} == _BLOCKS, "scripts or styles"
+    assert page.inside["script"][1] == expected.inside["script"][1], "a changed script"
+    assert page.inside["style"] == expected.inside["style"], "a changed style"
+    assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"], (
+        "a handler or a style"
+    )
     addresses = {value for _, name, value in page.attributes if name in _ADDRESSES}
     assert addresses == {"data:,"}, addresses
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200b-\u200f\u2028\u2029]", text), (
         "controls"
     )
     _check_policy(page)
-    assert not set("<>&") & set(page.inside["script"][0]), "what HTML could take for its own"
+    assert not set("<>&") & set(page.inside["script"][0]), "unescaped HTML"
     return page, expected
 
 
 def _check_policy(page: Page) -> None:
-    """See that the policy allows the script and the style that stand in the page, and nothing else."""
+    """Check that the policy allows the script and the style of the page, and nothing else."""
     (policy,) = [
         value for tag, name, value in page.attributes if tag == "meta" and name == "content" and "default-src" in value
     ]
@@ -200,29 +175,29 @@ def _check_data(page: Page, expected: Page) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    data, harmless = (json.loads(one.inside["script"][0], parse_constant=refuse) for one in (page, expected))
+    data, harmless = (json.loads(parsed.inside["script"][0], parse_constant=refuse) for parsed in (page, expected))
     assert [list(data), len(data["rows"]), len(data["records"]), data["cells"]] == [
         list(harmless), len(harmless["rows"]), len(harmless["records"]), harmless["cells"],
-    ], "other data"  # fmt: skip
+    ], "changed data"  # fmt: skip
 
 
 def check_names(count: int) -> None:
-    """Try so many names."""
-    tried: Callable[[], None] = settings(
+    """Check `count` generated names."""
+    check: Callable[[], None] = settings(
         max_examples=count,
         deadline=None,
         database=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )(given(name=names().HOSTILE_NAMES)(check_name))
-    tried()
+    )(given(name=hostile_names.HOSTILE_NAMES)(check_name))
+    check()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--names", type=int, default=5000)
-    chosen = parser.parse_args()
-    for attack in names().ATTACKS:
+    options = parser.parse_args()
+    for attack in hostile_names.ATTACKS:
         check_name(attack)
-    check_names(chosen.names)
-    print(f"{len(names().ATTACKS)} attacks and {chosen.names} made-up names: no page was changed by any")
+    check_names(options.names)
+    print(f"{len(hostile_names.ATTACKS)} attacks and {options.names} generated names: none changed a page")

@@ -1,337 +1,205 @@
-"""Charts: lines of accuracies over a logarithmic axis, laid out here and drawn as SVG by the page's template."""
+"""Charts of a table: accuracy over labelled images per class and over k, on a logarithmic axis."""
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 
-from msn_eval.errors import printable
-from msn_eval.results.table import Cell, Column, Row, Table
+import numpy as np
 
-WIDTH, HEIGHT = 760, 400  # of a whole chart, in SVG units
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 186, 14, 52
-_LABEL_CHARACTERS = 20
-_LABEL_STEP = 17.0
+from msn_eval.reports.html.svg import (
+    Axes,
+    Curve,
+    Series,
+    draw_curve,
+    make_ticks,
+    split_into_segments,
+    widen_if_constant,
+)
+from msn_eval.reports.text_tables import format_accuracy
+from msn_eval.results.table import Column, Row, Table
+
+MOST_CURVES = 8
+_MOST_CROSSINGS = 12
 _MOST_Y_TICKS = 6
-_MARKS = ("circle", "square", "triangle", "diamond")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One measured accuracy. x: above 0; mean, std: in percent, std None where there is no spread."""
-
-    x: float
-    mean: float
-    std: float | None
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """The accuracies of one checkpoint, in rising x."""
-
-    name: str
-    points: tuple[Point, ...]
+_MIN_TICK_DISTANCE = 0.055  # of the axis; closer texts would overlap
+_SUBSET_TEXTS = {"1img": "1", "2imgs": "2", "5imgs": "5", "1pct": "1 %", "10pct": "10 %", "full": "all"}
+Tick = tuple[float, str, str]  # x, its text, and the text below it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crossing:
-    """Where the second line passes the first, on a straight line between two neighbouring measured points."""
+    """Where one series passes another, on straight lines between neighbouring measured points.
+
+    Attributes:
+        passed: Index of the series that has the lower accuracy afterwards.
+        passing: Index of the other series.
+        x: Where they are equal.
+        y: Their accuracy there.
+        before: The last measured x before it.
+        after: The first measured x after it.
+    """
 
     passed: int
     passing: int
     x: float
     y: float
-    after: float
     before: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dot:
-    """A point on paper."""
-
-    x: float
-    y: float
-    mark: str
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """A line on paper: its polyline, the band of its spread (empty where there is none), its dots, and its shortened name."""
-
-    number: int
-    name: str
-    label: str
-    path: str
-    band: str
-    dots: tuple[Dot, ...]
-    label_y: float
-    end_y: float
-    end_x: float
+    after: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Everything that the template draws, in SVG units."""
+    """A chart in SVG units.
+
+    Attributes:
+        rings: (x, y) of the crossings.
+        crossings: Their descriptions.
+    """
 
     title: str
     x_title: str
-    lines: tuple[Drawn, ...]
-    x_ticks: tuple[tuple[float, str, str], ...]
+    axes: Axes
+    curves: tuple[Curve, ...]
+    x_ticks: tuple[Tick, ...]
     y_ticks: tuple[tuple[float, str], ...]
     rings: tuple[tuple[float, float], ...]
     crossings: tuple[str, ...]
-    left: float = _LEFT
-    right: float = WIDTH - _RIGHT
-    top: float = _TOP
-    bottom: float = HEIGHT - _BOTTOM
-    width: int = WIDTH
-    height: int = HEIGHT
 
 
-def draw_chart(
-    lines: Sequence[Line], *, ticks: Sequence[tuple[float, str, str]], title: str, x_title: str, most_crossings: int
-) -> Chart:
-    """Lay out a chart.
+def draw_chart(series: Sequence[Series], *, ticks: Sequence[Tick], title: str, x_title: str) -> Chart:
+    """Return the chart of accuracies in percent.
 
-    lines: at least one, each with at least one point
-    ticks: x values with a text and what stands below it
+    Args:
+        series: At least one, each with at least one point and without gaps.
+        ticks: At least two, by increasing x.
+        title: Of the chart.
+        x_title: Of the x axis.
     """
-    xs = [tick for tick, _, _ in ticks]
-    low, high = _range([(p.mean - (p.std or 0), p.mean + (p.std or 0)) for line in lines for p in line.points])
-    first, last = math.log(min(xs)), math.log(max(xs))
-
-    def across(x: float) -> float:
-        share = (math.log(x) - first) / (last - first) if last > first else 0.5
-        return round(_LEFT + 12 + share * (WIDTH - _LEFT - _RIGHT - 24), 1)
-
-    def down(y: float) -> float:
-        return round(HEIGHT - _BOTTOM - (y - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM), 1)
-
-    labels = _spread_out([down(line.points[-1].mean) for line in lines], low=_TOP + 4, high=HEIGHT - _BOTTOM)
-    crossings = find_crossings(lines)[:most_crossings]
+    segments = [split_into_segments(checkpoint) for checkpoint in series]
+    low = min(y for (segment,) in segments for y in segment.lows)
+    high = max(y for (segment,) in segments for y in segment.highs)
+    low, high = widen_if_constant(low, high)
+    y_ticks = make_ticks(max(0.0, low), min(100.0, high), _MOST_Y_TICKS)
+    axes = Axes(
+        x_range=(ticks[0][0], ticks[-1][0]),
+        y_range=(y_ticks[0], y_ticks[-1]),
+        width=760,
+        height=400,
+        is_log=True,
+    )
+    crossings = find_crossings(series)[:_MOST_CROSSINGS]
     return Chart(
         title=title,
         x_title=x_title,
-        lines=tuple(
-            Drawn(
-                number=number,
-                name=line.name,
-                label=_shortened(line.name),
-                path=" ".join(f"{across(p.x)},{down(p.mean)}" for p in line.points),
-                band=_band([(across(p.x), down(p.mean + p.std), down(p.mean - p.std)) for p in line.points if p.std]),
-                dots=tuple(
-                    Dot(x=across(p.x), y=down(p.mean), mark=_MARKS[number % len(_MARKS)], text=p.text)
-                    for p in line.points
-                ),
-                label_y=labels[number],
-                end_x=across(line.points[-1].x),
-                end_y=down(line.points[-1].mean),
-            )
-            for number, line in enumerate(lines)
-        ),
-        x_ticks=tuple((across(x), text, below) for x, text, below in ticks),
-        y_ticks=tuple((down(y), f"{y:g}") for y in _y_ticks(low, high)),
-        rings=tuple((across(one.x), down(one.y)) for one in crossings),
+        axes=axes,
+        curves=tuple(draw_curve(number, *pair, axes) for number, pair in enumerate(zip(series, segments, strict=True))),
+        x_ticks=tuple((axes.x(x), text, below) for x, text, below in ticks),
+        y_ticks=tuple((axes.y(y), f"{y:g}") for y in y_ticks),
+        rings=tuple((axes.x(crossing.x), axes.y(crossing.y)) for crossing in crossings),
         crossings=tuple(
-            f"{lines[one.passing].name} passes {lines[one.passed].name} at about {one.x:.2g} "
-            f"(between {one.before:.3g} and {one.after:.3g})"
-            for one in crossings
+            f"{series[crossing.passing].name} passes {series[crossing.passed].name} at about {crossing.x:.2g} "
+            f"(between {crossing.before:.3g} and {crossing.after:.3g})"
+            for crossing in crossings
         ),
     )
 
 
-def find_crossings(lines: Sequence[Line]) -> list[Crossing]:
-    """Give where one line passes another, in rising x; between measured points both are taken to be straight over log x.
+def find_crossings(series: Sequence[Series]) -> list[Crossing]:
+    """Return where one series passes another, by increasing x; between measured points both are straight over log x.
 
-    Lines that meet and part again on the same side do not cross; those that meet in a measured point cross there.
+    Series that meet and part again on the same side do not cross; those that meet in a measured point cross there.
     """
-    found = []
-    for a, first in enumerate(lines):
-        for b in range(a + 1, len(lines)):
-            found += _crossings(a, b, first, lines[b])
-    return sorted(found, key=lambda one: (one.x, one.passing, one.passed))
+    pairs = combinations(range(len(series)), 2)
+    crossings = [crossing for i, j in pairs for crossing in _find_crossings_of_pair(series, i, j)]
+    return sorted(crossings, key=lambda crossing: (crossing.x, crossing.passing, crossing.passed))
 
 
-def _crossings(a: int, b: int, first: Line, second: Line) -> list[Crossing]:
-    start = max(first.points[0].x, second.points[0].x)
-    end = min(first.points[-1].x, second.points[-1].x)
-    xs = sorted({point.x for line in (first, second) for point in line.points if start <= point.x <= end})
-    leads = [(x, _height(first, x) - _height(second, x)) for x in xs]
-    found, last = [], None  # the last measured x where one of them led
-    for x, lead in leads:
-        if lead == 0:
+def _find_crossings_of_pair(series: Sequence[Series], i: int, j: int) -> Iterator[Crossing]:
+    xs = [[x for x, _ in series[number].points] for number in (i, j)]
+    start, end = max(xs[0][0], xs[1][0]), min(xs[0][-1], xs[1][-1])
+    shared = sorted({x for x in (*xs[0], *xs[1]) if start <= x <= end})
+    leads = [(x, _interpolate(series[i], x) - _interpolate(series[j], x)) for x in shared]
+    for (before, lead), (after, next_lead) in pairwise([(x, lead) for x, lead in leads if lead != 0]):
+        if (lead > 0) == (next_lead > 0):
             continue
-        if last is not None and (last[1] > 0) != (lead > 0):
-            met = next((between for between, gap in leads if last[0] < between < x and gap == 0), None)
-            share = last[1] / (last[1] - lead)
-            at = met or math.exp(math.log(last[0]) + share * (math.log(x) - math.log(last[0])))
-            passed, passing = (a, b) if last[1] > 0 else (b, a)
-            found.append(Crossing(passed=passed, passing=passing, x=at, y=_height(first, at), before=last[0], after=x))
-        last = x, lead
-    return found
+        equal = [x for x in shared if before < x < after]
+        fraction = lead / (lead - next_lead)
+        x = equal[0] if equal else before * (after / before) ** fraction
+        passed, passing = (i, j) if lead > 0 else (j, i)
+        y = _interpolate(series[i], x)
+        yield Crossing(passed=passed, passing=passing, x=x, y=y, before=before, after=after)
 
 
-def _height(line: Line, x: float) -> float:
-    """Give the accuracy of a line at an x within it, straight over log x between its points."""
-    for before, after in pairwise(line.points):
-        if before.x <= x <= after.x:
-            share = (math.log(x) - math.log(before.x)) / (math.log(after.x) - math.log(before.x))
-            return (
-                before.mean
-                if share == 0
-                else after.mean
-                if share == 1
-                else (1 - share) * before.mean + share * after.mean
-            )
-    return line.points[0].mean
+def _interpolate(series: Series, x: float) -> float:
+    logs, ys = zip(*((math.log(point), y) for point, y in series.points if y is not None), strict=True)
+    return float(np.interp(math.log(x), logs, ys))
 
 
-def _shortened(name: str) -> str:
-    """Give a name with its middle left out where it is long: names of one family differ at their ends."""
-    if len(name) <= _LABEL_CHARACTERS:
-        return name
-    half = (_LABEL_CHARACTERS - 1) // 2
-    return f"{name[: _LABEL_CHARACTERS - 1 - half]}…{name[-half:]}"
-
-
-def _range(spans: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Give the span of the y axis in percent, whole ticks around everything drawn."""
-    low, high = min(span[0] for span in spans), max(span[1] for span in spans)
-    step = _step(high - low)
-    low, high = max(0.0, math.floor(low / step) * step), min(100.0, math.ceil(high / step) * step)
-    return (low, high) if high > low else (max(0.0, high - step), max(step, high))
-
-
-def _y_ticks(low: float, high: float) -> list[float]:
-    step = _step(high - low)
-    return [round(low + number * step, 6) for number in range(round((high - low) / step) + 1)]
-
-
-def _step(span: float) -> float:
-    return next((step for step in (1.0, 2.0, 5.0, 10.0, 20.0) if span / step <= _MOST_Y_TICKS), 20.0)
-
-
-def _band(edges: Sequence[tuple[float, float, float]]) -> str:
-    """Give the polygon between upper and lower edge of neighbouring points, or nothing for fewer than two."""
-    if len(edges) < 2:
-        return ""
-    return " ".join([*(f"{x},{top}" for x, top, _ in edges), *(f"{x},{bottom}" for x, _, bottom in reversed(edges))])
-
-
-def _spread_out(wanted: Sequence[float], *, low: float, high: float) -> list[float]:
-    """Move labels apart, keeping their order, so that none covers another; in the end upwards, where the room ends."""
-    order = sorted(range(len(wanted)), key=lambda place: wanted[place])
-    placed = [0.0] * len(wanted)
-    lowest = low
-    for place in order:
-        placed[place] = max(wanted[place], lowest)
-        lowest = placed[place] + _LABEL_STEP
-    highest = high
-    for place in reversed(order):
-        placed[place] = round(min(placed[place], highest), 1)
-        highest = placed[place] - _LABEL_STEP
-    return placed
-
-
-MOST_LINES = 8
-_MOST_CROSSINGS = 12
-_SUBSET_TEXTS = {"1img": "1", "2imgs": "2", "5imgs": "5", "1pct": "1 %", "10pct": "10 %", "full": "all"}
-
-
-def shot_charts(table: Table) -> list[Chart]:
-    """Give a chart for each group of measured columns that has more than one subset: accuracy over images a class."""
-    found: list[tuple[str, Chart]] = []
+def draw_shot_charts(table: Table) -> list[Chart]:
+    """Return the charts of accuracy over labelled images per class, for measured protocols with more than one subset."""
+    counts: Counter[str] = Counter()
+    charts: list[tuple[int, Chart]] = []
     for group, columns in table.groups().items():
-        chosen = _one_a_place([column for column in columns if not column.published], lambda one: one.images_per_class)
-        if len(chosen) > 1:
-            ticks = _apart([(one.images_per_class, *_tick_texts(one)) for one in chosen])
-            x_title = "labelled images a class, log scale"
-            charts = _chart(table, chosen, lambda one: one.images_per_class, ticks, title=group, x_title=x_title)
-            found += [(chosen[0].probe, chart) for chart in charts]
-    seen: Counter[str] = Counter()
-    places = []
-    for probe, _ in found:
-        places.append(seen[probe])
-        seen[probe] += 1
-    # Each probe once before any of them twice.
-    return [found[number][1] for number in sorted(range(len(found)), key=places.__getitem__)]
+        ticks = []
+        for column in columns:
+            text, images = _SUBSET_TEXTS.get(column.subset, column.subset[:12]), f"{column.images_per_class:.3g}"
+            ticks.append((column.images_per_class, text, "" if text == images else images))
+        if not columns[0].published:
+            for chart in _draw_columns(table, columns, ticks, group, "labelled images per class, log scale"):
+                charts.append((counts[columns[0].probe], chart))
+                counts[columns[0].probe] += 1
+    # The first chart of every probe, then the second ones.
+    return [chart for _, chart in sorted(charts, key=lambda pair: pair[0])]
 
 
-def neighbour_charts(table: Table) -> list[Chart]:
-    """Give a chart for each subset on which several k were measured, all else equal: accuracy over k."""
-    alike: defaultdict[tuple[object, ...], list[Column]] = defaultdict(list)
+def draw_neighbour_charts(table: Table) -> list[Chart]:
+    """Return the charts of accuracy over k, for subsets on which several k were measured, all else equal."""
+    groups: defaultdict[tuple[str, object, str], list[Column]] = defaultdict(list)
     for column in table.columns:
         if "k" in column.params and not column.published:
-            alike[column.subset, column.params["temperature"], column.reason].append(column)
-    charts: list[Chart] = []
-    for (subset, temperature, reason), columns in alike.items():
-        chosen = _one_a_place(columns, _neighbours)
-        if len(chosen) > 1:
-            title = ", ".join(str(part) for part in (f"knn T={temperature:g}", subset, reason) if part)
-            ticks = _apart([(_neighbours(one), f"{_neighbours(one):g}", "") for one in chosen])
-            charts += _chart(table, chosen, _neighbours, ticks, title=title, x_title="neighbours k, log scale")
+            groups[column.subset, column.params["temperature"], column.reason].append(column)
+    charts = []
+    for (subset, temperature, reason), columns in groups.items():
+        title = ", ".join(text for text in (f"knn T={temperature:g}", subset, reason) if text)
+        ticks = [(float(column.params["k"]), f"{column.params['k']:g}", "") for column in columns]
+        charts += _draw_columns(table, columns, ticks, title, "neighbours k, log scale")
     return charts
 
 
-def _neighbours(column: Column) -> float:
-    return float(column.params["k"])
+def _draw_columns(
+    table: Table, columns: Sequence[Column], ticks: Sequence[Tick], title: str, x_title: str
+) -> list[Chart]:
+    """Return the chart of the first checkpoints with a number in these columns; none for fewer than two different x."""
+    # Of several columns with the same x the first: a curve has one point there.
+    by_x = {tick[0]: (column, tick) for column, tick in zip(columns[::-1], ticks[::-1], strict=True)}
+    chosen = [by_x[x] for x in sorted(by_x)]
+    series = [series for row in table.rows if (series := _read_series(table, row, chosen)).points]
+    if len(chosen) < 2 or not series:
+        return []
+    if len(series) > MOST_CURVES:
+        title += f" (the first {MOST_CURVES} of {len(series):,} checkpoints)"
+    shown_ticks = _drop_overlapping_texts([tick for _, tick in chosen])
+    return [draw_chart(series[:MOST_CURVES], ticks=shown_ticks, title=title, x_title=x_title)]
 
 
-def _tick_texts(column: Column) -> tuple[str, str]:
-    text = _SUBSET_TEXTS.get(column.subset, printable(column.subset)[:12])
-    images = f"{column.images_per_class:.3g}"
-    return (text, "" if text == images else images)
-
-
-def _one_a_place(columns: Sequence[Column], place: Callable[[Column], float]) -> list[Column]:
-    """Give columns in rising order; of several at one place the first, since a line has one point there."""
-    return sorted({place(column): column for column in reversed(columns)}.values(), key=place)
-
-
-def _apart(ticks: list[tuple[float, str, str]]) -> list[tuple[float, str, str]]:
-    """Keep the texts of neighbouring ticks from covering each other: the smaller of two close ones loses its own."""
-    span = max(tick[0] for tick in ticks) / min(tick[0] for tick in ticks)
-    kept: list[tuple[float, str, str]] = []
-    for x, text, below in reversed(ticks):
-        close = bool(kept) and (kept[-1][0] / x) < span**0.055
-        kept.append((x, "" if close else text, "" if close else below))
+def _drop_overlapping_texts(ticks: list[Tick]) -> list[Tick]:
+    """Return the ticks; of two that are close, the smaller one loses its texts."""
+    shortest = (ticks[-1][0] / ticks[0][0]) ** _MIN_TICK_DISTANCE
+    kept = [ticks[-1]]
+    for x, text, below in reversed(ticks[:-1]):
+        is_close = kept[-1][0] / x < shortest
+        kept.append((x, "", "") if is_close else (x, text, below))
     return kept[::-1]
 
 
-def _chart(
-    table: Table,
-    columns: Sequence[Column],
-    place: Callable[[Column], float],
-    ticks: list[tuple[float, str, str]],
-    *,
-    title: str,
-    x_title: str,
-) -> list[Chart]:
-    """Give the chart of the first checkpoints that have a number in one of the columns, or none where nothing has."""
-    names = [row for row in table.rows if any(_is_number(table.cells.get((row, column))) for column in columns)]
-    lines = [_line(table, row, columns, place) for row in names[:MOST_LINES]]
-    if not lines:
-        return []
-    more = f" (the first {MOST_LINES} of {len(names):,} checkpoints)" if len(names) > MOST_LINES else ""
-    title = f"{printable(title)}{more}"
-    return [draw_chart(lines, ticks=ticks, title=title, x_title=x_title, most_crossings=_MOST_CROSSINGS)]
-
-
-def _is_number(cell: Cell | None) -> bool:
-    return cell is not None and cell.mean is not None
-
-
-def _line(table: Table, row: Row, columns: Sequence[Column], place: Callable[[Column], float]) -> Line:
-    name, points = printable(row.name), []
-    for column in columns:
+def _read_series(table: Table, row: Row, columns: Sequence[tuple[Column, Tick]]) -> Series:
+    points, stds, texts = [], [], []
+    for column, (x, *_) in columns:
         cell = table.cells.get((row, column))
         if cell is not None and cell.mean is not None:
-            std = None if cell.std is None else 100 * cell.std
-            text = f"{name}, {printable(column.title)}: {100 * cell.mean:.1f}" + (
-                "" if std is None else f" ± {std:.1f}"
-            )
-            points.append(Point(x=place(column), mean=100 * cell.mean, std=std, text=text))
-    return Line(name=name, points=tuple(points))
+            points.append((x, 100 * cell.mean))
+            stds.append(None if cell.std is None else 100 * cell.std)
+            texts.append(f"{row.name}, {column.title}: {format_accuracy(cell)}")
+    return Series(name=row.name, points=tuple(points), stds=tuple(stds), texts=tuple(texts))

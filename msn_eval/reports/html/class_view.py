@@ -1,30 +1,30 @@
-"""Class view: how often each class is right, for the checkpoints that lead a column."""
+"""Accuracy per class, for the first checkpoints of a column."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from msn_eval.errors import StoreError, printable
+from msn_eval.errors import StoreError
 from msn_eval.results.record import Result
 from msn_eval.results.table import Cell, Column, Row, Table
 
-_Numbers = NDArray[np.int64]
 MOST_ROWS = 8
-_MOST_COUNTS = 60_000  # of all views together; a page holds a few hundred kilobytes of them
+_MOST_COUNTS = 60_000  # of all views together: a few hundred kilobytes of the page
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassView:
     """One column, class by class.
 
-    rows:   checkpoints
-    names:  of the classes, by label
-    images: (classes,) validation images of each
-    right:  for each row (classes,) how often its images are right, over all draws together
-    draws:  of every row
+    Attributes:
+        column: The protocol.
+        rows: Its first checkpoints.
+        names: Class names by label.
+        images: (classes,) number of validation images.
+        right: Per row, (classes,) number of correct predictions, summed over draws.
+        draws: Draws of every row.
     """
 
     column: Column
@@ -36,85 +36,76 @@ class ClassView:
 
 
 def make_class_views(
-    table: Table, results: Mapping[str, tuple[Result, Path]]
+    table: Table, records: Mapping[str, tuple[Result, Path]]
 ) -> tuple[tuple[ClassView, ...], tuple[str, ...]]:
-    """Give a view of each measured column that has predictions, as many as there is room for, and what is to be said of
-    those left out.
+    """Return the views of the measured columns that have predictions, and notices about those left out.
 
-    results: the records by id, each with its file, beside which its predictions are
+    Args:
+        table: The table.
+        records: By id, each with its file; its predictions are beside it.
     """
     views: list[ClassView] = []
     counts, left_out, faults = 0, 0, []
-    for column in (one for one in table.columns if not one.published):
-        cells = [(row, table.cells[row, column]) for row in table.rows if _is_whole(table.cells.get((row, column)))]
-        draws = max((cell.draws or 0 for _, cell in cells), default=0)
-        chosen = [(row, cell) for row, cell in cells if cell.draws == draws][:MOST_ROWS]
+    for column in table.columns:
+        cells = [
+            (row, cell)
+            for row in table.rows
+            if (cell := table.cells.get((row, column))) is not None and cell.mean is not None and cell.results
+        ]
+        draws = max((len(cell.results) for _, cell in cells), default=0)
+        chosen = [(row, cell) for row, cell in cells if len(cell.results) == draws][:MOST_ROWS]
         counts += column.classes * len(chosen)
         if counts > _MOST_COUNTS and views:
-            left_out += 1
+            left_out += bool(chosen)
             continue
         try:
-            view = _view(column, chosen, results)
+            view = _make_view(column, chosen, draws, records)
         except StoreError as error:
-            faults.append(f"No class by class view of {column.group}, {column.title}: {error}")
+            faults.append(f"No accuracy per class of {column.group}, {column.title}: {error}")
             continue
-        views += [view] if view is not None else []
-    notices = [f"{left_out} protocols are not shown class by class: there are too many."] if left_out else []
-    return tuple(views), (*notices, *faults)
+        if view is not None:
+            views.append(view)
+    notice = f"Accuracy per class is not shown for {left_out} protocols, to limit the size of the page."
+    return tuple(views), (*([notice] if left_out else []), *faults)
 
 
-def _is_whole(cell: Cell | None) -> bool:
-    return cell is not None and cell.mean is not None and bool(cell.results)
-
-
-def _view(
-    column: Column, cells: Sequence[tuple[Row, Cell]], results: Mapping[str, tuple[Result, Path]]
+def _make_view(
+    column: Column, cells: Sequence[tuple[Row, Cell]], draws: int, records: Mapping[str, tuple[Result, Path]]
 ) -> ClassView | None:
-    rows: list[Row] = []
-    right: list[tuple[int, ...]] = []
-    images, names = np.zeros(0, dtype=np.int64), tuple[str, ...]()
+    """Return the view of the cells that have the predictions of all draws, None if there is no such cell."""
+    right: dict[Row, tuple[int, ...]] = {}
+    names: list[str] = []
+    images: list[int] = []
     for row, cell in cells:
+        files = [records[identity][1].with_name(f"{identity}.npz") for identity in cell.results]
+        if not all(file.exists() for file in files):
+            continue
         counts = np.zeros(column.classes, dtype=np.int64)
-        read = 0
-        for identity in cell.results:
-            beside = results[identity][1].with_name(f"{identity}.npz")
-            if not beside.exists():
-                continue
-            label, rank, image = _stored(beside, with_images=not names)
+        for file in files:
+            try:
+                with np.load(file, allow_pickle=False) as stored:
+                    label, rank = stored["label"], stored["rank_of_label"]
+                    if not names:  # once, since decompressing the ids takes longest
+                        images = np.bincount(label, minlength=column.classes).tolist()
+                        names = [f"class {number}" for number in range(column.classes)]
+                        image_ids = stored["image"]
+                        for number, first in zip(*np.unique(label, return_index=True), strict=True):
+                            names[number] = _class_name(image_ids[first])
+            except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
+                raise StoreError(f"cannot be read as predictions: {error}", where=str(file)) from error
             counts += np.bincount(label[rank == 1], minlength=column.classes)
-            read += 1
-            if not names:
-                images = np.bincount(label, minlength=column.classes)
-                names = _names(image, label, column.classes)
-        if read == cell.draws:
-            rows.append(row)
-            right.append(tuple(counts.tolist()))
-    if not rows:
+        right[row] = tuple(counts.tolist())
+    if not right:
         return None
     return ClassView(
         column=column,
-        rows=tuple(rows),
-        names=names,
-        images=tuple(images.tolist()),
-        right=tuple(right),
-        draws=cells[0][1].draws or 0,
+        rows=tuple(right),
+        names=tuple(names),
+        images=tuple(images),
+        right=tuple(right.values()),
+        draws=draws,
     )
 
 
-def _stored(path: Path, *, with_images: bool) -> tuple[_Numbers, _Numbers, NDArray[np.bytes_]]:
-    """Give the labels, their ranks and, where asked for, the images of stored predictions; unpacking ids takes longest."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            image = stored["image"] if with_images else np.zeros(0, dtype=np.bytes_)
-            return stored["label"], stored["rank_of_label"], image
-    except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
-        raise StoreError(f"are no readable predictions: {error}", where=str(path)) from error
-
-
-def _names(image: NDArray[np.bytes_], label: _Numbers, classes: int) -> tuple[str, ...]:
-    """Give each class its name, the folder of its images; a class without images has its number."""
-    names = [f"class {number}" for number in range(classes)]
-    present, first = np.unique(label, return_index=True)
-    for number, place in zip(present.tolist(), first.tolist(), strict=True):
-        names[number] = printable(bytes(image[place]).decode("utf-8", "surrogateescape").rpartition("/")[0])
-    return tuple(names)
+def _class_name(image_id: bytes) -> str:
+    return bytes(image_id).decode("utf-8", "surrogateescape").rpartition("/")[0]

@@ -1,27 +1,28 @@
-"""Offline page: what every page of ours is made with.
+"""Offline pages: one HTML file without any network request.
 
-Every text comes through Jinja2's escaping or stands in a JSON block in which nothing can end the block; a page's policy lets
-no script and no style run but the two whose hashes it names.
+Every text passes through Jinja's escaping or is in a JSON block that no text can end. The content security policy of a page
+allows only the script and the style whose hashes it has.
 """
 
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from msn_eval.errors import printable
 from msn_eval.version import __version__
 
 _FOLDER = Path(__file__).parent / "assets"
-_FOR_JSON_IN_HTML = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
+_JSON_IN_HTML = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
 @cache
-def environment() -> Any:
-    """Give Jinja2 with escaping of everything that is not marked as ours."""
+def build_environment() -> Any:
+    """Return a Jinja environment that escapes every text, and makes it printable."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(
@@ -30,46 +31,56 @@ def environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
+        # Not `isinstance`: scripts, styles and JSON blocks are Markup, a subclass of str. `isprintable` is the fast path.
+        finalize=lambda value: printable(value) if type(value) is str and not value.isprintable() else value,
     )
 
 
-def render_offline(template: str, *, script: str, styles: Sequence[str], data: object, **facts: object) -> str:
-    """Give the page of a template.
+def render_offline(template: str, *, script: str, styles: Sequence[str], data: object, **context: object) -> str:
+    """Return the page of a template.
 
-    script, styles: files of ours that stand in it, and that alone its policy lets run and look
-    data:           what the script reads; facts: what else the template asks for
+    Args:
+        template: File in `assets`.
+        script: File in `assets` that is put into the page.
+        styles: The same for styles.
+        data: What the script reads, as JSON.
+        **context: Other variables of the template.
     """
     from markupsafe import Markup
 
-    code, style = _asset(script), Markup("").join(map(_asset, styles))
-    page: str = environment().get_template(template).render(
-        facts,
-        data=as_block(data),
-        script=code,
-        style=style,
+    code, style = (
+        "".join((_FOLDER / name).read_text(encoding="utf-8") for name in names) for names in ([script], styles)
+    )
+    page: str = build_environment().get_template(template).render(
+        context,
+        data=format_json_block(data),
+        script=Markup(code),
+        style=Markup(style),
         script_sha256=_policy_hash(code),
         style_sha256=_policy_hash(style),
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
     )  # fmt: skip
     return page
 
 
-def _asset(name: str) -> Any:
-    """Give a file of ours that stands in the page as it is."""
-    from markupsafe import Markup
-
-    return Markup((_FOLDER / name).read_text(encoding="utf-8"))
-
-
 def _policy_hash(text: str) -> str:
-    """Give the hash by which a policy knows an inline script or style."""
+    """Return the hash that a content security policy uses for an inline script or style."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def as_block(value: object) -> Any:
-    """Give JSON that can stand in a script element: no text in it can end the element or open a comment."""
+def format_json_block(value: object) -> Any:
+    """Return JSON for a script element: no text in it can end the element or open a comment."""
     from markupsafe import Markup
 
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII, and \u2028 escaped
-    return Markup(text.translate(_FOR_JSON_IN_HTML))
+    return Markup(text.translate(_JSON_IN_HTML))
+
+
+def make_printable(value: object) -> object:
+    """Return a JSON value in which every text is printable."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {printable(str(name)): make_printable(inner) for name, inner in value.items()}
+    return [make_printable(inner) for inner in value] if isinstance(value, list | tuple) else value

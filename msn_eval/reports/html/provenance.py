@@ -1,149 +1,147 @@
-"""Provenance: the command that makes a record again, and many records packed into one page without losing a digit."""
+"""Provenance: the command that reproduces a record, and records packed into one page without losing a digit."""
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from msn_eval.config.recipes import Finetune, recipe_of
+from msn_eval.config.recipes import recipe_of
 from msn_eval.errors import printable
 from msn_eval.results.record import SCHEMA, Result
 from msn_eval.results.statistics import wilson_interval
 
 _DECIMALS = 4  # of seconds in records
-_OWN_OF_PROBE = ("certificate", "objective", "iterations", "chosen")
-_PASS_SECONDS = ("extract", "images_per_second", "decode_share", "encode_share")
-_PARTS = ("asked", "who", "how", "pass", "split", "created", "chosen")
+_PROBE_OWN = ("certificate", "objective", "iterations", "chosen")  # differ from record to record
+_EXTRACTION = ("extract", "images_per_second", "decode_share", "encode_share")
 _OPTIONS = {"lambda": "--lambda", "k": "--k", "temperature": "--temperature"}
-_SECTIONS = ("linear", "linear-augmented")  # of a config, called as their probe is, with its settings as keys
+_SECTIONS = ("linear", "linear-augmented")  # sections of a config that have the settings of the probe as keys
 
 
 def command_of(result: Result) -> str:
-    """Give the shell command that makes a record again; its data set is called by the name that the record knows."""
-    return " ".join(_command(result).values())
+    """Return the shell command that reproduces a record; it has the data set's name, not its path."""
+    return " ".join(_command_parts(result).values())
 
 
-def _command(result: Result) -> dict[str, str]:
-    """Give the parts of the command that go with the parts of a packed record, in the order in which they are joined."""
-    checkpoint, subset = result.checkpoint, result.split.subset
-    who = ["msn-eval", "--checkpoint", checkpoint.path]
-    who += [] if checkpoint.key is None else ["--checkpoint-key", checkpoint.key]
-    who += [word for pattern in checkpoint.allow_missing for word in ("--allow-missing", pattern)]
-    how = ["--precision", result.features.precision, "--seed", str(result.environment.seed)]
-    asked = ["--data", result.data.name, "--probe", result.probe.name]
+def _command_parts(result: Result) -> dict[str, str]:
+    """Return the command in four parts, each of which belongs to a shared part of `pack_records`."""
+    checkpoint, subset, probe, protocol = result.checkpoint, result.split.subset, result.probe, result.protocol
+    program = ["msn-eval", "--checkpoint", checkpoint.path]
+    program += [] if checkpoint.key is None else ["--checkpoint-key", checkpoint.key]
+    program += [argument for pattern in checkpoint.allow_missing for argument in ("--allow-missing", pattern)]
+    setup = ["--precision", result.features.precision, "--seed", str(result.environment.seed)]
+    measurement = ["--data", result.data.name, "--probe", probe.name]
     for name, option in _OPTIONS.items():
-        asked += [option, repr(result.probe.params[name])] if name in result.probe.params else []
-    if result.probe.name in _SECTIONS:
-        section = result.probe.name.replace("-", "_")
-        asked += [f"{section}.{name}={_written(value)}" for name, value in result.probe.params.items()]
-    if result.probe.name == Finetune.name:
-        asked += [f"finetune.{name}={value!r}" for name, value in recipe_of(result.probe.params).differing.items()]
-    asked += ["--lambda", "auto"] if "auto" in result.probe.params else []
-    protocol, by_hand = result.protocol, result.protocol.get("by_hand")
+        measurement += [option, repr(probe.params[name])] if name in probe.params else []
+    if probe.name in _SECTIONS:
+        section = probe.name.replace("-", "_")
+        measurement += [f"{section}.{name}={_format_setting(value)}" for name, value in probe.params.items()]
+    if probe.name == "finetune":
+        measurement += [f"finetune.{name}={value!r}" for name, value in recipe_of(probe.params).differing.items()]
+    measurement += ["--lambda", "auto"] if "auto" in probe.params else []
+    by_hand = protocol.get("by_hand")
     for name, value in sorted(by_hand.items()) if isinstance(by_hand, Mapping) else ():
-        asked += [] if name == "seed" else [f"--{name.replace('_', '-')}", str(value)]  # which stands in any command
-    asked += [] if protocol.get("limit") is None else ["--limit", str(protocol["limit"])]
-    asked += [] if protocol.get("skipped") is None else ["--on-bad-image", "skip"]
+        if name != "seed":  # which is in every command
+            measurement += [f"--{name.replace('_', '-')}", str(value)]
+    measurement += [] if protocol.get("limit") is None else ["--limit", str(protocol["limit"])]
+    measurement += [] if protocol.get("skipped") is None else ["--on-bad-image", "skip"]
     split = ["--subset", f"{subset}@{result.split.draw}" if _has_draws(result) else subset]
-    parts = {"who": who, "how": how, "asked": asked, "split": split}
-    return {name: shlex.join(map(printable, words)) for name, words in parts.items()}
+    parts = {"checkpoint": program, "setup": setup, "measurement": measurement, "split": split}
+    return {name: shlex.join(map(printable, arguments)) for name, arguments in parts.items()}
 
 
-def _written(value: float | str) -> str:
-    """Give a setting as a command line has it: a number with all its digits, a text as it is."""
+def _format_setting(value: float | str) -> str:
+    """Return a setting as a command line has it: a number with all its digits."""
     return value if isinstance(value, str) else repr(value)
 
 
 def _has_draws(result: Result) -> bool:
-    """Tell a subset by name from a list file, which is a single draw."""
-    of = result.protocol.get("subset")
-    return not (isinstance(of, Mapping) and str(of.get("rule")).startswith("list:"))
+    """Whether the subset is a named one; a list file has a single draw."""
+    subset = result.protocol.get("subset")
+    return not (isinstance(subset, Mapping) and str(subset.get("rule")).startswith("list:"))
 
 
 def pack_records(results: Iterable[Result]) -> dict[str, Any]:
-    """Give records as a JSON value in which what many share stands once; the page's script gives each back whole.
+    """Return records as a JSON value without repetition; the page's script restores each of them exactly.
 
-    asked, who, how, pass, split, created, chosen: the distinct values of seven parts of a record
-    commands: the parts of the commands that go with `who`, `how`, `asked` and `split`
-    records:  for each its places in the seven, its id, and the numbers that are its own
+    Returns:
+        measurement, checkpoint, setup, extraction, split, created, chosen: The distinct values of seven parts of a record.
+        commands: The parts of the commands that belong to the values of `checkpoint`, `setup`, `measurement` and `split`.
+        records: For each record its indices into the seven, its id, and the numbers that only it has.
     """
-    places: dict[str, dict[object, int]] = {name: {} for name in _PARTS}
-    values: dict[str, list[Any]] = {name: [] for name in _PARTS}
-    commands: dict[str, list[str]] = {name: [] for name in ("who", "how", "asked", "split")}
+    indices: dict[str, dict[object, int]] = {}
+    values: dict[str, list[Any]] = {
+        name: [] for name in ("measurement", "checkpoint", "setup", "extraction", "split", "created", "chosen")
+    }
+    commands: dict[str, list[str]] = {"checkpoint": [], "setup": [], "measurement": [], "split": []}
     records = []
     for result in results:
-        at = []
-        for name, key in _keys(result).items():
-            if key not in places[name]:
-                places[name][key] = len(values[name])
-                values[name].append(_part(result, name))
+        record = []
+        for name, (key, make_value) in _shared_parts(result).items():
+            known = indices.setdefault(name, {})
+            if key not in known:
+                known[key] = len(known)
+                values[name].append(make_value())
                 if name in commands:
-                    commands[name].append(_command(result)[name])
-            at.append(places[name][key])
-        records.append([*at, *_own(result)])
+                    commands[name].append(_command_parts(result)[name])
+            record.append(known[key])
+        records.append([*record, *_own_values(result)])
     return {**values, "commands": commands, "records": records}
 
 
-def _keys(result: Result) -> dict[str, object]:
-    """Give what each shared part of a record is known by: equal keys, equal parts."""
-    probe, seconds = result.probe, result.timing_s
-    fit = (probe.name, probe.version, repr(probe.params), probe.solver, probe.converged)
+def _shared_parts(result: Result) -> dict[str, tuple[object, Callable[[], Any]]]:
+    """Return a key of each part that records share, and a function that makes its JSON value; equal keys, equal values."""
+    probe = result.probe
     n = None if result.metrics is None else result.metrics.n
+    fit = (probe.name, probe.version, repr(probe.params), probe.solver, probe.converged)
+    extraction = tuple(getattr(result.timing_s, name) for name in _EXTRACTION)
+
+    def measurement() -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "status": result.status,
+            "error": result.error,
+            "protocol_id": result.protocol_id,
+            "protocol": result.protocol,
+            "data": asdict(result.data),
+            "probe": {name: value for name, value in asdict(probe).items() if name not in _PROBE_OWN},
+            "n": n,
+        }
+
     return {
-        "asked": (result.status, result.error, result.protocol_id, result.data, fit, n),
-        "who": result.checkpoint,
-        "how": (result.features, result.environment),
-        "pass": tuple(getattr(seconds, name) for name in _PASS_SECONDS),
-        "split": (result.split, _has_draws(result)),
-        "created": result.created,
-        "chosen": repr(probe.chosen),
+        "measurement": ((result.status, result.error, result.protocol_id, result.data, fit, n), measurement),
+        "checkpoint": (result.checkpoint, lambda: asdict(result.checkpoint)),
+        "setup": (
+            (result.features, result.environment),
+            lambda: {"features": asdict(result.features), "environment": asdict(result.environment)},
+        ),
+        "extraction": (extraction, lambda: dict(zip(_EXTRACTION, extraction, strict=True))),
+        "split": ((result.split, _has_draws(result)), lambda: asdict(result.split)),
+        "created": (result.created, lambda: result.created),
+        "chosen": (repr(probe.chosen), lambda: None if probe.chosen is None else dict(probe.chosen)),
     }
 
 
-def _part(result: Result, name: str) -> Any:
-    """Give one shared part of a record, its fields as they stand in the file."""
-    match name:
-        case "asked":
-            fit = {name: value for name, value in asdict(result.probe).items() if name not in _OWN_OF_PROBE}
-            return {
-                "schema": SCHEMA,
-                "status": result.status,
-                "error": result.error,
-                "protocol_id": result.protocol_id,
-                "protocol": result.protocol,
-                "data": asdict(result.data),
-                "probe": fit,
-                "n": result.metrics and result.metrics.n,
-            }
-        case "who":
-            return asdict(result.checkpoint)
-        case "how":
-            return {"features": asdict(result.features), "environment": asdict(result.environment)}
-        case "pass":
-            return {name: getattr(result.timing_s, name) for name in _PASS_SECONDS}
-        case "split":
-            return asdict(result.split)
-        case "created":
-            return result.created
-        case _:
-            return None if result.probe.chosen is None else dict(result.probe.chosen)
-
-
-def _own(result: Result) -> list[Any]:
-    """Give the values that no other record shares."""
+def _own_values(result: Result) -> list[Any]:
+    """Return the values that no other record shares."""
     probe, metrics, seconds = result.probe, result.metrics, result.timing_s
-    own: list[Any] = [printable(result.id), probe.certificate, probe.objective, probe.iterations, seconds.probe]
-    own.append(None if round(seconds.extract + seconds.probe, _DECIMALS) == seconds.total else seconds.total)
-    own.append(True if result.predictions == f"{result.id}.npz" else result.predictions)
+    own: list[Any] = [
+        printable(result.id),
+        probe.certificate,
+        probe.objective,
+        probe.iterations,
+        seconds.probe,
+        None if round(seconds.extract + seconds.probe, _DECIMALS) == seconds.total else seconds.total,
+        True if result.predictions == f"{result.id}.npz" else result.predictions,
+    ]
     if metrics is not None:
-        right = _count(metrics.top1, metrics.n)
-        own += [right, _count(metrics.top5, metrics.n)]
+        right = _count_right(metrics.top1, metrics.n)
+        own += [right, _count_right(metrics.top5, metrics.n)]
         if isinstance(right, list) or wilson_interval(right, metrics.n) != metrics.top1_ci95:
-            own += metrics.top1_ci95  # otherwise the script computes the very same floats
+            own += metrics.top1_ci95  # otherwise the script computes the same floats
     return own
 
 
-def _count(share: float, n: int) -> int | list[float]:
-    """Give the number of images that a share stands for where dividing gives the very same float, else the share itself."""
-    count = round(share * n)
-    return count if count / n == share else [share]
+def _count_right(fraction: float, n: int) -> int | list[float]:
+    """Return the number of correct images if dividing it gives the same float, else the fraction in a list."""
+    count = round(fraction * n)
+    return count if count / n == fraction else [fraction]

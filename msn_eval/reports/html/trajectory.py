@@ -1,302 +1,249 @@
-"""Trajectory as a page and as a plot: one HTML file that asks nothing of any network, and one PNG."""
+"""Trajectory of a pre-training run as an offline HTML page and as a PNG plot."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from msn_eval.errors import printable
 from msn_eval.features.collapse import LEAST_SPREAD
 from msn_eval.features.visualization import as_png
-from msn_eval.monitor.alarms import Line
 from msn_eval.monitor.trajectory import Point, Trajectory
 from msn_eval.reports.html.page import render_offline
-from msn_eval.reports.html.panels import Curve, Extent, Laid, Panel, lay_out
-from msn_eval.reports.text_tables import FAILED
-from msn_eval.results.table import Column, Row, Table, make_table
+from msn_eval.reports.html.panels import DrawnPanel, Panel, RunAxis, draw_panel
+from msn_eval.reports.html.svg import Series
+from msn_eval.reports.text_tables import MISSING, format_accuracy
+from msn_eval.results.table import Cell, Column, make_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.typing import HashableList
 
 _COLOURS = ("#3b5bdb", "#e8590c", "#0b8a6a", "#c2255c", "#7048e8", "#0c8599", "#846358", "#5c7a00")
-_ALARM, _INK, _SOFT, _LINE = "#c92a2a", "#17202b", "#5a6878", "#e2e6ec"
-_INCHES = (12.0, 3.4)  # width of the plot, height of a row of it
+_ALARM, _TEXT, _LIGHT_TEXT, _GRID = "#c92a2a", "#17202b", "#5a6878", "#e2e6ec"
+_PLOT_WIDTH, _ROW_HEIGHT = 12.0, 3.4  # inches
 _DOTS_PER_INCH = 110
 _MOST_ALARMS, _TITLE_CHARACTERS = 4, 110  # in the plot's title
+_MOST_PROTOCOLS = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sheet:
-    """What is drawn of a run: its panels, laid out once for page and plot."""
-
-    trajectory: Trajectory
-    extent: Extent
-    panels: tuple[Laid, ...]
-
-
-def sheet_of(trajectory: Trajectory) -> Sheet:
-    """Lay out a run as it stands."""
-    extent = extent_of(trajectory)
-    return Sheet(
-        trajectory=trajectory, extent=extent, panels=tuple(lay_out(panel, extent) for panel in panels_of(trajectory))
-    )
-
-
-def render_page(sheet: Sheet) -> str:
-    """Give the page of a run."""
-    trajectory, extent, laid = sheet.trajectory, sheet.extent, sheet.panels
-    shown = [[curve.shown for curve in panel.curves] for panel in laid]
+def render_page(trajectory: Trajectory, panels: Sequence[DrawnPanel]) -> str:
+    """Return the page of a run."""
+    scores = _read_scores(trajectory)
+    x_axis = _run_axis(trajectory)
     return render_offline(
         "trajectory.html",
         script="trajectory.js",
         styles=["page.css", "trajectory.css"],
-        data={"end": extent.end, "unit": extent.title, "panels": shown},
-        name=printable(trajectory.facts.name),
-        facts=facts_of(trajectory),
-        alarms=[(printable(str(alarm)), alarm.on) for alarm in trajectory.alarms],
-        notices=[printable(notice) for notice in trajectory.notices],
-        panels=laid,
-        heads=_heads(trajectory),
-        rows=_rows(trajectory),
-        has_problems=any(point.look is not None and point.look.problem for point in trajectory.points),
+        data={"end": x_axis.end, "unit": x_axis.title, "panels": [panel.values for panel in panels]},
+        name=trajectory.run.name,
+        status=describe_status(trajectory),
+        alarms=[(str(alarm), alarm.is_active) for alarm in trajectory.alarms],
+        notices=trajectory.notices,
+        panels=panels,
+        headers=_name_columns(scores),
+        points=trajectory.points,
+        scores=[
+            [MISSING if (cell := cells[number]) is None else format_accuracy(cell) for cells in scores.values()]
+            for number in range(len(trajectory.points))
+        ],
+        has_problems=any(point.features is not None and point.features.problem for point in trajectory.points),
     )
 
 
-def facts_of(trajectory: Trajectory) -> list[str]:
-    """Say in a few words where a run stands."""
-    steps, unit = trajectory.steps, trajectory.steps_an_epoch
-    of = "" if steps is None else f" of {steps:,}"
-    epochs = f"epoch {trajectory.step // unit:,} of {trajectory.facts.epochs:,}" if unit and steps is not None else ""
-    count = len(trajectory.points)
-    scored = f"{count:,} snapshot{'' if count == 1 else 's'} scored"
-    known = [printable(trajectory.facts.method), f"step {trajectory.step:,}{of}", epochs, scored]
-    return [fact for fact in known if fact]
+def describe_status(trajectory: Trajectory) -> list[str]:
+    """Return method, step, epoch and number of scored snapshots as short texts."""
+    steps, unit, count = trajectory.steps, trajectory.steps_per_epoch, len(trajectory.points)
+    texts = [trajectory.run.method, f"step {trajectory.step:,}{'' if steps is None else f' of {steps:,}'}"]
+    if unit and steps is not None:
+        texts.append(f"epoch {trajectory.step // unit:,} of {trajectory.run.epochs:,}")
+    return [text for text in (*texts, f"{count:,} snapshot{'' if count == 1 else 's'} scored") if text]
 
 
-def _heads(trajectory: Trajectory) -> list[str]:
-    columns = scores_of(trajectory).columns
-    one_subset = len({column.subset for column in columns}) == 1
-    return [column_name(column, one_subset=one_subset) for column in columns]
-
-
-def _rows(trajectory: Trajectory) -> list[tuple[str, str, list[str], str, str, str]]:
-    """Give the rows of the table of snapshots, the newest first: step, epoch, scores, rank, spread, what is wrong."""
-    table = scores_of(trajectory)
-    rows = rows_by_weights(table)
-
-    def score(point: Point, place: int) -> str:
-        row = rows.get(point.results[0].checkpoint.weights_sha256) if point.results else None
-        cell = None if row is None else table.cells.get((row, table.columns[place]))
-        if cell is None:
-            return "–"
-        if cell.mean is None:
-            return FAILED
-        return f"{100 * cell.mean:.1f}" + ("" if cell.std is None else f" ± {100 * cell.std:.1f}")
-
-    def number(value: float | None) -> str:
-        return "–" if value is None else f"{value:.3g}"
-
-    return [
-        (
-            f"{point.step:,}",
-            f"{point.epoch:,}",
-            [score(point, place) for place in range(len(table.columns))],
-            number(point.look.feature_rank if point.look else None),
-            number(point.look.feature_spread if point.look else None),
-            printable(point.look.problem) if point.look else "",
-        )
-        for point in reversed(trajectory.points)
-    ]
-
-
-def render_plot(sheet: Sheet) -> bytes:
-    """Give the plot of a run that has at least one panel, as a PNG file."""
+def render_plot(trajectory: Trajectory, panels: Sequence[DrawnPanel]) -> bytes:
+    """Return the plot of a run with at least one panel, as a PNG file."""
     from matplotlib.figure import Figure
 
-    tall = [panel for panel in sheet.panels if panel.tall]
-    others = [panel for panel in sheet.panels if not panel.tall]
-    lines = len(tall) + (len(others) + 1) // 2
-    figure = Figure(figsize=(_INCHES[0], 0.7 + _INCHES[1] * lines), dpi=_DOTS_PER_INCH, layout="constrained")
-    grid = figure.add_gridspec(lines, 2)
-    for number, panel in enumerate(tall):
-        _draw_panel(figure.add_subplot(grid[number, :]), panel, sheet.extent)
-    for number, panel in enumerate(others):
-        _draw_panel(figure.add_subplot(grid[len(tall) + number // 2, number % 2]), panel, sheet.extent)
-    alarms = [alarm for alarm in sheet.trajectory.alarms if alarm.on] or sheet.trajectory.alarms
-    told = [f"ALARM: {alarm}" for alarm in alarms[:_MOST_ALARMS]] or ["no alarm"]
-    title = [f"{sheet.trajectory.facts.name}: {', '.join(facts_of(sheet.trajectory))}", *told]
-    lines_of_title = "\n".join(
-        _plain(f"{one[:_TITLE_CHARACTERS]}…" if len(one) > _TITLE_CHARACTERS else one) for one in title
-    )
-    figure.suptitle(lines_of_title, fontsize=12, color=_ALARM if alarms else _INK)
+    tall = [str(number) for number, drawn in enumerate(panels) if drawn.panel.tall]
+    small = [str(number) for number, drawn in enumerate(panels) if not drawn.panel.tall]
+    rows: list[HashableList[str]] = [[number, number] for number in tall]
+    rows += [[left, right] for left, right in zip(small[::2], [*small[1::2], "."], strict=False)]
+    size = (_PLOT_WIDTH, 0.7 + _ROW_HEIGHT * len(rows))
+    figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
+    for number, axes in figure.subplot_mosaic(rows).items():
+        _plot_panel(axes, panels[int(number)])
+    alarms = [alarm for alarm in trajectory.alarms if alarm.is_active] or trajectory.alarms
+    title = [f"{trajectory.run.name}: {', '.join(describe_status(trajectory))}"]
+    title += [f"ALARM: {alarm}" for alarm in alarms[:_MOST_ALARMS]] or ["no alarm"]
+    figure.suptitle("\n".join(map(_title_line, title)), fontsize=12, color=_ALARM if alarms else _TEXT)
     return as_png(figure)
 
 
-def _draw_panel(axes: "Axes", panel: Laid, extent: Extent) -> None:
-    for curve in panel.curves:
-        colour, name = _COLOURS[curve.number % len(_COLOURS)], curve.name
-        for piece in curve.pieces:
-            marker = "o" if curve.dots else ""
-            axes.plot(piece.xs, piece.means, color=colour, linewidth=1.6, marker=marker, markersize=4, label=name)
-            axes.fill_between(piece.xs, piece.lows, piece.highs, color=colour, alpha=0.15, linewidth=0)
-            name = "_"  # one line in the legend
-    axes.set_ylim(panel.y_low, panel.y_high)
-    axes.set_xlim(0, extent.end)
-    for height, (_, text) in zip(panel.heights, panel.levels, strict=True):
-        axes.axhline(height, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)))
+def _title_line(text: str) -> str:
+    """Return a text that is not too long and not interpreted as mathematics."""
+    shown = printable(text)
+    return (f"{shown[:_TITLE_CHARACTERS]}…" if len(shown) > _TITLE_CHARACTERS else shown).replace("$", r"\$")
+
+
+def _plot_panel(axes: "Axes", drawn: DrawnPanel) -> None:
+    for curve in drawn.curves:
+        colour, label = _COLOURS[curve.number % len(_COLOURS)], _title_line(curve.name)
+        for segment in curve.segments:
+            marker = "o" if curve.markers else ""
+            axes.plot(segment.xs, segment.means, color=colour, lw=1.6, marker=marker, markersize=4, label=label)
+            axes.fill_between(segment.xs, segment.lows, segment.highs, color=colour, alpha=0.15, linewidth=0)
+            label = "_"  # one entry per curve in the legend
+    end = drawn.x_axis.end
+    axes.set_ylim(*drawn.axes.y_range)
+    axes.set_xlim(0, end)
+    for _, y, text in drawn.levels:
+        axes.axhline(y, color=_LIGHT_TEXT, linewidth=1, linestyle=(0, (4, 3)))
         right = axes.get_yaxis_transform()
-        axes.text(0.995, height, text, transform=right, fontsize=8, color=_SOFT, ha="right", va="bottom")
-    for first, last in extent.alarms:
-        axes.axvspan(first, max(last, first + extent.end / 300), color=_ALARM, alpha=0.08, linewidth=0)
-    axes.set_title(panel.title, fontsize=11, loc="left", color=_INK, weight="bold")
-    axes.set_xlabel(extent.title, fontsize=9, color=_SOFT)
-    axes.tick_params(labelsize=9, colors=_SOFT, length=0)
-    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+        axes.text(0.995, y, text, transform=right, fontsize=8, color=_LIGHT_TEXT, ha="right", va="bottom")
+    for first, last in drawn.x_axis.alarms:
+        axes.axvspan(first, max(last, first + end / 300), color=_ALARM, alpha=0.08, linewidth=0)
+    axes.set_title(drawn.panel.title, fontsize=11, loc="left", color=_TEXT, weight="bold")
+    axes.set_xlabel(drawn.x_axis.title, fontsize=9, color=_LIGHT_TEXT)
+    axes.tick_params(labelsize=9, colors=_LIGHT_TEXT, length=0)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(_LINE)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.spines["bottom"].set_color(_GRID)
     axes.legend(fontsize=8, frameon=False, loc="best")
 
 
-def _plain(text: str) -> str:
-    """Give a text that matplotlib takes for no mathematics."""
-    return printable(text).replace("$", r"\$")
+def draw_panels(trajectory: Trajectory) -> list[DrawnPanel]:
+    """Return the panels of a run that have at least one number, accuracy first."""
+    x_axis = _run_axis(trajectory)
+    panels = [
+        replace(panel, series=tuple(series for series in panel.series if any(y is not None for _, y in series.points)))
+        for panel in _make_panels(trajectory)
+    ]
+    return [draw_panel(panel, x_axis) for panel in panels if panel.series]
 
 
-MOST_PROBES = 8
-
-
-def scores_of(trajectory: Trajectory) -> Table:
-    """Give the records of a run as a table: a row a snapshot, a column a protocol."""
-    return make_table(result for point in trajectory.points for result in point.results)
-
-
-def extent_of(trajectory: Trajectory) -> Extent:
-    """Give how far a run goes, in epochs where it is known how many steps these have."""
-    unit = trajectory.steps_an_epoch or 1
-    return Extent(
+def _run_axis(trajectory: Trajectory) -> RunAxis:
+    """Return the x axis: epochs if it is known how many steps they have, else steps."""
+    unit = trajectory.steps_per_epoch or 1
+    return RunAxis(
         end=max(1, trajectory.step) / unit,
-        title="epoch" if trajectory.steps_an_epoch else "step",
+        title="epoch" if trajectory.steps_per_epoch else "step",
         alarms=tuple((alarm.first / unit, alarm.last / unit) for alarm in trajectory.alarms),
     )
 
 
-def panels_of(trajectory: Trajectory) -> list[Panel]:
-    """Give the panels of a run that hold at least one number, its scores first."""
-    k, unit = trajectory.facts.prototypes, trajectory.steps_an_epoch or 1
-    lines = trajectory.lines
-    most = () if k is None else ((math.log(k), f"log k = {math.log(k):.2f}"),)
+def _make_panels(trajectory: Trajectory) -> list[Panel]:
+    k, unit = trajectory.run.prototypes, trajectory.steps_per_epoch or 1
+    log_k = () if k is None else ((math.log(k), f"log k = {math.log(k):.2f}"),)
 
-    def journal(**names: str) -> tuple[Curve, ...]:
-        found = [_curve(lines, name, text, unit) for name, text in names.items()]
-        return tuple(one for one in found if any(value is not None for _, value in one.values))
+    def journal(**names: str) -> tuple[Series, ...]:
+        # A line without a name did not log it, which is not a gap.
+        points = {
+            name: tuple(((line["step"] or 0) / unit, line[name]) for line in trajectory.lines if name in line)
+            for name in names
+        }
+        return tuple(Series(name=text, points=points[name]) for name, text in names.items())
 
-    rank, spread = (_looks(trajectory.points, name, unit) for name in ("feature_rank", "feature_spread"))
-    made = [
-        _scores(trajectory, unit),
+    measured = [(point, point.features) for point in trajectory.points if point.features is not None]
+
+    def snapshots(name: str) -> Series:
+        values = [(point, getattr(features, name)) for point, features in measured]
+        return Series(
+            name=f"snapshots, {measured[0][1].images:,} validation images" if measured else "",
+            points=tuple((point.step / unit, value) for point, value in values),
+            texts=tuple(f"{_describe_position(point)}: {value or 0:.4g}" for point, value in values),
+        )
+
+    return [
+        _accuracy_panel(trajectory, unit),
         Panel(
             title="Loss and its parts",
             lead="At log k predictions prefer no prototype; near zero with a high me-max all images are on one.",
-            curves=journal(loss="loss", cross_entropy="cross-entropy", me_max="me-max"),
-            levels=most,
+            series=journal(loss="loss", cross_entropy="cross-entropy", me_max="me-max"),
+            levels=log_k,
         ),
         Panel(
             title="Entropy of targets and predictions",
-            lead="In nats, of single images. At log k they say nothing.",
-            curves=journal(target_entropy="targets", entropy="predictions"),
-            levels=most,
+            lead="In nats, of single images. At log k they prefer no prototype.",
+            series=journal(target_entropy="targets", entropy="predictions"),
+            levels=log_k,
         ),
         Panel(
             title="Prototypes in use",
-            lead="Those that are the nearest of some image of a batch.",
-            curves=journal(prototypes_in_use="in a batch"),
+            lead="Number of prototypes that are the nearest of at least one image of a batch.",
+            series=journal(prototypes_in_use="in a batch"),
             levels=() if k is None else ((float(k), f"all {k:,}"),),
         ),
         Panel(
             title="Feature rank",
             lead="RankMe of the encoder's features: how many directions they fill. It grows with the number of images.",
-            curves=(*journal(feature_rank="training batch"), *rank),
+            series=(*journal(feature_rank="training batch"), snapshots("feature_rank")),
         ),
         Panel(
             title="Spread",
-            lead="0 where all images have the same direction, near 1 where directions are random.",
-            curves=(*journal(feature_spread="features", output_spread="head's outputs"), *spread),
+            lead="0 if all images have the same direction, near 1 if directions are random.",
+            series=(
+                *journal(feature_spread="features", output_spread="outputs of the head"),
+                snapshots("feature_spread"),
+            ),
             levels=((LEAST_SPREAD, "collapsed below"),),
         ),
         Panel(
             title="Gradient norm",
             lead="Before clipping.",
-            curves=journal(gradient_norm="encoder and head", prototype_gradient_norm="prototypes"),
+            series=journal(gradient_norm="encoder and head", prototype_gradient_norm="prototypes"),
         ),
     ]
-    return [panel for panel in made if panel.curves]
 
 
-def _curve(lines: Sequence[Line], name: str, text: str, unit: int) -> Curve:
-    """Give one number of the journal; where a line has none of that name it was not logged, which is no gap."""
-    return Curve(name=text, values=tuple(((line["step"] or 0) / unit, line[name]) for line in lines if name in line))
-
-
-def _looks(points: Sequence[Point], name: str, unit: int) -> tuple[Curve, ...]:
-    seen = [(point, getattr(point.look, name)) for point in points if point.look is not None]
-    if not any(value is not None for _, value in seen):
-        return ()
-    images = next(point.look.images for point, _ in seen if point.look is not None)
-    return (
-        Curve(
-            name=f"snapshots, {images:,} validation images",
-            values=tuple((point.step / unit, value) for point, value in seen),
-            texts=tuple(f"{place_text(point)}: {value:.4g}" if value is not None else "" for point, value in seen),
-        ),
+def _accuracy_panel(trajectory: Trajectory, unit: int) -> Panel:
+    scores = _read_scores(trajectory)
+    columns = list(scores)
+    classes = {column.classes for column in columns}
+    data, subsets = (", ".join(sorted({getattr(column, name) for column in columns})) for name in ("data", "subset"))
+    has_draws = any(cell is not None and (cell.draws or 1) > 1 for cells in scores.values() for cell in cells)
+    lead = (
+        f"Top-1 in percent on {data}, {subsets}{'; mean and one standard deviation over draws' if has_draws else ''}."
     )
-
-
-def _scores(trajectory: Trajectory, unit: int) -> Panel:
-    table = scores_of(trajectory)
-    rows = rows_by_weights(table)
-    curves = tuple(_score(trajectory.points, rows, table, column, unit) for column in table.columns[:MOST_PROBES])
-    classes = {column.classes for column in table.columns}
-    subsets = {column.subset for column in table.columns}
-    draws = max((cell.draws or 1 for cell in table.cells.values()), default=1)
-    more = "" if len(table.columns) <= MOST_PROBES else f" The first {MOST_PROBES} of {len(table.columns)} protocols."
+    if len(columns) > _MOST_PROTOCOLS:
+        lead += f" The first {_MOST_PROTOCOLS} of {len(columns)} protocols."
+    series = [
+        _accuracy_series(name, trajectory.points, cells, unit)
+        for name, cells in zip(_name_columns(scores), scores.values(), strict=True)
+    ]
     return Panel(
         title="Accuracy of the frozen encoder",
-        lead=f"Top-1 in percent on {', '.join(sorted({printable(one.data) for one in table.columns}))}, "
-        f"{', '.join(printable(one) for one in sorted(subsets))}"
-        f"{'; mean and one standard deviation over draws' if draws > 1 else ''}.{more}",
-        curves=tuple(one for one in curves if any(value is not None for _, value in one.values)),
-        levels=tuple((100 / one, "chance") for one in classes) if len(classes) == 1 else (),
+        lead=lead,
+        series=tuple(series[:_MOST_PROTOCOLS]),
+        levels=tuple((100 / count, "chance") for count in classes) if len(classes) == 1 else (),
         decimals=1,
         tall=True,
     )
 
 
-def rows_by_weights(table: Table) -> dict[str | None, Row]:
-    """Give the rows of a run's table by the weights that they are of: of a run's snapshots one network is evaluated."""
-    return {row.weights_sha256: row for row in table.rows}
+def _accuracy_series(name: str, points: Sequence[Point], cells: Sequence[Cell | None], unit: int) -> Series:
+    measured = [(point, cell) for point, cell in zip(points, cells, strict=True) if cell is not None]
+    return Series(
+        name=name,
+        points=tuple((point.step / unit, None if cell.mean is None else 100 * cell.mean) for point, cell in measured),
+        stds=tuple(None if cell.std is None else 100 * cell.std for _, cell in measured),
+        texts=tuple(f"{_describe_position(point)}: {name} {format_accuracy(cell)}" for point, cell in measured),
+    )
 
 
-def _score(points: Sequence[Point], rows: dict[str | None, Row], table: Table, column: Column, unit: int) -> Curve:
-    name = column_name(column, one_subset=len({one.subset for one in table.columns}) == 1)
-    values, spread, texts = [], [], []
-    for point in points:
-        cell = table.cells.get((rows[point.results[0].checkpoint.weights_sha256], column)) if point.results else None
-        if cell is None:
-            continue
-        mean, std = cell.mean, cell.std
-        values.append((point.step / unit, None if mean is None else 100 * mean))
-        spread.append(None if std is None else 100 * std)
-        beside = "" if std is None else f" ± {100 * std:.1f}"
-        texts.append("" if mean is None else f"{place_text(point)}: {name} {100 * mean:.1f}{beside}")
-    return Curve(name=name, values=tuple(values), spread=tuple(spread), texts=tuple(texts))
+def _read_scores(trajectory: Trajectory) -> dict[Column, list[Cell | None]]:
+    """Return the cells of each protocol, one per point."""
+    table = make_table(result for point in trajectory.points for result in point.results)
+    cells = {(row.weights_sha256, column): cell for (row, column), cell in table.cells.items()}
+    weights = [point.results[0].checkpoint.weights_sha256 if point.results else None for point in trajectory.points]
+    return {column: [cells.get((sha256, column)) for sha256 in weights] for column in table.columns}
 
 
-def column_name(column: Column, *, one_subset: bool) -> str:
-    """Give a protocol's name in a legend; the subset only where there are several."""
-    return printable(column.group if one_subset else f"{column.group}, {column.subset}")
+def _name_columns(scores: dict[Column, list[Cell | None]]) -> list[str]:
+    """Return the names of protocols, with the subset only if there are several."""
+    has_one_subset = len({column.subset for column in scores}) == 1
+    return [column.group if has_one_subset else f"{column.group}, {column.subset}" for column in scores]
 
 
-def place_text(point: Point) -> str:
-    """Say where in the run a snapshot stands."""
+def _describe_position(point: Point) -> str:
     return f"step {point.step:,}, epoch {point.epoch}"

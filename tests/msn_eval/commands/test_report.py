@@ -1,4 +1,4 @@
-"""`msn-eval report`: what is printed, written and said when something is missing."""
+"""`msn-eval report`: what is printed and written, and the errors."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import msn_eval.commands.report
+import msn_eval.reports.html.leaderboard
 from msn_eval.cli import main
 
 _RECORDS = Path(__file__).parents[2] / "golden" / "records" / "schema-1"
@@ -24,7 +24,7 @@ def test_every_format_is_written_under_its_own_suffix(runs: Path, tmp_path: Path
     assert (code, {path.name for path in (tmp_path / "out").iterdir()}) == (0, names)
 
 
-def test_a_folder_without_a_format_gets_every_form(runs: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_format_gets_every_format(runs: Path, tmp_path: Path) -> None:
     main(["report", str(runs), "--out", str(tmp_path / "out")])
 
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".md", ".csv", ".json", ".tex", ".html"}
@@ -42,10 +42,10 @@ def test_a_page_can_be_printed_alone(runs: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(("imagenet", "rows"), [(True, True), (False, False)])
-def test_published_rows_are_on_the_page_of_imagenet_alone(
+def test_published_rows_are_only_on_the_page_of_imagenet(
     imagenet: bool, rows: bool, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(msn_eval.commands.report, "is_imagenet", lambda result: imagenet)
+    monkeypatch.setattr(msn_eval.reports.html.leaderboard, "is_imagenet", lambda result: imagenet)
 
     main(["report", str(runs), "--format", "html"])
 
@@ -57,7 +57,7 @@ def test_published_rows_are_on_the_page_of_imagenet_alone(
     )
 
 
-def test_one_broken_record_is_named_and_the_table_says_that_it_is_left_out(
+def test_a_broken_record_is_named_and_the_table_says_that_it_is_left_out(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = runs / "9e8f2071fa9c582d.json"
@@ -68,11 +68,11 @@ def test_one_broken_record_is_named_and_the_table_says_that_it_is_left_out(
     shown = capsys.readouterr()
     assert code == 22
     assert str(broken) in shown.err
-    assert "Left out, because they cannot be read: 1 records (9e8f2071fa9c582d.json)." in shown.out
-    assert "| pixels | 62.0 (1) [55.1, 68.4] |" in shown.out  # of two draws the one that is left
+    assert "Left out: 1 record that cannot be read (9e8f2071fa9c582d.json)." in shown.out
+    assert "| pixels | 62.0 (1) [55.1, 68.4] |" in shown.out  # the other one of two draws
 
 
-def test_a_folder_of_broken_records_gives_no_table(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_broken_records_has_no_table(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in runs.glob("*.json"):
         path.write_text("")
 
@@ -95,7 +95,7 @@ def test_broken_predictions_are_named_and_end_with_22(runs: Path, capsys: pytest
     assert "69.0 ± 9.9 (2)" in shown.out
 
 
-def test_published_rows_are_asked_for(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_published_rows_are_after_the_measured_ones(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["report", str(runs), "--format", "json"])
     without = json.loads(capsys.readouterr().out)
     main(["report", str(runs), "--format", "json", "--published"])

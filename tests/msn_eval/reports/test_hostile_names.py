@@ -1,51 +1,50 @@
-"""A sample of the names that tests/exact tries by the thousand, and that its checks can fail."""
+"""A sample of the names that tests/exact tries by the thousand; its checks can fail."""
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import pytest
 
+from msn_eval.errors import one_line
+from msn_eval.reports import csv_table, latex, markdown, terminal
+from msn_eval.reports.csv_table import escape_csv
+from msn_eval.reports.latex import escape_latex
+from msn_eval.reports.text_tables import markdown_text
 
-@pytest.fixture(scope="module")
-def exact() -> ModuleType:
-    path = Path(__file__).parents[2] / "exact" / "hostile_names.py"
-    spec = importlib.util.spec_from_file_location("hostile_names", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+
+@pytest.fixture
+def hostile_names(hostile_pages: ModuleType) -> ModuleType:
+    module: ModuleType = hostile_pages.hostile_names
     return module
 
 
-def test_no_form_of_a_report_is_changed_by_known_attacks(exact: ModuleType) -> None:
-    for attack in exact.ATTACKS:
-        exact.check_name(attack)
+def test_known_attacks_change_no_report_format(hostile_names: ModuleType) -> None:
+    for attack in hostile_names.ATTACKS:
+        hostile_names.check_name(attack)
 
 
-def test_no_form_of_a_report_is_changed_by_made_up_names(exact: ModuleType) -> None:
-    exact.check_names(100)
+def test_generated_names_change_no_report_format(hostile_names: ModuleType) -> None:
+    hostile_names.check_names(100)
 
 
 @pytest.mark.parametrize(
-    ("module", "function", "name"),
+    ("module", "escape", "name"),
     [
-        ("terminal", "one_line", "\x1b[31mred"),
-        ("terminal", "one_line", "two\nlines"),
-        ("text_tables", "markdown_text", "a|b"),
-        ("text_tables", "markdown_text", "[x](y)"),
-        ("text_tables", "markdown_text", "<b>"),
-        ("text_tables", "_text", "=1+1"),
-        ("latex", "_escaped", "\\input{x}"),
-        ("latex", "_escaped", "50% of it"),
-        ("latex", "_escaped", "a&b"),
-        ("latex", "_escaped", "中"),
+        (terminal, one_line, "\x1b[31mred"),
+        (terminal, one_line, "two\nlines"),
+        (markdown, markdown_text, "a|b"),
+        (markdown, markdown_text, "[x](y)"),
+        (markdown, markdown_text, "<b>"),
+        (csv_table, escape_csv, "=1+1"),
+        (latex, escape_latex, "\\input{x}"),
+        (latex, escape_latex, "50% of it"),
+        (latex, escape_latex, "a&b"),
+        (latex, escape_latex, "中"),
     ],
 )
-def test_a_form_that_forgot_to_escape_would_be_found(
-    exact: ModuleType, monkeypatch: pytest.MonkeyPatch, module: str, function: str, name: str
+def test_a_report_format_without_escaping_fails_the_check(
+    hostile_names: ModuleType, monkeypatch: pytest.MonkeyPatch, module: ModuleType, escape: FunctionType, name: str
 ) -> None:
-    monkeypatch.setattr(f"msn_eval.reports.{module}.{function}", lambda text: text)
+    monkeypatch.setattr(module, escape.__name__, lambda text: text)
 
     with pytest.raises(AssertionError):
-        exact.check_name(name)
+        hostile_names.check_name(name)

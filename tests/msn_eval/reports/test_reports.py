@@ -1,4 +1,4 @@
-"""Every printed form of a table: its numbers are those of the records, and names stay names."""
+"""Every report format: its numbers are those of the records; plug-ins are used like the built-in formats."""
 
 import csv
 import io
@@ -7,34 +7,27 @@ import re
 import statistics
 from dataclasses import replace
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from msn_eval.reports import FORMATS, render
+from msn_eval.cli import main
+from msn_eval.reports import load_format
 from msn_eval.reports.terminal import print_table
-from msn_eval.results.folder import list_results
+from msn_eval.results.folder import ResultScan, list_results
 from msn_eval.results.record import Result, read_result
 from msn_eval.results.statistics import Metrics, wilson_interval
 from msn_eval.results.table import Standing, Table, make_table, place_of
 
 _RECORD = Path(__file__).parents[2] / "golden" / "records" / "schema-1" / "b39361b67149d6c5.json"
-_HOSTILE = [
-    "a|b",
-    "`x`",
-    "<script>alert(1)</script>",
-    "=1+1",
-    "@cmd",
-    "-2",
-    "a\nb",
-    "\x1b[31mred",
-    "a\u202eb",
-    "[x](y)",
-    "x" * 300,
-]
+
+
+def render(table: Table, name: str) -> str:
+    return load_format(name).render(table, ResultScan(results=(), paths=(), faults=()))
 
 
 @pytest.fixture(scope="module")
@@ -42,100 +35,38 @@ def results(digits_runs: Path) -> list[Result]:
     return list_results([digits_runs])
 
 
-def _named(results: list[Result], name: str) -> list[Result]:
-    return [replace(result, checkpoint=replace(result.checkpoint, name=name)) for result in results]
-
-
-def _percents(results: list[Result]) -> set[str]:
-    return {f"{100 * cell.mean:.1f}" for cell in make_table(results).cells.values() if cell.mean is not None}
-
-
-def test_markdown_shows_the_percent_of_every_cell(results: list[Result]) -> None:
-    text = render(make_table(results), "md")
-
-    assert {found.group(1) for found in re.finditer(r"(\d+\.\d) ±", text)} == _percents(results)
-
-
-def test_markdown_says_the_images_a_class_in_every_header(results: list[Result]) -> None:
+@pytest.mark.parametrize(("name", "of_header"), [("md", r"\d images? (?:a|per) class"), ("latex", "images per class")])
+def test_every_header_has_the_images_per_class(name: str, of_header: str, results: list[Result]) -> None:
     table = make_table(results)
 
-    text = render(table, "md")
+    text = render(table, name)
 
-    assert len(re.findall(r"\d images? a class", text)) == len(table.columns)
-
-
-@pytest.mark.parametrize("name", _HOSTILE)
-def test_a_name_keeps_the_markdown_table_in_shape(results: list[Result], name: str) -> None:
-    plain = render(make_table(_named(results, "plain")), "md")
-
-    text = render(make_table(_named(results, name)), "md")
-
-    assert _shape(text) == _shape(plain)
-    assert "<script>" not in text
-
-
-def _shape(text: str) -> list[int]:
-    return [len(re.split(r"(?<!\\)\|", line)) for line in text.splitlines()]
-
-
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.text(min_size=1, max_size=40))
-def test_any_name_survives_csv_in_one_field_that_is_no_formula(results: list[Result], name: str) -> None:
-    table = make_table(_named(results, name))
-
-    header, line = csv.reader(io.StringIO(render(table, "csv"), newline=""))
-
-    assert len(line) == len(header)
-    assert not line[0].startswith(("=", "+", "-", "@", "\t", "\r"))
-
-
-def test_csv_numbers_are_the_digits_of_the_records(results: list[Result]) -> None:
-    table = make_table(results)
-
-    header, line = csv.reader(io.StringIO(render(table, "csv"), newline=""))
-
-    found = [Decimal(value) / 100 for title, value in zip(header, line, strict=True) if title.endswith("top1 %")]
-    (row,) = table.rows
-    assert found == [Decimal(repr(table.cells[row, column].mean)) for column in table.columns]
-
-
-def test_json_is_lossless(results: list[Result]) -> None:
-    table = make_table(results)
-
-    content = json.loads(render(table, "json"))
-
-    (row,) = table.rows
-    assert {name: cell["mean"] for name, cell in content["rows"][0]["cells"].items()} == {
-        column.protocol_id: table.cells[row, column].mean for column in table.columns
-    }
+    assert len(re.findall(of_header, text)) == (len(table.columns) if name == "md" else len(table.groups()))
 
 
 def test_a_failed_result_is_never_blank_or_zero(results: list[Result]) -> None:
     table = make_table([replace(results[0], status="failed", metrics=None, error="broken")])
 
-    texts = {form: render(table, form) for form in FORMATS}
+    (cell,) = json.loads(render(table, "json"))["rows"][0]["cells"].values()
 
-    (cell,) = json.loads(texts["json"])["rows"][0]["cells"].values()
-    assert "| pixels | FAILED |" in texts["md"]
-    assert ",FAILED," in texts["csv"]
-    assert "pixels & \\textbf{FAILED} \\\\" in texts["latex"]
+    assert "| pixels | FAILED |" in render(table, "md")
+    assert ",FAILED," in render(table, "csv")
+    assert "pixels & \\textbf{FAILED} \\\\" in render(table, "latex")
     assert (cell["mean"], cell["status"]) == (None, "failed")
 
 
-def test_a_fit_that_did_not_converge_is_marked_in_every_form(results: list[Result]) -> None:
+def test_a_fit_that_did_not_converge_is_marked_in_every_format(results: list[Result]) -> None:
     table = make_table([replace(results[0], status="not_converged")])
 
-    texts = {form: render(table, form) for form in FORMATS}
-
-    assert "(1)\\*" in texts["md"]
-    assert ",not_converged" in texts["csv"]
-    assert re.search(r"\d\.\d\* \\\\", texts["latex"])
-    assert '"status": "not_converged"' in texts["json"]
+    assert "(1)\\*" in render(table, "md")
+    assert ",not_converged" in render(table, "csv")
+    assert re.search(r"\d\.\d\* \\\\", render(table, "latex"))
+    assert '"status": "not_converged"' in render(table, "json")
 
 
-def test_missing_results_show_as_missing(results: list[Result]) -> None:
-    one = next(result for result in results if result.probe.name == "logistic")
-    other = replace(one, checkpoint=replace(one.checkpoint, name="other", weights_sha256="f" * 64))
+def test_a_missing_result_is_a_dash(results: list[Result]) -> None:
+    logistic = next(result for result in results if result.probe.name == "logistic")
+    other = replace(logistic, checkpoint=replace(logistic.checkpoint, name="other", weights_sha256="f" * 64))
 
     text = render(make_table([*results, other]), "md")
 
@@ -148,91 +79,109 @@ _CELL = re.compile(
 )
 
 
-def _in_markdown(table: Table) -> list[str]:
+def _markdown_cells(table: Table) -> list[str]:
     lines = [line for line in render(table, "md").splitlines() if line.startswith("| c")]
     return [cell for line in lines if "checkpoint" not in line for cell in line.strip("| ").split(" | ")[1:]]
 
 
-def _in_latex(table: Table) -> list[str]:
+def _latex_cells(table: Table) -> list[str]:
     body = re.sub(r"\\textbf\{([\d.]+)\}", r"\1", render(table, "latex")).replace("$\\pm$", "±")
-    lines = [line.removesuffix(" \\\\").split(" & ")[1:] for line in body.splitlines()]
-    marked = [place for place, line in enumerate(body.splitlines()) if re.match(r"c\d+ ", line)]
-    asides = [[re.sub(r"\{\\scriptsize (.*)\}", r"\1", aside) for aside in lines[place + 1]] for place in marked]
+    body = re.sub(r"\{\\scriptsize (.*?)\}", r"\1", body)
+    lines = [line.removesuffix(" \\\\").split(" & ") for line in body.splitlines()]
     return [
-        f"{cell} {aside}"
-        for place, small in zip(marked, asides, strict=True)
-        for cell, aside in zip(lines[place], small, strict=True)
+        f"{cell} {details}"
+        for line, below in pairwise(lines)
+        if re.match(r"c\d+ ", line[0])
+        for cell, details in zip(line[1:], below[1:], strict=True)
     ]
 
 
-def _in_terminal(table: Table) -> list[str]:
+def _terminal_cells(table: Table) -> list[str]:
     written = io.StringIO()
     print_table(table, Console(file=written, width=10_000))
-    lines = written.getvalue().splitlines()
-    cells = []
-    for place, line in enumerate(lines):
-        if re.match(r" c\d+ \(pixels\) ", line):
-            above, below = (
-                [part for part in re.split(r"\s{2,}", one) if part.strip()] for one in lines[place : place + 2]
-            )
-            cells += [f"{cell.strip()} {aside.strip()}" for cell, aside in zip(above[1:], below, strict=True)]
-    return [cell.strip() for cell in cells]
+    lines = [re.split(r"\s{2,}", f"  {line.strip()}") for line in written.getvalue().splitlines()]
+    return [
+        f"{cell} {details}"
+        for line, below in pairwise(lines)
+        if re.match(r"c\d+ \(pixels\)", line[1])
+        for cell, details in zip(line[2:], below[1:], strict=True)
+    ]
 
 
 @settings(max_examples=60, deadline=None)
 @given(right=st.lists(st.tuples(*[st.integers(0, 797)] * 3), min_size=1, max_size=4, unique=True))
-def test_every_number_of_every_form_parses_back_to_its_records(right: list[tuple[int, int, int]]) -> None:
+def test_every_number_of_every_format_is_that_of_the_records(right: list[tuple[int, int, int]]) -> None:
     record = read_result(_RECORD)
-    first = [replace(record, split=replace(record.split, draw=draw), id=f"{draw:016x}") for draw in (1, 2, 3)]
-    made = [
+    draws = [replace(record, split=replace(record.split, draw=draw), id=f"{draw:016x}") for draw in (1, 2, 3)]
+    results = [
         replace(
-            draw,
-            checkpoint=replace(draw.checkpoint, name=f"c{number}", weights_sha256=f"{number:064x}"),
-            metrics=Metrics(top1=one / 797, top5=1.0, top1_ci95=wilson_interval(one, 797), n=797),
+            result,
+            checkpoint=replace(result.checkpoint, name=f"c{number}", weights_sha256=f"{number:064x}"),
+            metrics=Metrics(top1=count / 797, top5=1.0, top1_ci95=wilson_interval(count, 797), n=797),
         )
         for number, counts in enumerate(right)
-        for draw, one in zip(first, counts, strict=True)
+        for result, count in zip(draws, counts, strict=True)
     ]
     standings = {
         place_of(result): Standing(
             interval=result.metrics and result.metrics.top1_ci95, rank=int(result.checkpoint.name[1:]) + 1
         )
-        for result in made
+        for result in results
     }
-    table = make_table(made, standings=standings)
+    table = make_table(results, standings=standings)
     expected = []
     for row in table.rows:
-        scores = [r.metrics.top1 for r in made if r.checkpoint.name == row.name and r.metrics]
-        low, high = next(
-            iter(standings[place_of(r)].interval or () for r in made[::-1] if r.checkpoint.name == row.name)
-        )
-        expected.append((statistics.fmean(scores), statistics.stdev(scores), low, high, 3, int(row.name[1:]) + 1))
+        scores = [count / 797 for count in right[int(row.name[1:])]]
+        interval = wilson_interval(round(scores[-1] * 797), 797)
+        expected.append((statistics.fmean(scores), statistics.stdev(scores), *interval, 3, int(row.name[1:]) + 1))
 
-    printed = [_CELL.fullmatch(cell) for form in (_in_markdown, _in_latex, _in_terminal) for cell in form(table)]
-
-    assert len(printed) == 3 * len(right)
-    for found, (*numbers, draws, rank) in zip(printed, expected * 3, strict=True):
-        assert found is not None
-        assert [found[name] for name in ("mean", "std", "low", "high")] == [f"{100 * number:.1f}" for number in numbers]
-        assert (int(found["draws"]), int(found["rank"])) == (draws, rank)
+    for cells in (_markdown_cells(table), _latex_cells(table), _terminal_cells(table)):
+        for cell, (*numbers, count, rank) in zip(cells, expected, strict=True):
+            match = _CELL.fullmatch(cell)
+            assert match is not None, cell
+            assert [match[name] for name in ("mean", "std", "low", "high")] == [
+                f"{100 * value:.1f}" for value in numbers
+            ]
+            assert (int(match["draws"]), int(match["rank"])) == (count, rank)
     for line, numbers in zip([*csv.reader(io.StringIO(render(table, "csv")))][1:], expected, strict=True):
-        assert [Decimal(one) for one in line[5:9]] == [Decimal(repr(number)) * 100 for number in numbers[:4]]
+        assert [Decimal(field) for field in line[5:9]] == [Decimal(repr(number)) * 100 for number in numbers[:4]]
         assert line[9:] == [str(numbers[4]), str(numbers[5]), "ok"]
-    for row, numbers in zip(json.loads(render(table, "json"))["rows"], expected, strict=True):
-        (cell,) = row["cells"].values()
+    for content, numbers in zip(json.loads(render(table, "json"))["rows"], expected, strict=True):
+        (cell,) = content["cells"].values()
         assert (cell["mean"], cell["std"], *cell["interval95"], cell["draws"], cell["rank"]) == numbers
-        assert cell["results"] == [draw.id for draw in first]
+        assert cell["results"] == [result.id for result in draws]
 
 
 def test_the_terminal_is_not_wrapped_when_piped(results: list[Result], capsys: pytest.CaptureFixture[str]) -> None:
-    print_table(make_table(_named(results, "n" * 300)))
+    named = [replace(result, checkpoint=replace(result.checkpoint, name="n" * 300)) for result in results]
+
+    print_table(make_table(named))
 
     assert "n" * 300 in capsys.readouterr().out
 
 
-def test_the_terminal_prints_no_control_characters_of_a_name(results: list[Result]) -> None:
-    written = io.StringIO()
+def test_a_plug_in_format_is_listed_and_used_like_the_built_in_ones(
+    digits_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "names_report.py").write_text(
+        "suffix = 'txt'\ndef render(table, scan): return f'{table.rows[0].name} {len(scan.results)}\\n'\n"
+    )
+    (tmp_path / "names_report-1.0.dist-info").mkdir()
+    (tmp_path / "names_report-1.0.dist-info" / "METADATA").write_text("Name: names-report\nVersion: 1.0\n")
+    entry_points = tmp_path / "names_report-1.0.dist-info" / "entry_points.txt"
+    entry_points.write_text("[msn_eval.reports]\nnames = names_report\nbroken = no_such_module\nother = json\n")
+    monkeypatch.syspath_prepend(tmp_path)
 
-    print_table(make_table(_named(results, "\x1b[31mred")), Console(file=written, width=300))
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    assert "latex, html, broken, names, other" in " ".join(capsys.readouterr().out.split())
 
-    assert "\x1b" not in written.getvalue()
+    assert main(["report", str(digits_runs), "--format", "names"]) == 0
+    assert capsys.readouterr().out == f"pixels {len(list_results([digits_runs]))}\n"
+
+    assert main(["report", str(digits_runs), "--format", "names", "--out", str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["table.txt"]
+
+    for name, problem in (("broken", "cannot be imported"), ("other", "is not a report format")):
+        assert main(["report", str(digits_runs), "--format", name]) == 2
+        assert f"The plug-in {name!r} of names-report 1.0 {problem}" in capsys.readouterr().err

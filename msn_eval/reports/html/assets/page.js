@@ -16,33 +16,33 @@
     return [Math.max(0, (centre - half) / scale), Math.min(1, (centre + half) / scale)];
   };
 
-  // A record as it stands in its file, from what it shares with others and what is its own.
+  // A record as in its file, from the parts that it shares with others and its own values.
   const unpack = (number) => {
-    const [askedAt, whoAt, howAt, passAt, splitAt, createdAt, chosenAt, id, certificate, objective, iterations, seconds, total, predictions, ...measured] =
+    const [measurementAt, checkpointAt, setupAt, extractionAt, splitAt, createdAt, chosenAt, id, certificate, objective, iterations, seconds, total, predictions, ...measured] =
       data.records[number];
-    const asked = data.asked[askedAt], how = data.how[howAt], { extract, ...pass } = data.pass[passAt];
-    const share = (one) => (Array.isArray(one) ? one[0] : one / asked.n);
+    const measurement = data.measurement[measurementAt], setup = data.setup[setupAt], { extract, ...extraction } = data.extraction[extractionAt];
+    const share = (one) => (Array.isArray(one) ? one[0] : one / measurement.n);
     return {
-      schema: asked.schema, id, status: asked.status, error: asked.error, created: data.created[createdAt],
-      protocol_id: asked.protocol_id, protocol: asked.protocol, checkpoint: data.who[whoAt], data: asked.data,
-      split: data.split[splitAt], features: how.features,
-      probe: { ...asked.probe, certificate, objective, iterations, chosen: data.chosen[chosenAt] },
+      schema: measurement.schema, id, status: measurement.status, error: measurement.error, created: data.created[createdAt],
+      protocol_id: measurement.protocol_id, protocol: measurement.protocol, checkpoint: data.checkpoint[checkpointAt], data: measurement.data,
+      split: data.split[splitAt], features: setup.features,
+      probe: { ...measurement.probe, certificate, objective, iterations, chosen: data.chosen[chosenAt] },
       metrics: measured.length
         ? {
           top1: share(measured[0]), top5: share(measured[1]),
-          top1_ci95: measured.length > 2 ? measured.slice(2) : wilson(measured[0], asked.n), n: asked.n,
+          top1_ci95: measured.length > 2 ? measured.slice(2) : wilson(measured[0], measurement.n), n: measurement.n,
         }
         : null,
-      timing_s: { extract, probe: seconds, total: total === null ? Number((extract + seconds).toFixed(4)) : total, ...pass },
-      environment: how.environment, predictions: predictions === true ? `${id}.npz` : predictions,
+      timing_s: { extract, probe: seconds, total: total === null ? Number((extract + seconds).toFixed(4)) : total, ...extraction },
+      environment: setup.environment, predictions: predictions === true ? `${id}.npz` : predictions,
     };
   };
   const command = (number) => {
-    const [askedAt, whoAt, howAt, , splitAt] = data.records[number], { who, how, asked, split } = data.commands;
-    return [who[whoAt], how[howAt], asked[askedAt], split[splitAt]].join(" ");
+    const [measurementAt, checkpointAt, setupAt, , splitAt] = data.records[number], { checkpoint, setup, measurement, split } = data.commands;
+    return [checkpoint[checkpointAt], setup[setupAt], measurement[measurementAt], split[splitAt]].join(" ");
   };
 
-  // Sorting: by number, best first; what has none stays last in both directions, equal ones keep their order.
+  // Sorting: by number, best first. Rows without a number stay last in both directions; equal rows keep their order.
   const sortable = (table, value, text, after) => {
     const heads = [...table.querySelectorAll("thead [data-sort]")];
     const sort = (head) => {
@@ -58,7 +58,7 @@
         missing(a.key) || missing(b.key) ? missing(a.key) - missing(b.key)
           : sign * (typeof a.key === "string" ? order.compare(a.key, b.key) : a.key - b.key));
       const hung = table.parentNode, place = table.nextSibling;
-      table.remove();  // one layout instead of one a row
+      table.remove();  // one layout instead of one per row
       body.append(...rows.map((one) => one.row));
       after();
       hung.insertBefore(table, place);
@@ -67,13 +67,13 @@
   };
   const order = new Intl.Collator(undefined, { numeric: true });
 
-  // A cell: how many records from which on; of several also rank, who shares it, mean and interval; of one, its own.
+  // A cell: index of its first record and their count; for several records also rank, how many share it, mean and interval.
   let following = 0;
   const cells = data.cells.map((line) => line.map((one) => {
     if (one === 0) return null;
-    const [count, rank, tied, mean, low, high] = typeof one === "number" ? [one] : one, first = following;
+    const [count, rank, tied, mean, low, high] = one, first = following;
     following += count;
-    const cell = { first, count, rank: rank || null, tied: tied || 1, mean, low, high };
+    const cell = { first, count, rank, tied, mean, low, high };
     if (count === 1 && mean === undefined) {
       const { metrics } = unpack(first);
       if (metrics) Object.assign(cell, { mean: metrics.top1, low: metrics.top1_ci95[0], high: metrics.top1_ci95[1] });
@@ -85,8 +85,8 @@
   const cellOf = (row, column) => cells[row.number][column];
   sortable(board, (row, column) => (cellOf(row, column) || {}).mean, (row) => data.rows[row.number].name, () => filter());
 
-  // Filter by every word; only so many rows are laid out until all are asked for, and then too the first of them are painted
-  // before the others; groups of columns on and off.
+  // Filter by every word. Only `most` rows are laid out until all are requested; then the first of them are painted before the
+  // rest. Groups of columns can be hidden.
   const most = 100, said = at("shown");
   let all = false, others = 0;
   const texts = data.rows.map((row) => `${row.name} ${row.arch} ${row.note}`.toLowerCase());
@@ -104,7 +104,7 @@
     cancelAnimationFrame(others);
     const show = () => { for (const row of body.rows) row.classList.remove("beyond"); };
     if (all) others = requestAnimationFrame(() => { others = requestAnimationFrame(show); });
-    said.textContent = words.length ? `${measured} of ${data.measured} checkpoints fit.` : "";
+    said.textContent = words.length ? `${measured} of ${data.measured} checkpoints match.` : "";
     at("all").hidden = all || fitting <= most;
     at("all").textContent = `Show all ${fitting.toLocaleString("en")} rows`;
   };
@@ -124,7 +124,7 @@
     filter();
   });
 
-  // What a cell says of itself, at the pointer or at the focus.
+  // The tooltip of a cell, at the pointer or at the focus.
   const tip = at("tip");
   const placeOf = (button) => {
     const cell = button.closest("td");
@@ -134,10 +134,10 @@
     const { first, count, low, high, rank, tied } = cells[row][column];
     const records = Array.from({ length: count }, (_, number) => unpack(first + number));
     const scores = records.map((one) => (one.metrics ? percent(one.metrics.top1, 2) : "FAILED"));
-    const lines = [`${data.rows[row].name} · ${data.columns[column].title}`, `${count === 1 ? "one draw" : `${count} draws`}: ${scores.join(", ")} %`];
+    const lines = [`${data.rows[row].name} · ${data.columns[column].title}`, `${count === 1 ? "1 draw" : `${count} draws`}: ${scores.join(", ")} %`];
     if (low !== undefined && low !== null) lines.push(`95 % interval over test images: ${percent(low, 1)} to ${percent(high, 1)} %`);
-    if (rank) lines.push(`rank ${rank}${tied > 1 ? `, shared by ${tied} that their images cannot tell apart` : ""}`);
-    if (records.some((one) => one.status === "not_converged")) lines.push("the solver did not reach its certificate");
+    if (rank) lines.push(`rank ${rank}${tied > 1 ? `, shared by ${tied} checkpoints without a statistically significant difference` : ""}`);
+    if (records.some((one) => one.status === "not_converged")) lines.push("the solver did not converge");
     records.filter((one) => one.error).forEach((one) => lines.push(one.error.slice(0, 200)));
     return lines.join("\n");
   };
@@ -157,7 +157,7 @@
   body.addEventListener("focusout", hideTip);
   document.addEventListener("scroll", hideTip, true);
 
-  // One number takes part in the order of Tab; the arrow keys move among them.
+  // Tab reaches one number; the arrow keys move between numbers.
   const start = body.querySelector("td button");
   if (start) start.tabIndex = 0;
   const visible = (one) => one && one.offsetParent !== null;
@@ -179,7 +179,7 @@
     target.focus();
   });
 
-  // Where a number came from.
+  // The origin of a number.
   const origin = at("origin");
   const showRecord = (number, pressed) => {
     const record = unpack(number);
@@ -194,7 +194,7 @@
     if (record.probe.certificate !== null) facts.splice(3, 0, ["certificate", `relative duality gap ${record.probe.certificate.toExponential(1)} after ${record.probe.iterations} iterations of ${record.probe.solver}`]);
     at("origin-facts").replaceChildren(...facts.flatMap(([name, text]) => [make("dt", name), make("dd", text)]));
     at("command").textContent = command(number);
-    at("hint").textContent = record.data.name === "digits" ? "" : `The record knows the data set by its name, ${record.data.name}; give the path that it has with you.`;
+    at("hint").textContent = record.data.name === "digits" ? "" : `The record has the name of the data set, ${record.data.name}, not its path: replace it with your path.`;
     at("record").textContent = JSON.stringify(record, null, 1);
   };
   body.addEventListener("click", (event) => {
@@ -225,7 +225,7 @@
     setTimeout(() => { at("copy").textContent = "Copy"; }, 1600);
   });
 
-  // Classes of one protocol: counts of right answers over all draws.
+  // Accuracy per class of one protocol, from counts of correct predictions over all draws.
   const choice = at("protocol");
   if (choice) {
     const table = at("classes");
@@ -258,7 +258,7 @@
       });
       table.tHead.replaceChildren(head);
       table.tBodies[0].replaceChildren(...rows);
-      const said = make("span", `Accuracy in percent of each class under ${data.columns[view.column].title}, ${view.draws === 1 ? "one draw" : `mean of ${view.draws} draws`}${view.rows.length < data.measured ? `; ${view.rows.length} checkpoints` : ""}.`);
+      const said = make("span", `Accuracy in percent per class, ${data.columns[view.column].title}, ${view.draws === 1 ? "1 draw" : `mean of ${view.draws} draws`}${view.rows.length < data.measured ? `; ${view.rows.length} checkpoints` : ""}.`);
       said.className = "said";
       table.caption.replaceChildren(said);
       sortable(table, (row, column) => (column < view.rows.length ? shares[row.place][column] : view.images[row.place]), (row) => names[row.place], () => {});
@@ -272,7 +272,7 @@
     showClasses(data.views[0]);
   }
 
-  // On paper nothing scrolls: a table wider than a landscape page is made smaller.
+  // Paper does not scroll: a table wider than a landscape page is made smaller.
   const paper = 1020;
   const tables = document.querySelectorAll("table");
   addEventListener("beforeprint", () => tables.forEach((one) => { one.style.zoom = Math.min(1, paper / one.offsetWidth); }));

@@ -7,7 +7,7 @@
     curves: data.panels[number],
   }));
 
-  // The value of a curve that is nearest to a place; what is known only elsewhere is not told here.
+  // The point of a curve that is nearest to x.
   const nearest = (curve, x) => {
     let low = 0, high = curve.length - 1;
     while (high - low > 1) {
@@ -17,7 +17,7 @@
     return Math.abs(curve[low][0] - x) <= Math.abs(curve[high][0] - x) ? curve[low] : curve[high];
   };
 
-  // One place in all panels: under the pointer of one of them.
+  // Show the same x in all panels.
   const show = (x) => panels.forEach(({ svg, cursor, keys, curves }) => {
     const { left, right } = svg.dataset, at = Number(left) + (x / data.end) * (right - left);
     cursor.setAttribute("x1", at);
@@ -35,8 +35,8 @@
   panels.forEach(({ svg }) => {
     svg.addEventListener("pointermove", (event) => {
       const box = svg.getBoundingClientRect(), { left, right } = svg.dataset;
-      const place = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
-      show(Math.max(0, Math.min(1, (place - left) / (right - left))) * data.end);
+      const svgX = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
+      show(Math.max(0, Math.min(1, (svgX - left) / (right - left))) * data.end);
     });
     svg.addEventListener("pointerleave", hide);
   });

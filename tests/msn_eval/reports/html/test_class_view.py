@@ -21,7 +21,9 @@ def runs(digits_runs: Path, tmp_path: Path) -> Path:
 
 def _read(runs: Path) -> tuple[Table, Records]:
     scan = scan_results([runs])
-    return make_table(scan.results), {one.id: (one, path) for one, path in zip(scan.results, scan.paths, strict=True)}
+    return make_table(scan.results), {
+        result.id: (result, path) for result, path in zip(scan.results, scan.paths, strict=True)
+    }
 
 
 def test_classes_are_counted_over_all_draws(runs: Path) -> None:
@@ -33,7 +35,9 @@ def test_classes_are_counted_over_all_draws(runs: Path) -> None:
     for view in views:
         ids = table.cells[table.rows[0], view.column].results
         stored = [read_predictions(runs / f"{identity}.npz") for identity in ids]
-        right = [sum(int(np.sum(one.prediction[one.label == label] == label)) for one in stored) for label in range(10)]
+        right = [
+            sum(int(np.sum(draw.prediction[draw.label == label] == label)) for draw in stored) for label in range(10)
+        ]
         assert (view.right, view.draws) == ((tuple(right),), 3)
         assert view.names == tuple("0123456789")
         assert sum(view.images) == 797
@@ -48,7 +52,7 @@ def test_a_cell_without_all_of_its_predictions_is_not_shown(runs: Path) -> None:
     assert [view.column for view in views] == list(table.columns[1:])
 
 
-def test_damaged_predictions_are_told_of(runs: Path) -> None:
+def test_damaged_predictions_are_named(runs: Path) -> None:
     table, records = _read(runs)
     broken = runs / f"{table.cells[table.rows[0], table.columns[0]].results[0]}.npz"
     broken.write_bytes(b"PK")
@@ -59,11 +63,13 @@ def test_damaged_predictions_are_told_of(runs: Path) -> None:
     assert str(broken) in notices[0]
 
 
-def test_views_beyond_the_room_are_told_of(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_beyond_the_limit_are_counted_in_a_notice(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table, records = _read(runs)
     monkeypatch.setattr(msn_eval.reports.html.class_view, "_MOST_COUNTS", 25)
 
     views, notices = make_class_views(table, records)
 
     assert len(views) == 2
-    assert notices == (f"{len(table.columns) - 2} protocols are not shown class by class: there are too many.",)
+    assert notices == (
+        f"Accuracy per class is not shown for {len(table.columns) - 2} protocols, to limit the size of the page.",
+    )

@@ -17,11 +17,11 @@ def results(digits_runs: Path) -> list[Result]:
 
 
 @pytest.mark.parametrize("probe", ["logistic", "knn", "ncm"])
-def test_command_makes_the_same_record_again(probe: str, results: list[Result], tmp_path: Path) -> None:
-    record = next(one for one in results if one.probe.name == probe and one.split.draw == 2)
-    words = shlex.split(command_of(record))
+def test_command_reproduces_the_record(probe: str, results: list[Result], tmp_path: Path) -> None:
+    record = next(result for result in results if result.probe.name == probe and result.split.draw == 2)
+    arguments = shlex.split(command_of(record))
 
-    code = main([*words[1:], "--device", "cpu", "--no-cache", "--out", str(tmp_path), "-q"])
+    code = main([*arguments[1:], "--device", "cpu", "--no-cache", "--out", str(tmp_path), "-q"])
 
     (again,) = list_results([tmp_path])
     assert (code, again.id, again.metrics) == (0, record.id, record.metrics)
@@ -35,24 +35,24 @@ def test_command_makes_the_same_record_again(probe: str, results: list[Result], 
         {"taps": ["pixels"], "lr": 3.0, "epochs": 1},
     ],
 )
-def test_command_makes_the_same_linear_layer_again(recipe: dict[str, object], tmp_path: Path) -> None:
+def test_command_reproduces_the_linear_probe(recipe: dict[str, object], tmp_path: Path) -> None:
     options = {"subsets": ["2imgs@1"], "probes": ["linear"], "device": "cpu", "no_cache": True}
     (record,) = evaluate(["pixels"], data="digits", out=tmp_path / "first", linear=recipe, **options)
-    words = shlex.split(command_of(record))
+    arguments = shlex.split(command_of(record))
 
-    code = main([*words[1:], "--device", "cpu", "--no-cache", "--out", str(tmp_path / "again"), "-q"])
+    code = main([*arguments[1:], "--device", "cpu", "--no-cache", "--out", str(tmp_path / "again"), "-q"])
 
     (again,) = list_results([tmp_path / "again"])
     assert (code, again.id, again.metrics, again.probe) == (0, record.id, record.metrics, record.probe)
 
 
-def test_command_says_all_that_was_set_by_hand(results: list[Result]) -> None:
+def test_command_has_every_option_that_was_set_manually(results: list[Result]) -> None:
     record = results[0]
     by_hand = {"tap": "mean", "image_pixels": 96, "decoder": "torchvision"}
     protocol = {**record.protocol, "by_hand": by_hand, "limit": 3, "skipped": "f" * 64}
     checkpoint = replace(record.checkpoint, key="teacher", allow_missing=("head.*",))
     changed = replace(record, checkpoint=checkpoint)
-    object.__setattr__(changed, "protocol", protocol)  # whose id is of no matter here
+    object.__setattr__(changed, "protocol", protocol)  # its id does not matter here
 
     command = command_of(changed)
 
@@ -69,23 +69,23 @@ def test_names_are_quoted_for_the_shell(results: list[Result]) -> None:
     assert "--checkpoint 'a b; rm -rf $HOME' " in command_of(replace(results[0], checkpoint=checkpoint))
 
 
-def test_a_list_of_ones_own_has_no_draw(results: list[Result]) -> None:
+def test_a_list_file_has_no_draw(results: list[Result]) -> None:
     record = replace(results[0], split=replace(results[0].split, subset="mine.txt", draw=1))
     object.__setattr__(record, "protocol", {**record.protocol, "subset": {"name": "mine.txt", "rule": "list:abc"}})
 
     assert command_of(record).endswith("--subset mine.txt")
 
 
-def test_what_records_share_stands_once(results: list[Result]) -> None:
+def test_parts_that_records_share_are_stored_once(results: list[Result]) -> None:
     packed = pack_records(results)
 
-    assert len(packed["who"]) == 1
-    assert len(packed["asked"]) == len({one.protocol_id for one in results})
-    assert len(packed["split"]) == len({(one.split.subset, one.split.draw) for one in results})
+    assert len(packed["checkpoint"]) == 1
+    assert len(packed["measurement"]) == len({result.protocol_id for result in results})
+    assert len(packed["split"]) == len({(result.split.subset, result.split.draw) for result in results})
     assert len(packed["records"]) == len(results)
 
 
-def test_a_share_that_is_no_count_of_images_is_kept_to_the_last_digit(results: list[Result]) -> None:
+def test_an_accuracy_that_is_not_a_count_of_images_keeps_all_digits(results: list[Result]) -> None:
     metrics = results[0].metrics
     assert metrics is not None
     odd = replace(results[0], metrics=replace(metrics, top1=0.1234567890123))
@@ -93,4 +93,4 @@ def test_a_share_that_is_no_count_of_images_is_kept_to_the_last_digit(results: l
     (record,) = pack_records([odd])["records"]
 
     assert [0.1234567890123] in record
-    assert list(metrics.top1_ci95) == record[-2:]  # which does not follow from it
+    assert list(metrics.top1_ci95) == record[-2:]  # which cannot be computed from it

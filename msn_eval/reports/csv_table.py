@@ -1,0 +1,43 @@
+"""Report format `csv`: the complete table, percentages with all their digits, empty fields where there is no result."""
+
+import csv
+import io
+
+from msn_eval.errors import one_line
+from msn_eval.reports.text_tables import FAILED, exact_percent
+from msn_eval.results.folder import ResultScan
+from msn_eval.results.table import Cell, Table
+
+suffix = "csv"
+_ROW_FIELDS = ("checkpoint", "note", "architecture", "weights_sha256", "source")
+_CELL_FIELDS = ("top1 %", "std %", "95 % low %", "95 % high %", "draws", "rank", "status")
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "'")  # first characters
+
+
+def render(table: Table, scan: ResultScan) -> str:
+    """Return the table as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    headers = [f"{column.group}, {column.title}: {name}" for column in table.columns for name in _CELL_FIELDS]
+    writer.writerow(map(escape_csv, (*_ROW_FIELDS, *headers)))
+    for row in table.rows:
+        fields = [escape_csv(value) for value in (row.name, row.note, row.arch, row.weights_sha256 or "", row.source)]
+        for column in table.columns:
+            fields += _format_cell(table.cells.get((row, column)))
+        writer.writerow(fields)
+    return text.getvalue()
+
+
+def _format_cell(cell: Cell | None) -> list[str]:
+    if cell is None:
+        return [""] * len(_CELL_FIELDS)
+    numbers = (cell.mean, cell.std, *(cell.standing.interval or (None, None)))
+    top1, *others = ("" if number is None else exact_percent(number) for number in numbers)
+    counts = ("" if count is None else str(count) for count in (cell.draws, cell.standing.rank))
+    return [top1 or FAILED, *others, *counts, cell.status]
+
+
+def escape_csv(text: str) -> str:
+    """Return one line that no spreadsheet takes for a formula: such a text, and one that starts with a quote, gets a quote."""
+    shown = one_line(text)
+    return f"'{shown}" if shown.startswith(_FORMULA) else shown
