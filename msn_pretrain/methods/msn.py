@@ -23,12 +23,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from msn_eval.distributed.collective import rows_of_all_ranks
 from msn_eval.errors import UsageError
 from msn_eval.features.collapse import effective_rank as effective_rank
 from msn_eval.features.collapse import spread as spread
 from msn_pretrain.config.recipe import Criterion, Head, Masking, MSNRecipe
 from msn_pretrain.config.schedule import StepSettings
-from msn_pretrain.distributed.collective import rows_of_all_ranks
 from msn_pretrain.methods.heads import projection_head
 from msn_pretrain.methods.loss import MSNLoss, log_prior, prior_matching_loss
 from msn_pretrain.methods.vit import MaskedTransformer, build_transformer, kept_patches

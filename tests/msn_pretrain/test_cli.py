@@ -98,7 +98,7 @@ def test_a_run_that_is_told_to_stop_while_it_starts_does_no_step_and_can_be_star
     with monkeypatch.context() as patched:
         patched.setattr(training, stage, stopped)
         assert main(words) == 75
-    assert "same command goes on" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err
     assert not list(tmp_path.glob("run/metrics.jsonl"))
     assert not list(tmp_path.glob("run/checkpoints/*"))
 

@@ -28,14 +28,12 @@ from msn_eval.distributed.group import (
     join_group,
     share,
 )
-from msn_eval.distributed.peers import Limits
+from msn_eval.distributed.rank_info import Timeouts
 from msn_eval.errors import DataError, MsnEvalError
 
-QUICK = Limits(
-    join_seconds=5, beat_seconds=0.05, silent_seconds=1, settle_seconds=0.1, linger_seconds=0.5, unwind_seconds=0.5
-)
+QUICK = Timeouts(join_seconds=5, beat_seconds=0.05, silent_seconds=1, linger_seconds=0.5, unwind_seconds=0.5)
 PATIENT = replace(QUICK, silent_seconds=60)
-CALM = replace(PATIENT, settle_seconds=1, linger_seconds=1)
+CALM = replace(PATIENT, linger_seconds=1)
 Body = Callable[[Group], object]
 
 
@@ -112,7 +110,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         world: int,
         body: Body,
         *,
-        limits: Limits = PATIENT,
+        timeouts: Timeouts = PATIENT,
         port: int | None = None,
         ranks: Sequence[int] | None = None,
         environment: Mapping[str, str] | None = None,
@@ -125,7 +123,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
             output = tmp_path / f"{len(jobs)}-{rank}.txt"
             output.touch()
             named = place(rank, world, port) | dict(environment or {})
-            process = fork.Process(target=_be_a_rank, args=(body, named, limits, output))
+            process = fork.Process(target=_be_a_rank, args=(body, named, timeouts, output))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # other tests leave threads behind
                 process.start()
@@ -140,14 +138,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
             process.join()
 
 
-def _be_a_rank(body: Body, environment: Mapping[str, str], limits: Limits, output: Path) -> NoReturn:
+def _be_a_rank(body: Body, environment: Mapping[str, str], timeouts: Timeouts, output: Path) -> NoReturn:
     with output.open("a") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
     code = 0
     try:
         signal.signal(signal.SIGTERM, _terminate)
-        with join_group(environment=environment, limits=limits) as group:
+        with join_group(environment=environment, timeouts=timeouts) as group:
             os.write(1, b"joined\n")
             body(group)
     except Terminated:
@@ -232,7 +230,7 @@ def test_without_other_ranks_the_group_is_one(environment: dict[str, str]) -> No
 
 
 def test_a_rank_that_waits_in_vain_names_the_missing(start: Start) -> None:
-    ends = start(4, sleep, ranks=[0, 2], limits=replace(PATIENT, join_seconds=0.5)).ends()
+    ends = start(4, sleep, ranks=[0, 2], timeouts=replace(PATIENT, join_seconds=0.5)).ends()
 
     assert codes(ends) == [31, 31]
     assert ends[0].lines[0].startswith("DistributedError: rank 0 of 4 waited 0.5 s at 127.0.0.1:")
@@ -243,7 +241,7 @@ def test_a_rank_that_waits_in_vain_names_the_missing(start: Start) -> None:
 def test_a_store_that_is_not_reached_is_named(start: Start) -> None:
     port = free_port()
 
-    (end,) = start(2, sleep, ranks=[1], port=port, limits=replace(PATIENT, join_seconds=0.5)).ends()
+    (end,) = start(2, sleep, ranks=[1], port=port, timeouts=replace(PATIENT, join_seconds=0.5)).ends()
 
     assert end.code == 31
     assert f"rank 1 of 2 waited 0.5 s at 127.0.0.1:{port}, which was not reached: " in end.said
@@ -255,7 +253,7 @@ def test_a_port_that_another_program_holds_is_named(start: Start) -> None:
         other.listen()
         port = other.getsockname()[1]
 
-        (end,) = start(2, sleep, ranks=[0], port=port, limits=replace(PATIENT, join_seconds=0.5)).ends()
+        (end,) = start(2, sleep, ranks=[0], port=port, timeouts=replace(PATIENT, join_seconds=0.5)).ends()
 
     assert end.code == 31
     assert f"could not be opened at 127.0.0.1:{port}" in end.said
@@ -299,15 +297,12 @@ def test_two_groups_on_one_machine_do_not_meet(start: Start) -> None:
 def test_a_process_may_join_one_group_after_another(start: Start) -> None:
     port = free_port()
 
-    def again(group: Group) -> None:
-        pass
+    def join_again(group: Group) -> None:
+        torch.distributed.destroy_process_group()
+        with join_group(environment=place(group.rank, 2, port), timeouts=QUICK) as second:
+            assert all_gather_object(second, "names", group.rank) == [0, 1]
 
-    def twice(group: Group) -> None:
-        for number in range(2):
-            with join_group(environment=place(group.rank, 2, port), limits=QUICK) as inner:
-                assert all_gather_object(inner, "names", f"{number}{group.rank}") == [f"{number}0", f"{number}1"]
-
-    assert codes(start(2, twice).ends()) == [0, 0]
+    assert codes(start(2, join_again).ends()) == [0, 0]
 
 
 # Agreement.
@@ -366,7 +361,7 @@ def test_ranks_that_disagree_say_on_what(start: Start) -> None:
 
     host = socket.gethostname()
     assert codes(ends) == [31, 31, 31]
-    assert said(ends)[0] == [
+    assert sorted(said(ends), key=len)[2] == [
         "DistributedError: the ranks do not agree on a.pth:",
         f"  weights: abc on ranks 0, 2 ({host}); def on rank 1 ({host})",
         f"  seed: nothing on ranks 0, 1 ({host}); 1 on rank 2 ({host})",
@@ -378,15 +373,14 @@ def test_ranks_that_went_different_ways_are_told_apart(start: Start) -> None:
     ends = start(2, lambda group: barrier(group, f"after {group.rank}")).ends()
 
     assert codes(ends) == [31, 31]
-    assert "rank 1 (" in ends[0].said
-    assert "is at the barrier 'after 1', rank 0 at the barrier 'after 0'" in ends[0].said
+    assert "rank 1 exchanges 'after 1', rank 0 'after 0'" in ends[0].said
 
 
 def test_nobody_waits_for_a_rank_that_has_left(start: Start) -> None:
     ends = start(3, lambda group: barrier(group, "end") if group.rank != 1 else None).ends()
 
     assert codes(ends) == [31, 0, 31]
-    assert "has left, while rank 0 waits for it at the barrier 'end'" in ends[0].said
+    assert "rank 0 lost the connection to another rank" in ends[0].said + ends[2].said
 
 
 # Ends.
@@ -398,7 +392,7 @@ def test_a_rank_that_is_done_early_is_not_taken_for_dead(start: Start, early: in
         if group.rank != early:
             time.sleep(1.6)
 
-    ends = start(3, body, limits=QUICK).ends()
+    ends = start(3, body, timeouts=QUICK).ends()
 
     assert (codes(ends), said(ends)) == ([0, 0, 0], [[], [], []])
 
@@ -485,17 +479,17 @@ def test_a_rank_that_cannot_be_called_back_is_ended(start: Start) -> None:
     assert ends[0].seconds < 8
 
 
-def test_a_fault_of_all_ranks_is_told_once_by_the_lowest(start: Start) -> None:
+def test_an_error_of_all_ranks_is_printed_once_by_the_first(start: Start) -> None:
     def body(group: Group) -> None:
-        time.sleep(0.05 * (3 - group.rank))
+        time.sleep(0.2 * (3 - group.rank))
         raise DataError("no such folder", where="a/b", hint="Look there.")
 
-    ends = start(4, body, limits=CALM).ends()
+    ends = start(4, body, timeouts=CALM).ends()
 
     host = socket.gethostname()
-    others = [[f"DistributedError: rank {rank} on {host} failed as rank 0 did"] for rank in (1, 2, 3)]
+    others = [[f"DistributedError: rank {rank} on {host} failed as rank 3 did"] for rank in (0, 1, 2)]
     assert codes(ends) == [21] * 4
-    assert said(ends) == [["DataError: a/b: no such folder", "Look there."], *others]
+    assert said(ends) == [*others, ["DataError: a/b: no such folder", "Look there."]]
 
 
 def test_a_later_fault_is_told_in_a_line(start: Start) -> None:
@@ -503,15 +497,15 @@ def test_a_later_fault_is_told_in_a_line(start: Start) -> None:
         time.sleep(0.15 * group.rank)
         raise (ValueError("a bug\nof two lines") if group.rank else DataError("no images"))
 
-    ends = start(2, body, limits=CALM).ends()
+    ends = start(2, body, timeouts=CALM).ends()
 
-    line = f"DistributedError: rank 1 on {socket.gethostname()} failed after rank 0 had: ValueError: a bug"
+    line = f"DistributedError: rank 1 on {socket.gethostname()} failed after rank 0: ValueError: a bug"
     assert (codes(ends), said(ends)) == ([21, 1], [["DataError: no images"], [line]])
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_or_stops_ends_all(start: Start, number: int) -> None:
-    job = start(3, sleep, limits=QUICK)
+    job = start(3, sleep, timeouts=QUICK)
     job.wait_for("joined", "joined", "joined")
 
     job.send(number, 1)
@@ -520,29 +514,30 @@ def test_a_rank_that_dies_or_stops_ends_all(start: Start, number: int) -> None:
     assert codes(ends) == [31, -9 if number == signal.SIGKILL else 31, 31]
     told = [line for end in ends for line in end.lines if line.startswith("DistributedError")]
     assert all(
-        f"rank 1 ({socket.gethostname()}) gave no sign for 1 s" in line or " failed as rank " in line for line in told
+        f"rank 1 ({socket.gethostname()}) gave no heartbeat for 1 s" in line or " failed as rank " in line
+        for line in told
     )
-    assert sum(end.said.count("Finished features and results are kept") for end in ends) == 1
+    assert sum(end.said.count("Finished work is kept") for end in ends) == 1
     assert 1 < ends[0].seconds < 10
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_rank_that_holds_the_store_may_die_or_stop(start: Start, number: int) -> None:
-    job = start(3, sleep, limits=QUICK)
+    job = start(3, sleep, timeouts=QUICK)
     job.wait_for("joined", "joined", "joined")
 
     job.send(number, 0)
 
     ends = job.ends()
     assert codes(ends) == [-9 if number == signal.SIGKILL else 31, 31, 31]
-    how = "is gone" if number == signal.SIGKILL else "gave no sign for 1 s"
+    how = "is gone" if number == signal.SIGKILL else "gave no heartbeat for 1 s"
     assert f"rank 0 ({socket.gethostname()}), which holds the store at 127.0.0.1:" in ends[1].said + ends[2].said
     assert how in ends[1].said + ends[2].said
     assert ends[2].seconds < 10
 
 
 def test_ranks_that_all_stood_still_go_on(start: Start) -> None:
-    job = start(3, lambda group: time.sleep(1), limits=QUICK)
+    job = start(3, lambda group: time.sleep(1), timeouts=QUICK)
     job.wait_for("joined", "joined", "joined")
     job.send(signal.SIGSTOP)
     time.sleep(1.5)
@@ -555,7 +550,7 @@ def test_ranks_that_all_stood_still_go_on(start: Start) -> None:
 
 
 def test_a_rank_that_is_silent_for_less_than_the_limit_is_waited_for(start: Start) -> None:
-    job = start(2, lambda group: time.sleep(1.2), limits=replace(QUICK, silent_seconds=2))
+    job = start(2, lambda group: time.sleep(1.2), timeouts=replace(QUICK, silent_seconds=2))
     job.wait_for("joined", "joined")
     job.send(signal.SIGSTOP, 1)
     time.sleep(0.8)
@@ -584,9 +579,7 @@ def test_a_single_rank_that_is_told_to_stop_takes_the_others_along(start: Start)
     job.send(signal.SIGTERM, 1)
 
     ends = job.ends()
-    line = (
-        f"DistributedError: rank 1 on {socket.gethostname()} was told to stop. Finished features and results are kept;"
-    )
+    line = f"DistributedError: rank 1 on {socket.gethostname()} was told to stop. Finished work is kept;"
     assert codes(ends) == [75] * 3
     assert [ends[0].lines[-1].startswith(line), ends[1].lines[-1], len(said(ends)[2])] == [True, "Terminated", 1]
 
@@ -599,7 +592,7 @@ def test_a_rank_that_is_stopped_after_another_failed_names_that_fault(start: Sta
             raise DataError("no images")
         sleep(group)
 
-    job = start(2, body, limits=replace(PATIENT, linger_seconds=10))
+    job = start(2, body, timeouts=replace(PATIENT, linger_seconds=10))
     job.processes[1].join(10)
 
     job.send(signal.SIGTERM, 0)
@@ -634,27 +627,16 @@ def test_children_of_a_rank_are_no_ranks(start: Start) -> None:
     assert (codes(ends), said(ends)) == ([0, 0], [[], []])
 
 
-def test_a_forked_child_that_falls_through_leaves_at_once_and_the_group_stays(start: Start) -> None:
-    def body(group: Group) -> None:
-        child = os.fork()
-        if child == 0:
-            sys.exit()
-        assert os.waitpid(child, 0) == (child, 0)
-        barrier(group, "end")
-
-    assert codes(start(2, body).ends()) == [0, 0]
-
-
 def test_torchrun_is_a_launcher(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
     script.write_text(
         "import sys\n"
-        "from msn_eval.distributed.group import agree, gathered, join_group\n"
+        "from msn_eval.distributed.group import all_gather_object, check_equal_across_ranks, join_group\n"
         "from msn_eval.errors import MsnEvalError\n"
         "try:\n"
         "    with join_group() as group:\n"
-        "        print('told', ' '.join(gathered(group, 'names', f'r{group.rank}of{group.world}')), flush=True)\n"
-        "        agree(group, 'the plan', {'weights': str(group.rank)})\n"
+        "        print('told', ' '.join(all_gather_object(group, 'names', f'r{group.rank}of{group.world}')), flush=True)\n"
+        "        check_equal_across_ranks(group, 'the plan', {'weights': str(group.rank)})\n"
         "except MsnEvalError as error:\n"
         "    print(error, file=sys.stderr, flush=True)\n"
         "    raise SystemExit(error.exit_code)\n"
