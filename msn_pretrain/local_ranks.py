@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from dataclasses import replace
 from types import FrameType
 
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from msn_eval.distributed.group import Group
 from msn_eval.errors import PREEMPTED, DistributedError, UsageError
@@ -48,11 +48,13 @@ def run_local_ranks(arguments: Sequence[str], devices: Sequence[str]) -> int:
         if name == "auto":
             raise UsageError("run.device: auto among several", hint="Name each: run.device=cuda:0,cuda:1.")
         choose_device(name)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = os.environ | {
         "WORLD_SIZE": str(len(devices)),
         "LOCAL_WORLD_SIZE": str(len(devices)),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # if this process is killed, the ranks notice that the store is gone
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // len(devices))))
     children = [
@@ -100,9 +102,3 @@ def _wait_for(children: "Sequence[subprocess.Popen[bytes]]") -> int:
     codes = [child.returncode for child in children if child.returncode]
     code = code or (codes[0] if codes else 0)
     return code if code >= 0 else DistributedError.exit_code
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

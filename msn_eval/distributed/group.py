@@ -144,7 +144,7 @@ def _meet(info: RankInfo, timeouts: Timeouts, prefix: str) -> tuple[TCPStore, li
     deadline = started + timeouts.join_seconds
     waited = f"rank {info.rank} of {info.world} waited {timeouts.join_seconds:g} s at {info.endpoint}"
     hint = "Look for the first error of the missing ranks, and check MASTER_ADDR, MASTER_PORT and firewalls."
-    own = json.dumps({"host": info.host, "process": os.getpid(), "token": uuid4().hex})
+    own = json.dumps({"host": info.host, "process": os.getpid(), "holds_store": info.holds_store, "token": uuid4().hex})
     keys = [f"rank/{rank}" for rank in range(info.world)]
     while True:
         try:

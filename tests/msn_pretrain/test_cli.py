@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from msn_eval.cli import main as msn_eval
-from msn_eval.distributed.slurm import SlurmOptions, Submitted
+from msn_eval.distributed.slurm import Submitted
 from msn_pretrain.cli import main
 from msn_pretrain.training import train as training
 from msn_pretrain.training.journal import read_metrics
@@ -113,8 +113,8 @@ def test_slurm_gets_the_command_without_itself_and_its_output_beside_the_run(
     words = [str(run.parent / "tiny.yaml"), f"run.dir={tmp_path / 'run'}", "run.seed=4"]
     handed = []
 
-    def take(words: list[str], options: SlurmOptions, **places: object) -> Submitted:
-        handed.append((words, options.cluster, places))
+    def take(words: list[str], options: dict[str, object], **places: object) -> Submitted:
+        handed.append((words, options["cluster"], places))
         return Submitted(job=cast(Any, None), job_id="17", logs=(tmp_path / "17.out",))
 
     monkeypatch.setattr("msn_eval.distributed.slurm.submit", take)
