@@ -103,12 +103,7 @@ def average_gradients(group: Group, parameters: Sequence[nn.Parameter]) -> None:
 
 
 def check_replicas(group: Group, tensors: Mapping[str, Tensor], *, step: int) -> None:
-    """Check that every rank holds the same tensors; all ranks must call this.
-
-    Args:
-        group: The ranks.
-        tensors: By name.
-        step: Number of finished steps, for the error.
+    """Check that every rank holds the same tensors after `step` steps; all ranks must call this.
 
     Raises:
         DistributedError: Names the ranks that differ from the majority, their hosts, and the first tensors.
@@ -119,15 +114,11 @@ def check_replicas(group: Group, tensors: Mapping[str, Tensor], *, step: int) ->
     usual, frequency = Counter(sums for _, sums in received).most_common(1)[0]
     if frequency == len(received):
         return
-    differing = [rank for rank, (_, sums) in enumerate(received) if sums != usual]
-    names = [
-        name
-        for index, name in enumerate(sorted(tensors))
-        if any(received[rank][1][index] != usual[index] for rank in differing)
-    ]
+    by_tensor = zip(sorted(tensors), *(sums for _, sums in received), strict=True)
+    names = [name for name, *sums in by_tensor if len(set(sums)) > 1]
     has_majority = 2 * frequency > len(received)
-    ranks = differing if has_majority else range(len(received))
-    described = ", ".join(f"rank {rank} on {received[rank][0]}" for rank in ranks)
+    wrong = [rank for rank, (_, sums) in enumerate(received) if sums != usual or not has_majority]
+    described = ", ".join(f"rank {rank} on {received[rank][0]}" for rank in wrong)
     raise DistributedError(
         f"after step {step} the weights of {described} differ from {'the rest' if has_majority else 'each other'}: "
         f"{len(names)} tensors, {', '.join(names[:_SHOWN])}",

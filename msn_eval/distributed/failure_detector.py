@@ -2,7 +2,7 @@
 
 A collective of torch waits for its timeout, even if another rank raised an error or was stopped. The ranks therefore write
 heartbeats and the first error into the TCPStore where they met. Keys, under a prefix of the job: `rank/N` (host and process),
-`beat/N` (a counter, or LEFT) and `end` (the rank that failed first or was told to stop first).
+`beat/N` (a counter, or LEFT), `error/N`, and `end` (the rank that failed first or was told to stop first).
 """
 
 import json
@@ -104,7 +104,7 @@ class FailureDetector:
     def report_exit(self, error: BaseException | None) -> BaseException | None:
         """Tell the other ranks how this one ends, and return the error to raise.
 
-        If several ranks fail, the first keeps its error and the others get one line. The rank that holds the store waits for the
+        If several ranks fail, one keeps its error and the others get one line. The rank that holds the store waits for the
         others, but not for long after an error.
         """
         from torch.distributed import DistError
@@ -114,9 +114,12 @@ class FailureDetector:
         try:
             deadline = float("inf")
             if error is not None and not (isinstance(error, SystemExit) and exit_code_of(error) == 0):
-                error = self._report_error(error)
                 deadline = time.monotonic() + self._timeouts.linger_seconds
-            self._mark_left(self._store)
+                error = self._report_error(error)
+            if not self._other_ended():  # else all know that the job ends, and the store may be closed
+                with self._beat_lock:
+                    self._left = True
+                    self._store.set(f"beat/{self._info.rank}", LEFT.decode())
             while self._info.holds_store and not self._all_left() and time.monotonic() < deadline:
                 if deadline == float("inf") and self.verdict is not None:
                     return self._report_error(self.verdict)
@@ -128,6 +131,8 @@ class FailureDetector:
         return error
 
     def _report_error(self, error: BaseException) -> BaseException:
+        from torch.distributed import DistError
+
         if isinstance(error, AbortRequested) or _is_transport_error(error):
             text = printable(str(error).partition("\n")[0])[:300]
             lost = f"rank {self._info.rank} lost the connection to another rank: {text}"
@@ -145,12 +150,18 @@ class FailureDetector:
             end = json.dumps({"rank": rank, "host": host, "code": code, "text": text, "stopped": stopped})
             self._end = json.loads(self._store.compare_set("end", "", end))
         first = self._end
-        if first["rank"] == rank or (isinstance(error, KeyboardInterrupt) and first["stopped"]):
+        if isinstance(error, KeyboardInterrupt):  # or a launcher stops the ranks that are left after a failure
+            return error if first["rank"] == rank or first["stopped"] else self._describe_end(first)
+        same: list[str] = []
+        with suppress(DistError, OSError):  # of several ranks with the same error, the lowest prints it
+            self._store.set(f"error/{rank}", text)
+            time.sleep(2 * self._timeouts.beat_seconds)
+            keys = [key for key in (f"error/{lower}" for lower in range(rank)) if self._store.check([key])]
+            same = [key for key in keys if self._store.get(key).decode() == text]
+        if not same and (first["rank"] == rank or first["text"] == text):
             return error
-        if isinstance(error, KeyboardInterrupt):  # a launcher stops the ranks that are left
-            return self._describe_end(first)
-        how = f"after rank {first['rank']}: {printable(text.partition(chr(10))[0])}"
-        how = f"as rank {first['rank']} did" if first["text"] == text else how
+        line = printable(text.partition("\n")[0])
+        how = f"as rank {same[0].partition('/')[2]} did" if same else f"after rank {first['rank']}: {line}"
         return failure_of_peer(f"rank {rank} on {host} failed {how}", code)
 
     def _describe_end(self, end: dict[str, Any]) -> DistributedError:
@@ -170,11 +181,8 @@ class FailureDetector:
     def _all_left(self) -> bool:
         return all(self._beats.get(rank) == LEFT for rank in self._others)
 
-    def _mark_left(self, store: "Store") -> None:
-        with self._beat_lock:
-            if not self._left:
-                self._left = True
-                store.set(f"beat/{self._info.rank}", LEFT.decode())
+    def _other_ended(self) -> bool:
+        return self._end is not None and self._end["rank"] != self._info.rank
 
     def _exchange_heartbeats(self) -> None:
         from torch.distributed import DistError
@@ -197,9 +205,6 @@ class FailureDetector:
                 self._exchanges += 1
                 if store.check(["end"]):
                     self._end = json.loads(store.get("end"))
-                    if self._end["rank"] != self._info.rank:  # nothing else matters, and that rank may close the store
-                        self._mark_left(store)
-                        return
                 self._closed.wait(self._timeouts.beat_seconds)
         except (DistError, OSError):
             self._store_lost = True
@@ -229,12 +234,11 @@ class FailureDetector:
         store = f"the launcher's store at {self._info.endpoint}"
         if self._peers[0]["holds_store"]:
             store = f"rank 0 ({self._peers[0]['host']}), which holds the store at {self._info.endpoint},"
-        other_ended = self._end is not None and self._end["rank"] != self._info.rank
-        if other_ended or self._store_lost:
+        if self._other_ended() or self._store_lost:
             self._noticed_at = now if self._noticed_at is None else self._noticed_at
             if now - self._noticed_at < self._timeouts.reaction_seconds:
                 return None
-            if self._end is not None and other_ended:
+            if self._end is not None and self._other_ended():
                 return self._describe_end(self._end)
             return DistributedError(f"{store} is gone", hint=KEPT)
         limit = self._timeouts.silent_seconds

@@ -75,10 +75,6 @@ def join_group(*, environment: Mapping[str, str] | None = None, timeouts: Timeou
     If another rank dies, fails or hangs, the body ends with DistributedError, with the exit code of that rank if it reported
     one. An exception that leaves the body is reported to the other ranks. The rank that holds the store leaves last.
 
-    Args:
-        environment: Instead of `os.environ`.
-        timeouts: How long the ranks wait for each other.
-
     Raises:
         DistributedError: The environment is incomplete, the ranks do not meet, or a rank is lost.
     """
@@ -97,6 +93,7 @@ def join_group(*, environment: Mapping[str, str] | None = None, timeouts: Timeou
 
     detector = FailureDetector(info, store, connect, peers=peers, timeouts=timeouts)
     detector.start()
+    failure: BaseException | None = None
     try:
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo",
@@ -106,36 +103,23 @@ def join_group(*, environment: Mapping[str, str] | None = None, timeouts: Timeou
             timeout=timedelta(seconds=timeouts.collective_seconds),
         )
         yield Group(rank=info.rank, world=info.world, local_rank=info.local_rank, host=info.host)
-        _destroy_process_group()
-        final = detector.report_exit(None)
-        if final is not None:
-            raise final
     except BaseException as error:
-        if error is detector.verdict:  # already reported
-            raise
-        final = detector.report_exit(error)
-        if final is None or final is error:
-            raise
-        raise final from error
+        failure = error
+    try:
+        final = detector.report_exit(failure)
     finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
         detector.close()
-        _destroy_process_group()
-
-
-def _destroy_process_group() -> None:
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    if final is not None and final is failure:
+        raise final
+    if final is not None:
+        raise final from failure
 
 
 def _connect(info: RankInfo, seconds: float, *, serve: bool = False) -> TCPStore:
-    return TCPStore(
-        info.address,
-        info.port,
-        is_master=serve,
-        wait_for_workers=False,
-        multi_tenant=True,
-        timeout=timedelta(seconds=seconds),
-    )
+    options = {"is_master": serve, "wait_for_workers": False, "multi_tenant": True}
+    return TCPStore(info.address, info.port, timeout=timedelta(seconds=seconds), **options)
 
 
 def _meet(info: RankInfo, timeouts: Timeouts, prefix: str) -> tuple[TCPStore, list[dict[str, Any]]]:
@@ -194,12 +178,15 @@ def all_gather_object(group: Group, name: str, value: _T) -> list[_T]:
     received: list[Any] = [None] * group.world
     distributed.all_gather_object(received, (name, value))
     for rank, (other, _) in enumerate(received):
-        if other != name:
-            raise DistributedError(
-                f"rank {rank} exchanges {other!r}, rank {group.rank} {name!r}",
-                hint="Start every rank with the same arguments.",
-            )
+        _check_same(name, other, rank)
     return [sent for _, sent in received]
+
+
+def _check_same(name: str, other: str, rank: int) -> None:
+    if other != name:
+        raise DistributedError(
+            f"rank {rank} exchanges {other!r}, this rank {name!r}", hint="Start every rank with the same arguments."
+        )
 
 
 def broadcast_from_rank0(group: Group, name: str, make: Callable[[], _T]) -> _T:
@@ -224,11 +211,7 @@ def broadcast_from_rank0(group: Group, name: str, make: Callable[[], _T]) -> _T:
     other, value, text, code = message[0]
     if text:
         raise failure_of_peer(f"rank 0: {printable(text.partition(chr(10))[0])}", code)
-    if other != name:
-        raise DistributedError(
-            f"rank 0 sends {other!r}, rank {group.rank} expects {name!r}",
-            hint="Start every rank with the same arguments.",
-        )
+    _check_same(name, other, 0)
     return cast(_T, value)
 
 
@@ -243,28 +226,23 @@ def check_equal_across_ranks(group: Group, subject: str, facts: Mapping[str, str
     Raises:
         DistributedError: On every rank; names the facts that differ, the ranks and their values.
     """
-    received = all_gather_object(group, subject, (group.host, dict(facts)))
-    names = dict.fromkeys(name for _, stated in received for name in stated)
-    differing = [name for name in names if len({stated.get(name) for _, stated in received}) > 1]
-    if not differing:
-        return
+    hosts, stated = zip(*all_gather_object(group, subject, (group.host, dict(facts))), strict=True)
     lines = []
-    for name in differing[:_SHOWN]:
-        ranks_of: dict[str | None, list[int]] = defaultdict(list)
-        for rank, (_, stated) in enumerate(received):
-            ranks_of[stated.get(name)].append(rank)
+    for name in dict.fromkeys(name for own in stated for name in own):
+        ranks_of: dict[str, list[int]] = defaultdict(list)
+        for rank, own in enumerate(stated):
+            ranks_of[own.get(name, "nothing")].append(rank)
         values = (
-            f"{'nothing' if value is None else value} on {name_ranks(ranks)} "
-            f"({', '.join(dict.fromkeys(received[rank][0] for rank in ranks[:_SHOWN]))})"
+            f"{value} on {name_ranks(ranks)} ({', '.join(dict.fromkeys(hosts[rank] for rank in ranks[:_SHOWN]))})"
             for value, ranks in ranks_of.items()
         )
-        lines.append(f"  {name}: {'; '.join(values)}")
-    if len(differing) > _SHOWN:
-        lines.append(f"  and {len(differing) - _SHOWN} more")
-    raise DistributedError(
-        "\n".join([f"the ranks do not agree on {subject}:", *lines]),
-        hint="Give every host the same files, options and versions.",
-    )
+        if len(ranks_of) > 1:
+            lines.append(f"  {name}: {'; '.join(values)}")
+    if lines:
+        raise DistributedError(
+            "\n".join([f"the ranks do not agree on {subject}:", *lines[:_SHOWN]]),
+            hint="Give every host the same files, options and versions.",
+        )
 
 
 def _has_peers(group: Group) -> bool:
@@ -285,11 +263,7 @@ def joined(group: Group, device: torch.device) -> Iterator[None]:
 def sum_over_ranks(group: Group, tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over ranks.
 
-    One sum over all of them, in their order: it adds the same numbers in the same order at every step.
-
-    Args:
-        group: The ranks.
-        tensors: All of one dtype and device.
+    The tensors, all of one dtype and device, are added at once, in their order: the same numbers in the same order at every step.
     """
     if group.world == 1:
         return

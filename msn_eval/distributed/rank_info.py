@@ -54,7 +54,7 @@ class Timeouts:
 
     @property
     def reaction_seconds(self) -> float:
-        return self.linger_seconds + 2 * self.beat_seconds
+        return self.linger_seconds + 3 * self.beat_seconds
 
 
 def read_rank_info(environment: Mapping[str, str] | None = None) -> RankInfo | None:
