@@ -18,12 +18,12 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Callable[[], int]]
     if verb == "evaluate":
         others = (f"{name} ({summary})" for name, summary in VERBS.items() if name != verb)
         parser = ArgumentParser(
-            "msn-eval",
-            "How good is a frozen vision checkpoint when labels are scarce?",
+            prog="msn-eval",
+            description="How good is a frozen vision checkpoint when labels are scarce?",
             epilog=f"verbs: {'; '.join(others)}",
         )
     else:
-        parser = ArgumentParser(f"msn-eval {verb}", VERBS[verb])
+        parser = ArgumentParser(prog=f"msn-eval {verb}", description=VERBS[verb])
     command = load_command(verb)
     command.add_options(parser)
     options, overrides = parser.parse_with_overrides(rest, takes_overrides=verb == "evaluate", verbs=VERBS)

@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from msn_eval.errors import INTERRUPTED, PREEMPTED, MsnEvalError, UsageError, did_you_mean, printable
 from msn_eval.process import Terminated
@@ -19,16 +19,10 @@ Parse = Callable[[list[str]], tuple[argparse.Namespace, Callable[[], int]]]
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser that raises UsageError, takes no abbreviated options, and has the options of every verb.
+    """A parser that raises UsageError, takes no abbreviated options, and has the options of every verb."""
 
-    Args:
-        prog: The program and its verb.
-        description: For --help.
-        epilog: Likewise.
-    """
-
-    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
-        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | settings)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"See {self.prog} --help.")

@@ -42,8 +42,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Callable[[], int]]
 
 def _train_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        "msn-pretrain",
-        "Pre-train MSN or SimSiam by a recipe. In the folder of an earlier run, continue that run.",
+        prog="msn-pretrain",
+        description="Pre-train MSN or SimSiam by a recipe. In the folder of an earlier run, continue that run.",
         epilog="verbs: export (a run's encoder for other programs), bench (how fast a recipe trains here)",
     )
     parser.add_argument("recipe", metavar="CONFIG", help="YAML; `key=value` arguments override it")
@@ -57,7 +57,9 @@ def _train_parser() -> ArgumentParser:
 
 
 def _export_parser() -> ArgumentParser:
-    parser = ArgumentParser("msn-pretrain export", "Write the encoder of a run's newest complete snapshot.")
+    parser = ArgumentParser(
+        prog="msn-pretrain export", description="Write the encoder of a run's newest complete snapshot."
+    )
     parser.add_argument("run", metavar="RUN", help="the run's folder")
     parser.add_argument("--to", required=True, choices=_TARGETS, help="whose names and layout")
     parser.add_argument("--out", required=True, metavar="PATH", help="timm: one .safetensors at exactly PATH")
@@ -66,7 +68,8 @@ def _export_parser() -> ArgumentParser:
 
 def _bench_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        "msn-pretrain bench", "Train a recipe for some steps, keep nothing, and print how fast that is."
+        prog="msn-pretrain bench",
+        description="Train a recipe for some steps, keep nothing, and print how fast that is.",
     )
     parser.add_argument("recipe", metavar="CONFIG", help="YAML; `key=value` arguments override it")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps to time, after 2 others; default 10")

@@ -179,7 +179,7 @@ class FailureDetector:
         return self.verdict
 
     def _all_left(self) -> bool:
-        return all(self._beats.get(rank) == LEFT for rank in self._others)
+        return all(beat == LEFT for beat in self._store.multi_get([f"beat/{rank}" for rank in self._others]))
 
     def _other_ended(self) -> bool:
         return self._end is not None and self._end["rank"] != self._info.rank
@@ -190,7 +190,7 @@ class FailureDetector:
         try:
             store = self._connect()
             last = time.monotonic()
-            while not self._closed.is_set():
+            while not self._closed.is_set() and (self._info.holds_store or not self._left):
                 with self._beat_lock:
                     if not self._left:
                         store.set(f"beat/{self._info.rank}", str(self._exchanges))

@@ -82,6 +82,25 @@ def test_a_mistake_ends_with_its_code_and_says_what_it_was(
     assert (ended, said in told) == (code, True), told
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--checkpoint", "nothing.pth", "--data", "digits"], 20),
+        (["--checkpoint", "pixels", "--chekpoint", "x"], 2),
+        (["--checkpoint", "pixels", "limt=3"], 2),
+        (["repot", "runs"], 2),
+    ],
+)
+def test_help_and_typos_are_answered_without_importing_torch(arguments: list[str], code: int) -> None:
+    program = "import sys; from msn_eval.cli import main\ntry: code = main(sys.argv[1:])\nexcept SystemExit: code = 0\n"
+    program += "print(code, {'torch', 'timm', 'pandas'} & set(sys.modules))"
+
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines()[-1] == f"{code} set()"
+
+
 def test_a_mistake_leaves_nothing_behind() -> None:
     main(_pixels("--data", "digits", "--tap", "cls"))
 

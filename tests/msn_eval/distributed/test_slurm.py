@@ -1,4 +1,4 @@
-"""What `--slurm` says, what reaches sbatch, and what a job does when its command ends or is told to stop."""
+"""Slurm jobs: what reaches sbatch, and what a job does when its command ends or is told to stop."""
 
 import json
 import os
@@ -26,18 +26,18 @@ signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))
 started.with_suffix(".new").write_text(str(os.getppid()))
 started.with_suffix(".new").rename(started)
 """
-_TELLS = """
+_PRINTS_ENVIRONMENT = """
 import json, os, pathlib
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MSN_EVAL_DATA")
-told = {name: os.environ.get(name) for name in names} | {"folder": os.getcwd()}
-pathlib.Path(f"told{told['RANK']}.json").write_text(json.dumps(told))
+values = {name: os.environ.get(name) for name in names} | {"folder": os.getcwd()}
+pathlib.Path(f"environment{values['RANK']}.json").write_text(json.dumps(values))
 """
 Submit = Callable[..., Submitted]
 
 
 @pytest.fixture
 def submit_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Submit]:
-    """Give a function that submits a script to this machine, from a folder of its own."""
+    """Return a function that submits a script to this machine, from a temporary folder."""
     monkeypatch.chdir(tmp_path)
     jobs: list[Submitted] = []
 
@@ -63,14 +63,14 @@ def wait_for(happens: Callable[[], object]) -> None:
 
 
 def results(job: Submitted) -> list[int]:
-    """Give what a job returned, without submitit's naps between two looks."""
+    """Return the results of a job; submitit itself polls slowly."""
     wait_for(job.job.done)
     return job.job.results()
 
 
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the file to which a stand-in of sbatch copies what it is given."""
+    """Return the file to which a fake sbatch copies its script."""
     taken = tmp_path / "taken.sh"
     for name, code in (("srun", ""), ("sbatch", f'cp "$1" {taken}; echo Submitted batch job 17')):
         program = tmp_path / "bin" / name
@@ -141,7 +141,7 @@ def test_the_submitted_command_has_no_slurm_option(slurm: list[str]) -> None:
     assert without_slurm(["--data", "x", *slurm, "-q"]) == ["--data", "x", "-q"]
 
 
-def test_sbatch_is_given_what_was_asked_for(sbatch: Path, tmp_path: Path) -> None:
+def test_sbatch_receives_the_options(sbatch: Path, tmp_path: Path) -> None:
     options = parse_slurm("partition=gpu,nodes=2,gpus_per_node=8,exclude=a1,a2,signal_delay_s=60,mem_gb=1.5")
 
     submit(["--checkpoint", "pixels"], options, folder=tmp_path / "slurm")
@@ -167,7 +167,7 @@ def test_a_folder_among_the_options_wins(sbatch: Path, tmp_path: Path) -> None:
     assert {log.parent for log in submitted.logs} == {tmp_path / "mine"}
 
 
-def test_a_job_of_a_job_is_not_taken_for_its_rank(
+def test_a_job_submitted_from_a_job_does_not_inherit_its_rank(
     sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\nenv > {tmp_path}/env\necho Submitted batch job 17\n")
@@ -178,7 +178,7 @@ def test_a_job_of_a_job_is_not_taken_for_its_rank(
     assert "RANK=3" not in (tmp_path / "env").read_text().splitlines()
 
 
-def test_without_slurm_the_local_machine_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_slurm_the_hint_offers_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DistributedError) as caught:
         submit([], parse_slurm("nodes=1"), folder=tmp_path / "slurm")
@@ -186,13 +186,13 @@ def test_without_slurm_the_local_machine_is_offered(tmp_path: Path, monkeypatch:
     assert "cluster=local" in caught.value.hint
 
 
-def test_what_sbatch_refuses_is_shown(sbatch: Path, tmp_path: Path) -> None:
+def test_an_error_of_sbatch_is_shown(sbatch: Path, tmp_path: Path) -> None:
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho invalid partition specified: gpu >&2; exit 1\n")
     with pytest.raises(DistributedError, match="invalid partition specified: gpu"):
         submit([], parse_slurm("partition=gpu"), folder=tmp_path / "slurm")
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError) as caught:
         submit([], parse_slurm("cluster=local"), folder=tmp_path / "file" / "slurm")
@@ -221,16 +221,16 @@ def test_a_job_fails_with_the_code_of_its_command_and_its_error_is_in_the_log(su
     assert "DataError: no such folder" in submitted.logs[1].read_text()
 
 
-def test_every_rank_knows_its_place_and_where_it_was_submitted(
+def test_every_rank_has_its_variables_and_the_folder_of_the_submission(
     submit_script: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MSN_EVAL_DATA", "digits")
     monkeypatch.setenv("MASTER_PORT", "1")
 
-    submitted = submit_script(_TELLS, "cluster=local,tasks_per_node=2")
+    submitted = submit_script(_PRINTS_ENVIRONMENT, "cluster=local,tasks_per_node=2")
 
     assert results(submitted) == [0, 0]
-    first, second = (json.loads((tmp_path / f"told{rank}.json").read_text()) for rank in (0, 1))
+    first, second = (json.loads((tmp_path / f"environment{rank}.json").read_text()) for rank in (0, 1))
     port = first["MASTER_PORT"]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "MSN_EVAL_DATA": "digits"}
     assert first == shared | {"RANK": "0", "LOCAL_RANK": "0", "folder": str(tmp_path)}
@@ -238,7 +238,7 @@ def test_every_rank_knows_its_place_and_where_it_was_submitted(
     assert int(port) > 1024
 
 
-def test_a_preempted_job_stops_its_command_and_goes_on_later(submit_script: Submit, tmp_path: Path) -> None:
+def test_a_preempted_job_stops_its_command_and_continues_later(submit_script: Submit, tmp_path: Path) -> None:
     submitted = submit_script(_STOPPED_ONCE + "time.sleep(60)")
     wait_for((tmp_path / "started0").exists)
 
@@ -248,14 +248,14 @@ def test_a_preempted_job_stops_its_command_and_goes_on_later(submit_script: Subm
     assert (tmp_path / "finished0").exists()
 
 
-def test_a_command_that_was_told_to_stop_itself_is_put_back(submit_script: Submit, tmp_path: Path) -> None:
+def test_a_command_that_was_itself_told_to_stop_is_requeued(submit_script: Submit, tmp_path: Path) -> None:
     submitted = submit_script(_STOPPED_ONCE + "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
 
     assert results(submitted) == [0]
     assert (tmp_path / "finished0").exists()
 
 
-def test_ranks_that_were_all_told_to_stop_are_put_back_together(submit_script: Submit, tmp_path: Path) -> None:
+def test_ranks_that_were_all_told_to_stop_are_requeued_together(submit_script: Submit, tmp_path: Path) -> None:
     stopped = _STOPPED_ONCE + "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
 
     submitted = submit_script(stopped, "cluster=local,tasks_per_node=2")
@@ -272,10 +272,10 @@ def test_the_signal_of_preemption_does_not_kill_the_command(submit_script: Submi
     assert results(submitted) == [0]
 
 
-def test_a_command_that_does_not_stop_is_killed_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('up', 'w'); time.sleep(60)"
+def test_a_command_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ignoring = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('up', 'w'); time.sleep(60)"
     monkeypatch.setenv("SUBMITIT_DEBUG_JOB_ID", "1")
-    job = CommandJob(command=(sys.executable, "-c", deaf), stop_seconds=0.3)
+    job = CommandJob(command=(sys.executable, "-c", ignoring), stop_seconds=0.3)
 
     def stop(number: int, frame: object) -> None:
         job.checkpoint()
