@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, distributed, nn
 
 from msn_eval.distributed.group import Group, all_gather_object
-from msn_eval.distributed.group import sum_over_ranks as all_reduce_tensors
 from msn_eval.errors import DistributedError
 
 _SHOWN = 3
@@ -98,8 +97,12 @@ def average_gradients(group: Group, parameters: Sequence[nn.Parameter]) -> None:
                 parameter.grad = torch.zeros_like(parameter)
             by_type.setdefault(parameter.grad.dtype, []).append(parameter.grad)
     for gradients in by_type.values():
-        all_reduce_tensors(group, gradients)
-        torch._foreach_div_(gradients, group.world)
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        distributed.all_reduce(flat)
+        flat /= group.world
+        means = torch.split(flat, [gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def check_replicas(group: Group, tensors: Mapping[str, Tensor], *, step: int) -> None:

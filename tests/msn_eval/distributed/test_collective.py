@@ -91,43 +91,43 @@ def _with_flipped_bit(tensor: Tensor, bit: int) -> Tensor:
     return content.view(tensor.dtype).reshape(tensor.shape)
 
 
-def _told(*wrong: int) -> str:
-    """Compare on this rank, after a bit of `norm` flipped on the ranks that are `wrong`; give the error."""
-    ranks = this_rank()
+def _replica_error(*wrong: int) -> str:
+    """Flip a bit of `norm` on the ranks in `wrong`, compare, and return the error."""
+    group = this_rank()
     weights = _weights()
-    if ranks.rank in wrong:
-        weights["norm"] = _with_flipped_bit(weights["norm"], 40 + ranks.rank)
+    if group.rank in wrong:
+        weights["norm"] = _with_flipped_bit(weights["norm"], 40 + group.rank)
     try:
-        check_replicas(ranks, weights, step=7)
+        check_replicas(group, weights, step=7)
     except DistributedError as error:
         return f"{error.exit_code} {error}"
     return ""
 
 
-def test_equal_weights_are_let_through(on_ranks: OnRanks) -> None:
-    assert on_ranks(_told) == ["", ""]
+def test_equal_weights_pass(on_ranks: OnRanks) -> None:
+    assert on_ranks(_replica_error) == ["", ""]
 
 
 def test_a_rank_that_differs_from_the_others_is_named_on_all(on_ranks: OnRanks) -> None:
-    told = on_ranks(_told, 1, world=3)
+    errors = on_ranks(_replica_error, 1, world=3)
 
-    for one in told:
-        assert one.startswith("31 after step 7 the weights of rank 1 on ")
-        assert "differ from the rest: 1 tensors, norm" in one
-        assert "rank 0" not in one
+    for error in errors:
+        assert error.startswith("31 after step 7 the weights of rank 1 on ")
+        assert "differ from the rest: 1 tensors, norm" in error
+        assert "rank 0" not in error
 
 
-def test_of_two_ranks_that_differ_none_is_called_the_wrong_one(on_ranks: OnRanks) -> None:
-    for one in on_ranks(_told, 1):
-        assert "rank 0 on " in one
-        assert "rank 1 on " in one
-        assert "differ from each other" in one
+def test_of_two_ranks_that_differ_neither_is_called_wrong(on_ranks: OnRanks) -> None:
+    for error in on_ranks(_replica_error, 1):
+        assert "rank 0 on " in error
+        assert "rank 1 on " in error
+        assert "differ from each other" in error
 
 
 def test_every_bit_that_flips_changes_its_tensors_checksum_alone() -> None:
     weights = _weights()
     before = checksums(weights)
-    for place, name in enumerate(sorted(weights)):
+    for index, name in enumerate(sorted(weights)):
         for bit in range(8 * weights[name].nbytes):
             changed = checksums(weights | {name: _with_flipped_bit(weights[name], bit)}) != before
-            assert changed.nonzero().flatten().tolist() == [place], (name, bit)
+            assert changed.nonzero().flatten().tolist() == [index], (name, bit)

@@ -394,7 +394,7 @@ def test_a_rank_that_finishes_early_does_not_count_as_dead(start: Start, early: 
 
 
 def test_the_rank_that_holds_the_store_leaves_last(start: Start) -> None:
-    results = start(3, lambda group: time.sleep(0.2 * group.rank)).wait()
+    results = start(3, lambda group: time.sleep(0.5 * group.rank)).wait()
 
     assert results[1].seconds < results[2].seconds < results[0].seconds
 

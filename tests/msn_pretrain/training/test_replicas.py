@@ -19,7 +19,7 @@ OnRanks = Callable[..., list[Any]]
 
 
 def _train_beside_a_bad_rank(recipe: MSNRecipe) -> str:
-    """Train on this rank, after whose step 3 a bit of a weight flips if it is the second."""
+    """Train on this rank; on rank 1 a bit of a weight flips after step 3."""
     ranks = Group(rank=distributed.get_rank(), world=2)
     compute = training.compute
 
@@ -42,7 +42,7 @@ def _train_beside_a_bad_rank(recipe: MSNRecipe) -> str:
     [("run.compare_every=2", "run.snapshot_minutes=10"), ("run.compare_every=0", "run.snapshot_minutes=0.00001")],
     ids=["compared", "saved"],
 )
-def test_a_run_whose_ranks_come_apart_ends_before_it_saves_that(
+def test_a_run_whose_ranks_differ_ends_before_it_saves(
     on_ranks: OnRanks,
     tiny: Callable[..., MSNRecipe],
     tmp_path: Path,
@@ -50,8 +50,8 @@ def test_a_run_whose_ranks_come_apart_ends_before_it_saves_that(
 ) -> None:
     import sklearn.datasets  # noqa: F401
 
-    told = on_ranks(_train_beside_a_bad_rank, tiny(*settings, "optimization.epochs=1"))
+    messages = on_ranks(_train_beside_a_bad_rank, tiny(*settings, "optimization.epochs=1"))
 
-    assert [one.partition(" the")[0] for one in told] == ["31 after step 4"] * 2
-    found, _ = newest_snapshot(tmp_path / "run")
-    assert (found.step if found else None) == (3 if "=0" in settings[0] else None)
+    assert [message.partition(" the")[0] for message in messages] == ["31 after step 4"] * 2
+    snapshot, _ = newest_snapshot(tmp_path / "run")
+    assert (snapshot.step if snapshot else None) == (3 if "=0" in settings[0] else None)
