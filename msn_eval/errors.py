@@ -18,6 +18,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+PREEMPTED, INTERRUPTED = 75, 130  # exit codes after SIGTERM, where the same command continues, and after Ctrl-C
+
 # C0 and C1 controls (so also ANSI escapes), the marks that turn the direction of text, and what breaks lines or has no width.
 _LONGEST_PLACE = 1000  # of an error, in characters
 _LONGEST_LINE = 2000  # of an error, in characters: much of it may be a stranger's text
@@ -102,6 +104,20 @@ class ResourceError(MsnEvalError):
 
 
 class DistributedError(MsnEvalError):
-    """Ranks of one job that died, hang, or do not agree on what they compute."""
+    """Ranks of one job that died, hang, or do not agree on what they compute.
+
+    Attributes:
+        from_peer: Whether another rank reports this failure with its own error.
+    """
 
     exit_code = 31
+    from_peer = False
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the code that a command exits with after `error`."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):  # its subclasses are SIGTERM
+        return INTERRUPTED if type(error) is KeyboardInterrupt else PREEMPTED
+    return error.exit_code if isinstance(error, MsnEvalError) else MsnEvalError.exit_code

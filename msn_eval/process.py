@@ -1,33 +1,37 @@
-"""Host: the memory and the cores that this process may use, by the machine's count and by its container's."""
+"""Process: the memory and the cores that it may use, and the signals that ask it to stop."""
 
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+
+from msn_eval.errors import INTERRUPTED, PREEMPTED
 
 _MACHINE = Path("/proc/meminfo")
 _CONTAINER = Path("/sys/fs/cgroup")
 
 
 def available_bytes(*, machine: Path = _MACHINE, container: Path = _CONTAINER) -> int | None:
-    """Give the bytes that can be taken before the system runs out or ends this process; None where nothing tells.
+    """Return the bytes that can be allocated before the system runs out or ends this process; None if unknown.
 
-    machine, container: the kernel's files, that of the machine and the folder of the control group (version 2)
+    Args:
+        machine: The kernel's file of the machine's memory.
+        container: The folder of the control group (version 2).
     """
-    found = [free for free in (_of_machine(machine), _of_container(container)) if free is not None]
-    return min(found, default=None)
+    known = [free for free in (_machine_bytes(machine), _container_bytes(container)) if free is not None]
+    return min(known, default=None)
 
 
 def usable_cores() -> int:
-    """Give the number of cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _of_machine(file: Path) -> int | None:
+def _machine_bytes(file: Path) -> int | None:
     try:
         for line in file.read_text().splitlines():
             name, _, value = line.partition(":")
@@ -38,13 +42,13 @@ def _of_machine(file: Path) -> int | None:
     return None
 
 
-def _of_container(folder: Path) -> int | None:
+def _container_bytes(folder: Path) -> int | None:
     try:
         limit = (folder / "memory.max").read_text().strip()
         if limit == "max":
             return None
         used = int((folder / "memory.current").read_text())
-        # Pages of files that were read count as used, and are given back where memory is asked for.
+        # Cached pages of files count as used; the kernel frees them when memory is allocated.
         cached = next(
             int(line.split()[1])
             for line in (folder / "memory.stat").read_text().splitlines()
@@ -55,43 +59,56 @@ def _of_container(folder: Path) -> int | None:
         return None
 
 
+class Terminated(KeyboardInterrupt):
+    """Raised in the main thread by SIGTERM."""
+
+
 @dataclass(kw_only=True)
 class StopRequest:
-    """The signal by which this process was asked to stop, None until then."""
+    """Whether SIGTERM or Ctrl-C asked this process to stop.
+
+    Attributes:
+        number: The signal; None until it arrives.
+    """
 
     number: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.number is not None
+
+    def accept(self) -> int:
+        """Return the exit code, 0 without a request, and do not raise the signal again at the end of the block."""
+        number, self.number = self.number, None
+        return 0 if number is None else INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
 
 @contextmanager
 def watch_stop_signals() -> Iterator[StopRequest]:
-    """Give what SIGTERM and Ctrl-C set inside; a second one acts at once. Outside of the main thread nothing is heard.
+    """Record SIGTERM and Ctrl-C instead of stopping at once, so that the body can save its work first.
 
-    The body that heeds a stop ends, and the signal is then raised again for whoever listened before.
+    After the body the signal is raised again, unless the body accepted it. A second Ctrl-C interrupts at once. A second SIGTERM
+    is ignored, because launchers send it twice. Outside of the main thread no signal is recorded.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        if stop.number is not None:
-            _restore(before)
-            signal.raise_signal(number)
+    def record(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.number == signal.SIGINT:
+            raise KeyboardInterrupt
         stop.number = number
 
-    for number, handler in before.items():
-        if handler is not None:  # one that was not set from Python could not be put back
-            signal.signal(number, hear)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, handler in handlers.items():
+        if handler is not None:  # one that was not set from Python cannot be restored
+            signal.signal(number, record)
     try:
         yield stop
     finally:
-        _restore(before)
+        for number, handler in handlers.items():
+            if handler is not None:
+                signal.signal(number, handler)
     if stop.number is not None:
         signal.raise_signal(stop.number)
-
-
-def _restore(before: Mapping[signal.Signals, object]) -> None:
-    for number, handler in before.items():
-        if handler is not None:
-            signal.signal(number, handler)  # type: ignore[arg-type]

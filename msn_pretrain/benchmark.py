@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from msn_eval.distributed.group import ALONE
 from msn_eval.errors import printable
 from msn_pretrain.config.load import recipe_as_yaml
 from msn_pretrain.config.schedule import settings_at
 from msn_pretrain.data.sampler import Order
 from msn_pretrain.data.view_loader import ViewList, load_views
-from msn_pretrain.distributed.process_group import join_ranks
+from msn_pretrain.local_ranks import choose_rank_device
 from msn_pretrain.training.journal import Journal
 from msn_pretrain.training.run import (
     Recipe,
@@ -36,38 +37,38 @@ def bench(recipe: Recipe, *, steps: int) -> str:
     Trains 2 + `steps` steps on one device, writes nothing, and returns a line with the medians of the last `steps`. Raises what
     training would.
     """
-    with join_ranks(recipe.run.device.split(",")[0], environment={}) as ranks:
-        images = training_images(recipe)
-        order = Order(n_images=len(images), batch_size=recipe.optimization.batch_size, seed=recipe.run.seed)
-        session = Session(
-            recipe=recipe,
-            ranks=ranks,
-            run=Path(),
-            images=images,
-            order=order,
-            steps=_WARM_UP + steps,
-            learner=build_learner(recipe, ranks.device),
-            journal=Journal(steps=_WARM_UP + steps),
-            dog=Watchdog(),
-        )
-        view_list = ViewList(
-            images=images,
-            kinds=view_kinds(recipe),
-            seed=recipe.run.seed,
-            batched=makes_views_on_device(recipe, ranks.device),
-            device=ranks.device,
-        )
-        waits, computes, ended = [], [], time.perf_counter()
-        for batch in load_views(view_list, order, first_step=0, steps=session.steps, workers=recipe.data.workers):
-            loaded = time.perf_counter()
-            step = batch.batch.step
-            settings = settings_at(recipe, step=step, steps_per_epoch=order.steps_an_epoch)
-            compute(session, batch, settings)  # waits for the device
-            session.learner.optimizer.step()
-            session.learner.model.after_update(settings)
-            waits.append(loaded - ended)
-            ended = time.perf_counter()
-            computes.append(ended - loaded)
+    ranks = choose_rank_device(ALONE, recipe.run.device.split(",")[0])
+    images = training_images(recipe)
+    order = Order(n_images=len(images), batch_size=recipe.optimization.batch_size, seed=recipe.run.seed)
+    session = Session(
+        recipe=recipe,
+        ranks=ranks,
+        run=Path(),
+        images=images,
+        order=order,
+        steps=_WARM_UP + steps,
+        learner=build_learner(recipe, ranks.device),
+        journal=Journal(steps=_WARM_UP + steps),
+        dog=Watchdog(),
+    )
+    view_list = ViewList(
+        images=images,
+        kinds=view_kinds(recipe),
+        seed=recipe.run.seed,
+        batched=makes_views_on_device(recipe, ranks.device),
+        device=ranks.device,
+    )
+    waits, computes, ended = [], [], time.perf_counter()
+    for batch in load_views(view_list, order, first_step=0, steps=session.steps, workers=recipe.data.workers):
+        loaded = time.perf_counter()
+        step = batch.batch.step
+        settings = settings_at(recipe, step=step, steps_per_epoch=order.steps_an_epoch)
+        compute(session, batch, settings)  # waits for the device
+        session.learner.optimizer.step()
+        session.learner.model.after_update(settings)
+        waits.append(loaded - ended)
+        ended = time.perf_counter()
+        computes.append(ended - loaded)
     waited, computed = (statistics.median(times[_WARM_UP:]) for times in (waits, computes))
     return (
         f"{order.batch_size / (waited + computed):,.1f} images/s on {ranks.device} in {precision_of(recipe, ranks.device)}: "

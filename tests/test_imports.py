@@ -22,8 +22,9 @@ _LAYERS = (
     ("checkpoints",),
     ("data", "results"),
     ("distributed", "models", "config", "files"),
-    ("registry",),
-    ("errors", "version", "process"),
+    ("registry", "program"),
+    ("process",),
+    ("errors", "version"),
 )
 _LAYER = {component: depth for depth, layer in enumerate(_LAYERS) for component in layer}
 

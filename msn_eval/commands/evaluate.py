@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msn_eval.checkpoints.names import check_files_exist
 from msn_eval.config.recipes import TAP_NAMES
 from msn_eval.config.request import BAD_IMAGE_RULES, DECODERS, PRECISIONS, PROBE_NAMES, SOLVER_NAMES, EvaluationConfig
 from msn_eval.errors import CheckpointError, NumericalError, UsageError, did_you_mean, printable
@@ -87,10 +88,12 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         from msn_eval.distributed.slurm import without_slurm
 
         return _submit(options.slurm, request, without_slurm(options.words))
+    if "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # we report a lost rank ourselves, without C++ stacks
+    else:
+        check_files_exist(request.checkpoint)  # before torch is imported; of several ranks, one reports it
     from msn_eval.distributed.group import join_group
 
-    if "WORLD_SIZE" in os.environ:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that is lost is told by us, without C++ stacks
     with join_group() as group:
         if group.rank != 0:
             logging.getLogger("msn_eval").setLevel(logging.ERROR)  # the first rank speaks for all

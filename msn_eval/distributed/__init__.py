@@ -1,1 +1,1 @@
-"""Ranks: what one process of a job knows of the others, and how it learns that one is gone."""
+"""Jobs of several ranks: how they meet, exchange values, and notice that one of them is lost."""

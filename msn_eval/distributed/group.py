@@ -1,52 +1,67 @@
-"""Group: the processes of one job, the share of each, and that none waits for one that is gone.
+"""Group: the ranks of one job, the rows that each of them processes, and the objects that they exchange.
 
-No tensor travels between ranks: each writes the features of its share to the cache that all of them read. So they only
-have to agree, to wait for each other and to notice each other's end. The key-value store by which launchers let ranks
-meet is enough for that, beside any backend, and no call here can hang in a collective.
+Every job has one process group of torch: gloo for CPU tensors and Python objects, NCCL for CUDA tensors. A job of one rank
+has none, and every function here then returns at once.
 """
 
 import json
 import os
+import socket
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar, cast
+from uuid import uuid4
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from msn_eval.distributed.job import Line
-from msn_eval.distributed.peers import SHOWN, Limits, read_place
-from msn_eval.errors import DistributedError
+from msn_eval.distributed.failure_detector import FailureDetector, failure_of_peer, name_ranks
+from msn_eval.distributed.rank_info import RankInfo, Timeouts, read_rank_info
+from msn_eval.errors import DistributedError, exit_code_of, printable
+
+_T = TypeVar("_T")
+_SHOWN = 6  # values in one message
+_BIND_SECONDS = 5.0  # an earlier group of this process may still hold the port
+# Every rank joins the same groups in the same order; the keys of an earlier one must not be read again.
+_groups_joined = count()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """The ranks of one job as one of them sees it.
 
-    rank:       0 to world - 1; rank 0 alone prints and writes records
-    local_rank: among the ranks of this host: the number of its GPU
-    line:       to the other ranks; None where there are none
+    Attributes:
+        rank: 0 to world - 1. Rank 0 alone prints and writes records.
+        world: Number of ranks.
+        local_rank: Number of this rank among those of its host, and of its GPU.
+        host: Name of this host.
+        device: Where this rank computes, if the job has decided that.
     """
 
     rank: int
     world: int
-    local_rank: int
-    host: str
-    line: Line | None = field(default=None, repr=False)
+    local_rank: int = 0
+    host: str = "localhost"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
 
 
-ALONE = Group(rank=0, world=1, local_rank=0, host="localhost")
+ALONE = Group(rank=0, world=1)
 
 
 def share(items: int, group: Group, *, block: int) -> range:
-    """Give the rows that one rank does: contiguous, nothing twice, in whole blocks of which only the last may be short.
+    """Return the rows of one rank: contiguous, in complete blocks; only the last block of all may be shorter.
 
-    Over all ranks they are range(items), and no rank has over one block more than another.
+    Over all ranks they are range(items). No rank has more than one block more than another.
     """
     blocks = -(-items // block)
     first, last = (blocks * edge // group.world for edge in (group.rank, group.rank + 1))
@@ -54,148 +69,211 @@ def share(items: int, group: Group, *, block: int) -> range:
 
 
 @contextmanager
-def join_group(*, environment: Mapping[str, str] | None = None, limits: Limits | None = None) -> Iterator[Group]:
-    """Give the group that the launcher's environment names; a group of one where it names none.
+def join_group(*, environment: Mapping[str, str] | None = None, timeouts: Timeouts | None = None) -> Iterator[Group]:
+    """Join the group that the launcher's environment describes; yield ALONE if it describes none.
 
-    Inside, the death or silence of another rank ends the body with DistributedError, whose exit code is the one that the
-    other rank posted, if it posted one. An exception that leaves the body is told to the others; of several ranks with the
-    same fault, the lowest keeps its error and the rest leave with a line. An orderly end is told too, and a rank that
-    holds the store waits for the others.
-    Raises DistributedError where the environment is incomplete or the ranks do not meet.
+    If another rank dies, fails or hangs, the body ends with DistributedError, with the exit code of that rank if it reported
+    one. An exception that leaves the body is reported to the other ranks. The rank that holds the store leaves last.
+
+    Raises:
+        DistributedError: The environment is incomplete, the ranks do not meet, or a rank is lost.
     """
-    place = read_place(os.environ if environment is None else environment)
-    if place is None:
+    info = read_rank_info(environment)
+    if info is None:
         yield ALONE
         return
-    line = Line(place, limits or Limits())
-    with line.open():
-        yield Group(rank=place.rank, world=place.world, local_rank=place.local_rank, host=place.host, line=line)
+    timeouts = timeouts or Timeouts()
+    prefix = f"msn_eval/{info.attempt}/{next(_groups_joined)}"
+    # Both stay open until the end: the first may hold the server.
+    server, peers = _meet(info, timeouts, prefix)
+    store = PrefixStore(prefix, server)
 
+    def connect() -> Store:
+        return PrefixStore(prefix, _connect(info, timeouts.collective_seconds))
 
-def check_equal_across_ranks(group: Group, what: str, facts: Mapping[str, str]) -> None:
-    """Go on only if every rank states the same facts.
-
-    what: whose facts they are, for people
-    Raises DistributedError on every rank, naming the facts that differ, the ranks and what each says.
-    """
-    if group.line is None:
-        return
-    told = [json.loads(facts_of) for facts_of in group.line.exchange("agreement", what, json.dumps(dict(facts)))]
-    names = list(dict.fromkeys(name for one in told for name in one))
-    differing = [name for name in names if any(one.get(name) != told[0].get(name) for one in told)]
-    if not differing:
-        return
-    lines = []
-    for name in differing[:SHOWN]:
-        sayings: dict[str | None, list[int]] = defaultdict(list)
-        for rank, one in enumerate(told):
-            sayings[one.get(name)].append(rank)
-        said = (
-            f"{'nothing' if value is None else value} on {group.line.others.names(ranks)}"
-            for value, ranks in sayings.items()
+    detector = FailureDetector(info, store, connect, peers=peers, timeouts=timeouts)
+    detector.start()
+    failure: BaseException | None = None
+    try:
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo",
+            store=PrefixStore("process_group", connect()),
+            rank=info.rank,
+            world_size=info.world,
+            timeout=timedelta(seconds=timeouts.collective_seconds),
         )
-        lines.append(f"  {name}: {'; '.join(said)}")
-    if len(differing) > SHOWN:
-        lines.append(f"  and {len(differing) - SHOWN} more")
-    raise DistributedError(
-        "\n".join([f"the ranks do not agree on {what}:", *lines]),
-        hint="Give every host the same files, options and versions.",
-    )
+        yield Group(rank=info.rank, world=info.world, local_rank=info.local_rank, host=info.host)
+    except BaseException as error:
+        failure = error
+    try:
+        final = detector.report_exit(failure)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        detector.close()
+    if final is not None and final is failure:
+        raise final
+    if final is not None:
+        raise final from failure
+
+
+def _connect(info: RankInfo, seconds: float, *, serve: bool = False) -> TCPStore:
+    options = {"is_master": serve, "wait_for_workers": False, "multi_tenant": True}
+    return TCPStore(info.address, info.port, timeout=timedelta(seconds=seconds), **options)
+
+
+def _meet(info: RankInfo, timeouts: Timeouts, prefix: str) -> tuple[TCPStore, list[dict[str, Any]]]:
+    """Connect to the store and wait for all ranks; return the store, and host and process of every rank."""
+    started = time.monotonic()
+    deadline = started + timeouts.join_seconds
+    waited = f"rank {info.rank} of {info.world} waited {timeouts.join_seconds:g} s at {info.endpoint}"
+    hint = "Look for the first error of the missing ranks, and check MASTER_ADDR, MASTER_PORT and firewalls."
+    own = json.dumps({"host": info.host, "process": os.getpid(), "holds_store": info.holds_store, "token": uuid4().hex})
+    keys = [f"rank/{rank}" for rank in range(info.world)]
+    while True:
+        try:
+            # Short attempts, so that SIGTERM is handled in between.
+            left = max(1.0, min(2.0, deadline - time.monotonic()))
+            if not info.holds_store:  # quieter than TCPStore, and interruptible
+                socket.create_connection((info.address, info.port), timeout=left).close()
+            server = _connect(info, left, serve=info.holds_store)
+            store = PrefixStore(prefix, server)
+            registered = store.compare_set(f"rank/{info.rank}", "", own).decode()
+            if registered != own:
+                other = json.loads(registered)
+                raise DistributedError(
+                    f"rank {info.rank} at {info.endpoint} is taken by process {other['process']} on {other['host']}",
+                    hint="Two jobs use one address and port: choose another MASTER_PORT, or torchrun --standalone.",
+                )
+            store.set(f"beat/{info.rank}", "joined")
+            while not store.check(keys):
+                if time.monotonic() > deadline:
+                    missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+                    raise DistributedError(f"{waited} without {name_ranks(missing)}", hint=hint)
+                time.sleep(min(0.05, timeouts.beat_seconds))
+            return server, [json.loads(value) for value in store.multi_get(keys)]
+        except (DistError, OSError) as error:
+            reason = printable(str(error).partition("\n")[0])
+            if info.holds_store and time.monotonic() - started > min(_BIND_SECONDS, timeouts.join_seconds):
+                raise DistributedError(
+                    f"the store of the job could not be opened at {info.endpoint}: {reason}",
+                    hint="Another job may use this port: choose another MASTER_PORT, or torchrun --standalone.",
+                ) from error
+            if time.monotonic() > deadline:
+                raise DistributedError(f"{waited}, which was not reached: {reason}", hint=hint) from error
+            time.sleep(0.1)
+
+
+# Python objects. `name` says what is exchanged: ranks that exchange different things are an error, not a wrong value.
+
+
+def all_gather_object(group: Group, name: str, value: _T) -> list[_T]:
+    """Return the values of all ranks, in rank order.
+
+    Raises:
+        DistributedError: The ranks exchange different things.
+    """
+    if not _has_peers(group):
+        return [value]
+    received: list[Any] = [None] * group.world
+    distributed.all_gather_object(received, (name, value))
+    for rank, (other, _) in enumerate(received):
+        _check_same(name, other, rank)
+    return [sent for _, sent in received]
+
+
+def _check_same(name: str, other: str, rank: int) -> None:
+    if other != name:
+        raise DistributedError(
+            f"rank {rank} exchanges {other!r}, this rank {name!r}", hint="Start every rank with the same arguments."
+        )
+
+
+def broadcast_from_rank0(group: Group, name: str, make: Callable[[], _T]) -> _T:
+    """Call `make` on rank 0 and return its result on all ranks; the other ranks wait.
+
+    Raises:
+        DistributedError: `make` failed on rank 0 (where its own error is raised), or the ranks exchange different things.
+    """
+    if not _has_peers(group):
+        return make()
+    message: list[Any] = [None]
+    failure: Exception | None = None
+    if group.rank == 0:
+        try:
+            message = [(name, make(), "", 0)]
+        except Exception as error:
+            failure = error
+            message = [(name, None, f"{type(error).__name__}: {error}", exit_code_of(error))]
+    distributed.broadcast_object_list(message, src=0)
+    if failure is not None:
+        raise failure
+    other, value, text, code = message[0]
+    if text:
+        raise failure_of_peer(f"rank 0: {printable(text.partition(chr(10))[0])}", code)
+    _check_same(name, other, 0)
+    return cast(_T, value)
 
 
 def barrier(group: Group, name: str) -> None:
-    """Wait until every rank is here. Raises DistributedError where one of them will not come."""
-    if group.line is not None:
-        group.line.exchange("barrier", name, "")
+    """Wait until every rank is here."""
+    all_gather_object(group, name, None)
 
 
-def all_gather_object(group: Group, name: str, value: str) -> list[str]:
-    """Give what every rank says, in the order of the ranks. Raises DistributedError where one of them is lost."""
-    return [value] if group.line is None else group.line.exchange("gathering", name, value)
+def check_equal_across_ranks(group: Group, subject: str, facts: Mapping[str, str]) -> None:
+    """Check that every rank states the same facts about `subject`.
+
+    Raises:
+        DistributedError: On every rank; names the facts that differ, the ranks and their values.
+    """
+    hosts, stated = zip(*all_gather_object(group, subject, (group.host, dict(facts))), strict=True)
+    lines = []
+    for name in dict.fromkeys(name for own in stated for name in own):
+        ranks_of: dict[str, list[int]] = defaultdict(list)
+        for rank, own in enumerate(stated):
+            ranks_of[own.get(name, "nothing")].append(rank)
+        values = (
+            f"{value} on {name_ranks(ranks)} ({', '.join(dict.fromkeys(hosts[rank] for rank in ranks[:_SHOWN]))})"
+            for value, ranks in ranks_of.items()
+        )
+        if len(ranks_of) > 1:
+            lines.append(f"  {name}: {'; '.join(values)}")
+    if lines:
+        raise DistributedError(
+            "\n".join([f"the ranks do not agree on {subject}:", *lines[:_SHOWN]]),
+            hint="Give every host the same files, options and versions.",
+        )
 
 
-def broadcast_from_rank0(group: Group, name: str, make: Callable[[], str]) -> str:
-    """Give what rank 0 makes; the others wait for it. Raises DistributedError where rank 0 is lost."""
-    if group.line is None:
-        return make()
-    return group.line.follow(name, make)
+def _has_peers(group: Group) -> bool:
+    return group.world > 1 and distributed.is_initialized()
 
 
-_T = TypeVar("_T")
-_groups_made = count()  # every rank makes the same ones in the same order
-_TIMEOUT = timedelta(hours=1)  # the group's own line tells much sooner of a rank that is lost
-_LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting")
+# Tensors.
 
 
 @contextmanager
 def joined(group: Group, device: torch.device) -> Iterator[None]:
-    """Have a process group inside: gloo on CPUs, NCCL on GPUs. For one rank alone, or where there is one, nothing is done.
-
-    What the transport says of a rank that is gone becomes DistributedError, with what that rank told of itself.
-    """
-    if group.world == 1:
-        yield
-        return
-    own = not distributed.is_initialized()
-    try:
-        if own:
-            barrier(group, "process group")  # whoever is late is waited for without a limit
-            distributed.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                store=_own_store(group),
-                rank=group.rank,
-                world_size=group.world,
-                timeout=_TIMEOUT,
-                device_id=device if device.type == "cuda" else None,
-            )
-        yield
-    except (RuntimeError, ValueError) as error:
-        text = str(error)
-        if not any(word in text.lower() for word in _LOST):
-            raise
-        barrier(group, "lost rank")  # which ends with what the lost one told
-        raise DistributedError(
-            f"rank {group.rank} has lost another rank: {text.partition(chr(10))[0][:300]}",
-            hint="See what the other ranks say.",
-        ) from error
-    finally:
-        if own and distributed.is_initialized():
-            distributed.destroy_process_group()
-
-
-def _own_store(group: Group) -> "PrefixStore":
-    """Give a place in the launcher's store where no earlier process group has left anything: ranks that met by what it left
-    would wait for each other for ever."""
-    assert group.line is not None
-    place = group.line.place
-    store = TCPStore(place.address, place.port, is_master=False, wait_for_workers=False, timeout=_TIMEOUT)
-    return PrefixStore(f"msn_eval_sums/{place.job}/{next(_groups_made)}", store)
+    """Have the collectives inside use `device`."""
+    if group.world > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)
+    yield
 
 
 def sum_over_ranks(group: Group, tensors: Sequence[Tensor]) -> None:
-    """Put the sum over ranks into each tensor, all of one dtype and device, by one sum in their order: it adds the same numbers
-    in the same order at every step."""
+    """Replace each tensor by its sum over ranks.
+
+    The tensors, all of one dtype and device, are added at once, in their order: the same numbers in the same order at every step.
+    """
     if group.world == 1:
         return
-    flat = torch.cat([one.reshape(-1) for one in tensors])
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     distributed.all_reduce(flat)
-    for one, part in zip(tensors, torch.split(flat, [one.numel() for one in tensors]), strict=True):
-        one.copy_(part.view_as(one))
+    for tensor, total in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
 
 
 def rows_of_all_ranks(group: Group, rows: Tensor | None) -> Tensor:
-    """Put the rows of all ranks below each other, in the order of ranks; each may have another number of them, None for none."""
-    told: list[Tensor | None] = [rows]
-    if group.world > 1:
-        told = [None] * group.world
-        distributed.all_gather_object(told, None if rows is None else rows.cpu())
-    return torch.cat([one for one in told if one is not None])
-
-
-def broadcast_from_first(group: Group, value: _T | None) -> _T:
-    """Give the first rank's value on all ranks."""
-    told: list[_T | None] = [value]
-    if group.world > 1:
-        distributed.broadcast_object_list(told, src=0)
-    assert told[0] is not None
-    return told[0]
+    """Concatenate the rows of all ranks in rank order. Their numbers may differ; None for no rows."""
+    gathered = all_gather_object(group, "rows", None if rows is None else rows.cpu() if group.world > 1 else rows)
+    return torch.cat([part for part in gathered if part is not None])

@@ -161,4 +161,4 @@ def attention_maps(encoder: Encoder, pixels: Tensor) -> Tensor:
             attention = class_attention(last, inputs[0])
     finally:
         hook.remove()
-    return attention[:, :, -side * side :].float().unflatten(2, (side, side)).cpu()
+    return attention[:, :, -side * side :].float().reshape(*attention.shape[:2], side, side).cpu()

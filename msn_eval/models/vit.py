@@ -70,11 +70,11 @@ def interpolate_positions(positions: Tensor, *, patches_a_side: int, rule: Posit
     """
     grid = math.isqrt(positions.shape[1])
     prefix = positions.shape[1] - grid * grid
-    square = positions[:, prefix:].unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+    square = positions[:, prefix:].reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
     # DINO's authors pass a scale factor, slightly enlarged, instead of a size; that shifts the sampling points.
     scale = (patches_a_side + rule.offset) / grid
     target = {"scale_factor": (scale, scale)} if rule.offset else {"size": (patches_a_side, patches_a_side)}
-    resized = functional.interpolate(square, mode="bicubic", antialias=rule.antialias, **target)  # type: ignore[arg-type]
+    resized = functional.interpolate(square, mode="bicubic", antialias=rule.antialias, **target)
     return torch.cat([positions[:, :prefix], resized.flatten(2).transpose(1, 2)], dim=1)
 
 
@@ -141,11 +141,13 @@ def _project_qkv(attention: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, 
     """Return the query of the first token, (b, heads, 1, d), and keys and values of all, (b, heads, n, d)."""
     projection = cast(nn.Linear, attention.qkv)
     width = len(projection.weight) // 3
-    query_bias, other_bias = (None, None) if projection.bias is None else projection.bias.split([width, 2 * width])
+    query_bias, other_bias = (
+        (None, None) if projection.bias is None else (projection.bias[:width], projection.bias[width:])
+    )
     query = functional.linear(tokens[:, :1], projection.weight[:width], query_bias)
     key, value = functional.linear(tokens, projection.weight[width:], other_bias).chunk(2, dim=-1)
     query, key, value = (
-        part.unflatten(2, (cast(int, attention.num_heads), -1)).transpose(1, 2) for part in (query, key, value)
+        part.view(*part.shape[:2], cast(int, attention.num_heads), -1).transpose(1, 2) for part in (query, key, value)
     )
     return attention.q_norm(query), attention.k_norm(key), value  # type: ignore[operator]
 

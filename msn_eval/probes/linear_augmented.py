@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from msn_eval.config.recipes import AugmentedRecipe
-from msn_eval.distributed.group import Group, broadcast_from_first, broadcast_from_rank0, joined, sum_over_ranks
+from msn_eval.distributed.group import Group, broadcast_from_rank0, joined, sum_over_ranks
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features.augmented import AugmentedImages, features_from
 from msn_eval.probes.base import FittedProbe, ProbeConfig
@@ -236,7 +236,7 @@ def _resume(training: Training, files: StateFiles | None, group: Group) -> None:
     step = int(broadcast_from_rank0(group, "training step", lambda: str(state["step"] if state is not None else 0)))
     if step == 0:
         return
-    whole: dict[str, Any] = broadcast_from_first(group, state)
+    whole: dict[str, Any] = broadcast_from_rank0(group, "state", lambda: state or {})
     restore_training(training, whole)
     if group.rank == 0:
         _log.info("linear-augmented: goes on behind step %d", step)

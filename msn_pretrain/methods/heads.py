@@ -6,8 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from msn_eval.distributed.collective import sum_over_ranks, world_size
 from msn_eval.errors import UsageError
-from msn_pretrain.distributed.collective import sum_over_ranks, world_size
 
 
 def projection_head(width: int, *, hidden: int = 2048, output: int = 256, batch_norm: bool = True) -> nn.Sequential:

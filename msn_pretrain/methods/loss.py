@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from msn_eval.distributed.collective import max_over_ranks, sum_over_ranks, with_mean_gradient
 from msn_eval.errors import UsageError
-from msn_pretrain.distributed.collective import max_over_ranks, sum_over_ranks, with_mean_gradient
 
 
 @dataclass(frozen=True, kw_only=True)

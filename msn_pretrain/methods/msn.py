@@ -25,11 +25,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from msn_eval.distributed.collective import rows_of_all_ranks
 from msn_eval.errors import UsageError
 from msn_eval.features.collapse import effective_rank, spread
 from msn_pretrain.config.recipe import Criterion, Head, Masking, MSNRecipe
 from msn_pretrain.config.schedule import StepSettings
-from msn_pretrain.distributed.collective import rows_of_all_ranks
 from msn_pretrain.methods.heads import projection_head
 from msn_pretrain.methods.loss import MSNLoss, make_log_prior, msn_loss
 from msn_pretrain.methods.vit import MaskedTransformer, build_transformer, draw_kept_patches

@@ -21,6 +21,8 @@ from msn_eval.checkpoints.run_folder import CHECKPOINTS, CONFIG, newest_snapshot
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.data import DATASETS, read_split
 from msn_eval.data.images import ImageSet
+from msn_eval.distributed.group import Group as Ranks
+from msn_eval.distributed.group import broadcast_from_rank0
 from msn_eval.errors import DistributedError, UsageError
 from msn_eval.evaluation.plan import cache_folder
 from msn_eval.files.atomic import prepare_folder, write_atomically
@@ -28,7 +30,6 @@ from msn_eval.version import __version__
 from msn_pretrain.config.load import read_recipe, recipe_as_yaml
 from msn_pretrain.config.recipe import MSNRecipe, SimSiamRecipe, architecture_of
 from msn_pretrain.data.views import ViewKind
-from msn_pretrain.distributed.process_group import Ranks, first_decides
 from msn_pretrain.methods.msn import build_msn
 from msn_pretrain.methods.simsiam import build_simsiam
 from msn_pretrain.training import snapshot as snapshots
@@ -252,7 +253,7 @@ def resume(learner: Learner, folder: Path | None, ranks: Ranks) -> Snapshot | No
 
 def roll_back(learner: Learner, run: Path, ranks: Ranks) -> int | None:
     """Restore weights and optimiser of the newest snapshot and return its step; None if there is no snapshot."""
-    files = first_decides(ranks, lambda: newest_snapshot(run)[0])
+    files = broadcast_from_rank0(ranks, "snapshot", lambda: newest_snapshot(run)[0])
     if files is None:
         return None
     learner.restore(read_snapshot(files))

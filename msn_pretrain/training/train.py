@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,15 @@ import torch
 from torch import Tensor
 
 from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSet
-from msn_eval.errors import DistributedError, NumericalError, StoreError
+from msn_eval.distributed.collective import any_of, average_gradients, check_replicas
+from msn_eval.distributed.group import Group as Ranks
+from msn_eval.distributed.group import all_gather_object, broadcast_from_rank0, check_equal_across_ranks
+from msn_eval.errors import NumericalError, StoreError
+from msn_eval.process import StopRequest, watch_stop_signals
 from msn_pretrain.config.recipe import architecture_of
 from msn_pretrain.config.schedule import StepSettings, settings_at
 from msn_pretrain.data.sampler import Order, seed_at
 from msn_pretrain.data.view_loader import ViewBatch, ViewList, load_views, normalise
-from msn_pretrain.distributed.process_group import (
-    Ranks,
-    agree,
-    any_of,
-    average_gradients,
-    check_replicas,
-    first_decides,
-    gather,
-)
 from msn_pretrain.methods.msn import Step
 from msn_pretrain.training import online_probe
 from msn_pretrain.training.gradients import compute_gradients, gradient_norm
@@ -59,13 +54,12 @@ from msn_pretrain.training.run import (
     view_kinds,
 )
 from msn_pretrain.training.snapshot import Snapshot, generator_states, seed_generators, write_snapshot
-from msn_pretrain.training.watchdog import Stop, Watchdog, stop_heard, watching
+from msn_pretrain.training.watchdog import Watchdog, watching
 
 _log = logging.getLogger(__name__)
 _MASKS, _RANKS = 1, 2  # purposes of derived seeds
 _RETRY_SECONDS = 60.0  # after a snapshot that could not be written
 _MOST_SNAPSHOT_SHARE = 0.1  # of the time, for snapshots at the ends of epochs
-_LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +105,8 @@ def train(recipe: Recipe, ranks: Ranks, *, allowed: Sequence[str] = (), quiet: b
         MsnEvalError: Of any kind. The last snapshot is kept.
     """
     run = Path(recipe.run.dir)
-    with ExitStack() as stack, _name_lost_ranks(ranks):
-        images = first_decides(ranks, lambda: training_images(recipe))
+    with ExitStack() as stack:
+        images = broadcast_from_rank0(ranks, "images", lambda: training_images(recipe))
         order = Order(
             n_images=len(images),
             batch_size=recipe.optimization.batch_size,
@@ -121,10 +115,10 @@ def train(recipe: Recipe, ranks: Ranks, *, allowed: Sequence[str] = (), quiet: b
             world=ranks.world,
         )
         learner = build_learner(recipe, ranks.device)
-        agree(ranks, shared_facts(recipe, images, learner))
+        check_equal_across_ranks(ranks, "the run", shared_facts(recipe, images, learner))
         run.mkdir(parents=True, exist_ok=True)
-        first_decides(ranks, lambda: stack.enter_context(lock_run(run)))
-        folder = first_decides(ranks, lambda: open_run(recipe, images, allowed=allowed))
+        broadcast_from_rank0(ranks, "lock", lambda: stack.enter_context(lock_run(run)))
+        folder = broadcast_from_rank0(ranks, "folder", lambda: open_run(recipe, images, allowed=allowed))
         seed_generators(seed_at(_RANKS, ranks.rank, seed=recipe.run.seed))
         snapshot = resume(learner, folder, ranks)
         progress = _Progress(step=0, alarms=AlarmCounters())
@@ -143,11 +137,13 @@ def train(recipe: Recipe, ranks: Ranks, *, allowed: Sequence[str] = (), quiet: b
             journal=stack.enter_context(journal),
             dog=stack.enter_context(watching()),
         )
-        with stop_heard() as stop:  # before this there is nothing to save, and a signal ends the process at once
+        with (
+            watch_stop_signals() as stop
+        ):  # before this there is nothing to save, and a signal ends the process at once
             return _train_loop(session, progress, stop)
 
 
-def _train_loop(session: Session, progress: _Progress, stop: Stop) -> int:
+def _train_loop(session: Session, progress: _Progress, stop: StopRequest) -> int:
     """Run the remaining steps and return the exit code."""
     recipe, ranks, steps_per_epoch = session.recipe, session.ranks, session.order.steps_an_epoch
     if progress.step and progress.step % steps_per_epoch == 0:
@@ -165,7 +161,9 @@ def _train_loop(session: Session, progress: _Progress, stop: Stop) -> int:
         waited = time.monotonic() - ended
         settings = settings_at(recipe, step=progress.step, steps_per_epoch=steps_per_epoch)
         step, norms, finite = compute(session, batch, settings)
-        stopping, not_finite, due = any_of(ranks, stop.asked, not finite, ranks.first and _is_due(session, progress))
+        stopping, not_finite, due = any_of(
+            ranks, stop.requested, not finite, ranks.first and _is_due(session, progress)
+        )
         if not_finite:
             _skip_step(session, batch, norms | {"total": float(step.total.detach())})
         else:
@@ -189,7 +187,7 @@ def _train_loop(session: Session, progress: _Progress, stop: Stop) -> int:
         if progress.step % steps_per_epoch == 0:
             _evaluate_if_due(session, progress)
         if stopping:
-            return max(gather(ranks, stop.exit_code))
+            return max(all_gather_object(ranks, "exit code", stop.accept()))
         ended = time.monotonic()
     return 0
 
@@ -325,8 +323,10 @@ def _save(session: Session, progress: _Progress, *, last: bool) -> None:
     """Write a snapshot. If the disk refuses, training continues, at most to the end of the next epoch."""
     with session.dog.paused():
         started = time.monotonic()
-        states = gather(session.ranks, generator_states(session.ranks.device))
-        written = first_decides(session.ranks, lambda: _try_to_write(session, progress, states, last=last))
+        states = all_gather_object(session.ranks, "generators", generator_states(session.ranks.device))
+        written = broadcast_from_rank0(
+            session.ranks, "snapshot", lambda: _try_to_write(session, progress, states, last=last)
+        )
         progress.saved_at = time.monotonic()
         progress.save_seconds = progress.saved_at - started
         if written:
@@ -384,25 +384,10 @@ def _evaluate_if_due(session: Session, progress: _Progress) -> None:
     if not online_probe.is_due(session.recipe, epoch):
         return
     with session.dog.paused():
-        text = first_decides(
+        text = broadcast_from_rank0(
             session.ranks,
+            "probe",
             lambda: online_probe.describe(online_probe.measure(session.run, session.recipe, session.ranks.device)),
         )
     if session.ranks.first:
         _log.info("epoch %d: %s", epoch, text)
-
-
-@contextmanager
-def _name_lost_ranks(ranks: Ranks) -> Iterator[None]:
-    """Turn transport errors about a lost rank into a DistributedError."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if ranks.world == 1 or not any(word in text.lower() for word in _LOST):
-            raise
-        raise DistributedError(
-            f"rank {ranks.rank} lost the connection to another rank: {text.partition(chr(10))[0][:300]}",
-            hint="See the messages of the other ranks.",
-            kept="The last snapshot is kept; the same command continues from it.",
-        ) from error

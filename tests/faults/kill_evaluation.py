@@ -1,14 +1,14 @@
-"""SIGKILL at random instants of an evaluation, and whether anything is lost, torn, or changed by it.
+"""Kill an evaluation with SIGKILL at random moments and check that nothing is lost, torn or changed.
 
     python tests/faults/kill_evaluation.py --data FOLDER [--kills 100] [--seed 0] [--torn-writes]
 
-Each trial starts from nothing: a run is killed, by turns at a random instant and in a random sync of a file that it is writing;
-what it left is looked over, and the same command then runs to its end. Its records must be those of an undisturbed run (times and
-environment apart), with no file under a final name that is not whole, no word of quarantine, and no more images encoded twice
-than a shard and a batch hold. --torn-writes breaks our writing on purpose, files then growing under their final names: the trials
-must see that.
-Ends with 0 where every trial was sound. One process imports everything, by doing the undisturbed run itself, and forks the
-others, so that a trial takes a second or two.
+Each trial starts in an empty folder. A run is killed, alternately at a random moment and in a random fsync of a file that it
+writes. Its files are checked, and the same command then runs to its end. The records must equal those of an undisturbed run
+(except times and environment), every file under a final name must be complete, nothing may be quarantined, and no more images
+than a shard and a batch may be encoded twice. --torn-writes breaks our writing deliberately: files then grow under their final
+names, and the trials must detect that.
+Exits with 0 if every trial passed. One process imports everything, by doing the undisturbed run itself, and forks the others, so
+that a trial takes a second or two.
 """
 
 import argparse
@@ -47,7 +47,7 @@ _SYNCED = (".json", ".npz", ".safetensors")  # what the names of the files hold 
 
 
 def main() -> int:
-    """Run the trials; give 0 if all were sound, else 1."""
+    """Run the trials; return 0 if all passed, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--kills", type=int, default=100)
@@ -57,18 +57,18 @@ def main() -> int:
     print(f"torch {torch.__version__}, timm {timm.__version__}, {options.kills} kills, seed {options.seed}", flush=True)
     msn_eval.features.extraction._CPU_SHARD_ROWS = _SHARD_ROWS  # type: ignore[attr-defined]
     chance = random.Random(options.seed)
-    unsound = 0
+    failed = 0
     if options.torn_writes:
         _tear_writes()
     with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "whole"
+        undisturbed = Path(folder) / "undisturbed"
         (Path(folder) / "first").mkdir()
         _run_here(Path(folder) / "first", options.data)  # imports all that a run does
         started = time.monotonic()
-        code, images = _run_to_the_end(whole, options.data)
+        code, images = _run_to_the_end(undisturbed, options.data)
         seconds = time.monotonic() - started
-        assert code == 0, (whole / "stderr").read_text()
-        expected, syncs = _records(whole), read_counts(whole / "syncs", _SYNCED)
+        assert code == 0, (undisturbed / "stderr").read_text()
+        expected, syncs = _records(undisturbed), read_counts(undisturbed / "syncs", _SYNCED)
         print(f"undisturbed: {seconds:.1f} s, {images} images encoded, {len(expected)} results", flush=True)
         for trial in range(options.kills):
             here = Path(folder) / f"trial{trial}"
@@ -79,11 +79,11 @@ def main() -> int:
                 kill = chance.uniform(0, 1.02 * seconds)
             faults = _trial(here, options.data, kill, images, expected)
             shutil.rmtree(here)
-            unsound += bool(faults)
+            failed += bool(faults)
             when = f"at {kill:.2f} s" if isinstance(kill, float) else str(kill)
-            print(f"kill {trial + 1} {when}: {'; '.join(faults) or 'sound'}", flush=True)
-    print(f"{options.kills - unsound} of {options.kills} trials sound")
-    return 1 if unsound else 0
+            print(f"kill {trial + 1} {when}: {'; '.join(faults) or 'passed'}", flush=True)
+    print(f"{options.kills - failed} of {options.kills} trials passed")
+    return 1 if failed else 0
 
 
 def _trial(here: Path, data: str, kill: float | SyncKill, images: int, expected: dict[str, object]) -> list[str]:
@@ -115,14 +115,14 @@ def _trial(here: Path, data: str, kill: float | SyncKill, images: int, expected:
 
 
 def _run_to_the_end(here: Path, data: str) -> tuple[int, int]:
-    """Give the exit code, and the images that all runs in this folder together have encoded."""
+    """Return the exit code, and the number of images that all runs in this folder have encoded."""
     status = os.waitpid(_start(here, data), 0)[1]
     counts = (here / "encoded").read_bytes() if (here / "encoded").exists() else b""
     return os.waitstatus_to_exitcode(status), sum(int(line) for line in counts.split())
 
 
 def _start(here: Path, data: str, kill: SyncKill | None = None) -> int:
-    """Start the evaluation in a forked process, which dies as `kill` says."""
+    """Start the evaluation in a forked process, which `kill` ends."""
     here.mkdir(exist_ok=True)
     child = os.fork()
     if child:
@@ -155,7 +155,7 @@ def _run_here(here: Path, data: str) -> int:
 
 @contextlib.contextmanager
 def _counted(file: Path) -> Iterator[None]:
-    """Have every batch that is encoded add a line to a file."""
+    """Append a line to `file` for every encoded batch."""
 
     def counting(encoder: Encoder, pixels: Tensor, taps: list[str]) -> dict[str, Tensor]:
         with file.open("ab", buffering=0) as counter:
@@ -167,7 +167,7 @@ def _counted(file: Path) -> Iterator[None]:
 
 
 def _records(here: Path) -> dict[str, object]:
-    """Give every result with its predictions' bytes, without what may differ."""
+    """Return every result with the bytes of its predictions, without the fields that may differ."""
     found: dict[str, object] = {}
     for path in sorted((here / "runs").glob("*.json")):
         record = json.loads(path.read_bytes())
@@ -178,7 +178,7 @@ def _records(here: Path) -> dict[str, object]:
 
 
 def _torn_files(here: Path) -> list[str]:
-    """Name every file under a final name that is not whole."""
+    """List the files under a final name that are not complete."""
     torn = []
     checks: list[tuple[str, Callable[[Path], object]]] = [
         ("runs/*.json", lambda path: json.loads(path.read_bytes())),
@@ -209,7 +209,7 @@ def _read_arrays(path: Path) -> None:
 
 
 def _tear_writes() -> None:
-    """Replace atomic writing by what one would write without thinking of it, slowly enough to be seen."""
+    """Replace atomic writing by slow writing in place."""
 
     def write_in_place(path: Path, content: bytes) -> None:
         with path.open("wb", buffering=0) as file:

@@ -1,12 +1,12 @@
-"""SIGKILL at random instants of a pre-training, and whether what it becomes is still what it would have become, bit by bit.
+"""Kill a pre-training with SIGKILL at random moments and check that the resumed run is bit-identical.
 
     python tests/faults/kill_training.py [--kills 50] [--seed 0] [--break rng|journal|writes]
 
-Each trial starts from nothing: a run on 1 or 2 ranks with 0 or 2 loader workers is killed, every rank of it, by turns at a random
-instant behind a random step, in a random sync of a file that it is writing, and at any instant, while it starts up too; and the
-same command then runs to its end. Weights, target, prototypes, optimiser, generators and metrics.jsonl (times and
-memory apart) must be those of an undisturbed run of as many ranks, and no newer snapshot may have been lost.
---break puts a fault into our own code on purpose; the trials must see it. Ends with 0 where every trial was sound.
+Each trial starts in an empty folder. All ranks of a run on 1 or 2 ranks with 0 or 2 loader workers are killed: alternately at a
+random moment after a random step, in a random fsync of a file that it writes, and at any moment, also during start-up. The same
+command then runs to its end. Weights, target, prototypes, optimiser, generators and metrics.jsonl (except times and memory) must
+equal those of an undisturbed run on as many ranks, and no newer snapshot may have been lost.
+--break puts a fault into our own code; the trials must detect it. Exits with 0 if every trial passed.
 One process imports everything, by doing such a run itself, and forks the ranks, so that a trial takes seconds.
 """
 
@@ -66,18 +66,18 @@ _SYNCED = (
 
 @dataclass(frozen=True, kw_only=True)
 class TimedKill:
-    """Death some seconds behind the line of a step, or behind the start."""
+    """SIGKILL some seconds after the line of a step, or after the start."""
 
     step: int
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.seconds:.2f} s behind {f'step {self.step}' if self.step else 'the start'}"
+        return f"{self.seconds:.2f} s after {f'step {self.step}' if self.step else 'the start'}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
-    """An undisturbed run: what became of it, how long it took, and how often it synced files of each name."""
+class Undisturbed:
+    """An undisturbed run: its outcome, duration, and number of syncs per file name."""
 
     outcome: dict[str, Any]
     seconds: float
@@ -89,7 +89,7 @@ class Whole:
 
 
 def main() -> int:
-    """Run the trials; give 0 if all were sound, else 1."""
+    """Run the trials; return 0 if all passed, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -101,56 +101,56 @@ def main() -> int:
     print(f"torch {torch.__version__}, timm {timm.__version__}, {options.kills} kills, seed {options.seed}", flush=True)
     torch.set_num_threads(1)
     chance = random.Random(options.seed)
-    unsound = 0
+    failed = 0
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "recipe.yaml").write_text(_RECIPE % options.epochs)
         _import_all(place / "first")
-        whole = {ranks: _undisturbed(place, ranks) for ranks in options.ranks}
+        undisturbed = {ranks: _undisturbed(place, ranks) for ranks in options.ranks}
         if options.fault:
             _break(options.fault)
         shapes = list(product(options.ranks, options.workers))
         for trial in range(options.kills):
             ranks, workers = shapes[trial % len(shapes)]
-            kill = _drawn(trial, whole[ranks], chance)
-            faults, at = _trial(place / f"trial{trial}", ranks, workers, kill, whole[ranks].outcome)
-            unsound += bool(faults)
-            told = "; ".join(faults) or "sound"
+            kill = _draw_kill(trial, undisturbed[ranks], chance)
+            faults, at = _trial(place / f"trial{trial}", ranks, workers, kill, undisturbed[ranks].outcome)
+            failed += bool(faults)
+            told = "; ".join(faults) or "passed"
             print(f"kill {trial + 1}, {kill}, from step {at}, {ranks} ranks, {workers} workers: {told}", flush=True)
             shutil.rmtree(place / f"trial{trial}")
-    print(f"{options.kills - unsound} of {options.kills} trials sound")
-    return 1 if unsound else 0
+    print(f"{options.kills - failed} of {options.kills} trials passed")
+    return 1 if failed else 0
 
 
 def _import_all(here: Path) -> None:
-    """Do a run in this process: its forks then need to import nothing."""
+    """Do a run in this process, so that its forks import nothing."""
     here.mkdir()
     with (here / "stderr").open("w") as output, redirect_stdout(output), redirect_stderr(output):
-        code = msn_pretrain_main([*_words(here, 0), "optimization.epochs=1"])
+        code = msn_pretrain_main([*_arguments(here, 0), "optimization.epochs=1"])
     assert code == 0, (here / "stderr").read_text()
 
 
-def _undisturbed(place: Path, ranks: int) -> Whole:
-    here = place / f"whole{ranks}"
+def _undisturbed(place: Path, ranks: int) -> Undisturbed:
+    here = place / f"undisturbed{ranks}"
     started = time.monotonic()
     codes = _wait(_start(here, ranks, 0))
     assert codes == [0] * ranks, (here / "stderr").read_text()
     seconds = time.monotonic() - started
     found = _outcome(here / "run")
     print(f"undisturbed on {ranks}: {seconds:.1f} s, {found['steps']} steps", flush=True)
-    return Whole(outcome=found, seconds=seconds, syncs=read_counts(here / "syncs", _SYNCED))
+    return Undisturbed(outcome=found, seconds=seconds, syncs=read_counts(here / "syncs", _SYNCED))
 
 
-def _drawn(trial: int, whole: Whole, chance: random.Random) -> TimedKill | SyncKill:
+def _draw_kill(trial: int, undisturbed: Undisturbed, chance: random.Random) -> TimedKill | SyncKill:
     match trial % 3:
         case 0:
             name = _SYNCED[trial // 3 % len(_SYNCED)]
-            return SyncKill(name=name, count=chance.randint(1, whole.syncs[name]))
+            return SyncKill(name=name, count=chance.randint(1, undisturbed.syncs[name]))
         case 1:
-            seconds = chance.uniform(0, 2 * whole.seconds / whole.steps)
-            return TimedKill(step=chance.randrange(1, whole.steps), seconds=seconds)
+            seconds = chance.uniform(0, 2 * undisturbed.seconds / undisturbed.steps)
+            return TimedKill(step=chance.randrange(1, undisturbed.steps), seconds=seconds)
         case _:
-            return TimedKill(step=0, seconds=chance.uniform(0, 1.1 * whole.seconds))
+            return TimedKill(step=0, seconds=chance.uniform(0, 1.1 * undisturbed.seconds))
 
 
 def _trial(
@@ -172,7 +172,7 @@ def _trial(
     found, _ = newest_snapshot(here / "run")
     promised = _promised(here / "run")
     at = found.step if found else 0
-    faults = [] if at >= promised else [f"a snapshot of step {promised} was whole, and {at} is the newest now"]
+    faults = [] if at >= promised else [f"a snapshot of step {promised} was complete, but {at} is the newest now"]
     codes = _wait(_start(here, ranks, workers))
     if any(codes):
         return [*faults, f"the second run ended with {codes}: {(here / 'stderr').read_text()[-400:]}"], at
@@ -188,13 +188,13 @@ def _wait_for_lines(metrics: Path, count: int) -> None:
 
 
 def _promised(run: Path) -> int:
-    """Give the step of the newest manifest: what has one was finished."""
+    """Return the step of the newest manifest: a snapshot with a manifest is complete."""
     steps = [read_manifest(path.parent).step for path in run.glob("checkpoints/*/manifest.json")]
     return max(steps, default=0)
 
 
 def _outcome(run: Path) -> dict[str, Any]:
-    """Give all of a finished run that must not depend on how it went."""
+    """Return all of a finished run that must not depend on interruptions."""
     files, _ = newest_snapshot(run)
     assert files is not None
     state = torch.load(files.state, weights_only=True)
@@ -214,12 +214,12 @@ def _outcome(run: Path) -> dict[str, Any]:
     }
 
 
-def _words(here: Path, workers: int) -> list[str]:
+def _arguments(here: Path, workers: int) -> list[str]:
     return [str(here.parent / "recipe.yaml"), f"run.dir={here / 'run'}", f"data.workers={workers}", "-vv"]
 
 
 def _start(here: Path, ranks: int, workers: int, kill: SyncKill | None = None) -> list[int]:
-    """Start the ranks of one run as forked processes, whose first dies as `kill` says."""
+    """Start the ranks of one run as forked processes; `kill` ends the first."""
     here.mkdir(exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -242,7 +242,7 @@ def _start_rank(here: Path, rank: int, ranks: int, workers: int, port: int, kill
         note_syncs(here / "syncs")
         if kill is not None and rank == 0:
             die_in_sync(kill)
-        code = msn_pretrain_main(_words(here, workers))
+        code = msn_pretrain_main(_arguments(here, workers))
     finally:
         os._exit(code)
 
@@ -252,7 +252,7 @@ def _wait(children: Sequence[int]) -> list[int]:
 
 
 def _break(fault: str) -> None:
-    """Put a fault into our own code."""
+    """Break our own code."""
     if fault == "rng":
         msn_pretrain.training.snapshot.set_generators = lambda states, device: None
     elif fault == "journal":
@@ -262,7 +262,7 @@ def _break(fault: str) -> None:
 
 
 def _tear_writes() -> None:
-    """Write in place and slowly, the manifest first, and believe every manifest."""
+    """Write in place and slowly, the manifest first, and accept every manifest."""
 
     known = data_sha256(read_split("digits", "train").first_of_each_class(4))
 
@@ -283,12 +283,12 @@ def _tear_writes() -> None:
                 if piece == 4:
                     os.fsync(file.fileno())
 
-    def believed(folder: Path) -> SnapshotFiles:
+    def accept(folder: Path) -> SnapshotFiles:
         return read_manifest(folder)
 
     msn_pretrain.training.snapshot.written_atomically = in_place  # type: ignore[attr-defined]
     for module in (msn_eval.checkpoints.run_folder, msn_pretrain.training.snapshot):
-        module.check_snapshot = believed  # type: ignore[attr-defined]
+        module.check_snapshot = accept  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

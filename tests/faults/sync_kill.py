@@ -1,4 +1,4 @@
-"""Sync kill: a process that kills itself while it has a file synced, so that the write path is hit however fast it is."""
+"""A process that kills itself in fsync, so that the write path is hit however fast it is."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class SyncKill:
-    """Death in the `count`-th sync of a file whose name holds `name`: its content is written, and it is not yet renamed."""
+    """SIGKILL in the `count`-th fsync of a file whose name contains `name`: written, but not yet renamed."""
 
     name: str
     count: int
@@ -19,33 +19,33 @@ class SyncKill:
 
 
 def die_in_sync(kill: SyncKill) -> None:
-    """Have this process die so."""
+    """Let this process die as `kill` says."""
     sync, seen = os.fsync, 0
 
-    def deadly(number: int) -> None:
+    def kill_in_fsync(number: int) -> None:
         nonlocal seen
         seen += kill.name in _name(number)
         if seen == kill.count:
             os.kill(os.getpid(), signal.SIGKILL)
         sync(number)
 
-    os.fsync = deadly
+    os.fsync = kill_in_fsync
 
 
 def note_syncs(file: Path) -> None:
-    """Have the name of every file that this process syncs noted, a line each."""
+    """Append the name of every file that this process syncs to `file`."""
     sync = os.fsync
 
-    def noted(number: int) -> None:
+    def record(number: int) -> None:
         with file.open("a") as notes:
             notes.write(f"{_name(number)}\n")
         sync(number)
 
-    os.fsync = noted
+    os.fsync = record
 
 
 def read_counts(file: Path, names: Sequence[str]) -> dict[str, int]:
-    """Give, for each of `names`, how many of the syncs that were noted were of a file whose name holds it."""
+    """Return, for each of `names`, how many recorded syncs are of a file whose name contains it."""
     lines = file.read_text().splitlines()
     return {name: sum(name in line for line in lines) for name in names}
 

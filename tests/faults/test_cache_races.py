@@ -1,4 +1,4 @@
-"""Several processes on one bank of features: what they read is right or missing, and nobody's work is damaged."""
+"""Several processes that share one folder of features: what they read is right or missing, never wrong."""
 
 import contextlib
 import hashlib
@@ -48,7 +48,7 @@ LISTS = [CONTENTS[start : start + 16] for start in (0, 8, 16, 24)]  # each share
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """What one process saw."""
+    """What one process counted."""
 
     reads: int = 0
     found: int = 0
@@ -59,7 +59,7 @@ class Account:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Path]:
-    """Give a folder in memory where there is one: at a disk processes wait, and meet less often."""
+    """Return a folder in memory if possible; processes that wait for a disk collide less often."""
     cache_dir = Path("/dev/shm")
     if not cache_dir.is_dir():
         yield tmp_path
@@ -69,7 +69,7 @@ def cache(tmp_path: Path) -> Iterator[Path]:
 
 
 def rows_of(contents: Sequence[str]) -> Tensor:
-    """Give each content's features: numbers that nothing but the content says."""
+    """Return features that identify each content."""
     return torch.tensor([list(bytes.fromhex(content)) for content in contents]).float()
 
 
@@ -78,12 +78,12 @@ def keep(bank: Bank, contents: Sequence[str]) -> None:
 
 
 def read_and_write(folder: Path, reads: int, seed: int) -> Account:
-    """Read many times, writing now and then; count what is not as it should be."""
+    """Read many times, write sometimes, and count what is wrong."""
     torch.set_num_threads(1)
     chance = random.Random(seed)
     clock, skew = time.time, chance.choice((-3600, 0, 3600))
-    time.time = lambda: clock() + skew  # nobody's clock may matter
-    os.fsync = lambda handle: None  # so that the processes meet more often; no power is cut here
+    time.time = lambda: clock() + skew  # no clock may matter
+    os.fsync = lambda handle: None  # so that the processes collide more often; there is no power failure here
     warnings: list[logging.LogRecord] = []
     logger = logging.getLogger("msn_eval")
     logger.handlers[:] = [handler := logging.Handler()]
@@ -107,7 +107,7 @@ def read_and_write(folder: Path, reads: int, seed: int) -> Account:
 
 
 def prune(folder: Path, stop: float) -> Account:
-    """Remove the bank again and again."""
+    """Remove the folder repeatedly."""
     os.fsync = lambda handle: None
     bank = feature_cache.find_bank(folder, KEY)
     refused = 0
@@ -120,8 +120,8 @@ def prune(folder: Path, stop: float) -> Account:
     return Account(refused=refused)
 
 
-def together(tasks: Sequence[Callable[[], Account]]) -> Account:
-    """Run each task in a process of its own, all at once, and add up what they saw."""
+def run_together(tasks: Sequence[Callable[[], Account]]) -> Account:
+    """Run each task in its own process, all at once, and add up their counts."""
     with _FORKED.Pool(len(tasks)) as pool:
         waiting = [pool.apply_async(task) for task in tasks]
         accounts = [one.get(timeout=60) for one in waiting]
@@ -137,7 +137,7 @@ def is_clean(folder: Path, account: Account) -> bool:
 
 
 def write_under_one_name(path: Path, content: bytes) -> None:
-    """Write with care, but for a temporary name that all processes share."""
+    """Write atomically, but with a temporary name that all processes share."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb", buffering=0) as file:
@@ -150,7 +150,7 @@ def write_under_one_name(path: Path, content: bytes) -> None:
 
 
 def write_in_place(path: Path, content: bytes) -> None:
-    """Write so that a reader, or a kill, may come when a part is there."""
+    """Write so that a reader or a kill may meet a partial file."""
     with path.open("wb", buffering=0) as file:
         file.write(content[:100])
         time.sleep(0.0005)
@@ -162,31 +162,31 @@ BROKEN = [write_under_one_name, write_in_place]
 
 @pytest.mark.parametrize(("processes", "reads"), [(2, 1200), (8, 1000)])
 def test_processes_that_write_and_read_one_bank_read_nothing_wrong(cache: Path, processes: int, reads: int) -> None:
-    """With 10,000 reads and nothing wrong, fewer than 3 in 10,000 are, with 95 % confidence."""
-    account = together([partial(read_and_write, cache, reads, seed) for seed in range(processes)])
+    """With 0 errors in 10,000 reads, fewer than 3 in 10,000 are wrong at 95 % confidence."""
+    account = run_together([partial(read_and_write, cache, reads, seed) for seed in range(processes)])
     assert is_clean(cache, account), account
-    assert account.found > account.reads * 3  # not all missing, which would be right as well
+    assert account.found > account.reads * 3  # not all missing, which would also be right
 
 
 @pytest.mark.parametrize("write", BROKEN)
-def test_careless_writing_is_noticed_by_the_test_above(
+def test_careless_writing_is_detected(
     cache: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, bytes], None]
 ) -> None:
     monkeypatch.setattr(feature_cache, "write_atomically", write)
-    rounds = (together([partial(read_and_write, cache, 100, seed) for seed in range(8)]) for _ in range(20))
+    rounds = (run_together([partial(read_and_write, cache, 100, seed) for seed in range(8)]) for _ in range(20))
     assert any(not is_clean(cache, account) for account in rounds)
 
 
-def test_rows_are_right_or_missing_while_somebody_prunes(cache: Path) -> None:
+def test_rows_are_right_or_missing_during_pruning(cache: Path) -> None:
     workers = [partial(read_and_write, cache, 300, seed) for seed in range(6)]
-    account = together([*workers, partial(prune, cache, time.monotonic() + 1.5)])
+    account = run_together([*workers, partial(prune, cache, time.monotonic() + 1.5)])
     assert account.wrong == 0, account
     assert 0 < account.found < account.reads * 4
 
 
-def test_bank_is_whole_after_the_pruning(cache: Path) -> None:
+def test_bank_is_complete_after_pruning(cache: Path) -> None:
     workers = [partial(read_and_write, cache, 100, seed) for seed in range(4)]
-    together([*workers, partial(prune, cache, time.monotonic() + 0.5)])
+    run_together([*workers, partial(prune, cache, time.monotonic() + 0.5)])
     bank = open_bank(cache, KEY, checkpoint="vit.pth")
     for contents in LISTS:
         keep(bank, contents)
@@ -198,7 +198,7 @@ def test_bank_is_whole_after_the_pruning(cache: Path) -> None:
 # Kills.
 
 
-def write_for_ever(folder: Path, seed: int) -> None:
+def write_forever(folder: Path, seed: int) -> None:
     torch.set_num_threads(1)
     os.fsync = lambda handle: None
     chance = random.Random(seed)
@@ -209,7 +209,7 @@ def write_for_ever(folder: Path, seed: int) -> None:
 
 @contextlib.contextmanager
 def forked(work: Callable[[], None]) -> Iterator[int]:
-    """Give the id of a process that does the work, and end it for good after the block."""
+    """Yield the id of a process that does the work; kill it after the block."""
     child = os.fork()
     if child == 0:
         try:
@@ -224,28 +224,28 @@ def forked(work: Callable[[], None]) -> Iterator[int]:
 
 
 def shards_after_kills(folder: Path, kills: int) -> tuple[int, int]:
-    """Kill a writer at so many random instants; count the sound shards and the damaged ones that were seen after each."""
+    """Kill a writer at random moments; count the valid and the damaged shards after each kill."""
     chance = random.Random(5)
     bank = feature_cache.find_bank(folder, KEY)
-    all_sound = all_damaged = 0
+    all_valid = all_damaged = 0
     for seed in range(kills):
-        with forked(partial(write_for_ever, folder, seed)):
+        with forked(partial(write_forever, folder, seed)):
             time.sleep(chance.uniform(0.005, 0.03))
-        sound, damaged = check_bank(bank)
-        all_sound += sound
+        valid, damaged = check_bank(bank)
+        all_valid += valid
         all_damaged += damaged
         if seed % 3 == 0:
             remove_bank(bank)  # so that names are new as often as not
-    return all_sound, all_damaged
+    return all_valid, all_damaged
 
 
-def test_manifest_that_a_killed_writer_leaves_vouches_for_a_whole_shard(cache: Path) -> None:
-    sound, damaged = shards_after_kills(cache, 40)
+def test_manifest_left_by_a_killed_writer_has_a_complete_shard(cache: Path) -> None:
+    valid, damaged = shards_after_kills(cache, 40)
     assert damaged == 0
-    assert sound > 40
+    assert valid > 40
 
 
-def test_torn_writing_is_noticed_by_the_test_above(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torn_writing_is_detected(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_cache, "write_atomically", write_in_place)
     assert any(shards_after_kills(cache, 20)[1] for _ in range(20))
 

@@ -1,4 +1,4 @@
-"""A disk that refuses at every possible instant: an error that says so, the old rows intact, nothing half there."""
+"""A disk that fails at every possible call: a clear error, the old rows intact, no partial file."""
 
 import contextlib
 import errno
@@ -39,9 +39,7 @@ KEY = FeatureKey(
     extractor=1,
 )
 OLD, NEW = ([hashlib.sha256(f"{name} {number}".encode()).hexdigest() for number in range(8)] for name in ("old", "new"))
-DISK_CALLS = (
-    1 + 2 * 6
-)  # the folder; each of two files opened, opened again, synced, renamed, its folder opened and synced
+DISK_CALLS = 1 + 2 * 6  # the folder; for each of two files: open, open again, sync, rename, open the folder, sync it
 REFUSALS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 
 
@@ -55,14 +53,14 @@ def keep(bank: Bank, contents: Sequence[str]) -> None:
 
 @pytest.fixture
 def bank(tmp_path: Path) -> Bank:
-    """Give a bank with a shard of old rows."""
+    """Return a folder of features with a shard of old rows."""
     bank = open_bank(tmp_path, KEY, checkpoint="vit.pth")
     keep(bank, OLD)
     return bank
 
 
 class FailingDisk:
-    """A disk that refuses the k-th of the calls that write to it, and counts them."""
+    """A disk that fails at the k-th call that writes to it, and counts the calls."""
 
     def __init__(self, fails_at: int, code: int) -> None:
         self.fails_at, self.code, self.calls = fails_at, code, 0
@@ -83,7 +81,7 @@ class FailingDisk:
 
 @contextlib.contextmanager
 def failing_disk(fails_at: int, code: int) -> Iterator[FailingDisk]:
-    """Have the k-th call fail that makes a folder, opens a file, writes one out or renames one."""
+    """Let the k-th call fail that creates a folder, or opens, syncs or renames a file."""
     disk = FailingDisk(fails_at, code)
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((os, "mkdir"), (Path, "open"), (os, "open"), (os, "fsync"), (os, "replace")):
@@ -93,7 +91,7 @@ def failing_disk(fails_at: int, code: int) -> Iterator[FailingDisk]:
 
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Have every file end at that size, in the midst of a write: the system's own way of refusing."""
+    """Limit the size of every file, so that the system refuses in the middle of a write."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -107,8 +105,8 @@ def everything_in(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def half_files(folder: Path) -> list[str]:
-    """Give the shards of a bank that are not what their names say, and what else should not be there."""
+def unexpected_files(folder: Path) -> list[str]:
+    """Return the damaged shards, and files that should not exist."""
     return [
         path.name
         for path in folder.iterdir()
@@ -119,16 +117,16 @@ def half_files(folder: Path) -> list[str]:
     ]
 
 
-def is_told_well(error: MsnEvalError, folder: Path) -> bool:
-    """Tell whether the error names the path, the bytes that were needed and those that are free."""
+def is_clear(error: MsnEvalError, folder: Path) -> bool:
+    """Whether the error names the path, the needed bytes and the free bytes."""
     lines = re.compile(r"could not (write|keep) [\d,]+ bytes.*: [A-Z].*\n.*[\d,]+ bytes are free at /")
     return error.exit_code == 22 and str(error).startswith(str(folder)) and lines.search(str(error)) is not None
 
 
 def check_bank_after(bank: Bank, caught: MsnEvalError | None) -> None:
-    """Claim what holds whether or not the new rows could be written."""
-    assert caught is None or is_told_well(caught, bank.folder), str(caught)
-    assert half_files(bank.folder) == []
+    """Check what must hold whether or not the new rows were written."""
+    assert caught is None or is_clear(caught, bank.folder), str(caught)
+    assert unexpected_files(bank.folder) == []
     assert check_bank(bank)[1] == 0
     values, found = read_rows(bank, OLD + NEW)
     assert values is not None
@@ -139,7 +137,7 @@ def check_bank_after(bank: Bank, caught: MsnEvalError | None) -> None:
 
 
 def attempt(write: Callable[[], object]) -> MsnEvalError | None:
-    """Write, and give the error of a disk that refused; any other error is a bug."""
+    """Write, and return the error of a disk that failed; any other error is a bug."""
     try:
         write()
     except StoreError as error:
@@ -148,12 +146,12 @@ def attempt(write: Callable[[], object]) -> MsnEvalError | None:
 
 
 @pytest.mark.parametrize("code", REFUSALS, ids=errno.errorcode.get)
-def test_rows_survive_a_disk_that_refuses_at_any_call(bank: Bank, code: int) -> None:
+def test_rows_survive_a_disk_that_fails_at_any_call(bank: Bank, code: int) -> None:
     for fails_at in range(1, 100):
         with failing_disk(fails_at, code) as disk:
             caught = attempt(lambda: keep(bank, NEW))
         check_bank_after(bank, caught)
-        assert caught is not None or read_rows(bank, NEW)[1] == [True] * 8  # such as where the folder is there anyway
+        assert caught is not None or read_rows(bank, NEW)[1] == [True] * 8
         if not disk.failed:
             break
     assert fails_at > DISK_CALLS
@@ -165,7 +163,7 @@ def test_bank_is_opened_or_refused_by_a_disk_that_fails_at_any_call(tmp_path: Pa
         key = replace(KEY, extractor=fails_at)
         with failing_disk(fails_at, code) as disk:
             caught = attempt(lambda key=key: open_bank(tmp_path, key, checkpoint="vit.pth"))  # type: ignore[misc]
-        assert caught is None or "another --cache folder" in str(caught) or is_told_well(caught, tmp_path)
+        assert caught is None or "another --cache folder" in str(caught) or is_clear(caught, tmp_path)
         assert [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"] == []
         if not disk.failed:
             break
@@ -183,7 +181,7 @@ def test_rows_survive_a_disk_that_is_full_after_any_number_of_bytes(bank: Bank) 
     assert "File too large" in str(caught[0])
 
 
-def test_rows_are_kept_once_there_is_room_again(bank: Bank) -> None:
+def test_rows_are_kept_once_there_is_space_again(bank: Bank) -> None:
     with largest_file(100):
         refused = attempt(lambda: keep(bank, NEW))
     keep(bank, NEW)
@@ -191,7 +189,7 @@ def test_rows_are_kept_once_there_is_room_again(bank: Bank) -> None:
 
 
 def write_half(path: Path, content: bytes) -> None:
-    """Write to the final name at once, as nobody should."""
+    """Write directly to the final name, which is wrong."""
     try:
         with path.open("wb") as file:
             file.write(content)
@@ -199,24 +197,24 @@ def write_half(path: Path, content: bytes) -> None:
         raise StoreError(f"could not write {len(content)} bytes: {error.strerror}", where=str(path)) from error
 
 
-def test_half_written_shard_is_noticed_by_the_tests_above(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_written_shard_is_detected(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_cache, "write_atomically", write_half)
     with largest_file(100):
         attempt(lambda: keep(bank, NEW))
-    assert len(half_files(bank.folder)) == 1
+    assert len(unexpected_files(bank.folder)) == 1
 
 
-# Results, and what is remembered of images.
+# Results, and cached hashes of images.
 
 
 @pytest.fixture
 def measured(digits_runs: Path) -> tuple[Result, Predictions]:
-    """Give a result with its predictions."""
+    """Return a result with its predictions."""
     result = next(result for result in list_results([digits_runs]) if result.predictions is not None)
     return result, read_predictions(digits_runs / str(result.predictions))
 
 
-def test_result_is_whole_or_not_there_on_a_disk_that_refuses_at_any_call(
+def test_result_is_complete_or_absent_on_a_disk_that_fails_at_any_call(
     tmp_path: Path, measured: tuple[Result, Predictions]
 ) -> None:
     result, predictions = measured
@@ -227,7 +225,7 @@ def test_result_is_whole_or_not_there_on_a_disk_that_refuses_at_any_call(
             path.unlink()
         with failing_disk(fails_at, errno.ENOSPC) as disk:
             caught = attempt(lambda: write_result(tmp_path, result, predictions))
-        assert caught is None or is_told_well(caught, tmp_path)
+        assert caught is None or is_clear(caught, tmp_path)
         assert (caught is None) == (not disk.failed)
         assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".npz"}
         assert read_result(tmp_path / f"{older.id}.json") == older
@@ -240,7 +238,7 @@ def test_result_is_whole_or_not_there_on_a_disk_that_refuses_at_any_call(
     assert len(list_results([tmp_path])) == 2
 
 
-def test_result_is_whole_or_not_there_on_a_disk_that_is_full_after_any_number_of_bytes(
+def test_result_is_complete_or_absent_on_a_disk_that_is_full_after_any_number_of_bytes(
     tmp_path: Path, measured: tuple[Result, Predictions]
 ) -> None:
     result, predictions = measured
@@ -250,7 +248,7 @@ def test_result_is_whole_or_not_there_on_a_disk_that_is_full_after_any_number_of
             caught = attempt(lambda: write_result(tmp_path, result, predictions))
         outcomes.add(caught is None)
         record = tmp_path / f"{result.id}.json"
-        assert caught is None or (is_told_well(caught, tmp_path) and not record.exists())
+        assert caught is None or (is_clear(caught, tmp_path) and not record.exists())
         assert caught is not None or read_result(record) == result
         for path in tmp_path.glob("*.npz"):
             assert np.array_equal(read_predictions(path).label, predictions.label)
@@ -273,7 +271,7 @@ class Pictures:
         return (1, 2)
 
 
-def test_memory_of_hashes_is_whole_or_as_it_was_on_a_disk_that_refuses(
+def test_cached_hashes_are_complete_or_unchanged_on_a_disk_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("msn_eval.data.hashing._SETTLED_NS", 0)
@@ -286,7 +284,7 @@ def test_memory_of_hashes_is_whole_or_as_it_was_on_a_disk_that_refuses(
     before = everything_in(tmp_path)
     for size in range(0, 400, 20):
         with largest_file(size):
-            hash_images(images("a", "b"), cache_dir=tmp_path)  # it would only save time
+            hash_images(images("a", "b"), cache_dir=tmp_path)  # an error is not raised: the cache only saves time
         if everything_in(tmp_path) != before:
             break
     assert 100 < size < 380

@@ -1,4 +1,4 @@
-"""SIGKILL at random instants of an evaluation: nothing torn, nothing lost, the same records."""
+"""SIGKILL at random moments of an evaluation: no torn file, no lost result, the same records."""
 
 import tarfile
 from collections import Counter
@@ -12,13 +12,13 @@ pytestmark = pytest.mark.skipif(
 )
 RunScript = Callable[..., tuple[int, str]]
 _HARNESS = Path(__file__).parent / "kill_evaluation.py"
-_IMAGES_A_CLASS = {"train": 3, "val": 8}
+_IMAGES_PER_CLASS = {"train": 3, "val": 8}
 _CLASSES = 40
 
 
 @pytest.fixture(scope="module")
 def pictures(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the first few images of some classes of Tiny ImageNet as a folder."""
+    """Return a folder with a few images of some classes of Tiny ImageNet."""
     root = tmp_path_factory.mktemp("tiny")
     taken: Counter[str] = Counter()
     classes: set[str] = set()
@@ -29,20 +29,20 @@ def pictures(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             if len(classes) < _CLASSES and member.isfile():
                 classes.add(name)
             folder = member.name.rpartition("/")[0]
-            if name in classes and taken[folder] < _IMAGES_A_CLASS.get(split, 0):
+            if name in classes and taken[folder] < _IMAGES_PER_CLASS.get(split, 0):
                 taken[folder] += 1
                 archive.extract(member, root, filter="data")
     return root
 
 
-def test_a_run_that_is_killed_loses_nothing(pictures: Path, run_script: RunScript) -> None:
-    code, told = run_script(_HARNESS, "--data", str(pictures), "--kills", "6")
+def test_a_killed_run_loses_nothing(pictures: Path, run_script: RunScript) -> None:
+    code, output = run_script(_HARNESS, "--data", str(pictures), "--kills", "6")
 
-    assert (code, told.splitlines()[-1]) == (0, "6 of 6 trials sound"), told
+    assert (code, output.splitlines()[-1]) == (0, "6 of 6 trials passed"), output
 
 
-def test_writing_without_care_is_caught(pictures: Path, run_script: RunScript) -> None:
-    code, told = run_script(_HARNESS, "--data", str(pictures), "--kills", "2", "--torn-writes")
+def test_writing_in_place_is_detected(pictures: Path, run_script: RunScript) -> None:
+    code, output = run_script(_HARNESS, "--data", str(pictures), "--kills", "2", "--torn-writes")
 
-    assert code == 1, told
-    assert "is torn" in told
+    assert code == 1, output
+    assert "is torn" in output

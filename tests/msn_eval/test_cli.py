@@ -1,4 +1,4 @@
-"""What a user types, and what comes back."""
+"""The command line, as a user types it."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from msn_eval.cli import main
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Give an image folder: two classes told apart by brightness, six train and four val images each."""
+    """Return an image folder: a dark and a light class, with 6 train and 4 val images each."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 4)):
         for label, name in enumerate(("dark", "light")):
@@ -43,7 +43,7 @@ def _pixels(*more: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "text"),
     [
         (["--data", "digits"], 2, "no checkpoint given"),
         (_pixels(), 2, "no data set given"),
@@ -73,16 +73,35 @@ def _pixels(*more: str) -> list[str]:
         (["ls", "nothing"], 2, "nothing"),
     ],
 )
-def test_a_mistake_ends_with_its_code_and_says_what_it_was(
-    arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+def test_a_mistake_has_a_message_and_an_exit_code(
+    arguments: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended = main(arguments)
 
-    told = capsys.readouterr().err
-    assert (ended, said in told) == (code, True), told
+    output = capsys.readouterr().err
+    assert (ended, text in output) == (code, True), output
 
 
-def test_a_mistake_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--checkpoint", "nothing.pth", "--data", "digits"], 20),
+        (["--checkpoint", "pixels", "--chekpoint", "x"], 2),
+        (["--checkpoint", "pixels", "limt=3"], 2),
+        (["repot", "runs"], 2),
+    ],
+)
+def test_help_and_typos_are_answered_without_importing_torch(arguments: list[str], code: int) -> None:
+    program = "import sys; from msn_eval.cli import main\ntry: code = main(sys.argv[1:])\nexcept SystemExit: code = 0\n"
+    program += "print(code, {'torch', 'timm', 'pandas'} & set(sys.modules))"
+
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines()[-1] == f"{code} set()"
+
+
+def test_a_mistake_writes_no_files() -> None:
     main(_pixels("--data", "digits", "--tap", "cls"))
 
     assert list(Path.cwd().iterdir()) == []
@@ -91,9 +110,9 @@ def test_a_mistake_leaves_nothing_behind() -> None:
 def test_an_error_is_one_block_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     main(_pixels("--data", "nowhere"))
 
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    assert len(told.splitlines()) <= 12
+    output = capsys.readouterr().err
+    assert "Traceback" not in output
+    assert len(output.splitlines()) <= 12
 
 
 def test_two_verbose_flags_show_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +121,7 @@ def test_two_verbose_flags_show_the_traceback(capsys: pytest.CaptureFixture[str]
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_json_output_is_a_list_of_records_and_nothing_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_is_only_a_list_of_records(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(_pixels("--data", str(folder), "--subset", "2imgs", "--json"))
 
     records = json.loads(capsys.readouterr().out)
@@ -175,13 +194,15 @@ def test_dry_run_prints_the_plan_and_writes_nothing(folder: Path, capsys: pytest
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_the_data_variable_stands_in_for_the_option(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_variable_replaces_the_option(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MSN_EVAL_DATA", str(folder))
 
     assert main(_pixels("--subset", "1img", "-q")) == 0
 
 
-def test_config_file_options_and_overrides_win_in_that_order(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overrides_win_over_options_and_options_over_the_config_file(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("my.yaml").write_text(f"data: {folder}\nprobe: [knn]\nk: [1]\nlimit: 1\nsubset: 2imgs@1\n")
 
     main(_pixels("--config", "my.yaml", "--k", "2", "limit=3", "--json"))
@@ -190,37 +211,35 @@ def test_config_file_options_and_overrides_win_in_that_order(folder: Path, capsy
     assert (record["probe"]["params"]["k"], record["protocol"]["limit"]) == (2, 3)
 
 
-def test_limit_counts_images_a_class_and_is_in_the_record(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_limit_counts_images_per_class_and_is_in_the_record(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(_pixels("--data", str(folder), "--subset", "1img@1", "--limit", "2", "--json"))
 
     (record,) = json.loads(capsys.readouterr().out)
     assert (record["data"]["val_images"], record["metrics"]["n"]) == (4, 4)
 
 
-def test_every_unreadable_image_is_listed_and_no_accuracy_given(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_unreadable_image_is_listed_without_an_accuracy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("dark/0.png", "light/3.png"):
         (folder / "val" / name).write_bytes(b"\x89PNG\r\n\x1a\nbroken")
 
     code = main(_pixels("--data", str(folder), "--subset", "1img"))
 
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     assert code == 21
-    assert ("val/dark/0.png" in told.err, "val/light/3.png" in told.err, told.out) == (True, True, "")
+    assert ("val/dark/0.png" in output.err, "val/light/3.png" in output.err, output.out) == (True, True, "")
     assert list(Path("runs").glob("*.json")) == []
 
 
 def test_skipped_images_are_counted_and_change_the_protocol(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(_pixels("--data", str(folder), "--subset", "1img@1", "--json"))
-    (whole,) = json.loads(capsys.readouterr().out)
+    (complete,) = json.loads(capsys.readouterr().out)
     (folder / "val/dark/0.png").write_bytes(b"broken")
 
     main(_pixels("--data", str(folder), "--subset", "1img@1", "--on-bad-image", "skip", "--json"))
 
     (record,) = json.loads(capsys.readouterr().out)
     assert (record["data"]["skipped"], record["metrics"]["n"]) == (1, 7)
-    assert record["protocol_id"] != whole["protocol_id"]
+    assert record["protocol_id"] != complete["protocol_id"]
 
 
 def test_the_next_image_of_the_draw_replaces_an_unreadable_labelled_one(
@@ -241,25 +260,21 @@ def test_classes_that_differ_between_splits_are_refused(folder: Path, capsys: py
 
     code = main(_pixels("--data", str(folder), "--subset", "1img"))
 
-    told = capsys.readouterr().err
-    assert (code, "light" in told, "bright" in told) == (21, True, True)
+    output = capsys.readouterr().err
+    assert (code, "light" in output, "bright" in output) == (21, True, True)
 
 
-def test_one_refused_checkpoint_does_not_keep_the_others_from_being_measured(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_checkpoints_are_measured_when_one_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("page.pth").write_text("<html>not found</html>")
 
     code = main(["--checkpoint", "page.pth", *_pixels("--data", str(folder), "--subset", "1img@1", "--json")])
 
-    told = capsys.readouterr()
-    assert (code, "page.pth" in told.err) == (20, True)
-    assert [record["checkpoint"]["name"] for record in json.loads(told.out)] == ["pixels"]
+    output = capsys.readouterr()
+    assert (code, "page.pth" in output.err) == (20, True)
+    assert [record["checkpoint"]["name"] for record in json.loads(output.out)] == ["pixels"]
 
 
-def test_features_that_are_not_finite_give_a_failed_record_and_no_number(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_features_that_are_not_finite_give_a_failed_record(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("broken_encoder.py").write_text(
         "import torch\n"
         "class Broken(torch.nn.Module):\n"
@@ -277,7 +292,7 @@ def test_features_that_are_not_finite_give_a_failed_record_and_no_number(
     assert "not finite" in record["error"]
 
 
-def test_the_same_weights_read_as_another_network_are_not_taken_for_the_earlier_result(
+def test_the_same_weights_with_a_different_arch_do_not_reuse_the_result(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
@@ -293,11 +308,11 @@ def test_the_same_weights_read_as_another_network_are_not_taken_for_the_earlier_
 
     code = main([*common, "--arch", f"{name}4"])
 
-    told = capsys.readouterr().err
-    assert (code, "read as" in told) == (22, True), told
+    output = capsys.readouterr().err
+    assert (code, "read as" in output) == (22, True), output
 
 
-def test_a_result_with_other_labelled_images_is_not_taken_for_this_one(
+def test_a_result_with_different_labelled_images_is_not_reused(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(_pixels("--data", str(folder), "--subset", "full", "-q"))
@@ -324,7 +339,7 @@ def test_python_dash_m_is_the_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.startswith("msn-eval ")) == (0, True)
 
 
-def test_closed_output_is_no_error(digits_runs: Path) -> None:
+def test_closed_output_is_not_an_error(digits_runs: Path) -> None:
     command = f"{sys.executable} -m msn_eval report {digits_runs} --format json | head -c 1; exit ${{PIPESTATUS[0]}}"
 
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
@@ -333,16 +348,16 @@ def test_closed_output_is_no_error(digits_runs: Path) -> None:
 
 
 @pytest.fixture
-def heard_interrupts() -> Iterator[None]:
-    """Let new processes hear SIGINT, also where these tests run in the background of a shell, which ignores it."""
+def receive_interrupts() -> Iterator[None]:
+    """Let new processes receive SIGINT, also when a shell runs these tests in the background and ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_ends_with_its_code_and_keeps_what_is_finished(
-    number: signal.Signals, code: int, tmp_path: Path, heard_interrupts: None
+def test_a_signal_has_its_exit_code_and_keeps_finished_results(
+    number: signal.Signals, code: int, tmp_path: Path, receive_interrupts: None
 ) -> None:
     (tmp_path / "work" / "slow_encoder.py").write_text(
         "import time, torch\n"
@@ -360,9 +375,9 @@ def test_a_signal_ends_with_its_code_and_keeps_what_is_finished(
         while not Path("started").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(number)
-        told = process.communicate(timeout=60)[1]
+        output = process.communicate(timeout=60)[1]
 
-    assert process.returncode == code, told
-    assert "Traceback" not in told
+    assert process.returncode == code, output
+    assert "Traceback" not in output
     assert len(list(Path("runs").glob("*.json"))) == 1
     assert [path for path in Path("runs").iterdir() if path.suffix not in (".json", ".npz")] == []

@@ -1,10 +1,12 @@
-"""Host: the smaller of what the machine and the container leave."""
+"""Available memory: the smaller of the machine's and the container's."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from msn_eval.process import available_bytes
+from msn_eval.process import Terminated, available_bytes, watch_stop_signals
 
 
 @pytest.fixture
@@ -23,35 +25,71 @@ def container(folder: Path, *, limit: str, used: int = 0, cached: int = 0) -> Pa
     return folder
 
 
-def test_machine_tells_what_is_available(machine: Path, tmp_path: Path) -> None:
+def test_available_memory_of_the_machine(machine: Path, tmp_path: Path) -> None:
     assert available_bytes(machine=machine, container=tmp_path / "none") == 500 * 1024
 
 
-def test_container_may_leave_less(machine: Path, tmp_path: Path) -> None:
+def test_container_may_have_less(machine: Path, tmp_path: Path) -> None:
     limited = container(tmp_path, limit="3000", used=2000, cached=500)
     assert available_bytes(machine=machine, container=limited) == 1500
 
 
-def test_container_without_a_limit_leaves_what_the_machine_has(machine: Path, tmp_path: Path) -> None:
+def test_container_without_a_limit_has_the_machines_memory(machine: Path, tmp_path: Path) -> None:
     assert available_bytes(machine=machine, container=container(tmp_path, limit="max")) == 500 * 1024
 
 
-def test_container_above_its_limit_leaves_nothing(machine: Path, tmp_path: Path) -> None:
+def test_container_above_its_limit_has_nothing(machine: Path, tmp_path: Path) -> None:
     assert available_bytes(machine=machine, container=container(tmp_path, limit="100", used=200)) == 0
 
 
-def test_system_that_tells_nothing_has_no_answer(tmp_path: Path) -> None:
+def test_without_the_kernels_files_memory_is_unknown(tmp_path: Path) -> None:
     assert available_bytes(machine=tmp_path / "none", container=tmp_path / "none") is None
 
 
 @pytest.mark.parametrize("text", ["MemAvailable:\n", "MemAvailable: much kB\n", "MemTotal: 1000 kB\n"], ids=str)
-def test_machine_that_tells_nonsense_has_no_answer(tmp_path: Path, text: str) -> None:
+def test_unreadable_values_of_the_machine_are_unknown(tmp_path: Path, text: str) -> None:
     (tmp_path / "meminfo").write_text(text)
     assert available_bytes(machine=tmp_path / "meminfo", container=tmp_path / "none") is None
 
 
 @pytest.mark.parametrize(("name", "text"), [("memory.max", "much"), ("memory.stat", "anon 5\n")])
-def test_container_that_tells_nonsense_is_not_asked(machine: Path, tmp_path: Path, name: str, text: str) -> None:
+def test_unreadable_values_of_the_container_are_ignored(machine: Path, tmp_path: Path, name: str, text: str) -> None:
     limited = container(tmp_path, limit="3000", used=2000)
     (limited / name).write_text(text)
     assert available_bytes(machine=machine, container=limited) == 500 * 1024
+
+
+def _raise_terminated(number: int, frame: object) -> None:
+    raise Terminated
+
+
+@pytest.fixture
+def sigterm_raises() -> Iterator[None]:
+    previous = signal.signal(signal.SIGTERM, _raise_terminated)
+    yield
+    signal.signal(signal.SIGTERM, previous)
+
+
+def _receive(*numbers: int, accept: bool = False) -> int:
+    with watch_stop_signals() as stop:
+        for number in numbers:
+            signal.raise_signal(number)
+        assert stop.requested
+        return stop.accept() if accept else 0
+
+
+@pytest.mark.usefixtures("sigterm_raises")
+def test_an_accepted_stop_signal_gives_its_exit_code() -> None:
+    assert _receive(signal.SIGTERM, signal.SIGTERM, accept=True) == 75  # launchers send it twice
+    assert _receive(signal.SIGINT, accept=True) == 130
+
+
+@pytest.mark.usefixtures("sigterm_raises")
+def test_other_stop_signals_are_raised_again_after_the_body() -> None:
+    with pytest.raises(Terminated):
+        _receive(signal.SIGTERM)
+
+
+def test_a_second_ctrl_c_interrupts_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _receive(signal.SIGINT, signal.SIGINT, accept=True)

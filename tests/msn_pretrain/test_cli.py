@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from msn_eval.cli import main as msn_eval
-from msn_eval.distributed.slurm import SlurmOptions, Submitted
+from msn_eval.distributed.slurm import Submitted
 from msn_pretrain.cli import main
 from msn_pretrain.training import train as training
 from msn_pretrain.training.journal import read_metrics
@@ -17,7 +17,7 @@ Recipe = Callable[..., object]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the folder of a run that was trained to its end, by its command."""
+    """Return the folder of a finished run."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.yaml").write_text(
         "run: {device: cpu}\ndata: {root: digits, workers: 0, limit: 2}\n"
@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "text"),
+    ("arguments", "code", "text"),
     [
         (["nowhere.yaml"], 2, "no such recipe"),
         ([], 2, "required"),
@@ -46,8 +46,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["bench", "msn_digits", "--steps", "0"], 2, "out of range"),
     ],
 )
-def test_mistakes_are_told_with_their_exit_code(
-    words: list[str],
+def test_mistakes_have_a_message_and_an_exit_code(
+    arguments: list[str],
     code: int,
     text: str,
     capsys: pytest.CaptureFixture[str],
@@ -56,22 +56,20 @@ def test_mistakes_are_told_with_their_exit_code(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    assert main(words) == code
+    assert main(arguments) == code
 
-    told = capsys.readouterr()
-    assert text in told.err
-    assert told.out == ""
+    output = capsys.readouterr()
+    assert text in output.err
+    assert output.out == ""
 
 
-def test_dry_run_says_what_would_be_trained_and_trains_nothing(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_dry_run_describes_the_training_and_trains_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["msn_digits", f"run.dir={tmp_path / 'run'}", "--dry-run"]) == 0
 
-    told = capsys.readouterr().out
-    assert "epochs:" in told
-    assert "images      1,000 for training, from digits" in told
-    assert "parameters" in told
+    output = capsys.readouterr().out
+    assert "epochs:" in output
+    assert "images      1,000 for training, from digits" in output
+    assert "parameters" in output
     assert not (tmp_path / "run").exists()
 
 
@@ -85,10 +83,10 @@ def test_a_finished_run_has_nothing_left_to_do(run: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("stage", ["training_images", "build_learner", "open_run", "open_journal"])
-def test_a_run_that_is_told_to_stop_while_it_starts_does_no_step_and_can_be_started_again(
+def test_sigterm_during_start_up_trains_no_step_and_the_run_can_start_again(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str
 ) -> None:
-    words = [str(run.parent / "tiny.yaml"), f"run.dir={tmp_path / 'run'}", "-q"]
+    arguments = [str(run.parent / "tiny.yaml"), f"run.dir={tmp_path / 'run'}", "-q"]
     begin = getattr(training, stage)
 
     def stopped(*given: object, **named: object) -> object:
@@ -97,44 +95,44 @@ def test_a_run_that_is_told_to_stop_while_it_starts_does_no_step_and_can_be_star
 
     with monkeypatch.context() as patched:
         patched.setattr(training, stage, stopped)
-        assert main(words) == 75
-    assert "same command goes on" in capsys.readouterr().err
+        assert main(arguments) == 75
+    assert "run the same command again" in capsys.readouterr().err
     assert not list(tmp_path.glob("run/metrics.jsonl"))
     assert not list(tmp_path.glob("run/checkpoints/*"))
 
-    assert main(words) == 0
+    assert main(arguments) == 0
 
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") != []
 
 
-def test_slurm_gets_the_command_without_itself_and_its_output_beside_the_run(
+def test_slurm_gets_the_command_without_the_option_and_writes_its_logs_into_the_run_folder(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(run.parent / "tiny.yaml"), f"run.dir={tmp_path / 'run'}", "run.seed=4"]
-    handed = []
+    arguments = [str(run.parent / "tiny.yaml"), f"run.dir={tmp_path / 'run'}", "run.seed=4"]
+    submitted = []
 
-    def take(words: list[str], options: SlurmOptions, **places: object) -> Submitted:
-        handed.append((words, options.cluster, places))
+    def record(arguments: list[str], options: dict[str, object], **places: object) -> Submitted:
+        submitted.append((arguments, options["cluster"], places))
         return Submitted(job=cast(Any, None), job_id="17", logs=(tmp_path / "17.out",))
 
-    monkeypatch.setattr("msn_eval.distributed.slurm.submit", take)
-    assert main([words[0], "--slurm", "cluster=local", *words[1:]]) == 0
+    monkeypatch.setattr("msn_eval.distributed.slurm.submit", record)
+    assert main([arguments[0], "--slurm", "cluster=local", *arguments[1:]]) == 0
 
     command = (sys.executable, "-m", "msn_pretrain")
-    assert handed == [(words, "local", {"folder": tmp_path / "run" / "slurm", "command": command})]
+    assert submitted == [(arguments, "local", {"folder": tmp_path / "run" / "slurm", "command": command})]
     assert f"submitted job 17; its output: {tmp_path / '17.out'}" in capsys.readouterr().out
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_run_folder_is_a_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = ["--data", "digits", "--subset", "1img@1", "--limit", "3", "--device", "cpu", "--no-cache", "-q"]
+    arguments = ["--data", "digits", "--subset", "1img@1", "--limit", "3", "--device", "cpu", "--no-cache", "-q"]
 
-    assert msn_eval(["--checkpoint", str(run), *words, "--out", str(tmp_path)]) == 0
+    assert msn_eval(["--checkpoint", str(run), *arguments, "--out", str(tmp_path)]) == 0
 
     assert "run (vit_tiny_patch16_224?img_size=16" in capsys.readouterr().out
 
 
-def test_an_exported_encoder_is_read_without_its_architecture_being_named(
+def test_an_exported_encoder_is_read_without_arch(
     run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "small.safetensors"
@@ -147,7 +145,7 @@ def test_an_exported_encoder_is_read_without_its_architecture_being_named(
 
 
 @pytest.mark.parametrize("to", ["hf", "msn"])
-def test_other_layouts_hold_the_same_weights(run: Path, tmp_path: Path, to: str) -> None:
+def test_exported_layouts_have_the_same_weights(run: Path, tmp_path: Path, to: str) -> None:
     import torch
 
     from msn_eval.checkpoints.checkpoint import read_checkpoint
@@ -164,13 +162,15 @@ def test_other_layouts_hold_the_same_weights(run: Path, tmp_path: Path, to: str)
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_a_transformer_has_no_torchvision_layout(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_transformer_cannot_be_exported_to_torchvision(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert main(["export", str(run), "--to", "torchvision", "--out", str(tmp_path / "x.pth")]) == 20
 
     assert "not a residual network" in capsys.readouterr().err
 
 
-def test_bench_says_how_fast_a_recipe_trains(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_prints_the_training_speed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(run.parent / "tiny.yaml"), "--steps", "2"]) == 0
 
     assert "images/s on cpu in fp32" in capsys.readouterr().out

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from msn_eval.checkpoints.checkpoint import read_checkpoint
+from msn_eval.distributed.group import Group as Ranks
 from msn_eval.errors import CheckpointError
 from msn_pretrain.config.load import read_recipe
-from msn_pretrain.distributed.process_group import Ranks
 from msn_pretrain.export import export
 from msn_pretrain.training.train import train
 

@@ -16,7 +16,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 from msn_eval.config.recipes import Finetune
-from msn_eval.distributed.group import ALONE, Group, barrier, broadcast_from_first, broadcast_from_rank0
+from msn_eval.distributed.group import ALONE, Group, barrier, broadcast_from_rank0
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features.encoder import Precision, exact_float32
 from msn_eval.probes.finetune.data import Augmentation, Order, epoch_order, load_training_images
@@ -111,7 +111,7 @@ def _resume(setup: Setup, run: Run) -> None:
     state = read_state(setup.states) if setup.group.rank == 0 else None
     if not broadcast_from_rank0(setup.group, "state", lambda: "" if state is None else str(state["step"])):
         return
-    state = broadcast_from_first(setup.group, state)
+    state = broadcast_from_rank0(setup.group, "state", lambda: state or {})
     with torch.no_grad():
         for name, one in run.trainee.trained.items():
             one.copy_(state["network"][name])

@@ -14,11 +14,11 @@ import msn_eval.monitor.trajectory
 from msn_eval.checkpoints.run_folder import SnapshotFiles, file_sha256, snapshot_folders
 from msn_eval.cli import main
 from msn_eval.commands import watch as command
+from msn_eval.distributed.group import Group as Ranks
 from msn_eval.monitor.snapshot_features import read_snapshot_features
 from msn_eval.reports.html import trajectory as trajectory_report
 from msn_eval.results.folder import list_results
 from msn_pretrain.config.load import read_recipe
-from msn_pretrain.distributed.process_group import Ranks
 from msn_pretrain.training.train import train
 
 _RECIPE = """

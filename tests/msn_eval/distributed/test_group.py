@@ -1,8 +1,9 @@
-"""Ranks as real processes: what each of them does, and how all end when one does."""
+"""Ranks as real processes: what they exchange, and how all of them end when one does."""
 
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -28,37 +29,37 @@ from msn_eval.distributed.group import (
     join_group,
     share,
 )
-from msn_eval.distributed.peers import Limits
+from msn_eval.distributed.rank_info import Timeouts
 from msn_eval.errors import DataError, MsnEvalError
 
-QUICK = Limits(
-    join_seconds=5, beat_seconds=0.05, silent_seconds=1, settle_seconds=0.1, linger_seconds=0.5, unwind_seconds=0.5
-)
+QUICK = Timeouts(join_seconds=5, beat_seconds=0.05, silent_seconds=1, linger_seconds=0.5, unwind_seconds=0.5)
 PATIENT = replace(QUICK, silent_seconds=60)
-CALM = replace(PATIENT, settle_seconds=1, linger_seconds=1)
+CALM = replace(PATIENT, linger_seconds=1)
 Body = Callable[[Group], object]
+_CPP_WARNING = re.compile(r"\[W|\[rank\d+\]:\[W|Exception raised from|frame #|<omitting|$")
 
 
 class Terminated(KeyboardInterrupt):
-    """What a command makes of SIGTERM."""
+    """SIGTERM, as a command raises it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
-    """How one rank ended: what a command would exit with and say."""
+class RankResult:
+    """How one rank ended: the exit code and the output of a command."""
 
     code: int
-    said: str
+    output: str
     seconds: float
 
     @property
     def lines(self) -> list[str]:
-        return self.said.splitlines()
+        """What was printed, without the warnings of torch's C++ code, which commands switch off."""
+        return [line for line in self.output.splitlines() if not _CPP_WARNING.match(line)]
 
 
 @dataclass(kw_only=True)
 class Job:
-    """Ranks that run."""
+    """Running ranks."""
 
     processes: list[multiprocessing.process.BaseProcess]
     outputs: list[Path]
@@ -70,19 +71,19 @@ class Job:
             assert pid is not None
             os.kill(pid, number)
 
-    def ends(self) -> list[Ended]:
-        """Wait for all and tell how they ended."""
+    def wait(self) -> list[RankResult]:
+        """Wait for all ranks and return how they ended."""
         found = []
         for process, output in zip(self.processes, self.outputs, strict=True):
             process.join(20)
             assert process.exitcode is not None, "still runs"
             left = output.with_suffix(".left")
             seconds = (float(left.read_text()) if left.exists() else time.monotonic()) - self.started
-            found.append(Ended(code=process.exitcode, said=output.read_text(), seconds=seconds))
+            found.append(RankResult(code=process.exitcode, output=output.read_text(), seconds=seconds))
         return found
 
     def wait_for(self, *words: str) -> None:
-        """Wait until each rank has said its word."""
+        """Wait until each rank has printed its word."""
         until = time.monotonic() + 10
         while any(word not in path.read_text() for word, path in zip(words, self.outputs, strict=True)):
             assert time.monotonic() < until
@@ -90,12 +91,12 @@ class Job:
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
-def place(rank: int, world: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     return dict(zip(names, map(str, (rank, world, rank, "127.0.0.1", port)), strict=True))
 
@@ -105,14 +106,14 @@ Start = Callable[..., Job]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Give a function that runs a body as every rank of a job; the child of a process that has torch needs no import."""
+    """Return a function that runs a body as every rank of a job. Ranks are forked, so that they need not import torch."""
     jobs: list[Job] = []
 
     def run(
         world: int,
         body: Body,
         *,
-        limits: Limits = PATIENT,
+        timeouts: Timeouts = PATIENT,
         port: int | None = None,
         ranks: Sequence[int] | None = None,
         environment: Mapping[str, str] | None = None,
@@ -124,8 +125,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         for rank in range(world) if ranks is None else ranks:
             output = tmp_path / f"{len(jobs)}-{rank}.txt"
             output.touch()
-            named = place(rank, world, port) | dict(environment or {})
-            process = fork.Process(target=_be_a_rank, args=(body, named, limits, output))
+            named = rank_environment(rank, world, port) | dict(environment or {})
+            process = fork.Process(target=_be_a_rank, args=(body, named, timeouts, output))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # other tests leave threads behind
                 process.start()
@@ -140,14 +141,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
             process.join()
 
 
-def _be_a_rank(body: Body, environment: Mapping[str, str], limits: Limits, output: Path) -> NoReturn:
-    with output.open("a") as said:
-        os.dup2(said.fileno(), 1)
-        os.dup2(said.fileno(), 2)
+def _be_a_rank(body: Body, environment: Mapping[str, str], timeouts: Timeouts, output: Path) -> NoReturn:
+    with output.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     code = 0
     try:
         signal.signal(signal.SIGTERM, _terminate)
-        with join_group(environment=environment, limits=limits) as group:
+        with join_group(environment=environment, timeouts=timeouts) as group:
             os.write(1, b"joined\n")
             body(group)
     except Terminated:
@@ -172,17 +173,17 @@ def sleep(group: Group) -> None:
     time.sleep(15)
 
 
-def codes(ends: Sequence[Ended]) -> list[int]:
-    return [end.code for end in ends]
+def codes(results: Sequence[RankResult]) -> list[int]:
+    return [result.code for result in results]
 
 
-def said(ends: Sequence[Ended]) -> list[list[str]]:
-    return [[line for line in end.lines if line != "joined"] for end in ends]
+def messages(results: Sequence[RankResult]) -> list[list[str]]:
+    return [[line for line in result.lines if line != "joined"] for result in results]
 
 
 @pytest.fixture
-def launchers_store() -> Iterator[int]:
-    """Give the port of a store that no rank holds."""
+def launcher_store() -> Iterator[int]:
+    """Return the port of a store that no rank holds."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -190,7 +191,7 @@ def launchers_store() -> Iterator[int]:
     del store
 
 
-def launched(attempt: int) -> dict[str, str]:
+def launcher_environment(attempt: int) -> dict[str, str]:
     return {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
 
 
@@ -199,29 +200,21 @@ def launched(attempt: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("world", range(1, 9))
 @pytest.mark.parametrize("block", [1, 3, 64])
-def test_shares_are_every_row_once_and_in_order(world: int, block: int) -> None:
-    for items in {0, 1, world - 1, world, world + 1, 997}:
-        shares = [share(items, replace(ALONE, rank=rank, world=world), block=block) for rank in range(world)]
-
-        assert [row for rows in shares for row in rows] == list(range(items))
-
-
-@pytest.mark.parametrize("world", range(1, 9))
-@pytest.mark.parametrize("block", [1, 3, 64])
-def test_shares_are_whole_blocks_and_even_to_one_of_them(world: int, block: int) -> None:
+def test_shares_cover_every_row_once_in_complete_blocks_and_differ_by_at_most_one(world: int, block: int) -> None:
     for items in {0, 1, world - 1, world, world + 1, 997}:
         shares = [share(items, replace(ALONE, rank=rank, world=world), block=block) for rank in range(world)]
         blocks = [-(-len(rows) // block) for rows in shares]
 
+        assert [row for rows in shares for row in rows] == list(range(items))
         assert max(blocks) - min(blocks) <= 1
         assert all(len(rows) % block == 0 or rows.stop == items for rows in shares)
 
 
-# Where the launcher put this rank.
+# Joining.
 
 
 @pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1", "RANK": "0"}, {"MASTER_ADDR": "a", "LOCAL_RANK": "3"}])
-def test_without_other_ranks_the_group_is_one(environment: dict[str, str]) -> None:
+def test_without_a_launcher_the_group_has_one_rank(environment: dict[str, str]) -> None:
     with join_group(environment=environment) as group:
         barrier(group, "end")
         check_equal_across_ranks(group, "the plan", {"weights": "a"})
@@ -231,119 +224,117 @@ def test_without_other_ranks_the_group_is_one(environment: dict[str, str]) -> No
         assert all_gather_object(group, "names", "me") == ["me"]
 
 
-def test_a_rank_that_waits_in_vain_names_the_missing(start: Start) -> None:
-    ends = start(4, sleep, ranks=[0, 2], limits=replace(PATIENT, join_seconds=0.5)).ends()
+def test_missing_ranks_are_named(start: Start) -> None:
+    results = start(4, sleep, ranks=[0, 2], timeouts=replace(PATIENT, join_seconds=0.5)).wait()
 
-    assert codes(ends) == [31, 31]
-    assert ends[0].lines[0].startswith("DistributedError: rank 0 of 4 waited 0.5 s at 127.0.0.1:")
-    assert ends[0].lines[0].endswith("without ranks 1, 3")
-    assert "joined" not in ends[0].said
+    assert codes(results) == [31, 31]
+    assert results[0].lines[0].startswith("DistributedError: rank 0 of 4 waited 0.5 s at 127.0.0.1:")
+    assert results[0].lines[0].endswith("without ranks 1, 3")
+    assert "joined" not in results[0].output
 
 
-def test_a_store_that_is_not_reached_is_named(start: Start) -> None:
+def test_a_store_that_cannot_be_reached_is_named(start: Start) -> None:
     port = free_port()
 
-    (end,) = start(2, sleep, ranks=[1], port=port, limits=replace(PATIENT, join_seconds=0.5)).ends()
+    (result,) = start(2, sleep, ranks=[1], port=port, timeouts=replace(PATIENT, join_seconds=0.5)).wait()
 
-    assert end.code == 31
-    assert f"rank 1 of 2 waited 0.5 s at 127.0.0.1:{port}, which was not reached: " in end.said
+    assert result.code == 31
+    assert f"rank 1 of 2 waited 0.5 s at 127.0.0.1:{port}, which was not reached: " in result.output
 
 
-def test_a_port_that_another_program_holds_is_named(start: Start) -> None:
+def test_a_port_that_another_program_uses_is_named(start: Start) -> None:
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))
         other.listen()
         port = other.getsockname()[1]
 
-        (end,) = start(2, sleep, ranks=[0], port=port, limits=replace(PATIENT, join_seconds=0.5)).ends()
+        (result,) = start(2, sleep, ranks=[0], port=port, timeouts=replace(PATIENT, join_seconds=0.5)).wait()
 
-    assert end.code == 31
-    assert f"could not be opened at 127.0.0.1:{port}" in end.said
-    assert "choose another MASTER_PORT" in end.said
+    assert result.code == 31
+    assert f"could not be opened at 127.0.0.1:{port}" in result.output
+    assert "choose another MASTER_PORT" in result.output
 
 
-def test_a_rank_that_is_there_already_is_not_joined_twice(start: Start) -> None:
+def test_a_rank_cannot_join_twice(start: Start) -> None:
     port = free_port()
     first = start(2, lambda group: time.sleep(1), port=port)
     first.wait_for("joined", "joined")
 
-    (second,) = start(2, sleep, ranks=[1], port=port).ends()
+    (second,) = start(2, sleep, ranks=[1], port=port).wait()
 
     assert second.code == 31
-    assert "rank 1 at 127.0.0.1:" in second.said
-    assert f"is taken by process {first.processes[1].pid} on {socket.gethostname()}" in second.said
-    assert codes(first.ends()) == [0, 0]
+    assert "rank 1 at 127.0.0.1:" in second.output
+    assert f"is taken by process {first.processes[1].pid} on {socket.gethostname()}" in second.output
+    assert codes(first.wait()) == [0, 0]
 
 
-def test_a_rank_that_is_told_to_stop_while_it_joins_does_so_at_once(start: Start) -> None:
+def test_sigterm_while_joining_ends_the_rank_at_once(start: Start) -> None:
     job = start(2, sleep, ranks=[1])
     time.sleep(0.3)
 
     job.send(signal.SIGTERM)
 
-    (end,) = job.ends()
-    assert (end.code, end.lines) == (75, ["Terminated"])
-    assert end.seconds < 2
+    (result,) = job.wait()
+    assert (result.code, result.lines) == (75, ["Terminated"])
+    assert result.seconds < 2
 
 
 def test_two_groups_on_one_machine_do_not_meet(start: Start) -> None:
     def tell(name: str) -> Body:
-        return lambda group: os.write(1, " ".join(all_gather_object(group, "names", f"{name}{group.rank}")).encode())
+        return lambda group: os.write(
+            1, " ".join(all_gather_object(group, "names", f"{name}{group.rank}")).encode() + b"\n"
+        )
 
     first, second = start(2, tell("a")), start(2, tell("b"))
 
-    assert [end.lines[-1] for end in first.ends()] == ["a0 a1"] * 2
-    assert [end.lines[-1] for end in second.ends()] == ["b0 b1"] * 2
+    assert [result.lines[-1] for result in first.wait()] == ["a0 a1"] * 2
+    assert [result.lines[-1] for result in second.wait()] == ["b0 b1"] * 2
 
 
 def test_a_process_may_join_one_group_after_another(start: Start) -> None:
     port = free_port()
 
-    def again(group: Group) -> None:
-        pass
+    def join_again(group: Group) -> None:
+        torch.distributed.destroy_process_group()
+        with join_group(environment=rank_environment(group.rank, 2, port), timeouts=QUICK) as second:
+            assert all_gather_object(second, "names", group.rank) == [0, 1]
 
-    def twice(group: Group) -> None:
-        for number in range(2):
-            with join_group(environment=place(group.rank, 2, port), limits=QUICK) as inner:
-                assert all_gather_object(inner, "names", f"{number}{group.rank}") == [f"{number}0", f"{number}1"]
-
-    assert codes(start(2, twice).ends()) == [0, 0]
+    assert codes(start(2, join_again).wait()) == [0, 0]
 
 
 # Agreement.
 
 
-def test_ranks_say_and_hear_the_same_things_in_order(start: Start) -> None:
+def test_objects_are_exchanged_in_rank_order(start: Start) -> None:
     def body(group: Group) -> None:
         barrier(group, "start")
         check_equal_across_ranks(group, "the plan", {"weights": "abc", "data": "def"})
         choice = broadcast_from_rank0(group, "choice", lambda: f"made by {group.rank}")
-        os.write(
-            1, json.dumps([choice, all_gather_object(group, "names", f"é{group.rank}"), group.local_rank]).encode()
-        )
+        names = all_gather_object(group, "names", f"é{group.rank}")
+        os.write(1, json.dumps([choice, names, group.local_rank]).encode() + b"\n")
 
-    ends = start(4, body).ends()
+    results = start(4, body).wait()
 
-    assert codes(ends) == [0] * 4
+    assert codes(results) == [0] * 4
     expected = [["made by 0", ["é0", "é1", "é2", "é3"], rank] for rank in range(4)]
-    assert [json.loads(end.lines[-1]) for end in ends] == expected
+    assert [json.loads(result.lines[-1]) for result in results] == expected
 
 
-def test_nobody_passes_a_barrier_before_all_are_there(start: Start) -> None:
+def test_no_rank_passes_a_barrier_before_the_last_arrives(start: Start) -> None:
     def body(group: Group) -> None:
         if group.rank == 1:
             time.sleep(0.5)
-            os.write(1, f"{time.monotonic()}".encode())
+            os.write(1, f"{time.monotonic()}\n".encode())
         barrier(group, "here")
         if group.rank != 1:
-            os.write(1, f"{time.monotonic()}".encode())
+            os.write(1, f"{time.monotonic()}\n".encode())
 
-    passed = [float(end.lines[-1]) for end in start(3, body).ends()]
+    passed = [float(result.lines[-1]) for result in start(3, body).wait()]
 
     assert min(passed[0], passed[2]) >= passed[1]
 
 
-def test_only_the_first_rank_decides(start: Start) -> None:
+def test_only_rank_0_computes_what_is_broadcast(start: Start) -> None:
     def body(group: Group) -> None:
         def make() -> str:
             os.write(1, b"made\n")
@@ -352,21 +343,21 @@ def test_only_the_first_rank_decides(start: Start) -> None:
 
         broadcast_from_rank0(group, "choice", make)
 
-    assert ["made" in end.lines for end in start(3, body).ends()] == [True, False, False]
+    assert ["made" in result.lines for result in start(3, body).wait()] == [True, False, False]
 
 
-def test_ranks_that_disagree_say_on_what(start: Start) -> None:
+def test_differences_between_ranks_are_listed(start: Start) -> None:
     def body(group: Group) -> None:
         weights = "abc" if group.rank != 1 else "def"
         check_equal_across_ranks(
             group, "a.pth", {"data": "same", "weights": weights} | ({"seed": "1"} if group.rank == 2 else {})
         )
 
-    ends = start(3, body).ends()
+    results = start(3, body).wait()
 
     host = socket.gethostname()
-    assert codes(ends) == [31, 31, 31]
-    assert said(ends)[0] == [
+    assert codes(results) == [31, 31, 31]
+    assert messages(results)[0] == [
         "DistributedError: the ranks do not agree on a.pth:",
         f"  weights: abc on ranks 0, 2 ({host}); def on rank 1 ({host})",
         f"  seed: nothing on ranks 0, 1 ({host}); 1 on rank 2 ({host})",
@@ -374,89 +365,80 @@ def test_ranks_that_disagree_say_on_what(start: Start) -> None:
     ]
 
 
-def test_ranks_that_went_different_ways_are_told_apart(start: Start) -> None:
-    ends = start(2, lambda group: barrier(group, f"after {group.rank}")).ends()
+def test_ranks_that_exchange_different_things_fail(start: Start) -> None:
+    results = start(2, lambda group: barrier(group, f"after {group.rank}")).wait()
 
-    assert codes(ends) == [31, 31]
-    assert "rank 1 (" in ends[0].said
-    assert "is at the barrier 'after 1', rank 0 at the barrier 'after 0'" in ends[0].said
-
-
-def test_nobody_waits_for_a_rank_that_has_left(start: Start) -> None:
-    ends = start(3, lambda group: barrier(group, "end") if group.rank != 1 else None).ends()
-
-    assert codes(ends) == [31, 0, 31]
-    assert "has left, while rank 0 waits for it at the barrier 'end'" in ends[0].said
+    assert codes(results) == [31, 31]
+    assert "rank 1 exchanges 'after 1', this rank 'after 0'" in results[0].output
 
 
-# Ends.
+def test_waiting_for_a_rank_that_has_left_is_an_error(start: Start) -> None:
+    results = start(3, lambda group: barrier(group, "end") if group.rank != 1 else None).wait()
+
+    assert codes(results) == [31, 0, 31]
+    assert "rank 0 lost the connection to another rank" in results[0].output + results[2].output
+
+
+# Endings.
 
 
 @pytest.mark.parametrize("early", [0, 1])
-def test_a_rank_that_is_done_early_is_not_taken_for_dead(start: Start, early: int) -> None:
+def test_a_rank_that_finishes_early_does_not_count_as_dead(start: Start, early: int) -> None:
     def body(group: Group) -> None:
         if group.rank != early:
             time.sleep(1.6)
 
-    ends = start(3, body, limits=QUICK).ends()
+    results = start(3, body, timeouts=QUICK).wait()
 
-    assert (codes(ends), said(ends)) == ([0, 0, 0], [[], [], []])
+    assert (codes(results), messages(results)) == ([0, 0, 0], [[], [], []])
 
 
 def test_the_rank_that_holds_the_store_leaves_last(start: Start) -> None:
-    ends = start(3, lambda group: time.sleep(0.2 * group.rank)).ends()
+    results = start(3, lambda group: time.sleep(0.5 * group.rank)).wait()
 
-    assert ends[1].seconds < ends[2].seconds < ends[0].seconds
-
-
-def test_the_launchers_store_is_waited_for_by_nobody(start: Start, launchers_store: int) -> None:
-    ends = start(2, lambda group: time.sleep(0.5 * group.rank), port=launchers_store, environment=launched(0)).ends()
-
-    assert codes(ends) == [0, 0]
-    assert ends[0].seconds < ends[1].seconds - 0.2
+    assert results[1].seconds < results[2].seconds < results[0].seconds
 
 
-def test_what_an_earlier_attempt_left_in_the_launchers_store_is_not_met_again(
-    start: Start, launchers_store: int
-) -> None:
+def test_no_rank_waits_when_the_launcher_holds_the_store(start: Start, launcher_store: int) -> None:
+    results = start(
+        2, lambda group: time.sleep(0.5 * group.rank), port=launcher_store, environment=launcher_environment(0)
+    ).wait()
+
+    assert codes(results) == [0, 0]
+    assert results[0].seconds < results[1].seconds - 0.2
+
+
+def test_keys_of_an_earlier_attempt_are_ignored(start: Start, launcher_store: int) -> None:
     def fail(group: Group) -> None:
         raise DataError("no images")
 
-    first = start(2, fail, port=launchers_store, environment=launched(0)).ends()
-    second = start(2, lambda group: barrier(group, "end"), port=launchers_store, environment=launched(1)).ends()
+    first = start(2, fail, port=launcher_store, environment=launcher_environment(0)).wait()
+    second = start(
+        2, lambda group: barrier(group, "end"), port=launcher_store, environment=launcher_environment(1)
+    ).wait()
 
     assert (codes(first), codes(second)) == ([21, 21], [0, 0])
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_rank_that_fails_ends_all_with_its_code_and_its_error_first(start: Start, failing: int) -> None:
+def test_a_failing_rank_ends_all_with_its_code_and_error(start: Start, failing: int) -> None:
     def body(group: Group) -> None:
         if group.rank == failing:
             raise DataError("no images", where="a/b", hint="Look there.")
         barrier(group, "end")
 
-    ends = start(3, body).ends()
+    results = start(3, body).wait()
 
     line = f"DistributedError: rank {failing} on {socket.gethostname()}: DataError: a/b: no images"
-    assert codes(ends) == [21, 21, 21]
-    assert said(ends) == [
+    assert codes(results) == [21, 21, 21]
+    assert messages(results) == [
         ["DataError: a/b: no images", "Look there."] if rank == failing else [line] for rank in range(3)
     ]
-    assert ends[0].seconds < 8
+    assert results[0].seconds < 8
+    assert results[failing].seconds == min(result.seconds for result in results)
 
 
-def test_a_failing_rank_is_heard_before_the_others(start: Start) -> None:
-    def body(group: Group) -> None:
-        if group.rank == 0:
-            raise DataError("no images")
-        barrier(group, "end")
-
-    ends = start(3, body).ends()
-
-    assert ends[0].seconds < min(ends[1].seconds, ends[2].seconds)
-
-
-def test_a_rank_that_computes_is_called_back(start: Start) -> None:
+def test_a_computing_rank_is_interrupted_and_cleans_up(start: Start) -> None:
     def body(group: Group) -> None:
         if group.rank == 1:
             raise ValueError("a bug")
@@ -465,84 +447,90 @@ def test_a_rank_that_computes_is_called_back(start: Start) -> None:
         finally:
             os.write(1, b"tidied up\n")
 
-    ends = start(2, body).ends()
+    results = start(2, body).wait()
 
-    assert codes(ends) == [1, 1]
-    assert said(ends)[0] == ["tidied up", f"DistributedError: rank 1 on {socket.gethostname()}: ValueError: a bug"]
+    assert codes(results) == [1, 1]
+    assert messages(results)[0] == [
+        "tidied up",
+        f"DistributedError: rank 1 on {socket.gethostname()}: ValueError: a bug",
+    ]
 
 
-def test_a_rank_that_cannot_be_called_back_is_ended(start: Start) -> None:
+def test_a_rank_that_cannot_be_interrupted_is_ended(start: Start) -> None:
     def body(group: Group) -> None:
         if group.rank == 1:
             raise DataError("no images")
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # as deaf as a long native loop
         sleep(group)
 
-    ends = start(2, body).ends()
+    results = start(2, body).wait()
 
-    assert codes(ends) == [21, 21]
-    assert said(ends)[0] == [f"DistributedError: rank 1 on {socket.gethostname()}: DataError: no images"]
-    assert ends[0].seconds < 8
+    assert codes(results) == [21, 21]
+    assert messages(results)[0] == [f"DistributedError: rank 1 on {socket.gethostname()}: DataError: no images"]
+    assert results[0].seconds < 8
 
 
-def test_a_fault_of_all_ranks_is_told_once_by_the_lowest(start: Start) -> None:
+def test_an_error_of_all_ranks_is_printed_once_by_the_lowest(start: Start) -> None:
     def body(group: Group) -> None:
-        time.sleep(0.05 * (3 - group.rank))
+        time.sleep(0.02 * (3 - group.rank))
         raise DataError("no such folder", where="a/b", hint="Look there.")
 
-    ends = start(4, body, limits=CALM).ends()
+    results = start(4, body, timeouts=CALM).wait()
 
     host = socket.gethostname()
     others = [[f"DistributedError: rank {rank} on {host} failed as rank 0 did"] for rank in (1, 2, 3)]
-    assert codes(ends) == [21] * 4
-    assert said(ends) == [["DataError: a/b: no such folder", "Look there."], *others]
+    assert codes(results) == [21] * 4
+    assert messages(results) == [["DataError: a/b: no such folder", "Look there."], *others]
 
 
-def test_a_later_fault_is_told_in_a_line(start: Start) -> None:
+def test_a_later_error_is_one_line(start: Start) -> None:
     def body(group: Group) -> None:
         time.sleep(0.15 * group.rank)
         raise (ValueError("a bug\nof two lines") if group.rank else DataError("no images"))
 
-    ends = start(2, body, limits=CALM).ends()
+    results = start(2, body, timeouts=CALM).wait()
 
-    line = f"DistributedError: rank 1 on {socket.gethostname()} failed after rank 0 had: ValueError: a bug"
-    assert (codes(ends), said(ends)) == ([21, 1], [["DataError: no images"], [line]])
+    line = f"DistributedError: rank 1 on {socket.gethostname()} failed after rank 0: ValueError: a bug"
+    assert (codes(results), messages(results)) == ([21, 1], [["DataError: no images"], [line]])
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_or_stops_ends_all(start: Start, number: int) -> None:
-    job = start(3, sleep, limits=QUICK)
+    job = start(3, sleep, timeouts=QUICK)
     job.wait_for("joined", "joined", "joined")
 
     job.send(number, 1)
 
-    ends = job.ends()
-    assert codes(ends) == [31, -9 if number == signal.SIGKILL else 31, 31]
-    told = [line for end in ends for line in end.lines if line.startswith("DistributedError")]
+    results = job.wait()
+    assert codes(results) == [31, -9 if number == signal.SIGKILL else 31, 31]
+    errors = [line for result in results for line in result.lines if line.startswith("DistributedError")]
     assert all(
-        f"rank 1 ({socket.gethostname()}) gave no sign for 1 s" in line or " failed as rank " in line for line in told
+        f"rank 1 ({socket.gethostname()}) gave no heartbeat for 1 s" in line or " failed as rank " in line
+        for line in errors
     )
-    assert sum(end.said.count("Finished features and results are kept") for end in ends) == 1
-    assert 1 < ends[0].seconds < 10
+    assert sum(result.output.count("Finished work is kept") for result in results) == 1
+    assert 1 < results[0].seconds < 10
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_rank_that_holds_the_store_may_die_or_stop(start: Start, number: int) -> None:
-    job = start(3, sleep, limits=QUICK)
+    job = start(3, sleep, timeouts=QUICK)
     job.wait_for("joined", "joined", "joined")
 
     job.send(number, 0)
 
-    ends = job.ends()
-    assert codes(ends) == [-9 if number == signal.SIGKILL else 31, 31, 31]
-    how = "is gone" if number == signal.SIGKILL else "gave no sign for 1 s"
-    assert f"rank 0 ({socket.gethostname()}), which holds the store at 127.0.0.1:" in ends[1].said + ends[2].said
-    assert how in ends[1].said + ends[2].said
-    assert ends[2].seconds < 10
+    results = job.wait()
+    assert codes(results) == [-9 if number == signal.SIGKILL else 31, 31, 31]
+    how = "is gone" if number == signal.SIGKILL else "gave no heartbeat for 1 s"
+    assert (
+        f"rank 0 ({socket.gethostname()}), which holds the store at 127.0.0.1:" in results[1].output + results[2].output
+    )
+    assert how in results[1].output + results[2].output
+    assert results[2].seconds < 10
 
 
-def test_ranks_that_all_stood_still_go_on(start: Start) -> None:
-    job = start(3, lambda group: time.sleep(1), limits=QUICK)
+def test_ranks_that_were_all_stopped_continue(start: Start) -> None:
+    job = start(3, lambda group: time.sleep(1), timeouts=QUICK)
     job.wait_for("joined", "joined", "joined")
     job.send(signal.SIGSTOP)
     time.sleep(1.5)
@@ -551,47 +539,49 @@ def test_ranks_that_all_stood_still_go_on(start: Start) -> None:
     time.sleep(0.2)  # in which the first finds nothing new from the others
     job.send(signal.SIGCONT, 1, 2)
 
-    assert codes(job.ends()) == [0, 0, 0]
+    assert codes(job.wait()) == [0, 0, 0]
 
 
-def test_a_rank_that_is_silent_for_less_than_the_limit_is_waited_for(start: Start) -> None:
-    job = start(2, lambda group: time.sleep(1.2), limits=replace(QUICK, silent_seconds=2))
+def test_a_pause_shorter_than_the_limit_is_tolerated(start: Start) -> None:
+    job = start(2, lambda group: time.sleep(1.2), timeouts=replace(QUICK, silent_seconds=2))
     job.wait_for("joined", "joined")
     job.send(signal.SIGSTOP, 1)
     time.sleep(0.8)
 
     job.send(signal.SIGCONT, 1)
 
-    assert codes(job.ends()) == [0, 0]
+    assert codes(job.wait()) == [0, 0]
 
 
-def test_ranks_that_are_all_told_to_stop_do_so_at_once_and_name_no_fault(start: Start) -> None:
+def test_sigterm_to_all_ranks_ends_them_at_once_without_an_error(start: Start) -> None:
     job = start(3, lambda group: barrier(group, "end") if group.rank else sleep(group))
     job.wait_for("joined", "joined", "joined")
-    told = time.monotonic()
+    sent = time.monotonic()
 
     job.send(signal.SIGTERM)
 
-    ends = job.ends()
-    assert (codes(ends), said(ends)) == ([75] * 3, [["Terminated"]] * 3)
-    assert time.monotonic() - told < 4
+    results = job.wait()
+    assert (codes(results), messages(results)) == ([75] * 3, [["Terminated"]] * 3)
+    assert time.monotonic() - sent < 4
 
 
-def test_a_single_rank_that_is_told_to_stop_takes_the_others_along(start: Start) -> None:
+def test_sigterm_to_one_rank_ends_all(start: Start) -> None:
     job = start(3, sleep)
     job.wait_for("joined", "joined", "joined")
 
     job.send(signal.SIGTERM, 1)
 
-    ends = job.ends()
-    line = (
-        f"DistributedError: rank 1 on {socket.gethostname()} was told to stop. Finished features and results are kept;"
-    )
-    assert codes(ends) == [75] * 3
-    assert [ends[0].lines[-1].startswith(line), ends[1].lines[-1], len(said(ends)[2])] == [True, "Terminated", 1]
+    results = job.wait()
+    line = f"DistributedError: rank 1 on {socket.gethostname()} was told to stop. Finished work is kept;"
+    assert codes(results) == [75] * 3
+    assert [results[0].lines[-1].startswith(line), results[1].lines[-1], len(messages(results)[2])] == [
+        True,
+        "Terminated",
+        1,
+    ]
 
 
-def test_a_rank_that_is_stopped_after_another_failed_names_that_fault(start: Start) -> None:
+def test_a_rank_that_is_stopped_after_a_failure_names_that_failure(start: Start) -> None:
     """A launcher ends the rest by SIGTERM as soon as one has failed."""
 
     def body(group: Group) -> None:
@@ -599,27 +589,27 @@ def test_a_rank_that_is_stopped_after_another_failed_names_that_fault(start: Sta
             raise DataError("no images")
         sleep(group)
 
-    job = start(2, body, limits=replace(PATIENT, linger_seconds=10))
+    job = start(2, body, timeouts=replace(PATIENT, linger_seconds=10))
     job.processes[1].join(10)
 
     job.send(signal.SIGTERM, 0)
 
-    ends = job.ends()
-    assert codes(ends) == [21, 21]
-    assert said(ends)[0] == [f"DistributedError: rank 1 on {socket.gethostname()}: DataError: no images"]
-    assert ends[0].seconds < 9
+    results = job.wait()
+    assert codes(results) == [21, 21]
+    assert messages(results)[0] == [f"DistributedError: rank 1 on {socket.gethostname()}: DataError: no images"]
+    assert results[0].seconds < 9
 
 
-def test_an_orderly_exit_is_no_fault(start: Start) -> None:
+def test_sys_exit_without_a_code_is_not_a_failure(start: Start) -> None:
     def body(group: Group) -> None:
         if group.rank:
             sys.exit()
         time.sleep(0.6)
 
-    assert codes(start(2, body).ends()) == [0, 0]
+    assert codes(start(2, body).wait()) == [0, 0]
 
 
-def test_children_of_a_rank_are_no_ranks(start: Start) -> None:
+def test_child_processes_do_not_disturb_the_group(start: Start) -> None:
     def body(group: Group) -> None:
         batches = DataLoader(torch.arange(8), batch_size=2, num_workers=2)  # type: ignore[arg-type]
         assert [int(batch.sum()) for batch in batches] == [1, 5, 9, 13]
@@ -629,31 +619,21 @@ def test_children_of_a_rank_are_no_ranks(start: Start) -> None:
         assert child.exitcode == 0
         barrier(group, "end")
 
-    ends = start(2, body).ends()
+    results = start(2, body).wait()
 
-    assert (codes(ends), said(ends)) == ([0, 0], [[], []])
-
-
-def test_a_forked_child_that_falls_through_leaves_at_once_and_the_group_stays(start: Start) -> None:
-    def body(group: Group) -> None:
-        child = os.fork()
-        if child == 0:
-            sys.exit()
-        assert os.waitpid(child, 0) == (child, 0)
-        barrier(group, "end")
-
-    assert codes(start(2, body).ends()) == [0, 0]
+    assert (codes(results), messages(results)) == ([0, 0], [[], []])
 
 
-def test_torchrun_is_a_launcher(tmp_path: Path) -> None:
+def test_torchrun_starts_a_group(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
     script.write_text(
-        "import sys\n"
+        "import os, sys\n"
         "from msn_eval.distributed.group import all_gather_object, check_equal_across_ranks, join_group\n"
         "from msn_eval.errors import MsnEvalError\n"
         "try:\n"
         "    with join_group() as group:\n"
-        "        print('told', ' '.join(all_gather_object(group, 'names', f'r{group.rank}of{group.world}')), flush=True)\n"
+        "        names = all_gather_object(group, 'names', f'r{group.rank}of{group.world}')\n"
+        "        os.write(1, f'{names}\\n'.encode())\n"
         "        check_equal_across_ranks(group, 'the plan', {'weights': str(group.rank)})\n"
         "except MsnEvalError as error:\n"
         "    print(error, file=sys.stderr, flush=True)\n"
@@ -664,5 +644,5 @@ def test_torchrun_is_a_launcher(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
 
     assert done.returncode != 0
-    assert done.stdout.splitlines() == ["told r0of2 r1of2"] * 2
+    assert done.stdout.splitlines() == ["['r0of2', 'r1of2']"] * 2
     assert done.stderr.count("the ranks do not agree on the plan:") == 1

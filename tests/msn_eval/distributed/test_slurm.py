@@ -1,6 +1,5 @@
-"""What `--slurm` says, what reaches sbatch, and what a job does when its command ends or is told to stop."""
+"""Slurm jobs: what reaches sbatch, and what a job does when its command ends or is told to stop."""
 
-import inspect
 import json
 import os
 import pickle
@@ -12,17 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-import submitit
 
-from msn_eval.distributed.slurm import SLURM_KEYS, CommandJob, Submitted, parse_slurm, submit
+from msn_eval.distributed.slurm import CommandJob, Submitted, parse_slurm, submit, without_slurm
 from msn_eval.errors import DistributedError, UsageError
 
-# What submitit's own spelling, or its caller's hand, leaves no place for in a line of text.
-_LEFT_OUT = {"job_name", "time", "mem", "ntasks_per_node", "num_gpus", "setup", "teardown", "additional_parameters"} | {
-    "srun_args",
-    "use_srun",
-    "array_parallelism",
-}
 _STOPPED_ONCE = """
 import os, pathlib, signal, sys, time
 rank = os.environ["RANK"]
@@ -34,18 +26,18 @@ signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))
 started.with_suffix(".new").write_text(str(os.getppid()))
 started.with_suffix(".new").rename(started)
 """
-_TELLS = """
+_PRINTS_ENVIRONMENT = """
 import json, os, pathlib
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MSN_EVAL_DATA")
-told = {name: os.environ.get(name) for name in names} | {"folder": os.getcwd()}
-pathlib.Path(f"told{told['RANK']}.json").write_text(json.dumps(told))
+values = {name: os.environ.get(name) for name in names} | {"folder": os.getcwd()}
+pathlib.Path(f"environment{values['RANK']}.json").write_text(json.dumps(values))
 """
 Submit = Callable[..., Submitted]
 
 
 @pytest.fixture
 def submit_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Submit]:
-    """Give a function that submits a script to this machine, from a folder of its own."""
+    """Return a function that submits a script to this machine, from a temporary folder."""
     monkeypatch.chdir(tmp_path)
     jobs: list[Submitted] = []
 
@@ -71,14 +63,14 @@ def wait_for(happens: Callable[[], object]) -> None:
 
 
 def results(job: Submitted) -> list[int]:
-    """Give what a job returned, without submitit's naps between two looks."""
+    """Return the results of a job; submitit itself polls slowly."""
     wait_for(job.job.done)
     return job.job.results()
 
 
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the file to which a stand-in of sbatch copies what it is given."""
+    """Return the file to which a fake sbatch copies its script."""
     taken = tmp_path / "taken.sh"
     for name, code in (("srun", ""), ("sbatch", f'cp "$1" {taken}; echo Submitted batch job 17')):
         program = tmp_path / "bin" / name
@@ -96,70 +88,60 @@ def sbatch_flags(script: Path) -> Mapping[str, str]:
 
 
 def test_every_gpu_gets_a_task() -> None:
-    options = parse_slurm("partition=gpu,nodes=2,gpus_per_node=8")
-
-    assert (options.cluster, options.folder) == ("slurm", None)
-    assert options.parameters == {
-        "name": "msn-eval", "timeout_min": 240, "partition": "gpu", "nodes": 2, "gpus_per_node": 8, "tasks_per_node": 8,
+    assert parse_slurm("partition=gpu,nodes=2,gpus_per_node=8") == {
+        "cluster": "slurm", "name": "msn-eval", "timeout_min": 240, "partition": "gpu", "nodes": 2, "gpus_per_node": 8,
+        "tasks_per_node": 8,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["partition=cpu", "gpus_per_node=0"])
 def test_without_gpus_a_node_gets_one_task(text: str) -> None:
-    assert parse_slurm(text).parameters["tasks_per_node"] == 1
+    assert parse_slurm(text)["tasks_per_node"] == 1
 
 
 def test_what_is_given_replaces_every_default() -> None:
-    options = parse_slurm("cluster=local, folder=jobs, gpus_per_node=4, tasks_per_node=2, timeout_min=30, name=mine")
+    text = "cluster=local, folder=jobs, gpus_per_node=4, tasks_per_node=2, timeout_min=30, name=mine"
 
-    assert (options.cluster, options.folder) == ("local", Path("jobs"))
-    assert options.parameters == {"gpus_per_node": 4, "tasks_per_node": 2, "timeout_min": 30, "name": "mine"}
+    assert parse_slurm(text) == {
+        "cluster": "local", "folder": "jobs", "gpus_per_node": 4, "tasks_per_node": 2, "timeout_min": 30, "name": "mine",
+    }  # fmt: skip
 
 
-def test_values_have_the_types_that_submitit_asks_for() -> None:
+def test_values_have_the_types_that_submitit_expects() -> None:
     options = parse_slurm("mem_gb=1.5,stderr_to_stdout=true,exclusive=true,exclude=a1,a2,gres=gpu:8")
 
-    chosen = {name: options.parameters[name] for name in ("mem_gb", "stderr_to_stdout", "exclusive", "exclude", "gres")}
-    assert chosen == {
+    assert {name: options[name] for name in ("mem_gb", "stderr_to_stdout", "exclusive", "exclude", "gres")} == {
         "mem_gb": 1.5, "stderr_to_stdout": True, "exclusive": True, "exclude": "a1,a2", "gres": "gpu:8",
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("text", ["gpu", "", "partition=", "nodes=1,nodes=2"])
+def test_text_that_is_not_a_list_of_keys_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not key=value, or is given twice"):
+        parse_slurm(text)
+
+
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("partiton=gpu", "there is no key 'partiton'. Did you mean partition?"),
-        ("gpu", "'gpu' is not of the form key=value"),
-        ("nodes=2,8", "'8' is not of the form key=value"),
-        ("", "'' is not of the form key=value"),
-        ("nodes=two", "nodes=two: not a whole number of at least 1"),
-        ("nodes=0", "nodes=0: not a whole number of at least 1"),
-        ("gpus_per_node=-1", "gpus_per_node=-1: not a whole number of at least 0"),
-        ("timeout_min=1.5", "timeout_min=1.5: not a whole number"),
-        ("mem_gb=much", "mem_gb=much: not a number above 0"),
-        ("mem_gb=nan", "mem_gb=nan: not a number above 0"),
-        ("stderr_to_stdout=yes", "stderr_to_stdout=yes: neither true nor false"),
-        ("partition=", "partition has no value"),
-        ("nodes=1,nodes=2", "nodes is given twice"),
-        ("cluster=slrm", "there is no cluster 'slrm'. Did you mean slurm?"),
+        ("partiton=gpu", "no key 'partiton'. Did you mean partition?"),
+        ("cluster=local,nodes=two", '"nodes" expected type'),
+        ("cluster=slrm", "slrm"),
+        ("cluster=local,nodes=2", "one node"),
     ],
 )
-def test_a_mistake_is_named(text: str, said: str) -> None:
+def test_options_that_submitit_refuses_are_named(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        parse_slurm(text)
-    assert said in str(caught.value)
-    assert "Known keys: account, " in caught.value.hint
+        submit([], parse_slurm(text), folder=tmp_path)
+    assert message in str(caught.value)
 
 
-def test_known_keys_are_those_of_submitit() -> None:
-    module = sys.modules[submitit.SlurmExecutor.__module__]
-    of_sbatch = set(inspect.signature(module._make_sbatch_string).parameters) - {"command", "folder", "map_count"}
-    generic = set(submitit.AutoExecutor._typed_parameters())
-
-    assert set(SLURM_KEYS) - {"cluster", "folder"} == (of_sbatch | generic) - _LEFT_OUT
+@pytest.mark.parametrize("slurm", [["--slurm", "nodes=2"], ["--slurm=nodes=2"]])
+def test_the_submitted_command_has_no_slurm_option(slurm: list[str]) -> None:
+    assert without_slurm(["--data", "x", *slurm, "-q"]) == ["--data", "x", "-q"]
 
 
-def test_sbatch_is_given_what_was_asked_for(sbatch: Path, tmp_path: Path) -> None:
+def test_sbatch_receives_the_options(sbatch: Path, tmp_path: Path) -> None:
     options = parse_slurm("partition=gpu,nodes=2,gpus_per_node=8,exclude=a1,a2,signal_delay_s=60,mem_gb=1.5")
 
     submit(["--checkpoint", "pixels"], options, folder=tmp_path / "slurm")
@@ -185,7 +167,7 @@ def test_a_folder_among_the_options_wins(sbatch: Path, tmp_path: Path) -> None:
     assert {log.parent for log in submitted.logs} == {tmp_path / "mine"}
 
 
-def test_a_job_of_a_job_is_not_taken_for_its_rank(
+def test_a_job_submitted_from_a_job_does_not_inherit_its_rank(
     sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\nenv > {tmp_path}/env\necho Submitted batch job 17\n")
@@ -196,7 +178,7 @@ def test_a_job_of_a_job_is_not_taken_for_its_rank(
     assert "RANK=3" not in (tmp_path / "env").read_text().splitlines()
 
 
-def test_without_slurm_the_local_machine_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_slurm_the_hint_offers_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DistributedError) as caught:
         submit([], parse_slurm("nodes=1"), folder=tmp_path / "slurm")
@@ -204,18 +186,13 @@ def test_without_slurm_the_local_machine_is_offered(tmp_path: Path, monkeypatch:
     assert "cluster=local" in caught.value.hint
 
 
-def test_what_sbatch_refuses_is_shown(sbatch: Path, tmp_path: Path) -> None:
+def test_an_error_of_sbatch_is_shown(sbatch: Path, tmp_path: Path) -> None:
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho invalid partition specified: gpu >&2; exit 1\n")
     with pytest.raises(DistributedError, match="invalid partition specified: gpu"):
         submit([], parse_slurm("partition=gpu"), folder=tmp_path / "slurm")
 
 
-def test_what_submitit_refuses_is_a_mistake_of_the_options(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="one node"):
-        submit([], parse_slurm("cluster=local,nodes=2"), folder=tmp_path / "slurm")
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError) as caught:
         submit([], parse_slurm("cluster=local"), folder=tmp_path / "file" / "slurm")
@@ -229,18 +206,6 @@ def test_a_missing_submitit_names_the_extra(tmp_path: Path, monkeypatch: pytest.
     assert "msn-eval[slurm]" in caught.value.hint
 
 
-def test_only_harmless_variables_are_written_to_the_shared_folder(
-    sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MSN_EVAL_DATA", "/datasets/imagenet")
-    monkeypatch.setenv("HF_TOKEN", "not-for-others")
-
-    submit([], parse_slurm("nodes=1"), folder=tmp_path / "slurm")
-
-    written = (tmp_path / "slurm" / "17_submitted.pkl").read_bytes()
-    assert (b"/datasets/imagenet" in written, b"not-for-others" in written) == (True, False)
-
-
 def test_a_job_runs_msn_eval_to_its_end(tmp_path: Path) -> None:
     submitted = submit(["ls", "subsets"], parse_slurm("cluster=local"), folder=tmp_path)
 
@@ -248,24 +213,24 @@ def test_a_job_runs_msn_eval_to_its_end(tmp_path: Path) -> None:
     assert "5imgs" in submitted.logs[0].read_text()
 
 
-def test_a_job_fails_with_the_code_and_the_last_words_of_its_command(submit_script: Submit) -> None:
-    submitted = submit_script("import sys; print('first', file=sys.stderr); sys.exit('DataError: no such folder')")
+def test_a_job_fails_with_the_code_of_its_command_and_its_error_is_in_the_log(submit_script: Submit) -> None:
+    submitted = submit_script("import sys; sys.exit('DataError: no such folder')")
 
-    with pytest.raises(Exception, match=r"(?s)rank 0 ended with exit code 1:.first.DataError: no such folder"):
+    with pytest.raises(Exception, match="rank 0 ended with exit code 1"):
         results(submitted)
     assert "DataError: no such folder" in submitted.logs[1].read_text()
 
 
-def test_every_rank_knows_its_place_and_where_it_was_submitted(
+def test_every_rank_has_its_variables_and_the_folder_of_the_submission(
     submit_script: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MSN_EVAL_DATA", "digits")
     monkeypatch.setenv("MASTER_PORT", "1")
 
-    submitted = submit_script(_TELLS, "cluster=local,tasks_per_node=2")
+    submitted = submit_script(_PRINTS_ENVIRONMENT, "cluster=local,tasks_per_node=2")
 
     assert results(submitted) == [0, 0]
-    first, second = (json.loads((tmp_path / f"told{rank}.json").read_text()) for rank in (0, 1))
+    first, second = (json.loads((tmp_path / f"environment{rank}.json").read_text()) for rank in (0, 1))
     port = first["MASTER_PORT"]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "MSN_EVAL_DATA": "digits"}
     assert first == shared | {"RANK": "0", "LOCAL_RANK": "0", "folder": str(tmp_path)}
@@ -273,7 +238,7 @@ def test_every_rank_knows_its_place_and_where_it_was_submitted(
     assert int(port) > 1024
 
 
-def test_a_preempted_job_stops_its_command_and_goes_on_later(submit_script: Submit, tmp_path: Path) -> None:
+def test_a_preempted_job_stops_its_command_and_continues_later(submit_script: Submit, tmp_path: Path) -> None:
     submitted = submit_script(_STOPPED_ONCE + "time.sleep(60)")
     wait_for((tmp_path / "started0").exists)
 
@@ -283,14 +248,14 @@ def test_a_preempted_job_stops_its_command_and_goes_on_later(submit_script: Subm
     assert (tmp_path / "finished0").exists()
 
 
-def test_a_command_that_was_told_to_stop_itself_is_put_back(submit_script: Submit, tmp_path: Path) -> None:
+def test_a_command_that_was_itself_told_to_stop_is_requeued(submit_script: Submit, tmp_path: Path) -> None:
     submitted = submit_script(_STOPPED_ONCE + "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
 
     assert results(submitted) == [0]
     assert (tmp_path / "finished0").exists()
 
 
-def test_ranks_that_were_all_told_to_stop_are_put_back_together(submit_script: Submit, tmp_path: Path) -> None:
+def test_ranks_that_were_all_told_to_stop_are_requeued_together(submit_script: Submit, tmp_path: Path) -> None:
     stopped = _STOPPED_ONCE + "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
 
     submitted = submit_script(stopped, "cluster=local,tasks_per_node=2")
@@ -307,10 +272,10 @@ def test_the_signal_of_preemption_does_not_kill_the_command(submit_script: Submi
     assert results(submitted) == [0]
 
 
-def test_a_command_that_does_not_stop_is_killed_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('up', 'w'); time.sleep(60)"
+def test_a_command_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ignoring = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('up', 'w'); time.sleep(60)"
     monkeypatch.setenv("SUBMITIT_DEBUG_JOB_ID", "1")
-    job = CommandJob(command=(sys.executable, "-c", deaf), folder=str(tmp_path), environment={}, stop_seconds=0.3)
+    job = CommandJob(command=(sys.executable, "-c", ignoring), stop_seconds=0.3)
 
     def stop(number: int, frame: object) -> None:
         job.checkpoint()
@@ -324,23 +289,10 @@ def test_a_command_that_does_not_stop_is_killed_in_time(tmp_path: Path, monkeypa
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert f"exit code {-signal.SIGKILL}" in str(caught.value)
-    assert caught.value.exit_code == 31
 
 
-def test_the_submission_says_where_a_command_runs_and_what_it_finds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SUBMITIT_DEBUG_JOB_ID", "1")
-    command = (sys.executable, "-c", _TELLS)
-
-    CommandJob(command=command, folder=str(tmp_path), environment={"MSN_EVAL_DATA": "digits"})()
-
-    told = json.loads((tmp_path / "told0.json").read_text())
-    assert (told["folder"], told["MSN_EVAL_DATA"]) == (str(tmp_path), "digits")
-
-
-def test_a_job_that_is_put_back_starts_afresh(tmp_path: Path) -> None:
-    job = CommandJob(command=("true",), folder=str(tmp_path), environment={"MSN_EVAL_DATA": "digits"})
+def test_a_job_that_is_requeued_starts_again() -> None:
+    job = CommandJob(command=("true",))
 
     again = pickle.loads(pickle.dumps(job.checkpoint().function))
 

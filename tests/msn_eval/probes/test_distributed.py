@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from msn_eval.distributed.group import Group, join_group
-from msn_eval.distributed.peers import Limits
+from msn_eval.distributed.rank_info import Timeouts
 from msn_eval.errors import MsnEvalError, NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes import distributed as team
@@ -23,7 +23,7 @@ from msn_eval.probes.logistic_solvers import chunked_newton as full_data
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="ranks are forked")
 CPU = torch.device("cpu")
-QUICK = Limits(beat_seconds=0.05, silent_seconds=60, settle_seconds=0.1, linger_seconds=0.5, unwind_seconds=5)
+QUICK = Timeouts(beat_seconds=0.05, silent_seconds=60, linger_seconds=0.5, unwind_seconds=5)
 
 
 def _on_ranks(world: int, do: Callable[[Group], object]) -> list[object]:
@@ -37,7 +37,7 @@ def _on_ranks(world: int, do: Callable[[Group], object]) -> list[object]:
         torch.set_num_threads(1)
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         try:
-            with join_group(environment={name: str(value) for name, value in place.items()}, limits=QUICK) as group:
+            with join_group(environment={name: str(value) for name, value in place.items()}, timeouts=QUICK) as group:
                 answer = do(group)
         except MsnEvalError as error:
             answer = error.exit_code, str(error)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from msn_eval.checkpoints.run_folder import check_snapshot, newest_snapshot, snapshot_folders
+from msn_eval.distributed.group import Group as Ranks
 from msn_eval.errors import NumericalError, StoreError, UsageError
 from msn_pretrain.config.load import read_recipe
 from msn_pretrain.config.recipe import MSNRecipe
-from msn_pretrain.distributed.process_group import Ranks
 from msn_pretrain.methods.msn import MSN
 from msn_pretrain.training import snapshot as snapshots
 from msn_pretrain.training import train as training

@@ -1,0 +1,99 @@
+"""Which rank of a job this process is, by the environment variables that the launcher sets."""
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from msn_eval.errors import DistributedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankInfo:
+    """One rank of a job and the store where the ranks meet.
+
+    Attributes:
+        rank: 0 to world - 1.
+        world: Number of ranks.
+        local_rank: Number of this rank among those of its host, and of its GPU.
+        host: Name of this host.
+        address: Host of the store.
+        port: Port of the store.
+        attempt: Identifies this start of the job. A launcher that restarts the ranks may keep its store and the old keys.
+        holds_store: Whether this rank holds the store: rank 0, unless the launcher does, as torchrun.
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+    host: str
+    address: str
+    port: int
+    attempt: str
+    holds_store: bool
+
+    @property
+    def endpoint(self) -> str:
+        return f"{self.address}:{self.port}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeouts:
+    """How long ranks wait for each other.
+
+    `reaction_seconds` pass between noticing that another rank failed and acting on it: the failed rank prints its error first,
+    and the SIGTERM of a launcher reaches every rank.
+    """
+
+    join_seconds: float = 300.0  # until all ranks have started
+    beat_seconds: float = 1.0  # between two heartbeats
+    silent_seconds: float = 40.0  # without a heartbeat; above the longest native call that holds the GIL
+    linger_seconds: float = 2.0  # that a failed rank keeps the store open, for the others to read its error
+    unwind_seconds: float = 5.0  # for the main thread to stop before its process is ended
+    collective_seconds: float = 24 * 3600.0  # of torch's collectives: the others may wait long for rank 0
+
+    @property
+    def reaction_seconds(self) -> float:
+        return self.linger_seconds + 3 * self.beat_seconds
+
+
+def read_rank_info(environment: Mapping[str, str] | None = None) -> RankInfo | None:
+    """Return the rank that the launcher's variables name, or None if this process is the only one.
+
+    Raises:
+        DistributedError: A variable is missing or out of range.
+    """
+    variables = os.environ if environment is None else environment
+    size = variables.get("WORLD_SIZE")
+    if size == "1" or not (size or variables.get("RANK")):
+        return None
+    world = _read_integer(variables, "WORLD_SIZE", 1, 1 << 20)
+    rank = _read_integer(variables, "RANK", 0, world - 1)
+    address = variables.get("MASTER_ADDR")
+    if not address:
+        raise _bad_variable("MASTER_ADDR", "is not set")
+    return RankInfo(
+        rank=rank,
+        world=world,
+        local_rank=_read_integer(variables, "LOCAL_RANK", 0, world - 1),
+        host=socket.gethostname(),
+        address=address,
+        port=_read_integer(variables, "MASTER_PORT", 1, (1 << 16) - 1),
+        attempt=f"{variables.get('TORCHELASTIC_RUN_ID', '')}/{variables.get('TORCHELASTIC_RESTART_COUNT', '')}",
+        holds_store=rank == 0 and variables.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+    )
+
+
+def _read_integer(variables: Mapping[str, str], name: str, least: int, most: int) -> int:
+    text = variables.get(name, "")
+    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+        problem = f"is {text!r}, not an integer from {least} to {most}" if text else "is not set"
+        raise _bad_variable(name, problem)
+    return int(text)
+
+
+def _bad_variable(name: str, problem: str) -> DistributedError:
+    return DistributedError(
+        f"the environment describes a job of several processes, but {name} {problem}",
+        hint="Start the ranks with torchrun or --slurm; for a single process, unset RANK and WORLD_SIZE.",
+    )

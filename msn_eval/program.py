@@ -1,0 +1,122 @@
+"""Program: what the command lines of both packages share. Parsing, logging, SIGTERM, and exit codes."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from msn_eval.errors import INTERRUPTED, PREEMPTED, MsnEvalError, UsageError, did_you_mean, printable
+from msn_eval.process import Terminated
+from msn_eval.version import __version__
+
+Parse = Callable[[list[str]], tuple[argparse.Namespace, Callable[[], int]]]
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that raises UsageError, takes no abbreviated options, and has the options of every verb."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"See {self.prog} --help.")
+
+    def parse_with_overrides(
+        self, arguments: Sequence[str], *, takes_overrides: bool, verbs: Iterable[str] = ()
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse options, and return the `key=value` arguments separately.
+
+        Args:
+            arguments: After the verb.
+            takes_overrides: Whether `key=value` is allowed.
+            verbs: Names that an unexpected argument may be a typo of.
+
+        Raises:
+            UsageError: An option or argument is not known.
+        """
+        version = f"{self.prog.partition(' ')[0]} {__version__}"
+        self.add_argument("-v", "--verbose", action="count", default=0, help="more on stderr; -vv for tracebacks")
+        self.add_argument("-q", "--quiet", action="store_true", default=False, help="only errors on stderr")
+        self.add_argument("--version", action="version", version=version)
+        options, extra = self.parse_known_args(arguments)
+        for argument in extra:
+            if argument.startswith("-"):
+                name = argument.partition("=")[0]
+                hint = did_you_mean(name, self._option_string_actions)
+                raise UsageError(f"unknown option {name}.{hint}", hint=f"See {self.prog} --help.")
+            if not takes_overrides or "=" not in argument:
+                hint = did_you_mean(argument, verbs)
+                raise UsageError(f"unexpected argument {argument!r}.{hint}", hint=f"See {self.prog} --help.")
+        return options, extra
+
+
+def run_program(name: str, arguments: Sequence[str] | None, parse: Parse, *, loggers: Sequence[str], kept: str) -> int:
+    """Parse the arguments, run the verb, and return the exit code; print every error to stderr.
+
+    Args:
+        name: Of the program.
+        arguments: Instead of `sys.argv`.
+        parse: Returns the options, and a function that runs the verb.
+        loggers: Packages whose log goes to stderr.
+        kept: What is kept after SIGTERM or Ctrl-C.
+    """
+    verbosity = 0
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _raise_terminated) if in_main_thread else None
+    try:
+        options, run = parse(list(sys.argv[1:] if arguments is None else arguments))
+        verbosity = options.verbose
+        _log_to_stderr(loggers, verbosity, quiet=options.quiet)
+        code = run()
+        sys.stdout.flush()
+        return code
+    except MsnEvalError as error:
+        return _fail(f"{type(error).__name__}: {error}", error.exit_code, verbosity)
+    except Terminated:
+        return _fail(f"Terminated. {kept}", PREEMPTED, 0)
+    except KeyboardInterrupt:
+        return _fail(f"Interrupted. {kept}", INTERRUPTED, 0)
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        text = printable(f"{type(error).__name__}: {error}")
+        message = f"This is a bug in {name}: {text}\nRun it again with -vv for the traceback."
+        return _fail(message, MsnEvalError.exit_code, verbosity)
+    finally:
+        # A program that ends keeps ignoring a second SIGTERM.
+        if in_main_thread and (arguments is not None or signal.getsignal(signal.SIGTERM) is _raise_terminated):
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it twice
+    raise Terminated
+
+
+def _log_to_stderr(loggers: Sequence[str], verbosity: int, *, quiet: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableFormatter("%(message)s" if not verbosity else "%(name)s: %(message)s"))
+    for name in loggers:
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbosity else logging.INFO)
+        logger.propagate = False
+
+
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _fail(text: str, code: int, verbosity: int) -> int:
+    if verbosity > 1:
+        traceback.print_exc()
+    print(text, file=sys.stderr)
+    return code

@@ -1,1 +1,0 @@
-"""Ranks of a pre-training run and their collectives."""

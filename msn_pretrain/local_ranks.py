@@ -1,0 +1,104 @@
+"""Local ranks: one command that trains on several devices of this machine, without a launcher, and the device of each rank."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from types import FrameType
+
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from msn_eval.distributed.group import Group
+from msn_eval.errors import PREEMPTED, DistributedError, UsageError
+from msn_eval.features.encoder import choose_device
+from msn_eval.process import usable_cores
+
+_FAREWELL_SECONDS = 20.0
+_POLL_SECONDS = 0.05
+
+
+def choose_rank_device(group: Group, device: str) -> Group:
+    """Return the group with this rank's device, which becomes the current one.
+
+    Args:
+        group: The ranks.
+        device: auto, cpu, cuda or cuda:N; or one device per local rank, separated by commas.
+    """
+    names = device.split(",")
+    local_rank = group.local_rank if group.world > 1 and len(names) == 1 else None
+    chosen = choose_device(names[group.local_rank % len(names)], local_rank=local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    return replace(group, device=chosen)
+
+
+def run_local_ranks(arguments: Sequence[str], devices: Sequence[str]) -> int:
+    """Run `python -m msn_pretrain ARGUMENTS` once per device; return the exit code of the first that failed, else 0.
+
+    SIGTERM is passed on to all. If one fails, the others are ended.
+
+    Raises:
+        UsageError: A device does not exist.
+    """
+    for name in devices:
+        if name == "auto":
+            raise UsageError("run.device: auto among several", hint="Name each: run.device=cuda:0,cuda:1.")
+        choose_device(name)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = os.environ | {
+        "WORLD_SIZE": str(len(devices)),
+        "LOCAL_WORLD_SIZE": str(len(devices)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # if this process is killed, the ranks notice that the store is gone
+    }
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // len(devices))))
+    children = [
+        subprocess.Popen(
+            (sys.executable, "-m", "msn_pretrain", *arguments),
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(len(devices))
+    ]
+    terminated = False
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        for child in children:
+            child.send_signal(number)
+
+    # A terminal sends Ctrl-C to the children itself.
+    handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on)}
+    handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code = _wait_for(children)
+        # Ranks that were still starting did not handle the signal, and have nothing to save.
+        return PREEMPTED if terminated and code == DistributedError.exit_code else code
+    finally:
+        for stop, handler in handlers.items():
+            signal.signal(stop, handler)
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+
+
+def _wait_for(children: "Sequence[subprocess.Popen[bytes]]") -> int:
+    """Wait until all have ended. If one fails, the others get some time to report it, then they are killed."""
+    code, deadline = 0, float("inf")
+    while any(child.poll() is None for child in children):
+        failed = [child.returncode for child in children if child.returncode not in (None, 0)]
+        if failed and not code:
+            code, deadline = failed[0], time.monotonic() + _FAREWELL_SECONDS
+        if time.monotonic() > deadline:
+            for child in children:
+                child.kill()
+        time.sleep(_POLL_SECONDS)
+    codes = [child.returncode for child in children if child.returncode]
+    code = code or (codes[0] if codes else 0)
+    return code if code >= 0 else DistributedError.exit_code
