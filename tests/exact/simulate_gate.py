@@ -4,7 +4,7 @@
     python tests/exact/simulate_gate.py --share 0.05                     # a twentieth of the samples
 
 Fixed seeds. Images are drawn by how their score differs between two checkpoints; the code under test is what `check` and
-`compare` call: `weigh` with its exact tests and Holm's correction, and the intervals.
+`compare` call: `judge_differences` with its exact tests and Holm's correction, and the intervals.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from msn_eval.results.gate import LEVEL, weigh
+from msn_eval.results.gate import LEVEL, judge_differences
 from msn_eval.results.statistics import (
     Integers,
     accuracy_interval,
@@ -72,10 +72,10 @@ def families_called(world: World, n: int, families: int, *, margin: float, seed:
     bare = called = 0
     for _ in range(families):
         family = [*world.samples(n, PROTOCOLS, generator)]
-        if any(one.verdict == "regression" for one in weigh(family, draws, margin=0.0)):
+        if any(one.verdict == "regression" for one in judge_differences(family, draws, margin=0.0)):
             bare += 1
             # Only such a family can be one: the margin is a condition more.
-            called += any(one.verdict == "regression" for one in weigh(family, draws, margin=margin))
+            called += any(one.verdict == "regression" for one in judge_differences(family, draws, margin=margin))
     return bare, called
 
 
@@ -86,7 +86,9 @@ def regressions_found(world: World, n: int, samples: int, *, margin: float, seed
     found = 0
     for changed in world.samples(n, samples, generator):
         others = unchanged.samples(n, PROTOCOLS - 1, generator)
-        found += weigh([changed, *others], [world.draws] * PROTOCOLS, margin=margin)[0].verdict == "regression"
+        found += (
+            judge_differences([changed, *others], [world.draws] * PROTOCOLS, margin=margin)[0].verdict == "regression"
+        )
     return found
 
 

@@ -332,7 +332,7 @@ def test_a_damaged_record_of_a_snapshot_that_is_there_is_refused(
     run = Path(shutil.copytree(watched, tmp_path / "run"))
     next((run / "eval").glob("????????????????.json")).write_text("{")
 
-    assert (_once(run), "is no readable result" in capsys.readouterr().err) == (22, True)
+    assert (_once(run), "not a readable result" in capsys.readouterr().err) == (22, True)
 
 
 @pytest.mark.parametrize(
