@@ -19,8 +19,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     found = verify_results(options.runs)
     if found.faults:
-        files = len({fault.path for fault in found.faults})
-        lines = [f"{fault.path}: {fault.what}" for fault in found.faults[:_MAX_SHOWN]]
+        files = len({fault.where for fault in found.faults})
+        lines = [f"{fault.where}: {fault.what}" for fault in found.faults[:_MAX_SHOWN]]
         more = [f"… and {len(found.faults) - _MAX_SHOWN} more"] if len(found.faults) > _MAX_SHOWN else []
         raise StoreError(
             "\n".join([f"{len(found.faults)} faults in {files} of {found.records} records", *lines, *more]),

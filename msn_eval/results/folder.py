@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msn_eval.errors import StoreError, UsageError
-from msn_eval.results.record import ID_DIGITS, MOVE_AWAY, Result, as_json, make_unreadable_error, parse_result
+from msn_eval.results.record import ID_DIGITS, MOVE_AWAY, Result, as_json, parse_result, read_content
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,20 +50,21 @@ def scan_results(folders: Iterable[str | Path]) -> ResultScan:
     faults: list[StoreError] = []
     paths = [path for folder in directories for path in _list_record_paths(folder)]
     with no_collections():
-        for path, content in zip(paths, _read_files(paths), strict=True):
+        for path, content in zip(paths, _read_contents(paths), strict=True):
             try:
-                result = _parse_record(content, path)
-                known = records.get(result.id, (None, path))[0]
-                if known is not None and known.split.sha256 != result.split.sha256:
-                    raise StoreError(
-                        f"result {result.id} is in several folders, measured with different labelled images",
-                        where=str(path),
-                        hint="Report the folders one at a time.",
-                    )
-                if known is None or (known.status == "failed" and result.status != "failed"):  # a retry succeeded
-                    records[result.id] = (result, path)
+                result = parse_result(content, path)
             except StoreError as error:
                 faults.append(error)
+                continue
+            known = records.get(result.id, (None, path))[0]
+            if result.id != path.stem:
+                what = f"holds the record of {result.id}: it was renamed or edited"
+                faults.append(StoreError(what, where=str(path), hint=MOVE_AWAY))
+            elif known is not None and known.split.sha256 != result.split.sha256:
+                what = f"result {result.id} is in several folders, measured with different labelled images"
+                faults.append(StoreError(what, where=str(path), hint="Report the folders one at a time."))
+            elif known is None or (known.status == "failed" and result.status != "failed"):  # a retry succeeded
+                records[result.id] = (result, path)
     if not records and not faults:
         raise UsageError(
             "no results here", where=", ".join(map(str, directories)), hint="Run msn-eval with --out first."
@@ -97,28 +98,12 @@ def _list_record_paths(folder: Path) -> list[Path]:
         ) from error
 
 
-def _read_files(paths: Sequence[Path]) -> Iterator[bytes | OSError]:
+def _read_contents(paths: Sequence[Path]) -> Iterator[bytes | OSError]:
     """Yield the content of each file, in order; threads shorten the many waits for a network disk."""
     batches = [paths[start : start + _BATCH_SIZE] for start in range(0, len(paths), _BATCH_SIZE)]
     with ThreadPoolExecutor(_READERS) as readers:
-        for contents in readers.map(lambda batch: [_read_file(path) for path in batch], batches):
+        for contents in readers.map(lambda batch: [read_content(path) for path in batch], batches):
             yield from contents
-
-
-def _read_file(path: Path) -> bytes | OSError:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        return error
-
-
-def _parse_record(content: bytes | OSError, path: Path) -> Result:
-    if isinstance(content, OSError):
-        raise make_unreadable_error(path, content.strerror or str(content)) from content
-    result = parse_result(content, path)
-    if result.id != path.stem:
-        raise StoreError(f"holds the record of {result.id}: it was renamed or edited", where=str(path), hint=MOVE_AWAY)
-    return result
 
 
 def list_results(folders: Iterable[str | Path]) -> list[Result]:

@@ -259,25 +259,28 @@ def omit_unset(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in fields if value is not None or name != "distribution"}
 
 
+def read_content(path: Path) -> bytes | OSError:
+    """Return the bytes of a file, or why it is unreadable. Threads may call it; parsing takes the interpreter lock."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        return error
+
+
 def read_result(path: Path) -> Result:
     """Read one record.
 
     Raises:
         StoreError: The file is unreadable, damaged or of another schema. The error names the file.
     """
+    return parse_result(read_content(path), path)
+
+
+def parse_result(text: bytes | OSError, path: Path) -> Result:
+    """Parse what `read_content` returned for the record file `path`. Raises StoreError as `read_result` does."""
     try:
-        return parse_result(path.read_bytes(), path)
-    except OSError as error:
-        raise make_unreadable_error(path, error.strerror or str(error)) from error
-
-
-def parse_result(text: bytes, path: Path) -> Result:
-    """Parse the content of the record file `path`.
-
-    Raises:
-        StoreError: The content is damaged or of another schema. The error names the file.
-    """
-    try:
+        if isinstance(text, OSError):
+            raise text
         content = parse_json(text)
         schema = content.pop("schema")
         if type(schema) is not int or schema != SCHEMA:
@@ -287,17 +290,13 @@ def parse_result(text: bytes, path: Path) -> Result:
         if result.metrics is not None:
             _check_metrics(result.metrics)
         return result
-    except KeyError:
-        raise make_unreadable_error(path, "it states no schema") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise make_unreadable_error(path, f"{error}") from error
     except StoreError as error:
-        raise StoreError(error.what, where=error.where or str(path), hint=error.hint or MOVE_AWAY) from error
-
-
-def make_unreadable_error(path: Path, reason: str) -> StoreError:
-    """Return the error for a file that is not a readable record."""
-    return StoreError(f"not a readable result: {reason}", where=str(path), hint=MOVE_AWAY)
+        raise StoreError(error.what, where=str(path), hint=error.hint or MOVE_AWAY) from error
+    except KeyError:
+        raise StoreError("not a readable result: it states no schema", where=str(path), hint=MOVE_AWAY) from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StoreError(f"not a readable result: {reason}", where=str(path), hint=MOVE_AWAY) from error
 
 
 def _check_metrics(metrics: Metrics) -> None:

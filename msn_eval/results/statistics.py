@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-CONFIDENCE = 0.95
 POWER = 0.8
 TIE_LEVEL = 0.05
+_TAIL = (1 - 0.95) / 2  # on each side of a 95 % interval
 _TOP = 5
 _Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
 Integers = NDArray[np.int64]
@@ -165,8 +165,8 @@ def compare_scores(first: Integers, second: Integers, *, draws: int) -> Paired:
     )
 
 
-def difference_interval(differences: Integers, *, draws: int, confidence: float = CONFIDENCE) -> Interval:
-    """Compute the paired bootstrap interval of a difference of accuracies, over test images.
+def difference_interval(differences: Integers, *, draws: int) -> Interval:
+    """Compute the 95 % paired bootstrap interval of a difference of accuracies, over test images.
 
     This is the percentile interval of infinitely many resamples of the images. A resampled sum is the sum of n independent
     draws from the observed differences; its distribution is computed, not simulated. Two corrections matter where few
@@ -179,7 +179,6 @@ def difference_interval(differences: Integers, *, draws: int, confidence: float 
     Args:
         differences: (n,) int64 in [-draws, draws], each image's score in the second checkpoint minus that in the first.
         draws: Number of draws.
-        confidence: Coverage of the interval.
 
     Source: Efron 1979; the added observation after Agresti and Min 2005, doi:10.1002/sim.1781, for matched pairs.
     """
@@ -193,8 +192,7 @@ def difference_interval(differences: Integers, *, draws: int, confidence: float 
     share = (counts + symmetric / symmetric.sum()) / (n + 1)
     sums, probability = _distribute_sum(sizes, share, n)
     middle = np.cumsum(probability) - probability / 2
-    tail = (1 - confidence) / 2
-    low, high = np.interp([tail, 1 - tail], middle, sums) / (n * draws)
+    low, high = np.interp([_TAIL, 1 - _TAIL], middle, sums) / (n * draws)
     return Interval(low=max(-1.0, float(low)), high=min(1.0, float(high)))
 
 
@@ -271,8 +269,8 @@ def _log_binomial(count: int) -> NDArray[np.float64]:
     return logs
 
 
-def minimal_detectable_difference(differences: Integers, *, draws: int, level: float, power: float = POWER) -> float:
-    """Compute the smallest true drop (or gain) of accuracy that the one-sided test finds with the given power.
+def minimal_detectable_difference(differences: Integers, *, draws: int, level: float) -> float:
+    """Compute the smallest true drop (or gain) of accuracy that the one-sided test finds with 80 % power.
 
     A drop adds differing images only as far as it must: where it needs more of them than were observed, all of them lose.
     The normal form of McNemar's power is d √n = z(level) √v + z(power) √(v − d²), where v is the mean squared difference
@@ -282,7 +280,6 @@ def minimal_detectable_difference(differences: Integers, *, draws: int, level: f
         differences: (n,) int64 as for `difference_interval`. They show how many images differ by chance, and by how much.
         draws: Number of draws.
         level: Level of the one-sided test. For the strictest of m tests under Holm, the family's level over m.
-        power: Probability of finding the drop.
 
     Returns:
         A fraction. 1.0 where n images can show nothing.
@@ -294,7 +291,7 @@ def minimal_detectable_difference(differences: Integers, *, draws: int, level: f
     squares, total = int((magnitudes**2).sum()), int(magnitudes.sum())
     observed = squares / (n * draws**2)
     size = squares / (draws * total) if total else 1.0  # of a differing image
-    z_level, z_power = float(special.ndtri(1 - level)), float(special.ndtri(power))
+    z_level, z_power = float(special.ndtri(1 - level)), float(special.ndtri(POWER))
 
     def excess(drop: float) -> float:
         variance = max(observed, drop * size)

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ _PROBE_ORDER = ("logistic", "linear", "linear-augmented", "knn", "ncm", "ridge",
 _RECIPES = {"linear": LinearRecipe(), "linear-augmented": AugmentedRecipe()}
 _SHOWN_ELSEWHERE = {"subset.name", "probe.params.lambda", "probe.params.taps", "tap"}
 _SUBSET_FIELDS = {"subset.rule", "skipped"}
-_NETWORK = ["weights_sha256", "key"]
 Place = tuple[str, str | None, str]  # weights_sha256, key and protocol_id: the identity of a cell
 
 
@@ -168,7 +167,7 @@ def make_table(
     by_id = {column.protocol_id: column for column in _make_columns(records)}
     by_network = {(row.weights_sha256, row.key): row for row in _make_rows(records)}
     cells = {}
-    for draws in records.groupby([*_NETWORK, "protocol_id"], sort=False)["result"].agg(list):
+    for draws in records.groupby(["network", "protocol_id"], sort=False)["result"].agg(list):
         weights, key, protocol = place = place_of(draws[0])
         standing = (standings or {}).get(place, Standing())
         cells[by_network[weights, key], by_id[protocol]] = _make_cell(draws, standing)
@@ -192,15 +191,19 @@ def _make_frame(results: Iterable[Result]) -> "pd.DataFrame":
     """Return one row per record: what the table is grouped by, and the record itself as `result`."""
     import pandas as pd  # --help and ls do without it
 
-    names = [*_NETWORK, "protocol_id", "draw", "probe", "subset", "split_sha256", "result"]
     rows = [
-        (
-            result.checkpoint.weights_sha256, result.checkpoint.key or "", result.protocol_id, result.split.draw,
-            result.probe.name, result.split.subset, result.split.sha256, result,
-        )
+        {
+            # As ASCII: pandas' strings refuse the surrogates of undecodable file names.
+            "network": json.dumps([result.checkpoint.weights_sha256, result.checkpoint.key]),
+            "protocol_id": result.protocol_id,
+            "draw": result.split.draw,
+            "split": json.dumps(result.split.sha256),
+            "result": result,
+        }
         for result in results
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=names).drop_duplicates(names[:4], keep="last")
+    ]
+    frame = pd.DataFrame(rows, columns=["network", "protocol_id", "draw", "split", "result"])
+    return frame.drop_duplicates(["network", "protocol_id", "draw"], keep="last")
 
 
 def _make_cell(draws: Sequence[Result], standing: Standing) -> Cell:
@@ -222,7 +225,7 @@ def _make_cell(draws: Sequence[Result], standing: Standing) -> Cell:
 
 
 def _make_rows(records: "pd.DataFrame") -> Iterator[Row]:
-    networks = list(records.groupby(_NETWORK, sort=False)["result"].agg(list))
+    networks = list(records.groupby("network", sort=False)["result"].agg(list))
     names = Counter(results[0].checkpoint.name for results in networks)
     files = Counter(results[0].checkpoint.weights_sha256 for results in networks)
     for results in networks:
@@ -250,9 +253,10 @@ def _describe_problems(results: Sequence[Result]) -> str:
 
 def _list_split_notices(records: "pd.DataFrame") -> Iterator[str]:
     """Warn of columns whose rows have different labelled images: the same val folder, another train folder."""
-    digests = records.groupby(["protocol_id", "probe", "subset", "draw"])["split_sha256"].nunique()
-    if columns := sorted({f"{probe} {subset}" for _, probe, subset, _ in digests[digests > 1].index}):
-        yield f"Rows were measured with different labelled images, and are not to be compared: {', '.join(columns)}."
+    columns = records.groupby(["protocol_id", "draw"]).agg({"split": "nunique", "result": "first"})
+    differing = columns[columns["split"] > 1]["result"]
+    if names := sorted({f"{result.probe.name} {result.split.subset}" for result in differing}):
+        yield f"Rows were measured with different labelled images, and are not to be compared: {', '.join(names)}."
 
 
 def _make_columns(records: "pd.DataFrame") -> Iterator[Column]:
@@ -282,16 +286,18 @@ def _list_reasons(results: Sequence[Result]) -> list[str]:
     subset differ in them. Manual options, a limit and changes of a recipe are always shown: without them, the number
     would be taken for that of the default protocol.
     """
-    import pandas as pd
-
     protocols = [flatten_fields(result.protocol) for result in results]
-    texts = pd.DataFrame([{key: json.dumps(value) for key, value in one.items()} for one in protocols]).fillna("null")
-    texts = texts.drop(columns=_SHOWN_ELSEWHERE, errors="ignore")
-    subsets = [json.dumps([result.split.subset, result.probe.params.get("lambda")]) for result in results]
-    keys = [str(key) for key in texts]
-    distinct, distinct_in_subset = texts.nunique(), texts.groupby(subsets).nunique().max()
-    shown = {key for key in keys if (distinct_in_subset if key in _SUBSET_FIELDS else distinct)[key] > 1}
-    shown |= {key for key in keys if _is_manual(key) and (texts[key] != "null").any()}
+    texts = [{key: json.dumps(value) for key, value in one.items()} for one in protocols]
+    by_subset = defaultdict(list)
+    for result, one in zip(results, texts, strict=True):
+        by_subset[result.split.subset, result.probe.params.get("lambda")].append(one)
+
+    def differs(key: str) -> bool:
+        groups = by_subset.values() if key in _SUBSET_FIELDS else [texts]
+        return any(len({one.get(key, "null") for one in group}) > 1 for group in groups)
+
+    shown = {key for one in texts for key in one if key not in _SHOWN_ELSEWHERE and differs(key)}
+    shown |= {key for one in texts for key in one if key.startswith(("limit", "by_hand.")) and one[key] != "null"}
     shown |= {f"probe.params.{name}" for result in results for name in _list_unusual_params(result)}
     # The data set's name replaces its hash where names differ. A limit and skipped images imply another hash.
     names, digests = ({result.data.name for result in results}, {one.get("data.sha256") for one in protocols})
@@ -316,10 +322,6 @@ def _list_reasons(results: Sequence[Result]) -> list[str]:
         ]
         reasons.append(" ".join(fields))
     return reasons
-
-
-def _is_manual(key: str) -> bool:
-    return key == "limit" or key.startswith("by_hand.")
 
 
 def _list_unusual_params(result: Result) -> Iterator[str]:

@@ -21,26 +21,19 @@ _FirstSeen = dict[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fault:
-    """One fault of one file."""
-
-    path: str
-    what: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Verification:
     """The outcome of a verification.
 
     Attributes:
         records: Number of records, readable or not.
         images: Number of stored predictions from which metrics were recomputed.
+        faults: Every fault. Each names its file.
         leftovers: Prediction files without a record. A killed run leaves them, and a rerun overwrites them.
     """
 
     records: int
     images: int
-    faults: tuple[Fault, ...]
+    faults: tuple[StoreError, ...]
     leftovers: tuple[Path, ...]
 
 
@@ -51,19 +44,19 @@ def verify_results(folders: Iterable[str | Path]) -> Verification:
         UsageError: A folder does not exist or holds no records.
     """
     first_seen: _FirstSeen = {}
-    faults: list[Fault] = []
+    faults: list[StoreError] = []
     leftovers: list[Path] = []
     records = images = 0
     for folder in map(Path, folders):
         scan = scan_results([folder])  # one at a time: a record that is in two folders is checked in both
-        faults += [Fault(path=fault.where, what=fault.what) for fault in scan.faults]
+        faults += scan.faults
         records += len(scan.results) + len(scan.faults)
         with ThreadPoolExecutor(_READERS) as readers:
             all_predictions = readers.map(_read_predictions, scan.results, scan.paths)
             for result, path, predictions in zip(scan.results, scan.paths, all_predictions, strict=True):
                 images += len(predictions.label) if isinstance(predictions, Predictions) else 0
                 texts = _list_faults(result, path, predictions, first_seen)
-                faults += [Fault(path=str(path), what=text) for text in texts]
+                faults += [StoreError(text, where=str(path)) for text in texts]
         paths = {*scan.paths, *(Path(fault.where) for fault in scan.faults)}
         leftovers += sorted(set(folder.glob("*.npz")) - {path.with_suffix(".npz") for path in paths})
     return Verification(records=records, images=images, faults=tuple(faults), leftovers=tuple(leftovers))

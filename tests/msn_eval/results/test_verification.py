@@ -43,7 +43,7 @@ def _edit_arrays(path: Path, change: Callable[[Arrays], object]) -> None:
 
 
 def _faults(folder: Path) -> list[str]:
-    return [f"{Path(fault.path).name}: {fault.what}" for fault in verify_results([folder]).faults]
+    return [f"{Path(fault.where).name}: {fault.what}" for fault in verify_results([folder]).faults]
 
 
 def test_valid_records_are_counted_and_pass(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +180,7 @@ def test_record_in_two_folders_is_verified_in_both(runs: Path, tmp_path: Path) -
 
     faults = verify_results([runs, copy]).faults
 
-    assert [fault.path for fault in faults] == [str(changed)]
+    assert [fault.where for fault in faults] == [str(changed)]
 
 
 def test_predictions_without_a_record_are_mentioned_and_not_a_fault(
