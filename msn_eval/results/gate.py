@@ -14,13 +14,7 @@ from typing import Literal
 import numpy as np
 
 from msn_eval.errors import ComparisonError, UsageError
-from msn_eval.results.baseline import (
-    Baseline,
-    BaselineProtocol,
-    check_complete,
-    describe_computation,
-    hash_predictions,
-)
+from msn_eval.results.baseline import Baseline, BaselineProtocol, check_complete, describe_computation, hash_predictions
 from msn_eval.results.comparison import list_protocol_differences, nearest_protocol
 from msn_eval.results.predictions import (
     ProtocolPredictions,

@@ -112,15 +112,12 @@ def read_one_checkpoint(folders: Sequence[Path], *, name: str | None) -> list[Re
     matches = [group for group in groups.values() if name is None or _is_called(group, name)]
     if len(matches) == 1:
         return matches[0]
-    checkpoints = [group[0].checkpoint for group in groups.values()]
+    checkpoints = [group[0].checkpoint for group in matches or groups.values()]
     listed = ", ".join(dict.fromkeys(f"{one.name} [{one.weights_sha256[:_HASH_PREFIX]}]" for one in checkpoints))
-    if name is None:
-        problem = f"holds results of {len(groups)} checkpoints, and one is needed: {listed}"
-    elif not matches:
+    problem = f"holds results of {len(matches or groups)} checkpoints, and one is needed: {listed}"
+    if not matches and name is not None:
         suggestion = did_you_mean(name, [one.name for one in checkpoints])
         problem = f"holds no results of a checkpoint {name!r}.{suggestion} It holds: {listed}"
-    else:
-        problem = f"holds results of {len(matches)} checkpoints that are called {name!r}: {listed}"
     where = ", ".join(map(str, folders))
     raise UsageError(problem, where=where, hint="Name one by its name or the first digits of its hash.")
 

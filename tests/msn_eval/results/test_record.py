@@ -44,6 +44,14 @@ def test_written_result_reads_back_equal(result: Result, tmp_path: Path) -> None
     assert read_result(tmp_path / f"{result.id}.json") == result
 
 
+def test_distribution_is_written_only_where_there_is_one(result: Result, tmp_path: Path) -> None:
+    plugged = replace(result, checkpoint=replace(result.checkpoint, distribution="toy-encoders 1.2"))
+    write_result(tmp_path, plugged, None)
+
+    assert read_result(tmp_path / f"{result.id}.json") == plugged
+    assert "distribution" not in as_json(result)["checkpoint"]
+
+
 def test_metrics_follow_from_the_stored_predictions(digits_runs: Path) -> None:
     for result in list_results([digits_runs]):
         assert result.predictions is not None
