@@ -191,18 +191,17 @@ def _make_frame(results: Iterable[Result]) -> "pd.DataFrame":
     """Return one row per record: what the table is grouped by, and the record itself as `result`."""
     import pandas as pd  # --help and ls do without it
 
-    rows = [
+    records = pd.Series(list(results), dtype=object)
+    frame = pd.DataFrame(
         {
             # As ASCII: pandas' strings refuse the surrogates of undecodable file names.
-            "network": json.dumps([result.checkpoint.weights_sha256, result.checkpoint.key]),
-            "protocol_id": result.protocol_id,
-            "draw": result.split.draw,
-            "split": json.dumps(result.split.sha256),
-            "result": result,
+            "network": [ascii((one.checkpoint.weights_sha256, one.checkpoint.key)) for one in records],
+            "protocol_id": [one.protocol_id for one in records],
+            "draw": [one.split.draw for one in records],
+            "split": [ascii(one.split.sha256) for one in records],
+            "result": records,
         }
-        for result in results
-    ]
-    frame = pd.DataFrame(rows, columns=["network", "protocol_id", "draw", "split", "result"])
+    )
     return frame.drop_duplicates(["network", "protocol_id", "draw"], keep="last")
 
 
