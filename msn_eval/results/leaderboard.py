@@ -47,9 +47,9 @@ def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderb
     """
     columns = _group_draws(scan)
     standings = {
-        place: Standing(interval=draws[0][0].metrics.top1_ci95)
+        cell_key: Standing(interval=draws[0][0].metrics.top1_ci95)
         for cells in columns
-        for place, draws in cells.items()
+        for cell_key, draws in cells.items()
         if len(draws) == 1 and draws[0][0].metrics is not None
     }
     if ranked is False:
@@ -62,18 +62,18 @@ def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderb
     with ThreadPoolExecutor(_READERS) as readers:
         for cells in columns:
             scores: dict[Place, Integers] = {}
-            for place, outcome in zip(cells, readers.map(_read_scores, cells.values()), strict=True):
+            for cell_key, outcome in zip(cells, readers.map(_read_scores, cells.values()), strict=True):
                 missing += outcome is None
                 if isinstance(outcome, StoreError):
                     faults.append(outcome)
                 elif outcome is not None:
-                    scores[place] = outcome
+                    scores[cell_key] = outcome
             ranks = _rank(cells, scores)
-            for place, own in scores.items():
-                known = standings.get(place)
-                bounds = accuracy_interval(own, draws=len(cells[place]))
+            for cell_key, own in scores.items():
+                known = standings.get(cell_key)
+                bounds = accuracy_interval(own, draws=len(cells[cell_key]))
                 interval = known.interval if known else (bounds.low, bounds.high)
-                standings[place] = Standing(interval=interval, rank=ranks.get(place))
+                standings[cell_key] = Standing(interval=interval, rank=ranks.get(cell_key))
     notice = f"The predictions of {missing} cells are missing; these cells have no rank."
     return Leaderboard(standings=standings, notices=(notice,) if missing else (), faults=tuple(faults))
 
@@ -84,7 +84,7 @@ def _group_draws(scan: ResultScan) -> list[dict[Place, _Draws]]:
     for result, path in sorted(zip(scan.results, scan.paths, strict=True), key=lambda pair: pair[0].split.draw):
         columns[result.protocol_id][place_of(result)].append((result, path))
     return [
-        {place: draws for place, draws in cells.items() if all(result.metrics is not None for result, _ in draws)}
+        {cell_key: draws for cell_key, draws in cells.items() if all(result.metrics is not None for result, _ in draws)}
         for cells in columns.values()
     ]
 
@@ -119,9 +119,9 @@ def _read_scores(draws: _Draws) -> Integers | StoreError | None:
 
 def _rank(cells: Mapping[Place, _Draws], scores: Mapping[Place, Integers]) -> dict[Place, int]:
     """Return the ranks of the cells that hold every draw of their column."""
-    draws = {place: {result.split.draw for result, _ in pairs} for place, pairs in cells.items()}
+    draws = {cell_key: {result.split.draw for result, _ in pairs} for cell_key, pairs in cells.items()}
     all_draws = set().union(*draws.values())
-    complete = [place for place in scores if draws[place] == all_draws]
+    complete = [cell_key for cell_key in scores if draws[cell_key] == all_draws]
     if len(complete) < 2:
         return {}
-    return dict(zip(complete, rank_with_ties([scores[place] for place in complete]), strict=True))
+    return dict(zip(complete, rank_with_ties([scores[cell_key] for cell_key in complete]), strict=True))

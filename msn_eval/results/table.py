@@ -168,8 +168,8 @@ def make_table(
     by_network = {(row.weights_sha256, row.key): row for row in _make_rows(records)}
     cells = {}
     for draws in records.groupby(["network", "protocol_id"], sort=False)["result"].agg(list):
-        weights, key, protocol = place = place_of(draws[0])
-        standing = (standings or {}).get(place, Standing())
+        weights, key, protocol = cell_key = place_of(draws[0])
+        standing = (standings or {}).get(cell_key, Standing())
         cells[by_network[weights, key], by_id[protocol]] = _make_cell(draws, standing)
     columns = sorted(by_id.values(), key=_column_order)
     rows = sorted(by_network.values(), key=lambda row: _row_order(row, columns, cells))
