@@ -1,4 +1,4 @@
-"""`msn-eval baseline RUNS --out FILE`: the file that `check` holds checkpoints against."""
+"""`msn-eval baseline RUNS --out FILE`: writes the file that `check` compares checkpoints with."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,26 +8,32 @@ from msn_eval.errors import UsageError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Add the options to a parser."""
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="result folders of one checkpoint")
-    parser.add_argument("--out", metavar="FILE", required=True, help="the baseline; commit it")
-    parser.add_argument("--name", metavar="NAME", help="the checkpoint, by name or the start of its hash, of several")
+    parser.add_argument("--out", metavar="FILE", required=True, help="the baseline file; commit it")
+    parser.add_argument(
+        "--name", metavar="NAME", help="the checkpoint, by name or start of its hash, if there are several"
+    )
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Write the baseline, and say what is in it."""
+    """Write the baseline, and print its content."""
     from msn_eval.results.baseline import make_baseline, write_baseline
-    from msn_eval.results.folder import list_results
-    from msn_eval.results.predictions import results_of_one_checkpoint
+    from msn_eval.results.predictions import read_one_checkpoint
 
-    out = Path(options.out)
-    if not out.parent.is_dir() or out.is_dir():
-        raise UsageError(f"--out {out}: no file can be written there", hint="Give a file in an existing folder.")
-    results = results_of_one_checkpoint(list_results(options.runs), name=options.name, where=", ".join(options.runs))
-    baseline = make_baseline(results, list(map(Path, options.runs)))
+    check_output_file("--out", options.out)
+    out, folders = Path(options.out), [Path(folder) for folder in options.runs]
+    baseline = make_baseline(read_one_checkpoint(folders, name=options.name), folders)
     write_baseline(out, baseline)
-    for one in baseline.protocols:
-        accuracy = 100 * float(one.right.mean())
-        print(f"{one.protocol_id}  {one.title}: {accuracy:.2f} % of {one.images:,} images, {len(one.draws)} draws")
+    for protocol in baseline.protocols:
+        accuracy = f"{100 * float(protocol.right.mean()):.2f} % of {protocol.images:,} images"
+        draws = f"{len(protocol.draws)} draw{'s' if len(protocol.draws) > 1 else ''}"
+        print(f"{protocol.protocol_id}  {protocol.title}: {accuracy}, {draws}")
     print(f"{out}: {out.stat().st_size:,} bytes, sha256 {baseline.sha256}")
     return 0
+
+
+def check_output_file(option: str, path: str | None) -> None:
+    """Raise UsageError for a file that cannot be written, before anything is computed."""
+    if path is not None and (not Path(path).parent.is_dir() or Path(path).is_dir()):
+        raise UsageError(f"{option} {path}: no file can be written there", hint="Give a file in an existing folder.")

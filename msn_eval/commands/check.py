@@ -6,113 +6,113 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msn_eval.commands.baseline import check_output_file
 from msn_eval.errors import ComparisonError, StoreError, UsageError
 
 if TYPE_CHECKING:
     from msn_eval.results.baseline import Baseline
-    from msn_eval.results.gate import GateReport
     from msn_eval.results.record import Result
 
-_OF_AN_EVALUATION = (
-    "data", "arch", "checkpoint_key", "allow_missing", "allow_class_mismatch", "device", "batch_size", "workers",
-    "compile", "seed", "out", "cache", "no_cache",
-)  # fmt: skip
+# Options of an evaluation. They are absent from the namespace unless given, so that their defaults are those of evaluate.
+_EVALUATION_OPTIONS = {
+    "data": ("X", "the data set of the baseline"),
+    "arch": ("NAME", "timm's name, where the file leaves it open"),
+    "checkpoint_key": ("K", "which of several networks in the file"),
+    "allow_missing": ("PATTERN", "weights that may be absent; repeatable"),
+    "allow_class_mismatch": (None, "as in an evaluation"),
+    "device": ("D", "auto, cpu, cuda, cuda:N"),
+    "batch_size": ("N", "images per batch, or auto"),
+    "workers": ("N", "decoding processes, or auto"),
+    "compile": (None, "torch.compile the network"),
+    "seed": ("N", "of untrained weights; default 0"),
+    "out": ("DIR", "folder of its results; default runs"),
+    "cache": ("DIR", "cache folder"),
+    "no_cache": (None, "neither read nor write the cache"),
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Add the options to a parser."""
     parser.epilog = "Exit codes: 0 pass, 10 regression, 11 inconclusive or too good, 12 not comparable or no baseline."
     parser.add_argument("runs", nargs="*", metavar="RUNS", help="result folders of one checkpoint")
     parser.add_argument("--baseline", metavar="FILE", required=True, help="from `msn-eval baseline`")
-    parser.add_argument("--name", metavar="NAME", help="the checkpoint, by name or the start of its hash, of several")
+    parser.add_argument(
+        "--name", metavar="NAME", help="the checkpoint, by name or start of its hash, if there are several"
+    )
     parser.add_argument("--margin", metavar="F", help="smallest drop that is a regression; default 0.01, one point")
-    parser.add_argument("--junit", metavar="FILE", help="write the verdicts there for a build server")
-    parser.add_argument("--markdown", metavar="FILE", help="write them there for a pull request")
-    parser.add_argument("--json", action="store_true", help="all of it as JSON on stdout, and nothing else there")
-    own = parser.add_argument_group(
+    parser.add_argument("--junit", metavar="FILE", help="write the verdicts to this file for a build server")
+    parser.add_argument("--markdown", metavar="FILE", help="write the verdicts to this file for a pull request")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON on stdout, and nothing else")
+    group = parser.add_argument_group(
         "instead of RUNS", "evaluate a checkpoint by the baseline's protocols and precision class, then check it"
     )
-    hidden = argparse.SUPPRESS
-    own.add_argument("--checkpoint", metavar="X", help="file or scheme (see `ls checkpoints`)")
-    own.add_argument("--data", metavar="X", default=hidden, help="the data set of the baseline")
-    own.add_argument("--arch", metavar="NAME", default=hidden, help="timm's name, where the file leaves it open")
-    own.add_argument("--checkpoint-key", metavar="K", default=hidden, help="which of several networks in the file")
-    own.add_argument("--allow-missing", action="append", metavar="PATTERN", default=hidden, help="may be absent")
-    own.add_argument("--allow-class-mismatch", action="store_true", default=hidden, help="as in an evaluation")
-    own.add_argument("--device", metavar="D", default=hidden, help="auto, cpu, cuda, cuda:N")
-    own.add_argument("--batch-size", metavar="N", default=hidden, help="images a batch, or auto")
-    own.add_argument("--workers", metavar="N", default=hidden, help="decoding processes, or auto")
-    own.add_argument("--compile", action="store_true", default=hidden, help="torch.compile the network")
-    own.add_argument("--seed", metavar="N", default=hidden, help="of untrained weights; default 0")
-    own.add_argument("--out", metavar="DIR", default=hidden, help="its results; default runs")
-    own.add_argument("--cache", metavar="DIR", default=hidden, help="what can be computed again")
-    own.add_argument("--no-cache", action="store_true", default=hidden, help="neither read nor write it")
+    group.add_argument("--checkpoint", metavar="X", help="file or scheme (see `ls checkpoints`)")
+    for name, (metavar, text) in _EVALUATION_OPTIONS.items():
+        if metavar is None:
+            group.add_argument(_to_option(name), action="store_true", default=argparse.SUPPRESS, help=text)
+        else:
+            action = "append" if name == "allow_missing" else "store"
+            group.add_argument(_to_option(name), action=action, metavar=metavar, default=argparse.SUPPRESS, help=text)
+
+
+def _to_option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Judge, write what was asked for, and give the verdict's exit code."""
-    from msn_eval.reports.gate import render_gate_json, render_gate_text
+    """Judge, write the requested files, and return the verdict's exit code."""
+    from msn_eval.reports.gate import (
+        render_gate_json,
+        render_gate_junit,
+        render_gate_markdown,
+        render_gate_text,
+        render_refusal_junit,
+        render_refusal_markdown,
+    )
     from msn_eval.results.baseline import read_baseline
-    from msn_eval.results.gate import DEFAULT_MARGIN, check_results
+    from msn_eval.results.gate import DEFAULT_MARGIN, check_results, parse_margin
 
-    margin = DEFAULT_MARGIN if options.margin is None else _margin(options.margin)
+    margin = DEFAULT_MARGIN if options.margin is None else parse_margin(options.margin)
     _check_options(options)
     try:
         baseline = read_baseline(Path(options.baseline))
-        results, folders = _measured(options, baseline) if options.checkpoint else _stored(options)
+        results, folders = _evaluate(options, baseline) if options.checkpoint else _read(options)
         report = check_results(baseline, results, folders, margin=margin)
     except ComparisonError as error:
-        _write_refusal(options, error)
+        # The reason also goes where a build server and a pull request look for it.
+        _write(options.junit, render_refusal_junit(str(error)))
+        _write(options.markdown, render_refusal_markdown(str(error)))
         raise
-    _write(options, report)
+    _write(options.junit, render_gate_junit(report))
+    _write(options.markdown, render_gate_markdown(report))
     print(render_gate_json(report) if options.json else render_gate_text(report), end="")
     return report.exit_code
-
-
-def _margin(text: str) -> float:
-    from msn_eval.results.gate import check_margin
-
-    try:
-        return check_margin(float(text))
-    except ValueError as error:
-        raise UsageError(f"--margin {text}: not a number", hint="Give a fraction of 1: 0.01 is one point.") from error
 
 
 def _check_options(options: argparse.Namespace) -> None:
     if bool(options.runs) == bool(options.checkpoint):
         raise UsageError("give result folders or --checkpoint, one of the two", hint="See msn-eval check --help.")
-    if options.runs:
-        for name in _OF_AN_EVALUATION:
-            if hasattr(options, name):
-                option = f"--{name.replace('_', '-')}"
-                raise UsageError(
-                    f"{option} belongs to --checkpoint; results are as they are", hint=f"Leave out {option}."
-                )
-    elif options.name is not None:
-        raise UsageError("--name belongs to result folders", hint="Leave it out.")
-    for option in ("junit", "markdown"):
-        path = getattr(options, option)
-        if path is not None and (not Path(path).parent.is_dir() or Path(path).is_dir()):
-            raise UsageError(
-                f"--{option} {path}: no file can be written there", hint="Give a file in a folder that exists."
-            )
+    misplaced = [_to_option(name) for name in _EVALUATION_OPTIONS if hasattr(options, name)] if options.runs else []
+    if misplaced:
+        raise UsageError(f"{misplaced[0]} needs --checkpoint", hint="Stored results cannot be evaluated again.")
+    if options.checkpoint and options.name is not None:
+        raise UsageError("--name needs result folders", hint="Leave it out.")
+    check_output_file("--junit", options.junit)
+    check_output_file("--markdown", options.markdown)
 
 
-def _stored(options: argparse.Namespace) -> "tuple[list[Result], list[Path]]":
-    from msn_eval.results.folder import list_results
-    from msn_eval.results.predictions import results_of_one_checkpoint
+def _read(options: argparse.Namespace) -> "tuple[list[Result], list[Path]]":
+    from msn_eval.results.predictions import read_one_checkpoint
 
+    folders = [Path(folder) for folder in options.runs]
     try:
-        results = list_results(options.runs)
+        return read_one_checkpoint(folders, name=options.name), folders
     except StoreError as error:
-        raise ComparisonError(
-            f"these results cannot be read: {error.what}", where=error.where, hint=error.hint
-        ) from error
-    where = ", ".join(options.runs)
-    return results_of_one_checkpoint(results, name=options.name, where=where), list(map(Path, options.runs))
+        message = f"these results cannot be read: {error.what}"
+        raise ComparisonError(message, where=error.where, hint=error.hint) from error
 
 
-def _measured(options: argparse.Namespace, baseline: "Baseline") -> "tuple[list[Result], list[Path]]":
+def _evaluate(options: argparse.Namespace, baseline: "Baseline") -> "tuple[list[Result], list[Path]]":
     """Evaluate the checkpoint by the baseline's protocols."""
     from msn_eval.commands.evaluate import evaluate_all
     from msn_eval.config.request import EvaluationConfig
@@ -121,32 +121,19 @@ def _measured(options: argparse.Namespace, baseline: "Baseline") -> "tuple[list[
     from msn_eval.evaluation.baseline_plan import make_baseline_plans
     from msn_eval.evaluation.plan import DATA_VARIABLE
 
-    given = {name: getattr(options, name) for name in _OF_AN_EVALUATION if hasattr(options, name)}
+    given = {name: getattr(options, name) for name in _EVALUATION_OPTIONS if hasattr(options, name)}
     if "data" not in given and not os.environ.get(DATA_VARIABLE):
-        if baseline.data != "digits":  # all others have a place that only the user knows
-            raise UsageError(
-                "no data set given", hint=f"Pass --data or set ${DATA_VARIABLE}: the baseline's is {baseline.data}."
-            )
+        if baseline.data != "digits":  # only the user knows where the others are
+            hint = f"Pass --data or set ${DATA_VARIABLE}: the baseline's is {baseline.data}."
+            raise UsageError("no data set given", hint=hint)
         given["data"] = baseline.data
     request = read_config(EvaluationConfig, given=given | {"checkpoint": [options.checkpoint]})
     results = [result for plan in make_baseline_plans(baseline, request) for result in evaluate_all(plan, {}, ALONE)[0]]
     return results, [Path(request.out)]
 
 
-def _write(options: argparse.Namespace, report: "GateReport") -> None:
+def _write(path: str | None, text: str) -> None:
     from msn_eval.files.atomic import write_atomically
-    from msn_eval.reports.gate import render_gate_junit, render_gate_markdown
 
-    for path, render in ((options.junit, render_gate_junit), (options.markdown, render_gate_markdown)):
-        if path is not None:
-            write_atomically(Path(path), render(report).encode())
-
-
-def _write_refusal(options: argparse.Namespace, error: ComparisonError) -> None:
-    """Leave the reason where a build server and a pull request look for it."""
-    from msn_eval.files.atomic import write_atomically
-    from msn_eval.reports.gate import render_refusal_junit, render_refusal_markdown
-
-    for path, render in ((options.junit, render_refusal_junit), (options.markdown, render_refusal_markdown)):
-        if path is not None:
-            write_atomically(Path(path), render(str(error)).encode())
+    if path is not None:
+        write_atomically(Path(path), text.encode())

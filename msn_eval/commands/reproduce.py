@@ -1,4 +1,4 @@
-"""`msn-eval reproduce NAME|--list`: a published protocol measured again: expected, measured, tolerance, verdict."""
+"""`msn-eval reproduce NAME|--list`: measures a published number again: expected, measured, tolerance, verdict."""
 
 import argparse
 import json
@@ -15,177 +15,164 @@ if TYPE_CHECKING:
     from msn_eval.results.reproduction import Reproduction, Verdict
 
 _DIFFERS, _NO_VERDICT = 10, 11
+_EVALUATION_OPTIONS = ("device", "batch_size", "workers", "out", "cache", "no_cache")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Add the options to a parser."""
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="a published number, or a network for all of its numbers"
     )
-    parser.add_argument("--list", action="store_true", help="every name, what is expected, and what is unknown of it")
+    parser.add_argument("--list", action="store_true", help="list every name, what is expected, and what is unknown")
     parser.add_argument("--data", metavar="DIR", help="ImageNet; default $MSN_EVAL_DATA")
-    parser.add_argument("--checkpoint", metavar="FILE", help="the network's weights, where you have them in a file")
+    parser.add_argument("--checkpoint", metavar="FILE", help="the network's weights, if you have them in a file")
     parser.add_argument("--device", metavar="D", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--batch-size", metavar="N", default="auto", help="images a batch, or auto")
+    parser.add_argument("--batch-size", metavar="N", default="auto", help="images per batch, or auto")
     parser.add_argument("--workers", metavar="N", default="auto", help="decoding processes, or auto")
-    parser.add_argument("--out", metavar="DIR", default="runs", help="records; default runs")
-    parser.add_argument("--cache", metavar="DIR", help="features; default the user's cache folder")
-    parser.add_argument("--no-cache", action="store_true", help="keep no features")
+    parser.add_argument("--out", metavar="DIR", default="runs", help="folder of the records; default runs")
+    parser.add_argument("--cache", metavar="DIR", help="feature cache; default the user's cache folder")
+    parser.add_argument("--no-cache", action="store_true", help="do not cache features")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and what is missing, and stop")
-    parser.add_argument("--json", action="store_true", help="the verdicts as JSON on stdout, and nothing else there")
+    parser.add_argument("--json", action="store_true", help="print the verdicts as JSON on stdout, and nothing else")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Print the plan, measure, print the verdicts; give 0 where all is reproduced, 10 where a number differs, 11 where no
-    verdict can be given."""
+    """Print the plan, measure, print the verdicts.
+
+    Returns:
+        0 where all numbers are reproduced, 10 where a number differs, 11 where there is no verdict.
+    """
+    from msn_eval.evaluation.plan import DATA_VARIABLE
     from msn_eval.results.reproduction import find_reproductions, list_reproductions
 
     if options.list:
-        print(_listing(list_reproductions()))
+        print(_list(list_reproductions()))
         return 0
     if options.name is None:
         raise UsageError("no published number is named", hint="See msn-eval reproduce --list.")
-    wanted = find_reproductions(options.name)
-    name = options.data or _environment_data()
+    numbers = find_reproductions(options.name)
+    options.data = options.data or os.environ.get(DATA_VARIABLE)
     if not options.json:
-        print("\n\n".join(_plan(one, options.checkpoint, name) for one in wanted))
+        print("\n\n".join(_describe_plan(number, options) for number in numbers))
     if options.dry_run:
         return 0
-    _check_weights(wanted, options.checkpoint, name)
-    data = _read_imagenet(name)
-    _check_lists(wanted)
-    return _measure(wanted, options, data)
+    return _measure(numbers, options, _read_inputs(numbers, options))
 
 
-def _environment_data() -> str | None:
-    from msn_eval.evaluation.plan import DATA_VARIABLE
-
-    return os.environ.get(DATA_VARIABLE)
-
-
-def _listing(known: "Sequence[Reproduction]") -> str:
-    lines = [("name", "published", "lambda", "weights", "source")]
-    for one in known:
-        spread = "" if one.expected.spread is None else f" ± {one.expected.spread}"
-        strength = "–" if one.probe == "knn" else "unknown" if one.strength is None else f"{one.strength[0]:g}"
-        weights = one.network.checkpoint or "--checkpoint FILE"
-        lines.append((one.name, f"{one.expected.value}{spread}", strength, weights, one.expected.source))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+def _list(numbers: "Sequence[Reproduction]") -> str:
+    rows = [("name", "published", "lambda", "weights", "source")]
+    for number in numbers:
+        known = "–" if number.probe == "knn" else "unknown"
+        strength = f"{number.strength[0]:g}" if number.strength else known
+        weights = number.network.checkpoint or "--checkpoint FILE"
+        rows.append((number.name, _show_expected(number), strength, weights, number.source))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = ([text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
-def _plan(one: "Reproduction", checkpoint: str | None, data: str | None) -> str:
-    network, expected = one.network, one.expected
-    spread = "" if expected.spread is None else f" ± {expected.spread}"
-    entries = {
-        "network": f"{network.method} {network.printed_arch}, {expected.epochs} epochs on ImageNet-1K",
-        "weights": _weights_state(one, checkpoint),
-        "data": f"ImageNet, 50,000 validation images: {data or 'missing (give --data or set $MSN_EVAL_DATA)'}",
-        "labelled": _labelled_state(one),
-        "probe": _probe_text(one),
+def _show_expected(number: "Reproduction") -> str:
+    return str(number.expected) if number.spread is None else f"{number.expected} ± {number.spread}"
+
+
+def _describe_plan(number: "Reproduction", options: argparse.Namespace) -> str:
+    network = number.network
+    probe = "knn, tap cls-norm, k = 10, 20, 100, 200, T = 0.07"
+    if number.probe == "logistic":
+        strength = "the published lambda is unknown, measured with the default of this package"
+        if number.strength is not None:
+            strength = f"lambda {number.strength[0]:g} ({number.strength[1]})"
+        probe = f"logistic, tap cls, {strength}"
+    fields = {
+        "network": f"{network.method} {network.printed_arch}, {number.epochs} epochs on ImageNet-1K",
+        "weights": _describe_weights(number, options.checkpoint),
+        "data": f"ImageNet, 50,000 validation images: {options.data or 'missing (give --data or set $MSN_EVAL_DATA)'}",
+        "labelled": _describe_labelled_images(number),
+        "probe": probe,
         "computing": "fp32, decoded by pillow",
-        "published": f"{expected.value}{spread} ({expected.source})",
-        "tolerance": "unknown" if one.tolerance is None else f"± {one.tolerance}, the published spread",
+        "published": f"{_show_expected(number)} ({number.source})",
+        "tolerance": "unknown" if number.tolerance is None else f"± {number.tolerance}, the published spread",
     }
-    if one.why_no_verdict:
-        entries["verdict"] = f"none will be given: {one.why_no_verdict}"
-    return printable("\n".join([one.name, *(f"  {name:<10} {text}" for name, text in entries.items())]))
+    if number.why_no_verdict:
+        fields["verdict"] = f"not possible: {number.why_no_verdict}"
+    return printable("\n".join([number.name, *(f"  {name:<10} {text}" for name, text in fields.items())]))
 
 
-def _probe_text(one: "Reproduction") -> str:
-    if one.probe == "knn":
-        return "knn, tap cls-norm, k = 10, 20, 100, 200, T = 0.07"
-    if one.strength is None:
-        return "logistic, tap cls; the published lambda is unknown, measured at this package's own"
-    return f"logistic, tap cls, lambda {one.strength[0]:g} ({one.strength[1]})"
-
-
-def _weights_state(one: "Reproduction", checkpoint: str | None) -> str:
+def _describe_weights(number: "Reproduction", checkpoint: str | None) -> str:
     from msn_eval.checkpoints.msn_release import MSN_RELEASES, weights_folder
 
+    network = number.network
     if checkpoint is not None:
-        return f"{checkpoint}, which must turn out to be {one.network.arch}"
-    if one.network.checkpoint is None:
-        return f"missing (give --checkpoint FILE): {one.network.by_hand}"
-    scheme, _, name = one.network.checkpoint.partition(":")
+        return f"{checkpoint}, which must be a {network.arch}"
+    if network.checkpoint is None:
+        return f"missing (give --checkpoint FILE): {network.by_hand}"
+    scheme, _, name = network.checkpoint.partition(":")
     if scheme != "msn":
-        return f"{one.network.checkpoint}, from timm's cache or its hub"
+        return f"{network.checkpoint}, from timm's cache or its hub"
     path = weights_folder() / MSN_RELEASES[name].file
-    return f"{one.network.checkpoint}, {'in' if path.is_file() else 'not yet in'} {path.parent}"
+    return f"{network.checkpoint}, {'in' if path.is_file() else 'not yet in'} {path.parent}"
 
 
-def _labelled_state(one: "Reproduction") -> str:
+def _describe_labelled_images(number: "Reproduction") -> str:
     from msn_eval.data.imagenet_subsets import find_list, read_publication
 
-    if one.subset == "full":
+    if number.subset == "full":
         return "every training image"
-    lists = read_publication().lists_of(one.subset)
+    lists = read_publication().lists_of(number.subset)
     found = sum(find_list(entry) is not None for entry in lists)
-    return f"{one.subset}, {found} of {len(lists)} published lists found" + (
-        "" if found == len(lists) else " (run msn-eval subsets fetch)"
-    )
+    hint = "" if found == len(lists) else " (run msn-eval subsets fetch)"
+    return f"{number.subset}, {found} of {len(lists)} published lists found{hint}"
 
 
-def _check_weights(wanted: "Sequence[Reproduction]", checkpoint: str | None, data: str | None) -> None:
-    """Raise CheckpointError where no name and no file gives the weights; data that are missing too are told first."""
-    network = wanted[0].network
-    if checkpoint is None and network.checkpoint is None and data is not None:
-        raise CheckpointError(
-            "no name brings its weights", where=network.name, hint=f"Give --checkpoint FILE: {network.by_hand}."
-        )
-
-
-def _read_imagenet(name: str | None) -> "DataSet":
+def _read_inputs(numbers: "Sequence[Reproduction]", options: argparse.Namespace) -> "DataSet":
+    """Read ImageNet, and check that weights and published lists are available."""
     from msn_eval.data import read_dataset
     from msn_eval.data.dataset import class_map_sha256
-    from msn_eval.data.imagenet_subsets import read_publication
+    from msn_eval.data.imagenet_subsets import read_publication, read_published_list
 
-    if name is None:
+    if options.data is None:
         raise DataError(
-            "ImageNet is missing: the published numbers were measured on it, and no other images give them",
-            hint="Pass --data DIR or set $MSN_EVAL_DATA to ImageNet as it is distributed; --dry-run says what else it takes.",
+            "ImageNet is missing: the published numbers need its images",
+            hint="Pass --data DIR or set $MSN_EVAL_DATA to ImageNet as it is distributed; --dry-run lists what else is needed.",
         )
-    data, publication = read_dataset(name), read_publication()
+    network = numbers[0].network
+    if options.checkpoint is None and network.checkpoint is None:
+        hint = f"Give --checkpoint FILE: {network.by_hand}."
+        raise CheckpointError("its weights have no checkpoint name", where=network.name, hint=hint)
+    data, publication = read_dataset(options.data), read_publication()
     if class_map_sha256(data.classes) != publication.class_map_sha256 or len(data.val) != publication.val_images:
         raise DataError(
             f"is not ImageNet: {len(data.classes):,} classes and {len(data.val):,} validation images, "
-            f"not its own 1,000 and {publication.val_images:,}",
-            where=name,
-            hint="The published numbers were measured on ImageNet, and no other images give them.",
+            f"instead of 1,000 and {publication.val_images:,}",
+            where=options.data,
+            hint="The published numbers were measured on ImageNet, and no other images reproduce them.",
         )
+    for subset in dict.fromkeys(number.subset for number in numbers):
+        for entry in publication.lists_of(subset):
+            read_published_list(entry)
     return data
 
 
-def _check_lists(wanted: "Sequence[Reproduction]") -> None:
-    from msn_eval.data.imagenet_subsets import read_publication, read_published_list
-
-    for subset in dict.fromkeys(one.subset for one in wanted):
-        for entry in read_publication().lists_of(subset):
-            read_published_list(entry)
-
-
-def _measure(wanted: "Sequence[Reproduction]", options: argparse.Namespace, data: "DataSet") -> int:
+def _measure(numbers: "Sequence[Reproduction]", options: argparse.Namespace, data: "DataSet") -> int:
     from msn_eval.data.subsets import make_subsets
     from msn_eval.results.reproduction import judge
 
     verdicts: list[tuple[Reproduction, Verdict]] = []
     code = 0
-    for one in wanted:
-        results, failure = _evaluate(one, options)
+    for number in numbers:
+        results, failure = _evaluate(number, options)
         code = code or failure
-        draws = len(make_subsets([one.subset], data.train))
-        verdicts += [(one, verdict) for verdict in judge(one, results, draws=draws)]
+        draws = len(make_subsets([number.subset], data.train))
+        verdicts += [(number, verdict) for verdict in judge(number, results, draws=draws)]
     if options.json:
-        print(json.dumps([_as_json(one, verdict) for one, verdict in verdicts], indent=1, allow_nan=False))
+        print(json.dumps([_to_json(*pair) for pair in verdicts], indent=1, allow_nan=False))
     else:
-        print("\n" + "\n".join(printable(_verdict_text(one, verdict)) for one, verdict in verdicts))
+        print("\n" + "\n".join(printable(_describe_verdict(*pair)) for pair in verdicts))
     judgements = {verdict.judgement for _, verdict in verdicts}
     return code or (_DIFFERS if "differs" in judgements else _NO_VERDICT if judgements != {"reproduced"} else 0)
 
 
-def _evaluate(one: "Reproduction", options: argparse.Namespace) -> "tuple[list[Result], int]":
+def _evaluate(number: "Reproduction", options: argparse.Namespace) -> "tuple[list[Result], int]":
     from msn_eval.commands.evaluate import evaluate_all
     from msn_eval.config.request import EvaluationConfig
     from msn_eval.config.yaml_config import read_config
@@ -194,44 +181,35 @@ def _evaluate(one: "Reproduction", options: argparse.Namespace) -> "tuple[list[R
     from msn_eval.evaluation.plan import make_plan
     from msn_eval.results.reproduction import request_options
 
-    checkpoint = str(options.checkpoint or one.network.checkpoint)
-    given = {
-        "checkpoint": [checkpoint],
-        "data": options.data or _environment_data(),
-        "device": options.device,
-        "batch_size": options.batch_size,
-        "workers": options.workers,
-        "out": options.out,
-        "cache": options.cache,
-        "no_cache": options.no_cache,
-    }
-    plan = make_plan(read_config(EvaluationConfig, given=given | request_options(one)))
-    ready = prepare(plan, checkpoint)
-    if ready.encoder.arch.partition(".")[0] != one.network.arch:
+    checkpoint = str(options.checkpoint or number.network.checkpoint)
+    given = {name: getattr(options, name) for name in _EVALUATION_OPTIONS}
+    given |= {"checkpoint": [checkpoint], "data": options.data, **request_options(number)}
+    plan = make_plan(read_config(EvaluationConfig, given=given))
+    prepared = prepare(plan, checkpoint)
+    if prepared.encoder.arch.partition(".")[0] != number.network.arch:
         raise CheckpointError(
-            f"is {ready.encoder.arch}, and {one.name} was published for {one.network.arch}",
+            f"is {prepared.encoder.arch}, and {number.name} was published for {number.network.arch}",
             where=checkpoint,
             hint="Give the weights of that network, or another NAME.",
         )
-    return evaluate_all(plan, {checkpoint: ready}, ALONE)
+    return evaluate_all(plan, {checkpoint: prepared}, ALONE)
 
 
-def _as_json(one: "Reproduction", verdict: "Verdict") -> Mapping[str, object]:
+def _to_json(number: "Reproduction", verdict: "Verdict") -> Mapping[str, object]:
     return {
-        "name": one.name,
-        "source": one.expected.source,
-        "expected": one.expected.value,
-        "spread": one.expected.spread,
-        "tolerance": one.tolerance,
+        "name": number.name,
+        "source": number.source,
+        "expected": number.expected,
+        "spread": number.spread,
+        "tolerance": number.tolerance,
         **asdict(verdict),
     }
 
 
-def _verdict_text(one: "Reproduction", verdict: "Verdict") -> str:
-    spread = "" if one.expected.spread is None else f" ± {one.expected.spread}"
+def _describe_verdict(number: "Reproduction", verdict: "Verdict") -> str:
     params = ", ".join(f"{name} {value:g}" for name, value in verdict.params.items())
     std = "" if verdict.std is None else f" ± {verdict.std:.1f}"
     measured = "–" if verdict.measured is None else f"{verdict.measured:.1f}{std} ({verdict.draws})"
     judgement = verdict.judgement.upper() if verdict.judgement == "differs" else verdict.judgement
     reason = f": {verdict.reason}" if verdict.reason else ""
-    return f"{one.name} ({params})  expected {one.expected.value}{spread}  measured {measured}  {judgement}{reason}"
+    return f"{number.name} ({params})  expected {_show_expected(number)}  measured {measured}  {judgement}{reason}"

@@ -1,4 +1,4 @@
-"""The gate's verdict for the terminal, a pull request (Markdown), a build server (JUnit) and programs (JSON)."""
+"""Verdict of the gate as text for the terminal, as Markdown for a pull request, as JUnit XML and as JSON."""
 
 import json
 import re
@@ -6,135 +6,146 @@ from dataclasses import asdict
 from xml.etree import ElementTree
 
 from msn_eval.errors import printable
-from msn_eval.reports.comparison import counts_text, interval_text, p_text, percent, points
+from msn_eval.reports.comparison import checkpoint_text, counts_text, interval_text, p_text, percent, points
 from msn_eval.reports.text_tables import markdown_row, markdown_text
 from msn_eval.results.gate import GateReport, ProtocolVerdict
+from msn_eval.results.record import omit_unset
 
 _SUITE = "msn-eval check"
+_HEADER = (
+    "protocol",
+    "verdict",
+    "baseline",
+    "now",
+    "difference, points",
+    "95 % interval",
+    "p (Holm)",
+    "detectable drop",
+)
 _NOT_IN_XML = re.compile("[\ufffe\uffff]")
 
 
 def render_gate_text(report: GateReport) -> str:
-    """Give the verdict and, protocol by protocol, what it rests on."""
-    lines = [
-        f"{report.verdict.upper()}: {_checkpoint(report)} against the baseline {report.baseline_name}",
-        _rule(report),
-    ]
+    """Render the verdict and, by protocol, the numbers behind it."""
+    lines = [f"{report.verdict.upper()}: {_subject_text(report)}", _rule_text(report)]
     for one in report.protocols:
         lines += ["", f"{one.title} [{one.protocol_id}]", f"  {one.verdict}: {one.reason}"]
-        lines += [f"  {line}" for line in _numbers(one)]
-    lines += ["", *(f"differs from the baseline: {note}" for note in _notes(report))] if _notes(report) else []
+        lines += [f"  {line}" for line in _list_numbers(one)]
+    if notes := _list_notes(report):
+        lines += ["", *notes]
     return printable("\n".join(lines)) + "\n"
 
 
 def render_gate_markdown(report: GateReport) -> str:
-    """Give a heading with the verdict, and a table with a row a protocol."""
-    rows = [
-        [
-            "protocol",
-            "verdict",
-            "baseline",
-            "now",
-            "difference, points",
-            "95 % interval",
-            "p (Holm)",
-            "detectable drop",
-        ],
-        *(_row(one) for one in report.protocols),
+    """Render a heading with the verdict, and a table with a row per protocol."""
+    rows = [markdown_row(_make_cells(one)) for one in report.protocols]
+    texts = [f"{one.title}: {one.verdict}: {one.reason}" for one in report.protocols] + _list_notes(report)
+    lines = [
+        f"### {markdown_text(f'msn-eval check: {report.verdict}')}",
+        "",
+        markdown_text(f"{_subject_text(report)}. {_rule_text(report)}"),
+        "",
+        markdown_row(_HEADER),
+        "| --- | --- |" + " ---: |" * 6,
+        *rows,
+        "",
+        *(f"- {markdown_text(text)}" for text in texts),
     ]
-    table = [markdown_row(rows[0]), "| --- | --- |" + " ---: |" * 6, *map(markdown_row, rows[1:])]
-    reasons = [f"- {markdown_text(f'{one.title}: {one.verdict}: {one.reason}')}" for one in report.protocols]
-    reasons += [f"- {markdown_text(f'differs from the baseline: {note}')}" for note in _notes(report)]
-    heading = f"### {markdown_text(f'msn-eval check: {report.verdict}')}"
-    about = markdown_text(f"{_checkpoint(report)} against the baseline {report.baseline_name}. {_rule(report)}")
-    return "\n".join([heading, "", about, "", *table, "", *reasons]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def render_gate_json(report: GateReport) -> str:
-    """Give the whole report; accuracies, differences and the margin are fractions."""
-    return json.dumps(asdict(report), indent=1, allow_nan=False) + "\n"
+    """Render the complete report. Accuracies, differences and the margin are fractions."""
+    return json.dumps(asdict(report, dict_factory=omit_unset), indent=1, allow_nan=False) + "\n"
 
 
 def render_gate_junit(report: GateReport) -> str:
-    """Give a test case a protocol: a regression and whatever is inconclusive fails, what is not comparable is an error."""
-    failed = [one for one in report.protocols if one.verdict not in ("pass", "not comparable")]
-    broken = [one for one in report.protocols if one.verdict == "not comparable"]
-    counts = {"tests": len(report.protocols), "failures": len(failed), "errors": len(broken)}
-    suite = ElementTree.Element("testsuite", {"name": _SUITE, **{name: str(count) for name, count in counts.items()}})
+    """Render a test case per protocol. `not comparable` is an error, every other verdict but `pass` a failure."""
+    cases = []
     for one in report.protocols:
-        case = ElementTree.SubElement(
-            suite, "testcase", classname=_SUITE, name=_xml(f"{one.title} [{one.protocol_id}]")
-        )
-        text = _xml("\n".join([one.reason, *_numbers(one), *one.notes]))
+        case = _make_case(f"{one.title} [{one.protocol_id}]")
+        text = "\n".join([one.reason, *_list_numbers(one), *one.notes])
         if one.verdict == "pass":
-            ElementTree.SubElement(case, "system-out").text = text
+            ElementTree.SubElement(case, "system-out").text = _escape_xml(text)
         else:
-            kind = "error" if one.verdict == "not comparable" else "failure"
-            ElementTree.SubElement(case, kind, type=one.verdict, message=_xml(one.reason)).text = text
-    ElementTree.indent(suite)
-    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=False) + "\n"
+            _add_problem(case, one.verdict, one.reason).text = _escape_xml(text)
+        cases.append(case)
+    return _render_suite(cases)
 
 
 def render_refusal_junit(reason: str) -> str:
-    """Give the single erroneous test case of a check that had no baseline, or no results."""
-    suite = ElementTree.Element("testsuite", name=_SUITE, tests="1", failures="0", errors="1")
-    case = ElementTree.SubElement(suite, "testcase", classname=_SUITE, name="baseline")
-    ElementTree.SubElement(case, "error", type="not comparable", message=_xml(reason))
+    """Render the single test case, an error, of a check that had no baseline or no results."""
+    case = _make_case("baseline")
+    _add_problem(case, "not comparable", reason)
+    return _render_suite([case])
+
+
+def _make_case(name: str) -> ElementTree.Element:
+    return ElementTree.Element("testcase", classname=_SUITE, name=_escape_xml(name))
+
+
+def _add_problem(case: ElementTree.Element, verdict: str, reason: str) -> ElementTree.Element:
+    tag = "error" if verdict == "not comparable" else "failure"
+    return ElementTree.SubElement(case, tag, type=verdict, message=_escape_xml(reason))
+
+
+def _render_suite(cases: list[ElementTree.Element]) -> str:
+    counts = {f"{tag}s": str(sum(case.find(tag) is not None for case in cases)) for tag in ("failure", "error")}
+    suite = ElementTree.Element("testsuite", {"name": _SUITE, "tests": str(len(cases)), **counts})
+    suite.extend(cases)
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
 def render_refusal_markdown(reason: str) -> str:
-    """Say in a heading and a sentence that nothing could be compared."""
+    """Render a heading and the reason why nothing could be compared."""
     return f"### {markdown_text('msn-eval check: not comparable')}\n\n{markdown_text(reason)}\n"
 
 
-def _checkpoint(report: GateReport) -> str:
-    facts = report.checkpoint
-    return "no results" if facts is None else f"{facts.name} [{facts.weights_sha256[:8]}]"
+def _subject_text(report: GateReport) -> str:
+    checkpoint = "no results" if report.checkpoint is None else checkpoint_text(report.checkpoint)
+    return f"{checkpoint} against the baseline {report.baseline_name}"
 
 
-def _notes(report: GateReport) -> list[str]:
-    """Give each difference once, and the protocol where it is not that of all compared ones."""
-    compared = [one for one in report.protocols if one.paired is not None]
-    texts: dict[str, None] = {}
-    for one in compared:
-        for note in one.notes:
-            shared = all(note in other.notes for other in compared)
-            texts[note if shared else f"{one.title}: {note}"] = None
-    return list(texts)
-
-
-def _rule(report: GateReport) -> str:
+def _rule_text(report: GateReport) -> str:
     return (
         f"margin {100 * report.margin:.2f} points; one-sided level {report.level:g} over all protocols together; "
         f"detectable drops at {100 * report.power:g} % power; baseline sha256 {report.baseline_sha256[:16]}"
     )
 
 
-def _numbers(one: ProtocolVerdict) -> list[str]:
-    paired = one.paired
-    if paired is None or one.accuracy is None or one.baseline_accuracy is None:
+def _list_notes(report: GateReport) -> list[str]:
+    """Return each difference once, with its protocol unless all compared protocols share it."""
+    compared = [one for one in report.protocols if one.paired is not None]
+    notes: dict[str, None] = {}
+    for one in compared:
+        for note in one.notes:
+            is_shared = all(note in other.notes for other in compared)
+            notes[f"differs from the baseline: {note if is_shared else f'{one.title}: {note}'}"] = None
+    return list(notes)
+
+
+def _list_numbers(one: ProtocolVerdict) -> list[str]:
+    if one.paired is None:
         return ["minimal detectable drop: none, nothing was compared"]
-    worse, better, detectable = one.worse or 0.0, one.better or 0.0, one.detectable or 0.0
-    smaller = ("a drop", worse) if paired.difference <= 0 else ("a gain", better)
+    _, _, before, after, difference, interval, p_value, detectable = _make_cells(one)
+    change = "a drop" if one.paired.difference <= 0 else "a gain"
     return [
-        f"{percent(one.baseline_accuracy)} -> {percent(one.accuracy)}: {points(paired.difference)} points "
-        f"(95 % interval {interval_text(paired.interval)}; {smaller[0]}: {p_text(smaller[1])} after Holm)",
-        f"{counts_text(paired)}, {paired.draws} draw{'s' if paired.draws > 1 else ''}",
-        f"minimal detectable drop: {100 * detectable:.2f} points",
+        f"{before} -> {after}: {difference} points (95 % interval {interval}; {change}: {p_value} after Holm)",
+        f"{counts_text(one.paired)}, {one.paired.draws} draw{'s' if one.paired.draws > 1 else ''}",
+        f"minimal detectable drop: {detectable} points",
     ]
 
 
-def _row(one: ProtocolVerdict) -> list[str]:
-    if one.paired is None or one.accuracy is None or one.baseline_accuracy is None:
-        return [one.title, one.verdict, "–", "–", "–", "–", "–", "–"]
+def _make_cells(one: ProtocolVerdict) -> list[str]:
+    if one.paired is None:
+        return [one.title, one.verdict, *["–"] * 6]
     p_value = one.worse if one.paired.difference <= 0 else one.better
     return [
         one.title,
         one.verdict,
-        percent(one.baseline_accuracy),
-        percent(one.accuracy),
+        percent(one.baseline_accuracy or 0.0),
+        percent(one.accuracy or 0.0),
         points(one.paired.difference),
         interval_text(one.paired.interval),
         p_text(p_value or 0.0),
@@ -142,5 +153,5 @@ def _row(one: ProtocolVerdict) -> list[str]:
     ]
 
 
-def _xml(text: str) -> str:
+def _escape_xml(text: str) -> str:
     return _NOT_IN_XML.sub("?", printable(text))

@@ -1,12 +1,11 @@
-"""Baseline: what a checkpoint got right, image by image, as one small file that is reviewed like code.
+"""Baseline: which images a checkpoint classifies correctly, as one small file that is reviewed like code.
 
-JSON text of stable bytes: equal results give an equal file, and a change of it is a change that somebody sees. Of every
-draw it keeps one bit an image (base64 of packed bits, first image first), the hash of its predictions and of its labelled
-images; of every protocol the whole protocol. `sha256` covers all the rest.
+The file is JSON text of stable bytes: equal results give an equal file, so that every change is visible in a review. For
+every draw it holds one bit per image (base64 of packed bits, first image first) and the hashes of its predictions and its
+labelled images; for every protocol, the complete protocol. `sha256` covers all other fields.
 """
 
 import base64
-import binascii
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -18,20 +17,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msn_eval.errors import ComparisonError, MsnEvalError
+from msn_eval.errors import ComparisonError
 from msn_eval.files.atomic import write_atomically
 from msn_eval.files.json_records import canonical_json
-from msn_eval.results.predictions import CheckpointPredictions, by_protocol, protocol_title, read_checkpoint_predictions
-from msn_eval.results.record import Result, protocol_id
+from msn_eval.results.predictions import (
+    ProtocolPredictions,
+    group_by_protocol,
+    make_protocol_title,
+    read_protocol_predictions,
+)
+from msn_eval.results.record import Result
 from msn_eval.results.statistics import Integers, count_right
 
 SCHEMA = 1
 _KIND = "msn-eval baseline"
+_CHECKPOINT_FIELDS = ("name", "sha256", "weights_sha256", "key", "arch", "params", "epoch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineDraw:
-    """One draw. right: base64 of the packed bits, one an image; the other fields are those of its record."""
+    """One draw. `right` is base64 of packed bits, one per image; the other fields are those of its record."""
 
     draw: int
     labelled_images: int
@@ -46,10 +51,11 @@ class BaselineDraw:
 class BaselineProtocol:
     """One protocol with its draws.
 
-    title:         its name for people
-    images:        test images scored
-    images_sha256: over the lines `id TAB label` of these, in order
-    made_with:     what may differ between comparable results: versions, device, precision, tap, transform, solver
+    Attributes:
+        title: Its name for people.
+        images: Number of test images.
+        images_sha256: SHA-256 of the lines `id TAB label` of these, in order.
+        made_with: What may differ between comparable results: versions, device, precision, tap, transform, solver.
     """
 
     protocol_id: str
@@ -60,23 +66,15 @@ class BaselineProtocol:
     made_with: Mapping[str, Any]
     draws: tuple[BaselineDraw, ...]
 
-    def __post_init__(self) -> None:
-        if self.protocol_id != protocol_id(self.protocol):
-            raise ValueError(f"{self.title}: the protocol is not the one of its protocol_id")
-        if not self.draws or len({one.draw for one in self.draws}) != len(self.draws):
-            raise ValueError(f"{self.title}: no draw, or one twice")
-        for one, right in zip(self.draws, self.right, strict=True):
-            if int(right.sum()) / self.images != one.top1:
-                raise ValueError(f"{self.title}: draw {one.draw} has not its accuracy")
-
     @cached_property
     def right(self) -> NDArray[np.bool_]:
-        """Tell which image was right in which draw, (draws, images)."""
-        return np.stack([_unpacked(one.right, self.images) for one in self.draws])
+        """Whether each image is right in each draw, (draws, images)."""
+        packed = [np.frombuffer(base64.b64decode(draw.right), dtype=np.uint8) for draw in self.draws]
+        return np.unpackbits(np.stack(packed), axis=1, count=self.images).astype(bool)
 
     @cached_property
     def scores(self) -> Integers:
-        """Give the number of draws in which each image was right, (images,)."""
+        """The number of draws in which each image is right, (images,)."""
         return count_right(self.right)
 
 
@@ -84,84 +82,86 @@ class BaselineProtocol:
 class Baseline:
     """One checkpoint's results to compare others with.
 
-    checkpoint: its name, hashes, key, architecture and epoch
-    data:       the name of the data set, as it was given
+    Attributes:
+        checkpoint: Name, hashes, key, architecture and epoch of the checkpoint.
+        data: The data set's name, as given.
     """
 
     checkpoint: Mapping[str, Any]
     data: str
     protocols: tuple[BaselineProtocol, ...]
 
-    def __post_init__(self) -> None:
-        if len({one.protocol_id for one in self.protocols}) != len(self.protocols) or not self.protocols:
-            raise ValueError("no protocol, or one twice")
-
     @cached_property
     def sha256(self) -> str:
-        """Give the hash that the file states: over its canonical JSON without this line."""
-        return hashlib.sha256(canonical_json(_content(self)).encode()).hexdigest()
+        """The hash that the file states: of its canonical JSON without this field."""
+        return hashlib.sha256(canonical_json(_get_content(self)).encode()).hexdigest()
 
 
 def make_baseline(results: Sequence[Result], folders: Sequence[Path]) -> Baseline:
-    """Make a baseline of one checkpoint's results.
+    """Make a baseline from one checkpoint's results.
 
-    folders: where their predictions stand
-    Raises ComparisonError naming every protocol that is no measure to hold others against: failed, not converged,
-    scored on a part of the images (`--limit`), or damaged.
+    Args:
+        results: Results of one checkpoint, at least one.
+        folders: Where their predictions are.
+
+    Raises:
+        ComparisonError: A result failed, did not converge, was scored on a part of the images (`--limit`), or is damaged.
+            The error names every such protocol.
     """
     protocols, problems = [], []
-    for group in by_protocol(results).values():
-        title = protocol_title(group[0])
+    for group in group_by_protocol(results).values():
         try:
-            answers = read_checkpoint_predictions(group, folders)
-            if group[0].protocol.get("limit") is not None:
-                raise ComparisonError(f"scored on a part of the images (--limit {group[0].protocol['limit']})")
-            if answers.unconverged:
-                raise ComparisonError(f"draws {list(answers.unconverged)} did not converge")
-            protocols.append(_protocol(answers, title))
+            protocols.append(_make_protocol(read_protocol_predictions(group, folders)))
         except ComparisonError as error:
-            problems.append(f"  {title} [{group[0].protocol_id}]: {error}")
+            problems.append(f"  {make_protocol_title(group[0])} [{group[0].protocol_id}]: {error}")
     if problems:
         raise ComparisonError(
-            "these results can be no baseline:\n" + "\n".join(problems),
-            hint="Measure them anew, or give a folder without them.",
+            "these results cannot be a baseline:\n" + "\n".join(problems),
+            hint="Measure them again, or give a folder without them.",
         )
-    checkpoint = results[0].checkpoint
-    facts = {
-        name: getattr(checkpoint, name)
-        for name in ("name", "sha256", "weights_sha256", "key", "arch", "params", "epoch")
-    }
-    ordered = sorted(protocols, key=lambda one: (one.title, one.protocol_id))
-    return Baseline(checkpoint=facts, data=results[0].data.name, protocols=tuple(ordered))
-
-
-def _protocol(answers: CheckpointPredictions, title: str) -> BaselineProtocol:
-    first = answers.first
-    draws = tuple(
-        BaselineDraw(
-            draw=result.split.draw,
-            labelled_images=result.split.images,
-            split_sha256=result.split.sha256,
-            overlap=result.split.overlap,
-            top1=int(right.sum()) / len(right),
-            predictions_sha256=predictions_sha256(prediction),
-            right=_packed(right),
-        )
-        for result, right, prediction in zip(answers.results, answers.right, answers.prediction, strict=True)
+    return Baseline(
+        checkpoint={name: getattr(results[0].checkpoint, name) for name in _CHECKPOINT_FIELDS},
+        data=results[0].data.name,
+        protocols=tuple(sorted(protocols, key=lambda protocol: (protocol.title, protocol.protocol_id))),
     )
+
+
+def check_complete(result: Result) -> None:
+    """Raise ComparisonError for a result that was scored on a part of the images."""
+    if result.protocol.get("limit") is not None:
+        raise ComparisonError(f"scored on a part of the images (--limit {result.protocol['limit']})")
+
+
+def _make_protocol(predictions: ProtocolPredictions) -> BaselineProtocol:
+    first = predictions.first
+    check_complete(first)
+    if predictions.unconverged:
+        raise ComparisonError(f"draws {list(predictions.unconverged)} did not converge")
+    draws = zip(predictions.results, predictions.right, predictions.prediction, strict=True)
     return BaselineProtocol(
         protocol_id=first.protocol_id,
         protocol=first.protocol,
-        title=title,
-        images=len(answers.image),
-        images_sha256=answers.images_sha256,
-        made_with=made_with(first),
-        draws=draws,
+        title=make_protocol_title(first),
+        images=len(predictions.image),
+        images_sha256=predictions.images_sha256,
+        made_with=describe_computation(first),
+        draws=tuple(
+            BaselineDraw(
+                draw=result.split.draw,
+                labelled_images=result.split.images,
+                split_sha256=result.split.sha256,
+                overlap=result.split.overlap,
+                top1=int(right.sum()) / len(right),
+                predictions_sha256=hash_predictions(prediction),
+                right=base64.b64encode(np.packbits(right).tobytes()).decode(),
+            )
+            for result, right, prediction in draws
+        ),
     )
 
 
-def made_with(result: Result) -> dict[str, Any]:
-    """Give what may differ between comparable results, and is shown where it does."""
+def describe_computation(result: Result) -> dict[str, Any]:
+    """Return what may differ between comparable results, and is shown where it does."""
     return {
         "package": result.environment.package,
         "torch": result.environment.torch,
@@ -174,59 +174,51 @@ def made_with(result: Result) -> dict[str, Any]:
     }
 
 
-def predictions_sha256(prediction: Integers) -> str:
-    """Give the SHA-256 of predicted classes as little-endian int64."""
+def hash_predictions(prediction: Integers) -> str:
+    """Return the SHA-256 of the predicted classes as little-endian int64."""
     return hashlib.sha256(prediction.astype("<i8").tobytes()).hexdigest()
 
 
-def _packed(right: NDArray[np.bool_]) -> str:
-    return base64.b64encode(np.packbits(right).tobytes()).decode()
-
-
-def _unpacked(text: str, images: int) -> NDArray[np.bool_]:
-    packed = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8)
-    if images < 1 or len(packed) != -(-images // 8):
-        raise ValueError(f"bits for {8 * len(packed)} images instead of {images}")
-    return np.unpackbits(packed, count=images).astype(bool)
-
-
-def _content(baseline: Baseline) -> dict[str, Any]:
+def _get_content(baseline: Baseline) -> dict[str, Any]:
     return {"kind": _KIND, "schema": SCHEMA, **asdict(baseline)}
 
 
 def render_baseline(baseline: Baseline) -> str:
-    """Give the text of the file; equal baselines, equal text."""
-    content = _content(baseline) | {"sha256": baseline.sha256}
+    """Render the text of the file. Equal baselines give equal text."""
+    content = _get_content(baseline) | {"sha256": baseline.sha256}
     return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
-    """Write the file, in full or not at all. Raises StoreError."""
+    """Write the file atomically. Raises StoreError."""
     write_atomically(path, render_baseline(baseline).encode())
 
 
 def read_baseline(path: Path) -> Baseline:
-    """Read a baseline. Raises ComparisonError naming the file where there is none or it is not as it was written."""
-    hint = "Make one on purpose, and review it: msn-eval baseline RUNS --out FILE."
+    """Read a baseline.
+
+    Raises:
+        ComparisonError: The file does not exist, or is not as it was written. The error names the file.
+    """
+    hint = "Make one and review it: msn-eval baseline RUNS --out FILE."
     try:
         text = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ComparisonError("no baseline: there is no such file", where=str(path), hint=hint) from error
     except OSError as error:
-        raise ComparisonError(f"no baseline: {error.strerror or error}", where=str(path), hint=hint) from error
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ComparisonError(f"no baseline: {reason}", where=str(path), hint=hint) from error
     try:
         content = json.loads(text)
-        stated = content.pop("sha256")
         if (content["kind"], content["schema"]) != (_KIND, SCHEMA):
             raise ValueError(f"kind {content['kind']!r}, schema {content['schema']!r}; this version reads {SCHEMA}")
         protocols = (
-            BaselineProtocol(**one | {"draws": tuple(BaselineDraw(**draw) for draw in one["draws"])})
-            for one in content["protocols"]
+            BaselineProtocol(**protocol | {"draws": tuple(BaselineDraw(**draw) for draw in protocol["draws"])})
+            for protocol in content["protocols"]
         )
         baseline = Baseline(checkpoint=content["checkpoint"], data=content["data"], protocols=tuple(protocols))
-        if stated != baseline.sha256 or render_baseline(baseline) != text.decode():
-            raise ValueError("its content is not that of its sha256: it was edited or damaged")
-    except (MsnEvalError, ValueError, TypeError, KeyError, AttributeError, binascii.Error, RecursionError) as error:
-        problem = f"no readable baseline: {type(error).__name__}: {error}"
+        # The text contains the hash, so this compares the hash too.
+        if render_baseline(baseline) != text.decode():
+            raise ValueError("its content does not match its sha256: it was edited or damaged")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        problem = f"not a readable baseline: {type(error).__name__}: {error}"
         raise ComparisonError(problem, where=str(path), hint=hint) from error
     return baseline

@@ -1,8 +1,8 @@
-"""Regression: a checkpoint's results against a baseline -> verdict. It fails closed.
+"""Regression gate: compares a checkpoint's results with a baseline. It fails closed.
 
 Each protocol of the baseline is compared image by image, and the protocols together with Holm's correction. A verdict is
-one of a closed set, and `pass` is the one that has to be earned: equal protocol, data, images, labelled images, metrics
-that follow from the predictions, solvers that converged, and a test that would have seen a drop of the margin.
+one of a closed set. `pass` requires evidence: equal protocol, data, images, labelled images, metrics that follow from the
+predictions, solvers that converged, and a test that would have found a drop of the margin.
 """
 
 import math
@@ -14,9 +14,14 @@ from typing import Literal
 import numpy as np
 
 from msn_eval.errors import ComparisonError, UsageError
-from msn_eval.results.baseline import Baseline, BaselineProtocol, made_with, predictions_sha256
-from msn_eval.results.comparison import nearest_protocol, protocol_differences
-from msn_eval.results.predictions import CheckpointPredictions, by_protocol, protocol_title, read_checkpoint_predictions
+from msn_eval.results.baseline import Baseline, BaselineProtocol, check_complete, describe_computation, hash_predictions
+from msn_eval.results.comparison import list_protocol_differences, nearest_protocol
+from msn_eval.results.predictions import (
+    ProtocolPredictions,
+    group_by_protocol,
+    make_protocol_title,
+    read_protocol_predictions,
+)
 from msn_eval.results.record import CheckpointInfo, Result
 from msn_eval.results.statistics import (
     POWER,
@@ -30,9 +35,9 @@ from msn_eval.results.statistics import (
 
 Verdict = Literal["regression", "not comparable", "too good", "inconclusive", "pass"]
 DEFAULT_MARGIN = 0.01
-LEVEL = 0.005  # most chance that any protocol is called a regression where nothing changed: half of the 1 % promised
+LEVEL = 0.005  # family-wise level of a false regression: half of the promised 1 %
 TOO_GOOD = 0.05
-# Of several verdicts the first of these is that of all: a drop that is proven stays so whatever else is unknown.
+# Of several verdicts the first of these is the overall one: a significant drop remains, whatever else is unknown.
 EXIT_CODES: Mapping[Verdict, int] = {
     "regression": 10,
     "not comparable": 12,
@@ -44,15 +49,18 @@ EXIT_CODES: Mapping[Verdict, int] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolVerdict:
-    """What is to be said of one protocol.
+    """The verdict on one protocol.
 
-    title:      its name for people
-    reason:     why the verdict is what it is
-    baseline_accuracy, accuracy: mean over draws, fractions
-    paired:     the checkpoint against the baseline, None where they are not comparable; so are the following
-    worse, better: p-values after Holm's correction over the protocols
-    detectable: the smallest drop that would have been found with 80 % power, a fraction
-    notes:      what differs and does not forbid comparing
+    Attributes:
+        title: Its name for people.
+        reason: Why the verdict is what it is.
+        baseline_accuracy: Mean over draws, a fraction.
+        accuracy: Mean over draws, a fraction.
+        paired: The checkpoint compared with the baseline. This and all numbers are None where they are not comparable.
+        worse: P-value of a drop after Holm's correction over the protocols.
+        better: P-value of a gain after Holm's correction.
+        detectable: Smallest drop that would have been found with 80 % power, a fraction.
+        notes: Differences that do not prevent a comparison.
     """
 
     protocol_id: str
@@ -69,8 +77,8 @@ class ProtocolVerdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weight:
-    """What the numbers of one protocol come to; the fields are those of ProtocolVerdict."""
+class NumericVerdict:
+    """The verdict on one protocol by its numbers alone. The fields are those of `ProtocolVerdict`."""
 
     verdict: Verdict
     worse: float
@@ -80,7 +88,7 @@ class Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class GateReport:
-    """The verdict over all protocols, and each of them. margin, level, power: what it was judged by, fractions."""
+    """The overall verdict and that of each protocol. `margin`, `level` and `power` are fractions."""
 
     verdict: Verdict
     exit_code: int
@@ -93,18 +101,14 @@ class GateReport:
     protocols: tuple[ProtocolVerdict, ...]
 
 
-@dataclass(frozen=True)
-class _Comparable:
-    """A protocol of which there is something to compare."""
-
-    entry: BaselineProtocol
-    answers: CheckpointPredictions
-
-
-def check_margin(margin: float) -> float:
-    """Give the margin back. Raises UsageError for one that is no share of the images."""
-    if not (math.isfinite(margin) and 0 <= margin < 1):
-        raise UsageError(f"--margin {margin:g}: out of range", hint="Give a fraction of 1: 0.01 is one point.")
+def parse_margin(text: str) -> float:
+    """Parse a margin. Raises UsageError unless it is a fraction in [0, 1)."""
+    try:
+        margin = float(text)
+    except ValueError:
+        margin = math.nan
+    if not 0 <= margin < 1:
+        raise UsageError(f"--margin {text}: not a fraction in [0, 1)", hint="0.01 is one point.")
     return margin
 
 
@@ -113,35 +117,33 @@ def check_results(
 ) -> GateReport:
     """Judge the results of one checkpoint.
 
-    results: of one checkpoint; none gives a report without one, in which nothing is comparable
-    folders: where their predictions stand
-    margin:  the smallest drop that is a regression, a fraction
+    Args:
+        baseline: The baseline to compare with.
+        results: Results of one checkpoint. Without any, nothing is comparable.
+        folders: Where their predictions are.
+        margin: Smallest drop that is a regression, a fraction.
     """
-    check_margin(margin)
-    groups = by_protocol(results)
-    refused: list[ProtocolVerdict] = []
-    comparable: list[_Comparable] = []
-    extra = {
-        key: group[0] for key, group in groups.items() if key not in {one.protocol_id for one in baseline.protocols}
-    }
+    groups = group_by_protocol(results)
+    known = {entry.protocol_id for entry in baseline.protocols}
+    extra = {key: group[0] for key, group in groups.items() if key not in known}
+    verdicts: dict[str, ProtocolVerdict] = {}
+    comparable: list[tuple[BaselineProtocol, ProtocolPredictions]] = []
     for entry in baseline.protocols:
         try:
             if entry.protocol_id not in groups:
-                raise ComparisonError(_missing(entry, extra))
-            answers = read_checkpoint_predictions(groups[entry.protocol_id], folders)
-            _check_comparable(entry, answers)
+                raise ComparisonError(_explain_missing(entry, list(extra.values())))
+            predictions = read_protocol_predictions(groups[entry.protocol_id], folders)
+            _check_comparable(entry, predictions)
+            comparable.append((entry, predictions))
         except ComparisonError as error:
-            refused.append(_refusal(entry.protocol_id, entry.title, str(error)))
-            continue
-        comparable.append(_Comparable(entry, answers))
-    refused += [
-        _refusal(key, protocol_title(result), f"no baseline for key {protocol_title(result)} [{key}]")
-        for key, result in extra.items()
-    ]
-    verdicts = [*_judge(comparable, margin), *refused]
-    places = {one.protocol_id: place for place, one in enumerate(baseline.protocols)}
-    ordered = sorted(verdicts, key=lambda one: (places.get(one.protocol_id, len(places)), one.title, one.protocol_id))
-    overall: Verdict = next((one for one in EXIT_CODES if one in {each.verdict for each in ordered}), "not comparable")
+            verdicts[entry.protocol_id] = _refuse(entry.protocol_id, entry.title, str(error))
+    verdicts |= {verdict.protocol_id: verdict for verdict in _judge(comparable, margin)}
+    titles = sorted((make_protocol_title(result), key) for key, result in extra.items())
+    protocols = (
+        *(verdicts[entry.protocol_id] for entry in baseline.protocols),
+        *(_refuse(key, title, f"no baseline for key {title} [{key}]") for title, key in titles),
+    )
+    overall = next(verdict for verdict in EXIT_CODES if verdict in {one.verdict for one in protocols})
     return GateReport(
         verdict=overall,
         exit_code=EXIT_CODES[overall],
@@ -151,132 +153,120 @@ def check_results(
         baseline_name=str(baseline.checkpoint.get("name")),
         baseline_sha256=baseline.sha256,
         checkpoint=results[0].checkpoint if results else None,
-        protocols=tuple(ordered),
+        protocols=protocols,
     )
 
 
-def _refusal(protocol_id: str, title: str, reason: str) -> ProtocolVerdict:
+def _refuse(protocol_id: str, title: str, reason: str) -> ProtocolVerdict:
     return ProtocolVerdict(protocol_id=protocol_id, title=title, verdict="not comparable", reason=reason)
 
 
-def _missing(entry: BaselineProtocol, extra: Mapping[str, Result]) -> str:
-    """Say that there is no result under a protocol, and wherein the nearest that there is differs, field by field."""
-    fields = nearest_protocol(entry.protocol, [one.protocol for one in extra.values()])
+def _explain_missing(entry: BaselineProtocol, extra: Sequence[Result]) -> str:
+    """Name the fields in which the nearest measured protocol differs, where there is one."""
+    fields = nearest_protocol(entry.protocol, [result.protocol for result in extra])
     if not fields:
         return "there is no result under this protocol"
     return f"another protocol was measured: {'; '.join(fields)}"
 
 
-def _check_comparable(entry: BaselineProtocol, answers: CheckpointPredictions) -> None:
-    """Raise ComparisonError where results under one protocol are still not of the same images and labels."""
-    first = answers.first
-    if first.protocol.get("limit") is not None:
-        raise ComparisonError(f"scored on a part of the images (--limit {first.protocol['limit']})")
-    if len(answers.image) != entry.images:
-        raise ComparisonError(f"{len(answers.image):,} test images instead of {entry.images:,}")
-    data = entry.protocol.get("data")
-    if not isinstance(data, Mapping) or (data.get("sha256"), data.get("class_map_sha256")) != (
-        first.data.sha256,
-        first.data.class_map_sha256,
-    ):
+def _check_comparable(entry: BaselineProtocol, predictions: ProtocolPredictions) -> None:
+    """Raise ComparisonError where results under one protocol are not of the same images and labels."""
+    check_complete(predictions.first)
+    if len(predictions.image) != entry.images:
+        raise ComparisonError(f"{len(predictions.image):,} test images instead of {entry.images:,}")
+    data = predictions.first.data
+    if entry.protocol.get("data") != {"sha256": data.sha256, "class_map_sha256": data.class_map_sha256}:
         raise ComparisonError("the record's data set is not that of its protocol")
-    if answers.images_sha256 != entry.images_sha256:
-        raise ComparisonError("other test images or labels, though as many")
-    expected = tuple(one.draw for one in entry.draws)
-    if answers.draws != expected:
-        raise ComparisonError(f"draws {list(answers.draws)} instead of {list(expected)}")
-    for draw, result in zip(entry.draws, answers.results, strict=True):
+    if predictions.images_sha256 != entry.images_sha256:
+        raise ComparisonError("different test images or labels, of the same number")
+    expected = tuple(draw.draw for draw in entry.draws)
+    if predictions.draws != expected:
+        raise ComparisonError(f"draws {list(predictions.draws)} instead of {list(expected)}")
+    for draw, result in zip(entry.draws, predictions.results, strict=True):
         if (result.split.sha256, result.split.images) != (draw.split_sha256, draw.labelled_images):
-            raise ComparisonError(f"draw {draw.draw} was fitted to other labelled images")
+            raise ComparisonError(f"draw {draw.draw} was fitted to different labelled images")
 
 
-def weigh(differences: Sequence[Integers], draws: Sequence[int], *, margin: float) -> tuple[Weight, ...]:
+def judge_differences(
+    differences: Sequence[Integers], draws: Sequence[int], *, margin: float
+) -> tuple[NumericVerdict, ...]:
     """Judge several protocols together by their numbers alone.
 
-    differences: for each protocol (n,) int64, each image's score minus that in the baseline
-    draws:       for each protocol
+    Args:
+        differences: Per protocol (n,) int64, each image's score minus that in the baseline.
+        draws: Number of draws per protocol.
+        margin: Smallest drop that is a regression, a fraction.
     """
     tests = [sign_flip_test(one) for one in differences]
-    worse, better = holm([one.lower for one in tests]), holm([one.upper for one in tests])
-    return tuple(
-        _weight(one, count, p_worse, p_better, level=LEVEL / len(differences), margin=margin)
-        for one, count, p_worse, p_better in zip(differences, draws, worse, better, strict=True)
-    )
+    worse, better = holm([test.lower for test in tests]), holm([test.upper for test in tests])
+    verdicts = []
+    for one, count, p_worse, p_better in zip(differences, draws, worse, better, strict=True):
+        change = int(one.sum()) / (len(one) * count)
+        # Under Holm the strictest test has the family's level over the number of protocols.
+        detectable = minimal_detectable_difference(one, draws=count, level=LEVEL / len(differences))
+        verdict: Verdict = "inconclusive"
+        # NaN compares as false, so it reaches none of these verdicts.
+        if p_worse <= LEVEL and -change >= margin:
+            verdict = "regression"
+        elif p_better <= LEVEL and change > TOO_GOOD:
+            verdict = "too good"
+        elif detectable <= margin and -change < margin:
+            verdict = "pass"
+        verdicts.append(NumericVerdict(verdict=verdict, worse=p_worse, better=p_better, detectable=detectable))
+    return tuple(verdicts)
 
 
-def _weight(one: Integers, draws: int, worse: float, better: float, *, level: float, margin: float) -> Weight:
-    difference = int(one.sum()) / (len(one) * draws)
-    detectable = minimal_detectable_difference(one, draws=draws, level=level)
-    verdict: Verdict = "inconclusive"
-    # Each line that lets a verdict through is true for numbers alone: NaN compares as false.
-    if worse <= LEVEL and -difference >= margin:
-        verdict = "regression"
-    elif better <= LEVEL and difference > TOO_GOOD:
-        verdict = "too good"
-    elif detectable <= margin and -difference < margin:
-        verdict = "pass"
-    return Weight(verdict=verdict, worse=worse, better=better, detectable=detectable)
-
-
-def _judge(comparable: Sequence[_Comparable], margin: float) -> list[ProtocolVerdict]:
-    differences = [one.answers.scores - one.entry.scores for one in comparable]
-    weights = weigh(differences, [len(one.entry.draws) for one in comparable], margin=margin)
-    found = []
-    for one, weight in zip(comparable, weights, strict=True):
-        verdict, reason = _verdict(one, weight, margin)
-        found.append(
+def _judge(comparable: Sequence[tuple[BaselineProtocol, ProtocolPredictions]], margin: float) -> list[ProtocolVerdict]:
+    differences = [predictions.scores - entry.scores for entry, predictions in comparable]
+    numbers = judge_differences(differences, [len(entry.draws) for entry, _ in comparable], margin=margin)
+    verdicts = []
+    for (entry, predictions), number in zip(comparable, numbers, strict=True):
+        verdict, reason = _decide_verdict(entry, predictions, number.verdict, margin)
+        computation = describe_computation(predictions.first)
+        verdicts.append(
             ProtocolVerdict(
-                protocol_id=one.entry.protocol_id,
-                title=one.entry.title,
+                protocol_id=entry.protocol_id,
+                title=entry.title,
                 verdict=verdict,
                 reason=reason,
-                baseline_accuracy=float(one.entry.right.mean()),
-                accuracy=float(one.answers.right.mean()),
-                paired=compare_scores(one.entry.scores, one.answers.scores, draws=len(one.entry.draws)),
-                worse=weight.worse,
-                better=weight.better,
-                detectable=weight.detectable,
-                notes=tuple(protocol_differences(one.entry.made_with, made_with(one.answers.first))),
+                baseline_accuracy=float(entry.right.mean()),
+                accuracy=float(predictions.right.mean()),
+                paired=compare_scores(entry.scores, predictions.scores, draws=len(entry.draws)),
+                worse=number.worse,
+                better=number.better,
+                detectable=number.detectable,
+                notes=tuple(list_protocol_differences(entry.made_with, computation)),
             )
         )
-    return found
+    return verdicts
 
 
-def _verdict(one: _Comparable, weight: Weight, margin: float) -> tuple[Verdict, str]:
-    """Give one of the closed set of verdicts, and why."""
+def _decide_verdict(
+    entry: BaselineProtocol, predictions: ProtocolPredictions, numeric: Verdict, margin: float
+) -> tuple[Verdict, str]:
+    """Return the verdict on one protocol, and the reason."""
     points = f"{100 * margin:.2f} points"
-    if doubt := _doubt(one):
-        return "inconclusive", doubt
-    match weight.verdict:
-        case "regression":
-            return "regression", f"a drop of at least the margin of {points}, and no accident"
-        case "too good":
-            return (
-                "too good",
-                f"a gain above {100 * TOO_GOOD:g} points is rarely one: look for leaks and changed labels",
-            )
-        case "pass":
-            return "pass", f"no drop of {points} or more; one would have been found"
-        case _ if _same_predictions(one):
-            return "pass", "no prediction differs"
-        case _:
-            return "inconclusive", f"too few images to find a drop of {points}, for so many that differ"
-
-
-def _doubt(one: _Comparable) -> str:
-    if one.answers.unconverged:
-        return f"draws {list(one.answers.unconverged)} did not converge"
-    for draw, result in zip(one.entry.draws, one.answers.results, strict=True):
-        # Records from before it was counted have none; equal hashes of both splits then say that it is the same.
+    if predictions.unconverged:
+        return "inconclusive", f"draws {list(predictions.unconverged)} did not converge"
+    for draw, result in zip(entry.draws, predictions.results, strict=True):
+        # Older records did not count it; equal hashes of both splits then imply the same overlap.
         if result.split.overlap is not None and draw.overlap is not None and result.split.overlap > draw.overlap:
-            return (
+            return "inconclusive", (
                 f"draw {draw.draw}: {result.split.overlap} test images are also among its labelled images, "
                 f"{draw.overlap} in the baseline"
             )
-    return ""
+    reasons: dict[Verdict, str] = {
+        "regression": f"a statistically significant drop of at least the margin of {points}",
+        "too good": f"a gain above {100 * TOO_GOOD:g} points is unusual: look for leaks and changed labels",
+        "pass": f"no drop of {points} or more; one would have been found",
+        "inconclusive": f"too few images to find a drop of {points}, for so many that differ",
+    }
+    if numeric == "inconclusive" and _are_same_predictions(entry, predictions):
+        return "pass", "no prediction differs"
+    return numeric, reasons[numeric]
 
 
-def _same_predictions(one: _Comparable) -> bool:
-    known = [draw.predictions_sha256 for draw in one.entry.draws]
-    same_scores = bool(np.array_equal(one.entry.right, one.answers.right))
-    return same_scores and known == [predictions_sha256(draw) for draw in one.answers.prediction]
+def _are_same_predictions(entry: BaselineProtocol, predictions: ProtocolPredictions) -> bool:
+    expected = [draw.predictions_sha256 for draw in entry.draws]
+    same_scores = bool(np.array_equal(entry.right, predictions.right))
+    return same_scores and expected == [hash_predictions(draw) for draw in predictions.prediction]

@@ -1,34 +1,33 @@
-"""Leaderboard: the interval and the rank that test images give each cell of a table; predictions are read here."""
+"""Leaderboard: interval and rank of each cell of a table, computed from the stored predictions."""
 
-import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from msn_eval.errors import StoreError
 from msn_eval.results.folder import ResultScan
 from msn_eval.results.record import Result
-from msn_eval.results.statistics import accuracy_interval, count_right, rank_with_ties
+from msn_eval.results.statistics import Integers, accuracy_interval, count_right, rank_with_ties
 from msn_eval.results.table import Place, Standing, place_of
 
-_log = logging.getLogger(__name__)
-_AT_ONCE = 4  # prediction files that are unpacked at a time
-_MOST_WORK = 100_000_000  # images read and compared: a few seconds
-_WORK_OF_A_PAIR = 5_000  # of a comparison beside its images, in images
+_READERS = 4  # prediction files that are unpacked at a time
+_MAX_COST = 100_000_000  # images read and compared: a few seconds
+_PAIR_COST = 5_000  # of a comparison beside its images, in images
+_Draws = list[tuple[Result, Path]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leaderboard:
-    """What the images say.
+    """Statistics of cells over test images.
 
-    standings: of the cells whose images could be asked
-    notices:   why others have none
-    faults:    prediction files that cannot be used
+    Attributes:
+        standings: Of the cells that have any.
+        notices: Why others have none.
+        faults: Prediction files that cannot be used.
     """
 
     standings: Mapping[Place, Standing]
@@ -36,108 +35,93 @@ class Leaderboard:
     faults: tuple[StoreError, ...] = ()
 
 
-_Draws = list[tuple[Result, Path]]
-
-
 def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderboard:
-    """Give each cell of the records' table its interval over test images, and its rank in its column.
+    """Compute the interval over test images of each cell of the records' table, and its rank in its column.
 
-    ranked: None asks the predictions where that takes seconds; with False none are read
-    The interval of a single draw is the recorded one. Ranked are the cells that hold all draws of their column, none of them
-    failed. A column of one checkpoint has no ranks.
+    The interval of a single draw is the recorded one. Cells that hold all draws of their column, none of them failed, are
+    ranked. A column with one checkpoint has no ranks.
+
+    Args:
+        scan: The records.
+        ranked: Whether to read the predictions. None reads them where that takes seconds.
     """
-    columns = _columns(scan)
-    recorded = {
-        place: Standing(interval=draws[0][0].metrics.top1_ci95)
-        for cells in columns.values()
-        for place, draws in cells.items()
+    columns = _group_draws(scan)
+    standings = {
+        cell_key: Standing(interval=draws[0][0].metrics.top1_ci95)
+        for cells in columns
+        for cell_key, draws in cells.items()
         if len(draws) == 1 and draws[0][0].metrics is not None
     }
     if ranked is False:
-        return Leaderboard(
-            standings=recorded, notices=("Ranks, and intervals over several draws, were not asked for.",)
-        )
-    if ranked is None and _work(columns) > _MOST_WORK:
-        left_out = (
-            "Ranks, and intervals over several draws, are left out of a table of this size; --ranks asks for them."
-        )
-        return Leaderboard(standings=recorded, notices=(left_out,))
-    standings, faults, absent = dict(recorded), [], 0
-    with ThreadPoolExecutor(_AT_ONCE) as readers:
-        for cells in columns.values():
-            scores: dict[Place, NDArray[np.int64]] = {}
-            for place, read in zip(cells, readers.map(_read_scores, cells.values()), strict=True):
-                absent += read is None
-                if isinstance(read, StoreError):
-                    faults.append(read)
-                elif read is not None:
-                    scores[place] = read
-            standings |= _stand(cells, scores, recorded)
-    missing = f"The predictions of {absent} cells are not beside their records: they have no rank."
-    return Leaderboard(standings=standings, notices=(missing,) if absent else (), faults=tuple(faults))
+        notice = "Ranks, and intervals over several draws, were not requested."
+        return Leaderboard(standings=standings, notices=(notice,))
+    if ranked is None and _estimate_cost(columns) > _MAX_COST:
+        notice = "Ranks, and intervals over several draws, are left out of a table of this size; --ranks adds them."
+        return Leaderboard(standings=standings, notices=(notice,))
+    faults, missing = [], 0
+    with ThreadPoolExecutor(_READERS) as readers:
+        for cells in columns:
+            scores: dict[Place, Integers] = {}
+            for cell_key, outcome in zip(cells, readers.map(_read_scores, cells.values()), strict=True):
+                missing += outcome is None
+                if isinstance(outcome, StoreError):
+                    faults.append(outcome)
+                elif outcome is not None:
+                    scores[cell_key] = outcome
+            ranks = _rank(cells, scores)
+            for cell_key, own in scores.items():
+                known = standings.get(cell_key)
+                bounds = accuracy_interval(own, draws=len(cells[cell_key]))
+                interval = known.interval if known else (bounds.low, bounds.high)
+                standings[cell_key] = Standing(interval=interval, rank=ranks.get(cell_key))
+    notice = f"The predictions of {missing} cells are missing; these cells have no rank."
+    return Leaderboard(standings=standings, notices=(notice,) if missing else (), faults=tuple(faults))
 
 
-def _columns(scan: ResultScan) -> dict[str, dict[Place, _Draws]]:
-    """Give the records by protocol and cell, cells with a failed draw left out."""
+def _group_draws(scan: ResultScan) -> list[dict[Place, _Draws]]:
+    """Return, per protocol, the draws of each cell. Cells with a failed draw are left out."""
     columns: defaultdict[str, defaultdict[Place, _Draws]] = defaultdict(lambda: defaultdict(list))
     for result, path in sorted(zip(scan.results, scan.paths, strict=True), key=lambda pair: pair[0].split.draw):
         columns[result.protocol_id][place_of(result)].append((result, path))
-    return {
-        protocol: {place: draws for place, draws in cells.items() if all(one.metrics is not None for one, _ in draws)}
-        for protocol, cells in columns.items()
-    }
+    return [
+        {cell_key: draws for cell_key, draws in cells.items() if all(result.metrics is not None for result, _ in draws)}
+        for cells in columns.values()
+    ]
 
 
-def _work(columns: Mapping[str, Mapping[Place, _Draws]]) -> int:
-    work = 0
-    for cells in columns.values():
+def _estimate_cost(columns: Sequence[Mapping[Place, _Draws]]) -> int:
+    cost = 0
+    for cells in columns:
         images = max((draws[0][0].data.val_images for draws in cells.values()), default=0)
         pairs = len(cells) * (len(cells) - 1) // 2
-        work += sum(map(len, cells.values())) * images + pairs * (images + _WORK_OF_A_PAIR)
-    return work
+        cost += sum(map(len, cells.values())) * images + pairs * (images + _PAIR_COST)
+    return cost
 
 
-def _read_scores(draws: _Draws) -> NDArray[np.int64] | StoreError | None:
-    """Give in how many draws each image is right, why that cannot be told, or None where predictions are not there."""
+def _read_scores(draws: _Draws) -> Integers | StoreError | None:
+    """Return each image's number of right draws, the error of an unusable file, or None where predictions are missing."""
     right = []
-    for result, path in draws:
-        beside = path.with_name(f"{result.id}.npz")
-        if not beside.exists():
+    for result, record_path in draws:
+        path = record_path.with_name(f"{result.id}.npz")
+        if not path.exists():
             return None
         try:
-            with beside.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                ranks = stored["rank_of_label"]  # the one array that is needed
-        except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
-            return StoreError(f"are no readable predictions: {error}", where=str(beside))
-        images = result.metrics.n if result.metrics else 0
-        if ranks.shape != (images,) or int((ranks == 1).sum()) != round(
-            (result.metrics.top1 if result.metrics else 0) * images
-        ):
-            return StoreError(
-                "are not the predictions that the record tells of; see msn-eval verify", where=str(beside)
-            )
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                ranks = stored["rank_of_label"]  # the only array that is needed
+        except Exception as error:  # zipfile, zlib and NumPy each raise their own kinds
+            return StoreError(f"not readable predictions: {error}", where=str(path))
+        assert result.metrics is not None
+        if ranks.shape != (result.metrics.n,) or (ranks == 1).sum() != round(result.metrics.top1 * result.metrics.n):
+            return StoreError("not the predictions of its record; see msn-eval verify", where=str(path))
         right.append(ranks == 1)
     return count_right(np.stack(right))
 
 
-def _stand(
-    cells: Mapping[Place, _Draws], scores: Mapping[Place, NDArray[np.int64]], recorded: Mapping[Place, Standing]
-) -> dict[Place, Standing]:
-    """Give interval and rank of the cells of one column whose predictions were read."""
-    drawn = {place: tuple(result.split.draw for result, _ in draws) for place, draws in cells.items()}
-    everything = tuple(sorted({draw for draws in drawn.values() for draw in draws}))
-    whole = [place for place in scores if drawn[place] == everything]
-    ranks = dict(_ranks(whole, scores)) if len(whole) > 1 else {}
-    standings = {}
-    for place, own in scores.items():
-        if place in recorded:
-            interval = recorded[place].interval
-        else:
-            bounds = accuracy_interval(own, draws=len(drawn[place]))
-            interval = (bounds.low, bounds.high)
-        standings[place] = Standing(interval=interval, rank=ranks.get(place))
-    return standings
-
-
-def _ranks(places: Sequence[Place], scores: Mapping[Place, NDArray[np.int64]]) -> Iterator[tuple[Place, int]]:
-    return zip(places, rank_with_ties([scores[place] for place in places]), strict=True)
+def _rank(cells: Mapping[Place, _Draws], scores: Mapping[Place, Integers]) -> dict[Place, int]:
+    """Return the ranks of the cells that hold every draw of their column."""
+    draws = {cell_key: {result.split.draw for result, _ in pairs} for cell_key, pairs in cells.items()}
+    all_draws = set().union(*draws.values())
+    complete = [cell_key for cell_key in scores if draws[cell_key] == all_draws]
+    if len(complete) < 2:
+        return {}
+    return dict(zip(complete, rank_with_ties([scores[cell_key] for cell_key in complete]), strict=True))

@@ -1,117 +1,91 @@
-"""Published: accuracies that others printed, as rows that stand beside measured ones and are never ranked with them."""
+"""Published accuracies, as rows beside measured ones. They are never ranked with them."""
 
-import csv
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from msn_eval.errors import StoreError
 from msn_eval.files.package_data import shipped_folder
 from msn_eval.results.table import Cell, Column, Row, Table
 
-_PROBES = {"logreg": "logistic", "linear": "linear", "knn": "knn", "finetune": "finetune"}
-_SUBSETS = {"100pct": "full"}
+if TYPE_CHECKING:
+    import pandas as pd
+
+_NAMES = {
+    "pretrain_data": "pretraining",
+    "pretrain_epochs": "epochs",
+    "protocol": "probe",
+    "labels": "subset",
+    "value": "percent",
+}
+_VALUES = {"probe": {"logreg": "logistic"}, "subset": {"100pct": "full"}}
 # Of ImageNet's 1,281,167 training images of 1,000 classes; the published 1 % list has 12,811.
 _IMAGES_PER_CLASS = {"1img": 1, "2imgs": 2, "5imgs": 5, "1pct": 12.811, "10pct": 128.1167, "full": 1281.167}
 _CLASSES = 1000
-_METRIC = "top1"  # on ImageNet's validation images; other metrics of the file say where they were measured
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishedNumber:
-    """One number as its source prints it.
-
-    probe, subset: in our words; images that a subset of another laboratory holds may be others than ours
-    percent, std:  as printed; std over draws, None where none is given
-    verified:      whether the number was read in the source itself, or a transcription of it
-    """
-
-    method: str
-    arch: str
-    pretraining: str
-    epochs: str
-    probe: str
-    subset: str
-    metric: str
-    percent: str
-    std: str | None
-    source: str
-    verified: bool
+_METRIC = "top1"  # on ImageNet's validation images; other metrics of the file name their own images
 
 
 def published_file() -> Path:
-    """Give the file of published numbers that came with this package."""
+    """Return the path of the published numbers that come with this package."""
     return shipped_folder("reports") / "published_results.csv"
 
 
-def read_published(path: Path) -> tuple[PublishedNumber, ...]:
-    """Read a file of published numbers. Raises StoreError naming the line that cannot be used."""
-    numbers = []
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for line, entry in enumerate(csv.DictReader(file, strict=True), start=2):
-                try:
-                    numbers.append(_number(entry))
-                except (KeyError, TypeError, ValueError) as error:
-                    raise StoreError(
-                        f"line {line} is no published number: {type(error).__name__}: {error}", where=str(path)
-                    ) from error
-    except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise StoreError(f"cannot be read: {error}", where=str(path)) from error
-    return tuple(numbers)
+def read_published(path: Path) -> "pd.DataFrame":
+    """Read a file of published numbers.
+
+    Returns:
+        One row per number, exactly as its source prints it: the strings `method`, `arch`, `pretraining`, `epochs`, `probe`
+        and `subset` (by this package's names; a subset of another laboratory may hold different images), `metric`,
+        `percent`, `std` (over draws, empty where none is printed) and `source`, and the boolean `verified`: whether the
+        number was read in the source itself, and not in a transcription.
+    """
+    import pandas as pd
+
+    numbers = pd.read_csv(path, dtype=str, keep_default_na=False)
+    arch = (numbers["backbone"] + "/" + numbers["patch"]).str.removesuffix("/")
+    return numbers.rename(columns=_NAMES).replace(_VALUES).assign(arch=arch, verified=numbers["verified"] == "yes")
 
 
-def _number(entry: dict[str, str]) -> PublishedNumber:
-    percent, std = entry["value"], entry["std"] or None
-    if not 0 <= float(percent) <= 100 or not float(std or 0) >= 0 or not entry["source"]:
-        raise ValueError("a percentage with its source is needed")
-    patch = entry["patch"]
-    return PublishedNumber(
-        method=entry["method"],
-        arch=f"{entry['backbone']}/{patch}" if patch else entry["backbone"],
-        pretraining=entry["pretrain_data"],
-        epochs=entry["pretrain_epochs"],
-        probe=_PROBES[entry["protocol"]],
-        subset=_SUBSETS.get(entry["labels"], entry["labels"]),
-        metric=entry["metric"],
-        percent=percent,
-        std=std,
-        source=entry["source"],
-        verified={"yes": True, "no": False}[entry["verified"]],
-    )
+def table_of_published(numbers: "pd.DataFrame", columns: Sequence[Column]) -> Table:
+    """Make a table of the published ImageNet numbers that belong beside measured columns.
 
+    These are the numbers of the columns' subsets and probes, and of fine-tuning. They have columns of their own, because
+    code, penalty and lists of a publication may differ; and a row for each checkpoint and source.
 
-def table_of_published(numbers: Iterable[PublishedNumber], columns: Sequence[Column]) -> Table:
-    """Give published ImageNet numbers of the subsets in `columns`: of their probes, and of fine-tuning.
-
-    They come in columns of their own, so that a protocol never shares one with a publication, whose code, penalty or lists
-    may have been others; a row for each checkpoint and source.
+    Args:
+        numbers: Published numbers, as from `read_published`.
+        columns: Measured columns.
     """
     subsets = {column.subset for column in columns}
     probes = {column.probe for column in columns} | {"finetune"}
-    chosen = [one for one in numbers if one.metric == _METRIC and one.subset in subsets and one.probe in probes]
-    places = {(one.probe, one.subset): _column(one.probe, one.subset) for one in chosen}
-    rows = {_row(one): None for one in sorted(chosen, key=_order)}
-    cells: dict[tuple[Row, Column], Cell] = {}
-    for one in chosen:
-        place = (_row(one), places[one.probe, one.subset])
-        if place in cells:
-            raise StoreError(f"{one.source} gives two numbers for {place[0].name} under {one.probe}, {one.subset}")
-        cells[place] = Cell(
-            mean=_fraction(one.percent),
-            std=None if one.std is None else _fraction(one.std),
+    is_wanted = numbers["subset"].isin(subsets) & numbers["probe"].isin(probes) & (numbers["metric"] == _METRIC)
+    wanted = (
+        numbers[is_wanted]
+        .sort_values(["source", "epochs"])
+        .sort_values(["method", "arch"], key=lambda names: names.str.casefold(), kind="stable")
+    )
+    cells = {
+        (_make_row(number), _make_column(number["probe"], number["subset"])): Cell(
+            mean=_to_fraction(number["percent"]),
+            std=_to_fraction(number["std"]) if number["std"] else None,
             draws=None,
             status="published",
         )
-    return Table(rows=tuple(rows), columns=tuple(places.values()), cells=cells, notices=tuple(_notices(chosen)))
+        for number in wanted.to_dict("records")
+    }
+    return Table(
+        rows=tuple(dict.fromkeys(row for row, _ in cells)),
+        columns=tuple(dict.fromkeys(column for _, column in cells)),
+        cells=cells,
+        notices=tuple(_list_notices(wanted)),
+    )
 
 
-def _fraction(percent: str) -> float:
-    """Give the float nearest to a hundredth of the printed number, so that it prints as it was printed."""
+def _to_fraction(percent: str) -> float:
+    """Return the float nearest to a hundredth of the printed number, so that it prints as it was printed."""
     return float(f"{percent}e-2")
 
 
-def _column(probe: str, subset: str) -> Column:
+def _make_column(probe: str, subset: str) -> Column:
     return Column(
         protocol_id=f"published {probe} {subset}",
         probe=probe,
@@ -125,25 +99,25 @@ def _column(probe: str, subset: str) -> Column:
     )
 
 
-def _row(one: PublishedNumber) -> Row:
-    of = f"{one.pretraining}, {one.epochs} epochs" if one.epochs else one.pretraining
-    note = of if one.verified else f"{of}, unverified"
+def _make_row(number: Mapping[Hashable, Any]) -> Row:
+    epochs = f", {number['epochs']} epochs" if number["epochs"] else ""
     return Row(
-        name=f"{one.method} {one.arch}", arch=one.arch, weights_sha256=None, key=None, note=note, source=one.source
+        name=f"{number['method']} {number['arch']}",
+        arch=number["arch"],
+        weights_sha256=None,
+        key=None,
+        note=f"{number['pretraining']}{epochs}{'' if number['verified'] else ', unverified'}",
+        source=number["source"],
     )
 
 
-def _order(one: PublishedNumber) -> tuple[object, ...]:
-    return one.method.casefold(), one.arch, one.source, one.epochs
-
-
-def _notices(chosen: Sequence[PublishedNumber]) -> Iterator[str]:
-    if not chosen:
+def _list_notices(numbers: "pd.DataFrame") -> Iterator[str]:
+    if numbers.empty:
         yield "No published number is known for the probes and subsets of this table."
         return
     yield (
         "Published rows are ImageNet accuracies as their sources print them, by other code and at times on other images; "
         "they are not ranked with measured ones."
     )
-    if not all(one.verified for one in chosen):
+    if not numbers["verified"].all():
         yield "A row marked unverified was not read in the source that it names."

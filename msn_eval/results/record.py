@@ -1,11 +1,11 @@
-"""Result: one checkpoint, one protocol, one draw; one JSON file, and its predictions beside it."""
+"""Result: the record of one checkpoint under one protocol and one draw, stored as JSON with its predictions as NPZ."""
 
 import hashlib
 import io
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -27,15 +27,17 @@ if TYPE_CHECKING:
 SCHEMA = 1
 PROTOCOL_VERSION = 1
 ID_DIGITS = 16
-MOVE_AWAY = "Move it away (and its .npz); the same evaluation writes it anew."
+MOVE_AWAY = "Move it (and its .npz) away; the same evaluation writes it again."
 Status = Literal["ok", "not_converged", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """What was evaluated; the fields are those of Checkpoint.
+    """The evaluated checkpoint. The fields are those of `Checkpoint`, and the following.
 
-    allow_missing: the patterns by which weights were allowed to be absent, where some were
+    Attributes:
+        allow_missing: Patterns of weights that were allowed to be absent.
+        distribution: Name and version of the plug-in distribution that supplied the encoder. Not written where it is None.
     """
 
     name: str
@@ -49,11 +51,16 @@ class CheckpointInfo:
     matched: float
     epoch: int | None
     allow_missing: tuple[str, ...] = ()
+    distribution: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataInfo:
-    """The validation images that were scored. sha256: over `id TAB sha256(file bytes)` lines in order."""
+    """The validation images that were scored.
+
+    Attributes:
+        sha256: SHA-256 of the lines `id TAB sha256(file bytes)`, in the data set's order.
+    """
 
     name: str
     sha256: str
@@ -67,7 +74,8 @@ class DataInfo:
 class SplitInfo:
     """The labelled images of one draw.
 
-    overlap: validation images that are also among them, byte for byte; None in records written before it was counted
+    Attributes:
+        overlap: Number of validation images with the same bytes as a labelled image. None in older records.
     """
 
     subset: str
@@ -79,7 +87,7 @@ class SplitInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformInfo:
-    """How pixels were made. Sizes in pixels; mean and std on the [0, 1] scale."""
+    """The image transform. Sizes are in pixels; `mean` and `std` refer to pixel values in [0, 1]."""
 
     resize: int
     crop: int
@@ -90,9 +98,10 @@ class TransformInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureInfo:
-    """Which vectors were used.
+    """The features that the probe was fitted to.
 
-    degenerate: what is wrong with those of an evaluation in all, such as a collapsed representation; None where nothing is known
+    Attributes:
+        degenerate: What is wrong with the features, such as a collapsed representation. None where nothing is known.
     """
 
     tap: str
@@ -105,7 +114,7 @@ class FeatureInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeInfo:
-    """The probe, one setting of it, how its fit came out, and what it chose from the labelled images."""
+    """The probe, its hyper-parameters, how the solver ended, and what was chosen on the labelled images."""
 
     name: str
     version: int
@@ -120,10 +129,13 @@ class ProbeInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class TimingInfo:
-    """Seconds. `extract` is that of the pass that this result shares with others.
+    """Durations in seconds.
 
-    images_per_second:          of that pass, None where every feature was in the cache
-    decode_share, encode_share: of its time, waiting for pixels and in the encoder
+    Attributes:
+        extract: Duration of the extraction pass, which several results may share.
+        images_per_second: Throughput of that pass. None where every feature came from the cache.
+        decode_share: Fraction of that pass spent waiting for decoded images.
+        encode_share: Fraction of that pass spent in the encoder.
     """
 
     extract: float
@@ -136,7 +148,7 @@ class TimingInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentInfo:
-    """What the numbers were computed with."""
+    """Versions, device and settings of the computation."""
 
     package: str
     git: str | None
@@ -149,7 +161,7 @@ class EnvironmentInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One measurement, as in the JSON file. `metrics` and `predictions` are None where it failed."""
+    """One measurement, as in its JSON file. `metrics` and `predictions` are None where it failed."""
 
     id: str
     status: Status
@@ -168,20 +180,21 @@ class Result:
     predictions: str | None
 
     def __post_init__(self) -> None:
-        if self.protocol_id != _id_of(self.protocol):
-            raise StoreError(f"result {self.id}: its protocol is not the one of its protocol_id")
+        if self.protocol_id != _cached_protocol_id(self.protocol):
+            raise StoreError(f"result {self.id}: protocol_id does not match the protocol")
         if (self.metrics is None) != (self.status == "failed"):
-            raise StoreError(f"result {self.id}: status {self.status!r} does not go with its metrics")
+            raise StoreError(f"result {self.id}: status {self.status!r} contradicts the metrics")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """Every validation image's outcome, in the data set's order.
+    """The outcome of every validation image, in the data set's order.
 
-    image:         ids as UTF-8 bytes
-    label:         (n,) int64
-    prediction:    (n,) int64
-    rank_of_label: (n,) int64, 1-based
+    Attributes:
+        image: (n,) ids as UTF-8 bytes.
+        label: (n,) int64.
+        prediction: (n,) int64.
+        rank_of_label: (n,) int64, 1-based.
     """
 
     image: NDArray[np.bytes_]
@@ -191,116 +204,130 @@ class Predictions:
 
 
 def protocol_id(protocol: Mapping[str, object]) -> str:
-    """Give the first 16 hex digits of the SHA-256 of the protocol's canonical JSON."""
-    return _digest(protocol)
+    """Return the first 16 hex digits of the SHA-256 of the protocol's canonical JSON."""
+    return _hash_json(protocol)
 
 
-_ids: dict[str, str] = {}  # of protocols as Python writes them, which tells more apart than JSON does
-_MOST_IDS = 10_000
+_protocol_ids: dict[str, str] = {}
 
 
-def _id_of(protocol: Mapping[str, object]) -> str:
-    """Give `protocol_id`, once for the many records that have the same protocol."""
+def _cached_protocol_id(protocol: Mapping[str, object]) -> str:
+    # Thousands of records share a few protocols. `repr` is faster than JSON, and differs wherever the JSON differs.
     text = repr(protocol)
-    if text not in _ids:
-        found = protocol_id(protocol)
-        if len(_ids) >= _MOST_IDS:
-            return found
-        _ids[text] = found
-    return _ids[text]
+    if text not in _protocol_ids:
+        _protocol_ids[text] = protocol_id(protocol)
+    return _protocol_ids[text]
 
 
 def result_id(*, weights_sha256: str, key: str | None, protocol_id: str, draw: int) -> str:
-    """Give the id of a measurement before it is made: a hash of weights, network key, protocol and draw."""
-    return _digest([weights_sha256, key, protocol_id, draw])
+    """Return the id of a measurement: a hash of weights, network key, protocol and draw, known before it is made."""
+    return _hash_json([weights_sha256, key, protocol_id, draw])
 
 
-def _digest(value: object) -> str:
+def _hash_json(value: object) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:ID_DIGITS]
 
 
+def flatten_fields(content: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return the values of a nested mapping by their dotted path, such as `probe.params.k`."""
+    fields: dict[str, object] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            fields |= flatten_fields(value, f"{prefix}{name}.")
+        else:
+            fields[f"{prefix}{name}"] = value
+    return fields
+
+
 def write_result(folder: Path, result: Result, predictions: Predictions | None) -> None:
-    """Write a result and its predictions, each whole or not at all; the record last, so that it vouches for both."""
+    """Write a result and its predictions atomically. The record is written last, so a record implies its predictions."""
     if predictions is not None and result.predictions is not None:
         packed = io.BytesIO()
         np.savez_compressed(packed, **vars(predictions))
         write_atomically(folder / result.predictions, packed.getvalue())
-    write_atomically(
-        folder / f"{result.id}.json", (json.dumps(as_json(result), indent=1, allow_nan=False) + "\n").encode()
-    )
+    text = json.dumps(as_json(result), indent=1, allow_nan=False) + "\n"
+    write_atomically(folder / f"{result.id}.json", text.encode())
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """Give the record as it stands in its file."""
-    return {"schema": SCHEMA, **asdict(result)}
+    """Return the record as the JSON object of its file."""
+    return {"schema": SCHEMA, **asdict(result, dict_factory=omit_unset)}
+
+
+def omit_unset(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dict for `dataclasses.asdict` without a `distribution` of None, so that older records keep their bytes."""
+    return {name: value for name, value in fields if value is not None or name != "distribution"}
+
+
+def read_content(path: Path) -> bytes | OSError:
+    """Return the bytes of a file, or why it is unreadable. Threads may call it; parsing takes the interpreter lock."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        return error
 
 
 def read_result(path: Path) -> Result:
-    """Read one record. Raises StoreError naming the file where it is damaged or of another schema."""
-    try:
-        return parse_result(path.read_bytes(), path)
-    except OSError as error:
-        raise unreadable_result(path, error.strerror or str(error)) from error
+    """Read one record.
+
+    Raises:
+        StoreError: The file is unreadable, damaged or of another schema. The error names the file.
+    """
+    return parse_result(read_content(path), path)
 
 
-def parse_result(text: bytes, path: Path) -> Result:
-    """Give the record that a file's bytes are. Raises StoreError naming `path` where they are none of this schema."""
+def parse_result(text: bytes | OSError, path: Path) -> Result:
+    """Parse what `read_content` returned for the record file `path`. Raises StoreError as `read_result` does."""
     try:
+        if isinstance(text, OSError):
+            raise text
         content = parse_json(text)
         schema = content.pop("schema")
-        if schema != SCHEMA or isinstance(schema, bool):
-            raise _wrong_schema(path, schema)
+        if type(schema) is not int or schema != SCHEMA:
+            hint = "Update msn-eval." if type(schema) is int and schema > SCHEMA else MOVE_AWAY
+            raise StoreError(f"a record of schema {schema!r}; this version of msn-eval reads {SCHEMA}", hint=hint)
         result = read_fields(Result, content)
         if result.metrics is not None:
             _check_metrics(result.metrics)
         return result
-    except KeyError:
-        raise unreadable_result(path, "it states no schema") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise unreadable_result(path, f"{error}") from error
     except StoreError as error:
-        raise StoreError(error.what, where=error.where or str(path), hint=error.hint or MOVE_AWAY) from error
-
-
-def unreadable_result(path: Path, reason: str) -> StoreError:
-    """Give the error that says of a file why it is no record."""
-    return StoreError(f"is no readable result: {reason}", where=str(path), hint=MOVE_AWAY)
-
-
-def _wrong_schema(path: Path, schema: object) -> StoreError:
-    newer = isinstance(schema, int) and schema > SCHEMA
-    return StoreError(
-        f"is a record of schema {schema!r}, this version of msn-eval reads {SCHEMA}",
-        where=str(path),
-        hint="Update msn-eval." if newer else "No version wrote such a record; move it away.",
-    )
+        raise StoreError(error.what, where=str(path), hint=error.hint or MOVE_AWAY) from error
+    except KeyError:
+        raise StoreError("not a readable result: it states no schema", where=str(path), hint=MOVE_AWAY) from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StoreError(f"not a readable result: {reason}", where=str(path), hint=MOVE_AWAY) from error
 
 
 def _check_metrics(metrics: Metrics) -> None:
     low, high = metrics.top1_ci95
-    shares = (metrics.top1, metrics.top5, low, high)
-    if not all(0 <= share <= 1 for share in shares) or metrics.top1 > metrics.top5 or low > high or metrics.n < 1:
-        raise ValueError(f"its metrics are no accuracies: {metrics}")
+    fractions = (metrics.top1, metrics.top5, low, high)
+    if not all(0 <= one <= 1 for one in fractions) or metrics.top1 > metrics.top5 or low > high or metrics.n < 1:
+        raise ValueError(f"its metrics are not accuracies: {metrics}")
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read the predictions beside a record. Raises StoreError naming the file where it is damaged."""
+    """Read the predictions of a record.
+
+    Raises:
+        StoreError: The file is missing or damaged. The error names the file.
+    """
     try:
-        # NumPy would leave a file open that it cannot read.
+        # Opened here, because NumPy does not close a file that it cannot read.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return Predictions(**{one.name: stored[one.name] for one in fields(Predictions)})
-    except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
-        raise StoreError(f"are no readable predictions: {error}", where=str(path)) from error
+            return Predictions(**{field.name: stored[field.name] for field in fields(Predictions)})
+    except Exception as error:  # zipfile, zlib and NumPy each raise their own kinds
+        raise StoreError(f"not readable predictions: {error}", where=str(path)) from error
 
 
 def describe_environment(device: "torch.device", *, batch_size: int, seed: int) -> EnvironmentInfo:
-    """Give what a record states of its surroundings."""
+    """Return the versions, the device and the settings that a record states."""
     import torch
 
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     return EnvironmentInfo(
         package=__version__,
-        git=_commit(),
+        git=_read_commit(),
         python=platform.python_version(),
         torch=torch.__version__,
         device=name,
@@ -310,19 +337,19 @@ def describe_environment(device: "torch.device", *, batch_size: int, seed: int) 
 
 
 @cache
-def _commit() -> str | None:
-    """Give the commit of the checkout that the package runs from, `+` behind it where files differ; else None."""
+def _read_commit() -> str | None:
+    """Return the commit of the checkout that the package runs from, followed by `+` if tracked files differ, or None."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True, text=True, timeout=30, check=True,
-        ).stdout  # fmt: skip
+        commit = _run_git(root, "rev-parse", "HEAD").strip()
+        changes = _run_git(root, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+" if changed else "")
+    return commit + ("+" if changes else "")
+
+
+def _run_git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout

@@ -1,29 +1,38 @@
-"""Table: results into mean, spread and count over draws; one row a checkpoint, one column a protocol."""
+"""Table of results: mean, spread and count over draws, one row per checkpoint and one column per protocol."""
 
 import json
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from msn_eval.config.recipes import AugmentedRecipe, LinearRecipe, Params
-from msn_eval.results.record import Result
+from msn_eval.results.record import Result, flatten_fields
 
-# Settings that stand in a column's title; others where they tell it from its neighbours.
-_IN_TITLES = ("k", "temperature", "auto")
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Hyper-parameters that are part of a column's title. Others are shown only where they differ.
+_TITLE_PARAMS = ("k", "temperature", "auto")
 _SUBSET_ORDER = ("1img", "2imgs", "5imgs", "1pct", "10pct", "full")
 _PROBE_ORDER = ("logistic", "linear", "linear-augmented", "knn", "ncm", "ridge", "finetune")
-Place = tuple[str, str | None, str]  # weights_sha256, key and protocol_id: what a cell is of
+_RECIPES = {"linear": LinearRecipe(), "linear-augmented": AugmentedRecipe()}
+_SHOWN_ELSEWHERE = {"subset.name", "probe.params.lambda", "probe.params.taps", "tap"}
+_SUBSET_FIELDS = {"subset.rule", "skipped"}
+Place = tuple[str, str | None, str]  # weights_sha256, key and protocol_id: the identity of a cell
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """One protocol.
 
-    images_per_class: labelled images a class, on average
-    classes:          of the data set
-    reason:           wherein it differs from other protocols of the same probe in this table, field by field, or empty
-    published:        whether its numbers were published by others: never ranked, and never in one column with measured ones
+    Attributes:
+        images_per_class: Mean number of labelled images per class.
+        classes: Number of classes of the data set.
+        reason: The fields in which it differs from other protocols of the same probe in this table, or an empty string.
+        published: Whether its numbers come from a publication. These are never ranked, and never share a column with
+            measured ones.
     """
 
     protocol_id: str
@@ -38,41 +47,44 @@ class Column:
 
     @property
     def group(self) -> str:
-        """Give what holds for every subset: `knn k=10 T=0.07`, and what sets it apart: `knn k=10 T=0.07, precision=reduced`."""
+        """The title shared by all subsets, such as `knn k=10 T=0.07, precision=reduced`."""
         neighbours = [f"k={self.params['k']:g}", f"T={self.params['temperature']:g}"] if "k" in self.params else []
-        chosen = ["λ=auto"] if "auto" in self.params else []  # not the same protocol as those whose λ was given
+        lambda_rule = ["λ=auto"] if "auto" in self.params else []  # a different protocol from any given λ
         taps = [f"taps={self.params['taps']}"] if "taps" in self.params else []
-        name = " ".join([self.probe, *neighbours, *chosen, *taps])
-        return ", ".join(part for part in (name, self.reason) if part)
+        name = " ".join([self.probe, *neighbours, *lambda_rule, *taps])
+        return f"{name}, {self.reason}" if self.reason else name
 
     @property
     def images(self) -> str:
-        """Give the labelled images a class, to three digits."""
+        """The labelled images per class, to three digits."""
         return f"{self.images_per_class:.3g}" if self.images_per_class < 1000 else f"{self.images_per_class:.0f}"
 
     @property
     def strength(self) -> str:
-        """Give lambda, or nothing."""
+        """Lambda, or an empty string."""
         if "auto" in self.params:
             return "auto"
         return f"{self.params['lambda']:g}" if "lambda" in self.params else ""
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """Give the rest: the subset, its images a class, and lambda."""
-        parts = (self.subset, f"{self.images} image{'' if self.images == '1' else 's'} a class")
-        return (*parts, f"λ={self.strength}") if self.strength else parts
+        """The title below the group: subset, images per class, and lambda."""
+        lines = (self.subset, f"{self.images} image{'' if self.images == '1' else 's'} a class")
+        return (*lines, f"λ={self.strength}") if self.strength else lines
 
     @property
     def title(self) -> str:
+        """The lines as one string."""
         return ", ".join(self.lines)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One checkpoint: its network, told apart by weights and key; `note` says what every reader must know of it.
+    """One checkpoint, identified by its weights and key.
 
-    source: where its numbers were published, empty where they were measured
+    Attributes:
+        note: What every reader must know of the checkpoint.
+        source: The publication of its numbers, or an empty string where they were measured.
     """
 
     name: str
@@ -85,10 +97,11 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """What the images of a cell say about it, where they were asked.
+    """Statistics of a cell over test images, where they were computed.
 
-    interval: 95 % interval of the mean over test images of this kind, fractions
-    rank:     among the checkpoints of its column; those that their images cannot tell apart share one
+    Attributes:
+        interval: 95 % interval of the mean over test images of this kind, as fractions.
+        rank: Rank among the checkpoints of the column. Checkpoints that are not separable share a rank.
     """
 
     interval: tuple[float, float] | None = None
@@ -99,11 +112,12 @@ class Standing:
 class Cell:
     """The draws of one checkpoint under one protocol.
 
-    mean, std: fractions in [0, 1] of top-1; std is the sample standard deviation over draws, None for one draw;
-               mean is None where a draw failed
-    draws:     how many; None where a publication does not say
-    status:    that of the worst draw, or `published`
-    results:   ids of the records
+    Attributes:
+        mean: Mean top-1 over draws, a fraction in [0, 1]. None where a draw failed.
+        std: Sample standard deviation over draws. None for one draw.
+        draws: Number of draws. None where a publication does not state it.
+        status: Status of the worst draw, or `published`.
+        results: Ids of the records, by draw.
     """
 
     mean: float | None
@@ -116,10 +130,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows, columns, and the cells that exist.
-
-    notices: what a reader of the whole table must know
-    """
+    """Rows, columns, the cells that exist, and notices about the table as a unit."""
 
     rows: tuple[Row, ...]
     columns: tuple[Column, ...]
@@ -127,16 +138,14 @@ class Table:
     notices: tuple[str, ...] = ()
 
     def groups(self) -> dict[str, tuple[Column, ...]]:
-        """Give the columns by probe, its settings and what sets them apart, in order."""
-        grouped: defaultdict[str, list[Column]] = defaultdict(list)
-        for column in self.columns:
-            grouped[column.group].append(column)
-        return {group: tuple(columns) for group, columns in grouped.items()}
+        """Return the columns by group title, in order."""
+        titles = dict.fromkeys(column.group for column in self.columns)
+        return {title: tuple(column for column in self.columns if column.group == title) for title in titles}
 
     def rows_of(self, columns: Sequence[Column]) -> list[tuple[Row, list[Cell | None]]]:
-        """Give the rows that have a cell in one of the columns, with their cells; None is a missing one."""
-        lines = [(row, [self.cells.get((row, column)) for column in columns]) for row in self.rows]
-        return [(row, cells) for row, cells in lines if any(cells)]
+        """Return the rows that have a cell in one of the columns, with their cells. None is a missing cell."""
+        rows = [(row, [self.cells.get((row, column)) for column in columns]) for row in self.rows]
+        return [(row, cells) for row, cells in rows if any(cells)]
 
 
 def make_table(
@@ -146,52 +155,64 @@ def make_table(
     published: Table | None = None,
     notices: Sequence[str] = (),
 ) -> Table:
-    """Put results into rows and columns, each result once. Two protocols never share a column.
+    """Arrange results in rows and columns, each result once. Two protocols never share a column.
 
-    standings: what the images of each cell say, where they were asked
-    published: rows and columns to stand beside the measured ones
+    Args:
+        results: Records of any checkpoints and protocols.
+        standings: Statistics of each cell over test images, where they were computed.
+        published: Rows and columns to show beside the measured ones.
+        notices: Further notices of the table.
     """
-    kept = list({_identity(result): result for result in results}.values())
-    columns = {column.protocol_id: column for column in _columns(kept)}
-    rows = _rows(kept)
-    draws: defaultdict[Place, list[Result]] = defaultdict(list)
-    for result in kept:
-        draws[place_of(result)].append(result)
-    cells = {
-        (rows[weights, key], columns[protocol]): _cell(
-            group, (standings or {}).get((weights, key, protocol), Standing())
-        )
-        for (weights, key, protocol), group in draws.items()
-    }
-    ordered = tuple(sorted(columns.values(), key=_column_order))
-    best_first = sorted(rows.values(), key=lambda row: _row_order(row, ordered, cells))
-    others = published or Table(rows=(), columns=(), cells={})
+    records = _make_frame(results)
+    by_id = {column.protocol_id: column for column in _make_columns(records)}
+    by_network = {(row.weights_sha256, row.key): row for row in _make_rows(records)}
+    cells = {}
+    for draws in records.groupby(["network", "protocol_id"], sort=False)["result"].agg(list):
+        weights, key, protocol = cell_key = place_of(draws[0])
+        standing = (standings or {}).get(cell_key, Standing())
+        cells[by_network[weights, key], by_id[protocol]] = _make_cell(draws, standing)
+    columns = sorted(by_id.values(), key=_column_order)
+    rows = sorted(by_network.values(), key=lambda row: _row_order(row, columns, cells))
+    published = published or Table(rows=(), columns=(), cells={})
     return Table(
-        rows=(*best_first, *others.rows),
-        columns=tuple(sorted((*ordered, *others.columns), key=_column_order)),
-        cells=cells | dict(others.cells),
-        notices=(*_other_draws(kept), *others.notices, *notices),
+        rows=(*rows, *published.rows),
+        columns=tuple(sorted((*columns, *published.columns), key=_column_order)),
+        cells=cells | dict(published.cells),
+        notices=(*_list_split_notices(records), *published.notices, *notices),
     )
 
 
 def place_of(result: Result) -> Place:
-    """Say in which cell a result belongs."""
+    """Return the identity of the cell that a result belongs to."""
     return result.checkpoint.weights_sha256, result.checkpoint.key, result.protocol_id
 
 
-def _identity(result: Result) -> tuple[object, ...]:
-    """Give what a result's id stands for."""
-    return *place_of(result), result.split.draw
+def _make_frame(results: Iterable[Result]) -> "pd.DataFrame":
+    """Return one row per record: what the table is grouped by, and the record itself as `result`."""
+    import pandas as pd  # --help and ls do without it
+
+    records = pd.Series(list(results), dtype=object)
+    frame = pd.DataFrame(
+        {
+            # As ASCII: pandas' strings refuse the surrogates of undecodable file names.
+            "network": [ascii((one.checkpoint.weights_sha256, one.checkpoint.key)) for one in records],
+            "protocol_id": [one.protocol_id for one in records],
+            "draw": [one.split.draw for one in records],
+            "split": [ascii(one.split.sha256) for one in records],
+            "result": records,
+        }
+    )
+    return frame.drop_duplicates(["network", "protocol_id", "draw"], keep="last")
 
 
-def _cell(draws: Sequence[Result], standing: Standing) -> Cell:
-    from msn_eval.results.statistics import draw_spread  # SciPy, which --help does without
+def _make_cell(draws: Sequence[Result], standing: Standing) -> Cell:
+    from msn_eval.results.statistics import draw_spread  # imports SciPy, which --help does without
 
-    scores = [result.metrics.top1 for result in draws if result.metrics is not None]
-    statuses = {result.status for result in draws}
     ids = tuple(result.id for result in sorted(draws, key=lambda result: result.split.draw))
+    statuses = {result.status for result in draws}
     if "failed" in statuses:
         return Cell(mean=None, std=None, draws=len(draws), status="failed", results=ids)
+    scores = [result.metrics.top1 for result in draws if result.metrics is not None]
     return Cell(
         mean=statistics.fmean(scores),
         std=draw_spread(scores),
@@ -202,177 +223,140 @@ def _cell(draws: Sequence[Result], standing: Standing) -> Cell:
     )
 
 
-def _rows(results: Sequence[Result]) -> dict[tuple[str, str | None], Row]:
-    by_network: defaultdict[tuple[str, str | None], list[Result]] = defaultdict(list)
-    for result in results:
-        by_network[result.checkpoint.weights_sha256, result.checkpoint.key].append(result)
-    names = Counter(group[0].checkpoint.name for group in by_network.values())
-    rows = {}
-    for (weights, key), group in by_network.items():
-        checkpoint = group[0].checkpoint
-        name = checkpoint.name
-        if names[name] > 1:  # two checkpoints of one name are told apart by what they are
-            same_weights = sum(1 for other, _ in by_network if other == weights) > 1
-            name = f"{name} [{weights[:8]}{f' {key}' if same_weights and key else ''}]"
-        rows[weights, key] = Row(name=name, arch=checkpoint.arch, weights_sha256=weights, key=key, note=_note(group))
-    return rows
+def _make_rows(records: "pd.DataFrame") -> Iterator[Row]:
+    networks = list(records.groupby("network", sort=False)["result"].agg(list))
+    names = Counter(results[0].checkpoint.name for results in networks)
+    files = Counter(results[0].checkpoint.weights_sha256 for results in networks)
+    for results in networks:
+        checkpoint = results[0].checkpoint
+        name, weights, key = checkpoint.name, checkpoint.weights_sha256, checkpoint.key
+        if names[name] > 1:
+            name += f" [{weights[:8]}{f' {key}' if files[weights] > 1 and key else ''}]"
+        yield Row(name=name, arch=checkpoint.arch, weights_sha256=weights, key=key, note=_describe_problems(results))
 
 
-def _note(results: Sequence[Result]) -> str:
-    """Say what is not as it should be with a network or the images it was given."""
-    parts = []
+def _describe_problems(results: Sequence[Result]) -> str:
+    """Return what is unusual about a network or the images it was given."""
+    problems = []
     matched = min(result.checkpoint.matched for result in results)
     if matched < 1:
-        parts.append(f"{matched:.1%} of weights loaded")
-    patterns = sorted({pattern for result in results for pattern in result.checkpoint.allow_missing})
-    if patterns:
-        parts.append(f"absent by --allow-missing {' '.join(patterns)}")
-    skipped = sorted({result.data.skipped for result in results} - {0})
-    if skipped:
+        problems.append(f"{matched:.1%} of weights loaded")
+    if patterns := sorted({pattern for result in results for pattern in result.checkpoint.allow_missing}):
+        problems.append(f"absent by --allow-missing {' '.join(patterns)}")
+    if skipped := sorted({result.data.skipped for result in results} - {0}):
         images = "image" if skipped == [1] else "images"
-        parts.append(f"{' or '.join(map(str, skipped))} unreadable {images} skipped")
-    parts += sorted({result.features.degenerate for result in results if result.features.degenerate})
-    return ", ".join(parts)
+        problems.append(f"{' or '.join(map(str, skipped))} unreadable {images} skipped")
+    problems += sorted({result.features.degenerate for result in results if result.features.degenerate})
+    return ", ".join(problems)
 
 
-def _other_draws(results: Sequence[Result]) -> Iterator[str]:
-    """Tell of columns whose rows were not measured with the same labelled images: another train folder, the same val."""
-    splits: defaultdict[tuple[str, str, str, int], set[str]] = defaultdict(set)
-    for result in results:
-        key = (result.protocol_id, result.probe.name, result.split.subset, result.split.draw)
-        splits[key].add(result.split.sha256)
-    apart = sorted({f"{probe} {subset}" for (_, probe, subset, _), digests in splits.items() if len(digests) > 1})
-    if apart:
-        yield f"Rows were measured with different labelled images, and are not to be compared: {', '.join(apart)}."
+def _list_split_notices(records: "pd.DataFrame") -> Iterator[str]:
+    """Warn of columns whose rows have different labelled images: the same val folder, another train folder."""
+    columns = records.groupby(["protocol_id", "draw"]).agg({"split": "nunique", "result": "first"})
+    differing = columns[columns["split"] > 1]["result"]
+    if names := sorted({f"{result.probe.name} {result.split.subset}" for result in differing}):
+        yield f"Rows were measured with different labelled images, and are not to be compared: {', '.join(names)}."
 
 
-def _columns(results: Sequence[Result]) -> list[Column]:
-    by_protocol = {result.protocol_id: result for result in results}
-    groups: defaultdict[str, list[Result]] = defaultdict(list)
-    for result in by_protocol.values():
-        params = {name: result.probe.params[name] for name in _IN_TITLES if name in result.probe.params}
-        groups[json.dumps([result.probe.name, params], sort_keys=True)].append(result)
-    return [
-        _column(result, reason)
-        for group in groups.values()
-        for result, reason in zip(group, _reasons(group), strict=True)
+def _make_columns(records: "pd.DataFrame") -> Iterator[Column]:
+    protocols = records.drop_duplicates("protocol_id", keep="last")["result"]
+    titles = [
+        json.dumps([result.probe.name, *(result.probe.params.get(name) for name in _TITLE_PARAMS)])
+        for result in protocols
     ]
-
-
-def _column(result: Result, reason: str) -> Column:
-    return Column(
-        protocol_id=result.protocol_id,
-        probe=result.probe.name,
-        params=result.probe.params,
-        subset=result.split.subset,
-        data=result.data.name,
-        images_per_class=result.split.images / result.data.classes,
-        classes=result.data.classes,
-        reason=reason,
-    )
-
-
-def _reasons(group: Sequence[Result]) -> list[str]:
-    """Say for each protocol of one probe wherein it differs from the others, field by field.
-
-    What a subset brings with it (its own rule, and the unreadable images among its own) is told only where two protocols
-    of the same subset differ in it. What was set by hand, a limit and what a recipe has otherwise than by default are told
-    always: without them the number would be taken for that of the protocol as it stands.
-    """
-    flat = [dict(_leaves(result.protocol)) for result in group]
-    keys = sorted({key for leaves in flat for key in leaves} - _TOLD_ELSEWHERE)
-    alike: defaultdict[tuple[str, object], list[dict[str, object]]] = defaultdict(list)
-    for result, leaves in zip(group, flat, strict=True):
-        alike[result.split.subset, result.probe.params.get("lambda")].append(leaves)
-    differing = {
-        key for key in keys if any(_differ(one, key) for one in (alike.values() if key in _OF_A_SUBSET else [flat]))
-    }
-    differing |= {key for leaves in flat for key, value in leaves.items() if _is_by_hand(key) and value is not None}
-    differing |= {
-        f"probe.params.{name}" for result in group for name in _unusual(result.probe.name, result.probe.params)
-    }
-    # The images scored follow from a limit and from what was skipped; where these are told, that is enough.
-    named = len({result.data.name for result in group}) > 1
-    hashed = "data.sha256" in differing
-    differing -= {"data.class_map_sha256"} if hashed else set()
-    if named or differing & {"limit", "skipped"}:
-        differing -= {"data.sha256"}
-    same_name = (
-        named
-        and hashed
-        and len({result.data.name for result in group}) < len({leaves.get("data.sha256") for leaves in flat})
-    )
-    reasons = []
-    for result, leaves in zip(group, flat, strict=True):
-        parts = [
-            f"{key.removeprefix('probe.params.')}={_short(leaves.get(key), [one.get(key) for one in flat])}"
-            for key in sorted(differing)
-            if key in leaves or not key.startswith("probe.params.")  # a recipe does not have every setting
-        ]
-        if named and hashed:
-            digest = (
-                f" {_short(leaves.get('data.sha256'), [one.get('data.sha256') for one in flat])}"
-                if same_name and not differing & {"limit", "skipped"}
-                else ""
+    for group in protocols.groupby(titles).agg(list):
+        for result, reason in zip(group, _list_reasons(group), strict=True):
+            yield Column(
+                protocol_id=result.protocol_id,
+                probe=result.probe.name,
+                params=result.probe.params,
+                subset=result.split.subset,
+                data=result.data.name,
+                images_per_class=result.split.images / result.data.classes,
+                classes=result.data.classes,
+                reason=reason,
             )
-            parts.insert(0, f"{result.data.name}{digest}")
-        reasons.append(" ".join(parts))
+
+
+def _list_reasons(results: Sequence[Result]) -> list[str]:
+    """Return for each protocol of one probe the fields in which it differs from the others.
+
+    Fields that a subset determines (its rule, its unreadable images) are shown only where two protocols of the same
+    subset differ in them. Manual options, a limit and changes of a recipe are always shown: without them, the number
+    would be taken for that of the default protocol.
+    """
+    protocols = [flatten_fields(result.protocol) for result in results]
+    texts = [{key: json.dumps(value) for key, value in one.items()} for one in protocols]
+    by_subset = defaultdict(list)
+    for result, one in zip(results, texts, strict=True):
+        by_subset[result.split.subset, result.probe.params.get("lambda")].append(one)
+
+    def differs(key: str) -> bool:
+        groups = by_subset.values() if key in _SUBSET_FIELDS else [texts]
+        return any(len({one.get(key, "null") for one in group}) > 1 for group in groups)
+
+    shown = {key for one in texts for key in one if key not in _SHOWN_ELSEWHERE and differs(key)}
+    shown |= {key for one in texts for key in one if key.startswith(("limit", "by_hand.")) and one[key] != "null"}
+    shown |= {f"probe.params.{name}" for result in results for name in _list_unusual_params(result)}
+    # The data set's name replaces its hash where names differ. A limit and skipped images imply another hash.
+    names, digests = ({result.data.name for result in results}, {one.get("data.sha256") for one in protocols})
+    show_name = len(names) > 1 and "data.sha256" in shown
+    show_digest = show_name and len(names) < len(digests) and not shown & {"limit", "skipped"}
+    if "data.sha256" in shown:
+        shown -= {"data.class_map_sha256"}
+    if len(names) > 1 or shown & {"limit", "skipped"}:
+        shown -= {"data.sha256"}
+
+    def shorten(key: str, protocol: Mapping[str, object]) -> str:
+        return _shorten(protocol.get(key), [one.get(key) for one in protocols])
+
+    reasons = []
+    for result, protocol in zip(results, protocols, strict=True):
+        fields = [result.data.name] if show_name else []
+        fields += [shorten("data.sha256", protocol)] if show_digest else []
+        fields += [
+            f"{key.removeprefix('probe.params.')}={shorten(key, protocol)}"
+            for key in sorted(shown)
+            if key in protocol or not key.startswith("probe.params.")  # a recipe does not have every setting
+        ]
+        reasons.append(" ".join(fields))
     return reasons
 
 
-_TOLD_ELSEWHERE = {"subset.name", "probe.params.lambda", "probe.params", "probe.params.taps", "tap"}
-_OF_A_SUBSET = {"subset.rule", "skipped"}
-_RECIPES = {"linear": LinearRecipe(), "linear-augmented": AugmentedRecipe()}
-
-
-def _is_by_hand(key: str) -> bool:
-    return key == "limit" or key.startswith("by_hand.")
-
-
-def _unusual(probe: str, params: Params) -> Iterator[str]:
-    """Name the settings that are not those of the probe's recipe; several learning rates are as many protocols."""
-    recipe = _RECIPES.get(probe)
-    for name, value in params.items():
-        usual = getattr(recipe, name, value)
-        if value != usual and [value] != usual and f"probe.params.{name}" not in _TOLD_ELSEWHERE:
+def _list_unusual_params(result: Result) -> Iterator[str]:
+    """Yield the settings that differ from the probe's recipe. Several learning rates are as many protocols."""
+    recipe = _RECIPES.get(result.probe.name)
+    for name, value in result.probe.params.items():
+        default = getattr(recipe, name, value)
+        if value != default and [value] != default and f"probe.params.{name}" not in _SHOWN_ELSEWHERE:
             yield name
 
 
-def _differ(flat: Sequence[Mapping[str, object]], key: str) -> bool:
-    return len({json.dumps(leaves.get(key)) for leaves in flat}) > 1
-
-
-def _leaves(value: object, path: str = "") -> list[tuple[str, object]]:
-    if not isinstance(value, Mapping):
-        return [(path, value)]
-    return [leaf for key, inner in value.items() for leaf in _leaves(inner, f"{path}.{key}" if path else str(key))]
-
-
-def _short(value: object, others: Sequence[object]) -> str:
-    """Give eight digits of a hash where that tells it from the others, else all of the value."""
+def _shorten(value: object, values: Sequence[object]) -> str:
+    """Return eight digits of a hash where these distinguish it from the others, else the complete value."""
     text = "none" if value is None else str(value)
-    apart = len({str(other)[:8] for other in others}) == len({str(other) for other in others})
-    return text[:8] if len(text) == 64 and apart else text
+    distinguishes = len({str(one)[:8] for one in values}) == len({str(one) for one in values})
+    return text[:8] if len(text) == 64 and distinguishes else text
 
 
-def _column_order(column: Column) -> tuple[object, ...]:
-    def place(name: str, order: tuple[str, ...]) -> int:
+def _column_order(column: Column) -> tuple[Any, ...]:
+    def index(name: str, order: tuple[str, ...]) -> int:
         return order.index(name) if name in order else len(order)
 
     return (
-        place(column.probe, _PROBE_ORDER),
+        index(column.probe, _PROBE_ORDER),
         column.probe,
-        tuple(sorted((name, value) for name, value in column.params.items() if name != "lambda")),
+        sorted((name, value) for name, value in column.params.items() if name != "lambda"),
         column.published,
         column.reason,
-        place(column.subset, _SUBSET_ORDER),
+        index(column.subset, _SUBSET_ORDER),
         column.subset,
         column.params.get("lambda", 0),
         column.protocol_id,
     )
 
 
-def _row_order(row: Row, columns: Sequence[Column], cells: Mapping[tuple[Row, Column], Cell]) -> tuple[object, ...]:
-    """Best first, column by column; what is missing or failed goes last."""
+def _row_order(row: Row, columns: Sequence[Column], cells: Mapping[tuple[Row, Column], Cell]) -> tuple[Any, ...]:
+    """Best first, column by column. Missing and failed cells go last."""
     means = [cells[row, column].mean if (row, column) in cells else None for column in columns]
     return (*(1.0 if mean is None else -mean for mean in means), row.name)

@@ -3,8 +3,8 @@
     python tests/exact/simulate_gate.py --out reports/exact/gate.md      # all of it, minutes
     python tests/exact/simulate_gate.py --share 0.05                     # a twentieth of the samples
 
-Fixed seeds. Images are drawn by how their score differs between two checkpoints; the code under test is what `check` and
-`compare` call: `weigh` with its exact tests and Holm's correction, and the intervals.
+Fixed seeds. Images are drawn by how their score differs between two checkpoints. The code under test is that of `check` and
+`compare`: `judge_differences` with its exact tests and Holm's correction, and the intervals.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from msn_eval.results.gate import LEVEL, weigh
+from msn_eval.results.gate import LEVEL, judge_differences
 from msn_eval.results.statistics import (
     Integers,
     accuracy_interval,
@@ -35,7 +35,13 @@ _SIZES_OF_THREE = {1: 0.5, 2: 0.2, 3: 0.3}
 
 @dataclass(frozen=True)
 class World:
-    """How scores of images differ. draws; share of images that differ; tilt: (lost - gained) / differing, -1 to 1."""
+    """How scores of images differ between two checkpoints.
+
+    Attributes:
+        draws: Number of draws.
+        share: Fraction of images that differ.
+        tilt: (lost - gained) / differing, in [-1, 1].
+    """
 
     draws: int
     share: float
@@ -60,47 +66,49 @@ class World:
         return float(self.values @ self.probabilities) / self.draws
 
     def samples(self, n: int, count: int, generator: np.random.Generator) -> Iterator[Integers]:
-        """Give `count` times the differences of n images."""
+        """Yield `count` samples of the differences of n images."""
         for counts in generator.multinomial(n, self.probabilities, count):
             yield np.repeat(self.values, counts)
 
 
 def families_called(world: World, n: int, families: int, *, margin: float, seed: int) -> tuple[int, int]:
-    """Give in how many families of 12 protocols any is called a regression, by the test alone and with the margin too."""
+    """Count the families of 12 protocols with any regression, by the test alone and with the margin too."""
     generator = np.random.default_rng(seed)
     draws = [world.draws] * PROTOCOLS
     bare = called = 0
     for _ in range(families):
         family = [*world.samples(n, PROTOCOLS, generator)]
-        if any(one.verdict == "regression" for one in weigh(family, draws, margin=0.0)):
+        if any(one.verdict == "regression" for one in judge_differences(family, draws, margin=0.0)):
             bare += 1
-            # Only such a family can be one: the margin is a condition more.
-            called += any(one.verdict == "regression" for one in weigh(family, draws, margin=margin))
+            # Only such a family can be one: the margin is an additional condition.
+            called += any(one.verdict == "regression" for one in judge_differences(family, draws, margin=margin))
     return bare, called
 
 
 def regressions_found(world: World, n: int, samples: int, *, margin: float, seed: int) -> int:
-    """Give how often the one protocol of this world is a regression while eleven others show no change."""
+    """Count how often the one protocol of this world is a regression while eleven others show no change."""
     generator = np.random.default_rng(seed)
     unchanged = World(world.draws, world.share, 0.0)
-    found = 0
+    regressions = 0
     for changed in world.samples(n, samples, generator):
         others = unchanged.samples(n, PROTOCOLS - 1, generator)
-        found += weigh([changed, *others], [world.draws] * PROTOCOLS, margin=margin)[0].verdict == "regression"
-    return found
+        regressions += (
+            judge_differences([changed, *others], [world.draws] * PROTOCOLS, margin=margin)[0].verdict == "regression"
+        )
+    return regressions
 
 
 def coverage(world: World, n: int, samples: int, *, seed: int) -> float:
-    """Give how often the paired interval holds the true difference."""
+    """Return how often the paired interval contains the true difference."""
     generator = np.random.default_rng(seed)
     intervals = (difference_interval(one, draws=world.draws) for one in world.samples(n, samples, generator))
     return sum(one.low <= world.difference <= one.high for one in intervals) / samples
 
 
 def accuracy_coverage(share: float, agreement: float, draws: int, n: int, samples: int, *, seed: int) -> float:
-    """Give how often the interval of one accuracy holds the true one.
+    """Return how often the interval of one accuracy contains the true one.
 
-    agreement: chance that an image's draws all have the first one's outcome, else each its own
+    `agreement` is the probability that all draws of an image have the outcome of the first one.
     """
     generator = np.random.default_rng(seed)
     held = 0
@@ -113,7 +121,7 @@ def accuracy_coverage(share: float, agreement: float, draws: int, n: int, sample
 
 
 def power_at_detectable(world: World, n: int, samples: int, *, level: float, seed: int) -> float:
-    """Give how often the test finds the drop that is said to be found in 80 of 100 cases."""
+    """Return how often the test finds the drop that should be found in 80 of 100 cases."""
     typical = np.repeat(world.values, np.rint(n * world.probabilities).astype(int))
     drop = minimal_detectable_difference(typical, draws=world.draws, level=level)
     size = -World(world.draws, world.share, 1.0).difference  # the drop if all that differ are lost
@@ -188,16 +196,16 @@ def _coverage(share: float) -> Iterator[str]:
             yield f"| {draws} | {agreement:g} | {n:,} | {texts} |"
 
 
-def _part(name: str, share: float) -> list[str]:
+def _run_section(name: str, share: float) -> list[str]:
     return [*{"null": _null, "power": _power, "coverage": _coverage}[name](share)]
 
 
 def report(share: float) -> Iterator[str]:
-    """Give the lines of the log."""
+    """Yield the lines of the log."""
     yield "# The regression gate where the truth is known\n"
     yield "Written by `make exact`. Fixed seeds: a rerun gives the same bytes.\n"
     with ProcessPoolExecutor(2) as pool:
-        for lines in pool.map(_part, ("null", "power", "coverage"), [share] * 3):
+        for lines in pool.map(_run_section, ("null", "power", "coverage"), [share] * 3):
             yield from lines
 
 

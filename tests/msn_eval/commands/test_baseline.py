@@ -1,4 +1,4 @@
-"""Making a baseline."""
+"""`msn-eval baseline` on the command line."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +14,16 @@ RunWriter = Callable[..., list[Result]]
 _RIGHT = np.array([[True] * 60 + [False] * 40] * 2)
 
 
-def test_baseline_says_what_is_in_it_and_its_hash(
+def test_baseline_prints_its_content_and_hash(
     write_run: RunWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(tmp_path / "runs", _RIGHT)
 
     assert main(["baseline", str(tmp_path / "runs"), "--out", str(tmp_path / "b.json")]) == 0
 
-    told = capsys.readouterr().out
-    assert "knn k=1 T=0.07, 5imgs: 60.00 % of 100 images, 2 draws" in told
-    assert read_baseline(tmp_path / "b.json").sha256 in told
+    out = capsys.readouterr().out
+    assert "knn k=1 T=0.07, 5imgs: 60.00 % of 100 images, 2 draws" in out
+    assert read_baseline(tmp_path / "b.json").sha256 in out
 
 
 def test_one_of_several_checkpoints_must_be_named(
@@ -49,6 +49,6 @@ def test_partial_results_leave_no_file(
     assert not (tmp_path / "b.json").exists()
 
 
-def test_a_folder_is_no_place_for_a_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_is_refused_as_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["baseline", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "no file can be written there" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The gate as it is typed."""
+"""`msn-eval check` on the command line."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _RIGHT = np.array([[True] * 3500 + [False] * 1500] * 2)
 
 @pytest.fixture
 def baseline(write_run: RunWriter, tmp_path: Path) -> list[str]:
-    """Give the first words of a check against a baseline of 5,000 images."""
+    """Return the first arguments of a check against a baseline of 5,000 images."""
     write_run(tmp_path / "before", _RIGHT, name="old")
     assert main(["baseline", str(tmp_path / "before"), "--out", str(tmp_path / "b.json")]) == 0
     return ["check", "--baseline", str(tmp_path / "b.json")]
@@ -25,7 +25,7 @@ def baseline(write_run: RunWriter, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def worse(write_run: RunWriter, tmp_path: Path) -> str:
-    """Give a run that lost four points."""
+    """Return a run that lost four points."""
     right = _RIGHT.copy()
     right[:, :200] = False
     write_run(tmp_path / "worse", right, name="new", weights="b" * 64)
@@ -37,7 +37,7 @@ def test_equal_results_pass(baseline: list[str], tmp_path: Path, capsys: pytest.
     assert "PASS: old [aaaaaaaa] against the baseline old" in capsys.readouterr().out
 
 
-def test_a_drop_ends_with_ten_and_says_how_large_it_is(
+def test_drop_exits_with_10_and_states_its_size(
     baseline: list[str], worse: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*baseline, worse]) == 10
@@ -47,9 +47,7 @@ def test_a_drop_ends_with_ten_and_says_how_large_it_is(
     assert "minimal detectable drop: 0." in out
 
 
-def test_json_holds_the_numbers_and_nothing_else(
-    baseline: list[str], worse: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_has_the_numbers(baseline: list[str], worse: str, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     main([*baseline, worse, "--json"])
 
@@ -59,7 +57,7 @@ def test_json_holds_the_numbers_and_nothing_else(
     assert report["protocols"][0]["accuracy"] == 0.66
 
 
-def test_build_servers_and_pull_requests_get_the_same_verdict(baseline: list[str], worse: str, tmp_path: Path) -> None:
+def test_junit_and_markdown_have_the_same_verdict(baseline: list[str], worse: str, tmp_path: Path) -> None:
     main([*baseline, worse, "--junit", str(tmp_path / "j.xml"), "--markdown", str(tmp_path / "m.md")])
 
     suite = ElementTree.parse(tmp_path / "j.xml").getroot()
@@ -68,7 +66,7 @@ def test_build_servers_and_pull_requests_get_the_same_verdict(baseline: list[str
     assert "| regression | 70.00 % | 66.00 % | -4.00 |" in (tmp_path / "m.md").read_text()
 
 
-def test_without_a_baseline_nothing_passes_and_the_files_say_so(
+def test_missing_baseline_exits_with_12_and_is_written_to_the_files(
     write_run: RunWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(tmp_path / "runs", _RIGHT)
@@ -81,7 +79,7 @@ def test_without_a_baseline_nothing_passes_and_the_files_say_so(
     assert "not comparable" in (tmp_path / "m.md").read_text()
 
 
-def test_a_record_that_cannot_be_read_is_not_comparable(
+def test_unreadable_record_is_not_comparable(
     baseline: list[str], worse: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = next(Path(worse).glob("*.json"))
@@ -91,7 +89,7 @@ def test_a_record_that_cannot_be_read_is_not_comparable(
     assert record.name in capsys.readouterr().err
 
 
-def test_a_protocol_without_a_baseline_is_named_by_its_key(
+def test_protocol_without_a_baseline_is_named(
     baseline: list[str], write_run: RunWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(tmp_path / "before", _RIGHT, name="old", k=5)
@@ -101,30 +99,30 @@ def test_a_protocol_without_a_baseline_is_named_by_its_key(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         ([], "give result folders or --checkpoint, one of the two"),
         (["runs", "--checkpoint", "pixels"], "one of the two"),
-        (["runs", "--data", "digits"], "--data belongs to --checkpoint"),
-        (["runs", "--margin", "1"], "--margin 1: out of range"),
-        (["runs", "--margin", "nan"], "out of range"),
-        (["runs", "--margin", "much"], "--margin much: not a number"),
+        (["runs", "--data", "digits"], "--data needs --checkpoint"),
+        (["runs", "--margin", "1"], "--margin 1: not a fraction"),
+        (["runs", "--margin", "nan"], "--margin nan: not a fraction"),
+        (["runs", "--margin", "much"], "--margin much: not a fraction"),
         (["runs", "--junit", "/no/such/folder/j.xml"], "no file can be written there"),
         (["no/such/runs"], "no such result folder"),
-        (["--checkpoint", "pixels", "--name", "x"], "--name belongs to result folders"),
+        (["--checkpoint", "pixels", "--name", "x"], "--name needs result folders"),
         (["runs", "--limit", "5"], "unknown option --limit"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_judged(
-    baseline: list[str], capsys: pytest.CaptureFixture[str], words: list[str], message: str
+def test_usage_errors(
+    baseline: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert main([*baseline, *words]) == 2
+    assert main([*baseline, *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
 def digits_baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a folder with a baseline of pixels on the digits: two probes, settings that are no full product."""
+    """Return a folder with a baseline of pixels on the digits: two probes, and not every combination of settings."""
     folder = tmp_path_factory.mktemp("digits")
     common = ["--checkpoint", "pixels", "--data", "digits", "--device", "cpu", "--out", str(folder / "runs")]
     cache = ["--cache", str(folder / "cache"), "-q"]
@@ -134,7 +132,7 @@ def digits_baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_checkpoint_is_measured_as_the_baseline_was(
+def test_checkpoint_is_evaluated_by_the_protocols_of_the_baseline(
     digits_baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = ["--out", str(tmp_path / "runs"), "--cache", str(digits_baseline / "cache"), "--device", "cpu"]
@@ -148,7 +146,7 @@ def test_a_checkpoint_is_measured_as_the_baseline_was(
     assert len(list((tmp_path / "runs").glob("*.json"))) == 6
 
 
-def test_another_data_set_is_refused_before_any_network_runs(
+def test_other_data_set_is_refused_before_the_evaluation(
     digits_baseline: Path, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
@@ -159,8 +157,8 @@ def test_another_data_set_is_refused_before_any_network_runs(
 
     code = main(["check", "--baseline", str(digits_baseline / "b.json"), "--checkpoint", "pixels", *own])
 
-    told = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert code == 12
-    assert "ncm, 1img: this data set gives another protocol: " in told
-    assert "data.sha256: " in told
+    assert "ncm, 1img: this data set gives another protocol: " in error
+    assert "data.sha256: " in error
     assert not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""The comparison as it is typed."""
+"""`msn-eval compare` on the command line."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ _RIGHT = np.array([[True] * 60 + [False] * 40] * 2)
 
 @pytest.fixture
 def runs(write_run: RunWriter, tmp_path: Path) -> Path:
-    """Give two folders with a checkpoint each, `a` and `b`, and one with both."""
+    """Return two folders with one checkpoint each, `a` and `b`, and one with both."""
     for folder in ("a", "both"):
         write_run(tmp_path / folder, _RIGHT, name="old")
     for folder in ("b", "both"):
@@ -24,7 +24,7 @@ def runs(write_run: RunWriter, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_two_folders_and_two_names_give_the_same_answer(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_folders_and_two_names_print_the_same(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(runs / "a"), str(runs / "b")]) == 0
     by_folder = capsys.readouterr().out
     assert main(["compare", "--runs", str(runs / "both"), "old", "bbbbbbbb"]) == 0
@@ -41,7 +41,7 @@ def test_json_has_every_flipped_image(runs: Path, capsys: pytest.CaptureFixture[
     assert one["flips"][0] == {"image": "ant/00000.png", "first": 2, "second": 0}
 
 
-def test_markdown_has_a_row_a_protocol(runs: Path) -> None:
+def test_markdown_has_a_row_per_protocol(runs: Path) -> None:
     main(["compare", str(runs / "a"), str(runs / "b"), "--markdown", str(runs / "c.md")])
 
     rows = [line for line in (runs / "c.md").read_text().splitlines() if line.startswith("| knn")]
@@ -50,7 +50,7 @@ def test_markdown_has_a_row_a_protocol(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("arguments", "code", "message"),
     [
         (["a", "nowhere"], 2, "no such result folder"),
         (["a", "both"], 2, "holds results of 2 checkpoints, and one is needed: "),
@@ -59,15 +59,15 @@ def test_markdown_has_a_row_a_protocol(runs: Path) -> None:
         (["a", "b", "--markdown", "nowhere/c.md"], 2, "no file can be written there"),
     ],
 )
-def test_mistakes_are_named(
+def test_usage_errors(
     runs: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    words: list[str],
+    arguments: list[str],
     code: int,
     message: str,
 ) -> None:
     monkeypatch.chdir(runs)
 
-    assert main(["compare", *words]) == code
+    assert main(["compare", *arguments]) == code
     assert message in capsys.readouterr().err

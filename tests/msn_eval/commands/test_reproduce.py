@@ -1,4 +1,4 @@
-"""Published numbers measured again, with the digits standing in for ImageNet."""
+"""`msn-eval reproduce` on the command line, with the digits in place of ImageNet."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ from msn_eval.cli import main
 from msn_eval.data import read_dataset
 from msn_eval.data.dataset import class_map_sha256
 from msn_eval.data.imagenet_subsets import read_publication
-from msn_eval.results.reproduction import Expected, Network, Reproduction
+from msn_eval.results.reproduction import Network, Reproduction
 
 _NETWORK = Network(name="p", method="P", printed_arch="ViT-P/1", arch="pixels", checkpoint="pixels")
 
@@ -35,7 +35,10 @@ def _publish(monkeypatch: pytest.MonkeyPatch, value: float, *, network: Network 
         subset="1img",
         probe="logistic",
         strength=(0.0025, "here"),
-        expected=Expected(value=value, spread=0.5, epochs="1", source="a table"),
+        expected=value,
+        spread=0.5,
+        epochs="1",
+        source="a table",
     )
     monkeypatch.setattr(msn_eval.results.reproduction, "list_reproductions", lambda: (published,))
 
@@ -71,7 +74,7 @@ def test_number_outside_the_spread_differs_with_exit_code_10(
 
 
 @pytest.mark.usefixtures("digits_as_imagenet")
-def test_another_network_than_the_published_one_is_refused_before_it_is_measured(
+def test_other_network_is_refused_before_the_evaluation(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _publish(monkeypatch, 50.0, network=replace(_NETWORK, arch="vit_small_patch16_224"))
@@ -82,32 +85,32 @@ def test_another_network_than_the_published_one_is_refused_before_it_is_measured
     assert "pixels: is pixels, and p-1img was published for vit_small_patch16_224" in capsys.readouterr().err
 
 
-def test_missing_imagenet_ends_with_the_plan_and_exit_code_21(
+def test_missing_imagenet_prints_the_plan_and_exits_with_21(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("MSN_EVAL_DATA", raising=False)
 
     code = main(["reproduce", "msn-vits16-5imgs"])
 
-    told = capsys.readouterr()
-    assert (code, "ImageNet is missing" in told.err) == (21, True)
-    assert "lambda 0.0025" in told.out
-    assert "published  62.8 ± 0.3 (arXiv:2204.07141 Table 1)" in told.out
+    captured = capsys.readouterr()
+    assert (code, "ImageNet is missing" in captured.err) == (21, True)
+    assert "lambda 0.0025" in captured.out
+    assert "published  62.8 ± 0.3 (arXiv:2204.07141 Table 1)" in captured.out
 
 
-def test_other_images_than_imagenet_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_data_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["reproduce", "msn-vits16-5imgs", "--data", "digits"])
 
     assert (code, "digits: is not ImageNet: 10 classes" in capsys.readouterr().err) == (21, True)
 
 
-def test_weights_that_no_name_brings_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_without_a_checkpoint_name_are_requested(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["reproduce", "ibot-vits16-1pct", "--data", "digits"])
 
     assert (code, "Give --checkpoint FILE" in capsys.readouterr().err) == (20, True)
 
 
-def test_list_says_which_lambdas_are_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_shows_which_lambdas_are_unknown(capsys: pytest.CaptureFixture[str]) -> None:
     main(["reproduce", "--list"])
 
     lines = capsys.readouterr().out.splitlines()

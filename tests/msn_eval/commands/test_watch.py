@@ -321,7 +321,7 @@ def test_damaged_records_and_statistics_are_counted_on_the_page(scored: Path) ->
 def test_a_damaged_record_of_an_existing_snapshot_is_refused(scored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     next((scored / "eval").glob("????????????????.json")).write_text("{")
 
-    assert _once(scored) == 22
+    assert (_once(scored), "not a readable result" in capsys.readouterr().err) == (22, True)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Strangers' names in what the gate and the comparison print: shown, never acted upon; every number is the record's."""
+"""Reports of gate and comparison: hostile names are escaped, and every number is that of the record."""
 
 import json
 import re
@@ -37,7 +37,7 @@ _EVIL = "\x1b[1m<script>|\n## [x](javascript:1)`&lt;\u202e\ud800\ufffe" + "x" * 
 
 @pytest.fixture(scope="module")
 def both(write_run: RunWriter, tmp_path_factory: pytest.TempPathFactory) -> tuple[GateReport, Comparison]:
-    """Give a gate's report and a comparison of a checkpoint that lost a tenth, with a name that bites."""
+    """Return a gate report and a comparison of a checkpoint that lost a tenth, with a hostile name."""
     folder = tmp_path_factory.mktemp("runs")
     right = np.array([[True] * 700 + [False] * 300])
     before = write_run(folder, right, name="old")
@@ -47,19 +47,19 @@ def both(write_run: RunWriter, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return report, compare(before, after, ([folder], [folder]))
 
 
-def test_junit_is_well_formed_whatever_the_names(both: tuple[GateReport, Comparison]) -> None:
+def test_junit_is_well_formed_with_hostile_names(both: tuple[GateReport, Comparison]) -> None:
     named = replace(both[0], protocols=tuple(replace(one, title=_EVIL, reason=_EVIL) for one in both[0].protocols))
 
     for text in (render_gate_junit(named), render_refusal_junit(_EVIL)):
         assert len(list(ElementTree.fromstring(text))) == 1
 
 
-def test_terminal_gets_no_control_and_no_direction_mark(both: tuple[GateReport, Comparison]) -> None:
+def test_text_has_no_control_characters_or_direction_marks(both: tuple[GateReport, Comparison]) -> None:
     for text in (render_gate_text(both[0]), render_comparison_text(both[1])):
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", text)
 
 
-def test_markdown_has_no_markup_of_strangers(both: tuple[GateReport, Comparison]) -> None:
+def test_markdown_escapes_markup_in_names(both: tuple[GateReport, Comparison]) -> None:
     for text in (render_gate_markdown(both[0]), render_comparison_markdown(both[1]), render_refusal_markdown(_EVIL)):
         assert not re.search(r"(?<!\\)[<`\[]", text)
         assert text.encode()
@@ -67,14 +67,14 @@ def test_markdown_has_no_markup_of_strangers(both: tuple[GateReport, Comparison]
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4))
-def test_a_row_has_as_many_cells_as_it_was_given(cells: list[str]) -> None:
+def test_markdown_row_keeps_the_number_of_cells(cells: list[str]) -> None:
     row = markdown_row(cells)
 
     assert "\n" not in row
     assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == len(cells) + 1
 
 
-def test_every_number_of_the_gate_is_that_of_its_report(both: tuple[GateReport, Comparison]) -> None:
+def test_numbers_of_the_gate_are_those_of_its_report(both: tuple[GateReport, Comparison]) -> None:
     report, (one,) = both[0], both[0].protocols
     stated = json.loads(render_gate_json(report))["protocols"][0]
     assert one.paired is not None
@@ -86,7 +86,7 @@ def test_every_number_of_the_gate_is_that_of_its_report(both: tuple[GateReport, 
         assert [number for number in texts if number not in text] == []
 
 
-def test_every_number_of_the_comparison_is_that_of_its_record(both: tuple[GateReport, Comparison]) -> None:
+def test_numbers_of_the_comparison_are_those_of_its_record(both: tuple[GateReport, Comparison]) -> None:
     stated = json.loads(render_comparison_json(both[1]))["protocols"][0]
     texts = ["70.00 %", "60.00 %", "-10.00", f"{100 * stated['paired']['interval']['low']:+.2f}", "100 images lost"]
 
@@ -94,5 +94,5 @@ def test_every_number_of_the_comparison_is_that_of_its_record(both: tuple[GateRe
         assert [number for number in texts if number not in text] == []
 
 
-def test_what_is_too_small_for_a_float_is_not_called_zero() -> None:
+def test_underflowing_p_value_is_not_shown_as_zero() -> None:
     assert (p_text(0.0), p_text(0.0312)) == ("p < 1e-300", "p = 0.031")

@@ -1,4 +1,4 @@
-"""The baseline file: stable, small, and refused after any change."""
+"""Baseline file: stable, small, and refused after any change."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,13 +22,13 @@ def baseline(write_run: RunWriter, tmp_path: Path) -> Baseline:
     return make_baseline(list_results([tmp_path / "runs"]), [tmp_path / "runs"])
 
 
-def test_a_written_baseline_reads_back_equal(baseline: Baseline, tmp_path: Path) -> None:
+def test_written_baseline_reads_back_equal(baseline: Baseline, tmp_path: Path) -> None:
     write_baseline(tmp_path / "b.json", baseline)
 
     assert read_baseline(tmp_path / "b.json") == baseline
 
 
-def test_baseline_knows_every_image(baseline: Baseline) -> None:
+def test_baseline_stores_every_image(baseline: Baseline) -> None:
     assert np.array_equal(baseline.protocols[0].right, _RIGHT)
 
 
@@ -39,39 +39,41 @@ def test_equal_results_give_an_equal_file(baseline: Baseline, write_run: RunWrit
     assert render_baseline(again) == render_baseline(baseline)
 
 
-def test_file_takes_about_a_sixth_of_a_byte_an_image_and_draw(baseline: Baseline) -> None:
+def test_file_takes_about_a_sixth_of_a_byte_per_image_and_draw(baseline: Baseline) -> None:
     assert len(baseline.protocols[0].draws[0].right) <= 4 * (1001 / 24 + 1)
 
 
-def test_any_changed_byte_is_found(baseline: Baseline, tmp_path: Path) -> None:
+def test_any_changed_byte_is_refused(baseline: Baseline, tmp_path: Path) -> None:
     path = tmp_path / "b.json"
-    whole = render_baseline(baseline).encode()
+    content = render_baseline(baseline).encode()
     generator = np.random.default_rng(1)
-    for place in generator.integers(0, len(whole), 150):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << generator.integers(0, 7))]) + whole[place + 1 :])
-        with pytest.raises(ComparisonError, match="no readable baseline"):
+    for index in generator.integers(0, len(content), 150):
+        path.write_bytes(
+            content[:index] + bytes([content[index] ^ (1 << generator.integers(0, 7))]) + content[index + 1 :]
+        )
+        with pytest.raises(ComparisonError, match="not a readable baseline"):
             read_baseline(path)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 1500])
-def test_a_truncated_baseline_is_refused(baseline: Baseline, tmp_path: Path, keep: int) -> None:
+def test_truncated_baseline_is_refused(baseline: Baseline, tmp_path: Path, keep: int) -> None:
     (tmp_path / "b.json").write_text(render_baseline(baseline)[:keep])
 
-    with pytest.raises(ComparisonError, match=r"b\.json: no readable baseline"):
+    with pytest.raises(ComparisonError, match=r"b\.json: not a readable baseline"):
         read_baseline(tmp_path / "b.json")
 
 
 @pytest.mark.parametrize(
     "text", ["[]", "null", "{}", '{"sha256": 1}', "[" * 100_000, '{"kind": "x", "schema": 1, "sha256": "y"}']
 )
-def test_other_json_is_no_baseline(tmp_path: Path, text: str) -> None:
+def test_other_json_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "b.json").write_text(text)
 
-    with pytest.raises(ComparisonError, match="no readable baseline"):
+    with pytest.raises(ComparisonError, match="not a readable baseline"):
         read_baseline(tmp_path / "b.json")
 
 
-def test_a_missing_baseline_says_how_to_make_one(tmp_path: Path) -> None:
+def test_missing_baseline_error_shows_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(ComparisonError, match="no baseline: there is no such file") as raised:
         read_baseline(tmp_path / "b.json")
 
@@ -87,7 +89,7 @@ def test_a_missing_baseline_says_how_to_make_one(tmp_path: Path) -> None:
         ({"changed": lambda one: replace(one, status="failed", metrics=None, error="broken")}, "FAILED: broken"),
     ],
 )
-def test_doubtful_results_become_no_baseline(
+def test_failed_unconverged_or_partial_results_are_refused(
     write_run: RunWriter, tmp_path: Path, options: dict[str, object], message: str
 ) -> None:
     results = write_run(tmp_path, _RIGHT, **options)

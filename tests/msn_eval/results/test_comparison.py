@@ -1,4 +1,4 @@
-"""Two checkpoints: what the words say follows from the images."""
+"""Comparison of two checkpoints: outcome and words follow from the images."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from msn_eval.errors import ComparisonError
-from msn_eval.results.comparison import Comparison, compare, nearest_protocol, protocol_differences
+from msn_eval.results.comparison import Comparison, compare, list_protocol_differences, nearest_protocol
 from msn_eval.results.folder import list_results
 from msn_eval.results.record import Result
 
@@ -22,7 +22,7 @@ def _compare(a: Path, b: Path) -> Comparison:
 
 @pytest.fixture
 def compared(write_run: RunWriter, tmp_path: Path) -> Comparison:
-    """Give a second checkpoint that lost 20 ants in both draws and gained one bee in the first draw."""
+    """Compare with a checkpoint that lost 20 ants in both draws and gained one bee in the first draw."""
     after = _BEFORE.copy()
     after[:, 5:25] = False
     after[0, 99] = True
@@ -31,7 +31,7 @@ def compared(write_run: RunWriter, tmp_path: Path) -> Comparison:
     return _compare(tmp_path / "a", tmp_path / "b")
 
 
-def test_worse_is_said_with_its_size(compared: Comparison) -> None:
+def test_significant_drop_is_worse_and_states_its_size(compared: Comparison) -> None:
     (one,) = compared.protocols
 
     assert (one.outcome, one.words) == ("worse", "the second is worse by 19.50 points")
@@ -39,7 +39,7 @@ def test_worse_is_said_with_its_size(compared: Comparison) -> None:
     assert one.paired.interval.low < -0.195 < one.paired.interval.high < 0
 
 
-def test_flipped_images_are_named_lost_ones_first(compared: Comparison) -> None:
+def test_flipped_images_are_listed_lost_ones_first(compared: Comparison) -> None:
     flips = compared.protocols[0].flips
 
     assert len(flips) == 21
@@ -47,21 +47,21 @@ def test_flipped_images_are_named_lost_ones_first(compared: Comparison) -> None:
     assert (flips[-1].image, flips[-1].first, flips[-1].second) == ("bee/00099.png", 0, 1)
 
 
-def test_classes_are_those_that_changed_the_most_changed_first(compared: Comparison) -> None:
+def test_changed_classes_are_listed_most_changed_first(compared: Comparison) -> None:
     assert [(one.name, one.images, one.first, one.second) for one in compared.protocols[0].classes] == [
         ("ant", 50, 1.0, 0.6),
         ("bee", 50, 0.2, 0.21),
     ]
 
 
-def test_spread_over_draws_and_interval_over_images_stand_apart(compared: Comparison) -> None:
+def test_spread_over_draws_and_interval_over_images_are_separate(compared: Comparison) -> None:
     first, second = compared.protocols[0].first, compared.protocols[0].second
 
     assert (first.spread, second.spread) == (0.0, pytest.approx(np.std([0.41, 0.40], ddof=1)))
     assert first.interval.low < 0.6 < first.interval.high
 
 
-def test_a_small_difference_is_not_separable_and_says_what_would_be(write_run: RunWriter, tmp_path: Path) -> None:
+def test_small_difference_is_not_separable_and_states_the_detectable_one(write_run: RunWriter, tmp_path: Path) -> None:
     after = _BEFORE.copy()
     after[:, 0] = False
     write_run(tmp_path / "a", _BEFORE)
@@ -73,7 +73,7 @@ def test_a_small_difference_is_not_separable_and_says_what_would_be(write_run: R
     assert one.words.startswith(f"not separable: a true difference of {100 * one.detectable:.2f} points or more would")
 
 
-def test_the_same_predictions_are_called_so(write_run: RunWriter, tmp_path: Path) -> None:
+def test_equal_predictions_and_equally_right_images_are_distinguished(write_run: RunWriter, tmp_path: Path) -> None:
     write_run(tmp_path / "a", _BEFORE)
     write_run(tmp_path / "b", _BEFORE, weights="b" * 64, wrong_class=2)
 
@@ -88,7 +88,7 @@ def test_only_common_draws_are_compared(write_run: RunWriter, tmp_path: Path) ->
     assert _compare(tmp_path / "a", tmp_path / "b").protocols[0].draws == (1,)
 
 
-def test_unconverged_solutions_make_the_words_doubtful(write_run: RunWriter, tmp_path: Path) -> None:
+def test_unconverged_fit_is_mentioned_in_the_words(write_run: RunWriter, tmp_path: Path) -> None:
     write_run(tmp_path / "a", _BEFORE)
     write_run(tmp_path / "b", ~_BEFORE, weights="b" * 64, changed=lambda one: replace(one, status="not_converged"))
 
@@ -99,7 +99,7 @@ def test_unconverged_solutions_make_the_words_doubtful(write_run: RunWriter, tmp
     )
 
 
-def test_what_is_not_compared_is_named_with_the_reason(write_run: RunWriter, tmp_path: Path) -> None:
+def test_protocols_of_one_side_are_listed_with_the_reason(write_run: RunWriter, tmp_path: Path) -> None:
     write_run(tmp_path / "a", _BEFORE)
     write_run(tmp_path / "a", _BEFORE, k=5)
     write_run(tmp_path / "b", _BEFORE, weights="b" * 64)
@@ -114,7 +114,7 @@ def test_what_is_not_compared_is_named_with_the_reason(write_run: RunWriter, tmp
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (lambda one: replace(one, split=replace(one.split, sha256="9" * 64)), "fitted to other labelled images"),
+        (lambda one: replace(one, split=replace(one.split, sha256="9" * 64)), "fitted to different labelled images"),
         (lambda one: replace(one, status="failed", metrics=None, error="broken"), "FAILED: broken"),
     ],
 )
@@ -128,21 +128,21 @@ def test_nothing_to_compare_is_an_error(
         _compare(tmp_path / "a", tmp_path / "b")
 
 
-def test_fields_are_named_by_their_path_and_hashes_are_short() -> None:
+def test_differences_have_dotted_paths_and_short_hashes() -> None:
     first = {"data": {"sha256": "a" * 64}, "limit": None, "same": 1}
     second = {"data": {"sha256": "b" * 64}, "limit": 5, "same": 1, "new": True}
 
-    assert protocol_differences(first, second) == [
+    assert list_protocol_differences(first, second) == [
         "data.sha256: aaaaaaaaaaaa -> bbbbbbbbbbbb",
         "limit: None -> 5",
         "new: (none) -> True",
     ]
 
 
-def test_hashes_that_differ_late_differ() -> None:
-    assert protocol_differences({"x": "a" * 64}, {"x": "a" * 63 + "b"}) == ["x: aaaaaaaaaaaa -> aaaaaaaaaaaa"]
+def test_hashes_with_a_common_prefix_differ() -> None:
+    assert list_protocol_differences({"x": "a" * 64}, {"x": "a" * 63 + "b"}) == ["x: aaaaaaaaaaaa -> aaaaaaaaaaaa"]
 
 
-def test_nearest_has_the_fewest_differences() -> None:
+def test_nearest_protocol_has_the_fewest_differences() -> None:
     assert nearest_protocol({"a": 1, "b": 1}, [{"a": 2, "b": 2}, {"a": 1, "b": 3}]) == ["b: 1 -> 3"]
     assert nearest_protocol({"a": 1}, []) == []

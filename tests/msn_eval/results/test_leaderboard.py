@@ -1,4 +1,4 @@
-"""What test images say of a table's cells: intervals and ranks, and when they are not asked."""
+"""Leaderboard: intervals and ranks of cells from the stored predictions."""
 
 import shutil
 from dataclasses import replace
@@ -18,7 +18,7 @@ _RECORD = Path(__file__).parents[2] / "golden" / "records" / "schema-1" / "b3936
 
 
 def _write(folder: Path, name: str, draw: int, right: int) -> Result:
-    """Write a record whose first `right` images, of 200, are right."""
+    """Write a record whose first `right` of 200 images are right."""
     base = read_result(_RECORD)
     stored = read_predictions(_RECORD.with_suffix(".npz"))
     ranks = np.where(np.arange(200) < right, 1, 2)
@@ -35,7 +35,7 @@ def _write(folder: Path, name: str, draw: int, right: int) -> Result:
     return result
 
 
-def test_checkpoints_that_their_images_cannot_tell_apart_share_a_rank(tmp_path: Path) -> None:
+def test_checkpoints_that_are_not_separable_share_a_rank(tmp_path: Path) -> None:
     results = [_write(tmp_path, name, 1, right) for name, right in (("a", 150), ("b", 149), ("c", 100))]
 
     board = make_leaderboard(scan_results([tmp_path]))
@@ -43,7 +43,7 @@ def test_checkpoints_that_their_images_cannot_tell_apart_share_a_rank(tmp_path: 
     assert [board.standings[place_of(result)].rank for result in results] == [1, 1, 3]
 
 
-def test_one_draw_has_the_recorded_interval_and_several_that_of_their_scores(tmp_path: Path) -> None:
+def test_interval_is_recorded_for_one_draw_and_computed_for_several(tmp_path: Path) -> None:
     one = _write(tmp_path, "a", 1, 100)
     several = [_write(tmp_path, "b", draw, right) for draw, right in ((1, 90), (2, 110))]
 
@@ -56,7 +56,7 @@ def test_one_draw_has_the_recorded_interval_and_several_that_of_their_scores(tmp
     assert standings[place_of(several[0])].interval == (expected.low, expected.high)
 
 
-def test_only_checkpoints_with_every_draw_of_a_column_are_ranked(tmp_path: Path) -> None:
+def test_checkpoint_without_all_draws_has_no_rank(tmp_path: Path) -> None:
     results = [_write(tmp_path, name, draw, 100) for name in "ab" for draw in (1, 2)]
     partly = _write(tmp_path, "c", 1, 100)
 
@@ -65,13 +65,13 @@ def test_only_checkpoints_with_every_draw_of_a_column_are_ranked(tmp_path: Path)
     assert [standings[place_of(one)].rank for one in (results[0], results[2], partly)] == [1, 1, None]
 
 
-def test_a_single_checkpoint_has_no_rank(tmp_path: Path) -> None:
+def test_single_checkpoint_has_no_rank(tmp_path: Path) -> None:
     result = _write(tmp_path, "a", 1, 100)
 
     assert make_leaderboard(scan_results([tmp_path])).standings[place_of(result)].rank is None
 
 
-def test_a_failed_draw_leaves_its_cell_without_interval_and_rank(tmp_path: Path) -> None:
+def test_cell_with_a_failed_draw_has_no_interval_and_no_rank(tmp_path: Path) -> None:
     _write(tmp_path, "a", 1, 100)
     result = _write(tmp_path, "b", 1, 100)
     write_result(tmp_path, replace(result, status="failed", error="NaN", metrics=None, predictions=None), None)
@@ -82,7 +82,7 @@ def test_a_failed_draw_leaves_its_cell_without_interval_and_rank(tmp_path: Path)
     assert (board.notices, board.faults) == ((), ())
 
 
-def test_predictions_that_are_not_there_are_told_and_leave_the_recorded_interval(tmp_path: Path) -> None:
+def test_missing_predictions_are_reported_and_keep_the_recorded_interval(tmp_path: Path) -> None:
     result = _write(tmp_path, "a", 1, 100)
     (tmp_path / f"{result.id}.npz").unlink()
 
@@ -90,12 +90,12 @@ def test_predictions_that_are_not_there_are_told_and_leave_the_recorded_interval
 
     assert result.metrics is not None
     assert board.standings[place_of(result)] == Standing(interval=result.metrics.top1_ci95)
-    assert board.notices == ("The predictions of 1 cells are not beside their records: they have no rank.",)
+    assert board.notices == ("The predictions of 1 cells are missing; these cells have no rank.",)
     assert board.faults == ()
 
 
 @pytest.mark.parametrize("damage", ["cut", "another's"])
-def test_predictions_that_do_not_belong_to_their_record_are_a_fault(tmp_path: Path, damage: str) -> None:
+def test_predictions_of_another_record_are_a_fault(tmp_path: Path, damage: str) -> None:
     result = _write(tmp_path, "a", 1, 100)
     other = _write(tmp_path, "b", 1, 101)
     path = tmp_path / f"{result.id}.npz"
@@ -109,12 +109,12 @@ def test_predictions_that_do_not_belong_to_their_record_are_a_fault(tmp_path: Pa
     assert [fault.where for fault in board.faults] == [str(path)]
 
 
-def test_large_tables_do_without_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_table_has_no_ranks_unless_requested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = [_write(tmp_path, name, 1, 100) for name in "ab"]
-    monkeypatch.setattr(leaderboard, "_MOST_WORK", 1000)
+    monkeypatch.setattr(leaderboard, "_MAX_COST", 1000)
     scan = scan_results([tmp_path])
 
-    without, asked = make_leaderboard(scan), make_leaderboard(scan, ranked=True)
+    default, requested = make_leaderboard(scan), make_leaderboard(scan, ranked=True)
 
-    assert [board.standings[place_of(results[0])].rank for board in (without, asked)] == [None, 1]
-    assert "--ranks asks for them" in without.notices[0]
+    assert [board.standings[place_of(results[0])].rank for board in (default, requested)] == [None, 1]
+    assert "--ranks adds them" in default.notices[0]

@@ -1,4 +1,4 @@
-"""Records: what is written reads back, and nothing damaged passes for a result."""
+"""Records: what is written reads back, and damaged records are refused."""
 
 import json
 import platform
@@ -38,10 +38,18 @@ def result(digits_runs: Path) -> Result:
     return list_results([digits_runs])[0]
 
 
-def test_a_written_result_reads_back_equal(result: Result, tmp_path: Path) -> None:
+def test_written_result_reads_back_equal(result: Result, tmp_path: Path) -> None:
     write_result(tmp_path, result, None)
 
     assert read_result(tmp_path / f"{result.id}.json") == result
+
+
+def test_distribution_is_written_only_where_there_is_one(result: Result, tmp_path: Path) -> None:
+    plugged = replace(result, checkpoint=replace(result.checkpoint, distribution="toy-encoders 1.2"))
+    write_result(tmp_path, plugged, None)
+
+    assert read_result(tmp_path / f"{result.id}.json") == plugged
+    assert "distribution" not in as_json(result)["checkpoint"]
 
 
 def test_metrics_follow_from_the_stored_predictions(digits_runs: Path) -> None:
@@ -69,7 +77,7 @@ def test_predictions_need_no_pickle(digits_runs: Path) -> None:
         }
 
 
-def test_a_record_with_nan_cannot_be_written(result: Result, tmp_path: Path) -> None:
+def test_record_with_nan_is_not_written(result: Result, tmp_path: Path) -> None:
     assert result.metrics is not None
     broken = replace(result, metrics=replace(result.metrics, top1=float("nan")))
 
@@ -79,18 +87,18 @@ def test_a_record_with_nan_cannot_be_written(result: Result, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_protocol_that_was_edited_in_the_file_is_refused(result: Result, tmp_path: Path) -> None:
+def test_edited_protocol_is_refused(result: Result, tmp_path: Path) -> None:
     write_result(tmp_path, result, None)
     path = tmp_path / f"{result.id}.json"
     content = json.loads(path.read_text())
     content["protocol"]["limit"] = 7
     path.write_text(json.dumps(content))
 
-    with pytest.raises(StoreError, match="its protocol is not the one of its protocol_id"):
+    with pytest.raises(StoreError, match="protocol_id does not match the protocol"):
         read_result(path)
 
 
-def test_records_from_before_overlap_was_counted_read_as_not_counted(result: Result, tmp_path: Path) -> None:
+def test_record_without_overlap_reads_as_none(result: Result, tmp_path: Path) -> None:
     write_result(tmp_path, result, None)
     path = tmp_path / f"{result.id}.json"
     content = json.loads(path.read_text())
@@ -101,23 +109,23 @@ def test_records_from_before_overlap_was_counted_read_as_not_counted(result: Res
 
 
 @pytest.mark.parametrize(
-    ("written", "told"),
+    ("schema", "message"),
     [
-        ("2", "schema 2, this version of msn-eval reads 1\nUpdate msn-eval."),
-        ("0", "schema 0, this version of msn-eval reads 1\nNo version wrote"),
+        ("2", "schema 2; this version of msn-eval reads 1\nUpdate msn-eval."),
+        ("0", "schema 0; this version of msn-eval reads 1\nMove it"),
         ("true", "schema True"),
         ('"1"', "schema '1'"),
         ("null", "schema None"),
     ],
 )
-def test_another_schema_is_refused_with_what_to_do(result: Result, tmp_path: Path, written: str, told: str) -> None:
-    path = _rewritten(result, tmp_path, '"schema": 1', f'"schema": {written}')
+def test_other_schema_is_refused_with_a_hint(result: Result, tmp_path: Path, schema: str, message: str) -> None:
+    path = _rewritten(result, tmp_path, '"schema": 1', f'"schema": {schema}')
 
     with pytest.raises(StoreError) as refusal:
         read_result(path)
 
     assert str(path) in str(refusal.value)
-    assert told in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 def _rewritten(result: Result, folder: Path, before: str, after: str) -> Path:
@@ -130,7 +138,7 @@ def _rewritten(result: Result, folder: Path, before: str, after: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
+    ("before", "after", "message"),
     [
         ('"schema": 1,', "", "it states no schema"),
         ('"draw": ', '"draw": "1", "was": ', "split.draw is of the wrong type"),
@@ -143,29 +151,29 @@ def _rewritten(result: Result, folder: Path, before: str, after: str) -> Path:
         ('"name": "digits"', '"name": null', "data.name is of the wrong type: null"),
     ],
 )
-def test_a_field_of_the_wrong_kind_is_refused_by_name(
-    result: Result, tmp_path: Path, before: str, after: str, told: str
+def test_field_of_the_wrong_kind_is_named(
+    result: Result, tmp_path: Path, before: str, after: str, message: str
 ) -> None:
     path = _rewritten(result, tmp_path, before, after)
 
-    with pytest.raises(StoreError, match="is no readable result") as refusal:
+    with pytest.raises(StoreError, match="not a readable result") as refusal:
         read_result(path)
 
-    assert told in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize("change", [{"top1": 1.5}, {"top5": 0.0}, {"n": 0}, {"top1_ci95": (0.9, 0.1)}])
-def test_metrics_that_are_no_accuracies_are_refused(
+def test_metrics_outside_their_range_are_refused(
     result: Result, tmp_path: Path, change: dict[str, float | tuple[float, float]]
 ) -> None:
     assert result.metrics is not None
     write_result(tmp_path, replace(result, metrics=replace(result.metrics, **change)), None)  # type: ignore[arg-type]
 
-    with pytest.raises(StoreError, match="its metrics are no accuracies"):
+    with pytest.raises(StoreError, match="its metrics are not accuracies"):
         read_result(tmp_path / f"{result.id}.json")
 
 
-def test_records_of_every_released_schema_are_read_as_they_were_meant() -> None:
+def test_records_of_every_released_schema_keep_their_fields() -> None:
     assert [path.name for path in sorted(_RELEASED.iterdir())] == [f"schema-{n}" for n in range(1, SCHEMA + 1)]
     for path in _RELEASED.glob("*/*.json"):
         written = json.loads(path.read_text())
@@ -178,7 +186,7 @@ def test_records_of_every_released_schema_are_read_as_they_were_meant() -> None:
         assert read == written
 
 
-def test_records_of_every_released_schema_say_what_they_said() -> None:
+def test_records_of_every_released_schema_keep_their_numbers() -> None:
     said = {
         result.id: (result.probe.name, result.split.subset, result.split.draw, result.metrics and result.metrics.top1)
         for result in list_results(sorted(_RELEASED.iterdir()))
@@ -193,7 +201,7 @@ def test_records_of_every_released_schema_say_what_they_said() -> None:
     }
 
 
-def test_a_damaged_prediction_file_is_refused_by_name(digits_runs: Path, tmp_path: Path) -> None:
+def test_damaged_prediction_file_is_named(digits_runs: Path, tmp_path: Path) -> None:
     whole = next(digits_runs.glob("*.npz")).read_bytes()
     path = tmp_path / "flipped.npz"
     path.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
@@ -206,7 +214,7 @@ def test_canonical_json_sorts_keys_and_keeps_the_shortest_float() -> None:
     assert canonical_json({"b": 0.1, "a": [1, None]}) == '{"a":[1,null],"b":0.1}'
 
 
-def test_an_id_depends_on_weights_key_protocol_and_draw() -> None:
+def test_result_id_depends_on_weights_key_protocol_and_draw() -> None:
     base = {"weights_sha256": "w", "key": None, "protocol_id": "p", "draw": 1}
     others = [{"weights_sha256": "x"}, {"key": "k"}, {"protocol_id": "q"}, {"draw": 2}]
 
@@ -228,28 +236,28 @@ def describe() -> EnvironmentInfo:
     return describe_environment(CPU, batch_size=64, seed=3)
 
 
-def git(folder: Path, *words: str) -> str:
+def git(folder: Path, *arguments: str) -> str:
     identity = ("-c", "user.name=A Tester", "-c", "user.email=tester@example.org", "-c", "commit.gpgsign=false")
     return subprocess.run(
-        ["git", "-C", str(folder), *identity, *words], capture_output=True, text=True, check=True
+        ["git", "-C", str(folder), *identity, *arguments], capture_output=True, text=True, check=True
     ).stdout.strip()
 
 
 @pytest.fixture
 def package_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
-    """Give a function that makes the package seem to run from a folder, with nothing remembered."""
+    """Return a function that makes the package appear to run from a folder, with an empty cache."""
 
     def place(folder: Path) -> None:
         monkeypatch.setattr(environment, "__file__", str(folder / "msn_eval" / "results" / "environment.py"))
-        environment._commit.cache_clear()
+        environment._read_commit.cache_clear()
 
     yield place
-    environment._commit.cache_clear()
+    environment._read_commit.cache_clear()
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, package_in: Callable[[Path], None]) -> Path:
-    """Give a git checkout with one commit that the package seems to run from."""
+    """Return a git checkout with one commit that the package appears to run from."""
     git(tmp_path, "init", "--quiet")
     (tmp_path / "README.md").write_text("one\n")
     git(tmp_path, "add", "README.md")
@@ -281,7 +289,7 @@ def test_changed_checkout_states_a_plus(checkout: Path) -> None:
     assert describe().git == git(checkout, "rev-parse", "HEAD") + "+"
 
 
-def test_untracked_files_are_no_change(checkout: Path) -> None:
+def test_untracked_files_are_not_a_change(checkout: Path) -> None:
     (checkout / "runs.json").write_text("{}")
     assert describe().git == git(checkout, "rev-parse", "HEAD")
 

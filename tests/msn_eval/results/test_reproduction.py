@@ -1,3 +1,5 @@
+"""Reproductions: verdicts follow from the published number, its spread and the draws."""
+
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,6 @@ from msn_eval.results.folder import list_results
 from msn_eval.results.record import Result
 from msn_eval.results.reproduction import (
     NETWORKS,
-    Expected,
     Reproduction,
     find_reproductions,
     judge,
@@ -24,24 +25,23 @@ Measured = Callable[..., list[Result]]
 
 @pytest.fixture
 def measured(digits_runs: Path) -> Measured:
-    """Give a function that gives three draws of one logistic protocol with the accuracies asked for."""
+    """Return a function that makes three draws of one logistic protocol with given accuracies."""
     draws = [r for r in list_results([digits_runs]) if r.probe.name == "logistic" and r.split.subset == "1img"]
 
-    def give(*percents: float) -> list[Result]:
+    def make(*percents: float) -> list[Result]:
         return [
             replace(result, metrics=result.metrics and replace(result.metrics, top1=percent / 100))
             for result, percent in zip(draws, percents, strict=True)
         ]
 
-    return give
+    return make
 
 
-def _pinned(*, value: float = 62.8, spread: float | None = 0.3, known: bool = True) -> Reproduction:
-    expected = Expected(value=value, spread=spread, epochs="800", source="a table")
-    strength = (0.0025, "a command") if known else None
+def _make_reproduction(*, spread: float | None = 0.3, known: bool = True) -> Reproduction:
     return Reproduction(
-        name="x-5imgs", network=NETWORKS[0], subset="5imgs", probe="logistic", strength=strength, expected=expected
-    )
+        name="x-5imgs", network=NETWORKS[0], subset="5imgs", probe="logistic",
+        strength=(0.0025, "a command") if known else None, expected=62.8, spread=spread, epochs="800", source="a table",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,10 @@ def _pinned(*, value: float = 62.8, spread: float | None = 0.3, known: bool = Tr
         ((60.0, 62.8, 65.6), "reproduced"),  # the mean is what was published
     ],
 )
-def test_verdict_holds_the_printed_mean_against_the_published_spread(
+def test_verdict_compares_the_rounded_mean_with_the_published_spread(
     percents: tuple[float, ...], judgement: str, measured: Measured
 ) -> None:
-    (verdict,) = judge(_pinned(), measured(*percents), draws=3)
+    (verdict,) = judge(_make_reproduction(), measured(*percents), draws=3)
 
     assert verdict.judgement == judgement
 
@@ -67,11 +67,11 @@ def test_verdict_holds_the_printed_mean_against_the_published_spread(
 @pytest.mark.parametrize(
     ("reproduction", "reason"),
     [
-        (_pinned(known=False), "the published lambda is unknown"),
-        (_pinned(spread=None), "the publication states no spread"),
+        (_make_reproduction(known=False), "the published lambda is unknown"),
+        (_make_reproduction(spread=None), "the publication states no spread"),
     ],
 )
-def test_nothing_to_hold_it_against_gives_no_verdict(
+def test_unknown_lambda_or_spread_leads_to_no_verdict(
     reproduction: Reproduction, reason: str, measured: Measured
 ) -> None:
     (verdict,) = judge(reproduction, measured(62.8, 62.8, 62.8), draws=3)
@@ -80,25 +80,19 @@ def test_nothing_to_hold_it_against_gives_no_verdict(
     assert verdict.measured == pytest.approx(62.8)
 
 
-def test_missing_draw_gives_no_number_and_no_verdict(measured: Measured) -> None:
-    (verdict,) = judge(_pinned(), measured(62.8, 62.8, 62.8)[:2], draws=3)
-
-    assert (verdict.judgement, verdict.measured) == ("no verdict", None)
-
-
-@pytest.mark.parametrize("status", ["failed", "not_converged"])
-def test_unsound_draw_gives_no_number_and_no_verdict(status: str, measured: Measured) -> None:
+@pytest.mark.parametrize("status", ["missing", "failed", "not_converged"])
+def test_invalid_draw_leads_to_no_verdict(status: str, measured: Measured) -> None:
     first, *others = measured(62.8, 62.8, 62.8)
-    unsound = replace(first, status=status, metrics=None if status == "failed" else first.metrics)
+    invalid = [replace(first, status=status, metrics=None if status == "failed" else first.metrics)]
 
-    (verdict,) = judge(_pinned(), [unsound, *others], draws=3)
+    (verdict,) = judge(_make_reproduction(), others if status == "missing" else [*invalid, *others], draws=3)
 
     assert (verdict.judgement, verdict.measured) == ("no verdict", None)
-    assert verdict.reason == "2 of 3 draws came out sound"
+    assert verdict.reason == "2 of 3 draws have a valid result"
 
 
-def test_the_papers_own_numbers_are_listed() -> None:
-    listed = {one.name: (one.expected.value, one.expected.spread) for one in list_reproductions()}
+def test_numbers_of_the_paper_are_listed() -> None:
+    listed = {one.name: (one.expected, one.spread) for one in list_reproductions()}
 
     assert listed["msn-vits16-1img"] == (47.1, 0.1)
     assert listed["msn-vitb4-1pct"] == (75.7, None)
@@ -108,16 +102,16 @@ def test_the_papers_own_numbers_are_listed() -> None:
     assert len(listed) == len(list_reproductions()) == 43
 
 
-def test_only_the_two_published_lambdas_are_pinned() -> None:
+def test_only_the_two_published_lambdas_are_make_reproduction() -> None:
     pinned = {one.name: one.strength[0] for one in list_reproductions() if one.strength is not None}
 
     assert pinned == {"msn-vits16-5imgs": 0.0025, "msn-vits16-1pct": 0.075}
 
 
 def test_only_a_pinned_lambda_with_a_spread_can_have_a_verdict() -> None:
-    decided = [one.name for one in list_reproductions() if not one.why_no_verdict]
+    names = [one.name for one in list_reproductions() if not one.why_no_verdict]
 
-    assert decided == ["msn-vits16-5imgs"]
+    assert names == ["msn-vits16-5imgs"]
 
 
 def test_released_names_exist() -> None:
@@ -128,13 +122,13 @@ def test_released_names_exist() -> None:
     }  # for which no low-shot number is printed
 
 
-def test_a_network_stands_for_all_of_its_numbers() -> None:
+def test_network_name_selects_all_of_its_numbers() -> None:
     names = [one.name for one in find_reproductions("msn-vitl7")]
 
     assert names == ["msn-vitl7-1img", "msn-vitl7-2imgs", "msn-vitl7-5imgs", "msn-vitl7-1pct", "msn-vitl7-knn"]
 
 
-def test_unknown_name_names_the_nearest() -> None:
+def test_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"Did you mean msn-vits16-5imgs\?"):
         find_reproductions("msn-vits16-5img")
 

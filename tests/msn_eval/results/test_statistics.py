@@ -48,7 +48,7 @@ def test_one_draw_has_no_spread_and_three_have_the_sample_deviation() -> None:
     assert draw_spread([0.1, 0.2, 0.6]) == pytest.approx(np.std([0.1, 0.2, 0.6], ddof=1))
 
 
-def test_score_of_an_image_is_the_draws_in_which_it_is_right() -> None:
+def test_score_of_an_image_is_its_number_of_right_draws() -> None:
     right = np.array([[True, False, True], [True, False, False]])
 
     assert count_right(right).tolist() == [2, 0, 1]
@@ -92,7 +92,7 @@ def test_far_tail_keeps_its_digits() -> None:
     assert sign_flip_test(differences).lower == pytest.approx(0.5**600, rel=1e-9)
 
 
-def test_equal_checkpoints_are_not_told_apart() -> None:
+def test_equal_checkpoints_have_p_values_of_one() -> None:
     same = compare_scores(_scores(50, 20), _scores(50, 20), draws=1)
 
     assert (same.difference, same.differing, same.worse, same.better, same.two_sided) == (0.0, 0, 1.0, 1.0, 1.0)
@@ -140,7 +140,7 @@ def test_interval_of_one_draw_is_wilsons() -> None:
     assert (interval.low, interval.high) == wilson_interval(200, 300)
 
 
-def test_draws_that_agree_are_no_more_images() -> None:
+def test_draws_that_agree_do_not_count_as_more_images() -> None:
     one, three = accuracy_interval(_scores(300, 200), draws=1), accuracy_interval(3 * _scores(300, 200), draws=3)
 
     assert (three.low, three.high) == (pytest.approx(one.low), pytest.approx(one.high))
@@ -160,7 +160,7 @@ def test_draws_that_differ_narrow_the_interval() -> None:
 def test_detectable_drop_is_that_of_the_normal_form(
     n: int, share: float, points: float, points_of_twelve: float
 ) -> None:
-    """The numbers are those of a simulation that this code did not take part in, at 5 % and 80 % power."""
+    """The expected numbers come from an independent simulation at level 5 % and 80 % power."""
     half = round(n * share / 2)
     differences = _differences(n, lost=half, gained=half)
 
@@ -169,7 +169,7 @@ def test_detectable_drop_is_that_of_the_normal_form(
         assert 100 * found == pytest.approx(expected, abs=0.012)
 
 
-def test_where_nothing_differed_a_drop_must_bring_its_own_images() -> None:
+def test_detectable_drop_without_differing_images_is_that_of_the_exact_test() -> None:
     n, level = 10_000, 0.01
     found = minimal_detectable_difference(np.zeros(n, dtype=np.int64), draws=1, level=level)
 
@@ -181,7 +181,7 @@ def test_few_images_can_show_nothing() -> None:
     assert minimal_detectable_difference(np.zeros(5, dtype=np.int64), draws=1, level=0.01) == 1.0
 
 
-def test_detectable_drop_is_found_about_as_often_as_it_says() -> None:
+def test_detectable_drop_is_found_with_about_80_percent_power() -> None:
     generator = np.random.default_rng(9)
     n, level, draws = 5_000, 0.01, 3
     null = np.repeat([-2, -1, 0, 1, 2], [25, 50, 4850, 50, 25])
@@ -208,14 +208,14 @@ def test_holm_lies_between_no_correction_and_bonferronis(p_values: list[float]) 
     assert [adjusted[i] for i in np.argsort(p_values, kind="stable")] == sorted(adjusted)
 
 
-def test_checkpoints_that_cannot_be_told_apart_share_a_rank() -> None:
+def test_checkpoints_that_are_not_separable_share_a_rank() -> None:
     good, alike, worse = _scores(1000, 700), _scores(1000, 699), _scores(1000, 500)
 
     assert rank_with_ties([worse, alike, good]) == (3, 1, 1)
 
 
 def _linked() -> list[Integers]:
-    """Give three checkpoints, each 6 images below the one before: only the first and the last are separable."""
+    """Return three checkpoints, each 6 images below the one before: only the first and the last are separable."""
     return [_scores(1000, 700), _scores(1000, 694), _scores(1000, 688)]
 
 

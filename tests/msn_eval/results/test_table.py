@@ -1,4 +1,4 @@
-"""From records to rows, columns and cells."""
+"""Table: records become rows, columns and cells."""
 
 import statistics
 from dataclasses import replace
@@ -21,7 +21,7 @@ def _other_protocol(result: Result, **changes: object) -> Result:
     return replace(result, protocol=protocol, protocol_id=protocol_id(protocol))
 
 
-def test_a_cell_is_mean_and_sample_deviation_over_draws(results: list[Result]) -> None:
+def test_cell_is_mean_and_sample_deviation_over_draws(results: list[Result]) -> None:
     table = make_table(results)
 
     for (_, column), cell in table.cells.items():
@@ -39,7 +39,7 @@ def test_one_draw_has_no_deviation(results: list[Result]) -> None:
     assert (cell.std, cell.draws) == (None, 1)
 
 
-def test_every_protocol_has_a_column_of_its_own(results: list[Result]) -> None:
+def test_every_protocol_has_its_own_column(results: list[Result]) -> None:
     reduced = [_other_protocol(result, precision="reduced") for result in results]
 
     table = make_table([*results, *reduced])
@@ -47,7 +47,7 @@ def test_every_protocol_has_a_column_of_its_own(results: list[Result]) -> None:
     assert len(table.columns) == len({result.protocol_id for result in [*results, *reduced]})
 
 
-def test_columns_that_look_alike_say_wherein_they_differ(results: list[Result]) -> None:
+def test_similar_columns_show_the_fields_that_differ(results: list[Result]) -> None:
     result = results[0]
 
     table = make_table([result, _other_protocol(result, precision="reduced")])
@@ -55,7 +55,7 @@ def test_columns_that_look_alike_say_wherein_they_differ(results: list[Result]) 
     assert {column.reason for column in table.columns} == {"precision=exact", "precision=reduced"}
 
 
-def test_a_failed_draw_leaves_no_mean(results: list[Result]) -> None:
+def test_cell_with_a_failed_draw_has_no_mean(results: list[Result]) -> None:
     same = [r for r in results if r.protocol_id == results[0].protocol_id]
     failed = replace(same[0], status="failed", metrics=None, error="broken")
 
@@ -64,7 +64,7 @@ def test_a_failed_draw_leaves_no_mean(results: list[Result]) -> None:
     assert (cell.mean, cell.status) == (None, "failed")
 
 
-def test_a_draw_that_did_not_converge_marks_its_cell(results: list[Result]) -> None:
+def test_unconverged_draw_marks_its_cell(results: list[Result]) -> None:
     same = [r for r in results if r.protocol_id == results[0].protocol_id]
 
     (cell,) = make_table([replace(same[0], status="not_converged"), *same[1:]]).cells.values()
@@ -72,7 +72,7 @@ def test_a_draw_that_did_not_converge_marks_its_cell(results: list[Result]) -> N
     assert cell.status == "not_converged"
 
 
-def test_two_checkpoints_of_one_name_are_two_rows_told_apart(results: list[Result]) -> None:
+def test_checkpoints_of_one_name_are_distinguished_by_hash(results: list[Result]) -> None:
     other = replace(results[0], checkpoint=replace(results[0].checkpoint, weights_sha256="f" * 64))
 
     table = make_table([results[0], other])
@@ -80,7 +80,7 @@ def test_two_checkpoints_of_one_name_are_two_rows_told_apart(results: list[Resul
     assert sorted(row.name for row in table.rows) == ["pixels [e3b0c442]", "pixels [ffffffff]"]
 
 
-def test_best_checkpoint_comes_first_and_the_failed_last(results: list[Result]) -> None:
+def test_rows_are_ordered_best_first_and_failed_last(results: list[Result]) -> None:
     def named(name: str, top1: float | None) -> Result:
         checkpoint = replace(results[0].checkpoint, name=name, weights_sha256=name)
         metrics = results[0].metrics and replace(results[0].metrics, top1=top1 or 0.0)
@@ -98,27 +98,27 @@ def test_partly_loaded_weights_are_noted_in_the_row(results: list[Result]) -> No
     assert make_table([partly]).rows[0].note == "50.0% of weights loaded"
 
 
-def test_subsets_stand_in_the_order_of_their_size(results: list[Result]) -> None:
+def test_subsets_are_ordered_by_size(results: list[Result]) -> None:
     table: Table = make_table(reversed(results))
 
     assert [column.subset for column in table.groups()["ncm"]] == ["1img", "2imgs"]
 
 
-def test_a_result_that_comes_twice_counts_once(results: list[Result]) -> None:
+def test_repeated_result_counts_once(results: list[Result]) -> None:
     assert make_table([*results, *results]) == make_table(results)
 
 
-def test_order_of_the_records_changes_nothing(results: list[Result]) -> None:
+def test_order_of_the_records_does_not_matter(results: list[Result]) -> None:
     assert make_table(results) == make_table(results[::-1])
 
 
-def test_what_a_subset_brings_with_it_sets_no_column_apart(results: list[Result]) -> None:
+def test_fields_that_a_subset_determines_are_not_shown(results: list[Result]) -> None:
     skipped = [_other_protocol(r, skipped=r.split.subset) for r in results]
 
     assert {column.reason for column in make_table(skipped).columns} == {""}
 
 
-def test_a_precision_of_its_own_is_told_even_where_no_other_column_has_the_subset(results: list[Result]) -> None:
+def test_differing_precision_is_shown_across_subsets(results: list[Result]) -> None:
     chosen = [r for r in results if r.probe.name == "ncm"]
     mixed = [r if r.split.subset == "1img" else _other_protocol(r, precision="reduced") for r in chosen]
 
@@ -127,32 +127,32 @@ def test_a_precision_of_its_own_is_told_even_where_no_other_column_has_the_subse
     assert list(table.groups()) == ["ncm, precision=exact", "ncm, precision=reduced"]
 
 
-def test_columns_of_two_data_sets_are_called_by_their_names(results: list[Result]) -> None:
+def test_columns_of_two_data_sets_show_the_names(results: list[Result]) -> None:
     data = replace(results[0].data, name="photos", sha256="f" * 64)
-    facts = {"sha256": "f" * 64, "class_map_sha256": "e" * 64}
-    other = replace(_other_protocol(results[0], data=facts), data=data)
+    data_fields = {"sha256": "f" * 64, "class_map_sha256": "e" * 64}
+    other = replace(_other_protocol(results[0], data=data_fields), data=data)
 
     table = make_table([results[0], other])
 
     assert {column.reason for column in table.columns} == {"digits", "photos"}
 
 
-def test_a_limit_is_told_without_the_hash_that_follows_from_it(results: list[Result]) -> None:
-    facts = {"sha256": "f" * 64, "class_map_sha256": results[0].data.class_map_sha256}
-    limited = _other_protocol(results[0], data=facts, limit=10)
+def test_limit_is_shown_without_the_data_hash(results: list[Result]) -> None:
+    data_fields = {"sha256": "f" * 64, "class_map_sha256": results[0].data.class_map_sha256}
+    limited = _other_protocol(results[0], data=data_fields, limit=10)
 
     assert {column.reason for column in make_table([results[0], limited]).columns} == {"limit=10", "limit=none"}
 
 
-def test_another_class_map_alone_is_told(results: list[Result]) -> None:
-    facts = {"sha256": results[0].data.sha256, "class_map_sha256": "e" * 64}
+def test_differing_class_map_is_shown(results: list[Result]) -> None:
+    data_fields = {"sha256": results[0].data.sha256, "class_map_sha256": "e" * 64}
 
-    reasons = {c.reason for c in make_table([results[0], _other_protocol(results[0], data=facts)]).columns}
+    reasons = {c.reason for c in make_table([results[0], _other_protocol(results[0], data=data_fields)]).columns}
 
     assert "data.class_map_sha256=eeeeeeee" in reasons
 
 
-def test_patterns_of_absent_weights_and_skipped_images_stand_in_the_row(results: list[Result]) -> None:
+def test_absent_weights_and_skipped_images_are_noted_in_the_row(results: list[Result]) -> None:
     checkpoint = replace(results[0].checkpoint, matched=0.5, allow_missing=("head.*", "norm.*"))
     data = [replace(results[0].data, skipped=count) for count in (0, 2)]
 
@@ -164,27 +164,27 @@ def test_patterns_of_absent_weights_and_skipped_images_stand_in_the_row(results:
 
 
 @pytest.mark.parametrize(
-    ("protocol", "told"),
+    ("protocol", "reason"),
     [
         ({"by_hand": {"patch_drop": 0.5, "seed": 0}}, "by_hand.patch_drop=0.5 by_hand.seed=0"),
         ({"limit": 20}, "limit=20"),
     ],
 )
-def test_what_was_set_by_hand_is_told_of_a_protocol_that_stands_alone(
-    results: list[Result], protocol: dict[str, object], told: str
+def test_manual_options_are_shown_for_a_single_protocol(
+    results: list[Result], protocol: dict[str, object], reason: str
 ) -> None:
     column = make_table([_other_protocol(results[0], **protocol)]).columns[0]
 
-    assert column.reason == told
+    assert column.reason == reason
 
 
-def test_collapsed_features_stand_in_the_row(results: list[Result]) -> None:
+def test_collapsed_features_are_noted_in_the_row(results: list[Result]) -> None:
     features = replace(results[0].features, degenerate="validation images: collapsed representation")
 
     assert make_table([replace(results[0], features=features)]).rows[0].note == features.degenerate
 
 
-def test_rows_measured_with_other_labelled_images_are_told_of(results: list[Result]) -> None:
+def test_rows_with_different_labelled_images_are_mentioned_in_a_notice(results: list[Result]) -> None:
     other = replace(
         results[0],
         checkpoint=replace(results[0].checkpoint, weights_sha256="f" * 64),
@@ -197,7 +197,7 @@ def test_rows_measured_with_other_labelled_images_are_told_of(results: list[Resu
     assert make_table(results).notices == ()
 
 
-def test_a_cell_names_its_records(results: list[Result]) -> None:
+def test_cell_lists_its_records(results: list[Result]) -> None:
     table = make_table(results)
 
     for (_, column), cell in table.cells.items():
@@ -205,7 +205,7 @@ def test_a_cell_names_its_records(results: list[Result]) -> None:
                                       if (r.protocol_id, r.split.draw) == (column.protocol_id, d)]  # fmt: skip
 
 
-def test_linear_layers_say_wherein_they_differ_from_the_recipe_and_from_each_other(results: list[Result]) -> None:
+def test_linear_columns_show_differences_from_the_recipe_and_from_each_other(results: list[Result]) -> None:
     def layer(name: str = "linear", **params: float | str) -> Result:
         changed = _other_protocol(results[0], probe={"name": name, "version": 1, "params": params})
         return replace(changed, probe=replace(changed.probe, name=name, params=params))
