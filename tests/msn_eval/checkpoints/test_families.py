@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
-from msn_eval.checkpoints.families import Backbone, classifier_classes, read_trunk
+from msn_eval.checkpoints.families import Backbone, classifier_classes, rename_weights
 from msn_eval.checkpoints.networks import StoredNetwork
 
 Weights = dict[str, Tensor]
@@ -20,7 +20,9 @@ RESIDUAL = "layer1.0.conv1.weight"
 def read(tensors: Mapping[str, Tensor], place: str = "", beside: tuple[str, ...] = ()) -> Backbone:
     """Read weights that stand at a place in a file, with others beside them."""
     words = tuple(word for word in place.split(".") if word)
-    return read_trunk(StoredNetwork(key=place or None, words=words, tensors=tensors, beside=dict.fromkeys(beside, ONE)))
+    return rename_weights(
+        StoredNetwork(key=place or None, words=words, tensors=tensors, beside=dict.fromkeys(beside, ONE))
+    )
 
 
 ONE = torch.ones(1)
@@ -483,13 +485,6 @@ def test_positions_do_not_go_before_what_a_file_says(place: str, family: str) ->
 def test_mocov3_wider_than_its_base_has_the_heads_of_its_width() -> None:
     weights = with_positions(fixed_positions(1024, grid=4))
     assert read(weights, "state_dict.base_encoder").heads is None
-
-
-def test_positions_of_an_outline_are_asked_for() -> None:
-    positions = fixed_positions()
-    outline = with_positions(positions.to("meta"))
-    network = StoredNetwork(key=None, words=(), tensors=outline)
-    assert read_trunk(network, lambda tensor: positions).heads == 12
 
 
 @pytest.mark.parametrize(

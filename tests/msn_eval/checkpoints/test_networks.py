@@ -342,12 +342,6 @@ def test_networks_that_differ_anywhere_stay_several(changed: Weights, order: tup
     assert "holds several networks" in refusal(dict(stored[one] for one in order)).what
 
 
-def test_values_are_compared_by_the_function_that_is_given() -> None:
-    networks = find_networks({"a": network(1), "b": network(2)})
-    choice = choose_network(networks, None, where="vit.pth", are_equal=lambda one, other: True)
-    assert choice.why == "stored 2 times with equal weights"
-
-
 @pytest.mark.parametrize(
     ("stated", "epoch"),
     [

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from msn_eval.checkpoints.stored import StoredCheckpoint, check_stored, choose_stored, read_contents, read_outline
+from msn_eval.checkpoints.stored import StoredCheckpoint, check_stored, choose_stored, read_contents
 from msn_eval.errors import CheckpointError
 
 Weights = dict[str, Tensor]
@@ -99,32 +99,16 @@ def test_weight_in_two_shards_is_refused(tmp_path: Path) -> None:
     assert refusal.value.where == str(paths[1])
 
 
-@pytest.mark.parametrize("name", ["vit.pth", "vit.safetensors"])
-def test_outline_has_names_and_shapes_and_no_values(tmp_path: Path, vit_weights: WeightMaker, name: str) -> None:
-    weights = vit_weights(depth=1)
-    path = tmp_path / name
-    if name.endswith("safetensors"):
-        safetensors.torch.save_file(weights, path)
-    else:
-        saved(tmp_path, weights)
-    outline, contents = read_outline(path), read_contents(path)
-    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in outline.networks[0].tensors.items()}
-    assert shapes == {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
-    assert {tensor.device.type for tensor in outline.networks[0].tensors.values()} == {"meta"}
-    assert outline.sha256 == contents.sha256
-
-
-@pytest.mark.parametrize("read", [read_contents, read_outline])
 @pytest.mark.parametrize(
     ("change", "networks"), [(0.0, "stored 2 times with equal weights"), (1e-3, "several networks")]
 )
 def test_networks_are_told_to_be_equal_by_their_values(
-    tmp_path: Path, vit_weights: WeightMaker, read: Callable[[Path], object], change: float, networks: str
+    tmp_path: Path, vit_weights: WeightMaker, change: float, networks: str
 ) -> None:
     weights = vit_weights(depth=1)
     other = {name: tensor.clone() for name, tensor in weights.items()}
     other["norm.bias"][-1] += change
-    contents = read(saved(tmp_path, {"one": weights, "other": other}))
+    contents = read_contents(saved(tmp_path, {"one": weights, "other": other}))
     if not change:
         assert choose_stored(contents).choice.why == networks
         return
