@@ -161,7 +161,7 @@ def test_unreadable_file_ends_with_20_and_one_block(tmp_path: Path, capsys: Capt
 
 
 def test_missing_file_ends_with_20_and_the_schemes(capsys: Capture) -> None:
-    assert (main(["inspect", "nowhere.pth"]), "msn:NAME" in capsys.readouterr().err) == (20, True)
+    assert (main(["inspect", "nowhere.pth"]), "msn-eval ls checkpoints" in capsys.readouterr().err) == (20, True)
 
 
 def test_file_is_left_as_it_is(msn_file: MSNWriter, tmp_path: Path, capsys: Capture) -> None:
