@@ -209,7 +209,7 @@ def hostile_pickles(canary: str) -> Iterator[tuple[str, bytes]]:
     for kind, body in {
         "object array": reconstruct + b"(K\x01K\x01\x85" + call("numpy", "dtype", "O8") + b"\x89]" + system + b"atb",
         "build state": named("argparse", "Namespace") + b")\x81}" + text("lr") + system + b"sb",
-        "stand-in argument": named("pathlib", "PosixPath") + system + b"\x85R",
+        "stub argument": named("pathlib", "PosixPath") + system + b"\x85R",
         "storage key": tensor(storage(key=system), (1,), (1,)),
         "persistent id": system + b"Q",
         "dict key": b"}" + system + b"Ns",
@@ -295,7 +295,7 @@ def bombs() -> Iterator[tuple[str, bytes]]:
         in_zip(whole(b"]" + named("collections", "OrderedDict") + b"q\x01a" + b"h\x01)Ra" * _MANY)),
     )
     yield (
-        "bomb stand-ins.pth",
+        "bomb stubs.pth",
         in_zip(whole(b"]" + named("argparse", "Namespace") + b"q\x01a" + b"h\x01)\x81a" * _MANY)),
     )
     maker = named("torch._utils", "_rebuild_tensor_v2")
@@ -533,7 +533,7 @@ REASONS = {
     "bomb arguments": "not a named function",
     "bomb copies": "more values than",
     "bomb calls": "holds a list",
-    "bomb stand-ins": "holds a list",
+    "bomb stubs": "holds a list",
     "bomb tensors": "holds a list",
     "bomb 1 million": "holds a list",
     "bomb 2 million": "1,000,000 operations",
@@ -620,7 +620,7 @@ def test_every_refusal_names_the_file_and_a_hint(report: dict[str, Any]) -> None
     assert not find_violations(report, lambda one: Path(one["path"]).name in one["text"] and len(one["hint"]) > 10)
 
 
-def test_no_refusal_tells_to_trust_the_file(report: dict[str, Any]) -> None:
+def test_no_refusal_shows_to_trust_the_file(report: dict[str, Any]) -> None:
     assert not find_violations(
         report, lambda one: not re.search("weights_only|safe_globals|file an issue", one["text"])
     )

@@ -60,7 +60,7 @@ def saved(folder: Path, content: object, *, name: str = "vit.pth") -> Path:
 
 @pytest.fixture
 def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FactoryWriter:
-    """Give a function that writes a module with `factory` in the working folder, and names it as a checkpoint."""
+    """Return a function that writes a module with `factory` to the working folder and returns its checkpoint name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -296,7 +296,7 @@ def test_pattern_does_not_excuse_a_wrong_shape(tmp_path: Path, vit_weights: Weig
 
 @pytest.fixture
 def released(msn_file: MSNWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give a small file that stands where the released ViT-S/16 is kept, with the network forbidden."""
+    """Write a small file where the released ViT-S/16 is kept, offline."""
     monkeypatch.setenv("MSN_EVAL_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("MSN_EVAL_OFFLINE", "1")
     return msn_file(name="vits16_800ep.pth.tar")
@@ -412,7 +412,7 @@ def test_untrained_network_of_a_folder_is_normalised_as_the_folder_says(
 
 @pytest.fixture
 def warned(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """Give a function that tells the warnings so far, whoever else has set up logging."""
+    """Return a function that returns the warnings so far, whatever set up logging."""
     monkeypatch.setattr(logging.getLogger("msn_eval"), "propagate", True)
     caplog.set_level(logging.WARNING, logger="msn_eval")
     return lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -577,7 +577,7 @@ def test_timm_weights_without_cache_and_network_are_refused_at_once(tmp_path: Pa
 
 @pytest.fixture
 def timm_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the snapshot folder of timm's smallest network in a hub cache that is offline, its weights drawn at random."""
+    """Return the snapshot folder of timm's smallest network in an offline hub cache, with random weights."""
     repository = tmp_path / "hub" / "models--timm--test_vit.r160_in1k"
     snapshot = repository / "snapshots" / ("ab" * 20)
     snapshot.mkdir(parents=True)
@@ -708,7 +708,7 @@ def test_checking_names_reads_no_file(msn_file: MSNWriter) -> None:
 
 @pytest.fixture
 def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Give the file of a loaded module of the user's."""
+    """Return the file of a loaded module of the user."""
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "helper_of_mine.py"
     file.write_text("scale = 1\n")
@@ -745,7 +745,7 @@ def test_installed_and_own_packages_do_not_count(own_module: Path) -> None:
 
 @pytest.fixture
 def second_module(own_module: Path) -> Iterator[Path]:
-    """Give the file of another loaded module of the user's."""
+    """Return the file of another loaded module of the user."""
     file = own_module.with_name("another_of_mine.py")
     file.write_text("scale = 3\n")
     importlib.import_module("another_of_mine")

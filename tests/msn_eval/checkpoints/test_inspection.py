@@ -1,4 +1,4 @@
-"""Inspections: what is told of files whose content is known."""
+"""Inspections of files whose content is known."""
 
 import hashlib
 import json
@@ -120,7 +120,7 @@ def test_folder_of_hugging_face_is_inspected_with_its_config(msn_file: MSNWriter
     ],
     ids=["plain", "registers"],
 )  # fmt: skip
-def test_positions_of_dinov2_are_told_to_be_changed(
+def test_positions_of_dinov2_are_reported_as_changed(
     tmp_path: Path, vit_weights: WeightMaker, extra: Weights, line: str
 ) -> None:
     weights = vit_weights(depth=1, patch=14, image=518, layer_scale=True) | {"mask_token": torch.ones(1, 192)}
@@ -136,7 +136,7 @@ def test_positions_at_their_own_size_are_not_changed(msn_file: MSNWriter) -> Non
 # The file.
 
 
-def test_file_is_told_by_its_bytes(msn_file: MSNWriter) -> None:
+def test_file_is_recognised_by_its_bytes(msn_file: MSNWriter) -> None:
     facts, content = inspect_checkpoint(msn_file()), msn_file().read_bytes()
     assert (facts.container, facts.file_bytes, facts.sha256) == (
         "zip",
@@ -204,13 +204,13 @@ def test_unknown_width_is_a_problem_with_a_hint(tmp_path: Path, vit_weights: Wei
     assert "--arch" in str(inspected(tmp_path, vit_weights(width=96)).problem)
 
 
-def test_architecture_given_by_hand_closes_what_was_open(tmp_path: Path, vit_weights: WeightMaker) -> None:
+def test_architecture_given_manually_closes_what_was_open(tmp_path: Path, vit_weights: WeightMaker) -> None:
     arch = "vit_tiny_patch16_224?embed_dim=96&num_heads=4&img_size=32&patch_size=8&depth=2"
     facts = inspected(tmp_path, vit_weights(width=96), arch=arch)
     assert (facts.arch, facts.problem, facts.matched) == (arch, None, 1.0)
 
 
-def test_weights_that_do_not_fit_are_told_each_by_its_kind(tmp_path: Path, vit_weights: WeightMaker) -> None:
+def test_weights_that_do_not_fit_are_reported_each_by_its_kind(tmp_path: Path, vit_weights: WeightMaker) -> None:
     weights = vit_weights() | {"blocks.1.norm1.bias": torch.ones(3), "neck.bias": torch.ones(2)}
     del weights["norm.bias"]
     facts = inspected(tmp_path, weights)
@@ -329,8 +329,8 @@ def test_dtypes_are_all_those_of_the_weights(tmp_path: Path, vit_weights: Weight
 
 
 def test_inspection_is_plain_data_for_json(msn_file: MSNWriter) -> None:
-    told = json.loads(json.dumps(asdict(inspect_checkpoint(msn_file())), allow_nan=False))
-    assert told["networks"][0]["key"] == "target_encoder"
+    output = json.loads(json.dumps(asdict(inspect_checkpoint(msn_file())), allow_nan=False))
+    assert output["networks"][0]["key"] == "target_encoder"
 
 
 # Memory.
@@ -354,7 +354,7 @@ print(1024 * (kibibytes("VmHWM") - before))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are told by Linux alone")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux reports peaks")
 @pytest.mark.slow
 def test_large_file_is_held_in_memory_once(tmp_path: Path, vit_weights: WeightMaker) -> None:
     weights = vit_weights(width=1024, depth=4)

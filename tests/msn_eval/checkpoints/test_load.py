@@ -1,4 +1,4 @@
-"""Weights into a network: what fits, what does not, and how that is told."""
+"""Weights into a network: what fits, what does not, and the error."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_weights_left_over_are_named_in_order() -> None:
     assert (fit.left_over, fit.lines) == (("c", "z"), ("c: no place in the model", "z: no place in the model"))
 
 
-def test_reshaped_weights_are_told_with_both_shapes() -> None:
+def test_reshaped_weights_are_reported_with_both_shapes() -> None:
     fit = fit_weights(drawn() | {"a.weight": torch.ones(3, 2)}, expected())
     assert (fit.reshaped, fit.lines) == (("a.weight",), ("a.weight: file (3, 2), model (2, 3)",))
 
@@ -97,10 +97,10 @@ def test_pattern_that_matches_nothing_waives_nothing() -> None:
     assert fit_weights(without("a.bias"), expected(), ("bias",)).missing == ("a.bias",)
 
 
-# How what does not fit is told.
+# Errors about weights that do not fit.
 
 
-def told(weights: Weights, *, hint: str = "") -> str:
+def message(weights: Weights, *, hint: str = "") -> str:
     with pytest.raises(CheckpointError) as caught:
         check_fit(fit_weights(weights, expected()), of=3, arch="vit_x", where="vit.pth", hint=hint)
     return str(caught.value)
@@ -111,7 +111,7 @@ def test_weights_that_fit_pass() -> None:
 
 
 def test_misfit_is_one_block_with_its_place_its_lines_and_a_hint() -> None:
-    assert told(without("a.bias"), hint="The weights look like vit_y. ") == (
+    assert message(without("a.bias"), hint="The weights look like vit_y. ") == (
         "vit.pth: 1 of 3 weights do not fit vit_x\n"
         "  a.bias: missing in the file\n"
         "The weights look like vit_y. Name another architecture with --arch, another network of the file with "
@@ -119,13 +119,13 @@ def test_misfit_is_one_block_with_its_place_its_lines_and_a_hint() -> None:
     )
 
 
-def test_five_misfits_are_told_in_full() -> None:
-    text = told(drawn() | {f"x{number}": torch.ones(1) for number in range(5)})
+def test_five_misfits_are_reported_in_full() -> None:
+    text = message(drawn() | {f"x{number}": torch.ones(1) for number in range(5)})
     assert (text.count("no place"), "more" in text) == (5, False)
 
 
 def test_beyond_five_misfits_the_rest_is_counted() -> None:
-    text = told(drawn() | {f"x{number}": torch.ones(1) for number in range(8)})
+    text = message(drawn() | {f"x{number}": torch.ones(1) for number in range(8)})
     assert (text.count("no place"), "\n  and 3 more\n" in text) == (5, True)
 
 
@@ -175,7 +175,7 @@ def test_network_stays_as_it_is_where_a_weight_is_missing() -> None:
 @pytest.mark.parametrize(
     "bad", [torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.complex64), torch.ones(2, device="meta")]
 )
-def test_weight_that_is_no_dense_real_number_is_refused(bad: Tensor) -> None:
+def test_weight_that_is_not_a_dense_real_number_is_refused(bad: Tensor) -> None:
     with pytest.raises(CheckpointError, match=r"1 weights are not dense real numbers \(0\.bias\)"):
         load(network(), state() | {"0.bias": bad})
 

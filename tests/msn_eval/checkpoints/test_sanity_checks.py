@@ -99,7 +99,7 @@ def stored(weights: Weights, key: str | None = None, beside: Weights | None = No
 
 
 def alarms(weights: Weights, *, dropped: Weights | None = None, passed_over: StoredNetwork | None = None) -> list[str]:
-    """Give the alarms of a network with `weights` that are used and `dropped` that are not."""
+    """Return the alarms of a network with `weights` that are used and `dropped` that are not."""
     network = stored(weights | (dropped or {}), "student")
     choice = ChosenNetwork(network=network, why="the only network", passed_over=passed_over)
     return list(find_alarms(choice, {name: describe_values(tensor) for name, tensor in weights.items()}))
@@ -159,7 +159,7 @@ def test_weights_without_norms_do_not_look_untrained() -> None:
     assert alarms({"fc1.weight": torch.eye(2)}) == []
 
 
-def test_constant_matrix_with_a_shift_is_no_trained_norm() -> None:
+def test_constant_matrix_with_a_shift_is_not_a_trained_norm() -> None:
     """A linear layer has a weight and a bias as a norm has, and another shape."""
     fresh = {
         "norm.weight": torch.ones(2),
@@ -177,12 +177,12 @@ def test_student_beside_its_teacher_names_the_teacher() -> None:
 
 
 @pytest.mark.parametrize("name", ["head", "fc", "classifier"])
-def test_classifier_on_top_is_told_with_its_classes(name: str) -> None:
+def test_classifier_on_top_is_reported_with_its_classes(name: str) -> None:
     found = alarms(trained(), dropped={f"{name}.weight": torch.ones(1000, 2)})
     assert found == ["a classifier of 1,000 classes is on top: the weights were trained or fine-tuned with labels"]
 
 
-def test_projection_head_of_several_layers_is_no_classifier() -> None:
+def test_projection_head_of_several_layers_is_not_a_classifier() -> None:
     assert alarms(trained(), dropped={"fc.fc1.weight": torch.ones(8, 2), "fc.fc2.weight": torch.ones(8, 8)}) == []
 
 

@@ -102,7 +102,7 @@ def test_weight_in_two_shards_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "networks"), [(0.0, "stored 2 times with equal weights"), (1e-3, "several networks")]
 )
-def test_networks_are_told_to_be_equal_by_their_values(
+def test_networks_are_reported_as_equal_by_their_values(
     tmp_path: Path, vit_weights: WeightMaker, change: float, networks: str
 ) -> None:
     weights = vit_weights(depth=1)
@@ -141,7 +141,7 @@ def test_config_of_timm_names_the_architecture(tmp_path: Path, vit_weights: Weig
     check_stored(checkpoint)
 
 
-def test_architecture_named_by_hand_goes_before_all(tmp_path: Path, vit_weights: WeightMaker) -> None:
+def test_architecture_named_by_the_user_goes_before_all(tmp_path: Path, vit_weights: WeightMaker) -> None:
     path = described(tmp_path, vit_weights(), HEADS)
     assert stored(path, arch="resnet18").architecture.name == "resnet18"
 
@@ -204,7 +204,7 @@ def test_misfit_says_nothing_where_they_look_like_nothing_else(
     assert "look like" not in misfit(stored(saved(tmp_path, weights), arch=arch)).hint
 
 
-def test_weights_that_may_be_absent_are_told(
+def test_weights_that_may_be_absent_are_reported(
     tmp_path: Path, vit_weights: WeightMaker, caplog: pytest.LogCaptureFixture
 ) -> None:
     weights = vit_weights()

@@ -61,13 +61,13 @@ def test_safetensors_are_read_as_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit.pth", "vit.safetensors", "vit.bin", "vit"])
-def test_container_is_told_by_content_and_not_by_name(tmp_path: Path, name: str) -> None:
+def test_container_is_recognised_by_content_and_not_by_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(safetensors.torch.save(WEIGHTS))
     assert read_weight_file(path).container == "safetensors"
 
 
-def test_file_named_pth_tar_that_is_no_tar_is_read(tmp_path: Path) -> None:
+def test_file_named_pth_tar_that_is_not_a_tar_is_read(tmp_path: Path) -> None:
     path = tmp_path / "vit.pth.tar"
     path.write_bytes(saved())
     assert read_weight_file(path).container == "zip"
@@ -90,7 +90,7 @@ def test_file_cut_anywhere_is_refused(tmp_path: Path, zipped: bool) -> None:
 
 
 def training_checkpoint() -> dict[str, object]:
-    """Give weights among all that training code keeps beside them."""
+    """Return weights beside everything else that training code saves."""
     network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     optimizer = torch.optim.Adam(network.parameters())
     network(torch.ones(4, 3)).sum().backward()
@@ -269,13 +269,13 @@ def test_whatever_torch_raises_becomes_a_refusal_in_our_words(
     assert not re.search("weights_only|x1b", str(refusal.value))
 
 
-def test_torch_is_told_to_load_nothing_but_data_whatever_its_default_is(
+def test_torch_is_reported_to_load_nothing_but_data_whatever_its_default_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: dict[str, object] = {}
+    received: dict[str, object] = {}
 
     def load(*_: object, **options: object) -> object:
-        told.update(options)
+        received.update(options)
         return {}
 
     path = tmp_path / "vit.pth"
@@ -283,7 +283,7 @@ def test_torch_is_told_to_load_nothing_but_data_whatever_its_default_is(
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     monkeypatch.setattr(torch, "load", load)
     read_weight_file(path)
-    assert told == {"map_location": "cpu", "weights_only": True, "mmap": False}
+    assert received == {"map_location": "cpu", "weights_only": True, "mmap": False}
 
 
 def test_interruption_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +344,7 @@ def test_torch_with_known_holes_is_refused(tmp_path: Path, monkeypatch: pytest.M
     ],
     ids=["torch", "torch before 1.6", "bare pickle", "protocol 0", "protocol 1", "bare global", "safetensors"],
 )
-def test_containers_of_weights_are_told_apart(content: bytes, container: str) -> None:
+def test_containers_of_weights_are_distinguished(content: bytes, container: str) -> None:
     assert sniff_container(content[:512]) == container
 
 
@@ -372,7 +372,7 @@ def test_containers_of_weights_are_told_apart(content: bytes, container: str) ->
         (b"epoch,loss\n1,0.5\n", "not a checkpoint format that is known (first bytes 65 70 6f 63)", "safetensors"),
     ],
 )
-def test_what_is_no_container_is_named_with_a_hint(head: bytes, what: str, hint: str) -> None:
+def test_what_is_not_a_container_is_named_with_a_hint(head: bytes, what: str, hint: str) -> None:
     verdict = sniff_container(head)
     assert isinstance(verdict, tuple)
     assert (what in verdict[0], hint in verdict[1]) == (True, True)
@@ -426,7 +426,7 @@ def test_parameter_becomes_its_values() -> None:
 
 
 @pytest.mark.parametrize(("loaded", "kind"), [([], "list"), (torch.ones(1), "Tensor"), (3, "int")])
-def test_root_that_is_no_mapping_is_refused_by_its_kind(loaded: object, kind: str) -> None:
+def test_root_that_is_not_a_mapping_is_refused_by_its_kind(loaded: object, kind: str) -> None:
     error = refused(loaded)
     assert (error.what, error.hint) == (f"holds a {kind}, not a state dict", "Save model.state_dict().")
 
