@@ -5,6 +5,7 @@ import os
 from msn_eval.errors import CheckpointError, did_you_mean
 from msn_eval.registry import Entry, read_registry
 
+_READ_STORED = "msn_eval.checkpoints.checkpoint:read_stored"
 ENCODERS = (
     Entry(
         name="file",
@@ -12,17 +13,17 @@ ENCODERS = (
         "BEiT, SimSiam, SwAV, Barlow Twins, VICReg, lightly, solo-learn, Lightning, timm, torchvision, Hugging Face; a "
         "folder in Hugging Face layout (config.json with model.safetensors or pytorch_model.bin); or a folder that "
         "msn-pretrain trains in: its newest complete snapshot",
-        target="msn_eval.checkpoints.checkpoint:read_stored",
+        target=_READ_STORED,
     ),
     Entry(
         name="msn",
         summary="msn:NAME, the released MSN weights, downloaded once: vits16, vitb16, vitl16, vitb4, vitl7",
-        target="msn_eval.checkpoints.checkpoint:read_stored",
+        target=_READ_STORED,
     ),
     Entry(
         name="hf",
         summary="hf:REPO[@REVISION], from the Hugging Face hub or its local cache; hf:FOLDER is FOLDER",
-        target="msn_eval.checkpoints.checkpoint:read_stored",
+        target=_READ_STORED,
     ),
     Entry(
         name="timm",
@@ -48,7 +49,7 @@ ENCODERS = (
     Entry(
         name="demo",
         summary="ships with the package: MSN pre-trained on the digits, 16 pixels",
-        target="msn_eval.checkpoints.checkpoint:read_stored",
+        target=_READ_STORED,
     ),
 )
 """Schemes of checkpoint names.

@@ -75,6 +75,11 @@ class Checkpoint:
     def params(self) -> int:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
+    @property
+    def runs_own_code(self) -> bool:
+        """Whether the network's forward is code of the user or of a plug-in, so that its output is the only tap."""
+        return self.format in ("py", "plugin")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
@@ -305,14 +310,15 @@ def _load_stored(
     # Before the network is built: what a file claims must not cost more memory than it has.
     check_stored(stored, options.allow_missing)
     network = build_network(stored.architecture, seed=options.seed)
+    infos = {weight: describe_values(tensor) for weight, tensor in stored.trunk.weights.items()}
     matched = load_weights(
         network,
         stored.trunk.weights,
+        infos,
         arch=stored.architecture.name,
         allow_missing=options.allow_missing,
         where=stored.where,
     )
-    infos = {weight: describe_values(tensor) for weight, tensor in stored.trunk.weights.items()}
     for alarm in find_alarms(stored.choice, infos):
         _log.warning("%s: %s", path, alarm)
     return replace(

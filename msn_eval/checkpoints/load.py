@@ -4,10 +4,9 @@ import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from msn_eval.checkpoints.sanity_checks import count_not_finite
+from msn_eval.checkpoints.sanity_checks import TensorInfo
 from msn_eval.errors import CheckpointError
 
 _MAX_SHOWN = 5
@@ -93,13 +92,20 @@ def check_fit(fit: Fit, *, of: int, arch: str, where: str, hint: str = "") -> No
 
 
 def load_weights(
-    network: nn.Module, weights: Mapping[str, Tensor], *, arch: str, allow_missing: tuple[str, ...], where: str
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    infos: Mapping[str, TensorInfo],
+    *,
+    arch: str,
+    allow_missing: tuple[str, ...],
+    where: str,
 ) -> float:
     """Load all `weights` into `network`.
 
     Args:
         network: Gets the weights.
         weights: By the network's names.
+        infos: Statistics of the weights, by the same names.
         arch: Name of the network, for errors.
         allow_missing: Patterns of weights that may keep their values.
         where: The file, for errors.
@@ -114,10 +120,10 @@ def load_weights(
     fit = fit_weights(weights, expected, allow_missing)
     check_fit(fit, of=len(expected), arch=arch, where=where)
     check_real(weights, expected, where=where)
-    not_finite = {name: count for name, tensor in weights.items() if (count := count_not_finite(tensor))}
+    not_finite = {name: info for name, info in infos.items() if info.not_finite}
     if not_finite:
         shown = list(not_finite.items())[:_MAX_SHOWN]
-        listed = ", ".join(f"{name}: {count:,} of {weights[name].numel():,}" for name, count in shown)
+        listed = ", ".join(f"{name}: {info.not_finite:,} of {info.values:,}" for name, info in shown)
         raise CheckpointError(
             f"{len(not_finite)} weights hold NaN or infinite values ({listed})",
             where=where,
@@ -128,21 +134,15 @@ def load_weights(
 
 
 def check_real(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, where: str) -> None:
-    """Refuse weights that would become other numbers in the network: integers, complex, sparse, without values.
+    """Refuse weights that would become other numbers in the network: integers and complex numbers.
 
     Raises:
         CheckpointError: There are such weights.
     """
-    wrong = [
-        name
-        for name, tensor in weights.items()
-        if tensor.is_floating_point() != expected[name].is_floating_point()
-        or tensor.layout != torch.strided
-        or tensor.device.type != "cpu"
-    ]
+    wrong = [name for name in weights if weights[name].is_floating_point() != expected[name].is_floating_point()]
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} weights are not dense real numbers ({', '.join(wrong[:_MAX_SHOWN])})",
+            f"{len(wrong)} weights are not real numbers ({', '.join(wrong[:_MAX_SHOWN])})",
             where=where,
-            hint="Save them dense and in floating point.",
+            hint="Save them in floating point.",
         )

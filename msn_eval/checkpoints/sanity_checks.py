@@ -1,7 +1,7 @@
 """Sanity checks of weights: statistics of tensors, and reasons to doubt a network that loads."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,7 @@ class TensorInfo:
 def describe_values(tensor: Tensor) -> TensorInfo:
     """Compute the statistics of a tensor of any dtype and shape. A complex number counts as two values."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return join_statistics(map(_describe_chunk, _chunks(real)))
+    return join_statistics(map(_describe_chunk, torch.split(real.detach().reshape(-1), _CHUNK_VALUES)))
 
 
 def join_statistics(infos: Iterable[TensorInfo]) -> TensorInfo:
@@ -74,15 +74,6 @@ def join_statistics(infos: Iterable[TensorInfo]) -> TensorInfo:
         lowest=min((info.lowest for info in infos), default=math.inf),
         highest=max((info.highest for info in infos), default=-math.inf),
     )
-
-
-def count_not_finite(tensor: Tensor) -> int:
-    """Count values that are NaN or infinite in float32."""
-    return describe_values(tensor).not_finite if tensor.is_floating_point() else 0
-
-
-def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    yield from torch.split(tensor.detach().reshape(-1), _CHUNK_VALUES)
 
 
 def _describe_chunk(chunk: Tensor) -> TensorInfo:

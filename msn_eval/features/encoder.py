@@ -141,7 +141,7 @@ def build_encoder(
     """
     network = copy.deepcopy(checkpoint.network)
     wanted = image_pixels or checkpoint.image_pixels
-    if _has_tokens(network) and checkpoint.format != "py" and wanted != stored_pixels(network):
+    if _has_tokens(network) and not checkpoint.runs_own_code and wanted != stored_pixels(network):
         network = _resized(network, wanted)  # a convolution takes any size, and the user's module knows for itself
     final_norm = copy.deepcopy(_final_norm(network))
     if _is_convolutional(checkpoint, network):
@@ -188,13 +188,13 @@ def _has_tokens(network: nn.Module) -> bool:
 
 def _is_convolutional(checkpoint: Checkpoint, network: nn.Module) -> bool:
     """Tell whether channels-last memory suits a network: timm's convolutional ones; a user's own is left as it is."""
-    return checkpoint.format not in ("py", "pixels") and not _has_tokens(network)
+    return not checkpoint.runs_own_code and checkpoint.format != "pixels" and not _has_tokens(network)
 
 
 def _compile(checkpoint: Checkpoint, network: nn.Module) -> None:
     """Have a network compiled at its first batch, in place, so that weights keep their names: a Transformer block by block,
     since equal blocks are compiled once."""
-    if checkpoint.format in ("py", "pixels"):
+    if checkpoint.runs_own_code or checkpoint.format == "pixels":
         network.compile()
     elif _has_tokens(network):
         for block in cast(nn.Sequential, network.blocks):
@@ -214,7 +214,7 @@ def _final_norm(network: nn.Module) -> nn.Module:
 def _available_taps(checkpoint: Checkpoint, network: nn.Module) -> tuple[str, ...]:
     if checkpoint.format == "pixels":
         return ("pixels",)
-    if checkpoint.format == "py":  # its forward is the user's, even where it is a Vision Transformer of timm's
+    if checkpoint.runs_own_code:  # its forward is the user's, even where it is a Vision Transformer of timm's
         return ("out",)
     if not _has_tokens(network):
         return ("pool",)
@@ -250,7 +250,7 @@ def encode(encoder: Encoder, pixels: Tensor, taps: Sequence[str]) -> dict[str, T
     """
     with torch.inference_mode(), exact_float32():
         images = normalised(pixels.to(encoder.device, non_blocking=True), encoder)
-        if encoder.checkpoint.format == "py" or not _has_tokens(encoder.network):
+        if encoder.checkpoint.runs_own_code or not _has_tokens(encoder.network):
             return {taps[0]: _whole_image(encoder, images).float()}
         if "out" in taps:
             return {"out": cast(Tensor, encoder.network(images)).float()}
@@ -299,7 +299,7 @@ def normalised(pixels: Tensor, encoder: Encoder) -> Tensor:
 
 def _whole_image(encoder: Encoder, images: Tensor) -> Tensor:
     network = encoder.network
-    if encoder.checkpoint.format in ("pixels", "py"):
+    if encoder.checkpoint.runs_own_code or encoder.checkpoint.format == "pixels":
         return _one_row_an_image(network(images), encoder, len(images))
     maps = network.forward_features(images)  # type: ignore[operator]
     return cast(Tensor, network.forward_head(maps, pre_logits=True))  # type: ignore[operator]

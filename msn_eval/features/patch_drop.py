@@ -44,7 +44,7 @@ def check_drop(encoder: Encoder, drop: PatchDrop) -> None:
     """Raise UsageError for a network that takes no part of an image, and where no patch would be left."""
     from timm.models.vision_transformer import VisionTransformer
 
-    if encoder.checkpoint.format == "py" or type(encoder.network) is not VisionTransformer:
+    if encoder.checkpoint.runs_own_code or type(encoder.network) is not VisionTransformer:
         raise UsageError(
             f"--patch-drop {drop.share}: {encoder.checkpoint.name} ({encoder.arch}) is no plain Vision Transformer",
             hint="Patches can be dropped only from what one is given; leave the option out for other networks.",
@@ -100,7 +100,7 @@ def patch_count(encoder: Encoder) -> int:
 
 def check_patches(encoder: Encoder) -> None:
     """Raise UsageError for a network of which no patches can be left out: it must be a plain Vision Transformer of timm's."""
-    if encoder.checkpoint.format == "py" or not is_plain(encoder.network):
+    if encoder.checkpoint.runs_own_code or not is_plain(encoder.network):
         raise UsageError(
             f"{encoder.checkpoint.name} ({encoder.arch}) is no plain Vision Transformer with a class token",
             hint="Patches can be left out, and attention shown, only of one that is.",

@@ -9,7 +9,6 @@ from torch import Tensor
 from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork
 from msn_eval.checkpoints.sanity_checks import (
     TensorInfo,
-    count_not_finite,
     describe_values,
     find_alarms,
     join_statistics,
@@ -69,14 +68,6 @@ def test_facts_of_nothing_are_empty() -> None:
 
 def test_complex_values_are_described_by_their_parts() -> None:
     assert describe_values(torch.tensor([3 - 4j])).lowest == -4.0
-
-
-@pytest.mark.parametrize(
-    ("values", "count"),
-    [(torch.tensor([math.nan, 1.0, -math.inf]), 2), (torch.tensor([1, 2]), 0), (torch.zeros(0), 0)],
-)
-def test_not_finite_are_counted(values: torch.Tensor, count: int) -> None:
-    assert count_not_finite(values) == count
 
 
 Weights = dict[str, Tensor]

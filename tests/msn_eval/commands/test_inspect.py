@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from msn_eval.checkpoints.convert import convert_checkpoint
-from msn_eval.checkpoints.inspection import Inspection, WeightStatistics
+from msn_eval.checkpoints.inspection import Inspection
 from msn_eval.cli import main
 
 Weights = dict[str, Tensor]
@@ -121,11 +121,6 @@ def test_open_choice_is_refused_in_the_verdict_with_exit_code_0(
     assert "Choose one by name: --checkpoint-key NAME." in text
 
 
-def test_key_closes_an_open_choice(tmp_path: Path, vit_weights: WeightMaker, capsys: Capture) -> None:
-    path = saved(tmp_path, {"one": vit_weights(), "two": vit_weights(depth=1)})
-    assert entries(printed(capsys, path, "--checkpoint-key", "two"))["verdict"] == "would be evaluated"
-
-
 def test_architecture_given_manually_is_reported(tmp_path: Path, vit_weights: WeightMaker, capsys: Capture) -> None:
     arch = "vit_tiny_patch16_224?embed_dim=96&num_heads=4&img_size=32&patch_size=8&depth=2"
     found = entries(printed(capsys, saved(tmp_path, vit_weights(width=96)), "--arch", arch))
@@ -147,10 +142,6 @@ def test_alarms_are_on_lines_of_their_own(tmp_path: Path, vit_weights: WeightMak
     poisoned = vit_weights() | {"norm.bias": torch.full((192,), math.nan), "head.weight": torch.ones(10, 192)}
     lines = printed(capsys, saved(tmp_path, poisoned)).splitlines()
     assert [line.split(maxsplit=1)[1].split()[0] for line in lines if line.startswith("ALARM")] == ["NaN", "a"]
-
-
-def test_no_line_ends_in_blanks(msn_file: MSNWriter, capsys: Capture) -> None:
-    assert all(line == line.rstrip() for line in printed(capsys, msn_file()).splitlines())
 
 
 def test_unreadable_file_ends_with_20_and_one_block(tmp_path: Path, capsys: Capture) -> None:
@@ -202,12 +193,6 @@ def test_folder_is_inspected_by_its_name_on_the_hub(msn_file: MSNWriter, tmp_pat
 def test_json_has_the_fields_of_the_record(msn_file: MSNWriter, capsys: Capture) -> None:
     fields = [field.name for field in dataclasses.fields(Inspection)]
     assert list(output(capsys, msn_file())) == fields
-
-
-def test_json_has_the_statistics_of_the_record(msn_file: MSNWriter, capsys: Capture) -> None:
-    statistics = output(capsys, msn_file())["statistics"]
-    assert isinstance(statistics, dict)
-    assert list(statistics) == [field.name for field in dataclasses.fields(WeightStatistics)]
 
 
 def test_json_shows_every_name(msn_file: MSNWriter, vit_weights: WeightMaker, capsys: Capture) -> None:
