@@ -202,7 +202,7 @@ def locate_weights(name: str) -> tuple[Path, str]:
         case "file":
             path = Path(name)
             return (evaluated_file(path) if is_run_folder(path) else path), name
-    raise CheckpointError("This scheme has no file", where=name, hint="Give a file, a folder, msn: or hf:.")
+    raise CheckpointError("This scheme has no file", where=name, hint="Use a file, a folder, msn: or hf:.")
 
 
 def _find_timm_repository(name: str) -> str | None:
@@ -308,17 +308,10 @@ def _load_stored(
     stored: StoredCheckpoint, *, name: str, path: str, file_format: str, options: ReadOptions
 ) -> Checkpoint:
     # Before the network is built: what a file claims must not cost more memory than it has.
-    check_stored(stored, options.allow_missing)
+    matched = check_stored(stored, options.allow_missing)
     network = build_network(stored.architecture, seed=options.seed)
     infos = {weight: describe_values(tensor) for weight, tensor in stored.trunk.weights.items()}
-    matched = load_weights(
-        network,
-        stored.trunk.weights,
-        infos,
-        arch=stored.architecture.name,
-        allow_missing=options.allow_missing,
-        where=stored.where,
-    )
+    load_weights(network, stored.trunk.weights, infos, where=stored.where)
     for alarm in find_alarms(stored.choice, infos):
         _log.warning("%s: %s", path, alarm)
     return replace(
@@ -368,7 +361,7 @@ def _check_triple(what: str, values: object, *, where: str) -> Triple:
     triple = values if isinstance(values, tuple | list) and len(values) == 3 else ()
     if not triple or not all(isinstance(value, int | float) and math.isfinite(value) for value in triple):
         raise CheckpointError(
-            f"{what} is {values!r}, not three numbers", where=where, hint="Give one per channel, on the [0, 1] scale."
+            f"{what} is {values!r}, not three numbers", where=where, hint="Use one per channel, on the [0, 1] scale."
         )
     return float(triple[0]), float(triple[1]), float(triple[2])
 

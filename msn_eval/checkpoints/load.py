@@ -92,34 +92,19 @@ def check_fit(fit: Fit, *, of: int, arch: str, where: str, hint: str = "") -> No
 
 
 def load_weights(
-    network: nn.Module,
-    weights: Mapping[str, Tensor],
-    infos: Mapping[str, TensorInfo],
-    *,
-    arch: str,
-    allow_missing: tuple[str, ...],
-    where: str,
-) -> float:
-    """Load all `weights` into `network`.
+    network: nn.Module, weights: Mapping[str, Tensor], infos: Mapping[str, TensorInfo], *, where: str
+) -> None:
+    """Load weights that fit into a network.
 
     Args:
         network: Gets the weights.
         weights: By the network's names.
         infos: Statistics of the weights, by the same names.
-        arch: Name of the network, for errors.
-        allow_missing: Patterns of weights that may keep their values.
-        where: The file, for errors.
-
-    Returns:
-        The share of the network's values that came from the weights, in (0, 1].
+        where: The file, for the error.
 
     Raises:
-        CheckpointError: A weight is missing, left over, of another shape, not a dense real number, or not finite.
+        CheckpointError: A weight is not finite.
     """
-    expected = network.state_dict()
-    fit = fit_weights(weights, expected, allow_missing)
-    check_fit(fit, of=len(expected), arch=arch, where=where)
-    check_real(weights, expected, where=where)
     not_finite = {name: info for name, info in infos.items() if info.not_finite}
     if not_finite:
         shown = list(not_finite.items())[:_MAX_SHOWN]
@@ -129,8 +114,7 @@ def load_weights(
             where=where,
             hint="A network with such weights gives no meaningful accuracy; use an earlier checkpoint.",
         )
-    network.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected}, strict=False)
-    return fit.matched
+    network.load_state_dict(dict(weights), strict=False)  # what the user allows to be absent stays as it is
 
 
 def check_real(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, where: str) -> None:

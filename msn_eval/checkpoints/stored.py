@@ -139,8 +139,11 @@ def choose_stored(contents: Contents, *, arch: str | None = None, key: str | Non
     return StoredCheckpoint(contents=contents, choice=choice, trunk=backbone, architecture=architecture)
 
 
-def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) -> None:
+def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) -> float:
     """Check the weights against an outline of the network, without building it in memory.
+
+    Returns:
+        The share of the network's values that the weights hold, in (0, 1].
 
     Raises:
         CheckpointError: They do not fit the architecture in full.
@@ -154,6 +157,7 @@ def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) 
     check_real(weights, expected, where=stored.where)
     if fit.waived:
         _log.warning("%s: absent, so left untrained: %s", stored.where, ", ".join(fit.waived))
+    return fit.matched
 
 
 def _check_size(contents: Contents, network: StoredNetwork) -> None:

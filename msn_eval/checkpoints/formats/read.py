@@ -20,7 +20,7 @@ from msn_eval.errors import CheckpointError
 Container = Literal["zip", "pickle", "safetensors"]
 Content: TypeAlias = "Tensor | int | float | str | dict[str, Content]"
 
-_FETCH, _UNPACK, _GIVE = "Fetch the file again.", "Unpack it first.", "Give a PyTorch or safetensors file."
+_FETCH, _UNPACK, _USE = "Fetch the file again.", "Unpack it first.", "Use a PyTorch or safetensors file."
 _NOT_WEIGHTS = (
     (b"version https://git-lfs", "a git-lfs pointer, not the weights", "Run `git lfs pull` where it came from."),
     (b"<", "a web page or XML, not weights", f"The download went wrong. {_FETCH}"),
@@ -30,10 +30,10 @@ _NOT_WEIGHTS = (
     (b"\xfd7zXZ", "an xz archive", _UNPACK),
     (b"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
     (b"PK\x05\x06", "an empty zip archive", "Fetch the file again, or save it again with torch.save."),
-    (b"\x93NUMPY", "a NumPy array", _GIVE),
+    (b"\x93NUMPY", "a NumPy array", _USE),
     (b"\x89HDF", "an HDF5 file", "Convert it to a PyTorch state dict first."),
-    (b"GGUF", "a GGUF file", "Give the PyTorch or safetensors file that it was made from."),
-    (b"#!", "a script, not weights", _GIVE),
+    (b"GGUF", "a GGUF file", "Use the PyTorch or safetensors file that it was made from."),
+    (b"#!", "a script, not weights", _USE),
 )
 # Protobuf field 1 (a small version number) and then field 2, 3 or 7: the first fields of ONNX and of a SavedModel.
 _PROTOBUF_MODEL = re.compile(rb"\x08[\x01-\x20][\x12\x1a\x3a]")
@@ -75,10 +75,10 @@ def sniff_container(head: bytes) -> Container | tuple[str, str]:
     if head[:1] == b"\x80" or _PICKLE_WITHOUT_VERSION.match(head):
         return "pickle"
     if _PROTOBUF_MODEL.match(head):
-        return "an ONNX or TensorFlow model", "Give the PyTorch or safetensors file that it was made from."
+        return "an ONNX or TensorFlow model", "Use the PyTorch or safetensors file that it was made from."
     if head.lstrip()[:1] in (b"{", b"["):
-        return "JSON text, not weights", "Give the weight file itself; an index only names the files that hold them."
-    return f"not a checkpoint format that is known (first bytes {head[:4].hex(' ')})", _GIVE
+        return "JSON text, not weights", "Use the weight file itself; an index only names the files that hold them."
+    return f"not a checkpoint format that is known (first bytes {head[:4].hex(' ')})", _USE
 
 
 def _is_tar(head: bytes) -> bool:

@@ -175,13 +175,6 @@ def test_normalisation_is_imagenets_unless_one_of_timms_tags_states_another(
     assert read_checkpoint(str(saved(tmp_path, vit_weights(depth=1))), arch=arch).mean == mean
 
 
-def test_width_that_no_published_network_has_is_read_by_its_arch(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    path = saved(tmp_path, vit_weights(width=96))
-    arch = "vit_tiny_patch16_224?embed_dim=96&depth=2&patch_size=8&num_heads=4&img_size=32"
-    checkpoint = read_checkpoint(str(path), arch=arch)
-    assert (checkpoint.arch, checkpoint.network.blocks[0].attn.num_heads) == (arch, 4)
-
-
 def test_half_precision_weights_are_widened(tmp_path: Path, vit_weights: WeightMaker) -> None:
     path = saved(tmp_path, {name: tensor.half() for name, tensor in vit_weights().items()})
     assert {tensor.dtype for tensor in read_checkpoint(str(path)).network.state_dict().values()} == {torch.float32}
@@ -249,22 +242,11 @@ def test_tensor_that_is_not_dense_and_real_is_refused(
     assert text in refusal(saved(tmp_path, weights | changed)).what
 
 
-@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "resnet18"])
-def test_wrong_architecture_is_refused_and_named(tmp_path: Path, vit_weights: WeightMaker, arch: str) -> None:
-    assert f"weights do not fit {arch}" in refusal(saved(tmp_path, vit_weights()), arch=arch).what
-
-
 def test_position_embeddings_of_another_size_are_refused_and_not_interpolated(
     tmp_path: Path, vit_weights: WeightMaker
 ) -> None:
     error = refusal(saved(tmp_path, vit_weights(image=64)), arch=TINY.replace("depth=1", "depth=2"))
     assert "pos_embed: file (1, 65, 192), model (1, 17, 192)" in str(error)
-
-
-def test_wrong_key_is_refused_with_the_file_and_its_networks(msn_file: MSNWriter) -> None:
-    error = refusal(msn_file(), key="teacher")
-    assert "vit.pth.tar: has no network 'teacher'" in str(error)
-    assert "target_encoder: 32 tensors" in str(error)
 
 
 def test_weights_that_may_be_missing_stay_as_drawn_and_are_counted(tmp_path: Path, vit_weights: WeightMaker) -> None:
@@ -400,11 +382,6 @@ def test_alarms_are_warnings_that_name_the_file(
     ]
 
 
-def test_weights_without_a_doubt_raise_no_warning(msn_file: MSNWriter, warned: Callable[[], list[str]]) -> None:
-    read_checkpoint(str(msn_file()))
-    assert warned() == []
-
-
 # random: and pixels
 
 
@@ -423,11 +400,6 @@ def test_random_checkpoint_has_the_files_architecture_and_none_of_its_weights(ms
     trained, untrained = read_checkpoint(path), read_checkpoint(f"random:{path}")
     assert untrained.arch == trained.arch
     assert not torch.equal(untrained.network.cls_token, trained.network.cls_token)
-
-
-def test_random_checkpoint_of_several_networks_takes_a_key(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    path = saved(tmp_path, {"student": vit_weights(), "teacher": vit_weights(depth=1)})
-    assert read_checkpoint(f"random:{path}", key="teacher").arch == "vit_width192_depth1_patch8_32"
 
 
 def test_pixels_are_a_checkpoint_without_weights() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msn_eval.checkpoints.load import check_fit, fit_weights, load_weights
+from msn_eval.checkpoints.load import check_fit, check_real, fit_weights, load_weights
 from msn_eval.checkpoints.sanity_checks import describe_values
 from msn_eval.errors import CheckpointError
 
@@ -92,10 +92,6 @@ def message(weights: Weights, *, hint: str = "") -> str:
     return str(caught.value)
 
 
-def test_weights_that_fit_pass() -> None:
-    check_fit(fit_weights(drawn(), expected()), of=3, arch="vit_x", where="vit.pth")
-
-
 def test_misfit_is_one_block_with_its_place_its_lines_and_a_hint() -> None:
     assert message(without("a.bias"), hint="The weights look like vit_y. ") == (
         "vit.pth: 1 of 3 weights do not fit vit_x\n"
@@ -125,7 +121,12 @@ def state() -> Weights:
 
 def load(into: nn.Module, weights: Weights, allow_missing: tuple[str, ...] = ()) -> float:
     infos = {name: describe_values(tensor) for name, tensor in weights.items()}
-    return load_weights(into, weights, infos, arch="linear", allow_missing=allow_missing, where="vit.pth")
+    expected = into.state_dict()
+    fit = fit_weights(weights, expected, allow_missing)
+    check_fit(fit, of=len(expected), arch="linear", where="vit.pth")
+    check_real(weights, expected, where="vit.pth")
+    load_weights(into, weights, infos, where="vit.pth")
+    return fit.matched
 
 
 def test_every_weight_takes_its_place() -> None:
@@ -169,6 +170,3 @@ def test_weight_that_is_not_finite_is_refused_and_counted(value: float) -> None:
 def test_weight_that_is_infinite_in_the_networks_precision_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"NaN or infinite values \(0\.bias: 1 of 2\)"):
         load(network(), state() | {"0.bias": torch.tensor([1.0, 1e200], dtype=torch.float64)})
-
-
-# What is counted in them.

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork
 from msn_eval.checkpoints.sanity_checks import (
-    TensorInfo,
     describe_values,
     find_alarms,
     join_statistics,
@@ -60,10 +59,6 @@ def test_facts_of_parts_are_those_of_the_whole() -> None:
     whole = describe_values(values)
     assert (parts.values, parts.lowest, parts.highest) == (whole.values, whole.lowest, whole.highest)
     assert parts.total == pytest.approx(whole.total, rel=1e-12)
-
-
-def test_facts_of_nothing_are_empty() -> None:
-    assert join_statistics([]) == TensorInfo()
 
 
 def test_complex_values_are_described_by_their_parts() -> None:

@@ -119,11 +119,6 @@ def test_networks_are_reported_as_equal_by_their_values(
 # The choice of a network and its architecture.
 
 
-def test_architecture_is_read_from_shapes_where_nothing_states_it(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    architecture = stored(saved(tmp_path, vit_weights())).architecture
-    assert (architecture.name, architecture.keywords["num_heads"]) == ("vit_width192_depth2_patch8_32", 3)
-
-
 def test_heads_and_epsilon_are_those_of_the_config(tmp_path: Path, vit_weights: WeightMaker) -> None:
     architecture = stored(described(tmp_path, vit_weights(), HEADS)).architecture
     assert (architecture.keywords["num_heads"], architecture.norm_eps) == (6, 1e-5)
@@ -144,11 +139,6 @@ def test_config_of_timm_names_the_architecture(tmp_path: Path, vit_weights: Weig
 def test_architecture_named_by_the_user_goes_before_all(tmp_path: Path, vit_weights: WeightMaker) -> None:
     path = described(tmp_path, vit_weights(), HEADS)
     assert stored(path, arch="resnet18").architecture.name == "resnet18"
-
-
-def test_key_chooses_the_network(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    path = saved(tmp_path, {"student": vit_weights(depth=1), "teacher": vit_weights(depth=2)})
-    assert stored(path, key="student").architecture.keywords["depth"] == 1
 
 
 def test_architecture_that_stays_open_is_refused_with_the_file(tmp_path: Path, vit_weights: WeightMaker) -> None:
@@ -174,10 +164,6 @@ def misfit(checkpoint: StoredCheckpoint) -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
         check_stored(checkpoint)
     return caught.value
-
-
-def test_weights_that_fit_pass(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    check_stored(stored(saved(tmp_path, vit_weights())))
 
 
 def test_misfit_names_weight_network_and_file(tmp_path: Path, vit_weights: WeightMaker) -> None:

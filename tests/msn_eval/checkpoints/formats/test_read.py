@@ -286,17 +286,6 @@ def test_torch_is_reported_to_load_nothing_but_data_whatever_its_default_is(
     assert received == {"map_location": "cpu", "weights_only": True, "mmap": False}
 
 
-def test_interruption_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: object, **__: object) -> object:
-        raise KeyboardInterrupt
-
-    path = tmp_path / "vit.pth"
-    path.write_bytes(saved())
-    monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(KeyboardInterrupt):
-        read_weight_file(path)
-
-
 def test_pipe_is_refused_without_waiting_for_its_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "vit.pth")
     with pytest.raises(CheckpointError, match="is a pipe, device or socket"):
@@ -315,13 +304,6 @@ def test_folder_is_refused(tmp_path: Path) -> None:
     assert refusal.value.hint == "Name the file."
 
 
-def test_path_that_cannot_be_opened_is_refused_with_a_hint(tmp_path: Path) -> None:
-    (tmp_path / "vit.pth").write_bytes(saved())
-    with pytest.raises(CheckpointError, match=r"inner\.pth: cannot be read") as refusal:
-        read_weight_file(tmp_path / "vit.pth" / "inner.pth")
-    assert refusal.value.hint
-
-
 def test_torch_with_known_holes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "vit.pth"
     path.write_bytes(saved())
@@ -329,23 +311,6 @@ def test_torch_with_known_holes_is_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(CheckpointError, match=r"torch 2\.9\.1") as refusal:
         read_weight_file(path)
     assert "2.10" in refusal.value.hint
-
-
-@pytest.mark.parametrize(
-    ("content", "container"),
-    [
-        (saved(zipped=True), "zip"),
-        (saved(zipped=False), "pickle"),
-        (pickle.dumps({"epoch": 3}), "pickle"),
-        (pickle.dumps({"epoch": 3}, protocol=0), "pickle"),
-        (pickle.dumps({"epoch": 3}, protocol=1), "pickle"),
-        (pickle.dumps(print, protocol=0), "pickle"),
-        (safetensors.torch.save({"weight": torch.ones(2)}), "safetensors"),
-    ],
-    ids=["torch", "torch before 1.6", "bare pickle", "protocol 0", "protocol 1", "bare global", "safetensors"],
-)
-def test_containers_of_weights_are_distinguished(content: bytes, container: str) -> None:
-    assert sniff_container(content[:512]) == container
 
 
 @pytest.mark.parametrize(
@@ -442,12 +407,6 @@ def test_dict_shared_over_and_over_is_refused() -> None:
     for _ in range(60):
         loaded = {"a": loaded, "b": loaded}
     assert "more than 1,000,000 values" in refused(loaded).what
-
-
-def test_dict_shared_twice_is_kept_twice() -> None:
-    shared = {"weight": torch.ones(2)}
-    found = _plain_content({"model": shared, "ema": shared}, file_bytes=100)
-    assert found.keys() == {"model", "ema"}
 
 
 @pytest.mark.parametrize(
