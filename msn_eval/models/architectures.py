@@ -131,6 +131,10 @@ def recognise_architecture(
     )
 
 
+def _unknown(what: str) -> CheckpointError:
+    return CheckpointError(what, hint="Name its architecture: --arch NAME.")
+
+
 def _check_dimensions(weights: Mapping[str, Tensor]) -> None:
     for name, dimensions in (
         ("patch_embed.proj.weight", 4),
@@ -141,9 +145,8 @@ def _check_dimensions(weights: Mapping[str, Tensor]) -> None:
         ("reg_token", 3),
     ):
         if name in weights and (weights[name].dim() != dimensions or not weights[name].numel()):
-            raise CheckpointError(
-                f"{name} of shape {tuple(weights[name].shape)} does not belong to a known Vision Transformer",
-                hint="Name its architecture: --arch NAME.",
+            raise _unknown(
+                f"{name} of shape {tuple(weights[name].shape)} does not belong to a known Vision Transformer"
             )
 
 
@@ -238,7 +241,7 @@ def _bias_tables(weights: Mapping[str, Tensor]) -> list[str]:
 def _depth(weights: Mapping[str, Tensor]) -> int:
     last = max(int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,4})\.", name)))
     if last >= _MAX_DEPTH:
-        raise CheckpointError(f"a Vision Transformer with a block {last}", hint="Name its architecture: --arch NAME.")
+        raise _unknown(f"a Vision Transformer with a block {last}")
     return 1 + last
 
 
@@ -261,10 +264,7 @@ def _size_name(width: int, depth: int) -> str:
 def _hidden_width(weights: Mapping[str, Tensor]) -> tuple[int, bool]:
     """Return the outputs of a block's first linear layer, and whether one half of them gates the other half."""
     if "blocks.0.mlp.fc1.weight" not in weights or "blocks.0.mlp.fc2.weight" not in weights:
-        raise CheckpointError(
-            "a Vision Transformer whose blocks have no mlp.fc1 and mlp.fc2",
-            hint="Name its architecture: --arch NAME.",
-        )
+        raise _unknown("a Vision Transformer whose blocks have no mlp.fc1 and mlp.fc2")
     outputs = weights["blocks.0.mlp.fc1.weight"].shape[0]
     return outputs, outputs == 2 * weights["blocks.0.mlp.fc2.weight"].shape[1]
 
@@ -272,18 +272,13 @@ def _hidden_width(weights: Mapping[str, Tensor]) -> tuple[int, bool]:
 def _position_grid(weights: Mapping[str, Tensor], *, has_class_token: bool, registers: int) -> tuple[int, bool]:
     """Return the patches per side, and whether prefix tokens have positions."""
     if "pos_embed" not in weights:
-        raise CheckpointError(
-            "a Vision Transformer without learned positions (pos_embed)", hint="Name its architecture: --arch NAME."
-        )
+        raise _unknown("a Vision Transformer without learned positions (pos_embed)")
     positions = weights["pos_embed"].shape[1]
     for prefix in dict.fromkeys((int(has_class_token) + registers, int(has_class_token), 0)):
         grid = math.isqrt(max(0, positions - prefix))
         if grid and grid * grid == positions - prefix:
             return grid, prefix > 0
-    raise CheckpointError(
-        f"{positions} positions (pos_embed) are not a square grid of patches",
-        hint="Name the architecture: --arch NAME.",
-    )
+    raise _unknown(f"{positions} positions (pos_embed) are not a square grid of patches")
 
 
 def _recognise_resnet(weights: Mapping[str, Tensor], small_stem: str) -> Architecture:
