@@ -46,9 +46,9 @@ class Layout:
     """A file or folder as its writer leaves it, and what is expected of it.
 
     forward: the source's own forward pass, (b, 3, S, S) normalised images -> features at every tap
-    format:  the family that it is told to be
+    format:  the expected family
     key:     the network of it that is evaluated
-    arch:    the architecture that it is told to be, where not the usual small one
+    arch:    the expected architecture, where it is not the usual small one
     options: of load_encoder
     """
 
@@ -103,7 +103,7 @@ def resnet(seed: int = 1) -> nn.Module:
 
 
 def outputs(network: nn.Module, images: Tensor, *modules: nn.Module, **keywords: object) -> list[Tensor]:
-    """Give what modules of a network put out, and what it gives itself, in one forward pass of its own."""
+    """Return the outputs of modules of a network, and its own, in one forward pass."""
     seen: dict[nn.Module, Any] = {}
     hooks = [one.register_forward_hook(lambda module, _, output: seen.update({module: output})) for one in modules]
     with torch.no_grad():
@@ -116,7 +116,7 @@ def outputs(network: nn.Module, images: Tensor, *modules: nn.Module, **keywords:
 def token_taps(
     network: nn.Module, block: nn.Module, norm: nn.Module, images: Tensor, *, prefix: int = 1, **keywords: object
 ) -> Taps:
-    """Give the taps of a Transformer whose norm sees the output of its last block."""
+    """Return the taps of a Transformer whose norm follows its last block."""
     raw, normed, _ = outputs(network, images, block, norm, **keywords)
     mean = normed[:, prefix:].mean(1)
     return {"cls": raw[:, 0], "cls-norm": normed[:, 0], "mean": mean} if prefix else {"mean": mean}
@@ -148,7 +148,7 @@ def saved(folder: Path, content: object, name: str = "network.pth", **options: o
 
 
 def under(prefix: str, weights: nn.Module | Mapping[str, Tensor]) -> Weights:
-    """Give weights in memory of their own, by their names behind a prefix."""
+    """Return copies of weights, with a prefix before their names."""
     named = weights.state_dict() if isinstance(weights, nn.Module) else weights
     return {prefix + name: tensor.clone() for name, tensor in named.items()}
 
@@ -162,7 +162,7 @@ def mlp(*widths: int) -> Weights:
 
 
 def optimizer_state(network: nn.Module) -> dict[str, Any]:
-    """Give the state of an AdamW that has made a step, the weights left as they were."""
+    """Return the state of an AdamW after a step, without changing the weights."""
     steps = deepcopy(network)
     optimizer = torch.optim.AdamW(steps.parameters())
     for parameter in steps.parameters():
@@ -315,7 +315,7 @@ def dinov2_registers(folder: Path, image_pixels: int | None) -> Layout:
 
 
 def at_224(network: VisionTransformer, positions: Tensor) -> VisionTransformer:
-    """Give the network of 224 pixels that DINOv2's authors evaluate.
+    """Return the network of 224 pixels that DINOv2's authors evaluate.
 
     Their interpolate_pos_encoding: with registers interpolate_antialias=True and interpolate_offset=0.0, else False and 0.1.
     """
@@ -483,7 +483,7 @@ def mocov3_vit(folder: Path) -> Layout:
 
 
 def with_fixed_positions(network: nn.Module) -> nn.Module:
-    """Give MoCo v3's positions to a network: no position for the class token, sines and cosines for 4 x 4 patches."""
+    """Set MoCo v3's positions in a network: no position for the class token, sines and cosines for 4 x 4 patches."""
     width = network.embed_dim
     first, second = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
     omega = 1 / 10000 ** (torch.arange(width // 4) / (width // 4))
@@ -832,12 +832,12 @@ def huggingface(name: str, config: Mapping[str, object]) -> Any:
 
 
 def trunk_of(network: Any) -> Any:
-    """Give the bare model inside one with a head."""
+    """Return the bare model inside one with a head."""
     return getattr(network, network.base_model_prefix, network)
 
 
 def huggingface_taps(network: Any, images: Tensor, *, prefix: int = 1, **keywords: object) -> Taps:
-    """Give what transformers says: hidden_states end before the last norm, last_hidden_state is behind it."""
+    """Return the taps by transformers: hidden_states end before the last norm, last_hidden_state follows it."""
     with torch.no_grad():
         said = trunk_of(network)(images, output_hidden_states=True, **keywords)
     mean = said.last_hidden_state[:, prefix:].mean(1)
@@ -847,7 +847,7 @@ def huggingface_taps(network: Any, images: Tensor, *, prefix: int = 1, **keyword
 
 
 def pooled_taps(network: Any, images: Tensor) -> Taps:
-    """Give what BEiT's family says, whose pooler norms the average of the patches and which has no other norm."""
+    """Return the taps of BEiT's family, whose pooler norms the average of the patches, without another norm."""
     with torch.no_grad():
         said = trunk_of(network)(images, output_hidden_states=True)
     return {"cls": said.hidden_states[-1][:, 0], "mean": said.pooler_output}
@@ -869,7 +869,7 @@ def huggingface_folder(
 def hub(
     name: str, config: Mapping[str, object] = MappingProxyType({}), arch: str = TINY_ARCH, **how: object
 ) -> Callable[[Path], Layout]:
-    """Give the writer of a folder of a tiny model, by what is unusual about it."""
+    """Return the writer of a folder of a tiny model with unusual settings."""
     return partial(huggingface_folder, name=name, config={**TINY, **config}, arch=arch, **how)
 
 
@@ -1064,7 +1064,7 @@ def test_features_are_those_of_the_library_that_wrote_the_layout(read: tuple[Lay
     assert max(errors.values()) < 1e-4, errors
 
 
-def test_layout_is_told_and_its_evaluated_network_chosen(read: tuple[Layout, Encoder]) -> None:
+def test_layout_is_reported_and_its_evaluated_network_chosen(read: tuple[Layout, Encoder]) -> None:
     layout, encoder = read
     checkpoint = encoder.checkpoint
     architecture = checkpoint.arch.partition("?")[0]

@@ -1,34 +1,36 @@
-"""Families: how published files name the weights of one network, and the same weights in timm's names.
+"""Families: how published files name the weights of a network, and the same weights by timm's names.
 
-A family is one branch of `read_trunk`. Which of a file's networks it is given was chosen in `networks`.
+The table of the families is `networks.FAMILIES`.
 """
 
+import importlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from msn_eval.checkpoints.networks import StoredNetwork
+from msn_eval.checkpoints.networks import FAMILIES, StoredNetwork
 
 _Names = Mapping[str, Tensor]
-Values = Callable[[Tensor], Tensor]
 _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _Rules = tuple[tuple[re.Pattern[str], str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """The evaluated weights in timm's naming, without heads.
+    """The evaluated weights by timm's names, without heads.
 
-    format:    the family: msn, dino, ibot, dinov2, mae, mocov3, ijepa, beit, moco, simsiam, swav, solo-learn, lightly,
-               huggingface, timm, torchvision, or other
-    weights:   by name
-    dropped:   names, as the file has them, of what stands in the network and is not evaluated: heads, decoders, mask tokens
-    heads:     attention heads, where the family differs from what its width would tell
-    norm_eps:  of the layer norms, where the family differs from 1e-6
+    Attributes:
+        format: The family: msn, dino, ibot, dinov2, mae, mocov3, ijepa, beit, moco, simsiam, swav, solo-learn, lightly,
+            huggingface, timm, torchvision, or other.
+        weights: By name.
+        dropped: The file's names of what is in the network and not evaluated: heads, decoders, mask tokens.
+        heads: Attention heads, where the family differs from what the width implies.
+        norm_eps: Epsilon of the layer norms, where the family differs from 1e-6.
     """
 
     format: str
@@ -38,30 +40,20 @@ class Backbone:
     norm_eps: float | None = None
 
 
-def read_trunk(network: StoredNetwork, values: Values = lambda tensor: tensor) -> Backbone:
-    """Give the trunk of a stored network in timm's naming; names that no family knows stay as they are.
-
-    values: gives the values of a tensor that is an outline
-    """
-    tensors = network.tensors
-    if "embeddings.patch_embeddings.projection.weight" in tensors:
-        return _huggingface(network)
-    if "conv_proj.weight" in tensors:
-        return _torchvision_vit(network)
-    if "4.0.conv1.weight" in tensors:
-        return _sequential_resnet(network)
-    if "layer1.0.conv1.weight" in tensors:
-        return _resnet(network)
-    if "patch_embed.proj.weight" in tensors:
-        return _vit(network, values)
-    return _kept("other", tensors, _is_head)
+def rename_weights(network: StoredNetwork) -> Backbone:
+    """Return the backbone of a stored network by timm's names. Names that no family knows stay as they are."""
+    for anchor, target in FAMILIES.items():
+        if anchor in network.tensors:
+            module, _, function = target.partition(":")
+            return cast(Backbone, getattr(importlib.import_module(module), function)(network))
+    return _drop("other", network.tensors, _is_head)
 
 
 def classifier_classes(network: StoredNetwork) -> int | None:
-    """Give the number of classes of a supervised classifier on top of a network, None without one.
+    """Return the number of classes of a supervised classifier on top of a network, None without one.
 
-    A single matrix under one of a classifier's names counts; the projection heads of pre-training have several layers. Beside
-    a network only Hugging Face keeps it: what others keep there are probes that watched the training.
+    A single matrix by one of a classifier's names counts; the projection heads of pre-training have several layers. Only
+    Hugging Face keeps it beside a network: what others keep there are probes of the training.
     """
     on_top = dict(network.tensors)
     if "embeddings.patch_embeddings.projection.weight" in network.tensors:
@@ -73,7 +65,7 @@ def classifier_classes(network: StoredNetwork) -> int | None:
     return None
 
 
-def _kept(family: str, tensors: _Names, is_dropped: Callable[[str], bool]) -> Backbone:
+def _drop(family: str, tensors: _Names, is_dropped: Callable[[str], bool]) -> Backbone:
     dropped = tuple(name for name in tensors if is_dropped(name))
     kept = {name: tensor for name, tensor in tensors.items() if not is_dropped(name)}
     return Backbone(format=family, weights=kept, dropped=dropped)
@@ -82,8 +74,6 @@ def _kept(family: str, tensors: _Names, is_dropped: Callable[[str], bool]) -> Ba
 def _is_head(name: str) -> bool:
     return name.startswith(("head.", "head_dist.", "heads.", "fc.", "classifier."))
 
-
-# Vision Transformers in timm's names: timm itself and what was copied from it.
 
 _VIT_LEFT = re.compile(
     r"(head|head_dist|fc|lm_head|cls_pt_layers|projection_head|prototypes|predictor|projector)\b"
@@ -102,28 +92,27 @@ _MOCOV3_MOST_PATCHES = 1 << 14
 _MOCOV3_TOLERANCE = 1e-2  # bfloat16 keeps two digits
 
 
-def _vit(network: StoredNetwork, values: Values) -> Backbone:
-    family = _vit_family(network)
-    # MoCo v3's networks come in other families' files too, where nothing but their positions tells.
-    is_mocov3 = family == "mocov3" or (
-        family in ("timm", "solo-learn") and _has_fixed_positions(network.tensors, values)
-    )
-    # solo-learn's MAE has as many, and MAE's positions; its other networks learn theirs.
-    is_solo_mae = family == "solo-learn" and _has_fixed_positions(network.tensors, values, column_first=True)
+def read_vit(network: StoredNetwork) -> Backbone:
+    """Read a Vision Transformer by timm's names: timm itself, and the many that copied them."""
+    family = _find_vit_family(network)
+    # MoCo v3's networks come in other families' files too, where only their positions identify them.
+    is_mocov3 = family == "mocov3" or (family in ("timm", "solo-learn") and _has_fixed_positions(network.tensors))
+    # solo-learn's MAE has as many heads, and MAE's positions; its other networks learn theirs.
+    is_solo_mae = family == "solo-learn" and _has_fixed_positions(network.tensors, column_first=True)
     narrow = (*network.tensors["patch_embed.proj.weight"].shape, 0)[0] <= _MOCOV3_WIDEST
-    kept = _kept(family, network.tensors, lambda name: _VIT_LEFT.match(name) is not None)
-    weights = _renamed({name: tensor for name, tensor in kept.weights.items() if _is_weight(name)}, _VIT_NAMES)
+    kept = _drop(family, network.tensors, lambda name: _VIT_LEFT.match(name) is not None)
+    weights = _rename({name: tensor for name, tensor in kept.weights.items() if _is_weight(name)}, _VIT_NAMES)
     return Backbone(
         format="mocov3" if is_mocov3 and family == "timm" else family,
-        weights=_without_register_positions(weights),
+        weights=_move_class_position(weights),
         dropped=kept.dropped,
         heads=_MOCOV3_HEADS if (is_mocov3 or is_solo_mae) and narrow else None,
     )
 
 
-def _has_fixed_positions(tensors: _Names, values: Values, *, column_first: bool = False) -> bool:
-    """Tell fixed positions: none for the class token; for the patches sines and cosines, of the row first as MoCo v3's or of
-    the column first as MAE's.
+def _has_fixed_positions(tensors: _Names, *, column_first: bool = False) -> bool:
+    """Whether positions are fixed: zeros for the class token; for the patches sines and cosines, of the row first as in
+    MoCo v3, or of the column first as in MAE.
 
     Source: github.com/facebookresearch/moco-v3, vits.py; github.com/facebookresearch/mae, util/pos_embed.py.
     """
@@ -136,17 +125,17 @@ def _has_fixed_positions(tensors: _Names, values: Values, *, column_first: bool 
     grid = math.isqrt(max(0, patches))
     if not 4 <= grid * grid == patches <= _MOCOV3_MOST_PATCHES or width % 4 or width > _MOCOV3_WIDEST:
         return False
-    found = values(positions)[0].double()
+    stored = positions[0].double()
     frequencies = _MOCOV3_TEMPERATURE ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     first, second = angles.repeat_interleave(grid, dim=0), angles.repeat(grid, 1)
     if column_first:
         first, second = second, first
     fixed = torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], dim=1)
-    return not found[0].any() and bool((found[1:] - fixed).abs().max() < _MOCOV3_TOLERANCE)
+    return not stored[0].any() and bool((stored[1:] - fixed).abs().max() < _MOCOV3_TOLERANCE)
 
 
-def _vit_family(network: StoredNetwork) -> str:
+def _find_vit_family(network: StoredNetwork) -> str:
     tensors, words, beside = network.tensors, set(network.words), network.beside
     if "blocks.0.gamma_1" in tensors or "blocks.0.attn.relative_position_bias_table" in tensors:
         return "beit"
@@ -166,15 +155,15 @@ def _vit_family(network: StoredNetwork) -> str:
         return "ibot"
     if words & {"teacher", "student"}:
         return "dino"
-    return _library(network, "timm")
+    return _find_library(network, "timm")
 
 
 def _has(names: Iterable[str], *words: str) -> bool:
     return any(word in name.split(".") for name in names for word in words)
 
 
-def _library(network: StoredNetwork, otherwise: str) -> str:
-    """Tell solo-learn's and lightly's training files by what stands beside their backbone."""
+def _find_library(network: StoredNetwork, otherwise: str) -> str:
+    """Recognise training files of solo-learn and lightly by what they keep beside the backbone."""
     words = set(network.words)
     if "backbone" in words and _has(network.beside, "classifier", "online_classifier") and "state_dict" in words:
         return "solo-learn"
@@ -184,24 +173,24 @@ def _library(network: StoredNetwork, otherwise: str) -> str:
 
 
 def _is_weight(name: str) -> bool:
-    """Leave out tables of indices, which are computed and not learned."""
+    """Whether a tensor is learned; tables of indices are computed."""
     return not name.endswith("relative_position_index")
 
 
-def _renamed(tensors: _Names, rules: _Rules) -> dict[str, Tensor]:
-    """Give tensors by other names; a second one for the same name gets one that fits no network, so that none is lost."""
+def _rename(tensors: _Names, rules: _Rules) -> dict[str, Tensor]:
+    """Rename tensors. A second one of the same name gets a name that fits no network, so that none is lost."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        other = name
+        new_name = name
         for pattern, replacement in rules:
-            other = pattern.sub(replacement, other)
-        renamed[f"{name} (a second {other})" if other in renamed else other] = tensor
+            new_name = pattern.sub(replacement, new_name)
+        renamed[f"{name} (a second {new_name})" if new_name in renamed else new_name] = tensor
     return renamed
 
 
-def _without_register_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turn DINOv2's registers, which stand between the class token and the patches and have no position, into timm's, whose
-    prefix tokens have none: the class token takes up its own."""
+def _move_class_position(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the class token's position to it. DINOv2's registers come after the class token and have no position; in timm
+    no prefix token of such a network has one."""
     if "register_tokens" not in weights or "pos_embed" not in weights:
         return weights
     positions, token = weights["pos_embed"], weights.get("cls_token")
@@ -219,16 +208,15 @@ def _without_register_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]
     return changed
 
 
-# Residual networks: torchvision's names, and the methods that wrap them.
-
 _RESNET_LEFT = re.compile(r"(fc|head|classifier|projection_head|prototypes|projector|predictor|queue|queue_ptr)\b")
 
 
-def _resnet(network: StoredNetwork) -> Backbone:
-    return _kept(_resnet_family(network), network.tensors, lambda name: _RESNET_LEFT.match(name) is not None)
+def read_resnet(network: StoredNetwork) -> Backbone:
+    """Read a residual network by torchvision's names."""
+    return _drop(_find_resnet_family(network), network.tensors, lambda name: _RESNET_LEFT.match(name) is not None)
 
 
-def _resnet_family(network: StoredNetwork) -> str:
+def _find_resnet_family(network: StoredNetwork) -> str:
     words, beside, names = set(network.words), network.beside, network.tensors
     if words & {"encoder_q", "encoder_k"}:
         return "moco"
@@ -240,7 +228,7 @@ def _resnet_family(network: StoredNetwork) -> str:
         return "simsiam"
     if words & {"teacher", "student"}:
         return "dino"
-    return _library(network, "torchvision")
+    return _find_library(network, "torchvision")
 
 
 _SEQUENTIAL_NAMES: _Rules = (
@@ -253,12 +241,10 @@ _SEQUENTIAL_NAMES: _Rules = (
 )
 
 
-def _sequential_resnet(network: StoredNetwork) -> Backbone:
-    """Give back the names that nn.Sequential(*list(resnet.children())[:-1]) took from a residual network."""
-    return _kept("lightly", _renamed(network.tensors, _SEQUENTIAL_NAMES), _is_head)
+def read_sequential_resnet(network: StoredNetwork) -> Backbone:
+    """Read a residual network that lost its names as nn.Sequential(*list(resnet.children())[:-1])."""
+    return _drop("lightly", _rename(network.tensors, _SEQUENTIAL_NAMES), _is_head)
 
-
-# torchvision's Vision Transformer, which lightly wraps too.
 
 _TORCHVISION_NAMES: _Rules = (
     (re.compile(r"^class_token$"), "cls_token"),
@@ -274,10 +260,11 @@ _TORCHVISION_NAMES: _Rules = (
 )
 
 
-def _torchvision_vit(network: StoredNetwork) -> Backbone:
-    trunk = _kept(_library(network, "torchvision"), network.tensors, _is_head)
-    weights = _renamed(trunk.weights, _TORCHVISION_NAMES)
-    return Backbone(format=trunk.format, weights=weights, dropped=trunk.dropped)
+def read_torchvision_vit(network: StoredNetwork) -> Backbone:
+    """Read torchvision's Vision Transformer, which lightly wraps too."""
+    backbone = _drop(_find_library(network, "torchvision"), network.tensors, _is_head)
+    weights = _rename(backbone.weights, _TORCHVISION_NAMES)
+    return Backbone(format=backbone.format, weights=weights, dropped=backbone.dropped)
 
 
 # Hugging Face: the names of transformers before its version 5, which its files still carry, and those of version 5.
@@ -309,53 +296,59 @@ _HUGGINGFACE_NAMES: _Rules = (
 _HUGGINGFACE_EPS = 1e-12  # of ViT, ViTMAE, I-JEPA and BEiT; ViTMSN and DINOv2 have 1e-6
 
 
-def _huggingface(network: StoredNetwork) -> Backbone:
-    trunk = _kept("huggingface", network.tensors, lambda name: _HUGGINGFACE_LEFT.match(name) is not None)
-    named = _renamed(trunk.weights, _HUGGINGFACE_NAMES)
+def read_huggingface(network: StoredNetwork) -> Backbone:
+    """Read a Vision Transformer of transformers, with the names before and since its version 5."""
+    backbone = _drop("huggingface", network.tensors, lambda name: _HUGGINGFACE_LEFT.match(name) is not None)
+    named = _rename(backbone.weights, _HUGGINGFACE_NAMES)
     beit = any(name.endswith(".gamma_1") for name in named)
-    has_their_default = beit or "cls_token" not in named or _has((*network.beside, *trunk.dropped), "decoder", "pooler")
+    has_their_default = (
+        beit or "cls_token" not in named or _has((*network.beside, *backbone.dropped), "decoder", "pooler")
+    )
     return Backbone(
         format="huggingface",
-        weights=_without_register_positions(_packed(named, beit=beit)),
-        dropped=trunk.dropped,
+        weights=_move_class_position(_pack(named, beit=beit)),
+        dropped=backbone.dropped,
         norm_eps=_HUGGINGFACE_EPS if has_their_default else None,
     )
 
 
-def _packed(named: dict[str, Tensor], *, beit: bool) -> dict[str, Tensor]:
-    """Put queries, keys and values into one matrix, and the gate and the values of a gated MLP into another, as timm does."""
+def _pack(named: dict[str, Tensor], *, beit: bool) -> dict[str, Tensor]:
+    """Concatenate queries, keys and values, and the gate and values of a gated MLP, as timm does."""
     packed = {}
     for name, tensor in named.items():
         block, _, rest = name.partition(".attn.q.")
         gated, _, gate = name.partition(".mlp.gate_proj.")
         if rest == "weight" or (rest == "bias" and not beit):
-            packed[f"{block}.attn.qkv.{rest}"] = _stacked(named, [f"{block}.attn.{one}.{rest}" for one in "qkv"], name)
+            packed[f"{block}.attn.qkv.{rest}"] = _stack(named, [f"{block}.attn.{part}.{rest}" for part in "qkv"], name)
         elif gate:
-            packed[f"{gated}.mlp.fc1.{gate}"] = _stacked(named, [name, f"{gated}.mlp.up_proj.{gate}"], name)
-        elif beit and (found := re.fullmatch(r"(.*\.attn)\.([qv])\.bias", name)):
-            packed[f"{found.group(1)}.{found.group(2)}_bias"] = tensor
+            packed[f"{gated}.mlp.fc1.{gate}"] = _stack(named, [name, f"{gated}.mlp.up_proj.{gate}"], name)
+        elif beit and (match := re.fullmatch(r"(.*\.attn)\.([qv])\.bias", name)):
+            packed[f"{match[1]}.{match[2]}_bias"] = tensor
         elif not _is_packed_with_another(name, named):
             packed[name] = tensor
     return packed
 
 
 def _is_packed_with_another(name: str, named: _Names) -> bool:
-    """Tell keys, values and gated values, which go with the queries and the gates; adapters beside them do not."""
-    found = re.fullmatch(r"(.*)(\.attn\.[kv]|\.mlp\.up_proj)\.(weight|bias)", name)
-    if found is None:
+    """Whether a weight is concatenated with queries or a gate: keys, values and gated values, but not adapters."""
+    match = re.fullmatch(r"(.*)(\.attn\.[kv]|\.mlp\.up_proj)\.(weight|bias)", name)
+    if match is None:
         return False
-    other = ".mlp.gate_proj" if found[2] == ".mlp.up_proj" else ".attn.q"
-    return f"{found[1]}{other}.{found[3]}" in named
+    partner = ".mlp.gate_proj" if match[2] == ".mlp.up_proj" else ".attn.q"
+    return f"{match[1]}{partner}.{match[3]}" in named
 
 
-def _stacked(named: _Names, parts: list[str], otherwise: str) -> Tensor:
-    """Give the parts one above the other; where they do not go together the first alone, which then fits no network."""
+def _stack(named: _Names, parts: list[str], otherwise: str) -> Tensor:
+    """Concatenate the parts; if they do not match, return the first alone, which then fits no network."""
     tensors = [named[part] for part in parts if part in named]
-    if len(tensors) == len(parts) and _are_alike(tensors) and len({one.shape[1:] for one in tensors}) == 1:
+    if len(tensors) == len(parts) and _are_alike(tensors) and len({tensor.shape[1:] for tensor in tensors}) == 1:
         return torch.cat(tensors)
     return named[otherwise]
 
 
 def _are_alike(tensors: list[Tensor]) -> bool:
-    """Tell whether tensors can be computed with together: of one type, or of types that numbers pass between."""
-    return all(one.dim() and one.dtype in _PLAIN_DTYPES for one in tensors) and len({one.dim() for one in tensors}) == 1
+    """Whether tensors can be computed with together: of floating-point dtypes, and equally many dimensions."""
+    return (
+        all(tensor.dim() and tensor.dtype in _PLAIN_DTYPES for tensor in tensors)
+        and len({tensor.dim() for tensor in tensors}) == 1
+    )

@@ -1,4 +1,4 @@
-"""Inspection: what a checkpoint's file holds and what an evaluation would make of it. Nothing from it is run or built."""
+"""Inspection: what a checkpoint's file holds and what an evaluation would use. Nothing from it is executed or built."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -6,20 +6,18 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from msn_eval.checkpoints.load import fit_weights, not_real
+from msn_eval.checkpoints.load import check_real, fit_weights
 from msn_eval.checkpoints.networks import StoredNetwork
-from msn_eval.checkpoints.sanity_checks import TensorInfo, describe_values, find_alarms, join_facts
-from msn_eval.checkpoints.stored import Contents, StoredCheckpoint, choose_stored, read_outline
+from msn_eval.checkpoints.sanity_checks import TensorInfo, describe_values, find_alarms, join_statistics
+from msn_eval.checkpoints.stored import Contents, StoredCheckpoint, choose_stored, read_contents
 from msn_eval.errors import CheckpointError
 from msn_eval.models.build import outline_network
 from msn_eval.models.vit import patch_pixels, published_rule, stored_pixels
 
-_SHOWN = 5
-
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkInfo:
-    """One network of a file. key: as --checkpoint-key takes it; values: of all its tensors, heads included."""
+    """One network of a file: its key as --checkpoint-key takes it, and the number of its tensors and values with heads."""
 
     key: str | None
     tensors: int
@@ -29,7 +27,7 @@ class NetworkInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightStatistics:
-    """Of all floating-point values that are used; NaN and infinite ones are counted and left out of the rest."""
+    """Statistics of all floating-point values that are used. NaN and infinite values are counted and otherwise excluded."""
 
     values: int
     mean: float | None
@@ -43,23 +41,27 @@ class WeightStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What `msn-eval inspect` tells. Fields after `problem` are None where the file leaves them open.
+    """What `msn-eval inspect` reports. Fields after `problem` are None where the file leaves them open.
 
-    container:     zip, pickle (PyTorch before 1.6) or safetensors
-    sha256:        of the file's bytes
-    notes:         what reading brought up, such as a matching hash beside the file
-    problem:       why an evaluation would refuse the file, None where it would take it
-    key, why:      the network that is used, and the reason
-    family:        whose layout it is
-    params:        values that the architecture has
-    matched:       share of them that the file holds
-    stored_pixels: side of the images that the positions were learned at
-    image_pixels:  side of the images that it is evaluated at
-    positions:     how the positions are changed for that, None where they are not
-    used, dropped: names of weights, as the network in the file calls them
-    missing, left_over: names of weights, as timm calls them
-    reshaped:      name, shape in the file, shape in the architecture
-    alarms:        reasons to doubt the weights, though they load
+    Attributes:
+        container: zip, pickle (PyTorch before 1.6) or safetensors.
+        sha256: Of the file's bytes.
+        notes: What the user may want to know about the reading, such as a matching hash beside the file.
+        problem: Why an evaluation would refuse the file, None where it would not.
+        key: The network that is used.
+        why: The reason for it.
+        family: Whose layout it is.
+        params: Number of the architecture's values.
+        matched: Share of them that the file holds.
+        stored_pixels: Side of the images that the positions were learned at.
+        image_pixels: Side of the images that it is evaluated at.
+        positions: How the positions are interpolated for that, None where they are not.
+        used: Names of weights, as the network in the file calls them.
+        dropped: The same, of weights that are not used.
+        missing: Names of weights, as timm calls them.
+        left_over: The same, of weights that the architecture does not have.
+        reshaped: Name, shape in the file, shape in the architecture.
+        alarms: Reasons to doubt the weights, though they load.
     """
 
     path: str
@@ -90,22 +92,22 @@ class Inspection:
 
 
 def inspect_checkpoint(path: Path, *, arch: str | None = None, key: str | None = None) -> Inspection:
-    """Inspect the file or folder at `path`.
+    """Inspect the file or folder at `path`, which is held in memory once; `arch` and `key` as for an evaluation.
 
-    arch, key: as an evaluation takes them
-    Raises CheckpointError where it cannot be read; what can be read and not be evaluated has a `problem` instead.
+    Raises:
+        CheckpointError: It cannot be read. What can be read but not evaluated has a `problem` instead.
     """
-    contents = read_outline(path)
-    facts = _of_contents(contents, used=None)
+    contents = read_contents(path)
+    inspection = _inspect_contents(contents, used=None)
     try:
         stored = choose_stored(contents, arch=arch, key=key)
-        facts = _of_choice(stored)
-        return _of_architecture(facts, stored)
+        inspection = _inspect_choice(stored)
+        return _inspect_fit(inspection, stored)
     except CheckpointError as error:
-        return replace(facts, problem=f"{error.what}\n{error.hint}".strip())
+        return replace(inspection, problem=f"{error.what}\n{error.hint}".strip())
 
 
-def _of_contents(contents: Contents, *, used: StoredNetwork | None) -> Inspection:
+def _inspect_contents(contents: Contents, *, used: StoredNetwork | None) -> Inspection:
     return Inspection(
         path=contents.where,
         container=contents.container,
@@ -113,54 +115,65 @@ def _of_contents(contents: Contents, *, used: StoredNetwork | None) -> Inspectio
         sha256=contents.sha256,
         notes=contents.notes,
         networks=tuple(
-            NetworkInfo(key=one.key, tensors=len(one.tensors), values=one.values, used=one is used)
-            for one in contents.networks
+            NetworkInfo(key=network.key, tensors=len(network.tensors), values=network.values, used=network is used)
+            for network in contents.networks
         ),
         epoch=contents.epoch,
         problem=None,
     )
 
 
-def _of_choice(stored: StoredCheckpoint) -> Inspection:
-    choice, trunk = stored.choice, stored.trunk
-    facts = _facts(stored)
+def _inspect_choice(stored: StoredCheckpoint) -> Inspection:
+    choice, backbone = stored.choice, stored.trunk
+    dropped = set(backbone.dropped)
+    infos = {
+        name: describe_values(tensor)
+        for name, tensor in choice.network.tensors.items()
+        if name not in dropped and not tensor.is_complex()  # complex weights become the problem
+    }
     return replace(
-        _of_contents(stored.contents, used=choice.network),
+        _inspect_contents(stored.contents, used=choice.network),
         key=choice.network.key,
         why=choice.why,
-        family=trunk.format,
+        family=backbone.format,
         arch=stored.architecture.name,
-        used=tuple(facts),
-        dropped=(*trunk.dropped, *choice.network.beside),
-        statistics=_statistics(facts, choice.network.tensors),
-        alarms=find_alarms(choice, facts),
+        used=tuple(infos),
+        dropped=(*backbone.dropped, *choice.network.beside),
+        statistics=_summarise(infos, choice.network.tensors),
+        alarms=find_alarms(choice, infos),
     )
 
 
-def _of_architecture(facts: Inspection, stored: StoredCheckpoint) -> Inspection:
+def _inspect_fit(inspection: Inspection, stored: StoredCheckpoint) -> Inspection:
     outline = outline_network(stored.architecture)
     expected, weights = outline.state_dict(), stored.trunk.weights
     fit = fit_weights(weights, expected)
-    wrong = facts.statistics is not None and facts.statistics.not_finite > 0
-    problem = f"{len(fit.lines)} of {len(expected)} weights do not fit {facts.arch}" if fit.lines else None
-    if problem is None and (bad := not_real(weights, expected)):
-        problem = f"{len(bad)} weights are no dense real numbers ({', '.join(bad[:_SHOWN])})"
+    problem = None
+    if inspection.statistics is not None and inspection.statistics.not_finite:
+        problem = "weights hold NaN or infinite values"
+    if fit.lines:
+        problem = f"{len(fit.lines)} of {len(expected)} weights do not fit {inspection.arch}"
+    else:
+        try:
+            check_real(weights, expected, where=stored.where)
+        except CheckpointError as error:
+            problem = error.what
     return replace(
-        facts,
-        problem=problem or ("weights hold NaN or infinite values" if wrong else None),
+        inspection,
+        problem=problem,
         params=sum(parameter.numel() for parameter in outline.parameters()),
         matched=fit.matched,
         patch_pixels=patch_pixels(outline),
         stored_pixels=stored_pixels(outline),
         image_pixels=stored.native_pixels(outline),
-        positions=_position_change(outline),
+        positions=_describe_positions(outline),
         missing=fit.missing,
         left_over=fit.left_over,
         reshaped=tuple((name, tuple(weights[name].shape), tuple(expected[name].shape)) for name in fit.reshaped),
     )
 
 
-def _position_change(outline: nn.Module) -> str | None:
+def _describe_positions(outline: nn.Module) -> str | None:
     rule, stored, patch = published_rule(outline), stored_pixels(outline), patch_pixels(outline)
     if rule is None or stored is None or patch is None:
         return None
@@ -169,26 +182,16 @@ def _position_change(outline: nn.Module) -> str | None:
     return f"{before} x {before} to {after} x {after} patches, bicubic, {how}, as the authors evaluate"
 
 
-def _facts(stored: StoredCheckpoint) -> dict[str, TensorInfo]:
-    """Give the facts of every stored tensor that is used, by the file's names."""
-    unused = set(stored.trunk.dropped)
-    return {
-        name: describe_values(stored.contents.pieces(tensor))
-        for name, tensor in stored.choice.network.tensors.items()
-        if name not in unused and not tensor.is_complex()  # which no network takes: the problem will say so
-    }
-
-
-def _statistics(facts: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> WeightStatistics:
-    floating = [name for name in facts if tensors[name].is_floating_point()]
-    whole = join_facts(facts[name] for name in floating)
+def _summarise(infos: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> WeightStatistics:
+    floating = [name for name in infos if tensors[name].is_floating_point()]
+    info = join_statistics(infos[name] for name in floating)
     return WeightStatistics(
-        values=whole.values,
-        mean=whole.mean,
-        std=whole.std,
-        minimum=whole.lowest if whole.finite else None,
-        maximum=whole.highest if whole.finite else None,
-        zeros=whole.zeros,
-        not_finite=whole.not_finite,
+        values=info.values,
+        mean=info.mean,
+        std=info.std,
+        minimum=info.lowest if info.finite else None,
+        maximum=info.highest if info.finite else None,
+        zeros=info.zeros,
+        not_finite=info.not_finite,
         dtypes=tuple(sorted({str(tensors[name].dtype).removeprefix("torch.") for name in floating})),
     )

@@ -1,28 +1,28 @@
-"""Named tensors into a network: all of them, or none."""
+"""Strict loading of named tensors into a network: all of them, or an error."""
 
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from msn_eval.checkpoints.sanity_checks import count_not_finite
+from msn_eval.checkpoints.sanity_checks import TensorInfo
 from msn_eval.errors import CheckpointError
 
-_SHOWN = 5
+_MAX_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How the weights of a file and those of an architecture compare, by name and shape.
+    """The comparison of a file's weights with those of an architecture, by name and shape.
 
-    missing:   names that the file lacks and that nobody allowed to be absent
-    left_over: names of the file that have no place in the network
-    reshaped:  names that are in both with different shapes
-    waived:    names that the file lacks by the user's leave
-    matched:   share of the network's values that the file holds, in [0, 1]
-    lines:     what does not fit, a line each
+    Attributes:
+        missing: Names that the file lacks and that must not be absent.
+        left_over: Names of the file that the network does not have.
+        reshaped: Names that both have, with different shapes.
+        waived: Names that the file lacks and that the user allows to be absent.
+        matched: Share of the network's values that the file holds, in [0, 1].
+        lines: What does not fit, a line each.
     """
 
     missing: tuple[str, ...]
@@ -36,44 +36,53 @@ class Fit:
 def fit_weights(
     weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], allow_missing: tuple[str, ...] = ()
 ) -> Fit:
-    """Compare the weights of a file with those that an architecture has; only names and shapes are looked at.
+    """Compare the names and shapes of a file's weights with those that an architecture has.
 
-    allow_missing: patterns of weights that may be absent
+    Args:
+        weights: Of the file.
+        expected: The architecture's state dict.
+        allow_missing: Patterns of weights that may be absent.
     """
-    # Batch norm counts its batches only to average them; files of old PyTorch do not have the count.
+    # Batch norm counts its batches only to average them, and files of old PyTorch do not have the count.
     needed = {name for name in expected if not name.endswith("num_batches_tracked")}
     absent = sorted(needed - weights.keys())
-    waived = tuple(name for name in absent if any(fnmatch.fnmatch(name, one) for one in allow_missing))
+    waived = tuple(name for name in absent if any(fnmatch.fnmatch(name, pattern) for pattern in allow_missing))
     missing = tuple(name for name in absent if name not in waived)
     left_over = tuple(sorted(weights.keys() - expected.keys()))
     reshaped = tuple(name for name in sorted(needed & weights.keys()) if weights[name].shape != expected[name].shape)
-    whole = sum(expected[name].numel() for name in needed)
+    total = sum(expected[name].numel() for name in needed)
     lost = sum(expected[name].numel() for name in (*absent, *reshaped))
     return Fit(
         missing=missing,
         left_over=left_over,
         reshaped=reshaped,
         waived=waived,
-        matched=1.0 - lost / whole if whole else 0.0,
+        matched=1.0 - lost / total if total else 0.0,
         lines=(
-            *(f"{one}: file {tuple(weights[one].shape)}, model {tuple(expected[one].shape)}" for one in reshaped),
-            *(f"{one}: missing in the file" for one in missing),
-            *(f"{one}: no place in the model" for one in left_over),
+            *(f"{name}: file {tuple(weights[name].shape)}, model {tuple(expected[name].shape)}" for name in reshaped),
+            *(f"{name}: missing in the file" for name in missing),
+            *(f"{name}: no place in the model" for name in left_over),
         ),
     )
 
 
 def check_fit(fit: Fit, *, of: int, arch: str, where: str, hint: str = "") -> None:
-    """Raise CheckpointError showing the first weights that do not fit, where any does not.
+    """Check that all weights fit.
 
-    of:   how many weights the network has
-    arch: what it is called in the error
-    hint: what the weights look like instead
+    Args:
+        fit: The comparison.
+        of: Number of the network's weights.
+        arch: Name of the network, for the error.
+        where: The file, for the error.
+        hint: What the weights look like instead.
+
+    Raises:
+        CheckpointError: Some do not; the first of them are listed.
     """
     if not fit.lines:
         return
-    more = [f"and {len(fit.lines) - _SHOWN} more"] if len(fit.lines) > _SHOWN else []
-    listed = "\n".join(f"  {line}" for line in [*fit.lines[:_SHOWN], *more])
+    more = [f"and {len(fit.lines) - _MAX_SHOWN} more"] if len(fit.lines) > _MAX_SHOWN else []
+    listed = "\n".join(f"  {line}" for line in [*fit.lines[:_MAX_SHOWN], *more])
     raise CheckpointError(
         f"{len(fit.lines)} of {of} weights do not fit {arch}\n{listed}",
         where=where,
@@ -83,49 +92,41 @@ def check_fit(fit: Fit, *, of: int, arch: str, where: str, hint: str = "") -> No
 
 
 def load_weights(
-    network: nn.Module, weights: Mapping[str, Tensor], *, arch: str, allow_missing: tuple[str, ...], where: str
-) -> float:
-    """Put `weights` into `network`, every one of them into its place, and give the share of values that came from them.
+    network: nn.Module, weights: Mapping[str, Tensor], infos: Mapping[str, TensorInfo], *, where: str
+) -> None:
+    """Load weights that fit into a network.
 
-    arch:          what the network is called in errors
-    allow_missing: patterns of weights that may stay as they are
-    where:         the file, for errors
-    Raises CheckpointError where a weight is missing, left over, of another shape, no dense real
-    number, or not finite.
+    Args:
+        network: Gets the weights.
+        weights: By the network's names.
+        infos: Statistics of the weights, by the same names.
+        where: The file, for the error.
+
+    Raises:
+        CheckpointError: A weight is not finite.
     """
-    expected = network.state_dict()
-    fit = fit_weights(weights, expected, allow_missing)
-    check_fit(fit, of=len(expected), arch=arch, where=where)
-    _check_plain(weights, expected, where)
-    _check_finite(weights, where)
-    network.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected}, strict=False)
-    return fit.matched
-
-
-def _check_plain(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Refuse what would turn into other numbers on the way into the network: integers, complex, sparse, no values."""
-    bad = list(not_real(weights, expected)) + [
-        name for name, tensor in weights.items() if tensor.layout != torch.strided or tensor.device.type != "cpu"
-    ]
-    if bad:
+    not_finite = {name: info for name, info in infos.items() if info.not_finite}
+    if not_finite:
+        shown = list(not_finite.items())[:_MAX_SHOWN]
+        listed = ", ".join(f"{name}: {info.not_finite:,} of {info.values:,}" for name, info in shown)
         raise CheckpointError(
-            f"{len(bad)} weights are no dense real numbers ({', '.join(bad[:_SHOWN])})",
-            where=where,
-            hint="Save them dense and in floating point.",
-        )
-
-
-def not_real(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Give the names of weights that are integers or complex where the network has real numbers, or the reverse."""
-    return tuple(name for name in weights if weights[name].is_floating_point() != expected[name].is_floating_point())
-
-
-def _check_finite(weights: Mapping[str, Tensor], where: str) -> None:
-    bad = {name: lost for name, tensor in weights.items() if (lost := count_not_finite(tensor))}
-    if bad:
-        shown = ", ".join(f"{name}: {lost:,} of {weights[name].numel():,}" for name, lost in list(bad.items())[:_SHOWN])
-        raise CheckpointError(
-            f"{len(bad)} weights hold NaN or infinite values ({shown})",
+            f"{len(not_finite)} weights hold NaN or infinite values ({listed})",
             where=where,
             hint="A network with such weights gives no meaningful accuracy; use an earlier checkpoint.",
+        )
+    network.load_state_dict(dict(weights), strict=False)  # what the user allows to be absent stays as it is
+
+
+def check_real(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, where: str) -> None:
+    """Refuse weights that would become other numbers in the network: integers and complex numbers.
+
+    Raises:
+        CheckpointError: There are such weights.
+    """
+    wrong = [name for name in weights if weights[name].is_floating_point() != expected[name].is_floating_point()]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} weights are not real numbers ({', '.join(wrong[:_MAX_SHOWN])})",
+            where=where,
+            hint="Save them in floating point.",
         )

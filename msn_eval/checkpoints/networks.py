@@ -1,7 +1,7 @@
-"""The networks in a file: where each stands, and which of them its method's authors evaluate."""
+"""The networks in a file: where they are, and which of them its method's authors evaluate."""
 
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -9,46 +9,51 @@ from torch import Tensor
 
 from msn_eval.errors import CheckpointError
 
-Equal = Callable[[Tensor, Tensor], bool]
+FAMILIES = {
+    "embeddings.patch_embeddings.projection.weight": "msn_eval.checkpoints.families:read_huggingface",
+    "conv_proj.weight": "msn_eval.checkpoints.families:read_torchvision_vit",
+    "4.0.conv1.weight": "msn_eval.checkpoints.families:read_sequential_resnet",
+    "layer1.0.conv1.weight": "msn_eval.checkpoints.families:read_resnet",
+    "patch_embed.proj.weight": "msn_eval.checkpoints.families:read_vit",
+}
+"""Families of file layouts, in the order in which they are tried. To add one, write a module and add a line.
 
-# A weight that every network of a layout has, from which the place of a whole network in a file is read.
-_ANCHORS = (
-    "patch_embed.proj.weight",  # timm's Vision Transformers and the many that were copied from them
-    "conv_proj.weight",  # torchvision's Vision Transformer
-    "embeddings.patch_embeddings.projection.weight",  # Hugging Face's
-    "layer1.0.conv1.weight",  # residual networks
-    "4.0.conv1.weight",  # residual networks as nn.Sequential(*list(network.children())[:-1])
-)
-# What training tools put between the names of a module and of its parameters.
+The key, the family's anchor, is the name of a weight that each network of the layout has and no earlier layout has; where
+it occurs in a file, after any prefix, there is a network. The value, `package.module:function`, is a function that gets
+the `StoredNetwork` and returns its `families.Backbone`: the weights by timm's names, without heads. It must not lose a
+weight without listing it in `dropped`; what does not fit timm's network is refused later.
+"""
+
+# What training tools insert between the names of a module and of its parameters.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
-_COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel, which otherwise holds the names of its network
-_DEEPEST = 4
-_MOST_WORDS = 16
-_SHOWN = 10
-_MOST_COMPARED = 100  # each with each other
+_COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel, which has the names of its network otherwise
+_MAX_DEPTH = 4
+_MAX_WORDS = 16
+_MAX_SHOWN = 10
+_MAX_COMPARED = 100  # all pairs are compared
 
 
 @dataclass(frozen=True)
-class _Choice:
-    """Of two networks that stand beside each other in a file, the one that is evaluated, and by whom."""
+class _Preference:
+    """Of two networks beside each other in a file, the one that is evaluated, and by whom."""
 
     evaluated: str
     rival: str
-    whose: str
+    reason: str
 
 
-_CHOICES = (
-    _Choice("target_encoder", "encoder", "the target encoder, which MSN and I-JEPA evaluate"),
-    _Choice("teacher", "student", "the teacher, which DINO and its successors evaluate"),
-    _Choice("encoder_q", "encoder_k", "the query encoder, which MoCo evaluates"),
-    _Choice("base_encoder", "momentum_encoder", "the base encoder, which MoCo v3 evaluates"),
-    _Choice("online_encoder", "target_encoder", "the online encoder, which BYOL evaluates"),
-    _Choice("encoder", "momentum_encoder", "the encoder itself, which solo-learn evaluates"),
-    _Choice("backbone", "momentum_backbone", "the backbone itself, which solo-learn evaluates"),
-    _Choice("backbone", "backbone_momentum", "the backbone itself, which lightly evaluates"),
-    _Choice("backbone", "anchor_backbone", "the target network, which lightly keeps as `backbone`"),
-    _Choice("backbone", "student_backbone", "the teacher, which lightly keeps as `backbone`"),
-    _Choice("teacher_backbone", "student_backbone", "the teacher, which lightly evaluates"),
+_PREFERENCES = (
+    _Preference("target_encoder", "encoder", "the target encoder, which MSN and I-JEPA evaluate"),
+    _Preference("teacher", "student", "the teacher, which DINO and its successors evaluate"),
+    _Preference("encoder_q", "encoder_k", "the query encoder, which MoCo evaluates"),
+    _Preference("base_encoder", "momentum_encoder", "the base encoder, which MoCo v3 evaluates"),
+    _Preference("online_encoder", "target_encoder", "the online encoder, which BYOL evaluates"),
+    _Preference("encoder", "momentum_encoder", "the encoder itself, which solo-learn evaluates"),
+    _Preference("backbone", "momentum_backbone", "the backbone itself, which solo-learn evaluates"),
+    _Preference("backbone", "backbone_momentum", "the backbone itself, which lightly evaluates"),
+    _Preference("backbone", "anchor_backbone", "the target network, which lightly keeps as `backbone`"),
+    _Preference("backbone", "student_backbone", "the teacher, which lightly keeps as `backbone`"),
+    _Preference("teacher_backbone", "student_backbone", "the teacher, which lightly evaluates"),
 )
 
 
@@ -56,10 +61,11 @@ _CHOICES = (
 class StoredNetwork:
     """One of the networks in a file.
 
-    key:     as --checkpoint-key takes it, None where the file is one network's state dict
-    words:   of its place in the file, such as `state_dict` and `encoder_q`
-    tensors: by their names within the network
-    beside:  what else stands in the same state dict and belongs to no network: heads, queues, prototypes
+    Attributes:
+        key: As --checkpoint-key takes it, None where the file is one network's state dict.
+        words: The path in the file, such as `state_dict` and `encoder_q`.
+        tensors: By their names within the network.
+        beside: What else is in the same state dict and belongs to no network: heads, queues, prototypes.
     """
 
     key: str | None
@@ -74,7 +80,7 @@ class StoredNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenNetwork:
-    """The network that is evaluated, why, and which of the file's others would have gone before it."""
+    """The network that is evaluated, the reason, and the file's network that its authors would rather evaluate."""
 
     network: StoredNetwork
     why: str
@@ -82,96 +88,105 @@ class ChosenNetwork:
 
 
 def find_networks(content: Mapping[str, object]) -> tuple[StoredNetwork, ...]:
-    """Find the networks in a file's content, told by the weights that mark a layout; where there are none, by dictionaries
-    of tensors."""
-    state_dicts = dict(_state_dicts(content, ()))
-    trunks = [one for path, tensors in state_dicts.items() for one in _trunks(path, tensors)]
+    """Find the networks in a file's content by their families' anchors; without anchors, by dictionaries of tensors."""
+    state_dicts = dict(_find_state_dicts(content, ()))
+    networks = [network for path, tensors in state_dicts.items() for network in _split_state_dict(path, tensors)]
+    if networks:
+        return tuple(networks)
+    # The weights of a network have dotted names; a lone tensor such as MSN's prototypes does not.
     return tuple(
-        trunks or (_whole(path, tensors) for path, tensors in state_dicts.items() if _is_network(path, tensors))
+        StoredNetwork(key=".".join(path) or None, words=path, tensors=tensors)
+        for path, tensors in state_dicts.items()
+        if path or any("." in name for name in tensors)
     )
 
 
-def choose_network(
-    networks: tuple[StoredNetwork, ...], key: str | None, *, where: str, are_equal: Equal = torch.equal
-) -> ChosenNetwork:
-    """Choose the network to evaluate: the one called `key`, else the one that the method's authors evaluate.
+def choose_network(networks: tuple[StoredNetwork, ...], key: str | None, *, where: str) -> ChosenNetwork:
+    """Choose the network to evaluate: the one called `key`, or else the one that the method's authors evaluate.
 
-    are_equal: compares the values of two tensors of one shape
-    Raises CheckpointError listing the candidates where the choice is open.
+    Raises:
+        CheckpointError: There is no such network, or several; the candidates are listed.
     """
     if not networks:
         raise CheckpointError("holds no network: no tensors by name", where=where, hint="Save model.state_dict().")
-    asked = tuple(network for network in networks if key is None or key in _spellings(network))
-    if not asked:
+    candidates = tuple(network for network in networks if key is None or key in _spellings(network))
+    if not candidates:
         raise _open_choice(f"has no network {key!r}; it holds", networks, where)
-    if len(asked) > _MOST_COMPARED:
-        raise _open_choice("holds very many networks", asked, where)
-    best, why = _evaluated(asked)
-    if len(best) > 1 and not _all_equal(best, are_equal):
+    if len(candidates) > _MAX_COMPARED:
+        raise _open_choice("holds very many networks", candidates, where)
+    best = tuple(network for network in candidates if _find_better(network, candidates) is None)
+    if len(best) > 1 and not _are_equal(best):
         raise _open_choice("holds several networks", best, where)
-    chosen = min(best, key=lambda network: len(network.words))
     if len(best) > 1:
         why = f"stored {len(best)} times with equal weights"
     elif key is not None:
         why = "asked for by --checkpoint-key"
-    return ChosenNetwork(network=chosen, why=why, passed_over=_better_than(chosen, networks))
+    elif len(candidates) == 1:
+        why = "the only network"
+    else:
+        preferences = (_find_preference(best[0], network) for network in candidates)
+        why = "; ".join(sorted({preference.reason for preference in preferences if preference is not None}))
+    chosen = min(best, key=lambda network: len(network.words))
+    return ChosenNetwork(network=chosen, why=why, passed_over=_find_better(chosen, networks))
 
 
-def _state_dicts(
+def _find_state_dicts(
     content: Mapping[str, object], path: tuple[str, ...]
 ) -> Iterable[tuple[tuple[str, ...], dict[str, Tensor]]]:
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     if tensors:
-        yield path, _unwrapped(tensors)
-    if len(path) < _DEEPEST:
+        yield path, _remove_wrappers(tensors)
+    if len(path) < _MAX_DEPTH:
         for name, value in content.items():
             if isinstance(value, Mapping):
-                yield from _state_dicts(value, (*path, name))
+                yield from _find_state_dicts(value, (*path, name))
 
 
-def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take wrappers out of names, unless two weights would then be called the same."""
+def _remove_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove wrappers from names, unless two weights would then have the same name."""
     plain = {
         ".".join(word for word in name.split(".") if word not in _WRAPPERS): tensor for name, tensor in tensors.items()
     }
     return plain if len(plain) == len(tensors) and "" not in plain else dict(tensors)
 
 
-def _trunks(path: tuple[str, ...], tensors: Mapping[str, Tensor]) -> list[StoredNetwork]:
+def _split_state_dict(path: tuple[str, ...], tensors: Mapping[str, Tensor]) -> list[StoredNetwork]:
     prefixes = sorted(
-        {name.removesuffix(anchor) for name in tensors for anchor in _ANCHORS if _ends_with(name, anchor)}
+        {
+            name.removesuffix(anchor)
+            for name in tensors
+            for anchor in FAMILIES
+            if name == anchor or name.endswith(f".{anchor}")
+        }
     )
     owned: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
     beside: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        owner = _owner(name, owned)
+        owner = _find_owner(name, owned)
         if owner is None or name in _COUNTERS:
             beside[name] = tensor
         else:
             owned[owner][name.removeprefix(owner)] = tensor
     if len(prefixes) == 1:
-        _reunite(owned[prefixes[0]], beside)
-    return [
-        StoredNetwork(
-            key=".".join([*path, *(_words(prefix) if len(prefixes) > 1 else ())]) or None,
-            words=(*path, *_words(prefix)),
-            tensors=owned[prefix],
-            beside=beside,
-        )
-        for prefix in prefixes
-    ]
+        _move_blocks(owned[prefixes[0]], beside)
+    networks = []
+    for prefix in prefixes:
+        words = tuple(word for word in prefix.split(".") if word)
+        key = ".".join([*path, *(words if len(prefixes) > 1 else ())]) or None
+        networks.append(StoredNetwork(key=key, words=(*path, *words), tensors=owned[prefix], beside=beside))
+    return networks
 
 
-def _owner(name: str, prefixes: Container[str]) -> str | None:
-    """Give the longest of the prefixes that a name has; walked word by word, since a file may claim many networks."""
-    words = name.split(".", _MOST_WORDS)[:-1]
+def _find_owner(name: str, prefixes: Container[str]) -> str | None:
+    """Return the longest of the prefixes that a name has. Looked up word by word, since a file may have many networks."""
+    words = name.split(".", _MAX_WORDS)[:-1]
     starts = (".".join(words[:count]) + "." for count in range(len(words), 0, -1))
     return next((start for start in (*starts, "") if start in prefixes), None)
 
 
-def _reunite(network: dict[str, Tensor], beside: dict[str, Tensor]) -> None:
-    """Move the blocks to their embeddings, which transformers 5 writes without their prefix for
-    ViTMSNForImageClassification: `vit.embeddings.…` beside `encoder.layer.…`."""
+def _move_blocks(network: dict[str, Tensor], beside: dict[str, Tensor]) -> None:
+    """Move the blocks to their embeddings; for ViTMSNForImageClassification transformers 5 writes them without their
+    prefix: `vit.embeddings.…` beside `encoder.layer.…`."""
     if "embeddings.patch_embeddings.projection.weight" in network and not any(
         name.startswith("encoder.") for name in network
     ):
@@ -179,69 +194,43 @@ def _reunite(network: dict[str, Tensor], beside: dict[str, Tensor]) -> None:
             network[name] = beside.pop(name)
 
 
-def _ends_with(name: str, anchor: str) -> bool:
-    return name == anchor or name.endswith(f".{anchor}")
-
-
-def _words(prefix: str) -> tuple[str, ...]:
-    return tuple(word for word in prefix.split(".") if word)
-
-
-def _is_network(path: tuple[str, ...], tensors: Mapping[str, Tensor]) -> bool:
-    # A network's weights have dotted names; a lone tensor such as MSN's prototypes beside a network has not.
-    return bool(path) or any("." in name for name in tensors)
-
-
-def _whole(path: tuple[str, ...], tensors: Mapping[str, Tensor]) -> StoredNetwork:
-    return StoredNetwork(key=".".join(path) or None, words=path, tensors=tensors)
-
-
 def _spellings(network: StoredNetwork) -> set[str]:
-    """Give what --checkpoint-key may call a network: its whole place, or any word of it."""
-    place = ".".join(network.words)
-    return {place, f"module.{place}", network.key or "", *network.words} - {""}
+    """Return the names that --checkpoint-key may use: the complete path, or any word of it."""
+    path = ".".join(network.words)
+    return {path, f"module.{path}", network.key or "", *network.words} - {""}
 
 
-def _evaluated(networks: tuple[StoredNetwork, ...]) -> tuple[tuple[StoredNetwork, ...], str]:
-    """Give the networks that no other goes before, and why the rest was left."""
-    if len(networks) == 1:
-        return networks, "the only network"
-    best = tuple(one for one in networks if _better_than(one, networks) is None)
-    reasons = {choice.whose for one in best for other in networks if (choice := _preference(one, other)) is not None}
-    return best, "; ".join(sorted(reasons))
+def _find_better(network: StoredNetwork, networks: Iterable[StoredNetwork]) -> StoredNetwork | None:
+    return next((rival for rival in networks if _find_preference(rival, network) is not None), None)
 
 
-def _better_than(network: StoredNetwork, networks: Iterable[StoredNetwork]) -> StoredNetwork | None:
-    return next((other for other in networks if _preference(other, network) is not None), None)
+def _find_preference(network: StoredNetwork, rival: StoredNetwork) -> _Preference | None:
+    """Return the rule by which `network` is evaluated rather than `rival`, None without one."""
+    own, others = set(network.words) - set(rival.words), set(rival.words) - set(network.words)
+    return next((rule for rule in _PREFERENCES if rule.evaluated in own and rule.rival in others), None)
 
 
-def _preference(one: StoredNetwork, other: StoredNetwork) -> _Choice | None:
-    """Give the choice by which `one` goes before `other`, if there is one."""
-    mine, theirs = set(one.words) - set(other.words), set(other.words) - set(one.words)
-    return next((choice for choice in _CHOICES if choice.evaluated in mine and choice.rival in theirs), None)
-
-
-def _all_equal(networks: tuple[StoredNetwork, ...], are_equal: Equal) -> bool:
-    """Tell whether networks hold the same weights under the same names, as where a module was registered twice."""
+def _are_equal(networks: tuple[StoredNetwork, ...]) -> bool:
+    """Whether networks have the same weights by the same names, as where a module was registered twice."""
     first = networks[0].tensors
     return all(
-        other.tensors.keys() == first.keys()
-        and all(one.shape == (two := other.tensors[name]).shape and are_equal(one, two) for name, one in first.items())
-        for other in networks[1:]
+        network.tensors.keys() == first.keys()
+        and all(torch.equal(tensor, network.tensors[name]) for name, tensor in first.items())
+        for network in networks[1:]
     )
 
 
 def _open_choice(what: str, networks: tuple[StoredNetwork, ...], where: str) -> CheckpointError:
     listed = "".join(
         f"\n  {network.key or '(the file itself)'}: {len(network.tensors)} tensors, {network.values:,} values"
-        for network in networks[:_SHOWN]
+        for network in networks[:_MAX_SHOWN]
     )
-    listed += f"\n  and {len(networks) - _SHOWN:,} more" if len(networks) > _SHOWN else ""
+    listed += f"\n  and {len(networks) - _MAX_SHOWN:,} more" if len(networks) > _MAX_SHOWN else ""
     return CheckpointError(f"{what}:{listed}", where=where, hint="Choose one by name: --checkpoint-key NAME.")
 
 
 def stated_epoch(content: Mapping[str, object]) -> int | None:
-    """Give the epoch that a file states, None where it states none."""
+    """Return the epoch that a file states, None if it states none."""
     epoch = content.get("epoch")
     if isinstance(epoch, str) and re.fullmatch(r"\d{1,9}", epoch):
         return int(epoch)

@@ -1,7 +1,7 @@
-"""TensorFacts: what is to be said of a tensor's values, gathered in one pass and little memory."""
+"""Sanity checks of weights: statistics of tensors, and reasons to doubt a network that loads."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,18 +10,22 @@ from torch import Tensor
 from msn_eval.checkpoints.families import classifier_classes
 from msn_eval.checkpoints.networks import ChosenNetwork
 
-_CHUNK_VALUES = 1 << 15  # as many as torch computes on one core: beside a busy neighbour two are slower than one
+_CHUNK_VALUES = 1 << 15  # as many as torch computes on one core: on a busy machine two are slower than one
+_MAX_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Of one tensor's values, or of several tensors' together.
+    """Statistics of the values of one or several tensors.
 
-    values:           all of them
-    not_finite:       those that are NaN, or infinite in float32, which networks are in; left out of everything below
-    zeros:            exact ones
-    total, squares:   sums in float64
-    lowest, highest:  inf and -inf where there is none
+    Attributes:
+        values: Number of values.
+        not_finite: Number of values that are NaN, or infinite in float32, which networks use; excluded from all below.
+        zeros: Number of exact zeros.
+        total: Sum in float64.
+        squares: Sum of squares in float64.
+        lowest: Minimum, inf where there is none.
+        highest: Maximum, -inf where there is none.
     """
 
     values: int = 0
@@ -37,7 +41,7 @@ class TensorInfo:
         return self.values - self.not_finite
 
     def all_equal(self, value: float) -> bool:
-        """Tell whether there are values and every one of them is `value`."""
+        """Whether there are values, and all are `value`."""
         return self.values > 0 and not self.not_finite and self.lowest == self.highest == value
 
     @property
@@ -46,105 +50,93 @@ class TensorInfo:
 
     @property
     def std(self) -> float | None:
-        """Give the standard deviation of the finite values, as of a whole population."""
+        """Population standard deviation of the finite values."""
         if not self.finite:
             return None
         return math.sqrt(max(0.0, self.squares / self.finite - (self.total / self.finite) ** 2))
 
 
-def describe_values(pieces: Iterable[Tensor]) -> TensorInfo:
-    """Gather the facts of tensors of any dtype and shape; complex numbers count as two."""
-    real = (torch.view_as_real(piece) if piece.is_complex() else piece for piece in pieces)
-    return join_facts(_of_chunk(chunk) for piece in real for chunk in chunks(piece))
+def describe_values(tensor: Tensor) -> TensorInfo:
+    """Compute the statistics of a tensor of any dtype and shape. A complex number counts as two values."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return join_statistics(map(_describe_chunk, torch.split(real.detach().reshape(-1), _CHUNK_VALUES)))
 
 
-def join_facts(several: Iterable[TensorInfo]) -> TensorInfo:
-    """Give the facts of several tensors together."""
-    facts = list(several)
+def join_statistics(infos: Iterable[TensorInfo]) -> TensorInfo:
+    """Compute the statistics of several tensors together."""
+    infos = list(infos)
     return TensorInfo(
-        values=sum(one.values for one in facts),
-        not_finite=sum(one.not_finite for one in facts),
-        zeros=sum(one.zeros for one in facts),
-        total=math.fsum(one.total for one in facts),
-        squares=math.fsum(one.squares for one in facts),
-        lowest=min((one.lowest for one in facts), default=math.inf),
-        highest=max((one.highest for one in facts), default=-math.inf),
+        values=sum(info.values for info in infos),
+        not_finite=sum(info.not_finite for info in infos),
+        zeros=sum(info.zeros for info in infos),
+        total=math.fsum(info.total for info in infos),
+        squares=math.fsum(info.squares for info in infos),
+        lowest=min((info.lowest for info in infos), default=math.inf),
+        highest=max((info.highest for info in infos), default=-math.inf),
     )
 
 
-def chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Give a tensor's values piece by piece, so that what is computed from them stays small."""
-    yield from torch.split(tensor.detach().reshape(-1), _CHUNK_VALUES)
-
-
-def count_not_finite(tensor: Tensor) -> int:
-    """Count values that are NaN or infinite in float32."""
-    if not tensor.is_floating_point():
-        return 0
-    return sum(_of_chunk(chunk).not_finite for chunk in chunks(tensor))
-
-
-def _of_chunk(chunk: Tensor) -> TensorInfo:
+def _describe_chunk(chunk: Tensor) -> TensorInfo:
     if not chunk.numel():
         return TensorInfo()
-    exact = (chunk.float() if chunk.is_floating_point() else chunk).double()
-    lowest, highest = (float(one) for one in exact.aminmax())
+    numbers = chunk.float() if chunk.is_floating_point() else chunk.double()
+    lowest, highest = (float(bound) for bound in numbers.aminmax())
     values = chunk.numel()
-    if not (math.isfinite(lowest) and math.isfinite(highest)):  # one NaN makes NaN of both
-        exact = exact[exact.isfinite()]
-        if not exact.numel():
+    if not (math.isfinite(lowest) and math.isfinite(highest)):  # one NaN makes both NaN
+        numbers = numbers[numbers.isfinite()]
+        if not numbers.numel():
             return TensorInfo(values=values, not_finite=values)
-        lowest, highest = (float(one) for one in exact.aminmax())
+        lowest, highest = (float(bound) for bound in numbers.aminmax())
+    exact = numbers.double()
     return TensorInfo(
         values=values,
-        not_finite=values - exact.numel(),
-        zeros=exact.numel() - int(exact.count_nonzero()),
+        not_finite=values - numbers.numel(),
+        zeros=numbers.numel() - int(numbers.count_nonzero()),
         total=float(exact.sum()),
-        squares=float(exact.square().sum()),  # no product of BLAS, whose threads wait for each other
+        squares=float(exact.square_().sum()),  # not a BLAS product, whose threads wait for each other
         lowest=lowest,
         highest=highest,
     )
 
 
-_SHOWN = 3
+def find_alarms(choice: ChosenNetwork, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """Return the reasons to doubt the chosen network, a sentence each.
 
+    They are: NaN and infinite values, matrices of zeros, norms at their initial values, a student where the file has a
+    teacher, a classifier on top, which means that the network was trained with labels.
 
-def find_alarms(choice: ChosenNetwork, facts: Mapping[str, TensorInfo]) -> tuple[str, ...]:
-    """Give what is doubtful about the network chosen for evaluation, a sentence each.
-
-    facts: of the weights that are used, by name
-    NaN and infinite values; matrices of zeros alone; norms that were never trained; a student where there is a teacher; a
-    classifier on top, which means that labels were seen.
+    Args:
+        choice: The network.
+        infos: Statistics of the weights that are used, by name.
     """
-    found = []
-    not_finite = [name for name, one in facts.items() if one.not_finite]
-    if not_finite:
-        found.append(f"NaN or infinite values in {_listed(not_finite)}")
-    zero = [name for name, one in facts.items() if name.endswith("weight") and one.all_equal(0)]
-    if zero:
-        found.append(f"nothing but zeros in {_listed(zero)}")
-    if _are_untouched(facts):
-        found.append("every norm has its initial values (scale 1, shift 0): these weights look untrained")
+    alarms = []
+    if not_finite := [name for name, info in infos.items() if info.not_finite]:
+        alarms.append(f"NaN or infinite values in {_list_names(not_finite)}")
+    if zero := [name for name, info in infos.items() if name.endswith("weight") and info.all_equal(0)]:
+        alarms.append(f"nothing but zeros in {_list_names(zero)}")
+    if _are_norms_untrained(infos):
+        alarms.append("every norm has its initial values (scale 1, shift 0): these weights look untrained")
     if choice.passed_over is not None:
-        found.append(f"{choice.passed_over.key!r} stands beside it, and is what the method's authors evaluate")
-    classes = classifier_classes(choice.network)
-    if classes is not None:
-        found.append(
+        alarms.append(f"{choice.passed_over.key!r} stands beside it, and is what the method's authors evaluate")
+    if (classes := classifier_classes(choice.network)) is not None:
+        alarms.append(
             f"a classifier of {classes:,} classes is on top: the weights were trained or fine-tuned with labels"
         )
-    return tuple(found)
+    return tuple(alarms)
 
 
-def _are_untouched(facts: Mapping[str, TensorInfo]) -> bool:
-    """Tell whether every norm is as it was initialised: a vector of scales beside a vector of shifts as long."""
-    norms = []
-    for name, scale in facts.items():
-        shift = facts.get(name.removesuffix("weight") + "bias") if name.endswith(".weight") else None
-        if shift is not None and shift.values == scale.values:
-            norms.append((scale, shift))
+def _are_norms_untrained(infos: Mapping[str, TensorInfo]) -> bool:
+    """Whether all norms, vectors of scales beside equally long vectors of shifts, have their initial values."""
+    norms = [
+        (scale, shift)
+        for name, scale in infos.items()
+        if name.endswith(".weight")
+        and (shift := infos.get(f"{name.removesuffix('weight')}bias")) is not None
+        and shift.values == scale.values
+    ]
     return bool(norms) and all(scale.all_equal(1) and shift.all_equal(0) for scale, shift in norms)
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def _list_names(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
+    return ", ".join(names[:_MAX_SHOWN]) + more

@@ -1,4 +1,4 @@
-"""`msn-eval inspect CKPT`: what is in a checkpoint and what would be used; nothing from it is run."""
+"""`msn-eval inspect CKPT`: what is in a checkpoint and what would be used; nothing from it is executed."""
 
 import argparse
 import json
@@ -11,10 +11,10 @@ from msn_eval.errors import printable
 if TYPE_CHECKING:
     from msn_eval.checkpoints.inspection import Inspection
 
-_SHOWN = 5
-_NETWORKS_SHOWN = 20
-_LONGEST = 80  # of a name, in characters
-_WIDEST = 1000  # of a line
+_MAX_NAMES = 5
+_MAX_NETWORKS = 20
+_MAX_NAME_LENGTH = 80
+_MAX_LINE_LENGTH = 1000
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Print the inspection; a file that can be read is no error, whether or not it can be evaluated."""
+    """Print the inspection. A file that can be read but not evaluated is not an error."""
     from msn_eval.checkpoints.checkpoint import locate_weights
     from msn_eval.checkpoints.inspection import inspect_checkpoint
 
@@ -40,67 +40,67 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     entries = list(_entries(inspection))
     width = max(len(name) for name, _ in entries)
     for name, text in entries:
-        # Lines that go on are indented, so that no name of the file's can pass for an entry of ours.
-        lines = (_cut(printable(line), _WIDEST) for line in text.split("\n"))
+        # Continued lines are indented, so that a name in the file cannot look like an entry.
+        lines = (_cut(printable(line), _MAX_LINE_LENGTH) for line in text.split("\n"))
         print(f"{name:<{width}}  {f'{chr(10)}{chr(32) * (width + 2)}'.join(lines)}".rstrip())
     return 0
 
 
-def _entries(facts: "Inspection") -> Iterator[tuple[str, str]]:
-    """Give what there is to say, a name and a line each; the name is empty where a line goes on."""
-    yield "file", f"{facts.path} ({facts.container}, {facts.file_bytes:,} bytes)"
-    yield "sha256", facts.sha256
-    yield from (("note", note) for note in facts.notes)
-    shown = [network for number, network in enumerate(facts.networks) if network.used or number < _NETWORKS_SHOWN]
+def _entries(inspection: "Inspection") -> Iterator[tuple[str, str]]:
+    """Yield the entries as name and text; the name is empty where the previous entry continues."""
+    yield "file", f"{inspection.path} ({inspection.container}, {inspection.file_bytes:,} bytes)"
+    yield "sha256", inspection.sha256
+    yield from (("note", note) for note in inspection.notes)
+    shown = [network for number, network in enumerate(inspection.networks) if network.used or number < _MAX_NETWORKS]
     for number, network in enumerate(shown):
-        used = f"  <- used: {facts.why}" if network.used else ""
-        name = _name(network.key) if network.key else "(the file itself)"
+        used = f"  <- used: {inspection.why}" if network.used else ""
+        name = _shorten(network.key) if network.key else "(the file itself)"
         yield "" if number else "networks", f"{name}: {network.tensors:,} tensors, {network.values:,} values{used}"
-    if len(facts.networks) > len(shown):
-        yield "", f"and {len(facts.networks) - len(shown):,} more"
-    if facts.epoch is not None:
-        yield "epoch", str(facts.epoch)
-    if facts.family is not None:
-        yield "family", facts.family
-        yield "architecture", str(facts.arch)
-    if facts.matched is not None:
-        yield "parameters", f"{facts.params:,}, {facts.matched:.2%} of the values matched"
-    if facts.image_pixels is not None:
-        patch = f", patches of {facts.patch_pixels}" if facts.patch_pixels else ""
-        yield "images", f"{facts.image_pixels} pixels{patch}"
-    if facts.positions is not None:
-        yield "positions", facts.positions
-    yield from _statistics(facts)
-    yield from _names("used", facts.used)
-    yield from _names("dropped", facts.dropped)
-    yield from _names("missing", facts.missing)
-    yield from _names("no place for", facts.left_over)
-    yield from _names(
-        "reshaped", tuple(f"{_name(name)}: file {file}, model {model}" for name, file, model in facts.reshaped)
+    if len(inspection.networks) > len(shown):
+        yield "", f"and {len(inspection.networks) - len(shown):,} more"
+    if inspection.epoch is not None:
+        yield "epoch", str(inspection.epoch)
+    if inspection.family is not None:
+        yield "family", inspection.family
+        yield "architecture", str(inspection.arch)
+    if inspection.matched is not None:
+        yield "parameters", f"{inspection.params:,}, {inspection.matched:.2%} of the values matched"
+    if inspection.image_pixels is not None:
+        patch = f", patches of {inspection.patch_pixels}" if inspection.patch_pixels else ""
+        yield "images", f"{inspection.image_pixels} pixels{patch}"
+    if inspection.positions is not None:
+        yield "positions", inspection.positions
+    yield from _statistics(inspection)
+    yield from _name_list("used", inspection.used)
+    yield from _name_list("dropped", inspection.dropped)
+    yield from _name_list("missing", inspection.missing)
+    yield from _name_list("no place for", inspection.left_over)
+    yield from _name_list(
+        "reshaped", tuple(f"{_shorten(name)}: file {file}, model {model}" for name, file, model in inspection.reshaped)
     )
-    yield from (("ALARM", _on_one_line(alarm)) for alarm in facts.alarms)
-    yield "verdict", "would be evaluated" if facts.problem is None else f"would be REFUSED: {facts.problem}"
+    yield from (("ALARM", _on_one_line(alarm)) for alarm in inspection.alarms)
+    yield "verdict", "would be evaluated" if inspection.problem is None else f"would be REFUSED: {inspection.problem}"
 
 
-def _statistics(facts: "Inspection") -> Iterator[tuple[str, str]]:
-    found = facts.statistics
-    if found is None or found.mean is None:
+def _statistics(inspection: "Inspection") -> Iterator[tuple[str, str]]:
+    info = inspection.statistics
+    if info is None or info.mean is None:
         return
     yield (
         "weights",
-        f"{', '.join(found.dtypes)}; mean {found.mean:.3g}, std {found.std:.3g}, from {found.minimum:.3g} to "
-        f"{found.maximum:.3g}, {found.zeros:,} zeros, {found.not_finite:,} not finite",
+        f"{', '.join(info.dtypes)}; mean {info.mean:.3g}, std {info.std:.3g}, from {info.minimum:.3g} to "
+        f"{info.maximum:.3g}, {info.zeros:,} zeros, {info.not_finite:,} not finite",
     )
 
 
-def _names(what: str, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def _name_list(label: str, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     if names:
-        more = f", … ({len(names):,} in all)" if len(names) > _SHOWN else ""
-        yield what, ", ".join(map(_name, names[:_SHOWN])) + more
+        more = f", … ({len(names):,} in all)" if len(names) > _MAX_NAMES else ""
+        yield label, ", ".join(map(_shorten, names[:_MAX_NAMES])) + more
 
 
-def _name(name: str) -> str:
-    return _on_one_line(_cut(name, _LONGEST))
+def _shorten(name: str) -> str:
+    return _on_one_line(_cut(name, _MAX_NAME_LENGTH))
 
 
 def _on_one_line(text: str) -> str:

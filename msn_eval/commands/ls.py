@@ -32,9 +32,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _entries(kind: str) -> dict[str, str]:
     match kind:
         case "checkpoints":
-            from msn_eval.checkpoints.checkpoint import SCHEMES
+            from msn_eval.checkpoints import read_schemes
 
-            return SCHEMES
+            return {name: entry.summary for name, entry in read_schemes().items()}
         case "subsets":
             return _SUBSETS
         case "datasets":

@@ -88,7 +88,7 @@ def _forecast_one(plan: Plan, ready: Preparation, run_own_code: bool) -> CostEst
     sizes = (images.source.stamp(image_id)[0] for images in missing for image_id in images.ids)
     tuned = [_images_tuned(task, plan) for task in ready.tuned]
     encodings = read + augmented + _PASSES_A_STEP * sum(tuned) + len(tuned) * len(plan.val)
-    measurable = encodings >= _FEW_IMAGES and (run_own_code or encoder.checkpoint.format != "py")
+    measurable = encodings >= _FEW_IMAGES and (run_own_code or not encoder.checkpoint.runs_own_code)
     drop = drop_of(plan.request)
     partly = missing[:1] if drop is not None else ()
     whole = (*missing[len(partly) :], *(images for _, images in trainings), *([plan.val] if tuned else []))

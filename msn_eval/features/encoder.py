@@ -163,10 +163,9 @@ def build_encoder(
     """
     network = copy.deepcopy(checkpoint.network)
     wanted = image_pixels or checkpoint.image_pixels
-    if _has_tokens(network) and checkpoint.format != "py" and wanted != stored_pixels(network):
-        network = _resize_input(
-            network, wanted
-        )  # convolutional networks take any size; a user's module decides for itself
+    if _has_tokens(network) and not checkpoint.runs_own_code and wanted != stored_pixels(network):
+        # Convolutional networks take any size; a user's module decides for itself.
+        network = _resize_input(network, wanted)
     final_norm = copy.deepcopy(_final_norm(network))
     if _is_convolutional(checkpoint, network):
         network = network.to(memory_format=torch.channels_last)
@@ -212,12 +211,12 @@ def _has_tokens(network: nn.Module) -> bool:
 
 def _is_convolutional(checkpoint: Checkpoint, network: nn.Module) -> bool:
     """Whether to use channels-last memory: for timm's convolutional networks, not for a user's own."""
-    return checkpoint.format not in ("py", "pixels") and not _has_tokens(network)
+    return not checkpoint.runs_own_code and checkpoint.format != "pixels" and not _has_tokens(network)
 
 
 def _compile(checkpoint: Checkpoint, network: nn.Module) -> None:
     """Compile a network in place, so that weights keep their names: Transformers block by block, as equal blocks share code."""
-    if checkpoint.format in ("py", "pixels"):
+    if checkpoint.runs_own_code or checkpoint.format == "pixels":
         network.compile()
     elif _has_tokens(network):
         for block in cast(nn.Sequential, network.blocks):
@@ -237,7 +236,7 @@ def _final_norm(network: nn.Module) -> nn.Module:
 def _available_taps(checkpoint: Checkpoint, network: nn.Module) -> tuple[str, ...]:
     if checkpoint.format == "pixels":
         return ("pixels",)
-    if checkpoint.format == "py":  # its forward pass is the user's, even for a Vision Transformer of timm
+    if checkpoint.runs_own_code:  # its forward pass is the user's, even for a Vision Transformer of timm
         return ("out",)
     if not _has_tokens(network):
         return ("pool",)
@@ -284,7 +283,7 @@ def encode(encoder: Encoder, pixels: Tensor, taps: Sequence[str]) -> dict[str, T
     """
     with torch.inference_mode(), exact_float32():
         images = normalised(pixels.to(encoder.device, non_blocking=True), encoder)
-        if encoder.checkpoint.format == "py" or not _has_tokens(encoder.network):
+        if encoder.checkpoint.runs_own_code or not _has_tokens(encoder.network):
             return {taps[0]: _pooled_features(encoder, images).float()}
         if "out" in taps:
             return {"out": cast(Tensor, encoder.network(images)).float()}
@@ -341,7 +340,7 @@ def normalised(pixels: Tensor, encoder: Encoder) -> Tensor:
 
 def _pooled_features(encoder: Encoder, images: Tensor) -> Tensor:
     network = encoder.network
-    if encoder.checkpoint.format in ("pixels", "py"):
+    if encoder.checkpoint.runs_own_code or encoder.checkpoint.format == "pixels":
         return _check_features(network(images), encoder, len(images))
     maps = network.forward_features(images)  # type: ignore[operator]
     return cast(Tensor, network.forward_head(maps, pre_logits=True))  # type: ignore[operator]

@@ -49,7 +49,7 @@ def check_drop(encoder: Encoder, drop: PatchDrop) -> None:
     """Raise UsageError if patches cannot be dropped from this network, or if none would be left."""
     from timm.models.vision_transformer import VisionTransformer
 
-    if encoder.checkpoint.format == "py" or type(encoder.network) is not VisionTransformer:
+    if encoder.checkpoint.runs_own_code or type(encoder.network) is not VisionTransformer:
         raise UsageError(
             f"--patch-drop {drop.share}: {encoder.checkpoint.name} ({encoder.arch}) is not a plain Vision Transformer",
             hint="Leave the option out for networks of another kind.",
@@ -109,7 +109,7 @@ def patch_count(encoder: Encoder) -> int:
 
 def check_patches(encoder: Encoder) -> None:
     """Raise UsageError unless the network is timm's plain Vision Transformer with a class token."""
-    if encoder.checkpoint.format == "py" or not is_plain(encoder.network):
+    if encoder.checkpoint.runs_own_code or not is_plain(encoder.network):
         raise UsageError(
             f"{encoder.checkpoint.name} ({encoder.arch}) is not a plain Vision Transformer with a class token",
             hint="Only such a network can drop patches and show its attention.",

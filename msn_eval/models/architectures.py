@@ -1,4 +1,4 @@
-"""Architecture: which network a set of weights belongs to, read from the weights' shapes or named by the user."""
+"""Architecture: the network that weights belong to, recognised by their shapes or named by the user."""
 
 import ast
 import math
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from msn_eval.errors import CheckpointError
 
-# The number of heads is in no weight's shape; these are the published ones.
+# No weight's shape shows the number of heads; these are the published ones.
 _HEADS_BY_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
-_GATED_HEADS_BY_WIDTH = {**_HEADS_BY_WIDTH, 1536: 24}  # others of this width have 16
+_GATED_HEADS_BY_WIDTH = {**_HEADS_BY_WIDTH, 1536: 24}  # networks of this width without gates have 16
 _SIZE_BY_WIDTH_AND_DEPTH = {
     (192, 12): "tiny",
     (384, 12): "small",
@@ -25,13 +25,13 @@ _SIZE_BY_WIDTH_AND_DEPTH = {
     (1536, 40): "giant2",
     (1664, 48): "gigantic",
 }
-_DEEPEST = 256
-# Of timm.create_model itself, which would open other files, look for weights, or build for another device.
+_MAX_DEPTH = 256
+# Keywords of timm.create_model that would open other files, search for weights, or build for another device.
 NOT_KEYWORDS = (
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn"),
     *("pretrained_model_args", "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "device", "dtype"),
 )
-NORM_EPS = 1e-6  # of nearly every published Vision Transformer; it is in no weight
+NORM_EPS = 1e-6  # of nearly all published Vision Transformers; no weight shows it
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
@@ -46,13 +46,14 @@ _RESNET_WIDTH = 64
 class Architecture:
     """A network without its classifier and without weights.
 
-    name:         as records show it, timm's where timm has one
-    timm_name:    timm's entry, or None for a Transformer described by `kind` and `keywords` alone
-    kind:         which Transformer the keywords describe
-    keywords:     what the constructor is given besides
-    norm_eps:     of the layer norms of a Transformer described by keywords
-    gated:        whether its MLPs multiply values by a SiLU gate (SwiGLU)
-    stem:         of a residual network, `cifar` or `cifar_padded` where it is not timm's
+    Attributes:
+        name: As records show it, timm's where timm has one.
+        timm_name: timm's entry, or None for a Transformer that `kind` and `keywords` describe.
+        kind: Which Transformer the keywords describe.
+        keywords: Arguments of the constructor.
+        norm_eps: Epsilon of the layer norms of a Transformer that keywords describe.
+        gated: Whether its MLPs multiply values by a SiLU gate (SwiGLU).
+        stem: Of a residual network, `cifar` or `cifar_padded` where it is not timm's.
     """
 
     name: str
@@ -65,22 +66,26 @@ class Architecture:
 
 
 def name_architecture(text: str) -> Architecture:
-    """Read `NAME` or `NAME?keyword=value&…`, as `--arch` and `random:` take it. `stem=cifar` is ours, all others timm's."""
+    """Parse `NAME` or `NAME?keyword=value&…`, as `--arch` and `random:` take it. `stem=cifar` is ours, all others timm's.
+
+    Raises:
+        CheckpointError: The text cannot be parsed, or has a keyword that is not the architecture's.
+    """
     name, _, query = text.partition("?")
     if not name:
-        raise CheckpointError("an architecture has a name", hint="Write for example vit_tiny_patch16_224.")
+        raise CheckpointError("The architecture has no name", hint="Write for example vit_tiny_patch16_224.")
     try:
         pairs = urllib.parse.parse_qsl(query, strict_parsing=True) if query else []
     except ValueError as error:
         raise CheckpointError(
-            f"the keywords of {text!r} cannot be read",
+            f"The keywords of {text!r} cannot be parsed",
             hint="Write them as vit_tiny_patch16_224?img_size=32&patch_size=4 (quoted, for the shell).",
         ) from error
     forbidden = next((key for key, _ in pairs if key in NOT_KEYWORDS), None)
     if forbidden is not None:
         raise CheckpointError(
-            f"{forbidden} is none of an architecture's keywords here",
-            hint="Leave it out; weights come from the file alone.",
+            f"{forbidden} is not a keyword of an architecture",
+            hint="Remove it; weights come only from the file.",
         )
     keywords = {key: _literal(value) for key, value in pairs}
     stem = keywords.pop("stem", None)
@@ -101,12 +106,16 @@ def recognise_architecture(
     norm_eps: float | None = None,
     padded_stem: bool = False,
 ) -> Architecture:
-    """Read the architecture from the names and shapes of a trunk's weights, in timm's naming.
+    """Recognise the architecture by the names and shapes of a backbone's weights.
 
-    heads:    attention heads, where something beside the weights states them
-    norm_eps: of the layer norms, likewise
-    padded_stem: whether its makers pad a 3 x 3 stem by two pixels, which is in no weight either
-    Raises CheckpointError where they leave it open.
+    Args:
+        weights: By timm's names.
+        heads: Number of attention heads, where something beside the weights states it.
+        norm_eps: Epsilon of the layer norms, likewise.
+        padded_stem: Whether a 3 x 3 stem is padded by two pixels, which no weight shows either.
+
+    Raises:
+        CheckpointError: The weights leave it open.
     """
     if "patch_embed.proj.weight" in weights and "blocks.0.attn.qkv.weight" in weights:
         _check_dimensions(weights)
@@ -117,9 +126,13 @@ def recognise_architecture(
         return _recognise_resnet(weights, "cifar_padded" if padded_stem else "cifar")
     shown = ", ".join(sorted(weights)[:4])
     raise CheckpointError(
-        f"the architecture cannot be told from the weights' names ({shown}, …)",
+        f"The names of the weights ({shown}, …) are not those of a known architecture",
         hint="Name it: --arch NAME, one of timm's.",
     )
+
+
+def _unknown(what: str) -> CheckpointError:
+    return CheckpointError(what, hint="Name its architecture: --arch NAME.")
 
 
 def _check_dimensions(weights: Mapping[str, Tensor]) -> None:
@@ -132,16 +145,15 @@ def _check_dimensions(weights: Mapping[str, Tensor]) -> None:
         ("reg_token", 3),
     ):
         if name in weights and (weights[name].dim() != dimensions or not weights[name].numel()):
-            raise CheckpointError(
-                f"{name} of shape {tuple(weights[name].shape)} belongs to no Vision Transformer that is known",
-                hint="Name its architecture: --arch NAME.",
+            raise _unknown(
+                f"{name} of shape {tuple(weights[name].shape)} does not belong to a known Vision Transformer"
             )
 
 
 def _recognise_vit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float) -> Architecture:
     if "norm_pre.weight" in weights:
         raise CheckpointError(
-            "a Vision Transformer with a norm before its blocks, as CLIP's: its activation and epsilon are in no weight",
+            "a Vision Transformer with a norm before its blocks, as CLIP's: no weight shows its activation and epsilon",
             hint="Name its architecture: --arch NAME, such as vit_base_patch16_clip_quickgelu_224.",
         )
     if not weights.keys() & {"cls_token", "norm.weight", "blocks.0.attn.qkv.bias", "blocks.0.ls1.gamma"}:
@@ -163,7 +175,7 @@ def _recognise_vit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: f
         "embed_dim": width,
         "depth": depth,
         "num_heads": heads or _heads(width, depth, patch, gated=gated),
-        # As much more than the ratio as rounding takes: timm rounds the product down.
+        # timm rounds the product down, so add half a unit where the ratio is not exact.
         "mlp_ratio": hidden / width if int(hidden / width * width) == hidden else (hidden + 0.5) / width,
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
@@ -186,7 +198,7 @@ def _recognise_vit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: f
 
 
 def _recognise_beit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float) -> Architecture:
-    """Read BEiT's family, data2vec's among it: relative positions in every block or shared by all, scaled residuals."""
+    """Recognise BEiT and its relatives such as data2vec: relative positions per block or shared, scaled residuals."""
     width, _, patch, _ = weights["patch_embed.proj.weight"].shape
     depth = _depth(weights)
     tables = _bias_tables(weights)
@@ -217,7 +229,7 @@ def _recognise_beit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: 
 
 
 def _unusual(heads: object, width: int, norm_eps: float) -> str:
-    """Give what a name must say besides, so that no two networks that compute differently are called the same."""
+    """Return a suffix, so that networks that compute differently have different names."""
     by_heads = "" if heads == _GATED_HEADS_BY_WIDTH.get(width) else f"_heads{heads}"
     return by_heads + ("" if norm_eps == NORM_EPS else f"_eps{norm_eps:g}")
 
@@ -227,19 +239,17 @@ def _bias_tables(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def _depth(weights: Mapping[str, Tensor]) -> int:
-    numbers = {int(found.group(1)) for name in weights if (found := re.match(r"blocks\.(\d{1,4})\.", name))}
-    if max(numbers) >= _DEEPEST:
-        raise CheckpointError(
-            f"a Vision Transformer with a block {max(numbers)}", hint="Name its architecture: --arch NAME."
-        )
-    return 1 + max(numbers)
+    last = max(int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,4})\.", name)))
+    if last >= _MAX_DEPTH:
+        raise _unknown(f"a Vision Transformer with a block {last}")
+    return 1 + last
 
 
 def _heads(width: int, depth: int, patch: int, *, gated: bool) -> int:
     heads = (_GATED_HEADS_BY_WIDTH if gated else _HEADS_BY_WIDTH).get(width)
     if heads is None:
         raise CheckpointError(
-            f"a Vision Transformer of width {width} and depth {depth}: its number of heads is in no weight's shape, "
+            f"a Vision Transformer of width {width} and depth {depth}: no weight's shape shows its number of heads, "
             f"and no published architecture has this width (known: {', '.join(map(str, _HEADS_BY_WIDTH))})",
             hint=f"Name it: --arch 'vit_tiny_patch16_224?embed_dim={width}&depth={depth}&patch_size={patch}&num_heads=N"
             "&img_size=N'.",
@@ -252,42 +262,35 @@ def _size_name(width: int, depth: int) -> str:
 
 
 def _hidden_width(weights: Mapping[str, Tensor]) -> tuple[int, bool]:
-    """Give the outputs of a block's first linear layer, and whether half of them gate the other half."""
+    """Return the outputs of a block's first linear layer, and whether one half of them gates the other half."""
     if "blocks.0.mlp.fc1.weight" not in weights or "blocks.0.mlp.fc2.weight" not in weights:
-        raise CheckpointError(
-            "a Vision Transformer whose blocks have no mlp.fc1 and mlp.fc2",
-            hint="Name its architecture: --arch NAME.",
-        )
+        raise _unknown("a Vision Transformer whose blocks have no mlp.fc1 and mlp.fc2")
     outputs = weights["blocks.0.mlp.fc1.weight"].shape[0]
     return outputs, outputs == 2 * weights["blocks.0.mlp.fc2.weight"].shape[1]
 
 
 def _position_grid(weights: Mapping[str, Tensor], *, has_class_token: bool, registers: int) -> tuple[int, bool]:
-    """Give the patches a side and whether prefix tokens have positions of their own."""
+    """Return the patches per side, and whether prefix tokens have positions."""
     if "pos_embed" not in weights:
-        raise CheckpointError(
-            "a Vision Transformer without learned positions (pos_embed)", hint="Name its architecture: --arch NAME."
-        )
+        raise _unknown("a Vision Transformer without learned positions (pos_embed)")
     positions = weights["pos_embed"].shape[1]
     for prefix in dict.fromkeys((int(has_class_token) + registers, int(has_class_token), 0)):
         grid = math.isqrt(max(0, positions - prefix))
         if grid and grid * grid == positions - prefix:
             return grid, prefix > 0
-    raise CheckpointError(
-        f"{positions} positions (pos_embed) are no square grid of patches", hint="Name the architecture: --arch NAME."
-    )
+    raise _unknown(f"{positions} positions (pos_embed) are not a square grid of patches")
 
 
 def _recognise_resnet(weights: Mapping[str, Tensor], small_stem: str) -> Architecture:
     depths = tuple(
-        1 + max(int(found.group(1)) for name in weights if (found := re.match(rf"layer{stage}\.(\d{{1,4}})\.", name)))
+        1 + max(int(match[1]) for name in weights if (match := re.match(rf"layer{stage}\.(\d{{1,4}})\.", name)))
         for stage in range(1, 5)
         if any(re.match(rf"layer{stage}\.\d{{1,4}}\.", name) for name in weights)
     )
     name = _RESNETS.get((depths, "layer1.0.conv3.weight" in weights))
     if name is None or weights["layer1.0.conv1.weight"].shape[:1] != (_RESNET_WIDTH,):
         raise CheckpointError(
-            f"a residual network with {depths} blocks a stage that is none of ResNet-18, 34, 50, 101, 152",
+            f"a residual network with {depths} blocks per stage, which is not ResNet-18, 34, 50, 101 or 152",
             hint="Name it: --arch NAME, one of timm's.",
         )
     if "conv1.weight" in weights and weights["conv1.weight"].shape[2:] == (3, 3):

@@ -1,4 +1,4 @@
-"""Trunk: the network of an architecture, built without its classifier, with drawn weights or with none."""
+"""Build the network of an architecture without its classifier, with random weights or without memory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,35 +11,37 @@ from torch import nn
 from msn_eval.errors import CheckpointError, did_you_mean
 from msn_eval.models.architectures import Architecture
 
-_MOST_TABLE_BYTES = 2 << 30
-_MOST_PARAMETERS = 10_000  # tensors; the published networks have a few hundred
-# Of residual networks for images of 32 pixels, by the padding: a 3 x 3 convolution of stride 1 comes first, and no max-pool.
+_MAX_TABLE_BYTES = 2 << 30
+_MAX_PARAMETERS = 10_000  # tensors; the published networks have a few hundred
+# Padding of the stems of residual networks for 32-pixel images: a 3 x 3 convolution of stride 1, without max-pool.
 _STEM_PADDING = {"cifar": 1, "cifar_padded": 2}
 _STEM_PIXELS = 32
 
 
 def build_network(architecture: Architecture, *, seed: int = 0) -> nn.Module:
-    """Build the trunk in eval mode on the CPU, its weights drawn from `seed` without touching the global generator.
+    """Build the network in eval mode on the CPU, with random weights from `seed`; the global generator is left alone.
 
-    Raises CheckpointError for a name that timm does not know or keywords that it does not take.
+    Raises:
+        CheckpointError: timm does not know the name or does not accept the keywords.
     """
     check_architecture_name(architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _constructed(architecture).eval()
+        return _construct(architecture).eval()
 
 
 def outline_network(architecture: Architecture) -> nn.Module:
-    """Build the trunk without memory, on the meta device: its weights have names and shapes and no values.
+    """Build the network on the meta device: its weights have names and shapes and no values.
 
-    Raises CheckpointError as `build_network` does, and where tables that are in no file, such as BEiT's of offsets between
-    patches, would take more memory than any published network's.
+    Raises:
+        CheckpointError: As `build_network`, and where tables that are not in the file, such as BEiT's offsets between
+            patches, would need more memory than in any published network.
     """
     check_architecture_name(architecture)
     with torch.device("meta"):
-        outline = _constructed(architecture)
+        outline = _construct(architecture)
     table_bytes = sum(table.numel() * table.element_size() for table in outline.buffers())
-    if table_bytes > _MOST_TABLE_BYTES:
+    if table_bytes > _MAX_TABLE_BYTES:
         raise CheckpointError(
             f"{architecture.name} needs {table_bytes:,} bytes for tables beside its weights",
             hint="Is it made for images of this size? Name its architecture: --arch NAME.",
@@ -47,27 +49,30 @@ def outline_network(architecture: Architecture) -> nn.Module:
     return outline
 
 
-def _constructed(architecture: Architecture) -> nn.Module:
+def _construct(architecture: Architecture) -> nn.Module:
     import timm
 
     try:
-        with _few_parameters():
+        with _limit_parameters():
             if architecture.timm_name is None:
-                return _described(architecture)
+                return _construct_transformer(architecture)
             network: nn.Module = timm.create_model(
                 architecture.timm_name, pretrained=False, num_classes=0, **architecture.keywords
             )
-            return network if architecture.stem is None else _with_stem(network, architecture.stem)
-    except Exception as error:  # timm lets through whatever its keywords lead to
-        raise _unbuildable(architecture, error) from error
+            return network if architecture.stem is None else _replace_stem(network, architecture.stem)
+    except Exception as error:  # timm does not catch what its keywords cause
+        raise CheckpointError(
+            f"timm cannot build {architecture.name!r:.200}: {type(error).__name__}: {str(error)[:200]}",
+            hint="`msn-eval ls checkpoints` shows how architectures and their keywords are written.",
+        ) from error
 
 
-def _with_stem(network: nn.Module, stem: str) -> nn.Module:
-    """Let a residual network see images of 32 pixels. Raises ValueError for one that has no such stem."""
+def _replace_stem(network: nn.Module, stem: str) -> nn.Module:
+    """Replace the stem of a residual network by one for images of 32 pixels."""
     from timm.models.resnet import ResNet
 
     if stem not in _STEM_PADDING or not isinstance(network, ResNet) or not isinstance(network.conv1, nn.Conv2d):
-        raise ValueError(f"stem={stem} is one of {', '.join(_STEM_PADDING)}, and for residual networks alone")
+        raise ValueError(f"stem={stem} is for residual networks only, and one of {', '.join(_STEM_PADDING)}")
     network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=_STEM_PADDING[stem], bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's other convolutions
     network.maxpool = nn.Identity()
@@ -76,27 +81,27 @@ def _with_stem(network: nn.Module, stem: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _few_parameters() -> Iterator[None]:
-    """Have the building of a network of no end stopped, whatever keyword makes it one."""
+def _limit_parameters() -> Iterator[None]:
+    """Stop the construction of a network that is too large, whichever keyword makes it so."""
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
     count = 0
 
-    def counted(module: nn.Module, name: str, parameter: object) -> None:
+    def check_count(module: nn.Module, name: str, parameter: object) -> None:
         nonlocal count
         count += 1
-        if count > _MOST_PARAMETERS:
-            raise ValueError(f"it has more than {_MOST_PARAMETERS:,} weights")
+        if count > _MAX_PARAMETERS:
+            raise ValueError(f"it has more than {_MAX_PARAMETERS:,} weights")
 
-    handle = register_module_parameter_registration_hook(counted)
+    handle = register_module_parameter_registration_hook(check_count)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _described(architecture: Architecture) -> nn.Module:
-    """Build a Transformer that timm may have no entry for, from what its weights told."""
+def _construct_transformer(architecture: Architecture) -> nn.Module:
+    """Build a Transformer that timm may not have an entry for, from its keywords."""
     from timm.layers import LayerNorm, SwiGLUPacked
     from timm.models.beit import Beit
     from timm.models.vision_transformer import VisionTransformer
@@ -109,15 +114,12 @@ def _described(architecture: Architecture) -> nn.Module:
     return cast(nn.Module, transformer(num_classes=0, norm_layer=norm_layer, **keywords))
 
 
-def _unbuildable(architecture: Architecture, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"no network can be built from {architecture.name!r:.200}: {type(error).__name__}: {str(error)[:200]}",
-        hint="`msn-eval ls checkpoints` shows how architectures and their keywords are written.",
-    )
-
-
 def check_architecture_name(architecture: Architecture) -> None:
-    """Raise CheckpointError for a name that timm does not know, with the nearest that it does."""
+    """Check that timm knows the name.
+
+    Raises:
+        CheckpointError: It does not; the nearest name is suggested.
+    """
     import timm
 
     base = (architecture.timm_name or "").partition(".")[0]

@@ -79,7 +79,7 @@ def build_finetune_model(encoder: Encoder, recipe: FinetuneRecipe, *, tap: str, 
         image_pixels=encoder.transform.crop,
     )
     trunk = copied.network
-    if encoder.checkpoint.format in ("py", "pixels"):
+    if encoder.checkpoint.runs_own_code or encoder.checkpoint.format == "pixels":
         head = nn.Linear(encoder.dim, n_classes)
         network: nn.Module = nn.Sequential()
         network.add_module("trunk", trunk)

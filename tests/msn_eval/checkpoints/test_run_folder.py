@@ -105,6 +105,6 @@ def test_inspect_shows_what_of_a_run_would_be_used(tmp_path: Path, capsys: pytes
 
     assert main(["inspect", str(tmp_path)]) == 0
 
-    told = capsys.readouterr().out
-    assert "step-00000020/encoder.safetensors" in told
-    assert _ARCH in told
+    output = capsys.readouterr().out
+    assert "step-00000020/encoder.safetensors" in output
+    assert _ARCH in output

@@ -8,12 +8,9 @@ from torch import Tensor
 
 from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork
 from msn_eval.checkpoints.sanity_checks import (
-    TensorInfo,
-    chunks,
-    count_not_finite,
     describe_values,
     find_alarms,
-    join_facts,
+    join_statistics,
 )
 
 
@@ -24,7 +21,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_mean_and_std_are_torchs(dtype: torch.dtype) -> None:
     values = random(300, 700, dtype=dtype)
-    facts = describe_values([values])
+    facts = describe_values(values)
     exact = values.double()
     assert facts.mean == pytest.approx(float(exact.mean()), abs=1e-12)
     assert facts.std == pytest.approx(float(exact.std(correction=0)), rel=1e-9)
@@ -33,18 +30,18 @@ def test_mean_and_std_are_torchs(dtype: torch.dtype) -> None:
 def test_extremes_and_zeros_are_counted_over_all_pieces() -> None:
     values = random(100_000)
     values[[5, 70_000, 99_999]] = torch.tensor([0.0, -50.0, 60.0])
-    facts = describe_values([values[:40_000], values[40_000:]])
+    facts = describe_values(values)
     assert (facts.values, facts.zeros, facts.lowest, facts.highest) == (100_000, 1, -50.0, 60.0)
 
 
 def test_values_that_are_not_finite_are_counted_and_left_out() -> None:
-    facts = describe_values([torch.tensor([1.0, math.nan, 3.0, math.inf, -math.inf])])
+    facts = describe_values(torch.tensor([1.0, math.nan, 3.0, math.inf, -math.inf]))
     assert (facts.not_finite, facts.finite, facts.mean, facts.lowest, facts.highest) == (3, 2, 2.0, 1.0, 3.0)
 
 
 @pytest.mark.parametrize("values", [torch.empty(0), torch.tensor([math.nan])])
 def test_nothing_finite_has_no_mean(values: torch.Tensor) -> None:
-    facts = describe_values([values])
+    facts = describe_values(values)
     assert (facts.mean, facts.std) == (None, None)
 
 
@@ -53,36 +50,19 @@ def test_nothing_finite_has_no_mean(values: torch.Tensor) -> None:
     [([1.0, 1.0], True), ([1.0, 2.0], False), ([1.0, math.nan], False), ([], False), ([0.0], False)],
 )
 def test_all_equal_takes_every_value(values: list[float], equal: bool) -> None:
-    assert describe_values([torch.tensor(values)]).all_equal(1.0) is equal
+    assert describe_values(torch.tensor(values)).all_equal(1.0) is equal
 
 
 def test_facts_of_parts_are_those_of_the_whole() -> None:
     values = random(90_000)
-    parts = join_facts(describe_values([part]) for part in values.split(7_000))
-    whole = describe_values([values])
+    parts = join_statistics(describe_values(part) for part in values.split(7_000))
+    whole = describe_values(values)
     assert (parts.values, parts.lowest, parts.highest) == (whole.values, whole.lowest, whole.highest)
     assert parts.total == pytest.approx(whole.total, rel=1e-12)
 
 
-def test_facts_of_nothing_are_empty() -> None:
-    assert join_facts([]) == TensorInfo()
-
-
 def test_complex_values_are_described_by_their_parts() -> None:
-    assert describe_values([torch.tensor([3 - 4j])]).lowest == -4.0
-
-
-def test_chunks_cover_a_tensor_in_order() -> None:
-    values = random(100_001)
-    assert torch.equal(torch.cat(list(chunks(values.reshape(1, -1)))), values)
-
-
-@pytest.mark.parametrize(
-    ("values", "count"),
-    [(torch.tensor([math.nan, 1.0, -math.inf]), 2), (torch.tensor([1, 2]), 0), (torch.zeros(0), 0)],
-)
-def test_not_finite_are_counted(values: torch.Tensor, count: int) -> None:
-    assert count_not_finite(values) == count
+    assert describe_values(torch.tensor([3 - 4j])).lowest == -4.0
 
 
 Weights = dict[str, Tensor]
@@ -105,10 +85,10 @@ def stored(weights: Weights, key: str | None = None, beside: Weights | None = No
 
 
 def alarms(weights: Weights, *, dropped: Weights | None = None, passed_over: StoredNetwork | None = None) -> list[str]:
-    """Give the alarms of a network with `weights` that are used and `dropped` that are not."""
+    """Return the alarms of a network with `weights` that are used and `dropped` that are not."""
     network = stored(weights | (dropped or {}), "student")
     choice = ChosenNetwork(network=network, why="the only network", passed_over=passed_over)
-    return list(find_alarms(choice, {name: describe_values([tensor]) for name, tensor in weights.items()}))
+    return list(find_alarms(choice, {name: describe_values(tensor) for name, tensor in weights.items()}))
 
 
 def test_trained_weights_raise_none() -> None:
@@ -165,7 +145,7 @@ def test_weights_without_norms_do_not_look_untrained() -> None:
     assert alarms({"fc1.weight": torch.eye(2)}) == []
 
 
-def test_constant_matrix_with_a_shift_is_no_trained_norm() -> None:
+def test_constant_matrix_with_a_shift_is_not_a_trained_norm() -> None:
     """A linear layer has a weight and a bias as a norm has, and another shape."""
     fresh = {
         "norm.weight": torch.ones(2),
@@ -183,12 +163,12 @@ def test_student_beside_its_teacher_names_the_teacher() -> None:
 
 
 @pytest.mark.parametrize("name", ["head", "fc", "classifier"])
-def test_classifier_on_top_is_told_with_its_classes(name: str) -> None:
+def test_classifier_on_top_is_reported_with_its_classes(name: str) -> None:
     found = alarms(trained(), dropped={f"{name}.weight": torch.ones(1000, 2)})
     assert found == ["a classifier of 1,000 classes is on top: the weights were trained or fine-tuned with labels"]
 
 
-def test_projection_head_of_several_layers_is_no_classifier() -> None:
+def test_projection_head_of_several_layers_is_not_a_classifier() -> None:
     assert alarms(trained(), dropped={"fc.fc1.weight": torch.ones(8, 2), "fc.fc2.weight": torch.ones(8, 8)}) == []
 
 
