@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msn_eval.probes.knn_search.candidates import arithmetics
+from msn_eval.probes.knn_search.candidates import choose_engines
 from msn_eval.probes.knn_search.index import index_bank
 from msn_eval.probes.knn_search.search import search_nearest
 
@@ -34,19 +34,19 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--k", default="20,200")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--by", choices=["auto", "torch", "faiss"], default="auto", help="what makes our shortlists")
+    parser.add_argument("--search", choices=["auto", "torch", "faiss"], default="auto", help="what makes our shortlists")
     options = parser.parse_args()
     device = torch.device(options.device)
     bank, queries = _clusters(options.bank, options.queries, options.width, device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {where}, bank {tuple(bank.shape)}, {len(queries)} queries, "
-          f"proposed in {arithmetics(device, options.by)[0]} by {options.by}")  # fmt: skip
+          f"proposed in {choose_engines(device, options.search, options.bank)[0]} by {options.search}")  # fmt: skip
     started = time.perf_counter()
     indexed = index_bank(bank)
-    search_nearest(queries[:64], indexed, 1, by=options.by)
+    search_nearest(queries[:64], indexed, 1, search=options.search)
     print(f"bank made ready once: {time.perf_counter() - started:.2f} s")
     for k in map(int, options.k.split(",")):
-        _compare(k, lambda k=k: search_nearest(queries, indexed, k, by=options.by), _faiss(bank, queries, k), options.rounds)  # type: ignore[misc]  # fmt: skip
+        _compare(k, lambda k=k: search_nearest(queries, indexed, k, search=options.search), _faiss(bank, queries, k), options.rounds)  # type: ignore[misc]  # fmt: skip
         if device.type == "cuda":
             print(f"  peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
 
