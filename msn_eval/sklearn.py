@@ -18,13 +18,8 @@ from msn_eval.probes.knn_search.index import index_bank
 from msn_eval.probes.knn_search.search import search_nearest
 from msn_eval.probes.linear import Recipe, train_heads
 from msn_eval.probes.logistic import LARGEST_GAP, SOLVERS, reduced_rows
-from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
-from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution
-from msn_eval.probes.logistic_solvers.reference_solvers import (
-    minimise_by_cyanure,
-    minimise_by_lbfgs,
-    minimise_by_sklearn,
-)
+from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem
+from msn_eval.probes.logistic_solvers.reference_solvers import MINIMISERS
 from msn_eval.probes.ncm import class_directions
 from msn_eval.probes.ridge import solve_ridge
 
@@ -117,7 +112,7 @@ class LogisticProbe(_Softmax, _CentredProbe):
         self._at_least_two()
         rows, basis = reduced_rows(self._rows(X))
         problem = CrossEntropyProblem(rows=rows, labels=labels, n_classes=len(self.classes_), mu=self.lam / len(X))
-        solution, self.n_iter_ = _minimise(problem, self.solver, target=self.tol)
+        solution, self.n_iter_ = MINIMISERS[self.solver](problem, target=self.tol)
         weights = solution.weights.to(torch.float64)
         self.coef_ = (weights if basis is None else weights @ basis.T).numpy()
         self.certificate_, self.objective_ = solution.gap, solution.objective
@@ -251,18 +246,6 @@ def _array(values: Any) -> Any:
 def _tensor(values: NDArray[Any]) -> Tensor:
     """Give the same memory as a tensor, or a copy where it is not to be written to, which torch does not know of."""
     return torch.from_numpy(np.require(values, requirements=["C", "W"]))
-
-
-def _minimise(problem: CrossEntropyProblem, solver: str, *, target: float) -> tuple[Solution, int]:
-    match solver:
-        case "lbfgs":
-            return minimise_by_lbfgs(problem, target=target)
-        case "cyanure":
-            return minimise_by_cyanure(problem)
-        case "sklearn":
-            return minimise_by_sklearn(problem)
-        case _:
-            return minimise_by_newton(problem, target=target)
 
 
 def _check_positive(**given: float) -> None:

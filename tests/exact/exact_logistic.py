@@ -19,7 +19,7 @@ from torch import Tensor
 
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import centred_rows
-from msn_eval.probes.logistic import Logistic, fit_logistic
+from msn_eval.probes.logistic import Logistic
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, evaluate_point, search_line
 
 _LAMBDAS = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
@@ -73,7 +73,7 @@ def _features(values: Tensor, labels: Tensor) -> Features:
 
 def _checked(name: str, train: Features):  # type: ignore[no-untyped-def]
     cpu = torch.device("cpu")
-    together = fit_logistic(Logistic(lambdas=_LAMBDAS), train, cpu).settings
+    together = Logistic(lambdas=_LAMBDAS).fit(train, cpu).settings
     rows = centred_rows(train.values)
     if len(rows) < rows.shape[1]:  # the objective only rotates; the optimum is sought in the smaller coordinates
         rows = torch.linalg.qr(rows.T).R.T.contiguous()
@@ -81,7 +81,7 @@ def _checked(name: str, train: Features):  # type: ignore[no-untyped-def]
     start = torch.zeros(train.n_classes, rows.shape[1], dtype=torch.float64)
     for strength, setting in zip(_LAMBDAS, together, strict=True):
         optimum, start = optimal(replace(problem, mu=strength / len(rows)), start)
-        alone = fit_logistic(Logistic(lambdas=(strength,)), train, cpu).settings[0]
+        alone = Logistic(lambdas=(strength,)).fit(train, cpu).settings[0]
         assert setting.objective is not None
         assert setting.certificate is not None
         assert alone.objective is not None

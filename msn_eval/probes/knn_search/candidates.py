@@ -109,7 +109,7 @@ def find_candidates(queries: Tensor, lengths: Tensor, bank: Bank, k: int, *, eng
     for tile in (slice(start, start + step) for start in range(0, n, step)):
         right = rough[tile] if engine != "float64" else unit_rows(bank.values[tile], bank.lengths[tile])
         products = _multiply(right, left)  # (rows, m): pairs come sorted by row, so that each row is read once later
-        largest = _k_largest(torch.cat([largest, _group_maxima(products, k)]), k)
+        largest = _k_largest(torch.cat([largest, _group_maxima(products, k).to(largest.dtype)]), k)
         lowest = largest.amin(dim=0).double() if len(largest) == k else torch.full_like(moved, -torch.inf)
         threshold = _threshold(lowest, bound, relative)
         wanted = products >= threshold.to(products.dtype).nextafter(products.new_tensor(-torch.inf))
@@ -143,10 +143,9 @@ def _multiply(left: Tensor, right: Tensor) -> Tensor:
         with exact_float32():
             if left.is_cuda and left.dtype == torch.bfloat16:
                 return torch.mm(left, right.T, out_dtype=torch.float32)
-            products = left @ right.T
+            return left @ right.T
     finally:
         matmul.allow_bf16_reduced_precision_reduction = before
-    return products.float() if products.dtype == torch.bfloat16 else products
 
 
 def _group_maxima(products: Tensor, k: int) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import centred_rows
-from msn_eval.probes.logistic import Logistic, fit_logistic
-from msn_eval.probes.logistic_solvers import chunked_newton as full_data
-from msn_eval.probes.logistic_solvers.chunked_newton import RowShare, is_large, minimise_in_chunks
+from msn_eval.probes.logistic import Logistic
+from msn_eval.probes.logistic_solvers import newton as full_data
+from msn_eval.probes.logistic_solvers.newton import RowShare, is_large, minimise_in_chunks
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution, certify
 
@@ -122,11 +122,11 @@ def test_probe_over_many_rows_scores_as_it_does_over_few(monkeypatch: pytest.Mon
     )  # every other class empty
     queries = _drawn(50, noise=3.0)[0]
     probe, cpu = Logistic(lambdas=(0.0025, 1.0)), torch.device("cpu")
-    few = fit_logistic(probe, train, cpu)
+    few = probe.fit(train, cpu)
     monkeypatch.setattr(full_data, "_WHOLE_BYTES", 0)
     monkeypatch.setattr("msn_eval.probes.logistic.reduced_rows", None)  # never called
 
-    many = fit_logistic(probe, train, cpu)
+    many = probe.fit(train, cpu)
 
     assert [one.params for one in many.settings] == [one.params for one in few.settings]
     for one, other in zip(many.settings, few.settings, strict=True):
