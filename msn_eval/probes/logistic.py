@@ -202,7 +202,11 @@ def _describe(solver: Solver, params: Params, solution: Solution, steps: int) ->
 
 
 def _fitted(
-    problem: _Problem, configs: Sequence[ProbeConfig], solutions: Sequence[Solution], n_classes: int, device: torch.device
+    problem: _Problem,
+    configs: Sequence[ProbeConfig],
+    solutions: Sequence[Solution],
+    n_classes: int,
+    device: torch.device,
 ) -> FittedProbe:
     basis = problem.basis
     matrices = [solution.weights if basis is None else solution.weights @ basis.T for solution in solutions]

@@ -26,8 +26,7 @@ def test_nine_fits_at_one_per_cent_of_imagenet_are_certified_within_a_few_gigaby
     torch.cuda.reset_peak_memory_stats()
 
     fits = [
-        Logistic(lambdas=LAMBDAS).fit(clusters(12_811, 768, 1000, seed=draw), torch.device("cuda"))
-        for draw in range(3)
+        Logistic(lambdas=LAMBDAS).fit(clusters(12_811, 768, 1000, seed=draw), torch.device("cuda")) for draw in range(3)
     ]
 
     certificates = [one.certificate for fit in fits for one in fit.settings]
@@ -39,9 +38,7 @@ def test_nine_fits_at_one_per_cent_of_imagenet_are_certified_within_a_few_gigaby
 def test_objectives_are_the_cpus() -> None:
     train = clusters(500, 96, 50)
 
-    here, there = (
-        Logistic(lambdas=LAMBDAS).fit(train, torch.device(device)).settings for device in ("cuda", "cpu")
-    )
+    here, there = (Logistic(lambdas=LAMBDAS).fit(train, torch.device(device)).settings for device in ("cuda", "cpu"))
 
     assert [one.objective for one in here] == pytest.approx([one.objective for one in there], rel=1e-6)
 

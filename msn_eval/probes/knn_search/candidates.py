@@ -176,7 +176,9 @@ def _search_by_faiss(left: Tensor, right: Tensor, size: int) -> tuple[Tensor, Te
     try:
         import faiss
     except ImportError as error:
-        raise UsageError("faiss is not installed", hint="pip install faiss-gpu (Linux on x86-64) or faiss-cpu.") from error
+        raise UsageError(
+            "faiss is not installed", hint="pip install faiss-gpu (Linux on x86-64) or faiss-cpu."
+        ) from error
     if not left.is_cuda:
         products, rows = faiss.knn(left.numpy(), right.numpy(), size, metric=faiss.METRIC_INNER_PRODUCT)
         return torch.from_numpy(products), torch.from_numpy(rows)

@@ -29,7 +29,12 @@ _TEMPORARIES = 64  # bytes per value of a chunk, all temporaries of a float64 pa
 _MOST_STEPS = 100
 _MOST_PRODUCTS = 250  # curvature products per step
 _LOOSEST_FORCING = 0.5
+_SLOPE_SHARE = 0.2  # a line search ends where the slope is this share of the first one
+_SAMPLE_ROWS = 512  # that a warm start is extrapolated by
 _FAR_GAP, _FAR_STEPS = 0.4, 2  # so far from the solution, and so early, steepest descent is worth as much
+
+
+_Slope = Callable[[float], tuple[float, float]]  # from a step length to slope and curvature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +116,9 @@ class _Point:
     objective: float
     gradient: Tensor
     gap: float
-    spread: Tensor
-    logits: Tensor | None
-    probabilities: Tensor | None
+    logits: Tensor | None = None
+    probabilities: Tensor | None = None
+    spread: Tensor | None = None
 
 
 def is_large(n: int, width: int, n_classes: int) -> bool:
@@ -154,36 +159,67 @@ def _minimise(rows: _Rows, mus: Sequence[float], target: float) -> Iterator[tupl
         if solved:
             point = _warm_start(rows, solved, mu)
         else:
-            zeros = rows.share.values.new_zeros(rows.share.n_classes, rows.share.width, dtype=rows.sums(rough))
-            point = _evaluate(rows, zeros, mu, rough)
-            if rows.rough is not None:  # the gradient at zero is the direction of the solution for an infinite mu
-                point, taken = _walk(rows, point, mu, target, (rough, rough), range(1))
+            if rows.rough is None:
+                zeros = rows.share.values.new_zeros(rows.share.n_classes, rows.share.width, dtype=torch.float64)
+                point = _evaluate(rows, zeros, mu, rough)
+            else:  # the gradient at zero is the direction of the solution for an infinite mu
+                point, taken = _walk(rows, _zero_point(rows, mu), mu, target, (rough, rough), range(1))
                 solved.append(point)
         point, steps = _walk(rows, point, mu, target, (rough, rough), range(taken, _MOST_STEPS))
         solved.append(point)
-        point = _evaluate(rows, point.weights.to(exact), mu, exact)
-        for products in (rough, exact):
+        point = _evaluate(rows, point.weights, mu, exact, keep=False)
+        for products in (rough, exact) if point.gap > target else ():
+            if point.logits is None and rows.rough is not None:
+                point = _evaluate(rows, point.weights, mu, exact)
             point, more = _walk(rows, point, mu, target, (exact, products), range(_MOST_STEPS))
             steps += more
         yield Solution(weights=point.weights, objective=point.objective, gap=point.gap), steps
 
 
-def _warm_start(rows: _Rows, solved: Sequence[_Point], mu: float) -> _Point:
-    """Return the point from which to solve for the next mu: whole rows extrapolate, without a product.
+def _zero_point(rows: _Rows, mu: float) -> _Point:
+    """Return the point of zero weights of whole rows, where every class is equally likely: no product is needed."""
+    assert rows.rough is not None
+    n, classes, some = rows.share.n, rows.share.n_classes, rows.rough
+    sums = some.new_zeros(classes, some.shape[1]).index_add_(0, rows.share.labels, some)
+    gradient, objective = (some.sum(dim=0) / classes - sums) / n, math.log(classes)
+    return _Point(
+        weights=torch.zeros_like(gradient),
+        objective=objective,
+        gradient=gradient,
+        gap=inner(gradient, gradient) / (2 * mu * objective),
+        logits=some.new_zeros(n, classes),
+        probabilities=some.new_full((n, classes), 1 / classes),
+    )
 
-    Solutions grow and turn slowly as mu falls, so the minimum along the last one is taken, then that along the line through
-    the last two.
+
+def _warm_start(rows: _Rows, solved: Sequence[_Point], mu: float) -> _Point:
+    """Return the point from which to solve for the next mu: whole rows extrapolate from the last two solutions.
+
+    Solutions grow and turn slowly as mu falls. In turn, the minimum along the last one and along the line through both is
+    taken, as some of the rows see it: their logits are known, so that a look takes no product.
     """
-    last = solved[-1]
-    point = _evaluate(rows, last.weights, mu, torch.float32, last.logits)
-    if last.logits is None:
-        return point
-    before = solved[0]
-    assert before.logits is not None
-    for weights, logits in ((last.weights, last.logits), (last.weights - before.weights, last.logits - before.logits)):
-        sign = -1.0 if inner(point.gradient, weights) > 0 else 1.0  # downhill
-        point = _move(rows, point, sign * weights, sign * logits, mu, torch.float32)
-    return point
+    before, last = solved[0], solved[-1]
+    if last.logits is None or before.logits is None:
+        return _evaluate(rows, last.weights, mu, torch.float32)
+    sample = slice(None, None, -(-rows.share.n // _SAMPLE_ROWS))
+    directions = ((last.weights, last.logits), (last.weights - before.weights, last.logits - before.logits))
+    shares, labels = [1.0, 0.0], rows.share.labels[sample]
+    for line in (0, 1) * 2:
+        weights = shares[0] * directions[0][0] + shares[1] * directions[1][0]
+        logits = shares[0] * directions[0][1][sample] + shares[1] * directions[1][1][sample]
+        direction, change = directions[line][0], directions[line][1][sample]
+        slope_at = _follow_logits([(logits, change, labels)], weights, direction, mu)
+        first, _ = slope_at(0.0)
+        sign = math.copysign(1.0, -first)  # downhill
+
+        def downhill(length: float, sign: float = sign, slope_at: _Slope = slope_at) -> tuple[float, float]:
+            slope, curvature = slope_at(sign * length)
+            return sign * slope, curvature
+
+        shares[line] += sign * search_line(downhill, -abs(first), share=_SLOPE_SHARE)
+    weights = shares[0] * directions[0][0] + shares[1] * directions[1][0]
+    logits = shares[0] * directions[0][1] + shares[1] * directions[1][1]
+    return _evaluate(rows, weights, mu, torch.float32, logits)
 
 
 def _walk(
@@ -209,9 +245,7 @@ def _walk(
     return point, steps.stop
 
 
-def _move(
-    rows: _Rows, point: _Point, direction: Tensor, along: Tensor | None, mu: float, dtype: torch.dtype
-) -> _Point:
+def _move(rows: _Rows, point: _Point, direction: Tensor, along: Tensor | None, mu: float, dtype: torch.dtype) -> _Point:
     """Go downhill along a line to where its slope has nearly vanished.
 
     `along`, (n, n_classes), is what a unit step adds to the logits of whole rows: a trial takes no product. In chunks a trial
@@ -230,27 +264,35 @@ def _move(
         search_line(evaluate_slope, first, share=0.5)
         return moved
     assert point.logits is not None
-    logits, change = point.logits, along
-    offset, squared = inner(point.weights, direction), inner(direction, direction)
-
-    def slope_from_logits(length: float) -> tuple[float, float]:
-        slope, curvature = 0.0, 0.0
-        for block, _ in rows.blocks(dtype):
-            step = change[block]
-            weighted = torch.add(logits[block], step, alpha=length).softmax(dim=1).mul_(step)
-            mean = weighted.sum(dim=1)
-            own = step.gather(1, rows.share.labels[block, None])[:, 0]
-            slope += float((mean - own).sum(dtype=torch.float64))
-            curvature += float((weighted.mul_(step).sum(dim=1) - mean.square()).sum(dtype=torch.float64))
-        n = rows.share.n
-        return slope / n + mu * (offset + length * squared), curvature / n + mu * squared
-
-    length = search_line(slope_from_logits, first, share=0.2)
-    weights, logits = torch.add(point.weights, direction, alpha=length), torch.add(logits, change, alpha=length)
+    logits, labels = point.logits, rows.share.labels
+    blocks = [(logits[block], along[block], labels[block]) for block, _ in rows.blocks(dtype)]
+    length = search_line(_follow_logits(blocks, point.weights, direction, mu), first, share=_SLOPE_SHARE)
+    weights, logits = torch.add(point.weights, direction, alpha=length), torch.add(logits, along, alpha=length)
     return _evaluate(rows, weights, mu, dtype, logits)
 
 
-def search_line(slope_at: Callable[[float], tuple[float, float]], first: float, *, share: float) -> float:
+def _follow_logits(
+    blocks: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Tensor, direction: Tensor, mu: float
+) -> _Slope:
+    """Return the function from a step length to slope and curvature of the objective, for blocks of logits, what a unit step
+    adds to them, and labels."""
+    n = sum(len(labels) for _, _, labels in blocks)
+    offset, squared = inner(weights, direction), inner(direction, direction)
+
+    def slope_at(length: float) -> tuple[float, float]:
+        slope, curvature = 0.0, 0.0
+        for logits, change, labels in blocks:
+            weighted = torch.add(logits, change, alpha=length).softmax(dim=1).mul_(change)
+            mean = weighted.sum(dim=1)
+            own = change.gather(1, labels[:, None])[:, 0]
+            slope += float((mean - own).sum(dtype=torch.float64))
+            curvature += float((weighted.mul_(change).sum(dim=1) - mean.square()).sum(dtype=torch.float64))
+        return slope / n + mu * (offset + length * squared), curvature / n + mu * squared
+
+    return slope_at
+
+
+def search_line(slope_at: _Slope, first: float, *, share: float) -> float:
     """Return a step length at which the slope is at most `share` of the first one, which is negative.
 
     `slope_at` returns slope and curvature at a length. The objective is convex along the line, so Newton's method on the
@@ -315,7 +357,7 @@ def _newton_direction(
 def _precondition(rows: _Rows, point: _Point, mu: float, vector: Tensor) -> Tensor:
     """For rows in chunks, whose products are passes, divide by a curvature that takes probabilities and rows for independent
     and classes for unrelated: (mean p (1 - p)) X'X / n + mu, which is diagonal in the axes of the second moment."""
-    if rows.axes is None or rows.strengths is None:
+    if rows.axes is None or rows.strengths is None or point.spread is None:
         return vector
     return ((vector @ rows.axes) / (point.spread[:, None] * rows.strengths + mu)) @ rows.axes.T
 
@@ -350,13 +392,16 @@ def _curvature_product(
 
 
 def _evaluate(
-    rows: _Rows, weights: Tensor, mu: float, dtype: torch.dtype, logits: Tensor | None = None
+    rows: _Rows, weights: Tensor, mu: float, dtype: torch.dtype, logits: Tensor | None = None, *, keep: bool = True
 ) -> _Point:
-    """Evaluate objective, gradient and relative duality gap over the rows of all ranks; `logits` where they are known."""
+    """Evaluate objective, gradient and relative duality gap over the rows of all ranks; `logits` where they are known.
+
+    Logits and probabilities of whole rows are kept unless `keep` is false.
+    """
     share, sums = rows.share, rows.sums(dtype)
     weights, gradient = weights.to(sums), torch.zeros_like(weights, dtype=sums)
     spread = weights.new_zeros(share.n_classes + 1, dtype=torch.float64)  # and the loss
-    keep, known, narrow = rows.rough is not None, logits is not None, weights.to(dtype)
+    known, narrow, keep = logits is not None, weights.to(dtype), keep and rows.rough is not None
     if keep and logits is None:
         logits = share.values.new_empty(share.n, share.n_classes, dtype=dtype)
     probabilities = torch.empty_like(logits) if logits is not None else None
@@ -365,11 +410,13 @@ def _evaluate(
         part = logits[block] if logits is not None else some.new_empty(len(some), share.n_classes)
         if not known:
             torch.mm(some, narrow.T, out=part)
-        chances = torch.softmax(part, dim=1, out=probabilities[block] if probabilities is not None else torch.empty_like(part))
+        chances = torch.softmax(
+            part, dim=1, out=probabilities[block] if probabilities is not None else torch.empty_like(part)
+        )
         # log-sum-exp = largest logit - log of the largest probability, which is at least 1 / n_classes.
         normaliser = part.amax(dim=1) - chances.amax(dim=1).log()
         spread[-1] += (normaliser - part.gather(1, label)[:, 0]).sum(dtype=torch.float64)
-        if not keep:
+        if rows.axes is not None:
             spread[:-1] += chances.sum(dim=0, dtype=torch.float64) - chances.square().sum(dim=0, dtype=torch.float64)
         own = chances.gather(1, label)
         chances.scatter_(1, label, own - 1)  # the residual P - Y, without a copy of P

@@ -76,7 +76,7 @@ def test_a_team_fits_what_the_first_rank_alone_fits(monkeypatch: pytest.MonkeyPa
     probes = Logistic(lambdas=(0.1, 0.0025)), Logistic(lambdas=(1.0,))
 
     def fits(team: WorkerGroup | None) -> list[tuple[float, float, list[int]]]:
-        fitted = [probe.fit(train, CPU, team=team) for probe in probes]
+        fitted = [probe.fit(train, CPU, workers=team) for probe in probes]
         told = []
         for one in fitted:
             for setting, scores in zip(one.settings, one.scores(queries), strict=True):

@@ -8,7 +8,7 @@ from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes import logistic
 from msn_eval.probes.base import FittedProbe, centred_rows
-from msn_eval.probes.logistic import Logistic, Solver, _setting, default_lambda
+from msn_eval.probes.logistic import Logistic, Solver, _describe, default_lambda
 from msn_eval.probes.logistic_solvers import newton
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution
@@ -37,9 +37,9 @@ def _only_scores(fitted: FittedProbe, values: torch.Tensor) -> torch.Tensor:
     return scores
 
 
-@pytest.mark.parametrize(("subset", "strength"), [("1pct", 0.075), ("1imgs", 0.0025), ("full", 0.0025)])
-def test_default_lambda_is_the_published_one(subset: str, strength: float) -> None:
-    assert default_lambda(subset) == strength
+@pytest.mark.parametrize(("subset", "l2"), [("1pct", 0.075), ("1imgs", 0.0025), ("full", 0.0025)])
+def test_default_lambda_is_the_published_one(subset: str, l2: float) -> None:
+    assert default_lambda(subset) == l2
 
 
 def test_every_lambda_is_a_setting_in_the_order_asked() -> None:
@@ -50,8 +50,8 @@ def test_every_lambda_is_a_setting_in_the_order_asked() -> None:
 @pytest.mark.parametrize("n_classes", [2, 4])
 def test_every_solver_scores_like_scikit_learn_on_centred_rows(solver: Solver, n_classes: int) -> None:
     train = _clusters(n_classes=n_classes)
-    inverse_strength = (2 if n_classes == 2 else 1) / 0.5
-    model = LogisticRegression(C=inverse_strength, fit_intercept=False, tol=1e-10, max_iter=5_000)
+    inverse_l2 = (2 if n_classes == 2 else 1) / 0.5
+    model = LogisticRegression(C=inverse_l2, fit_intercept=False, tol=1e-10, max_iter=5_000)
     model.fit(centred_rows(train.values).numpy(), train.labels.numpy())
 
     fitted = Logistic(lambdas=(0.5,), solver=solver).fit(train, CPU)
@@ -73,7 +73,7 @@ def test_settings_state_how_the_fit_came_out() -> None:
 
 @pytest.mark.parametrize(("gap", "converged"), [(1e-9, True), (9e-4, True), (1.1e-3, False)])
 def test_a_fit_has_converged_up_to_a_gap_of_a_thousandth(gap: float, converged: bool) -> None:
-    setting = _setting("auto", {}, (Solution(weights=torch.zeros(2, 3), objective=0.5, gap=gap), 7))
+    setting = _describe("auto", {}, Solution(weights=torch.zeros(2, 3), objective=0.5, gap=gap), 7)
 
     assert (setting.converged, setting.certificate, setting.objective, setting.iterations) == (converged, gap, 0.5, 7)
 
@@ -82,7 +82,7 @@ def test_a_fit_has_converged_up_to_a_gap_of_a_thousandth(gap: float, converged: 
 @pytest.mark.parametrize("large", [False, True])
 def test_the_solver_that_is_named_solves(solver: Solver, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     solution = Solution(weights=torch.zeros(4, 16), objective=0.123, gap=0.0)
-    monkeypatch.setattr(logistic, f"minimise_by_{solver}", lambda problem, **target: (solution, 3))
+    monkeypatch.setitem(logistic.MINIMISERS, solver, lambda problem, target: (solution, 3))
     monkeypatch.setattr(logistic, "is_large", lambda *sizes: large)
 
     (setting,) = Logistic(lambdas=(0.1,), solver=solver).fit(_clusters(), CPU).settings
@@ -151,9 +151,7 @@ def test_rotating_features_within_the_centred_space_changes_no_score() -> None:
     rotation = frame @ torch.block_diag(torch.ones(1, 1, dtype=torch.float64), turn) @ frame.T
     plain = _only_scores(Logistic(lambdas=(0.075,)).fit(train, CPU), _queries())
 
-    rotated = fit_logistic(
-        Logistic(lambdas=(0.075,)), _features(train.values.double() @ rotation, train.labels, 4), CPU
-    )
+    rotated = Logistic(lambdas=(0.075,)).fit(_features(train.values.double() @ rotation, train.labels, 4), CPU)
 
     torch.testing.assert_close(_only_scores(rotated, _queries().double() @ rotation), plain, rtol=0, atol=1e-3)
 
@@ -195,9 +193,7 @@ def test_a_class_without_labelled_images_has_a_column_and_is_never_chosen() -> N
     train = _clusters()
     labels = torch.tensor([0, 2, 4, 5])[train.labels]
 
-    scores = _only_scores(
-        Logistic(lambdas=(0.0025,)).fit(_features(train.values, labels, 6), CPU), _queries()
-    )
+    scores = _only_scores(Logistic(lambdas=(0.0025,)).fit(_features(train.values, labels, 6), CPU), _queries())
 
     assert scores.shape == (200, 6)
     assert set(scores.argmax(dim=1).tolist()) == {0, 2, 4, 5}
@@ -218,7 +214,7 @@ def test_every_solver_scores_alike_where_a_class_has_no_labelled_images(
     torch.testing.assert_close(scores.softmax(dim=1), newtons.softmax(dim=1), rtol=0, atol=1e-2)
 
 
-def test_constant_features_say_nothing_about_any_class() -> None:
+def test_constant_features_score_every_class_alike() -> None:
     fitted = Logistic(lambdas=(0.1,)).fit(_clusters(), CPU)
 
     scores = _only_scores(fitted, torch.full((2, 16), 0.1))

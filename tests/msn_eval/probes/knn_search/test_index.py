@@ -16,7 +16,9 @@ def _values(n: int = 20, d: int = 6, *, seed: int = 0, dtype: torch.dtype = torc
 
 
 def _all_pairs(queries: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-    row, query = (part.flatten() for part in torch.meshgrid(torch.arange(len(bank)), torch.arange(len(queries)), indexing="ij"))
+    row, query = (
+        part.flatten() for part in torch.meshgrid(torch.arange(len(bank)), torch.arange(len(queries)), indexing="ij")
+    )
     cosines = exact_cosines(queries, row_lengths(queries), index_bank(bank), query, row)
     return cosines.view(len(bank), len(queries)).T
 

@@ -12,8 +12,8 @@ from msn_eval import evaluate
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import centred_rows
 from msn_eval.probes.logistic import Logistic, LogisticAutoLambda
-from msn_eval.probes.logistic_solvers import newton as full_data
 from msn_eval.probes.logistic_solvers import lambda_selection as lambda_choice
+from msn_eval.probes.logistic_solvers import newton as full_data
 from msn_eval.probes.logistic_solvers.lambda_selection import (
     GRID,
     LabelledRows,
