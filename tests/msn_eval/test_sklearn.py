@@ -160,7 +160,7 @@ def test_fewer_rows_than_features_are_fitted_in_as_many_coordinates(
     probe = LogisticProbe(preprocess=False).fit(np.pad(rows, ((0, 0), (0, 3))), labels)
 
     problem = replace(seen[0], rows=torch.from_numpy(rows))
-    whole, _ = minimise(problem, "newton", target=1e-6)
+    whole, _ = minimise(problem, target=1e-6)
     assert seen[0].rows.shape == (30, 30)
     assert probe.objective_ == pytest.approx(whole.objective, rel=2e-6)
     assert np.abs(probe.coef_[:, 64:]).max() < 1e-12
@@ -195,13 +195,13 @@ def test_a_k_above_the_number_of_rows_is_lowered_with_a_warning() -> None:
 @pytest.mark.parametrize(
     ("estimator", "message"),
     [
-        (LogisticProbe(lam=0), "lam is 0, and must be above 0."),
-        (LogisticProbe(tol=-1), "tol is -1, and must be above 0."),
+        (LogisticProbe(lam=0), "lam is 0, but must be above 0."),
+        (LogisticProbe(tol=-1), "tol is -1, but must be above 0."),
         (LogisticProbe(solver="sgd"), "solver is 'sgd', not one of auto, newton, lbfgs, cyanure, sklearn."),
-        (NearestNeighbourProbe(k=0), "k is 0, and must be above 0."),
-        (NearestNeighbourProbe(temperature=0.0), "temperature is 0.0, and must be above 0."),
-        (NearestNeighbourProbe(metric="l2"), "metric is 'l2'; the protocol knows cosine alone."),
-        (LinearProbe(batch_size=0), "batch_size is 0, and must be above 0."),
+        (NearestNeighbourProbe(k=0), "k is 0, but must be above 0."),
+        (NearestNeighbourProbe(temperature=0.0), "temperature is 0.0, but must be above 0."),
+        (NearestNeighbourProbe(metric="l2"), "metric is 'l2'; the protocol has only cosine."),
+        (LinearProbe(batch_size=0), "batch_size is 0, but must be above 0."),
     ],
     ids=lambda value: None if isinstance(value, str) else repr(value),
 )

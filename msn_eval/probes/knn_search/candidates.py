@@ -167,7 +167,8 @@ def _k_largest(values: Tensor, k: int) -> Tensor:
 
 def _nonzero(mask: Tensor) -> tuple[Tensor, Tensor]:
     if mask.is_cuda:
-        return mask.nonzero(as_tuple=True)
+        row, query = mask.nonzero(as_tuple=True)
+        return row, query
     index = torch.from_numpy(np.flatnonzero(mask.numpy()))
     return index // mask.shape[1], index % mask.shape[1]
 
@@ -187,4 +188,5 @@ def _search_by_faiss(left: Tensor, right: Tensor, size: int) -> tuple[Tensor, Te
     import faiss.contrib.torch_utils  # makes faiss take tensors
 
     resources: Any = faiss.StandardGpuResources()
-    return faiss.knn_gpu(resources, left, right, size, metric=faiss.METRIC_INNER_PRODUCT)  # type: ignore[no-any-return]
+    products, rows = faiss.knn_gpu(resources, left, right, size, metric=faiss.METRIC_INNER_PRODUCT)
+    return products, rows

@@ -74,7 +74,7 @@ def _number_copies(values: Tensor) -> Tensor:
     order = group.argsort(stable=True)
     first = (counts.cumsum(0) - counts)[group[order]]
     number = torch.arange(len(values), device=values.device) - first
-    for some in number.nonzero()[:, 0].split(max(1, _STEP_VALUES // values.shape[1])):
+    for some in torch.split(number.nonzero()[:, 0], max(1, _STEP_VALUES // values.shape[1])):
         # A row that only shares the hash counts as no copy, which costs time and not correctness.
         number[some] *= (values[order[some]] == values[order[first[some]]]).all(dim=1)
     return torch.empty_like(number).scatter_(0, order, number)
@@ -117,12 +117,15 @@ def exact_cosines(queries: Tensor, lengths: Tensor, bank: Bank, query: Tensor, r
     """
     scale, dots, wide_queries = lengths[query] * bank.lengths[row], [lengths.new_empty(0)], queries.double()
     step = len(row) if bank.wide is not None else _STEP_VALUES // queries.shape[1]
-    for rows, owners in zip(row.split(max(1, step)), query.split(max(1, step)), strict=True):
+    for rows, owners in zip(torch.split(row, max(1, step)), torch.split(query, max(1, step)), strict=True):
         if queries.is_cuda:  # a CUDA reduction adds in an order that depends on the number of pairs
             dots.append(_folded_sum(bank.values[rows].double().mul_(wide_queries[owners])))
             continue
-        used, position = (None, rows) if bank.wide is not None else rows.unique_consecutive(return_inverse=True)
-        table = bank.wide if used is None else bank.values[used].double()
+        if bank.wide is not None:
+            table, position = bank.wide, rows
+        else:
+            used, position = torch.unique_consecutive(rows, return_inverse=True)
+            table = bank.values[used].double()
         starts = pad(position.bincount(minlength=len(table)).cumsum(0), (1, 0))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
@@ -144,4 +147,4 @@ def _folded_sum(terms: Tensor) -> Tensor:
 
 
 def _split(values: Tensor) -> tuple[Tensor, ...]:
-    return values.split(max(1, _STEP_VALUES // values.shape[1]))
+    return torch.split(values, max(1, _STEP_VALUES // values.shape[1]))

@@ -84,8 +84,8 @@ def _search_chunk(queries: Tensor, bank: Bank, k: int, engines: Sequence[Engine]
     for query in (
         slice(index, index + 1) for index in remaining.tolist()
     ):  # so many rows are nearly equal that all are compared
-        exact = exact_cosines(queries[query], lengths[query], bank, torch.zeros_like(row), row)
-        cosines[query], rows[query] = _select_nearest(exact, torch.zeros_like(row), row, 1, k)
+        exact = exact_cosines(queries[one], lengths[one], bank, torch.zeros_like(row), row)
+        cosines[one], rows[one] = _select_nearest(exact, torch.zeros_like(row), row, 1, k)
     return cosines, rows
 
 

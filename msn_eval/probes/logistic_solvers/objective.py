@@ -44,7 +44,7 @@ def evaluate_objective(problem: CrossEntropyProblem, weights: Tensor) -> tuple[f
     """Compute the objective and its gradient, (n_classes, d), in the dtype of the rows; no logits are kept."""
     n, loss, gradient = len(problem.rows), 0.0, torch.zeros_like(weights)
     size = n if problem.rows.is_cuda else max(1, BLOCK_VALUES // problem.n_classes)
-    for some, labels in zip(problem.rows.split(size), problem.labels.split(size), strict=True):
+    for some, labels in zip(torch.split(problem.rows, size), torch.split(problem.labels, size), strict=True):
         logits = some @ weights.T
         log_probabilities = logits.log_softmax(dim=1)
         loss -= float(log_probabilities.gather(1, labels[:, None]).sum(dtype=torch.float64))

@@ -97,7 +97,7 @@ def minimise_by_cyanure(problem: CrossEntropyProblem, *, target: float) -> tuple
             if "No module named 'cyanure'" in child.stderr:
                 raise UsageError(
                     "--solver cyanure: the package cyanure is not installed",
-                    hint="pip install cyanure (it has wheels for Python 3.11 and 3.12 on x86-64), or use --solver auto.",
+                    hint="pip install cyanure (wheels: Python 3.11 and 3.12, none for Linux on ARM), or use --solver auto.",
                 )
             last = (child.stderr.strip().splitlines() or ["no message"])[-1]
             raise ResourceError(f"cyanure ended with code {child.returncode}: {last}", hint="Use --solver auto.")

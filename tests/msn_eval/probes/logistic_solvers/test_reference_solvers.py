@@ -96,7 +96,7 @@ def test_cyanure_that_is_not_installed_is_named_with_what_to_do(
 
     assert str(caught.value) == (
         "--solver cyanure: the package cyanure is not installed\n"
-        "pip install cyanure (it has wheels for Python 3.11 and 3.12 on x86-64), or use --solver auto."
+        "pip install cyanure (wheels: Python 3.11 and 3.12, none for Linux on ARM), or use --solver auto."
     )
 
 
