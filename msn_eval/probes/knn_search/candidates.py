@@ -188,5 +188,5 @@ def _search_by_faiss(left: Tensor, right: Tensor, size: int) -> tuple[Tensor, Te
     import faiss.contrib.torch_utils  # makes faiss take tensors
 
     resources: Any = faiss.StandardGpuResources()
-    products, rows = faiss.knn_gpu(resources, left, right, size, metric=faiss.METRIC_INNER_PRODUCT)
-    return products, rows
+    found: tuple[Tensor, Tensor] = faiss.knn_gpu(resources, left, right, size, metric=faiss.METRIC_INNER_PRODUCT)
+    return found

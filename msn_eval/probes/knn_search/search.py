@@ -81,9 +81,8 @@ def _search_chunk(queries: Tensor, bank: Bank, k: int, engines: Sequence[Engine]
         cosines[done], rows[done] = _select_nearest(exact, query, row, len(done), k)
         remaining = remaining[~complete]
     row = torch.arange(len(bank.values), device=queries.device)
-    for query in (
-        slice(index, index + 1) for index in remaining.tolist()
-    ):  # so many rows are nearly equal that all are compared
+    for index in remaining.tolist():  # so many rows are nearly equal that all are compared
+        one = slice(index, index + 1)
         exact = exact_cosines(queries[one], lengths[one], bank, torch.zeros_like(row), row)
         cosines[one], rows[one] = _select_nearest(exact, torch.zeros_like(row), row, 1, k)
     return cosines, rows
