@@ -8,13 +8,12 @@ from msn_eval.config.recipes import Finetune, Params
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import FittedProbe, ProbeConfig, check_labelled
 from msn_eval.probes.distributed import WorkerGroup
-from msn_eval.probes.knn import NearestNeighbours, fit_knn, knn_settings
+from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.linear import Linear, fit_linear, linear_settings
 from msn_eval.probes.linear_augmented import LinearAugmented, augmented_settings
-from msn_eval.probes.logistic import Logistic, LogisticAutoLambda, fit_chosen, fit_logistic, logistic_settings
-from msn_eval.probes.logistic_solvers.lambda_selection import auto_settings
-from msn_eval.probes.ncm import NearestClassMean, fit_ncm
-from msn_eval.probes.ridge import Ridge, fit_ridge, ridge_settings
+from msn_eval.probes.logistic import Logistic, LogisticAutoLambda
+from msn_eval.probes.ncm import NearestClassMean
+from msn_eval.probes.ridge import Ridge
 
 __all__ = [
     "PROBES",
@@ -44,16 +43,8 @@ PROBES = {
 def probe_configs(probe: Probe, n: int) -> tuple[Params, ...]:
     """Give the hyper-parameters of every protocol that `probe` stands for, n being the labelled images."""
     match probe:
-        case Logistic():
-            return logistic_settings(probe, n)
-        case LogisticAutoLambda():
-            return auto_settings()
-        case NearestNeighbours():
-            return knn_settings(probe, n)
-        case Ridge():
-            return ridge_settings()
-        case NearestClassMean():
-            return ({},)
+        case Logistic() | LogisticAutoLambda() | NearestNeighbours() | Ridge() | NearestClassMean():
+            return probe.configs(n)
         case Linear():
             return linear_settings(probe)
         case LinearAugmented():
@@ -85,15 +76,7 @@ def fit(
     for features in (train, *elsewhere):
         check_labelled(features)
     match probe:
-        case Logistic():
-            return fit_logistic(probe, train, device, team=team)
-        case LogisticAutoLambda():
-            return fit_chosen(probe, train, device, team=team)
-        case NearestNeighbours():
-            return fit_knn(probe, train, device, team=team)
-        case Ridge():
-            return fit_ridge(probe, train, device)
-        case NearestClassMean():
-            return fit_ncm(probe, train, device)
+        case Logistic() | LogisticAutoLambda() | NearestNeighbours() | Ridge() | NearestClassMean():
+            return probe.fit(train, device, workers=team, other_taps=elsewhere)
         case Linear():
             return fit_linear(probe, train, device, elsewhere=elsewhere)
