@@ -15,8 +15,8 @@ from PIL import Image
 
 from msn_eval.commands import data
 from msn_eval.data import image_info as image_facts
+from msn_eval.data import read_dataset
 from msn_eval.data.dataset import class_map_sha256
-from msn_eval.data.folder import read_folder
 from msn_eval.data.hashing import content_sha256, hash_images
 from msn_eval.data.image_info import ImageInfo, inspect_image
 from msn_eval.data.images import ImageSet
@@ -49,7 +49,7 @@ def pets(tmp_path: Path) -> Path:
 
 def test_report_of_a_sound_data_set(pets: Path, capsys: Capture) -> None:
     assert verify(pets) == 0
-    val = read_folder(str(pets)).val
+    val = read_dataset(str(pets)).val
     assert (
         capsys.readouterr().out
         == f"""\
@@ -73,7 +73,7 @@ val          2 images, 2 classes
 
 val in train 1 of 2 images, byte for byte
              val/ant/8.png = train/bee/1.png
-data.sha256  {content_sha256(val.ids, hash_images(val, memory=None))}
+data.sha256  {content_sha256(val.ids, hash_images(val, cache_dir=None))}
 class map    {class_map_sha256(("ant", "bee"))}
 verdict      every image can be used
 """
@@ -219,7 +219,7 @@ def as_json(pets: Path, capsys: Capture, *words: str | Path) -> Mapping[str, Any
 
 def test_json_tells_the_same_facts(pets: Path, capsys: Capture) -> None:
     facts = as_json(pets, capsys)
-    val = read_folder(str(pets)).val
+    val = read_dataset(str(pets)).val
     hashed = content_sha256(val.ids, hash_images(val, cache_dir=None))
     assert facts == {
         "name": "pets",

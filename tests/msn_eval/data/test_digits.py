@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from msn_eval.data import read_dataset
 from msn_eval.data.dataset import DataSet
-from msn_eval.data.digits import read_digits
 
 
 @pytest.fixture(scope="module")
 def digits() -> DataSet:
-    return read_digits()
+    return read_dataset("digits")
 
 
 def test_first_hundred_of_each_digit_train(digits: DataSet) -> None:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from msn_eval.data import image_info as image_facts
-from msn_eval.data.digits import read_digits
+from msn_eval.data import read_dataset
 from msn_eval.data.folder import FolderSource
 from msn_eval.data.image_info import ImageInfo, automatic_workers, inspect_image, inspect_images
 from msn_eval.data.images import ImageSet
@@ -129,7 +129,7 @@ def test_image_far_too_large_is_a_problem(facts_of: FactsOf, monkeypatch: pytest
 
 
 def test_pixels_without_a_file_are_raw() -> None:
-    digits = read_digits().val
+    digits = read_dataset("digits").val
     facts = inspect_image(digits.source, digits.ids[0])
     assert (facts.kind, facts.size, facts.problem) == ("raw RGB", (8, 8), "")
 

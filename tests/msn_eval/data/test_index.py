@@ -12,7 +12,7 @@ import pytest
 from msn_eval.data import index as image_index
 from msn_eval.data import read_split
 from msn_eval.data.folder import scan_images
-from msn_eval.data.index import Part, list_parts, make_part
+from msn_eval.data.index import ContainerIndex, index_containers, make_index
 from msn_eval.errors import DataError
 
 TarWriter = Callable[..., Path]
@@ -24,12 +24,12 @@ class Scanner:
 
     scanned: list[str] = field(default_factory=list)
 
-    def __call__(self, path: Path) -> Part:
+    def __call__(self, path: Path) -> ContainerIndex:
         self.scanned.append(path.name)
         return (
             scan_images(path)
             if path.is_dir()
-            else make_part([path.read_text()], [(path.stat().st_size, -7)], columns=2)
+            else make_index([path.read_text()], [(path.stat().st_size, -7)], columns=2)
         )
 
 
@@ -62,8 +62,8 @@ def listed(root: Path, cache_dir: Path | None, kind: str = "folders") -> tuple[d
     """Give the names found in each folder, and the folders that were really listed."""
     scanner = Scanner()
     paths = sorted(root.iterdir())
-    parts = list_parts(paths, scanner, root=root, kind=kind, cache_dir=cache_dir)
-    found = {path.name: sorted(part.names) for path, part in zip(paths, parts, strict=True)}
+    indexes = index_containers(paths, scanner, root=root, kind=kind, cache_dir=cache_dir)
+    found = {path.name: sorted(index.names) for path, index in zip(paths, indexes, strict=True)}
     return found, sorted(scanner.scanned)
 
 
@@ -143,9 +143,11 @@ def test_exchanged_classes_are_noticed(root: Path, cache_dir: Path) -> None:
 
 
 def test_folder_of_another_inode_is_scanned_again(root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = image_index._state
+    state = image_index._read_state
     listed(root, cache_dir)
-    monkeypatch.setattr(image_index, "_state", lambda path: (state(path)[0] + (path.name == "b"), *state(path)[1:]))
+    monkeypatch.setattr(
+        image_index, "_read_state", lambda path: (state(path)[0] + (path.name == "b"), *state(path)[1:])
+    )
     assert listed(root, cache_dir) == (ALL, ["b"])
 
 
@@ -186,13 +188,13 @@ def test_folder_whose_time_lies_ahead_is_not_trusted(root: Path, cache_dir: Path
 
 
 def test_file_added_while_its_folder_is_listed_is_found_next_time(root: Path, cache_dir: Path) -> None:
-    def scan(path: Path) -> Part:
-        part = scan_images(path)
+    def scan(path: Path) -> ContainerIndex:
+        index = scan_images(path)
         if path.name == "b":
             (path / "late.jpg").touch()
-        return part
+        return index
 
-    list_parts(sorted(root.iterdir()), scan, root=root, kind="folders", cache_dir=cache_dir)
+    index_containers(sorted(root.iterdir()), scan, root=root, kind="folders", cache_dir=cache_dir)
     assert listed(root, cache_dir) == (ALL | {"b": ["b.jpg", "late.jpg"]}, ["b"])
 
 
@@ -200,7 +202,9 @@ def test_numbers_and_counts_are_remembered(tmp_path: Path, cache_dir: Path) -> N
     archive = tmp_path / "x.tar"
     archive.write_text("name")
     scan = Scanner()
-    first, second = (list_parts([archive], scan, root=archive, kind="tar", cache_dir=cache_dir)[0] for _ in range(2))
+    first, second = (
+        index_containers([archive], scan, root=archive, kind="tar", cache_dir=cache_dir)[0] for _ in range(2)
+    )
     assert scan.scanned == ["x.tar"]
     assert second.names == first.names == ("name",)
     assert np.array_equal(second.numbers, [[4, -7]])
@@ -210,7 +214,9 @@ def test_numbers_and_counts_are_remembered(tmp_path: Path, cache_dir: Path) -> N
 def test_count_of_files_passed_over_is_remembered(root: Path, cache_dir: Path) -> None:
     (root / "a" / "notes.txt").touch()
     paths = [root / "a"]
-    counts = [list_parts(paths, scan_images, root=root, kind="x", cache_dir=cache_dir)[0].passed_over for _ in range(2)]
+    counts = [
+        index_containers(paths, scan_images, root=root, kind="x", cache_dir=cache_dir)[0].passed_over for _ in range(2)
+    ]
     assert counts == [1, 1]
 
 
@@ -269,7 +275,7 @@ def test_index_of_another_folder_is_void(root: Path, cache_dir: Path, tmp_path: 
 def test_each_root_and_kind_has_an_index_of_its_own(root: Path, cache_dir: Path) -> None:
     listed(root, cache_dir)
     assert listed(root, cache_dir, "other")[1] == ["a", "b", "c"]
-    list_parts([root / "a"], scan_images, root=root / "a", kind="folders", cache_dir=cache_dir)
+    index_containers([root / "a"], scan_images, root=root / "a", kind="folders", cache_dir=cache_dir)
     assert len(list((cache_dir / "indexes").iterdir())) == 3
 
 
@@ -303,7 +309,7 @@ def test_memory_that_cannot_be_written_is_done_without(
     cache_dir.write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING, "msn_eval"):
         assert listed(root, cache_dir) == (ALL, ["a", "b", "c"])
-    assert "cannot be remembered for the next run" in caplog.text
+    assert "cannot be cached for the next run" in caplog.text
 
 
 def test_full_disk_is_done_without(
@@ -320,13 +326,8 @@ def test_full_disk_is_done_without(
 
 def test_folder_that_vanishes_is_named(root: Path) -> None:
     with pytest.raises(DataError, match="gone: cannot be read: No such file") as caught:
-        list_parts([root / "a", root / "gone"], scan_images, root=root, kind="folders", cache_dir=None)
+        index_containers([root / "a", root / "gone"], scan_images, root=root, kind="folders", cache_dir=None)
     assert caught.value.exit_code == 21
-
-
-def test_part_with_numbers_of_other_images_is_refused() -> None:
-    with pytest.raises(ValueError, match="2 images with numbers of shape"):
-        Part(names=("a", "b"), numbers=np.zeros((1, 2), dtype=np.int64))
 
 
 def test_image_folder_is_not_listed_twice(root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from msn_eval.data import read_dataset
 from msn_eval.data import validation as dataset_check
 from msn_eval.data.dataset import DataSet, class_map_sha256
-from msn_eval.data.folder import read_folder
 from msn_eval.data.hashing import content_sha256, hash_images
 from msn_eval.data.image_info import inspect_images
 from msn_eval.data.imagenet_subsets import Publication
@@ -267,7 +267,7 @@ def test_manifest_is_accepted_by_sha256sum(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         for name in ("a b.png", "back\\slash.png", "line\nend.png", "return\r.png"):
             (folder / name).write_bytes(picture())
-    content = write_manifest(check_dataset(read_folder(str(tmp_path))).splits)
+    content = write_manifest(check_dataset(read_dataset(str(tmp_path))).splits)
     (tmp_path / "SHA256SUMS").write_bytes(content)
     done = subprocess.run(
         ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=tmp_path, capture_output=True

@@ -179,11 +179,11 @@ def test_compressed_archive_among_others_is_no_missing_one(write: Write, tmp_pat
     ("text", "line"), [("ant\n\nbee\n", "2: ''"), ("ant\na/b\n", "2: 'a/b'"), ("ant\n \n", "2: ' '")]
 )
 def test_line_that_is_no_class_name_is_named(write: Write, tmp_path: Path, text: str, line: str) -> None:
-    assert refusal(write(classes=text)).startswith(f"{tmp_path / 'classes.txt'}: line {line} is no class name\n")
+    assert refusal(write(classes=text)).startswith(f"{tmp_path / 'classes.txt'}: line {line} is not a class name\n")
 
 
 def test_class_that_stands_twice_is_named_with_both_lines(write: Write) -> None:
-    assert "classes.txt: line 3: ant stands in line 1 already" in refusal(write(classes="ant\nbee\nant\n"))
+    assert "classes.txt: line 3: ant is already in line 1" in refusal(write(classes="ant\nbee\nant\n"))
 
 
 def test_classes_that_are_no_utf8_are_refused(write: Write, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_classes_that_are_no_utf8_are_refused(write: Write, tmp_path: Path) -> N
 def test_missing_classes_are_asked_for(write: Write, tmp_path: Path) -> None:
     name = write()
     (tmp_path / "classes.txt").unlink()
-    assert refusal(name).startswith(f"{tmp_path}: has no classes.txt\nWrite one class name a line")
+    assert refusal(name).startswith(f"{tmp_path}: has no classes.txt\nWrite one class name per line")
 
 
 def test_missing_split_is_named(write: Write, tmp_path: Path) -> None:
