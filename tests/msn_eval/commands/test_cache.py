@@ -195,15 +195,10 @@ def test_flipped_bit_is_found_and_moved_away(cache: Path, make_bank: BankMaker, 
     assert sorted(path.suffix for path in (bank.folder / "quarantine").iterdir()) == [".json", ".safetensors"]
 
 
-def test_cache_is_sound_after_damage_was_found(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+def test_damaged_rows_are_reported_once_and_listed_no_more(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
     flip(make_bank())
     ran(capsys, "verify", "--cache", cache, code=22)
     assert ran(capsys, "verify", "--cache", cache).splitlines()[-1] == "no damage"
-
-
-def test_damaged_rows_are_listed_no_more(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
-    flip(make_bank())
-    ran(capsys, "verify", "--cache", cache, code=22)
     assert " 0 rows " in ran(capsys, "list", "--cache", cache)
 
 
@@ -220,7 +215,7 @@ def test_prune_needs_to_be_told_what(cache: Path, make_bank: BankMaker, capsys: 
     bank = make_bank()
     said = ran(capsys, "prune", "--cache", cache, code=2)
     assert (said, bank.folder.is_dir()) == (
-        "UsageError: nothing said of what to remove\nPass --older-than DAYS, --max-bytes N or --all.\n",
+        "UsageError: it is not specified what to remove\nPass --older-than DAYS, --max-bytes N or --all.\n",
         True,
     )
 
@@ -290,8 +285,8 @@ def test_dry_run_says_what_would_go_and_keeps_it(cache: Path, make_bank: BankMak
 
 @pytest.mark.parametrize(
     ("text", "fits"),
-    [("12000", True), ("12k", True), ("12K", True), ("12 kB", True), ("0.012m", True), ("11.6KiB", True),
-     ("0.000012G", True), ("1T", True), ("5kib", False), ("11.4Ki", False), ("0", False), ("0.1k", False)],
+    [("12000", True), ("12k", True), ("12K", True), ("12 kB", True), ("0.012m", True),
+     ("0.000012G", True), ("1T", True), ("5kb", False), ("0", False), ("0.1k", False)],
 )  # fmt: skip
 def test_size_is_understood(cache: Path, make_bank: BankMaker, capsys: Capture, text: str, fits: bool) -> None:
     bank = make_bank(rows=8)
@@ -300,13 +295,11 @@ def test_size_is_understood(cache: Path, make_bank: BankMaker, capsys: Capture, 
     assert bank.folder.exists() == fits
 
 
-@pytest.mark.parametrize(
-    "text", ["", "k", "many", "-1", "5ib", "1e9", "5x", "5 5", "nan", "inf", "1.k", "9" * 400, "٣k"]
-)
+@pytest.mark.parametrize("text", ["", "k", "many", "-1", "5Ki", "1e9", "5 5", "nan", "1.k", "9" * 400, "٣k"])
 def test_no_size_is_a_usage_error(cache: Path, make_bank: BankMaker, capsys: Capture, text: str) -> None:
     bank = make_bank()
     said = ran(capsys, "prune", f"--max-bytes={text}", "--cache", cache, code=2)
-    assert (f"--max-bytes {text}: no size" in said, bank.folder.exists()) == (True, True)
+    assert (f"--max-bytes {text}: not a size" in said, bank.folder.exists()) == (True, True)
 
 
 @pytest.mark.parametrize("text", ["-1", "nan", "-inf"])
@@ -316,10 +309,9 @@ def test_no_age_is_a_usage_error(cache: Path, make_bank: BankMaker, capsys: Capt
     assert (f"--older-than {float(text)}: out of range" in said, bank.folder.exists()) == (True, True)
 
 
-@pytest.mark.parametrize("option", ["--all", "--dry-run", "--older-than=3", "--older-than=0", "--max-bytes=1G"])
 @pytest.mark.parametrize("action", ["list", "verify"])
-def test_option_of_prune_is_refused_elsewhere(cache: Path, capsys: Capture, action: str, option: str) -> None:
-    assert f"{option.partition('=')[0]} goes with prune alone" in ran(capsys, action, option, "--cache", cache, code=2)
+def test_option_of_prune_is_refused_elsewhere(cache: Path, capsys: Capture, action: str) -> None:
+    assert "unknown option --older-than" in ran(capsys, action, "--older-than=3", "--cache", cache, code=2)
 
 
 def test_strangers_in_the_cache_come_to_no_harm(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
@@ -345,7 +337,7 @@ def test_bank_that_is_a_link_is_verified_and_never_pruned(
     before = sorted(elsewhere.iterdir())
     verified = ran(capsys, "verify", "--cache", cache)
     said = ran(capsys, "prune", "--all", "--cache", cache)
-    assert ("1 shards  no damage" in verified, "LEFT ALONE, it is a link to elsewhere" in said) == (True, True)
+    assert ("1 shards  no damage" in verified, "KEPT, it is a link to another folder" in said) == (True, True)
     assert (sorted(elsewhere.iterdir()), bank.folder.is_symlink()) == (before, True)
 
 
