@@ -77,7 +77,7 @@ def test_fp16_is_refused() -> None:
 
 
 def test_hidden_patches_are_refused() -> None:
-    with pytest.raises(UsageError, match="--patch-drop: fine-tuning sees whole images"):
+    with pytest.raises(UsageError, match="--patch-drop: fine-tuning uses all patches"):
         EvaluationConfig(probe=["finetune"], patch_drop=0.7)
 
 

@@ -10,39 +10,39 @@ from msn_eval.errors import UsageError
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("probe", ["logistic", "svm"], "--probe svm: there is no such probe.\nKnown: logistic"),
-        ("probe", ["logstic"], "--probe logstic: there is no such probe. Did you mean logistic?"),
+        ("probe", ["logistic", "svm"], "--probe: there is no probe 'svm'.\nKnown: logistic"),
+        ("probe", ["logstic"], "--probe: there is no probe 'logstic'. Did you mean logistic?"),
         ("probe", [], "--probe: nothing given"),
         ("subset", [], "--subset: nothing given"),
-        ("tap", "cls_norm", "--tap cls_norm: there is no such tap. Did you mean cls-norm?"),
-        ("solver", "sgd", "--solver sgd: there is no such solver."),
-        ("decoder", "opencv", "--decoder opencv: there is no such decoder."),
-        ("on_bad_image", "skp", "--on-bad-image skp: there is no such on-bad-image. Did you mean skip?"),
-        ("precision", "fp23", "--precision fp23: there is no such precision. Did you mean fp32?"),
+        ("tap", "cls_norm", "--tap: there is no tap 'cls_norm'. Did you mean cls-norm?"),
+        ("solver", "sgd", "--solver: there is no solver 'sgd'."),
+        ("decoder", "opencv", "--decoder: there is no decoder 'opencv'."),
+        ("on_bad_image", "skp", "--on-bad-image: there is no on-bad-image 'skp'. Did you mean skip?"),
+        ("precision", "fp23", "--precision: there is no precision 'fp23'. Did you mean fp32?"),
         ("device", "gpu", "--device gpu: not a device\nUse auto, cpu, cuda or cuda:N."),
         ("device", "cuda:", "--device cuda:: not a device"),
         ("device", "cuda:-1", "--device cuda:-1: not a device"),
         ("device", "cpu\n", "not a device"),
-        ("lambda_", [0.1, 0.0], "--lambda 0.0: out of range\nGive a finite number above 0."),
-        ("lambda_", [-1.0], "--lambda -1.0: out of range"),
-        ("lambda_", [float("nan")], "--lambda nan: out of range"),
-        ("lambda_", [float("inf")], "--lambda inf: out of range"),
+        ("lambda_", [0.1, 0.0], "--lambda: 0.0 is out of range\nGive a number above 0."),
+        ("lambda_", [-1.0], "--lambda: -1.0 is out of range"),
+        ("lambda_", [float("nan")], "--lambda: nan is out of range"),
+        ("lambda_", [float("inf")], "--lambda: inf is out of range"),
         ("lambda_", ["0.1", "best"], "--lambda best: not a number\nGive a finite number above 0, or auto."),
-        ("patch_drop", 1.0, "--patch-drop 1.0: out of range\nGive a share from 0 up to 1."),
-        ("temperature", [0.0], "--temperature 0.0: out of range"),
-        ("temperature", [0.07, float("nan")], "--temperature nan: out of range"),
-        ("k", [10, 0], "--k 0: out of range\nGive a whole number of at least 1."),
-        ("k", [-1], "--k -1: out of range"),
-        ("seed", -1, "--seed -1: out of range\nGive a whole number of at least 0."),
-        ("limit", 0, "--limit 0: out of range\nGive a whole number of at least 1."),
-        ("image_pixels", 0, "--image-pixels 0: out of range"),
-        ("batch_size", "0", "--batch-size 0: out of range\nGive `auto` or a whole number of at least 1."),
-        ("batch_size", "-8", "--batch-size -8: out of range"),
-        ("batch_size", "8.0", "--batch-size 8.0: out of range"),
-        ("batch_size", "Auto", "--batch-size Auto: out of range"),
-        ("batch_size", "", "--batch-size : out of range"),
-        ("workers", "-1", "--workers -1: out of range\nGive `auto` or a whole number of at least 0."),
-        ("workers", "many", "--workers many: out of range"),
+        ("patch_drop", 1.0, "--patch-drop: 1.0 is out of range\nGive a number at least 0 and below 1."),
+        ("temperature", [0.0], "--temperature: 0.0 is out of range"),
+        ("temperature", [0.07, float("nan")], "--temperature: nan is out of range"),
+        ("k", [10, 0], "--k: 0 is out of range\nGive a number at least 1."),
+        ("k", [-1], "--k: -1 is out of range"),
+        ("seed", -1, "--seed: -1 is out of range\nGive a number at least 0."),
+        ("limit", 0, "--limit: 0 is out of range\nGive a number at least 1."),
+        ("image_pixels", 0, "--image-pixels: 0 is out of range"),
+        ("batch_size", "0", "--batch-size: 0 is out of range\nGive `auto` or a whole number of at least 1."),
+        ("batch_size", "-8", "--batch-size: -8 is out of range"),
+        ("batch_size", "8.0", "--batch-size: 8.0 is out of range"),
+        ("batch_size", "Auto", "--batch-size: Auto is out of range"),
+        ("batch_size", "", "--batch-size:  is out of range"),
+        ("workers", "-1", "--workers: -1 is out of range\nGive `auto` or a whole number of at least 0."),
+        ("workers", "many", "--workers: many is out of range"),
     ],
     ids=lambda part: repr(part)[:24],
 )
@@ -101,7 +101,7 @@ def test_request_cannot_be_changed() -> None:
 
 
 def test_changed_copy_is_checked_again() -> None:
-    with pytest.raises(UsageError, match="--seed -1"):
+    with pytest.raises(UsageError, match="--seed: -1"):
         replace(EvaluationConfig(), seed=-1)
 
 
@@ -121,5 +121,5 @@ def test_a_tap_by_hand_beside_taps_to_choose_from_is_refused() -> None:
 
 
 def test_fine_tuning_is_not_compiled() -> None:
-    with pytest.raises(UsageError, match="--compile: fine-tuning trains the network as it is"):
+    with pytest.raises(UsageError, match="--compile: fine-tuning trains the uncompiled network"):
         EvaluationConfig(probe=["logistic", "finetune"], compile=True)
