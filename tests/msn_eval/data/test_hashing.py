@@ -252,7 +252,7 @@ def test_memory_that_cannot_be_written_costs_only_time(
     (tmp_path / "file").touch()
     images = ImageSet(ids=tuple(CONTENTS), labels=(0, 0, 1), classes=("a", "b"), source=source)
     assert len(hash_images(images, cache_dir=tmp_path / "file")) == 3
-    assert "not remembered" in caplog.text
+    assert "not cached" in caplog.text
 
 
 def test_full_disk_under_the_memory_costs_only_time(

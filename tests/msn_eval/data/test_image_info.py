@@ -86,7 +86,7 @@ def test_truncated_image_is_a_problem_with_its_kind_and_digest(inspect: Inspect)
 def test_file_that_is_no_image_has_no_kind(inspect: Inspect) -> None:
     info = inspect(b"<html>")
     assert (info.kind, info.size) == ("", None)
-    assert "no JPEG, PNG, WEBP, BMP, GIF image" in info.problem
+    assert "JPEG, PNG, WEBP, BMP, GIF" in info.problem
 
 
 def test_sixteen_bit_image_is_a_problem(inspect: Inspect) -> None:
