@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from msn_eval.data import decoders
-from msn_eval.data.decoders import check_decoder, decode_on_device, decode_pixels, decoder_version, undecoded
+from msn_eval.data.decoders import check_decoder, decode_on_device, decode_pixels, decoder_version, prepare_for_device
 from msn_eval.data.images import BadImageError, EvalTransform, decode_image, eval_transform, resize_and_crop
 from msn_eval.errors import UsageError
 
@@ -313,7 +313,7 @@ def test_decoding_by_torchvision_leaves_the_warning_filters_alone() -> None:
     ],
 )
 def test_plain_jpegs_are_left_to_the_device(content: bytes) -> None:
-    assert undecoded(content, SMALL) == content
+    assert prepare_for_device(content, SMALL) == content
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_plain_jpegs_are_left_to_the_device(content: bytes) -> None:
     ],
 )
 def test_files_that_devices_may_read_otherwise_are_decoded_by_the_rule_of_torchvision(content: bytes) -> None:
-    pixels = undecoded(content, SMALL)
+    pixels = prepare_for_device(content, SMALL)
     assert not isinstance(pixels, bytes)
     np.testing.assert_array_equal(pixels, decode_pixels(content, SMALL, "torchvision"))
 
@@ -340,18 +340,18 @@ def test_files_that_devices_may_read_otherwise_are_decoded_by_the_rule_of_torchv
 @pytest.mark.parametrize("kind", [kind for kind in BAD_FILES if "tables" not in kind and "process" not in kind])
 def test_bad_files_are_refused_before_the_device_sees_them(kind: str) -> None:
     with pytest.raises(BadImageError):
-        undecoded(BAD_FILES[kind], SMALL)
+        prepare_for_device(BAD_FILES[kind], SMALL)
 
 
 def test_file_cut_anywhere_never_reaches_the_device() -> None:
     for cut in random.Random(3).sample(range(len(JPEG)), 50):
         with pytest.raises(BadImageError):
-            undecoded(JPEG[:cut], SMALL)
+            prepare_for_device(JPEG[:cut], SMALL)
 
 
 def prepared(images: Sequence[tuple[int, int]], transform: EvalTransform) -> list[bytes]:
     files = [encoded(picture(*size)) for size in images]
-    assert all(isinstance(undecoded(file, transform), bytes) for file in files)
+    assert all(isinstance(prepare_for_device(file, transform), bytes) for file in files)
     return files
 
 
@@ -371,7 +371,7 @@ def test_batch_keeps_its_order_whoever_decoded_an_image(monkeypatch: pytest.Monk
         encoded(picture(70, 50 + row), "PNG" if row in (0, 3, 4) else "JPEG", **({"quality": 95} if row == 5 else {}))
         for row in range(8)
     ]
-    pixels, failures = decode_on_device([undecoded(file, SMALL) for file in files], SMALL, CPU)
+    pixels, failures = decode_on_device([prepare_for_device(file, SMALL) for file in files], SMALL, CPU)
     theirs = np.stack([decode_pixels(file, SMALL, "pillow") for file in files])
     assert failures == {}
     assert differences(pixels.numpy(), theirs).max() <= 1
@@ -420,13 +420,13 @@ def test_decoders_of_the_cpu_need_no_gpu(decoder: str) -> None:
 
 def test_torchvision_that_is_missing_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
-    with pytest.raises(UsageError, match=r"(?s)--decoder torchvision: .* decodes no JPEG.*Choose --decoder pillow"):
+    with pytest.raises(UsageError, match=r"(?s)--decoder torchvision: .* cannot decode a JPEG.*Choose --decoder pillow"):
         check_decoder("torchvision", CPU)
 
 
 def test_torchvision_that_decodes_no_jpeg_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with_decoder(refuses_all, monkeypatch)
-    with pytest.raises(UsageError, match="decodes no JPEG with it: nothing is good enough"):
+    with pytest.raises(UsageError, match="cannot decode a JPEG: nothing is good enough"):
         check_decoder("torchvision", CPU)
 
 

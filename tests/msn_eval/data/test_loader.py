@@ -146,7 +146,7 @@ def test_image_with_another_hash_is_told_by_its_id(tmp_path: Path) -> None:
 @half_open
 def test_worker_that_dies_once_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = brightness(greys(DyingOnce(tmp_path)), batch_size=2, workers=1)
-    assert (found, "grey 5; starting others" in caplog.text) == (list(range(8)), True)
+    assert (found, "grey 5; starting new ones" in caplog.text) == (list(range(8)), True)
 
 
 @half_open
@@ -206,7 +206,7 @@ def test_read_that_hangs_without_workers_is_a_fault_of_resources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pixel_loader, "_WORKER_TIMEOUT_SECONDS", 0.5)
-    with pytest.raises(ResourceError, match=r"nothing came for 0\.5 s from some image between grey 4 and grey 5"):
+    with pytest.raises(ResourceError, match=r"no image arrived for 0\.5 s, between grey 4 and grey 5"):
         brightness(greys(HangingOnce(tmp_path)), batch_size=2)
     assert "in read" in capfd.readouterr().err
 
@@ -318,7 +318,7 @@ def test_pixels_come_in_a_thread_that_no_signal_reaches(tmp_path: Path) -> None:
 
 def test_signal_handler_of_torch_is_back_after_the_pass(tmp_path: Path) -> None:
     brightness(greys(GreySource(tmp_path)), workers=1)
-    assert signal.getsignal(signal.SIGCHLD) is pixel_loader._ear.torchs_handler
+    assert signal.getsignal(signal.SIGCHLD) is pixel_loader._sigchld.torch_handler
 
 
 class DyingLate(GreySource):
@@ -361,14 +361,14 @@ def test_stop_that_comes_while_workers_are_forked_is_heard_afterwards(
     def stop(number: int, frame: object) -> None:
         raise StoppedError
 
-    real = pixel_loader._loader
+    real = pixel_loader._make_loader
 
     def signalled(*arguments: object, **options: object) -> object:
         with contextlib.suppress(StoppedError):  # as Python suppresses what is raised in the middle of a fork
             signal.raise_signal(number)
         return real(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pixel_loader, "_loader", signalled)
+    monkeypatch.setattr(pixel_loader, "_make_loader", signalled)
     before = signal.signal(number, stop)
     try:
         with pytest.raises(StoppedError):
