@@ -420,7 +420,9 @@ def test_decoders_of_the_cpu_need_no_gpu(decoder: str) -> None:
 
 def test_torchvision_that_is_missing_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
-    with pytest.raises(UsageError, match=r"(?s)--decoder torchvision: .* cannot decode a JPEG.*Choose --decoder pillow"):
+    with pytest.raises(
+        UsageError, match=r"(?s)--decoder torchvision: .* cannot decode a JPEG.*Choose --decoder pillow"
+    ):
         check_decoder("torchvision", CPU)
 
 

@@ -83,7 +83,7 @@ def test_val_of_a_class_that_train_lacks_names_the_line_of_its_label(root: Path,
         read_dataset(str(root))
     assert str(caught.value).startswith(
         f"{root / 'imagenet_2012_validation_synset_labels.txt'}: line 3: n02012849, the class of "
-        "ILSVRC2012_val_00000003.JPEG, is none of the 2 training classes\n"
+        "ILSVRC2012_val_00000003.JPEG, is not one of the 2 training classes\n"
     )
 
 
