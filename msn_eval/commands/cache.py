@@ -57,8 +57,8 @@ def _list(cache: Path) -> int:
         _print_line(f"{bank.digest[:12]}  {rows:>11,} rows  {_format_size(size):>9}  used {age} ago  {_title(bank)}")
     for name in ("hashes", "indexes"):
         if statuses := _statuses(cache / name):
-            size = _format_size(sum(status.st_size for status in statuses))
-            _print_line(f"{name:<12}  {len(statuses):>10,} files  {size:>9}  of data sets")
+            total = _format_size(sum(status.st_size for status in statuses))
+            _print_line(f"{name:<12}  {len(statuses):>10,} files  {total:>9}  of data sets")
     _print_line(f"{_count_sets(banks)}, {_format_size(sum(size for size, _ in banks.values()))}, in {cache}")
     return 0
 
@@ -104,8 +104,8 @@ def _prune(cache: Path, options: argparse.Namespace) -> int:
     if not options.dry_run:
         sweep_pruned(cache)
     verb = "would be removed" if options.dry_run else "removed"
-    size = _format_size(sum(removed.values()))
-    _print_line(f"{_count_sets(removed)}, {size}, {verb}; {_format_size(kept_bytes)} kept")
+    total = _format_size(sum(removed.values()))
+    _print_line(f"{_count_sets(removed)}, {total}, {verb}; {_format_size(kept_bytes)} kept")
     return 0
 
 

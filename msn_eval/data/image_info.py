@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -121,7 +121,7 @@ def choose_workers(images: int) -> int:
     return 0 if images < _FEW_IMAGES else min(_MOST_WORKERS, usable_cores())
 
 
-def _inspect_in_processes(split: str, images: ImageSet, workers: int) -> Iterator[ImageInfo]:
+def _inspect_in_processes(split: str, images: ImageSet, workers: int) -> Generator[ImageInfo, None, None]:
     # Spawned, not forked: a progress bar and Arrow have threads of their own, whose locks a fork would inherit.
     spawn = multiprocessing.get_context("spawn")
     before = set(multiprocessing.active_children())

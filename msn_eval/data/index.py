@@ -47,7 +47,11 @@ class ContainerIndex:
 
 
 def make_index(
-    names: Iterable[str], numbers: Sequence[Sequence[int]] = (), *, columns: int = 0, passed_over: int = 0
+    names: Iterable[str],
+    numbers: Sequence[Sequence[int]] | NDArray[np.int64] = (),
+    *,
+    columns: int = 0,
+    passed_over: int = 0,
 ) -> ContainerIndex:
     """Return the index of these images, with a row of `columns` numbers for each."""
     names = tuple(names)

@@ -133,8 +133,12 @@ def check_dataset(
         split: check_split(images, inspect_images(split, images, workers=workers, on_progress=on_progress))
         for split, images in (("train", data.train), ("val", data.val))
     }
-    first = {digest: image_id for image_id, digest in reversed(splits["train"].digests.items())}
     val = splits["val"].digests
+    val_digests = set(val.values())
+    first: dict[bytes, str] = {}
+    for image_id, digest in splits["train"].digests.items():
+        if digest in val_digests:
+            first.setdefault(digest, image_id)
     return DatasetCheck(
         name=data.name,
         splits=splits,
