@@ -21,7 +21,7 @@ TRANSFORM = eval_transform(224)
 
 
 def jpeg(width: int, height: int, **options: object) -> bytes:
-    """Give a picture of waves, which no decoder's smoothing changes much."""
+    """Return a picture of waves, which no decoder's smoothing changes much."""
     y, x = np.mgrid[:height, :width]
     waves = np.stack([np.sin(x / 29 + y / 47), np.cos(x / 35), np.sin(y / 27 - x / 53)], axis=2)
     file = io.BytesIO()
@@ -61,7 +61,7 @@ def test_large_batch_keeps_its_order() -> None:
     assert differences(pixels, theirs).mean(axis=(1, 2, 3)).max() <= 1
 
 
-def test_file_that_nobody_can_decode_is_named_and_spoils_no_other() -> None:
+def test_file_that_nobody_can_decode_is_named_and_affects_no_other() -> None:
     good = jpeg(500, 375)
     bad = good.replace(b"\xff\xdb", b"\xff\xfe")
     pixels, failures = decode_on_device([good, bad, good], TRANSFORM, DEVICE)

@@ -29,7 +29,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_bank(cache: Path) -> BankMaker:
-    """Give a function that fills a bank of some rows, of 256 values each, and lets it lie unused for some days."""
+    """Return a function that fills a bank of some rows, of 256 values each, last used some days ago."""
 
     def make(name: str = "vit.pth", *, rows: int = 4, unused_days: float = 0.0) -> Bank:
         key = FeatureKey(
@@ -63,7 +63,7 @@ def size_of(folder: Path) -> int:
 
 
 def ran(capsys: Capture, *words: str | Path, code: int = 0) -> str:
-    """Give what a command prints that ends with that code."""
+    """Return what a command prints that ends with that code."""
     found = main(["cache", *map(str, words)])
     printed = capsys.readouterr()
     assert (found, printed.err if code == 0 else "") == (code, "")
@@ -104,7 +104,7 @@ def test_list_begins_with_the_one_used_last(cache: Path, make_bank: BankMaker, c
     ("seconds", "age"),
     [(1, "1 seconds"), (119, "119 seconds"), (121, "2 minutes"), (7201, "2 hours"), (-9999, "0 seconds")],
 )
-def test_age_is_told_in_the_largest_unit_of_which_there_are_two(
+def test_age_is_printed_in_the_largest_unit_with_two_or_more(
     cache: Path, make_bank: BankMaker, capsys: Capture, monkeypatch: pytest.MonkeyPatch, seconds: int, age: str
 ) -> None:
     make_bank()
@@ -113,7 +113,7 @@ def test_age_is_told_in_the_largest_unit_of_which_there_are_two(
     assert f"used {age} ago" in ran(capsys, "list", "--cache", cache)
 
 
-def test_list_counts_the_memories_of_data_sets(cache: Path, capsys: Capture) -> None:
+def test_list_counts_the_caches_of_data_sets(cache: Path, capsys: Capture) -> None:
     (cache / "hashes").mkdir()
     (cache / "hashes" / "a.json").write_bytes(bytes(1500))
     (cache / "hashes" / "b.json").write_bytes(bytes(1500))
@@ -159,7 +159,7 @@ def test_hostile_key_is_printed_harmlessly(cache: Path, make_bank: BankMaker, ca
         assert (len(lines), RAW.findall("".join(lines)), max(map(len, lines)) < 1000) == (2, [], True)
 
 
-def test_file_that_vanishes_while_it_is_listed_is_no_error(
+def test_file_that_vanishes_while_it_is_listed_is_not_an_error(
     cache: Path, make_bank: BankMaker, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bank = make_bank()
@@ -178,7 +178,7 @@ def test_file_that_vanishes_while_it_is_listed_is_no_error(
 # verify
 
 
-def test_sound_cache_is_verified(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+def test_undamaged_cache_is_verified(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
     bank = make_bank()
     assert ran(capsys, "verify", "--cache", cache).splitlines() == [
         f"{bank.digest[:12]}       1 shards  no damage  vit.pth",
@@ -211,7 +211,7 @@ def test_damage_in_one_bank_does_not_hide_that_in_another(cache: Path, make_bank
 # prune
 
 
-def test_prune_needs_to_be_told_what(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+def test_prune_needs_a_choice(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
     bank = make_bank()
     said = ran(capsys, "prune", "--cache", cache, code=2)
     assert (said, bank.folder.is_dir()) == (
@@ -314,7 +314,7 @@ def test_option_of_prune_is_refused_elsewhere(cache: Path, capsys: Capture, acti
     assert "unknown option --older-than" in ran(capsys, action, "--older-than=3", "--cache", cache, code=2)
 
 
-def test_strangers_in_the_cache_come_to_no_harm(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+def test_unknown_files_in_the_cache_are_left_alone(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
     make_bank()
     for folder in (cache, cache / "features"):
         (folder / "notes").mkdir()

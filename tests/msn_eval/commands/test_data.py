@@ -31,7 +31,7 @@ def verify(*words: str | Path) -> int:
 
 @pytest.fixture
 def pets(tmp_path: Path) -> Path:
-    """Give an image folder of two classes, one image of which stands in both splits."""
+    """Return an image folder of two classes, one image of which stands in both splits."""
     root = tmp_path / "pets"
     for split, names in (("train", ("ant/1.png", "ant/2.png", "bee/1.png")), ("val", ("ant/8.png", "bee/9.png"))):
         for number, name in enumerate(names):
@@ -45,7 +45,7 @@ def pets(tmp_path: Path) -> Path:
     return root
 
 
-def test_report_of_a_sound_data_set(pets: Path, capsys: Capture) -> None:
+def test_report_of_a_valid_data_set(pets: Path, capsys: Capture) -> None:
     assert verify(pets) == 0
     val = read_dataset(str(pets)).val
     assert (
@@ -136,7 +136,7 @@ def test_manifest_is_not_replaced_by_what_is_compared_with_it(pets: Path, tmp_pa
     assert (tmp_path / "m").read_bytes() == before
 
 
-def test_manifest_that_cannot_be_written_is_told_before_an_image_is_read(pets: Path, tmp_path: Path) -> None:
+def test_manifest_that_cannot_be_written_is_reported_before_an_image_is_read(pets: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="--write-manifest"):
         verify(tmp_path / "no data set", "--write-manifest", tmp_path / "file" / "m")
@@ -164,7 +164,7 @@ def test_number_of_workers_is_a_number(pets: Path, workers: str) -> None:
         verify(pets, f"--workers={workers}")
 
 
-def test_as_many_processes_are_started_as_asked_for(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_processes_are_started_as_requested(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workers: list[int] = []
 
     def inspect(split: str, images: ImageSet, count: int) -> Iterator[ImageInfo]:
@@ -183,7 +183,7 @@ def test_workers_do_not_change_the_report(pets: Path, capsys: Capture) -> None:
     assert capsys.readouterr().out == alone
 
 
-def test_names_of_strangers_keep_to_their_line(pets: Path, capsys: Capture) -> None:
+def test_hostile_names_stay_on_their_line(pets: Path, capsys: Capture) -> None:
     (pets / "val" / "ant" / "x\nverdict\x1b[2J\udcff.png").write_bytes(b"")
     assert verify(pets) == 21
     out = capsys.readouterr().out
@@ -208,7 +208,7 @@ def as_json(pets: Path, capsys: Capture, *words: str | Path) -> Mapping[str, Any
     return facts
 
 
-def test_json_tells_the_same_facts(pets: Path, capsys: Capture) -> None:
+def test_json_has_the_same_content(pets: Path, capsys: Capture) -> None:
     facts = as_json(pets, capsys)
     val = read_dataset(str(pets)).val
     hashed = content_sha256(val.ids, hash_images(val, cache_dir=None))
@@ -259,7 +259,7 @@ def test_json_lists_damage_and_differences(pets: Path, tmp_path: Path, capsys: C
     assert facts["sound"] is False
 
 
-def test_embedded_digits_are_sound(capsys: Capture) -> None:
+def test_embedded_digits_are_valid(capsys: Capture) -> None:
     assert verify("digits", "--workers", "0") == 0
     out = capsys.readouterr().out
     assert "val          797 images, 10 classes\n  per class  74 (8) to 83 (3) images\n" in out

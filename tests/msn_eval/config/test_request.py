@@ -110,7 +110,7 @@ def test_patches_are_not_dropped_from_augmented_images() -> None:
         EvaluationConfig(probe=["linear-augmented"], patch_drop=0.5)
 
 
-def test_a_tap_by_hand_beside_taps_to_choose_from_is_refused() -> None:
+def test_tap_option_beside_taps_to_choose_from_is_refused() -> None:
     recipe = LinearRecipe(taps=["mean", "cls"])
 
     with pytest.raises(UsageError) as caught:

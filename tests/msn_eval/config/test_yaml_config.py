@@ -66,7 +66,7 @@ def test_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["learning_rate", "learning-rate"])
-def test_dash_stands_for_underscore(tmp_path: Path, key: str) -> None:
+def test_dash_replaces_underscore(tmp_path: Path, key: str) -> None:
     file = write_yaml(tmp_path, f"{key}: 0.5\n")
     assert read_config(Recipe, file=file) == read_config(Recipe, overrides=[f"{key}=0.5"]) == Recipe(learning_rate=0.5)
 
@@ -178,7 +178,7 @@ def test_reference_is_refused_with_its_key(tmp_path: Path, value: str) -> None:
         pytest.param(b"[" * 5000, "cannot be read as YAML", id="nested too deeply"),
     ],
 )
-def test_file_that_is_no_mapping_is_a_usage_error_that_names_it(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_file_that_is_not_a_mapping_is_a_usage_error_that_names_it(tmp_path: Path, content: bytes, reason: str) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_bytes(content)
     with pytest.raises(UsageError) as caught:
@@ -212,7 +212,7 @@ def test_override_without_key_or_value_is_a_usage_error(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["name=a: b", "tags=[a", "name=!!python/object/apply:os.getcwd []"])
-def test_override_that_is_no_yaml_is_a_usage_error_that_shows_it(text: str) -> None:
+def test_override_that_is_not_yaml_is_a_usage_error_that_shows_it(text: str) -> None:
     with pytest.raises(UsageError, match="the value is not valid YAML") as caught:
         read_config(Recipe, overrides=[text])
     assert text in str(caught.value)

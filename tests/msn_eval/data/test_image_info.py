@@ -44,7 +44,7 @@ def with_exif(orientation: int) -> bytes:
 
 
 def with_broken_exif() -> bytes:
-    """Promise an entry that the block is too short for."""
+    """Return a JPEG whose EXIF block is too short for its entries."""
     return picture("JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x05\x00")
 
 
@@ -83,7 +83,7 @@ def test_truncated_image_is_a_problem_with_its_kind_and_digest(inspect: Inspect)
     assert "truncated" in info.problem
 
 
-def test_file_that_is_no_image_has_no_kind(inspect: Inspect) -> None:
+def test_file_that_is_not_an_image_has_no_kind(inspect: Inspect) -> None:
     info = inspect(b"<html>")
     assert (info.kind, info.size) == ("", None)
     assert "JPEG, PNG, WEBP, BMP, GIF" in info.problem
@@ -94,7 +94,7 @@ def test_sixteen_bit_image_is_a_problem(inspect: Inspect) -> None:
     assert (info.kind, "more than 8 bits" in info.problem) == ("PNG I;16", True)
 
 
-def test_format_outside_the_rule_is_no_image(inspect: Inspect) -> None:
+def test_format_outside_the_rule_is_not_an_image(inspect: Inspect) -> None:
     assert inspect(picture("TIFF")).kind == ""
 
 
@@ -103,12 +103,12 @@ def test_orientation_is_read(inspect: Inspect, orientation: int) -> None:
     assert inspect(with_exif(orientation)).orientation == orientation
 
 
-def test_damaged_exif_is_told_and_no_problem(inspect: Inspect) -> None:
+def test_damaged_exif_is_reported_and_not_a_problem(inspect: Inspect) -> None:
     info = inspect(with_broken_exif())
     assert (info.damaged_exif, info.problem) == (True, "")
 
 
-def test_sound_exif_is_not_damaged(inspect: Inspect) -> None:
+def test_valid_exif_is_not_damaged(inspect: Inspect) -> None:
     assert not inspect(with_exif(6)).damaged_exif
 
 

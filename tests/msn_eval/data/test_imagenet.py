@@ -32,7 +32,7 @@ def test_places_name_file_or_archive(root: Path, store_pictures: Store) -> None:
     assert data.val.source.place(data.val.ids[0]) == str(root / "val" / file)
 
 
-def test_flat_source_survives_the_way_to_a_loader_worker(root: Path, store_pictures: Store) -> None:
+def test_flat_source_can_be_pickled(root: Path, store_pictures: Store) -> None:
     val = read_split(store_pictures(root, val="flat", labels="synsets"), "val")
     assert pickle.loads(pickle.dumps(val.source)).read(val.ids[0]) == val.source.read(val.ids[0])
 
@@ -66,7 +66,7 @@ def test_folders_of_kaggle_may_both_be_sorted_into_classes(root: Path, store_pic
     assert (len(data.train), len(data.val)) == (9, 7)
 
 
-def test_labels_may_stand_beside_the_flat_images(root: Path, store_pictures: Store) -> None:
+def test_labels_may_be_beside_the_flat_images(root: Path, store_pictures: Store) -> None:
     store_pictures(root, train="folders", val="flat", labels="synsets")
     name = "imagenet_2012_validation_synset_labels.txt"
     (root / name).rename(root / "val" / name)
@@ -87,7 +87,7 @@ def test_val_of_a_class_that_train_lacks_names_the_line_of_its_label(root: Path,
     )
 
 
-def test_class_mismatch_is_allowed_where_asked_for(root: Path, store_pictures: Store) -> None:
+def test_class_mismatch_is_allowed_on_request(root: Path, store_pictures: Store) -> None:
     store_pictures(root, train="class tars", val="flat", labels="synsets")
     (root / "train" / "n02012849.tar").unlink()
     assert len(read_dataset(str(root), allow_class_mismatch=True).classes) == 3
@@ -173,7 +173,7 @@ def test_inner_tar_without_images_is_named_with_the_outer(root: Path, write_tar:
         read_split(str(root), "train")
 
 
-def test_train_archive_of_folders_is_told_to_be_no_tar_of_tars(root: Path, write_tar: TarWriter) -> None:
+def test_train_archive_of_folders_is_refused(root: Path, write_tar: TarWriter) -> None:
     write_tar(root / "ILSVRC2012_img_train.tar", [("n01440764/a.JPEG", b"a")])
     with pytest.raises(DataError, match=r"holds no class tars such as n01440764\.tar"):
         read_split(str(root), "train")

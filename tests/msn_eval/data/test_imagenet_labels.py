@@ -240,7 +240,7 @@ def test_kaggle_and_devkit_that_differ_are_refused(tmp_path: Path, write: Write)
     assert re.search("they differ on 1 of 3 images", refusal(tmp_path))
 
 
-def test_label_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+def test_label_file_that_is_not_text_is_named(tmp_path: Path) -> None:
     (tmp_path / SYNSETS).write_bytes(b"\xff\xfe\x00")
     assert f"{tmp_path / SYNSETS}: is not UTF-8 text" in refusal(tmp_path)
 

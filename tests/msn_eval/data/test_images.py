@@ -42,7 +42,7 @@ class NoSource:
 
 
 def noise(width: int, height: int, *, channels: int = 3) -> Image.Image:
-    """Give an image in which every pixel matters."""
+    """Return an image in which every pixel matters."""
     values = np.random.default_rng(width * 10_007 + height).integers(0, 256, (height, width, channels), dtype=np.uint8)
     return Image.fromarray(values.squeeze())
 
@@ -58,13 +58,13 @@ def pixels_of(content: bytes) -> NDArray[np.uint8]:
 
 
 def by_torchvision(image: Image.Image, image_pixels: int) -> NDArray[np.uint8]:
-    """Give the pixels of the reference: torchvision's transforms on a PIL image."""
+    """Return the pixels of the reference: torchvision's transforms on a PIL image."""
     resize = Resize(round(image_pixels * 256 / 224), interpolation=InterpolationMode.BILINEAR)
     return np.asarray(CenterCrop(image_pixels)(resize(image)))
 
 
 def png_that_claims(width: int, height: int) -> bytes:
-    """Give a PNG of a few bytes whose header promises width x height pixels."""
+    """Return a PNG of a few bytes whose header promises width x height pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -218,7 +218,7 @@ def text_bomb() -> bytes:
         pytest.param(text_bomb(), "too large", id="text bomb"),
     ],
 )
-def test_file_that_gives_no_sound_pixels_is_a_bad_image(content: bytes, reason: str) -> None:
+def test_file_that_gives_no_valid_pixels_is_a_bad_image(content: bytes, reason: str) -> None:
     with pytest.raises(BadImageError, match=reason):
         decode_image(content)
 
@@ -235,7 +235,7 @@ def test_names_with_an_image_suffix_in_any_case_are_images(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [".jpg", "._a.jpg", ".DS_Store", "Thumbs.db", "a.tif", "a.txt", "jpg", "a.jpg.part"])
-def test_dotfiles_and_other_suffixes_are_no_images(name: str) -> None:
+def test_dotfiles_and_other_suffixes_are_not_images(name: str) -> None:
     assert not is_image_name(name)
 
 

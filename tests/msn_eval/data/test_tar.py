@@ -45,7 +45,7 @@ def listing(paths: tuple[Path, Path]) -> Listing:
     return listing_of(*paths)
 
 
-def test_files_of_a_class_stand_in_byte_order(listing: Listing) -> None:
+def test_files_of_a_class_are_in_byte_order(listing: Listing) -> None:
     assert listing.files == {"x": ("a.jpg", "b.jpg", "é.jpg", "\uff21.jpg", "\udcff.jpg"), "y": ("a.jpg", "c.jpg")}
 
 
@@ -128,7 +128,9 @@ def test_missing_archive_is_an_os_error(listing: Listing, paths: tuple[Path, Pat
         listing.source.read("y/c.jpg")
 
 
-def test_unreadable_archive_is_told_with_the_images_that_it_costs(listing: Listing, paths: tuple[Path, Path]) -> None:
+def test_unreadable_archive_is_reported_with_the_images_that_it_costs(
+    listing: Listing, paths: tuple[Path, Path]
+) -> None:
     images = ImageSet(ids=("y/a.jpg", "y/c.jpg"), labels=(0, 0), classes=("y",), source=listing.source)
     os.truncate(paths[1], 100)
     with pytest.raises(DataError, match=r"2 images cannot be used:\n.*second\.tar: y/a\.jpg: the archive changed"):
@@ -199,7 +201,7 @@ def test_archive_within_another_is_read_at_its_place(tmp_path: Path, write_tar: 
     assert [(one.name, whole[one.offset : one.offset + one.size]) for one in found] == FILES
 
 
-def test_links_devices_and_folders_are_no_files(tmp_path: Path) -> None:
+def test_links_devices_and_folders_are_not_files(tmp_path: Path) -> None:
     kinds = {"s.jpg": tarfile.SYMTYPE, "h.jpg": tarfile.LNKTYPE, "f.jpg": tarfile.FIFOTYPE, "c.jpg": tarfile.CHRTYPE}
     path = tmp_path / "odd.tar"
     with tarfile.open(path, "w") as tar:
@@ -221,7 +223,7 @@ def test_names_that_lead_out_of_a_folder_are_only_names(tmp_path: Path, write_ta
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_names_that_are_no_utf8_survive(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_survive(tmp_path: Path) -> None:
     path = tmp_path / "latin.tar"
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
         tar.addfile(tarfile.TarInfo("caf\xe9.jpg"))
@@ -234,7 +236,12 @@ def test_archive_of_nothing_has_no_members(tmp_path: Path, write_tar: TarWriter)
 
 @pytest.mark.parametrize(
     ("name", "pack", "command"),
-    [("gzip", gzip.compress, "gunzip"), ("bzip2", bz2.compress, "bunzip2"), ("xz", lzma.compress, "unxz")],
+    [
+        ("gzip", gzip.compress, "gunzip"),
+        ("bzip2", bz2.compress, "bunzip2"),
+        ("xz", lzma.compress, "unxz"),
+        ("zstd", lambda content: b"\x28\xb5\x2f\xfd" + content, "unzstd"),
+    ],
 )
 def test_compressed_archive_is_refused_with_the_command_that_decompresses_it(
     archive: Path, name: str, pack: Callable[[bytes], bytes], command: str
@@ -244,12 +251,6 @@ def test_compressed_archive_is_refused_with_the_command_that_decompresses_it(
         read_members(archive)
     assert (caught.value.exit_code, caught.value.where) == (21, str(archive))
     assert command in caught.value.hint
-
-
-def test_zstd_archive_is_refused_as_compressed(archive: Path) -> None:
-    archive.write_bytes(b"\x28\xb5\x2f\xfd" + archive.read_bytes())
-    with pytest.raises(DataError, match="is compressed by zstd"):
-        read_members(archive)
 
 
 @pytest.mark.parametrize("length", range(0, 4096, 256))
@@ -290,7 +291,7 @@ def test_damaged_byte_of_a_header_is_noticed_or_harmless(archive: Path) -> None:
     assert silent == []
 
 
-def test_zeroed_header_between_members_is_no_end(archive: Path) -> None:
+def test_zeroed_header_between_members_is_not_the_end(archive: Path) -> None:
     whole = archive.read_bytes()
     archive.write_bytes(whole[:1024] + bytes(512) + whole[1536:])
     with pytest.raises(DataError, match="goes on after its end at byte 1,024"):
@@ -309,7 +310,7 @@ def test_something_far_behind_the_end_is_seen(archive: Path) -> None:
         read_members(archive)
 
 
-def test_damage_is_told_with_the_member_before_it(archive: Path) -> None:
+def test_damage_is_reported_with_the_member_before_it(archive: Path) -> None:
     whole = archive.read_bytes()
     archive.write_bytes(whole[: 1024 + 512 + 100])
     with pytest.raises(
@@ -377,14 +378,14 @@ def test_chain_of_long_names_without_end_is_refused(tmp_path: Path) -> None:
         read_members(path)
 
 
-def test_picture_is_no_archive(tmp_path: Path) -> None:
+def test_picture_is_not_an_archive(tmp_path: Path) -> None:
     path = tmp_path / "picture.tar"
     path.write_bytes(bytes(range(256)) * 20)
     with pytest.raises(DataError, match="is not a tar archive"):
         read_members(path)
 
 
-def test_empty_file_is_told_to_be_empty(tmp_path: Path) -> None:
+def test_empty_file_is_reported_as_empty(tmp_path: Path) -> None:
     (tmp_path / "empty.tar").touch()
     with pytest.raises(DataError, match=r"empty\.tar: is empty"):
         read_members(tmp_path / "empty.tar")

@@ -126,7 +126,7 @@ def with_exif(orientation: int) -> bytes:
 
 
 def with_broken_exif() -> bytes:
-    """Promise an entry that the block is too short for."""
+    """Return a JPEG whose EXIF block is too short for its entries."""
     return picture("JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x05\x00")
 
 
@@ -198,7 +198,7 @@ def test_duplicates_are_images_with_the_bytes_of_an_earlier_one(check: Check) ->
     assert check({"a/1.png": same, "a/2.png": same, "b/3.png": same, "b/4.png": other}).duplicates == 2
 
 
-def test_images_that_cannot_be_read_are_no_duplicates(check: Check) -> None:
+def test_images_that_cannot_be_read_are_not_duplicates(check: Check) -> None:
     assert check({"a/1.png": None, "a/2.png": None}).duplicates == 0
 
 
@@ -212,7 +212,7 @@ def test_there_is_no_content_hash_where_an_image_cannot_be_read(check: Check) ->
     assert check({"a/1.png": picture(), "a/2.png": None}).content_sha256 is None
 
 
-def test_split_without_images_is_no_trouble(check: Check) -> None:
+def test_split_without_images_is_valid(check: Check) -> None:
     found = check({})
     assert (found.images, found.kinds, found.smallest, found.largest, found.unreadable) == (0, {}, None, None, ())
 
@@ -233,7 +233,7 @@ def test_names_that_some_disks_hold_for_one_are_grouped(
     assert find_look_alikes(names) == groups
 
 
-def test_classes_that_look_alike_are_told_even_where_no_two_images_do(check: Check) -> None:
+def test_classes_that_look_alike_are_reported_even_where_no_two_images_do(check: Check) -> None:
     assert check({"Cat/1.png": picture(), "cat/2.png": picture()}).look_alikes == (("Cat", "cat"),)
 
 
@@ -297,7 +297,7 @@ def test_line_that_is_none_of_a_manifest_is_named(tmp_path: Path, line: bytes) -
         read_manifest(tmp_path / "m")
 
 
-def test_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_name_that_is_repeated_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes((b"ab" * 32 + b"  val/a/1.png\n") * 2)
     with pytest.raises(DataError, match=r"line 2 names val/a/1\.png again"):
         read_manifest(tmp_path / "m")
