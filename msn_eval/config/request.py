@@ -172,5 +172,5 @@ def _parse_number(option: str, text: str) -> float:
 def _check_count_or_auto(option: str, value: str, *, least: int) -> None:
     if value != "auto" and not (value.isdecimal() and int(value) >= least):
         raise UsageError(
-            f"--{option}: {value} is out of range", hint=f"Give `auto` or a whole number of at least {least}."
+            f"--{option} {value}: out of range", hint=f"Give `auto` or a whole number of at least {least}."
         )

@@ -209,18 +209,19 @@ def check_range(
     below: float = math.inf,
     most: float = math.inf,
 ) -> None:
-    """Raise UsageError, naming the key, for a value that is not finite or not within the given bounds."""
+    """Raise UsageError for a value of an option or a config key that is not finite or not within the given bounds."""
     if math.isfinite(value) and above < value < below and least <= value <= most:
         return
     bounds = {"above": above, "at least": least, "below": below, "at most": most}
     texts = [f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound)]
-    raise UsageError(f"{key}: {value} is out of range", hint=f"Give a number {' and '.join(texts)}.")
+    what = f"{key} {value}: out of range" if key.startswith("--") else f"{key}: {value} is out of range"
+    raise UsageError(what, hint=f"Give a number {' and '.join(texts)}.")
 
 
 def check_choice(option: str, value: str, known: Collection[str], *, what: str) -> None:
-    """Raise UsageError for a value of an option that is not known."""
+    """Raise UsageError for an unknown value of an option (`--tap`) or a config key (`linear.taps`)."""
     if value not in known:
-        raise UsageError(
-            f"{option}: there is no {what} {value!r}.{did_you_mean(value, known)}",
-            hint=f"Known: {', '.join(known)}.",
-        )
+        error = f"{option} {value}: there is no such {what}."
+        if not option.startswith("--"):
+            error = f"{option}: there is no {what} {value!r}."
+        raise UsageError(f"{error}{did_you_mean(value, known)}", hint=f"Known: {', '.join(known)}.")

@@ -49,8 +49,9 @@ def list_folder(place: str, options: LoadOptions) -> DatasetListing:
     """
     root = Path(place)
     check_is_folder(root)
-    for split in options.splits:
-        _check_has_split(root, split)
+    if len(options.splits) > 1:
+        for split in options.splits:
+            _check_has_split(root, split)
     splits = {split: list_class_folders(root / split, cache_dir=options.cache_dir) for split in options.splits}
     return DatasetListing(name=folder_name(root), splits=splits)
 
@@ -62,6 +63,8 @@ def folder_name(root: Path) -> str:
 
 def list_class_folders(root: Path, *, cache_dir: Path | None) -> Listing:
     """List the images of one split with one folder per class. Raises DataError naming the class without images."""
+    if not root.is_dir():
+        raise DataError("does not exist", where=str(root), hint="Give --data the folder that holds this split.")
     entries = sorted(list_entries(root), key=lambda entry: os.fsencode(entry.name))
     classes = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
     if not classes:

@@ -219,7 +219,7 @@ def test_override_that_is_not_yaml_is_a_usage_error_that_shows_it(text: str) -> 
 
 
 def test_checks_of_the_record_itself_reach_the_user() -> None:
-    with pytest.raises(UsageError, match="--temperature: nan is out of range"):
+    with pytest.raises(UsageError, match="--temperature nan: out of range"):
         read_config(EvaluationConfig, overrides=["temperature=.nan"])
 
 

@@ -206,7 +206,7 @@ def test_one_split_alone_has_its_own_classes(tmp_path: Path) -> None:
 
 def test_one_split_that_is_missing_is_named(tmp_path: Path) -> None:
     root = make_files(tmp_path, ["val/a/x.jpg"])
-    with pytest.raises(DataError, match="has no folder 'train'") as caught:
+    with pytest.raises(DataError, match="train: does not exist") as caught:
         read_split(str(root), "train")
     assert caught.value.exit_code == 21
 

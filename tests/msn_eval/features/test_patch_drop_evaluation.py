@@ -141,5 +141,5 @@ def test_other_networks_are_refused_before_anything_runs(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_share_out_of_range_is_refused(share: float) -> None:
-    with pytest.raises(UsageError, match=r"--patch-drop: .* is out of range"):
+    with pytest.raises(UsageError, match=r"--patch-drop .* out of range"):
         EvaluationConfig(patch_drop=share)
