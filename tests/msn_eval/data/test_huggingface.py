@@ -588,7 +588,7 @@ def test_image_of_no_bytes_is_a_bad_image_and_not_a_missing_one(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "name", ["nowhere", "./nowhere", "/nowhere/at/all", "a/b/c", "a/..", "", "o/n:", "o/n@", "parquet"]
+    "name", ["nowhere", "./nowhere", "/nowhere/at/all", "a/b/c", "a/..", "o/n:", "o/n@", "parquet"]
 )
 def test_name_that_is_neither_folder_nor_repository_is_refused(name: str) -> None:
     assert f"hf:{name}: is neither a folder that exists nor OWNER/NAME" in refused(name)
