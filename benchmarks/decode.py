@@ -1,10 +1,10 @@
-"""Decoders of the CPU against each other: images a second on one core, as ratios in one run, and their pixels.
+"""Compare the CPU decoders: images per second on one core, as ratios within one run, and their pixels.
 
     python benchmarks/decode.py --images FOLDER_OR_TAR [--image-pixels 224] [--rounds 7]
 
-File to uint8 crop, the contents in memory, one thread on one core. The decoders take turns on every image, so that a
-machine whose speed drifts drifts for all; an image's time is the best of its rounds. Prints images a second, the ratio
-to Pillow, the mean and the largest difference of pixel values from Pillow's, and where the time goes.
+File to uint8 crop, the contents in memory, one thread on one core. The decoders alternate on every image, so that a
+drift of the machine's speed affects all of them; an image's time is the best of its rounds. Prints images per second, the
+ratio to Pillow, the mean and the largest difference of pixel values from Pillow's, and the time of each step.
 """
 
 import argparse
@@ -31,27 +31,27 @@ from msn_eval.data.images import (
 )
 
 _DECODERS = ("pillow", "torchvision")
-Times = dict[str, float]  # seconds by what was done
+Times = dict[str, float]  # seconds by step
 
 
 def main() -> None:
-    """Print one line a decoder and one a step."""
+    """Print one line per decoder and one per step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--image-pixels", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    core = _one_core()
-    contents = _contents(options.images)
+    core = _pin_to_core()
+    contents = _read_contents(options.images)
     transform = eval_transform(options.image_pixels)
     print(
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, core {core}, {len(contents)} images, "
         f"crop {transform.crop}"
     )
-    gaps = [_gaps(content, transform) for content in contents]
-    times = [_best_times(content, transform, options.rounds) for content in contents]
-    seconds = {name: sum(one[name] for one in times) for name in times[0]}
+    gaps = [_measure_gaps(content, transform) for content in contents]
+    times = [_measure_best_times(content, transform, options.rounds) for content in contents]
+    seconds = {name: sum(image_times[name] for image_times in times) for name in times[0]}
     for decoder in _DECODERS:
         print(
             f"{decoder_version(decoder)}: {len(contents) / seconds[decoder]:.1f} images/s, "
@@ -63,10 +63,10 @@ def main() -> None:
         f"levels; largest mean of one image {max(means):.4f}; the same in {sum(gap == 0 for gap in largest)} images"
     )
     for step in [name for name in seconds if name not in _DECODERS]:
-        print(f"  {step}: {1000 * seconds[step] / len(contents):.3f} ms an image")
+        print(f"  {step}: {1000 * seconds[step] / len(contents):.3f} ms per image")
 
 
-def _one_core() -> str:
+def _pin_to_core() -> str:
     if not hasattr(os, "sched_setaffinity"):
         return "not pinned"
     core = max(os.sched_getaffinity(0))
@@ -74,23 +74,23 @@ def _one_core() -> str:
     return str(core)
 
 
-def _contents(images: Path) -> list[bytes]:
+def _read_contents(images: Path) -> list[bytes]:
     """Read all image files of a folder or a tar, in the order of their names."""
     if images.is_dir():
         return [path.read_bytes() for path in sorted(images.rglob("*")) if is_image_name(path.name) and path.is_file()]
     with tarfile.open(images) as archive:
-        members = [one for one in archive if one.isfile() and is_image_name(Path(one.name).name)]
-        files = [archive.extractfile(member) for member in sorted(members, key=lambda one: one.name)]
+        members = [member for member in archive if member.isfile() and is_image_name(Path(member.name).name)]
+        files = [archive.extractfile(member) for member in sorted(members, key=lambda member: member.name)]
         return [file.read() for file in files if file is not None]
 
 
-def _gaps(content: bytes, transform: EvalTransform) -> tuple[float, int]:
+def _measure_gaps(content: bytes, transform: EvalTransform) -> tuple[float, int]:
     pillow, torchvisions = (decode_pixels(content, transform, decoder).astype(int) for decoder in _DECODERS)
     gaps = np.abs(pillow - torchvisions)
     return float(gaps.mean()), int(gaps.max())
 
 
-def _best_times(content: bytes, transform: EvalTransform, rounds: int) -> Times:
+def _measure_best_times(content: bytes, transform: EvalTransform, rounds: int) -> Times:
     image = decode_image(content)
     # As torchvision leaves it: channels last in memory.
     decoded = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
@@ -103,10 +103,10 @@ def _best_times(content: bytes, transform: EvalTransform, rounds: int) -> Times:
         "Pillow resizes and crops": lambda: resize_and_crop(image, transform),
         "torch resizes": lambda: interpolate(decoded, (height, width), mode="bilinear", antialias=True),
     }
-    return {name: min(column) for name, column in _turns(works, rounds).items()}
+    return {name: min(column) for name, column in _time_in_turns(works, rounds).items()}
 
 
-def _turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def _time_in_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():

@@ -38,9 +38,9 @@ def _entries(kind: str) -> dict[str, str]:
         case "subsets":
             return _SUBSETS
         case "datasets":
-            from msn_eval.data import DATASETS
+            from msn_eval.data import list_datasets
 
-            return DATASETS
+            return list_datasets()
         case "probes":
             from msn_eval.probes import PROBES
 

@@ -17,13 +17,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     fetch.add_argument("--to", metavar="DIR", help="default: the user's data folder")
     fetch.add_argument("--url", metavar="URL", help="a mirror of the public repository's files")
     draw = actions.add_parser("draw", help="write the images of one draw as a list", allow_abbrev=False)
-    draw.add_argument("--data", metavar="X", required=True, help="image folder or digits")
+    draw.add_argument("--data", metavar="X", required=True, help="a data set; see `msn-eval ls datasets`")
     draw.add_argument("--subset", metavar="A", required=True, help="such as 5imgs@1")
     draw.add_argument("--out", metavar="FILE", help="default: stdout")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Do the action asked for."""
+    """Run the action."""
     match options.action:
         case "fetch":
             return _fetch(options)
@@ -47,8 +47,8 @@ def _list(*, must_be_complete: bool) -> int:
 
 def _fetch(options: argparse.Namespace) -> int:
     folder = Path(options.to) if options.to else user_list_folder()
-    for entry, what in fetch_lists(folder, options.url or read_publication().url):
-        print(f"{what}\t{folder / entry.path}\t{entry.subset}@{entry.draw}\t{entry.images} images")
+    for entry, state in fetch_lists(folder, options.url or read_publication().url):
+        print(f"{state}\t{folder / entry.path}\t{entry.subset}@{entry.draw}\t{entry.images} images")
     return 0
 
 

@@ -1,26 +1,34 @@
-"""Probe recipes: how probes are trained that have more to them than one number; the fields of a config's sections."""
+"""Recipes: the settings of probes that have more than one number, as sections of a config file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from msn_eval.config.yaml_config import check_range
-from msn_eval.errors import UsageError, did_you_mean
+from msn_eval.config.yaml_config import check_choice, check_range
+from msn_eval.errors import UsageError
 
 TAP_NAMES = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
-Params = Mapping[str, int | float | str]  # a probe's settings, as they stand in protocols and records
+Params = Mapping[str, int | float | str]  # a probe's settings, as in protocols and records
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearRecipe:
-    """A grid of linear layers, each field part of the protocol; the layer is chosen from the labelled images alone.
+    """A grid of linear layers. Every field is part of the protocol; the layer is chosen from the labelled images alone.
 
-    taps:           where the encoder is tapped; of several, each with a grid of its own, the labelled images choose one too
-    lr:             the one learning rate, trained at `weight_decay` without any choice; None for the grid
-    weight_decay:   beside `lr` alone
-    lr_first, lr_last, lrs: ends and number of the grid's learning rates, in equal ratios; the same of weight decays
-    seeds:          held-out tenths, each with an order of its own, over which a layer's accuracy is averaged
-    seed:           of the first of them, and of the final training
+    Attributes:
+        taps: Taps of the encoder. Of several, each with a grid of its own, the labelled images choose one too.
+        lr: The only learning rate, used with `weight_decay` without any choice; None for the grid.
+        weight_decay: Used with `lr` only.
+        lr_first: First learning rate of the grid.
+        lr_last: Last learning rate of the grid.
+        lrs: Number of learning rates, in equal ratios.
+        weight_decay_first: First weight decay of the grid.
+        weight_decay_last: Last weight decay of the grid.
+        weight_decays: Number of weight decays, in equal ratios.
+        epochs: Passes over the labelled images.
+        batch_size: Images per step.
+        seeds: Number of held-out tenths, each with an order of its own, over which a layer's accuracy is averaged.
+        seed: Of the first of them, and of the final training.
     """
 
     taps: list[str] = field(default_factory=lambda: ["cls"])
@@ -41,40 +49,33 @@ class LinearRecipe:
         if not self.taps:
             raise UsageError("linear.taps: nothing given", hint=f"Name one or several of {', '.join(TAP_NAMES)}.")
         for tap in self.taps:
-            if tap not in TAP_NAMES:
-                raise UsageError(
-                    f"linear.taps: there is no tap {tap!r}.{did_you_mean(tap, TAP_NAMES)}",
-                    hint=f"Known: {', '.join(TAP_NAMES)}.",
-                )
-        for name in ("lr_first", "lr_last", "weight_decay_first", "weight_decay_last"):
-            check_range(f"linear.{name}", getattr(self, name), above=0)
-        if self.lr is not None:
-            check_range("linear.lr", self.lr, above=0)
-        check_range("linear.weight_decay", self.weight_decay, least=0)
-        for name in ("lrs", "weight_decays", "epochs", "batch_size", "seeds"):
-            check_range(f"linear.{name}", getattr(self, name), least=1)
-        check_range("linear.seed", self.seed, least=0)
+            check_choice("linear.taps", tap, TAP_NAMES, what="tap")
+        _check_ranges(self, "linear", "lr lr_first lr_last weight_decay_first weight_decay_last", above=0)
+        _check_ranges(self, "linear", "weight_decay seed", least=0)
+        _check_ranges(self, "linear", "lrs weight_decays epochs batch_size seeds", least=1)
 
     @property
     def named_taps(self) -> tuple[str, ...]:
-        """Give the taps asked for, each once, in one order whatever the user's; none where the probe's own rule holds."""
+        """The requested taps, each once, in the order of TAP_NAMES; empty where the probe's own rule holds."""
         return tuple(tap for tap in TAP_NAMES if tap in self.taps) if set(self.taps) != {"cls"} else ()
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
-        """Give the learning rates to choose from, rising where the ends do."""
-        return (self.lr,) if self.lr is not None else _in_equal_ratios(self.lr_first, self.lr_last, self.lrs)
+        """The learning rates to choose from, from first to last."""
+        return (
+            (self.lr,) if self.lr is not None else _interpolate_in_equal_ratios(self.lr_first, self.lr_last, self.lrs)
+        )
 
     @property
     def decays(self) -> tuple[float, ...]:
-        """Give the weight decays to choose from."""
+        """The weight decays to choose from, from first to last."""
         if self.lr is not None:
             return (self.weight_decay,)
-        return _in_equal_ratios(self.weight_decay_first, self.weight_decay_last, self.weight_decays)
+        return _interpolate_in_equal_ratios(self.weight_decay_first, self.weight_decay_last, self.weight_decays)
 
 
 def linear_recipe_of(settings: Params) -> LinearRecipe:
-    """Give the recipe that a record's settings tell of."""
+    """Return the recipe with the settings of a record."""
     given: dict[str, Any] = dict(settings)
     if "taps" in given:
         given["taps"] = given["taps"].split(",")
@@ -83,13 +84,15 @@ def linear_recipe_of(settings: Params) -> LinearRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentedRecipe:
-    """How linear layers are trained on augmented images; each field is part of the protocol, each learning rate one by itself.
+    """Training of linear layers on augmented images. Every field is part of the protocol; each learning rate is its own.
 
-    lr:           at the first step, falling to 0 along a cosine over all steps
-    weight_decay: on the layer's weights; biases and the norm are left alone
-    batch_size:   images a step, all ranks and accumulated parts together; never more than there are
-    crop_share:   smallest share of an image's area that a crop keeps
-    seed:         of the first weights, the order of images, and every image's crops and flips
+    Attributes:
+        lr: Learning rates at the first step, falling to 0 along a cosine over all steps.
+        weight_decay: On the layer's weights; not on biases and the norm.
+        epochs: Passes over the labelled images.
+        batch_size: Images per step over all ranks and accumulation steps; never more than there are.
+        crop_share: Smallest share of an image's area that a crop keeps.
+        seed: Of the initial weights, the order of images, and every image's crops and flips.
     """
 
     lr: list[float] = field(default_factory=lambda: [6.4])
@@ -102,45 +105,54 @@ class AugmentedRecipe:
     def __post_init__(self) -> None:
         if not self.lr:
             raise UsageError("linear_augmented.lr: nothing given", hint="Name at least one learning rate.")
-        for rate in self.lr:
-            check_range("linear_augmented.lr", rate, above=0)
-        check_range("linear_augmented.weight_decay", self.weight_decay, least=0)
-        for name in ("epochs", "batch_size"):
-            check_range(f"linear_augmented.{name}", getattr(self, name), least=1)
-        check_range("linear_augmented.crop_share", self.crop_share, above=0, most=1)
-        check_range("linear_augmented.seed", self.seed, least=0)
+        _check_ranges(self, "linear_augmented", "lr", above=0)
+        _check_ranges(self, "linear_augmented", "weight_decay seed", least=0)
+        _check_ranges(self, "linear_augmented", "epochs batch_size", least=1)
+        _check_ranges(self, "linear_augmented", "crop_share", above=0, most=1)
 
 
-def _in_equal_ratios(first: float, last: float, count: int) -> tuple[float, ...]:
-    """Give `count` numbers from `first` to `last`, both ends exact, rounded to six digits between them."""
+def _check_ranges(recipe: object, section: str, names: str, **bounds: float) -> None:
+    """Check the named fields of a recipe; lists item by item, None never."""
+    for name in names.split():
+        value = getattr(recipe, name)
+        for number in value if isinstance(value, list) else [] if value is None else [value]:
+            check_range(f"{section}.{name}", number, **bounds)
+
+
+def _interpolate_in_equal_ratios(first: float, last: float, count: int) -> tuple[float, ...]:
+    """Return `count` numbers from `first` to `last`, both ends exact, rounded to six digits between them."""
     if count == 1:
         return (first,)
-    steps = (first * (last / first) ** (place / (count - 1)) for place in range(1, count - 1))
-    return (first, *(float(f"{one:.6g}") for one in steps), last)
+    steps = (first * (last / first) ** (index / (count - 1)) for index in range(1, count - 1))
+    return (first, *(float(f"{step:.6g}") for step in steps), last)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRecipe:
-    """How encoder and head are trained. Every field is part of the protocol; what is None is left out of it.
+    """Training of encoder and head. Every field is part of the protocol, except those that are None.
 
-    epochs:              passes over the labelled images
-    batch:               images a step, all ranks and accumulated parts together; never more than there are images
-    blocks:              last blocks that are trained, with the final norm and the head; 0: these two alone; None: all weights
-    head_lambda:         strength of the logistic regression that the head starts from; 0: it starts from zeros
-    learning_rate:       of the head after the warm-up; `smallest_rate` at the end of the cosine
-    warmup_epochs:       in which the rate rises from 0
-    layer_decay:         factor of the learning rate from each layer to the one below it; 1: all alike
-    weight_decay:        of AdamW, on tensors that are no vectors; not on class token and positions
-    beta2:               of AdamW, whose beta1 is 0.9
-    clip:                longest gradient, all weights together; 0: any
-    drop_path:           probability that a residual branch of the last block is left out; linear in depth, 0 at the first
-    label_smoothing:     share of a label that goes to all classes alike
-    mixup, cutmix:       alpha of the Beta distribution that shares are drawn from; 0: none. With both, each step draws one
-    crop_share:          smallest share of an image's area that a crop keeps; 1: the evaluation's own transform, no crop
-    flip:                probability of a horizontal flip
-    randaugment_layers:  operations an image, each applied with probability 1/2
-    randaugment_magnitude, randaugment_std: of timm's RandAugment, on its scale of 0 to 10; magnitude 0: none
-    erase:               probability that a rectangle of an image is replaced by noise
+    Attributes:
+        epochs: Passes over the labelled images.
+        batch: Images per step over all ranks and accumulation steps; never more than there are images.
+        blocks: Number of last blocks to train, with the final norm and the head; 0 trains only these two, None everything.
+        head_lambda: L2 penalty of the logistic regression that initialises the head; 0 initialises it with zeros.
+        learning_rate: Of the head after the warm-up.
+        smallest_rate: Learning rate at the end of the cosine.
+        warmup_epochs: Epochs in which the learning rate rises from 0.
+        layer_decay: Factor of the learning rate from each layer to the one below it; 1 for none.
+        weight_decay: Of AdamW, on tensors that are not vectors; not on class token and positions.
+        beta2: Of AdamW, whose beta1 is 0.9.
+        clip: Largest norm of the gradient over all weights; 0 for no clipping.
+        drop_path: Probability that a residual branch of the last block is dropped; linear in depth, 0 at the first.
+        label_smoothing: Share of a label that is spread over all classes.
+        mixup: Alpha of the Beta distribution of mixing shares; 0 for none. With `cutmix` too, each step draws one.
+        cutmix: Alpha of the Beta distribution of pasted shares; 0 for none.
+        crop_share: Smallest share of an image's area that a crop keeps; 1 for the evaluation's own transform, no crop.
+        flip: Probability of a horizontal flip.
+        randaugment_layers: Operations per image, each applied with probability 1/2.
+        randaugment_magnitude: Of timm's RandAugment, on its scale of 0 to 10; 0 for none.
+        randaugment_std: Standard deviation of the magnitude.
+        erase: Probability that a rectangle of an image is replaced by noise.
     """
 
     epochs: int = 50
@@ -166,22 +178,15 @@ class FinetuneRecipe:
     erase: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch", 1), ("warmup_epochs", 0), ("blocks", 0)):
-            value = getattr(self, name)
-            if value is not None:
-                check_range(f"finetune.{name}", value, least=least)
-        check_range("finetune.learning_rate", self.learning_rate, above=0)
-        for name in ("head_lambda", "smallest_rate", "weight_decay", "clip", "mixup", "cutmix", "randaugment_std"):
-            check_range(f"finetune.{name}", getattr(self, name), least=0.0)
-        for name in ("layer_decay", "crop_share"):
-            check_range(f"finetune.{name}", getattr(self, name), above=0.0, most=1.0)
-        for name in ("flip", "erase"):
-            check_range(f"finetune.{name}", getattr(self, name), least=0.0, most=1.0)
-        for name in ("beta2", "drop_path", "label_smoothing"):
-            check_range(f"finetune.{name}", getattr(self, name), least=0.0, below=1.0)
-        check_range("finetune.randaugment_magnitude", self.randaugment_magnitude, least=0.0, most=10.0)
-        check_range("finetune.randaugment_layers", self.randaugment_layers, least=1.0)
-        check_range("finetune.warmup_epochs", self.warmup_epochs, below=self.epochs)
+        _check_ranges(self, "finetune", "epochs batch randaugment_layers", least=1)
+        _check_ranges(self, "finetune", "learning_rate", above=0)
+        _check_ranges(self, "finetune", "warmup_epochs blocks head_lambda smallest_rate weight_decay clip", least=0)
+        _check_ranges(self, "finetune", "mixup cutmix randaugment_std", least=0)
+        _check_ranges(self, "finetune", "layer_decay crop_share", above=0, most=1)
+        _check_ranges(self, "finetune", "flip erase", least=0, most=1)
+        _check_ranges(self, "finetune", "beta2 drop_path label_smoothing", least=0, below=1)
+        _check_ranges(self, "finetune", "randaugment_magnitude", least=0, most=10)
+        _check_ranges(self, "finetune", "warmup_epochs", below=self.epochs)
 
     @property
     def mixes(self) -> bool:
@@ -189,12 +194,12 @@ class FinetuneRecipe:
 
     @property
     def settings(self) -> dict[str, int | float]:
-        """Give every number by its name."""
+        """Every number by its name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     @property
     def differing(self) -> dict[str, int | float]:
-        """Give the numbers that are not the defaults."""
+        """The numbers that differ from the defaults."""
         default = FinetuneRecipe()
         return {name: value for name, value in self.settings.items() if value != getattr(default, name)}
 
@@ -219,9 +224,9 @@ class Finetune:
 
 
 def recipe_of(settings: Params) -> FinetuneRecipe:
-    """Give the recipe that a record's settings tell of; others among them are passed over."""
-    known = {one.name for one in fields(FinetuneRecipe)}
-    # Each given, since None is left out of the settings and need not be the default.
+    """Return the recipe with the settings of a record, ignoring settings of other things."""
+    known = {field.name for field in fields(FinetuneRecipe)}
+    # Every field is passed: None is left out of the settings and may differ from the default.
     given: dict[str, int | float | str | None] = {"blocks": None}
     given |= {name: value for name, value in settings.items() if name in known}
     return FinetuneRecipe(**given)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Reference file: a YAML file of the MSN authors' repository, taken apart into the keys that their code reads.
+"""Reference file: a YAML file of the MSN authors' repository, mapped to fields of this package.
 
 Source: github.com/facebookresearch/msn.
 """
@@ -11,28 +11,33 @@ from msn_eval.errors import UsageError, did_you_mean
 
 
 def is_reference(content: Mapping[str, object]) -> bool:
-    """Tell whether a YAML file is laid out as the authors' are: it has their section `meta`, and ours have none."""
+    """Whether a YAML file is from the MSN repository: only those have a section `meta`."""
     return "meta" in content
 
 
 def read_keys(
     content: Mapping[str, Any], *, known: Collection[str], defaults: Mapping[str, object], reader: str, where: str
 ) -> dict[str, Any]:
-    """Give `section.key` and value for all known keys.
+    """Return the value of each `section.key`.
 
-    known:    all that the authors' code reads, as `section.key`
-    defaults: what it takes where the file is silent
-    reader:   what to call that code in errors
-    Raises UsageError naming a section or key that is unknown, or those that are missing.
+    Args:
+        content: The file's content.
+        known: All keys that the authors' code reads, as `section.key`.
+        defaults: The values that their code uses where the file has none.
+        reader: The name of that code, for errors.
+        where: The file, for errors.
+
+    Raises:
+        UsageError: A section or key is unknown, or keys are missing.
     """
     sections = sorted({key.partition(".")[0] for key in known})
     given: dict[str, Any] = {}
     for section, values in content.items():
         if section not in sections or not isinstance(values, Mapping):
             raise UsageError(
-                f"{section!r} is no section of the MSN repository's files.{did_you_mean(section, sections)}",
+                f"{section!r} is not a section of the MSN repository's files.{did_you_mean(section, sections)}",
                 where=where,
-                hint=f"Known: {', '.join(sections)}. A file of ours has no section `meta`.",
+                hint=f"Known: {', '.join(sections)}. Files of msn-eval have no section `meta`.",
             )
         given |= {f"{section}.{key}": value for key, value in values.items()}
     unknown = next((key for key in given if key not in known), None)
@@ -40,13 +45,13 @@ def read_keys(
         raise UsageError(
             f"unknown key {unknown!r}.{did_you_mean(unknown, known)}",
             where=where,
-            hint=f"The {reader} of the MSN repository does not read it either: take it out.",
+            hint=f"The {reader} of the MSN repository does not read it either: remove it.",
         )
     given = {**defaults, **given}
     missing = [key for key in known if key not in given]
     if missing:
         raise UsageError(
-            f"lacks {', '.join(missing)}", where=where, hint="The code of the MSN repository needs them, too."
+            f"lacks {', '.join(missing)}", where=where, hint="The code of the MSN repository needs them too."
         )
     return given
 
@@ -55,13 +60,13 @@ MAPPED = {
     "data.root_path": "data, with image_folder behind it",
     "data.image_folder": "data",
     "data.num_classes": "classes: a data set with another number is refused",
-    "logging.folder": "checkpoint and out, with pretrain_path and write_tag behind it",
+    "logging.folder": "checkpoint and out, followed by pretrain_path and write_tag",
     "logging.pretrain_path": "checkpoint",
     "logging.write_tag": "out",
     "meta.copy_data": "nothing; only false",
     "meta.device": "device",
-    "meta.load_checkpoint": "nothing: a run that is started again on its folder goes on",
-    "meta.master_port": "nothing: the launcher's",
+    "meta.load_checkpoint": "nothing: a run that is restarted on its folder continues",
+    "meta.master_port": "nothing: the launcher sets it",
     "meta.model_name": "arch",
     "meta.training": "nothing; only true",
     "optimization.epochs": "linear_augmented.epochs",
@@ -71,19 +76,20 @@ MAPPED = {
     "optimization.weight_decay": "linear_augmented.weight_decay",
 }
 _ONLY: dict[str, tuple[object, str]] = {
-    "meta.copy_data": (False, "nothing is copied to a node's own disk here; do so beforehand and set data.root_path"),
-    "meta.training": (True, "a classifier that their code has trained cannot be scored here"),
-    "optimization.normalize": (True, "the layer of linear-augmented stands behind an L2 norm"),
-    "optimization.num_blocks": (1, "the class tokens of several blocks, not normed, are no tap here"),
+    "meta.copy_data": (False, "msn-eval copies nothing to a node's disk; copy beforehand and set data.root_path"),
+    "meta.training": (True, "msn-eval cannot score a classifier that their code trained"),
+    "optimization.normalize": (True, "linear-augmented L2-normalises the features"),
+    "optimization.num_blocks": (1, "msn-eval has no tap for unnormalised class tokens of several blocks"),
 }
-# The file has no batch size: 256 a rank in their code, and 64 ranks in the published runs.
+# The file has no batch size: 256 per rank in their code, and 64 ranks in the published runs.
 _BATCH_SIZE = 16384
 
 
 def converted(content: Mapping[str, Any], *, where: str) -> dict[str, object]:
-    """Give the fields of a request for an authors' file.
+    """Return the fields of an EvaluationConfig for a linear-evaluation file of the authors.
 
-    Raises UsageError for keys that their code does not read, lacks, or that mean something that is not done here.
+    Raises:
+        UsageError: The file has a key that their code does not read, lacks one, or asks for something that is not supported.
     """
     given = read_keys(content, known=MAPPED, defaults={}, reader="linear evaluation", where=where)
     for key, (only, why) in _ONLY.items():
@@ -91,11 +97,10 @@ def converted(content: Mapping[str, Any], *, where: str) -> dict[str, object]:
             raise UsageError(
                 f"{key}: {given[key]} cannot be mapped: {why}", where=where, hint=f"Set it to {str(only).lower()}."
             )
-    network = network_of(str(given["meta.model_name"]), where=where)
     folder = str(given["logging.folder"])
     return {
         "checkpoint": [posixpath.join(folder, str(given["logging.pretrain_path"]))],
-        "arch": network,
+        "arch": network_of(str(given["meta.model_name"]), where=where),
         "data": posixpath.join(str(given["data.root_path"]), str(given["data.image_folder"])).rstrip("/") or "/",
         "classes": given["data.num_classes"],
         "subset": ["full"],
@@ -111,7 +116,7 @@ def converted(content: Mapping[str, Any], *, where: str) -> dict[str, object]:
     }
 
 
-# Their name -> ours, behind timm's the keywords that make it the same network.
+# The authors' name -> timm's, with the keywords that make it the same network.
 NETWORKS = {
     "deit_tiny": "vit_tiny_patch16_224",
     "deit_small": "vit_small_patch16_224",
@@ -132,7 +137,7 @@ NETWORKS = {
 
 
 def network_of(name: str, *, where: str) -> str:
-    """Give the architecture behind a name of theirs. Raises UsageError naming the file `where` it stands."""
+    """Return the timm architecture for a name of the authors. Raises UsageError naming the file `where`."""
     if name not in NETWORKS:
         raise UsageError(
             f"meta.model_name: {name!r} cannot be mapped.{did_you_mean(name, NETWORKS)}",

@@ -1,11 +1,11 @@
 """Request: what the user asked for, checked before anything is read."""
 
-import math
 import re
 from dataclasses import dataclass, field
 
 from msn_eval.config.recipes import TAP_NAMES, AugmentedRecipe, FinetuneRecipe, LinearRecipe
-from msn_eval.errors import UsageError, did_you_mean
+from msn_eval.config.yaml_config import check_choice, check_range
+from msn_eval.errors import UsageError
 
 PROBE_NAMES = ("logistic", "knn", "ridge", "ncm", "linear", "linear-augmented", "finetune")
 SOLVER_NAMES = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
@@ -17,10 +17,44 @@ AUTO = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """The options of an evaluation. A field is called like its option, with `_` for `-` (and `lambda_` for lambda).
+    """The options of an evaluation. A field has the name of its option, with `_` for `-` (and `lambda_` for lambda).
 
     None or an empty list means the protocol's or the device's own default.
-    classes: that the data set must have; None for any number
+
+    Attributes:
+        checkpoint: Checkpoints to measure, `X` or `NAME=X`.
+        arch: timm architecture where a file leaves it open, `NAME` or `CHECKPOINT=NAME`.
+        checkpoint_key: Which of several networks of a file.
+        allow_missing: Patterns of weights that may be absent.
+        data: Name of the data set.
+        allow_class_mismatch: Number the union of the classes where train and val differ in them.
+        classes: Number of classes that the data set must have; None for any.
+        subset: Names of labelled subsets.
+        probe: Names of probes.
+        tap: Which vector of the encoder is the feature.
+        lambda_: L2 penalties of the logistic probe, or `auto`.
+        k: Numbers of neighbours.
+        temperature: Temperatures of the neighbours' vote.
+        linear: Settings of the probe `linear`.
+        linear_augmented: Settings of the probe `linear-augmented`.
+        solver: Solver of the logistic probe.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        precision: `fp32`, `bf16` or `fp16`.
+        batch_size: Images per forward pass, or `auto`.
+        workers: Decoding processes, or `auto`.
+        compile: Compile the network.
+        decoder: Decoder of image files.
+        image_pixels: Image size that replaces the checkpoint's native one.
+        patch_drop: Share of the patches to drop, in [0, 1).
+        limit: Most validation images per class.
+        seed: Seed of everything random.
+        on_bad_image: `error`, or `skip` to evaluate without unreadable images.
+        canary: Also evaluate with shuffled labels.
+        out: Folder of results.
+        cache: Folder of cached features.
+        no_cache: Neither read nor write cached features.
+        finetune: Settings of the probe `finetune`.
+        save: Folder for fine-tuned networks.
     """
 
     checkpoint: list[str] = field(default_factory=list)
@@ -74,50 +108,45 @@ class EvaluationConfig:
             _one_of("precision", self.precision, PRECISIONS)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: not a device", hint="Use auto, cpu, cuda or cuda:N.")
-        if "finetune" in self.probe and self.precision == "fp16":
-            raise UsageError("--precision fp16: gradients underflow in it", hint="Fine-tune in bf16 or fp32.")
-        if "finetune" in self.probe and self.patch_drop:
-            raise UsageError("--patch-drop: fine-tuning sees whole images", hint="Ask for it with other probes alone.")
-        if "finetune" in self.probe and self.compile:
-            raise UsageError(
-                "--compile: fine-tuning trains the network as it is", hint="Ask for it with other probes alone."
-            )
-        if self.save is not None and "finetune" not in self.probe:
-            raise UsageError("--save: no network is trained", hint="It goes with --probe finetune.")
-        if self.save is not None and self.canary:
-            raise UsageError("--save: with --canary nothing is written", hint="Leave out one of them.")
+        finetunes, augments = "finetune" in self.probe, "linear-augmented" in self.probe
+        others = "Use it with other probes only."
+        for is_wrong, what, hint in (
+            (finetunes and self.precision == "fp16", "--precision fp16: gradients underflow", "Use bf16 or fp32."),
+            (finetunes and self.patch_drop, "--patch-drop: fine-tuning uses all patches", others),
+            (finetunes and self.compile, "--compile: fine-tuning trains the uncompiled network", others),
+            (augments and self.patch_drop is not None, "--patch-drop: linear-augmented encodes whole crops", others),
+            (self.save and not finetunes, "--save: no network is trained", "Use it with --probe finetune."),
+            (self.save and self.canary, "--save: with --canary nothing is written", "Leave out one of them."),
+        ):
+            if is_wrong:
+                raise UsageError(what, hint=hint)
         for name in ("subset", "probe"):
             if not getattr(self, name):
                 raise UsageError(f"--{name}: nothing given", hint=f"Name at least one {name}.")
         for text in self.lambda_:
             if text != AUTO:
-                _positive("lambda", _number("lambda", text))
+                check_range("--lambda", _parse_number("lambda", text), above=0)
         for temperature in self.temperature:
-            _positive("temperature", temperature)
+            check_range("--temperature", temperature, above=0)
         for k in self.k:
-            _at_least("k", k, 1)
-        _at_least("seed", self.seed, 0)
-        if self.limit is not None:
-            _at_least("limit", self.limit, 1)
-        if self.image_pixels is not None:
-            _at_least("image-pixels", self.image_pixels, 1)
-        if self.patch_drop is not None and not 0 <= self.patch_drop < 1:
-            raise UsageError(f"--patch-drop {self.patch_drop}: out of range", hint="Give a share from 0 up to 1.")
-        if self.patch_drop is not None and "linear-augmented" in self.probe:
-            raise UsageError(
-                "--patch-drop: linear-augmented encodes whole crops", hint="Leave it out, or ask for another probe."
-            )
-        _count_or_auto("batch-size", self.batch_size, least=1)
-        _count_or_auto("workers", self.workers, least=0)
+            check_range("--k", k, least=1)
+        check_range("--seed", self.seed, least=0)
+        for name in ("limit", "image_pixels"):
+            if (count := getattr(self, name)) is not None:
+                check_range(f"--{name.replace('_', '-')}", count, least=1)
+        if self.patch_drop is not None:
+            check_range("--patch-drop", self.patch_drop, least=0, below=1)
+        _check_count_or_auto("batch-size", self.batch_size, least=1)
+        _check_count_or_auto("workers", self.workers, least=0)
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """Give the lambdas that are numbers, each once."""
+        """The lambdas that are numbers, each once."""
         return tuple(dict.fromkeys(float(text) for text in self.lambda_ if text != AUTO))
 
     @property
     def chooses_strength(self) -> bool:
-        """Tell whether the labelled images are to choose a lambda."""
+        """Whether the labelled images choose a lambda."""
         return AUTO in self.lambda_
 
     @property
@@ -130,31 +159,17 @@ class EvaluationConfig:
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UsageError(
-            f"--{option} {value}: there is no such {option}.{did_you_mean(value, known)}",
-            hint=f"Known: {', '.join(known)}.",
-        )
+    check_choice(f"--{option}", value, known, what=option)
 
 
-def _number(option: str, text: str) -> float:
+def _parse_number(option: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
         raise UsageError(f"--{option} {text}: not a number", hint=f"Give a finite number above 0, or {AUTO}.") from None
 
 
-def _positive(option: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise UsageError(f"--{option} {value}: out of range", hint="Give a finite number above 0.")
-
-
-def _at_least(option: str, value: int, least: int) -> None:
-    if value < least:
-        raise UsageError(f"--{option} {value}: out of range", hint=f"Give a whole number of at least {least}.")
-
-
-def _count_or_auto(option: str, value: str, *, least: int) -> None:
+def _check_count_or_auto(option: str, value: str, *, least: int) -> None:
     if value != "auto" and not (value.isdecimal() and int(value) >= least):
         raise UsageError(
             f"--{option} {value}: out of range", hint=f"Give `auto` or a whole number of at least {least}."

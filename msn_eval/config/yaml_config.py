@@ -1,14 +1,22 @@
-"""Config: a YAML file, options and `key=value` overrides into a frozen dataclass; unknown keys are refused."""
+"""Config: a YAML file, options and `key=value` overrides become a frozen dataclass; unknown keys are refused."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_origin
 
 from msn_eval.errors import UsageError, did_you_mean
 
 _Record = TypeVar("_Record")
+
+
+@dataclass(frozen=True)
+class TypedNumber:
+    """A number of an override, and the text that the user typed: YAML makes 7 of a folder called 007."""
+
+    value: float
+    text: str
 
 
 def read_config(
@@ -19,50 +27,124 @@ def read_config(
     overrides: Iterable[str] = (),
     translate: Callable[[Mapping[str, object], str], Mapping[str, object]] | None = None,
 ) -> _Record:
-    """Build a `kind` from its defaults, then `file`, then `given`, then `overrides`, the last one winning.
+    """Build a `kind` from its defaults, then `file`, then `given`, then `overrides`; the last one wins.
 
-    file:      YAML with the fields' names; `-` stands for `_`
-    overrides: `key=value`, the value in YAML
-    translate: makes a `kind`'s fields of the file's content and place, where the file may be another program's
-    Raises UsageError naming the file and the key for unknown keys and values of the wrong type.
+    Args:
+        kind: A frozen dataclass. Fields that are dataclasses are sections.
+        file: YAML with the fields' names; `-` and `_` are equal.
+        given: Values by field name.
+        overrides: `key=value` or `section.key=value`, the value in YAML.
+        translate: Maps the content and path of a file of another program to the fields of `kind`.
+
+    Raises:
+        UsageError: A key is unknown or a value has the wrong type. The text names the file and the key.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException, ValidationError
-
     layers: list[tuple[str, Mapping[str, object]]] = []
     if file is not None:
-        content: Mapping[str, object] = _read_yaml(file)
+        content = read_yaml(file)
         layers.append((str(file), content if translate is None else translate(content, str(file))))
     layers.append(("options", given or {}))
-    layers += [(f"override {text!r}", _read_override(kind, text)) for text in overrides]
+    layers += [(f"override {text!r}", parse_override(text)) for text in overrides]
+    return build_config(kind, layers)
+
+
+def build_config(kind: type[_Record], layers: Iterable[tuple[str, Mapping[str, object]]]) -> _Record:
+    """Build a `kind` from its defaults and layers of values, the last one winning.
+
+    Args:
+        kind: A frozen dataclass. Fields that are dataclasses are sections.
+        layers: Where the values are from, for errors, and the values by `key` or `section.key`.
+
+    Raises:
+        UsageError: A key is unknown or a value has the wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     config: Any = OmegaConf.structured(kind)
-    for part in (config, *(section for section in config.values() if OmegaConf.is_config(section))):
-        OmegaConf.set_readonly(part, False)  # they inherit that from frozen dataclasses
+    for node in (config, *(section for section in config.values() if OmegaConf.is_config(section))):
+        OmegaConf.set_readonly(node, False)  # they inherit it from frozen dataclasses
     for where, layer in layers:
-        for section, owner, name, value in _leaves(kind, layer, where):
-            try:
-                OmegaConf.update(config, f"{section}{name}", _as_field(owner, name, value))
-                settled: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-                settled = settled[section[:-1]] if section else settled
-                if isinstance(settled[name], list) and any(isinstance(part, list | dict) for part in settled[name]):
-                    raise ValidationError("a list or mapping inside the list")
-            except OmegaConfBaseException as error:
-                reason = str(error).partition("\n")[0]
+        for section, owner, name, value in _iterate_fields(kind, layer, where):
+            key = f"{section}{name}"
+            # OmegaConf takes these for a reference and for a value that is still missing.
+            if "${" in str(value) or "???" in str(value):
                 raise UsageError(
-                    f"{section}{name.rstrip('_')}: {reason}",
+                    f"{key.rstrip('_')}: {value!r} is not a value",
                     where=where,
-                    hint=f"It takes: {_described(owner, name)}.",
+                    hint="References such as ${…} are not supported: write the value itself.",
+                )
+            try:
+                OmegaConf.update(config, key, _convert_value(owner, name, value))
+            except OmegaConfBaseException as error:
+                raise UsageError(
+                    f"{key.rstrip('_')}: {str(error).partition(chr(10))[0]}",
+                    where=where,
+                    hint=f"It takes: {_type_of(owner, name)}.",
                 ) from error
     return cast(_Record, OmegaConf.to_object(config))
 
 
-def _leaves(
+def read_yaml(file: Path, *, what: str = "config file", hint: str = "Give the path of a YAML file.") -> dict[str, Any]:
+    """Read a YAML file that maps keys to values. References (`${…}`) stay text, aliases (`*name`) are refused.
+
+    Args:
+        file: The file.
+        what: What it is, for the error where it is missing.
+        hint: For the same error.
+
+    Raises:
+        UsageError: It is missing, not valid YAML, or not a mapping.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with file.open("rb") as stream:
+            # A few aliases of aliases would expand to gigabytes.
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(stream)):
+                raise yaml.YAMLError("aliases (*name) are not supported")
+        content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except FileNotFoundError:
+        raise UsageError(f"no such {what}", where=str(file), hint=hint) from None
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise UsageError(f"cannot be read as YAML: {reason}", where=str(file), hint="Correct the file.") from error
+    if not isinstance(content, dict):
+        raise UsageError("is not a mapping of keys to values", where=str(file), hint="Write `key: value` lines.")
+    return {str(key): value for key, value in content.items()}
+
+
+def parse_override(text: str, *, example: str = "limit=10") -> dict[str, Any]:
+    """Parse `key=value`, the value in YAML; a number is returned as a `TypedNumber`.
+
+    Args:
+        text: The override.
+        example: One that is valid, for the error.
+
+    Raises:
+        UsageError: It has another form.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise UsageError(f"{text!r} is not of the form key=value", hint=f"Write for example {example}.")
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise UsageError(f"{text!r}: the value is not valid YAML", hint="Quote it for the shell.") from error
+    parsed = content["value"]
+    return {key: TypedNumber(parsed, value.strip()) if isinstance(parsed, int | float) else parsed}
+
+
+def _iterate_fields(
     kind: type[object], layer: Mapping[str, object], where: str
 ) -> Iterator[tuple[str, type[object], str, object]]:
-    """Give each value of a layer with its section (`linear.`, or nothing), the record that it belongs to, and its field.
-
-    A section is a field that is a record itself; its keys stand below it, or behind it and a point.
-    """
+    """Yield the section (`linear.`, or nothing), the dataclass, the field and the value of each entry of a layer."""
     for key, value in layer.items():
         head, point, rest = key.partition(".")
         name = _field_name(kind, head, where)
@@ -71,81 +153,51 @@ def _leaves(
             yield "", kind, _field_name(kind, key, where), value
             continue
         assert isinstance(inner, type)
-        below = {rest: value} if point else asdict(value) if isinstance(value, inner) else value
-        if not isinstance(below, Mapping):
+        entries = {rest: value} if point else asdict(value) if isinstance(value, inner) else value
+        if not isinstance(entries, Mapping):
             raise UsageError(
                 f"{name} is a section, not a value",
                 where=where,
                 hint=f"Write {name}.KEY=VALUE, or keys below {name}:.",
             )
-        for one, given in below.items():
-            yield f"{name}.", inner, _field_name(inner, str(one), where, section=f"{name}."), given
-
-
-def _read_yaml(file: Path) -> dict[str, object]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except FileNotFoundError:
-        raise UsageError("no such config file", where=str(file), hint="Give the path of a YAML file.") from None
-    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
-        endless = isinstance(error, RecursionError)
-        reason = "it refers to itself, or is nested too deeply" if endless else " ".join(str(error).split())
-        raise UsageError(f"cannot be read as YAML: {reason}", where=str(file), hint="Correct the file.") from error
-    if not isinstance(content, dict):
-        raise UsageError("is no mapping of keys to values", where=str(file), hint="Write `key: value` lines.")
-    return {str(key): value for key, value in content.items()}
-
-
-def _read_override(kind: type[object], text: str) -> dict[str, object]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise UsageError(f"{text!r} is not of the form key=value", hint="Write for example limit=10.")
-    try:
-        content: Any = OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)
-    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise UsageError(f"{text!r}: the value is no YAML", hint="Quote it for the shell.") from error
-    read = content["value"]
-    types = [_type_of(owner, name) for _, owner, name, _ in _leaves(kind, {key: read}, f"override {text!r}")]
-    if isinstance(read, int | float) and types[0] in (str, str | None):
-        return {key: value.strip()}  # as its option gives it: YAML would make 7 of a folder called 007
-    return {key: read}
+        for inner_key, inner_value in entries.items():
+            yield f"{name}.", inner, _field_name(inner, str(inner_key), where, section=name), inner_value
 
 
 def _type_of(kind: type[object], name: str) -> object:
     assert is_dataclass(kind)
-    return next(one.type for one in fields(kind) if one.name == name)
+    return next(field.type for field in fields(kind) if field.name == name)
 
 
 def _field_name(kind: type[object], key: str, where: str, *, section: str = "") -> str:
     assert is_dataclass(kind)
-    names = {one.name.rstrip("_"): one.name for one in fields(kind)}
+    names = {field.name.rstrip("_"): field.name for field in fields(kind)}
     normal = key.replace("-", "_").rstrip("_")
     if normal not in names:
         raise UsageError(
-            f"unknown key {section + key!r}.{did_you_mean(normal, names)}",
+            f"unknown key {f'{section}.{key}'.removeprefix('.')!r}.{did_you_mean(normal, names)}",
             where=where,
-            hint=f"Known{f' in {section[:-1]}' if section else ''}: {', '.join(names)}.",
+            hint=f"Known{f' in {section}' if section else ''}: {', '.join(names)}.",
         )
     return names[normal]
 
 
-def _as_field(kind: type[object], name: str, value: object) -> object:
-    """Let a list field take `a,b` or a single value, as its option does."""
-    if get_origin(_type_of(kind, name)) is not list or isinstance(value, list | tuple) or value is None:
+def _convert_value(kind: type[object], name: str, value: object) -> object:
+    """Let a list field take `a,b` or a single value as its option does, and a text field a number as typed."""
+    from omegaconf.errors import ValidationError
+
+    wanted = _type_of(kind, name)
+    if isinstance(value, TypedNumber):
+        value = value.text if wanted in (str, str | None) else value.value
+    if get_origin(wanted) is not list or value is None:
         return value
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else [value]
-
-
-def _described(kind: type[object], name: str) -> str:
-    return str(_type_of(kind, name))
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",")]
+    if not isinstance(value, list | tuple):
+        return value if isinstance(value, Mapping) else [value]
+    if any(isinstance(item, list | Mapping) for item in value):
+        raise ValidationError("a list or mapping inside the list")
+    return value
 
 
 def check_range(
@@ -157,17 +209,19 @@ def check_range(
     below: float = math.inf,
     most: float = math.inf,
 ) -> None:
-    """Raise UsageError, by the key's full name, for what is not finite or not within the bounds that are given."""
+    """Raise UsageError for a value of an option or a config key that is not finite or not within the given bounds."""
     if math.isfinite(value) and above < value < below and least <= value <= most:
         return
-    bounds = [
-        text
-        for text, there in (
-            (f"above {above:g}", above > -math.inf),
-            (f"at least {least:g}", least > -math.inf),
-            (f"below {below:g}", below < math.inf),
-            (f"at most {most:g}", most < math.inf),
-        )
-        if there
-    ]
-    raise UsageError(f"{key}: {value} is out of range", hint=f"Give a number {' and '.join(bounds)}.")
+    bounds = {"above": above, "at least": least, "below": below, "at most": most}
+    texts = [f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound)]
+    what = f"{key} {value}: out of range" if key.startswith("--") else f"{key}: {value} is out of range"
+    raise UsageError(what, hint=f"Give a number {' and '.join(texts)}.")
+
+
+def check_choice(option: str, value: str, known: Collection[str], *, what: str) -> None:
+    """Raise UsageError for an unknown value of an option (`--tap`) or a config key (`linear.taps`)."""
+    if value not in known:
+        error = f"{option} {value}: there is no such {what}."
+        if not option.startswith("--"):
+            error = f"{option}: there is no {what} {value!r}."
+        raise UsageError(f"{error}{did_you_mean(value, known)}", hint=f"Known: {', '.join(known)}.")

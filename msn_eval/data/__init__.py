@@ -1,81 +1,88 @@
-"""Data sets by name: each gives its training and validation images as ImageSets over one class map."""
+"""Data sets by name. To add one, write a module with a `Loader` and add its line to `DATASETS`.
 
+Installed distributions add loaders by entry points of the group `msn_eval.datasets`; see `msn_eval.data.dataset.Loader`.
+"""
+
+import os
+import re
 from pathlib import Path
+from typing import cast
 
-from msn_eval.data.dataset import DataSet
-from msn_eval.data.digits import read_digits
-from msn_eval.data.folder import read_folder, read_folder_split
-from msn_eval.data.imagenet import is_imagenet, read_imagenet, read_imagenet_split
+from msn_eval.data.dataset import SPLITS, DataSet, DatasetListing, Loader, LoadOptions, make_dataset, make_split
 from msn_eval.data.images import ImageSet
-from msn_eval.data.webdataset import read_webdataset, read_webdataset_split
 from msn_eval.errors import UsageError
+from msn_eval.registry import Entry, find_entry, read_registry
 
-__all__ = ["DATASETS", "DataSet", "read_dataset", "read_split"]
+__all__ = ["DATASETS", "DataSet", "list_datasets", "read_dataset", "read_split"]
 
-DATASETS = {
-    "DIR": "an image folder: train/<class>/* and val/<class>/*; or ImageNet as distributed: train tars read in place, "
-    "flat val with devkit, synset file or LOC_val_solution.csv",
-    "wds:DIR": "a WebDataset: train-*.tar and val-*.tar with a .cls beside each image, and classes.txt",
-    "hf:NAME_OR_DIR": "a Hugging Face data set: its splits train and validation, else test",
-    "digits": "scikit-learn's handwritten digits, embedded: 1,000 train, 797 val, 10 classes",
-}
+DATASETS = (
+    Entry(
+        name="DIR",
+        summary="an image folder: train/<class>/* and val/<class>/*; or ImageNet as distributed: train tars read in place, "
+        "flat val with devkit, synset file or LOC_val_solution.csv",
+        target="msn_eval.data.imagenet:list_directory",
+    ),
+    Entry(
+        name="wds",
+        summary="wds:DIR, a WebDataset: train-*.tar and val-*.tar with a .cls beside each image, and classes.txt",
+        target="msn_eval.data.webdataset:list_webdataset",
+    ),
+    Entry(
+        name="hf",
+        summary="hf:NAME_OR_DIR, a Hugging Face data set: its splits train and validation, else test",
+        target="msn_eval.data.huggingface:list_hub",
+    ),
+    Entry(
+        name="digits",
+        summary="scikit-learn's handwritten digits, embedded: 1,000 train, 797 val, 10 classes",
+        target="msn_eval.data.digits:list_digits",
+    ),
+)
+_PLACE_REQUIRED = ("wds", "hf")
+_SCHEME = re.compile(r"[A-Za-z][\w+-]+")  # at least two characters: `C:` starts a path on Windows
+
+
+def list_datasets() -> dict[str, str]:
+    """Return the known data sets, plug-ins included, and a line about each."""
+    return {name: entry.summary for name, entry in read_registry("datasets", DATASETS).items()}
 
 
 def read_dataset(name: str, *, allow_class_mismatch: bool = False, cache_dir: Path | None = None) -> DataSet:
-    """Read the data set called `name`.
+    """Read both splits of a data set.
 
-    name:   `digits`, `wds:` and a folder, `hf:` and a name or folder, or the path of an image folder or of ImageNet as
-            it is distributed
-    memory: a folder to remember long listings in, or None to list everything anew
-    Raises DataError when it is missing, empty, or its splits differ in their classes.
+    Args:
+        name: `SCHEME:PLACE` or `SCHEME` for a data set of the registry, else the path of a folder.
+        allow_class_mismatch: Number the union of the classes where the splits differ in them.
+        cache_dir: Folder that caches long listings, or None to list everything again.
+
+    Raises:
+        UsageError: No data set has this scheme.
+        DataError: It is missing or empty, or its splits differ in their classes.
     """
-    scheme, place = _scheme(name)
-    match scheme:
-        case "digits":
-            return read_digits()
-        case "hf":
-            from msn_eval.data.huggingface import read_hub
-
-            return read_hub(place, allow_class_mismatch=allow_class_mismatch)
-        case "wds":
-            return read_webdataset(place, allow_class_mismatch=allow_class_mismatch, cache_dir=cache_dir)
-        case _ if is_imagenet(Path(name)):
-            return read_imagenet(name, allow_class_mismatch=allow_class_mismatch, cache_dir=cache_dir)
-        case _:
-            return read_folder(name, allow_class_mismatch=allow_class_mismatch, cache_dir=cache_dir)
+    options = LoadOptions(allow_class_mismatch=allow_class_mismatch, cache_dir=cache_dir)
+    entry, listing = _load(name, options)
+    return make_dataset(listing, where=name, allow_class_mismatch=allow_class_mismatch, distribution=entry.distribution)
 
 
 def read_split(name: str, split: str, *, cache_dir: Path | None = None) -> ImageSet:
-    """Read the `train` or `val` images of a data set without asking for the other."""
-    if split not in ("train", "val"):
+    """Read the `train` or `val` images of a data set, with their own classes; the other split need not exist."""
+    if split not in SPLITS:
         raise UsageError(f"split {split!r}: a data set has the splits train and val")
-    scheme, place = _scheme(name)
-    match scheme:
-        case "digits":
-            digits = read_digits()
-            return digits.train if split == "train" else digits.val
-        case "hf":
-            from msn_eval.data.huggingface import read_hub_split
-
-            return read_hub_split(place, split)
-        case "wds":
-            return read_webdataset_split(place, split, cache_dir=cache_dir)
-        case _ if is_imagenet(Path(name)):
-            return read_imagenet_split(name, split, cache_dir=cache_dir)
-        case _:
-            return read_folder_split(name, split, cache_dir=cache_dir)
+    _, listing = _load(name, LoadOptions(splits=(split,), cache_dir=cache_dir))
+    return make_split(listing.splits[split])
 
 
-def _scheme(name: str) -> tuple[str, str]:
-    """Give what stands before the colon of `wds:` and `hf:` and what follows it; any other name is a path."""
+def _load(name: str, options: LoadOptions) -> tuple[Entry, DatasetListing]:
+    registry = read_registry("datasets", DATASETS)
     scheme, colon, place = name.partition(":")
-    if name == "digits":
-        return "digits", ""
-    if not colon or scheme not in ("wds", "hf"):
-        return "", name
-    if not place:
-        raise UsageError(
-            f"--data {name}: a folder or a name is missing after the colon",
-            hint="Known: DIR, wds:DIR, hf:NAME_OR_DIR, digits.",
-        )
-    return scheme, place
+    is_known = scheme in registry and scheme != "DIR"
+    if is_known or (colon and _SCHEME.fullmatch(scheme) and not os.path.exists(name)):  # noqa: PTH110 - any text
+        entry = find_entry(registry, scheme, what="data set")
+        if not place and scheme in _PLACE_REQUIRED:
+            raise UsageError(
+                f"--data {name}: a folder or a name is missing after the colon",
+                hint=f"Write {entry.summary.partition(',')[0]}, or ./{scheme} for a folder of that name.",
+            )
+    else:
+        entry, place = registry["DIR"], name
+    return entry, cast(Loader, entry.load())(place, options)

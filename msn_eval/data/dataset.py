@@ -1,41 +1,48 @@
-"""DataSet: the two splits of a data set, under one class map."""
+"""DataSet: the two splits of a data set under one class map, and the loader that lists what they hold."""
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 from msn_eval.data.images import ImageSet, ImageSource
 from msn_eval.errors import DataError
 
+SPLITS = ("train", "val")
+_SHOWN = 5
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """What a data set's name leads to. `train` and `val` share their classes."""
+    """The training and validation images of a data set. Both splits share one class map.
+
+    Attributes:
+        name: The name in records and reports.
+        train: Training images.
+        val: Validation images.
+        distribution: Name and version of the distribution whose plug-in read it, None for a built-in data set.
+    """
 
     name: str
     train: ImageSet
     val: ImageSet
+    distribution: str | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.val.classes
 
 
-def class_map_sha256(classes: tuple[str, ...]) -> str:
-    """Give the SHA-256 of the class names in order, a line each."""
-    return hashlib.sha256("".join(f"{name}\n" for name in classes).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-_SHOWN = 5
-
-
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """What stands in one split, whatever it is stored in.
+    """The images of one split, whatever they are stored in.
 
-    files:       the image files of each class, without the class in their names, in any order
-    passed_over: dotfiles and files of other suffixes that were not taken for images
+    Attributes:
+        files: The file names of each class, in any order. An image's id is `CLASS/FILE`.
+        source: Reads and decodes the images by their ids.
+        passed_over: Number of files that were not taken for images (dotfiles, other suffixes).
     """
 
     files: Mapping[str, Sequence[str]]
@@ -43,60 +50,143 @@ class Listing:
     passed_over: int = 0
 
 
-def make_dataset(name: str, *, where: str, train: Listing, val: Listing, allow_class_mismatch: bool) -> DataSet:
+@dataclass(frozen=True, kw_only=True)
+class DatasetListing:
+    """What a loader returns.
+
+    Attributes:
+        name: The name of the data set in records and reports.
+        splits: The listing of each split that was asked for.
+    """
+
+    name: str
+    splits: Mapping[str, Listing]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What a loader is asked for.
+
+    Attributes:
+        splits: `train`, `val`, or both. The loader must not need any other split.
+        allow_class_mismatch: Whether the splits may differ in their classes. The caller compares the class names; a loader
+            needs this only for checks of its own.
+        cache_dir: A folder in which long listings may be cached, or None.
+    """
+
+    splits: tuple[str, ...] = SPLITS
+    allow_class_mismatch: bool = False
+    cache_dir: Path | None = None
+
+
+class Loader(Protocol):
+    """A function that lists the images of a data set. Adding a data set means writing one.
+
+    The caller numbers the classes and sorts the ids by their bytes, so the order of classes and files does not matter.
+    Nothing is decoded yet: pixels are read later through `Listing.source`, in worker processes too, so a source must be
+    picklable. A distribution registers its loader under the scheme that users type, `--data toy:PLACE` or `--data toy`:
+
+        [project.entry-points."msn_eval.datasets"]
+        toy = "my_package.toy:list_toy"
+
+    For images in files, `FolderSource` is enough:
+
+        def list_toy(place: str, options: LoadOptions) -> DatasetListing:
+            root = Path(place)
+            if not root.is_dir():
+                raise DataError("No such folder", where=place, hint="Write toy:DIR.")
+            splits = {}
+            for split in options.splits:
+                folders = [folder for folder in (root / split).iterdir() if folder.is_dir()]
+                files = {folder.name: [path.name for path in folder.glob("*.png")] for folder in folders}
+                splits[split] = Listing(files=files, source=FolderSource(root / split))
+            return DatasetListing(name="toy", splits=splits)
+    """
+
+    def __call__(self, place: str, options: LoadOptions, /) -> DatasetListing:
+        """List the splits that `options` names.
+
+        Args:
+            place: What follows the colon of `SCHEME:PLACE`, empty where nothing does.
+            options: The splits to list, and how.
+
+        Raises:
+            DataError: The data set is missing, empty or damaged. The text names the folder, file or line.
+            UsageError: The place has the wrong form.
+        """
+        ...
+
+
+def class_map_sha256(classes: tuple[str, ...]) -> str:
+    """Return the SHA-256 of the class names in order, one per line."""
+    return hashlib.sha256("".join(f"{name}\n" for name in classes).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def make_dataset(
+    listing: DatasetListing, *, where: str, allow_class_mismatch: bool = False, distribution: str | None = None
+) -> DataSet:
     """Number the classes in the byte order of their names, the same for both splits.
 
-    where: the data set's place, for the error
-    Raises DataError where the splits differ in their classes, unless that is allowed: then the union is numbered.
+    Args:
+        listing: Both splits.
+        where: The location of the data set, for the error.
+        allow_class_mismatch: Number the union of the classes.
+        distribution: Of the plug-in that listed it.
+
+    Raises:
+        DataError: The splits differ in their classes and may not.
     """
+    train, val = (listing.splits[split] for split in SPLITS)
     if train.files.keys() != val.files.keys() and not allow_class_mismatch:
-        raise _class_mismatch(where, train, val)
-    classes = tuple(sorted(train.files.keys() | val.files.keys(), key=os.fsencode))
-    return DataSet(name=name, train=_image_set(train, classes), val=_image_set(val, classes))
-
-
-def make_split(listing: Listing) -> ImageSet:
-    """Give one split by itself, with its own classes."""
-    return _image_set(listing, tuple(sorted(listing.files, key=os.fsencode)))
-
-
-def _class_mismatch(where: str, train: Listing, val: Listing) -> DataError:
-    def sample(names: set[str]) -> str:
-        shown = sorted(names, key=os.fsencode)
-        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-        return ", ".join(shown[:_SHOWN]) + more
-
-    only_train, only_val = train.files.keys() - val.files.keys(), val.files.keys() - train.files.keys()
-    parts = [f"only in train: {sample(only_train)}"] if only_train else []
-    parts += [f"only in val: {sample(only_val)}"] if only_val else []
-    return DataError(
-        f"train and val differ in their classes ({'; '.join(parts)})",
-        where=where,
-        hint="Labels would shift. Complete the split, or pass --allow-class-mismatch to number the union of both.",
+        only = {"train": train.files.keys() - val.files.keys(), "val": val.files.keys() - train.files.keys()}
+        differences = [f"only in {split}: {_sample(names)}" for split, names in only.items() if names]
+        raise DataError(
+            f"train and val differ in their classes ({'; '.join(differences)})",
+            where=where,
+            hint="Labels would shift. Complete the split, or pass --allow-class-mismatch to number the union of both.",
+        )
+    classes = _sort_names(train.files.keys() | val.files.keys())
+    return DataSet(
+        name=listing.name,
+        train=_number_images(train, classes),
+        val=_number_images(val, classes),
+        distribution=distribution,
     )
 
 
-def _image_set(listing: Listing, classes: tuple[str, ...]) -> ImageSet:
+def make_split(listing: Listing) -> ImageSet:
+    """Return one split by itself, with its own classes."""
+    return _number_images(listing, _sort_names(listing.files))
+
+
+def _number_images(listing: Listing, classes: Sequence[str]) -> ImageSet:
     number = {name: label for label, name in enumerate(classes)}
     ids: list[str] = []
     labels: list[int] = []
-    # Ids of one class share all up to their slash, so the order of a million ids is that of the classes with their slash
-    # and, within a class, that of the files: a thousand small sorts.
+    # The ids of a class share everything up to their slash. So the order of a million ids is that of the classes with
+    # their slash and, within a class, that of the files: a thousand small sorts.
     for name in sorted(listing.files, key=lambda name: os.fsencode(f"{name}/")):
-        files = _byte_order(listing.files[name])
+        files = _sort_names(listing.files[name])
         ids += [f"{name}/{file}" for file in files]
         labels += [number[name]] * len(files)
-    if any("/" in name for name in listing.files):  # where they share less: classes `a` and `a/b`
+    if any("/" in name for name in listing.files):  # classes `a` and `a/b` share less
         order = sorted(range(len(ids)), key=lambda row: os.fsencode(ids[row]))
         ids, labels = [ids[row] for row in order], [labels[row] for row in order]
     return ImageSet(
         ids=tuple(ids),
         labels=tuple(labels),
-        classes=classes,
+        classes=tuple(classes),
         source=listing.source,
         passed_over=listing.passed_over,
     )
 
 
-def _byte_order(files: Sequence[str]) -> list[str]:
-    return sorted(files) if "".join(files).isascii() else sorted(files, key=os.fsencode)
+def _sample(names: Collection[str]) -> str:
+    shown = _sort_names(names)
+    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+    return ", ".join(shown[:_SHOWN]) + more
+
+
+def _sort_names(names: Collection[str]) -> tuple[str, ...]:
+    # Of ASCII, the order of characters is that of bytes.
+    return tuple(sorted(names) if "".join(names).isascii() else sorted(names, key=os.fsencode))

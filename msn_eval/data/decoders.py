@@ -1,6 +1,6 @@
-"""Decoder: how an image file becomes the pixels that an encoder takes, by Pillow, by torchvision or by a GPU's nvJPEG.
+"""Decoders: how an image file becomes the pixels that an encoder takes, by Pillow, torchvision or a GPU's nvJPEG.
 
-Which files are refused, and which pixels anything but a plain JPEG gives, is Pillow's word under every decoder.
+Under every decoder, Pillow decides which files are refused, and decodes everything except plain JPEGs.
 """
 
 import io
@@ -32,14 +32,14 @@ from msn_eval.errors import UsageError
 
 Pixels = NDArray[np.uint8]  # (crop, crop, 3)
 _DECODED_AT_ONCE = 64  # on the device, before they are resized: a GPU's memory is for the encoder
-# Inside the data of a scan, 255 is followed by 0 or by the number of a restart. Anything else ends the scan.
+# In the data of a scan, 255 is followed by 0 or by the number of a restart. Anything else ends the scan.
 _SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 _END_OF_IMAGE = b"\xff\xd9"
 
 
 def decoder_version(decoder: str) -> str:
-    """Give the decoder with its version, as records show it."""
-    # Without the build's suffix: the same libjpeg decodes beside every CUDA.
+    """Return the decoder with its version, as in records."""
+    # Without the build's suffix: the same libjpeg is built for every CUDA.
     torchvision = version("torchvision").partition("+")[0]
     match decoder:
         case "pillow":
@@ -52,8 +52,7 @@ def decoder_version(decoder: str) -> str:
 
 
 def check_decoder(decoder: str, device: torch.device) -> None:
-    """Raise UsageError where a decoder cannot work with this device or this torchvision, by decoding a JPEG with it."""
-    assert decoder in DECODERS
+    """Decode a JPEG. Raises UsageError where the decoder does not work with this device or this torchvision."""
     if decoder == "pillow":
         return
     if decoder == "nvjpeg" and device.type != "cuda":
@@ -68,24 +67,22 @@ def check_decoder(decoder: str, device: torch.device) -> None:
     except (ImportError, AttributeError, RuntimeError, OSError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UsageError(
-            f"--decoder {decoder}: the installed torchvision {version('torchvision')} decodes no JPEG with it: {reason}",
-            hint="Choose --decoder pillow, or install the torchvision that was made for this torch.",
+            f"--decoder {decoder}: the installed torchvision {version('torchvision')} cannot decode a JPEG: {reason}",
+            hint="Choose --decoder pillow, or install the torchvision that was built for this torch.",
         ) from error
 
 
 def decode_pixels(content: bytes, transform: EvalTransform, decoder: str) -> Pixels:
-    """Give the pixels of one image file by a decoder that works on the CPU, `pillow` or `torchvision`.
+    """Decode one image file on the CPU, by `pillow` or `torchvision`. EXIF orientation is ignored.
 
-    returns: (crop, crop, 3) uint8
-    Raises BadImageError for the same files under both. EXIF orientation is ignored.
+    Returns:
+        (crop, crop, 3) uint8.
+
+    Raises:
+        BadImageError: The file cannot be used. Both decoders refuse the same files.
     """
-    match decoder:
-        case "pillow":
-            return _by_pillow(content, transform)
-        case "torchvision":
-            return _by_torchvision(content, transform)
-        case _:
-            raise AssertionError(f"{decoder} decodes no single image on the CPU")
+    assert decoder in ("pillow", "torchvision")
+    return _by_pillow(content, transform) if decoder == "pillow" else _by_torchvision(content, transform)
 
 
 def _by_pillow(content: bytes, transform: EvalTransform) -> Pixels:
@@ -96,38 +93,40 @@ def _by_torchvision(content: bytes, transform: EvalTransform) -> Pixels:
     header = read_header(content)
     if header.format != "JPEG" or header.mode not in ("RGB", "L"):
         return _by_pillow(content, transform)
-    (decoded,) = _decoded_or_none([content], torch.device("cpu"))
+    (decoded,) = _try_decode_jpegs([content], torch.device("cpu"))
     if decoded is None or decoded.shape != (3, header.height, header.width):
-        # Of damaged files libjpeg's two users take different ones; what the one refuses is the other's to judge.
+        # Pillow and torchvision accept different damaged files, though both use libjpeg; Pillow decides.
         return _by_pillow(content, transform)
     width, height = resized_size(header.width, header.height, transform)
-    # The channels stay last, as they were decoded: so torch resizes uint8 at once, in integers as Pillow does but with
-    # shorter weights. A batch made by image[None] would have strides that torch takes for channels first.
+    # The channels stay last, as decoded: so torch resizes uint8 directly, in integers as Pillow does but with shorter
+    # weights. A batch made by image[None] would have strides that torch takes for channels first.
     batch = decoded.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     resized = interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
-    return cast(Pixels, _cropped(resized, transform).contiguous().numpy())
+    return cast(Pixels, _crop(resized, transform).contiguous().numpy())
 
 
-def _cropped(image: Tensor, transform: EvalTransform) -> Tensor:
-    """Give the centre crop of a (3, height, width) image with its channels last."""
+def _crop(image: Tensor, transform: EvalTransform) -> Tensor:
+    """Return the centre crop of a (3, height, width) image with its channels last."""
     left, top = crop_corner(image.shape[2], image.shape[1], transform)
     return image[:, top : top + transform.crop, left : left + transform.crop].permute(1, 2, 0)
 
 
-def undecoded(content: bytes, transform: EvalTransform) -> bytes | Pixels:
-    """Give a file's bytes as they are where a GPU may decode them, else its pixels by the rule of `torchvision`.
+def prepare_for_device(content: bytes, transform: EvalTransform) -> bytes | Pixels:
+    """Return a file's bytes unchanged where a GPU may decode them, else the pixels of decoder `torchvision`.
 
-    Left to the GPU are JPEGs that nothing can be asked about: whole, one scan, in the colours YCbCr.
-    Raises BadImageError.
+    The GPU decodes unambiguous JPEGs: complete, one scan, in the colours YCbCr.
+
+    Raises:
+        BadImageError: The file cannot be used.
     """
     header = read_header(content)
     return content if _is_plain_jpeg(header, content) else _by_torchvision(content, transform)
 
 
 def _is_plain_jpeg(header: ImageFile.ImageFile, content: bytes) -> bool:
-    """Tell whether a JPEG says plainly what its colours are, and has one scan that goes on to the end of the file.
+    """Whether a JPEG states its colours and has one scan that continues to the end of the file.
 
-    nvJPEG takes stored RGB for YCbCr, and grey filling for the rest of a torn file.
+    nvJPEG takes stored RGB for YCbCr, and fills the rest of a truncated file with grey.
     """
     if header.format != "JPEG" or header.mode != "RGB":
         return False
@@ -142,59 +141,59 @@ def _is_plain_jpeg(header: ImageFile.ImageFile, content: bytes) -> bool:
 def decode_on_device(
     batch: Sequence[bytes | Pixels], transform: EvalTransform, device: torch.device
 ) -> tuple[Tensor, Mapping[int, str]]:
-    """Give the pixels of a batch that `undecoded` prepared, on the device, in the order of the batch.
+    """Decode a batch of `prepare_for_device` on a device.
 
-    returns: (b, crop, crop, 3) uint8, zeros for files that cannot be used; and by their rows, why they cannot
+    Returns:
+        (b, crop, crop, 3) uint8 on the device, in the order of the batch, zeros for files that cannot be used; and the
+        reasons by their rows.
     """
     pixels = torch.zeros(len(batch), transform.crop, transform.crop, 3, dtype=torch.uint8, device=device)
     failures: dict[int, str] = {}
     files = [(row, item) for row, item in enumerate(batch) if isinstance(item, bytes)]
-    here = [(row, item) for row, item in enumerate(batch) if not isinstance(item, bytes)]
-    if here:
-        rows = torch.tensor([row for row, _ in here], device=device)
-        pixels[rows] = torch.from_numpy(np.stack([item for _, item in here])).to(device)
+    decoded = [(row, item) for row, item in enumerate(batch) if not isinstance(item, bytes)]
+    if decoded:
+        rows = torch.tensor([row for row, _ in decoded], device=device)
+        pixels[rows] = torch.from_numpy(np.stack([item for _, item in decoded])).to(device)
     for start in range(0, len(files), _DECODED_AT_ONCE):
-        some = files[start : start + _DECODED_AT_ONCE]
-        images = _decoded_or_none([content for _, content in some], device)
-        for (row, content), image in zip(some, images, strict=True):
+        chunk = files[start : start + _DECODED_AT_ONCE]
+        images = _try_decode_jpegs([content for _, content in chunk], device)
+        for (row, content), image in zip(chunk, images, strict=True):
             try:
-                pixels[row] = _resized_on_device(content, image, transform, device)
+                pixels[row] = _resize_on_device(content, image, transform, device)
             except BadImageError as error:
                 failures[row] = str(error)
     return pixels, failures
 
 
-def _resized_on_device(
-    content: bytes, decoded: Tensor | None, transform: EvalTransform, device: torch.device
-) -> Tensor:
+def _resize_on_device(content: bytes, decoded: Tensor | None, transform: EvalTransform, device: torch.device) -> Tensor:
     if decoded is None or decoded.ndim != 3 or len(decoded) != 3:
         return torch.from_numpy(_by_pillow(content, transform).copy()).to(device)
     width, height = resized_size(decoded.shape[2], decoded.shape[1], transform)
-    # Rounded after either direction, as Pillow does: both at once would part from it by one level in a value of five.
+    # Rounded after each direction, as Pillow does: both at once would differ from it by one level in a value of five.
     image = decoded.float()
     for size in ((decoded.shape[1], width), (height, width)):
         image = (interpolate(image[None], size, mode="bilinear", antialias=True)[0] + 0.5).floor_()
-    return _cropped(image, transform).to(torch.uint8)
+    return _crop(image, transform).to(torch.uint8)
 
 
-def _decoded_or_none(contents: Sequence[bytes], device: torch.device) -> list[Tensor | None]:
-    """Decode JPEGs, giving None for those that are refused."""
+def _try_decode_jpegs(contents: Sequence[bytes], device: torch.device) -> list[Tensor | None]:
+    """Decode JPEGs, with None for those that are refused."""
     try:
         return list(_decode_jpegs(contents, device))
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # no fault of the files
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # not caused by the files
         raise
     except RuntimeError:
         if len(contents) == 1:
             return [None]
-        return [image for content in contents for image in _decoded_or_none([content], device)]
+        return [image for content in contents for image in _try_decode_jpegs([content], device)]
 
 
 def _decode_jpegs(contents: Sequence[bytes], device: torch.device) -> list[Tensor]:
     """Decode JPEGs to (3, height, width) uint8 on a device. Raises RuntimeError where one of them is refused."""
-    # Importing torchvision takes a second, which only those pay who decode with it.
+    # Importing torchvision takes a second, so only runs that decode with it do.
     from torchvision.io import ImageReadMode, decode_jpeg
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the whole of torchvision.io, once an image
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torchvision.io as a module, once per image
         files = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]
         return cast("list[Tensor]", decode_jpeg(files, mode=ImageReadMode.RGB, device=device))

@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from msn_eval.data.dataset import DataSet, Listing, make_dataset, make_split
+from msn_eval.data.dataset import DatasetListing, Listing, LoadOptions
 from msn_eval.data.hf_rows import SHOWN, StoredRows, read_rows, row_names
 from msn_eval.data.hf_splits import HubName, load_splits, parse_name
-from msn_eval.data.images import ImageSet
 from msn_eval.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -22,8 +21,8 @@ _log = logging.getLogger(__name__)
 _UNFIT = re.compile("[/\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-def read_hub(name: str, *, allow_class_mismatch: bool) -> DataSet:
-    """Read the data set `OWNER/NAME[:CONFIG][@REVISION]` of the hub, or a local folder `DIR[:CONFIG]`.
+def list_hub(place: str, options: LoadOptions) -> DatasetListing:
+    """List the data set `OWNER/NAME[:CONFIG][@REVISION]` of the hub, or a local folder `DIR[:CONFIG]`.
 
     A folder holds Parquet files (`train-*.parquet`, `validation-*.parquet`), what `save_to_disk` wrote, or anything else
     that `load_dataset` reads. Validation images are those of the split `validation`, else `val`, else `test`.
@@ -33,24 +32,11 @@ def read_hub(name: str, *, allow_class_mismatch: bool) -> DataSet:
     In class names `/` and control characters become `_`. Integers without names are classes called by their decimals.
     Raises DataError naming split, column or rows at fault, StoreError where the library's cache cannot be written.
     """
-    where = parse_name(name)
-    loaded = load_splits(where, ("train", "val"))
+    where = parse_name(place)
+    loaded = load_splits(where, options.splits)
     stored = {wanted: read_rows(where, split, table) for wanted, (split, table) in loaded.items()}
-    names = _class_names(where, [one for rows in stored.values() for one in rows.classes])
-    return make_dataset(
-        where.short,
-        where=str(where),
-        train=_list_rows(stored["train"], names),
-        val=_list_rows(stored["val"], names),
-        allow_class_mismatch=allow_class_mismatch,
-    )
-
-
-def read_hub_split(name: str, split: str) -> ImageSet:
-    """Read the `train` or `val` images alone, with their own classes; for extraction, which compares nothing."""
-    where = parse_name(name)
-    rows = read_rows(where, *load_splits(where, (split,))[split])
-    return make_split(_list_rows(rows, _class_names(where, rows.classes)))
+    names = _class_names(where, [name for rows in stored.values() for name in rows.classes])
+    return DatasetListing(name=where.short, splits={split: _list_rows(rows, names) for split, rows in stored.items()})
 
 
 def _class_names(where: HubName, stored: Sequence[str]) -> dict[str, str]:

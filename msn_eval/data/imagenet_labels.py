@@ -5,9 +5,10 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,20 +16,16 @@ from msn_eval.errors import DataError
 
 WNID = re.compile(r"n\d{8}")
 _NUMBERED = re.compile(r"ILSVRC2012_val_(\d{8})")
+_NUMBER = re.compile(r"-?\d*\.?\d+")
 _SYNSET_FILES = ("*synset_labels*.txt", "val.txt")
 _KAGGLE_FILE = "LOC_val_solution.csv"
 _DEVKIT = "ILSVRC2012_devkit_t12"
 _META, _TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
-_MOST_BYTES = 1 << 26  # of a label file, or of the devkit unpacked; the real ones have a few million
-_REMEDY = (
-    f"Put {_DEVKIT}.tar.gz of the ImageNet site beside the images' folder or archive; or a synset file, one WNID a line "
-    f"in the order of the images (imagenet_2012_validation_synset_labels.txt); or Kaggle's {_KAGGLE_FILE}."
-)
+_MOST_BYTES = 1 << 26  # of a label file or a file of the devkit; the real ones have a few million
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Label:
-    """What one line of a file says."""
+class _Label(NamedTuple):
+    """The class in one line of a file."""
 
     wnid: str
     line: int
@@ -36,165 +33,167 @@ class _Label:
 
 @dataclass(frozen=True, kw_only=True)
 class _LabelFile:
-    """Labels of one file: of named images, or of all images in the order of their names.
+    """Labels of one file.
 
-    named: by file name without suffix; None where the order tells
+    Attributes:
+        where: The file.
+        ordered: Labels in the order of all images.
+        named: Labels by file name without suffix; empty where the file has no names.
     """
 
     where: str
-    ordered: Sequence[_Label]
-    named: Mapping[str, _Label] | None = None
+    ordered: list[_Label] = field(default_factory=list)
+    named: dict[str, _Label] = field(default_factory=dict)
+
+    def add(self, wnid: str, line: int, name: str | None = None) -> None:
+        if not WNID.fullmatch(wnid):
+            raise _line_error(self.where, line, wnid, "a class is an n and eight digits")
+        self.ordered.append(_Label(wnid, line))
+        if name is not None and self.named.setdefault(_stem(name), self.ordered[-1]).line != line:
+            raise _line_error(self.where, line, name, f"it is already in line {self.named[_stem(name)].line}")
 
 
 def read_labels(files: Sequence[str], folders: Sequence[Path], *, where: str, known: Iterable[str] | None) -> list[str]:
-    """Give the WNID of each validation image.
+    """Return the WNID of each validation image.
 
-    files:   names of the images
-    folders: where label files may stand; all that are there must agree
-    where:   the place of the images, for errors
-    known:   the classes that there are, or None to take any
-    Raises DataError naming file and line for unknown classes, and for labels that do not fit the images.
+    Args:
+        files: Names of the images.
+        folders: Folders that may hold label files. All label files must agree.
+        where: The location of the images, for errors.
+        known: The known classes, or None to accept any.
+
+    Raises:
+        DataError: A class is unknown, or labels do not fit the images. The text names file and line.
     """
     sources = [*_find_synset_files(folders), *_find_kaggle_files(folders), *_find_devkits(folders)]
     if not sources:
         raise DataError(
-            f"holds {len(files):,} images without class folders, and nothing tells their classes",
+            f"holds {len(files):,} images without class folders, and no file with their classes was found",
             where=where,
-            hint=f"{_REMEDY} Of another data set, put the images of each class into a folder of its own.",
+            hint=f"Put {_DEVKIT}.tar.gz of the ImageNet site beside the images' folder or archive; or a synset file, one "
+            "WNID per line in the order of the images (imagenet_2012_validation_synset_labels.txt); or Kaggle's "
+            f"{_KAGGLE_FILE}. In a different data set, put the images of each class into a folder of its own.",
         )
     classes = None if known is None else frozenset(known)
-    first, labels = sources[0], _match(sources[0], files, where, classes)
-    for other in sources[1:]:
-        _check_agreement(files, first, labels, other, _match(other, files, where, classes))
-    return [label.wnid for label in labels]
+    first, *others = [(source.where, _match(source, files, where, classes)) for source in sources]
+    for other_where, other_labels in others:
+        pairs = list(zip(files, first[1], other_labels, strict=True))
+        different = [(file, label, other) for file, label, other in pairs if label.wnid != other.wnid]
+        if different:
+            file, label, other = different[0]
+            raise DataError(
+                f"has {label.wnid} in line {label.line} for {file}, where {other_where} has {other.wnid} "
+                f"in line {other.line}; they differ on {len(different):,} of {len(files):,} images",
+                where=first[0],
+                hint="Remove the wrong one.",
+            )
+    return [label.wnid for label in first[1]]
 
 
 def _match(source: _LabelFile, files: Sequence[str], where: str, known: frozenset[str] | None) -> list[_Label]:
-    """Give the label of each image by one file."""
-    found = (
-        _by_name(source, source.named, files, where) if source.named is not None else _by_order(source, files, where)
-    )
-    for file, label in zip(files, found, strict=True):
+    """Return the label of each image by one file."""
+    labels = _match_by_name(source, files, where) if source.named else _match_by_order(source, files, where)
+    for file, label in zip(files, labels, strict=True):
         if known is not None and label.wnid not in known:
             raise DataError(
-                f"line {label.line}: {label.wnid}, the class of {file}, is none of the {len(known):,} training classes",
+                f"line {label.line}: {label.wnid}, the class of {file}, is not one of the {len(known):,} training classes",
                 where=source.where,
                 hint="Complete the training images, or pass --allow-class-mismatch to number the union of both.",
             )
-    return found
+    return labels
 
 
-def _by_name(source: _LabelFile, named: Mapping[str, _Label], files: Sequence[str], where: str) -> list[_Label]:
-    without = [file for file in files if _stem(file) not in named]
-    if without:
+def _match_by_name(source: _LabelFile, files: Sequence[str], where: str) -> list[_Label]:
+    missing = [file for file in files if _stem(file) not in source.named]
+    if missing:
         raise DataError(
-            f"names no class for {len(without):,} of the {len(files):,} images in {where}, {without[0]} first",
+            f"names no class for {len(missing):,} of the {len(files):,} images in {where}, {missing[0]} first",
             where=source.where,
             hint="Complete it, or remove the images that are not ImageNet's.",
         )
-    return [named[_stem(file)] for file in files]
+    return [source.named[_stem(file)] for file in files]
 
 
-def _by_order(source: _LabelFile, files: Sequence[str], where: str) -> list[_Label]:
+def _match_by_order(source: _LabelFile, files: Sequence[str], where: str) -> list[_Label]:
     if len(source.ordered) != len(files):
         raise DataError(
             f"holds {len(source.ordered):,} labels, but there are {len(files):,} images in {where}",
             where=source.where,
             hint="Its lines follow the order of all images: complete the images, "
-            f"or give labels by name (FILE WNID a line in val.txt, or {_KAGGLE_FILE}).",
+            f"or give labels by name (FILE WNID per line in val.txt, or {_KAGGLE_FILE}).",
         )
-    order = sorted(range(len(files)), key=lambda row: os.fsencode(files[row]))
-    numbers = [_NUMBERED.fullmatch(_stem(files[row])) for row in order]
-    for place, (row, number) in enumerate(zip(order, numbers, strict=True), 1):
-        if number is not None and int(number[1]) != place:
+    labels = {}
+    for position, file in enumerate(sorted(files, key=os.fsencode)):
+        number = _NUMBERED.fullmatch(_stem(file))
+        if number is not None and int(number[1]) != position + 1:
             raise DataError(
-                f"image {place:,} in order is {files[row]}: another is missing, and labels would shift",
+                f"image {position + 1:,} in order is {file}: another one is missing, and labels would shift",
                 where=where,
-                hint=f"{source.where} tells labels by the order of all images: complete them, and remove strays.",
+                hint=f"{source.where} gives labels in the order of all images: complete them, and remove other files.",
             )
-    found = dict(zip(order, source.ordered, strict=True))
-    return [found[row] for row in range(len(files))]
+        labels[file] = source.ordered[position]
+    return [labels[file] for file in files]
 
 
-def _check_agreement(
-    files: Sequence[str], one: _LabelFile, labels: Sequence[_Label], other: _LabelFile, others: Sequence[_Label]
-) -> None:
-    apart = [row for row in range(len(files)) if labels[row].wnid != others[row].wnid]
-    if apart:
-        row = apart[0]
-        raise DataError(
-            f"says {labels[row].wnid} in line {labels[row].line} of {files[row]}, where {other.where} says "
-            f"{others[row].wnid} in line {others[row].line}; they differ on {len(apart):,} of {len(files):,} images",
-            where=one.where,
-            hint="Remove the one that is wrong.",
-        )
+def _find_synset_files(folders: Sequence[Path]) -> Iterator[_LabelFile]:
+    for path in {
+        path: None for folder in folders for pattern in _SYNSET_FILES for path in sorted(folder.glob(pattern))
+    }:
+        # Lines `FILE NUMBER` count classes in an unknown order.
+        if path.is_file() and not all(len(words) == 2 and words[1].isdecimal() for _, words in _read_rows(path)):
+            yield _read_synset_file(path)
 
 
-def _find_synset_files(folders: Sequence[Path]) -> list[_LabelFile]:
-    paths = {path: None for folder in folders for pattern in _SYNSET_FILES for path in sorted(folder.glob(pattern))}
-    return [found for path in paths if path.is_file() and (found := _read_synset_file(path)) is not None]
+def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    return [(number, line.split()) for number, line in _read_lines(_read_content(path), str(path))]
 
 
-def _read_synset_file(path: Path) -> _LabelFile | None:
-    """Read lines `WNID` or `FILE WNID`; None for `FILE NUMBER`, whose numbers count classes in an order of their own."""
-    rows = [(number, line.split()) for number, line in _lines(_content(path), str(path)) if line.strip()]
-    if all(len(words) == 2 and words[1].isdecimal() for _, words in rows):
-        return None
-    ordered: list[_Label] = []
-    named: dict[str, _Label] = {}
+def _read_synset_file(path: Path) -> _LabelFile:
+    """Read lines that are all `WNID` or all `FILE WNID`."""
+    file = _LabelFile(where=str(path))
+    rows = _read_rows(path)
     for number, words in rows:
         if len(words) not in (1, 2) or len(words) != len(rows[0][1]):
-            raise _bad_line(str(path), number, " ".join(words), "lines are all WNID, or all FILE WNID")
-        label = _Label(wnid=_wnid(words[-1], str(path), number), line=number)
-        ordered.append(label)
-        if len(words) == 2:
-            _name(named, words[0].rpartition("/")[2], label, str(path))
-    return _LabelFile(where=str(path), ordered=ordered, named=named or None)
+            raise _line_error(str(path), number, " ".join(words), "lines are all WNID, or all FILE WNID")
+        file.add(words[-1], number, words[0].rpartition("/")[2] if len(words) == 2 else None)
+    return file
 
 
-def _find_kaggle_files(folders: Sequence[Path]) -> list[_LabelFile]:
-    paths = dict.fromkeys(folder / _KAGGLE_FILE for folder in folders)
-    return [_read_kaggle_file(path) for path in paths if path.is_file()]
-
-
-def _read_kaggle_file(path: Path) -> _LabelFile:
-    """Read lines `IMAGE,WNID x y x y WNID x y x y ...`: boxes of objects that are all of one class."""
-    where = str(path)
-    named: dict[str, _Label] = {}
-    for number, line in _lines(_content(path), where):
-        image, comma, boxes = line.strip().partition(",")
-        if not line.strip() or (number == 1 and image == "ImageId"):
+def _find_kaggle_files(folders: Sequence[Path]) -> Iterator[_LabelFile]:
+    """Read lines `IMAGE,WNID x y x y WNID x y x y ...`: boxes of objects of one class."""
+    for path in dict.fromkeys(folder / _KAGGLE_FILE for folder in folders):
+        if not path.is_file():
             continue
-        wnids = {word for word in boxes.split() if not _is_number(word)}
-        if not comma or len(wnids) != 1:
-            raise _bad_line(where, number, line.strip(), "a line is an image, a comma, and boxes of one class")
-        _name(named, image, _Label(wnid=_wnid(wnids.pop(), where, number), line=number), where)
-    return _LabelFile(where=where, ordered=list(named.values()), named=named)
+        file = _LabelFile(where=str(path))
+        for number, line in _read_lines(_read_content(path), str(path)):
+            image, comma, boxes = line.partition(",")
+            if number == 1 and image == "ImageId":
+                continue
+            wnids = {word for word in boxes.split() if not _NUMBER.fullmatch(word)}
+            if not comma or len(wnids) != 1:
+                raise _line_error(str(path), number, line, "a line is an image, a comma, and boxes of one class")
+            file.add(wnids.pop(), number, image)
+        yield file
 
 
-def _find_devkits(folders: Sequence[Path]) -> list[_LabelFile]:
-    found = []
+def _find_devkits(folders: Sequence[Path]) -> Iterator[_LabelFile]:
     for folder in dict.fromkeys(folders):
-        found += [_read_packed_devkit(path) for path in sorted(folder.glob(f"{_DEVKIT}*.t*")) if path.is_file()]
+        for path in sorted(folder.glob(f"{_DEVKIT}*.t*")):
+            if path.is_file():
+                yield _read_packed_devkit(path)
         for data in (folder / "data", *sorted(folder.glob("*/data"))):
             if (data / _META).is_file() and (data / _TRUTH).is_file():
-                found.append(_read_devkit(_content(data / _META), _content(data / _TRUTH), data / _META, data / _TRUTH))
-    return found
+                yield _read_devkit(_read_content(data / _META), _read_content(data / _TRUTH), data)
 
 
 def _read_packed_devkit(path: Path) -> _LabelFile:
-    """Read the devkit's two files out of its archive, in memory."""
-    content = _content(path)
+    contents = {}
     try:
-        if content.startswith(b"\x1f\x8b"):
-            unpacking = zlib.decompressobj(wbits=31)
-            content = unpacking.decompress(content, _MOST_BYTES)
-            if not unpacking.eof:
-                raise ValueError(f"it is cut short, or has more than {_MOST_BYTES:,} bytes")
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-            members = {member.name.rpartition("/")[2]: member for member in archive if member.isreg()}
-            files = {name: archive.extractfile(members[name]) for name in (_META, _TRUTH) if name in members}
-            contents = {name: file.read() for name, file in files.items() if file is not None}
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = member.name.rpartition("/")[2]
+                if name in (_META, _TRUTH) and member.size <= _MOST_BYTES and (file := archive.extractfile(member)):
+                    contents[name] = file.read()
     except (tarfile.TarError, zlib.error, ValueError, LookupError, OSError, EOFError, RecursionError) as error:
         raise DataError(f"the devkit cannot be read: {error}", where=str(path), hint="Download it again.") from error
     missing = [name for name in (_META, _TRUTH) if name not in contents]
@@ -202,44 +201,44 @@ def _read_packed_devkit(path: Path) -> _LabelFile:
         raise DataError(
             f"holds no {' and no '.join(missing)}",
             where=str(path),
-            hint=f"It should be {_DEVKIT}.tar.gz; get it anew.",
+            hint=f"It should be {_DEVKIT}.tar.gz; download it again.",
         )
-    return _read_devkit(contents[_META], contents[_TRUTH], path / "data" / _META, path / "data" / _TRUTH)
+    return _read_devkit(contents[_META], contents[_TRUTH], path / "data")
 
 
-def _read_devkit(meta: bytes, truth: bytes, meta_path: Path, truth_path: Path) -> _LabelFile:
-    """Read the class number of each image in order, and by `meta` the class of each number."""
-    classes = _read_meta(meta, str(meta_path))
-    where = str(truth_path)
-    labels = []
-    for line, text in _lines(truth, where):
-        number = text.strip()
-        if not number:
-            continue
+def _read_devkit(meta: bytes, truth: bytes, folder: Path) -> _LabelFile:
+    """Read the class number of each image in order, and from `meta` the class of each number."""
+    classes = _read_meta(meta, str(folder / _META))
+    file = _LabelFile(where=str(folder / _TRUTH))
+    for line, number in _read_lines(truth, file.where):
         if not number.isdecimal() or int(number) not in classes:
-            raise _bad_line(where, line, number, f"it is no ILSVRC2012_ID of {meta_path}")
-        labels.append(_Label(wnid=classes[int(number)], line=line))
-    return _LabelFile(where=where, ordered=labels)
+            raise _line_error(file.where, line, number, f"it is not an ILSVRC2012_ID of {folder / _META}")
+        file.add(classes[int(number)], line)
+    return file
 
 
 def _read_meta(content: bytes, where: str) -> dict[int, str]:
-    """Give the WNID of each ILSVRC2012_ID."""
+    """Return the WNID of each ILSVRC2012_ID."""
     from scipy.io import loadmat
 
     try:
         synsets = np.atleast_1d(loadmat(io.BytesIO(content), squeeze_me=True, variable_names=["synsets"])["synsets"])
         pairs = [(int(row["ILSVRC2012_ID"]), str(row["WNID"])) for row in synsets]
-    except Exception as error:  # loadmat fails in a dozen ways on a damaged file
+    except Exception as error:  # loadmat raises many kinds of errors on a damaged file
         raise DataError(
-            f"holds no table of classes: {error or type(error).__name__}", where=where, hint="Get the devkit anew."
+            f"holds no table of classes: {error or type(error).__name__}",
+            where=where,
+            hint="Download the devkit again.",
         ) from error
     classes = dict(pairs)
     if len(classes) != len(pairs) or not all(WNID.fullmatch(wnid) for wnid in classes.values()):
-        raise DataError("an ILSVRC2012_ID stands twice, or has no WNID", where=where, hint="Get the devkit anew.")
+        raise DataError(
+            "an ILSVRC2012_ID is not unique, or has no WNID", where=where, hint="Download the devkit again."
+        )
     return classes
 
 
-def _content(path: Path) -> bytes:
+def _read_content(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
@@ -254,24 +253,15 @@ def _content(path: Path) -> bytes:
     return content
 
 
-def _lines(content: bytes, where: str) -> list[tuple[int, str]]:
+def _read_lines(content: bytes, where: str) -> Iterator[tuple[int, str]]:
+    """Yield the number and the stripped text of each line that is not empty."""
     try:
-        return list(enumerate(content.decode("utf-8-sig").split("\n"), 1))
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"is no UTF-8 text: {error}", where=where, hint="Get it anew.") from error
-
-
-def _wnid(word: str, where: str, line: int) -> str:
-    if not WNID.fullmatch(word):
-        raise _bad_line(where, line, word, "a class is an n and eight digits")
-    return word
-
-
-def _name(named: dict[str, _Label], file: str, label: _Label, where: str) -> None:
-    stem = _stem(file)
-    if stem in named:
-        raise _bad_line(where, label.line, file, f"it stands in line {named[stem].line} already")
-    named[stem] = label
+        raise DataError(f"is not UTF-8 text: {error}", where=where, hint="Download it again.") from error
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line.strip()
 
 
 def _stem(file: str) -> str:
@@ -279,9 +269,5 @@ def _stem(file: str) -> str:
     return stem if dot else file
 
 
-def _is_number(word: str) -> bool:
-    return word.removeprefix("-").replace(".", "", 1).isdecimal()
-
-
-def _bad_line(where: str, line: int, text: str, why: str) -> DataError:
-    return DataError(f"line {line}: {text!r}: {why}", where=where, hint="Correct the file, or get it anew.")
+def _line_error(where: str, line: int, text: str, why: str) -> DataError:
+    return DataError(f"line {line}: {text!r}: {why}", where=where, hint="Correct the file, or download it again.")

@@ -1,4 +1,4 @@
-"""The ImageNet lists of the MSN paper: known by content, found in folders, fetched from their repository."""
+"""The ImageNet lists of the MSN paper: known by content, found in folders, downloaded from their repository."""
 
 import hashlib
 import http.client
@@ -20,7 +20,7 @@ _TIMEOUT_SECONDS = 30
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedList:
-    """One published list: what it is called here and what its bytes must be."""
+    """One published list: its name here and what its bytes must be."""
 
     subset: str
     draw: int
@@ -45,7 +45,7 @@ class Publication:
 
 @cache
 def read_publication() -> Publication:
-    """Read the committed description of the lists."""
+    """Read the description of the lists that ships with the package."""
     content = json.loads((shipped_folder("imagenet_subsets") / "published_lists.json").read_text())
     return Publication(
         url=content["url"],
@@ -56,29 +56,30 @@ def read_publication() -> Publication:
 
 
 def list_folders() -> tuple[Path, ...]:
-    """Give the folders that are searched for the lists, first come first served."""
+    """Return the folders that are searched for the lists, in order."""
     named = os.environ.get(FOLDER_VARIABLE)
-    here = Path("imagenet_subsets")
-    return (*([Path(named)] if named else []), shipped_folder("imagenet_subsets"), here, user_list_folder())
+    shipped = shipped_folder("imagenet_subsets")
+    return (*([Path(named)] if named else []), shipped, Path("imagenet_subsets"), user_list_folder())
 
 
 def user_list_folder() -> Path:
-    """Give the folder that `subsets fetch` fills where no other is named."""
+    """Return the folder that `subsets fetch` fills by default."""
     import platformdirs
 
     return platformdirs.user_data_path("msn-eval") / "imagenet_subsets"
 
 
 def find_list(wanted: PublishedList) -> Path | None:
-    """Find a list by its size and SHA-256, whatever its name, or None."""
-    for path in _text_files():
-        if path.is_file() and path.stat().st_size == wanted.bytes and _sha256(path) == wanted.sha256:
-            return path
+    """Find a list by its size and SHA-256, whatever its name, or return None."""
+    for folder in list_folders():
+        for path in sorted(folder.rglob("*.txt")) if folder.is_dir() else ():
+            if path.is_file() and path.stat().st_size == wanted.bytes and _sha256(path) == wanted.sha256:
+                return path
     return None
 
 
 def read_published_list(wanted: PublishedList) -> tuple[Path, str]:
-    """Give the file and text of a published list. Raises DataError saying how to get it where it is not there."""
+    """Return the file and text of a published list. Raises DataError with the way to get it where it is missing."""
     path = find_list(wanted)
     if path is None:
         folders = ", ".join(str(folder) for folder in list_folders())
@@ -91,10 +92,14 @@ def read_published_list(wanted: PublishedList) -> tuple[Path, str]:
 
 
 def fetch_lists(folder: Path, url: str) -> Iterator[tuple[PublishedList, str]]:
-    """Download every list that `folder` lacks, yielding each with `kept` or `fetched`.
+    """Download every list that `folder` lacks, and yield each with `kept` or `fetched`.
 
-    url: the folder of the lists on a web server, normally the pinned commit of the public repository
-    Raises DataError when the server cannot be reached or gives other bytes than were published.
+    Args:
+        folder: Where to put them.
+        url: Folder of the lists on a web server, normally the pinned commit of the public repository.
+
+    Raises:
+        DataError: The server cannot be reached, or its bytes are not the published ones.
     """
     for entry in read_publication().lists:
         target = folder / entry.path
@@ -107,7 +112,7 @@ def fetch_lists(folder: Path, url: str) -> Iterator[tuple[PublishedList, str]]:
             raise DataError(
                 f"{len(content):,} bytes with SHA-256 {digest[:16]}… instead of {entry.sha256[:16]}…",
                 where=f"{url}/{entry.path}",
-                hint="This is not the published list. Fetch it from github.com/facebookresearch/msn by hand.",
+                hint="This is not the published list. Download it from github.com/facebookresearch/msn manually.",
             )
         prepare_folder(target.parent, option="--to")
         write_atomically(target, content)
@@ -126,12 +131,6 @@ def _download(url: str, target: Path) -> bytes:
             hint=f"Without a network, download it elsewhere and put it at {target}; then run this again.",
             kept="Lists fetched before are kept.",
         ) from error
-
-
-def _text_files() -> Iterator[Path]:
-    for folder in list_folders():
-        if folder.is_dir():
-            yield from sorted(folder.rglob("*.txt"))
 
 
 def _sha256(path: Path) -> str:

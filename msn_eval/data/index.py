@@ -1,7 +1,7 @@
-"""Part: what one class folder or archive holds; listed once, and remembered until the folder or archive changes.
+"""ContainerIndex: what one class folder or archive holds; listed once and cached until the folder or archive changes.
 
-Listing a million files, or the headers of a 138 GB archive, takes minutes on many disks; asking a thousand folders
-when they last changed does not. Like every memory this one is a shortcut: damaged or missing, it is made anew.
+Listing a million files, or the headers of a 138 GB archive, takes minutes on many disks; asking a thousand folders when
+they last changed does not. The cache only saves time: where it is damaged or missing, everything is listed again.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,118 +28,108 @@ _FEWEST_IMAGES = 10_000  # that are worth a file
 _SETTLED_NS = 2_000_000_000  # the coarsest clock among file systems ticks every two seconds
 _THREADS = 8
 
-State = tuple[int, ...]  # inode, bytes, nanoseconds of the last change of content and of anything at all
+State = tuple[int, ...]  # inode, bytes, nanoseconds of the last change of the content and of anything
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
+class ContainerIndex:
     """The images of one class folder or archive.
 
-    names:       file names, or ids where the part holds several classes
-    numbers:     (n, c) int64, what else is known of each image; c = 0 for the files of a folder
-    passed_over: files that were not taken for images
+    Attributes:
+        names: File names, or ids where it holds several classes.
+        numbers: (n, c) int64, what else is known of each image; c = 0 for the files of a folder.
+        passed_over: Number of files that were not taken for images.
     """
 
     names: tuple[str, ...]
     numbers: NDArray[np.int64]
     passed_over: int = 0
 
-    def __post_init__(self) -> None:
-        if self.numbers.ndim != 2 or len(self.numbers) != len(self.names):
-            raise ValueError(f"{len(self.names)} images with numbers of shape {self.numbers.shape}")
+
+def make_index(
+    names: Iterable[str],
+    numbers: Sequence[Sequence[int]] | NDArray[np.int64] = (),
+    *,
+    columns: int = 0,
+    passed_over: int = 0,
+) -> ContainerIndex:
+    """Return the index of these images, with a row of `columns` numbers for each."""
+    names = tuple(names)
+    table = np.array(numbers, dtype=np.int64).reshape(len(names), columns)
+    return ContainerIndex(names=names, numbers=table, passed_over=passed_over)
 
 
-def make_part(
-    names: Iterable[str], numbers: Sequence[Sequence[int]] = (), *, columns: int = 0, passed_over: int = 0
-) -> Part:
-    """Give a part of these images.
+def index_containers(
+    paths: Sequence[Path], scan: Callable[[Path], ContainerIndex], *, root: Path, kind: str, cache_dir: Path | None
+) -> tuple[ContainerIndex, ...]:
+    """Return the index of each path, from the cache where the path has not changed since it was scanned.
 
-    numbers: a row of so many columns an image
-    """
-    kept = tuple(names)
-    table = np.array(numbers, dtype=np.int64).reshape(len(kept), columns)
-    return Part(names=kept, numbers=table, passed_over=passed_over)
-
-
-def list_parts(
-    paths: Sequence[Path], scan: Callable[[Path], Part], *, root: Path, kind: str, cache_dir: Path | None
-) -> tuple[Part, ...]:
-    """Give the part at each path, by `scan` where it changed since it was remembered.
-
-    paths:  class folders or archives, no two of one name
-    root:   what they make up together; names the memory, with `kind`
-    kind:   how they are scanned
-    memory: a folder to remember long listings in, or None to scan everything
+    Args:
+        paths: Class folders or archives, no two with the same name.
+        scan: Lists one of them.
+        root: What they make up together. It names the cache file, together with `kind`.
+        kind: How they are scanned.
+        cache_dir: Folder that caches long listings, or None to scan everything.
     """
     started = time.time_ns()
-    states = {path.name: _state(path) for path in paths}
-    index = _index_file(root, kind, cache_dir)
-    known = _recall(index, root, kind)
-    trusted = {name: known[name][1] for name, state in states.items() if name in known and known[name][0] == state}
-    unknown = [path for path in paths if path.name not in trusted]
-    if len(paths) > 1:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            found = dict(zip((path.name for path in unknown), pool.map(scan, unknown), strict=True))
-    else:
-        found = {path.name: scan(path) for path in unknown}
-    parts = trusted | found
-    fresh = {
-        name: (state, parts[name]) for name, state in states.items() if name in trusted or _settled(state, started)
-    }
-    if index is not None and {name: entry[0] for name, entry in fresh.items()} != {
-        name: entry[0] for name, entry in known.items()
-    }:
-        _remember(index, root, kind, fresh)
-    return tuple(parts[path.name] for path in paths)
+    states = {path.name: _read_state(path) for path in paths}
+    file = None if cache_dir is None else _cache_file(cache_dir, root, kind)
+    cached = {} if file is None else _read_cache(file, root, kind)
+    indexes = {name: cached[name][1] for name, state in states.items() if name in cached and cached[name][0] == state}
+    # A later change has a different time, unless it falls into the same tick of the disk's clock.
+    lasting = {name for name, state in states.items() if name in indexes or max(state[2:]) + _SETTLED_NS <= started}
+    changed = [path for path in paths if path.name not in indexes]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        indexes |= zip((path.name for path in changed), pool.map(scan, changed), strict=True)
+    if file is not None and {name: states[name] for name in lasting} != {name: cached[name][0] for name in cached}:
+        _write_cache(file, root, kind, {name: (states[name], indexes[name]) for name in states if name in lasting})
+    return tuple(indexes[path.name] for path in paths)
 
 
-def _state(path: Path) -> State:
+def stat_container(path: Path) -> os.stat_result:
+    """Return the status of a folder or archive. Raises DataError."""
     try:
-        status = path.stat()
+        return path.stat()
     except OSError as error:
         raise DataError(
             f"cannot be read: {error.strerror or error}", where=str(path), hint="Check its permissions and its disk."
         ) from error
+
+
+def _read_state(path: Path) -> State:
+    status = stat_container(path)
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _settled(state: State, started: int) -> bool:
-    """Tell whether any later change gives another time: not so for one within the same tick of the disk's clock."""
-    return max(state[2:]) + _SETTLED_NS <= started
-
-
-def _index_file(root: Path, kind: str, cache_dir: Path | None) -> Path | None:
-    if cache_dir is None:
-        return None
+def _cache_file(cache_dir: Path, root: Path, kind: str) -> Path:
     name = hashlib.sha256(kind.encode() + b"\0" + os.fsencode(root.resolve())).hexdigest()[:16]
     return cache_dir / "indexes" / f"{name}.index"
 
 
 def _heading(root: Path, kind: str) -> dict[str, object]:
-    """Give what must be equal for an index to be of use, beside its version."""
+    """Return what must be equal for a cached index to be valid, besides its version."""
     return {"root": str(root.resolve()), "kind": kind, "suffixes": sorted(SUFFIXES)}
 
 
-def _remember(index: Path, root: Path, kind: str, parts: Mapping[str, tuple[State, Part]]) -> None:
-    if sum(len(part.names) for _, part in parts.values()) < _FEWEST_IMAGES and not index.exists():
+def _write_cache(file: Path, root: Path, kind: str, indexes: dict[str, tuple[State, ContainerIndex]]) -> None:
+    if sum(len(index.names) for _, index in indexes.values()) < _FEWEST_IMAGES and not file.exists():
         return
     listed = {
-        name: [state, part.names, part.numbers.T.tolist(), part.passed_over] for name, (state, part) in parts.items()
+        name: [state, index.names, index.numbers.T.tolist(), index.passed_over]
+        for name, (state, index) in indexes.items()
     }
     payload = zlib.compress(json.dumps([_heading(root, kind), listed], separators=(",", ":")).encode(), 1)
     try:
-        index.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(index, _seal(payload) + payload)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, _seal(payload) + payload)
     except (OSError, StoreError) as error:
-        _log.warning("%s: the listing cannot be remembered for the next run: %s", index, error)
+        _log.warning("%s: the listing cannot be cached for the next run: %s", file, error)
 
 
-def _recall(index: Path | None, root: Path, kind: str) -> dict[str, tuple[State, Part]]:
-    """Read what was remembered; an index that is damaged or of another version is as good as none."""
-    if index is None:
-        return {}
+def _read_cache(file: Path, root: Path, kind: str) -> dict[str, tuple[State, ContainerIndex]]:
+    """Return the cached indexes, none where the file is missing, damaged or of another version."""
     try:
-        seal, _, payload = index.read_bytes().partition(b"\n")
+        seal, _, payload = file.read_bytes().partition(b"\n")
         if seal + b"\n" != _seal(payload):
             return {}
         heading, listed = json.loads(zlib.decompress(payload))
@@ -148,7 +138,7 @@ def _recall(index: Path | None, root: Path, kind: str) -> dict[str, tuple[State,
         return {
             name: (
                 tuple(state),
-                Part(
+                ContainerIndex(
                     names=tuple(names),
                     numbers=np.array(columns, dtype=np.int64).reshape(len(columns), len(names)).T,
                     passed_over=passed_over,

@@ -1,4 +1,4 @@
-"""Subset: the labelled training images of one draw. It counts itself and trusts no file name."""
+"""Subset: the labelled training images of one draw. Its size is counted, never taken from a file name."""
 
 import hashlib
 import os
@@ -24,11 +24,12 @@ _SHOWN = 10
 class Subset:
     """One draw of labelled training images.
 
-    name:      as asked for, such as `5imgs`; a list file's name for a list
-    draw:      1-based
-    rule:      how the images were chosen: `published`, `nested`, `full`, or `list:` and a hash of the list
-    image_ids: unique, in the order of the data set
-    skipped:   unreadable images that some draw of this subset had to do without, in byte order
+    Attributes:
+        name: As requested, such as `5imgs`; for a list its file name.
+        draw: 1-based.
+        rule: How the images were chosen: `published`, `nested`, `full`, or `list:` and a hash of the list.
+        image_ids: Unique, in the order of the data set.
+        skipped: Unreadable images that some draw of this subset had to do without, in byte order.
     """
 
     name: str
@@ -48,44 +49,46 @@ class Subset:
 
 
 def make_subsets(names: Sequence[str], train: ImageSet) -> tuple[Subset, ...]:
-    """Give every draw of the subsets asked for, each once, in the order asked.
+    """Return every draw of the requested subsets, each once, in the order of the request.
 
-    names: `1img`, `2imgs`, `5imgs`, `1pct`, `10pct`, `full`, `low-shot`, each perhaps with `@DRAW`, or list files
-    Raises UsageError for an unknown name or draw, DataError where images are missing.
+    Args:
+        names: `1img`, `2imgs`, `5imgs`, `1pct`, `10pct`, `full`, `low-shot`, each optionally with `@DRAW`, or list files.
+        train: The training images.
+
+    Raises:
+        UsageError: A name or draw is unknown.
+        DataError: Images are missing.
     """
     subsets: dict[tuple[str, int, str], Subset] = {}
     for name in names:
         base, at, draw = name.partition("@")
-        for part in [f"{one}{at}{draw}" for one in LOW_SHOT] if base == "low-shot" else [name]:
-            for subset in _draws_of(part, train):
+        for member in [f"{size}{at}{draw}" for size in LOW_SHOT] if base == "low-shot" else [name]:
+            for subset in _make_draws(member, train):
                 subsets.setdefault((subset.name, subset.draw, subset.rule), subset)
     return tuple(subsets.values())
 
 
 def union_of(subsets: Sequence[Subset], train: ImageSet) -> ImageSet:
-    """Give every image that some of the subsets need, once: draws and sizes overlap heavily."""
+    """Return every image that any of the subsets needs, once: draws and sizes overlap heavily."""
     return train.only(list({image_id: None for subset in subsets for image_id in subset.image_ids}))
 
 
 def check_subset_names(names: Iterable[str]) -> None:
-    """Raise UsageError for a name that no data set could have, before anything is read."""
+    """Raise UsageError for a name that no data set can have, before anything is read."""
+    known = (*SUBSETS, "low-shot")
     for name in names:
         base, _, draw = name.partition("@")
-        if base in (*SUBSETS, "low-shot"):
-            if draw and draw not in [str(known) for known in DRAWS]:
+        if base in known:
+            if draw and draw not in map(str, DRAWS):
                 raise UsageError(f"--subset {name}: there is no draw {draw!r}", hint="Draws are 1, 2 and 3.")
-        elif not _is_list_file(name):
+        elif not Path(name).is_file():
             raise UsageError(
-                f"--subset {name}: no subset and no list file has this name.{did_you_mean(base, (*SUBSETS, 'low-shot'))}",
-                hint=f"Known: {', '.join(SUBSETS)}, low-shot, or the path of a list, one image a line.",
+                f"--subset {name}: no subset and no list file has this name.{did_you_mean(base, known)}",
+                hint=f"Known: {', '.join(known)}, or the path of a list, one image per line.",
             )
 
 
-def _is_list_file(name: str) -> bool:
-    return Path(name).is_file()
-
-
-def _draws_of(name: str, train: ImageSet) -> tuple[Subset, ...]:
+def _make_draws(name: str, train: ImageSet) -> tuple[Subset, ...]:
     check_subset_names([name])
     base, _, wanted = name.partition("@")
     if base not in SUBSETS:
@@ -94,22 +97,24 @@ def _draws_of(name: str, train: ImageSet) -> tuple[Subset, ...]:
     published = publication.lists_of(base) if class_map_sha256(train.classes) == publication.class_map_sha256 else ()
     draws = [entry.draw for entry in published] or ([1] if base == "full" else list(DRAWS))
     if wanted and int(wanted) not in draws:
-        raise UsageError(f"--subset {name}: {base} has only draw {draws[0]} here", hint=f"Ask for {base}.")
+        raise UsageError(f"--subset {name}: {base} has only draw {draws[0]} here", hint=f"Use {base}.")
     chosen = [draw for draw in draws if not wanted or draw == int(wanted)]
-    if published:
-        lists = {entry.draw: read_published_list(entry) for entry in published if entry.draw in chosen}
-        return tuple(
-            Subset(name=base, draw=draw, rule="published", image_ids=_listed(lists[draw][1], lists[draw][0], train))
-            for draw in chosen
-        )
-    return tuple(draw_subset(base, draw, train) for draw in chosen)
+    if not published:
+        return tuple(draw_subset(base, draw, train) for draw in chosen)
+    lists = {entry.draw: read_published_list(entry) for entry in published if entry.draw in chosen}
+    return tuple(
+        Subset(name=base, draw=draw, rule="published", image_ids=_match_lines(text, path, train))
+        for draw, (path, text) in lists.items()
+    )
 
 
 def draw_subset(name: str, draw: int, train: ImageSet) -> Subset:
     """Draw a nested subset: within each class the first k images in the order of SHA-256 of `DRAW:CLASS/FILE`.
 
-    Classes of the data set that have no training image at all (only with --allow-class-mismatch) give none.
-    Raises DataError naming a class with fewer than k images.
+    Classes without any training image (only with --allow-class-mismatch) are left out.
+
+    Raises:
+        DataError: A class has fewer than k images.
     """
     if name == "full":
         return Subset(name=name, draw=draw, rule="full", image_ids=train.ids)
@@ -119,42 +124,58 @@ def draw_subset(name: str, draw: int, train: ImageSet) -> Subset:
         if ids and len(ids) < count:
             raise DataError(
                 f"class {class_name!r} has {len(ids)} training image{'s' if len(ids) > 1 else ''}, {name} needs {count}",
-                hint="Add images to the class, or ask for a smaller subset.",
+                hint="Add images to the class, or choose a smaller subset.",
             )
-        chosen += sorted(ids, key=lambda image_id: (_lot(draw, image_id), os.fsencode(image_id)))[:count]
+        chosen += _sort_by_draw(ids, draw)[:count]
     return Subset(name=name, draw=draw, rule="nested", image_ids=train.only(chosen).ids)
+
+
+def _sort_by_draw(ids: Iterable[str], draw: int) -> list[str]:
+    def key(image_id: str) -> tuple[bytes, bytes]:
+        name = os.fsencode(image_id)
+        return hashlib.sha256(b"%d:%b" % (draw, name)).digest(), name
+
+    return sorted(ids, key=key)
 
 
 def readable_subsets(
     names: Sequence[str], train: ImageSet, undecodable: Callable[[ImageSet], Collection[str]]
 ) -> tuple[Subset, ...]:
-    """Give the subsets asked for without images that cannot be decoded.
+    """Return the requested subsets without images that cannot be decoded.
 
-    undecodable: tells the images of a set that cannot be used
-    In a draw the next readable image of its order takes a bad one's place; `full` and lists of the user's own only lose
-    theirs. Every draw of a subset is looked at even if one alone was asked for, so that `skipped` depends on the subset
-    and not on the request. Raises DataError naming a class that runs out of images.
+    In a draw, the next readable image of its order replaces a bad one; `full` and the user's own lists only lose theirs.
+    Every draw of a subset is checked even if only one was requested, so that `skipped` depends on the subset and not on
+    the request.
+
+    Args:
+        names: As for `make_subsets`.
+        train: The training images.
+        undecodable: Returns the images of a set that cannot be used.
+
+    Raises:
+        DataError: A class runs out of images.
     """
-    asked = make_subsets(names, train)
-    found: list[Subset] = []
-    for name in dict.fromkeys(subset.name for subset in asked):
-        wanted = [subset for subset in asked if subset.name == name]
+    requested = make_subsets(names, train)
+    subsets: list[Subset] = []
+    for name in dict.fromkeys(subset.name for subset in requested):
+        wanted = [subset for subset in requested if subset.name == name]
         draws = wanted if wanted[0].rule.startswith("list:") else make_subsets([name], train)
         bad: set[str] = set()
-        replaced = tuple(draws)
-        while fresh := set(undecodable(union_of(replaced, train))):
-            bad |= fresh
-            replaced = tuple(without_images(subset, train, bad) for subset in draws)
+        readable = tuple(draws)
+        while newly_bad := set(undecodable(union_of(readable, train))):
+            bad |= newly_bad
+            readable = tuple(without_images(subset, train, bad) for subset in draws)
         numbers = {subset.draw for subset in wanted}
         skipped = tuple(sorted(bad, key=os.fsencode))
-        found += [replace(subset, skipped=skipped) for subset in replaced if subset.draw in numbers]
-    return tuple(found)
+        subsets += [replace(subset, skipped=skipped) for subset in readable if subset.draw in numbers]
+    return tuple(subsets)
 
 
 def without_images(subset: Subset, train: ImageSet, bad: set[str]) -> Subset:
-    """Give a draw without the `bad` images, each replaced by the next of the draw's order; `full` and lists only lose.
+    """Return a draw without the `bad` images, each replaced by the next of the draw's order; `full` and lists only lose.
 
-    Raises DataError naming a class that runs out of images.
+    Raises:
+        DataError: A class runs out of images.
     """
     kept = set(subset.image_ids) - bad
     if subset.rule in ("nested", "published"):
@@ -164,36 +185,32 @@ def without_images(subset: Subset, train: ImageSet, bad: set[str]) -> Subset:
             if len(spare) < count:
                 raise DataError(
                     f"class {train.classes[label]!r} has too few readable images for {subset.name}",
-                    hint="Repair its images, or ask for a smaller subset.",
+                    hint="Repair its images, or choose a smaller subset.",
                 )
-            kept.update(
-                sorted(spare, key=lambda image_id: (_lot(subset.draw, image_id), os.fsencode(image_id)))[:count]
-            )
+            kept.update(_sort_by_draw(spare, subset.draw)[:count])
     if not kept:
         raise DataError(f"no image of subset {subset.name} can be read", hint="Repair the files.")
     return replace(subset, image_ids=train.only(list(kept)).ids)
 
 
-def _lot(draw: int, image_id: str) -> bytes:
-    return hashlib.sha256(str(draw).encode() + b":" + os.fsencode(image_id)).digest()
-
-
 def read_list(path: Path, train: ImageSet) -> Subset:
-    """Read a list file: one id or file name a line; a byte-order mark, CRLF and empty lines do no harm.
+    """Read a list file: one id or file name per line. A byte-order mark, CRLF and empty lines are allowed.
 
-    Raises DataError naming the lines that are unknown, ambiguous or double, NumericalError for a class without images.
+    Raises:
+        DataError: Lines are unknown, ambiguous or repeated.
+        NumericalError: A class has no image in the list.
     """
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise DataError(f"the list cannot be read: {error}", where=str(path), hint="Give a UTF-8 text file.") from error
-    image_ids = _listed(text, path, train)
+    image_ids = _match_lines(text, path, train)
     counts = Counter(train.labels[train.position[image_id]] for image_id in image_ids)
     empty = [name for label, name in enumerate(train.classes) if not counts[label]]
     if empty:
         raise NumericalError(
             f"{len(empty)} of {len(train.classes)} classes have no image in this list ({', '.join(empty[:_SHOWN])}); "
-            "their validation images could never be right",
+            "their validation images could never be classified correctly",
             where=str(path),
             hint="Add images of these classes to the list, or evaluate on a data set without them.",
         )
@@ -201,21 +218,21 @@ def read_list(path: Path, train: ImageSet) -> Subset:
     return Subset(name=path.name, draw=1, rule=f"list:{content[:16]}", image_ids=image_ids)
 
 
-def _listed(text: str, path: Path, train: ImageSet) -> tuple[str, ...]:
+def _match_lines(text: str, path: Path, train: ImageSet) -> tuple[str, ...]:
+    """Return the ids that the lines of a list name, in the order of the data set."""
     first_line: dict[str, int] = {}
     faults: list[str] = []
     for number, raw in enumerate(text.splitlines(), start=1):
         line = raw.strip()
         if not line:
             continue
-        found = (line,) if line in train.position else train.ids_by_file.get(line, ())
-        if len(found) != 1:
-            reason = f"{len(found)} images have this file name; write CLASS/FILE" if found else "no such training image"
-            faults.append(f"line {number}: {line}: {reason}")
-        elif found[0] in first_line:
-            faults.append(f"line {number}: {line}: already on line {first_line[found[0]]}")
-        else:
-            first_line[found[0]] = number
+        matches = (line,) if line in train.position else train.ids_by_file.get(line, ())
+        if not matches:
+            faults.append(f"line {number}: {line}: no such training image")
+        elif len(matches) > 1:
+            faults.append(f"line {number}: {line}: {len(matches)} images have this file name; write CLASS/FILE")
+        elif first_line.setdefault(matches[0], number) != number:
+            faults.append(f"line {number}: {line}: already on line {first_line[matches[0]]}")
     if faults:
         shown = "\n".join(f"  {fault}" for fault in faults[:_SHOWN])
         more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
@@ -225,5 +242,5 @@ def _listed(text: str, path: Path, train: ImageSet) -> tuple[str, ...]:
             hint="Complete the data set, or use the list that belongs to it.",
         )
     if not first_line:
-        raise DataError("the list is empty", where=str(path), hint="Write one image a line.")
+        raise DataError("the list is empty", where=str(path), hint="Write one image per line.")
     return train.only(list(first_line)).ids

@@ -16,13 +16,13 @@ from PIL import Image
 
 from msn_eval.data.dataset import Listing
 from msn_eval.data.images import Stamp, decode_image, file_stamp
-from msn_eval.data.index import Part
+from msn_eval.data.index import ContainerIndex, stat_container
 from msn_eval.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
-    """A tar archive as it was when its headers were read; what was found in it is void once it changes."""
+    """A tar archive as it was when its headers were read. Offsets into it are invalid once it changes."""
 
     path: Path
     size: int
@@ -33,19 +33,23 @@ class Archive:
 class ClassMembers:
     """The images of one class.
 
-    files:  names in byte order
-    places: (n, 3) int64, a row a file: which archive, the offset of its bytes in it, their number
+    Attributes:
+        files: Names in byte order.
+        locations: (n, 3) int64, for each file: the archive's index, the offset of the bytes in it, their number.
     """
 
     files: tuple[str, ...]
-    places: NDArray[np.int64]
+    locations: NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TarSource:
-    """Members of archives. It holds no open file, so that forks, threads and pickles have nothing to share.
+    """Members of archives. It holds no open file, so forks, threads and pickles have nothing to share.
 
-    root: the archive, or the folder or first archive of many; no two splits have the same
+    Attributes:
+        root: The archive, or the folder or first archive of many. No two splits have the same.
+        archives: The archives that hold the images.
+        classes: The images of each class.
     """
 
     root: Path
@@ -54,18 +58,17 @@ class TarSource:
 
     def read(self, image_id: str) -> bytes:
         archive, offset, size = self._find(image_id)
-        descriptor = os.open(archive.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        try:
-            _check_unchanged(archive, os.fstat(descriptor))
-            content = os.pread(descriptor, size, offset)
-            while len(content) < size:  # one call gives at most two gigabytes, and less when a signal comes
-                more = os.pread(descriptor, size - len(content), offset + len(content))
-                if not more:
-                    raise OSError(f"the archive ends {size - len(content)} bytes before the image does")
-                content += more
-            return content
-        finally:
-            os.close(descriptor)
+        with io.FileIO(archive.path) as file:
+            status = os.fstat(file.fileno())
+            if (status.st_size, status.st_mtime_ns) != (archive.size, archive.mtime_ns):
+                raise OSError("the archive changed after its images were listed; start again")
+            file.seek(offset)
+            content = file.read(size) or b""
+            while len(content) < size and (rest := file.read(size - len(content))):  # a read may return fewer bytes
+                content += rest
+        if len(content) < size:
+            raise OSError(f"the archive ends {size - len(content)} bytes before the image does")
+        return content
 
     def decode(self, content: bytes) -> Image.Image:
         return decode_image(content)
@@ -84,66 +87,52 @@ class TarSource:
         row = bisect_left(members.files, os.fsencode(file), key=os.fsencode)
         if members.files[row : row + 1] != (file,):
             raise KeyError(image_id)
-        archive, offset, size = members.places[row].tolist()
+        archive, offset, size = members.locations[row].tolist()
         return self.archives[archive], offset, size
 
 
 def open_archives(paths: Iterable[Path]) -> tuple[Archive, ...]:
-    """Give archives as they are now; to be asked before their headers are read, so that no change slips in between."""
-    archives = []
-    for path in paths:
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise DataError(
-                f"cannot be read: {error.strerror or error}", where=str(path), hint="Check its permissions."
-            ) from error
-        archives.append(Archive(path=path, size=status.st_size, mtime_ns=status.st_mtime_ns))
-    return tuple(archives)
+    """Return archives as they are now. Call this before reading their headers, so that no change goes unnoticed."""
+    statuses = [(path, stat_container(path)) for path in paths]
+    return tuple(Archive(path=path, size=status.st_size, mtime_ns=status.st_mtime_ns) for path, status in statuses)
 
 
 def list_members(
-    archives: tuple[Archive, ...], parts: Sequence[Part], classes: Sequence[Sequence[str]], *, root: Path
+    archives: tuple[Archive, ...], indexes: Sequence[ContainerIndex], classes: Sequence[Sequence[str]], *, root: Path
 ) -> Listing:
-    """Give the images of archives by class, read in place.
+    """List the images of archives by class, to be read in place.
 
-    parts:   what each archive holds: file names, with the offset and the size of each as their first two numbers
-    classes: the class of each image of each part
-    Raises DataError where two images of a class have one name.
+    Args:
+        archives: The archives.
+        indexes: For each archive the file names, with the offset and the size of each as their first two numbers.
+        classes: For each archive the class of each image.
+        root: Of the source.
+
+    Raises:
+        DataError: Two images of a class have the same name.
     """
-    files = [file for part in parts for file in part.names]
-    numbers = [np.full((len(part.names), 1), number, dtype=np.int64) for number, part in enumerate(parts)]
-    places = np.concatenate(
-        [np.hstack([number, part.numbers[:, :2]]) for number, part in zip(numbers, parts, strict=True)]
-    )
+    files = [file for index in indexes for file in index.names]
+    archive_column = np.repeat(np.arange(len(indexes)), [len(index.names) for index in indexes])
+    locations = np.column_stack([archive_column, np.concatenate([index.numbers[:, :2] for index in indexes])])
     grouped: dict[str, list[int]] = {}
     for row, name in enumerate(chain.from_iterable(classes)):
         grouped.setdefault(name, []).append(row)
     members = {}
     for name, rows in grouped.items():
         rows.sort(key=lambda row: os.fsencode(files[row]))
-        for one, other in pairwise(rows):
-            if files[one] == files[other]:
-                raise _duplicate(archives[places[one, 0]], archives[places[other, 0]], f"{name}/{files[one]}")
-        members[name] = ClassMembers(files=tuple(files[row] for row in rows), places=places[rows])
+        for row, next_row in pairwise(rows):
+            if files[row] == files[next_row]:
+                paths = dict.fromkeys(str(archives[locations[index, 0]].path) for index in (row, next_row))
+                raise DataError(
+                    f"hold{'s' if len(paths) == 1 else ''} two images of the id {name}/{files[row]}",
+                    where=" and ".join(paths),
+                    hint="Remove or rename one of them: an id is a class and a file name without folders.",
+                )
+        members[name] = ClassMembers(files=tuple(files[row] for row in rows), locations=locations[rows])
     return Listing(
-        files={name: found.files for name, found in members.items()},
+        files={name: of_class.files for name, of_class in members.items()},
         source=TarSource(root=root, archives=archives, classes=members),
-        passed_over=sum(part.passed_over for part in parts),
-    )
-
-
-def _check_unchanged(archive: Archive, status: os.stat_result) -> None:
-    if (status.st_size, status.st_mtime_ns) != (archive.size, archive.mtime_ns):
-        raise OSError("the archive changed after its images were listed; start again")
-
-
-def _duplicate(one: Archive, other: Archive, image_id: str) -> DataError:
-    where = str(one.path) if one == other else f"{one.path} and {other.path}"
-    return DataError(
-        f"hold{'s' if one == other else ''} two images of the id {image_id}",
-        where=where,
-        hint="Remove or rename one of them: an id is a class and a file name without folders.",
+        passed_over=sum(index.passed_over for index in indexes),
     )
 
 
@@ -157,17 +146,18 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
     b"\x04\x22\x4d\x18": ("lz4", "unlz4 -k"),
 }
-# What Python's tarfile was seen or is known to raise on headers that no tar program writes.
+# What Python's tarfile is known to raise on headers that no tar program writes.
 _DAMAGE = (tarfile.TarError, ValueError, OverflowError, LookupError, RecursionError, EOFError)
 
 
 class TarMember(NamedTuple):
-    """One entry of an archive that is no folder.
+    """One entry of an archive that is not a folder.
 
-    name:    as the archive has it, folders and all; only ever shown and compared
-    offset:  of its bytes in the file on disk, also where the archive itself is a member of another
-    size:    bytes
-    is_file: False for links, devices and pipes, which have no bytes of their own
+    Attributes:
+        name: As the archive has it, with folders. It is only shown and compared, never used as a path.
+        offset: Of its bytes in the file on disk, also where the archive itself is a member of another.
+        size: Bytes.
+        is_file: False for links, devices and pipes, which have no bytes of their own.
     """
 
     name: str
@@ -177,33 +167,42 @@ class TarMember(NamedTuple):
 
     @property
     def file(self) -> str:
-        """Give the name without its folders."""
+        """The name without its folders."""
         return self.name.rpartition("/")[2]
 
 
 class _HeaderFile(io.FileIO):
-    """The archive's file, which gives headers but not whole members."""
+    """The archive's file, from which headers can be read but not large members."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= _LONGEST_HEADER:
             raise tarfile.ReadError(f"a header of {size} bytes")
         return super().read(size) or b""
 
+    def read_at(self, offset: int, end: int, most: int) -> bytes:
+        """Read up to `most` bytes from `offset`, none from `end` on."""
+        self.seek(offset)
+        return self.read(max(0, min(most, end - offset)))
+
 
 def read_members(path: Path, *, within: TarMember | None = None) -> list[TarMember]:
-    """Give every entry of an uncompressed tar archive but its folders, in order, from its headers.
+    """Return every entry of an uncompressed tar archive except its folders, in order, from its headers.
 
-    within: the member of the file at `path` that is the archive; None for the whole file
-    Raises DataError for compressed, damaged and truncated archives, and for ones that go on after their end: whoever
-    stops at the first odd header has fewer images and does not know it.
+    Args:
+        path: The file.
+        within: The member of the file that is the archive; None where the file itself is.
+
+    Raises:
+        DataError: The archive is compressed, damaged or truncated, or goes on after its end. Stopping at the first odd
+            header would lose images silently.
     """
     where = f"{path}: {within.name}" if within else str(path)
     try:
         with _HeaderFile(path) as file:
             start = within.offset if within else 0
             end = start + within.size if within else os.fstat(file.fileno()).st_size
-            _check_kind(file, start, end, where)
-            members, closing = _walk(file, start, end, where)
+            _check_kind(file.read_at(start, end, _BLOCK), where)
+            members, closing = _read_headers(file, start, end, where)
             _check_end(file, closing, end, where)
     except OSError as error:
         raise DataError(
@@ -212,76 +211,70 @@ def read_members(path: Path, *, within: TarMember | None = None) -> list[TarMemb
     return members
 
 
-def _walk(file: _HeaderFile, start: int, end: int, where: str) -> tuple[list[TarMember], int]:
-    """Give the members and the place at which their headers end."""
+def _read_headers(file: _HeaderFile, start: int, end: int, where: str) -> tuple[list[TarMember], int]:
+    """Return the members and the offset at which their headers end."""
     members: list[TarMember] = []
     file.seek(start)
     try:
         with tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape") as archive:
             while (header := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header, a kilobyte each
-                if header.offset >= end:  # it is the outer archive's: this one was never closed
+                if header.offset >= end:  # it belongs to the outer archive: this one was never closed
                     return members, header.offset
                 if header.size < 0 or archive.offset > end or archive.offset <= header.offset:
-                    raise _cut_short(where, f"member {header.name} reaches beyond its end at byte {end - start:,}")
+                    raise _damage(where, f"member {header.name} reaches beyond its end at byte {end - start:,}")
                 if header.issparse():
-                    raise _sparse(where, header.name)
+                    raise DataError(
+                        f"member {header.name} is stored with its zeros left out",
+                        where=where,
+                        hint="Write the archive without tar's --sparse; images are read in place.",
+                    )
                 if not header.isdir():
                     size = header.size if header.isreg() else 0
                     members.append(TarMember(header.name, header.offset_data, size, header.isreg()))
             return members, archive.offset
     except _DAMAGE as error:
         last = f"after member {members[-1].name}" if members else "at its beginning"
-        raise _cut_short(where, f"{error or type(error).__name__} ({last})") from error
+        raise _damage(where, f"{error or type(error).__name__} ({last})") from error
 
 
-def _check_kind(file: _HeaderFile, start: int, end: int, where: str) -> None:
-    head = os.pread(file.fileno(), min(_BLOCK, max(0, end - start)), start)
+def _check_kind(head: bytes, where: str) -> None:
     if not head:
-        raise DataError("is empty: no tar archive is", where=where, hint="Download or write it again.")
+        raise DataError("is empty, so it is not a tar archive", where=where, hint="Download or write it again.")
     for magic, (name, command) in _COMPRESSED.items():
         if head.startswith(magic):
             raise DataError(
-                f"is compressed by {name}; images are read in place, which takes a plain tar",
+                f"is compressed by {name}; images are read in place, which needs a plain tar",
                 where=where,
-                hint=f"Decompress it once, such as by `{command}`, and leave the plain tar in its place.",
+                hint=f"Decompress it once, for example by `{command}`, and keep the plain tar in its place.",
             )
 
 
 def _check_end(file: _HeaderFile, offset: int, end: int, where: str) -> None:
-    """Be sure that the headers ended because the archive does: by a block of zeros, and nothing but zeros after it."""
-    room = end - offset
-    block = os.pread(file.fileno(), min(_BLOCK, max(0, room)), offset)
+    """Check that the headers ended because the archive does: with a block of zeros and only zeros after it."""
+    block = file.read_at(offset, end, _BLOCK)
     if any(block):
-        raise _cut_short(where, f"there is no tar header at byte {offset:,} of {file.name!s}")
+        raise _damage(where, f"there is no tar header at byte {offset:,} of {file.name!s}")
     if len(block) < _BLOCK:
-        raise _cut_short(where, "it ends without the zeros that close an archive")
-    at = offset + _BLOCK
-    while at < end:
-        rest = os.pread(file.fileno(), min(_CHUNK, end - at), at)
-        if any(rest):
+        raise _damage(where, "it ends without the zeros that close an archive")
+    position = offset + _BLOCK
+    while position < end:
+        chunk = file.read_at(position, end, _CHUNK)
+        if any(chunk):
             raise DataError(
                 f"goes on after its end at byte {offset:,}",
                 where=where,
                 hint="Part of it was overwritten by zeros, or several archives were joined; "
                 "write it again, or keep each in a file of its own.",
             )
-        if not rest:
-            raise _cut_short(where, "it became shorter while it was read")
-        at += len(rest)
+        if not chunk:
+            raise _damage(where, "it became shorter while it was read")
+        position += len(chunk)
 
 
-def _cut_short(where: str, why: str) -> DataError:
+def _damage(where: str, why: str) -> DataError:
     return DataError(
-        f"is no tar archive, or a damaged or truncated one: {why}",
+        f"is not a tar archive, or is damaged or truncated: {why}",
         where=where,
         hint="Compare its size and checksum with the original's, and copy or download it again.",
-    )
-
-
-def _sparse(where: str, name: str) -> DataError:
-    return DataError(
-        f"member {name} is stored with its zeros left out",
-        where=where,
-        hint="Write the archive without tar's --sparse; images are read in place.",
     )

@@ -15,9 +15,11 @@ from msn_eval.data.imagenet_subsets import read_publication
 from msn_eval.data.images import ImageSet
 from msn_eval.errors import DataError
 
+_IMAGENET_TRAIN_IMAGES = 1_281_167
+
 
 @dataclass(frozen=True, kw_only=True)
-class Sized:
+class ImageSize:
     """An image and its size in pixels."""
 
     image: str
@@ -26,8 +28,8 @@ class Sized:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unreadable:
-    """An image that cannot be used, where it stands, and why."""
+class UnreadableImage:
+    """An image that cannot be used, where it is, and why."""
 
     image: str
     place: str
@@ -38,199 +40,75 @@ class Unreadable:
 class SplitCheck:
     """What was found in one split.
 
-    class_sizes:    images of each class, in the order of the class map; 0 for a class of the other split alone
-    kinds:          how many images are of each format and mode, the most first
-    turned:         images whose EXIF orientation is not 1, which the evaluation ignores
-    smallest:       the image of fewest pixels, and `largest` that of most; the first of several
-    duplicates:     images whose bytes another image of the split has before them
-    look_alikes:    ids, or classes, that differ only by case or by Unicode normalisation
-    content_sha256: as records show it; None where an image could not be read
-    digests:        SHA-256 of each image that could be read
+    Attributes:
+        images: Number of images.
+        class_sizes: Images per class, in the order of the class map; 0 for a class that only the other split has.
+        passed_over: Files that were not taken for images.
+        kinds: Number of images per format and mode, the most frequent first.
+        turned: Images whose EXIF orientation is not 1, which the evaluation ignores.
+        damaged_exif: Images whose EXIF block cannot be read in full.
+        smallest: The image with the fewest pixels, and `largest` the one with the most; the first of several.
+        unreadable: Images that cannot be used.
+        duplicates: Images whose bytes an earlier image of the split has.
+        look_alikes: Ids, or classes, that differ only by case or by Unicode normalisation.
+        content_sha256: As in records; None where an image could not be read.
+        digests: SHA-256 of each image that could be read.
     """
 
-    split: str
     images: int
     class_sizes: Mapping[str, int]
     passed_over: int
     kinds: Mapping[str, int]
     turned: int
     damaged_exif: int
-    smallest: Sized | None
-    largest: Sized | None
-    unreadable: tuple[Unreadable, ...]
+    smallest: ImageSize | None
+    largest: ImageSize | None
+    unreadable: tuple[UnreadableImage, ...]
     duplicates: int
     look_alikes: tuple[tuple[str, ...], ...]
     content_sha256: str | None
     digests: Mapping[str, bytes]
 
 
-def check_split(split: str, images: ImageSet, facts: Iterable[ImageInfo]) -> SplitCheck:
-    """Put together what was found out about each image, in the order of the set."""
-    kinds: Counter[str] = Counter()
-    turned = damaged_exif = 0
-    smallest: Sized | None = None
-    largest: Sized | None = None
-    unreadable: list[Unreadable] = []
-    digests: dict[str, bytes] = {}
-    for image_id, fact in zip(images.ids, facts, strict=True):
-        if fact.digest is not None:
-            digests[image_id] = fact.digest
-        if fact.problem:
-            place = images.source.place(image_id)
-            unreadable.append(Unreadable(image=image_id, place=place, reason=fact.problem))
-        if fact.kind:
-            kinds[fact.kind] += 1
-        turned += fact.orientation != 1
-        damaged_exif += fact.damaged_exif
-        if fact.size is not None:
-            this = Sized(image=image_id, width=fact.size[0], height=fact.size[1])
-            smallest = this if smallest is None or _pixels(this) < _pixels(smallest) else smallest
-            largest = this if largest is None or _pixels(this) > _pixels(largest) else largest
-    class_counts = Counter(images.labels)
-    whole = len(digests) == len(images)
-    return SplitCheck(
-        split=split,
-        images=len(images),
-        class_sizes={name: class_counts[label] for label, name in enumerate(images.classes)},
-        passed_over=images.passed_over,
-        kinds=dict(sorted(kinds.items(), key=lambda entry: (-entry[1], entry[0]))),
-        turned=turned,
-        damaged_exif=damaged_exif,
-        smallest=smallest,
-        largest=largest,
-        unreadable=tuple(unreadable),
-        duplicates=len(digests) - len(set(digests.values())),
-        look_alikes=(*look_alikes(images.classes), *look_alikes(images.ids)),
-        content_sha256=content_sha256(images.ids, {key: value.hex() for key, value in digests.items()})
-        if whole
-        else None,
-        digests=digests,
-    )
-
-
-def _pixels(image: Sized) -> int:
-    return image.width * image.height
-
-
-def look_alikes(names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Group the names that some file systems would hold for one: equal but for case or Unicode normalisation."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        groups[unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())].append(name)
-    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
-
-
-# As sha256sum writes it: a backslash first where the name has some of its own, or line ends, spelled out.
-_MANIFEST_LINE = re.compile(rb"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)
-_ESCAPES = {b"\\": b"\\\\", b"\n": b"\\n", b"\r": b"\\r"}
-
-
 @dataclass(frozen=True, kw_only=True)
 class ManifestCheck:
-    """How a data set differs from a manifest, by `split/CLASS/FILE`; images that could not be read are told elsewhere."""
+    """How a data set differs from a manifest, by `split/CLASS/FILE`. Unreadable images are reported elsewhere."""
 
     listed: int
     changed: tuple[str, ...]
     missing: tuple[str, ...]
     extra: tuple[str, ...]
 
-    @property
-    def agrees(self) -> bool:
-        return not (self.changed or self.missing or self.extra)
-
-
-def write_manifest(splits: Iterable[SplitCheck]) -> bytes:
-    """Give the manifest of a data set: a line `HASH  split/CLASS/FILE` an image, as sha256sum writes it."""
-    return b"".join(
-        _manifest_line(digest.hex(), f"{split.split}/{image_id}")
-        for split in splits
-        for image_id, digest in split.digests.items()
-    )
-
-
-def _manifest_line(digest: str, name: str) -> bytes:
-    plain = os.fsencode(name)
-    escaped = re.sub(rb"[\\\n\r]", lambda found: _ESCAPES[found.group()], plain)
-    return (b"\\" if escaped != plain else b"") + f"{digest}  ".encode() + escaped + b"\n"
-
-
-def read_manifest(path: Path) -> dict[str, str]:
-    """Read the SHA-256 of each `split/CLASS/FILE` from a file that sha256sum or `write_manifest` wrote.
-
-    Raises DataError naming the first line that is none of it, and a name that stands there twice.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"cannot be read: {error.strerror or error}",
-            where=str(path),
-            hint="Give --manifest a file of SHA-256 lines.",
-        ) from error
-    found: dict[str, str] = {}
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        line = line.removesuffix(b"\r")
-        if not line:
-            continue
-        match = _MANIFEST_LINE.fullmatch(line)
-        if match is None:
-            raise DataError(
-                f"line {number} is no SHA-256 with a name: {os.fsdecode(line[:80])}",
-                where=str(path),
-                hint="Each line is `HASH  split/CLASS/FILE`, as `sha256sum` in the data folder writes them.",
-            )
-        escaped, digest, raw = match.groups()
-        plain = re.sub(rb"\\([\\nr])", _unescape, raw) if escaped else raw
-        name = os.fsdecode(plain).removeprefix("./")
-        if name in found:
-            raise DataError(f"line {number} names {name} again", where=str(path), hint="Keep one of the lines.")
-        found[name] = digest.decode().lower()
-    return found
-
-
-def _unescape(found: re.Match[bytes]) -> bytes:
-    return {b"\\": b"\\", b"n": b"\n", b"r": b"\r"}[found.group(1)]
-
-
-def compare_manifest(manifest: Mapping[str, str], splits: Iterable[SplitCheck]) -> ManifestCheck:
-    """Say which images are not those that a manifest lists."""
-    changed: list[str] = []
-    extra: list[str] = []
-    there: set[str] = set()
-    for split in splits:
-        there |= {f"{split.split}/{entry.image}" for entry in split.unreadable}
-        for image_id, digest in split.digests.items():
-            name = f"{split.split}/{image_id}"
-            there.add(name)
-            if name not in manifest:
-                extra.append(name)
-            elif manifest[name] != digest.hex():
-                changed.append(name)
-    missing = sorted(manifest.keys() - there, key=os.fsencode)
-    return ManifestCheck(listed=len(manifest), changed=tuple(changed), missing=tuple(missing), extra=tuple(extra))
-
-
-_IMAGENET_TRAIN_IMAGES = 1_281_167
-
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetCheck:
     """What was found in a data set.
 
-    shared:      a validation image and the first training image of the same bytes, for each validation image that has one
-    warnings:    how the counts differ from those of the known data set that has these classes
+    Attributes:
+        name: Of the data set.
+        splits: The check of `train` and of `val`.
+        shared: Each validation image whose bytes a training image has too, with the first such image.
+        class_map_sha256: Hash of the class map.
+        warnings: How the counts differ from those of the known data set that has these classes.
+        manifest: The differences from a manifest, None without one.
     """
 
     name: str
-    splits: tuple[SplitCheck, ...]
+    splits: Mapping[str, SplitCheck]
     shared: tuple[tuple[str, str], ...]
     class_map_sha256: str
     warnings: tuple[str, ...]
     manifest: ManifestCheck | None = None
 
     @property
-    def sound(self) -> bool:
-        return not any(split.unreadable for split in self.splits) and (self.manifest is None or self.manifest.agrees)
+    def unreadable(self) -> int:
+        """Number of images that cannot be used."""
+        return sum(len(split.unreadable) for split in self.splits.values())
+
+    @property
+    def matches_manifest(self) -> bool:
+        differences = self.manifest and (self.manifest.changed or self.manifest.missing or self.manifest.extra)
+        return not differences
 
 
 def check_dataset(
@@ -242,44 +120,167 @@ def check_dataset(
 ) -> DatasetCheck:
     """Read and decode every image of both splits.
 
-    workers:  processes; 0 does it here, None as many as there are cores
-    manifest: SHA-256 of each `split/CLASS/FILE` that is expected
-    Raises ResourceError where a process dies or hangs, naming the images that it was at.
+    Args:
+        data: The data set.
+        workers: Processes; 0 decodes in this one, None uses as many as there are cores.
+        manifest: Expected SHA-256 of each `split/CLASS/FILE`.
+        on_progress: Called with the split, the images done and the images in all.
+
+    Raises:
+        ResourceError: A process died or hangs.
     """
-    splits = tuple(
-        check_split(name, images, inspect_images(name, images, workers=workers, on_progress=on_progress))
-        for name, images in (("train", data.train), ("val", data.val))
-    )
-    train, val = splits
-    hashed = class_map_sha256(data.classes)
+    splits = {
+        split: check_split(images, inspect_images(split, images, workers=workers, on_progress=on_progress))
+        for split, images in (("train", data.train), ("val", data.val))
+    }
+    val = splits["val"].digests
+    val_digests = set(val.values())
+    first: dict[bytes, str] = {}
+    for image_id, digest in splits["train"].digests.items():
+        if digest in val_digests:
+            first.setdefault(digest, image_id)
     return DatasetCheck(
         name=data.name,
         splits=splits,
-        shared=shared_images(train.digests, val.digests),
-        class_map_sha256=hashed,
-        warnings=tuple(_count_warnings(hashed, train_images=train.images, val_images=val.images)),
+        shared=tuple((image_id, first[digest]) for image_id, digest in val.items() if digest in first),
+        class_map_sha256=class_map_sha256(data.classes),
+        warnings=tuple(_count_warnings(data)),
         manifest=None if manifest is None else compare_manifest(manifest, splits),
     )
 
 
-def shared_images(train: Mapping[str, bytes], val: Mapping[str, bytes]) -> tuple[tuple[str, str], ...]:
-    """Give each validation image whose bytes a training image has too, with the first such image."""
-    wanted = set(val.values())
-    first: dict[bytes, str] = {}
-    for image_id, digest in train.items():
-        if digest in wanted:
-            first.setdefault(digest, image_id)
-    return tuple((image_id, first[digest]) for image_id, digest in val.items() if digest in first)
+def check_split(images: ImageSet, infos: Iterable[ImageInfo]) -> SplitCheck:
+    """Summarise what is known of each image, in the order of the set."""
+    kinds: Counter[str] = Counter()
+    turned = damaged_exif = 0
+    smallest: ImageSize | None = None
+    largest: ImageSize | None = None
+    unreadable: list[UnreadableImage] = []
+    digests: dict[str, bytes] = {}
+    for image_id, info in zip(images.ids, infos, strict=True):
+        if info.digest is not None:
+            digests[image_id] = info.digest
+        if info.problem:
+            place = images.source.place(image_id)
+            unreadable.append(UnreadableImage(image=image_id, place=place, reason=info.problem))
+        if info.kind:
+            kinds[info.kind] += 1
+        turned += info.orientation != 1
+        damaged_exif += info.damaged_exif
+        if info.size is not None:
+            size = ImageSize(image=image_id, width=info.size[0], height=info.size[1])
+            pixels = size.width * size.height
+            smallest = size if smallest is None or pixels < smallest.width * smallest.height else smallest
+            largest = size if largest is None or pixels > largest.width * largest.height else largest
+    complete = len(digests) == len(images)
+    class_sizes = Counter(images.labels)
+    return SplitCheck(
+        images=len(images),
+        class_sizes={name: class_sizes[label] for label, name in enumerate(images.classes)},
+        passed_over=images.passed_over,
+        kinds=dict(sorted(kinds.items(), key=lambda entry: (-entry[1], entry[0]))),
+        turned=turned,
+        damaged_exif=damaged_exif,
+        smallest=smallest,
+        largest=largest,
+        unreadable=tuple(unreadable),
+        duplicates=len(digests) - len(set(digests.values())),
+        look_alikes=(*find_look_alikes(images.classes), *find_look_alikes(images.ids)),
+        content_sha256=content_sha256(images.ids, {name: digest.hex() for name, digest in digests.items()})
+        if complete
+        else None,
+        digests=digests,
+    )
 
 
-def _count_warnings(hashed: str, *, train_images: int, val_images: int) -> Iterator[str]:
-    """Say how the counts differ from those of the data set that has these classes, where it is a known one."""
-    known = read_publication()
-    if hashed != known.class_map_sha256:
-        return
-    for split, found, expected in (
-        ("train", train_images, _IMAGENET_TRAIN_IMAGES),
-        ("val", val_images, known.val_images),
-    ):
-        if found != expected:
-            yield f"these are ImageNet's classes, but {split} has {found:,} images instead of {expected:,}"
+def find_look_alikes(names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Group the names that some file systems treat as equal: they differ only by case or Unicode normalisation."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())].append(name)
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+def _count_warnings(data: DataSet) -> Iterator[str]:
+    publication = read_publication()
+    if class_map_sha256(data.classes) == publication.class_map_sha256:
+        expected = {"train": _IMAGENET_TRAIN_IMAGES, "val": publication.val_images}
+        for split, images in (("train", data.train), ("val", data.val)):
+            if len(images) != expected[split]:
+                yield (
+                    f"these are ImageNet's classes, but {split} has {len(images):,} images "
+                    f"instead of {expected[split]:,}"
+                )
+
+
+# As sha256sum writes it: a backslash first where the name has backslashes or line ends, which are then escaped.
+_MANIFEST_LINE = re.compile(rb"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)
+_ESCAPES = {b"\\": b"\\\\", b"\n": b"\\n", b"\r": b"\\r"}
+_UNESCAPES = {escaped: plain for plain, escaped in _ESCAPES.items()}
+
+
+def write_manifest(splits: Mapping[str, SplitCheck]) -> bytes:
+    """Return the manifest of a data set: one line `HASH  split/CLASS/FILE` per image, as sha256sum writes it."""
+    lines = []
+    for name, digest in _hash_by_name(splits).items():
+        plain = os.fsencode(name)
+        escaped = re.sub(rb"[\\\n\r]", lambda match: _ESCAPES[match.group()], plain)
+        lines.append((b"\\" if escaped != plain else b"") + f"{digest}  ".encode() + escaped + b"\n")
+    return b"".join(lines)
+
+
+def read_manifest(path: Path) -> dict[str, str]:
+    """Read the SHA-256 of each `split/CLASS/FILE` from a file that sha256sum or `write_manifest` wrote.
+
+    Raises:
+        DataError: The file cannot be read, has a line of another form, or names an image twice.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"cannot be read: {error.strerror or error}",
+            where=str(path),
+            hint="Give --manifest a file of SHA-256 lines.",
+        ) from error
+    manifest: dict[str, str] = {}
+    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        line = raw.removesuffix(b"\r")
+        if not line:
+            continue
+        match = _MANIFEST_LINE.fullmatch(line)
+        if match is None:
+            raise DataError(
+                f"line {number} is not a SHA-256 with a name: {os.fsdecode(line[:80])}",
+                where=str(path),
+                hint="Each line is `HASH  split/CLASS/FILE`, as `sha256sum` in the data folder writes it.",
+            )
+        is_escaped, digest, name = match.groups()
+        if is_escaped:
+            name = re.sub(rb"\\[\\nr]", lambda match: _UNESCAPES[match.group()], name)
+        name = os.fsdecode(name).removeprefix("./")
+        if name in manifest:
+            raise DataError(f"line {number} names {name} again", where=str(path), hint="Keep one of the lines.")
+        manifest[name] = digest.decode().lower()
+    return manifest
+
+
+def compare_manifest(manifest: Mapping[str, str], splits: Mapping[str, SplitCheck]) -> ManifestCheck:
+    """Return the differences of a data set from a manifest."""
+    hashes = _hash_by_name(splits)
+    unreadable = {f"{split}/{image.image}" for split, check in splits.items() for image in check.unreadable}
+    missing = sorted(manifest.keys() - hashes.keys() - unreadable, key=os.fsencode)
+    return ManifestCheck(
+        listed=len(manifest),
+        changed=tuple(name for name, digest in hashes.items() if manifest.get(name, digest) != digest),
+        missing=tuple(missing),
+        extra=tuple(name for name in hashes if name not in manifest),
+    )
+
+
+def _hash_by_name(splits: Mapping[str, SplitCheck]) -> dict[str, str]:
+    return {
+        f"{split}/{image_id}": digest.hex()
+        for split, check in splits.items()
+        for image_id, digest in check.digests.items()
+    }

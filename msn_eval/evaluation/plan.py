@@ -15,7 +15,7 @@ import torch
 from msn_eval.checkpoints.checkpoint import check_checkpoint_names
 from msn_eval.config.recipes import Params
 from msn_eval.config.request import DECODERS, EvaluationConfig
-from msn_eval.data import DATASETS, read_dataset
+from msn_eval.data import list_datasets, read_dataset
 from msn_eval.data.dataset import DataSet, class_map_sha256
 from msn_eval.data.decoders import check_decoder
 from msn_eval.data.hashing import content_sha256, hash_images
@@ -185,7 +185,7 @@ def _read_data(request: EvaluationConfig, cache_dir: Path | None) -> DataSet:
 def _data_name(request: EvaluationConfig) -> str:
     name = request.data or os.environ.get(DATA_VARIABLE)
     if not name:
-        choices = "; ".join(f"{name}: {what}" for name, what in DATASETS.items())
+        choices = "; ".join(f"{name}: {what}" for name, what in list_datasets().items())
         raise UsageError("no data set given", hint=f"Pass --data or set ${DATA_VARIABLE}. Choices: {choices}.")
     return name
 

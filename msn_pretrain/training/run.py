@@ -19,7 +19,7 @@ from torch import nn
 from msn_eval.checkpoints.checkpoint import weights_sha256
 from msn_eval.checkpoints.run_folder import CHECKPOINTS, CONFIG, newest_snapshot, read_manifest
 from msn_eval.config.request import EvaluationConfig
-from msn_eval.data import DATASETS, read_split
+from msn_eval.data import list_datasets, read_split
 from msn_eval.data.images import ImageSet
 from msn_eval.distributed.group import Group as Ranks
 from msn_eval.distributed.group import broadcast_from_rank0
@@ -141,7 +141,7 @@ def makes_views_on_device(recipe: Recipe, device: torch.device) -> bool:
 def training_images(recipe: Recipe) -> ImageSet:
     """Read the training images of a recipe. Raises UsageError if it names none, DataError if they cannot be read."""
     if not recipe.data.root:
-        choices = "; ".join(f"{name}: {what}" for name, what in DATASETS.items())
+        choices = "; ".join(f"{name}: {what}" for name, what in list_datasets().items())
         raise UsageError("data.root is missing", hint=f"Add data.root=X, where X is one of\n{choices}")
     cache_dir = cache_folder(EvaluationConfig())
     prepare_folder(cache_dir, option="cache")

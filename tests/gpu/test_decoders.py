@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from msn_eval.data.decoders import check_decoder, decode_on_device, decode_pixels, undecoded
+from msn_eval.data.decoders import check_decoder, decode_on_device, decode_pixels, prepare_for_device
 from msn_eval.data.images import BadImageError, eval_transform
 
 pytestmark = [
@@ -21,7 +21,7 @@ TRANSFORM = eval_transform(224)
 
 
 def jpeg(width: int, height: int, **options: object) -> bytes:
-    """Give a picture of waves, which no decoder's smoothing changes much."""
+    """Return a picture of waves, which no decoder's smoothing changes much."""
     y, x = np.mgrid[:height, :width]
     waves = np.stack([np.sin(x / 29 + y / 47), np.cos(x / 35), np.sin(y / 27 - x / 53)], axis=2)
     file = io.BytesIO()
@@ -41,7 +41,7 @@ def test_this_device_decodes_jpegs() -> None:
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (640, 427), (64, 64)], ids=str)
 def test_pixels_of_the_gpu_are_nearly_pillows(size: tuple[int, int], options: dict[str, object]) -> None:
     content = jpeg(*size, **options)
-    assert undecoded(content, TRANSFORM) == content
+    assert prepare_for_device(content, TRANSFORM) == content
     pixels, failures = decode_on_device([content], TRANSFORM, DEVICE)
     gaps = differences(pixels[0], decode_pixels(content, TRANSFORM, "pillow"))
     assert (pixels.device.type, failures) == ("cuda", {})
@@ -52,7 +52,7 @@ def test_pixels_of_the_gpu_are_nearly_pillows(size: tuple[int, int], options: di
 def test_large_batch_keeps_its_order() -> None:
     files = [jpeg(300 + row, 260, quality=50 + row // 2) for row in range(90)]
     batch = [
-        undecoded(file, TRANSFORM) if row % 3 else decode_pixels(file, TRANSFORM, "pillow")
+        prepare_for_device(file, TRANSFORM) if row % 3 else decode_pixels(file, TRANSFORM, "pillow")
         for row, file in enumerate(files)
     ]
     pixels, failures = decode_on_device(batch, TRANSFORM, DEVICE)
@@ -61,7 +61,7 @@ def test_large_batch_keeps_its_order() -> None:
     assert differences(pixels, theirs).mean(axis=(1, 2, 3)).max() <= 1
 
 
-def test_file_that_nobody_can_decode_is_named_and_spoils_no_other() -> None:
+def test_file_that_nobody_can_decode_is_named_and_affects_no_other() -> None:
     good = jpeg(500, 375)
     bad = good.replace(b"\xff\xdb", b"\xff\xfe")
     pixels, failures = decode_on_device([good, bad, good], TRANSFORM, DEVICE)
@@ -75,4 +75,4 @@ def test_file_cut_anywhere_gives_no_pixels() -> None:
     content = jpeg(500, 375)
     for cut in random.Random(3).sample(range(len(content)), 50):
         with pytest.raises(BadImageError):
-            undecoded(content[:cut], TRANSFORM)
+            prepare_for_device(content[:cut], TRANSFORM)

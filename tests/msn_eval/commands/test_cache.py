@@ -29,7 +29,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_bank(cache: Path) -> BankMaker:
-    """Give a function that fills a bank of some rows, of 256 values each, and lets it lie unused for some days."""
+    """Return a function that fills a bank of some rows, of 256 values each, last used some days ago."""
 
     def make(name: str = "vit.pth", *, rows: int = 4, unused_days: float = 0.0) -> Bank:
         key = FeatureKey(
@@ -63,7 +63,7 @@ def size_of(folder: Path) -> int:
 
 
 def ran(capsys: Capture, *words: str | Path, code: int = 0) -> str:
-    """Give what a command prints that ends with that code."""
+    """Return what a command prints that ends with that code."""
     found = main(["cache", *map(str, words)])
     printed = capsys.readouterr()
     assert (found, printed.err if code == 0 else "") == (code, "")
@@ -104,7 +104,7 @@ def test_list_begins_with_the_one_used_last(cache: Path, make_bank: BankMaker, c
     ("seconds", "age"),
     [(1, "1 seconds"), (119, "119 seconds"), (121, "2 minutes"), (7201, "2 hours"), (-9999, "0 seconds")],
 )
-def test_age_is_told_in_the_largest_unit_of_which_there_are_two(
+def test_age_is_printed_in_the_largest_unit_with_two_or_more(
     cache: Path, make_bank: BankMaker, capsys: Capture, monkeypatch: pytest.MonkeyPatch, seconds: int, age: str
 ) -> None:
     make_bank()
@@ -113,7 +113,7 @@ def test_age_is_told_in_the_largest_unit_of_which_there_are_two(
     assert f"used {age} ago" in ran(capsys, "list", "--cache", cache)
 
 
-def test_list_counts_the_memories_of_data_sets(cache: Path, capsys: Capture) -> None:
+def test_list_counts_the_caches_of_data_sets(cache: Path, capsys: Capture) -> None:
     (cache / "hashes").mkdir()
     (cache / "hashes" / "a.json").write_bytes(bytes(1500))
     (cache / "hashes" / "b.json").write_bytes(bytes(1500))
@@ -159,7 +159,7 @@ def test_hostile_key_is_printed_harmlessly(cache: Path, make_bank: BankMaker, ca
         assert (len(lines), RAW.findall("".join(lines)), max(map(len, lines)) < 1000) == (2, [], True)
 
 
-def test_file_that_vanishes_while_it_is_listed_is_no_error(
+def test_file_that_vanishes_while_it_is_listed_is_not_an_error(
     cache: Path, make_bank: BankMaker, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bank = make_bank()
@@ -178,7 +178,7 @@ def test_file_that_vanishes_while_it_is_listed_is_no_error(
 # verify
 
 
-def test_sound_cache_is_verified(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+def test_undamaged_cache_is_verified(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
     bank = make_bank()
     assert ran(capsys, "verify", "--cache", cache).splitlines() == [
         f"{bank.digest[:12]}       1 shards  no damage  vit.pth",
@@ -195,15 +195,10 @@ def test_flipped_bit_is_found_and_moved_away(cache: Path, make_bank: BankMaker, 
     assert sorted(path.suffix for path in (bank.folder / "quarantine").iterdir()) == [".json", ".safetensors"]
 
 
-def test_cache_is_sound_after_damage_was_found(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+def test_damaged_rows_are_reported_once_and_listed_no_more(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
     flip(make_bank())
     ran(capsys, "verify", "--cache", cache, code=22)
     assert ran(capsys, "verify", "--cache", cache).splitlines()[-1] == "no damage"
-
-
-def test_damaged_rows_are_listed_no_more(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
-    flip(make_bank())
-    ran(capsys, "verify", "--cache", cache, code=22)
     assert " 0 rows " in ran(capsys, "list", "--cache", cache)
 
 
@@ -216,11 +211,11 @@ def test_damage_in_one_bank_does_not_hide_that_in_another(cache: Path, make_bank
 # prune
 
 
-def test_prune_needs_to_be_told_what(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+def test_prune_needs_a_choice(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
     bank = make_bank()
     said = ran(capsys, "prune", "--cache", cache, code=2)
     assert (said, bank.folder.is_dir()) == (
-        "UsageError: nothing said of what to remove\nPass --older-than DAYS, --max-bytes N or --all.\n",
+        "UsageError: it is not specified what to remove\nPass --older-than DAYS, --max-bytes N or --all.\n",
         True,
     )
 
@@ -290,8 +285,8 @@ def test_dry_run_says_what_would_go_and_keeps_it(cache: Path, make_bank: BankMak
 
 @pytest.mark.parametrize(
     ("text", "fits"),
-    [("12000", True), ("12k", True), ("12K", True), ("12 kB", True), ("0.012m", True), ("11.6KiB", True),
-     ("0.000012G", True), ("1T", True), ("5kib", False), ("11.4Ki", False), ("0", False), ("0.1k", False)],
+    [("12000", True), ("12k", True), ("12K", True), ("12 kB", True), ("0.012m", True),
+     ("0.000012G", True), ("1T", True), ("5kb", False), ("0", False), ("0.1k", False)],
 )  # fmt: skip
 def test_size_is_understood(cache: Path, make_bank: BankMaker, capsys: Capture, text: str, fits: bool) -> None:
     bank = make_bank(rows=8)
@@ -300,13 +295,11 @@ def test_size_is_understood(cache: Path, make_bank: BankMaker, capsys: Capture, 
     assert bank.folder.exists() == fits
 
 
-@pytest.mark.parametrize(
-    "text", ["", "k", "many", "-1", "5ib", "1e9", "5x", "5 5", "nan", "inf", "1.k", "9" * 400, "٣k"]
-)
+@pytest.mark.parametrize("text", ["", "k", "many", "-1", "5Ki", "1e9", "5 5", "nan", "1.k", "9" * 400, "٣k"])
 def test_no_size_is_a_usage_error(cache: Path, make_bank: BankMaker, capsys: Capture, text: str) -> None:
     bank = make_bank()
     said = ran(capsys, "prune", f"--max-bytes={text}", "--cache", cache, code=2)
-    assert (f"--max-bytes {text}: no size" in said, bank.folder.exists()) == (True, True)
+    assert (f"--max-bytes {text}: not a size" in said, bank.folder.exists()) == (True, True)
 
 
 @pytest.mark.parametrize("text", ["-1", "nan", "-inf"])
@@ -316,13 +309,12 @@ def test_no_age_is_a_usage_error(cache: Path, make_bank: BankMaker, capsys: Capt
     assert (f"--older-than {float(text)}: out of range" in said, bank.folder.exists()) == (True, True)
 
 
-@pytest.mark.parametrize("option", ["--all", "--dry-run", "--older-than=3", "--older-than=0", "--max-bytes=1G"])
 @pytest.mark.parametrize("action", ["list", "verify"])
-def test_option_of_prune_is_refused_elsewhere(cache: Path, capsys: Capture, action: str, option: str) -> None:
-    assert f"{option.partition('=')[0]} goes with prune alone" in ran(capsys, action, option, "--cache", cache, code=2)
+def test_option_of_prune_is_refused_elsewhere(cache: Path, capsys: Capture, action: str) -> None:
+    assert "unknown option --older-than" in ran(capsys, action, "--older-than=3", "--cache", cache, code=2)
 
 
-def test_strangers_in_the_cache_come_to_no_harm(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
+def test_unknown_files_in_the_cache_are_left_alone(cache: Path, make_bank: BankMaker, capsys: Capture) -> None:
     make_bank()
     for folder in (cache, cache / "features"):
         (folder / "notes").mkdir()
@@ -345,7 +337,7 @@ def test_bank_that_is_a_link_is_verified_and_never_pruned(
     before = sorted(elsewhere.iterdir())
     verified = ran(capsys, "verify", "--cache", cache)
     said = ran(capsys, "prune", "--all", "--cache", cache)
-    assert ("1 shards  no damage" in verified, "LEFT ALONE, it is a link to elsewhere" in said) == (True, True)
+    assert ("1 shards  no damage" in verified, "KEPT, it is a link to another folder" in said) == (True, True)
     assert (sorted(elsewhere.iterdir()), bank.folder.is_symlink()) == (before, True)
 
 

@@ -40,7 +40,7 @@ def test_settings_of_a_record_give_the_recipe_back(blocks: int | None) -> None:
     assert recipe_of(Finetune(recipe=recipe, seed=5).params) == recipe
 
 
-def test_what_is_none_is_no_number_of_the_protocol() -> None:
+def test_what_is_none_is_not_a_number_of_the_protocol() -> None:
     assert "blocks" not in FinetuneRecipe().settings
 
 
@@ -77,7 +77,7 @@ def test_fp16_is_refused() -> None:
 
 
 def test_hidden_patches_are_refused() -> None:
-    with pytest.raises(UsageError, match="--patch-drop: fine-tuning sees whole images"):
+    with pytest.raises(UsageError, match="--patch-drop: fine-tuning uses all patches"):
         EvaluationConfig(probe=["finetune"], patch_drop=0.7)
 
 

@@ -120,7 +120,7 @@ def test_a_file_without_a_key_is_refused_by_its_name(key: str) -> None:
     ("changed", "told"),
     [
         ({"optimization": {**RELEASED["optimization"], "ref_lr": 1}}, r"unknown key 'optimization\.ref_lr'"),
-        ({"criterion": {}}, "'criterion' is no section"),
+        ({"criterion": {}}, "'criterion' is not a section"),
     ],
 )
 def test_what_their_code_does_not_read_is_refused(changed: dict[str, Any], told: str) -> None:

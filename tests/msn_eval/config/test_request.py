@@ -23,18 +23,18 @@ from msn_eval.errors import UsageError
         ("device", "cuda:", "--device cuda:: not a device"),
         ("device", "cuda:-1", "--device cuda:-1: not a device"),
         ("device", "cpu\n", "not a device"),
-        ("lambda_", [0.1, 0.0], "--lambda 0.0: out of range\nGive a finite number above 0."),
+        ("lambda_", [0.1, 0.0], "--lambda 0.0: out of range\nGive a number above 0."),
         ("lambda_", [-1.0], "--lambda -1.0: out of range"),
         ("lambda_", [float("nan")], "--lambda nan: out of range"),
         ("lambda_", [float("inf")], "--lambda inf: out of range"),
         ("lambda_", ["0.1", "best"], "--lambda best: not a number\nGive a finite number above 0, or auto."),
-        ("patch_drop", 1.0, "--patch-drop 1.0: out of range\nGive a share from 0 up to 1."),
+        ("patch_drop", 1.0, "--patch-drop 1.0: out of range\nGive a number at least 0 and below 1."),
         ("temperature", [0.0], "--temperature 0.0: out of range"),
         ("temperature", [0.07, float("nan")], "--temperature nan: out of range"),
-        ("k", [10, 0], "--k 0: out of range\nGive a whole number of at least 1."),
+        ("k", [10, 0], "--k 0: out of range\nGive a number at least 1."),
         ("k", [-1], "--k -1: out of range"),
-        ("seed", -1, "--seed -1: out of range\nGive a whole number of at least 0."),
-        ("limit", 0, "--limit 0: out of range\nGive a whole number of at least 1."),
+        ("seed", -1, "--seed -1: out of range\nGive a number at least 0."),
+        ("limit", 0, "--limit 0: out of range\nGive a number at least 1."),
         ("image_pixels", 0, "--image-pixels 0: out of range"),
         ("batch_size", "0", "--batch-size 0: out of range\nGive `auto` or a whole number of at least 1."),
         ("batch_size", "-8", "--batch-size -8: out of range"),
@@ -110,7 +110,7 @@ def test_patches_are_not_dropped_from_augmented_images() -> None:
         EvaluationConfig(probe=["linear-augmented"], patch_drop=0.5)
 
 
-def test_a_tap_by_hand_beside_taps_to_choose_from_is_refused() -> None:
+def test_tap_option_beside_taps_to_choose_from_is_refused() -> None:
     recipe = LinearRecipe(taps=["mean", "cls"])
 
     with pytest.raises(UsageError) as caught:
@@ -121,5 +121,5 @@ def test_a_tap_by_hand_beside_taps_to_choose_from_is_refused() -> None:
 
 
 def test_fine_tuning_is_not_compiled() -> None:
-    with pytest.raises(UsageError, match="--compile: fine-tuning trains the network as it is"):
+    with pytest.raises(UsageError, match="--compile: fine-tuning trains the uncompiled network"):
         EvaluationConfig(probe=["logistic", "finetune"], compile=True)

@@ -23,6 +23,11 @@ class Recipe:
     tags: list[str] = field(default_factory=lambda: ["a", "b"])
 
 
+BOMB = b"a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + b"".join(
+    b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 9)) for n in range(1, 10)
+)
+
+
 def write_yaml(folder: Path, text: str) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
@@ -61,7 +66,7 @@ def test_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["learning_rate", "learning-rate"])
-def test_dash_stands_for_underscore(tmp_path: Path, key: str) -> None:
+def test_dash_replaces_underscore(tmp_path: Path, key: str) -> None:
     file = write_yaml(tmp_path, f"{key}: 0.5\n")
     assert read_config(Recipe, file=file) == read_config(Recipe, overrides=[f"{key}=0.5"]) == Recipe(learning_rate=0.5)
 
@@ -151,11 +156,13 @@ def test_value_of_the_wrong_type_names_file_key_and_type(tmp_path: Path, key: st
     assert wanted in caught.value.hint
 
 
-@pytest.mark.parametrize("value", ["${nowhere}", "${oc.env:NOT_SET_ANYWHERE}", "???"])
-def test_value_that_stands_for_nothing_is_a_usage_error_that_names_the_key(value: str) -> None:
-    """OmegaConf takes these for references and for a value still to come."""
-    with pytest.raises(UsageError, match="name: "):
-        read_config(Recipe, given={"name": value})
+@pytest.mark.parametrize("value", ["${name}", "${oc.env:HOME}", "a${b}", "???"])
+def test_reference_is_refused_with_its_key(tmp_path: Path, value: str) -> None:
+    """OmegaConf takes these for references and for a value that is still missing."""
+    file = write_yaml(tmp_path, f'name: "{value}"\n')
+    for layers in ({"given": {"name": value}}, {"overrides": [f'name="{value}"']}, {"file": file}):
+        with pytest.raises(UsageError, match=r"name: .* is not a value"):
+            read_config(Recipe, **layers)
 
 
 @pytest.mark.parametrize(
@@ -164,12 +171,14 @@ def test_value_that_stands_for_nothing_is_a_usage_error_that_names_the_key(value
         pytest.param(b"steps: [", "cannot be read as YAML", id="broken"),
         pytest.param(b"steps: 1\nsteps: 2\n", "found duplicate key steps", id="key twice"),
         pytest.param(b"\xff\xfe", "cannot be read as YAML", id="no UTF-8"),
-        pytest.param(b"- steps\n", "is no mapping of keys to values", id="list"),
+        pytest.param(b"- steps\n", "is not a mapping of keys to values", id="list"),
         pytest.param(b"steps: 1\n---\nsteps: 2\n", "cannot be read as YAML", id="two documents"),
-        pytest.param(b"tags: &x [*x]\n", "cannot be read as YAML", id="endless"),
+        pytest.param(b"tags: &x [*x]\n", "aliases (*name) are not supported", id="alias of itself"),
+        pytest.param(BOMB, "aliases (*name) are not supported", id="aliases that expand to gigabytes"),
+        pytest.param(b"[" * 5000, "cannot be read as YAML", id="nested too deeply"),
     ],
 )
-def test_file_that_is_no_mapping_is_a_usage_error_that_names_it(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_file_that_is_not_a_mapping_is_a_usage_error_that_names_it(tmp_path: Path, content: bytes, reason: str) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_bytes(content)
     with pytest.raises(UsageError) as caught:
@@ -203,8 +212,8 @@ def test_override_without_key_or_value_is_a_usage_error(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["name=a: b", "tags=[a", "name=!!python/object/apply:os.getcwd []"])
-def test_override_that_is_no_yaml_is_a_usage_error_that_shows_it(text: str) -> None:
-    with pytest.raises(UsageError, match="the value is no YAML") as caught:
+def test_override_that_is_not_yaml_is_a_usage_error_that_shows_it(text: str) -> None:
+    with pytest.raises(UsageError, match="the value is not valid YAML") as caught:
         read_config(Recipe, overrides=[text])
     assert text in str(caught.value)
 

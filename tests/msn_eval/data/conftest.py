@@ -28,7 +28,7 @@ def _picture(seed: int, kind: str) -> bytes:
 
 @pytest.fixture(scope="session")
 def stored_pictures() -> Pictures:
-    """Give the bytes of 9 train and 7 val pictures: split -> `WNID/FILE` -> bytes, with ImageNet's names.
+    """Return the bytes of 9 train and 7 val pictures: split -> `WNID/FILE` -> bytes, with ImageNet's names.
 
     Along their numbers the val pictures are of mixed classes, so that labels in a wrong order show. One is a PNG under a
     JPEG name, as in ImageNet.
@@ -46,7 +46,7 @@ def stored_pictures() -> Pictures:
 
 
 def tar_bytes(members: Iterable[tuple[str, bytes]], *, format: int = tarfile.GNU_FORMAT) -> bytes:
-    """Give an uncompressed tar of these files, in this order."""
+    """Return an uncompressed tar of these files, in this order."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w", format=format) as archive:
         for name, data in members:
@@ -58,7 +58,7 @@ def tar_bytes(members: Iterable[tuple[str, bytes]], *, format: int = tarfile.GNU
 
 @pytest.fixture(scope="session")
 def write_tar() -> TarWriter:
-    """Give a function that writes an uncompressed tar: `write_tar(path, [(name, bytes), ...], format=...)`."""
+    """Return a function that writes an uncompressed tar: `write_tar(path, [(name, bytes), ...], format=...)`."""
 
     def write(path: Path, members: Iterable[tuple[str, bytes]], *, format: int = tarfile.GNU_FORMAT) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def write_tar() -> TarWriter:
 
 @pytest.fixture(scope="session")
 def store_pictures(stored_pictures: Pictures) -> Store:
-    """Give a function that stores the pictures below a folder and gives the name to pass as `--data`.
+    """Return a function that stores the pictures below a folder and gives the name to pass as `--data`.
 
     `store(root, train=FORM, val=FORM, labels=FORM)`, or `store(root, whole="webdataset")`:
     train:  "folders", "class tars", "tar", "tar in train"

@@ -29,7 +29,7 @@ def test_pixels_are_torchvisions_of_the_same_box(picture: Image.Image) -> None:
     crops = RandomCrops(seed=0, epoch=0, share=0.08)
     flipped = 0
     for number in range(20):
-        drawn = crops._numbers(f"a/{number}.png")
+        drawn = crops._draw(f"a/{number}.png")
         left, top, right, bottom = random_box(64, 48, drawn, share=0.08)
         expected = change.resized_crop(
             picture, top, left, bottom - top, right - left, [16, 16], InterpolationMode.BILINEAR

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from msn_eval.data import decoders
-from msn_eval.data.decoders import check_decoder, decode_on_device, decode_pixels, decoder_version, undecoded
+from msn_eval.data.decoders import check_decoder, decode_on_device, decode_pixels, decoder_version, prepare_for_device
 from msn_eval.data.images import BadImageError, EvalTransform, decode_image, eval_transform, resize_and_crop
 from msn_eval.errors import UsageError
 
@@ -44,7 +44,7 @@ ODD_SAMPLES = {
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Give waves and a little noise, as photographs have them."""
+    """Return waves and a little noise, as in photographs."""
     y, x = np.mgrid[:height, :width]
     waves = np.stack([np.sin(x / 9 + y / 17), np.cos(x / 5), np.sin(y / 7 - x / 23)], axis=2)
     noise = np.random.default_rng(width * 10_007 + height).normal(0, 6, (height, width, 3))
@@ -70,7 +70,7 @@ def png_with_16_bits(values: NDArray[np.uint16]) -> bytes:
 
 
 def with_adobe_segment(content: bytes, transform: int, *, jfif: bool) -> bytes:
-    """Give a JPEG with Adobe's word on its colours, beside that of JFIF or in its place."""
+    """Return a JPEG with Adobe's word on its colours, beside that of JFIF or in its place."""
     adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([transform])
     return content[:2] + (content[2:20] if jfif else b"") + adobe + content[20:]
 
@@ -87,14 +87,14 @@ def outcome(content: bytes, decoder: str) -> NDArray[np.uint8] | str:
 
 
 def same(ours: NDArray[np.uint8] | str, theirs: NDArray[np.uint8] | str) -> bool:
-    """Tell whether two decoders refuse a file with the same words, or nearly agree on its pixels."""
+    """Whether two decoders refuse a file with the same words, or nearly agree on its pixels."""
     if isinstance(ours, str) or isinstance(theirs, str):
         return isinstance(ours, str) and isinstance(theirs, str) and ours == theirs
     return bool(differences(ours, theirs).max() <= 2)
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """Give a file with bytes changed, lost, put in, or zeroed to its end."""
+    """Return a file with bytes changed, lost, put in, or zeroed to its end."""
     place = rng.randrange(2, len(content))
     return rng.choice(
         [
@@ -199,16 +199,11 @@ def test_torchvision_pixels_are_exactly_pillows_where_nothing_is_resized(options
     np.testing.assert_array_equal(decode_pixels(content, SMALL, "torchvision"), decode_pixels(content, SMALL, "pillow"))
 
 
-def test_torchvision_decodes_jpegs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_torchvision_decodes_jpegs_itself(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     black = torch.zeros(3, 50, 70, dtype=torch.uint8)
     with_decoder(lambda contents, device: [black for _ in contents], monkeypatch)
-    assert not decode_pixels(JPEG, SMALL, "torchvision").any()
-
-
-def test_torchvision_decodes_grey_jpegs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    black = torch.zeros(3, 50, 70, dtype=torch.uint8)
-    with_decoder(lambda contents, device: [black for _ in contents], monkeypatch)
-    assert not decode_pixels(encoded(picture(70, 50, "L")), SMALL, "torchvision").any()
+    assert not decode_pixels(encoded(picture(70, 50, mode)), SMALL, "torchvision").any()
 
 
 def test_grey_jpegs_get_three_equal_channels_from_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +250,7 @@ def test_all_but_plain_jpegs_are_decoded_by_pillow(content: bytes, monkeypatch: 
 
 
 @pytest.mark.parametrize("content", BAD_FILES.values(), ids=BAD_FILES)
-def test_bad_files_are_refused_with_pillows_words(content: bytes) -> None:
+def test_bad_files_are_refused_with_pillows_reason(content: bytes) -> None:
     with pytest.raises(BadImageError) as refused:
         decode_pixels(content, SMALL, "pillow")
     with pytest.raises(BadImageError, match=f"^{re.escape(str(refused.value))}$"):
@@ -263,13 +258,13 @@ def test_bad_files_are_refused_with_pillows_words(content: bytes) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 3}], ids=str)
-def test_file_cut_anywhere_meets_the_same_fate_under_both_decoders(options: dict[str, object]) -> None:
+def test_file_cut_anywhere_has_the_same_result_with_both_decoders(options: dict[str, object]) -> None:
     content, rng = encoded(picture(70, 50), **options), random.Random(7)
     cuts = [*(rng.randrange(len(content)) for _ in range(50)), *range(len(content) - 5, len(content))]
     assert [cut for cut in cuts if not same(*(outcome(content[:cut], one) for one in ("torchvision", "pillow")))] == []
 
 
-def test_file_damaged_anywhere_meets_the_same_fate_under_both_decoders() -> None:
+def test_file_damaged_anywhere_has_the_same_result_with_both_decoders() -> None:
     rng = random.Random(11)
     files = [damaged(JPEG, rng) for _ in range(300)]
     assert [file for file in files if not same(*(outcome(file, one) for one in ("torchvision", "pillow")))] == []
@@ -313,7 +308,7 @@ def test_decoding_by_torchvision_leaves_the_warning_filters_alone() -> None:
     ],
 )
 def test_plain_jpegs_are_left_to_the_device(content: bytes) -> None:
-    assert undecoded(content, SMALL) == content
+    assert prepare_for_device(content, SMALL) == content
 
 
 @pytest.mark.parametrize(
@@ -331,8 +326,8 @@ def test_plain_jpegs_are_left_to_the_device(content: bytes) -> None:
         pytest.param(JPEG[:-100] + b"\xff\xfe\x00\x02" + JPEG[-100:], id="with a comment in its scan"),
     ],
 )
-def test_files_that_devices_may_read_otherwise_are_decoded_by_the_rule_of_torchvision(content: bytes) -> None:
-    pixels = undecoded(content, SMALL)
+def test_files_that_devices_may_read_otherwise_are_decoded_by_torchvision(content: bytes) -> None:
+    pixels = prepare_for_device(content, SMALL)
     assert not isinstance(pixels, bytes)
     np.testing.assert_array_equal(pixels, decode_pixels(content, SMALL, "torchvision"))
 
@@ -340,18 +335,18 @@ def test_files_that_devices_may_read_otherwise_are_decoded_by_the_rule_of_torchv
 @pytest.mark.parametrize("kind", [kind for kind in BAD_FILES if "tables" not in kind and "process" not in kind])
 def test_bad_files_are_refused_before_the_device_sees_them(kind: str) -> None:
     with pytest.raises(BadImageError):
-        undecoded(BAD_FILES[kind], SMALL)
+        prepare_for_device(BAD_FILES[kind], SMALL)
 
 
 def test_file_cut_anywhere_never_reaches_the_device() -> None:
     for cut in random.Random(3).sample(range(len(JPEG)), 50):
         with pytest.raises(BadImageError):
-            undecoded(JPEG[:cut], SMALL)
+            prepare_for_device(JPEG[:cut], SMALL)
 
 
 def prepared(images: Sequence[tuple[int, int]], transform: EvalTransform) -> list[bytes]:
     files = [encoded(picture(*size)) for size in images]
-    assert all(isinstance(undecoded(file, transform), bytes) for file in files)
+    assert all(isinstance(prepare_for_device(file, transform), bytes) for file in files)
     return files
 
 
@@ -365,13 +360,13 @@ def test_pixels_of_the_device_are_nearly_pillows(size: tuple[int, int]) -> None:
     assert gaps.mean() <= 0.01
 
 
-def test_batch_keeps_its_order_whoever_decoded_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_keeps_its_order_whatever_decoded_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoders, "_DECODED_AT_ONCE", 2)
     files = [
         encoded(picture(70, 50 + row), "PNG" if row in (0, 3, 4) else "JPEG", **({"quality": 95} if row == 5 else {}))
         for row in range(8)
     ]
-    pixels, failures = decode_on_device([undecoded(file, SMALL) for file in files], SMALL, CPU)
+    pixels, failures = decode_on_device([prepare_for_device(file, SMALL) for file in files], SMALL, CPU)
     theirs = np.stack([decode_pixels(file, SMALL, "pillow") for file in files])
     assert failures == {}
     assert differences(pixels.numpy(), theirs).max() <= 1
@@ -420,13 +415,15 @@ def test_decoders_of_the_cpu_need_no_gpu(decoder: str) -> None:
 
 def test_torchvision_that_is_missing_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
-    with pytest.raises(UsageError, match=r"(?s)--decoder torchvision: .* decodes no JPEG.*Choose --decoder pillow"):
+    with pytest.raises(
+        UsageError, match=r"(?s)--decoder torchvision: .* cannot decode a JPEG.*Choose --decoder pillow"
+    ):
         check_decoder("torchvision", CPU)
 
 
 def test_torchvision_that_decodes_no_jpeg_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with_decoder(refuses_all, monkeypatch)
-    with pytest.raises(UsageError, match="decodes no JPEG with it: nothing is good enough"):
+    with pytest.raises(UsageError, match="cannot decode a JPEG: nothing is good enough"):
         check_decoder("torchvision", CPU)
 
 

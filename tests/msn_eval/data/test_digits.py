@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from msn_eval.data import read_dataset
 from msn_eval.data.dataset import DataSet
-from msn_eval.data.digits import read_digits
 
 
 @pytest.fixture(scope="module")
 def digits() -> DataSet:
-    return read_digits()
+    return read_dataset("digits")
 
 
 def test_first_hundred_of_each_digit_train(digits: DataSet) -> None:
@@ -30,7 +30,7 @@ def test_labels_are_the_digits_of_the_ids(digits: DataSet) -> None:
     assert all(image_id[0] == digits.classes[label] == str(label) for image_id, label in images)
 
 
-def test_ids_stand_in_byte_order(digits: DataSet) -> None:
+def test_ids_are_in_byte_order(digits: DataSet) -> None:
     assert all(list(images.ids) == sorted(images.ids, key=str.encode) for images in (digits.train, digits.val))
 
 
@@ -59,10 +59,10 @@ def test_digits_decode_to_small_rgb_images(digits: DataSet) -> None:
     assert (image.mode, image.size) == ("RGB", (8, 8))
 
 
-def test_digits_are_no_files(digits: DataSet) -> None:
+def test_digits_are_not_files(digits: DataSet) -> None:
     assert digits.val.source.root is None
 
 
-def test_source_survives_the_way_to_a_loader_worker(digits: DataSet) -> None:
+def test_source_can_be_pickled(digits: DataSet) -> None:
     copy = pickle.loads(pickle.dumps(digits.train.source))
     assert copy.read("0/0000.png") == digits.train.source.read("0/0000.png")

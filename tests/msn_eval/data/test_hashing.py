@@ -97,17 +97,17 @@ def test_every_image_is_hashed_by_its_bytes(source: CountingSource) -> None:
     assert hash_images(images_of(source), cache_dir=None) == digests()
 
 
-def test_hashes_stand_in_the_order_of_the_images(source: CountingSource) -> None:
+def test_hashes_are_in_the_order_of_the_images(source: CountingSource) -> None:
     assert list(hash_images(images_of(source), cache_dir=None)) == list(CONTENTS)
 
 
-def test_remembered_images_are_not_read_again(source: CountingSource, cache_dir: Path) -> None:
+def test_cached_images_are_not_read_again(source: CountingSource, cache_dir: Path) -> None:
     hash_images(images_of(source), cache_dir=cache_dir)
     source.reads.clear()
     assert (hash_images(images_of(source), cache_dir=cache_dir), source.reads) == (digests(), [])
 
 
-def test_nothing_is_remembered_where_nothing_shall_be(source: CountingSource, tmp_path: Path) -> None:
+def test_nothing_is_cached_without_a_cache_folder(source: CountingSource, tmp_path: Path) -> None:
     hash_images(images_of(source), cache_dir=None)
     hash_images(images_of(source), cache_dir=None)
     assert len(source.reads) == 2 * len(CONTENTS)
@@ -135,7 +135,7 @@ def test_image_of_another_time_is_read_again(source: CountingSource, cache_dir: 
     assert (again["a/y.jpg"], source.reads) == (hashlib.sha256(b"SECOND").hexdigest(), ["a/y.jpg"])
 
 
-def test_changed_image_is_remembered_as_it_is_now(source: CountingSource, cache_dir: Path) -> None:
+def test_changed_image_is_cached_as_it_is_now(source: CountingSource, cache_dir: Path) -> None:
     hash_images(images_of(source), cache_dir=cache_dir)
     source.path("a/y.jpg").write_bytes(b"longer than before")
     hash_images(images_of(source), cache_dir=cache_dir)
@@ -163,7 +163,7 @@ def test_same_name_under_another_root_is_another_image(source: CountingSource, c
     assert found == {"a/x.jpg": hashlib.sha256(b"FIRST").hexdigest()}
 
 
-def test_names_that_are_no_utf8_are_remembered(source: CountingSource, cache_dir: Path) -> None:
+def test_names_that_are_not_utf8_are_cached(source: CountingSource, cache_dir: Path) -> None:
     image_id = "a/\udcff.jpg"
     source.path(image_id).write_bytes(b"odd")
     hash_images(images_of(source, (image_id,)), cache_dir=cache_dir)
@@ -186,14 +186,14 @@ def test_names_that_are_no_utf8_are_remembered(source: CountingSource, cache_dir
         b'{"a/x.jpg": [{}, "00"]}',
     ],
 )
-def test_damaged_memory_is_no_memory(source: CountingSource, cache_dir: Path, content: bytes) -> None:
+def test_damaged_cache_is_ignored(source: CountingSource, cache_dir: Path, content: bytes) -> None:
     hash_images(images_of(source), cache_dir=cache_dir)
     memory_file(cache_dir).write_bytes(content)
     assert hash_images(images_of(source), cache_dir=cache_dir) == digests()
 
 
 @pytest.mark.parametrize("digest", [None, 5, "00" * 31])
-def test_memory_of_what_is_no_hash_is_no_memory(source: CountingSource, cache_dir: Path, digest: object) -> None:
+def test_cache_with_invalid_hashes_is_ignored(source: CountingSource, cache_dir: Path, digest: object) -> None:
     hash_images(images_of(source), cache_dir=cache_dir)
     remembered = json.loads(memory_file(cache_dir).read_bytes())
     remembered["a/x.jpg"][1] = digest
@@ -201,7 +201,7 @@ def test_memory_of_what_is_no_hash_is_no_memory(source: CountingSource, cache_di
     assert hash_images(images_of(source), cache_dir=cache_dir) == digests()
 
 
-def test_embedded_images_leave_no_memory(cache_dir: Path) -> None:
+def test_embedded_images_are_not_cached(cache_dir: Path) -> None:
     found = hash_images(images_of(EmbeddedSource(), ("0/0000.png",)), cache_dir=cache_dir)
     assert found == {"0/0000.png": hashlib.sha256(b"0/0000.png").hexdigest()}
     assert not cache_dir.exists()
@@ -246,16 +246,16 @@ def test_content_hash_depends_on_the_order() -> None:
     assert content_sha256(["a/x.jpg", "a/y.jpg"], digests()) != content_sha256(["a/y.jpg", "a/x.jpg"], digests())
 
 
-def test_memory_that_cannot_be_written_costs_only_time(
+def test_cache_that_cannot_be_written_costs_only_time(
     source: CountingSource, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
     images = ImageSet(ids=tuple(CONTENTS), labels=(0, 0, 1), classes=("a", "b"), source=source)
     assert len(hash_images(images, cache_dir=tmp_path / "file")) == 3
-    assert "not remembered" in caplog.text
+    assert "not cached" in caplog.text
 
 
-def test_full_disk_under_the_memory_costs_only_time(
+def test_full_disk_of_the_cache_costs_only_time(
     source: CountingSource, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(path: Path, content: bytes) -> None:
@@ -267,7 +267,7 @@ def test_full_disk_under_the_memory_costs_only_time(
     assert "No space left" in caplog.text
 
 
-def test_file_that_changed_a_moment_ago_is_not_remembered(
+def test_file_that_changed_a_moment_ago_is_not_cached(
     source: CountingSource, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_hashes, "_SETTLED_NS", 10**9 * 3600)

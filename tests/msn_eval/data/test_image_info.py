@@ -13,15 +13,14 @@ from typing import NoReturn
 import pytest
 from PIL import Image
 
-from msn_eval.data import image_info as image_facts
-from msn_eval.data.digits import read_digits
+from msn_eval.data import image_info, read_dataset
 from msn_eval.data.folder import FolderSource
-from msn_eval.data.image_info import ImageInfo, automatic_workers, inspect_image, inspect_images
+from msn_eval.data.image_info import ImageInfo, choose_workers, inspect_image, inspect_images
 from msn_eval.data.images import ImageSet
 from msn_eval.errors import ResourceError
 
 ImageSetMaker = Callable[..., ImageSet]
-FactsOf = Callable[[bytes | None], ImageInfo]
+Inspect = Callable[[bytes | None], ImageInfo]
 
 
 def picture(kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (3, 2), **options: object) -> bytes:
@@ -31,7 +30,7 @@ def picture(kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (3, 2)
 
 
 @pytest.fixture
-def facts_of(memory_images: ImageSetMaker) -> FactsOf:
+def inspect(memory_images: ImageSetMaker) -> Inspect:
     def look(content: bytes | None) -> ImageInfo:
         return inspect_image(memory_images({"a/x.png": content}).source, "a/x.png")
 
@@ -45,7 +44,7 @@ def with_exif(orientation: int) -> bytes:
 
 
 def with_broken_exif() -> bytes:
-    """Promise an entry that the block is too short for."""
+    """Return a JPEG whose EXIF block is too short for its entries."""
     return picture("JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x05\x00")
 
 
@@ -61,77 +60,77 @@ def with_broken_exif() -> bytes:
         (picture("BMP"), "BMP RGB"),
     ],
 )
-def test_kind_is_format_and_mode_of_the_bytes(facts_of: FactsOf, content: bytes, kind: str) -> None:
-    assert (facts_of(content).kind, facts_of(content).problem) == (kind, "")
+def test_kind_is_format_and_mode_of_the_bytes(inspect: Inspect, content: bytes, kind: str) -> None:
+    assert (inspect(content).kind, inspect(content).problem) == (kind, "")
 
 
-def test_size_is_width_and_height(facts_of: FactsOf) -> None:
-    assert facts_of(picture(size=(7, 5))).size == (7, 5)
+def test_size_is_width_and_height(inspect: Inspect) -> None:
+    assert inspect(picture(size=(7, 5))).size == (7, 5)
 
 
-def test_digest_is_that_of_the_bytes(facts_of: FactsOf) -> None:
-    assert facts_of(picture()).digest == hashlib.sha256(picture()).digest()
+def test_digest_is_that_of_the_bytes(inspect: Inspect) -> None:
+    assert inspect(picture()).digest == hashlib.sha256(picture()).digest()
 
 
-def test_image_that_cannot_be_read_says_why(facts_of: FactsOf) -> None:
-    assert facts_of(None) == ImageInfo(problem="cannot be read: Permission denied")
+def test_image_that_cannot_be_read_says_why(inspect: Inspect) -> None:
+    assert inspect(None) == ImageInfo(problem="cannot be read: Permission denied")
 
 
-def test_truncated_image_is_a_problem_with_its_kind_and_digest(facts_of: FactsOf) -> None:
+def test_truncated_image_is_a_problem_with_its_kind_and_digest(inspect: Inspect) -> None:
     content = picture("JPEG", size=(64, 64))[:-20]
-    facts = facts_of(content)
-    assert (facts.kind, facts.digest) == ("JPEG RGB", hashlib.sha256(content).digest())
-    assert "truncated" in facts.problem
+    info = inspect(content)
+    assert (info.kind, info.digest) == ("JPEG RGB", hashlib.sha256(content).digest())
+    assert "truncated" in info.problem
 
 
-def test_file_that_is_no_image_has_no_kind(facts_of: FactsOf) -> None:
-    facts = facts_of(b"<html>")
-    assert (facts.kind, facts.size) == ("", None)
-    assert "no JPEG, PNG, WEBP, BMP, GIF image" in facts.problem
+def test_file_that_is_not_an_image_has_no_kind(inspect: Inspect) -> None:
+    info = inspect(b"<html>")
+    assert (info.kind, info.size) == ("", None)
+    assert "JPEG, PNG, WEBP, BMP, GIF" in info.problem
 
 
-def test_sixteen_bit_image_is_a_problem(facts_of: FactsOf) -> None:
-    facts = facts_of(picture("PNG", "I;16"))
-    assert (facts.kind, "more than 8 bits" in facts.problem) == ("PNG I;16", True)
+def test_sixteen_bit_image_is_a_problem(inspect: Inspect) -> None:
+    info = inspect(picture("PNG", "I;16"))
+    assert (info.kind, "more than 8 bits" in info.problem) == ("PNG I;16", True)
 
 
-def test_format_outside_the_rule_is_no_image(facts_of: FactsOf) -> None:
-    assert facts_of(picture("TIFF")).kind == ""
+def test_format_outside_the_rule_is_not_an_image(inspect: Inspect) -> None:
+    assert inspect(picture("TIFF")).kind == ""
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_orientation_is_read(facts_of: FactsOf, orientation: int) -> None:
-    assert facts_of(with_exif(orientation)).orientation == orientation
+def test_orientation_is_read(inspect: Inspect, orientation: int) -> None:
+    assert inspect(with_exif(orientation)).orientation == orientation
 
 
-def test_damaged_exif_is_told_and_no_problem(facts_of: FactsOf) -> None:
-    facts = facts_of(with_broken_exif())
-    assert (facts.damaged_exif, facts.problem) == (True, "")
+def test_damaged_exif_is_reported_and_not_a_problem(inspect: Inspect) -> None:
+    info = inspect(with_broken_exif())
+    assert (info.damaged_exif, info.problem) == (True, "")
 
 
-def test_sound_exif_is_not_damaged(facts_of: FactsOf) -> None:
-    assert not facts_of(with_exif(6)).damaged_exif
+def test_valid_exif_is_not_damaged(inspect: Inspect) -> None:
+    assert not inspect(with_exif(6)).damaged_exif
 
 
-def test_parser_that_gives_up_on_exif_is_damaged_exif(facts_of: FactsOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parser_that_gives_up_on_exif_is_damaged_exif(inspect: Inspect, monkeypatch: pytest.MonkeyPatch) -> None:
     def give_up(image: Image.Image) -> NoReturn:
         raise zlib.error("broken stream")
 
     monkeypatch.setattr(Image.Image, "getexif", give_up)
-    facts = facts_of(picture())
-    assert (facts.damaged_exif, facts.orientation, facts.problem) == (True, 1, "")
+    info = inspect(picture())
+    assert (info.damaged_exif, info.orientation, info.problem) == (True, 1, "")
 
 
-def test_image_far_too_large_is_a_problem(facts_of: FactsOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_far_too_large_is_a_problem(inspect: Inspect, monkeypatch: pytest.MonkeyPatch) -> None:
     content = picture(size=(40, 40))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert "decompression bomb" in facts_of(content).problem
+    assert "decompression bomb" in inspect(content).problem
 
 
 def test_pixels_without_a_file_are_raw() -> None:
-    digits = read_digits().val
-    facts = inspect_image(digits.source, digits.ids[0])
-    assert (facts.kind, facts.size, facts.problem) == ("raw RGB", (8, 8), "")
+    digits = read_dataset("digits").val
+    info = inspect_image(digits.source, digits.ids[0])
+    assert (info.kind, info.size, info.problem) == ("raw RGB", (8, 8), "")
 
 
 # --- worker processes
@@ -157,7 +156,7 @@ def test_processes_say_the_same_in_the_same_order(folder: ImageSet) -> None:
 
 
 def test_more_tasks_than_are_handed_out_ahead_are_done(folder: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_facts, "_IMAGES_A_TASK", 7)
+    monkeypatch.setattr(image_info, "_IMAGES_PER_TASK", 7)
     sizes = [one.size for one in inspect_images("val", folder, workers=1)]
     assert sizes == [(number + 1, 1) for number in range(150)]
 
@@ -176,7 +175,7 @@ def test_process_that_dies_is_an_error_naming_the_images_at_hand(folder: ImageSe
     assert str(caught.value).startswith(
         "a process that decodes images of val died, at one of these or near them:\n  /data/a/000.png\n"
     )
-    assert "and 145 more" in str(caught.value)
+    assert "and 59 more" in str(caught.value)
     assert no_child()
 
 
@@ -185,7 +184,7 @@ def test_process_that_hangs_is_given_up(folder: ImageSet, monkeypatch: pytest.Mo
     assert isinstance(folder.source, FolderSource)
     (folder.source.root / "a" / "000.png").unlink()
     os.mkfifo(folder.source.root / "a" / "000.png")
-    monkeypatch.setattr(image_facts, "_TASK_SECONDS", 1.0)
+    monkeypatch.setattr(image_info, "_TASK_SECONDS", 1.0)
     with pytest.raises(ResourceError, match="hung for 1 s, at one of these or near them"):
         list(inspect_images("val", folder, workers=1))
     assert no_child()
@@ -208,12 +207,12 @@ def test_progress_ends_with_all_images(folder: ImageSet, workers: int) -> None:
 
 
 def test_few_images_start_no_process(folder: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_facts, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(image_info, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("a process was started"))
     assert len(list(inspect_images("val", folder))) == 150
 
 
 def test_many_images_take_a_process_a_core_up_to_sixteen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(3), raising=False)
-    assert (automatic_workers(511), automatic_workers(512)) == (0, 3)
+    assert (choose_workers(511), choose_workers(512)) == (0, 3)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(99))
-    assert automatic_workers(512) == 16
+    assert choose_workers(512) == 16

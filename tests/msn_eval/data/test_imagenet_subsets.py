@@ -27,7 +27,7 @@ from msn_eval.files.package_data import shipped_folder
 
 @pytest.fixture
 def named_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the folder of $MSN_EVAL_LISTS, and let no other folder of this user or repository play a part."""
+    """Return the folder of $MSN_EVAL_LISTS, and let no other folder of this user or repository play a part."""
     read_publication()  # from the shipped folder, before that is hidden
     folder = tmp_path / "lists"
     folder.mkdir()
@@ -77,10 +77,6 @@ def test_three_draws_of_the_shots_and_one_of_a_percent_were_published() -> None:
     draws = {name: [entry.draw for entry in read_publication().lists_of(name)] for name in ("1img", "2imgs", "5imgs")}
     assert draws == {"1img": [1, 2, 3], "2imgs": [1, 2, 3], "5imgs": [1, 2, 3]}
     assert [entry.draw for entry in read_publication().lists_of("1pct")] == [1]
-
-
-def test_nothing_was_published_for_ten_percent() -> None:
-    assert read_publication().lists_of("10pct") == ()
 
 
 def test_address_pins_the_commit_that_is_described() -> None:
@@ -164,7 +160,7 @@ def publication(monkeypatch: pytest.MonkeyPatch) -> Publication:
 
 
 class Server:
-    """A web server of files in memory that remembers what was asked of it."""
+    """A web server of files in memory that records the requests."""
 
     def __init__(self) -> None:
         self.files = {f"/lists/{path}": content for path, content in CONTENTS.items()}
@@ -219,7 +215,7 @@ def test_lists_that_are_there_are_kept_without_asking(server: Server, tmp_path: 
 
 
 @pytest.mark.usefixtures("publication")
-def test_damaged_list_is_fetched_anew(server: Server, tmp_path: Path) -> None:
+def test_damaged_list_is_fetched_again(server: Server, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_bytes(b"damaged")
     assert next(fetch_lists(tmp_path, f"{server.url}/"))[1] == "fetched"
     assert (tmp_path / "one.txt").read_bytes() == CONTENTS["one.txt"]
@@ -266,7 +262,7 @@ def test_address_of_no_known_kind_is_a_data_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("publication")
-def test_folder_that_cannot_be_made_is_no_bug_of_ours(server: Server, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_made_is_not_reported_as_a_bug(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MsnEvalError, match="file") as caught:
         list(fetch_lists(tmp_path / "file" / "lists", server.url))

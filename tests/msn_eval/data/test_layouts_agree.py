@@ -53,12 +53,12 @@ def test_content_hash_is_the_same_in_every_layout(data_name: str, store_pictures
         )
 
 
-def test_one_split_alone_is_that_of_the_whole(data_name: str) -> None:
+def test_one_split_alone_is_that_of_the_data_set(data_name: str) -> None:
     data = read_dataset(data_name)
     assert [read_split(data_name, split).ids for split in ("train", "val")] == [data.train.ids, data.val.ids]
 
 
-def test_remembered_listing_is_the_listing(data_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_listing_is_the_listing(data_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("msn_eval.data.index._FEWEST_IMAGES", 0)
     monkeypatch.setattr("msn_eval.data.index._SETTLED_NS", 0)
     first = read_dataset(data_name, cache_dir=tmp_path / "memory")
@@ -68,7 +68,7 @@ def test_remembered_listing_is_the_listing(data_name: str, tmp_path: Path, monke
         assert [one.source.read(name) for name in one.ids] == [other.source.read(name) for name in one.ids]
 
 
-def test_hash_memories_of_the_splits_are_apart(data_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_have_separate_hash_caches(data_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("msn_eval.data.hashing._SETTLED_NS", 0)
     data = read_dataset(data_name)
     for images in (data.train, data.val):
@@ -84,7 +84,7 @@ def test_images_decode_in_every_layout(data_name: str) -> None:
 
 @pytest.fixture
 def parquet_name(stored_pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Give the pictures as Parquet files, as the Hugging Face hub has data sets."""
+    """Return the pictures as Parquet files, as the Hugging Face hub has data sets."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub cache")
     classes = sorted({name.partition("/")[0] for name in stored_pictures["train"]})

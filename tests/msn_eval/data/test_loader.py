@@ -136,7 +136,7 @@ def test_pixels_are_bytes_with_channels_last(tmp_path: Path) -> None:
     assert (batch.pixels.dtype, batch.pixels.shape) == (torch.uint8, (3, 8, 8, 3))
 
 
-def test_image_with_another_hash_is_told_by_its_id(tmp_path: Path) -> None:
+def test_image_with_another_hash_is_reported_by_its_id(tmp_path: Path) -> None:
     hashes = dict.fromkeys("01234567", "0" * 64)
     batch = next(load_pixels(greys(GreySource(tmp_path), hashes=hashes), batch_size=1, workers=0))
     ((image_id, reason),) = batch.failures
@@ -146,7 +146,7 @@ def test_image_with_another_hash_is_told_by_its_id(tmp_path: Path) -> None:
 @half_open
 def test_worker_that_dies_once_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = brightness(greys(DyingOnce(tmp_path)), batch_size=2, workers=1)
-    assert (found, "grey 5; starting others" in caplog.text) == (list(range(8)), True)
+    assert (found, "grey 5; starting new ones" in caplog.text) == (list(range(8)), True)
 
 
 @half_open
@@ -159,7 +159,7 @@ def test_worker_that_hangs_is_replaced(
 
 
 @half_open
-def test_worker_that_always_dies_is_a_fault_of_resources_with_the_images_it_was_at(tmp_path: Path) -> None:
+def test_worker_that_always_dies_is_a_resource_error_with_the_images_it_was_at(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"twice at the same place(.|\n)*images:\n  grey 5\n") as refusal:
         brightness(greys(DyingAlways(tmp_path)), batch_size=2, workers=1)
     assert (refusal.value.exit_code, "--workers 0" in refusal.value.hint) == (30, True)
@@ -202,11 +202,11 @@ def test_encoder_on_a_cpu_keeps_the_cores_to_itself(tmp_path: Path) -> None:
     assert automatic_workers(greys(GreySource(tmp_path), 5000), batch_size=16, cuda=False) == 0
 
 
-def test_read_that_hangs_without_workers_is_a_fault_of_resources(
+def test_read_that_hangs_without_workers_is_a_resource_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pixel_loader, "_WORKER_TIMEOUT_SECONDS", 0.5)
-    with pytest.raises(ResourceError, match=r"nothing came for 0\.5 s from some image between grey 4 and grey 5"):
+    with pytest.raises(ResourceError, match=r"no image arrived for 0\.5 s, between grey 4 and grey 5"):
         brightness(greys(HangingOnce(tmp_path)), batch_size=2)
     assert "in read" in capfd.readouterr().err
 
@@ -239,7 +239,7 @@ def test_workers_are_as_many_as_shared_memory_has_room_for(tmp_path: Path, monke
 
 
 @half_open
-def test_death_of_a_worker_does_not_strike_whoever_uses_the_pixels(tmp_path: Path) -> None:
+def test_death_of_a_worker_does_not_interrupt_the_user_of_the_pixels(tmp_path: Path) -> None:
     batches = load_pixels(greys(DyingOnce(tmp_path)), batch_size=2, workers=1)
     first = next(batches)
     deadline = time.monotonic() + 1.0  # in which the worker, two batches ahead, dies
@@ -250,7 +250,7 @@ def test_death_of_a_worker_does_not_strike_whoever_uses_the_pixels(tmp_path: Pat
 
 
 @half_open
-def test_death_is_heard_after_a_pass_that_was_left_unfinished(tmp_path: Path) -> None:
+def test_death_is_noticed_after_an_unfinished_pass(tmp_path: Path) -> None:
     left = load_pixels(greys(GreySource(tmp_path)), batch_size=2, workers=1)
     next(left)
     other = load_pixels(greys(GreySource(tmp_path)), batch_size=2, workers=1)
@@ -287,7 +287,7 @@ def test_workers_that_die_at_two_places_are_replaced_at_both(tmp_path: Path) -> 
 
 
 @half_open
-def test_first_image_of_all_is_told_too(tmp_path: Path) -> None:
+def test_first_image_of_all_is_reported_too(tmp_path: Path) -> None:
     class DyingAtTheFirst(GreySource):
         def read(self, image_id: str) -> bytes:
             os._exit(1)
@@ -305,7 +305,7 @@ def test_read_that_stalls_three_times_comes_at_last(
     assert read_image(Stalling(tmp_path), "7") == b"7"
 
 
-def test_images_that_are_no_files_are_left_to_their_source_by_every_decoder(tmp_path: Path) -> None:
+def test_images_that_are_not_files_are_left_to_their_source_by_every_decoder(tmp_path: Path) -> None:
     embedded = replace(greys(GreySource(None)), decoder="torchvision")  # type: ignore[arg-type]
     assert brightness(embedded) == list(range(8))
 
@@ -318,7 +318,7 @@ def test_pixels_come_in_a_thread_that_no_signal_reaches(tmp_path: Path) -> None:
 
 def test_signal_handler_of_torch_is_back_after_the_pass(tmp_path: Path) -> None:
     brightness(greys(GreySource(tmp_path)), workers=1)
-    assert signal.getsignal(signal.SIGCHLD) is pixel_loader._ear.torchs_handler
+    assert signal.getsignal(signal.SIGCHLD) is pixel_loader._sigchld.torch_handler
 
 
 class DyingLate(GreySource):
@@ -332,7 +332,7 @@ class DyingLate(GreySource):
 
 
 @half_open
-def test_death_that_nobody_waited_for_is_heard_at_the_next_batch(
+def test_death_between_batches_is_noticed_at_the_next_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(pixel_loader, "_WORKER_TIMEOUT_SECONDS", 5.0)
@@ -343,7 +343,7 @@ def test_death_that_nobody_waited_for_is_heard_at_the_next_batch(
 
 
 @half_open
-def test_death_strikes_nobody_after_another_pass_has_ended(tmp_path: Path) -> None:
+def test_death_interrupts_nothing_after_another_pass_has_ended(tmp_path: Path) -> None:
     batches = load_pixels(greys(DyingLate(tmp_path), 3), batch_size=1, workers=1)
     next(batches)
     brightness(greys(GreySource(tmp_path), 2), workers=1)
@@ -352,7 +352,7 @@ def test_death_strikes_nobody_after_another_pass_has_ended(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stop_that_comes_while_workers_are_forked_is_heard_afterwards(
+def test_stop_that_comes_while_workers_are_forked_is_handled_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     class StoppedError(Exception):
@@ -361,14 +361,14 @@ def test_stop_that_comes_while_workers_are_forked_is_heard_afterwards(
     def stop(number: int, frame: object) -> None:
         raise StoppedError
 
-    real = pixel_loader._loader
+    real = pixel_loader._make_loader
 
     def signalled(*arguments: object, **options: object) -> object:
         with contextlib.suppress(StoppedError):  # as Python suppresses what is raised in the middle of a fork
             signal.raise_signal(number)
         return real(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pixel_loader, "_loader", signalled)
+    monkeypatch.setattr(pixel_loader, "_make_loader", signalled)
     before = signal.signal(number, stop)
     try:
         with pytest.raises(StoppedError):

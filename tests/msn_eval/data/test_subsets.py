@@ -40,7 +40,7 @@ class NoSource:
 
 
 def image_set(files: Mapping[str, Iterable[str]]) -> ImageSet:
-    """Give the images of some classes, ordered as data sets order them."""
+    """Return the images of some classes, ordered as data sets order them."""
     classes = tuple(sorted(files, key=os.fsencode))
     rows = [(f"{name}/{file}", classes.index(name)) for name in classes for file in files[name]]
     rows.sort(key=lambda row: os.fsencode(row[0]))
@@ -53,7 +53,7 @@ def numbered(**counts: int) -> ImageSet:
 
 
 def in_draw_order(draw: int, image_ids: Iterable[str]) -> list[str]:
-    """Give the published rule once more: the order of SHA-256 of the bytes `DRAW:CLASS/FILE`, as hex."""
+    """Sort by the published rule: the order of SHA-256 of the bytes `DRAW:CLASS/FILE`, as hex."""
     return sorted(image_ids, key=lambda one: hashlib.sha256(f"{draw}:".encode() + os.fsencode(one)).hexdigest())
 
 
@@ -66,8 +66,8 @@ def write_list(path: Path, lines: Sequence[str]) -> Path:
 @pytest.mark.parametrize(("name", "count"), [("1img", 1), ("2imgs", 2), ("5imgs", 5)])
 def test_drawn_shots_are_the_first_of_each_class_by_hash(name: str, count: int, draw: int) -> None:
     train = numbered(a=30, b=7, c=5)
-    by_hand = {one for ids in train.ids_by_class for one in in_draw_order(draw, ids)[:count]}
-    assert set(draw_subset(name, draw, train).image_ids) == by_hand
+    expected = {one for ids in train.ids_by_class for one in in_draw_order(draw, ids)[:count]}
+    assert set(draw_subset(name, draw, train).image_ids) == expected
 
 
 @pytest.mark.parametrize(("draw", "image_id"), [(1, "cat/006.jpg"), (2, "cat/002.jpg"), (3, "cat/003.jpg")])
@@ -75,7 +75,7 @@ def test_draw_of_ten_files_is_the_one_it_has_always_been(draw: int, image_id: st
     assert draw_subset("1img", draw, numbered(cat=10)).image_ids == (image_id,)
 
 
-def test_draw_hashes_the_bytes_of_names_that_are_no_utf8() -> None:
+def test_draw_hashes_the_bytes_of_names_that_are_not_utf8() -> None:
     train = image_set({"caf\udce9": [f"{number}.jpg" for number in range(20)]})
     digests = {one: hashlib.sha256(b"1:caf\xe9/" + one.partition("/")[2].encode()).digest() for one in train.ids}
     assert draw_subset("1img", 1, train).image_ids == (min(digests, key=lambda one: digests[one]),)
@@ -107,7 +107,7 @@ def test_shares_of_a_class_are_rounded_up(images: int, one_percent: int, ten_per
     assert [len(draw_subset(name, 1, train)) for name in ("1pct", "10pct")] == [one_percent, ten_percent]
 
 
-def test_images_of_a_draw_stand_in_the_order_of_the_data_set() -> None:
+def test_images_of_a_draw_are_in_the_order_of_the_data_set() -> None:
     train = image_set({"a": [f"{n}.jpg" for n in range(20)], "a-b": [f"{n}.jpg" for n in range(20)]})
     drawn = draw_subset("5imgs", 1, train).image_ids
     assert list(drawn) == sorted(drawn, key=os.fsencode)
@@ -134,7 +134,7 @@ def test_name_alone_means_every_draw() -> None:
     assert [(one.name, one.draw, one.rule) for one in made] == [("5imgs", draw, "nested") for draw in (1, 2, 3)]
 
 
-def test_one_draw_can_be_asked_for_alone() -> None:
+def test_one_draw_can_be_requested_alone() -> None:
     train = numbered(a=9)
     assert make_subsets(["5imgs@2"], train) == (draw_subset("5imgs", 2, train),)
 
@@ -144,12 +144,12 @@ def test_low_shot_is_every_draw_of_the_first_four() -> None:
     assert [(one.name, one.draw) for one in made] == [(name, draw) for name in LOW_SHOT for draw in (1, 2, 3)]
 
 
-def test_low_shot_can_be_asked_for_one_draw_of_each() -> None:
+def test_low_shot_can_be_requested_one_draw_of_each() -> None:
     made = make_subsets(["low-shot@2"], numbered(a=9))
     assert [(one.name, one.draw) for one in made] == [(name, 2) for name in LOW_SHOT]
 
 
-def test_subset_asked_for_twice_is_made_once_in_the_order_asked() -> None:
+def test_subset_requested_twice_is_made_once_in_the_order_requested() -> None:
     made = make_subsets(["5imgs@3", "5imgs", "1img@1", "1img@1"], numbered(a=9))
     assert [(one.name, one.draw) for one in made] == [("5imgs", 3), ("5imgs", 1), ("5imgs", 2), ("1img", 1)]
 
@@ -213,7 +213,7 @@ def test_list_with_an_at_sign_in_its_path_is_a_list(tmp_path: Path) -> None:
     [b"\xef\xbb\xbfa/000.jpg\r\nb/000.jpg\r\n", b"a/000.jpg\n\n\n  b/000.jpg  \n\n", b"a/000.jpg\nb/000.jpg"],
     ids=["BOM and CRLF", "blanks", "no last line end"],
 )
-def test_habits_of_editors_do_no_harm_to_a_list(tmp_path: Path, content: bytes) -> None:
+def test_line_ends_and_blank_lines_are_allowed_in_a_list(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "mine.txt").write_bytes(content)
     assert read_list(tmp_path / "mine.txt", numbered(a=3, b=3)).image_ids == ("a/000.jpg", "b/000.jpg")
 
@@ -266,7 +266,7 @@ def test_list_in_another_encoding_is_refused(tmp_path: Path) -> None:
     assert caught.value.exit_code == 21
 
 
-def test_list_can_name_an_image_whose_name_is_no_utf8(tmp_path: Path) -> None:
+def test_list_can_name_an_image_whose_name_is_not_utf8(tmp_path: Path) -> None:
     """As `subsets draw` writes it."""
     (tmp_path / "mine.txt").write_bytes(b"caf\xe9/x.jpg\n")
     assert read_list(tmp_path / "mine.txt", image_set({"caf\udce9": ["x.jpg"]})).image_ids == ("caf\udce9/x.jpg",)
@@ -278,7 +278,7 @@ def test_list_without_a_class_is_a_numerical_error_that_names_it(tmp_path: Path)
     assert caught.value.exit_code == 23
 
 
-def test_bad_images_give_their_place_to_the_next_of_the_draws_order() -> None:
+def test_bad_images_are_replaced_by_the_next_of_the_draws_order() -> None:
     train = numbered(a=9, b=9)
     order = in_draw_order(2, train.ids_by_class[0])
     drawn = draw_subset("2imgs", 2, train)
@@ -328,7 +328,7 @@ def test_subset_of_bad_images_alone_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def imagenet_names(shared_data: Path) -> ImageSet:
-    """Give a training set of ImageNet's classes that holds exactly the images that the published lists name."""
+    """Return a training set of ImageNet's classes that holds exactly the images that the published lists name."""
     names = {line for path in (shared_data / "imagenet_subsets").rglob("*.txt") for line in path.read_text().split()}
     files: dict[str, list[str]] = {}
     for name in names:
@@ -338,7 +338,7 @@ def imagenet_names(shared_data: Path) -> ImageSet:
 
 @pytest.fixture
 def published(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the published lists in the named folder alone."""
+    """Provide the published lists in the named folder only."""
     monkeypatch.setenv("MSN_EVAL_LISTS", str(shared_data / "imagenet_subsets"))
     monkeypatch.setattr(published_lists, "user_list_folder", lambda: tmp_path / "nobody")
 
@@ -370,13 +370,13 @@ def test_published_one_percent_has_one_draw(imagenet_names: ImageSet) -> None:
 
 
 @pytest.mark.usefixtures("published")
-def test_ten_percent_of_imagenet_is_drawn_for_want_of_a_list(imagenet_names: ImageSet) -> None:
+def test_ten_percent_of_imagenet_is_drawn_without_a_list(imagenet_names: ImageSet) -> None:
     made = make_subsets(["10pct"], imagenet_names)
     assert [(one.draw, one.rule) for one in made] == [(1, "nested"), (2, "nested"), (3, "nested")]
 
 
 @pytest.mark.usefixtures("published")
-def test_bad_image_of_a_published_list_gives_its_place_to_the_first_spare_one(imagenet_names: ImageSet) -> None:
+def test_bad_image_of_a_published_list_is_replaced_by_the_first_spare_one(imagenet_names: ImageSet) -> None:
     (one,) = make_subsets(["1img@1"], imagenet_names)
     bad = one.image_ids[17]
     spare = in_draw_order(1, set(imagenet_names.ids_by_class[17]) - {bad})
@@ -385,7 +385,7 @@ def test_bad_image_of_a_published_list_gives_its_place_to_the_first_spare_one(im
 
 
 @pytest.mark.usefixtures("published")
-def test_imagenet_without_a_listed_image_is_told_which(imagenet_names: ImageSet) -> None:
+def test_imagenet_without_a_listed_image_names_it(imagenet_names: ImageSet) -> None:
     (one,) = make_subsets(["1img@1"], imagenet_names)
     lost = one.image_ids[0]
     with pytest.raises(DataError, match=f"{lost.partition('/')[2]}: no such training image"):
@@ -410,7 +410,7 @@ def test_imagenet_without_its_lists_is_an_error_and_no_other_draw(
     assert caught.value.exit_code == 21
 
 
-def test_skipped_images_of_a_subset_do_not_depend_on_the_draw_asked_for() -> None:
+def test_skipped_images_of_a_subset_do_not_depend_on_the_requested_draw() -> None:
     train = numbered(a=30, b=30)
     bad = {draw_subset("2imgs", draw, train).image_ids[0] for draw in (1, 2, 3)}
 

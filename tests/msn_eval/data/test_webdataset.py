@@ -18,7 +18,7 @@ GOOD: Members = [("a.jpg", b"ant"), ("a.cls", b"0"), ("b.jpg", b"bee"), ("b.cls"
 
 @pytest.fixture
 def write(tmp_path: Path, write_tar: TarWriter) -> Write:
-    """Give a function that writes a WebDataset: archives by name, good ones where a split is left out."""
+    """Return a function that writes a WebDataset: archives by name, good ones where a split is left out."""
 
     def write(shards: dict[str, Members] | None = None, *, classes: str = "ant\nbee\n") -> str:
         for name, members in ({"train-000000.tar": GOOD, "val-000000.tar": GOOD} | (shards or {})).items():
@@ -68,7 +68,7 @@ def test_index_may_have_a_line_end(write: Write, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"-1", b"1.0", b"one", b"1 2", b"\xd9\xa1", b"9" * 10, b"1".ljust(40)])
-def test_index_that_is_no_number_is_named(write: Write, tmp_path: Path, content: bytes) -> None:
+def test_index_that_is_not_a_number_is_named(write: Write, tmp_path: Path, content: bytes) -> None:
     message = refusal(write({"val-000000.tar": [("a.jpg", b""), ("a.cls", content)]}))
     assert message.startswith(f"{tmp_path / 'val-000000.tar'}: member a.cls holds ")
 
@@ -80,24 +80,20 @@ def test_index_beyond_the_classes_is_named(write: Write, tmp_path: Path) -> None
     )
 
 
-def test_sample_without_a_label_is_named(write: Write, tmp_path: Path) -> None:
-    message = refusal(write({"val-000000.tar": [*GOOD, ("x/c.jpg", b"")]}))
-    assert message.startswith(f"{tmp_path / 'val-000000.tar'}: sample x/c has no label\n")
-
-
-def test_sample_without_an_image_is_named(write: Write, tmp_path: Path) -> None:
-    message = refusal(write({"val-000000.tar": [*GOOD, ("c.tif", b""), ("c.cls", b"0")]}))
-    assert message.startswith(f"{tmp_path / 'val-000000.tar'}: sample c has no image\n")
-
-
-def test_sample_with_two_images_is_named_with_both(write: Write) -> None:
-    message = refusal(write({"val-000000.tar": [("c.jpg", b""), ("c.mask.png", b""), ("c.cls", b"0")]}))
-    assert "sample c has 2 images: c.jpg, c.mask.png" in message
-
-
-def test_sample_with_two_labels_is_refused(write: Write) -> None:
-    message = refusal(write({"val-000000.tar": [("c.jpg", b""), ("c.cls", b"0"), ("c.cls", b"0")]}))
-    assert "sample c has 2 labels: c.cls, c.cls" in message
+@pytest.mark.parametrize(
+    ("members", "fault"),
+    [
+        ([("x/c.jpg", b"")], "sample x/c has no label"),
+        ([("c.tif", b""), ("c.cls", b"0")], "sample c has no image"),
+        ([("c.jpg", b""), ("c.mask.png", b""), ("c.cls", b"0")], "sample c has 2 images: c.jpg, c.mask.png"),
+        ([("c.jpg", b""), ("c.cls", b"0"), ("c.cls", b"0")], "sample c has 2 labels: c.cls, c.cls"),
+    ],
+)
+def test_sample_that_is_not_one_image_and_one_label_is_named(
+    write: Write, tmp_path: Path, members: Members, fault: str
+) -> None:
+    message = refusal(write({"val-000000.tar": [*GOOD, *members]}))
+    assert message.startswith(f"{tmp_path / 'val-000000.tar'}: {fault}\n")
 
 
 def test_one_id_in_two_archives_is_refused(write: Write, tmp_path: Path) -> None:
@@ -116,7 +112,7 @@ def test_images_of_all_archives_are_read(write: Write) -> None:
     assert [train.source.read(name) for name in train.ids] == [b"ant", b"bee", b"cat"]
 
 
-def test_archive_without_samples_is_no_fault(write: Write) -> None:
+def test_archive_without_samples_is_not_an_error(write: Write) -> None:
     assert len(read_split(write({"train-000001.tar": []}), "train")) == 2
 
 
@@ -169,7 +165,7 @@ def test_archives_need_no_numbers(write: Write, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".tar.gz", ".tgz", ".tar.zst"])
-def test_compressed_archive_among_others_is_no_missing_one(write: Write, tmp_path: Path, ending: str) -> None:
+def test_compressed_archive_among_others_is_not_a_missing_one(write: Write, tmp_path: Path, ending: str) -> None:
     name = write()
     (tmp_path / f"train-000001{ending}").write_bytes(gzip.compress(b""))
     assert refusal(name).startswith(f"{tmp_path / f'train-000001{ending}'}: is compressed")
@@ -178,24 +174,24 @@ def test_compressed_archive_among_others_is_no_missing_one(write: Write, tmp_pat
 @pytest.mark.parametrize(
     ("text", "line"), [("ant\n\nbee\n", "2: ''"), ("ant\na/b\n", "2: 'a/b'"), ("ant\n \n", "2: ' '")]
 )
-def test_line_that_is_no_class_name_is_named(write: Write, tmp_path: Path, text: str, line: str) -> None:
-    assert refusal(write(classes=text)).startswith(f"{tmp_path / 'classes.txt'}: line {line} is no class name\n")
+def test_line_that_is_not_a_class_name_is_named(write: Write, tmp_path: Path, text: str, line: str) -> None:
+    assert refusal(write(classes=text)).startswith(f"{tmp_path / 'classes.txt'}: line {line} is not a class name\n")
 
 
-def test_class_that_stands_twice_is_named_with_both_lines(write: Write) -> None:
-    assert "classes.txt: line 3: ant stands in line 1 already" in refusal(write(classes="ant\nbee\nant\n"))
+def test_class_that_is_repeated_is_named_with_both_lines(write: Write) -> None:
+    assert "classes.txt: line 3: ant is already in line 1" in refusal(write(classes="ant\nbee\nant\n"))
 
 
-def test_classes_that_are_no_utf8_are_refused(write: Write, tmp_path: Path) -> None:
+def test_classes_that_are_not_utf8_are_refused(write: Write, tmp_path: Path) -> None:
     name = write()
     (tmp_path / "classes.txt").write_bytes(b"caf\xe9\n")
     assert f"{tmp_path / 'classes.txt'}: cannot be read" in refusal(name)
 
 
-def test_missing_classes_are_asked_for(write: Write, tmp_path: Path) -> None:
+def test_missing_classes_are_required(write: Write, tmp_path: Path) -> None:
     name = write()
     (tmp_path / "classes.txt").unlink()
-    assert refusal(name).startswith(f"{tmp_path}: has no classes.txt\nWrite one class name a line")
+    assert refusal(name).startswith(f"{tmp_path}: has no classes.txt\nWrite one class name per line")
 
 
 def test_missing_split_is_named(write: Write, tmp_path: Path) -> None:
@@ -216,11 +212,11 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_file_instead_of_a_folder_is_said_to_be_one(write: Write, tmp_path: Path) -> None:
+def test_file_instead_of_a_folder_is_reported(write: Write, tmp_path: Path) -> None:
     assert "is a file, not a folder" in refusal(f"{write()}/train-000000.tar")
 
 
-def test_classes_without_images_are_left_out_and_told(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+def test_classes_without_images_are_left_out_and_logged(write: Write, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "msn_eval"):
         data = read_dataset(write(classes="ant\nbee\nyak\ncat\n"))
     assert data.classes == ("ant", "bee")
@@ -231,7 +227,7 @@ def test_splits_of_different_classes_are_refused(write: Write) -> None:
     assert "only in train: bee" in refusal(write({"val-000000.tar": [("a.jpg", b""), ("a.cls", b"0")]}))
 
 
-def test_class_mismatch_is_allowed_where_asked_for(write: Write) -> None:
+def test_class_mismatch_is_allowed_on_request(write: Write) -> None:
     name = write({"val-000000.tar": [("a.jpg", b""), ("a.cls", b"0")]})
     assert read_dataset(name, allow_class_mismatch=True).classes == ("ant", "bee")
 
