@@ -165,7 +165,9 @@ def test_folder_that_save_to_disk_wrote_is_read_without_a_cache(tmp_path: Path, 
 
 def test_single_split_of_save_to_disk_is_refused(tmp_path: Path) -> None:
     table(pair()).save_to_disk(tmp_path / "saved")
-    assert "is a single split that `save_to_disk` wrote\nSave a DatasetDict" in refused(str(tmp_path / "saved"))
+    assert "The folder holds a single split that `save_to_disk` wrote\nSave a DatasetDict" in refused(
+        str(tmp_path / "saved")
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_validation_images_are_those_of_the_first_split_of_the_rule(
 
 def test_split_that_is_missing_is_told_with_those_that_are_there(tmp_path: Path) -> None:
     text = refused(write(tmp_path / "d", test=pair()))
-    assert "has no split 'train' (it has: test)" in text
+    assert "No split 'train' (existing: test)" in text
 
 
 def test_one_split_is_read_without_the_other(tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ def test_class_mismatch_is_refused_unless_allowed(tmp_path: Path) -> None:
 def test_code_in_a_folder_is_neither_run_nor_passed_over(tmp_path: Path) -> None:
     folder = Path(write(tmp_path / "d", train=pair(), validation=pair()))
     (folder / "d.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
-    assert "comes with code of its own, which is never run here" in refused(str(folder))
+    assert "has code of its own, which is never run here" in refused(str(folder))
     assert not (tmp_path / "canary").exists()
 
 
@@ -234,7 +236,7 @@ def test_damaged_parquet_is_an_error_of_the_data_set(tmp_path: Path) -> None:
     name = write(tmp_path / "d", train=pair(), validation=pair())
     file = next(Path(name).glob("train-*"))
     file.write_bytes(file.read_bytes()[:-50])
-    assert refused(name).startswith(f"hf:{name}: the `datasets` library cannot load it: ")
+    assert refused(name).startswith(f"hf:{name}: The `datasets` library cannot load it: ")
 
 
 # --- columns
@@ -270,7 +272,7 @@ def test_several_label_columns_without_a_usual_name_are_refused(tmp_path: Path) 
     kinds = kinds_of(image=datasets.Image(), **{name: datasets.ClassLabel(names=["a"]) for name in ("genus", "family")})
     rows = [{"image": {"bytes": picture(1), "path": "x.png"}, "genus": 0, "family": 0}]
     text = refused(write(tmp_path / "d", kinds, train=rows, validation=rows))
-    assert "split train: has several columns of classes: genus, family\nCall the one that is meant 'label'" in text
+    assert "split train: Several columns of classes: genus, family\nRename the right one to 'label'" in text
 
 
 @pytest.mark.parametrize("usual", ["image", "img"])
@@ -284,7 +286,7 @@ def test_of_several_image_columns_the_usual_name_is_taken(tmp_path: Path, usual:
 def test_several_image_columns_without_a_usual_name_are_refused(tmp_path: Path) -> None:
     kinds = kinds_of(left=datasets.Image(), right=datasets.Image(), label=datasets.ClassLabel(names=["a"]))
     rows = [{"left": {"bytes": b"1", "path": None}, "right": {"bytes": b"2", "path": None}, "label": 0}]
-    assert "has several columns of images: left, right" in refused(
+    assert "Several columns of images: left, right" in refused(
         write(tmp_path / "d", kinds, train=rows, validation=rows)
     )
 
@@ -293,14 +295,14 @@ def test_data_set_without_images_is_told_its_columns(tmp_path: Path) -> None:
     kinds = kinds_of(text=datasets.Value("string"), label=datasets.ClassLabel(names=["a"]))
     rows = [{"text": "x", "label": 0}]
     text = refused(write(tmp_path / "d", kinds, train=rows, validation=rows))
-    assert "has no column of images (columns: text (string), label (int64))" in text
+    assert "No column of images (columns: text (string), label (int64))" in text
 
 
 @pytest.mark.parametrize(("column", "value", "kind"), [("label", 0.5, "float32"), ("caption", "a dog", "string")])
 def test_data_set_without_labels_is_refused(tmp_path: Path, column: str, value: object, kind: str) -> None:
     kinds = kinds_of(image=datasets.Image(), **{column: datasets.Value(kind)})
     rows = [{"image": {"bytes": b"x", "path": None}, column: value}]
-    assert "has no column of classes" in refused(write(tmp_path / "d", kinds, train=rows, validation=rows))
+    assert "No column of classes" in refused(write(tmp_path / "d", kinds, train=rows, validation=rows))
 
 
 @pytest.mark.parametrize("column", ["label", "class"])
@@ -430,7 +432,7 @@ def test_two_classes_never_become_one(tmp_path: Path) -> None:
     kinds = kinds_of(image=datasets.Image(), label=datasets.Value("string"))
     name = write(tmp_path / "d", kinds, train=[row(1, "a/b", "x.png")], validation=[row(1, "a_b", "x.png")])
     text = refused(name)
-    assert "classes 'a/b', 'a_b' would have the same name 'a_b' in ids" in text
+    assert "Classes 'a/b', 'a_b' would have the same name 'a_b' in ids" in text
 
 
 # --- rows without bytes
@@ -467,7 +469,7 @@ def test_row_without_an_image_is_named(
 ) -> None:
     monkeypatch.setattr("msn_eval.data.hf_rows._BATCH_ROWS", 2)
     name = write_paths(tmp_path / "d", (b"1", "a.png"), (b"2", "b.png"), (b"3", "c.png"), (None, path))
-    assert f"split train, row 3: has no image: {why}" in refused(name)
+    assert f"split train, row 3: No image: {why}" in refused(name)
 
 
 @pytest.mark.parametrize("there", ["nothing", "a pipe"])
@@ -483,7 +485,7 @@ def test_file_that_is_none_is_an_error_of_the_image_alone(tmp_path: Path, there:
 
 def test_file_that_is_needed_for_its_ending_is_named_where_missing(tmp_path: Path) -> None:
     name = write_paths(tmp_path / "d", (None, "/nowhere/a/x.png"), (None, "/nowhere/b/x.png"))
-    assert "split train, row 0: /nowhere/a/x.png cannot be read: No such file" in refused(name)
+    assert "split train, row 0: Cannot read /nowhere/a/x.png: No such file" in refused(name)
 
 
 def test_ending_of_a_row_with_a_path_is_that_of_the_file(tmp_path: Path) -> None:
@@ -592,7 +594,7 @@ def test_image_of_no_bytes_is_a_bad_image_and_not_a_missing_one(tmp_path: Path) 
     "name", ["nowhere", "./nowhere", "/nowhere/at/all", "a/b/c", "a/..", "", "o/n:", "o/n@", "parquet"]
 )
 def test_name_that_is_neither_folder_nor_repository_is_refused(name: str) -> None:
-    assert f"hf:{name}: is neither a folder that exists nor OWNER/NAME" in refused(name)
+    assert f"hf:{name}: Neither an existing folder nor OWNER/NAME" in refused(name)
 
 
 @pytest.mark.parametrize("name", ["o/n", "o/n:default", "o/n@v1", "o/n:default@refs/convert/parquet"])
@@ -628,7 +630,7 @@ def test_cache_that_cannot_be_written_is_a_store_error(tmp_path: Path, monkeypat
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     text = refused(name, StoreError)
     assert f"{tmp_path / 'file'}" in text
-    assert "the cache of the `datasets` library cannot be written: Not a directory" in text
+    assert "Cannot write the cache of the `datasets` library: Not a directory" in text
     assert "$HF_DATASETS_CACHE" in text
 
 
@@ -647,7 +649,7 @@ def test_cache_of_another_user_is_a_store_error_naming_the_file(
     monkeypatch.setattr(datasets, "load_dataset_builder", failing(error))
     text = refused(str(tmp_path), StoreError)
     assert text.startswith(
-        f"/shared/cache/x.lock: the cache of the `datasets` library cannot be written: {os.strerror(number)}"
+        f"/shared/cache/x.lock: Cannot write the cache of the `datasets` library: {os.strerror(number)}"
     )
 
 
@@ -656,7 +658,7 @@ def test_closed_file_of_the_data_set_itself_is_a_data_error(tmp_path: Path, monk
     monkeypatch.setattr(datasets, "load_dataset_builder", failing(error))
     assert (
         refused(str(tmp_path))
-        == f"{tmp_path / 'train.parquet'}: cannot be read: Permission denied\nCheck its permissions."
+        == f"{tmp_path / 'train.parquet'}: Cannot read it: Permission denied\nCheck its permissions."
     )
 
 
@@ -684,8 +686,8 @@ def test_word_of_the_environment_about_progress_bars_goes_before_ours(
 def test_naming_by_rows_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="msn_eval"):
         read(write(tmp_path / "d", train=[row(1, 0)], validation=pair()[:1]))
-    told = [one.getMessage() for one in caplog.records if "called by their rows" in one.getMessage()]
-    assert [text.partition(", ")[2] for text in told] == ["split train: images are called by their rows"]
+    told = [one.getMessage() for one in caplog.records if "named by their rows" in one.getMessage()]
+    assert [text.partition(", ")[2] for text in told] == ["split train: images are named by their rows"]
 
 
 # --- the hub, one of our own; the library reads its address once, when it is imported
@@ -784,7 +786,7 @@ def test_data_set_of_the_hub_is_read_at_any_name_of_its_commit(said: list[str]) 
 
 def test_names_that_the_hub_does_not_know_are_refused(said: list[str]) -> None:
     assert said[2:] == [
-        "hf:o/x: the hub has no repository of this name",
+        "hf:o/x: The hub refuses access (HTTP 404): there is no repository of this name, or it is gated or private",
         "hf:o/n:other: BuilderConfig 'other' not found. Available: ['default']",
     ]
 
@@ -803,6 +805,6 @@ def test_forbidden_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch, variable: s
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv(variable, "1")
-    monkeypatch.setattr("msn_eval.data.hf_splits._ask_commit", lambda where: pytest.fail("it was asked"))
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: pytest.fail("the hub was asked"))
     assert refused("o/n").startswith(f"hf:o/n: ${variable} forbids to ask the hub")
     assert datasets.config.HF_HUB_OFFLINE is False
