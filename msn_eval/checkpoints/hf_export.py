@@ -52,7 +52,7 @@ class _Layout:
     """
 
     model: str
-    names: Mapping[str, str]
+    names: dict[str, str]
     taps: tuple[str, ...]
     concatenates: bool = False
 
