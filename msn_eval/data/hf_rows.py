@@ -252,13 +252,13 @@ def name_by_rows(stored: StoredRows) -> list[str]:
     names: list[str] = []
     for batch in source.table.iter(batch_size=_BATCH_ROWS):
         for head in pc.binary_slice(_contents(batch[source.column]), 0, _HEAD_BYTES).to_pylist():
-            start = _file_head(source, stored.paths[len(names)], len(names)) if head is None else head
+            start = _read_head(source, stored.paths[len(names)], len(names)) if head is None else head
             suffix = next((suffix for suffix, magic in _MAGIC.items() if magic.match(start)), "img")
             names.append(f"{len(names):08d}.{suffix}")
     return names
 
 
-def _file_head(source: RowSource, path: str | None, row: int) -> bytes:
+def _read_head(source: RowSource, path: str | None, row: int) -> bytes:
     try:
         with _local_file(path, source.folder).open("rb") as file:
             return file.read(_HEAD_BYTES)

@@ -136,25 +136,22 @@ def test_timms_statistics_are_read(tmp_path: Path) -> None:
     assert write_and_read(tmp_path, TIMM | {"pretrained_cfg": stated}).statistics == ((0.5, 0.4, 0.3), (1.0, 2.0, 3.0))
 
 
-@pytest.mark.parametrize("stated", [{"mean": [0.5, 0.5, 0.5]}, {"std": [0.5, 0.5, 0.5]}])
-def test_timms_statistics_of_which_one_is_missing_are_refused(tmp_path: Path, stated: object) -> None:
-    assert "is not three finite numbers: None" in refusal(tmp_path, TIMM | {"pretrained_cfg": stated}).what
-
-
-def test_timms_std_of_zero_is_refused(tmp_path: Path) -> None:
-    stated = {"mean": [0.5, 0.5, 0.5], "std": [1, 0, 1]}
-    assert "is not positive" in refusal(tmp_path, TIMM | {"pretrained_cfg": stated}).what
+@pytest.mark.parametrize(
+    ("stated", "what"),
+    [
+        ({"mean": [0.5, 0.5, 0.5]}, "std is not three finite numbers: None"),
+        ({"std": [0.5, 0.5, 0.5]}, "mean is not three finite numbers: None"),
+        ({"mean": 0.5, "std": [1, 1, 1]}, "mean is not three finite numbers: 0.5"),
+        ({"mean": [0.5, 0.5, 0.5], "std": [1, 0, 1]}, "is not positive"),
+    ],
+)
+def test_invalid_timm_statistics_are_refused(tmp_path: Path, stated: object, what: str) -> None:
+    assert what in refusal(tmp_path, TIMM | {"pretrained_cfg": stated}).what
 
 
 @pytest.mark.parametrize("stated", [None, [], {}])
 def test_timms_statistics_that_are_not_stated_are_none(tmp_path: Path, stated: object) -> None:
     assert write_and_read(tmp_path, TIMM | {"pretrained_cfg": stated}).statistics is None
-
-
-@pytest.mark.parametrize("mean", [[0.5], 0.5, ["a", "b", "c"], [0.5, 0.5, float("nan")], "abc"])
-def test_timms_statistics_that_are_not_three_numbers_are_refused(tmp_path: Path, mean: object) -> None:
-    error = refusal(tmp_path, TIMM | {"pretrained_cfg": {"mean": mean, "std": [1, 1, 1]}})
-    assert error.what.startswith("mean is not three finite numbers")
 
 
 @pytest.mark.parametrize(
