@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from msn_eval.checkpoints.formats.safetensors import DTYPES, save_tensors
-from msn_eval.checkpoints.hf_export import PlainNetwork, folder_content, heads_and_epsilon, write_folder
+from msn_eval.checkpoints.hf_export import PlainNetwork, build_folder_content, read_heads_and_epsilon, write_folder
 from msn_eval.checkpoints.stored import Contents, StoredCheckpoint, check_stored, choose_stored, read_contents
 from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD
 from msn_eval.errors import CheckpointError, UsageError
@@ -141,7 +141,7 @@ def _check_readable_without_name(stored: StoredCheckpoint) -> None:
         guessed = recognise_architecture(stored.trunk.weights)
     except CheckpointError:
         return  # it needs --arch, before as after
-    if heads_and_epsilon(outline_network(guessed)) != heads_and_epsilon(outline):
+    if read_heads_and_epsilon(outline_network(guessed)) != read_heads_and_epsilon(outline):
         raise CheckpointError(
             f"{stored.architecture.name} has other heads or another epsilon than a reader of its weights would assume "
             f"({guessed.name})",
@@ -162,7 +162,7 @@ def _write_folder(out: Path, stored: StoredCheckpoint) -> None:
         name=stored.architecture.name,
         where=stored.where,
     )
-    write_folder(out, folder_content(network))
+    write_folder(out, build_folder_content(network))
 
 
 def _normalisation(outline: nn.Module, stored: StoredCheckpoint) -> tuple[object, object]:

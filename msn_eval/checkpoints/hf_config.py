@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from msn_eval.checkpoints.hf_folder import CONFIG, Triple, image_statistics, read_hub_config, stated_statistics
+from msn_eval.checkpoints.hf_folder import CONFIG, Triple, parse_statistics, read_hub_config, read_image_statistics
 from msn_eval.errors import CheckpointError
 from msn_eval.models.architectures import NOT_KEYWORDS, Architecture, name_architecture
 
@@ -85,7 +85,7 @@ def read_config_beside(folder: Path) -> HubConfig:
         architecture=None,
         heads=heads,
         norm_eps=float(norm_eps),
-        statistics=image_statistics(folder),
+        statistics=read_image_statistics(folder),
     )
 
 
@@ -101,7 +101,7 @@ def _read_timm_config(config: Mapping[str, object], where: str) -> HubConfig:
         architecture=replace(name_architecture(name), keywords=keywords),
         heads=None,
         norm_eps=None,
-        statistics=stated_statistics(Path(where), stated, "mean", "std"),
+        statistics=parse_statistics(Path(where), stated, "mean", "std"),
     )
 
 

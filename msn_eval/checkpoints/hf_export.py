@@ -126,7 +126,7 @@ def write_folder(out: Path, content: FolderContent) -> None:
         (temporary / "preprocessor_config.json").write_text(json.dumps(content.processor, indent=2) + "\n")
 
 
-def folder_content(network: PlainNetwork) -> FolderContent:
+def build_folder_content(network: PlainNetwork) -> FolderContent:
     """Return what transformers reads as the same network without a classifier.
 
     Raises CheckpointError where transformers has no such network.
@@ -136,7 +136,7 @@ def folder_content(network: PlainNetwork) -> FolderContent:
     if obstacle:
         raise _not_exportable(network, obstacle)
     model_type = _model_type(weights)
-    heads, norm_eps = heads_and_epsilon(outline)
+    heads, norm_eps = read_heads_and_epsilon(outline)
     side = native_pixels(outline)
     patches = weights["patch_embed.proj.weight"]
     hidden = weights["blocks.0.mlp.fc2.weight"].shape[1]
@@ -180,7 +180,7 @@ def folder_content(network: PlainNetwork) -> FolderContent:
     return FolderContent(config=config, processor=processor, tensors=_rename_tensors(network, model_type))
 
 
-def heads_and_epsilon(network: nn.Module) -> tuple[int, float]:
+def read_heads_and_epsilon(network: nn.Module) -> tuple[int, float]:
     """Return what no weight's shape shows: the number of heads and the epsilon of the layer norms."""
     block = cast(nn.Sequential, network.blocks)[0]
     return cast(int, block.attn.num_heads), cast(float, block.norm1.eps)  # type: ignore[union-attr]
@@ -285,7 +285,7 @@ def classifier_content(network: PlainNetwork, head: Head, *, result_id: str) -> 
 
     Raises CheckpointError where it has no class that computes the same logits.
     """
-    backbone = folder_content(network)
+    backbone = build_folder_content(network)
     model_type = str(backbone.config["model_type"])
     layout = _LAYOUTS[model_type]
     model = f"{layout.model}ForImageClassification"

@@ -212,18 +212,18 @@ def read_hub_config(folder: Path) -> dict[str, object]:
     return config
 
 
-def image_statistics(folder: Path) -> tuple[Triple, Triple] | None:
+def read_image_statistics(folder: Path) -> tuple[Triple, Triple] | None:
     """Return mean and std per channel from a folder's preprocessor_config.json, None where it states neither.
 
-    Zeros and ones where it states that images are not normalised. Raises CheckpointError as `stated_statistics` does.
+    Zeros and ones where it states that images are not normalised. Raises CheckpointError as `parse_statistics` does.
     """
     stated = _read_preprocessor(folder)
     if stated.get("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return stated_statistics(folder / PREPROCESSOR, stated, "image_mean", "image_std")
+    return parse_statistics(folder / PREPROCESSOR, stated, "image_mean", "image_std")
 
 
-def stated_statistics(
+def parse_statistics(
     path: Path, stated: Mapping[str, object], mean_name: str, std_name: str
 ) -> tuple[Triple, Triple] | None:
     """Return mean and std per channel that a file states under two names, None where it states neither.

@@ -19,7 +19,7 @@ import pytest
 from huggingface_hub import constants
 
 from msn_eval.checkpoints import hf_folder as module
-from msn_eval.checkpoints.hf_folder import HubFolder, image_statistics, open_hub, read_hub_config, weight_files
+from msn_eval.checkpoints.hf_folder import HubFolder, open_hub, read_hub_config, read_image_statistics, weight_files
 from msn_eval.errors import CheckpointError, StoreError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -264,7 +264,7 @@ def test_cache_with_weights_alone_is_completed(hub: Hub) -> None:
     folder = open_hub("owner/name").folder
     (folder / "preprocessor_config.json").unlink()
     open_hub(f"owner/name@{COMMIT}")
-    assert image_statistics(folder) is not None
+    assert read_image_statistics(folder) is not None
 
 
 def test_full_disk_is_a_store_error(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,7 +528,7 @@ def test_code_of_a_folder_is_refused(folder: Path, name: str) -> None:
 def test_statistics_are_those_of_the_image_processor(folder: Path, processor: str | None, statistics: object) -> None:
     path = folder / "preprocessor_config.json"
     path.unlink() if processor is None else path.write_text(processor)
-    assert image_statistics(folder) == statistics
+    assert read_image_statistics(folder) == statistics
 
 
 @pytest.mark.parametrize(
@@ -550,14 +550,14 @@ def test_statistics_are_those_of_the_image_processor(folder: Path, processor: st
 def test_mean_that_is_not_three_numbers_is_refused(folder: Path, mean: str) -> None:
     (folder / "preprocessor_config.json").write_text(f'{{"image_mean": {mean}, "image_std": [1, 1, 1]}}')
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: image_mean is not three finite numbers"):
-        image_statistics(folder)
+        read_image_statistics(folder)
 
 
 @pytest.mark.parametrize("std", ["[1, 0, 1]", "[1, 1, -1]"])
 def test_std_that_is_not_positive_is_refused(folder: Path, std: str) -> None:
     (folder / "preprocessor_config.json").write_text(f'{{"image_mean": [1, 1, 1], "image_std": {std}}}')
     with pytest.raises(CheckpointError, match="is not positive"):
-        image_statistics(folder)
+        read_image_statistics(folder)
 
 
 def test_import_loads_neither_torch_nor_the_library() -> None:

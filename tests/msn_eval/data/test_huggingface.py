@@ -129,14 +129,14 @@ def test_real_images_are_read_back(tmp_path: Path, shared_data: Path) -> None:
     import tarfile
 
     with tarfile.open(shared_data / "imagenet_samples.tar") as archive:
-        members = [one for one in archive.getmembers() if one.name.lower().endswith(".jpeg")][:4]
-        contents = [archive.extractfile(one).read() for one in members]  # type: ignore[union-attr]
+        members = [member for member in archive.getmembers() if member.name.lower().endswith(".jpeg")][:4]
+        contents = [archive.extractfile(member).read() for member in members]  # type: ignore[union-attr]
     rows = [
         {"image": {"bytes": content, "path": f"{number}.JPEG"}, "label": number % 2}
         for number, content in enumerate(contents)
     ]
     val = read(write(tmp_path / "d", train=rows, validation=rows)).val
-    assert {val.source.read(one) for one in val.ids} == set(contents)
+    assert {val.source.read(image) for image in val.ids} == set(contents)
 
 
 # --- layouts
@@ -401,7 +401,9 @@ def test_row_numbers_continue_over_files_and_batches(tmp_path: Path, monkeypatch
     monkeypatch.setattr("msn_eval.data.hf_rows._BATCH_ROWS", 2)
     rows = [row(number, 0) for number in range(5)]
     val = read(write(tmp_path / "d", train=rows, validation=rows)).val
-    assert [(one, val.source.read(one)) for one in val.ids] == [(f"ant/{n:08d}.png", picture(n)) for n in range(5)]
+    assert [(image, val.source.read(image)) for image in val.ids] == [
+        (f"ant/{n:08d}.png", picture(n)) for n in range(5)
+    ]
 
 
 def test_path_into_an_archive_gives_the_name_in_it(tmp_path: Path) -> None:
@@ -508,7 +510,7 @@ def val(tmp_path: Path) -> ImageSet:
 
 
 def contents(images: ImageSet) -> list[bytes]:
-    return [picture(int(one.partition("/")[2].removesuffix(".png"))) for one in images.ids]
+    return [picture(int(image.partition("/")[2].removesuffix(".png"))) for image in images.ids]
 
 
 def test_threads_read_the_right_rows(val: ImageSet) -> None:
@@ -675,11 +677,11 @@ def test_environment_variable_about_progress_bars_takes_precedence(
 def test_naming_by_rows_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="msn_eval"):
         read(write(tmp_path / "d", train=[row(1, 0)], validation=pair()[:1]))
-    told = [one.getMessage() for one in caplog.records if "named by their rows" in one.getMessage()]
-    assert [text.partition(", ")[2] for text in told] == ["split train: images are named by their rows"]
+    messages = [record.getMessage() for record in caplog.records if "named by their rows" in record.getMessage()]
+    assert [text.partition(", ")[2] for text in messages] == ["split train: images are named by their rows"]
 
 
-# --- the hub, one of our own; the library reads its address once, when it is imported
+# --- a local hub; the library reads its address once, when it is imported
 
 
 class Hub:
@@ -752,9 +754,9 @@ def read_elsewhere(environment: Mapping[str, str], *names: str) -> list[str]:
         "from msn_eval.errors import MsnEvalError\n"
         "for name in sys.argv[1:]:\n"
         "    began = time.monotonic()\n"
-        "    try: said = read_hub(name, allow_class_mismatch=False).val.ids\n"
-        "    except MsnEvalError as error: said = str(error).partition(chr(10))[0]\n"
-        "    print(said, 'slow' if time.monotonic() - began > 20 else '')\n"
+        "    try: output = read_hub(name, allow_class_mismatch=False).val.ids\n"
+        "    except MsnEvalError as error: output = str(error).partition(chr(10))[0]\n"
+        "    print(output, 'slow' if time.monotonic() - began > 20 else '')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, *names], capture_output=True, text=True, env=dict(environment), timeout=120
@@ -764,29 +766,29 @@ def read_elsewhere(environment: Mapping[str, str], *names: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def said(hub: tuple[Hub, dict[str, str]]) -> list[str]:
+def outputs(hub: tuple[Hub, dict[str, str]]) -> list[str]:
     """The output of reads from the hub with an empty cache."""
     return read_elsewhere(hub[1], "o/n", "o/n@v1", "o/x", "o/n:other")
 
 
-def test_data_set_of_the_hub_is_read_at_any_name_of_its_commit(said: list[str]) -> None:
-    assert said[:2] == ["('ant/a.png', 'bee/b.png')"] * 2
+def test_data_set_of_the_hub_is_read_at_any_name_of_its_commit(outputs: list[str]) -> None:
+    assert outputs[:2] == ["('ant/a.png', 'bee/b.png')"] * 2
 
 
-def test_names_that_the_hub_does_not_know_are_refused(said: list[str]) -> None:
-    assert said[2:] == [
+def test_names_that_the_hub_does_not_know_are_refused(outputs: list[str]) -> None:
+    assert outputs[2:] == [
         "hf:o/x: The hub refuses access (HTTP 404): there is no repository of this name, or it is gated or private",
         "hf:o/n:other: BuilderConfig 'other' not found. Available: ['default']",
     ]
 
 
-@pytest.mark.usefixtures("said")  # they filled the cache
+@pytest.mark.usefixtures("outputs")  # they filled the cache
 def test_unreachable_hub_falls_back_to_the_cache_soon(hub: tuple[Hub, dict[str, str]]) -> None:
     silent = hub[1] | {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    told = read_elsewhere(silent, "o/n", f"o/n@{COMMIT}", "o/n@v1", "o/other")
-    assert told[:2] == ["('ant/a.png', 'bee/b.png')"] * 2
-    assert re.search(r"^hf:o/n@v1: the hub cannot be reached: .* at a commit known to be v1$", told[2])
-    assert re.search(r"^hf:o/other: the hub cannot be reached: .* does not hold this data set$", told[3])
+    messages = read_elsewhere(silent, "o/n", f"o/n@{COMMIT}", "o/n@v1", "o/other")
+    assert messages[:2] == ["('ant/a.png', 'bee/b.png')"] * 2
+    assert re.search(r"^hf:o/n@v1: the hub cannot be reached: .* at a commit known to be v1$", messages[2])
+    assert re.search(r"^hf:o/other: the hub cannot be reached: .* does not hold this data set$", messages[3])
 
 
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "MSN_EVAL_OFFLINE"])
