@@ -1,4 +1,4 @@
-"""Everything that can go wrong by somebody else's hand, and the exit code that it ends the command with.
+"""Errors that users can meet, and the exit code of each.
 
     MsnEvalError              1   a bug of ours, if it reaches the user as itself
     ├── UsageError            2   option, config key, subset or probe name
@@ -10,8 +10,8 @@
     ├── DistributedError     31   ranks that died, hang, or do not agree
     └── ComparisonError      12   no baseline, or results that must not be compared
 
-Besides these `check` ends with 10 for a regression and with 11 where it cannot tell, and any command with 75 when it was
-told to stop (SIGTERM) and 130 when it was interrupted.
+In addition `check` ends with 10 for a regression and with 11 where the evidence is insufficient, and any command with 75
+when it was asked to stop (SIGTERM) and with 130 when it was interrupted.
 """
 
 import difflib
@@ -20,33 +20,41 @@ from collections.abc import Iterable
 
 PREEMPTED, INTERRUPTED = 75, 130  # exit codes after SIGTERM, where the same command continues, and after Ctrl-C
 
-# C0 and C1 controls (so also ANSI escapes), the marks that turn the direction of text, and what breaks lines or has no width.
-_LONGEST_PLACE = 1000  # of an error, in characters
-_LONGEST_LINE = 2000  # of an error, in characters: much of it may be a stranger's text
+_LONGEST_PLACE = 1000  # characters of an error
+_LONGEST_LINE = 2000  # characters of an error, whose text may come from a file
+# C0 and C1 controls (including ANSI escapes), direction marks, line breaks and characters without a width.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 
 
 def printable(text: str) -> str:
-    """Give `text` with controls, direction marks and undecodable bytes spelled out instead of acted upon."""
-    shown = _UNPRINTABLE.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+    """Return `text` with control characters, direction marks and undecodable bytes as escape sequences."""
+    shown = _UNPRINTABLE.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
     return shown.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def one_line(text: str) -> str:
-    """Give `printable` text with every run of white space as one space: a name stays in its line and its cell."""
+    """Return `printable` text with each run of white space as one space, for one line or table cell."""
     return printable(" ".join(text.split()))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Give ` Did you mean X?` for the known name closest to `name`, or an empty string."""
+    """Return ` Did you mean X?` for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else ""
 
 
 class MsnEvalError(Exception):
-    """One fault, told in one block: what was wrong, where, what to do, what was kept."""
+    """Base class of all errors.
+
+    Attributes:
+        exit_code: Of the command that ends with the error.
+        what: What was wrong.
+        where: The file, option or name at fault.
+        hint: What to do.
+        kept: Which finished work remains.
+    """
 
     exit_code = 1
 
@@ -55,26 +63,29 @@ class MsnEvalError(Exception):
         self.what, self.where, self.hint, self.kept = what, where, hint, kept
 
     def __str__(self) -> str:
-        where = self.where if len(self.where) <= _LONGEST_PLACE else f"{self.where[:_LONGEST_PLACE]}…"
-        head = f"{where}: {self.what}" if where else self.what
-        lines = "\n".join(part for part in (head, self.hint, self.kept) if part).split("\n")
-        return printable("\n".join(f"{line[:_LONGEST_LINE]}…" if len(line) > _LONGEST_LINE else line for line in lines))
+        head = f"{_shorten(self.where, _LONGEST_PLACE)}: {self.what}" if self.where else self.what
+        lines = "\n".join(text for text in (head, self.hint, self.kept) if text).split("\n")
+        return printable("\n".join(_shorten(line, _LONGEST_LINE) for line in lines))
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 class UsageError(MsnEvalError):
-    """An option, a config key or a name of ours that does not exist or is out of range."""
+    """An option, a config key or a name that does not exist or is out of range."""
 
     exit_code = 2
 
 
 class ComparisonError(MsnEvalError):
-    """A baseline that is missing or unreadable, or results that must not be put beside others."""
+    """A baseline that is missing or unreadable, or results that must not be compared."""
 
     exit_code = 12
 
 
 class CheckpointError(MsnEvalError):
-    """Weights that are missing, unreadable, or do not fit the network in full."""
+    """Weights that are missing, unreadable, or do not fit the network completely."""
 
     exit_code = 20
 
@@ -92,13 +103,13 @@ class StoreError(MsnEvalError):
 
 
 class NumericalError(MsnEvalError):
-    """Numbers that must not be turned into an accuracy."""
+    """Numbers from which no accuracy must be computed."""
 
     exit_code = 23
 
 
 class ResourceError(MsnEvalError):
-    """Memory, worker processes or devices that gave out."""
+    """Memory, worker processes or devices that are exhausted or failed."""
 
     exit_code = 30
 

@@ -1194,10 +1194,10 @@ def test_width_that_leaves_the_heads_open_asks_for_the_architecture(tmp_path: Pa
 @pytest.mark.parametrize(
     ("entry", "text"),
     [
-        ({"auto_map": {"AutoModel": "modelling.Own"}}, "wants code of its own repository run (auto_map)"),
-        ({"model_type": "swin"}, "describes a 'swin', which is not one of vit_msn, vit, "),
-        ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'; here it is 'gelu'"),
-        ({"num_channels": 1}, "num_channels is 1; here it is 3"),
+        ({"auto_map": {"AutoModel": "modelling.Own"}}, "Requires code of its own repository (auto_map)"),
+        ({"model_type": "swin"}, "model_type is 'swin', not one of vit_msn, vit, "),
+        ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'; only 'gelu' is supported"),
+        ({"num_channels": 1}, "num_channels is 1; only 3 is supported"),
     ],
     ids=["code", "model type", "activation", "channels"],
 )

@@ -1,372 +1,194 @@
-"""Download: one big file from the web, there in full or not at all, resumed where an earlier attempt was cut off."""
+"""Download of one large file: complete under its final name or absent, resumed where an earlier attempt stopped."""
 
+import glob
 import hashlib
-import http.client
 import logging
 import os
-import re
 import secrets
-import socket
-import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from email.message import Message
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING
 
 from msn_eval.checkpoints.formats.read import sniff_container
 from msn_eval.errors import CheckpointError, StoreError
 from msn_eval.files.atomic import free_bytes, prepare_folder, sync_folder
 
+if TYPE_CHECKING:
+    from huggingface_hub.utils import httpx
+
 _log = logging.getLogger(__name__)
-_CHUNK_BYTES = 1 << 20
-_HEAD_BYTES = 512
 _TIMEOUT_SECONDS = 30.0
-_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)  # before each further try; one that gets further starts them anew
-_TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
-_RANGE_REFUSED = 416
-
-_Answer = http.client.HTTPResponse | urllib.error.HTTPError
-_Show = Callable[[int, int | None], None]  # bytes so far, bytes in all
+_LOCK_SECONDS = 7200.0
+_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)  # before each retry; an attempt that receives new bytes starts them again
 
 
-class _NetworkError(Exception):
-    """What went wrong between us and the server; `download` makes of it the error that users see.
+class _RefusedError(Exception):
+    """A response that cannot become the file, with the reason."""
 
-    reached: bytes held when it happened, -1 where no server was reached at all
+
+def download(url: str, target: Path, *, sha256: str | None = None, hint: str) -> str:
+    """Download `url` to `target`, unless that file exists already, and return its SHA-256 in hex.
+
+    The bytes go to a partial file beside `target`, which the next call or process resumes. The lock only saves traffic:
+    without it, two processes write the same bytes at the same offsets of the same partial file.
+
+    Args:
+        sha256: The expected hash, where it is known.
+        hint: For the error: what to download manually and where to put it.
+
+    Raises:
+        CheckpointError: The download fails, or what arrives is not a checkpoint or has another hash.
+        UsageError: The folder cannot be written.
+        StoreError: The disk refuses.
     """
+    import filelock
+    from huggingface_hub.utils import httpx
 
-    def __init__(self, reason: str, *, reached: int = 0, again: bool = False) -> None:
-        super().__init__(reason)
-        self.reached, self.again = reached, again
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Version:
-    """The bytes that a server offers at an address: how many, and its mark of them (strong ETag, else Last-Modified)."""
-
-    url: str
-    size: int | None
-    mark: str
-
-    @property
-    def key(self) -> str:
-        return hashlib.sha256(f"{self.url}\0{self.size}\0{self.mark}".encode()).hexdigest()[:16]
-
-    @property
-    def resumable(self) -> bool:
-        return self.size is not None and self.mark != ""
-
-
-def download(url: str, target: Path, *, sha256: str | None = None, advice: str) -> str:
-    """Put the file at `url` under `target` and give the SHA-256 of its bytes in hex.
-
-    sha256: what it must be, where that is known
-    advice: for the error: what to fetch by hand and where to put it
-    Raises CheckpointError naming the address when it cannot be had or is no checkpoint, UsageError for a folder that
-    cannot be written, StoreError when the disk refuses.
-    """
-    start = time.monotonic()
+    prepare_folder(target.parent, option="weights")
     try:
-        if not re.match("https?://", url):
-            raise _NetworkError("only http and https addresses are fetched")
-        prepare_folder(target.parent, option="weights")
-        _log.info("downloading %s to %s", url, target)
-        with _progress(target.name) as show:
-            digest = _insist(url, target, sha256, show)
-    except _NetworkError as error:
-        raise CheckpointError(
-            f"could not be downloaded: {error}", where=url, hint=advice, kept=_what_is_kept(target)
-        ) from error
-    except OSError as error:  # of the disk, since those of the network are network errors by now
-        raise StoreError(
-            f"could not be written: {error.strerror or error}",
-            where=str(target),
-            hint=f"Free space or choose another folder; {free_bytes(target.parent)}.",
-            kept=_what_is_kept(target),
-        ) from error
-    _log.info("downloaded %s in %.0f s, SHA-256 %s", target, time.monotonic() - start, digest)
-    return digest
+        with filelock.FileLock(target.with_name(f".{target.name}.lock"), timeout=_LOCK_SECONDS):
+            return _sha256(target) if target.is_file() else _download_with_retries(url, target, sha256)
+    except (_RefusedError, httpx.HTTPError, httpx.InvalidURL) as error:
+        response = getattr(error, "response", None)
+        reason = str(error) if response is None else f"HTTP {response.status_code} {response.reason_phrase}"
+        raise CheckpointError(f"Download failed: {reason}", where=url, hint=hint, kept=_kept(target)) from error
+    except OSError as error:
+        hint = f"Free space or choose another folder; {free_bytes(target.parent)}."
+        what = f"Cannot write the download: {error.strerror or error}"
+        raise StoreError(what, where=str(target), hint=hint, kept=_kept(target)) from error
 
 
-def _insist(url: str, target: Path, sha256: str | None, show: _Show) -> str:
-    """Try until it is done, or until several tries in a row got no further. An address never reached is not tried again."""
-    furthest, idle = -1, 0
+def _download_with_retries(url: str, target: Path, sha256: str | None) -> str:
+    from huggingface_hub.utils import httpx
+
+    _log.info("downloading %s to %s", url, target)
+    start, failures, most = time.monotonic(), 0, 0
     while True:
         try:
-            return _attempt(url, target, sha256, show)
-        except _NetworkError as error:
-            if error.reached > furthest:
-                furthest, idle = error.reached, 0
-            if not error.again or furthest < 0 or idle == len(_PAUSES_SECONDS):
+            digest = _attempt(url, target, sha256)
+            _log.info("downloaded %s in %.0f s, SHA-256 %s", target, time.monotonic() - start, digest)
+            return digest
+        except FileNotFoundError:
+            if not target.is_file():  # else another process, on a file system without locks, was faster
+                raise
+            return _sha256(target)
+        except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
+            received = _received_bytes(target)
+            failures, most = (failures, most) if received <= most else (0, received)
+            is_offline = isinstance(error, httpx.ConnectError) and most == 0
+            if is_offline or failures == len(_PAUSES_SECONDS):
                 raise
             _log.info("%s: %s; trying again", url, error)
-        time.sleep(_PAUSES_SECONDS[idle])
-        idle += 1
+        time.sleep(_PAUSES_SECONDS[failures])
+        failures += 1
 
 
-def _attempt(url: str, target: Path, sha256: str | None, show: _Show) -> str:
-    with _ask(url, {}) as whole:
-        version = _version(url, whole)
-        if version.size is None and sha256 is None:
-            raise _NetworkError("the server does not say how long the file is, so its end looks like a lost connection")
-        with claim_part(target, version.key, resumable=version.resumable) as part:
-            have = part.stat().st_size
-            if have == 0:
-                _receive(whole, part, version, show)
-                return _publish(part, target, sha256)
-            whole.close()
-            if have == version.size:
-                return _publish(part, target, sha256)
-            with _ask(url, {"Range": f"bytes={have}-", "If-Range": version.mark}, reached=have) as rest:
-                if _goes_on(rest, version, have):
-                    _receive(rest, part, version, show)
-                    return _publish(part, target, sha256)
-            part.unlink()
-    return _attempt(url, target, sha256, show)  # from the start, now that the part that led nowhere is gone
+def _attempt(url: str, target: Path, sha256: str | None) -> str:
+    """Download the missing bytes, give the file its final name and return its SHA-256."""
+    with _open(url, {}) as response:
+        if response.is_error:
+            raise _RefusedError(f"HTTP {response.status_code} {response.reason_phrase}")
+        size, validator = int(response.headers.get("Content-Length", -1)), _validator(response)
+        if size < 0 and sha256 is None:
+            raise _RefusedError("the server does not state the file size, so a lost connection cannot be detected")
+        # The name contains the version, so that bytes of two versions are never joined.
+        version = f"{url}\0{size}\0{validator}" if size >= 0 and validator else secrets.token_hex()
+        part = target.with_name(f".{target.name}.{hashlib.sha256(version.encode()).hexdigest()[:16]}.part")
+        offset = _resumable_bytes(part)
+        if not 0 < offset <= size:
+            offset = size
+            _receive(response, part, 0)
+    if offset < size:
+        with _open(url, {"Range": f"bytes={offset}-", "If-Range": validator}) as response:
+            is_rest = response.headers.get("Content-Range") == f"bytes {offset}-{size - 1}/{size}"
+            if not is_rest or _validator(response) not in ("", validator):
+                part.unlink(missing_ok=True)  # the file has changed, or the server ignores ranges
+                return _attempt(url, target, sha256)
+            _receive(response, part, offset)
+    return _publish(part, target, sha256)
 
 
-class _WebRedirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects on the web alone, and never from https to http: no hash may be known, and then TLS is all."""
+@contextmanager
+def _open(url: str, headers: dict[str, str]) -> Iterator["httpx.Response"]:
+    """Request a URL, again while the server is busy."""
+    from huggingface_hub.utils import http_stream_backoff
 
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: http.client.HTTPMessage,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        scheme = urllib.parse.urlsplit(newurl).scheme
-        if scheme not in ("http", "https") or (req.type == "https" and scheme == "http"):
-            raise urllib.error.HTTPError(newurl, code, f"redirection from {req.type} to {scheme} refused", headers, fp)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+    headers |= {"Accept-Encoding": "identity"}
+    with http_stream_backoff(
+        "GET", url, headers=headers, timeout=_TIMEOUT_SECONDS, follow_redirects=True, retry_on_exceptions=()
+    ) as response:
+        # Where no hash is known, TLS is the only protection.
+        if url.startswith("https:") and any(step.url.scheme != "https" for step in (*response.history, response)):
+            raise _RefusedError(f"redirected from https to {response.url}")
+        yield response
 
 
-def _ask(url: str, headers: dict[str, str], *, reached: int = 0) -> _Answer:
-    """Open an address. Gives the answer that a range is refused as it is; raises _NetworkError where nothing is to be read."""
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "msn-eval"} | headers)
-        opened = urllib.request.build_opener(_WebRedirects).open(request, timeout=_TIMEOUT_SECONDS)
-    except urllib.error.HTTPError as error:
-        if error.code == _RANGE_REFUSED and "Range" in headers:
-            return error
-        error.close()
-        reason = f"HTTP {error.code} {error.reason}"
-        raise _NetworkError(reason, reached=reached, again=error.code in _TRY_AGAIN) from error
-    except urllib.error.URLError as error:  # before any answer: no such name, no route, refused, no trust
-        raise _NetworkError(f"{error.reason}", reached=-1, again=True) from error
-    except (http.client.InvalidURL, ValueError) as error:
-        raise _NetworkError(f"not an address: {error}") from error
-    except (http.client.HTTPException, OSError) as error:
-        raise _NetworkError(f"{error or type(error).__name__}", reached=reached, again=True) from error
-    assert isinstance(opened, http.client.HTTPResponse)
-    return opened
+def _validator(response: "httpx.Response") -> str:
+    """Return what identifies a version of the file: the strong ETag, else Last-Modified, else an empty string."""
+    tag: str = response.headers.get("ETag", "")
+    return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified", "")
 
 
-def _version(url: str, answer: _Answer) -> _Version:
-    size = str(answer.headers["Content-Length"] or "")
-    return _Version(url=url, size=int(size) if re.fullmatch("[0-9]+", size) else None, mark=_mark(answer.headers))
+def _resumable_bytes(part: Path) -> int:
+    """Return the size of a partial file, or 0 where there is none or a power cut may have torn it."""
+    with suppress(FileNotFoundError):
+        status = part.stat()
+        return status.st_size if status.st_mtime > time.time() - time.monotonic() else 0
+    return 0
 
 
-def _mark(headers: Message) -> str:
-    tag = str(headers["ETag"] or "")
-    return tag if tag and not tag.startswith("W/") else str(headers["Last-Modified"] or "")
+def _receive(response: "httpx.Response", part: Path, offset: int) -> None:
+    """Write the body of a response to a partial file from `offset` on, with a progress bar on a terminal."""
+    from tqdm import tqdm
 
-
-def _goes_on(rest: _Answer, version: _Version, have: int) -> bool:
-    """Tell whether an answer is the rest of this version; there are servers that pass over If-Range, or Range."""
-    found = re.fullmatch(r"bytes ([0-9]+)-[0-9]+/([0-9]+)", str(rest.headers["Content-Range"] or ""))
-    if rest.status != http.client.PARTIAL_CONTENT or found is None:
-        return False
-    return (int(found[1]), int(found[2])) == (have, version.size) and _mark(rest.headers) in ("", version.mark)
-
-
-def _receive(answer: _Answer, part: Path, version: _Version, show: _Show) -> None:
-    """Write a body to the end of a part. Raises _NetworkError when the connection ends before the body does."""
-    with part.open("r+b") as file:
-        reached = file.seek(0, os.SEEK_END)
-        while chunk := _read(answer, reached):
-            file.write(chunk)
-            reached += len(chunk)
-            show(reached, version.size)
-    if version.size is not None and reached != version.size:
-        raise _NetworkError(
-            f"the connection ended after {reached:,} of {version.size:,} bytes", reached=reached, again=True
-        )
-
-
-def _read(answer: _Answer, reached: int) -> bytes:
-    assert isinstance(answer, http.client.HTTPResponse)
-    try:
-        return answer.read1(_CHUNK_BYTES)
-    except (http.client.HTTPException, OSError) as error:
-        reason = f"the connection failed after {reached:,} bytes: {error or type(error).__name__}"
-        raise _NetworkError(reason, reached=reached, again=True) from error
+    if offset == 0:  # a file that is missing otherwise was just published by another process
+        part.touch()
+    total = offset + int(response.headers.get("Content-Length", 0))
+    with (
+        part.open("r+b") as file,
+        tqdm(desc=part.name, total=total, initial=offset, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        file.seek(offset)
+        for chunk in response.iter_bytes():
+            bar.update(file.write(chunk))
+        file.truncate()
 
 
 def _publish(part: Path, target: Path, sha256: str | None) -> str:
-    """Give a complete part its final name. Raises _NetworkError, and deletes it, when it is not what was wanted."""
     with part.open("r+b") as file:
-        container = sniff_container(file.read(_HEAD_BYTES))
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = file.tell()
+        container = sniff_container(file.read(512))
         os.fsync(file.fileno())
-    wrong = ""
+    digest, problem = _sha256(part), ""
     if isinstance(container, tuple):
-        wrong = f"what came ({size:,} bytes) is no checkpoint: {container[0]}"
+        problem = f"is not a checkpoint: {container[0]}"
     elif sha256 is not None and digest != sha256.lower():
-        wrong = f"{size:,} bytes came with SHA-256 {digest} instead of {sha256}"
-    if wrong:
+        problem = f"has SHA-256 {digest} instead of {sha256}"
+    if problem:
+        size = part.stat().st_size
         part.unlink()
-        raise _NetworkError(wrong)
+        raise _RefusedError(f"the response ({size:,} bytes) {problem}")
     part.replace(target)
     sync_folder(target.parent)
-    sweep_parts(target)
+    for leftover in _parts(target):
+        leftover.unlink(missing_ok=True)
     return digest
 
 
-def _what_is_kept(target: Path) -> str:
-    held = max((part.bytes for part in find_parts(target)), default=0)
-    return f"{held:,} bytes that came before are kept; the same command goes on from there." if held else ""
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def _progress(name: str) -> Iterator[_Show]:
-    """Draw a bar on stderr where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda done, size: None
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(escape(name), total=None)
-        yield lambda done, size: bar.update(task, completed=done, total=size)
+def _parts(target: Path) -> list[Path]:
+    return list(target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 16}.part"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One part on disk.
-
-    version: 16 hex digits
-    host:    of the process that writes or wrote it, None where it was left in good order
-    pid:     of that process
-    bytes:   how many there were when it was looked at
-    """
-
-    path: Path
-    version: str
-    host: str | None
-    pid: int
-    bytes: int
-    changed: float
-
-    @property
-    def is_abandoned(self) -> bool:
-        """Whether it was left in good order or by a dead process of this host."""
-        if self.host is None:
-            return True
-        if os.name != "posix" or self.host != socket.gethostname():  # on Windows, signal 0 is Ctrl-C
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except (OverflowError, OSError):
-            return False
-        return False
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether all of it reached the disk: it was synced, or the machine was not restarted since."""
-        return self.host is None or self.changed > time.time() - time.monotonic()
+def _received_bytes(target: Path) -> int:
+    return max((part.stat().st_size for part in _parts(target)), default=0)
 
 
-def find_parts(target: Path) -> list[Part]:
-    """Give the parts of a target, the longest first."""
-    shape = re.compile(re.escape(f".{target.name}.") + r"([0-9a-f]{16})(?:\.(.+)\.([0-9]+))?\.[0-9a-f]{8}\.part")
-    found = []
-    for path in target.parent.iterdir() if target.parent.is_dir() else ():
-        named = shape.fullmatch(path.name)
-        if named is None:
-            continue
-        try:
-            status = path.stat()
-        except FileNotFoundError:  # adopted or finished in this moment
-            continue
-        found.append(
-            Part(
-                path=path,
-                version=named[1],
-                host=named[2],
-                pid=int(named[3] or 0),
-                bytes=status.st_size,
-                changed=status.st_mtime,
-            )
-        )
-    return sorted(found, key=lambda part: part.bytes, reverse=True)
-
-
-@contextmanager
-def claim_part(target: Path, version: str, *, resumable: bool) -> Iterator[Path]:
-    """Hold a part of a version: the longest that was abandoned, or an empty one.
-
-    resumable: whether another process may go on with it; where not, it is deleted on failure
-    """
-    stem = f".{target.name}.{version}"
-    held = target.with_name(f"{stem}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.part")
-    if not (resumable and _adopt(held, target, version)):
-        held.touch(exist_ok=False)
-    try:
-        yield held
-    except BaseException:  # an interrupt, too, leaves it in good order
-        _release(held, held.with_name(f"{stem}.{secrets.token_hex(4)}.part"), resumable=resumable)
-        raise
-
-
-def sweep_parts(target: Path) -> None:
-    """Delete what nobody goes on with, once the target is there; in a folder that cannot be written it stays."""
-    with suppress(OSError):
-        for part in find_parts(target):
-            if part.is_abandoned:
-                part.path.unlink(missing_ok=True)
-
-
-def _adopt(held: Path, target: Path, version: str) -> bool:
-    for part in find_parts(target):
-        if part.version == version and part.is_abandoned and part.is_sound:
-            try:
-                part.path.rename(held)
-            except FileNotFoundError:  # another process was faster
-                continue
-            return True
-    return False
-
-
-def _release(held: Path, name: Path, *, resumable: bool) -> None:
-    try:
-        with held.open("r+b") as file:
-            length = file.seek(0, os.SEEK_END)
-            os.fsync(file.fileno())
-        if resumable and length:
-            held.rename(name)
-        else:
-            held.unlink()
-    except OSError:  # gone, or the disk gave out: what cannot be synced is not worth going on from
-        held.unlink(missing_ok=True)
+def _kept(target: Path) -> str:
+    received = _received_bytes(target)
+    return f"{received:,} bytes are kept; the same command resumes the download." if received else ""

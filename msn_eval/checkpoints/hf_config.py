@@ -1,4 +1,4 @@
-"""What the config.json beside a folder's weights says that no weight's shape can tell."""
+"""What the config.json beside a folder's weights states that no weight's shape shows."""
 
 import os
 import re
@@ -6,27 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from msn_eval.checkpoints.hf_folder import CONFIG, Triple, image_statistics, read_hub_config, stated_statistics
+from msn_eval.checkpoints.hf_folder import CONFIG, Triple, parse_statistics, read_hub_config, read_image_statistics
 from msn_eval.errors import CheckpointError
 from msn_eval.models.architectures import NOT_KEYWORDS, Architecture, name_architecture
 
-_MODEL_TYPES = (
-    "vit_msn",
-    "vit",
-    "vit_mae",
-    "dinov2",
-    "dinov2_with_registers",
-    "ijepa",
-    "beit",
-    "data2vec-vision",
-)
+# The layer norms' epsilon by transformers' default, for each model type that is evaluated here.
 _NORM_EPS = {
     "vit_msn": 1e-6,
+    "vit": 1e-12,
+    "vit_mae": 1e-12,
     "dinov2": 1e-6,
     "dinov2_with_registers": 1e-6,
-}  # transformers' defaults; 1e-12 for the others
-_ADAPTER = "adapter_config.json"  # of peft, which transformers would put on what it loads
-_PLAIN = {"hidden_act": "gelu", "num_channels": 3}
+    "ijepa": 1e-12,
+    "beit": 1e-12,
+    "data2vec-vision": 1e-12,
+}
+_ADAPTER = "adapter_config.json"  # of peft; transformers would apply it to what it loads
+_WRAP = "Wrap the network: py:package.module:factory."
+_WITH_ARCH = "Give its weight file alone with --arch NAME, or wrap the network: py:package.module:factory."
 _LARGEST = 1 << 14  # of a keyword's numbers: sizes and widths
 _LARGEST_IMAGE = 1 << 12  # some networks compute tables as large as the square of this
 _DEEPEST = 256
@@ -36,11 +33,12 @@ _DEEPEST = 256
 class HubConfig:
     """A folder's own description of its network.
 
-    model_type:   transformers' name of the architecture, or `timm`
-    architecture: timm's, where the folder was written by timm
-    heads:        attention heads
-    norm_eps:     of the layer norms
-    statistics:   mean and std a channel, where stated
+    Attributes:
+        model_type: Transformers' name of the architecture, or `timm`.
+        architecture: Timm's architecture, where the folder was written by timm.
+        heads: Attention heads.
+        norm_eps: Epsilon of the layer norms.
+        statistics: Mean and std per channel, where stated.
     """
 
     model_type: str
@@ -53,91 +51,72 @@ class HubConfig:
 def read_config_beside(folder: Path) -> HubConfig:
     """Read a folder's config.json, of transformers or of timm.
 
-    Raises CheckpointError for an architecture that is not evaluated here and for what its weights could not show.
+    Raises CheckpointError for an architecture that is not supported, and for properties that the weights do not show.
     """
     config, where = read_hub_config(folder), str(folder / CONFIG)
     if os.path.lexists(folder / _ADAPTER):
         raise CheckpointError(
-            f"has an adapter beside it ({_ADAPTER}), which would change the network and is not read here",
+            f"An adapter beside it ({_ADAPTER}) would change the network and is not supported",
             where=where,
-            hint="Merge it (merge_and_unload of peft) and save that, or take the adapter's files away to evaluate the base.",
+            hint="Merge it (merge_and_unload of peft) and save that, or remove the adapter's files to evaluate the base.",
         )
     if "architecture" in config:
-        return _timm_config(config, where)
-    model_type = config.get("model_type")
-    if model_type not in _MODEL_TYPES:
-        raise CheckpointError(
-            f"describes a {model_type!r}, which is not one of {', '.join(_MODEL_TYPES)}",
-            where=where,
-            hint="Give its weight file alone with --arch NAME, or wrap it: py:package.module:factory.",
-        )
+        return _read_timm_config(config, where)
+    model_type, known = config.get("model_type"), ", ".join(_NORM_EPS)
+    if not isinstance(model_type, str) or model_type not in _NORM_EPS:
+        raise CheckpointError(f"model_type is {model_type!r}, not one of {known}", where=where, hint=_WITH_ARCH)
     for name in ("image_size", "patch_size"):
         sides = config.get(name)
         if isinstance(sides, list) and len({str(side) for side in sides}) > 1:
+            raise CheckpointError(f"{name} is {sides}; only squares are supported", where=where, hint=_WRAP)
+    for name, supported in {"hidden_act": "gelu", "num_channels": 3}.items():
+        if config.get(name, supported) != supported:
             raise CheckpointError(
-                f"{name} is {sides}; here images and patches are square",
-                where=where,
-                hint="Wrap it: py:package.module:factory.",
+                f"{name} is {config[name]!r}; only {supported!r} is supported", where=where, hint=_WRAP
             )
-    for name, value in _PLAIN.items():
-        if config.get(name, value) != value:
-            raise CheckpointError(
-                f"{name} is {config[name]!r}; here it is {value!r}",
-                where=where,
-                hint="Wrap it: py:package.module:factory.",
-            )
+    heads, norm_eps = config.get("num_attention_heads"), config.get("layer_norm_eps")
+    norm_eps = _NORM_EPS[model_type] if norm_eps is None else norm_eps
+    if not (heads is None or (type(heads) is int and 0 < heads < 1 << 16)):
+        raise CheckpointError(f"num_attention_heads is {heads!r}", where=where, hint="It must be a positive integer.")
+    if not (isinstance(norm_eps, float | int) and 0 < norm_eps < 1):
+        raise CheckpointError(f"layer_norm_eps is {norm_eps!r}", where=where, hint="It must lie between 0 and 1.")
     return HubConfig(
-        model_type=str(model_type),
+        model_type=model_type,
         architecture=None,
-        heads=_positive_int(config, "num_attention_heads", where),
-        norm_eps=_positive(config, "layer_norm_eps", where) or _NORM_EPS.get(str(model_type), 1e-12),
-        statistics=image_statistics(folder),
+        heads=heads,
+        norm_eps=float(norm_eps),
+        statistics=read_image_statistics(folder),
     )
 
 
-def _timm_config(config: Mapping[str, object], where: str) -> HubConfig:
+def _read_timm_config(config: Mapping[str, object], where: str) -> HubConfig:
     name, keywords, pretrained = config["architecture"], config.get("model_args"), config.get("pretrained_cfg")
     if not isinstance(name, str) or not re.fullmatch(r"[\w.]+", name):
-        raise CheckpointError(f"architecture is {name!r}", where=where, hint="It is one of timm's names.")
-    # timm before 0.9 wrote all of it side by side, and still reads it so.
+        raise CheckpointError(f"architecture is {name!r}", where=where, hint="It must be one of timm's names.")
+    # timm before 0.9 wrote everything on one level, and still reads it.
     stated: Mapping[str, object] = pretrained if isinstance(pretrained, Mapping) else config
+    keywords = _check_keywords(keywords, where) if isinstance(keywords, Mapping) else {}
     return HubConfig(
         model_type="timm",
-        architecture=replace(
-            name_architecture(name), keywords=_keywords(keywords, where) if isinstance(keywords, Mapping) else {}
-        ),
+        architecture=replace(name_architecture(name), keywords=keywords),
         heads=None,
         norm_eps=None,
-        statistics=stated_statistics(Path(where), stated, "mean", "std"),
+        statistics=parse_statistics(Path(where), stated, "mean", "std"),
     )
 
 
-def _keywords(stated: Mapping[str, object], where: str) -> dict[str, object]:
-    """Give what a network is built with, without the size of its classifier.
+def _check_keywords(stated: Mapping[str, object], where: str) -> dict[str, object]:
+    """Return the keywords of a network without the size of its classifier.
 
-    Raises CheckpointError for what would open other files, and for what would take hours to build.
+    Raises CheckpointError for keywords that would open other files, and for networks that would take hours to build.
     """
     for name, value in stated.items():
-        numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int | float)]
-        most = _DEEPEST if name.startswith("depth") else _LARGEST_IMAGE if name == "img_size" else _LARGEST
-        if name in NOT_KEYWORDS or isinstance(value, Mapping) or any(not abs(one) <= most for one in numbers):
+        numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int | float)]
+        largest = _DEEPEST if name.startswith("depth") else _LARGEST_IMAGE if name == "img_size" else _LARGEST
+        if name in NOT_KEYWORDS or isinstance(value, Mapping) or any(not abs(item) <= largest for item in numbers):
             raise CheckpointError(
-                f"model_args holds {name} = {str(value)[:60]!r}, which is none of an architecture's keywords here",
+                f"model_args has {name} = {str(value)[:60]!r}, which is not a supported keyword of an architecture",
                 where=where,
-                hint="Give its weight file alone with --arch NAME, or wrap it: py:package.module:factory.",
+                hint=_WITH_ARCH,
             )
     return {name: value for name, value in stated.items() if name != "num_classes"}
-
-
-def _positive_int(config: Mapping[str, object], name: str, where: str) -> int | None:
-    value = config.get(name)
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 16):
-        return value
-    raise CheckpointError(f"{name} is {value!r}", where=where, hint="It is a whole number above 0.")
-
-
-def _positive(config: Mapping[str, object], name: str, where: str) -> float | None:
-    value = config.get(name)
-    if value is None or (isinstance(value, float | int) and 0 < value < 1):
-        return None if value is None else float(value)
-    raise CheckpointError(f"{name} is {value!r}", where=where, hint="It is a small number above 0.")

@@ -1,4 +1,4 @@
-"""A folder in Hugging Face layout, by the names that transformers writes and that every version of it reads."""
+"""Export as a folder in Hugging Face layout, by the names that every version of transformers reads."""
 
 import json
 import re
@@ -15,37 +15,70 @@ from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.files.atomic import written_atomically
 from msn_eval.models.vit import native_pixels, stored_pixels
 
-_SHORTER_SIDE = 256 / 224  # of the image, to the side of the crop
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How transformers calls an architecture, and what its blocks are named."""
-
-    model_type: str
-    model: str
-    norms: tuple[str, str]
-    mlp: tuple[str, str]
-
-
-_MSN_NAMES = (("layernorm_before", "layernorm_after"), ("intermediate.dense", "output.dense"))
-_DINOV2_NAMES = (("norm1", "norm2"), ("mlp.fc1", "mlp.fc2"))
-_WRITTEN = re.compile(
+RESULT = "msn_eval_result"  # in config.json: the id of the record that describes the network
+_RESIZE_RATIO = 256 / 224  # of the image's shorter side to the side of the crop
+_EXPORTED = re.compile(
     r"cls_token|reg_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)"
     r"|blocks\.\d+\.((norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma)"
 )
-_GATED_NAMES = ("mlp.weights_in", "mlp.weights_out")
+_MSN_NAMES = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_DINOV2_NAMES = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    "ls1": "layer_scale1",
+    "ls2": "layer_scale2",
+}
+_GATED_NAMES = {"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """How transformers names an architecture.
+
+    Attributes:
+        model: Prefix of its class names.
+        names: Its name for each layer of a block, by timm's name.
+        taps: The taps on which its image classifier can put a head.
+        concatenates: Whether its classifier reads the CLS token and the mean of the patches, concatenated.
+    """
+
+    model: str
+    names: dict[str, str]
+    taps: tuple[str, ...]
+    concatenates: bool = False
+
+
+_LAYOUTS = {
+    "vit_msn": _Layout(model="ViTMSN", names=_MSN_NAMES, taps=("cls-norm",)),
+    "ijepa": _Layout(model="IJepa", names=_MSN_NAMES, taps=("mean",)),
+    "dinov2": _Layout(model="Dinov2", names=_DINOV2_NAMES, taps=("cls-norm", "mean"), concatenates=True),
+    "dinov2_with_registers": _Layout(
+        model="Dinov2WithRegisters", names=_DINOV2_NAMES, taps=("cls-norm", "mean"), concatenates=True
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlainNetwork:
-    """A Vision Transformer's trunk as it is to stand in a folder.
+    """The backbone of a Vision Transformer to export.
 
-    outline:   the network, with or without values: its blocks, heads and sizes
-    weights:   by timm's names
-    gated:     whether its MLPs are
-    mean, std: that its images are normalised with
-    name:      of the architecture, for errors; where: of the checkpoint, likewise
+    Attributes:
+        outline: The network, with or without values: its blocks, heads and sizes.
+        weights: Its tensors by timm's names.
+        gated: Whether its MLPs are gated.
+        mean: Of the normalisation of its images.
+        std: Likewise.
+        name: Name of the architecture, for errors.
+        where: The checkpoint, for errors.
     """
 
     outline: nn.Module
@@ -58,8 +91,25 @@ class PlainNetwork:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Head:
+    """A linear layer on a tap.
+
+    Attributes:
+        weight: (n_classes, d).
+        bias: (n_classes,).
+        tap: cls-norm or mean.
+        classes: Names, in the order of the rows.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    tap: str
+    classes: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class FolderContent:
-    """What a folder in Hugging Face layout holds: config.json, preprocessor_config.json and the tensors by their names."""
+    """The content of a folder in Hugging Face layout: config.json, preprocessor_config.json and the tensors by name."""
 
     config: dict[str, object]
     processor: dict[str, object]
@@ -67,8 +117,8 @@ class FolderContent:
 
 
 def write_folder(out: Path, content: FolderContent) -> None:
-    """Write a folder in Hugging Face layout, whole or not at all. Raises StoreError when the disk refuses."""
-    size = sum(one.nbytes for one in content.tensors.values())
+    """Write a folder in Hugging Face layout, complete or not at all. Raises StoreError when the disk refuses."""
+    size = sum(tensor.nbytes for tensor in content.tensors.values())
     with written_atomically(out, f"{size:,} bytes") as temporary:
         temporary.mkdir()
         save_tensors(temporary / "model.safetensors", content.tensors)
@@ -76,18 +126,24 @@ def write_folder(out: Path, content: FolderContent) -> None:
         (temporary / "preprocessor_config.json").write_text(json.dumps(content.processor, indent=2) + "\n")
 
 
-def folder_content(network: PlainNetwork) -> FolderContent:
-    """Give what transformers reads as the same network without a classifier. Raises CheckpointError where it has none like it."""
+def build_folder_content(network: PlainNetwork) -> FolderContent:
+    """Return what transformers reads as the same network without a classifier.
+
+    Raises CheckpointError where transformers has no such network.
+    """
     outline, weights = network.outline, network.weights
-    layout = _layout_of(network)
-    heads, norm_eps = heads_and_epsilon(outline)
-    width = weights["patch_embed.proj.weight"].shape[0]
-    hidden = weights["blocks.0.mlp.fc2.weight"].shape[1]
+    obstacle = _find_obstacle(outline, weights)
+    if obstacle:
+        raise _not_exportable(network, obstacle)
+    model_type = _model_type(weights)
+    heads, norm_eps = read_heads_and_epsilon(outline)
     side = native_pixels(outline)
+    patches = weights["patch_embed.proj.weight"]
+    hidden = weights["blocks.0.mlp.fc2.weight"].shape[1]
     config: dict[str, object] = {
-        "architectures": [layout.model],
-        "model_type": layout.model_type,
-        "hidden_size": width,
+        "architectures": [f"{_LAYOUTS[model_type].model}Model"],
+        "model_type": model_type,
+        "hidden_size": patches.shape[0],
         "num_hidden_layers": len(cast(nn.Sequential, outline.blocks)),
         "num_attention_heads": heads,
         "hidden_act": "gelu",
@@ -95,19 +151,22 @@ def folder_content(network: PlainNetwork) -> FolderContent:
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": norm_eps,
         "image_size": stored_pixels(outline),
-        "patch_size": weights["patch_embed.proj.weight"].shape[-1],
+        "patch_size": patches.shape[-1],
         "num_channels": 3,
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
-        "dtype": str(weights["patch_embed.proj.weight"].dtype).removeprefix("torch."),
+        "dtype": str(patches.dtype).removeprefix("torch."),
     }
-    if layout.model_type.startswith("dinov2"):
-        config |= _dinov2_config(network, layout, width, hidden)
+    if model_type.startswith("dinov2"):
+        ratio = _mlp_ratio(network, patches.shape[0], hidden)
+        config |= {"use_swiglu_ffn": network.gated, "layerscale_value": 1.0, "drop_path_rate": 0.0, "mlp_ratio": ratio}
     else:
         config["intermediate_size"] = hidden
+    if "reg_token" in weights:
+        config["num_register_tokens"] = weights["reg_token"].shape[1]
     processor = {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": round(side * _SHORTER_SIDE)},
+        "size": {"shortest_edge": round(side * _RESIZE_RATIO)},
         "resample": 2,  # bilinear
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
@@ -118,36 +177,30 @@ def folder_content(network: PlainNetwork) -> FolderContent:
         "image_std": list(cast(tuple[float, ...], network.std)),
         "do_convert_rgb": True,
     }
-    return FolderContent(config=config, processor=processor, tensors=_huggingface_names(weights, layout))
+    return FolderContent(config=config, processor=processor, tensors=_rename_tensors(network, model_type))
 
 
-def heads_and_epsilon(network: nn.Module) -> tuple[int, float]:
-    """Give what no weight's shape shows: the heads and the epsilon."""
+def read_heads_and_epsilon(network: nn.Module) -> tuple[int, float]:
+    """Return what no weight's shape shows: the number of heads and the epsilon of the layer norms."""
     block = cast(nn.Sequential, network.blocks)[0]
     return cast(int, block.attn.num_heads), cast(float, block.norm1.eps)  # type: ignore[union-attr]
 
 
-def _layout_of(network: PlainNetwork) -> _Layout:
-    weights = network.weights
-    obstacle = _obstacle(network.outline, weights)
-    if obstacle:
-        raise CheckpointError(
-            f"{network.name} cannot be written for transformers: {obstacle}",
-            where=network.where,
-            hint="Use --to timm or --to safetensors.",
-        )
+def _not_exportable(network: PlainNetwork, obstacle: str) -> CheckpointError:
+    what = f"{network.name} cannot be written for transformers: {obstacle}"
+    return CheckpointError(what, where=network.where, hint="Use --to timm or --to safetensors.")
+
+
+def _model_type(weights: Mapping[str, Tensor]) -> str:
     if "cls_token" not in weights:
-        return _Layout("ijepa", "IJepaModel", *_MSN_NAMES)
+        return "ijepa"
     if "blocks.0.ls1.gamma" in weights:
-        norms, mlp = _DINOV2_NAMES[0], _GATED_NAMES if network.gated else _DINOV2_NAMES[1]
-        if "reg_token" in weights:
-            return _Layout("dinov2_with_registers", "Dinov2WithRegistersModel", norms, mlp)
-        return _Layout("dinov2", "Dinov2Model", norms, mlp)
-    return _Layout("vit_msn", "ViTMSNModel", *_MSN_NAMES)
+        return "dinov2_with_registers" if "reg_token" in weights else "dinov2"
+    return "vit_msn"
 
 
-def _obstacle(outline: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
-    """Give what of a network transformers' Vision Transformers cannot compute, None where they can."""
+def _find_obstacle(outline: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
+    """Return what transformers' Vision Transformers cannot compute of a network, None where they can."""
     from timm.layers import GluMlp
     from timm.models.vision_transformer import Block, VisionTransformer
 
@@ -156,57 +209,46 @@ def _obstacle(outline: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
     block = cast(nn.Sequential, outline.blocks)[0]
     if type(block) is not Block:
         return f"its blocks are {type(block).__name__}s"
+    has_registers, is_scaled, has_class_token = (
+        name in weights for name in ("reg_token", "blocks.0.ls1.gamma", "cls_token")
+    )
     mlp = cast(nn.Module, block.mlp)
     if type(mlp.act) is not (nn.SiLU if isinstance(mlp, GluMlp) else nn.GELU):
         return f"its activation is {type(mlp.act).__name__}"
-    if isinstance(mlp, GluMlp) and "blocks.0.ls1.gamma" not in weights:
+    if isinstance(mlp, GluMlp) and not is_scaled:
         return "its MLPs are gated"
     for name in ("norm.weight", "pos_embed"):
         if name not in weights:
             return f"it has no {name.partition('.')[0]}"
-    homeless = next((name for name in weights if not _WRITTEN.fullmatch(name)), None)
-    if homeless is not None:
-        return f"it has a {homeless.removesuffix('.weight')}"
-    registers, scaled, class_token = (one in weights for one in ("reg_token", "blocks.0.ls1.gamma", "cls_token"))
-    if registers and not scaled:
+    unknown = next((name for name in weights if not _EXPORTED.fullmatch(name)), None)
+    if unknown is not None:
+        return f"it has a {unknown.removesuffix('.weight')}"
+    if has_registers and not is_scaled:
         return "it has registers and no scaled residuals"
-    if scaled and not class_token:
+    if is_scaled and not has_class_token:
         return "it has scaled residuals and no class token"
-    positions = cast(int, cast(nn.Module, outline.patch_embed).num_patches) + int(class_token and not registers)
-    if weights["pos_embed"].shape[1] != positions:
-        return f"it has {weights['pos_embed'].shape[1]} positions; the patches and a class token have {positions}"
-    return None
+    stored = weights["pos_embed"].shape[1]
+    positions = cast(int, cast(nn.Module, outline.patch_embed).num_patches) + int(has_class_token and not has_registers)
+    return None if stored == positions else f"it has {stored} positions; the patches and a class token have {positions}"
 
 
-def _dinov2_config(network: PlainNetwork, layout: _Layout, width: int, hidden: int) -> dict[str, object]:
-    config: dict[str, object] = {
-        "use_swiglu_ffn": network.gated,
-        "layerscale_value": 1.0,
-        "drop_path_rate": 0.0,
-    }
-    ratio: float = hidden / width
+def _mlp_ratio(network: PlainNetwork, width: int, hidden: int) -> float:
+    """Return DINOv2's `mlp_ratio` for MLPs that are `hidden` wide."""
+    ratio = hidden / width
     if network.gated:
-        # transformers takes two thirds of ratio x width, rounded up to a multiple of 8.
-        ratio = next((one for one in (4, hidden * 3 / 2 / width) if _gated_width(width, one) == hidden), 0)
+        # transformers uses two thirds of ratio x width, rounded up to a multiple of 8.
+        candidates = (4, hidden * 3 / 2 / width)
+        ratio = next((value for value in candidates if (int(int(width * value) * 2 / 3) + 7) // 8 * 8 == hidden), 0)
         if not ratio:
-            raise CheckpointError(
-                f"its gated MLPs are {hidden} wide, which transformers' DINOv2 cannot be",
-                where=network.where,
-                hint="Use --to timm or --to safetensors.",
-            )
-    config["mlp_ratio"] = int(ratio) if ratio == int(ratio) else ratio
-    if layout.model_type == "dinov2_with_registers":
-        config["num_register_tokens"] = network.weights["reg_token"].shape[1]
-    return config
+            raise _not_exportable(network, f"its gated MLPs are {hidden} wide, which transformers' DINOv2 cannot be")
+    return int(ratio) if ratio == int(ratio) else ratio
 
 
-def _gated_width(width: int, ratio: float) -> int:
-    return (int(int(width * ratio) * 2 / 3) + 7) // 8 * 8
-
-
-def _huggingface_names(weights: Mapping[str, Tensor], layout: _Layout) -> dict[str, Tensor]:
-    width = weights["patch_embed.proj.weight"].shape[0]
-    names = {
+def _rename_tensors(network: PlainNetwork, model_type: str) -> dict[str, Tensor]:
+    """Return the tensors by transformers' names."""
+    weights = network.weights
+    names = _LAYOUTS[model_type].names | (_GATED_NAMES if network.gated else {})
+    renamed = {
         "embeddings.patch_embeddings.projection.weight": weights["patch_embed.proj.weight"],
         "embeddings.patch_embeddings.projection.bias": weights["patch_embed.proj.bias"],
         "embeddings.position_embeddings": weights["pos_embed"],
@@ -214,142 +256,85 @@ def _huggingface_names(weights: Mapping[str, Tensor], layout: _Layout) -> dict[s
         "layernorm.bias": weights["norm.bias"],
     }
     if "cls_token" in weights:
-        names["embeddings.cls_token"] = weights["cls_token"]
-    if layout.model_type.startswith("dinov2"):
-        names["embeddings.mask_token"] = weights["pos_embed"].new_zeros(1, width)
+        renamed["embeddings.cls_token"] = weights["cls_token"]
+    if model_type.startswith("dinov2"):
+        renamed["embeddings.mask_token"] = weights["pos_embed"].new_zeros(1, weights["pos_embed"].shape[2])
     if "reg_token" in weights:
-        # timm's class token took up its position; there it is added to it.
-        names["embeddings.register_tokens"] = weights["reg_token"]
-        names["embeddings.position_embeddings"] = torch.cat(
-            [torch.zeros_like(weights["cls_token"]), weights["pos_embed"]], dim=1
-        )
+        # timm has added its position to the class token; transformers adds it.
+        zero = torch.zeros_like(weights["cls_token"])
+        renamed["embeddings.register_tokens"] = weights["reg_token"]
+        renamed["embeddings.position_embeddings"] = torch.cat([zero, weights["pos_embed"]], dim=1)
     for name, tensor in weights.items():
-        head, _, rest = name.partition(".")
-        if head == "blocks":
-            number, _, inner = rest.partition(".")
-            names |= {f"encoder.layer.{number}.{one}": part for one, part in _block_names(inner, tensor, layout)}
-    return names
+        if match := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(\w+)", name):
+            number, layer, kind = match.groups()
+            renamed |= {f"encoder.layer.{number}.{own}": part for own, part in _split_layer(layer, kind, tensor, names)}
+    return renamed
 
 
-def _block_names(inner: str, tensor: Tensor, layout: _Layout) -> Iterator[tuple[str, Tensor]]:
-    """Give transformers' names for one weight of a block; queries, keys and values come apart."""
-    stem, _, last = inner.rpartition(".")
-    if stem == "attn.qkv":
-        yield from zip(
-            (f"attention.attention.{one}.{last}" for one in ("query", "key", "value")), tensor.chunk(3), strict=True
-        )
-        return
-    first, second = layout.mlp
-    yield (
-        {
-            "norm1": f"{layout.norms[0]}.{last}",
-            "norm2": f"{layout.norms[1]}.{last}",
-            "attn.proj": f"attention.output.dense.{last}",
-            "mlp.fc1": f"{first}.{last}",
-            "mlp.fc2": f"{second}.{last}",
-            "ls1": "layer_scale1.lambda1",
-            "ls2": "layer_scale2.lambda1",
-        }[stem],
-        tensor,
-    )
-
-
-RESULT = "msn_eval_result"  # in config.json: the id of the record that tells of the network
-
-
-@dataclass(frozen=True, kw_only=True)
-class Head:
-    """A linear layer on a tap.
-
-    weight: (n_classes, d); bias: (n_classes,); tap: cls-norm or mean
-    classes: names, in the order of the rows
-    """
-
-    weight: Tensor
-    bias: Tensor
-    tap: str
-    classes: Sequence[str]
-
-
-@dataclass(frozen=True)
-class _Fitting:
-    """The class of transformers that computes the same logits, and what its trunk is called in it.
-
-    taps: on which its head can be put; both: it is given the CLS token and the mean of the patches end to end
-    """
-
-    name: str
-    trunk: str
-    taps: tuple[str, ...]
-    both: bool = False
-
-
-_FITTING = {
-    "vit_msn": _Fitting("ViTMSNForImageClassification", "vit", ("cls-norm",)),
-    "ijepa": _Fitting("IJepaForImageClassification", "ijepa", ("mean",)),
-    "dinov2": _Fitting("Dinov2ForImageClassification", "dinov2", ("cls-norm", "mean"), both=True),
-    "dinov2_with_registers": _Fitting(
-        "Dinov2WithRegistersForImageClassification", "dinov2_with_registers", ("cls-norm", "mean"), both=True
-    ),
-}
+def _split_layer(layer: str, kind: str, tensor: Tensor, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield transformers' names for one tensor of a block; queries, keys and values are separate there."""
+    if layer == "attn.qkv":
+        for name, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+            yield f"attention.attention.{name}.{kind}", part
+    else:
+        yield f"{names[layer]}.{'lambda1' if kind == 'gamma' else kind}", tensor
 
 
 def classifier_content(network: PlainNetwork, head: Head, *, result_id: str) -> FolderContent:
-    """Give what transformers reads as a network with its head.
+    """Return what transformers reads as a network with its head.
 
     Raises CheckpointError where it has no class that computes the same logits.
     """
-    trunk = folder_content(network)
-    fitting = _FITTING[str(trunk.config["model_type"])]
-    if head.tap not in fitting.taps:
+    backbone = build_folder_content(network)
+    model_type = str(backbone.config["model_type"])
+    layout = _LAYOUTS[model_type]
+    model = f"{layout.model}ForImageClassification"
+    if head.tap not in layout.taps:
         raise CheckpointError(
-            f"{network.name} cannot be written for transformers: {fitting.name} puts no head on tap {head.tap}",
+            f"{network.name} cannot be written for transformers: {model} puts no head on tap {head.tap}",
             where=network.where,
-            hint=f"Fine-tune with --tap {fitting.taps[0]}.",
+            hint=f"Fine-tune with --tap {layout.taps[0]}.",
         )
     weight = head.weight
-    if fitting.both:
-        nothing = torch.zeros_like(weight)
-        weight = torch.cat([weight, nothing] if head.tap == "cls-norm" else [nothing, weight], dim=1)
-    names = {str(number): name for number, name in enumerate(head.classes)}
-    config = trunk.config | {
-        "architectures": [fitting.name],
-        "id2label": names,
-        "label2id": {name: int(number) for number, name in names.items()},
+    if layout.concatenates:
+        zeros = torch.zeros_like(weight)
+        weight = torch.cat([weight, zeros] if head.tap == "cls-norm" else [zeros, weight], dim=1)
+    config = backbone.config | {
+        "architectures": [model],
+        "id2label": {str(number): name for number, name in enumerate(head.classes)},
+        "label2id": {name: number for number, name in enumerate(head.classes)},
         RESULT: result_id,
     }
-    tensors = {f"{fitting.trunk}.{name}": one for name, one in trunk.tensors.items()}
-    return FolderContent(
-        config=config,
-        processor=trunk.processor,
-        tensors=tensors | {"classifier.weight": weight, "classifier.bias": head.bias},
-    )
+    prefix = "vit" if model_type == "vit_msn" else model_type
+    tensors = {f"{prefix}.{name}": tensor for name, tensor in backbone.tensors.items()}
+    tensors |= {"classifier.weight": weight, "classifier.bias": head.bias}
+    return FolderContent(config=config, processor=backbone.processor, tensors=tensors)
 
 
 def write_classifier(out: Path, content: FolderContent) -> None:
-    """Write a folder, whole or not at all, in the place of an earlier one of the same result.
+    """Write a folder, complete or not at all, unless the folder of the same result exists.
 
-    Raises UsageError where something else stands there, StoreError when the disk refuses.
+    Raises:
+        UsageError: Something else exists there.
+        StoreError: The disk refuses.
     """
     result_id = str(content.config[RESULT])
-    if saved_result(out) == result_id:
-        return
     check_saved_place(out, result_id)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_folder(out, content)
+    if saved_result(out) != result_id:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(out, content)
 
 
 def check_saved_place(out: Path, result_id: str) -> None:
-    """Raise UsageError where a folder for this result cannot be put: something else is there."""
+    """Raise UsageError where the folder for a result cannot be written, because something else exists there."""
     if saved_result(out) == result_id or not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    raise UsageError(
-        "--save: something else is there already", where=str(out), hint="Name another folder, or remove it first."
-    )
+    hint = "Choose another folder, or remove it first."
+    raise UsageError("--save: something else exists there already", where=str(out), hint=hint)
 
 
 def saved_result(out: Path) -> str | None:
-    """Give the id of the result whose network stands in a folder, None where there is none."""
+    """Return the id of the result whose network a folder holds, None where it holds none."""
     try:
         content = json.loads((out / "config.json").read_bytes())
         return str(content[RESULT]) if (out / "model.safetensors").is_file() else None

@@ -1,33 +1,46 @@
-"""Hub folder: weights of a repository of the Hugging Face hub, or of a folder in the same layout.
+"""Weights of a repository of the Hugging Face hub, or of a local folder in the same layout.
 
-A repository is read at one commit, from the cache that all libraries of that hub share. Nothing from it is ever run.
+A repository is read at one commit, from the cache that all libraries of the hub share. No code from it is ever run.
 """
 
 import json
 import logging
+import math
 import os
 import re
-import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from msn_eval.errors import CheckpointError, StoreError
-from msn_eval.files.atomic import write_atomically
-from msn_eval.files.hf_hub import UnreachableError, ask_hub, offline_variable
+from msn_eval.errors import CheckpointError
+from msn_eval.files.hf_hub import UnreachableError, offline_variable, translate_hub_errors
 
 _log = logging.getLogger(__name__)
-_ANSWER_SECONDS = 10.0
+CONFIG = "config.json"
+PREPROCESSOR = "preprocessor_config.json"
+INDEX_SUFFIX = ".index.json"
+# In the order of preference: formats that can hold nothing but tensors come first.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_TIMEOUT_SECONDS = 10.0
 _COMMIT = re.compile("[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+(?:/[\w.-]+)*))?", re.ASCII)
+
+Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubFolder:
     """A folder with a config.json and all of its weights.
 
-    revision: commit, 40 hex digits; None for a folder of the user's own
-    repo:     OWNER/NAME on the hub; None likewise
+    Attributes:
+        revision: Commit, 40 hex digits; None for a local folder.
+        repo: OWNER/NAME on the hub; None for a local folder.
     """
 
     folder: Path
@@ -35,29 +48,12 @@ class HubFolder:
     repo: str | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Repository:
-    """One revision (branch, tag or commit) of a repository, and its place in the cache."""
-
-    name: str
-    revision: str
-    cache: Path
-
-    def __str__(self) -> str:
-        return f"hf:{self.name}@{self.revision}"
-
-    @property
-    def place(self) -> Path:
-        return self.cache / f"models--{self.name.replace('/', '--')}"
-
-    def snapshot(self, commit: str) -> Path:
-        return self.place / "snapshots" / commit
-
-
 def open_hub(name: str) -> HubFolder:
-    """Open what stands behind `hf:`, a folder that exists or OWNER/NAME[@REVISION], and download what the cache lacks.
+    """Open a local folder or a repository OWNER/NAME[@REVISION], and download what the cache lacks.
 
-    Raises CheckpointError where it is not there or not usable, StoreError where the cache cannot be written.
+    Raises:
+        CheckpointError: It does not exist or is not usable.
+        StoreError: The cache cannot be written.
     """
     check_hub_name(name)
     folder = Path(name).expanduser()
@@ -66,189 +62,129 @@ def open_hub(name: str) -> HubFolder:
         weight_files(folder)
         return HubFolder(folder=folder, revision=None, repo=None)
     repository, _, revision = name.partition("@")
-    return _open_repository(_Repository(name=repository, revision=revision or "main", cache=_cache_folder()))
+    folder = _open_repository(repository, revision or "main")
+    read_hub_config(folder)
+    return HubFolder(folder=folder, revision=folder.name, repo=repository)
 
 
 def check_hub_name(name: str) -> None:
-    """Raise CheckpointError for what is neither a folder that exists nor a name that the hub could know."""
-    # Unlike Path.is_dir this gives False for names too long for the disk.
+    """Raise CheckpointError for a name that is neither an existing folder nor a possible repository."""
+    # Unlike Path.is_dir, os.path.isdir returns False for names too long for the disk.
     if os.path.isdir(os.path.expanduser(name)):  # noqa: PTH111, PTH112
         return
     if _REPOSITORY.fullmatch(name) is None or ".." in name:
         raise CheckpointError(
-            "is neither a folder that exists nor OWNER/NAME or OWNER/NAME@REVISION on the hub",
+            "Neither an existing folder nor OWNER/NAME or OWNER/NAME@REVISION on the hub",
             where=f"hf:{name}",
-            hint="Write for example hf:facebook/vit-msn-small. A single weight file is given by its path, without hf:.",
+            hint="Write for example hf:facebook/vit-msn-small. Give a single weight file by its path, without hf:.",
         )
 
 
-def _open_repository(repository: _Repository) -> HubFolder:
-    commit = _cached_commit(repository)
-    lacking = _lacking(repository, commit)
-    forbidden = offline_variable()
-    why = f"${forbidden} forbids to download it"
-    if forbidden is None and (lacking or commit != repository.revision):
+def _open_repository(repository: str, revision: str) -> Path:
+    """Return the snapshot of a repository in the cache, with all that is needed."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    where, forbidden = f"hf:{repository}@{revision}", offline_variable()
+    with translate_hub_errors(where, CheckpointError):
+        cached = try_to_load_from_cache(repository, CONFIG, revision=revision)
+    folder = Path(cached).parent if isinstance(cached, str) else None
+    missing = _find_missing(repository, folder) if folder is not None else CONFIG
+    reason = f"${forbidden} forbids to download it"
+    if forbidden is None and (missing or not _COMMIT.fullmatch(revision)):
         try:
-            return _download(repository)
+            with translate_hub_errors(where, CheckpointError):
+                return _download(repository, revision, where)
         except UnreachableError as error:
-            why = f"the hub cannot be reached: {error}"
-            _log.warning("%s: %s", repository, why)
-    if commit is None or lacking:
-        revision = "" if repository.revision == "main" else f" --revision {repository.revision}"
+            reason = f"the hub cannot be reached: {error}"
+            _log.warning("%s: %s", where, reason)
+    if folder is None or missing:
+        option = "" if revision == "main" else f" --revision {revision}"
         raise CheckpointError(
-            f"the cache {repository.cache} lacks {lacking}, and {why}",
-            where=str(repository),
-            hint=f"Where there is a network, run `hf download {repository.name}{revision}` (formerly huggingface-cli) and "
-            f"copy the folder {repository.place.name} of its cache into this one ($HF_HUB_CACHE names another).",
-            kept=f"As it is, it can be given by its folder: hf:{repository.snapshot(commit)}"
-            if commit is not None and lacking.startswith(PREPROCESSOR)
-            else "",
+            f"The cache {constants.HF_HUB_CACHE} lacks {missing}, and {reason}",
+            where=where,
+            hint=f"On a machine with a network, run `hf download {repository}{option}` and copy the folder "
+            f"models--{repository.replace('/', '--')} of its cache into this one ($HF_HUB_CACHE names another).",
+            kept=f"To use it as it is, give its folder: hf:{folder}" if missing.startswith(PREPROCESSOR) else "",
         )
-    read_hub_config(repository.snapshot(commit))
-    return HubFolder(folder=repository.snapshot(commit), revision=commit, repo=repository.name)
+    return folder
 
 
-def _cache_folder() -> Path:
-    """Give the hub's cache, by its own variables as they are now; its library reads them once, when it is imported."""
-    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(named or Path(os.environ.get("HF_HOME") or user / "huggingface") / "hub").expanduser()
+def _find_missing(repository: str, folder: Path) -> str:
+    """Describe what the cache lacks of a snapshot; an empty string where it is complete."""
+    from huggingface_hub import try_to_load_from_cache
 
-
-def _cached_commit(repository: _Repository) -> str | None:
-    if _COMMIT.fullmatch(repository.revision):
-        return repository.revision if repository.snapshot(repository.revision).is_dir() else None
-    try:
-        commit = (repository.place / "refs" / repository.revision).read_text(errors="replace").strip()
-    except OSError:
-        return None
-    return commit if _COMMIT.fullmatch(commit) else None
-
-
-def _lacking(repository: _Repository, commit: str | None) -> str:
-    """Say what the cache lacks of a commit, nothing where all is there."""
-    if commit is None:
-        return "this revision"
-    folder = repository.snapshot(commit)
-    if not (folder / CONFIG).exists():
-        return CONFIG
     try:
         weight_files(folder)
     except CheckpointError as error:
-        return f"weights: {folder.name} {error.what}"
-    # Other libraries fetch weights alone, and a guessed mean and std would move the score without a word. The hub's
-    # library notes what a repository does not have; timm's config states them itself.
-    absent = (repository.place / ".no_exist" / commit / PREPROCESSOR).exists()
-    if (folder / PREPROCESSOR).exists() or absent or "pretrained_cfg" in read_hub_config(folder):
+        return f"weights ({error.what})"
+    # Other libraries download weights alone, and a guessed mean and std would change the score silently. The hub's
+    # library records what a repository does not have; timm's config states mean and std itself.
+    is_known = try_to_load_from_cache(repository, PREPROCESSOR, revision=folder.name) is not None
+    if is_known or "pretrained_cfg" in read_hub_config(folder):
         return ""
-    return f"{PREPROCESSOR}, which would state mean and std, or a note that there is none"
+    return f"{PREPROCESSOR} (which may state mean and std), or the record that the repository has none"
 
 
-def _download(repository: _Repository) -> HubFolder:
+def _download(repository: str, revision: str, where: str) -> Path:
+    """Download config, image processor and weights of one commit, and return its snapshot."""
     from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
-    where, cache = str(repository), repository.cache
-    endpoint = os.environ.get("HF_ENDPOINT") or None
-    api = HfApi(endpoint=endpoint)
-    info = ask_hub(
-        lambda: api.model_info(repository.name, revision=repository.revision, timeout=_ANSWER_SECONDS), where, cache
-    )
-    commit, names = str(info.sha), {sibling.rfilename for sibling in info.siblings or ()}
+    # This request fails quickly where the hub is silent; those for files are retried for a minute.
+    info = HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT_SECONDS)
+    names = {sibling.rfilename for sibling in info.siblings or ()}
     weights = next((name for name in WEIGHT_FILES if name in names), None)
-    if not _COMMIT.fullmatch(commit) or CONFIG not in names or weights is None:
+    if CONFIG not in names or weights is None:
         raise CheckpointError(
-            f"the repository has no {CONFIG}, or none of {', '.join(WEIGHT_FILES)}",
+            f"The repository has no {CONFIG}, or none of {', '.join(WEIGHT_FILES)}",
             where=where,
-            hint="Take one in the layout of transformers or timm, or download its weight file and give the path.",
+            hint="Choose one in the layout of transformers or timm, or download its weight file and give the path.",
         )
-
-    def fetch(name: str) -> Path:
-        def ask() -> str:
-            return hf_hub_download(repository.name, name, revision=commit, cache_dir=cache, endpoint=endpoint)
-
-        return Path(ask_hub(ask, where, cache))
-
-    folder = fetch(CONFIG).parent
-    if PREPROCESSOR in names:
-        fetch(PREPROCESSOR)
-    read_hub_config(folder)  # before the weights: what is refused costs no download
-    fetch(weights)
-    for shard in shard_names(folder, weights) if weights.endswith(INDEX_SUFFIX) else ():
-        fetch(shard)
+    folder = Path(hf_hub_download(repository, CONFIG, revision=revision)).parent
+    with suppress(*() if PREPROCESSOR in names else (EntryNotFoundError,)):  # records that there is none
+        hf_hub_download(repository, PREPROCESSOR, revision=folder.name)
+    read_hub_config(folder)  # before the weights: a refused repository costs no download
+    hf_hub_download(repository, weights, revision=folder.name)
+    for shard in _shard_names(folder, weights) if weights.endswith(INDEX_SUFFIX) else ():
+        hf_hub_download(repository, shard, revision=folder.name)
     weight_files(folder)
-    _remember(repository, commit, has_preprocessor=PREPROCESSOR in names)
-    return HubFolder(folder=folder, revision=commit, repo=repository.name)
-
-
-def _remember(repository: _Repository, commit: str, *, has_preprocessor: bool) -> None:
-    """Note, as the hub's library does, what will be needed without a network: the commit of a name, what does not exist."""
-    notes = {repository.place / "refs" / repository.revision: commit} if repository.revision != commit else {}
-    if not has_preprocessor:
-        notes[repository.place / ".no_exist" / commit / PREPROCESSOR] = ""
-    try:
-        for path, text in notes.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, text.encode())
-    except (OSError, StoreError) as error:
-        _log.info("%s cannot be noted for use without a network: %s", repository, error)
-
-
-# In the order of preference: what can hold nothing but tensors comes first.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-CONFIG = "config.json"
-PREPROCESSOR = "preprocessor_config.json"
-INDEX_SUFFIX = ".index.json"
-_MAX_JSON_BYTES = 10_000_000
-_SHOWN = 5
-_LARGEST = sys.float_info.max  # JSON's integers may be larger, and then are no numbers here
-
-Triple = tuple[float, float, float]
+    return folder
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """Give the weight files of a folder, by the first of WEIGHT_FILES that is there.
+    """Return the weight files of a folder, by the first of WEIGHT_FILES that exists.
 
-    Raises CheckpointError naming what is missing, damaged, or leads out of the folder.
+    Raises CheckpointError naming what is missing, damaged, or a link out of the folder.
     """
     first = next((name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)
     if first is None:
         raise CheckpointError(
-            f"holds none of {', '.join(WEIGHT_FILES)}",
+            f"The folder holds none of {', '.join(WEIGHT_FILES)}",
             where=str(folder),
             hint="Give a folder that `save_pretrained` wrote, or the path of the weight file itself.",
         )
-    if not first.endswith(INDEX_SUFFIX):
-        return (_own_file(folder, first),)
-    shards = shard_names(folder, first)
-    missing = [name for name in shards if not os.path.lexists(folder / name)]
+    names = _shard_names(folder, first) if first.endswith(INDEX_SUFFIX) else (first,)
+    missing = [name for name in names if not os.path.lexists(folder / name)]
     if missing:
         raise CheckpointError(
-            f"lacks {len(missing)} of the {len(shards)} files that {first} names: {', '.join(missing[:_SHOWN])}",
+            f"The folder lacks {len(missing)} of the {len(names)} files that {first} names: {', '.join(missing[:5])}",
             where=str(folder),
-            hint="Fetch or copy them again; all of them are needed.",
+            hint="Download or copy them again; all of them are needed.",
         )
-    return tuple(_own_file(folder, name) for name in shards)
+    return tuple(_check_file(folder / name) for name in names)
 
 
-def shard_names(folder: Path, index: str) -> tuple[str, ...]:
-    """Read which files an index spreads the weights over.
-
-    Raises CheckpointError for names that are not plain ones of the index's own kind, such as a pickle among safetensors.
-    """
-    named = _read_json(folder, index).get("weight_map")
-    kind = PurePath(index.removesuffix(INDEX_SUFFIX)).suffix
-    names = sorted({str(name) for name in named.values()}) if isinstance(named, dict) else []
-    odd = [name for name in names if PurePath(name).name != name or "\\" in name or PurePath(name).suffix != kind]
+def _shard_names(folder: Path, index: str) -> tuple[str, ...]:
+    """Return the files over which an index distributes the weights; only files beside it, in its own format."""
+    weight_map = _read_json(folder / index).get("weight_map")
+    suffix = PurePath(index.removesuffix(INDEX_SUFFIX)).suffix
+    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+    odd = [name for name in names if PurePath(name).name != name or "\\" in name or PurePath(name).suffix != suffix]
     if odd or not names:
         raise CheckpointError(
-            f"names {odd[0]!r}, no plain name of a {kind} file beside it" if odd else "has no weight_map with files",
+            f"{odd[0]!r} is not the name of a {suffix} file beside the index" if odd else "No weight_map with files",
             where=str(folder / index),
-            hint="The index is damaged or hostile; fetch it again from where it was published.",
+            hint="The index is damaged or hostile; download it again from its publisher.",
         )
     return tuple(names)
 
@@ -256,118 +192,94 @@ def shard_names(folder: Path, index: str) -> tuple[str, ...]:
 def read_hub_config(folder: Path) -> dict[str, object]:
     """Read a folder's config.json as plain data.
 
-    Raises CheckpointError where it is missing or damaged, and where the folder wants its own code run.
+    Raises CheckpointError where it is missing or damaged, and where the folder requires its own code.
     """
     if not os.path.lexists(folder / CONFIG):
         raise CheckpointError(
-            f"holds no {CONFIG}",
+            f"The folder holds no {CONFIG}",
             where=str(folder),
             hint="Copy it from where the weights came from, or give the path of the weight file itself.",
         )
-    config = _read_json(folder, CONFIG)
-    _refuse_code(folder / CONFIG, config)
-    if os.path.lexists(folder / PREPROCESSOR):
-        _refuse_code(folder / PREPROCESSOR, _read_json(folder, PREPROCESSOR))
+    config = _read_json(folder / CONFIG)
+    for name, content in ((CONFIG, config), (PREPROCESSOR, _read_preprocessor(folder))):
+        if "auto_map" in content:
+            raise CheckpointError(
+                "Requires code of its own repository (auto_map), which is never run here",
+                where=str(folder / name),
+                hint="Choose a repository that transformers or timm supports without it, or wrap the network yourself: "
+                "py:package.module:factory.",
+            )
     return config
 
 
-def image_statistics(folder: Path) -> tuple[Triple, Triple] | None:
-    """Give mean and std a channel from a folder's preprocessor_config.json, None where it states neither.
+def read_image_statistics(folder: Path) -> tuple[Triple, Triple] | None:
+    """Return mean and std per channel from a folder's preprocessor_config.json, None where it states neither.
 
-    Zeros and ones where it says that images are not normalised.
-    Raises CheckpointError where they are not three finite numbers each, or a std is not positive.
+    Zeros and ones where it states that images are not normalised. Raises CheckpointError as `parse_statistics` does.
     """
-    path = folder / PREPROCESSOR
-    if not os.path.lexists(path):
-        return None
-    stated = _read_json(folder, PREPROCESSOR)
+    stated = _read_preprocessor(folder)
     if stated.get("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return stated_statistics(path, stated, "image_mean", "image_std")
+    return parse_statistics(folder / PREPROCESSOR, stated, "image_mean", "image_std")
 
 
-def stated_statistics(
+def parse_statistics(
     path: Path, stated: Mapping[str, object], mean_name: str, std_name: str
 ) -> tuple[Triple, Triple] | None:
-    """Give mean and std a channel that a file states under two names, None where it states neither.
+    """Return mean and std per channel that a file states under two names, None where it states neither.
 
     Raises CheckpointError where they are not three finite numbers each, or a std is not positive.
     """
     if stated.get(mean_name) is None and stated.get(std_name) is None:
         return None
-    mean, std = _triple(path, stated, mean_name), _triple(path, stated, std_name)
+    mean, std = (_read_triple(path, stated.get(name), name) for name in (mean_name, std_name))
     if min(std) <= 0:
-        raise CheckpointError(f"{std_name} {list(std)} is not positive", where=str(path), hint="Correct it by hand.")
+        raise CheckpointError(f"{std_name} {list(std)} is not positive", where=str(path), hint="Correct the file.")
     return mean, std
 
 
-def _triple(path: Path, stated: Mapping[str, object], name: str) -> Triple:
-    values = stated.get(name)
-    if isinstance(values, list):
-        numbers = [float(value) for value in values if type(value) in (int, float) and abs(value) <= _LARGEST]
-        if len(numbers) == len(values) == 3:
-            return numbers[0], numbers[1], numbers[2]
+def _read_triple(path: Path, values: object, name: str) -> Triple:
+    with suppress(OverflowError):  # JSON's integers may be larger than a float
+        if isinstance(values, list) and len(values) == 3 and all(type(value) in (int, float) for value in values):
+            first, second, third = map(float, values)
+            if math.isfinite(first + second + third):
+                return first, second, third
     raise CheckpointError(
-        f"{name} is not three finite numbers: {str(values)[:60]}", where=str(path), hint="Correct it by hand."
+        f"{name} is not three finite numbers: {str(values)[:60]}", where=str(path), hint="Correct the file."
     )
 
 
-def _refuse_code(path: Path, content: Mapping[str, object]) -> None:
-    if "auto_map" in content:
-        raise CheckpointError(
-            "wants code of its own repository run (auto_map), which never happens here",
-            where=str(path),
-            hint="Take a repository that transformers or timm knows without it, or wrap the network yourself: "
-            "py:package.module:factory.",
-        )
+def _read_preprocessor(folder: Path) -> dict[str, object]:
+    return _read_json(folder / PREPROCESSOR) if os.path.lexists(folder / PREPROCESSOR) else {}
 
 
-def _read_json(folder: Path, name: str) -> dict[str, object]:
-    path = _own_file(folder, name)
+def _read_json(path: Path) -> dict[str, object]:
+    hint = "Download it again from its publisher."
     try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_JSON_BYTES + 1)
-        if len(text) > _MAX_JSON_BYTES:
-            raise ValueError(f"more than {_MAX_JSON_BYTES:,} bytes")
-        content = json.loads(text, object_pairs_hook=_without_repetition)
+        content = json.loads(_check_file(path).read_bytes())
     except OSError as error:
         raise CheckpointError(
-            f"cannot be read: {error.strerror or error}", where=str(path), hint="Check its permissions."
+            f"Cannot read it: {error.strerror or error}", where=str(path), hint="Check its permissions."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"is damaged: {str(error)[:160]}", where=str(path), hint="Fetch it again from where it was published."
-        ) from error
+        raise CheckpointError(f"Damaged JSON: {str(error)[:160]}", where=str(path), hint=hint) from error
     if not isinstance(content, dict):
-        raise CheckpointError(
-            "holds no JSON object", where=str(path), hint="Fetch it again from where it was published."
-        )
+        raise CheckpointError("Not a JSON object", where=str(path), hint=hint)
     return content
 
 
-def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    content = dict(pairs)
-    if len(content) != len(pairs):  # readers differ in which of the two they take
-        seen: set[str] = set()
-        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the name {repeated[:60]!r} is there twice")
-    return content
-
-
-def _own_file(folder: Path, name: str) -> Path:
-    """Give a file of a folder, and let a link lead nowhere but to the blobs of the cache that the folder is part of."""
-    path, home = folder / name, folder.resolve()
-    homes = [home]
-    if (
-        home.parent.name == "snapshots"
-    ):  # CACHE/models--OWNER--NAME/snapshots/COMMIT; blobs may be shared by repositories
-        homes += [(home.parents[1] / "blobs").resolve(), (home.parents[2] / "blobs").resolve()]
-    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a folder on the way is closed
-        raise CheckpointError("is no readable file", where=str(path), hint="Fetch or copy it again.")
-    if not any(path.resolve().is_relative_to(one) for one in homes):
+def _check_file(path: Path) -> Path:
+    """Return a file of a folder; a link may lead only to the folder itself or to the blobs of its cache."""
+    folder = path.parent.resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots":  # CACHE/models--OWNER--NAME/snapshots/COMMIT; repositories may share blobs
+        allowed += [(folder.parents[1] / "blobs").resolve(), (folder.parents[2] / "blobs").resolve()]
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a parent folder is closed
+        raise CheckpointError("Not a readable file", where=str(path), hint="Download or copy it again.")
+    if not any(path.resolve().is_relative_to(root) for root in allowed):
         raise CheckpointError(
-            f"is a link that leads out of its folder, to {path.resolve()}",
+            f"A link that leads out of its folder, to {path.resolve()}",
             where=str(path),
-            hint="Put the file itself there where it is meant.",
+            hint="Put the file itself there if you trust it.",
         )
     return path

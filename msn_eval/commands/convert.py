@@ -1,4 +1,4 @@
-"""`msn-eval convert IN OUT --to safetensors|timm|hf`: the same weights in another container, read back before it says so."""
+"""`msn-eval convert IN OUT --to safetensors|timm|hf`: write the same weights in another format, and read them back."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ _TARGETS = ("safetensors", "timm", "hf")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Add the options."""
     parser.add_argument("checkpoint", metavar="IN", help="as `msn-eval inspect` takes it")
     parser.add_argument(
         "out", metavar="OUT", type=Path, help="the file, or for hf the folder, to write; must not exist"
@@ -29,9 +29,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     path, _ = locate_weights(options.checkpoint)
     written = convert_checkpoint(path, options.out, to=options.to, arch=options.arch, key=options.checkpoint_key)
-    contents = written.contents if isinstance(written, StoredCheckpoint) else written
-    what = f"{written.architecture.name}, " if isinstance(written, StoredCheckpoint) else ""
-    print(
-        f"{printable(str(options.out))}\t{what}{contents.file_bytes:,} bytes, sha256 {contents.sha256}, read back equal"
-    )
+    architecture = ""
+    if isinstance(written, StoredCheckpoint):
+        architecture, written = f"{written.architecture.name}, ", written.contents
+    out = printable(str(options.out))
+    print(f"{out}\t{architecture}{written.file_bytes:,} bytes, sha256 {written.sha256}, read back equal")
     return 0

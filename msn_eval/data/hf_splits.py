@@ -1,4 +1,4 @@
-"""The splits of a data set as the `datasets` library loads them, from the hub, its cache or a folder; its errors in our words."""
+"""The splits of a data set, as the `datasets` library loads them from the hub, its cache or a local folder."""
 
 import contextlib
 import errno
@@ -11,23 +11,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import CheckpointError, DataError, MsnEvalError, StoreError, UsageError
-from msn_eval.files.hf_hub import UnreachableError, ask_hub, offline_variable
+from msn_eval.errors import DataError, MsnEvalError, StoreError, UsageError
+from msn_eval.files.hf_hub import UnreachableError, first_line, offline_variable, translate_hub_errors
 
+if TYPE_CHECKING:
+    import datasets
+
+    Table = tuple[str, datasets.Dataset]  # a split, by the data set's own name for it
+
+_log = logging.getLogger(__name__)
 _CONFIG_AND_REVISION = r"(?::(?P<config>[\w.+-]+))?(?:@(?P<revision>[\w.-]+(?:/[\w.-]+)*))?"
-_ON_THE_HUB = re.compile(rf"(?P<place>[\w.-]+/[\w.-]+){_CONFIG_AND_REVISION}", re.ASCII)
-_IN_A_FOLDER = re.compile(r"(?P<place>.+):(?P<config>[\w.+-]+)", re.ASCII)
+_ON_THE_HUB = re.compile(rf"(?P<path>[\w-][\w.-]*/[\w.-]+){_CONFIG_AND_REVISION}", re.ASCII)
+_TIMEOUT_SECONDS = 10.0
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENOTDIR}
+_SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}  # in the order of preference
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubName:
-    """What stands behind `hf:`, taken apart. `folder` is None for a data set of the hub."""
+    """The parts of a name after `hf:`. `folder` is None for a data set of the hub."""
 
     text: str
-    place: str
-    config: str | None
-    revision: str | None
-    folder: Path | None
+    path: str
+    config: str | None = None
+    revision: str | None = None
+    folder: Path | None = None
 
     def __str__(self) -> str:
         return f"hf:{self.text}"
@@ -40,132 +48,101 @@ class HubName:
 
 
 def parse_name(text: str) -> HubName:
-    """Take a name apart; a folder that exists goes before the hub's name of the same spelling."""
-    for place, config in ((text, None), *((found["place"], found["config"]) for found in _matches(_IN_A_FOLDER, text))):
-        folder = os.path.expanduser(place)  # noqa: PTH111 - Path knows no folder of a name too long for the disk
-        if os.path.isdir(folder):  # noqa: PTH112
-            return HubName(text=text, place=place, config=config, revision=None, folder=Path(folder).resolve())
-    for found in _matches(_ON_THE_HUB, text):
-        if ".." not in text and not text.startswith("."):
-            return HubName(text=text, folder=None, **found.groupdict())
+    """Parse a name; an existing folder takes precedence over a data set of the hub with the same spelling."""
+    head, _, tail = text.rpartition(":")
+    for path, config in ((text, None), (head, tail)):
+        folder = os.path.expanduser(path)  # noqa: PTH111 - Path raises on names too long for the disk
+        if os.path.isdir(folder) and (config is None or re.fullmatch(r"[\w.+-]+", config, re.ASCII)):  # noqa: PTH112
+            return HubName(text=text, path=path, config=config, folder=Path(folder).resolve())
+    match = _ON_THE_HUB.fullmatch(text)
+    if match is not None and ".." not in text:
+        return HubName(text=text, path=match["path"], config=match["config"], revision=match["revision"])
     raise DataError(
-        "is neither a folder that exists nor OWNER/NAME, OWNER/NAME:CONFIG or OWNER/NAME@REVISION on the hub",
+        "Neither an existing folder nor OWNER/NAME, OWNER/NAME:CONFIG or OWNER/NAME@REVISION on the hub",
         where=f"hf:{text}",
         hint="Write for example hf:uoft-cs/cifar10, or the path of a folder with train-*.parquet and "
-        "validation-*.parquet. An image folder is given by its path, without hf:.",
+        "validation-*.parquet. Give an image folder by its path, without hf:.",
     )
 
 
-def _matches(pattern: re.Pattern[str], text: str) -> list[re.Match[str]]:
-    found = pattern.fullmatch(text)
-    return [] if found is None else [found]
+def load_splits(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
+    """Load splits, `train` or `val`, memory-mapped from the disk.
 
-
-if TYPE_CHECKING:
-    import datasets
-
-    Table = tuple[str, datasets.Dataset]  # a split by the data set's own name for it
-
-_log = logging.getLogger(__name__)
-
-_ANSWER_SECONDS = 10.0
-_BARS_VARIABLE = "HF_DATASETS_DISABLE_PROGRESS_BARS"  # goes before what a program says
-_SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}  # in the order of preference
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENOTDIR}
-_WEB_CLIENTS = ("httpx", "requests", "urllib3", "aiohttp", "huggingface_hub", "fsspec")
-
-
-def load_splits(where: HubName, wanted: Sequence[str]) -> "dict[str, Table]":
-    """Load the wanted splits, `train` or `val`, mapped into memory from the disk."""
+    Raises:
+        DataError: The data set or a split does not exist, or cannot be loaded.
+        StoreError: The library's cache cannot be written.
+        UsageError: The `datasets` library is missing.
+    """
     try:
         import datasets
     except ImportError as error:
         raise UsageError(
-            f"data sets called hf: need the `datasets` library ({error})",
-            where=str(where),
+            f"Data sets of the scheme hf: need the `datasets` library ({error})",
+            where=str(name),
             hint="Install it: pip install 'msn-eval[hf]'.",
         ) from error
-    unwanted = (
-        not datasets.are_progress_bars_disabled() and not sys.stderr.isatty() and _BARS_VARIABLE not in os.environ
-    )
-    if unwanted:
+    # The library warns about calls that contradict its own environment variable.
+    is_drawn = not datasets.are_progress_bars_disabled() and "HF_DATASETS_DISABLE_PROGRESS_BARS" not in os.environ
+    hide_bars = is_drawn and not sys.stderr.isatty()
+    if hide_bars:
         datasets.disable_progress_bars()
     try:
-        if where.folder is None:
-            return _load_from_hub(where, wanted)
-        return _load_folder(where, where.folder, wanted)
-    except (MsnEvalError, KeyboardInterrupt):
+        return _load_from_hub(name, splits) if name.folder is None else _load_folder(name, name.folder, splits)
+    except MsnEvalError:
         raise
-    except Exception as error:  # the library has no common base for what it raises
-        raise _translate(error, where) from error
+    except Exception as error:  # the library's errors have no common base
+        raise _translate(error, name) from error
     finally:
-        if unwanted:
+        if hide_bars:
             datasets.enable_progress_bars()
 
 
-def _load_folder(where: HubName, folder: Path, wanted: Sequence[str]) -> "dict[str, Table]":
+def _load_folder(name: HubName, folder: Path, splits: Sequence[str]) -> "dict[str, Table]":
     import datasets
 
     if (folder / "dataset_dict.json").is_file():
         stored = datasets.DatasetDict.load_from_disk(folder, keep_in_memory=False)
-        names = {split: _choose_split(where, split, list(stored)) for split in wanted}
-        return {split: (name, stored[name]) for split, name in names.items()}
+        chosen = {split: _choose_split(name, split, list(stored)) for split in splits}
+        return {split: (own, stored[own]) for split, own in chosen.items()}
     if (folder / "state.json").is_file():
         raise DataError(
-            "is a single split that `save_to_disk` wrote",
-            where=str(where),
+            "The folder holds a single split that `save_to_disk` wrote",
+            where=str(name),
             hint="Save a DatasetDict of train and validation, and give its folder, which holds a dataset_dict.json.",
         )
-    # An absolute path, since the library takes some relative ones for names of its own.
-    return _prepare(where, datasets.load_dataset_builder(str(folder), where.config), wanted)
+    # An absolute path, because the library takes some relative ones for names of its own.
+    return _prepare(name, datasets.load_dataset_builder(str(folder), name.config), splits)
 
 
-def _load_from_hub(where: HubName, wanted: Sequence[str]) -> "dict[str, Table]":
+def _load_from_hub(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
     import datasets
-
-    commit, why = where.revision, ""
-    forbidden = offline_variable()
-    if forbidden is not None or datasets.config.HF_HUB_OFFLINE:
-        why = f"${forbidden or 'HF_DATASETS_OFFLINE'} forbids to ask the hub"
-    else:
-        try:
-            commit = _ask_commit(where)
-            _log.info("%s is at commit %s", where, commit)
-        except UnreachableError as error:
-            why = f"the hub cannot be reached: {error}"
-            _log.warning("%s: %s; taking what the cache holds", where, why)
-    with _unplugged() if why else contextlib.nullcontext():
-        try:
-            builder = datasets.load_dataset_builder(where.place, where.config, revision=commit)
-        except Exception as error:
-            raise (
-                _not_cached(where, why) if why and not _is_disk_error(error) else _translate(error, where)
-            ) from error
-        # The library falls back to whatever its cache holds of this name, without a look at the revision.
-        if type(builder).__module__.endswith(".cache.cache") and commit is not None and builder.hash != commit:
-            raise _not_cached(where, why or "the hub stopped answering")
-        return _prepare(where, builder, wanted)
-
-
-def _ask_commit(where: HubName) -> str:
-    """Ask once and shortly which commit is meant: the library itself would ask a silent hub for half a minute."""
     from huggingface_hub import HfApi
 
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
-    try:
-        info = ask_hub(
-            lambda: api.dataset_info(where.place, revision=where.revision, timeout=_ANSWER_SECONDS),
-            str(where),
-            _cache(),
-        )
-    except CheckpointError as error:
-        raise DataError(error.what, where=error.where, hint=error.hint) from error
-    return str(info.sha)
+    commit, reason = name.revision, ""
+    if (forbidden := offline_variable()) is not None or datasets.config.HF_HUB_OFFLINE:
+        reason = f"${forbidden or 'HF_DATASETS_OFFLINE'} forbids to ask the hub"
+    else:
+        try:
+            # One short request; the library itself waits half a minute for a silent hub.
+            with translate_hub_errors(str(name), DataError):
+                commit = HfApi().dataset_info(name.path, revision=name.revision, timeout=_TIMEOUT_SECONDS).sha
+        except UnreachableError as error:
+            reason = f"the hub cannot be reached: {error}"
+            _log.warning("%s: %s; using the cache", name, reason)
+    with _offline() if reason else contextlib.nullcontext():
+        try:
+            builder = datasets.load_dataset_builder(name.path, name.config, revision=commit)
+        except Exception as error:
+            raise (_not_cached(name, reason) if reason and _disk_error(error) is None else error) from error
+        # The library falls back to any cached version of this name, whatever its revision.
+        if type(builder).__module__.endswith(".cache.cache") and commit is not None and builder.hash != commit:
+            raise _not_cached(name, reason or "the hub stopped answering")
+        return _prepare(name, builder, splits)
 
 
 @contextlib.contextmanager
-def _unplugged() -> Iterator[None]:
-    """Keep the library from asking a hub that is known to be silent."""
+def _offline() -> Iterator[None]:
+    """Keep the library from asking the hub."""
     from datasets import config
 
     before = config.HF_HUB_OFFLINE
@@ -176,92 +153,77 @@ def _unplugged() -> Iterator[None]:
         config.HF_HUB_OFFLINE = before
 
 
-def _prepare(where: HubName, builder: "datasets.DatasetBuilder", wanted: Sequence[str]) -> "dict[str, Table]":
-    """Have the library write its Arrow files where the cache has none yet, and map them."""
+def _prepare(name: HubName, builder: "datasets.DatasetBuilder", splits: Sequence[str]) -> "dict[str, Table]":
+    """Write Arrow files where the library's cache has none yet, and map them into memory."""
     builder.download_and_prepare()
-    names = {split: _choose_split(where, split, list(builder.info.splits or ())) for split in wanted}
-    return {split: (name, builder.as_dataset(split=name)) for split, name in names.items()}
+    chosen = {split: _choose_split(name, split, list(builder.info.splits or ())) for split in splits}
+    return {split: (own, builder.as_dataset(split=own)) for split, own in chosen.items()}
 
 
-def _choose_split(where: HubName, wanted: str, there: Sequence[str]) -> str:
-    for name in _SPLITS[wanted]:
-        if name in there:
-            return name
+def _choose_split(name: HubName, split: str, existing: Sequence[str]) -> str:
+    for candidate in _SPLITS[split]:
+        if candidate in existing:
+            return candidate
     raise DataError(
-        f"has no split {' or '.join(map(repr, _SPLITS[wanted]))} (it has: {', '.join(there) or 'none'})",
-        where=str(where),
-        hint="Files of a local folder are told apart by their names: train-*.parquet and validation-*.parquet.",
+        f"No split {' or '.join(map(repr, _SPLITS[split]))} (existing: {', '.join(existing) or 'none'})",
+        where=str(name),
+        hint="Files of a local folder are assigned by their names: train-*.parquet and validation-*.parquet.",
     )
 
 
-def _cache() -> Path:
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """Return the error of the disk among an error and its causes, None where there is none."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _translate(error: Exception, name: HubName) -> MsnEvalError:
+    """Return an error of this package for what the library raised."""
     from datasets import config
 
-    return Path(config.HF_DATASETS_CACHE)
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    found = [error]
-    while (cause := found[-1].__cause__ or found[-1].__context__) is not None and cause not in found:
-        found.append(cause)
-    return found
-
-
-def _is_disk_error(error: BaseException) -> bool:
-    return any(isinstance(one, OSError) and one.errno in _DISK for one in _chain(error))
-
-
-def _translate(error: Exception, where: HubName) -> MsnEvalError:
-    """Tell in words of ours what the library raised."""
-    chain = _chain(error)
-    for one in chain:
-        if isinstance(one, OSError) and one.errno in _DISK:
-            place = os.fsdecode(one.filename) if isinstance(one.filename, str | bytes) else str(_cache())
-            if where.folder is not None and Path(place).is_relative_to(where.folder):
-                return DataError(f"cannot be read: {one.strerror}", where=place, hint="Check its permissions.")
-            return StoreError(
-                f"the cache of the `datasets` library cannot be written: {one.strerror}",
-                where=place,
-                hint="Free space, or name a folder of your own: $HF_DATASETS_CACHE (and $HF_HUB_CACHE for downloads). "
-                "What `save_to_disk` wrote is read where it is and needs no cache.",
-            )
-    if where.folder is None and any(_is_of_the_web(one) for one in chain):
-        return _not_cached(where, f"the hub cannot be reached: {first_line(error)}")
+    disk = _disk_error(error)
+    if disk is not None:
+        path = os.fsdecode(disk.filename) if isinstance(disk.filename, str | bytes) else str(config.HF_DATASETS_CACHE)
+        if name.folder is not None and Path(path).is_relative_to(name.folder):
+            return DataError(f"Cannot read it: {disk.strerror}", where=path, hint="Check its permissions.")
+        return StoreError(
+            f"Cannot write the cache of the `datasets` library: {disk.strerror}",
+            where=path,
+            hint="Free space, or choose another folder: $HF_DATASETS_CACHE (and $HF_HUB_CACHE for downloads). Folders "
+            "that `save_to_disk` wrote need no cache.",
+        )
     text = first_line(error)
-    if "onfig" in text and isinstance(error, ValueError):  # several, and none or an unknown one was named
+    if isinstance(error, ValueError) and "onfig" in text:  # several, and the name has none or an unknown one
         listed = " ".join(str(error).split())[:600]
-        return DataError(listed, where=str(where), hint=f"Choose one: hf:{where.place}:CONFIG.")
+        return DataError(listed, where=str(name), hint=f"Choose one: hf:{name.path}:CONFIG.")
     if "scripts are no longer supported" in text:
         return DataError(
-            "comes with code of its own, which is never run here",
-            where=str(where),
-            hint="Take a version of it in Parquet files; many have one in their branch refs/convert/parquet: "
-            f"hf:{where.place}@refs/convert/parquet.",
+            "The data set has code of its own, which is never run here",
+            where=str(name),
+            hint="Use a version in Parquet files; many data sets have one in their branch refs/convert/parquet: "
+            f"hf:{name.path}@refs/convert/parquet.",
         )
     return DataError(
-        f"the `datasets` library cannot load it: {type(error).__name__}: {text}",
-        where=str(where),
+        f"The `datasets` library cannot load it: {text}",
+        where=str(name),
         hint="It reads folders of train-*.parquet and validation-*.parquet, what `save_to_disk` wrote, and most layouts "
-        "of the hub. An image folder is given by its path, without hf:.",
+        "of the hub. Give an image folder by its path, without hf:.",
     )
 
 
-def _is_of_the_web(error: BaseException) -> bool:
-    return isinstance(error, ConnectionError) or type(error).__module__.startswith(_WEB_CLIENTS)
+def _not_cached(name: HubName, reason: str) -> DataError:
+    from datasets import config
 
-
-def _not_cached(where: HubName, why: str) -> DataError:
-    revision = f" --revision {where.revision}" if where.revision else ""
+    revision = f" --revision {name.revision}" if name.revision else ""
+    commit = f" at a commit known to be {name.revision}" if name.revision else ""
     return DataError(
-        f"{why}, and the cache {_cache()} does not hold this data set"
-        + (f" at a commit known to be {where.revision}" if where.revision else ""),
-        where=str(where),
-        hint=f"Where there is a network, run `hf download --repo-type dataset {where.place}{revision} --local-dir DIR`, "
-        f"copy DIR here and give it: hf:DIR{f':{where.config}' if where.config else ''}.",
+        f"{reason}, and the cache {config.HF_DATASETS_CACHE} does not hold this data set{commit}",
+        where=str(name),
+        hint=f"On a machine with a network, run `hf download --repo-type dataset {name.path}{revision} --local-dir DIR`, "
+        f"copy DIR here and give it: hf:DIR{f':{name.config}' if name.config else ''}.",
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Give the first line of an error's text that says something, shortened."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text[:300]

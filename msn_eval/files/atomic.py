@@ -1,4 +1,4 @@
-"""Files that are there in full or not at all, whenever the process is killed."""
+"""Files that exist completely or not at all, whenever the process is killed."""
 
 import contextlib
 import errno
@@ -17,9 +17,9 @@ _STALE_SECONDS = 24 * 3600
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Put `content` at `path`: a unique temporary file beside it, fsync, rename, fsync of the folder.
+    """Write `content` to `path`: a unique temporary file beside it, fsync, rename, fsync of the folder.
 
-    Raises StoreError when the disk refuses; `path` then is as it was before.
+    Raises StoreError when the disk refuses; `path` is then unchanged.
     """
     with written_atomically(path, f"{len(content):,} bytes") as temporary, temporary.open("xb") as file:
         file.write(content)
@@ -27,12 +27,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def written_atomically(path: Path, what: str) -> Iterator[Path]:
-    """Give the name of a temporary file or folder, which is at `path` once the block has filled it and ended well.
+    """Yield the name of a temporary file or folder, which is renamed to `path` when the block has filled it.
 
-    what: is written, for the error
-    Raises StoreError when the disk refuses; `path` then is as it was before.
+    Args:
+        what: What is written, for the error.
+
+    Raises:
+        StoreError: The disk refuses; `path` is then unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}{_SUFFIX}")
+    temporary = _temporary_name(path.parent, path.name)
     try:
         try:
             yield temporary
@@ -48,25 +51,29 @@ def written_atomically(path: Path, what: str) -> Iterator[Path]:
             f"could not write {what}: {error.strerror or error}",
             where=str(path),
             hint=f"Free space or choose another folder; {free_bytes(path.parent)}.",
-            kept="Files written before are untouched; the same command goes on from there.",
+            kept="Files written before are unchanged; the same command continues from there.",
         ) from error
 
 
+def _temporary_name(folder: Path, name: str) -> Path:
+    return folder / f".{name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}{_SUFFIX}"
+
+
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, where there is one."""
+    """Remove a file, or a folder with its content, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
 
 
 def prepare_folder(folder: Path, *, option: str) -> None:
-    """Make `folder`, prove that it can be written, and sweep out what killed processes left there.
+    """Create `folder`, check that it can be written, and remove what killed processes left there.
 
     Raises UsageError naming `option` when it cannot be used.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}{_SUFFIX}"
+        probe = _temporary_name(folder, "probe")
         try:
             with probe.open("xb") as file:
                 os.fsync(file.fileno())
@@ -76,17 +83,19 @@ def prepare_folder(folder: Path, *, option: str) -> None:
         raise UsageError(
             f"cannot be written: {error.strerror or error}", where=str(folder), hint=f"Give another {option} folder."
         ) from error
-    for left in folder.glob(f".*{_SUFFIX}"):
-        if _is_abandoned(left):
-            with contextlib.suppress(FileNotFoundError):  # another process sweeps as well
-                remove(left)
+    for leftover in folder.glob(f".*{_SUFFIX}"):
+        if _is_abandoned(leftover):
+            with contextlib.suppress(FileNotFoundError):  # another process removes it as well
+                remove(leftover)
 
 
 def _is_abandoned(temporary: Path) -> bool:
-    """Tell whether a day-old temporary file belongs to a dead process of this host."""
+    """Whether a temporary file is older than a day and of a dead process of this host."""
     try:
         name, pid, _ = temporary.name.removesuffix(_SUFFIX).rsplit(".", 2)
         if not name.endswith(f".{socket.gethostname()}") or time.time() - temporary.stat().st_mtime < _STALE_SECONDS:
+            return False
+        if os.name != "posix":  # on Windows, signal 0 is Ctrl-C
             return False
         os.kill(int(pid), 0)
     except ProcessLookupError:
@@ -97,23 +106,22 @@ def _is_abandoned(temporary: Path) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder written to the disk."""
-    if os.name != "posix":  # Windows has no handle on a folder to sync
+    """Write the names in a folder to the disk."""
+    if os.name != "posix":  # Windows has no handle of a folder to sync
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that sync no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that do not sync folders
             raise
     finally:
         os.close(handle)
 
 
 def free_bytes(folder: Path) -> str:
-    """Say how much room there is in a folder."""
+    """Describe the free space of a folder's disk."""
     try:
-        status = os.statvfs(folder)
+        return f"{shutil.disk_usage(folder).free:,} bytes are free at {folder}"
     except OSError:
-        return f"{folder} cannot be asked for its free space"
-    return f"{status.f_bavail * status.f_frsize:,} bytes are free at {folder}"
+        return f"the free space at {folder} is unknown"

@@ -1,79 +1,74 @@
-"""Hub library: questions to huggingface_hub, none of whose own errors gets out."""
+"""The Hugging Face hub: whether it may be used, and the errors of its library as errors of this package."""
 
-import errno
 import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from msn_eval.errors import CheckpointError, StoreError
+from msn_eval.errors import MsnEvalError, StoreError
 
 OFFLINE_VARIABLES = ("MSN_EVAL_OFFLINE", "HF_HUB_OFFLINE")
-_NO_ACCESS = {401, 403}
-_BUSY = {408, 429}
-_SERVER_ERROR = 500
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENOTDIR}
-_Given = TypeVar("_Given")
+_TIMEOUT, _TOO_MANY_REQUESTS, _SERVER_ERROR = 408, 429, 500
+_ACCESS = (
+    "For a gated or private repository, accept the conditions on its page, if any, and set $HF_TOKEN to a token that may "
+    "read it (or run `hf auth login`)."
+)
 
 
 class UnreachableError(Exception):
-    """The hub gave no usable answer, in words; what the cache holds may do."""
+    """The hub gives no usable answer, with the reason. The cache may be enough."""
 
 
 def offline_variable() -> str | None:
-    """Give the first environment variable that forbids the network, or None."""
-    wanted = ("1", "on", "yes", "true")
-    return next((name for name in OFFLINE_VARIABLES if os.environ.get(name, "").lower() in wanted), None)
+    """Return the first environment variable that forbids network access, or None."""
+    return next(
+        (name for name in OFFLINE_VARIABLES if os.environ.get(name, "").lower() in ("1", "on", "yes", "true")), None
+    )
 
 
-def ask_hub(ask: Callable[[], _Given], where: str, cache: Path) -> _Given:
-    """Give what `ask`, a call of the library, gives.
+@contextmanager
+def translate_hub_errors(where: str, error_type: type[MsnEvalError]) -> Iterator[None]:
+    """Translate what huggingface_hub raises inside the block.
 
-    where: the repository, for errors
-    cache: the folder that the library writes to, for errors
-    Raises CheckpointError for what the hub refuses, StoreError for what the disk does, UnreachableError for the rest.
+    Args:
+        where: The repository, for errors.
+        error_type: Of the errors for what the hub refuses.
+
+    Raises:
+        error_type: The hub refuses.
+        StoreError: The disk refuses.
+        UnreachableError: Everything else.
     """
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
-        return ask()
-    except errors.LocalEntryNotFoundError as error:  # its word for a connection that failed on the way
-        raise UnreachableError(_short(error.__cause__ or error)) from error
+        yield
+    except errors.LocalEntryNotFoundError as error:
+        raise UnreachableError(first_line(error.__cause__ or error)) from error
+    except MsnEvalError:
+        raise
+    except errors.EntryNotFoundError as error:
+        hint = "The repository is incomplete; look at its page on the hub."
+        raise error_type(f"The repository lacks a file: {first_line(error)}", where=where, hint=hint) from error
     except errors.HFValidationError as error:
-        raise CheckpointError(
-            f"is no name of a repository: {_short(error)}", where=where, hint="Correct it."
-        ) from error
+        raise error_type(f"Not a repository name: {first_line(error)}", where=where, hint="Correct it.") from error
+    except errors.RevisionNotFoundError as error:
+        hint = "Choose one that its page lists, or none."
+        raise error_type("The repository has no such branch, tag or commit", where=where, hint=hint) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        if status in _BUSY or status >= _SERVER_ERROR:
+        if status in (_TIMEOUT, _TOO_MANY_REQUESTS) or status >= _SERVER_ERROR:
             raise UnreachableError(f"HTTP {status}") from error
-        what, hint = _refusal(status, type(error).__name__)
-        raise CheckpointError(what, where=where, hint=hint) from error
-    except Exception as error:  # its web client was requests, httpx and httpx2, whose errors have no common base
-        if isinstance(error, OSError) and error.errno in _DISK:
-            raise StoreError(
-                f"cannot be written: {error.strerror}",
-                where=str(cache),
-                hint="Free space, or name another folder: $HF_HUB_CACHE.",
-            ) from error
-        raise UnreachableError(_short(error)) from error
+        what = f"The hub refuses access (HTTP {status}): there is no repository of this name, or it is gated or private"
+        raise error_type(what, where=where, hint=f"Check the name. {_ACCESS}") from error
+    except Exception as error:  # those of the web client, which has changed between versions
+        if isinstance(error, OSError) and error.errno is not None:
+            hint = "Free space, or choose another folder: $HF_HUB_CACHE."
+            what = f"Cannot write the cache: {error.strerror}"
+            raise StoreError(what, where=constants.HF_HUB_CACHE, hint=hint) from error
+        raise UnreachableError(first_line(error)) from error
 
 
-def _refusal(status: int, kind: str) -> tuple[str, str]:
-    """Say what the hub refused, and what to do about it."""
-    if status in _NO_ACCESS or kind == "GatedRepoError":
-        return (
-            f"the hub gives no access (HTTP {status}): the repository is gated or private, or there is none of this name",
-            "Accept its conditions on its page where it has some, and set $HF_TOKEN to a token that may read it (or run "
-            "`hf auth login`).",
-        )
-    if kind == "RevisionNotFoundError":
-        return "the repository has no such branch, tag or commit", "Take one that its page lists, or none."
-    if kind == "RepositoryNotFoundError":
-        return "the hub has no repository of this name", "Correct it; a folder of your own is given by its path."
-    return f"the hub refuses it (HTTP {status}, {kind})", "Look at its page on the hub; $HF_ENDPOINT names another hub."
-
-
-def _short(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the type of an error and the first line of its text that is not empty, shortened."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}{': ' if text else ''}{text[:160]}"

@@ -520,7 +520,7 @@ def timm_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     safetensors.torch.save_file(network.state_dict(), snapshot / "model.safetensors")
     config = {"architecture": "test_vit", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
     (snapshot / "config.json").write_text(json.dumps(config))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return snapshot
 

@@ -36,7 +36,7 @@ Row = Mapping[str, object]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the library a cache of its own, and keep it from every network."""
+    """An own cache of the library, without a network."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     return tmp_path / "cache"
@@ -61,7 +61,7 @@ def table(rows: Sequence[Row], kinds: Any = None) -> Any:
 
 
 def write(folder: Path, kinds: Any = None, **splits: Sequence[Row]) -> str:
-    """Write Parquet files as the library itself does, and give what stands behind `hf:`."""
+    """Write Parquet files as the library does, and return the name after `hf:`."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
         whole = table(rows, kinds)
@@ -88,7 +88,7 @@ def refused(name: str, kind: type[Exception] = DataError) -> str:
 
 @pytest.fixture
 def twins(tmp_path: Path) -> tuple[str, str]:
-    """Give the same real files as an image folder and as Parquet, whose rows stand in no order."""
+    """The same files as an image folder and as Parquet, whose rows are not sorted."""
     stored: dict[str, list[Row]] = {"train": [], "validation": []}
     classes = ["ant", "bee", "cät"]
     for split, folder, start in (("train", "train", 0), ("validation", "val", 50)):
@@ -107,50 +107,35 @@ def twins(tmp_path: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_parquet_gives_ids_labels_and_classes_of_the_image_folder(twins: tuple[str, str], split: str) -> None:
-    folder, parquet = getattr(read_dataset(twins[0]), split), getattr(read(twins[1]), split)
-    assert (parquet.ids, parquet.labels, parquet.classes) == (folder.ids, folder.labels, folder.classes)
+@pytest.mark.parametrize("kind", ["parquet", "image folder"])
+def test_rows_have_ids_labels_classes_and_bytes_of_the_image_folder(
+    twins: tuple[str, str], split: str, kind: str
+) -> None:
+    """The rows of an image folder hold no bytes, but the paths of the files."""
+    folder = getattr(read_dataset(twins[0]), split)
+    rows = getattr(read(twins[kind == "parquet"]), split)
+    assert (rows.ids, rows.labels, rows.classes) == (folder.ids, folder.labels, folder.classes)
+    assert [rows.source.read(image) for image in rows.ids] == [folder.source.read(image) for image in folder.ids]
 
 
-def test_bytes_are_those_that_were_stored(twins: tuple[str, str]) -> None:
-    folder, parquet = read_dataset(twins[0]).train, read(twins[1]).train
-    assert [parquet.source.read(one) for one in parquet.ids] == [folder.source.read(one) for one in folder.ids]
-
-
-def test_content_hash_is_that_of_the_image_folder(twins: tuple[str, str]) -> None:
-    hashes = [
-        content_sha256(val.ids, hash_images(val, cache_dir=None))
-        for val in (read_dataset(twins[0]).val, read(twins[1]).val)
-    ]
-    assert hashes[0] == hashes[1]
-
-
-def test_data_set_is_called_like_its_folder(twins: tuple[str, str]) -> None:
-    assert read(twins[1]).name == "twin"
+def test_name_and_content_hash_are_those_of_the_image_folder(twins: tuple[str, str]) -> None:
+    folder, rows = read_dataset(twins[0]), read(twins[1])
+    hashes = [content_sha256(data.val.ids, hash_images(data.val, cache_dir=None)) for data in (folder, rows)]
+    assert (rows.name, hashes[1]) == ("twin", hashes[0])
 
 
 def test_real_images_are_read_back(tmp_path: Path, shared_data: Path) -> None:
     import tarfile
 
     with tarfile.open(shared_data / "imagenet_samples.tar") as archive:
-        members = [one for one in archive.getmembers() if one.name.lower().endswith(".jpeg")][:4]
-        contents = [archive.extractfile(one).read() for one in members]  # type: ignore[union-attr]
+        members = [member for member in archive.getmembers() if member.name.lower().endswith(".jpeg")][:4]
+        contents = [archive.extractfile(member).read() for member in members]  # type: ignore[union-attr]
     rows = [
         {"image": {"bytes": content, "path": f"{number}.JPEG"}, "label": number % 2}
         for number, content in enumerate(contents)
     ]
     val = read(write(tmp_path / "d", train=rows, validation=rows)).val
-    assert {val.source.read(one) for one in val.ids} == set(contents)
-
-
-def test_image_folder_read_by_the_library_has_the_same_ids(twins: tuple[str, str]) -> None:
-    """Its rows hold no bytes, but the paths of the files."""
-    folder, rows = read_dataset(twins[0]).val, read(twins[0]).val
-    assert (rows.ids, rows.labels, [rows.source.read(one) for one in rows.ids]) == (
-        folder.ids,
-        folder.labels,
-        [folder.source.read(one) for one in folder.ids],
-    )
+    assert {val.source.read(image) for image in val.ids} == set(contents)
 
 
 # --- layouts
@@ -164,7 +149,9 @@ def test_folder_that_save_to_disk_wrote_is_read_without_a_cache(tmp_path: Path, 
 
 def test_single_split_of_save_to_disk_is_refused(tmp_path: Path) -> None:
     table(pair()).save_to_disk(tmp_path / "saved")
-    assert "is a single split that `save_to_disk` wrote\nSave a DatasetDict" in refused(str(tmp_path / "saved"))
+    assert "The folder holds a single split that `save_to_disk` wrote\nSave a DatasetDict" in refused(
+        str(tmp_path / "saved")
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,35 +170,30 @@ def test_validation_images_are_those_of_the_first_split_of_the_rule(
     assert f"ant/{chosen}.png" in read(str(tmp_path / "saved")).val.ids
 
 
-def test_split_that_is_missing_is_told_with_those_that_are_there(tmp_path: Path) -> None:
+def test_missing_split_is_refused_with_the_existing_ones(tmp_path: Path) -> None:
     text = refused(write(tmp_path / "d", test=pair()))
-    assert "has no split 'train' (it has: test)" in text
+    assert "No split 'train' (existing: test)" in text
 
 
 def test_one_split_is_read_without_the_other(tmp_path: Path) -> None:
     assert read_split(f"hf:{write(tmp_path / 'd', test=pair())}", "val").ids == ("ant/a.png", "bee/b.png")
 
 
-def test_one_split_of_a_name_is_that_split(tmp_path: Path) -> None:
-    name = write(tmp_path / "d", train=[row(1, 0, "t.png")], validation=[row(1, 0, "v.png")])
-    assert read_split(f"hf:{name}", "train").ids == ("ant/t.png",)
+def write_configs(folder: Path) -> str:
+    for config in ("coarse", "fine"):
+        write(folder / config, train=[row(1, 0, f"{config}.png")], validation=[row(1, 0, "x.png")])
+    lines = "".join(f"- config_name: {config}\n  data_dir: {config}\n" for config in ("coarse", "fine"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{lines}---\n")
+    return str(folder)
 
 
 def test_configuration_of_a_folder_is_chosen_after_a_colon(tmp_path: Path) -> None:
-    for config in ("coarse", "fine"):
-        write(tmp_path / "d" / config, train=[row(1, 0, f"{config}.png")], validation=[row(1, 0, "x.png")])
-    lines = "".join(f"- config_name: {one}\n  data_dir: {one}\n" for one in ("coarse", "fine"))
-    (tmp_path / "d" / "README.md").write_text(f"---\nconfigs:\n{lines}---\n")
-    data = read(f"{tmp_path / 'd'}:fine")
+    data = read(f"{write_configs(tmp_path / 'd')}:fine")
     assert (data.name, data.train.ids) == ("d:fine", ("ant/fine.png",))
 
 
-def test_open_choice_of_a_configuration_names_them(tmp_path: Path) -> None:
-    for config in ("coarse", "fine"):
-        write(tmp_path / "d" / config, train=pair())
-    lines = "".join(f"- config_name: {one}\n  data_dir: {one}\n" for one in ("coarse", "fine"))
-    (tmp_path / "d" / "README.md").write_text(f"---\nconfigs:\n{lines}---\n")
-    text = refused(str(tmp_path / "d"))
+def test_open_choice_of_a_configuration_lists_them(tmp_path: Path) -> None:
+    text = refused(write_configs(tmp_path / "d"))
     assert "['coarse', 'fine']" in text
     assert f"Choose one: hf:{tmp_path / 'd'}:CONFIG." in text
 
@@ -222,10 +204,10 @@ def test_class_mismatch_is_refused_unless_allowed(tmp_path: Path) -> None:
     assert read_dataset(f"hf:{name}", allow_class_mismatch=True).val.labels == (1,)
 
 
-def test_code_in_a_folder_is_neither_run_nor_passed_over(tmp_path: Path) -> None:
+def test_code_in_a_folder_is_refused_and_never_run(tmp_path: Path) -> None:
     folder = Path(write(tmp_path / "d", train=pair(), validation=pair()))
     (folder / "d.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
-    assert "comes with code of its own, which is never run here" in refused(str(folder))
+    assert "has code of its own, which is never run here" in refused(str(folder))
     assert not (tmp_path / "canary").exists()
 
 
@@ -233,7 +215,7 @@ def test_damaged_parquet_is_an_error_of_the_data_set(tmp_path: Path) -> None:
     name = write(tmp_path / "d", train=pair(), validation=pair())
     file = next(Path(name).glob("train-*"))
     file.write_bytes(file.read_bytes()[:-50])
-    assert refused(name).startswith(f"hf:{name}: the `datasets` library cannot load it: ")
+    assert refused(name).startswith(f"hf:{name}: The `datasets` library cannot load it: ")
 
 
 # --- columns
@@ -243,12 +225,22 @@ def kinds_of(**columns: object) -> Any:
     return datasets.Features(columns)
 
 
-def test_label_column_is_found_by_its_kind(tmp_path: Path) -> None:
-    kinds = kinds_of(
-        picture=datasets.Image(), species=datasets.ClassLabel(names=["ant"]), caption=datasets.Value("string")
-    )
-    rows = [{"picture": {"bytes": picture(1), "path": "x.png"}, "species": 0, "caption": "dog"}]
-    assert read(write(tmp_path / "d", kinds, train=rows, validation=rows)).val.ids == ("ant/x.png",)
+def write_row(folder: Path, content: Row, **columns: object) -> str:
+    """Write a data set of one row in each split, with these features."""
+    return write(folder, kinds_of(**columns), train=[content], validation=[content])
+
+
+IMAGE = {"bytes": picture(1), "path": "x.png"}
+
+
+def test_label_column_is_found_by_its_feature(tmp_path: Path) -> None:
+    columns = {
+        "picture": datasets.Image(),
+        "species": datasets.ClassLabel(names=["ant"]),
+        "caption": datasets.Value("string"),
+    }
+    name = write_row(tmp_path / "d", {"picture": IMAGE, "species": 0, "caption": "dog"}, **columns)
+    assert read(name).val.ids == ("ant/x.png",)
 
 
 @pytest.mark.parametrize(
@@ -259,60 +251,72 @@ def test_label_column_is_found_by_its_kind(tmp_path: Path) -> None:
         (("fine_label", "labels"), "labels"),
     ],
 )
-def test_of_several_label_columns_the_usual_name_is_taken(tmp_path: Path, names: Sequence[str], chosen: str) -> None:
-    kinds = kinds_of(image=datasets.Image(), **{name: datasets.ClassLabel(names=[name]) for name in names})
-    rows = [{"image": {"bytes": picture(1), "path": "x.png"}, **dict.fromkeys(names, 0)}]
-    assert read(write(tmp_path / "d", kinds, train=rows, validation=rows)).val.classes == (chosen,)
-
-
-def test_several_label_columns_without_a_usual_name_are_refused(tmp_path: Path) -> None:
-    kinds = kinds_of(image=datasets.Image(), **{name: datasets.ClassLabel(names=["a"]) for name in ("genus", "family")})
-    rows = [{"image": {"bytes": picture(1), "path": "x.png"}, "genus": 0, "family": 0}]
-    text = refused(write(tmp_path / "d", kinds, train=rows, validation=rows))
-    assert "split train: has several columns of classes: genus, family\nCall the one that is meant 'label'" in text
+def test_of_several_label_columns_the_usual_name_is_chosen(tmp_path: Path, names: Sequence[str], chosen: str) -> None:
+    columns = {name: datasets.ClassLabel(names=[name]) for name in names}
+    name = write_row(tmp_path / "d", {"image": IMAGE, **dict.fromkeys(names, 0)}, image=datasets.Image(), **columns)
+    assert read(name).val.classes == (chosen,)
 
 
 @pytest.mark.parametrize("usual", ["image", "img"])
-def test_of_several_image_columns_the_usual_name_is_taken(tmp_path: Path, usual: str) -> None:
-    kinds = kinds_of(**{"mask": datasets.Image(), usual: datasets.Image()}, label=datasets.ClassLabel(names=["a"]))
-    rows = [{usual: {"bytes": picture(1), "path": None}, "mask": {"bytes": picture(2), "path": None}, "label": 0}]
-    val = read(write(tmp_path / "d", kinds, train=rows, validation=rows)).val
+def test_of_several_image_columns_the_usual_name_is_chosen(tmp_path: Path, usual: str) -> None:
+    columns = {"mask": datasets.Image(), usual: datasets.Image(), "label": datasets.ClassLabel(names=["a"])}
+    images = {usual: {"bytes": picture(1), "path": None}, "mask": {"bytes": picture(2), "path": None}}
+    val = read(write_row(tmp_path / "d", {**images, "label": 0}, **columns)).val
     assert val.source.read(val.ids[0]) == picture(1)
 
 
-def test_several_image_columns_without_a_usual_name_are_refused(tmp_path: Path) -> None:
-    kinds = kinds_of(left=datasets.Image(), right=datasets.Image(), label=datasets.ClassLabel(names=["a"]))
-    rows = [{"left": {"bytes": b"1", "path": None}, "right": {"bytes": b"2", "path": None}, "label": 0}]
-    assert "has several columns of images: left, right" in refused(
-        write(tmp_path / "d", kinds, train=rows, validation=rows)
-    )
+CLASS = datasets.ClassLabel(names=["a"])
 
 
-def test_data_set_without_images_is_told_its_columns(tmp_path: Path) -> None:
-    kinds = kinds_of(text=datasets.Value("string"), label=datasets.ClassLabel(names=["a"]))
-    rows = [{"text": "x", "label": 0}]
-    text = refused(write(tmp_path / "d", kinds, train=rows, validation=rows))
-    assert "has no column of images (columns: text (string), label (int64))" in text
+@pytest.mark.parametrize(
+    ("columns", "content", "text"),
+    [
+        (
+            {"image": datasets.Image(), "genus": CLASS, "family": CLASS},
+            {"image": IMAGE, "genus": 0, "family": 0},
+            "split train: Several columns of classes: genus, family\nRename the right one to 'label'",
+        ),
+        (
+            {"left": datasets.Image(), "right": datasets.Image(), "label": CLASS},
+            {"left": IMAGE, "right": IMAGE, "label": 0},
+            "Several columns of images: left, right",
+        ),
+        (
+            {"text": datasets.Value("string"), "label": CLASS},
+            {"text": "x", "label": 0},
+            "No column of images (columns: text (string), label (int64))",
+        ),
+        (
+            {"image": datasets.Image(), "label": datasets.Value("float32")},
+            {"image": IMAGE, "label": 0.5},
+            "No column of classes",
+        ),
+        (
+            {"image": datasets.Image(), "caption": datasets.Value("string")},
+            {"image": IMAGE, "caption": "a dog"},
+            "No column of classes",
+        ),
+    ],
+    ids=["several classes", "several images", "no image", "float", "caption"],
+)
+def test_open_or_missing_column_is_refused(tmp_path: Path, columns: dict[str, object], content: Row, text: str) -> None:
+    assert text in refused(write_row(tmp_path / "d", content, **columns))
 
 
-@pytest.mark.parametrize(("column", "value", "kind"), [("label", 0.5, "float32"), ("caption", "a dog", "string")])
-def test_data_set_without_labels_is_refused(tmp_path: Path, column: str, value: object, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("column", "kind", "values", "classes"),
+    [
+        ("label", "string", ("dog", "cat"), ("cat", "dog")),
+        ("class", "string", ("dog", "cat"), ("cat", "dog")),
+        ("label", "int32", (10, 9, 0), ("0", "10", "9")),
+    ],
+)
+def test_strings_and_integers_without_names_are_class_names(
+    tmp_path: Path, column: str, kind: str, values: Sequence[object], classes: Sequence[str]
+) -> None:
     kinds = kinds_of(image=datasets.Image(), **{column: datasets.Value(kind)})
-    rows = [{"image": {"bytes": b"x", "path": None}, column: value}]
-    assert "has no column of classes" in refused(write(tmp_path / "d", kinds, train=rows, validation=rows))
-
-
-@pytest.mark.parametrize("column", ["label", "class"])
-def test_strings_are_class_names(tmp_path: Path, column: str) -> None:
-    kinds = kinds_of(image=datasets.Image(), **{column: datasets.Value("string")})
-    rows = [{"image": {"bytes": picture(1), "path": "x.png"}, column: name} for name in ("dog", "cat")]
-    assert read(write(tmp_path / "d", kinds, train=rows, validation=rows)).val.classes == ("cat", "dog")
-
-
-def test_numbers_without_names_are_classes_called_by_their_decimals(tmp_path: Path) -> None:
-    kinds = kinds_of(image=datasets.Image(), label=datasets.Value("int32"))
-    rows = [{"image": {"bytes": picture(1), "path": "x.png"}, "label": number} for number in (10, 9, 0)]
-    assert read(write(tmp_path / "d", kinds, train=rows, validation=rows)).val.classes == ("0", "10", "9")
+    rows = [{"image": IMAGE, column: value} for value in values]
+    assert read(write(tmp_path / "d", kinds, train=rows, validation=rows)).val.classes == classes
 
 
 @pytest.mark.parametrize("layout", ["struct", "binary"])
@@ -346,14 +350,12 @@ def test_label_beyond_the_class_names_is_refused(tmp_path: Path, label: int) -> 
     assert f"1 of 1 rows have no class (labels {label}; first row 0)" in refused(str(tmp_path / "saved"))
 
 
-def test_negative_number_without_names_is_no_class(tmp_path: Path) -> None:
-    kinds = kinds_of(image=datasets.Image(), label=datasets.Value("int64"))
-    assert "have no class (labels -1" in refused(
-        write(tmp_path / "d", kinds, train=[row(1, -1)], validation=[row(1, -1)])
-    )
+def test_negative_number_without_names_is_not_a_class(tmp_path: Path) -> None:
+    name = write_row(tmp_path / "d", row(1, -1), image=datasets.Image(), label=datasets.Value("int64"))
+    assert "have no class (labels -1" in refused(name)
 
 
-def test_class_without_images_is_no_class(tmp_path: Path) -> None:
+def test_class_without_images_is_left_out(tmp_path: Path) -> None:
     kinds = features(("ant", "bee", "cat"))
     assert read(write(tmp_path / "d", kinds, train=pair(), validation=pair())).val.classes == ("ant", "bee")
 
@@ -366,13 +368,13 @@ def test_class_without_images_is_no_class(tmp_path: Path) -> None:
     [("a.png", None), ("a.png", "a.png"), ("a.png", "folder/a.png"), ("a.png", "b\n.png"), ("a.png", "folder/")],
     ids=["missing", "twice", "twice by its last part", "line end", "no last part"],
 )
-def test_rows_give_names_where_paths_do_not(tmp_path: Path, paths: tuple[str, str | None]) -> None:
+def test_rows_are_names_where_paths_cannot_be(tmp_path: Path, paths: tuple[str, str | None]) -> None:
     rows = [row(1, 1, "x.png"), *(row(2, 0, path) for path in paths)]
     val = read(write(tmp_path / "d", train=rows, validation=rows)).val
     assert val.ids == ("ant/00000001.png", "ant/00000002.png", "bee/00000000.png")
 
 
-def test_same_file_name_in_two_classes_is_no_clash(tmp_path: Path) -> None:
+def test_same_file_name_in_two_classes_is_allowed(tmp_path: Path) -> None:
     rows = [row(1, 0, "x/a.png"), row(2, 1, "y/a.png")]
     assert read(write(tmp_path / "d", train=rows, validation=rows)).val.ids == ("ant/a.png", "bee/a.png")
 
@@ -389,16 +391,18 @@ def test_same_file_name_in_two_classes_is_no_clash(tmp_path: Path) -> None:
         (b"RIFF....WAVE", "img"),
     ],
 )
-def test_ending_of_a_row_is_that_of_its_bytes(tmp_path: Path, content: bytes, ending: str) -> None:
+def test_suffix_of_a_row_is_that_of_its_bytes(tmp_path: Path, content: bytes, ending: str) -> None:
     rows = [{"image": {"bytes": content, "path": None}, "label": 0}]
     assert read(write(tmp_path / "d", train=rows, validation=rows)).val.ids == (f"ant/00000000.{ending}",)
 
 
-def test_row_numbers_go_on_over_files_and_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_numbers_continue_over_files_and_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("msn_eval.data.hf_rows._BATCH_ROWS", 2)
     rows = [row(number, 0) for number in range(5)]
     val = read(write(tmp_path / "d", train=rows, validation=rows)).val
-    assert [(one, val.source.read(one)) for one in val.ids] == [(f"ant/{n:08d}.png", picture(n)) for n in range(5)]
+    assert [(image, val.source.read(image)) for image in val.ids] == [
+        (f"ant/{n:08d}.png", picture(n)) for n in range(5)
+    ]
 
 
 def test_path_into_an_archive_gives_the_name_in_it(tmp_path: Path) -> None:
@@ -429,7 +433,7 @@ def test_two_classes_never_become_one(tmp_path: Path) -> None:
     kinds = kinds_of(image=datasets.Image(), label=datasets.Value("string"))
     name = write(tmp_path / "d", kinds, train=[row(1, "a/b", "x.png")], validation=[row(1, "a_b", "x.png")])
     text = refused(name)
-    assert "classes 'a/b', 'a_b' would have the same name 'a_b' in ids" in text
+    assert "Classes 'a/b', 'a_b' would have the same name 'a_b' in ids" in text
 
 
 # --- rows without bytes
@@ -466,11 +470,11 @@ def test_row_without_an_image_is_named(
 ) -> None:
     monkeypatch.setattr("msn_eval.data.hf_rows._BATCH_ROWS", 2)
     name = write_paths(tmp_path / "d", (b"1", "a.png"), (b"2", "b.png"), (b"3", "c.png"), (None, path))
-    assert f"split train, row 3: has no image: {why}" in refused(name)
+    assert f"split train, row 3: No image: {why}" in refused(name)
 
 
 @pytest.mark.parametrize("there", ["nothing", "a pipe"])
-def test_file_that_is_none_is_an_error_of_the_image_alone(tmp_path: Path, there: str) -> None:
+def test_missing_file_is_an_error_of_its_image_alone(tmp_path: Path, there: str) -> None:
     path = tmp_path / "x.png"
     if there == "a pipe":
         os.mkfifo(path)
@@ -480,12 +484,12 @@ def test_file_that_is_none_is_an_error_of_the_image_alone(tmp_path: Path, there:
     assert val.source.place("ant/x.png").endswith("split test, row 0")
 
 
-def test_file_that_is_needed_for_its_ending_is_named_where_missing(tmp_path: Path) -> None:
+def test_missing_file_that_a_suffix_needs_is_named(tmp_path: Path) -> None:
     name = write_paths(tmp_path / "d", (None, "/nowhere/a/x.png"), (None, "/nowhere/b/x.png"))
-    assert "split train, row 0: /nowhere/a/x.png cannot be read: No such file" in refused(name)
+    assert "split train, row 0: Cannot read /nowhere/a/x.png: No such file" in refused(name)
 
 
-def test_ending_of_a_row_with_a_path_is_that_of_the_file(tmp_path: Path) -> None:
+def test_suffix_of_a_row_with_a_path_is_that_of_the_file(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.png").write_bytes(picture(1, "JPEG"))
@@ -505,7 +509,7 @@ def val(tmp_path: Path) -> ImageSet:
 
 
 def contents(images: ImageSet) -> list[bytes]:
-    return [picture(int(one.partition("/")[2].removesuffix(".png"))) for one in images.ids]
+    return [picture(int(image.partition("/")[2].removesuffix(".png"))) for image in images.ids]
 
 
 def test_threads_read_the_right_rows(val: ImageSet) -> None:
@@ -542,12 +546,9 @@ def test_splits_have_roots_of_their_own(tmp_path: Path) -> None:
     assert hashes == expected * 2
 
 
-def test_stamp_begins_with_the_bytes_of_the_image(val: ImageSet) -> None:
-    assert {val.source.stamp(one)[0] for one in val.ids} == {len(picture(1))}
-
-
-def test_stamps_of_two_rows_differ(val: ImageSet) -> None:
-    assert len({val.source.stamp(one) for one in val.ids}) == len(val)
+def test_stamps_differ_between_rows_and_start_with_the_size(val: ImageSet) -> None:
+    stamps = {val.source.stamp(image) for image in val.ids}
+    assert (len(stamps), {stamp[0] for stamp in stamps}) == (len(val), {len(picture(1))})
 
 
 def test_stamp_changes_with_the_arrow_file(tmp_path: Path) -> None:
@@ -570,17 +571,11 @@ def test_place_names_split_and_row(val: ImageSet) -> None:
     assert re.fullmatch(r"hf:.*/d, split validation, row 3", val.source.place("bee/3.png"))
 
 
-def test_damaged_image_is_a_bad_image(tmp_path: Path) -> None:
-    rows = [{"image": {"bytes": b"no image", "path": "x.png"}, "label": 0}]
+@pytest.mark.parametrize(("content", "text"), [(b"no image", "no JPEG, PNG"), (b"", "the file is empty")])
+def test_damaged_or_empty_image_is_a_bad_image(tmp_path: Path, content: bytes, text: str) -> None:
+    rows = [{"image": {"bytes": content, "path": None}, "label": 0}]
     val = read(write(tmp_path / "d", train=rows, validation=rows)).val
-    with pytest.raises(BadImageError, match="formats JPEG, PNG"):
-        val.source.decode(val.source.read("ant/x.png"))
-
-
-def test_image_of_no_bytes_is_a_bad_image_and_not_a_missing_one(tmp_path: Path) -> None:
-    rows = [{"image": {"bytes": b"", "path": None}, "label": 0}]
-    val = read(write(tmp_path / "d", train=rows, validation=rows)).val
-    with pytest.raises(BadImageError, match="the file is empty"):
+    with pytest.raises(BadImageError, match=text):
         val.source.decode(val.source.read(val.ids[0]))
 
 
@@ -591,11 +586,11 @@ def test_image_of_no_bytes_is_a_bad_image_and_not_a_missing_one(tmp_path: Path) 
     "name", ["nowhere", "./nowhere", "/nowhere/at/all", "a/b/c", "a/..", "o/n:", "o/n@", "parquet"]
 )
 def test_name_that_is_neither_folder_nor_repository_is_refused(name: str) -> None:
-    assert f"hf:{name}: is neither a folder that exists nor OWNER/NAME" in refused(name)
+    assert f"hf:{name}: Neither an existing folder nor OWNER/NAME" in refused(name)
 
 
 @pytest.mark.parametrize("name", ["o/n", "o/n:default", "o/n@v1", "o/n:default@refs/convert/parquet"])
-def test_hub_that_must_not_be_asked_is_told_how_to_do_without(name: str, cache: Path) -> None:
+def test_forbidden_hub_has_a_hint_for_work_without_it(name: str, cache: Path) -> None:
     text = refused(name)
     assert text.startswith(
         f"hf:{name}: $HF_DATASETS_OFFLINE forbids to ask the hub, and the cache {cache} does not hold"
@@ -604,7 +599,7 @@ def test_hub_that_must_not_be_asked_is_told_how_to_do_without(name: str, cache: 
     assert "copy DIR here and give it: hf:DIR" in text
 
 
-def test_folder_called_like_a_reader_of_the_library_is_read_as_a_folder(
+def test_folder_named_like_a_reader_of_the_library_is_read_as_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library would read whatever stands in the working folder instead."""
@@ -614,9 +609,7 @@ def test_folder_called_like_a_reader_of_the_library_is_read_as_a_folder(
     assert read("parquet").val.ids == ("ant/a.png", "bee/b.png")
 
 
-def test_missing_library_is_told_with_the_command_that_installs_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_library_is_an_error_with_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'msn-eval[hf]'" in refused(str(tmp_path), UsageError)
 
@@ -627,7 +620,7 @@ def test_cache_that_cannot_be_written_is_a_store_error(tmp_path: Path, monkeypat
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     text = refused(name, StoreError)
     assert f"{tmp_path / 'file'}" in text
-    assert "the cache of the `datasets` library cannot be written: Not a directory" in text
+    assert "Cannot write the cache of the `datasets` library: Not a directory" in text
     assert "$HF_DATASETS_CACHE" in text
 
 
@@ -646,7 +639,7 @@ def test_cache_of_another_user_is_a_store_error_naming_the_file(
     monkeypatch.setattr(datasets, "load_dataset_builder", failing(error))
     text = refused(str(tmp_path), StoreError)
     assert text.startswith(
-        f"/shared/cache/x.lock: the cache of the `datasets` library cannot be written: {os.strerror(number)}"
+        f"/shared/cache/x.lock: Cannot write the cache of the `datasets` library: {os.strerror(number)}"
     )
 
 
@@ -655,7 +648,7 @@ def test_closed_file_of_the_data_set_itself_is_a_data_error(tmp_path: Path, monk
     monkeypatch.setattr(datasets, "load_dataset_builder", failing(error))
     assert (
         refused(str(tmp_path))
-        == f"{tmp_path / 'train.parquet'}: cannot be read: Permission denied\nCheck its permissions."
+        == f"{tmp_path / 'train.parquet'}: Cannot read it: Permission denied\nCheck its permissions."
     )
 
 
@@ -670,10 +663,10 @@ def test_progress_bars_are_not_drawn_into_a_file_and_left_as_they_were(
     assert (capsys.readouterr().err, datasets.are_progress_bars_disabled()) == ("", False)
 
 
-def test_word_of_the_environment_about_progress_bars_goes_before_ours(
+def test_environment_variable_about_progress_bars_takes_precedence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library warns whoever contradicts it."""
+    """The library warns about calls that contradict it."""
     name = write(tmp_path / "d", train=pair(), validation=pair())
     monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "0")
     monkeypatch.setattr(datasets, "disable_progress_bars", lambda: pytest.fail("it was contradicted"))
@@ -683,11 +676,11 @@ def test_word_of_the_environment_about_progress_bars_goes_before_ours(
 def test_naming_by_rows_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="msn_eval"):
         read(write(tmp_path / "d", train=[row(1, 0)], validation=pair()[:1]))
-    told = [one.getMessage() for one in caplog.records if "called by their rows" in one.getMessage()]
-    assert [text.partition(", ")[2] for text in told] == ["split train: images are called by their rows"]
+    messages = [record.getMessage() for record in caplog.records if "named by their rows" in record.getMessage()]
+    assert [text.partition(", ")[2] for text in messages] == ["split train: images are named by their rows"]
 
 
-# --- the hub, one of our own; the library reads its address once, when it is imported
+# --- a local hub; the library reads its address once, when it is imported
 
 
 class Hub:
@@ -734,7 +727,7 @@ class Hub:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, dict[str, str]]]:
-    """Give a hub, and the environment of a process that talks to it."""
+    """A hub, and the environment of a process that uses it."""
     home = tmp_path_factory.mktemp("hub")
     write(home / "files", train=pair(), validation=pair())
     made = Hub({file.name: file.read_bytes() for file in (home / "files").iterdir()})
@@ -753,16 +746,16 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, dict[st
 
 
 def read_elsewhere(environment: Mapping[str, str], *names: str) -> list[str]:
-    """Read data sets in another process, and give what each came to."""
+    """Read data sets in another process, and return the ids or the error of each."""
     program = (
         "import datasets, sys, time\n"
         "from msn_eval.data import read_dataset\n"
         "from msn_eval.errors import MsnEvalError\n"
         "for name in sys.argv[1:]:\n"
         "    began = time.monotonic()\n"
-        "    try: said = read_dataset('hf:' + name).val.ids\n"
-        "    except MsnEvalError as error: said = str(error).partition(chr(10))[0]\n"
-        "    print(said, 'slow' if time.monotonic() - began > 20 else '')\n"
+        "    try: output = read_dataset('hf:' + name).val.ids\n"
+        "    except MsnEvalError as error: output = str(error).partition(chr(10))[0]\n"
+        "    print(output, 'slow' if time.monotonic() - began > 20 else '')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, *names], capture_output=True, text=True, env=dict(environment), timeout=120
@@ -772,29 +765,29 @@ def read_elsewhere(environment: Mapping[str, str], *names: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def said(hub: tuple[Hub, dict[str, str]]) -> list[str]:
-    """Read from the hub with nothing in the cache, and give what was said."""
+def outputs(hub: tuple[Hub, dict[str, str]]) -> list[str]:
+    """The output of reads from the hub with an empty cache."""
     return read_elsewhere(hub[1], "o/n", "o/n@v1", "o/x", "o/n:other")
 
 
-def test_data_set_of_the_hub_is_read_at_any_name_of_its_commit(said: list[str]) -> None:
-    assert said[:2] == ["('ant/a.png', 'bee/b.png')"] * 2
+def test_data_set_of_the_hub_is_read_at_any_name_of_its_commit(outputs: list[str]) -> None:
+    assert outputs[:2] == ["('ant/a.png', 'bee/b.png')"] * 2
 
 
-def test_names_that_the_hub_does_not_know_are_refused(said: list[str]) -> None:
-    assert said[2:] == [
-        "hf:o/x: the hub has no repository of this name",
+def test_names_that_the_hub_does_not_know_are_refused(outputs: list[str]) -> None:
+    assert outputs[2:] == [
+        "hf:o/x: The hub refuses access (HTTP 404): there is no repository of this name, or it is gated or private",
         "hf:o/n:other: BuilderConfig 'other' not found. Available: ['default']",
     ]
 
 
-@pytest.mark.usefixtures("said")  # they filled the cache
-def test_silent_hub_is_given_up_soon_and_the_cache_taken(hub: tuple[Hub, dict[str, str]]) -> None:
+@pytest.mark.usefixtures("outputs")  # they filled the cache
+def test_unreachable_hub_falls_back_to_the_cache_soon(hub: tuple[Hub, dict[str, str]]) -> None:
     silent = hub[1] | {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    told = read_elsewhere(silent, "o/n", f"o/n@{COMMIT}", "o/n@v1", "o/other")
-    assert told[:2] == ["('ant/a.png', 'bee/b.png')"] * 2
-    assert re.search(r"^hf:o/n@v1: the hub cannot be reached: .* at a commit known to be v1$", told[2])
-    assert re.search(r"^hf:o/other: the hub cannot be reached: .* does not hold this data set$", told[3])
+    messages = read_elsewhere(silent, "o/n", f"o/n@{COMMIT}", "o/n@v1", "o/other")
+    assert messages[:2] == ["('ant/a.png', 'bee/b.png')"] * 2
+    assert re.search(r"^hf:o/n@v1: the hub cannot be reached: .* at a commit known to be v1$", messages[2])
+    assert re.search(r"^hf:o/other: the hub cannot be reached: .* does not hold this data set$", messages[3])
 
 
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "MSN_EVAL_OFFLINE"])
@@ -802,6 +795,6 @@ def test_forbidden_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch, variable: s
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv(variable, "1")
-    monkeypatch.setattr("msn_eval.data.hf_splits._ask_commit", lambda where: pytest.fail("it was asked"))
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: pytest.fail("the hub was asked"))
     assert refused("o/n").startswith(f"hf:o/n: ${variable} forbids to ask the hub")
     assert datasets.config.HF_HUB_OFFLINE is False

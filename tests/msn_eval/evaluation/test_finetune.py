@@ -296,7 +296,7 @@ def test_folder_that_holds_something_else_is_refused_before_training(
     (tmp_path / "saved" / "mine.txt").write_text("keep")
     monkeypatch.setattr(finetuning, "finetune", lambda *given, **named: pytest.fail("it was trained"))
 
-    with pytest.raises(UsageError, match="--save: something else is there already"):
+    with pytest.raises(UsageError, match="--save: something else exists there already"):
         tune(save=str(tmp_path / "saved"))
 
 

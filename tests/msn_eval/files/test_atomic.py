@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,21 +19,21 @@ DAY = 24 * 3600
 
 
 def run_python(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a process of its own that finds this package."""
+    """Run `code` in another process that finds this package."""
     environment = os.environ | {"PYTHONPATH": str(Path(msn_eval.__file__).parents[1])}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 def dead_process() -> int:
-    """Give the id of a process that has ended."""
+    """Return the id of a process that has ended."""
     with subprocess.Popen(["true"]) as process:
         pass
     return process.pid
 
 
 def leave(folder: Path, name: str, *, age_seconds: float = 2 * DAY) -> Path:
-    """Leave a file in a folder, as old as that."""
+    """Create a file of a certain age."""
     path = folder / name
     path.write_bytes(b"half")
     then = time.time() - age_seconds
@@ -55,7 +56,7 @@ def refuse_to_sync(monkeypatch: pytest.MonkeyPatch, code: int, *, folders_only: 
     monkeypatch.setattr(os, "fsync", refuse)
 
 
-def test_content_stands_under_its_name_and_nothing_beside_it(tmp_path: Path) -> None:
+def test_content_has_its_name_and_nothing_is_beside_it(tmp_path: Path) -> None:
     write_atomically(tmp_path / "record.json", b"new")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"record.json": b"new"}
 
@@ -66,41 +67,39 @@ def test_old_content_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "record.json").read_bytes() == b"new"
 
 
-def test_content_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill proves nothing about a power cut; the order of the calls does."""
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The order of syncs and renames. A kill proves nothing about a power cut; the order of the calls does."""
     done: list[str] = []
     sync, replace = os.fsync, Path.replace
 
-    def note_sync(handle: int) -> None:
+    def record_sync(handle: int) -> None:
         status = os.fstat(handle)
         done.append("folder synced" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes synced")
         sync(handle)
 
-    def note_replace(path: Path, target: Path) -> Path:
-        done.append(f"renamed to {target.name}")
+    def record_replace(path: Path, target: Path) -> Path:
+        done.append(f"{path.name} renamed to {target.name}")
         return replace(path, target)
 
-    monkeypatch.setattr(os, "fsync", note_sync)
-    monkeypatch.setattr(Path, "replace", note_replace)
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    return done
+
+
+def test_content_is_on_disk_before_it_gets_its_name(tmp_path: Path, calls: list[str]) -> None:
     write_atomically(tmp_path / "record.json", b"content")
-    assert done == ["7 bytes synced", "renamed to record.json", "folder synced"]
+    assert [call.partition(" ")[2] for call in calls] == ["bytes synced", "renamed to record.json", "synced"]
 
 
-def test_temporary_files_of_two_writers_have_different_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names: list[str] = []
-    replace = Path.replace
-
-    def note(path: Path, target: Path) -> Path:
-        names.append(path.name)
-        return replace(path, target)
-
-    monkeypatch.setattr(Path, "replace", note)
+def test_temporary_files_of_two_writers_have_different_names(tmp_path: Path, calls: list[str]) -> None:
     for _ in range(2):
         write_atomically(tmp_path / "record.json", b"content")
-    assert len(set(names)) == 2
+    assert len({call for call in calls if "renamed" in call}) == 2
 
 
-def test_full_disk_is_a_store_error_that_says_what_was_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_a_store_error_and_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "record.json").write_bytes(b"old")
     refuse_to_sync(monkeypatch, errno.ENOSPC)
     with pytest.raises(StoreError) as caught:
         write_atomically(tmp_path / "record.json", bytes(1234))
@@ -109,16 +108,7 @@ def test_full_disk_is_a_store_error_that_says_what_was_needed(tmp_path: Path, mo
         f"{tmp_path / 'record.json'}: could not write 1,234 bytes: No space left on device\nFree space"
     )
     assert f"bytes are free at {tmp_path}" in caught.value.hint
-
-
-def test_full_disk_leaves_the_old_content_and_no_temporary_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "record.json").write_bytes(b"old")
-    refuse_to_sync(monkeypatch, errno.ENOSPC)
-    with pytest.raises(StoreError):
-        write_atomically(tmp_path / "record.json", b"new")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"record.json": b"old"}
+    assert everything_in(tmp_path) == {"record.json": b"old"}
 
 
 def test_write_beyond_a_limit_of_size_leaves_the_old_content(tmp_path: Path) -> None:
@@ -155,7 +145,7 @@ def test_kill_while_writing_leaves_the_old_content(tmp_path: Path) -> None:
     assert (tmp_path / "record.json").read_bytes() == b"old"
 
 
-def test_what_a_killed_writer_leaves_is_swept_out_a_day_later(tmp_path: Path) -> None:
+def test_leftover_of_a_killed_writer_is_removed_a_day_later(tmp_path: Path) -> None:
     run_python(KILLED_WHILE_WRITING, tmp_path / "record.json")
     (left,) = tmp_path.iterdir()
     leave(tmp_path, left.name)
@@ -184,7 +174,7 @@ def test_file_system_that_cannot_sync_folders_still_takes_files(
     assert (tmp_path / "record.json").read_bytes() == b"new"
 
 
-# What a block fills: a file or a folder.
+# Files and folders that a block fills
 
 
 def fill(path: Path, *, folder: bool, content: bytes = b"new") -> None:
@@ -205,26 +195,28 @@ def everything_in(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_file_that_a_block_filled_stands_under_its_name_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "content"),
+    [(False, {"out": b"new"}), (True, {"out/config.json": b"new", "out/weights": b"new"})],
+    ids=["file", "folder"],
+)
+def test_filled_file_or_folder_has_its_name_after_the_block(
+    tmp_path: Path, folder: bool, content: dict[str, bytes]
+) -> None:
     with written_atomically(tmp_path / "out", "3 bytes") as temporary:
-        fill(temporary, folder=False)
-    assert everything_in(tmp_path) == {"out": b"new"}
+        fill(temporary, folder=folder)
+        exists = (tmp_path / "out").exists()
+    assert (exists, everything_in(tmp_path)) == (False, content)
 
 
-def test_folder_that_a_block_filled_stands_under_its_name_alone(tmp_path: Path) -> None:
-    with written_atomically(tmp_path / "out", "6 bytes") as temporary:
-        fill(temporary, folder=True)
-    assert everything_in(tmp_path) == {"out/config.json": b"new", "out/weights": b"new"}
-
-
-def test_folder_takes_the_place_of_an_empty_one(tmp_path: Path) -> None:
+def test_folder_replaces_an_empty_one(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with written_atomically(tmp_path / "out", "6 bytes") as temporary:
         fill(temporary, folder=True)
     assert len(everything_in(tmp_path / "out")) == 2
 
 
-def test_folder_does_not_take_the_place_of_a_full_one(tmp_path: Path) -> None:
+def test_folder_does_not_replace_one_with_content(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_bytes(b"mine")
     with pytest.raises(StoreError), written_atomically(tmp_path / "out", "6 bytes") as temporary:
@@ -232,15 +224,7 @@ def test_folder_does_not_take_the_place_of_a_full_one(tmp_path: Path) -> None:
     assert everything_in(tmp_path) == {"out/mine": b"mine"}
 
 
-@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
-def test_nothing_stands_under_the_name_while_the_block_runs(tmp_path: Path, folder: bool) -> None:
-    with written_atomically(tmp_path / "out", "3 bytes") as temporary:
-        fill(temporary, folder=folder)
-        seen = (tmp_path / "out").exists()
-    assert not seen
-
-
-def test_old_content_stands_while_the_block_runs(tmp_path: Path) -> None:
+def test_old_content_remains_while_the_block_runs(tmp_path: Path) -> None:
     (tmp_path / "out").write_bytes(b"old")
     with written_atomically(tmp_path / "out", "3 bytes") as temporary:
         fill(temporary, folder=False)
@@ -250,15 +234,11 @@ def test_old_content_stands_while_the_block_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_error_inside_the_block_comes_out_as_it_is(tmp_path: Path, folder: bool, error: type[BaseException]) -> None:
+def test_error_inside_the_block_passes_through_and_removes_the_temporary(
+    tmp_path: Path, folder: bool, error: type[BaseException]
+) -> None:
     with pytest.raises(error, match="mine"), written_atomically(tmp_path / "out", "3 bytes") as temporary:
         fill_and_fail(temporary, error("mine"), folder=folder)
-
-
-@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
-def test_error_inside_the_block_removes_what_it_wrote(tmp_path: Path, folder: bool) -> None:
-    with pytest.raises(ValueError, match="mine"), written_atomically(tmp_path / "out", "3 bytes") as temporary:
-        fill_and_fail(temporary, ValueError("mine"), folder=folder)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -275,7 +255,7 @@ def test_error_before_anything_is_written_leaves_nothing(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_disk_that_refuses_inside_the_block_is_a_store_error_that_says_what(tmp_path: Path) -> None:
+def test_disk_error_inside_the_block_is_a_store_error_with_the_description(tmp_path: Path) -> None:
     with pytest.raises(StoreError) as caught, written_atomically(tmp_path / "out", "all 12 bytes"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert (caught.value.exit_code, caught.value.what, caught.value.where) == (
@@ -290,29 +270,14 @@ def test_block_that_writes_nothing_is_a_store_error(tmp_path: Path) -> None:
         pass
 
 
-def test_every_file_of_a_folder_is_on_disk_before_the_folder_gets_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done: list[str] = []
-    sync, replace = os.fsync, Path.replace
-
-    def note_sync(handle: int) -> None:
-        status = os.fstat(handle)
-        done.append("folder" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes")
-        sync(handle)
-
-    def note_replace(path: Path, target: Path) -> Path:
-        done.append(f"renamed to {target.name}")
-        return replace(path, target)
-
-    monkeypatch.setattr(os, "fsync", note_sync)
-    monkeypatch.setattr(Path, "replace", note_replace)
+def test_every_file_of_a_folder_is_on_disk_before_the_folder_gets_its_name(tmp_path: Path, calls: list[str]) -> None:
     with written_atomically(tmp_path / "out", "6 bytes") as temporary:
         fill(temporary, folder=True)
-    assert done[:3] == ["3 bytes", "3 bytes", "renamed to out"]
+    assert calls[:2] == ["3 bytes synced", "3 bytes synced"]
+    assert calls[2].endswith("renamed to out")
 
 
-def test_folder_is_made_with_its_parents_and_left_empty(tmp_path: Path) -> None:
+def test_folder_is_created_with_its_parents_and_left_empty(tmp_path: Path) -> None:
     prepare_folder(tmp_path / "deep" / "runs", option="--out")
     assert list((tmp_path / "deep" / "runs").iterdir()) == []
 
@@ -323,7 +288,7 @@ def test_folder_of_an_earlier_run_keeps_its_files(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
-def test_file_in_the_place_of_the_folder_is_a_usage_error_that_names_the_option(tmp_path: Path) -> None:
+def test_file_instead_of_the_folder_is_a_usage_error_that_names_the_option(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     with pytest.raises(UsageError) as caught:
         prepare_folder(tmp_path / "runs", option="--out")
@@ -337,51 +302,34 @@ def test_folder_below_a_file_is_a_usage_error(tmp_path: Path) -> None:
         prepare_folder(tmp_path / "file" / "runs", option="--out")
 
 
-def test_folder_on_a_full_disk_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_on_a_full_disk_is_a_usage_error_and_stays_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refuse_to_sync(monkeypatch, errno.ENOSPC)
     with pytest.raises(UsageError, match="cannot be written: No space left on device"):
-        prepare_folder(tmp_path, option="--out")
-
-
-def test_trial_of_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_to_sync(monkeypatch, errno.ENOSPC)
-    with pytest.raises(UsageError):
         prepare_folder(tmp_path, option="--out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_old_temporary_file_of_a_dead_process_is_swept_out(tmp_path: Path) -> None:
-    left = leave(tmp_path, temporary_name())
-    prepare_folder(tmp_path, option="--out")
-    assert not left.exists()
-
-
-def test_temporary_file_on_a_host_with_a_dotted_name_is_swept_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("host", ["node7", "node7.cluster.example"])
+def test_old_temporary_file_of_a_dead_process_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
-    monkeypatch.setattr(socket, "gethostname", lambda: "node7.cluster.example")
-    left = leave(tmp_path, temporary_name())
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    leftover = leave(tmp_path, temporary_name())
     prepare_folder(tmp_path, option="--out")
-    assert not left.exists()
+    assert not leftover.exists()
 
 
-def test_old_temporary_file_of_a_living_process_is_kept(tmp_path: Path) -> None:
-    left = leave(tmp_path, temporary_name(pid=os.getpid()))
+@pytest.mark.parametrize(
+    ("name", "age_seconds"),
+    [({"pid": os.getpid()}, 2 * DAY), ({}, DAY - 600), ({"host": f"not-{socket.gethostname()}"}, 2 * DAY)],
+    ids=["living process", "young file", "another host"],
+)
+def test_temporary_file_that_may_be_in_use_is_kept(tmp_path: Path, name: dict[str, Any], age_seconds: float) -> None:
+    leftover = leave(tmp_path, temporary_name(**name), age_seconds=age_seconds)
     prepare_folder(tmp_path, option="--out")
-    assert left.exists()
-
-
-def test_young_temporary_file_of_a_dead_process_is_kept(tmp_path: Path) -> None:
-    left = leave(tmp_path, temporary_name(), age_seconds=DAY - 600)
-    prepare_folder(tmp_path, option="--out")
-    assert left.exists()
-
-
-def test_temporary_file_of_another_host_is_kept(tmp_path: Path) -> None:
-    """Its processes cannot be asked for."""
-    left = leave(tmp_path, temporary_name(host=f"not-{socket.gethostname()}"))
-    prepare_folder(tmp_path, option="--out")
-    assert left.exists()
+    assert leftover.exists()
 
 
 @pytest.mark.parametrize(
@@ -392,7 +340,7 @@ def test_temporary_file_of_another_host_is_kept(tmp_path: Path) -> None:
         f".a.{socket.gethostname()}.pid.0a1b2c3d.tmp",
         f".a.{socket.gethostname()}.{10**20}.0a1b2c3d.tmp",
     ],
-    ids=["no process", "no dotfile", "a word for a process", "a number too large for a process"],
+    ids=["no process", "not a dotfile", "not a number", "number too large"],
 )
 def test_file_that_only_resembles_a_temporary_one_is_kept(tmp_path: Path, name: str) -> None:
     left = leave(tmp_path, name)
@@ -400,7 +348,7 @@ def test_file_that_only_resembles_a_temporary_one_is_kept(tmp_path: Path, name: 
     assert left.exists()
 
 
-def test_abandoned_folders_are_swept_too(tmp_path: Path) -> None:
+def test_abandoned_folders_are_removed_too(tmp_path: Path) -> None:
     left = tmp_path / f".features.{socket.gethostname()}.{2**22 + 1}.00ff.tmp"
     (left / "inside").mkdir(parents=True)
     os.utime(left, (0, 0))

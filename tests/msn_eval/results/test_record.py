@@ -142,10 +142,10 @@ def _rewritten(result: Result, folder: Path, before: str, after: str) -> Path:
     [
         ('"schema": 1,', "", "it states no schema"),
         ('"draw": ', '"draw": "1", "was": ', "split.draw is of the wrong type"),
-        ('"draw": ', '"drawn": ', "split.drawn is no field of this schema"),
+        ('"draw": ', '"drawn": ', "split.drawn is not a field of this schema"),
         ('"classes": 10,', "", "data.classes is missing"),
-        ('"top1": ', '"top1": NaN, "was": ', "NaN is no JSON number"),
-        ('"top5": ', '"top5": -0.5, "was": ', "metrics.was is no field"),
+        ('"top1": ', '"top1": NaN, "was": ', "NaN is not a JSON number"),
+        ('"top5": ', '"top5": -0.5, "was": ', "metrics.was is not a field"),
         ('"status": "ok"', '"status": "fine"', "status is of the wrong type"),
         ('"classes": 10', '"classes": true', "data.classes is of the wrong type: true"),
         ('"name": "digits"', '"name": null', "data.name is of the wrong type: null"),
