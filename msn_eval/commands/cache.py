@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from msn_eval.errors import StoreError, UsageError, printable
 
 if TYPE_CHECKING:
-    from msn_eval.features.cache import Bank
+    from msn_eval.features.cache import FeatureFolder
 
 _WIDEST = 200  # characters of a key's description: much of it may be a stranger's text
 _DAY_SECONDS = 86400
@@ -50,35 +50,37 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _list(cache: Path) -> int:
     from msn_eval.features.cache import read_manifests
 
-    banks = _measure_banks(cache)
-    for bank, (size, used_seconds) in banks.items():
-        rows = sum(len(manifest.contents) for manifest in read_manifests(bank))
+    folders = _measure_folders(cache)
+    for folder, (size, used_seconds) in folders.items():
+        rows = sum(len(manifest.contents) for manifest in read_manifests(folder))
         age = _format_age(time.time() - used_seconds)
-        _print_line(f"{bank.digest[:12]}  {rows:>11,} rows  {_format_size(size):>9}  used {age} ago  {_title(bank)}")
+        _print_line(
+            f"{folder.digest[:12]}  {rows:>11,} rows  {_format_size(size):>9}  used {age} ago  {_title(folder)}"
+        )
     for name in ("hashes", "indexes"):
         if statuses := _statuses(cache / name):
             total = _format_size(sum(status.st_size for status in statuses))
             _print_line(f"{name:<12}  {len(statuses):>10,} files  {total:>9}  of data sets")
-    _print_line(f"{_count_sets(banks)}, {_format_size(sum(size for size, _ in banks.values()))}, in {cache}")
+    _print_line(f"{_count_sets(folders)}, {_format_size(sum(size for size, _ in folders.values()))}, in {cache}")
     return 0
 
 
 def _verify(cache: Path) -> int:
-    from msn_eval.features.cache import check_bank, describe_bank, list_banks
+    from msn_eval.features.cache import describe_feature_folder, list_feature_folders, verify_feature_folder
 
     total = 0
-    for bank in list_banks(cache):
-        valid, damaged = check_bank(bank)
+    for folder in list_feature_folders(cache):
+        valid, damaged = verify_feature_folder(folder)
         total += damaged
-        state = f"{damaged} DAMAGED, moved to {bank.folder / 'quarantine'}" if damaged else "no damage"
-        name = describe_bank(bank.folder)[0]
-        _print_line(f"{bank.digest[:12]}  {valid + damaged:>6} shards  {state}  {name:.{_WIDEST}}")
+        state = f"{damaged} DAMAGED, moved to {folder.path / 'quarantine'}" if damaged else "no damage"
+        name = describe_feature_folder(folder.path)[0]
+        _print_line(f"{folder.digest[:12]}  {valid + damaged:>6} shards  {state}  {name:.{_WIDEST}}")
     _print_line(f"{total} damaged shards; their features are computed again when needed" if total else "no damage")
     return StoreError.exit_code if total else 0
 
 
 def _prune(cache: Path, options: argparse.Namespace) -> int:
-    from msn_eval.features.cache import remove_bank, sweep_pruned
+    from msn_eval.features.cache import remove_feature_folder
 
     if not options.all and options.older_than is None and options.max_bytes is None:
         raise UsageError("it is not specified what to remove", hint="Pass --older-than DAYS, --max-bytes N or --all.")
@@ -86,45 +88,43 @@ def _prune(cache: Path, options: argparse.Namespace) -> int:
         raise UsageError(f"--older-than {options.older_than}: out of range", hint="Give days, 0 or more.")
     most_seconds = float("inf") if options.older_than is None else options.older_than * _DAY_SECONDS
     most_bytes = float("inf") if options.max_bytes is None else _parse_size(options.max_bytes)
-    banks = _measure_banks(cache)
-    kept_bytes = sum(size for size, _ in banks.values())
-    removed: dict[Bank, int] = {}
-    for bank, (size, used_seconds) in reversed(banks.items()):  # the longest unused first
+    folders = _measure_folders(cache)
+    kept_bytes = sum(size for size, _ in folders.values())
+    removed: dict[FeatureFolder, int] = {}
+    for folder, (size, used_seconds) in reversed(folders.items()):  # the longest unused first
         if not (options.all or time.time() - used_seconds > most_seconds or kept_bytes > most_bytes):
             continue
-        line = f"{bank.digest[:12]}  {_format_size(size):>9}  {_title(bank)}"
-        if bank.folder.is_symlink():
+        line = f"{folder.digest[:12]}  {_format_size(size):>9}  {_title(folder)}"
+        if folder.path.is_symlink():
             _print_line(f"{line}; KEPT, it is a link to another folder")
             continue
         if not options.dry_run:
-            remove_bank(bank)
+            remove_feature_folder(folder)
         _print_line(line)
-        removed[bank] = size
+        removed[folder] = size
         kept_bytes -= size
-    if not options.dry_run:
-        sweep_pruned(cache)
     verb = "would be removed" if options.dry_run else "removed"
     total = _format_size(sum(removed.values()))
     _print_line(f"{_count_sets(removed)}, {total}, {verb}; {_format_size(kept_bytes)} kept")
     return 0
 
 
-def _measure_banks(cache: Path) -> "dict[Bank, tuple[int, float]]":
-    """Return bytes and time of last use (seconds since 1970) of every bank, the one used last first."""
-    from msn_eval.features.cache import list_banks
+def _measure_folders(cache: Path) -> "dict[FeatureFolder, tuple[int, float]]":
+    """Return bytes and time of last use (seconds since 1970) of every folder, the one used last first."""
+    from msn_eval.features.cache import list_feature_folders
 
-    banks = {}
-    for bank in list_banks(cache):
-        statuses = _statuses(bank.folder)
+    folders = {}
+    for folder in list_feature_folders(cache):
+        statuses = _statuses(folder.path)
         last_use = max((status.st_mtime for status in statuses), default=time.time())
-        banks[bank] = sum(status.st_size for status in statuses), last_use
-    return dict(sorted(banks.items(), key=lambda entry: -entry[1][1]))
+        folders[folder] = sum(status.st_size for status in statuses), last_use
+    return dict(sorted(folders.items(), key=lambda entry: -entry[1][1]))
 
 
-def _title(bank: "Bank") -> str:
-    from msn_eval.features.cache import describe_bank
+def _title(folder: "FeatureFolder") -> str:
+    from msn_eval.features.cache import describe_feature_folder
 
-    name, key = describe_bank(bank.folder)
+    name, key = describe_feature_folder(folder.path)
     if not key:
         return f"{name:.{_WIDEST}}"
     transform, patches = key.get("transform"), key.get("patches")
@@ -165,8 +165,8 @@ def _format_age(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} seconds"
 
 
-def _count_sets(banks: "dict[Bank, int] | dict[Bank, tuple[int, float]]") -> str:
-    return f"{len(banks)} set{'' if len(banks) == 1 else 's'} of features"
+def _count_sets(folders: "dict[FeatureFolder, int] | dict[FeatureFolder, tuple[int, float]]") -> str:
+    return f"{len(folders)} set{'' if len(folders) == 1 else 's'} of features"
 
 
 def _print_line(line: str) -> None:

@@ -37,7 +37,7 @@ import msn_eval.features.extraction
 import msn_eval.files.atomic
 import msn_eval.results.record
 from msn_eval.cli import main as msn_eval_main
-from msn_eval.features.cache import list_banks, read_manifests, read_rows
+from msn_eval.features.cache import list_feature_folders, read_manifests, read_rows
 from msn_eval.features.encoder import Encoder, encode
 
 _NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=16&depth=2"
@@ -195,9 +195,9 @@ def _torn_files(here: Path) -> list[str]:
     for path in here.glob("cache/features/*/*.safetensors"):  # called by their own hash
         if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem):
             torn.append(f"{path.relative_to(here)} is torn")
-    for bank in list_banks(here / "cache"):
-        for manifest in list(read_manifests(bank)):
-            if not all(read_rows(bank, manifest.contents)[1]):
+    for folder in list_feature_folders(here / "cache"):
+        for manifest in list(read_manifests(folder)):
+            if not all(read_rows(folder, manifest.contents)[1]):
                 torn.append(f"{manifest.shard} is torn")
     return torn
 

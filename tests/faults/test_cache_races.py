@@ -20,7 +20,15 @@ from torch import Tensor
 
 from msn_eval.errors import StoreError
 from msn_eval.features import cache as feature_cache
-from msn_eval.features.cache import Bank, FeatureKey, check_bank, open_bank, read_rows, remove_bank, write_shard
+from msn_eval.features.cache import (
+    FeatureFolder,
+    FeatureKey,
+    open_feature_folder,
+    read_rows,
+    remove_feature_folder,
+    verify_feature_folder,
+    write_shard,
+)
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked"),
@@ -73,8 +81,8 @@ def rows_of(contents: Sequence[str]) -> Tensor:
     return torch.tensor([list(bytes.fromhex(content)) for content in contents]).float()
 
 
-def keep(bank: Bank, contents: Sequence[str]) -> None:
-    write_shard(bank, contents, contents, rows_of(contents))
+def keep(features: FeatureFolder, contents: Sequence[str]) -> None:
+    write_shard(features, contents, contents, rows_of(contents))
 
 
 def read_and_write(folder: Path, reads: int, seed: int) -> Account:
@@ -89,13 +97,13 @@ def read_and_write(folder: Path, reads: int, seed: int) -> Account:
     logger.handlers[:] = [handler := logging.Handler()]
     handler.emit = warnings.append  # type: ignore[method-assign]
     found = wrong = refused = 0
-    bank = open_bank(folder, KEY, checkpoint="vit.pth")
+    features = open_feature_folder(folder, KEY, checkpoint="vit.pth")
     for number in range(reads):
         try:
             if number % 8 == 0:
-                keep(bank, chance.choice(LISTS))
+                keep(features, chance.choice(LISTS))
             wanted = chance.sample(CONTENTS, 4)
-            values, there = read_rows(bank, wanted)
+            values, there = read_rows(features, wanted)
         except StoreError:
             refused += 1
             continue
@@ -109,11 +117,11 @@ def read_and_write(folder: Path, reads: int, seed: int) -> Account:
 def prune(folder: Path, stop: float) -> Account:
     """Remove the folder repeatedly."""
     os.fsync = lambda handle: None
-    bank = feature_cache.find_bank(folder, KEY)
+    features = feature_cache.find_feature_folder(folder, KEY)
     refused = 0
     while time.monotonic() < stop:
         try:
-            remove_bank(bank)
+            remove_feature_folder(features)
         except StoreError:
             refused += 1
         time.sleep(0.002)
@@ -187,12 +195,12 @@ def test_rows_are_right_or_missing_during_pruning(cache: Path) -> None:
 def test_bank_is_complete_after_pruning(cache: Path) -> None:
     workers = [partial(read_and_write, cache, 100, seed) for seed in range(4)]
     run_together([*workers, partial(prune, cache, time.monotonic() + 0.5)])
-    bank = open_bank(cache, KEY, checkpoint="vit.pth")
+    features = open_feature_folder(cache, KEY, checkpoint="vit.pth")
     for contents in LISTS:
-        keep(bank, contents)
-    values, found = read_rows(bank, CONTENTS)
+        keep(features, contents)
+    values, found = read_rows(features, CONTENTS)
     assert values is not None
-    assert (all(found), torch.equal(values, rows_of(CONTENTS)), check_bank(bank)) == (True, True, (4, 0))
+    assert (all(found), torch.equal(values, rows_of(CONTENTS)), verify_feature_folder(features)) == (True, True, (4, 0))
 
 
 # Kills.
@@ -202,9 +210,9 @@ def write_forever(folder: Path, seed: int) -> None:
     torch.set_num_threads(1)
     os.fsync = lambda handle: None
     chance = random.Random(seed)
-    bank = open_bank(folder, KEY, checkpoint="vit.pth")
+    features = open_feature_folder(folder, KEY, checkpoint="vit.pth")
     while True:
-        keep(bank, chance.choice(LISTS))
+        keep(features, chance.choice(LISTS))
 
 
 @contextlib.contextmanager
@@ -226,16 +234,16 @@ def forked(work: Callable[[], None]) -> Iterator[int]:
 def shards_after_kills(folder: Path, kills: int) -> tuple[int, int]:
     """Kill a writer at random moments; count the valid and the damaged shards after each kill."""
     chance = random.Random(5)
-    bank = feature_cache.find_bank(folder, KEY)
+    features = feature_cache.find_feature_folder(folder, KEY)
     all_valid = all_damaged = 0
     for seed in range(kills):
         with forked(partial(write_forever, folder, seed)):
             time.sleep(chance.uniform(0.005, 0.03))
-        valid, damaged = check_bank(bank)
+        valid, damaged = verify_feature_folder(features)
         all_valid += valid
         all_damaged += damaged
         if seed % 3 == 0:
-            remove_bank(bank)  # so that names are new as often as not
+            remove_feature_folder(features)  # so that names are new as often as not
     return all_valid, all_damaged
 
 
@@ -254,6 +262,6 @@ def test_rows_are_right_after_kills(cache: Path) -> None:
     values, found = None, []
     while values is None:  # until a writer has lived long enough
         shards_after_kills(cache, 5)
-        values, found = read_rows(open_bank(cache, KEY, checkpoint="vit.pth"), CONTENTS)
+        values, found = read_rows(open_feature_folder(cache, KEY, checkpoint="vit.pth"), CONTENTS)
     kept = [row for row, there in enumerate(found) if there]
     assert torch.equal(values[kept], rows_of([CONTENTS[row] for row in kept]))

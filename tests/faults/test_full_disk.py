@@ -19,7 +19,14 @@ from msn_eval.data.hashing import hash_images
 from msn_eval.data.images import ImageSet
 from msn_eval.errors import MsnEvalError, StoreError
 from msn_eval.features import cache as feature_cache
-from msn_eval.features.cache import Bank, FeatureKey, check_bank, open_bank, read_rows, write_shard
+from msn_eval.features.cache import (
+    FeatureFolder,
+    FeatureKey,
+    open_feature_folder,
+    read_rows,
+    verify_feature_folder,
+    write_shard,
+)
 from msn_eval.results.folder import list_results
 from msn_eval.results.record import Predictions, Result, read_predictions, read_result, write_result
 
@@ -47,16 +54,16 @@ def rows_of(contents: Sequence[str]) -> Tensor:
     return torch.tensor([list(bytes.fromhex(content)) for content in contents]).float()
 
 
-def keep(bank: Bank, contents: Sequence[str]) -> None:
-    write_shard(bank, contents, contents, rows_of(contents))
+def keep(folder: FeatureFolder, contents: Sequence[str]) -> None:
+    write_shard(folder, contents, contents, rows_of(contents))
 
 
 @pytest.fixture
-def bank(tmp_path: Path) -> Bank:
+def folder(tmp_path: Path) -> FeatureFolder:
     """Return a folder of features with a shard of old rows."""
-    bank = open_bank(tmp_path, KEY, checkpoint="vit.pth")
-    keep(bank, OLD)
-    return bank
+    folder = open_feature_folder(tmp_path, KEY, checkpoint="vit.pth")
+    keep(folder, OLD)
+    return folder
 
 
 class FailingDisk:
@@ -123,12 +130,12 @@ def is_clear(error: MsnEvalError, folder: Path) -> bool:
     return error.exit_code == 22 and str(error).startswith(str(folder)) and lines.search(str(error)) is not None
 
 
-def check_bank_after(bank: Bank, caught: MsnEvalError | None) -> None:
+def check_feature_folder_after(folder: FeatureFolder, caught: MsnEvalError | None) -> None:
     """Check what must hold whether or not the new rows were written."""
-    assert caught is None or is_clear(caught, bank.folder), str(caught)
-    assert unexpected_files(bank.folder) == []
-    assert check_bank(bank)[1] == 0
-    values, found = read_rows(bank, OLD + NEW)
+    assert caught is None or is_clear(caught, folder.path), str(caught)
+    assert unexpected_files(folder.path) == []
+    assert verify_feature_folder(folder)[1] == 0
+    values, found = read_rows(folder, OLD + NEW)
     assert values is not None
     assert torch.equal(values[:8], rows_of(OLD))
     assert found[:8] == [True] * 8
@@ -146,23 +153,23 @@ def attempt(write: Callable[[], object]) -> MsnEvalError | None:
 
 
 @pytest.mark.parametrize("code", REFUSALS, ids=errno.errorcode.get)
-def test_rows_survive_a_disk_that_fails_at_any_call(bank: Bank, code: int) -> None:
+def test_rows_survive_a_disk_that_fails_at_any_call(folder: FeatureFolder, code: int) -> None:
     for fails_at in range(1, 100):
         with failing_disk(fails_at, code) as disk:
-            caught = attempt(lambda: keep(bank, NEW))
-        check_bank_after(bank, caught)
-        assert caught is not None or read_rows(bank, NEW)[1] == [True] * 8
+            caught = attempt(lambda: keep(folder, NEW))
+        check_feature_folder_after(folder, caught)
+        assert caught is not None or read_rows(folder, NEW)[1] == [True] * 8
         if not disk.failed:
             break
     assert fails_at > DISK_CALLS
 
 
 @pytest.mark.parametrize("code", REFUSALS, ids=errno.errorcode.get)
-def test_bank_is_opened_or_refused_by_a_disk_that_fails_at_any_call(tmp_path: Path, code: int) -> None:
+def test_feature_folder_is_opened_or_refused_by_a_disk_that_fails_at_any_call(tmp_path: Path, code: int) -> None:
     for fails_at in range(1, 100):
         key = replace(KEY, extractor=fails_at)
         with failing_disk(fails_at, code) as disk:
-            caught = attempt(lambda key=key: open_bank(tmp_path, key, checkpoint="vit.pth"))  # type: ignore[misc]
+            caught = attempt(lambda key=key: open_feature_folder(tmp_path, key, checkpoint="vit.pth"))  # type: ignore[misc]
         assert caught is None or "another --cache folder" in str(caught) or is_clear(caught, tmp_path)
         assert [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"] == []
         if not disk.failed:
@@ -170,22 +177,22 @@ def test_bank_is_opened_or_refused_by_a_disk_that_fails_at_any_call(tmp_path: Pa
     assert 5 < fails_at < 20
 
 
-def test_rows_survive_a_disk_that_is_full_after_any_number_of_bytes(bank: Bank) -> None:
-    largest = max(path.stat().st_size for path in bank.folder.iterdir())
+def test_rows_survive_a_disk_that_is_full_after_any_number_of_bytes(folder: FeatureFolder) -> None:
+    largest = max(path.stat().st_size for path in folder.path.iterdir())
     caught = []
     for size in range(0, largest + 40, 20):
         with largest_file(size):
-            caught.append(attempt(lambda: keep(bank, NEW)))
-        check_bank_after(bank, caught[-1])
+            caught.append(attempt(lambda: keep(folder, NEW)))
+        check_feature_folder_after(folder, caught[-1])
     assert (caught[0] is None, caught[-1] is None) == (False, True)
     assert "File too large" in str(caught[0])
 
 
-def test_rows_are_kept_once_there_is_space_again(bank: Bank) -> None:
+def test_rows_are_kept_once_there_is_space_again(folder: FeatureFolder) -> None:
     with largest_file(100):
-        refused = attempt(lambda: keep(bank, NEW))
-    keep(bank, NEW)
-    assert (refused is None, read_rows(bank, NEW)[1]) == (False, [True] * 8)
+        refused = attempt(lambda: keep(folder, NEW))
+    keep(folder, NEW)
+    assert (refused is None, read_rows(folder, NEW)[1]) == (False, [True] * 8)
 
 
 def write_half(path: Path, content: bytes) -> None:
@@ -197,11 +204,11 @@ def write_half(path: Path, content: bytes) -> None:
         raise StoreError(f"could not write {len(content)} bytes: {error.strerror}", where=str(path)) from error
 
 
-def test_half_written_shard_is_detected(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_written_shard_is_detected(folder: FeatureFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_cache, "write_atomically", write_half)
     with largest_file(100):
-        attempt(lambda: keep(bank, NEW))
-    assert len(unexpected_files(bank.folder)) == 1
+        attempt(lambda: keep(folder, NEW))
+    assert len(unexpected_files(folder.path)) == 1
 
 
 # Results, and cached hashes of images.
