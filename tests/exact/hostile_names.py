@@ -1,4 +1,4 @@
-"""Names that attack a report, and what no report may do with them; run as a script it tries thousands of them."""
+"""Hostile names, and the properties that every report must keep for any name. As a script, it tries thousands of names."""
 
 import argparse
 import csv
@@ -39,7 +39,7 @@ HOSTILE_NAMES = st.one_of(
     st.lists(st.sampled_from(ATTACKS) | st.text(max_size=4), min_size=1, max_size=6).map("".join),
     st.text(st.characters(), min_size=1, max_size=300),
 )
-# Everything that our LaTeX may say, words and signs.
+# The only LaTeX commands and escaped characters that a report may contain.
 _LATEX_WORDS = {
     "begin", "end", "toprule", "midrule", "bottomrule", "multicolumn", "textbf", "scriptsize", "footnotesize", "noindent",
     "par", "bigskip", "pm", "lambda", "textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater",
@@ -49,7 +49,7 @@ _LATEX_SIGNS = set("\\{}%&$#_")
 
 
 def records_named(name: str) -> list[Result]:
-    """Give real records in which whatever a stranger may choose is called `name`."""
+    """Return real records in which every text that a third party may choose is `name`."""
     return [_named(result, name) for result in list_results([_RECORDS])]
 
 
@@ -57,7 +57,7 @@ def _named(result: Result, name: str) -> Result:
     protocol = {
         **result.protocol,
         "subset": {"name": name, "rule": name},
-        "by_hand": {"tap": f"{name}{result.protocol_id}"},  # so that every column has its reason
+        "by_hand": {"tap": f"{name}{result.protocol_id}"},  # so that every column states a reason
     }
     checkpoint = replace(
         result.checkpoint, name=name, path=name, arch=name, format=name, key=name, matched=0.5, allow_missing=(name,)
@@ -74,7 +74,7 @@ def _named(result: Result, name: str) -> Result:
 
 
 def check_name(name: str) -> None:
-    """Say with an AssertionError which form of a report a name changes in more than its own cells."""
+    """Raise AssertionError if `name` changes more than its own cells in any report format."""
     table, plain = make_table(records_named(name)), make_table(records_named("plain"))
     for check in (_check_terminal, _check_markdown, _check_csv, _check_json, _check_latex):
         check(table, plain)
@@ -110,13 +110,13 @@ def _check_markdown(table: Table, plain: Table) -> None:
 
 
 def _markdown(text: str) -> list[Token]:
-    """Give the tokens of Markdown with GitHub's tables, inline ones included, as markdown-it reads them."""
+    """Return the markdown-it tokens of Markdown with GitHub's tables, including inline tokens."""
     parsed = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
     return [inner for token in parsed for inner in (token, *(token.children or ()))]
 
 
 def _markdown_cells(text: str) -> list[list[list[str]]]:
-    """Give what a reader sees in the cells of each table, header first."""
+    """Return the visible text of the cells of each table, header first."""
     tables: list[list[list[str]]] = []
     for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text):
         if token.type == "table_open":
@@ -161,7 +161,7 @@ def _check_latex(table: Table, plain: Table) -> None:
 
 
 def latex_tokens(text: str) -> list[str]:
-    """Give the tokens of our LaTeX, and refuse any that is not of the few we mean."""
+    """Return the tokens of a LaTeX report. Raise AssertionError for any token that is not allowed."""
     _, _, body = text.partition("\n")  # the first line is a comment
     assert body.isprintable() or all(one.isprintable() or one == "\n" for one in body), "a control character"
     assert all(ord(one) < 256 for one in body), "a letter that the standard fonts lack"
@@ -180,7 +180,7 @@ def latex_tokens(text: str) -> list[str]:
 
 
 def check_names(count: int) -> None:
-    """Try so many names."""
+    """Check `count` generated names."""
     tried: Callable[[], None] = settings(
         max_examples=count,
         deadline=None,
@@ -198,4 +198,4 @@ if __name__ == "__main__":
     for attack in ATTACKS:
         check_name(attack)
     check_names(chosen.names)
-    print(f"{len(ATTACKS)} attacks and {chosen.names} made-up names: no form of a report was changed by any")
+    print(f"{len(ATTACKS)} attack names and {chosen.names} generated names: none changed a report in any format")

@@ -1,4 +1,4 @@
-"""Names that attack a page, and what no page may make of them; run as a script it tries thousands of them."""
+"""The properties that every HTML page must keep for hostile names. As a script, it tries thousands of names."""
 
 import argparse
 import base64
@@ -44,7 +44,7 @@ _STOREYS = {"script": 2, "style": 1}
 
 @cache
 def names() -> ModuleType:
-    """Give the module of hostile names that stands beside this one."""
+    """Return the module `hostile_names` from the same folder."""
     spec = importlib.util.spec_from_file_location("hostile_names", Path(__file__).with_name("hostile_names.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -54,7 +54,7 @@ def names() -> ModuleType:
 
 
 class Page(HTMLParser):
-    """A parsed page: how often each tag, the attributes that could do something, and what stands in its elements."""
+    """A parsed page: the number of each tag, its attributes, and the contents of its elements."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -97,13 +97,13 @@ class Page(HTMLParser):
 
 
 def page_of(results: list[Result], folder: Path) -> str:
-    """Give the page of some records whose predictions would stand in a folder."""
+    """Return the page of the records, with predictions read from `folder`."""
     scan = ResultScan(results=tuple(results), paths=tuple(folder / f"{one.id}.json" for one in results), faults=())
     return render_html(make_table(results), scan, show_published=False)
 
 
 def _write_predictions(results: list[Result], folder: Path, name: str) -> None:
-    """Write predictions whose classes are called `name`, as far as a folder can be."""
+    """Write predictions whose classes are named `name`, without the characters that a folder name cannot contain."""
     folder_name = "".join(one for one in name if one not in "/\0").encode("utf-8", "surrogatepass")
     ids = [folder_name + f"{number}/0.png".encode() for number in range(10)]
     for result in results:
@@ -119,7 +119,7 @@ def _write_predictions(results: list[Result], folder: Path, name: str) -> None:
 
 
 def check_name(name: str) -> None:
-    """Say with an AssertionError what a name changes in the page of a table, or of a run, besides its own texts."""
+    """Raise AssertionError if `name` changes more than its own texts in the page of a table or of a run."""
     page, expected = _checked(_page_named(name), _harmless(_page_named))
     _check_data(page, expected)
     _checked(_run_named(name), _harmless(_run_named))
@@ -138,7 +138,7 @@ def _page_named(name: str) -> str:
 
 
 def _run_named(name: str) -> str:
-    """Give the page of a run in which everything that has a name has this one."""
+    """Return the page of a run in which every name is `name`."""
     seen = Seen(data_sha256="d", tap="cls-norm", precision="exact")
     look = SnapshotFeatures(
         step=5, epoch=1, created="", sha256="", weights_sha256="w", seen=seen, images=9, feature_rank=2.0,
@@ -156,7 +156,7 @@ def _run_named(name: str) -> str:
 
 
 def _checked(text: str, plain: str) -> tuple[Page, Page]:
-    """Hold a page against that of harmless names, and give both."""
+    """Parse a page and the page of harmless names, check that they agree, and return both."""
     text.encode()
     page, expected = Page(text), Page(plain)
     assert page.tags == expected.tags, "other elements or attributes"
@@ -171,12 +171,12 @@ def _checked(text: str, plain: str) -> tuple[Page, Page]:
         "controls"
     )
     _check_policy(page)
-    assert not set("<>&") & set(page.inside["script"][0]), "what HTML could take for its own"
+    assert not set("<>&") & set(page.inside["script"][0]), "unescaped HTML characters in the data"
     return page, expected
 
 
 def _check_policy(page: Page) -> None:
-    """See that the policy allows the script and the style that stand in the page, and nothing else."""
+    """Check that the content security policy allows only the script and the style of the page."""
     (policy,) = [
         value for tag, name, value in page.attributes if tag == "meta" and name == "content" and "default-src" in value
     ]
@@ -207,7 +207,7 @@ def _check_data(page: Page, expected: Page) -> None:
 
 
 def check_names(count: int) -> None:
-    """Try so many names."""
+    """Check `count` generated names."""
     tried: Callable[[], None] = settings(
         max_examples=count,
         deadline=None,
@@ -225,4 +225,4 @@ if __name__ == "__main__":
     for attack in names().ATTACKS:
         check_name(attack)
     check_names(chosen.names)
-    print(f"{len(names().ATTACKS)} attacks and {chosen.names} made-up names: no page was changed by any")
+    print(f"{len(names().ATTACKS)} attack names and {chosen.names} generated names: none changed a page")
