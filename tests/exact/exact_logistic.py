@@ -40,7 +40,9 @@ def main() -> int:
     parser.add_argument("--classes", type=int, default=100)
     options = parser.parse_args()
     print(f"# Logistic regression over sizes and lambdas\n\ntorch {torch.__version__}, {options.classes} classes.\n")
-    print("| features | n | d | lambda | objective | above the optimum | certificate | true gap | single fit | passes |")
+    print(
+        "| features | n | d | lambda | objective | above the optimum | certificate | true gap | single fit | passes |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     started, failed, fits = time.perf_counter(), 0, 0
     sets = [
