@@ -1,7 +1,8 @@
-"""Throw damaged headers at everything that looks into a stranger's file before torch does.
+"""Fuzz the code that reads the headers of untrusted checkpoint files before torch does.
 
-Only CheckpointError may come out. Run: python tests/fuzz/fuzz_headers.py -max_total_time=60 [CORPUS]
-Needs the package atheris; without a folder of inputs it starts from small files that it writes itself.
+    python tests/fuzz/fuzz_headers.py -max_total_time=60 [CORPUS]
+
+The only allowed exception is CheckpointError. Needs the package atheris. Without a folder of inputs it starts from small valid files.
 """
 
 import io
@@ -28,7 +29,7 @@ _WHERE = "fuzzed"
 
 
 def look_into(data: bytes) -> None:
-    """Give `data` to every reader of headers; whatever is no CheckpointError is a finding."""
+    """Pass `data` to every header reader. Any exception other than CheckpointError is a finding."""
     sniff_container(data[:512])
     for reader in (
         lambda file: scan_pickle(file, where=_WHERE),
@@ -43,7 +44,7 @@ def look_into(data: bytes) -> None:
 
 
 def seeds() -> dict[str, bytes]:
-    """Give small real files of every container, and pickles of every protocol."""
+    """Return small valid files of every container format, and pickles of every protocol."""
     weights = {"weight": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(3), "none": torch.empty(0)}
     files = {f"pickle{protocol}": pickle.dumps({"a": [1, (2.0, "b")]}, protocol=protocol) for protocol in range(6)}
     for zipped in (True, False):
@@ -57,7 +58,7 @@ def seeds() -> dict[str, bytes]:
 
 
 def main() -> None:
-    """Fuzz from the corpus that the arguments name, or from the seeds."""
+    """Fuzz, starting from the corpus in the arguments or from `seeds`."""
     arguments = [f"-max_len={_LARGEST_INPUT}", "-timeout=10", "-rss_limit_mb=4096", *sys.argv[1:]]
     with tempfile.TemporaryDirectory() as folder:
         if all(argument.startswith("-") for argument in arguments):
