@@ -1,10 +1,11 @@
-"""Decoders of the CPU against each other: images a second on one core, as ratios in one run, and their pixels.
+"""Compare CPU image decoders: images per second on one core, as ratios within one run, and pixel differences.
 
     python benchmarks/decode.py --images FOLDER_OR_TAR [--image-pixels 224] [--rounds 7]
 
-File to uint8 crop, the contents in memory, one thread on one core. The decoders take turns on every image, so that a
-machine whose speed drifts drifts for all; an image's time is the best of its rounds. Prints images a second, the ratio
-to Pillow, the mean and the largest difference of pixel values from Pillow's, and where the time goes.
+Measures the time from the contents of a file in memory to the uint8 crop, with one thread on one core. The decoders
+alternate on every image, so that changes of the machine's speed affect all of them. The time of an image is its best
+round. Prints images per second, the ratio to Pillow, the mean and the largest difference of pixel values from Pillow's,
+and the time of each step.
 """
 
 import argparse
@@ -31,11 +32,11 @@ from msn_eval.data.images import (
 )
 
 _DECODERS = ("pillow", "torchvision")
-Times = dict[str, float]  # seconds by what was done
+Times = dict[str, float]  # seconds by decoder or step
 
 
 def main() -> None:
-    """Print one line a decoder and one a step."""
+    """Print one line per decoder and one per step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--image-pixels", type=int, default=224)
@@ -60,10 +61,10 @@ def main() -> None:
     means, largest = zip(*gaps, strict=True)
     print(
         f"difference of torchvision's pixels from Pillow's: mean {np.mean(means):.4f}, largest {max(largest)} of 255 "
-        f"levels; largest mean of one image {max(means):.4f}; the same in {sum(gap == 0 for gap in largest)} images"
+        f"levels; largest mean of one image {max(means):.4f}; identical in {sum(gap == 0 for gap in largest)} images"
     )
     for step in [name for name in seconds if name not in _DECODERS]:
-        print(f"  {step}: {1000 * seconds[step] / len(contents):.3f} ms an image")
+        print(f"  {step}: {1000 * seconds[step] / len(contents):.3f} ms per image")
 
 
 def _one_core() -> str:
@@ -75,7 +76,7 @@ def _one_core() -> str:
 
 
 def _contents(images: Path) -> list[bytes]:
-    """Read all image files of a folder or a tar, in the order of their names."""
+    """Read all image files of a folder or a tar file, sorted by name."""
     if images.is_dir():
         return [path.read_bytes() for path in sorted(images.rglob("*")) if is_image_name(path.name) and path.is_file()]
     with tarfile.open(images) as archive:
@@ -92,7 +93,7 @@ def _gaps(content: bytes, transform: EvalTransform) -> tuple[float, int]:
 
 def _best_times(content: bytes, transform: EvalTransform, rounds: int) -> Times:
     image = decode_image(content)
-    # As torchvision leaves it: channels last in memory.
+    # The memory layout of torchvision's decoder: channels last.
     decoded = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
     width, height = resized_size(*image.size, transform)
     works: dict[str, Callable[[], object]] = {

@@ -1,9 +1,9 @@
-"""Logistic regression over very many rows: what memory it takes beside the features, seconds, and what is proven.
+"""Measure logistic regression on very many rows: memory in addition to the features, seconds, and the certified gap.
 
     python benchmarks/full_data.py [--images 200000] [--width 384] [--classes 100] [--strength 0.0025]
 
-Gaussian clusters that overlap, whose axes differ in strength by a factor of 150, with a common offset. Memory is the peak of
-what the process holds above its start, when everything is imported and nothing made, over the bytes of the features.
+The data are overlapping Gaussian clusters with a common offset; the scales of their axes differ by a factor of 150.
+Memory is the peak of the process minus its memory after all imports, divided by the bytes of the features.
 """
 
 import argparse
@@ -28,7 +28,9 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--strength", type=float, default=0.0025)
     options = parser.parse_args()
-    fit(features(2 * options.classes, options.width, options.classes), options.strength)  # loads what is loaded once
+    fit(
+        features(2 * options.classes, options.width, options.classes), options.strength
+    )  # loads libraries before the measurement
     start = _peak_bytes()
     drawn = features(options.images, options.width, options.classes)
     size = drawn.values.numel() * drawn.values.element_size()
@@ -45,7 +47,7 @@ def main() -> None:
 
 
 def features(images: int, width: int, classes: int) -> Features:
-    """Draw rows a block at a time, so that nothing but the features themselves is ever whole."""
+    """Draw rows in blocks, so that only the features themselves are allocated in full size."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.linspace(0, -5, width).exp()
     centres, offset = 0.25 * torch.randn(classes, width, generator=generator), torch.randn(width, generator=generator)
@@ -60,7 +62,7 @@ def features(images: int, width: int, classes: int) -> Features:
 
 
 def fit(train: Features, strength: float):  # type: ignore[no-untyped-def]
-    """Give the setting of the one fit."""
+    """Return the fitted setting for one lambda."""
     return fit_logistic(Logistic(lambdas=(strength,)), train, torch.device("cpu")).settings[0]
 
 

@@ -1,9 +1,9 @@
-"""`msn-eval inspect` on a large file: seconds against sha256sum and memory against the file's size, in one run.
+"""Measure `msn-eval inspect` on a large file: seconds compared with sha256sum, and memory compared with the file's size.
 
     python benchmarks/inspect_file.py [--gigabytes 1] [--rounds 3]
 
-A Vision Transformer's weights of that size, as torch.save and as safetensors write them, are read from the page cache.
-Memory is the largest resident set of a process that does nothing but inspect.
+The files are a Vision Transformer's weights of that size, written by torch.save and by safetensors, and read from the
+page cache. Memory is the largest resident set of a process that only inspects the file.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _WIDTH = 1280
-_BLOCK_VALUES = 12 * _WIDTH * _WIDTH + 13 * _WIDTH  # of a Transformer block: two norms, attention, MLP
+_BLOCK_VALUES = 12 * _WIDTH * _WIDTH + 13 * _WIDTH  # values of a Transformer block: two norms, attention, MLP
 _INSPECT = """
 import resource, sys, time
 from pathlib import Path
@@ -32,7 +32,7 @@ print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru
 
 
 def main() -> None:
-    """Print seconds, the ratio and the memory above the file's size."""
+    """Print seconds, the ratio and the largest resident set for each format."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=3)
@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("vit.pth", "vit.safetensors"):
             path = Path(folder) / name
-            # In a process of its own: what its parent held counts as the peak of a process on Linux.
+            # Write in a separate process: on Linux, a child inherits the peak memory of its parent.
             writer = multiprocessing.get_context("spawn").Process(target=_write, args=(path, options.gigabytes))
             writer.start()
             writer.join()
@@ -63,7 +63,7 @@ def _write(path: Path, gigabytes: float) -> None:
 
 
 def _weights(depth: int) -> dict[str, Tensor]:
-    """Draw the weights of a Vision Transformer of some depth, by timm's names."""
+    """Draw random weights of a Vision Transformer of the given depth, with timm's names."""
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, _WIDTH),
         "pos_embed": (1, 257, _WIDTH),
@@ -82,12 +82,12 @@ def _weights(depth: int) -> dict[str, Tensor]:
 
 
 def _once(path: Path) -> tuple[float, float, float]:
-    """Give the seconds of an inspection, those of sha256sum, and the bytes that the inspection held at most."""
+    """Return the seconds of an inspection, the seconds of sha256sum, and the peak bytes of the inspection."""
     command = [sys.executable, "-c", _INSPECT, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, peak, problem = done.stdout.strip().split("\t")
     if problem != "None":
-        raise RuntimeError(f"the file was not taken: {problem}")
+        raise RuntimeError(f"cannot inspect {path}: {problem}")
     started = time.perf_counter()
     subprocess.run(["sha256sum", str(path)], capture_output=True, check=True)
     return float(seconds), time.perf_counter() - started, float(peak)

@@ -1,12 +1,16 @@
-"""Exact k-NN against faiss alone: seconds as ratios in one run, taken in turns.
+"""Compare exact k-NN with faiss alone: seconds, as ratios within one run.
 
     python benchmarks/knn.py [--device cuda] [--bank 20000] [--queries 2000] [--width 768] [--k 20,200] [--rounds 5]
     python benchmarks/knn.py --device cuda --bank 1281167 --queries 50000 --rounds 3       # ImageNet: the goal is 3 s
 
-Gaussian clusters in float32, twenty rows a cluster. Faiss searches its flat index for the same k in float32, built before
-the clock starts, as our bank is indexed before; our search ends with float64 cosines, proved to be those of the nearest.
-Prints medians, the median of the rounds' ratios (above 1: ours is faster), in what arithmetic our shortlists are made,
-for how many queries faiss's float32 gives other neighbours, and on a GPU the peak of memory.
+The data are Gaussian clusters in float32, twenty rows per cluster. Faiss searches a flat float32 index for the same k.
+Both indexes are built before the measurement. Our search also computes float64 cosines, so its neighbours are exact.
+The two alternate. Prints
+
+- medians, and the median of the rounds' ratios (above 1: ours is faster);
+- the arithmetic that proposes our candidates;
+- the number of queries for which faiss's float32 finds different neighbours;
+- on a GPU the peak memory.
 """
 
 import argparse
@@ -26,7 +30,7 @@ _ROWS_A_CLUSTER = 20
 
 
 def main() -> None:
-    """Print one line a k."""
+    """Print one line per k."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bank", type=int, default=20_000)
@@ -34,17 +38,17 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--k", default="20,200")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--by", choices=["auto", "torch", "faiss"], default="auto", help="what makes our shortlists")
+    parser.add_argument("--by", choices=["auto", "torch", "faiss"], default="auto", help="what proposes our candidates")
     options = parser.parse_args()
     device = torch.device(options.device)
     bank, queries = _clusters(options.bank, options.queries, options.width, device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {where}, bank {tuple(bank.shape)}, {len(queries)} queries, "
-          f"proposed in {arithmetics(device, options.by)[0]} by {options.by}")  # fmt: skip
+          f"candidates in {arithmetics(device, options.by)[0]} by {options.by}")  # fmt: skip
     started = time.perf_counter()
     indexed = index_bank(bank)
     search_nearest(queries[:64], indexed, 1, by=options.by)
-    print(f"bank made ready once: {time.perf_counter() - started:.2f} s")
+    print(f"bank indexed once: {time.perf_counter() - started:.2f} s")
     for k in map(int, options.k.split(",")):
         _compare(k, lambda k=k: search_nearest(queries, indexed, k, by=options.by), _faiss(bank, queries, k), options.rounds)  # type: ignore[misc]  # fmt: skip
         if device.type == "cuda":
@@ -58,7 +62,7 @@ def _clusters(rows: int, queries: int, width: int, device: torch.device) -> tupl
 
     def drawn(n: int) -> Tensor:
         values = torch.randn(n, width, generator=generator, device=device)
-        for start in range(0, n, n_clusters):  # in place: a bank of ImageNet's size is 4 GB
+        for start in range(0, n, n_clusters):  # in place: 4 GB for ImageNet
             part = values[start : start + n_clusters]
             part += centres[: len(part)]
         return values
@@ -67,7 +71,7 @@ def _clusters(rows: int, queries: int, width: int, device: torch.device) -> tupl
 
 
 def _faiss(bank: Tensor, queries: Tensor, k: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Give faiss's own search of a flat index of unit rows, on the same device."""
+    """Return faiss's search of a flat index of unit rows, on the same device."""
     import faiss
 
     index: Any = faiss.IndexFlatIP(bank.shape[1])
@@ -101,7 +105,7 @@ def _compare(
     our, their = (statistics.median(column) for column in zip(*pairs, strict=True))
     print(
         f"k={k}: ours {our:.3f} s, faiss {their:.3f} s, ratio {statistics.median(ratios):.2f} "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f}); {differing} queries have other neighbours in faiss's float32"
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f}); {differing} queries have different neighbours in faiss's float32"
     )
 
 

@@ -1,6 +1,6 @@
 """Draw docs/demo.svg for the README: the tables of `msn-eval demo` as a terminal shows them.
 
-    msn-eval demo --out reports/demo && python docs/draw_demo.py
+msn-eval demo --out reports/demo && python docs/draw_demo.py
 """
 
 import io

@@ -2,7 +2,8 @@
 
     python tests/fuzz/fuzz_headers.py -max_total_time=60 [CORPUS]
 
-The only allowed exception is CheckpointError. Needs the package atheris. Without a folder of inputs it starts from small valid files.
+The only allowed exception is CheckpointError. Needs the package atheris. Without a folder of inputs it starts from
+small valid files.
 """
 
 import io
