@@ -1,4 +1,4 @@
-"""JPEGs decoded by a GPU: the pixels of the CPU's decoders, and their word on files that cannot be used."""
+"""JPEGs decoded on a GPU: pixels agree with the CPU decoders, and unusable files are reported."""
 
 import io
 import random
@@ -21,7 +21,7 @@ TRANSFORM = eval_transform(224)
 
 
 def jpeg(width: int, height: int, **options: object) -> bytes:
-    """Give a picture of waves, which no decoder's smoothing changes much."""
+    """Return a JPEG of smooth waves, on which the decoders differ little."""
     y, x = np.mgrid[:height, :width]
     waves = np.stack([np.sin(x / 29 + y / 47), np.cos(x / 35), np.sin(y / 27 - x / 53)], axis=2)
     file = io.BytesIO()
@@ -33,13 +33,13 @@ def differences(ours: torch.Tensor, theirs: NDArray[np.uint8]) -> NDArray[np.int
     return np.abs(ours.cpu().numpy().astype(np.int64) - theirs)
 
 
-def test_this_device_decodes_jpegs() -> None:
+def test_check_accepts_nvjpeg_on_this_device() -> None:
     check_decoder("nvjpeg", DEVICE)
 
 
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"restart_marker_blocks": 5}], ids=str)
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (640, 427), (64, 64)], ids=str)
-def test_pixels_of_the_gpu_are_nearly_pillows(size: tuple[int, int], options: dict[str, object]) -> None:
+def test_gpu_pixels_are_close_to_pillow(size: tuple[int, int], options: dict[str, object]) -> None:
     content = jpeg(*size, **options)
     assert undecoded(content, TRANSFORM) == content
     pixels, failures = decode_on_device([content], TRANSFORM, DEVICE)
@@ -49,7 +49,7 @@ def test_pixels_of_the_gpu_are_nearly_pillows(size: tuple[int, int], options: di
     assert gaps.max() <= 8
 
 
-def test_large_batch_keeps_its_order() -> None:
+def test_large_batch_keeps_the_order_of_its_files() -> None:
     files = [jpeg(300 + row, 260, quality=50 + row // 2) for row in range(90)]
     batch = [
         undecoded(file, TRANSFORM) if row % 3 else decode_pixels(file, TRANSFORM, "pillow")
@@ -61,7 +61,7 @@ def test_large_batch_keeps_its_order() -> None:
     assert differences(pixels, theirs).mean(axis=(1, 2, 3)).max() <= 1
 
 
-def test_file_that_nobody_can_decode_is_named_and_spoils_no_other() -> None:
+def test_undecodable_file_is_reported_and_does_not_affect_the_rest_of_the_batch() -> None:
     good = jpeg(500, 375)
     bad = good.replace(b"\xff\xdb", b"\xff\xfe")
     pixels, failures = decode_on_device([good, bad, good], TRANSFORM, DEVICE)
@@ -71,7 +71,7 @@ def test_file_that_nobody_can_decode_is_named_and_spoils_no_other() -> None:
     assert pixels[0].any()
 
 
-def test_file_cut_anywhere_gives_no_pixels() -> None:
+def test_truncated_file_is_refused_at_any_length() -> None:
     content = jpeg(500, 375)
     for cut in random.Random(3).sample(range(len(content)), 50):
         with pytest.raises(BadImageError):

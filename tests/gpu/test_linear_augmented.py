@@ -1,4 +1,4 @@
-"""Linear layers on augmented images on a GPU: about the CPU's layers, a state that goes on, and a batch in parts."""
+"""Linear layers on augmented images on a GPU: results close to the CPU's, bf16, resuming, and split batches."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def _train(out: Path, *, device: str, precision: str = "fp32", **options: object
     return sorted(found, key=lambda one: one.probe.params["lr"])
 
 
-def test_cuda_trains_the_layers_that_the_cpu_trains(tmp_path: Path) -> None:
+def test_loss_and_predictions_are_close_to_the_cpu(tmp_path: Path) -> None:
     here, there = (_train(tmp_path / name, device=name) for name in ("cuda", "cpu"))
 
     for one, other in zip(here, there, strict=True):
@@ -36,7 +36,7 @@ def test_cuda_trains_the_layers_that_the_cpu_trains(tmp_path: Path) -> None:
         assert float(np.mean(answers[0] == answers[1])) > 0.99
 
 
-def test_bf16_is_a_protocol_of_its_own_and_learns_as_much(tmp_path: Path) -> None:
+def test_bf16_is_a_separate_protocol_with_similar_accuracy(tmp_path: Path) -> None:
     exact, reduced = (_train(tmp_path, device="cuda", precision=precision) for precision in ("fp32", "bf16"))
 
     for one, other in zip(exact, reduced, strict=True):
@@ -46,14 +46,14 @@ def test_bf16_is_a_protocol_of_its_own_and_learns_as_much(tmp_path: Path) -> Non
         assert other.metrics.top1 == pytest.approx(one.metrics.top1, abs=0.03)
 
 
-def test_parts_of_a_batch_add_up(tmp_path: Path) -> None:
+def test_split_batches_give_the_same_objective(tmp_path: Path) -> None:
     whole, cut = (_train(tmp_path / size, device="cuda", batch_size=size) for size in ("32", "5"))
 
     for one, other in zip(whole, cut, strict=True):
         assert other.probe.objective == pytest.approx(one.probe.objective, rel=1e-4)
 
 
-def test_a_training_that_was_stopped_goes_on_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_training_resumes_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = _train(tmp_path / "whole", device="cuda")
     step = linear_augmented.take_step
 

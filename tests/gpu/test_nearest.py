@@ -1,4 +1,4 @@
-"""Exact neighbours on a GPU: those of the CPU to the last bit, within the memory there is."""
+"""Exact neighbours on a GPU: equal to the CPU's bit for bit, with bounded memory."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ def rows(n: int, d: int = 384, *, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def tf32_allowed() -> Iterator[None]:
-    """Allow TF32 and short sums, as a user's own code may have done, and put the settings back."""
+    """Allow TF32 and reduced-precision sums, as user code may do, and restore the settings afterwards."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction
     matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction = "tf32", True
@@ -34,7 +34,7 @@ def tf32_allowed() -> Iterator[None]:
 @pytest.mark.usefixtures("tf32_allowed")
 @pytest.mark.parametrize("by", ["auto", "faiss"])
 @pytest.mark.parametrize("k", [1, 20, 200])
-def test_neighbours_and_cosines_are_those_of_the_cpu_to_the_last_bit(k: int, by: By) -> None:
+def test_neighbours_and_cosines_equal_those_of_the_cpu_bit_for_bit(k: int, by: By) -> None:
     if by == "faiss" and not hasattr(pytest.importorskip("faiss"), "StandardGpuResources"):
         pytest.skip("this faiss has no GPU index")
     bank, queries = rows(5_000), rows(300, seed=1)
@@ -48,7 +48,7 @@ def test_neighbours_and_cosines_are_those_of_the_cpu_to_the_last_bit(k: int, by:
 
 
 @pytest.mark.usefixtures("tf32_allowed")
-def test_no_coarse_product_is_further_from_its_cosine_than_the_bound() -> None:
+def test_error_of_coarse_products_is_within_the_bound() -> None:
     queries, bank = rows(200, 1536).cuda() + 1, rows(3_000, 1536, seed=1).cuda() + 1
 
     listed = find_shortlist(queries, row_lengths(queries), index_bank(bank), 3_000, arithmetic="bfloat16")
@@ -57,7 +57,7 @@ def test_no_coarse_product_is_further_from_its_cosine_than_the_bound() -> None:
     assert ((listed.coarse - cosines.gather(1, listed.rows)).abs() <= listed.bound).all()
 
 
-def test_most_queries_are_proved_by_the_coarsest_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coarsest_arithmetic_suffices_for_most_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, bank = rows(2_000, 768).cuda(), rows(20_000, 768, seed=1).cuda()
     asked: dict[str, int] = {}
 
@@ -73,7 +73,7 @@ def test_most_queries_are_proved_by_the_coarsest_arithmetic(monkeypatch: pytest.
     assert asked.get("float64", 0) < 40
 
 
-def test_an_imagenet_bank_is_searched_within_bounded_memory() -> None:
+def test_search_of_a_large_index_uses_bounded_memory() -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     bank = index_bank(torch.randn(400_000, 768, device="cuda", generator=generator))
     queries = torch.randn(20_000, 768, device="cuda", generator=generator)
