@@ -41,7 +41,8 @@ def main() -> None:
     large = is_large(options.images, options.width, options.classes)
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads: {options.images:,} x {options.width}, "
-        f"{options.classes} classes, {'in chunks' if large else 'whole'}: {seconds:.0f} s, gap {setting.certificate:.1e}, "
+        f"{options.classes} classes, {'in chunks' if large else 'all rows at once'}: {seconds:.0f} s, "
+        f"gap {setting.certificate:.1e}, "
         f"{setting.iterations} steps, peak {above / 1e6:.0f} MB = {above / size:.2f} x the features' {size / 1e6:.0f} MB"
     )
 

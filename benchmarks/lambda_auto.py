@@ -101,8 +101,8 @@ def _print_table(found: Sequence[tuple[str, tuple[float, dict[str, float]]]]) ->
     print("| features | oracle |", " | ".join(rules), "|")
     print("| --- | --- |", " | ".join("---" for _ in rules), "|")
     for name, (oracle, losses) in found:
-        told = (f"{losses[rule]:.2f}" if rule in losses else "" for rule in rules)
-        print(f"| {name} | {oracle:.1f} |", " | ".join(told), "|", flush=True)
+        cells = (f"{losses[rule]:.2f}" if rule in losses else "" for rule in rules)
+        print(f"| {name} | {oracle:.1f} |", " | ".join(cells), "|", flush=True)
     everywhere = [[losses[rule] for _, (_, losses) in found if rule in losses] for rule in rules]
     print("| mean | |", " | ".join(f"{sum(one) / len(one):.2f}" for one in everywhere), "|")
     print("| worst | |", " | ".join(f"{max(one):.2f}" for one in everywhere), "|", flush=True)
@@ -118,8 +118,8 @@ def _losses(one: _Set, count: int, draws: int) -> tuple[float, dict[str, float]]
         right = [100 * float(((one.val @ each.T).argmax(dim=1) == one.val_labels).double().mean()) for each in path]
         oracle.append(max(right))
         crops = None if one.crops is None or count > 1 else one.crops[chosen]
-        for rule, place in _choices(rows, labels, path, one.n_classes, crops).items():
-            lost[rule].append(max(right) - right[place])
+        for rule, index in _choices(rows, labels, path, one.n_classes, crops).items():
+            lost[rule].append(max(right) - right[index])
     return sum(oracle) / draws, {rule: sum(points) / draws for rule, points in lost.items()}
 
 
@@ -159,7 +159,7 @@ def _choices(
     chosen = {
         "published": _nearest(_PUBLISHED),
         "spectrum": spectrum,
-        "confidence": max((place for place, chance in enumerate(own) if chance >= 0.5), default=0),
+        "confidence": max((index for index, chance in enumerate(own) if chance >= 0.5), default=0),
         "evidence": _nearest(alphas[int(np.argmax(evidences))]),
         "ridge": _nearest(alphas[int(np.argmin(errors))]),
     }
@@ -178,11 +178,11 @@ def _choices(
 
 
 def _nearest(strength: float) -> int:
-    return min(range(len(GRID)), key=lambda place: abs(math.log(GRID[place] / strength)))
+    return min(range(len(GRID)), key=lambda index: abs(math.log(GRID[index] / strength)))
 
 
 def _last_largest(scores: Sequence[float]) -> int:
-    return max(range(len(scores)), key=lambda place: (scores[place], place))
+    return max(range(len(scores)), key=lambda index: (scores[index], index))
 
 
 def _exactly_right(rows: Tensor, labels: Tensor, n_classes: int) -> list[float]:
@@ -246,14 +246,14 @@ def _crops(encoder: Encoder, images: ImageSet, tap: str) -> Tensor:
     generator = np.random.default_rng(0)
     rows = []
     for image_id in images.ids:
-        whole = images.source.decode(images.source.read(image_id))
+        image = images.source.decode(images.source.read(image_id))
         made = []
         for _ in range(_CROPS):
             scale = math.sqrt(generator.uniform(_SMALLEST_AREA, 1))
-            width, height = (max(1, round(side * scale)) for side in whole.size)
-            left = int(generator.integers(0, whole.width - width + 1))
-            top = int(generator.integers(0, whole.height - height + 1))
-            crop = whole.crop((left, top, left + width, top + height))
+            width, height = (max(1, round(side * scale)) for side in image.size)
+            left = int(generator.integers(0, image.width - width + 1))
+            top = int(generator.integers(0, image.height - height + 1))
+            crop = image.crop((left, top, left + width, top + height))
             pixels = resize_and_crop(crop, encoder.transform)
             made.append(pixels[:, ::-1] if generator.random() < 0.5 else pixels)
         rows.append(centred_rows(encode(encoder, torch.from_numpy(np.stack(made)), [tap])[tap]))

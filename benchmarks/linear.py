@@ -76,13 +76,13 @@ def _train_by_torch(rows: Tensor, labels: Tensor, recipe: Recipe, n_classes: int
         {"params": [layer.weight], "weight_decay": recipe.weight_decay},
         {"params": [layer.bias]},
     ]
-    optimiser = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs * -(-len(rows) // _BATCH))
+    optimizer = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * -(-len(rows) // _BATCH))
     for _ in range(epochs):
         for some in torch.split(torch.randperm(len(rows)), _BATCH):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             torch.nn.functional.cross_entropy(layer(rows[some]), labels[some]).backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+            optimizer.step()
             schedule.step()
 
 

@@ -68,8 +68,8 @@ def _against_lbfgs(rounds: int) -> None:
     )
     solution, steps = minimise_by_newton(problem, target=_EQUAL_GAP)
     weights, evaluations = _torch_lbfgs(problem)
-    print(f"lbfgs    ours {_told(ours)} s, {steps} steps, gap {solution.gap:.1e}")
-    print(f"         torch {_told(theirs)} s, {evaluations} evaluations, gap {certify(problem, weights).gap:.1e}")
+    print(f"lbfgs    ours {_median(ours)} s, {steps} steps, gap {solution.gap:.1e}")
+    print(f"         torch {_median(theirs)} s, {evaluations} evaluations, gap {certify(problem, weights).gap:.1e}")
     print(f"         ratio {_ratio(theirs, ours)}")
 
 
@@ -114,8 +114,8 @@ def _against_cyanure(rounds: int) -> None:
             seconds, weights = _cyanure(problem)
             theirs.append(seconds)
     other = certify(problem, torch.from_numpy(weights))
-    print(f"cyanure  ours {_told(ours)} s, objective {solution.objective:.8f}, gap {solution.gap:.1e}")
-    print(f"         cyanure {_told(theirs)} s, objective {other.objective:.8f}, gap {other.gap:.1e}")
+    print(f"cyanure  ours {_median(ours)} s, objective {solution.objective:.8f}, gap {solution.gap:.1e}")
+    print(f"         cyanure {_median(theirs)} s, objective {other.objective:.8f}, gap {other.gap:.1e}")
     print(f"         ratio {theirs[0] / statistics.median(ours):.1f}")
 
 
@@ -137,7 +137,7 @@ def _nine_against_alone(rounds: int) -> None:
         lambda: [fit_logistic(Logistic(lambdas=_LAMBDAS), draw, cpu) for draw in draws],
         lambda: [fit_logistic(Logistic(lambdas=(one,)), draw, cpu) for draw in draws for one in _LAMBDAS],
     )
-    print(f"nine     in three calls {_told(together)} s, in nine {_told(alone)} s")
+    print(f"nine     in three calls {_median(together)} s, in nine {_median(alone)} s")
     print(f"         share {_ratio(together, alone)}")
 
 
@@ -159,7 +159,7 @@ def _nine_on_gpu(rounds: int) -> None:
     seconds = [_seconds(fit) for _ in range(rounds)]
     peak = torch.cuda.max_memory_allocated() / 1e9
     print(
-        f"gpu      nine fits of 12,811 x 768 on {torch.cuda.get_device_name()}: {_told(seconds)} s, peak {peak:.2f} GB"
+        f"gpu      nine fits of 12,811 x 768 on {torch.cuda.get_device_name()}: {_median(seconds)} s, peak {peak:.2f} GB"
     )
 
 
@@ -193,7 +193,7 @@ def _interleaved(
     return [first for first, _ in pairs], [second for _, second in pairs]
 
 
-def _told(seconds: list[float]) -> str:
+def _median(seconds: list[float]) -> str:
     return f"{statistics.median(seconds):.2f}"
 
 

@@ -1,4 +1,4 @@
-"""A real browser, started once, that tells what pages complain of and ask for."""
+"""Fixtures for a real browser: it is started once, and its console messages and requests are recorded."""
 
 import json
 import shutil
@@ -19,22 +19,21 @@ Contrast = Callable[[str, str], float]
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["webdriver.Chrome"]:
     if not (_CHROMIUM and _DRIVER):
-        pytest.skip("no browser: install chromium and chromium-driver to have pages tested in one")
+        pytest.skip("no browser: install chromium and chromium-driver to run these tests")
     options = webdriver.ChromeOptions()
     options.binary_location = str(_CHROMIUM)
     for flag in (*_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     started = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(_DRIVER)))
-    started.get("about:blank")  # instead of the browser's own first page, which loads its parts for a while
+    started.get("about:blank")  # replaces the browser's start page, which keeps loading resources
     yield started
     started.quit()
 
 
 @pytest.fixture
 def requests(browser: "webdriver.Chrome") -> Callable[[], list[str]]:
-    """Give a function that gives the addresses asked for since it was last called, those of data in the page and of the
-    browser's own pages apart."""
+    """Return a function that returns the addresses requested since its last call, without data: and chrome:// addresses."""
 
     def asked() -> list[str]:
         events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]

@@ -1,4 +1,4 @@
-"""The page in a real browser: sorted, filtered, asked where its numbers come from, without a request to anywhere."""
+"""The HTML report in a real browser: sorting, filtering and provenance, without any network request."""
 
 import http.server
 import json
@@ -28,7 +28,8 @@ _HOSTILE = "<img src=//x.invalid/a onerror=alert(1)></script>"
 
 @pytest.fixture(scope="module")
 def runs(digits_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the digits' records, ridge with what it chose among them, those of a network of a hostile name, and a failed one."""
+    """Return a folder with records of the digits, ridge records with a chosen penalty, records of a network with a hostile
+    name, and a failed record."""
     folder = tmp_path_factory.mktemp("page") / "runs"
     shutil.copytree(digits_runs, folder)
     evaluate(["pixels"], data="digits", subsets=["1img"], probes=["ridge"], out=folder, device="cpu", no_cache=True)
@@ -62,7 +63,7 @@ def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(page: Path) -> Iterator[tuple[str, list[str]]]:
-    """Give the page's address on a server of this machine, and the requests that it gets."""
+    """Yield the page's address on a local server, and the list of requests that the server receives."""
     asked: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -83,7 +84,7 @@ def served(page: Path) -> Iterator[tuple[str, list[str]]]:
 
 @pytest.fixture
 def opened(browser: "webdriver.Chrome", page: Path, requests: Callable[[], list[str]]) -> Iterator["webdriver.Chrome"]:
-    """Give the browser with the page just opened; afterwards it must have had nothing to complain of or to ask for."""
+    """Yield the browser with the page open. Afterwards, check that the console is empty and only the page was requested."""
     browser.get(page.as_uri())
     yield browser
     assert browser.get_log("browser") == []
@@ -112,7 +113,7 @@ def _open_first(browser: "webdriver.Chrome") -> dict[str, object]:
     return record
 
 
-def test_sorting_turns_the_rows_and_says_so(opened: "webdriver.Chrome") -> None:
+def test_sorting_reorders_the_rows_and_sets_aria_sort(opened: "webdriver.Chrome") -> None:
     head = _head(opened, 0)
     before = _measured(opened)
 
@@ -133,7 +134,7 @@ def test_sorting_turns_the_rows_and_says_so(opened: "webdriver.Chrome") -> None:
     assert [one for one in sorted_by if one != "none"] == ["descending"]
 
 
-def test_failed_stays_last_however_it_is_sorted(opened: "webdriver.Chrome") -> None:
+def test_failed_row_stays_last_in_both_sort_orders(opened: "webdriver.Chrome") -> None:
     orders = []
     for _ in range(2):
         _head(opened, 1).click()
@@ -143,7 +144,7 @@ def test_failed_stays_last_however_it_is_sorted(opened: "webdriver.Chrome") -> N
     assert opened.find_element(By.CSS_SELECTOR, "#board td.failed").text == "FAILED"
 
 
-def test_filter_leaves_what_fits_and_counts_it(opened: "webdriver.Chrome") -> None:
+def test_filter_shows_and_counts_the_matching_rows(opened: "webdriver.Chrome") -> None:
     opened.find_element(By.ID, "filter").send_keys("ONERROR img")
 
     assert _measured(opened) == [_HOSTILE]
@@ -159,7 +160,7 @@ def test_probes_can_be_hidden(opened: "webdriver.Chrome") -> None:
     assert [cell.is_displayed() for cell in cells[: group + 1]] == [False] * group + [True]
 
 
-def test_published_rows_are_on_a_switch(opened: "webdriver.Chrome") -> None:
+def test_published_rows_can_be_hidden(opened: "webdriver.Chrome") -> None:
     shown = len(_names(opened))
 
     opened.execute_script("document.getElementById('published').click()")
@@ -167,7 +168,7 @@ def test_published_rows_are_on_a_switch(opened: "webdriver.Chrome") -> None:
     assert (shown > 10, len(_names(opened))) == (True, 2)
 
 
-def test_number_is_one_click_from_its_record_and_its_command(opened: "webdriver.Chrome", runs: Path) -> None:
+def test_click_on_a_number_shows_its_record_and_its_command(opened: "webdriver.Chrome", runs: Path) -> None:
     record = _open_first(opened)
 
     path = runs / f"{record['id']}.json"
@@ -175,7 +176,7 @@ def test_number_is_one_click_from_its_record_and_its_command(opened: "webdriver.
     assert opened.find_element(By.ID, "command").text == command_of(read_result(path))
 
 
-def test_every_record_is_in_the_page_to_the_last_digit(opened: "webdriver.Chrome", runs: Path) -> None:
+def test_page_contains_every_record_unchanged(opened: "webdriver.Chrome", runs: Path) -> None:
     seen = {}
     for button in opened.find_elements(By.CSS_SELECTOR, "#board td button"):
         opened.execute_script("arguments[0].click()", button)
@@ -188,7 +189,7 @@ def test_every_record_is_in_the_page_to_the_last_digit(opened: "webdriver.Chrome
     assert seen == {one.id: json.loads((runs / f"{one.id}.json").read_text()) for one in scan_results([runs]).results}
 
 
-def test_interval_is_shown_at_the_pointer_and_at_the_focus(opened: "webdriver.Chrome") -> None:
+def test_interval_is_shown_on_hover_and_on_focus(opened: "webdriver.Chrome") -> None:
     tip = opened.find_element(By.ID, "tip")
     buttons = opened.find_elements(By.CSS_SELECTOR, "#board td button")
     ActionChains(opened).move_to_element(buttons[0]).perform()
@@ -205,7 +206,7 @@ def test_interval_is_shown_at_the_pointer_and_at_the_focus(opened: "webdriver.Ch
     assert "2imgs" in tip.text
 
 
-def test_theme_can_be_switched_and_both_can_be_read(opened: "webdriver.Chrome") -> None:
+def test_both_themes_have_sufficient_contrast(opened: "webdriver.Chrome") -> None:
     colours = []
     for _ in range(2):
         opened.find_element(By.ID, "theme").click()
@@ -218,7 +219,7 @@ def test_theme_can_be_switched_and_both_can_be_read(opened: "webdriver.Chrome") 
 
 
 def _contrast(one: str, other: str) -> float:
-    """Give the contrast of two colours, as accessibility guidelines define it: 7 is their strictest demand."""
+    """Return the contrast ratio of two colours as defined by WCAG, whose strictest level (AAA) requires 7."""
 
     def luminance(colour: str) -> float:
         parts = [int(part) / 255 for part in colour[4:-1].split(",")]
@@ -229,13 +230,13 @@ def _contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_classes_of_a_protocol_are_listed(opened: "webdriver.Chrome") -> None:
+def test_all_classes_of_a_protocol_are_listed(opened: "webdriver.Chrome") -> None:
     rows = opened.find_elements(By.CSS_SELECTOR, "#classes tbody tr")
 
     assert sorted(row.find_element(By.TAG_NAME, "bdi").text for row in rows) == [str(number) for number in range(10)]
 
 
-def test_a_phone_scrolls_the_table_and_not_the_page_and_names_every_line(opened: "webdriver.Chrome") -> None:
+def test_narrow_screen_scrolls_only_the_table_and_labels_every_line_of_the_chart(opened: "webdriver.Chrome") -> None:
     size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     width = opened.execute_script("return document.documentElement.scrollWidth")
@@ -250,8 +251,8 @@ def test_a_phone_scrolls_the_table_and_not_the_page_and_names_every_line(opened:
     assert 0 < max(dots) < 390
 
 
-def test_paper_is_white_and_holds_every_column(opened: "webdriver.Chrome") -> None:
-    paper = {"width": 1032, "height": 730, "deviceScaleFactor": 1, "mobile": False}  # A4 across, less its margins
+def test_printed_page_is_white_and_fits_every_column(opened: "webdriver.Chrome") -> None:
+    paper = {"width": 1032, "height": 730, "deviceScaleFactor": 1, "mobile": False}  # A4 landscape without its margins
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", paper)
     opened.execute_script("document.documentElement.dataset.theme = 'dark'")
     opened.execute_script("dispatchEvent(new Event('beforeprint'))")
@@ -268,7 +269,7 @@ def test_paper_is_white_and_holds_every_column(opened: "webdriver.Chrome") -> No
     assert max(widths) <= 1032
 
 
-def test_a_served_page_asks_its_server_for_nothing_more(
+def test_served_page_sends_no_further_requests(
     browser: "webdriver.Chrome", served: tuple[str, list[str]], requests: Callable[[], list[str]]
 ) -> None:
     address, asked = served
@@ -282,7 +283,7 @@ def test_a_served_page_asks_its_server_for_nothing_more(
 
 @pytest.fixture(scope="module")
 def long_page(digits_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the page of 130 checkpoints of one record each; every one has another accuracy."""
+    """Return a page of 130 checkpoints with one record each, all with different accuracies."""
     scan = scan_results([digits_runs])
     (first,) = [
         one for one in scan.results if one.probe.name == "ncm" and one.split.subset == "1img" and one.split.draw == 1
@@ -310,7 +311,7 @@ def long_opened(browser: "webdriver.Chrome", long_page: Path) -> Iterator["webdr
 
 
 def _shown(browser: "webdriver.Chrome") -> list[str]:
-    """Give the names of the rows that are laid out."""
+    """Return the names of the rows that are visible."""
     script = (
         "return [...document.querySelectorAll('#board tbody tr')].filter((one) => one.checkVisibility())"
         ".map((one) => one.querySelector('bdi').textContent)"
@@ -323,7 +324,7 @@ def _best(first: int, last: int) -> list[str]:
     return [f"network {number}" for number in range(first, last, -1)]
 
 
-def test_a_hundred_rows_are_laid_out_until_all_are_asked_for(long_opened: "webdriver.Chrome") -> None:
+def test_long_table_shows_one_hundred_rows_until_all_are_requested(long_opened: "webdriver.Chrome") -> None:
     button = long_opened.find_element(By.ID, "all")
     before, text = _shown(long_opened), button.text
 
@@ -334,7 +335,7 @@ def test_a_hundred_rows_are_laid_out_until_all_are_asked_for(long_opened: "webdr
     assert not button.is_displayed()
 
 
-def test_sorting_among_many_rows_shows_those_that_come_first_then(long_opened: "webdriver.Chrome") -> None:
+def test_sorting_a_long_table_shows_the_first_rows_in_the_new_order(long_opened: "webdriver.Chrome") -> None:
     _head(long_opened, 0).click()
 
     assert _shown(long_opened) == [f"network {number}" for number in range(100)]
@@ -348,7 +349,7 @@ def test_all_rows_stay_shown_after_sorting(long_opened: "webdriver.Chrome") -> N
     assert WebDriverWait(long_opened, 5).until(lambda browser: _shown(browser) == wanted)
 
 
-def test_filter_finds_rows_that_were_not_laid_out(long_opened: "webdriver.Chrome") -> None:
+def test_filter_finds_rows_that_were_not_shown(long_opened: "webdriver.Chrome") -> None:
     long_opened.find_element(By.ID, "filter").send_keys("12")
 
     assert _shown(long_opened) == [f"network {number}" for number in (*range(129, 119, -1), 112, 12)]

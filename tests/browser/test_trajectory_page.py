@@ -1,4 +1,4 @@
-"""The page of a pre-training run in a real browser: read at the pointer, in both themes, without a request to anywhere."""
+"""The page of a pre-training run in a real browser: hover, alarms and themes, without any network request."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ _NAME = "<img src=//x.invalid/a onerror=alert(1)></script>"
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the page of a made-up run of 2,000 steps that collapses onto one prototype, and of a hostile name."""
+    """Return the page of an invented run with a hostile name: 2,000 steps, collapsed onto one prototype."""
     lines = [
         {"step": float(step), "epoch": step // 100.0, "loss": 4.0 / step, "me_max": 4.1 if step > 1500 else 0.1}
         for step in range(1, 2001)
@@ -49,7 +49,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def opened(browser: "webdriver.Chrome", page: Path, requests: Callable[[], list[str]]) -> Iterator["webdriver.Chrome"]:
-    """Give the browser with the page just opened; afterwards it must have had nothing to complain of or to ask for."""
+    """Yield the browser with the page open. Afterwards, check that the console is empty and only the page was requested."""
     browser.get(page.as_uri())
     yield browser
     assert browser.get_log("browser") == []
@@ -60,7 +60,9 @@ def _keys(browser: "webdriver.Chrome") -> list[str]:
     return [key.text for key in browser.find_elements(By.CSS_SELECTOR, ".key b")]
 
 
-def test_pointer_reads_all_panels_at_one_place_and_leaves_them_as_they_were(opened: "webdriver.Chrome") -> None:
+def test_hover_shows_the_values_of_all_panels_at_the_same_epoch_and_restores_them_afterwards(
+    opened: "webdriver.Chrome",
+) -> None:
     before = _keys(opened)
     first = opened.find_element(By.CSS_SELECTOR, ".panel svg")
     cursors = "return [...document.querySelectorAll('.cursor')].map((one) => one.getAttribute('visibility'))"
@@ -74,7 +76,7 @@ def test_pointer_reads_all_panels_at_one_place_and_leaves_them_as_they_were(open
     assert (_keys(opened), set(opened.execute_script(cursors))) == (before, {"hidden"})
 
 
-def test_pointer_tells_the_value_that_is_under_it(opened: "webdriver.Chrome") -> None:
+def test_hover_shows_the_value_under_the_pointer(opened: "webdriver.Chrome") -> None:
     rank = opened.find_elements(By.CSS_SELECTOR, ".panel")[1]
     dot = rank.find_elements(By.CSS_SELECTOR, "circle.dot")[1]
 
@@ -83,23 +85,23 @@ def test_pointer_tells_the_value_that_is_under_it(opened: "webdriver.Chrome") ->
     assert rank.find_element(By.CSS_SELECTOR, ".key b").text == f"{math.log(1000):.4g} at epoch 10"
 
 
-def test_alarms_are_told_in_words_and_shaded_where_they_hold(opened: "webdriver.Chrome") -> None:
-    told = [one.text for one in opened.find_elements(By.CSS_SELECTOR, ".alarms li")]
+def test_alarms_are_listed_and_shaded_where_they_are_active(opened: "webdriver.Chrome") -> None:
+    alarms = [one.text for one in opened.find_elements(By.CSS_SELECTOR, ".alarms li")]
     shade = opened.find_element(By.CSS_SELECTOR, "rect.alarm").rect
     svg = opened.find_element(By.CSS_SELECTOR, ".panel svg").rect
 
-    assert told[0] == "collapse: all images are on one prototype, since step 1,501"
-    assert told[1] == f"a snapshot's features: {_NAME}, since step 2,000"
+    assert alarms[0] == "collapse: all images are on one prototype, since step 1,501"
+    assert alarms[1] == f"a snapshot's features: {_NAME}, since step 2,000"
     assert 0.7 < (shade["x"] - svg["x"]) / svg["width"] < 0.8
 
 
-def test_hostile_texts_are_texts(opened: "webdriver.Chrome") -> None:
+def test_hostile_names_are_shown_as_text(opened: "webdriver.Chrome") -> None:
     assert opened.find_element(By.TAG_NAME, "h1").text == _NAME
     assert opened.find_elements(By.TAG_NAME, "img") == []
 
 
 @pytest.mark.parametrize("width", [390, 1400])
-def test_page_is_no_wider_than_its_window(width: int, opened: "webdriver.Chrome") -> None:
+def test_page_is_as_wide_as_its_window(width: int, opened: "webdriver.Chrome") -> None:
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     found = opened.execute_script("return document.documentElement.scrollWidth")
@@ -108,7 +110,7 @@ def test_page_is_no_wider_than_its_window(width: int, opened: "webdriver.Chrome"
     assert found == width
 
 
-def test_theme_is_switched(opened: "webdriver.Chrome") -> None:
+def test_theme_button_changes_the_background(opened: "webdriver.Chrome") -> None:
     colours = []
     for _ in range(2):
         opened.find_element(By.ID, "theme").click()

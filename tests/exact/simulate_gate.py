@@ -160,9 +160,9 @@ def _power(share: float) -> Iterator[str]:
     yield "| drop, points | margin | draws | images | differing | found |"
     yield "| ---: | ---: | ---: | ---: | ---: | ---: |"
     for drop, margin, draws in ((0.02, 0.01, 1), (0.01, 0.002, 1), (0.02, 0.01, 3), (0.01, 0.002, 3)):
-        whole = -World(draws, 0.02, 1.0).difference
+        largest = -World(draws, 0.02, 1.0).difference
         # With three draws, an image that differs in one draw counts a third, so more images must differ.
-        world = World(draws, 0.02 * max(1.0, drop / whole), min(1.0, drop / whole))
+        world = World(draws, 0.02 * max(1.0, drop / largest), min(1.0, drop / largest))
         found = regressions_found(world, 10_000, samples, margin=margin, seed=2)
         rate = f"{found / samples:.1%} of {samples:,}"
         yield f"| {-100 * world.difference:.2f} | {margin:g} | {draws} | 10,000 | {world.share:.1%} | {rate} |"

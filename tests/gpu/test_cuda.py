@@ -65,7 +65,7 @@ def tf32_allowed() -> Iterator[None]:
 
 
 def of_probe(one: Run, probe: str) -> list[tuple[Result, Predictions]]:
-    return [(result, told) for result, told in zip(*one, strict=True) if result.probe.name == probe]
+    return [(result, predictions) for result, predictions in zip(*one, strict=True) if result.probe.name == probe]
 
 
 def top1(one: Run, probe: str) -> float:
@@ -123,10 +123,10 @@ def test_products_use_no_tf32_only_inside_exact_float32() -> None:
     if torch.cuda.get_device_capability()[0] < 8:
         pytest.skip("this device has no TF32")
     left, right = torch.randn(2, 1024, 1024, generator=torch.Generator().manual_seed(6)).to(DEVICE)
-    whole = left.double() @ right.double()
+    reference = left.double() @ right.double()
     with exact_float32():
-        inside = (left @ right - whole).abs().max()
-    outside = (left @ right - whole).abs().max()
+        inside = (left @ right - reference).abs().max()
+    outside = (left @ right - reference).abs().max()
     assert inside < 0.1 * outside
 
 

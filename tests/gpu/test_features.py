@@ -103,9 +103,9 @@ def test_resumed_extraction_gives_the_same_features(
 def test_batch_size_is_reduced_until_it_fits_the_gpu(photographs: Path) -> None:
     found = run(photographs, None, loading=Loading(batch_size=96, workers=0))
     torch.cuda.set_per_process_memory_fraction(1.0)
-    whole = run(photographs, None, loading=Loading(batch_size=96, workers=0))
+    reference = run(photographs, None, loading=Loading(batch_size=96, workers=0))
     assert found.batch_size < 96
-    assert (values(found) - values(whole)).norm() / values(whole).norm() < 5e-5
+    assert (values(found) - values(reference)).norm() / values(reference).norm() < 5e-5
 
 
 @pytest.mark.usefixtures("little_memory")

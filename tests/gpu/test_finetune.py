@@ -65,6 +65,6 @@ def test_interrupted_evaluation_resumes_from_its_state(tmp_path: Path, monkeypat
 
 
 def test_split_batches_give_the_same_objective(tmp_path: Path) -> None:
-    whole, cut = (_tune(tmp_path / size, device="cuda", batch_size=size) for size in ("16", "4"))
+    full, split = (_tune(tmp_path / size, device="cuda", batch_size=size) for size in ("16", "4"))
 
-    assert cut.probe.objective == pytest.approx(whole.probe.objective, rel=1e-2)
+    assert split.probe.objective == pytest.approx(full.probe.objective, rel=1e-2)

@@ -47,14 +47,14 @@ def test_bf16_is_a_separate_protocol_with_similar_accuracy(tmp_path: Path) -> No
 
 
 def test_split_batches_give_the_same_objective(tmp_path: Path) -> None:
-    whole, cut = (_train(tmp_path / size, device="cuda", batch_size=size) for size in ("32", "5"))
+    full, split = (_train(tmp_path / size, device="cuda", batch_size=size) for size in ("32", "5"))
 
-    for one, other in zip(whole, cut, strict=True):
+    for one, other in zip(full, split, strict=True):
         assert other.probe.objective == pytest.approx(one.probe.objective, rel=1e-4)
 
 
 def test_stopped_training_resumes_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    undisturbed = _train(tmp_path / "whole", device="cuda")
+    uninterrupted = _train(tmp_path / "full", device="cuda")
     step = linear_augmented.take_step
 
     def fail(training: Training, *given: object, **named: object) -> bool:
@@ -69,6 +69,6 @@ def test_stopped_training_resumes_from_its_state(tmp_path: Path, monkeypatch: py
             _train(tmp_path / "stopped", device="cuda")
     resumed = _train(tmp_path / "stopped", device="cuda")
 
-    for one, other in zip(resumed, undisturbed, strict=True):
+    for one, other in zip(resumed, uninterrupted, strict=True):
         assert one.probe.objective == pytest.approx(other.probe.objective, rel=1e-5)
         assert one.probe.iterations == other.probe.iterations

@@ -68,10 +68,10 @@ def test_losses_of_fifty_steps_are_close_to_the_cpu(trained: Trained) -> None:
 
 
 def test_bf16_has_similar_losses_and_keeps_float32_weights(trained: Trained) -> None:
-    whole, half = (trained(name, "run.device=cuda", f"run.precision={name}") for name in ("fp32", "bf16"))
+    full, half = (trained(name, "run.device=cuda", f"run.precision={name}") for name in ("fp32", "bf16"))
 
-    assert _losses(half)[:10] == pytest.approx(_losses(whole)[:10], rel=3e-2)
-    assert _losses(half) != _losses(whole)
+    assert _losses(half)[:10] == pytest.approx(_losses(full)[:10], rel=3e-2)
+    assert _losses(half) != _losses(full)
     assert all(math.isfinite(line["gradient_norm"]) for line in read_metrics(half / METRICS))
     files, _ = newest_snapshot(half)
     assert files is not None
@@ -102,7 +102,7 @@ def test_stopped_run_resumes_to_the_same_result_as_an_uninterrupted_run(
 ) -> None:
     import signal
 
-    expected = _outcome(trained("whole", "run.device=cuda", *settings))
+    expected = _outcome(trained("full", "run.device=cuda", *settings))
     compute = training.compute
 
     def stopping(session: Any, batch: Any, step: Any) -> Any:
