@@ -228,9 +228,9 @@ def _read(name: str, shots: Sequence[int], draws: int) -> _Set:
     ]
     crops = None
     if 1 in shots:
-        wanted = torch.unique(torch.cat([_draw(parts[0].labels, 1, seed=draw) for draw in range(draws)]))
+        selected = torch.unique(torch.cat([_draw(parts[0].labels, 1, seed=draw) for draw in range(draws)]))
         crops = torch.zeros(len(pool), _CROPS, parts[0].values.shape[1], dtype=torch.float64)
-        crops[wanted] = _crops(encoder, pool.only([pool.ids[row] for row in wanted.tolist()]), tap)
+        crops[selected] = _crops(encoder, pool.only([pool.ids[row] for row in selected.tolist()]), tap)
     return _Set(
         name=f"{os.path.basename(data.rstrip('/'))} {checkpoint.partition('?')[0]}",  # noqa: PTH119
         rows=centred_rows(parts[0].values),

@@ -35,10 +35,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["webdriver.Chr
 def requests(browser: "webdriver.Chrome") -> Callable[[], list[str]]:
     """Return a function that returns the addresses requested since its last call, without data: and chrome:// addresses."""
 
-    def asked() -> list[str]:
+    def requested() -> list[str]:
         events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
         sent = [one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent"]
         return [url for url in sent if not url.startswith(("data:", "chrome://"))]
 
-    asked()
-    return asked
+    requested()
+    return requested

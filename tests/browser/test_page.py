@@ -64,19 +64,19 @@ def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(page: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield the page's address on a local server, and the list of requests that the server receives."""
-    asked: list[str] = []
+    requested: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments: object) -> None:
             super().__init__(*arguments, directory=str(page.parent))  # type: ignore[arg-type]
 
         def log_request(self, code: object = "-", size: object = "-") -> None:
-            asked.append(self.path)
+            requested.append(self.path)
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/table.html", asked
+    yield f"http://127.0.0.1:{server.server_port}/table.html", requested
     server.shutdown()
     thread.join()
     server.server_close()
@@ -272,12 +272,12 @@ def test_printed_page_is_white_and_fits_every_column(opened: "webdriver.Chrome")
 def test_served_page_sends_no_further_requests(
     browser: "webdriver.Chrome", served: tuple[str, list[str]], requests: Callable[[], list[str]]
 ) -> None:
-    address, asked = served
+    address, requested = served
 
     browser.get(address)
     _open_first(browser)
 
-    assert asked == ["/table.html"]
+    assert requested == ["/table.html"]
     assert (browser.get_log("browser"), requests()) == ([], [address])
 
 
@@ -345,8 +345,8 @@ def test_all_rows_stay_shown_after_sorting(long_opened: "webdriver.Chrome") -> N
     long_opened.find_element(By.ID, "all").click()
     _head(long_opened, -1).click()
 
-    wanted = [f"network {number}" for number in range(130)]
-    assert WebDriverWait(long_opened, 5).until(lambda browser: _shown(browser) == wanted)
+    expected = [f"network {number}" for number in range(130)]
+    assert WebDriverWait(long_opened, 5).until(lambda browser: _shown(browser) == expected)
 
 
 def test_filter_finds_rows_that_were_not_shown(long_opened: "webdriver.Chrome") -> None:

@@ -53,7 +53,7 @@ def test_bf16_is_a_separate_protocol_with_similar_accuracy(tmp_path: Path) -> No
 
 
 def test_interrupted_evaluation_resumes_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kill(*given: object, **named: object) -> None:
+    def kill(*arguments: object, **options: object) -> None:
         raise KeyError
 
     with monkeypatch.context() as patched:

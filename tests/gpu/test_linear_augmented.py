@@ -57,10 +57,10 @@ def test_stopped_training_resumes_from_its_state(tmp_path: Path, monkeypatch: py
     uninterrupted = _train(tmp_path / "full", device="cuda")
     step = linear_augmented.take_step
 
-    def fail(training: Training, *given: object, **named: object) -> bool:
+    def fail(training: Training, *arguments: object, **options: object) -> bool:
         if training.step == 7:
             raise KeyError
-        return step(training, *given, **named)  # type: ignore[arg-type]
+        return step(training, *arguments, **options)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
         patched.setattr(linear_augmented, "_SAVE_SECONDS", 0.0)

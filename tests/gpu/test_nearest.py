@@ -59,18 +59,18 @@ def test_error_of_coarse_products_is_within_the_bound() -> None:
 
 def test_coarsest_arithmetic_suffices_for_most_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, bank = rows(2_000, 768).cuda(), rows(20_000, 768, seed=1).cuda()
-    asked: dict[str, int] = {}
+    searched: dict[str, int] = {}
 
-    def counted(some: torch.Tensor, *given: object, **options: object) -> shortlist.Shortlist:
-        asked[str(options["arithmetic"])] = asked.get(str(options["arithmetic"]), 0) + len(some)
-        return find_shortlist(some, *given, **options)  # type: ignore[arg-type]
+    def counting_search(some: torch.Tensor, *arguments: object, **options: object) -> shortlist.Shortlist:
+        searched[str(options["arithmetic"])] = searched.get(str(options["arithmetic"]), 0) + len(some)
+        return find_shortlist(some, *arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(nearest, "find_shortlist", counted)
+    monkeypatch.setattr(nearest, "find_shortlist", counting_search)
 
     search_nearest(queries, bank, 20)
 
-    assert asked["bfloat16"] == 2_000
-    assert asked.get("float64", 0) < 40
+    assert searched["bfloat16"] == 2_000
+    assert searched.get("float64", 0) < 40
 
 
 def test_search_of_a_large_index_uses_bounded_memory() -> None:
