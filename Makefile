@@ -1,4 +1,4 @@
-# What the README tells to type, for those who like it shorter.
+# Short forms of the commands in the README.
 PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
@@ -22,7 +22,7 @@ $(VENV)/installed-test: $(BIN)/python pyproject.toml
 demo: $(VENV)/installed
 	$(BIN)/msn-eval demo --out reports/demo
 
-# One thread a process: several that share the cores wait for each other.
+# One thread per process: with more, processes that share the cores slow each other down.
 test: $(VENV)/installed-test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
@@ -41,13 +41,13 @@ bench-images: $(VENV)/installed-test
 	$(BIN)/python benchmarks/decode.py --images $(IMAGES)
 	$(BIN)/python benchmarks/low_shot.py --images $(IMAGES)
 
-# SIGKILL at random instants of an evaluation on an image folder, and of a pre-training on embedded images: make kill-test IMAGES=folder KILLS=100
+# Kills evaluations on an image folder and pre-training on embedded images at random times: make kill-test IMAGES=folder KILLS=100
 kill-test: $(VENV)/installed-test
 	$(BIN)/python tests/faults/kill_evaluation.py --data $(IMAGES) --kills $(KILLS)
 	$(BIN)/python tests/faults/kill_training.py --kills 50
 
-# What the suite takes a sample of: every size and strength of the logistic fits, 5,000 hostile names in every form and page of a
-# report, the gate where the truth is known. Each prints the log that is kept.
+# Complete versions of checks that the test suite samples: all sizes and lambdas of the logistic fits, 5,000 hostile names in every
+# format and page of a report, and the regression gate on simulated data. Each check prints its log for reports/exact.
 exact: $(VENV)/installed-test
 	mkdir -p reports/exact
 	$(BIN)/python tests/exact/exact_logistic.py > reports/exact/logistic.md
@@ -55,7 +55,7 @@ exact: $(VENV)/installed-test
 	$(BIN)/python tests/exact/hostile_pages.py > reports/exact/pages.md
 	$(BIN)/python tests/exact/simulate_gate.py > reports/exact/gate.md
 
-# One minute of made-up files for the code that looks at a stranger's file first.
+# Fuzzes the code that reads the headers of untrusted files for one minute.
 fuzz: $(VENV)/installed-test
 	$(BIN)/pip install --quiet -e '.[fuzz]'
 	$(BIN)/python tests/fuzz/fuzz_headers.py -max_total_time=60

@@ -1,10 +1,10 @@
-"""The encoder against transformers' ViTMSN with SDPA and timm's own forward pass: images a second as ratios in one run.
+"""Compare the encoder with transformers' ViTMSN with SDPA and timm's forward pass: images per second, as ratios within one run.
 
     python benchmarks/extract.py [--device cuda] [--arch vit_small_patch16_224,vit_base_patch16_224] [--rounds 7]
 
-At 224 pixels, random weights, uint8 pixels in, features out; those compared take turns, so that a machine whose speed drifts
-drifts for all. Prints the median of the rounds' ratios, ours as a share of the products that the device was measured to do,
-and how long the 71,635 images of the ImageNet low-shot protocol would take at that rate.
+Images of 224 pixels, random weights; from uint8 pixels to features. The implementations alternate, so that changes of
+the machine's speed affect all of them. Prints the median of the rounds' ratios, our speed as a fraction of the measured
+speed of large matrix products, and the time that the 71,635 images of the ImageNet low-shot protocol would take.
 """
 
 import argparse
@@ -25,7 +25,7 @@ _BATCH = {"cpu": 16, "cuda": 256}
 
 
 def main() -> None:
-    """Print one line a comparison."""
+    """Print one line per comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--arch", default="vit_small_patch16_224")
@@ -53,16 +53,16 @@ def main() -> None:
             rate = statistics.median(_rate(ours[precision], pixels) for _ in range(options.rounds))
             share = rate * _products(checkpoint.network) / peaks[precision]
             minutes = _PROTOCOL_IMAGES / rate / 60
-            print(f"{arch} {precision}: {share:.0%} of the products measured; 71,635 images in {minutes:.1f} min")
+            print(f"{arch} {precision}: {share:.0%} of the speed of products; 71,635 images in {minutes:.1f} min")
 
 
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 _PROTOCOL_IMAGES = 71_635
-_SIDE = 4096  # of the matrices that measure a device
+_SIDE = 4096  # of the square matrices that measure a device
 
 
 def _products_a_second(device: torch.device, precision: Precision) -> float:
-    """Give the floating-point operations a second of large matrix products, exact where the precision is."""
+    """Measure the floating-point operations per second of large matrix products. fp32 products use no TF32."""
     side = _SIDE if device.type == "cuda" else _SIDE // 2
     matrix = torch.randn(side, side, device=device, dtype=_DTYPES[precision])
     with exact_float32():
@@ -75,7 +75,7 @@ def _products_a_second(device: torch.device, precision: Precision) -> float:
 
 
 def _products(network: torch.nn.Module) -> float:
-    """Give the floating-point operations of a Vision Transformer's matrix products for one image, all tokens of all blocks."""
+    """Return the floating-point operations of a ViT's matrix products for one image, for all tokens of all blocks."""
     tokens, width = cast(Tensor, network.pos_embed).shape[1:]
     depth = len(cast(torch.nn.Sequential, network.blocks))
     embedding = (tokens - 1) * cast(torch.nn.Conv2d, network.patch_embed.proj).weight.numel()  # type: ignore[union-attr]

@@ -1,22 +1,23 @@
-"""Rules that choose lambda from labelled images alone, against the best lambda on validation images, which no rule can see.
+"""Compare rules that choose lambda from labelled images only with the best lambda on validation images, which no rule can see.
 
     python benchmarks/lambda_auto.py [--sets digits:pixels,digits:demo,FOLDER:CHECKPOINT] [--shots 1,2,5,20] [--draws 8]
 
-For each set of features, a data set and a checkpoint, and each number of labelled images a class: `draws` sets of labelled images
-are drawn, the fits for every lambda of the grid are scored on validation images (at most 100 a class), and for each rule it is
-told how many points the lambda that it chooses is below the best one of that draw, the oracle. The oracle picks among 15
-values by the very images that it is scored on, so that some tenths of a point cannot be had.
+For each set of features (a data set and a checkpoint) and each number of labelled images per class, `draws` sets of
+labelled images are drawn. The fits for every lambda of the grid are scored on validation images (at most 100 per
+class). For each rule the table shows how many points its lambda is below the best one of that draw, the oracle. The
+oracle is chosen from the grid on the same images that score it, so some tenths of a point cannot be avoided.
 
-published   0.0025, the published strength
-spectrum    0.3 x the median eigenvalue of the labelled rows' scatter: ours where some class has one image
+published   0.0025, the published lambda
+spectrum    0.3 x the median eigenvalue of the labelled rows' scatter: the rule of `auto` if some class has one image
 confidence  the largest lambda at which the labelled images' own class has a mean probability of one half
-crops       the lambda whose fit is right on most of four random crops of every labelled image (area 0.35 to 1, mirrored or
-            not), of equals the largest; only with one image a class, for its cost
-evidence    the lambda of ridge regression with the largest marginal likelihood, noise and prior at their best
+crops       the lambda whose fit is right on the most of four random crops of every labelled image (area 0.35 to 1, mirrored or
+            not), of ties the largest; only with one image per class, because of its cost
+evidence    the lambda of ridge regression with the largest marginal likelihood, maximised over the noise
 ridge       the lambda of ridge regression with the smallest exact leave-one-out error
-error       the smallest left-out error, left out as `auto` does, of equals the largest lambda
-exact       the smallest error of leaving every image out in turn, of equals the largest; only with two images of ten classes
-auto        ours: spectrum with one image a class, else the left-out error of what cannot be told apart, nearest to spectrum
+error       the smallest leave-one-out error as estimated by `auto`, of ties the largest lambda
+exact       the smallest exact leave-one-out error, of ties the largest lambda; only for at most 20 labelled images
+auto        the shipped rule: spectrum with one image per class, else the lambda nearest to spectrum among those whose estimated
+            leave-one-out errors are not separable from the smallest
 """
 
 import argparse
@@ -48,7 +49,7 @@ from msn_eval.probes.logistic_solvers.newton import minimise_path
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem
 
 _CROPS, _SMALLEST_AREA = 4, 0.35
-_VAL_IMAGES = 100  # a class
+_VAL_IMAGES = 100  # per class
 _PUBLISHED = 0.0025
 _MOST_FOR_EXACT = 20
 _TARGET = 1e-6
@@ -56,7 +57,17 @@ _TARGET = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class _Set:
-    """Features of one data set by one checkpoint. crops: (images, 4, d), None where they were not made."""
+    """Features of one data set from one checkpoint.
+
+    Attributes:
+        name: Title of the row in the table.
+        rows: (n, d) centred and normalised features of the labelled images.
+        labels: (n,) int64 labels of the labelled images.
+        val: (m, d) centred and normalised features of the validation images.
+        val_labels: (m,) int64 labels of the validation images.
+        n_classes: Number of classes.
+        crops: (n, 4, d) features of random crops, or None if they were not computed.
+    """
 
     name: str
     rows: Tensor
@@ -68,7 +79,7 @@ class _Set:
 
 
 def main() -> None:
-    """Print a Markdown table a number of shots, and a line of means below it."""
+    """Print one Markdown table per number of shots, with rows for the mean and the worst loss."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", default="digits:pixels,digits:demo")
     parser.add_argument("--shots", default="1,2,5,20")
@@ -77,7 +88,7 @@ def main() -> None:
     shots = [int(one) for one in options.shots.split(",")]
     sets = [_read(one, shots, options.draws) for one in options.sets.split(",")]
     for count in shots:
-        print(f"\n{count} image{'s' if count > 1 else ''} a class\n")
+        print(f"\n{count} image{'s' if count > 1 else ''} per class\n")
         _print_table([(one.name, _losses(one, count, options.draws)) for one in sets if _has(one, count)])
 
 
@@ -90,15 +101,15 @@ def _print_table(found: Sequence[tuple[str, tuple[float, dict[str, float]]]]) ->
     print("| features | oracle |", " | ".join(rules), "|")
     print("| --- | --- |", " | ".join("---" for _ in rules), "|")
     for name, (oracle, losses) in found:
-        told = (f"{losses[rule]:.2f}" if rule in losses else "" for rule in rules)
-        print(f"| {name} | {oracle:.1f} |", " | ".join(told), "|", flush=True)
+        cells = (f"{losses[rule]:.2f}" if rule in losses else "" for rule in rules)
+        print(f"| {name} | {oracle:.1f} |", " | ".join(cells), "|", flush=True)
     everywhere = [[losses[rule] for _, (_, losses) in found if rule in losses] for rule in rules]
     print("| mean | |", " | ".join(f"{sum(one) / len(one):.2f}" for one in everywhere), "|")
     print("| worst | |", " | ".join(f"{max(one):.2f}" for one in everywhere), "|", flush=True)
 
 
 def _losses(one: _Set, count: int, draws: int) -> tuple[float, dict[str, float]]:
-    """Give the oracle's mean accuracy, and the mean number of points that each rule is below it."""
+    """Return the oracle's mean accuracy in percent, and the mean number of points that each rule is below it."""
     oracle, lost = [], defaultdict(list)
     for draw in range(draws):
         chosen = _draw(one.labels, count, seed=draw)
@@ -107,8 +118,8 @@ def _losses(one: _Set, count: int, draws: int) -> tuple[float, dict[str, float]]
         right = [100 * float(((one.val @ each.T).argmax(dim=1) == one.val_labels).double().mean()) for each in path]
         oracle.append(max(right))
         crops = None if one.crops is None or count > 1 else one.crops[chosen]
-        for rule, place in _choices(rows, labels, path, one.n_classes, crops).items():
-            lost[rule].append(max(right) - right[place])
+        for rule, index in _choices(rows, labels, path, one.n_classes, crops).items():
+            lost[rule].append(max(right) - right[index])
     return sum(oracle) / draws, {rule: sum(points) / draws for rule, points in lost.items()}
 
 
@@ -120,7 +131,7 @@ def _draw(labels: Tensor, count: int, *, seed: int) -> Tensor:
 
 
 def _path(rows: Tensor, labels: Tensor, n_classes: int) -> list[Tensor]:
-    """Give the weights for every lambda of the grid."""
+    """Return the (n_classes, d) weights for every lambda of the grid."""
     reduced, basis = _reduced(rows)
     problem = CrossEntropyProblem(rows=reduced, labels=labels, n_classes=n_classes, mu=1.0)
     falling = [strength / len(rows) for strength in sorted(GRID, reverse=True)]
@@ -148,7 +159,7 @@ def _choices(
     chosen = {
         "published": _nearest(_PUBLISHED),
         "spectrum": spectrum,
-        "confidence": max((place for place, chance in enumerate(own) if chance >= 0.5), default=0),
+        "confidence": max((index for index, chance in enumerate(own) if chance >= 0.5), default=0),
         "evidence": _nearest(alphas[int(np.argmax(evidences))]),
         "ridge": _nearest(alphas[int(np.argmin(errors))]),
     }
@@ -167,11 +178,11 @@ def _choices(
 
 
 def _nearest(strength: float) -> int:
-    return min(range(len(GRID)), key=lambda place: abs(math.log(GRID[place] / strength)))
+    return min(range(len(GRID)), key=lambda index: abs(math.log(GRID[index] / strength)))
 
 
 def _last_largest(scores: Sequence[float]) -> int:
-    return max(range(len(scores)), key=lambda place: (scores[place], place))
+    return max(range(len(scores)), key=lambda index: (scores[index], index))
 
 
 def _exactly_right(rows: Tensor, labels: Tensor, n_classes: int) -> list[float]:
@@ -184,18 +195,18 @@ def _exactly_right(rows: Tensor, labels: Tensor, n_classes: int) -> list[float]:
 
 
 def _ridge(rows: Tensor, labels: Tensor, n_classes: int) -> tuple[list[float], list[float], list[float]]:
-    """Give strengths of ridge regression onto centred one-hot targets, their log evidences and leave-one-out errors."""
+    """Return the penalties, log evidences and leave-one-out errors of ridge regression onto centred one-hot targets."""
     n = len(rows)
     centred = rows - rows.mean(dim=0)
     targets = torch.nn.functional.one_hot(labels, n_classes).double()
     targets -= targets.mean(dim=0)
     spectrum, axes = torch.linalg.eigh(centred @ centred.T)
     spectrum, energy = spectrum.clamp_min(0), (axes.T @ targets).square().sum(dim=1)
-    kept = spectrum > 1e-10 * spectrum.max()  # and with it one direction fewer than rows: the mean
+    kept = spectrum > 1e-10 * spectrum.max()  # removes the direction of the mean
     alphas, evidences, errors = list(GRID), [], []
     for alpha in alphas:
-        ratio = spectrum / alpha + 1  # of variances to the noise
-        noise = float((energy[kept] / ratio[kept]).sum()) / (int(kept.sum()) * n_classes)  # at its best
+        ratio = spectrum / alpha + 1  # variance relative to the noise
+        noise = float((energy[kept] / ratio[kept]).sum()) / (int(kept.sum()) * n_classes)  # maximum-likelihood noise
         evidences.append(
             -0.5 * int(kept.sum()) * n_classes * math.log(noise) - 0.5 * n_classes * float(ratio[kept].log().sum())
         )
@@ -217,9 +228,9 @@ def _read(name: str, shots: Sequence[int], draws: int) -> _Set:
     ]
     crops = None
     if 1 in shots:
-        wanted = torch.unique(torch.cat([_draw(parts[0].labels, 1, seed=draw) for draw in range(draws)]))
+        selected = torch.unique(torch.cat([_draw(parts[0].labels, 1, seed=draw) for draw in range(draws)]))
         crops = torch.zeros(len(pool), _CROPS, parts[0].values.shape[1], dtype=torch.float64)
-        crops[wanted] = _crops(encoder, pool.only([pool.ids[row] for row in wanted.tolist()]), tap)
+        crops[selected] = _crops(encoder, pool.only([pool.ids[row] for row in selected.tolist()]), tap)
     return _Set(
         name=f"{os.path.basename(data.rstrip('/'))} {checkpoint.partition('?')[0]}",  # noqa: PTH119
         rows=centred_rows(parts[0].values),
@@ -235,14 +246,14 @@ def _crops(encoder: Encoder, images: ImageSet, tap: str) -> Tensor:
     generator = np.random.default_rng(0)
     rows = []
     for image_id in images.ids:
-        whole = images.source.decode(images.source.read(image_id))
+        image = images.source.decode(images.source.read(image_id))
         made = []
         for _ in range(_CROPS):
             scale = math.sqrt(generator.uniform(_SMALLEST_AREA, 1))
-            width, height = (max(1, round(side * scale)) for side in whole.size)
-            left = int(generator.integers(0, whole.width - width + 1))
-            top = int(generator.integers(0, whole.height - height + 1))
-            crop = whole.crop((left, top, left + width, top + height))
+            width, height = (max(1, round(side * scale)) for side in image.size)
+            left = int(generator.integers(0, image.width - width + 1))
+            top = int(generator.integers(0, image.height - height + 1))
+            crop = image.crop((left, top, left + width, top + height))
             pixels = resize_and_crop(crop, encoder.transform)
             made.append(pixels[:, ::-1] if generator.random() < 0.5 else pixels)
         rows.append(centred_rows(encode(encoder, torch.from_numpy(np.stack(made)), [tap])[tap]))

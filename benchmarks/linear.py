@@ -1,11 +1,11 @@
-"""The grid of the linear probe trained at once, against its layers one by one: processor seconds as ratios in one run.
+"""Compare the linear probe's grid trained together with its layers trained one by one: CPU seconds, as ratios within one run.
 
     python benchmarks/linear.py [--rounds 3] [--epochs 4] [--sizes 200x10x384,500x100x192,1000x100x384]
 
-Sizes are images x classes x features; the grid is the protocol's (39 layers), batches of 256. `alone` trains each layer by the
-same function, `torch` by nn.Linear, cross_entropy and torch.optim.SGD. All give the same layers but for rounding, which large
-learning rates amplify: the largest difference between together and alone is printed. Processor seconds of all threads, so that
-a busy machine moves them little.
+Sizes are images x classes x features. The grid is that of the protocol (39 layers), with batches of 256. `alone` trains
+each layer with the same function, `torch` with nn.Linear, cross_entropy and torch.optim.SGD. All give the same layers
+up to rounding, which large learning rates amplify; the largest difference between together and alone is printed. CPU
+seconds of all threads are measured, because a busy machine changes them little.
 """
 
 import argparse
@@ -23,7 +23,7 @@ _BATCH = 256
 
 
 def main() -> None:
-    """Print seconds of each way and ratios."""
+    """Print the seconds of each variant, and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)
@@ -52,7 +52,7 @@ def main() -> None:
         print(
             f"{size:>14}  together {statistics.median(together):6.2f} s  alone {statistics.median(alone):6.2f} s  "
             f"torch {statistics.median(by_torch):6.2f} s  ratios {_ratio(together, alone)} and {_ratio(together, by_torch)}  "
-            f"weights apart by at most {apart:.1e} of a layer's largest"
+            f"weights differ by at most {apart:.1e} of a layer's largest"
         )
 
 
@@ -76,13 +76,13 @@ def _train_by_torch(rows: Tensor, labels: Tensor, recipe: Recipe, n_classes: int
         {"params": [layer.weight], "weight_decay": recipe.weight_decay},
         {"params": [layer.bias]},
     ]
-    optimiser = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs * -(-len(rows) // _BATCH))
+    optimizer = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * -(-len(rows) // _BATCH))
     for _ in range(epochs):
         for some in torch.split(torch.randperm(len(rows)), _BATCH):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             torch.nn.functional.cross_entropy(layer(rows[some]), labels[some]).backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+            optimizer.step()
             schedule.step()
 
 

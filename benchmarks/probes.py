@@ -1,16 +1,16 @@
-"""Logistic regression against torch.optim.LBFGS, cyanure and itself one fit at a time: seconds as ratios in one run.
+"""Compare logistic regression with torch.optim.LBFGS, with cyanure, and with single fits: seconds, as ratios within one run.
 
     python benchmarks/probes.py [--rounds 3] [--only lbfgs,cyanure,nine,gpu]
 
-Gaussian clusters of 1,000 classes, rows centred and normalised; nothing here depends on what the clusters mean.
+The data are Gaussian clusters of 1,000 classes, with rows centred and normalised.
 
 - lbfgs: 5,000 images, 768 features, lambda 0.0025. torch.optim.LBFGS in float32 with its strong Wolfe search stops at
-  the first evaluation whose relative duality gap is at most 1e-4; ours stops at a gap of 1e-4 proven in float64.
+  the first evaluation whose relative duality gap is at most 1e-4; ours stops at a gap of 1e-4 certified in float64.
 - cyanure: 2,000 images, 384 features, lambda 0.0025, as the published evaluation runs it (tol 1e-3, at most 300 epochs),
-  in a process of its own and timed there around `fit` alone; ours goes to its default gap of 1e-6.
+  in a separate process, where only `fit` is timed; ours stops at its default gap of 1e-6.
 - nine: three draws of 2,000 images, 768 features, lambdas 0.0025, 0.0137 and 0.075 (the published two and their
-  geometric mean), in three calls against nine, features to settings.
-- gpu: nine fits at 12,811 images, 768 features on CUDA, and the memory they take; only where there is a GPU.
+  geometric mean), in three calls compared with nine calls, from features to fitted settings.
+- gpu: nine fits with 12,811 images and 768 features on CUDA, and their peak memory; only if there is a GPU.
 """
 
 import argparse
@@ -68,13 +68,13 @@ def _against_lbfgs(rounds: int) -> None:
     )
     solution, steps = minimise_by_newton(problem, target=_EQUAL_GAP)
     weights, evaluations = _torch_lbfgs(problem)
-    print(f"lbfgs    ours {_told(ours)} s, {steps} steps, gap {solution.gap:.1e}")
-    print(f"         torch {_told(theirs)} s, {evaluations} evaluations, gap {certify(problem, weights).gap:.1e}")
+    print(f"lbfgs    ours {_median(ours)} s, {steps} steps, gap {solution.gap:.1e}")
+    print(f"         torch {_median(theirs)} s, {evaluations} evaluations, gap {certify(problem, weights).gap:.1e}")
     print(f"         ratio {_ratio(theirs, ours)}")
 
 
 def _torch_lbfgs(problem: CrossEntropyProblem) -> tuple[torch.Tensor, int]:
-    """Minimise in float32 by torch's own L-BFGS until its gap, read off the gradient, is small enough."""
+    """Minimise in float32 with torch.optim.LBFGS until the gap, computed from the gradient, is small enough."""
     rows = problem.rows.float()
     weights = torch.zeros(problem.n_classes, rows.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -110,12 +110,12 @@ def _against_cyanure(rounds: int) -> None:
         started = time.perf_counter()
         solution, _ = minimise_by_newton(problem, target=TARGET_GAP)
         ours.append(time.perf_counter() - started)
-        if round_ == 0:  # once: it takes twenty times as long
+        if round_ == 0:  # only once, because it takes twenty times as long
             seconds, weights = _cyanure(problem)
             theirs.append(seconds)
     other = certify(problem, torch.from_numpy(weights))
-    print(f"cyanure  ours {_told(ours)} s, objective {solution.objective:.8f}, gap {solution.gap:.1e}")
-    print(f"         cyanure {_told(theirs)} s, objective {other.objective:.8f}, gap {other.gap:.1e}")
+    print(f"cyanure  ours {_median(ours)} s, objective {solution.objective:.8f}, gap {solution.gap:.1e}")
+    print(f"         cyanure {_median(theirs)} s, objective {other.objective:.8f}, gap {other.gap:.1e}")
     print(f"         ratio {theirs[0] / statistics.median(ours):.1f}")
 
 
@@ -137,13 +137,13 @@ def _nine_against_alone(rounds: int) -> None:
         lambda: [Logistic(lambdas=_LAMBDAS).fit(draw, cpu) for draw in draws],
         lambda: [Logistic(lambdas=(one,)).fit(draw, cpu) for draw in draws for one in _LAMBDAS],
     )
-    print(f"nine     in three calls {_told(together)} s, in nine {_told(alone)} s")
+    print(f"nine     in three calls {_median(together)} s, in nine {_median(alone)} s")
     print(f"         share {_ratio(together, alone)}")
 
 
 def _nine_on_gpu(rounds: int) -> None:
     if not torch.cuda.is_available():
-        print("gpu      there is none")
+        print("gpu      skipped: no CUDA device")
         return
     device = torch.device("cuda")
     draws = [_features(12_811, 768, seed) for seed in range(3)]
@@ -154,12 +154,12 @@ def _nine_on_gpu(rounds: int) -> None:
             assert all(one.converged for one in settings)
         torch.cuda.synchronize()
 
-    fit()  # the first call pays for loading the libraries
+    fit()  # the first call loads the libraries
     torch.cuda.reset_peak_memory_stats()
     seconds = [_seconds(fit) for _ in range(rounds)]
     peak = torch.cuda.max_memory_allocated() / 1e9
     print(
-        f"gpu      nine fits of 12,811 x 768 on {torch.cuda.get_device_name()}: {_told(seconds)} s, peak {peak:.2f} GB"
+        f"gpu      nine fits of 12,811 x 768 on {torch.cuda.get_device_name()}: {_median(seconds)} s, peak {peak:.2f} GB"
     )
 
 
@@ -188,12 +188,12 @@ def _seconds(work: Callable[[], object]) -> float:
 def _interleaved(
     rounds: int, one: Callable[[], object], other: Callable[[], object]
 ) -> tuple[list[float], list[float]]:
-    """Time two things in turn, so that a machine that slows down slows both."""
+    """Time two functions alternately, so that changes of the machine's speed affect both."""
     pairs = [(_seconds(one), _seconds(other)) for _ in range(rounds)]
     return [first for first, _ in pairs], [second for _, second in pairs]
 
 
-def _told(seconds: list[float]) -> str:
+def _median(seconds: list[float]) -> str:
     return f"{statistics.median(seconds):.2f}"
 
 

@@ -1,9 +1,9 @@
-"""What thousands of records cost: read, as a table, as the page, each in a process of its own, from its start to its end.
+"""Measure the time to read thousands of records, and to write them as a table and as a page, each in a separate process.
 
     python benchmarks/reports.py [--checkpoints 1000] [--rounds 3]
 
-The records are those of raw pixels on the digits under 12 protocols, written again for made-up checkpoints with hashes,
-scores and times of their own. No predictions stand beside them: of a table of this size none are read.
+The records are those of raw pixels on the digits under 12 protocols, copied for invented checkpoints with different
+hashes, scores and times. There are no predictions, because tables of this size do not read them.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _READ = "import sys; from msn_eval.results.folder import list_results; list_resu
 
 
 def main() -> None:
-    """Print one line a command: the least and the median of its seconds, and of its processor's."""
+    """Print one line per command: minimum and median of its wall seconds and of its CPU seconds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def write_records(runs: Path, checkpoints: int, *, seed: Path) -> None:
-    """Write the records of so many made-up checkpoints under 12 protocols."""
+    """Write the records of `checkpoints` invented checkpoints under 12 protocols."""
     evaluate(
         ["pixels"], data="digits", subsets=["1img@1", "2imgs@1", "5imgs@1"], probes=["logistic", "knn", "ncm", "ridge"],
         out=seed, device="cpu", no_cache=True, k=[10],
@@ -90,7 +90,7 @@ def _timed(command: list[str], rounds: int) -> str:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         busy.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     seconds = (f"{min(one):.2f} to {statistics.median(one):.2f} s" for one in (walls, busy))
-    return "{}, {} of a processor".format(*seconds)
+    return "{} wall, {} CPU".format(*seconds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw docs/demo.svg, the picture in the README: the tables of `msn-eval demo` as a terminal shows them.
+"""Draw docs/demo.svg for the README: the tables of `msn-eval demo` as a terminal shows them.
 
 msn-eval demo --out reports/demo && python docs/draw_demo.py
 """
@@ -16,7 +16,7 @@ _ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Print the demo's table to a recording console and save what it recorded."""
+    """Print the demo's tables to a recording console and save them as SVG."""
     console = Console(record=True, width=172, highlight=False, file=io.StringIO(), force_terminal=True)
     print_table(make_table(list_results([_ROOT / "reports" / "demo" / "runs"])), console)
     console.save_svg(str(_ROOT / "docs" / "demo.svg"), title="msn-eval demo", unique_id="demo")

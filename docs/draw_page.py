@@ -1,9 +1,9 @@
-"""Draw docs/page.png, the picture in the README: the page of four checkpoints as Chromium shows it.
+r"""Draw docs/page.png for the README: the HTML report of four checkpoints as Chromium shows it.
 
-msn-eval --checkpoint demo --checkpoint random:demo --checkpoint pixels \
-  --checkpoint 'random:vit_tiny_patch16_224?img_size=32&patch_size=4' --data digits \
-  --subset 1img,2imgs,5imgs,1pct,10pct,full --probe logistic,knn,ncm --k 10 --device cpu --out RUNS
-python docs/draw_page.py RUNS
+    msn-eval --checkpoint demo --checkpoint random:demo --checkpoint pixels \
+        --checkpoint 'random:vit_tiny_patch16_224?img_size=32&patch_size=4' --data digits \
+        --subset 1img,2imgs,5imgs,1pct,10pct,full --probe logistic,knn,ncm --k 10 --device cpu --out RUNS
+    python docs/draw_page.py RUNS
 """
 
 import shutil
@@ -26,7 +26,7 @@ _FLAGS = (
 
 
 def main() -> None:
-    """Make the page of some records and save what a window of 1280 by 1290 pixels shows of it."""
+    """Render the report of the given result folders and save a screenshot of 1280 by 1290 pixels."""
     scan = scan_results(sys.argv[1:])
     page = render(make_table(scan.results, standings=make_leaderboard(scan).standings), scan)
     with tempfile.TemporaryDirectory() as folder:

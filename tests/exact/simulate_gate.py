@@ -1,10 +1,10 @@
-"""Simulate the regression gate and the intervals: how often they are wrong where the truth is known.
+"""Simulate the regression gate and the intervals: count their errors on data whose true difference is known.
 
-    python tests/exact/simulate_gate.py --out reports/exact/gate.md      # all of it, minutes
+    python tests/exact/simulate_gate.py --out reports/exact/gate.md      # all samples, takes minutes
     python tests/exact/simulate_gate.py --share 0.05                     # a twentieth of the samples
 
-Fixed seeds. Images are drawn by how their score differs between two checkpoints. The code under test is that of `check` and
-`compare`: `judge_differences` with its exact tests and Holm's correction, and the intervals.
+Seeds are fixed. The simulation draws, for each image, the difference of its score between two checkpoints. It tests the code that
+`check` and `compare` call: `judge_differences` with its exact tests and Holm's correction, and the intervals.
 """
 
 import argparse
@@ -29,17 +29,17 @@ from msn_eval.results.statistics import (
 PROTOCOLS = 12
 DISCORDANCES = (0.002, 0.02, 0.08)
 SIZES = (1_000, 5_000, 10_000, 50_000)
-# Of the images that differ between checkpoints measured with three draws: in how many draws they do.
+# With three draws: among the images that differ, the fractions that differ in 1, 2 and 3 draws.
 _SIZES_OF_THREE = {1: 0.5, 2: 0.2, 3: 0.3}
 
 
 @dataclass(frozen=True)
 class World:
-    """How scores of images differ between two checkpoints.
+    """Distribution of the score differences of images.
 
     Attributes:
         draws: Number of draws.
-        share: Fraction of images that differ.
+        share: Fraction of images that differ, in [0, 1].
         tilt: (lost - gained) / differing, in [-1, 1].
     """
 
@@ -66,13 +66,13 @@ class World:
         return float(self.values @ self.probabilities) / self.draws
 
     def samples(self, n: int, count: int, generator: np.random.Generator) -> Iterator[Integers]:
-        """Yield `count` samples of the differences of n images."""
+        """Yield `count` samples, each the differences of n images."""
         for counts in generator.multinomial(n, self.probabilities, count):
             yield np.repeat(self.values, counts)
 
 
 def families_called(world: World, n: int, families: int, *, margin: float, seed: int) -> tuple[int, int]:
-    """Count the families of 12 protocols with any regression, by the test alone and with the margin too."""
+    """Count the families of 12 protocols with a reported regression: by the test only, and with the margin."""
     generator = np.random.default_rng(seed)
     draws = [world.draws] * PROTOCOLS
     bare = called = 0
@@ -80,35 +80,39 @@ def families_called(world: World, n: int, families: int, *, margin: float, seed:
         family = [*world.samples(n, PROTOCOLS, generator)]
         if any(one.verdict == "regression" for one in judge_differences(family, draws, margin=0.0)):
             bare += 1
-            # Only such a family can be one: the margin is an additional condition.
+            # The margin is an additional condition, so only these families can be counted with it.
             called += any(one.verdict == "regression" for one in judge_differences(family, draws, margin=margin))
     return bare, called
 
 
 def regressions_found(world: World, n: int, samples: int, *, margin: float, seed: int) -> int:
-    """Count how often the one protocol of this world is a regression while eleven others show no change."""
+    """Count the samples in which the changed protocol is a regression, beside eleven protocols without a change."""
     generator = np.random.default_rng(seed)
     unchanged = World(world.draws, world.share, 0.0)
-    regressions = 0
+    found = 0
     for changed in world.samples(n, samples, generator):
         others = unchanged.samples(n, PROTOCOLS - 1, generator)
-        regressions += (
-            judge_differences([changed, *others], [world.draws] * PROTOCOLS, margin=margin)[0].verdict == "regression"
-        )
-    return regressions
+        found += judge_differences([changed, *others], [world.draws] * PROTOCOLS, margin=margin)[0].verdict == "regression"
+    return found
 
 
 def coverage(world: World, n: int, samples: int, *, seed: int) -> float:
-    """Return how often the paired interval contains the true difference."""
+    """Return the fraction of samples whose paired interval contains the true difference."""
     generator = np.random.default_rng(seed)
     intervals = (difference_interval(one, draws=world.draws) for one in world.samples(n, samples, generator))
     return sum(one.low <= world.difference <= one.high for one in intervals) / samples
 
 
 def accuracy_coverage(share: float, agreement: float, draws: int, n: int, samples: int, *, seed: int) -> float:
-    """Return how often the interval of one accuracy contains the true one.
+    """Return the fraction of samples whose interval of one accuracy contains the true accuracy.
 
-    `agreement` is the probability that all draws of an image have the outcome of the first one.
+    Args:
+        share: True accuracy, in [0, 1].
+        agreement: Probability that all draws of an image have the outcome of the first; otherwise they are independent.
+        draws: Number of draws.
+        n: Number of images.
+        samples: Number of samples.
+        seed: Seed of the generator.
     """
     generator = np.random.default_rng(seed)
     held = 0
@@ -121,18 +125,18 @@ def accuracy_coverage(share: float, agreement: float, draws: int, n: int, sample
 
 
 def power_at_detectable(world: World, n: int, samples: int, *, level: float, seed: int) -> float:
-    """Return how often the test finds the drop that should be found in 80 of 100 cases."""
+    """Return the fraction of samples in which the test finds the minimal detectable drop (80 % power)."""
     typical = np.repeat(world.values, np.rint(n * world.probabilities).astype(int))
     drop = minimal_detectable_difference(typical, draws=world.draws, level=level)
-    size = -World(world.draws, world.share, 1.0).difference  # the drop if all that differ are lost
+    size = -World(world.draws, world.share, 1.0).difference  # the drop if all differing images are lost
     tilted = World(world.draws, max(world.share, drop / size * world.share), min(1.0, drop / size))
     generator = np.random.default_rng(seed)
     return sum(sign_flip_test(one).lower <= level for one in tilted.samples(n, samples, generator)) / samples
 
 
 def _null(share: float) -> Iterator[str]:
-    yield f"## No change: families of {PROTOCOLS} protocols with any regression, at most 1 % wanted\n"
-    yield "Margin 0 leaves the test alone to decide; the default margin of one point is the gate as it is used.\n"
+    yield f"## No true change: families of {PROTOCOLS} protocols with a reported regression, at most 1 % allowed\n"
+    yield "With margin 0 only the test decides. The margin of one point is the default of the gate.\n"
     yield "| draws | images | differing | families | margin 0: regression | margin 0.01: regression |"
     yield "| ---: | ---: | ---: | ---: | ---: | ---: |"
     totals = [0, 0, 0]
@@ -145,24 +149,24 @@ def _null(share: float) -> Iterator[str]:
                 rates = f"{bare} ({bare / families:.2%}) | {called} ({called / families:.2%})"
                 yield f"| {draws} | {n:,} | {discordance:.1%} | {families:,} | {rates} |"
     low, high = wilson_interval(totals[1], totals[0])
-    yield f"\nThe level of a family is {LEVEL:g}, so that the rate stays below 1 % with room to prove it."
-    yield f"All together, margin 0: {totals[1]} of {totals[0]:,} families, {totals[1] / totals[0]:.2%}"
+    yield f"\nThe level per family is {LEVEL:g}, so that the rate is clearly below 1 %."
+    yield f"In total, margin 0: {totals[1]} of {totals[0]:,} families, {totals[1] / totals[0]:.2%}"
     yield f"(95 % interval {low:.2%} to {high:.2%}). Margin 0.01: {totals[2]} of {totals[0]:,}."
 
 
 def _power(share: float) -> Iterator[str]:
     samples = max(20, round(400 * share))
-    yield "\n## A true drop in one of 12 protocols: how often it is a regression, at least 95 % wanted\n"
+    yield "\n## A true drop in one of 12 protocols: how often it is reported as a regression, at least 95 % required\n"
     yield "| drop, points | margin | draws | images | differing | found |"
     yield "| ---: | ---: | ---: | ---: | ---: | ---: |"
     for drop, margin, draws in ((0.02, 0.01, 1), (0.01, 0.002, 1), (0.02, 0.01, 3), (0.01, 0.002, 3)):
-        whole = -World(draws, 0.02, 1.0).difference
-        # With three draws an image counts by the draws in which it differs: more of them must.
-        world = World(draws, 0.02 * max(1.0, drop / whole), min(1.0, drop / whole))
+        largest = -World(draws, 0.02, 1.0).difference
+        # With three draws, an image that differs in one draw counts a third, so more images must differ.
+        world = World(draws, 0.02 * max(1.0, drop / largest), min(1.0, drop / largest))
         found = regressions_found(world, 10_000, samples, margin=margin, seed=2)
         rate = f"{found / samples:.1%} of {samples:,}"
         yield f"| {-100 * world.difference:.2f} | {margin:g} | {draws} | 10,000 | {world.share:.1%} | {rate} |"
-    yield "\n## The minimal detectable drop: found about 80 times in 100\n"
+    yield "\n## The minimal detectable drop: found in about 80 % of the samples\n"
     yield "| draws | images | differing | level | found |"
     yield "| ---: | ---: | ---: | ---: | ---: |"
     for draws in (1, 3):
@@ -175,9 +179,9 @@ def _power(share: float) -> Iterator[str]:
 
 def _coverage(share: float) -> Iterator[str]:
     samples = max(50, round(1_500 * share))
-    yield f"\n## 95 % intervals of a paired difference: coverage in {samples:,} samples, 93 to 97 % wanted\n"
-    yield "Tilt: (lost − gained) / differing. Expected: images that differ, on average. Where that is below 20 there are few"
-    yield "possible outcomes, and the interval is meant to hold the truth more often rather than less.\n"
+    yield f"\n## 95 % intervals of a paired difference: coverage in {samples:,} samples, 93 to 97 % required\n"
+    yield "Tilt: (lost − gained) / differing. Expected: mean number of images that differ. If it is below 20, there are few"
+    yield "possible outcomes, and by design the interval contains the true difference more often than 95 %.\n"
     yield "| draws | images | differing | expected | tilt 0 | tilt 0.5 | tilt 1 |"
     yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     for draws in (1, 3):
@@ -186,7 +190,7 @@ def _coverage(share: float) -> Iterator[str]:
                 held = [coverage(World(draws, discordance, tilt), n, samples, seed=4) for tilt in (0.0, 0.5, 1.0)]
                 texts = " | ".join(f"{one:.1%}" for one in held)
                 yield f"| {draws} | {n:,} | {discordance:.1%} | {n * discordance:g} | {texts} |"
-    yield "\n## 95 % intervals of one accuracy\n"
+    yield "\n## 95 % intervals of one accuracy: coverage\n"
     yield "| draws | agreement of draws | images | accuracy 5 % | 50 % | 76 % | 97 % |"
     yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     for draws, agreement in ((1, 1.0), (3, 0.0), (3, 0.7)):
@@ -196,29 +200,29 @@ def _coverage(share: float) -> Iterator[str]:
             yield f"| {draws} | {agreement:g} | {n:,} | {texts} |"
 
 
-def _run_section(name: str, share: float) -> list[str]:
+def _part(name: str, share: float) -> list[str]:
     return [*{"null": _null, "power": _power, "coverage": _coverage}[name](share)]
 
 
 def report(share: float) -> Iterator[str]:
     """Yield the lines of the log."""
-    yield "# The regression gate where the truth is known\n"
-    yield "Written by `make exact`. Fixed seeds: a rerun gives the same bytes.\n"
+    yield "# The regression gate on simulated data\n"
+    yield "Written by `make exact`. The seeds are fixed: a second run gives the same bytes.\n"
     with ProcessPoolExecutor(2) as pool:
-        for lines in pool.map(_run_section, ("null", "power", "coverage"), [share] * 3):
+        for lines in pool.map(_part, ("null", "power", "coverage"), [share] * 3):
             yield from lines
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the log, or write it."""
+    """Print the log and, with --out, write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--share", type=float, default=1.0, help="of the samples")
+    parser.add_argument("--share", type=float, default=1.0, help="fraction of the samples, in (0, 1]")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     lines = []
     for line in report(options.share):
         print(line, flush=True)
-        lines.append(line.rstrip())
+        lines.append(line)
     if options.out is not None:
         options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

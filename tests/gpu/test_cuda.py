@@ -1,4 +1,4 @@
-"""The same numbers on a GPU as on a CPU, as far as the precision class promises."""
+"""Evaluations on a GPU agree with those on a CPU, within the limits of the precision class."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +54,7 @@ def reduced(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def tf32_allowed() -> Iterator[None]:
-    """Allow TF32 everywhere, as a user's own code may have done, and put the settings back."""
+    """Allow TF32 everywhere, as user code may do, and restore the settings afterwards."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
@@ -65,7 +65,7 @@ def tf32_allowed() -> Iterator[None]:
 
 
 def of_probe(one: Run, probe: str) -> list[tuple[Result, Predictions]]:
-    return [(result, told) for result, told in zip(*one, strict=True) if result.probe.name == probe]
+    return [(result, predictions) for result, predictions in zip(*one, strict=True) if result.probe.name == probe]
 
 
 def top1(one: Run, probe: str) -> float:
@@ -74,17 +74,17 @@ def top1(one: Run, probe: str) -> float:
     return float(np.mean(found))
 
 
-def test_records_state_the_device(exact: Run) -> None:
+def test_records_name_the_device(exact: Run) -> None:
     assert all(result.environment.device.startswith(DEVICE) for result in exact[0])
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_exact_records_have_the_cpus_ids(on_cpu: Run, exact: Run, probe: str) -> None:
+def test_fp32_records_have_the_same_ids_as_on_the_cpu(on_cpu: Run, exact: Run, probe: str) -> None:
     assert [result.id for result, _ in of_probe(exact, probe)] == [result.id for result, _ in of_probe(on_cpu, probe)]
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_exact_predictions_are_the_cpus_to_one_in_a_thousand(on_cpu: Run, exact: Run, probe: str) -> None:
+def test_fp32_predictions_agree_with_the_cpu_on_999_of_1000_images(on_cpu: Run, exact: Run, probe: str) -> None:
     equal = [
         ours.prediction == theirs.prediction
         for (_, ours), (_, theirs) in zip(of_probe(exact, probe), of_probe(on_cpu, probe), strict=True)
@@ -93,44 +93,44 @@ def test_exact_predictions_are_the_cpus_to_one_in_a_thousand(on_cpu: Run, exact:
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_exact_accuracy_is_the_cpus(on_cpu: Run, exact: Run, probe: str) -> None:
+def test_fp32_accuracy_agrees_with_the_cpu(on_cpu: Run, exact: Run, probe: str) -> None:
     assert top1(exact, probe) == pytest.approx(top1(on_cpu, probe), abs=0.001)
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_reduced_accuracy_is_the_cpus_to_half_a_point(on_cpu: Run, reduced: Run, probe: str) -> None:
+def test_bf16_accuracy_agrees_with_the_cpu_within_half_a_point(on_cpu: Run, reduced: Run, probe: str) -> None:
     assert top1(reduced, probe) == pytest.approx(top1(on_cpu, probe), abs=0.005)
 
 
-def test_reduced_records_are_of_another_protocol(exact: Run, reduced: Run) -> None:
+def test_bf16_records_have_different_protocol_ids(exact: Run, reduced: Run) -> None:
     assert not {result.protocol_id for result in reduced[0]} & {result.protocol_id for result in exact[0]}
 
 
 @pytest.mark.usefixtures("tf32_allowed")
 @pytest.mark.parametrize(("checkpoint", "tap"), [(DEEPER, "cls"), ("random:resnet18", "pool")])
-def test_exact_features_are_the_cpus_where_tf32_is_allowed(checkpoint: str, tap: str) -> None:
+def test_fp32_features_agree_with_the_cpu_if_tf32_is_allowed(checkpoint: str, tap: str) -> None:
     pixels = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
     theirs, ours = (
         encode(load_encoder(checkpoint, device=device, precision="fp32", image_pixels=32), pixels, [tap])[tap].cpu()
         for device in ("cpu", DEVICE)
     )
-    # Factors rounded to the ten bits of TF32 part the two by 5e-4 and more.
+    # With inputs rounded to the ten bits of TF32 the relative difference is at least 5e-4.
     assert (ours - theirs).norm() / theirs.norm() < 5e-5
 
 
 @pytest.mark.usefixtures("tf32_allowed")
-def test_products_are_exact_inside_exact_float32_alone() -> None:
+def test_products_use_no_tf32_only_inside_exact_float32() -> None:
     if torch.cuda.get_device_capability()[0] < 8:
         pytest.skip("this device has no TF32")
     left, right = torch.randn(2, 1024, 1024, generator=torch.Generator().manual_seed(6)).to(DEVICE)
-    whole = left.double() @ right.double()
+    reference = left.double() @ right.double()
     with exact_float32():
-        inside = (left @ right - whole).abs().max()
-    outside = (left @ right - whole).abs().max()
+        inside = (left @ right - reference).abs().max()
+    outside = (left @ right - reference).abs().max()
     assert inside < 0.1 * outside
 
 
 @pytest.mark.usefixtures("tf32_allowed")
-def test_settings_are_the_users_after_an_encoding() -> None:
+def test_encoding_restores_the_users_tf32_settings() -> None:
     encode(load_encoder(TINY, device=DEVICE), torch.zeros(1, 32, 32, 3, dtype=torch.uint8), ["cls"])
     assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision) == ("tf32", "tf32")

@@ -1,4 +1,4 @@
-"""Whole extractions on a GPU: kept, resumed, within the memory there is, and decoded there."""
+"""Complete feature extractions on a GPU: caching, resuming, out of memory, and decoding on the GPU."""
 
 import gc
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ HERE = Loading(workers=0)
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give 96 smooth JPEGs as the validation split of an image folder."""
+    """Write 96 smooth JPEGs as the validation split of an image folder and return the folder."""
     folder = tmp_path_factory.mktemp("photographs") / "val" / "waves"
     folder.mkdir(parents=True)
     y, x = np.mgrid[:260, :300]
@@ -39,7 +39,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """Leave this process so much of the device that a batch of 64 photographs does not fit beside the network."""
+    """Limit the GPU memory of this process so that a batch of 64 photographs does not fit beside the network."""
     gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
@@ -61,23 +61,23 @@ def values(extraction: Extraction) -> torch.Tensor:
     return extraction.features["cls"].values
 
 
-def test_exact_features_of_files_are_the_cpus(photographs: Path) -> None:
+def test_fp32_features_of_files_agree_with_the_cpu(photographs: Path) -> None:
     theirs = run(photographs, None, encoder=load_encoder(DEEP, device="cpu", precision="fp32"))
     ours = run(photographs, None)
     assert (values(ours) - values(theirs)).norm() / values(theirs).norm() < 5e-5
 
 
-def test_workers_and_pinned_memory_change_no_bit(photographs: Path) -> None:
+def test_workers_and_pinned_memory_do_not_change_the_features(photographs: Path) -> None:
     here, there = (run(photographs, None, loading=Loading(batch_size=16, workers=count)) for count in (0, 2))
     assert torch.equal(values(here), values(there))
 
 
-def test_kept_features_are_reused_bit_for_bit(photographs: Path, tmp_path: Path) -> None:
+def test_cached_features_are_reused_bit_for_bit(photographs: Path, tmp_path: Path) -> None:
     first, second = run(photographs, tmp_path), run(photographs, tmp_path)
     assert (second.read, torch.equal(values(first), values(second))) == (0, True)
 
 
-def test_interrupted_pass_is_resumed_to_the_same_features(
+def test_resumed_extraction_gives_the_same_features(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("msn_eval.features.extraction._CUDA_SHARD_ROWS", 32)
@@ -100,16 +100,16 @@ def test_interrupted_pass_is_resumed_to_the_same_features(
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_batches_shrink_until_the_device_holds_them(photographs: Path) -> None:
+def test_batch_size_is_reduced_until_it_fits_the_gpu(photographs: Path) -> None:
     found = run(photographs, None, loading=Loading(batch_size=96, workers=0))
     torch.cuda.set_per_process_memory_fraction(1.0)
-    whole = run(photographs, None, loading=Loading(batch_size=96, workers=0))
+    reference = run(photographs, None, loading=Loading(batch_size=96, workers=0))
     assert found.batch_size < 96
-    assert (values(found) - values(whole)).norm() / values(whole).norm() < 5e-5
+    assert (values(found) - values(reference)).norm() / values(reference).norm() < 5e-5
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_device_too_small_for_one_image_is_a_fault_of_resources(photographs: Path) -> None:
+def test_gpu_too_small_for_one_image_is_a_resource_error(photographs: Path) -> None:
     encoder = load_encoder(DEEP, device="cuda", precision="fp32")
     total = torch.cuda.get_device_properties(0).total_memory
     gc.collect()
@@ -119,7 +119,7 @@ def test_device_too_small_for_one_image_is_a_fault_of_resources(photographs: Pat
         run(photographs, None, encoder=encoder)
 
 
-def test_features_of_a_gpus_decoder_are_close_to_pillows(photographs: Path) -> None:
+def test_features_from_nvjpeg_are_close_to_those_from_pillow(photographs: Path) -> None:
     theirs, ours = (run(photographs, None, loading=Loading(decoder=one, workers=0)) for one in ("pillow", "nvjpeg"))
     similarity = torch.nn.functional.cosine_similarity(values(theirs), values(ours))
     assert similarity.min() > 0.99

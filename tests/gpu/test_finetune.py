@@ -1,4 +1,4 @@
-"""Fine-tuning on a GPU: about the CPU's loss and predictions, a state that goes on, and bf16."""
+"""Fine-tuning on a GPU: loss and predictions close to the CPU's, resuming, and bf16."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def _tune(out: Path, *, device: str, precision: str = "fp32", **options: object)
     return result
 
 
-def test_cuda_trains_to_about_what_the_cpu_does(tmp_path: Path) -> None:
+def test_loss_and_predictions_are_close_to_the_cpu(tmp_path: Path) -> None:
     here, there = _tune(tmp_path / "cuda", device="cuda"), _tune(tmp_path / "cpu", device="cpu")
 
     answers = [read_predictions(tmp_path / name / f"{here.id}.npz").prediction for name in ("cuda", "cpu")]
@@ -43,7 +43,7 @@ def test_cuda_trains_to_about_what_the_cpu_does(tmp_path: Path) -> None:
     assert float(np.mean(answers[0] == answers[1])) > 0.97
 
 
-def test_bf16_is_a_protocol_of_its_own_and_learns_as_much(tmp_path: Path) -> None:
+def test_bf16_is_a_separate_protocol_with_similar_accuracy(tmp_path: Path) -> None:
     exact, reduced = (_tune(tmp_path, device="cuda", precision=precision) for precision in ("fp32", "bf16"))
 
     assert exact.protocol_id != reduced.protocol_id
@@ -52,8 +52,8 @@ def test_bf16_is_a_protocol_of_its_own_and_learns_as_much(tmp_path: Path) -> Non
     assert reduced.metrics.top1 == pytest.approx(exact.metrics.top1, abs=0.05)
 
 
-def test_killed_evaluation_goes_on_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kill(*given: object, **named: object) -> None:
+def test_interrupted_evaluation_resumes_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(*arguments: object, **options: object) -> None:
         raise KeyError
 
     with monkeypatch.context() as patched:
@@ -64,7 +64,7 @@ def test_killed_evaluation_goes_on_from_its_state(tmp_path: Path, monkeypatch: p
     assert _tune(tmp_path, device="cuda").status == "ok"
 
 
-def test_parts_of_a_batch_add_up(tmp_path: Path) -> None:
-    whole, cut = (_tune(tmp_path / size, device="cuda", batch_size=size) for size in ("16", "4"))
+def test_split_batches_give_the_same_objective(tmp_path: Path) -> None:
+    full, split = (_tune(tmp_path / size, device="cuda", batch_size=size) for size in ("16", "4"))
 
-    assert cut.probe.objective == pytest.approx(whole.probe.objective, rel=1e-2)
+    assert split.probe.objective == pytest.approx(full.probe.objective, rel=1e-2)

@@ -1,4 +1,4 @@
-"""The linear probe on a GPU: the layers, the choice and the tap that the CPU gives."""
+"""The linear probe on a GPU: layers and choices agree with the CPU."""
 
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def trained(device: torch.device, recipes: list[Recipe]) -> Heads:
     )
 
 
-def test_layers_of_several_taps_are_the_cpus() -> None:
+def test_layers_of_several_taps_agree_with_the_cpu() -> None:
     recipes = [Recipe(learning_rate=0.5), Recipe(learning_rate=2.0, weight_decay=1e-3)]
 
     here, there = (trained(device, recipes) for device in (CUDA, CPU))
@@ -49,7 +49,7 @@ def test_layers_of_several_taps_are_the_cpus() -> None:
     torch.testing.assert_close(here.losses.cpu(), there.losses, rtol=0, atol=1e-5)
 
 
-def test_held_out_scores_are_the_cpus() -> None:
+def test_held_out_scores_agree_with_the_cpu() -> None:
     offered = [
         clusters(tap="cls", noise=2.5),
         clusters(tap="mean", noise=3.0),
@@ -61,11 +61,13 @@ def test_held_out_scores_are_the_cpus() -> None:
         held_out_scores(SMALL, stacked(offered, device), labels.to(device), n_classes=10) for device in (CUDA, CPU)
     )
 
-    torch.testing.assert_close(here.accuracies, there.accuracies, rtol=0, atol=0.03)  # a held-out image near a tie
+    torch.testing.assert_close(
+        here.accuracies, there.accuracies, rtol=0, atol=0.03
+    )  # allows for a held-out image near a tie
     torch.testing.assert_close(here.losses, there.losses, rtol=1e-3, atol=1e-4)
 
 
-def test_the_tap_that_tells_the_classes_is_chosen_and_scores() -> None:
+def test_tap_that_separates_the_classes_is_chosen() -> None:
     poor, good = clusters(tap="cls", noise=30.0), clusters(tap="mean")
 
     fitted = fit_linear(SMALL, poor, CUDA, elsewhere=[good])
@@ -75,15 +77,15 @@ def test_the_tap_that_tells_the_classes_is_chosen_and_scores() -> None:
     assert (scores.argmax(dim=1).cpu() == good.labels).double().mean() > 0.95
 
 
-def test_rows_that_the_gpu_has_no_room_for_stay_in_memory_and_give_the_same_layer(
+def test_rows_that_do_not_fit_the_gpu_stay_on_the_cpu_and_give_the_same_layer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     train, probe = clusters(tap="cls"), replace(SMALL, taps=["cls"])
-    (whole,) = fit_linear(probe, train, CUDA).scores(train.values)
+    (expected,) = fit_linear(probe, train, CUDA).scores(train.values)
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
 
     (stack,) = stacked([train], CUDA)
     assert stack.values[0].device.type == "cpu"
-    (some,) = fit_linear(probe, train, CUDA).scores(train.values)
-    torch.testing.assert_close(some, whole, rtol=0, atol=1e-5)
+    (scores,) = fit_linear(probe, train, CUDA).scores(train.values)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Linear layers on augmented images on a GPU: about the CPU's layers, a state that goes on, and a batch in parts."""
+"""Linear layers on augmented images on a GPU: results close to the CPU's, bf16, resuming, and split batches."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def _train(out: Path, *, device: str, precision: str = "fp32", **options: object
     return sorted(found, key=lambda one: one.probe.params["lr"])
 
 
-def test_cuda_trains_the_layers_that_the_cpu_trains(tmp_path: Path) -> None:
+def test_loss_and_predictions_are_close_to_the_cpu(tmp_path: Path) -> None:
     here, there = (_train(tmp_path / name, device=name) for name in ("cuda", "cpu"))
 
     for one, other in zip(here, there, strict=True):
@@ -36,7 +36,7 @@ def test_cuda_trains_the_layers_that_the_cpu_trains(tmp_path: Path) -> None:
         assert float(np.mean(answers[0] == answers[1])) > 0.99
 
 
-def test_bf16_is_a_protocol_of_its_own_and_learns_as_much(tmp_path: Path) -> None:
+def test_bf16_is_a_separate_protocol_with_similar_accuracy(tmp_path: Path) -> None:
     exact, reduced = (_train(tmp_path, device="cuda", precision=precision) for precision in ("fp32", "bf16"))
 
     for one, other in zip(exact, reduced, strict=True):
@@ -46,21 +46,21 @@ def test_bf16_is_a_protocol_of_its_own_and_learns_as_much(tmp_path: Path) -> Non
         assert other.metrics.top1 == pytest.approx(one.metrics.top1, abs=0.03)
 
 
-def test_parts_of_a_batch_add_up(tmp_path: Path) -> None:
-    whole, cut = (_train(tmp_path / size, device="cuda", batch_size=size) for size in ("32", "5"))
+def test_split_batches_give_the_same_objective(tmp_path: Path) -> None:
+    full, split = (_train(tmp_path / size, device="cuda", batch_size=size) for size in ("32", "5"))
 
-    for one, other in zip(whole, cut, strict=True):
+    for one, other in zip(full, split, strict=True):
         assert other.probe.objective == pytest.approx(one.probe.objective, rel=1e-4)
 
 
-def test_a_training_that_was_stopped_goes_on_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    undisturbed = _train(tmp_path / "whole", device="cuda")
+def test_stopped_training_resumes_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uninterrupted = _train(tmp_path / "full", device="cuda")
     step = linear_augmented.take_step
 
-    def fail(training: Training, *given: object, **named: object) -> bool:
+    def fail(training: Training, *arguments: object, **options: object) -> bool:
         if training.step == 7:
             raise KeyError
-        return step(training, *given, **named)  # type: ignore[arg-type]
+        return step(training, *arguments, **options)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
         patched.setattr(linear_augmented, "_SAVE_SECONDS", 0.0)
@@ -69,6 +69,6 @@ def test_a_training_that_was_stopped_goes_on_from_its_state(tmp_path: Path, monk
             _train(tmp_path / "stopped", device="cuda")
     resumed = _train(tmp_path / "stopped", device="cuda")
 
-    for one, other in zip(resumed, undisturbed, strict=True):
+    for one, other in zip(resumed, uninterrupted, strict=True):
         assert one.probe.objective == pytest.approx(other.probe.objective, rel=1e-5)
         assert one.probe.iterations == other.probe.iterations

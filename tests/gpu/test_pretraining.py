@@ -1,4 +1,4 @@
-"""Pre-training on CUDA: half precision, what a resumed run becomes, two ranks, and the loss beside that of a CPU."""
+"""Pre-training on a GPU: losses close to the CPU's, bf16, resuming, and two GPUs."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from msn_pretrain.training import train as training
 from msn_pretrain.training.journal import METRICS, TIMING, read_metrics
 from msn_pretrain.training.snapshot import equal, read_snapshot
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 _RECIPE = """
 run: {seed: 3, log_every: 1, snapshot_minutes: 1000, keep_every: 0, precision: fp32}
 data: {root: digits, workers: 2, limit: 40}
@@ -36,7 +36,7 @@ Trained = Callable[..., Path]
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Trained:
-    """Give a function that trains 50 steps on the digits in a folder of the name given, with overrides."""
+    """Return a function that trains 50 steps on the digits in a folder of the given name, with overrides."""
     (tmp_path / "recipe.yaml").write_text(_RECIPE)
 
     def run(name: str, *overrides: str, code: int = 0) -> Path:
@@ -48,7 +48,7 @@ def trained(tmp_path: Path) -> Trained:
 
 @pytest.fixture(autouse=True)
 def exact_products() -> Any:
-    """Have float32 multiplied as such."""
+    """Disable TF32 and restore the settings afterwards."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
@@ -59,19 +59,19 @@ def _losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run / METRICS)]
 
 
-def test_fifty_steps_have_the_losses_of_a_cpu(trained: Trained) -> None:
+def test_losses_of_fifty_steps_are_close_to_the_cpu(trained: Trained) -> None:
     here, there = (_losses(trained(name, f"run.device={name}")) for name in ("cpu", "cuda"))
 
     assert len(there) == _STEPS
     assert there[:10] == pytest.approx(here[:10], rel=1e-4)
-    assert there == pytest.approx(here, rel=2e-2)  # roundings grow from step to step
+    assert there == pytest.approx(here, rel=2e-2)  # rounding differences grow with the steps
 
 
-def test_half_precision_learns_beside_float32_and_keeps_its_weights_in_it(trained: Trained) -> None:
-    whole, half = (trained(name, "run.device=cuda", f"run.precision={name}") for name in ("fp32", "bf16"))
+def test_bf16_has_similar_losses_and_keeps_float32_weights(trained: Trained) -> None:
+    full, half = (trained(name, "run.device=cuda", f"run.precision={name}") for name in ("fp32", "bf16"))
 
-    assert _losses(half)[:10] == pytest.approx(_losses(whole)[:10], rel=3e-2)
-    assert _losses(half) != _losses(whole)
+    assert _losses(half)[:10] == pytest.approx(_losses(full)[:10], rel=3e-2)
+    assert _losses(half) != _losses(full)
     assert all(math.isfinite(line["gradient_norm"]) for line in read_metrics(half / METRICS))
     files, _ = newest_snapshot(half)
     assert files is not None
@@ -79,7 +79,7 @@ def test_half_precision_learns_beside_float32_and_keeps_its_weights_in_it(traine
     assert {value.dtype for value in model.values() if value.is_floating_point()} == {torch.float32}
 
 
-def test_views_made_on_the_device_train_too(trained: Trained) -> None:
+def test_loss_falls_with_views_made_on_the_device(trained: Trained) -> None:
     run = trained("device", "run.device=cuda", "views.made=device", "run.precision=bf16")
 
     losses = _losses(run)
@@ -97,12 +97,12 @@ def _outcome(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("settings", [("run.precision=fp32",), ("run.precision=bf16", "views.made=device")], ids=str)
-def test_a_run_that_was_told_to_stop_becomes_what_it_would_have_become(
+def test_stopped_run_resumes_to_the_same_result_as_an_uninterrupted_run(
     trained: Trained, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
 ) -> None:
     import signal
 
-    expected = _outcome(trained("whole", "run.device=cuda", *settings))
+    expected = _outcome(trained("full", "run.device=cuda", *settings))
     compute = training.compute
 
     def stopping(session: Any, batch: Any, step: Any) -> Any:
@@ -119,8 +119,8 @@ def test_a_run_that_was_told_to_stop_becomes_what_it_would_have_become(
     assert [name for name in expected if not equal(expected[name], found[name])] == []
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices here")
-def test_two_gpus_train_as_one(trained: Trained, tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_have_the_losses_of_one_gpu(trained: Trained, tmp_path: Path) -> None:
     alone = _losses(trained("one", "run.device=cuda:0"))
     words = [str(tmp_path / "recipe.yaml"), f"run.dir={tmp_path / 'two'}", "run.device=cuda:0,cuda:1"]
 

@@ -1,4 +1,4 @@
-"""The logistic probe on a GPU: the size that 1 % of ImageNet has, and the CPU's answer."""
+"""The logistic and ridge probes on a GPU: the size of 1 % of ImageNet, and agreement with the CPU."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def clusters(n: int, d: int, classes: int, *, seed: int = 0) -> Features:
     return Features(values=values, labels=labels, image_ids=ids, n_classes=classes, tap="cls")
 
 
-def test_nine_fits_at_one_per_cent_of_imagenet_are_certified_within_a_few_gigabytes() -> None:
+def test_nine_fits_of_one_percent_of_imagenet_are_certified_within_4_gigabytes() -> None:
     torch.cuda.reset_peak_memory_stats()
 
     fits = [
@@ -35,7 +35,7 @@ def test_nine_fits_at_one_per_cent_of_imagenet_are_certified_within_a_few_gigaby
     assert torch.cuda.max_memory_allocated() < 4e9
 
 
-def test_objectives_are_the_cpus() -> None:
+def test_objectives_agree_with_the_cpu() -> None:
     train = clusters(500, 96, 50)
 
     here, there = (Logistic(lambdas=LAMBDAS).fit(train, torch.device(device)).settings for device in ("cuda", "cpu"))
@@ -43,7 +43,7 @@ def test_objectives_are_the_cpus() -> None:
     assert [one.objective for one in here] == pytest.approx([one.objective for one in there], rel=1e-6)
 
 
-def test_ridge_chooses_as_on_the_cpu() -> None:
+def test_ridge_chooses_the_same_penalty_as_on_the_cpu() -> None:
     train = clusters(500, 96, 50)
 
     here, there = (Ridge().fit(train, torch.device(device)).settings[0].chosen for device in ("cuda", "cpu"))
