@@ -92,7 +92,9 @@ def regressions_found(world: World, n: int, samples: int, *, margin: float, seed
     found = 0
     for changed in world.samples(n, samples, generator):
         others = unchanged.samples(n, PROTOCOLS - 1, generator)
-        found += judge_differences([changed, *others], [world.draws] * PROTOCOLS, margin=margin)[0].verdict == "regression"
+        found += (
+            judge_differences([changed, *others], [world.draws] * PROTOCOLS, margin=margin)[0].verdict == "regression"
+        )
     return found
 
 
