@@ -186,10 +186,9 @@ def _measure(wanted: "Sequence[Reproduction]", options: argparse.Namespace, data
 
 
 def _evaluate(one: "Reproduction", options: argparse.Namespace) -> "tuple[list[Result], int]":
-    from msn_eval.commands.evaluate import evaluate_all
+    from msn_eval.commands.progress import evaluate_with_progress
     from msn_eval.config.request import EvaluationConfig
     from msn_eval.config.yaml_config import read_config
-    from msn_eval.distributed.group import ALONE
     from msn_eval.evaluation.evaluate import prepare
     from msn_eval.evaluation.plan import make_plan
     from msn_eval.results.reproduction import request_options
@@ -213,7 +212,7 @@ def _evaluate(one: "Reproduction", options: argparse.Namespace) -> "tuple[list[R
             where=checkpoint,
             hint="Give the weights of that network, or another NAME.",
         )
-    return evaluate_all(plan, {checkpoint: ready}, ALONE)
+    return evaluate_with_progress(plan, prepared={checkpoint: ready})
 
 
 def _as_json(one: "Reproduction", verdict: "Verdict") -> Mapping[str, object]:

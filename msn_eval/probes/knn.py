@@ -1,16 +1,19 @@
 """Weighted nearest neighbours."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from msn_eval.config.recipes import Params
+from msn_eval.config.request import EvaluationConfig
+from msn_eval.data.subsets import Subset
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FittedProbe, ProbeConfig
-from msn_eval.probes.distributed import WorkerGroup, search_together
+from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup
+from msn_eval.probes.distributed import search_together
 from msn_eval.probes.knn_search.index import index_bank
 from msn_eval.probes.knn_search.search import Found, search_nearest
 
@@ -21,7 +24,7 @@ _SHARED_VALUES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
-class NearestNeighbours:
+class NearestNeighbours(FeatureProbe):
     """The k nearest labelled rows by cosine vote for their classes with weight exp(cosine / temperature).
 
     ks, temperatures: every pair is a protocol of its own; all come from one search
@@ -36,6 +39,23 @@ class NearestNeighbours:
     ks: tuple[int, ...] = DEFAULT_KS
     temperatures: tuple[float, ...] = (DEFAULT_TEMPERATURE,)
     asked: bool = False
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return (self.tap,)
+
+    def configs(self, n: int) -> tuple[Params, ...]:
+        return knn_settings(self, n)
+
+    def fit(
+        self,
+        train: Features,
+        device: torch.device,
+        *,
+        workers: WorkerGroup | None = None,
+        other_taps: Sequence[Features] = (),
+    ) -> FittedProbe:
+        return fit_knn(self, train, device, team=workers)
 
 
 def knn_settings(probe: NearestNeighbours, n: int) -> tuple[dict[str, int | float], ...]:
@@ -100,3 +120,12 @@ def neighbour_vote(cosines: Tensor, classes: Tensor, *, n_classes: int, temperat
     for place in range(classes.shape[1]):
         votes.scatter_add_(1, classes[:, place : place + 1], weights[:, place : place + 1])
     return votes.log() + largest
+
+
+def configure(config: EvaluationConfig, subset: Subset) -> Iterator[NearestNeighbours]:
+    """Yield the probe with the k and temperatures of the options."""
+    yield NearestNeighbours(
+        ks=tuple(dict.fromkeys(config.k)) or DEFAULT_KS,
+        temperatures=tuple(dict.fromkeys(config.temperature)) or (DEFAULT_TEMPERATURE,),
+        asked=bool(config.k),
+    )

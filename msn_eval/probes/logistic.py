@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
+from msn_eval.config.recipes import Params
+from msn_eval.config.request import EvaluationConfig
+from msn_eval.data.subsets import Subset
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FittedProbe, ProbeConfig, centred_rows
-from msn_eval.probes.distributed import WorkerGroup, minimise_together
+from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup, centred_rows
+from msn_eval.probes.distributed import minimise_together
 from msn_eval.probes.logistic_solvers.chunked_newton import RowShare, is_large, minimise_in_chunks
 from msn_eval.probes.logistic_solvers.lambda_selection import (
     GRID,
@@ -38,7 +41,7 @@ LARGEST_GAP = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Logistic:
+class Logistic(FeatureProbe):
     """Mean softmax cross-entropy + (lambda / n) / 2 ||W||^2 on centred, normalised rows; no intercept.
 
     lambdas: > 0, each a protocol of its own; scikit-learn's C is 1 / lambda
@@ -53,6 +56,23 @@ class Logistic:
     lambdas: tuple[float, ...]
     solver: Solver = "auto"
 
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return (self.tap,)
+
+    def configs(self, n: int) -> tuple[Params, ...]:
+        return logistic_settings(self, n)
+
+    def fit(
+        self,
+        train: Features,
+        device: torch.device,
+        *,
+        workers: WorkerGroup | None = None,
+        other_taps: Sequence[Features] = (),
+    ) -> FittedProbe:
+        return fit_logistic(self, train, device, team=workers)
+
 
 def default_lambda(subset: str) -> float:
     """Give the published strength: 0.075 for 1 % of ImageNet, 0.0025 for everything else."""
@@ -65,7 +85,7 @@ def logistic_settings(probe: Logistic, n: int) -> tuple[dict[str, int | float], 
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogisticAutoLambda:
+class LogisticAutoLambda(FeatureProbe):
     """The same objective at the lambda that the labelled images choose; the rule is that of lambda_choice, and its own protocol.
 
     solver: as in Logistic
@@ -76,6 +96,23 @@ class LogisticAutoLambda:
     tap: ClassVar[str] = "cls"
 
     solver: Solver = "auto"
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return (self.tap,)
+
+    def configs(self, n: int) -> tuple[Params, ...]:
+        return auto_settings()
+
+    def fit(
+        self,
+        train: Features,
+        device: torch.device,
+        *,
+        workers: WorkerGroup | None = None,
+        other_taps: Sequence[Features] = (),
+    ) -> FittedProbe:
+        return fit_chosen(self, train, device, team=workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,3 +254,12 @@ def reduced_rows(rows: Tensor) -> tuple[Tensor, Tensor | None]:
         return rows, None
     basis, coordinates = torch.linalg.qr(rows.T)
     return coordinates.T.contiguous(), basis
+
+
+def configure(config: EvaluationConfig, subset: Subset) -> Iterator[Logistic | LogisticAutoLambda]:
+    """Yield the probe with the lambdas of the options, and the one that chooses its own where that is asked for."""
+    solver = cast(Solver, config.solver)
+    if config.strengths or not config.chooses_strength:
+        yield Logistic(lambdas=config.strengths or (default_lambda(subset.name),), solver=solver)
+    if config.chooses_strength:
+        yield LogisticAutoLambda(solver=solver)

@@ -1,15 +1,18 @@
 """Ridge regression onto one-hot targets, its strength chosen by the exact leave-one-out error."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from msn_eval.config.recipes import Params
+from msn_eval.config.request import EvaluationConfig
+from msn_eval.data.subsets import Subset
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FittedProbe, ProbeConfig, centred_rows
+from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup, centred_rows
 
 # alpha = 10^-4, 10^-3.5, … 10^4: rows have unit length, so the Gram matrix's eigenvalues lie between 0 and n.
 GRID = tuple(float(10 ** (step / 2)) for step in range(-8, 9))
@@ -17,7 +20,7 @@ _FEWEST_LEFT = 1e-10  # of a row's own weight in its prediction; below it leave-
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ridge:
+class Ridge(FeatureProbe):
     """One-hot targets less the class prior, squared error + alpha ||W||^2, an unpenalised bias.
 
     alpha is the one of GRID with the smallest leave-one-out squared error, of equal ones the largest: chosen from the
@@ -28,6 +31,23 @@ class Ridge:
     name: ClassVar[str] = "ridge"
     version: ClassVar[int] = 1
     tap: ClassVar[str] = "cls"
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return (self.tap,)
+
+    def configs(self, n: int) -> tuple[Params, ...]:
+        return ridge_settings()
+
+    def fit(
+        self,
+        train: Features,
+        device: torch.device,
+        *,
+        workers: WorkerGroup | None = None,
+        other_taps: Sequence[Features] = (),
+    ) -> FittedProbe:
+        return fit_ridge(self, train, device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,3 +139,8 @@ def _left_out_error(left: Tensor, variances: Tensor, pulled: Tensor, targets: Te
     residual = targets - left @ (kept[:, None] * pulled)
     # Targets less the class prior: leaving a row out moves the prior too, which the bias absorbs.
     return (residual / (1 - own_weight).clamp_min(_FEWEST_LEFT)[:, None]).square().mean()
+
+
+def configure(config: EvaluationConfig, subset: Subset) -> Iterator[Ridge]:
+    """Yield the probe, which has no options."""
+    yield Ridge()

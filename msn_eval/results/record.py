@@ -36,6 +36,7 @@ class CheckpointInfo:
     """What was evaluated; the fields are those of Checkpoint.
 
     allow_missing: the patterns by which weights were allowed to be absent, where some were
+    distribution:  name and version of the plug-in that reads such checkpoints, None for a built-in reader
     """
 
     name: str
@@ -49,6 +50,7 @@ class CheckpointInfo:
     matched: float
     epoch: int | None
     allow_missing: tuple[str, ...] = ()
+    distribution: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

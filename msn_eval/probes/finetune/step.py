@@ -1,6 +1,7 @@
-"""Finetune step: how one step changes the weights, on any number of ranks, in parts as small as memory asks for."""
+"""Fine-tuning step: it changes the weights by one batch, on any number of ranks, in micro-batches that fit into memory."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +12,14 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
-from msn_eval.config.recipes import Finetune
 from msn_eval.distributed.group import Group, share, sum_over_ranks
 from msn_eval.errors import NumericalError, ResourceError
 from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_eval.features.encoder import Precision
-from msn_eval.probes.finetune.data import Mixing, Order, path_draws
+from msn_eval.probes.finetune import Finetune
+from msn_eval.probes.finetune.data import Mixing, Order, draw_paths
 from msn_eval.probes.finetune.model import FinetuneModel
-from msn_eval.probes.finetune.predict import Labelled, Pace, logits_of
+from msn_eval.probes.finetune.predict import LabelledImages, RunOptions, compute_logits
 from msn_eval.probes.training_state import StateFiles
 from msn_eval.process import StopRequest
 
@@ -27,136 +28,147 @@ _SHOWN = 5
 
 
 @dataclass(kw_only=True)
-class Run:
-    """A fine-tuning under way: what changes from step to step."""
+class Training:
+    """A fine-tuning between two steps.
 
-    trainee: FinetuneModel
-    optimizer: torch.optim.Optimizer
-    schedule: CosineLRScheduler
-    part: int
-    step: int = 0
-    loss: tuple[float, int] = (0.0, 0)
-    saved_at: float = field(default_factory=time.monotonic)
-    refused_step: int | None = None  # at which the disk first refused a state, until one was written
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What a fine-tuning has from its first step to its last."""
+    Attributes:
+        probe, labelled, order, precision, group, options, files: As passed to `finetune`; they do not change.
+        model, optimizer, schedule: What is trained, and how.
+        micro_batch: Images at once on this rank; halved on out-of-memory.
+        step: Number of steps taken.
+        loss: Sum of the losses of the current epoch's steps, and their number.
+        saved_at: When a state was written last, or tried.
+        refused_step: Step at which the disk first refused a state, until one is written.
+    """
 
     probe: Finetune
-    labelled: Labelled
+    labelled: LabelledImages
     order: Order
     precision: Precision
     group: Group
-    pace: Pace
-    states: StateFiles | None
-
-    @property
-    def steps_an_epoch(self) -> int:
-        return max(1, -(-self.labelled.labels.numel() // self.order.batch))
-
-
-def own_rows(setup: Setup) -> range:
-    """Give the rows of each batch that this rank takes, whole pairs but for a last odd one."""
-    return share(setup.order.batch, setup.group, block=2)
-
-
-def take_step(setup: Setup, run: Run, pixels: Tensor, stop: StopRequest) -> bool:
-    """Change the weights by one step; tell whether some rank was asked to stop."""
-    run.schedule.step_update(run.step)
-    loss = _gradients(setup, run, pixels)
-    parameters = list(run.trainee.trained.values())
-    for one in parameters:
-        if one.grad is None:  # this rank has no images in this step
-            one.grad = torch.zeros_like(one)
-    told = torch.stack([loss, loss.new_tensor(float(stop.number is not None))])
-    sum_over_ranks(setup.group, [*(one.grad for one in parameters if one.grad is not None), told])
-    norm = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
-    loss_value, stops = (float(one) for one in told.tolist())
-    length = float(norm)
-    if not (torch.isfinite(told).all() and torch.isfinite(norm)):
-        raise _not_finite(setup, run, loss_value, length)
-    if setup.probe.recipe.clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, setup.probe.recipe.clip, norm)
-    run.optimizer.step()
-    if run.step % setup.steps_an_epoch == 0:
-        run.loss = 0.0, 0
-    run.loss = run.loss[0] + loss_value, run.loss[1] + 1
-    run.step += 1
-    return stops > 0
+    options: RunOptions
+    files: StateFiles | None
+    model: FinetuneModel
+    optimizer: torch.optim.Optimizer
+    schedule: CosineLRScheduler
+    micro_batch: int
+    step: int = 0
+    loss: tuple[float, int] = (0.0, 0)
+    saved_at: float = field(default_factory=time.monotonic)
+    refused_step: int | None = None
 
 
-def _gradients(setup: Setup, run: Run, pixels: Tensor) -> Tensor:
-    """Put the gradients of this rank's share of a step into the weights; give its share of the mean loss.
+def own_rows(order: Order, group: Group) -> range:
+    """Return the rows of each batch that a rank takes: complete pairs, except for a last odd row."""
+    return share(order.batch, group, block=2)
 
-    Where memory is short, in smaller parts; what a part that failed has added is taken back first.
+
+def take_step(training: Training, pixels: Tensor, stop: StopRequest) -> bool:
+    """Change the weights by one step.
+
+    Args:
+        training: The training; changed in place.
+        pixels: This rank's rows of the batch, (b, 3, S, S) float32, normalised.
+        stop: Whether this rank is asked to stop.
+
+    Returns:
+        Whether some rank is asked to stop.
+
+    Raises:
+        NumericalError: The loss or the gradient is not finite.
+        ResourceError: Memory is too small for two images.
+    """
+    training.schedule.step_update(training.step)
+    loss = _compute_gradients(training, pixels)
+    weights = list(training.model.trained.values())
+    for weight in weights:
+        if weight.grad is None:  # this rank has no images in this step
+            weight.grad = torch.zeros_like(weight)
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    sums = torch.stack([loss, loss.new_tensor(float(stop.number is not None))])
+    sum_over_ranks(training.group, [*gradients, sums])
+    norm = torch.nn.utils.get_total_norm(gradients)
+    total, stops = sums.tolist()
+    if not (math.isfinite(total) and bool(norm.isfinite())):
+        raise _make_error(training, total, float(norm))
+    if training.probe.recipe.clip:
+        torch.nn.utils.clip_grads_with_norm_(weights, training.probe.recipe.clip, norm)
+    training.optimizer.step()
+    if training.step % training.order.steps_per_epoch == 0:
+        training.loss = 0.0, 0
+    training.loss = training.loss[0] + total, training.loss[1] + 1
+    training.step += 1
+    return bool(stops)
+
+
+def _compute_gradients(training: Training, pixels: Tensor) -> Tensor:
+    """Add the gradients of this rank's rows to the weights, and return its share of the mean loss.
+
+    On out-of-memory the micro-batch is halved, and the step starts again from zero gradients.
     """
     while True:
-        run.optimizer.zero_grad(set_to_none=True)
+        training.optimizer.zero_grad(set_to_none=True)
         try:
-            return _accumulated(setup, run, pixels)
+            return _accumulate(training, pixels)
         except OUT_OF_MEMORY_ERRORS as error:
             if not is_out_of_memory(error):
                 raise
-            shortage = str(error).partition("\n")[0]
-        # Outside of the except block: there the failed attempt's frames, and their tensors with them, would live on.
-        device = run.trainee.encoder.device
-        run.part = min(run.part, len(pixels))
-        if run.part <= 2:
+            reason = str(error).partition("\n")[0]
+        # Outside of the except block: there the frames of the failed attempt would keep their tensors alive.
+        device = training.model.encoder.device
+        micro_batch = min(training.micro_batch, len(pixels))
+        if micro_batch <= 2:
             raise ResourceError(
-                f"memory of {device} is too small to train on two images at once: {shortage}",
+                f"memory of {device} is too small to train on two images at once: {reason}",
                 hint="Train fewer blocks (finetune.blocks), or use --precision bf16 or another --device.",
             )
-        run.part = max(2, run.part // 2 - run.part // 2 % 2)
-        _log.warning("out of memory on %s; going on with %d images at once", device, run.part)
+        training.micro_batch = max(2, micro_batch // 4 * 2)  # even, so that pairs stay together
+        _log.warning("out of memory on %s; continuing with %d images at once", device, training.micro_batch)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _accumulated(setup: Setup, run: Run, pixels: Tensor) -> Tensor:
-    probe, order, trainee = setup.probe, setup.order, run.trainee
-    device = trainee.encoder.device
-    rows = own_rows(setup)
-    mix = Mixing(recipe=probe.recipe, n_classes=trainee.head.out_features, seed=probe.seed)
-    draws = path_draws(run.step, batch=order.batch, paths=len(trainee.paths), seed=probe.seed)
-    labels = setup.labelled.labels[
-        torch.tensor([number for _, number in order.items(run.step, rows)], dtype=torch.int64)
-    ]
+def _accumulate(training: Training, pixels: Tensor) -> Tensor:
+    probe, order, model, step = training.probe, training.order, training.model, training.step
+    device = model.encoder.device
+    rows = own_rows(order, training.group)
+    mix = Mixing(recipe=probe.recipe, n_classes=model.head.out_features, seed=probe.seed)
+    draws = draw_paths(step, batch=order.batch, paths=len(model.paths), seed=probe.seed)
+    numbers = [number for _, number in order.items(step, rows)]
+    labels = training.labelled.labels[torch.tensor(numbers, dtype=torch.int64)]
     total = torch.zeros((), device=device)
-    loss_of = SoftTargetCrossEntropy()
-    for first in range(0, len(rows), run.part):
-        some = slice(first, min(first + run.part, len(rows)))
+    cross_entropy = SoftTargetCrossEntropy()
+    for first in range(0, len(rows), training.micro_batch):
+        own = slice(first, min(first + training.micro_batch, len(rows)))
         images, targets = mix(
-            pixels[some].to(device, trainee.head.weight.dtype, copy=True, non_blocking=True),
-            labels[some].to(device),
-            run.step,
+            pixels[own].to(device, model.head.weight.dtype, copy=True, non_blocking=True), labels[own].to(device), step
         )
-        with _paths_drawn(trainee, draws[rows.start + some.start : rows.start + some.stop].to(device)):
-            logits = logits_of(trainee, images, setup.precision)
-            loss = loss_of(logits, targets) * (len(images) / order.batch)
+        with _set_path_draws(model, draws[rows.start + own.start : rows.start + own.stop].to(device)):
+            logits = compute_logits(model, images, training.precision)
+            loss = cross_entropy(logits, targets) * (len(images) / order.batch)
             loss.backward()
         total += loss.detach()
     return total
 
 
 @contextmanager
-def _paths_drawn(trainee: FinetuneModel, draws: Tensor) -> Iterator[None]:
-    for column, path in enumerate(trainee.paths):
+def _set_path_draws(model: FinetuneModel, draws: Tensor) -> Iterator[None]:
+    for column, path in enumerate(model.paths):
         path.draws = draws[:, column]
     try:
         yield
     finally:
-        for path in trainee.paths:
+        for path in model.paths:
             path.draws = None
 
 
-def _not_finite(setup: Setup, run: Run, loss: float, length: float) -> NumericalError:
-    items = setup.order.items(run.step, range(setup.order.batch))
-    names = ", ".join(setup.labelled.images.ids[number] for _, number in items[:_SHOWN])
-    what = f"the loss is {loss:g}" if loss != loss or abs(loss) == float("inf") else f"the gradient is {length:g} long"
+def _make_error(training: Training, loss: float, norm: float) -> NumericalError:
+    order = training.order
+    items = order.items(training.step, range(order.batch))
+    names = ", ".join(training.labelled.images.ids[number] for _, number in items[:_SHOWN])
+    problem = f"the norm of the gradient is {norm:g}" if math.isfinite(loss) else f"the loss is {loss:g}"
     hint = "Use a smaller finetune.learning_rate or a longer warm-up"
     return NumericalError(
-        f"fine-tuning: {what} at step {run.step + 1} of {setup.order.steps} (images {names}, …)",
-        hint=f"{hint}, or --precision fp32." if setup.precision != "fp32" else f"{hint}.",
+        f"fine-tuning: {problem} at step {training.step + 1} of {order.steps} (images {names}, …)",
+        hint=f"{hint}, or --precision fp32." if training.precision != "fp32" else f"{hint}.",
     )

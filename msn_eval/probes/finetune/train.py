@@ -1,28 +1,28 @@
-"""Finetune: encoder and head trained together, from images.
+"""Fine-tuning: encoder and head are trained together, from images.
 
-It leaves the corridor after the encoder and rejoins it with scores. A step is a pure function of the weights before it and of
-(seed, step): which images it sees, how they are changed and mixed, which residual branches are left out. So neither the
-number of ranks, nor that of workers, nor how a batch is cut, nor a stop in between changes more than rounding.
+It leaves the pipeline after the encoder and rejoins it with scores. A step is a pure function of the weights before it and of
+(seed, step): which images it takes, how they are changed and mixed, which residual branches are dropped. So the number of
+ranks and of workers, the micro-batch and an interruption change no more than rounding.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
-from msn_eval.config.recipes import Finetune
+from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.distributed.group import ALONE, Group, barrier, broadcast_from_first, broadcast_from_rank0
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features.encoder import Precision, exact_float32
-from msn_eval.probes.finetune.data import Augmentation, Order, epoch_order, load_training_images
+from msn_eval.probes.finetune import Finetune
+from msn_eval.probes.finetune.data import Augmentation, Item, Order, load_training_images, make_order
 from msn_eval.probes.finetune.model import FinetuneModel, build_optimizer
-from msn_eval.probes.finetune.predict import Labelled, Pace, start_head
-from msn_eval.probes.finetune.step import Run, Setup, own_rows, take_step
+from msn_eval.probes.finetune.predict import LabelledImages, RunOptions, init_head
+from msn_eval.probes.finetune.step import Training, own_rows, take_step
 from msn_eval.probes.training_state import StateFiles, read_state, write_state
 from msn_eval.process import watch_stop_signals
 
@@ -33,65 +33,85 @@ Progress = Callable[[int, int], None]  # images done, images in all
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneResult:
-    """How a fine-tuning ended.
+    """The end of a fine-tuning.
 
-    loss: mean over the last epoch's steps of what was minimised
+    Attributes:
+        steps: Number of steps.
+        loss: Mean over the steps of the last epoch of what was minimised.
+        micro_batch: Images at once on this rank at the end.
     """
 
     steps: int
     loss: float
-    part: int
+    micro_batch: int
 
 
 def finetune(
     probe: Finetune,
-    trainee: FinetuneModel,
-    labelled: Labelled,
+    model: FinetuneModel,
+    labelled: LabelledImages,
     *,
     precision: Precision,
-    pace: Pace,
-    states: StateFiles | None = None,
+    options: RunOptions,
+    files: StateFiles | None = None,
     group: Group = ALONE,
     on_progress: Progress | None = None,
 ) -> FinetuneResult:
-    """Train a trainee in place, from the state that an earlier attempt left, if it left one.
+    """Train a model in place, from the state of an earlier attempt if there is one.
 
-    precision: fp32, or bf16 by autocast around float32 weights
-    states:    where they are kept; None: nothing is written
-    group:     ranks that share each batch; a process group must be joined where there are several
-    Raises NumericalError naming images where the loss or the gradient is not finite; DataError for images that cannot be
-    used; StoreError where the disk refused states for an epoch and at its end again; ResourceError where memory is too
-    small for two images. SIGTERM and Ctrl-C are heeded between two steps, with a state written.
+    SIGTERM and Ctrl-C take effect between two steps, after a state is written.
+
+    Args:
+        probe: The recipe and the seed.
+        model: The model.
+        labelled: The labelled images.
+        precision: fp32, or bf16 by autocast around float32 weights.
+        options: Options that change no number.
+        files: Where states are kept; None writes none.
+        group: Ranks that share each batch; several must have joined a process group.
+        on_progress: Called with images done and images in total.
+
+    Raises:
+        NumericalError: The loss, the gradient or a weight is not finite.
+        DataError: Images cannot be used.
+        StoreError: The disk refuses states for an epoch and at its end again.
+        ResourceError: Memory is too small for two images.
     """
-    order = epoch_order(probe.recipe, len(labelled.labels), seed=probe.seed)
-    setup = Setup(
-        probe=probe, labelled=labelled, order=order, precision=precision, group=group, pace=pace, states=states
+    order, recipe = make_order(probe.recipe, len(labelled.labels), seed=probe.seed), probe.recipe
+    optimizer = build_optimizer(model, recipe)
+    training = Training(
+        probe=probe,
+        labelled=labelled,
+        order=order,
+        precision=precision,
+        group=group,
+        options=options,
+        files=files,
+        model=model,
+        optimizer=optimizer,
+        schedule=_build_schedule(recipe, order.steps, optimizer),
+        micro_batch=max(2, options.micro_batch),
     )
-    optimizer = build_optimizer(trainee, probe.recipe)
-    run = Run(trainee=trainee, optimizer=optimizer, schedule=_schedule(setup, optimizer), part=max(2, pace.part))
-    _resume(setup, run)
-    if run.step == 0 and probe.recipe.head_lambda:
-        start_head(trainee, labelled, strength=probe.recipe.head_lambda, precision=precision, pace=pace, group=group)
-    with ExitStack() as opened:
-        opened.enter_context(exact_float32())
-        stop = opened.enter_context(watch_stop_signals())
-        for pixels in _batches(setup, run):
-            if take_step(setup, run, pixels, stop):
-                _save(setup, run, last=True)
+    _resume(training)
+    if training.step == 0 and recipe.head_lambda:
+        init_head(model, labelled, l2=recipe.head_lambda, precision=precision, options=options, group=group)
+    with exact_float32(), watch_stop_signals() as stop:
+        for pixels in _load_batches(training):
+            if take_step(training, pixels, stop):
+                _save(training, is_last=True)
                 barrier(group, "state")
-                if stop.number is None:  # another rank was told, and ends now
+                if stop.number is None:  # a different rank was asked, and ends now
                     barrier(group, "stop")
                     raise KeyboardInterrupt
                 break
             if on_progress is not None:
-                on_progress(run.step * order.batch, order.steps * order.batch)
-            _save_if_due(setup, run)
-    total, count = run.loss
-    return FinetuneResult(steps=run.step, loss=total / max(1, count), part=run.part)
+                on_progress(training.step * order.batch, order.steps * order.batch)
+            _save_if_due(training)
+    total, count = training.loss
+    return FinetuneResult(steps=training.step, loss=total / max(1, count), micro_batch=training.micro_batch)
 
 
-def _schedule(setup: Setup, optimizer: torch.optim.Optimizer) -> CosineLRScheduler:
-    recipe, steps = setup.probe.recipe, setup.order.steps
+def _build_schedule(recipe: FinetuneRecipe, steps: int, optimizer: torch.optim.Optimizer) -> CosineLRScheduler:
     warmup = min(steps - 1, round(recipe.warmup_epochs * steps / recipe.epochs))
     return CosineLRScheduler(
         optimizer,
@@ -104,42 +124,40 @@ def _schedule(setup: Setup, optimizer: torch.optim.Optimizer) -> CosineLRSchedul
     )
 
 
-def _resume(setup: Setup, run: Run) -> None:
-    if setup.states is None:
+def _resume(training: Training) -> None:
+    """Continue from the newest state, if there is one. Rank 0 reads it: others may not see its folder."""
+    group, files = training.group, training.files
+    state = read_state(files) if files is not None and group.rank == 0 else None
+    if not broadcast_from_rank0(group, "state", lambda: "" if state is None else str(state["step"])):
         return
-    # Ranks on other hosts may not see the first one's folder; what it reads is everyone's.
-    state = read_state(setup.states) if setup.group.rank == 0 else None
-    if not broadcast_from_rank0(setup.group, "state", lambda: "" if state is None else str(state["step"])):
-        return
-    state = broadcast_from_first(setup.group, state)
+    state = broadcast_from_first(group, state)
     with torch.no_grad():
-        for name, one in run.trainee.trained.items():
-            one.copy_(state["network"][name])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.step, run.loss = state["step"], state["loss"]
-    _log.info("fine-tuning goes on after step %d of %d", run.step, setup.order.steps)
+        for name, weight in training.model.trained.items():
+            weight.copy_(state["network"][name])
+    training.optimizer.load_state_dict(state["optimizer"])
+    training.step, training.loss = state["step"], state["loss"]
+    _log.info("fine-tuning resumes after step %d of %d", training.step, training.order.steps)
 
 
-def _batches(setup: Setup, run: Run) -> Iterator[Tensor]:
-    """Give this rank's pixels of every step that is left."""
-    order, rows = setup.order, own_rows(setup)
-    cuda = run.trainee.encoder.device.type == "cuda"
+def _load_batches(training: Training) -> Iterator[Tensor]:
+    """Yield this rank's pixels of every step that is left."""
+    order, rows, encoder = training.order, own_rows(training.order, training.group), training.model.encoder
     if not rows:  # more ranks than pairs of images
-        yield from (torch.empty(0) for _ in range(run.step, order.steps))
+        yield from (torch.empty(0) for _ in range(training.step, order.steps))
         return
     yield from load_training_images(
-        setup.labelled.images,
-        setup.labelled.hashes,
-        Augmentation(recipe=setup.probe.recipe, transform=run.trainee.encoder.transform, seed=setup.probe.seed),
-        _Steps(order, rows, first=run.step),
-        workers=setup.pace.workers,
-        pinned=cuda,
+        training.labelled.images,
+        training.labelled.hashes,
+        Augmentation(recipe=training.probe.recipe, transform=encoder.transform, seed=training.probe.seed),
+        _Batches(order, rows, first=training.step),
+        workers=training.options.workers,
+        pinned=encoder.device.type == "cuda",
     )
 
 
 @dataclass(frozen=True)
-class _Steps:
-    """The items of each step that is left, made when they are asked for."""
+class _Batches:
+    """The items of each step that is left, made when the loader asks for them."""
 
     order: Order
     rows: range
@@ -148,42 +166,45 @@ class _Steps:
     def __len__(self) -> int:
         return self.order.steps - self.first
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Item]]:
         return (self.order.items(step, self.rows) for step in range(self.first, self.order.steps))
 
 
-def _save_if_due(setup: Setup, run: Run) -> None:
-    last = run.step == setup.order.steps
-    waited = time.monotonic() - run.saved_at
-    at_epoch_end = run.step % setup.steps_an_epoch == 0
-    if last or waited >= (setup.pace.save_seconds if at_epoch_end else setup.pace.epoch_seconds):
-        _save(setup, run, last=last)
+def _save_if_due(training: Training) -> None:
+    options, is_last = training.options, training.step == training.order.steps
+    ends_epoch = training.step % training.order.steps_per_epoch == 0
+    waited = time.monotonic() - training.saved_at
+    if is_last or waited >= (options.save_seconds if ends_epoch else options.epoch_seconds):
+        _save(training, is_last=is_last)
 
 
-def _save(setup: Setup, run: Run, *, last: bool) -> None:
-    """Write a state, if it is finite. A disk that refuses is told, and training goes on: to the end of the next epoch at most.
+def _save(training: Training, *, is_last: bool) -> None:
+    """Write a state if it is finite. If the disk refuses, training continues, to the end of the next epoch at most.
 
-    last: no step follows, in which every rank would meet what is not finite
+    Args:
+        training: The training.
+        is_last: No step follows, whose loss would show weights that are not finite.
     """
-    run.saved_at = time.monotonic()
-    writes = setup.states is not None and setup.group.rank == 0
-    if not (writes or last):
+    training.saved_at = time.monotonic()
+    files = training.files if training.group.rank == 0 else None
+    if files is None and not is_last:
         return
-    network = {name: one.detach().cpu() for name, one in run.trainee.trained.items()}
-    bad = [name for name, one in network.items() if not bool(one.isfinite().all())]
-    if bad and last:
+    network = {name: weight.detach().cpu() for name, weight in training.model.trained.items()}
+    bad = [name for name, weight in network.items() if not bool(weight.isfinite().all())]
+    if bad and is_last:
         raise NumericalError(
-            f"{len(bad)} weights are not finite after step {run.step} ({', '.join(bad[:_SHOWN])})",
+            f"{len(bad)} weights are not finite after step {training.step} ({', '.join(bad[:_SHOWN])})",
             hint="Use a smaller finetune.learning_rate.",
         )
-    if bad or setup.states is None or not writes:
+    if bad or files is None:
         return
-    state = {"network": network, "optimizer": run.optimizer.state_dict(), "loss": run.loss}
+    state = {"network": network, "optimizer": training.optimizer.state_dict(), "loss": training.loss}
     try:
-        write_state(setup.states, state, step=run.step)
-        run.refused_step = None
+        write_state(files, state, step=training.step)
+        training.refused_step = None
     except StoreError as error:
-        run.refused_step = run.step if run.refused_step is None else run.refused_step
-        if last or run.step > run.refused_step + setup.steps_an_epoch:
+        if training.refused_step is None:
+            training.refused_step = training.step
+        if is_last or training.step > training.refused_step + training.order.steps_per_epoch:
             raise
-        _log.error("training goes on without a state after step %d: %s", run.step, error)
+        _log.error("training continues without a state after step %d: %s", training.step, error)

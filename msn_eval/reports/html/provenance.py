@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from msn_eval.config.recipes import Finetune, recipe_of
+from msn_eval.config.recipes import recipe_of
 from msn_eval.errors import printable
 from msn_eval.results.record import SCHEMA, Result
 from msn_eval.results.statistics import wilson_interval
@@ -36,7 +36,7 @@ def _command(result: Result) -> dict[str, str]:
     if result.probe.name in _SECTIONS:
         section = result.probe.name.replace("-", "_")
         asked += [f"{section}.{name}={_written(value)}" for name, value in result.probe.params.items()]
-    if result.probe.name == Finetune.name:
+    if result.probe.name == "finetune":
         asked += [f"finetune.{name}={value!r}" for name, value in recipe_of(result.probe.params).differing.items()]
     asked += ["--lambda", "auto"] if "auto" in result.probe.params else []
     protocol, by_hand = result.protocol, result.protocol.get("by_hand")

@@ -14,7 +14,7 @@ from msn_eval import evaluate
 from msn_eval.cli import main
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.errors import NumericalError
-from msn_eval.evaluation import evaluate as evaluation
+from msn_eval.evaluation import measurement
 from msn_eval.evaluation.canary import FALSE_ALARMS, judge_canary, random_labels, refuse_leaks
 from msn_eval.evaluation.plan import make_plan
 from msn_eval.features.extraction import Features
@@ -92,7 +92,7 @@ def test_validation_images_among_the_labelled_ones_are_found_out(
 def test_scoring_that_looks_at_the_labels_is_found_out(
     clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "rank_labels", lambda scores, labels: (labels, torch.ones_like(labels)))
+    monkeypatch.setattr(measurement, "rank_labels", lambda scores, labels: (labels, torch.ones_like(labels)))
 
     with pytest.raises(NumericalError, match="something leaks"):
         evaluate(["pixels"], data=str(clean), subsets=["1img"], out=tmp_path, device="cpu", no_cache=True, canary=True)
@@ -197,7 +197,7 @@ def test_a_failed_result_is_no_judgement(result: Result) -> None:
 def test_a_judgement_names_setting_and_draw(result: Result) -> None:
     second = replace(_with(result, 20, 50), split=replace(result.split, draw=2))
 
-    assert judge_canary([second])[0].what == "pixels: logistic lambda=0.0025 1img@2"
+    assert judge_canary([second])[0].name == "pixels: logistic lambda=0.0025 1img@2"
 
 
 def test_of_several_results_the_one_farthest_above_its_bound_is_named(result: Result) -> None:

@@ -256,9 +256,9 @@ def test_transformers_gives_the_logits_of_the_network_that_was_scored(
     transformers = pytest.importorskip("transformers")
     name, kind, tap = _LAYOUTS[layout]
     trained: list[Any] = []
-    real = finetuning.build_trainee
+    real = finetuning.build_finetune_model
     monkeypatch.setattr(
-        finetuning, "build_trainee", lambda *given, **named: trained.append(real(*given, **named)) or trained[-1]
+        finetuning, "build_finetune_model", lambda *given, **named: trained.append(real(*given, **named)) or trained[-1]
     )
     tune(name, save=str(tmp_path / "saved"), tap=tap)
     encoder = build_encoder(read_checkpoint(name), device=torch.device("cpu"), precision="fp32")

@@ -9,9 +9,8 @@ import torch
 
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes import Probe, fit
-from msn_eval.probes import base as degenerate
-from msn_eval.probes.base import centred_rows, describe_collapse, normalised_rows, rank_labels
+from msn_eval.probes import base
+from msn_eval.probes.base import FeatureProbe, centred_rows, describe_collapse, fit_probe, normalised_rows, rank_labels
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.logistic import Logistic
 from msn_eval.probes.ncm import NearestClassMean
@@ -124,8 +123,8 @@ PROBES = [Logistic(lambdas=(0.0025,)), NearestNeighbours(ks=(3,)), Ridge(), Near
 
 
 @pytest.fixture(params=PROBES, ids=lambda probe: str(probe.name))
-def probe(request: pytest.FixtureRequest) -> Probe:
-    chosen: Probe = request.param
+def probe(request: pytest.FixtureRequest) -> FeatureProbe:
+    chosen: FeatureProbe = request.param
     return chosen
 
 
@@ -142,13 +141,13 @@ def _clusters(n: int = 20, d: int = 6) -> Features:
     )
 
 
-def _refusal(probe: Probe, train: Features) -> str:
+def _refusal(probe: FeatureProbe, train: Features) -> str:
     with pytest.raises(NumericalError) as caught:
-        fit(probe, train, CPU)
+        fit_probe(probe, train, CPU)
     return str(caught.value)
 
 
-def test_single_class_is_refused_by_every_probe(probe: Probe) -> None:
+def test_single_class_is_refused_by_every_probe(probe: FeatureProbe) -> None:
     train = replace(_clusters(), labels=torch.full((20,), 2))
 
     assert _refusal(probe, train) == (
@@ -157,7 +156,7 @@ def test_single_class_is_refused_by_every_probe(probe: Probe) -> None:
 
 
 @pytest.mark.parametrize(("label", "count"), [(-1, 1), (4, 1)])
-def test_label_out_of_range_is_named_by_every_probe(probe: Probe, label: int, count: int) -> None:
+def test_label_out_of_range_is_named_by_every_probe(probe: FeatureProbe, label: int, count: int) -> None:
     train = _clusters()
     labels = train.labels.clone()
     labels[7] = label
@@ -168,7 +167,7 @@ def test_label_out_of_range_is_named_by_every_probe(probe: Probe, label: int, co
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_row_that_is_not_finite_is_named_by_every_probe(probe: Probe, value: float) -> None:
+def test_row_that_is_not_finite_is_named_by_every_probe(probe: FeatureProbe, value: float) -> None:
     train = _clusters()
     train.values[3, 2] = value
 
@@ -187,20 +186,20 @@ def test_of_many_rows_that_are_not_finite_the_first_five_are_named() -> None:
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3])
-def test_constant_features_are_scored_at_chance(probe: Probe, level: float) -> None:
+def test_constant_features_are_scored_at_chance(probe: FeatureProbe, level: float) -> None:
     train = _features(torch.full((20, 6), level), torch.arange(20) % 4)
 
-    (scores,) = fit(probe, train, CPU).scores(torch.full((40, 6), level))
+    (scores,) = fit_probe(probe, train, CPU).scores(torch.full((40, 6), level))
 
     prediction, _ = rank_labels(scores, torch.arange(40) % 4)  # refuses NaN
     assert int((prediction == torch.arange(40) % 4).sum()) == 10
 
 
-def test_zero_rows_among_others_do_no_harm(probe: Probe) -> None:
+def test_zero_rows_among_others_do_no_harm(probe: FeatureProbe) -> None:
     train = _clusters()
     train.values[5] = 0
 
-    (scores,) = fit(probe, train, CPU).scores(torch.cat([train.values, torch.zeros(1, 6)]))
+    (scores,) = fit_probe(probe, train, CPU).scores(torch.cat([train.values, torch.zeros(1, 6)]))
 
     prediction, _ = rank_labels(scores[[*range(5), *range(6, 20)]], train.labels[[*range(5), *range(6, 20)]])
     assert not scores.isnan().any()
@@ -208,10 +207,10 @@ def test_zero_rows_among_others_do_no_harm(probe: Probe) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_separable_features_of_any_scale_are_separated(probe: Probe, scale: float) -> None:
+def test_separable_features_of_any_scale_are_separated(probe: FeatureProbe, scale: float) -> None:
     train = _features(scale * torch.eye(4, 12).repeat(5, 1), torch.arange(20) % 4)
 
-    fitted = fit(probe, train, CPU)
+    fitted = fit_probe(probe, train, CPU)
 
     (scores,) = fitted.scores(train.values)
     assert fitted.settings[0].converged in (True, None)
@@ -237,7 +236,7 @@ def test_one_vector_with_float32_noise_is_told_to_have_collapsed() -> None:
 
 
 def test_collapse_is_seen_over_more_rows_than_are_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(degenerate, "_BLOCK_ROWS", 3)
+    monkeypatch.setattr(base, "_BLOCK_ROWS", 3)
     values = torch.randn(8, generator=torch.Generator().manual_seed(0)).repeat(50, 1)
 
     assert describe_collapse(values).startswith("collapsed representation")

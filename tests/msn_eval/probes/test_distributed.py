@@ -16,9 +16,9 @@ from msn_eval.features.extraction import Features
 from msn_eval.probes import distributed as team
 from msn_eval.probes import knn
 from msn_eval.probes.distributed import WorkerGroup, search_together, serve, shutdown
-from msn_eval.probes.knn import NearestNeighbours, fit_knn
+from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.knn_search.index import Bank, index_bank
-from msn_eval.probes.logistic import Logistic, fit_logistic
+from msn_eval.probes.logistic import Logistic
 from msn_eval.probes.logistic_solvers import chunked_newton as full_data
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="ranks are forked")
@@ -76,7 +76,7 @@ def test_a_team_fits_what_the_first_rank_alone_fits(monkeypatch: pytest.MonkeyPa
     probes = Logistic(lambdas=(0.1, 0.0025)), Logistic(lambdas=(1.0,))
 
     def fits(team: WorkerGroup | None) -> list[tuple[float, float, list[int]]]:
-        fitted = [fit_logistic(probe, train, CPU, team=team) for probe in probes]
+        fitted = [probe.fit(train, CPU, workers=team) for probe in probes]
         told = []
         for one in fitted:
             for setting, scores in zip(one.settings, one.scores(queries), strict=True):
@@ -122,7 +122,7 @@ def test_a_team_finds_the_neighbours_and_votes_of_one_rank_to_the_last_bit(
     queries[7] = 0
 
     def find(team: WorkerGroup | None) -> list[Tensor]:
-        return list(fit_knn(NearestNeighbours(ks=(3, 150)), train, CPU, team=team).scores(queries))
+        return list(NearestNeighbours(ks=(3, 150)).fit(train, CPU, workers=team).scores(queries))
 
     def do(group: Group) -> object:
         found = _led(group, lambda team: [one.tolist() for one in find(team)])
@@ -136,7 +136,7 @@ def test_a_team_finds_the_neighbours_and_votes_of_one_rank_to_the_last_bit(
 
 def test_a_small_bank_is_searched_by_the_first_rank_alone(banks: list[int]) -> None:
     def find(team: WorkerGroup) -> object:
-        return len(list(fit_knn(NearestNeighbours(ks=(3,)), _features(), CPU, team=team).scores(torch.ones(1, 12))))
+        return len(list(NearestNeighbours(ks=(3,)).fit(_features(), CPU, workers=team).scores(torch.ones(1, 12))))
 
     assert _on_ranks(2, lambda group: (_led(group, find), banks)) == [(1, []), (None, [])]
 

@@ -28,10 +28,8 @@ from msn_eval.probes import linear_augmented
 from msn_eval.probes.linear_augmented import (
     LinearAugmented,
     Training,
-    augmented_settings,
     draw_order,
     fit_augmented,
-    restore_training,
     start_training,
     take_step,
 )
@@ -67,7 +65,7 @@ def _stepped(cuts: list[int], probe: LinearAugmented = _PROBE, steps: int = 3) -
     features, labels = _batch()
     for step in range(steps):
         parts = zip(torch.split(features, cuts), torch.split(labels, cuts), strict=True)
-        assert take_step(training, parts, images=20, share=1 - step / 4, group=ALONE, stop=StopRequest())
+        assert take_step(training, parts, images=20, rate_factor=1 - step / 4, group=ALONE, stop=StopRequest())
     return training
 
 
@@ -123,7 +121,7 @@ def test_a_restored_training_is_the_one_that_was_taken() -> None:
     training.diverged_at = {9.0: 2}
 
     restored = start_training(probe, 8, 3, CPU)
-    restore_training(restored, {**training.as_state(), "step": training.step})
+    restored.load_state_dict({**training.state_dict(), "step": training.step})
 
     assert (restored.step, restored.diverged_at) == (3, {9.0: 2})
     assert (restored.losses, restored.last_losses) == (training.losses, training.last_losses)
@@ -139,7 +137,7 @@ def test_features_that_are_not_finite_are_told_by_the_rank_that_met_them() -> No
     training = start_training(_PROBE, 8, 3, CPU)
 
     with pytest.raises(NumericalError, match=r"features of a\.png"):
-        take_step(training, parts(), images=40, share=1.0, group=ALONE, stop=StopRequest())
+        take_step(training, parts(), images=40, rate_factor=1.0, group=ALONE, stop=StopRequest())
     assert training.step == 0
 
 
@@ -150,7 +148,7 @@ def test_a_disk_that_refused_is_asked_again_after_a_while(
     now = [100.0]
     monkeypatch.setattr(linear_augmented, "time", SimpleNamespace(monotonic=lambda: now[0]))
     full_disk["left"] = 10
-    keeper = linear_augmented._Keeper(files=files, saved_at=0.0)
+    keeper = linear_augmented._StateSaver(files=files, saved_at=0.0)
     left = []
     for now[0] in (100.0, 101.0, 159.0, 161.0):
         keeper.save_if_due(_stepped([20], steps=1))
@@ -164,9 +162,9 @@ def test_learning_rates_fall_along_half_a_cosine_over_all_epochs(
 ) -> None:
     shares: list[float] = []
 
-    def take(training: Training, *given: Any, share: float, **named: Any) -> bool:
-        shares.append(share)
-        return take_step(training, *given, share=share, **named)
+    def take(training: Training, *given: Any, rate_factor: float, **named: Any) -> bool:
+        shares.append(rate_factor)
+        return take_step(training, *given, rate_factor=rate_factor, **named)
 
     monkeypatch.setattr(linear_augmented, "take_step", take)
     fitted = fit_augmented(replace(_PROBE, epochs=2, batch_size=20), images, group=ALONE, files=None)
@@ -185,7 +183,7 @@ def test_the_objective_is_the_mean_loss_of_the_last_epoch_as_it_was_met(images: 
         features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
         losses = [functional.cross_entropy(head(features), labels).item() for head in training.heads.values()]
         share = (1.0, 0.5)[epoch]
-        take_step(training, iter([(features, labels)]), images=40, share=share, group=ALONE, stop=StopRequest())
+        take_step(training, iter([(features, labels)]), images=40, rate_factor=share, group=ALONE, stop=StopRequest())
 
     fitted = fit_augmented(probe, images, group=ALONE, files=None)
 
@@ -208,7 +206,7 @@ def _step_on_a_rank() -> dict[str, Tensor]:
     mine = slice(0, 13) if rank == 0 else slice(13, 20)
     for step in range(3):
         parts = iter([(features[mine], labels[mine])])
-        take_step(training, parts, images=20, share=1 - step / 4, group=group, stop=StopRequest())
+        take_step(training, parts, images=20, rate_factor=1 - step / 4, group=group, stop=StopRequest())
     return _weights(training)
 
 
@@ -224,7 +222,7 @@ def _stop_one_rank() -> tuple[bool, int]:
     group = Group(rank=rank, world=2, local_rank=rank, host="here")
     training = start_training(_PROBE, 8, 3, CPU)
     stop = StopRequest(number=signal.SIGTERM if rank == 1 else None)
-    return take_step(training, iter([_batch()]), images=40, share=1.0, group=group, stop=stop), training.step
+    return take_step(training, iter([_batch()]), images=40, rate_factor=1.0, group=group, stop=stop), training.step
 
 
 def test_a_rank_that_is_told_to_stop_has_none_take_the_step(on_ranks: Callable[..., list[Any]]) -> None:
@@ -367,7 +365,7 @@ def test_a_training_that_was_killed_becomes_bit_by_bit_what_it_would_have_become
     with caplog.at_level(logging.INFO):
         resumed = fit_augmented(_PROBE, images, group=ALONE, files=files)
 
-    assert "goes on behind step 5" in caplog.text  # in the middle of the second epoch of three steps
+    assert "resumes after step 5" in caplog.text  # in the middle of the second epoch of three steps
     assert [one.objective for one in resumed.settings] == [one.objective for one in undisturbed.settings]
     pixels = _pixels(images)
     pairs = zip(resumed.scores(pixels), undisturbed.scores(pixels), strict=True)
@@ -396,7 +394,7 @@ def test_a_command_told_to_stop_ends_with_75_and_goes_on_from_there(
 
     assert main([*words, "--out", str(out)]) == 0
 
-    assert "goes on behind step 4" in capsys.readouterr().err
+    assert "resumes after step 4" in capsys.readouterr().err
     (whole,), (resumed,) = list_results([tmp_path / "whole"]), list_results([out])
     assert (resumed.id, resumed.metrics, resumed.probe) == (whole.id, whole.metrics, whole.probe)
     assert not (out / ".training").exists()
@@ -427,7 +425,7 @@ def test_a_disk_that_is_full_for_a_moment_does_not_stop_a_training(
 
     assert len(fitted.settings) == 2
     assert caplog.text.count("disk full") == 2
-    assert files.found()
+    assert files.find()
 
 
 def test_a_disk_that_stays_full_stops_a_training_before_the_next_epoch(
@@ -451,12 +449,12 @@ def test_a_class_without_labelled_images_is_never_chosen(images: AugmentedImages
 
 
 def test_each_learning_rate_is_a_protocol_by_itself_with_every_field_in_it() -> None:
-    first, second = augmented_settings(_PROBE)
+    first, second = _PROBE.configs(9)
 
     assert (first["lr"], second["lr"]) == (0.5, 4.0)
     changed = {"weight_decay": 0.1, "epochs": 4, "batch_size": 17, "crop_share": 0.3, "seed": 1}
     for name, value in changed.items():
-        assert augmented_settings(replace(_PROBE, **{name: value}))[0] != first, name
+        assert replace(_PROBE, **{name: value}).configs(9)[0] != first, name
 
 
 def test_a_longer_training_learns_the_labelled_images(images: AugmentedImages) -> None:

@@ -28,7 +28,7 @@ def test_the_newest_state_is_read_and_two_are_kept(files: StateFiles) -> None:
     assert state is not None
     assert state["step"] == 10
     assert torch.equal(state["weights"], torch.full((3,), 10.0))
-    assert len(files.found()) == 2
+    assert len(files.find()) == 2
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:40] + b"X" + content[41:]])
@@ -36,14 +36,14 @@ def test_a_damaged_state_is_passed_over_with_a_word(
     damage: object, files: StateFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
     _write(files, 1, 2)
-    newest = files.found()[0]
+    newest = files.find()[0]
     newest.write_bytes(damage(newest.read_bytes()))  # type: ignore[operator]
 
     state = read_state(files)
 
     assert state is not None
     assert state["step"] == 1
-    assert f"{newest} is passed over" in caplog.text
+    assert f"{newest} is damaged and ignored" in caplog.text
 
 
 def test_a_training_of_other_facts_finds_nothing(files: StateFiles) -> None:

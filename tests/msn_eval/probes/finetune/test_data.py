@@ -14,7 +14,7 @@ from msn_eval.data import read_dataset
 from msn_eval.data.hashing import hash_images
 from msn_eval.data.images import ImageSet, eval_transform
 from msn_eval.errors import DataError
-from msn_eval.probes.finetune.data import Augmentation, Mixing, Order, epoch_order, load_training_images, path_draws
+from msn_eval.probes.finetune.data import Augmentation, Mixing, Order, draw_paths, load_training_images, make_order
 
 _STRONG = FinetuneRecipe(erase=0.5, mixup=0.8, cutmix=1.0, crop_share=0.3)
 
@@ -50,7 +50,7 @@ def test_epochs_have_orders_of_their_own() -> None:
 
 
 def test_batch_is_no_larger_than_the_labelled_images_and_even_where_they_are_mixed() -> None:
-    sizes = [epoch_order(FinetuneRecipe(batch=64, mixup=mixup), 9, seed=0).batch for mixup in (0.0, 0.8)]
+    sizes = [make_order(FinetuneRecipe(batch=64, mixup=mixup), 9, seed=0).batch for mixup in (0.0, 0.8)]
 
     assert sizes == [9, 8]
 
@@ -129,8 +129,8 @@ def test_neighbours_are_mixed_with_each_other() -> None:
     assert partners == [{0, 1}, {0, 1}, {2, 3}, {2, 3}, {4, 5}, {4, 5}]
 
 
-def test_path_draws_are_those_of_the_step() -> None:
-    one, same, other = (path_draws(step, batch=8, paths=3, seed=0) for step in (5, 5, 6))
+def test_draw_paths_are_those_of_the_step() -> None:
+    one, same, other = (draw_paths(step, batch=8, paths=3, seed=0) for step in (5, 5, 6))
 
     assert torch.equal(one, same)
     assert not torch.equal(one, other)

@@ -14,19 +14,20 @@ from PIL import Image
 from torch import Tensor
 
 from msn_eval.checkpoints.checkpoint import read_checkpoint
-from msn_eval.config.recipes import Finetune, FinetuneRecipe
+from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.data import read_dataset, read_split
 from msn_eval.data.hashing import hash_images
 from msn_eval.data.images import ImageSet
 from msn_eval.distributed.group import ALONE, Group
 from msn_eval.errors import DataError, NumericalError, ResourceError, StoreError
 from msn_eval.features.encoder import build_encoder
-from msn_eval.probes.finetune import predict as trainee_outputs
-from msn_eval.probes.finetune import step as finetune_step
-from msn_eval.probes.finetune import train as finetune_module
+from msn_eval.probes.finetune import Finetune
+from msn_eval.probes.finetune import predict as predict_module
+from msn_eval.probes.finetune import step as step_module
+from msn_eval.probes.finetune import train as train_module
 from msn_eval.probes.finetune.data import Order
 from msn_eval.probes.finetune.model import FinetuneModel, build_finetune_model, build_optimizer
-from msn_eval.probes.finetune.predict import Labelled, Pace, score_images
+from msn_eval.probes.finetune.predict import LabelledImages, RunOptions, score_images
 from msn_eval.probes.finetune.train import FinetuneResult, finetune
 from msn_eval.probes.training_state import StateFiles
 
@@ -35,7 +36,7 @@ _VIT = "random:vit_tiny_patch16_224?img_size=16&patch_size=8&embed_dim=32&depth=
 _RECIPE = FinetuneRecipe(
     epochs=3, batch=12, warmup_epochs=1, learning_rate=3e-3, drop_path=0.3, mixup=0.8, cutmix=1.0, erase=0.2, clip=1.0
 )
-_PACE = Pace(part=64, workers=0)
+_OPTIONS = RunOptions(micro_batch=64, workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +44,24 @@ def images() -> ImageSet:
     return read_dataset("digits").train.first_of_each_class(2)
 
 
-def _trainee(recipe: FinetuneRecipe = _RECIPE, dtype: torch.dtype = torch.float32) -> FinetuneModel:
+def _model(recipe: FinetuneRecipe = _RECIPE, dtype: torch.dtype = torch.float32) -> FinetuneModel:
     encoder = build_encoder(read_checkpoint(_VIT), device=torch.device("cpu"), precision="fp32")
-    trainee = build_finetune_model(encoder, recipe, tap="cls-norm", n_classes=10)
-    trainee.network.to(dtype)
-    return trainee
+    model = build_finetune_model(encoder, recipe, tap="cls-norm", n_classes=10)
+    model.network.to(dtype)
+    return model
 
 
-def _labelled(images: ImageSet) -> Labelled:
-    return Labelled(images=images, labels=torch.tensor(images.labels), hashes=hash_images(images, cache_dir=None))
+def _labelled(images: ImageSet) -> LabelledImages:
+    return LabelledImages(images=images, labels=torch.tensor(images.labels), hashes=hash_images(images, cache_dir=None))
 
 
 def _train(
     images: ImageSet, *, recipe: FinetuneRecipe = _RECIPE, dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[FinetuneResult, dict[str, Tensor]]:
-    trainee = _trainee(recipe, dtype)
-    given = {"precision": "fp32", "pace": _PACE} | options
-    tuned = finetune(Finetune(recipe=recipe, seed=1), trainee, _labelled(images), **given)
-    return tuned, {name: one.detach().clone() for name, one in trainee.network.state_dict().items()}
+    model = _model(recipe, dtype)
+    given = {"precision": "fp32", "options": _OPTIONS} | options
+    tuned = finetune(Finetune(recipe=recipe, seed=1), model, _labelled(images), **given)
+    return tuned, {name: one.detach().clone() for name, one in model.network.state_dict().items()}
 
 
 def _states(folder: Path) -> StateFiles:
@@ -78,16 +79,16 @@ def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 def test_fine_tuning_learns_the_labels(images: ImageSet) -> None:
     recipe = FinetuneRecipe(epochs=40, batch=20, learning_rate=3e-3, warmup_epochs=2, drop_path=0.0, crop_share=1.0,
                             flip=0.0, randaugment_magnitude=0, label_smoothing=0.0)  # fmt: skip
-    trainee, labelled = _trainee(recipe), _labelled(images)
+    model, labelled = _model(recipe), _labelled(images)
 
-    finetune(Finetune(recipe=recipe), trainee, labelled, precision="fp32", pace=_PACE)
+    finetune(Finetune(recipe=recipe), model, labelled, precision="fp32", options=_OPTIONS)
 
-    scores = score_images(trainee, images, labelled.hashes, decoder="pillow", precision="fp32", pace=_PACE)
+    scores = score_images(model, images, labelled.hashes, decoder="pillow", precision="fp32", options=_OPTIONS)
     assert float((scores.argmax(dim=1) == labelled.labels).double().mean()) > 0.9
 
 
 def test_frozen_blocks_do_not_move(images: ImageSet) -> None:
-    before = _trainee().network.state_dict()
+    before = _model().network.state_dict()
 
     _, after = _train(images, recipe=replace(_RECIPE, blocks=1))
 
@@ -98,14 +99,16 @@ def test_frozen_blocks_do_not_move(images: ImageSet) -> None:
 
 @pytest.mark.parametrize("part", [2, 10])
 def test_accumulated_batches_give_the_steps_of_whole_ones(images: ImageSet, part: int) -> None:
-    whole, cut = (_train(images, dtype=torch.float64, pace=replace(_PACE, part=size))[1] for size in (64, part))
+    whole, cut = (
+        _train(images, dtype=torch.float64, options=replace(_OPTIONS, micro_batch=size))[1] for size in (64, part)
+    )
 
     assert _distance(whole, cut) < 1e-12
 
 
 def test_accumulated_batches_agree_in_float32_too(images: ImageSet) -> None:
     recipe = replace(_RECIPE, epochs=1, warmup_epochs=0, learning_rate=1e-3)
-    whole, cut = (_train(images, recipe=recipe, pace=replace(_PACE, part=size))[1] for size in (64, 2))
+    whole, cut = (_train(images, recipe=recipe, options=replace(_OPTIONS, micro_batch=size))[1] for size in (64, 2))
 
     # Adam's first steps are as long whatever the gradient: where it is rounding alone, so is the step's sign.
     moved = [(whole[name] - cut[name]).abs().flatten() for name in whole]
@@ -123,12 +126,12 @@ def test_training_that_was_killed_ends_bit_for_bit_as_if_it_had_not(
         if done >= stop_after * 12:
             raise KilledError
 
-    pace = replace(_PACE, save_seconds=0.0, epoch_seconds=0.0)
+    options = replace(_OPTIONS, save_seconds=0.0, epoch_seconds=0.0)
     undisturbed = _train(images)
     with pytest.raises(KilledError):
-        _train(images, states=_states(tmp_path), pace=pace, on_progress=kill)
+        _train(images, files=_states(tmp_path), options=options, on_progress=kill)
 
-    resumed = _train(images, states=_states(tmp_path), pace=pace)
+    resumed = _train(images, files=_states(tmp_path), options=options)
 
     assert resumed[0] == undisturbed[0]
     assert _same(resumed[1], undisturbed[1])
@@ -136,10 +139,10 @@ def test_training_that_was_killed_ends_bit_for_bit_as_if_it_had_not(
 
 def test_resumed_training_does_not_begin_anew(images: ImageSet, tmp_path: Path) -> None:
     seen: list[int] = []
-    pace = replace(_PACE, save_seconds=0.0, epoch_seconds=0.0)
-    _train(images, states=_states(tmp_path), pace=pace)
+    options = replace(_OPTIONS, save_seconds=0.0, epoch_seconds=0.0)
+    _train(images, files=_states(tmp_path), options=options)
 
-    _train(images, states=_states(tmp_path), pace=pace, on_progress=lambda done, total: seen.append(done))
+    _train(images, files=_states(tmp_path), options=options, on_progress=lambda done, total: seen.append(done))
 
     assert seen == []
 
@@ -162,11 +165,11 @@ def test_a_stop_is_heeded_after_the_step_with_a_state(images: ImageSet, tmp_path
 
     try:
         with pytest.raises(StoppedError):
-            _train(images, states=_states(tmp_path), on_progress=progress)
+            _train(images, files=_states(tmp_path), on_progress=progress)
     finally:
         signal.signal(number, before)
 
-    (state,) = _states(tmp_path).found()
+    (state,) = _states(tmp_path).find()
     assert steps == [1, 2]
     assert ".step-00000003." in state.name
 
@@ -192,29 +195,29 @@ def test_loss_that_is_not_finite_ends_training_and_names_step_and_images(images:
 
 
 def test_state_that_is_not_finite_is_never_written(images: ImageSet, tmp_path: Path) -> None:
-    pace = replace(_PACE, save_seconds=0.0, epoch_seconds=0.0)
+    options = replace(_OPTIONS, save_seconds=0.0, epoch_seconds=0.0)
     with pytest.raises(NumericalError):
         _train(
             images,
             recipe=replace(_RECIPE, learning_rate=1e30, warmup_epochs=0),
-            states=_states(tmp_path),
-            pace=pace,
+            files=_states(tmp_path),
+            options=options,
         )
 
-    for path in _states(tmp_path).found():
+    for path in _states(tmp_path).find():
         content = torch.load(path, weights_only=True)
         assert all(bool(one.isfinite().all()) for one in content["network"].values())
 
 
 def test_weights_that_the_last_step_made_infinite_are_told(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = finetune_module.take_step
+    real = train_module.take_step
 
-    def overflow(setup: Any, run: Any, *given: Any) -> bool:
-        stops = real(setup, run, *given)
-        run.trainee.trained["head.bias"].data.fill_(float("inf"))
+    def overflow(training: step_module.Training, *given: Any) -> bool:
+        stops = real(training, *given)
+        training.model.trained["head.bias"].data.fill_(float("inf"))
         return stops
 
-    monkeypatch.setattr(finetune_module, "take_step", overflow)
+    monkeypatch.setattr(train_module, "take_step", overflow)
 
     with pytest.raises(NumericalError, match=r"1 weights are not finite after step 1 \(head\.bias\)"):
         _train(images, recipe=replace(_RECIPE, epochs=1, batch=20, warmup_epochs=0))
@@ -223,7 +226,7 @@ def test_weights_that_the_last_step_made_infinite_are_told(images: ImageSet, mon
 def test_disk_that_is_full_for_a_while_stops_nothing(
     images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real, calls = finetune_module.write_state, []
+    real, calls = train_module.write_state, []
 
     def refuse_once(*given: Any, **named: Any) -> None:
         calls.append(given)
@@ -231,12 +234,12 @@ def test_disk_that_is_full_for_a_while_stops_nothing(
             raise StoreError("could not write a state: No space left on device")
         real(*given, **named)
 
-    monkeypatch.setattr(finetune_module, "write_state", refuse_once)
+    monkeypatch.setattr(train_module, "write_state", refuse_once)
 
-    _train(images, states=_states(tmp_path), pace=replace(_PACE, save_seconds=0.0, epoch_seconds=0.0))
+    _train(images, files=_states(tmp_path), options=replace(_OPTIONS, save_seconds=0.0, epoch_seconds=0.0))
 
-    assert "training goes on without a state after step 1" in caplog.text
-    assert len(_states(tmp_path).found()) == 2
+    assert "training continues without a state after step 1" in caplog.text
+    assert len(_states(tmp_path).find()) == 2
 
 
 def test_disk_that_stays_full_ends_training_before_another_epoch(
@@ -247,10 +250,10 @@ def test_disk_that_stays_full_ends_training_before_another_epoch(
     def refuse(*given: Any, **named: Any) -> None:
         raise StoreError("could not write a state: No space left on device")
 
-    monkeypatch.setattr(finetune_module, "write_state", refuse)
+    monkeypatch.setattr(train_module, "write_state", refuse)
 
     with pytest.raises(StoreError, match="No space left"):
-        _train(images, states=_states(tmp_path), pace=replace(_PACE, save_seconds=0.0, epoch_seconds=0.0),
+        _train(images, files=_states(tmp_path), options=replace(_OPTIONS, save_seconds=0.0, epoch_seconds=0.0),
                on_progress=lambda now, total: done.append(now // 12))  # fmt: skip
 
     assert done == [1, 2, 3, 4]  # two steps an epoch: the first refusal, one epoch, and the next
@@ -259,19 +262,19 @@ def test_disk_that_stays_full_ends_training_before_another_epoch(
 def test_memory_that_is_short_halves_the_parts_and_changes_nothing(
     images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = finetune_step.logits_of
+    real = step_module.compute_logits
 
-    def short(trainee: FinetuneModel, pixels: Tensor, precision: str) -> Tensor:
+    def short(model: FinetuneModel, pixels: Tensor, precision: str) -> Tensor:
         if len(pixels) > 4:
             raise torch.OutOfMemoryError("no room")
-        return real(trainee, pixels, precision)  # type: ignore[arg-type]
+        return real(model, pixels, precision)  # type: ignore[arg-type]
 
     _, expected = _train(images, dtype=torch.float64)
-    monkeypatch.setattr(finetune_step, "logits_of", short)
+    monkeypatch.setattr(step_module, "compute_logits", short)
 
     tuned, weights = _train(images, dtype=torch.float64)
 
-    assert tuned.part == 4 or tuned.part == 2
+    assert tuned.micro_batch == 4 or tuned.micro_batch == 2
     assert _distance(weights, expected) < 1e-12
 
 
@@ -279,7 +282,7 @@ def test_memory_that_is_too_small_for_two_images_is_told(images: ImageSet, monke
     def short(*given: object) -> Tensor:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(finetune_step, "logits_of", short)
+    monkeypatch.setattr(step_module, "compute_logits", short)
 
     with pytest.raises(ResourceError, match="too small to train on two images"):
         _train(images)
@@ -296,18 +299,18 @@ def test_bf16_trains_float32_weights_to_about_the_same(images: ImageSet) -> None
 def test_head_starts_at_logistic_regression(images: ImageSet) -> None:
     from sklearn.linear_model import LogisticRegression
 
-    trainee, labelled = _trainee(replace(_RECIPE, drop_path=0.0)), _labelled(images)
+    model, labelled = _model(replace(_RECIPE, drop_path=0.0)), _labelled(images)
     seen: list[Tensor] = []
-    handle = trainee.head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    score_images(trainee, images, labelled.hashes, decoder="pillow", precision="fp32", pace=_PACE)
+    handle = model.head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    score_images(model, images, labelled.hashes, decoder="pillow", precision="fp32", options=_OPTIONS)
     handle.remove()
     rows = (seen[0] - seen[0].mean(dim=0)).double()
     rows = (rows / rows.norm(dim=1).mean()).numpy()
     reference = LogisticRegression(C=10.0, fit_intercept=False, tol=1e-10, max_iter=10_000).fit(rows, labelled.labels)
 
-    finetune_module.start_head(trainee, labelled, strength=0.1, precision="fp32", pace=_PACE, group=ALONE)
+    train_module.init_head(model, labelled, l2=0.1, precision="fp32", options=_OPTIONS, group=ALONE)
 
-    scores = score_images(trainee, images, labelled.hashes, decoder="pillow", precision="fp32", pace=_PACE)
+    scores = score_images(model, images, labelled.hashes, decoder="pillow", precision="fp32", options=_OPTIONS)
     expected = torch.from_numpy(reference.predict_log_proba(rows))
     torch.testing.assert_close(scores.log_softmax(dim=1), expected, rtol=0, atol=2e-3)
 
@@ -315,15 +318,15 @@ def test_head_starts_at_logistic_regression(images: ImageSet) -> None:
 def test_gradients_are_no_longer_than_the_clip(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[float] = []
 
-    def build(trainee: FinetuneModel, recipe: FinetuneRecipe) -> torch.optim.Optimizer:
-        optimizer = build_optimizer(trainee, recipe)
+    def build(model: FinetuneModel, recipe: FinetuneRecipe) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(model, recipe)
         gradients = [one for group in optimizer.param_groups for one in group["params"]]
         optimizer.register_step_pre_hook(
             lambda *given: lengths.append(float(torch.nn.utils.get_total_norm([one.grad for one in gradients])))
         )
         return optimizer
 
-    monkeypatch.setattr(finetune_module, "build_optimizer", build)
+    monkeypatch.setattr(train_module, "build_optimizer", build)
     _train(images, recipe=replace(_RECIPE, epochs=2, clip=0.01))
     clipped = list(lengths)
     lengths.clear()
@@ -336,12 +339,12 @@ def test_gradients_are_no_longer_than_the_clip(images: ImageSet, monkeypatch: py
 def test_the_loss_that_is_told_begins_anew_with_every_epoch(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[tuple[float, int]] = []
 
-    def take(setup: finetune_step.Setup, run: finetune_step.Run, *given: Any) -> bool:
-        stopped = finetune_step.take_step(setup, run, *given)
-        steps.append(run.loss)
+    def take(training: step_module.Training, *given: Any) -> bool:
+        stopped = step_module.take_step(training, *given)
+        steps.append(training.loss)
         return stopped
 
-    monkeypatch.setattr(finetune_module, "take_step", take)
+    monkeypatch.setattr(train_module, "take_step", take)
     tuned, _ = _train(images)
 
     assert [count for _, count in steps] == [1, 2, 1, 2, 1]
@@ -349,16 +352,10 @@ def test_the_loss_that_is_told_begins_anew_with_every_epoch(images: ImageSet, mo
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_no_pair_of_a_batch_is_torn_between_ranks(images: ImageSet, world: int) -> None:
+def test_no_pair_of_a_batch_is_split_between_ranks(world: int) -> None:
     order = Order(images=20, batch=14, epochs=1, seed=0)
-    setup = finetune_step.Setup(
-        probe=Finetune(recipe=_RECIPE), labelled=_labelled(images), order=order, precision="fp32", group=ALONE,
-        pace=_PACE, states=None,
-    )  # fmt: skip
-    shares = [
-        finetune_step.own_rows(replace(setup, group=Group(rank=rank, world=world, local_rank=rank, host="here")))
-        for rank in range(world)
-    ]
+    groups = [Group(rank=rank, world=world, local_rank=rank, host="here") for rank in range(world)]
+    shares = [step_module.own_rows(order, group) for group in groups]
 
     assert [row for rows in shares for row in rows] == list(range(14))
     assert all(rows.start % 2 == 0 for rows in shares)
@@ -377,19 +374,21 @@ def jpegs(tmp_path: Path) -> ImageSet:
 
 def _by_nvjpeg(images: ImageSet) -> Tensor:
     hashes = hash_images(images, cache_dir=None)
-    pace = Pace(part=2, workers=0)
-    return score_images(_trainee(), images, hashes, decoder="nvjpeg", precision="fp32", pace=pace)
+    options = RunOptions(micro_batch=2, workers=0)
+    return score_images(_model(), images, hashes, decoder="nvjpeg", precision="fp32", options=options)
 
 
 def test_images_that_the_device_decodes_are_scored_in_their_order(
     jpegs: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainee_outputs, "logits_of", lambda trainee, pixels, precision: pixels.flatten(1))
+    monkeypatch.setattr(predict_module, "compute_logits", lambda model, pixels, precision: pixels.flatten(1))
     hashes = hash_images(jpegs, cache_dir=None)
 
     here = _by_nvjpeg(jpegs)
 
-    there = score_images(_trainee(), jpegs, hashes, decoder="pillow", precision="fp32", pace=Pace(part=2, workers=0))
+    there = score_images(
+        _model(), jpegs, hashes, decoder="pillow", precision="fp32", options=RunOptions(micro_batch=2, workers=0)
+    )
     assert float((here - there).abs().max()) < 0.03  # a level of 255, in units of std
 
 
@@ -397,7 +396,7 @@ def test_an_image_that_the_device_refuses_is_named(jpegs: ImageSet, monkeypatch:
     def refuse(batch: Sequence[object], transform: object, device: torch.device) -> tuple[Tensor, dict[int, str]]:
         return torch.zeros(len(batch), 16, 16, 3, dtype=torch.uint8), {len(batch) - 1: "torn"}
 
-    monkeypatch.setattr(trainee_outputs, "decode_on_device", refuse)
+    monkeypatch.setattr(predict_module, "decode_on_device", refuse)
 
     with pytest.raises(DataError, match="3 images cannot be used") as told:
         _by_nvjpeg(jpegs)
