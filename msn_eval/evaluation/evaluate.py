@@ -74,6 +74,7 @@ def evaluate(
     checkpoint_key: str | None = None,
     allow_missing: str | Sequence[str] | None = None,
     allow_class_mismatch: bool | None = None,
+    classes: int | None = None,
     device: str | None = None,
     precision: str | None = None,
     batch_size: int | str | None = None,

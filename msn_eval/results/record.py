@@ -234,7 +234,10 @@ def write_result(folder: Path, result: Result, predictions: Predictions | None) 
 
 def as_json(result: Result) -> dict[str, Any]:
     """Give the record as it stands in its file."""
-    return {"schema": SCHEMA, **asdict(result)}
+    record = {"schema": SCHEMA, **asdict(result)}
+    if result.checkpoint.distribution is None:
+        del record["checkpoint"]["distribution"]  # stands in records of plug-ins alone
+    return record
 
 
 def read_result(path: Path) -> Result:
