@@ -57,10 +57,7 @@ def _make_plan(entries: Sequence[BaselineProtocol], config: EvaluationConfig) ->
             config,
             subset=[protocol["subset"]["name"]],
             probe=[name],
-            lambda_=[
-                *map(repr, _list_values(params, "lambda")),
-                *([AUTO] if any("auto" in values for values in params) else []),
-            ],
+            lambda_=[*map(repr, _list_values(params, "lambda")), *(AUTO for values in params if "auto" in values)],
             k=[int(k) for k in _list_values(params, "k")],
             temperature=_list_values(params, "temperature"),
             precision="fp32" if protocol["precision"] == "exact" else str(entries[0].made_with["precision"]),

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from msn_eval.errors import NumericalError
+from msn_eval.evaluation.plan import Plan
 from msn_eval.features.extraction import Features
 from msn_eval.results.record import Result
 
@@ -37,6 +37,15 @@ class Canary:
         return self.right > self.largest
 
 
+def choose_labels(plan: Plan, labelled: Features, test: Features) -> tuple[Features, Features]:
+    """Return labelled and validation images with their own labels, or with random ones for a canary."""
+    if not plan.request.canary:
+        return labelled, test
+    return random_labels(
+        labelled, test, seed=plan.request.seed, train_hashes=plan.train_hashes, val_hashes=plan.val_hashes
+    )
+
+
 def random_labels(
     labelled: Features, test: Features, *, seed: int, train_hashes: Mapping[str, str], val_hashes: Mapping[str, str]
 ) -> tuple[Features, Features]:
@@ -53,34 +62,14 @@ def random_labels(
         train_hashes: SHA-256 of each labelled image's bytes, by id.
         val_hashes: The same of each validation image.
     """
-    train_labels, val_labels = draw_labels(
-        labelled.labels,
-        test.labels,
-        n_classes=test.n_classes,
-        seed=seed,
-        train_contents=[train_hashes[image_id] for image_id in labelled.image_ids],
-        val_contents=[val_hashes[image_id] for image_id in test.image_ids],
-    )
-    return replace(labelled, labels=train_labels), replace(test, labels=val_labels)
-
-
-def draw_labels(
-    labelled: Tensor,
-    test: Tensor,
-    *,
-    n_classes: int,
-    seed: int,
-    train_contents: Sequence[str],
-    val_contents: Sequence[str],
-) -> tuple[Tensor, Tensor]:
-    """Return the labels of `random_labels`, (n,) and (m,) int64. The contents are the hash of each image."""
     generator = torch.Generator().manual_seed(seed)
-    train_labels = labelled[torch.randperm(len(labelled), generator=generator)]
-    val_labels = torch.randint(n_classes, (len(test),), generator=generator)
-    by_content = dict(zip(train_contents, train_labels.tolist(), strict=True))
-    for row, content in enumerate(val_contents):
-        val_labels[row] = by_content.get(content, int(val_labels[row]))
-    return train_labels, val_labels
+    train_labels = labelled.labels[torch.randperm(len(labelled.labels), generator=generator)]
+    val_labels = torch.randint(test.n_classes, (len(test.labels),), generator=generator)
+    contents = [train_hashes[image_id] for image_id in labelled.image_ids]
+    by_content = dict(zip(contents, train_labels.tolist(), strict=True))
+    for row, image_id in enumerate(test.image_ids):
+        val_labels[row] = by_content.get(val_hashes[image_id], int(val_labels[row]))
+    return replace(labelled, labels=train_labels), replace(test, labels=val_labels)
 
 
 def judge_canary(results: Sequence[Result]) -> tuple[Canary, ...]:

@@ -14,7 +14,6 @@ from msn_eval.evaluation.evaluate import Preparation, group_by_fit, make_patch_d
 from msn_eval.evaluation.plan import Plan, cache_folder
 from msn_eval.features.encoder import Encoder, encode
 from msn_eval.features.extraction import automatic_batch_size, missing_images
-from msn_eval.features.patch_drop import PatchDrop, encode_kept, kept_patches, patch_count
 from msn_eval.probes.finetune import Finetune
 from msn_eval.probes.linear_augmented import LinearAugmented
 
@@ -53,19 +52,6 @@ class CostEstimate:
     problem: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Work:
-    """Images to encode `times` times, without the patches of `drop`."""
-
-    images: ImageSet
-    times: float = 1
-    drop: PatchDrop | None = None
-
-    @property
-    def encodings(self) -> float:
-        return self.times * len(self.images)
-
-
 def estimate_cost(plan: Plan, *, run_own_code: bool) -> tuple[tuple[CostEstimate, ...], dict[str, Preparation]]:
     """Estimate the cost of every checkpoint of a plan. If many images are to be read, a few are timed.
 
@@ -95,61 +81,45 @@ def estimate_cost(plan: Plan, *, run_own_code: bool) -> tuple[tuple[CostEstimate
 
 def _estimate_one(plan: Plan, ready: Preparation, run_own_code: bool) -> CostEstimate:
     checkpoint = ready.encoder.checkpoint
-    estimate = CostEstimate(name=checkpoint.name, finished=len(ready.known))
-    if not ready.pending:
-        return estimate
-    wanted, missing = _list_extractions(plan, ready) if ready.frozen else (0, [])
-    read = sum(len(work.images) for work in missing)
-    augmented = _list_augmented(plan, ready)
+    wanted = [pending_images(plan, ready), plan.val] if ready.frozen else []
+    missing = [_find_missing(plan, ready, images) for images in wanted]
+    augmented = 0
+    for task, *_ in group_by_fit(ready.pending_on("augmented features")):
+        assert isinstance(task.probe, LinearAugmented)
+        augmented += task.probe.epochs * len(task.subset)
     tuned = _count_tuned(ready)
-    work = [*missing, *augmented]
-    if tuned:
-        passes = _PASSES_PER_STEP * sum(tuned) / len(plan.val) + len(tuned)
-        work.append(_Work(images=plan.val, times=passes))
-    is_timed = sum(one.encodings for one in work) >= _FEW_IMAGES and (run_own_code or checkpoint.format != "py")
-    return replace(
-        estimate,
+    read = sum(map(len, missing))
+    encodings = read + augmented + _PASSES_PER_STEP * sum(tuned) + len(tuned) * len(plan.val)
+    is_timed = encodings >= _FEW_IMAGES and (run_own_code or checkpoint.format != "py")
+    sample = max([*missing, plan.val], key=len)
+    seconds = _time_image(plan, ready, sample) if is_timed else None
+    return CostEstimate(
+        name=checkpoint.name,
         read=read,
-        reused=wanted - read,
-        bytes=sum(one.images.source.stamp(image_id)[0] for one in missing for image_id in one.images.ids),
-        augmented=round(sum(one.encodings for one in augmented)),
-        seconds=_estimate_seconds(plan, ready, work) if is_timed else None,
+        reused=sum(map(len, wanted)) - read,
+        bytes=sum(images.source.stamp(image_id)[0] for images in missing for image_id in images.ids),
+        augmented=augmented,
+        seconds=None if seconds is None else encodings * seconds,
+        finished=len(ready.known),
         tuned=sum(tuned),
     )
 
 
-def _list_extractions(plan: Plan, ready: Preparation) -> tuple[int, list[_Work]]:
-    """Return how many images need features, and those whose features are not in the cache."""
-    config = plan.request
-    train, drop = pending_images(plan, ready), make_patch_drop(config)
-    splits = (
-        (train, ready.pending_on("features"), plan.train_hashes, drop),
-        (plan.val, ready.frozen, plan.val_hashes, None),
+def _find_missing(plan: Plan, ready: Preparation, images: ImageSet) -> ImageSet:
+    """Return the images of a split whose features are not in the cache."""
+    config, is_val = plan.request, images is plan.val
+    if config.no_cache:
+        return images
+    missing = missing_images(
+        ready.encoder,
+        images,
+        taps=ready.taps_of(ready.frozen if is_val else ready.pending_on("features")),
+        hashes=plan.val_hashes if is_val else plan.train_hashes,
+        decoder=config.decoder,
+        drop=None if is_val else make_patch_drop(config),
+        cache=cache_folder(config),
     )
-    missing = []
-    for images, tasks, hashes, split_drop in splits:
-        if not config.no_cache:
-            images = images.only(
-                missing_images(
-                    ready.encoder,
-                    images,
-                    taps=ready.taps_of(tasks),
-                    hashes=hashes,
-                    decoder=config.decoder,
-                    drop=split_drop,
-                    cache=cache_folder(config),
-                )
-            )
-        missing.append(_Work(images=images, drop=split_drop))
-    return len(train) + len(plan.val), missing
-
-
-def _list_augmented(plan: Plan, ready: Preparation) -> list[_Work]:
-    work = []
-    for task, *_ in group_by_fit(ready.pending_on("augmented features")):
-        assert isinstance(task.probe, LinearAugmented)
-        work.append(_Work(images=plan.train.only(task.subset.image_ids), times=task.probe.epochs))
-    return work
+    return images.only(missing)
 
 
 def _count_tuned(ready: Preparation) -> list[int]:
@@ -164,20 +134,11 @@ def _count_tuned(ready: Preparation) -> list[int]:
     return counts
 
 
-def _estimate_seconds(plan: Plan, ready: Preparation, work: list[_Work]) -> float | None:
-    """Return the time for all, None if a sample cannot be timed."""
-    total = 0.0
-    for drop in {one.drop for one in work if one.encodings}:
-        alike = [one for one in work if one.drop == drop]
-        seconds = _time_image(plan, ready, max((one.images for one in alike), key=len), drop)
-        if seconds is None:
-            return None
-        total += seconds * sum(one.encodings for one in alike)
-    return total
+def _time_image(plan: Plan, ready: Preparation, images: ImageSet) -> float | None:
+    """Time some of the images through the decoder and the encoder, and return seconds per image; None if that fails.
 
-
-def _time_image(plan: Plan, ready: Preparation, images: ImageSet, drop: PatchDrop | None) -> float | None:
-    """Time some of the images through the decoder and the encoder, and return seconds per image; None if that fails."""
+    Patches that are dropped from labelled images are encoded here, which overestimates their time.
+    """
     encoder, config = ready.encoder, plan.request
     sample = PixelList(
         source=images.source,
@@ -199,12 +160,12 @@ def _time_image(plan: Plan, ready: Preparation, images: ImageSet, drop: PatchDro
     pixels = torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
     taps = ready.taps_of(ready.frozen or ready.pending)
     try:
-        _time_encoder(encoder, pixels[:2], taps, drop)  # the first call compiles and allocates
-        encoding = _time_encoder(encoder, pixels[:2], taps, drop) / 2
+        _time_encoder(encoder, pixels[:2], taps)  # the first call compiles and allocates
+        encoding = _time_encoder(encoder, pixels[:2], taps) / 2
         count = min(batch_size, int(_TIMED_SECONDS / encoding))
         if count > 2:
             batch = pixels.repeat(-(-count // len(pixels)), 1, 1, 1)[:count]
-            encoding = _time_encoder(encoder, batch, taps, drop) / count
+            encoding = _time_encoder(encoder, batch, taps) / count
     except (RuntimeError, MemoryError) as error:
         # Too large a batch, no compiler: the evaluation itself backs off, or reports what is wrong.
         _log.debug("%s could not be timed: %s", encoder.checkpoint.name, error)
@@ -212,13 +173,8 @@ def _time_image(plan: Plan, ready: Preparation, images: ImageSet, drop: PatchDro
     return max(decoding / workers, encoding) if overlap else decoding + encoding
 
 
-def _time_encoder(encoder: Encoder, pixels: Tensor, taps: tuple[str, ...], drop: PatchDrop | None) -> float:
+def _time_encoder(encoder: Encoder, pixels: Tensor, taps: tuple[str, ...]) -> float:
     started = time.perf_counter()
-    if drop is None:
-        features = encode(encoder, pixels, taps)
-    else:
-        kept = kept_patches(drop, [str(row) for row in range(len(pixels))], patches=patch_count(encoder))
-        features = encode_kept(encoder, pixels, taps, kept)
-    for values in features.values():
+    for values in encode(encoder, pixels, taps).values():
         values.sum().item()  # waits for the device
     return time.perf_counter() - started

@@ -25,12 +25,13 @@ from msn_eval.data.images import ImageSet
 from msn_eval.data.subsets import union_of
 from msn_eval.distributed.group import ALONE, Group, broadcast_from_rank0, check_equal_across_ranks
 from msn_eval.errors import CheckpointError, NumericalError
-from msn_eval.evaluation.canary import judge_canary, random_labels, refuse_leaks
+from msn_eval.evaluation.canary import choose_labels, judge_canary, refuse_leaks
 from msn_eval.evaluation.measurement import (
     NO_EXTRACTION,
     Measurement,
     find_result,
     find_taps,
+    label_only,
     make_predictions,
 )
 from msn_eval.evaluation.plan import Plan, Task, cache_folder, make_plan
@@ -444,7 +445,7 @@ def _measure_on_features(
         degenerate = "; ".join(problems[tap] for tap in taps if problems[tap]) or None
         measurements = [measure(task=task, degenerate=degenerate) for task in tasks]
         plan, draw = measurements[0].plan, tasks[0].subset.image_ids
-        pairs = [_choose_labels(plan, train.features[tap].only(draw), test.features[tap]) for tap in taps]
+        pairs = [choose_labels(plan, train.features[tap].only(draw), test.features[tap]) for tap in taps]
         labelled, *other_taps = (features for features, _ in pairs)
         probe = cast(FeatureProbe, tasks[0].probe)
         fit = partial(fit_probe, probe, labelled, plan.device, workers=workers, other_taps=other_taps)
@@ -471,8 +472,8 @@ def _measure_on_augmented(
     (tap,) = ready.taps_of([task])
     images = plan.train.only(task.subset.image_ids)
     # The other ranks have no validation features.
-    scored = test.features[tap] if group.rank == 0 else _label_only(plan.val.only([]), tap)
-    labelled, scored = _choose_labels(plan, _label_only(images, tap), scored)
+    scored = test.features[tap] if group.rank == 0 else label_only(plan.val.only([]), tap)
+    labelled, scored = choose_labels(plan, label_only(images, tap), scored)
     augmented = AugmentedImages(
         images=images,
         labels=labelled.labels,
@@ -498,26 +499,6 @@ def _measure_on_augmented(
     yield from _fit_and_score(measurements, fit, [scored])
     if files is not None:
         remove_states(files)  # only now: each result was written before the next was asked for
-
-
-def _label_only(images: ImageSet, tap: str) -> Features:
-    """Return the labels of images as Features of width 0."""
-    return Features(
-        values=torch.empty(len(images), 0),
-        labels=torch.tensor(images.labels, dtype=torch.int64),
-        image_ids=images.ids,
-        n_classes=len(images.classes),
-        tap=tap,
-    )
-
-
-def _choose_labels(plan: Plan, labelled: Features, test: Features) -> tuple[Features, Features]:
-    """Return both splits with their own labels, or with random ones for a canary."""
-    if not plan.request.canary:
-        return labelled, test
-    return random_labels(
-        labelled, test, seed=plan.request.seed, train_hashes=plan.train_hashes, val_hashes=plan.val_hashes
-    )
 
 
 def _fit_and_score(
@@ -561,19 +542,13 @@ def _measure_finetuned(
     """Fine-tune the encoder for one task, all ranks together; rank 0 yields."""
     from msn_eval.evaluation.finetune import finetune_task, make_state_files  # loads timm's training code
 
-    started = time.perf_counter()
+    batch_size = automatic_batch_size(encoder)
+    measurement = Measurement(plan=plan, encoder=encoder, task=task, timing=NO_EXTRACTION, batch_size=batch_size)
     name = f"{encoder.checkpoint.name}: fine-tuning on {task.subset.name}@{task.subset.draw}"
-    measurement = Measurement(
-        plan=plan, encoder=encoder, task=task, timing=NO_EXTRACTION, batch_size=automatic_batch_size(encoder)
-    )
     try:
-        finetuned = finetune_task(plan, encoder, task, group=group, on_progress=_name_progress(on_progress, name))
+        yield finetune_task(measurement, group=group, on_progress=_name_progress(on_progress, name))
     except NumericalError as error:
+        yield measurement.make_failure(error), None
+    else:
         if group.rank == 0:
-            yield measurement.make_failure(error), None
-        return
-    if group.rank == 0:
-        predictions, seconds = finetuned.predictions, time.perf_counter() - started
-        measurement = replace(measurement, batch_size=finetuned.batch_size)
-        yield measurement.make_result(finetuned.config, predictions, dim=finetuned.dim, seconds=seconds), predictions
-        remove_states(make_state_files(plan, encoder, task))
+            remove_states(make_state_files(plan, encoder, task))

@@ -1,12 +1,12 @@
 """Fine-tuning of one task of a plan: from labelled images to the predictions of the network that was trained on them."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from timm.layers import GluMlp
-from torch import Tensor
 
 from msn_eval.checkpoints.hf_export import (
     FolderContent,
@@ -19,22 +19,22 @@ from msn_eval.checkpoints.hf_export import (
 )
 from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.data.hashing import unreadable
-from msn_eval.data.images import ImageSet, eval_transform
-from msn_eval.data.loader import PixelList, automatic_workers, load_pixels
+from msn_eval.data.images import ImageSet
+from msn_eval.data.loader import PixelList, automatic_workers
 from msn_eval.distributed.group import Group, all_gather_object, joined, share
-from msn_eval.errors import NumericalError, UsageError
-from msn_eval.evaluation.canary import draw_labels
-from msn_eval.evaluation.measurement import find_taps, make_predictions, make_result_id
-from msn_eval.evaluation.plan import Plan, Task
+from msn_eval.errors import UsageError
+from msn_eval.evaluation.canary import choose_labels
+from msn_eval.evaluation.measurement import Measurement, find_taps, label_only, make_predictions, make_result_id
+from msn_eval.evaluation.plan import Plan, Task, find_unreadable
 from msn_eval.features.encoder import Encoder
 from msn_eval.features.extraction import automatic_batch_size
-from msn_eval.probes.base import ProbeConfig
+from msn_eval.probes.base import ProbeConfig, check_labelled
 from msn_eval.probes.finetune import Finetune
 from msn_eval.probes.finetune.model import FinetuneModel, build_finetune_model
 from msn_eval.probes.finetune.predict import LabelledImages, RunOptions, score_images
 from msn_eval.probes.finetune.train import Progress, finetune
 from msn_eval.probes.training_state import StateFiles
-from msn_eval.results.record import Predictions
+from msn_eval.results.record import Predictions, Result
 
 _CHECKED_PIXELS, _CHECKED_IMAGES = (
     8,
@@ -43,26 +43,9 @@ _CHECKED_PIXELS, _CHECKED_IMAGES = (
 _SLUG = "abcdefghijklmnopqrstuvwxyz0123456789-_."
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinetunedTask:
-    """The outcome of a task.
-
-    Attributes:
-        config: The configuration, as trained.
-        predictions: Of every validation image.
-        dim: Width of the head's input.
-        batch_size: Images at once on this rank at the end.
-    """
-
-    config: ProbeConfig
-    predictions: Predictions
-    dim: int
-    batch_size: int
-
-
 def finetune_task(
-    plan: Plan, encoder: Encoder, task: Task, *, group: Group, on_progress: Progress | None = None
-) -> FinetunedTask:
+    measurement: Measurement, *, group: Group, on_progress: Progress | None = None
+) -> tuple[Result, Predictions]:
     """Train a network as a task says, score the validation images with it, and write it if --save is given.
 
     Raises:
@@ -70,28 +53,27 @@ def finetune_task(
         DataError: Images of either split cannot be used; it lists all of them, before anything is trained.
         UsageError, CheckpointError: The network could not be saved afterwards.
     """
-    probe, config = task.probe, plan.request
+    started = time.perf_counter()
+    plan, encoder, task = measurement.plan, measurement.encoder, measurement.task
+    probe, config, n_classes = task.probe, plan.request, len(plan.val.classes)
     assert isinstance(probe, Finetune)
     (tap,) = find_taps(encoder, task, config).values()
     images = plan.train.only(task.subset.image_ids)
-    train_labels, val_labels = _read_labels(plan, images)
-    if len(torch.unique(train_labels)) < 2:
-        raise NumericalError(
-            f"the {len(images)} labelled images are of a single class", hint="Label images of at least two classes."
-        )
+    labelled, test = choose_labels(plan, label_only(images, tap), label_only(plan.val, tap))
+    check_labelled(labelled)
     saves = config.save is not None and group.rank == 0
     if saves:  # find out now what would prevent it after training
         check_saved_place(find_saved_folder(plan, encoder, task), make_result_id(encoder, task))
-        blank = build_finetune_model(encoder, FinetuneRecipe(drop_path=0.0), tap=tap, n_classes=len(plan.val.classes))
+        blank = build_finetune_model(encoder, FinetuneRecipe(drop_path=0.0), tap=tap, n_classes=n_classes)
         _export(plan, encoder, task, blank)
     _check_readable(plan, images, group)
     options = _choose_options(plan, encoder, images)
-    model = build_finetune_model(encoder, probe.recipe, tap=tap, n_classes=len(plan.val.classes))
+    model = build_finetune_model(encoder, probe.recipe, tap=tap, n_classes=n_classes)
     with joined(group, plan.device):
         trained = finetune(
             probe,
             model,
-            LabelledImages(images=images, labels=train_labels, hashes=plan.train_hashes),
+            LabelledImages(images=images, labels=labelled.labels, hashes=plan.train_hashes),
             precision=plan.precision,
             options=options,
             files=None if config.canary else make_state_files(plan, encoder, task),
@@ -110,47 +92,27 @@ def finetune_task(
     if saves:
         write_classifier(find_saved_folder(plan, encoder, task), _export(plan, encoder, task, model))
     # A class without labelled images can never be predicted, as with every other probe.
-    unlabelled = torch.ones(scores.shape[1], dtype=torch.bool)
-    unlabelled[train_labels] = False
-    return FinetunedTask(
-        config=ProbeConfig(params=probe.params, solver="adamw", objective=trained.loss, iterations=trained.steps),
-        predictions=make_predictions(plan.val.ids, val_labels, scores.masked_fill(unlabelled, -torch.inf)),
-        dim=model.dim,
-        batch_size=trained.micro_batch,
-    )
-
-
-def _read_labels(plan: Plan, images: ImageSet) -> tuple[Tensor, Tensor]:
-    """Return the labels of the labelled and of the validation images; random ones for a canary."""
-    train, val = (torch.tensor(split.labels, dtype=torch.int64) for split in (images, plan.val))
-    if not plan.request.canary:
-        return train, val
-    return draw_labels(
-        train,
-        val,
-        n_classes=len(plan.val.classes),
-        seed=plan.request.seed,
-        train_contents=[plan.train_hashes[image_id] for image_id in images.ids],
-        val_contents=[plan.val_hashes[image_id] for image_id in plan.val.ids],
-    )
+    unlabelled = torch.ones(n_classes, dtype=torch.bool)
+    unlabelled[labelled.labels] = False
+    predictions = make_predictions(test.image_ids, test.labels, scores.masked_fill(unlabelled, -torch.inf))
+    measurement = replace(measurement, batch_size=trained.micro_batch)
+    fitted = ProbeConfig(params=probe.params, solver="adamw", objective=trained.loss, iterations=trained.steps)
+    seconds = time.perf_counter() - started
+    return measurement.make_result(fitted, predictions, dim=model.dim, seconds=seconds), predictions
 
 
 def _check_readable(plan: Plan, images: ImageSet, group: Group) -> None:
     """Decode every image once, so that a damaged one is reported now and not after hours. Raises DataError listing all."""
     if plan.request.on_bad_image == "skip":
         return  # the plan has left them out already
-    failures = []
+    lines = []
     for split in (images, plan.val):
-        rows = share(len(split), group, block=_CHECKED_IMAGES)
-        pixels = PixelList(
-            source=split.source,
-            image_ids=split.ids[rows.start : rows.stop],
-            transform=eval_transform(_CHECKED_PIXELS),
-            hashes=None,
-        )
-        for batch in load_pixels(pixels, batch_size=_CHECKED_IMAGES, workers=plan.request.worker_count or 0):
-            failures += [f"{split.source.place(image_id)}: {reason}" for image_id, reason in batch.failures]
-    lines = "\n".join(all_gather_object(group, "unreadable images", "\n".join(failures))).split("\n")
+        rows = share(len(split), group, block=1)
+        for image_id, reason in find_unreadable(
+            split.only(split.ids[rows.start : rows.stop]), plan.request.worker_count
+        ):
+            lines.append(f"{split.source.place(image_id)}: {reason}")
+    lines = "\n".join(all_gather_object(group, "unreadable images", "\n".join(lines))).split("\n")
     if any(lines):
         raise unreadable([line for line in lines if line])
 

@@ -3,19 +3,22 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from msn_eval.checkpoints.checkpoint import Checkpoint
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.decoders import decoder_version
+from msn_eval.data.images import ImageSet
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.evaluation.plan import Plan, Task
 from msn_eval.features.encoder import Encoder, resolve_tap
+from msn_eval.features.extraction import Features
 from msn_eval.probes.base import ProbeConfig, rank_labels
 from msn_eval.probes.linear import Linear
 from msn_eval.results.record import (
@@ -106,22 +109,23 @@ class Measurement:
                 overlap=task.overlap,
             ),
             features=replace(features, degenerate=self.degenerate),
-            probe=ProbeInfo(
-                name=task.probe.name,
-                version=task.probe.version,
-                params=dict(config.params),
-                solver=config.solver,
-                converged=config.converged,
-                certificate=config.certificate,
-                objective=config.objective,
-                iterations=config.iterations,
-                chosen=None if config.chosen is None else dict(config.chosen),
-            ),
+            probe=ProbeInfo(name=task.probe.name, version=task.probe.version, **vars(config)),
             metrics=None,
             timing_s=replace(self.timing, probe=round(seconds, 4), total=round(self.timing.extract + seconds, 4)),
             environment=describe_environment(plan.device, batch_size=self.batch_size, seed=plan.request.seed),
             predictions=None,
         )
+
+
+def label_only(images: ImageSet, tap: str) -> Features:
+    """Return the labels of images as Features of width 0."""
+    return Features(
+        values=torch.empty(len(images), 0),
+        labels=torch.tensor(images.labels, dtype=torch.int64),
+        image_ids=images.ids,
+        n_classes=len(images.classes),
+        tap=tap,
+    )
 
 
 def make_predictions(image_ids: Sequence[str], labels: Tensor, scores: Tensor) -> Predictions:
@@ -209,17 +213,9 @@ def _describe_features(encoder: Encoder, taps: Mapping[str, str], dim: int | Non
 
 
 def _describe_checkpoint(checkpoint: Checkpoint, config: EvaluationConfig) -> CheckpointInfo:
+    own = {field.name for field in fields(CheckpointInfo)} - {"allow_missing", "distribution"}
     return CheckpointInfo(
-        name=checkpoint.name,
-        path=checkpoint.path,
-        sha256=checkpoint.sha256,
-        weights_sha256=checkpoint.weights_sha256,
-        format=checkpoint.format,
-        key=checkpoint.key,
-        arch=checkpoint.arch,
-        params=checkpoint.params,
-        matched=checkpoint.matched,
-        epoch=checkpoint.epoch,
+        **{name: getattr(checkpoint, name) for name in own},
         allow_missing=tuple(config.allow_missing) if checkpoint.matched < 1 else (),
         distribution=getattr(checkpoint, "distribution", None),
     )

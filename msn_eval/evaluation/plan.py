@@ -144,10 +144,10 @@ def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Pla
     val = data.val.first_of_each_class(config.limit) if config.limit else data.val
     skipped_val: tuple[str, ...] = ()
     if config.on_bad_image == "skip":
-        find_unreadable = partial(_find_unreadable, workers=config.worker_count)
-        skipped_val = tuple(find_unreadable(val))
+        list_unreadable = partial(_list_unreadable, workers=config.worker_count)
+        skipped_val = tuple(list_unreadable(val))
         val = val.only([image_id for image_id in val.ids if image_id not in set(skipped_val)])
-        subsets = readable_subsets(config.subset, data.train, find_unreadable)
+        subsets = readable_subsets(config.subset, data.train, list_unreadable)
     else:
         subsets = make_subsets(config.subset, data.train)
     if not len(val):
@@ -299,13 +299,19 @@ def _warn_of_data(plan: Plan) -> None:
         _log.warning("%d validation images belong to classes without training images and can never be right", lost)
 
 
-def _find_unreadable(images: ImageSet, workers: int | None) -> list[str]:
-    """Decode every image and return those that cannot be used. All decoders refuse the same images."""
+def find_unreadable(images: ImageSet, workers: int | None) -> list[tuple[str, str]]:
+    """Decode every image, and return the ids of those that cannot be used, with the reasons.
+
+    All decoders refuse the same images.
+    """
     transform = eval_transform(_CHECKED_PIXELS)
     pixels = PixelList(source=images.source, image_ids=images.ids, transform=transform, hashes=None)
-    unreadable = []
-    for batch in load_pixels(pixels, batch_size=_CHECKED_IMAGES, workers=workers or 0):
-        for image_id, reason in batch.failures:
-            _log.info("%s: %s", images.source.place(image_id), reason)
-            unreadable.append(image_id)
-    return unreadable
+    batches = load_pixels(pixels, batch_size=_CHECKED_IMAGES, workers=workers or 0)
+    return [failure for batch in batches for failure in batch.failures]
+
+
+def _list_unreadable(images: ImageSet, workers: int | None) -> list[str]:
+    failures = find_unreadable(images, workers)
+    for image_id, reason in failures:
+        _log.info("%s: %s", images.source.place(image_id), reason)
+    return [image_id for image_id, _ in failures]

@@ -7,9 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import Tensor
 
 from msn_eval.config.recipes import AugmentedRecipe, FinetuneRecipe
 from msn_eval.config.request import EvaluationConfig
@@ -17,7 +15,6 @@ from msn_eval.evaluation import cost_estimate
 from msn_eval.evaluation.cost_estimate import CostEstimate, estimate_cost
 from msn_eval.evaluation.evaluate import evaluate_all, prepare
 from msn_eval.evaluation.plan import Plan, make_plan
-from msn_eval.features.encoder import Encoder
 
 TINY = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
 MakePlan = Callable[..., Plan]
@@ -140,26 +137,6 @@ def test_time_is_that_of_one_image_times_all(plan: MakePlan, monkeypatch: pytest
     decoding, encoding = 1 / 16, 1 / 3  # every measurement takes a second; three images are encoded in the time allowed
 
     assert _estimate(plan()).seconds == pytest.approx(82 * (decoding + encoding))
-
-
-def test_labelled_images_are_timed_without_their_dropped_patches(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(cost_estimate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-
-    def take(seconds: float) -> Callable[..., dict[str, Tensor]]:
-        def encode(encoder: Encoder, pixels: Tensor, *arguments: object) -> dict[str, Tensor]:
-            clock[0] += seconds * len(pixels)
-            return {"cls": torch.zeros(len(pixels), 2)}
-
-        return encode
-
-    monkeypatch.setattr(cost_estimate, "encode", take(3.0))
-    monkeypatch.setattr(cost_estimate, "encode_kept", take(1.0))
-
-    assert _estimate(plan(patch_drop=0.5)).seconds == 80 * 3 + 2 * 1
-    assert _estimate(plan()).seconds == 82 * 3
 
 
 def test_checkpoints_are_kept_as_far_as_their_memory_allows(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:

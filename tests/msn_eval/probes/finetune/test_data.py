@@ -1,4 +1,4 @@
-"""What a step sees is a function of the seed, the epoch and the image, whoever asks and in whatever parts."""
+"""The images of a step are a pure function of seed, epoch and image, however many workers load them."""
 
 import random
 from collections import Counter
@@ -43,19 +43,19 @@ def test_every_epoch_has_every_image_once() -> None:
     assert Counter(seen[:21]) == Counter((epoch, image) for epoch in range(3) for image in range(7))
 
 
-def test_epochs_have_orders_of_their_own() -> None:
+def test_every_epoch_has_a_different_order() -> None:
     order = Order(images=50, batch=50, epochs=2, seed=0)
 
     assert [one for _, one in order.items(0, range(50))] != [one for _, one in order.items(1, range(50))]
 
 
-def test_batch_is_no_larger_than_the_labelled_images_and_even_where_they_are_mixed() -> None:
+def test_batch_is_at_most_all_images_and_even_if_they_are_mixed() -> None:
     sizes = [make_order(FinetuneRecipe(batch=64, mixup=mixup), 9, seed=0).batch for mixup in (0.0, 0.8)]
 
     assert sizes == [9, 8]
 
 
-def test_augmentation_depends_on_image_and_epoch_alone(images: ImageSet) -> None:
+def test_augmentation_depends_on_seed_image_and_epoch_only(images: ImageSet) -> None:
     augment, image = _augmentation(), images.source.decode(images.source.read(images.ids[0]))
 
     first, again, later, other_seed = (
@@ -70,7 +70,7 @@ def test_augmentation_depends_on_image_and_epoch_alone(images: ImageSet) -> None
     assert not torch.equal(first, other_seed)
 
 
-def test_augmentation_leaves_the_global_generators_where_they_were(images: ImageSet) -> None:
+def test_augmentation_leaves_the_global_generators_unchanged(images: ImageSet) -> None:
     image = images.source.decode(images.source.read(images.ids[0]))
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index, union-attr]
 
@@ -81,7 +81,7 @@ def test_augmentation_leaves_the_global_generators_where_they_were(images: Image
     assert torch.equal(before[2], after[2])
 
 
-def test_without_any_change_an_image_is_as_in_evaluation(images: ImageSet) -> None:
+def test_without_augmentation_an_image_is_as_in_evaluation(images: ImageSet) -> None:
     from msn_eval.data.images import resize_and_crop
 
     plain = FinetuneRecipe(crop_share=1.0, flip=0.0, randaugment_magnitude=0)

@@ -1,4 +1,4 @@
-"""Fine-tuning as a whole: the same step however it is cut or shared, the same end whatever stopped it."""
+"""Fine-tuning: a step does not depend on how it is cut or shared, nor the result on interruptions."""
 
 import os
 import signal
@@ -37,6 +37,7 @@ _RECIPE = FinetuneRecipe(
     epochs=3, batch=12, warmup_epochs=1, learning_rate=3e-3, drop_path=0.3, mixup=0.8, cutmix=1.0, erase=0.2, clip=1.0
 )
 _OPTIONS = RunOptions(micro_batch=64, workers=0)
+_SAVE_ALWAYS = replace(_OPTIONS, save_seconds=0.0, epoch_seconds=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +61,8 @@ def _train(
 ) -> tuple[FinetuneResult, dict[str, Tensor]]:
     model = _model(recipe, dtype)
     given = {"precision": "fp32", "options": _OPTIONS} | options
-    tuned = finetune(Finetune(recipe=recipe, seed=1), model, _labelled(images), **given)
-    return tuned, {name: one.detach().clone() for name, one in model.network.state_dict().items()}
+    result = finetune(Finetune(recipe=recipe, seed=1), model, _labelled(images), **given)
+    return result, {name: one.detach().clone() for name, one in model.network.state_dict().items()}
 
 
 def _states(folder: Path) -> StateFiles:
@@ -87,7 +88,7 @@ def test_fine_tuning_learns_the_labels(images: ImageSet) -> None:
     assert float((scores.argmax(dim=1) == labelled.labels).double().mean()) > 0.9
 
 
-def test_frozen_blocks_do_not_move(images: ImageSet) -> None:
+def test_frozen_blocks_do_not_change(images: ImageSet) -> None:
     before = _model().network.state_dict()
 
     _, after = _train(images, recipe=replace(_RECIPE, blocks=1))
@@ -98,7 +99,7 @@ def test_frozen_blocks_do_not_move(images: ImageSet) -> None:
 
 
 @pytest.mark.parametrize("part", [2, 10])
-def test_accumulated_batches_give_the_steps_of_whole_ones(images: ImageSet, part: int) -> None:
+def test_accumulated_batches_give_the_steps_of_complete_ones(images: ImageSet, part: int) -> None:
     whole, cut = (
         _train(images, dtype=torch.float64, options=replace(_OPTIONS, micro_batch=size))[1] for size in (64, part)
     )
@@ -116,9 +117,7 @@ def test_accumulated_batches_agree_in_float32_too(images: ImageSet) -> None:
 
 
 @pytest.mark.parametrize("stop_after", [1, 4])
-def test_training_that_was_killed_ends_bit_for_bit_as_if_it_had_not(
-    images: ImageSet, tmp_path: Path, stop_after: int
-) -> None:
+def test_killed_training_resumes_to_the_same_bits(images: ImageSet, tmp_path: Path, stop_after: int) -> None:
     class KilledError(Exception):
         pass
 
@@ -126,36 +125,36 @@ def test_training_that_was_killed_ends_bit_for_bit_as_if_it_had_not(
         if done >= stop_after * 12:
             raise KilledError
 
-    options = replace(_OPTIONS, save_seconds=0.0, epoch_seconds=0.0)
     undisturbed = _train(images)
     with pytest.raises(KilledError):
-        _train(images, files=_states(tmp_path), options=options, on_progress=kill)
+        _train(images, files=_states(tmp_path), options=_SAVE_ALWAYS, on_progress=kill)
 
-    resumed = _train(images, files=_states(tmp_path), options=options)
+    resumed = _train(images, files=_states(tmp_path), options=_SAVE_ALWAYS)
 
     assert resumed[0] == undisturbed[0]
     assert _same(resumed[1], undisturbed[1])
 
 
-def test_resumed_training_does_not_begin_anew(images: ImageSet, tmp_path: Path) -> None:
+def test_finished_training_is_not_repeated(images: ImageSet, tmp_path: Path) -> None:
     seen: list[int] = []
-    options = replace(_OPTIONS, save_seconds=0.0, epoch_seconds=0.0)
-    _train(images, files=_states(tmp_path), options=options)
+    _train(images, files=_states(tmp_path), options=_SAVE_ALWAYS)
 
-    _train(images, files=_states(tmp_path), options=options, on_progress=lambda done, total: seen.append(done))
+    _train(images, files=_states(tmp_path), options=_SAVE_ALWAYS, on_progress=lambda done, total: seen.append(done))
 
     assert seen == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_is_heeded_after_the_step_with_a_state(images: ImageSet, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stop_takes_effect_after_the_step_with_a_state(
+    images: ImageSet, tmp_path: Path, number: signal.Signals
+) -> None:
     class StoppedError(Exception):
         pass
 
-    def heard(number: int, frame: object) -> None:
+    def handle(number: int, frame: object) -> None:
         raise StoppedError
 
-    before = signal.signal(number, heard)
+    before = signal.signal(number, handle)
     steps: list[int] = []
 
     def progress(done: int, total: int) -> None:
@@ -195,13 +194,12 @@ def test_loss_that_is_not_finite_ends_training_and_names_step_and_images(images:
 
 
 def test_state_that_is_not_finite_is_never_written(images: ImageSet, tmp_path: Path) -> None:
-    options = replace(_OPTIONS, save_seconds=0.0, epoch_seconds=0.0)
     with pytest.raises(NumericalError):
         _train(
             images,
             recipe=replace(_RECIPE, learning_rate=1e30, warmup_epochs=0),
             files=_states(tmp_path),
-            options=options,
+            options=_SAVE_ALWAYS,
         )
 
     for path in _states(tmp_path).find():
@@ -209,7 +207,9 @@ def test_state_that_is_not_finite_is_never_written(images: ImageSet, tmp_path: P
         assert all(bool(one.isfinite().all()) for one in content["network"].values())
 
 
-def test_weights_that_the_last_step_made_infinite_are_told(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_the_last_step_made_infinite_are_reported(
+    images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = train_module.take_step
 
     def overflow(training: step_module.Training, *given: Any) -> bool:
@@ -223,7 +223,7 @@ def test_weights_that_the_last_step_made_infinite_are_told(images: ImageSet, mon
         _train(images, recipe=replace(_RECIPE, epochs=1, batch=20, warmup_epochs=0))
 
 
-def test_disk_that_is_full_for_a_while_stops_nothing(
+def test_disk_that_is_full_for_a_while_does_not_stop_training(
     images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real, calls = train_module.write_state, []
@@ -236,13 +236,13 @@ def test_disk_that_is_full_for_a_while_stops_nothing(
 
     monkeypatch.setattr(train_module, "write_state", refuse_once)
 
-    _train(images, files=_states(tmp_path), options=replace(_OPTIONS, save_seconds=0.0, epoch_seconds=0.0))
+    _train(images, files=_states(tmp_path), options=_SAVE_ALWAYS)
 
     assert "training continues without a state after step 1" in caplog.text
     assert len(_states(tmp_path).find()) == 2
 
 
-def test_disk_that_stays_full_ends_training_before_another_epoch(
+def test_disk_that_stays_full_ends_training_after_one_more_epoch(
     images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[int] = []
@@ -253,36 +253,36 @@ def test_disk_that_stays_full_ends_training_before_another_epoch(
     monkeypatch.setattr(train_module, "write_state", refuse)
 
     with pytest.raises(StoreError, match="No space left"):
-        _train(images, files=_states(tmp_path), options=replace(_OPTIONS, save_seconds=0.0, epoch_seconds=0.0),
+        _train(images, files=_states(tmp_path), options=_SAVE_ALWAYS,
                on_progress=lambda now, total: done.append(now // 12))  # fmt: skip
 
     assert done == [1, 2, 3, 4]  # two steps an epoch: the first refusal, one epoch, and the next
 
 
-def test_memory_that_is_short_halves_the_parts_and_changes_nothing(
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(
     images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = step_module.compute_logits
 
-    def short(model: FinetuneModel, pixels: Tensor, precision: str) -> Tensor:
+    def refuse(model: FinetuneModel, pixels: Tensor, precision: str) -> Tensor:
         if len(pixels) > 4:
-            raise torch.OutOfMemoryError("no room")
+            raise torch.OutOfMemoryError("out of memory")
         return real(model, pixels, precision)  # type: ignore[arg-type]
 
     _, expected = _train(images, dtype=torch.float64)
-    monkeypatch.setattr(step_module, "compute_logits", short)
+    monkeypatch.setattr(step_module, "compute_logits", refuse)
 
-    tuned, weights = _train(images, dtype=torch.float64)
+    result, weights = _train(images, dtype=torch.float64)
 
-    assert tuned.micro_batch == 4 or tuned.micro_batch == 2
+    assert result.micro_batch in (2, 4)
     assert _distance(weights, expected) < 1e-12
 
 
-def test_memory_that_is_too_small_for_two_images_is_told(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    def short(*given: object) -> Tensor:
-        raise torch.OutOfMemoryError("no room")
+def test_memory_too_small_for_two_images_is_reported(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(step_module, "compute_logits", short)
+    monkeypatch.setattr(step_module, "compute_logits", refuse)
 
     with pytest.raises(ResourceError, match="too small to train on two images"):
         _train(images)
@@ -315,7 +315,7 @@ def test_head_starts_at_logistic_regression(images: ImageSet) -> None:
     torch.testing.assert_close(scores.log_softmax(dim=1), expected, rtol=0, atol=2e-3)
 
 
-def test_gradients_are_no_longer_than_the_clip(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_clipped(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[float] = []
 
     def build(model: FinetuneModel, recipe: FinetuneRecipe) -> torch.optim.Optimizer:
@@ -336,7 +336,7 @@ def test_gradients_are_no_longer_than_the_clip(images: ImageSet, monkeypatch: py
     assert min(lengths) > 0.01
 
 
-def test_the_loss_that_is_told_begins_anew_with_every_epoch(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reported_loss_is_that_of_the_last_epoch(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[tuple[float, int]] = []
 
     def take(training: step_module.Training, *given: Any) -> bool:
@@ -345,10 +345,10 @@ def test_the_loss_that_is_told_begins_anew_with_every_epoch(images: ImageSet, mo
         return stopped
 
     monkeypatch.setattr(train_module, "take_step", take)
-    tuned, _ = _train(images)
+    result, _ = _train(images)
 
     assert [count for _, count in steps] == [1, 2, 1, 2, 1]
-    assert tuned.loss == steps[-1][0]
+    assert result.loss == steps[-1][0]
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -363,7 +363,7 @@ def test_no_pair_of_a_batch_is_split_between_ranks(world: int) -> None:
 
 @pytest.fixture
 def jpegs(tmp_path: Path) -> ImageSet:
-    """Give five JPEG files in two classes."""
+    """Return five JPEG files in two classes."""
     generator = np.random.default_rng(0)
     for number in range(5):
         folder = tmp_path / "val" / ("ant", "bee")[number % 2]
