@@ -96,7 +96,7 @@ def finetune_task(
     unlabelled[labelled.labels] = False
     predictions = make_predictions(test.image_ids, test.labels, scores.masked_fill(unlabelled, -torch.inf))
     measurement = replace(measurement, batch_size=trained.micro_batch)
-    fitted = ProbeConfig(params=probe.params, solver="adamw", objective=trained.loss, iterations=trained.steps)
+    fitted = ProbeConfig(params=probe.params, solver="adamw", objective=trained.mean_loss, iterations=trained.step)
     seconds = time.perf_counter() - started
     return measurement.make_result(fitted, predictions, dim=model.dim, seconds=seconds), predictions
 

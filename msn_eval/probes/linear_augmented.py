@@ -16,11 +16,11 @@ from torch.nn import functional
 from msn_eval.config.recipes import AugmentedRecipe, Params
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.subsets import Subset
-from msn_eval.distributed.group import Group, broadcast_from_first, broadcast_from_rank0, joined, sum_over_ranks
+from msn_eval.distributed.group import Group, joined, sum_over_ranks
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features.augmented import AugmentedImages, features_from
 from msn_eval.probes.base import FittedProbe, Probe, ProbeConfig, TrainsOn
-from msn_eval.probes.training_state import StateFiles, read_state, write_state
+from msn_eval.probes.training_state import StateFiles, read_shared_state, write_state
 from msn_eval.process import StopRequest, watch_stop_signals
 
 _log = logging.getLogger(__name__)
@@ -229,7 +229,10 @@ def fit_augmented(
     device = images.encoder.device
     training = start_training(probe, images.dim, len(present), device)
     with joined(group, device), watch_stop_signals() as stop:
-        _resume(training, files, group)
+        if (state := read_shared_state(files, group)) is not None:
+            training.load_state_dict(state)
+            if group.rank == 0:
+                _log.info("linear-augmented: resumes after step %d", training.step)
         _train(probe, images, labels, training, group=group, files=files, stop=stop)
     if stop.number is not None:  # the signal is raised again at the end of the block, unless it is ignored
         raise KeyboardInterrupt
@@ -259,15 +262,6 @@ def _make_error(rate: float, step: int) -> NumericalError:
     return NumericalError(
         f"linear-augmented: the layer diverged at learning rate {rate:g}, step {step}", hint="Use a smaller one."
     )
-
-
-def _resume(training: Training, files: StateFiles | None, group: Group) -> None:
-    """Continue from the newest state, which rank 0 reads, if there is one."""
-    state = read_state(files) if files is not None and group.rank == 0 else None
-    if broadcast_from_rank0(group, "training step", lambda: "" if state is None else str(state["step"])):
-        training.load_state_dict(broadcast_from_first(group, state))
-        if group.rank == 0:
-            _log.info("linear-augmented: resumes after step %d", training.step)
 
 
 def _train(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from msn_eval.distributed.group import Group, broadcast_from_first, broadcast_from_rank0
 from msn_eval.errors import StoreError
 from msn_eval.files.atomic import free_bytes, remove, write_atomically
 
@@ -92,6 +93,13 @@ def read_state(files: StateFiles) -> dict[str, Any] | None:
         except (OSError, ValueError, RuntimeError) as error:
             _log.warning("%s is damaged and ignored: %s", path, str(error).partition("\n")[0])
     return None
+
+
+def read_shared_state(files: StateFiles | None, group: Group) -> dict[str, Any] | None:
+    """Read the newest state on rank 0, whose folder the others may not see, and return it on all ranks of a process group."""
+    state = read_state(files) if files is not None and group.rank == 0 else None
+    has_state = broadcast_from_rank0(group, "state", lambda: "" if state is None else "yes")
+    return broadcast_from_first(group, state) if has_state else None
 
 
 def remove_states(files: StateFiles) -> None:

@@ -6,44 +6,77 @@ ranks and of workers, the micro-batch and an interruption change no more than ro
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
+from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 from msn_eval.config.recipes import FinetuneRecipe
-from msn_eval.distributed.group import ALONE, Group, barrier, broadcast_from_first, broadcast_from_rank0
-from msn_eval.errors import NumericalError, StoreError
+from msn_eval.distributed.group import ALONE, Group, barrier, share, sum_over_ranks
+from msn_eval.errors import NumericalError, ResourceError, StoreError
+from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_eval.features.encoder import Precision, exact_float32
 from msn_eval.probes.finetune import Finetune
-from msn_eval.probes.finetune.data import Augmentation, Item, Order, load_training_images, make_order
+from msn_eval.probes.finetune.data import (
+    Augmentation,
+    Item,
+    Mixing,
+    Order,
+    draw_paths,
+    load_training_images,
+    make_order,
+)
 from msn_eval.probes.finetune.model import FinetuneModel, build_optimizer
-from msn_eval.probes.finetune.predict import LabelledImages, RunOptions, init_head
-from msn_eval.probes.finetune.step import Training, own_rows, take_step
-from msn_eval.probes.training_state import StateFiles, read_state, write_state
-from msn_eval.process import watch_stop_signals
+from msn_eval.probes.finetune.predict import LabelledImages, RunOptions, compute_logits, init_head
+from msn_eval.probes.training_state import StateFiles, read_shared_state, write_state
+from msn_eval.process import StopRequest, watch_stop_signals
 
 _log = logging.getLogger(__name__)
 _SHOWN = 5
 Progress = Callable[[int, int], None]  # images done, images in all
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinetuneResult:
-    """The end of a fine-tuning.
+@dataclass(kw_only=True)
+class Training:
+    """A fine-tuning between two steps.
 
     Attributes:
-        steps: Number of steps.
-        loss: Mean over the steps of the last epoch of what was minimised.
-        micro_batch: Images at once on this rank at the end.
+        probe, labelled, order, precision, group, options, files: As passed to `finetune`; they do not change.
+        model, optimizer, schedule: What is trained, and how.
+        micro_batch: Images at once on this rank; halved on out-of-memory.
+        step: Number of steps taken.
+        loss: Sum of the losses of the current epoch's steps, and their number.
+        saved_at: When a state was written last, or tried.
+        refused_step: Step at which the disk first refused a state, until one is written.
     """
 
-    steps: int
-    loss: float
+    probe: Finetune
+    labelled: LabelledImages
+    order: Order
+    precision: Precision
+    group: Group
+    options: RunOptions
+    files: StateFiles | None
+    model: FinetuneModel
+    optimizer: torch.optim.Optimizer
+    schedule: CosineLRScheduler
     micro_batch: int
+    step: int = 0
+    loss: tuple[float, int] = (0.0, 0)
+    saved_at: float = field(default_factory=time.monotonic)
+    refused_step: int | None = None
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss of the current epoch's steps."""
+        total, count = self.loss
+        return total / max(1, count)
 
 
 def finetune(
@@ -56,7 +89,7 @@ def finetune(
     files: StateFiles | None = None,
     group: Group = ALONE,
     on_progress: Progress | None = None,
-) -> FinetuneResult:
+) -> Training:
     """Train a model in place, from the state of an earlier attempt if there is one.
 
     SIGTERM and Ctrl-C take effect between two steps, after a state is written.
@@ -70,6 +103,9 @@ def finetune(
         files: Where states are kept; None writes none.
         group: Ranks that share each batch; several must have joined a process group.
         on_progress: Called with images done and images in total.
+
+    Returns:
+        The training after its last step.
 
     Raises:
         NumericalError: The loss, the gradient or a weight is not finite.
@@ -107,8 +143,7 @@ def finetune(
             if on_progress is not None:
                 on_progress(training.step * order.batch, order.steps * order.batch)
             _save_if_due(training)
-    total, count = training.loss
-    return FinetuneResult(steps=training.step, loss=total / max(1, count), micro_batch=training.micro_batch)
+    return training
 
 
 def _build_schedule(recipe: FinetuneRecipe, steps: int, optimizer: torch.optim.Optimizer) -> CosineLRScheduler:
@@ -125,12 +160,10 @@ def _build_schedule(recipe: FinetuneRecipe, steps: int, optimizer: torch.optim.O
 
 
 def _resume(training: Training) -> None:
-    """Continue from the newest state, if there is one. Rank 0 reads it: others may not see its folder."""
-    group, files = training.group, training.files
-    state = read_state(files) if files is not None and group.rank == 0 else None
-    if not broadcast_from_rank0(group, "state", lambda: "" if state is None else str(state["step"])):
+    """Continue from the newest state, if there is one."""
+    state = read_shared_state(training.files, training.group)
+    if state is None:
         return
-    state = broadcast_from_first(group, state)
     with torch.no_grad():
         for name, weight in training.model.trained.items():
             weight.copy_(state["network"][name])
@@ -208,3 +241,119 @@ def _save(training: Training, *, is_last: bool) -> None:
         if is_last or training.step > training.refused_step + training.order.steps_per_epoch:
             raise
         _log.error("training continues without a state after step %d: %s", training.step, error)
+
+
+def own_rows(order: Order, group: Group) -> range:
+    """Return the rows of each batch that a rank takes: complete pairs, except for a last odd row."""
+    return share(order.batch, group, block=2)
+
+
+def take_step(training: Training, pixels: Tensor, stop: StopRequest) -> bool:
+    """Change the weights by one step.
+
+    Args:
+        training: The training; changed in place.
+        pixels: This rank's rows of the batch, (b, 3, S, S) float32, normalised.
+        stop: Whether this rank is asked to stop.
+
+    Returns:
+        Whether some rank is asked to stop.
+
+    Raises:
+        NumericalError: The loss or the gradient is not finite.
+        ResourceError: Memory is too small for two images.
+    """
+    training.schedule.step_update(training.step)
+    loss = _compute_gradients(training, pixels)
+    weights = list(training.model.trained.values())
+    for weight in weights:
+        if weight.grad is None:  # this rank has no images in this step
+            weight.grad = torch.zeros_like(weight)
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    sums = torch.stack([loss, loss.new_tensor(float(stop.number is not None))])
+    sum_over_ranks(training.group, [*gradients, sums])
+    norm = torch.nn.utils.get_total_norm(gradients)
+    total, stops = sums.tolist()
+    if not (math.isfinite(total) and bool(norm.isfinite())):
+        raise _make_error(training, total, float(norm))
+    if training.probe.recipe.clip:
+        torch.nn.utils.clip_grads_with_norm_(weights, training.probe.recipe.clip, norm)
+    training.optimizer.step()
+    if training.step % training.order.steps_per_epoch == 0:
+        training.loss = 0.0, 0
+    training.loss = training.loss[0] + total, training.loss[1] + 1
+    training.step += 1
+    return bool(stops)
+
+
+def _compute_gradients(training: Training, pixels: Tensor) -> Tensor:
+    """Add the gradients of this rank's rows to the weights, and return its share of the mean loss.
+
+    On out-of-memory the micro-batch is halved, and the step starts again from zero gradients.
+    """
+    while True:
+        training.optimizer.zero_grad(set_to_none=True)
+        try:
+            return _accumulate(training, pixels)
+        except OUT_OF_MEMORY_ERRORS as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        # Outside of the except block: there the frames of the failed attempt would keep their tensors alive.
+        device = training.model.encoder.device
+        micro_batch = min(training.micro_batch, len(pixels))
+        if micro_batch <= 2:
+            raise ResourceError(
+                f"memory of {device} is too small to train on two images at once: {reason}",
+                hint="Train fewer blocks (finetune.blocks), or use --precision bf16 or another --device.",
+            )
+        training.micro_batch = max(2, micro_batch // 4 * 2)  # even, so that pairs stay together
+        _log.warning("out of memory on %s; continuing with %d images at once", device, training.micro_batch)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _accumulate(training: Training, pixels: Tensor) -> Tensor:
+    probe, order, model, step = training.probe, training.order, training.model, training.step
+    device = model.encoder.device
+    rows = own_rows(order, training.group)
+    mix = Mixing(recipe=probe.recipe, n_classes=model.head.out_features, seed=probe.seed)
+    draws = draw_paths(step, batch=order.batch, paths=len(model.paths), seed=probe.seed)
+    numbers = [number for _, number in order.items(step, rows)]
+    labels = training.labelled.labels[torch.tensor(numbers, dtype=torch.int64)]
+    total = torch.zeros((), device=device)
+    cross_entropy = SoftTargetCrossEntropy()
+    for first in range(0, len(rows), training.micro_batch):
+        own = slice(first, min(first + training.micro_batch, len(rows)))
+        images, targets = mix(
+            pixels[own].to(device, model.head.weight.dtype, copy=True, non_blocking=True), labels[own].to(device), step
+        )
+        with _set_path_draws(model, draws[rows.start + own.start : rows.start + own.stop].to(device)):
+            logits = compute_logits(model, images, training.precision)
+            loss = cross_entropy(logits, targets) * (len(images) / order.batch)
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+@contextmanager
+def _set_path_draws(model: FinetuneModel, draws: Tensor) -> Iterator[None]:
+    for column, path in enumerate(model.paths):
+        path.draws = draws[:, column]
+    try:
+        yield
+    finally:
+        for path in model.paths:
+            path.draws = None
+
+
+def _make_error(training: Training, loss: float, norm: float) -> NumericalError:
+    order = training.order
+    items = order.items(training.step, range(order.batch))
+    names = ", ".join(training.labelled.images.ids[number] for _, number in items[:_SHOWN])
+    problem = f"the norm of the gradient is {norm:g}" if math.isfinite(loss) else f"the loss is {loss:g}"
+    hint = "Use a smaller finetune.learning_rate or a longer warm-up"
+    return NumericalError(
+        f"fine-tuning: {problem} at step {training.step + 1} of {order.steps} (images {names}, …)",
+        hint=f"{hint}, or --precision fp32." if training.precision != "fp32" else f"{hint}.",
+    )
