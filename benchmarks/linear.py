@@ -24,7 +24,7 @@ _BATCH = 256
 
 
 def main() -> None:
-    """Print seconds of each way and ratios."""
+    """Print seconds of each method and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)

@@ -2,7 +2,7 @@
 
     python benchmarks/low_shot.py --images FOLDER_OF_JPEGS [--arch vit_small_patch16_224] [--rounds 3]
 
-The images stand for ImageNet in its proportions: of 71,635 that the ten published lists and the validation set name,
+The images represent ImageNet in its proportions: of 71,635 that the ten published lists and the validation set name,
 50,000 are for validation, and the lists name the other 21,635 36,811 times. The straightforward way goes list by list with
 torchvision's ImageFolder, batches of 16, no workers, fp32, timm's network, and goes through the validation images once.
 Ours hashes the files, reads each image once, and writes the features to a new cache; its bf16 is another precision class,
@@ -36,7 +36,7 @@ _LIST_SIZES = (1000, 1000, 1000, 2000, 2000, 2000, 5000, 5000, 5000, 12811)
 
 
 def main() -> None:
-    """Print one line a way."""
+    """Print one line per method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, type=Path)
     parser.add_argument("--arch", default="vit_small_patch16_224")
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def _lay_out(files: list[Path], root: Path) -> list[list[int]]:
-    """Copy the images into `train` and `val`, a class each, and give lists over `train` that overlap as the published do."""
+    """Copy the images into `train` and `val`, a class each, and return lists over `train` that overlap as the published do."""
     chance = random.Random(0)
     cut = round(len(files) * _LABELLED / (_LABELLED + _VALIDATION))
     for split, some in (("train", files[:cut]), ("val", files[cut:])):

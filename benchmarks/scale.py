@@ -1,9 +1,9 @@
-"""Whether the cost of extraction grows linearly and memory stays flat: images a second and resident memory by list length.
+"""Whether the cost of extraction grows linearly and memory stays flat: images per second and resident memory by list length.
 
     python benchmarks/scale.py --data FOLDER [--counts 1000,5000,20000] [--rounds 3]
 
 The training images of an image folder, an untrained ViT of two blocks at 64 pixels, one thread, a new cache each time. The
-lengths take turns. Memory is what the process holds above its start, the features' own bytes apart.
+lengths alternate. Memory is the peak of the process above its start, without the bytes of the features.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _NETWORK = "random:vit_tiny_patch16_224?img_size=64&patch_size=16&depth=2"
 
 
 def main() -> None:
-    """Print one line a length."""
+    """Print one line per length."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--counts", default="1000,5000,20000")
@@ -41,7 +41,7 @@ def main() -> None:
     found: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
     for _ in range(options.rounds):
         for count in counts:
-            # A process of its own: what another length has left in memory would hide what this one takes.
+            # A process of its own: memory left by a different length would hide the peak of this one.
             words = [sys.executable, __file__, "--data", options.data, "--only", str(count)]
             rate, held = map(float, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
             found[count].append((rate, held))
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _extract(data: str, count: int) -> tuple[float, float]:
-    """Give images a second, hashing and writing included, and the bytes held at the most beyond start and features."""
+    """Return images per second, hashing and writing included, and the peak bytes beyond start and features."""
     torch.set_num_threads(1)
     encoder = build_encoder(read_checkpoint(_NETWORK), device=torch.device("cpu"), precision="fp32")
     images = read_split(data, "train")

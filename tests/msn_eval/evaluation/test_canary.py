@@ -70,11 +70,11 @@ def test_validation_images_among_the_labelled_ones_are_found(
 ) -> None:
     code = main(_command(leaking, tmp_path / "runs"))
 
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     assert code == 23
-    assert "--canary: something leaks: with random labels" in told.err
-    assert "knn k=1 temperature=0.07 full@1: 120 of 120 right" in told.out
-    assert "LEAKS" in told.out
+    assert "--canary: something leaks: with random labels" in output.err
+    assert "knn k=1 temperature=0.07 full@1: 120 of 120 right" in output.out
+    assert "LEAKS" in output.out
     assert not (tmp_path / "runs").exists()
 
 

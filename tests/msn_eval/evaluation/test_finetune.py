@@ -113,7 +113,7 @@ def test_killed_evaluation_resumes_to_the_same_record(
         with pytest.raises(KilledError):
             tune()
     states = list((tmp_path / "runs" / ".training").iterdir())
-    monkeypatch.setattr(finetune_module, "take_step", lambda *given: pytest.fail("it began anew"))
+    monkeypatch.setattr(finetune_module, "take_step", lambda *given: pytest.fail("it was trained again"))
 
     (result,) = tune()
 
@@ -264,10 +264,10 @@ def test_transformers_computes_the_logits_of_the_network_that_was_scored(
     encoder = build_encoder(read_checkpoint(name), device=torch.device("cpu"), precision="fp32")
     pixels = normalised(torch.randint(256, (3, 16, 16, 3), dtype=torch.uint8), encoder)
 
-    loaded, told = getattr(transformers, kind).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    loaded, info = getattr(transformers, kind).from_pretrained(tmp_path / "saved", output_loading_info=True)
 
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     with torch.inference_mode():
         expected = trained[-1].network(pixels)
         torch.testing.assert_close(loaded.eval()(pixels).logits, expected, rtol=1e-5, atol=1e-5)

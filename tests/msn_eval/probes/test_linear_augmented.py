@@ -383,11 +383,11 @@ def test_a_command_asked_to_stop_ends_with_75_and_resumes_from_there(
     words = ["--checkpoint", "pixels", "--data", "digits", "--subset", "2imgs@1", "--probe", "linear-augmented"]
     words += ["--device", "cpu", "--no-cache", "--json", "linear_augmented.epochs=4", "linear_augmented.batch_size=8"]
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
-    told: list[int] = []
+    stopped_at: list[int] = []
 
     def stop_once(training: Training, *arguments: Any, **others: Any) -> bool:
-        if training.step == 4 and not told:
-            told.append(training.step)
+        if training.step == 4 and not stopped_at:
+            stopped_at.append(training.step)
             signal.raise_signal(signal.SIGTERM)
         return take_step(training, *arguments, **others)
 
