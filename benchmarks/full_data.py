@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from msn_eval.features.extraction import Features
-from msn_eval.probes.logistic import Logistic, fit_logistic
-from msn_eval.probes.logistic_solvers.chunked_newton import is_large
+from msn_eval.probes.logistic import Logistic
+from msn_eval.probes.logistic_solvers.newton import is_large
 
 _BLOCK = 4096
 
@@ -61,7 +61,7 @@ def features(images: int, width: int, classes: int) -> Features:
 
 def fit(train: Features, strength: float):  # type: ignore[no-untyped-def]
     """Give the setting of the one fit."""
-    return fit_logistic(Logistic(lambdas=(strength,)), train, torch.device("cpu")).settings[0]
+    return Logistic(lambdas=(strength,)).fit(train, torch.device("cpu")).settings[0]
 
 
 def _peak_bytes() -> int:

@@ -3,30 +3,31 @@
     python benchmarks/knn.py [--device cuda] [--bank 20000] [--queries 2000] [--width 768] [--k 20,200] [--rounds 5]
     python benchmarks/knn.py --device cuda --bank 1281167 --queries 50000 --rounds 3       # ImageNet: the goal is 3 s
 
-Gaussian clusters in float32, twenty rows a cluster. Faiss searches its flat index for the same k in float32, built before
+Gaussian clusters in float32, twenty rows per cluster. Faiss searches its flat index for the same k in float32, built before
 the clock starts, as our bank is indexed before; our search ends with float64 cosines, proved to be those of the nearest.
-Prints medians, the median of the rounds' ratios (above 1: ours is faster), in what arithmetic our shortlists are made,
-for how many queries faiss's float32 gives other neighbours, and on a GPU the peak of memory.
+Prints medians, the median of the rounds' ratios (above 1: ours is faster), which engine proposes our candidates,
+for how many queries faiss's float32 finds different neighbours, and on a GPU the peak of memory.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from msn_eval.probes.knn_search.candidates import arithmetics
+from msn_eval.probes.knn_search.candidates import choose_engines
 from msn_eval.probes.knn_search.index import index_bank
 from msn_eval.probes.knn_search.search import search_nearest
 
-_ROWS_A_CLUSTER = 20
+_ROWS_PER_CLUSTER = 20
 
 
 def main() -> None:
-    """Print one line a k."""
+    """Print one line per k."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bank", type=int, default=20_000)
@@ -34,26 +35,29 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--k", default="20,200")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--by", choices=["auto", "torch", "faiss"], default="auto", help="what makes our shortlists")
+    parser.add_argument(
+        "--search", choices=["auto", "torch", "faiss"], default="auto", help="what proposes our candidates"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     bank, queries = _clusters(options.bank, options.queries, options.width, device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {where}, bank {tuple(bank.shape)}, {len(queries)} queries, "
-          f"proposed in {arithmetics(device, options.by)[0]} by {options.by}")  # fmt: skip
+          f"proposed in {choose_engines(device, options.search, options.bank)[0]} by {options.search}")  # fmt: skip
     started = time.perf_counter()
     indexed = index_bank(bank)
-    search_nearest(queries[:64], indexed, 1, by=options.by)
+    search_nearest(queries[:64], indexed, 1, search=options.search)
     print(f"bank made ready once: {time.perf_counter() - started:.2f} s")
     for k in map(int, options.k.split(",")):
-        _compare(k, lambda k=k: search_nearest(queries, indexed, k, by=options.by), _faiss(bank, queries, k), options.rounds)  # type: ignore[misc]  # fmt: skip
+        ours = partial(search_nearest, queries, indexed, k, search=options.search)
+        _compare(k, ours, _faiss(bank, queries, k), options.rounds)
         if device.type == "cuda":
             print(f"  peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
 
 
 def _clusters(rows: int, queries: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
-    n_clusters = -(-rows // _ROWS_A_CLUSTER)
+    n_clusters = -(-rows // _ROWS_PER_CLUSTER)
     centres = 0.3 * torch.randn(n_clusters, width, generator=generator, device=device)
 
     def drawn(n: int) -> Tensor:
@@ -67,7 +71,7 @@ def _clusters(rows: int, queries: int, width: int, device: torch.device) -> tupl
 
 
 def _faiss(bank: Tensor, queries: Tensor, k: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Give faiss's own search of a flat index of unit rows, on the same device."""
+    """Return faiss's own search of a flat index of unit rows, on the same device."""
     import faiss
 
     index: Any = faiss.IndexFlatIP(bank.shape[1])
@@ -101,7 +105,7 @@ def _compare(
     our, their = (statistics.median(column) for column in zip(*pairs, strict=True))
     print(
         f"k={k}: ours {our:.3f} s, faiss {their:.3f} s, ratio {statistics.median(ratios):.2f} "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f}); {differing} queries have other neighbours in faiss's float32"
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f}); {differing} queries have different neighbours in faiss's float32"
     )
 
 

@@ -28,7 +28,7 @@ import torch
 
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import centred_rows
-from msn_eval.probes.logistic import TARGET_GAP, Logistic, fit_logistic
+from msn_eval.probes.logistic import TARGET_GAP, Logistic
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, certify
 
@@ -134,8 +134,8 @@ def _nine_against_alone(rounds: int) -> None:
     cpu = torch.device("cpu")
     together, alone = _interleaved(
         rounds,
-        lambda: [fit_logistic(Logistic(lambdas=_LAMBDAS), draw, cpu) for draw in draws],
-        lambda: [fit_logistic(Logistic(lambdas=(one,)), draw, cpu) for draw in draws for one in _LAMBDAS],
+        lambda: [Logistic(lambdas=_LAMBDAS).fit(draw, cpu) for draw in draws],
+        lambda: [Logistic(lambdas=(one,)).fit(draw, cpu) for draw in draws for one in _LAMBDAS],
     )
     print(f"nine     in three calls {_told(together)} s, in nine {_told(alone)} s")
     print(f"         share {_ratio(together, alone)}")
@@ -150,7 +150,7 @@ def _nine_on_gpu(rounds: int) -> None:
 
     def fit() -> None:
         for draw in draws:
-            settings = fit_logistic(Logistic(lambdas=_LAMBDAS), draw, device).settings
+            settings = Logistic(lambdas=_LAMBDAS).fit(draw, device).settings
             assert all(one.converged for one in settings)
         torch.cuda.synchronize()
 

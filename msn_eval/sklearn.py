@@ -18,13 +18,8 @@ from msn_eval.probes.knn_search.index import index_bank
 from msn_eval.probes.knn_search.search import search_nearest
 from msn_eval.probes.linear import Recipe, train_heads
 from msn_eval.probes.logistic import LARGEST_GAP, SOLVERS, reduced_rows
-from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
-from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution
-from msn_eval.probes.logistic_solvers.reference_solvers import (
-    minimise_by_cyanure,
-    minimise_by_lbfgs,
-    minimise_by_sklearn,
-)
+from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem
+from msn_eval.probes.logistic_solvers.reference_solvers import MINIMISERS
 from msn_eval.probes.ncm import class_directions
 from msn_eval.probes.ridge import solve_ridge
 
@@ -34,12 +29,17 @@ Floats = NDArray[np.float64]
 
 
 class _Probe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """What all probes do alike: look at what they are given, name classes, and choose the one that scores highest."""
+    """Base of the probes: checks the input, encodes the classes, and predicts the one that scores highest."""
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Fit to rows X, (n, d), and their classes y, (n,).
+        """Fit the probe.
 
-        Raises ValueError for what is not finite, not two-dimensional, or not a classification.
+        Args:
+            X: (n, d) floating array or tensor.
+            y: (n,) class labels.
+
+        Raises:
+            ValueError: The input is not finite, not two-dimensional, or not a classification.
         """
         X, y = validate_data(self, _array(X), _array(y), dtype=[np.float64, np.float32])
         check_classification_targets(y)
@@ -48,20 +48,20 @@ class _Probe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """Give the class of each row: of equal scores the first in the order of `classes_`."""
+        """Return the class of each row, (n,); of equal scores the first in the order of `classes_`."""
         scores = self._scored(X)
         return self.classes_[scores.argmax(axis=1)]  # type: ignore[no-any-return]
 
     def decision_function(self, X: Any) -> Floats:
-        """Give scores, higher is better: (n, classes), or for two classes (n,), above 0 for the second."""
-        return _two_as_one(self._scored(X))
+        """Return float64 scores, higher is better: (n, classes), or for two classes (n,), above 0 for the second."""
+        return _binary_scores(self._scored(X))
 
     def _scored(self, X: Any) -> Floats:
         check_is_fitted(self)
         X = validate_data(self, _array(X), dtype=[np.float64, np.float32], reset=False)
         return self._scores(_tensor(X)).numpy()
 
-    def _at_least_two(self) -> None:
+    def _check_classes(self) -> None:
         if len(self.classes_) < 2:
             raise ValueError(f"{type(self).__name__} needs labelled rows of at least two classes, not of 1 class.")
 
@@ -73,7 +73,7 @@ class _Probe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
 
 class _CentredProbe(_Probe):
-    """A probe on rows as the logistic protocol has them: each less its own mean, of unit length."""
+    """Base of the probes on the rows of the logistic protocol: each minus its own mean, of length 1."""
 
     preprocess: bool
 
@@ -87,10 +87,10 @@ class _CentredProbe(_Probe):
 
 
 class _Softmax:
-    """Probabilities by the softmax of the scores."""
+    """Mixin: probabilities by the softmax of the scores."""
 
     def predict_proba(self, X: Any) -> Floats:
-        """Give the probability of each class, (n, classes)."""
+        """Return the probability of each class, (n, classes) float64."""
         scores = self._scored(X)  # type: ignore[attr-defined]
         return torch.from_numpy(scores).softmax(dim=1).numpy()
 
@@ -98,13 +98,20 @@ class _Softmax:
 class LogisticProbe(_Softmax, _CentredProbe):
     """The logistic protocol: mean softmax cross-entropy + (lam / n) / 2 ||W||^2, no intercept.
 
-    lam:        > 0; scikit-learn's C is 1 / lam (2 / lam for its binary form)
-    solver:     auto, newton, lbfgs, cyanure or sklearn: how the one minimum is found
-    tol:        relative duality gap at which ours stop; `cyanure` and `sklearn` go as far as they go
-    preprocess: centre each row and bring it to unit length, as the protocol does
+    Source: arXiv:2204.07141, appendix A.2.
 
-    coef_ (classes, d) belongs to the prepared rows; certificate_ is the relative duality gap, an upper bound of how far
-    objective_ is above the minimum; converged_ is false above 1e-3, with a warning; n_iter_ counts the solver's steps.
+    Args:
+        lam: Positive; scikit-learn's C is 1 / lam (2 / lam for its binary form).
+        solver: auto, newton, lbfgs, cyanure or sklearn.
+        tol: Relative duality gap at which newton and lbfgs stop; cyanure and sklearn have tolerances of their own.
+        preprocess: Centre each row and scale it to length 1, as the protocol does.
+
+    Attributes:
+        coef_: (classes, d) float64, for the prepared rows.
+        objective_: Value of the objective.
+        certificate_: Relative duality gap, an upper bound of how far objective_ is above the minimum.
+        converged_: Whether certificate_ is at most 1e-3; otherwise `fit` warns.
+        n_iter_: Number of the solver's steps.
     """
 
     def __init__(self, lam: float = 0.0025, solver: str = "auto", tol: float = 1e-6, preprocess: bool = True) -> None:
@@ -114,17 +121,17 @@ class LogisticProbe(_Softmax, _CentredProbe):
         _check_positive(lam=self.lam, tol=self.tol)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver is {self.solver!r}, not one of {', '.join(SOLVERS)}.")
-        self._at_least_two()
+        self._check_classes()
         rows, basis = reduced_rows(self._rows(X))
         problem = CrossEntropyProblem(rows=rows, labels=labels, n_classes=len(self.classes_), mu=self.lam / len(X))
-        solution, self.n_iter_ = _minimise(problem, self.solver, target=self.tol)
+        solution, self.n_iter_ = MINIMISERS[self.solver](problem, target=self.tol)
         weights = solution.weights.to(torch.float64)
         self.coef_ = (weights if basis is None else weights @ basis.T).numpy()
         self.certificate_, self.objective_ = solution.gap, solution.objective
         self.converged_ = solution.gap <= LARGEST_GAP
         if not self.converged_:
-            said = f"the relative duality gap is {solution.gap:.1e}, above {LARGEST_GAP:g}"
-            warnings.warn(said, ConvergenceWarning, stacklevel=3)
+            message = f"the relative duality gap is {solution.gap:.1e}, above {LARGEST_GAP:g}"
+            warnings.warn(message, ConvergenceWarning, stacklevel=3)
 
     def _scores(self, X: Tensor) -> Tensor:
         return self._rows(X) @ torch.from_numpy(self.coef_).T
@@ -133,9 +140,15 @@ class LogisticProbe(_Softmax, _CentredProbe):
 class NearestNeighbourProbe(_Probe):
     """The knn protocol: the k nearest rows by cosine vote for their classes with weight exp(cosine / temperature).
 
-    k:           above the number of rows it is lowered to that, with a warning; `k_` is what was used
-    temperature: > 0
-    metric:      cosine
+    Source: Wu et al. 2018, arXiv:1805.01978.
+
+    Args:
+        k: Number of neighbours; above the number of rows it is lowered to that, with a warning.
+        temperature: Positive.
+        metric: "cosine".
+
+    Attributes:
+        k_: The k that is used.
     """
 
     def __init__(self, k: int = 20, temperature: float = 0.07, metric: str = "cosine") -> None:
@@ -144,7 +157,7 @@ class NearestNeighbourProbe(_Probe):
     def _fit(self, X: Tensor, labels: Tensor) -> None:
         _check_positive(k=self.k, temperature=self.temperature)
         if self.metric != "cosine":
-            raise ValueError(f"metric is {self.metric!r}; the protocol knows cosine alone.")
+            raise ValueError(f"metric is {self.metric!r}; the protocol has only cosine.")
         self.k_ = min(int(self.k), len(X))
         if self.k_ < self.k:
             warnings.warn(f"k = {self.k} neighbours among {len(X)} rows: all {len(X)} vote", stacklevel=3)
@@ -157,16 +170,22 @@ class NearestNeighbourProbe(_Probe):
         )
 
     def predict_proba(self, X: Any) -> Floats:
-        """Give each class's share of the votes, (n, classes)."""
+        """Return each class's share of the votes, (n, classes) float64."""
         return torch.from_numpy(self._scored(X)).softmax(dim=1).numpy()
 
     def decision_function(self, X: Any) -> Floats:
-        """Give shares of the votes: (n, classes), or for two classes that of the second less that of the first."""
-        return _two_as_one(self.predict_proba(X))
+        """Return shares of the votes: (n, classes), or for two classes (n,), the second's minus the first's."""
+        return _binary_scores(self.predict_proba(X))
 
 
 class NearestClassMean(_Probe):
-    """The ncm protocol: cosine to the mean of each class's rows of unit length. coef_ holds the means' directions."""
+    """The ncm protocol: cosine to the mean of each class's rows of length 1.
+
+    Source: Mensink et al. 2013, "Distance-based image classification"; with cosines, Snell et al. 2017.
+
+    Attributes:
+        coef_: (classes, d) float64 directions of the means.
+    """
 
     def _fit(self, X: Tensor, labels: Tensor) -> None:
         self.coef_ = class_directions(normalised_rows(X), labels, n_classes=len(self.classes_)).numpy()
@@ -176,19 +195,25 @@ class NearestClassMean(_Probe):
 
 
 class RidgeProbe(_CentredProbe):
-    """The ridge protocol: one-hot targets less the class prior, an unpenalised bias, the strength by leave-one-out error.
+    """The ridge protocol: one-hot targets minus the class prior, an unpenalised bias, alpha by leave-one-out error.
 
-    preprocess: centre each row and bring it to unit length, as the protocol does
+    Source: Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", sections 4.2 and 7.10.
 
-    coef_ (classes, d) and intercept_ (classes,) belong to the prepared rows; alpha_ is the strength that was chosen, and
-    objective_ the mean squared leave-one-out error at it.
+    Args:
+        preprocess: Centre each row and scale it to length 1, as the protocol does.
+
+    Attributes:
+        coef_: (classes, d) float64, for the prepared rows.
+        intercept_: (classes,) float64.
+        alpha_: The chosen penalty.
+        objective_: Mean squared leave-one-out error at alpha_.
     """
 
     def __init__(self, preprocess: bool = True) -> None:
         self.preprocess = preprocess
 
     def _fit(self, X: Tensor, labels: Tensor) -> None:
-        self._at_least_two()
+        self._check_classes()
         fit = solve_ridge(self._rows(X), labels, n_classes=len(self.classes_))
         self.coef_ = fit.weights.T.numpy()
         self.intercept_ = (fit.bias - fit.centre @ fit.weights).numpy()
@@ -199,14 +224,20 @@ class RidgeProbe(_CentredProbe):
 
 
 class LinearProbe(_Softmax, _CentredProbe):
-    """A linear layer with bias by SGD with Nesterov momentum 0.9, the learning rate falling along a cosine.
+    """A linear layer with bias by SGD with Nesterov momentum 0.9, with a cosine schedule of the learning rate.
 
-    lr, weight_decay:   of the first step; on the weights alone
-    epochs, batch_size: a batch above the number of rows is all of them
-    seed:               of the order of rows; the layer starts from zero
-    preprocess:         centre each row and bring it to unit length, as the protocol does
+    Args:
+        lr: Learning rate of the first step.
+        weight_decay: Of the weights, not of the bias.
+        epochs: Passes over the rows.
+        batch_size: Rows per step; above the number of rows, all of them.
+        seed: Of the order of rows; the layer starts from zero.
+        preprocess: Centre each row and scale it to length 1, as the protocol does.
 
-    coef_ (classes, d) and intercept_ (classes,) belong to the prepared rows; objective_ is the last epoch's loss.
+    Attributes:
+        coef_: (classes, d) float64, for the prepared rows.
+        intercept_: (classes,) float64.
+        objective_: Loss of the last epoch.
     """
 
     def __init__(
@@ -223,7 +254,7 @@ class LinearProbe(_Softmax, _CentredProbe):
 
     def _fit(self, X: Tensor, labels: Tensor) -> None:
         _check_positive(lr=self.lr, epochs=self.epochs, batch_size=self.batch_size)
-        self._at_least_two()
+        self._check_classes()
         heads = train_heads(
             self._rows(X),
             labels,
@@ -241,7 +272,7 @@ class LinearProbe(_Softmax, _CentredProbe):
 
 
 def _array(values: Any) -> Any:
-    """Give a torch tensor as a NumPy array, and anything else as it is. Narrow floats become float32."""
+    """Return a tensor as a NumPy array, half-precision floats as float32, and anything else as it is."""
     if not isinstance(values, Tensor):
         return values
     values = values.detach().cpu()
@@ -249,27 +280,15 @@ def _array(values: Any) -> Any:
 
 
 def _tensor(values: NDArray[Any]) -> Tensor:
-    """Give the same memory as a tensor, or a copy where it is not to be written to, which torch does not know of."""
+    """Return a tensor on the same memory, or on a copy of read-only memory, which torch does not support."""
     return torch.from_numpy(np.require(values, requirements=["C", "W"]))
 
 
-def _minimise(problem: CrossEntropyProblem, solver: str, *, target: float) -> tuple[Solution, int]:
-    match solver:
-        case "lbfgs":
-            return minimise_by_lbfgs(problem, target=target)
-        case "cyanure":
-            return minimise_by_cyanure(problem)
-        case "sklearn":
-            return minimise_by_sklearn(problem)
-        case _:
-            return minimise_by_newton(problem, target=target)
-
-
-def _check_positive(**given: float) -> None:
-    for name, value in given.items():
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
         if not value > 0:
-            raise ValueError(f"{name} is {value}, and must be above 0.")
+            raise ValueError(f"{name} is {value}, but must be above 0.")
 
 
-def _two_as_one(scores: Floats) -> Floats:
+def _binary_scores(scores: Floats) -> Floats:
     return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores

@@ -11,10 +11,10 @@ from torch import Tensor, distributed
 from msn_eval.distributed.group import broadcast_from_rank0, joined, share
 from msn_eval.errors import DistributedError, NumericalError, ResourceError
 from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
-from msn_eval.probes.base import WorkerGroup as WorkerGroup
+from msn_eval.probes.base import WorkerGroup
 from msn_eval.probes.knn_search.index import check_finite, index_bank
 from msn_eval.probes.knn_search.search import Found, search_sharded
-from msn_eval.probes.logistic_solvers.chunked_newton import RowShare, minimise_in_chunks
+from msn_eval.probes.logistic_solvers.newton import RowShare, minimise_in_chunks
 from msn_eval.probes.logistic_solvers.objective import Solution
 
 _SENT_ROWS = 1 << 14

@@ -14,38 +14,52 @@ from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup
 from msn_eval.probes.distributed import search_together
+from msn_eval.probes.knn_search.candidates import Search
 from msn_eval.probes.knn_search.index import index_bank
 from msn_eval.probes.knn_search.search import Found, search_nearest
 
 DEFAULT_KS = (10, 20, 100, 200)
 DEFAULT_TEMPERATURE = 0.07
-# Of a bank: in smaller ones what every rank does in full, for its own k, outlasts the products.
-_SHARED_VALUES = 1 << 26
+_SHARED_VALUES = 1 << 26  # of a bank that ranks share: with fewer, what each does for its own k outlasts the products
 
 
 @dataclass(frozen=True, kw_only=True)
 class NearestNeighbours(FeatureProbe):
     """The k nearest labelled rows by cosine vote for their classes with weight exp(cosine / temperature).
 
-    ks, temperatures: every pair is a protocol of its own; all come from one search
-    asked:            the ks were asked for, so one above the number of images is an error and not left out
     Source: Wu et al. 2018, arXiv:1805.01978; k and temperature as in DINO, arXiv:2104.14294.
+
+    Attributes:
+        ks: Numbers of neighbours; every pair with a temperature is a protocol, and all share one search.
+        temperatures: Positive.
+        asked: Whether the user named the ks: then one above the number of images is an error and not left out.
+        search: What proposes candidates; it changes seconds, never a neighbour.
     """
 
     name: ClassVar[str] = "knn"
     version: ClassVar[int] = 1
-    tap: ClassVar[str] = "cls-norm"
 
     ks: tuple[int, ...] = DEFAULT_KS
     temperatures: tuple[float, ...] = (DEFAULT_TEMPERATURE,)
     asked: bool = False
+    search: Search = "auto"
 
     @property
     def taps(self) -> tuple[str, ...]:
-        return (self.tap,)
+        return ("cls-norm",)
 
     def configs(self, n: int) -> tuple[Params, ...]:
-        return knn_settings(self, n)
+        """Return the hyper-parameters of every protocol with n labelled images.
+
+        Raises:
+            NumericalError: The user asked for a k above n.
+        """
+        if self.asked and max(self.ks) > n:
+            raise NumericalError(
+                f"k = {max(self.ks)} neighbours among {n} labelled images",
+                hint=f"Ask for --k of at most {n}, or for a larger subset.",
+            )
+        return tuple({"k": k, "temperature": t} for k in self.ks if k <= n for t in self.temperatures)
 
     def fit(
         self,
@@ -55,77 +69,60 @@ class NearestNeighbours(FeatureProbe):
         workers: WorkerGroup | None = None,
         other_taps: Sequence[Features] = (),
     ) -> FittedProbe:
-        return fit_knn(self, train, device, team=workers)
+        """Index the labelled rows. Ranks in `workers` share the search of a large bank.
 
+        Raises:
+            NumericalError: A row is not finite, or the user asked for a k above the number of images.
+        """
+        params = self.configs(len(train.labels))
+        labels = train.labels.to(device)
+        search: Callable[[Tensor, int], Found]
+        if workers is not None and train.values.numel() >= _SHARED_VALUES:
+            group = workers
+            search = lambda values, k: search_together(group, values, train.values, k)  # noqa: E731
+        else:
+            bank = index_bank(train.values.to(device))
+            search = lambda values, k: search_nearest(values.to(device), bank, k, search=self.search)  # noqa: E731
 
-def knn_settings(probe: NearestNeighbours, n: int) -> tuple[dict[str, int | float], ...]:
-    """Give the hyper-parameters of every protocol, n being the labelled images.
+        def scores(values: Tensor) -> Iterator[Tensor]:
+            if not params:  # every k of the default list is above the number of labelled images
+                return
+            cosines, nearest = search(values, max(int(config["k"]) for config in params))
+            for config in params:
+                k = int(config["k"])  # the k nearest are a prefix of the neighbours of the largest k
+                classes, temperature = labels[nearest[:, :k]], float(config["temperature"])
+                yield neighbour_vote(cosines[:, :k], classes, n_classes=train.n_classes, temperature=temperature)
 
-    Raises NumericalError where a k that was asked for is above n.
-    """
-    if probe.asked and max(probe.ks) > n:
-        raise NumericalError(
-            f"k = {max(probe.ks)} neighbours among {n} labelled images",
-            hint=f"Ask for --k of at most {n}, or for a larger subset.",
-        )
-    return tuple({"k": k, "temperature": t} for k in probe.ks if k <= n for t in probe.temperatures)
-
-
-def fit_knn(
-    probe: NearestNeighbours, train: Features, device: torch.device, *, team: WorkerGroup | None = None
-) -> FittedProbe:
-    """Make the labelled rows ready for the one search that all settings share.
-
-    team: ranks that share the search where the bank is large
-    Raises NumericalError where a row is not finite.
-    """
-    params = knn_settings(probe, len(train.labels))
-    labels = train.labels.to(device)
-    search = _search_among(train.values, device, team)
-
-    def scores(values: Tensor) -> Iterator[Tensor]:
-        if not params:  # every k of the default list is above the number of labelled images
-            return
-        cosines, nearest = search(values, max(int(one["k"]) for one in params))
-        for one in params:
-            k = int(one["k"])  # the k nearest are a prefix of the most that any setting wants
-            yield neighbour_vote(
-                cosines[:, :k], labels[nearest[:, :k]], n_classes=train.n_classes, temperature=float(one["temperature"])
-            )
-
-    return FittedProbe(settings=tuple(ProbeConfig(params=one) for one in params), scores=scores)
-
-
-def _search_among(rows: Tensor, device: torch.device, team: WorkerGroup | None) -> Callable[[Tensor, int], Found]:
-    """Give the function from queries and k to neighbours: the same whether ranks share the search or not."""
-    if team is not None and rows.numel() >= _SHARED_VALUES:
-        return lambda values, k: search_together(team, values, rows, k)
-    bank = index_bank(rows.to(device))
-    return lambda values, k: search_nearest(values.to(device), bank, k)
-
-
-def neighbour_vote(cosines: Tensor, classes: Tensor, *, n_classes: int, temperature: float) -> Tensor:
-    """Give the logarithm of each class's votes, the weight of a neighbour being exp(cosine / temperature).
-
-    cosines: (m, k) float64, largest first
-    classes: (m, k) int64 in [0, n_classes)
-    returns: (m, n_classes) float64, -inf for a class without a vote
-    """
-    # Against the class's own largest vote: exp(1 / 0.001) overflows float64, and a far class's votes underflow.
-    logits = cosines / temperature
-    largest = logits.new_full((len(logits), n_classes), -torch.inf).scatter_reduce_(1, classes, logits, "amax")
-    votes = logits.new_zeros(len(logits), n_classes)
-    weights = (logits - largest.gather(1, classes)).exp()
-    # One neighbour after the other: a GPU adds what meets in one place in any order, and equal votes must stay equal.
-    for place in range(classes.shape[1]):
-        votes.scatter_add_(1, classes[:, place : place + 1], weights[:, place : place + 1])
-    return votes.log() + largest
+        return FittedProbe(settings=tuple(ProbeConfig(params=config) for config in params), scores=scores)
 
 
 def configure(config: EvaluationConfig, subset: Subset) -> Iterator[NearestNeighbours]:
-    """Yield the probe with the k and temperatures of the options."""
+    """Yield the probe with the ks and temperatures of the options."""
     yield NearestNeighbours(
         ks=tuple(dict.fromkeys(config.k)) or DEFAULT_KS,
         temperatures=tuple(dict.fromkeys(config.temperature)) or (DEFAULT_TEMPERATURE,),
         asked=bool(config.k),
     )
+
+
+def neighbour_vote(cosines: Tensor, classes: Tensor, *, n_classes: int, temperature: float) -> Tensor:
+    """Compute the logarithm of each class's votes; a neighbour's vote weighs exp(cosine / temperature).
+
+    Args:
+        cosines: (m, k) float64, descending.
+        classes: (m, k) int64 in [0, n_classes).
+        n_classes: Number of classes.
+        temperature: Positive.
+
+    Returns:
+        (m, n_classes) float64, -inf for a class without a vote.
+    """
+    # Relative to the class's own largest vote: exp(1 / 0.001) overflows float64, and votes of a far class underflow.
+    logits = cosines / temperature
+    largest = logits.new_full((len(logits), n_classes), -torch.inf).scatter_reduce_(1, classes, logits, "amax")
+    votes = logits.new_zeros(len(logits), n_classes)
+    weights = (logits - largest.gather(1, classes)).exp()
+    # One neighbour after the other: a GPU adds colliding entries in any order, and equal votes must stay equal.
+    for column in range(classes.shape[1]):
+        votes.scatter_add_(1, classes[:, column : column + 1], weights[:, column : column + 1])
+    return votes.log() + largest

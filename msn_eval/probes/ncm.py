@@ -23,11 +23,10 @@ class NearestClassMean(FeatureProbe):
 
     name: ClassVar[str] = "ncm"
     version: ClassVar[int] = 1
-    tap: ClassVar[str] = "cls-norm"
 
     @property
     def taps(self) -> tuple[str, ...]:
-        return (self.tap,)
+        return ("cls-norm",)
 
     def configs(self, n: int) -> tuple[Params, ...]:
         return ({},)
@@ -40,36 +39,36 @@ class NearestClassMean(FeatureProbe):
         workers: WorkerGroup | None = None,
         other_taps: Sequence[Features] = (),
     ) -> FittedProbe:
-        return fit_ncm(self, train, device)
+        """Average the rows of each class. A class without images is never chosen."""
+        rows = normalised_rows(train.values.to(device))
+        labels = train.labels.to(device)
+        counts = torch.bincount(labels, minlength=train.n_classes)
+        directions = class_directions(rows, labels, n_classes=train.n_classes)
 
+        def scores(values: Tensor) -> Iterator[Tensor]:
+            cosines = normalised_rows(values.to(device)) @ directions.T
+            yield cosines.masked_fill(counts == 0, -torch.inf)
 
-def fit_ncm(probe: NearestClassMean, train: Features, device: torch.device) -> FittedProbe:
-    """Average each class. A class without images can never be chosen."""
-    rows = normalised_rows(train.values.to(device))
-    labels = train.labels.to(device)
-    counts = torch.bincount(labels, minlength=train.n_classes)
-    directions = class_directions(rows, labels, n_classes=train.n_classes)
-
-    def scores(values: Tensor) -> Iterator[Tensor]:
-        cosines = normalised_rows(values.to(device)) @ directions.T
-        yield cosines.masked_fill(counts == 0, -torch.inf)
-
-    return FittedProbe(settings=(ProbeConfig(params={}),), scores=scores)
-
-
-def class_directions(rows: Tensor, labels: Tensor, *, n_classes: int) -> Tensor:
-    """Give the unit vector that each class's mean points along, zero where it points nowhere.
-
-    rows:    (n, d) float64, of unit length or zero
-    labels:  (n,) int64 in [0, n_classes)
-    returns: (n_classes, d) float64; the mean's length cancels in the cosine
-    """
-    sums = rows.new_zeros(n_classes, rows.shape[1]).index_add_(0, labels, rows)
-    # What is left of rows that cancel is rounding, and must not be blown up to unit length.
-    rounding = torch.finfo(rows.dtype).eps * torch.bincount(labels, minlength=n_classes)[:, None]
-    return normalised_rows(torch.where(sums.abs().amax(dim=1, keepdim=True) <= rounding, torch.zeros_like(sums), sums))
+        return FittedProbe(settings=(ProbeConfig(params={}),), scores=scores)
 
 
 def configure(config: EvaluationConfig, subset: Subset) -> Iterator[NearestClassMean]:
-    """Yield the probe, which has no options."""
+    """Yield the one probe."""
     yield NearestClassMean()
+
+
+def class_directions(rows: Tensor, labels: Tensor, *, n_classes: int) -> Tensor:
+    """Compute the direction of each class's mean.
+
+    Args:
+        rows: (n, d) float64, of length 1 or 0.
+        labels: (n,) int64 in [0, n_classes).
+        n_classes: Number of classes.
+
+    Returns:
+        (n_classes, d) float64 rows of length 1, zero where the rows of a class cancel or there are none.
+    """
+    sums = rows.new_zeros(n_classes, rows.shape[1]).index_add_(0, labels, rows)  # the length cancels in the cosine
+    # What remains of rows that cancel is rounding, and must not be scaled up to length 1.
+    rounding = torch.finfo(rows.dtype).eps * torch.bincount(labels, minlength=n_classes)[:, None]
+    return normalised_rows(sums.masked_fill(sums.abs().amax(dim=1, keepdim=True) <= rounding, 0.0))

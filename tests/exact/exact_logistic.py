@@ -19,8 +19,8 @@ from torch import Tensor
 
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import centred_rows
-from msn_eval.probes.logistic import Logistic, fit_logistic
-from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, evaluate_point, search_line
+from msn_eval.probes.logistic import Logistic
+from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, evaluate_objective
 
 _LAMBDAS = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
 _CLOSE = 1e-6
@@ -73,7 +73,7 @@ def _features(values: Tensor, labels: Tensor) -> Features:
 
 def _checked(name: str, train: Features):  # type: ignore[no-untyped-def]
     cpu = torch.device("cpu")
-    together = fit_logistic(Logistic(lambdas=_LAMBDAS), train, cpu).settings
+    together = Logistic(lambdas=_LAMBDAS).fit(train, cpu).settings
     rows = centred_rows(train.values)
     if len(rows) < rows.shape[1]:  # the objective only rotates; the optimum is sought in the smaller coordinates
         rows = torch.linalg.qr(rows.T).R.T.contiguous()
@@ -81,7 +81,7 @@ def _checked(name: str, train: Features):  # type: ignore[no-untyped-def]
     start = torch.zeros(train.n_classes, rows.shape[1], dtype=torch.float64)
     for strength, setting in zip(_LAMBDAS, together, strict=True):
         optimum, start = optimal(replace(problem, mu=strength / len(rows)), start)
-        alone = fit_logistic(Logistic(lambdas=(strength,)), train, cpu).settings[0]
+        alone = Logistic(lambdas=(strength,)).fit(train, cpu).settings[0]
         assert setting.objective is not None
         assert setting.certificate is not None
         assert alone.objective is not None
@@ -99,15 +99,19 @@ def _checked(name: str, train: Features):  # type: ignore[no-untyped-def]
 
 
 def optimal(problem: CrossEntropyProblem, start: Tensor) -> tuple[float, Tensor]:
-    """Give the minimum and its weights, by Newton steps solved in float64 throughout."""
-    point = evaluate_point(problem, start)
+    """Return the minimum and its weights, by Newton steps solved in float64 throughout, halved while they lead uphill."""
+    weights = start
     for _ in range(200):
-        if point.gap <= _OPTIMAL:
-            return point.objective, point.weights
-        direction = _step(problem, point.probabilities, -point.gradient, 1e-2 if point.gap < 1e-2 else 0.1)
-        length = search_line(problem, point, direction, problem.rows @ direction.T)
-        point = evaluate_point(problem, point.weights + length * direction)
-    raise ArithmeticError(f"no optimum: gap {point.gap:.1e}")
+        objective, gradient = evaluate_objective(problem, weights)
+        gap = float(gradient.square().sum()) / (2 * problem.mu * objective)
+        if gap <= _OPTIMAL:
+            return objective, weights
+        chances = (problem.rows @ weights.T).softmax(dim=1)
+        direction, length = _step(problem, chances, -gradient, 1e-2 if gap < 1e-2 else 0.1), 1.0
+        while evaluate_objective(problem, weights + length * direction)[0] > objective and length > 1e-6:
+            length /= 2
+        weights = weights + length * direction
+    raise ArithmeticError(f"no optimum: gap {gap:.1e}")
 
 
 def _step(problem: CrossEntropyProblem, chances: Tensor, right: Tensor, tolerance: float) -> Tensor:

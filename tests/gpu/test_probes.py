@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from msn_eval.features.extraction import Features
-from msn_eval.probes.logistic import Logistic, fit_logistic
-from msn_eval.probes.ridge import Ridge, fit_ridge
+from msn_eval.probes.logistic import Logistic
+from msn_eval.probes.ridge import Ridge
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,8 +26,7 @@ def test_nine_fits_at_one_per_cent_of_imagenet_are_certified_within_a_few_gigaby
     torch.cuda.reset_peak_memory_stats()
 
     fits = [
-        fit_logistic(Logistic(lambdas=LAMBDAS), clusters(12_811, 768, 1000, seed=draw), torch.device("cuda"))
-        for draw in range(3)
+        Logistic(lambdas=LAMBDAS).fit(clusters(12_811, 768, 1000, seed=draw), torch.device("cuda")) for draw in range(3)
     ]
 
     certificates = [one.certificate for fit in fits for one in fit.settings]
@@ -39,9 +38,7 @@ def test_nine_fits_at_one_per_cent_of_imagenet_are_certified_within_a_few_gigaby
 def test_objectives_are_the_cpus() -> None:
     train = clusters(500, 96, 50)
 
-    here, there = (
-        fit_logistic(Logistic(lambdas=LAMBDAS), train, torch.device(device)).settings for device in ("cuda", "cpu")
-    )
+    here, there = (Logistic(lambdas=LAMBDAS).fit(train, torch.device(device)).settings for device in ("cuda", "cpu"))
 
     assert [one.objective for one in here] == pytest.approx([one.objective for one in there], rel=1e-6)
 
@@ -49,6 +46,6 @@ def test_objectives_are_the_cpus() -> None:
 def test_ridge_chooses_as_on_the_cpu() -> None:
     train = clusters(500, 96, 50)
 
-    here, there = (fit_ridge(Ridge(), train, torch.device(device)).settings[0].chosen for device in ("cuda", "cpu"))
+    here, there = (Ridge().fit(train, torch.device(device)).settings[0].chosen for device in ("cuda", "cpu"))
 
     assert here == pytest.approx(there, rel=1e-9)

@@ -151,15 +151,15 @@ def test_fewer_rows_than_features_are_fitted_in_as_many_coordinates(
     digits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     X, y, *_ = digits
-    rows, labels, seen, minimise = X[:30] / 50, y[:30], [], estimators._minimise
-    monkeypatch.setattr(
-        estimators, "_minimise", lambda *given, **target: seen.append(given[0]) or minimise(*given, **target)
+    rows, labels, seen, minimise = X[:30] / 50, y[:30], [], estimators.MINIMISERS["auto"]
+    monkeypatch.setitem(
+        estimators.MINIMISERS, "auto", lambda *given, **target: seen.append(given[0]) or minimise(*given, **target)
     )
 
     probe = LogisticProbe(preprocess=False).fit(np.pad(rows, ((0, 0), (0, 3))), labels)
 
     problem = replace(seen[0], rows=torch.from_numpy(rows))
-    whole, _ = minimise(problem, "newton", target=1e-6)
+    whole, _ = minimise(problem, target=1e-6)
     assert seen[0].rows.shape == (30, 30)
     assert probe.objective_ == pytest.approx(whole.objective, rel=2e-6)
     assert np.abs(probe.coef_[:, 64:]).max() < 1e-12
@@ -194,13 +194,13 @@ def test_a_k_above_the_number_of_rows_is_lowered_with_a_warning() -> None:
 @pytest.mark.parametrize(
     ("estimator", "message"),
     [
-        (LogisticProbe(lam=0), "lam is 0, and must be above 0."),
-        (LogisticProbe(tol=-1), "tol is -1, and must be above 0."),
+        (LogisticProbe(lam=0), "lam is 0, but must be above 0."),
+        (LogisticProbe(tol=-1), "tol is -1, but must be above 0."),
         (LogisticProbe(solver="sgd"), "solver is 'sgd', not one of auto, newton, lbfgs, cyanure, sklearn."),
-        (NearestNeighbourProbe(k=0), "k is 0, and must be above 0."),
-        (NearestNeighbourProbe(temperature=0.0), "temperature is 0.0, and must be above 0."),
-        (NearestNeighbourProbe(metric="l2"), "metric is 'l2'; the protocol knows cosine alone."),
-        (LinearProbe(batch_size=0), "batch_size is 0, and must be above 0."),
+        (NearestNeighbourProbe(k=0), "k is 0, but must be above 0."),
+        (NearestNeighbourProbe(temperature=0.0), "temperature is 0.0, but must be above 0."),
+        (NearestNeighbourProbe(metric="l2"), "metric is 'l2'; the protocol has only cosine."),
+        (LinearProbe(batch_size=0), "batch_size is 0, but must be above 0."),
     ],
     ids=lambda value: None if isinstance(value, str) else repr(value),
 )
@@ -260,9 +260,9 @@ def test_a_ridge_fit_states_its_strength_and_error(digits: Any) -> None:
 @pytest.mark.parametrize(
     ("gap", "warned"), [(9e-4, []), (1.1e-3, ["the relative duality gap is 1.1e-03, above 0.001"])]
 )
-def test_a_fit_that_has_not_converged_says_so(gap: float, warned: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_that_has_not_converged_warns(gap: float, warned: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     solution = Solution(weights=torch.zeros(2, 2), objective=0.5, gap=gap)
-    monkeypatch.setattr(estimators, "_minimise", lambda *given, **target: (solution, 1))
+    monkeypatch.setitem(estimators.MINIMISERS, "auto", lambda problem, target: (solution, 1))
 
     with warnings.catch_warnings(record=True, action="always") as told:
         probe = LogisticProbe().fit([[1.0, 0.0], [0.0, 1.0]], [0, 1])
@@ -274,7 +274,7 @@ def test_a_fit_that_has_not_converged_says_so(gap: float, warned: list[str], mon
 @pytest.mark.parametrize("solver", ["newton", "lbfgs", "sklearn", "cyanure"])
 def test_the_solver_that_is_named_solves(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     solution = Solution(weights=torch.zeros(2, 2), objective=0.123, gap=0.0)
-    monkeypatch.setattr(estimators, f"minimise_by_{solver}", lambda problem, **target: (solution, 3))
+    monkeypatch.setitem(estimators.MINIMISERS, solver, lambda problem, target: (solution, 3))
 
     probe = LogisticProbe(solver=solver).fit([[1.0, 0.0], [0.0, 1.0]], [0, 1])
 

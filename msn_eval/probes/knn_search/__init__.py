@@ -1,1 +1,1 @@
-"""Exact nearest-neighbour search by cosine similarity."""
+"""Exact nearest neighbours by cosine."""

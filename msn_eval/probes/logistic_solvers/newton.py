@@ -1,37 +1,133 @@
-"""Newton's method with conjugate gradients for the regularised cross-entropy."""
+"""Newton's method with conjugate gradients for the regularised cross-entropy, over rows that are held whole or in chunks.
+
+Few rows are prepared once in float64 and float32, and the logits are kept, so that a line search needs no product. Of more
+rows than that, on any number of ranks, nothing is kept but the features as the encoder returned them: each pass prepares them
+again, a chunk at a time, and sums over chunks and ranks are float64.
+"""
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from msn_eval.probes.base import centred_rows
 from msn_eval.probes.logistic_solvers.objective import (
+    BLOCK_VALUES,
     CrossEntropyProblem,
-    Point,
     Solution,
-    certify,
-    evaluate_point,
-    row_blocks,
-    search_line,
-    zero_point,
+    add_block,
+    inner,
 )
+from msn_eval.process import available_bytes
 
+_WHOLE_BYTES = 1 << 30  # that all rows and their logits may take; fixed, so that machines do not differ
+_CHUNK_VALUES, _CHUNK_VALUES_CUDA = 1 << 20, 1 << 27  # of rows and logits
+_TEMPORARIES = 64  # bytes per value of a chunk, all temporaries of a float64 pass together
 _MOST_STEPS = 100
-_MOST_PRODUCTS = 250  # curvature products a step
+_MOST_PRODUCTS = 250  # curvature products per step
 _LOOSEST_FORCING = 0.5
-_REMEMBERED = 2  # solutions that the next start is combined of
-_NEGLIGIBLE = 10  # times the target: so little a start is not improved for, since a step follows
-_FAR_GAP, _FAR_STEPS = 0.4, 2  # so far away, and so early, no more than the steepest descent is worth its products
+_SLOPE_SHARE = 0.2  # a line search ends where the slope is this share of the first one
+_SAMPLE_ROWS = 512  # that a warm start is extrapolated by
+_FAR_GAP, _FAR_STEPS = 0.4, 2  # so far from the solution, and so early, steepest descent is worth as much
+
+
+_Slope = Callable[[float], tuple[float, float]]  # from a step length to slope and curvature
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowShare:
+    """The labelled rows of one rank.
+
+    Attributes:
+        values: (m, d) float32 as the encoder returned them, on the device that computes; never copied whole.
+        labels: (m,) int64 in [0, n_classes), on the same device.
+        n_classes: Number of classes.
+        n: Number of rows of all ranks.
+        total: Adds a tensor over all ranks, in place, with the same bits on every rank; None for one rank.
+    """
+
+    values: Tensor
+    labels: Tensor
+    n_classes: int
+    n: int
+    total: Callable[[Tensor], None] | None = None
+
+    @property
+    def width(self) -> int:
+        return self.values.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """The rows of a share as the passes read them.
+
+    Attributes:
+        share: For whole rows, its values are the prepared float64 ones.
+        rough: The same in float32, or None for rows in chunks.
+        shift: (m, 1) float32, subtracted from the values of a chunk.
+        scale: (m, 1) float32, then multiplies them.
+        axes: For rows in chunks, eigenvectors (d, d) of the second moment X'X / n.
+        strengths: Its eigenvalues, (d,).
+    """
+
+    share: RowShare
+    rough: Tensor | None = None
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    axes: Tensor | None = None
+    strengths: Tensor | None = None
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Yield prepared rows: whole ones so that a block of logits stays in a core's cache."""
+        share = self.share
+        if self.rough is None:
+            size = chunk_rows(share)
+        else:
+            size = share.n if share.values.is_cuda else max(1, BLOCK_VALUES // share.n_classes)
+        for block in (slice(first, first + size) for first in range(0, len(share.labels), size)):
+            if self.rough is not None:
+                yield block, (share.values if dtype == torch.float64 else self.rough)[block]
+            elif dtype == torch.float64:
+                yield block, centred_rows(share.values[block])
+            else:
+                assert self.shift is not None
+                assert self.scale is not None
+                yield block, (share.values[block] - self.shift[block]).mul_(self.scale[block])
+
+    def sums(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float64 if self.rough is None else dtype
+
+    def add_up(self, sums: Tensor) -> None:
+        if self.share.total is not None:
+            self.share.total(sums)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Point:
+    """A trial solution: (n_classes, d) weights and gradient, and for whole rows their (n, n_classes) logits and probabilities.
+
+    `gap` is the relative duality gap, `spread` (n_classes,) the mean of p (1 - p) over rows.
+    """
+
+    weights: Tensor
+    objective: float
+    gradient: Tensor
+    gap: float
+    logits: Tensor | None = None
+    probabilities: Tensor | None = None
+    spread: Tensor | None = None
+
+
+def is_large(n: int, width: int, n_classes: int) -> bool:
+    """Whether rows in float64 and float32, and the four matrices of logits of whole rows, exceed 1 GiB."""
+    return n * (12 * width + 16 * n_classes) > _WHOLE_BYTES
 
 
 def minimise_by_newton(problem: CrossEntropyProblem, *, target: float) -> tuple[Solution, int]:
-    """Minimise until the relative duality gap is at most `target`; give the solution and the steps taken.
-
-    problem: with float64 rows
-    """
+    """Minimise until the relative duality gap is at most `target`; return the solution and the number of steps."""
     ((solution, steps),) = minimise_path(problem, [problem.mu], target=target)
     return solution, steps
 
@@ -39,255 +135,332 @@ def minimise_by_newton(problem: CrossEntropyProblem, *, target: float) -> tuple[
 def minimise_path(
     problem: CrossEntropyProblem, mus: Sequence[float], *, target: float
 ) -> Iterator[tuple[Solution, int]]:
-    """Minimise for several mus in their order, each from what the two solutions before it foretell; best from large to small.
+    """Minimise for several mus in turn, best from large to small, each warm-started from the two solutions before it.
 
-    problem: with float64 rows; its own mu is not looked at
-    The way is walked in float32, as far as that leads. What is returned is evaluated anew in float64; where its gap
-    does not meet the target, the rest of the way has gradients, objectives and steps in float64, and only the
-    curvature products inside a step in float32, which bends the direction a little and never the answer. Where rows are
-    all but certain, their p (1 - p) is below the rounding of float32, and the last of the way has those in float64 too.
+    Yields solutions and numbers of steps. The rows of the problem are float64; its own mu is not used.
     """
-    rough = replace(problem, rows=problem.rows.to(torch.float32))
-    walked: deque[Point] = deque(maxlen=_REMEMBERED)
+    share = RowShare(values=problem.rows, labels=problem.labels, n_classes=problem.n_classes, n=len(problem.rows))
+    yield from _minimise(_Rows(share=share, rough=problem.rows.float()), mus, target)
+
+
+def minimise_in_chunks(share: RowShare, mus: Sequence[float], *, target: float) -> Iterator[tuple[Solution, int]]:
+    """Minimise as `minimise_path` does, over rows that are centred and normalised a chunk at a time; every rank calls it."""
+    yield from _minimise(_measure(share), mus, target)
+
+
+def _minimise(rows: _Rows, mus: Sequence[float], target: float) -> Iterator[tuple[Solution, int]]:
+    """Walk in float32 as far as that leads, certify in float64, and where the gap is above the target walk on: gradients and
+    objectives in float64, and curvature products in float32, which bend the direction and never the answer. Where rows are
+    nearly certain, p (1 - p) is below the rounding of float32, and the last steps have these in float64 too."""
+    rough, exact = torch.float32, torch.float64
+    solved: deque[_Point] = deque(maxlen=2)
     for mu in mus:
-        exact, rough = replace(problem, mu=mu), replace(rough, mu=mu)
-        if walked:
-            start, taken = combined_point(rough, walked, enough=_NEGLIGIBLE * target), 0
+        taken = 0
+        if solved:
+            point = _warm_start(rows, solved, mu)
         else:
-            start, taken = _minimise(rough, rough, zero_point(rough), target, range(1))
-            walked.append(start)  # the gradient at zero is the direction of the solution for an infinite mu
-        point, rough_steps = _minimise(rough, rough, start, target, range(taken, _MOST_STEPS))
-        walked.append(point)
-        solution = certify(exact, point.weights)
-        if solution.gap <= target:
-            yield solution, rough_steps
-        else:
-            yield _finish(exact, rough, solution.weights, rough_steps, target)
+            if rows.rough is None:
+                zeros = rows.share.values.new_zeros(rows.share.n_classes, rows.share.width, dtype=torch.float64)
+                point = _evaluate(rows, zeros, mu, rough)
+            else:  # the gradient at zero is the direction of the solution for an infinite mu
+                point, taken = _walk(rows, _zero_point(rows, mu), mu, target, (rough, rough), range(1))
+                solved.append(point)
+        point, steps = _walk(rows, point, mu, target, (rough, rough), range(taken, _MOST_STEPS))
+        solved.append(point)
+        point = _evaluate(rows, point.weights, mu, exact, keep=False)
+        for products in (rough, exact) if point.gap > target else ():
+            if point.logits is None and rows.rough is not None:
+                point = _evaluate(rows, point.weights, mu, exact)
+            point, more = _walk(rows, point, mu, target, (exact, products), range(_MOST_STEPS))
+            steps += more
+        yield Solution(weights=point.weights, objective=point.objective, gap=point.gap), steps
 
 
-def _finish(
-    problem: CrossEntropyProblem, rough: CrossEntropyProblem, weights: Tensor, steps: int, target: float
-) -> tuple[Solution, int]:
-    """Walk the rest of the way, where float32 leads no further, in float64: the curvature products last."""
-    point = evaluate_point(problem, weights)
-    for products in (rough, problem):
-        point, more = _minimise(problem, products, point, target, range(_MOST_STEPS))
-        steps += more
-    return Solution(weights=point.weights, objective=point.objective, gap=point.gap), steps
-
-
-def _moved(problem: CrossEntropyProblem, point: Point, direction: Tensor, along: Tensor) -> Point:
-    length = search_line(problem, point, direction, along)
-    weights, logits = (
-        torch.add(old, new, alpha=length) for old, new in ((point.weights, direction), (point.logits, along))
+def _zero_point(rows: _Rows, mu: float) -> _Point:
+    """Return the point of zero weights of whole rows, where every class is equally likely: no product is needed."""
+    assert rows.rough is not None
+    n, classes, some = rows.share.n, rows.share.n_classes, rows.rough
+    sums = some.new_zeros(classes, some.shape[1]).index_add_(0, rows.share.labels, some)
+    gradient, objective = (some.sum(dim=0) / classes - sums) / n, math.log(classes)
+    return _Point(
+        weights=torch.zeros_like(gradient),
+        objective=objective,
+        gradient=gradient,
+        gap=inner(gradient, gradient) / (2 * mu * objective),
+        logits=some.new_zeros(n, classes),
+        probabilities=some.new_full((n, classes), 1 / classes),
     )
-    return evaluate_point(problem, weights, logits)
 
 
-def _minimise(
-    problem: CrossEntropyProblem,
-    rough: CrossEntropyProblem,
-    point: Point,
-    target: float,
-    steps: range,
-) -> tuple[Point, int]:
-    """Walk from `point` in the precision of `problem`; `rough` is the same in that of the curvature products. Gives the number
-    of the step after."""
+def _warm_start(rows: _Rows, solved: Sequence[_Point], mu: float) -> _Point:
+    """Return the point from which to solve for the next mu: whole rows extrapolate from the last two solutions.
+
+    Solutions grow and turn slowly as mu falls. In turn, the minimum along the last one and along the line through both is
+    taken, as some of the rows see it: their logits are known, so that a look takes no product.
+    """
+    before, last = solved[0], solved[-1]
+    if last.logits is None or before.logits is None:
+        return _evaluate(rows, last.weights, mu, torch.float32)
+    sample = slice(None, None, -(-rows.share.n // _SAMPLE_ROWS))
+    directions = ((last.weights, last.logits), (last.weights - before.weights, last.logits - before.logits))
+    shares, labels = [1.0, 0.0], rows.share.labels[sample]
+    for line in (0, 1) * 2:
+        weights = shares[0] * directions[0][0] + shares[1] * directions[1][0]
+        logits = shares[0] * directions[0][1][sample] + shares[1] * directions[1][1][sample]
+        direction, change = directions[line][0], directions[line][1][sample]
+        slope_at = _follow_logits([(logits, change, labels)], weights, direction, mu)
+        first, _ = slope_at(0.0)
+        sign = math.copysign(1.0, -first)  # downhill
+
+        def downhill(length: float, sign: float = sign, slope_at: _Slope = slope_at) -> tuple[float, float]:
+            slope, curvature = slope_at(sign * length)
+            return sign * slope, curvature
+
+        shares[line] += sign * search_line(downhill, -abs(first), share=_SLOPE_SHARE)
+    weights = shares[0] * directions[0][0] + shares[1] * directions[1][0]
+    logits = shares[0] * directions[0][1] + shares[1] * directions[1][1]
+    return _evaluate(rows, weights, mu, torch.float32, logits)
+
+
+def _walk(
+    rows: _Rows, point: _Point, mu: float, target: float, dtypes: tuple[torch.dtype, torch.dtype], steps: range
+) -> tuple[_Point, int]:
+    """Step until the gap meets the target or the precision of passes and curvature products has no better answer.
+
+    Returns the point and the number of the step after it.
+    """
+    dtype, products = dtypes
     for step in steps:
         if point.gap <= target:
             return point, step
-        direction, along = _newton_direction(rough, point, target, early=step < _FAR_STEPS)
-        if problem is not rough:
-            direction = direction.to(problem.rows.dtype)
-            along = problem.rows @ direction.T
-        moved = _moved(problem, point, direction, along)
+        early = rows.rough is not None and step < _FAR_STEPS and point.gap > _FAR_GAP
+        direction, along = _newton_direction(rows, point, mu, target, products, most=1 if early else _MOST_PRODUCTS)
+        direction = direction.to(point.weights.dtype)
+        if along is not None and dtype != products:
+            along = rows.share.values @ direction.T
+        moved = _move(rows, point, direction, along, mu, dtype)
         if not moved.gap < point.gap and not moved.objective < point.objective:
-            return point, step  # this precision has no better answer
+            return point, step
         point = moved
     return point, steps.stop
 
 
-def _forcing(gap: float, target: float) -> float:
-    """Give the relative residual to which a step is solved: smaller near the solution (Eisenstat and Walker 1996), so
-    that the last steps converge superlinearly, but never finer than the target needs. The gap goes with the squared
-    gradient."""
-    superlinear, enough = math.sqrt(math.sqrt(gap)), _LOOSEST_FORCING * math.sqrt(target / gap)
-    return min(_LOOSEST_FORCING, max(superlinear, enough))
+def _move(rows: _Rows, point: _Point, direction: Tensor, along: Tensor | None, mu: float, dtype: torch.dtype) -> _Point:
+    """Go downhill along a line to where its slope has nearly vanished.
+
+    `along`, (n, n_classes), is what a unit step adds to the logits of whole rows: a trial takes no product. In chunks a trial
+    is a pass, so a step that is only roughly as long as the best will do.
+    """
+    first = inner(point.gradient, direction)
+    if along is None:
+        moved = point
+
+        def evaluate_slope(length: float) -> tuple[float, float]:
+            nonlocal moved
+            moved = _evaluate(rows, point.weights + length * direction, mu, dtype)
+            slope = inner(moved.gradient, direction)
+            return slope, (slope - first) / length  # of the secant
+
+        search_line(evaluate_slope, first, share=0.5)
+        return moved
+    assert point.logits is not None
+    logits, labels = point.logits, rows.share.labels
+    blocks = [(logits[block], along[block], labels[block]) for block, _ in rows.blocks(dtype)]
+    length = search_line(_follow_logits(blocks, point.weights, direction, mu), first, share=_SLOPE_SHARE)
+    weights, logits = torch.add(point.weights, direction, alpha=length), torch.add(logits, along, alpha=length)
+    return _evaluate(rows, weights, mu, dtype, logits)
+
+
+def _follow_logits(
+    blocks: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Tensor, direction: Tensor, mu: float
+) -> _Slope:
+    """Return the function from a step length to slope and curvature of the objective, for blocks of logits, what a unit step
+    adds to them, and labels."""
+    n = sum(len(labels) for _, _, labels in blocks)
+    offset, squared = inner(weights, direction), inner(direction, direction)
+
+    def slope_at(length: float) -> tuple[float, float]:
+        slope, curvature = 0.0, 0.0
+        for logits, change, labels in blocks:
+            weighted = torch.add(logits, change, alpha=length).softmax(dim=1).mul_(change)
+            mean = weighted.sum(dim=1)
+            own = change.gather(1, labels[:, None])[:, 0]
+            slope += float((mean - own).sum(dtype=torch.float64))
+            curvature += float((weighted.mul_(change).sum(dim=1) - mean.square()).sum(dtype=torch.float64))
+        return slope / n + mu * (offset + length * squared), curvature / n + mu * squared
+
+    return slope_at
+
+
+def search_line(slope_at: _Slope, first: float, *, share: float) -> float:
+    """Return a step length at which the slope is at most `share` of the first one, which is negative.
+
+    `slope_at` returns slope and curvature at a length. The objective is convex along the line, so Newton's method on the
+    slope, safeguarded by bisection, closes in on the minimum.
+    """
+    length, shortest, longest, last = 1.0, 0.0, math.inf, math.inf
+    for _ in range(25):
+        slope, curvature = slope_at(length)
+        if abs(slope) <= share * abs(first):
+            break
+        shortest, longest = (length, longest) if slope < 0 else (shortest, length)
+        newton = length - slope / curvature if curvature > 0 else math.inf
+        if longest == math.inf:
+            length = min(max(newton, 1.5 * length), 10.0 * length)
+        else:  # steps that hardly shrink may swing between both ends for long
+            closer = shortest < newton < longest and abs(newton - length) <= 0.9 * last
+            trial = newton if closer else (shortest + longest) / 2
+            length, last = trial, abs(trial - length)
+    return length
 
 
 def _newton_direction(
-    problem: CrossEntropyProblem, point: Point, target: float, *, early: bool
-) -> tuple[Tensor, Tensor]:
-    """Solve H D = -gradient by conjugate gradients, roughly, in the precision of the problem's rows; give D and what it
-    adds to the logits, rows @ D.T.
+    rows: _Rows, point: _Point, mu: float, target: float, dtype: torch.dtype, *, most: int
+) -> tuple[Tensor, Tensor | None]:
+    """Solve H D = -gradient roughly by conjugate gradients, with products in `dtype`; for whole rows also return X D'.
+
+    The relative residual is smaller near the solution (Eisenstat and Walker 1996), so that the last steps converge
+    superlinearly, but no smaller than the target needs: the gap goes with the squared gradient.
     """
-    dtype = problem.rows.dtype
-    probabilities = point.probabilities.to(dtype)
-    scale = float(point.gradient.norm())  # to unit length, so that float32 holds gradients of any size
-    residual = (-point.gradient / scale).to(dtype)
+    enough = _LOOSEST_FORCING * math.sqrt(target / point.gap)
+    forcing = min(_LOOSEST_FORCING, max(point.gap**0.25, enough))
+    scale = float(point.gradient.norm())  # to length 1, so that float32 holds gradients of any size
+    residual = (-point.gradient / scale).to(rows.sums(dtype))
+    whole = rows.rough is not None
+    probabilities = point.probabilities.to(dtype) if point.probabilities is not None else None
+    change = torch.empty_like(probabilities) if probabilities is not None else None
+    along = torch.zeros_like(probabilities) if probabilities is not None else None
     direction = torch.zeros_like(residual)
-    search = residual.clone()
-    change, along = torch.empty_like(probabilities), torch.zeros_like(probabilities)
-    squared = float(residual.square().sum())
-    goal = _forcing(point.gap, target) ** 2 * squared
-    only_one = early and point.gap > _FAR_GAP
-    for _ in range(_MOST_PRODUCTS):
-        product, curvature = _curvature_product(problem, probabilities, search, change, wanted=not only_one)
+    conditioned = _precondition(rows, point, mu, residual)
+    search = conditioned.clone()
+    squared = inner(residual, conditioned)
+    goal = forcing**2 * squared
+    for step in range(most):
+        product, curvature = _curvature_product(rows, point, mu, search, dtype, probabilities, change, step + 1 < most)
         if not curvature > 0:  # rounding; the Hessian is positive definite
             break
         length = squared / curvature
         direction.add_(search, alpha=length)
-        along.add_(change, alpha=length)
-        if product is None:
+        if along is not None and change is not None:
+            along.add_(change, alpha=length)
+        if step + 1 == most:
             break
         residual.sub_(product, alpha=length)
-        previous, squared = squared, float(residual.square().sum())
+        conditioned = _precondition(rows, point, mu, residual)
+        previous, squared = squared, inner(residual, conditioned)
         if squared <= goal:
             break
-        search.mul_(squared / previous).add_(residual)
-    return direction * scale, along * scale
+        search.mul_(squared / previous).add_(conditioned)
+    return direction * scale, along * scale if whole and along is not None else None
+
+
+def _precondition(rows: _Rows, point: _Point, mu: float, vector: Tensor) -> Tensor:
+    """For rows in chunks, whose products are passes, divide by a curvature that takes probabilities and rows for independent
+    and classes for unrelated: (mean p (1 - p)) X'X / n + mu, which is diagonal in the axes of the second moment."""
+    if rows.axes is None or rows.strengths is None or point.spread is None:
+        return vector
+    return ((vector @ rows.axes) / (point.spread[:, None] * rows.strengths + mu)) @ rows.axes.T
 
 
 def _curvature_product(
-    problem: CrossEntropyProblem, probabilities: Tensor, vector: Tensor, change: Tensor, *, wanted: bool
-) -> tuple[Tensor | None, float]:
-    """Give the Hessian times (n_classes, d) `vector`, where it is wanted, and the product of that with `vector`.
+    rows: _Rows,
+    point: _Point,
+    mu: float,
+    vector: Tensor,
+    dtype: torch.dtype,
+    probabilities: Tensor | None,
+    change: Tensor | None,
+    wanted: bool,
+) -> tuple[Tensor, float]:
+    """Return H V for an (n_classes, d) matrix V, if it is wanted, and <V, H V>; fill `change` with X V' for whole rows.
 
-    change: (n, n_classes), is filled with rows @ vector.T
+    A row adds (diag(p) - p p') V x x'.
     """
-    n = len(problem.rows)
-    product = problem.mu * vector
-    curvature = float((vector * product).sum(dtype=torch.float64))
-    for block in row_blocks(problem):
-        here, chances = change[block], probabilities[block]
-        torch.mm(problem.rows[block], vector.T, out=here)
-        bent = chances * here
+    n, total, curvature = rows.share.n, torch.zeros_like(vector), vector.new_zeros(1, dtype=torch.float64)
+    weights, narrow = point.weights.to(dtype), vector.to(dtype)
+    for block, some in rows.blocks(dtype):
+        chances = (some @ weights.T).softmax(dim=1) if probabilities is None else probabilities[block]
+        logits = some @ narrow.T if change is None else torch.mm(some, narrow.T, out=change[block])
+        bent = chances * logits
         bent.addcmul_(chances, bent.sum(dim=1, keepdim=True), value=-1)
-        curvature += float((bent * here).sum(dtype=torch.float64)) / n
+        curvature += (bent * logits).sum(dtype=torch.float64)
         if wanted:
-            product.addmm_(bent.T, problem.rows[block], alpha=1 / n)
-    return product if wanted else None, curvature
+            add_block(total, bent, some)
+    rows.add_up(total)
+    rows.add_up(curvature)
+    return total.div_(n).add_(vector, alpha=mu), float(curvature) / n + mu * inner(vector, vector)
 
 
-_SOME_ROWS = 512
-_BLOCK_VALUES = 1 << 18  # logits that are worked on at once: what a core's cache holds
-_MOST_LOOKS = 20
-_SHORTER = 0.25  # of a step that led uphill
+def _evaluate(
+    rows: _Rows, weights: Tensor, mu: float, dtype: torch.dtype, logits: Tensor | None = None, *, keep: bool = True
+) -> _Point:
+    """Evaluate objective, gradient and relative duality gap over the rows of all ranks; `logits` where they are known.
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Span:
-    """Combinations of k points, seen by some of the rows.
-
-    labels: (n,) int64
-    logits: k tensors of (n, n_classes)
-    inner:  (k, k) float64, inner products of the points' weights
+    Logits and probabilities of whole rows are kept unless `keep` is false.
     """
-
-    labels: Tensor
-    logits: tuple[Tensor, ...]
-    inner: Tensor
-    mu: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Look:
-    """What a combination is worth, and where a better one lies: slope (k,) and curvature (k, k), float64."""
-
-    objective: float
-    slope: Tensor
-    curvature: Tensor
-
-
-def combined_point(problem: CrossEntropyProblem, points: Sequence[Point], *, enough: float) -> Point:
-    """Give all but the best linear combination of points, the last of them being the solution for the mu before.
-
-    points: of problems that differ from this one in mu alone
-    enough: share of the objective that is not worth another look
-    The logits of a combination are that of the logits, so that a look takes no product. The objective is convex in the
-    coefficients: Newton's method leads from the last point to the best combination in the eyes of some of the rows, by
-    shorter steps where one leads uphill; one step by all rows ends it, if it leads downhill. Solutions turn slowly as mu
-    falls, so that two of them foretell the direction of the next.
-    """
-    inner = torch.tensor([[float((one.weights * other.weights).sum(dtype=torch.float64)) for other in points]
-                          for one in points], dtype=torch.float64)  # fmt: skip
-    whole = _Span(labels=problem.labels, logits=tuple(one.logits for one in points), inner=inner, mu=problem.mu)
-    some = slice(None, None, -(-len(whole.labels) // _SOME_ROWS))
-    few = _Span(labels=whole.labels[some], logits=tuple(one[some] for one in whole.logits), inner=inner, mu=problem.mu)
-    shares = _best_shares(few, enough)
-    if len(few.labels) == len(whole.labels):
-        return _point_at(problem, points, shares)
-    seen = _look_at(whole, shares)
-    point = _point_at(problem, points, shares + _newton_step(seen))
-    return point if point.objective <= seen.objective else _point_at(problem, points, shares)
-
-
-def _point_at(problem: CrossEntropyProblem, points: Sequence[Point], shares: Tensor) -> Point:
-    weights, logits = _mixed(shares, [one.weights for one in points]), _mixed(shares, [one.logits for one in points])
-    return evaluate_point(problem, weights, logits)
-
-
-def _best_shares(span: _Span, enough: float) -> Tensor:
-    best = torch.zeros(len(span.logits), dtype=torch.float64)
-    best[-1] = 1
-    look = _look_at(span, best)
-    step, length = _newton_step(look), 1.0
-    for _ in range(_MOST_LOOKS):
-        if -float(look.slope @ step) * length / 2 <= enough * look.objective:
-            break
-        seen = _look_at(span, best + length * step)
-        if seen.objective < look.objective:
-            best, look = best + length * step, seen
-            step, length = _newton_step(look), 1.0
-        else:
-            length *= _SHORTER
-    return best
-
-
-def _mixed(shares: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    mixed = torch.zeros_like(parts[0])
-    for share, part in zip(shares.tolist(), parts, strict=True):
-        mixed.add_(part, alpha=share)
-    return mixed
-
-
-def _newton_step(look: _Look) -> Tensor:
-    """Give the step to the minimum of the quadratic, in the directions that are curved: points may be parallel."""
-    size = look.curvature.diagonal().sqrt()
-    size = torch.where(size > 0, size, torch.ones_like(size))
-    inverse = torch.linalg.pinv(look.curvature / size / size[:, None], hermitian=True)
-    step: Tensor = -(inverse @ (look.slope / size)) / size
-    return step
-
-
-def _look_at(span: _Span, shares: Tensor) -> _Look:
-    """Evaluate a combination, block by block of the rows, in two buffers that stay in the cache."""
-    k, n = len(shares), len(span.labels)
-    loss, slope, curvature = 0.0, torch.zeros(k, dtype=torch.float64), torch.zeros(k, k, dtype=torch.float64)
-    size = max(1, _BLOCK_VALUES // span.logits[0].shape[1])
-    buffers = [torch.empty_like(span.logits[0][:size], memory_format=torch.contiguous_format) for _ in range(2)]
-    for first in range(0, n, size):
-        logits, label = [one[first : first + size] for one in span.logits], span.labels[first : first + size, None]
-        mixed, weighted = (one[: len(label)] for one in buffers)
-        torch.mul(logits[0], float(shares[0]), out=mixed)
-        for share, part in zip(shares[1:].tolist(), logits[1:], strict=True):
-            mixed.add_(part, alpha=share)
-        own = torch.stack([part.gather(1, label)[:, 0] for part in logits])
-        largest = mixed.amax(dim=1)
-        chances = torch.softmax(mixed, dim=1, out=mixed)
-        loss += float((largest - chances.amax(dim=1).log()).sum(dtype=torch.float64))
-        loss -= float(shares @ own.sum(dim=1, dtype=torch.float64).cpu())
-        means = torch.empty_like(own)
-        for i in range(k):
-            torch.mul(chances, logits[i], out=weighted)
-            torch.sum(weighted, dim=1, out=means[i])
-            for j in range(i + 1):
-                curvature[i, j] += float((weighted * logits[j]).sum(dtype=torch.float64))
-        slope += (means - own).sum(dim=1, dtype=torch.float64).cpu()
-        curvature -= (means @ means.T).tril().double().cpu()
-    curvature += curvature.tril(-1).T
-    return _Look(
-        objective=loss / n + span.mu / 2 * float(shares @ span.inner @ shares),
-        slope=slope / n + span.mu * (span.inner @ shares),
-        curvature=curvature / n + span.mu * span.inner,
+    share, sums = rows.share, rows.sums(dtype)
+    weights, gradient = weights.to(sums), torch.zeros_like(weights, dtype=sums)
+    spread = weights.new_zeros(share.n_classes + 1, dtype=torch.float64)  # and the loss
+    known, narrow, keep = logits is not None, weights.to(dtype), keep and rows.rough is not None
+    if keep and logits is None:
+        logits = share.values.new_empty(share.n, share.n_classes, dtype=dtype)
+    probabilities = torch.empty_like(logits) if logits is not None else None
+    for block, some in rows.blocks(dtype):
+        label = share.labels[block, None]
+        part = logits[block] if logits is not None else some.new_empty(len(some), share.n_classes)
+        if not known:
+            torch.mm(some, narrow.T, out=part)
+        chances = torch.softmax(
+            part, dim=1, out=probabilities[block] if probabilities is not None else torch.empty_like(part)
+        )
+        # log-sum-exp = largest logit - log of the largest probability, which is at least 1 / n_classes.
+        normaliser = part.amax(dim=1) - chances.amax(dim=1).log()
+        spread[-1] += (normaliser - part.gather(1, label)[:, 0]).sum(dtype=torch.float64)
+        if rows.axes is not None:
+            spread[:-1] += chances.sum(dim=0, dtype=torch.float64) - chances.square().sum(dim=0, dtype=torch.float64)
+        own = chances.gather(1, label)
+        chances.scatter_(1, label, own - 1)  # the residual P - Y, without a copy of P
+        add_block(gradient, chances, some)
+        chances.scatter_(1, label, own)
+    rows.add_up(gradient)
+    rows.add_up(spread)
+    gradient.div_(share.n).add_(weights, alpha=mu)
+    objective = float(spread[-1]) / share.n + mu / 2 * inner(weights, weights)
+    return _Point(
+        weights=weights,
+        objective=objective,
+        gradient=gradient,
+        gap=inner(gradient, gradient) / (2 * mu * objective),
+        spread=spread[:-1] / share.n,
+        logits=logits,
+        probabilities=probabilities,
     )
+
+
+def _measure(share: RowShare) -> _Rows:
+    """Measure each row's mean and the length of what is left of it, in float64 as `centred_rows` does, and the moment."""
+    shift, scale = (share.values.new_zeros(len(share.values), 1, dtype=torch.float32) for _ in range(2))
+    size = chunk_rows(share)
+    for block in (slice(first, first + size) for first in range(0, len(share.values), size)):
+        values = share.values[block].double()
+        mean = values.mean(dim=1, keepdim=True)
+        constant = (centred_rows(values) == 0).all(dim=1, keepdim=True)
+        shift[block] = mean
+        scale[block] = torch.where(constant, 0.0, 1 / (values - mean).norm(dim=1, keepdim=True))
+    rows = _Rows(share=share, shift=shift, scale=scale)
+    moment = share.values.new_zeros(share.width, share.width, dtype=torch.float64)
+    for _, some in rows.blocks(torch.float32):
+        moment += some.T @ some
+    rows.add_up(moment)
+    strengths, axes = torch.linalg.eigh(moment / share.n)
+    return replace(rows, axes=axes, strengths=strengths.clamp_min(0))
+
+
+def chunk_rows(share: RowShare) -> int:
+    """Return the rows of a chunk: small beside the features, and fewer where memory is short."""
+    cuda = share.values.is_cuda
+    most = _CHUNK_VALUES_CUDA if cuda else _CHUNK_VALUES
+    free = torch.cuda.mem_get_info(share.values.device)[0] if cuda else available_bytes()
+    if free is not None:
+        most = min(most, free // (2 * _TEMPORARIES))
+    return max(1, most // (share.width + share.n_classes))

@@ -1,88 +1,126 @@
-"""The same objective solved by scikit-learn and by cyanure, to check our own solvers against."""
+"""The same objective by scipy, scikit-learn and cyanure, to check our own solver against."""
 
 import os
 import subprocess
 import sys
 import tempfile
-from collections import deque
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from msn_eval.errors import ResourceError, UsageError
+from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
 from msn_eval.probes.logistic_solvers.objective import (
     CrossEntropyProblem,
     Solution,
     certify,
-    evaluate_point,
-    search_line,
-    zero_point,
+    evaluate_objective,
+    inner,
 )
 
-_SKLEARN_TOLERANCE = 1e-10  # on the gradient; its default of 1e-4 stops after two steps here
+_LBFGS_STEPS = 5_000
+_SKLEARN_TOLERANCE = 1e-10  # of the gradient; its default of 1e-4 stops after two steps here
 _SKLEARN_STEPS = 20_000
-_CYANURE_TOLERANCE = 1e-5  # on its own relative duality gap; the published runs stop at 1e-3
+_CYANURE_TOLERANCE = 1e-5  # of its own relative duality gap; the published runs stop at 1e-3
 _CYANURE_EPOCHS = 3_000
-_CHILD_SECONDS = 24 * 3600
+_CYANURE_SECONDS = 24 * 3600
 
 
-def minimise_by_sklearn(problem: CrossEntropyProblem) -> tuple[Solution, int]:
-    """Solve by scikit-learn's LogisticRegression with C = 1 / lambda (2 / lambda for its binary form)."""
-    import warnings
+def minimise_by_lbfgs(problem: CrossEntropyProblem, *, target: float) -> tuple[Solution, int]:
+    """Minimise by scipy's L-BFGS-B in float64 until the relative duality gap is at most `target`."""
+    from scipy.optimize import minimize
 
+    shape = (problem.n_classes, problem.rows.shape[1])
+    best, smallest = np.zeros(shape), np.inf
+
+    def evaluate(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        nonlocal best, smallest
+        weights = torch.from_numpy(flat.reshape(shape)).to(problem.rows.device)
+        objective, gradient = evaluate_objective(problem, weights)
+        gap = inner(gradient, gradient) / (2 * problem.mu * objective)
+        if gap < smallest:
+            best, smallest = flat.reshape(shape).copy(), gap
+        return objective, gradient.cpu().numpy().ravel()
+
+    def stop(intermediate_result: object) -> None:
+        if smallest <= target:
+            raise StopIteration
+
+    options = {"maxcor": 20, "maxiter": _LBFGS_STEPS, "maxfun": 2 * _LBFGS_STEPS, "ftol": 0.0, "gtol": 0.0}
+    result = minimize(evaluate, np.zeros(best.size), jac=True, method="L-BFGS-B", callback=stop, options=options)
+    return certify(problem, torch.from_numpy(best).to(problem.rows.device)), int(result.nit)
+
+
+def minimise_by_sklearn(problem: CrossEntropyProblem, *, target: float) -> tuple[Solution, int]:
+    """Minimise by scikit-learn's LogisticRegression, to its own tolerance, with C = 1 / lambda (2 / lambda for two classes)."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    strength = problem.mu * len(problem.rows)
+    l2 = problem.mu * len(problem.rows)
     model = LogisticRegression(
-        C=(2 if problem.n_classes == 2 else 1) / strength,
+        C=(2 if problem.n_classes == 2 else 1) / l2,
         fit_intercept=False,
         tol=_SKLEARN_TOLERANCE,
         max_iter=_SKLEARN_STEPS,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # our certificate says how far it came
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the certificate says how far it came
         model.fit(problem.rows.cpu().numpy(), problem.labels.cpu().numpy())
-    return _solution(problem, model.coef_), int(model.n_iter_.max())
+    return _certify_weights(problem, model.coef_), int(model.n_iter_.max())
 
 
-def minimise_by_cyanure(problem: CrossEntropyProblem) -> tuple[Solution, int]:
-    """Solve by cyanure in a process of its own.
+def minimise_by_cyanure(problem: CrossEntropyProblem, *, target: float) -> tuple[Solution, int]:
+    """Minimise by cyanure, to its own tolerance, in a separate process.
 
-    Its `fit` switches OpenMP to dynamic teams for the whole process, after which PyTorch's bf16 products are wrong
-    there; so it never runs in ours. Raises UsageError where it is not installed, ResourceError where it dies.
+    Its `fit` switches OpenMP to dynamic teams, after which PyTorch's bfloat16 products in that process are wrong.
+
+    Raises:
+        UsageError: cyanure is not installed.
+        ResourceError: The process died.
     """
     with tempfile.TemporaryDirectory(prefix="msn-eval-cyanure-") as folder:
         task, answer = Path(folder) / "task.npz", Path(folder) / "answer.npz"
         np.savez(task, rows=problem.rows.cpu().numpy(), labels=problem.labels.cpu().numpy(), mu=problem.mu)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         child = subprocess.run(
-            [sys.executable, "-m", "msn_eval.probes.logistic_solvers.reference_solvers", str(task), str(answer)],
+            [sys.executable, "-m", __name__, str(task), str(answer)],
             capture_output=True,
             text=True,
-            timeout=_CHILD_SECONDS,
-            env=environment,
+            timeout=_CYANURE_SECONDS,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             check=False,
         )
         if not answer.exists():
             if "No module named 'cyanure'" in child.stderr:
-                raise UsageError("--solver cyanure: cyanure is not installed", hint="pip install cyanure")
+                raise UsageError(
+                    "--solver cyanure: the package cyanure is not installed",
+                    hint="pip install cyanure (wheels: Python 3.11 and 3.12, none for Linux on ARM), or use --solver auto.",
+                )
             last = (child.stderr.strip().splitlines() or ["no message"])[-1]
             raise ResourceError(f"cyanure ended with code {child.returncode}: {last}", hint="Use --solver auto.")
         with np.load(answer) as stored:
-            return _solution(problem, stored["weights"]), int(stored["epochs"])
+            return _certify_weights(problem, stored["weights"]), int(stored["epochs"])
 
 
-def _solution(problem: CrossEntropyProblem, weights: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> Solution:
-    if problem.n_classes == 2:  # one vector w for both classes: their weights are -w/2 and w/2
+MINIMISERS: dict[str, Callable[..., tuple[Solution, int]]] = {
+    "auto": minimise_by_newton,
+    "newton": minimise_by_newton,
+    "lbfgs": minimise_by_lbfgs,
+    "cyanure": minimise_by_cyanure,
+    "sklearn": minimise_by_sklearn,
+}
+
+
+def _certify_weights(problem: CrossEntropyProblem, weights: NDArray[np.float64]) -> Solution:
+    if problem.n_classes == 2:  # one vector w for both classes: their weights are -w / 2 and w / 2
         weights = np.concatenate([-weights.reshape(1, -1) / 2, weights.reshape(1, -1) / 2])
-    found: Tensor = torch.as_tensor(weights, dtype=torch.float64, device=problem.rows.device)
-    return certify(problem, found)
+    return certify(problem, torch.as_tensor(weights, dtype=torch.float64, device=problem.rows.device))
 
 
-def _cyanure_child(task: Path, answer: Path) -> None:
+def _run_cyanure(task: Path, answer: Path) -> None:
     """Solve the task in this process and write the weights: (classes, d), or (d,) for two classes."""
     from cyanure.estimators import Classifier
 
@@ -104,52 +142,4 @@ def _cyanure_child(task: Path, answer: Path) -> None:
 
 
 if __name__ == "__main__":
-    _cyanure_child(Path(sys.argv[1]), Path(sys.argv[2]))
-
-
-_MEMORY = 20
-_MOST_STEPS = 2000
-
-
-def minimise_by_lbfgs(problem: CrossEntropyProblem, *, target: float) -> tuple[Solution, int]:
-    """Minimise until the relative duality gap is at most `target`; give the solution and the steps taken.
-
-    Two-loop recursion of Nocedal (1980), float64.
-    """
-    point, step = zero_point(problem), 0
-    history: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_MEMORY)
-    while point.gap > target and step < _MOST_STEPS:
-        direction = -_inverse_curvature_product(point.gradient, history, problem.mu)
-        along = problem.rows @ direction.T
-        length = search_line(problem, point, direction, along)
-        moved = evaluate_point(problem, point.weights + length * direction, point.logits + length * along)
-        step += 1
-        if moved.objective > point.objective:
-            if not history:  # even the steepest direction leads nowhere: float64 has no better answer
-                break
-            history.clear()
-            continue
-        change = moved.gradient - point.gradient
-        curvature = float((change * direction).sum()) * length
-        if curvature > 0:
-            history.append((length * direction, change, 1 / curvature))
-        point = moved
-    return Solution(weights=point.weights, objective=point.objective, gap=point.gap), step
-
-
-def _inverse_curvature_product(gradient: Tensor, history: "deque[tuple[Tensor, Tensor, float]]", mu: float) -> Tensor:
-    """Give the L-BFGS approximation of the inverse Hessian times the gradient."""
-    product = gradient.clone()
-    shares = []
-    for move, change, weight in reversed(history):
-        share = weight * float((move * product).sum())
-        product.sub_(change, alpha=share)
-        shares.append(share)
-    if history:
-        _, change, weight = history[-1]
-        product.div_(weight * float(change.square().sum()))
-    else:
-        product.div_(mu + 1 / len(gradient))
-    for (move, change, weight), share in zip(history, reversed(shares), strict=True):
-        product.add_(move, alpha=share - weight * float((change * product).sum()))
-    return product
+    _run_cyanure(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -23,7 +23,7 @@ from msn_eval.errors import UsageError
 from msn_eval.evaluation.cost_estimate import CostEstimate
 from msn_eval.probes import distributed as team
 from msn_eval.probes import knn
-from msn_eval.probes.logistic_solvers import chunked_newton as full_data
+from msn_eval.probes.logistic_solvers import newton as full_data
 from msn_eval.results.folder import list_results
 
 TINY = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"

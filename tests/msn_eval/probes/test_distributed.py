@@ -19,7 +19,7 @@ from msn_eval.probes.distributed import search_together, serve, shutdown
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.knn_search.index import Bank, index_bank
 from msn_eval.probes.logistic import Logistic
-from msn_eval.probes.logistic_solvers import chunked_newton
+from msn_eval.probes.logistic_solvers import newton
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="ranks are forked")
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def _queries() -> Tensor:
 
 
 def test_ranks_together_fit_what_one_rank_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked_newton, "_WHOLE_BYTES", 0)
+    monkeypatch.setattr(newton, "_WHOLE_BYTES", 0)
     probes = Logistic(lambdas=(0.1, 0.0025)), Logistic(lambdas=(1.0,))
 
     def fit(workers: WorkerGroup | None) -> list[tuple[float, float, list[int]]]:

@@ -10,7 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import rank_labels
-from msn_eval.probes.knn import NearestNeighbours, fit_knn, knn_settings, neighbour_vote
+from msn_eval.probes.knn import NearestNeighbours, neighbour_vote
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,7 @@ def _predictions(scores: torch.Tensor) -> list[int]:
 
 
 def _only_scores(probe: NearestNeighbours, train: Features, values: torch.Tensor) -> torch.Tensor:
-    (scores,) = fit_knn(probe, train, CPU).scores(values)
+    (scores,) = probe.fit(train, CPU).scores(values)
     return scores
 
 
@@ -79,7 +79,7 @@ def test_predictions_are_those_of_scikit_learn(k: int, temperature: float) -> No
 def test_every_pair_of_k_and_temperature_is_a_setting() -> None:
     probe = NearestNeighbours(ks=(1, 3), temperatures=(0.07, 0.1))
 
-    assert knn_settings(probe, 3) == (
+    assert probe.configs(3) == (
         {"k": 1, "temperature": 0.07},
         {"k": 1, "temperature": 0.1},
         {"k": 3, "temperature": 0.07},
@@ -91,7 +91,7 @@ def test_scores_of_every_setting_are_those_of_a_search_of_its_own() -> None:
     train = _clusters()
     probe = NearestNeighbours(ks=(30, 1, 7), temperatures=(0.07, 0.5))
 
-    together = list(fit_knn(probe, train, CPU).scores(_queries()))
+    together = list(probe.fit(train, CPU).scores(_queries()))
 
     alone = [
         _only_scores(NearestNeighbours(ks=(k,), temperatures=(temperature,)), train, _queries())
@@ -102,25 +102,25 @@ def test_scores_of_every_setting_are_those_of_a_search_of_its_own() -> None:
 
 
 def test_default_ks_above_the_number_of_images_are_left_out() -> None:
-    fitted = fit_knn(NearestNeighbours(), _clusters(90), CPU)
+    fitted = NearestNeighbours().fit(_clusters(90), CPU)
 
     assert [setting.params["k"] for setting in fitted.settings] == [10, 20]
 
 
 def test_default_k_may_equal_the_number_of_images() -> None:
-    assert [params["k"] for params in knn_settings(NearestNeighbours(), 100)] == [10, 20, 100]
-    assert [params["k"] for params in knn_settings(NearestNeighbours(), 200)] == [10, 20, 100, 200]
+    assert [params["k"] for params in NearestNeighbours().configs(100)] == [10, 20, 100]
+    assert [params["k"] for params in NearestNeighbours().configs(200)] == [10, 20, 100, 200]
 
 
 def test_fewer_images_than_every_default_k_leave_nothing_to_score() -> None:
-    fitted = fit_knn(NearestNeighbours(), _clusters(9), CPU)
+    fitted = NearestNeighbours().fit(_clusters(9), CPU)
 
     assert list(fitted.scores(_queries())) == []
 
 
 def test_a_k_asked_for_above_the_number_of_images_is_a_numerical_error() -> None:
     with pytest.raises(NumericalError) as caught:
-        fit_knn(NearestNeighbours(ks=(5, 91), asked=True), _clusters(90), CPU)
+        NearestNeighbours(ks=(5, 91), asked=True).fit(_clusters(90), CPU)
 
     assert str(caught.value) == (
         "k = 91 neighbours among 90 labelled images\nAsk for --k of at most 90, or for a larger subset."
@@ -128,7 +128,7 @@ def test_a_k_asked_for_above_the_number_of_images_is_a_numerical_error() -> None
 
 
 def test_a_k_asked_for_may_equal_the_number_of_images() -> None:
-    fitted = fit_knn(NearestNeighbours(ks=(90,), asked=True), _clusters(90), CPU)
+    fitted = NearestNeighbours(ks=(90,), asked=True).fit(_clusters(90), CPU)
 
     assert [setting.params["k"] for setting in fitted.settings] == [90]
 

@@ -8,7 +8,7 @@ from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes import logistic
 from msn_eval.probes.base import FittedProbe, centred_rows
-from msn_eval.probes.logistic import Logistic, Solver, _setting, default_lambda, fit_logistic, logistic_settings
+from msn_eval.probes.logistic import Logistic, Solver, _describe, default_lambda
 from msn_eval.probes.logistic_solvers import newton
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution
@@ -37,24 +37,24 @@ def _only_scores(fitted: FittedProbe, values: torch.Tensor) -> torch.Tensor:
     return scores
 
 
-@pytest.mark.parametrize(("subset", "strength"), [("1pct", 0.075), ("1imgs", 0.0025), ("full", 0.0025)])
-def test_default_lambda_is_the_published_one(subset: str, strength: float) -> None:
-    assert default_lambda(subset) == strength
+@pytest.mark.parametrize(("subset", "l2"), [("1pct", 0.075), ("1imgs", 0.0025), ("full", 0.0025)])
+def test_default_lambda_is_the_published_one(subset: str, l2: float) -> None:
+    assert default_lambda(subset) == l2
 
 
 def test_every_lambda_is_a_setting_in_the_order_asked() -> None:
-    assert logistic_settings(Logistic(lambdas=(1.0, 0.1)), 5) == ({"lambda": 1.0}, {"lambda": 0.1})
+    assert Logistic(lambdas=(1.0, 0.1)).configs(5) == ({"lambda": 1.0}, {"lambda": 0.1})
 
 
 @pytest.mark.parametrize("solver", ["auto", "newton", "lbfgs", "sklearn"])
 @pytest.mark.parametrize("n_classes", [2, 4])
 def test_every_solver_scores_like_scikit_learn_on_centred_rows(solver: Solver, n_classes: int) -> None:
     train = _clusters(n_classes=n_classes)
-    inverse_strength = (2 if n_classes == 2 else 1) / 0.5
-    model = LogisticRegression(C=inverse_strength, fit_intercept=False, tol=1e-10, max_iter=5_000)
+    inverse_l2 = (2 if n_classes == 2 else 1) / 0.5
+    model = LogisticRegression(C=inverse_l2, fit_intercept=False, tol=1e-10, max_iter=5_000)
     model.fit(centred_rows(train.values).numpy(), train.labels.numpy())
 
-    fitted = fit_logistic(Logistic(lambdas=(0.5,), solver=solver), train, CPU)
+    fitted = Logistic(lambdas=(0.5,), solver=solver).fit(train, CPU)
 
     ours = _only_scores(fitted, _queries()).softmax(dim=1)
     theirs = torch.from_numpy(model.predict_proba(centred_rows(_queries()).numpy()))
@@ -62,7 +62,7 @@ def test_every_solver_scores_like_scikit_learn_on_centred_rows(solver: Solver, n
 
 
 def test_settings_state_how_the_fit_came_out() -> None:
-    (setting,) = fit_logistic(Logistic(lambdas=(0.0025,)), _clusters(), CPU).settings
+    (setting,) = Logistic(lambdas=(0.0025,)).fit(_clusters(), CPU).settings
 
     assert setting.params == {"lambda": 0.0025}
     assert setting.solver == "newton"
@@ -73,7 +73,7 @@ def test_settings_state_how_the_fit_came_out() -> None:
 
 @pytest.mark.parametrize(("gap", "converged"), [(1e-9, True), (9e-4, True), (1.1e-3, False)])
 def test_a_fit_has_converged_up_to_a_gap_of_a_thousandth(gap: float, converged: bool) -> None:
-    setting = _setting("auto", {}, (Solution(weights=torch.zeros(2, 3), objective=0.5, gap=gap), 7))
+    setting = _describe("auto", {}, Solution(weights=torch.zeros(2, 3), objective=0.5, gap=gap), 7)
 
     assert (setting.converged, setting.certificate, setting.objective, setting.iterations) == (converged, gap, 0.5, 7)
 
@@ -82,10 +82,10 @@ def test_a_fit_has_converged_up_to_a_gap_of_a_thousandth(gap: float, converged: 
 @pytest.mark.parametrize("large", [False, True])
 def test_the_solver_that_is_named_solves(solver: Solver, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     solution = Solution(weights=torch.zeros(4, 16), objective=0.123, gap=0.0)
-    monkeypatch.setattr(logistic, f"minimise_by_{solver}", lambda problem, **target: (solution, 3))
+    monkeypatch.setitem(logistic.MINIMISERS, solver, lambda problem, target: (solution, 3))
     monkeypatch.setattr(logistic, "is_large", lambda *sizes: large)
 
-    (setting,) = fit_logistic(Logistic(lambdas=(0.1,), solver=solver), _clusters(), CPU).settings
+    (setting,) = Logistic(lambdas=(0.1,), solver=solver).fit(_clusters(), CPU).settings
 
     assert (setting.solver, setting.objective, setting.iterations) == (solver, 0.123, 3)
 
@@ -93,7 +93,7 @@ def test_the_solver_that_is_named_solves(solver: Solver, large: bool, monkeypatc
 def test_a_fit_that_was_cut_short_is_not_called_converged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(newton, "_MOST_STEPS", 1)
 
-    (setting,) = fit_logistic(Logistic(lambdas=(0.0025,)), _clusters(), CPU).settings
+    (setting,) = Logistic(lambdas=(0.0025,)).fit(_clusters(), CPU).settings
 
     assert setting.converged is False
     assert setting.certificate is not None
@@ -103,9 +103,9 @@ def test_a_fit_that_was_cut_short_is_not_called_converged(monkeypatch: pytest.Mo
 def test_several_lambdas_give_what_each_gives_alone() -> None:
     train, lambdas = _clusters(), (0.0025, 1.0, 0.075)
 
-    together = fit_logistic(Logistic(lambdas=lambdas), train, CPU)
+    together = Logistic(lambdas=lambdas).fit(train, CPU)
 
-    alone = [fit_logistic(Logistic(lambdas=(one,)), train, CPU) for one in lambdas]
+    alone = [Logistic(lambdas=(one,)).fit(train, CPU) for one in lambdas]
     objectives = [one.settings[0].objective for one in alone]
     assert [one.params["lambda"] for one in together.settings] == list(lambdas)
     assert [one.objective for one in together.settings] == pytest.approx(objectives, rel=1e-6)
@@ -115,7 +115,7 @@ def test_several_lambdas_give_what_each_gives_alone() -> None:
 
 
 def test_scores_are_float64_with_a_column_for_every_class() -> None:
-    scores = _only_scores(fit_logistic(Logistic(lambdas=(0.1,)), _clusters(), CPU), _queries())
+    scores = _only_scores(Logistic(lambdas=(0.1,)).fit(_clusters(), CPU), _queries())
 
     assert scores.shape == (200, 4)
     assert scores.dtype == torch.float64
@@ -124,9 +124,9 @@ def test_scores_are_float64_with_a_column_for_every_class() -> None:
 def test_order_of_the_labelled_images_does_not_matter() -> None:
     train = _clusters()
     order = torch.randperm(60, generator=torch.Generator().manual_seed(2)).tolist()
-    plain = fit_logistic(Logistic(lambdas=(0.075,)), train, CPU)
+    plain = Logistic(lambdas=(0.075,)).fit(train, CPU)
 
-    shuffled = fit_logistic(Logistic(lambdas=(0.075,)), train.only([train.image_ids[row] for row in order]), CPU)
+    shuffled = Logistic(lambdas=(0.075,)).fit(train.only([train.image_ids[row] for row in order]), CPU)
 
     assert shuffled.settings[0].objective == pytest.approx(plain.settings[0].objective, rel=1e-6)
     torch.testing.assert_close(_only_scores(shuffled, _queries()), _only_scores(plain, _queries()), rtol=0, atol=1e-3)
@@ -135,9 +135,9 @@ def test_order_of_the_labelled_images_does_not_matter() -> None:
 def test_renaming_the_classes_renames_the_scores() -> None:
     train = _clusters()
     name = torch.tensor([2, 0, 3, 1])
-    plain = _only_scores(fit_logistic(Logistic(lambdas=(0.075,)), train, CPU), _queries())
+    plain = _only_scores(Logistic(lambdas=(0.075,)).fit(train, CPU), _queries())
 
-    renamed = fit_logistic(Logistic(lambdas=(0.075,)), _features(train.values, name[train.labels], 4), CPU)
+    renamed = Logistic(lambdas=(0.075,)).fit(_features(train.values, name[train.labels], 4), CPU)
 
     torch.testing.assert_close(_only_scores(renamed, _queries())[:, name], plain, rtol=0, atol=1e-3)
 
@@ -149,11 +149,9 @@ def test_rotating_features_within_the_centred_space_changes_no_score() -> None:
     frame = torch.linalg.qr(torch.cat([ones, torch.eye(16, dtype=torch.float64)[:, 1:]], dim=1)).Q
     turn = torch.linalg.qr(torch.randn(15, 15, dtype=torch.float64, generator=torch.Generator().manual_seed(3))).Q
     rotation = frame @ torch.block_diag(torch.ones(1, 1, dtype=torch.float64), turn) @ frame.T
-    plain = _only_scores(fit_logistic(Logistic(lambdas=(0.075,)), train, CPU), _queries())
+    plain = _only_scores(Logistic(lambdas=(0.075,)).fit(train, CPU), _queries())
 
-    rotated = fit_logistic(
-        Logistic(lambdas=(0.075,)), _features(train.values.double() @ rotation, train.labels, 4), CPU
-    )
+    rotated = Logistic(lambdas=(0.075,)).fit(_features(train.values.double() @ rotation, train.labels, 4), CPU)
 
     torch.testing.assert_close(_only_scores(rotated, _queries().double() @ rotation), plain, rtol=0, atol=1e-3)
 
@@ -165,7 +163,7 @@ def test_fewer_images_than_features_are_solved_as_if_the_rows_had_not_been_reduc
     problem = CrossEntropyProblem(rows=rows, labels=train.labels, n_classes=4, mu=0.075 / n)
     whole, _ = minimise_by_newton(problem, target=1e-10)
 
-    fitted = fit_logistic(Logistic(lambdas=(0.075,)), train, CPU)
+    fitted = Logistic(lambdas=(0.075,)).fit(train, CPU)
 
     assert fitted.settings[0].objective == pytest.approx(whole.objective, rel=1e-6)
     scores = _only_scores(fitted, _queries(40))
@@ -176,7 +174,7 @@ def test_more_features_than_images_that_span_little_are_no_obstacle() -> None:
     train = _clusters(n=6, d=40, n_classes=2)
     repeated = _features(train.values[:2].repeat(3, 1), train.labels, 2)
 
-    fitted = fit_logistic(Logistic(lambdas=(0.075,)), repeated, CPU)
+    fitted = Logistic(lambdas=(0.075,)).fit(repeated, CPU)
 
     assert fitted.settings[0].converged
     assert _only_scores(fitted, repeated.values).argmax(dim=1).tolist() == repeated.labels.tolist()
@@ -186,7 +184,7 @@ def test_a_single_class_is_a_numerical_error() -> None:
     train = _features(_queries()[:5], torch.full((5,), 2), 4)
 
     with pytest.raises(NumericalError) as caught:
-        fit_logistic(Logistic(lambdas=(0.1,)), train, CPU)
+        Logistic(lambdas=(0.1,)).fit(train, CPU)
 
     assert str(caught.value) == "logistic regression on a single class\nLabel images of at least two classes."
 
@@ -195,9 +193,7 @@ def test_a_class_without_labelled_images_has_a_column_and_is_never_chosen() -> N
     train = _clusters()
     labels = torch.tensor([0, 2, 4, 5])[train.labels]
 
-    scores = _only_scores(
-        fit_logistic(Logistic(lambdas=(0.0025,)), _features(train.values, labels, 6), CPU), _queries()
-    )
+    scores = _only_scores(Logistic(lambdas=(0.0025,)).fit(_features(train.values, labels, 6), CPU), _queries())
 
     assert scores.shape == (200, 6)
     assert set(scores.argmax(dim=1).tolist()) == {0, 2, 4, 5}
@@ -211,15 +207,15 @@ def test_every_solver_scores_alike_where_a_class_has_no_labelled_images(
 ) -> None:
     train = _clusters(n_classes=len(present))
     sparse = _features(train.values, torch.tensor(present)[train.labels], 5)
-    newtons = _only_scores(fit_logistic(Logistic(lambdas=(0.5,)), sparse, CPU), _queries())
+    newtons = _only_scores(Logistic(lambdas=(0.5,)).fit(sparse, CPU), _queries())
 
-    scores = _only_scores(fit_logistic(Logistic(lambdas=(0.5,), solver=solver), sparse, CPU), _queries())
+    scores = _only_scores(Logistic(lambdas=(0.5,), solver=solver).fit(sparse, CPU), _queries())
 
     torch.testing.assert_close(scores.softmax(dim=1), newtons.softmax(dim=1), rtol=0, atol=1e-2)
 
 
-def test_constant_features_say_nothing_about_any_class() -> None:
-    fitted = fit_logistic(Logistic(lambdas=(0.1,)), _clusters(), CPU)
+def test_constant_features_score_every_class_alike() -> None:
+    fitted = Logistic(lambdas=(0.1,)).fit(_clusters(), CPU)
 
     scores = _only_scores(fitted, torch.full((2, 16), 0.1))
 
@@ -227,7 +223,7 @@ def test_constant_features_say_nothing_about_any_class() -> None:
 
 
 def test_scores_of_an_image_do_not_depend_on_the_images_scored_with_it() -> None:
-    fitted = fit_logistic(Logistic(lambdas=(0.1,)), _clusters(), CPU)
+    fitted = Logistic(lambdas=(0.1,)).fit(_clusters(), CPU)
     together = _only_scores(fitted, _queries())
 
     alone = torch.cat([_only_scores(fitted, row[None]) for row in _queries()])

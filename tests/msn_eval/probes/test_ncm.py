@@ -6,7 +6,7 @@ from scipy.spatial.distance import cdist
 
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import normalised_rows, rank_labels
-from msn_eval.probes.ncm import NearestClassMean, class_directions, fit_ncm
+from msn_eval.probes.ncm import NearestClassMean, class_directions
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def _queries() -> torch.Tensor:
 
 
 def _scores(train: Features, values: torch.Tensor) -> torch.Tensor:
-    (scores,) = fit_ncm(NearestClassMean(), train, CPU).scores(values)
+    (scores,) = NearestClassMean().fit(train, CPU).scores(values)
     return scores
 
 
@@ -42,7 +42,7 @@ def test_scores_are_the_cosines_to_the_means_of_normalised_rows() -> None:
 
 
 def test_there_is_one_setting_without_parameters() -> None:
-    (setting,) = fit_ncm(NearestClassMean(), _clusters(), CPU).settings
+    (setting,) = NearestClassMean().fit(_clusters(), CPU).settings
 
     assert setting.params == {}
 

@@ -16,7 +16,7 @@ from msn_eval.features.extraction import Features
 from msn_eval.probes.base import FittedProbe, centred_rows, fit_probe, normalised_rows
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.logistic import Logistic, Solver
-from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, evaluate_point
+from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, certify
 
 _CPU = torch.device("cpu")
 _LAMBDA = 0.0025
@@ -53,7 +53,7 @@ def scikit_learn(splits: tuple[Features, Features]) -> tuple[Tensor, float]:
     model = LogisticRegression(C=1 / _LAMBDA, fit_intercept=False, tol=1e-10, max_iter=20_000)
     model.fit(rows.numpy(), train.labels.numpy())
     problem = CrossEntropyProblem(rows=rows, labels=train.labels, n_classes=100, mu=_LAMBDA / len(rows))
-    objective = evaluate_point(problem, torch.from_numpy(model.coef_)).objective
+    objective = certify(problem, torch.from_numpy(model.coef_)).objective
     return torch.from_numpy(model.predict(centred_rows(val.values).numpy())), objective
 
 

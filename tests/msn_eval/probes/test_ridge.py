@@ -8,7 +8,7 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import centred_rows, rank_labels
-from msn_eval.probes.ridge import GRID, Ridge, fit_ridge, ridge_settings, solve_ridge
+from msn_eval.probes.ridge import GRID, Ridge, solve_ridge
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def _one_hot(labels: torch.Tensor, n_classes: int) -> np.ndarray:
 
 
 def _scores(train: Features, values: torch.Tensor) -> torch.Tensor:
-    (scores,) = fit_ridge(Ridge(), train, CPU).scores(values)
+    (scores,) = Ridge().fit(train, CPU).scores(values)
     return scores
 
 
@@ -58,7 +58,7 @@ def test_leave_one_out_errors_are_those_of_leaving_every_row_out_in_turn(n: int,
 def test_scores_are_scikit_learns_at_the_chosen_strength(n: int, d: int) -> None:
     train = _clusters(n, d)
     queries = torch.randn(50, d, generator=torch.Generator().manual_seed(1))
-    (setting,) = fit_ridge(Ridge(), train, CPU).settings
+    (setting,) = Ridge().fit(train, CPU).settings
     assert setting.chosen is not None
     model = SklearnRidge(alpha=setting.chosen["alpha"], solver="svd")
     model.fit(centred_rows(train.values).numpy(), _one_hot(train.labels, 3))
@@ -69,7 +69,7 @@ def test_scores_are_scikit_learns_at_the_chosen_strength(n: int, d: int) -> None
 
 
 def test_noise_asks_for_a_stronger_penalty_than_a_clear_signal() -> None:
-    clear, noisy = (fit_ridge(Ridge(), _clusters(60, 10, noise=noise), CPU).settings[0].chosen for noise in (0.01, 5.0))
+    clear, noisy = (Ridge().fit(_clusters(60, 10, noise=noise), CPU).settings[0].chosen for noise in (0.01, 5.0))
 
     assert clear is not None
     assert noisy is not None
@@ -77,16 +77,16 @@ def test_noise_asks_for_a_stronger_penalty_than_a_clear_signal() -> None:
 
 
 def test_choice_does_not_enter_the_parameters_that_a_protocol_is_known_by() -> None:
-    both = [fit_ridge(Ridge(), _clusters(60, 10, noise=noise), CPU).settings[0].params for noise in (0.01, 5.0)]
+    both = [Ridge().fit(_clusters(60, 10, noise=noise), CPU).settings[0].params for noise in (0.01, 5.0)]
 
-    assert both == [ridge_settings()[0]] * 2
-    assert ridge_settings() == ({"alpha_first": 1e-4, "alpha_last": 1e4, "alphas": 17},)
+    assert both == [Ridge().configs(20)[0]] * 2
+    assert Ridge().configs(20) == ({"alpha_first": 1e-4, "alpha_last": 1e4, "alphas": 17},)
 
 
 def test_one_image_a_class_is_fitted_as_smoothly_as_the_grid_allows() -> None:
     train = _features(torch.eye(4, 12), torch.arange(4), 4)
 
-    (setting,) = fit_ridge(Ridge(), train, CPU).settings
+    (setting,) = Ridge().fit(train, CPU).settings
 
     assert setting.chosen is not None
     assert setting.chosen["alpha"] == GRID[-1]
@@ -123,7 +123,7 @@ def test_rows_far_longer_than_the_grid_reaches_have_errors_all_the_same() -> Non
 def test_record_tells_the_error_at_the_strength_that_was_chosen() -> None:
     train = _clusters(14, 5)
 
-    (setting,) = fit_ridge(Ridge(), train, CPU).settings
+    (setting,) = Ridge().fit(train, CPU).settings
 
     fit = solve_ridge(centred_rows(train.values), train.labels, n_classes=3)
     assert setting.chosen == {"alpha": fit.alpha, "left_out_error": float(fit.errors[GRID.index(fit.alpha)])}
@@ -142,7 +142,7 @@ def test_a_class_without_labelled_images_is_never_chosen() -> None:
 
 def test_a_single_class_is_a_numerical_error() -> None:
     with pytest.raises(NumericalError) as caught:
-        fit_ridge(Ridge(), _features(torch.randn(4, 3), torch.full((4,), 2), 4), CPU)
+        Ridge().fit(_features(torch.randn(4, 3), torch.full((4,), 2), 4), CPU)
 
     assert str(caught.value) == "ridge regression on a single class\nLabel images of at least two classes."
 

@@ -401,5 +401,7 @@ def test_an_image_that_the_device_refuses_is_named(jpegs: ImageSet, monkeypatch:
     with pytest.raises(DataError, match="3 images cannot be used") as caught:
         _by_nvjpeg(jpegs)
 
-    names = [line.partition(": torn")[0].rpartition("/")[2] for line in str(caught.value).splitlines() if "torn" in line]
+    names = [
+        line.partition(": torn")[0].rpartition("/")[2] for line in str(caught.value).splitlines() if "torn" in line
+    ]
     assert names == [jpegs.ids[row].partition("/")[2] for row in (1, 3, 4)]

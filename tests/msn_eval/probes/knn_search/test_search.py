@@ -1,8 +1,6 @@
 """Exact neighbours by every arithmetic: ties, near ties and rounding."""
 
 import multiprocessing
-from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,31 +13,24 @@ from torch import Tensor, distributed
 from msn_eval.errors import NumericalError, ResourceError
 from msn_eval.probes.base import normalised_rows
 from msn_eval.probes.knn import neighbour_vote
-from msn_eval.probes.knn_search import search as nearest_module
-from msn_eval.probes.knn_search.candidates import Arithmetic, By, Shortlist, arithmetics, find_shortlist
+from msn_eval.probes.knn_search import search as search_module
+from msn_eval.probes.knn_search.candidates import Candidates, Engine, find_candidates
 from msn_eval.probes.knn_search.index import GRID, index_bank
 from msn_eval.probes.knn_search.search import merge_nearest, search_nearest, search_sharded
 
-_WAYS: dict[str, tuple[tuple[Arithmetic, ...], By]] = {
-    "as it pays here": (arithmetics(torch.device("cpu"), "auto"), "auto"),
-    "bfloat16": (("bfloat16",), "torch"),
-    "float32": (("float32",), "torch"),
-    "faiss": (("float32",), "faiss"),
-    "float64": (("float64",), "torch"),
-    "all cosines": ((), "torch"),
+_ENGINES: dict[str, tuple[Engine, ...]] = {
+    "bfloat16": ("bfloat16",),
+    "float32": ("float32",),
+    "faiss": ("faiss",),
+    "float64": ("float64",),
+    "all cosines": (),
 }
 
 
-@pytest.fixture(autouse=True, params=_WAYS)
-def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run every test with each arithmetic alone: what it cannot prove falls to the cosines of all rows."""
-    ladder, by = _WAYS[request.param]
-    monkeypatch.setattr(nearest_module, "arithmetics", lambda device, asked: ladder)
-    monkeypatch.setattr(nearest_module, "find_shortlist", partial(_shortlist_by, by))
-
-
-def _shortlist_by(chosen: By, *given: Any, **options: Any) -> Shortlist:
-    return find_shortlist(*given, **(options | {"by": chosen}))
+@pytest.fixture(autouse=True, params=_ENGINES)
+def _engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test with each engine alone: what it leaves incomplete falls to the cosines of all rows."""
+    monkeypatch.setattr(search_module, "choose_engines", lambda device, search, n: _ENGINES[request.param])
 
 
 def _unit_rows(n: int, d: int = 8, *, seed: int = 0) -> torch.Tensor:
@@ -200,7 +191,7 @@ def test_a_row_that_is_nan_is_an_error_before_it_ranks_first(where: str) -> None
 def test_chunks_of_queries_and_one_call_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, bank = _unit_rows(30, seed=1), _unit_rows(90)
     whole = search_nearest(queries, bank, 7)
-    monkeypatch.setattr(nearest_module, "_queries_at_once", lambda device: 4)
+    monkeypatch.setattr(search_module, "_QUERIES", 4)
 
     chunked = search_nearest(queries, bank, 7)
 
@@ -217,12 +208,12 @@ def test_equal_and_zero_rows_interleave_by_their_place() -> None:
 
 
 def test_a_device_that_multiplies_wrongly_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(*given: Any, **options: Any) -> Shortlist:
-        found = find_shortlist(*given, **options)
-        return replace(found, coarse=found.coarse + 0.1)
+    def wrong(*arguments: Any, **options: Any) -> Candidates:
+        found = find_candidates(*arguments, **options)
+        return found._replace(product=found.product + 0.1)
 
-    monkeypatch.setattr(nearest_module, "arithmetics", lambda device, by: ("float32",))
-    monkeypatch.setattr(nearest_module, "find_shortlist", wrong)
+    monkeypatch.setattr(search_module, "choose_engines", lambda device, search, n: ("float32",))
+    monkeypatch.setattr(search_module, "find_candidates", wrong)
 
     with pytest.raises(NumericalError, match="products in float32 on cpu are wrong by more than rounding explains"):
         search_nearest(_unit_rows(5, seed=1), _unit_rows(50), 2)
@@ -231,14 +222,14 @@ def test_a_device_that_multiplies_wrongly_is_caught(monkeypatch: pytest.MonkeyPa
 def test_memory_that_gives_out_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, bank = _unit_rows(30, seed=1), _unit_rows(90)
     whole = search_nearest(queries, bank, 7)
-    search = nearest_module._search_chunk
+    search = search_module._search_chunk
 
     def scarce(queries: torch.Tensor, *others: Any) -> Any:
         if len(queries) > 3:
             raise torch.OutOfMemoryError
         return search(queries, *others)
 
-    monkeypatch.setattr(nearest_module, "_search_chunk", scarce)
+    monkeypatch.setattr(search_module, "_search_chunk", scarce)
 
     assert torch.equal(search_nearest(queries, bank, 7)[1], whole[1])
 
@@ -250,7 +241,7 @@ def test_memory_too_small_for_one_query_is_a_resource_error(
     def scarce(*given: Any) -> Any:
         raise shortage("can't allocate memory")
 
-    monkeypatch.setattr(nearest_module, "_search_chunk", scarce)
+    monkeypatch.setattr(search_module, "_search_chunk", scarce)
 
     with pytest.raises(ResourceError, match="memory of cpu is too small for k-NN among 90 rows: can't allocate"):
         search_nearest(_unit_rows(3, seed=1), _unit_rows(90), 7)
@@ -260,7 +251,7 @@ def test_an_error_that_is_no_shortage_of_memory_is_told_as_it_is(monkeypatch: py
     def broken(*given: Any) -> Any:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(nearest_module, "_search_chunk", broken)
+    monkeypatch.setattr(search_module, "_search_chunk", broken)
 
     with pytest.raises(RuntimeError, match="something else"):
         search_nearest(_unit_rows(3, seed=1), _unit_rows(90), 7)

@@ -11,9 +11,9 @@ from torch import Tensor
 from msn_eval import evaluate
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import centred_rows
-from msn_eval.probes.logistic import Logistic, LogisticAutoLambda, fit_chosen, fit_logistic
-from msn_eval.probes.logistic_solvers import chunked_newton as full_data
+from msn_eval.probes.logistic import Logistic, LogisticAutoLambda
 from msn_eval.probes.logistic_solvers import lambda_selection as lambda_choice
+from msn_eval.probes.logistic_solvers import newton as full_data
 from msn_eval.probes.logistic_solvers.lambda_selection import (
     GRID,
     LabelledRows,
@@ -162,14 +162,14 @@ def test_the_chosen_fit_is_the_fit_at_that_strength(count: int, rule: str) -> No
     rows, labels = _clusters(5 * count, 16, 5, noise=0.7)
     train, queries = _features(rows, labels), torch.randn(50, 16, generator=torch.Generator().manual_seed(3))
 
-    (setting,) = (fitted := fit_chosen(LogisticAutoLambda(), train, CPU)).settings
+    (setting,) = (fitted := LogisticAutoLambda().fit(train, CPU)).settings
 
     assert setting.chosen is not None
     assert setting.params == auto_settings()[0]
     assert setting.chosen["rule"] == rule
     strength = setting.chosen["lambda"]
     assert strength in GRID
-    known = fit_logistic(Logistic(lambdas=(cast(float, strength),)), train, CPU)
+    known = Logistic(lambdas=(cast(float, strength),)).fit(train, CPU)
     assert setting.objective == pytest.approx(known.settings[0].objective, rel=1e-6)
     assert setting.certificate is not None
     assert setting.certificate <= 1e-6
@@ -183,7 +183,7 @@ def test_the_strength_is_chosen_by_the_left_out_errors_of_the_fits_at_each() -> 
     errors = [left_out_error(labelled, _weights(rows, labels, strength, 5), strength) for strength in GRID]
     best = choose_strength(errors, n=40, typical=typical_strength(labelled))
 
-    (setting,) = fit_chosen(LogisticAutoLambda(), _features(rows, labels), CPU).settings
+    (setting,) = LogisticAutoLambda().fit(_features(rows, labels), CPU).settings
 
     assert setting.chosen is not None
     assert setting.chosen["lambda"] == GRID[best]
@@ -194,10 +194,10 @@ def test_the_strength_is_chosen_by_the_left_out_errors_of_the_fits_at_each() -> 
 def test_very_many_rows_choose_as_few_do(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, labels = _clusters(200, 16, 4, noise=1.5)
     train = _features(5 * rows + torch.arange(200)[:, None], labels)  # as an encoder may give them: not prepared
-    few = fit_chosen(LogisticAutoLambda(), train, CPU).settings[0]
+    few = LogisticAutoLambda().fit(train, CPU).settings[0]
     monkeypatch.setattr(full_data, "_WHOLE_BYTES", 0)
 
-    many = fit_chosen(LogisticAutoLambda(), train, CPU).settings[0]
+    many = LogisticAutoLambda().fit(train, CPU).settings[0]
 
     assert many.chosen == pytest.approx(few.chosen)
 

@@ -1,181 +1,230 @@
-"""Newton's method: what its directions save. What it finds is tested with the other minimiser's."""
+"""Newton's method in chunks: the same minimum and certificate for all chunk sizes and ranks; and what its directions save."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
+from msn_eval.features.extraction import Features
 from msn_eval.probes.base import centred_rows
+from msn_eval.probes.logistic import Logistic
 from msn_eval.probes.logistic_solvers import newton
-from msn_eval.probes.logistic_solvers import newton as warm_start
-from msn_eval.probes.logistic_solvers.newton import combined_point, minimise_path
-from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Point, evaluate_point, zero_point
+from msn_eval.probes.logistic_solvers.newton import (
+    RowShare,
+    is_large,
+    minimise_by_newton,
+    minimise_in_chunks,
+    minimise_path,
+    search_line,
+)
+from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution, certify
+
+_LAMBDAS = (1.0, 0.0025)
 
 
-def _drawn() -> tuple[Tensor, Tensor]:
+def _draw(n: int = 500, d: int = 24, classes: int = 6, *, noise: float = 1.5) -> tuple[Tensor, Tensor]:
+    """Draw clusters whose axes differ in l2, far from the origin, one row of them constant."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(120) % 6
-    centres = torch.randn(6, 12, generator=generator)
-    return centred_rows(centres[labels] + 1.5 * torch.randn(120, 12, generator=generator)), labels
+    labels = torch.arange(n) % classes
+    centres = torch.randn(classes, d, generator=generator)
+    spread = torch.linspace(0, -3, d).exp()
+    values = (centres[labels] + noise * torch.randn(n, d, generator=generator)) * spread + 3
+    values[7] = 1.25
+    return values, labels
 
 
-def _problem(mu: float) -> CrossEntropyProblem:
-    rows, labels = _drawn()
-    return CrossEntropyProblem(rows=rows, labels=labels, n_classes=6, mu=mu)
+def _share(values: Tensor, labels: Tensor) -> RowShare:
+    return RowShare(values=values, labels=labels, n_classes=6, n=len(values))
 
 
-def test_conjugate_directions_save_most_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken, product = [], newton._curvature_product
-    monkeypatch.setattr(
-        newton, "_curvature_product", lambda *given, **wanted: taken.append(1) or product(*given, **wanted)
-    )
-
-    list(minimise_path(_problem(1.0), [strength / 120 for strength in (10, 0.075, 0.0025, 1e-4)], target=1e-6))
-
-    assert len(taken) <= 400  # 185 as it is; thousands where the steps of the inner solver are not conjugate
+def _whole(values: Tensor, labels: Tensor, l2: float) -> CrossEntropyProblem:
+    return CrossEntropyProblem(rows=centred_rows(values), labels=labels, n_classes=6, mu=l2 / len(values))
 
 
-def _warm_problem(*, mu: float = 0.02, dtype: torch.dtype = torch.float64) -> CrossEntropyProblem:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(40) % 4
-    rows = torch.randn(4, 6, dtype=torch.float64, generator=generator)[labels]
-    rows += 0.7 * torch.randn(40, 6, dtype=torch.float64, generator=generator)
-    return CrossEntropyProblem(rows=rows.to(dtype), labels=labels, n_classes=4, mu=mu)
+def _solve(share: RowShare, *, target: float = 1e-6) -> list[Solution]:
+    return [one for one, _ in minimise_in_chunks(share, [s / share.n for s in _LAMBDAS], target=target)]
 
 
-def _points(problem: CrossEntropyProblem, n: int, *, size: float = 1.0) -> list[Point]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        evaluate_point(problem, size * torch.randn(4, 6, dtype=problem.rows.dtype, generator=generator))
-        for _ in range(n)
-    ]
-
-
-def _least(problem: CrossEntropyProblem, points: list[Point]) -> float:
-    def objective(shares: list[float]) -> float:
-        weights = sum(share * one.weights for share, one in zip(shares, points, strict=True))
-        assert isinstance(weights, torch.Tensor)
-        return evaluate_point(problem, weights).objective
-
-    tight = {"xatol": 1e-10, "fatol": 1e-14, "maxiter": 5000}
-    return float(minimize(objective, [0.1] * len(points), method="Nelder-Mead", options=tight).fun)
-
-
-@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_no_combination_is_better(n: int, size: float) -> None:
-    problem = _warm_problem()
-    points = _points(replace(problem, mu=0.5), n, size=size)
-
-    found = combined_point(problem, points, enough=1e-12)
-
-    assert found.objective == pytest.approx(_least(problem, points), rel=1e-9)
-
-
-def test_what_is_given_is_the_point_of_its_weights() -> None:
-    problem = _warm_problem()
-
-    found = combined_point(problem, _points(problem, 2), enough=1e-12)
-
-    expected = evaluate_point(problem, found.weights)
-    torch.testing.assert_close(found.logits, expected.logits)
-    assert found.objective == pytest.approx(expected.objective, rel=1e-12)
-    assert found.gap == pytest.approx(expected.gap, rel=1e-9)
-
-
-def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = _warm_problem()
-    whole = combined_point(problem, _points(problem, 2), enough=1e-12)
-    monkeypatch.setattr(warm_start, "_BLOCK_VALUES", 7 * 4)
-
-    in_blocks = combined_point(problem, _points(problem, 2), enough=1e-12)
-
-    torch.testing.assert_close(in_blocks.weights, whole.weights, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_points_that_are_all_but_parallel_do_no_harm(dtype: torch.dtype) -> None:
-    problem = _warm_problem(dtype=dtype)
-    (point,) = _points(problem, 1)
-    beside = evaluate_point(problem, point.weights * (1 + 2 * torch.finfo(dtype).eps))
-
-    found = combined_point(problem, [point, beside], enough=1e-6)
-
-    assert found.weights.isfinite().all()
-    assert found.objective <= point.objective
-
-
-def test_points_that_are_all_but_parallel_do_no_harm_where_no_look_follows_the_last_step(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("noise", [0.1, 1.5], ids=["separable", "overlapping"])
+@pytest.mark.parametrize("chunk_values", [900, 499 * 30, 1 << 20], ids=["some", "all but one", "all"])
+def test_chunks_give_the_minimum_and_the_certificate_of_all_rows_at_once(
+    chunk_values: int, noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(warm_start, "_SOME_ROWS", 20)
-    problem = _warm_problem(dtype=torch.float32)
-    (point,) = _points(problem, 1)
-    beside = evaluate_point(problem, point.weights + 1e-6 * _points(problem, 2)[1].weights)
+    monkeypatch.setattr(newton, "_CHUNK_VALUES", chunk_values)
+    values, labels = _draw(noise=noise)
 
-    found = combined_point(problem, [point, beside], enough=1e-6)
+    found = _solve(_share(values, labels))
 
-    assert found.objective < point.objective
-
-
-def test_points_without_weights_give_the_point_without_weights() -> None:
-    problem = _warm_problem()
-
-    found = combined_point(problem, [zero_point(problem)] * 2, enough=1e-6)
-
-    assert found.objective == pytest.approx(zero_point(problem).objective)
+    for l2, one in zip(_LAMBDAS, found, strict=True):
+        problem = _whole(values, labels, l2)
+        proven, (alone, _) = certify(problem, one.weights), minimise_by_newton(problem, target=1e-9)
+        assert one.gap <= 1e-6
+        assert (one.objective, one.gap) == pytest.approx((proven.objective, proven.gap), rel=1e-9)
+        assert one.objective == pytest.approx(alone.objective, rel=2e-6)
 
 
-def test_a_start_is_no_worse_than_the_last_point_where_newtons_steps_overshoot() -> None:
-    # Far out the objective is all but straight: a step by its curvature there leads far beyond the minimum.
-    problem = _warm_problem(mu=1e-9)
-    points = _points(problem, 1, size=-200.0)
+def test_gradients_go_on_in_float64_where_float32_leads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    share, stages, walk = _share(*_draw()), [], newton._walk
+    monkeypatch.setattr(newton, "_walk", lambda *given: stages.append(walk(*given)) or stages[-1])
 
-    found = combined_point(problem, points, enough=1e-9)
+    ((solution, steps),) = minimise_in_chunks(share, [0.0025 / share.n], target=1e-12)
 
-    assert found.objective < 0.5 * points[0].objective
-
-
-def test_a_point_that_is_good_enough_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = _warm_problem()
-    best = combined_point(problem, _points(problem, 1), enough=1e-12)
-    looks: list[torch.Tensor] = []
-    look_at = warm_start._look_at
-
-    def counted(*given: Any) -> Any:
-        looks.append(given[1])
-        return look_at(*given)
-
-    monkeypatch.setattr(warm_start, "_look_at", counted)
-
-    combined_point(problem, [*_points(problem, 1), best], enough=1e-6)
-
-    assert len(looks) == 1
+    assert solution.gap <= 1e-12
+    assert steps == sum(taken for _, taken in stages)
+    assert [taken > 0 for _, taken in stages] == [True, True, False]
 
 
-def test_of_many_rows_some_lead_there_and_all_take_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = _warm_problem()
-    points = _points(problem, 2)
-    monkeypatch.setattr(warm_start, "_SOME_ROWS", 20)
+@pytest.mark.parametrize(("n", "d"), [(20, 50), (30, 40)])
+def test_products_go_on_in_float64_where_float32_takes_every_row_for_certain(n: int, d: int) -> None:
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(n) % 5
+    values = torch.randn(5, d, generator=generator)[labels] + 1.5 * torch.randn(n, d, generator=generator)
 
-    found = combined_point(problem, points, enough=1e-12)
+    ((solution, _),) = minimise_in_chunks(replace(_share(values, labels), n_classes=5), [1e-9 / n], target=1e-6)
 
-    monkeypatch.setattr(warm_start, "_SOME_ROWS", 40)
-    best = combined_point(problem, points, enough=1e-12)
-    assert best.objective < found.objective < best.objective * 1.01 < points[-1].objective
+    assert solution.gap <= 1e-6
 
 
-def test_a_last_step_that_leads_uphill_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = _warm_problem()
-    points = _points(problem, 2)
-    monkeypatch.setattr(warm_start, "_SOME_ROWS", 20)
-    best_shares = torch.tensor([0.3, 0.6], dtype=torch.float64)
-    monkeypatch.setattr(warm_start, "_best_shares", lambda span, enough: best_shares)
-    monkeypatch.setattr(warm_start, "_newton_step", lambda look: torch.full((2,), 50.0, dtype=torch.float64))
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_step_ends_where_the_slope_is_half_of_the_first_or_less(scale: float) -> None:
+    share = _share(*_draw())
+    rows, mu = newton._measure(share), 0.0025 / share.n
+    start = newton._evaluate(rows, torch.zeros(6, 24, dtype=torch.float64), mu, torch.float64)
+    direction = -scale * start.gradient
 
-    found = combined_point(problem, points, enough=1e-6)
+    moved = newton._move(rows, start, direction, None, mu, torch.float64)
 
-    torch.testing.assert_close(found.weights, 0.3 * points[0].weights + 0.6 * points[1].weights)
+    first, last = (float((one.gradient * direction).sum()) for one in (start, moved))
+    assert abs(last) <= 0.5 * abs(first)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_conjugate_directions_and_their_preconditioner_save_most_of_the_products(
+    chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products, multiply = [], newton._curvature_product
+    monkeypatch.setattr(newton, "_curvature_product", lambda *given: products.append(1) or multiply(*given))
+
+    for noise in (0.1, 1.5):
+        values, labels = _draw(noise=noise)
+        if chunked:
+            _solve(_share(values, labels))
+        else:
+            list(minimise_path(_whole(values, labels, 1.0), [l2 / len(values) for l2 in _LAMBDAS], target=1e-6))
+
+    assert len(products) <= (230 if chunked else 400)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.01, 1.0, 100.0, 1e4])
+def test_a_line_search_over_known_logits_ends_at_a_fifth_of_the_first_slope(scale: float) -> None:
+    problem = _whole(*_draw(), 0.04)
+    share = RowShare(values=problem.rows, labels=problem.labels, n_classes=6, n=500)
+    rows = newton._Rows(share=share, rough=problem.rows.float())
+    point = newton._evaluate(rows, torch.zeros(6, 24, dtype=torch.float64), problem.mu, torch.float64)
+    direction = -scale * point.gradient
+
+    moved = newton._move(rows, point, direction, problem.rows @ direction.T, problem.mu, torch.float64)
+
+    first, last = (float((one.gradient * direction).sum()) for one in (point, moved))
+    assert abs(last) <= 0.2 * abs(first)
+
+
+def test_newton_steps_that_swing_between_both_ends_of_a_line_are_halved() -> None:
+    trials = []
+
+    def slope_at(length: float) -> tuple[float, float]:
+        trials.append(length)
+        slope, other_end = length - 0.4, 1 - length / 2 if length < 0.4 else 0.55 - length / 2
+        return slope, slope / (length - other_end)  # so little curved that a step leads to the other end
+
+    length = search_line(slope_at, -1.0, share=0.2)
+
+    assert 0.2 <= length <= 0.6
+    assert len(trials) <= 4
+
+
+def test_products_are_taken_of_rows_that_are_the_protocols_to_float32() -> None:
+    values, labels = _draw()
+    rows = newton._measure(_share(values, labels))
+
+    ((_, quick),) = rows.blocks(torch.float32)
+
+    torch.testing.assert_close(quick, centred_rows(values).float(), rtol=0, atol=1e-6)
+    assert (quick[7] == 0).all()  # the constant row
+
+
+def test_probe_over_many_rows_scores_as_it_does_over_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, labels = _draw()
+    ids = tuple(map(str, range(len(values))))
+    train = Features(
+        values=values, labels=labels * 2, image_ids=ids, n_classes=12, tap="cls"
+    )  # every other class empty
+    queries = _draw(50, noise=3.0)[0]
+    probe, cpu = Logistic(lambdas=(0.0025, 1.0)), torch.device("cpu")
+    few = probe.fit(train, cpu)
+    monkeypatch.setattr(newton, "_WHOLE_BYTES", 0)
+    monkeypatch.setattr("msn_eval.probes.logistic.reduced_rows", None)  # never called
+
+    many = probe.fit(train, cpu)
+
+    assert [one.params for one in many.settings] == [one.params for one in few.settings]
+    for one, other in zip(many.settings, few.settings, strict=True):
+        assert one.converged
+        assert one.objective == pytest.approx(other.objective, rel=1e-6)
+    for ours, theirs in zip(many.scores(queries), few.scores(queries), strict=True):
+        assert torch.equal(ours.isinf(), theirs.isinf())
+        assert torch.equal(ours.argmax(dim=1), theirs.argmax(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "classes", "large"),
+    [
+        (12_811, 1024, 1000, False),
+        (128_112, 384, 1000, True),
+        (1_281_167, 384, 1000, True),
+        (20_000, 768, 10, False),
+        (100_000, 1024, 2, True),  # for its rows alone
+        (60_000, 10, 1200, True),  # for its logits alone
+    ],
+)
+def test_what_is_large(n: int, width: int, classes: int, large: bool) -> None:
+    assert is_large(n, width, classes) is large
+
+
+def test_short_memory_makes_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    share = _share(*_draw())
+    usual = newton.chunk_rows(share)
+    monkeypatch.setattr(newton, "available_bytes", lambda: 1 << 20)
+
+    assert usual == (1 << 20) // 30
+    assert newton.chunk_rows(share) == (1 << 20) // 128 // 30  # room for 128 bytes a value
+    monkeypatch.setattr(newton, "available_bytes", lambda: 0)
+    assert newton.chunk_rows(share) == 1
+
+
+def _solved_on_a_rank(values: Tensor, labels: Tensor) -> list[tuple[Tensor, float, float]]:
+    from torch import distributed
+
+    from msn_eval.probes.distributed import add_up
+
+    rank = distributed.get_rank()
+    own = slice(0, 180) if rank == 0 else slice(180, None)  # uneven
+    share = replace(_share(values, labels), values=values[own], labels=labels[own], total=add_up)
+    return [(one.weights, one.objective, one.gap) for one in _solve(share)]
+
+
+def test_ranks_with_uneven_shares_give_what_one_process_gives(on_ranks: Callable[..., list[Any]]) -> None:
+    values, labels = _draw()
+    alone = _solve(_share(values, labels))
+
+    first, second = on_ranks(_solved_on_a_rank, values, labels)
+
+    for l2, one, mine, other in zip(_LAMBDAS, alone, first, second, strict=True):
+        assert torch.equal(mine[0], other[0])
+        assert mine[1:] == other[1:]
+        proven = certify(_whole(values, labels, l2), mine[0])
+        assert mine[2] <= 1e-6
+        assert (proven.objective, proven.gap) == pytest.approx(mine[1:], rel=1e-9)  # over the rows of both
+        assert mine[1] == pytest.approx(one.objective, rel=1e-6)

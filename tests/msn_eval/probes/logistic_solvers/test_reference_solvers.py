@@ -1,6 +1,5 @@
 """The cross-checks solve our objective, and cyanure leaves this process alone."""
 
-from collections import deque
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,7 @@ from msn_eval.probes.base import centred_rows
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution
 from msn_eval.probes.logistic_solvers.reference_solvers import (
-    _inverse_curvature_product,
     minimise_by_cyanure,
-    minimise_by_lbfgs,
     minimise_by_sklearn,
 )
 
@@ -31,8 +28,8 @@ def _clusters(labels: torch.Tensor, d: int = 12) -> torch.Tensor:
     return centred_rows(centres[labels] + 1.5 * noise)
 
 
-def _problem(labels: torch.Tensor, *, n_classes: int, strength: float = 0.075) -> CrossEntropyProblem:
-    return CrossEntropyProblem(rows=_clusters(labels), labels=labels, n_classes=n_classes, mu=strength / len(labels))
+def _problem(labels: torch.Tensor, *, n_classes: int, l2: float = 0.075) -> CrossEntropyProblem:
+    return CrossEntropyProblem(rows=_clusters(labels), labels=labels, n_classes=n_classes, mu=l2 / len(labels))
 
 
 def _accuracy(point: Solution, rows: torch.Tensor, labels: torch.Tensor) -> float:
@@ -43,14 +40,14 @@ def _accuracy(point: Solution, rows: torch.Tensor, labels: torch.Tensor) -> floa
 def digits_by_cyanure() -> Solution:
     rows, labels = _digits()
     problem = CrossEntropyProblem(rows=rows[:1000], labels=labels[:1000], n_classes=10, mu=0.0025 / 1000)
-    return minimise_by_cyanure(problem)[0]
+    return minimise_by_cyanure(problem, target=1e-6)[0]
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 7])
 def test_scikit_learn_finds_the_minimum_of_our_objective(n_classes: int) -> None:
     problem = _problem(torch.arange(140) % n_classes, n_classes=n_classes)
 
-    point, steps = minimise_by_sklearn(problem)
+    point, steps = minimise_by_sklearn(problem, target=1e-6)
 
     assert point.gap < 1e-8
     assert steps > 2
@@ -73,7 +70,7 @@ def test_cyanure_agrees_with_newton_within_three_tenths_of_a_point(digits_by_cya
 def test_cyanures_binary_form_finds_the_minimum_of_our_objective() -> None:
     problem = _problem(torch.arange(80) % 2, n_classes=2)
 
-    point, _ = minimise_by_cyanure(problem)
+    point, _ = minimise_by_cyanure(problem, target=1e-6)
 
     assert point.gap < 1e-4
 
@@ -95,42 +92,21 @@ def test_cyanure_that_is_not_installed_is_named_with_what_to_do(
     monkeypatch.syspath_prepend(tmp_path)
 
     with pytest.raises(UsageError) as caught:
-        minimise_by_cyanure(_problem(torch.arange(8) % 2, n_classes=2))
+        minimise_by_cyanure(_problem(torch.arange(8) % 2, n_classes=2), target=1e-6)
 
-    assert str(caught.value) == "--solver cyanure: cyanure is not installed\npip install cyanure"
+    assert str(caught.value) == (
+        "--solver cyanure: the package cyanure is not installed\n"
+        "pip install cyanure (wheels: Python 3.11 and 3.12, none for Linux on ARM), or use --solver auto."
+    )
 
 
-def test_cyanure_that_dies_is_told_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cyanure.py").write_text("raise MemoryError('no room for the Gram matrix')")
+def test_cyanure_that_dies_is_reported_with_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cyanure.py").write_text("raise MemoryError('no memory for the Gram matrix')")
     monkeypatch.syspath_prepend(tmp_path)
 
     with pytest.raises(ResourceError) as caught:
-        minimise_by_cyanure(_problem(torch.arange(8) % 2, n_classes=2))
+        minimise_by_cyanure(_problem(torch.arange(8) % 2, n_classes=2), target=1e-6)
 
     assert str(caught.value) == (
-        "cyanure ended with code 1: MemoryError: no room for the Gram matrix\nUse --solver auto."
+        "cyanure ended with code 1: MemoryError: no memory for the Gram matrix\nUse --solver auto."
     )
-
-
-def test_newest_change_of_the_gradient_leads_back_to_the_move_that_made_it() -> None:
-    """The secant equation, which every member of BFGS's family keeps exactly."""
-    generator = torch.Generator().manual_seed(0)
-    bend = torch.randn(6, 6, generator=generator, dtype=torch.float64)
-    moves = [torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(3)]
-    changes = [(bend @ bend.T @ move.flatten()).view(2, 3) for move in moves]
-    history = deque((s, y, 1 / float((s * y).sum())) for s, y in zip(moves, changes, strict=True))
-
-    torch.testing.assert_close(_inverse_curvature_product(changes[-1], history, 0.1), moves[-1])
-
-
-def test_memory_saves_most_of_the_steps() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = centred_rows(
-        torch.randn(6, 12, generator=generator).repeat(20, 1) + torch.randn(120, 12, generator=generator)
-    )
-    problem = CrossEntropyProblem(rows=rows, labels=torch.arange(120) % 6, n_classes=6, mu=0.0025 / 120)
-
-    solution, steps = minimise_by_lbfgs(problem, target=1e-6)
-
-    assert solution.gap <= 1e-6
-    assert steps <= 55  # 45 as it is; 61 where the oldest move sets the scale, 85 with a memory of one
