@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msn_eval.probes.linear import Heads, Linear, Recipe, train_heads
+from msn_eval.config.recipes import LinearRecipe
+from msn_eval.probes.linear import Heads, Recipe, make_grid, train_heads
 
 _BATCH = 256
 
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--sizes", default="200x10x384,500x100x192,1000x100x384")
     options = parser.parse_args()
-    grid = Linear().grid
+    grid = make_grid(LinearRecipe())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {len(grid)} layers, {options.epochs} epochs")
     for size in options.sizes.split(","):
         n, n_classes, d = map(int, size.split("x"))

@@ -1,4 +1,4 @@
-"""Ids and numbers that may only move in a commit that says why: everything later is compared through them."""
+"""Ids and numbers that may change only in a commit that says why: all later results are compared through them."""
 
 import hashlib
 import json
@@ -7,14 +7,9 @@ from pathlib import Path
 import pytest
 
 from msn_eval import evaluate
-from msn_eval.config.recipes import Finetune
-from msn_eval.probes import Probe
-from msn_eval.probes.knn import NearestNeighbours
-from msn_eval.probes.linear import Linear
-from msn_eval.probes.linear_augmented import LinearAugmented
-from msn_eval.probes.logistic import Logistic, LogisticAutoLambda
-from msn_eval.probes.ncm import NearestClassMean
-from msn_eval.probes.ridge import Ridge
+from msn_eval.config.request import EvaluationConfig
+from msn_eval.data.subsets import Subset
+from msn_eval.evaluation.plan import configure_probes
 from msn_eval.results.record import Result, protocol_id
 
 _GOLDEN = Path(__file__).parent / "golden"
@@ -46,24 +41,28 @@ def test_a_protocol_id_is_the_hash_of_its_canonical_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("probe", "name", "tap"),
+    ("name", "tap", "lambdas"),
     [
-        (Logistic, "logistic", "cls"),
-        (LogisticAutoLambda, "logistic", "cls"),
-        (NearestNeighbours, "knn", "cls-norm"),
-        (Linear, "linear", "cls"),
-        (LinearAugmented, "linear-augmented", "cls"),
-        (Ridge, "ridge", "cls"),
-        (NearestClassMean, "ncm", "cls-norm"),
-        (Finetune, "finetune", "cls-norm"),
+        ("logistic", "cls", []),
+        ("logistic", "cls", ["auto"]),
+        ("knn", "cls-norm", []),
+        ("linear", "cls", []),
+        ("linear-augmented", "cls", []),
+        ("ridge", "cls", []),
+        ("ncm", "cls-norm", []),
+        ("finetune", "cls-norm", []),
     ],
 )
-def test_every_probe_has_the_name_version_and_tap_of_record(probe: type[Probe], name: str, tap: str) -> None:
-    assert (probe.name, probe.version, probe.tap) == (name, 1, tap)
+def test_every_probe_has_the_name_version_and_tap_of_record(name: str, tap: str, lambdas: list[str]) -> None:
+    config = EvaluationConfig(probe=[name], lambda_=lambdas)
+
+    ((probe, distribution),) = configure_probes(config, Subset(name="1img", draw=1, rule="", image_ids=("a",)))
+
+    assert (probe.name, probe.version, probe.taps, distribution) == (name, 1, (tap,), None)
 
 
 def test_raw_pixels_on_the_digits_score_what_they_always_did(results: list[Result]) -> None:
-    found = [
+    scored = [
         {
             "id": result.id,
             "probe": result.probe.name,
@@ -76,7 +75,7 @@ def test_raw_pixels_on_the_digits_score_what_they_always_did(results: list[Resul
         for result in results
     ]
 
-    assert found == _read("digits_pixels.json")
+    assert scored == _read("digits_pixels.json")
 
 
 def _read(name: str) -> list[dict[str, object]]:

@@ -114,10 +114,9 @@ def _read(options: argparse.Namespace) -> "tuple[list[Result], list[Path]]":
 
 def _evaluate(options: argparse.Namespace, baseline: "Baseline") -> "tuple[list[Result], list[Path]]":
     """Evaluate the checkpoint by the baseline's protocols."""
-    from msn_eval.commands.evaluate import evaluate_all
+    from msn_eval.commands.progress import evaluate_with_progress
     from msn_eval.config.request import EvaluationConfig
     from msn_eval.config.yaml_config import read_config
-    from msn_eval.distributed.group import ALONE
     from msn_eval.evaluation.baseline_plan import make_baseline_plans
     from msn_eval.evaluation.plan import DATA_VARIABLE
 
@@ -128,7 +127,8 @@ def _evaluate(options: argparse.Namespace, baseline: "Baseline") -> "tuple[list[
             raise UsageError("no data set given", hint=hint)
         given["data"] = baseline.data
     request = read_config(EvaluationConfig, given=given | {"checkpoint": [options.checkpoint]})
-    results = [result for plan in make_baseline_plans(baseline, request) for result in evaluate_all(plan, {}, ALONE)[0]]
+    plans = make_baseline_plans(baseline, request)
+    results = [result for plan in plans for result in evaluate_with_progress(plan)[0]]
     return results, [Path(request.out)]
 
 

@@ -15,9 +15,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Evaluate pixels, the checkpoint that ships, and the same network untrained on the digits; print the table, and write it
     beside the records."""
-    from msn_eval.commands.evaluate import evaluate_all
+    from msn_eval.commands.progress import evaluate_with_progress
     from msn_eval.config.request import EvaluationConfig
-    from msn_eval.distributed.group import ALONE
     from msn_eval.evaluation.plan import make_plan
     from msn_eval.files.atomic import prepare_folder, write_atomically
     from msn_eval.reports import load_format
@@ -35,7 +34,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         device="cpu",
         out=str(folder / "runs"),
     )
-    results, code = evaluate_all(make_plan(request), {}, ALONE)
+    results, code = evaluate_with_progress(make_plan(request))
     table = make_table(results)
     print_table(table)
     scan = scan_results([folder / "runs"])

@@ -1,30 +1,25 @@
 """`msn-eval --checkpoint X …`: evaluate checkpoints and print their table."""
 
 import argparse
-import contextlib
 import json
 import logging
 import os
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msn_eval.checkpoints.names import check_files_exist
 from msn_eval.config.recipes import TAP_NAMES
-from msn_eval.config.request import BAD_IMAGE_RULES, DECODERS, PRECISIONS, PROBE_NAMES, SOLVER_NAMES, EvaluationConfig
-from msn_eval.errors import CheckpointError, NumericalError, UsageError, did_you_mean, printable
+from msn_eval.config.request import BAD_IMAGE_RULES, DECODERS, PRECISIONS, SOLVER_NAMES, EvaluationConfig
+from msn_eval.errors import UsageError, did_you_mean, printable
 from msn_eval.files.package_data import shipped_folder
+from msn_eval.probes import find_probe, read_probes
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from msn_eval.distributed.group import Group
     from msn_eval.evaluation.cost_estimate import CostEstimate
-    from msn_eval.evaluation.evaluate import Preparation, Progress
+    from msn_eval.evaluation.evaluate import Preparation
     from msn_eval.evaluation.plan import Plan
-    from msn_eval.results.record import Result
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     several: dict[str, Any] = {"type": _names, "action": "extend"}
     what.add_argument("--subset", **several, metavar="A,B", help="1img, 2imgs, 5imgs, 1pct, 10pct, full, each perhaps "
                       "@DRAW; low-shot (default); or a list file")  # fmt: skip
-    what.add_argument("--probe", **several, metavar="A,B", help=f"{', '.join(PROBE_NAMES)}; default logistic")
+    what.add_argument("--probe", **several, metavar="A,B", help=f"{', '.join(read_probes())}; default logistic")
     what.add_argument("--tap", metavar="NAME", help=f"{', '.join(TAP_NAMES)}; default the probe's own")
     what.add_argument("--lambda", dest="lambda_", **several, metavar="A,B|auto", help="logistic: 0.0025, and 0.075 for "
                       "1pct; auto: chosen from the labelled images alone")  # fmt: skip
@@ -101,6 +96,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _run(request: EvaluationConfig, options: argparse.Namespace, group: "Group") -> int:
+    from msn_eval.commands.progress import evaluate_with_progress
     from msn_eval.distributed.group import barrier
     from msn_eval.evaluation.canary import describe_canary, judge_canary, refuse_leaks
     from msn_eval.evaluation.cost_estimate import estimate_cost
@@ -122,7 +118,7 @@ def _run(request: EvaluationConfig, options: argparse.Namespace, group: "Group")
             _log.info("%s", text)
     if dry_run:
         return 0
-    results, code = evaluate_all(plan, prepared, group)
+    results, code = evaluate_with_progress(plan, prepared=prepared, group=group)
     if group.rank != 0:
         return code
     canaries = judge_canary(results) if request.canary else ()
@@ -149,7 +145,10 @@ def read_request(options: argparse.Namespace, overrides: Sequence[str]) -> Evalu
     options.json_output = getattr(options, "json", False)
     config = getattr(options, "config", None)
     file = _config_file(config) if config else None
-    return read_config(EvaluationConfig, file=file, given=given, overrides=overrides, translate=_translated)
+    request = read_config(EvaluationConfig, file=file, given=given, overrides=overrides, translate=_translated)
+    for name in request.probe:
+        find_probe(name)  # before a job is submitted
+    return request
 
 
 def _translated(content: Mapping[str, object], where: str) -> Mapping[str, object]:
@@ -178,58 +177,6 @@ def _submit(text: str, request: EvaluationConfig, words: Sequence[str]) -> int:
     job = submit(words, parse_slurm(text), folder=Path(request.out) / "slurm")
     print(f"submitted job {job.job_id}; its output: {', '.join(str(path) for path in job.logs)}")
     return 0
-
-
-def evaluate_all(plan: "Plan", prepared: "dict[str, Preparation]", group: "Group") -> "tuple[list[Result], int]":
-    """Evaluate every checkpoint; one that is refused does not keep the others from being measured."""
-    from msn_eval.evaluation.evaluate import evaluate_checkpoint
-
-    found: dict[str, Result] = {}  # by id: two names for the same weights give the same results
-    code = 0
-    with progress_on_stderr() as on_progress:
-        for name in plan.request.checkpoint:
-            try:
-                ready = prepared.pop(name, None)  # and with it its weights, once it is done
-                for result in evaluate_checkpoint(plan, name, prepared=ready, group=group, on_progress=on_progress):
-                    found[result.id] = result
-                    _log.debug("%s %s@%d: %s", result.probe.name, result.split.subset, result.split.draw, result.status)
-            except CheckpointError as error:
-                if len(plan.request.checkpoint) == 1:
-                    raise
-                if group.rank == 0:
-                    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-                code = code or error.exit_code
-    results = list(found.values())
-    unsound = [result for result in results if result.status != "ok"]
-    for text in dict.fromkeys(f"{r.checkpoint.name}: {r.error or 'the solver did not converge'}" for r in unsound):
-        print(printable(text), file=sys.stderr)
-    return results, code or (NumericalError.exit_code if unsound else 0)
-
-
-@contextlib.contextmanager
-def progress_on_stderr() -> "Iterator[Progress | None]":
-    """Give a callback that draws progress on a terminal's stderr, or None where stderr is none."""
-    if not sys.stderr.isatty() or not _log.isEnabledFor(logging.INFO):
-        yield None
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    rate = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, tuple[TaskID, float]] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(escape(printable(what)), total=total, rate=""), time.monotonic()
-            task, started = tasks[what]
-            rate = f"{done / (time.monotonic() - started + 1e-9):.0f} images/s" if done < total else ""
-            bar.update(task, completed=done, visible=done < total, rate=rate)
-
-        yield show
 
 
 def describe_plan(plan: "Plan") -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import product
 
 _KINDS = ("checkpoints", "subsets", "probes", "datasets", "protocols")
+_MANY_IMAGES = 1_000_000  # as many as every default hyper-parameter can be used with
 _SUBSETS = {
     "1img": "1 labelled image a class, three draws",
     "2imgs": "2 labelled images a class, three draws",
@@ -42,36 +43,30 @@ def _entries(kind: str) -> dict[str, str]:
 
             return list_datasets()
         case "probes":
-            from msn_eval.probes import PROBES
+            from msn_eval.probes import read_probes
 
-            return PROBES
+            return {name: entry.summary for name, entry in read_probes().items()}
         case _:
             return _protocols()
 
 
 def _protocols() -> dict[str, str]:
-    from msn_eval.config.recipes import Finetune
-    from msn_eval.config.request import AUTO, PROBE_NAMES, EvaluationConfig
+    from msn_eval.config.request import AUTO, EvaluationConfig
     from msn_eval.data.subsets import LOW_SHOT, Subset
-    from msn_eval.evaluation.plan import probes_for
-    from msn_eval.probes import probe_configs
-    from msn_eval.probes.linear import Linear
-    from msn_eval.probes.linear_augmented import LinearAugmented
-    from msn_eval.probes.logistic import LogisticAutoLambda
+    from msn_eval.evaluation.plan import configure_probes
+    from msn_eval.probes import read_probes
 
     described = {}
-    asked = EvaluationConfig(probe=list(PROBE_NAMES)), EvaluationConfig(probe=["logistic"], lambda_=[AUTO])
+    asked = EvaluationConfig(probe=list(read_probes())), EvaluationConfig(probe=["logistic"], lambda_=[AUTO])
     for name, request in product(LOW_SHOT, asked):
-        for probe in probes_for(request, Subset(name=name, draw=1, rule="", image_ids=("",))):
-            # A recipe's fields may hold in turn, and its settings are those that do.
-            known = (
-                probe_configs(probe, 1)[0]
-                if isinstance(probe, Linear | LinearAugmented | Finetune | LogisticAutoLambda)
-                else vars(probe)
-            )
-            fields = ", ".join(f"{key}={value}" for key, value in known.items() if key not in ("solver", "asked"))
+        for probe, _ in configure_probes(request, Subset(name=name, draw=1, rule="", image_ids=("",))):
+            values: dict[str, dict[str, None]] = {}
+            for params in probe.configs(_MANY_IMAGES):
+                for key, value in params.items():
+                    values.setdefault(key, {})[str(value)] = None
             option = " --lambda auto" if request.chooses_strength else ""
-            described[f"{probe.name} {name}{option}"] = f"version {probe.version}, tap {probe.tap}" + (
-                f", {fields}" if fields else ""
+            described[f"{probe.name} {name}{option}"] = ", ".join(
+                [f"version {probe.version}", f"tap {','.join(probe.taps)}"]
+                + [f"{key}={','.join(several)}" for key, several in values.items()]
             )
     return described

@@ -173,10 +173,9 @@ def _measure(numbers: "Sequence[Reproduction]", options: argparse.Namespace, dat
 
 
 def _evaluate(number: "Reproduction", options: argparse.Namespace) -> "tuple[list[Result], int]":
-    from msn_eval.commands.evaluate import evaluate_all
+    from msn_eval.commands.progress import evaluate_with_progress
     from msn_eval.config.request import EvaluationConfig
     from msn_eval.config.yaml_config import read_config
-    from msn_eval.distributed.group import ALONE
     from msn_eval.evaluation.evaluate import prepare
     from msn_eval.evaluation.plan import make_plan
     from msn_eval.results.reproduction import request_options
@@ -192,7 +191,7 @@ def _evaluate(number: "Reproduction", options: argparse.Namespace) -> "tuple[lis
             where=checkpoint,
             hint="Give the weights of that network, or another NAME.",
         )
-    return evaluate_all(plan, {checkpoint: prepared}, ALONE)
+    return evaluate_with_progress(plan, prepared={checkpoint: prepared})
 
 
 def _to_json(number: "Reproduction", verdict: "Verdict") -> Mapping[str, object]:

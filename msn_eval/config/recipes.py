@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any
 
 from msn_eval.config.yaml_config import check_choice, check_range
 from msn_eval.errors import UsageError
@@ -202,25 +202,6 @@ class FinetuneRecipe:
         """The numbers that differ from the defaults."""
         default = FinetuneRecipe()
         return {name: value for name, value in self.settings.items() if value != getattr(default, name)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finetune:
-    """All weights, or those of the last blocks, and a linear head on the normed CLS token.
-
-    seed: of the order of the images, their augmentation and mixing, and drop path
-    """
-
-    name: ClassVar[str] = "finetune"
-    version: ClassVar[int] = 1
-    tap: ClassVar[str] = "cls-norm"
-
-    recipe: FinetuneRecipe = field(default_factory=FinetuneRecipe)
-    seed: int = 0
-
-    @property
-    def params(self) -> dict[str, int | float]:
-        return {**self.recipe.settings, "seed": self.seed}
 
 
 def recipe_of(settings: Params) -> FinetuneRecipe:

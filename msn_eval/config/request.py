@@ -7,7 +7,6 @@ from msn_eval.config.recipes import TAP_NAMES, AugmentedRecipe, FinetuneRecipe, 
 from msn_eval.config.yaml_config import check_choice, check_range
 from msn_eval.errors import UsageError
 
-PROBE_NAMES = ("logistic", "knn", "ridge", "ncm", "linear", "linear-augmented", "finetune")
 SOLVER_NAMES = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BAD_IMAGE_RULES = ("error", "skip")
@@ -92,8 +91,6 @@ class EvaluationConfig:
     save: str | None = None
 
     def __post_init__(self) -> None:
-        for probe in self.probe:
-            _one_of("probe", probe, PROBE_NAMES)
         if self.tap is not None:
             _one_of("tap", self.tap, TAP_NAMES)
             if "linear" in self.probe and self.linear.named_taps:

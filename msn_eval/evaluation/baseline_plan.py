@@ -1,85 +1,95 @@
-"""The plans that measure another checkpoint exactly as a baseline was measured."""
+"""Plans that measure a checkpoint exactly as a baseline was measured."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from msn_eval.config.recipes import AugmentedRecipe, Finetune, Params, linear_recipe_of, recipe_of
+from msn_eval.config.recipes import AugmentedRecipe, Params, linear_recipe_of, recipe_of
 from msn_eval.config.request import AUTO, EvaluationConfig
 from msn_eval.errors import ComparisonError
 from msn_eval.evaluation.plan import Plan, make_plan
 from msn_eval.results.baseline import Baseline, BaselineProtocol
 from msn_eval.results.comparison import nearest_protocol
 
+_RECIPES = ("linear", "linear-augmented", "finetune")  # probes for which one recipe is one protocol
 
-def make_baseline_plans(baseline: Baseline, request: EvaluationConfig) -> list[Plan]:
-    """Give plans whose tasks are the baseline's protocols and draws, and nothing else.
 
-    request: the checkpoint, the data set, and what changes no number; whatever is part of a protocol is the baseline's
-    Protocols that share what is set by hand share a plan, so that their features are extracted once.
-    Raises ComparisonError, before any network runs, for a protocol that this data set does not give (other images, other
-    labelled images, another version of the package), and whatever make_plan raises.
+def make_baseline_plans(baseline: Baseline, config: EvaluationConfig) -> list[Plan]:
+    """Return plans whose tasks are the baseline's protocols and draws, and nothing else.
+
+    Protocols with the same manual settings share a plan, so that their features are extracted once.
+
+    Args:
+        baseline: The baseline. Everything that is part of a protocol comes from it.
+        config: The checkpoint, the data set, and options that change no number.
+
+    Raises:
+        ComparisonError: This data set gives a different protocol, or different labelled images; before any network runs.
+        MsnEvalError: Whatever `make_plan` raises.
     """
-    shared: defaultdict[str, list[BaselineProtocol]] = defaultdict(list)
+    by_settings: defaultdict[str, list[BaselineProtocol]] = defaultdict(list)
     for entry in baseline.protocols:
-        shared[str([entry.protocol.get(name) for name in ("by_hand", "precision", "skipped")])].append(entry)
-    return [_joined([_plan(one, request) for one in _alike(entries)], entries) for entries in shared.values()]
+        by_settings[str([entry.protocol.get(name) for name in ("by_hand", "precision", "skipped")])].append(entry)
+    return [
+        _join_plans([_make_plan(group, config) for group in _group_by_config(entries)], entries)
+        for entries in by_settings.values()
+    ]
 
 
-def _alike(entries: Sequence[BaselineProtocol]) -> Iterable[list[BaselineProtocol]]:
-    """Give the protocols by subset and probe, and by a recipe where that is one protocol by itself: only these can be asked
-    for in one request without asking for more."""
-    found: defaultdict[tuple[str, str, str], list[BaselineProtocol]] = defaultdict(list)
+def _group_by_config(entries: Sequence[BaselineProtocol]) -> list[list[BaselineProtocol]]:
+    """Group the protocols that one EvaluationConfig can ask for without asking for more: by subset, probe and recipe."""
+    groups: defaultdict[tuple[str, str, str], list[BaselineProtocol]] = defaultdict(list)
     for entry in entries:
         probe = entry.protocol["probe"]
-        recipe = str(probe["params"]) if probe["name"] in ("linear", "linear-augmented", Finetune.name) else ""
-        found[entry.protocol["subset"]["name"], probe["name"], recipe].append(entry)
-    return found.values()
+        recipe = str(probe["params"]) if probe["name"] in _RECIPES else ""
+        groups[entry.protocol["subset"]["name"], probe["name"], recipe].append(entry)
+    return list(groups.values())
 
 
-def _plan(entries: Sequence[BaselineProtocol], request: EvaluationConfig) -> Plan:
+def _make_plan(entries: Sequence[BaselineProtocol], config: EvaluationConfig) -> Plan:
     protocol = entries[0].protocol
     name = protocol["probe"]["name"]
     params = [cast(Params, entry.protocol["probe"]["params"]) for entry in entries]
-    by_hand = cast(dict[str, Any], protocol["by_hand"])
-    given = {**by_hand, **_finetuning(params[0])} if name == Finetune.name else by_hand
-    precision = "fp32" if protocol["precision"] == "exact" else str(entries[0].made_with["precision"])
+    given = cast(dict[str, Any], protocol["by_hand"]) | _read_recipe(name, params[0])
     return make_plan(
         replace(
-            request,
+            config,
             subset=[protocol["subset"]["name"]],
             probe=[name],
-            lambda_=[*map(repr, _values(params, "lambda")), *([AUTO] if any("auto" in one for one in params) else [])],
-            k=[int(k) for k in _values(params, "k")],
-            temperature=_values(params, "temperature"),
-            linear=linear_recipe_of(params[0]) if name == "linear" else request.linear,
-            linear_augmented=_augmented(params[0]) if name == "linear-augmented" else request.linear_augmented,
-            precision=precision,
+            lambda_=[*map(repr, _list_values(params, "lambda")), *(AUTO for values in params if "auto" in values)],
+            k=[int(k) for k in _list_values(params, "k")],
+            temperature=_list_values(params, "temperature"),
+            precision="fp32" if protocol["precision"] == "exact" else str(entries[0].made_with["precision"]),
             on_bad_image="error" if protocol["skipped"] is None else "skip",
             **given,
         )
     )
 
 
-def _finetuning(params: Params) -> dict[str, Any]:
-    return {"finetune": recipe_of(params), "seed": int(params["seed"])}
+def _read_recipe(probe: str, params: Params) -> dict[str, Any]:
+    """Return the options that give a probe the recipe of a protocol."""
+    match probe:
+        case "linear":
+            return {"linear": linear_recipe_of(params)}
+        case "linear-augmented":
+            fields: dict[str, Any] = dict(params)
+            return {"linear_augmented": AugmentedRecipe(**fields | {"lr": [fields["lr"]]})}
+        case "finetune":
+            return {"finetune": recipe_of(params), "seed": int(params["seed"])}
+        case _:
+            return {}
 
 
-def _augmented(params: Params) -> AugmentedRecipe:
-    others: dict[str, Any] = {name: value for name, value in params.items() if name != "lr"}
-    return AugmentedRecipe(lr=[float(params["lr"])], **others)
+def _list_values(params: Sequence[Params], name: str) -> list[float]:
+    return list(dict.fromkeys(float(values[name]) for values in params if name in values))
 
 
-def _values(params: Sequence[Params], name: str) -> list[float]:
-    return list(dict.fromkeys(float(one[name]) for one in params if name in one))
-
-
-def _joined(plans: Sequence[Plan], entries: Sequence[BaselineProtocol]) -> Plan:
-    """Put plans on the same data into one, with the tasks of the baseline alone."""
-    wanted = {(entry.protocol_id, draw.draw): draw.split_sha256 for entry in entries for draw in entry.draws}
+def _join_plans(plans: Sequence[Plan], entries: Sequence[BaselineProtocol]) -> Plan:
+    """Join plans on the same data into one, with the baseline's tasks only."""
+    expected = {(entry.protocol_id, draw.draw): draw.split_sha256 for entry in entries for draw in entry.draws}
     offered = [task for plan in plans for task in plan.tasks]
-    tasks = [task for task in offered if (task.protocol_id, task.subset.draw) in wanted]
+    tasks = [task for task in offered if (task.protocol_id, task.subset.draw) in expected]
     planned = {(task.protocol_id, task.subset.draw): task.split_sha256 for task in tasks}
     problems = []
     for entry in entries:

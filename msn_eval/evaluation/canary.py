@@ -1,29 +1,32 @@
-"""Canary: an evaluation whose labels say nothing, so that nothing but a leak can do better than chance."""
+"""Canary: an evaluation with random labels, in which only a leak can do better than chance."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from msn_eval.errors import NumericalError
+from msn_eval.evaluation.plan import Plan
 from msn_eval.features.extraction import Features
 from msn_eval.results.record import Result
 
-FALSE_ALARMS = 1e-3  # probability that a sound run is told that it leaks
-_TOLD = ("lambda", "auto", "k", "temperature")  # settings of which a run may have several
+FALSE_ALARMS = 1e-3  # probability that a run without a leak is said to leak
+_SHOWN = ("lambda", "auto", "k", "temperature")  # hyper-parameters of which a run can have several values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Canary:
     """One result against chance.
 
-    right:   validation images whose random label was predicted
-    chance:  how many are expected, images / classes
-    largest: how many are still put down to chance
+    Attributes:
+        name: Checkpoint, configuration and draw.
+        right: Validation images whose random label was predicted.
+        images: Validation images.
+        chance: Expected value of `right`: images / classes.
+        largest: Largest value of `right` that is still attributed to chance.
     """
 
-    what: str
+    name: str
     right: int
     images: int
     chance: float
@@ -34,50 +37,48 @@ class Canary:
         return self.right > self.largest
 
 
+def choose_labels(plan: Plan, labelled: Features, test: Features) -> tuple[Features, Features]:
+    """Return labelled and validation images with their own labels, or with random ones for a canary."""
+    if not plan.request.canary:
+        return labelled, test
+    return random_labels(
+        labelled, test, seed=plan.request.seed, train_hashes=plan.train_hashes, val_hashes=plan.val_hashes
+    )
+
+
 def random_labels(
     labelled: Features, test: Features, *, seed: int, train_hashes: Mapping[str, str], val_hashes: Mapping[str, str]
 ) -> tuple[Features, Features]:
-    """Give both splits with labels that say nothing: the labelled images' own in another order, uniform draws for the
-    validation images.
+    """Return both splits with random labels.
 
-    An image that is in both splits, byte for byte, keeps one label, so that it is found out. Whatever a sound probe
-    predicts, every other validation image is right with probability 1 / n_classes, independently of all others.
+    The labelled images keep their labels in a different order; those of the validation images are drawn uniformly. An image
+    that is in both splits, byte for byte, has one label, so that it is found out. Without a leak every other validation
+    image is right with probability 1 / n_classes, independently of all others.
+
+    Args:
+        labelled: The labelled images.
+        test: The validation images.
+        seed: Of the draws.
+        train_hashes: SHA-256 of each labelled image's bytes, by id.
+        val_hashes: The same of each validation image.
     """
-    own, drawn = draw_labels(
-        labelled.labels,
-        test.labels,
-        n_classes=test.n_classes,
-        seed=seed,
-        train_contents=[train_hashes[image] for image in labelled.image_ids],
-        val_contents=[val_hashes[image] for image in test.image_ids],
-    )
-    return replace(labelled, labels=own), replace(test, labels=drawn)
-
-
-def draw_labels(
-    labelled: Tensor,
-    test: Tensor,
-    *,
-    n_classes: int,
-    seed: int,
-    train_contents: Sequence[str],
-    val_contents: Sequence[str],
-) -> tuple[Tensor, Tensor]:
-    """Give what `random_labels` gives, of labels alone: (n,) and (m,) int64. contents: the hash of each image."""
     generator = torch.Generator().manual_seed(seed)
-    own = labelled[torch.randperm(len(labelled), generator=generator)]
-    drawn = torch.randint(n_classes, (len(test),), generator=generator)
-    by_content = dict(zip(train_contents, own.tolist(), strict=True))
-    for row, content in enumerate(val_contents):
-        drawn[row] = by_content.get(content, int(drawn[row]))
-    return own, drawn
+    train_labels = labelled.labels[torch.randperm(len(labelled.labels), generator=generator)]
+    val_labels = torch.randint(test.n_classes, (len(test.labels),), generator=generator)
+    contents = [train_hashes[image_id] for image_id in labelled.image_ids]
+    by_content = dict(zip(contents, train_labels.tolist(), strict=True))
+    for row, image_id in enumerate(test.image_ids):
+        val_labels[row] = by_content.get(val_hashes[image_id], int(val_labels[row]))
+    return replace(labelled, labels=train_labels), replace(test, labels=val_labels)
 
 
 def judge_canary(results: Sequence[Result]) -> tuple[Canary, ...]:
-    """Hold the results of an evaluation with random labels against the exact binomial distribution of chance.
+    """Compare the results of an evaluation with random labels with the exact binomial distribution of chance.
 
-    The bound is such that a sound run, all its results together, exceeds it with a probability of at most
-    FALSE_ALARMS. Raises NumericalError where so few images are scored that not even all of them right would exceed it.
+    The bound is such that a run without a leak exceeds it in any of its results with probability FALSE_ALARMS at most.
+
+    Raises:
+        NumericalError: So few images are scored that even all of them right would not exceed it.
     """
     scored = [result for result in results if result.metrics is not None]
     return tuple(_judge(result, FALSE_ALARMS / len(scored)) for result in scored)
@@ -94,8 +95,10 @@ def _judge(result: Result, level: float) -> Canary:
             f"--canary: {n} validation images of {n_classes} classes are too few to tell a leak from chance",
             hint="Score more images: a larger --limit, or another data set.",
         )
+    params = [f"{name}={value:g}" for name, value in result.probe.params.items() if name in _SHOWN]
+    config = " ".join([result.probe.name, *params])
     return Canary(
-        what=f"{result.checkpoint.name}: {_setting(result)} {result.split.subset}@{result.split.draw}",
+        name=f"{result.checkpoint.name}: {config} {result.split.subset}@{result.split.draw}",
         right=round(result.metrics.top1 * n),
         images=n,
         chance=n / n_classes,
@@ -103,28 +106,24 @@ def _judge(result: Result, level: float) -> Canary:
     )
 
 
-def _setting(result: Result) -> str:
-    told = (f"{name}={value:g}" for name, value in result.probe.params.items() if name in _TOLD)
-    return " ".join([result.probe.name, *told])
-
-
-def describe_canary(found: Sequence[Canary]) -> str:
-    """Say of each result how it compares with chance, a line each."""
+def describe_canary(canaries: Sequence[Canary]) -> str:
+    """Return a line per result that compares it with chance."""
     return "\n".join(
-        f"canary     {one.what}: {one.right:,} of {one.images:,} right, {one.chance:,.1f} by chance, "
-        f"up to {one.largest:,} put down to it{': LEAKS' if one.leaks else ''}"
-        for one in found
+        f"canary     {canary.name}: {canary.right:,} of {canary.images:,} right, {canary.chance:,.1f} by chance, "
+        f"at most {canary.largest:,} attributed to it{': LEAKS' if canary.leaks else ''}"
+        for canary in canaries
     )
 
 
-def refuse_leaks(found: Sequence[Canary]) -> None:
-    """Raise NumericalError where a result is better than chance allows."""
-    leaking = [one for one in found if one.leaks]
+def refuse_leaks(canaries: Sequence[Canary]) -> None:
+    """Raise NumericalError if a result is better than chance allows."""
+    leaking = [canary for canary in canaries if canary.leaks]
     if leaking:
-        first = max(leaking, key=lambda one: one.right / one.largest if one.largest else one.right)
+        worst = max(leaking, key=lambda canary: canary.right / max(canary.largest, 1))
         raise NumericalError(
-            f"--canary: something leaks: with random labels {len(leaking)} of {len(found)} results are better than chance, "
-            f"worst {first.what} with {first.right:,} of {first.images:,} right where {first.chance:,.1f} are expected",
+            f"--canary: something leaks: with random labels {len(leaking)} of {len(canaries)} results are better than "
+            f"chance, worst {worst.name} with {worst.right:,} of {worst.images:,} right where {worst.chance:,.1f} are "
+            "expected",
             hint="Look for validation images among the labelled ones, and for code that sees the labels of what it scores.",
-            kept="Nothing was written; results of runs without --canary are as they were, and not to be trusted.",
+            kept="Nothing was written. Do not trust earlier results without --canary.",
         )

@@ -1,4 +1,4 @@
-"""The corridor: checkpoint -> encoder -> features -> protocol -> result."""
+"""The evaluation pipeline: checkpoint -> encoder -> features -> probe -> result."""
 
 import contextlib
 import logging
@@ -12,83 +12,164 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import cast
 
-import numpy as np
 import torch
 
 from msn_eval.checkpoints.checkpoint import read_checkpoint
+from msn_eval.config.recipes import AugmentedRecipe, FinetuneRecipe, LinearRecipe
 from msn_eval.config.request import EvaluationConfig
+from msn_eval.config.yaml_config import read_config
 from msn_eval.data.hashing import content_sha256
 from msn_eval.data.images import ImageSet
 from msn_eval.data.subsets import union_of
 from msn_eval.distributed.group import ALONE, Group, broadcast_from_rank0, check_equal_across_ranks
-from msn_eval.errors import NumericalError, UsageError
-from msn_eval.evaluation.canary import judge_canary, random_labels, refuse_leaks
-from msn_eval.evaluation.measurement import Cost, Measurement, id_of, known_result, taps_of
+from msn_eval.errors import CheckpointError, NumericalError
+from msn_eval.evaluation.canary import choose_labels, judge_canary, refuse_leaks
+from msn_eval.evaluation.measurement import (
+    NO_EXTRACTION,
+    Measurement,
+    find_result,
+    find_taps,
+    label_only,
+    make_predictions,
+)
 from msn_eval.evaluation.plan import Plan, Task, cache_folder, make_plan
 from msn_eval.features.augmented import AugmentedImages
 from msn_eval.features.encoder import Encoder, build_encoder, unchanged
 from msn_eval.features.extraction import Extraction, Features, Loading, automatic_batch_size, extract_features
 from msn_eval.features.patch_drop import PatchDrop, check_drop
 from msn_eval.files.atomic import prepare_folder
-from msn_eval.probes import Finetune, FittedProbe, fit
-from msn_eval.probes.base import describe_collapse, rank_labels
-from msn_eval.probes.distributed import WorkerGroup, serve, shutdown
+from msn_eval.probes.base import FeatureProbe, FittedProbe, TrainsOn, WorkerGroup, describe_collapse, fit_probe
+from msn_eval.probes.distributed import serve, shutdown
 from msn_eval.probes.linear import Linear
 from msn_eval.probes.linear_augmented import LinearAugmented, fit_augmented
 from msn_eval.probes.training_state import StateFiles, remove_states
-from msn_eval.results.record import Predictions, Result, write_result
+from msn_eval.results.record import Predictions, Result, TimingInfo, write_result
 from msn_eval.version import __version__
 
 _log = logging.getLogger(__name__)
-_NOTHING = Extraction(
+_NO_IMAGES = Extraction(
     features={}, read=0, reused=0, seconds=0.0, decode_seconds=0.0, encode_seconds=0.0, batch_size=1 << 30
 )
+_FIELDS = {"checkpoints": "checkpoint", "subsets": "subset", "probes": "probe"}  # of EvaluationConfig, by argument
 Progress = Callable[[str, int, int], None]  # what is being done, images done, images in all
-
-
 _Outcome = tuple[Result, Predictions | None]
 
 
 def evaluate(
-    checkpoints: Sequence[str],
+    checkpoints: str | Sequence[str],
     *,
-    data: str,
-    subsets: Sequence[str] = ("low-shot",),
-    probes: Sequence[str] = ("logistic",),
-    out: str | Path = "runs",
-    **options: object,
+    data: str | Path | None = None,
+    subsets: str | Sequence[str] | None = None,
+    probes: str | Sequence[str] | None = None,
+    tap: str | None = None,
+    lambda_: float | str | Sequence[float | str] | None = None,
+    k: int | Sequence[int] | None = None,
+    temperature: float | Sequence[float] | None = None,
+    solver: str | None = None,
+    linear: LinearRecipe | Mapping[str, object] | None = None,
+    linear_augmented: AugmentedRecipe | Mapping[str, object] | None = None,
+    finetune: FinetuneRecipe | Mapping[str, object] | None = None,
+    arch: str | None = None,
+    checkpoint_key: str | None = None,
+    allow_missing: str | Sequence[str] | None = None,
+    allow_class_mismatch: bool | None = None,
+    classes: int | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    batch_size: int | str | None = None,
+    workers: int | str | None = None,
+    compile: bool | None = None,
+    decoder: str | None = None,
+    image_pixels: int | None = None,
+    patch_drop: float | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    on_bad_image: str | None = None,
+    canary: bool | None = None,
+    out: str | Path | None = None,
+    save: str | Path | None = None,
+    cache: str | Path | None = None,
+    no_cache: bool | None = None,
 ) -> list[Result]:
-    """Evaluate checkpoints and give their results, those found in `out` included.
+    """Evaluate checkpoints and return their results, those that `out` already holds included.
 
-    options: the other fields of Request, such as device="cpu", limit=10, k=[10]
-    Raises the children of MsnEvalError; results finished before are kept in `out`. With canary=True nothing is written,
-    and NumericalError is raised where random labels are predicted better than by chance.
+    The arguments are the options of `msn-eval`. A single value is accepted for a list of one; None means the default, which
+    is that of `EvaluationConfig`.
+
+    Raises:
+        MsnEvalError: One of its subclasses. Results that were finished before are kept in `out`. With canary=True nothing
+            is written, and NumericalError is raised if random labels are predicted better than by chance.
     """
-    from msn_eval.config.yaml_config import read_config
-
-    given = {
-        "checkpoint": list(checkpoints),
-        "data": str(data),
-        "subset": list(subsets),
-        "probe": list(probes),
-        "out": str(out),
-    }
-    plan = make_plan(read_config(EvaluationConfig, given=given | options))
-    found = (result for name in plan.request.checkpoint for result in evaluate_checkpoint(plan, name))
-    results = list({result.id: result for result in found}.values())
+    arguments: dict[str, object] = {name: value for name, value in locals().items() if value is not None}
+    given: dict[str, object] = {}
+    for name, value in arguments.items():
+        if name in _FIELDS and isinstance(value, str):
+            value = [value]
+        given[_FIELDS.get(name, name)] = str(value) if isinstance(value, Path) else value
+    plan = make_plan(read_config(EvaluationConfig, given=given))
+    measured = (result for name in plan.request.checkpoint for result in evaluate_checkpoint(plan, name))
+    results = list({result.id: result for result in measured}.values())
     if plan.request.canary:
         refuse_leaks(judge_canary(results))
     return results
+
+
+def evaluate_all(
+    plan: Plan,
+    *,
+    prepared: dict[str, "Preparation"] | None = None,
+    group: Group = ALONE,
+    on_progress: Progress | None = None,
+    on_problem: Callable[[str], None] | None = None,
+) -> tuple[list[Result], int]:
+    """Evaluate every checkpoint of a plan. A checkpoint that is refused does not stop the others.
+
+    Args:
+        plan: The plan.
+        prepared: Checkpoints that `prepare` has read, by name; each is removed, so that its memory can be freed.
+        group: Ranks that share the work.
+        on_progress: Called with what is being done, images done and images in total.
+        on_problem: Called with a text for each refused checkpoint and each kind of result that is not `ok`.
+
+    Returns:
+        The results, each once although two names may lead to the same weights, and the exit code: 0, that of the first
+        refused checkpoint, or that of NumericalError if a result is not `ok`.
+
+    Raises:
+        CheckpointError: The plan's only checkpoint is refused.
+    """
+    report = on_problem or (lambda text: None)
+    results: dict[str, Result] = {}
+    code = 0
+    for name in plan.request.checkpoint:
+        try:
+            ready = (prepared or {}).pop(name, None)
+            for result in evaluate_checkpoint(plan, name, prepared=ready, group=group, on_progress=on_progress):
+                results[result.id] = result
+                _log.debug("%s %s@%d: %s", result.probe.name, result.split.subset, result.split.draw, result.status)
+        except CheckpointError as error:
+            if len(plan.request.checkpoint) == 1:
+                raise
+            if group.rank == 0:
+                report(f"{type(error).__name__}: {error}")
+            code = code or error.exit_code
+    problems = [result for result in results.values() if result.status != "ok"]
+    for text in dict.fromkeys(f"{r.checkpoint.name}: {r.error or 'the solver did not converge'}" for r in problems):
+        report(text)
+    return list(results.values()), code or (NumericalError.exit_code if problems else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
     """A checkpoint ready to be evaluated under a plan.
 
-    taps:    where this encoder is tapped for each tap that a probe names
-    known:   results that the plan's folder already holds
-    pending: what is left to measure
+    Attributes:
+        encoder: The encoder.
+        taps: The encoder's own tap for each tap that a probe names.
+        known: Results that the plan's folder already holds.
+        pending: The tasks that are left.
     """
 
     encoder: Encoder
@@ -96,62 +177,56 @@ class Preparation:
     known: tuple[Result, ...]
     pending: tuple[Task, ...]
 
-    @property
-    def frozen(self) -> tuple[Task, ...]:
-        """Give what is left to measure on features, which all of it shares."""
-        return tuple(task for task in self.pending if not isinstance(task.probe, Finetune))
-
-    @property
-    def tuned(self) -> tuple[Task, ...]:
-        """Give what is left to fine-tune, each from images."""
-        return tuple(task for task in self.pending if isinstance(task.probe, Finetune))
-
-    @property
-    def pending_taps(self) -> tuple[str, ...]:
-        return self.taps_of(self.frozen)
+    def pending_on(self, *kinds: TrainsOn) -> tuple[Task, ...]:
+        """Return the tasks that are left whose probes train on one of `kinds`."""
+        return tuple(task for task in self.pending if task.probe.trains_on in kinds)
 
     def taps_of(self, tasks: Iterable[Task]) -> tuple[str, ...]:
-        """Give where the encoder is tapped for some tasks, each tap once."""
-        return tuple({self.taps[name]: None for task in tasks for name in task.taps})
+        """Return the encoder's own taps for some tasks, each once."""
+        return tuple({self.taps[tap]: None for task in tasks for tap in task.probe.taps})
+
+    @property
+    def frozen(self) -> tuple[Task, ...]:
+        """The tasks that are left and keep the encoder as it is; they share the validation features."""
+        return self.pending_on("features", "augmented features")
 
 
 def prepare(plan: Plan, name: str) -> Preparation:
-    """Read one checkpoint and see what is left to measure; failed results are tried again.
+    """Read one checkpoint and find out what is left to measure. Failed results are tried again.
 
-    Raises CheckpointError, StoreError, or UsageError for patches to be dropped from what has none.
+    Raises:
+        CheckpointError, StoreError: The checkpoint or an earlier record is refused.
+        UsageError: --patch-drop for a network without patches, or a --tap that it does not have.
     """
-    request = plan.request
+    config = plan.request
     checkpoint = read_checkpoint(
         name,
-        arch=request.arch,
-        key=request.checkpoint_key,
-        allow_missing=tuple(request.allow_missing),
-        seed=request.seed,
+        arch=config.arch,
+        key=config.checkpoint_key,
+        allow_missing=tuple(config.allow_missing),
+        seed=config.seed,
     )
     encoder = build_encoder(
         checkpoint,
         device=plan.device,
         precision=plan.precision,
-        image_pixels=request.image_pixels,
-        compiled=request.compile,
+        image_pixels=config.image_pixels,
+        compiled=config.compile,
     )
-    if (drop := drop_of(request)) is not None:
+    if (drop := make_patch_drop(config)) is not None:
         check_drop(encoder, drop)
-    return _look_for_results(plan, encoder)
+    return _find_results(plan, encoder)
 
 
-def _look_for_results(plan: Plan, encoder: Encoder) -> Preparation:
-    """See what is left to measure of one encoder, as the plan's folder is now."""
-    request = plan.request
-    found = [
-        (task, None if request.canary else known_result(Path(request.out), encoder, task, request))
-        for task in plan.tasks
-    ]
+def _find_results(plan: Plan, encoder: Encoder) -> Preparation:
+    """Find out what is left to measure of one encoder, as the plan's folder is now."""
+    config = plan.request
+    results = [None if config.canary else find_result(Path(config.out), encoder, task, config) for task in plan.tasks]
     return Preparation(
         encoder=encoder,
-        taps={name: tap for task in plan.tasks for name, tap in taps_of(encoder, task, request).items()},
-        known=tuple(result for _, result in found if result is not None),
-        pending=tuple(task for task, result in found if result is None),
+        taps={name: tap for task in plan.tasks for name, tap in find_taps(encoder, task, config).items()},
+        known=tuple(result for result in results if result is not None),
+        pending=tuple(task for task, result in zip(plan.tasks, results, strict=True) if result is None),
     )
 
 
@@ -163,59 +238,49 @@ def evaluate_checkpoint(
     group: Group = ALONE,
     on_progress: Progress | None = None,
 ) -> Iterator[Result]:
-    """Evaluate one checkpoint under every task of a plan, yielding each result as soon as it is known and written.
+    """Evaluate one checkpoint under every task of a plan, and yield each result as soon as it is written.
 
-    prepared: what `prepare` gave for it, where that was asked before
-    group:    ranks that share the extraction; the first alone fits, writes and yields
-    Results that the plan's folder already holds are yielded and not computed again; failed ones are tried again.
-    Those of a canary are never written, nor looked for.
-    Raises CheckpointError, DataError, ResourceError, StoreError or DistributedError; NumericalError becomes a failed result.
+    Results that the plan's folder already holds are yielded and not computed again; failed ones are. Those of a canary are
+    neither written nor looked for.
+
+    Args:
+        plan: The plan.
+        name: The checkpoint.
+        prepared: What `prepare` returned for it, if it was called.
+        group: Ranks that share the work; rank 0 alone writes and yields.
+        on_progress: Called with what is being done, images done and images in total.
+
+    Raises:
+        CheckpointError, DataError, ResourceError, StoreError, DistributedError: NumericalError becomes a failed result.
     """
-    # Another name for the same weights may have been evaluated since they were prepared.
-    ready = _look_for_results(plan, prepared.encoder) if prepared is not None else prepare(plan, name)
+    # A different name for the same weights may have been evaluated since `prepared` was made.
+    ready = _find_results(plan, prepared.encoder) if prepared is not None else prepare(plan, name)
     encoder, out = ready.encoder, Path(plan.request.out)
-    check_equal_across_ranks(group, encoder.checkpoint.name, _shared_facts(plan, encoder))
+    check_equal_across_ranks(group, encoder.checkpoint.name, _describe_run(plan, encoder))
     if group.rank == 0:
         if not plan.request.canary:
             prepare_folder(out, option="--out")
-        _refuse_unsaved(plan, ready)
+        if plan.request.save is not None:
+            from msn_eval.evaluation.finetune import check_saved
+
+            check_saved(plan, encoder, [task for task in plan.tasks if task not in ready.pending])
         yield from ready.known
-    # The first rank's look into the result folder is everyone's: it may write there while others still read.
-    places = [str(place) for place, task in enumerate(plan.tasks) if task in ready.pending]
-    pending = [
-        plan.tasks[int(place)] for place in broadcast_from_rank0(group, "pending", lambda: " ".join(places)).split()
-    ]
-    if not pending:
+    # Rank 0 reads the result folder and broadcasts what is left: it may write there while others still read.
+    indices = [str(index) for index, task in enumerate(plan.tasks) if task in ready.pending]
+    indices = broadcast_from_rank0(group, "pending", lambda: " ".join(indices)).split()
+    if not indices:
         _log.info("%s: all %d results are in %s, nothing computed", encoder.checkpoint.name, len(plan.tasks), out)
         return
-    for result, predictions in _measure(plan, replace(ready, pending=tuple(pending)), group, on_progress):
+    ready = replace(ready, pending=tuple(plan.tasks[int(index)] for index in indices))
+    for result, predictions in _measure(plan, ready, group, on_progress):
         if group.rank == 0:
             if not plan.request.canary:
                 write_result(out, result, predictions)
             yield result
 
 
-def _refuse_unsaved(plan: Plan, ready: Preparation) -> None:
-    """Raise UsageError where a network is to be saved that an earlier run has measured and not kept."""
-    if plan.request.save is None:
-        return
-    from msn_eval.checkpoints.hf_export import saved_result
-    from msn_eval.evaluation.finetune import saved_folder
-
-    pending = set(map(id, ready.pending))
-    for task in plan.tasks:
-        if isinstance(task.probe, Finetune) and id(task) not in pending:
-            folder, result_id = saved_folder(plan, ready.encoder, task), id_of(ready.encoder, task)
-            if saved_result(folder) != result_id:
-                raise UsageError(
-                    f"--save: {result_id} is measured already in {plan.request.out}, and its network was not kept",
-                    where=str(folder),
-                    hint="Train it again with another --out.",
-                )
-
-
-def _shared_facts(plan: Plan, encoder: Encoder) -> dict[str, str]:
-    """Give what all ranks must have in common for their features to belong together."""
+def _describe_run(plan: Plan, encoder: Encoder) -> dict[str, str]:
+    """Return what all ranks must have in common for their features to belong together."""
     checkpoint = encoder.checkpoint
     return {
         "package": __version__,
@@ -231,171 +296,106 @@ def _shared_facts(plan: Plan, encoder: Encoder) -> dict[str, str]:
 
 
 def _measure(plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None) -> Iterator[_Outcome]:
-    """Measure what is left: on features first, then whatever changes the encoder."""
+    """Measure what is left: on the frozen encoder first, then each task that trains the encoder."""
     if ready.frozen:
         yield from _measure_frozen(plan, ready, group, on_progress)
-    for task in ready.tuned:
-        yield from _measure_tuned(plan, ready.encoder, task, group, on_progress)
-
-
-def _measure_tuned(
-    plan: Plan, encoder: Encoder, task: Task, group: Group, on_progress: Progress | None
-) -> Iterator[_Outcome]:
-    """Fine-tune for one task, all ranks together, and yield on the first."""
-    from msn_eval.evaluation.finetune import (  # timm's parts for training, which no other probe needs
-        finetune_task,
-        states_of,
-    )
-
-    started = time.perf_counter()
-    result_id = id_of(encoder, task)
-    named = _named(on_progress, f"{encoder.checkpoint.name}: fine-tuning on {task.subset.name}@{task.subset.draw}")
-    try:
-        done = finetune_task(plan, encoder, task, result_id=result_id, group=group, on_progress=named)
-    except NumericalError as error:
-        if group.rank == 0:
-            yield Measurement(plan, encoder, task, Cost(0.0, automatic_batch_size(encoder))).failed(error), None
-        return
-    if group.rank != 0:
-        return
-    measurement = Measurement(plan, encoder, task, Cost(0.0, done.part))
-    seconds = time.perf_counter() - started
-    yield measurement.done(done.setting, done.predictions, done.dim, seconds), done.predictions
-    remove_states(states_of(plan, encoder, task, result_id))
+    for task in ready.pending_on("images"):
+        yield from _measure_finetuned(plan, ready.encoder, task, group, on_progress)
 
 
 def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None) -> Iterator[_Outcome]:
-    """Extract the features that the pending tasks need, each image once, and fit and score probe by probe."""
+    """Extract the features that the tasks need, each image once; then fit and score probe by probe."""
     encoder = ready.encoder
     started = time.perf_counter()
     try:
         with unchanged(encoder):
-            pool, test = _both_splits(plan, ready, group, on_progress)
+            train, test = _extract_splits(plan, ready, group, on_progress)
     except NumericalError as error:
-        cost = Cost(time.perf_counter() - started, plan.request.batch_images or automatic_batch_size(encoder))
-        yield from ((Measurement(plan, encoder, task, cost).failed(error), None) for task in ready.frozen)
+        measure = partial(
+            Measurement,
+            plan=plan,
+            encoder=encoder,
+            timing=replace(NO_EXTRACTION, extract=round(time.perf_counter() - started, 4)),
+            batch_size=plan.request.batch_images or automatic_batch_size(encoder),
+        )
+        yield from ((measure(task=task).make_failure(error), None) for task in ready.frozen)
         return
-    team = WorkerGroup(group=group, device=plan.device) if group.world > 1 else None
-    cost = _cost(pool, test, time.perf_counter() - started)
-    if group.rank == 0:
-        yield from _on_features(plan, ready, pool, test, cost, team)
-        if team is not None:  # where this rank failed, the others hear of that instead
-            shutdown(team)
-    elif team is not None:
-        serve(team)
-    for measurements, (tap,) in _grouped(plan, ready, cost, augmented=True):
-        yield from _on_augmented(measurements, tap, test.features.get(tap), group)
-
-
-def _on_features(
-    plan: Plan, ready: Preparation, pool: Extraction, test: Extraction, cost: Cost, team: WorkerGroup | None
-) -> Iterator[_Outcome]:
-    """Fit and score every probe that takes cached features."""
-    encoder = ready.encoder
+    timing = _make_timing(train, test, time.perf_counter() - started)
     _log.info(
         "%s: features of %d images in %.1f s, %d of them from the cache",
-        encoder.checkpoint.name, pool.read + test.read + pool.reused + test.reused, cost.seconds, pool.reused + test.reused,
+        encoder.checkpoint.name, train.read + test.read + train.reused + test.reused, timing.extract,
+        train.reused + test.reused,
     )  # fmt: skip
-    degenerate = {tap: _told_of_collapse(encoder, tap, pool, test) for tap in test.features}
-    for measurements, taps in _grouped(plan, ready, cost, augmented=False):
-        known = "; ".join(words for tap in taps if (words := degenerate[tap])) or None
-        told = [replace(measurement, degenerate=known) for measurement in measurements]
-        yield from _probe(told, [(pool.features[tap], test.features[tap]) for tap in taps], team)
-
-
-def _told_of_collapse(encoder: Encoder, tap: str, pool: Extraction, test: Extraction) -> str | None:
-    """Warn of degenerate features at a tap, and give the words for the record; None where there is nothing to tell."""
-    found = []
-    for part, split in (("labelled", pool), ("validation", test)):
-        if tap in split.features and (told := describe_collapse(split.features[tap].values)):
-            _log.warning("%s: tap %s, %s images: %s", encoder.checkpoint.name, tap, part, told)
-            found.append(f"{part} images: {told}")
-    return "; ".join(found) or None
-
-
-def _grouped(
-    plan: Plan, ready: Preparation, cost: Cost, *, augmented: bool
-) -> Iterator[tuple[list[Measurement], tuple[str, ...]]]:
-    """Give what each probe has to measure on each draw, and where the encoder is tapped for it."""
-    for (_, probe), tasks in groupby(ready.frozen, key=lambda task: (id(task.subset), task.probe)):
-        if isinstance(probe, LinearAugmented) == augmented:
-            measurements = [Measurement(plan, ready.encoder, task, cost) for task in tasks]
-            yield measurements, ready.taps_of([measurements[0].task])
-
-
-def _cost(pool: Extraction, test: Extraction, seconds: float) -> Cost:
-    batch_size = min(pool.batch_size, test.batch_size)
-    if not pool.read + test.read:
-        return Cost(seconds, batch_size)
-    return Cost(
-        seconds,
-        batch_size,
-        images_per_second=round((pool.read + test.read) / (pool.seconds + test.seconds), 2),
-        decode_share=round((pool.decode_seconds + test.decode_seconds) / (pool.seconds + test.seconds), 4),
-        encode_share=round((pool.encode_seconds + test.encode_seconds) / (pool.seconds + test.seconds), 4),
+    measure = partial(
+        Measurement, plan=plan, encoder=encoder, timing=timing, batch_size=min(train.batch_size, test.batch_size)
     )
+    workers = WorkerGroup(group=group, device=plan.device) if group.world > 1 else None
+    if group.rank == 0:
+        yield from _measure_on_features(ready, train, test, measure, workers)
+        if workers is not None:  # if this rank fails, the others learn of that instead
+            shutdown(workers)
+    elif workers is not None:
+        serve(workers)
+    for tasks in group_by_fit(ready.pending_on("augmented features")):
+        yield from _measure_on_augmented(ready, test, [measure(task=task) for task in tasks], group)
 
 
-def _both_splits(
+def _extract_splits(
     plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None
 ) -> tuple[Extraction, Extraction]:
-    """Give the features of the labelled images, the union of all draws, and of the validation images."""
-    request = plan.request
-    labelled_taps = ready.taps_of(_cached(ready.frozen))
-    loading = loading_of(request)
-    with _shared_cache(plan, group) as cache:
-        some_at_a_time = cache is not None and all(isinstance(task.probe, Linear) for task in _cached(ready.pending))
-        pool, test = (
-            extract_features(
-                ready.encoder,
-                images,
-                taps=taps,
-                hashes=hashes,
-                loading=replace(loading, beyond_memory=some_at_a_time) if hashes is plan.train_hashes else loading,
-                drop=drop,
-                cache=cache,
-                group=group,
-                on_progress=_named(on_progress, f"{ready.encoder.checkpoint.name}: {part}"),
+    """Extract the features of the labelled images, the union of all draws, and of the validation images."""
+    config, name, tasks = plan.request, ready.encoder.checkpoint.name, ready.pending_on("features")
+    loading = loading_of(config)
+    with _open_cache(plan, group) as cache:
+        extract = partial(extract_features, ready.encoder, cache=cache, group=group)
+        # Linear takes some rows at a time, so they need not fit into memory.
+        beyond_memory = cache is not None and all(isinstance(task.probe, Linear) for task in tasks)
+        train = _NO_IMAGES
+        if tasks:
+            train = extract(
+                pending_images(plan, ready),
+                taps=ready.taps_of(tasks),
+                hashes=plan.train_hashes,
+                loading=replace(loading, beyond_memory=beyond_memory),
+                drop=make_patch_drop(config),
+                on_progress=_name_progress(on_progress, f"{name}: labelled images"),
             )
-            if taps
-            else _NOTHING
-            for part, images, taps, hashes, drop in (
-                ("labelled images", pending_pool(plan, ready), labelled_taps, plan.train_hashes, drop_of(request)),
-                ("validation images", plan.val, ready.pending_taps, plan.val_hashes, None),
-            )
+        test = extract(
+            plan.val,
+            taps=ready.taps_of(ready.frozen),
+            hashes=plan.val_hashes,
+            loading=loading,
+            drop=None,
+            on_progress=_name_progress(on_progress, f"{name}: validation images"),
         )
-    return pool, test
+    return train, test
 
 
-def pending_pool(plan: Plan, ready: Preparation) -> ImageSet:
-    """Give the labelled images whose features the pending tasks need, the union of their draws."""
-    return union_of(list({id(task.subset): task.subset for task in _cached(ready.frozen)}.values()), plan.train)
+def pending_images(plan: Plan, ready: Preparation) -> ImageSet:
+    """Return the labelled images whose features the tasks need that are left, the union of their draws."""
+    subsets = {id(task.subset): task.subset for task in ready.pending_on("features")}
+    return union_of(list(subsets.values()), plan.train)
 
 
-def _cached(tasks: Sequence[Task]) -> Iterator[Task]:
-    """Give the tasks that take the labelled images' features from the cache."""
-    return (task for task in tasks if not isinstance(task.probe, LinearAugmented))
+def loading_of(config: EvaluationConfig) -> Loading:
+    """Return how images are loaded for the encoder."""
+    return Loading(decoder=config.decoder, batch_size=config.batch_images, workers=config.worker_count)
 
 
-def loading_of(request: EvaluationConfig) -> Loading:
-    """Give how a request wants images to come to the encoder."""
-    return Loading(decoder=request.decoder, batch_size=request.batch_images, workers=request.worker_count)
-
-
-def drop_of(request: EvaluationConfig) -> PatchDrop | None:
-    """Give what is left out of the labelled images; validation images are always seen whole."""
-    return PatchDrop(share=request.patch_drop, seed=request.seed) if request.patch_drop else None
+def make_patch_drop(config: EvaluationConfig) -> PatchDrop | None:
+    """Return which patches of the labelled images are dropped. Validation images keep all of theirs."""
+    return PatchDrop(share=config.patch_drop, seed=config.seed) if config.patch_drop else None
 
 
 @contextlib.contextmanager
-def _shared_cache(plan: Plan, group: Group) -> Iterator[Path | None]:
-    """Give the cache folder; with --no-cache none, or, where ranks must hand rows to each other, one for this while."""
+def _open_cache(plan: Plan, group: Group) -> Iterator[Path | None]:
+    """Yield the cache folder. With --no-cache it is None, or a temporary folder through which ranks exchange rows."""
     if not plan.request.no_cache:
         yield cache_folder(plan.request)
     elif group.world == 1:
         yield None
     else:
-        folder = Path(plan.request.out) / broadcast_from_rank0(group, "folder", _temporary_name)
+        folder = Path(plan.request.out) / broadcast_from_rank0(group, "folder", _make_temporary_name)
         try:
             yield folder
         finally:
@@ -403,45 +403,79 @@ def _shared_cache(plan: Plan, group: Group) -> Iterator[Path | None]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _temporary_name() -> str:
-    """Give a name by which a later run knows what a killed one has left."""
+def _make_temporary_name() -> str:
+    """Return a name by which a later run recognises what a killed one has left."""
     return f".features.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 
-def _named(on_progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
-    if on_progress is None:
-        return None
-    return lambda done, total: on_progress(what, done, total)
+def _name_progress(on_progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    return None if on_progress is None else partial(on_progress, name)
 
 
-def _probe(
-    measurements: Sequence[Measurement], splits: Sequence[tuple[Features, Features]], team: WorkerGroup | None
+def _make_timing(train: Extraction, test: Extraction, seconds: float) -> TimingInfo:
+    timing = replace(NO_EXTRACTION, extract=round(seconds, 4))
+    images, total = train.read + test.read, train.seconds + test.seconds
+    if not images:
+        return timing
+    return replace(
+        timing,
+        images_per_second=round(images / total, 2),
+        decode_share=round((train.decode_seconds + test.decode_seconds) / total, 4),
+        encode_share=round((train.encode_seconds + test.encode_seconds) / total, 4),
+    )
+
+
+def group_by_fit(tasks: Iterable[Task]) -> Iterator[list[Task]]:
+    """Group the tasks that one fit serves: those of one draw and one probe."""
+    for _, group in groupby(tasks, key=lambda task: (id(task.subset), task.probe)):
+        yield list(group)
+
+
+def _measure_on_features(
+    ready: Preparation,
+    train: Extraction,
+    test: Extraction,
+    measure: Callable[..., Measurement],
+    workers: WorkerGroup | None,
 ) -> Iterator[_Outcome]:
-    """Fit one probe to one draw and score its pending settings.
+    """Fit and score every probe that takes cached features."""
+    problems = {tap: _check_collapse(ready.encoder, tap, train, test) for tap in test.features}
+    for tasks in group_by_fit(ready.pending_on("features")):
+        taps = ready.taps_of(tasks)
+        degenerate = "; ".join(problems[tap] for tap in taps if problems[tap]) or None
+        measurements = [measure(task=task, degenerate=degenerate) for task in tasks]
+        plan, draw = measurements[0].plan, tasks[0].subset.image_ids
+        pairs = [choose_labels(plan, train.features[tap].only(draw), test.features[tap]) for tap in taps]
+        labelled, *other_taps = (features for features, _ in pairs)
+        probe = cast(FeatureProbe, tasks[0].probe)
+        fit = partial(fit_probe, probe, labelled, plan.device, workers=workers, other_taps=other_taps)
+        yield from _fit_and_score(measurements, fit, [features for _, features in pairs])
 
-    splits: the labelled and the validation images' features, at each tap that the probe is given
-    """
-    first = measurements[0]
-    probe, drawn = first.task.probe, first.task.subset.image_ids
-    assert not isinstance(probe, LinearAugmented | Finetune)
-    pairs = [_labels_of(first, pool.only(drawn), test) for pool, test in splits]
-    labelled, *elsewhere = (pool for pool, _ in pairs)
-    make = partial(fit, probe, labelled, first.plan.device, team=team, elsewhere=elsewhere)
-    yield from _scored(measurements, make, [test for _, test in pairs])
+
+def _check_collapse(encoder: Encoder, tap: str, train: Extraction, test: Extraction) -> str:
+    """Warn of degenerate features at a tap, and return the text for the record; empty if there are none."""
+    texts = []
+    for images, split in (("labelled images", train), ("validation images", test)):
+        if tap in split.features and (problem := describe_collapse(split.features[tap].values)):
+            _log.warning("%s: tap %s, %s: %s", encoder.checkpoint.name, tap, images, problem)
+            texts.append(f"{images}: {problem}")
+    return "; ".join(texts)
 
 
-def _on_augmented(
-    measurements: Sequence[Measurement], tap: str, test: Features | None, group: Group
+def _measure_on_augmented(
+    ready: Preparation, test: Extraction, measurements: Sequence[Measurement], group: Group
 ) -> Iterator[_Outcome]:
-    """Train layers on augmented images of one draw, all ranks together, and score the pending ones on the first."""
-    first = measurements[0]
-    plan, encoder, probe = first.plan, first.encoder, first.task.probe
+    """Train layers on augmented images of one draw, all ranks together; rank 0 scores them."""
+    plan, encoder, task = measurements[0].plan, ready.encoder, measurements[0].task
+    probe = task.probe
     assert isinstance(probe, LinearAugmented)
-    drawn = plan.train.only(first.task.subset.image_ids)
-    nothing = _unseen(plan.val.only([]), tap)
-    labelled, scored = _labels_of(first, _unseen(drawn, tap), nothing if test is None else test)
-    images = AugmentedImages(
-        images=drawn,
+    (tap,) = ready.taps_of([task])
+    images = plan.train.only(task.subset.image_ids)
+    # The other ranks have no validation features.
+    scored = test.features[tap] if group.rank == 0 else label_only(plan.val.only([]), tap)
+    labelled, scored = choose_labels(plan, label_only(images, tap), scored)
+    augmented = AugmentedImages(
+        images=images,
         labels=labelled.labels,
         hashes=plan.train_hashes,
         encoder=encoder,
@@ -450,75 +484,71 @@ def _on_augmented(
     )
     files = None
     if not plan.request.canary:
-        shared = _shared_facts(plan, encoder) | {"tap": tap, "transform": str(encoder.transform)}
-        files = StateFiles(
-            out=Path(plan.request.out), facts=shared | {"probe": str(probe), "draw": first.task.split_sha256}
-        )
+        facts = _describe_run(plan, encoder) | {"tap": tap, "transform": str(encoder.transform)}
+        facts |= {"probe": str(probe), "draw": task.split_sha256}
+        files = StateFiles(out=Path(plan.request.out), facts=facts)
 
-    def make() -> FittedProbe:
+    def fit() -> FittedProbe:
         with unchanged(encoder):
-            return fit_augmented(probe, images, group=group, files=files)
+            return fit_augmented(probe, augmented, group=group, files=files)
 
     if group.rank != 0:
-        with contextlib.suppress(NumericalError):  # which the first rank meets as well, and records
-            make()
+        with contextlib.suppress(NumericalError):  # rank 0 gets it too, and records it
+            fit()
         return
-    yield from _scored(measurements, make, [scored])  # each result is written before the next is asked for
+    yield from _fit_and_score(measurements, fit, [scored])
     if files is not None:
-        remove_states(files)
+        remove_states(files)  # only now: each result was written before the next was asked for
 
 
-def _unseen(images: ImageSet, tap: str) -> Features:
-    """Give images with their labels where their features are not wanted."""
-    return Features(
-        values=torch.empty(len(images), 0),
-        labels=torch.tensor(images.labels, dtype=torch.int64),
-        image_ids=images.ids,
-        n_classes=len(images.classes),
-        tap=tap,
-    )
-
-
-def _labels_of(measurement: Measurement, labelled: Features, test: Features) -> tuple[Features, Features]:
-    """Give both splits with their own labels, or for a canary with random ones."""
-    plan = measurement.plan
-    if not plan.request.canary:
-        return labelled, test
-    return random_labels(
-        labelled, test, seed=plan.request.seed, train_hashes=plan.train_hashes, val_hashes=plan.val_hashes
-    )
-
-
-def _scored(
-    measurements: Sequence[Measurement], make: Callable[[], FittedProbe], offered: Sequence[Features]
+def _fit_and_score(
+    measurements: Sequence[Measurement], fit: Callable[[], FittedProbe], offered: Sequence[Features]
 ) -> Iterator[_Outcome]:
-    """Fit, and score the settings that are pending.
+    """Fit, and score the configurations of the measurements.
 
-    offered: the validation images' features, at each tap that the probe was given
+    Args:
+        measurements: Those of one fit; other configurations of it were finished by an earlier run.
+        fit: Fits the probe.
+        offered: The validation features at each tap that the probe was given.
     """
-    open_ones = {str(one.task.params): one for one in measurements}
+    pending = {str(measurement.task.params): measurement for measurement in measurements}
     started = time.perf_counter()
     try:
-        fitted = make()
+        fitted = fit()
         fit_seconds = time.perf_counter() - started
         (test,) = (features for features in offered if fitted.tap in (None, features.tap))
-        scored = time.perf_counter()
-        for setting, scores in zip(fitted.settings, fitted.scores(test.values), strict=True):
-            params = str(dict(setting.params))
-            if params not in open_ones:  # finished by an earlier run
+        started = time.perf_counter()
+        for config, scores in zip(fitted.settings, fitted.scores(test.values), strict=True):
+            params = str(dict(config.params))
+            if params not in pending:
                 continue
-            prediction, rank = rank_labels(scores, test.labels)
-            seconds = fit_seconds + time.perf_counter() - scored
-            predictions = Predictions(
-                image=np.array([os.fsencode(image_id) for image_id in test.image_ids]),
-                label=test.labels.numpy(),
-                prediction=prediction.numpy(),
-                rank_of_label=rank.numpy(),
+            predictions = make_predictions(test.image_ids, test.labels, scores)
+            seconds = fit_seconds + time.perf_counter() - started
+            yield (
+                pending.pop(params).make_result(config, predictions, dim=test.values.shape[1], seconds=seconds),
+                predictions,
             )
-            yield open_ones.pop(params).done(setting, predictions, test.values.shape[1], seconds), predictions
-            scored = time.perf_counter()
-        for params_of, reason in fitted.failures:
-            if str(dict(params_of)) in open_ones:
-                yield open_ones.pop(str(dict(params_of))).failed(reason), None
+            started = time.perf_counter()
+        for failed, reason in fitted.failures:
+            if (measurement := pending.pop(str(dict(failed)), None)) is not None:
+                yield measurement.make_failure(reason), None
     except NumericalError as error:
-        yield from ((measurement.failed(error), None) for measurement in open_ones.values())
+        yield from ((measurement.make_failure(error), None) for measurement in pending.values())
+
+
+def _measure_finetuned(
+    plan: Plan, encoder: Encoder, task: Task, group: Group, on_progress: Progress | None
+) -> Iterator[_Outcome]:
+    """Fine-tune the encoder for one task, all ranks together; rank 0 yields."""
+    from msn_eval.evaluation.finetune import finetune_task, make_state_files  # loads timm's training code
+
+    batch_size = automatic_batch_size(encoder)
+    measurement = Measurement(plan=plan, encoder=encoder, task=task, timing=NO_EXTRACTION, batch_size=batch_size)
+    name = f"{encoder.checkpoint.name}: fine-tuning on {task.subset.name}@{task.subset.draw}"
+    try:
+        yield finetune_task(measurement, group=group, on_progress=_name_progress(on_progress, name))
+    except NumericalError as error:
+        yield measurement.make_failure(error), None
+    else:
+        if group.rank == 0:
+            remove_states(make_state_files(plan, encoder, task))

@@ -1,109 +1,137 @@
-"""Finetuning: one task of a plan from labelled images to the predictions of the network that was trained on them."""
+"""Fine-tuning of one task of a plan: from labelled images to the predictions of the network that was trained on them."""
 
-import os
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
+from timm.layers import GluMlp
 
-from msn_eval.checkpoints.hf_export import Head, PlainNetwork, check_saved_place, classifier_content, write_classifier
-from msn_eval.config.recipes import Finetune, FinetuneRecipe
+from msn_eval.checkpoints.hf_export import (
+    FolderContent,
+    Head,
+    PlainNetwork,
+    check_saved_place,
+    classifier_content,
+    saved_result,
+    write_classifier,
+)
+from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.data.hashing import unreadable
-from msn_eval.data.images import ImageSet, eval_transform
-from msn_eval.data.loader import PixelList, automatic_workers, load_pixels
-from msn_eval.distributed.group import ALONE, Group, all_gather_object, joined, share
-from msn_eval.errors import NumericalError
-from msn_eval.evaluation.canary import draw_labels
-from msn_eval.evaluation.plan import Plan, Task
-from msn_eval.features.encoder import Encoder, resolve_tap
+from msn_eval.data.images import ImageSet
+from msn_eval.data.loader import PixelList, automatic_workers
+from msn_eval.distributed.group import Group, all_gather_object, joined, share
+from msn_eval.errors import UsageError
+from msn_eval.evaluation.canary import choose_labels
+from msn_eval.evaluation.measurement import Measurement, find_taps, label_only, make_predictions, make_result_id
+from msn_eval.evaluation.plan import Plan, Task, find_unreadable
+from msn_eval.features.encoder import Encoder
 from msn_eval.features.extraction import automatic_batch_size
-from msn_eval.probes.base import ProbeConfig, rank_labels
+from msn_eval.probes.base import ProbeConfig, check_labelled
+from msn_eval.probes.finetune import Finetune
 from msn_eval.probes.finetune.model import FinetuneModel, build_finetune_model
-from msn_eval.probes.finetune.predict import Labelled, Pace, score_images
-from msn_eval.probes.finetune.train import FinetuneResult, Progress, finetune
+from msn_eval.probes.finetune.predict import LabelledImages, RunOptions, score_images
+from msn_eval.probes.finetune.train import Progress, finetune
 from msn_eval.probes.training_state import StateFiles
-from msn_eval.results.record import Predictions
+from msn_eval.results.record import Predictions, Result
 
-_SMALL_PIXELS, _CHECKED_AT_ONCE = 8, 64
+_CHECKED_PIXELS, _CHECKED_IMAGES = (
+    8,
+    64,
+)  # size that images are decoded to, and images per batch, to find unreadable ones
 _SLUG = "abcdefghijklmnopqrstuvwxyz0123456789-_."
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finetuned:
-    """What a task came to. dim: of what the head is given; part: images at once on a rank at the end."""
-
-    setting: ProbeConfig
-    predictions: Predictions
-    dim: int
-    part: int
-
-
 def finetune_task(
-    plan: Plan,
-    encoder: Encoder,
-    task: Task,
-    *,
-    result_id: str,
-    group: Group = ALONE,
-    on_progress: Progress | None = None,
-) -> Finetuned:
-    """Train a network as a task says, score the validation images by it, and write it where --save says.
+    measurement: Measurement, *, group: Group, on_progress: Progress | None = None
+) -> tuple[Result, Predictions]:
+    """Train a network as a task says, score the validation images with it, and write it if --save is given.
 
-    Raises NumericalError for a single class, labels that are no classes, and a loss that is not finite; DataError listing
-    the images of both splits that cannot be used, before anything is trained.
+    Raises:
+        NumericalError: The labelled images are of a single class, or the loss is not finite.
+        DataError: Images of either split cannot be used; it lists all of them, before anything is trained.
+        UsageError, CheckpointError: The network could not be saved afterwards.
     """
-    probe, request = task.probe, plan.request
+    started = time.perf_counter()
+    plan, encoder, task = measurement.plan, measurement.encoder, measurement.task
+    probe, config, n_classes = task.probe, plan.request, len(plan.val.classes)
     assert isinstance(probe, Finetune)
-    tap = resolve_tap(encoder, request.tap or probe.tap, by_hand=request.tap is not None)
+    (tap,) = find_taps(encoder, task, config).values()
     images = plan.train.only(task.subset.image_ids)
-    trained_labels, labels = _labels(plan, images)
-    if len(torch.unique(trained_labels)) < 2:
-        raise NumericalError(
-            f"the {len(images)} labelled images are of a single class", hint="Label images of at least two classes."
-        )
-    if request.save is not None and group.rank == 0:
-        _check_savable(plan, encoder, task, tap, result_id)
-    _refuse_unreadable(plan, images, group)
-    pace = pace_of(plan, encoder, images)
-    trainee = build_finetune_model(encoder, probe.recipe, tap=tap, n_classes=len(plan.val.classes))
-    states = None if request.canary else states_of(plan, encoder, task, result_id)
+    labelled, test = choose_labels(plan, label_only(images, tap), label_only(plan.val, tap))
+    check_labelled(labelled)
+    saves = config.save is not None and group.rank == 0
+    if saves:  # find out now what would prevent it after training
+        check_saved_place(find_saved_folder(plan, encoder, task), make_result_id(encoder, task))
+        blank = build_finetune_model(encoder, FinetuneRecipe(drop_path=0.0), tap=tap, n_classes=n_classes)
+        _export(plan, encoder, task, blank)
+    _check_readable(plan, images, group)
+    options = _choose_options(plan, encoder, images)
+    model = build_finetune_model(encoder, probe.recipe, tap=tap, n_classes=n_classes)
     with joined(group, plan.device):
-        tuned = finetune(
+        trained = finetune(
             probe,
-            trainee,
-            Labelled(images=images, labels=trained_labels, hashes=plan.train_hashes),
+            model,
+            LabelledImages(images=images, labels=labelled.labels, hashes=plan.train_hashes),
             precision=plan.precision,
-            pace=pace,
-            states=states,
+            options=options,
+            files=None if config.canary else make_state_files(plan, encoder, task),
             group=group,
             on_progress=on_progress,
         )
         scores = score_images(
-            trainee,
+            model,
             plan.val,
             plan.val_hashes,
             decoder=plan.decoder,
             precision=plan.precision,
-            pace=pace,
+            options=options,
             group=group,
         )
-    if request.save is not None and group.rank == 0:
-        content = classifier_content(_plain(encoder, trainee), _head(plan, trainee), result_id=result_id)
-        write_classifier(saved_folder(plan, encoder, task), content)
-    return Finetuned(
-        setting=_setting(probe, tuned),
-        predictions=_predictions(plan.val, scores, trained_labels, labels),
-        dim=trainee.dim,
-        part=tuned.part,
-    )
+    if saves:
+        write_classifier(find_saved_folder(plan, encoder, task), _export(plan, encoder, task, model))
+    # A class without labelled images can never be predicted, as with every other probe.
+    unlabelled = torch.ones(n_classes, dtype=torch.bool)
+    unlabelled[labelled.labels] = False
+    predictions = make_predictions(test.image_ids, test.labels, scores.masked_fill(unlabelled, -torch.inf))
+    measurement = replace(measurement, batch_size=trained.micro_batch)
+    fitted = ProbeConfig(params=probe.params, solver="adamw", objective=trained.mean_loss, iterations=trained.step)
+    seconds = time.perf_counter() - started
+    return measurement.make_result(fitted, predictions, dim=model.dim, seconds=seconds), predictions
 
 
-def states_of(plan: Plan, encoder: Encoder, task: Task, result_id: str) -> StateFiles:
-    """Give where the states of a task stand: by all that decides how its training goes on."""
+def _check_readable(plan: Plan, images: ImageSet, group: Group) -> None:
+    """Decode every image once, so that a damaged one is reported now and not after hours. Raises DataError listing all."""
+    if plan.request.on_bad_image == "skip":
+        return  # the plan has left them out already
+    lines = []
+    for split in (images, plan.val):
+        rows = share(len(split), group, block=1)
+        for image_id, reason in find_unreadable(
+            split.only(split.ids[rows.start : rows.stop]), plan.request.worker_count
+        ):
+            lines.append(f"{split.source.place(image_id)}: {reason}")
+    lines = "\n".join(all_gather_object(group, "unreadable images", "\n".join(lines))).split("\n")
+    if any(lines):
+        raise unreadable([line for line in lines if line])
+
+
+def _choose_options(plan: Plan, encoder: Encoder, images: ImageSet) -> RunOptions:
+    """Return the micro-batch (--batch-size) and the number of workers."""
+    config, cuda = plan.request, plan.device.type == "cuda"
+    micro_batch = config.batch_images or max(2, automatic_batch_size(encoder) // (4 if cuda else 1))
+    workers = config.worker_count
+    if workers is None:
+        pixels = PixelList(source=images.source, image_ids=images.ids, transform=encoder.transform, hashes=None)
+        workers = automatic_workers(pixels, batch_size=4 * micro_batch, cuda=cuda)
+    return RunOptions(micro_batch=micro_batch + micro_batch % 2, workers=workers)
+
+
+def make_state_files(plan: Plan, encoder: Encoder, task: Task) -> StateFiles:
+    """Return the state files of a task, named by all that decides how its training continues."""
     facts = {
-        "result": result_id,
+        "result": make_result_id(encoder, task),
         "labelled images": task.split_sha256,
         "architecture": encoder.arch,
         "transform": str(encoder.transform),
@@ -112,118 +140,52 @@ def states_of(plan: Plan, encoder: Encoder, task: Task, result_id: str) -> State
     return StateFiles(out=Path(plan.request.out), facts=facts)
 
 
-def pace_of(plan: Plan, encoder: Encoder, images: ImageSet) -> Pace:
-    """Give how fast a task runs: --batch-size images at once, --workers that decode."""
-    request = plan.request
-    part = request.batch_images or max(2, automatic_batch_size(encoder) // (4 if plan.device.type == "cuda" else 1))
-    workers = request.worker_count
-    if workers is None:
-        listed = PixelList(source=images.source, image_ids=images.ids, transform=encoder.transform, hashes=None)
-        workers = automatic_workers(listed, batch_size=4 * part, cuda=plan.device.type == "cuda")
-    return Pace(part=part + part % 2, workers=workers)
-
-
-def saved_folder(plan: Plan, encoder: Encoder, task: Task) -> Path:
-    """Give the folder that a task's network is saved to: --save itself where there is but one, else one inside of it."""
+def find_saved_folder(plan: Plan, encoder: Encoder, task: Task) -> Path:
+    """Return the folder that a task's network is saved to: --save itself, or a folder in it if there are several."""
     assert plan.request.save is not None
-    tuned = [one for one in plan.tasks if isinstance(one.probe, Finetune)]
-    checkpoints = list(dict.fromkeys(plan.request.checkpoint))
-    parts = []
-    if len(checkpoints) > 1:
-        name = "".join(letter if letter in _SLUG else "-" for letter in encoder.checkpoint.name.lower())[:60]
-        parts.append(f"{name}-{encoder.checkpoint.weights_sha256[:8]}")
-    if len(tuned) > 1:
-        subset = "".join(letter if letter in _SLUG else "-" for letter in task.subset.name.lower())[:60]
-        parts.append(
-            f"{subset}-{task.subset.draw}-{task.protocol_id[:8]}" if _several(tuned) else f"{subset}-{task.subset.draw}"
-        )
-    return Path(plan.request.save, *parts)
+    draws = [(one.subset.name, one.subset.draw) for one in plan.tasks if isinstance(one.probe, Finetune)]
+    names = []
+    if len(set(plan.request.checkpoint)) > 1:
+        names.append(f"{_slugify(encoder.checkpoint.name)}-{encoder.checkpoint.weights_sha256[:8]}")
+    if len(draws) > 1:
+        suffix = f"-{task.protocol_id[:8]}" if len(set(draws)) < len(draws) else ""
+        names.append(f"{_slugify(task.subset.name)}-{task.subset.draw}{suffix}")
+    return Path(plan.request.save, *names)
 
 
-def _several(tasks: list[Task]) -> bool:
-    """Tell whether subset and draw do not tell tasks apart."""
-    return len({(one.subset.name, one.subset.draw) for one in tasks}) < len(tasks)
+def _slugify(name: str) -> str:
+    return "".join(letter if letter in _SLUG else "-" for letter in name.lower())[:60]
 
 
-def _labels(plan: Plan, images: ImageSet) -> tuple[Tensor, Tensor]:
-    """Give the labels of the labelled and of the validation images; with --canary such as say nothing."""
-    trained, asked = (torch.tensor(one.labels, dtype=torch.int64) for one in (images, plan.val))
-    if not plan.request.canary:
-        return trained, asked
-    return draw_labels(
-        trained,
-        asked,
-        n_classes=len(plan.val.classes),
-        seed=plan.request.seed,
-        train_contents=[plan.train_hashes[image_id] for image_id in images.ids],
-        val_contents=[plan.val_hashes[image_id] for image_id in plan.val.ids],
+def check_saved(plan: Plan, encoder: Encoder, finished: Sequence[Task]) -> None:
+    """Raise UsageError if a network is to be saved that an earlier run has measured and not kept."""
+    for task in finished:
+        if isinstance(task.probe, Finetune):
+            folder, result_id = find_saved_folder(plan, encoder, task), make_result_id(encoder, task)
+            if saved_result(folder) != result_id:
+                raise UsageError(
+                    f"--save: {result_id} is measured already in {plan.request.out}, and its network was not kept",
+                    where=str(folder),
+                    hint="Train it again with a different --out.",
+                )
+
+
+def _export(plan: Plan, encoder: Encoder, task: Task, model: FinetuneModel) -> FolderContent:
+    """Return the content of the folder that transformers loads. Raises CheckpointError if it has no such network."""
+    weights = {name: weight.detach().cpu() for name, weight in model.network.state_dict().items()}
+    head = Head(
+        weight=weights.pop("head.weight", model.head.weight.detach().cpu()),
+        bias=weights.pop("head.bias", model.head.bias.detach().cpu()),
+        tap=model.tap,
+        classes=plan.val.classes,
     )
-
-
-def _refuse_unreadable(plan: Plan, images: ImageSet, group: Group) -> None:
-    """Decode every image once, so that a damaged one is told of now and not after hours. Raises DataError listing all."""
-    if plan.request.on_bad_image == "skip":
-        return  # they are out already
-    failures = []
-    for split in (images, plan.val):
-        rows = share(len(split), group, block=_CHECKED_AT_ONCE)
-        pixels = PixelList(
-            source=split.source,
-            image_ids=split.ids[rows.start : rows.stop],
-            transform=eval_transform(_SMALL_PIXELS),
-            hashes=None,
-        )
-        for batch in load_pixels(pixels, batch_size=_CHECKED_AT_ONCE, workers=plan.request.worker_count or 0):
-            failures += [f"{split.source.place(image_id)}: {reason}" for image_id, reason in batch.failures]
-    told = all_gather_object(group, "unreadable images", "\n".join(failures))
-    if any(told):
-        raise unreadable([line for text in told for line in text.splitlines()])
-
-
-def _setting(probe: Finetune, tuned: FinetuneResult) -> ProbeConfig:
-    return ProbeConfig(params=probe.params, solver="adamw", objective=tuned.loss, iterations=tuned.steps)
-
-
-def _predictions(val: ImageSet, scores: Tensor, trained_labels: Tensor, labels: Tensor) -> Predictions:
-    """Rank the classes; one without labelled images can never be chosen, as with every other probe."""
-    seen = torch.zeros(scores.shape[1], dtype=torch.bool)
-    seen[trained_labels] = True
-    prediction, rank = rank_labels(scores.masked_fill(~seen, -float("inf")), labels)
-    return Predictions(
-        image=np.array([os.fsencode(image_id) for image_id in val.ids]),
-        label=labels.numpy(),
-        prediction=prediction.numpy(),
-        rank_of_label=rank.numpy(),
-    )
-
-
-def _check_savable(plan: Plan, encoder: Encoder, task: Task, tap: str, result_id: str) -> None:
-    """Find out before training what would keep the network from being saved after it."""
-    check_saved_place(saved_folder(plan, encoder, task), result_id)
-    blank = build_finetune_model(encoder, FinetuneRecipe(drop_path=0.0), tap=tap, n_classes=len(plan.val.classes))
-    classifier_content(_plain(encoder, blank), _head(plan, blank), result_id=result_id)
-
-
-def _plain(encoder: Encoder, trainee: FinetuneModel) -> PlainNetwork:
-    from timm.layers import GluMlp
-
-    head = {f"head.{name}" for name in ("weight", "bias")}
-    weights = {name: one.detach().cpu() for name, one in trainee.network.state_dict().items() if name not in head}
-    return PlainNetwork(
-        outline=trainee.network,
+    network = PlainNetwork(
+        outline=model.network,
         weights=weights,
-        gated=any(isinstance(one, GluMlp) for one in trainee.network.modules()),
+        gated=any(isinstance(module, GluMlp) for module in model.network.modules()),
         mean=encoder.transform.mean,
         std=encoder.transform.std,
         name=encoder.arch,
         where=encoder.checkpoint.path,
     )
-
-
-def _head(plan: Plan, trainee: FinetuneModel) -> Head:
-    return Head(
-        weight=trainee.head.weight.detach().cpu(),
-        bias=trainee.head.bias.detach().cpu(),
-        tap=trainee.tap,
-        classes=plan.val.classes,
-    )
+    return classifier_content(network, head, result_id=make_result_id(encoder, task))

@@ -1,18 +1,25 @@
-"""Measurement: a task of a plan about to become a result, and the result that an earlier run may have made of it."""
+"""Measurement: a task with one encoder, and the result that it becomes or that an earlier run has made of it."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from msn_eval.checkpoints.checkpoint import Checkpoint
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.decoders import decoder_version
+from msn_eval.data.images import ImageSet
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.evaluation.plan import Plan, Task
 from msn_eval.features.encoder import Encoder, resolve_tap
-from msn_eval.probes import ProbeConfig
+from msn_eval.features.extraction import Features
+from msn_eval.probes.base import ProbeConfig, rank_labels
 from msn_eval.probes.linear import Linear
 from msn_eval.results.record import (
     CheckpointInfo,
@@ -22,7 +29,6 @@ from msn_eval.results.record import (
     ProbeInfo,
     Result,
     SplitInfo,
-    Status,
     TimingInfo,
     TransformInfo,
     describe_environment,
@@ -32,53 +38,61 @@ from msn_eval.results.record import (
 from msn_eval.results.statistics import measure
 
 _log = logging.getLogger(__name__)
+NO_EXTRACTION = TimingInfo(extract=0.0, probe=0.0, total=0.0)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What the features of a checkpoint cost, both splits together."""
-
-    seconds: float
-    batch_size: int
-    images_per_second: float | None = None
-    decode_share: float | None = None
-    encode_share: float | None = None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One task about to become a result."""
+    """One task with one encoder.
+
+    Attributes:
+        plan: The plan of the task.
+        encoder: The encoder.
+        task: The task.
+        timing: What the features cost, both splits together; `probe` is 0.
+        batch_size: Images per batch at the end.
+        degenerate: What is wrong with the features, None for nothing.
+    """
 
     plan: Plan
     encoder: Encoder
     task: Task
-    cost: Cost
+    timing: TimingInfo
+    batch_size: int
     degenerate: str | None = None
 
-    def done(self, setting: ProbeConfig, predictions: Predictions, dim: int, probe_seconds: float) -> Result:
-        status: Status = "not_converged" if setting.converged is False else "ok"
-        result = self._result(setting, dim, probe_seconds)
+    def make_result(self, config: ProbeConfig, predictions: Predictions, *, dim: int, seconds: float) -> Result:
+        """Return the result of a fitted configuration.
+
+        Args:
+            config: The configuration, as fitted.
+            predictions: Of every validation image.
+            dim: Number of values per feature.
+            seconds: Time to fit and score.
+        """
+        result = self._result(config, dim, seconds)
         return replace(
             result,
-            status=status,
-            error=None,
+            status="not_converged" if config.converged is False else "ok",
             metrics=measure(predictions.rank_of_label),
             predictions=f"{result.id}.npz",
         )
 
-    def failed(self, error: NumericalError) -> Result:
+    def make_failure(self, error: NumericalError) -> Result:
+        """Return the failed result that states an error."""
         return replace(self._result(ProbeConfig(params=self.task.params), None, 0.0), error=str(error))
 
-    def _result(self, setting: ProbeConfig, dim: int | None, probe_seconds: float) -> Result:
+    def _result(self, config: ProbeConfig, dim: int | None, seconds: float) -> Result:
         plan, task, encoder = self.plan, self.task, self.encoder
+        features = _describe_features(encoder, find_taps(encoder, task, plan.request), dim, plan.decoder)
         return Result(
-            id=id_of(encoder, task),
+            id=make_result_id(encoder, task),
             status="failed",
             error=None,
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             protocol_id=task.protocol_id,
             protocol=task.protocol,
-            checkpoint=_checkpoint_facts(encoder.checkpoint, plan.request),
+            checkpoint=_describe_checkpoint(encoder.checkpoint, plan.request),
             data=DataInfo(
                 name=plan.data_name,
                 sha256=plan.val_sha256,
@@ -94,37 +108,43 @@ class Measurement:
                 sha256=task.split_sha256,
                 overlap=task.overlap,
             ),
-            features=replace(
-                _feature_facts(encoder, taps_of(encoder, task, plan.request), dim, plan.decoder),
-                degenerate=self.degenerate,
-            ),
-            probe=ProbeInfo(
-                name=task.probe.name,
-                version=task.probe.version,
-                params=dict(setting.params),
-                solver=setting.solver,
-                converged=setting.converged,
-                certificate=setting.certificate,
-                objective=setting.objective,
-                iterations=setting.iterations,
-                chosen=None if setting.chosen is None else dict(setting.chosen),
-            ),
+            features=replace(features, degenerate=self.degenerate),
+            probe=ProbeInfo(name=task.probe.name, version=task.probe.version, **vars(config)),
             metrics=None,
-            timing_s=TimingInfo(
-                extract=round(self.cost.seconds, 4),
-                probe=round(probe_seconds, 4),
-                total=round(self.cost.seconds + probe_seconds, 4),
-                images_per_second=self.cost.images_per_second,
-                decode_share=self.cost.decode_share,
-                encode_share=self.cost.encode_share,
-            ),
-            environment=describe_environment(plan.device, batch_size=self.cost.batch_size, seed=plan.request.seed),
+            timing_s=replace(self.timing, probe=round(seconds, 4), total=round(self.timing.extract + seconds, 4)),
+            environment=describe_environment(plan.device, batch_size=self.batch_size, seed=plan.request.seed),
             predictions=None,
         )
 
 
-def id_of(encoder: Encoder, task: Task) -> str:
-    """Give the id of the result that a task will have."""
+def label_only(images: ImageSet, tap: str) -> Features:
+    """Return the labels of images as Features of width 0."""
+    return Features(
+        values=torch.empty(len(images), 0),
+        labels=torch.tensor(images.labels, dtype=torch.int64),
+        image_ids=images.ids,
+        n_classes=len(images.classes),
+        tap=tap,
+    )
+
+
+def make_predictions(image_ids: Sequence[str], labels: Tensor, scores: Tensor) -> Predictions:
+    """Return what the scores of images, (m, n_classes), say about them, with their labels, (m,) int64.
+
+    Raises:
+        NumericalError: A score is NaN.
+    """
+    prediction, rank = rank_labels(scores, labels)
+    return Predictions(
+        image=np.array([os.fsencode(image_id) for image_id in image_ids]),
+        label=labels.numpy(),
+        prediction=prediction.numpy(),
+        rank_of_label=rank.numpy(),
+    )
+
+
+def make_result_id(encoder: Encoder, task: Task) -> str:
+    """Return the id of the result that a task has with an encoder."""
     return result_id(
         weights_sha256=encoder.checkpoint.weights_sha256,
         key=encoder.checkpoint.key,
@@ -133,72 +153,69 @@ def id_of(encoder: Encoder, task: Task) -> str:
     )
 
 
-def known_result(out: Path, encoder: Encoder, task: Task, request: EvaluationConfig) -> Result | None:
-    """Give the finished result of a task from an earlier run, or None.
+def find_result(out: Path, encoder: Encoder, task: Task, config: EvaluationConfig) -> Result | None:
+    """Return the result of a task from an earlier run, None if there is none or it failed.
 
-    Raises StoreError where the folder holds a result of the same id that was made with other labelled images, or by
-    another network or transform from the same weights: the id leaves these out, and they must not pass for each other.
+    Raises:
+        StoreError: The result of this id was made with different labelled images, or by another network or transform from
+            the same weights. The id leaves these out, so one would be reported as the other.
     """
-    path = out / f"{id_of(encoder, task)}.json"
+    path = out / f"{make_result_id(encoder, task)}.json"
     if not path.exists():
         return None
-    known = read_result(path)
-    if known.status == "failed":
+    result = read_result(path)
+    if result.status == "failed":
         return None
-    if known.split.sha256 != task.split_sha256:
+    if result.split.sha256 != task.split_sha256:
         raise StoreError(
-            f"holds a result of {known.split.subset}@{known.split.draw} with other labelled images than the data set gives now",
+            f"holds a result of {result.split.subset}@{result.split.draw} with different labelled images than the data set "
+            "has now",
             where=str(path),
             hint="The training images changed since: use another --out folder, or restore them.",
         )
-    facts = _feature_facts(encoder, taps_of(encoder, task, request), known.features.dim, request.decoder)
-    # The versions of a decoder and bf16 against fp16 may differ between comparable results.
-    same = replace(known.features, decoder=facts.decoder, precision=facts.precision, degenerate=None)
-    if same != facts or known.checkpoint.arch != encoder.arch:
+    expected = _describe_features(encoder, find_taps(encoder, task, config), result.features.dim, config.decoder)
+    # Comparable results may differ in the version of the decoder, and in bf16 against fp16.
+    comparable = replace(result.features, decoder=expected.decoder, precision=expected.precision, degenerate=None)
+    if comparable != expected or result.checkpoint.arch != encoder.arch:
         raise StoreError(
-            f"holds a result of the same weights read as {known.checkpoint.arch} with {known.features.transform}; "
-            f"now they are read as {encoder.arch} with {facts.transform}",
+            f"holds a result of the same weights read as {result.checkpoint.arch} with {result.features.transform}; "
+            f"now they are read as {encoder.arch} with {expected.transform}",
             where=str(path),
             hint="Use another --out folder for this reading.",
         )
-    if request.solver not in ("auto", known.probe.solver) and known.probe.name == "logistic":
+    if config.solver not in ("auto", result.probe.solver) and result.probe.name == "logistic":
         _log.warning(
-            "%s was solved by %s before and is kept; use another --out for %s", path, known.probe.solver, request.solver
+            "%s was solved by %s before and is kept; use another --out for %s", path, result.probe.solver, config.solver
         )
-    return known
+    return result
 
 
-def taps_of(encoder: Encoder, task: Task, request: EvaluationConfig) -> dict[str, str]:
-    """Say where an encoder is tapped for each tap that a task names. Raises UsageError for one that was asked for and is not
-    there: what stands in for the tap of a rule would be a surprise among taps of the user's choice."""
-    if request.tap is not None:
-        return {name: resolve_tap(encoder, request.tap, by_hand=True) for name in task.taps}
-    chosen = isinstance(task.probe, Linear) and bool(task.probe.named_taps)
-    return {name: resolve_tap(encoder, name, by_hand=chosen, option="linear.taps") for name in task.taps}
+def find_taps(encoder: Encoder, task: Task, config: EvaluationConfig) -> dict[str, str]:
+    """Return the encoder's own tap for each tap that the task's probe names.
+
+    Raises:
+        UsageError: A tap that the user named is missing. Only the tap of a probe's own rule may be replaced.
+    """
+    if config.tap is not None:
+        return {tap: resolve_tap(encoder, config.tap, by_hand=True) for tap in task.probe.taps}
+    named = isinstance(task.probe, Linear) and bool(task.probe.recipe.named_taps)
+    return {tap: resolve_tap(encoder, tap, by_hand=named, option="linear.taps") for tap in task.probe.taps}
 
 
-def _feature_facts(encoder: Encoder, taps: Mapping[str, str], dim: int | None, decoder: str) -> FeatureInfo:
-    transform = encoder.transform
+def _describe_features(encoder: Encoder, taps: Mapping[str, str], dim: int | None, decoder: str) -> FeatureInfo:
     return FeatureInfo(
         tap=",".join(taps.values()),
         dim=dim,
         precision=encoder.precision,
         decoder=decoder_version(decoder),
-        transform=TransformInfo(**vars(transform)),
+        transform=TransformInfo(**vars(encoder.transform)),
     )
 
 
-def _checkpoint_facts(checkpoint: Checkpoint, request: EvaluationConfig) -> CheckpointInfo:
+def _describe_checkpoint(checkpoint: Checkpoint, config: EvaluationConfig) -> CheckpointInfo:
+    own = {field.name for field in fields(CheckpointInfo)} - {"allow_missing", "distribution"}
     return CheckpointInfo(
-        name=checkpoint.name,
-        path=checkpoint.path,
-        sha256=checkpoint.sha256,
-        weights_sha256=checkpoint.weights_sha256,
-        format=checkpoint.format,
-        key=checkpoint.key,
-        arch=checkpoint.arch,
-        params=checkpoint.params,
-        matched=checkpoint.matched,
-        epoch=checkpoint.epoch,
-        allow_missing=tuple(request.allow_missing) if checkpoint.matched < 1 else (),
+        **{name: getattr(checkpoint, name) for name in own},
+        allow_missing=tuple(config.allow_missing) if checkpoint.matched < 1 else (),
+        distribution=getattr(checkpoint, "distribution", None),
     )

@@ -1,4 +1,4 @@
-"""Plan: which images, subsets and probes a request comes to, read and hashed, before any network runs."""
+"""Plan: the images, subsets and probes of an evaluation, read and hashed before any network runs."""
 
 import hashlib
 import logging
@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
+import platformdirs
 import torch
 
 from msn_eval.checkpoints.checkpoint import check_checkpoint_names
@@ -26,28 +27,31 @@ from msn_eval.data.subsets import Subset, check_subset_names, make_subsets, read
 from msn_eval.errors import DataError, NumericalError, UsageError
 from msn_eval.features.encoder import Precision, choose_device, default_precision, precision_class
 from msn_eval.files.atomic import prepare_folder
-from msn_eval.probes import Finetune, Probe, named_taps, probe_configs
-from msn_eval.probes.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, NearestNeighbours
-from msn_eval.probes.linear import Linear
-from msn_eval.probes.linear_augmented import LinearAugmented
-from msn_eval.probes.logistic import Logistic, LogisticAutoLambda, Solver, default_lambda
-from msn_eval.probes.ncm import NearestClassMean
-from msn_eval.probes.ridge import Ridge
+from msn_eval.probes import find_probe
+from msn_eval.probes.base import Configure, Probe
 from msn_eval.results.record import PROTOCOL_VERSION, protocol_id
 
 _log = logging.getLogger(__name__)
 DATA_VARIABLE = "MSN_EVAL_DATA"
 _SHOWN = 10
-_SMALL_PIXELS, _CHECKED_AT_ONCE = 8, 64
+_CHECKED_PIXELS, _CHECKED_IMAGES = (
+    8,
+    64,
+)  # size that images are decoded to, and images per batch, to find unreadable ones
 _TRANSFORM_RULE = "resize-256/224-bilinear-centre-crop"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One measurement to make, the checkpoint apart: a draw, a probe, one setting of it.
+    """One measurement to make with any checkpoint: a draw, a probe, one configuration of it.
 
-    split_sha256: of the draw's images by content
-    overlap:      validation images that are also among them, byte for byte
+    Attributes:
+        subset: The draw.
+        split_sha256: SHA-256 of the draw's images by content.
+        overlap: Number of validation images that are also among them, byte for byte.
+        probe: The probe, with all of its configurations.
+        params: Hyper-parameters of this configuration.
+        protocol: The protocol, as in the record.
     """
 
     subset: Subset
@@ -57,11 +61,6 @@ class Task:
     params: Params
     protocol: dict[str, object]
 
-    @property
-    def taps(self) -> tuple[str, ...]:
-        """Give the taps that the probe names: one by its rule, or those among which it is to choose."""
-        return named_taps(self.probe)
-
     @cached_property
     def protocol_id(self) -> str:
         return protocol_id(self.protocol)
@@ -69,16 +68,26 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that a request comes to.
+    """All measurements of an evaluation, and what they are made on.
 
-    val:   the images that are scored, after --limit and without the skipped ones
-    train:   the training images that `subsets` are drawn from
-    val_hashes, train_hashes: SHA-256 of the bytes of every image that is read
-    skipped_val: unreadable validation images that are not scored
+    Attributes:
+        request: The options.
+        data_name: Name of the data set.
+        data_distribution: Name and version of the plug-in that reads the data set, None for a built-in reader.
+        val: The images to score, after --limit and without the skipped ones.
+        train: The training images that `subsets` are drawn from.
+        subsets: The draws.
+        val_hashes: SHA-256 of the bytes of each image of `val`, by id.
+        train_hashes: The same of each labelled image.
+        skipped_val: Unreadable validation images that are not scored.
+        device: Where to compute.
+        precision: Precision of the encoder.
+        tasks: The measurements to make with each checkpoint.
     """
 
     request: EvaluationConfig
     data_name: str
+    data_distribution: str | None = None
     val: ImageSet
     train: ImageSet
     subsets: tuple[Subset, ...]
@@ -99,63 +108,66 @@ class Plan:
 
     @property
     def decoder(self) -> str:
-        """Give the decoder that is used: embedded images are no files, and only resized."""
+        """The decoder in use: embedded images are not files, and Pillow resizes them."""
         return "pillow" if self.val.source.root is None else self.request.decoder
 
     def skipped(self, subset: Subset) -> tuple[str, ...]:
-        """Give the unreadable images of either split that results on this subset do without."""
-        return (*(f"val/{image_id}" for image_id in self.skipped_val), *(f"train/{one}" for one in subset.skipped))
+        """Return the unreadable images of both splits that results on this subset do without."""
+        return (
+            *(f"val/{image_id}" for image_id in self.skipped_val),
+            *(f"train/{image_id}" for image_id in subset.skipped),
+        )
 
 
-def make_plan(request: EvaluationConfig, *, local_rank: int | None = None) -> Plan:
+def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Plan:
     """Read the data set, draw the subsets, hash the images, and list the measurements.
 
-    local_rank: number of this rank among those of its machine, None where it is alone
-    Raises UsageError, CheckpointError, DataError or NumericalError for whatever can be known before a network runs.
+    Args:
+        config: The options.
+        local_rank: Number of this rank among those of its machine, None without other ranks.
+
+    Raises:
+        UsageError, CheckpointError, DataError, NumericalError: For every fault that shows before a network runs.
     """
-    if not request.checkpoint:
+    if not config.checkpoint:
         raise UsageError("no checkpoint given", hint="Name one or several: --checkpoint FILE; or try msn-eval demo.")
-    check_checkpoint_names(tuple(request.checkpoint))
-    check_subset_names(request.subset)
-    device = choose_device(request.device, local_rank=local_rank)
-    check_decoder(request.decoder, device)
-    precision = (
-        cast(Precision, request.precision) if request.precision in get_args(Precision) else default_precision(device)
-    )
-    cache_dir = None if request.no_cache else cache_folder(request)
+    check_checkpoint_names(tuple(config.checkpoint))
+    check_subset_names(config.subset)
+    for name in config.probe:
+        find_probe(name)
+    device = choose_device(config.device, local_rank=local_rank)
+    check_decoder(config.decoder, device)
+    cache_dir = None if config.no_cache else cache_folder(config)
     if cache_dir is not None:
         prepare_folder(cache_dir, option="--cache")
-    data = _read_data(request, cache_dir)
-    val = data.val.first_of_each_class(request.limit) if request.limit else data.val
+    data = _read_data(config, cache_dir)
+    val = data.val.first_of_each_class(config.limit) if config.limit else data.val
     skipped_val: tuple[str, ...] = ()
-    if request.on_bad_image == "skip":
-        undecodable = partial(_undecodable, workers=request.worker_count)
-        skipped_val = tuple(undecodable(val))
+    if config.on_bad_image == "skip":
+        list_unreadable = partial(_list_unreadable, workers=config.worker_count)
+        skipped_val = tuple(list_unreadable(val))
         val = val.only([image_id for image_id in val.ids if image_id not in set(skipped_val)])
-        subsets = readable_subsets(request.subset, data.train, undecodable)
+        subsets = readable_subsets(config.subset, data.train, list_unreadable)
     else:
-        subsets = make_subsets(request.subset, data.train)
+        subsets = make_subsets(config.subset, data.train)
     if not len(val):
         raise DataError("no validation image can be read", hint="Check the files, or give another --data.")
-    pool = union_of(subsets, data.train)
     plan = Plan(
-        request=request,
+        request=config,
         data_name=data.name,
+        data_distribution=data.distribution,
         val=val,
         train=data.train,
         subsets=subsets,
         val_hashes=hash_images(val, cache_dir=cache_dir),
-        train_hashes=hash_images(pool, cache_dir=cache_dir),
+        train_hashes=hash_images(union_of(subsets, data.train), cache_dir=cache_dir),
         skipped_val=skipped_val,
         device=device,
-        precision=precision,
+        precision=cast(Precision, config.precision) if config.precision else default_precision(device),
         tasks=(),
     )
     _warn_of_data(plan)
-    for name, skipped in {subset.name: plan.skipped(subset) for subset in subsets}.items():
-        if skipped:
-            _log.warning("%s: %d unreadable images are skipped: %s", name, len(skipped), ", ".join(skipped[:_SHOWN]))
-    tasks = tuple(_tasks(plan))
+    tasks = tuple(_list_tasks(plan))
     if not tasks:
         raise NumericalError(
             f"every k is above the {max(map(len, subsets))} labelled images: nothing to measure",
@@ -164,140 +176,138 @@ def make_plan(request: EvaluationConfig, *, local_rank: int | None = None) -> Pl
     return replace(plan, tasks=tasks)
 
 
-def _read_data(request: EvaluationConfig, cache_dir: Path | None) -> DataSet:
-    data = read_dataset(_data_name(request), allow_class_mismatch=request.allow_class_mismatch, cache_dir=cache_dir)
+def _read_data(config: EvaluationConfig, cache_dir: Path | None) -> DataSet:
+    name = config.data or os.environ.get(DATA_VARIABLE)
+    if not name:
+        choices = "; ".join(f"{name}: {summary}" for name, summary in list_datasets().items())
+        raise UsageError("no data set given", hint=f"Pass --data or set ${DATA_VARIABLE}. Choices: {choices}.")
+    data = read_dataset(name, allow_class_mismatch=config.allow_class_mismatch, cache_dir=cache_dir)
     for split, images in (("train", data.train), ("val", data.val)):
         if images.passed_over:
-            _log.info("%s: %d files passed over that are no images by their names", split, images.passed_over)
-    if request.classes not in (None, len(data.classes)):
+            _log.info("%s: %d files are not images by their names and are ignored", split, images.passed_over)
+    if config.classes not in (None, len(data.classes)):
         raise DataError(
-            f"{data.name} has {len(data.classes)} classes, {request.classes} are asked for",
+            f"{data.name} has {len(data.classes)} classes, {config.classes} are asked for",
             hint="Give the --data that was meant, or correct `classes` (num_classes in a file of the MSN repository).",
         )
     if len(data.classes) < 2:
         raise NumericalError(
-            f"{data.name} has the single class {data.classes[0]!r}: every answer would be right",
+            f"{data.name} has the single class {data.classes[0]!r}: every prediction would be right",
             hint="Give --data a folder with a folder for each of several classes.",
         )
     return data
 
 
-def _data_name(request: EvaluationConfig) -> str:
-    name = request.data or os.environ.get(DATA_VARIABLE)
-    if not name:
-        choices = "; ".join(f"{name}: {what}" for name, what in list_datasets().items())
-        raise UsageError("no data set given", hint=f"Pass --data or set ${DATA_VARIABLE}. Choices: {choices}.")
-    return name
+def cache_folder(config: EvaluationConfig) -> Path:
+    """Return the folder for what can be computed again: --cache, or the user's cache folder."""
+    return Path(config.cache) if config.cache else platformdirs.user_cache_path("msn-eval")
 
 
-def cache_folder(request: EvaluationConfig) -> Path:
-    """Give the folder for what can be computed again: --cache, or the user's cache folder."""
-    import platformdirs
+def configure_probes(config: EvaluationConfig, subset: Subset) -> Iterator[tuple[Probe, str | None]]:
+    """Yield each probe that the options ask for, with the options' values for this subset, and its distribution.
 
-    return Path(request.cache) if request.cache else platformdirs.user_cache_path("msn-eval")
+    The distribution is the name and version of the plug-in that the probe comes from, None for a probe of this package.
 
-
-def probes_for(request: EvaluationConfig, subset: Subset) -> Iterator[Probe]:
-    """Give the probes asked for, with the hyper-parameters that hold for this subset."""
-    for name in dict.fromkeys(request.probe):
-        match name:
-            case "logistic":
-                solver = cast(Solver, request.solver)
-                if request.strengths or not request.chooses_strength:
-                    yield Logistic(lambdas=request.strengths or (default_lambda(subset.name),), solver=solver)
-                if request.chooses_strength:
-                    yield LogisticAutoLambda(solver=solver)
-            case "knn":
-                yield NearestNeighbours(
-                    ks=tuple(dict.fromkeys(request.k)) or DEFAULT_KS,
-                    temperatures=tuple(dict.fromkeys(request.temperature)) or (DEFAULT_TEMPERATURE,),
-                    asked=bool(request.k),
-                )
-            case "ridge":
-                yield Ridge()
-            case "linear":
-                yield Linear(**vars(request.linear))
-            case "linear-augmented":
-                yield LinearAugmented(**vars(request.linear_augmented))
-            case "finetune":
-                yield Finetune(recipe=request.finetune, seed=request.seed)
-            case _:
-                yield NearestClassMean()
+    Raises:
+        UsageError: There is no such probe, or its plug-in cannot be imported.
+    """
+    for name in dict.fromkeys(config.probe):
+        entry = find_probe(name)
+        configure = cast(Configure, entry.load())
+        for probe in configure(config, subset):
+            yield probe, entry.distribution
 
 
-def _tasks(plan: Plan) -> Iterator[Task]:
+def _list_tasks(plan: Plan) -> Iterator[Task]:
     val_digests = Counter(plan.val_hashes.values())
     for subset in plan.subsets:
         split_sha256 = content_sha256(subset.image_ids, plan.train_hashes)
         overlap = sum(val_digests[digest] for digest in {plan.train_hashes[image_id] for image_id in subset.image_ids})
-        for probe in probes_for(plan.request, subset):
-            possible = probe_configs(probe, len(subset))
-            if not possible:
+        for probe, distribution in configure_probes(plan.request, subset):
+            configs = probe.configs(len(subset))
+            if not configs:
                 _log.warning("%s leaves nothing to measure on the %d images of %s", probe, len(subset), subset.name)
-            for params in possible:
-                protocol = _protocol(plan, subset, probe, params)
+            for params in configs:
                 yield Task(
                     subset=subset,
                     split_sha256=split_sha256,
                     overlap=overlap,
                     probe=probe,
                     params=params,
-                    protocol=protocol,
+                    protocol=_make_protocol(plan, subset, probe, params, distribution),
                 )
 
 
-def _protocol(plan: Plan, subset: Subset, probe: Probe, params: Params) -> dict[str, object]:
-    """Give all that must be equal for two numbers to be comparable. The draw and the checkpoint's own facts are not
-    in it; what the user sets by hand is."""
-    request = plan.request
+def _make_protocol(
+    plan: Plan, subset: Subset, probe: Probe, params: Params, distribution: str | None
+) -> dict[str, object]:
+    """Return all that must be equal for two numbers to be comparable.
+
+    The draw and what belongs to the checkpoint are not part of it; what the user sets manually is. Keys that are absent
+    unless used were added later: so the ids of earlier protocols stay.
+    """
+    config = plan.request
     by_hand = {
-        "tap": request.tap,
-        "image_pixels": request.image_pixels,
-        "patch_drop": request.patch_drop,
-        "seed": request.seed if request.patch_drop else None,  # by which the patches are drawn
-        "decoder": None if request.decoder == DECODERS[0] else request.decoder,
-        "canary": request.seed if request.canary else None,  # never comparable with a measurement
+        "tap": config.tap,
+        "image_pixels": config.image_pixels,
+        "patch_drop": config.patch_drop,
+        "seed": config.seed if config.patch_drop else None,  # decides which patches are dropped
+        "decoder": None if config.decoder == DECODERS[0] else config.decoder,
+        "canary": config.seed if config.canary else None,  # never comparable with a measurement
     }
-    return {
+    plugins = {"probe": distribution, "data": plan.data_distribution}
+    protocol: dict[str, object] = {
         "version": PROTOCOL_VERSION,
         "data": {"sha256": plan.val_sha256, "class_map_sha256": plan.classes_sha256},
         "subset": {"name": subset.name, "rule": subset.rule},
-        "tap": ",".join(named_taps(probe)),
+        "tap": ",".join(probe.taps),
         "transform": _TRANSFORM_RULE,
         "probe": {"name": probe.name, "version": probe.version, "params": params},
         "precision": precision_class(plan.precision),
-        "limit": request.limit,
-        "skipped": _ids_sha256(skipped) if (skipped := plan.skipped(subset)) else None,
-        # Only what was given, so that an option that is new to this package leaves the ids of old protocols alone.
+        "limit": config.limit,
+        "skipped": _hash_ids(skipped) if (skipped := plan.skipped(subset)) else None,
         "by_hand": {name: value for name, value in by_hand.items() if value is not None},
     }
+    if any(plugins.values()):
+        protocol["plugins"] = {kind: name for kind, name in plugins.items() if name is not None}
+    return protocol
 
 
-def _ids_sha256(image_ids: Sequence[str]) -> str:
+def _hash_ids(image_ids: Sequence[str]) -> str:
     return hashlib.sha256(b"".join(os.fsencode(image_id) + b"\n" for image_id in image_ids)).hexdigest()
 
 
 def _warn_of_data(plan: Plan) -> None:
-    """Say what makes an accuracy too high or too low without anything failing."""
+    """Warn of what makes an accuracy too high or too low although nothing fails."""
+    for name, skipped in {subset.name: plan.skipped(subset) for subset in plan.subsets}.items():
+        if skipped:
+            _log.warning("%s: %d unreadable images are skipped: %s", name, len(skipped), ", ".join(skipped[:_SHOWN]))
     publication = read_publication()
     if plan.classes_sha256 == publication.class_map_sha256 and len(plan.val) != publication.val_images:
         _log.warning("ImageNet has %d validation images, %d are scored here", publication.val_images, len(plan.val))
     labelled = set(plan.train_hashes.values())
-    shared = sum(1 for digest in plan.val_hashes.values() if digest in labelled)
+    shared = sum(digest in labelled for digest in plan.val_hashes.values())
     if shared:
         _log.warning("%d validation images are also among the labelled training images, byte for byte", shared)
     unreachable = set(plan.val.labels) - set(plan.train.labels)
     if unreachable:
-        lost = sum(1 for label in plan.val.labels if label in unreachable)
+        lost = sum(label in unreachable for label in plan.val.labels)
         _log.warning("%d validation images belong to classes without training images and can never be right", lost)
 
 
-def _undecodable(images: ImageSet, workers: int | None) -> list[str]:
-    """Decode every image, all decoders refusing the same ones, and give those that cannot be used."""
-    pixels = PixelList(source=images.source, image_ids=images.ids, transform=eval_transform(_SMALL_PIXELS), hashes=None)
-    bad = []
-    for batch in load_pixels(pixels, batch_size=_CHECKED_AT_ONCE, workers=workers or 0):
-        for image_id, reason in batch.failures:
-            _log.info("%s: %s", images.source.place(image_id), reason)
-            bad.append(image_id)
-    return bad
+def find_unreadable(images: ImageSet, workers: int | None) -> list[tuple[str, str]]:
+    """Decode every image, and return the ids of those that cannot be used, with the reasons.
+
+    All decoders refuse the same images.
+    """
+    transform = eval_transform(_CHECKED_PIXELS)
+    pixels = PixelList(source=images.source, image_ids=images.ids, transform=transform, hashes=None)
+    batches = load_pixels(pixels, batch_size=_CHECKED_IMAGES, workers=workers or 0)
+    return [failure for batch in batches for failure in batch.failures]
+
+
+def _list_unreadable(images: ImageSet, workers: int | None) -> list[str]:
+    failures = find_unreadable(images, workers)
+    for image_id, reason in failures:
+        _log.info("%s: %s", images.source.place(image_id), reason)
+    return [image_id for image_id, _ in failures]

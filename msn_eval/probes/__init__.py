@@ -1,82 +1,55 @@
-"""Probes: what is fitted to the labelled features. One visible choice among them."""
+"""Probes: what is fitted to labelled images on top of an encoder.
 
-from collections.abc import Sequence
+`msn_eval.probes.base` describes how to write one. A probe of this package is one module and one line of `PROBES`; an
+installed distribution adds its own by an entry point of the group `msn_eval.probes`.
+"""
 
-import torch
+from msn_eval.registry import Entry, find_entry, read_registry
 
-from msn_eval.config.recipes import Finetune, Params
-from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FittedProbe, ProbeConfig, check_labelled
-from msn_eval.probes.distributed import WorkerGroup
-from msn_eval.probes.knn import NearestNeighbours
-from msn_eval.probes.linear import Linear, fit_linear, linear_settings
-from msn_eval.probes.linear_augmented import LinearAugmented, augmented_settings
-from msn_eval.probes.logistic import Logistic, LogisticAutoLambda
-from msn_eval.probes.ncm import NearestClassMean
-from msn_eval.probes.ridge import Ridge
-
-__all__ = [
-    "PROBES",
-    "FeatureProbe",
-    "Finetune",
-    "FittedProbe",
-    "Probe",
-    "ProbeConfig",
-    "fit",
-    "named_taps",
-    "probe_configs",
-]
-
-FeatureProbe = Logistic | LogisticAutoLambda | NearestNeighbours | Ridge | NearestClassMean | Linear
-Probe = FeatureProbe | LinearAugmented | Finetune
-PROBES = {
-    "logistic": "L2-regularised multinomial regression, the protocol of the MSN tables",
-    "knn": "weighted nearest neighbours, every k and temperature from one search",
-    "ridge": "ridge regression onto classes, its strength by exact leave-one-out error",
-    "ncm": "nearest class mean",
-    "linear": "a linear layer by SGD, chosen from a grid of learning rates and weight decays on held-out labelled images",
-    "linear-augmented": "norm and linear layer by SGD on the frozen encoder's features of random crops and flips",
-    "finetune": "encoder and head trained together, from images; never in one column with frozen features",
-}
-
-
-def probe_configs(probe: Probe, n: int) -> tuple[Params, ...]:
-    """Give the hyper-parameters of every protocol that `probe` stands for, n being the labelled images."""
-    match probe:
-        case Logistic() | LogisticAutoLambda() | NearestNeighbours() | Ridge() | NearestClassMean():
-            return probe.configs(n)
-        case Linear():
-            return linear_settings(probe)
-        case LinearAugmented():
-            return augmented_settings(probe)
-        case Finetune():
-            return (probe.params,)
+PROBES = (
+    Entry(
+        name="logistic",
+        summary="L2-regularised multinomial regression, the protocol of the MSN tables",
+        target="msn_eval.probes.logistic:configure",
+    ),
+    Entry(
+        name="knn",
+        summary="weighted nearest neighbours, every k and temperature from one search",
+        target="msn_eval.probes.knn:configure",
+    ),
+    Entry(
+        name="ridge",
+        summary="ridge regression onto classes, its strength by exact leave-one-out error",
+        target="msn_eval.probes.ridge:configure",
+    ),
+    Entry(name="ncm", summary="nearest class mean", target="msn_eval.probes.ncm:configure"),
+    Entry(
+        name="linear",
+        summary="a linear layer by SGD, chosen from a grid of learning rates and weight decays on held-out labelled images",
+        target="msn_eval.probes.linear:configure",
+    ),
+    Entry(
+        name="linear-augmented",
+        summary="norm and linear layer by SGD on the frozen encoder's features of random crops and flips",
+        target="msn_eval.probes.linear_augmented:configure",
+    ),
+    Entry(
+        name="finetune",
+        summary="encoder and head trained together, from images; never in one column with frozen features",
+        target="msn_eval.probes.finetune:configure",
+    ),
+)
 
 
-def named_taps(probe: Probe) -> tuple[str, ...]:
-    """Give the taps that a probe names: one by its rule, or those among which it is to choose."""
-    return (isinstance(probe, Linear) and probe.named_taps) or (probe.tap,)
+def read_probes() -> dict[str, Entry]:
+    """Return every probe by name: those of `PROBES`, then those of installed plug-ins."""
+    return read_registry("probes", PROBES)
 
 
-def fit(
-    probe: FeatureProbe,
-    train: Features,
-    device: torch.device,
-    *,
-    team: WorkerGroup | None = None,
-    elsewhere: Sequence[Features] = (),
-) -> FittedProbe:
-    """Fit every setting of `probe` to labelled features. The validation features are not here, so nothing can be
-    chosen on them.
+def find_probe(name: str) -> Entry:
+    """Return the probe called `name`.
 
-    team:      ranks that help where there are very many labelled images
-    elsewhere: the same images at the other taps that the probe is to choose among
-    Raises NumericalError for a single class, labels out of range, features that are not finite, and a k above n.
+    Raises:
+        UsageError: There is no such probe.
     """
-    for features in (train, *elsewhere):
-        check_labelled(features)
-    match probe:
-        case Logistic() | LogisticAutoLambda() | NearestNeighbours() | Ridge() | NearestClassMean():
-            return probe.fit(train, device, workers=team, other_taps=elsewhere)
-        case Linear():
-            return fit_linear(probe, train, device, elsewhere=elsewhere)
+    return find_entry(read_probes(), name, what="probe")

@@ -1,22 +1,136 @@
-"""Fitted: a probe after it has seen the labelled images. The corridor never hands it the validation labels."""
+"""The contract of a probe, and what several probes share.
 
-from collections.abc import Callable, Iterator, Mapping
+A probe module holds a frozen dataclass that implements `FeatureProbe`, and a function `configure` that an `Entry` or an
+entry point names. A complete plug-in:
+
+    @dataclass(frozen=True, kw_only=True)
+    class NearestMean(FeatureProbe):
+        name: ClassVar[str] = "nearest-mean"
+        version: ClassVar[int] = 1
+
+        @property
+        def taps(self) -> tuple[str, ...]:
+            return ("cls",)
+
+        def configs(self, n: int) -> tuple[Params, ...]:
+            return ({},)
+
+        def fit(self, train, device, *, workers=None, other_taps=()) -> FittedProbe:
+            means = torch.stack([train.values[train.labels == label].mean(dim=0) for label in range(train.n_classes)])
+
+            def scores(values: Tensor) -> Iterator[Tensor]:
+                yield -torch.cdist(values, means).double()
+
+            return FittedProbe(settings=(ProbeConfig(params={}),), scores=scores)
+
+    def configure(config: EvaluationConfig, subset: Subset) -> Iterator[NearestMean]:
+        yield NearestMean()
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from msn_eval.config.recipes import Params
+from msn_eval.config.request import EvaluationConfig
+from msn_eval.data.subsets import Subset
+from msn_eval.distributed.group import Group
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
+
+TrainsOn = Literal["features", "augmented features", "images"]
+
+
+class Probe(Protocol):
+    """A probe with its options, as a frozen dataclass.
+
+    Attributes:
+        name: What users type and records state.
+        version: Part of the protocol. Raise it when the same options give different predictions.
+        trains_on: What the evaluation passes to it. "features": features of the labelled images, extracted once and
+            cached; such a probe is a `FeatureProbe`. "augmented features": features of new random crops in every epoch.
+            "images": the encoder changes too.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    trains_on: ClassVar[TrainsOn] = "features"
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The taps that the probe asks for: usually one, several if `fit` chooses among them.
+
+        An encoder without a tap uses another one by the rule of `resolve_tap`.
+        """
+        ...
+
+    def configs(self, n: int) -> tuple[Params, ...]:
+        """Return the hyper-parameters of every protocol that the probe stands for.
+
+        Each is a protocol with records of its own. Name everything that changes a prediction, but nothing that `fit`
+        chooses from the labelled images by a fixed rule.
+
+        Args:
+            n: Number of labelled images.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerGroup:
+    """The ranks of a group, each with a device to compute on. Ranks other than 0 wait in `distributed.serve`."""
+
+    group: Group
+    device: torch.device
+
+
+class FeatureProbe(Probe, Protocol):
+    """A probe that is fitted to features of the labelled images. A subclass inherits `trains_on`."""
+
+    def fit(
+        self,
+        train: Features,
+        device: torch.device,
+        *,
+        workers: WorkerGroup | None = None,
+        other_taps: Sequence[Features] = (),
+    ) -> "FittedProbe":
+        """Fit every configuration to the labelled images.
+
+        The validation features are not passed, so nothing can be chosen on them. `check_labelled` has accepted all
+        features.
+
+        Args:
+            train: Features at the first of `taps`. A class may have no labelled image; it must never be predicted.
+            device: Where to compute.
+            workers: Ranks that wait to share the work; a probe may ignore them.
+            other_taps: Features of the same images at the further taps, in the order of `taps`.
+
+        Raises:
+            NumericalError: These labelled images cannot be fitted. The evaluation records a failed result.
+        """
+        ...
+
+
+Configure = Callable[[EvaluationConfig, Subset], Iterator[Probe]]
+"""Signature of `configure`: yield the probes that the options of an evaluation ask for on one draw of a subset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """One setting of a probe's hyper-parameters, and how well its fit came out.
+    """One configuration of a probe, and how well its fit came out.
 
-    certificate: relative duality gap, None for probes that are not solved for
-    chosen:      what the fit chose for itself from the labelled images, by a rule that is part of the protocol
+    Attributes:
+        params: Hyper-parameters, as `Probe.configs` returns them.
+        solver: Name of the solver, None if there is a closed form.
+        converged: Whether the solver reached its target, None if it has none.
+        certificate: Relative duality gap, None for probes without one.
+        objective: Value of what was minimised.
+        iterations: Number of steps of the solver.
+        chosen: What the fit chose from the labelled images, by a rule that is part of the protocol.
     """
 
     params: Params
@@ -30,11 +144,14 @@ class ProbeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FittedProbe:
-    """Settings, and a function from (m, d) features to (m, n_classes) scores: one matrix a setting, in their order.
+    """A probe fitted to labelled images.
 
-    Scores are float64, higher is better, -inf for a class that cannot be chosen.
-    failures: settings that came to nothing, each by its hyper-parameters, and why
-    tap:      where several taps were offered, the one whose features the scores are of
+    Attributes:
+        settings: The configurations that were fitted.
+        scores: Function from (m, d) features to one (m, n_classes) float64 matrix per configuration, in the order of
+            `settings`. Higher is better; -inf for a class that cannot be predicted.
+        failures: Hyper-parameters of each configuration that could not be fitted, and why.
+        tap: The tap whose features `scores` takes, if `fit` was given several.
     """
 
     settings: tuple[ProbeConfig, ...]
@@ -43,39 +160,58 @@ class FittedProbe:
     tap: str | None = None
 
 
-def normalised_rows(values: Tensor) -> Tensor:
-    """Give rows of unit L2 length in float64; a zero row stays zero.
+def fit_probe(
+    probe: FeatureProbe,
+    train: Features,
+    device: torch.device,
+    *,
+    workers: WorkerGroup | None = None,
+    other_taps: Sequence[Features] = (),
+) -> FittedProbe:
+    """Check the labelled images, then fit the probe to them. See `FeatureProbe.fit`.
 
-    values: (n, d) floating
+    Raises:
+        NumericalError: By `check_labelled` or by the probe.
     """
+    for features in (train, *other_taps):
+        check_labelled(features)
+    return probe.fit(train, device, workers=workers, other_taps=other_taps)
+
+
+def normalised_rows(values: Tensor) -> Tensor:
+    """Return the rows of (n, d) floating values, L2-normalised, in float64. A zero row stays zero."""
     rows = values.to(torch.float64)
     length = rows.norm(dim=1, keepdim=True)
     return rows / torch.where(length > 0, length, torch.ones_like(length))
 
 
 def centred_rows(values: Tensor) -> Tensor:
-    """Give rows less their own mean, then of unit L2 length, in float64; a constant row becomes zero.
+    """Subtract its own mean from each row of (n, d) floating values, then L2-normalise it, in float64.
 
-    values: (n, d) floating
-    Source: the released evaluation of arXiv:2204.07141 (row-wise, so test images do not see each other).
+    A constant row becomes zero.
+
+    Source: the released evaluation of arXiv:2204.07141. No statistic crosses rows, so test images do not affect each other.
     """
     rows = values.to(torch.float64)
     centred = rows - rows.mean(dim=1, keepdim=True)
-    # What subtracting the mean leaves of a constant row is rounding, and must not be blown up to unit length.
+    # A constant row minus its mean is rounding noise, which normalisation would blow up to unit length.
     rounding = torch.finfo(torch.float64).eps * rows.shape[1] * rows.abs().amax(dim=1, keepdim=True)
     constant = centred.abs().amax(dim=1, keepdim=True) <= rounding
     return normalised_rows(torch.where(constant, torch.zeros_like(centred), centred))
 
 
 _BLOCK_ROWS = 4096
-_COLLAPSED = 1e-6  # of the rows' squared length; float32 noise on one vector leaves about 1e-14, networks 1e-3 and more
+_COLLAPSED = 1e-6  # share of the squared length; float32 noise on one vector leaves about 1e-14, networks 1e-3 and more
 _SHOWN = 5
 
 
 def check_labelled(train: Features) -> None:
-    """Refuse what no probe can learn from: on the CPU, since a GPU would only say that an index is out of range.
+    """Refuse labelled images that no probe can learn from.
 
-    Raises NumericalError for no or one class, labels outside [0, n_classes), and features that are not finite.
+    Labels are checked on the CPU: a GPU would report an index out of range as a device-side assertion.
+
+    Raises:
+        NumericalError: Fewer than two classes, labels outside [0, n_classes), or features that are not finite.
     """
     labels = train.labels.cpu()
     wrong = ((labels < 0) | (labels >= train.n_classes)).nonzero().flatten().tolist()
@@ -89,7 +225,7 @@ def check_labelled(train: Features) -> None:
         raise NumericalError(
             f"the {len(labels)} labelled images are of a single class", hint="Label images of at least two classes."
         )
-    finite = torch.cat([part.isfinite().all(dim=1) for part in torch.split(train.values, _BLOCK_ROWS)])
+    finite = torch.cat([block.isfinite().all(dim=1) for block in torch.split(train.values, _BLOCK_ROWS)])
     bad = (~finite).nonzero().flatten().tolist()
     if bad:
         names = ", ".join(train.image_ids[row] for row in bad[:_SHOWN])
@@ -100,35 +236,41 @@ def check_labelled(train: Features) -> None:
 
 
 def describe_collapse(values: Tensor) -> str:
-    """Say what is degenerate about features, (n, d), or give an empty string.
+    """Describe what is degenerate about (n, d) features; an empty string if nothing is.
 
-    Counted are constant rows, zero ones among them: centred they are zero, and no probe can place them. Collapsed are
-    features whose rows, centred and normalised, are all but the same vector: the probes still answer, at chance.
+    Features have collapsed if all rows, centred and normalised, are nearly the same vector: probes then score at chance.
+    Constant rows are counted, zero rows among them: centred they are zero, and say nothing about their image.
     """
     n = len(values)
     constant = zero = 0
     total = torch.zeros(values.shape[1], dtype=torch.float64)
-    for part in torch.split(values, _BLOCK_ROWS):
-        rows = centred_rows(part).cpu()
+    for block in torch.split(values, _BLOCK_ROWS):
+        rows = centred_rows(block).cpu()
         constant += int((rows == 0).all(dim=1).sum())
-        zero += int((part == 0).all(dim=1).sum())
+        zero += int((block == 0).all(dim=1).sum())
         total += rows.sum(dim=0)
-    told = []
-    directed = n - constant
-    if directed == 0 or (n > 1 and 1 - float((total / directed).square().sum()) < _COLLAPSED):
-        told.append("collapsed representation: all images have the same features, up to scale and offset")
+    problems = []
+    others = n - constant
+    # The variance of unit vectors is 1 minus the squared length of their mean.
+    if others == 0 or (n > 1 and 1 - float((total / others).square().sum()) < _COLLAPSED):
+        problems.append("collapsed representation: all images have the same features, up to scale and offset")
     if constant:
-        told.append(f"{constant:,} of {n:,} images have constant features, {zero:,} of them zero")
-    return "; ".join(told)
+        problems.append(f"{constant:,} of {n:,} images have constant features, {zero:,} of them zero")
+    return "; ".join(problems)
 
 
 def rank_labels(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each image's predicted class and the 1-based rank of its label.
+    """Return the predicted class of each image and the 1-based rank of its label.
 
-    scores: (m, n_classes), higher is better; equal scores rank by smaller class index
-    labels: (m,) int64
-    returns: (m,) int64 and (m,) int64
-    Raises NumericalError for NaN, which every comparison would let pass.
+    Args:
+        scores: (m, n_classes), higher is better; equal scores rank by smaller class index.
+        labels: (m,) int64.
+
+    Returns:
+        (m,) int64 predictions and (m,) int64 ranks, on the CPU.
+
+    Raises:
+        NumericalError: A score is NaN; comparisons with NaN are false and would give a rank of 1.
     """
     if bool(scores.isnan().any()):
         raise NumericalError("scores are NaN", hint="The features or the fit overflowed; retry with --precision fp32.")
@@ -137,5 +279,5 @@ def rank_labels(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     classes = torch.arange(scores.shape[1], device=scores.device)
     ahead = (scores > own) | ((scores == own) & (classes < labels[:, None]))
     best = scores.amax(dim=1, keepdim=True)
-    prediction = (scores == best).to(torch.uint8).argmax(dim=1)  # of equal maxima the first
+    prediction = (scores == best).to(torch.uint8).argmax(dim=1)  # the first of equal maxima
     return prediction.cpu(), (1 + ahead.sum(dim=1)).cpu()

@@ -1,128 +1,113 @@
-"""Team: the ranks that share one piece of work. The first has the rows, gives each of the others its share, and leads."""
+"""Worker group: ranks that share one fit or one search. Rank 0 has the rows, sends each other rank its share, and leads."""
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import torch
 from torch import Tensor, distributed
 
-from msn_eval.distributed.group import Group, broadcast_from_rank0, joined, share
+from msn_eval.distributed.group import broadcast_from_rank0, joined, share
 from msn_eval.errors import DistributedError, NumericalError, ResourceError
 from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
+from msn_eval.probes.base import WorkerGroup
 from msn_eval.probes.knn_search.index import check_finite, index_bank
 from msn_eval.probes.knn_search.search import Found, search_sharded
 from msn_eval.probes.logistic_solvers.newton import RowShare, minimise_in_chunks
 from msn_eval.probes.logistic_solvers.objective import Solution
 
 _SENT_ROWS = 1 << 14
-_QUERIES = 1 << 13  # that travel at once: as many as a GPU searches for at once
-_DONE = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerGroup:
-    """The ranks of a group, each with a device to compute on."""
-
-    group: Group
-    device: torch.device
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Fit:
-    """One fit, as the first rank tells the others."""
-
-    name: ClassVar[str] = "fit"
-
-    n: int
-    width: int
-    n_classes: int
-    mus: tuple[float, ...]
-    target: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Search:
-    """One search for the k nearest of n rows to each of m queries, likewise."""
-
-    name: ClassVar[str] = "search"
-
-    n: int
-    width: int
-    m: int
-    k: int
+_QUERIES = 1 << 13  # sent at once: as many as a GPU searches for at once
+_SHUTDOWN = ""
 
 
 def minimise_together(
-    team: WorkerGroup, whole: RowShare, mus: Sequence[float], *, target: float
+    workers: WorkerGroup, whole: RowShare, mus: Sequence[float], *, target: float
 ) -> Iterator[tuple[Solution, int]]:
-    """Call the others, who are in `assist`, to a fit, send them their rows, and solve with them as `minimise_in_chunks` does.
+    """Minimise as `minimise_in_chunks` does, on rank 0, with the rows shared among all ranks.
 
-    whole: all rows, on the first rank
+    Args:
+        workers: The ranks.
+        whole: All rows.
+        mus: Penalties, as `minimise_in_chunks` takes them.
+        target: Relative duality gap to reach.
+
+    Yields:
+        The solution and its number of steps for each penalty.
     """
-    _call(team, _Fit(n=whole.n, width=whole.width, n_classes=whole.n_classes, mus=tuple(mus), target=target))
-    with _at_work(team):
-        _send_shares(team, whole.values, whole.labels)
-        own = len(_rows_of(team, whole.n, 0))
+    fit = {"n": whole.n, "width": whole.width, "n_classes": whole.n_classes, "mus": list(mus), "target": target}
+    with _lead(workers, "fit", **fit):
+        _send_shares(workers, whole.values, whole.labels)
+        own = len(_rows_of(workers, whole.n, 0))
         first = replace(whole, values=whole.values[:own], labels=whole.labels[:own], total=add_up)
         yield from minimise_in_chunks(first, mus, target=target)
 
 
-def search_together(team: WorkerGroup, queries: Tensor, bank: Tensor, k: int) -> Found:
-    """Call the others, who are in `assist`, to a search, send them their rows of the bank, and search with them.
+def search_together(workers: WorkerGroup, queries: Tensor, bank: Tensor, k: int) -> Found:
+    """Search for the k nearest rows, on rank 0, with the rows shared among all ranks.
 
-    queries: (m, d) float32, m >= 1, on the first rank
-    bank:    (n, d) float32, n >= k, likewise
-    returns: on the first rank's device what `search_nearest` gives there, to the last bit
-    Raises NumericalError for rows that are not finite, before anybody is called.
+    Args:
+        workers: The ranks.
+        queries: (m, d) float32, m >= 1.
+        bank: (n, d) float32, n >= k.
+        k: Number of neighbours.
+
+    Returns:
+        On rank 0's device what `search_nearest` returns, to the last bit.
+
+    Raises:
+        NumericalError: A row is not finite; no other rank takes part then.
     """
     check_finite(bank, "labelled row")
     check_finite(queries, "query")
-    search = _Search(n=len(bank), width=bank.shape[1], m=len(queries), k=k)
-    _call(team, search)
-    with _at_work(team):
-        _send_shares(team, bank)
-        parts = _searched(team, search, bank[: len(_rows_of(team, search.n, 0))].to(team.device), queries)
-    cosines, rows = (torch.cat(column) for column in zip(*parts, strict=True))
+    (n, width), m = bank.shape, len(queries)
+    with _lead(workers, "search", n=n, width=width, m=m, k=k):
+        _send_shares(workers, bank)
+        own = bank[: len(_rows_of(workers, n, 0))].to(workers.device)
+        chunks = _search_shard(workers, own, queries, n=n, m=m, k=k)
+    cosines, rows = (torch.cat(column) for column in zip(*chunks, strict=True))
     return cosines, rows
 
 
-def serve(team: WorkerGroup) -> None:
-    """Take part in what the first rank calls to, until it says that there is no more."""
-    while told := broadcast_from_rank0(team.group, "work", lambda: _DONE):
-        name, facts = json.loads(told)
-        with _at_work(team):
-            if name == _Search.name:
-                _help_to_search(team, _Search(**facts))
+def serve(workers: WorkerGroup) -> None:
+    """Take part in the fits and searches of rank 0, until it shuts the group down."""
+    while message := broadcast_from_rank0(workers.group, "work", lambda: _SHUTDOWN):
+        work, arguments = json.loads(message)
+        with _connect(workers):
+            if work == "fit":
+                _serve_fit(workers, **arguments)
             else:
-                _help_to_fit(team, _Fit(**facts))
+                _serve_search(workers, **arguments)
 
 
-def shutdown(team: WorkerGroup) -> None:
-    """Tell the others, on the first rank, that there is no more."""
-    broadcast_from_rank0(team.group, "work", lambda: _DONE)
+def shutdown(workers: WorkerGroup) -> None:
+    """End `serve` on the other ranks. Rank 0 calls it."""
+    broadcast_from_rank0(workers.group, "work", lambda: _SHUTDOWN)
 
 
 def add_up(sums: Tensor) -> None:
-    """Add up over ranks; the first one's bits are everyone's, so that all take the same steps."""
+    """Sum a tensor over ranks, in place. All ranks get the bits of rank 0, so that all take the same steps."""
     distributed.all_reduce(sums)
     distributed.broadcast(sums, 0)
 
 
-def _call(team: WorkerGroup, work: _Fit | _Search) -> None:
-    broadcast_from_rank0(team.group, "work", lambda: json.dumps([work.name, asdict(work)]))
+@contextmanager
+def _lead(workers: WorkerGroup, work: str, **arguments: object) -> Iterator[None]:
+    """Make the other ranks serve some work, "fit" or "search", which the block leads."""
+    broadcast_from_rank0(workers.group, "work", lambda: json.dumps([work, arguments]))
+    with _connect(workers):
+        yield
 
 
 @contextmanager
-def _at_work(team: WorkerGroup) -> Iterator[None]:
-    """Have a process group inside. What keeps one rank from going on ends the job: the others wait for it in a collective."""
-    rank, device = team.group.rank, team.device
-    with joined(team.group, device):
+def _connect(workers: WorkerGroup) -> Iterator[None]:
+    """Join a process group for the block. An error of one rank ends the job, since the others wait in a collective."""
+    rank, device = workers.group.rank, workers.device
+    with joined(workers.group, device):
         try:
             yield
-        except NumericalError as error:  # elsewhere that of one result
+        except NumericalError as error:  # outside of a worker group it would fail one result only
             raise DistributedError(f"rank {rank} cannot go on: {error.what}", hint=error.hint) from error
         except OUT_OF_MEMORY_ERRORS as error:
             if not is_out_of_memory(error):
@@ -133,53 +118,58 @@ def _at_work(team: WorkerGroup) -> Iterator[None]:
             ) from error
 
 
-def _help_to_fit(team: WorkerGroup, fit: _Fit) -> None:
-    rows = len(_rows_of(team, fit.n, team.group.rank))
-    values = torch.empty(rows, fit.width, device=team.device)
-    labels = torch.empty(rows, dtype=torch.int64, device=team.device)
+def _serve_fit(
+    workers: WorkerGroup, *, n: int, width: int, n_classes: int, mus: Sequence[float], target: float
+) -> None:
+    rows = len(_rows_of(workers, n, workers.group.rank))
+    values = torch.empty(rows, width, device=workers.device)
+    labels = torch.empty(rows, dtype=torch.int64, device=workers.device)
     _receive_share(values, labels)
-    own = RowShare(values=values, labels=labels, n_classes=fit.n_classes, n=fit.n, total=add_up)
-    for _ in minimise_in_chunks(own, fit.mus, target=fit.target):
+    own = RowShare(values=values, labels=labels, n_classes=n_classes, n=n, total=add_up)
+    for _ in minimise_in_chunks(own, mus, target=target):
         pass
 
 
-def _help_to_search(team: WorkerGroup, search: _Search) -> None:
-    values = torch.empty(len(_rows_of(team, search.n, team.group.rank)), search.width, device=team.device)
+def _serve_search(workers: WorkerGroup, *, n: int, width: int, m: int, k: int) -> None:
+    values = torch.empty(len(_rows_of(workers, n, workers.group.rank)), width, device=workers.device)
     _receive_share(values)
-    _searched(team, search, values, None)
+    _search_shard(workers, values, values.new_empty(0, width), n=n, m=m, k=k)
 
 
-def _searched(team: WorkerGroup, search: _Search, values: Tensor, queries: Tensor | None) -> list[Found]:
-    """Search for the first rank's queries, which alone has some, a part of them at a time.
+def _search_shard(workers: WorkerGroup, values: Tensor, queries: Tensor, *, n: int, m: int, k: int) -> list[Found]:
+    """Search for rank 0's queries in chunks.
 
-    values: this rank's rows of the bank
+    Args:
+        workers: The ranks.
+        values: This rank's rows of the bank.
+        queries: All queries on rank 0, none on the others.
+        n: Rows of the bank, all ranks together.
+        m: Number of queries.
+        k: Number of neighbours.
     """
     shard = index_bank(values) if len(values) else None
-    first = _rows_of(team, search.n, team.group.rank).start
-    nothing = values.new_empty(0, search.width)
-    return [
-        search_sharded(nothing if queries is None else queries[some].to(team.device), shard, first, search.k)
-        for some in _pieces(range(search.m), _QUERIES)
-    ]
+    first = _rows_of(workers, n, workers.group.rank).start
+    return [search_sharded(queries[rows].to(workers.device), shard, first, k) for rows in _split(range(m), _QUERIES)]
 
 
-def _send_shares(team: WorkerGroup, *whole: Tensor) -> None:
+def _rows_of(workers: WorkerGroup, n: int, rank: int) -> range:
+    """Return the rows of n that a rank works on."""
+    return share(n, replace(workers.group, rank=rank), block=1)
+
+
+def _send_shares(workers: WorkerGroup, *tensors: Tensor) -> None:
     """Send every other rank its rows of each tensor."""
-    for rank in range(1, team.group.world):
-        for some in _pieces(_rows_of(team, len(whole[0]), rank), _SENT_ROWS):
-            for one in whole:
-                distributed.send(one[some].to(team.device).contiguous(), rank)
+    for rank in range(1, workers.group.world):
+        for rows in _split(_rows_of(workers, len(tensors[0]), rank), _SENT_ROWS):
+            for tensor in tensors:
+                distributed.send(tensor[rows].to(workers.device).contiguous(), rank)
 
 
-def _receive_share(*share_of: Tensor) -> None:
-    for some in _pieces(range(len(share_of[0])), _SENT_ROWS):
-        for one in share_of:
-            distributed.recv(one[some], 0)
+def _receive_share(*tensors: Tensor) -> None:
+    for rows in _split(range(len(tensors[0])), _SENT_ROWS):
+        for tensor in tensors:
+            distributed.recv(tensor[rows], 0)
 
 
-def _rows_of(team: WorkerGroup, n: int, rank: int) -> range:
-    return share(n, replace(team.group, rank=rank), block=1)
-
-
-def _pieces(rows: range, size: int) -> Iterator[slice]:
+def _split(rows: range, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, rows.stop)) for first in range(rows.start, rows.stop, size))

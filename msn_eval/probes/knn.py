@@ -12,8 +12,8 @@ from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.subsets import Subset
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FittedProbe, ProbeConfig
-from msn_eval.probes.distributed import WorkerGroup, search_together
+from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup
+from msn_eval.probes.distributed import search_together
 from msn_eval.probes.knn_search.candidates import Search
 from msn_eval.probes.knn_search.index import index_bank
 from msn_eval.probes.knn_search.search import Found, search_nearest
@@ -24,7 +24,7 @@ _SHARED_VALUES = 1 << 26  # of a bank that ranks share: with fewer, what each do
 
 
 @dataclass(frozen=True, kw_only=True)
-class NearestNeighbours:
+class NearestNeighbours(FeatureProbe):
     """The k nearest labelled rows by cosine vote for their classes with weight exp(cosine / temperature).
 
     Source: Wu et al. 2018, arXiv:1805.01978; k and temperature as in DINO, arXiv:2104.14294.
@@ -38,7 +38,6 @@ class NearestNeighbours:
 
     name: ClassVar[str] = "knn"
     version: ClassVar[int] = 1
-    tap: ClassVar[str] = "cls-norm"
 
     ks: tuple[int, ...] = DEFAULT_KS
     temperatures: tuple[float, ...] = (DEFAULT_TEMPERATURE,)
@@ -47,7 +46,7 @@ class NearestNeighbours:
 
     @property
     def taps(self) -> tuple[str, ...]:
-        return (self.tap,)
+        return ("cls-norm",)
 
     def configs(self, n: int) -> tuple[Params, ...]:
         """Return the hyper-parameters of every protocol with n labelled images.

@@ -1,42 +1,147 @@
-"""A linear layer by SGD on cached features, its learning rate and weight decay chosen on held-out labelled images."""
+"""A linear layer by SGD on cached features; learning rate and weight decay are chosen on held-out labelled images."""
 
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from msn_eval.config.recipes import LinearRecipe, Params
+from msn_eval.config.request import EvaluationConfig
+from msn_eval.data.subsets import Subset
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FittedProbe, ProbeConfig, centred_rows
+from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup, centred_rows
 
+_log = logging.getLogger(__name__)
 MOMENTUM = 0.9
 _SMALLEST = 1e-30
+_SCORED_VALUES = 1 << 24  # scores of all heads that are in memory at once
+_SHOWN = 5
+_TakeRows = Callable[[Tensor], Tensor]  # from row numbers to the rows at each of t taps of one width, (t, b, d) float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How one head is trained.
 
-    learning_rate: > 0, at the first step; falls to 0 along a cosine over all steps
-    weight_decay:  >= 0, on the weights; the bias is left alone
+    Attributes:
+        learning_rate: At the first step, > 0; falls to 0 along a cosine over all steps.
+        weight_decay: Of the weights, >= 0; the bias has none.
     """
 
     learning_rate: float
     weight_decay: float = 0.0
 
 
+@dataclass(frozen=True)
+class Linear(FeatureProbe):
+    """A linear layer with bias on centred, normalised rows: softmax cross-entropy by SGD with Nesterov momentum.
+
+    All layers of the grid are trained at once, for each seed without a different stratified tenth of the labelled images.
+    The layer with the best mean accuracy on these tenths is trained again on all images. If several taps are given, each
+    has the grid to itself, and the best of all layers is chosen. The grid, the taps and the rule are part of the protocol;
+    the choice is not.
+
+    Source: the linear evaluation of arXiv:2204.07141, appendix A.3, without its augmentation.
+    """
+
+    name: ClassVar[str] = "linear"
+    version: ClassVar[int] = 1
+
+    recipe: LinearRecipe = field(default_factory=LinearRecipe)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return self.recipe.named_taps or ("cls",)
+
+    def configs(self, n: int) -> tuple[Params, ...]:
+        """Return the one protocol that a grid, or a single learning rate, is."""
+        names: tuple[str, ...]
+        if self.recipe.lr is not None:
+            names = ("lr", "weight_decay", "epochs", "batch_size", "seed")
+        else:
+            rates, decays = ("lr_first", "lr_last", "lrs"), ("weight_decay_first", "weight_decay_last", "weight_decays")
+            names = (*rates, *decays, "epochs", "batch_size", "seeds", "seed")
+        params: dict[str, int | float | str] = {name: getattr(self.recipe, name) for name in names}
+        if self.recipe.named_taps:
+            params["taps"] = ",".join(self.recipe.named_taps)
+        return (params,)
+
+    def fit(
+        self,
+        train: Features,
+        device: torch.device,
+        *,
+        workers: WorkerGroup | None = None,
+        other_taps: Sequence[Features] = (),
+    ) -> FittedProbe:
+        """Choose a layer of the grid and train it on all labelled images. See `FeatureProbe.fit`.
+
+        Raises:
+            NumericalError: No class has two images to choose by, or every layer diverges.
+        """
+        recipe = self.recipe
+        present, labels = torch.unique(train.labels.to(device), return_inverse=True)
+        stacks = stack_taps((train, *other_taps), device)
+        layers = [(tap, head) for stack in stacks for tap in stack.taps for head in make_grid(recipe)]
+        chosen: dict[str, float | str] | None = None
+        tap, head = layers[0]
+        if len(layers) > 1:
+            scores = score_held_out(recipe, stacks, labels, n_classes=len(present))
+            best = choose_layer(scores, [head for _, head in layers])
+            tap, head = layers[best]
+            chosen = {"tap": tap} if other_taps else {}
+            chosen |= {
+                "lr": head.learning_rate,
+                "weight_decay": head.weight_decay,
+                "held_out_accuracy": float(scores.accuracies[best]),
+                "diverged": int((scores.accuracies < 0).sum()),
+            }
+        take = next(stack.select_tap(tap) for stack in stacks if tap in stack.taps).take
+        heads = _train(recipe, take, labels, [head], len(present), recipe.seed)
+        refuse_divergence(heads, [head])
+        config = ProbeConfig(
+            params=self.configs(len(labels))[0],
+            solver="sgd",
+            objective=float(heads.losses[0]),
+            iterations=recipe.epochs * -(-len(labels) // recipe.batch_size),
+            chosen=chosen,
+        )
+
+        def score(queries: Tensor) -> Iterator[Tensor]:
+            rows = centred_rows(queries.to(device))
+            scores = rows.new_full((len(rows), train.n_classes), -torch.inf)
+            scores[:, present] = rows @ heads.weights[0].double().T + heads.biases[0].double()
+            yield scores
+
+        return FittedProbe(settings=(config,), scores=score, tap=tap)
+
+
+def configure(config: EvaluationConfig, subset: Subset) -> Iterator[Linear]:
+    """Yield the probe with the recipe of the options."""
+    yield Linear(config.linear)
+
+
+def make_grid(recipe: LinearRecipe) -> tuple[Recipe, ...]:
+    """Return every layer of the grid at one tap, learning rate by learning rate."""
+    return tuple(
+        Recipe(learning_rate=rate, weight_decay=decay) for rate in recipe.learning_rates for decay in recipe.decays
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """Trained heads: scores of head i are rows @ weights[i].T + biases[i].
+    """Trained heads: the scores of head i are rows @ weights[i].T + biases[i].
 
-    weights: (h, n_classes, d) float32; biases: (h, n_classes) float32
-    losses:  (h,) float64, mean cross-entropy over the last epoch, as the batches came
+    Attributes:
+        weights: (h, n_classes, d) float32.
+        biases: (h, n_classes) float32.
+        losses: (h,) float64, mean cross-entropy of the batches of the last epoch, each before its step.
     """
 
     weights: Tensor
@@ -45,9 +150,9 @@ class Heads:
 
     @cached_property
     def diverged(self) -> tuple[bool, ...]:
-        """Tell of each head whether it left the finite numbers."""
+        """Whether each head has values that are not finite."""
         finite = self.weights.isfinite().all(dim=(1, 2)) & self.biases.isfinite().all(dim=1) & self.losses.isfinite()
-        return tuple(not one for one in finite.tolist())
+        return tuple((~finite).tolist())
 
 
 def train_heads(
@@ -60,14 +165,14 @@ def train_heads(
     batch_size: int,
     generator: torch.Generator,
 ) -> Heads:
-    """Train as `train_grid` does, on rows as they are, heads that all must come out finite.
+    """Train one head per recipe as `train_grid` does, on (n, d) rows as they are, in float32.
 
-    rows: (n, d) floating, as the protocol prepares them; taken in float32
-    Raises NumericalError where a head diverges.
+    Raises:
+        NumericalError: A head diverges.
     """
     values = rows.to(torch.float32)
     heads = train_grid(
-        lambda some: values[some][None],
+        lambda indices: values[indices][None],
         labels,
         recipes,
         n_classes=n_classes,
@@ -80,16 +185,16 @@ def train_heads(
 
 
 def refuse_divergence(heads: Heads, recipes: Sequence[Recipe]) -> None:
-    """Raise NumericalError naming the first head that diverged, if one did."""
-    lost = [one for one, gone in zip(recipes, heads.diverged, strict=True) if gone]
-    if lost:
-        raise NumericalError(
-            f"the linear layer diverged at learning rate {lost[0].learning_rate:g}", hint="Use a smaller one."
-        )
+    """Raise NumericalError that names the first head that diverged, if one did."""
+    for recipe, diverged in zip(recipes, heads.diverged, strict=True):
+        if diverged:
+            raise NumericalError(
+                f"the linear layer diverged at learning rate {recipe.learning_rate:g}", hint="Use a smaller one."
+            )
 
 
 def train_grid(
-    take: Callable[[Tensor], Tensor],
+    take: _TakeRows,
     labels: Tensor,
     recipes: Sequence[Recipe],
     *,
@@ -100,95 +205,77 @@ def train_grid(
 ) -> Heads:
     """Minimise mean softmax cross-entropy by SGD with Nesterov momentum, from zero, for every tap and recipe at once.
 
-    take:      gives the rows of some places at each of t taps of one width, (t, b, d) float32, as the protocol prepares them:
-               all need not be in memory
-    labels:    (n,) int64 in [0, n_classes)
-    recipes:   of the heads of one tap, the same for each
-    generator: on the CPU; draws the order of every epoch, the same for all heads and on every device
-    returns:   the heads tap by tap, of each recipe by recipe
-    All heads see the same batches and share one batched product a step; none depends on the others, one that diverges neither.
-    The steps are those of torch.optim.SGD(nesterov=True); an epoch's last batch may be short, and counts by its own mean.
+    All heads see the same batches and share one batched product per step. None depends on the others, nor on one that
+    diverges. The steps are those of torch.optim.SGD(nesterov=True). The last batch of an epoch may be smaller, and its
+    gradient is its own mean.
+
+    Args:
+        take: Returns the rows of some images at each of t taps, as the probe prepares them; they need not all be in memory.
+        labels: (n,) int64 in [0, n_classes).
+        recipes: Of the heads of one tap, the same for each tap.
+        n_classes: Number of classes.
+        epochs: Passes over the rows.
+        batch_size: Rows per step.
+        generator: On the CPU. It draws the order of every epoch, the same for all heads and on every device.
+
+    Returns:
+        t * len(recipes) heads, tap by tap, and of each tap recipe by recipe.
+
     Source: the linear evaluation of arXiv:2204.07141, section A.3: SGD, Nesterov momentum 0.9, cosine, no warm-up.
     """
     n, first = len(labels), take(labels.new_zeros(1))
     h, (t, _, d) = len(recipes), first.shape
-    # One row a layer and class; buffers are made once, since large ones are given back to the system at every step.
+    # One row per head and class. Buffers are allocated once: large ones would return to the system after every step.
     weights, biases = first.new_zeros(t, h * n_classes, d), first.new_zeros(t, 1, h * n_classes)
-    speed, bias_speed, gradient = torch.zeros_like(weights), torch.zeros_like(biases), torch.empty_like(weights)
+    momentum, bias_momentum, gradient = torch.zeros_like(weights), torch.zeros_like(biases), torch.empty_like(weights)
     scores = first.new_empty(t * min(batch_size, n) * h * n_classes)
-    rate, decay = (
-        first.new_tensor(column).repeat_interleave(n_classes)
-        for column in ([one.learning_rate for one in recipes], [one.weight_decay for one in recipes])
-    )
+    rate = first.new_tensor([recipe.learning_rate for recipe in recipes]).repeat_interleave(n_classes)
+    decay = first.new_tensor([recipe.weight_decay for recipe in recipes]).repeat_interleave(n_classes)
     steps, step = epochs * -(-n // batch_size), 0
     losses = torch.zeros(t, h, dtype=torch.float64, device=first.device)
     for epoch in range(epochs):
         order = torch.randperm(n, generator=generator).to(labels.device)
-        for some in torch.split(order, batch_size):
-            batch, b = take(some), len(some)
+        for indices in torch.split(order, batch_size):
+            batch, b = take(indices), len(indices)
             logits = scores[: t * b * h * n_classes].view(t, b, h * n_classes)
             torch.baddbmm(biases, batch, weights.mT, out=logits)
             residual = logits.view(t, b, h, n_classes)
             if epoch == epochs - 1:
-                losses += _losses(residual, labels[some]) * (b / n)
-            # In its place: a second buffer would push the first out of the cache.
+                losses += _compute_losses(residual, labels[indices]) * (b / n)
+            # In place: a second buffer would push the first out of the cache.
             torch.softmax(residual, dim=3, out=residual)
-            # What a float32 holds only as a denormal number moves no weight, and makes a product ten times as slow.
+            # Denormal numbers move no weight, and make a product ten times as slow.
             torch.threshold_(residual, _SMALLEST, 0.0)
-            residual[:, torch.arange(b, device=labels.device), :, labels[some]] -= 1
+            # The gradient of cross-entropy by the logits is softmax minus one-hot.
+            residual[:, torch.arange(b, device=labels.device), :, labels[indices]] -= 1
             torch.bmm(logits.mT, batch / b, out=gradient).addcmul_(decay[:, None], weights)
             bias_gradient = logits.sum(dim=1, keepdim=True) / b
-            share = (1 + math.cos(math.pi * step / steps)) / 2
-            speed.mul_(MOMENTUM).add_(gradient)
-            bias_speed.mul_(MOMENTUM).add_(bias_gradient)
-            weights.addcmul_(rate[:, None], gradient.add_(speed, alpha=MOMENTUM), value=-share)
-            biases.addcmul_(rate, bias_gradient.add_(bias_speed, alpha=MOMENTUM), value=-share)
+            cosine = (1 + math.cos(math.pi * step / steps)) / 2
+            momentum.mul_(MOMENTUM).add_(gradient)
+            bias_momentum.mul_(MOMENTUM).add_(bias_gradient)
+            # Nesterov: the step is along gradient + MOMENTUM * momentum.
+            weights.addcmul_(rate[:, None], gradient.add_(momentum, alpha=MOMENTUM), value=-cosine)
+            biases.addcmul_(rate, bias_gradient.add_(bias_momentum, alpha=MOMENTUM), value=-cosine)
             step += 1
     return Heads(
         weights=weights.view(t * h, n_classes, d), biases=biases.view(t * h, n_classes), losses=losses.flatten()
     )
 
 
-def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Give each layer's mean cross-entropy, (t, h) float64, from (t, b, h, n_classes) logits."""
+def _compute_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return each head's mean cross-entropy, (t, h) float64, from (t, b, h, n_classes) logits."""
     t, _, h, _ = logits.shape
     own = logits.gather(3, labels[:, None, None].expand(t, -1, h, 1))[..., 0]
     return (logits.logsumexp(dim=3) - own).mean(dim=1).to(torch.float64)
 
 
-_log = logging.getLogger(__name__)
-_SCORED_VALUES = 1 << 24  # scores of all heads that are held at once
-_SHOWN = 5
-
-
 @dataclass(frozen=True, kw_only=True)
-class Linear(LinearRecipe):
-    """A linear layer with bias on centred, normalised rows: softmax cross-entropy by SGD with Nesterov momentum.
+class HeldOutScores:
+    """Scores of every layer on held-out images: tap by tap, and of each tap in the order of the grid.
 
-    Every layer of the grid is trained at once, each time without another stratified tenth of the labelled images; the one
-    with the best mean accuracy on these is trained anew on all. Of several taps each has the grid to itself, and the best of
-    all layers is taken. The grid, the taps and the rule are the protocol, not the choice.
-    Source: the linear evaluation of arXiv:2204.07141, appendix A.3, without its augmentation.
-    """
-
-    name: ClassVar[str] = "linear"
-    version: ClassVar[int] = 1
-    tap: ClassVar[str] = "cls"
-
-    @property
-    def grid(self) -> tuple[Recipe, ...]:
-        """Give every layer of a tap, learning rate by learning rate."""
-        return tuple(
-            Recipe(learning_rate=rate, weight_decay=decay) for rate in self.learning_rates for decay in self.decays
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """What held-out images say of every layer, tap by tap, and of each in the order of the grid.
-
-    accuracies: (h,) float64, the mean over seeds of the share of held-out images that are right; -1 where it diverged
-    losses:     (h,) float64, their mean cross-entropy, likewise; infinite where it diverged
+    Attributes:
+        accuracies: (h,) float64, mean over seeds; -1 for a layer that diverged.
+        losses: (h,) float64, mean cross-entropy, mean over seeds; infinite for a layer that diverged.
     """
 
     accuracies: Tensor
@@ -196,226 +283,164 @@ class HeldOut:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stack:
-    """The labelled images' features at taps of one width, whose layers share a product.
+class TapStack:
+    """Features of the labelled images at taps of one width, whose layers share a product.
 
-    taps:   where they were taken
-    values: of each tap, (n, d) float32; on `device`, or in memory where that has no room for them
+    Attributes:
+        taps: The taps.
+        values: Of each tap, (n, d) float32, on `device`, or in host memory if they do not fit.
+        device: Where rows are used.
     """
 
     taps: tuple[str, ...]
     values: tuple[Tensor, ...]
     device: torch.device
 
-    def take(self, places: Tensor) -> Tensor:
-        """Give the rows of some places at every tap, as the protocol has them: (t, b, d) float32."""
-        some = (one[places.to(one.device)].to(self.device) for one in self.values)
-        return torch.stack([centred_rows(rows).to(torch.float32) for rows in some])
+    def take(self, indices: Tensor) -> Tensor:
+        """Return some rows at every tap, centred and normalised: (t, b, d) float32."""
+        rows = (values[indices.to(values.device)].to(self.device) for values in self.values)
+        return torch.stack([centred_rows(some).to(torch.float32) for some in rows])
 
-    def only(self, tap: str) -> "Stack":
-        """Give one tap alone."""
+    def select_tap(self, tap: str) -> "TapStack":
+        """Return one tap alone."""
         return replace(self, taps=(tap,), values=(self.values[self.taps.index(tap)],))
 
 
-def stacked(offered: Sequence[Features], device: torch.device) -> tuple[Stack, ...]:
-    """Put features of the same images at several taps together by their widths."""
-    fit_at_once = _fit_at_once([features.values for features in offered], device)
+def stack_taps(offered: Sequence[Features], device: torch.device) -> tuple[TapStack, ...]:
+    """Group features of the same images at several taps by their widths.
+
+    A GPU holds all rows at once if they take at most half of its free memory.
+    """
+    needed = sum(features.values.numel() * features.values.element_size() for features in offered)
+    fits = device.type != "cuda" or 2 * needed <= torch.cuda.mem_get_info(device)[0]
     by_width: dict[int, list[Features]] = {}
     for features in offered:
         by_width.setdefault(features.values.shape[1], []).append(features)
     return tuple(
-        Stack(
-            taps=tuple(features.tap for features in alike),
-            values=tuple(features.values.to(device) if fit_at_once else features.values for features in alike),
+        TapStack(
+            taps=tuple(features.tap for features in group),
+            values=tuple(features.values.to(device) if fits else features.values for features in group),
             device=device,
         )
-        for alike in by_width.values()
+        for group in by_width.values()
     )
 
 
-def _fit_at_once(values: Sequence[Tensor], device: torch.device) -> bool:
-    """Tell whether a GPU is to hold all rows at once: they take at most half of its free memory."""
-    if device.type != "cuda":
-        return True
-    needed = sum(one.numel() * one.element_size() for one in values)
-    return 2 * needed <= torch.cuda.mem_get_info(device)[0]
+def score_held_out(
+    recipe: LinearRecipe, stacks: Sequence[TapStack], labels: Tensor, *, n_classes: int
+) -> HeldOutScores:
+    """Train every layer without a tenth of the rows, and score it on them; once per seed, which draws the tenth.
 
+    Args:
+        recipe: The grid.
+        stacks: The features.
+        labels: (n,) int64 in [0, n_classes), every class present.
+        n_classes: Number of classes.
 
-def linear_settings(probe: Linear) -> tuple[Params, ...]:
-    """Give the one protocol that a grid, or a single learning rate, is."""
-    if probe.lr is not None:
-        names: tuple[str, ...] = ("lr", "weight_decay", "epochs", "batch_size", "seed")
-    else:
-        rates, decays = ("lr_first", "lr_last", "lrs"), ("weight_decay_first", "weight_decay_last", "weight_decays")
-        names = (*rates, *decays, "epochs", "batch_size", "seeds", "seed")
-    params: dict[str, int | float | str] = {name: getattr(probe, name) for name in names}
-    if probe.named_taps:
-        params["taps"] = ",".join(probe.named_taps)
-    return (params,)
-
-
-def fit_linear(
-    probe: Linear, train: Features, device: torch.device, *, elsewhere: Sequence[Features] = ()
-) -> FittedProbe:
-    """Choose a layer of the grid, train it on all labelled images. A class without images is never chosen.
-
-    elsewhere: the same images at further taps, of which one is chosen too
-    Raises NumericalError where no class has two images to choose by, or every layer diverges.
+    Raises:
+        NumericalError: No class has two rows, or every layer diverges.
     """
-    offered = (train, *elsewhere)
-    assert all(features.image_ids == train.image_ids for features in elsewhere)
-    present, labels = torch.unique(train.labels.to(device), return_inverse=True)
-    n_classes = len(present)
-    stacks = stacked(offered, device)
-    layers = [(tap, recipe) for stack in stacks for tap in stack.taps for recipe in probe.grid]
-    (tap, recipe), chosen = layers[0], None
-    if len(layers) > 1:
-        found = held_out_scores(probe, stacks, labels, n_classes=n_classes)
-        best = best_layer(found, [recipe for _, recipe in layers])
-        tap, recipe = layers[best]
-        choice: dict[str, float | str] = {"tap": tap} if elsewhere else {}
-        chosen = choice | {
-            "lr": recipe.learning_rate,
-            "weight_decay": recipe.weight_decay,
-            "held_out_accuracy": float(found.accuracies[best]),
-            "diverged": int((found.accuracies < 0).sum()),
-        }
-    alone = next(stack.only(tap) for stack in stacks if tap in stack.taps)
-    heads = _trained(probe, alone.take, labels, [recipe], n_classes, probe.seed)
-    refuse_divergence(heads, [recipe])
-    setting = ProbeConfig(
-        params=linear_settings(probe)[0],
-        solver="sgd",
-        objective=float(heads.losses[0]),
-        iterations=probe.epochs * -(-len(labels) // probe.batch_size),
-        chosen=chosen,
-    )
-
-    def scores(queries: Tensor) -> Iterator[Tensor]:
-        rows = centred_rows(queries.to(device))
-        whole = rows.new_full((len(rows), train.n_classes), -torch.inf)
-        whole[:, present] = rows @ heads.weights[0].double().T + heads.biases[0].double()
-        yield whole
-
-    return FittedProbe(settings=(setting,), scores=scores, tap=tap)
-
-
-def held_out_scores(probe: Linear, stacks: Sequence[Stack], labels: Tensor, *, n_classes: int) -> HeldOut:
-    """Train every layer without a tenth of the rows, and score it on them; another tenth for every seed, the same for all.
-
-    labels: (n,) int64 in [0, n_classes), every class present
-    Raises NumericalError where no class has two rows, and where every layer diverges.
-    """
-    taps = [tap for stack in stacks for tap in stack.taps]
-    right = torch.zeros(len(taps) * len(probe.grid), dtype=torch.float64)
-    loss, gone = torch.zeros_like(right), torch.zeros(len(right), dtype=torch.bool)
-    for seed in range(probe.seed, probe.seed + probe.seeds):
-        held = draw_held_out(labels.cpu(), seed=seed).to(labels.device)
-        if not held.any():
+    taps, grid = [tap for stack in stacks for tap in stack.taps], make_grid(recipe)
+    accuracies = torch.zeros(len(taps) * len(grid), dtype=torch.float64)
+    losses, diverged = torch.zeros_like(accuracies), torch.zeros(len(accuracies), dtype=torch.bool)
+    for seed in range(recipe.seed, recipe.seed + recipe.seeds):
+        held_out = draw_held_out(labels.cpu(), seed=seed).to(labels.device)
+        if not held_out.any():
+            one_tap = f", and one tap, linear.taps={taps[0]}" if len(taps) > 1 else ""
             raise NumericalError(
-                f"linear: the {len(labels)} labelled images are one a class, and none is left over to choose by",
-                hint=f"Give the one learning rate, linear.lr=3{_and_tap(taps)}, or use more labelled images.",
+                f"linear: the {len(labels)} labelled images are one per class, and none is left over to choose by",
+                hint=f"Give the one learning rate, linear.lr=3{one_tap}, or use more labelled images.",
             )
-        kept, left_out = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
-        of_seed = []
+        kept, held = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+        columns = []
         for stack in stacks:
-            take = partial(_take_some, stack.take, kept)
-            heads = _trained(probe, take, labels[kept], probe.grid, n_classes, seed)
-            of_seed.append((*_score(heads, stack.take, labels, left_out), torch.tensor(heads.diverged)))
-        hits, losses, diverged = (torch.cat(column) for column in zip(*of_seed, strict=True))
-        right += hits / probe.seeds
-        loss += losses / probe.seeds
-        gone |= diverged
-    if gone.any():
-        _tell_of_divergence(probe, taps, gone)
-    return HeldOut(
-        accuracies=torch.where(gone, -torch.ones_like(right), right),
-        losses=torch.where(gone, torch.full_like(loss, torch.inf), loss),
+            heads = _train(recipe, _take_from(stack, kept), labels[kept], grid, n_classes, seed)
+            columns.append((*_score(heads, stack, labels, held), torch.tensor(heads.diverged)))
+        seed_accuracies, seed_losses, seed_diverged = (torch.cat(column) for column in zip(*columns, strict=True))
+        accuracies += seed_accuracies / recipe.seeds
+        losses += seed_losses / recipe.seeds
+        diverged |= seed_diverged
+    _report_divergence(taps, grid, diverged)
+    return HeldOutScores(
+        accuracies=accuracies.masked_fill(diverged, -1.0), losses=losses.masked_fill(diverged, torch.inf)
     )
 
 
-def _and_tap(taps: Sequence[str]) -> str:
-    return f", and one tap, linear.taps={taps[0]}" if len(taps) > 1 else ""
+def _take_from(stack: TapStack, kept: Tensor) -> _TakeRows:
+    return lambda indices: stack.take(kept[indices])
 
 
-def _tell_of_divergence(probe: Linear, taps: Sequence[str], gone: Tensor) -> None:
-    """Warn of the layers that diverged. Raises NumericalError where all did."""
-    if gone.all():
+def _report_divergence(taps: Sequence[str], grid: Sequence[Recipe], diverged: Tensor) -> None:
+    """Warn of the layers that diverged. Raises NumericalError if all did."""
+    if diverged.all():
         raise NumericalError(
-            f"linear: all {len(gone)} layers diverged", hint="Use smaller ones: linear.lr_last, linear.lr_first."
+            f"linear: all {len(diverged)} layers diverged", hint="Use smaller ones: linear.lr_last, linear.lr_first."
         )
+    layers = [(tap, head) for tap in taps for head in grid]
     names = [
-        f"{one.learning_rate:g} with decay {one.weight_decay:g}{f' at {tap}' if len(taps) > 1 else ''}"
-        for tap in taps
-        for one in probe.grid
+        f"{head.learning_rate:g} with decay {head.weight_decay:g}{f' at {tap}' if len(taps) > 1 else ''}"
+        for (tap, head), is_lost in zip(layers, diverged.tolist(), strict=True)
+        if is_lost
     ]
-    lost = [name for name, diverged in zip(names, gone.tolist(), strict=True) if diverged]
-    told = ", ".join(lost[:_SHOWN])
-    _log.warning("linear: %d of %d layers diverged and are left out: learning rates %s", len(lost), len(gone), told)
-
-
-def _take_some(take: Callable[[Tensor], Tensor], kept: Tensor, some: Tensor) -> Tensor:
-    return take(kept[some])
+    if names:
+        shown = ", ".join(names[:_SHOWN])
+        _log.warning(
+            "linear: %d of %d layers diverged and are left out: learning rates %s", len(names), len(layers), shown
+        )
 
 
 def draw_held_out(labels: Tensor, *, seed: int) -> Tensor:
-    """Draw a tenth of each class, of a class with fewer than ten rows one, and of a class with a single row none.
+    """Draw a tenth of each class, at least one row of a class with two or more, none of a class with a single row.
 
-    returns: (n,) bool, true for the rows that are held out
+    Returns:
+        (n,) bool, true for the rows that are held out.
     """
     generator = torch.Generator().manual_seed(seed)
-    held = torch.zeros(len(labels), dtype=torch.bool)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(int(labels.max()) + 1):
         rows = (labels == label).nonzero()[:, 0]
         if len(rows) > 1:
             shuffled = rows[torch.randperm(len(rows), generator=generator)]
-            held[shuffled[: max(1, len(rows) // 10)]] = True
-    return held
+            held_out[shuffled[: max(1, len(rows) // 10)]] = True
+    return held_out
 
 
-def best_layer(found: HeldOut, grid: Sequence[Recipe]) -> int:
-    """Give the place of the layer with the best accuracy; of equal ones with the smallest loss, then the smallest rate."""
-    places = range(len(grid))
+def choose_layer(scores: HeldOutScores, layers: Sequence[Recipe]) -> int:
+    """Return the index of the most accurate layer; of equal ones that of the smallest loss, then of the smallest rate."""
     return min(
-        places,
-        key=lambda place: (
-            -round(float(found.accuracies[place]), 12),
-            float(found.losses[place]),
-            grid[place].learning_rate,
-            place,
+        range(len(layers)),
+        key=lambda index: (
+            -round(float(scores.accuracies[index]), 12),
+            float(scores.losses[index]),
+            layers[index].learning_rate,
         ),
     )
 
 
-def _trained(
-    probe: Linear,
-    take: Callable[[Tensor], Tensor],
-    labels: Tensor,
-    recipes: Sequence[Recipe],
-    n_classes: int,
-    seed: int,
+def _train(
+    recipe: LinearRecipe, take: _TakeRows, labels: Tensor, heads: Sequence[Recipe], n_classes: int, seed: int
 ) -> Heads:
     return train_grid(
         take,
         labels,
-        recipes,
+        heads,
         n_classes=n_classes,
-        epochs=probe.epochs,
-        batch_size=probe.batch_size,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
         generator=torch.Generator().manual_seed(seed),
     )
 
 
-def _score(heads: Heads, take: Callable[[Tensor], Tensor], labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each head's share of right answers and mean cross-entropy on the rows at some places, (h,) float64 on the CPU."""
+def _score(heads: Heads, stack: TapStack, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each head's accuracy and mean cross-entropy on some rows, (h,) float64 on the CPU."""
     h, n_classes = heads.biases.shape
-    right, loss = torch.zeros(h, dtype=torch.float64), torch.zeros(h, dtype=torch.float64)
-    for some in torch.split(places, max(1, _SCORED_VALUES // (h * n_classes))):
-        rows = take(some)  # (t, b, d); the heads stand tap by tap
-        of_taps = heads.weights.view(len(rows), -1, rows.shape[2])
-        scores = torch.bmm(rows, of_taps.mT).transpose(0, 1).reshape(len(some), h, n_classes) + heads.biases
-        own = labels[some][:, None]
-        right += (scores.argmax(dim=2) == own).sum(dim=0).double().cpu() / len(places)
-        logs = scores.log_softmax(dim=2).gather(2, own[:, :, None].expand(-1, h, -1))[:, :, 0]
-        loss -= logs.sum(dim=0).double().cpu() / len(places)
-    return right, loss
+    accuracy, loss = torch.zeros(h, dtype=torch.float64), torch.zeros(h, dtype=torch.float64)
+    for indices in torch.split(rows, max(1, _SCORED_VALUES // (h * n_classes))):
+        values = stack.take(indices)  # (t, b, d); the heads are in the order of the taps
+        by_tap = heads.weights.view(len(values), -1, values.shape[2])
+        scores = torch.bmm(values, by_tap.mT).transpose(0, 1).reshape(len(indices), h, n_classes) + heads.biases
+        own = labels[indices][:, None]
+        accuracy += (scores.argmax(dim=2) == own).sum(dim=0).double().cpu() / len(rows)
+        log_likelihood = scores.log_softmax(dim=2).gather(2, own[:, :, None].expand(-1, h, -1))[:, :, 0]
+        loss -= log_likelihood.sum(dim=0).double().cpu() / len(rows)
+    return accuracy, loss

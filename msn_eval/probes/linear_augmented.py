@@ -1,4 +1,4 @@
-"""Linear layers on the features of augmented images: the reference's linear evaluation, a step at a time."""
+"""Linear layers on features of augmented images: the reference's linear evaluation, one step at a time."""
 
 import hashlib
 import logging
@@ -13,42 +13,58 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from msn_eval.config.recipes import AugmentedRecipe
-from msn_eval.distributed.group import Group, broadcast_from_rank0, joined, sum_over_ranks
+from msn_eval.config.recipes import AugmentedRecipe, Params
+from msn_eval.config.request import EvaluationConfig
+from msn_eval.data.subsets import Subset
+from msn_eval.distributed.group import Group, joined, sum_over_ranks
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features.augmented import AugmentedImages, features_from
-from msn_eval.probes.base import FittedProbe, ProbeConfig
-from msn_eval.probes.training_state import StateFiles, read_state, write_state
+from msn_eval.probes.base import FittedProbe, Probe, ProbeConfig, TrainsOn
+from msn_eval.probes.training_state import StateFiles, read_shared_state, write_state
 from msn_eval.process import StopRequest, watch_stop_signals
 
 _log = logging.getLogger(__name__)
 MOMENTUM = 0.9
 _FIRST_WEIGHT_STD = 0.01
-_SAVE_SECONDS = 60.0  # what a kill can cost
+_SAVE_SECONDS = 60.0  # the most work that a kill can lose
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearAugmented(AugmentedRecipe):
-    """LayerNorm with learned affine, L2 norm, linear layer with bias, on the frozen encoder's features of random crops and
-    flips; SGD with Nesterov momentum, cosine, no warm-up.
+class LinearAugmented(AugmentedRecipe, Probe):
+    """LayerNorm with learned affine, L2 norm and linear layer with bias, on features of random crops and flips.
 
-    Every learning rate is a protocol of its own; they share each image's pass through the encoder, and nothing else.
+    The encoder is frozen. The optimiser is SGD with Nesterov momentum and a cosine without warm-up. Every learning rate is
+    a protocol of its own; they share each image's pass through the encoder, and nothing else.
+
     Source: arXiv:2204.07141, appendix A.3, and its released linear evaluation.
     """
 
     name: ClassVar[str] = "linear-augmented"
     version: ClassVar[int] = 1
-    tap: ClassVar[str] = "cls"
+    trains_on: ClassVar[TrainsOn] = "augmented features"
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return ("cls",)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates, each once."""
+        return tuple(dict.fromkeys(self.lr))
+
+    def configs(self, n: int) -> tuple[Params, ...]:
+        """Return the protocol that each learning rate is."""
+        shared = {name: getattr(self, name) for name in ("weight_decay", "epochs", "batch_size", "crop_share", "seed")}
+        return tuple({"lr": rate, **shared} for rate in self.rates)
 
 
-def augmented_settings(probe: LinearAugmented) -> tuple[dict[str, int | float], ...]:
-    """Give the protocol that each learning rate is."""
-    shared = {name: getattr(probe, name) for name in ("weight_decay", "epochs", "batch_size", "crop_share", "seed")}
-    return tuple({"lr": rate, **shared} for rate in dict.fromkeys(probe.lr))
+def configure(config: EvaluationConfig, subset: Subset) -> Iterator[LinearAugmented]:
+    """Yield the probe with the recipe of the options."""
+    yield LinearAugmented(**vars(config.linear_augmented))
 
 
 class AugmentedHead(nn.Module):
-    """What is trained: features (b, d) to scores (b, n_classes)."""
+    """What is trained: from features (b, d) to scores (b, n_classes)."""
 
     def __init__(self, dim: int, n_classes: int, *, seed: int) -> None:
         super().__init__()
@@ -65,12 +81,15 @@ class AugmentedHead(nn.Module):
 
 @dataclass(kw_only=True)
 class Training:
-    """Heads between two steps: all that a resumption needs; everything random follows from the step.
+    """Heads between two steps: all that a resumed training needs. Everything random follows from the step.
 
-    heads, optimizers: by learning rate; those that diverged are taken out
-    losses:            by learning rate, cross-entropy summed over the images of the epoch under way
-    last_losses:       its mean over the epoch before, NaN in the first
-    diverged_at:       steps at which layers were taken out
+    Attributes:
+        step: Number of steps taken.
+        heads: By learning rate; heads that diverged are removed.
+        optimizers: By learning rate, likewise.
+        losses: By learning rate, cross-entropy summed over the images of the current epoch.
+        last_losses: Its mean over the previous epoch, NaN in the first.
+        diverged_at: By learning rate, the steps at which heads were removed.
     """
 
     step: int
@@ -80,97 +99,106 @@ class Training:
     last_losses: dict[float, float]
     diverged_at: dict[float, int] = field(default_factory=dict)
 
-    def as_state(self) -> dict[str, Any]:
-        """Give what torch.load takes with weights_only."""
-        return {
-            "heads": {repr(rate): head.state_dict() for rate, head in self.heads.items()},
-            "optimizers": {repr(rate): one.state_dict() for rate, one in self.optimizers.items()},
-            "losses": {repr(rate): loss for rate, loss in self.losses.items()},
-            "last_losses": {repr(rate): loss for rate, loss in self.last_losses.items()},
-            "diverged_at": {repr(rate): step for rate, step in self.diverged_at.items()},
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch.load reads it with weights_only; `write_state` adds the step."""
+        values: dict[str, dict[float, Any]] = {
+            "heads": {rate: head.state_dict() for rate, head in self.heads.items()},
+            "optimizers": {rate: optimizer.state_dict() for rate, optimizer in self.optimizers.items()},
+            "losses": self.losses,
+            "last_losses": self.last_losses,
+            "diverged_at": self.diverged_at,
         }
+        return {name: {repr(rate): value for rate, value in by_rate.items()} for name, by_rate in values.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state. A training that has just started is expected."""
+        self.step = state["step"]
+        self.losses, self.last_losses, self.diverged_at = (
+            {float(rate): value for rate, value in state[name].items()}
+            for name in ("losses", "last_losses", "diverged_at")
+        )
+        for rate in self.diverged_at:
+            del self.heads[rate], self.optimizers[rate]
+        for rate, head in self.heads.items():
+            head.load_state_dict(state["heads"][repr(rate)])
+            self.optimizers[rate].load_state_dict(state["optimizers"][repr(rate)])
 
 
 def start_training(probe: LinearAugmented, dim: int, n_classes: int, device: torch.device) -> Training:
-    """Give heads that are all alike, and their optimisers."""
-    rates = tuple(dict.fromkeys(probe.lr))
-    heads = {rate: AugmentedHead(dim, n_classes, seed=probe.seed).to(device) for rate in rates}
+    """Make one head per learning rate, all with the same weights, and their optimisers."""
+    heads = {rate: AugmentedHead(dim, n_classes, seed=probe.seed).to(device) for rate in probe.rates}
     return Training(
         step=0,
         heads=heads,
-        optimizers={rate: _optimizer(head, rate, probe.weight_decay) for rate, head in heads.items()},
-        losses=dict.fromkeys(rates, 0.0),
-        last_losses=dict.fromkeys(rates, math.nan),
+        optimizers={rate: _build_optimizer(head, rate, probe.weight_decay) for rate, head in heads.items()},
+        losses=dict.fromkeys(heads, 0.0),
+        last_losses=dict.fromkeys(heads, math.nan),
     )
 
 
-def _optimizer(head: AugmentedHead, rate: float, weight_decay: float) -> torch.optim.SGD:
+def _build_optimizer(head: AugmentedHead, rate: float, weight_decay: float) -> torch.optim.SGD:
     others = [*head.norm.parameters(), head.linear.bias]
     groups = [{"params": [head.linear.weight], "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=True)
 
 
-def restore_training(training: Training, state: Mapping[str, Any]) -> None:
-    """Put a training where a state was taken."""
-    training.step = int(state["step"])
-    training.diverged_at = {float(rate): int(step) for rate, step in state["diverged_at"].items()}
-    for rate in training.diverged_at:
-        del training.heads[rate], training.optimizers[rate]
-    for rate, head in training.heads.items():
-        head.load_state_dict(state["heads"][repr(rate)])
-        training.optimizers[rate].load_state_dict(state["optimizers"][repr(rate)])
-    training.losses = {float(rate): loss for rate, loss in state["losses"].items()}
-    training.last_losses = {float(rate): loss for rate, loss in state["last_losses"].items()}
-
-
 def take_step(
     training: Training,
-    parts: Iterator[tuple[Tensor, Tensor]],
+    chunks: Iterator[tuple[Tensor, Tensor]],
     *,
     images: int,
-    share: float,
+    rate_factor: float,
     group: Group,
     stop: StopRequest,
 ) -> bool:
-    """Take one step on a batch that comes in parts, this rank's share of it; the same step however it is cut.
+    """Take one step on a batch that comes in chunks. How the batch is cut does not change the step.
 
-    parts:  features (b, d) float32 and labels (b,)
-    images: of the whole batch, all ranks together
-    share:  of each first learning rate that holds now
-    stop:   heard between two parts; a rank that was asked to stop has no rank take the step
-    returns: whether it was taken
+    Args:
+        training: The heads; changed in place.
+        chunks: Features (b, d) float32 and labels (b,) of this rank's share of the batch.
+        images: Number of images in the batch, all ranks together.
+        rate_factor: Factor of every learning rate at this step.
+        group: Ranks that share the batch.
+        stop: Checked between two chunks. If one rank is asked to stop, no rank takes the step.
+
+    Returns:
+        Whether the step was taken.
+
+    Raises:
+        NumericalError: Features are not finite.
     """
     rates = tuple(training.heads)
     weights = {rate: list(training.heads[rate].parameters()) for rate in rates}
     for rate in rates:
-        for one in weights[rate]:
-            one.grad = torch.zeros_like(one)
+        for weight in weights[rate]:
+            weight.grad = torch.zeros_like(weight)
+    # Summed over ranks with the gradients: the loss of each head, then whether a rank failed, and whether one stops.
     sums = torch.zeros(len(rates) + 2, device=weights[rates[0]][0].device)
     fault = None
     try:
-        for features, labels in parts:
+        for features, labels in chunks:
             if stop.number is not None:
                 break
-            for place, rate in enumerate(rates):
+            for index, rate in enumerate(rates):
                 loss = functional.cross_entropy(training.heads[rate](features), labels, reduction="sum")
                 (loss / images).backward()  # type: ignore[no-untyped-call]
-                sums[place] += loss.detach()
-    except NumericalError as error:  # all ranks must come to the sum, and then know
+                sums[index] += loss.detach()
+    except NumericalError as error:  # raised only after the sum, which the other ranks wait for
         fault = error
     sums[-2], sums[-1] = float(fault is not None), float(stop.number is not None)
-    gradients = [one.grad for rate in rates for one in weights[rate] if one.grad is not None]
+    gradients = [weight.grad for rate in rates for weight in weights[rate] if weight.grad is not None]
     sum_over_ranks(group, [*gradients, sums])
     if sums[-2] > 0:
         raise fault or NumericalError("features of another rank's augmented images are not finite")
     if sums[-1] > 0:
         return False
-    for place, rate in enumerate(rates):
-        training.losses[rate] += float(sums[place])
+    for index, rate in enumerate(rates):
+        training.losses[rate] += float(sums[index])
         optimizer = training.optimizers[rate]
-        for settings in optimizer.param_groups:
-            settings["lr"] = rate * share
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = rate * rate_factor
         optimizer.step()
-        if not all(bool(one.isfinite().all()) for one in weights[rate]):
+        if not all(bool(weight.isfinite().all()) for weight in weights[rate]):
             _log.warning("linear-augmented: learning rate %g diverged at step %d and is left out", rate, training.step)
             training.diverged_at[rate] = training.step
             del training.heads[rate], training.optimizers[rate]
@@ -181,11 +209,19 @@ def take_step(
 def fit_augmented(
     probe: LinearAugmented, images: AugmentedImages, *, group: Group, files: StateFiles | None
 ) -> FittedProbe:
-    """Train a head for every learning rate on the labelled images. Every rank calls it, and all have the heads.
+    """Train a head for every learning rate on the labelled images. Every rank calls it, and all get the heads.
 
-    files: where the state is kept that a stopped training goes on from; None keeps none
-    A head that diverges gives no setting but a failure. Raises NumericalError for images of a single class and for features
-    that are not finite, StoreError where the disk refuses for a whole epoch.
+    A head that diverges becomes a failure of the fitted probe.
+
+    Args:
+        probe: The recipe.
+        images: The labelled images.
+        group: Ranks that share each batch.
+        files: Where the state of the training is kept, to resume from after a stop; None keeps none.
+
+    Raises:
+        NumericalError: The images are of a single class, features are not finite, or every head diverges.
+        StoreError: The disk refuses states for an epoch and at its end again.
     """
     present, labels = torch.unique(images.labels, return_inverse=True)
     if len(present) < 2:
@@ -193,53 +229,39 @@ def fit_augmented(
     device = images.encoder.device
     training = start_training(probe, images.dim, len(present), device)
     with joined(group, device), watch_stop_signals() as stop:
-        _resume(training, files, group)
+        if (state := read_shared_state(files, group)) is not None:
+            training.load_state_dict(state)
+            if group.rank == 0:
+                _log.info("linear-augmented: resumes after step %d", training.step)
         _train(probe, images, labels, training, group=group, files=files, stop=stop)
-    if stop.number is not None:  # which was raised again behind the block, unless nobody listens
+    if stop.number is not None:  # the signal is raised again at the end of the block, unless it is ignored
         raise KeyboardInterrupt
-    params = {float(one["lr"]): one for one in augmented_settings(probe)}
-    kept = tuple(training.heads)
-    settings = tuple(
-        ProbeConfig(
-            params=params[rate],
-            solver="sgd",
-            objective=training.last_losses[rate],
-            iterations=training.step,
-        )
-        for rate in kept
-    )
+    params = dict(zip(probe.rates, probe.configs(len(labels)), strict=True))
 
-    def scores(values: Tensor) -> Iterator[Tensor]:
-        for rate in kept:
+    def score(values: Tensor) -> Iterator[Tensor]:
+        for head in training.heads.values():
             with torch.no_grad():
-                own = training.heads[rate](values.to(device)).double()
-            whole = own.new_full((len(values), images.n_classes), -torch.inf)
-            whole[:, present.to(device)] = own
-            yield whole
+                own = head(values.to(device)).double()
+            scores = own.new_full((len(values), images.n_classes), -torch.inf)
+            scores[:, present.to(device)] = own
+            yield scores
 
     return FittedProbe(
-        settings=settings,
-        scores=scores,
-        failures=tuple((params[rate], _divergence(rate, step)) for rate, step in training.diverged_at.items()),
+        settings=tuple(
+            ProbeConfig(
+                params=params[rate], solver="sgd", objective=training.last_losses[rate], iterations=training.step
+            )
+            for rate in training.heads
+        ),
+        scores=score,
+        failures=tuple((params[rate], _make_error(rate, step)) for rate, step in training.diverged_at.items()),
     )
 
 
-def _divergence(rate: float, step: int) -> NumericalError:
+def _make_error(rate: float, step: int) -> NumericalError:
     return NumericalError(
         f"linear-augmented: the layer diverged at learning rate {rate:g}, step {step}", hint="Use a smaller one."
     )
-
-
-def _resume(training: Training, files: StateFiles | None, group: Group) -> None:
-    """Go on from the newest state of the first rank, where there is one."""
-    state = read_state(files) if files is not None and group.rank == 0 else None
-    step = int(broadcast_from_rank0(group, "training step", lambda: str(state["step"] if state is not None else 0)))
-    if step == 0:
-        return
-    whole: dict[str, Any] = broadcast_from_rank0(group, "state", lambda: state or {})
-    restore_training(training, whole)
-    if group.rank == 0:
-        _log.info("linear-augmented: goes on behind step %d", step)
 
 
 def _train(
@@ -253,34 +275,33 @@ def _train(
     stop: StopRequest,
 ) -> None:
     n = len(labels)
-    steps_an_epoch = -(-n // probe.batch_size)
-    steps = probe.epochs * steps_an_epoch
-    keeper = _Keeper(files=files if group.rank == 0 else None, saved_at=time.monotonic())
-    for epoch in range(training.step // steps_an_epoch, probe.epochs):
+    steps_per_epoch = -(-n // probe.batch_size)
+    steps = probe.epochs * steps_per_epoch
+    saver = _StateSaver(files=files if group.rank == 0 else None, saved_at=time.monotonic())
+    for epoch in range(training.step // steps_per_epoch, probe.epochs):
         order = draw_order(n, seed=probe.seed, epoch=epoch)
-        batches = list(torch.split(order, probe.batch_size))[training.step % steps_an_epoch :]
-        for parts, batch in zip(
-            features_from(images, labels, batches, seed=probe.seed, epoch=epoch, share=probe.crop_share, group=group),
-            batches,
-            strict=True,
-        ):
-            share = (1 + math.cos(math.pi * training.step / steps)) / 2
-            if not take_step(training, parts, images=len(batch), share=share, group=group, stop=stop):
-                keeper.save(training)
-                stop.number = stop.number if stop.number is not None else signal.SIGTERM  # another rank's
+        batches = torch.split(order, probe.batch_size)[training.step % steps_per_epoch :]
+        chunks_of = features_from(
+            images, labels, batches, seed=probe.seed, epoch=epoch, share=probe.crop_share, group=group
+        )
+        for chunks, batch in zip(chunks_of, batches, strict=True):
+            cosine = (1 + math.cos(math.pi * training.step / steps)) / 2
+            if not take_step(training, chunks, images=len(batch), rate_factor=cosine, group=group, stop=stop):
+                saver.save(training)
+                stop.number = stop.number if stop.number is not None else signal.SIGTERM  # that of a different rank
                 return
             if not training.heads:
-                raise next(_divergence(rate, step) for rate, step in training.diverged_at.items())
-            if training.step % steps_an_epoch == 0:
+                raise next(_make_error(rate, step) for rate, step in training.diverged_at.items())
+            if training.step % steps_per_epoch == 0:
                 training.last_losses = {rate: loss / n for rate, loss in training.losses.items()}
                 training.losses = dict.fromkeys(training.losses, 0.0)
-            keeper.save_if_due(training)
-        keeper.insist(training)
+            saver.save_if_due(training)
+        saver.finish_epoch(training)
 
 
 @dataclass(kw_only=True)
-class _Keeper:
-    """When states are written. A disk that refuses is told of and tried again, until the epoch ends."""
+class _StateSaver:
+    """Writes states at intervals. If the disk refuses, it warns and tries again, until the epoch ends."""
 
     files: StateFiles | None
     saved_at: float
@@ -288,7 +309,7 @@ class _Keeper:
 
     def save(self, training: Training) -> None:
         if self.files is not None:
-            write_state(self.files, training.as_state(), step=training.step)
+            write_state(self.files, training.state_dict(), step=training.step)
             self.saved_at, self.refused = time.monotonic(), False
 
     def save_if_due(self, training: Training) -> None:
@@ -298,14 +319,14 @@ class _Keeper:
             self.save(training)
         except StoreError as error:
             self.saved_at, self.refused = time.monotonic(), True
-            _log.warning("%s\nTraining goes on and tries again; at the end of the epoch it stops.", error)
+            _log.warning("%s\nTraining continues and tries again; at the end of the epoch it stops.", error)
 
-    def insist(self, training: Training) -> None:
+    def finish_epoch(self, training: Training) -> None:
         if self.refused:
             self.save(training)
 
 
 def draw_order(n: int, *, seed: int, epoch: int) -> Tensor:
-    """Give the places of all n images in the order of one epoch, a pure function of seed and epoch."""
+    """Return the numbers of all n images in the order of one epoch, a pure function of seed and epoch."""
     digest = hashlib.sha256(b"order\t%d\t%d" % (seed, epoch)).digest()
     return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7])))

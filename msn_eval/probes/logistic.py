@@ -12,8 +12,8 @@ from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.subsets import Subset
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FittedProbe, ProbeConfig, centred_rows
-from msn_eval.probes.distributed import WorkerGroup, minimise_together
+from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup, centred_rows
+from msn_eval.probes.distributed import minimise_together
 from msn_eval.probes.logistic_solvers import lambda_selection
 from msn_eval.probes.logistic_solvers.lambda_selection import GRID, Choice, LabelledRows
 from msn_eval.probes.logistic_solvers.newton import RowShare, is_large, minimise_in_chunks, minimise_path
@@ -27,7 +27,7 @@ LARGEST_GAP = 1e-3  # above it, a fit has not converged
 
 
 @dataclass(frozen=True, kw_only=True)
-class Logistic:
+class Logistic(FeatureProbe):
     """Mean softmax cross-entropy + (lambda / n) / 2 ||W||^2 on centred, normalised rows; no intercept.
 
     Source: arXiv:2204.07141, appendix A.2, and its released evaluation.
@@ -39,14 +39,13 @@ class Logistic:
 
     name: ClassVar[str] = "logistic"
     version: ClassVar[int] = 1
-    tap: ClassVar[str] = "cls"
 
     lambdas: tuple[float, ...]
     solver: Solver = "auto"
 
     @property
     def taps(self) -> tuple[str, ...]:
-        return (self.tap,)
+        return ("cls",)
 
     def configs(self, n: int) -> tuple[Params, ...]:
         return tuple({"lambda": l2} for l2 in self.lambdas)
@@ -74,7 +73,7 @@ class Logistic:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogisticAutoLambda:
+class LogisticAutoLambda(FeatureProbe):
     """The same objective at the lambda that the labelled images choose by the rule of `lambda_selection`: a protocol.
 
     Attributes:
@@ -83,13 +82,12 @@ class LogisticAutoLambda:
 
     name: ClassVar[str] = "logistic"
     version: ClassVar[int] = 1
-    tap: ClassVar[str] = "cls"
 
     solver: Solver = "auto"
 
     @property
     def taps(self) -> tuple[str, ...]:
-        return (self.tap,)
+        return ("cls",)
 
     def configs(self, n: int) -> tuple[Params, ...]:
         return lambda_selection.auto_settings()

@@ -11,12 +11,11 @@ from msn_eval.config.recipes import Params
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.subsets import Subset
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FittedProbe, ProbeConfig, normalised_rows
-from msn_eval.probes.distributed import WorkerGroup
+from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup, normalised_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class NearestClassMean:
+class NearestClassMean(FeatureProbe):
     """Cosine of normalised rows to the mean of each class's normalised rows.
 
     Source: Mensink et al. 2013, "Distance-based image classification"; with cosines, Snell et al. 2017.
@@ -24,11 +23,10 @@ class NearestClassMean:
 
     name: ClassVar[str] = "ncm"
     version: ClassVar[int] = 1
-    tap: ClassVar[str] = "cls-norm"
 
     @property
     def taps(self) -> tuple[str, ...]:
-        return (self.tap,)
+        return ("cls-norm",)
 
     def configs(self, n: int) -> tuple[Params, ...]:
         return ({},)

@@ -12,8 +12,7 @@ from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.subsets import Subset
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FittedProbe, ProbeConfig, centred_rows
-from msn_eval.probes.distributed import WorkerGroup
+from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup, centred_rows
 
 # alpha = 10^-4, 10^-3.5, … 10^4: rows have length 1, so the eigenvalues of the Gram matrix lie between 0 and n.
 GRID = tuple(float(10 ** (step / 2)) for step in range(-8, 9))
@@ -21,7 +20,7 @@ _SMALLEST_REST = 1e-10  # of 1 - H_ii; below it the leave-one-out residual is ro
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ridge:
+class Ridge(FeatureProbe):
     """One-hot targets minus the class prior, squared error + alpha ||W||^2, an unpenalised bias.
 
     alpha is the value of GRID with the smallest leave-one-out squared error, of equal ones the largest. The labelled images
@@ -31,11 +30,10 @@ class Ridge:
 
     name: ClassVar[str] = "ridge"
     version: ClassVar[int] = 1
-    tap: ClassVar[str] = "cls"
 
     @property
     def taps(self) -> tuple[str, ...]:
-        return (self.tap,)
+        return ("cls",)
 
     def configs(self, n: int) -> tuple[Params, ...]:
         """Return the one protocol: the ends of the grid, whose steps are equal in log, and its size."""

@@ -1,9 +1,9 @@
-"""Training state: what the training of a probe goes on from, whatever stopped it.
+"""Training state: what an interrupted training of a probe resumes from.
 
     OUT/.training/ID.step-00000120.9f86d081884c7d65.pt
 
-Written under another name first, synced and renamed; the end of its name is the start of its bytes' SHA-256, and a file that
-does not have it is passed over. The newest two stay until the results are written.
+A file is written under a temporary name, synced and renamed. The end of its name is the start of the SHA-256 of its bytes; a
+file for which that is wrong is ignored. The newest two stay until the results are written.
 """
 
 import contextlib
@@ -18,21 +18,22 @@ from typing import Any
 
 import torch
 
+from msn_eval.distributed.group import Group, broadcast_from_rank0
 from msn_eval.errors import StoreError
 from msn_eval.files.atomic import free_bytes, remove, write_atomically
 
 _log = logging.getLogger(__name__)
-_FOLDER = ".training"
-_NAME = re.compile(r"(?P<id>[0-9a-f]{16})\.step-(?P<step>\d{8,})\.(?P<sha256>[0-9a-f]{16})\.pt")
+_NAME = re.compile(r"[0-9a-f]{16}\.step-(?P<step>\d{8,})\.(?P<sha256>[0-9a-f]{16})\.pt")
 _GENERATIONS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateFiles:
-    """Where the states of one training stand.
+    """The state files of one training.
 
-    out:   result folder
-    facts: all that decides how the training goes on, such as the labelled images; they are its address
+    Attributes:
+        out: Result folder.
+        facts: Everything that decides how the training continues, such as the labelled images. The files are named by it.
     """
 
     out: Path
@@ -40,26 +41,28 @@ class StateFiles:
 
     @property
     def folder(self) -> Path:
-        return self.out / _FOLDER
+        return self.out / ".training"
 
     @property
     def id(self) -> str:
         return _digest("\n".join(f"{name}\t{value}" for name, value in sorted(self.facts.items())).encode())
 
-    def found(self) -> list[Path]:
-        """Give the files, the newest first."""
-        named = [(match, path) for path in self.folder.glob(f"{self.id}.*.pt") if (match := _NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(named, key=lambda one: int(one[0]["step"]), reverse=True)]
+    def find(self) -> list[Path]:
+        """Return the files, the newest first."""
+        matches = [(_NAME.fullmatch(path.name), path) for path in self.folder.glob(f"{self.id}.*.pt")]
+        steps = [(int(match["step"]), path) for match, path in matches if match]
+        return [path for _, path in sorted(steps, key=lambda pair: pair[0], reverse=True)]
 
 
 def write_state(files: StateFiles, state: Mapping[str, Any], *, step: int) -> None:
     """Write a state, read it back, and remove all but the newest two.
 
-    Raises StoreError where the disk refuses or gives back something else; older ones are then as they were.
+    Raises:
+        StoreError: The disk refuses, or reads back something else. Older states are then unchanged.
     """
-    packed = io.BytesIO()
-    torch.save({"step": step, **state}, packed)
-    content = packed.getvalue()
+    buffer = io.BytesIO()
+    torch.save({"step": step, **state}, buffer)
+    content = buffer.getvalue()
     path = files.folder / f"{files.id}.step-{step:08d}.{_digest(content)}.pt"
     try:
         files.folder.mkdir(parents=True, exist_ok=True)
@@ -67,38 +70,42 @@ def write_state(files: StateFiles, state: Mapping[str, Any], *, step: int) -> No
         if path.read_bytes() != content:
             path.unlink()
             raise OSError("it read back differently")
-        for old in files.found()[_GENERATIONS:]:
+        for old in files.find()[_GENERATIONS:]:
             old.unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(
             f"could not keep the state of a training: {error.strerror or error}",
             where=str(path),
             hint=f"Free space or choose another --out folder; {free_bytes(files.out)}.",
-            kept="Older states are as they were; the same command goes on from them.",
+            kept="Older states are unchanged; the same command resumes from them.",
         ) from error
 
 
 def read_state(files: StateFiles) -> dict[str, Any] | None:
-    """Read the newest state that is whole, its `step` among it; None where there is none."""
-    for path in files.found():
+    """Read the newest undamaged state, with its `step`; None if there is none."""
+    for path in files.find():
         try:
             content = path.read_bytes()
             if not path.name.endswith(f".{_digest(content)}.pt"):
-                raise ValueError("its bytes are not those that its name tells of")
+                raise ValueError("its bytes do not match its name")
             state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             return state
         except (OSError, ValueError, RuntimeError) as error:
-            _log.warning("%s is passed over: %s", path, str(error).partition("\n")[0])
+            _log.warning("%s is damaged and ignored: %s", path, str(error).partition("\n")[0])
     return None
+
+
+def read_shared_state(files: StateFiles | None, group: Group) -> dict[str, Any] | None:
+    """Read the newest state on rank 0, whose folder the others may not see, and return it on all ranks of a process group."""
+    return broadcast_from_rank0(group, "state", lambda: None if files is None else read_state(files))
 
 
 def remove_states(files: StateFiles) -> None:
     """Remove the states of a training that has become results, and the folder with the last of them."""
-    for path in files.found():
-        with contextlib.suppress(OSError):  # what cannot be removed does no harm
+    with contextlib.suppress(OSError):  # what cannot be removed does no harm
+        for path in files.find():
             remove(path)
-    with contextlib.suppress(OSError):  # others stand in it
-        files.folder.rmdir()
+        files.folder.rmdir()  # fails while other trainings have states in it
 
 
 def _digest(content: bytes) -> str:

@@ -1,6 +1,7 @@
-"""Fine-tuning on a GPU: loss and predictions close to the CPU's, resuming, and bf16."""
+"""Fine-tuning on a GPU: about the CPU's loss and predictions, a state that resumes, and bf16."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ _RECIPE = {
 }
 
 
-def _tune(out: Path, *, device: str, precision: str = "fp32", **options: object) -> Result:
+def _tune(out: Path, *, device: str, precision: str = "fp32", **options: Any) -> Result:
     (result,) = evaluate(
         ["demo"], data="digits", subsets=["5imgs@1"], probes=["finetune"], finetune=_RECIPE, out=out, device=device,
         precision=precision, no_cache=True, limit=40, **options,
@@ -43,7 +44,7 @@ def test_loss_and_predictions_are_close_to_the_cpu(tmp_path: Path) -> None:
     assert float(np.mean(answers[0] == answers[1])) > 0.97
 
 
-def test_bf16_is_a_separate_protocol_with_similar_accuracy(tmp_path: Path) -> None:
+def test_bf16_is_its_own_protocol_and_learns_as_much(tmp_path: Path) -> None:
     exact, reduced = (_tune(tmp_path, device="cuda", precision=precision) for precision in ("fp32", "bf16"))
 
     assert exact.protocol_id != reduced.protocol_id
@@ -52,8 +53,8 @@ def test_bf16_is_a_separate_protocol_with_similar_accuracy(tmp_path: Path) -> No
     assert reduced.metrics.top1 == pytest.approx(exact.metrics.top1, abs=0.05)
 
 
-def test_interrupted_evaluation_resumes_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kill(*arguments: object, **options: object) -> None:
+def test_killed_evaluation_resumes_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(*given: object, **named: object) -> None:
         raise KeyError
 
     with monkeypatch.context() as patched:
@@ -64,7 +65,7 @@ def test_interrupted_evaluation_resumes_from_its_state(tmp_path: Path, monkeypat
     assert _tune(tmp_path, device="cuda").status == "ok"
 
 
-def test_split_batches_give_the_same_objective(tmp_path: Path) -> None:
+def test_micro_batches_add_up(tmp_path: Path) -> None:
     full, split = (_tune(tmp_path / size, device="cuda", batch_size=size) for size in ("16", "4"))
 
     assert split.probe.objective == pytest.approx(full.probe.objective, rel=1e-2)

@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from msn_eval.config.recipes import LinearRecipe
 from msn_eval.features.extraction import Features
-from msn_eval.probes.linear import Heads, Linear, Recipe, fit_linear, held_out_scores, stacked, train_grid
+from msn_eval.probes.linear import Heads, Linear, Recipe, score_held_out, stack_taps, train_grid
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-SMALL = Linear(
+SMALL = LinearRecipe(
     taps=["cls", "mean"], lr_first=0.1, lr_last=3.0, lrs=3, weight_decays=2, epochs=10, batch_size=64, seeds=2
 )
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -28,7 +29,7 @@ def clusters(*, tap: str, noise: float = 1.0, width: int = 48, n: int = 400, cla
 
 
 def trained(device: torch.device, recipes: list[Recipe]) -> Heads:
-    (stack,) = stacked([clusters(tap="cls"), clusters(tap="mean")], device)
+    (stack,) = stack_taps([clusters(tap="cls"), clusters(tap="mean")], device)
     return train_grid(
         stack.take,
         clusters(tap="cls").labels.to(device),
@@ -58,7 +59,7 @@ def test_held_out_scores_agree_with_the_cpu() -> None:
     labels = offered[0].labels
 
     here, there = (
-        held_out_scores(SMALL, stacked(offered, device), labels.to(device), n_classes=10) for device in (CUDA, CPU)
+        score_held_out(SMALL, stack_taps(offered, device), labels.to(device), n_classes=10) for device in (CUDA, CPU)
     )
 
     torch.testing.assert_close(
@@ -70,7 +71,7 @@ def test_held_out_scores_agree_with_the_cpu() -> None:
 def test_tap_that_separates_the_classes_is_chosen() -> None:
     poor, good = clusters(tap="cls", noise=30.0), clusters(tap="mean")
 
-    fitted = fit_linear(SMALL, poor, CUDA, elsewhere=[good])
+    fitted = Linear(SMALL).fit(poor, CUDA, other_taps=[good])
 
     (scores,) = fitted.scores(good.values)
     assert fitted.tap == "mean"
@@ -80,12 +81,12 @@ def test_tap_that_separates_the_classes_is_chosen() -> None:
 def test_rows_that_do_not_fit_the_gpu_stay_on_the_cpu_and_give_the_same_layer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    train, probe = clusters(tap="cls"), replace(SMALL, taps=["cls"])
-    (expected,) = fit_linear(probe, train, CUDA).scores(train.values)
+    train, recipe = clusters(tap="cls"), replace(SMALL, taps=["cls"])
+    (whole,) = Linear(recipe).fit(train, CUDA).scores(train.values)
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
 
-    (stack,) = stacked([train], CUDA)
+    (stack,) = stack_taps([train], CUDA)
     assert stack.values[0].device.type == "cpu"
-    (scores,) = fit_linear(probe, train, CUDA).scores(train.values)
-    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    (some,) = Linear(recipe).fit(train, CUDA).scores(train.values)
+    torch.testing.assert_close(some, whole, rtol=0, atol=1e-5)

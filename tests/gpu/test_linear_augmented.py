@@ -1,6 +1,7 @@
-"""Linear layers on augmented images on a GPU: results close to the CPU's, bf16, resuming, and split batches."""
+"""Linear layers on augmented images on a GPU: about the CPU's layers, a state that resumes, and a batch in parts."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ pytestmark = [
 _RECIPE = {"lr": [2.0, 8.0], "epochs": 6, "batch_size": 32, "crop_share": 0.4}
 
 
-def _train(out: Path, *, device: str, precision: str = "fp32", **options: object) -> list[Result]:
+def _train(out: Path, *, device: str, precision: str = "fp32", **options: Any) -> list[Result]:
     found = evaluate(
         ["demo"], data="digits", subsets=["5imgs@1"], probes=["linear-augmented"], linear_augmented=_RECIPE, out=out,
         device=device, precision=precision, no_cache=True, limit=40, **options,
@@ -36,7 +37,7 @@ def test_loss_and_predictions_are_close_to_the_cpu(tmp_path: Path) -> None:
         assert float(np.mean(answers[0] == answers[1])) > 0.99
 
 
-def test_bf16_is_a_separate_protocol_with_similar_accuracy(tmp_path: Path) -> None:
+def test_bf16_is_its_own_protocol_and_learns_as_much(tmp_path: Path) -> None:
     exact, reduced = (_train(tmp_path, device="cuda", precision=precision) for precision in ("fp32", "bf16"))
 
     for one, other in zip(exact, reduced, strict=True):
@@ -46,15 +47,15 @@ def test_bf16_is_a_separate_protocol_with_similar_accuracy(tmp_path: Path) -> No
         assert other.metrics.top1 == pytest.approx(one.metrics.top1, abs=0.03)
 
 
-def test_split_batches_give_the_same_objective(tmp_path: Path) -> None:
+def test_micro_batches_add_up(tmp_path: Path) -> None:
     full, split = (_train(tmp_path / size, device="cuda", batch_size=size) for size in ("32", "5"))
 
     for one, other in zip(full, split, strict=True):
         assert other.probe.objective == pytest.approx(one.probe.objective, rel=1e-4)
 
 
-def test_stopped_training_resumes_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uninterrupted = _train(tmp_path / "full", device="cuda")
+def test_a_stopped_training_resumes_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uninterrupted = _train(tmp_path / "whole", device="cuda")
     step = linear_augmented.take_step
 
     def fail(training: Training, *arguments: object, **options: object) -> bool:

@@ -320,7 +320,7 @@ def test_a_result_with_different_labelled_images_is_not_reused(
 
     code = main(_pixels("--data", str(folder), "--subset", "full", "-q"))
 
-    assert (code, "other labelled images" in capsys.readouterr().err) == (22, True)
+    assert (code, "different labelled images" in capsys.readouterr().err) == (22, True)
 
 
 def test_a_damaged_record_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

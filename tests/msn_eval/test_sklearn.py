@@ -19,8 +19,7 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from msn_eval import sklearn as estimators
 from msn_eval.features.extraction import Features
-from msn_eval.probes import Probe, fit
-from msn_eval.probes.base import centred_rows
+from msn_eval.probes.base import FeatureProbe, centred_rows, fit_probe
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.linear import Recipe, train_heads
 from msn_eval.probes.logistic import Logistic
@@ -72,7 +71,7 @@ def test_only_probes_that_centre_rows_may_score_badly_in_two_dimensions(estimato
     ],
     ids=["logistic", "knn", "ncm", "ridge"],
 )
-def test_predictions_are_those_of_the_protocol(estimator: Any, probe: Probe, digits: Any) -> None:
+def test_predictions_are_those_of_the_protocol(estimator: Any, probe: FeatureProbe, digits: Any) -> None:
     X, y, queries, _ = digits
     train = Features(
         values=torch.from_numpy(X),
@@ -81,7 +80,7 @@ def test_predictions_are_those_of_the_protocol(estimator: Any, probe: Probe, dig
         n_classes=10,
         tap="cls",
     )
-    (scores,) = fit(probe, train, torch.device("cpu")).scores(torch.from_numpy(queries))
+    (scores,) = fit_probe(probe, train, torch.device("cpu")).scores(torch.from_numpy(queries))
 
     predicted = estimator.fit(X, y).predict(queries)
 

@@ -1,4 +1,4 @@
-"""Training images: which of them a step sees, cropped and changed how; a pure function of seed, epoch and image."""
+"""Training images of a step: which ones, and how they are cropped and changed. A pure function of seed, epoch and image."""
 
 import contextlib
 import hashlib
@@ -6,7 +6,7 @@ import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import cast
 
 import numpy as np
@@ -25,25 +25,29 @@ from msn_eval.data.hashing import unreadable
 from msn_eval.data.images import BadImageError, EvalTransform, ImageSet, read_image, resize_and_crop
 from msn_eval.errors import ResourceError
 
-_ORDER, _IMAGE, _STEP, _PATHS = range(4)  # what a seed is for
-_SHIFT = 0.45  # of the image's side, the farthest that RandAugment moves it
+_ORDER, _IMAGE, _STEP, _PATHS = range(4)  # what a seed is used for
+_SHIFT = 0.45  # share of the image's side, the farthest that RandAugment moves it
 _WORKER_TIMEOUT_SECONDS = 300.0
 Item = tuple[int, int]  # epoch and number of an image
 _Change = Callable[[Image.Image], Image.Image]
 
 
-def seed_at(*places: int, seed: int) -> int:
-    """Give a seed in [0, 2^32) for one place, a pure function of both."""
-    return int(np.random.SeedSequence((seed, *places)).generate_state(1)[0])
+def derive_seed(*key: int, seed: int) -> int:
+    """Return a seed in [0, 2^32), a pure function of `key` and `seed`."""
+    return int(np.random.SeedSequence((seed, *key)).generate_state(1)[0])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """How labelled images follow each other: permutations, one an epoch, end to end, and cut into batches of one size.
+    """The order of the labelled images: one permutation per epoch, end to end, cut into batches of one size.
 
-    So every batch is full, the last one too, whose end may reach into one more epoch.
-    images: n, at least 1
-    batch:  images a step, at most n; even where images are mixed in pairs
+    So every batch is full; the end of the last one may reach into one more epoch.
+
+    Attributes:
+        images: Number of images, at least 1.
+        batch: Images per step, at most `images`; even if images are mixed in pairs.
+        epochs: Passes over the images.
+        seed: Of the permutations.
     """
 
     images: int
@@ -55,35 +59,32 @@ class Order:
     def steps(self) -> int:
         return max(1, -(-self.epochs * self.images // self.batch))
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.images // self.batch)
+
     def items(self, step: int, rows: range) -> list[Item]:
-        """Give the images at some rows of one step's batch."""
-        places = (divmod(step * self.batch + row, self.images) for row in rows)
-        return [(epoch, int(self._permutation(epoch)[place])) for epoch, place in places]
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        kept = self._kept
-        if epoch not in kept:
-            for old in [one for one in kept if one < epoch - 1]:
-                del kept[old]
-            kept[epoch] = np.random.Generator(np.random.PCG64([self.seed, _ORDER, epoch])).permutation(self.images)
-        return kept[epoch]
-
-    @cached_property
-    def _kept(self) -> dict[int, NDArray[np.int64]]:
-        return {}
+        """Return the images at some rows of the batch of a step."""
+        positions = (divmod(step * self.batch + row, self.images) for row in rows)
+        return [(epoch, int(_permute(self.images, self.seed, epoch)[index])) for epoch, index in positions]
 
 
-def epoch_order(recipe: FinetuneRecipe, images: int, *, seed: int) -> Order:
-    """Give the order of a recipe: its batch where there are as many images, else all of them; even where they are mixed."""
+@lru_cache(maxsize=4)
+def _permute(images: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.Generator(np.random.PCG64([seed, _ORDER, epoch])).permutation(images)
+
+
+def make_order(recipe: FinetuneRecipe, images: int, *, seed: int) -> Order:
+    """Return the order of a recipe. A batch has at most all images, and an even number if they are mixed."""
     batch = min(recipe.batch, images)
-    return Order(
-        images=images, batch=max(2, batch - batch % 2) if recipe.mixes else batch, epochs=recipe.epochs, seed=seed
-    )
+    if recipe.mixes:
+        batch = max(2, batch - batch % 2)
+    return Order(images=images, batch=batch, epochs=recipe.epochs, seed=seed)
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Have the global generators, which timm draws from, at a seed inside, and put them back."""
+    """Set the global generators, which timm draws from, to a seed for the block, and restore them."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)
@@ -98,9 +99,9 @@ def seeded(seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What is done to one labelled image: timm's crop, flip, RandAugment, the checkpoint's mean and std, and erasing.
+    """The augmentation of a labelled image: timm's crop, flip, RandAugment, normalisation, and erasing.
 
-    `crop_share` 1 takes the evaluation's own resize and centre crop instead of a random one.
+    A `crop_share` of 1 takes the evaluation's own resize and centre crop instead of a random crop.
     """
 
     recipe: FinetuneRecipe
@@ -108,20 +109,19 @@ class Augmentation:
     seed: int
 
     def __call__(self, image: Image.Image, item: Item) -> Tensor:
-        """Give (3, S, S) float32, normalised; the same for the same image and epoch."""
-        with seeded(seed_at(_IMAGE, *item, seed=self.seed)):
-            pixels = np.asarray(self._changed(image))
-            mean, std = (np.array(three, dtype=np.float32) for three in (self.transform.mean, self.transform.std))
-            normalised = torch.from_numpy((pixels.astype(np.float32) / 255 - mean) / std).permute(2, 0, 1).contiguous()
-            return self._erasing(normalised) if self._erasing is not None else normalised
+        """Return (3, S, S) float32, normalised; the same for the same image and epoch."""
+        with seeded(derive_seed(_IMAGE, *item, seed=self.seed)):
+            pixels = np.asarray(self._change(image)).astype(np.float32) / 255
+            mean, std = (np.array(values, dtype=np.float32) for values in (self.transform.mean, self.transform.std))
+            normalised = torch.from_numpy((pixels - mean) / std).permute(2, 0, 1).contiguous()
+            return normalised if self._erasing is None else self._erasing(normalised)
 
-    def _changed(self, image: Image.Image) -> Image.Image:
-        recipe = self.recipe
-        whole = recipe.crop_share == 1
-        cropped = Image.fromarray(resize_and_crop(image, self.transform)) if whole else self._crop(image)
-        if random.random() < recipe.flip:
+    def _change(self, image: Image.Image) -> Image.Image:
+        is_random = self.recipe.crop_share < 1
+        cropped = self._crop(image) if is_random else Image.fromarray(resize_and_crop(image, self.transform))
+        if random.random() < self.recipe.flip:
             cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self._policy(cropped) if self._policy is not None else cropped
+        return cropped if self._policy is None else self._policy(cropped)
 
     @cached_property
     def _crop(self) -> _Change:
@@ -135,9 +135,9 @@ class Augmentation:
         recipe = self.recipe
         if recipe.randaugment_magnitude == 0:
             return None
-        text = f"rand-m{recipe.randaugment_magnitude}-n{recipe.randaugment_layers}-mstd{recipe.randaugment_std:f}-inc1"
-        fill = tuple(round(255 * one) for one in self.transform.mean)
-        policy = rand_augment_transform(text, {"translate_const": int(self.transform.crop * _SHIFT), "img_mean": fill})
+        name = f"rand-m{recipe.randaugment_magnitude}-n{recipe.randaugment_layers}-mstd{recipe.randaugment_std:f}-inc1"
+        fill = tuple(round(255 * value) for value in self.transform.mean)
+        policy = rand_augment_transform(name, {"translate_const": int(self.transform.crop * _SHIFT), "img_mean": fill})
         return cast(_Change, policy)
 
     @cached_property
@@ -148,8 +148,8 @@ class Augmentation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Items(Dataset[tuple[Tensor, str | None]]):
-    """Augmented images by epoch and number: pixels, or zeros and the reason why there are none."""
+class _AugmentedItems(Dataset[tuple[Tensor, str | None]]):
+    """Augmented images by epoch and number: pixels, or zeros and the reason why the image cannot be used."""
 
     images: ImageSet
     hashes: Mapping[str, str]
@@ -176,25 +176,34 @@ def load_training_images(
     workers: int,
     pinned: bool = False,
 ) -> Iterator[Tensor]:
-    """Give the pixels of each batch, (b, 3, S, S) float32, normalised.
+    """Yield the pixels of each batch, (b, 3, S, S) float32, normalised.
 
-    workers: processes that decode; 0 decodes here, while the caller waits
-    Raises DataError naming images that cannot be used or changed since they were hashed, ResourceError where a worker dies.
+    Args:
+        images: The labelled images.
+        hashes: SHA-256 of each image's bytes, by id.
+        augment: The augmentation.
+        batches: Items of each step.
+        workers: Processes that decode; 0 decodes in this one, while the caller waits.
+        pinned: Whether to use page-locked memory.
+
+    Raises:
+        DataError: Images cannot be used, or changed since they were hashed.
+        ResourceError: A worker dies or hangs.
     """
     loader = DataLoader(
-        _Items(images=images, hashes=hashes, augment=augment),
+        _AugmentedItems(images=images, hashes=hashes, augment=augment),
         batch_sampler=cast("Sequence[list[int]]", batches),
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pinned,
-        worker_init_fn=_become_worker,
-        generator=torch.Generator(),  # the global one is not ours to draw from
+        worker_init_fn=_init_worker,
+        generator=torch.Generator(),  # else the loader draws from the global one
         timeout=_WORKER_TIMEOUT_SECONDS if workers else 0,
     )
-    found = cast("Iterator[tuple[Tensor, list[str]]]", iter(loader))
+    loaded = cast("Iterator[tuple[Tensor, list[str]]]", iter(loader))
     while True:
         try:
-            batch = next(found, None)
+            batch = next(loaded, None)
         except RuntimeError as error:
             if "worker" not in str(error).lower():
                 raise
@@ -214,8 +223,8 @@ def _collate(rows: Sequence[tuple[Tensor, str | None]]) -> tuple[Tensor, list[st
     return torch.stack([pixels for pixels, _ in rows]), [reason for _, reason in rows if reason is not None]
 
 
-def _become_worker(number: int) -> None:
-    """Leave it to the parent to act upon signals that a launcher sends to every process of a job."""
+def _init_worker(number: int) -> None:
+    """Ignore the signals that a launcher sends to every process of a job; the parent acts upon them."""
     torch.set_num_threads(1)
     for name in ("SIGTERM", "SIGINT"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -223,10 +232,10 @@ def _become_worker(number: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """How a step's images and labels become what the network is trained on.
+    """How the images and labels of a step become what the network is trained on.
 
-    Neighbours of a batch are mixed with each other, the first with the second, the third with the fourth; all pairs of a step
-    share one draw of timm's Mixup. So it does not matter how a batch is cut, as long as pairs stay together.
+    Neighbours of a batch are mixed: the first with the second, the third with the fourth. All pairs of a step share one draw
+    of timm's Mixup, so it does not matter how a batch is cut, as long as pairs stay together.
     """
 
     recipe: FinetuneRecipe
@@ -234,9 +243,12 @@ class Mixing:
     seed: int
 
     def __call__(self, pixels: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Give pixels and soft labels (b, n_classes) of a run of whole pairs.
+        """Return pixels and soft labels (b, n_classes) of some complete pairs.
 
-        pixels: (b, 3, S, S), changed in place; labels: (b,) int64
+        Args:
+            pixels: (b, 3, S, S), changed in place.
+            labels: (b,) int64.
+            step: Number of the step.
         """
         recipe = self.recipe
         if not recipe.mixes:
@@ -248,14 +260,14 @@ class Mixing:
             num_classes=self.n_classes,
         )
         rows = torch.arange(len(labels), device=labels.device)
-        there = torch.cat([rows[::2], rows[1::2].flip(0)])  # timm mixes the first with the last
-        with seeded(seed_at(_STEP, step, seed=self.seed)):
-            mixed, targets = mixup(pixels[there], labels[there])
-        back = there.argsort()
-        return mixed[back], targets[back]
+        permuted = torch.cat([rows[::2], rows[1::2].flip(0)])  # timm mixes the first with the last
+        with seeded(derive_seed(_STEP, step, seed=self.seed)):
+            mixed, targets = mixup(pixels[permuted], labels[permuted])
+        inverse = permuted.argsort()
+        return mixed[inverse], targets[inverse]
 
 
-def path_draws(step: int, *, batch: int, paths: int, seed: int) -> Tensor:
-    """Give what decides, for each image of a step's batch, which residual branches are left out: (batch, paths) in [0, 1)."""
-    generator = torch.Generator().manual_seed(seed_at(_PATHS, step, seed=seed))
+def draw_paths(step: int, *, batch: int, paths: int, seed: int) -> Tensor:
+    """Draw what decides, for each image of a step's batch, which residual branches are dropped: (batch, paths) in [0, 1)."""
+    generator = torch.Generator().manual_seed(derive_seed(_PATHS, step, seed=seed))
     return torch.rand(batch, paths, generator=generator)

@@ -1,11 +1,10 @@
-"""Trainee outputs: what a network under fine-tuning says of images as they are evaluated: logits, or what its head sees."""
+"""Predictions of a fine-tuning model for images under the evaluation transform: logits, or the input of its head."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from msn_eval.data.decoders import decode_on_device
 from msn_eval.data.hashing import unreadable
@@ -22,140 +21,156 @@ _TARGET_GAP = 1e-6  # of the regression that a head starts from
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
-    """How fast and how safely a fine-tuning runs; it changes no number.
+class RunOptions:
+    """Options of a fine-tuning that change no number.
 
-    part:         images at once on a rank, even; the batch is accumulated over parts; halved where memory is short
-    workers:      processes that decode
-    save_seconds: between two states, at the ends of epochs; and within an epoch where that takes `epoch_seconds`
+    Attributes:
+        micro_batch: Images at once on a rank, even. Gradients are accumulated over the batch; halved on out-of-memory.
+        workers: Processes that decode.
+        save_seconds: Shortest time between two states at the ends of epochs.
+        epoch_seconds: The same within an epoch.
     """
 
-    part: int
+    micro_batch: int
     workers: int
     save_seconds: float = 60.0
     epoch_seconds: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelled:
-    """The labelled images of a draw. labels: (n,) int64, those to be learnt; hashes: SHA-256 of each image by id."""
+class LabelledImages:
+    """The labelled images of a draw.
+
+    Attributes:
+        images: n images.
+        labels: (n,) int64, those to learn.
+        hashes: SHA-256 of each image's bytes, by id.
+    """
 
     images: ImageSet
     labels: Tensor
     hashes: Mapping[str, str]
 
 
-def logits_of(trainee: FinetuneModel, images: Tensor, precision: Precision) -> Tensor:
-    """Give (b, n_classes) of normalised images, in the weights' own type; bf16 by autocast around them."""
+def compute_logits(model: FinetuneModel, images: Tensor, precision: Precision) -> Tensor:
+    """Return (b, n_classes) logits of normalised images, in the dtype of the weights. Reduced precision is bf16 autocast."""
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision != "fp32"):
-        logits: Tensor = trainee.network(images)
-    return logits.to(trainee.head.weight.dtype)
+        logits: Tensor = model.network(images)
+    return logits.to(model.head.weight.dtype)
 
 
 def score_images(
-    trainee: FinetuneModel,
+    model: FinetuneModel,
     images: ImageSet,
     hashes: Mapping[str, str],
     *,
     decoder: str,
     precision: Precision,
-    pace: Pace,
+    options: RunOptions,
     group: Group = ALONE,
 ) -> Tensor:
-    """Give the logits of images under the evaluation transform, (m, n_classes) float64, on the CPU, in their order.
+    """Return the logits of images under the evaluation transform, (m, n_classes) float64 on the CPU, in their order.
 
-    Raises DataError listing every image that cannot be used.
+    Raises:
+        DataError: Images cannot be used; it lists all of them.
     """
 
-    def ask(pixels: Tensor) -> Tensor:
-        return logits_of(trainee, pixels, precision)
+    def score(pixels: Tensor) -> Tensor:
+        return compute_logits(model, pixels, precision)
 
-    return _asked(trainee, images, hashes, ask, decoder=decoder, pace=pace, group=group).double()
+    return _apply(score, model, images, hashes, decoder=decoder, options=options, group=group).double()
 
 
-def start_head(
-    trainee: FinetuneModel,
-    labelled: Labelled,
+def init_head(
+    model: FinetuneModel,
+    labelled: LabelledImages,
     *,
-    strength: float,
+    l2: float,
     precision: Precision,
-    pace: Pace,
+    options: RunOptions,
     group: Group = ALONE,
 ) -> None:
-    """Put the head at the solution of logistic regression on what it sees of the labelled images, before anything is trained.
+    """Set the head to logistic regression on its inputs for the labelled images, before anything is trained.
 
-    strength: lambda of mean cross-entropy + (lambda / n) / 2 ||W||^2 on rows less their mean, in units of their mean length.
-    Classes without labelled images keep a row of zeros. Raises NumericalError where what it sees is not finite.
+    Classes without labelled images keep a row of zeros.
+
+    Args:
+        model: The model; its head is changed in place.
+        labelled: The labelled images.
+        l2: lambda of mean cross-entropy + (lambda / n) / 2 ||W||^2, on rows minus their mean and divided by their mean
+            length.
+        precision: Precision of the network.
+        options: Options that change no number.
+        group: Ranks that share the images.
+
+    Raises:
+        NumericalError: An input of the head is not finite.
+
     Source: linear probing before fine-tuning, arXiv:2202.10054.
     """
-    seen: list[Tensor] = []
-    with _head_watched(trainee.head, seen):
+    inputs: list[Tensor] = []
 
-        def ask(pixels: Tensor) -> Tensor:
-            logits_of(trainee, pixels, precision)
-            return seen.pop().float()
+    def read_input(pixels: Tensor) -> Tensor:
+        compute_logits(model, pixels, precision)
+        return inputs.pop().float()
 
-        rows = _asked(trainee, labelled.images, labelled.hashes, ask, decoder="pillow", pace=pace, group=group).double()
+    handle = model.head.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    with handle:
+        rows = _apply(
+            read_input, model, labelled.images, labelled.hashes, decoder="pillow", options=options, group=group
+        ).double()
     if not bool(rows.isfinite().all()):
         raise NumericalError(
-            f"what the head sees of the labelled images at tap {trainee.tap} is not finite",
+            f"the inputs of the head at tap {model.tap} are not finite for the labelled images",
             hint="Retry with --precision fp32.",
         )
-    middle = rows.mean(dim=0)
-    centred = rows - middle
+    mean = rows.mean(dim=0)
+    centred = rows - mean
     unit = centred.norm(dim=1).mean().clamp_min(torch.finfo(torch.float64).tiny)
     present, labels = torch.unique(labelled.labels, return_inverse=True)
-    mu = strength / len(rows)
+    mu = l2 / len(rows)
     problem = CrossEntropyProblem(rows=centred / unit, labels=labels, n_classes=len(present), mu=mu)
     ((solution, _),) = minimise_path(problem, [mu], target=_TARGET_GAP)
+    # The head takes its inputs as they are: fold the scale and the mean into weight and bias.
     weight = solution.weights.double() / unit
     with torch.no_grad():
-        trainee.head.weight[present] = weight.to(trainee.head.weight)
-        trainee.head.bias[present] = -(weight @ middle).to(trainee.head.bias)
+        model.head.weight[present] = weight.to(model.head.weight)
+        model.head.bias[present] = -(weight @ mean).to(model.head.bias)
 
 
-@contextmanager
-def _head_watched(head: nn.Linear, seen: list[Tensor]) -> Iterator[None]:
-    handle = head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _asked(
-    trainee: FinetuneModel,
+def _apply(
+    function: Callable[[Tensor], Tensor],
+    model: FinetuneModel,
     images: ImageSet,
     hashes: Mapping[str, str],
-    ask: Callable[[Tensor], Tensor],
     *,
     decoder: str,
-    pace: Pace,
+    options: RunOptions,
     group: Group,
 ) -> Tensor:
-    """Give what is answered for images under the evaluation transform, a row an image, on the CPU; ranks share them."""
-    rows = share(len(images), group, block=pace.part)
-    encoder = trainee.encoder
-    pixels_of = PixelList(
+    """Return what a function of normalised images returns for all images, on the CPU; ranks share the images."""
+    rows = share(len(images), group, block=options.micro_batch)
+    encoder = model.encoder
+    pixel_list = PixelList(
         source=images.source,
         image_ids=images.ids[rows.start : rows.stop],
         transform=encoder.transform,
         hashes=hashes,
         decoder=decoder,
     )
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
     failures: list[str] = []
     done = 0
     with torch.inference_mode(), exact_float32():
-        for batch in load_pixels(pixels_of, batch_size=pace.part, workers=pace.workers):
+        for batch in load_pixels(pixel_list, batch_size=options.micro_batch, workers=options.workers):
             pixels, refused = batch.pixels, list(batch.failures)
             if not isinstance(pixels, Tensor):
                 pixels, reasons = decode_on_device(pixels, encoder.transform, encoder.device)
-                refused += [(pixels_of.image_ids[done + row], reason) for row, reason in reasons.items()]
+                refused += [(pixel_list.image_ids[done + row], reason) for row, reason in reasons.items()]
             failures += [f"{images.source.place(image_id)}: {reason}" for image_id, reason in refused]
             done += len(pixels)
             if not failures:
-                found.append(ask(normalised(pixels.to(encoder.device), encoder)).cpu())
+                outputs.append(function(normalised(pixels.to(encoder.device), encoder)).cpu())
     if failures:
         raise unreadable(failures)
-    return rows_of_all_ranks(group, torch.cat(found) if found else None)
+    return rows_of_all_ranks(group, torch.cat(outputs) if outputs else None)

@@ -196,9 +196,11 @@ def test_ranks_share_neighbours_and_a_chunked_fit_under_a_launcher(
     places = {name: ["--out", str(tmp_path / name)] for name in ("alone", "ranks")}
 
     assert main([*words, *places["alone"]]) == 0
-    help_out = {name: getattr(team, name) for name in ("_help_to_search", "_help_to_fit")}
+    help_out = {name: getattr(team, name) for name in ("_serve_search", "_serve_fit")}
     for name, do in help_out.items():
-        monkeypatch.setattr(team, name, lambda *given, name=name, do=do: (print(name, flush=True), do(*given)))
+        monkeypatch.setattr(
+            team, name, lambda *given, name=name, do=do, **named: (print(name, flush=True), do(*given, **named))
+        )
     code, told = run_script(tmp_path / "launch.py", *words, *places["ranks"])
 
     assert code == 0, told

@@ -13,26 +13,30 @@ from msn_eval.results.record import Result
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Result], Path]:
-    """Give records of linear layers by two grids and on augmented images at two learning rates, and their folder."""
+    """Return records of linear layers by two grids and on augmented images at two learning rates, and their folder."""
     out = tmp_path_factory.mktemp("linear")
-    options = {"data": "digits", "subsets": ["2imgs@1"], "device": "cpu", "no_cache": True, "out": out}
     augmented = {"lr": [1.0, 2.0], "epochs": 1, "batch_size": 8, "seed": 3}
     results = [
-        *evaluate(["pixels"], probes=["linear"], linear={"lrs": 2, "epochs": 2}, **options),
-        *evaluate(["pixels"], probes=["linear"], linear={"taps": ["pixels"], "lr": 1.0, "epochs": 2}, **options),
-        *evaluate(["pixels"], probes=["linear"], linear={"lr": 0.5, "epochs": 3, "seed": 1}, **options),
-        *evaluate(["pixels"], probes=["linear-augmented"], linear_augmented=augmented, **options),
-    ]
+        result
+        for probe, section, recipe in (
+            ("linear", "linear", {"lrs": 2, "epochs": 2}),
+            ("linear", "linear", {"taps": ["pixels"], "lr": 1.0, "epochs": 2}),
+            ("linear", "linear", {"lr": 0.5, "epochs": 3, "seed": 1}),
+            ("linear-augmented", "linear_augmented", augmented),
+        )
+        for result in evaluate(
+            "pixels", data="digits", subsets="2imgs@1", probes=probe, device="cpu", no_cache=True, out=out,
+            **{section: recipe},
+        )
+    ]  # fmt: skip
     return results, out
 
 
 def test_recipes_are_the_baselines(measured: tuple[list[Result], Path]) -> None:
     results, out = measured
-    baseline = make_baseline(results, [out])
+    config = EvaluationConfig(checkpoint=["pixels"], data="digits", device="cpu", no_cache=True)
 
-    plans = make_baseline_plans(
-        baseline, EvaluationConfig(checkpoint=["pixels"], data="digits", device="cpu", no_cache=True)
-    )
+    plans = make_baseline_plans(make_baseline(results, [out]), config)
 
     tasks = [task for plan in plans for task in plan.tasks]
     assert sorted(task.protocol_id for task in tasks) == sorted(result.protocol_id for result in results)

@@ -1,4 +1,4 @@
-"""Forecasts: what is to be read, what is there already, and about how long it will take."""
+"""Cost estimates: what is to be read, what is there already, and about how long it will take."""
 
 import itertools
 from collections.abc import Callable
@@ -7,24 +7,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import Tensor
 
-from msn_eval import evaluate
-from msn_eval.config.recipes import AugmentedRecipe
+from msn_eval.config.recipes import AugmentedRecipe, FinetuneRecipe
 from msn_eval.config.request import EvaluationConfig
+from msn_eval.evaluation import cost_estimate
 from msn_eval.evaluation.cost_estimate import CostEstimate, estimate_cost
-from msn_eval.evaluation.evaluate import prepare
-from msn_eval.evaluation.plan import make_plan
-from msn_eval.features.encoder import Encoder
+from msn_eval.evaluation.evaluate import evaluate_all, prepare
+from msn_eval.evaluation.plan import Plan, make_plan
 
 TINY = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
+MakePlan = Callable[..., Plan]
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give an image folder of two classes with 3 labelled and 40 validation images each."""
+    """Return an image folder of two classes with 3 labelled and 40 validation images each."""
     root = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(3)
     for split, count in (("train", 3), ("val", 40)):
@@ -37,69 +35,87 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def request(pictures: Path, folder: Path, **options: object) -> EvaluationConfig:
-    given = {"checkpoint": [TINY], "data": str(pictures), "subset": ["1img@1"], "out": str(folder / "runs")}
-    return EvaluationConfig(**{**given, "cache": str(folder / "cache"), "device": "cpu", **options})  # type: ignore[arg-type]
+@pytest.fixture
+def plan(pictures: Path, tmp_path: Path) -> MakePlan:
+    """Return a function from options to a plan on the pictures."""
+
+    def make(**options: object) -> Plan:
+        given = {"checkpoint": [TINY], "data": str(pictures), "subset": ["1img@1"], "out": str(tmp_path / "runs")}
+        given |= {"cache": str(tmp_path / "cache"), "device": "cpu"}
+        return make_plan(EvaluationConfig(**given | options))  # type: ignore[arg-type]
+
+    return make
 
 
-def forecast_one(wanted: EvaluationConfig) -> CostEstimate:
-    return estimate_cost(make_plan(wanted), run_own_code=True)[0][0]
+def _estimate(plan: Plan) -> CostEstimate:
+    return estimate_cost(plan, run_own_code=True)[0][0]
 
 
-def measure(wanted: EvaluationConfig) -> None:
-    names = ("cache", "device", "probe", "limit")
-    options = {name: value for name in names if (value := getattr(wanted, name)) is not None}
-    evaluate(wanted.checkpoint, data=str(wanted.data), subsets=wanted.subset, out=wanted.out, **options)
+def test_everything_is_read_at_first(plan: MakePlan, pictures: Path) -> None:
+    cost = _estimate(plan())
 
-
-def test_all_is_to_be_read_at_first(pictures: Path, tmp_path: Path) -> None:
-    found = forecast_one(request(pictures, tmp_path))
     sizes = [path.stat().st_size for path in (pictures / "val").rglob("*.png")]
-    assert (found.read, found.reused, found.finished) == (82, 0, 0)
-    assert sum(sizes) < found.bytes < sum(sizes) * 1.1
+    assert (cost.read, cost.reused, cost.finished) == (82, 0, 0)
+    assert sum(sizes) < cost.bytes < sum(sizes) * 1.1
 
 
-def test_many_images_are_timed(pictures: Path, tmp_path: Path) -> None:
-    seconds = forecast_one(request(pictures, tmp_path)).seconds
+def test_many_images_are_timed_and_few_are_not(plan: MakePlan) -> None:
+    seconds = _estimate(plan()).seconds
+
     assert seconds is not None
     assert 0 < seconds < 60
+    assert _estimate(plan(limit=20)).seconds is None
 
 
-def test_few_images_are_not_timed(pictures: Path, tmp_path: Path) -> None:
-    assert forecast_one(request(pictures, tmp_path, limit=20)).seconds is None
+def test_cached_features_are_reused_and_their_bytes_not_read(plan: MakePlan) -> None:
+    whole, some = _estimate(plan()), _estimate(plan(limit=20))
+    evaluate_all(plan(limit=20))
+
+    cost = _estimate(plan())
+
+    assert (cost.read, cost.reused) == (40, 42)
+    assert cost.bytes == whole.bytes - some.bytes
 
 
-def test_what_is_kept_is_to_be_reused(pictures: Path, tmp_path: Path) -> None:
-    measure(request(pictures, tmp_path, limit=20))
-    found = forecast_one(request(pictures, tmp_path))
-    assert (found.read, found.reused) == (40, 42)
+@pytest.mark.parametrize(
+    ("measured", "options", "read"),
+    [
+        ("logistic", {"probe": ["ncm"]}, 82),
+        ("logistic", {"probe": ["logistic", "ncm"], "out": "other"}, 82),
+        ("ncm", {"probe": ["logistic", "ncm"], "out": "other"}, 82),
+        ("logistic", {"no_cache": True, "out": "other"}, 82),
+        ("logistic", {"out": "other"}, 0),
+    ],
+    ids=str,
+)
+def test_an_image_is_read_if_the_cache_lacks_one_of_the_taps(
+    plan: MakePlan, tmp_path: Path, measured: str, options: dict[str, object], read: int
+) -> None:
+    evaluate_all(plan(probe=[measured]))
+    if "out" in options:
+        options = options | {"out": str(tmp_path / "other")}
+
+    assert _estimate(plan(**options)).read == read
 
 
-def test_another_tap_is_to_be_read(pictures: Path, tmp_path: Path) -> None:
-    measure(request(pictures, tmp_path))
-    assert forecast_one(request(pictures, tmp_path, probe=["ncm"])).read == 82
+def test_finished_results_cost_nothing(plan: MakePlan) -> None:
+    evaluate_all(plan())
+
+    cost = _estimate(plan())
+
+    assert (cost.read, cost.reused, cost.finished) == (0, 0, 1)
 
 
-def test_finished_results_need_nothing(pictures: Path, tmp_path: Path) -> None:
-    measure(request(pictures, tmp_path))
-    found = forecast_one(request(pictures, tmp_path))
-    assert (found.read, found.reused, found.finished) == (0, 0, 1)
-
-
-def test_without_a_cache_all_is_to_be_read_again(pictures: Path, tmp_path: Path) -> None:
-    measure(request(pictures, tmp_path))
-    assert forecast_one(request(pictures, tmp_path, no_cache=True, out=str(tmp_path / "other"))).read == 82
-
-
-def test_refused_checkpoint_has_its_problem(pictures: Path, tmp_path: Path) -> None:
+def test_refused_checkpoint_has_its_problem(plan: MakePlan, tmp_path: Path) -> None:
     (tmp_path / "empty.pth").touch()
-    plan = make_plan(request(pictures, tmp_path, checkpoint=[str(tmp_path / "empty.pth"), TINY]))
-    first, second = estimate_cost(plan, run_own_code=True)[0]
+
+    first, second = estimate_cost(plan(checkpoint=[str(tmp_path / "empty.pth"), TINY]), run_own_code=True)[0]
+
     assert ("empty" in str(first.problem), second.problem, second.read) == (True, None, 82)
 
 
-def test_own_code_is_run_only_where_that_is_allowed(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_own_code_is_run_only_if_that_is_allowed(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own_network.py").write_text(
         "import torch\n"
@@ -109,73 +125,43 @@ def test_own_code_is_run_only_where_that_is_allowed(
         "def make(): return Refusing()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    plan = make_plan(request(pictures, tmp_path, checkpoint=["py:own_network:make"]))
-    (found,), _ = estimate_cost(plan, run_own_code=False)
-    assert (found.read, found.seconds) == (82, None)
+
+    (cost,), _ = estimate_cost(plan(checkpoint=["py:own_network:make"]), run_own_code=False)
+
+    assert (cost.read, cost.seconds) == (82, None)
 
 
-def test_what_was_read_is_at_hand_for_the_evaluation(pictures: Path, tmp_path: Path) -> None:
-    _, prepared = estimate_cost(make_plan(request(pictures, tmp_path)), run_own_code=True)
-    assert list(prepared) == [TINY]
-
-
-def test_time_is_that_of_one_image_times_all(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_is_that_of_one_image_times_all(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr("msn_eval.evaluation.cost_estimate.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    decoding, encoding = 1 / 16, 1 / 3  # of every measurement of a second; three images are what patience allows
-    assert forecast_one(request(pictures, tmp_path)).seconds == pytest.approx(82 * (decoding + encoding))
+    monkeypatch.setattr(cost_estimate, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    decoding, encoding = 1 / 16, 1 / 3  # every measurement takes a second; three images are encoded in the time allowed
+
+    assert _estimate(plan()).seconds == pytest.approx(82 * (decoding + encoding))
 
 
-def test_labelled_images_are_timed_without_the_patches_that_are_dropped(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [0.0]
-    monkeypatch.setattr("msn_eval.evaluation.cost_estimate.time", SimpleNamespace(perf_counter=lambda: clock[0]))
-
-    def take(seconds: float) -> Callable[..., dict[str, Tensor]]:
-        def encode(encoder: Encoder, pixels: Tensor, *others: object) -> dict[str, Tensor]:
-            clock[0] += seconds * len(pixels)
-            return {"cls": torch.zeros(len(pixels), 2)}
-
-        return encode
-
-    monkeypatch.setattr("msn_eval.evaluation.cost_estimate.encode", take(3.0))
-    monkeypatch.setattr("msn_eval.evaluation.cost_estimate.encode_kept", take(1.0))
-
-    assert forecast_one(request(pictures, tmp_path, patch_drop=0.5)).seconds == 80 * 3 + 2 * 1
-    assert forecast_one(request(pictures, tmp_path)).seconds == 82 * 3
-
-
-def test_bytes_are_those_of_the_images_that_are_missing(pictures: Path, tmp_path: Path) -> None:
-    whole, some = forecast_one(request(pictures, tmp_path)), forecast_one(request(pictures, tmp_path, limit=20))
-    measure(request(pictures, tmp_path, limit=20))
-    assert forecast_one(request(pictures, tmp_path)).bytes == whole.bytes - some.bytes
-
-
-@pytest.mark.parametrize("probe", ["logistic", "ncm"])
-def test_image_that_lacks_one_tap_of_two_is_to_be_read(pictures: Path, tmp_path: Path, probe: str) -> None:
-    measure(request(pictures, tmp_path, probe=[probe]))
-    both = request(pictures, tmp_path, probe=["logistic", "ncm"], out=str(tmp_path / "other"))
-    assert forecast_one(both).read == 82
-
-
-def test_checkpoints_are_at_hand_as_far_as_memory_is_spent_on_them(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = make_plan(request(pictures, tmp_path, limit=1))
-    needed = 4 * prepare(plan, TINY).encoder.checkpoint.params
-    found = []
+def test_checkpoints_are_kept_as_far_as_their_memory_allows(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = plan(limit=1)
+    needed = 4 * prepare(small, TINY).encoder.checkpoint.params
+    kept = []
     for limit in (needed, needed - 1):
-        monkeypatch.setattr("msn_eval.evaluation.cost_estimate._KEPT_BYTES", limit)
-        found.append(len(estimate_cost(plan, run_own_code=True)[1]))
-    assert found == [1, 0]
+        monkeypatch.setattr(cost_estimate, "_KEPT_BYTES", limit)
+        kept.append(list(estimate_cost(small, run_own_code=True)[1]))
+    assert kept == [[TINY], []]
 
 
-def test_epochs_of_a_training_on_augmented_images_are_counted_and_timed(pictures: Path, tmp_path: Path) -> None:
+def test_epochs_of_a_training_on_augmented_images_are_counted_and_timed(plan: MakePlan) -> None:
     recipe = AugmentedRecipe(lr=[1.0, 2.0], epochs=50)
-    wanted = request(pictures, tmp_path, limit=20, probe=["linear-augmented"], linear_augmented=recipe)
 
-    found = forecast_one(wanted)
+    cost = _estimate(plan(limit=20, probe=["linear-augmented"], linear_augmented=recipe))
 
-    assert (found.read, found.augmented) == (40, 50 * 2)  # both rates share the two labelled images' passes
-    assert found.seconds is not None
+    assert (cost.read, cost.augmented) == (40, 50 * 2)  # both rates share the passes of the two labelled images
+    assert cost.seconds is not None
+
+
+def test_steps_of_a_fine_tuning_are_counted_and_timed(plan: MakePlan) -> None:
+    recipe = FinetuneRecipe(epochs=30, batch=2)
+
+    cost = _estimate(plan(limit=1, probe=["finetune"], finetune=recipe))
+
+    assert (cost.read, cost.tuned) == (0, 60)
+    assert cost.seconds is not None

@@ -1,4 +1,4 @@
-"""Fine-tuning in the corridor: its records, what stops it, what goes on, and the network that is saved."""
+"""Fine-tuning as part of an evaluation: its records, interruptions, and the network that is saved."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ Tune = Callable[..., list[Result]]
 
 @pytest.fixture
 def tune(tmp_path: Path) -> Tune:
-    """Give a function that fine-tunes a small network on a draw of the digits, with changes to recipe and options."""
+    """Return a function that fine-tunes a small network on a draw of the digits, with changes to recipe and options."""
 
     def run(
         checkpoint: str = _VIT, *, subset: str = "1img@1", recipe: dict[str, object] | None = None, **options: Any
@@ -41,7 +41,7 @@ def tune(tmp_path: Path) -> Tune:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Give an image folder of three classes, the third of which has validation images alone."""
+    """Return an image folder of three classes, the third of which has only validation images."""
     root = tmp_path / "photos"
     generator = np.random.default_rng(0)
     for name in ("a", "b", "c"):
@@ -56,7 +56,7 @@ def photos(tmp_path: Path) -> Path:
 _PHOTOS: dict[str, Any] = {"subset": "full", "limit": None, "allow_class_mismatch": True}
 
 
-def test_record_tells_every_number_of_the_recipe(tune: Tune) -> None:
+def test_record_states_every_number_of_the_recipe(tune: Tune) -> None:
     (result,) = tune(recipe={"blocks": 1}, seed=3)
 
     assert result.status == "ok"
@@ -74,7 +74,7 @@ def test_another_number_is_another_protocol(tune: Tune, change: dict[str, Any]) 
     assert one.protocol_id != other.protocol_id
 
 
-def test_speed_is_no_part_of_the_protocol_and_moves_no_prediction(tune: Tune, tmp_path: Path) -> None:
+def test_options_of_speed_change_no_prediction(tune: Tune, tmp_path: Path) -> None:
     found = [
         tune(out=tmp_path / name, **options)[0]
         for name, options in (("one", {}), ("two", {"batch_size": "2"}), ("three", {"workers": "2"}))
@@ -98,7 +98,7 @@ def test_states_are_gone_when_the_record_is_written(tune: Tune, tmp_path: Path) 
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [f"{result.id}.json", f"{result.id}.npz"]
 
 
-def test_evaluation_that_was_killed_goes_on_from_its_state_to_the_same_record(
+def test_killed_evaluation_resumes_to_the_same_record(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class KilledError(Exception):
@@ -113,7 +113,7 @@ def test_evaluation_that_was_killed_goes_on_from_its_state_to_the_same_record(
         with pytest.raises(KilledError):
             tune()
     states = list((tmp_path / "runs" / ".training").iterdir())
-    monkeypatch.setattr(finetune_module, "take_step", lambda *given: pytest.fail("it began anew"))
+    monkeypatch.setattr(finetune_module, "take_step", lambda *given: pytest.fail("it was trained again"))
 
     (result,) = tune()
 
@@ -178,7 +178,7 @@ def test_damaged_images_of_both_splits_are_listed_before_anything_is_trained(
     assert all(str(path) in str(caught.value) for path in damaged)
 
 
-def test_random_labels_are_not_learnt_for_other_images(tune: Tune, tmp_path: Path) -> None:
+def test_random_labels_do_not_carry_over_to_other_images(tune: Tune, tmp_path: Path) -> None:
     (result,) = tune(subset="5imgs@1", recipe={"epochs": 5}, limit=20, canary=True)
 
     assert result.metrics is not None
@@ -186,7 +186,7 @@ def test_random_labels_are_not_learnt_for_other_images(tune: Tune, tmp_path: Pat
     assert not (tmp_path / "runs").exists()
 
 
-def test_fine_tuned_and_frozen_numbers_stand_in_columns_of_their_own(
+def test_fine_tuned_and_frozen_numbers_have_columns_of_their_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from msn_eval.results.table import make_table
@@ -224,7 +224,7 @@ def test_baseline_is_measured_again_with_its_own_recipe(tmp_path: Path, capsys: 
 # The network that is saved.
 
 
-def test_saved_folder_has_the_names_and_shapes_that_transformers_asks_for(tune: Tune, tmp_path: Path) -> None:
+def test_saved_folder_has_the_names_and_shapes_of_transformers(tune: Tune, tmp_path: Path) -> None:
     (result,) = tune(save=str(tmp_path / "saved"))
 
     tensors = load_file(tmp_path / "saved" / "model.safetensors")
@@ -250,7 +250,7 @@ _LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", _LAYOUTS)
-def test_transformers_gives_the_logits_of_the_network_that_was_scored(
+def test_transformers_computes_the_logits_of_the_network_that_was_scored(
     tune: Tune, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -264,10 +264,10 @@ def test_transformers_gives_the_logits_of_the_network_that_was_scored(
     encoder = build_encoder(read_checkpoint(name), device=torch.device("cpu"), precision="fp32")
     pixels = normalised(torch.randint(256, (3, 16, 16, 3), dtype=torch.uint8), encoder)
 
-    loaded, told = getattr(transformers, kind).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    loaded, info = getattr(transformers, kind).from_pretrained(tmp_path / "saved", output_loading_info=True)
 
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     with torch.inference_mode():
         expected = trained[-1].network(pixels)
         torch.testing.assert_close(loaded.eval()(pixels).logits, expected, rtol=1e-5, atol=1e-5)
@@ -300,7 +300,7 @@ def test_folder_that_holds_something_else_is_refused_before_training(
         tune(save=str(tmp_path / "saved"))
 
 
-def test_network_that_transformers_has_not_is_refused_before_training(
+def test_network_that_transformers_lacks_is_refused_before_training(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finetuning, "finetune", lambda *given, **named: pytest.fail("it was trained"))
@@ -309,14 +309,14 @@ def test_network_that_transformers_has_not_is_refused_before_training(
         tune(_VIT, tap="mean", save=str(tmp_path / "saved"))
 
 
-def test_finished_result_whose_network_was_not_kept_is_told(tune: Tune, tmp_path: Path) -> None:
+def test_finished_result_whose_network_was_not_kept_is_refused(tune: Tune, tmp_path: Path) -> None:
     (result,) = tune()
 
     with pytest.raises(UsageError, match=rf"--save: {result.id} is measured already"):
         tune(save=str(tmp_path / "saved"))
 
 
-def test_saved_network_of_a_finished_result_is_left_as_it_is(tune: Tune, tmp_path: Path) -> None:
+def test_saved_network_of_a_finished_result_is_unchanged(tune: Tune, tmp_path: Path) -> None:
     tune(save=str(tmp_path / "saved"))
     before = (tmp_path / "saved" / "model.safetensors").stat().st_mtime_ns
 

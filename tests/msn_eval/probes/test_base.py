@@ -1,4 +1,4 @@
-"""Rows are centred and normalised each by itself."""
+"""What probes share: each row is normalised alone, bad labelled images are refused, and labels are ranked."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,9 +9,8 @@ import torch
 
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes import Probe, fit
-from msn_eval.probes import base as degenerate
-from msn_eval.probes.base import centred_rows, describe_collapse, normalised_rows, rank_labels
+from msn_eval.probes import base
+from msn_eval.probes.base import FeatureProbe, centred_rows, describe_collapse, fit_probe, normalised_rows, rank_labels
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.logistic import Logistic
 from msn_eval.probes.ncm import NearestClassMean
@@ -24,17 +23,12 @@ def _values(n: int = 7, d: int = 12) -> torch.Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(0)) + 3
 
 
-def test_normalised_rows_have_unit_length_in_float64() -> None:
-    lengths = normalised_rows(_values()).norm(dim=1)
-
-    torch.testing.assert_close(lengths, torch.ones(7, dtype=torch.float64), rtol=0, atol=1e-15)
-
-
-def test_normalised_rows_keep_their_direction() -> None:
+def test_normalised_rows_have_unit_length_and_their_direction() -> None:
     values = _values()
 
     rows = normalised_rows(values)
 
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(7, dtype=torch.float64), rtol=0, atol=1e-15)
     torch.testing.assert_close(rows * values.double().norm(dim=1, keepdim=True), values.double())
 
 
@@ -45,7 +39,7 @@ def test_centred_rows_have_zero_mean_and_unit_length() -> None:
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(7, dtype=torch.float64), rtol=0, atol=1e-15)
 
 
-def test_centred_rows_forget_the_scale_and_the_offset_of_each_row() -> None:
+def test_centred_rows_ignore_the_scale_and_the_offset_of_each_row() -> None:
     values = _values().double()
     scale = torch.linspace(0.5, 20, len(values), dtype=torch.float64)[:, None]
 
@@ -68,7 +62,7 @@ def test_a_zero_row_stays_zero(rows_of: RowsOf) -> None:
 @pytest.mark.parametrize("level", [1e-30, 0.1, -1 / 3, 12345.678, 3e38])
 @pytest.mark.parametrize("d", [3, 384, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_constant_row_becomes_zero_whatever_rounding_its_mean_suffers(
+def test_a_constant_row_becomes_zero_whatever_the_rounding_of_its_mean(
     level: float, d: int, dtype: torch.dtype
 ) -> None:
     rows = centred_rows(torch.full((2, d), level, dtype=dtype))
@@ -76,13 +70,13 @@ def test_a_constant_row_becomes_zero_whatever_rounding_its_mean_suffers(
     assert torch.equal(rows, torch.zeros(2, d, dtype=torch.float64))
 
 
-def test_a_row_with_values_at_its_mean_is_not_taken_for_constant() -> None:
+def test_a_row_with_a_value_at_its_mean_is_not_constant() -> None:
     rows = centred_rows(torch.tensor([[1.0, 2.0, 3.0]]))
 
     torch.testing.assert_close(rows, torch.tensor([[-1.0, 0.0, 1.0]], dtype=torch.float64) / 2**0.5)
 
 
-def test_a_row_one_float32_step_from_constant_is_not_taken_for_constant() -> None:
+def test_a_row_one_float32_step_from_constant_is_not_constant() -> None:
     values = torch.full((1, 384), 0.1)
     values[0, 5] = torch.nextafter(values[0, 5], torch.tensor(1.0))
 
@@ -110,7 +104,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(rows_of: RowsOf) -> None:
 
 
 @pytest.mark.parametrize("rows_of", [normalised_rows, centred_rows])
-def test_the_features_themselves_are_left_as_they_were(rows_of: RowsOf) -> None:
+def test_the_features_themselves_are_unchanged(rows_of: RowsOf) -> None:
     values = _values().double()
     before = values.clone()
 
@@ -124,8 +118,8 @@ PROBES = [Logistic(lambdas=(0.0025,)), NearestNeighbours(ks=(3,)), Ridge(), Near
 
 
 @pytest.fixture(params=PROBES, ids=lambda probe: str(probe.name))
-def probe(request: pytest.FixtureRequest) -> Probe:
-    chosen: Probe = request.param
+def probe(request: pytest.FixtureRequest) -> FeatureProbe:
+    chosen: FeatureProbe = request.param
     return chosen
 
 
@@ -142,65 +136,55 @@ def _clusters(n: int = 20, d: int = 6) -> Features:
     )
 
 
-def _refusal(probe: Probe, train: Features) -> str:
+def _change(name: str, train: Features) -> Features:
+    match name:
+        case "single class":
+            return replace(train, labels=torch.full((20,), 2))
+        case "negative label" | "large label":
+            labels = train.labels.clone()
+            labels[7] = -1 if name == "negative label" else 4
+            return replace(train, labels=labels)
+        case _:
+            train.values[range(9, 16) if name == "many rows" else 3, 0] = torch.nan if name == "nan" else torch.inf
+            return train
+
+
+_NOT_FINITE = "features at tap cls are not finite for"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("single class", "the 20 labelled images are of a single class\nLabel images of at least two classes."),
+        ("negative label", "1 labels are outside of 0 to 3, first 7.png has -1\nNumber the classes from 0."),
+        ("large label", "1 labels are outside of 0 to 3, first 7.png has 4\nNumber the classes from 0."),
+        ("nan", f"{_NOT_FINITE} 1 labelled images, first 3.png\nRetry with --precision fp32."),
+        ("inf", f"{_NOT_FINITE} 1 labelled images, first 3.png\nRetry with --precision fp32."),
+        ("many rows", f"{_NOT_FINITE} 7 labelled images, first 9.png, 10.png, 11.png, 12.png, 13.png\nRetry"),
+    ],
+)
+def test_labelled_images_that_cannot_be_learnt_from_are_refused(probe: FeatureProbe, name: str, message: str) -> None:
     with pytest.raises(NumericalError) as caught:
-        fit(probe, train, CPU)
-    return str(caught.value)
+        fit_probe(probe, _change(name, _clusters()), CPU)
 
-
-def test_single_class_is_refused_by_every_probe(probe: Probe) -> None:
-    train = replace(_clusters(), labels=torch.full((20,), 2))
-
-    assert _refusal(probe, train) == (
-        "the 20 labelled images are of a single class\nLabel images of at least two classes."
-    )
-
-
-@pytest.mark.parametrize(("label", "count"), [(-1, 1), (4, 1)])
-def test_label_out_of_range_is_named_by_every_probe(probe: Probe, label: int, count: int) -> None:
-    train = _clusters()
-    labels = train.labels.clone()
-    labels[7] = label
-
-    told = _refusal(probe, replace(train, labels=labels))
-
-    assert told == f"{count} labels are outside of 0 to 3, first 7.png has {label}\nNumber the classes from 0."
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_row_that_is_not_finite_is_named_by_every_probe(probe: Probe, value: float) -> None:
-    train = _clusters()
-    train.values[3, 2] = value
-
-    assert _refusal(probe, train) == (
-        "features at tap cls are not finite for 1 labelled images, first 3.png\nRetry with --precision fp32."
-    )
-
-
-def test_of_many_rows_that_are_not_finite_the_first_five_are_named() -> None:
-    train = _clusters()
-    train.values[9:16, 0] = torch.inf
-
-    assert _refusal(PROBES[0], train).startswith(
-        "features at tap cls are not finite for 7 labelled images, first 9.png, 10.png, 11.png, 12.png, 13.png\n"
-    )
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3])
-def test_constant_features_are_scored_at_chance(probe: Probe, level: float) -> None:
+def test_constant_features_are_scored_at_chance(probe: FeatureProbe, level: float) -> None:
     train = _features(torch.full((20, 6), level), torch.arange(20) % 4)
 
-    (scores,) = fit(probe, train, CPU).scores(torch.full((40, 6), level))
+    (scores,) = fit_probe(probe, train, CPU).scores(torch.full((40, 6), level))
 
     prediction, _ = rank_labels(scores, torch.arange(40) % 4)  # refuses NaN
     assert int((prediction == torch.arange(40) % 4).sum()) == 10
 
 
-def test_zero_rows_among_others_do_no_harm(probe: Probe) -> None:
+def test_zero_rows_among_others_are_harmless(probe: FeatureProbe) -> None:
     train = _clusters()
     train.values[5] = 0
 
-    (scores,) = fit(probe, train, CPU).scores(torch.cat([train.values, torch.zeros(1, 6)]))
+    (scores,) = fit_probe(probe, train, CPU).scores(torch.cat([train.values, torch.zeros(1, 6)]))
 
     prediction, _ = rank_labels(scores[[*range(5), *range(6, 20)]], train.labels[[*range(5), *range(6, 20)]])
     assert not scores.isnan().any()
@@ -208,69 +192,55 @@ def test_zero_rows_among_others_do_no_harm(probe: Probe) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_separable_features_of_any_scale_are_separated(probe: Probe, scale: float) -> None:
+def test_separable_features_of_any_scale_are_separated(probe: FeatureProbe, scale: float) -> None:
     train = _features(scale * torch.eye(4, 12).repeat(5, 1), torch.arange(20) % 4)
 
-    fitted = fit(probe, train, CPU)
+    fitted = fit_probe(probe, train, CPU)
 
     (scores,) = fitted.scores(train.values)
     assert fitted.settings[0].converged in (True, None)
     assert scores.argmax(dim=1).tolist() == train.labels.tolist()
 
 
-@pytest.mark.parametrize("value", [0.0, 0.7])
-def test_features_of_one_value_are_told_to_have_collapsed(value: float) -> None:
-    told = describe_collapse(torch.full((5000, 8), value))
-
-    zeros = "5,000" if value == 0 else "0"
-    assert told == (
+@pytest.mark.parametrize(("value", "zeros"), [(0.0, "5,000"), (0.7, "0")])
+def test_features_of_one_value_have_collapsed(value: float, zeros: str) -> None:
+    assert describe_collapse(torch.full((5000, 8), value)) == (
         "collapsed representation: all images have the same features, up to scale and offset; "
         f"5,000 of 5,000 images have constant features, {zeros} of them zero"
     )
 
 
-def test_one_vector_with_float32_noise_is_told_to_have_collapsed() -> None:
+def _noisy(noise: float, d: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(8, generator=generator) + 1e-6 * torch.randn(50, 8, generator=generator)
-
-    assert describe_collapse(values).startswith("collapsed representation")
+    return torch.randn(d, generator=generator) + noise * torch.randn(50, d, generator=generator)
 
 
-def test_collapse_is_seen_over_more_rows_than_are_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(degenerate, "_BLOCK_ROWS", 3)
-    values = torch.randn(8, generator=torch.Generator().manual_seed(0)).repeat(50, 1)
+@pytest.mark.parametrize("block_rows", [4096, 3])
+def test_one_vector_with_float32_noise_has_collapsed(block_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_BLOCK_ROWS", block_rows)
 
-    assert describe_collapse(values).startswith("collapsed representation")
-
-
-def test_features_alike_as_those_of_networks_may_be_have_not_collapsed() -> None:
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(64, generator=generator) + 0.03 * torch.randn(50, 64, generator=generator)
-
-    assert describe_collapse(values) == ""  # what differs is a thousandth of the squared length
+    assert describe_collapse(_noisy(1e-6, 8)).startswith("collapsed representation")
 
 
-def test_one_image_alone_has_not_collapsed() -> None:
-    assert describe_collapse(_clusters().values[:1]) == ""
+@pytest.mark.parametrize(
+    "values",
+    [_noisy(0.03, 64), _clusters().values, _clusters().values[:1], torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])],
+    ids=[
+        "similar rows",
+        "clusters",
+        "one row",
+        "values at the mean",
+    ],  # similar: a thousandth of the squared length differs
+)
+def test_good_features_have_not_collapsed(values: torch.Tensor) -> None:
+    assert describe_collapse(values) == ""
 
 
-def test_values_at_the_mean_of_their_row_do_not_make_it_constant() -> None:
-    assert describe_collapse(torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])) == ""
+def test_zero_rows_among_good_ones_are_counted() -> None:
+    values = _clusters().values
+    values[[2, 9]] = 0
 
-
-def test_zero_rows_are_counted_where_the_rest_is_sound() -> None:
-    train = _clusters()
-    train.values[[2, 9]] = 0
-
-    assert describe_collapse(train.values) == "2 of 20 images have constant features, 2 of them zero"
-
-
-def test_nothing_is_told_of_sound_features() -> None:
-    assert describe_collapse(_clusters().values) == ""
-
-
-def _naive_order(scores: torch.Tensor) -> np.ndarray:
-    return np.argsort(-scores.numpy(), axis=1, kind="stable")
+    assert describe_collapse(values) == "2 of 20 images have constant features, 2 of them zero"
 
 
 @pytest.mark.parametrize("levels", [2, 4, 1000])
@@ -281,7 +251,7 @@ def test_predictions_and_ranks_are_those_of_a_stable_sort(levels: int) -> None:
 
     prediction, rank = rank_labels(scores, labels)
 
-    order = _naive_order(scores)
+    order = np.argsort(-scores.numpy(), axis=1, kind="stable")
     assert prediction.tolist() == order[:, 0].tolist()
     assert rank.tolist() == [row.tolist().index(label) + 1 for row, label in zip(order, labels.tolist(), strict=True)]
 
@@ -295,17 +265,7 @@ def test_equal_scores_rank_by_smaller_class_index() -> None:
     assert rank.tolist() == [4, 1, 2, 3]
 
 
-def test_a_label_is_predicted_exactly_where_it_ranks_first() -> None:
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(3, (200, 5), generator=generator).double()
-    labels = torch.randint(5, (200,), generator=generator)
-
-    prediction, rank = rank_labels(scores, labels)
-
-    assert torch.equal(prediction == labels, rank == 1)
-
-
-def test_classes_that_cannot_be_chosen_rank_last() -> None:
+def test_classes_that_cannot_be_predicted_rank_last() -> None:
     scores = torch.tensor([[-torch.inf, -1e300, -torch.inf, 0.5]], dtype=torch.float64).repeat(4, 1)
 
     prediction, rank = rank_labels(scores, torch.arange(4))
@@ -322,7 +282,7 @@ def test_float64_scores_are_not_rounded_into_ties() -> None:
     assert prediction.tolist() == [1]
 
 
-def test_nan_is_refused_wherever_it_stands() -> None:
+def test_nan_is_refused() -> None:
     scores = torch.zeros(3, 4)
     scores[1, 2] = torch.nan
 

@@ -1,4 +1,4 @@
-"""Ranks that share a fit or a search: the first leads, the others assist until they are dismissed."""
+"""Ranks that share a fit or a search: rank 0 leads, the others serve until they are shut down."""
 
 import multiprocessing
 import socket
@@ -9,58 +9,61 @@ import pytest
 import torch
 from torch import Tensor
 
-from msn_eval.distributed.group import Group, join_group
+from msn_eval.distributed.group import join_group
 from msn_eval.distributed.rank_info import Timeouts
 from msn_eval.errors import MsnEvalError, NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes import distributed as team
-from msn_eval.probes import knn
-from msn_eval.probes.distributed import WorkerGroup, search_together, serve, shutdown
+from msn_eval.probes import distributed, knn
+from msn_eval.probes.base import WorkerGroup
+from msn_eval.probes.distributed import search_together, serve, shutdown
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.knn_search.index import Bank, index_bank
 from msn_eval.probes.logistic import Logistic
-from msn_eval.probes.logistic_solvers import newton as full_data
+from msn_eval.probes.logistic_solvers import newton
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="ranks are forked")
 CPU = torch.device("cpu")
 QUICK = Timeouts(beat_seconds=0.05, silent_seconds=60, linger_seconds=0.5, unwind_seconds=5)
 
 
-def _on_ranks(world: int, do: Callable[[Group], object]) -> list[object]:
+def _lead(world: int, work: Callable[[WorkerGroup], object]) -> list[object]:
+    """Return, by rank, what `work` returns on rank 0 while the others serve, or a rank's exit code and error."""
+    return _run_on_ranks(world, lambda workers: _lead_or_serve(workers, work))
+
+
+def _lead_or_serve(workers: WorkerGroup, work: Callable[[WorkerGroup], object]) -> object:
+    if workers.group.rank:
+        return serve(workers)
+    result = work(workers)
+    shutdown(workers)
+    return result
+
+
+def _run_on_ranks(world: int, run: Callable[[WorkerGroup], object]) -> list[object]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    answers = context.SimpleQueue()
+    queue = context.SimpleQueue()
 
-    def run(rank: int) -> None:
+    def start(rank: int) -> None:
         torch.set_num_threads(1)
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         try:
-            with join_group(environment={name: str(value) for name, value in place.items()}, timeouts=QUICK) as group:
-                answer = do(group)
+            with join_group(environment={name: str(value) for name, value in names.items()}, timeouts=QUICK) as group:
+                result = run(WorkerGroup(group=group, device=CPU))
         except MsnEvalError as error:
-            answer = error.exit_code, str(error)
-        answers.put((rank, answer))
+            result = error.exit_code, str(error)
+        queue.put((rank, result))
 
-    ranks = [context.Process(target=run, args=(rank,)) for rank in range(world)]
-    for one in ranks:
-        one.start()
-    found = dict(answers.get() for _ in ranks)
-    for one in ranks:
-        one.join(timeout=60)
-        assert one.exitcode == 0
-    return [found[rank] for rank in range(world)]
-
-
-def _led(group: Group, lead: Callable[[WorkerGroup], object]) -> object:
-    """Do something on the first rank while the others assist."""
-    team = WorkerGroup(group=group, device=CPU)
-    if group.rank:
-        return serve(team)
-    found = lead(team)
-    shutdown(team)
-    return found
+    processes = [context.Process(target=start, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    results = dict(queue.get() for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    return [results[rank] for rank in range(world)]
 
 
 def _features() -> Features:
@@ -70,127 +73,113 @@ def _features() -> Features:
     return Features(values=values, labels=labels, image_ids=tuple(map(str, range(301))), n_classes=5, tap="cls")
 
 
-def test_a_team_fits_what_the_first_rank_alone_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(full_data, "_WHOLE_BYTES", 0)
-    train, queries = _features(), torch.randn(40, 12, generator=torch.Generator().manual_seed(1))
+def _queries() -> Tensor:
+    return torch.randn(40, 12, generator=torch.Generator().manual_seed(1))
+
+
+def test_ranks_together_fit_what_one_rank_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(newton, "_WHOLE_BYTES", 0)
     probes = Logistic(lambdas=(0.1, 0.0025)), Logistic(lambdas=(1.0,))
 
-    def fits(team: WorkerGroup | None) -> list[tuple[float, float, list[int]]]:
-        fitted = [probe.fit(train, CPU, workers=team) for probe in probes]
-        told = []
-        for one in fitted:
-            for setting, scores in zip(one.settings, one.scores(queries), strict=True):
-                assert setting.objective is not None
-                assert setting.certificate is not None
-                told.append((setting.objective, setting.certificate, scores.argmax(dim=1).tolist()))
-        return told
+    def fit(workers: WorkerGroup | None) -> list[tuple[float, float, list[int]]]:
+        fits = []
+        for probe in probes:
+            fitted = probe.fit(_features(), CPU, workers=workers)
+            for config, scores in zip(fitted.settings, fitted.scores(_queries()), strict=True):
+                assert config.objective is not None
+                assert config.certificate is not None
+                fits.append((config.objective, config.certificate, scores.argmax(dim=1).tolist()))
+        return fits
 
-    def do(group: Group) -> object:
-        return _led(group, fits)
-
-    alone = fits(None)
-    together, *others = _on_ranks(3, do)
+    together, *others = _lead(3, fit)
 
     assert others == [None, None]
-    for (objective, _, right), (shared, gap, answers) in zip(alone, together, strict=True):  # type: ignore[call-overload]
+    for (objective, _, expected), (shared, gap, predictions) in zip(fit(None), together, strict=True):  # type: ignore[call-overload]
         assert shared == pytest.approx(objective, rel=1e-6)
         assert gap <= 1e-6
-        assert answers == right
+        assert predictions == expected
 
 
 @pytest.fixture
-def banks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Give the rows of each bank that a rank has indexed for a shared search, on that rank."""
+def indexed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the list of the numbers of rows that this rank has indexed for shared searches."""
     rows: list[int] = []
 
     def index(values: Tensor) -> Bank:
         rows.append(len(values))
         return index_bank(values)
 
-    monkeypatch.setattr(team, "index_bank", index)
+    monkeypatch.setattr(distributed, "index_bank", index)
     return rows
 
 
-def test_a_team_finds_the_neighbours_and_votes_of_one_rank_to_the_last_bit(
-    monkeypatch: pytest.MonkeyPatch, banks: list[int]
+def test_ranks_together_find_the_neighbours_and_votes_of_one_rank_to_the_last_bit(
+    monkeypatch: pytest.MonkeyPatch, indexed: list[int]
 ) -> None:
     monkeypatch.setattr(knn, "_SHARED_VALUES", 0)
-    monkeypatch.setattr(team, "_SENT_ROWS", 33)
-    monkeypatch.setattr(team, "_QUERIES", 13)
-    train, queries = _features(), torch.randn(40, 12, generator=torch.Generator().manual_seed(1))
-    train.values[200:250] = train.values[:50]  # equal rows, on other ranks
+    monkeypatch.setattr(distributed, "_SENT_ROWS", 33)
+    monkeypatch.setattr(distributed, "_QUERIES", 13)
+    train, queries = _features(), _queries()
+    train.values[200:250] = train.values[:50]  # equal rows, on different ranks
     queries[7] = 0
 
-    def find(team: WorkerGroup | None) -> list[Tensor]:
-        return list(NearestNeighbours(ks=(3, 150)).fit(train, CPU, workers=team).scores(queries))
+    def search(workers: WorkerGroup | None) -> list[list[float]]:
+        fitted = NearestNeighbours(ks=(3, 150)).fit(train, CPU, workers=workers)
+        return [scores.tolist() for scores in fitted.scores(queries)]
 
-    def do(group: Group) -> object:
-        found = _led(group, lambda team: [one.tolist() for one in find(team)])
-        return found, banks
+    ranks = _run_on_ranks(3, lambda workers: (_lead_or_serve(workers, search), indexed))
 
-    ranks = _on_ranks(3, do)
-
-    assert ranks[0] == ([one.tolist() for one in find(None)], [100])
-    assert ranks[1:] == [(None, [100]), (None, [101])]
+    assert ranks == [(search(None), [100]), (None, [100]), (None, [101])]
 
 
-def test_a_small_bank_is_searched_by_the_first_rank_alone(banks: list[int]) -> None:
-    def find(team: WorkerGroup) -> object:
-        return len(list(NearestNeighbours(ks=(3,)).fit(_features(), CPU, workers=team).scores(torch.ones(1, 12))))
+def test_a_small_bank_is_searched_by_rank_0_alone(indexed: list[int]) -> None:
+    def search(workers: WorkerGroup) -> int:
+        fitted = NearestNeighbours(ks=(3,)).fit(_features(), CPU, workers=workers)
+        return len(list(fitted.scores(torch.ones(1, 12))))
 
-    assert _on_ranks(2, lambda group: (_led(group, find), banks)) == [(1, []), (None, [])]
+    assert _run_on_ranks(2, lambda workers: (_lead_or_serve(workers, search), indexed)) == [(1, []), (None, [])]
 
 
 @pytest.mark.parametrize("bad", ["query", "labelled row"])
-def test_rows_that_are_not_finite_are_refused_before_anybody_is_called(bad: str, banks: list[int]) -> None:
+def test_rows_that_are_not_finite_are_refused_before_other_ranks_take_part(bad: str, indexed: list[int]) -> None:
     rows = {"query": torch.ones(4, 12), "labelled row": torch.ones(9, 12)}
     rows[bad][2] = torch.nan
 
-    def find(team: WorkerGroup) -> object:
+    def search(workers: WorkerGroup) -> object:
         with pytest.raises(NumericalError, match=f"1 of . {bad}s is not finite: 2"):
-            search_together(team, rows["query"], rows["labelled row"], 3)
+            search_together(workers, rows["query"], rows["labelled row"], 3)
         return "refused"
 
-    assert _on_ranks(2, lambda group: (_led(group, find), banks)) == [("refused", []), (None, [])]
+    ranks = _run_on_ranks(2, lambda workers: (_lead_or_serve(workers, search), indexed))
+
+    assert ranks == [("refused", []), (None, [])]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "message"),
     [
-        (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
-            30,
-            "memory of cpu is too small for its share",
-        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 30, "is too small for its share"),
         (NumericalError("products are wrong"), 31, "cannot go on: products are wrong"),
     ],
+    ids=["memory", "numbers"],
 )
 def test_a_rank_that_fails_in_a_search_ends_the_job_with_its_error(
-    monkeypatch: pytest.MonkeyPatch, failing: int, error: Exception, code: int, told: str
+    monkeypatch: pytest.MonkeyPatch, failing: int, error: Exception, code: int, message: str
 ) -> None:
-    def find(team: WorkerGroup) -> object:
-        return search_together(team, torch.ones(4, 12), torch.ones(9, 12), 3)
+    def fail(values: Tensor) -> Bank:
+        raise error
 
-    def do(group: Group) -> object:
-        def fail(values: Tensor) -> Bank:
-            raise error
+    def run(workers: WorkerGroup) -> object:
+        if workers.group.rank == failing:
+            monkeypatch.setattr(distributed, "index_bank", fail)
+        return _lead_or_serve(workers, lambda group: search_together(group, torch.ones(4, 12), torch.ones(9, 12), 3))
 
-        if group.rank == failing:
-            monkeypatch.setattr(team, "index_bank", fail)
-        return _led(group, find)
+    ranks = _run_on_ranks(2, run)
 
-    ended = _on_ranks(2, do)
-
-    assert [one[0] for one in ended] == [code, code]  # type: ignore[index]
-    assert all(f"rank {failing}" in str(one) and told in str(one) for one in ended)
+    assert [rank[0] for rank in ranks] == [code, code]  # type: ignore[index]
+    assert all(f"rank {failing}" in str(rank) and message in str(rank) for rank in ranks)
 
 
-def test_a_team_that_is_not_needed_is_dismissed() -> None:
-    def do(group: Group) -> object:
-        team = WorkerGroup(group=group, device=CPU)
-        if group.rank:
-            return serve(team)
-        return shutdown(team)
-
-    assert _on_ranks(2, do) == [None, None]
+def test_workers_that_are_not_needed_are_shut_down() -> None:
+    assert _lead(2, lambda workers: None) == [None, None]

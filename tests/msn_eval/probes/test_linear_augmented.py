@@ -1,4 +1,4 @@
-"""Linear layers on augmented images: one step however it is cut, and one training however often it is stopped."""
+"""Linear layers on augmented images: the step does not depend on how a batch is cut, nor the result on interruptions."""
 
 import logging
 import os
@@ -23,15 +23,14 @@ from msn_eval.errors import NumericalError, ResourceError, StoreError
 from msn_eval.features import augmented as augmented_features
 from msn_eval.features.augmented import AugmentedImages, features_from
 from msn_eval.features.encoder import Encoder
-from msn_eval.features.extraction import Loading
+from msn_eval.features.extraction import Loading, extract_features
 from msn_eval.probes import linear_augmented
+from msn_eval.probes.base import FittedProbe
 from msn_eval.probes.linear_augmented import (
     LinearAugmented,
     Training,
-    augmented_settings,
     draw_order,
     fit_augmented,
-    restore_training,
     start_training,
     take_step,
 )
@@ -45,7 +44,7 @@ _PROBE = LinearAugmented(lr=[0.5, 4.0], epochs=3, batch_size=16)
 
 @pytest.fixture(scope="module")
 def images() -> AugmentedImages:
-    """Give four digits of each class as raw pixels."""
+    """Return four digits of each class as raw pixels."""
     drawn = read_split("digits", "train").first_of_each_class(4)
     return AugmentedImages(
         images=drawn,
@@ -55,6 +54,10 @@ def images() -> AugmentedImages:
         tap="pixels",
         loading=Loading(batch_size=6, workers=0),
     )
+
+
+def _fit(images: AugmentedImages, probe: LinearAugmented = _PROBE, files: StateFiles | None = None) -> FittedProbe:
+    return fit_augmented(probe, images, group=ALONE, files=files)
 
 
 def _batch(n: int = 20, d: int = 8) -> tuple[Tensor, Tensor]:
@@ -67,7 +70,7 @@ def _stepped(cuts: list[int], probe: LinearAugmented = _PROBE, steps: int = 3) -
     features, labels = _batch()
     for step in range(steps):
         parts = zip(torch.split(features, cuts), torch.split(labels, cuts), strict=True)
-        assert take_step(training, parts, images=20, share=1 - step / 4, group=ALONE, stop=StopRequest())
+        assert take_step(training, parts, images=20, rate_factor=1 - step / 4, group=ALONE, stop=StopRequest())
     return training
 
 
@@ -77,7 +80,7 @@ def _weights(training: Training) -> dict[str, Tensor]:
     }
 
 
-def test_a_step_is_that_of_torchs_optimiser_on_the_whole_batch() -> None:
+def test_a_step_is_that_of_torchs_optimiser_on_the_complete_batch() -> None:
     probe = replace(_PROBE, lr=[2.0], weight_decay=0.1)
     features, labels = _batch()
     norm, layer = torch.nn.LayerNorm(8), torch.nn.Linear(8, 3)
@@ -107,7 +110,7 @@ def test_accumulated_and_direct_batches_give_the_same_step(cuts: list[int]) -> N
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_first_weights_are_small_drawn_by_the_seed_and_alike_for_all_rates(seed: int) -> None:
+def test_first_weights_are_drawn_by_the_seed_and_equal_for_all_rates(seed: int) -> None:
     expected = torch.empty(3, 8).normal_(0.0, 0.01, generator=torch.Generator().manual_seed(seed))
 
     for head in start_training(replace(_PROBE, seed=seed), 8, 3, CPU).heads.values():
@@ -115,7 +118,7 @@ def test_first_weights_are_small_drawn_by_the_seed_and_alike_for_all_rates(seed:
         assert not head.linear.bias.any()
 
 
-def test_a_restored_training_is_the_one_that_was_taken() -> None:
+def test_a_restored_training_equals_the_saved_one() -> None:
     probe = replace(_PROBE, lr=[0.5, 9.0, 4.0])
     training = _stepped([20], probe)
     training.last_losses = {0.5: 1.25, 9.0: 2.0, 4.0: 1.5}
@@ -123,7 +126,7 @@ def test_a_restored_training_is_the_one_that_was_taken() -> None:
     training.diverged_at = {9.0: 2}
 
     restored = start_training(probe, 8, 3, CPU)
-    restore_training(restored, {**training.as_state(), "step": training.step})
+    restored.load_state_dict({**training.state_dict(), "step": training.step})
 
     assert (restored.step, restored.diverged_at) == (3, {9.0: 2})
     assert (restored.losses, restored.last_losses) == (training.losses, training.last_losses)
@@ -131,7 +134,7 @@ def test_a_restored_training_is_the_one_that_was_taken() -> None:
     torch.testing.assert_close(_weights(restored), _weights(training), rtol=0, atol=0)
 
 
-def test_features_that_are_not_finite_are_told_by_the_rank_that_met_them() -> None:
+def test_features_that_are_not_finite_are_reported_before_a_step() -> None:
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
         yield _batch()
         raise NumericalError("features of a.png are not finite")
@@ -139,18 +142,18 @@ def test_features_that_are_not_finite_are_told_by_the_rank_that_met_them() -> No
     training = start_training(_PROBE, 8, 3, CPU)
 
     with pytest.raises(NumericalError, match=r"features of a\.png"):
-        take_step(training, parts(), images=40, share=1.0, group=ALONE, stop=StopRequest())
+        take_step(training, parts(), images=40, rate_factor=1.0, group=ALONE, stop=StopRequest())
     assert training.step == 0
 
 
-def test_a_disk_that_refused_is_asked_again_after_a_while(
+def test_a_disk_that_refused_is_tried_again_after_a_while(
     files: StateFiles, full_disk: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear_augmented, "_SAVE_SECONDS", 60.0)
     now = [100.0]
     monkeypatch.setattr(linear_augmented, "time", SimpleNamespace(monotonic=lambda: now[0]))
     full_disk["left"] = 10
-    keeper = linear_augmented._Keeper(files=files, saved_at=0.0)
+    keeper = linear_augmented._StateSaver(files=files, saved_at=0.0)
     left = []
     for now[0] in (100.0, 101.0, 159.0, 161.0):
         keeper.save_if_due(_stepped([20], steps=1))
@@ -164,18 +167,18 @@ def test_learning_rates_fall_along_half_a_cosine_over_all_epochs(
 ) -> None:
     shares: list[float] = []
 
-    def take(training: Training, *given: Any, share: float, **named: Any) -> bool:
-        shares.append(share)
-        return take_step(training, *given, share=share, **named)
+    def take(training: Training, *given: Any, rate_factor: float, **named: Any) -> bool:
+        shares.append(rate_factor)
+        return take_step(training, *given, rate_factor=rate_factor, **named)
 
     monkeypatch.setattr(linear_augmented, "take_step", take)
-    fitted = fit_augmented(replace(_PROBE, epochs=2, batch_size=20), images, group=ALONE, files=None)
+    fitted = _fit(images, replace(_PROBE, epochs=2, batch_size=20))
 
     assert [one.iterations for one in fitted.settings] == [4, 4]
     assert shares == pytest.approx([1.0, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])
 
 
-def test_the_objective_is_the_mean_loss_of_the_last_epoch_as_it_was_met(images: AugmentedImages) -> None:
+def test_the_objective_is_the_mean_loss_of_the_last_epochs_batches(images: AugmentedImages) -> None:
     probe = replace(_PROBE, epochs=2, batch_size=40)
     training = start_training(probe, images.dim, 10, CPU)
     losses = []
@@ -185,9 +188,9 @@ def test_the_objective_is_the_mean_loss_of_the_last_epoch_as_it_was_met(images: 
         features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
         losses = [functional.cross_entropy(head(features), labels).item() for head in training.heads.values()]
         share = (1.0, 0.5)[epoch]
-        take_step(training, iter([(features, labels)]), images=40, share=share, group=ALONE, stop=StopRequest())
+        take_step(training, iter([(features, labels)]), images=40, rate_factor=share, group=ALONE, stop=StopRequest())
 
-    fitted = fit_augmented(probe, images, group=ALONE, files=None)
+    fitted = _fit(images, probe)
 
     assert [one.objective for one in fitted.settings] == pytest.approx(losses, rel=1e-5)
 
@@ -200,15 +203,17 @@ def test_layers_trained_together_are_those_trained_alone() -> None:
         torch.testing.assert_close(alone, {name: together[name] for name in alone}, rtol=0, atol=0)
 
 
-def _step_on_a_rank() -> dict[str, Tensor]:
+def _rank_group() -> Group:
     rank = torch.distributed.get_rank()
-    group = Group(rank=rank, world=2, local_rank=rank, host="here")
-    training = start_training(_PROBE, 8, 3, CPU)
-    features, labels = _batch()
-    mine = slice(0, 13) if rank == 0 else slice(13, 20)
+    return Group(rank=rank, world=2, local_rank=rank, host="here")
+
+
+def _step_on_a_rank() -> dict[str, Tensor]:
+    group, training, (features, labels) = _rank_group(), start_training(_PROBE, 8, 3, CPU), _batch()
+    rows = slice(0, 13) if group.rank == 0 else slice(13, 20)
     for step in range(3):
-        parts = iter([(features[mine], labels[mine])])
-        take_step(training, parts, images=20, share=1 - step / 4, group=group, stop=StopRequest())
+        chunks = iter([(features[rows], labels[rows])])
+        take_step(training, chunks, images=20, rate_factor=1 - step / 4, group=group, stop=StopRequest())
     return _weights(training)
 
 
@@ -220,23 +225,21 @@ def test_ranks_take_the_step_of_one_process(on_ranks: Callable[..., list[Any]]) 
 
 
 def _stop_one_rank() -> tuple[bool, int]:
-    rank = torch.distributed.get_rank()
-    group = Group(rank=rank, world=2, local_rank=rank, host="here")
-    training = start_training(_PROBE, 8, 3, CPU)
-    stop = StopRequest(number=signal.SIGTERM if rank == 1 else None)
-    return take_step(training, iter([_batch()]), images=40, share=1.0, group=group, stop=stop), training.step
+    group, training = _rank_group(), start_training(_PROBE, 8, 3, CPU)
+    stop = StopRequest(number=signal.SIGTERM if group.rank == 1 else None)
+    return take_step(training, iter([_batch()]), images=40, rate_factor=1.0, group=group, stop=stop), training.step
 
 
-def test_a_rank_that_is_told_to_stop_has_none_take_the_step(on_ranks: Callable[..., list[Any]]) -> None:
+def test_no_rank_takes_a_step_if_one_is_asked_to_stop(on_ranks: Callable[..., list[Any]]) -> None:
     assert on_ranks(_stop_one_rank) == [(False, 0), (False, 0)]
 
 
-def test_a_layer_that_diverges_is_left_out_and_moves_no_other(
+def test_a_layer_that_diverges_is_left_out_and_changes_no_other(
     images: AugmentedImages, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        wild = fit_augmented(replace(_PROBE, lr=[3e38, 4.0]), images, group=ALONE, files=None)
-    calm = fit_augmented(replace(_PROBE, lr=[4.0]), images, group=ALONE, files=None)
+        wild = _fit(images, replace(_PROBE, lr=[3e38, 4.0]))
+    calm = _fit(images, replace(_PROBE, lr=[4.0]))
 
     ((params, reason),) = wild.failures
     assert params["lr"] == 3e38
@@ -251,9 +254,9 @@ def _pixels(images: AugmentedImages) -> Tensor:
     return torch.linspace(0, 1, 5 * images.dim).view(5, -1).sin()
 
 
-def test_where_every_layer_diverges_there_is_no_probe(images: AugmentedImages) -> None:
+def test_if_every_layer_diverges_the_fit_fails(images: AugmentedImages) -> None:
     with pytest.raises(NumericalError, match=r"the layer diverged at learning rate 3e\+38"):
-        fit_augmented(replace(_PROBE, lr=[3e38]), images, group=ALONE, files=None)
+        _fit(images, replace(_PROBE, lr=[3e38]))
 
 
 def _features(images: AugmentedImages, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -272,7 +275,7 @@ def test_an_epoch_entered_late_has_the_features_that_it_would_have_had(images: A
         assert torch.equal(labels, their)
 
 
-def test_workers_move_no_feature(images: AugmentedImages) -> None:
+def test_workers_change_no_feature(images: AugmentedImages) -> None:
     batches = list(torch.split(draw_order(40, seed=3, epoch=1), 16))
 
     here = _features(images, batches)
@@ -283,7 +286,7 @@ def test_workers_move_no_feature(images: AugmentedImages) -> None:
 
 @pytest.fixture
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
-    """Give a function that leaves the encoder memory for so many images; it gives the sizes of all attempts."""
+    """Return a function that limits the encoder to so many images at once; it returns the sizes of all attempts."""
 
     def leave(room: int) -> list[int]:
         tried: list[int] = []
@@ -301,11 +304,11 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     return leave
 
 
-def test_where_memory_is_short_the_encoder_goes_in_halves_and_no_number_moves(
+def test_on_out_of_memory_the_encoder_halves_its_batches_and_no_number_changes(
     images: AugmentedImages, small_memory: Callable[[int], list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
     batches = list(torch.split(draw_order(40, seed=3, epoch=1), 16))
-    whole, fitted = _features(images, batches), fit_augmented(_PROBE, images, group=ALONE, files=None)
+    whole, fitted = _features(images, batches), _fit(images)
 
     tried = small_memory(2)
     halved = _features(images, batches)
@@ -315,17 +318,17 @@ def test_where_memory_is_short_the_encoder_goes_in_halves_and_no_number_moves(
     assert caplog.text.count("going on with") == 2
     assert [len(labels) for _, labels in halved] == [len(labels) for _, labels in whole]
     assert all(torch.equal(one[0], other[0]) for one, other in zip(halved, whole, strict=True))
-    again = fit_augmented(_PROBE, images, group=ALONE, files=None)
+    again = _fit(images)
     assert [one.objective for one in again.settings] == [one.objective for one in fitted.settings]
 
 
-def test_memory_that_is_too_small_for_one_image_is_told(
+def test_memory_too_small_for_one_image_is_reported(
     images: AugmentedImages, small_memory: Callable[[int], list[int]]
 ) -> None:
     small_memory(0)
 
     with pytest.raises(ResourceError, match="one image does not fit into the memory of cpu"):
-        fit_augmented(_PROBE, images, group=ALONE, files=None)
+        _fit(images)
 
 
 def test_orders_are_permutations_that_differ_from_epoch_to_epoch() -> None:
@@ -350,41 +353,41 @@ def _killed_at(step: int) -> Callable[..., bool]:
     return take
 
 
-def test_a_training_that_was_killed_becomes_bit_by_bit_what_it_would_have_become(
+def test_a_killed_training_resumes_to_the_same_bits(
     images: AugmentedImages, files: StateFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    undisturbed = fit_augmented(_PROBE, images, group=ALONE, files=None)
+    undisturbed = _fit(images)
     child = os.fork()
     if child == 0:
         try:
             linear_augmented._SAVE_SECONDS = 0.0
             linear_augmented.take_step = _killed_at(5)
-            fit_augmented(_PROBE, images, group=ALONE, files=files)
+            _fit(images, files=files)
         finally:
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
     with caplog.at_level(logging.INFO):
-        resumed = fit_augmented(_PROBE, images, group=ALONE, files=files)
+        resumed = _fit(images, files=files)
 
-    assert "goes on behind step 5" in caplog.text  # in the middle of the second epoch of three steps
+    assert "resumes after step 5" in caplog.text  # in the middle of the second epoch of three steps
     assert [one.objective for one in resumed.settings] == [one.objective for one in undisturbed.settings]
     pixels = _pixels(images)
     pairs = zip(resumed.scores(pixels), undisturbed.scores(pixels), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def test_a_command_told_to_stop_ends_with_75_and_goes_on_from_there(
+def test_a_command_asked_to_stop_ends_with_75_and_resumes_from_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--checkpoint", "pixels", "--data", "digits", "--subset", "2imgs@1", "--probe", "linear-augmented"]
     words += ["--device", "cpu", "--no-cache", "--json", "linear_augmented.epochs=4", "linear_augmented.batch_size=8"]
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
-    told: list[int] = []
+    stopped_at: list[int] = []
 
     def stop_once(training: Training, *arguments: Any, **others: Any) -> bool:
-        if training.step == 4 and not told:
-            told.append(training.step)
+        if training.step == 4 and not stopped_at:
+            stopped_at.append(training.step)
             signal.raise_signal(signal.SIGTERM)
         return take_step(training, *arguments, **others)
 
@@ -396,7 +399,7 @@ def test_a_command_told_to_stop_ends_with_75_and_goes_on_from_there(
 
     assert main([*words, "--out", str(out)]) == 0
 
-    assert "goes on behind step 4" in capsys.readouterr().err
+    assert "resumes after step 4" in capsys.readouterr().err
     (whole,), (resumed,) = list_results([tmp_path / "whole"]), list_results([out])
     assert (resumed.id, resumed.metrics, resumed.probe) == (whole.id, whole.metrics, whole.probe)
     assert not (out / ".training").exists()
@@ -404,7 +407,7 @@ def test_a_command_told_to_stop_ends_with_75_and_goes_on_from_there(
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Have the disk refuse as many states as `left` says, and save at every step."""
+    """Make the disk refuse as many states as `left` says, and save at every step."""
     left = {"left": 0}
 
     def write(files: StateFiles, state: dict[str, Any], *, step: int) -> None:
@@ -423,11 +426,11 @@ def test_a_disk_that_is_full_for_a_moment_does_not_stop_a_training(
 ) -> None:
     full_disk["left"] = 2
 
-    fitted = fit_augmented(_PROBE, images, group=ALONE, files=files)
+    fitted = _fit(images, files=files)
 
     assert len(fitted.settings) == 2
     assert caplog.text.count("disk full") == 2
-    assert files.found()
+    assert files.find()
 
 
 def test_a_disk_that_stays_full_stops_a_training_before_the_next_epoch(
@@ -436,49 +439,42 @@ def test_a_disk_that_stays_full_stops_a_training_before_the_next_epoch(
     full_disk["left"] = 1000
 
     with pytest.raises(StoreError, match="disk full"):
-        fit_augmented(_PROBE, images, group=ALONE, files=files)
+        _fit(images, files=files)
 
     assert full_disk["left"] == 1000 - 4  # three steps of the first epoch, and its end
 
 
-def test_a_class_without_labelled_images_is_never_chosen(images: AugmentedImages) -> None:
+def test_a_class_without_labelled_images_is_never_predicted(images: AugmentedImages) -> None:
     few = images.images.only([one for one in images.images.ids if not one.startswith("3/")])
     probe = replace(images, images=few, labels=torch.tensor(few.labels))
 
-    for scores in fit_augmented(_PROBE, probe, group=ALONE, files=None).scores(_pixels(images)):
+    for scores in _fit(probe).scores(_pixels(images)):
         assert (scores[:, 3] == -torch.inf).all()
         assert scores[:, [0, 1, 2, 4, 5, 6, 7, 8, 9]].isfinite().all()
 
 
-def test_each_learning_rate_is_a_protocol_by_itself_with_every_field_in_it() -> None:
-    first, second = augmented_settings(_PROBE)
+def test_each_learning_rate_is_a_protocol_with_every_field_in_it() -> None:
+    first, second = _PROBE.configs(9)
 
     assert (first["lr"], second["lr"]) == (0.5, 4.0)
     changed = {"weight_decay": 0.1, "epochs": 4, "batch_size": 17, "crop_share": 0.3, "seed": 1}
     for name, value in changed.items():
-        assert augmented_settings(replace(_PROBE, **{name: value}))[0] != first, name
+        assert replace(_PROBE, **{name: value}).configs(9)[0] != first, name
 
 
 def test_a_longer_training_learns_the_labelled_images(images: AugmentedImages) -> None:
     probe = LinearAugmented(lr=[30.0], epochs=60, batch_size=40, crop_share=0.9)
-    features = torch.cat([part for part, _ in _unaugmented(images)])
+    features = extract_features(images.encoder, images.images, taps=["pixels"]).features["pixels"]
 
-    (scores,) = fit_augmented(probe, images, group=ALONE, files=None).scores(features)
+    (scores,) = _fit(images, probe).scores(features.values)
 
     assert float((scores.argmax(dim=1) == images.labels).double().mean()) > 0.8
 
 
-def _unaugmented(images: AugmentedImages) -> list[tuple[Tensor, Tensor]]:
-    from msn_eval.features.extraction import extract_features
-
-    found = extract_features(images.encoder, images.images, taps=["pixels"])
-    return [(found.features["pixels"].values, images.labels)]
-
-
-def test_numbers_of_the_global_generators_are_left_alone(images: AugmentedImages) -> None:
+def test_the_global_generators_are_unchanged(images: AugmentedImages) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
 
-    fit_augmented(_PROBE, images, group=ALONE, files=None)
+    _fit(images)
 
     assert torch.equal(before[0], torch.get_rng_state())
     assert (before[1] == np.random.get_state()[1]).all()

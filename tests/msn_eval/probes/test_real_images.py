@@ -13,8 +13,7 @@ from torch import Tensor
 
 from msn_eval import extract, load_encoder
 from msn_eval.features.extraction import Features
-from msn_eval.probes import fit
-from msn_eval.probes.base import FittedProbe, centred_rows, normalised_rows
+from msn_eval.probes.base import FittedProbe, centred_rows, fit_probe, normalised_rows
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.logistic import Logistic, Solver
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, certify
@@ -62,7 +61,7 @@ def scikit_learn(splits: tuple[Features, Features]) -> tuple[Tensor, float]:
 def test_our_solvers_find_scikit_learns_minimum(
     solver: Solver, splits: tuple[Features, Features], scikit_learn: tuple[Tensor, float]
 ) -> None:
-    fitted = fit(Logistic(lambdas=(_LAMBDA,), solver=solver), splits[0], _CPU)
+    fitted = fit_probe(Logistic(lambdas=(_LAMBDA,), solver=solver), splits[0], _CPU)
 
     assert fitted.settings[0].objective == pytest.approx(scikit_learn[1], rel=1e-6)
 
@@ -71,7 +70,7 @@ def test_our_solvers_find_scikit_learns_minimum(
 def test_our_solvers_predict_what_scikit_learn_predicts(
     solver: Solver, splits: tuple[Features, Features], scikit_learn: tuple[Tensor, float]
 ) -> None:
-    fitted = fit(Logistic(lambdas=(_LAMBDA,), solver=solver), splits[0], _CPU)
+    fitted = fit_probe(Logistic(lambdas=(_LAMBDA,), solver=solver), splits[0], _CPU)
 
     same = (_predictions(fitted, splits[1].values) == scikit_learn[0]).double().mean()
 
@@ -82,7 +81,9 @@ def test_cyanure_is_within_three_tenths_of_a_point(splits: tuple[Features, Featu
     train, val = splits
 
     accuracies = [
-        (_predictions(fit(Logistic(lambdas=(_LAMBDA,), solver=solver), train, _CPU), val.values) == val.labels).double()
+        (
+            _predictions(fit_probe(Logistic(lambdas=(_LAMBDA,), solver=solver), train, _CPU), val.values) == val.labels
+        ).double()
         for solver in ("newton", "cyanure")
     ]
 
@@ -96,7 +97,7 @@ def test_neighbours_vote_as_scikit_learns_do(k: int, splits: tuple[Features, Fea
     model = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=_weights)
     expected = model.fit(bank, train.labels.numpy()).predict(queries)
 
-    found = _predictions(fit(NearestNeighbours(ks=(k,)), train, _CPU), val.values)
+    found = _predictions(fit_probe(NearestNeighbours(ks=(k,)), train, _CPU), val.values)
 
     assert (found == torch.from_numpy(expected)).all()
 

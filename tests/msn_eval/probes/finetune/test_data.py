@@ -1,4 +1,4 @@
-"""What a step sees is a function of the seed, the epoch and the image, whoever asks and in whatever parts."""
+"""The images of a step are a pure function of seed, epoch and image, however many workers load them."""
 
 import random
 from collections import Counter
@@ -14,7 +14,7 @@ from msn_eval.data import read_dataset
 from msn_eval.data.hashing import hash_images
 from msn_eval.data.images import ImageSet, eval_transform
 from msn_eval.errors import DataError
-from msn_eval.probes.finetune.data import Augmentation, Mixing, Order, epoch_order, load_training_images, path_draws
+from msn_eval.probes.finetune.data import Augmentation, Mixing, Order, draw_paths, load_training_images, make_order
 
 _STRONG = FinetuneRecipe(erase=0.5, mixup=0.8, cutmix=1.0, crop_share=0.3)
 
@@ -43,19 +43,19 @@ def test_every_epoch_has_every_image_once() -> None:
     assert Counter(seen[:21]) == Counter((epoch, image) for epoch in range(3) for image in range(7))
 
 
-def test_epochs_have_orders_of_their_own() -> None:
+def test_every_epoch_has_a_different_order() -> None:
     order = Order(images=50, batch=50, epochs=2, seed=0)
 
     assert [one for _, one in order.items(0, range(50))] != [one for _, one in order.items(1, range(50))]
 
 
-def test_batch_is_no_larger_than_the_labelled_images_and_even_where_they_are_mixed() -> None:
-    sizes = [epoch_order(FinetuneRecipe(batch=64, mixup=mixup), 9, seed=0).batch for mixup in (0.0, 0.8)]
+def test_batch_is_at_most_all_images_and_even_if_they_are_mixed() -> None:
+    sizes = [make_order(FinetuneRecipe(batch=64, mixup=mixup), 9, seed=0).batch for mixup in (0.0, 0.8)]
 
     assert sizes == [9, 8]
 
 
-def test_augmentation_depends_on_image_and_epoch_alone(images: ImageSet) -> None:
+def test_augmentation_depends_on_seed_image_and_epoch_only(images: ImageSet) -> None:
     augment, image = _augmentation(), images.source.decode(images.source.read(images.ids[0]))
 
     first, again, later, other_seed = (
@@ -70,7 +70,7 @@ def test_augmentation_depends_on_image_and_epoch_alone(images: ImageSet) -> None
     assert not torch.equal(first, other_seed)
 
 
-def test_augmentation_leaves_the_global_generators_where_they_were(images: ImageSet) -> None:
+def test_augmentation_leaves_the_global_generators_unchanged(images: ImageSet) -> None:
     image = images.source.decode(images.source.read(images.ids[0]))
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index, union-attr]
 
@@ -81,7 +81,7 @@ def test_augmentation_leaves_the_global_generators_where_they_were(images: Image
     assert torch.equal(before[2], after[2])
 
 
-def test_without_any_change_an_image_is_as_in_evaluation(images: ImageSet) -> None:
+def test_without_augmentation_an_image_is_as_in_evaluation(images: ImageSet) -> None:
     from msn_eval.data.images import resize_and_crop
 
     plain = FinetuneRecipe(crop_share=1.0, flip=0.0, randaugment_magnitude=0)
@@ -129,8 +129,8 @@ def test_neighbours_are_mixed_with_each_other() -> None:
     assert partners == [{0, 1}, {0, 1}, {2, 3}, {2, 3}, {4, 5}, {4, 5}]
 
 
-def test_path_draws_are_those_of_the_step() -> None:
-    one, same, other = (path_draws(step, batch=8, paths=3, seed=0) for step in (5, 5, 6))
+def test_draw_paths_are_those_of_the_step() -> None:
+    one, same, other = (draw_paths(step, batch=8, paths=3, seed=0) for step in (5, 5, 6))
 
     assert torch.equal(one, same)
     assert not torch.equal(one, other)

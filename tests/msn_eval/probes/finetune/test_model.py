@@ -1,4 +1,4 @@
-"""Which weights are trained, how fast, and that a head sees what the evaluation would take for features."""
+"""Which weights are trained, at which learning rate, and that the head gets the features of the evaluation."""
 
 import pytest
 import torch
@@ -23,27 +23,27 @@ def _encoder(name: str) -> Encoder:
     ("name", "tap"),
     [(_VIT, "cls-norm"), (_VIT, "mean"), (_NORMED_MEAN, "mean"), ("random:resnet18", "pool"), ("pixels", "pixels")],
 )
-def test_head_sees_the_features_of_its_tap(name: str, tap: str) -> None:
+def test_head_gets_the_features_of_its_tap(name: str, tap: str) -> None:
     encoder = _encoder(name)
-    trainee = build_finetune_model(encoder, _STILL, tap=tap, n_classes=4)
+    model = build_finetune_model(encoder, _STILL, tap=tap, n_classes=4)
     side = encoder.transform.crop
     pixels = torch.randint(256, (2, side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     seen: list[Tensor] = []
-    trainee.head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model.head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
 
-    logits = trainee.network(normalised(pixels, encoder))
+    logits = model.network(normalised(pixels, encoder))
 
     torch.testing.assert_close(seen[0], encode(encoder, pixels, [tap])[tap], rtol=1e-5, atol=1e-5)
     assert torch.equal(logits, torch.zeros(2, 4))
 
 
-def test_encoder_that_is_copied_keeps_its_weights() -> None:
+def test_the_encoder_keeps_its_weights() -> None:
     encoder = _encoder(_VIT)
-    trainee = build_finetune_model(encoder, _STILL, tap="cls-norm", n_classes=4)
+    model = build_finetune_model(encoder, _STILL, tap="cls-norm", n_classes=4)
     before = encoder.checkpoint.network.norm.weight.clone()  # type: ignore[union-attr, operator]
 
     with torch.no_grad():
-        trainee.trained["norm.weight"].add_(1)
+        model.trained["norm.weight"].add_(1)
 
     assert torch.equal(encoder.checkpoint.network.norm.weight, before)  # type: ignore[arg-type, union-attr]
     assert torch.equal(encoder.network.norm.weight, before)  # type: ignore[arg-type, union-attr]
@@ -53,26 +53,26 @@ def test_encoder_that_is_copied_keeps_its_weights() -> None:
     ("blocks", "expected"),
     [(0, {"norm", "head"}), (1, {"blocks.2", "norm", "head"}), (2, {"blocks.1", "blocks.2", "norm", "head"})],
 )
-def test_last_blocks_alone_are_trained(blocks: int, expected: set[str]) -> None:
-    trainee = build_finetune_model(_encoder(_VIT), FinetuneRecipe(blocks=blocks), tap="cls-norm", n_classes=4)
+def test_only_the_last_blocks_are_trained(blocks: int, expected: set[str]) -> None:
+    model = build_finetune_model(_encoder(_VIT), FinetuneRecipe(blocks=blocks), tap="cls-norm", n_classes=4)
 
-    parts = {".".join(name.split(".")[: 2 if name.startswith("blocks") else 1]) for name in trainee.trained}
+    parts = {".".join(name.split(".")[: 2 if name.startswith("blocks") else 1]) for name in model.trained}
 
     assert parts == expected
 
 
-def test_all_weights_are_trained_where_no_blocks_are_named() -> None:
-    trainee = build_finetune_model(_encoder(_VIT), _STILL, tap="cls-norm", n_classes=4)
+def test_all_weights_are_trained_if_no_blocks_are_named() -> None:
+    model = build_finetune_model(_encoder(_VIT), _STILL, tap="cls-norm", n_classes=4)
 
-    assert trainee.trained.keys() == dict(trainee.network.named_parameters()).keys()
+    assert model.trained.keys() == dict(model.network.named_parameters()).keys()
 
 
-def test_each_layer_learns_slower_than_the_one_above_it() -> None:
-    trainee = build_finetune_model(_encoder(_VIT), _STILL, tap="cls-norm", n_classes=4)
-    optimizer = build_optimizer(trainee, FinetuneRecipe(layer_decay=0.5, weight_decay=0.1))
+def test_each_layer_has_a_smaller_rate_than_the_one_above_it() -> None:
+    model = build_finetune_model(_encoder(_VIT), _STILL, tap="cls-norm", n_classes=4)
+    optimizer = build_optimizer(model, FinetuneRecipe(layer_decay=0.5, weight_decay=0.1))
     rate = {id(one): group["lr_scale"] for group in optimizer.param_groups for one in group["params"]}
     decay = {id(one): group["weight_decay"] for group in optimizer.param_groups for one in group["params"]}
-    named = trainee.trained
+    named = model.trained
 
     layers = [
         "head.weight",
@@ -90,27 +90,22 @@ def test_each_layer_learns_slower_than_the_one_above_it() -> None:
     ]
 
 
-def test_more_blocks_than_there_are_are_refused() -> None:
-    with pytest.raises(UsageError, match="has 3 blocks, not 4"):
-        build_finetune_model(_encoder(_VIT), FinetuneRecipe(blocks=4), tap="cls-norm", n_classes=4)
+@pytest.mark.parametrize(
+    ("name", "recipe", "tap", "message"),
+    [
+        (_VIT, FinetuneRecipe(blocks=4), "cls-norm", "has 3 blocks, not 4"),
+        ("random:resnet18", FinetuneRecipe(blocks=1), "pool", "has no blocks that could be counted"),
+        (_VIT, _STILL, "cls", "--tap cls: a head that is trained"),
+        ("pixels", FinetuneRecipe(), "pixels", r"finetune\.drop_path"),
+    ],
+    ids=["too many blocks", "no blocks", "tap before the norm", "no residual branches"],
+)
+def test_what_a_network_does_not_have_is_refused(name: str, recipe: FinetuneRecipe, tap: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build_finetune_model(_encoder(name), recipe, tap=tap, n_classes=4)
 
 
-def test_blocks_of_a_network_without_any_are_refused() -> None:
-    with pytest.raises(UsageError, match="has no blocks that could be counted"):
-        build_finetune_model(_encoder("random:resnet18"), FinetuneRecipe(blocks=1), tap="pool", n_classes=4)
-
-
-def test_tap_before_the_norm_is_refused() -> None:
-    with pytest.raises(UsageError, match="--tap cls: a head that is trained"):
-        build_finetune_model(_encoder(_VIT), _STILL, tap="cls", n_classes=4)
-
-
-def test_drop_path_of_a_network_without_residual_branches_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"finetune\.drop_path"):
-        build_finetune_model(_encoder("pixels"), FinetuneRecipe(), tap="pixels", n_classes=4)
-
-
-def test_drop_path_grows_with_depth_and_spares_what_is_frozen() -> None:
+def test_drop_path_grows_with_depth_and_skips_frozen_blocks() -> None:
     rates = [
         [
             path.drop_prob
@@ -124,19 +119,19 @@ def test_drop_path_grows_with_depth_and_spares_what_is_frozen() -> None:
     assert rates == [[0.1, 0.1, 0.2, 0.2], [0.2, 0.2]]
 
 
-def test_branch_is_left_out_where_its_draw_says_so_and_made_up_for_elsewhere() -> None:
+def test_branch_is_dropped_by_its_draw_and_scaled_elsewhere() -> None:
     path = DrawnDropPath(0.2)
     path.draws = torch.tensor([0.1, 0.2, 0.9])
 
     assert path(torch.ones(3, 2)).tolist() == [[0, 0], [1.25, 1.25], [1.25, 1.25]]
 
 
-def test_a_network_of_unknown_layers_learns_slower_than_its_head_and_no_bias_decays() -> None:
+def test_a_network_of_unknown_layers_has_a_smaller_rate_than_its_head_and_no_bias_decays() -> None:
     recipe = FinetuneRecipe(drop_path=0.0, layer_decay=0.5, weight_decay=0.1)
-    trainee = build_finetune_model(_encoder("pixels"), recipe, tap="pixels", n_classes=4)
-    trainee.network.get_submodule("trunk").add_module("layer", torch.nn.Linear(3, 2))
+    model = build_finetune_model(_encoder("pixels"), recipe, tap="pixels", n_classes=4)
+    model.network.get_submodule("trunk").add_module("layer", torch.nn.Linear(3, 2))
 
-    groups = build_optimizer(trainee, recipe).param_groups
+    groups = build_optimizer(model, recipe).param_groups
 
     found = {tuple(group["params"][0].shape): (group["lr_scale"], group["weight_decay"]) for group in groups}
     assert found == {(2, 3): (0.5, 0.1), (2,): (0.5, 0.0), (4, 3072): (1.0, 0.1), (4,): (1.0, 0.0)}
