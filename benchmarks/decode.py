@@ -22,12 +22,12 @@ from torch.nn.functional import interpolate
 from msn_eval.data.decoders import decode_pixels, decoder_version
 from msn_eval.data.images import (
     EvalTransform,
+    compute_resized_size,
     decode_image,
-    eval_transform,
     is_image_name,
+    make_eval_transform,
     read_header,
     resize_and_crop,
-    resized_size,
 )
 
 _DECODERS = ("pillow", "torchvision")
@@ -44,7 +44,7 @@ def main() -> None:
     torch.set_num_threads(1)
     core = _pin_to_core()
     contents = _read_contents(options.images)
-    transform = eval_transform(options.image_pixels)
+    transform = make_eval_transform(options.image_pixels)
     print(
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, core {core}, {len(contents)} images, "
         f"crop {transform.crop}"
@@ -94,7 +94,7 @@ def _measure_best_times(content: bytes, transform: EvalTransform, rounds: int) -
     image = decode_image(content)
     # As torchvision leaves it: channels last in memory.
     decoded = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
-    width, height = resized_size(*image.size, transform)
+    width, height = compute_resized_size(*image.size, transform)
     works: dict[str, Callable[[], object]] = {
         "pillow": lambda: decode_pixels(content, transform, "pillow"),
         "torchvision": lambda: decode_pixels(content, transform, "torchvision"),

@@ -35,7 +35,7 @@ from msn_eval.data import read_split
 from msn_eval.data.images import ImageSet, resize_and_crop
 from msn_eval.features.encoder import Encoder, encode, load_encoder
 from msn_eval.features.extraction import Loading, extract_features
-from msn_eval.probes.base import centred_rows
+from msn_eval.probes.base import centre_rows
 from msn_eval.probes.logistic_solvers.lambda_selection import (
     GRID,
     LabelledRows,
@@ -233,9 +233,9 @@ def _read(name: str, shots: Sequence[int], draws: int) -> _Set:
         crops[selected] = _crops(encoder, pool.only([pool.ids[row] for row in selected.tolist()]), tap)
     return _Set(
         name=f"{os.path.basename(data.rstrip('/'))} {checkpoint.partition('?')[0]}",  # noqa: PTH119
-        rows=centred_rows(parts[0].values),
+        rows=centre_rows(parts[0].values),
         labels=parts[0].labels,
-        val=centred_rows(parts[1].values),
+        val=centre_rows(parts[1].values),
         val_labels=parts[1].labels,
         n_classes=len(train.classes),
         crops=crops,
@@ -256,7 +256,7 @@ def _crops(encoder: Encoder, images: ImageSet, tap: str) -> Tensor:
             crop = image.crop((left, top, left + width, top + height))
             pixels = resize_and_crop(crop, encoder.transform)
             made.append(pixels[:, ::-1] if generator.random() < 0.5 else pixels)
-        rows.append(centred_rows(encode(encoder, torch.from_numpy(np.stack(made)), [tap])[tap]))
+        rows.append(centre_rows(encode(encoder, torch.from_numpy(np.stack(made)), [tap])[tap]))
     return torch.stack(rows)
 
 

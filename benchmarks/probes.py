@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import centred_rows
+from msn_eval.probes.base import centre_rows
 from msn_eval.probes.logistic import TARGET_GAP, Logistic
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, certify
@@ -175,7 +175,7 @@ def _features(images: int, width: int, seed: int) -> Features:
 def _problem(images: int, width: int) -> CrossEntropyProblem:
     drawn = _features(images, width, 0)
     return CrossEntropyProblem(
-        rows=centred_rows(drawn.values), labels=drawn.labels, n_classes=_CLASSES, mu=_LAMBDA / images
+        rows=centre_rows(drawn.values), labels=drawn.labels, n_classes=_CLASSES, mu=_LAMBDA / images
     )
 
 

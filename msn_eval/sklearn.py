@@ -12,7 +12,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from msn_eval.probes.base import centred_rows, normalised_rows
+from msn_eval.probes.base import centre_rows, normalise_rows
 from msn_eval.probes.knn import neighbour_vote
 from msn_eval.probes.knn_search.index import index_bank
 from msn_eval.probes.knn_search.search import search_nearest
@@ -78,7 +78,7 @@ class _CentredProbe(_Probe):
     preprocess: bool
 
     def _rows(self, X: Tensor) -> Tensor:
-        return centred_rows(X) if self.preprocess else X.to(torch.float64)
+        return centre_rows(X) if self.preprocess else X.to(torch.float64)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -188,10 +188,10 @@ class NearestClassMean(_Probe):
     """
 
     def _fit(self, X: Tensor, labels: Tensor) -> None:
-        self.coef_ = class_directions(normalised_rows(X), labels, n_classes=len(self.classes_)).numpy()
+        self.coef_ = class_directions(normalise_rows(X), labels, n_classes=len(self.classes_)).numpy()
 
     def _scores(self, X: Tensor) -> Tensor:
-        return normalised_rows(X) @ torch.from_numpy(self.coef_).T
+        return normalise_rows(X) @ torch.from_numpy(self.coef_).T
 
 
 class RidgeProbe(_CentredProbe):

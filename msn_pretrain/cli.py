@@ -119,9 +119,9 @@ def _read_recipe(options: argparse.Namespace) -> "Recipe":
 
 def _recipe_file(name: str) -> Path:
     """Return the file called `name`, or the shipped recipe of that bare name."""
-    from msn_eval.files.package_data import shipped_folder
+    from msn_eval.files.package_data import find_package_folder
 
-    shipped = {path.stem: path for path in (shipped_folder("configs") / "pretrain").glob("*.yaml")}
+    shipped = {path.stem: path for path in (find_package_folder("configs") / "pretrain").glob("*.yaml")}
     return Path(name) if Path(name).exists() else shipped.get(name, Path(name))
 
 

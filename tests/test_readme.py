@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from msn_eval.cli import main
-from msn_eval.reports.text_tables import cell_text
+from msn_eval.reports.text_tables import format_cell
 from msn_eval.results.folder import list_results
 from msn_eval.results.table import make_table
 
@@ -18,7 +18,7 @@ def test_the_picture_shows_the_numbers_that_the_demo_prints(digits_runs: Path) -
     table = make_table(list_results([digits_runs]))
     picture = (_ROOT / "docs" / "demo.svg").read_text(encoding="utf-8").replace("&#160;", " ")
 
-    shown = [cell_text(cell) for (_, column), cell in table.cells.items() if column.probe in ("logistic", "knn")]
+    shown = [format_cell(cell) for (_, column), cell in table.cells.items() if column.probe in ("logistic", "knn")]
 
     assert [text for text in shown if text not in picture] == []
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from msn_eval.checkpoints.formats.read import sniff_container
 from msn_eval.errors import CheckpointError, StoreError
-from msn_eval.files.atomic import free_bytes, prepare_folder, sync_folder
+from msn_eval.files.atomic import describe_free_space, prepare_folder, sync_folder
 
 if TYPE_CHECKING:
     from huggingface_hub.utils import httpx
@@ -55,7 +55,7 @@ def download(url: str, target: Path, *, sha256: str | None = None, hint: str) ->
         reason = str(error) if response is None else f"HTTP {response.status_code} {response.reason_phrase}"
         raise CheckpointError(f"Download failed: {reason}", where=url, hint=hint, kept=_kept(target)) from error
     except OSError as error:
-        hint = f"Free space or choose another folder; {free_bytes(target.parent)}."
+        hint = f"Free space or choose another folder; {describe_free_space(target.parent)}."
         what = f"Cannot write the download: {error.strerror or error}"
         raise StoreError(what, where=str(target), hint=hint, kept=_kept(target)) from error
 

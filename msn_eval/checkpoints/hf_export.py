@@ -280,7 +280,7 @@ def _split_layer(layer: str, kind: str, tensor: Tensor, names: Mapping[str, str]
         yield f"{names[layer]}.{'lambda1' if kind == 'gamma' else kind}", tensor
 
 
-def classifier_content(network: PlainNetwork, head: Head, *, result_id: str) -> FolderContent:
+def build_classifier_content(network: PlainNetwork, head: Head, *, result_id: str) -> FolderContent:
     """Return what transformers reads as a network with its head.
 
     Raises CheckpointError where it has no class that computes the same logits.
@@ -319,21 +319,21 @@ def write_classifier(out: Path, content: FolderContent) -> None:
         StoreError: The disk refuses.
     """
     result_id = str(content.config[RESULT])
-    check_saved_place(out, result_id)
-    if saved_result(out) != result_id:
+    check_save_folder(out, result_id)
+    if read_saved_result(out) != result_id:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_folder(out, content)
 
 
-def check_saved_place(out: Path, result_id: str) -> None:
+def check_save_folder(out: Path, result_id: str) -> None:
     """Raise UsageError where the folder for a result cannot be written, because something else exists there."""
-    if saved_result(out) == result_id or not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if read_saved_result(out) == result_id or not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     hint = "Choose another folder, or remove it first."
     raise UsageError("--save: something else exists there already", where=str(out), hint=hint)
 
 
-def saved_result(out: Path) -> str | None:
+def read_saved_result(out: Path) -> str | None:
     """Return the id of the result whose network a folder holds, None where it holds none."""
     try:
         content = json.loads((out / "config.json").read_bytes())

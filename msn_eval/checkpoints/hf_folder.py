@@ -59,7 +59,7 @@ def open_hub(name: str) -> HubFolder:
     folder = Path(name).expanduser()
     if folder.is_dir():
         read_hub_config(folder)
-        weight_files(folder)
+        find_weight_files(folder)
         return HubFolder(folder=folder, revision=None, repo=None)
     repository, _, revision = name.partition("@")
     folder = _open_repository(repository, revision or "main")
@@ -114,7 +114,7 @@ def _find_missing(repository: str, folder: Path) -> str:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        weight_files(folder)
+        find_weight_files(folder)
     except CheckpointError as error:
         return f"weights ({error.what})"
     # Other libraries download weights alone, and a guessed mean and std would change the score silently. The hub's
@@ -147,11 +147,11 @@ def _download(repository: str, revision: str, where: str) -> Path:
     hf_hub_download(repository, weights, revision=folder.name)
     for shard in _shard_names(folder, weights) if weights.endswith(INDEX_SUFFIX) else ():
         hf_hub_download(repository, shard, revision=folder.name)
-    weight_files(folder)
+    find_weight_files(folder)
     return folder
 
 
-def weight_files(folder: Path) -> tuple[Path, ...]:
+def find_weight_files(folder: Path) -> tuple[Path, ...]:
     """Return the weight files of a folder, by the first of WEIGHT_FILES that exists.
 
     Raises CheckpointError naming what is missing, damaged, or a link out of the folder.

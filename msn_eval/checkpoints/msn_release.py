@@ -44,7 +44,7 @@ def find_release(name: str) -> MsnRelease:
     return MSN_RELEASES[name]
 
 
-def weights_folder() -> Path:
+def find_weights_folder() -> Path:
     """Return the folder of released weights: $MSN_EVAL_WEIGHTS, or one in the user's cache."""
     import platformdirs
 
@@ -61,7 +61,7 @@ def fetch_msn(name: str) -> Path:
         UsageError, StoreError: The file cannot be stored.
     """
     release = find_release(name)
-    path = weights_folder() / release.file
+    path = find_weights_folder() / release.file
     if path.is_file():
         return path
     url = f"{(os.environ.get(URL_VARIABLE) or _URL).rstrip('/')}/{release.file}"

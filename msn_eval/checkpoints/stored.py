@@ -13,7 +13,7 @@ from torch import nn
 from msn_eval.checkpoints.families import Backbone, rename_weights
 from msn_eval.checkpoints.formats.read import read_weight_file
 from msn_eval.checkpoints.hf_config import HubConfig, read_config_beside
-from msn_eval.checkpoints.hf_folder import CONFIG, weight_files
+from msn_eval.checkpoints.hf_folder import CONFIG, find_weight_files
 from msn_eval.checkpoints.load import check_fit, check_real, fit_weights
 from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork, choose_network, find_networks, stated_epoch
 from msn_eval.errors import CheckpointError
@@ -86,7 +86,7 @@ def read_contents(path: Path) -> Contents:
         CheckpointError: They are missing, damaged or hostile.
     """
     folder = path if path.is_dir() else path.parent
-    files = weight_files(folder) if path.is_dir() else (path,)
+    files = find_weight_files(folder) if path.is_dir() else (path,)
     has_config = path.is_dir() or (path.name in _HUB_FILES and os.path.lexists(folder / CONFIG))
     config = read_config_beside(folder) if has_config else None
     weights = [read_weight_file(file) for file in files]

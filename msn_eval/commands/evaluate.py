@@ -12,7 +12,7 @@ from msn_eval.checkpoints.names import check_files_exist
 from msn_eval.config.recipes import TAP_NAMES
 from msn_eval.config.request import BAD_IMAGE_RULES, DECODERS, PRECISIONS, SOLVER_NAMES, EvaluationConfig
 from msn_eval.errors import UsageError, did_you_mean, printable
-from msn_eval.files.package_data import shipped_folder
+from msn_eval.files.package_data import find_package_folder
 from msn_eval.probes import find_probe, read_probes
 
 if TYPE_CHECKING:
@@ -123,9 +123,9 @@ def _run(request: EvaluationConfig, options: argparse.Namespace, group: "Group")
         return code
     canaries = judge_canary(results) if request.canary else ()
     if options.json_output:
-        from msn_eval.results.record import as_json
+        from msn_eval.results.record import encode_result
 
-        print(json.dumps([as_json(result) for result in results], indent=1, allow_nan=False))
+        print(json.dumps([encode_result(result) for result in results], indent=1, allow_nan=False))
     elif request.canary:
         print(printable(describe_canary(canaries)))
     elif results:
@@ -153,14 +153,14 @@ def read_request(options: argparse.Namespace, overrides: Sequence[str]) -> Evalu
 
 def _translated(content: Mapping[str, object], where: str) -> Mapping[str, object]:
     """Give a config file's content in our words: the MSN repository's linear-evaluation files are read as they are."""
-    from msn_eval.config.reference_yaml import converted, is_reference
+    from msn_eval.config.reference_yaml import is_reference, map_reference_config
 
-    return converted(content, where=where) if is_reference(content) else content
+    return map_reference_config(content, where=where) if is_reference(content) else content
 
 
 def _config_file(name: str) -> Path:
     """Give the file called `name`, or the shipped config of that bare name."""
-    shipped = {path.stem: path for path in (shipped_folder("configs") / "eval").glob("*.yaml")}
+    shipped = {path.stem: path for path in (find_package_folder("configs") / "eval").glob("*.yaml")}
     if Path(name).exists():
         return Path(name)
     if name in shipped:
@@ -181,9 +181,9 @@ def _submit(text: str, request: EvaluationConfig, words: Sequence[str]) -> int:
 
 def describe_plan(plan: "Plan") -> str:
     """Say what a plan comes to, the checkpoints apart."""
-    from msn_eval.data.subsets import union_of
+    from msn_eval.data.subsets import merge_subsets
 
-    pool = union_of(plan.subsets, plan.train)
+    pool = merge_subsets(plan.subsets, plan.train)
     listed = sum(len(subset) for subset in plan.subsets)
     where = "with random labels, not written" if plan.request.canary else f"into {plan.request.out}"
     dropped = f", {plan.request.patch_drop:.3g} of the patches of each dropped" if plan.request.patch_drop else ""

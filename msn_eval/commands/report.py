@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from msn_eval.reports import list_formats, load_format
-from msn_eval.results.folder import ResultScan, all_faults, no_collections, scan_results
+from msn_eval.results.folder import ResultScan, combine_faults, disabled_garbage_collection, scan_results
 from msn_eval.results.table import Table, make_table
 
 
@@ -31,10 +31,10 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not names and options.out is not None:
         names = list(list_formats())
     formats = [load_format(name) for name in dict.fromkeys(names)]
-    with no_collections():
+    with disabled_garbage_collection():
         scan = scan_results(options.runs)
         if not scan.results:
-            raise all_faults(scan.faults)
+            raise combine_faults(scan.faults)
         from msn_eval.results.leaderboard import make_leaderboard
 
         board = make_leaderboard(scan, ranked=options.ranks)
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         for report_format in formats:
             _write(report_format.render(table, scan), f"table.{report_format.suffix}", options.out)
     if faults := (*scan.faults, *board.faults):
-        raise all_faults(faults)
+        raise combine_faults(faults)
     return 0
 
 
@@ -65,9 +65,9 @@ def _describe_unreadable(scan: ResultScan) -> list[str]:
 
 
 def _published_table(scan: ResultScan) -> Table:
-    from msn_eval.results.published import published_file, read_published, table_of_published
+    from msn_eval.results.published import get_published_path, make_published_table, read_published
 
-    return table_of_published(read_published(published_file()), make_table(scan.results).columns)
+    return make_published_table(read_published(get_published_path()), make_table(scan.results).columns)
 
 
 def _write(text: str, name: str, folder: str | None) -> None:

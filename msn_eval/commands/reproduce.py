@@ -99,7 +99,7 @@ def _describe_plan(number: "Reproduction", options: argparse.Namespace) -> str:
 
 
 def _describe_weights(number: "Reproduction", checkpoint: str | None) -> str:
-    from msn_eval.checkpoints.msn_release import MSN_RELEASES, weights_folder
+    from msn_eval.checkpoints.msn_release import MSN_RELEASES, find_weights_folder
 
     network = number.network
     if checkpoint is not None:
@@ -109,7 +109,7 @@ def _describe_weights(number: "Reproduction", checkpoint: str | None) -> str:
     scheme, _, name = network.checkpoint.partition(":")
     if scheme != "msn":
         return f"{network.checkpoint}, from timm's cache or its hub"
-    path = weights_folder() / MSN_RELEASES[name].file
+    path = find_weights_folder() / MSN_RELEASES[name].file
     return f"{network.checkpoint}, {'in' if path.is_file() else 'not yet in'} {path.parent}"
 
 

@@ -127,11 +127,11 @@ def _draw_neighbours(
     options: argparse.Namespace,
     masked: Sequence[float],
 ) -> "Figure":
-    from msn_eval.data.subsets import make_subsets, union_of
+    from msn_eval.data.subsets import make_subsets, merge_subsets
     from msn_eval.features.extraction import extract_features
     from msn_eval.features.visualization import draw_neighbours, find_neighbours, read_pixels
 
-    pool = union_of(make_subsets([options.subset], train_images), train_images)
+    pool = merge_subsets(make_subsets([options.subset], train_images), train_images)
     train = extract_features(encoder, pool, taps=["cls-norm"]).features["cls-norm"]
     pixels = read_pixels(chosen, chosen.ids, encoder.transform)
     neighbours = find_neighbours(encoder, pixels, train, masked=masked, count=options.neighbours, seed=options.seed)

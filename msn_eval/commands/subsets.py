@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from msn_eval.data.imagenet_subsets import fetch_lists, find_list, read_publication, user_list_folder
+from msn_eval.data.imagenet_subsets import fetch_lists, find_list, find_user_list_folder, read_publication
 from msn_eval.errors import DataError, UsageError
 
 
@@ -46,7 +46,7 @@ def _list(*, must_be_complete: bool) -> int:
 
 
 def _fetch(options: argparse.Namespace) -> int:
-    folder = Path(options.to) if options.to else user_list_folder()
+    folder = Path(options.to) if options.to else find_user_list_folder()
     for entry, state in fetch_lists(folder, options.url or read_publication().url):
         print(f"{state}\t{folder / entry.path}\t{entry.subset}@{entry.draw}\t{entry.images} images")
     return 0

@@ -74,7 +74,7 @@ class LinearRecipe:
         return _interpolate_in_equal_ratios(self.weight_decay_first, self.weight_decay_last, self.weight_decays)
 
 
-def linear_recipe_of(settings: Params) -> LinearRecipe:
+def read_linear_recipe(settings: Params) -> LinearRecipe:
     """Return the recipe with the settings of a record."""
     given: dict[str, Any] = dict(settings)
     if "taps" in given:
@@ -204,7 +204,7 @@ class FinetuneRecipe:
         return {name: value for name, value in self.settings.items() if value != getattr(default, name)}
 
 
-def recipe_of(settings: Params) -> FinetuneRecipe:
+def read_finetune_recipe(settings: Params) -> FinetuneRecipe:
     """Return the recipe with the settings of a record, ignoring settings of other things."""
     known = {field.name for field in fields(FinetuneRecipe)}
     # Every field is passed: None is left out of the settings and may differ from the default.

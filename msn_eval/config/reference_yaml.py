@@ -85,7 +85,7 @@ _ONLY: dict[str, tuple[object, str]] = {
 _BATCH_SIZE = 16384
 
 
-def converted(content: Mapping[str, Any], *, where: str) -> dict[str, object]:
+def map_reference_config(content: Mapping[str, Any], *, where: str) -> dict[str, object]:
     """Return the fields of an EvaluationConfig for a linear-evaluation file of the authors.
 
     Raises:
@@ -100,7 +100,7 @@ def converted(content: Mapping[str, Any], *, where: str) -> dict[str, object]:
     folder = str(given["logging.folder"])
     return {
         "checkpoint": [posixpath.join(folder, str(given["logging.pretrain_path"]))],
-        "arch": network_of(str(given["meta.model_name"]), where=where),
+        "arch": map_architecture(str(given["meta.model_name"]), where=where),
         "data": posixpath.join(str(given["data.root_path"]), str(given["data.image_folder"])).rstrip("/") or "/",
         "classes": given["data.num_classes"],
         "subset": ["full"],
@@ -136,7 +136,7 @@ NETWORKS = {
 }
 
 
-def network_of(name: str, *, where: str) -> str:
+def map_architecture(name: str, *, where: str) -> str:
     """Return the timm architecture for a name of the authors. Raises UsageError naming the file `where`."""
     if name not in NETWORKS:
         raise UsageError(

@@ -34,7 +34,7 @@ class RandomCrops:
     def crop(self, image: Image.Image, image_id: str, side: int) -> NDArray[np.uint8]:
         """Return the (side, side, 3) uint8 pixels of this epoch's crop, by Pillow's bilinear resize, perhaps flipped."""
         drawn = self._draw(image_id)
-        box = random_box(*image.size, drawn, share=self.share)
+        box = draw_random_box(*image.size, drawn, share=self.share)
         cropped = image.crop(box).resize((side, side), Image.Resampling.BILINEAR)
         if drawn[-1] < 0.5:
             cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -46,7 +46,7 @@ class RandomCrops:
         return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16]))).random(2 * _ATTEMPTS + 3)
 
 
-def random_box(width: int, height: int, drawn: NDArray[np.float64], *, share: float) -> tuple[int, int, int, int]:
+def draw_random_box(width: int, height: int, drawn: NDArray[np.float64], *, share: float) -> tuple[int, int, int, int]:
     """Return left, top, right and bottom of a random crop.
 
     It is the first attempt at area and ratio that fits into the image, else the largest centred box of an allowed ratio.

@@ -22,11 +22,11 @@ from msn_eval.config.request import DECODERS
 from msn_eval.data.images import (
     BadImageError,
     EvalTransform,
-    crop_corner,
+    compute_crop_corner,
+    compute_resized_size,
     decode_image,
     read_header,
     resize_and_crop,
-    resized_size,
 )
 from msn_eval.errors import UsageError
 
@@ -97,7 +97,7 @@ def _by_torchvision(content: bytes, transform: EvalTransform) -> Pixels:
     if decoded is None or decoded.shape != (3, header.height, header.width):
         # Pillow and torchvision accept different damaged files, though both use libjpeg; Pillow decides.
         return _by_pillow(content, transform)
-    width, height = resized_size(header.width, header.height, transform)
+    width, height = compute_resized_size(header.width, header.height, transform)
     # The channels stay last, as decoded: so torch resizes uint8 directly, in integers as Pillow does but with shorter
     # weights. A batch made by image[None] would have strides that torch takes for channels first.
     batch = decoded.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
@@ -107,7 +107,7 @@ def _by_torchvision(content: bytes, transform: EvalTransform) -> Pixels:
 
 def _crop(image: Tensor, transform: EvalTransform) -> Tensor:
     """Return the centre crop of a (3, height, width) image with its channels last."""
-    left, top = crop_corner(image.shape[2], image.shape[1], transform)
+    left, top = compute_crop_corner(image.shape[2], image.shape[1], transform)
     return image[:, top : top + transform.crop, left : left + transform.crop].permute(1, 2, 0)
 
 
@@ -168,7 +168,7 @@ def decode_on_device(
 def _resize_on_device(content: bytes, decoded: Tensor | None, transform: EvalTransform, device: torch.device) -> Tensor:
     if decoded is None or decoded.ndim != 3 or len(decoded) != 3:
         return torch.from_numpy(_by_pillow(content, transform).copy()).to(device)
-    width, height = resized_size(decoded.shape[2], decoded.shape[1], transform)
+    width, height = compute_resized_size(decoded.shape[2], decoded.shape[1], transform)
     # Rounded after each direction, as Pillow does: both at once would differ from it by one level in a value of five.
     image = decoded.float()
     for size in ((decoded.shape[1], width), (height, width)):

@@ -52,7 +52,7 @@ def hash_images(images: ImageSet, *, cache_dir: Path | None) -> dict[str, str]:
     with ThreadPoolExecutor(_THREADS) as pool:
         hashes = dict(zip(images.ids, pool.map(hash_image, images.ids), strict=True))
     if failures:
-        raise unreadable(failures)
+        raise make_unreadable_error(failures)
     fresh = {
         image_id: (stamp, digest)
         for image_id, (digest, stamp) in hashes.items()
@@ -74,7 +74,7 @@ def content_sha256(image_ids: Sequence[str], hashes: dict[str, str]) -> str:
     return content.hexdigest()
 
 
-def unreadable(failures: Sequence[str]) -> DataError:
+def make_unreadable_error(failures: Sequence[str]) -> DataError:
     """Return the error that lists every image of a pass that cannot be used."""
     listed = "\n".join(f"  {failure}" for failure in sorted(failures))
     return DataError(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from msn_eval.errors import DataError
 from msn_eval.files.atomic import prepare_folder, write_atomically
-from msn_eval.files.package_data import shipped_folder
+from msn_eval.files.package_data import find_package_folder
 
 FOLDER_VARIABLE = "MSN_EVAL_LISTS"
 _TIMEOUT_SECONDS = 30
@@ -46,7 +46,7 @@ class Publication:
 @cache
 def read_publication() -> Publication:
     """Read the description of the lists that ships with the package."""
-    content = json.loads((shipped_folder("imagenet_subsets") / "published_lists.json").read_text())
+    content = json.loads((find_package_folder("imagenet_subsets") / "published_lists.json").read_text())
     return Publication(
         url=content["url"],
         class_map_sha256=content["class_map_sha256"],
@@ -58,11 +58,11 @@ def read_publication() -> Publication:
 def list_folders() -> tuple[Path, ...]:
     """Return the folders that are searched for the lists, in order."""
     named = os.environ.get(FOLDER_VARIABLE)
-    shipped = shipped_folder("imagenet_subsets")
-    return (*([Path(named)] if named else []), shipped, Path("imagenet_subsets"), user_list_folder())
+    shipped = find_package_folder("imagenet_subsets")
+    return (*([Path(named)] if named else []), shipped, Path("imagenet_subsets"), find_user_list_folder())
 
 
-def user_list_folder() -> Path:
+def find_user_list_folder() -> Path:
     """Return the folder that `subsets fetch` fills by default."""
     import platformdirs
 

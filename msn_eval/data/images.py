@@ -155,7 +155,7 @@ class EvalTransform:
     interpolation: str = "bilinear"
 
 
-def eval_transform(
+def make_eval_transform(
     image_pixels: int,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
@@ -273,18 +273,18 @@ def resize_and_crop(image: Image.Image, transform: EvalTransform) -> NDArray[np.
     """Return the (crop, crop, 3) uint8 pixels of Pillow's bilinear resize and centre crop."""
     # Resizing only the box under the crop, or one direction after the other, is faster but gives different pixels: Pillow
     # rounds boxes to float32, and chooses by the shape which direction comes first.
-    size = resized_size(*image.size, transform)
-    left, top = crop_corner(*size, transform)
+    size = compute_resized_size(*image.size, transform)
+    left, top = compute_crop_corner(*size, transform)
     resized = image.resize(size, Image.Resampling.BILINEAR)
     return np.asarray(resized.crop((left, top, left + transform.crop, top + transform.crop)))
 
 
-def resized_size(width: int, height: int, transform: EvalTransform) -> tuple[int, int]:
+def compute_resized_size(width: int, height: int, transform: EvalTransform) -> tuple[int, int]:
     """Return the width and height to resize to. The longer side is rounded down, as in torchvision's Resize."""
     long_side = int(transform.resize * max(width, height) / min(width, height))
     return (transform.resize, long_side) if width <= height else (long_side, transform.resize)
 
 
-def crop_corner(width: int, height: int, transform: EvalTransform) -> tuple[int, int]:
+def compute_crop_corner(width: int, height: int, transform: EvalTransform) -> tuple[int, int]:
     """Return the left and top of the centre crop, halves rounded to even, as in torchvision's CenterCrop."""
     return round((width - transform.crop) / 2), round((height - transform.crop) / 2)

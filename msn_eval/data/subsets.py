@@ -68,7 +68,7 @@ def make_subsets(names: Sequence[str], train: ImageSet) -> tuple[Subset, ...]:
     return tuple(subsets.values())
 
 
-def union_of(subsets: Sequence[Subset], train: ImageSet) -> ImageSet:
+def merge_subsets(subsets: Sequence[Subset], train: ImageSet) -> ImageSet:
     """Return every image that any of the subsets needs, once: draws and sizes overlap heavily."""
     return train.only(list({image_id: None for subset in subsets for image_id in subset.image_ids}))
 
@@ -138,7 +138,7 @@ def _sort_by_draw(ids: Iterable[str], draw: int) -> list[str]:
     return sorted(ids, key=key)
 
 
-def readable_subsets(
+def make_readable_subsets(
     names: Sequence[str], train: ImageSet, undecodable: Callable[[ImageSet], Collection[str]]
 ) -> tuple[Subset, ...]:
     """Return the requested subsets without images that cannot be decoded.
@@ -162,16 +162,16 @@ def readable_subsets(
         draws = wanted if wanted[0].rule.startswith("list:") else make_subsets([name], train)
         bad: set[str] = set()
         readable = tuple(draws)
-        while newly_bad := set(undecodable(union_of(readable, train))):
+        while newly_bad := set(undecodable(merge_subsets(readable, train))):
             bad |= newly_bad
-            readable = tuple(without_images(subset, train, bad) for subset in draws)
+            readable = tuple(replace_images(subset, train, bad) for subset in draws)
         numbers = {subset.draw for subset in wanted}
         skipped = tuple(sorted(bad, key=os.fsencode))
         subsets += [replace(subset, skipped=skipped) for subset in readable if subset.draw in numbers]
     return tuple(subsets)
 
 
-def without_images(subset: Subset, train: ImageSet, bad: set[str]) -> Subset:
+def replace_images(subset: Subset, train: ImageSet, bad: set[str]) -> Subset:
     """Return a draw without the `bad` images, each replaced by the next of the draw's order; `full` and lists only lose.
 
     Raises:

@@ -23,12 +23,12 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """Add `values` of all ranks; each rank's share receives the gradients that all ranks have for the sum."""
     return values if world_size() == 1 else cast(Tensor, _Sum.apply(values))
 
 
-def with_mean_gradient(values: Tensor) -> Tensor:
+def average_gradient(values: Tensor) -> Tensor:
     """Return `values`, equal on all ranks, whose gradient is the mean over ranks on each of them.
 
     A parameter outside of DistributedDataParallel is then trained equally on all ranks. For one inside, the gradient is averaged
@@ -41,13 +41,13 @@ def with_mean_gradient(values: Tensor) -> Tensor:
     return values
 
 
-def max_over_ranks(values: Tensor) -> Tensor:
+def all_reduce_max(values: Tensor) -> Tensor:
     """Return the elementwise maximum over ranks, without gradient."""
     values = values.detach()
     return values if world_size() == 1 else _all_reduce(values, distributed.ReduceOp.MAX)
 
 
-def rows_of_all_ranks(rows: Tensor) -> Tensor:
+def all_gather_rows(rows: Tensor) -> Tensor:
     """Concatenate the rows of all ranks in rank order, without gradient; each rank has the same number."""
     rows = rows.detach()
     if world_size() == 1:
@@ -73,7 +73,7 @@ class _Sum(torch.autograd.Function):
         return _all_reduce(gradients[0])
 
 
-def any_of(group: Group, *flags: bool) -> tuple[bool, ...]:
+def any_over_ranks(group: Group, *flags: bool) -> tuple[bool, ...]:
     """Return, for each flag, whether it is set on any rank."""
     if group.world == 1:
         return flags

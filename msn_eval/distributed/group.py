@@ -58,7 +58,7 @@ class Group:
 ALONE = Group(rank=0, world=1)
 
 
-def share(items: int, group: Group, *, block: int) -> range:
+def split_across_ranks(items: int, group: Group, *, block: int) -> range:
     """Return the rows of one rank: contiguous, in complete blocks; only the last block of all may be shorter.
 
     Over all ranks they are range(items). No rank has more than one block more than another.
@@ -253,14 +253,14 @@ def _has_peers(group: Group) -> bool:
 
 
 @contextmanager
-def joined(group: Group, device: torch.device) -> Iterator[None]:
+def use_device(group: Group, device: torch.device) -> Iterator[None]:
     """Have the collectives inside use `device`."""
     if group.world > 1 and device.type == "cuda":
         torch.cuda.set_device(device)
     yield
 
 
-def sum_over_ranks(group: Group, tensors: Sequence[Tensor]) -> None:
+def all_reduce_tensors(group: Group, tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over ranks.
 
     The tensors, all of one dtype and device, are added at once, in their order: the same numbers in the same order at every step.
@@ -273,7 +273,7 @@ def sum_over_ranks(group: Group, tensors: Sequence[Tensor]) -> None:
         tensor.copy_(total.view_as(tensor))
 
 
-def rows_of_all_ranks(group: Group, rows: Tensor | None) -> Tensor:
+def all_gather_uneven_rows(group: Group, rows: Tensor | None) -> Tensor:
     """Concatenate the rows of all ranks in rank order. Their numbers may differ; None for no rows."""
     gathered = all_gather_object(group, "rows", None if rows is None else rows.cpu() if group.world > 1 else rows)
     return torch.cat([part for part in gathered if part is not None])

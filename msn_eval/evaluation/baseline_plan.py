@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from msn_eval.config.recipes import AugmentedRecipe, Params, linear_recipe_of, recipe_of
+from msn_eval.config.recipes import AugmentedRecipe, Params, read_finetune_recipe, read_linear_recipe
 from msn_eval.config.request import AUTO, EvaluationConfig
 from msn_eval.errors import ComparisonError
 from msn_eval.evaluation.plan import Plan, make_plan
 from msn_eval.results.baseline import Baseline, BaselineProtocol
-from msn_eval.results.comparison import nearest_protocol
+from msn_eval.results.comparison import find_nearest_protocol
 
 _RECIPES = ("linear", "linear-augmented", "finetune")  # probes for which one recipe is one protocol
 
@@ -71,12 +71,12 @@ def _read_recipe(probe: str, params: Params) -> dict[str, Any]:
     """Return the options that give a probe the recipe of a protocol."""
     match probe:
         case "linear":
-            return {"linear": linear_recipe_of(params)}
+            return {"linear": read_linear_recipe(params)}
         case "linear-augmented":
             fields: dict[str, Any] = dict(params)
             return {"linear_augmented": AugmentedRecipe(**fields | {"lr": [fields["lr"]]})}
         case "finetune":
-            return {"finetune": recipe_of(params), "seed": int(params["seed"])}
+            return {"finetune": read_finetune_recipe(params), "seed": int(params["seed"])}
         case _:
             return {}
 
@@ -94,7 +94,7 @@ def _join_plans(plans: Sequence[Plan], entries: Sequence[BaselineProtocol]) -> P
     problems = []
     for entry in entries:
         if entry.protocol_id not in {task.protocol_id for task in tasks}:
-            fields = nearest_protocol(entry.protocol, [task.protocol for task in offered])
+            fields = find_nearest_protocol(entry.protocol, [task.protocol for task in offered])
             problems.append(f"  {entry.title}: this data set gives another protocol: {'; '.join(fields)}")
             continue
         for draw in entry.draws:

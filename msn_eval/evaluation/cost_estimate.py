@@ -13,7 +13,7 @@ from msn_eval.errors import CheckpointError
 from msn_eval.evaluation.evaluate import Preparation, group_by_fit, make_patch_drop, pending_images, prepare
 from msn_eval.evaluation.plan import Plan, cache_folder
 from msn_eval.features.encoder import Encoder, encode
-from msn_eval.features.extraction import automatic_batch_size, missing_images
+from msn_eval.features.extraction import choose_batch_size, list_missing_images
 from msn_eval.probes.finetune import Finetune
 from msn_eval.probes.linear_augmented import LinearAugmented
 
@@ -110,7 +110,7 @@ def _find_missing(plan: Plan, ready: Preparation, images: ImageSet) -> ImageSet:
     config, is_val = plan.request, images is plan.val
     if config.no_cache:
         return images
-    missing = missing_images(
+    missing = list_missing_images(
         ready.encoder,
         images,
         taps=ready.taps_of(ready.frozen if is_val else ready.pending_on("features")),
@@ -148,7 +148,7 @@ def _time_image(plan: Plan, ready: Preparation, images: ImageSet) -> float | Non
         decoder="pillow" if config.decoder == "pillow" else "torchvision",
     )
     cuda = encoder.device.type == "cuda"
-    batch_size = config.batch_images or automatic_batch_size(encoder)
+    batch_size = config.batch_images or choose_batch_size(encoder)
     workers = config.worker_count
     if workers is None:
         workers = automatic_workers(replace(sample, image_ids=images.ids), batch_size=batch_size, cuda=cuda)

@@ -22,7 +22,7 @@ from msn_eval.config.request import EvaluationConfig
 from msn_eval.config.yaml_config import read_config
 from msn_eval.data.hashing import content_sha256
 from msn_eval.data.images import ImageSet
-from msn_eval.data.subsets import union_of
+from msn_eval.data.subsets import merge_subsets
 from msn_eval.distributed.group import ALONE, Group, broadcast_from_rank0, check_equal_across_ranks
 from msn_eval.errors import CheckpointError, NumericalError
 from msn_eval.evaluation.canary import choose_labels, judge_canary, refuse_leaks
@@ -36,9 +36,9 @@ from msn_eval.evaluation.measurement import (
 )
 from msn_eval.evaluation.plan import Plan, Task, cache_folder, make_plan
 from msn_eval.features.augmented import AugmentedImages
-from msn_eval.features.encoder import Encoder, build_encoder, unchanged
-from msn_eval.features.extraction import Extraction, Features, Loading, automatic_batch_size, extract_features
-from msn_eval.features.patch_drop import PatchDrop, check_drop
+from msn_eval.features.encoder import Encoder, build_encoder, check_frozen
+from msn_eval.features.extraction import Extraction, Features, Loading, choose_batch_size, extract_features
+from msn_eval.features.patch_drop import PatchDrop, check_patch_drop
 from msn_eval.files.atomic import prepare_folder
 from msn_eval.probes.base import FeatureProbe, FittedProbe, TrainsOn, WorkerGroup, describe_collapse, fit_probe
 from msn_eval.probes.distributed import serve, shutdown
@@ -214,7 +214,7 @@ def prepare(plan: Plan, name: str) -> Preparation:
         compiled=config.compile,
     )
     if (drop := make_patch_drop(config)) is not None:
-        check_drop(encoder, drop)
+        check_patch_drop(encoder, drop)
     return _find_results(plan, encoder)
 
 
@@ -308,7 +308,7 @@ def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: P
     encoder = ready.encoder
     started = time.perf_counter()
     try:
-        with unchanged(encoder):
+        with check_frozen(encoder):
             train, test = _extract_splits(plan, ready, group, on_progress)
     except NumericalError as error:
         measure = partial(
@@ -316,7 +316,7 @@ def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: P
             plan=plan,
             encoder=encoder,
             timing=replace(NO_EXTRACTION, extract=round(time.perf_counter() - started, 4)),
-            batch_size=plan.request.batch_images or automatic_batch_size(encoder),
+            batch_size=plan.request.batch_images or choose_batch_size(encoder),
         )
         yield from ((measure(task=task).make_failure(error), None) for task in ready.frozen)
         return
@@ -345,7 +345,7 @@ def _extract_splits(
 ) -> tuple[Extraction, Extraction]:
     """Extract the features of the labelled images, the union of all draws, and of the validation images."""
     config, name, tasks = plan.request, ready.encoder.checkpoint.name, ready.pending_on("features")
-    loading = loading_of(config)
+    loading = make_loading(config)
     with _open_cache(plan, group) as cache:
         extract = partial(extract_features, ready.encoder, cache=cache, group=group)
         # Linear takes some rows at a time, so they need not fit into memory.
@@ -374,10 +374,10 @@ def _extract_splits(
 def pending_images(plan: Plan, ready: Preparation) -> ImageSet:
     """Return the labelled images whose features the tasks need that are left, the union of their draws."""
     subsets = {id(task.subset): task.subset for task in ready.pending_on("features")}
-    return union_of(list(subsets.values()), plan.train)
+    return merge_subsets(list(subsets.values()), plan.train)
 
 
-def loading_of(config: EvaluationConfig) -> Loading:
+def make_loading(config: EvaluationConfig) -> Loading:
     """Return how images are loaded for the encoder."""
     return Loading(decoder=config.decoder, batch_size=config.batch_images, workers=config.worker_count)
 
@@ -480,7 +480,7 @@ def _measure_on_augmented(
         hashes=plan.train_hashes,
         encoder=encoder,
         tap=tap,
-        loading=loading_of(plan.request),
+        loading=make_loading(plan.request),
     )
     files = None
     if not plan.request.canary:
@@ -489,7 +489,7 @@ def _measure_on_augmented(
         files = StateFiles(out=Path(plan.request.out), facts=facts)
 
     def fit() -> FittedProbe:
-        with unchanged(encoder):
+        with check_frozen(encoder):
             return fit_augmented(probe, augmented, group=group, files=files)
 
     if group.rank != 0:
@@ -542,7 +542,7 @@ def _measure_finetuned(
     """Fine-tune the encoder for one task, all ranks together; rank 0 yields."""
     from msn_eval.evaluation.finetune import finetune_task, make_state_files  # loads timm's training code
 
-    batch_size = automatic_batch_size(encoder)
+    batch_size = choose_batch_size(encoder)
     measurement = Measurement(plan=plan, encoder=encoder, task=task, timing=NO_EXTRACTION, batch_size=batch_size)
     name = f"{encoder.checkpoint.name}: fine-tuning on {task.subset.name}@{task.subset.draw}"
     try:

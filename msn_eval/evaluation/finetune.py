@@ -12,22 +12,22 @@ from msn_eval.checkpoints.hf_export import (
     FolderContent,
     Head,
     PlainNetwork,
-    check_saved_place,
-    classifier_content,
-    saved_result,
+    build_classifier_content,
+    check_save_folder,
+    read_saved_result,
     write_classifier,
 )
 from msn_eval.config.recipes import FinetuneRecipe
-from msn_eval.data.hashing import unreadable
+from msn_eval.data.hashing import make_unreadable_error
 from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelList, automatic_workers
-from msn_eval.distributed.group import Group, all_gather_object, joined, share
+from msn_eval.distributed.group import Group, all_gather_object, split_across_ranks, use_device
 from msn_eval.errors import UsageError
 from msn_eval.evaluation.canary import choose_labels
 from msn_eval.evaluation.measurement import Measurement, find_taps, label_only, make_predictions, make_result_id
 from msn_eval.evaluation.plan import Plan, Task, find_unreadable
 from msn_eval.features.encoder import Encoder
-from msn_eval.features.extraction import automatic_batch_size
+from msn_eval.features.extraction import choose_batch_size
 from msn_eval.probes.base import ProbeConfig, check_labelled
 from msn_eval.probes.finetune import Finetune
 from msn_eval.probes.finetune.model import FinetuneModel, build_finetune_model
@@ -63,13 +63,13 @@ def finetune_task(
     check_labelled(labelled)
     saves = config.save is not None and group.rank == 0
     if saves:  # find out now what would prevent it after training
-        check_saved_place(find_saved_folder(plan, encoder, task), make_result_id(encoder, task))
+        check_save_folder(find_saved_folder(plan, encoder, task), make_result_id(encoder, task))
         blank = build_finetune_model(encoder, FinetuneRecipe(drop_path=0.0), tap=tap, n_classes=n_classes)
         _export(plan, encoder, task, blank)
     _check_readable(plan, images, group)
     options = _choose_options(plan, encoder, images)
     model = build_finetune_model(encoder, probe.recipe, tap=tap, n_classes=n_classes)
-    with joined(group, plan.device):
+    with use_device(group, plan.device):
         trained = finetune(
             probe,
             model,
@@ -107,20 +107,20 @@ def _check_readable(plan: Plan, images: ImageSet, group: Group) -> None:
         return  # the plan has left them out already
     lines = []
     for split in (images, plan.val):
-        rows = share(len(split), group, block=1)
+        rows = split_across_ranks(len(split), group, block=1)
         for image_id, reason in find_unreadable(
             split.only(split.ids[rows.start : rows.stop]), plan.request.worker_count
         ):
             lines.append(f"{split.source.place(image_id)}: {reason}")
     lines = "\n".join(all_gather_object(group, "unreadable images", "\n".join(lines))).split("\n")
     if any(lines):
-        raise unreadable([line for line in lines if line])
+        raise make_unreadable_error([line for line in lines if line])
 
 
 def _choose_options(plan: Plan, encoder: Encoder, images: ImageSet) -> RunOptions:
     """Return the micro-batch (--batch-size) and the number of workers."""
     config, cuda = plan.request, plan.device.type == "cuda"
-    micro_batch = config.batch_images or max(2, automatic_batch_size(encoder) // (4 if cuda else 1))
+    micro_batch = config.batch_images or max(2, choose_batch_size(encoder) // (4 if cuda else 1))
     workers = config.worker_count
     if workers is None:
         pixels = PixelList(source=images.source, image_ids=images.ids, transform=encoder.transform, hashes=None)
@@ -162,7 +162,7 @@ def check_saved(plan: Plan, encoder: Encoder, finished: Sequence[Task]) -> None:
     for task in finished:
         if isinstance(task.probe, Finetune):
             folder, result_id = find_saved_folder(plan, encoder, task), make_result_id(encoder, task)
-            if saved_result(folder) != result_id:
+            if read_saved_result(folder) != result_id:
                 raise UsageError(
                     f"--save: {result_id} is measured already in {plan.request.out}, and its network was not kept",
                     where=str(folder),
@@ -188,4 +188,4 @@ def _export(plan: Plan, encoder: Encoder, task: Task, model: FinetuneModel) -> F
         name=encoder.arch,
         where=encoder.checkpoint.path,
     )
-    return classifier_content(network, head, result_id=make_result_id(encoder, task))
+    return build_classifier_content(network, head, result_id=make_result_id(encoder, task))

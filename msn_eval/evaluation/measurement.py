@@ -35,7 +35,7 @@ from msn_eval.results.record import (
     read_result,
     result_id,
 )
-from msn_eval.results.statistics import measure
+from msn_eval.results.statistics import compute_metrics
 
 _log = logging.getLogger(__name__)
 NO_EXTRACTION = TimingInfo(extract=0.0, probe=0.0, total=0.0)
@@ -74,7 +74,7 @@ class Measurement:
         return replace(
             result,
             status="not_converged" if config.converged is False else "ok",
-            metrics=measure(predictions.rank_of_label),
+            metrics=compute_metrics(predictions.rank_of_label),
             predictions=f"{result.id}.npz",
         )
 

@@ -21,9 +21,9 @@ from msn_eval.data.dataset import DataSet, class_map_sha256
 from msn_eval.data.decoders import check_decoder
 from msn_eval.data.hashing import content_sha256, hash_images
 from msn_eval.data.imagenet_subsets import read_publication
-from msn_eval.data.images import ImageSet, eval_transform
+from msn_eval.data.images import ImageSet, make_eval_transform
 from msn_eval.data.loader import PixelList, load_pixels
-from msn_eval.data.subsets import Subset, check_subset_names, make_subsets, readable_subsets, union_of
+from msn_eval.data.subsets import Subset, check_subset_names, make_readable_subsets, make_subsets, merge_subsets
 from msn_eval.errors import DataError, NumericalError, UsageError
 from msn_eval.features.encoder import Precision, choose_device, default_precision, precision_class
 from msn_eval.files.atomic import prepare_folder
@@ -147,7 +147,7 @@ def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Pla
         list_unreadable = partial(_list_unreadable, workers=config.worker_count)
         skipped_val = tuple(list_unreadable(val))
         val = val.only([image_id for image_id in val.ids if image_id not in set(skipped_val)])
-        subsets = readable_subsets(config.subset, data.train, list_unreadable)
+        subsets = make_readable_subsets(config.subset, data.train, list_unreadable)
     else:
         subsets = make_subsets(config.subset, data.train)
     if not len(val):
@@ -160,7 +160,7 @@ def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Pla
         train=data.train,
         subsets=subsets,
         val_hashes=hash_images(val, cache_dir=cache_dir),
-        train_hashes=hash_images(union_of(subsets, data.train), cache_dir=cache_dir),
+        train_hashes=hash_images(merge_subsets(subsets, data.train), cache_dir=cache_dir),
         skipped_val=skipped_val,
         device=device,
         precision=cast(Precision, config.precision) if config.precision else default_precision(device),
@@ -300,7 +300,7 @@ def find_unreadable(images: ImageSet, workers: int | None) -> list[tuple[str, st
 
     All decoders refuse the same images.
     """
-    transform = eval_transform(_CHECKED_PIXELS)
+    transform = make_eval_transform(_CHECKED_PIXELS)
     pixels = PixelList(source=images.source, image_ids=images.ids, transform=transform, hashes=None)
     batches = load_pixels(pixels, batch_size=_CHECKED_IMAGES, workers=workers or 0)
     return [failure for batch in batches for failure in batch.failures]

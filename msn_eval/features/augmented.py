@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from msn_eval.data.augmentation import RandomCrops
-from msn_eval.data.hashing import unreadable
+from msn_eval.data.hashing import make_unreadable_error
 from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelBatch, PixelList, automatic_workers, load_pixels
 from msn_eval.distributed import group as distributed
 from msn_eval.distributed.group import Group
 from msn_eval.features.batch_size import AdaptiveBatchSize, run_with_oom_backoff
 from msn_eval.features.encoder import Encoder, encode
-from msn_eval.features.extraction import Loading, automatic_batch_size, check_finite
+from msn_eval.features.extraction import Loading, check_finite, choose_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class AugmentedImages:
         return _encode_part(self, blank, AdaptiveBatchSize(images=1)).shape[1]
 
 
-def features_from(
+def iterate_augmented_features(
     images: AugmentedImages,
     labels: Tensor,
     batches: Sequence[Tensor],
@@ -77,7 +77,7 @@ def features_from(
     """
     own = [batch[_slice_of_rank(len(batch), group)] for batch in batches]
     indices = torch.cat(own).tolist() if own else []
-    size = images.loading.batch_size or automatic_batch_size(images.encoder)
+    size = images.loading.batch_size or choose_batch_size(images.encoder)
     pixel_list = PixelList(
         source=images.images.source,
         image_ids=[images.images.ids[index] for index in indices],
@@ -98,7 +98,7 @@ def features_from(
 
 
 def _slice_of_rank(count: int, group: Group) -> slice:
-    rows = distributed.share(count, group, block=1)
+    rows = distributed.split_across_ranks(count, group, block=1)
     return slice(rows.start, rows.stop)
 
 
@@ -135,7 +135,7 @@ def _rebatch(batches: Iterator[PixelBatch], images: AugmentedImages, sizes: Iter
             assert isinstance(batch.pixels, Tensor)
             if batch.failures:
                 place = images.images.source.place
-                raise unreadable([f"{place(image_id)}: {reason}" for image_id, reason in batch.failures])
+                raise make_unreadable_error([f"{place(image_id)}: {reason}" for image_id, reason in batch.failures])
             buffered.append(batch.pixels)
         joined = torch.cat(buffered)
         buffered = [joined[count:]]

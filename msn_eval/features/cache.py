@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from msn_eval.errors import StoreError, UsageError
-from msn_eval.files.atomic import free_bytes, prepare_folder, write_atomically
+from msn_eval.files.atomic import describe_free_space, prepare_folder, write_atomically
 from msn_eval.files.json_records import canonical_json
 from msn_eval.process import available_bytes
 
@@ -153,7 +153,9 @@ def open_feature_folder(cache: Path, key: FeatureKey, *, checkpoint: str) -> Fea
     try:
         prepare_folder(folder.path, option="--cache")
     except UsageError as error:  # the cache itself was writable when the run began
-        raise StoreError(error.what, where=error.where, hint=f"{error.hint} {free_bytes(cache)}.") from error.__cause__
+        raise StoreError(
+            error.what, where=error.where, hint=f"{error.hint} {describe_free_space(cache)}."
+        ) from error.__cause__
     with contextlib.suppress(OSError):  # another user's file cannot be touched, but it can be replaced
         if describe_feature_folder(folder.path)[1]:
             os.utime(folder.path / _KEY_FILE)  # the time of the last use, for `cache prune`
@@ -198,7 +200,7 @@ def write_shard(folder: FeatureFolder, contents: Sequence[str], images: Sequence
         raise StoreError(
             f"could not write {len(packed):,} bytes of features: {error.strerror or error}",
             where=str(folder.path),
-            hint=f"Choose another --cache folder; {free_bytes(folder.path.parent)}.",
+            hint=f"Choose another --cache folder; {describe_free_space(folder.path.parent)}.",
         ) from error
 
 
@@ -280,7 +282,7 @@ def _allocate(n: int, d: int, folder: FeatureFolder, *, beyond_memory: bool) -> 
         raise StoreError(
             f"{4 * n * d:,} bytes of features fit neither into memory nor on this disk: {error.strerror or error}",
             where=str(folder.path),
-            hint=f"Choose another --cache folder, or a smaller --subset; {free_bytes(folder.path)}.",
+            hint=f"Choose another --cache folder, or a smaller --subset; {describe_free_space(folder.path)}.",
         ) from error
     _log.info("%d rows of %d features do not fit into memory; they are mapped from the disk", n, d)
     return torch.from_numpy(mapped)

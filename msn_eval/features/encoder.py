@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from msn_eval.checkpoints.checkpoint import Checkpoint, read_checkpoint, weights_sha256
-from msn_eval.data.images import EvalTransform, eval_transform
+from msn_eval.data.images import EvalTransform, make_eval_transform
 from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.models.vit import (
     class_token_after,
@@ -176,7 +176,7 @@ def build_encoder(
         network=network.to(device=device, dtype=_DTYPES[precision]).eval(),
         device=device,
         precision=precision,
-        transform=eval_transform(image_pixels or checkpoint.image_pixels, checkpoint.mean, checkpoint.std),
+        transform=make_eval_transform(image_pixels or checkpoint.image_pixels, checkpoint.mean, checkpoint.std),
         taps=_available_taps(checkpoint, network),
         final_norm=final_norm.to(device=device, dtype=torch.float32).eval(),
         compiled=compiled,
@@ -282,7 +282,7 @@ def encode(encoder: Encoder, pixels: Tensor, taps: Sequence[str]) -> dict[str, T
         (b, d) float32 for each tap, on the encoder's device.
     """
     with torch.inference_mode(), exact_float32():
-        images = normalised(pixels.to(encoder.device, non_blocking=True), encoder)
+        images = normalise_pixels(pixels.to(encoder.device, non_blocking=True), encoder)
         if encoder.checkpoint.runs_own_code or not _has_tokens(encoder.network):
             return {taps[0]: _pooled_features(encoder, images).float()}
         if "out" in taps:
@@ -291,7 +291,7 @@ def encode(encoder: Encoder, pixels: Tensor, taps: Sequence[str]) -> dict[str, T
 
 
 @contextlib.contextmanager
-def unchanged(encoder: Encoder) -> Iterator[None]:
+def check_frozen(encoder: Encoder) -> Iterator[None]:
     """Check before and after the block that the network is in evaluation mode and its weights have the same bytes.
 
     Raises:
@@ -319,7 +319,7 @@ def _check_evaluation_mode(encoder: Encoder) -> None:
         )
 
 
-def normalised(pixels: Tensor, encoder: Encoder) -> Tensor:
+def normalise_pixels(pixels: Tensor, encoder: Encoder) -> Tensor:
     """Normalise pixels in float32.
 
     Args:

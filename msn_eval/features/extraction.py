@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from msn_eval.data.decoders import Pixels, decode_on_device, decoder_version
-from msn_eval.data.hashing import hash_images, unreadable
+from msn_eval.data.hashing import hash_images, make_unreadable_error
 from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelList, automatic_workers, load_pixels
-from msn_eval.distributed.group import ALONE, Group, all_gather_object, broadcast_from_rank0, share
+from msn_eval.distributed.group import ALONE, Group, all_gather_object, broadcast_from_rank0, split_across_ranks
 from msn_eval.errors import NumericalError, ResourceError, StoreError
 from msn_eval.features.batch_size import AdaptiveBatchSize, run_with_oom_backoff
 from msn_eval.features.cache import (
@@ -32,8 +32,14 @@ from msn_eval.features.cache import (
     read_rows,
     write_shard,
 )
-from msn_eval.features.encoder import Encoder, encode, resolve_tap, unchanged
-from msn_eval.features.patch_drop import PatchDrop, check_drop, encode_kept, kept_patches, patch_count
+from msn_eval.features.encoder import Encoder, check_frozen, encode, resolve_tap
+from msn_eval.features.patch_drop import (
+    PatchDrop,
+    check_patch_drop,
+    draw_kept_patches,
+    encode_kept_patches,
+    patch_count,
+)
 from msn_eval.process import available_bytes
 
 _log = logging.getLogger(__name__)
@@ -147,7 +153,7 @@ def extract(
     images = read_split(data, split, cache_dir=cache_dir)
     loading = Loading(batch_size=batch_size, workers=workers)
     hashes = hash_images(images, cache_dir=cache_dir) if cache_dir is not None else None
-    with unchanged(encoder):
+    with check_frozen(encoder):
         result = extract_features(encoder, images, taps=[chosen], hashes=hashes, loading=loading, cache=cache_dir)
     return result.features[chosen]
 
@@ -186,7 +192,7 @@ def extract_features(
     """
     started = time.perf_counter()
     if drop is not None:
-        check_drop(encoder, drop)
+        check_patch_drop(encoder, drop)
     job = _Job(encoder=encoder, images=images, taps=tuple(taps), hashes=hashes, loading=loading, drop=drop)
     if cache is None:
         values = _extract_to_memory(job, on_progress)
@@ -209,7 +215,7 @@ def extract_features(
     )
 
 
-def automatic_batch_size(encoder: Encoder) -> int:
+def choose_batch_size(encoder: Encoder) -> int:
     """Return a batch size that keeps the device busy: larger for smaller images."""
     base = _CUDA_BATCH if encoder.device.type == "cuda" else _CPU_BATCH
     return int(min(16 * base, max(base, base * (224 / encoder.transform.crop) ** 2)))
@@ -256,7 +262,7 @@ def _row_key(image_id: str, sha256: str, drop: PatchDrop | None) -> str:
     return hashlib.sha256(f"{sha256} ".encode() + os.fsencode(image_id)).hexdigest()
 
 
-def missing_images(
+def list_missing_images(
     encoder: Encoder,
     images: ImageSet,
     *,
@@ -300,7 +306,7 @@ class _Job:
 
     @property
     def batch_size(self) -> int:
-        return self.loading.batch_size or automatic_batch_size(self.encoder)
+        return self.loading.batch_size or choose_batch_size(self.encoder)
 
     @property
     def shard_rows(self) -> int:
@@ -317,7 +323,7 @@ class _Job:
         """Return the kept patches of images, (b, k) int64, or None for complete images."""
         if self.drop is None:
             return None
-        return kept_patches(self.drop, image_ids, patches=patch_count(self.encoder))
+        return draw_kept_patches(self.drop, image_ids, patches=patch_count(self.encoder))
 
 
 def _extract_to_memory(job: _Job, on_progress: Progress | None) -> dict[str, Tensor]:
@@ -331,7 +337,7 @@ def _extract_to_memory(job: _Job, on_progress: Progress | None) -> dict[str, Ten
             values[tap][done : done + len(rows)] = rows
         done += len(next(iter(batch.values())))
     if failures:
-        raise unreadable(failures)
+        raise make_unreadable_error(failures)
     assert done == len(job.images)
     return values
 
@@ -367,7 +373,7 @@ def _extract_through_cache(
     todo = sorted(first_row.values())  # each content once
     failures: list[str] = []
     not_finite = None
-    own = [todo[index] for index in share(len(todo), group, block=job.batch_size)]
+    own = [todo[index] for index in split_across_ranks(len(todo), group, block=job.batch_size)]
     try:
         _fill_cache(job, folders, stored, own, failures, on_progress)
     except NumericalError as error:
@@ -376,7 +382,7 @@ def _extract_through_cache(
     report = json.dumps([failures, not_finite, [job.timing.waiting, job.timing.encoding] if own else None])
     reports = [json.loads(text) for text in all_gather_object(group, f"filled {step}", report)]
     if any(reasons for reasons, _, _ in reports):
-        raise unreadable([reason for reasons, _, _ in reports for reason in reasons])
+        raise make_unreadable_error([reason for reasons, _, _ in reports for reason in reasons])
     for _, fault, _ in reports:
         if fault is not None:
             raise NumericalError(fault[0], hint=fault[1])
@@ -534,7 +540,7 @@ def _encode_batch(
             refused.update((rows.start + row, reason) for row, reason in reasons.items())
         if kept is None:
             return encode(job.encoder, part, job.taps)
-        return encode_kept(job.encoder, part, job.taps, kept[rows])
+        return encode_kept_patches(job.encoder, part, job.taps, kept[rows])
 
     advice = "Finished features are kept; the same command continues from there."
     parts = run_with_oom_backoff(job.encoder, len(pixels), job.timing, run, kept=advice)

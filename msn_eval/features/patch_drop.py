@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from msn_eval.errors import UsageError
-from msn_eval.features.encoder import Encoder, encode, exact_float32, normalised
+from msn_eval.features.encoder import Encoder, encode, exact_float32, normalise_pixels
 from msn_eval.models.vit import class_attention, is_plain, keep_patches
 
 
@@ -30,7 +30,7 @@ class PatchDrop:
     seed: int
 
 
-def kept_patches(drop: PatchDrop, image_ids: Sequence[str], *, patches: int) -> Tensor:
+def draw_kept_patches(drop: PatchDrop, image_ids: Sequence[str], *, patches: int) -> Tensor:
     """Draw the patches of each image that are kept: the same ones in every batch, on every rank and machine.
 
     A larger share drops all patches that a smaller share drops.
@@ -45,7 +45,7 @@ def kept_patches(drop: PatchDrop, image_ids: Sequence[str], *, patches: int) -> 
     return torch.from_numpy(np.sort(kept, axis=1).astype(np.int64))
 
 
-def check_drop(encoder: Encoder, drop: PatchDrop) -> None:
+def check_patch_drop(encoder: Encoder, drop: PatchDrop) -> None:
     """Raise UsageError if patches cannot be dropped from this network, or if none would be left."""
     from timm.models.vision_transformer import VisionTransformer
 
@@ -62,7 +62,7 @@ def check_drop(encoder: Encoder, drop: PatchDrop) -> None:
         )
 
 
-def encode_kept(encoder: Encoder, pixels: Tensor, taps: Sequence[str], kept: Tensor) -> dict[str, Tensor]:
+def encode_kept_patches(encoder: Encoder, pixels: Tensor, taps: Sequence[str], kept: Tensor) -> dict[str, Tensor]:
     """Compute features like `encode`, from only some patches of each image.
 
     Dropped patches are removed before the first block, as in pre-training with random masks. Kept patches keep their position
@@ -157,7 +157,7 @@ def attention_maps(encoder: Encoder, pixels: Tensor) -> Tensor:
     hook = last.register_forward_pre_hook(lambda block, arguments: inputs.append(arguments[0]))
     try:
         with torch.inference_mode(), exact_float32():
-            encoder.network.forward_features(normalised(pixels.to(encoder.device), encoder))  # type: ignore[operator]
+            encoder.network.forward_features(normalise_pixels(pixels.to(encoder.device), encoder))  # type: ignore[operator]
             attention = class_attention(last, inputs[0])
     finally:
         hook.remove()

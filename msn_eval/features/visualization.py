@@ -17,7 +17,7 @@ from msn_eval.data.loader import PixelList, load_pixels
 from msn_eval.errors import DataError, printable
 from msn_eval.features.encoder import Encoder
 from msn_eval.features.extraction import Features
-from msn_eval.features.patch_drop import choose_patches, encode_kept, patches_a_side
+from msn_eval.features.patch_drop import choose_patches, encode_kept_patches, patches_a_side
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +78,9 @@ def find_neighbours(
     for share in masked:
         generator = torch.Generator().manual_seed(seed)  # the same order of patches for every share
         visible = choose_patches(side * side, masked=share, images=len(pixels), generator=generator)
-        queries = functional.normalize(encode_kept(encoder, pixels, ["cls-norm"], visible)["cls-norm"].cpu(), dim=1)
+        queries = functional.normalize(
+            encode_kept_patches(encoder, pixels, ["cls-norm"], visible)["cls-norm"].cpu(), dim=1
+        )
         nearest = (queries @ rows.T).topk(min(count, len(rows)), dim=1).indices
         shown = hide_patches(pixels, visible, side=side)
         neighbours.append(Neighbours(masked=share, shown=shown, nearest=nearest.numpy()))

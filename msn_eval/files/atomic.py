@@ -50,7 +50,7 @@ def written_atomically(path: Path, what: str) -> Iterator[Path]:
         raise StoreError(
             f"could not write {what}: {error.strerror or error}",
             where=str(path),
-            hint=f"Free space or choose another folder; {free_bytes(path.parent)}.",
+            hint=f"Free space or choose another folder; {describe_free_space(path.parent)}.",
             kept="Files written before are unchanged; the same command continues from there.",
         ) from error
 
@@ -119,7 +119,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def free_bytes(folder: Path) -> str:
+def describe_free_space(folder: Path) -> str:
     """Describe the free space of a folder's disk."""
     try:
         return f"{shutil.disk_usage(folder).free:,} bytes are free at {folder}"

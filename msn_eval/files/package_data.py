@@ -3,7 +3,7 @@
 from pathlib import Path
 
 
-def shipped_folder(name: str) -> Path:
+def find_package_folder(name: str) -> Path:
     """Return the folder `configs`, `imagenet_subsets` or `reports` of this package."""
     package = Path(__file__).parents[1]
     installed = package / "shipped" / name

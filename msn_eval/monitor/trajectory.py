@@ -26,7 +26,7 @@ from msn_eval.checkpoints.run_folder import (
     snapshot_folders,
 )
 from msn_eval.errors import CheckpointError, NumericalError, UsageError
-from msn_eval.evaluation.evaluate import Preparation, evaluate_checkpoint, loading_of, prepare
+from msn_eval.evaluation.evaluate import Preparation, evaluate_checkpoint, make_loading, prepare
 from msn_eval.evaluation.plan import Plan
 from msn_eval.features.encoder import precision_class, resolve_tap
 from msn_eval.features.extraction import extract_features
@@ -251,7 +251,7 @@ def _measure_snapshot(plan: Plan, prepared: Preparation, snapshot: SnapshotFiles
     spread: float | None
     try:
         extracted = extract_features(
-            encoder, plan.val, taps=[tap], hashes=plan.val_hashes, loading=loading_of(plan.request), cache=cache
+            encoder, plan.val, taps=[tap], hashes=plan.val_hashes, loading=make_loading(plan.request), cache=cache
         )
         rank, spread, problem = measure_features(extracted.features[tap].values)
     except NumericalError as error:

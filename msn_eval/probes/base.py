@@ -178,14 +178,14 @@ def fit_probe(
     return probe.fit(train, device, workers=workers, other_taps=other_taps)
 
 
-def normalised_rows(values: Tensor) -> Tensor:
+def normalise_rows(values: Tensor) -> Tensor:
     """Return the rows of (n, d) floating values, L2-normalised, in float64. A zero row stays zero."""
     rows = values.to(torch.float64)
     length = rows.norm(dim=1, keepdim=True)
     return rows / torch.where(length > 0, length, torch.ones_like(length))
 
 
-def centred_rows(values: Tensor) -> Tensor:
+def centre_rows(values: Tensor) -> Tensor:
     """Subtract its own mean from each row of (n, d) floating values, then L2-normalise it, in float64.
 
     A constant row becomes zero.
@@ -197,7 +197,7 @@ def centred_rows(values: Tensor) -> Tensor:
     # A constant row minus its mean is rounding noise, which normalisation would blow up to unit length.
     rounding = torch.finfo(torch.float64).eps * rows.shape[1] * rows.abs().amax(dim=1, keepdim=True)
     constant = centred.abs().amax(dim=1, keepdim=True) <= rounding
-    return normalised_rows(torch.where(constant, torch.zeros_like(centred), centred))
+    return normalise_rows(torch.where(constant, torch.zeros_like(centred), centred))
 
 
 _BLOCK_ROWS = 4096
@@ -245,7 +245,7 @@ def describe_collapse(values: Tensor) -> str:
     constant = zero = 0
     total = torch.zeros(values.shape[1], dtype=torch.float64)
     for block in torch.split(values, _BLOCK_ROWS):
-        rows = centred_rows(block).cpu()
+        rows = centre_rows(block).cpu()
         constant += int((rows == 0).all(dim=1).sum())
         zero += int((block == 0).all(dim=1).sum())
         total += rows.sum(dim=0)

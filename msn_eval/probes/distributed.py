@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, distributed
 
-from msn_eval.distributed.group import broadcast_from_rank0, joined, share
+from msn_eval.distributed.group import broadcast_from_rank0, split_across_ranks, use_device
 from msn_eval.errors import DistributedError, NumericalError, ResourceError
 from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_eval.probes.base import WorkerGroup
 from msn_eval.probes.knn_search.index import check_finite, index_bank
-from msn_eval.probes.knn_search.search import Found, search_sharded
+from msn_eval.probes.knn_search.search import Neighbours, search_sharded
 from msn_eval.probes.logistic_solvers.newton import RowShare, minimise_in_chunks
 from msn_eval.probes.logistic_solvers.objective import Solution
 
@@ -22,7 +22,7 @@ _QUERIES = 1 << 13  # sent at once: as many as a GPU searches for at once
 _SHUTDOWN = ""
 
 
-def minimise_together(
+def minimise_on_workers(
     workers: WorkerGroup, whole: RowShare, mus: Sequence[float], *, target: float
 ) -> Iterator[tuple[Solution, int]]:
     """Minimise as `minimise_in_chunks` does, on rank 0, with the rows shared among all ranks.
@@ -44,7 +44,7 @@ def minimise_together(
         yield from minimise_in_chunks(first, mus, target=target)
 
 
-def search_together(workers: WorkerGroup, queries: Tensor, bank: Tensor, k: int) -> Found:
+def search_on_workers(workers: WorkerGroup, queries: Tensor, bank: Tensor, k: int) -> Neighbours:
     """Search for the k nearest rows, on rank 0, with the rows shared among all ranks.
 
     Args:
@@ -104,7 +104,7 @@ def _lead(workers: WorkerGroup, work: str, **arguments: object) -> Iterator[None
 def _connect(workers: WorkerGroup) -> Iterator[None]:
     """Join a process group for the block. An error of one rank ends the job, since the others wait in a collective."""
     rank, device = workers.group.rank, workers.device
-    with joined(workers.group, device):
+    with use_device(workers.group, device):
         try:
             yield
         except NumericalError as error:  # outside of a worker group it would fail one result only
@@ -136,7 +136,7 @@ def _serve_search(workers: WorkerGroup, *, n: int, width: int, m: int, k: int) -
     _search_shard(workers, values, values.new_empty(0, width), n=n, m=m, k=k)
 
 
-def _search_shard(workers: WorkerGroup, values: Tensor, queries: Tensor, *, n: int, m: int, k: int) -> list[Found]:
+def _search_shard(workers: WorkerGroup, values: Tensor, queries: Tensor, *, n: int, m: int, k: int) -> list[Neighbours]:
     """Search for rank 0's queries in chunks.
 
     Args:
@@ -154,7 +154,7 @@ def _search_shard(workers: WorkerGroup, values: Tensor, queries: Tensor, *, n: i
 
 def _rows_of(workers: WorkerGroup, n: int, rank: int) -> range:
     """Return the rows of n that a rank works on."""
-    return share(n, replace(workers.group, rank=rank), block=1)
+    return split_across_ranks(n, replace(workers.group, rank=rank), block=1)
 
 
 def _send_shares(workers: WorkerGroup, *tensors: Tensor) -> None:

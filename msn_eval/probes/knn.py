@@ -13,10 +13,10 @@ from msn_eval.data.subsets import Subset
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup
-from msn_eval.probes.distributed import search_together
+from msn_eval.probes.distributed import search_on_workers
 from msn_eval.probes.knn_search.candidates import Search
 from msn_eval.probes.knn_search.index import index_bank
-from msn_eval.probes.knn_search.search import Found, search_nearest
+from msn_eval.probes.knn_search.search import Neighbours, search_nearest
 
 DEFAULT_KS = (10, 20, 100, 200)
 DEFAULT_TEMPERATURE = 0.07
@@ -76,10 +76,10 @@ class NearestNeighbours(FeatureProbe):
         """
         params = self.configs(len(train.labels))
         labels = train.labels.to(device)
-        search: Callable[[Tensor, int], Found]
+        search: Callable[[Tensor, int], Neighbours]
         if workers is not None and train.values.numel() >= _SHARED_VALUES:
             group = workers
-            search = lambda values, k: search_together(group, values, train.values, k)  # noqa: E731
+            search = lambda values, k: search_on_workers(group, values, train.values, k)  # noqa: E731
         else:
             bank = index_bank(train.values.to(device))
             search = lambda values, k: search_nearest(values.to(device), bank, k, search=self.search)  # noqa: E731

@@ -15,7 +15,7 @@ from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.subsets import Subset
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup, centred_rows
+from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup, centre_rows
 
 _log = logging.getLogger(__name__)
 MOMENTUM = 0.9
@@ -114,7 +114,7 @@ class Linear(FeatureProbe):
         )
 
         def score(queries: Tensor) -> Iterator[Tensor]:
-            rows = centred_rows(queries.to(device))
+            rows = centre_rows(queries.to(device))
             scores = rows.new_full((len(rows), train.n_classes), -torch.inf)
             scores[:, present] = rows @ heads.weights[0].double().T + heads.biases[0].double()
             yield scores
@@ -299,7 +299,7 @@ class TapStack:
     def take(self, indices: Tensor) -> Tensor:
         """Return some rows at every tap, centred and normalised: (t, b, d) float32."""
         rows = (values[indices.to(values.device)].to(self.device) for values in self.values)
-        return torch.stack([centred_rows(some).to(torch.float32) for some in rows])
+        return torch.stack([centre_rows(some).to(torch.float32) for some in rows])
 
     def select_tap(self, tap: str) -> "TapStack":
         """Return one tap alone."""

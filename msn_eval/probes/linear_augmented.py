@@ -16,9 +16,9 @@ from torch.nn import functional
 from msn_eval.config.recipes import AugmentedRecipe, Params
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.subsets import Subset
-from msn_eval.distributed.group import Group, joined, sum_over_ranks
+from msn_eval.distributed.group import Group, all_reduce_tensors, use_device
 from msn_eval.errors import NumericalError, StoreError
-from msn_eval.features.augmented import AugmentedImages, features_from
+from msn_eval.features.augmented import AugmentedImages, iterate_augmented_features
 from msn_eval.probes.base import FittedProbe, Probe, ProbeConfig, TrainsOn
 from msn_eval.probes.training_state import StateFiles, read_shared_state, write_state
 from msn_eval.process import StopRequest, watch_stop_signals
@@ -187,7 +187,7 @@ def take_step(
         fault = error
     sums[-2], sums[-1] = float(fault is not None), float(stop.number is not None)
     gradients = [weight.grad for rate in rates for weight in weights[rate] if weight.grad is not None]
-    sum_over_ranks(group, [*gradients, sums])
+    all_reduce_tensors(group, [*gradients, sums])
     if sums[-2] > 0:
         raise fault or NumericalError("features of another rank's augmented images are not finite")
     if sums[-1] > 0:
@@ -228,7 +228,7 @@ def fit_augmented(
         raise NumericalError("linear-augmented on a single class", hint="Label images of at least two classes.")
     device = images.encoder.device
     training = start_training(probe, images.dim, len(present), device)
-    with joined(group, device), watch_stop_signals() as stop:
+    with use_device(group, device), watch_stop_signals() as stop:
         if (state := read_shared_state(files, group)) is not None:
             training.load_state_dict(state)
             if group.rank == 0:
@@ -281,7 +281,7 @@ def _train(
     for epoch in range(training.step // steps_per_epoch, probe.epochs):
         order = draw_order(n, seed=probe.seed, epoch=epoch)
         batches = torch.split(order, probe.batch_size)[training.step % steps_per_epoch :]
-        chunks_of = features_from(
+        chunks_of = iterate_augmented_features(
             images, labels, batches, seed=probe.seed, epoch=epoch, share=probe.crop_share, group=group
         )
         for chunks, batch in zip(chunks_of, batches, strict=True):

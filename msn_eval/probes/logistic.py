@@ -12,8 +12,8 @@ from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.subsets import Subset
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup, centred_rows
-from msn_eval.probes.distributed import minimise_together
+from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup, centre_rows
+from msn_eval.probes.distributed import minimise_on_workers
 from msn_eval.probes.logistic_solvers import lambda_selection
 from msn_eval.probes.logistic_solvers.lambda_selection import GRID, Choice, LabelledRows
 from msn_eval.probes.logistic_solvers.newton import RowShare, is_large, minimise_in_chunks, minimise_path
@@ -169,12 +169,12 @@ def _prepare(train: Features, device: torch.device, solver: Solver, workers: Wor
         def solve_in_chunks(lambdas: Sequence[float]) -> Iterator[tuple[Solution, int]]:
             mus = [l2 / n for l2 in lambdas]
             if workers is not None:
-                return minimise_together(workers, share, mus, target=TARGET_GAP)
+                return minimise_on_workers(workers, share, mus, target=TARGET_GAP)
             return minimise_in_chunks(share, mus, target=TARGET_GAP)
 
-        rows = LabelledRows(labels=labels, width=width, prepared=lambda some: centred_rows(share.values[some]))
+        rows = LabelledRows(labels=labels, width=width, prepared=lambda some: centre_rows(share.values[some]))
         return _Problem(present=present, rows=rows, basis=None, solve=solve_in_chunks)
-    reduced, basis = reduced_rows(centred_rows(train.values.to(device)))
+    reduced, basis = reduced_rows(centre_rows(train.values.to(device)))
 
     def solve(lambdas: Sequence[float]) -> Iterator[tuple[Solution, int]]:
         problems = [
@@ -210,7 +210,7 @@ def _fitted(
     matrices = [solution.weights if basis is None else solution.weights @ basis.T for solution in solutions]
 
     def scores(values: Tensor) -> Iterator[Tensor]:
-        queries = centred_rows(values.to(device))
+        queries = centre_rows(values.to(device))
         for weights in matrices:
             result = queries.new_full((len(queries), n_classes), -torch.inf)
             result[:, problem.present] = queries @ weights.T

@@ -11,7 +11,7 @@ from msn_eval.config.recipes import Params
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.subsets import Subset
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup, normalised_rows
+from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup, normalise_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +40,13 @@ class NearestClassMean(FeatureProbe):
         other_taps: Sequence[Features] = (),
     ) -> FittedProbe:
         """Average the rows of each class. A class without images is never chosen."""
-        rows = normalised_rows(train.values.to(device))
+        rows = normalise_rows(train.values.to(device))
         labels = train.labels.to(device)
         counts = torch.bincount(labels, minlength=train.n_classes)
         directions = class_directions(rows, labels, n_classes=train.n_classes)
 
         def scores(values: Tensor) -> Iterator[Tensor]:
-            cosines = normalised_rows(values.to(device)) @ directions.T
+            cosines = normalise_rows(values.to(device)) @ directions.T
             yield cosines.masked_fill(counts == 0, -torch.inf)
 
         return FittedProbe(settings=(ProbeConfig(params={}),), scores=scores)
@@ -71,4 +71,4 @@ def class_directions(rows: Tensor, labels: Tensor, *, n_classes: int) -> Tensor:
     sums = rows.new_zeros(n_classes, rows.shape[1]).index_add_(0, labels, rows)  # the length cancels in the cosine
     # What remains of rows that cancel is rounding, and must not be scaled up to length 1.
     rounding = torch.finfo(rows.dtype).eps * torch.bincount(labels, minlength=n_classes)[:, None]
-    return normalised_rows(sums.masked_fill(sums.abs().amax(dim=1, keepdim=True) <= rounding, 0.0))
+    return normalise_rows(sums.masked_fill(sums.abs().amax(dim=1, keepdim=True) <= rounding, 0.0))

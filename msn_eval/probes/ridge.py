@@ -12,7 +12,7 @@ from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.subsets import Subset
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup, centred_rows
+from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup, centre_rows
 
 # alpha = 10^-4, 10^-3.5, … 10^4: rows have length 1, so the eigenvalues of the Gram matrix lie between 0 and n.
 GRID = tuple(float(10 ** (step / 2)) for step in range(-8, 9))
@@ -55,11 +55,11 @@ class Ridge(FeatureProbe):
         present, labels = torch.unique(train.labels.to(device), return_inverse=True)
         if len(present) < 2:
             raise NumericalError("ridge regression on a single class", hint="Label images of at least two classes.")
-        fit = solve_ridge(centred_rows(train.values.to(device)), labels, n_classes=len(present))
+        fit = solve_ridge(centre_rows(train.values.to(device)), labels, n_classes=len(present))
         chosen = {"alpha": fit.alpha, "left_out_error": float(fit.errors.min())}
 
         def scores(values: Tensor) -> Iterator[Tensor]:
-            queries = centred_rows(values.to(device))
+            queries = centre_rows(values.to(device))
             result = queries.new_full((len(queries), train.n_classes), -torch.inf)
             result[:, present] = (queries - fit.centre) @ fit.weights + fit.bias
             yield result

@@ -20,7 +20,7 @@ import torch
 
 from msn_eval.distributed.group import Group, broadcast_from_rank0
 from msn_eval.errors import StoreError
-from msn_eval.files.atomic import free_bytes, remove, write_atomically
+from msn_eval.files.atomic import describe_free_space, remove, write_atomically
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[0-9a-f]{16}\.step-(?P<step>\d{8,})\.(?P<sha256>[0-9a-f]{16})\.pt")
@@ -76,7 +76,7 @@ def write_state(files: StateFiles, state: Mapping[str, Any], *, step: int) -> No
         raise StoreError(
             f"could not keep the state of a training: {error.strerror or error}",
             where=str(path),
-            hint=f"Free space or choose another --out folder; {free_bytes(files.out)}.",
+            hint=f"Free space or choose another --out folder; {describe_free_space(files.out)}.",
             kept="Older states are unchanged; the same command resumes from them.",
         ) from error
 

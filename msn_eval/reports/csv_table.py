@@ -4,7 +4,7 @@ import csv
 import io
 
 from msn_eval.errors import one_line
-from msn_eval.reports.text_tables import FAILED, exact_percent
+from msn_eval.reports.text_tables import FAILED, format_exact_percent
 from msn_eval.results.folder import ResultScan
 from msn_eval.results.table import Cell, Table
 
@@ -32,7 +32,7 @@ def _format_cell(cell: Cell | None) -> list[str]:
     if cell is None:
         return [""] * len(_CELL_FIELDS)
     numbers = (cell.mean, cell.std, *(cell.standing.interval or (None, None)))
-    top1, *others = ("" if number is None else exact_percent(number) for number in numbers)
+    top1, *others = ("" if number is None else format_exact_percent(number) for number in numbers)
     counts = ("" if count is None else str(count) for count in (cell.draws, cell.standing.rank))
     return [top1 or FAILED, *others, *counts, cell.status]
 

@@ -1,10 +1,10 @@
 """Report format `md`: one Markdown table per probe and its settings."""
 
 from msn_eval.reports.text_tables import (
-    cell_text,
     describe_row,
     describe_significance,
     explain_cells,
+    format_cell,
     join_markdown_cells,
     markdown_text,
 )
@@ -30,4 +30,4 @@ def render(table: Table, scan: ResultScan) -> str:
 
 def _format_cell(cell: Cell | None) -> str:
     # The brackets of an interval are not escaped: around two numbers they are not a link.
-    return " ".join([markdown_text(cell_text(cell)), describe_significance(cell)]).rstrip()
+    return " ".join([markdown_text(format_cell(cell)), describe_significance(cell)]).rstrip()

@@ -4,7 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from msn_eval.errors import one_line
-from msn_eval.reports.text_tables import FAILED, cell_text, describe_row, describe_significance, explain_cells
+from msn_eval.reports.text_tables import FAILED, describe_row, describe_significance, explain_cells, format_cell
 from msn_eval.results.table import Cell, Table
 
 if TYPE_CHECKING:
@@ -40,6 +40,6 @@ def print_table(table: Table, console: "Console | None" = None) -> None:
 def _format_cell(cell: Cell | None) -> "Text":
     from rich.text import Text
 
-    accuracy, significance = cell_text(cell), describe_significance(cell)
+    accuracy, significance = format_cell(cell), describe_significance(cell)
     text = Text(accuracy, style="red" if accuracy == FAILED else "")
     return text.append(f"\n{significance}", style="dim") if significance else text

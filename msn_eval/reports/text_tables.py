@@ -20,7 +20,7 @@ def format_accuracy(cell: Cell) -> str:
     return f"{100 * cell.mean:.1f}" + ("" if cell.std is None else f" ± {100 * cell.std:.1f}")
 
 
-def cell_text(cell: Cell | None) -> str:
+def format_cell(cell: Cell | None) -> str:
     """Return `65.5 ± 0.4 (3)`, `63.1 (1)`, FAILED, or a dash if there is no result."""
     if cell is None:
         return MISSING
@@ -42,7 +42,7 @@ def describe_significance(cell: Cell | None) -> str:
     return " ".join([*bounds, *([] if rank is None else [f"rank {rank}"])])
 
 
-def exact_percent(fraction: float) -> str:
+def format_exact_percent(fraction: float) -> str:
     """Return a fraction in percent with all its digits: the shortest decimal that reads back, its point moved."""
     return f"{Decimal(repr(fraction)).scaleb(2):f}"
 

@@ -153,7 +153,7 @@ def _read_pair(protocol_id: str, a: _Side, b: _Side) -> tuple[ProtocolPrediction
     for own, other, name in ((a, b, "second"), (b, a, "first")):
         if protocol_id not in other.results:
             unmatched = [other.results[key][0].protocol for key in other.results if key not in own.results]
-            nearest = "; ".join(nearest_protocol(own.results[protocol_id][0].protocol, unmatched))
+            nearest = "; ".join(find_nearest_protocol(own.results[protocol_id][0].protocol, unmatched))
             raise ComparisonError(f"the {name} has no result under it" + (f"; nearest: {nearest}" if nearest else ""))
     first, second = (read_protocol_predictions(side.results[protocol_id], side.folders) for side in (a, b))
     common = [draw for draw in first.draws if draw in second.draws]
@@ -245,7 +245,7 @@ def list_protocol_differences(first: Mapping[str, object], second: Mapping[str, 
     return [f"{key}: {_show_field(a, key)} -> {_show_field(b, key)}" for key in differing]
 
 
-def nearest_protocol(wanted: Mapping[str, object], others: Sequence[Mapping[str, object]]) -> list[str]:
+def find_nearest_protocol(wanted: Mapping[str, object], others: Sequence[Mapping[str, object]]) -> list[str]:
     """Return the differences to the protocol that has the fewest. Empty where there is no other protocol."""
     return min((list_protocol_differences(wanted, other) for other in others), key=len, default=[])
 

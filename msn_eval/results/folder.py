@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msn_eval.errors import StoreError, UsageError
-from msn_eval.results.record import ID_DIGITS, MOVE_AWAY, Result, as_json, parse_result, read_content
+from msn_eval.results.record import ID_DIGITS, MOVE_AWAY, Result, encode_result, parse_result, read_content
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +49,7 @@ def scan_results(folders: Iterable[str | Path]) -> ResultScan:
     records: dict[str, tuple[Result, Path]] = {}
     faults: list[StoreError] = []
     paths = [path for folder in directories for path in _list_record_paths(folder)]
-    with no_collections():
+    with disabled_garbage_collection():
         for path, content in zip(paths, _read_contents(paths), strict=True):
             try:
                 result = parse_result(content, path)
@@ -77,7 +77,7 @@ def scan_results(folders: Iterable[str | Path]) -> ResultScan:
 
 
 @contextlib.contextmanager
-def no_collections() -> Iterator[None]:
+def disabled_garbage_collection() -> Iterator[None]:
     """Disable the garbage collector: it would traverse thousands of live records again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -115,11 +115,11 @@ def list_results(folders: Iterable[str | Path]) -> list[Result]:
     """
     scan = scan_results(folders)
     if scan.faults:
-        raise all_faults(scan.faults)
+        raise combine_faults(scan.faults)
     return list(scan.results)
 
 
-def all_faults(faults: Sequence[StoreError]) -> StoreError:
+def combine_faults(faults: Sequence[StoreError]) -> StoreError:
     """Return one error that lists all faults."""
     if len(faults) == 1:
         return faults[0]
@@ -144,4 +144,4 @@ def read_results(out: str | Path | Sequence[str | Path]) -> "pd.DataFrame":
     import pandas as pd
 
     folders = [out] if isinstance(out, str | Path) else out
-    return pd.json_normalize([as_json(result) for result in list_results(folders)])
+    return pd.json_normalize([encode_result(result) for result in list_results(folders)])

@@ -15,7 +15,7 @@ import numpy as np
 
 from msn_eval.errors import ComparisonError, UsageError
 from msn_eval.results.baseline import Baseline, BaselineProtocol, check_complete, describe_computation, hash_predictions
-from msn_eval.results.comparison import list_protocol_differences, nearest_protocol
+from msn_eval.results.comparison import find_nearest_protocol, list_protocol_differences
 from msn_eval.results.predictions import (
     ProtocolPredictions,
     group_by_protocol,
@@ -163,7 +163,7 @@ def _refuse(protocol_id: str, title: str, reason: str) -> ProtocolVerdict:
 
 def _explain_missing(entry: BaselineProtocol, extra: Sequence[Result]) -> str:
     """Name the fields in which the nearest measured protocol differs, where there is one."""
-    fields = nearest_protocol(entry.protocol, [result.protocol for result in extra])
+    fields = find_nearest_protocol(entry.protocol, [result.protocol for result in extra])
     if not fields:
         return "there is no result under this protocol"
     return f"another protocol was measured: {'; '.join(fields)}"

@@ -12,7 +12,7 @@ from msn_eval.errors import StoreError
 from msn_eval.results.folder import ResultScan
 from msn_eval.results.record import Result
 from msn_eval.results.statistics import Integers, accuracy_interval, count_right, rank_with_ties
-from msn_eval.results.table import Place, Standing, place_of
+from msn_eval.results.table import CellKey, CellStatistics, get_cell_key
 
 _READERS = 4  # prediction files that are unpacked at a time
 _MAX_COST = 100_000_000  # images read and compared: a few seconds
@@ -30,7 +30,7 @@ class Leaderboard:
         faults: Prediction files that cannot be used.
     """
 
-    standings: Mapping[Place, Standing]
+    standings: Mapping[CellKey, CellStatistics]
     notices: tuple[str, ...] = ()
     faults: tuple[StoreError, ...] = ()
 
@@ -47,7 +47,7 @@ def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderb
     """
     columns = _group_draws(scan)
     standings = {
-        cell_key: Standing(interval=draws[0][0].metrics.top1_ci95)
+        cell_key: CellStatistics(interval=draws[0][0].metrics.top1_ci95)
         for cells in columns
         for cell_key, draws in cells.items()
         if len(draws) == 1 and draws[0][0].metrics is not None
@@ -61,7 +61,7 @@ def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderb
     faults, missing = [], 0
     with ThreadPoolExecutor(_READERS) as readers:
         for cells in columns:
-            scores: dict[Place, Integers] = {}
+            scores: dict[CellKey, Integers] = {}
             for cell_key, outcome in zip(cells, readers.map(_read_scores, cells.values()), strict=True):
                 missing += outcome is None
                 if isinstance(outcome, StoreError):
@@ -73,23 +73,23 @@ def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderb
                 known = standings.get(cell_key)
                 bounds = accuracy_interval(own, draws=len(cells[cell_key]))
                 interval = known.interval if known else (bounds.low, bounds.high)
-                standings[cell_key] = Standing(interval=interval, rank=ranks.get(cell_key))
+                standings[cell_key] = CellStatistics(interval=interval, rank=ranks.get(cell_key))
     notice = f"The predictions of {missing} cells are missing; these cells have no rank."
     return Leaderboard(standings=standings, notices=(notice,) if missing else (), faults=tuple(faults))
 
 
-def _group_draws(scan: ResultScan) -> list[dict[Place, _Draws]]:
+def _group_draws(scan: ResultScan) -> list[dict[CellKey, _Draws]]:
     """Return, per protocol, the draws of each cell. Cells with a failed draw are left out."""
-    columns: defaultdict[str, defaultdict[Place, _Draws]] = defaultdict(lambda: defaultdict(list))
+    columns: defaultdict[str, defaultdict[CellKey, _Draws]] = defaultdict(lambda: defaultdict(list))
     for result, path in sorted(zip(scan.results, scan.paths, strict=True), key=lambda pair: pair[0].split.draw):
-        columns[result.protocol_id][place_of(result)].append((result, path))
+        columns[result.protocol_id][get_cell_key(result)].append((result, path))
     return [
         {cell_key: draws for cell_key, draws in cells.items() if all(result.metrics is not None for result, _ in draws)}
         for cells in columns.values()
     ]
 
 
-def _estimate_cost(columns: Sequence[Mapping[Place, _Draws]]) -> int:
+def _estimate_cost(columns: Sequence[Mapping[CellKey, _Draws]]) -> int:
     cost = 0
     for cells in columns:
         images = max((draws[0][0].data.val_images for draws in cells.values()), default=0)
@@ -117,7 +117,7 @@ def _read_scores(draws: _Draws) -> Integers | StoreError | None:
     return count_right(np.stack(right))
 
 
-def _rank(cells: Mapping[Place, _Draws], scores: Mapping[Place, Integers]) -> dict[Place, int]:
+def _rank(cells: Mapping[CellKey, _Draws], scores: Mapping[CellKey, Integers]) -> dict[CellKey, int]:
     """Return the ranks of the cells that hold every draw of their column."""
     draws = {cell_key: {result.split.draw for result, _ in pairs} for cell_key, pairs in cells.items()}
     all_draws = set().union(*draws.values())

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from msn_eval.errors import ComparisonError, StoreError, UsageError, did_you_mean, printable
 from msn_eval.results.folder import list_results
 from msn_eval.results.record import Predictions, Result, read_predictions
-from msn_eval.results.statistics import Integers, count_right, measure
+from msn_eval.results.statistics import Integers, compute_metrics, count_right
 
 _MAX_TITLE_PARAMS = 4
 _HASH_PREFIX = 8  # digits that identify a checkpoint
@@ -214,7 +214,7 @@ def _list_metric_faults(result: Result, predictions: Predictions) -> Iterator[st
     if result.data.val_images != images:
         yield f"data.val_images: recorded {result.data.val_images:,}, stored predictions of {images:,} images"
     if result.metrics is not None:
-        computed = measure(predictions.rank_of_label)
+        computed = compute_metrics(predictions.rank_of_label)
         for name, recorded in vars(result.metrics).items():
             if recorded != getattr(computed, name):
                 yield f"metrics.{name}: recorded {recorded}, computed from the predictions {getattr(computed, name)}"

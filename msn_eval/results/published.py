@@ -4,7 +4,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msn_eval.files.package_data import shipped_folder
+from msn_eval.files.package_data import find_package_folder
 from msn_eval.results.table import Cell, Column, Row, Table
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ _CLASSES = 1000
 _METRIC = "top1"  # on ImageNet's validation images; other metrics of the file name their own images
 
 
-def published_file() -> Path:
+def get_published_path() -> Path:
     """Return the path of the published numbers that come with this package."""
-    return shipped_folder("reports") / "published_results.csv"
+    return find_package_folder("reports") / "published_results.csv"
 
 
 def read_published(path: Path) -> "pd.DataFrame":
@@ -45,7 +45,7 @@ def read_published(path: Path) -> "pd.DataFrame":
     return numbers.rename(columns=_NAMES).replace(_VALUES).assign(arch=arch, verified=numbers["verified"] == "yes")
 
 
-def table_of_published(numbers: "pd.DataFrame", columns: Sequence[Column]) -> Table:
+def make_published_table(numbers: "pd.DataFrame", columns: Sequence[Column]) -> Table:
     """Make a table of the published ImageNet numbers that belong beside measured columns.
 
     These are the numbers of the columns' subsets and probes, and of fine-tuning. They have columns of their own, because

@@ -245,11 +245,11 @@ def write_result(folder: Path, result: Result, predictions: Predictions | None) 
         packed = io.BytesIO()
         np.savez_compressed(packed, **vars(predictions))
         write_atomically(folder / result.predictions, packed.getvalue())
-    text = json.dumps(as_json(result), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(encode_result(result), indent=1, allow_nan=False) + "\n"
     write_atomically(folder / f"{result.id}.json", text.encode())
 
 
-def as_json(result: Result) -> dict[str, Any]:
+def encode_result(result: Result) -> dict[str, Any]:
     """Return the record as the JSON object of its file."""
     return {"schema": SCHEMA, **asdict(result, dict_factory=omit_unset)}
 

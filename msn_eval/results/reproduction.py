@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from msn_eval.config.recipes import Params
 from msn_eval.errors import UsageError, did_you_mean
-from msn_eval.results.published import published_file, read_published
+from msn_eval.results.published import get_published_path, read_published
 from msn_eval.results.record import Result
 from msn_eval.results.statistics import draw_spread
 
@@ -155,7 +155,7 @@ def _list_numbers(network: Network) -> Iterator[Reproduction]:
 
 @cache
 def _read_imagenet_numbers() -> "pd.DataFrame":
-    numbers = read_published(published_file())
+    numbers = read_published(get_published_path())
     return numbers[(numbers["pretraining"] == "ImageNet-1K") & (numbers["metric"] == "top1")]
 
 

@@ -88,7 +88,7 @@ class Metrics:
     n: int
 
 
-def measure(rank_of_label: NDArray[np.int64]) -> Metrics:
+def compute_metrics(rank_of_label: NDArray[np.int64]) -> Metrics:
     """Compute the metrics from the 1-based ranks of the labels. `top5` is 1.0 where no rank can exceed five."""
     n = len(rank_of_label)
     right = int((rank_of_label == 1).sum())

@@ -20,7 +20,7 @@ _PROBE_ORDER = ("logistic", "linear", "linear-augmented", "knn", "ncm", "ridge",
 _RECIPES = {"linear": LinearRecipe(), "linear-augmented": AugmentedRecipe()}
 _SHOWN_ELSEWHERE = {"subset.name", "probe.params.lambda", "probe.params.taps", "tap"}
 _SUBSET_FIELDS = {"subset.rule", "skipped"}
-Place = tuple[str, str | None, str]  # weights_sha256, key and protocol_id: the identity of a cell
+CellKey = tuple[str, str | None, str]  # weights_sha256, key and protocol_id: the identity of a cell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class CellStatistics:
     """Statistics of a cell over test images, where they were computed.
 
     Attributes:
@@ -124,7 +124,7 @@ class Cell:
     std: float | None
     draws: int | None
     status: str
-    standing: Standing = Standing()
+    standing: CellStatistics = CellStatistics()
     results: tuple[str, ...] = ()
 
 
@@ -151,7 +151,7 @@ class Table:
 def make_table(
     results: Iterable[Result],
     *,
-    standings: Mapping[Place, Standing] | None = None,
+    standings: Mapping[CellKey, CellStatistics] | None = None,
     published: Table | None = None,
     notices: Sequence[str] = (),
 ) -> Table:
@@ -168,8 +168,8 @@ def make_table(
     by_network = {(row.weights_sha256, row.key): row for row in _make_rows(records)}
     cells = {}
     for draws in records.groupby(["network", "protocol_id"], sort=False)["result"].agg(list):
-        weights, key, protocol = cell_key = place_of(draws[0])
-        standing = (standings or {}).get(cell_key, Standing())
+        weights, key, protocol = cell_key = get_cell_key(draws[0])
+        standing = (standings or {}).get(cell_key, CellStatistics())
         cells[by_network[weights, key], by_id[protocol]] = _make_cell(draws, standing)
     columns = sorted(by_id.values(), key=_column_order)
     rows = sorted(by_network.values(), key=lambda row: _row_order(row, columns, cells))
@@ -182,7 +182,7 @@ def make_table(
     )
 
 
-def place_of(result: Result) -> Place:
+def get_cell_key(result: Result) -> CellKey:
     """Return the identity of the cell that a result belongs to."""
     return result.checkpoint.weights_sha256, result.checkpoint.key, result.protocol_id
 
@@ -205,7 +205,7 @@ def _make_frame(results: Iterable[Result]) -> "pd.DataFrame":
     return frame.drop_duplicates(["network", "protocol_id", "draw"], keep="last")
 
 
-def _make_cell(draws: Sequence[Result], standing: Standing) -> Cell:
+def _make_cell(draws: Sequence[Result], standing: CellStatistics) -> Cell:
     from msn_eval.results.statistics import draw_spread  # imports SciPy, which --help does without
 
     ids = tuple(result.id for result in sorted(draws, key=lambda result: result.split.draw))

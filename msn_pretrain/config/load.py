@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
-from msn_eval.config.reference_yaml import is_reference, network_of, read_keys
+from msn_eval.config.reference_yaml import is_reference, map_architecture, read_keys
 from msn_eval.errors import UsageError, did_you_mean
 from msn_pretrain.config.recipe import MSNRecipe, SimSiamRecipe
 
@@ -228,7 +228,7 @@ def converted(content: Mapping[str, Any], *, world_size: int, where: str) -> dic
     for key, (only, why) in _ONLY.items():
         if given[key] != only:
             raise UsageError(f"{key}: {given[key]} cannot be mapped: {why}", where=where, hint=f"Set it to {only}.")
-    network = network_of(str(given["meta.model_name"]), where=where)
+    network = map_architecture(str(given["meta.model_name"]), where=where)
     number = _numbers(given, where)
     strength = number("data.color_jitter_strength")
     return {

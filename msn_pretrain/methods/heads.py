@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from msn_eval.distributed.collective import sum_over_ranks, world_size
+from msn_eval.distributed.collective import all_reduce_sum, world_size
 from msn_eval.errors import UsageError
 
 
@@ -76,11 +76,11 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         with torch.autocast(input.device.type, enabled=False):
             values = input if input.dtype == torch.float64 else input.float()
             own_count = values.new_full((1,), values.numel() / values.shape[1])
-            sums = sum_over_ranks(torch.cat([values.sum(dim=reduced), own_count]))
+            sums = all_reduce_sum(torch.cat([values.sum(dim=reduced), own_count]))
             count = sums[-1].detach()
             mean = sums[:-1] / count
             centred = values - mean.view(channels)
-            variance = sum_over_ranks(centred.square().sum(dim=reduced)) / count
+            variance = all_reduce_sum(centred.square().sum(dim=reduced)) / count
             self._update_running_statistics(mean.detach(), variance.detach(), count)
             normal = centred * (variance + self.eps).rsqrt().view(channels)
             if self.affine:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msn_eval.distributed.collective import max_over_ranks, sum_over_ranks, with_mean_gradient
+from msn_eval.distributed.collective import all_reduce_max, all_reduce_sum, average_gradient
 from msn_eval.errors import UsageError
 
 
@@ -75,7 +75,7 @@ def msn_loss(
         assignments = target_assignments(
             targets, prototypes, temperature=temperature, sharpening=sharpening, sinkhorn_iterations=sinkhorn_iterations
         )
-        log_predicted = log_predictions(anchors, with_mean_gradient(prototypes), temperature=temperature)
+        log_predicted = log_predictions(anchors, average_gradient(prototypes), temperature=temperature)
         # View-major anchors: each view's b rows are compared with the same b targets.
         log_by_view = log_predicted.view(-1, *assignments.shape)
         sums = torch.stack(
@@ -85,7 +85,7 @@ def msn_loss(
                 log_predicted.new_tensor(float(len(anchors))),
             ]
         )
-        cross_entropy, entropy, n_rows = sum_over_ranks(sums)
+        cross_entropy, entropy, n_rows = all_reduce_sum(sums)
         log_mean = log_mean_of_all_ranks(log_predicted, n_rows=n_rows.detach())
         # KL(mean prediction || prior). With the uniform prior this is log k - H(mean prediction), the me-max term.
         me_max = (log_mean.exp() * (log_mean - prior.to(log_mean))).sum()
@@ -140,7 +140,7 @@ def simsiam_loss(p1: Tensor, z2: Tensor, p2: Tensor, z1: Tensor) -> Tensor:
         first = functional.cosine_similarity(p1, z2.detach(), dim=1)
         second = functional.cosine_similarity(p2, z1.detach(), dim=1)
         sums = torch.stack([first.sum() + second.sum(), first.new_tensor(2.0 * len(first))])
-        cosines, count = sum_over_ranks(sums)
+        cosines, count = all_reduce_sum(sums)
     return cast(Tensor, -cosines / count.detach())
 
 
@@ -258,8 +258,8 @@ def make_log_prior(name: str, n_prototypes: int, *, exponent: float = 0.25) -> T
 def _log_mass(log_assignments: Tensor) -> Tensor:
     """Compute the logarithm of the sum over the rows of all ranks, (k,)."""
     # log-sum-exp over ranks: subtracting the largest value of all ranks keeps exp() in range.
-    largest = _zero_if_infinite(max_over_ranks(log_assignments.amax(dim=0)))
-    return largest + sum_over_ranks((log_assignments - largest).exp().sum(dim=0)).log()
+    largest = _zero_if_infinite(all_reduce_max(log_assignments.amax(dim=0)))
+    return largest + all_reduce_sum((log_assignments - largest).exp().sum(dim=0)).log()
 
 
 def _zero_if_infinite(logarithms: Tensor) -> Tensor:

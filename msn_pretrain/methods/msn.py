@@ -25,7 +25,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from msn_eval.distributed.collective import rows_of_all_ranks
+from msn_eval.distributed.collective import all_gather_rows
 from msn_eval.errors import UsageError
 from msn_eval.features.collapse import effective_rank, spread
 from msn_pretrain.config.recipe import Criterion, Head, Masking, MSNRecipe
@@ -55,14 +55,14 @@ class Step:
 
     def statistics(self) -> dict[str, float]:
         """Compute collapse statistics over the rows of all ranks. Every rank must call this."""
-        features, outputs = rows_of_all_ranks(self.features), rows_of_all_ranks(self.outputs)
+        features, outputs = all_gather_rows(self.features), all_gather_rows(self.outputs)
         statistics = {
             "feature_rank": effective_rank(features),
             "feature_spread": spread(features),
             "output_spread": spread(outputs),
         }
         if self.targets is not None:
-            targets = rows_of_all_ranks(self.targets)
+            targets = all_gather_rows(self.targets)
             statistics["target_entropy"] = mean_entropy(targets)
             statistics["prototypes_in_use"] = float(count_prototypes_in_use(targets))
             statistics["target_max"] = float(targets.amax(dim=1).mean())

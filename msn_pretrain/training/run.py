@@ -21,7 +21,7 @@ from msn_eval.checkpoints.run_folder import CHECKPOINTS, CONFIG, newest_snapshot
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.data import list_datasets, read_split
 from msn_eval.data.images import ImageSet
-from msn_eval.distributed.group import Group as Ranks
+from msn_eval.distributed.group import Group as Group
 from msn_eval.distributed.group import broadcast_from_rank0
 from msn_eval.errors import DistributedError, UsageError
 from msn_eval.evaluation.plan import cache_folder
@@ -235,7 +235,7 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flattened
 
 
-def resume(learner: Learner, folder: Path | None, ranks: Ranks) -> Snapshot | None:
+def resume(learner: Learner, folder: Path | None, ranks: Group) -> Snapshot | None:
     """Restore a learner and this rank's random generators from a snapshot."""
     if folder is None:
         return None
@@ -251,7 +251,7 @@ def resume(learner: Learner, folder: Path | None, ranks: Ranks) -> Snapshot | No
     return snapshot
 
 
-def roll_back(learner: Learner, run: Path, ranks: Ranks) -> int | None:
+def roll_back(learner: Learner, run: Path, ranks: Group) -> int | None:
     """Restore weights and optimiser of the newest snapshot and return its step; None if there is no snapshot."""
     files = broadcast_from_rank0(ranks, "snapshot", lambda: newest_snapshot(run)[0])
     if files is None:

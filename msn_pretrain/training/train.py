@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSet
-from msn_eval.distributed.collective import any_of, average_gradients, check_replicas
-from msn_eval.distributed.group import Group as Ranks
+from msn_eval.distributed.collective import any_over_ranks, average_gradients, check_replicas
+from msn_eval.distributed.group import Group as Group
 from msn_eval.distributed.group import all_gather_object, broadcast_from_rank0, check_equal_across_ranks
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.process import StopRequest, watch_stop_signals
@@ -54,7 +54,7 @@ from msn_pretrain.training.run import (
     view_kinds,
 )
 from msn_pretrain.training.snapshot import Snapshot, generator_states, seed_generators, write_snapshot
-from msn_pretrain.training.watchdog import Watchdog, watching
+from msn_pretrain.training.watchdog import Watchdog, watch_steps
 
 _log = logging.getLogger(__name__)
 _MASKS, _RANKS = 1, 2  # purposes of derived seeds
@@ -67,7 +67,7 @@ class Session:
     """What stays the same from the first step of a run to the last."""
 
     recipe: Recipe
-    ranks: Ranks
+    ranks: Group
     run: Path
     images: ImageSet
     order: Order
@@ -89,7 +89,7 @@ class _Progress:
     refused_step: int = 0
 
 
-def train(recipe: Recipe, ranks: Ranks, *, allowed: Sequence[str] = (), quiet: bool = False) -> int:
+def train(recipe: Recipe, ranks: Group, *, allowed: Sequence[str] = (), quiet: bool = False) -> int:
     """Train a recipe in its folder, from the newest snapshot to the end.
 
     Args:
@@ -135,7 +135,7 @@ def train(recipe: Recipe, ranks: Ranks, *, allowed: Sequence[str] = (), quiet: b
             steps=steps,
             learner=learner,
             journal=stack.enter_context(journal),
-            dog=stack.enter_context(watching()),
+            dog=stack.enter_context(watch_steps()),
         )
         with (
             watch_stop_signals() as stop
@@ -161,7 +161,7 @@ def _train_loop(session: Session, progress: _Progress, stop: StopRequest) -> int
         waited = time.monotonic() - ended
         settings = settings_at(recipe, step=progress.step, steps_per_epoch=steps_per_epoch)
         step, norms, finite = compute(session, batch, settings)
-        stopping, not_finite, due = any_of(
+        stopping, not_finite, due = any_over_ranks(
             ranks, stop.requested, not finite, ranks.first and _is_due(session, progress)
         )
         if not_finite:
@@ -225,7 +225,7 @@ def compute(session: Session, batch: ViewBatch, settings: StepSettings) -> tuple
     return step, {"gradient_norm": float(norm), "prototype_gradient_norm": float(rest)}, finite
 
 
-def _own_rows(kept: Tensor, ranks: Ranks, images: int) -> Tensor:
+def _own_rows(kept: Tensor, ranks: Group, images: int) -> Tensor:
     """Return this rank's rows of each view from patches drawn for the global batch."""
     if kept.dim() == 1 or ranks.world == 1:
         return kept

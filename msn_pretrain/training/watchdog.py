@@ -53,7 +53,7 @@ class Watchdog:
 
 
 @contextmanager
-def watching(*, least_seconds: float = _LEAST_SECONDS, look_seconds: float = 1.0) -> Iterator[Watchdog]:
+def watch_steps(*, least_seconds: float = _LEAST_SECONDS, look_seconds: float = 1.0) -> Iterator[Watchdog]:
     """Yield a watchdog that ends this process with exit code 31 when no step finishes in max(10 medians, 5 minutes)."""
     watchdog, closed = Watchdog(least_seconds=least_seconds), threading.Event()
 

@@ -14,7 +14,7 @@ import pytest
 from msn_eval import evaluate
 from msn_eval.cli import main
 from msn_eval.reports.html.leaderboard import render
-from msn_eval.reports.html.provenance import command_of
+from msn_eval.reports.html.provenance import format_command
 from msn_eval.results.folder import ResultScan, scan_results
 from msn_eval.results.record import read_result, write_result
 from msn_eval.results.table import make_table
@@ -158,7 +158,7 @@ def test_a_number_is_one_click_from_its_record_and_its_command(opened: "webdrive
 
     path = runs / f"{record['id']}.json"
     assert record == json.loads(path.read_text())
-    assert opened.find_element(By.ID, "command").text == command_of(read_result(path))
+    assert opened.find_element(By.ID, "command").text == format_command(read_result(path))
 
 
 def test_every_record_is_in_the_page_to_the_last_digit(opened: "webdriver.Chrome", runs: Path) -> None:

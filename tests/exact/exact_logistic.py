@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import centred_rows
+from msn_eval.probes.base import centre_rows
 from msn_eval.probes.logistic import Logistic
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, evaluate_objective
 
@@ -74,7 +74,7 @@ def _features(values: Tensor, labels: Tensor) -> Features:
 def _checked(name: str, train: Features):  # type: ignore[no-untyped-def]
     cpu = torch.device("cpu")
     together = Logistic(lambdas=_LAMBDAS).fit(train, cpu).settings
-    rows = centred_rows(train.values)
+    rows = centre_rows(train.values)
     if len(rows) < rows.shape[1]:  # the objective only rotates; the optimum is sought in the smaller coordinates
         rows = torch.linalg.qr(rows.T).R.T.contiguous()
     problem = CrossEntropyProblem(rows=rows, labels=train.labels, n_classes=train.n_classes, mu=1.0)

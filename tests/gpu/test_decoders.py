@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from msn_eval.data.decoders import check_decoder, decode_on_device, decode_pixels, prepare_for_device
-from msn_eval.data.images import BadImageError, eval_transform
+from msn_eval.data.images import BadImageError, make_eval_transform
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DEVICE = torch.device("cuda")
-TRANSFORM = eval_transform(224)
+TRANSFORM = make_eval_transform(224)
 
 
 def jpeg(width: int, height: int, **options: object) -> bytes:

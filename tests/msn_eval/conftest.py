@@ -29,7 +29,7 @@ from msn_eval.results.record import (
     result_id,
     write_result,
 )
-from msn_eval.results.statistics import measure
+from msn_eval.results.statistics import compute_metrics
 
 Weights = dict[str, Tensor]
 WeightMaker = Callable[..., Weights]
@@ -260,7 +260,7 @@ def _record(name: str, weights: str, protocol: dict[str, object], draw: int, ran
             name="knn", version=1, params=params, solver=None, converged=None, certificate=None, objective=None,
             iterations=None,
         ),
-        metrics=measure(rank),
+        metrics=compute_metrics(rank),
         timing_s=TimingInfo(extract=0.0, probe=0.0, total=0.0),
         environment=EnvironmentInfo(
             package="0.1", git=None, python="3.11", torch="2.14", device="cpu", batch_size=1, seed=0

@@ -19,7 +19,7 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from msn_eval import sklearn as estimators
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FeatureProbe, centred_rows, fit_probe
+from msn_eval.probes.base import FeatureProbe, centre_rows, fit_probe
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.linear import Recipe, train_heads
 from msn_eval.probes.logistic import Logistic
@@ -232,7 +232,7 @@ def test_defaults_are_those_of_record(estimator: Any, defaults: dict[str, object
 def test_a_linear_fit_is_that_of_its_parameters(digits: Any) -> None:
     X, y, _, _ = digits
     heads = train_heads(
-        centred_rows(torch.from_numpy(X)),
+        centre_rows(torch.from_numpy(X)),
         torch.from_numpy(y),
         [Recipe(learning_rate=0.7, weight_decay=0.01)],
         n_classes=10,
@@ -250,7 +250,7 @@ def test_a_linear_fit_is_that_of_its_parameters(digits: Any) -> None:
 
 def test_a_ridge_fit_states_its_strength_and_error(digits: Any) -> None:
     X, y, _, _ = digits
-    fit = solve_ridge(centred_rows(torch.from_numpy(X)), torch.from_numpy(y), n_classes=10)
+    fit = solve_ridge(centre_rows(torch.from_numpy(X)), torch.from_numpy(y), n_classes=10)
 
     probe = RidgeProbe().fit(X, y)
 

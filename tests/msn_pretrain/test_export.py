@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from msn_eval.checkpoints.checkpoint import read_checkpoint
-from msn_eval.distributed.group import Group as Ranks
+from msn_eval.distributed.group import Group as Group
 from msn_eval.errors import CheckpointError
 from msn_pretrain.config.load import read_recipe
 from msn_pretrain.export import export
@@ -36,7 +36,7 @@ def run(stem: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(stem)
     (folder / "recipe.yaml").write_text(_RECIPE % stem)
     recipe = read_recipe(folder / "recipe.yaml", overrides=[f"run.dir={folder / 'run'}"])
-    assert train(recipe, Ranks(rank=0, world=1, device=torch.device("cpu")), quiet=True) == 0
+    assert train(recipe, Group(rank=0, world=1, device=torch.device("cpu")), quiet=True) == 0
     return folder / "run"
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from msn_eval.config.recipes import FinetuneRecipe
-from msn_eval.data.hashing import unreadable
+from msn_eval.data.hashing import make_unreadable_error
 from msn_eval.data.images import BadImageError, EvalTransform, ImageSet, read_image, resize_and_crop
 from msn_eval.errors import ResourceError
 
@@ -215,7 +215,7 @@ def load_training_images(
             return
         pixels, reasons = batch
         if reasons:
-            raise unreadable(reasons)
+            raise make_unreadable_error(reasons)
         yield pixels
 
 

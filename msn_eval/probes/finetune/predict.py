@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from msn_eval.data.decoders import decode_on_device
-from msn_eval.data.hashing import unreadable
+from msn_eval.data.hashing import make_unreadable_error
 from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelList, load_pixels
-from msn_eval.distributed.group import ALONE, Group, rows_of_all_ranks, share
+from msn_eval.distributed.group import ALONE, Group, all_gather_uneven_rows, split_across_ranks
 from msn_eval.errors import NumericalError
-from msn_eval.features.encoder import Precision, exact_float32, normalised
+from msn_eval.features.encoder import Precision, exact_float32, normalise_pixels
 from msn_eval.probes.finetune.model import FinetuneModel
 from msn_eval.probes.logistic_solvers.newton import minimise_path
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem
@@ -149,7 +149,7 @@ def _apply(
     group: Group,
 ) -> Tensor:
     """Return what a function of normalised images returns for all images, on the CPU; ranks share the images."""
-    rows = share(len(images), group, block=options.micro_batch)
+    rows = split_across_ranks(len(images), group, block=options.micro_batch)
     encoder = model.encoder
     pixel_list = PixelList(
         source=images.source,
@@ -170,7 +170,7 @@ def _apply(
             failures += [f"{images.source.place(image_id)}: {reason}" for image_id, reason in refused]
             done += len(pixels)
             if not failures:
-                outputs.append(function(normalised(pixels.to(encoder.device), encoder)).cpu())
+                outputs.append(function(normalise_pixels(pixels.to(encoder.device), encoder)).cpu())
     if failures:
-        raise unreadable(failures)
-    return rows_of_all_ranks(group, torch.cat(outputs) if outputs else None)
+        raise make_unreadable_error(failures)
+    return all_gather_uneven_rows(group, torch.cat(outputs) if outputs else None)

@@ -18,7 +18,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 from msn_eval.config.recipes import FinetuneRecipe
-from msn_eval.distributed.group import ALONE, Group, barrier, share, sum_over_ranks
+from msn_eval.distributed.group import ALONE, Group, all_reduce_tensors, barrier, split_across_ranks
 from msn_eval.errors import NumericalError, ResourceError, StoreError
 from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_eval.features.encoder import Precision, exact_float32
@@ -245,7 +245,7 @@ def _save(training: Training, *, is_last: bool) -> None:
 
 def own_rows(order: Order, group: Group) -> range:
     """Return the rows of each batch that a rank takes: complete pairs, except for a last odd row."""
-    return share(order.batch, group, block=2)
+    return split_across_ranks(order.batch, group, block=2)
 
 
 def take_step(training: Training, pixels: Tensor, stop: StopRequest) -> bool:
@@ -271,7 +271,7 @@ def take_step(training: Training, pixels: Tensor, stop: StopRequest) -> bool:
             weight.grad = torch.zeros_like(weight)
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     sums = torch.stack([loss, loss.new_tensor(float(stop.number is not None))])
-    sum_over_ranks(training.group, [*gradients, sums])
+    all_reduce_tensors(training.group, [*gradients, sums])
     norm = torch.nn.utils.get_total_norm(gradients)
     total, stops = sums.tolist()
     if not (math.isfinite(total) and bool(norm.isfinite())):

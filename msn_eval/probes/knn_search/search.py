@@ -14,11 +14,11 @@ from msn_eval.probes.knn_search.index import Bank, as_searched, check_finite, ex
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Found = tuple[Tensor, Tensor]  # cosines (m, k) float64, descending, and rows (m, k) int64
+Neighbours = tuple[Tensor, Tensor]  # cosines (m, k) float64, descending, and rows (m, k) int64
 _QUERIES, _QUERIES_CUDA = 512, 4096  # per chunk
 
 
-def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int, *, search: Search = "auto") -> Found:
+def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int, *, search: Search = "auto") -> Neighbours:
     """Find the k rows of `bank` with the largest cosine to each query; ties go to the earlier row.
 
     Args:
@@ -61,7 +61,7 @@ def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int, *, search: Sear
     return torch.cat([cosines for cosines, _ in parts]), torch.cat([rows for _, rows in parts])
 
 
-def _search_chunk(queries: Tensor, bank: Bank, k: int, engines: Sequence[Engine]) -> Found:
+def _search_chunk(queries: Tensor, bank: Bank, k: int, engines: Sequence[Engine]) -> Neighbours:
     lengths = row_lengths(queries)
     cosines = lengths.new_zeros(len(queries), k)
     rows = torch.arange(k, device=queries.device).repeat(len(queries), 1)  # the neighbours of a zero query
@@ -88,7 +88,7 @@ def _search_chunk(queries: Tensor, bank: Bank, k: int, engines: Sequence[Engine]
     return cosines, rows
 
 
-def _select_nearest(cosines: Tensor, query: Tensor, row: Tensor, m: int, k: int) -> Found:
+def _select_nearest(cosines: Tensor, query: Tensor, row: Tensor, m: int, k: int) -> Neighbours:
     """Select the k nearest of each of m queries from pairs that are sorted by row."""
     counts = query.bincount(minlength=m)
     starts = counts.cumsum(0) - counts
@@ -100,7 +100,7 @@ def _select_nearest(cosines: Tensor, query: Tensor, row: Tensor, m: int, k: int)
     return nearest[:, :k], row[order[starts[:, None] + position[:, :k]]]
 
 
-def merge_nearest(parts: Sequence[Found], k: int) -> Found:
+def merge_nearest(parts: Sequence[Neighbours], k: int) -> Neighbours:
     """Select the k nearest of what shards found; ties go to the earlier row.
 
     Args:
@@ -116,7 +116,7 @@ def merge_nearest(parts: Sequence[Found], k: int) -> Found:
 
 def search_sharded(
     queries: Tensor, shard: Bank | None, first: int, k: int, *, group: "ProcessGroup | None" = None
-) -> Found:
+) -> Neighbours:
     """Search the shards of all ranks of a torch.distributed group for this rank's queries. Every rank calls it.
 
     Args:
@@ -138,7 +138,7 @@ def search_sharded(
     rank, world = distributed.get_rank(group), distributed.get_world_size(group)
     counts = [torch.empty(1, dtype=torch.int64, device=queries.device) for _ in range(world)]
     distributed.all_gather(counts, torch.tensor([len(queries)], device=queries.device), group=group)
-    own: Found = queries.new_empty(0, k, dtype=torch.float64), queries.new_empty(0, k, dtype=torch.int64)
+    own: Neighbours = queries.new_empty(0, k, dtype=torch.float64), queries.new_empty(0, k, dtype=torch.int64)
     for owner in range(world):
         if not int(counts[owner]):
             continue
@@ -154,7 +154,7 @@ def search_sharded(
     return own
 
 
-def _search_shard(queries: Tensor, shard: Bank | None, first: int, k: int) -> Found:
+def _search_shard(queries: Tensor, shard: Bank | None, first: int, k: int) -> Neighbours:
     """Search one shard, and pad to k columns, since collectives need equal shapes."""
     cosines = torch.full((len(queries), k), -torch.inf, dtype=torch.float64, device=queries.device)
     rows = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from msn_eval.probes.base import centred_rows
+from msn_eval.probes.base import centre_rows
 from msn_eval.probes.logistic_solvers.objective import (
     BLOCK_VALUES,
     CrossEntropyProblem,
@@ -91,7 +91,7 @@ class _Rows:
             if self.rough is not None:
                 yield block, (share.values if dtype == torch.float64 else self.rough)[block]
             elif dtype == torch.float64:
-                yield block, centred_rows(share.values[block])
+                yield block, centre_rows(share.values[block])
             else:
                 assert self.shift is not None
                 assert self.scale is not None
@@ -444,7 +444,7 @@ def _measure(share: RowShare) -> _Rows:
     for block in (slice(first, first + size) for first in range(0, len(share.values), size)):
         values = share.values[block].double()
         mean = values.mean(dim=1, keepdim=True)
-        constant = (centred_rows(values) == 0).all(dim=1, keepdim=True)
+        constant = (centre_rows(values) == 0).all(dim=1, keepdim=True)
         shift[block] = mean
         scale[block] = torch.where(constant, 0.0, 1 / (values - mean).norm(dim=1, keepdim=True))
     rows = _Rows(share=share, shift=shift, scale=scale)

@@ -62,9 +62,9 @@ def is_imagenet(result: Result) -> bool:
 
 
 def _add_published(table: Table) -> Table:
-    from msn_eval.results.published import published_file, read_published, table_of_published
+    from msn_eval.results.published import get_published_path, make_published_table, read_published
 
-    published = make_table((), published=table_of_published(read_published(published_file()), table.columns))
+    published = make_table((), published=make_published_table(read_published(get_published_path()), table.columns))
     return replace(
         table,
         rows=(*table.rows, *published.rows),

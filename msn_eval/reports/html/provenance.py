@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from msn_eval.config.recipes import recipe_of
+from msn_eval.config.recipes import read_finetune_recipe
 from msn_eval.errors import printable
 from msn_eval.results.record import SCHEMA, Result
 from msn_eval.results.statistics import wilson_interval
@@ -17,7 +17,7 @@ _OPTIONS = {"lambda": "--lambda", "k": "--k", "temperature": "--temperature"}
 _SECTIONS = ("linear", "linear-augmented")  # sections of a config that have the settings of the probe as keys
 
 
-def command_of(result: Result) -> str:
+def format_command(result: Result) -> str:
     """Return the shell command that reproduces a record; it has the data set's name, not its path."""
     return " ".join(_command_parts(result).values())
 
@@ -36,7 +36,9 @@ def _command_parts(result: Result) -> dict[str, str]:
         section = probe.name.replace("-", "_")
         measurement += [f"{section}.{name}={_format_setting(value)}" for name, value in probe.params.items()]
     if probe.name == "finetune":
-        measurement += [f"finetune.{name}={value!r}" for name, value in recipe_of(probe.params).differing.items()]
+        measurement += [
+            f"finetune.{name}={value!r}" for name, value in read_finetune_recipe(probe.params).differing.items()
+        ]
     measurement += ["--lambda", "auto"] if "auto" in probe.params else []
     by_hand = protocol.get("by_hand")
     for name, value in sorted(by_hand.items()) if isinstance(by_hand, Mapping) else ():

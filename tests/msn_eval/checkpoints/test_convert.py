@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import msn_eval
 from msn_eval.checkpoints.checkpoint import read_checkpoint
 from msn_eval.checkpoints.convert import TARGETS, Target, convert_checkpoint
-from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD, eval_transform, resize_and_crop
+from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD, make_eval_transform, resize_and_crop
 from msn_eval.errors import CheckpointError, MsnEvalError, StoreError, UsageError
 from msn_eval.features.encoder import encode, load_encoder
 
@@ -304,7 +304,7 @@ def test_image_processor_crops_224_pixels_from_a_shorter_side_of_256(
 def test_image_processor_gives_the_protocols_pixels(tmp_path: Path, vit_weights: WeightMaker) -> None:
     """Up to rounding: torchvision and Pillow round to whole levels after other sums."""
     folder = folder_from(saved(tmp_path, vit_weights(depth=1, image=224, patch=56)))
-    ours = torch.from_numpy(resize_and_crop(picture(), eval_transform(224)).copy())[None]
+    ours = torch.from_numpy(resize_and_crop(picture(), make_eval_transform(224)).copy())[None]
     torch.testing.assert_close(processed(folder), normalised(ours), atol=1.1 / 255 / min(IMAGENET_STD), rtol=0)
 
 

@@ -19,7 +19,13 @@ import pytest
 from huggingface_hub import constants
 
 from msn_eval.checkpoints import hf_folder as module
-from msn_eval.checkpoints.hf_folder import HubFolder, open_hub, read_hub_config, read_image_statistics, weight_files
+from msn_eval.checkpoints.hf_folder import (
+    HubFolder,
+    find_weight_files,
+    open_hub,
+    read_hub_config,
+    read_image_statistics,
+)
 from msn_eval.errors import CheckpointError, StoreError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -181,7 +187,7 @@ def test_shards_of_an_index_are_downloaded(hub: Hub, stem: str, suffix: str) -> 
     del hub.files["model.safetensors"]
     shards = [f"{stem}-{number}{suffix}" for number in (1, 2)]
     hub.files |= dict.fromkeys(shards, b"x") | {f"{stem}{suffix}.index.json": index(*shards[::-1], shards[1])}
-    assert [path.name for path in weight_files(open_hub("owner/name").folder)] == shards
+    assert [path.name for path in find_weight_files(open_hub("owner/name").folder)] == shards
 
 
 def test_code_of_a_repository_is_refused_before_its_weights_are_downloaded(hub: Hub) -> None:
@@ -419,14 +425,16 @@ def test_weights_are_chosen_in_the_order_of_preference(tmp_path: Path, first: in
         "a.bin": b"4",
     }
     present = dict(list(files.items())[first:])
-    assert [path.read_bytes() for path in weight_files(write(tmp_path / "f", present))] == [str(first + 1).encode()]
+    assert [path.read_bytes() for path in find_weight_files(write(tmp_path / "f", present))] == [
+        str(first + 1).encode()
+    ]
 
 
 def test_missing_shards_are_named(tmp_path: Path) -> None:
     names = [f"{number}.safetensors" for number in range(3)]
     files = {"model.safetensors.index.json": index(*names), names[1]: b""}
     with pytest.raises(CheckpointError, match=r"lacks 2 of the 3 files .* names: 0\.safetensors, 2\.safetensors"):
-        weight_files(write(tmp_path / "f", files))
+        find_weight_files(write(tmp_path / "f", files))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +444,7 @@ def test_shard_that_is_not_a_plain_file_of_its_format_is_refused(tmp_path: Path,
     content = json.dumps({"weight_map": {"x": name}}).encode()
     write(tmp_path / "f", {"a.bin": b"", "a.py": b"", "model.safetensors.index.json": content})
     with pytest.raises(CheckpointError, match=r"index\.json: .* is not the name of a \.safetensors file"):
-        weight_files(tmp_path / "f")
+        find_weight_files(tmp_path / "f")
 
 
 @pytest.mark.parametrize(
@@ -455,12 +463,12 @@ def test_shard_that_is_not_a_plain_file_of_its_format_is_refused(tmp_path: Path,
 def test_damaged_index_is_refused(tmp_path: Path, content: bytes, what: str) -> None:
     write(tmp_path / "f", {"model.safetensors.index.json": content})
     with pytest.raises(CheckpointError, match=what):
-        weight_files(tmp_path / "f")
+        find_weight_files(tmp_path / "f")
 
 
 def test_error_for_a_folder_without_weights_lists_the_expected_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds none of model\.safetensors, .*pytorch_model\.bin"):
-        weight_files(write(tmp_path / "f", {"config.json": CONFIG}))
+        find_weight_files(write(tmp_path / "f", {"config.json": CONFIG}))
 
 
 @pytest.mark.parametrize(
@@ -472,13 +480,13 @@ def test_link_out_of_the_folder_or_to_nothing_is_refused(folder: Path, link: str
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(link)
     with pytest.raises(CheckpointError, match=what):
-        weight_files(folder)
+        find_weight_files(folder)
 
 
 def test_link_within_the_folder_is_followed(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "real")
     (folder / "model.safetensors").symlink_to("real")
-    assert weight_files(folder) == (folder / "model.safetensors",)
+    assert find_weight_files(folder) == (folder / "model.safetensors",)
 
 
 def test_link_of_the_cache_is_followed_through_a_link_to_the_folder(hub: Hub, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from msn_eval.checkpoints.msn_release import MSN_RELEASES, fetch_msn, find_release, sidecar_of, weights_folder
+from msn_eval.checkpoints.msn_release import MSN_RELEASES, fetch_msn, find_release, find_weights_folder, sidecar_of
 from msn_eval.errors import CheckpointError
 
 FILES = {
@@ -119,4 +119,4 @@ def test_default_address_is_that_of_the_authors(folder: Path, monkeypatch: pytes
 def test_default_folder_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MSN_EVAL_WEIGHTS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert weights_folder() == tmp_path / "msn-eval" / "weights"
+    assert find_weights_folder() == tmp_path / "msn-eval" / "weights"

@@ -14,7 +14,7 @@ import msn_eval.monitor.trajectory
 from msn_eval.checkpoints.run_folder import SnapshotFiles, file_sha256, snapshot_folders
 from msn_eval.cli import main
 from msn_eval.commands import watch as command
-from msn_eval.distributed.group import Group as Ranks
+from msn_eval.distributed.group import Group as Group
 from msn_eval.monitor.snapshot_features import read_snapshot_features
 from msn_eval.reports.html import trajectory as trajectory_report
 from msn_eval.results.folder import list_results
@@ -41,7 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     (folder / "recipe.yaml").write_text(_RECIPE)
     recipe = read_recipe(folder / "recipe.yaml", overrides=[f"run.dir={folder / 'tiny run'}"])
-    assert train(recipe, Ranks(rank=0, world=1, device=torch.device("cpu")), quiet=True) == 0
+    assert train(recipe, Group(rank=0, world=1, device=torch.device("cpu")), quiet=True) == 0
     return folder / "tiny run"
 
 

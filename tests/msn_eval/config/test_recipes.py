@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from msn_eval.config.recipes import FinetuneRecipe, recipe_of
+from msn_eval.config.recipes import FinetuneRecipe, read_finetune_recipe
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.config.yaml_config import read_config
 from msn_eval.errors import UsageError
@@ -37,7 +37,7 @@ def test_number_out_of_range_is_named(name: str, value: float) -> None:
 def test_settings_of_a_record_give_the_recipe_back(blocks: int | None) -> None:
     recipe = FinetuneRecipe(epochs=7, blocks=blocks, mixup=0.8)
 
-    assert recipe_of({**recipe.settings, "seed": 5}) == recipe
+    assert read_finetune_recipe({**recipe.settings, "seed": 5}) == recipe
 
 
 def test_what_is_none_is_not_a_number_of_the_protocol() -> None:

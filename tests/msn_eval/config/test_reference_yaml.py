@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from msn_eval.cli import main
 from msn_eval.config.recipes import AugmentedRecipe
-from msn_eval.config.reference_yaml import MAPPED, converted
+from msn_eval.config.reference_yaml import MAPPED, map_reference_config
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.errors import UsageError
 
@@ -113,7 +113,7 @@ def test_a_file_without_a_key_is_refused_by_its_name(key: str) -> None:
     content = RELEASED | {section: {one: value for one, value in RELEASED[section].items() if one != name}}
 
     with pytest.raises(UsageError, match=rf"lacks {key}"):
-        converted(content, where="x.yaml")
+        map_reference_config(content, where="x.yaml")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_file_without_a_key_is_refused_by_its_name(key: str) -> None:
 )
 def test_what_their_code_does_not_read_is_refused(changed: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        converted(RELEASED | changed, where="x.yaml")
+        map_reference_config(RELEASED | changed, where="x.yaml")
 
 
 def test_options_win_over_the_file(tmp_path: Path) -> None:

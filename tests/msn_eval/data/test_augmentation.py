@@ -6,7 +6,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as change
 
-from msn_eval.data.augmentation import RandomCrops, random_box
+from msn_eval.data.augmentation import RandomCrops, draw_random_box
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_pixels_are_torchvisions_of_the_same_box(picture: Image.Image) -> None:
     flipped = 0
     for number in range(20):
         drawn = crops._draw(f"a/{number}.png")
-        left, top, right, bottom = random_box(64, 48, drawn, share=0.08)
+        left, top, right, bottom = draw_random_box(64, 48, drawn, share=0.08)
         expected = change.resized_crop(
             picture, top, left, bottom - top, right - left, [16, 16], InterpolationMode.BILINEAR
         )
@@ -47,7 +47,7 @@ def test_boxes_lie_within_the_image_and_keep_to_area_and_ratio(share: float) -> 
     generator = np.random.default_rng(0)
     shares = []
     for _ in range(300):
-        left, top, right, bottom = random_box(200, 160, generator.random(23), share=share)
+        left, top, right, bottom = draw_random_box(200, 160, generator.random(23), share=share)
         width, height = right - left, bottom - top
 
         assert 0 <= left < right <= 200
@@ -61,4 +61,4 @@ def test_boxes_lie_within_the_image_and_keep_to_area_and_ratio(share: float) -> 
 
 @pytest.mark.parametrize(("size", "box"), [((1000, 30), (480, 0, 520, 30)), ((30, 1000), (0, 480, 30, 520))])
 def test_an_image_too_long_for_any_box_gives_its_middle(size: tuple[int, int], box: tuple[int, ...]) -> None:
-    assert random_box(*size, np.full(23, 0.99), share=0.9) == box
+    assert draw_random_box(*size, np.full(23, 0.99), share=0.9) == box

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from msn_eval.data import decoders
 from msn_eval.data.decoders import check_decoder, decode_on_device, decode_pixels, decoder_version, prepare_for_device
-from msn_eval.data.images import BadImageError, EvalTransform, decode_image, eval_transform, resize_and_crop
+from msn_eval.data.images import BadImageError, EvalTransform, decode_image, make_eval_transform, resize_and_crop
 from msn_eval.errors import UsageError
 
 CPU = torch.device("cpu")
-SMALL = eval_transform(32)
+SMALL = make_eval_transform(32)
 # Grey, smallest, largest, turned, longest; the rest are ordinary.
 ODD_SAMPLES = {
     "n01728572_thunder_snake.JPEG",
@@ -177,7 +177,7 @@ def test_pillow_pixels_are_those_of_its_resize() -> None:
 
 
 def test_real_photographs_are_nearly_the_same_by_torchvision(shared_data: Path) -> None:
-    transform = eval_transform(224)
+    transform = make_eval_transform(224)
     far, seen = [], 0
     with tarfile.open(shared_data / "imagenet_samples.tar") as samples:
         for member in samples.getmembers():
@@ -227,7 +227,7 @@ def test_digits_and_thumbnails_are_the_same_to_a_level_by_torchvision(side: int)
 def test_shapes_and_nearly_the_pixels_are_those_of_pillow_at_every_size(
     width: int, height: int, image_pixels: int
 ) -> None:
-    content, transform = encoded(picture(width, height)), eval_transform(image_pixels)
+    content, transform = encoded(picture(width, height)), make_eval_transform(image_pixels)
     pillow, torchvision = (decode_pixels(content, transform, decoder) for decoder in ("pillow", "torchvision"))
     assert torchvision.shape == pillow.shape == (image_pixels, image_pixels, 3)
     assert torchvision.dtype == pillow.dtype == np.uint8

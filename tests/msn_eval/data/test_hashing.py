@@ -9,7 +9,7 @@ from PIL import Image
 
 from msn_eval.data import hashing as file_hashes
 from msn_eval.data.folder import FolderSource
-from msn_eval.data.hashing import content_sha256, hash_images, unreadable
+from msn_eval.data.hashing import content_sha256, hash_images, make_unreadable_error
 from msn_eval.data.images import ImageSet
 from msn_eval.errors import DataError, StoreError
 
@@ -225,15 +225,17 @@ def test_every_unreadable_file_is_listed(source: CountingSource, cache_dir: Path
 
 
 def test_error_about_bad_images_says_how_to_go_on_without_them() -> None:
-    assert "--on-bad-image skip" in str(unreadable(["a/x.jpg: truncated"]))
+    assert "--on-bad-image skip" in str(make_unreadable_error(["a/x.jpg: truncated"]))
 
 
 def test_one_bad_image_is_counted_as_one() -> None:
-    assert str(unreadable(["a/x.jpg: truncated"])).startswith("1 image cannot be used:\n  a/x.jpg: truncated\n")
+    assert str(make_unreadable_error(["a/x.jpg: truncated"])).startswith(
+        "1 image cannot be used:\n  a/x.jpg: truncated\n"
+    )
 
 
 def test_bad_images_are_listed_in_order() -> None:
-    assert str(unreadable(["b", "c", "a"])).splitlines()[1:4] == ["  a", "  b", "  c"]
+    assert str(make_unreadable_error(["b", "c", "a"])).splitlines()[1:4] == ["  a", "  b", "  c"]
 
 
 def test_content_hash_covers_a_line_of_id_and_hash_for_each_image() -> None:

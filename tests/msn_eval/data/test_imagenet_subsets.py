@@ -22,7 +22,7 @@ from msn_eval.data.imagenet_subsets import (
     read_published_list,
 )
 from msn_eval.errors import DataError, MsnEvalError
-from msn_eval.files.package_data import shipped_folder
+from msn_eval.files.package_data import find_package_folder
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def named_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "lists"
     folder.mkdir()
     monkeypatch.setenv("MSN_EVAL_LISTS", str(folder))
-    monkeypatch.setattr(published_lists, "shipped_folder", lambda name: tmp_path / "shipped" / name)
-    monkeypatch.setattr(published_lists, "user_list_folder", lambda: tmp_path / "user")
+    monkeypatch.setattr(published_lists, "find_package_folder", lambda name: tmp_path / "shipped" / name)
+    monkeypatch.setattr(published_lists, "find_user_list_folder", lambda: tmp_path / "user")
     monkeypatch.chdir(tmp_path)
     return folder
 
@@ -80,7 +80,7 @@ def test_three_draws_of_the_shots_and_one_of_a_percent_were_published() -> None:
 
 
 def test_address_pins_the_commit_that_is_described() -> None:
-    described = json.loads((shipped_folder("imagenet_subsets") / "published_lists.json").read_text())
+    described = json.loads((find_package_folder("imagenet_subsets") / "published_lists.json").read_text())
     assert read_publication().url.endswith(f"/{described['commit']}")
 
 

@@ -16,8 +16,8 @@ from msn_eval.data.images import (
     BadImageError,
     ImageSet,
     decode_image,
-    eval_transform,
     is_image_name,
+    make_eval_transform,
     resize_and_crop,
 )
 from msn_eval.errors import DataError
@@ -86,14 +86,14 @@ def three_images() -> ImageSet:
 )
 def test_pixels_are_those_of_torchvision_on_a_pil_image(width: int, height: int) -> None:
     image = noise(width, height)
-    ours = resize_and_crop(image, eval_transform(224))
+    ours = resize_and_crop(image, make_eval_transform(224))
     np.testing.assert_array_equal(ours, by_torchvision(image, 224))
 
 
 @pytest.mark.parametrize("image_pixels", [1, 3, 8, 16, 28, 32, 64, 96, 160, 384])
 def test_pixels_are_those_of_torchvision_at_other_native_sizes(image_pixels: int) -> None:
     image = noise(123, 77)
-    ours = resize_and_crop(image, eval_transform(image_pixels))
+    ours = resize_and_crop(image, make_eval_transform(image_pixels))
     np.testing.assert_array_equal(ours, by_torchvision(image, image_pixels))
 
 
@@ -103,7 +103,7 @@ def test_pixels_of_real_photographs_are_those_of_torchvision(shared_data: Path) 
         members = samples.getmembers()[::6]
         for member in members:
             content = samples.extractfile(member).read()  # type: ignore[union-attr]
-            ours = resize_and_crop(decode_image(content), eval_transform(224))
+            ours = resize_and_crop(decode_image(content), make_eval_transform(224))
             if not np.array_equal(ours, by_torchvision(Image.open(io.BytesIO(content)).convert("RGB"), 224)):
                 different.append(member.name)
     assert (len(members), different) == (38, [])
@@ -113,12 +113,12 @@ def test_pixels_of_real_photographs_are_those_of_torchvision(shared_data: Path) 
     ("image_pixels", "resize"), [(224, 256), (32, 37), (64, 73), (96, 110), (384, 439), (518, 592), (1, 1)]
 )
 def test_resize_keeps_the_proportion_of_256_to_224(image_pixels: int, resize: int) -> None:
-    transform = eval_transform(image_pixels)
+    transform = make_eval_transform(image_pixels)
     assert (transform.resize, transform.crop) == (resize, image_pixels)
 
 
 def test_one_pixel_fills_the_whole_crop_with_its_colour() -> None:
-    pixels = resize_and_crop(Image.new("RGB", (1, 1), (10, 20, 30)), eval_transform(224))
+    pixels = resize_and_crop(Image.new("RGB", (1, 1), (10, 20, 30)), make_eval_transform(224))
     np.testing.assert_array_equal(pixels, np.full((224, 224, 3), (10, 20, 30), dtype=np.uint8))
 
 
@@ -129,7 +129,7 @@ def test_shape_too_long_to_be_resized_is_refused_whatever_the_network() -> None:
 
 def test_longest_shape_that_is_taken_is_resized() -> None:
     image = decode_image(encoded(Image.new("RGB", (500, 1), (10, 20, 30)), "PNG"))
-    assert resize_and_crop(image, eval_transform(32)).shape == (32, 32, 3)
+    assert resize_and_crop(image, make_eval_transform(32)).shape == (32, 32, 3)
 
 
 def test_exif_orientation_turns_nothing() -> None:

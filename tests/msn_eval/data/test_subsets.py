@@ -13,10 +13,10 @@ from msn_eval.data.subsets import (
     Subset,
     check_subset_names,
     draw_subset,
+    make_readable_subsets,
     make_subsets,
     read_list,
-    readable_subsets,
-    without_images,
+    replace_images,
 )
 from msn_eval.errors import DataError, NumericalError, UsageError
 
@@ -282,7 +282,7 @@ def test_bad_images_are_replaced_by_the_next_of_the_draws_order() -> None:
     train = numbered(a=9, b=9)
     order = in_draw_order(2, train.ids_by_class[0])
     drawn = draw_subset("2imgs", 2, train)
-    repaired = without_images(drawn, train, {order[0], order[2]})
+    repaired = replace_images(drawn, train, {order[0], order[2]})
     assert set(repaired.image_ids) == {order[1], order[3], *in_draw_order(2, train.ids_by_class[1])[:2]}
 
 
@@ -290,7 +290,7 @@ def test_draws_with_replaced_images_are_still_nested() -> None:
     train = numbered(a=20, b=20)
     bad = set(draw_subset("2imgs", 1, train).image_ids)
     draws = [draw_subset(name, 1, train) for name in ("1img", "2imgs", "5imgs")]
-    one, two, five = (set(repaired.image_ids) for repaired in (without_images(draw, train, bad) for draw in draws))
+    one, two, five = (set(repaired.image_ids) for repaired in (replace_images(draw, train, bad) for draw in draws))
     assert one < two < five
     assert (len(one), len(two), len(five), five & bad) == (2, 4, 10, set())
 
@@ -299,31 +299,31 @@ def test_draw_without_bad_images_is_left_alone() -> None:
     train = numbered(a=9)
     drawn = draw_subset("2imgs", 1, train)
     bad = set(train.ids) - set(drawn.image_ids)
-    assert without_images(drawn, train, bad) == drawn
+    assert replace_images(drawn, train, bad) == drawn
 
 
 def test_class_without_enough_readable_images_is_named() -> None:
     train = numbered(a=9, b=3)
     with pytest.raises(DataError, match="class 'b' has too few readable images for 2imgs") as caught:
-        without_images(draw_subset("2imgs", 1, train), train, {"b/000.jpg", "b/001.jpg"})
+        replace_images(draw_subset("2imgs", 1, train), train, {"b/000.jpg", "b/001.jpg"})
     assert caught.value.exit_code == 21
 
 
 def test_list_only_loses_its_bad_images(tmp_path: Path) -> None:
     train = numbered(a=9)
     listed = read_list(write_list(tmp_path / "mine.txt", ["a/000.jpg", "a/001.jpg"]), train)
-    assert without_images(listed, train, {"a/000.jpg"}).image_ids == ("a/001.jpg",)
+    assert replace_images(listed, train, {"a/000.jpg"}).image_ids == ("a/001.jpg",)
 
 
 def test_full_only_loses_its_bad_images() -> None:
     train = numbered(a=3)
-    assert without_images(draw_subset("full", 1, train), train, {"a/001.jpg"}).image_ids == train.ids[::2]
+    assert replace_images(draw_subset("full", 1, train), train, {"a/001.jpg"}).image_ids == train.ids[::2]
 
 
 def test_subset_of_bad_images_alone_is_refused() -> None:
     train = numbered(a=2)
     with pytest.raises(DataError, match="no image of subset full can be read"):
-        without_images(draw_subset("full", 1, train), train, set(train.ids))
+        replace_images(draw_subset("full", 1, train), train, set(train.ids))
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +340,7 @@ def imagenet_names(shared_data: Path) -> ImageSet:
 def published(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Provide the published lists in the named folder only."""
     monkeypatch.setenv("MSN_EVAL_LISTS", str(shared_data / "imagenet_subsets"))
-    monkeypatch.setattr(published_lists, "user_list_folder", lambda: tmp_path / "nobody")
+    monkeypatch.setattr(published_lists, "find_user_list_folder", lambda: tmp_path / "nobody")
 
 
 @pytest.mark.usefixtures("published")
@@ -380,7 +380,7 @@ def test_bad_image_of_a_published_list_is_replaced_by_the_first_spare_one(imagen
     (one,) = make_subsets(["1img@1"], imagenet_names)
     bad = one.image_ids[17]
     spare = in_draw_order(1, set(imagenet_names.ids_by_class[17]) - {bad})
-    repaired = without_images(one, imagenet_names, {bad})
+    repaired = replace_images(one, imagenet_names, {bad})
     assert set(repaired.image_ids) == set(one.image_ids) - {bad} | {spare[0]}
 
 
@@ -417,8 +417,8 @@ def test_skipped_images_of_a_subset_do_not_depend_on_the_requested_draw() -> Non
     def undecodable(images: ImageSet) -> set[str]:
         return bad & set(images.ids)
 
-    together = readable_subsets(["2imgs"], train, undecodable)
-    alone = readable_subsets(["2imgs@2"], train, undecodable)
+    together = make_readable_subsets(["2imgs"], train, undecodable)
+    alone = make_readable_subsets(["2imgs@2"], train, undecodable)
 
     assert alone == together[1:2]
     assert {subset.skipped for subset in together} == {tuple(sorted(bad))}
@@ -430,6 +430,6 @@ def test_images_that_no_draw_of_a_subset_needs_are_not_counted_as_skipped() -> N
     needed = {image_id for draw in (1, 2, 3) for image_id in draw_subset("1img", draw, train).image_ids}
     bad = set(train.ids) - needed
 
-    subsets = readable_subsets(["1img"], train, lambda images: bad & set(images.ids))
+    subsets = make_readable_subsets(["1img"], train, lambda images: bad & set(images.ids))
 
     assert {subset.skipped for subset in subsets} == {()}

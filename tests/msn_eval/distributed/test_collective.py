@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from msn_eval.distributed.collective import any_of, average_gradients, check_replicas, checksums
+from msn_eval.distributed.collective import any_over_ranks, average_gradients, check_replicas, checksums
 from msn_eval.distributed.group import ALONE, Group, all_gather_object, broadcast_from_rank0, check_equal_across_ranks
 from msn_eval.errors import DistributedError, NumericalError
 
@@ -36,7 +36,7 @@ def test_gradients_are_averaged_and_missing_ones_count_as_zero(on_ranks: OnRanks
 def _exchanged() -> tuple[object, ...]:
     group = this_rank()
     return (
-        any_of(group, group.rank == 1, False),
+        any_over_ranks(group, group.rank == 1, False),
         all_gather_object(group, "rank", group.rank),
         broadcast_from_rank0(group, "rank", lambda: group.rank),
     )
@@ -70,7 +70,7 @@ def test_a_single_rank_needs_no_process_group() -> None:
     check_equal_across_ranks(ALONE, "the run", {"recipe": "r"})
 
     assert parameter.grad.tolist() == [1.0]
-    assert any_of(ALONE, True, False) == (True, False)
+    assert any_over_ranks(ALONE, True, False) == (True, False)
     assert all_gather_object(ALONE, "number", 3) == [3]
     with pytest.raises(NumericalError):
         broadcast_from_rank0(ALONE, "number", _fail)

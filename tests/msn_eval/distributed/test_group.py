@@ -27,7 +27,7 @@ from msn_eval.distributed.group import (
     broadcast_from_rank0,
     check_equal_across_ranks,
     join_group,
-    share,
+    split_across_ranks,
 )
 from msn_eval.distributed.rank_info import Timeouts
 from msn_eval.errors import DataError, MsnEvalError
@@ -202,7 +202,9 @@ def launcher_environment(attempt: int) -> dict[str, str]:
 @pytest.mark.parametrize("block", [1, 3, 64])
 def test_shares_cover_every_row_once_in_complete_blocks_and_differ_by_at_most_one(world: int, block: int) -> None:
     for items in {0, 1, world - 1, world, world + 1, 997}:
-        shares = [share(items, replace(ALONE, rank=rank, world=world), block=block) for rank in range(world)]
+        shares = [
+            split_across_ranks(items, replace(ALONE, rank=rank, world=world), block=block) for rank in range(world)
+        ]
         blocks = [-(-len(rows) // block) for rows in shares]
 
         assert [row for rows in shares for row in rows] == list(range(items))

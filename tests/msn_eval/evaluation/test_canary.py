@@ -19,7 +19,7 @@ from msn_eval.evaluation.canary import FALSE_ALARMS, judge_canary, random_labels
 from msn_eval.features.extraction import Features
 from msn_eval.results.folder import list_results
 from msn_eval.results.record import Result
-from msn_eval.results.statistics import measure
+from msn_eval.results.statistics import compute_metrics
 
 _CLASSES = ("a", "b", "c", "d")
 
@@ -152,7 +152,7 @@ def result(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 def _with(result: Result, right: int, n: int) -> Result:
     ranks = np.where(np.arange(n) < right, 1, 2)
-    return replace(result, metrics=measure(ranks), data=replace(result.data, val_images=n))
+    return replace(result, metrics=compute_metrics(ranks), data=replace(result.data, val_images=n))
 
 
 @pytest.mark.parametrize("results", [1, 20])

@@ -21,7 +21,7 @@ from msn_eval.distributed.group import Group
 from msn_eval.errors import CheckpointError, StoreError, UsageError
 from msn_eval.evaluation import evaluate as evaluation
 from msn_eval.evaluation import plan as plan_module
-from msn_eval.evaluation.evaluate import evaluate_all, evaluate_checkpoint, loading_of, pending_images, prepare
+from msn_eval.evaluation.evaluate import evaluate_all, evaluate_checkpoint, make_loading, pending_images, prepare
 from msn_eval.evaluation.plan import Plan, make_plan
 from msn_eval.features import cache as feature_cache
 from msn_eval.features.extraction import Extraction, Loading
@@ -326,7 +326,7 @@ def test_a_refused_checkpoint_does_not_stop_the_others(folder: Path, tmp_path: P
 
 def test_images_are_loaded_as_requested() -> None:
     config = EvaluationConfig(decoder="torchvision", batch_size="7", workers="0")
-    assert loading_of(config) == Loading(decoder="torchvision", batch_size=7, workers=0)
+    assert make_loading(config) == Loading(decoder="torchvision", batch_size=7, workers=0)
 
 
 def test_bf16_and_fp16_are_comparable(folder: Path, tmp_path: Path) -> None:

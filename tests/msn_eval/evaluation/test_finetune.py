@@ -17,7 +17,7 @@ from msn_eval.checkpoints.checkpoint import read_checkpoint
 from msn_eval.cli import main
 from msn_eval.errors import CheckpointError, DataError, UsageError
 from msn_eval.evaluation import finetune as finetuning
-from msn_eval.features.encoder import build_encoder, normalised
+from msn_eval.features.encoder import build_encoder, normalise_pixels
 from msn_eval.probes.finetune import train as finetune_module
 from msn_eval.results.record import Result, read_predictions, read_result
 
@@ -262,7 +262,7 @@ def test_transformers_computes_the_logits_of_the_network_that_was_scored(
     )
     tune(name, save=str(tmp_path / "saved"), tap=tap)
     encoder = build_encoder(read_checkpoint(name), device=torch.device("cpu"), precision="fp32")
-    pixels = normalised(torch.randint(256, (3, 16, 16, 3), dtype=torch.uint8), encoder)
+    pixels = normalise_pixels(torch.randint(256, (3, 16, 16, 3), dtype=torch.uint8), encoder)
 
     loaded, info = getattr(transformers, kind).from_pretrained(tmp_path / "saved", output_loading_info=True)
 

@@ -17,6 +17,7 @@ from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.features.encoder import (
     Encoder,
     build_encoder,
+    check_frozen,
     choose_device,
     default_precision,
     encode,
@@ -24,7 +25,6 @@ from msn_eval.features.encoder import (
     load_encoder,
     precision_class,
     resolve_tap,
-    unchanged,
 )
 
 Weights = dict[str, Tensor]
@@ -502,7 +502,7 @@ class Restless(nn.Module):
 
 def run_unchanged(network: nn.Module, pixels: Tensor) -> Tensor:
     encoder = build_encoder(own(network), device=CPU, precision="fp32")
-    with unchanged(encoder):
+    with check_frozen(encoder):
         return encode(encoder, pixels, ["out"])["out"]
 
 
@@ -530,7 +530,7 @@ def test_network_that_updates_its_statistics_is_refused(random_pixels: Tensor) -
 def test_network_in_training_mode_is_refused_before_any_feature(random_pixels: Tensor) -> None:
     encoder = build_encoder(own(nn.Flatten()), device=CPU, precision="fp32")
     encoder.network.train()
-    with pytest.raises(CheckpointError, match="training mode"), unchanged(encoder):
+    with pytest.raises(CheckpointError, match="training mode"), check_frozen(encoder):
         pytest.fail("features were taken")
 
 

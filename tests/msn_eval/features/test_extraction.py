@@ -18,7 +18,7 @@ from msn_eval.data.hashing import hash_images
 from msn_eval.data.images import ImageSet
 from msn_eval.errors import CheckpointError, DataError, NumericalError, ResourceError, UsageError
 from msn_eval.features.encoder import Encoder, Precision, build_encoder
-from msn_eval.features.extraction import Features, Loading, automatic_batch_size, extract_features
+from msn_eval.features.extraction import Features, Loading, choose_batch_size, extract_features
 
 WeightMaker = Callable[..., dict[str, Tensor]]
 MSNWriter = Callable[..., Path]
@@ -311,16 +311,14 @@ def test_error_of_the_users_network_is_not_blamed_on_the_workers() -> None:
 
 
 def test_smaller_images_get_larger_batches(encoder: Encoder) -> None:
-    assert automatic_batch_size(encoder) > automatic_batch_size(
+    assert choose_batch_size(encoder) > choose_batch_size(
         load_encoder(TINY.replace("img_size=32", "img_size=224"), device="cpu")
     )
 
 
 def test_batches_of_one_size_of_images_are_neither_tiny_nor_huge() -> None:
     found = [
-        automatic_batch_size(
-            build_encoder(own(nn.Flatten()).checkpoint, device=CPU, precision="fp32", image_pixels=side)
-        )
+        choose_batch_size(build_encoder(own(nn.Flatten()).checkpoint, device=CPU, precision="fp32", image_pixels=side))
         for side in (448, 224, 112, 8)
     ]
     assert found == [16, 16, 64, 256]

@@ -7,11 +7,11 @@ from msn_eval.features.encoder import Encoder, encode, load_encoder
 from msn_eval.features.patch_drop import (
     PatchDrop,
     attention_maps,
-    check_drop,
+    check_patch_drop,
     check_patches,
     choose_patches,
-    encode_kept,
-    kept_patches,
+    draw_kept_patches,
+    encode_kept_patches,
     patches_a_side,
 )
 
@@ -32,7 +32,7 @@ def _all(images: int) -> Tensor:
 
 
 def _class_token(encoder: Encoder, pixels: Tensor, visible: Tensor) -> Tensor:
-    return encode_kept(encoder, pixels, ["cls-norm"], visible)["cls-norm"]
+    return encode_kept_patches(encoder, pixels, ["cls-norm"], visible)["cls-norm"]
 
 
 def test_all_patches_give_the_encoders_feature(encoder: Encoder, random_pixels: Tensor) -> None:
@@ -118,7 +118,7 @@ def test_patches_a_side(encoder: Encoder) -> None:
 
 
 def test_kept_patches_are_the_share_rounded_down_and_each_images_own() -> None:
-    kept = kept_patches(PatchDrop(share=0.7, seed=0), ["a/1", "a/2"], patches=196)
+    kept = draw_kept_patches(PatchDrop(share=0.7, seed=0), ["a/1", "a/2"], patches=196)
 
     assert kept.shape == (2, 58)
     assert all(len(set(row)) == 58 and row == sorted(row) and row[0] >= 0 and row[-1] < 196 for row in kept.tolist())
@@ -127,8 +127,8 @@ def test_kept_patches_are_the_share_rounded_down_and_each_images_own() -> None:
 
 def test_kept_patches_depend_only_on_seed_and_id() -> None:
     drop = PatchDrop(share=0.5, seed=3)
-    both, alone = (kept_patches(drop, ids, patches=16) for ids in (["a/1", "a/2"], ["a/2"]))
-    other = kept_patches(PatchDrop(share=0.5, seed=4), ["a/2"], patches=16)
+    both, alone = (draw_kept_patches(drop, ids, patches=16) for ids in (["a/1", "a/2"], ["a/2"]))
+    other = draw_kept_patches(PatchDrop(share=0.5, seed=4), ["a/2"], patches=16)
 
     assert torch.equal(both[1], alone[0])
     assert not torch.equal(alone, other)
@@ -136,7 +136,7 @@ def test_kept_patches_depend_only_on_seed_and_id() -> None:
 
 
 def test_every_patch_is_kept_about_as_often_as_any_other() -> None:
-    kept = kept_patches(PatchDrop(share=0.75, seed=0), [f"a/{n}" for n in range(4000)], patches=16)
+    kept = draw_kept_patches(PatchDrop(share=0.75, seed=0), [f"a/{n}" for n in range(4000)], patches=16)
     counts = torch.bincount(kept.flatten(), minlength=16)
 
     assert (counts - 1000).abs().max() < 5 * (4000 * 0.25 * 0.75) ** 0.5
@@ -144,7 +144,7 @@ def test_every_patch_is_kept_about_as_often_as_any_other() -> None:
 
 def test_keeping_all_patches_gives_the_features_of_the_complete_image(encoder: Encoder, random_pixels: Tensor) -> None:
     taps = list(encoder.taps)
-    some, whole = encode_kept(encoder, random_pixels, taps, _all(4)), encode(encoder, random_pixels, taps)
+    some, whole = encode_kept_patches(encoder, random_pixels, taps, _all(4)), encode(encoder, random_pixels, taps)
 
     assert all(torch.equal(some[tap], whole[tap]) for tap in taps)
 
@@ -158,7 +158,7 @@ def test_dropped_patches_change_no_tap_and_enter_no_block(encoder: Encoder, rand
     hook = blocks[0].register_forward_pre_hook(lambda block, given: entered.append(given[0].shape[1]))  # type: ignore[index, union-attr]
     taps = list(encoder.taps)
 
-    one, other = (encode_kept(encoder, pixels, taps, kept) for pixels in (random_pixels, others))
+    one, other = (encode_kept_patches(encoder, pixels, taps, kept) for pixels in (random_pixels, others))
     hook.remove()
 
     assert all(torch.equal(one[tap], other[tap]) for tap in taps)
@@ -171,9 +171,9 @@ def test_dropped_patches_change_no_tap_and_enter_no_block(encoder: Encoder, rand
 @pytest.mark.parametrize("name", ["pixels", "random:resnet18"])
 def test_patches_are_dropped_only_from_vision_transformers(name: str) -> None:
     with pytest.raises(UsageError, match=r"--patch-drop 0.5: .* is not a plain Vision Transformer"):
-        check_drop(load_encoder(name, device="cpu"), PatchDrop(share=0.5, seed=0))
+        check_patch_drop(load_encoder(name, device="cpu"), PatchDrop(share=0.5, seed=0))
 
 
 def test_dropping_every_patch_is_refused(encoder: Encoder) -> None:
     with pytest.raises(UsageError, match="keeps none of the 16 patches"):
-        check_drop(encoder, PatchDrop(share=0.95, seed=0))
+        check_patch_drop(encoder, PatchDrop(share=0.95, seed=0))

@@ -18,7 +18,7 @@ from msn_eval.evaluation.plan import make_plan
 from msn_eval.features.encoder import Encoder, load_encoder
 from msn_eval.features.extraction import extract_features
 from msn_eval.features.patch_drop import PatchDrop
-from msn_eval.reports.html.provenance import command_of
+from msn_eval.reports.html.provenance import format_command
 from msn_eval.results.record import Result
 
 HALF = PatchDrop(share=0.5, seed=0)
@@ -130,7 +130,7 @@ def test_plan_shows_the_dropped_share(tmp_path: Path) -> None:
 
 
 def test_record_gives_the_command_that_repeats_it(tmp_path: Path) -> None:
-    command = command_of(measured(tmp_path, patch_drop=0.5, seed=7))
+    command = format_command(measured(tmp_path, patch_drop=0.5, seed=7))
 
     assert "--patch-drop 0.5" in command
     assert command.count("--seed 7") == 1

@@ -10,7 +10,7 @@ import torch
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes import base
-from msn_eval.probes.base import FeatureProbe, centred_rows, describe_collapse, fit_probe, normalised_rows, rank_labels
+from msn_eval.probes.base import FeatureProbe, centre_rows, describe_collapse, fit_probe, normalise_rows, rank_labels
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.logistic import Logistic
 from msn_eval.probes.ncm import NearestClassMean
@@ -26,14 +26,14 @@ def _values(n: int = 7, d: int = 12) -> torch.Tensor:
 def test_normalised_rows_have_unit_length_and_their_direction() -> None:
     values = _values()
 
-    rows = normalised_rows(values)
+    rows = normalise_rows(values)
 
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(7, dtype=torch.float64), rtol=0, atol=1e-15)
     torch.testing.assert_close(rows * values.double().norm(dim=1, keepdim=True), values.double())
 
 
 def test_centred_rows_have_zero_mean_and_unit_length() -> None:
-    rows = centred_rows(_values())
+    rows = centre_rows(_values())
 
     torch.testing.assert_close(rows.mean(dim=1), torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-15)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(7, dtype=torch.float64), rtol=0, atol=1e-15)
@@ -43,12 +43,12 @@ def test_centred_rows_ignore_the_scale_and_the_offset_of_each_row() -> None:
     values = _values().double()
     scale = torch.linspace(0.5, 20, len(values), dtype=torch.float64)[:, None]
 
-    rows = centred_rows(scale * values - 5 * scale)
+    rows = centre_rows(scale * values - 5 * scale)
 
-    torch.testing.assert_close(rows, centred_rows(values))
+    torch.testing.assert_close(rows, centre_rows(values))
 
 
-@pytest.mark.parametrize("rows_of", [normalised_rows, centred_rows])
+@pytest.mark.parametrize("rows_of", [normalise_rows, centre_rows])
 def test_a_zero_row_stays_zero(rows_of: RowsOf) -> None:
     values = _values()
     values[2] = 0
@@ -65,13 +65,13 @@ def test_a_zero_row_stays_zero(rows_of: RowsOf) -> None:
 def test_a_constant_row_becomes_zero_whatever_the_rounding_of_its_mean(
     level: float, d: int, dtype: torch.dtype
 ) -> None:
-    rows = centred_rows(torch.full((2, d), level, dtype=dtype))
+    rows = centre_rows(torch.full((2, d), level, dtype=dtype))
 
     assert torch.equal(rows, torch.zeros(2, d, dtype=torch.float64))
 
 
 def test_a_row_with_a_value_at_its_mean_is_not_constant() -> None:
-    rows = centred_rows(torch.tensor([[1.0, 2.0, 3.0]]))
+    rows = centre_rows(torch.tensor([[1.0, 2.0, 3.0]]))
 
     torch.testing.assert_close(rows, torch.tensor([[-1.0, 0.0, 1.0]], dtype=torch.float64) / 2**0.5)
 
@@ -80,7 +80,7 @@ def test_a_row_one_float32_step_from_constant_is_not_constant() -> None:
     values = torch.full((1, 384), 0.1)
     values[0, 5] = torch.nextafter(values[0, 5], torch.tensor(1.0))
 
-    rows = centred_rows(values)
+    rows = centre_rows(values)
 
     assert rows.norm().item() == pytest.approx(1)
     assert rows.argmax().item() == 5
@@ -90,11 +90,11 @@ def test_a_row_one_float32_step_from_constant_is_not_constant() -> None:
 def test_rows_of_any_float32_size_reach_unit_length(size: float) -> None:
     values = torch.tensor([[1.0, -1.0, 2.0]]) * size
 
-    assert normalised_rows(values).norm().item() == pytest.approx(1)
-    assert centred_rows(values).norm().item() == pytest.approx(1)
+    assert normalise_rows(values).norm().item() == pytest.approx(1)
+    assert centre_rows(values).norm().item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("rows_of", [normalised_rows, centred_rows])
+@pytest.mark.parametrize("rows_of", [normalise_rows, centre_rows])
 def test_a_row_does_not_depend_on_the_rows_beside_it(rows_of: RowsOf) -> None:
     values = _values()
 
@@ -103,7 +103,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(rows_of: RowsOf) -> None:
     torch.testing.assert_close(torch.cat([rows_of(row[None]) for row in values]), together, rtol=1e-14, atol=1e-15)
 
 
-@pytest.mark.parametrize("rows_of", [normalised_rows, centred_rows])
+@pytest.mark.parametrize("rows_of", [normalise_rows, centre_rows])
 def test_the_features_themselves_are_unchanged(rows_of: RowsOf) -> None:
     values = _values().double()
     before = values.clone()

@@ -15,7 +15,7 @@ from msn_eval.errors import MsnEvalError, NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes import distributed, knn
 from msn_eval.probes.base import WorkerGroup
-from msn_eval.probes.distributed import search_together, serve, shutdown
+from msn_eval.probes.distributed import search_on_workers, serve, shutdown
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.knn_search.index import Bank, index_bank
 from msn_eval.probes.logistic import Logistic
@@ -147,7 +147,7 @@ def test_rows_that_are_not_finite_are_refused_before_other_ranks_take_part(bad: 
 
     def search(workers: WorkerGroup) -> object:
         with pytest.raises(NumericalError, match=f"1 of . {bad}s is not finite: 2"):
-            search_together(workers, rows["query"], rows["labelled row"], 3)
+            search_on_workers(workers, rows["query"], rows["labelled row"], 3)
         return "refused"
 
     ranks = _run_on_ranks(2, lambda workers: (_lead_or_serve(workers, search), indexed))
@@ -173,7 +173,7 @@ def test_a_rank_that_fails_in_a_search_ends_the_job_with_its_error(
     def run(workers: WorkerGroup) -> object:
         if workers.group.rank == failing:
             monkeypatch.setattr(distributed, "index_bank", fail)
-        return _lead_or_serve(workers, lambda group: search_together(group, torch.ones(4, 12), torch.ones(9, 12), 3))
+        return _lead_or_serve(workers, lambda group: search_on_workers(group, torch.ones(4, 12), torch.ones(9, 12), 3))
 
     ranks = _run_on_ranks(2, run)
 

@@ -8,7 +8,7 @@ from msn_eval import evaluate
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.evaluation.baseline_plan import make_baseline_plans
 from msn_eval.evaluation.plan import make_plan
-from msn_eval.reports.html.provenance import command_of
+from msn_eval.reports.html.provenance import format_command
 from msn_eval.results.baseline import make_baseline
 from msn_eval.results.folder import list_results
 from msn_eval.results.record import Result
@@ -61,7 +61,7 @@ def test_given_and_chosen_strengths_never_share_a_table(runs: Path) -> None:
 
 
 def test_command_asks_for_it_again(chosen: Result) -> None:
-    assert "--lambda auto" in command_of(chosen)
+    assert "--lambda auto" in format_command(chosen)
 
 
 def test_baseline_measures_it_again(runs: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from msn_eval.config.recipes import LinearRecipe, linear_recipe_of
+from msn_eval.config.recipes import LinearRecipe, read_linear_recipe
 from msn_eval.errors import NumericalError, UsageError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FittedProbe, centred_rows
+from msn_eval.probes.base import FittedProbe, centre_rows
 from msn_eval.probes.linear import (
     Heads,
     HeldOutScores,
@@ -77,7 +77,7 @@ def test_every_field_that_changes_the_result_is_part_of_the_protocol() -> None:
 def test_the_parameters_of_a_protocol_make_its_recipe_again(recipe: LinearRecipe) -> None:
     (params,) = Linear(recipe).configs(9)
 
-    assert linear_recipe_of(params) == recipe
+    assert read_linear_recipe(params) == recipe
 
 
 @pytest.mark.parametrize(("size", "held"), [(1, 0), (2, 1), (9, 1), (10, 1), (19, 1), (20, 2), (103, 10)])
@@ -95,18 +95,18 @@ def test_the_chosen_layer_is_trained_again_on_all_images() -> None:
     chosen = fitted.settings[0].chosen
     assert chosen is not None
     recipe = Recipe(learning_rate=float(chosen["lr"]), weight_decay=float(chosen["weight_decay"]))
-    alone = _train(centred_rows(train.values), train.labels, [recipe], seed=0)
+    alone = _train(centre_rows(train.values), train.labels, [recipe], seed=0)
 
     (scores,) = fitted.scores(train.values)
 
-    expected = centred_rows(train.values) @ alone.weights[0].double().T + alone.biases[0].double()
+    expected = centre_rows(train.values) @ alone.weights[0].double().T + alone.biases[0].double()
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
 
 
 def test_held_out_accuracy_is_that_of_a_layer_trained_without_them() -> None:
     train, recipe = _features(n=200, noise=1.5), replace(_SMALL, lr_first=0.001, seeds=1, seed=5)
     held = draw_held_out(train.labels, seed=5)
-    rows = centred_rows(train.values)
+    rows = centre_rows(train.values)
     expected = []
     for layer in make_grid(recipe):
         alone = _train(rows[~held], train.labels[~held], [layer], seed=5)

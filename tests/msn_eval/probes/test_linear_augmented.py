@@ -21,7 +21,7 @@ from msn_eval.data import read_split
 from msn_eval.distributed.group import ALONE, Group
 from msn_eval.errors import NumericalError, ResourceError, StoreError
 from msn_eval.features import augmented as augmented_features
-from msn_eval.features.augmented import AugmentedImages, features_from
+from msn_eval.features.augmented import AugmentedImages, iterate_augmented_features
 from msn_eval.features.encoder import Encoder
 from msn_eval.features.extraction import Loading, extract_features
 from msn_eval.probes import linear_augmented
@@ -184,7 +184,9 @@ def test_the_objective_is_the_mean_loss_of_the_last_epochs_batches(images: Augme
     losses = []
     for epoch in range(2):
         order = draw_order(40, seed=0, epoch=epoch)
-        (parts,) = features_from(images, images.labels, [order], seed=0, epoch=epoch, share=0.08, group=ALONE)
+        (parts,) = iterate_augmented_features(
+            images, images.labels, [order], seed=0, epoch=epoch, share=0.08, group=ALONE
+        )
         features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
         losses = [functional.cross_entropy(head(features), labels).item() for head in training.heads.values()]
         share = (1.0, 0.5)[epoch]
@@ -260,7 +262,7 @@ def test_if_every_layer_diverges_the_fit_fails(images: AugmentedImages) -> None:
 
 
 def _features(images: AugmentedImages, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    found = features_from(images, images.labels, batches, seed=3, epoch=1, share=0.3, group=ALONE)
+    found = iterate_augmented_features(images, images.labels, batches, seed=3, epoch=1, share=0.3, group=ALONE)
     return [part for parts in found for part in parts]
 
 

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes import logistic
-from msn_eval.probes.base import FittedProbe, centred_rows
+from msn_eval.probes.base import FittedProbe, centre_rows
 from msn_eval.probes.logistic import Logistic, Solver, _describe, default_lambda
 from msn_eval.probes.logistic_solvers import newton
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
@@ -52,12 +52,12 @@ def test_every_solver_scores_like_scikit_learn_on_centred_rows(solver: Solver, n
     train = _clusters(n_classes=n_classes)
     inverse_l2 = (2 if n_classes == 2 else 1) / 0.5
     model = LogisticRegression(C=inverse_l2, fit_intercept=False, tol=1e-10, max_iter=5_000)
-    model.fit(centred_rows(train.values).numpy(), train.labels.numpy())
+    model.fit(centre_rows(train.values).numpy(), train.labels.numpy())
 
     fitted = Logistic(lambdas=(0.5,), solver=solver).fit(train, CPU)
 
     ours = _only_scores(fitted, _queries()).softmax(dim=1)
-    theirs = torch.from_numpy(model.predict_proba(centred_rows(_queries()).numpy()))
+    theirs = torch.from_numpy(model.predict_proba(centre_rows(_queries()).numpy()))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
 
 
@@ -159,7 +159,7 @@ def test_rotating_features_within_the_centred_space_changes_no_score() -> None:
 @pytest.mark.parametrize("n", [12, 39, 40, 41])
 def test_fewer_images_than_features_are_solved_as_if_the_rows_had_not_been_reduced(n: int) -> None:
     train = _clusters(n=n, d=40)
-    rows = centred_rows(train.values)
+    rows = centre_rows(train.values)
     problem = CrossEntropyProblem(rows=rows, labels=train.labels, n_classes=4, mu=0.075 / n)
     whole, _ = minimise_by_newton(problem, target=1e-10)
 
@@ -167,7 +167,7 @@ def test_fewer_images_than_features_are_solved_as_if_the_rows_had_not_been_reduc
 
     assert fitted.settings[0].objective == pytest.approx(whole.objective, rel=1e-6)
     scores = _only_scores(fitted, _queries(40))
-    torch.testing.assert_close(scores, centred_rows(_queries(40)) @ whole.weights.T, rtol=0, atol=2e-3)
+    torch.testing.assert_close(scores, centre_rows(_queries(40)) @ whole.weights.T, rtol=0, atol=2e-3)
 
 
 def test_more_features_than_images_that_span_little_are_no_obstacle() -> None:

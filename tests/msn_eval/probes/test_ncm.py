@@ -5,7 +5,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import normalised_rows, rank_labels
+from msn_eval.probes.base import normalise_rows, rank_labels
 from msn_eval.probes.ncm import NearestClassMean, class_directions
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_a_class_whose_rows_cancel_scores_zero() -> None:
 
 
 def test_a_class_whose_rows_cancel_but_for_rounding_points_nowhere() -> None:
-    row = normalised_rows(torch.randn(1, 20, generator=torch.Generator().manual_seed(0)))
+    row = normalise_rows(torch.randn(1, 20, generator=torch.Generator().manual_seed(0)))
     rows, labels = torch.cat([row, row.repeat(7, 1), -row.repeat(7, 1)]), torch.tensor([0] + [1] * 14)
     assert torch.zeros(1, 20).double().index_add_(0, labels[1:] - 1, rows[1:]).any()  # or there is nothing to test
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msn_eval import extract, load_encoder
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import FittedProbe, centred_rows, fit_probe, normalised_rows
+from msn_eval.probes.base import FittedProbe, centre_rows, fit_probe, normalise_rows
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.logistic import Logistic, Solver
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, certify
@@ -49,12 +49,12 @@ def _predictions(fitted: FittedProbe, values: Tensor) -> Tensor:
 def scikit_learn(splits: tuple[Features, Features]) -> tuple[Tensor, float]:
     """Give scikit-learn's predictions and its objective, driven to a gradient of 1e-10."""
     train, val = splits
-    rows = centred_rows(train.values)
+    rows = centre_rows(train.values)
     model = LogisticRegression(C=1 / _LAMBDA, fit_intercept=False, tol=1e-10, max_iter=20_000)
     model.fit(rows.numpy(), train.labels.numpy())
     problem = CrossEntropyProblem(rows=rows, labels=train.labels, n_classes=100, mu=_LAMBDA / len(rows))
     objective = certify(problem, torch.from_numpy(model.coef_)).objective
-    return torch.from_numpy(model.predict(centred_rows(val.values).numpy())), objective
+    return torch.from_numpy(model.predict(centre_rows(val.values).numpy())), objective
 
 
 @pytest.mark.parametrize("solver", ["newton", "lbfgs"])
@@ -93,7 +93,7 @@ def test_cyanure_is_within_three_tenths_of_a_point(splits: tuple[Features, Featu
 @pytest.mark.parametrize("k", [1, 10, 100])
 def test_neighbours_vote_as_scikit_learns_do(k: int, splits: tuple[Features, Features]) -> None:
     train, val = splits
-    bank, queries = normalised_rows(train.values).numpy(), normalised_rows(val.values).numpy()
+    bank, queries = normalise_rows(train.values).numpy(), normalise_rows(val.values).numpy()
     model = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=_weights)
     expected = model.fit(bank, train.labels.numpy()).predict(queries)
 

@@ -7,7 +7,7 @@ from sklearn.linear_model import Ridge as SklearnRidge
 
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import centred_rows, rank_labels
+from msn_eval.probes.base import centre_rows, rank_labels
 from msn_eval.probes.ridge import GRID, Ridge, solve_ridge
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def _scores(train: Features, values: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("n", "d"), [(14, 5), (8, 20), (6, 6)])
 def test_leave_one_out_errors_are_those_of_leaving_every_row_out_in_turn(n: int, d: int) -> None:
     train = _clusters(n, d)
-    rows, targets = centred_rows(train.values), _one_hot(train.labels, 3)
+    rows, targets = centre_rows(train.values), _one_hot(train.labels, 3)
     naive = []
     for alpha in GRID:
         squares = []
@@ -61,11 +61,11 @@ def test_scores_are_scikit_learns_at_the_chosen_strength(n: int, d: int) -> None
     (setting,) = Ridge().fit(train, CPU).settings
     assert setting.chosen is not None
     model = SklearnRidge(alpha=setting.chosen["alpha"], solver="svd")
-    model.fit(centred_rows(train.values).numpy(), _one_hot(train.labels, 3))
+    model.fit(centre_rows(train.values).numpy(), _one_hot(train.labels, 3))
 
     scores = _scores(train, queries)
 
-    np.testing.assert_allclose(scores.numpy(), model.predict(centred_rows(queries).numpy()), atol=1e-9)
+    np.testing.assert_allclose(scores.numpy(), model.predict(centre_rows(queries).numpy()), atol=1e-9)
 
 
 def test_noise_asks_for_a_stronger_penalty_than_a_clear_signal() -> None:
@@ -104,7 +104,7 @@ def test_features_that_say_nothing_give_the_class_shares(values: torch.Tensor) -
 
 def test_what_rounding_leaves_of_equal_rows_is_no_axis_however_long_they_are() -> None:
     one = torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    rows = 1e16 * centred_rows(one * torch.tensor([[1], [3], [5], [7], [11], [13], [17]]))
+    rows = 1e16 * centre_rows(one * torch.tensor([[1], [3], [5], [7], [11], [13], [17]]))
     assert (rows[1:] - rows[:1]).any()  # or there is nothing to test
 
     fit = solve_ridge(rows, torch.arange(7) % 2, n_classes=2)
@@ -125,7 +125,7 @@ def test_record_tells_the_error_at_the_strength_that_was_chosen() -> None:
 
     (setting,) = Ridge().fit(train, CPU).settings
 
-    fit = solve_ridge(centred_rows(train.values), train.labels, n_classes=3)
+    fit = solve_ridge(centre_rows(train.values), train.labels, n_classes=3)
     assert setting.chosen == {"alpha": fit.alpha, "left_out_error": float(fit.errors[GRID.index(fit.alpha)])}
 
 
@@ -160,7 +160,7 @@ def test_order_of_the_images_and_names_of_the_classes_do_not_matter() -> None:
 
 def test_rotating_the_centred_rows_changes_no_error() -> None:
     train = _clusters(20, 7)
-    rows = centred_rows(train.values)
+    rows = centre_rows(train.values)
     turn = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))).Q
 
     turned = solve_ridge(rows @ turn, train.labels, n_classes=3)

@@ -21,7 +21,7 @@ from msn_eval.reports.terminal import print_table
 from msn_eval.results.folder import ResultScan, list_results
 from msn_eval.results.record import Result, read_result
 from msn_eval.results.statistics import Metrics, wilson_interval
-from msn_eval.results.table import Standing, Table, make_table, place_of
+from msn_eval.results.table import CellStatistics, Table, get_cell_key, make_table
 
 _RECORD = Path(__file__).parents[2] / "golden" / "records" / "schema-1" / "b39361b67149d6c5.json"
 
@@ -123,7 +123,7 @@ def test_every_number_of_every_format_is_that_of_the_records(right: list[tuple[i
         for result, count in zip(draws, counts, strict=True)
     ]
     standings = {
-        place_of(result): Standing(
+        get_cell_key(result): CellStatistics(
             interval=result.metrics and result.metrics.top1_ci95, rank=int(result.checkpoint.name[1:]) + 1
         )
         for result in results

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from msn_eval.errors import ComparisonError
-from msn_eval.results.comparison import Comparison, compare, list_protocol_differences, nearest_protocol
+from msn_eval.results.comparison import Comparison, compare, find_nearest_protocol, list_protocol_differences
 from msn_eval.results.folder import list_results
 from msn_eval.results.record import Result
 
@@ -144,5 +144,5 @@ def test_hashes_with_a_common_prefix_differ() -> None:
 
 
 def test_nearest_protocol_has_the_fewest_differences() -> None:
-    assert nearest_protocol({"a": 1, "b": 1}, [{"a": 2, "b": 2}, {"a": 1, "b": 3}]) == ["b: 1 -> 3"]
-    assert nearest_protocol({"a": 1}, []) == []
+    assert find_nearest_protocol({"a": 1, "b": 1}, [{"a": 2, "b": 2}, {"a": 1, "b": 3}]) == ["b: 1 -> 3"]
+    assert find_nearest_protocol({"a": 1}, []) == []

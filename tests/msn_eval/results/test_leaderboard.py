@@ -11,8 +11,8 @@ from msn_eval.results import leaderboard
 from msn_eval.results.folder import scan_results
 from msn_eval.results.leaderboard import make_leaderboard
 from msn_eval.results.record import Predictions, Result, read_predictions, read_result, write_result
-from msn_eval.results.statistics import accuracy_interval, measure
-from msn_eval.results.table import Standing, place_of
+from msn_eval.results.statistics import accuracy_interval, compute_metrics
+from msn_eval.results.table import CellStatistics, get_cell_key
 
 _RECORD = Path(__file__).parents[2] / "golden" / "records" / "schema-1" / "b39361b67149d6c5.json"
 
@@ -28,7 +28,7 @@ def _write(folder: Path, name: str, draw: int, right: int) -> Result:
         id=identity,
         checkpoint=replace(base.checkpoint, name=name, weights_sha256=name * 64),
         split=replace(base.split, draw=draw),
-        metrics=measure(ranks),
+        metrics=compute_metrics(ranks),
         predictions=f"{identity}.npz",
     )
     write_result(folder, result, Predictions(**vars(stored) | {"rank_of_label": ranks}))
@@ -40,7 +40,7 @@ def test_checkpoints_that_are_not_separable_share_a_rank(tmp_path: Path) -> None
 
     board = make_leaderboard(scan_results([tmp_path]))
 
-    assert [board.standings[place_of(result)].rank for result in results] == [1, 1, 3]
+    assert [board.standings[get_cell_key(result)].rank for result in results] == [1, 1, 3]
 
 
 def test_interval_is_recorded_for_one_draw_and_computed_for_several(tmp_path: Path) -> None:
@@ -52,8 +52,8 @@ def test_interval_is_recorded_for_one_draw_and_computed_for_several(tmp_path: Pa
     scores = np.array([2] * 90 + [1] * 20 + [0] * 90)
     expected = accuracy_interval(scores, draws=2)
     assert one.metrics is not None
-    assert standings[place_of(one)].interval == one.metrics.top1_ci95
-    assert standings[place_of(several[0])].interval == (expected.low, expected.high)
+    assert standings[get_cell_key(one)].interval == one.metrics.top1_ci95
+    assert standings[get_cell_key(several[0])].interval == (expected.low, expected.high)
 
 
 def test_checkpoint_without_all_draws_has_no_rank(tmp_path: Path) -> None:
@@ -62,13 +62,13 @@ def test_checkpoint_without_all_draws_has_no_rank(tmp_path: Path) -> None:
 
     standings = make_leaderboard(scan_results([tmp_path])).standings
 
-    assert [standings[place_of(one)].rank for one in (results[0], results[2], partly)] == [1, 1, None]
+    assert [standings[get_cell_key(one)].rank for one in (results[0], results[2], partly)] == [1, 1, None]
 
 
 def test_single_checkpoint_has_no_rank(tmp_path: Path) -> None:
     result = _write(tmp_path, "a", 1, 100)
 
-    assert make_leaderboard(scan_results([tmp_path])).standings[place_of(result)].rank is None
+    assert make_leaderboard(scan_results([tmp_path])).standings[get_cell_key(result)].rank is None
 
 
 def test_cell_with_a_failed_draw_has_no_interval_and_no_rank(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_cell_with_a_failed_draw_has_no_interval_and_no_rank(tmp_path: Path) -> 
 
     board = make_leaderboard(scan_results([tmp_path]))
 
-    assert board.standings.get(place_of(result), Standing()) == Standing()
+    assert board.standings.get(get_cell_key(result), CellStatistics()) == CellStatistics()
     assert (board.notices, board.faults) == ((), ())
 
 
@@ -89,7 +89,7 @@ def test_missing_predictions_are_reported_and_keep_the_recorded_interval(tmp_pat
     board = make_leaderboard(scan_results([tmp_path]))
 
     assert result.metrics is not None
-    assert board.standings[place_of(result)] == Standing(interval=result.metrics.top1_ci95)
+    assert board.standings[get_cell_key(result)] == CellStatistics(interval=result.metrics.top1_ci95)
     assert board.notices == ("The predictions of 1 cells are missing; these cells have no rank.",)
     assert board.faults == ()
 
@@ -116,5 +116,5 @@ def test_large_table_has_no_ranks_unless_requested(tmp_path: Path, monkeypatch: 
 
     default, requested = make_leaderboard(scan), make_leaderboard(scan, ranked=True)
 
-    assert [board.standings[place_of(results[0])].rank for board in (default, requested)] == [None, 1]
+    assert [board.standings[get_cell_key(results[0])].rank for board in (default, requested)] == [None, 1]
     assert "--ranks adds them" in default.notices[0]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from msn_eval.reports.text_tables import cell_text, exact_percent
+from msn_eval.reports.text_tables import format_cell, format_exact_percent
 from msn_eval.results.folder import list_results
-from msn_eval.results.published import published_file, read_published, table_of_published
+from msn_eval.results.published import get_published_path, make_published_table, read_published
 from msn_eval.results.record import Result
 from msn_eval.results.table import make_table
 
@@ -17,7 +17,7 @@ _RECORDS = Path(__file__).parents[2] / "golden" / "records" / "schema-1"
 
 @pytest.fixture(scope="module")
 def numbers() -> pd.DataFrame:
-    return read_published(published_file())
+    return read_published(get_published_path())
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +34,20 @@ def test_every_number_is_a_percentage_with_a_source(numbers: pd.DataFrame) -> No
 
 
 def test_low_shot_numbers_of_the_paper_are_shown_as_printed(numbers: pd.DataFrame, results: list[Result]) -> None:
-    table = make_table(results, published=table_of_published(numbers, make_table(results).columns))
+    table = make_table(results, published=make_published_table(numbers, make_table(results).columns))
 
     (row,) = (row for row in table.rows if row.name == "MSN ViT-B/16" and row.source == "arXiv:2204.07141 Table 1")
-    shown = {column.subset: cell_text(cell) for (one, column), cell in table.cells.items() if one == row}
+    shown = {column.subset: format_cell(cell) for (one, column), cell in table.cells.items() if one == row}
     assert shown == {"1img": "49.8 ± 0.2", "5imgs": "65.5 ± 0.3"}
 
 
 def test_every_published_number_is_shown_with_the_digits_of_its_source(
     numbers: pd.DataFrame, results: list[Result]
 ) -> None:
-    published = table_of_published(numbers, make_table(results).columns)
+    published = make_published_table(numbers, make_table(results).columns)
 
     printed = Counter(
-        (row.source, column.probe, column.subset, exact_percent(cell.mean or 0))
+        (row.source, column.probe, column.subset, format_exact_percent(cell.mean or 0))
         for (row, column), cell in published.cells.items()
     )
 
@@ -65,7 +65,7 @@ def test_every_published_number_is_shown_with_the_digits_of_its_source(
 def test_published_numbers_are_not_ranked_and_have_their_own_columns(
     numbers: pd.DataFrame, results: list[Result]
 ) -> None:
-    table = make_table(results, published=table_of_published(numbers, make_table(results).columns))
+    table = make_table(results, published=make_published_table(numbers, make_table(results).columns))
 
     for (row, column), cell in table.cells.items():
         assert bool(row.source) == column.published == (cell.status == "published")
@@ -77,7 +77,7 @@ def test_published_numbers_are_not_ranked_and_have_their_own_columns(
 def test_unverified_number_is_marked_in_its_row(numbers: pd.DataFrame, results: list[Result]) -> None:
     doubtful = numbers[numbers["subset"] == "1img"].head(1).assign(verified=False)
 
-    published = table_of_published(doubtful, make_table(results).columns)
+    published = make_published_table(doubtful, make_table(results).columns)
 
     assert "unverified" in published.rows[0].note
     assert any("unverified" in notice for notice in published.notices)

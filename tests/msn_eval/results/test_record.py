@@ -20,15 +20,15 @@ from msn_eval.results.record import (
     SCHEMA,
     EnvironmentInfo,
     Result,
-    as_json,
     describe_environment,
+    encode_result,
     protocol_id,
     read_predictions,
     read_result,
     result_id,
     write_result,
 )
-from msn_eval.results.statistics import measure
+from msn_eval.results.statistics import compute_metrics
 
 _RELEASED = Path(__file__).parents[2] / "golden" / "records"
 
@@ -49,14 +49,14 @@ def test_distribution_is_written_only_where_there_is_one(result: Result, tmp_pat
     write_result(tmp_path, plugged, None)
 
     assert read_result(tmp_path / f"{result.id}.json") == plugged
-    assert "distribution" not in as_json(result)["checkpoint"]
+    assert "distribution" not in encode_result(result)["checkpoint"]
 
 
 def test_metrics_follow_from_the_stored_predictions(digits_runs: Path) -> None:
     for result in list_results([digits_runs]):
         assert result.predictions is not None
         predictions = read_predictions(digits_runs / result.predictions)
-        assert measure(predictions.rank_of_label) == result.metrics
+        assert compute_metrics(predictions.rank_of_label) == result.metrics
 
 
 def test_predictions_hold_every_image_in_order_with_consistent_ranks(digits_runs: Path) -> None:
@@ -177,7 +177,7 @@ def test_records_of_every_released_schema_keep_their_fields() -> None:
     assert [path.name for path in sorted(_RELEASED.iterdir())] == [f"schema-{n}" for n in range(1, SCHEMA + 1)]
     for path in _RELEASED.glob("*/*.json"):
         written = json.loads(path.read_text())
-        read = json.loads(json.dumps(as_json(read_result(path))))
+        read = json.loads(json.dumps(encode_result(read_result(path))))
         assert written.pop("schema") <= read.pop("schema") == SCHEMA
         written["checkpoint"].setdefault("allow_missing", [])  # what 0.1.0 did not record at first
         written["split"].setdefault("overlap", None)

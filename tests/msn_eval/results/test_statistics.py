@@ -17,11 +17,11 @@ from msn_eval.results.statistics import (
     Integers,
     accuracy_interval,
     compare_scores,
+    compute_metrics,
     count_right,
     difference_interval,
     draw_spread,
     holm,
-    measure,
     minimal_detectable_difference,
     rank_with_ties,
     sign_flip_test,
@@ -269,13 +269,13 @@ def test_wilson_interval_stays_within_zero_and_one(n: int) -> None:
 
 
 def test_top1_and_top5_are_shares_of_ranks() -> None:
-    metrics = measure(np.array([1, 1, 2, 5, 6, 1, 9, 3]))
+    metrics = compute_metrics(np.array([1, 1, 2, 5, 6, 1, 9, 3]))
 
     assert (metrics.top1, metrics.top5, metrics.n) == (3 / 8, 6 / 8, 8)
 
 
 def test_interval_belongs_to_top1() -> None:
-    metrics = measure(np.array([1, 4, 1, 9]))
+    metrics = compute_metrics(np.array([1, 4, 1, 9]))
 
     assert metrics.top1_ci95 == wilson_interval(2, 4)
 
@@ -286,10 +286,10 @@ def test_top5_is_one_where_there_are_five_classes_or_fewer(n_classes: int) -> No
     scores = torch.randn(40, n_classes, generator=generator)
     _, rank = rank_labels(scores, torch.randint(n_classes, (40,), generator=generator))
 
-    assert measure(rank.numpy()).top5 == 1.0
+    assert compute_metrics(rank.numpy()).top5 == 1.0
 
 
 def test_accuracies_are_plain_python_numbers() -> None:
-    metrics = measure(np.array([1, 2]))
+    metrics = compute_metrics(np.array([1, 2]))
 
     assert [type(value) for value in (metrics.top1, metrics.top5, *metrics.top1_ci95, metrics.n)] == [float] * 4 + [int]

@@ -9,13 +9,13 @@ from omegaconf import OmegaConf
 
 from msn_eval.config.reference_yaml import NETWORKS
 from msn_eval.errors import UsageError
-from msn_eval.files.package_data import shipped_folder
+from msn_eval.files.package_data import find_package_folder
 from msn_eval.models.architectures import name_architecture
 from msn_eval.models.build import outline_network
 from msn_pretrain.config.load import _MAPPED, read_recipe, recipe_as_yaml
 from msn_pretrain.config.recipe import MSNRecipe, Run, SimSiamRecipe
 
-_SHIPPED = sorted((shipped_folder("configs") / "pretrain").glob("*.yaml"))
+_SHIPPED = sorted((find_package_folder("configs") / "pretrain").glob("*.yaml"))
 
 
 def recipe_of(folder: Path, text: str, *overrides: str) -> MSNRecipe | SimSiamRecipe:
@@ -131,7 +131,7 @@ def test_a_shipped_recipe_reads_builds_and_opens_as_a_lab_note(file: Path) -> No
 def test_published_backbones_have_their_epochs_masks_and_patches(
     name: str, epochs: int, ratio: float, patches: int
 ) -> None:
-    recipe = read_recipe(shipped_folder("configs") / "pretrain" / f"{name}.yaml")
+    recipe = read_recipe(find_package_folder("configs") / "pretrain" / f"{name}.yaml")
     network = outline_network(name_architecture(recipe.encoder.name))
 
     assert (recipe.optimization.epochs, recipe.masking.ratio) == (epochs, ratio)
@@ -139,7 +139,7 @@ def test_published_backbones_have_their_epochs_masks_and_patches(
 
 
 def test_released_recipe_is_the_default_and_the_headline_differs_in_its_targets_alone() -> None:
-    folder = shipped_folder("configs") / "pretrain"
+    folder = find_package_folder("configs") / "pretrain"
     released, headline = read_recipe(folder / "msn_vits16.yaml"), read_recipe(folder / "msn_vits16_headline.yaml")
 
     assert released == MSNRecipe()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from msn_eval.checkpoints.run_folder import check_snapshot, newest_snapshot, snapshot_folders
-from msn_eval.distributed.group import Group as Ranks
+from msn_eval.distributed.group import Group as Group
 from msn_eval.errors import NumericalError, StoreError, UsageError
 from msn_pretrain.config.load import read_recipe
 from msn_pretrain.config.recipe import MSNRecipe
@@ -23,7 +23,7 @@ from msn_pretrain.training.run import build_learner
 from msn_pretrain.training.snapshot import equal, read_snapshot
 from msn_pretrain.training.train import train
 
-_ALONE = Ranks(rank=0, world=1, device=torch.device("cpu"))
+_ALONE = Group(rank=0, world=1, device=torch.device("cpu"))
 Read = Callable[..., MSNRecipe]
 
 

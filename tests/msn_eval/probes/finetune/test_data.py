@@ -12,7 +12,7 @@ from torch import Tensor
 from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.data import read_dataset
 from msn_eval.data.hashing import hash_images
-from msn_eval.data.images import ImageSet, eval_transform
+from msn_eval.data.images import ImageSet, make_eval_transform
 from msn_eval.errors import DataError
 from msn_eval.probes.finetune.data import Augmentation, Mixing, Order, draw_paths, load_training_images, make_order
 
@@ -25,7 +25,7 @@ def images() -> ImageSet:
 
 
 def _augmentation(**changes: object) -> Augmentation:
-    return replace(Augmentation(recipe=_STRONG, transform=eval_transform(16), seed=3), **changes)  # type: ignore[arg-type]
+    return replace(Augmentation(recipe=_STRONG, transform=make_eval_transform(16), seed=3), **changes)  # type: ignore[arg-type]
 
 
 def _loaded(images: ImageSet, augment: Augmentation, workers: int) -> Tensor:
@@ -86,7 +86,7 @@ def test_without_augmentation_an_image_is_as_in_evaluation(images: ImageSet) -> 
 
     plain = FinetuneRecipe(crop_share=1.0, flip=0.0, randaugment_magnitude=0)
     image = images.source.decode(images.source.read(images.ids[3]))
-    transform = eval_transform(16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    transform = make_eval_transform(16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
     found = Augmentation(recipe=plain, transform=transform, seed=0)(image, (0, 3))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from msn_eval.checkpoints.checkpoint import read_checkpoint
 from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.errors import UsageError
-from msn_eval.features.encoder import Encoder, build_encoder, encode, normalised
+from msn_eval.features.encoder import Encoder, build_encoder, encode, normalise_pixels
 from msn_eval.probes.finetune.model import DrawnDropPath, build_finetune_model, build_optimizer
 
 _VIT = "random:vit_tiny_patch16_224?img_size=16&patch_size=8&embed_dim=32&depth=3&num_heads=2"
@@ -31,7 +31,7 @@ def test_head_gets_the_features_of_its_tap(name: str, tap: str) -> None:
     seen: list[Tensor] = []
     model.head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
 
-    logits = model.network(normalised(pixels, encoder))
+    logits = model.network(normalise_pixels(pixels, encoder))
 
     torch.testing.assert_close(seen[0], encode(encoder, pixels, [tap])[tap], rtol=1e-5, atol=1e-5)
     assert torch.equal(logits, torch.zeros(2, 4))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from msn_eval.errors import NumericalError, ResourceError
-from msn_eval.probes.base import normalised_rows
+from msn_eval.probes.base import normalise_rows
 from msn_eval.probes.knn import neighbour_vote
 from msn_eval.probes.knn_search import search as search_module
 from msn_eval.probes.knn_search.candidates import Candidates, Engine, find_candidates
@@ -34,7 +34,7 @@ def _engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _unit_rows(n: int, d: int = 8, *, seed: int = 0) -> torch.Tensor:
-    return normalised_rows(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)))
+    return normalise_rows(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)))
 
 
 def _naive_nearest(queries: torch.Tensor, bank: torch.Tensor, k: int) -> list[list[int]]:
@@ -79,7 +79,7 @@ def test_equal_rows_are_found_from_the_earliest_on_however_many_there_are(k: int
     query = _unit_rows(1, seed=1)
     bank = _unit_rows(400)
     places = torch.randperm(400, generator=torch.Generator().manual_seed(2))[:copies].sort().values
-    bank[places] = normalised_rows(query + 0.001 * _unit_rows(1, seed=3))
+    bank[places] = normalise_rows(query + 0.001 * _unit_rows(1, seed=3))
 
     _, nearest = search_nearest(query.repeat(3, 1), bank, k)
 
@@ -155,7 +155,7 @@ def test_equal_rows_tie_exactly_wherever_they_stand(d: int) -> None:
     bank = _unit_rows(150, d)
     places = torch.cat([torch.arange(20, 100), torch.arange(110, 150)])  # the last ones meet the edge of a product
     bank[places] = bank[20].clone()
-    queries = normalised_rows(bank[20] + 0.1 * _unit_rows(37, d, seed=1))
+    queries = normalise_rows(bank[20] + 0.1 * _unit_rows(37, d, seed=1))
 
     cosines, nearest = search_nearest(queries, bank, 120)
 
@@ -259,7 +259,7 @@ def test_an_error_that_is_no_shortage_of_memory_is_told_as_it_is(monkeypatch: py
 
 def test_a_few_near_ties_far_from_all_others_are_ordered_by_their_cosines() -> None:
     query, others = _unit_rows(1, 64, seed=1), _unit_rows(300, 64)
-    bank = torch.cat([normalised_rows(query + 3e-4 * others[:12]), others])
+    bank = torch.cat([normalise_rows(query + 3e-4 * others[:12]), others])
 
     _, nearest = search_nearest(query, bank, 3)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from msn_eval import evaluate
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import centred_rows
+from msn_eval.probes.base import centre_rows
 from msn_eval.probes.logistic import Logistic, LogisticAutoLambda
 from msn_eval.probes.logistic_solvers import lambda_selection as lambda_choice
 from msn_eval.probes.logistic_solvers import newton as full_data
@@ -34,7 +34,7 @@ def _clusters(n: int, d: int, classes: int, *, noise: float = 1.0, seed: int = 0
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
     centres = torch.randn(classes, d, generator=generator)
-    return centred_rows(centres[labels] + noise * torch.randn(n, d, generator=generator)), labels
+    return centre_rows(centres[labels] + noise * torch.randn(n, d, generator=generator)), labels
 
 
 def _labelled(rows: Tensor, labels: Tensor) -> LabelledRows:

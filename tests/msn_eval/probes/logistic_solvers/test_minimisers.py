@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from msn_eval.probes.base import centred_rows
+from msn_eval.probes.base import centre_rows
 from msn_eval.probes.logistic_solvers import newton
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton, minimise_path
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution, certify
@@ -32,7 +32,7 @@ def _clusters(n: int, d: int, n_classes: int) -> tuple[torch.Tensor, torch.Tenso
     centres = torch.randn(n_classes, d, dtype=torch.float64, generator=generator)
     labels = torch.arange(n) % n_classes
     noise = torch.randn(n, d, dtype=torch.float64, generator=generator)
-    return centred_rows(centres[labels] + 1.5 * noise), labels
+    return centre_rows(centres[labels] + 1.5 * noise), labels
 
 
 def _problem(rows: torch.Tensor, labels: torch.Tensor, l2: float) -> CrossEntropyProblem:
@@ -74,7 +74,7 @@ def test_optimum_on_clusters_is_that_of_scikit_learn(minimise: Minimiser, l2: fl
 @pytest.mark.parametrize("l2", [0.0025, 0.075])
 def test_optimum_on_digits_is_that_of_scikit_learn(minimise: Minimiser, l2: float) -> None:
     values, digits = load_digits(return_X_y=True)
-    rows, labels = centred_rows(torch.from_numpy(values)), torch.from_numpy(digits)
+    rows, labels = centre_rows(torch.from_numpy(values)), torch.from_numpy(digits)
     problem = _problem(rows[:1000], labels[:1000], l2)
     theirs = _sklearn_weights(problem, inverse_l2=1 / l2)
 
@@ -208,7 +208,7 @@ def test_newton_is_not_misled_where_float32_takes_every_row_for_certain(n: int, 
 def test_unevenly_spread_rows_are_solved_from_zero(l2: float) -> None:
     rows, labels = _clusters(300, 24, 10)
     spread = torch.linspace(0, -3, 24, dtype=torch.float64).exp()
-    problem = _problem(centred_rows(rows * spread), labels, l2)
+    problem = _problem(centre_rows(rows * spread), labels, l2)
 
     solution, steps = minimise_by_newton(problem, target=1e-6)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import centred_rows
+from msn_eval.probes.base import centre_rows
 from msn_eval.probes.logistic import Logistic
 from msn_eval.probes.logistic_solvers import newton
 from msn_eval.probes.logistic_solvers.newton import (
@@ -41,7 +41,7 @@ def _share(values: Tensor, labels: Tensor) -> RowShare:
 
 
 def _whole(values: Tensor, labels: Tensor, l2: float) -> CrossEntropyProblem:
-    return CrossEntropyProblem(rows=centred_rows(values), labels=labels, n_classes=6, mu=l2 / len(values))
+    return CrossEntropyProblem(rows=centre_rows(values), labels=labels, n_classes=6, mu=l2 / len(values))
 
 
 def _solve(share: RowShare, *, target: float = 1e-6) -> list[Solution]:
@@ -151,7 +151,7 @@ def test_products_are_taken_of_rows_that_are_the_protocols_to_float32() -> None:
 
     ((_, quick),) = rows.blocks(torch.float32)
 
-    torch.testing.assert_close(quick, centred_rows(values).float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(quick, centre_rows(values).float(), rtol=0, atol=1e-6)
     assert (quick[7] == 0).all()  # the constant row
 
 

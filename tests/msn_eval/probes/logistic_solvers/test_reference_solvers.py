@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from msn_eval.errors import ResourceError, UsageError
-from msn_eval.probes.base import centred_rows
+from msn_eval.probes.base import centre_rows
 from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution
 from msn_eval.probes.logistic_solvers.reference_solvers import (
@@ -18,14 +18,14 @@ from msn_eval.probes.logistic_solvers.reference_solvers import (
 
 def _digits() -> tuple[torch.Tensor, torch.Tensor]:
     values, labels = load_digits(return_X_y=True)
-    return centred_rows(torch.from_numpy(values)), torch.from_numpy(labels)
+    return centre_rows(torch.from_numpy(values)), torch.from_numpy(labels)
 
 
 def _clusters(labels: torch.Tensor, d: int = 12) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(int(labels.max()) + 1, d, dtype=torch.float64, generator=generator)
     noise = torch.randn(len(labels), d, dtype=torch.float64, generator=generator)
-    return centred_rows(centres[labels] + 1.5 * noise)
+    return centre_rows(centres[labels] + 1.5 * noise)
 
 
 def _problem(labels: torch.Tensor, *, n_classes: int, l2: float = 0.075) -> CrossEntropyProblem:

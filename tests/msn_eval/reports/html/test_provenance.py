@@ -6,7 +6,7 @@ import pytest
 
 from msn_eval import evaluate
 from msn_eval.cli import main
-from msn_eval.reports.html.provenance import command_of, pack_records
+from msn_eval.reports.html.provenance import format_command, pack_records
 from msn_eval.results.folder import list_results
 from msn_eval.results.record import Result
 
@@ -19,7 +19,7 @@ def results(digits_runs: Path) -> list[Result]:
 @pytest.mark.parametrize("probe", ["logistic", "knn", "ncm"])
 def test_command_reproduces_the_record(probe: str, results: list[Result], tmp_path: Path) -> None:
     record = next(result for result in results if result.probe.name == probe and result.split.draw == 2)
-    arguments = shlex.split(command_of(record))
+    arguments = shlex.split(format_command(record))
 
     code = main([*arguments[1:], "--device", "cpu", "--no-cache", "--out", str(tmp_path), "-q"])
 
@@ -38,7 +38,7 @@ def test_command_reproduces_the_record(probe: str, results: list[Result], tmp_pa
 def test_command_reproduces_the_linear_probe(recipe: dict[str, object], tmp_path: Path) -> None:
     options = {"subsets": ["2imgs@1"], "probes": ["linear"], "device": "cpu", "no_cache": True}
     (record,) = evaluate(["pixels"], data="digits", out=tmp_path / "first", linear=recipe, **options)
-    arguments = shlex.split(command_of(record))
+    arguments = shlex.split(format_command(record))
 
     code = main([*arguments[1:], "--device", "cpu", "--no-cache", "--out", str(tmp_path / "again"), "-q"])
 
@@ -54,7 +54,7 @@ def test_command_has_every_option_that_was_set_manually(results: list[Result]) -
     changed = replace(record, checkpoint=checkpoint)
     object.__setattr__(changed, "protocol", protocol)  # its id does not matter here
 
-    command = command_of(changed)
+    command = format_command(changed)
 
     for option in (
         *("--checkpoint-key teacher", "--allow-missing 'head.*'", "--tap mean", "--image-pixels 96"),
@@ -66,14 +66,14 @@ def test_command_has_every_option_that_was_set_manually(results: list[Result]) -
 def test_names_are_quoted_for_the_shell(results: list[Result]) -> None:
     checkpoint = replace(results[0].checkpoint, path="a b; rm -rf $HOME")
 
-    assert "--checkpoint 'a b; rm -rf $HOME' " in command_of(replace(results[0], checkpoint=checkpoint))
+    assert "--checkpoint 'a b; rm -rf $HOME' " in format_command(replace(results[0], checkpoint=checkpoint))
 
 
 def test_a_list_file_has_no_draw(results: list[Result]) -> None:
     record = replace(results[0], split=replace(results[0].split, subset="mine.txt", draw=1))
     object.__setattr__(record, "protocol", {**record.protocol, "subset": {"name": "mine.txt", "rule": "list:abc"}})
 
-    assert command_of(record).endswith("--subset mine.txt")
+    assert format_command(record).endswith("--subset mine.txt")
 
 
 def test_parts_that_records_share_are_stored_once(results: list[Result]) -> None:
