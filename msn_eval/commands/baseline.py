@@ -18,13 +18,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Write the baseline, and print its content."""
-    from msn_eval.results.baseline import make_baseline, write_baseline
+    from msn_eval.files.atomic import write_atomically
+    from msn_eval.results.baseline import make_baseline, render_baseline
     from msn_eval.results.predictions import read_one_checkpoint
 
     check_output_file("--out", options.out)
     out, folders = Path(options.out), [Path(folder) for folder in options.runs]
     baseline = make_baseline(read_one_checkpoint(folders, name=options.name), folders)
-    write_baseline(out, baseline)
+    write_atomically(out, render_baseline(baseline).encode())
     for protocol in baseline.protocols:
         accuracy = f"{100 * float(protocol.right.mean()):.2f} % of {protocol.images:,} images"
         draws = f"{len(protocol.draws)} draw{'s' if len(protocol.draws) > 1 else ''}"

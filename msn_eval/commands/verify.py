@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 from msn_eval.errors import StoreError
 
-_MAX_SHOWN = 1000  # faults
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options to a parser."""
@@ -17,16 +15,16 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Print that all records are valid. Raises StoreError with a list of all faults."""
     from msn_eval.results.verification import verify_results
 
-    found = verify_results(options.runs)
-    if found.faults:
-        files = len({fault.where for fault in found.faults})
-        lines = [f"{fault.where}: {fault.what}" for fault in found.faults[:_MAX_SHOWN]]
-        more = [f"… and {len(found.faults) - _MAX_SHOWN} more"] if len(found.faults) > _MAX_SHOWN else []
+    outcome = verify_results(options.runs)
+    if outcome.faults:
+        files = len({fault.where for fault in outcome.faults})
+        lines = "".join(f"\n{fault.where}: {fault.what}" for fault in outcome.faults)
         raise StoreError(
-            "\n".join([f"{len(found.faults)} faults in {files} of {found.records} records", *lines, *more]),
+            f"{len(outcome.faults)} faults in {files} of {outcome.records} records{lines}",
             hint="Move these records (and their .npz) away; the same evaluation writes them again.",
         )
-    print(f"{found.records} records: ids, hashes and metrics follow from {found.images} stored predictions")
-    if found.leftovers:
-        print(f"{len(found.leftovers)} prediction files without a record, left by a killed run: {found.leftovers[0]} …")
+    print(f"{outcome.records} records: ids, hashes and metrics follow from {outcome.images} stored predictions")
+    if outcome.leftovers:
+        files = len(outcome.leftovers)
+        print(f"{files} prediction files without a record, left by a killed run: {outcome.leftovers[0]} …")
     return 0

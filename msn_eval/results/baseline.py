@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msn_eval.errors import ComparisonError
-from msn_eval.files.atomic import write_atomically
 from msn_eval.files.json_records import canonical_json
 from msn_eval.results.predictions import (
     ProtocolPredictions,
@@ -108,17 +107,15 @@ def make_baseline(results: Sequence[Result], folders: Sequence[Path]) -> Baselin
         ComparisonError: A result failed, did not converge, was scored on a part of the images (`--limit`), or is damaged.
             The error names every such protocol.
     """
-    protocols, problems = [], []
+    protocols, problems = [], ""
     for group in group_by_protocol(results).values():
         try:
             protocols.append(_make_protocol(read_protocol_predictions(group, folders)))
         except ComparisonError as error:
-            problems.append(f"  {make_protocol_title(group[0])} [{group[0].protocol_id}]: {error}")
+            problems += f"\n  {make_protocol_title(group[0])} [{group[0].protocol_id}]: {error}"
     if problems:
-        raise ComparisonError(
-            "these results cannot be a baseline:\n" + "\n".join(problems),
-            hint="Measure them again, or give a folder without them.",
-        )
+        hint = "Measure them again, or give a folder without them."
+        raise ComparisonError(f"these results cannot be a baseline:{problems}", hint=hint)
     return Baseline(
         checkpoint={name: getattr(results[0].checkpoint, name) for name in _CHECKPOINT_FIELDS},
         data=results[0].data.name,
@@ -137,7 +134,7 @@ def _make_protocol(predictions: ProtocolPredictions) -> BaselineProtocol:
     check_complete(first)
     if predictions.unconverged:
         raise ComparisonError(f"draws {list(predictions.unconverged)} did not converge")
-    draws = zip(predictions.results, predictions.right, predictions.prediction, strict=True)
+    draws = tuple(map(_make_draw, predictions.results, predictions.right, predictions.prediction))
     return BaselineProtocol(
         protocol_id=first.protocol_id,
         protocol=first.protocol,
@@ -145,18 +142,19 @@ def _make_protocol(predictions: ProtocolPredictions) -> BaselineProtocol:
         images=len(predictions.image),
         images_sha256=predictions.images_sha256,
         made_with=describe_computation(first),
-        draws=tuple(
-            BaselineDraw(
-                draw=result.split.draw,
-                labelled_images=result.split.images,
-                split_sha256=result.split.sha256,
-                overlap=result.split.overlap,
-                top1=int(right.sum()) / len(right),
-                predictions_sha256=hash_predictions(prediction),
-                right=base64.b64encode(np.packbits(right).tobytes()).decode(),
-            )
-            for result, right, prediction in draws
-        ),
+        draws=draws,
+    )
+
+
+def _make_draw(result: Result, right: NDArray[np.bool_], prediction: Integers) -> BaselineDraw:
+    return BaselineDraw(
+        draw=result.split.draw,
+        labelled_images=result.split.images,
+        split_sha256=result.split.sha256,
+        overlap=result.split.overlap,
+        top1=int(right.sum()) / len(right),
+        predictions_sha256=hash_predictions(prediction),
+        right=base64.b64encode(np.packbits(right).tobytes()).decode(),
     )
 
 
@@ -189,11 +187,6 @@ def render_baseline(baseline: Baseline) -> str:
     return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
-def write_baseline(path: Path, baseline: Baseline) -> None:
-    """Write the file atomically. Raises StoreError."""
-    write_atomically(path, render_baseline(baseline).encode())
-
-
 def read_baseline(path: Path) -> Baseline:
     """Read a baseline.
 
@@ -210,11 +203,11 @@ def read_baseline(path: Path) -> Baseline:
         content = json.loads(text)
         if (content["kind"], content["schema"]) != (_KIND, SCHEMA):
             raise ValueError(f"kind {content['kind']!r}, schema {content['schema']!r}; this version reads {SCHEMA}")
-        protocols = (
+        protocols = tuple(
             BaselineProtocol(**protocol | {"draws": tuple(BaselineDraw(**draw) for draw in protocol["draws"])})
             for protocol in content["protocols"]
         )
-        baseline = Baseline(checkpoint=content["checkpoint"], data=content["data"], protocols=tuple(protocols))
+        baseline = Baseline(checkpoint=content["checkpoint"], data=content["data"], protocols=protocols)
         # The text contains the hash, so this compares the hash too.
         if render_baseline(baseline) != text.decode():
             raise ValueError("its content does not match its sha256: it was edited or damaged")

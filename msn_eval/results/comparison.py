@@ -27,6 +27,7 @@ from msn_eval.results.statistics import (
 )
 
 Outcome = Literal["better", "worse", "not separable"]
+Groups = dict[str, list[Result]]  # results of one checkpoint by protocol id
 LEVEL = 0.05  # two-sided, over all protocols together
 _HASH_DIGITS, _SHOWN_DIGITS = 64, 12
 
@@ -102,14 +103,6 @@ class Comparison:
     left_out: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
-class _Side:
-    """The results of one checkpoint by protocol, and where their predictions are."""
-
-    results: dict[str, list[Result]]
-    folders: Sequence[Path]
-
-
 def compare(
     first: Sequence[Result], second: Sequence[Result], folders: tuple[Sequence[Path], Sequence[Path]]
 ) -> Comparison:
@@ -123,23 +116,20 @@ def compare(
     Raises:
         ComparisonError: There is nothing to compare.
     """
-    a, b = _Side(group_by_protocol(first), folders[0]), _Side(group_by_protocol(second), folders[1])
-    pairs: list[tuple[ProtocolPredictions, ProtocolPredictions]] = []
-    left_out: list[tuple[str, str]] = []
-    for protocol_id, results in {**a.results, **b.results}.items():
+    sides = group_by_protocol(first), group_by_protocol(second)
+    pairs, left_out = [], []
+    for protocol_id, results in (sides[0] | sides[1]).items():
         try:
-            pairs.append(_read_pair(protocol_id, a, b))
+            pairs.append(_read_pair(protocol_id, sides, folders))
         except ComparisonError as error:
             left_out.append((f"{make_protocol_title(results[0])} [{protocol_id}]", str(error)))
     if not pairs:
         reasons = "\n".join(f"  {title}: {reason}" for title, reason in left_out)
         raise ComparisonError(f"nothing can be compared:\n{reasons}", hint="Evaluate both with the same options.")
-    paired = [compare_scores(one.scores, other.scores, draws=len(one.draws)) for one, other in pairs]
+    paired = [compare_scores(a.scores, b.scores, draws=len(a.draws)) for a, b in pairs]
     p_values = holm([test.two_sided for test in paired])
-    protocols = [
-        _compare_protocol(*pair, test, p_value, tests=len(pairs))
-        for pair, test, p_value in zip(pairs, paired, p_values, strict=True)
-    ]
+    tests = zip(pairs, paired, p_values, strict=True)
+    protocols = [_compare_protocol(*pair, test, p_value, tests=len(pairs)) for pair, test, p_value in tests]
     return Comparison(
         first=first[0].checkpoint,
         second=second[0].checkpoint,
@@ -148,14 +138,18 @@ def compare(
     )
 
 
-def _read_pair(protocol_id: str, a: _Side, b: _Side) -> tuple[ProtocolPredictions, ProtocolPredictions]:
+def _read_pair(
+    protocol_id: str, sides: tuple[Groups, Groups], folders: tuple[Sequence[Path], Sequence[Path]]
+) -> tuple[ProtocolPredictions, ProtocolPredictions]:
     """Read both sides of one protocol, restricted to the draws that both have. Raises ComparisonError."""
-    for own, other, name in ((a, b, "second"), (b, a, "first")):
-        if protocol_id not in other.results:
-            unmatched = [other.results[key][0].protocol for key in other.results if key not in own.results]
-            nearest = "; ".join(find_nearest_protocol(own.results[protocol_id][0].protocol, unmatched))
+    for (own, other), name in ((sides, "second"), (sides[::-1], "first")):
+        if protocol_id not in other:
+            unmatched = [other[key][0].protocol for key in other if key not in own]
+            nearest = "; ".join(find_nearest_protocol(own[protocol_id][0].protocol, unmatched))
             raise ComparisonError(f"the {name} has no result under it" + (f"; nearest: {nearest}" if nearest else ""))
-    first, second = (read_protocol_predictions(side.results[protocol_id], side.folders) for side in (a, b))
+    first, second = (
+        read_protocol_predictions(side[protocol_id], paths) for side, paths in zip(sides, folders, strict=True)
+    )
     common = [draw for draw in first.draws if draw in second.draws]
     if not common:
         raise ComparisonError(f"no draw in common: {list(first.draws)} and {list(second.draws)}")
@@ -163,7 +157,7 @@ def _read_pair(protocol_id: str, a: _Side, b: _Side) -> tuple[ProtocolPrediction
     if first.images_sha256 != second.images_sha256:
         raise ComparisonError("the test images or their labels differ")
     splits = zip(common, first.results, second.results, strict=True)
-    if different := [draw for draw, one, other in splits if one.split.sha256 != other.split.sha256]:
+    if different := [draw for draw, a, b in splits if a.split.sha256 != b.split.sha256]:
         raise ComparisonError(f"draws {different} were fitted to different labelled images")
     return first, second
 
@@ -178,10 +172,8 @@ def _compare_protocol(
         outcome = "better" if paired.difference > 0 else "worse"
         words = f"the second is {outcome} by {100 * abs(paired.difference):.2f} points"
     elif paired.differing:
-        words = (
-            f"not separable: a true difference of {100 * detectable:.2f} points or more would be found "
-            f"{100 * POWER:g} times in 100"
-        )
+        found = f"would be found {100 * POWER:g} times in 100"
+        words = f"not separable: a true difference of {100 * detectable:.2f} points or more {found}"
     else:
         words = "the same predictions" if np.array_equal(a.prediction, b.prediction) else "right on the same images"
     if doubtful := [name for name, side in (("first", a), ("second", b)) if side.unconverged]:
@@ -213,16 +205,11 @@ def _measure(predictions: ProtocolPredictions) -> Measured:
 def _list_class_changes(a: ProtocolPredictions, b: ProtocolPredictions) -> tuple[ClassChange, ...]:
     images = np.bincount(a.label)
     first, second = (np.bincount(a.label, weights=side.scores) for side in (a, b))
-    changes = [
-        ClassChange(
-            name=name,
-            images=int(images[label]),
-            first=float(first[label] / (len(a.draws) * images[label])),
-            second=float(second[label] / (len(a.draws) * images[label])),
-        )
-        for label, name in a.read_class_names().items()
-        if first[label] != second[label]
-    ]
+    changes = []
+    for label, name in a.read_class_names().items():
+        if first[label] != second[label]:
+            before, after = (float(right[label] / (len(a.draws) * images[label])) for right in (first, second))
+            changes.append(ClassChange(name=name, images=int(images[label]), first=before, second=after))
     return tuple(sorted(changes, key=lambda change: (-abs(change.second - change.first), change.name)))
 
 
@@ -241,7 +228,7 @@ def _list_flips(a: ProtocolPredictions, b: ProtocolPredictions) -> tuple[Flip, .
 def list_protocol_differences(first: Mapping[str, object], second: Mapping[str, object]) -> list[str]:
     """Return the fields in which two nested mappings differ, such as `limit: None -> 5`."""
     a, b = flatten_fields(first), flatten_fields(second)
-    differing = [key for key in {**a, **b} if key not in a or key not in b or a[key] != b[key]]
+    differing = [key for key in a | b if key not in a or key not in b or a[key] != b[key]]
     return [f"{key}: {_show_field(a, key)} -> {_show_field(b, key)}" for key in differing]
 
 

@@ -56,19 +56,18 @@ def scan_results(folders: Iterable[str | Path]) -> ResultScan:
             except StoreError as error:
                 faults.append(error)
                 continue
-            known = records.get(result.id, (None, path))[0]
+            known, _ = records.get(result.id, (result, path))
             if result.id != path.stem:
                 what = f"holds the record of {result.id}: it was renamed or edited"
                 faults.append(StoreError(what, where=str(path), hint=MOVE_AWAY))
-            elif known is not None and known.split.sha256 != result.split.sha256:
+            elif known.split.sha256 != result.split.sha256:
                 what = f"result {result.id} is in several folders, measured with different labelled images"
                 faults.append(StoreError(what, where=str(path), hint="Report the folders one at a time."))
-            elif known is None or (known.status == "failed" and result.status != "failed"):  # a retry succeeded
+            elif known is result or (known.status == "failed" and result.status != "failed"):  # a retry succeeded
                 records[result.id] = (result, path)
     if not records and not faults:
-        raise UsageError(
-            "no results here", where=", ".join(map(str, directories)), hint="Run msn-eval with --out first."
-        )
+        where = ", ".join(map(str, directories))
+        raise UsageError("no results here", where=where, hint="Run msn-eval with --out first.")
     return ResultScan(
         results=tuple(result for result, _ in records.values()),
         paths=tuple(path for _, path in records.values()),
@@ -93,9 +92,8 @@ def _list_record_paths(folder: Path) -> list[Path]:
         with os.scandir(folder) as entries:
             return [folder / name for name in sorted(entry.name for entry in entries) if _RECORD_NAME.fullmatch(name)]
     except OSError as error:
-        raise UsageError(
-            f"no such result folder: {error.strerror}", where=str(folder), hint="Give the --out folder of a run."
-        ) from error
+        what = f"no such result folder: {error.strerror}"
+        raise UsageError(what, where=str(folder), hint="Give the --out folder of a run.") from error
 
 
 def _read_contents(paths: Sequence[Path]) -> Iterator[bytes | OSError]:

@@ -125,25 +125,29 @@ def check_results(
     """
     groups = group_by_protocol(results)
     known = {entry.protocol_id for entry in baseline.protocols}
-    extra = {key: group[0] for key, group in groups.items() if key not in known}
+    extra = [group[0] for key, group in groups.items() if key not in known]
     verdicts: dict[str, ProtocolVerdict] = {}
     comparable: list[tuple[BaselineProtocol, ProtocolPredictions]] = []
     for entry in baseline.protocols:
         try:
             if entry.protocol_id not in groups:
-                raise ComparisonError(_explain_missing(entry, list(extra.values())))
+                fields = "; ".join(find_nearest_protocol(entry.protocol, [result.protocol for result in extra]))
+                reason = (
+                    f"another protocol was measured: {fields}" if fields else "there is no result under this protocol"
+                )
+                raise ComparisonError(reason)
             predictions = read_protocol_predictions(groups[entry.protocol_id], folders)
             _check_comparable(entry, predictions)
             comparable.append((entry, predictions))
         except ComparisonError as error:
             verdicts[entry.protocol_id] = _refuse(entry.protocol_id, entry.title, str(error))
     verdicts |= {verdict.protocol_id: verdict for verdict in _judge(comparable, margin)}
-    titles = sorted((make_protocol_title(result), key) for key, result in extra.items())
+    titles = sorted((make_protocol_title(result), result.protocol_id) for result in extra)
     protocols = (
         *(verdicts[entry.protocol_id] for entry in baseline.protocols),
         *(_refuse(key, title, f"no baseline for key {title} [{key}]") for title, key in titles),
     )
-    overall = next(verdict for verdict in EXIT_CODES if verdict in {one.verdict for one in protocols})
+    overall = next(name for name in EXIT_CODES if name in {protocol.verdict for protocol in protocols})
     return GateReport(
         verdict=overall,
         exit_code=EXIT_CODES[overall],
@@ -159,14 +163,6 @@ def check_results(
 
 def _refuse(protocol_id: str, title: str, reason: str) -> ProtocolVerdict:
     return ProtocolVerdict(protocol_id=protocol_id, title=title, verdict="not comparable", reason=reason)
-
-
-def _explain_missing(entry: BaselineProtocol, extra: Sequence[Result]) -> str:
-    """Name the fields in which the nearest measured protocol differs, where there is one."""
-    fields = find_nearest_protocol(entry.protocol, [result.protocol for result in extra])
-    if not fields:
-        return "there is no result under this protocol"
-    return f"another protocol was measured: {'; '.join(fields)}"
 
 
 def _check_comparable(entry: BaselineProtocol, predictions: ProtocolPredictions) -> None:
@@ -197,13 +193,13 @@ def judge_differences(
         draws: Number of draws per protocol.
         margin: Smallest drop that is a regression, a fraction.
     """
-    tests = [sign_flip_test(one) for one in differences]
+    tests = [sign_flip_test(changes) for changes in differences]
     worse, better = holm([test.lower for test in tests]), holm([test.upper for test in tests])
     verdicts = []
-    for one, count, p_worse, p_better in zip(differences, draws, worse, better, strict=True):
-        change = int(one.sum()) / (len(one) * count)
+    for changes, count, p_worse, p_better in zip(differences, draws, worse, better, strict=True):
+        change = int(changes.sum()) / (len(changes) * count)
         # Under Holm the strictest test has the family's level over the number of protocols.
-        detectable = minimal_detectable_difference(one, draws=count, level=LEVEL / len(differences))
+        detectable = minimal_detectable_difference(changes, draws=count, level=LEVEL / len(differences))
         verdict: Verdict = "inconclusive"
         # NaN compares as false, so it reaches none of these verdicts.
         if p_worse <= LEVEL and -change >= margin:
@@ -222,20 +218,16 @@ def _judge(comparable: Sequence[tuple[BaselineProtocol, ProtocolPredictions]], m
     verdicts = []
     for (entry, predictions), number in zip(comparable, numbers, strict=True):
         verdict, reason = _decide_verdict(entry, predictions, number.verdict, margin)
-        computation = describe_computation(predictions.first)
         verdicts.append(
             ProtocolVerdict(
                 protocol_id=entry.protocol_id,
                 title=entry.title,
-                verdict=verdict,
                 reason=reason,
                 baseline_accuracy=float(entry.right.mean()),
                 accuracy=float(predictions.right.mean()),
                 paired=compare_scores(entry.scores, predictions.scores, draws=len(entry.draws)),
-                worse=number.worse,
-                better=number.better,
-                detectable=number.detectable,
-                notes=tuple(list_protocol_differences(entry.made_with, computation)),
+                notes=tuple(list_protocol_differences(entry.made_with, describe_computation(predictions.first))),
+                **vars(number) | {"verdict": verdict},
             )
         )
     return verdicts
@@ -261,12 +253,9 @@ def _decide_verdict(
         "pass": f"no drop of {points} or more; one would have been found",
         "inconclusive": f"too few images to find a drop of {points}, for so many that differ",
     }
-    if numeric == "inconclusive" and _are_same_predictions(entry, predictions):
+    same_hashes = [draw.predictions_sha256 for draw in entry.draws] == list(
+        map(hash_predictions, predictions.prediction)
+    )
+    if numeric == "inconclusive" and same_hashes and np.array_equal(entry.right, predictions.right):
         return "pass", "no prediction differs"
     return numeric, reasons[numeric]
-
-
-def _are_same_predictions(entry: BaselineProtocol, predictions: ProtocolPredictions) -> bool:
-    expected = [draw.predictions_sha256 for draw in entry.draws]
-    same_scores = bool(np.array_equal(entry.right, predictions.right))
-    return same_scores and expected == [hash_predictions(draw) for draw in predictions.prediction]

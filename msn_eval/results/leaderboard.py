@@ -1,5 +1,6 @@
 """Leaderboard: interval and rank of each cell of a table, computed from the stored predictions."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,12 +53,11 @@ def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderb
         for cell_key, draws in cells.items()
         if len(draws) == 1 and draws[0][0].metrics is not None
     }
-    if ranked is False:
-        notice = "Ranks, and intervals over several draws, were not requested."
-        return Leaderboard(standings=standings, notices=(notice,))
+    reason = "were not requested." if ranked is False else ""
     if ranked is None and _estimate_cost(columns) > _MAX_COST:
-        notice = "Ranks, and intervals over several draws, are left out of a table of this size; --ranks adds them."
-        return Leaderboard(standings=standings, notices=(notice,))
+        reason = "are left out of a table of this size; --ranks adds them."
+    if reason:
+        return Leaderboard(standings=standings, notices=(f"Ranks, and intervals over several draws, {reason}",))
     faults, missing = [], 0
     with ThreadPoolExecutor(_READERS) as readers:
         for cells in columns:
@@ -93,8 +93,7 @@ def _estimate_cost(columns: Sequence[Mapping[CellKey, _Draws]]) -> int:
     cost = 0
     for cells in columns:
         images = max((draws[0][0].data.val_images for draws in cells.values()), default=0)
-        pairs = len(cells) * (len(cells) - 1) // 2
-        cost += sum(map(len, cells.values())) * images + pairs * (images + _PAIR_COST)
+        cost += sum(map(len, cells.values())) * images + math.comb(len(cells), 2) * (images + _PAIR_COST)
     return cost
 
 
@@ -120,8 +119,7 @@ def _read_scores(draws: _Draws) -> Integers | StoreError | None:
 def _rank(cells: Mapping[CellKey, _Draws], scores: Mapping[CellKey, Integers]) -> dict[CellKey, int]:
     """Return the ranks of the cells that hold every draw of their column."""
     draws = {cell_key: {result.split.draw for result, _ in pairs} for cell_key, pairs in cells.items()}
-    all_draws = set().union(*draws.values())
-    complete = [cell_key for cell_key in scores if draws[cell_key] == all_draws]
+    complete = [cell_key for cell_key in scores if draws[cell_key] == set().union(*draws.values())]
     if len(complete) < 2:
         return {}
     return dict(zip(complete, rank_with_ties([scores[cell_key] for cell_key in complete]), strict=True))

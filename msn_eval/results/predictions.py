@@ -92,8 +92,8 @@ def make_protocol_title(result: Result) -> str:
     settings = result.probe.params
     params = [f"{symbols.get(name, name)}={value:g}" for name, value in settings.items() if not isinstance(value, str)]
     if len(params) > _MAX_TITLE_PARAMS:
-        taps = [f"taps={settings['taps']}"] if "taps" in settings else []
-        params = [*taps, f"#{result.protocol_id[:8]}"]
+        params = [f"taps={settings['taps']}"] if "taps" in settings else []
+        params.append(f"#{result.protocol_id[:8]}")
     if "auto" in settings:
         params = ["λ=auto"]  # the rule and its grid are too long for a title
     return f"{' '.join([result.probe.name, *params])}, {result.split.subset}"
@@ -113,13 +113,14 @@ def read_one_checkpoint(folders: Sequence[Path], *, name: str | None) -> list[Re
     if len(matches) == 1:
         return matches[0]
     checkpoints = [group[0].checkpoint for group in matches or groups.values()]
-    listed = ", ".join(dict.fromkeys(f"{one.name} [{one.weights_sha256[:_HASH_PREFIX]}]" for one in checkpoints))
+    names = [f"{checkpoint.name} [{checkpoint.weights_sha256[:_HASH_PREFIX]}]" for checkpoint in checkpoints]
+    listed = ", ".join(dict.fromkeys(names))
     problem = f"holds results of {len(matches or groups)} checkpoints, and one is needed: {listed}"
     if not matches and name is not None:
-        suggestion = did_you_mean(name, [one.name for one in checkpoints])
+        suggestion = did_you_mean(name, [checkpoint.name for checkpoint in checkpoints])
         problem = f"holds no results of a checkpoint {name!r}.{suggestion} It holds: {listed}"
-    where = ", ".join(map(str, folders))
-    raise UsageError(problem, where=where, hint="Name one by its name or the first digits of its hash.")
+    hint = "Name one by its name or the first digits of its hash."
+    raise UsageError(problem, where=", ".join(map(str, folders)), hint=hint)
 
 
 def _is_called(results: Sequence[Result], name: str) -> bool:
@@ -148,17 +149,13 @@ def read_protocol_predictions(results: Sequence[Result], folders: Sequence[Path]
     draws = [result.split.draw for result in results]
     if len(set(draws)) != len(draws):
         raise ComparisonError(f"a draw occurs twice: {draws}")
-    predictions = [_read_draw(result, folders) for result in results]
-    first = predictions[0]
-    for draw, other in zip(draws, predictions, strict=True):
-        if not (np.array_equal(other.image, first.image) and np.array_equal(other.label, first.label)):
+    stored = [_read_draw(result, folders) for result in results]
+    image, label = stored[0].image, stored[0].label
+    for draw, other in zip(draws, stored, strict=True):
+        if not (np.array_equal(other.image, image) and np.array_equal(other.label, label)):
             raise ComparisonError(f"draw {draw} has different test images than draw {draws[0]}")
-    return ProtocolPredictions(
-        results=tuple(results),
-        image=first.image,
-        label=first.label,
-        prediction=np.stack([one.prediction for one in predictions]),
-    )
+    prediction = np.stack([predictions.prediction for predictions in stored])
+    return ProtocolPredictions(results=tuple(results), image=image, label=label, prediction=prediction)
 
 
 def _read_draw(result: Result, folders: Sequence[Path]) -> Predictions:

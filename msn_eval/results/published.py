@@ -10,13 +10,8 @@ from msn_eval.results.table import Cell, Column, Row, Table
 if TYPE_CHECKING:
     import pandas as pd
 
-_NAMES = {
-    "pretrain_data": "pretraining",
-    "pretrain_epochs": "epochs",
-    "protocol": "probe",
-    "labels": "subset",
-    "value": "percent",
-}
+_NAMES = {"pretrain_data": "pretraining", "pretrain_epochs": "epochs", "protocol": "probe", "labels": "subset",
+          "value": "percent"}  # fmt: skip
 _VALUES = {"probe": {"logreg": "logistic"}, "subset": {"100pct": "full"}}
 # Of ImageNet's 1,281,167 training images of 1,000 classes; the published 1 % list has 12,811.
 _IMAGES_PER_CLASS = {"1img": 1, "2imgs": 2, "5imgs": 5, "1pct": 12.811, "10pct": 128.1167, "full": 1281.167}
@@ -58,31 +53,20 @@ def make_published_table(numbers: "pd.DataFrame", columns: Sequence[Column]) -> 
     subsets = {column.subset for column in columns}
     probes = {column.probe for column in columns} | {"finetune"}
     is_wanted = numbers["subset"].isin(subsets) & numbers["probe"].isin(probes) & (numbers["metric"] == _METRIC)
-    wanted = (
-        numbers[is_wanted]
-        .sort_values(["source", "epochs"])
-        .sort_values(["method", "arch"], key=lambda names: names.str.casefold(), kind="stable")
-    )
-    cells = {
-        (_make_row(number), _make_column(number["probe"], number["subset"])): Cell(
-            mean=_to_fraction(number["percent"]),
-            std=_to_fraction(number["std"]) if number["std"] else None,
-            draws=None,
-            status="published",
-        )
-        for number in wanted.to_dict("records")
-    }
+    wanted = numbers[is_wanted].sort_values(["source", "epochs"])
+    wanted = wanted.sort_values(["method", "arch"], key=lambda names: names.str.casefold(), kind="stable")
+    cells = {}
+    for number in wanted.to_dict("records"):
+        # The floats nearest to a hundredth of what is printed, so that they print as they were printed.
+        mean, std = (float(f"{number[name]}e-2") if number[name] else None for name in ("percent", "std"))
+        column = _make_column(number["probe"], number["subset"])
+        cells[_make_row(number), column] = Cell(mean=mean, std=std, draws=None, status="published")
     return Table(
         rows=tuple(dict.fromkeys(row for row, _ in cells)),
         columns=tuple(dict.fromkeys(column for _, column in cells)),
         cells=cells,
         notices=tuple(_list_notices(wanted)),
     )
-
-
-def _to_fraction(percent: str) -> float:
-    """Return the float nearest to a hundredth of the printed number, so that it prints as it was printed."""
-    return float(f"{percent}e-2")
 
 
 def _make_column(probe: str, subset: str) -> Column:

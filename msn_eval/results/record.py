@@ -301,8 +301,7 @@ def parse_result(text: bytes | OSError, path: Path) -> Result:
 
 def _check_metrics(metrics: Metrics) -> None:
     low, high = metrics.top1_ci95
-    fractions = (metrics.top1, metrics.top5, low, high)
-    if not all(0 <= one <= 1 for one in fractions) or metrics.top1 > metrics.top5 or low > high or metrics.n < 1:
+    if not 0 <= metrics.top1 <= metrics.top5 <= 1 or not 0 <= low <= high <= 1 or metrics.n < 1:
         raise ValueError(f"its metrics are not accuracies: {metrics}")
 
 
@@ -324,13 +323,12 @@ def describe_environment(device: "torch.device", *, batch_size: int, seed: int) 
     """Return the versions, the device and the settings that a record states."""
     import torch
 
-    name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     return EnvironmentInfo(
         package=__version__,
         git=_read_commit(),
         python=platform.python_version(),
         torch=torch.__version__,
-        device=name,
+        device=f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
         batch_size=batch_size,
         seed=seed,
     )
@@ -342,14 +340,8 @@ def _read_commit() -> str | None:
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
+    command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        commit = _run_git(root, "rev-parse", "HEAD").strip()
-        changes = _run_git(root, "status", "--porcelain", "--untracked-files=no")
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+" if changes else "")
-
-
-def _run_git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout

@@ -1,6 +1,7 @@
 """Reproduction: a published low-shot number, the settings that it was measured with, and whether ours agrees."""
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -127,11 +128,12 @@ NETWORKS = (
 @cache
 def list_reproductions() -> tuple[Reproduction, ...]:
     """Return every published number that has a name, network by network."""
-    return tuple(one for network in NETWORKS for one in _list_numbers(network))
+    numbers = read_published(get_published_path())
+    numbers = numbers[(numbers["pretraining"] == "ImageNet-1K") & (numbers["metric"] == "top1")]
+    return tuple(reproduction for network in NETWORKS for reproduction in _list_numbers(network, numbers))
 
 
-def _list_numbers(network: Network) -> Iterator[Reproduction]:
-    numbers = _read_imagenet_numbers()
+def _list_numbers(network: Network, numbers: "pd.DataFrame") -> Iterator[Reproduction]:
     numbers = numbers[(numbers["method"] == network.method) & (numbers["arch"] == network.printed_arch)]
     cells: list[tuple[str, str, ProbeName, str]] = [(subset, subset, "logistic", _PAPER) for subset in _LOW_SHOT]
     if network.name == "msn-vitl7":
@@ -153,12 +155,6 @@ def _list_numbers(network: Network) -> Iterator[Reproduction]:
             )
 
 
-@cache
-def _read_imagenet_numbers() -> "pd.DataFrame":
-    numbers = read_published(get_published_path())
-    return numbers[(numbers["pretraining"] == "ImageNet-1K") & (numbers["metric"] == "top1")]
-
-
 def find_reproductions(name: str) -> tuple[Reproduction, ...]:
     """Return the published number called `name`, or all numbers of the network of that name.
 
@@ -166,24 +162,20 @@ def find_reproductions(name: str) -> tuple[Reproduction, ...]:
         UsageError: The name is unknown.
     """
     known = list_reproductions()
-    matches = tuple(one for one in known if name in (one.name, one.network.name))
+    matches = tuple(number for number in known if name in (number.name, number.network.name))
     if not matches:
-        suggestion = did_you_mean(name, [*(one.name for one in known), *(network.name for network in NETWORKS)])
+        suggestion = did_you_mean(
+            name, [known_name for number in known for known_name in (number.name, number.network.name)]
+        )
         raise UsageError(f"no such published number.{suggestion}", where=name, hint="See msn-eval reproduce --list.")
     return matches
 
 
 def request_options(reproduction: Reproduction) -> dict[str, object]:
     """Return the options of an evaluation that a reproduction pins. The published numbers are float32."""
-    pinned: dict[str, object] = {
-        "subset": [reproduction.subset],
-        "probe": [reproduction.probe],
-        "precision": "fp32",
-        "decoder": "pillow",
-    }
-    if reproduction.strength is not None:
-        pinned["lambda_"] = [repr(reproduction.strength[0])]
-    return pinned
+    known = {} if reproduction.strength is None else {"lambda_": [repr(reproduction.strength[0])]}
+    names = {"subset": [reproduction.subset], "probe": [reproduction.probe]}
+    return {**names, **known, "precision": "fp32", "decoder": "pillow"}
 
 
 def judge(reproduction: Reproduction, results: Sequence[Result], *, draws: int) -> tuple[Verdict, ...]:
@@ -194,9 +186,9 @@ def judge(reproduction: Reproduction, results: Sequence[Result], *, draws: int) 
         results: Results of its network, subset and probe.
         draws: Required number of draws for each setting.
     """
-    by_params: dict[str, list[Result]] = {}
+    by_params: defaultdict[str, list[Result]] = defaultdict(list)
     for result in results:
-        by_params.setdefault(str(dict(result.probe.params)), []).append(result)
+        by_params[str(dict(result.probe.params))].append(result)
     return tuple(_judge_setting(reproduction, group, draws) for group in by_params.values())
 
 
@@ -207,11 +199,9 @@ def _judge_setting(reproduction: Reproduction, results: Sequence[Result], draws:
     if not valid == len(results) == draws:
         reason = f"{valid} of {draws} draws have a valid result"
         return Verdict(params=params, measured=None, std=None, draws=len(scores), judgement="no verdict", reason=reason)
-    mean = statistics.fmean(scores)
+    mean, std = statistics.fmean(scores), draw_spread(scores)
     judgement, reason = _judge_mean(reproduction, mean)
-    return Verdict(
-        params=params, measured=mean, std=draw_spread(scores), draws=draws, judgement=judgement, reason=reason
-    )
+    return Verdict(params=params, measured=mean, std=std, draws=draws, judgement=judgement, reason=reason)
 
 
 def _judge_mean(reproduction: Reproduction, measured: float) -> tuple[Judgement, str]:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
 POWER = 0.8
 TIE_LEVEL = 0.05
@@ -117,8 +116,7 @@ def draw_spread(accuracies: Sequence[float]) -> float | None:
 
 def count_right(right: NDArray[np.bool_]) -> Integers:
     """Compute each image's score, (n,) int64, from (draws, n) booleans: the number of draws in which it is right."""
-    scores: Integers = right.sum(axis=0, dtype=np.int64)
-    return scores
+    return np.asarray(right.sum(axis=0, dtype=np.int64))
 
 
 def accuracy_interval(scores: Integers, *, draws: int) -> Interval:
@@ -226,6 +224,8 @@ def sign_flip_test(differences: Integers) -> SignFlip:
 
     Source: Fisher 1935, The Design of Experiments, section 21; McNemar 1947.
     """
+    from scipy import special  # takes 0.2 seconds to import, and most tables do without
+
     counts_by_size = np.bincount(np.abs(differences))
     sizes = 1 + np.flatnonzero(counts_by_size[1:])
     counts = counts_by_size[sizes]
@@ -234,8 +234,7 @@ def sign_flip_test(differences: Integers) -> SignFlip:
         return SignFlip(lower=1.0, upper=1.0, two_sided=1.0)
     positive = (int(differences.sum()) + total) // 2  # the observed T
     if len(sizes) == 1:
-        n = int(counts[0])
-        pluses = positive // int(sizes[0])
+        n, pluses = int(counts[0]), positive // int(sizes[0])
         lower, upper = (float(special.bdtr(at_most, n, 0.5)) for at_most in (pluses, n - pluses))
     else:
         first, probability = _distribute_positive_sum(sizes, counts)
@@ -264,9 +263,10 @@ def _distribute_positive_sum(sizes: Integers, counts: Integers) -> tuple[int, ND
 
 def _log_binomial(count: int) -> NDArray[np.float64]:
     """Return the log-probabilities of 0 to `count` heads in `count` tosses."""
+    from scipy import special
+
     heads = np.arange(count + 1.0)
-    logs: NDArray[np.float64] = -special.betaln(heads + 1, count - heads + 1) - math.log1p(count) - count * math.log(2)
-    return logs
+    return np.asarray(-special.betaln(heads + 1, count - heads + 1) - math.log1p(count) - count * math.log(2))
 
 
 def minimal_detectable_difference(differences: Integers, *, draws: int, level: float) -> float:
@@ -286,9 +286,10 @@ def minimal_detectable_difference(differences: Integers, *, draws: int, level: f
 
     Source: Connor 1987, doi:10.2307/2531961; Miettinen 1968.
     """
+    from scipy import optimize, special
+
     n = len(differences)
-    magnitudes = np.abs(differences)
-    squares, total = int((magnitudes**2).sum()), int(magnitudes.sum())
+    squares, total = int((differences**2).sum()), int(np.abs(differences).sum())
     observed = squares / (n * draws**2)
     size = squares / (draws * total) if total else 1.0  # of a differing image
     z_level, z_power = float(special.ndtri(1 - level)), float(special.ndtri(POWER))
@@ -299,8 +300,6 @@ def minimal_detectable_difference(differences: Integers, *, draws: int, level: f
 
     if excess(1.0) <= 0:
         return 1.0
-    from scipy import optimize  # takes half a second to import, and no table needs it
-
     # The excess is negative below the root: already at zero or, where nothing differs, shortly above.
     return float(optimize.brentq(excess, 1e-12, 1.0, xtol=1e-12))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from msn_eval.config.recipes import AugmentedRecipe, LinearRecipe, Params
 from msn_eval.results.record import Result, flatten_fields
+from msn_eval.results.statistics import draw_spread
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,7 +70,7 @@ class Column:
     @property
     def lines(self) -> tuple[str, ...]:
         """The title below the group: subset, images per class, and lambda."""
-        lines = (self.subset, f"{self.images} image{'' if self.images == '1' else 's'} a class")
+        lines = (self.subset, f"{self.images} image{'' if self.images == '1' else 's'} per class")
         return (*lines, f"λ={self.strength}") if self.strength else lines
 
     @property
@@ -195,10 +196,10 @@ def _make_frame(results: Iterable[Result]) -> "pd.DataFrame":
     frame = pd.DataFrame(
         {
             # As ASCII: pandas' strings refuse the surrogates of undecodable file names.
-            "network": [ascii((one.checkpoint.weights_sha256, one.checkpoint.key)) for one in records],
-            "protocol_id": [one.protocol_id for one in records],
-            "draw": [one.split.draw for one in records],
-            "split": [ascii(one.split.sha256) for one in records],
+            "network": [ascii((record.checkpoint.weights_sha256, record.checkpoint.key)) for record in records],
+            "protocol_id": [record.protocol_id for record in records],
+            "draw": [record.split.draw for record in records],
+            "split": [ascii(record.split.sha256) for record in records],
             "result": records,
         }
     )
@@ -206,8 +207,6 @@ def _make_frame(results: Iterable[Result]) -> "pd.DataFrame":
 
 
 def _make_cell(draws: Sequence[Result], standing: CellStatistics) -> Cell:
-    from msn_eval.results.statistics import draw_spread  # imports SciPy, which --help does without
-
     ids = tuple(result.id for result in sorted(draws, key=lambda result: result.split.draw))
     statuses = {result.status for result in draws}
     if "failed" in statuses:
@@ -260,11 +259,8 @@ def _list_split_notices(records: "pd.DataFrame") -> Iterator[str]:
 
 def _make_columns(records: "pd.DataFrame") -> Iterator[Column]:
     protocols = records.drop_duplicates("protocol_id", keep="last")["result"]
-    titles = [
-        json.dumps([result.probe.name, *(result.probe.params.get(name) for name in _TITLE_PARAMS)])
-        for result in protocols
-    ]
-    for group in protocols.groupby(titles).agg(list):
+    settings = ([result.probe.name, *map(result.probe.params.get, _TITLE_PARAMS)] for result in protocols)
+    for group in protocols.groupby(list(map(json.dumps, settings))).agg(list):
         for result, reason in zip(group, _list_reasons(group), strict=True):
             yield Column(
                 protocol_id=result.protocol_id,

@@ -15,9 +15,8 @@ from msn_eval.results.record import PROTOCOL_VERSION, Predictions, Result, read_
 _READERS = 4  # prediction files that are unpacked at a time
 _MAX_GAP = 1e-3  # relative duality gap above which a fit has not converged
 _SHA256 = re.compile("[0-9a-f]{64}")
-_FirstSeen = dict[
-    tuple[object, ...], tuple[Path, str]
-]  # by what records have in common: the first record, and its hash
+# By what records have in common: the first record, and its hash.
+_FirstSeen = dict[tuple[object, ...], tuple[Path, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +100,10 @@ def _list_record_faults(result: Result) -> Iterator[str]:
     )
     if result.id != expected_id:
         yield f"id: recorded {result.id}, computed from weights, key, protocol and draw {expected_id}"
-    for name, digest in (
-        ("checkpoint.sha256", result.checkpoint.sha256),
-        ("checkpoint.weights_sha256", result.checkpoint.weights_sha256),
-        ("data.sha256", result.data.sha256),
-        ("data.class_map_sha256", result.data.class_map_sha256),
-        ("split.sha256", result.split.sha256),
-    ):
-        if digest is not None and not _SHA256.fullmatch(digest):
-            yield f"{name}: {digest!r} is not a SHA-256"
+    for section in ("checkpoint", "data", "split"):
+        for name, digest in vars(getattr(result, section)).items():
+            if name.endswith("sha256") and digest is not None and not _SHA256.fullmatch(digest):
+                yield f"{section}.{name}: {digest!r} is not a SHA-256"
 
 
 def _list_protocol_faults(result: Result) -> Iterator[str]:
@@ -117,11 +111,10 @@ def _list_protocol_faults(result: Result) -> Iterator[str]:
     protocol = result.protocol
     if protocol.get("version") != PROTOCOL_VERSION:
         return  # protocols of another version may have different fields
-    probe = {"name": result.probe.name, "version": result.probe.version, "params": dict(result.probe.params)}
     expected = {
         "data": {"sha256": result.data.sha256, "class_map_sha256": result.data.class_map_sha256},
         "precision": "exact" if result.features.precision == "fp32" else "reduced",
-        "probe": probe,
+        "probe": {"name": result.probe.name, "version": result.probe.version, "params": dict(result.probe.params)},
     }
     for name, value in expected.items():
         if protocol.get(name) != value:
