@@ -12,7 +12,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="result folders of one checkpoint")
     parser.add_argument("--out", metavar="FILE", required=True, help="the baseline file; commit it")
     parser.add_argument(
-        "--name", metavar="NAME", help="the checkpoint, by name or start of its hash, if there are several"
+        "--name", metavar="NAME", help="the checkpoint, by name or first digits of its hash, if several"
     )
 
 

@@ -37,15 +37,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUNS", help="result folders of one checkpoint")
     parser.add_argument("--baseline", metavar="FILE", required=True, help="from `msn-eval baseline`")
     parser.add_argument(
-        "--name", metavar="NAME", help="the checkpoint, by name or start of its hash, if there are several"
+        "--name", metavar="NAME", help="the checkpoint, by name or first digits of its hash, if several"
     )
     parser.add_argument("--margin", metavar="F", help="smallest drop that is a regression; default 0.01, one point")
     parser.add_argument("--junit", metavar="FILE", help="write the verdicts to this file for a build server")
     parser.add_argument("--markdown", metavar="FILE", help="write the verdicts to this file for a pull request")
     parser.add_argument("--json", action="store_true", help="print everything as JSON on stdout, and nothing else")
-    group = parser.add_argument_group(
-        "instead of RUNS", "evaluate a checkpoint by the baseline's protocols and precision class, then check it"
-    )
+    text = "evaluate a checkpoint by the baseline's protocols and precision class, then check it"
+    group = parser.add_argument_group("instead of RUNS", text)
     group.add_argument("--checkpoint", metavar="X", help="file or scheme (see `ls checkpoints`)")
     for name, (metavar, text) in _EVALUATION_OPTIONS.items():
         if metavar is None:
@@ -61,14 +60,7 @@ def _to_option(name: str) -> str:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Judge, write the requested files, and return the verdict's exit code."""
-    from msn_eval.reports.gate import (
-        render_gate_json,
-        render_gate_junit,
-        render_gate_markdown,
-        render_gate_text,
-        render_refusal_junit,
-        render_refusal_markdown,
-    )
+    from msn_eval.reports import gate
     from msn_eval.results.baseline import read_baseline
     from msn_eval.results.gate import DEFAULT_MARGIN, check_results, parse_margin
 
@@ -80,12 +72,12 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         report = check_results(baseline, results, folders, margin=margin)
     except ComparisonError as error:
         # The reason also goes where a build server and a pull request look for it.
-        _write(options.junit, render_refusal_junit(str(error)))
-        _write(options.markdown, render_refusal_markdown(str(error)))
+        _write(options.junit, gate.render_refusal_junit(str(error)))
+        _write(options.markdown, gate.render_refusal_markdown(str(error)))
         raise
-    _write(options.junit, render_gate_junit(report))
-    _write(options.markdown, render_gate_markdown(report))
-    print(render_gate_json(report) if options.json else render_gate_text(report), end="")
+    _write(options.junit, gate.render_gate_junit(report))
+    _write(options.markdown, gate.render_gate_markdown(report))
+    print(gate.render_gate_json(report) if options.json else gate.render_gate_text(report), end="")
     return report.exit_code
 
 

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     check_output_file("--markdown", options.markdown)
     if options.runs:
-        folders = ([*map(Path, options.runs)], [*map(Path, options.runs)])
+        folders = (list(map(Path, options.runs)),) * 2
         names = (options.first, options.second)
     else:
         folders = ([Path(options.first)], [Path(options.second)])

@@ -67,8 +67,7 @@ def _list(numbers: "Sequence[Reproduction]") -> str:
         weights = number.network.checkpoint or "--checkpoint FILE"
         rows.append((number.name, _show_expected(number), strength, weights, number.source))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = ([text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in rows)
-    return "\n".join("  ".join(row).rstrip() for row in padded)
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _show_expected(number: "Reproduction") -> str:
@@ -77,12 +76,11 @@ def _show_expected(number: "Reproduction") -> str:
 
 def _describe_plan(number: "Reproduction", options: argparse.Namespace) -> str:
     network = number.network
-    probe = "knn, tap cls-norm, k = 10, 20, 100, 200, T = 0.07"
-    if number.probe == "logistic":
-        strength = "the published lambda is unknown, measured with the default of this package"
-        if number.strength is not None:
-            strength = f"lambda {number.strength[0]:g} ({number.strength[1]})"
-        probe = f"logistic, tap cls, {strength}"
+    probe = "logistic, tap cls, the published lambda is unknown, measured with the default of this package"
+    if number.probe == "knn":
+        probe = "knn, tap cls-norm, k = 10, 20, 100, 200, T = 0.07"
+    elif number.strength is not None:
+        probe = f"logistic, tap cls, lambda {number.strength[0]:g} ({number.strength[1]})"
     fields = {
         "network": f"{network.method} {network.printed_arch}, {number.epochs} epochs on ImageNet-1K",
         "weights": _describe_weights(number, options.checkpoint),
@@ -119,9 +117,9 @@ def _describe_labelled_images(number: "Reproduction") -> str:
     if number.subset == "full":
         return "every training image"
     lists = read_publication().lists_of(number.subset)
-    found = sum(find_list(entry) is not None for entry in lists)
-    hint = "" if found == len(lists) else " (run msn-eval subsets fetch)"
-    return f"{number.subset}, {found} of {len(lists)} published lists found{hint}"
+    count = sum(find_list(entry) is not None for entry in lists)
+    hint = "" if count == len(lists) else " (run msn-eval subsets fetch)"
+    return f"{number.subset}, {count} of {len(lists)} published lists found{hint}"
 
 
 def _read_inputs(numbers: "Sequence[Reproduction]", options: argparse.Namespace) -> "DataSet":
@@ -195,14 +193,8 @@ def _evaluate(number: "Reproduction", options: argparse.Namespace) -> "tuple[lis
 
 
 def _to_json(number: "Reproduction", verdict: "Verdict") -> Mapping[str, object]:
-    return {
-        "name": number.name,
-        "source": number.source,
-        "expected": number.expected,
-        "spread": number.spread,
-        "tolerance": number.tolerance,
-        **asdict(verdict),
-    }
+    fields = ("name", "source", "expected", "spread", "tolerance")
+    return {name: getattr(number, name) for name in fields} | asdict(verdict)
 
 
 def _describe_verdict(number: "Reproduction", verdict: "Verdict") -> str:

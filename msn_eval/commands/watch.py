@@ -32,20 +32,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", metavar="N", default="auto", help="decoding processes, or auto")
     parser.add_argument("--once", action="store_true", help="score the existing snapshots and end")
-    parser.add_argument(
-        "--every",
-        metavar="SECONDS",
-        type=float,
-        default=30.0,
-        help="interval between checks for new snapshots; default 30",
-    )
-    parser.add_argument(
-        "--patience",
-        metavar="MINUTES",
-        type=float,
-        default=30.0,
-        help="end when the run has written nothing for this time; default 30",
-    )
+    for name, unit, text in (
+        ("--every", "SECONDS", "interval between checks for new snapshots"),
+        ("--patience", "MINUTES", "end when the run has written nothing for this time"),
+    ):
+        parser.add_argument(name, metavar=unit, type=float, default=30.0, help=f"{text}; default 30")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -196,26 +187,17 @@ def _write_curves(folder: Path, trajectory: "Trajectory") -> list[Path]:
 
 
 def _raise_problems(folder: Path, trajectory: "Trajectory", failures: "Sequence[CheckpointError]") -> None:
+    where, count = str(folder), len(trajectory.alarms)
     if trajectory.alarms:
-        count = len(trajectory.alarms)
         lines = "".join(f"\n  {alarm}" for alarm in trajectory.alarms)
-        raise NumericalError(
-            f"{count} alarm{'' if count == 1 else 's'}{lines}",
-            where=str(folder),
-            hint="Look at the curves; continue from an earlier snapshot with a changed recipe.",
-            kept="Records and curves are in its eval folder.",
-        )
+        hint = "Look at the curves; continue from an earlier snapshot with a changed recipe."
+        kept = "Records and curves are in its eval folder."
+        raise NumericalError(f"{count} alarm{'' if count == 1 else 's'}{lines}", where=where, hint=hint, kept=kept)
     if len(failures) == 1:
         raise failures[0]
     if failures:
-        raise CheckpointError(
-            f"{len(failures)} snapshots could not be scored",
-            where=str(folder),
-            hint="Their errors are printed above; all other snapshots are scored.",
-        )
+        hint = "Their errors are printed above; all other snapshots are scored."
+        raise CheckpointError(f"{len(failures)} snapshots could not be scored", where=where, hint=hint)
     if not trajectory.points:
-        raise CheckpointError(
-            "has no finished snapshot yet",
-            where=str(folder),
-            hint="Wait for the end of an epoch, which writes one; without --once, watch waits for it.",
-        )
+        hint = "Wait for the end of an epoch, which writes one; without --once, watch waits for it."
+        raise CheckpointError("has no finished snapshot yet", where=where, hint=hint)

@@ -153,19 +153,16 @@ def read_run_info(folder: Path) -> RunInfo:
             prototypes=value("criterion", "prototypes"),
         )
     except (OSError, yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        message = " ".join(str(error).split())
-        raise CheckpointError(
-            f"cannot be read as the configuration of a run: {message}", where=str(folder / CONFIG), hint="Restore it."
-        ) from error
+        what = f"cannot be read as the configuration of a run: {' '.join(str(error).split())}"
+        raise CheckpointError(what, where=str(folder / CONFIG), hint="Restore it.") from error
 
 
 def fingerprint_run(folder: Path) -> tuple[object, ...]:
     """Return a value that changes whenever the run writes to its journal or finishes a snapshot."""
     journal = folder / METRICS
     status = journal.stat() if journal.exists() else None
-    return status and (status.st_size, status.st_mtime_ns), *(
-        snapshot.files[ENCODER] for snapshot in _list_finished(folder)
-    )
+    encoders = (snapshot.files[ENCODER] for snapshot in _list_finished(folder))
+    return status and (status.st_size, status.st_mtime_ns), *encoders
 
 
 def list_unscored(plan: Plan, folder: Path, trajectory: Trajectory, skipped: Collection[str]) -> list[SnapshotFiles]:
@@ -190,13 +187,16 @@ def list_unscored(plan: Plan, folder: Path, trajectory: Trajectory, skipped: Col
 
 def _list_finished(folder: Path) -> list[SnapshotFiles]:
     """Return the snapshots with a manifest, the newest first; one without is being written, or removed."""
-    finished = []
-    for snapshot in snapshot_folders(folder):
-        try:
-            finished.append(read_manifest(snapshot))
-        except (OSError, ValueError) as error:
-            _log.debug("%s: %s", snapshot.name, error)
-    return finished
+    manifests = map(_read_manifest, snapshot_folders(folder))
+    return [snapshot for snapshot in manifests if snapshot is not None]
+
+
+def _read_manifest(folder: Path) -> SnapshotFiles | None:
+    try:
+        return read_manifest(folder)
+    except (OSError, ValueError) as error:
+        _log.debug("%s: %s", folder.name, error)
+        return None
 
 
 def score_snapshot(plan: Plan, folder: Path, snapshot: SnapshotFiles) -> Point | None:
@@ -214,13 +214,10 @@ def score_snapshot(plan: Plan, folder: Path, snapshot: SnapshotFiles) -> Point |
         prepared = prepare(plan, str(snapshot.encoder))
         checkpoint = prepared.encoder.checkpoint
         if checkpoint.sha256 != snapshot.files[ENCODER]:
-            raise CheckpointError(
-                "is not the file that its manifest describes",
-                where=str(snapshot.encoder),
-                hint="It is skipped; the next snapshot is measured.",
-            )
+            hint = "It is skipped; the next snapshot is measured."
+            raise CheckpointError("is not the file that its manifest describes", where=str(snapshot.encoder), hint=hint)
     except CheckpointError:
-        if _is_unchanged(snapshot):
+        if _read_manifest(snapshot.folder) == snapshot:
             raise
         return None
     checkpoint = replace(checkpoint, name=f"{folder.resolve().name} step {snapshot.step}", epoch=snapshot.epoch)
@@ -237,21 +234,15 @@ def score_snapshot(plan: Plan, folder: Path, snapshot: SnapshotFiles) -> Point |
     return Point(step=snapshot.step, epoch=snapshot.epoch, features=features, results=results)
 
 
-def _is_unchanged(snapshot: SnapshotFiles) -> bool:
-    try:
-        return read_manifest(snapshot.folder) == snapshot
-    except (OSError, ValueError):
-        return False
-
-
 def _measure_snapshot(plan: Plan, prepared: Preparation, snapshot: SnapshotFiles, cache: Path) -> SnapshotFeatures:
     encoder = prepared.encoder
     tap = resolve_tap(encoder, _TAP, by_hand=False)
     rank: float | None
     spread: float | None
+    loading = make_loading(plan.request)
     try:
         extracted = extract_features(
-            encoder, plan.val, taps=[tap], hashes=plan.val_hashes, loading=make_loading(plan.request), cache=cache
+            encoder, plan.val, taps=[tap], hashes=plan.val_hashes, loading=loading, cache=cache
         )
         rank, spread, problem = measure_features(extracted.features[tap].values)
     except NumericalError as error:
@@ -279,12 +270,15 @@ def read_trajectory(folder: Path, run: RunInfo, plan: Plan) -> Trajectory:
     journal = folder / METRICS
     lines = tuple(map(_to_numbers, read_metrics(journal) if journal.exists() else ()))
     snapshots = _list_finished(folder)
-    stated = [snapshot.facts["steps_an_epoch"] for snapshot in snapshots if "steps_an_epoch" in snapshot.facts]
-    steps_per_epoch = stated[0] if stated else None
+    stated = (snapshot.facts["steps_an_epoch"] for snapshot in snapshots if "steps_an_epoch" in snapshot.facts)
+    steps_per_epoch = next(stated, None)
     known_steps = [*(int(line["step"] or 0) for line in lines[-1:]), *(snapshot.step for snapshot in snapshots[:1])]
     last_step = max(known_steps, default=math.inf)
     features, faults = read_snapshot_features(folder / EVAL)
-    scan = _scan_records(folder)
+    try:
+        scan = scan_results([folder / EVAL])
+    except UsageError:  # none yet
+        scan = ResultScan(results=(), paths=(), faults=())
     faults += [f"{Path(fault.where).name}: {fault.what}" for fault in scan.faults]
     results = [result for result in scan.results if result.data.sha256 == plan.val_sha256]
     # The run may have been set back to an earlier snapshot.
@@ -313,13 +307,6 @@ def _to_numbers(line: Mapping[str, Any]) -> JournalLine:
     }
 
 
-def _scan_records(folder: Path) -> ResultScan:
-    try:
-        return scan_results([folder / EVAL])
-    except UsageError:  # none yet
-        return ResultScan(results=(), paths=(), faults=())
-
-
 def _make_points(
     features: Sequence[SnapshotFeatures],
     results: Sequence[Result],
@@ -333,15 +320,10 @@ def _make_points(
     by_weights: defaultdict[str, list[Result]] = defaultdict(list)
     for result in results:
         by_weights[result.checkpoint.weights_sha256].append(result)
-    points = {
-        step: Point(
-            step=step,
-            epoch=snapshot.epoch,
-            features=snapshot,
-            results=tuple(by_weights.get(snapshot.weights_sha256, ())),
-        )
-        for step, snapshot in select_newest(features, settings).items()
-    }
+    points = {}
+    for step, snapshot in select_newest(features, settings).items():
+        records = tuple(by_weights[snapshot.weights_sha256])
+        points[step] = Point(step=step, epoch=snapshot.epoch, features=snapshot, results=records)
     for weights in sorted(by_weights.keys() - {snapshot.weights_sha256 for snapshot in features}):
         epoch = by_weights[weights][0].checkpoint.epoch
         if epoch is not None and steps_per_epoch is not None:

@@ -21,18 +21,12 @@ def render_comparison_text(comparison: Comparison) -> str:
     """Render, by protocol, both accuracies, the paired test, a verdict in words, and changed classes and images."""
     lines = [f"first   {checkpoint_text(comparison.first)}", f"second  {checkpoint_text(comparison.second)}"]
     for one in comparison.protocols:
-        paired = one.paired
         draws = f"draw{'s' if len(one.draws) > 1 else ''} {', '.join(map(str, one.draws))}"
-        interval = f"95 % interval {interval_text(paired.interval)}; {p_text(one.p_value)}"
-        details = [
-            one.words,
-            f"first   {_side_text(one.first)}",
-            f"second  {_side_text(one.second)}",
-            f"difference {points(paired.difference)} points ({interval})",
-            counts_text(paired),
-            *_list_changes(one),
-        ]
-        lines += ["", f"{one.title} [{one.protocol_id}], {draws}", *(f"  {line}" for line in details)]
+        interval = f"95 % interval {interval_text(one.paired.interval)}; {p_text(one.p_value)}"
+        lines += ["", f"{one.title} [{one.protocol_id}], {draws}", f"  {one.words}"]
+        lines += [f"  first   {_side_text(one.first)}", f"  second  {_side_text(one.second)}"]
+        lines += [f"  difference {points(one.paired.difference)} points ({interval})", f"  {counts_text(one.paired)}"]
+        lines += [f"  {line}" for line in _list_changes(one)]
     for title, reason in comparison.left_out:
         lines += ["", f"{title}: not compared: {reason}"]
     return printable("\n".join([*lines, "", _LEGEND])) + "\n"
@@ -68,18 +62,14 @@ def _side_text(side: Measured) -> str:
 
 def _list_changes(one: ProtocolComparison) -> list[str]:
     """Return the most changed classes, and the first images lost and gained. JSON has all of them."""
-    changed = {
-        "classes changed": [
-            f"class {change.name}: {percent(change.first)} -> {percent(change.second)} of {change.images} images"
-            for change in one.classes
-        ]
-    }
-    for name, is_lost in (("lost", True), ("gained", False)):
-        changed[f"images {name}"] = [
-            f"{name}: image {flip.image} (right in {flip.first} -> {flip.second} draws)"
-            for flip in one.flips
-            if (flip.second < flip.first) == is_lost
-        ]
+    changed: dict[str, list[str]] = {"classes changed": [], "images lost": [], "images gained": []}
+    for change in one.classes:
+        numbers = f"{percent(change.first)} -> {percent(change.second)} of {change.images} images"
+        changed["classes changed"].append(f"class {change.name}: {numbers}")
+    for flip in one.flips:
+        name = "lost" if flip.second < flip.first else "gained"
+        text = f"{name}: image {flip.image} (right in {flip.first} -> {flip.second} draws)"
+        changed[f"images {name}"].append(text)
     lines = []
     for name, texts in changed.items():
         lines += texts[:_MAX_SHOWN]

@@ -38,7 +38,6 @@ def render_gate_text(report: GateReport) -> str:
 
 def render_gate_markdown(report: GateReport) -> str:
     """Render a heading with the verdict, and a table with a row per protocol."""
-    rows = [markdown_row(_make_cells(one)) for one in report.protocols]
     texts = [f"{one.title}: {one.verdict}: {one.reason}" for one in report.protocols] + _list_notes(report)
     lines = [
         f"### {markdown_text(f'msn-eval check: {report.verdict}')}",
@@ -47,7 +46,7 @@ def render_gate_markdown(report: GateReport) -> str:
         "",
         markdown_row(_HEADER),
         "| --- | --- |" + " ---: |" * 6,
-        *rows,
+        *(markdown_row(_make_cells(one)) for one in report.protocols),
         "",
         *(f"- {markdown_text(text)}" for text in texts),
     ]
@@ -63,30 +62,25 @@ def render_gate_junit(report: GateReport) -> str:
     """Render a test case per protocol. `not comparable` is an error, every other verdict but `pass` a failure."""
     cases = []
     for one in report.protocols:
-        case = _make_case(f"{one.title} [{one.protocol_id}]")
         text = "\n".join([one.reason, *_list_numbers(one), *one.notes])
-        if one.verdict == "pass":
-            ElementTree.SubElement(case, "system-out").text = _escape_xml(text)
-        else:
-            _add_problem(case, one.verdict, one.reason).text = _escape_xml(text)
-        cases.append(case)
+        cases.append(_make_case(f"{one.title} [{one.protocol_id}]", one.verdict, one.reason, text))
     return _render_suite(cases)
 
 
 def render_refusal_junit(reason: str) -> str:
     """Render the single test case, an error, of a check that had no baseline or no results."""
-    case = _make_case("baseline")
-    _add_problem(case, "not comparable", reason)
-    return _render_suite([case])
+    return _render_suite([_make_case("baseline", "not comparable", reason, "")])
 
 
-def _make_case(name: str) -> ElementTree.Element:
-    return ElementTree.Element("testcase", classname=_SUITE, name=_escape_xml(name))
-
-
-def _add_problem(case: ElementTree.Element, verdict: str, reason: str) -> ElementTree.Element:
-    tag = "error" if verdict == "not comparable" else "failure"
-    return ElementTree.SubElement(case, tag, type=verdict, message=_escape_xml(reason))
+def _make_case(name: str, verdict: str, reason: str, text: str) -> ElementTree.Element:
+    case = ElementTree.Element("testcase", classname=_SUITE, name=_escape_xml(name))
+    if verdict == "pass":
+        content = ElementTree.SubElement(case, "system-out")
+    else:
+        tag = "error" if verdict == "not comparable" else "failure"
+        content = ElementTree.SubElement(case, tag, type=verdict, message=_escape_xml(reason))
+    content.text = _escape_xml(text) or None
+    return case
 
 
 def _render_suite(cases: list[ElementTree.Element]) -> str:
@@ -117,12 +111,9 @@ def _rule_text(report: GateReport) -> str:
 def _list_notes(report: GateReport) -> list[str]:
     """Return each difference once, with its protocol unless all compared protocols share it."""
     compared = [one for one in report.protocols if one.paired is not None]
-    notes: dict[str, None] = {}
-    for one in compared:
-        for note in one.notes:
-            is_shared = all(note in other.notes for other in compared)
-            notes[f"differs from the baseline: {note if is_shared else f'{one.title}: {note}'}"] = None
-    return list(notes)
+    shared = set.intersection(*(set(one.notes) for one in compared)) if compared else set()
+    notes = [note if note in shared else f"{one.title}: {note}" for one in compared for note in one.notes]
+    return [f"differs from the baseline: {note}" for note in dict.fromkeys(notes)]
 
 
 def _list_numbers(one: ProtocolVerdict) -> list[str]:

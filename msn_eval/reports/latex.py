@@ -54,10 +54,8 @@ def _render_group(table: Table, group: str, columns: tuple[Column, ...]) -> list
         "\\midrule",
     ]
     rows = table.rows_of(columns)
-    has_worse = [
-        any(cell is not None and (cell.standing.rank or 1) > 1 for cell in column)
-        for column in zip(*(cells for _, cells in rows), strict=True)
-    ]
+    columns_of_cells = zip(*(cells for _, cells in rows), strict=True)
+    has_worse = [any(cell and (cell.standing.rank or 1) > 1 for cell in cells) for cells in columns_of_cells]
     for row, cells in rows:
         texts = [_format_cell(cell, bold_first=worse) for cell, worse in zip(cells, has_worse, strict=True)]
         lines.append(_join([escape_latex(describe_row(row)), *texts]))

@@ -89,4 +89,4 @@ def join_markdown_cells(cells: Sequence[str]) -> str:
 
 def markdown_row(cells: Sequence[str]) -> str:
     """Return one row of a Markdown table from plain text."""
-    return join_markdown_cells([markdown_text(cell) for cell in cells])
+    return join_markdown_cells(list(map(markdown_text, cells)))

@@ -1,10 +1,10 @@
 """Charts of a table: accuracy over labelled images per class and over k, on a logarithmic axis."""
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, zip_longest
 
 import numpy as np
 
@@ -78,17 +78,11 @@ def draw_chart(series: Sequence[Series], *, ticks: Sequence[Tick], title: str, x
         x_title: Of the x axis.
     """
     segments = [split_into_segments(checkpoint) for checkpoint in series]
-    low = min(y for (segment,) in segments for y in segment.lows)
-    high = max(y for (segment,) in segments for y in segment.highs)
-    low, high = widen_if_constant(low, high)
+    lowest = min(y for (segment,) in segments for y in segment.lows)
+    low, high = widen_if_constant(lowest, max(y for (segment,) in segments for y in segment.highs))
     y_ticks = make_ticks(max(0.0, low), min(100.0, high), _MOST_Y_TICKS)
-    axes = Axes(
-        x_range=(ticks[0][0], ticks[-1][0]),
-        y_range=(y_ticks[0], y_ticks[-1]),
-        width=760,
-        height=400,
-        is_log=True,
-    )
+    x_range, y_range = (ticks[0][0], ticks[-1][0]), (y_ticks[0], y_ticks[-1])
+    axes = Axes(x_range=x_range, y_range=y_range, width=760, height=400, is_log=True)
     crossings = find_crossings(series)[:_MOST_CROSSINGS]
     return Chart(
         title=title,
@@ -139,19 +133,17 @@ def _interpolate(series: Series, x: float) -> float:
 
 def draw_shot_charts(table: Table) -> list[Chart]:
     """Return the charts of accuracy over labelled images per class, for measured protocols with more than one subset."""
-    counts: Counter[str] = Counter()
-    charts: list[tuple[int, Chart]] = []
+    charts: defaultdict[str, list[Chart]] = defaultdict(list)
     for group, columns in table.groups().items():
         ticks = []
         for column in columns:
             text, images = _SUBSET_TEXTS.get(column.subset, column.subset[:12]), f"{column.images_per_class:.3g}"
             ticks.append((column.images_per_class, text, "" if text == images else images))
         if not columns[0].published:
-            for chart in _draw_columns(table, columns, ticks, group, "labelled images per class, log scale"):
-                charts.append((counts[columns[0].probe], chart))
-                counts[columns[0].probe] += 1
+            title = "labelled images per class, log scale"
+            charts[columns[0].probe] += _draw_columns(table, columns, ticks, group, title)
     # The first chart of every probe, then the second ones.
-    return [chart for _, chart in sorted(charts, key=lambda pair: pair[0])]
+    return [chart for row in zip_longest(*charts.values()) for chart in row if chart is not None]
 
 
 def draw_neighbour_charts(table: Table) -> list[Chart]:
@@ -187,11 +179,8 @@ def _draw_columns(
 def _drop_overlapping_texts(ticks: list[Tick]) -> list[Tick]:
     """Return the ticks; of two that are close, the smaller one loses its texts."""
     shortest = (ticks[-1][0] / ticks[0][0]) ** _MIN_TICK_DISTANCE
-    kept = [ticks[-1]]
-    for x, text, below in reversed(ticks[:-1]):
-        is_close = kept[-1][0] / x < shortest
-        kept.append((x, "", "") if is_close else (x, text, below))
-    return kept[::-1]
+    kept = [(tick[0], "", "") if larger[0] / tick[0] < shortest else tick for tick, larger in pairwise(ticks)]
+    return [*kept, ticks[-1]]
 
 
 def _read_series(table: Table, row: Row, columns: Sequence[tuple[Column, Tick]]) -> Series:

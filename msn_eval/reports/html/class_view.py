@@ -1,5 +1,6 @@
 """Accuracy per class, for the first checkpoints of a column."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +48,8 @@ def make_class_views(
     views: list[ClassView] = []
     counts, left_out, faults = 0, 0, []
     for column in table.columns:
-        cells = [
-            (row, cell)
-            for row in table.rows
-            if (cell := table.cells.get((row, column))) is not None and cell.mean is not None and cell.results
-        ]
+        present = [(row, table.cells[row, column]) for row in table.rows if (row, column) in table.cells]
+        cells = [(row, cell) for row, cell in present if cell.mean is not None and cell.results]
         draws = max((len(cell.results) for _, cell in cells), default=0)
         chosen = [(row, cell) for row, cell in cells if len(cell.results) == draws][:MOST_ROWS]
         counts += column.classes * len(chosen)
@@ -90,22 +88,14 @@ def _make_view(
                         names = [f"class {number}" for number in range(column.classes)]
                         image_ids = stored["image"]
                         for number, first in zip(*np.unique(label, return_index=True), strict=True):
-                            names[number] = _class_name(image_ids[first])
+                            names[number] = os.fsdecode(bytes(image_ids[first])).rpartition("/")[0]
             except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
                 raise StoreError(f"cannot be read as predictions: {error}", where=str(file)) from error
             counts += np.bincount(label[rank == 1], minlength=column.classes)
         right[row] = tuple(counts.tolist())
     if not right:
         return None
+    counts_by_row = tuple(right.values())
     return ClassView(
-        column=column,
-        rows=tuple(right),
-        names=tuple(names),
-        images=tuple(images),
-        right=tuple(right.values()),
-        draws=draws,
+        column=column, rows=tuple(right), names=tuple(names), images=tuple(images), right=counts_by_row, draws=draws
     )
-
-
-def _class_name(image_id: bytes) -> str:
-    return bytes(image_id).decode("utf-8", "surrogateescape").rpartition("/")[0]

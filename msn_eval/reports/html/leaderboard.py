@@ -103,15 +103,14 @@ def _choose_shades(table: Table, column: Column) -> dict[Row, int]:
 
     Checkpoints that share a rank share the shade of their mean: their difference is not statistically significant.
     """
-    means, ranks = {}, {}
+    ranks: dict[Row, object] = {}
+    by_rank: defaultdict[object, list[float]] = defaultdict(list)
     for row in table.rows:
         cell = table.cells.get((row, column))
         if cell is not None and cell.mean is not None:
-            means[row], ranks[row] = cell.mean, cell.standing.rank or row
-    by_rank: defaultdict[object, list[float]] = defaultdict(list)
-    for row, mean in means.items():
-        by_rank[ranks[row]].append(mean)
-    levels = {row: fmean(by_rank[ranks[row]]) for row in means}
+            ranks[row] = cell.standing.rank or row
+            by_rank[ranks[row]].append(cell.mean)
+    levels = {row: fmean(by_rank[rank]) for row, rank in ranks.items()}
     low, high = min(levels.values(), default=0.0), max(levels.values(), default=0.0)
     return {
         row: round(_SHADES * (level - low) / (high - low)) if high > low else _SHADES // 2
@@ -148,8 +147,7 @@ def _page_data(
             results += [records[identity][0] for identity in cell.results] if cell is not None else []
         cells.append(numbers)
     class_names = list(dict.fromkeys(view.names for view in views))
-    column_index = {column: index for index, (_, column) in enumerate(columns)}
-    row_index = {row: index for index, row in enumerate(table.rows)}
+    column_list = [column for _, column in columns]
     packed = pack_records(results)
     packed_records = packed.pop("records")  # ids and numbers, which are printable
     texts = {
@@ -164,8 +162,8 @@ def _page_data(
         "records": packed_records,
         "views": [
             {
-                "column": column_index[view.column],
-                "rows": [row_index[row] for row in view.rows],
+                "column": column_list.index(view.column),
+                "rows": [table.rows.index(row) for row in view.rows],
                 "names": class_names.index(view.names),
                 "images": view.images,
                 "right": view.right,

@@ -7,7 +7,7 @@ from typing import Any
 
 from msn_eval.config.recipes import read_finetune_recipe
 from msn_eval.errors import printable
-from msn_eval.results.record import SCHEMA, Result
+from msn_eval.results.record import SCHEMA, Result, omit_unset
 from msn_eval.results.statistics import wilson_interval
 
 _DECIMALS = 4  # of seconds in records
@@ -34,11 +34,14 @@ def _command_parts(result: Result) -> dict[str, str]:
         measurement += [option, repr(probe.params[name])] if name in probe.params else []
     if probe.name in _SECTIONS:
         section = probe.name.replace("-", "_")
-        measurement += [f"{section}.{name}={_format_setting(value)}" for name, value in probe.params.items()]
-    if probe.name == "finetune":
+        # Numbers with all their digits.
         measurement += [
-            f"finetune.{name}={value!r}" for name, value in read_finetune_recipe(probe.params).differing.items()
+            f"{section}.{name}={value if isinstance(value, str) else repr(value)}"
+            for name, value in probe.params.items()
         ]
+    if probe.name == "finetune":
+        settings = read_finetune_recipe(probe.params).differing
+        measurement += [f"finetune.{name}={value!r}" for name, value in settings.items()]
     measurement += ["--lambda", "auto"] if "auto" in probe.params else []
     by_hand = protocol.get("by_hand")
     for name, value in sorted(by_hand.items()) if isinstance(by_hand, Mapping) else ():
@@ -49,11 +52,6 @@ def _command_parts(result: Result) -> dict[str, str]:
     split = ["--subset", f"{subset}@{result.split.draw}" if _has_draws(result) else subset]
     parts = {"checkpoint": program, "setup": setup, "measurement": measurement, "split": split}
     return {name: shlex.join(map(printable, arguments)) for name, arguments in parts.items()}
-
-
-def _format_setting(value: float | str) -> str:
-    """Return a setting as a command line has it: a number with all its digits."""
-    return value if isinstance(value, str) else repr(value)
 
 
 def _has_draws(result: Result) -> bool:
@@ -70,16 +68,15 @@ def pack_records(results: Iterable[Result]) -> dict[str, Any]:
         commands: The parts of the commands that belong to the values of `checkpoint`, `setup`, `measurement` and `split`.
         records: For each record its indices into the seven, its id, and the numbers that only it has.
     """
-    indices: dict[str, dict[object, int]] = {}
-    values: dict[str, list[Any]] = {
-        name: [] for name in ("measurement", "checkpoint", "setup", "extraction", "split", "created", "chosen")
-    }
+    names = ("measurement", "checkpoint", "setup", "extraction", "split", "created", "chosen")
+    indices: dict[str, dict[object, int]] = {name: {} for name in names}
+    values: dict[str, list[Any]] = {name: [] for name in names}
     commands: dict[str, list[str]] = {"checkpoint": [], "setup": [], "measurement": [], "split": []}
     records = []
     for result in results:
         record = []
         for name, (key, make_value) in _shared_parts(result).items():
-            known = indices.setdefault(name, {})
+            known = indices[name]
             if key not in known:
                 known[key] = len(known)
                 values[name].append(make_value())
@@ -111,7 +108,7 @@ def _shared_parts(result: Result) -> dict[str, tuple[object, Callable[[], Any]]]
 
     return {
         "measurement": ((result.status, result.error, result.protocol_id, result.data, fit, n), measurement),
-        "checkpoint": (result.checkpoint, lambda: asdict(result.checkpoint)),
+        "checkpoint": (result.checkpoint, lambda: asdict(result.checkpoint, dict_factory=omit_unset)),
         "setup": (
             (result.features, result.environment),
             lambda: {"features": asdict(result.features), "environment": asdict(result.environment)},

@@ -120,15 +120,14 @@ def draw_curve(number: int, series: Series, segments: Sequence[Segment], axes: A
     )
 
 
-def split_into_segments(series: Series, *, bin_width: float = 0.0) -> list[Segment]:
+def split_into_segments(series: Series, bin_width: float = 0.0) -> list[Segment]:
     """Return the parts of a series between its gaps; the points within a bin of x become one, 0 keeps all."""
     stds = series.stds or (None,) * len(series.points)
     rows = [(x, y, std or 0.0) for (x, y), std in zip(series.points, stds, strict=True)]
-    segments = []
-    for is_gap, group in groupby(rows, key=lambda row: row[1] is None):
-        if not is_gap:
-            segments.append(_thin([(x, y, std) for x, y, std in group if y is not None], bin_width))
-    return segments
+    groups = (
+        [(x, y, std) for x, y, std in rows if y is not None] for _, rows in groupby(rows, lambda row: row[1] is None)
+    )
+    return [_thin(group, bin_width) for group in groups if group]
 
 
 def _thin(rows: Sequence[tuple[float, float, float]], bin_width: float) -> Segment:

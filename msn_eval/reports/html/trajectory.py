@@ -64,10 +64,12 @@ def render_plot(trajectory: Trajectory, panels: Sequence[DrawnPanel]) -> bytes:
     """Return the plot of a run with at least one panel, as a PNG file."""
     from matplotlib.figure import Figure
 
-    tall = [str(number) for number, drawn in enumerate(panels) if drawn.panel.tall]
-    small = [str(number) for number, drawn in enumerate(panels) if not drawn.panel.tall]
-    rows: list[HashableList[str]] = [[number, number] for number in tall]
-    rows += [[left, right] for left, right in zip(small[::2], [*small[1::2], "."], strict=False)]
+    slots: list[str] = []
+    for number, drawn in enumerate(panels):  # tall ones, which are first, take both columns
+        slots += [str(number)] * (2 if drawn.panel.tall else 1)
+    rows: list[HashableList[str]] = [
+        [left, right] for left, right in zip(slots[::2], [*slots[1::2], "."], strict=False)
+    ]
     size = (_PLOT_WIDTH, 0.7 + _ROW_HEIGHT * len(rows))
     figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
     for number, axes in figure.subplot_mosaic(rows).items():
@@ -138,10 +140,8 @@ def _make_panels(trajectory: Trajectory) -> list[Panel]:
 
     def journal(**names: str) -> tuple[Series, ...]:
         # A line without a name did not log it, which is not a gap.
-        points = {
-            name: tuple(((line["step"] or 0) / unit, line[name]) for line in trajectory.lines if name in line)
-            for name in names
-        }
+        steps = {name: [line for line in trajectory.lines if name in line] for name in names}
+        points = {name: tuple(((line["step"] or 0) / unit, line[name]) for line in steps[name]) for name in names}
         return tuple(Series(name=text, points=points[name]) for name, text in names.items())
 
     measured = [(point, point.features) for point in trajectory.points if point.features is not None]
@@ -202,19 +202,13 @@ def _accuracy_panel(trajectory: Trajectory, unit: int) -> Panel:
     classes = {column.classes for column in columns}
     data, subsets = (", ".join(sorted({getattr(column, name) for column in columns})) for name in ("data", "subset"))
     has_draws = any(cell is not None and (cell.draws or 1) > 1 for cells in scores.values() for cell in cells)
-    lead = (
-        f"Top-1 in percent on {data}, {subsets}{'; mean and one standard deviation over draws' if has_draws else ''}."
-    )
-    if len(columns) > _MOST_PROTOCOLS:
-        lead += f" The first {_MOST_PROTOCOLS} of {len(columns)} protocols."
-    series = [
-        _accuracy_series(name, trajectory.points, cells, unit)
-        for name, cells in zip(_name_columns(scores), scores.values(), strict=True)
-    ]
+    spread = "; mean and one standard deviation over draws" if has_draws else ""
+    shown = f" The first {_MOST_PROTOCOLS} of {len(columns)} protocols." if len(columns) > _MOST_PROTOCOLS else ""
+    named = [*zip(_name_columns(scores), scores.values(), strict=True)][:_MOST_PROTOCOLS]
     return Panel(
         title="Accuracy of the frozen encoder",
-        lead=lead,
-        series=tuple(series[:_MOST_PROTOCOLS]),
+        lead=f"Top-1 in percent on {data}, {subsets}{spread}.{shown}",
+        series=tuple(_accuracy_series(name, trajectory.points, cells, unit) for name, cells in named),
         levels=tuple((100 / count, "chance") for count in classes) if len(classes) == 1 else (),
         decimals=1,
         tall=True,
