@@ -45,6 +45,18 @@ def requests(browser: "webdriver.Chrome") -> Callable[[], list[str]]:
 
 
 @pytest.fixture
+def resize(browser: "webdriver.Chrome") -> Iterator[Callable[..., None]]:
+    """Return a function that gives the browser a window of another size until the end of the test."""
+
+    def set_size(*, width: int, height: int = 844, mobile: bool = False) -> None:
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    yield set_size
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.fixture
 def opened(browser: "webdriver.Chrome", page: Path, requests: Callable[[], list[str]]) -> Iterator["webdriver.Chrome"]:
     """Return the browser with the page of the test module; afterwards the page must have had no errors and no requests."""
     browser.get(page.as_uri())

@@ -1,6 +1,7 @@
 """The page of a pre-training run in a real browser: values at the pointer and both themes, without any request."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
              feature_rank=math.log(step), feature_spread=0.5, problem=_NAME if step == 2000 else "")
         for step in (500, 1000, 2000)
     ]  # fmt: skip
-    run = RunInfo(name=_NAME, method="msn", data="digits", subset="5imgs", epochs=20, warmup_epochs=1.0, prototypes=64)
     trajectory = Trajectory(
-        run=run,
+        run=RunInfo(name=_NAME, method="msn", data="", subset="5imgs", epochs=20, warmup_epochs=1.0, prototypes=64),
         steps_per_epoch=100,
         lines=tuple(lines),
         points=tuple(Point(step=item.step, epoch=item.epoch, features=item, results=()) for item in snapshots),
@@ -87,13 +87,10 @@ def test_hostile_texts_are_texts(opened: "webdriver.Chrome") -> None:
 
 
 @pytest.mark.parametrize("width", [390, 1400])
-def test_page_is_no_wider_than_its_window(width: int, opened: "webdriver.Chrome") -> None:
-    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
-    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    page_width = opened.execute_script("return document.documentElement.scrollWidth")
-    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+def test_page_is_no_wider_than_its_window(width: int, opened: "webdriver.Chrome", resize: Callable[..., None]) -> None:
+    resize(width=width, mobile=width < 500)
 
-    assert page_width == width
+    assert opened.execute_script("return document.documentElement.scrollWidth") == width
 
 
 def test_theme_is_switched(opened: "webdriver.Chrome") -> None:

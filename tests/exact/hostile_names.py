@@ -59,15 +59,13 @@ def _named(result: Result, name: str) -> Result:
         "subset": {"name": name, "rule": name},
         "by_hand": {"tap": f"{name}{result.protocol_id}"},  # so that every column has its reason
     }
-    checkpoint = replace(
-        result.checkpoint, name=name, path=name, arch=name, format=name, key=name, matched=0.5, allow_missing=(name,)
-    )
+    names = dict.fromkeys(("name", "path", "arch", "format", "key"), name)
     return replace(
         result,
         protocol=protocol,
         protocol_id=protocol_id(protocol),
         error=None if result.error is None else name,
-        checkpoint=checkpoint,
+        checkpoint=replace(result.checkpoint, **names, matched=0.5, allow_missing=(name,)),
         data=replace(result.data, name=name),
         split=replace(result.split, subset=name),
     )
@@ -92,19 +90,14 @@ def _check_terminal(table: Table, plain: Table) -> None:
         return written.getvalue()
 
     text = print_to_text(table)
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u200b-\u200f]", text), (
-        "a control character"
-    )
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u200b-\u200f]", text), "controls"
     assert text.count("\n") == print_to_text(plain).count("\n"), "more lines"
     assert all(one_line(describe_row(row)) in text for row in table.rows), "a name that changed"
 
 
 def _check_markdown(table: Table, plain: Table) -> None:
     text = render(table, "md")
-    tokens, expected = _markdown(text), _markdown(render(plain, "md"))
-    assert [token.type for token in tokens if token.type != "text"] == [
-        token.type for token in expected if token.type != "text"
-    ], "a changed structure"
+    assert _markdown_structure(text) == _markdown_structure(render(plain, "md")), "a changed structure"
     cells = _markdown_cells(text)
     groups = list(table.groups().values())
     assert [len(lines) - 1 for lines in cells] == [len(table.rows_of(columns)) for columns in groups], "rows"
@@ -114,16 +107,20 @@ def _check_markdown(table: Table, plain: Table) -> None:
             assert line[0] == one_line(describe_row(row)), (line[0], describe_row(row))
 
 
-def _markdown(text: str) -> list[Token]:
-    """Return the tokens of Markdown with GitHub's tables, inline ones included."""
-    parsed = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
-    return [inner for token in parsed for inner in (token, *(token.children or ()))]
+def _parse_markdown(text: str) -> list[Token]:
+    """Return the tokens of Markdown with GitHub's tables."""
+    return MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
+
+
+def _markdown_structure(text: str) -> list[str]:
+    tokens = [inner for token in _parse_markdown(text) for inner in (token, *(token.children or ()))]
+    return [token.type for token in tokens if token.type != "text"]
 
 
 def _markdown_cells(text: str) -> list[list[list[str]]]:
     """Return the visible text of the cells of each table, header first."""
     tables: list[list[list[str]]] = []
-    for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text):
+    for token in _parse_markdown(text):
         if token.type == "table_open":
             tables.append([])
         elif token.type == "tr_open":
@@ -151,10 +148,9 @@ def _check_json(table: Table, plain: Table) -> None:
         raise AssertionError(constant)
 
     content = json.loads(render(table, "json"), parse_constant=refuse)
+    expected = json.loads(render(plain, "json"))
     assert [row["name"] for row in content["rows"]] == [row.name for row in table.rows], "a name that changed"
-    assert [len(row["cells"]) for row in content["rows"]] == [
-        len(row["cells"]) for row in json.loads(render(plain, "json"))["rows"]
-    ]
+    assert [len(row["cells"]) for row in content["rows"]] == [len(row["cells"]) for row in expected["rows"]]
 
 
 def _check_latex(table: Table, plain: Table) -> None:
@@ -168,9 +164,7 @@ def _check_latex(table: Table, plain: Table) -> None:
 def latex_tokens(text: str) -> list[str]:
     """Return the tokens of our LaTeX; raise AssertionError for a command that we do not use."""
     _, _, body = text.partition("\n")  # the first line is a comment
-    assert body.isprintable() or all(character.isprintable() or character == "\n" for character in body), (
-        "a control character"
-    )
+    assert body.replace("\n", "").isprintable(), "a control character"
     assert all(ord(character) < 256 for character in body), "a letter that the standard fonts lack"
     tokens = re.findall(r"\\[A-Za-z]+|\\.|\\\n|[{}%&$#_^~]|\\|[^\\{}%&$#_^~]+", body)
     depth = 0
@@ -186,23 +180,25 @@ def latex_tokens(text: str) -> list[str]:
     return tokens
 
 
-def check_names(count: int) -> None:
+def check_names(count: int, check: Callable[[str], None] = check_name) -> None:
     """Check `count` generated names."""
-    check: Callable[[], None] = settings(
-        max_examples=count,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )(given(name=HOSTILE_NAMES)(check_name))
-    check()
+    ignored = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    options = settings(
+        max_examples=count, deadline=None, database=None, derandomize=True, suppress_health_check=ignored
+    )
+    options(given(name=HOSTILE_NAMES)(lambda name: check(name)))()
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(description: str | None, what: str, check: Callable[[str], None] = check_name) -> None:
+    """Check all attacks, and as many generated names as the command line says."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--names", type=int, default=5000)
     options = parser.parse_args()
     for attack in ATTACKS:
-        check_name(attack)
-    check_names(options.names)
-    print(f"{len(ATTACKS)} attacks and {options.names} generated names: none changed a report format")
+        check(attack)
+    check_names(options.names, check)
+    print(f"{len(ATTACKS)} attacks and {options.names} generated names: none changed a {what}")
+
+
+if __name__ == "__main__":
+    main(__doc__, "report format")

@@ -1,6 +1,5 @@
 """Checks that no name attacks a page. As a script it checks thousands of names."""
 
-import argparse
 import base64
 import hashlib
 import json
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import hostile_names
 import numpy as np
-from hypothesis import HealthCheck, given, settings
 
 from msn_eval.monitor.alarms import Alarm
 from msn_eval.monitor.snapshot_features import ExtractionSettings, SnapshotFeatures
@@ -69,10 +67,8 @@ class Page(HTMLParser):
 
 def page_of(results: list[Result], folder: Path) -> str:
     """Return the page of records whose predictions are in a folder."""
-    scan = ResultScan(
-        results=tuple(results), paths=tuple(folder / f"{result.id}.json" for result in results), faults=()
-    )
-    return render(make_table(results), scan)
+    paths = tuple(folder / f"{result.id}.json" for result in results)
+    return render(make_table(results), ResultScan(results=tuple(results), paths=paths, faults=()))
 
 
 def _write_predictions(results: list[Result], folder: Path, name: str) -> None:
@@ -82,13 +78,8 @@ def _write_predictions(results: list[Result], folder: Path, name: str) -> None:
     for result in results:
         if result.metrics is not None:
             label = np.arange(10)
-            np.savez(
-                folder / f"{result.id}.npz",
-                image=np.array(ids),
-                label=label,
-                rank_of_label=label % 2 + 1,
-                prediction=label,
-            )
+            arrays = {"image": np.array(ids), "label": label, "rank_of_label": label % 2 + 1, "prediction": label}
+            np.savez(folder / f"{result.id}.npz", **arrays)
 
 
 def check_name(name: str) -> None:
@@ -137,14 +128,10 @@ def _checked(text: str, plain: str) -> tuple[Page, Page]:
     assert {tag: len(inside) for tag, inside in page.inside.items()} == _BLOCKS, "scripts or styles"
     assert page.inside["script"][1] == expected.inside["script"][1], "a changed script"
     assert page.inside["style"] == expected.inside["style"], "a changed style"
-    assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"], (
-        "a handler or a style"
-    )
+    assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"], "a handler"
     addresses = {value for _, name, value in page.attributes if name in _ADDRESSES}
     assert addresses == {"data:,"}, addresses
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200b-\u200f\u2028\u2029]", text), (
-        "controls"
-    )
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u200b-\u200f]", text), "controls"
     _check_policy(page)
     assert not set("<>&") & set(page.inside["script"][0]), "unescaped HTML"
     return page, expected
@@ -152,9 +139,7 @@ def _checked(text: str, plain: str) -> tuple[Page, Page]:
 
 def _check_policy(page: Page) -> None:
     """Check that the policy allows the script and the style of the page, and nothing else."""
-    (policy,) = [
-        value for tag, name, value in page.attributes if tag == "meta" and name == "content" and "default-src" in value
-    ]
+    (policy,) = [value for _, name, value in page.attributes if name == "content" and "default-src" in value]
     rules = dict(part.strip().split(" ", 1) for part in policy.split(";"))
     digests = {kind: f"'sha256-{_digest(page.inside[kind][-1])}'" for kind in ("script", "style")}
     assert rules == {
@@ -175,29 +160,15 @@ def _check_data(page: Page, expected: Page) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    data, harmless = (json.loads(parsed.inside["script"][0], parse_constant=refuse) for parsed in (page, expected))
-    assert [list(data), len(data["rows"]), len(data["records"]), data["cells"]] == [
-        list(harmless), len(harmless["rows"]), len(harmless["records"]), harmless["cells"],
-    ], "changed data"  # fmt: skip
+    first, second = (json.loads(parsed.inside["script"][0], parse_constant=refuse) for parsed in (page, expected))
+    sizes = ([list(data), len(data["rows"]), len(data["records"]), data["cells"]] for data in (first, second))
+    assert next(sizes) == next(sizes), "changed data"
 
 
 def check_names(count: int) -> None:
     """Check `count` generated names."""
-    check: Callable[[], None] = settings(
-        max_examples=count,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )(given(name=hostile_names.HOSTILE_NAMES)(check_name))
-    check()
+    hostile_names.check_names(count, check_name)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--names", type=int, default=5000)
-    options = parser.parse_args()
-    for attack in hostile_names.ATTACKS:
-        check_name(attack)
-    check_names(options.names)
-    print(f"{len(hostile_names.ATTACKS)} attacks and {options.names} generated names: none changed a page")
+    hostile_names.main(__doc__, "page", check_name)

@@ -8,7 +8,8 @@ Seeds are fixed. The simulation draws, for each image, the difference of its sco
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +55,12 @@ class World:
     @property
     def probabilities(self) -> NDArray[np.float64]:
         sizes = _SIZES_OF_THREE if self.draws == 3 else {1: 1.0}
-        found = np.zeros(2 * self.draws + 1)
+        probabilities = np.zeros(2 * self.draws + 1)
         for size, weight in sizes.items():
-            found[self.draws - size] = self.share * weight * (1 + self.tilt) / 2
-            found[self.draws + size] = self.share * weight * (1 - self.tilt) / 2
-        found[self.draws] = 1 - self.share
-        return found
+            probabilities[self.draws - size] = self.share * weight * (1 + self.tilt) / 2
+            probabilities[self.draws + size] = self.share * weight * (1 - self.tilt) / 2
+        probabilities[self.draws] = 1 - self.share
+        return probabilities
 
     @property
     def difference(self) -> float:
@@ -91,10 +92,8 @@ def regressions_found(world: World, n: int, samples: int, *, margin: float, seed
     unchanged = World(world.draws, world.share, 0.0)
     found = 0
     for changed in world.samples(n, samples, generator):
-        others = unchanged.samples(n, PROTOCOLS - 1, generator)
-        found += (
-            judge_differences([changed, *others], [world.draws] * PROTOCOLS, margin=margin)[0].verdict == "regression"
-        )
+        family = [changed, *unchanged.samples(n, PROTOCOLS - 1, generator)]
+        found += judge_differences(family, [world.draws] * PROTOCOLS, margin=margin)[0].verdict == "regression"
     return found
 
 
@@ -215,19 +214,12 @@ def report(share: float) -> Iterator[str]:
             yield from lines
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the log and, with --out, write it."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=1.0, help="fraction of the samples, in (0, 1]")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(arguments)
-    lines = []
-    for line in report(options.share):
-        print(line, flush=True)
-        lines.append(line)
-    if options.out is not None:
-        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    parser.add_argument("--out", type=Path, default=Path(os.devnull))
+    options = parser.parse_args()
+    with options.out.open("w", encoding="utf-8") as file:
+        for line in report(options.share):
+            print(line, flush=True)
+            print(line, file=file)

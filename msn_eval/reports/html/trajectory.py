@@ -65,8 +65,8 @@ def render_plot(trajectory: Trajectory, panels: Sequence[DrawnPanel]) -> bytes:
     from matplotlib.figure import Figure
 
     slots: list[str] = []
-    for number, drawn in enumerate(panels):  # tall ones, which are first, take both columns
-        slots += [str(number)] * (2 if drawn.panel.tall else 1)
+    for index, drawn in enumerate(panels):  # tall ones, which are first, take both columns
+        slots += [str(index)] * (2 if drawn.panel.tall else 1)
     rows: list[HashableList[str]] = [
         [left, right] for left, right in zip(slots[::2], [*slots[1::2], "."], strict=False)
     ]

@@ -21,25 +21,17 @@ _NETWORK = Network(name="p", method="P", printed_arch="ViT-P/1", arch="pixels", 
 @pytest.fixture
 def digits_as_imagenet(monkeypatch: pytest.MonkeyPatch) -> None:
     digits = read_dataset("digits")
-    publication = replace(
-        read_publication(), class_map_sha256=class_map_sha256(digits.classes), val_images=len(digits.val), lists=()
-    )
+    class_map = class_map_sha256(digits.classes)
+    publication = replace(read_publication(), class_map_sha256=class_map, val_images=len(digits.val), lists=())
     for module in (msn_eval.data.imagenet_subsets, msn_eval.data.subsets):
         monkeypatch.setattr(module, "read_publication", lambda: publication)
 
 
 def _publish(monkeypatch: pytest.MonkeyPatch, value: float, *, network: Network = _NETWORK) -> None:
     published = Reproduction(
-        name="p-1img",
-        network=network,
-        subset="1img",
-        probe="logistic",
-        strength=(0.0025, "here"),
-        expected=value,
-        spread=0.5,
-        epochs="1",
-        source="a table",
-    )
+        name="p-1img", network=network, subset="1img", probe="logistic", strength=(0.0025, "here"), expected=value,
+        spread=0.5, epochs="1", source="a table",
+    )  # fmt: skip
     monkeypatch.setattr(msn_eval.results.reproduction, "list_reproductions", lambda: (published,))
 
 
@@ -48,29 +40,19 @@ def _reproduce(tmp_path: Path, *arguments: str) -> int:
 
 
 @pytest.mark.usefixtures("digits_as_imagenet")
-def test_number_within_the_spread_is_reproduced(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _publish(monkeypatch, 50.0)
-    _reproduce(tmp_path, "--json")
-    (found,) = json.loads(capsys.readouterr().out)
-    _publish(monkeypatch, round(found["measured"], 1))
-
-    code = _reproduce(tmp_path)
-
-    assert code == 0
-    assert f"expected {found['measured']:.1f} ± 0.5  measured {found['measured']:.1f} ± " in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("digits_as_imagenet")
-def test_number_outside_the_spread_differs_with_exit_code_10(
+def test_number_within_the_spread_is_reproduced_and_another_differs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _publish(monkeypatch, 99.0)
+    assert (_reproduce(tmp_path), "DIFFERS: -" in capsys.readouterr().out) == (10, True)
+    _reproduce(tmp_path, "--json")
+    (verdict,) = json.loads(capsys.readouterr().out)
+    measured = round(verdict["measured"], 1)
+    _publish(monkeypatch, measured)
 
     code = _reproduce(tmp_path)
 
-    assert (code, "DIFFERS: -" in capsys.readouterr().out) == (10, True)
+    assert (code, f"expected {measured} ± 0.5  measured {measured} ± " in capsys.readouterr().out) == (0, True)
 
 
 @pytest.mark.usefixtures("digits_as_imagenet")
@@ -98,16 +80,18 @@ def test_missing_imagenet_prints_the_plan_and_exits_with_21(
     assert "published  62.8 ± 0.3 (arXiv:2204.07141 Table 1)" in captured.out
 
 
-def test_other_data_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["reproduce", "msn-vits16-5imgs", "--data", "digits"])
-
-    assert (code, "digits: is not ImageNet: 10 classes" in capsys.readouterr().err) == (21, True)
-
-
-def test_weights_without_a_checkpoint_name_are_requested(capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["reproduce", "ibot-vits16-1pct", "--data", "digits"])
-
-    assert (code, "Give --checkpoint FILE" in capsys.readouterr().err) == (20, True)
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("msn-vits16-5imgs", 21, "digits: is not ImageNet: 10 classes"),
+        ("ibot-vits16-1pct", 20, "Give --checkpoint FILE"),
+    ],
+)
+def test_other_data_and_weights_without_a_checkpoint_name_are_refused(
+    name: str, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reproduce", name, "--data", "digits"]) == code
+    assert message in capsys.readouterr().err
 
 
 def test_list_shows_which_lambdas_are_unknown(capsys: pytest.CaptureFixture[str]) -> None:

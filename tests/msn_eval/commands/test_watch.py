@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import msn_eval.monitor.trajectory
 from msn_eval.checkpoints.run_folder import SnapshotFiles, file_sha256, snapshot_folders
@@ -188,17 +190,6 @@ def test_scores_on_different_images_are_not_mixed(scored: Path) -> None:
     assert _page(scored).count('<th scope="col">ncm') == 1
 
 
-def test_the_page_requests_nothing_and_shows_names_as_text(trained: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(trained, tmp_path / "<script>alert(1)<"))
-
-    assert _once(run) == 0
-
-    page = _page(run)
-    assert page.count("<script") == 2
-    assert "default-src 'none'" in page
-    assert re.findall(r'(?:src|href)="([^,"]*)', page) == ["data:"]
-
-
 def test_the_plot_is_the_same_every_time(watched: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(watched, tmp_path / "run $x$"))
 
@@ -215,13 +206,6 @@ def test_the_plot_is_the_same_every_time(watched: Path, tmp_path: Path) -> None:
     ("numbers", "count", "message"),
     [
         ({"me_max": 2.0}, 10, "collapse: all images are on one prototype, since step 7"),
-        (
-            {"target_entropy": 2.07},
-            10,
-            "collapse: targets prefer no prototype (entropy near log k = 2.08), since step 7",
-        ),
-        ({"cross_entropy": 2.08, "epoch": 2}, 10, "no learning: cross-entropy at log k = 2.08"),
-        ({"feature_spread": 0.001}, 10, "collapse: all images look alike (spread below 0.01 or rank below 1.05)"),
         ({"loss": None}, 3, "loss or gradient is not finite, since step 7"),
     ],
 )
@@ -237,16 +221,11 @@ def test_an_alarm_has_its_exit_code_and_message(
 
 
 def test_a_snapshot_with_equal_features_is_an_alarm(unscored: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
     folder = unscored / "checkpoints" / "step-00000006"
     encoder = folder / "encoder.safetensors"
     with safe_open(encoder, "pt") as file:
         metadata = file.metadata()
-    weights = load_file(encoder)
-    weights["patch_embed.proj.weight"] *= 0
-    save_file(weights, encoder, metadata)
+    save_file(load_file(encoder) | {"patch_embed.proj.weight": torch.zeros(16, 3, 8, 8)}, encoder, metadata)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["encoder.safetensors"] = file_sha256(encoder)
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -330,19 +309,8 @@ def test_a_damaged_record_of_an_existing_snapshot_is_refused(scored: Path, capsy
         (shutil.rmtree, (), 20, "no such folder"),
         (lambda run: [shutil.rmtree(run), run.mkdir()], (), 20, "is not a run folder of msn-pretrain"),
         (lambda run: (run / "config.yaml").write_text("- 1\n"), (), 20, "cannot be read as the configuration of a run"),
-        (
-            lambda run: (run / "config.yaml").write_text("a: [\n"),
-            (),
-            20,
-            "cannot be read as the configuration of a run",
-        ),
         (lambda run: None, ("--data", "nothing"), 21, "nothing"),
-        (
-            lambda run: [shutil.rmtree(folder) for folder in snapshot_folders(run)],
-            (),
-            20,
-            "has no finished snapshot yet",
-        ),
+        (lambda run: [*map(shutil.rmtree, snapshot_folders(run))], (), 20, "has no finished snapshot yet"),
         (lambda run: None, ("--every", "0"), 2, "--every "),
         (lambda run: None, ("--every", "nan"), 2, "--every "),
         (lambda run: None, ("--patience", "-1"), 2, "--patience "),

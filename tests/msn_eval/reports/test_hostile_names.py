@@ -17,12 +17,9 @@ def hostile_names(hostile_pages: ModuleType) -> ModuleType:
     return module
 
 
-def test_known_attacks_change_no_report_format(hostile_names: ModuleType) -> None:
+def test_known_attacks_and_generated_names_change_no_report_format(hostile_names: ModuleType) -> None:
     for attack in hostile_names.ATTACKS:
         hostile_names.check_name(attack)
-
-
-def test_generated_names_change_no_report_format(hostile_names: ModuleType) -> None:
     hostile_names.check_names(100)
 
 

@@ -35,13 +35,11 @@ def results(digits_runs: Path) -> list[Result]:
     return list_results([digits_runs])
 
 
-@pytest.mark.parametrize(("name", "of_header"), [("md", r"\d images? (?:a|per) class"), ("latex", "images per class")])
-def test_every_header_has_the_images_per_class(name: str, of_header: str, results: list[Result]) -> None:
+def test_every_header_has_the_images_per_class(results: list[Result]) -> None:
     table = make_table(results)
 
-    text = render(table, name)
-
-    assert len(re.findall(of_header, text)) == (len(table.columns) if name == "md" else len(table.groups()))
+    assert len(re.findall(r"\d images? per class", render(table, "md"))) == len(table.columns)
+    assert render(table, "latex").count("images per class") == len(table.groups())
 
 
 def test_a_failed_result_is_never_blank_or_zero(results: list[Result]) -> None:
@@ -139,10 +137,8 @@ def test_every_number_of_every_format_is_that_of_the_records(right: list[tuple[i
         for cell, (*numbers, count, rank) in zip(cells, expected, strict=True):
             match = _CELL.fullmatch(cell)
             assert match is not None, cell
-            assert [match[name] for name in ("mean", "std", "low", "high")] == [
-                f"{100 * value:.1f}" for value in numbers
-            ]
-            assert (int(match["draws"]), int(match["rank"])) == (count, rank)
+            assert list(match.groups()) == [*(f"{100 * value:.1f}" for value in numbers[:2]), str(count),
+                                            *(f"{100 * value:.1f}" for value in numbers[2:]), str(rank)]  # fmt: skip
     for line, numbers in zip([*csv.reader(io.StringIO(render(table, "csv")))][1:], expected, strict=True):
         assert [Decimal(field) for field in line[5:9]] == [Decimal(repr(number)) * 100 for number in numbers[:4]]
         assert line[9:] == [str(numbers[4]), str(numbers[5]), "ok"]

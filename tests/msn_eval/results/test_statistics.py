@@ -1,6 +1,5 @@
 """Intervals, tests and rankings against enumeration, closed forms, SciPy and simulation."""
 
-from fractions import Fraction
 from itertools import product
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from scipy import stats
 from scipy.stats import binomtest
 
@@ -18,7 +16,6 @@ from msn_eval.results.statistics import (
     accuracy_interval,
     compare_scores,
     compute_metrics,
-    count_right,
     difference_interval,
     draw_spread,
     holm,
@@ -48,29 +45,17 @@ def test_one_draw_has_no_spread_and_three_have_the_sample_deviation() -> None:
     assert draw_spread([0.1, 0.2, 0.6]) == pytest.approx(np.std([0.1, 0.2, 0.6], ddof=1))
 
 
-def test_score_of_an_image_is_its_number_of_right_draws() -> None:
-    right = np.array([[True, False, True], [True, False, False]])
-
-    assert count_right(right).tolist() == [2, 0, 1]
-
-
 @settings(max_examples=60, deadline=None)
 @given(_FEW_DIFFERENCES)
 def test_sign_flip_test_is_the_count_of_all_flips(differences: list[int]) -> None:
-    sizes = [abs(one) for one in differences]
-    seen = sum(differences)
-    sums = [
-        sum(sign * size for sign, size in zip(signs, sizes, strict=True))
-        for signs in product((-1, 1), repeat=len(sizes))
-    ]
+    observed = sum(differences)
+    sums = [np.dot(signs, np.abs(differences)) for signs in product((-1, 1), repeat=len(differences))]
 
     test = sign_flip_test(np.array(differences))
 
-    assert test.lower == pytest.approx(float(Fraction(sum(one <= seen for one in sums), len(sums))), rel=1e-12)
-    assert test.upper == pytest.approx(float(Fraction(sum(one >= seen for one in sums), len(sums))), rel=1e-12)
-    assert test.two_sided == pytest.approx(
-        float(Fraction(sum(abs(one) >= abs(seen) for one in sums), len(sums))), rel=1e-12
-    )
+    extreme = [(value <= observed, value >= observed, abs(value) >= abs(observed)) for value in sums]
+    expected = np.mean(extreme, axis=0)
+    assert [test.lower, test.upper, test.two_sided] == pytest.approx(expected, rel=1e-12)
 
 
 def test_with_one_draw_it_is_the_binomial_test_of_mcnemar() -> None:
@@ -90,12 +75,6 @@ def test_far_tail_keeps_its_digits() -> None:
     differences = np.concatenate([_differences(500, lost=400, gained=0), _differences(300, lost=200, gained=0, size=2)])
 
     assert sign_flip_test(differences).lower == pytest.approx(0.5**600, rel=1e-9)
-
-
-def test_equal_checkpoints_have_p_values_of_one() -> None:
-    same = compare_scores(_scores(50, 20), _scores(50, 20), draws=1)
-
-    assert (same.difference, same.differing, same.worse, same.better, same.two_sided) == (0.0, 0, 1.0, 1.0, 1.0)
 
 
 def test_paired_result_counts_what_was_lost_and_gained() -> None:
@@ -121,13 +100,7 @@ def test_paired_interval_is_that_of_resampling_the_images() -> None:
     assert [interval.low, interval.high] == pytest.approx(np.percentile(resamples, [2.5, 97.5]), abs=6e-4)
 
 
-def test_interval_of_equal_checkpoints_is_not_empty() -> None:
-    interval = difference_interval(np.zeros(1000, dtype=np.int64), draws=1)
-
-    assert -0.003 < interval.low < 0 < interval.high < 0.003
-
-
-@pytest.mark.parametrize("lost", [1, 1000])
+@pytest.mark.parametrize("lost", [0, 1, 1000])
 def test_interval_stays_within_what_a_difference_can_be(lost: int) -> None:
     interval = difference_interval(_differences(1000, lost=lost, gained=0), draws=1)
 
@@ -196,16 +169,8 @@ def test_detectable_drop_is_found_with_about_80_percent_power() -> None:
 
 def test_holm_rejects_as_the_step_down_does() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx((0.03, 0.06, 0.06))
-    assert holm([0.6, 0.7]) == (1.0, 1.0)
+    assert holm([0.5, 0.01, 0.7]) == pytest.approx((1.0, 0.03, 1.0))
     assert holm([]) == ()
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_holm_lies_between_no_correction_and_bonferronis(p_values: list[float]) -> None:
-    adjusted = holm(p_values)
-
-    assert all(p <= a <= min(1, len(p_values) * p) for p, a in zip(p_values, adjusted, strict=True))
-    assert [adjusted[i] for i in np.argsort(p_values, kind="stable")] == sorted(adjusted)
 
 
 def test_checkpoints_that_are_not_separable_share_a_rank() -> None:
@@ -214,15 +179,10 @@ def test_checkpoints_that_are_not_separable_share_a_rank() -> None:
     assert rank_with_ties([worse, alike, good]) == (3, 1, 1)
 
 
-def _linked() -> list[Integers]:
-    """Return three checkpoints, each 6 images below the one before: only the first and the last are separable."""
-    return [_scores(1000, 700), _scores(1000, 694), _scores(1000, 688)]
-
-
 def test_separable_checkpoints_share_a_rank_where_others_link_them() -> None:
-    best, middle, last = _linked()
+    best, middle, last = (_scores(1000, right) for right in (700, 694, 688))
 
-    assert rank_with_ties([best, middle, last]) == (1, 1, 1)
+    assert rank_with_ties([best, middle, last]) == rank_with_ties([last, middle, best]) == (1, 1, 1)
     assert rank_with_ties([best, last]) == (1, 2)
 
 
@@ -239,20 +199,6 @@ def test_not_separable_means_the_same_rank(level: float) -> None:
     assert all(ranks[a] == ranks[b] for a, b in tied)
 
 
-def test_order_of_the_checkpoints_moves_no_rank() -> None:
-    scores = _linked()
-
-    assert rank_with_ties(scores[::-1]) == rank_with_ties(scores)[::-1]
-
-
-def test_equal_input_gives_equal_bits() -> None:
-    differences: NDArray[np.int64] = np.random.default_rng(1).integers(-3, 4, 5000)
-
-    found = {(difference_interval(differences, draws=3), sign_flip_test(differences)) for _ in range(5)}
-
-    assert len(found) == 1
-
-
 @pytest.mark.parametrize(
     ("right", "n"), [(0, 1), (1, 1), (0, 50), (50, 50), (1, 797), (700, 797), (32_750, 50_000), (49_999, 50_000)]
 )
@@ -262,22 +208,11 @@ def test_wilson_interval_is_that_of_scipy(right: int, n: int) -> None:
     assert wilson_interval(right, n) == pytest.approx((theirs.low, theirs.high), rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("n", [1, 7, 50_000])
-def test_wilson_interval_stays_within_zero_and_one(n: int) -> None:
-    assert wilson_interval(0, n)[0] >= 0
-    assert wilson_interval(n, n)[1] <= 1
-
-
 def test_top1_and_top5_are_shares_of_ranks() -> None:
     metrics = compute_metrics(np.array([1, 1, 2, 5, 6, 1, 9, 3]))
 
     assert (metrics.top1, metrics.top5, metrics.n) == (3 / 8, 6 / 8, 8)
-
-
-def test_interval_belongs_to_top1() -> None:
-    metrics = compute_metrics(np.array([1, 4, 1, 9]))
-
-    assert metrics.top1_ci95 == wilson_interval(2, 4)
+    assert metrics.top1_ci95 == wilson_interval(3, 8)
 
 
 @pytest.mark.parametrize("n_classes", [2, 4, 5])
@@ -287,9 +222,3 @@ def test_top5_is_one_where_there_are_five_classes_or_fewer(n_classes: int) -> No
     _, rank = rank_labels(scores, torch.randint(n_classes, (40,), generator=generator))
 
     assert compute_metrics(rank.numpy()).top5 == 1.0
-
-
-def test_accuracies_are_plain_python_numbers() -> None:
-    metrics = compute_metrics(np.array([1, 2]))
-
-    assert [type(value) for value in (metrics.top1, metrics.top5, *metrics.top1_ci95, metrics.n)] == [float] * 4 + [int]

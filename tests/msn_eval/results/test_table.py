@@ -25,18 +25,10 @@ def test_cell_is_mean_and_sample_deviation_over_draws(results: list[Result]) -> 
     table = make_table(results)
 
     for (_, column), cell in table.cells.items():
-        scores = [r.metrics.top1 for r in results if r.protocol_id == column.protocol_id and r.metrics]
-        assert (cell.mean, cell.std, cell.draws) == (
-            pytest.approx(statistics.fmean(scores)),
-            pytest.approx(statistics.stdev(scores)),
-            3,
-        )
-
-
-def test_one_draw_has_no_deviation(results: list[Result]) -> None:
-    (cell,) = make_table(results[:1]).cells.values()
-
-    assert (cell.std, cell.draws) == (None, 1)
+        draws = [r for d in (1, 2, 3) for r in results if (r.protocol_id, r.split.draw) == (column.protocol_id, d)]
+        scores = [result.metrics.top1 for result in draws if result.metrics]
+        assert (cell.mean, cell.std) == pytest.approx((statistics.fmean(scores), statistics.stdev(scores)))
+        assert (cell.draws, cell.results) == (3, tuple(result.id for result in draws))
 
 
 def test_every_protocol_has_its_own_column(results: list[Result]) -> None:
@@ -47,29 +39,14 @@ def test_every_protocol_has_its_own_column(results: list[Result]) -> None:
     assert len(table.columns) == len({result.protocol_id for result in [*results, *reduced]})
 
 
-def test_similar_columns_show_the_fields_that_differ(results: list[Result]) -> None:
-    result = results[0]
-
-    table = make_table([result, _other_protocol(result, precision="reduced")])
-
-    assert {column.reason for column in table.columns} == {"precision=exact", "precision=reduced"}
-
-
-def test_cell_with_a_failed_draw_has_no_mean(results: list[Result]) -> None:
+@pytest.mark.parametrize("status", ["failed", "not_converged"])
+def test_cell_has_the_status_of_its_worst_draw_and_no_mean_if_one_failed(results: list[Result], status: str) -> None:
     same = [r for r in results if r.protocol_id == results[0].protocol_id]
-    failed = replace(same[0], status="failed", metrics=None, error="broken")
+    worst = replace(same[0], status=status, metrics=None if status == "failed" else same[0].metrics)
 
-    (cell,) = make_table([failed, *same[1:]]).cells.values()
+    (cell,) = make_table([worst, *same[1:]]).cells.values()
 
-    assert (cell.mean, cell.status) == (None, "failed")
-
-
-def test_unconverged_draw_marks_its_cell(results: list[Result]) -> None:
-    same = [r for r in results if r.protocol_id == results[0].protocol_id]
-
-    (cell,) = make_table([replace(same[0], status="not_converged"), *same[1:]]).cells.values()
-
-    assert cell.status == "not_converged"
+    assert (cell.mean is None, cell.status) == (status == "failed", status)
 
 
 def test_checkpoints_of_one_name_are_distinguished_by_hash(results: list[Result]) -> None:
@@ -90,12 +67,6 @@ def test_rows_are_ordered_best_first_and_failed_last(results: list[Result]) -> N
     table = make_table([named("worse", 0.1), named("broken", None), named("better", 0.9)])
 
     assert [row.name for row in table.rows] == ["better", "worse", "broken"]
-
-
-def test_partly_loaded_weights_are_noted_in_the_row(results: list[Result]) -> None:
-    partly = replace(results[0], checkpoint=replace(results[0].checkpoint, matched=0.5))
-
-    assert make_table([partly]).rows[0].note == "50.0% of weights loaded"
 
 
 def test_subsets_are_ordered_by_size(results: list[Result]) -> None:
@@ -127,40 +98,36 @@ def test_differing_precision_is_shown_across_subsets(results: list[Result]) -> N
     assert list(table.groups()) == ["ncm, precision=exact", "ncm, precision=reduced"]
 
 
-def test_columns_of_two_data_sets_show_the_names(results: list[Result]) -> None:
-    data = replace(results[0].data, name="photos", sha256="f" * 64)
-    data_fields = {"sha256": "f" * 64, "class_map_sha256": "e" * 64}
-    other = replace(_other_protocol(results[0], data=data_fields), data=data)
+@pytest.mark.parametrize(
+    ("images", "classes", "limit", "name", "reasons"),
+    [
+        ("f" * 64, "e" * 64, None, "photos", {"digits", "photos"}),
+        ("f" * 64, None, 10, "digits", {"limit=10", "limit=none"}),  # without the hash of the data
+        (None, "e" * 64, None, "digits", {"data.class_map_sha256=eeeeeeee", "data.class_map_sha256=5bac3ce2"}),
+    ],
+)
+def test_columns_of_different_data_show_what_differs(
+    results: list[Result], images: str | None, classes: str | None, limit: int | None, name: str, reasons: set[str]
+) -> None:
+    data = results[0].data
+    fields = {"sha256": images or data.sha256, "class_map_sha256": classes or data.class_map_sha256}
+    other = replace(_other_protocol(results[0], data=fields, limit=limit), data=replace(data, name=name))
 
     table = make_table([results[0], other])
 
-    assert {column.reason for column in table.columns} == {"digits", "photos"}
+    assert {column.reason for column in table.columns} == reasons
 
 
-def test_limit_is_shown_without_the_data_hash(results: list[Result]) -> None:
-    data_fields = {"sha256": "f" * 64, "class_map_sha256": results[0].data.class_map_sha256}
-    limited = _other_protocol(results[0], data=data_fields, limit=10)
+def test_absent_weights_skipped_images_and_collapsed_features_are_noted_in_the_row(results: list[Result]) -> None:
+    result = results[0]
+    checkpoint = replace(result.checkpoint, matched=0.5, allow_missing=("head.*", "norm.*"))
+    features = replace(result.features, degenerate="collapsed")
+    skipped = replace(result, checkpoint=checkpoint, features=features, data=replace(result.data, skipped=2))
 
-    assert {column.reason for column in make_table([results[0], limited]).columns} == {"limit=10", "limit=none"}
+    table = make_table([skipped, replace(results[1], checkpoint=checkpoint)])
 
-
-def test_differing_class_map_is_shown(results: list[Result]) -> None:
-    data_fields = {"sha256": results[0].data.sha256, "class_map_sha256": "e" * 64}
-
-    reasons = {c.reason for c in make_table([results[0], _other_protocol(results[0], data=data_fields)]).columns}
-
-    assert "data.class_map_sha256=eeeeeeee" in reasons
-
-
-def test_absent_weights_and_skipped_images_are_noted_in_the_row(results: list[Result]) -> None:
-    checkpoint = replace(results[0].checkpoint, matched=0.5, allow_missing=("head.*", "norm.*"))
-    data = [replace(results[0].data, skipped=count) for count in (0, 2)]
-
-    table = make_table([replace(r, checkpoint=checkpoint, data=one) for r, one in zip(results[:2], data, strict=True)])
-
-    assert table.rows[0].note == (
-        "50.0% of weights loaded, absent by --allow-missing head.* norm.*, 2 unreadable images skipped"
-    )
+    notes = "50.0% of weights loaded, absent by --allow-missing head.* norm.*, 2 unreadable images skipped, collapsed"
+    assert table.rows[0].note == notes
 
 
 @pytest.mark.parametrize(
@@ -178,12 +145,6 @@ def test_manual_options_are_shown_for_a_single_protocol(
     assert column.reason == reason
 
 
-def test_collapsed_features_are_noted_in_the_row(results: list[Result]) -> None:
-    features = replace(results[0].features, degenerate="validation images: collapsed representation")
-
-    assert make_table([replace(results[0], features=features)]).rows[0].note == features.degenerate
-
-
 def test_rows_with_different_labelled_images_are_mentioned_in_a_notice(results: list[Result]) -> None:
     other = replace(
         results[0],
@@ -197,14 +158,6 @@ def test_rows_with_different_labelled_images_are_mentioned_in_a_notice(results: 
     assert make_table(results).notices == ()
 
 
-def test_cell_lists_its_records(results: list[Result]) -> None:
-    table = make_table(results)
-
-    for (_, column), cell in table.cells.items():
-        assert list(cell.results) == [r.id for d in (1, 2, 3) for r in results
-                                      if (r.protocol_id, r.split.draw) == (column.protocol_id, d)]  # fmt: skip
-
-
 def test_linear_columns_show_differences_from_the_recipe_and_from_each_other(results: list[Result]) -> None:
     def layer(name: str = "linear", **params: float | str) -> Result:
         changed = _other_protocol(results[0], probe={"name": name, "version": 1, "params": params})
@@ -213,13 +166,13 @@ def test_linear_columns_show_differences_from_the_recipe_and_from_each_other(res
     def heads(*layers: Result) -> set[str]:
         return {column.group for column in make_table(list(layers)).columns}
 
-    grid, one, other = layer(lrs=13, epochs=100), layer(lr=3.0, epochs=100), layer(lr=6.4, epochs=100)
+    grid, first, second = layer(lrs=13, epochs=100), layer(lr=3.0, epochs=100), layer(lr=6.4, epochs=100)
     assert heads(grid) == {"linear"}
-    assert heads(one) == {"linear, lr=3.0"}
-    assert heads(one, other) == {"linear, lr=3.0", "linear, lr=6.4"}
-    assert heads(one, grid) == {"linear, lr=3.0", "linear, lrs=13"}
-    assert heads(layer(lrs=13, epochs=400)) == {"linear, epochs=400"}  # no other column is there to differ from
-    taps = layer(lrs=13, epochs=100, taps="cls,mean")  # said always: the number is that of whichever was chosen
+    assert heads(first) == {"linear, lr=3.0"}
+    assert heads(first, second) == {"linear, lr=3.0", "linear, lr=6.4"}
+    assert heads(first, grid) == {"linear, lr=3.0", "linear, lrs=13"}
+    assert heads(layer(lrs=13, epochs=400)) == {"linear, epochs=400"}  # although no other column differs
+    taps = layer(lrs=13, epochs=100, taps="cls,mean")  # always shown: the number is that of the chosen tap
     assert heads(taps) == {"linear taps=cls,mean"}
     assert heads(grid, taps) == {"linear", "linear taps=cls,mean"}
     assert heads(layer("linear-augmented", lr=6.4, epochs=100)) == {"linear-augmented"}

@@ -54,9 +54,9 @@ def test_valid_records_are_counted_and_pass(runs: Path, capsys: pytest.CaptureFi
 
 
 def test_records_of_an_evaluation_are_valid(digits_runs: Path) -> None:
-    found = verify_results([digits_runs])
+    outcome = verify_results([digits_runs])
 
-    assert (found.faults, found.records) == ((), len(list(digits_runs.glob("*.json"))))
+    assert (outcome.faults, outcome.records) == ((), len(list(digits_runs.glob("*.json"))))
 
 
 @pytest.mark.parametrize(

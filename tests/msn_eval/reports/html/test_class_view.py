@@ -21,9 +21,8 @@ def runs(digits_runs: Path, tmp_path: Path) -> Path:
 
 def _read(runs: Path) -> tuple[Table, Records]:
     scan = scan_results([runs])
-    return make_table(scan.results), {
-        result.id: (result, path) for result, path in zip(scan.results, scan.paths, strict=True)
-    }
+    pairs = zip(scan.results, scan.paths, strict=True)
+    return make_table(scan.results), {result.id: (result, path) for result, path in pairs}
 
 
 def test_classes_are_counted_over_all_draws(runs: Path) -> None:
