@@ -22,7 +22,7 @@ from msn_eval.files.json_records import canonical_json
 from msn_eval.results.predictions import (
     ProtocolPredictions,
     group_by_protocol,
-    make_protocol_title,
+    name_protocol,
     read_protocol_predictions,
 )
 from msn_eval.results.record import Result
@@ -112,7 +112,7 @@ def make_baseline(results: Sequence[Result], folders: Sequence[Path]) -> Baselin
         try:
             protocols.append(_make_protocol(read_protocol_predictions(group, folders)))
         except ComparisonError as error:
-            problems += f"\n  {make_protocol_title(group[0])} [{group[0].protocol_id}]: {error}"
+            problems += f"\n  {name_protocol(group[0])} [{group[0].protocol_id}]: {error}"
     if problems:
         hint = "Measure them again, or give a folder without them."
         raise ComparisonError(f"these results cannot be a baseline:{problems}", hint=hint)
@@ -138,7 +138,7 @@ def _make_protocol(predictions: ProtocolPredictions) -> BaselineProtocol:
     return BaselineProtocol(
         protocol_id=first.protocol_id,
         protocol=first.protocol,
-        title=make_protocol_title(first),
+        title=name_protocol(first),
         images=len(predictions.image),
         images_sha256=predictions.images_sha256,
         made_with=describe_computation(first),

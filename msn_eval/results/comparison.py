@@ -8,23 +8,14 @@ from typing import Literal
 import numpy as np
 
 from msn_eval.errors import ComparisonError
+from msn_eval.results import statistics
 from msn_eval.results.predictions import (
     ProtocolPredictions,
     group_by_protocol,
-    make_protocol_title,
+    name_protocol,
     read_protocol_predictions,
 )
 from msn_eval.results.record import CheckpointInfo, Result, flatten_fields
-from msn_eval.results.statistics import (
-    POWER,
-    Interval,
-    Paired,
-    accuracy_interval,
-    compare_scores,
-    draw_spread,
-    holm,
-    minimal_detectable_difference,
-)
 
 Outcome = Literal["better", "worse", "not separable"]
 Groups = dict[str, list[Result]]  # results of one checkpoint by protocol id
@@ -44,7 +35,7 @@ class Measured:
 
     accuracy: float
     spread: float | None
-    interval: Interval
+    interval: statistics.Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +75,7 @@ class ProtocolComparison:
     draws: tuple[int, ...]
     first: Measured
     second: Measured
-    paired: Paired
+    paired: statistics.Paired
     p_value: float
     detectable: float
     outcome: Outcome
@@ -122,12 +113,12 @@ def compare(
         try:
             pairs.append(_read_pair(protocol_id, sides, folders))
         except ComparisonError as error:
-            left_out.append((f"{make_protocol_title(results[0])} [{protocol_id}]", str(error)))
+            left_out.append((f"{name_protocol(results[0])} [{protocol_id}]", str(error)))
     if not pairs:
         reasons = "\n".join(f"  {title}: {reason}" for title, reason in left_out)
         raise ComparisonError(f"nothing can be compared:\n{reasons}", hint="Evaluate both with the same options.")
-    paired = [compare_scores(a.scores, b.scores, draws=len(a.draws)) for a, b in pairs]
-    p_values = holm([test.two_sided for test in paired])
+    paired = [statistics.compare_scores(a.scores, b.scores, draws=len(a.draws)) for a, b in pairs]
+    p_values = statistics.holm([test.two_sided for test in paired])
     tests = zip(pairs, paired, p_values, strict=True)
     protocols = [_compare_protocol(*pair, test, p_value, tests=len(pairs)) for pair, test, p_value in tests]
     return Comparison(
@@ -163,16 +154,18 @@ def _read_pair(
 
 
 def _compare_protocol(
-    a: ProtocolPredictions, b: ProtocolPredictions, paired: Paired, p_value: float, *, tests: int
+    a: ProtocolPredictions, b: ProtocolPredictions, paired: statistics.Paired, p_value: float, *, tests: int
 ) -> ProtocolComparison:
     # Two-sided: half of the level on each side. The strictest of Holm's tests divides it by their number.
-    detectable = minimal_detectable_difference(b.scores - a.scores, draws=len(a.draws), level=LEVEL / 2 / tests)
+    detectable = statistics.minimal_detectable_difference(
+        b.scores - a.scores, draws=len(a.draws), level=LEVEL / 2 / tests
+    )
     outcome: Outcome = "not separable"
     if p_value <= LEVEL:
         outcome = "better" if paired.difference > 0 else "worse"
         words = f"the second is {outcome} by {100 * abs(paired.difference):.2f} points"
     elif paired.differing:
-        found = f"would be found {100 * POWER:g} times in 100"
+        found = f"would be found {100 * statistics.POWER:g} times in 100"
         words = f"not separable: a true difference of {100 * detectable:.2f} points or more {found}"
     else:
         words = "the same predictions" if np.array_equal(a.prediction, b.prediction) else "right on the same images"
@@ -180,7 +173,7 @@ def _compare_protocol(
         words += f"; doubtful, since the solver did not converge for the {' and the '.join(doubtful)}"
     return ProtocolComparison(
         protocol_id=a.first.protocol_id,
-        title=make_protocol_title(a.first),
+        title=name_protocol(a.first),
         draws=a.draws,
         first=_measure(a),
         second=_measure(b),
@@ -197,8 +190,8 @@ def _compare_protocol(
 def _measure(predictions: ProtocolPredictions) -> Measured:
     return Measured(
         accuracy=float(predictions.right.mean()),
-        spread=draw_spread([float(draw.mean()) for draw in predictions.right]),
-        interval=accuracy_interval(predictions.scores, draws=len(predictions.draws)),
+        spread=statistics.draw_spread([float(draw.mean()) for draw in predictions.right]),
+        interval=statistics.accuracy_interval(predictions.scores, draws=len(predictions.draws)),
     )
 
 

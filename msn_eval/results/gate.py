@@ -14,24 +14,16 @@ from typing import Literal
 import numpy as np
 
 from msn_eval.errors import ComparisonError, UsageError
+from msn_eval.results import statistics
 from msn_eval.results.baseline import Baseline, BaselineProtocol, check_complete, describe_computation, hash_predictions
 from msn_eval.results.comparison import find_nearest_protocol, list_protocol_differences
 from msn_eval.results.predictions import (
     ProtocolPredictions,
     group_by_protocol,
-    make_protocol_title,
+    name_protocol,
     read_protocol_predictions,
 )
 from msn_eval.results.record import CheckpointInfo, Result
-from msn_eval.results.statistics import (
-    POWER,
-    Integers,
-    Paired,
-    compare_scores,
-    holm,
-    minimal_detectable_difference,
-    sign_flip_test,
-)
 
 Verdict = Literal["regression", "not comparable", "too good", "inconclusive", "pass"]
 DEFAULT_MARGIN = 0.01
@@ -69,7 +61,7 @@ class ProtocolVerdict:
     reason: str
     baseline_accuracy: float | None = None
     accuracy: float | None = None
-    paired: Paired | None = None
+    paired: statistics.Paired | None = None
     worse: float | None = None
     better: float | None = None
     detectable: float | None = None
@@ -142,7 +134,7 @@ def check_results(
         except ComparisonError as error:
             verdicts[entry.protocol_id] = _refuse(entry.protocol_id, entry.title, str(error))
     verdicts |= {verdict.protocol_id: verdict for verdict in _judge(comparable, margin)}
-    titles = sorted((make_protocol_title(result), result.protocol_id) for result in extra)
+    titles = sorted((name_protocol(result), result.protocol_id) for result in extra)
     protocols = (
         *(verdicts[entry.protocol_id] for entry in baseline.protocols),
         *(_refuse(key, title, f"no baseline for key {title} [{key}]") for title, key in titles),
@@ -153,7 +145,7 @@ def check_results(
         exit_code=EXIT_CODES[overall],
         margin=margin,
         level=LEVEL,
-        power=POWER,
+        power=statistics.POWER,
         baseline_name=str(baseline.checkpoint.get("name")),
         baseline_sha256=baseline.sha256,
         checkpoint=results[0].checkpoint if results else None,
@@ -184,7 +176,7 @@ def _check_comparable(entry: BaselineProtocol, predictions: ProtocolPredictions)
 
 
 def judge_differences(
-    differences: Sequence[Integers], draws: Sequence[int], *, margin: float
+    differences: Sequence[statistics.Integers], draws: Sequence[int], *, margin: float
 ) -> tuple[NumericVerdict, ...]:
     """Judge several protocols together by their numbers alone.
 
@@ -193,13 +185,13 @@ def judge_differences(
         draws: Number of draws per protocol.
         margin: Smallest drop that is a regression, a fraction.
     """
-    tests = [sign_flip_test(changes) for changes in differences]
-    worse, better = holm([test.lower for test in tests]), holm([test.upper for test in tests])
+    tests = [statistics.sign_flip_test(changes) for changes in differences]
+    worse, better = statistics.holm([test.lower for test in tests]), statistics.holm([test.upper for test in tests])
     verdicts = []
     for changes, count, p_worse, p_better in zip(differences, draws, worse, better, strict=True):
         change = int(changes.sum()) / (len(changes) * count)
         # Under Holm the strictest test has the family's level over the number of protocols.
-        detectable = minimal_detectable_difference(changes, draws=count, level=LEVEL / len(differences))
+        detectable = statistics.minimal_detectable_difference(changes, draws=count, level=LEVEL / len(differences))
         verdict: Verdict = "inconclusive"
         # NaN compares as false, so it reaches none of these verdicts.
         if p_worse <= LEVEL and -change >= margin:
@@ -225,7 +217,7 @@ def _judge(comparable: Sequence[tuple[BaselineProtocol, ProtocolPredictions]], m
                 reason=reason,
                 baseline_accuracy=float(entry.right.mean()),
                 accuracy=float(predictions.right.mean()),
-                paired=compare_scores(entry.scores, predictions.scores, draws=len(entry.draws)),
+                paired=statistics.compare_scores(entry.scores, predictions.scores, draws=len(entry.draws)),
                 notes=tuple(list_protocol_differences(entry.made_with, describe_computation(predictions.first))),
                 **vars(number) | {"verdict": verdict},
             )

@@ -83,7 +83,7 @@ class ProtocolPredictions:
         return {int(label): printable(name) for label, name in zip(labels, names, strict=True)}
 
 
-def make_protocol_title(result: Result) -> str:
+def name_protocol(result: Result) -> str:
     """Return a short name of a protocol for people, such as `knn k=10 T=0.07, 5imgs`. Only the id is unique.
 
     A probe with many settings, such as fine-tuning, is named by the start of the id: `finetune #1f0a3c52, 1pct`.
@@ -185,7 +185,7 @@ def list_prediction_faults(result: Result, predictions: Predictions) -> list[str
         return [f"predictions: arrays of unexpected types, {kinds}"]
     if not len(predictions.label):
         return ["predictions: no images"]
-    return [*_list_value_faults(result, predictions), *_list_metric_faults(result, predictions)]
+    return list(_list_value_faults(result, predictions))
 
 
 def _list_value_faults(result: Result, predictions: Predictions) -> Iterator[str]:
@@ -204,9 +204,6 @@ def _list_value_faults(result: Result, predictions: Predictions) -> Iterator[str
         yield f"predictions: rank and prediction of {_show_first_image(predictions, wrong)} contradict each other"
     if len(np.unique(predictions.image)) != len(predictions.image):
         yield "predictions: an image occurs twice"
-
-
-def _list_metric_faults(result: Result, predictions: Predictions) -> Iterator[str]:
     images = len(predictions.label)
     if result.data.val_images != images:
         yield f"data.val_images: recorded {result.data.val_images:,}, stored predictions of {images:,} images"

@@ -15,8 +15,6 @@ _NAMES = {"pretrain_data": "pretraining", "pretrain_epochs": "epochs", "protocol
 _VALUES = {"probe": {"logreg": "logistic"}, "subset": {"100pct": "full"}}
 # Of ImageNet's 1,281,167 training images of 1,000 classes; the published 1 % list has 12,811.
 _IMAGES_PER_CLASS = {"1img": 1, "2imgs": 2, "5imgs": 5, "1pct": 12.811, "10pct": 128.1167, "full": 1281.167}
-_CLASSES = 1000
-_METRIC = "top1"  # on ImageNet's validation images; other metrics of the file name their own images
 
 
 def get_published_path() -> Path:
@@ -52,15 +50,15 @@ def make_published_table(numbers: "pd.DataFrame", columns: Sequence[Column]) -> 
     """
     subsets = {column.subset for column in columns}
     probes = {column.probe for column in columns} | {"finetune"}
-    is_wanted = numbers["subset"].isin(subsets) & numbers["probe"].isin(probes) & (numbers["metric"] == _METRIC)
+    # `top1` is on ImageNet's validation images; other metrics of the file name their own images.
+    is_wanted = numbers["subset"].isin(subsets) & numbers["probe"].isin(probes) & (numbers["metric"] == "top1")
     wanted = numbers[is_wanted].sort_values(["source", "epochs"])
     wanted = wanted.sort_values(["method", "arch"], key=lambda names: names.str.casefold(), kind="stable")
     cells = {}
     for number in wanted.to_dict("records"):
         # The floats nearest to a hundredth of what is printed, so that they print as they were printed.
         mean, std = (float(f"{number[name]}e-2") if number[name] else None for name in ("percent", "std"))
-        column = _make_column(number["probe"], number["subset"])
-        cells[_make_row(number), column] = Cell(mean=mean, std=std, draws=None, status="published")
+        cells[_make_row(number), _make_column(number)] = Cell(mean=mean, std=std, draws=None, status="published")
     return Table(
         rows=tuple(dict.fromkeys(row for row, _ in cells)),
         columns=tuple(dict.fromkeys(column for _, column in cells)),
@@ -69,7 +67,8 @@ def make_published_table(numbers: "pd.DataFrame", columns: Sequence[Column]) -> 
     )
 
 
-def _make_column(probe: str, subset: str) -> Column:
+def _make_column(number: Mapping[Hashable, Any]) -> Column:
+    probe, subset = number["probe"], number["subset"]
     return Column(
         protocol_id=f"published {probe} {subset}",
         probe=probe,
@@ -77,7 +76,7 @@ def _make_column(probe: str, subset: str) -> Column:
         subset=subset,
         data="imagenet",
         images_per_class=_IMAGES_PER_CLASS[subset],
-        classes=_CLASSES,
+        classes=1000,
         reason="published, imagenet",
         published=True,
     )

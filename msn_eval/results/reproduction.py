@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 _LOW_SHOT = ("1img", "2imgs", "5imgs", "1pct")
 _PAPER = "arXiv:2204.07141"
 _KNN_SOURCE = "arXiv:2304.07193 Table 4"
-_DECIMALS = 1  # of the published numbers
 _MSN_README = "the example command in the README of github.com/facebookresearch/msn"
 _MSN_AUTHORS = "an answer of the authors to a user of github.com/facebookresearch/msn"
 # The lambdas that are published, and where. All others are unknown.
@@ -200,16 +199,12 @@ def _judge_setting(reproduction: Reproduction, results: Sequence[Result], draws:
         reason = f"{valid} of {draws} draws have a valid result"
         return Verdict(params=params, measured=None, std=None, draws=len(scores), judgement="no verdict", reason=reason)
     mean, std = statistics.fmean(scores), draw_spread(scores)
-    judgement, reason = _judge_mean(reproduction, mean)
+    judgement: Judgement = "no verdict"
+    reason = reproduction.why_no_verdict
+    if reproduction.tolerance is not None:
+        # Compared in tenths, as published: digits that nobody printed must not decide.
+        published, allowed = (round(10 * number) for number in (reproduction.expected, reproduction.tolerance))
+        difference = round(10 * mean) - published
+        judgement = "reproduced" if abs(difference) <= allowed else "differs"
+        reason = f"{difference / 10:+.1f} points, {reproduction.tolerance} allowed"
     return Verdict(params=params, measured=mean, std=std, draws=draws, judgement=judgement, reason=reason)
-
-
-def _judge_mean(reproduction: Reproduction, measured: float) -> tuple[Judgement, str]:
-    if reproduction.tolerance is None:
-        return "no verdict", reproduction.why_no_verdict
-    # Compared in tenths, as published: digits that nobody printed must not decide.
-    scale = 10**_DECIMALS
-    published, allowed = (round(number * scale) for number in (reproduction.expected, reproduction.tolerance))
-    difference = round(measured * scale) - published
-    text = f"{difference / scale:+.{_DECIMALS}f} points, {reproduction.tolerance} allowed"
-    return ("reproduced" if abs(difference) <= allowed else "differs"), text

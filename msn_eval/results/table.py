@@ -243,8 +243,8 @@ def _describe_problems(results: Sequence[Result]) -> str:
     if patterns := sorted({pattern for result in results for pattern in result.checkpoint.allow_missing}):
         problems.append(f"absent by --allow-missing {' '.join(patterns)}")
     if skipped := sorted({result.data.skipped for result in results} - {0}):
-        images = "image" if skipped == [1] else "images"
-        problems.append(f"{' or '.join(map(str, skipped))} unreadable {images} skipped")
+        images = f"unreadable image{'' if skipped == [1] else 's'}"
+        problems.append(f"{' or '.join(map(str, skipped))} {images} skipped")
     problems += sorted({result.features.degenerate for result in results if result.features.degenerate})
     return ", ".join(problems)
 
@@ -284,8 +284,8 @@ def _list_reasons(results: Sequence[Result]) -> list[str]:
     protocols = [flatten_fields(result.protocol) for result in results]
     texts = [{key: json.dumps(value) for key, value in one.items()} for one in protocols]
     by_subset = defaultdict(list)
-    for result, one in zip(results, texts, strict=True):
-        by_subset[result.split.subset, result.probe.params.get("lambda")].append(one)
+    for result, protocol in zip(results, texts, strict=True):
+        by_subset[result.split.subset, result.probe.params.get("lambda")].append(protocol)
 
     def differs(key: str) -> bool:
         groups = by_subset.values() if key in _SUBSET_FIELDS else [texts]
@@ -306,17 +306,15 @@ def _list_reasons(results: Sequence[Result]) -> list[str]:
     def shorten(key: str, protocol: Mapping[str, object]) -> str:
         return _shorten(protocol.get(key), [one.get(key) for one in protocols])
 
-    reasons = []
-    for result, protocol in zip(results, protocols, strict=True):
+    def describe(result: Result, protocol: Mapping[str, object]) -> str:
         fields = [result.data.name] if show_name else []
         fields += [shorten("data.sha256", protocol)] if show_digest else []
-        fields += [
-            f"{key.removeprefix('probe.params.')}={shorten(key, protocol)}"
-            for key in sorted(shown)
-            if key in protocol or not key.startswith("probe.params.")  # a recipe does not have every setting
-        ]
-        reasons.append(" ".join(fields))
-    return reasons
+        # A recipe does not have every setting.
+        keys = [key for key in sorted(shown) if key in protocol or not key.startswith("probe.params.")]
+        fields += [f"{key.removeprefix('probe.params.')}={shorten(key, protocol)}" for key in keys]
+        return " ".join(fields)
+
+    return list(map(describe, results, protocols))
 
 
 def _list_unusual_params(result: Result) -> Iterator[str]:

@@ -78,7 +78,6 @@ def _list_faults(
 ) -> Iterator[str]:
     yield from _list_record_faults(result)
     yield from _list_protocol_faults(result)
-    yield from _list_status_faults(result)
     split = ("split", result.protocol_id, result.split.draw)
     first, digest = first_seen.setdefault(split, (path, result.split.sha256))
     if digest != result.split.sha256:
@@ -92,18 +91,23 @@ def _list_faults(
 
 def _list_record_faults(result: Result) -> Iterator[str]:
     """Yield what contradicts itself in a record. Its protocol_id was already recomputed when it was read."""
-    expected_id = result_id(
-        weights_sha256=result.checkpoint.weights_sha256,
-        key=result.checkpoint.key,
-        protocol_id=result.protocol_id,
-        draw=result.split.draw,
-    )
+    weights, key = result.checkpoint.weights_sha256, result.checkpoint.key
+    expected_id = result_id(weights_sha256=weights, key=key, protocol_id=result.protocol_id, draw=result.split.draw)
     if result.id != expected_id:
         yield f"id: recorded {result.id}, computed from weights, key, protocol and draw {expected_id}"
     for section in ("checkpoint", "data", "split"):
         for name, digest in vars(getattr(result, section)).items():
             if name.endswith("sha256") and digest is not None and not _SHA256.fullmatch(digest):
                 yield f"{section}.{name}: {digest!r} is not a SHA-256"
+    if result.status == "failed":
+        return
+    if result.predictions is None:
+        yield "predictions: none are named, so the metrics cannot be recomputed"
+    gap, converged = result.probe.certificate, result.probe.converged
+    if (result.status == "not_converged") != (converged is False):
+        yield f"status: {result.status}, although probe.converged is {converged}"
+    if gap is not None and converged is not None and converged != (gap <= _MAX_GAP):
+        yield f"probe.certificate: {gap:g}, although probe.converged is {converged}"
 
 
 def _list_protocol_faults(result: Result) -> Iterator[str]:
@@ -124,18 +128,6 @@ def _list_protocol_faults(result: Result) -> Iterator[str]:
         yield f"split.subset: the record states {result.split.subset!r}, its protocol {subset}"
     if (protocol.get("skipped") is None) != (result.data.skipped == 0):
         yield f"data.skipped: the record states {result.data.skipped}, its protocol {protocol.get('skipped')}"
-
-
-def _list_status_faults(result: Result) -> Iterator[str]:
-    if result.status == "failed":
-        return
-    if result.predictions is None:
-        yield "predictions: none are named, so the metrics cannot be recomputed"
-    gap, converged = result.probe.certificate, result.probe.converged
-    if (result.status == "not_converged") != (converged is False):
-        yield f"status: {result.status}, although probe.converged is {converged}"
-    if gap is not None and converged is not None and converged != (gap <= _MAX_GAP):
-        yield f"probe.certificate: {gap:g}, although probe.converged is {converged}"
 
 
 def _list_image_faults(result: Result, predictions: Predictions, path: Path, first_seen: _FirstSeen) -> Iterator[str]:

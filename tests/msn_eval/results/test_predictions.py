@@ -9,7 +9,7 @@ import pytest
 
 from msn_eval.errors import ComparisonError, UsageError
 from msn_eval.results.predictions import (
-    make_protocol_title,
+    name_protocol,
     read_one_checkpoint,
     read_protocol_predictions,
 )
@@ -24,14 +24,14 @@ def test_scores_count_draws_and_class_names_come_from_the_ids(write_run: RunWrit
 
     assert predictions.scores.tolist() == [1, 0, 2, 2]
     assert predictions.read_class_names() == {0: "ant", 1: "bee"}
-    assert make_protocol_title(predictions.first) == "knn k=1 T=0.07, 5imgs"
+    assert name_protocol(predictions.first) == "knn k=1 T=0.07, 5imgs"
 
 
 def test_title_lists_the_taps_that_a_layer_was_chosen_from(tmp_path: Path, write_run: RunWriter) -> None:
     params = {"lrs": 13, "epochs": 100, "batch_size": 256, "seeds": 3, "seed": 0, "taps": "cls,mean"}
     (result, *_) = write_run(tmp_path, np.ones((1, 4), dtype=np.bool_))
 
-    title = make_protocol_title(replace(result, probe=replace(result.probe, name="linear", params=params)))
+    title = name_protocol(replace(result, probe=replace(result.probe, name="linear", params=params)))
 
     assert title == f"linear taps=cls,mean #{result.protocol_id[:8]}, 5imgs"
 
