@@ -39,18 +39,14 @@ def render_gate_text(report: GateReport) -> str:
 def render_gate_markdown(report: GateReport) -> str:
     """Render a heading with the verdict, and a table with a row per protocol."""
     texts = [f"{one.title}: {one.verdict}: {one.reason}" for one in report.protocols] + _list_notes(report)
-    lines = [
-        f"### {markdown_text(f'msn-eval check: {report.verdict}')}",
-        "",
-        markdown_text(f"{_subject_text(report)}. {_rule_text(report)}"),
-        "",
-        markdown_row(_HEADER),
-        "| --- | --- |" + " ---: |" * 6,
-        *(markdown_row(_make_cells(one)) for one in report.protocols),
-        "",
-        *(f"- {markdown_text(text)}" for text in texts),
-    ]
-    return "\n".join(lines) + "\n"
+    lines = [markdown_text(f"{_subject_text(report)}. {_rule_text(report)}"), "", markdown_row(_HEADER)]
+    lines += ["| --- | --- |" + " ---: |" * 6, *(markdown_row(_make_cells(one)) for one in report.protocols), ""]
+    lines += [f"- {markdown_text(text)}" for text in texts]
+    return "\n".join([_heading(report.verdict), "", *lines]) + "\n"
+
+
+def _heading(verdict: str) -> str:
+    return f"### {markdown_text(f'msn-eval check: {verdict}')}"
 
 
 def render_gate_json(report: GateReport) -> str:
@@ -93,7 +89,7 @@ def _render_suite(cases: list[ElementTree.Element]) -> str:
 
 def render_refusal_markdown(reason: str) -> str:
     """Render a heading and the reason why nothing could be compared."""
-    return f"### {markdown_text('msn-eval check: not comparable')}\n\n{markdown_text(reason)}\n"
+    return f"{_heading('not comparable')}\n\n{markdown_text(reason)}\n"
 
 
 def _subject_text(report: GateReport) -> str:

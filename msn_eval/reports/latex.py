@@ -32,17 +32,15 @@ def render(table: Table, scan: ResultScan) -> str:
 
     Names are printed and never run; letters that LaTeX's standard fonts lack are shown by their code points.
     """
-    parts = ["\n".join(_render_group(table, group, columns)) for group, columns in table.groups().items()]
+    parts = ["\n".join(_render_group(table, *group)) for group in table.groups().items()]
     notes = "\\\\\n".join(map(escape_latex, explain_cells(table)))
     head = "% Needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc}\n\\noindent\n"
     return head + "\n\n\\bigskip\n\\noindent\n".join([*parts, f"{{\\footnotesize\n{notes}\\par}}"]) + "\n"
 
 
 def _render_group(table: Table, group: str, columns: tuple[Column, ...]) -> list[str]:
-    headers = [
-        ["", *(column.subset for column in columns)],
-        ["images per class", *(column.images for column in columns)],
-    ]
+    headers = [["", *(column.subset for column in columns)]]
+    headers.append(["images per class", *(column.images for column in columns)])
     if any(column.strength for column in columns):
         headers.append(["λ", *(column.strength for column in columns)])
     lines = [

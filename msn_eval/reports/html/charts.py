@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise, zip_longest
+from itertools import combinations, count, pairwise, repeat, zip_longest
 
 import numpy as np
 
@@ -88,7 +88,7 @@ def draw_chart(series: Sequence[Series], *, ticks: Sequence[Tick], title: str, x
         title=title,
         x_title=x_title,
         axes=axes,
-        curves=tuple(draw_curve(number, *pair, axes) for number, pair in enumerate(zip(series, segments, strict=True))),
+        curves=tuple(map(draw_curve, count(), series, segments, repeat(axes))),
         x_ticks=tuple((axes.x(x), text, below) for x, text, below in ticks),
         y_ticks=tuple((axes.y(y), f"{y:g}") for y in y_ticks),
         rings=tuple((axes.x(crossing.x), axes.y(crossing.y)) for crossing in crossings),

@@ -58,11 +58,9 @@ def make_class_views(
             continue
         try:
             view = _make_view(column, chosen, draws, records)
+            views += [view] if view is not None else []
         except StoreError as error:
             faults.append(f"No accuracy per class of {column.group}, {column.title}: {error}")
-            continue
-        if view is not None:
-            views.append(view)
     notice = f"Accuracy per class is not shown for {left_out} protocols, to limit the size of the page."
     return tuple(views), (*([notice] if left_out else []), *faults)
 

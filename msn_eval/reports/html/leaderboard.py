@@ -30,17 +30,14 @@ def render(table: Table, scan: ResultScan) -> str:
     groups = _order_groups(table)
     columns = [column for _, group in groups for column in group]
     measured = [column for column in columns if not column.published]
+    checkpoints = sum(not row.source for row in table.rows)
     return render_offline(
         "page.html",
         script="page.js",
         styles=["page.css"],
         data=_page_data(table, groups, records, views),
         title=f"{', '.join({column.data: None for column in measured})}: low-shot accuracy",
-        counts={
-            "checkpoint": sum(not row.source for row in table.rows),
-            "protocol": len(measured),
-            "record": len(scan.results),
-        },
+        counts={"checkpoint": checkpoints, "protocol": len(measured), "record": len(scan.results)},
         class_counts=sorted({column.classes for column in measured}),
         notices=(*table.notices, *view_notices),
         groups=[(name, group[0].published, [column.lines for column in group]) for name, group in groups],
@@ -87,15 +84,12 @@ def _order_groups(table: Table) -> list[tuple[str, tuple[Column, ...]]]:
 
 def _page_rows(table: Table, columns: Sequence[Column]) -> list[dict[str, object]]:
     shades = {column: _choose_shades(table, column) for column in columns}
-    return [
-        {
-            "name": row.name,
-            "details": describe_details(row),
-            "published": bool(row.source),
-            "cells": [_page_cell(table.cells.get((row, column)), shades[column].get(row, 0)) for column in columns],
-        }
-        for row in table.rows
-    ]
+    rows = []
+    for row in table.rows:
+        cells = [_page_cell(table.cells.get((row, column)), shades[column].get(row, 0)) for column in columns]
+        texts = {"name": row.name, "details": describe_details(row), "published": bool(row.source)}
+        rows.append({**texts, "cells": cells})
+    return rows
 
 
 def _choose_shades(table: Table, column: Column) -> dict[Row, int]:
@@ -112,10 +106,9 @@ def _choose_shades(table: Table, column: Column) -> dict[Row, int]:
             by_rank[ranks[row]].append(cell.mean)
     levels = {row: fmean(by_rank[rank]) for row, rank in ranks.items()}
     low, high = min(levels.values(), default=0.0), max(levels.values(), default=0.0)
-    return {
-        row: round(_SHADES * (level - low) / (high - low)) if high > low else _SHADES // 2
-        for row, level in levels.items()
-    }
+    if low == high:
+        return dict.fromkeys(levels, _SHADES // 2)
+    return {row: round(_SHADES * (level - low) / (high - low)) for row, level in levels.items()}
 
 
 def _page_cell(cell: Cell | None, shade: int) -> tuple[str, bool, int | None, str, str, str] | None:
@@ -124,10 +117,10 @@ def _page_cell(cell: Cell | None, shade: int) -> tuple[str, bool, int | None, st
         return None
     mean, _, std = format_accuracy(cell).partition(" ± ")
     has_records = cell.status != "published"
-    if cell.mean is None:
-        return "failed", has_records, None, mean, std, ""
     first = " first" if cell.standing.rank == 1 else ""
     css_class = f"h{shade}{first}" if has_records else "plain"
+    if cell.mean is None:
+        css_class = "failed"
     return css_class, has_records, cell.standing.rank, mean, std, format_convergence_mark(cell)
 
 
@@ -162,12 +155,10 @@ def _page_data(
         "records": packed_records,
         "views": [
             {
+                **{name: getattr(view, name) for name in ("images", "right", "draws")},
                 "column": column_list.index(view.column),
                 "rows": [table.rows.index(row) for row in view.rows],
                 "names": class_names.index(view.names),
-                "images": view.images,
-                "right": view.right,
-                "draws": view.draws,
             }
             for view in views
         ],

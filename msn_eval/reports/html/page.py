@@ -48,20 +48,12 @@ def render_offline(template: str, *, script: str, styles: Sequence[str], data: o
     """
     from markupsafe import Markup
 
-    code, style = (
-        "".join((_FOLDER / name).read_text(encoding="utf-8") for name in names) for names in ([script], styles)
-    )
-    page: str = build_environment().get_template(template).render(
-        context,
-        data=format_json_block(data),
-        script=Markup(code),
-        style=Markup(style),
-        script_sha256=_policy_hash(code),
-        style_sha256=_policy_hash(style),
-        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        version=__version__,
-    )  # fmt: skip
-    return page
+    code = (_FOLDER / script).read_text(encoding="utf-8")
+    style = "".join((_FOLDER / name).read_text(encoding="utf-8") for name in styles)
+    context |= {"script": Markup(code), "script_sha256": _policy_hash(code)}
+    context |= {"style": Markup(style), "style_sha256": _policy_hash(style)}
+    context |= {"created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "version": __version__}
+    return str(build_environment().get_template(template).render(context, data=format_json_block(data)))
 
 
 def _policy_hash(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count, repeat
 
 from msn_eval.reports.html.svg import (
     Axes,
@@ -83,21 +84,20 @@ class DrawnPanel:
 
 def draw_panel(panel: Panel, x_axis: RunAxis) -> DrawnPanel:
     """Return a panel in SVG units."""
-    widths = (x_axis.end / _MOST_POINTS if len(series.points) > _MOST_POINTS else 0.0 for series in panel.series)
-    segments = [split_into_segments(*pair) for pair in zip(panel.series, widths, strict=True)]
+    widths = [x_axis.end / _MOST_POINTS if len(series.points) > _MOST_POINTS else 0.0 for series in panel.series]
+    segments = list(map(split_into_segments, panel.series, widths))
     low, high, is_cut = _choose_y_range(panel, segments)
     y_ticks = make_ticks(low, high, _MOST_Y_TICKS)
     width, height = _TALL_SIZE if panel.tall else _SIZE
     axes = Axes(x_range=(0.0, x_axis.end), y_range=(y_ticks[0], y_ticks[-1]), width=width, height=height)
     x_ticks = [x for x in make_ticks(0, x_axis.end, _MOST_X_TICKS) if x <= x_axis.end]
     alarms = [(axes.x(first), last) for first, last in x_axis.alarms]
-    pairs = list(zip(panel.series, segments, strict=True))
     numbers = [[y for _, y in series.points if y is not None] for series in panel.series]
     return DrawnPanel(
         panel=panel,
         x_axis=x_axis,
         axes=axes,
-        curves=tuple(draw_curve(number, *pair, axes) for number, pair in enumerate(pairs)),
+        curves=tuple(map(draw_curve, count(), panel.series, segments, repeat(axes))),
         x_ticks=tuple((axes.x(x), format_number(x)) for x in x_ticks),
         y_ticks=tuple((axes.y(y), format_number(y)) for y in y_ticks),
         levels=tuple((axes.y(y), y, text) for y, text in panel.levels if y_ticks[0] <= y <= y_ticks[-1]),

@@ -92,27 +92,18 @@ def _shared_parts(result: Result) -> dict[str, tuple[object, Callable[[], Any]]]
     probe = result.probe
     n = None if result.metrics is None else result.metrics.n
     fit = (probe.name, probe.version, repr(probe.params), probe.solver, probe.converged)
+    setup = {"features": result.features, "environment": result.environment}
     extraction = tuple(getattr(result.timing_s, name) for name in _EXTRACTION)
 
     def measurement() -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "status": result.status,
-            "error": result.error,
-            "protocol_id": result.protocol_id,
-            "protocol": result.protocol,
-            "data": asdict(result.data),
-            "probe": {name: value for name, value in asdict(probe).items() if name not in _PROBE_OWN},
-            "n": n,
-        }
+        own_probe = {name: value for name, value in asdict(probe).items() if name not in _PROBE_OWN}
+        fields = {name: getattr(result, name) for name in ("status", "error", "protocol_id", "protocol")}
+        return {"schema": SCHEMA, **fields, "data": asdict(result.data), "probe": own_probe, "n": n}
 
     return {
         "measurement": ((result.status, result.error, result.protocol_id, result.data, fit, n), measurement),
         "checkpoint": (result.checkpoint, lambda: asdict(result.checkpoint, dict_factory=omit_unset)),
-        "setup": (
-            (result.features, result.environment),
-            lambda: {"features": asdict(result.features), "environment": asdict(result.environment)},
-        ),
+        "setup": (tuple(setup.values()), lambda: {name: asdict(info) for name, info in setup.items()}),
         "extraction": (extraction, lambda: dict(zip(_EXTRACTION, extraction, strict=True))),
         "split": ((result.split, _has_draws(result)), lambda: asdict(result.split)),
         "created": (result.created, lambda: result.created),
@@ -123,15 +114,9 @@ def _shared_parts(result: Result) -> dict[str, tuple[object, Callable[[], Any]]]
 def _own_values(result: Result) -> list[Any]:
     """Return the values that no other record shares."""
     probe, metrics, seconds = result.probe, result.metrics, result.timing_s
-    own: list[Any] = [
-        printable(result.id),
-        probe.certificate,
-        probe.objective,
-        probe.iterations,
-        seconds.probe,
-        None if round(seconds.extract + seconds.probe, _DECIMALS) == seconds.total else seconds.total,
-        True if result.predictions == f"{result.id}.npz" else result.predictions,
-    ]
+    own: list[Any] = [printable(result.id), probe.certificate, probe.objective, probe.iterations, seconds.probe]
+    own.append(None if round(seconds.extract + seconds.probe, _DECIMALS) == seconds.total else seconds.total)
+    own.append(True if result.predictions == f"{result.id}.npz" else result.predictions)
     if metrics is not None:
         right = _count_right(metrics.top1, metrics.n)
         own += [right, _count_right(metrics.top5, metrics.n)]

@@ -53,9 +53,10 @@ def render_page(trajectory: Trajectory, panels: Sequence[DrawnPanel]) -> str:
 
 def describe_status(trajectory: Trajectory) -> list[str]:
     """Return method, step, epoch and number of scored snapshots as short texts."""
-    steps, unit, count = trajectory.steps, trajectory.steps_per_epoch, len(trajectory.points)
-    texts = [trajectory.run.method, f"step {trajectory.step:,}{'' if steps is None else f' of {steps:,}'}"]
-    if unit and steps is not None:
+    unit, count = trajectory.steps_per_epoch, len(trajectory.points)
+    texts = [trajectory.run.method, f"step {trajectory.step:,}"]
+    if unit and trajectory.steps is not None:
+        texts[1] += f" of {trajectory.steps:,}"
         texts.append(f"epoch {trajectory.step // unit:,} of {trajectory.run.epochs:,}")
     return [text for text in (*texts, f"{count:,} snapshot{'' if count == 1 else 's'} scored") if text]
 
@@ -96,11 +97,10 @@ def _plot_panel(axes: "Axes", drawn: DrawnPanel) -> None:
             axes.fill_between(segment.xs, segment.lows, segment.highs, color=colour, alpha=0.15, linewidth=0)
             label = "_"  # one entry per curve in the legend
     end = drawn.x_axis.end
-    axes.set_ylim(*drawn.axes.y_range)
-    axes.set_xlim(0, end)
+    axes.set(xlim=(0, end), ylim=drawn.axes.y_range)
+    right = axes.get_yaxis_transform()
     for _, y, text in drawn.levels:
         axes.axhline(y, color=_LIGHT_TEXT, linewidth=1, linestyle=(0, (4, 3)))
-        right = axes.get_yaxis_transform()
         axes.text(0.995, y, text, transform=right, fontsize=8, color=_LIGHT_TEXT, ha="right", va="bottom")
     for first, last in drawn.x_axis.alarms:
         axes.axvspan(first, max(last, first + end / 300), color=_ALARM, alpha=0.08, linewidth=0)
@@ -117,11 +117,11 @@ def _plot_panel(axes: "Axes", drawn: DrawnPanel) -> None:
 def draw_panels(trajectory: Trajectory) -> list[DrawnPanel]:
     """Return the panels of a run that have at least one number, accuracy first."""
     x_axis = _run_axis(trajectory)
-    panels = [
-        replace(panel, series=tuple(series for series in panel.series if any(y is not None for _, y in series.points)))
-        for panel in _make_panels(trajectory)
-    ]
-    return [draw_panel(panel, x_axis) for panel in panels if panel.series]
+    drawn = []
+    for panel in _make_panels(trajectory):
+        if series := tuple(series for series in panel.series if any(y is not None for _, y in series.points)):
+            drawn.append(draw_panel(replace(panel, series=series), x_axis))
+    return drawn
 
 
 def _run_axis(trajectory: Trajectory) -> RunAxis:
