@@ -8,17 +8,9 @@ from msn_eval.monitor.snapshot_features import ExtractionSettings, SnapshotFeatu
 
 _LOG_K = math.log(64)
 _HEALTHY = {
-    "loss": 2.9,
-    "cross_entropy": 2.85,
-    "me_max": 0.02,
-    "target_entropy": 1.7,
-    "prototypes_in_use": 50.0,
-    "feature_rank": 3.5,
-    "feature_spread": 0.1,
-    "output_spread": 0.8,
-    "gradient_norm": 1.2,
-    "epoch": 9.0,
-}
+    "loss": 2.9, "cross_entropy": 2.85, "me_max": 0.02, "target_entropy": 1.7, "prototypes_in_use": 50.0,
+    "feature_rank": 3.5, "feature_spread": 0.1, "output_spread": 0.8, "gradient_norm": 1.2, "epoch": 9.0,
+}  # fmt: skip
 
 
 def _run(*sick: dict[str, float | None], healthy: int = 5) -> list[dict[str, float | None]]:
@@ -86,8 +78,8 @@ def test_a_method_without_prototypes_has_no_alarms_about_them() -> None:
 
 
 def test_one_degenerate_snapshot_is_an_alarm() -> None:
-    (alarm,) = _alarms(
-        _run(), [_snapshot(30, ""), _snapshot(40, "constant"), _snapshot(50, "constant"), _snapshot(60, "")]
-    )
+    problems = {30: "", 40: "constant", 50: "constant", 60: ""}
+
+    (alarm,) = _alarms(_run(), [_snapshot(step, problem) for step, problem in problems.items()])
 
     assert str(alarm) == "features of a snapshot: constant, from step 40 to 50"

@@ -28,9 +28,7 @@ def _noise(rows: int = 200, columns: int = 16) -> Tensor:
 def test_random_features_fill_every_direction_without_a_problem() -> None:
     rank, spread, problem = measure_features(_noise())
 
-    assert rank > 15
-    assert spread == pytest.approx(1, abs=0.05)
-    assert problem == ""
+    assert (rank > 15, spread, problem) == (True, pytest.approx(1, abs=0.05), "")
 
 
 @pytest.mark.parametrize(

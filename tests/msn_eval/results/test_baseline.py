@@ -26,9 +26,6 @@ def test_written_baseline_reads_back_equal(baseline: Baseline, tmp_path: Path) -
     (tmp_path / "b.json").write_text(render_baseline(baseline))
 
     assert read_baseline(tmp_path / "b.json") == baseline
-
-
-def test_baseline_stores_every_image(baseline: Baseline) -> None:
     assert np.array_equal(baseline.protocols[0].right, _RIGHT)
 
 
@@ -39,28 +36,17 @@ def test_equal_results_give_an_equal_file(baseline: Baseline, write_run: RunWrit
     assert render_baseline(again) == render_baseline(baseline)
 
 
-def test_file_takes_about_a_sixth_of_a_byte_per_image_and_draw(baseline: Baseline) -> None:
-    assert len(baseline.protocols[0].draws[0].right) <= 4 * (1001 / 24 + 1)
-
-
-def test_any_changed_byte_is_refused(baseline: Baseline, tmp_path: Path) -> None:
-    path = tmp_path / "b.json"
-    content = render_baseline(baseline).encode()
+def test_any_changed_byte_and_any_truncation_is_refused(baseline: Baseline, tmp_path: Path) -> None:
+    path, text = tmp_path / "b.json", render_baseline(baseline).encode()
     generator = np.random.default_rng(1)
-    for index in generator.integers(0, len(content), 150):
-        path.write_bytes(
-            content[:index] + bytes([content[index] ^ (1 << generator.integers(0, 7))]) + content[index + 1 :]
-        )
-        with pytest.raises(ComparisonError, match="not a readable baseline"):
+    contents = [bytearray(text[:keep]) for keep in (0, 1, 100, 1500)]
+    for index in generator.integers(0, len(text), 150):
+        contents.append(bytearray(text))
+        contents[-1][index] ^= 1 << int(generator.integers(0, 7))
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ComparisonError, match=r"b\.json: not a readable baseline"):
             read_baseline(path)
-
-
-@pytest.mark.parametrize("keep", [0, 1, 100, 1500])
-def test_truncated_baseline_is_refused(baseline: Baseline, tmp_path: Path, keep: int) -> None:
-    (tmp_path / "b.json").write_text(render_baseline(baseline)[:keep])
-
-    with pytest.raises(ComparisonError, match=r"b\.json: not a readable baseline"):
-        read_baseline(tmp_path / "b.json")
 
 
 @pytest.mark.parametrize(

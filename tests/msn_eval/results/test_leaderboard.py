@@ -65,12 +65,6 @@ def test_checkpoint_without_all_draws_has_no_rank(tmp_path: Path) -> None:
     assert [standings[get_cell_key(one)].rank for one in (results[0], results[2], partly)] == [1, 1, None]
 
 
-def test_single_checkpoint_has_no_rank(tmp_path: Path) -> None:
-    result = _write(tmp_path, "a", 1, 100)
-
-    assert make_leaderboard(scan_results([tmp_path])).standings[get_cell_key(result)].rank is None
-
-
 def test_cell_with_a_failed_draw_has_no_interval_and_no_rank(tmp_path: Path) -> None:
     _write(tmp_path, "a", 1, 100)
     result = _write(tmp_path, "b", 1, 100)

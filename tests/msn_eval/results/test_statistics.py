@@ -63,12 +63,7 @@ def test_with_one_draw_it_is_the_binomial_test_of_mcnemar() -> None:
 
     assert test.two_sided == pytest.approx(stats.binomtest(40, 101).pvalue, rel=1e-10)
     assert test.lower == pytest.approx(stats.binomtest(40, 101, alternative="less").pvalue, rel=1e-10)
-
-
-def test_size_common_to_all_differences_does_not_matter() -> None:
-    assert sign_flip_test(_differences(99, lost=30, gained=9, size=3)) == sign_flip_test(
-        _differences(99, lost=30, gained=9)
-    )
+    assert sign_flip_test(_differences(10_000, lost=61, gained=40, size=3)) == test
 
 
 def test_far_tail_keeps_its_digits() -> None:

@@ -32,6 +32,7 @@ def test_curves_that_only_touch_do_not_cross() -> None:
     below, above = _series("below", {1: 10, 2: 20, 5: 10}), _series("above", {1: 15, 2: 20, 5: 30})
 
     assert find_crossings([below, above]) == find_crossings([above, below]) == []
+    assert find_crossings([_series("a", {1: 10, 2: 90}), _series("b", {5: 80, 10: 20})]) == []  # no common range
 
 
 def test_a_crossing_is_on_both_curves_if_one_lacks_a_point() -> None:
@@ -41,10 +42,6 @@ def test_a_crossing_is_on_both_curves_if_one_lacks_a_point() -> None:
 
     share = math.log(crossing.x) / math.log(10)
     assert crossing.y == pytest.approx(50 * share) == pytest.approx(20 + 20 * share / 2)
-
-
-def test_curves_without_a_common_range_do_not_cross() -> None:
-    assert find_crossings([_series("a", {1: 10, 2: 90}), _series("b", {5: 80, 10: 20})]) == []
 
 
 def test_everything_is_drawn_inside_the_axes() -> None:

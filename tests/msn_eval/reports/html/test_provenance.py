@@ -76,15 +76,6 @@ def test_a_list_file_has_no_draw(results: list[Result]) -> None:
     assert format_command(record).endswith("--subset mine.txt")
 
 
-def test_parts_that_records_share_are_stored_once(results: list[Result]) -> None:
-    packed = pack_records(results)
-
-    assert len(packed["checkpoint"]) == 1
-    assert len(packed["measurement"]) == len({result.protocol_id for result in results})
-    assert len(packed["split"]) == len({(result.split.subset, result.split.draw) for result in results})
-    assert len(packed["records"]) == len(results)
-
-
 def test_an_accuracy_that_is_not_a_count_of_images_keeps_all_digits(results: list[Result]) -> None:
     metrics = results[0].metrics
     assert metrics is not None
