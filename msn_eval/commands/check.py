@@ -39,7 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--name", metavar="NAME", help="the checkpoint, by name or first digits of its hash, if several"
     )
-    parser.add_argument("--margin", metavar="F", help="smallest drop that is a regression; default 0.01, one point")
+    text = "smallest drop that is a regression, a fraction; default 0.01, one point"
+    parser.add_argument("--margin", metavar="F", type=float, help=text)
     parser.add_argument("--junit", metavar="FILE", help="write the verdicts to this file for a build server")
     parser.add_argument("--markdown", metavar="FILE", help="write the verdicts to this file for a pull request")
     parser.add_argument("--json", action="store_true", help="print everything as JSON on stdout, and nothing else")
@@ -62,10 +63,10 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Judge, write the requested files, and return the verdict's exit code."""
     from msn_eval.reports import gate
     from msn_eval.results.baseline import read_baseline
-    from msn_eval.results.gate import DEFAULT_MARGIN, check_results, parse_margin
+    from msn_eval.results.gate import DEFAULT_MARGIN, check_results
 
-    margin = DEFAULT_MARGIN if options.margin is None else parse_margin(options.margin)
     _check_options(options)
+    margin = DEFAULT_MARGIN if options.margin is None else options.margin
     try:
         baseline = read_baseline(Path(options.baseline))
         results, folders = _evaluate(options, baseline) if options.checkpoint else _read(options)
@@ -87,6 +88,8 @@ def _check_options(options: argparse.Namespace) -> None:
     misplaced = [_to_option(name) for name in _EVALUATION_OPTIONS if hasattr(options, name)] if options.runs else []
     if misplaced:
         raise UsageError(f"{misplaced[0]} needs --checkpoint", hint="Stored results cannot be evaluated again.")
+    if options.margin is not None and not 0 <= options.margin < 1:
+        raise UsageError(f"--margin {options.margin:g}: not a fraction in [0, 1)", hint="0.01 is one point.")
     if options.checkpoint and options.name is not None:
         raise UsageError("--name needs result folders", hint="Leave it out.")
     check_output_file("--junit", options.junit)

@@ -19,12 +19,7 @@ from numpy.typing import NDArray
 
 from msn_eval.errors import ComparisonError
 from msn_eval.files.json_records import canonical_json
-from msn_eval.results.predictions import (
-    ProtocolPredictions,
-    group_by_protocol,
-    name_protocol,
-    read_protocol_predictions,
-)
+from msn_eval.results.predictions import ProtocolPredictions, group_by_protocol, name_protocol, read_draws
 from msn_eval.results.record import Result
 from msn_eval.results.statistics import Integers, count_right
 
@@ -110,7 +105,7 @@ def make_baseline(results: Sequence[Result], folders: Sequence[Path]) -> Baselin
     protocols, problems = [], ""
     for group in group_by_protocol(results).values():
         try:
-            protocols.append(_make_protocol(read_protocol_predictions(group, folders)))
+            protocols.append(_make_protocol(read_draws(group, folders)))
         except ComparisonError as error:
             problems += f"\n  {name_protocol(group[0])} [{group[0].protocol_id}]: {error}"
     if problems:

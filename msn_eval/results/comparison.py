@@ -9,12 +9,7 @@ import numpy as np
 
 from msn_eval.errors import ComparisonError
 from msn_eval.results import statistics
-from msn_eval.results.predictions import (
-    ProtocolPredictions,
-    group_by_protocol,
-    name_protocol,
-    read_protocol_predictions,
-)
+from msn_eval.results.predictions import ProtocolPredictions, group_by_protocol, name_protocol, read_draws
 from msn_eval.results.record import CheckpointInfo, Result, flatten_fields
 
 Outcome = Literal["better", "worse", "not separable"]
@@ -138,9 +133,7 @@ def _read_pair(
             unmatched = [other[key][0].protocol for key in other if key not in own]
             nearest = "; ".join(find_nearest_protocol(own[protocol_id][0].protocol, unmatched))
             raise ComparisonError(f"the {name} has no result under it" + (f"; nearest: {nearest}" if nearest else ""))
-    first, second = (
-        read_protocol_predictions(side[protocol_id], paths) for side, paths in zip(sides, folders, strict=True)
-    )
+    first, second = (read_draws(side[protocol_id], paths) for side, paths in zip(sides, folders, strict=True))
     common = [draw for draw in first.draws if draw in second.draws]
     if not common:
         raise ComparisonError(f"no draw in common: {list(first.draws)} and {list(second.draws)}")
@@ -157,9 +150,8 @@ def _compare_protocol(
     a: ProtocolPredictions, b: ProtocolPredictions, paired: statistics.Paired, p_value: float, *, tests: int
 ) -> ProtocolComparison:
     # Two-sided: half of the level on each side. The strictest of Holm's tests divides it by their number.
-    detectable = statistics.minimal_detectable_difference(
-        b.scores - a.scores, draws=len(a.draws), level=LEVEL / 2 / tests
-    )
+    level = LEVEL / 2 / tests
+    detectable = statistics.minimal_detectable_difference(b.scores - a.scores, draws=len(a.draws), level=level)
     outcome: Outcome = "not separable"
     if p_value <= LEVEL:
         outcome = "better" if paired.difference > 0 else "worse"
@@ -208,14 +200,11 @@ def _list_class_changes(a: ProtocolPredictions, b: ProtocolPredictions) -> tuple
 
 def _list_flips(a: ProtocolPredictions, b: ProtocolPredictions) -> tuple[Flip, ...]:
     differences = b.scores - a.scores
-    return tuple(
-        Flip(
-            image=a.image[index].decode("utf-8", "backslashreplace"),
-            first=int(a.scores[index]),
-            second=int(b.scores[index]),
-        )
-        for index in (*np.flatnonzero(differences < 0), *np.flatnonzero(differences > 0))
-    )
+    flips = []
+    for index in (*np.flatnonzero(differences < 0), *np.flatnonzero(differences > 0)):
+        image = a.image[index].decode("utf-8", "backslashreplace")
+        flips.append(Flip(image=image, first=int(a.scores[index]), second=int(b.scores[index])))
+    return tuple(flips)
 
 
 def list_protocol_differences(first: Mapping[str, object], second: Mapping[str, object]) -> list[str]:

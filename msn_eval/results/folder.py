@@ -68,11 +68,8 @@ def scan_results(folders: Iterable[str | Path]) -> ResultScan:
     if not records and not faults:
         where = ", ".join(map(str, directories))
         raise UsageError("no results here", where=where, hint="Run msn-eval with --out first.")
-    return ResultScan(
-        results=tuple(result for result, _ in records.values()),
-        paths=tuple(path for _, path in records.values()),
-        faults=tuple(faults),
-    )
+    results, files = [result for result, _ in records.values()], [path for _, path in records.values()]
+    return ResultScan(results=tuple(results), paths=tuple(files), faults=tuple(faults))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ one of a closed set. `pass` requires evidence: equal protocol, data, images, lab
 predictions, solvers that converged, and a test that would have found a drop of the margin.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +12,11 @@ from typing import Literal
 
 import numpy as np
 
-from msn_eval.errors import ComparisonError, UsageError
+from msn_eval.errors import ComparisonError
 from msn_eval.results import statistics
 from msn_eval.results.baseline import Baseline, BaselineProtocol, check_complete, describe_computation, hash_predictions
 from msn_eval.results.comparison import find_nearest_protocol, list_protocol_differences
-from msn_eval.results.predictions import (
-    ProtocolPredictions,
-    group_by_protocol,
-    name_protocol,
-    read_protocol_predictions,
-)
+from msn_eval.results.predictions import ProtocolPredictions, group_by_protocol, name_protocol, read_draws
 from msn_eval.results.record import CheckpointInfo, Result
 
 Verdict = Literal["regression", "not comparable", "too good", "inconclusive", "pass"]
@@ -93,17 +87,6 @@ class GateReport:
     protocols: tuple[ProtocolVerdict, ...]
 
 
-def parse_margin(text: str) -> float:
-    """Parse a margin. Raises UsageError unless it is a fraction in [0, 1)."""
-    try:
-        margin = float(text)
-    except ValueError:
-        margin = math.nan
-    if not 0 <= margin < 1:
-        raise UsageError(f"--margin {text}: not a fraction in [0, 1)", hint="0.01 is one point.")
-    return margin
-
-
 def check_results(
     baseline: Baseline, results: Sequence[Result], folders: Sequence[Path], *, margin: float = DEFAULT_MARGIN
 ) -> GateReport:
@@ -124,11 +107,9 @@ def check_results(
         try:
             if entry.protocol_id not in groups:
                 fields = "; ".join(find_nearest_protocol(entry.protocol, [result.protocol for result in extra]))
-                reason = (
-                    f"another protocol was measured: {fields}" if fields else "there is no result under this protocol"
-                )
-                raise ComparisonError(reason)
-            predictions = read_protocol_predictions(groups[entry.protocol_id], folders)
+                nearest = f"another protocol was measured: {fields}"
+                raise ComparisonError(nearest if fields else "there is no result under this protocol")
+            predictions = read_draws(groups[entry.protocol_id], folders)
             _check_comparable(entry, predictions)
             comparable.append((entry, predictions))
         except ComparisonError as error:
@@ -234,20 +215,18 @@ def _decide_verdict(
         return "inconclusive", f"draws {list(predictions.unconverged)} did not converge"
     for draw, result in zip(entry.draws, predictions.results, strict=True):
         # Older records did not count it; equal hashes of both splits then imply the same overlap.
-        if result.split.overlap is not None and draw.overlap is not None and result.split.overlap > draw.overlap:
-            return "inconclusive", (
-                f"draw {draw.draw}: {result.split.overlap} test images are also among its labelled images, "
-                f"{draw.overlap} in the baseline"
-            )
+        overlap = result.split.overlap
+        if overlap is not None and draw.overlap is not None and overlap > draw.overlap:
+            shared = f"{overlap} test images are also among its labelled images"
+            return "inconclusive", f"draw {draw.draw}: {shared}, {draw.overlap} in the baseline"
     reasons: dict[Verdict, str] = {
         "regression": f"a statistically significant drop of at least the margin of {points}",
         "too good": f"a gain above {100 * TOO_GOOD:g} points is unusual: look for leaks and changed labels",
         "pass": f"no drop of {points} or more; one would have been found",
         "inconclusive": f"too few images to find a drop of {points}, for so many that differ",
     }
-    same_hashes = [draw.predictions_sha256 for draw in entry.draws] == list(
-        map(hash_predictions, predictions.prediction)
-    )
+    hashes = list(map(hash_predictions, predictions.prediction))
+    same_hashes = hashes == [draw.predictions_sha256 for draw in entry.draws]
     if numeric == "inconclusive" and same_hashes and np.array_equal(entry.right, predictions.right):
         return "pass", "no prediction differs"
     return numeric, reasons[numeric]

@@ -136,7 +136,7 @@ def group_by_protocol(results: Iterable[Result]) -> dict[str, list[Result]]:
     return dict(groups)
 
 
-def read_protocol_predictions(results: Sequence[Result], folders: Sequence[Path]) -> ProtocolPredictions:
+def read_draws(results: Sequence[Result], folders: Sequence[Path]) -> ProtocolPredictions:
     """Read the predictions of one checkpoint under one protocol.
 
     Args:

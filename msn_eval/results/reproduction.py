@@ -28,7 +28,7 @@ ProbeName = Literal["logistic", "knn"]
 Judgement = Literal["reproduced", "differs", "no verdict"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Network:
     """A published network.
 
@@ -97,30 +97,19 @@ class Verdict:
     reason: str
 
 
-def _make_network(method: str, size: str, patch: int, checkpoint: str | None, by_hand: str = "") -> Network:
-    return Network(
-        name=f"{method.lower()}-vit{size[0]}{patch}",
-        method=method,
-        printed_arch=f"ViT-{size[0].upper()}/{patch}",
-        arch=f"vit_{size}_patch{patch}_224",
-        checkpoint=checkpoint,
-        by_hand=by_hand,
-    )
-
-
 _IBOT_FILE = "the teacher's weights, listed in the README of github.com/bytedance/ibot"
 NETWORKS = (
-    _make_network("MSN", "small", 16, "msn:vits16"),
-    _make_network("MSN", "base", 16, "msn:vitb16"),
-    _make_network("MSN", "base", 8, None, "its weights were not released"),
-    _make_network("MSN", "base", 4, "msn:vitb4"),
-    _make_network("MSN", "large", 7, "msn:vitl7"),
-    _make_network("DINO", "small", 16, "timm:vit_small_patch16_224.dino"),
-    _make_network("DINO", "base", 16, "timm:vit_base_patch16_224.dino"),
-    _make_network("DINO", "small", 8, "timm:vit_small_patch8_224.dino"),
-    _make_network("DINO", "base", 8, "timm:vit_base_patch8_224.dino"),
-    _make_network("iBOT", "small", 16, None, _IBOT_FILE),
-    _make_network("iBOT", "base", 16, None, _IBOT_FILE),
+    Network("msn-vits16", "MSN", "ViT-S/16", "vit_small_patch16_224", "msn:vits16"),
+    Network("msn-vitb16", "MSN", "ViT-B/16", "vit_base_patch16_224", "msn:vitb16"),
+    Network("msn-vitb8", "MSN", "ViT-B/8", "vit_base_patch8_224", None, "its weights were not released"),
+    Network("msn-vitb4", "MSN", "ViT-B/4", "vit_base_patch4_224", "msn:vitb4"),
+    Network("msn-vitl7", "MSN", "ViT-L/7", "vit_large_patch7_224", "msn:vitl7"),
+    Network("dino-vits16", "DINO", "ViT-S/16", "vit_small_patch16_224", "timm:vit_small_patch16_224.dino"),
+    Network("dino-vitb16", "DINO", "ViT-B/16", "vit_base_patch16_224", "timm:vit_base_patch16_224.dino"),
+    Network("dino-vits8", "DINO", "ViT-S/8", "vit_small_patch8_224", "timm:vit_small_patch8_224.dino"),
+    Network("dino-vitb8", "DINO", "ViT-B/8", "vit_base_patch8_224", "timm:vit_base_patch8_224.dino"),
+    Network("ibot-vits16", "iBOT", "ViT-S/16", "vit_small_patch16_224", None, _IBOT_FILE),
+    Network("ibot-vitb16", "iBOT", "ViT-B/16", "vit_base_patch16_224", None, _IBOT_FILE),
 )
 
 
@@ -163,9 +152,8 @@ def find_reproductions(name: str) -> tuple[Reproduction, ...]:
     known = list_reproductions()
     matches = tuple(number for number in known if name in (number.name, number.network.name))
     if not matches:
-        suggestion = did_you_mean(
-            name, [known_name for number in known for known_name in (number.name, number.network.name)]
-        )
+        names = [text for number in known for text in (number.name, number.network.name)]
+        suggestion = did_you_mean(name, names)
         raise UsageError(f"no such published number.{suggestion}", where=name, hint="See msn-eval reproduce --list.")
     return matches
 

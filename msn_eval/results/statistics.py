@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -334,7 +335,7 @@ def rank_with_ties(scores: Sequence[Integers], *, level: float = TIE_LEVEL) -> t
         The ranks, in the given order.
     """
     order = sorted(range(len(scores)), key=lambda index: -int(scores[index].sum()))
-    pairs = [(above, below) for above in range(len(order)) for below in range(above + 1, len(order))]
+    pairs = list(combinations(range(len(order)), 2))
     adjusted = holm([sign_flip_test(scores[order[a]] - scores[order[b]]).two_sided for a, b in pairs])
     last_tied = list(range(len(order)))  # the last position that each one is not separable from
     for (above, below), p_value in zip(pairs, adjusted, strict=True):

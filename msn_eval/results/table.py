@@ -212,14 +212,9 @@ def _make_cell(draws: Sequence[Result], standing: CellStatistics) -> Cell:
     if "failed" in statuses:
         return Cell(mean=None, std=None, draws=len(draws), status="failed", results=ids)
     scores = [result.metrics.top1 for result in draws if result.metrics is not None]
-    return Cell(
-        mean=statistics.fmean(scores),
-        std=draw_spread(scores),
-        draws=len(draws),
-        status="not_converged" if "not_converged" in statuses else "ok",
-        standing=standing,
-        results=ids,
-    )
+    mean, std = statistics.fmean(scores), draw_spread(scores)
+    status = "not_converged" if "not_converged" in statuses else "ok"
+    return Cell(mean=mean, std=std, draws=len(draws), status=status, standing=standing, results=ids)
 
 
 def _make_rows(records: "pd.DataFrame") -> Iterator[Row]:

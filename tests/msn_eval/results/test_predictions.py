@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from msn_eval.errors import ComparisonError, UsageError
-from msn_eval.results.predictions import name_protocol, read_one_checkpoint, read_protocol_predictions
+from msn_eval.results.predictions import name_protocol, read_draws, read_one_checkpoint
 from msn_eval.results.record import Predictions, Result, read_predictions, write_result
 
 RunWriter = Callable[..., list[Result]]
@@ -16,7 +16,7 @@ _RIGHT = np.array([[True, False, True, True], [False, False, True, True]])
 
 
 def test_scores_count_draws_and_class_names_come_from_the_ids(write_run: RunWriter, tmp_path: Path) -> None:
-    predictions = read_protocol_predictions(write_run(tmp_path, _RIGHT), [tmp_path])
+    predictions = read_draws(write_run(tmp_path, _RIGHT), [tmp_path])
 
     assert predictions.scores.tolist() == [1, 0, 2, 2]
     assert predictions.read_class_names() == {0: "ant", 1: "bee"}
@@ -53,12 +53,12 @@ _FAULTS: dict[str, tuple[Callable[[Predictions], Predictions], str]] = {
 def test_invalid_predictions_are_refused(write_run: RunWriter, tmp_path: Path, fault: str) -> None:
     spoil, message = _FAULTS[fault]
     results = write_run(tmp_path, _RIGHT)
-    read_protocol_predictions(results, [tmp_path])
+    read_draws(results, [tmp_path])
     stored = read_predictions(tmp_path / str(results[1].predictions))
     write_result(tmp_path, results[1], spoil(stored))
 
     with pytest.raises(ComparisonError, match=message):
-        read_protocol_predictions(results, [tmp_path])
+        read_draws(results, [tmp_path])
 
 
 def test_checkpoint_is_found_by_name_or_hash(write_run: RunWriter, tmp_path: Path) -> None:
