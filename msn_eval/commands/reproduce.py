@@ -129,22 +129,18 @@ def _read_inputs(numbers: "Sequence[Reproduction]", options: argparse.Namespace)
     from msn_eval.data.imagenet_subsets import read_publication, read_published_list
 
     if options.data is None:
-        raise DataError(
-            "ImageNet is missing: the published numbers need its images",
-            hint="Pass --data DIR or set $MSN_EVAL_DATA to ImageNet as it is distributed; --dry-run lists what else is needed.",
-        )
+        hint = "Pass --data DIR or set $MSN_EVAL_DATA to ImageNet as it is distributed; --dry-run lists what else is needed."
+        raise DataError("ImageNet is missing: the published numbers need its images", hint=hint)
     network = numbers[0].network
     if options.checkpoint is None and network.checkpoint is None:
         hint = f"Give --checkpoint FILE: {network.by_hand}."
         raise CheckpointError("its weights have no checkpoint name", where=network.name, hint=hint)
     data, publication = read_dataset(options.data), read_publication()
     if class_map_sha256(data.classes) != publication.class_map_sha256 or len(data.val) != publication.val_images:
-        raise DataError(
-            f"is not ImageNet: {len(data.classes):,} classes and {len(data.val):,} validation images, "
-            f"instead of 1,000 and {publication.val_images:,}",
-            where=options.data,
-            hint="The published numbers were measured on ImageNet, and no other images reproduce them.",
-        )
+        counts = f"{len(data.classes):,} classes and {len(data.val):,} validation images"
+        what = f"is not ImageNet: {counts}, instead of 1,000 and {publication.val_images:,}"
+        hint = "The published numbers were measured on ImageNet; different images do not reproduce them."
+        raise DataError(what, where=options.data, hint=hint)
     for subset in dict.fromkeys(number.subset for number in numbers):
         for entry in publication.lists_of(subset):
             read_published_list(entry)
@@ -184,11 +180,8 @@ def _evaluate(number: "Reproduction", options: argparse.Namespace) -> "tuple[lis
     plan = make_plan(read_config(EvaluationConfig, given=given))
     prepared = prepare(plan, checkpoint)
     if prepared.encoder.arch.partition(".")[0] != number.network.arch:
-        raise CheckpointError(
-            f"is {prepared.encoder.arch}, and {number.name} was published for {number.network.arch}",
-            where=checkpoint,
-            hint="Give the weights of that network, or another NAME.",
-        )
+        what = f"is {prepared.encoder.arch}, and {number.name} was published for {number.network.arch}"
+        raise CheckpointError(what, where=checkpoint, hint="Give the weights of that network, or another NAME.")
     return evaluate_with_progress(plan, prepared={checkpoint: prepared})
 
 

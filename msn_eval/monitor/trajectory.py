@@ -129,11 +129,9 @@ def read_run_info(folder: Path) -> RunInfo:
     if not folder.is_dir():
         raise CheckpointError("no such folder", where=str(folder), hint="Pass the run.dir of an msn-pretrain run.")
     if not is_run_folder(folder):
-        raise CheckpointError(
-            f"is not a run folder of msn-pretrain: it has no {CONFIG} beside a folder of checkpoints",
-            where=str(folder),
-            hint="Pass the run.dir of a run; evaluate other checkpoints with msn-eval --checkpoint.",
-        )
+        what = f"is not a run folder of msn-pretrain: it has no {CONFIG} beside a folder of checkpoints"
+        hint = "Pass the run.dir of a run; evaluate other checkpoints with msn-eval --checkpoint."
+        raise CheckpointError(what, where=str(folder), hint=hint)
     import yaml
 
     def value(section: str, key: str) -> Any:
@@ -175,14 +173,12 @@ def list_unscored(plan: Plan, folder: Path, trajectory: Trajectory, skipped: Col
         skipped: SHA-256 of encoders that are not to be tried again.
     """
     wanted = {(task.protocol_id, task.subset.draw) for task in plan.tasks}
-    complete = {
-        point.features.sha256
-        for point in trajectory.points
-        if point.features is not None
-        and wanted <= {(result.protocol_id, result.split.draw) for result in point.results}
-    }
-    finished = reversed(_list_finished(folder))
-    return [snapshot for snapshot in finished if snapshot.files[ENCODER] not in complete | set(skipped)]
+    done = set(skipped)
+    for point in trajectory.points:
+        measured = {(result.protocol_id, result.split.draw) for result in point.results}
+        if point.features is not None and wanted <= measured:
+            done.add(point.features.sha256)
+    return [snapshot for snapshot in reversed(_list_finished(folder)) if snapshot.files[ENCODER] not in done]
 
 
 def _list_finished(folder: Path) -> list[SnapshotFiles]:
@@ -335,10 +331,8 @@ def _make_points(
 def _describe_problems(lines: Sequence[JournalLine], faults: Sequence[str]) -> Iterator[str]:
     if steps := [f"{line['step'] or 0:,.0f}" for line in lines if is_not_finite(line)]:
         more = ", …" if len(steps) > _MOST_LISTED else ""
-        yield (
-            f"Loss or gradient was not finite at {len(steps)} logged step{'' if len(steps) == 1 else 's'} "
-            f"({', '.join(steps[:_MOST_LISTED])}{more}); such steps do not change the weights."
-        )
+        count = f"{len(steps)} logged step{'' if len(steps) == 1 else 's'} ({', '.join(steps[:_MOST_LISTED])}{more})"
+        yield f"Loss or gradient was not finite at {count}; such steps do not change the weights."
     if faults:
         more = "; …" if len(faults) > _MOST_LISTED else ""
         files = "1 file that" if len(faults) == 1 else f"{len(faults)} files that"

@@ -63,9 +63,7 @@ def load_format(name: str) -> ReportFormat:
     entry = find_entry(list_formats(), name, what="report format")
     report_format = entry.load()
     if not isinstance(report_format, ReportFormat):
-        raise UsageError(
-            f"The plug-in {name!r} of {entry.distribution} is not a report format: it has no suffix or no render function",
-            where=entry.target,
-            hint="The docstring of msn_eval.reports.ReportFormat describes both.",
-        )
+        problem = "is not a report format: it has no suffix or no render function"
+        hint = "The docstring of msn_eval.reports.ReportFormat describes both."
+        raise UsageError(f"The plug-in {name!r} of {entry.distribution} {problem}", where=entry.target, hint=hint)
     return report_format

@@ -37,16 +37,15 @@ def render_comparison_markdown(comparison: Comparison) -> str:
     names = f"First: {checkpoint_text(comparison.first)}. Second: {checkpoint_text(comparison.second)}."
     lines = ["### Comparison", "", markdown_text(names), "", markdown_row(_HEADER)]
     lines += ["| --- |" + " ---: |" * 6 + " --- |"]
+    items = []
     for one in comparison.protocols:
         cells = [one.title, str(len(one.draws)), _side_text(one.first), _side_text(one.second)]
         cells += [points(one.paired.difference), interval_text(one.paired.interval), p_text(one.p_value), one.words]
         lines.append(markdown_row(cells))
-    lines.append("")
-    for one in comparison.protocols:
-        lines.append(f"- {markdown_text(f'{one.title}: {counts_text(one.paired)}')}")
-        lines += [f"  - {markdown_text(text)}" for text in _list_changes(one)]
-    lines += [f"- {markdown_text(f'{title}: not compared: {reason}')}" for title, reason in comparison.left_out]
-    return "\n".join([*lines, "", markdown_text(_LEGEND)]) + "\n"
+        items.append(f"- {markdown_text(f'{one.title}: {counts_text(one.paired)}')}")
+        items += [f"  - {markdown_text(text)}" for text in _list_changes(one)]
+    items += [f"- {markdown_text(f'{title}: not compared: {reason}')}" for title, reason in comparison.left_out]
+    return "\n".join([*lines, "", *items, "", markdown_text(_LEGEND)]) + "\n"
 
 
 def render_comparison_json(comparison: Comparison) -> str:

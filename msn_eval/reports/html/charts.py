@@ -20,7 +20,7 @@ from msn_eval.reports.html.svg import (
 from msn_eval.reports.text_tables import format_accuracy
 from msn_eval.results.table import Column, Row, Table
 
-MOST_CURVES = 8
+_MOST_CURVES = 8
 _MOST_CROSSINGS = 12
 _MOST_Y_TICKS = 6
 _MIN_TICK_DISTANCE = 0.055  # of the axis; closer texts would overlap
@@ -116,14 +116,12 @@ def _find_crossings_of_pair(series: Sequence[Series], i: int, j: int) -> Iterato
     shared = sorted({x for x in (*xs[0], *xs[1]) if start <= x <= end})
     leads = [(x, _interpolate(series[i], x) - _interpolate(series[j], x)) for x in shared]
     for (before, lead), (after, next_lead) in pairwise([(x, lead) for x, lead in leads if lead != 0]):
-        if (lead > 0) == (next_lead > 0):
-            continue
-        equal = [x for x in shared if before < x < after]
-        fraction = lead / (lead - next_lead)
-        x = equal[0] if equal else before * (after / before) ** fraction
-        passed, passing = (i, j) if lead > 0 else (j, i)
-        y = _interpolate(series[i], x)
-        yield Crossing(passed=passed, passing=passing, x=x, y=y, before=before, after=after)
+        if (lead > 0) != (next_lead > 0):
+            crossing = before * (after / before) ** (lead / (lead - next_lead))
+            x = next((x for x in shared if before < x < after), crossing)  # a measured point where both are equal
+            passed, passing = (i, j) if lead > 0 else (j, i)
+            y = _interpolate(series[i], x)
+            yield Crossing(passed=passed, passing=passing, x=x, y=y, before=before, after=after)
 
 
 def _interpolate(series: Series, x: float) -> float:
@@ -170,10 +168,10 @@ def _draw_columns(
     series = [series for row in table.rows if (series := _read_series(table, row, chosen)).points]
     if len(chosen) < 2 or not series:
         return []
-    if len(series) > MOST_CURVES:
-        title += f" (the first {MOST_CURVES} of {len(series):,} checkpoints)"
+    if len(series) > _MOST_CURVES:
+        title += f" (the first {_MOST_CURVES} of {len(series):,} checkpoints)"
     shown_ticks = _drop_overlapping_texts([tick for _, tick in chosen])
-    return [draw_chart(series[:MOST_CURVES], ticks=shown_ticks, title=title, x_title=x_title)]
+    return [draw_chart(series[:_MOST_CURVES], ticks=shown_ticks, title=title, x_title=x_title)]
 
 
 def _drop_overlapping_texts(ticks: list[Tick]) -> list[Tick]:

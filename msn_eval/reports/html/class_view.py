@@ -11,7 +11,7 @@ from msn_eval.errors import StoreError
 from msn_eval.results.record import Result
 from msn_eval.results.table import Cell, Column, Row, Table
 
-MOST_ROWS = 8
+_MOST_ROWS = 8
 _MOST_COUNTS = 60_000  # of all views together: a few hundred kilobytes of the page
 
 
@@ -51,7 +51,7 @@ def make_class_views(
         present = [(row, table.cells[row, column]) for row in table.rows if (row, column) in table.cells]
         cells = [(row, cell) for row, cell in present if cell.mean is not None and cell.results]
         draws = max((len(cell.results) for _, cell in cells), default=0)
-        chosen = [(row, cell) for row, cell in cells if len(cell.results) == draws][:MOST_ROWS]
+        chosen = [(row, cell) for row, cell in cells if len(cell.results) == draws][:_MOST_ROWS]
         counts += column.classes * len(chosen)
         if counts > _MOST_COUNTS and views:
             left_out += bool(chosen)

@@ -198,12 +198,11 @@ def _make_panels(trajectory: Trajectory) -> list[Panel]:
 
 def _accuracy_panel(trajectory: Trajectory, unit: int) -> Panel:
     scores = _read_scores(trajectory)
-    columns = list(scores)
-    classes = {column.classes for column in columns}
-    data, subsets = (", ".join(sorted({getattr(column, name) for column in columns})) for name in ("data", "subset"))
+    classes = {column.classes for column in scores}
+    data, subsets = (", ".join(sorted({getattr(column, name) for column in scores})) for name in ("data", "subset"))
     has_draws = any(cell is not None and (cell.draws or 1) > 1 for cells in scores.values() for cell in cells)
     spread = "; mean and one standard deviation over draws" if has_draws else ""
-    shown = f" The first {_MOST_PROTOCOLS} of {len(columns)} protocols." if len(columns) > _MOST_PROTOCOLS else ""
+    shown = f" The first {_MOST_PROTOCOLS} of {len(scores)} protocols." if len(scores) > _MOST_PROTOCOLS else ""
     named = [*zip(_name_columns(scores), scores.values(), strict=True)][:_MOST_PROTOCOLS]
     return Panel(
         title="Accuracy of the frozen encoder",
