@@ -65,9 +65,9 @@ def _describe_unreadable(scan: ResultScan) -> list[str]:
 
 
 def _published_table(scan: ResultScan) -> Table:
-    from msn_eval.results.published import get_published_path, make_published_table, read_published
+    from msn_eval.results.published import make_published_table, read_published
 
-    return make_published_table(read_published(get_published_path()), make_table(scan.results).columns)
+    return make_published_table(read_published(), make_table(scan.results).columns)
 
 
 def _write(text: str, name: str, folder: str | None) -> None:

@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,22 +58,19 @@ def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderb
         reason = "are left out of a table of this size; --ranks adds them."
     if reason:
         return Leaderboard(standings=standings, notices=(f"Ranks, and intervals over several draws, {reason}",))
-    faults, missing = [], 0
+    faults: list[StoreError] = []
+    missing = 0
     with ThreadPoolExecutor(_READERS) as readers:
         for cells in columns:
-            scores: dict[CellKey, Integers] = {}
-            for cell_key, outcome in zip(cells, readers.map(_read_scores, cells.values()), strict=True):
-                missing += outcome is None
-                if isinstance(outcome, StoreError):
-                    faults.append(outcome)
-                elif outcome is not None:
-                    scores[cell_key] = outcome
+            outcomes = dict(zip(cells, readers.map(_read_scores, cells.values()), strict=True))
+            missing += sum(outcome is None for outcome in outcomes.values())
+            faults += [outcome for outcome in outcomes.values() if isinstance(outcome, StoreError)]
+            scores = {cell_key: outcome for cell_key, outcome in outcomes.items() if isinstance(outcome, np.ndarray)}
             ranks = _rank(cells, scores)
             for cell_key, own in scores.items():
-                known = standings.get(cell_key)
                 bounds = accuracy_interval(own, draws=len(cells[cell_key]))
-                interval = known.interval if known else (bounds.low, bounds.high)
-                standings[cell_key] = CellStatistics(interval=interval, rank=ranks.get(cell_key))
+                known = standings.get(cell_key, CellStatistics(interval=(bounds.low, bounds.high)))
+                standings[cell_key] = replace(known, rank=ranks.get(cell_key))
     notice = f"The predictions of {missing} cells are missing; these cells have no rank."
     return Leaderboard(standings=standings, notices=(notice,) if missing else (), faults=tuple(faults))
 

@@ -1,7 +1,6 @@
 """Published accuracies, as rows beside measured ones. They are never ranked with them."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msn_eval.files.package_data import find_package_folder
@@ -17,13 +16,8 @@ _VALUES = {"probe": {"logreg": "logistic"}, "subset": {"100pct": "full"}}
 _IMAGES_PER_CLASS = {"1img": 1, "2imgs": 2, "5imgs": 5, "1pct": 12.811, "10pct": 128.1167, "full": 1281.167}
 
 
-def get_published_path() -> Path:
-    """Return the path of the published numbers that come with this package."""
-    return find_package_folder("reports") / "published_results.csv"
-
-
-def read_published(path: Path) -> "pd.DataFrame":
-    """Read a file of published numbers.
+def read_published() -> "pd.DataFrame":
+    """Read the published numbers that come with this package.
 
     Returns:
         One row per number, exactly as its source prints it: the strings `method`, `arch`, `pretraining`, `epochs`, `probe`
@@ -33,6 +27,7 @@ def read_published(path: Path) -> "pd.DataFrame":
     """
     import pandas as pd
 
+    path = find_package_folder("reports") / "published_results.csv"
     numbers = pd.read_csv(path, dtype=str, keep_default_na=False)
     arch = (numbers["backbone"] + "/" + numbers["patch"]).str.removesuffix("/")
     return numbers.rename(columns=_NAMES).replace(_VALUES).assign(arch=arch, verified=numbers["verified"] == "yes")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from msn_eval.config.recipes import Params
 from msn_eval.errors import UsageError, did_you_mean
-from msn_eval.results.published import get_published_path, read_published
+from msn_eval.results.published import read_published
 from msn_eval.results.record import Result
 from msn_eval.results.statistics import draw_spread
 
@@ -116,7 +116,7 @@ NETWORKS = (
 @cache
 def list_reproductions() -> tuple[Reproduction, ...]:
     """Return every published number that has a name, network by network."""
-    numbers = read_published(get_published_path())
+    numbers = read_published()
     numbers = numbers[(numbers["pretraining"] == "ImageNet-1K") & (numbers["metric"] == "top1")]
     return tuple(reproduction for network in NETWORKS for reproduction in _list_numbers(network, numbers))
 

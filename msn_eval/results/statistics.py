@@ -251,23 +251,19 @@ def _distribute_positive_sum(sizes: Integers, counts: Integers) -> tuple[int, ND
     Only positive numbers are added, so that tails keep their leading digits however small they are. Probabilities that
     underflow float64 are left out.
     """
+    from scipy import special
+
     first, probability = 0, np.ones(1)
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-        heads = np.exp(_log_binomial(count))
-        nonzero = np.flatnonzero(heads)
+        pluses = np.arange(count + 1.0)
+        logs = -special.betaln(pluses + 1, count - pluses + 1) - math.log1p(count) - count * math.log(2)
+        binomial = np.exp(logs)
+        nonzero = np.flatnonzero(binomial)
         spread = np.zeros(size * (int(nonzero[-1]) - int(nonzero[0])) + 1)
-        spread[::size] = heads[nonzero[0] : nonzero[-1] + 1]
+        spread[::size] = binomial[nonzero[0] : nonzero[-1] + 1]
         first += size * int(nonzero[0])
         probability = np.convolve(probability, spread)
     return first, probability
-
-
-def _log_binomial(count: int) -> NDArray[np.float64]:
-    """Return the log-probabilities of 0 to `count` heads in `count` tosses."""
-    from scipy import special
-
-    heads = np.arange(count + 1.0)
-    return np.asarray(-special.betaln(heads + 1, count - heads + 1) - math.log1p(count) - count * math.log(2))
 
 
 def minimal_detectable_difference(differences: Integers, *, draws: int, level: float) -> float:

@@ -286,8 +286,8 @@ def _list_reasons(results: Sequence[Result]) -> list[str]:
         groups = by_subset.values() if key in _SUBSET_FIELDS else [texts]
         return any(len({one.get(key, "null") for one in group}) > 1 for group in groups)
 
-    shown = {key for one in texts for key in one if key not in _SHOWN_ELSEWHERE and differs(key)}
-    shown |= {key for one in texts for key in one if key.startswith(("limit", "by_hand.")) and one[key] != "null"}
+    shown = {key for text in texts for key in text if key not in _SHOWN_ELSEWHERE and differs(key)}
+    shown |= {key for text in texts for key in text if key.startswith(("limit", "by_hand.")) and text[key] != "null"}
     shown |= {f"probe.params.{name}" for result in results for name in _list_unusual_params(result)}
     # The data set's name replaces its hash where names differ. A limit and skipped images imply another hash.
     names, digests = ({result.data.name for result in results}, {one.get("data.sha256") for one in protocols})
@@ -299,7 +299,10 @@ def _list_reasons(results: Sequence[Result]) -> list[str]:
         shown -= {"data.sha256"}
 
     def shorten(key: str, protocol: Mapping[str, object]) -> str:
-        return _shorten(protocol.get(key), [one.get(key) for one in protocols])
+        # Eight digits of a hash where these distinguish it from the others.
+        values = {str(other.get(key)) for other in protocols}
+        text = "none" if protocol.get(key) is None else str(protocol[key])
+        return text[:8] if len(text) == 64 and len({value[:8] for value in values}) == len(values) else text
 
     def describe(result: Result, protocol: Mapping[str, object]) -> str:
         fields = [result.data.name] if show_name else []
@@ -319,13 +322,6 @@ def _list_unusual_params(result: Result) -> Iterator[str]:
         default = getattr(recipe, name, value)
         if value != default and [value] != default and f"probe.params.{name}" not in _SHOWN_ELSEWHERE:
             yield name
-
-
-def _shorten(value: object, values: Sequence[object]) -> str:
-    """Return eight digits of a hash where these distinguish it from the others, else the complete value."""
-    text = "none" if value is None else str(value)
-    distinguishes = len({str(one)[:8] for one in values}) == len({str(one) for one in values})
-    return text[:8] if len(text) == 64 and distinguishes else text
 
 
 def _column_order(column: Column) -> tuple[Any, ...]:

@@ -59,9 +59,9 @@ def is_imagenet(result: Result) -> bool:
 
 
 def _add_published(table: Table) -> Table:
-    from msn_eval.results.published import get_published_path, make_published_table, read_published
+    from msn_eval.results.published import make_published_table, read_published
 
-    published = make_table((), published=make_published_table(read_published(get_published_path()), table.columns))
+    published = make_table((), published=make_published_table(read_published(), table.columns))
     return replace(
         table,
         rows=(*table.rows, *published.rows),

@@ -8,7 +8,7 @@ import pytest
 
 from msn_eval.reports.text_tables import format_cell, format_exact_percent
 from msn_eval.results.folder import list_results
-from msn_eval.results.published import get_published_path, make_published_table, read_published
+from msn_eval.results.published import make_published_table, read_published
 from msn_eval.results.record import Result
 from msn_eval.results.table import make_table
 
@@ -17,7 +17,7 @@ _RECORDS = Path(__file__).parents[2] / "golden" / "records" / "schema-1"
 
 @pytest.fixture(scope="module")
 def numbers() -> pd.DataFrame:
-    return read_published(get_published_path())
+    return read_published()
 
 
 @pytest.fixture(scope="module")

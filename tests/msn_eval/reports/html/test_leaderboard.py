@@ -14,7 +14,7 @@ from msn_eval.reports.html import page as page_module
 from msn_eval.reports.html.leaderboard import render
 from msn_eval.results.folder import ResultScan, scan_results
 from msn_eval.results.leaderboard import make_leaderboard
-from msn_eval.results.published import get_published_path, make_published_table, read_published
+from msn_eval.results.published import make_published_table, read_published
 from msn_eval.results.record import Result
 from msn_eval.results.table import CellStatistics, Table, get_cell_key, make_table
 
@@ -83,7 +83,7 @@ def test_checkpoints_that_share_a_rank_share_a_shade(scan: ResultScan) -> None:
 
 
 def _published(table: Table) -> Table:
-    return make_published_table(read_published(get_published_path()), table.columns)
+    return make_published_table(read_published(), table.columns)
 
 
 def test_published_rows_are_hidden_until_requested(scan: ResultScan, monkeypatch: pytest.MonkeyPatch) -> None:
