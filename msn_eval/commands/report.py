@@ -6,7 +6,7 @@ from pathlib import Path
 
 from msn_eval.reports import list_formats, load_format
 from msn_eval.results.folder import ResultScan, combine_faults, disabled_garbage_collection, scan_results
-from msn_eval.results.table import Table, make_table
+from msn_eval.results.table import make_table
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -36,14 +36,13 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         if not scan.results:
             raise combine_faults(scan.faults)
         from msn_eval.results.leaderboard import make_leaderboard
+        from msn_eval.results.published import make_published_table, read_published
 
-        board = make_leaderboard(scan, ranked=options.ranks)
-        table = make_table(
-            scan.results,
-            standings=board.standings,
-            published=_published_table(scan) if options.published else None,
-            notices=[*board.notices, *_describe_unreadable(scan)],
-        )
+        board, published = make_leaderboard(scan, ranked=options.ranks), None
+        if options.published:
+            published = make_published_table(read_published(), make_table(scan.results).columns)
+        notices = [*board.notices, *_describe_unreadable(scan)]
+        table = make_table(scan.results, standings=board.standings, published=published, notices=notices)
         if not formats:
             from msn_eval.reports.terminal import print_table
 
@@ -62,12 +61,6 @@ def _describe_unreadable(scan: ResultScan) -> list[str]:
     more = ", …" if len(scan.faults) > 3 else ""
     records = "1 record that" if len(scan.faults) == 1 else f"{len(scan.faults)} records that"
     return [f"Left out: {records} cannot be read ({names}{more})."]
-
-
-def _published_table(scan: ResultScan) -> Table:
-    from msn_eval.results.published import make_published_table, read_published
-
-    return make_published_table(read_published(), make_table(scan.results).columns)
 
 
 def _write(text: str, name: str, folder: str | None) -> None:

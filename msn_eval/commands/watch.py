@@ -89,9 +89,9 @@ def _read_config(options: argparse.Namespace, run_info: "RunInfo") -> "Evaluatio
         "data": options.data or run_info.data,
         "subset": options.subset or run_info.subset or "5imgs",
         "out": str(Path(options.run) / EVAL),
-        **{name: getattr(options, name) for name in ("probe", "device", "workers")},
-        **{name: value for name in ("limit", "k") if (value := getattr(options, name)) is not None},
     }
+    names = ("probe", "device", "workers", "limit", "k")
+    given |= {name: value for name in names if (value := getattr(options, name)) is not None}
     return read_config(EvaluationConfig, given=given)
 
 
@@ -156,10 +156,9 @@ def _describe_point(point: "Point") -> str:
     from msn_eval.reports.text_tables import format_accuracy
     from msn_eval.results.table import make_table
 
-    table = make_table(point.results)
+    table, features = make_table(point.results), point.features
     cells = [(column, table.cells[row, column]) for column in table.columns for row in table.rows]
     texts = [f"{column.group}, {column.subset} {format_accuracy(cell)}" for column, cell in cells]
-    features = point.features
     if features is not None and features.feature_rank is not None:
         texts.append(f"rank {features.feature_rank:.3g}, spread {features.feature_spread:.2g}")
     return f"step {point.step:,}, epoch {point.epoch}: {'; '.join(texts)}"

@@ -110,9 +110,5 @@ def _find_degenerate(snapshots: Sequence[SnapshotFeatures]) -> Iterator[Alarm]:
     for is_degenerate, group in groupby(snapshots, key=lambda snapshot: bool(snapshot.problem)):
         matches = list(group)
         if is_degenerate:
-            yield Alarm(
-                what=f"features of a snapshot: {matches[0].problem}",
-                first=matches[0].step,
-                last=matches[-1].step,
-                is_active=matches[-1] is snapshots[-1],
-            )
+            what, is_active = f"features of a snapshot: {matches[0].problem}", matches[-1] is snapshots[-1]
+            yield Alarm(what=what, first=matches[0].step, last=matches[-1].step, is_active=is_active)

@@ -280,17 +280,14 @@ def read_trajectory(folder: Path, run: RunInfo, plan: Plan) -> Trajectory:
     # The run may have been set back to an earlier snapshot.
     points = _make_points(features, results, _extraction_settings(plan), steps_per_epoch)
     points = [point for point in points if point.step <= last_step]
+    measured = [point.features for point in points if point.features is not None]
+    first_epochs = max(run.warmup_epochs, 1.0, _FIRST_EPOCHS * (run.epochs or 0))
     return Trajectory(
         run=run,
         steps_per_epoch=steps_per_epoch,
         lines=lines,
         points=tuple(points),
-        alarms=find_alarms(
-            lines,
-            [point.features for point in points if point.features is not None],
-            prototypes=run.prototypes,
-            first_epochs=max(run.warmup_epochs, 1.0, _FIRST_EPOCHS * (run.epochs or 0)),
-        ),
+        alarms=find_alarms(lines, measured, prototypes=run.prototypes, first_epochs=first_epochs),
         notices=tuple(_describe_problems(lines, faults)),
     )
 

@@ -20,13 +20,14 @@ _LEGEND = (
 def render_comparison_text(comparison: Comparison) -> str:
     """Render, by protocol, both accuracies, the paired test, a verdict in words, and changed classes and images."""
     lines = [f"first   {checkpoint_text(comparison.first)}", f"second  {checkpoint_text(comparison.second)}"]
-    for one in comparison.protocols:
-        draws = f"draw{'s' if len(one.draws) > 1 else ''} {', '.join(map(str, one.draws))}"
-        interval = f"95 % interval {interval_text(one.paired.interval)}; {p_text(one.p_value)}"
-        lines += ["", f"{one.title} [{one.protocol_id}], {draws}", f"  {one.words}"]
-        lines += [f"  first   {_side_text(one.first)}", f"  second  {_side_text(one.second)}"]
-        lines += [f"  difference {points(one.paired.difference)} points ({interval})", f"  {counts_text(one.paired)}"]
-        lines += [f"  {line}" for line in _list_changes(one)]
+    for protocol in comparison.protocols:
+        draws = f"draw{'s' if len(protocol.draws) > 1 else ''} {', '.join(map(str, protocol.draws))}"
+        paired = protocol.paired
+        interval = f"95 % interval {interval_text(paired.interval)}; {p_text(protocol.p_value)}"
+        lines += ["", f"{protocol.title} [{protocol.protocol_id}], {draws}", f"  {protocol.words}"]
+        lines += [f"  first   {_side_text(protocol.first)}", f"  second  {_side_text(protocol.second)}"]
+        lines += [f"  difference {points(paired.difference)} points ({interval})", f"  {counts_text(paired)}"]
+        lines += [f"  {line}" for line in _list_changes(protocol)]
     for title, reason in comparison.left_out:
         lines += ["", f"{title}: not compared: {reason}"]
     return printable("\n".join([*lines, "", _LEGEND])) + "\n"
@@ -38,12 +39,13 @@ def render_comparison_markdown(comparison: Comparison) -> str:
     lines = ["### Comparison", "", markdown_text(names), "", markdown_row(_HEADER)]
     lines += ["| --- |" + " ---: |" * 6 + " --- |"]
     items = []
-    for one in comparison.protocols:
-        cells = [one.title, str(len(one.draws)), _side_text(one.first), _side_text(one.second)]
-        cells += [points(one.paired.difference), interval_text(one.paired.interval), p_text(one.p_value), one.words]
+    for protocol in comparison.protocols:
+        difference, interval = points(protocol.paired.difference), interval_text(protocol.paired.interval)
+        cells = [protocol.title, str(len(protocol.draws)), _side_text(protocol.first), _side_text(protocol.second)]
+        cells += [difference, interval, p_text(protocol.p_value), protocol.words]
         lines.append(markdown_row(cells))
-        items.append(f"- {markdown_text(f'{one.title}: {counts_text(one.paired)}')}")
-        items += [f"  - {markdown_text(text)}" for text in _list_changes(one)]
+        items.append(f"- {markdown_text(f'{protocol.title}: {counts_text(protocol.paired)}')}")
+        items += [f"  - {markdown_text(text)}" for text in _list_changes(protocol)]
     items += [f"- {markdown_text(f'{title}: not compared: {reason}')}" for title, reason in comparison.left_out]
     return "\n".join([*lines, "", *items, "", markdown_text(_LEGEND)]) + "\n"
 
@@ -59,13 +61,13 @@ def _side_text(side: Measured) -> str:
     return f"{percent(side.accuracy)}{spread}, {interval}"
 
 
-def _list_changes(one: ProtocolComparison) -> list[str]:
+def _list_changes(protocol: ProtocolComparison) -> list[str]:
     """Return the most changed classes, and the first images lost and gained. JSON has all of them."""
     changed: dict[str, list[str]] = {"classes changed": [], "images lost": [], "images gained": []}
-    for change in one.classes:
+    for change in protocol.classes:
         numbers = f"{percent(change.first)} -> {percent(change.second)} of {change.images} images"
         changed["classes changed"].append(f"class {change.name}: {numbers}")
-    for flip in one.flips:
+    for flip in protocol.flips:
         name = "lost" if flip.second < flip.first else "gained"
         text = f"{name}: image {flip.image} (right in {flip.first} -> {flip.second} draws)"
         changed[f"images {name}"].append(text)

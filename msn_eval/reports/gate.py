@@ -28,9 +28,9 @@ _NOT_IN_XML = re.compile("[\ufffe\uffff]")
 def render_gate_text(report: GateReport) -> str:
     """Render the verdict and, by protocol, the numbers behind it."""
     lines = [f"{report.verdict.upper()}: {_subject_text(report)}", _rule_text(report)]
-    for one in report.protocols:
-        lines += ["", f"{one.title} [{one.protocol_id}]", f"  {one.verdict}: {one.reason}"]
-        lines += [f"  {line}" for line in _list_numbers(one)]
+    for protocol in report.protocols:
+        lines += ["", f"{protocol.title} [{protocol.protocol_id}]", f"  {protocol.verdict}: {protocol.reason}"]
+        lines += [f"  {line}" for line in _list_numbers(protocol)]
     if notes := _list_notes(report):
         lines += ["", *notes]
     return printable("\n".join(lines)) + "\n"
@@ -38,9 +38,15 @@ def render_gate_text(report: GateReport) -> str:
 
 def render_gate_markdown(report: GateReport) -> str:
     """Render a heading with the verdict, and a table with a row per protocol."""
-    texts = [f"{one.title}: {one.verdict}: {one.reason}" for one in report.protocols] + _list_notes(report)
+    texts = [f"{protocol.title}: {protocol.verdict}: {protocol.reason}" for protocol in report.protocols] + _list_notes(
+        report
+    )
     lines = [markdown_text(f"{_subject_text(report)}. {_rule_text(report)}"), "", markdown_row(_HEADER)]
-    lines += ["| --- | --- |" + " ---: |" * 6, *(markdown_row(_make_cells(one)) for one in report.protocols), ""]
+    lines += [
+        "| --- | --- |" + " ---: |" * 6,
+        *(markdown_row(_make_cells(protocol)) for protocol in report.protocols),
+        "",
+    ]
     lines += [f"- {markdown_text(text)}" for text in texts]
     return "\n".join([_heading(report.verdict), "", *lines]) + "\n"
 
@@ -57,9 +63,9 @@ def render_gate_json(report: GateReport) -> str:
 def render_gate_junit(report: GateReport) -> str:
     """Render a test case per protocol. `not comparable` is an error, every other verdict but `pass` a failure."""
     cases = []
-    for one in report.protocols:
-        text = "\n".join([one.reason, *_list_numbers(one), *one.notes])
-        cases.append(_make_case(f"{one.title} [{one.protocol_id}]", one.verdict, one.reason, text))
+    for protocol in report.protocols:
+        text = "\n".join([protocol.reason, *_list_numbers(protocol), *protocol.notes])
+        cases.append(_make_case(f"{protocol.title} [{protocol.protocol_id}]", protocol.verdict, protocol.reason, text))
     return _render_suite(cases)
 
 
@@ -99,44 +105,46 @@ def _subject_text(report: GateReport) -> str:
 
 def _rule_text(report: GateReport) -> str:
     return (
-        f"margin {100 * report.margin:.2f} points; one-sided level {report.level:g} over all protocols together; "
+        f"margin {100 * report.margin:.2f} points; protocol-sided level {report.level:g} over all protocols together; "
         f"detectable drops at {100 * report.power:g} % power; baseline sha256 {report.baseline_sha256[:16]}"
     )
 
 
 def _list_notes(report: GateReport) -> list[str]:
     """Return each difference once, with its protocol unless all compared protocols share it."""
-    compared = [one for one in report.protocols if one.paired is not None]
-    shared = set.intersection(*(set(one.notes) for one in compared)) if compared else set()
-    notes = [note if note in shared else f"{one.title}: {note}" for one in compared for note in one.notes]
+    compared = [protocol for protocol in report.protocols if protocol.paired is not None]
+    shared = set.intersection(*(set(protocol.notes) for protocol in compared)) if compared else set()
+    notes = [
+        note if note in shared else f"{protocol.title}: {note}" for protocol in compared for note in protocol.notes
+    ]
     return [f"differs from the baseline: {note}" for note in dict.fromkeys(notes)]
 
 
-def _list_numbers(one: ProtocolVerdict) -> list[str]:
-    if one.paired is None:
+def _list_numbers(protocol: ProtocolVerdict) -> list[str]:
+    if protocol.paired is None:
         return ["minimal detectable drop: none, nothing was compared"]
-    _, _, before, after, difference, interval, p_value, detectable = _make_cells(one)
-    change = "a drop" if one.paired.difference <= 0 else "a gain"
+    _, _, before, after, difference, interval, p_value, detectable = _make_cells(protocol)
+    change = "a drop" if protocol.paired.difference <= 0 else "a gain"
     return [
         f"{before} -> {after}: {difference} points (95 % interval {interval}; {change}: {p_value} after Holm)",
-        f"{counts_text(one.paired)}, {one.paired.draws} draw{'s' if one.paired.draws > 1 else ''}",
+        f"{counts_text(protocol.paired)}, {protocol.paired.draws} draw{'s' if protocol.paired.draws > 1 else ''}",
         f"minimal detectable drop: {detectable} points",
     ]
 
 
-def _make_cells(one: ProtocolVerdict) -> list[str]:
-    if one.paired is None:
-        return [one.title, one.verdict, *["–"] * 6]
-    p_value = one.worse if one.paired.difference <= 0 else one.better
+def _make_cells(protocol: ProtocolVerdict) -> list[str]:
+    if protocol.paired is None:
+        return [protocol.title, protocol.verdict, *["–"] * 6]
+    p_value = protocol.worse if protocol.paired.difference <= 0 else protocol.better
     return [
-        one.title,
-        one.verdict,
-        percent(one.baseline_accuracy or 0.0),
-        percent(one.accuracy or 0.0),
-        points(one.paired.difference),
-        interval_text(one.paired.interval),
+        protocol.title,
+        protocol.verdict,
+        percent(protocol.baseline_accuracy or 0.0),
+        percent(protocol.accuracy or 0.0),
+        points(protocol.paired.difference),
+        interval_text(protocol.paired.interval),
         p_text(p_value or 0.0),
-        f"{100 * (one.detectable or 0.0):.2f}",
+        f"{100 * (protocol.detectable or 0.0):.2f}",
     ]
 
 

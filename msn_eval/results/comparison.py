@@ -157,8 +157,8 @@ def _compare_protocol(
         outcome = "better" if paired.difference > 0 else "worse"
         words = f"the second is {outcome} by {100 * abs(paired.difference):.2f} points"
     elif paired.differing:
-        found = f"would be found {100 * statistics.POWER:g} times in 100"
-        words = f"not separable: a true difference of {100 * detectable:.2f} points or more {found}"
+        power = f"would be found {100 * statistics.POWER:g} times in 100"
+        words = f"not separable: a true difference of {100 * detectable:.2f} points or more {power}"
     else:
         words = "the same predictions" if np.array_equal(a.prediction, b.prediction) else "right on the same images"
     if doubtful := [name for name, side in (("first", a), ("second", b)) if side.unconverged]:

@@ -277,20 +277,20 @@ def _list_reasons(results: Sequence[Result]) -> list[str]:
     would be taken for that of the default protocol.
     """
     protocols = [flatten_fields(result.protocol) for result in results]
-    texts = [{key: json.dumps(value) for key, value in one.items()} for one in protocols]
+    texts = [{key: json.dumps(value) for key, value in protocol.items()} for protocol in protocols]
     by_subset = defaultdict(list)
     for result, protocol in zip(results, texts, strict=True):
         by_subset[result.split.subset, result.probe.params.get("lambda")].append(protocol)
 
     def differs(key: str) -> bool:
         groups = by_subset.values() if key in _SUBSET_FIELDS else [texts]
-        return any(len({one.get(key, "null") for one in group}) > 1 for group in groups)
+        return any(len({text.get(key, "null") for text in group}) > 1 for group in groups)
 
     shown = {key for text in texts for key in text if key not in _SHOWN_ELSEWHERE and differs(key)}
     shown |= {key for text in texts for key in text if key.startswith(("limit", "by_hand.")) and text[key] != "null"}
     shown |= {f"probe.params.{name}" for result in results for name in _list_unusual_params(result)}
     # The data set's name replaces its hash where names differ. A limit and skipped images imply another hash.
-    names, digests = ({result.data.name for result in results}, {one.get("data.sha256") for one in protocols})
+    names, digests = ({result.data.name for result in results}, {protocol.get("data.sha256") for protocol in protocols})
     show_name = len(names) > 1 and "data.sha256" in shown
     show_digest = show_name and len(names) < len(digests) and not shown & {"limit", "skipped"}
     if "data.sha256" in shown:

@@ -90,11 +90,11 @@ def regressions_found(world: World, n: int, samples: int, *, margin: float, seed
     """Count the samples in which the changed protocol is a regression, beside eleven protocols without a change."""
     generator = np.random.default_rng(seed)
     unchanged = World(world.draws, world.share, 0.0)
-    found = 0
+    regressions = 0
     for changed in world.samples(n, samples, generator):
         family = [changed, *unchanged.samples(n, PROTOCOLS - 1, generator)]
-        found += judge_differences(family, [world.draws] * PROTOCOLS, margin=margin)[0].verdict == "regression"
-    return found
+        regressions += judge_differences(family, [world.draws] * PROTOCOLS, margin=margin)[0].verdict == "regression"
+    return regressions
 
 
 def coverage(world: World, n: int, samples: int, *, seed: int) -> float:
@@ -164,8 +164,8 @@ def _power(share: float) -> Iterator[str]:
         largest = -World(draws, 0.02, 1.0).difference
         # With three draws, an image that differs in one draw counts a third, so more images must differ.
         world = World(draws, 0.02 * max(1.0, drop / largest), min(1.0, drop / largest))
-        found = regressions_found(world, 10_000, samples, margin=margin, seed=2)
-        rate = f"{found / samples:.1%} of {samples:,}"
+        regressions = regressions_found(world, 10_000, samples, margin=margin, seed=2)
+        rate = f"{regressions / samples:.1%} of {samples:,}"
         yield f"| {-100 * world.difference:.2f} | {margin:g} | {draws} | 10,000 | {world.share:.1%} | {rate} |"
     yield "\n## The minimal detectable drop: found in about 80 % of the samples\n"
     yield "| draws | images | differing | level | found |"

@@ -92,7 +92,6 @@ def _shared_parts(result: Result) -> dict[str, tuple[object, Callable[[], Any]]]
     probe = result.probe
     n = None if result.metrics is None else result.metrics.n
     fit = (probe.name, probe.version, repr(probe.params), probe.solver, probe.converged)
-    setup = {"features": result.features, "environment": result.environment}
     extraction = tuple(getattr(result.timing_s, name) for name in _EXTRACTION)
 
     def measurement() -> dict[str, Any]:
@@ -103,7 +102,10 @@ def _shared_parts(result: Result) -> dict[str, tuple[object, Callable[[], Any]]]
     return {
         "measurement": ((result.status, result.error, result.protocol_id, result.data, fit, n), measurement),
         "checkpoint": (result.checkpoint, lambda: asdict(result.checkpoint, dict_factory=omit_unset)),
-        "setup": (tuple(setup.values()), lambda: {name: asdict(info) for name, info in setup.items()}),
+        "setup": (
+            (result.features, result.environment),
+            lambda: {"features": asdict(result.features), "environment": asdict(result.environment)},
+        ),
         "extraction": (extraction, lambda: dict(zip(_EXTRACTION, extraction, strict=True))),
         "split": ((result.split, _has_draws(result)), lambda: asdict(result.split)),
         "created": (result.created, lambda: result.created),

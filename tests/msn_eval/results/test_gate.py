@@ -247,9 +247,9 @@ def test_equal_input_gives_equal_bytes(baseline: Baseline, write_run: RunWriter,
     write_run(tmp_path, _right(lost=90, gained=40), weights="b" * 64)
     renderers = (render_gate_text, render_gate_markdown, render_gate_json, render_gate_junit)
 
-    found = {tuple(render(_check(baseline, tmp_path)) for render in renderers) for _ in range(4)}
+    outputs = {tuple(render(_check(baseline, tmp_path)) for render in renderers) for _ in range(4)}
 
-    assert len(found) == 1
+    assert len(outputs) == 1
 
 
 def _load_simulation() -> ModuleType:

@@ -146,12 +146,12 @@ def test_records_of_every_released_schema_keep_their_fields() -> None:
 
 
 def test_records_of_every_released_schema_keep_their_numbers() -> None:
-    said = {
+    numbers = {
         result.id: (result.probe.name, result.split.subset, result.split.draw, result.metrics and result.metrics.top1)
         for result in list_results(sorted(_RELEASED.iterdir()))
     }
 
-    assert said == {
+    assert numbers == {
         "25349e1768a0730b": ("ncm", "5imgs", 1, 0.84),
         "47ee276da93c9e8e": ("knn", "1img", 1, 0.61),
         "83169b93ab604759": ("ncm", "1img", 1, None),
@@ -194,11 +194,11 @@ def git(folder: Path, *arguments: str) -> str:
 def package_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
     """Return a function that makes the package appear to run from a folder, with an empty cache."""
 
-    def place(folder: Path) -> None:
+    def run_from(folder: Path) -> None:
         monkeypatch.setattr(environment, "__file__", str(folder / "msn_eval" / "results" / "environment.py"))
         environment._read_commit.cache_clear()
 
-    yield place
+    yield run_from
     environment._read_commit.cache_clear()
 
 

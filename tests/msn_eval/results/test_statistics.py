@@ -133,16 +133,16 @@ def test_detectable_drop_is_that_of_the_normal_form(
     differences = _differences(n, lost=half, gained=half)
 
     for level, expected in ((0.05, points), (0.05 / 12, points_of_twelve)):
-        found = minimal_detectable_difference(differences, draws=1, level=level)
-        assert 100 * found == pytest.approx(expected, abs=0.012)
+        detectable = minimal_detectable_difference(differences, draws=1, level=level)
+        assert 100 * detectable == pytest.approx(expected, abs=0.012)
 
 
 def test_detectable_drop_without_differing_images_is_that_of_the_exact_test() -> None:
     n, level = 10_000, 0.01
-    found = minimal_detectable_difference(np.zeros(n, dtype=np.int64), draws=1, level=level)
+    detectable = minimal_detectable_difference(np.zeros(n, dtype=np.int64), draws=1, level=level)
 
     needed = next(k for k in range(99) if 0.5**k <= level)  # losses alone that the exact test calls a drop
-    assert 0.75 < stats.binom.sf(needed - 1, n, found) < 0.95
+    assert 0.75 < stats.binom.sf(needed - 1, n, detectable) < 0.95
 
 
 def test_few_images_can_show_nothing() -> None:
@@ -157,9 +157,9 @@ def test_detectable_drop_is_found_with_about_80_percent_power() -> None:
     tilt = drop * draws / 1.5  # moves this much probability from gains to losses, in images of mean size 1.5
     shares = [0.005 + tilt / 4, 0.01 + tilt / 4, 0.97, 0.01 - tilt / 4, 0.005 - tilt / 4]
 
-    found = [sign_flip_test(generator.choice([-2, -1, 0, 1, 2], n, p=shares)).lower <= level for _ in range(400)]
+    detected = [sign_flip_test(generator.choice([-2, -1, 0, 1, 2], n, p=shares)).lower <= level for _ in range(400)]
 
-    assert 0.72 < np.mean(found) < 0.88
+    assert 0.72 < np.mean(detected) < 0.88
 
 
 def test_holm_rejects_as_the_step_down_does() -> None:
