@@ -12,25 +12,16 @@ from msn_eval.results.gate import GateReport, ProtocolVerdict
 from msn_eval.results.record import omit_unset
 
 _SUITE = "msn-eval check"
-_HEADER = (
-    "protocol",
-    "verdict",
-    "baseline",
-    "now",
-    "difference, points",
-    "95 % interval",
-    "p (Holm)",
-    "detectable drop",
-)
+_NUMBERS = ("baseline", "now", "difference, points", "95 % interval", "p (Holm)", "detectable drop")
 _NOT_IN_XML = re.compile("[\ufffe\uffff]")
 
 
 def render_gate_text(report: GateReport) -> str:
     """Render the verdict and, by protocol, the numbers behind it."""
     lines = [f"{report.verdict.upper()}: {_subject_text(report)}", _rule_text(report)]
-    for protocol in report.protocols:
-        lines += ["", f"{protocol.title} [{protocol.protocol_id}]", f"  {protocol.verdict}: {protocol.reason}"]
-        lines += [f"  {line}" for line in _list_numbers(protocol)]
+    for entry in report.protocols:
+        lines += ["", f"{entry.title} [{entry.protocol_id}]", f"  {entry.verdict}: {entry.reason}"]
+        lines += [f"  {line}" for line in _list_numbers(entry)]
     if notes := _list_notes(report):
         lines += ["", *notes]
     return printable("\n".join(lines)) + "\n"
@@ -38,15 +29,14 @@ def render_gate_text(report: GateReport) -> str:
 
 def render_gate_markdown(report: GateReport) -> str:
     """Render a heading with the verdict, and a table with a row per protocol."""
-    texts = [f"{protocol.title}: {protocol.verdict}: {protocol.reason}" for protocol in report.protocols] + _list_notes(
-        report
-    )
-    lines = [markdown_text(f"{_subject_text(report)}. {_rule_text(report)}"), "", markdown_row(_HEADER)]
-    lines += [
-        "| --- | --- |" + " ---: |" * 6,
-        *(markdown_row(_make_cells(protocol)) for protocol in report.protocols),
+    texts = [f"{entry.title}: {entry.verdict}: {entry.reason}" for entry in report.protocols]
+    texts += _list_notes(report)
+    lines = [
+        markdown_text(f"{_subject_text(report)}. {_rule_text(report)}"),
         "",
+        markdown_row(["protocol", "verdict", *_NUMBERS]),
     ]
+    lines += ["| --- | --- |" + " ---: |" * 6, *(markdown_row(_make_cells(entry)) for entry in report.protocols), ""]
     lines += [f"- {markdown_text(text)}" for text in texts]
     return "\n".join([_heading(report.verdict), "", *lines]) + "\n"
 
@@ -63,9 +53,9 @@ def render_gate_json(report: GateReport) -> str:
 def render_gate_junit(report: GateReport) -> str:
     """Render a test case per protocol. `not comparable` is an error, every other verdict but `pass` a failure."""
     cases = []
-    for protocol in report.protocols:
-        text = "\n".join([protocol.reason, *_list_numbers(protocol), *protocol.notes])
-        cases.append(_make_case(f"{protocol.title} [{protocol.protocol_id}]", protocol.verdict, protocol.reason, text))
+    for entry in report.protocols:
+        text = "\n".join([entry.reason, *_list_numbers(entry), *entry.notes])
+        cases.append(_make_case(f"{entry.title} [{entry.protocol_id}]", entry.verdict, entry.reason, text))
     return _render_suite(cases)
 
 
@@ -105,46 +95,44 @@ def _subject_text(report: GateReport) -> str:
 
 def _rule_text(report: GateReport) -> str:
     return (
-        f"margin {100 * report.margin:.2f} points; protocol-sided level {report.level:g} over all protocols together; "
+        f"margin {100 * report.margin:.2f} points; one-sided level {report.level:g} over all protocols together; "
         f"detectable drops at {100 * report.power:g} % power; baseline sha256 {report.baseline_sha256[:16]}"
     )
 
 
 def _list_notes(report: GateReport) -> list[str]:
     """Return each difference once, with its protocol unless all compared protocols share it."""
-    compared = [protocol for protocol in report.protocols if protocol.paired is not None]
-    shared = set.intersection(*(set(protocol.notes) for protocol in compared)) if compared else set()
-    notes = [
-        note if note in shared else f"{protocol.title}: {note}" for protocol in compared for note in protocol.notes
-    ]
+    compared = [entry for entry in report.protocols if entry.paired is not None]
+    shared = set.intersection(*(set(entry.notes) for entry in compared)) if compared else set()
+    notes = [note if note in shared else f"{entry.title}: {note}" for entry in compared for note in entry.notes]
     return [f"differs from the baseline: {note}" for note in dict.fromkeys(notes)]
 
 
-def _list_numbers(protocol: ProtocolVerdict) -> list[str]:
-    if protocol.paired is None:
+def _list_numbers(entry: ProtocolVerdict) -> list[str]:
+    if entry.paired is None:
         return ["minimal detectable drop: none, nothing was compared"]
-    _, _, before, after, difference, interval, p_value, detectable = _make_cells(protocol)
-    change = "a drop" if protocol.paired.difference <= 0 else "a gain"
+    _, _, before, after, difference, interval, p_value, detectable = _make_cells(entry)
+    change = "a drop" if entry.paired.difference <= 0 else "a gain"
     return [
         f"{before} -> {after}: {difference} points (95 % interval {interval}; {change}: {p_value} after Holm)",
-        f"{counts_text(protocol.paired)}, {protocol.paired.draws} draw{'s' if protocol.paired.draws > 1 else ''}",
+        f"{counts_text(entry.paired)}, {entry.paired.draws} draw{'s' if entry.paired.draws > 1 else ''}",
         f"minimal detectable drop: {detectable} points",
     ]
 
 
-def _make_cells(protocol: ProtocolVerdict) -> list[str]:
-    if protocol.paired is None:
-        return [protocol.title, protocol.verdict, *["–"] * 6]
-    p_value = protocol.worse if protocol.paired.difference <= 0 else protocol.better
+def _make_cells(entry: ProtocolVerdict) -> list[str]:
+    if entry.paired is None:
+        return [entry.title, entry.verdict, *["–"] * 6]
+    p_value = entry.worse if entry.paired.difference <= 0 else entry.better
     return [
-        protocol.title,
-        protocol.verdict,
-        percent(protocol.baseline_accuracy or 0.0),
-        percent(protocol.accuracy or 0.0),
-        points(protocol.paired.difference),
-        interval_text(protocol.paired.interval),
+        entry.title,
+        entry.verdict,
+        percent(entry.baseline_accuracy or 0.0),
+        percent(entry.accuracy or 0.0),
+        points(entry.paired.difference),
+        interval_text(entry.paired.interval),
         p_text(p_value or 0.0),
-        f"{100 * (protocol.detectable or 0.0):.2f}",
+        f"{100 * (entry.detectable or 0.0):.2f}",
     ]
 
 
