@@ -11,9 +11,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options to a parser."""
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="result folders of one checkpoint")
     parser.add_argument("--out", metavar="FILE", required=True, help="the baseline file; commit it")
-    parser.add_argument(
-        "--name", metavar="NAME", help="the checkpoint, by name or first digits of its hash, if several"
-    )
+    parser.add_argument("--name", metavar="NAME", help="which checkpoint, by name or first digits of its hash")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -36,9 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Exit codes: 0 pass, 10 regression, 11 inconclusive or too good, 12 not comparable or no baseline."
     parser.add_argument("runs", nargs="*", metavar="RUNS", help="result folders of one checkpoint")
     parser.add_argument("--baseline", metavar="FILE", required=True, help="from `msn-eval baseline`")
-    parser.add_argument(
-        "--name", metavar="NAME", help="the checkpoint, by name or first digits of its hash, if several"
-    )
+    parser.add_argument("--name", metavar="NAME", help="which checkpoint, by name or first digits of its hash")
     text = "smallest drop that is a regression, a fraction; default 0.01, one point"
     parser.add_argument("--margin", metavar="F", type=float, help=text)
     parser.add_argument("--junit", metavar="FILE", help="write the verdicts to this file for a build server")

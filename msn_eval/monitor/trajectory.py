@@ -14,32 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from msn_eval.checkpoints.run_folder import (
-    CONFIG,
-    ENCODER,
-    EVAL,
-    METRICS,
-    SnapshotFiles,
-    is_run_folder,
-    read_manifest,
-    read_metrics,
-    snapshot_folders,
-)
+from msn_eval.checkpoints import run_folder
+from msn_eval.checkpoints.run_folder import SnapshotFiles
 from msn_eval.errors import CheckpointError, NumericalError, UsageError
 from msn_eval.evaluation.evaluate import Preparation, evaluate_checkpoint, make_loading, prepare
 from msn_eval.evaluation.plan import Plan
 from msn_eval.features.encoder import precision_class, resolve_tap
 from msn_eval.features.extraction import extract_features
 from msn_eval.files.atomic import prepare_folder, remove
+from msn_eval.monitor import snapshot_features
 from msn_eval.monitor.alarms import Alarm, JournalLine, find_alarms, is_not_finite
-from msn_eval.monitor.snapshot_features import (
-    ExtractionSettings,
-    SnapshotFeatures,
-    measure_features,
-    read_snapshot_features,
-    select_newest,
-    write_snapshot_features,
-)
+from msn_eval.monitor.snapshot_features import ExtractionSettings, SnapshotFeatures
 from msn_eval.results.folder import ResultScan, scan_results
 from msn_eval.results.record import Result
 
@@ -128,8 +113,8 @@ def read_run_info(folder: Path) -> RunInfo:
     """Read the configuration in a run folder. Raises CheckpointError if it is not one."""
     if not folder.is_dir():
         raise CheckpointError("no such folder", where=str(folder), hint="Pass the run.dir of an msn-pretrain run.")
-    if not is_run_folder(folder):
-        what = f"is not a run folder of msn-pretrain: it has no {CONFIG} beside a folder of checkpoints"
+    if not run_folder.is_run_folder(folder):
+        what = f"is not a run folder of msn-pretrain: it has no {run_folder.CONFIG} beside a folder of checkpoints"
         hint = "Pass the run.dir of a run; evaluate other checkpoints with msn-eval --checkpoint."
         raise CheckpointError(what, where=str(folder), hint=hint)
     import yaml
@@ -138,7 +123,7 @@ def read_run_info(folder: Path) -> RunInfo:
         return (content.get(section) or {}).get(key)
 
     try:
-        content = yaml.safe_load((folder / CONFIG).read_bytes())
+        content = yaml.safe_load((folder / run_folder.CONFIG).read_bytes())
         if not isinstance(content, dict):
             raise TypeError("it is not a mapping")
         return RunInfo(
@@ -152,14 +137,14 @@ def read_run_info(folder: Path) -> RunInfo:
         )
     except (OSError, yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         what = f"cannot be read as the configuration of a run: {' '.join(str(error).split())}"
-        raise CheckpointError(what, where=str(folder / CONFIG), hint="Restore it.") from error
+        raise CheckpointError(what, where=str(folder / run_folder.CONFIG), hint="Restore it.") from error
 
 
 def fingerprint_run(folder: Path) -> tuple[object, ...]:
     """Return a value that changes whenever the run writes to its journal or finishes a snapshot."""
-    journal = folder / METRICS
+    journal = folder / run_folder.METRICS
     status = journal.stat() if journal.exists() else None
-    encoders = (snapshot.files[ENCODER] for snapshot in _list_finished(folder))
+    encoders = (snapshot.files[run_folder.ENCODER] for snapshot in _list_finished(folder))
     return status and (status.st_size, status.st_mtime_ns), *encoders
 
 
@@ -178,18 +163,18 @@ def list_unscored(plan: Plan, folder: Path, trajectory: Trajectory, skipped: Col
         measured = {(result.protocol_id, result.split.draw) for result in point.results}
         if point.features is not None and wanted <= measured:
             done.add(point.features.sha256)
-    return [snapshot for snapshot in reversed(_list_finished(folder)) if snapshot.files[ENCODER] not in done]
+    return [snapshot for snapshot in reversed(_list_finished(folder)) if snapshot.files[run_folder.ENCODER] not in done]
 
 
 def _list_finished(folder: Path) -> list[SnapshotFiles]:
     """Return the snapshots with a manifest, the newest first; one without is being written, or removed."""
-    manifests = map(_read_manifest, snapshot_folders(folder))
+    manifests = map(_read_manifest, run_folder.snapshot_folders(folder))
     return [snapshot for snapshot in manifests if snapshot is not None]
 
 
 def _read_manifest(folder: Path) -> SnapshotFiles | None:
     try:
-        return read_manifest(folder)
+        return run_folder.read_manifest(folder)
     except (OSError, ValueError) as error:
         _log.debug("%s: %s", folder.name, error)
         return None
@@ -209,7 +194,7 @@ def score_snapshot(plan: Plan, folder: Path, snapshot: SnapshotFiles) -> Point |
     try:
         prepared = prepare(plan, str(snapshot.encoder))
         checkpoint = prepared.encoder.checkpoint
-        if checkpoint.sha256 != snapshot.files[ENCODER]:
+        if checkpoint.sha256 != snapshot.files[run_folder.ENCODER]:
             hint = "It is skipped; the next snapshot is measured."
             raise CheckpointError("is not the file that its manifest describes", where=str(snapshot.encoder), hint=hint)
     except CheckpointError:
@@ -218,15 +203,15 @@ def score_snapshot(plan: Plan, folder: Path, snapshot: SnapshotFiles) -> Point |
         return None
     checkpoint = replace(checkpoint, name=f"{folder.resolve().name} step {snapshot.step}", epoch=snapshot.epoch)
     prepared = replace(prepared, encoder=replace(prepared.encoder, checkpoint=checkpoint))
-    prepare_folder(folder / EVAL, option="RUN_DIR")
-    cache = folder / EVAL / f".features.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    prepare_folder(folder / run_folder.EVAL, option="RUN_DIR")
+    cache = folder / run_folder.EVAL / f".features.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     cached_plan = replace(plan, request=replace(plan.request, cache=str(cache)))
     try:
         results = tuple(evaluate_checkpoint(cached_plan, str(snapshot.encoder), prepared=prepared))
         features = _measure_snapshot(cached_plan, prepared, snapshot, cache)
     finally:
         remove(cache)
-    write_snapshot_features(folder / EVAL, features)
+    snapshot_features.write_snapshot_features(folder / run_folder.EVAL, features)
     return Point(step=snapshot.step, epoch=snapshot.epoch, features=features, results=results)
 
 
@@ -240,14 +225,14 @@ def _measure_snapshot(plan: Plan, prepared: Preparation, snapshot: SnapshotFiles
         extracted = extract_features(
             encoder, plan.val, taps=[tap], hashes=plan.val_hashes, loading=loading, cache=cache
         )
-        rank, spread, problem = measure_features(extracted.features[tap].values)
+        rank, spread, problem = snapshot_features.measure_features(extracted.features[tap].values)
     except NumericalError as error:
         rank, spread, problem = None, None, error.what
     return SnapshotFeatures(
         step=snapshot.step,
         epoch=snapshot.epoch,
         created=str(snapshot.facts.get("created", "")),
-        sha256=snapshot.files[ENCODER],
+        sha256=snapshot.files[run_folder.ENCODER],
         weights_sha256=encoder.checkpoint.weights_sha256,
         seen=_extraction_settings(plan),
         images=len(plan.val),
@@ -263,16 +248,16 @@ def _extraction_settings(plan: Plan) -> ExtractionSettings:
 
 def read_trajectory(folder: Path, run: RunInfo, plan: Plan) -> Trajectory:
     """Read a run as it is now: its journal, and what was measured of it on the plan's validation images."""
-    journal = folder / METRICS
-    lines = tuple(map(_to_numbers, read_metrics(journal) if journal.exists() else ()))
+    journal = folder / run_folder.METRICS
+    lines = tuple(map(_to_numbers, run_folder.read_metrics(journal) if journal.exists() else ()))
     snapshots = _list_finished(folder)
     stated = (snapshot.facts["steps_an_epoch"] for snapshot in snapshots if "steps_an_epoch" in snapshot.facts)
     steps_per_epoch = next(stated, None)
     known_steps = [*(int(line["step"] or 0) for line in lines[-1:]), *(snapshot.step for snapshot in snapshots[:1])]
     last_step = max(known_steps, default=math.inf)
-    features, faults = read_snapshot_features(folder / EVAL)
+    features, faults = snapshot_features.read_snapshot_features(folder / run_folder.EVAL)
     try:
-        scan = scan_results([folder / EVAL])
+        scan = scan_results([folder / run_folder.EVAL])
     except UsageError:  # none yet
         scan = ResultScan(results=(), paths=(), faults=())
     faults += [f"{Path(fault.where).name}: {fault.what}" for fault in scan.faults]
@@ -314,7 +299,7 @@ def _make_points(
     for result in results:
         by_weights[result.checkpoint.weights_sha256].append(result)
     points = {}
-    for step, snapshot in select_newest(features, settings).items():
+    for step, snapshot in snapshot_features.select_newest(features, settings).items():
         records = tuple(by_weights[snapshot.weights_sha256])
         points[step] = Point(step=step, epoch=snapshot.epoch, features=snapshot, results=records)
     for weights in sorted(by_weights.keys() - {snapshot.weights_sha256 for snapshot in features}):

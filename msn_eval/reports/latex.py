@@ -4,14 +4,7 @@ import re
 from collections.abc import Iterable
 
 from msn_eval.errors import one_line
-from msn_eval.reports.text_tables import (
-    MISSING,
-    describe_row,
-    describe_significance,
-    explain_cells,
-    format_accuracy,
-    format_convergence_mark,
-)
+from msn_eval.reports import text_tables
 from msn_eval.results.folder import ResultScan
 from msn_eval.results.table import Cell, Column, Table
 
@@ -33,7 +26,7 @@ def render(table: Table, scan: ResultScan) -> str:
     Names are printed and never run; letters that LaTeX's standard fonts lack are shown by their code points.
     """
     parts = ["\n".join(_render_group(table, *group)) for group in table.groups().items()]
-    notes = "\\\\\n".join(map(escape_latex, explain_cells(table)))
+    notes = "\\\\\n".join(map(escape_latex, text_tables.explain_cells(table)))
     head = "% Needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc}\n\\noindent\n"
     return head + "\n\n\\bigskip\n\\noindent\n".join([*parts, f"{{\\footnotesize\n{notes}\\par}}"]) + "\n"
 
@@ -56,7 +49,7 @@ def _render_group(table: Table, group: str, columns: tuple[Column, ...]) -> list
     has_worse = [any(cell and (cell.standing.rank or 1) > 1 for cell in cells) for cells in columns_of_cells]
     for row, cells in rows:
         texts = [_format_cell(cell, bold_first=worse) for cell, worse in zip(cells, has_worse, strict=True)]
-        lines.append(_join([escape_latex(describe_row(row)), *texts]))
+        lines.append(_join([escape_latex(text_tables.describe_row(row)), *texts]))
         details = list(map(_format_details, cells))
         if any(details):
             lines.append(_join(["", *details]))
@@ -70,11 +63,11 @@ def _join(cells: Iterable[str]) -> str:
 def _format_cell(cell: Cell | None, *, bold_first: bool) -> str:
     """Return the accuracy; in bold if it failed, or if it has the first rank and others do not."""
     if cell is None:
-        return escape_latex(MISSING)
-    number, *std = format_accuracy(cell).split(" ± ")
+        return escape_latex(text_tables.MISSING)
+    number, *std = text_tables.format_accuracy(cell).split(" ± ")
     if cell.mean is None or (bold_first and cell.standing.rank == 1):
         number = f"\\textbf{{{number}}}"
-    return " $\\pm$ ".join([number, *std]) + format_convergence_mark(cell)
+    return " $\\pm$ ".join([number, *std]) + text_tables.format_convergence_mark(cell)
 
 
 def _format_details(cell: Cell | None) -> str:
@@ -82,7 +75,7 @@ def _format_details(cell: Cell | None) -> str:
     if cell is None or cell.mean is None:
         return ""
     draws = "" if cell.draws is None else f"({cell.draws})"
-    text = f"{draws} {describe_significance(cell)}".strip()
+    text = f"{draws} {text_tables.describe_significance(cell)}".strip()
     return f"{{\\scriptsize {escape_latex(text)}}}" if text else ""
 
 

@@ -8,15 +8,7 @@ from itertools import combinations, count, pairwise, repeat, zip_longest
 
 import numpy as np
 
-from msn_eval.reports.html.svg import (
-    Axes,
-    Curve,
-    Series,
-    draw_curve,
-    make_ticks,
-    split_into_segments,
-    widen_if_constant,
-)
+from msn_eval.reports.html import svg
 from msn_eval.reports.text_tables import format_accuracy
 from msn_eval.results.table import Column, Row, Table
 
@@ -60,15 +52,15 @@ class Chart:
 
     title: str
     x_title: str
-    axes: Axes
-    curves: tuple[Curve, ...]
+    axes: svg.Axes
+    curves: tuple[svg.Curve, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[tuple[float, str], ...]
     rings: tuple[tuple[float, float], ...]
     crossings: tuple[str, ...]
 
 
-def draw_chart(series: Sequence[Series], *, ticks: Sequence[Tick], title: str, x_title: str) -> Chart:
+def draw_chart(series: Sequence[svg.Series], *, ticks: Sequence[Tick], title: str, x_title: str) -> Chart:
     """Return the chart of accuracies in percent.
 
     Args:
@@ -77,18 +69,18 @@ def draw_chart(series: Sequence[Series], *, ticks: Sequence[Tick], title: str, x
         title: Of the chart.
         x_title: Of the x axis.
     """
-    segments = [split_into_segments(checkpoint) for checkpoint in series]
+    segments = [svg.split_into_segments(checkpoint) for checkpoint in series]
     lowest = min(y for (segment,) in segments for y in segment.lows)
-    low, high = widen_if_constant(lowest, max(y for (segment,) in segments for y in segment.highs))
-    y_ticks = make_ticks(max(0.0, low), min(100.0, high), _MOST_Y_TICKS)
+    low, high = svg.widen_if_constant(lowest, max(y for (segment,) in segments for y in segment.highs))
+    y_ticks = svg.make_ticks(max(0.0, low), min(100.0, high), _MOST_Y_TICKS)
     x_range, y_range = (ticks[0][0], ticks[-1][0]), (y_ticks[0], y_ticks[-1])
-    axes = Axes(x_range=x_range, y_range=y_range, width=760, height=400, is_log=True)
+    axes = svg.Axes(x_range=x_range, y_range=y_range, width=760, height=400, is_log=True)
     crossings = find_crossings(series)[:_MOST_CROSSINGS]
     return Chart(
         title=title,
         x_title=x_title,
         axes=axes,
-        curves=tuple(map(draw_curve, count(), series, segments, repeat(axes))),
+        curves=tuple(map(svg.draw_curve, count(), series, segments, repeat(axes))),
         x_ticks=tuple((axes.x(x), text, below) for x, text, below in ticks),
         y_ticks=tuple((axes.y(y), f"{y:g}") for y in y_ticks),
         rings=tuple((axes.x(crossing.x), axes.y(crossing.y)) for crossing in crossings),
@@ -100,7 +92,7 @@ def draw_chart(series: Sequence[Series], *, ticks: Sequence[Tick], title: str, x
     )
 
 
-def find_crossings(series: Sequence[Series]) -> list[Crossing]:
+def find_crossings(series: Sequence[svg.Series]) -> list[Crossing]:
     """Return where one series passes another, by increasing x; between measured points both are straight over log x.
 
     Series that meet and part again on the same side do not cross; those that meet in a measured point cross there.
@@ -110,7 +102,7 @@ def find_crossings(series: Sequence[Series]) -> list[Crossing]:
     return sorted(crossings, key=lambda crossing: (crossing.x, crossing.passing, crossing.passed))
 
 
-def _find_crossings_of_pair(series: Sequence[Series], i: int, j: int) -> Iterator[Crossing]:
+def _find_crossings_of_pair(series: Sequence[svg.Series], i: int, j: int) -> Iterator[Crossing]:
     xs = [[x for x, _ in series[number].points] for number in (i, j)]
     start, end = max(xs[0][0], xs[1][0]), min(xs[0][-1], xs[1][-1])
     shared = sorted({x for x in (*xs[0], *xs[1]) if start <= x <= end})
@@ -124,7 +116,7 @@ def _find_crossings_of_pair(series: Sequence[Series], i: int, j: int) -> Iterato
             yield Crossing(passed=passed, passing=passing, x=x, y=y, before=before, after=after)
 
 
-def _interpolate(series: Series, x: float) -> float:
+def _interpolate(series: svg.Series, x: float) -> float:
     logs, ys = zip(*((math.log(point), y) for point, y in series.points if y is not None), strict=True)
     return float(np.interp(math.log(x), logs, ys))
 
@@ -181,7 +173,7 @@ def _drop_overlapping_texts(ticks: list[Tick]) -> list[Tick]:
     return [*kept, ticks[-1]]
 
 
-def _read_series(table: Table, row: Row, columns: Sequence[tuple[Column, Tick]]) -> Series:
+def _read_series(table: Table, row: Row, columns: Sequence[tuple[Column, Tick]]) -> svg.Series:
     points, stds, texts = [], [], []
     for column, (x, *_) in columns:
         cell = table.cells.get((row, column))
@@ -189,4 +181,4 @@ def _read_series(table: Table, row: Row, columns: Sequence[tuple[Column, Tick]])
             points.append((x, 100 * cell.mean))
             stds.append(None if cell.std is None else 100 * cell.std)
             texts.append(f"{row.name}, {column.title}: {format_accuracy(cell)}")
-    return Series(name=row.name, points=tuple(points), stds=tuple(stds), texts=tuple(texts))
+    return svg.Series(name=row.name, points=tuple(points), stds=tuple(stds), texts=tuple(texts))

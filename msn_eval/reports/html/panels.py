@@ -4,16 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count, repeat
 
-from msn_eval.reports.html.svg import (
-    Axes,
-    Curve,
-    Segment,
-    Series,
-    draw_curve,
-    make_ticks,
-    split_into_segments,
-    widen_if_constant,
-)
+from msn_eval.reports.html import svg
 
 _SIZE, _TALL_SIZE = (760, 258), (1240, 388)  # SVG units
 _MOST_POINTS = 360  # of a drawn curve; each is the mean of a range of steps, and the band shows the extremes
@@ -36,7 +27,7 @@ class Panel:
 
     title: str
     lead: str
-    series: tuple[Series, ...]
+    series: tuple[svg.Series, ...]
     levels: tuple[tuple[float, str], ...] = ()
     decimals: int | None = None
     tall: bool = False
@@ -71,8 +62,8 @@ class DrawnPanel:
 
     panel: Panel
     x_axis: RunAxis
-    axes: Axes
-    curves: tuple[Curve, ...]
+    axes: svg.Axes
+    curves: tuple[svg.Curve, ...]
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     levels: tuple[tuple[float, float, str], ...]
@@ -85,19 +76,19 @@ class DrawnPanel:
 def draw_panel(panel: Panel, x_axis: RunAxis) -> DrawnPanel:
     """Return a panel in SVG units."""
     widths = [x_axis.end / _MOST_POINTS if len(series.points) > _MOST_POINTS else 0.0 for series in panel.series]
-    segments = list(map(split_into_segments, panel.series, widths))
+    segments = list(map(svg.split_into_segments, panel.series, widths))
     low, high, is_cut = _choose_y_range(panel, segments)
-    y_ticks = make_ticks(low, high, _MOST_Y_TICKS)
+    y_ticks = svg.make_ticks(low, high, _MOST_Y_TICKS)
     width, height = _TALL_SIZE if panel.tall else _SIZE
-    axes = Axes(x_range=(0.0, x_axis.end), y_range=(y_ticks[0], y_ticks[-1]), width=width, height=height)
-    x_ticks = [x for x in make_ticks(0, x_axis.end, _MOST_X_TICKS) if x <= x_axis.end]
+    axes = svg.Axes(x_range=(0.0, x_axis.end), y_range=(y_ticks[0], y_ticks[-1]), width=width, height=height)
+    x_ticks = [x for x in svg.make_ticks(0, x_axis.end, _MOST_X_TICKS) if x <= x_axis.end]
     alarms = [(axes.x(first), last) for first, last in x_axis.alarms]
     numbers = [[y for _, y in series.points if y is not None] for series in panel.series]
     return DrawnPanel(
         panel=panel,
         x_axis=x_axis,
         axes=axes,
-        curves=tuple(map(draw_curve, count(), panel.series, segments, repeat(axes))),
+        curves=tuple(map(svg.draw_curve, count(), panel.series, segments, repeat(axes))),
         x_ticks=tuple((axes.x(x), format_number(x)) for x in x_ticks),
         y_ticks=tuple((axes.y(y), format_number(y)) for y in y_ticks),
         levels=tuple((axes.y(y), y, text) for y, text in panel.levels if y_ticks[0] <= y <= y_ticks[-1]),
@@ -124,7 +115,7 @@ def format_number(value: float, decimals: int | None = None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _choose_y_range(panel: Panel, segments: Sequence[Sequence[Segment]]) -> tuple[float, float, bool]:
+def _choose_y_range(panel: Panel, segments: Sequence[Sequence[svg.Segment]]) -> tuple[float, float, bool]:
     """Return the range of the y axis, and whether numbers far outside of it are cut off."""
     lows = sorted(y for curve in segments for segment in curve for y in segment.lows)
     highs = sorted(y for curve in segments for segment in curve for y in segment.highs)
@@ -134,4 +125,4 @@ def _choose_y_range(panel: Panel, segments: Sequence[Sequence[Segment]]) -> tupl
     is_cut = (low, high) != (lows[0], highs[-1])
     span = high - low
     near = [level for level, _ in panel.levels if low - span <= level <= high + span]  # others would flatten the curves
-    return *widen_if_constant(min([low, *near]), max([high, *near])), is_cut
+    return *svg.widen_if_constant(min([low, *near]), max([high, *near])), is_cut

@@ -124,10 +124,8 @@ def split_into_segments(series: Series, bin_width: float = 0.0) -> list[Segment]
     """Return the parts of a series between its gaps; the points within a bin of x become one, 0 keeps all."""
     stds = series.stds or (None,) * len(series.points)
     rows = [(x, y, std or 0.0) for (x, y), std in zip(series.points, stds, strict=True)]
-    groups = (
-        [(x, y, std) for x, y, std in rows if y is not None] for _, rows in groupby(rows, lambda row: row[1] is None)
-    )
-    return [_thin(group, bin_width) for group in groups if group]
+    parts = [list(part) for is_gap, part in groupby(rows, key=lambda row: row[1] is None) if not is_gap]
+    return [_thin([(x, y, std) for x, y, std in part if y is not None], bin_width) for part in parts]
 
 
 def _thin(rows: Sequence[tuple[float, float, float]], bin_width: float) -> Segment:

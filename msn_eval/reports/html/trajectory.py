@@ -68,9 +68,8 @@ def render_plot(trajectory: Trajectory, panels: Sequence[DrawnPanel]) -> bytes:
     slots: list[str] = []
     for index, drawn in enumerate(panels):  # tall ones, which are first, take both columns
         slots += [str(index)] * (2 if drawn.panel.tall else 1)
-    rows: list[HashableList[str]] = [
-        [left, right] for left, right in zip(slots[::2], [*slots[1::2], "."], strict=False)
-    ]
+    pairs = zip(slots[::2], [*slots[1::2], "."], strict=False)
+    rows: list[HashableList[str]] = [[left, right] for left, right in pairs]
     size = (_PLOT_WIDTH, 0.7 + _ROW_HEIGHT * len(rows))
     figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
     for number, axes in figure.subplot_mosaic(rows).items():
