@@ -5,14 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from msn_eval.monitor.snapshot_features import (
-    ExtractionSettings,
-    SnapshotFeatures,
-    measure_features,
-    read_snapshot_features,
-    select_newest,
-    write_snapshot_features,
-)
+from msn_eval.monitor import snapshot_features
+from msn_eval.monitor.snapshot_features import ExtractionSettings, SnapshotFeatures
 
 _SETTINGS = ExtractionSettings(data_sha256="c" * 64, tap="cls-norm", precision="exact")
 _SNAPSHOT = SnapshotFeatures(
@@ -26,7 +20,7 @@ def _noise(rows: int = 200, columns: int = 16) -> Tensor:
 
 
 def test_random_features_fill_every_direction_without_a_problem() -> None:
-    rank, spread, problem = measure_features(_noise())
+    rank, spread, problem = snapshot_features.measure_features(_noise())
 
     assert (rank > 15, spread, problem) == (True, pytest.approx(1, abs=0.05), "")
 
@@ -39,15 +33,15 @@ def test_random_features_fill_every_direction_without_a_problem() -> None:
     ],
 )
 def test_features_that_are_almost_or_exactly_equal_are_a_problem(features: Tensor, problem: str) -> None:
-    assert measure_features(features)[2].startswith(problem)
+    assert snapshot_features.measure_features(features)[2].startswith(problem)
 
 
 def test_statistics_are_read_as_they_were_written_and_damaged_files_are_named(tmp_path: Path) -> None:
-    write_snapshot_features(tmp_path, _SNAPSHOT)
+    snapshot_features.write_snapshot_features(tmp_path, _SNAPSHOT)
     (tmp_path / "step-00000080.00000000.json").write_text('{"schema": 1, "step": "80"}')
     (tmp_path / "step-note.json").write_text("mine")
 
-    snapshots, faults = read_snapshot_features(tmp_path)
+    snapshots, faults = snapshot_features.read_snapshot_features(tmp_path)
 
     assert snapshots == [_SNAPSHOT]
     assert len(faults) == 1
@@ -57,15 +51,15 @@ def test_statistics_are_read_as_they_were_written_and_damaged_files_are_named(tm
 def test_statistics_of_different_images_are_both_kept_and_not_mixed(tmp_path: Path) -> None:
     other = dataclasses.replace(_SNAPSHOT, seen=dataclasses.replace(_SETTINGS, data_sha256="d" * 64))
     for snapshot in (_SNAPSHOT, other):
-        write_snapshot_features(tmp_path, snapshot)
+        snapshot_features.write_snapshot_features(tmp_path, snapshot)
 
-    snapshots, _ = read_snapshot_features(tmp_path)
+    snapshots, _ = snapshot_features.read_snapshot_features(tmp_path)
 
     assert len(snapshots) == 2
-    assert select_newest(snapshots, other.seen) == {40: other}
+    assert snapshot_features.select_newest(snapshots, other.seen) == {40: other}
 
 
 def test_the_newer_snapshot_of_a_step_is_used() -> None:
     newer = dataclasses.replace(_SNAPSHOT, created="2999-01-01T00:00:00Z", weights_sha256="0" * 64)
 
-    assert select_newest([newer, _SNAPSHOT], _SETTINGS) == {40: newer}
+    assert snapshot_features.select_newest([newer, _SNAPSHOT], _SETTINGS) == {40: newer}

@@ -11,20 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msn_eval.reports.comparison import (
-    p_text,
-    render_comparison_json,
-    render_comparison_markdown,
-    render_comparison_text,
-)
-from msn_eval.reports.gate import (
-    render_gate_json,
-    render_gate_junit,
-    render_gate_markdown,
-    render_gate_text,
-    render_refusal_junit,
-    render_refusal_markdown,
-)
+from msn_eval.reports import comparison, gate
 from msn_eval.reports.text_tables import markdown_row
 from msn_eval.results.baseline import make_baseline
 from msn_eval.results.comparison import Comparison, compare
@@ -50,17 +37,21 @@ def both(write_run: RunWriter, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def test_junit_is_well_formed_with_hostile_names(both: tuple[GateReport, Comparison]) -> None:
     named = replace(both[0], protocols=tuple(replace(one, title=_EVIL, reason=_EVIL) for one in both[0].protocols))
 
-    for text in (render_gate_junit(named), render_refusal_junit(_EVIL)):
+    for text in (gate.render_gate_junit(named), gate.render_refusal_junit(_EVIL)):
         assert len(list(ElementTree.fromstring(text))) == 1
 
 
 def test_text_has_no_control_characters_or_direction_marks(both: tuple[GateReport, Comparison]) -> None:
-    for text in (render_gate_text(both[0]), render_comparison_text(both[1])):
+    for text in (gate.render_gate_text(both[0]), comparison.render_comparison_text(both[1])):
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", text)
 
 
 def test_markdown_escapes_markup_in_names(both: tuple[GateReport, Comparison]) -> None:
-    for text in (render_gate_markdown(both[0]), render_comparison_markdown(both[1]), render_refusal_markdown(_EVIL)):
+    for text in (
+        gate.render_gate_markdown(both[0]),
+        comparison.render_comparison_markdown(both[1]),
+        gate.render_refusal_markdown(_EVIL),
+    ):
         assert not re.search(r"(?<!\\)[<`\[]", text)
         assert text.encode()
 
@@ -76,21 +67,21 @@ def test_markdown_row_keeps_the_number_of_cells(cells: list[str]) -> None:
 
 def test_numbers_of_the_gate_are_those_of_its_report(both: tuple[GateReport, Comparison]) -> None:
     report = both[0]
-    stated = json.loads(render_gate_json(report))["protocols"][0]
+    stated = json.loads(gate.render_gate_json(report))["protocols"][0]
     texts = ["70.00 %", "60.00 %", "-10.00", f"{100 * stated['detectable']:.2f}", f"{stated['worse']:.2g}"]
 
     assert (stated["baseline_accuracy"], stated["accuracy"]) == (0.7, 0.6)
-    for text in (render_gate_text(report), render_gate_markdown(report)):
+    for text in (gate.render_gate_text(report), gate.render_gate_markdown(report)):
         assert [number for number in texts if number not in text] == []
 
 
 def test_numbers_of_the_comparison_are_those_of_its_record(both: tuple[GateReport, Comparison]) -> None:
-    stated = json.loads(render_comparison_json(both[1]))["protocols"][0]
+    stated = json.loads(comparison.render_comparison_json(both[1]))["protocols"][0]
     texts = ["70.00 %", "60.00 %", "-10.00", f"{100 * stated['paired']['interval']['low']:+.2f}", "100 images lost"]
 
-    for text in (render_comparison_text(both[1]), render_comparison_markdown(both[1])):
+    for text in (comparison.render_comparison_text(both[1]), comparison.render_comparison_markdown(both[1])):
         assert [number for number in texts if number not in text] == []
 
 
 def test_underflowing_p_value_is_not_shown_as_zero() -> None:
-    assert (p_text(0.0), p_text(0.0312)) == ("p < 1e-300", "p = 0.031")
+    assert (comparison.p_text(0.0), comparison.p_text(0.0312)) == ("p < 1e-300", "p = 0.031")
