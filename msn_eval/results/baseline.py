@@ -155,16 +155,10 @@ def _make_draw(result: Result, right: NDArray[np.bool_], prediction: Integers) -
 
 def describe_computation(result: Result) -> dict[str, Any]:
     """Return what may differ between comparable results, and is shown where it does."""
-    return {
-        "package": result.environment.package,
-        "torch": result.environment.torch,
-        "decoder": result.features.decoder,
-        "device": result.environment.device,
-        "precision": result.features.precision,
-        "tap": result.features.tap,
-        "transform": json.loads(canonical_json(asdict(result.features.transform))),
-        "solver": result.probe.solver,
-    }
+    fields = {name: getattr(result.environment, name) for name in ("package", "torch", "device")}
+    fields |= {name: getattr(result.features, name) for name in ("decoder", "precision", "tap")}
+    transform = json.loads(canonical_json(asdict(result.features.transform)))
+    return fields | {"transform": transform, "solver": result.probe.solver}
 
 
 def hash_predictions(prediction: Integers) -> str:

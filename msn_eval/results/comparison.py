@@ -116,12 +116,9 @@ def compare(
     p_values = statistics.holm([test.two_sided for test in paired])
     tests = zip(pairs, paired, p_values, strict=True)
     protocols = [_compare_protocol(*pair, test, p_value, tests=len(pairs)) for pair, test, p_value in tests]
-    return Comparison(
-        first=first[0].checkpoint,
-        second=second[0].checkpoint,
-        protocols=tuple(sorted(protocols, key=lambda protocol: (protocol.title, protocol.protocol_id))),
-        left_out=tuple(left_out),
-    )
+    protocols.sort(key=lambda protocol: (protocol.title, protocol.protocol_id))
+    a, b = first[0].checkpoint, second[0].checkpoint
+    return Comparison(first=a, second=b, protocols=tuple(protocols), left_out=tuple(left_out))
 
 
 def _read_pair(

@@ -163,7 +163,7 @@ def _read_draw(result: Result, folders: Sequence[Path]) -> Predictions:
     if result.metrics is None or result.predictions is None:
         raise ComparisonError(f"{draw} FAILED: {result.error or 'no reason is recorded'}")
     paths = (folder / Path(result.predictions).name for folder in folders)
-    path = next((path for path in paths if path.is_file()), None)
+    path = next(filter(Path.is_file, paths), None)
     if path is None:
         raise ComparisonError(f"{draw}: its predictions {result.predictions} are missing")
     try:
