@@ -15,9 +15,7 @@ from msn_eval.data.folder import (
     folder_name,
     list_class_folders,
     list_entries,
-    list_folder,
     scan_images,
-    show_entries,
 )
 from msn_eval.data.imagenet_labels import WNID, read_labels
 from msn_eval.data.images import is_image_name
@@ -29,6 +27,7 @@ _TARS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 _KAGGLE = Path("ILSVRC", "Data", "CLS-LOC")
 _CLASS_TAR = re.compile(rf"({WNID.pattern})\.tar")
 _THREADS = 8
+_SHOWN = 5
 
 _Form = Literal["class folders", "class tars", "train tar", "flat folder", "flat tar"]
 
@@ -53,13 +52,10 @@ def list_directory(place: str, options: LoadOptions) -> DatasetListing:
     root = Path(place)
     check_is_folder(root)
     base = _find_base(root)
-    found = {split: _find_split(root, base, split) for split in SPLITS}
-    if base == root and all(form is None or form == "class folders" for form, _ in found.values()):
-        return list_folder(place, options)
     splits: dict[str, Listing] = {}
     for split in options.splits:
         known = splits["train"].files.keys() if "train" in splits and not options.allow_class_mismatch else None
-        splits[split] = _list_split(root, split, *found[split], known, options.cache_dir)
+        splits[split] = _list_split(root, split, *_find_split(root, base, split), known, options.cache_dir)
     return DatasetListing(name=folder_name(root), splits=splits)
 
 
@@ -116,11 +112,12 @@ def _list_split(
             (index,) = index_containers([path], _scan_class_tar, root=path, kind=form, cache_dir=cache_dir)
             wnids = read_labels(index.names, _label_folders(root), where=str(path), known=known)
             return list_members(archives, [index], [wnids], root=path)
-    forms = {"train": "class folders, class tars n01440764.tar", "val": "class folders, all images"}
+    names = sorted(entry.name for entry in list_entries(root))
+    hint = f"Put the images of each class into a folder {split}/<class>, or {_TARS[split]} of ImageNet beside them."
+    if any(root.glob(f"{split}-*.tar")):
+        hint = f"Give wds:{root} if these are the archives of a WebDataset."
     raise DataError(
-        f"has no {split} images ({show_entries(root)})",
-        where=str(root),
-        hint=f"Put {_TARS[split]} there, or fill a folder {split} with {forms[split]}.",
+        f"has no {split} images (it holds: {', '.join(names[:_SHOWN]) or 'nothing'})", where=str(root), hint=hint
     )
 
 

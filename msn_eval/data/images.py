@@ -26,11 +26,21 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 _READ_DELAYS_SECONDS = (0.2, 1.0, 5.0)  # between attempts on a network disk that stalls
 _TRANSIENT = frozenset({errno.EIO, errno.ESTALE})
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # Pillow would clip these to 8 bits silently: 16-bit images turn white, float images black.
 _REFUSED_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 # Resizing the shorter side of a longer image would need hundreds of megabytes. The rule depends on the image alone, so that
 # every network skips the same ones.
 _LONGEST_ASPECT = 500
+
+
+@contextmanager
+def reading(path: Path, hint: str = "Check its permissions and its disk.") -> Iterator[None]:
+    """Raise OSError as DataError that names the file or folder at `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", where=str(path), hint=hint) from error
 
 
 class BadImageError(Exception):
@@ -91,12 +101,8 @@ class ImageSet:
     passed_over: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.labels) != len(self.ids):
-            raise DataError(f"{len(self.ids)} images but {len(self.labels)} labels")
-        if len(set(self.ids)) != len(self.ids):
+        if len(set(self.ids)) != len(self.ids):  # a plug-in may list a file twice
             raise DataError("an image id is not unique")
-        if self.labels and not (min(self.labels) >= 0 and max(self.labels) < len(self.classes)):
-            raise DataError(f"a label is outside 0 to {len(self.classes) - 1}")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -243,10 +249,7 @@ def _translate_errors(content: bytes) -> Iterator[None]:
             yield
     except UnidentifiedImageError:
         raise BadImageError(_describe_unknown_format(content)) from None
-    except (
-        *(OSError, SyntaxError, ValueError, EOFError),
-        *(Image.DecompressionBombError, Image.DecompressionBombWarning),
-    ) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, *_BOMBS) as error:
         raise BadImageError(str(error) or type(error).__name__) from error
 
 

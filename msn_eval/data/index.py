@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from msn_eval.data.images import SUFFIXES
-from msn_eval.errors import DataError, StoreError
+from msn_eval.data.images import SUFFIXES, reading
+from msn_eval.errors import StoreError
 from msn_eval.files.atomic import write_atomically
 
 _log = logging.getLogger(__name__)
@@ -88,12 +88,8 @@ def index_containers(
 
 def stat_container(path: Path) -> os.stat_result:
     """Return the status of a folder or archive. Raises DataError."""
-    try:
+    with reading(path):
         return path.stat()
-    except OSError as error:
-        raise DataError(
-            f"cannot be read: {error.strerror or error}", where=str(path), hint="Check its permissions and its disk."
-        ) from error
 
 
 def _read_state(path: Path) -> State:
@@ -138,13 +134,9 @@ def _read_cache(file: Path, root: Path, kind: str) -> dict[str, tuple[State, Con
         return {
             name: (
                 tuple(state),
-                ContainerIndex(
-                    names=tuple(names),
-                    numbers=np.array(columns, dtype=np.int64).reshape(len(columns), len(names)).T,
-                    passed_over=passed_over,
-                ),
+                make_index(names, np.array(table, dtype=np.int64).T, columns=len(table), passed_over=passed_over),
             )
-            for name, (state, names, columns, passed_over) in listed.items()
+            for name, (state, names, table, passed_over) in listed.items()
         }
     except (OSError, ValueError, TypeError, LookupError, AttributeError, zlib.error):
         return {}

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import cast
 
 import numpy as np
 import torch
@@ -85,18 +84,15 @@ def automatic_workers(images: PixelList, *, batch_size: int, cuda: bool) -> int:
     if not cuda or len(images) < _FEW_IMAGES or images.source.root is None:
         return 0
     wanted = min(_MOST_WORKERS, usable_cores())
-    affordable = _affordable_workers(batch_size * 3 * images.transform.crop**2)
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except OSError:  # a system without it shares memory in another way
+        return wanted
+    batch_bytes = batch_size * 3 * images.transform.crop**2
+    affordable = status.f_bavail * status.f_frsize // ((_BATCHES_PER_WORKER + 1) * batch_bytes)
     if affordable < wanted:
         _log.warning("%s has room for %d decoding processes instead of %d", _SHARED_MEMORY, affordable, wanted)
     return min(wanted, affordable)
-
-
-def _affordable_workers(batch_bytes: int) -> int:
-    try:
-        status = os.statvfs(_SHARED_MEMORY)
-    except (OSError, AttributeError):  # a system without it shares memory in another way
-        return _MOST_WORKERS
-    return status.f_bavail * status.f_frsize // ((_BATCHES_PER_WORKER + 1) * batch_bytes)
 
 
 def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: bool = False) -> Iterator[PixelBatch]:
@@ -123,10 +119,18 @@ def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: boo
             before = set(multiprocessing.active_children())
             current_rows = torch.full((workers,), -1).share_memory_()  # type: ignore[no-untyped-call]
             with _defer_stop_signals():
-                loader = _make_loader(
-                    _PixelDataset(rest, current_rows), batch_size=batch_size, workers=workers, pinned=pinned
+                batches = iter(
+                    DataLoader(
+                        _PixelDataset(rest, current_rows),
+                        batch_size=batch_size,
+                        num_workers=workers,
+                        collate_fn=_collate,
+                        pin_memory=pinned,
+                        prefetch_factor=_BATCHES_PER_WORKER,
+                        worker_init_fn=_start_worker,
+                        timeout=_WORKER_TIMEOUT_SECONDS,
+                    )
                 )
-                batches = iter(loader)
             children = [child for child in multiprocessing.active_children() if child not in before]
             try:
                 while True:
@@ -215,7 +219,7 @@ class _SigchldMonitor:
     @contextlib.contextmanager
     def load_pass(self) -> Iterator[None]:
         """Restore torch's handler after the last pass that ends; passes may end in any order."""
-        if not _in_main_thread() or not hasattr(signal, "SIGCHLD"):
+        if not _in_main_thread():
             yield
             return
         self.passes += 1
@@ -229,7 +233,7 @@ class _SigchldMonitor:
     @contextlib.contextmanager
     def await_batch(self) -> Iterator[None]:
         """Let a worker's death raise within this context, one that happened before it too."""
-        if not _in_main_thread() or not hasattr(signal, "SIGCHLD"):
+        if not _in_main_thread():
             yield
             return
         if signal.getsignal(signal.SIGCHLD) != self.handle:  # torch sets its own with its first workers
@@ -252,7 +256,7 @@ _sigchld = _SigchldMonitor()
 def _kill_workers(children: Sequence[BaseProcess]) -> None:
     """Kill the processes of a loader; each that is alive first writes its stack to stderr, since it may hang."""
     for child in children:
-        if child.is_alive() and child.pid is not None and hasattr(signal, "SIGUSR1"):
+        if child.is_alive() and child.pid is not None:
             os.kill(child.pid, signal.SIGUSR1)
     time.sleep(0.2)
     for child in children:
@@ -309,23 +313,8 @@ def _collate(rows: Sequence[_Loaded]) -> _Collated:
     return torch.from_numpy(np.stack(decoded)), failures
 
 
-def _make_loader(pixels: _PixelDataset, *, batch_size: int, workers: int, pinned: bool) -> "DataLoader[_Collated]":
-    loader = DataLoader(
-        pixels,
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=pinned,
-        prefetch_factor=_BATCHES_PER_WORKER,
-        worker_init_fn=_start_worker,
-        timeout=_WORKER_TIMEOUT_SECONDS,
-    )
-    return cast("DataLoader[_Collated]", loader)
-
-
 def _start_worker(number: int) -> None:
     """Leave signals that a launcher sends to every process of a job to the parent."""
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR1)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from msn_eval.data.dataset import Listing
-from msn_eval.data.images import Stamp, decode_image, file_stamp
+from msn_eval.data.images import Stamp, decode_image, file_stamp, reading
 from msn_eval.data.index import ContainerIndex, stat_container
 from msn_eval.errors import DataError
 
@@ -58,14 +58,12 @@ class TarSource:
 
     def read(self, image_id: str) -> bytes:
         archive, offset, size = self._find(image_id)
-        with io.FileIO(archive.path) as file:
+        with archive.path.open("rb") as file:
             status = os.fstat(file.fileno())
             if (status.st_size, status.st_mtime_ns) != (archive.size, archive.mtime_ns):
                 raise OSError("the archive changed after its images were listed; start again")
             file.seek(offset)
-            content = file.read(size) or b""
-            while len(content) < size and (rest := file.read(size - len(content))):  # a read may return fewer bytes
-                content += rest
+            content = file.read(size)
         if len(content) < size:
             raise OSError(f"the archive ends {size - len(content)} bytes before the image does")
         return content
@@ -85,8 +83,6 @@ class TarSource:
         name, _, file = image_id.partition("/")
         members = self.classes[name]
         row = bisect_left(members.files, os.fsencode(file), key=os.fsencode)
-        if members.files[row : row + 1] != (file,):
-            raise KeyError(image_id)
         archive, offset, size = members.locations[row].tolist()
         return self.archives[archive], offset, size
 
@@ -197,17 +193,12 @@ def read_members(path: Path, *, within: TarMember | None = None) -> list[TarMemb
             header would lose images silently.
     """
     where = f"{path}: {within.name}" if within else str(path)
-    try:
-        with _HeaderFile(path) as file:
-            start = within.offset if within else 0
-            end = start + within.size if within else os.fstat(file.fileno()).st_size
-            _check_kind(file.read_at(start, end, _BLOCK), where)
-            members, closing = _read_headers(file, start, end, where)
-            _check_end(file, closing, end, where)
-    except OSError as error:
-        raise DataError(
-            f"cannot be read: {error.strerror or error}", where=where, hint="Check its permissions and its disk."
-        ) from error
+    with reading(path), _HeaderFile(path) as file:
+        start = within.offset if within else 0
+        end = start + within.size if within else os.fstat(file.fileno()).st_size
+        _check_compression(file.read_at(start, end, _BLOCK), where)
+        members, closing = _read_headers(file, start, end, where)
+        _check_end(file, closing, end, where)
     return members
 
 
@@ -224,11 +215,7 @@ def _read_headers(file: _HeaderFile, start: int, end: int, where: str) -> tuple[
                 if header.size < 0 or archive.offset > end or archive.offset <= header.offset:
                     raise _damage(where, f"member {header.name} reaches beyond its end at byte {end - start:,}")
                 if header.issparse():
-                    raise DataError(
-                        f"member {header.name} is stored with its zeros left out",
-                        where=where,
-                        hint="Write the archive without tar's --sparse; images are read in place.",
-                    )
+                    raise _damage(where, f"member {header.name} is stored by tar's --sparse, without its zeros")
                 if not header.isdir():
                     size = header.size if header.isreg() else 0
                     members.append(TarMember(header.name, header.offset_data, size, header.isreg()))
@@ -238,9 +225,7 @@ def _read_headers(file: _HeaderFile, start: int, end: int, where: str) -> tuple[
         raise _damage(where, f"{error or type(error).__name__} ({last})") from error
 
 
-def _check_kind(head: bytes, where: str) -> None:
-    if not head:
-        raise DataError("is empty, so it is not a tar archive", where=where, hint="Download or write it again.")
+def _check_compression(head: bytes, where: str) -> None:
     for magic, (name, command) in _COMPRESSED.items():
         if head.startswith(magic):
             raise DataError(
@@ -258,8 +243,7 @@ def _check_end(file: _HeaderFile, offset: int, end: int, where: str) -> None:
     if len(block) < _BLOCK:
         raise _damage(where, "it ends without the zeros that close an archive")
     position = offset + _BLOCK
-    while position < end:
-        chunk = file.read_at(position, end, _CHUNK)
+    while chunk := file.read_at(position, end, _CHUNK):
         if any(chunk):
             raise DataError(
                 f"goes on after its end at byte {offset:,}",
@@ -267,8 +251,6 @@ def _check_end(file: _HeaderFile, offset: int, end: int, where: str) -> None:
                 hint="Part of it was overwritten by zeros, or several archives were joined; "
                 "write it again, or keep each in a file of its own.",
             )
-        if not chunk:
-            raise _damage(where, "it became shorter while it was read")
         position += len(chunk)
 
 

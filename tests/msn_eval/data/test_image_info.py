@@ -15,7 +15,7 @@ from PIL import Image
 
 from msn_eval.data import image_info, read_dataset
 from msn_eval.data.folder import FolderSource
-from msn_eval.data.image_info import ImageInfo, choose_workers, inspect_image, inspect_images
+from msn_eval.data.image_info import ImageInfo, inspect_image, inspect_images
 from msn_eval.data.images import ImageSet
 from msn_eval.errors import ResourceError
 
@@ -213,6 +213,6 @@ def test_few_images_start_no_process(folder: ImageSet, monkeypatch: pytest.Monke
 
 def test_many_images_take_a_process_a_core_up_to_sixteen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(3), raising=False)
-    assert (choose_workers(511), choose_workers(512)) == (0, 3)
+    assert (choose_workers(511)(512)) == (0, 3)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(99))
     assert choose_workers(512) == 16
