@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -37,7 +38,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from msn_eval.data.validation import check_dataset, read_manifest, write_manifest
     from msn_eval.files.atomic import prepare_folder, write_atomically
 
-    workers = _parse_workers(options.workers)
+    if not re.fullmatch("auto|[0-9]{1,4}", options.workers):
+        raise UsageError(f"--workers {options.workers}: neither auto nor a number from 0 to 9999")
+    workers = None if options.workers == "auto" else int(options.workers)
     out = None if options.write_manifest is None else Path(options.write_manifest)
     manifest = None if options.manifest is None else read_manifest(Path(options.manifest))
     if out is not None:  # checked before the hours that reading may take
@@ -58,14 +61,6 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     elif out is not None:
         write_atomically(out, write_manifest(check.splits))
     return DataError.exit_code if check.unreadable or not check.matches_manifest else 0
-
-
-def _parse_workers(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isascii() or not text.isdecimal() or len(text) > 4:
-        raise UsageError(f"--workers {text}: neither auto nor a number from 0 to 9999")
-    return int(text)
 
 
 def _report(check: "DatasetCheck") -> Iterator[str]:
