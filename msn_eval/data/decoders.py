@@ -155,7 +155,7 @@ def decode_on_device(
 
 
 def _resize_on_device(content: bytes, decoded: Tensor | None, transform: EvalTransform, device: torch.device) -> Tensor:
-    if decoded is None or decoded.ndim != 3 or len(decoded) != 3:
+    if decoded is None:
         return torch.from_numpy(decode_pixels(content, transform, "pillow").copy()).to(device)
     width, height = compute_resized_size(decoded.shape[2], decoded.shape[1], transform)
     # Rounded after each direction, as Pillow does: both at once would differ from it by one level in a value of five.

@@ -97,17 +97,11 @@ def _check_unpacked(root: Path, classes: set[str], names: Iterable[str]) -> None
     """Refuse a half-unpacked ImageNet: images still in archives or not yet sorted would be missing silently."""
     for name in names:
         packed = _CLASS_TAR.fullmatch(name)
-        if packed and packed[1] not in classes:
+        if (packed and packed[1] not in classes) or _FLAT_IMAGE.fullmatch(name):
             raise DataError(
-                f"holds {name} beside class folders, but no folder {packed[1]}",
+                f"holds {name} beside class folders: unpacking it into a class folder was not finished",
                 where=str(root),
-                hint="Unpack every class, or move the folders away so that all archives are read in place.",
-            )
-        if _FLAT_IMAGE.fullmatch(name):
-            raise DataError(
-                f"holds {name} beside class folders: sorting the images into classes was not finished",
-                where=str(root),
-                hint="Finish it, or move all images back out of their folders so that they are read with their labels.",
+                hint="Finish it, or undo it, so that all archives or images are read in place.",
             )
 
 

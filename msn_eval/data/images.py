@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -101,8 +102,13 @@ class ImageSet:
     passed_over: int = 0
 
     def __post_init__(self) -> None:
-        if len(set(self.ids)) != len(self.ids):  # a plug-in may list a file twice
-            raise DataError("an image id is not unique")
+        if len(set(self.ids)) != len(self.ids):
+            image_id = next(first for first, second in pairwise(self.ids) if first == second)
+            raise DataError(
+                f"two images have the id {image_id}",
+                where=self.source.place(image_id),
+                hint="Remove or rename one of them: an id is a class and a file name without folders.",
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -130,11 +136,8 @@ class ImageSet:
         return grouped
 
     def only(self, image_ids: Sequence[str]) -> "ImageSet":
-        """Return the named images, in the order of this set. Raises DataError for an unknown name."""
-        try:
-            rows = sorted(self.position[image_id] for image_id in image_ids)
-        except KeyError as missing:
-            raise DataError(f"no image {missing.args[0]!r} in this data set") from missing
+        """Return the named images, in the order of this set."""
+        rows = sorted(self.position[image_id] for image_id in image_ids)
         return replace(self, ids=tuple(self.ids[row] for row in rows), labels=tuple(self.labels[row] for row in rows))
 
     def first_of_each_class(self, count: int) -> "ImageSet":

@@ -6,7 +6,7 @@ import tarfile
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,9 +100,6 @@ def list_members(
         indexes: For each archive the file names, with the offset and the size of each as their first two numbers.
         classes: For each archive the class of each image.
         root: Of the source.
-
-    Raises:
-        DataError: Two images of a class have the same name.
     """
     files = [file for index in indexes for file in index.names]
     archive_column = np.repeat(np.arange(len(indexes)), [len(index.names) for index in indexes])
@@ -113,14 +110,6 @@ def list_members(
     members = {}
     for name, rows in grouped.items():
         rows.sort(key=lambda row: os.fsencode(files[row]))
-        for row, next_row in pairwise(rows):
-            if files[row] == files[next_row]:
-                paths = dict.fromkeys(str(archives[locations[index, 0]].path) for index in (row, next_row))
-                raise DataError(
-                    f"hold{'s' if len(paths) == 1 else ''} two images of the id {name}/{files[row]}",
-                    where=" and ".join(paths),
-                    hint="Remove or rename one of them: an id is a class and a file name without folders.",
-                )
         members[name] = ClassMembers(files=tuple(files[row] for row in rows), locations=locations[rows])
     return Listing(
         files={name: of_class.files for name, of_class in members.items()},

@@ -195,20 +195,12 @@ def _count_warnings(data: DataSet) -> Iterator[str]:
                 yield f"these are ImageNet's classes, but {split} has {count:,} images instead of {expected:,}"
 
 
-# As sha256sum writes it: a backslash first where the name has backslashes or line ends, which are then escaped.
-_MANIFEST_LINE = re.compile(rb"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)
-_ESCAPES = {b"\\": b"\\\\", b"\n": b"\\n", b"\r": b"\\r"}
-_UNESCAPES = {escaped: plain for plain, escaped in _ESCAPES.items()}
+_MANIFEST_LINE = re.compile(rb"([0-9a-fA-F]{64}) [ *](.+)")
 
 
 def write_manifest(splits: Mapping[str, SplitCheck]) -> bytes:
     """Return the manifest of a data set: one line `HASH  split/CLASS/FILE` per image, as sha256sum writes it."""
-    lines = []
-    for name, digest in _hash_by_name(splits).items():
-        plain = os.fsencode(name)
-        escaped = re.sub(rb"[\\\n\r]", lambda match: _ESCAPES[match.group()], plain)
-        lines.append((b"\\" if escaped != plain else b"") + f"{digest}  ".encode() + escaped + b"\n")
-    return b"".join(lines)
+    return b"".join(os.fsencode(f"{digest}  {name}\n") for name, digest in _hash_by_name(splits).items())
 
 
 def read_manifest(path: Path) -> dict[str, str]:
@@ -231,13 +223,10 @@ def read_manifest(path: Path) -> dict[str, str]:
                 where=str(path),
                 hint="Each line is `HASH  split/CLASS/FILE`, as `sha256sum` in the data folder writes it.",
             )
-        is_escaped, digest, name = match.groups()
-        if is_escaped:
-            name = re.sub(rb"\\[\\nr]", lambda match: _UNESCAPES[match.group()], name)
-        name = os.fsdecode(name).removeprefix("./")
+        name = os.fsdecode(match[2]).removeprefix("./")
         if name in manifest:
             raise DataError(f"line {number} names {name} again", where=str(path), hint="Keep one of the lines.")
-        manifest[name] = digest.decode().lower()
+        manifest[name] = match[1].decode().lower()
     return manifest
 
 

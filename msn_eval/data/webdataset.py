@@ -14,8 +14,8 @@ from msn_eval.data.tar import TarMember, list_members, open_archives, read_membe
 from msn_eval.errors import DataError
 
 _log = logging.getLogger(__name__)
-_NUMBERED = re.compile(r"-(\d+)(?:-of-(\d+))?\.tar")
-_COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4))$")
+_ARCHIVE = re.compile(r"\.(tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4))$")  # compressed ones are refused when read
+_NUMBERED = re.compile(r"-(\d+)(?:-of-(\d+))?\.t")
 _LONGEST_INDEX = 32  # bytes of a class index with its spaces and line end
 _SHOWN = 5
 
@@ -66,19 +66,12 @@ def _find_shards(root: Path, split: str) -> list[Path]:
     """Return the archives of a split. A missing number among them is a lost file, which means fewer images."""
     prefix = f"{split}-"
     names = sorted((path.name for path in root.glob(f"{prefix}*")), key=os.fsencode)
-    packed = [name for name in names if _COMPRESSED.search(name)]
-    if packed:
-        raise DataError(
-            "is compressed; images are read in place, which needs plain tars",
-            where=str(root / packed[0]),
-            hint="Decompress the archives once and remove the compressed ones.",
-        )
-    shards = [name for name in names if name.endswith(".tar")]
+    shards = [name for name in names if _ARCHIVE.search(name)]
     if not shards:
         raise DataError(
             f"holds no {prefix}*.tar", where=str(root), hint="A WebDataset has train-*.tar, val-*.tar, classes.txt."
         )
-    matches = [match for name in shards if (match := _NUMBERED.fullmatch(name, len(split)))]
+    matches = [match for name in shards if (match := _NUMBERED.match(name, len(split)))]
     numbers = {int(match[1]) for match in matches}
     if numbers:
         first = min(*numbers, 1)  # counted from 0 or from 1

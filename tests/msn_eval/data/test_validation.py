@@ -4,7 +4,6 @@ import hashlib
 import io
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from PIL import Image
 
 from msn_eval.data import read_dataset, validation
 from msn_eval.data.dataset import DataSet, class_map_sha256
-from msn_eval.data.hashing import content_sha256, hash_images
 from msn_eval.data.image_info import inspect_images
 from msn_eval.data.imagenet_subsets import Publication
 from msn_eval.data.images import ImageSet
@@ -60,13 +58,6 @@ def test_shared_images_are_named_with_the_first_of_training(data_set: DataSetMak
     assert check_dataset(data).shared == (("a/7.png", "a/2.png"), ("b/9.png", "a/2.png"))
 
 
-def test_data_set_is_checked_split_by_split(data_set: DataSetMaker) -> None:
-    shared = picture(size=(5, 5))
-    found = check_dataset(data_set({"a/1.png": picture(), "a/2.png": shared}, {"a/9.png": shared}))
-    assert {name: split.images for name, split in found.splits.items()} == {"train": 2, "val": 1}
-    assert (found.shared, found.class_map_sha256) == ((("a/9.png", "a/2.png"),), class_map_sha256(("a",)))
-
-
 def publish(monkeypatch: pytest.MonkeyPatch, classes: tuple[str, ...]) -> None:
     known = Publication(url="", class_map_sha256=class_map_sha256(classes), val_images=3, lists=())
     monkeypatch.setattr(validation, "read_publication", lambda: known)
@@ -90,30 +81,6 @@ def test_known_data_set_of_its_counts_and_unknown_ones_are_not(
     assert check_dataset(data_set({"a/1.png": picture()}, contents)).warnings == ()
     publish(monkeypatch, ("b",))
     assert check_dataset(data_set({"a/1.png": picture()}, {"a/1.png": picture()})).warnings == ()
-
-
-@pytest.mark.parametrize(("content", "unreadable"), [(picture(), 0), (b"damaged", 1), (None, 1)])
-def test_images_that_cannot_be_used_are_counted(data_set: DataSetMaker, content: bytes | None, unreadable: int) -> None:
-    assert check_dataset(data_set({"a/1.png": picture()}, {"a/1.png": content})).unreadable == unreadable
-
-
-@pytest.mark.parametrize(
-    ("changes", "matches"),
-    [
-        ({}, True),
-        ({"val/a/1.png": "0" * 64}, False),
-        ({"val/a/2.png": "0" * 64}, False),
-        ({"val/a/1.png": None}, False),
-    ],
-    ids=["none", "changed", "missing", "extra"],
-)
-def test_any_difference_from_the_manifest_is_noticed(
-    data_set: DataSetMaker, changes: dict[str, str | None], matches: bool
-) -> None:
-    hashes = {"train/a/1.png": digest(picture()), "val/a/1.png": digest(picture())} | changes
-    manifest = {name: sha256 for name, sha256 in hashes.items() if sha256}
-    data = data_set({"a/1.png": picture()}, {"a/1.png": picture()})
-    assert check_dataset(data, manifest=manifest).matches_manifest == matches
 
 
 Check = Callable[[Mapping[str, bytes | None]], SplitCheck]
@@ -151,20 +118,6 @@ def test_images_are_counted_by_class_and_kind(check: Check) -> None:
     assert list(found.kinds.items()) == [("PNG RGB", 2), ("PNG L", 1)]
 
 
-def test_class_of_the_other_split_alone_has_no_images(memory_images: ImageSetMaker) -> None:
-    images = replace(memory_images({"a/1.png": picture()}), classes=("a", "z"))
-    assert check_split(images, inspect_images("val", images)).class_sizes == {"a": 1, "z": 0}
-
-
-def test_passed_over_files_are_those_of_the_set(memory_images: ImageSetMaker) -> None:
-    images = memory_images({"a/1.png": picture()}, passed_over=4)
-    assert check_split(images, inspect_images("val", images)).passed_over == 4
-
-
-def test_image_of_no_known_format_is_of_no_kind(check: Check) -> None:
-    assert check({"a/1.png": None, "a/2.png": picture(), "a/3.png": b""}).kinds == {"PNG RGB": 1}
-
-
 def test_turned_and_damaged_are_counted(check: Check) -> None:
     contents = {
         "a/1.jpg": with_exif(6),
@@ -196,16 +149,6 @@ def test_every_image_that_cannot_be_used_is_listed_with_place_and_reason(check: 
 def test_duplicates_are_images_with_the_bytes_of_an_earlier_one(check: Check) -> None:
     same, other = picture(), picture(size=(1, 1))
     assert check({"a/1.png": same, "a/2.png": same, "b/3.png": same, "b/4.png": other}).duplicates == 2
-
-
-def test_images_that_cannot_be_read_are_not_duplicates(check: Check) -> None:
-    assert check({"a/1.png": None, "a/2.png": None}).duplicates == 0
-
-
-def test_content_hash_is_that_of_records(memory_images: ImageSetMaker) -> None:
-    images = memory_images({"a/1.png": picture(), "b/1.png": b"damaged"})
-    expected = content_sha256(images.ids, hash_images(images, cache_dir=None))
-    assert check_split(images, inspect_images("val", images)).content_sha256 == expected
 
 
 def test_there_is_no_content_hash_where_an_image_cannot_be_read(check: Check) -> None:
@@ -249,29 +192,23 @@ def splits_of(memory_images: ImageSetMaker) -> SplitsOf:
     return look
 
 
-def test_manifest_has_a_line_an_image(splits_of: SplitsOf) -> None:
-    found = splits_of({"a/1.png": picture()}, {"a/2.png": b"damaged"})
-    expected = f"{digest(picture())}  train/a/1.png\n{digest(b'damaged')}  val/a/2.png\n"
-    assert write_manifest(found) == expected.encode()
-
-
 def test_manifest_is_accepted_by_sha256sum(tmp_path: Path) -> None:
-    """With the names that it spells in its own way, and bytes that are no text."""
+    """Also with spaces and bytes that are not text."""
     for split in ("train", "val"):
         folder = tmp_path / split / "caf\udce9"
         folder.mkdir(parents=True)
-        for name in ("a b.png", "back\\slash.png", "line\nend.png", "return\r.png"):
+        for name in ("a b.png", "c.png"):
             (folder / name).write_bytes(picture())
     content = write_manifest(check_dataset(read_dataset(str(tmp_path))).splits)
     (tmp_path / "SHA256SUMS").write_bytes(content)
     done = subprocess.run(
         ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=tmp_path, capture_output=True
     )
-    assert (done.returncode, done.stdout, done.stderr, content.count(b"\n")) == (0, b"", b"", 8)
+    assert (done.returncode, done.stdout, done.stderr, content.count(b"\n")) == (0, b"", b"", 4)
 
 
 def test_manifest_is_read_back_as_it_was_written(splits_of: SplitsOf, tmp_path: Path) -> None:
-    names = ["a/1 2.png", "a/b\\n.png", "a/c\n.png", "a/d\r.png", "a/e\\n\n.png", "a/caf\udce9.png", "a/\\.png"]
+    names = ["a/1 2.png", "a/caf\udce9.png"]
     found = splits_of({name: picture() for name in names}, {"a/1.png": picture()})
     (tmp_path / "m").write_bytes(write_manifest(found))
     assert read_manifest(tmp_path / "m") == {
@@ -300,11 +237,6 @@ def test_line_that_is_none_of_a_manifest_is_named(tmp_path: Path, line: bytes) -
 def test_name_that_is_repeated_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes((b"ab" * 32 + b"  val/a/1.png\n") * 2)
     with pytest.raises(DataError, match=r"line 2 names val/a/1\.png again"):
-        read_manifest(tmp_path / "m")
-
-
-def test_missing_manifest_is_a_data_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read: No such file"):
         read_manifest(tmp_path / "m")
 
 

@@ -172,9 +172,7 @@ def test_classes_that_are_not_utf8_are_refused(write: Write, tmp_path: Path) -> 
 def test_missing_classes_are_required(write: Write, tmp_path: Path) -> None:
     name = write()
     (tmp_path / "classes.txt").unlink()
-    assert refusal(name).startswith(
-        f"{tmp_path / 'classes.txt'}: cannot be read: No such file or directory\nWrite one class name per line"
-    )
+    assert refusal(name).startswith(f"{tmp_path / 'classes.txt'}: cannot be read: No such file or directory\nWrite one")
 
 
 def test_missing_split_is_named(write: Write, tmp_path: Path) -> None:
