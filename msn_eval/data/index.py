@@ -73,7 +73,8 @@ def index_containers(
     """
     started = time.time_ns()
     states = {path.name: _read_state(path) for path in paths}
-    file = None if cache_dir is None else _cache_file(cache_dir, root, kind)
+    cache_name = hashlib.sha256(kind.encode() + b"\0" + os.fsencode(root.resolve())).hexdigest()[:16]
+    file = None if cache_dir is None else cache_dir / "indexes" / f"{cache_name}.index"
     cached = {} if file is None else _read_cache(file, root, kind)
     indexes = {name: cached[name][1] for name, state in states.items() if name in cached and cached[name][0] == state}
     # A later change has a different time, unless it falls into the same tick of the disk's clock.
@@ -86,20 +87,10 @@ def index_containers(
     return tuple(indexes[path.name] for path in paths)
 
 
-def stat_container(path: Path) -> os.stat_result:
-    """Return the status of a folder or archive. Raises DataError."""
-    with reading(path):
-        return path.stat()
-
-
 def _read_state(path: Path) -> State:
-    status = stat_container(path)
+    with reading(path):
+        status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _cache_file(cache_dir: Path, root: Path, kind: str) -> Path:
-    name = hashlib.sha256(kind.encode() + b"\0" + os.fsencode(root.resolve())).hexdigest()[:16]
-    return cache_dir / "indexes" / f"{name}.index"
 
 
 def _heading(root: Path, kind: str) -> dict[str, object]:

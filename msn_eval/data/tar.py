@@ -16,7 +16,7 @@ from PIL import Image
 
 from msn_eval.data.dataset import Listing
 from msn_eval.data.images import Stamp, decode_image, file_stamp, reading
-from msn_eval.data.index import ContainerIndex, stat_container
+from msn_eval.data.index import ContainerIndex
 from msn_eval.errors import DataError
 
 
@@ -86,8 +86,12 @@ class TarSource:
 
 def open_archives(paths: Iterable[Path]) -> tuple[Archive, ...]:
     """Return archives as they are now. Call this before reading their headers, so that no change goes unnoticed."""
-    statuses = [(path, stat_container(path)) for path in paths]
-    return tuple(Archive(path=path, size=status.st_size, mtime_ns=status.st_mtime_ns) for path, status in statuses)
+    archives = []
+    for path in paths:
+        with reading(path):
+            status = path.stat()
+        archives.append(Archive(path=path, size=status.st_size, mtime_ns=status.st_mtime_ns))
+    return tuple(archives)
 
 
 def list_members(

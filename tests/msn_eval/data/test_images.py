@@ -120,29 +120,6 @@ def test_damaged_exif_block_does_not_touch_the_pixels() -> None:
     np.testing.assert_array_equal(pixels_of(damaged), pixels_of(sound))
 
 
-def test_grey_images_get_three_equal_channels() -> None:
-    grey = noise(5, 4, channels=1)
-    np.testing.assert_array_equal(pixels_of(encoded(grey, "PNG")), np.repeat(np.asarray(grey)[..., None], 3, axis=2))
-
-
-def test_one_bit_images_become_black_and_white() -> None:
-    image = Image.new("1", (2, 1))
-    image.putpixel((1, 0), 1)
-    assert pixels_of(encoded(image, "PNG")).tolist() == [[[0, 0, 0], [255, 255, 255]]]
-
-
-def test_palette_images_get_the_colours_of_their_palette_transparency_or_not() -> None:
-    image = Image.new("P", (2, 1))
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    image.putpixel((1, 0), 1)
-    content = encoded(image, "PNG", transparency=b"\x00\x80")
-    assert pixels_of(content).tolist() == [[[10, 20, 30], [40, 50, 60]]]
-
-
-def test_alpha_is_dropped_and_the_colours_under_it_are_kept() -> None:
-    assert pixels_of(encoded(Image.new("RGBA", (1, 1), (10, 20, 30, 0)), "PNG")).tolist() == [[[10, 20, 30]]]
-
-
 def test_cmyk_jpeg_decodes_to_the_colour_it_prints() -> None:
     cyan = pixels_of(encoded(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", quality=100))
     assert np.abs(cyan.astype(int) - (0, 255, 255)).max() <= 3
@@ -213,3 +190,24 @@ def test_selection_keeps_the_order_of_the_set() -> None:
 
 def test_first_of_each_class_takes_the_first_in_order() -> None:
     assert three_images().first_of_each_class(1).ids == ("a/0.png", "b/0.png")
+
+
+def palette_image() -> Image.Image:
+    image = Image.new("P", (1, 1), 1)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "colour"),
+    [
+        (Image.new("L", (1, 1), 7), {}, (7, 7, 7)),
+        (Image.new("1", (1, 1), 1), {}, (255, 255, 255)),
+        (palette_image(), {}, (40, 50, 60)),
+        (palette_image(), {"transparency": b"\x00\x80"}, (40, 50, 60)),
+        (Image.new("RGBA", (1, 1), (10, 20, 30, 0)), {}, (10, 20, 30)),
+    ],
+    ids=["grey", "one bit", "palette", "palette with transparency", "alpha"],
+)
+def test_modes_are_converted_to_rgb(image: Image.Image, options: dict[str, object], colour: tuple[int, ...]) -> None:
+    assert tuple(pixels_of(encoded(image, "PNG", **options))[0, 0]) == colour

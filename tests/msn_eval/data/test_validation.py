@@ -11,7 +11,7 @@ from PIL import Image
 
 from msn_eval.data import read_dataset, validation
 from msn_eval.data.dataset import DataSet, class_map_sha256
-from msn_eval.data.image_info import inspect_images
+from msn_eval.data.image_info import ImageInfo, inspect_images
 from msn_eval.data.imagenet_subsets import Publication
 from msn_eval.data.images import ImageSet
 from msn_eval.data.validation import (
@@ -86,17 +86,6 @@ def test_known_data_set_of_its_counts_and_unknown_ones_are_not(
 Check = Callable[[Mapping[str, bytes | None]], SplitCheck]
 
 
-def with_exif(orientation: int) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return picture("JPEG", exif=exif)
-
-
-def with_broken_exif() -> bytes:
-    """Return a JPEG whose EXIF block is too short for its entries."""
-    return picture("JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x05\x00")
-
-
 @pytest.fixture
 def check(memory_images: ImageSetMaker) -> Check:
     def look(contents: Mapping[str, bytes | None]) -> SplitCheck:
@@ -116,26 +105,6 @@ def test_images_are_counted_by_class_and_kind(check: Check) -> None:
     )
     assert (found.images, found.class_sizes) == (3, {"a": 1, "b": 2})
     assert list(found.kinds.items()) == [("PNG RGB", 2), ("PNG L", 1)]
-
-
-def test_turned_and_damaged_are_counted(check: Check) -> None:
-    contents = {
-        "a/1.jpg": with_exif(6),
-        "a/2.jpg": with_exif(3),
-        "a/3.jpg": with_exif(1),
-        "a/4.jpg": with_broken_exif(),
-    }
-    found = check(contents)
-    assert (found.turned, found.damaged_exif) == (2, 1)
-
-
-def test_smallest_and_largest_go_by_pixels_and_the_first_of_several_is_named(check: Check) -> None:
-    sizes = {"a/1.png": (9, 1), "a/2.png": (4, 4), "a/3.png": (1, 9), "a/4.png": (2, 8)}
-    found = check({name: picture(size=size) for name, size in sizes.items()})
-    assert (found.smallest, found.largest) == (
-        ImageSize(image="a/1.png", width=9, height=1),
-        ImageSize(image="a/2.png", width=4, height=4),
-    )
 
 
 def test_every_image_that_cannot_be_used_is_listed_with_place_and_reason(check: Check) -> None:
@@ -257,3 +226,15 @@ def test_image_that_cannot_be_read_is_neither_missing_nor_changed(splits_of: Spl
     found = splits_of({"a/1.png": picture()}, {"a/1.png": None})
     manifest = {"train/a/1.png": digest(picture()), "val/a/1.png": "0" * 64}
     assert compare_manifest(manifest, found) == ManifestCheck(listed=2, changed=(), missing=(), extra=())
+
+
+def test_exif_faults_are_counted(memory_images: ImageSetMaker) -> None:
+    infos = [ImageInfo(orientation=6), ImageInfo(orientation=3), ImageInfo(), ImageInfo(damaged_exif=True)]
+    check = check_split(memory_images({f"a/{number}.jpg": b"" for number in range(4)}), infos)
+    assert (check.turned, check.damaged_exif) == (2, 1)
+
+
+def test_smallest_and_largest_are_the_first_by_number_of_pixels(memory_images: ImageSetMaker) -> None:
+    infos = [ImageInfo(size=size) for size in ((9, 1), (4, 4), (1, 9), (2, 8))]
+    check = check_split(memory_images({f"a/{number}.png": b"" for number in range(4)}), infos)
+    assert (check.smallest, check.largest) == (ImageSize("a/0.png", 9, 1), ImageSize("a/1.png", 4, 4))
