@@ -57,7 +57,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             print(printable(line.replace("\n", "\\x0a").replace("\t", "\\x09")))
     if out is not None and check.unreadable:
         reason = f"not written, since {_count(check.unreadable, 'image')} cannot be used"
-        print(f"{printable(str(out))}: {reason}", file=sys.stderr)
+        print(printable(f"{out}: {reason}"), file=sys.stderr)
     elif out is not None:
         write_atomically(out, write_manifest(check.splits))
     return DataError.exit_code if check.unreadable or not check.matches_manifest else 0
@@ -123,12 +123,10 @@ def _count(number: int, what: str, plural: str | None = None) -> str:
 
 
 def _as_json(check: "DatasetCheck") -> Mapping[str, object]:
-    splits = {
-        name: {"classes": sum(map(bool, split.class_sizes.values())), **vars(split)}
-        for name, split in check.splits.items()
-    }
-    for fields in splits.values():
-        del fields["digests"]
+    splits = {}
+    for name, split in check.splits.items():
+        fields = {key: value for key, value in vars(split).items() if key != "digests"}
+        splits[name] = {"classes": sum(map(bool, split.class_sizes.values())), **fields}
     return {
         "name": check.name,
         "sound": not check.unreadable and check.matches_manifest,

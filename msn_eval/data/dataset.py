@@ -169,9 +169,6 @@ def _number_images(listing: Listing, classes: Sequence[str]) -> ImageSet:
         files = _sort_names(listing.files[name])
         ids += [f"{name}/{file}" for file in files]
         labels += [number[name]] * len(files)
-    if any("/" in name for name in listing.files):  # classes `a` and `a/b` share less
-        order = sorted(range(len(ids)), key=lambda row: os.fsencode(ids[row]))
-        ids, labels = [ids[row] for row in order], [labels[row] for row in order]
     return ImageSet(
         ids=tuple(ids),
         labels=tuple(labels),

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from multiprocessing.process import BaseProcess
 from types import FrameType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +35,6 @@ _WORKER_TIMEOUT_SECONDS = 300.0
 _BATCHES_PER_WORKER = 2  # kept ready, in shared memory
 _SHARED_MEMORY = "/dev/shm"
 _Loaded = tuple[bytes | Pixels, tuple[str, str] | None]
-_Collated = tuple[Tensor | Sequence[bytes | Pixels], list[tuple[str, str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,7 @@ class PixelList:
         return len(self.image_ids)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PixelBatch:
+class PixelBatch(NamedTuple):
     """Consecutive images of a list.
 
     Attributes:
@@ -138,8 +137,8 @@ def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: boo
                         batch = next(batches, None)
                     if batch is None:
                         return
-                    done += len(batch[0])
-                    yield PixelBatch(pixels=batch[0], failures=batch[1])
+                    done += len(batch.pixels)
+                    yield batch
             except (RuntimeError, ConnectionError, EOFError) as error:
                 reason = str(error).partition("\n")[0] or type(error).__name__
             _kill_workers(children)
@@ -197,8 +196,7 @@ def _load_in_threads(images: PixelList, batch_size: int) -> Iterator[PixelBatch]
                     f"no image arrived for {_WORKER_TIMEOUT_SECONDS:g} s, between {edges[0]} and {edges[1]}",
                     hint="The disk or the network behind it may hang; the same command continues once it answers.",
                 ) from error
-            pixels, failures = _collate(loaded)
-            yield PixelBatch(pixels=pixels, failures=failures)
+            yield _collate(loaded)
 
 
 class _SigchldMonitor:
@@ -305,12 +303,12 @@ def _decode(content: bytes, images: PixelList, image_id: str) -> bytes | Pixels:
     return decode_pixels(content, images.transform, images.decoder)
 
 
-def _collate(rows: Sequence[_Loaded]) -> _Collated:
+def _collate(rows: Sequence[_Loaded]) -> PixelBatch:
     failures = [failure for _, failure in rows if failure is not None]
     decoded = [image for image, _ in rows if not isinstance(image, bytes)]
     if len(decoded) < len(rows):
-        return [image for image, _ in rows], failures
-    return torch.from_numpy(np.stack(decoded)), failures
+        return PixelBatch([image for image, _ in rows], failures)
+    return PixelBatch(torch.from_numpy(np.stack(decoded)), failures)
 
 
 def _start_worker(number: int) -> None:

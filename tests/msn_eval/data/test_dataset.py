@@ -61,7 +61,6 @@ SOURCE = FolderSource(Path("nowhere"))
     [
         {"a": ["x", "a-", "Z"], "a-b": ["x"], "a b": ["x"], "a.": ["x"], "a0": ["x"]},
         {"a": ["\udcff.jpg", "é.jpg", "\ud7ff.jpg", "\U0001f600.jpg", "a.jpg"], "ü": ["x"], "\udce9": ["x"]},
-        {"a": ["c", "a"], "a/b": ["x", "d"], "a/": ["x"]},
     ],
 )
 def test_ids_are_in_byte_order_with_their_classes(files: dict[str, list[str]]) -> None:
