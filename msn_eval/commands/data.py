@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Print what was found. Return 21 where an image cannot be used or differs from the manifest."""
+    """Print the report. Return 21 where an image cannot be used or differs from the manifest."""
     from msn_eval.commands.progress import progress_on_stderr
     from msn_eval.data import read_dataset
     from msn_eval.data.validation import check_dataset, read_manifest, write_manifest

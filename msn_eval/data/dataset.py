@@ -56,7 +56,7 @@ class DatasetListing:
 
     Attributes:
         name: The name of the data set in records and reports.
-        splits: The listing of each split that was asked for.
+        splits: The listing of each requested split.
     """
 
     name: str
@@ -65,7 +65,7 @@ class DatasetListing:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What a loader is asked for.
+    """A request to a loader.
 
     Attributes:
         splits: `train`, `val`, or both. The loader must not need any other split.

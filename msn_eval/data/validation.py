@@ -1,4 +1,4 @@
-"""DatasetCheck: what was found in a data set when every image of it was read and decoded. Needs no torch."""
+"""DatasetCheck: the result of reading and decoding every image of a data set. Needs no torch."""
 
 import os
 import re
@@ -41,7 +41,7 @@ class UnreadableImage:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitCheck:
-    """What was found in one split.
+    """Result for one split.
 
     Attributes:
         images: Number of images.
@@ -85,7 +85,7 @@ class ManifestCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetCheck:
-    """What was found in a data set.
+    """Result for a data set.
 
     Attributes:
         name: Of the data set.

@@ -23,10 +23,10 @@ from msn_eval.errors import UsageError
 Capture = pytest.CaptureFixture[str]
 
 
-def verify(*words: str | Path) -> int:
+def verify(*arguments: str | Path) -> int:
     parser = argparse.ArgumentParser()
     data.add_options(parser)
-    return data.run(parser.parse_args(["verify", *map(str, words)]), [])
+    return data.run(parser.parse_args(["verify", *map(str, arguments)]), [])
 
 
 @pytest.fixture
@@ -177,9 +177,9 @@ def test_names_that_look_alike_are_a_warning_that_tells_them_apart(pets: Path, c
     ) in capsys.readouterr().out
 
 
-def as_json(pets: Path, capsys: Capture, *words: str | Path) -> Mapping[str, Any]:
+def as_json(pets: Path, capsys: Capture, *arguments: str | Path) -> Mapping[str, Any]:
     capsys.readouterr()
-    verify(pets, "--json", *words)
+    verify(pets, "--json", *arguments)
     facts = json.loads(capsys.readouterr().out)
     assert isinstance(facts, dict)
     return facts
@@ -223,7 +223,7 @@ def test_json_lists_damage_and_differences(pets: Path, tmp_path: Path, capsys: C
     (pets / "val" / "bee" / "9.png").write_bytes(b"\x1f\x8b")
     (pets / "val" / "ant" / "Caf\udce9.png").write_bytes(b"")
     facts = as_json(pets, capsys, "--manifest", tmp_path / "m")
-    assert [(one["image"], one["reason"]) for one in facts["splits"]["val"]["unreadable"]] == [
+    assert [(image["image"], image["reason"]) for image in facts["splits"]["val"]["unreadable"]] == [
         ("ant/Caf\udce9.png", "the file is empty"),
         ("bee/9.png", "a gzip file under an image name; unpack it"),
     ]

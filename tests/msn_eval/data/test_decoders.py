@@ -86,7 +86,7 @@ def outcome(content: bytes, decoder: str) -> NDArray[np.uint8] | str:
 
 
 def same(ours: NDArray[np.uint8] | str, theirs: NDArray[np.uint8] | str) -> bool:
-    """Whether two decoders refuse a file with the same words, or nearly agree on its pixels."""
+    """Whether two decoders refuse a file with the same reason, or nearly agree on its pixels."""
     if isinstance(ours, str) or isinstance(theirs, str):
         return isinstance(ours, str) and isinstance(theirs, str) and ours == theirs
     return bool(differences(ours, theirs).max() <= 2)

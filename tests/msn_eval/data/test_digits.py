@@ -31,8 +31,8 @@ def test_labels_are_the_digits_of_the_ids(digits: DataSet) -> None:
 
 def test_every_pixel_is_its_value_scaled_from_sixteen_to_255(digits: DataSet) -> None:
     values, targets = load_digits(return_X_y=True)
-    whole = values.astype(int).reshape(-1, 8, 8)
-    rounded = (2 * 255 * whole + 16) // 32  # v * 255/16 to the nearest; its only half, 127.5, is rounded to 128
+    levels = values.astype(int).reshape(-1, 8, 8)
+    rounded = (2 * 255 * levels + 16) // 32  # v * 255/16 to the nearest; its only half, 127.5, is rounded to 128
     wrong = []
     for digit in range(10):
         for number, grey in enumerate(rounded[targets == digit]):

@@ -127,7 +127,7 @@ def test_class_folders_may_be_links(tmp_path: Path) -> None:
 
 
 def test_link_to_a_missing_image_is_not_passed_over_silently(tmp_path: Path) -> None:
-    """It is an image by its name; that it cannot be read is told when it is."""
+    """It is an image by its name; it is reported when it is read."""
     root = make_files(tmp_path, both(["a/x.jpg"]))
     (root / "val" / "a" / "y.jpg").symlink_to(tmp_path / "unmounted" / "y.jpg")
     assert read_dataset(str(root)).val.ids == ("a/x.jpg", "a/y.jpg")

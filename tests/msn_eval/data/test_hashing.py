@@ -72,8 +72,8 @@ def digests() -> dict[str, str]:
 
 
 def memory_file(cache_dir: Path) -> Path:
-    (found,) = (cache_dir / "hashes").iterdir()
-    return found
+    (path,) = (cache_dir / "hashes").iterdir()
+    return path
 
 
 def test_every_image_is_hashed_by_its_bytes(source: CountingSource) -> None:
@@ -112,8 +112,8 @@ def test_same_name_under_another_root_is_another_image(source: CountingSource, c
     other.parent.mkdir(parents=True)
     other.write_bytes(b"FIRST")
     os.utime(other, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    found = hash_images(images_of(CountingSource(tmp_path / "val"), ("a/x.jpg",)), cache_dir=cache_dir)
-    assert found == {"a/x.jpg": hashlib.sha256(b"FIRST").hexdigest()}
+    hashes = hash_images(images_of(CountingSource(tmp_path / "val"), ("a/x.jpg",)), cache_dir=cache_dir)
+    assert hashes == {"a/x.jpg": hashlib.sha256(b"FIRST").hexdigest()}
 
 
 def test_names_that_are_not_utf8_are_cached(source: CountingSource, cache_dir: Path) -> None:
@@ -121,8 +121,8 @@ def test_names_that_are_not_utf8_are_cached(source: CountingSource, cache_dir: P
     source.path(image_id).write_bytes(b"odd")
     hash_images(images_of(source, (image_id,)), cache_dir=cache_dir)
     source.reads.clear()
-    found = hash_images(images_of(source, (image_id,)), cache_dir=cache_dir)
-    assert (found[image_id], source.reads) == (hashlib.sha256(b"odd").hexdigest(), [])
+    hashes = hash_images(images_of(source, (image_id,)), cache_dir=cache_dir)
+    assert (hashes[image_id], source.reads) == (hashlib.sha256(b"odd").hexdigest(), [])
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,10 @@ def picture(kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (3, 2)
 
 @pytest.fixture
 def inspect(memory_images: ImageSetMaker) -> Inspect:
-    def look(content: bytes | None) -> ImageInfo:
+    def inspect_content(content: bytes | None) -> ImageInfo:
         return inspect_image(memory_images({"a/x.png": content}).source, "a/x.png")
 
-    return look
+    return inspect_content
 
 
 def with_exif(orientation: int) -> bytes:
@@ -168,9 +168,9 @@ def test_interruption_leaves_no_process_behind(folder: ImageSet) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_progress_ends_with_all_images(folder: ImageSet, workers: int) -> None:
-    told: list[tuple[str, int, int]] = []
-    list(inspect_images("val", folder, workers=workers, on_progress=lambda *news: told.append(news)))
-    assert (told[-1], told == sorted(told)) == (("val", 150, 150), True)
+    reports: list[tuple[str, int, int]] = []
+    list(inspect_images("val", folder, workers=workers, on_progress=lambda *report: reports.append(report)))
+    assert (reports[-1], reports == sorted(reports)) == (("val", 150, 150), True)
 
 
 @pytest.mark.parametrize(("images", "cores", "workers"), [(511, 3, 0), (512, 3, 3), (512, 99, 16)])

@@ -39,7 +39,7 @@ def test_archive_is_read_where_the_folder_of_the_split_is_empty(root: Path, stor
 
 
 def test_labels_of_kaggle_are_found_from_the_innermost_folder(root: Path, store_pictures: Store) -> None:
-    store_pictures(root, whole="kaggle")
+    store_pictures(root, layout="kaggle")
     assert len(read_dataset(str(root / "ILSVRC" / "Data" / "CLS-LOC")).val) == 7
 
 

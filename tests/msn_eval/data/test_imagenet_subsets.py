@@ -48,8 +48,8 @@ def test_committed_hashes_are_those_of_the_repository(shared_data: Path) -> None
 
 def test_committed_sizes_are_those_of_the_lists(shared_data: Path) -> None:
     folder = shared_data / "imagenet_subsets"
-    found = [(len(content), content.count(b"\n")) for content in _contents(folder)]
-    assert [(entry.bytes, entry.images) for entry in read_publication().lists] == found
+    actual = [(len(content), content.count(b"\n")) for content in _contents(folder)]
+    assert [(entry.bytes, entry.images) for entry in read_publication().lists] == actual
 
 
 def test_committed_counts_are_true_of_each_class(shared_data: Path) -> None:
@@ -75,8 +75,8 @@ def test_lists_are_found_by_content_under_any_name(shared_data: Path, named_fold
     for number, entry in enumerate(read_publication().lists):
         (named_folder / "deep").mkdir(exist_ok=True)
         shutil.copy(shared_data / "imagenet_subsets" / entry.path, named_folder / "deep" / f"{number}.txt")
-    found = [find_list(entry) for entry in read_publication().lists]
-    assert found == [named_folder / "deep" / f"{number}.txt" for number in range(10)]
+    actual = [find_list(entry) for entry in read_publication().lists]
+    assert actual == [named_folder / "deep" / f"{number}.txt" for number in range(10)]
 
 
 def test_altered_list_is_not_accepted(shared_data: Path, named_folder: Path) -> None:
@@ -136,12 +136,12 @@ class Server:
     def __init__(self) -> None:
         self.files = {f"/lists/{path}": content for path, content in CONTENTS.items()}
         self.promised_bytes = 0  # more than it sends
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                outer.asked.append(self.path)
+                outer.requested.append(self.path)
                 content = outer.files.get(self.path)
                 if content is None:
                     self.send_error(404)
@@ -180,9 +180,9 @@ def test_lists_are_fetched_to_their_paths(server: Server, tmp_path: Path) -> Non
 @pytest.mark.usefixtures("publication")
 def test_lists_that_are_there_are_kept_without_asking(server: Server, tmp_path: Path) -> None:
     list(fetch_lists(tmp_path, server.url))
-    server.asked.clear()
+    server.requested.clear()
     assert [state for _, state in fetch_lists(tmp_path, server.url)] == ["kept", "kept"]
-    assert server.asked == []
+    assert server.requested == []
 
 
 @pytest.mark.usefixtures("publication")

@@ -113,11 +113,11 @@ def test_exif_orientation_turns_nothing() -> None:
 
 
 def test_damaged_exif_block_does_not_touch_the_pixels() -> None:
-    sound = encoded(noise(16, 16), "JPEG")
+    intact = encoded(noise(16, 16), "JPEG")
     damaged = encoded(noise(16, 16), "JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x09\x00\x1a\x01")
     with pytest.warns(UserWarning, match="Corrupt EXIF"):
         Image.open(io.BytesIO(damaged)).getexif()
-    np.testing.assert_array_equal(pixels_of(damaged), pixels_of(sound))
+    np.testing.assert_array_equal(pixels_of(damaged), pixels_of(intact))
 
 
 def test_cmyk_jpeg_decodes_to_the_colour_it_prints() -> None:

@@ -63,13 +63,13 @@ def listed(root: Path, cache_dir: Path | None, kind: str = "folders") -> tuple[d
     scanner = Scanner()
     paths = sorted(root.iterdir())
     indexes = index_containers(paths, scanner, root=root, kind=kind, cache_dir=cache_dir)
-    found = {path.name: sorted(index.names) for path, index in zip(paths, indexes, strict=True)}
-    return found, sorted(scanner.scanned)
+    names = {path.name: sorted(index.names) for path, index in zip(paths, indexes, strict=True)}
+    return names, sorted(scanner.scanned)
 
 
 def index_file(cache_dir: Path) -> Path:
-    (found,) = (cache_dir / "indexes").iterdir()
-    return found
+    (path,) = (cache_dir / "indexes").iterdir()
+    return path
 
 
 ALL = {"a": ["a.jpg"], "b": ["b.jpg"], "c": ["c.jpg"]}
@@ -198,10 +198,10 @@ def test_odd_names_are_cached_as_they_are(root: Path, cache_dir: Path, name: str
 def test_every_flipped_byte_of_an_index_invalidates_it(root: Path, cache_dir: Path) -> None:
     listed(root, cache_dir)
     index = index_file(cache_dir)
-    whole = index.read_bytes()
+    content = index.read_bytes()
     wrong = []
-    for at in range(0, len(whole), 7):
-        index.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    for at in range(0, len(content), 7):
+        index.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         if listed(root, cache_dir) != (ALL, ["a", "b", "c"]):
             wrong.append(at)
     assert wrong == []

@@ -25,8 +25,8 @@ LAYOUTS = {
     "as downloaded": {"train": "tar", "val": "tar", "labels": "packed devkit"},
     "as downloaded, sorted into folders": {"train": "tar in train", "val": "tar in val", "labels": "synsets"},
     "class tars and flat val": {"train": "class tars", "val": "flat", "labels": "kaggle"},
-    "kaggle": {"whole": "kaggle"},
-    "webdataset": {"whole": "webdataset"},
+    "kaggle": {"layout": "kaggle"},
+    "webdataset": {"layout": "webdataset"},
 }
 
 
@@ -104,10 +104,21 @@ def parquet_name(stored_pictures: Pictures, tmp_path: Path, monkeypatch: pytest.
 
 
 def evaluated(data: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[bytes], str]:
-    """Evaluate raw pixels; give the names of the results, their predictions, and what was told."""
+    """Evaluate raw pixels; return the names of the results, their predictions, and stderr."""
     out = folder / "runs" / str(len(list((folder / "runs").glob("*"))))
-    words = ["--checkpoint", "pixels", "--data", data, "--subset", "1img", "--probe", "ncm,logistic", "--device", "cpu"]
-    assert main([*words, "--out", str(out), "--cache", str(folder / "cache")]) == 0
+    arguments = [
+        "--checkpoint",
+        "pixels",
+        "--data",
+        data,
+        "--subset",
+        "1img",
+        "--probe",
+        "ncm,logistic",
+        "--device",
+        "cpu",
+    ]
+    assert main([*arguments, "--out", str(out), "--cache", str(folder / "cache")]) == 0
     results = sorted(out.glob("*.npz"))
     return [path.name for path in results], [path.read_bytes() for path in results], capsys.readouterr().err
 

@@ -89,7 +89,7 @@ class HangingOnce(GreySource):
 
 
 class Stalling(GreySource):
-    """Fails to read as a network disk does, as often as it is told."""
+    """Fails to read as a network disk does, `failures` times."""
 
     failures = 2
     number = errno.ESTALE
@@ -137,8 +137,8 @@ def test_image_with_another_hash_is_reported_by_its_id(tmp_path: Path) -> None:
 
 @half_open
 def test_worker_that_dies_once_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = brightness(greys(DyingOnce(tmp_path)), batch_size=2, workers=1)
-    assert (found, "grey 5; starting new ones" in caplog.text) == (list(range(8)), True)
+    levels = brightness(greys(DyingOnce(tmp_path)), batch_size=2, workers=1)
+    assert (levels, "grey 5; starting new ones" in caplog.text) == (list(range(8)), True)
 
 
 @half_open

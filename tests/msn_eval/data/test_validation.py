@@ -1,4 +1,4 @@
-"""A whole data set: both splits, what they share, what is known of it."""
+"""A data set: both splits, what they share, and its manifest."""
 
 import hashlib
 import io
@@ -66,8 +66,8 @@ def publish(monkeypatch: pytest.MonkeyPatch, classes: tuple[str, ...]) -> None:
 
 def test_known_data_set_of_other_counts_is_warned_of(data_set: DataSetMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(monkeypatch, ("a",))
-    found = check_dataset(data_set({"a/1.png": picture(), "a/2.png": picture()}, {"a/9.png": picture()}))
-    assert found.warnings == (
+    result = check_dataset(data_set({"a/1.png": picture(), "a/2.png": picture()}, {"a/9.png": picture()}))
+    assert result.warnings == (
         "these are ImageNet's classes, but train has 2 images instead of 1",
         "these are ImageNet's classes, but val has 1 images instead of 3",
     )
@@ -88,28 +88,28 @@ Check = Callable[[Mapping[str, bytes | None]], SplitCheck]
 
 @pytest.fixture
 def check(memory_images: ImageSetMaker) -> Check:
-    def look(contents: Mapping[str, bytes | None]) -> SplitCheck:
+    def check_contents(contents: Mapping[str, bytes | None]) -> SplitCheck:
         images = memory_images(contents)
         return check_split(images, inspect_images("val", images))
 
-    return look
+    return check_contents
 
 
 def test_images_are_counted_by_class_and_kind(check: Check) -> None:
-    found = check(
+    result = check(
         {
             "a/1.png": picture(),
             "b/1.png": picture("PNG", "L"),
             "b/2.png": picture(size=(9, 9)),
         }
     )
-    assert (found.images, found.class_sizes) == (3, {"a": 1, "b": 2})
-    assert list(found.kinds.items()) == [("PNG RGB", 2), ("PNG L", 1)]
+    assert (result.images, result.class_sizes) == (3, {"a": 1, "b": 2})
+    assert list(result.kinds.items()) == [("PNG RGB", 2), ("PNG L", 1)]
 
 
 def test_every_image_that_cannot_be_used_is_listed_with_place_and_reason(check: Check) -> None:
-    found = check({"a/1.png": None, "a/2.png": picture(), "a/3.png": b""})
-    assert [(one.image, one.place, one.reason) for one in found.unreadable] == [
+    result = check({"a/1.png": None, "a/2.png": picture(), "a/3.png": b""})
+    assert [(image.image, image.place, image.reason) for image in result.unreadable] == [
         ("a/1.png", "/data/a/1.png", "cannot be read: Permission denied"),
         ("a/3.png", "/data/a/3.png", "the file is empty"),
     ]
@@ -125,8 +125,8 @@ def test_there_is_no_content_hash_where_an_image_cannot_be_read(check: Check) ->
 
 
 def test_split_without_images_is_valid(check: Check) -> None:
-    found = check({})
-    assert (found.images, found.kinds, found.smallest, found.largest, found.unreadable) == (0, {}, None, None, ())
+    result = check({})
+    assert (result.images, result.kinds, result.smallest, result.largest, result.unreadable) == (0, {}, None, None, ())
 
 
 @pytest.mark.parametrize(
@@ -154,11 +154,11 @@ SplitsOf = Callable[..., Mapping[str, SplitCheck]]
 
 @pytest.fixture
 def splits_of(memory_images: ImageSetMaker) -> SplitsOf:
-    def look(train: Mapping[str, bytes | None], val: Mapping[str, bytes | None]) -> Mapping[str, SplitCheck]:
+    def check_contents(train: Mapping[str, bytes | None], val: Mapping[str, bytes | None]) -> Mapping[str, SplitCheck]:
         named = {"train": memory_images(train), "val": memory_images(val)}
         return {name: check_split(images, inspect_images(name, images)) for name, images in named.items()}
 
-    return look
+    return check_contents
 
 
 def test_manifest_is_accepted_by_sha256sum(tmp_path: Path) -> None:
@@ -178,8 +178,8 @@ def test_manifest_is_accepted_by_sha256sum(tmp_path: Path) -> None:
 
 def test_manifest_is_read_back_as_it_was_written(splits_of: SplitsOf, tmp_path: Path) -> None:
     names = ["a/1 2.png", "a/caf\udce9.png"]
-    found = splits_of({name: picture() for name in names}, {"a/1.png": picture()})
-    (tmp_path / "m").write_bytes(write_manifest(found))
+    result = splits_of({name: picture() for name in names}, {"a/1.png": picture()})
+    (tmp_path / "m").write_bytes(write_manifest(result))
     assert read_manifest(tmp_path / "m") == {
         **{f"train/{name}": digest(picture()) for name in names},
         "val/a/1.png": digest(picture()),
@@ -189,7 +189,7 @@ def test_manifest_is_read_back_as_it_was_written(splits_of: SplitsOf, tmp_path: 
 @pytest.mark.parametrize(
     "line",
     [b"%s  val/a/1.png\n", b"%s *val/a/1.png", b"%s  ./val/a/1.png\r\n", b"\xef\xbb\xbf%s  val/a/1.png\n\n"],
-    ids=["text", "binary", "found by find, CRLF", "BOM, empty line"],
+    ids=["text", "binary", "names from find, CRLF", "BOM, empty line"],
 )
 def test_lines_of_other_tools_are_read(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "m").write_bytes(line % (b"AB" * 32))
@@ -210,22 +210,22 @@ def test_name_that_is_repeated_is_refused(tmp_path: Path) -> None:
 
 
 def test_changed_missing_and_extra_images_are_listed(splits_of: SplitsOf) -> None:
-    found = splits_of({"a/1.png": picture(), "a/2.png": picture()}, {"a/1.png": picture(size=(1, 1))})
+    result = splits_of({"a/1.png": picture(), "a/2.png": picture()}, {"a/1.png": picture(size=(1, 1))})
     manifest = {
         "train/a/1.png": digest(picture()),
         "train/a/0.png": "0" * 64,
         "val/a/1.png": digest(picture()),
         "val/a/9.png": "9" * 64,
     }
-    assert compare_manifest(manifest, found) == ManifestCheck(
+    assert compare_manifest(manifest, result) == ManifestCheck(
         listed=4, changed=("val/a/1.png",), missing=("train/a/0.png", "val/a/9.png"), extra=("train/a/2.png",)
     )
 
 
 def test_image_that_cannot_be_read_is_neither_missing_nor_changed(splits_of: SplitsOf) -> None:
-    found = splits_of({"a/1.png": picture()}, {"a/1.png": None})
+    result = splits_of({"a/1.png": picture()}, {"a/1.png": None})
     manifest = {"train/a/1.png": digest(picture()), "val/a/1.png": "0" * 64}
-    assert compare_manifest(manifest, found) == ManifestCheck(listed=2, changed=(), missing=(), extra=())
+    assert compare_manifest(manifest, result) == ManifestCheck(listed=2, changed=(), missing=(), extra=())
 
 
 def test_exif_faults_are_counted(memory_images: ImageSetMaker) -> None:
