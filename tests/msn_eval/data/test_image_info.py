@@ -181,7 +181,7 @@ def test_workers_follow_images_and_cores(
 
     def inspect(split: str, images: ImageSet, workers: int) -> Iterator[ImageInfo]:
         started.append(workers)
-        return iter(())
+        yield from ()
 
     monkeypatch.setattr(image_info, "usable_cores", lambda: cores)
     monkeypatch.setattr(image_info, "_inspect_in_processes", inspect)

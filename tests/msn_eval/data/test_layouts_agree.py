@@ -76,12 +76,6 @@ def test_splits_have_separate_hash_caches(data_name: str, tmp_path: Path, monkey
     assert len(list((tmp_path / "memory" / "hashes").iterdir())) == 2
 
 
-def test_images_decode_in_every_layout(data_name: str) -> None:
-    data = read_dataset(data_name)
-    sources = [(images.source, images.ids[0]) for images in (data.train, data.val)]
-    assert [source.decode(source.read(name)).size for source, name in sources] == [(8, 9), (8, 9)]
-
-
 @pytest.fixture
 def parquet_name(stored_pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the pictures as Parquet files, as the Hugging Face hub has data sets."""
