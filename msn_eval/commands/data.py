@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,41 +32,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Print what was found. Return 21 where an image cannot be used or differs from the manifest."""
+    """Print the report. Return 21 where an image cannot be used or differs from the manifest."""
     from msn_eval.commands.progress import progress_on_stderr
     from msn_eval.data import read_dataset
     from msn_eval.data.validation import check_dataset, read_manifest, write_manifest
     from msn_eval.files.atomic import prepare_folder, write_atomically
 
-    workers = _parse_workers(options.workers)
+    if not re.fullmatch("auto|[0-9]{1,4}", options.workers):
+        raise UsageError(f"--workers {options.workers}: neither auto nor a number from 0 to 9999")
+    workers = None if options.workers == "auto" else int(options.workers)
     out = None if options.write_manifest is None else Path(options.write_manifest)
     manifest = None if options.manifest is None else read_manifest(Path(options.manifest))
     if out is not None:  # checked before the hours that reading may take
-        if manifest is not None and out.resolve() == Path(options.manifest).resolve():
+        if options.manifest is not None and out.resolve() == Path(options.manifest).resolve():
             raise UsageError("--write-manifest would replace the manifest that is compared with", where=str(out))
         prepare_folder(out.parent, option="--write-manifest")
     data = read_dataset(options.data, allow_class_mismatch=options.allow_class_mismatch)
     with progress_on_stderr() as on_progress:
         check = check_dataset(data, workers=workers, manifest=manifest, on_progress=on_progress)
     if options.json:
-        print(json.dumps(_as_json(check), indent=1, allow_nan=False, default=vars))
+        print(json.dumps(_as_json(check), indent=1, default=asdict))
     else:
         for line in _report(check):
             print(printable(line.replace("\n", "\\x0a").replace("\t", "\\x09")))
     if out is not None and check.unreadable:
         reason = f"not written, since {_count(check.unreadable, 'image')} cannot be used"
-        print(f"{printable(str(out))}: {reason}", file=sys.stderr)
+        print(printable(f"{out}: {reason}"), file=sys.stderr)
     elif out is not None:
         write_atomically(out, write_manifest(check.splits))
     return DataError.exit_code if check.unreadable or not check.matches_manifest else 0
-
-
-def _parse_workers(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isascii() or not text.isdecimal() or len(text) > 4:
-        raise UsageError(f"--workers {text}: neither auto nor a number from 0 to 9999")
-    return int(text)
 
 
 def _report(check: "DatasetCheck") -> Iterator[str]:
@@ -86,7 +82,7 @@ def _report(check: "DatasetCheck") -> Iterator[str]:
         yield f"manifest     {_count(check.manifest.listed, 'image')} listed: {counts}"
         for name, names in differences.items():
             yield from (f"{name.upper():<12} {image}" for image in names)
-    yield from (f"WARNING      {warning}" for warning in _warnings(check))
+    yield from (f"WARNING      {warning}" for warning in _list_warnings(check))
     for split in check.splits.values():
         yield from (f"UNREADABLE   {image.place}: {image.reason}" for image in split.unreadable)
     verdict = [f"{_count(check.unreadable, 'image')} cannot be used"] if check.unreadable else []
@@ -98,7 +94,7 @@ def _report_split(name: str, split: "SplitCheck") -> Iterator[str]:
     filled = {label: size for label, size in split.class_sizes.items() if size}
     yield f"{name:<12} {_count(split.images, 'image')}, {_count(len(filled), 'class', 'classes')}"
     if filled:
-        least, most = min(filled, key=lambda label: filled[label]), max(filled, key=lambda label: filled[label])
+        least, most = min(filled, key=filled.__getitem__), max(filled, key=filled.__getitem__)
         yield f"  per class  {filled[least]:,} ({least}) to {filled[most]:,} ({most}) images"
     yield f"  passed     {_count(split.passed_over, 'file')} passed over: dotfiles and other suffixes"
     yield f"  kinds      {', '.join(f'{kind} {count:,}' for kind, count in split.kinds.items()) or 'none'}"
@@ -109,7 +105,7 @@ def _report_split(name: str, split: "SplitCheck") -> Iterator[str]:
     yield f"  duplicates {_count(split.duplicates, 'image')} with the bytes of an earlier one"
 
 
-def _warnings(check: "DatasetCheck") -> list[str]:
+def _list_warnings(check: "DatasetCheck") -> list[str]:
     look_alikes = [
         f"{name}: {' and '.join(map(_spell_out, group))} differ only by case or Unicode normalisation"
         for name, split in check.splits.items()
@@ -129,9 +125,8 @@ def _count(number: int, what: str, plural: str | None = None) -> str:
 def _as_json(check: "DatasetCheck") -> Mapping[str, object]:
     splits = {}
     for name, split in check.splits.items():
-        classes = sum(size > 0 for size in split.class_sizes.values())
-        fields = {key: value for key, value in vars(split).items() if key not in ("images", "digests")}
-        splits[name] = {"images": split.images, "classes": classes, **fields}
+        fields = {key: value for key, value in vars(split).items() if key != "digests"}
+        splits[name] = {"classes": sum(map(bool, split.class_sizes.values())), **fields}
     return {
         "name": check.name,
         "sound": not check.unreadable and check.matches_manifest,
@@ -143,5 +138,5 @@ def _as_json(check: "DatasetCheck") -> Mapping[str, object]:
         "data_sha256": check.splits["val"].content_sha256,
         "class_map_sha256": check.class_map_sha256,
         "manifest": check.manifest,
-        "warnings": _warnings(check),
+        "warnings": _list_warnings(check),
     }

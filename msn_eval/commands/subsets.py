@@ -29,8 +29,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             return _fetch(options)
         case "draw":
             return _draw(options)
-        case _:
-            return _list(must_be_complete=options.action == "verify")
+    return _list(must_be_complete=options.action == "verify")
 
 
 def _list(*, must_be_complete: bool) -> int:

@@ -56,7 +56,7 @@ class DatasetListing:
 
     Attributes:
         name: The name of the data set in records and reports.
-        splits: The listing of each split that was asked for.
+        splits: The listing of each requested split.
     """
 
     name: str
@@ -65,7 +65,7 @@ class DatasetListing:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What a loader is asked for.
+    """A request to a loader.
 
     Attributes:
         splits: `train`, `val`, or both. The loader must not need any other split.
@@ -169,9 +169,6 @@ def _number_images(listing: Listing, classes: Sequence[str]) -> ImageSet:
         files = _sort_names(listing.files[name])
         ids += [f"{name}/{file}" for file in files]
         labels += [number[name]] * len(files)
-    if any("/" in name for name in listing.files):  # classes `a` and `a/b` share less
-        order = sorted(range(len(ids)), key=lambda row: os.fsencode(ids[row]))
-        ids, labels = [ids[row] for row in order], [labels[row] for row in order]
     return ImageSet(
         ids=tuple(ids),
         labels=tuple(labels),

@@ -18,7 +18,6 @@ from PIL import __version__ as _pillow_version
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from msn_eval.config.request import DECODERS
 from msn_eval.data.images import (
     BadImageError,
     EvalTransform,
@@ -41,14 +40,12 @@ def decoder_version(decoder: str) -> str:
     """Return the decoder with its version, as in records."""
     # Without the build's suffix: the same libjpeg is built for every CUDA.
     torchvision = version("torchvision").partition("+")[0]
-    match decoder:
-        case "pillow":
-            return f"pillow {_pillow_version}"
-        case "torchvision":
-            return f"torchvision {torchvision}"
-        case _:
-            assert decoder in DECODERS
-            return f"nvjpeg of torchvision {torchvision}, CUDA {torch.version.cuda}"
+    versions = {
+        "pillow": f"pillow {_pillow_version}",
+        "torchvision": f"torchvision {torchvision}",
+        "nvjpeg": f"nvjpeg of torchvision {torchvision}, CUDA {torch.version.cuda}",
+    }
+    return versions[decoder]
 
 
 def check_decoder(decoder: str, device: torch.device) -> None:
@@ -81,22 +78,14 @@ def decode_pixels(content: bytes, transform: EvalTransform, decoder: str) -> Pix
     Raises:
         BadImageError: The file cannot be used. Both decoders refuse the same files.
     """
-    assert decoder in ("pillow", "torchvision")
-    return _by_pillow(content, transform) if decoder == "pillow" else _by_torchvision(content, transform)
-
-
-def _by_pillow(content: bytes, transform: EvalTransform) -> Pixels:
-    return resize_and_crop(decode_image(content), transform)
-
-
-def _by_torchvision(content: bytes, transform: EvalTransform) -> Pixels:
-    header = read_header(content)
-    if header.format != "JPEG" or header.mode not in ("RGB", "L"):
-        return _by_pillow(content, transform)
-    (decoded,) = _try_decode_jpegs([content], torch.device("cpu"))
+    decoded = None
+    if decoder == "torchvision":
+        header = read_header(content)
+        if header.format == "JPEG" and header.mode in ("RGB", "L"):
+            (decoded,) = _try_decode_jpegs([content], torch.device("cpu"))
     if decoded is None or decoded.shape != (3, header.height, header.width):
         # Pillow and torchvision accept different damaged files, though both use libjpeg; Pillow decides.
-        return _by_pillow(content, transform)
+        return resize_and_crop(decode_image(content), transform)
     width, height = compute_resized_size(header.width, header.height, transform)
     # The channels stay last, as decoded: so torch resizes uint8 directly, in integers as Pillow does but with shorter
     # weights. A batch made by image[None] would have strides that torch takes for channels first.
@@ -120,7 +109,7 @@ def prepare_for_device(content: bytes, transform: EvalTransform) -> bytes | Pixe
         BadImageError: The file cannot be used.
     """
     header = read_header(content)
-    return content if _is_plain_jpeg(header, content) else _by_torchvision(content, transform)
+    return content if _is_plain_jpeg(header, content) else decode_pixels(content, transform, "torchvision")
 
 
 def _is_plain_jpeg(header: ImageFile.ImageFile, content: bytes) -> bool:
@@ -166,8 +155,8 @@ def decode_on_device(
 
 
 def _resize_on_device(content: bytes, decoded: Tensor | None, transform: EvalTransform, device: torch.device) -> Tensor:
-    if decoded is None or decoded.ndim != 3 or len(decoded) != 3:
-        return torch.from_numpy(_by_pillow(content, transform).copy()).to(device)
+    if decoded is None:
+        return torch.from_numpy(decode_pixels(content, transform, "pillow").copy()).to(device)
     width, height = compute_resized_size(decoded.shape[2], decoded.shape[1], transform)
     # Rounded after each direction, as Pillow does: both at once would differ from it by one level in a value of five.
     image = decoded.float()

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from msn_eval.data.dataset import DatasetListing, Listing, LoadOptions
-from msn_eval.data.images import Stamp, decode_image, file_stamp, is_image_name
+from msn_eval.data.dataset import Listing
+from msn_eval.data.images import Stamp, decode_image, file_stamp, is_image_name, reading
 from msn_eval.data.index import ContainerIndex, index_containers, make_index
 from msn_eval.errors import DataError
 
-_SHOWN = 5
 # ImageNet's own names. Beside class folders they show that unpacking was not finished.
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
 _FLAT_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.\w+")
@@ -41,21 +40,6 @@ class FolderSource:
         return file_stamp(self.path(image_id).stat())
 
 
-def list_folder(place: str, options: LoadOptions) -> DatasetListing:
-    """List the image folder at path `place`.
-
-    Raises:
-        DataError: The folder, a split or the images of a class are missing.
-    """
-    root = Path(place)
-    check_is_folder(root)
-    if len(options.splits) > 1:
-        for split in options.splits:
-            _check_has_split(root, split)
-    splits = {split: list_class_folders(root / split, cache_dir=options.cache_dir) for split in options.splits}
-    return DatasetListing(name=folder_name(root), splits=splits)
-
-
 def folder_name(root: Path) -> str:
     """Return the name of a data set that is kept in a folder."""
     return root.resolve().name or str(root)
@@ -63,14 +47,8 @@ def folder_name(root: Path) -> str:
 
 def list_class_folders(root: Path, *, cache_dir: Path | None) -> Listing:
     """List the images of one split with one folder per class. Raises DataError naming the class without images."""
-    if not root.is_dir():
-        raise DataError("does not exist", where=str(root), hint="Give --data the folder that holds this split.")
     entries = sorted(list_entries(root), key=lambda entry: os.fsencode(entry.name))
     classes = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
-    if not classes:
-        raise DataError(
-            "holds no class folders", where=str(root), hint="Put the images of each class into a folder of its own."
-        )
     _check_unpacked(root, {path.name for path in classes}, [entry.name for entry in entries])
     indexes = index_containers(classes, _scan_class, root=root, kind="class folders", cache_dir=cache_dir)
     return Listing(
@@ -89,15 +67,8 @@ def scan_images(folder: Path) -> ContainerIndex:
 
 def list_entries(folder: Path) -> list[os.DirEntry[str]]:
     """Return what a folder holds, in any order. Raises DataError naming a folder that cannot be listed."""
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise DataError(
-            f"cannot be listed: {error.strerror or error}",
-            where=str(folder),
-            hint="Check its permissions and its disk.",
-        ) from error
+    with reading(folder), os.scandir(folder) as entries:
+        return list(entries)
 
 
 def check_is_folder(
@@ -111,34 +82,14 @@ def check_is_folder(
         raise DataError(f"the data folder {state}", where=str(root), hint=hint)
 
 
-def show_entries(root: Path) -> str:
-    """Return the first names in a folder, for errors."""
-    names = sorted(entry.name for entry in list_entries(root))
-    return f"it holds: {', '.join(names[:_SHOWN]) or 'nothing'}"
-
-
-def _check_has_split(root: Path, split: str) -> None:
-    if not (root / split).is_dir():
-        raise DataError(
-            f"has no folder {split!r} ({show_entries(root)})",
-            where=str(root),
-            hint=f"Give wds:{root} if these are the archives of a WebDataset."
-            if any(root.glob(f"{split}-*.tar"))
-            else f"An image folder has train/<class>/* and val/<class>/*; make {root / split}, or give its parent.",
-        )
-
-
 def _scan_class(folder: Path) -> ContainerIndex:
     index = scan_images(folder)
     if not index.names:
-        nested = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-        raise DataError(
-            "this class has no images",
-            where=str(folder),
-            hint=f"The images seem to be one level down, in {nested[0]}/: move them up."
-            if nested
-            else "Remove it or fill it.",
+        nested = min((f"{entry.name}/" for entry in folder.iterdir() if entry.is_dir()), default="")
+        hint = (
+            f"The images seem to be one level down, in {nested}: move them up." if nested else "Remove it or fill it."
         )
+        raise DataError("this class has no images", where=str(folder), hint=hint)
     return index
 
 
@@ -146,17 +97,11 @@ def _check_unpacked(root: Path, classes: set[str], names: Iterable[str]) -> None
     """Refuse a half-unpacked ImageNet: images still in archives or not yet sorted would be missing silently."""
     for name in names:
         packed = _CLASS_TAR.fullmatch(name)
-        if packed and packed[1] not in classes:
+        if (packed and packed[1] not in classes) or _FLAT_IMAGE.fullmatch(name):
             raise DataError(
-                f"holds {name} beside class folders, but no folder {packed[1]}",
+                f"holds {name} beside class folders: unpacking it into a class folder was not finished",
                 where=str(root),
-                hint="Unpack every class, or move the folders away so that all archives are read in place.",
-            )
-        if _FLAT_IMAGE.fullmatch(name):
-            raise DataError(
-                f"holds {name} beside class folders: sorting the images into classes was not finished",
-                where=str(root),
-                hint="Finish it, or move all images back out of their folders so that they are read with their labels.",
+                hint="Finish it, or undo it, so that all archives or images are read in place.",
             )
 
 

@@ -34,8 +34,11 @@ def hash_images(images: ImageSet, *, cache_dir: Path | None) -> dict[str, str]:
         DataError: Files cannot be read. The text lists all of them.
     """
     started = time.time_ns()
-    cache_file = _cache_file(images, cache_dir)
-    cached = {} if cache_file is None else _read_cache(cache_file)
+    root, cache_file, cached = images.source.root, None, {}
+    if cache_dir is not None and root is not None:
+        name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+        cache_file = cache_dir / "hashes" / f"{name}.json"
+        cached = _read_cache(cache_file)
     failures: list[str] = []
 
     def hash_image(image_id: str) -> tuple[str, Stamp | None]:
@@ -60,8 +63,9 @@ def hash_images(images: ImageSet, *, cache_dir: Path | None) -> dict[str, str]:
     }
     if cache_file is not None and any(cached.get(image_id) != entry for image_id, entry in fresh.items()):
         try:
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(cache_file, json.dumps(cached | fresh).encode())
-        except StoreError as error:
+        except (OSError, StoreError) as error:
             _log.warning("hashes of image files are not cached: %s", error)
     return {image_id: digest for image_id, (digest, _) in hashes.items()}
 
@@ -81,19 +85,6 @@ def make_unreadable_error(failures: Sequence[str]) -> DataError:
         f"{len(failures)} image{'s' if len(failures) > 1 else ''} cannot be used:\n{listed}",
         hint="Repair or remove them, or pass --on-bad-image skip to evaluate without them (they are counted).",
     )
-
-
-def _cache_file(images: ImageSet, cache_dir: Path | None) -> Path | None:
-    root = images.source.root
-    if cache_dir is None or root is None:
-        return None
-    folder = cache_dir / "hashes"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _log.warning("hashes of image files are not cached: %s", error)
-        return None
-    return folder / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
 
 
 def _read_cache(file: Path) -> dict[str, tuple[Stamp, str]]:

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from msn_eval.data.images import FORMATS, BadImageError, ImageSet, ImageSource, read_image
 from msn_eval.errors import ResourceError
@@ -29,7 +29,7 @@ _SHOWN = 5
 _ORIENTATION = 0x0112  # EXIF's tag
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ImageInfo:
     """What is known of one image.
 
@@ -72,7 +72,7 @@ def _inspect_header(content: bytes) -> ImageInfo:
         warnings.simplefilter("always")
         try:
             image = Image.open(io.BytesIO(content), formats=FORMATS)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
             return info
         orientation, damaged = 1, False
         try:
@@ -96,13 +96,14 @@ def inspect_images(
     Args:
         split: Name of the split, for progress and errors.
         images: The images.
-        workers: Processes; 0 decodes in this one, None chooses by the number of images and cores.
+        workers: Processes; 0 decodes in this one, None means 0 for few images, else one per core.
         on_progress: Called with the split, the images done and the images in all.
 
     Raises:
         ResourceError: A process died or hangs. The text names the images that it may have been reading.
     """
-    workers = choose_workers(len(images)) if workers is None else workers
+    if workers is None:
+        workers = 0 if len(images) < _FEW_IMAGES else min(_MOST_WORKERS, usable_cores())
     if workers:
         infos = _inspect_in_processes(split, images, workers)
     else:
@@ -114,11 +115,6 @@ def inspect_images(
             yield info
     if on_progress:
         on_progress(split, len(images), len(images))
-
-
-def choose_workers(images: int) -> int:
-    """Return the number of processes: none for few images, else one per core."""
-    return 0 if images < _FEW_IMAGES else min(_MOST_WORKERS, usable_cores())
 
 
 def _inspect_in_processes(split: str, images: ImageSet, workers: int) -> Generator[ImageInfo, None, None]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from msn_eval.data.dataset import SPLITS, DatasetListing, Listing, LoadOptions
 from msn_eval.data.folder import (
@@ -15,9 +14,7 @@ from msn_eval.data.folder import (
     folder_name,
     list_class_folders,
     list_entries,
-    list_folder,
     scan_images,
-    show_entries,
 )
 from msn_eval.data.imagenet_labels import WNID, read_labels
 from msn_eval.data.images import is_image_name
@@ -29,8 +26,7 @@ _TARS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 _KAGGLE = Path("ILSVRC", "Data", "CLS-LOC")
 _CLASS_TAR = re.compile(rf"({WNID.pattern})\.tar")
 _THREADS = 8
-
-_Form = Literal["class folders", "class tars", "train tar", "flat folder", "flat tar"]
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -53,13 +49,10 @@ def list_directory(place: str, options: LoadOptions) -> DatasetListing:
     root = Path(place)
     check_is_folder(root)
     base = _find_base(root)
-    found = {split: _find_split(root, base, split) for split in SPLITS}
-    if base == root and all(form is None or form == "class folders" for form, _ in found.values()):
-        return list_folder(place, options)
     splits: dict[str, Listing] = {}
     for split in options.splits:
         known = splits["train"].files.keys() if "train" in splits and not options.allow_class_mismatch else None
-        splits[split] = _list_split(root, split, *found[split], known, options.cache_dir)
+        splits[split] = _list_split(root, base, split, known, options.cache_dir)
     return DatasetListing(name=folder_name(root), splits=splits)
 
 
@@ -69,59 +62,47 @@ def _find_base(root: Path) -> Path:
     return root / _KAGGLE if not has_splits and (root / _KAGGLE).is_dir() else root
 
 
-def _find_split(root: Path, base: Path, split: str) -> tuple[_Form | None, Path]:
-    """Return how and where the images of a split are stored."""
+def _list_split(root: Path, base: Path, split: str, known: Iterable[str] | None, cache_dir: Path | None) -> Listing:
+    """List the images of a split in the form in which they are stored."""
     folder = base / split
     entries = list_entries(folder) if folder.is_dir() else []
     if any(entry.is_dir() and not entry.name.startswith(".") for entry in entries):
-        return "class folders", folder
-    if split == "train" and any(_CLASS_TAR.fullmatch(entry.name) for entry in entries):
-        return "class tars", folder
+        return list_class_folders(folder, cache_dir=cache_dir)
+    class_tars = sorted((entry.name for entry in entries if _CLASS_TAR.fullmatch(entry.name)), key=os.fsencode)
+    if split == "train" and class_tars:
+        paths = [folder / name for name in class_tars]
+        archives = open_archives(paths)
+        indexes = index_containers(paths, _scan_class_tar, root=folder, kind="class tars", cache_dir=cache_dir)
+        classes = [[path.stem] * len(index.names) for path, index in zip(paths, indexes, strict=True)]
+        return list_members(archives, indexes, classes, root=folder)
     if split == "val" and any(is_image_name(entry.name) for entry in entries):
-        return "flat folder", folder
-    for parent in (folder, base, root):
-        if (parent / _TARS[split]).is_file():
-            return "train tar" if split == "train" else "flat tar", parent / _TARS[split]
-    return None, root
+        (index,) = index_containers([folder], scan_images, root=folder, kind="flat folder", cache_dir=cache_dir)
+        wnids = read_labels(index.names, _label_folders(root), where=str(folder), known=known)
+        of_class: dict[str, list[str]] = {}
+        for file, wnid in zip(index.names, wnids, strict=True):
+            of_class.setdefault(wnid, []).append(file)
+        return Listing(files=of_class, source=FlatSource(folder), passed_over=index.passed_over)
+    path = next((parent / _TARS[split] for parent in (folder, base, root) if (parent / _TARS[split]).is_file()), None)
+    if path is None:
+        raise _missing_split(root, split)
+    archives = open_archives([path])
+    if split == "val":
+        (index,) = index_containers([path], _scan_class_tar, root=path, kind="flat tar", cache_dir=cache_dir)
+        wnids = read_labels(index.names, _label_folders(root), where=str(path), known=known)
+        return list_members(archives, [index], [wnids], root=path)
+    (index,) = index_containers([path], _scan_train_tar, root=path, kind="train tar", cache_dir=cache_dir)
+    ids = [image_id.partition("/") for image_id in index.names]
+    files = make_index([file for *_, file in ids], index.numbers, columns=2, passed_over=index.passed_over)
+    return list_members(archives, [files], [[name for name, *_ in ids]], root=path)
 
 
-def _list_split(
-    root: Path, split: str, form: _Form | None, path: Path, known: Iterable[str] | None, cache_dir: Path | None
-) -> Listing:
-    match form:
-        case "class folders":
-            return list_class_folders(path, cache_dir=cache_dir)
-        case "class tars":
-            names = sorted((entry.name for entry in list_entries(path)), key=os.fsencode)
-            paths = [path / name for name in names if _CLASS_TAR.fullmatch(name)]
-            archives = open_archives(paths)
-            indexes = index_containers(paths, _scan_class_tar, root=path, kind=form, cache_dir=cache_dir)
-            classes = [[path.stem] * len(index.names) for path, index in zip(paths, indexes, strict=True)]
-            return list_members(archives, indexes, classes, root=path)
-        case "train tar":
-            archives = open_archives([path])
-            (index,) = index_containers([path], _scan_train_tar, root=path, kind=form, cache_dir=cache_dir)
-            ids = [image_id.partition("/") for image_id in index.names]
-            files = make_index([file for *_, file in ids], index.numbers, columns=2, passed_over=index.passed_over)
-            return list_members(archives, [files], [[name for name, *_ in ids]], root=path)
-        case "flat folder":
-            (index,) = index_containers([path], scan_images, root=path, kind=form, cache_dir=cache_dir)
-            wnids = read_labels(index.names, _label_folders(root), where=str(path), known=known)
-            of_class: dict[str, list[str]] = {}
-            for file, wnid in zip(index.names, wnids, strict=True):
-                of_class.setdefault(wnid, []).append(file)
-            return Listing(files=of_class, source=FlatSource(path), passed_over=index.passed_over)
-        case "flat tar":
-            archives = open_archives([path])
-            (index,) = index_containers([path], _scan_class_tar, root=path, kind=form, cache_dir=cache_dir)
-            wnids = read_labels(index.names, _label_folders(root), where=str(path), known=known)
-            return list_members(archives, [index], [wnids], root=path)
-    forms = {"train": "class folders, class tars n01440764.tar", "val": "class folders, all images"}
-    raise DataError(
-        f"has no {split} images ({show_entries(root)})",
-        where=str(root),
-        hint=f"Put {_TARS[split]} there, or fill a folder {split} with {forms[split]}.",
-    )
+def _missing_split(root: Path, split: str) -> DataError:
+    names = sorted(entry.name for entry in list_entries(root))
+    hint = f"Put the images of each class into a folder {split}/<class>, or {_TARS[split]} of ImageNet beside them."
+    if any(root.glob(f"{split}-*.tar")):
+        hint = f"Give wds:{root} if these are the archives of a WebDataset."
+    held = ", ".join(names[:_SHOWN]) or "nothing"
+    return DataError(f"has no {split} images (it holds: {held})", where=str(root), hint=hint)
 
 
 def _scan_class_tar(path: Path) -> ContainerIndex:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -26,11 +27,21 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 _READ_DELAYS_SECONDS = (0.2, 1.0, 5.0)  # between attempts on a network disk that stalls
 _TRANSIENT = frozenset({errno.EIO, errno.ESTALE})
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # Pillow would clip these to 8 bits silently: 16-bit images turn white, float images black.
 _REFUSED_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 # Resizing the shorter side of a longer image would need hundreds of megabytes. The rule depends on the image alone, so that
 # every network skips the same ones.
 _LONGEST_ASPECT = 500
+
+
+@contextmanager
+def reading(path: Path, hint: str = "Check its permissions and its disk.") -> Iterator[None]:
+    """Raise OSError as DataError that names the file or folder at `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", where=str(path), hint=hint) from error
 
 
 class BadImageError(Exception):
@@ -91,12 +102,13 @@ class ImageSet:
     passed_over: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.labels) != len(self.ids):
-            raise DataError(f"{len(self.ids)} images but {len(self.labels)} labels")
         if len(set(self.ids)) != len(self.ids):
-            raise DataError("an image id is not unique")
-        if self.labels and not (min(self.labels) >= 0 and max(self.labels) < len(self.classes)):
-            raise DataError(f"a label is outside 0 to {len(self.classes) - 1}")
+            image_id = next(first for first, second in pairwise(self.ids) if first == second)
+            raise DataError(
+                f"two images have the id {image_id}",
+                where=self.source.place(image_id),
+                hint="Remove or rename one of them: an id is a class and a file name without folders.",
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -124,11 +136,8 @@ class ImageSet:
         return grouped
 
     def only(self, image_ids: Sequence[str]) -> "ImageSet":
-        """Return the named images, in the order of this set. Raises DataError for an unknown name."""
-        try:
-            rows = sorted(self.position[image_id] for image_id in image_ids)
-        except KeyError as missing:
-            raise DataError(f"no image {missing.args[0]!r} in this data set") from missing
+        """Return the named images, in the order of this set."""
+        rows = sorted(self.position[image_id] for image_id in image_ids)
         return replace(self, ids=tuple(self.ids[row] for row in rows), labels=tuple(self.labels[row] for row in rows))
 
     def first_of_each_class(self, count: int) -> "ImageSet":
@@ -243,10 +252,7 @@ def _translate_errors(content: bytes) -> Iterator[None]:
             yield
     except UnidentifiedImageError:
         raise BadImageError(_describe_unknown_format(content)) from None
-    except (
-        *(OSError, SyntaxError, ValueError, EOFError),
-        *(Image.DecompressionBombError, Image.DecompressionBombWarning),
-    ) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, *_BOMBS) as error:
         raise BadImageError(str(error) or type(error).__name__) from error
 
 

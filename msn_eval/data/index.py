@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from msn_eval.data.images import SUFFIXES
-from msn_eval.errors import DataError, StoreError
+from msn_eval.data.images import SUFFIXES, reading
+from msn_eval.errors import StoreError
 from msn_eval.files.atomic import write_atomically
 
 _log = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ def index_containers(
     """
     started = time.time_ns()
     states = {path.name: _read_state(path) for path in paths}
-    file = None if cache_dir is None else _cache_file(cache_dir, root, kind)
+    cache_name = hashlib.sha256(kind.encode() + b"\0" + os.fsencode(root.resolve())).hexdigest()[:16]
+    file = None if cache_dir is None else cache_dir / "indexes" / f"{cache_name}.index"
     cached = {} if file is None else _read_cache(file, root, kind)
     indexes = {name: cached[name][1] for name, state in states.items() if name in cached and cached[name][0] == state}
     # A later change has a different time, unless it falls into the same tick of the disk's clock.
@@ -86,24 +87,10 @@ def index_containers(
     return tuple(indexes[path.name] for path in paths)
 
 
-def stat_container(path: Path) -> os.stat_result:
-    """Return the status of a folder or archive. Raises DataError."""
-    try:
-        return path.stat()
-    except OSError as error:
-        raise DataError(
-            f"cannot be read: {error.strerror or error}", where=str(path), hint="Check its permissions and its disk."
-        ) from error
-
-
 def _read_state(path: Path) -> State:
-    status = stat_container(path)
+    with reading(path):
+        status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _cache_file(cache_dir: Path, root: Path, kind: str) -> Path:
-    name = hashlib.sha256(kind.encode() + b"\0" + os.fsencode(root.resolve())).hexdigest()[:16]
-    return cache_dir / "indexes" / f"{name}.index"
 
 
 def _heading(root: Path, kind: str) -> dict[str, object]:
@@ -138,13 +125,9 @@ def _read_cache(file: Path, root: Path, kind: str) -> dict[str, tuple[State, Con
         return {
             name: (
                 tuple(state),
-                ContainerIndex(
-                    names=tuple(names),
-                    numbers=np.array(columns, dtype=np.int64).reshape(len(columns), len(names)).T,
-                    passed_over=passed_over,
-                ),
+                make_index(names, np.array(table, dtype=np.int64).T, columns=len(table), passed_over=passed_over),
             )
-            for name, (state, names, columns, passed_over) in listed.items()
+            for name, (state, names, table, passed_over) in listed.items()
         }
     except (OSError, ValueError, TypeError, LookupError, AttributeError, zlib.error):
         return {}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ _WORKER_TIMEOUT_SECONDS = 300.0
 _BATCHES_PER_WORKER = 2  # kept ready, in shared memory
 _SHARED_MEMORY = "/dev/shm"
 _Loaded = tuple[bytes | Pixels, tuple[str, str] | None]
-_Collated = tuple[Tensor | Sequence[bytes | Pixels], list[tuple[str, str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +61,7 @@ class PixelList:
         return len(self.image_ids)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PixelBatch:
+class PixelBatch(NamedTuple):
     """Consecutive images of a list.
 
     Attributes:
@@ -85,18 +83,15 @@ def automatic_workers(images: PixelList, *, batch_size: int, cuda: bool) -> int:
     if not cuda or len(images) < _FEW_IMAGES or images.source.root is None:
         return 0
     wanted = min(_MOST_WORKERS, usable_cores())
-    affordable = _affordable_workers(batch_size * 3 * images.transform.crop**2)
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except OSError:  # a system without it shares memory in another way
+        return wanted
+    batch_bytes = batch_size * 3 * images.transform.crop**2
+    affordable = status.f_bavail * status.f_frsize // ((_BATCHES_PER_WORKER + 1) * batch_bytes)
     if affordable < wanted:
         _log.warning("%s has room for %d decoding processes instead of %d", _SHARED_MEMORY, affordable, wanted)
     return min(wanted, affordable)
-
-
-def _affordable_workers(batch_bytes: int) -> int:
-    try:
-        status = os.statvfs(_SHARED_MEMORY)
-    except (OSError, AttributeError):  # a system without it shares memory in another way
-        return _MOST_WORKERS
-    return status.f_bavail * status.f_frsize // ((_BATCHES_PER_WORKER + 1) * batch_bytes)
 
 
 def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: bool = False) -> Iterator[PixelBatch]:
@@ -123,10 +118,18 @@ def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: boo
             before = set(multiprocessing.active_children())
             current_rows = torch.full((workers,), -1).share_memory_()  # type: ignore[no-untyped-call]
             with _defer_stop_signals():
-                loader = _make_loader(
-                    _PixelDataset(rest, current_rows), batch_size=batch_size, workers=workers, pinned=pinned
+                batches = iter(
+                    DataLoader(
+                        _PixelDataset(rest, current_rows),
+                        batch_size=batch_size,
+                        num_workers=workers,
+                        collate_fn=_collate,
+                        pin_memory=pinned,
+                        prefetch_factor=_BATCHES_PER_WORKER,
+                        worker_init_fn=_start_worker,
+                        timeout=_WORKER_TIMEOUT_SECONDS,
+                    )
                 )
-                batches = iter(loader)
             children = [child for child in multiprocessing.active_children() if child not in before]
             try:
                 while True:
@@ -134,8 +137,8 @@ def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: boo
                         batch = next(batches, None)
                     if batch is None:
                         return
-                    done += len(batch[0])
-                    yield PixelBatch(pixels=batch[0], failures=batch[1])
+                    done += len(batch.pixels)
+                    yield batch
             except (RuntimeError, ConnectionError, EOFError) as error:
                 reason = str(error).partition("\n")[0] or type(error).__name__
             _kill_workers(children)
@@ -193,8 +196,7 @@ def _load_in_threads(images: PixelList, batch_size: int) -> Iterator[PixelBatch]
                     f"no image arrived for {_WORKER_TIMEOUT_SECONDS:g} s, between {edges[0]} and {edges[1]}",
                     hint="The disk or the network behind it may hang; the same command continues once it answers.",
                 ) from error
-            pixels, failures = _collate(loaded)
-            yield PixelBatch(pixels=pixels, failures=failures)
+            yield _collate(loaded)
 
 
 class _SigchldMonitor:
@@ -215,7 +217,7 @@ class _SigchldMonitor:
     @contextlib.contextmanager
     def load_pass(self) -> Iterator[None]:
         """Restore torch's handler after the last pass that ends; passes may end in any order."""
-        if not _in_main_thread() or not hasattr(signal, "SIGCHLD"):
+        if not _in_main_thread():
             yield
             return
         self.passes += 1
@@ -229,7 +231,7 @@ class _SigchldMonitor:
     @contextlib.contextmanager
     def await_batch(self) -> Iterator[None]:
         """Let a worker's death raise within this context, one that happened before it too."""
-        if not _in_main_thread() or not hasattr(signal, "SIGCHLD"):
+        if not _in_main_thread():
             yield
             return
         if signal.getsignal(signal.SIGCHLD) != self.handle:  # torch sets its own with its first workers
@@ -252,7 +254,7 @@ _sigchld = _SigchldMonitor()
 def _kill_workers(children: Sequence[BaseProcess]) -> None:
     """Kill the processes of a loader; each that is alive first writes its stack to stderr, since it may hang."""
     for child in children:
-        if child.is_alive() and child.pid is not None and hasattr(signal, "SIGUSR1"):
+        if child.is_alive() and child.pid is not None:
             os.kill(child.pid, signal.SIGUSR1)
     time.sleep(0.2)
     for child in children:
@@ -301,31 +303,16 @@ def _decode(content: bytes, images: PixelList, image_id: str) -> bytes | Pixels:
     return decode_pixels(content, images.transform, images.decoder)
 
 
-def _collate(rows: Sequence[_Loaded]) -> _Collated:
+def _collate(rows: Sequence[_Loaded]) -> PixelBatch:
     failures = [failure for _, failure in rows if failure is not None]
     decoded = [image for image, _ in rows if not isinstance(image, bytes)]
     if len(decoded) < len(rows):
-        return [image for image, _ in rows], failures
-    return torch.from_numpy(np.stack(decoded)), failures
-
-
-def _make_loader(pixels: _PixelDataset, *, batch_size: int, workers: int, pinned: bool) -> "DataLoader[_Collated]":
-    loader = DataLoader(
-        pixels,
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=pinned,
-        prefetch_factor=_BATCHES_PER_WORKER,
-        worker_init_fn=_start_worker,
-        timeout=_WORKER_TIMEOUT_SECONDS,
-    )
-    return cast("DataLoader[_Collated]", loader)
+        return PixelBatch([image for image, _ in rows], failures)
+    return PixelBatch(torch.from_numpy(np.stack(decoded)), failures)
 
 
 def _start_worker(number: int) -> None:
     """Leave signals that a launcher sends to every process of a job to the parent."""
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from msn_eval.data.dataset import class_map_sha256
 from msn_eval.data.imagenet_subsets import read_publication, read_published_list
-from msn_eval.data.images import ImageSet
+from msn_eval.data.images import ImageSet, reading
 from msn_eval.errors import DataError, NumericalError, UsageError, did_you_mean
 
 SHOTS = {"1img": 1, "2imgs": 2, "5imgs": 5}
@@ -37,12 +37,6 @@ class Subset:
     rule: str
     image_ids: tuple[str, ...]
     skipped: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.image_ids:
-            raise DataError(f"subset {self.name}@{self.draw} has no images")
-        if len(set(self.image_ids)) != len(self.image_ids):
-            raise DataError(f"subset {self.name}@{self.draw} names an image twice")
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -200,10 +194,8 @@ def read_list(path: Path, train: ImageSet) -> Subset:
         DataError: Lines are unknown, ambiguous or repeated.
         NumericalError: A class has no image in the list.
     """
-    try:
+    with reading(path):
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise DataError(f"the list cannot be read: {error}", where=str(path), hint="Give a UTF-8 text file.") from error
     image_ids = _match_lines(text, path, train)
     counts = Counter(train.labels[train.position[image_id]] for image_id in image_ids)
     empty = [name for label, name in enumerate(train.classes) if not counts[label]]

@@ -6,7 +6,7 @@ import tarfile
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from msn_eval.data.dataset import Listing
-from msn_eval.data.images import Stamp, decode_image, file_stamp
-from msn_eval.data.index import ContainerIndex, stat_container
+from msn_eval.data.images import Stamp, decode_image, file_stamp, reading
+from msn_eval.data.index import ContainerIndex
 from msn_eval.errors import DataError
 
 
@@ -58,17 +58,12 @@ class TarSource:
 
     def read(self, image_id: str) -> bytes:
         archive, offset, size = self._find(image_id)
-        with io.FileIO(archive.path) as file:
+        with archive.path.open("rb") as file:
             status = os.fstat(file.fileno())
             if (status.st_size, status.st_mtime_ns) != (archive.size, archive.mtime_ns):
                 raise OSError("the archive changed after its images were listed; start again")
             file.seek(offset)
-            content = file.read(size) or b""
-            while len(content) < size and (rest := file.read(size - len(content))):  # a read may return fewer bytes
-                content += rest
-        if len(content) < size:
-            raise OSError(f"the archive ends {size - len(content)} bytes before the image does")
-        return content
+            return file.read(size)
 
     def decode(self, content: bytes) -> Image.Image:
         return decode_image(content)
@@ -85,16 +80,18 @@ class TarSource:
         name, _, file = image_id.partition("/")
         members = self.classes[name]
         row = bisect_left(members.files, os.fsencode(file), key=os.fsencode)
-        if members.files[row : row + 1] != (file,):
-            raise KeyError(image_id)
         archive, offset, size = members.locations[row].tolist()
         return self.archives[archive], offset, size
 
 
 def open_archives(paths: Iterable[Path]) -> tuple[Archive, ...]:
     """Return archives as they are now. Call this before reading their headers, so that no change goes unnoticed."""
-    statuses = [(path, stat_container(path)) for path in paths]
-    return tuple(Archive(path=path, size=status.st_size, mtime_ns=status.st_mtime_ns) for path, status in statuses)
+    archives = []
+    for path in paths:
+        with reading(path):
+            status = path.stat()
+        archives.append(Archive(path=path, size=status.st_size, mtime_ns=status.st_mtime_ns))
+    return tuple(archives)
 
 
 def list_members(
@@ -107,9 +104,6 @@ def list_members(
         indexes: For each archive the file names, with the offset and the size of each as their first two numbers.
         classes: For each archive the class of each image.
         root: Of the source.
-
-    Raises:
-        DataError: Two images of a class have the same name.
     """
     files = [file for index in indexes for file in index.names]
     archive_column = np.repeat(np.arange(len(indexes)), [len(index.names) for index in indexes])
@@ -120,14 +114,6 @@ def list_members(
     members = {}
     for name, rows in grouped.items():
         rows.sort(key=lambda row: os.fsencode(files[row]))
-        for row, next_row in pairwise(rows):
-            if files[row] == files[next_row]:
-                paths = dict.fromkeys(str(archives[locations[index, 0]].path) for index in (row, next_row))
-                raise DataError(
-                    f"hold{'s' if len(paths) == 1 else ''} two images of the id {name}/{files[row]}",
-                    where=" and ".join(paths),
-                    hint="Remove or rename one of them: an id is a class and a file name without folders.",
-                )
         members[name] = ClassMembers(files=tuple(files[row] for row in rows), locations=locations[rows])
     return Listing(
         files={name: of_class.files for name, of_class in members.items()},
@@ -197,17 +183,12 @@ def read_members(path: Path, *, within: TarMember | None = None) -> list[TarMemb
             header would lose images silently.
     """
     where = f"{path}: {within.name}" if within else str(path)
-    try:
-        with _HeaderFile(path) as file:
-            start = within.offset if within else 0
-            end = start + within.size if within else os.fstat(file.fileno()).st_size
-            _check_kind(file.read_at(start, end, _BLOCK), where)
-            members, closing = _read_headers(file, start, end, where)
-            _check_end(file, closing, end, where)
-    except OSError as error:
-        raise DataError(
-            f"cannot be read: {error.strerror or error}", where=where, hint="Check its permissions and its disk."
-        ) from error
+    with reading(path), _HeaderFile(path) as file:
+        start = within.offset if within else 0
+        end = start + within.size if within else os.fstat(file.fileno()).st_size
+        _check_compression(file.read_at(start, end, _BLOCK), where)
+        members, closing = _read_headers(file, start, end, where)
+        _check_end(file, closing, end, where)
     return members
 
 
@@ -224,11 +205,7 @@ def _read_headers(file: _HeaderFile, start: int, end: int, where: str) -> tuple[
                 if header.size < 0 or archive.offset > end or archive.offset <= header.offset:
                     raise _damage(where, f"member {header.name} reaches beyond its end at byte {end - start:,}")
                 if header.issparse():
-                    raise DataError(
-                        f"member {header.name} is stored with its zeros left out",
-                        where=where,
-                        hint="Write the archive without tar's --sparse; images are read in place.",
-                    )
+                    raise _damage(where, f"member {header.name} is stored by tar's --sparse, without its zeros")
                 if not header.isdir():
                     size = header.size if header.isreg() else 0
                     members.append(TarMember(header.name, header.offset_data, size, header.isreg()))
@@ -238,9 +215,7 @@ def _read_headers(file: _HeaderFile, start: int, end: int, where: str) -> tuple[
         raise _damage(where, f"{error or type(error).__name__} ({last})") from error
 
 
-def _check_kind(head: bytes, where: str) -> None:
-    if not head:
-        raise DataError("is empty, so it is not a tar archive", where=where, hint="Download or write it again.")
+def _check_compression(head: bytes, where: str) -> None:
     for magic, (name, command) in _COMPRESSED.items():
         if head.startswith(magic):
             raise DataError(
@@ -258,8 +233,7 @@ def _check_end(file: _HeaderFile, offset: int, end: int, where: str) -> None:
     if len(block) < _BLOCK:
         raise _damage(where, "it ends without the zeros that close an archive")
     position = offset + _BLOCK
-    while position < end:
-        chunk = file.read_at(position, end, _CHUNK)
+    while chunk := file.read_at(position, end, _CHUNK):
         if any(chunk):
             raise DataError(
                 f"goes on after its end at byte {offset:,}",
@@ -267,8 +241,6 @@ def _check_end(file: _HeaderFile, offset: int, end: int, where: str) -> None:
                 hint="Part of it was overwritten by zeros, or several archives were joined; "
                 "write it again, or keep each in a file of its own.",
             )
-        if not chunk:
-            raise _damage(where, "it became shorter while it was read")
         position += len(chunk)
 
 

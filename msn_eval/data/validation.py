@@ -1,4 +1,4 @@
-"""DatasetCheck: what was found in a data set when every image of it was read and decoded. Needs no torch."""
+"""DatasetCheck: the result of reading and decoding every image of a data set. Needs no torch."""
 
 import os
 import re
@@ -12,13 +12,13 @@ from msn_eval.data.dataset import DataSet, class_map_sha256
 from msn_eval.data.hashing import content_sha256
 from msn_eval.data.image_info import ImageInfo, Progress, inspect_images
 from msn_eval.data.imagenet_subsets import read_publication
-from msn_eval.data.images import ImageSet
+from msn_eval.data.images import ImageSet, reading
 from msn_eval.errors import DataError
 
 _IMAGENET_TRAIN_IMAGES = 1_281_167
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ImageSize:
     """An image and its size in pixels."""
 
@@ -26,8 +26,11 @@ class ImageSize:
     width: int
     height: int
 
+    def pixels(self) -> int:
+        return self.width * self.height
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True)
 class UnreadableImage:
     """An image that cannot be used, where it is, and why."""
 
@@ -38,7 +41,7 @@ class UnreadableImage:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitCheck:
-    """What was found in one split.
+    """Result for one split.
 
     Attributes:
         images: Number of images.
@@ -82,7 +85,7 @@ class ManifestCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetCheck:
-    """What was found in a data set.
+    """Result for a data set.
 
     Attributes:
         name: Of the data set.
@@ -151,44 +154,26 @@ def check_dataset(
 
 def check_split(images: ImageSet, infos: Iterable[ImageInfo]) -> SplitCheck:
     """Summarise what is known of each image, in the order of the set."""
-    kinds: Counter[str] = Counter()
-    turned = damaged_exif = 0
-    smallest: ImageSize | None = None
-    largest: ImageSize | None = None
-    unreadable: list[UnreadableImage] = []
-    digests: dict[str, bytes] = {}
-    for image_id, info in zip(images.ids, infos, strict=True):
-        if info.digest is not None:
-            digests[image_id] = info.digest
-        if info.problem:
-            place = images.source.place(image_id)
-            unreadable.append(UnreadableImage(image=image_id, place=place, reason=info.problem))
-        if info.kind:
-            kinds[info.kind] += 1
-        turned += info.orientation != 1
-        damaged_exif += info.damaged_exif
-        if info.size is not None:
-            size = ImageSize(image=image_id, width=info.size[0], height=info.size[1])
-            pixels = size.width * size.height
-            smallest = size if smallest is None or pixels < smallest.width * smallest.height else smallest
-            largest = size if largest is None or pixels > largest.width * largest.height else largest
-    complete = len(digests) == len(images)
+    by_id = dict(zip(images.ids, infos, strict=True))
+    sizes = [ImageSize(image, *info.size) for image, info in by_id.items() if info.size is not None]
+    problems = [(image, info.problem) for image, info in by_id.items() if info.problem]
+    digests = {image: info.digest for image, info in by_id.items() if info.digest is not None}
+    hashes = {image: digest.hex() for image, digest in digests.items()}
+    kinds = Counter(info.kind for info in by_id.values() if info.kind)
     class_sizes = Counter(images.labels)
     return SplitCheck(
         images=len(images),
         class_sizes={name: class_sizes[label] for label, name in enumerate(images.classes)},
         passed_over=images.passed_over,
         kinds=dict(sorted(kinds.items(), key=lambda entry: (-entry[1], entry[0]))),
-        turned=turned,
-        damaged_exif=damaged_exif,
-        smallest=smallest,
-        largest=largest,
-        unreadable=tuple(unreadable),
+        turned=sum(info.orientation != 1 for info in by_id.values()),
+        damaged_exif=sum(info.damaged_exif for info in by_id.values()),
+        smallest=min(sizes, key=ImageSize.pixels, default=None),
+        largest=max(sizes, key=ImageSize.pixels, default=None),
+        unreadable=tuple(UnreadableImage(image, images.source.place(image), reason) for image, reason in problems),
         duplicates=len(digests) - len(set(digests.values())),
         look_alikes=(*find_look_alikes(images.classes), *find_look_alikes(images.ids)),
-        content_sha256=content_sha256(images.ids, {name: digest.hex() for name, digest in digests.items()})
-        if complete
-        else None,
+        content_sha256=content_sha256(images.ids, hashes) if len(hashes) == len(images) else None,
         digests=digests,
     )
 
@@ -203,30 +188,19 @@ def find_look_alikes(names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
 
 def _count_warnings(data: DataSet) -> Iterator[str]:
     publication = read_publication()
+    counts = {"train": (len(data.train), _IMAGENET_TRAIN_IMAGES), "val": (len(data.val), publication.val_images)}
     if class_map_sha256(data.classes) == publication.class_map_sha256:
-        expected = {"train": _IMAGENET_TRAIN_IMAGES, "val": publication.val_images}
-        for split, images in (("train", data.train), ("val", data.val)):
-            if len(images) != expected[split]:
-                yield (
-                    f"these are ImageNet's classes, but {split} has {len(images):,} images "
-                    f"instead of {expected[split]:,}"
-                )
+        for split, (count, expected) in counts.items():
+            if count != expected:
+                yield f"these are ImageNet's classes, but {split} has {count:,} images instead of {expected:,}"
 
 
-# As sha256sum writes it: a backslash first where the name has backslashes or line ends, which are then escaped.
-_MANIFEST_LINE = re.compile(rb"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)
-_ESCAPES = {b"\\": b"\\\\", b"\n": b"\\n", b"\r": b"\\r"}
-_UNESCAPES = {escaped: plain for plain, escaped in _ESCAPES.items()}
+_MANIFEST_LINE = re.compile(rb"([0-9a-fA-F]{64}) [ *](.+)")
 
 
 def write_manifest(splits: Mapping[str, SplitCheck]) -> bytes:
     """Return the manifest of a data set: one line `HASH  split/CLASS/FILE` per image, as sha256sum writes it."""
-    lines = []
-    for name, digest in _hash_by_name(splits).items():
-        plain = os.fsencode(name)
-        escaped = re.sub(rb"[\\\n\r]", lambda match: _ESCAPES[match.group()], plain)
-        lines.append((b"\\" if escaped != plain else b"") + f"{digest}  ".encode() + escaped + b"\n")
-    return b"".join(lines)
+    return b"".join(os.fsencode(f"{digest}  {name}\n") for name, digest in _hash_by_name(splits).items())
 
 
 def read_manifest(path: Path) -> dict[str, str]:
@@ -235,14 +209,8 @@ def read_manifest(path: Path) -> dict[str, str]:
     Raises:
         DataError: The file cannot be read, has a line of another form, or names an image twice.
     """
-    try:
+    with reading(path, hint="Give --manifest a file of SHA-256 lines."):
         content = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"cannot be read: {error.strerror or error}",
-            where=str(path),
-            hint="Give --manifest a file of SHA-256 lines.",
-        ) from error
     manifest: dict[str, str] = {}
     for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         line = raw.removesuffix(b"\r")
@@ -255,13 +223,10 @@ def read_manifest(path: Path) -> dict[str, str]:
                 where=str(path),
                 hint="Each line is `HASH  split/CLASS/FILE`, as `sha256sum` in the data folder writes it.",
             )
-        is_escaped, digest, name = match.groups()
-        if is_escaped:
-            name = re.sub(rb"\\[\\nr]", lambda match: _UNESCAPES[match.group()], name)
-        name = os.fsdecode(name).removeprefix("./")
+        name = os.fsdecode(match[2]).removeprefix("./")
         if name in manifest:
             raise DataError(f"line {number} names {name} again", where=str(path), hint="Keep one of the lines.")
-        manifest[name] = digest.decode().lower()
+        manifest[name] = match[1].decode().lower()
     return manifest
 
 

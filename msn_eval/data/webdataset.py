@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from msn_eval.data.dataset import DatasetListing, Listing, LoadOptions
-from msn_eval.data.folder import check_is_folder, folder_name, list_entries
-from msn_eval.data.images import is_image_name
+from msn_eval.data.folder import check_is_folder, folder_name
+from msn_eval.data.images import is_image_name, reading
 from msn_eval.data.index import ContainerIndex, index_containers, make_index
 from msn_eval.data.tar import TarMember, list_members, open_archives, read_members
 from msn_eval.errors import DataError
 
 _log = logging.getLogger(__name__)
-_NUMBERED = re.compile(r"-(\d+)(?:-of-(\d+))?\.tar")
-_COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4))$")
+_ARCHIVE = re.compile(r"\.(tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4))$")  # compressed ones are refused when read
+_NUMBERED = re.compile(r"-(\d+)(?:-of-(\d+))?\.t")
 _LONGEST_INDEX = 32  # bytes of a class index with its spaces and line end
 _SHOWN = 5
 
@@ -65,20 +65,13 @@ def _list_shards(root: Path, split: str, classes: Sequence[str], cache_dir: Path
 def _find_shards(root: Path, split: str) -> list[Path]:
     """Return the archives of a split. A missing number among them is a lost file, which means fewer images."""
     prefix = f"{split}-"
-    names = sorted((entry.name for entry in list_entries(root) if entry.name.startswith(prefix)), key=os.fsencode)
-    packed = [name for name in names if _COMPRESSED.search(name)]
-    if packed:
-        raise DataError(
-            "is compressed; images are read in place, which needs plain tars",
-            where=str(root / packed[0]),
-            hint="Decompress the archives once and remove the compressed ones.",
-        )
-    shards = [name for name in names if name.endswith(".tar")]
+    names = sorted((path.name for path in root.glob(f"{prefix}*")), key=os.fsencode)
+    shards = [name for name in names if _ARCHIVE.search(name)]
     if not shards:
         raise DataError(
             f"holds no {prefix}*.tar", where=str(root), hint="A WebDataset has train-*.tar, val-*.tar, classes.txt."
         )
-    matches = [match for name in shards if (match := _NUMBERED.fullmatch(name, len(split)))]
+    matches = [match for name in shards if (match := _NUMBERED.match(name, len(split)))]
     numbers = {int(match[1]) for match in matches}
     if numbers:
         first = min(*numbers, 1)  # counted from 0 or from 1
@@ -140,17 +133,13 @@ def _parse_class_index(path: Path, label: TarMember, content: bytes) -> int:
 def _read_classes(root: Path) -> tuple[str, ...]:
     check_is_folder(root, hint="Give --data wds:FOLDER with train-*.tar, val-*.tar and classes.txt.")
     path = root / "classes.txt"
+    with reading(path, hint="Write one class name per line, that of index 0 first."):
+        content = path.read_bytes()
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise DataError(
-            "has no classes.txt", where=str(root), hint="Write one class name per line, that of index 0 first."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise DataError(f"cannot be read: {error}", where=str(path), hint="Write it as UTF-8 text.") from error
-    names = [line.removesuffix("\r") for line in lines]
-    while names and not names[-1]:
-        names.pop()
+    names = text.replace("\r\n", "\n").rstrip("\n").split("\n")
     first_line: dict[str, int] = {}
     for number, name in enumerate(names, 1):
         if not name.strip() or "/" in name or "\0" in name:

@@ -72,16 +72,16 @@ def write_tar() -> TarWriter:
 def store_pictures(stored_pictures: Pictures) -> Store:
     """Return a function that stores the pictures below a folder and gives the name to pass as `--data`.
 
-    `store(root, train=FORM, val=FORM, labels=FORM)`, or `store(root, whole="webdataset")`:
+    `store(root, train=FORM, val=FORM, labels=FORM)`, or `store(root, layout="webdataset")`:
     train:  "folders", "class tars", "tar", "tar in train"
     val:    "folders", "flat", "tar", "tar in val"
     labels: any of "synsets", "named", "kaggle", "devkit", "packed devkit", in one string with commas; for flat val
-    whole:  "webdataset" (two train shards), or "kaggle" (its folders and CSV)
+    layout:  "webdataset" (two train shards), or "kaggle" (its folders and CSV)
     """
 
-    def store(root: Path, *, train: str = "", val: str = "", labels: str = "", whole: str = "") -> str:
+    def store(root: Path, *, train: str = "", val: str = "", labels: str = "", layout: str = "") -> str:
         root.mkdir(parents=True, exist_ok=True)
-        match whole:
+        match layout:
             case "webdataset":
                 _store_webdataset(root, stored_pictures)
                 return f"wds:{root}"

@@ -5,7 +5,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from msn_eval.data import decoders
 from msn_eval.data.decoders import check_decoder, decode_on_device, decode_pixels, decoder_version, prepare_for_device
-from msn_eval.data.images import BadImageError, EvalTransform, decode_image, make_eval_transform, resize_and_crop
+from msn_eval.data.images import BadImageError, EvalTransform, make_eval_transform
 from msn_eval.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -87,7 +86,7 @@ def outcome(content: bytes, decoder: str) -> NDArray[np.uint8] | str:
 
 
 def same(ours: NDArray[np.uint8] | str, theirs: NDArray[np.uint8] | str) -> bool:
-    """Whether two decoders refuse a file with the same words, or nearly agree on its pixels."""
+    """Whether two decoders refuse a file with the same reason, or nearly agree on its pixels."""
     if isinstance(ours, str) or isinstance(theirs, str):
         return isinstance(ours, str) and isinstance(theirs, str) and ours == theirs
     return bool(differences(ours, theirs).max() <= 2)
@@ -135,8 +134,6 @@ OTHER_FILES = {
 }
 BAD_FILES = {
     "empty": b"",
-    "HTML": b"<!DOCTYPE html><html>Not found</html>",
-    "TIFF": encoded(picture(8, 8), "TIFF"),
     "16-bit grey PNG": encoded(Image.new("I;16", (4, 4), 40_000), "PNG"),
     "too long": encoded(Image.new("RGB", (1, 501))),
     "bomb": JPEG.replace(struct.pack(">HH", 50, 70), struct.pack(">HH", 30_000, 30_000)),
@@ -145,7 +142,6 @@ BAD_FILES = {
     "without its end": JPEG[:-2],
     "truncated progressive": encoded(picture(70, 50), progressive=True)[:-200],
     "truncated grey": encoded(picture(70, 50, "L"))[:-200],
-    "truncated PNG": encoded(picture(40, 48), "PNG")[:-200],
     "12 bits": JPEG.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"),
     "lossless process": JPEG.replace(b"\xff\xc0\x00\x11", b"\xff\xc3\x00\x11"),
     "hierarchical process": JPEG.replace(b"\xff\xc0\x00\x11", b"\xff\xc5\x00\x11"),
@@ -169,11 +165,6 @@ def test_versions_do_not_tell_builds_apart(build: str, monkeypatch: pytest.Monke
 def test_importing_the_decoders_does_not_import_torchvision() -> None:
     script = "import sys, msn_eval.data.decoders; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
-
-
-def test_pillow_pixels_are_those_of_its_resize() -> None:
-    ours = decode_pixels(JPEG, SMALL, "pillow")
-    np.testing.assert_array_equal(ours, resize_and_crop(decode_image(JPEG), SMALL))
 
 
 def test_real_photographs_are_nearly_the_same_by_torchvision(shared_data: Path) -> None:
@@ -204,22 +195,6 @@ def test_torchvision_decodes_jpegs_itself(mode: str, monkeypatch: pytest.MonkeyP
     black = torch.zeros(3, 50, 70, dtype=torch.uint8)
     with_decoder(lambda contents, device: [black for _ in contents], monkeypatch)
     assert not decode_pixels(encoded(picture(70, 50, mode)), SMALL, "torchvision").any()
-
-
-def test_grey_jpegs_get_three_equal_channels_from_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    content = encoded(picture(70, 50, "L"))
-    theirs = decode_pixels(content, SMALL, "pillow")
-    monkeypatch.setattr(decoders, "decode_image", must_not_decode)
-    ours = decode_pixels(content, SMALL, "torchvision")
-    np.testing.assert_array_equal(ours, np.repeat(ours[..., :1], 3, axis=2))
-    assert differences(ours, theirs).max() <= 1
-
-
-@pytest.mark.parametrize("side", [1, 2, 7, 8, 31])
-def test_digits_and_thumbnails_are_the_same_to_a_level_by_torchvision(side: int) -> None:
-    content = encoded(picture(side, side))
-    gaps = differences(decode_pixels(content, SMALL, "torchvision"), decode_pixels(content, SMALL, "pillow"))
-    assert gaps.max() <= 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -275,11 +250,6 @@ def test_file_that_torchvision_alone_refuses_is_decoded_by_pillow(monkeypatch: p
     np.testing.assert_array_equal(decode_pixels(JPEG, SMALL, "torchvision"), decode_pixels(JPEG, SMALL, "pillow"))
 
 
-def test_file_that_torchvision_takes_for_another_shape_is_decoded_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_decoder(lambda contents, device: [torch.zeros(3, 70, 50, dtype=torch.uint8)], monkeypatch)
-    np.testing.assert_array_equal(decode_pixels(JPEG, SMALL, "torchvision"), decode_pixels(JPEG, SMALL, "pillow"))
-
-
 @pytest.mark.parametrize("fault", [torch.OutOfMemoryError, torch.AcceleratorError], ids=lambda fault: fault.__name__)
 def test_fault_of_the_machine_is_not_blamed_on_the_file(
     fault: type[RuntimeError], monkeypatch: pytest.MonkeyPatch
@@ -290,12 +260,6 @@ def test_fault_of_the_machine_is_not_blamed_on_the_file(
     with_decoder(fails, monkeypatch)
     with pytest.raises(fault):
         decode_on_device([JPEG, JPEG], SMALL, CPU)
-
-
-def test_decoding_by_torchvision_leaves_the_warning_filters_alone() -> None:
-    before = list(warnings.filters)
-    decode_pixels(JPEG, SMALL, "torchvision")
-    assert list(warnings.filters) == before
 
 
 @pytest.mark.parametrize(
@@ -387,12 +351,6 @@ def test_file_that_the_device_refuses_is_decoded_by_pillow_and_the_rest_is_not(m
     assert not pixels[[0, 2]].any()
 
 
-def test_image_of_another_number_of_channels_is_decoded_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_decoder(lambda contents, device: [torch.zeros(1, 50, 70, dtype=torch.uint8)], monkeypatch)
-    pixels, _ = decode_on_device([JPEG], SMALL, CPU)
-    np.testing.assert_array_equal(pixels[0].numpy(), decode_pixels(JPEG, SMALL, "pillow"))
-
-
 def test_files_that_nobody_can_decode_are_named_by_their_rows() -> None:
     bad = BAD_FILES["no quantisation tables"]
     pixels, failures = decode_on_device([JPEG, bad, JPEG, bad], SMALL, CPU)
@@ -419,14 +377,3 @@ def test_torchvision_that_is_missing_is_refused_with_what_to_do(monkeypatch: pyt
         UsageError, match=r"(?s)--decoder torchvision: .* cannot decode a JPEG.*Choose --decoder pillow"
     ):
         check_decoder("torchvision", CPU)
-
-
-def test_torchvision_that_decodes_no_jpeg_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_decoder(refuses_all, monkeypatch)
-    with pytest.raises(UsageError, match="cannot decode a JPEG: nothing is good enough"):
-        check_decoder("torchvision", CPU)
-
-
-def test_pillow_is_taken_without_asking_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_decoder(must_not_decode, monkeypatch)
-    check_decoder("pillow", CPU)

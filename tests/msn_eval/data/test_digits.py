@@ -1,4 +1,3 @@
-import pickle
 from collections import Counter
 
 import numpy as np
@@ -30,14 +29,10 @@ def test_labels_are_the_digits_of_the_ids(digits: DataSet) -> None:
     assert all(image_id[0] == digits.classes[label] == str(label) for image_id, label in images)
 
 
-def test_ids_are_in_byte_order(digits: DataSet) -> None:
-    assert all(list(images.ids) == sorted(images.ids, key=str.encode) for images in (digits.train, digits.val))
-
-
 def test_every_pixel_is_its_value_scaled_from_sixteen_to_255(digits: DataSet) -> None:
     values, targets = load_digits(return_X_y=True)
-    whole = values.astype(int).reshape(-1, 8, 8)
-    rounded = (2 * 255 * whole + 16) // 32  # v * 255/16 to the nearest; its only half, 127.5, is rounded to 128
+    levels = values.astype(int).reshape(-1, 8, 8)
+    rounded = (2 * 255 * levels + 16) // 32  # v * 255/16 to the nearest; its only half, 127.5, is rounded to 128
     wrong = []
     for digit in range(10):
         for number, grey in enumerate(rounded[targets == digit]):
@@ -49,20 +44,5 @@ def test_every_pixel_is_its_value_scaled_from_sixteen_to_255(digits: DataSet) ->
     assert wrong == []
 
 
-def test_content_of_a_digit_is_its_raw_pixels(digits: DataSet) -> None:
-    image = digits.train.source.decode(digits.train.source.read("3/0000.png"))
-    assert digits.train.source.read("3/0000.png") == image.tobytes()
-
-
-def test_digits_decode_to_small_rgb_images(digits: DataSet) -> None:
-    image = digits.val.source.decode(digits.val.source.read("9/0100.png"))
-    assert (image.mode, image.size) == ("RGB", (8, 8))
-
-
 def test_digits_are_not_files(digits: DataSet) -> None:
     assert digits.val.source.root is None
-
-
-def test_source_can_be_pickled(digits: DataSet) -> None:
-    copy = pickle.loads(pickle.dumps(digits.train.source))
-    assert copy.read("0/0000.png") == digits.train.source.read("0/0000.png")

@@ -1,7 +1,5 @@
 import io
 import os
-import pickle
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -35,11 +33,6 @@ def test_ids_are_in_byte_order_and_labels_in_that_of_the_classes(tmp_path: Path)
         ("B/x.jpg", "a-b/x.jpg", "a/x.jpg", "é/x.jpg"),
         (0, 2, 1, 3),
     )
-
-
-def test_train_and_val_share_one_class_map(tmp_path: Path) -> None:
-    data = read_dataset(str(make_files(tmp_path, [*both(["a/x.jpg", "b/x.jpg"]), "train/a/y.jpg"])))
-    assert data.train.classes == data.val.classes == data.classes == ("a", "b")
 
 
 def test_splits_of_different_classes_are_refused_and_the_classes_named(tmp_path: Path) -> None:
@@ -81,23 +74,8 @@ def test_folder_without_val_is_reported_with_what_it_holds_and_lacks(tmp_path: P
     with pytest.raises(DataError) as caught:
         read_dataset(str(root))
     assert caught.value.exit_code == 21
-    assert f"{root}: has no folder 'val' (it holds: train, validation)" in str(caught.value)
-    assert str(root / "val") in caught.value.hint
-
-
-def test_empty_folder_is_reported_as_empty(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no folder 'train' \(it holds: nothing\)"):
-        read_dataset(str(tmp_path))
-
-
-def test_split_without_class_folders_is_refused(tmp_path: Path) -> None:
-    root = make_files(tmp_path, ["train/a/x.jpg", "val/notes.txt"])
-    with pytest.raises(DataError) as caught:
-        read_dataset(str(root))
-    assert (
-        str(caught.value)
-        == f"{root / 'val'}: holds no class folders\nPut the images of each class into a folder of its own."
-    )
+    assert f"{root}: has no val images (it holds: train, validation)" in str(caught.value)
+    assert "val/<class>" in caught.value.hint
 
 
 @pytest.mark.parametrize("inside", ["train/b/notes.txt", "train/b/.hidden.jpg"])
@@ -114,11 +92,6 @@ def test_images_one_level_too_deep_are_pointed_at(tmp_path: Path) -> None:
         read_dataset(str(root))
     assert f"{root / 'train' / 'a'}: this class has no images" in str(caught.value)
     assert "one level down, in images/: move them up" in caught.value.hint
-
-
-def test_suffixes_count_in_any_case(tmp_path: Path) -> None:
-    root = make_files(tmp_path, both(["a/1.JPEG", "a/2.Jpg", "a/3.PNG"]))
-    assert len(read_dataset(str(root)).val) == 3
 
 
 def test_other_files_are_passed_over_and_counted(tmp_path: Path) -> None:
@@ -145,11 +118,6 @@ def test_error_about_a_name_that_is_not_utf8_can_be_printed(tmp_path: Path) -> N
     assert b"caf\\udce9: this class has no images" in str(caught.value).encode("utf-8")
 
 
-def test_composed_and_decomposed_names_are_two_images(tmp_path: Path) -> None:
-    root = make_files(tmp_path, both(["a/\u00e9.jpg", "a/e\u0301.jpg"]))
-    assert read_dataset(str(root)).val.ids == ("a/e\u0301.jpg", "a/\u00e9.jpg")
-
-
 def test_class_folders_may_be_links(tmp_path: Path) -> None:
     root = make_files(tmp_path / "data", both(["a/x.jpg"]))
     make_files(tmp_path / "elsewhere", ["y.jpg"])
@@ -159,24 +127,10 @@ def test_class_folders_may_be_links(tmp_path: Path) -> None:
 
 
 def test_link_to_a_missing_image_is_not_passed_over_silently(tmp_path: Path) -> None:
-    """It is an image by its name; that it cannot be read is told when it is."""
+    """It is an image by its name; it is reported when it is read."""
     root = make_files(tmp_path, both(["a/x.jpg"]))
     (root / "val" / "a" / "y.jpg").symlink_to(tmp_path / "unmounted" / "y.jpg")
     assert read_dataset(str(root)).val.ids == ("a/x.jpg", "a/y.jpg")
-
-
-def test_class_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = make_files(tmp_path, both(["a/x.jpg", "b/x.jpg"]))
-    listing = os.scandir
-
-    def refuse(path: str | Path) -> object:
-        if Path(path) == root / "val" / "b":
-            raise PermissionError(13, "Permission denied", str(path))
-        return listing(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match=f"{re.escape(str(root / 'val' / 'b'))}.*Permission denied"):
-        read_dataset(str(root))
 
 
 def test_png_under_a_jpeg_name_decodes(tmp_path: Path) -> None:
@@ -188,29 +142,14 @@ def test_png_under_a_jpeg_name_decodes(tmp_path: Path) -> None:
     assert train.source.decode(train.source.read(train.ids[0])).getpixel((0, 0)) == (1, 2, 3)
 
 
-def test_id_of_an_image_is_its_path_below_the_split(tmp_path: Path) -> None:
-    val = read_dataset(str(make_files(tmp_path, both(["a/x.jpg"])))).val
-    assert val.source.place(val.ids[0]) == str(tmp_path / "val" / "a" / "x.jpg")
-
-
 @pytest.mark.parametrize("ending", ["", "/", "/."])
 def test_data_set_is_called_like_its_folder(tmp_path: Path, ending: str) -> None:
     root = make_files(tmp_path / "pets", both(["a/x.jpg"]))
     assert read_dataset(f"{root}{ending}").name == "pets"
 
 
-def test_one_split_alone_has_its_own_classes(tmp_path: Path) -> None:
-    root = make_files(tmp_path, ["val/b/x.jpg", "val/a/x.jpg"])
-    assert read_split(str(root), "val").classes == ("a", "b")
-
-
 def test_one_split_that_is_missing_is_named(tmp_path: Path) -> None:
     root = make_files(tmp_path, ["val/a/x.jpg"])
-    with pytest.raises(DataError, match="train: does not exist") as caught:
+    with pytest.raises(DataError, match=r"has no train images \(it holds: val\)") as caught:
         read_split(str(root), "train")
     assert caught.value.exit_code == 21
-
-
-def test_source_can_be_pickled(tmp_path: Path) -> None:
-    val = read_dataset(str(make_files(tmp_path, both(["a/x.jpg"])))).val
-    assert pickle.loads(pickle.dumps(val.source)).place("a/x.jpg") == val.source.place("a/x.jpg")

@@ -1,14 +1,12 @@
 import os
-import pickle
 import re
-import tarfile
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from msn_eval.data import read_dataset, read_split
-from msn_eval.data.images import file_stamp
 from msn_eval.errors import DataError
 
 Pictures = Mapping[str, Mapping[str, bytes]]
@@ -21,26 +19,11 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "imagenet"
 
 
-def test_data_set_is_called_like_its_folder(root: Path, store_pictures: Store) -> None:
-    assert read_dataset(store_pictures(root, train="tar", val="flat", labels="synsets")).name == "imagenet"
-
-
 def test_places_name_file_or_archive(root: Path, store_pictures: Store) -> None:
     data = read_dataset(store_pictures(root, train="tar", val="flat", labels="synsets"))
     assert data.train.source.place(data.train.ids[0]) == f"{root / 'ILSVRC2012_img_train.tar'}: {data.train.ids[0]}"
     file = data.val.ids[0].partition("/")[2]
     assert data.val.source.place(data.val.ids[0]) == str(root / "val" / file)
-
-
-def test_flat_source_can_be_pickled(root: Path, store_pictures: Store) -> None:
-    val = read_split(store_pictures(root, val="flat", labels="synsets"), "val")
-    assert pickle.loads(pickle.dumps(val.source)).read(val.ids[0]) == val.source.read(val.ids[0])
-
-
-def test_stamp_of_a_flat_image_is_that_of_its_file(root: Path, store_pictures: Store) -> None:
-    val = read_split(store_pictures(root, val="flat", labels="synsets"), "val")
-    status = (root / "val" / val.ids[0].partition("/")[2]).stat()
-    assert val.source.stamp(val.ids[0]) == file_stamp(status)
 
 
 def test_unpacked_folders_come_before_the_archive_they_came_from(root: Path, store_pictures: Store) -> None:
@@ -56,14 +39,8 @@ def test_archive_is_read_where_the_folder_of_the_split_is_empty(root: Path, stor
 
 
 def test_labels_of_kaggle_are_found_from_the_innermost_folder(root: Path, store_pictures: Store) -> None:
-    store_pictures(root, whole="kaggle")
+    store_pictures(root, layout="kaggle")
     assert len(read_dataset(str(root / "ILSVRC" / "Data" / "CLS-LOC")).val) == 7
-
-
-def test_folders_of_kaggle_may_both_be_sorted_into_classes(root: Path, store_pictures: Store) -> None:
-    store_pictures(root / "ILSVRC" / "Data" / "CLS-LOC", train="folders", val="folders")
-    data = read_dataset(str(root))
-    assert (len(data.train), len(data.val)) == (9, 7)
 
 
 def test_labels_may_be_beside_the_flat_images(root: Path, store_pictures: Store) -> None:
@@ -114,18 +91,6 @@ def test_missing_split_is_named_with_the_archive_to_get(
     assert archive in caught.value.hint
 
 
-def test_one_split_is_read_where_the_other_is_missing(root: Path, store_pictures: Store) -> None:
-    assert len(read_split(store_pictures(root, train="tar"), "train")) == 9
-
-
-def test_class_tar_beside_folders_of_other_classes_is_refused(root: Path, store_pictures: Store) -> None:
-    store_pictures(root, train="class tars", val="flat", labels="synsets")
-    (root / "train" / "n01440764").mkdir()
-    (root / "train" / "n01440764" / "x.JPEG").touch()
-    with pytest.raises(DataError, match=r"train: holds n01443537\.tar beside class folders, but no folder n01443537"):
-        read_dataset(str(root))
-
-
 def test_class_tar_beside_its_own_folder_is_passed_over(root: Path, store_pictures: Store) -> None:
     (root / "train").mkdir(parents=True)
     store_pictures(root / "other", train="class tars")
@@ -134,30 +99,11 @@ def test_class_tar_beside_its_own_folder_is_passed_over(root: Path, store_pictur
     assert read_dataset(str(root)).train.passed_over == 1
 
 
-def test_val_half_sorted_into_classes_is_refused(root: Path, store_pictures: Store) -> None:
-    store_pictures(root, train="folders", val="folders")
-    (root / "val" / "ILSVRC2012_val_00000050.JPEG").touch()
-    with pytest.raises(DataError, match=r"val: holds ILSVRC2012_val_00000050\.JPEG beside class folders"):
-        read_dataset(str(root))
-
-
 def test_other_members_of_archives_are_passed_over_and_counted(root: Path, write_tar: TarWriter) -> None:
     inner = write_tar(root / "inner.tar", [("a.JPEG", b"a"), ("._a.JPEG", b""), ("notes.txt", b"")]).read_bytes()
     write_tar(root / "ILSVRC2012_img_train.tar", [("n01440764.tar", inner), ("README", b""), ("other.tar", b"")])
     train = read_split(str(root), "train")
     assert (train.ids, train.passed_over) == (("n01440764/a.JPEG",), 4)
-
-
-def test_links_in_archives_are_passed_over_and_counted(root: Path) -> None:
-    root.mkdir()
-    (root / "train").mkdir()
-    with tarfile.open(root / "train" / "n01440764.tar", "w") as tar:
-        tar.addfile(tarfile.TarInfo("a.JPEG"))
-        link = tarfile.TarInfo("b.JPEG")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    train = read_split(str(root), "train")
-    assert (train.ids, train.passed_over) == (("n01440764/a.JPEG",), 1)
 
 
 def test_class_tar_without_images_is_named(root: Path, write_tar: TarWriter) -> None:
@@ -177,13 +123,6 @@ def test_train_archive_of_folders_is_refused(root: Path, write_tar: TarWriter) -
     write_tar(root / "ILSVRC2012_img_train.tar", [("n01440764/a.JPEG", b"a")])
     with pytest.raises(DataError, match=r"holds no class tars such as n01440764\.tar"):
         read_split(str(root), "train")
-
-
-def test_same_name_twice_in_the_val_archive_is_refused(root: Path, write_tar: TarWriter) -> None:
-    write_tar(root / "ILSVRC2012_img_val.tar", [("one/a.JPEG", b"1"), ("two/a.JPEG", b"2")])
-    (root / "val.txt").write_text("a.JPEG n01440764\n")
-    with pytest.raises(DataError, match=r"holds two images of the id n01440764/a\.JPEG"):
-        read_split(str(root), "val")
 
 
 @pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"])
@@ -206,5 +145,14 @@ def test_folder_of_a_split_that_cannot_be_listed_is_named(
         return listing(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match="val: cannot be listed: Permission denied"):
+    with pytest.raises(DataError, match="val: cannot be read: Permission denied"):
         read_dataset(str(root))
+
+
+@pytest.mark.parametrize("name", ["train/n01443537.tar", "val/ILSVRC2012_val_00000050.JPEG"])
+def test_half_unpacked_split_is_refused(root: Path, store_pictures: Store, name: str) -> None:
+    store_pictures(root, train="folders", val="folders")
+    shutil.rmtree(root / "train" / "n01443537")
+    (root / name).touch()
+    with pytest.raises(DataError, match=re.escape(f": holds {Path(name).name} beside class folders")):
+        read_split(str(root), name.partition("/")[0])

@@ -1,6 +1,6 @@
 import io
-import re
-from collections.abc import Callable, Mapping
+import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,6 @@ from scipy.io import savemat
 from msn_eval.data.imagenet_labels import read_labels
 from msn_eval.errors import DataError
 
-Pictures = Mapping[str, Mapping[str, bytes]]
 Store = Callable[..., str]
 
 FILES = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in (3, 1, 2)]
@@ -22,10 +21,12 @@ def labels_in(folder: Path, files: list[str] = FILES, known: list[str] | None = 
     return read_labels(files, [folder], where="VAL", known=known)
 
 
-def write_devkit(folder: Path, truth: str, ids: Mapping[int, str] = {1: CRANE, 2: FISH, 3: SHARK}) -> Path:
+def write_devkit(
+    folder: Path, truth: str, ids: Sequence[tuple[int, str]] = ((1, CRANE), (2, FISH), (3, SHARK))
+) -> Path:
     data = folder / "ILSVRC2012_devkit_t12" / "data"
     data.mkdir(parents=True)
-    table = np.array(list(ids.items()), dtype=[("ILSVRC2012_ID", object), ("WNID", object)]).reshape(-1, 1)
+    table = np.array(list(ids), dtype=[("ILSVRC2012_ID", object), ("WNID", object)]).reshape(-1, 1)
     savemat(data / "meta.mat", {"synsets": table})
     (data / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
     return data
@@ -52,20 +53,10 @@ def refusal(folder: Path, files: list[str] = FILES, known: list[str] | None = No
     return str(caught.value)
 
 
-def test_synset_lines_follow_the_order_of_the_names(tmp_path: Path, write: Write) -> None:
-    write(SYNSETS, f"{FISH}\n{SHARK}\n{CRANE}\n")
-    assert labels_in(tmp_path) == [CRANE, FISH, SHARK]
-
-
 @pytest.mark.parametrize("text", ["\ufeff{0}\r\n{1}\r\n{2}\r\n", "{0}\n{1}\n{2}", "\n{0} \n\n{1}\n{2}\n\n"])
 def test_synset_file_may_have_foreign_line_ends(tmp_path: Path, write: Write, text: str) -> None:
     write(SYNSETS, text.format(FISH, SHARK, CRANE))
     assert labels_in(tmp_path) == [CRANE, FISH, SHARK]
-
-
-def test_names_of_another_kind_are_ordered_as_bytes(tmp_path: Path, write: Write) -> None:
-    write("my_synset_labels.txt", f"{FISH}\n{SHARK}\n")
-    assert labels_in(tmp_path, ["b.png", "B.png"]) == [SHARK, FISH]
 
 
 @pytest.mark.parametrize("name", ["{}", "val/{}", "ILSVRC/Data/CLS-LOC/val/{}"])
@@ -73,11 +64,6 @@ def test_named_labels_need_no_order(tmp_path: Path, write: Write, name: str) -> 
     lines = zip(FILES, (CRANE, FISH, SHARK), strict=True)
     write("val.txt", "".join(f"{name.format(file)} {wnid}\n" for file, wnid in lines))
     assert labels_in(tmp_path) == [CRANE, FISH, SHARK]
-
-
-def test_named_labels_may_be_of_more_images_than_there_are(tmp_path: Path, write: Write) -> None:
-    write("val.txt", "".join(f"{file} {FISH}\n" for file in FILES))
-    assert labels_in(tmp_path, FILES[:1]) == [FISH]
 
 
 def test_image_that_named_labels_lack_is_refused(tmp_path: Path, write: Write) -> None:
@@ -99,20 +85,10 @@ def test_kaggle_line_without_one_class_is_named(tmp_path: Path, write: Write, ro
     assert refusal(tmp_path).startswith(f"{path}: line 3: ")
 
 
-def test_devkit_numbers_become_classes_by_its_table(tmp_path: Path) -> None:
-    write_devkit(tmp_path, "2\n3\n1\n")
-    assert labels_in(tmp_path) == [CRANE, FISH, SHARK]
-
-
 def test_devkit_folder_may_be_the_data_folder_itself(tmp_path: Path) -> None:
     write_devkit(tmp_path, "2\n3\n1\n")
     (tmp_path / "ILSVRC2012_devkit_t12" / "data").rename(tmp_path / "data")
     assert labels_in(tmp_path) == [CRANE, FISH, SHARK]
-
-
-def test_devkit_of_a_single_class_is_read(tmp_path: Path) -> None:
-    write_devkit(tmp_path, "1\n1\n1\n", {1: FISH})
-    assert labels_in(tmp_path) == [FISH] * 3
 
 
 @pytest.mark.parametrize("text", ["4", "0", "-1", "one", "1.0"])
@@ -124,16 +100,10 @@ def test_number_that_the_devkit_does_not_know_is_named_with_its_line(tmp_path: P
     )
 
 
-def test_devkit_with_a_wrong_class_name_is_refused(tmp_path: Path) -> None:
-    data = write_devkit(tmp_path, "1\n1\n1\n", {1: "goldfish"})
-    assert refusal(tmp_path).startswith(f"{data / 'meta.mat'}: an ILSVRC2012_ID is not unique, or has no WNID\n")
-
-
-def test_devkit_that_numbers_two_classes_alike_is_refused(tmp_path: Path) -> None:
-    data = write_devkit(tmp_path, "1\n1\n1\n")
-    table = np.array([(1, FISH), (1, SHARK)], dtype=[("ILSVRC2012_ID", object), ("WNID", object)]).reshape(-1, 1)
-    savemat(data / "meta.mat", {"synsets": table})
-    assert "an ILSVRC2012_ID is not unique" in refusal(tmp_path)
+@pytest.mark.parametrize("ids", [[(1, "goldfish")], [(1, FISH), (1, SHARK)]], ids=["not a WNID", "number twice"])
+def test_devkit_with_a_wrong_table_is_refused(tmp_path: Path, ids: list[tuple[int, str]]) -> None:
+    data = write_devkit(tmp_path, "1\n1\n1\n", ids)
+    assert f"{data / 'meta.mat'}: holds no table of classes: an ILSVRC2012_ID is not unique" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 300, b"\0" * 300])
@@ -151,21 +121,9 @@ def test_packed_devkit_that_is_cut_short_is_named(tmp_path: Path, store_pictures
 
 
 def test_packed_devkit_without_its_files_says_which(tmp_path: Path) -> None:
-    import tarfile
-
     with tarfile.open(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("ILSVRC2012_devkit_t12/readme.txt"), io.BytesIO())
     assert "holds no meta.mat and no ILSVRC2012_validation_ground_truth.txt" in refusal(tmp_path)
-
-
-def test_plain_tar_of_the_devkit_is_read(tmp_path: Path, store_pictures: Store) -> None:
-    import gzip
-
-    store_pictures(tmp_path, labels="packed devkit")
-    packed = tmp_path / "ILSVRC2012_devkit_t12.tar.gz"
-    (tmp_path / "ILSVRC2012_devkit_t12.tar").write_bytes(gzip.decompress(packed.read_bytes()))
-    packed.unlink()
-    assert len(labels_in(tmp_path, [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 8)])) == 7
 
 
 def test_no_labels_at_all_says_what_to_put_where(tmp_path: Path) -> None:
@@ -191,20 +149,15 @@ def test_missing_image_among_as_many_strays_is_noticed(tmp_path: Path, write: Wr
     )
 
 
-@pytest.mark.parametrize("text", ["n0144076", "goldfish", "n014407644", "N01440764", f"{FISH} {FISH} {FISH}"])
+@pytest.mark.parametrize("text", ["n0144076", "n014407644", "N01440764", f"{FISH} {FISH} {FISH}", f"a.JPEG {FISH}"])
 def test_line_without_a_class_name_is_named(tmp_path: Path, write: Write, text: str) -> None:
     path = write(SYNSETS, f"{FISH}\n{text}\n{FISH}\n")
     assert refusal(tmp_path).startswith(f"{path}: line 2: ")
 
 
-def test_file_of_both_kinds_of_lines_is_refused(tmp_path: Path, write: Write) -> None:
-    write("val.txt", f"{FISH}\n{FILES[0]} {FISH}\n{FISH}\n")
-    assert "line 2" in refusal(tmp_path)
-
-
 def test_image_named_twice_is_refused_with_both_lines(tmp_path: Path, write: Write) -> None:
     path = write("val.txt", f"{FILES[0]} {FISH}\n{FILES[1]} {FISH}\nval/{FILES[0]} {SHARK}\n")
-    assert refusal(tmp_path).startswith(f"{path}: line 3: {FILES[0]!r}: it is already in line 1\n")
+    assert refusal(tmp_path).startswith(f"{path}: line 3: {FILES[0][:-5]!r}: it is already in line 1\n")
 
 
 def test_unknown_class_is_named_with_its_line(tmp_path: Path, write: Write) -> None:
@@ -213,11 +166,6 @@ def test_unknown_class_is_named_with_its_line(tmp_path: Path, write: Write) -> N
     assert message.startswith(
         f"{path}: line 2: {SHARK}, the class of {FILES[2]}, is not one of the 2 training classes\n"
     )
-
-
-def test_known_classes_are_accepted(tmp_path: Path, write: Write) -> None:
-    write(SYNSETS, f"{FISH}\n{SHARK}\n{CRANE}\n")
-    assert labels_in(tmp_path, known=[CRANE, SHARK, FISH]) == [CRANE, FISH, SHARK]
 
 
 def test_numbers_without_an_order_of_classes_count_as_no_labels(tmp_path: Path, write: Write) -> None:
@@ -234,18 +182,6 @@ def test_label_files_that_differ_are_both_named(tmp_path: Path, write: Write) ->
     )
 
 
-def test_kaggle_and_devkit_that_differ_are_refused(tmp_path: Path, write: Write) -> None:
-    write("LOC_val_solution.csv", "".join(f"{file[:-5]},{FISH} 1 2 3 4\n" for file in FILES))
-    write_devkit(tmp_path, "2\n3\n2\n")
-    assert re.search("they differ on 1 of 3 images", refusal(tmp_path))
-
-
 def test_label_file_that_is_not_text_is_named(tmp_path: Path) -> None:
     (tmp_path / SYNSETS).write_bytes(b"\xff\xfe\x00")
     assert f"{tmp_path / SYNSETS}: is not UTF-8 text" in refusal(tmp_path)
-
-
-def test_label_file_of_boundless_size_is_refused(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(SYNSETS, f"{FISH}\n{SHARK}\n{CRANE}\n")
-    monkeypatch.setattr("msn_eval.data.imagenet_labels._MOST_BYTES", 20)
-    assert "has more than 20 bytes, too many for labels" in refusal(tmp_path)

@@ -11,6 +11,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ class HangingOnce(GreySource):
 
 
 class Stalling(GreySource):
-    """Fails to read as a network disk does, as often as it is told."""
+    """Fails to read as a network disk does, `failures` times."""
 
     failures = 2
     number = errno.ESTALE
@@ -127,15 +128,6 @@ def test_images_come_in_order_each_once(tmp_path: Path, batch_size: int, workers
     assert brightness(greys(GreySource(tmp_path)), batch_size=batch_size, workers=workers) == list(range(8))
 
 
-def test_no_images_give_no_batches(tmp_path: Path) -> None:
-    assert list(load_pixels(greys(GreySource(tmp_path), 0), batch_size=3, workers=0)) == []
-
-
-def test_pixels_are_bytes_with_channels_last(tmp_path: Path) -> None:
-    batch = next(load_pixels(greys(GreySource(tmp_path)), batch_size=3, workers=0))
-    assert (batch.pixels.dtype, batch.pixels.shape) == (torch.uint8, (3, 8, 8, 3))
-
-
 def test_image_with_another_hash_is_reported_by_its_id(tmp_path: Path) -> None:
     hashes = dict.fromkeys("01234567", "0" * 64)
     batch = next(load_pixels(greys(GreySource(tmp_path), hashes=hashes), batch_size=1, workers=0))
@@ -145,8 +137,8 @@ def test_image_with_another_hash_is_reported_by_its_id(tmp_path: Path) -> None:
 
 @half_open
 def test_worker_that_dies_once_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = brightness(greys(DyingOnce(tmp_path)), batch_size=2, workers=1)
-    assert (found, "grey 5; starting new ones" in caplog.text) == (list(range(8)), True)
+    levels = brightness(greys(DyingOnce(tmp_path)), batch_size=2, workers=1)
+    assert (levels, "grey 5; starting new ones" in caplog.text) == (list(range(8)), True)
 
 
 @half_open
@@ -175,10 +167,6 @@ def test_workers_leave_signals_to_their_parent(tmp_path: Path) -> None:
     assert brightness(greys(Signalled(tmp_path)), workers=2) == list(range(8))
 
 
-def test_read_that_stalls_is_tried_again(tmp_path: Path, no_delays: None) -> None:
-    assert read_image(Stalling(tmp_path), "7") == b"7"
-
-
 def test_read_that_stalls_for_good_fails(tmp_path: Path, no_delays: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stalling, "failures", 4)
     with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
@@ -188,18 +176,6 @@ def test_read_that_stalls_for_good_fails(tmp_path: Path, no_delays: None, monkey
 def test_read_that_is_refused_is_not_tried_again(tmp_path: Path, no_delays: None) -> None:
     with pytest.raises(PermissionError):
         read_image(Refusing(tmp_path), "7")
-
-
-def test_few_images_get_no_workers(tmp_path: Path) -> None:
-    assert automatic_workers(greys(GreySource(tmp_path), 511), batch_size=16, cuda=True) == 0
-
-
-def test_many_images_get_workers_beside_a_gpu(tmp_path: Path) -> None:
-    assert automatic_workers(greys(GreySource(tmp_path), 512), batch_size=16, cuda=True) >= 1
-
-
-def test_encoder_on_a_cpu_keeps_the_cores_to_itself(tmp_path: Path) -> None:
-    assert automatic_workers(greys(GreySource(tmp_path), 5000), batch_size=16, cuda=False) == 0
 
 
 def test_read_that_hangs_without_workers_is_a_resource_error(
@@ -224,20 +200,6 @@ def test_threads_leave_the_filters_of_warnings_as_they_were(tmp_path: Path) -> N
     assert warnings.filters == before
 
 
-def test_embedded_images_get_no_workers() -> None:
-    embedded = GreySource(None)  # type: ignore[arg-type]
-    assert automatic_workers(greys(embedded, 5000), batch_size=16, cuda=True) == 0
-
-
-def test_workers_are_as_many_as_shared_memory_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tiny:
-        f_bavail, f_frsize = 16 * 3 * 8 * 8, 3  # three batches: those of one worker
-
-    monkeypatch.setattr(pixel_loader, "usable_cores", lambda: 8)
-    monkeypatch.setattr(os, "statvfs", lambda path: Tiny)
-    assert automatic_workers(greys(GreySource(tmp_path), 512), batch_size=16, cuda=True) == 1
-
-
 @half_open
 def test_death_of_a_worker_does_not_interrupt_the_user_of_the_pixels(tmp_path: Path) -> None:
     batches = load_pixels(greys(DyingOnce(tmp_path)), batch_size=2, workers=1)
@@ -260,20 +222,6 @@ def test_death_is_noticed_after_an_unfinished_pass(tmp_path: Path) -> None:
     assert brightness(greys(DyingOnce(tmp_path)), batch_size=2, workers=1) == list(range(8))
 
 
-def test_workers_are_at_most_sixteen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixel_loader, "usable_cores", lambda: 200)
-    monkeypatch.setattr(pixel_loader, "_affordable_workers", lambda batch_bytes: 1000)
-    assert automatic_workers(greys(GreySource(tmp_path), 512), batch_size=16, cuda=True) == 16
-
-
-def test_worker_needs_room_for_the_batch_that_it_makes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class TwoBatches:
-        f_bavail, f_frsize = 16 * 3 * 8 * 8, 2
-
-    monkeypatch.setattr(os, "statvfs", lambda path: TwoBatches)
-    assert automatic_workers(greys(GreySource(tmp_path), 512), batch_size=16, cuda=True) == 0
-
-
 @half_open
 def test_workers_that_die_at_two_places_are_replaced_at_both(tmp_path: Path) -> None:
     class DyingTwice(DyingOnce):
@@ -284,16 +232,6 @@ def test_workers_that_die_at_two_places_are_replaced_at_both(tmp_path: Path) -> 
 
     images = greys(DyingTwice(tmp_path), 12)
     assert brightness(images, batch_size=1, workers=1) == list(range(12))
-
-
-@half_open
-def test_first_image_of_all_is_reported_too(tmp_path: Path) -> None:
-    class DyingAtTheFirst(GreySource):
-        def read(self, image_id: str) -> bytes:
-            os._exit(1)
-
-    with pytest.raises(ResourceError, match="images:\n  grey 0\n"):
-        brightness(greys(DyingAtTheFirst(tmp_path)), batch_size=2, workers=1)
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
@@ -361,14 +299,14 @@ def test_stop_that_comes_while_workers_are_forked_is_handled_afterwards(
     def stop(number: int, frame: object) -> None:
         raise StoppedError
 
-    real = pixel_loader._make_loader
+    real = pixel_loader.DataLoader
 
     def signalled(*arguments: object, **options: object) -> object:
         with contextlib.suppress(StoppedError):  # as Python suppresses what is raised in the middle of a fork
             signal.raise_signal(number)
         return real(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pixel_loader, "_make_loader", signalled)
+    monkeypatch.setattr(pixel_loader, "DataLoader", signalled)
     before = signal.signal(number, stop)
     try:
         with pytest.raises(StoppedError):
@@ -376,3 +314,34 @@ def test_stop_that_comes_while_workers_are_forked_is_handled_afterwards(
         assert signal.getsignal(number) is stop
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize(
+    ("images", "cuda", "cores", "free_batches", "workers"),
+    [
+        (511, True, 8, 1000, 0),  # few images
+        (5000, False, 8, 1000, 0),  # the encoder needs the cores
+        (512, True, 8, 1000, 8),
+        (512, True, 200, 1000, 16),
+        (512, True, 8, 3, 1),  # two batches ready and the next one
+        (512, True, 8, 2, 0),
+    ],
+)
+def test_workers_follow_images_cores_and_shared_memory(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    images: int,
+    cuda: bool,
+    cores: int,
+    free_batches: int,
+    workers: int,
+) -> None:
+    status = SimpleNamespace(f_bavail=16 * 3 * 8 * 8, f_frsize=free_batches)
+    monkeypatch.setattr(pixel_loader, "usable_cores", lambda: cores)
+    monkeypatch.setattr(os, "statvfs", lambda path: status)
+    assert automatic_workers(greys(GreySource(tmp_path), images), batch_size=16, cuda=cuda) == workers
+
+
+def test_embedded_images_get_no_workers() -> None:
+    embedded = GreySource(None)  # type: ignore[arg-type]
+    assert automatic_workers(greys(embedded, 5000), batch_size=16, cuda=True) == 0

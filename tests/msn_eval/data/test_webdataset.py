@@ -96,20 +96,9 @@ def test_sample_that_is_not_one_image_and_one_label_is_named(
     assert message.startswith(f"{tmp_path / 'val-000000.tar'}: {fault}\n")
 
 
-def test_one_id_in_two_archives_is_refused(write: Write, tmp_path: Path) -> None:
-    message = refusal(write({"train-000001.tar": [("a.jpg", b"again"), ("a.cls", b"0")]}))
-    both = f"{tmp_path / 'train-000000.tar'} and {tmp_path / 'train-000001.tar'}"
-    assert message.startswith(f"{both}: hold two images of the id ant/a.jpg\n")
-
-
 def test_other_members_are_passed_over_and_counted(write: Write) -> None:
     odd = [("a.json", b"{}"), ("._a.jpg", b""), ("b.txt", b"caption")]
     assert read_split(write({"val-000000.tar": [*GOOD, *odd]}), "val").passed_over == 3
-
-
-def test_images_of_all_archives_are_read(write: Write) -> None:
-    train = read_split(write({"train-000001.tar": [("c.jpg", b"cat"), ("c.cls", b"1")]}), "train")
-    assert [train.source.read(name) for name in train.ids] == [b"ant", b"bee", b"cat"]
 
 
 def test_archive_without_samples_is_not_an_error(write: Write) -> None:
@@ -150,14 +139,6 @@ def test_numbers_count_from_zero_or_one(
     assert len(read_split(name, "train")) == 3
 
 
-def test_archives_that_say_how_many_they_are_must_all_be_there(
-    write: Write, tmp_path: Path, write_tar: TarWriter
-) -> None:
-    name = write()
-    (tmp_path / "train-000000.tar").rename(tmp_path / "train-000000-of-000003.tar")
-    assert "2 of the train archives are missing" in refusal(name)
-
-
 def test_archives_need_no_numbers(write: Write, tmp_path: Path) -> None:
     name = write()
     (tmp_path / "train-000000.tar").rename(tmp_path / "train-all.tar")
@@ -191,7 +172,7 @@ def test_classes_that_are_not_utf8_are_refused(write: Write, tmp_path: Path) -> 
 def test_missing_classes_are_required(write: Write, tmp_path: Path) -> None:
     name = write()
     (tmp_path / "classes.txt").unlink()
-    assert refusal(name).startswith(f"{tmp_path}: has no classes.txt\nWrite one class name per line")
+    assert refusal(name).startswith(f"{tmp_path / 'classes.txt'}: cannot be read: No such file or directory\nWrite one")
 
 
 def test_missing_split_is_named(write: Write, tmp_path: Path) -> None:
@@ -206,30 +187,11 @@ def test_one_split_is_read_where_the_other_is_missing(write: Write, tmp_path: Pa
     assert len(read_split(name, "val")) == 2
 
 
-def test_missing_folder_is_named(tmp_path: Path) -> None:
-    assert refusal(f"wds:{tmp_path / 'nowhere'}").startswith(
-        f"{tmp_path / 'nowhere'}: the data folder does not exist\n"
-    )
-
-
-def test_file_instead_of_a_folder_is_reported(write: Write, tmp_path: Path) -> None:
-    assert "is a file, not a folder" in refusal(f"{write()}/train-000000.tar")
-
-
 def test_classes_without_images_are_left_out_and_logged(write: Write, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "msn_eval"):
         data = read_dataset(write(classes="ant\nbee\nyak\ncat\n"))
     assert data.classes == ("ant", "bee")
     assert "2 classes have no image and are left out, cat first" in caplog.text
-
-
-def test_splits_of_different_classes_are_refused(write: Write) -> None:
-    assert "only in train: bee" in refusal(write({"val-000000.tar": [("a.jpg", b""), ("a.cls", b"0")]}))
-
-
-def test_class_mismatch_is_allowed_on_request(write: Write) -> None:
-    name = write({"val-000000.tar": [("a.jpg", b""), ("a.cls", b"0")]})
-    assert read_dataset(name, allow_class_mismatch=True).classes == ("ant", "bee")
 
 
 @pytest.mark.parametrize("name", ["wds:", "hf:"])
