@@ -27,14 +27,14 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     folder = Path(options.out)
     prepare_folder(folder / "runs", option="--out")
-    request = EvaluationConfig(
+    config = EvaluationConfig(
         checkpoint=list(CHECKPOINTS),
         data="digits",
         probe=["logistic", "knn"],
         device="cpu",
         out=str(folder / "runs"),
     )
-    results, code = evaluate_with_progress(make_plan(request))
+    results, code = evaluate_with_progress(make_plan(config))
     table = make_table(results)
     print_table(table)
     scan = scan_results([folder / "runs"])

@@ -78,24 +78,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Evaluate; give 0, or the exit code of what failed."""
-    request = read_request(options, overrides)
+    config = read_options(options, overrides)
     if hasattr(options, "slurm"):
         from msn_eval.distributed.slurm import without_slurm
 
-        return _submit(options.slurm, request, without_slurm(options.words))
+        return _submit(options.slurm, config, without_slurm(options.words))
     if "WORLD_SIZE" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # we report a lost rank ourselves, without C++ stacks
     else:
-        check_files_exist(request.checkpoint)  # before torch is imported; of several ranks, one reports it
+        check_files_exist(config.checkpoint)  # before torch is imported; of several ranks, one reports it
     from msn_eval.distributed.group import join_group
 
     with join_group() as group:
         if group.rank != 0:
             logging.getLogger("msn_eval").setLevel(logging.ERROR)  # the first rank speaks for all
-        return _run(request, options, group)
+        return _run(config, options, group)
 
 
-def _run(request: EvaluationConfig, options: argparse.Namespace, group: "Group") -> int:
+def _run(config: EvaluationConfig, options: argparse.Namespace, group: "Group") -> int:
     from msn_eval.commands.progress import evaluate_with_progress
     from msn_eval.distributed.group import barrier
     from msn_eval.evaluation.canary import describe_canary, judge_canary, refuse_leaks
@@ -104,7 +104,7 @@ def _run(request: EvaluationConfig, options: argparse.Namespace, group: "Group")
 
     if group.rank != 0:
         barrier(group, "plan")  # what the first rank has hashed and listed, the others find in the cache
-    plan = make_plan(request, local_rank=group.local_rank if group.world > 1 else None)
+    plan = make_plan(config, local_rank=group.local_rank if group.world > 1 else None)
     if group.rank == 0:
         barrier(group, "plan")
     dry_run = getattr(options, "dry_run", False)
@@ -121,12 +121,12 @@ def _run(request: EvaluationConfig, options: argparse.Namespace, group: "Group")
     results, code = evaluate_with_progress(plan, prepared=prepared, group=group)
     if group.rank != 0:
         return code
-    canaries = judge_canary(results) if request.canary else ()
+    canaries = judge_canary(results) if config.canary else ()
     if options.json_output:
         from msn_eval.results.record import encode_result
 
         print(json.dumps([encode_result(result) for result in results], indent=1, allow_nan=False))
-    elif request.canary:
+    elif config.canary:
         print(printable(describe_canary(canaries)))
     elif results:
         from msn_eval.reports.terminal import print_table
@@ -137,7 +137,7 @@ def _run(request: EvaluationConfig, options: argparse.Namespace, group: "Group")
     return code
 
 
-def read_request(options: argparse.Namespace, overrides: Sequence[str]) -> EvaluationConfig:
+def read_options(options: argparse.Namespace, overrides: Sequence[str]) -> EvaluationConfig:
     """Put together defaults, the config file, the options and the overrides."""
     from msn_eval.config.yaml_config import read_config
 
@@ -145,10 +145,10 @@ def read_request(options: argparse.Namespace, overrides: Sequence[str]) -> Evalu
     options.json_output = getattr(options, "json", False)
     config = getattr(options, "config", None)
     file = _config_file(config) if config else None
-    request = read_config(EvaluationConfig, file=file, given=given, overrides=overrides, translate=_translated)
-    for name in request.probe:
+    config = read_config(EvaluationConfig, file=file, given=given, overrides=overrides, translate=_translated)
+    for name in config.probe:
         find_probe(name)  # before a job is submitted
-    return request
+    return config
 
 
 def _translated(content: Mapping[str, object], where: str) -> Mapping[str, object]:
@@ -170,11 +170,11 @@ def _config_file(name: str) -> Path:
     )
 
 
-def _submit(text: str, request: EvaluationConfig, words: Sequence[str]) -> int:
+def _submit(text: str, config: EvaluationConfig, words: Sequence[str]) -> int:
     """Hand the same command to Slurm, and say where its output will be."""
     from msn_eval.distributed.slurm import parse_slurm, submit
 
-    job = submit(words, parse_slurm(text), folder=Path(request.out) / "slurm")
+    job = submit(words, parse_slurm(text), folder=Path(config.out) / "slurm")
     print(f"submitted job {job.job_id}; its output: {', '.join(str(path) for path in job.logs)}")
     return 0
 
@@ -185,13 +185,13 @@ def describe_plan(plan: "Plan") -> str:
 
     pool = merge_subsets(plan.subsets, plan.train)
     listed = sum(len(subset) for subset in plan.subsets)
-    where = "with random labels, not written" if plan.request.canary else f"into {plan.request.out}"
-    dropped = f", {plan.request.patch_drop:.3g} of the patches of each dropped" if plan.request.patch_drop else ""
+    where = "with random labels, not written" if plan.config.canary else f"into {plan.config.out}"
+    dropped = f", {plan.config.patch_drop:.3g} of the patches of each dropped" if plan.config.patch_drop else ""
     lines = [
         f"data       {plan.data_name}: {len(plan.val):,} validation images, {len(plan.val.classes)} classes",
         f"labelled   {len(pool):,} images for {len(plan.subsets)} draws ({listed:,} if each draw were read by itself){dropped}",
-        f"results    {len(plan.tasks)} for each of {len(plan.request.checkpoint)} checkpoints, {where}",
-        f"computing  {plan.precision} on {plan.device}, decoded by {plan.request.decoder}",
+        f"results    {len(plan.tasks)} for each of {len(plan.config.checkpoint)} checkpoints, {where}",
+        f"computing  {plan.precision} on {plan.device}, decoded by {plan.config.decoder}",
     ]
     return printable("\n".join(lines))
 

@@ -58,13 +58,13 @@ def _protocols() -> dict[str, str]:
 
     described = {}
     asked = EvaluationConfig(probe=list(read_probes())), EvaluationConfig(probe=["logistic"], lambda_=[AUTO])
-    for name, request in product(LOW_SHOT, asked):
-        for probe, _ in configure_probes(request, Subset(name=name, draw=1, rule="", image_ids=("",))):
+    for name, config in product(LOW_SHOT, asked):
+        for probe, _ in configure_probes(config, Subset(name=name, draw=1, rule="", image_ids=("",))):
             values: dict[str, dict[str, None]] = {}
             for params in probe.configs(_MANY_IMAGES):
                 for key, value in params.items():
                     values.setdefault(key, {})[str(value)] = None
-            option = " --lambda auto" if request.chooses_strength else ""
+            option = " --lambda auto" if config.chooses_strength else ""
             described[f"{probe.name} {name}{option}"] = ", ".join(
                 [f"version {probe.version}", f"tap {','.join(probe.taps)}"]
                 + [f"{key}={','.join(several)}" for key, several in values.items()]

@@ -39,10 +39,10 @@ class Canary:
 
 def choose_labels(plan: Plan, labelled: Features, test: Features) -> tuple[Features, Features]:
     """Return labelled and validation images with their own labels, or with random ones for a canary."""
-    if not plan.request.canary:
+    if not plan.config.canary:
         return labelled, test
     return random_labels(
-        labelled, test, seed=plan.request.seed, train_hashes=plan.train_hashes, val_hashes=plan.val_hashes
+        labelled, test, seed=plan.config.seed, train_hashes=plan.train_hashes, val_hashes=plan.val_hashes
     )
 
 

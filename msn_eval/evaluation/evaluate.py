@@ -109,9 +109,9 @@ def evaluate(
             value = [value]
         given[_FIELDS.get(name, name)] = str(value) if isinstance(value, Path) else value
     plan = make_plan(read_config(EvaluationConfig, given=given))
-    measured = (result for name in plan.request.checkpoint for result in evaluate_checkpoint(plan, name))
+    measured = (result for name in plan.config.checkpoint for result in evaluate_checkpoint(plan, name))
     results = list({result.id: result for result in measured}.values())
-    if plan.request.canary:
+    if plan.config.canary:
         refuse_leaks(judge_canary(results))
     return results
 
@@ -143,14 +143,14 @@ def evaluate_all(
     report = on_problem or (lambda text: None)
     results: dict[str, Result] = {}
     code = 0
-    for name in plan.request.checkpoint:
+    for name in plan.config.checkpoint:
         try:
             ready = (prepared or {}).pop(name, None)
             for result in evaluate_checkpoint(plan, name, prepared=ready, group=group, on_progress=on_progress):
                 results[result.id] = result
                 _log.debug("%s %s@%d: %s", result.probe.name, result.split.subset, result.split.draw, result.status)
         except CheckpointError as error:
-            if len(plan.request.checkpoint) == 1:
+            if len(plan.config.checkpoint) == 1:
                 raise
             if group.rank == 0:
                 report(f"{type(error).__name__}: {error}")
@@ -198,7 +198,7 @@ def prepare(plan: Plan, name: str) -> Preparation:
         CheckpointError, StoreError: The checkpoint or an earlier record is refused.
         UsageError: --patch-drop for a network without patches, or a --tap that it does not have.
     """
-    config = plan.request
+    config = plan.config
     checkpoint = read_checkpoint(
         name,
         arch=config.arch,
@@ -220,7 +220,7 @@ def prepare(plan: Plan, name: str) -> Preparation:
 
 def _find_results(plan: Plan, encoder: Encoder) -> Preparation:
     """Find out what is left to measure of one encoder, as the plan's folder is now."""
-    config = plan.request
+    config = plan.config
     results = [None if config.canary else find_result(Path(config.out), encoder, task, config) for task in plan.tasks]
     return Preparation(
         encoder=encoder,
@@ -255,12 +255,12 @@ def evaluate_checkpoint(
     """
     # A different name for the same weights may have been evaluated since `prepared` was made.
     ready = _find_results(plan, prepared.encoder) if prepared is not None else prepare(plan, name)
-    encoder, out = ready.encoder, Path(plan.request.out)
+    encoder, out = ready.encoder, Path(plan.config.out)
     check_equal_across_ranks(group, encoder.checkpoint.name, _describe_run(plan, encoder))
     if group.rank == 0:
-        if not plan.request.canary:
+        if not plan.config.canary:
             prepare_folder(out, option="--out")
-        if plan.request.save is not None:
+        if plan.config.save is not None:
             from msn_eval.evaluation.finetune import check_saved
 
             check_saved(plan, encoder, [task for task in plan.tasks if task not in ready.pending])
@@ -274,7 +274,7 @@ def evaluate_checkpoint(
     ready = replace(ready, pending=tuple(plan.tasks[int(index)] for index in indices))
     for result, predictions in _measure(plan, ready, group, on_progress):
         if group.rank == 0:
-            if not plan.request.canary:
+            if not plan.config.canary:
                 write_result(out, result, predictions)
             yield result
 
@@ -316,7 +316,7 @@ def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: P
             plan=plan,
             encoder=encoder,
             timing=replace(NO_EXTRACTION, extract=round(time.perf_counter() - started, 4)),
-            batch_size=plan.request.batch_images or choose_batch_size(encoder),
+            batch_size=plan.config.batch_images or choose_batch_size(encoder),
         )
         yield from ((measure(task=task).make_failure(error), None) for task in ready.frozen)
         return
@@ -344,7 +344,7 @@ def _extract_splits(
     plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None
 ) -> tuple[Extraction, Extraction]:
     """Extract the features of the labelled images, the union of all draws, and of the validation images."""
-    config, name, tasks = plan.request, ready.encoder.checkpoint.name, ready.pending_on("features")
+    config, name, tasks = plan.config, ready.encoder.checkpoint.name, ready.pending_on("features")
     loading = make_loading(config)
     with _open_cache(plan, group) as cache:
         extract = partial(extract_features, ready.encoder, cache=cache, group=group)
@@ -390,12 +390,12 @@ def make_patch_drop(config: EvaluationConfig) -> PatchDrop | None:
 @contextlib.contextmanager
 def _open_cache(plan: Plan, group: Group) -> Iterator[Path | None]:
     """Yield the cache folder. With --no-cache it is None, or a temporary folder through which ranks exchange rows."""
-    if not plan.request.no_cache:
-        yield cache_folder(plan.request)
+    if not plan.config.no_cache:
+        yield cache_folder(plan.config)
     elif group.world == 1:
         yield None
     else:
-        folder = Path(plan.request.out) / broadcast_from_rank0(group, "folder", _make_temporary_name)
+        folder = Path(plan.config.out) / broadcast_from_rank0(group, "folder", _make_temporary_name)
         try:
             yield folder
         finally:
@@ -480,13 +480,13 @@ def _measure_on_augmented(
         hashes=plan.train_hashes,
         encoder=encoder,
         tap=tap,
-        loading=make_loading(plan.request),
+        loading=make_loading(plan.config),
     )
     files = None
-    if not plan.request.canary:
+    if not plan.config.canary:
         facts = _describe_run(plan, encoder) | {"tap": tap, "transform": str(encoder.transform)}
         facts |= {"probe": str(probe), "draw": task.split_sha256}
-        files = StateFiles(out=Path(plan.request.out), facts=facts)
+        files = StateFiles(out=Path(plan.config.out), facts=facts)
 
     def fit() -> FittedProbe:
         with check_frozen(encoder):

@@ -55,7 +55,7 @@ def finetune_task(
     """
     started = time.perf_counter()
     plan, encoder, task = measurement.plan, measurement.encoder, measurement.task
-    probe, config, n_classes = task.probe, plan.request, len(plan.val.classes)
+    probe, config, n_classes = task.probe, plan.config, len(plan.val.classes)
     assert isinstance(probe, Finetune)
     (tap,) = find_taps(encoder, task, config).values()
     images = plan.train.only(task.subset.image_ids)
@@ -103,13 +103,13 @@ def finetune_task(
 
 def _check_readable(plan: Plan, images: ImageSet, group: Group) -> None:
     """Decode every image once, so that a damaged one is reported now and not after hours. Raises DataError listing all."""
-    if plan.request.on_bad_image == "skip":
+    if plan.config.on_bad_image == "skip":
         return  # the plan has left them out already
     lines = []
     for split in (images, plan.val):
         rows = split_across_ranks(len(split), group, block=1)
         for image_id, reason in find_unreadable(
-            split.only(split.ids[rows.start : rows.stop]), plan.request.worker_count
+            split.only(split.ids[rows.start : rows.stop]), plan.config.worker_count
         ):
             lines.append(f"{split.source.place(image_id)}: {reason}")
     lines = "\n".join(all_gather_object(group, "unreadable images", "\n".join(lines))).split("\n")
@@ -119,7 +119,7 @@ def _check_readable(plan: Plan, images: ImageSet, group: Group) -> None:
 
 def _choose_options(plan: Plan, encoder: Encoder, images: ImageSet) -> RunOptions:
     """Return the micro-batch (--batch-size) and the number of workers."""
-    config, cuda = plan.request, plan.device.type == "cuda"
+    config, cuda = plan.config, plan.device.type == "cuda"
     micro_batch = config.batch_images or max(2, choose_batch_size(encoder) // (4 if cuda else 1))
     workers = config.worker_count
     if workers is None:
@@ -137,20 +137,20 @@ def make_state_files(plan: Plan, encoder: Encoder, task: Task) -> StateFiles:
         "transform": str(encoder.transform),
         "precision": plan.precision,
     }
-    return StateFiles(out=Path(plan.request.out), facts=facts)
+    return StateFiles(out=Path(plan.config.out), facts=facts)
 
 
 def find_saved_folder(plan: Plan, encoder: Encoder, task: Task) -> Path:
     """Return the folder that a task's network is saved to: --save itself, or a folder in it if there are several."""
-    assert plan.request.save is not None
+    assert plan.config.save is not None
     draws = [(one.subset.name, one.subset.draw) for one in plan.tasks if isinstance(one.probe, Finetune)]
     names = []
-    if len(set(plan.request.checkpoint)) > 1:
+    if len(set(plan.config.checkpoint)) > 1:
         names.append(f"{_slugify(encoder.checkpoint.name)}-{encoder.checkpoint.weights_sha256[:8]}")
     if len(draws) > 1:
         suffix = f"-{task.protocol_id[:8]}" if len(set(draws)) < len(draws) else ""
         names.append(f"{_slugify(task.subset.name)}-{task.subset.draw}{suffix}")
-    return Path(plan.request.save, *names)
+    return Path(plan.config.save, *names)
 
 
 def _slugify(name: str) -> str:
@@ -164,7 +164,7 @@ def check_saved(plan: Plan, encoder: Encoder, finished: Sequence[Task]) -> None:
             folder, result_id = find_saved_folder(plan, encoder, task), make_result_id(encoder, task)
             if read_saved_result(folder) != result_id:
                 raise UsageError(
-                    f"--save: {result_id} is measured already in {plan.request.out}, and its network was not kept",
+                    f"--save: {result_id} is measured already in {plan.config.out}, and its network was not kept",
                     where=str(folder),
                     hint="Train it again with a different --out.",
                 )

@@ -227,7 +227,7 @@ def score_snapshot(plan: Plan, folder: Path, snapshot: SnapshotFiles) -> Point |
     prepared = replace(prepared, encoder=replace(prepared.encoder, checkpoint=checkpoint))
     prepare_folder(folder / EVAL, option="RUN_DIR")
     cache = folder / EVAL / f".features.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    cached_plan = replace(plan, request=replace(plan.request, cache=str(cache)))
+    cached_plan = replace(plan, config=replace(plan.config, cache=str(cache)))
     try:
         results = tuple(evaluate_checkpoint(cached_plan, str(snapshot.encoder), prepared=prepared))
         features = _measure_snapshot(cached_plan, prepared, snapshot, cache)
@@ -251,7 +251,7 @@ def _measure_snapshot(plan: Plan, prepared: Preparation, snapshot: SnapshotFiles
     spread: float | None
     try:
         extracted = extract_features(
-            encoder, plan.val, taps=[tap], hashes=plan.val_hashes, loading=make_loading(plan.request), cache=cache
+            encoder, plan.val, taps=[tap], hashes=plan.val_hashes, loading=make_loading(plan.config), cache=cache
         )
         rank, spread, problem = measure_features(extracted.features[tap].values)
     except NumericalError as error:

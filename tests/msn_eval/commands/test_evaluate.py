@@ -137,8 +137,8 @@ def test_slurm_gets_the_command_without_itself(
 ) -> None:
     handed = []
 
-    def take(text: str, request: EvaluationConfig, words: list[str]) -> int:
-        handed.append((text, request.out, words))
+    def take(text: str, config: EvaluationConfig, words: list[str]) -> int:
+        handed.append((text, config.out, words))
         return 0
 
     monkeypatch.setattr(evaluate, "_submit", take)
@@ -279,7 +279,7 @@ def test_second_rank_asks_for_the_second_gpu(
 ) -> None:
     asked: list[int | None] = []
 
-    def refuse(request: EvaluationConfig, *, local_rank: int | None) -> None:
+    def refuse(config: EvaluationConfig, *, local_rank: int | None) -> None:
         asked.append(local_rank)
         raise UsageError("enough was seen", hint="")
 

@@ -129,9 +129,9 @@ def test_what_their_code_does_not_read_is_refused(changed: dict[str, Any], told:
 
 
 def test_options_win_over_the_file(tmp_path: Path) -> None:
-    request = _read(tmp_path, given={"device": "cpu", "linear_augmented.epochs": 2})
+    config = _read(tmp_path, given={"device": "cpu", "linear_augmented.epochs": 2})
 
-    assert (request.device, request.linear_augmented.epochs, request.linear_augmented.lr) == ("cpu", 2, [6.4])
+    assert (config.device, config.linear_augmented.epochs, config.linear_augmented.lr) == ("cpu", 2, [6.4])
 
 
 def test_the_file_runs_up_to_its_number_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

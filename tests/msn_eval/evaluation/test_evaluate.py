@@ -338,7 +338,7 @@ def test_bf16_and_fp16_are_comparable(folder: Path, tmp_path: Path) -> None:
 def test_rank_computes_on_the_gpu_of_its_number(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    config = replace(_plan(folder, tmp_path).request, device="auto")
+    config = replace(_plan(folder, tmp_path).config, device="auto")
     assert str(make_plan(config, local_rank=1).device) == "cuda:1"
 
 

@@ -42,9 +42,9 @@ def asked(tmp_path: Path, **options: object) -> EvaluationConfig:
 
 
 def measured(tmp_path: Path, **options: object) -> Result:
-    request = vars(asked(tmp_path, **options)).copy()
-    names, subsets, probes = (request.pop(name) for name in ("checkpoint", "subset", "probe"))
-    (result,) = evaluate(names, data=request.pop("data"), subsets=subsets, probes=probes, **request)
+    config = vars(asked(tmp_path, **options)).copy()
+    names, subsets, probes = (config.pop(name) for name in ("checkpoint", "subset", "probe"))
+    (result,) = evaluate(names, data=config.pop("data"), subsets=subsets, probes=probes, **config)
     return result
 
 
