@@ -148,7 +148,6 @@ def evaluate_all(
             ready = (prepared or {}).pop(name, None)
             for result in evaluate_checkpoint(plan, name, prepared=ready, group=group, on_progress=on_progress):
                 results[result.id] = result
-                _log.debug("%s %s@%d: %s", result.probe.name, result.split.subset, result.split.draw, result.status)
         except CheckpointError as error:
             if len(plan.config.checkpoint) == 1:
                 raise
@@ -266,12 +265,12 @@ def evaluate_checkpoint(
             check_saved(plan, encoder, [task for task in plan.tasks if task not in ready.pending])
         yield from ready.known
     # Rank 0 reads the result folder and broadcasts what is left: it may write there while others still read.
-    indices = [str(index) for index, task in enumerate(plan.tasks) if task in ready.pending]
-    indices = broadcast_from_rank0(group, "pending", lambda: " ".join(indices)).split()
+    own = [index for index, task in enumerate(plan.tasks) if task in ready.pending]
+    indices = broadcast_from_rank0(group, "pending", lambda: own)
     if not indices:
         _log.info("%s: all %d results are in %s, nothing computed", encoder.checkpoint.name, len(plan.tasks), out)
         return
-    ready = replace(ready, pending=tuple(plan.tasks[int(index)] for index in indices))
+    ready = replace(ready, pending=tuple(plan.tasks[index] for index in indices))
     for result, predictions in _measure(plan, ready, group, on_progress):
         if group.rank == 0:
             if not plan.config.canary:
@@ -306,18 +305,14 @@ def _measure(plan: Plan, ready: Preparation, group: Group, on_progress: Progress
 def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None) -> Iterator[_Outcome]:
     """Extract the features that the tasks need, each image once; then fit and score probe by probe."""
     encoder = ready.encoder
+    measure = partial(Measurement, plan=plan, encoder=encoder)
     started = time.perf_counter()
     try:
         with check_frozen(encoder):
             train, test = _extract_splits(plan, ready, group, on_progress)
     except NumericalError as error:
-        measure = partial(
-            Measurement,
-            plan=plan,
-            encoder=encoder,
-            timing=replace(NO_EXTRACTION, extract=round(time.perf_counter() - started, 4)),
-            batch_size=plan.config.batch_images or choose_batch_size(encoder),
-        )
+        timing = replace(NO_EXTRACTION, extract=round(time.perf_counter() - started, 4))
+        measure = partial(measure, timing=timing, batch_size=plan.config.batch_images or choose_batch_size(encoder))
         yield from ((measure(task=task).make_failure(error), None) for task in ready.frozen)
         return
     timing = _make_timing(train, test, time.perf_counter() - started)
@@ -326,9 +321,7 @@ def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: P
         encoder.checkpoint.name, train.read + test.read + train.reused + test.reused, timing.extract,
         train.reused + test.reused,
     )  # fmt: skip
-    measure = partial(
-        Measurement, plan=plan, encoder=encoder, timing=timing, batch_size=min(train.batch_size, test.batch_size)
-    )
+    measure = partial(measure, timing=timing, batch_size=min(train.batch_size, test.batch_size))
     workers = WorkerGroup(group=group, device=plan.device) if group.world > 1 else None
     if group.rank == 0:
         yield from _measure_on_features(ready, train, test, measure, workers)

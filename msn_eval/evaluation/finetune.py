@@ -1,8 +1,10 @@
 """Fine-tuning of one task of a plan: from labelled images to the predictions of the network that was trained on them."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -35,12 +37,6 @@ from msn_eval.probes.finetune.predict import LabelledImages, RunOptions, score_i
 from msn_eval.probes.finetune.train import Progress, finetune
 from msn_eval.probes.training_state import StateFiles
 from msn_eval.results.record import Predictions, Result
-
-_CHECKED_PIXELS, _CHECKED_IMAGES = (
-    8,
-    64,
-)  # size that images are decoded to, and images per batch, to find unreadable ones
-_SLUG = "abcdefghijklmnopqrstuvwxyz0123456789-_."
 
 
 def finetune_task(
@@ -105,16 +101,13 @@ def _check_readable(plan: Plan, images: ImageSet, group: Group) -> None:
     """Decode every image once, so that a damaged one is reported now and not after hours. Raises DataError listing all."""
     if plan.config.on_bad_image == "skip":
         return  # the plan has left them out already
-    lines = []
+    own = []
     for split in (images, plan.val):
         rows = split_across_ranks(len(split), group, block=1)
-        for image_id, reason in find_unreadable(
-            split.only(split.ids[rows.start : rows.stop]), plan.config.worker_count
-        ):
-            lines.append(f"{split.source.place(image_id)}: {reason}")
-    lines = "\n".join(all_gather_object(group, "unreadable images", "\n".join(lines))).split("\n")
-    if any(lines):
-        raise make_unreadable_error([line for line in lines if line])
+        failures = find_unreadable(split.only(split.ids[rows.start : rows.stop]), plan.config.worker_count)
+        own += [f"{split.source.place(image_id)}: {reason}" for image_id, reason in failures]
+    if reasons := list(chain(*all_gather_object(group, "unreadable images", own))):
+        raise make_unreadable_error(reasons)
 
 
 def _choose_options(plan: Plan, encoder: Encoder, images: ImageSet) -> RunOptions:
@@ -143,7 +136,7 @@ def make_state_files(plan: Plan, encoder: Encoder, task: Task) -> StateFiles:
 def find_saved_folder(plan: Plan, encoder: Encoder, task: Task) -> Path:
     """Return the folder that a task's network is saved to: --save itself, or a folder in it if there are several."""
     assert plan.config.save is not None
-    draws = [(one.subset.name, one.subset.draw) for one in plan.tasks if isinstance(one.probe, Finetune)]
+    draws = [(other.subset.name, other.subset.draw) for other in plan.tasks if isinstance(other.probe, Finetune)]
     names = []
     if len(set(plan.config.checkpoint)) > 1:
         names.append(f"{_slugify(encoder.checkpoint.name)}-{encoder.checkpoint.weights_sha256[:8]}")
@@ -154,7 +147,7 @@ def find_saved_folder(plan: Plan, encoder: Encoder, task: Task) -> Path:
 
 
 def _slugify(name: str) -> str:
-    return "".join(letter if letter in _SLUG else "-" for letter in name.lower())[:60]
+    return re.sub(r"[^a-z0-9_.-]", "-", name.lower())[:60]
 
 
 def check_saved(plan: Plan, encoder: Encoder, finished: Sequence[Task]) -> None:

@@ -213,9 +213,6 @@ def _describe_features(encoder: Encoder, taps: Mapping[str, str], dim: int | Non
 
 
 def _describe_checkpoint(checkpoint: Checkpoint, config: EvaluationConfig) -> CheckpointInfo:
-    own = {field.name for field in fields(CheckpointInfo)} - {"allow_missing", "distribution"}
-    return CheckpointInfo(
-        **{name: getattr(checkpoint, name) for name in own},
-        allow_missing=tuple(config.allow_missing) if checkpoint.matched < 1 else (),
-        distribution=getattr(checkpoint, "distribution", None),
-    )
+    own = {field.name for field in fields(CheckpointInfo)} - {"allow_missing"}
+    allow_missing = tuple(config.allow_missing) if checkpoint.matched < 1 else ()
+    return CheckpointInfo(**{name: getattr(checkpoint, name) for name in own}, allow_missing=allow_missing)

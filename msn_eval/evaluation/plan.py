@@ -34,10 +34,8 @@ from msn_eval.results.record import PROTOCOL_VERSION, protocol_id
 _log = logging.getLogger(__name__)
 DATA_VARIABLE = "MSN_EVAL_DATA"
 _SHOWN = 10
-_CHECKED_PIXELS, _CHECKED_IMAGES = (
-    8,
-    64,
-)  # size that images are decoded to, and images per batch, to find unreadable ones
+_CHECKED_PIXELS = 8  # size that images are decoded to, to find unreadable ones
+_CHECKED_IMAGES = 64  # per batch
 _TRANSFORM_RULE = "resize-256/224-bilinear-centre-crop"
 
 

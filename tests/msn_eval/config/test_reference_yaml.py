@@ -28,7 +28,7 @@ RELEASED: dict[str, dict[str, object]] = {
 
 
 def _read(tmp_path: Path, *changes: tuple[str, object], given: dict[str, object] | None = None) -> EvaluationConfig:
-    from msn_eval.commands.evaluate import _translated
+    from msn_eval.commands.evaluate import _translate
     from msn_eval.config.yaml_config import read_config
 
     content: Any = {section: dict(values) for section, values in RELEASED.items()}
@@ -37,7 +37,7 @@ def _read(tmp_path: Path, *changes: tuple[str, object], given: dict[str, object]
         content[section][name] = value
     path = tmp_path / "lineval.yaml"
     OmegaConf.save(OmegaConf.create(content), path)
-    return read_config(EvaluationConfig, file=path, given=given, translate=_translated)
+    return read_config(EvaluationConfig, file=path, given=given, translate=_translate)
 
 
 def test_the_released_file_is_the_published_evaluation(tmp_path: Path) -> None:
