@@ -177,7 +177,7 @@ def write_shard(folder: FeatureFolder, contents: Sequence[str], images: Sequence
     from safetensors.torch import save
 
     addresses = torch.frombuffer(bytearray.fromhex("".join(contents)), dtype=torch.uint8).view(len(contents), -1)
-    packed = save({"contents": addresses, "values": values.contiguous()})
+    packed = save({"contents": addresses, "values": values})
     sha256 = hashlib.sha256(packed).hexdigest()
     manifest = Manifest(
         bank=folder.digest,

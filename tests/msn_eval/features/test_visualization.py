@@ -47,14 +47,6 @@ def test_nearest_neighbour_of_a_training_image_is_itself(encoder: Encoder, image
     assert (most.nearest[:, 0] != np.arange(30)).any()
 
 
-def test_count_above_the_number_of_images_returns_all(encoder: Encoder, images: ImageSet, train: Features) -> None:
-    pixels = read_pixels(images, images.ids[:1], encoder.transform)
-
-    (one,) = find_neighbours(encoder, pixels, train, masked=[0.0], count=99, seed=0)
-
-    assert sorted(one.nearest[0].tolist()) == list(range(30))
-
-
 def test_hidden_patches_are_grey(random_pixels: Tensor) -> None:
     shown = hide_patches(random_pixels, torch.tensor([[0, 15]]).expand(4, -1), side=4)
 
