@@ -94,7 +94,7 @@ class JpegSource(NumberSource):
 
     def content(self, image_id: str) -> bytes:
         file = io.BytesIO()
-        Image.new("RGB", (16, 16), (int(image_id.partition("/")[2]), 0, 7)).save(file, "JPEG")
+        Image.new("RGB", (16, 16), (9 * int(image_id.partition("/")[2]), 0, 7)).save(file, "JPEG")
         return file.getvalue()
 
 
