@@ -191,7 +191,7 @@ class Preparation:
 
 
 def prepare(plan: Plan, name: str) -> Preparation:
-    """Read one checkpoint and find out what is left to measure. Failed results are tried again.
+    """Read one checkpoint and list what is left to measure. Failed results are tried again.
 
     Raises:
         CheckpointError, StoreError: The checkpoint or an earlier record is refused.
@@ -218,7 +218,7 @@ def prepare(plan: Plan, name: str) -> Preparation:
 
 
 def _find_results(plan: Plan, encoder: Encoder) -> Preparation:
-    """Find out what is left to measure of one encoder, as the plan's folder is now."""
+    """Compare the plan with the results that its folder holds now."""
     config = plan.config
     results = [None if config.canary else find_result(Path(config.out), encoder, task, config) for task in plan.tasks]
     return Preparation(
@@ -388,17 +388,14 @@ def _open_cache(plan: Plan, group: Group) -> Iterator[Path | None]:
     elif group.world == 1:
         yield None
     else:
-        folder = Path(plan.config.out) / broadcast_from_rank0(group, "folder", _make_temporary_name)
+        # A later run recognises by this name what a killed one has left.
+        name = f".features.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        folder = Path(plan.config.out) / broadcast_from_rank0(group, "folder", lambda: name)
         try:
             yield folder
         finally:
             if group.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _make_temporary_name() -> str:
-    """Return a name by which a later run recognises what a killed one has left."""
-    return f".features.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 
 def _name_progress(on_progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
@@ -517,14 +514,12 @@ def _fit_and_score(
                 continue
             predictions = make_predictions(test.image_ids, test.labels, scores)
             seconds = fit_seconds + time.perf_counter() - started
-            yield (
-                pending.pop(params).make_result(config, predictions, dim=test.values.shape[1], seconds=seconds),
-                predictions,
-            )
+            measurement = pending.pop(params)
+            yield measurement.make_result(config, predictions, dim=test.values.shape[1], seconds=seconds), predictions
             started = time.perf_counter()
         for failed, reason in fitted.failures:
-            if (measurement := pending.pop(str(dict(failed)), None)) is not None:
-                yield measurement.make_failure(reason), None
+            if str(dict(failed)) in pending:
+                yield pending.pop(str(dict(failed))).make_failure(reason), None
     except NumericalError as error:
         yield from ((measurement.make_failure(error), None) for measurement in pending.values())
 

@@ -172,17 +172,17 @@ def test_ranks_share_neighbours_and_a_chunked_fit_under_a_launcher(
 ) -> None:
     monkeypatch.setattr(knn, "_SHARED_VALUES", 0)
     monkeypatch.setattr(newton, "_WHOLE_BYTES", 0)
-    words = ["--checkpoint", TINY, *command[2:], "--probe", "knn,logistic", "--k", "5", "--batch-size", "64"]
+    arguments = ["--checkpoint", TINY, *command[2:], "--probe", "knn,logistic", "--k", "5", "--batch-size", "64"]
     (tmp_path / "launch.py").write_text(_LAUNCH)
     folders = {name: ["--out", str(tmp_path / name)] for name in ("alone", "ranks")}
 
-    assert main([*words, *folders["alone"]]) == 0
+    assert main([*arguments, *folders["alone"]]) == 0
     serving = {name: getattr(worker_group, name) for name in ("_serve_search", "_serve_fit")}
     for name, do in serving.items():
         monkeypatch.setattr(
             worker_group, name, lambda *given, name=name, do=do, **named: (print(name, flush=True), do(*given, **named))
         )
-    code, output = run_script(tmp_path / "launch.py", *words, *folders["ranks"])
+    code, output = run_script(tmp_path / "launch.py", *arguments, *folders["ranks"])
 
     assert code == 0, output
     assert [output.count(name) for name in serving] == [1, 1]
@@ -194,8 +194,8 @@ def test_single_class_is_refused(tmp_path: Path, probe: str, capsys: pytest.Capt
     for split in ("train", "val"):
         (tmp_path / "data" / split / "only").mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / "data" / split / "only" / "a.png")
-    words = ["--checkpoint", "pixels", "--data", str(tmp_path / "data"), "--subset", "1img@1", "--k", "1"]
-    assert main([*words, "--probe", probe, "--out", str(tmp_path / "runs"), "--no-cache"]) == 23
+    arguments = ["--checkpoint", "pixels", "--data", str(tmp_path / "data"), "--subset", "1img@1", "--k", "1"]
+    assert main([*arguments, "--probe", probe, "--out", str(tmp_path / "runs"), "--no-cache"]) == 23
     assert "single class 'only'" in capsys.readouterr().err
 
 
@@ -210,7 +210,7 @@ def test_own_network_whose_helper_changed_is_measured_again(
         "    def forward(self, images): return helper_of_mine.change(images.flatten(1))\n"
         "def make(): return Mine()\n"
     )
-    words = [*command, "--checkpoint", "py:network_of_mine:make"]
+    arguments = [*command, "--checkpoint", "py:network_of_mine:make"]
     records = []
     for change in ("rows", "rows[:, :20]"):
         (tmp_path / "helper_of_mine.py").write_text(f"def change(rows): return {change}\n")
@@ -218,7 +218,7 @@ def test_own_network_whose_helper_changed_is_measured_again(
             sys.modules.pop(name, None)
         importlib.invalidate_caches()
         shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
-        assert main(words) == 0
+        assert main(arguments) == 0
         records.append({path.name for path in (tmp_path / "runs").glob("*.json")})
     for name in ("network_of_mine", "helper_of_mine"):
         sys.modules.pop(name, None)

@@ -51,8 +51,10 @@ def leaking(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _command(data: Path, out: Path) -> list[str]:
-    words = "--canary --checkpoint pixels --subset full --probe logistic,knn,ridge,ncm --k 1 --device cpu --no-cache"
-    return [*words.split(), "--data", str(data), "--out", str(out)]
+    arguments = (
+        "--canary --checkpoint pixels --subset full --probe logistic,knn,ridge,ncm --k 1 --device cpu --no-cache"
+    )
+    return [*arguments.split(), "--data", str(data), "--out", str(out)]
 
 
 def test_run_without_a_leak_is_at_chance_and_writes_nothing(

@@ -66,13 +66,13 @@ def test_many_images_are_timed_and_few_are_not(plan: MakePlan) -> None:
 
 
 def test_cached_features_are_reused_and_their_bytes_not_read(plan: MakePlan) -> None:
-    whole, some = _estimate(plan()), _estimate(plan(limit=20))
+    complete, some = _estimate(plan()), _estimate(plan(limit=20))
     evaluate_all(plan(limit=20))
 
     cost = _estimate(plan())
 
     assert (cost.read, cost.reused) == (40, 42)
-    assert cost.bytes == whole.bytes - some.bytes
+    assert cost.bytes == complete.bytes - some.bytes
 
 
 @pytest.mark.parametrize(

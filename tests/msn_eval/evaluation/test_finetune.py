@@ -198,14 +198,14 @@ def test_fine_tuned_and_frozen_numbers_have_columns_of_their_own(
 
 
 def test_baseline_is_measured_again_with_its_own_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--checkpoint", _VIT, "--data", "digits", "--device", "cpu", "--no-cache"]
+    arguments = ["--checkpoint", _VIT, "--data", "digits", "--device", "cpu", "--no-cache"]
     given = [f"finetune.{name}={value}" for name, value in _RECIPE.items()]
     runs, baseline = str(tmp_path / "runs"), str(tmp_path / "baseline.json")
-    assert main([*words, "--probe", "finetune", "--subset", "1img@1", "--seed", "2", "--out", runs, *given]) == 0
+    assert main([*arguments, "--probe", "finetune", "--subset", "1img@1", "--seed", "2", "--out", runs, *given]) == 0
     assert main(["baseline", runs, "--out", baseline]) == 0
     capsys.readouterr()
 
-    code = main(["check", "--baseline", baseline, *words, "--seed", "2", "--out", str(tmp_path / "again")])
+    code = main(["check", "--baseline", baseline, *arguments, "--seed", "2", "--out", str(tmp_path / "again")])
 
     assert code == 0
     assert "pass" in capsys.readouterr().out.lower()

@@ -160,10 +160,10 @@ def test_rows_come_back_bit_for_bit(folder: FeatureFolder) -> None:
 def test_rows_from_several_shards_come_in_the_requested_order(folder: FeatureFolder) -> None:
     keep(folder, CONTENTS[:5])
     keep(folder, CONTENTS[5:9])
-    asked = [CONTENTS[row] for row in (7, 0, 8, 4, 5)]
-    read, _ = read_rows(folder, asked)
+    wanted = [CONTENTS[row] for row in (7, 0, 8, 4, 5)]
+    read, _ = read_rows(folder, wanted)
     assert read is not None
-    assert torch.equal(read, rows_of(asked))
+    assert torch.equal(read, rows_of(wanted))
 
 
 def test_missing_rows_are_reported_and_zero(folder: FeatureFolder) -> None:
@@ -274,7 +274,7 @@ class Scene:
             sorted(path.with_suffix(suffix) for path in self.folder.path.glob("*.safetensors")), 2
         )
 
-    def foreign(self, suffix: str) -> Path:
+    def of_other(self, suffix: str) -> Path:
         return self.chance.choice(sorted(self.other.path.glob("*.safetensors"))).with_suffix(suffix)
 
 
@@ -426,11 +426,11 @@ def misplace(scene: Scene) -> None:
         case 4:
             path.symlink_to(path)
         case _:
-            path.symlink_to(scene.foreign(path.suffix))
+            path.symlink_to(scene.of_other(path.suffix))
 
 
 def rename(scene: Scene) -> None:
-    """Give a shard and its manifest a different valid name."""
+    """Rename a shard and its manifest to a different valid name."""
     path = scene.shard()
     for suffix in (".safetensors", ".json"):
         path.with_suffix(suffix).rename(path.with_name(content_of(path)[:32] + suffix))
@@ -448,8 +448,8 @@ DAMAGES: dict[str, Callable[[Scene], object]] = {
     "manifest twice": lambda scene: put(scene.manifest(), scene.manifest().read_bytes() * 2),
     "two shards in each other's place": lambda scene: swap(scene.two(".safetensors")),
     "two manifests in each other's place": lambda scene: swap(scene.two(".json")),
-    "shard of another folder": lambda scene: put(scene.shard(), scene.foreign(".safetensors").read_bytes()),
-    "manifest of another folder": lambda scene: put(scene.manifest(), scene.foreign(".json").read_bytes()),
+    "shard of another folder": lambda scene: put(scene.shard(), scene.of_other(".safetensors").read_bytes()),
+    "manifest of another folder": lambda scene: put(scene.manifest(), scene.of_other(".json").read_bytes()),
     "shard that is gone": lambda scene: scene.shard().unlink(),
     "shard by another name": rename,
     "changed field of a manifest": change_field,
@@ -538,13 +538,13 @@ def test_damaged_shard_that_cannot_be_moved_is_a_store_error(scene: Scene) -> No
         read_rows(scene.folder, CONTENTS)
 
 
-def test_foreign_files_in_a_feature_folder_are_neither_read_nor_moved(scene: Scene) -> None:
-    strangers = ["notes.json", "package.json", f"{'G' * 32}.json", f".{'0' * 31}.json", f"{'0' * 32}.json.bak"]
-    for name in strangers:
+def test_unknown_files_in_a_feature_folder_are_neither_read_nor_moved(scene: Scene) -> None:
+    unknown = ["notes.json", "package.json", f"{'G' * 32}.json", f".{'0' * 31}.json", f"{'0' * 32}.json.bak"]
+    for name in unknown:
         (scene.folder.path / name).write_text("mine")
     _, found = read_rows(scene.folder, CONTENTS)
     assert all(found)
-    assert [(scene.folder.path / name).read_text() for name in strangers] == ["mine"] * len(strangers)
+    assert [(scene.folder.path / name).read_text() for name in unknown] == ["mine"] * len(unknown)
 
 
 @pytest.mark.parametrize("part", [Scene.shard, Scene.manifest], ids=["shard", "manifest"])

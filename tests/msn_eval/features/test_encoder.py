@@ -164,7 +164,7 @@ def test_mean_is_that_of_the_normed_patch_tokens(
 
 
 @pytest.mark.parametrize("class_token", [True, False])
-def test_mean_is_normed_after_averaging_where_the_norm_sits_there(
+def test_mean_is_normed_after_averaging_with_fc_norm(
     tmp_path: Path, vit_weights: WeightMaker, random_pixels: Tensor, class_token: bool
 ) -> None:
     weights = vit_weights(fc_norm=True, class_token=class_token)
@@ -276,7 +276,7 @@ def test_taps_of_a_beit_are_its_own_tokens(random_pixels: Tensor, pooled: bool) 
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-# Which taps there are.
+# Available taps.
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_encoder_offers_the_taps_it_has(checkpoint: str, taps: tuple[str, ...]) 
     assert load(checkpoint).taps == taps
 
 
-def test_own_module_that_is_a_transformer_of_timm_is_asked_for_its_output(random_pixels: Tensor) -> None:
+def test_own_module_that_is_a_transformer_of_timm_has_only_its_output(random_pixels: Tensor) -> None:
     network = read_checkpoint(TINY).network
     encoder = build_encoder(own(network), device=CPU, precision="fp32")
     tap = resolve_tap(encoder, "cls", by_hand=False)

@@ -87,9 +87,9 @@ def damaged_folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_features_do_not_depend_on_the_batch_size(encoder: Encoder, picture_folder: Path, batch_size: int) -> None:
-    whole = extract(encoder, str(picture_folder), tap="cls", batch_size=15).values
-    parted = extract(encoder, str(picture_folder), tap="cls", batch_size=batch_size).values
-    torch.testing.assert_close(parted, whole, atol=1e-5, rtol=1e-5)
+    together = extract(encoder, str(picture_folder), tap="cls", batch_size=15).values
+    apart = extract(encoder, str(picture_folder), tap="cls", batch_size=batch_size).values
+    torch.testing.assert_close(apart, together, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

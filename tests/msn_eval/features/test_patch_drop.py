@@ -143,8 +143,8 @@ def test_dropped_patches_change_no_tap_and_enter_no_block(encoder: Encoder, rand
 
     assert all(torch.equal(one[tap], other[tap]) for tap in taps)
     assert entered == [3 + encoder.network.num_prefix_tokens] * 2
-    whole = encode(encoder, random_pixels, ["cls"])["cls"]  # afterwards no patch is dropped
-    assert not torch.allclose(one["cls"], whole, atol=1e-3)
+    complete = encode(encoder, random_pixels, ["cls"])["cls"]  # afterwards no patch is dropped
+    assert not torch.allclose(one["cls"], complete, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["pixels", "random:resnet18"])

@@ -116,7 +116,7 @@ def test_nothing_dropped_predicts_as_without_the_option_from_the_same_features(t
 
     assert none.id != plain.id
     assert (none.probe.objective, none.metrics) == (plain.probe.objective, plain.metrics)
-    assert none.timing_s.images_per_second is None  # every feature was there
+    assert none.timing_s.images_per_second is None  # every feature is from the cache
 
 
 def test_validation_images_keep_all_patches(tmp_path: Path) -> None:
