@@ -317,7 +317,9 @@ class _Job:
 
     def kept(self, image_ids: Sequence[str]) -> Tensor | None:
         """Return the kept patches of images, (b, k) int64, or None for complete images."""
-        return self.drop and draw_kept_patches(self.drop, image_ids, patches=patch_count(self.encoder))
+        if self.drop is None:
+            return None
+        return draw_kept_patches(self.drop, image_ids, patches=patch_count(self.encoder))
 
 
 def _extract_to_memory(job: _Job, on_progress: Progress | None) -> dict[str, Tensor]:
