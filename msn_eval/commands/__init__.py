@@ -19,8 +19,8 @@ VERBS = {
     "subsets": "the published ImageNet lists: list, verify, fetch; or draw a subset of any data set",
     "data": "verify a data set: read and decode every image, count, compare with a manifest",
     "cache": "list, verify or prune what is kept of earlier runs",
-    "ls": "what there is: checkpoints, subsets, probes, datasets, protocols",
-    "demo": "a whole evaluation on embedded images",
+    "ls": "list checkpoints, subsets, probes, datasets, reports or protocols",
+    "demo": "a complete evaluation on embedded images",
 }
 
 

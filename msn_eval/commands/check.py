@@ -119,10 +119,10 @@ def _evaluate(options: argparse.Namespace, baseline: "Baseline") -> "tuple[list[
             hint = f"Pass --data or set ${DATA_VARIABLE}: the baseline's is {baseline.data}."
             raise UsageError("no data set given", hint=hint)
         given["data"] = baseline.data
-    request = read_config(EvaluationConfig, given=given | {"checkpoint": [options.checkpoint]})
-    plans = make_baseline_plans(baseline, request)
+    config = read_config(EvaluationConfig, given=given | {"checkpoint": [options.checkpoint]})
+    plans = make_baseline_plans(baseline, config)
     results = [result for plan in plans for result in evaluate_with_progress(plan)[0]]
-    return results, [Path(request.out)]
+    return results, [Path(config.out)]
 
 
 def _write(path: str | None, text: str) -> None:

@@ -1,4 +1,4 @@
-"""`msn-eval demo`: a whole evaluation on embedded images, without a download."""
+"""`msn-eval demo`: a complete evaluation on embedded images, without a download."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,8 +13,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Evaluate pixels, the checkpoint that ships, and the same network untrained on the digits; print the table, and write it
-    beside the records."""
+    """Evaluate pixels, the demo checkpoint and the same network untrained on the digits; print and write the table."""
     from msn_eval.commands.progress import evaluate_with_progress
     from msn_eval.config.request import EvaluationConfig
     from msn_eval.evaluation.plan import make_plan
@@ -26,23 +25,19 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from msn_eval.results.table import make_table
 
     folder = Path(options.out)
-    prepare_folder(folder / "runs", option="--out")
-    request = EvaluationConfig(
-        checkpoint=list(CHECKPOINTS),
-        data="digits",
-        probe=["logistic", "knn"],
-        device="cpu",
-        out=str(folder / "runs"),
+    runs = folder / "runs"
+    prepare_folder(runs, option="--out")
+    config = EvaluationConfig(
+        checkpoint=list(CHECKPOINTS), data="digits", probe=["logistic", "knn"], device="cpu", out=str(runs)
     )
-    results, code = evaluate_with_progress(make_plan(request))
+    results, code = evaluate_with_progress(make_plan(config))
     table = make_table(results)
     print_table(table)
-    scan = scan_results([folder / "runs"])
-    board = make_leaderboard(scan)
-    page = load_format("html").render(make_table(scan.results, standings=board.standings), scan)
-    write_atomically(folder / "table.html", page.encode())
-    for name in ("md", "csv", "json", "latex"):
+    scan = scan_results([runs])
+    ranked = make_table(scan.results, standings=make_leaderboard(scan).standings)
+    for name in ("html", "md", "csv", "json", "latex"):
         report_format = load_format(name)
-        write_atomically(folder / f"table.{report_format.suffix}", report_format.render(table, scan).encode())
+        text = report_format.render(ranked if name == "html" else table, scan)
+        write_atomically(folder / f"table.{report_format.suffix}", text.encode())
     print(f"Written to {folder}: records in runs/, table.html, table.md, table.csv, table.json, table.tex.")
     return code

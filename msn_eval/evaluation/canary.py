@@ -1,6 +1,6 @@
 """Canary: an evaluation with random labels, in which only a leak can do better than chance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,37 +38,26 @@ class Canary:
 
 
 def choose_labels(plan: Plan, labelled: Features, test: Features) -> tuple[Features, Features]:
-    """Return labelled and validation images with their own labels, or with random ones for a canary."""
-    if not plan.request.canary:
-        return labelled, test
-    return random_labels(
-        labelled, test, seed=plan.request.seed, train_hashes=plan.train_hashes, val_hashes=plan.val_hashes
-    )
+    """Return labelled and validation images with their own labels, or with random ones for a canary.
 
-
-def random_labels(
-    labelled: Features, test: Features, *, seed: int, train_hashes: Mapping[str, str], val_hashes: Mapping[str, str]
-) -> tuple[Features, Features]:
-    """Return both splits with random labels.
-
-    The labelled images keep their labels in a different order; those of the validation images are drawn uniformly. An image
-    that is in both splits, byte for byte, has one label, so that it is found out. Without a leak every other validation
-    image is right with probability 1 / n_classes, independently of all others.
+    For a canary the labelled images keep their labels in a different order; those of the validation images are drawn
+    uniformly. An image that is in both splits, byte for byte, has one label, so that the leak is detected. Without a leak
+    every other validation image is right with probability 1 / n_classes, independently of all others.
 
     Args:
+        plan: Says whether this is a canary, its seed, and the hashes of the images.
         labelled: The labelled images.
         test: The validation images.
-        seed: Of the draws.
-        train_hashes: SHA-256 of each labelled image's bytes, by id.
-        val_hashes: The same of each validation image.
     """
-    generator = torch.Generator().manual_seed(seed)
+    if not plan.config.canary:
+        return labelled, test
+    generator = torch.Generator().manual_seed(plan.config.seed)
     train_labels = labelled.labels[torch.randperm(len(labelled.labels), generator=generator)]
     val_labels = torch.randint(test.n_classes, (len(test.labels),), generator=generator)
-    contents = [train_hashes[image_id] for image_id in labelled.image_ids]
+    contents = [plan.train_hashes[image_id] for image_id in labelled.image_ids]
     by_content = dict(zip(contents, train_labels.tolist(), strict=True))
     for row, image_id in enumerate(test.image_ids):
-        val_labels[row] = by_content.get(val_hashes[image_id], int(val_labels[row]))
+        val_labels[row] = by_content.get(plan.val_hashes[image_id], int(val_labels[row]))
     return replace(labelled, labels=train_labels), replace(test, labels=val_labels)
 
 

@@ -66,7 +66,7 @@ def estimate_cost(plan: Plan, *, run_own_code: bool) -> tuple[tuple[CostEstimate
     estimates: list[CostEstimate] = []
     prepared: dict[str, Preparation] = {}
     kept_bytes = 0
-    for name in plan.request.checkpoint:
+    for name in plan.config.checkpoint:
         try:
             ready = prepare(plan, name)
             estimates.append(_estimate_one(plan, ready, run_own_code))
@@ -107,7 +107,7 @@ def _estimate_one(plan: Plan, ready: Preparation, run_own_code: bool) -> CostEst
 
 def _find_missing(plan: Plan, ready: Preparation, images: ImageSet) -> ImageSet:
     """Return the images of a split whose features are not in the cache."""
-    config, is_val = plan.request, images is plan.val
+    config, is_val = plan.config, images is plan.val
     if config.no_cache:
         return images
     missing = list_missing_images(
@@ -139,7 +139,7 @@ def _time_image(plan: Plan, ready: Preparation, images: ImageSet) -> float | Non
 
     Patches that are dropped from labelled images are encoded here, which overestimates their time.
     """
-    encoder, config = ready.encoder, plan.request
+    encoder, config = ready.encoder, plan.config
     sample = PixelList(
         source=images.source,
         image_ids=images.ids[:: max(1, len(images) // _SAMPLE)][:_SAMPLE],

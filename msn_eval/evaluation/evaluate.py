@@ -109,9 +109,9 @@ def evaluate(
             value = [value]
         given[_FIELDS.get(name, name)] = str(value) if isinstance(value, Path) else value
     plan = make_plan(read_config(EvaluationConfig, given=given))
-    measured = (result for name in plan.request.checkpoint for result in evaluate_checkpoint(plan, name))
+    measured = (result for name in plan.config.checkpoint for result in evaluate_checkpoint(plan, name))
     results = list({result.id: result for result in measured}.values())
-    if plan.request.canary:
+    if plan.config.canary:
         refuse_leaks(judge_canary(results))
     return results
 
@@ -143,14 +143,13 @@ def evaluate_all(
     report = on_problem or (lambda text: None)
     results: dict[str, Result] = {}
     code = 0
-    for name in plan.request.checkpoint:
+    for name in plan.config.checkpoint:
         try:
             ready = (prepared or {}).pop(name, None)
             for result in evaluate_checkpoint(plan, name, prepared=ready, group=group, on_progress=on_progress):
                 results[result.id] = result
-                _log.debug("%s %s@%d: %s", result.probe.name, result.split.subset, result.split.draw, result.status)
         except CheckpointError as error:
-            if len(plan.request.checkpoint) == 1:
+            if len(plan.config.checkpoint) == 1:
                 raise
             if group.rank == 0:
                 report(f"{type(error).__name__}: {error}")
@@ -192,13 +191,13 @@ class Preparation:
 
 
 def prepare(plan: Plan, name: str) -> Preparation:
-    """Read one checkpoint and find out what is left to measure. Failed results are tried again.
+    """Read one checkpoint and list what is left to measure. Failed results are tried again.
 
     Raises:
         CheckpointError, StoreError: The checkpoint or an earlier record is refused.
         UsageError: --patch-drop for a network without patches, or a --tap that it does not have.
     """
-    config = plan.request
+    config = plan.config
     checkpoint = read_checkpoint(
         name,
         arch=config.arch,
@@ -219,8 +218,8 @@ def prepare(plan: Plan, name: str) -> Preparation:
 
 
 def _find_results(plan: Plan, encoder: Encoder) -> Preparation:
-    """Find out what is left to measure of one encoder, as the plan's folder is now."""
-    config = plan.request
+    """Compare the plan with the results that its folder holds now."""
+    config = plan.config
     results = [None if config.canary else find_result(Path(config.out), encoder, task, config) for task in plan.tasks]
     return Preparation(
         encoder=encoder,
@@ -255,26 +254,26 @@ def evaluate_checkpoint(
     """
     # A different name for the same weights may have been evaluated since `prepared` was made.
     ready = _find_results(plan, prepared.encoder) if prepared is not None else prepare(plan, name)
-    encoder, out = ready.encoder, Path(plan.request.out)
+    encoder, out = ready.encoder, Path(plan.config.out)
     check_equal_across_ranks(group, encoder.checkpoint.name, _describe_run(plan, encoder))
     if group.rank == 0:
-        if not plan.request.canary:
+        if not plan.config.canary:
             prepare_folder(out, option="--out")
-        if plan.request.save is not None:
+        if plan.config.save is not None:
             from msn_eval.evaluation.finetune import check_saved
 
             check_saved(plan, encoder, [task for task in plan.tasks if task not in ready.pending])
         yield from ready.known
     # Rank 0 reads the result folder and broadcasts what is left: it may write there while others still read.
-    indices = [str(index) for index, task in enumerate(plan.tasks) if task in ready.pending]
-    indices = broadcast_from_rank0(group, "pending", lambda: " ".join(indices)).split()
+    own = [index for index, task in enumerate(plan.tasks) if task in ready.pending]
+    indices = broadcast_from_rank0(group, "pending", lambda: own)
     if not indices:
         _log.info("%s: all %d results are in %s, nothing computed", encoder.checkpoint.name, len(plan.tasks), out)
         return
-    ready = replace(ready, pending=tuple(plan.tasks[int(index)] for index in indices))
+    ready = replace(ready, pending=tuple(plan.tasks[index] for index in indices))
     for result, predictions in _measure(plan, ready, group, on_progress):
         if group.rank == 0:
-            if not plan.request.canary:
+            if not plan.config.canary:
                 write_result(out, result, predictions)
             yield result
 
@@ -306,18 +305,14 @@ def _measure(plan: Plan, ready: Preparation, group: Group, on_progress: Progress
 def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None) -> Iterator[_Outcome]:
     """Extract the features that the tasks need, each image once; then fit and score probe by probe."""
     encoder = ready.encoder
+    measure = partial(Measurement, plan=plan, encoder=encoder)
     started = time.perf_counter()
     try:
         with check_frozen(encoder):
             train, test = _extract_splits(plan, ready, group, on_progress)
     except NumericalError as error:
-        measure = partial(
-            Measurement,
-            plan=plan,
-            encoder=encoder,
-            timing=replace(NO_EXTRACTION, extract=round(time.perf_counter() - started, 4)),
-            batch_size=plan.request.batch_images or choose_batch_size(encoder),
-        )
+        timing = replace(NO_EXTRACTION, extract=round(time.perf_counter() - started, 4))
+        measure = partial(measure, timing=timing, batch_size=plan.config.batch_images or choose_batch_size(encoder))
         yield from ((measure(task=task).make_failure(error), None) for task in ready.frozen)
         return
     timing = _make_timing(train, test, time.perf_counter() - started)
@@ -326,9 +321,7 @@ def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: P
         encoder.checkpoint.name, train.read + test.read + train.reused + test.reused, timing.extract,
         train.reused + test.reused,
     )  # fmt: skip
-    measure = partial(
-        Measurement, plan=plan, encoder=encoder, timing=timing, batch_size=min(train.batch_size, test.batch_size)
-    )
+    measure = partial(measure, timing=timing, batch_size=min(train.batch_size, test.batch_size))
     workers = WorkerGroup(group=group, device=plan.device) if group.world > 1 else None
     if group.rank == 0:
         yield from _measure_on_features(ready, train, test, measure, workers)
@@ -344,7 +337,7 @@ def _extract_splits(
     plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None
 ) -> tuple[Extraction, Extraction]:
     """Extract the features of the labelled images, the union of all draws, and of the validation images."""
-    config, name, tasks = plan.request, ready.encoder.checkpoint.name, ready.pending_on("features")
+    config, name, tasks = plan.config, ready.encoder.checkpoint.name, ready.pending_on("features")
     loading = make_loading(config)
     with _open_cache(plan, group) as cache:
         extract = partial(extract_features, ready.encoder, cache=cache, group=group)
@@ -390,22 +383,19 @@ def make_patch_drop(config: EvaluationConfig) -> PatchDrop | None:
 @contextlib.contextmanager
 def _open_cache(plan: Plan, group: Group) -> Iterator[Path | None]:
     """Yield the cache folder. With --no-cache it is None, or a temporary folder through which ranks exchange rows."""
-    if not plan.request.no_cache:
-        yield cache_folder(plan.request)
+    if not plan.config.no_cache:
+        yield cache_folder(plan.config)
     elif group.world == 1:
         yield None
     else:
-        folder = Path(plan.request.out) / broadcast_from_rank0(group, "folder", _make_temporary_name)
+        # A later run recognises by this name what a killed one has left.
+        name = f".features.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        folder = Path(plan.config.out) / broadcast_from_rank0(group, "folder", lambda: name)
         try:
             yield folder
         finally:
             if group.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _make_temporary_name() -> str:
-    """Return a name by which a later run recognises what a killed one has left."""
-    return f".features.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 
 def _name_progress(on_progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
@@ -480,13 +470,13 @@ def _measure_on_augmented(
         hashes=plan.train_hashes,
         encoder=encoder,
         tap=tap,
-        loading=make_loading(plan.request),
+        loading=make_loading(plan.config),
     )
     files = None
-    if not plan.request.canary:
+    if not plan.config.canary:
         facts = _describe_run(plan, encoder) | {"tap": tap, "transform": str(encoder.transform)}
         facts |= {"probe": str(probe), "draw": task.split_sha256}
-        files = StateFiles(out=Path(plan.request.out), facts=facts)
+        files = StateFiles(out=Path(plan.config.out), facts=facts)
 
     def fit() -> FittedProbe:
         with check_frozen(encoder):
@@ -524,14 +514,12 @@ def _fit_and_score(
                 continue
             predictions = make_predictions(test.image_ids, test.labels, scores)
             seconds = fit_seconds + time.perf_counter() - started
-            yield (
-                pending.pop(params).make_result(config, predictions, dim=test.values.shape[1], seconds=seconds),
-                predictions,
-            )
+            measurement = pending.pop(params)
+            yield measurement.make_result(config, predictions, dim=test.values.shape[1], seconds=seconds), predictions
             started = time.perf_counter()
         for failed, reason in fitted.failures:
-            if (measurement := pending.pop(str(dict(failed)), None)) is not None:
-                yield measurement.make_failure(reason), None
+            if str(dict(failed)) in pending:
+                yield pending.pop(str(dict(failed))).make_failure(reason), None
     except NumericalError as error:
         yield from ((measurement.make_failure(error), None) for measurement in pending.values())
 

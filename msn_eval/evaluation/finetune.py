@@ -1,8 +1,10 @@
 """Fine-tuning of one task of a plan: from labelled images to the predictions of the network that was trained on them."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -36,12 +38,6 @@ from msn_eval.probes.finetune.train import Progress, finetune
 from msn_eval.probes.training_state import StateFiles
 from msn_eval.results.record import Predictions, Result
 
-_CHECKED_PIXELS, _CHECKED_IMAGES = (
-    8,
-    64,
-)  # size that images are decoded to, and images per batch, to find unreadable ones
-_SLUG = "abcdefghijklmnopqrstuvwxyz0123456789-_."
-
 
 def finetune_task(
     measurement: Measurement, *, group: Group, on_progress: Progress | None = None
@@ -55,7 +51,7 @@ def finetune_task(
     """
     started = time.perf_counter()
     plan, encoder, task = measurement.plan, measurement.encoder, measurement.task
-    probe, config, n_classes = task.probe, plan.request, len(plan.val.classes)
+    probe, config, n_classes = task.probe, plan.config, len(plan.val.classes)
     assert isinstance(probe, Finetune)
     (tap,) = find_taps(encoder, task, config).values()
     images = plan.train.only(task.subset.image_ids)
@@ -103,23 +99,20 @@ def finetune_task(
 
 def _check_readable(plan: Plan, images: ImageSet, group: Group) -> None:
     """Decode every image once, so that a damaged one is reported now and not after hours. Raises DataError listing all."""
-    if plan.request.on_bad_image == "skip":
+    if plan.config.on_bad_image == "skip":
         return  # the plan has left them out already
-    lines = []
+    own = []
     for split in (images, plan.val):
         rows = split_across_ranks(len(split), group, block=1)
-        for image_id, reason in find_unreadable(
-            split.only(split.ids[rows.start : rows.stop]), plan.request.worker_count
-        ):
-            lines.append(f"{split.source.place(image_id)}: {reason}")
-    lines = "\n".join(all_gather_object(group, "unreadable images", "\n".join(lines))).split("\n")
-    if any(lines):
-        raise make_unreadable_error([line for line in lines if line])
+        failures = find_unreadable(split.only(split.ids[rows.start : rows.stop]), plan.config.worker_count)
+        own += [f"{split.source.place(image_id)}: {reason}" for image_id, reason in failures]
+    if reasons := list(chain(*all_gather_object(group, "unreadable images", own))):
+        raise make_unreadable_error(reasons)
 
 
 def _choose_options(plan: Plan, encoder: Encoder, images: ImageSet) -> RunOptions:
     """Return the micro-batch (--batch-size) and the number of workers."""
-    config, cuda = plan.request, plan.device.type == "cuda"
+    config, cuda = plan.config, plan.device.type == "cuda"
     micro_batch = config.batch_images or max(2, choose_batch_size(encoder) // (4 if cuda else 1))
     workers = config.worker_count
     if workers is None:
@@ -137,24 +130,24 @@ def make_state_files(plan: Plan, encoder: Encoder, task: Task) -> StateFiles:
         "transform": str(encoder.transform),
         "precision": plan.precision,
     }
-    return StateFiles(out=Path(plan.request.out), facts=facts)
+    return StateFiles(out=Path(plan.config.out), facts=facts)
 
 
 def find_saved_folder(plan: Plan, encoder: Encoder, task: Task) -> Path:
     """Return the folder that a task's network is saved to: --save itself, or a folder in it if there are several."""
-    assert plan.request.save is not None
-    draws = [(one.subset.name, one.subset.draw) for one in plan.tasks if isinstance(one.probe, Finetune)]
+    assert plan.config.save is not None
+    draws = [(other.subset.name, other.subset.draw) for other in plan.tasks if isinstance(other.probe, Finetune)]
     names = []
-    if len(set(plan.request.checkpoint)) > 1:
+    if len(set(plan.config.checkpoint)) > 1:
         names.append(f"{_slugify(encoder.checkpoint.name)}-{encoder.checkpoint.weights_sha256[:8]}")
     if len(draws) > 1:
         suffix = f"-{task.protocol_id[:8]}" if len(set(draws)) < len(draws) else ""
         names.append(f"{_slugify(task.subset.name)}-{task.subset.draw}{suffix}")
-    return Path(plan.request.save, *names)
+    return Path(plan.config.save, *names)
 
 
 def _slugify(name: str) -> str:
-    return "".join(letter if letter in _SLUG else "-" for letter in name.lower())[:60]
+    return re.sub(r"[^a-z0-9_.-]", "-", name.lower())[:60]
 
 
 def check_saved(plan: Plan, encoder: Encoder, finished: Sequence[Task]) -> None:
@@ -164,7 +157,7 @@ def check_saved(plan: Plan, encoder: Encoder, finished: Sequence[Task]) -> None:
             folder, result_id = find_saved_folder(plan, encoder, task), make_result_id(encoder, task)
             if read_saved_result(folder) != result_id:
                 raise UsageError(
-                    f"--save: {result_id} is measured already in {plan.request.out}, and its network was not kept",
+                    f"--save: {result_id} is measured already in {plan.config.out}, and its network was not kept",
                     where=str(folder),
                     hint="Train it again with a different --out.",
                 )

@@ -84,7 +84,7 @@ class Measurement:
 
     def _result(self, config: ProbeConfig, dim: int | None, seconds: float) -> Result:
         plan, task, encoder = self.plan, self.task, self.encoder
-        features = _describe_features(encoder, find_taps(encoder, task, plan.request), dim, plan.decoder)
+        features = _describe_features(encoder, find_taps(encoder, task, plan.config), dim, plan.decoder)
         return Result(
             id=make_result_id(encoder, task),
             status="failed",
@@ -92,7 +92,7 @@ class Measurement:
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             protocol_id=task.protocol_id,
             protocol=task.protocol,
-            checkpoint=_describe_checkpoint(encoder.checkpoint, plan.request),
+            checkpoint=_describe_checkpoint(encoder.checkpoint, plan.config),
             data=DataInfo(
                 name=plan.data_name,
                 sha256=plan.val_sha256,
@@ -112,7 +112,7 @@ class Measurement:
             probe=ProbeInfo(name=task.probe.name, version=task.probe.version, **vars(config)),
             metrics=None,
             timing_s=replace(self.timing, probe=round(seconds, 4), total=round(self.timing.extract + seconds, 4)),
-            environment=describe_environment(plan.device, batch_size=self.batch_size, seed=plan.request.seed),
+            environment=describe_environment(plan.device, batch_size=self.batch_size, seed=plan.config.seed),
             predictions=None,
         )
 
@@ -213,9 +213,6 @@ def _describe_features(encoder: Encoder, taps: Mapping[str, str], dim: int | Non
 
 
 def _describe_checkpoint(checkpoint: Checkpoint, config: EvaluationConfig) -> CheckpointInfo:
-    own = {field.name for field in fields(CheckpointInfo)} - {"allow_missing", "distribution"}
-    return CheckpointInfo(
-        **{name: getattr(checkpoint, name) for name in own},
-        allow_missing=tuple(config.allow_missing) if checkpoint.matched < 1 else (),
-        distribution=getattr(checkpoint, "distribution", None),
-    )
+    own = {field.name for field in fields(CheckpointInfo)} - {"allow_missing"}
+    allow_missing = tuple(config.allow_missing) if checkpoint.matched < 1 else ()
+    return CheckpointInfo(**{name: getattr(checkpoint, name) for name in own}, allow_missing=allow_missing)

@@ -34,10 +34,8 @@ from msn_eval.results.record import PROTOCOL_VERSION, protocol_id
 _log = logging.getLogger(__name__)
 DATA_VARIABLE = "MSN_EVAL_DATA"
 _SHOWN = 10
-_CHECKED_PIXELS, _CHECKED_IMAGES = (
-    8,
-    64,
-)  # size that images are decoded to, and images per batch, to find unreadable ones
+_CHECKED_PIXELS = 8  # size that images are decoded to, to find unreadable ones
+_CHECKED_IMAGES = 64  # per batch
 _TRANSFORM_RULE = "resize-256/224-bilinear-centre-crop"
 
 
@@ -71,7 +69,7 @@ class Plan:
     """All measurements of an evaluation, and what they are made on.
 
     Attributes:
-        request: The options.
+        config: The options.
         data_name: Name of the data set.
         data_distribution: Name and version of the plug-in that reads the data set, None for a built-in reader.
         val: The images to score, after --limit and without the skipped ones.
@@ -85,7 +83,7 @@ class Plan:
         tasks: The measurements to make with each checkpoint.
     """
 
-    request: EvaluationConfig
+    config: EvaluationConfig
     data_name: str
     data_distribution: str | None = None
     val: ImageSet
@@ -109,7 +107,7 @@ class Plan:
     @property
     def decoder(self) -> str:
         """The decoder in use: embedded images are not files, and Pillow resizes them."""
-        return "pillow" if self.val.source.root is None else self.request.decoder
+        return "pillow" if self.val.source.root is None else self.config.decoder
 
     def skipped(self, subset: Subset) -> tuple[str, ...]:
         """Return the unreadable images of both splits that results on this subset do without."""
@@ -153,7 +151,7 @@ def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Pla
     if not len(val):
         raise DataError("no validation image can be read", hint="Check the files, or give another --data.")
     plan = Plan(
-        request=config,
+        config=config,
         data_name=data.name,
         data_distribution=data.distribution,
         val=val,
@@ -223,7 +221,7 @@ def _list_tasks(plan: Plan) -> Iterator[Task]:
     for subset in plan.subsets:
         split_sha256 = content_sha256(subset.image_ids, plan.train_hashes)
         overlap = sum(val_digests[digest] for digest in {plan.train_hashes[image_id] for image_id in subset.image_ids})
-        for probe, distribution in configure_probes(plan.request, subset):
+        for probe, distribution in configure_probes(plan.config, subset):
             configs = probe.configs(len(subset))
             if not configs:
                 _log.warning("%s leaves nothing to measure on the %d images of %s", probe, len(subset), subset.name)
@@ -246,7 +244,7 @@ def _make_protocol(
     The draw and what belongs to the checkpoint are not part of it; what the user sets manually is. Keys that are absent
     unless used were added later: so the ids of earlier protocols stay.
     """
-    config = plan.request
+    config = plan.config
     by_hand = {
         "tap": config.tap,
         "image_pixels": config.image_pixels,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,8 +11,7 @@ from msn_eval.data.augmentation import RandomCrops
 from msn_eval.data.hashing import make_unreadable_error
 from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelBatch, PixelList, automatic_workers, load_pixels
-from msn_eval.distributed import group as distributed
-from msn_eval.distributed.group import Group
+from msn_eval.distributed.group import Group, split_across_ranks
 from msn_eval.features.batch_size import AdaptiveBatchSize, run_with_oom_backoff
 from msn_eval.features.encoder import Encoder, encode
 from msn_eval.features.extraction import Loading, check_finite, choose_batch_size
@@ -39,9 +39,7 @@ class AugmentedImages:
 
     @property
     def dim(self) -> int:
-        side = self.encoder.transform.crop
-        blank = torch.zeros(1, side, side, 3, dtype=torch.uint8)
-        return _encode_part(self, blank, AdaptiveBatchSize(images=1)).shape[1]
+        return self.encoder.dim_of(self.tap)
 
 
 def iterate_augmented_features(
@@ -75,7 +73,8 @@ def iterate_augmented_features(
         NumericalError: Features are not finite.
         ResourceError: One image does not fit into memory.
     """
-    own = [batch[_slice_of_rank(len(batch), group)] for batch in batches]
+    ranges = [split_across_ranks(len(batch), group, block=1) for batch in batches]
+    own = [batch[rows.start : rows.stop] for batch, rows in zip(batches, ranges, strict=True)]
     indices = torch.cat(own).tolist() if own else []
     size = images.loading.batch_size or choose_batch_size(images.encoder)
     pixel_list = PixelList(
@@ -97,11 +96,6 @@ def iterate_augmented_features(
         yield _encode_step(images, labels, torch.split(batch, size), pixels, adaptive)
 
 
-def _slice_of_rank(count: int, group: Group) -> slice:
-    rows = distributed.split_across_ranks(count, group, block=1)
-    return slice(rows.start, rows.stop)
-
-
 def _encode_step(
     images: AugmentedImages,
     labels: Tensor,
@@ -109,21 +103,17 @@ def _encode_step(
     pixels: Iterator[Tensor],
     size: AdaptiveBatchSize,
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Encode the parts of one step. On out-of-memory only the forward passes shrink; the parts stay the same."""
+
+    def run(part: Tensor, rows: slice) -> Tensor:
+        return encode(images.encoder, part[rows], [images.tap])[images.tap]
+
     for indices in parts:
-        features = _encode_part(images, next(pixels), size)
+        passes = run_with_oom_backoff(images.encoder, len(indices), size, partial(run, next(pixels)))
+        features = torch.cat(passes)  # outside of inference mode, so that gradients can use it
         image_ids = [images.images.ids[index] for index in indices.tolist()]
         check_finite({images.tap: features}, image_ids, images.encoder)
         yield features, labels[indices].to(images.encoder.device)
-
-
-def _encode_part(images: AugmentedImages, pixels: Tensor, size: AdaptiveBatchSize) -> Tensor:
-    """Encode one part. On out-of-memory only the forward passes shrink; the parts of a step stay the same."""
-
-    def run(rows: slice) -> Tensor:
-        return encode(images.encoder, pixels[rows], [images.tap])[images.tap]
-
-    # torch.cat outside of inference mode returns a tensor that gradients can use.
-    return torch.cat(run_with_oom_backoff(images.encoder, len(pixels), size, run))
 
 
 def _rebatch(batches: Iterator[PixelBatch], images: AugmentedImages, sizes: Iterator[int]) -> Iterator[Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from msn_eval.errors import StoreError, UsageError
 from msn_eval.files.atomic import describe_free_space, prepare_folder, write_atomically
-from msn_eval.files.json_records import canonical_json
+from msn_eval.files.json_records import canonical_json, read_fields
 from msn_eval.process import available_bytes
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ _SCHEMA = 1  # of key and manifests; part of the address, so that versions never
 _DIGITS = 32
 _NAME = re.compile(f"[0-9a-f]{{{_DIGITS}}}")  # of feature folders and shards; other names are ignored
 _HASHES = re.compile("(?:[0-9a-f]{64})*")
-_QUARANTINE = "quarantine"
+_FEATURES = "features"
 _KEY_FILE = "key.json"
 _SEAL = b',"seal":"'
 _MEMORY_SHARE = 0.5  # of the available memory, for rows that may be mapped from a file instead
@@ -124,17 +124,16 @@ class FeatureFolder:
     """The folder of one key."""
 
     path: Path
-    digest: str
 
-
-def features_path(cache: Path) -> Path:
-    """Return the parent of all feature folders in a cache."""
-    return cache / "features"
+    @property
+    def digest(self) -> str:
+        """The digest of the key."""
+        return self.path.name
 
 
 def find_feature_folder(cache: Path, key: FeatureKey) -> FeatureFolder:
     """Return the feature folder of a key, which may not exist yet."""
-    return FeatureFolder(path=features_path(cache) / key.digest, digest=key.digest)
+    return FeatureFolder(path=cache / _FEATURES / key.digest)
 
 
 def open_feature_folder(cache: Path, key: FeatureKey, *, checkpoint: str) -> FeatureFolder:
@@ -149,18 +148,17 @@ def open_feature_folder(cache: Path, key: FeatureKey, *, checkpoint: str) -> Fea
         StoreError: The folder cannot be written.
     """
     folder = find_feature_folder(cache, key)
-    described = json.dumps({"schema": _SCHEMA, "checkpoint": checkpoint, "key": key.as_json()}, indent=1) + "\n"
     try:
         prepare_folder(folder.path, option="--cache")
     except UsageError as error:  # the cache itself was writable when the run began
-        raise StoreError(
-            error.what, where=error.where, hint=f"{error.hint} {describe_free_space(cache)}."
-        ) from error.__cause__
+        raise StoreError(error.what, where=error.where, hint=f"{error.hint} {describe_free_space(cache)}.") from error
+    key_file = folder.path / _KEY_FILE
     with contextlib.suppress(OSError):  # another user's file cannot be touched, but it can be replaced
         if describe_feature_folder(folder.path)[1]:
-            os.utime(folder.path / _KEY_FILE)  # the time of the last use, for `cache prune`
+            os.utime(key_file)  # the time of the last use, for `cache prune`
             return folder
-    write_atomically(folder.path / _KEY_FILE, described.encode())
+    described = json.dumps({"schema": _SCHEMA, "checkpoint": checkpoint, "key": key.as_json()}, indent=1) + "\n"
+    write_atomically(key_file, described.encode())
     return folder
 
 
@@ -171,18 +169,15 @@ def write_shard(folder: FeatureFolder, contents: Sequence[str], images: Sequence
         folder: Where to write.
         contents: SHA-256 of each image's bytes, in hex.
         images: An id of each image.
-        values: (n, d) float32.
+        values: (n, d) float32, n at least 1.
 
     Raises:
         StoreError: The disk refuses. No row is stored then.
     """
     from safetensors.torch import save
 
-    assert (values.dtype, values.dim(), len(values)) == (torch.float32, 2, len(contents))
-    if not contents:
-        return
     addresses = torch.frombuffer(bytearray.fromhex("".join(contents)), dtype=torch.uint8).view(len(contents), -1)
-    packed = save({"contents": addresses, "values": values.contiguous()})
+    packed = save({"contents": addresses, "values": values})
     sha256 = hashlib.sha256(packed).hexdigest()
     manifest = Manifest(
         bank=folder.digest,
@@ -192,29 +187,19 @@ def write_shard(folder: FeatureFolder, contents: Sequence[str], images: Sequence
         contents=tuple(contents),
         images=tuple(images),
     )
-    try:
+    shard = folder.path / manifest.shard
+    with contextlib.suppress(OSError):  # then writing the shard fails with a better error
         folder.path.mkdir(parents=True, exist_ok=True)  # in case it was pruned
-        write_atomically(folder.path / manifest.shard, packed)
-        write_atomically(_manifest_path(folder, manifest), _encode_manifest(manifest))
-    except OSError as error:
-        raise StoreError(
-            f"could not write {len(packed):,} bytes of features: {error.strerror or error}",
-            where=str(folder.path),
-            hint=f"Choose another --cache folder; {describe_free_space(folder.path.parent)}.",
-        ) from error
+    write_atomically(shard, packed)
+    content = canonical_json({"manifest": asdict(manifest), "schema": _SCHEMA}).removesuffix("}")
+    write_atomically(shard.with_suffix(".json"), _add_seal(content.encode()))
 
 
 def read_manifests(folder: FeatureFolder) -> Iterator[Manifest]:
     """Yield the manifest of every shard, in the order of their names. Damaged ones are quarantined."""
     for path in _manifest_paths(folder):
-        try:
-            manifest = _read_manifest(path, folder)
-        except FileNotFoundError:  # pruned meanwhile
-            continue
-        except _DamageError as damage:
-            _quarantine(folder, path.stem, damage)
-            continue
-        yield manifest
+        with _quarantine_damage(path):
+            yield _read_manifest(path)
 
 
 def find_listed(folder: FeatureFolder, wanted: set[str]) -> set[str]:
@@ -248,23 +233,19 @@ def read_rows(
     for manifest in read_manifests(folder):
         if targets.keys().isdisjoint(manifest.contents):
             continue
-        try:
-            shard = _read_values(folder, manifest)
+        path = folder.path / manifest.shard
+        with _quarantine_damage(path):
+            shard = _read_values(path, manifest)
             if values is None:
                 values = _allocate(len(wanted), shard.shape[1], folder, beyond_memory=beyond_memory)
             if shard.shape[1] != values.shape[1]:
                 raise _DamageError(f"rows of {shard.shape[1]} values among rows of {values.shape[1]}")
-        except FileNotFoundError:  # pruned meanwhile
-            continue
-        except _DamageError as damage:
-            _quarantine(folder, _stem(manifest), damage)
-            continue
-        # A content in two shards is read from the first by name, whichever was written first.
-        pairs = [(target, row) for row, content in enumerate(manifest.contents) for target in targets.pop(content, ())]
-        rows, sources = (torch.tensor(column, dtype=torch.int64) for column in zip(*pairs, strict=True))
-        values[rows] = shard[sources]
-        for target, _ in pairs:
-            present[target] = True
+            # A content in two shards is read from the first by name, whichever was written first.
+            pairs = [(target, row) for row, name in enumerate(manifest.contents) for target in targets.pop(name, ())]
+            rows, sources = (torch.tensor(column) for column in zip(*pairs, strict=True))
+            values[rows] = shard[sources]
+            for target, _ in pairs:
+                present[target] = True
     return values, present
 
 
@@ -290,46 +271,36 @@ def _allocate(n: int, d: int, folder: FeatureFolder, *, beyond_memory: bool) -> 
 
 def verify_feature_folder(folder: FeatureFolder) -> tuple[int, int]:
     """Read every byte, quarantine damaged shards, and return the numbers of valid and of damaged ones."""
-    valid = damaged = 0
+    valid = 0
+    damages: list[_DamageError] = []
     for path in _manifest_paths(folder):
-        try:
-            _read_values(folder, _read_manifest(path, folder))
+        with _quarantine_damage(path, damages):
+            _read_values(path.with_suffix(".safetensors"), _read_manifest(path))
             valid += 1
-        except FileNotFoundError:  # pruned meanwhile
-            continue
-        except _DamageError as damage:
-            _quarantine(folder, path.stem, damage)
-            damaged += 1
-    return valid, damaged
+    return valid, len(damages)
 
 
 def list_feature_folders(cache: Path) -> list[FeatureFolder]:
     """Return every feature folder of a cache, in the order of their names."""
-    root = features_path(cache)
-    names = [name for name in _list_names(root) if _NAME.fullmatch(name) and (root / name).is_dir()]
-    return [FeatureFolder(path=root / name, digest=name) for name in names]
+    paths = [cache / _FEATURES / name for name in _list_names(cache / _FEATURES) if _NAME.fullmatch(name)]
+    return [FeatureFolder(path=path) for path in paths if path.is_dir()]
 
 
 def describe_feature_folder(path: Path) -> tuple[str, dict[str, object]]:
     """Return the checkpoint's name and the key that a feature folder states; `unknown` and an empty key if unreadable."""
     try:
         content = json.loads(_read_file(path / _KEY_FILE))
-        key = content["key"]
-        if not isinstance(key, dict):
-            raise TypeError("the key is not a mapping")
-        return str(content["checkpoint"]), key
+        return str(content["checkpoint"]), dict(content["key"])
     except (OSError, StoreError, _DamageError, ValueError, TypeError, KeyError, RecursionError):
         return "unknown", {}
 
 
 def remove_feature_folder(folder: FeatureFolder) -> None:
-    """Remove a feature folder, manifests first: whoever reads meanwhile finds complete shards or none.
+    """Remove a feature folder that is not a link, manifests first: a reader finds complete shards or none.
 
     Raises:
-        StoreError: It cannot be removed, or it is a symbolic link.
+        StoreError: It cannot be removed.
     """
-    if folder.path.is_symlink():
-        raise StoreError("is a symbolic link", where=str(folder.path), hint="Remove the link and its target manually.")
     try:
         for path in _manifest_paths(folder):
             path.unlink(missing_ok=True)
@@ -337,19 +308,21 @@ def remove_feature_folder(folder: FeatureFolder) -> None:
     except FileNotFoundError:  # another process removes it too
         return
     except OSError as error:
-        raise StoreError(
-            f"could not be removed: {error.strerror or error}",
-            where=str(folder.path),
-            hint="Try again; it may be in use.",
-        ) from error
+        what = f"could not be removed: {error.strerror or error}"
+        raise StoreError(what, where=str(folder.path), hint="Try again; it may be in use.") from error
 
 
-def _read_values(folder: FeatureFolder, manifest: Manifest) -> Tensor:
+def _read_values(path: Path, manifest: Manifest) -> Tensor:
     """Read a shard and compare it with its manifest. Raises _DamageError, or FileNotFoundError if both were pruned."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    packed = _read_shard(folder, manifest)
+    try:
+        packed = _read_file(path)
+    except FileNotFoundError:
+        if path.with_suffix(".json").exists():
+            raise _DamageError("its shard is missing") from None
+        raise
     if len(packed) != manifest.bytes or hashlib.sha256(packed).hexdigest() != manifest.sha256:
         raise _DamageError("its bytes are not those that were written")
     try:
@@ -366,44 +339,31 @@ def _read_values(folder: FeatureFolder, manifest: Manifest) -> Tensor:
     return values
 
 
-def _read_shard(folder: FeatureFolder, manifest: Manifest) -> bytes:
-    try:
-        return _read_file(folder.path / manifest.shard)
-    except FileNotFoundError:
-        if _manifest_path(folder, manifest).exists():
-            raise _DamageError("its shard is missing") from None
-        raise  # both were pruned
-
-
-def _read_manifest(path: Path, folder: FeatureFolder) -> Manifest:
-    """Read a manifest. Raises _DamageError, or FileNotFoundError if it is gone."""
+def _read_manifest(path: Path) -> Manifest:
+    """Read a manifest. Raises _DamageError, or FileNotFoundError if it was pruned."""
     packed = _read_file(path)
-    content_bytes, _, seal = packed.rpartition(_SEAL)
-    if seal != _seal(content_bytes):
+    if packed != _add_seal(packed.rpartition(_SEAL)[0]):
         raise _DamageError("the seal of its manifest is broken")
     try:
         content = json.loads(packed)
-        fields = content["manifest"]
-        manifest = Manifest(**fields | {name: tuple(fields[name]) for name in ("contents", "images")})
-        if content["schema"] != _SCHEMA or manifest.bank != folder.digest or _stem(manifest) != path.stem:
+        manifest = read_fields(Manifest, content["manifest"])
+        if content["schema"] != _SCHEMA or (manifest.bank, manifest.shard) != (
+            path.parent.name,
+            f"{path.stem}.safetensors",
+        ):
             raise ValueError("it belongs to another feature folder")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _DamageError(f"its manifest cannot be used ({error})") from error
     return manifest
 
 
-def _encode_manifest(manifest: Manifest) -> bytes:
-    """Return a manifest as JSON that ends with the hash of everything before it."""
-    content = canonical_json({"manifest": asdict(manifest), "schema": _SCHEMA}).removesuffix("}").encode()
-    return content + _SEAL + _seal(content)
-
-
-def _seal(content: bytes) -> bytes:
-    return hashlib.sha256(content).hexdigest().encode() + b'"}\n'
+def _add_seal(content: bytes) -> bytes:
+    """Complete a manifest without its closing brace by the hash of everything before it."""
+    return content + _SEAL + hashlib.sha256(content).hexdigest().encode() + b'"}\n'
 
 
 def _read_file(path: Path) -> bytes:
-    """Read a regular file. Raises FileNotFoundError, or StoreError if the disk refuses."""
+    """Read a regular file. Raises FileNotFoundError, _DamageError, or StoreError if the disk refuses."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):  # a link may lead anywhere, and a pipe would never end
             raise _DamageError(f"{path.name} is not a regular file")
@@ -411,16 +371,13 @@ def _read_file(path: Path) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise StoreError(
-            f"cannot be read: {error.strerror or error}",
-            where=str(path),
-            hint="Check the disk and the permissions, or use --no-cache.",
-        ) from error
+        what, hint = "cannot be read", "Check the disk and the permissions, or use --no-cache."
+        raise StoreError(f"{what}: {error.strerror or error}", where=str(path), hint=hint) from error
 
 
 def _manifest_paths(folder: FeatureFolder) -> list[Path]:
-    names = (name.removesuffix(".json") for name in _list_names(folder.path) if name.endswith(".json"))
-    return [folder.path / f"{name}.json" for name in names if _NAME.fullmatch(name)]
+    paths = [folder.path / name for name in _list_names(folder.path)]
+    return [path for path in paths if path.suffix == ".json" and _NAME.fullmatch(path.stem)]
 
 
 def _list_names(path: Path) -> list[str]:
@@ -429,36 +386,43 @@ def _list_names(path: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise StoreError(
-            f"cannot be listed: {error.strerror or error}", where=str(path), hint="Check the --cache folder."
-        ) from error
+        what = f"cannot be listed: {error.strerror or error}"
+        raise StoreError(what, where=str(path), hint="Check the --cache folder.") from error
 
 
-def _manifest_path(folder: FeatureFolder, manifest: Manifest) -> Path:
-    return folder.path / f"{_stem(manifest)}.json"
+@contextlib.contextmanager
+def _quarantine_damage(path: Path, damages: list[_DamageError] | None = None) -> Iterator[None]:
+    """End the block at a shard that is damaged or was pruned; move a damaged one to `quarantine/` and log a warning.
+
+    Args:
+        path: The shard, or its manifest.
+        damages: Receives the damage.
+    """
+    try:
+        yield
+    except FileNotFoundError:  # pruned meanwhile
+        return
+    except _DamageError as damage:
+        _quarantine(path.with_suffix(".safetensors"), damage)
+        if damages is not None:
+            damages.append(damage)
 
 
-def _stem(manifest: Manifest) -> str:
-    return manifest.sha256[:_DIGITS]
-
-
-def _quarantine(folder: FeatureFolder, stem: str, damage: _DamageError) -> None:
-    """Move a damaged shard and its manifest to `quarantine/`, and log a warning."""
-    aside = folder.path / _QUARANTINE
+def _quarantine(shard: Path, damage: _DamageError) -> None:
+    aside = shard.parent / "quarantine"
     moved = 0
     try:
         with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
             aside.mkdir(exist_ok=True)
-        for name in (f"{stem}.json", f"{stem}.safetensors"):  # manifest first: a shard without one does not count
+        for path in (shard.with_suffix(".json"), shard):  # manifest first: a shard without one does not count
             with contextlib.suppress(FileNotFoundError):  # another process moved it
-                (folder.path / name).replace(aside / name)
+                path.replace(aside / path.name)
                 moved += 1
     except OSError as error:
         raise StoreError(
             f"is damaged ({damage}) and could not be moved away: {error.strerror or error}",
-            where=str(folder.path / f"{stem}.safetensors"),
+            where=str(shard),
             hint="Remove it, or use another --cache.",
         ) from error
     if moved:
-        shard = folder.path / f"{stem}.safetensors"
         _log.warning("%s: %s; moved to %s, its features are computed again", shard, damage, aside)

@@ -60,14 +60,12 @@ class Encoder:
     @cached_property
     def dim(self) -> int:
         """Width of the default tap."""
-        tap = self.taps[0]
-        side = self.transform.crop
-        blank = torch.zeros(1, side, side, 3, dtype=torch.uint8)
-        return encode(self, blank, [tap])[tap].shape[1]
+        return self.dim_of(self.taps[0])
 
-    @property
-    def precision_class(self) -> str:
-        return precision_class(self.precision)
+    def dim_of(self, tap: str) -> int:
+        """Return the width of a tap."""
+        side = self.transform.crop
+        return encode(self, torch.zeros(1, side, side, 3, dtype=torch.uint8), [tap])[tap].shape[1]
 
 
 def precision_class(precision: Precision) -> str:

@@ -1,8 +1,6 @@
 """Feature extraction: decode, encode in batches, and cache."""
 
-import base64
 import hashlib
-import json
 import logging
 import os
 import time
@@ -12,7 +10,6 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,7 +185,7 @@ def extract_features(
         NumericalError: Features are not finite.
         ResourceError: Out of memory, or a decoding process failed.
         StoreError: The cache cannot be written.
-        UsageError: Patches cannot be dropped from this netjob.
+        UsageError: Patches cannot be dropped from this network.
     """
     started = time.perf_counter()
     if drop is not None:
@@ -234,7 +231,8 @@ def feature_key(
         drop: Patches to drop.
     """
     checkpoint = encoder.checkpoint
-    file_decoder = "embedded" if embedded else decoder_version(decoder)
+    # Pillow decodes what the others do not support.
+    decoders = ["embedded" if embedded else decoder_version(decoder), decoder_version("pillow")]
     return FeatureKey(
         weights=checkpoint.weights_sha256,
         arch=encoder.arch,
@@ -242,9 +240,7 @@ def feature_key(
         code=checkpoint.code_sha256,
         tap=tap,
         transform=vars(encoder.transform),
-        decoder=", ".join(
-            dict.fromkeys([file_decoder, decoder_version("pillow")])
-        ),  # Pillow decodes what the others do not support
+        decoder=", ".join(dict.fromkeys(decoders)),
         precision=encoder.precision,
         device=encoder.device.type,
         compiled=encoder.compiled,
@@ -351,24 +347,21 @@ def _extract_through_cache(
         Values by tap, empty on the other ranks; and the number of images that all ranks encoded.
     """
     embedded = job.images.source.root is None
-    keys = {
-        tap: feature_key(job.encoder, tap, decoder=job.loading.decoder, embedded=embedded, drop=job.drop)
-        for tap in job.taps
-    }
-    folders = {
-        tap: open_feature_folder(cache, key, checkpoint=job.encoder.checkpoint.name) for tap, key in keys.items()
-    }
+    folders = {}
+    for tap in job.taps:
+        key = feature_key(job.encoder, tap, decoder=job.loading.decoder, embedded=embedded, drop=job.drop)
+        folders[tap] = open_feature_folder(cache, key, checkpoint=job.encoder.checkpoint.name)
     contents = job.contents(range(len(job.images)))
     stored: dict[str, tuple[Tensor | None, list[bool]]] = {}
 
-    def find_missing() -> str:
+    def find_missing() -> list[bool]:
         for tap, folder in folders.items():
             stored[tap] = read_rows(folder, contents, beyond_memory=job.loading.beyond_memory)
-        return _pack_flags([not present for present in np.all([present for _, present in stored.values()], axis=0)])
+        return [not all(row) for row in zip(*(present for _, present in stored.values()), strict=True)]
 
     # Rank 0 decides what is missing: shards that other ranks write meanwhile would shift the shares.
     step = f"{job.encoder.checkpoint.name} {' '.join(folders)}"
-    missing = _unpack_flags(broadcast_from_rank0(group, f"missing {step}", find_missing), len(contents))
+    missing = broadcast_from_rank0(group, f"missing {step}", find_missing)
     first_row = {content: row for row, content in reversed(list(enumerate(contents))) if missing[row]}
     todo = sorted(first_row.values())  # each content once
     failures: list[str] = []
@@ -379,10 +372,10 @@ def _extract_through_cache(
     except NumericalError as error:
         not_finite = (error.what, error.hint)
     # All ranks raise the same error, with the failures of all of them.
-    report = json.dumps([failures, not_finite, [job.timing.waiting, job.timing.encoding] if own else None])
-    reports = [json.loads(text) for text in all_gather_object(group, f"filled {step}", report)]
-    if any(reasons for reasons, _, _ in reports):
-        raise make_unreadable_error([reason for reasons, _, _ in reports for reason in reasons])
+    report = (failures, not_finite, (job.timing.waiting, job.timing.encoding) if own else None)
+    reports = all_gather_object(group, f"filled {step}", report)
+    if all_failures := [reason for reasons, _, _ in reports for reason in reasons]:
+        raise make_unreadable_error(all_failures)
     for _, fault, _ in reports:
         if fault is not None:
             raise NumericalError(fault[0], hint=fault[1])
@@ -448,15 +441,6 @@ def _read_missing(
         values[torch.tensor(missing)] = fresh
     assert values is not None
     return values
-
-
-def _pack_flags(flags: Sequence[bool]) -> str:
-    return base64.b64encode(np.packbits(np.array(flags, dtype=bool)).tobytes()).decode()
-
-
-def _unpack_flags(text: str, count: int) -> list[bool]:
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=count)
-    return [bool(bit) for bit in bits]
 
 
 def _encode_images(

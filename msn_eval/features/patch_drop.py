@@ -1,10 +1,9 @@
 """Vision Transformers on a part of the patches of an image, and the attention of their class token."""
 
-import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -77,29 +76,14 @@ def encode_kept_patches(encoder: Encoder, pixels: Tensor, taps: Sequence[str], k
     Returns:
         (b, d) float32 for each tap, on the encoder's device.
     """
-    with _keep_only(encoder.network, kept.to(encoder.device)):
+    rows, prefix = kept.to(encoder.device), cast(int, encoder.network.num_prefix_tokens)
+
+    def keep(module: nn.Module, arguments: object, tokens: Tensor) -> Tensor:
+        return keep_patches(tokens, rows, prefix=prefix)
+
+    # timm's `patch_drop` is between the position embeddings and the first block, and passes all tokens on in evaluation mode.
+    with cast(nn.Module, encoder.network.patch_drop).register_forward_hook(keep):
         return encode(encoder, pixels, taps)
-
-
-class _KeepPatches(nn.Module):
-    """Replacement for timm's `patch_drop`, the module between the position embeddings and the first block."""
-
-    def __init__(self, kept: Tensor, prefix: int) -> None:
-        super().__init__()
-        self.kept, self.prefix = kept, prefix
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return keep_patches(tokens, self.kept, prefix=self.prefix)
-
-
-@contextlib.contextmanager
-def _keep_only(network: nn.Module, kept: Tensor) -> Iterator[None]:
-    before = network.patch_drop
-    network.patch_drop = _KeepPatches(kept, cast(int, network.num_prefix_tokens)).eval()
-    try:
-        yield
-    finally:
-        network.patch_drop = before
 
 
 def patch_count(encoder: Encoder) -> int:
@@ -117,11 +101,8 @@ def check_patches(encoder: Encoder) -> None:
 
 
 def patches_a_side(encoder: Encoder) -> int:
-    """Return the number of patches along one side of an image. Raises UsageError for a grid that is not square."""
-    rows, columns = cast(tuple[int, int], cast(nn.Module, encoder.network.patch_embed).grid_size)
-    if rows != columns:
-        raise UsageError(f"{encoder.checkpoint.name} takes images of {rows} x {columns} patches, not square ones")
-    return rows
+    """Return the number of patches along one side of an image. Images are square."""
+    return math.isqrt(patch_count(encoder))
 
 
 def choose_patches(patches: int, *, masked: float, images: int, generator: torch.Generator) -> Tensor:
@@ -155,10 +136,7 @@ def attention_maps(encoder: Encoder, pixels: Tensor) -> Tensor:
     last = cast(nn.Sequential, encoder.network.blocks)[-1]
     inputs: list[Tensor] = []
     hook = last.register_forward_pre_hook(lambda block, arguments: inputs.append(arguments[0]))
-    try:
-        with torch.inference_mode(), exact_float32():
-            encoder.network.forward_features(normalise_pixels(pixels.to(encoder.device), encoder))  # type: ignore[operator]
-            attention = class_attention(last, inputs[0])
-    finally:
-        hook.remove()
+    with hook, torch.inference_mode(), exact_float32():
+        encoder.network.forward_features(normalise_pixels(pixels.to(encoder.device), encoder))  # type: ignore[operator]
+        attention = class_attention(last, inputs[0])
     return attention[:, :, -side * side :].float().reshape(*attention.shape[:2], side, side).cpu()

@@ -48,13 +48,11 @@ class Neighbours:
 def read_pixels(images: ImageSet, image_ids: Sequence[str], transform: EvalTransform) -> Tensor:
     """Read images as (b, S, S, 3) uint8 pixels. Raises DataError for an image that cannot be used."""
     listed = PixelList(source=images.source, image_ids=list(image_ids), transform=transform, hashes=None)
-    batches = []
-    for batch in load_pixels(listed, batch_size=len(listed), workers=0):
-        if batch.failures:
-            image_id, reason = batch.failures[0]
-            raise DataError(reason, where=images.source.place(image_id), hint="Choose another image.")
-        batches.append(torch.as_tensor(batch.pixels))
-    return torch.cat(batches)
+    (batch,) = load_pixels(listed, batch_size=len(listed), workers=0)
+    if batch.failures:
+        image_id, reason = batch.failures[0]
+        raise DataError(reason, where=images.source.place(image_id), hint="Choose another image.")
+    return torch.as_tensor(batch.pixels)
 
 
 def find_neighbours(

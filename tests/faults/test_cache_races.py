@@ -97,7 +97,7 @@ def read_and_write(folder: Path, reads: int, seed: int) -> Account:
     logger.handlers[:] = [handler := logging.Handler()]
     handler.emit = warnings.append  # type: ignore[method-assign]
     found = wrong = refused = 0
-    features = open_feature_folder(folder, KEY, checkpoint="vit.pth")
+    features = feature_cache.find_feature_folder(folder, KEY)
     for number in range(reads):
         try:
             if number % 8 == 0:

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DEEP = "random:vit_small_patch16_224"
-HERE = Loading(workers=0)
+LOADING = Loading(workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def little_memory() -> Iterator[None]:
 
 
 def run(
-    photographs: Path, cache: Path | None, *, encoder: Encoder | None = None, loading: Loading = HERE
+    photographs: Path, cache: Path | None, *, encoder: Encoder | None = None, loading: Loading = LOADING
 ) -> Extraction:
     images = read_split(str(photographs), "val")
     hashes = hash_images(images, cache_dir=None)
@@ -68,8 +68,8 @@ def test_fp32_features_of_files_agree_with_the_cpu(photographs: Path) -> None:
 
 
 def test_workers_and_pinned_memory_do_not_change_the_features(photographs: Path) -> None:
-    here, there = (run(photographs, None, loading=Loading(batch_size=16, workers=count)) for count in (0, 2))
-    assert torch.equal(values(here), values(there))
+    alone, shared = (run(photographs, None, loading=Loading(batch_size=16, workers=count)) for count in (0, 2))
+    assert torch.equal(values(alone), values(shared))
 
 
 def test_cached_features_are_reused_bit_for_bit(photographs: Path, tmp_path: Path) -> None:
@@ -120,6 +120,8 @@ def test_gpu_too_small_for_one_image_is_a_resource_error(photographs: Path) -> N
 
 
 def test_features_from_nvjpeg_are_close_to_those_from_pillow(photographs: Path) -> None:
-    theirs, ours = (run(photographs, None, loading=Loading(decoder=one, workers=0)) for one in ("pillow", "nvjpeg"))
+    theirs, ours = (
+        run(photographs, None, loading=Loading(decoder=decoder, workers=0)) for decoder in ("pillow", "nvjpeg")
+    )
     similarity = torch.nn.functional.cosine_similarity(values(theirs), values(ours))
     assert similarity.min() > 0.99

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-import msn_eval.features.visualization
 from msn_eval.cli import main
 from msn_eval.commands.show import _choose_images, _render_page
 from msn_eval.data import read_dataset
+from msn_eval.features import visualization
 
 _NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2"
 
@@ -25,7 +25,7 @@ def test_three_pictures_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert {Path(line).name for line in capsys.readouterr().out.splitlines()} == files
 
 
-def test_page_holds_the_pictures_and_asks_for_nothing(tmp_path: Path) -> None:
+def test_page_embeds_the_pictures_and_loads_nothing(tmp_path: Path) -> None:
     _show(tmp_path, "--format", "html", "--pictures", "attention,classes")
 
     page = (tmp_path / "show.html").read_text()
@@ -45,7 +45,7 @@ def test_page_holds_the_pictures_and_asks_for_nothing(tmp_path: Path) -> None:
         (("--images", "0"), "--images 0 is out of range"),
     ],
 )
-def test_what_cannot_be_shown_is_refused(
+def test_invalid_options_are_refused(
     arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = _show(tmp_path, *arguments)
@@ -53,27 +53,19 @@ def test_what_cannot_be_shown_is_refused(
     assert (code, message in capsys.readouterr().err, list(tmp_path.iterdir())) == (2, True, [])
 
 
-def _asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Give what the picture of neighbours is asked for, once it is."""
-    asked: dict[str, Any] = {}
-    find = msn_eval.features.visualization.find_neighbours
+def test_shares_neighbours_and_images_are_those_requested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requested: dict[str, Any] = {}
+    find_neighbours = visualization.find_neighbours
 
-    def caught(*arguments: Any, **options: Any) -> Any:
-        asked.update(options, images=len(arguments[1]))
-        return find(*arguments, **options)
+    def record(*arguments: Any, **options: Any) -> Any:
+        requested.update(options, images=len(arguments[1]))
+        return find_neighbours(*arguments, **options)
 
-    monkeypatch.setattr(msn_eval.features.visualization, "find_neighbours", caught)
-    return asked
+    monkeypatch.setattr(visualization, "find_neighbours", record)
+    options = ["--masked", "90,25", "--neighbours", "3", "--images", "3", "--seed", "7"]
+    _show(tmp_path, "--pictures", "neighbours", *options)
 
-
-def test_shares_neighbours_and_images_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = _asked(monkeypatch)
-
-    _show(
-        tmp_path, "--pictures", "neighbours", "--masked", "90,25", "--neighbours", "3", "--images", "3", "--seed", "7"
-    )
-
-    assert asked == {"masked": [0.25, 0.9], "count": 3, "images": 3, "seed": 7}
+    assert requested == {"masked": [0.25, 0.9], "count": 3, "images": 3, "seed": 7}
 
 
 def test_images_without_names_are_spread_over_the_classes() -> None:
@@ -82,7 +74,7 @@ def test_images_without_names_are_spread_over_the_classes() -> None:
     assert [image_id.split("/")[0] for image_id in _choose_images(val, None, 5).ids] == ["0", "2", "4", "6", "8"]
 
 
-def test_named_images_are_the_ones_that_are_shown() -> None:
+def test_named_images_are_shown() -> None:
     val = read_dataset("digits").val
     named = [val.ids[700], val.ids[3]]
 

@@ -48,9 +48,9 @@ def test_section_of_a_file_is_the_recipe(tmp_path: Path) -> None:
     file = tmp_path / "few.yaml"
     file.write_text("probe: [finetune]\nfinetune:\n  epochs: 7\n  learning_rate: 1e-4\n")
 
-    request = read_config(EvaluationConfig, file=file, overrides=["finetune.epochs=8"])
+    config = read_config(EvaluationConfig, file=file, overrides=["finetune.epochs=8"])
 
-    assert request.finetune == FinetuneRecipe(epochs=8, learning_rate=1e-4)
+    assert config.finetune == FinetuneRecipe(epochs=8, learning_rate=1e-4)
 
 
 def test_unknown_key_of_the_section_names_the_nearest_one(tmp_path: Path) -> None:

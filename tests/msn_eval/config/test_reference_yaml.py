@@ -28,7 +28,7 @@ RELEASED: dict[str, dict[str, object]] = {
 
 
 def _read(tmp_path: Path, *changes: tuple[str, object], given: dict[str, object] | None = None) -> EvaluationConfig:
-    from msn_eval.commands.evaluate import _translated
+    from msn_eval.commands.evaluate import _translate
     from msn_eval.config.yaml_config import read_config
 
     content: Any = {section: dict(values) for section, values in RELEASED.items()}
@@ -37,7 +37,7 @@ def _read(tmp_path: Path, *changes: tuple[str, object], given: dict[str, object]
         content[section][name] = value
     path = tmp_path / "lineval.yaml"
     OmegaConf.save(OmegaConf.create(content), path)
-    return read_config(EvaluationConfig, file=path, given=given, translate=_translated)
+    return read_config(EvaluationConfig, file=path, given=given, translate=_translate)
 
 
 def test_the_released_file_is_the_published_evaluation(tmp_path: Path) -> None:
@@ -129,9 +129,9 @@ def test_what_their_code_does_not_read_is_refused(changed: dict[str, Any], told:
 
 
 def test_options_win_over_the_file(tmp_path: Path) -> None:
-    request = _read(tmp_path, given={"device": "cpu", "linear_augmented.epochs": 2})
+    config = _read(tmp_path, given={"device": "cpu", "linear_augmented.epochs": 2})
 
-    assert (request.device, request.linear_augmented.epochs, request.linear_augmented.lr) == ("cpu", 2, [6.4])
+    assert (config.device, config.linear_augmented.epochs, config.linear_augmented.lr) == ("cpu", 2, [6.4])
 
 
 def test_the_file_runs_up_to_its_number_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

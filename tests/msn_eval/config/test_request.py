@@ -70,14 +70,14 @@ def test_value_at_the_edge_of_its_range_is_taken(options: dict[str, object]) -> 
 
 
 def test_defaults_are_the_promised_ones() -> None:
-    request = EvaluationConfig()
-    assert (request.subset, request.probe, request.decoder, request.out) == (
+    config = EvaluationConfig()
+    assert (config.subset, config.probe, config.decoder, config.out) == (
         ["low-shot"],
         ["logistic"],
         "pillow",
         "runs",
     )
-    assert (request.seed, request.on_bad_image, request.precision, request.limit) == (0, "error", None, None)
+    assert (config.seed, config.on_bad_image, config.precision, config.limit) == (0, "error", None, None)
 
 
 def test_two_requests_share_no_list() -> None:
@@ -85,8 +85,8 @@ def test_two_requests_share_no_list() -> None:
 
 
 def test_counts_are_numbers_once_given() -> None:
-    request = EvaluationConfig(batch_size="64", workers="0")
-    assert (request.batch_images, request.worker_count) == (64, 0)
+    config = EvaluationConfig(batch_size="64", workers="0")
+    assert (config.batch_images, config.worker_count) == (64, 0)
 
 
 def test_automatic_counts_are_left_to_the_device() -> None:

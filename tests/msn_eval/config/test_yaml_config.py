@@ -225,8 +225,8 @@ def test_checks_of_the_record_itself_reach_the_user() -> None:
 
 def test_count_or_auto_may_be_written_as_a_number(tmp_path: Path) -> None:
     file = write_yaml(tmp_path, "batch-size: 64\nworkers: auto\n")
-    request = read_config(EvaluationConfig, file=file)
-    assert (request.batch_images, request.worker_count) == (64, None)
+    config = read_config(EvaluationConfig, file=file)
+    assert (config.batch_images, config.worker_count) == (64, None)
 
 
 @dataclass(frozen=True, kw_only=True)

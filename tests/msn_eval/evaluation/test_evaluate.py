@@ -1,8 +1,7 @@
-"""The pipeline from Python: the same numbers whatever the batch size, the workers and the interruptions."""
+"""The pipeline from Python: the same numbers for every batch size, number of workers and interruption."""
 
 import logging
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from msn_eval import evaluate
@@ -21,10 +19,10 @@ from msn_eval.distributed.group import Group
 from msn_eval.errors import CheckpointError, StoreError, UsageError
 from msn_eval.evaluation import evaluate as evaluation
 from msn_eval.evaluation import plan as plan_module
-from msn_eval.evaluation.evaluate import evaluate_all, evaluate_checkpoint, make_loading, pending_images, prepare
+from msn_eval.evaluation.evaluate import evaluate_all, evaluate_checkpoint, pending_images, prepare
 from msn_eval.evaluation.plan import Plan, make_plan
 from msn_eval.features import cache as feature_cache
-from msn_eval.features.extraction import Extraction, Loading
+from msn_eval.features.extraction import Extraction
 from msn_eval.probes.base import FittedProbe
 from msn_eval.results.folder import read_results
 from msn_eval.results.record import Result, read_predictions, write_result
@@ -33,7 +31,7 @@ _NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2"
 
 
 def _write_images(root: Path, *, train: int, val: int, classes: str = "abcd") -> Path:
-    """Write an image folder of coloured noise, with so many images per class."""
+    """Write an image folder of coloured noise, with `train` and `val` images per class."""
     generator = np.random.default_rng(0)
     tints = {"a": (60, 0, 0), "b": (0, 60, 0), "c": (0, 0, 60), "d": (30, 30, 0)}
     for name in classes:
@@ -86,29 +84,11 @@ def test_a_single_value_stands_for_a_list_of_one(folder: Path, tmp_path: Path) -
     assert len(one) == 1
 
 
-def test_another_seed_is_another_network(folder: Path, reference: list[Result], tmp_path: Path) -> None:
-    other = _evaluate(folder, tmp_path, seed=1)
-
-    assert {result.id for result in other}.isdisjoint({result.id for result in reference})
-
-
 def test_each_configuration_and_draw_has_a_record(reference: list[Result]) -> None:
     measured = {(result.probe.name, str(dict(result.probe.params)), result.split.draw) for result in reference}
 
     configs = [("logistic", "{'lambda': 0.0025}"), ("ncm", "{}")]  # every default k is above the eight labelled images
     assert measured == {(*config, draw) for config in configs for draw in (1, 2, 3)}
-
-
-def test_one_search_serves_every_k_and_temperature(folder: Path, tmp_path: Path) -> None:
-    together = _evaluate(folder, tmp_path / "together", k=[1, 3, 5], temperature=[0.07, 0.2])
-    alone = [
-        result
-        for k in (1, 3, 5)
-        for temperature in (0.07, 0.2)
-        for result in _evaluate(folder, tmp_path / f"{k}-{temperature}", k=k, temperature=temperature)
-    ]
-
-    assert dict(_outcome(together)) == dict(_outcome(alone))
 
 
 def test_solvers_share_their_id_and_their_predictions(folder: Path, reference: list[Result], tmp_path: Path) -> None:
@@ -124,12 +104,6 @@ def test_predictions_are_those_of_the_named_images(folder: Path, tmp_path: Path)
     assert result.predictions is not None
     stored = read_predictions(tmp_path / result.predictions)
     assert [image.decode().partition("/")[0] for image in stored.image] == ["abcd"[label] for label in stored.label]
-
-
-def test_logistic_records_carry_a_certificate_that_meets_its_target(reference: list[Result]) -> None:
-    certificates = [result.probe.certificate for result in reference if result.probe.name == "logistic"]
-
-    assert all(certificate is not None and 0 <= certificate <= 1e-6 for certificate in certificates)
 
 
 def _plan(folder: Path, out: Path, **options: object) -> Plan:
@@ -159,7 +133,7 @@ def test_run_without_a_cache_leaves_none(folder: Path, tmp_path: Path) -> None:
 
 def test_temporary_folder_of_ranks_is_removed_even_after_a_fault(folder: Path, tmp_path: Path) -> None:
     first = Group(rank=0, world=2, local_rank=0, host="localhost")
-    with pytest.raises(StoreError, match="rows are not there"):
+    with pytest.raises(StoreError, match="rows that were just written are missing"):
         list(evaluate_checkpoint(_plan(folder, tmp_path), _NETWORK, group=first))
     assert list(tmp_path.glob(".features*")) == []
 
@@ -182,12 +156,12 @@ def test_costs_are_those_of_both_splits(folder: Path, tmp_path: Path, monkeypatc
     assert times.total == pytest.approx(times.extract + times.probe, abs=1e-3)
 
 
-def _agreed_facts(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
-    """Return what a rank compares with the others before it works."""
-    facts: list[Mapping[str, str]] = []
-    monkeypatch.setattr(evaluation, "check_equal_across_ranks", lambda group, what, own: facts.append(own))
+def _compared_values(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
+    """Return what a rank compares with the others first."""
+    values: list[Mapping[str, str]] = []
+    monkeypatch.setattr(evaluation, "check_equal_across_ranks", lambda group, what, own: values.append(own))
     next(evaluate_checkpoint(plan, _NETWORK))
-    return facts[0]
+    return values[0]
 
 
 @pytest.mark.parametrize(
@@ -209,8 +183,8 @@ def test_ranks_compare_what_they_are_about_to_measure(
         options = {"data": str(shutil.copytree(folder, tmp_path / "changed"))}
         for file in (tmp_path / "changed" / "train").rglob("*.png"):
             Image.new("RGB", (9, 9)).save(file)
-    mine = _agreed_facts(_plan(folder, tmp_path / "mine"), monkeypatch)
-    other = _agreed_facts(_plan(folder, tmp_path / "other", **options), monkeypatch)
+    mine = _compared_values(_plan(folder, tmp_path / "mine"), monkeypatch)
+    other = _compared_values(_plan(folder, tmp_path / "other", **options), monkeypatch)
     assert sorted(name for name in mine if mine[name] != other[name]) == sorted(differ)
 
 
@@ -248,12 +222,6 @@ def test_result_is_written_before_it_is_yielded(folder: Path, tmp_path: Path) ->
     assert (tmp_path / f"{result.id}.json").exists()
 
 
-@pytest.mark.parametrize(("options", "size"), [({}, 256), ({"batch_size": "7"}, 7)], ids=str)
-def test_record_has_the_batch_size(folder: Path, tmp_path: Path, options: dict[str, object], size: int) -> None:
-    (result,) = evaluate_checkpoint(_plan(folder, tmp_path, **options), _NETWORK)
-    assert result.environment.batch_size == size
-
-
 def test_only_taps_of_pending_tasks_are_extracted(folder: Path, tmp_path: Path) -> None:
     list(evaluate_checkpoint(_plan(folder, tmp_path), _NETWORK))
     ready = prepare(_plan(folder, tmp_path, probe=["logistic", "ncm"]), _NETWORK)
@@ -289,16 +257,6 @@ def test_solver_that_did_not_converge_is_recorded(
     assert [result.status for result in evaluate_checkpoint(_plan(folder, tmp_path), _NETWORK)] == ["not_converged"]
 
 
-def test_time_of_a_configuration_is_its_own(folder: Path, tmp_path: Path) -> None:
-    plan = _plan(folder, tmp_path, probe=["knn"], k=[1, 2])
-    seconds = []
-    for result in evaluate_checkpoint(plan, _NETWORK):
-        seconds.append(result.timing_s.probe)
-        time.sleep(0.5)
-    assert len(seconds) == 2
-    assert seconds[1] < 0.5
-
-
 def test_checkpoint_is_read_as_requested(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, object] = {}
 
@@ -324,31 +282,10 @@ def test_a_refused_checkpoint_does_not_stop_the_others(folder: Path, tmp_path: P
     assert problems[0].startswith("CheckpointError: ")
 
 
-def test_images_are_loaded_as_requested() -> None:
-    config = EvaluationConfig(decoder="torchvision", batch_size="7", workers="0")
-    assert make_loading(config) == Loading(decoder="torchvision", batch_size=7, workers=0)
-
-
 def test_bf16_and_fp16_are_comparable(folder: Path, tmp_path: Path) -> None:
     list(evaluate_checkpoint(_plan(folder, tmp_path, precision="bf16"), _NETWORK))
     (known,) = prepare(_plan(folder, tmp_path, precision="fp16"), _NETWORK).known
     assert known.features.precision == "bf16"
-
-
-def test_rank_computes_on_the_gpu_of_its_number(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    config = replace(_plan(folder, tmp_path).request, device="auto")
-    assert str(make_plan(config, local_rank=1).device) == "cuda:1"
-
-
-def test_same_weights_under_two_names_have_one_result(folder: Path, tmp_path: Path) -> None:
-    for name in ("one.pth", "two.pth"):
-        torch.save(prepare(_plan(folder, tmp_path), _NETWORK).encoder.network.state_dict(), tmp_path / name)
-    names = [str(tmp_path / name) for name in ("one.pth", "two.pth")]
-    arch = _NETWORK.partition(":")[2]
-    results = evaluate(names, data=folder, subsets="1img@1", out=tmp_path, device="cpu", no_cache=True, arch=arch)
-    assert len(results) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -407,7 +344,7 @@ def test_collapsed_features_are_reported_and_scored_at_chance(tmp_path: Path, ca
 
 def test_validation_labels_change_neither_the_chosen_layer_nor_a_prediction(folder: Path, tmp_path: Path) -> None:
     revealing = tmp_path / "revealing"
-    for split, names in (("train", "abcd"), ("val", "bcda")):  # the validation images of each class under another name
+    for split, names in (("train", "abcd"), ("val", "bcda")):  # classes of validation images permuted
         for name, other in zip("abcd", names, strict=True):
             shutil.copytree(folder / split / name, revealing / split / other)
     recipe = {"lr_first": 0.01, "lr_last": 100.0, "lrs": 5, "epochs": 20}
@@ -446,7 +383,7 @@ def test_features_that_do_not_fit_into_memory_give_the_same_linear_layer(
     with caplog.at_level(logging.INFO):
         streamed = measure("disk")
 
-    assert caplog.text.count("stay on the disk") == 1  # the labelled rows only: scores need the others at once
+    assert caplog.text.count("mapped from the disk") == 1  # the labelled rows only: all others are scored at once
     assert "32 rows of 3072 features" in caplog.text
     assert (streamed.metrics, streamed.probe) == (in_memory.metrics, in_memory.probe)
 
@@ -468,7 +405,7 @@ def test_every_draw_scores_with_the_tap_that_it_chose(tmp_path: Path) -> None:
     assert alone["cls"][3].metrics != alone["mean"][3].metrics
     protocols = {result.protocol_id for result in several.values()}
     assert protocols.isdisjoint(result.protocol_id for result in alone["mean"].values())
-    taps = {(one.probe.params["taps"], one.features.tap, one.protocol["tap"]) for one in several.values()}
+    taps = {(result.probe.params["taps"], result.features.tap, result.protocol["tap"]) for result in several.values()}
     assert taps == {("cls,mean",) * 3}
 
 
@@ -501,11 +438,11 @@ def test_a_network_without_one_of_the_taps_to_choose_from_is_refused(folder: Pat
         _choose_tap(folder, tmp_path, ["cls", "cls4"])
 
     assert str(caught.value).startswith(f"linear.taps cls4: {_NETWORK} (")
-    assert str(caught.value).endswith("has no such tap\nIt has: cls, cls-norm, mean.")
+    assert str(caught.value).endswith("has no tap of this name\nIt has: cls, cls-norm, mean.")
 
 
 @pytest.mark.parametrize("name", ["knnn", "k-nn"])
-def test_an_unknown_probe_is_refused_and_never_another_one(folder: Path, tmp_path: Path, name: str) -> None:
+def test_an_unknown_probe_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=f"No probe is called '{name}'.* Did you mean knn"):
         make_plan(EvaluationConfig(checkpoint=[_NETWORK], data=str(folder), probe=[name], out=str(tmp_path)))
 
@@ -571,7 +508,8 @@ def test_a_probe_of_an_entry_point_is_listed_run_and_recorded(
 def test_a_data_set_of_a_plugin_is_part_of_the_protocol(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_module, "_distribution_of", lambda data: "toy-data 0.3")
+    data = replace(plan_module.read_dataset(str(folder)), distribution="toy-data 0.3")
+    monkeypatch.setattr(plan_module, "read_dataset", lambda name, **options: data)
 
     (task,) = _plan(folder, tmp_path).tasks
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from msn_eval import evaluate
 from msn_eval.checkpoints.checkpoint import read_checkpoint
@@ -19,7 +18,7 @@ from msn_eval.errors import CheckpointError, DataError, UsageError
 from msn_eval.evaluation import finetune as finetuning
 from msn_eval.features.encoder import build_encoder, normalise_pixels
 from msn_eval.probes.finetune import train as finetune_module
-from msn_eval.results.record import Result, read_predictions, read_result
+from msn_eval.results.record import Result, read_predictions
 
 _VIT = "random:vit_tiny_patch16_224?img_size=16&patch_size=8&embed_dim=32&depth=2&num_heads=2"
 _RECIPE = {"epochs": 2, "batch": 8, "warmup_epochs": 0, "learning_rate": 1e-3, "flip": 0.0}
@@ -75,14 +74,12 @@ def test_another_number_is_another_protocol(tune: Tune, change: dict[str, Any]) 
 
 
 def test_options_of_speed_change_no_prediction(tune: Tune, tmp_path: Path) -> None:
-    found = [
-        tune(out=tmp_path / name, **options)[0]
-        for name, options in (("one", {}), ("two", {"batch_size": "2"}), ("three", {"workers": "2"}))
-    ]
+    ranks = []
+    for name, options in (("one", {}), ("two", {"batch_size": "2"}), ("three", {"workers": "2"})):
+        (result,) = tune(out=tmp_path / name, **options)
+        ranks.append(read_predictions(tmp_path / name / f"{result.id}.npz").rank_of_label.tolist())
 
-    answers = [read_predictions(tmp_path / name / f"{found[0].id}.npz") for name in ("one", "two", "three")]
-    assert len({result.id for result in found}) == 1
-    assert all(np.array_equal(one.rank_of_label, answers[0].rank_of_label) for one in answers)
+    assert ranks[1:] == ranks[:1] * 2
 
 
 def test_finished_plan_is_not_computed_again(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,15 +118,6 @@ def test_killed_evaluation_resumes_to_the_same_record(
     assert (result.id, result.metrics, result.probe) == (undisturbed.id, undisturbed.metrics, undisturbed.probe)
 
 
-def test_loss_that_is_not_finite_is_a_failed_record_with_the_reason(tune: Tune, tmp_path: Path) -> None:
-    (result,) = tune(recipe={"learning_rate": 1e30})
-
-    kept = read_result(tmp_path / "runs" / f"{result.id}.json")
-    assert (kept.status, kept.metrics, kept.predictions) == ("failed", None, None)
-    assert kept.error is not None
-    assert "the loss is nan at step" in kept.error
-
-
 def test_command_whose_loss_is_not_finite_ends_with_23(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [f"finetune.{name}={value}" for name, value in (_RECIPE | {"learning_rate": 1e30}).items()]
     code = main(
@@ -137,10 +125,12 @@ def test_command_whose_loss_is_not_finite_ends_with_23(tmp_path: Path, capsys: p
          "--device", "cpu", "--no-cache", "--out", str(tmp_path), *given]
     )  # fmt: skip
 
-    shown = capsys.readouterr()
-    assert code == 23
-    assert "FAILED" in shown.out
-    assert "Use a smaller finetune.learning_rate" in shown.err
+    output = capsys.readouterr()
+    (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert (code, record["status"], record["metrics"], record["predictions"]) == (23, "failed", None, None)
+    assert "the loss is nan at step" in record["error"]
+    assert "FAILED" in output.out
+    assert "Use a smaller finetune.learning_rate" in output.err
 
 
 def test_class_without_labelled_images_is_never_predicted(
@@ -208,14 +198,14 @@ def test_fine_tuned_and_frozen_numbers_have_columns_of_their_own(
 
 
 def test_baseline_is_measured_again_with_its_own_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--checkpoint", _VIT, "--data", "digits", "--device", "cpu", "--no-cache"]
+    arguments = ["--checkpoint", _VIT, "--data", "digits", "--device", "cpu", "--no-cache"]
     given = [f"finetune.{name}={value}" for name, value in _RECIPE.items()]
     runs, baseline = str(tmp_path / "runs"), str(tmp_path / "baseline.json")
-    assert main([*words, "--probe", "finetune", "--subset", "1img@1", "--seed", "2", "--out", runs, *given]) == 0
+    assert main([*arguments, "--probe", "finetune", "--subset", "1img@1", "--seed", "2", "--out", runs, *given]) == 0
     assert main(["baseline", runs, "--out", baseline]) == 0
     capsys.readouterr()
 
-    code = main(["check", "--baseline", baseline, *words, "--seed", "2", "--out", str(tmp_path / "again")])
+    code = main(["check", "--baseline", baseline, *arguments, "--seed", "2", "--out", str(tmp_path / "again")])
 
     assert code == 0
     assert "pass" in capsys.readouterr().out.lower()
@@ -224,18 +214,12 @@ def test_baseline_is_measured_again_with_its_own_recipe(tmp_path: Path, capsys: 
 # The network that is saved.
 
 
-def test_saved_folder_has_the_names_and_shapes_of_transformers(tune: Tune, tmp_path: Path) -> None:
+def test_saved_folder_names_its_result_and_classes(tune: Tune, tmp_path: Path) -> None:
     (result,) = tune(save=str(tmp_path / "saved"))
 
-    tensors = load_file(tmp_path / "saved" / "model.safetensors")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["architectures"] == ["ViTMSNForImageClassification"]
     assert (config["msn_eval_result"], config["id2label"]["3"], config["label2id"]["3"]) == (result.id, "3", 3)
-    assert tuple(tensors["classifier.weight"].shape) == (10, 32)
-    assert tuple(tensors["classifier.bias"].shape) == (10,)
-    assert tuple(tensors["vit.embeddings.position_embeddings"].shape) == (1, 5, 32)
-    assert tuple(tensors["vit.encoder.layer.1.attention.attention.query.weight"].shape) == (32, 32)
-    assert all(name.startswith(("vit.", "classifier.")) for name in tensors)
 
 
 _LAYOUTS = {

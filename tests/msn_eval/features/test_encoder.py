@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,22 +50,10 @@ def saved(folder: Path, content: object) -> Path:
     return path
 
 
-def own(network: nn.Module, *, image_pixels: int = 32) -> Checkpoint:
-    return Checkpoint(
-        name="own",
-        path="py:own:factory",
-        sha256=None,
-        weights_sha256="",
-        format="py",
-        key=None,
-        arch="own",
-        network=network.eval(),
-        matched=1.0,
-        epoch=None,
-        image_pixels=image_pixels,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-    )
+def own(network: nn.Module) -> Checkpoint:
+    pixels = read_checkpoint("pixels")
+    own = replace(pixels, name="own", path="py:own:factory", format="py", arch="own", network=network.eval())
+    return replace(own, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
 def normalised(
@@ -73,7 +63,7 @@ def normalised(
     return ((pixels.float() / 255 - torch.tensor(mean)) / torch.tensor(std)).movedim(3, 1)
 
 
-# A Vision Transformer by its formulas (Dosovitskiy et al. 2021, arXiv:2010.11929), with a name for every product.
+# A Vision Transformer by its formulas (Dosovitskiy et al. 2021, arXiv:2010.11929), with a name for every step.
 
 
 def layer_norm(tokens: Tensor, weights: Weights, name: str) -> Tensor:
@@ -164,7 +154,7 @@ def test_cls_norm_is_the_class_token_behind_the_final_norm(
 
 
 @pytest.mark.parametrize("variant", [{}, {"registers": 4}, {"class_token": False}], ids=str)
-def test_mean_is_that_of_the_normed_patch_tokens_alone(
+def test_mean_is_that_of_the_normed_patch_tokens(
     tmp_path: Path, vit_weights: WeightMaker, random_pixels: Tensor, variant: dict[str, object]
 ) -> None:
     weights = vit_weights(**variant)
@@ -174,7 +164,7 @@ def test_mean_is_that_of_the_normed_patch_tokens_alone(
 
 
 @pytest.mark.parametrize("class_token", [True, False])
-def test_mean_is_normed_after_averaging_where_the_norm_sits_there(
+def test_mean_is_normed_after_averaging_with_fc_norm(
     tmp_path: Path, vit_weights: WeightMaker, random_pixels: Tensor, class_token: bool
 ) -> None:
     weights = vit_weights(fc_norm=True, class_token=class_token)
@@ -191,50 +181,6 @@ def test_cls4_joins_the_normed_class_tokens_of_the_last_four_blocks(
     blocks = vit_by_formula(weights, normalised(random_pixels), heads=3)
     expected = torch.cat([layer_norm(tokens[:, 0], weights, "norm") for tokens in blocks[1:]], dim=1)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_class_token_equals_that_of_transformers(
-    msn_file: MSNWriter, vit_weights: WeightMaker, random_pixels: Tensor
-) -> None:
-    transformers = pytest.importorskip("transformers")
-    weights = vit_weights()
-    theirs = {
-        "embeddings.cls_token": weights["cls_token"],
-        "embeddings.position_embeddings": weights["pos_embed"],
-        "embeddings.patch_embeddings.projection.weight": weights["patch_embed.proj.weight"],
-        "embeddings.patch_embeddings.projection.bias": weights["patch_embed.proj.bias"],
-        "layernorm.weight": weights["norm.weight"],
-        "layernorm.bias": weights["norm.bias"],
-    }
-    for block in range(2):
-        for kind in ("weight", "bias"):
-            packed = weights[f"blocks.{block}.attn.qkv.{kind}"].chunk(3)
-            for letter, tensor in zip("qkv", packed, strict=True):
-                theirs[f"layers.{block}.attention.{letter}_proj.{kind}"] = tensor
-            for their_name, our_name in (
-                ("attention.o_proj", "attn.proj"),
-                ("layernorm_before", "norm1"),
-                ("layernorm_after", "norm2"),
-                ("mlp.fc1", "mlp.fc1"),
-                ("mlp.fc2", "mlp.fc2"),
-            ):
-                theirs[f"layers.{block}.{their_name}.{kind}"] = weights[f"blocks.{block}.{our_name}.{kind}"]
-    model = transformers.ViTMSNModel(
-        transformers.ViTMSNConfig(
-            hidden_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            intermediate_size=768,
-            image_size=32,
-            patch_size=8,
-            layer_norm_eps=1e-6,
-        )
-    ).eval()
-    model.load_state_dict(theirs)
-    with torch.inference_mode():
-        states = model(normalised(random_pixels), output_hidden_states=True).hidden_states
-    found = encode(load(msn_file(weights)), random_pixels, ["cls"])["cls"]
-    torch.testing.assert_close(found, states[-1][:, 0], atol=1e-4, rtol=1e-4)
 
 
 def torchvision_transformer() -> TorchvisionViT:
@@ -330,7 +276,7 @@ def test_taps_of_a_beit_are_its_own_tokens(random_pixels: Tensor, pooled: bool) 
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-# Which taps there are.
+# Available taps.
 
 
 @pytest.mark.parametrize(
@@ -339,32 +285,25 @@ def test_taps_of_a_beit_are_its_own_tokens(random_pixels: Tensor, pooled: bool) 
         (TINY, ("cls", "cls-norm", "mean")),
         (TINY.replace("depth=1", "depth=4"), ("cls", "cls-norm", "mean", "cls4")),
         (NO_CLASS_TOKEN, ("mean",)),
+        (f"{NO_CLASS_TOKEN}&reg_tokens=4", ("mean",)),
         (MAP_POOLED, ("out",)),
         (BEIT, ("cls", "cls-norm", "mean")),
         ("random:resnet18", ("pool",)),
         ("pixels", ("pixels",)),
     ],
-    ids=["shallow", "deep", "no class token", "map-pooled", "BEiT", "residual", "pixels"],
+    ids=["shallow", "deep", "no class token", "registers", "map-pooled", "BEiT", "residual", "pixels"],
 )
 def test_encoder_offers_the_taps_it_has(checkpoint: str, taps: tuple[str, ...]) -> None:
     assert load(checkpoint).taps == taps
 
 
-def test_own_module_offers_its_output() -> None:
-    assert build_encoder(own(nn.Flatten()), device=CPU, precision="fp32").taps == ("out",)
-
-
-def test_own_module_that_is_a_transformer_of_timm_is_asked_for_its_output(random_pixels: Tensor) -> None:
+def test_own_module_that_is_a_transformer_of_timm_has_only_its_output(random_pixels: Tensor) -> None:
     network = read_checkpoint(TINY).network
     encoder = build_encoder(own(network), device=CPU, precision="fp32")
     tap = resolve_tap(encoder, "cls", by_hand=False)
     with torch.inference_mode():
         expected = network(normalised(random_pixels, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
     torch.testing.assert_close(encode(encoder, random_pixels, [tap])[tap], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_register_token_is_not_a_class_token() -> None:
-    assert load(f"{NO_CLASS_TOKEN}&reg_tokens=4").taps == ("mean",)
 
 
 @pytest.mark.parametrize("wanted", ["cls", "cls-norm", "cls4"])
@@ -377,12 +316,9 @@ def test_tap_of_a_protocol_falls_back_to_an_available_one(checkpoint: str, inste
     assert resolve_tap(load(checkpoint), wanted, by_hand=False) == instead
 
 
-def test_available_tap_is_used() -> None:
-    assert resolve_tap(load(TINY), "cls-norm", by_hand=False) == "cls-norm"
-
-
-def test_shallow_network_without_cls4_falls_back_to_mean() -> None:
-    assert resolve_tap(load(TINY), "cls4", by_hand=False) == "mean"
+@pytest.mark.parametrize(("wanted", "tap"), [("cls-norm", "cls-norm"), ("cls4", "mean")])
+def test_tap_is_used_if_the_network_has_it(wanted: str, tap: str) -> None:
+    assert resolve_tap(load(TINY), wanted, by_hand=False) == tap
 
 
 def test_missing_tap_named_by_the_user_is_refused_with_the_available_ones() -> None:
@@ -433,21 +369,11 @@ def test_resizing_leaves_the_checkpoints_own_network_as_it_was() -> None:
     assert (checkpoint.network.pos_embed.shape[1], checkpoint.network.pos_embed.dtype) == (17, torch.float32)
 
 
-def test_image_size_that_is_not_a_multiple_of_the_patch_size_is_refused_with_the_nearest_ones() -> None:
-    with pytest.raises(UsageError, match="--image-pixels 36 is not a multiple of the patch size 8") as refusal:
-        load(TINY, image_pixels=36)
-    assert (refusal.value.exit_code, refusal.value.hint) == (2, "Use 32 or 40.")
-
-
-def test_size_below_one_patch_is_refused_with_sizes_that_differ() -> None:
-    with pytest.raises(UsageError) as refusal:
-        load(TINY, image_pixels=5)
-    assert refusal.value.hint in ("Use 8.", "Use 8 or 16.")
-
-
-def test_networks_published_at_another_size_are_evaluated_there() -> None:
-    encoder = load(DINOV2)
-    assert (encoder.transform.crop, encoder.network.pos_embed.shape) == (224, (1, 1 + 16 * 16, 192))
+@pytest.mark.parametrize(("size", "hint"), [(36, "Use 32 or 40."), (5, "Use 8 or 16.")])
+def test_size_that_is_not_a_multiple_of_the_patch_size_is_refused_with_the_nearest_ones(size: int, hint: str) -> None:
+    with pytest.raises(UsageError, match=f"--image-pixels {size} is not a multiple of the patch size 8") as refusal:
+        load(TINY, image_pixels=size)
+    assert (refusal.value.exit_code, refusal.value.hint) == (2, hint)
 
 
 def test_positions_for_the_published_size_follow_the_authors_rule() -> None:
@@ -455,7 +381,9 @@ def test_positions_for_the_published_size_follow_the_authors_rule() -> None:
     square = learned[:, 1:].reshape(1, 37, 37, 192).movedim(3, 1)
     scale = (16 + 0.1) / 37
     smaller = F.interpolate(square, scale_factor=(scale, scale), mode="bicubic").movedim(1, 3).reshape(1, 256, 192)
-    torch.testing.assert_close(load(DINOV2).network.pos_embed, torch.cat([learned[:, :1], smaller], dim=1))
+    encoder = load(DINOV2)
+    assert encoder.transform.crop == 224
+    torch.testing.assert_close(encoder.network.pos_embed, torch.cat([learned[:, :1], smaller], dim=1))
 
 
 def test_positions_for_any_other_size_follow_the_authors_rule() -> None:
@@ -473,10 +401,6 @@ def test_stored_size_uses_the_stored_positions() -> None:
     assert torch.equal(encoder.network.pos_embed, read_checkpoint(DINOV2).network.pos_embed)
 
 
-def test_interpolated_positions_need_no_gradient() -> None:
-    assert not load(DINOV2).network.pos_embed.requires_grad
-
-
 @pytest.mark.parametrize("bias", ["use_rel_pos_bias=True", "use_shared_rel_pos_bias=True&use_rel_pos_bias=False"])
 def test_beit_at_another_size_gives_features_of_its_width(bias: str) -> None:
     encoder = load(f"{BEIT}&{bias}", image_pixels=48)
@@ -484,11 +408,11 @@ def test_beit_at_another_size_gives_features_of_its_width(bias: str) -> None:
     assert encode(encoder, pixels, ["cls"])["cls"].shape == (2, 192)
 
 
-# Networks that change while they are read.
+# Networks that change while they are used.
 
 
 class Restless(nn.Module):
-    """A module whose forward pass does something to it besides."""
+    """A module whose forward pass also changes it."""
 
     def __init__(self, disturb: Callable[["Restless"], object]) -> None:
         super().__init__()
@@ -500,30 +424,35 @@ class Restless(nn.Module):
         return self.norm(images.mean((2, 3)))
 
 
-def run_unchanged(network: nn.Module, pixels: Tensor) -> Tensor:
+def encode_frozen(network: nn.Module, pixels: Tensor) -> Tensor:
     encoder = build_encoder(own(network), device=CPU, precision="fp32")
     with check_frozen(encoder):
         return encode(encoder, pixels, ["out"])["out"]
 
 
-def updated(network: Restless) -> None:
+def update(network: Restless) -> None:
     network.norm.train()
     network.norm(torch.arange(6.0).reshape(2, 3))
     network.norm.eval()
 
 
 def test_frozen_network_passes(random_pixels: Tensor) -> None:
-    assert len(run_unchanged(Restless(lambda network: None), random_pixels)) == len(random_pixels)
+    assert len(encode_frozen(Restless(lambda network: None), random_pixels)) == len(random_pixels)
 
 
-def test_network_that_goes_into_training_mode_is_refused(random_pixels: Tensor) -> None:
-    with pytest.raises(CheckpointError, match=r"2 of its modules are in training mode \(the network itself, norm\)"):
-        run_unchanged(Restless(lambda network: network.train()), random_pixels)
-
-
-def test_network_that_updates_its_statistics_is_refused(random_pixels: Tensor) -> None:
-    with pytest.raises(CheckpointError, match="its weights changed during feature extraction") as refusal:
-        run_unchanged(Restless(updated), random_pixels)
+@pytest.mark.parametrize(
+    ("disturb", "problem"),
+    [
+        (nn.Module.train, r"2 of its modules are in training mode \(the network itself, norm\)"),
+        (update, "its weights changed during feature extraction"),
+    ],
+    ids=["training mode", "statistics"],
+)
+def test_network_that_changes_is_refused(
+    random_pixels: Tensor, disturb: Callable[[Restless], object], problem: str
+) -> None:
+    with pytest.raises(CheckpointError, match=problem) as refusal:
+        encode_frozen(Restless(disturb), random_pixels)
     assert refusal.value.where == "py:own:factory"
 
 
@@ -537,21 +466,9 @@ def test_network_in_training_mode_is_refused_before_any_feature(random_pixels: T
 # Devices and precisions.
 
 
-def test_cpu_is_exact_by_default() -> None:
-    encoder = load(TINY)
-    assert (encoder.precision, encoder.precision_class, encoder.network.cls_token.dtype) == (
-        "fp32",
-        "exact",
-        torch.float32,
-    )
-
-
-def test_cuda_is_reduced_by_default() -> None:
-    assert precision_class(default_precision(torch.device("cuda"))) == "reduced"
-
-
-def test_auto_device_exists() -> None:
-    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "exact"), ("cuda", "reduced")])
+def test_default_precision_depends_on_the_device(device: str, precision: str) -> None:
+    assert precision_class(default_precision(torch.device(device))) == precision
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "cuda:x"])
@@ -569,19 +486,11 @@ def test_unknown_precision_is_refused() -> None:
 # The public attributes.
 
 
-def test_loaded_encoder_has_architecture_and_width() -> None:
-    encoder = load(TINY)
-    assert (encoder.arch, encoder.dim) == (TINY.partition(":")[2], 192)
-
-
-@pytest.mark.parametrize(("checkpoint", "dim"), [("pixels", 3072), (MAP_POOLED, 192), (NO_CLASS_TOKEN, 192)])
+@pytest.mark.parametrize(
+    ("checkpoint", "dim"), [(TINY, 192), ("pixels", 3072), (MAP_POOLED, 192), (NO_CLASS_TOKEN, 192)]
+)
 def test_dim_is_the_width_of_the_first_tap(checkpoint: str, dim: int) -> None:
     assert load(checkpoint).dim == dim
-
-
-def test_loaded_encoder_keeps_its_checkpoint(msn_file: MSNWriter) -> None:
-    path = str(msn_file())
-    assert load(path).checkpoint.weights_sha256 == read_checkpoint(path).weights_sha256
 
 
 def test_loading_passes_the_seed_and_the_key_on(tmp_path: Path, vit_weights: WeightMaker) -> None:
@@ -604,27 +513,15 @@ def float32_settings() -> Iterator[tuple[object, object]]:
 
 
 @pytest.mark.parametrize("value", ["tf32", "ieee"])
-def test_exact_float32_restores_what_was_set(float32_settings: tuple[nn.Module, ...], value: str) -> None:
+def test_exact_float32_applies_inside_the_block_and_is_restored(
+    float32_settings: tuple[nn.Module, ...], value: str
+) -> None:
     for setting in float32_settings:
         setting.fp32_precision = value
-    with exact_float32():
-        pass
-    assert [setting.fp32_precision for setting in float32_settings] == [value, value]
-
-
-def test_exact_float32_holds_inside(float32_settings: tuple[nn.Module, ...]) -> None:
-    for setting in float32_settings:
-        setting.fp32_precision = "tf32"
-    with exact_float32():
+    with suppress(KeyError), exact_float32():
         assert [setting.fp32_precision for setting in float32_settings] == ["ieee", "ieee"]
-
-
-def test_exact_float32_restores_after_an_error(float32_settings: tuple[nn.Module, ...]) -> None:
-    for setting in float32_settings:
-        setting.fp32_precision = "tf32"
-    with pytest.raises(KeyError), exact_float32():
         raise KeyError
-    assert [setting.fp32_precision for setting in float32_settings] == ["tf32", "tf32"]
+    assert [setting.fp32_precision for setting in float32_settings] == [value, value]
 
 
 def test_encoding_leaves_the_older_settings_readable(
@@ -657,7 +554,8 @@ def test_encoding_is_exact(float32_settings: tuple[nn.Module, ...]) -> None:
 def test_compiled_network_keeps_its_weights_and_features(name: str) -> None:
     checkpoint = read_checkpoint(f"random:{name}")
     plain, compiled = (
-        build_encoder(checkpoint, device=CPU, precision="fp32", image_pixels=32, compiled=one) for one in (False, True)
+        build_encoder(checkpoint, device=CPU, precision="fp32", image_pixels=32, compiled=is_compiled)
+        for is_compiled in (False, True)
     )
     pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     with torch.compiler.set_stance("force_eager"):  # a compiler takes many seconds, and is torch's own concern
@@ -674,21 +572,17 @@ def test_compiled_blocks_are_handed_to_the_compiler(monkeypatch: pytest.MonkeyPa
     assert handed == ["Block", "Block"]
 
 
-def test_convolutions_run_channels_last() -> None:
+def test_convolutions_run_channels_last_except_in_own_modules() -> None:
     encoder = build_encoder(read_checkpoint("random:resnet18"), device=CPU, precision="fp32")
-    weight = encoder.network.conv1.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_own_module_is_left_as_it_is_in_memory() -> None:
-    encoder = build_encoder(own(nn.Conv2d(3, 4, 3)), device=CPU, precision="fp32")
-    assert encoder.network.weight.is_contiguous()
+    assert encoder.network.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    own_encoder = build_encoder(own(nn.Conv2d(3, 4, 3)), device=CPU, precision="fp32")
+    assert own_encoder.network.weight.is_contiguous()
 
 
 @pytest.mark.parametrize(
     ("name", "rank", "device"), [("auto", 1, "cuda:1"), ("cuda", 0, "cuda:0"), ("cuda:0", 1, "cuda:0")]
 )
-def test_rank_gets_the_gpu_of_its_number_unless_told(
+def test_rank_gets_the_gpu_of_its_number_by_default(
     monkeypatch: pytest.MonkeyPatch, name: str, rank: int, device: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

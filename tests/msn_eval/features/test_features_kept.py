@@ -1,11 +1,11 @@
-"""Features that are kept: computed once, by any number of ranks, and never another image's or network's."""
+"""Cached features: computed once, by any number of ranks, and never those of another image or network."""
 
+import gc
 import hashlib
 import io
 import logging
-import multiprocessing
-import socket
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from msn_eval.checkpoints.checkpoint import Checkpoint
+from msn_eval.checkpoints.checkpoint import read_checkpoint
 from msn_eval.data.images import BadImageError, ImageSet
-from msn_eval.distributed.group import ALONE, Group, join_group
+from msn_eval.distributed.group import ALONE, Group
 from msn_eval.errors import DataError, MsnEvalError, NumericalError, ResourceError, StoreError
 from msn_eval.features import extraction as features_module
 from msn_eval.features.cache import FeatureKey
@@ -26,12 +26,13 @@ from msn_eval.features.extraction import Extraction, Loading, extract_features, 
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="ranks are forked")
 CPU = torch.device("cpu")
+RunRanks = Callable[[int, Callable[[Group], object]], list[object]]
 LOADING = Loading(batch_size=8, workers=0)
 
 
 @dataclass(frozen=True)
 class NumberSource:
-    """Images that are their numbers: the one called `0/n` holds n in its pixels. Each that is read is noted in `log`."""
+    """Images whose names are in their pixels: `0/n` holds n. `log` lists each image that is read."""
 
     root: Path
     bad: frozenset[int] = frozenset()
@@ -43,6 +44,9 @@ class NumberSource:
     def read(self, image_id: str) -> bytes:
         with self.log.open("ab", buffering=0) as log:
             log.write(f"{image_id}\n".encode())
+        return self.content(image_id)
+
+    def content(self, image_id: str) -> bytes:
         return image_id.partition("/")[2].encode()
 
     def decode(self, content: bytes) -> Image.Image:
@@ -59,7 +63,7 @@ class NumberSource:
 
 
 class Reading(nn.Module):
-    """Returns the number that an image holds, its half, and a weight; NaN for the images it is told to fail on."""
+    """Returns the number that an image holds, its half, and a weight; NaN for one image."""
 
     def __init__(self, *, weight: float = 1.0, not_finite_at: int = -1) -> None:
         super().__init__()
@@ -74,22 +78,10 @@ class Reading(nn.Module):
 
 
 def encoder_of(network: nn.Module, *, weights: str = "a") -> Encoder:
-    checkpoint = Checkpoint(
-        name="own",
-        path="py:own:factory",
-        sha256=None,
-        weights_sha256=weights,
-        format="py",
-        key=None,
-        arch="own",
-        network=network.eval(),
-        matched=1.0,
-        epoch=None,
-        image_pixels=8,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-    )
-    return build_encoder(checkpoint, device=CPU, precision="fp32")
+    pixels = read_checkpoint("pixels")
+    own = replace(pixels, name="own", path="py:own:factory", format="py", arch="own", network=network.eval())
+    own = replace(own, weights_sha256=weights, image_pixels=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return build_encoder(own, device=CPU, precision="fp32")
 
 
 def numbers(root: Path, which: Sequence[int], *, bad: Sequence[int] = ()) -> ImageSet:
@@ -97,8 +89,17 @@ def numbers(root: Path, which: Sequence[int], *, bad: Sequence[int] = ()) -> Ima
     return ImageSet(ids=ids, labels=(0,) * len(ids), classes=("0",), source=NumberSource(root, frozenset(bad)))
 
 
+class JpegSource(NumberSource):
+    """Real JPEGs, for decoders that take files."""
+
+    def content(self, image_id: str) -> bytes:
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16), (9 * int(image_id.partition("/")[2]), 0, 7)).save(file, "JPEG")
+        return file.getvalue()
+
+
 def hashes_of(images: ImageSet) -> dict[str, str]:
-    return {one: hashlib.sha256(one.partition("/")[2].encode()).hexdigest() for one in images.ids}
+    return {name: hashlib.sha256(images.source.content(name)).hexdigest() for name in images.ids}
 
 
 def kept(
@@ -141,14 +142,6 @@ def test_cached_features_equal_those_without_a_cache(tmp_path: Path, cache: Path
     assert torch.equal(fresh.features["out"].values, second.features["out"].values)
 
 
-def test_second_extraction_reads_no_image(tmp_path: Path, cache: Path) -> None:
-    images = numbers(tmp_path, range(50))
-    kept(images, cache)
-    (tmp_path / "read").unlink()
-    again = kept(images, cache)
-    assert ((again.read, again.reused), (tmp_path / "read").exists()) == ((0, 50), False)
-
-
 def test_second_list_reads_only_new_images(tmp_path: Path, cache: Path) -> None:
     kept(numbers(tmp_path, range(0, 60, 2)), cache)
     more = kept(numbers(tmp_path, range(0, 60, 3)), cache)
@@ -157,7 +150,7 @@ def test_second_list_reads_only_new_images(tmp_path: Path, cache: Path) -> None:
 
 def test_images_of_the_same_bytes_are_encoded_once(tmp_path: Path, cache: Path) -> None:
     once, twice = numbers(tmp_path, range(5)), numbers(tmp_path, range(5))
-    ids = (*once.ids, *(one.replace("0/", "1/", 1) for one in twice.ids))
+    ids = (*once.ids, *(name.replace("0/", "1/", 1) for name in twice.ids))
     both = replace(once, ids=ids, labels=(0,) * 5 + (1,) * 5, classes=("0", "1"))
     assert (numbers_in(kept(both, cache)), kept(both, cache).reused) == ([*range(5), *range(5)], 10)
     assert len((tmp_path / "read").read_text().split()) == 5
@@ -179,33 +172,9 @@ def test_features_of_another_encoder_are_not_reused(tmp_path: Path, cache: Path,
             encoder = build_encoder(encoder.checkpoint, device=CPU, precision="fp32", image_pixels=16)
         case "decoder":
             loading = replace(LOADING, decoder="torchvision")
-            images = replace(images, source=_Undecoded(tmp_path))
+            images = replace(images, source=JpegSource(tmp_path))
     values = kept(images, cache, encoder=encoder, loading=loading).features["out"].values
     assert values[:, 2].tolist() == [2.0] * 20
-
-
-class _Undecoded(NumberSource):
-    """Real files for decoders that take them."""
-
-    def read(self, image_id: str) -> bytes:
-        import io
-
-        file = io.BytesIO()
-        Image.new("RGB", (8, 8), (1, 0, 7)).save(file, "PNG")
-        return file.getvalue()
-
-
-@pytest.fixture(autouse=True)
-def hashes_of_real_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the images of `_Undecoded` have hashes."""
-    plain = hashes_of
-
-    def hashes(images: ImageSet) -> dict[str, str]:
-        if isinstance(images.source, _Undecoded):
-            return {one: hashlib.sha256(images.source.read(one)).hexdigest() for one in images.ids}
-        return plain(images)
-
-    monkeypatch.setitem(globals(), "hashes_of", hashes)
 
 
 def test_interrupted_extraction_continues_at_the_next_shard(tmp_path: Path, cache: Path) -> None:
@@ -266,22 +235,24 @@ def out_of_memory_above(limit: int, error: type[Exception] = torch.OutOfMemoryEr
     return Hungry()
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+class SilentMemoryError(MemoryError):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, SilentMemoryError])
 def test_batches_shrink_until_memory_is_enough(tmp_path: Path, error: type[Exception]) -> None:
     found = kept(numbers(tmp_path, range(40)), None, encoder=encoder_of(out_of_memory_above(3, error)))
     assert (numbers_in(found), found.batch_size) == (list(range(40)), 2)
 
 
 def test_a_failed_attempt_holds_no_memory_while_the_next_one_runs(tmp_path: Path) -> None:
-    import gc
-    import weakref
-
     alive: list[weakref.ref[Tensor]] = []
     seen: list[int] = []
 
     class Holding(Reading):
         def forward(self, images: Tensor) -> Tensor:
-            seen.append(sum(one() is not None for one in alive))
+            seen.append(sum(tensor() is not None for tensor in alive))
             large = images + 1
             alive.append(weakref.ref(large))
             if len(images) > 4:
@@ -313,56 +284,47 @@ def test_features_that_do_not_fit_into_memory_are_refused_after_the_first_batch(
 # Ranks.
 
 
-def on_ranks(world: int, do: Callable[[Group], object]) -> list[object]:
-    """Run `do` on every rank of a group of forked processes; give what it gave, or the error that it raised."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    answers = context.SimpleQueue()
+@pytest.fixture
+def run_ranks(on_ranks: Callable[..., list[object]]) -> RunRanks:
+    """Return a function that runs `do` on every rank and returns what it returned, or the text of its error."""
 
-    def run(rank: int) -> None:
-        torch.set_num_threads(1)
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        try:
-            with join_group(environment={name: str(value) for name, value in place.items()}) as group:
-                answer = do(group)
-        except MsnEvalError as error:
-            answer = f"{type(error).__name__}: {error}"
-        answers.put((rank, answer))
+    def run(world: int, do: Callable[[Group], object]) -> list[object]:
+        def body() -> object:
+            try:
+                return do(Group(rank=distributed.get_rank(), world=world))
+            except MsnEvalError as error:
+                return f"{type(error).__name__}: {error}"
 
-    ranks = [context.Process(target=run, args=(rank,)) for rank in range(world)]
-    for one in ranks:
-        one.start()
-    found = dict(answers.get() for _ in ranks)
-    for one in ranks:
-        one.join(timeout=60)
-    return [found[rank] for rank in range(world)]
+        return on_ranks(body, world=world)
+
+    return run
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_every_world_encodes_every_image_once_to_the_same_features(tmp_path: Path, world: int) -> None:
+def test_every_world_encodes_every_image_once_to_the_same_features(
+    tmp_path: Path, run_ranks: RunRanks, world: int
+) -> None:
     counts = sorted({1, world - 1, world, world + 1, 997} - {0})
 
     def extract_all(group: Group) -> list[list[list[float]] | None]:
         found = []
         for count in counts:
-            one = kept(numbers(tmp_path / str(count), range(count)), tmp_path / f"cache{count}", group=group)
-            found.append(one.features["out"].values.tolist() if group.rank == 0 else None)
+            extraction = kept(numbers(tmp_path / str(count), range(count)), tmp_path / f"cache{count}", group=group)
+            found.append(extraction.features["out"].values.tolist() if group.rank == 0 else None)
         return found
 
     for count in counts:
         (tmp_path / str(count)).mkdir()
-    answers = on_ranks(world, extract_all)
-    for place, count in enumerate(counts):
+    answers = run_ranks(world, extract_all)
+    for index, count in enumerate(counts):
         read = (tmp_path / str(count) / "read").read_text().split()
         alone = kept(numbers(tmp_path / str(count), range(count)), None).features["out"].values.tolist()
         assert (sorted(read), len(set(read))) == ([f"0/{number:04d}" for number in range(count)], count)
         assert isinstance(answers[0], list)
-        assert answers[0][place] == alone
+        assert answers[0][index] == alone
 
 
-def test_ranks_share_the_work(tmp_path: Path, cache: Path) -> None:
+def test_ranks_share_the_work(tmp_path: Path, cache: Path, run_ranks: RunRanks) -> None:
     (tmp_path / "both").mkdir()
 
     def count(group: Group) -> int:
@@ -371,23 +333,25 @@ def test_ranks_share_the_work(tmp_path: Path, cache: Path) -> None:
         kept(numbers(mine, range(64)), cache, group=group)
         return len((mine / "read").read_text().split())
 
-    assert on_ranks(2, count) == [32, 32]
+    assert run_ranks(2, count) == [32, 32]
 
 
-def test_bad_images_of_all_ranks_are_listed_together(tmp_path: Path, cache: Path) -> None:
+def test_bad_images_of_all_ranks_are_listed_together(tmp_path: Path, cache: Path, run_ranks: RunRanks) -> None:
     images = numbers(tmp_path, range(64), bad=[3, 60])
-    told = on_ranks(2, lambda group: kept(images, cache, group=group).read)
-    assert "2 images cannot be used:\n  0/0003: damaged\n  0/0060: damaged" in str(told[0])
+    answers = run_ranks(2, lambda group: kept(images, cache, group=group).read)
+    assert "2 images cannot be used:\n  0/0003: damaged\n  0/0060: damaged" in str(answers[0])
 
 
-def test_nan_on_one_rank_is_an_error_on_rank_0(tmp_path: Path, cache: Path) -> None:
+def test_nan_on_one_rank_is_an_error_on_rank_0(tmp_path: Path, cache: Path, run_ranks: RunRanks) -> None:
     images = numbers(tmp_path, range(64))
     failing = encoder_of(Reading(not_finite_at=60))
-    told = on_ranks(2, lambda group: kept(images, cache, encoder=failing, group=group).read)
-    assert str(told[0]).startswith("NumericalError: own: features at tap out are not finite for 1 images, first 0/0060")
+    answers = run_ranks(2, lambda group: kept(images, cache, encoder=failing, group=group).read)
+    assert str(answers[0]).startswith(
+        "NumericalError: own: features at tap out are not finite for 1 images, first 0/0060"
+    )
 
 
-def test_rank_takes_whole_batches(tmp_path: Path, cache: Path) -> None:
+def test_rank_takes_complete_batches(tmp_path: Path, cache: Path) -> None:
     second = Group(rank=1, world=2, local_rank=1, host="localhost")
     kept(numbers(tmp_path, range(40)), cache, group=second)
     read = sorted((tmp_path / "read").read_text().split())  # threads take turns within a batch
@@ -400,7 +364,7 @@ def test_rows_that_another_rank_did_not_write_are_an_error(tmp_path: Path, cache
         kept(numbers(tmp_path, range(40)), cache, group=first)
 
 
-def test_only_the_first_rank_looks_for_what_is_missing(tmp_path: Path, cache: Path) -> None:
+def test_only_the_first_rank_looks_for_what_is_missing(tmp_path: Path, cache: Path, run_ranks: RunRanks) -> None:
     images = numbers(tmp_path, range(64))
 
     def refuse(*given: object) -> None:
@@ -411,7 +375,7 @@ def test_only_the_first_rank_looks_for_what_is_missing(tmp_path: Path, cache: Pa
             features_module.read_rows = refuse  # in this process alone
         return kept(images, cache, group=group).read
 
-    assert on_ranks(2, extract) == [64, 64]
+    assert run_ranks(2, extract) == [64, 64]
 
 
 # Addresses.
@@ -459,15 +423,6 @@ def test_other_software_versions_have_another_key(what: str, other: object, monk
     assert address(encoder_of(Reading())) != before
 
 
-def test_host_memory_that_runs_out_shrinks_the_batches_too(tmp_path: Path) -> None:
-    class WordlessError(MemoryError):
-        def __init__(self, text: str) -> None:
-            super().__init__()
-
-    found = kept(numbers(tmp_path, range(40)), None, encoder=encoder_of(out_of_memory_above(3, WordlessError)))
-    assert found.batch_size == 2
-
-
 def test_memory_is_checked_after_the_first_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features_module, "available_bytes", lambda: 1)
     with pytest.raises(ResourceError):
@@ -475,20 +430,11 @@ def test_memory_is_checked_after_the_first_batch(tmp_path: Path, monkeypatch: py
     assert len((tmp_path / "read").read_text().split()) == 16  # the next batch is under way by then
 
 
-class JpegSource(NumberSource):
-    """Real JPEGs, for a decoder that takes files to its device."""
-
-    def read(self, image_id: str) -> bytes:
-        file = io.BytesIO()
-        Image.new("RGB", (16, 16), (9 * int(image_id.partition("/")[2]), 0, 7)).save(file, "JPEG")
-        return file.getvalue()
-
-
 def test_image_that_the_device_refuses_leaves_no_row(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = replace(numbers(tmp_path, range(8)), source=JpegSource(tmp_path))
-    hashes = {one: hashlib.sha256(images.source.read(one)).hexdigest() for one in images.ids}
+    hashes = hashes_of(images)
     loading = Loading(batch_size=4, decoder="nvjpeg", workers=0)
 
     def refuse_one(part: Sequence[object], *given: object) -> tuple[Tensor, dict[int, str]]:

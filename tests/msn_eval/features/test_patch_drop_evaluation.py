@@ -1,4 +1,4 @@
-"""Patches dropped from labelled images: what that makes of features, cache, protocol and records."""
+"""Patches dropped from labelled images: features, cache, protocol and records."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,16 +35,16 @@ def images() -> ImageSet:
     return train.only(train.ids[::50])
 
 
-def asked(tmp_path: Path, **options: object) -> EvaluationConfig:
+def make_config(tmp_path: Path, **options: object) -> EvaluationConfig:
     given = {"checkpoint": ["demo"], "data": "digits", "subset": ["1img@1"], "limit": 2, "device": "cpu"}
     folders = {"out": str(tmp_path / "runs"), "cache": str(tmp_path / "cache")}
     return EvaluationConfig(**{**given, **folders, **options})  # type: ignore[arg-type]
 
 
-def measured(tmp_path: Path, **options: object) -> Result:
-    request = vars(asked(tmp_path, **options)).copy()
-    names, subsets, probes = (request.pop(name) for name in ("checkpoint", "subset", "probe"))
-    (result,) = evaluate(names, data=request.pop("data"), subsets=subsets, probes=probes, **request)
+def measure(tmp_path: Path, **options: object) -> Result:
+    config = dict(vars(make_config(tmp_path, **options)))
+    names, subsets, probes = (config.pop(name) for name in ("checkpoint", "subset", "probe"))
+    (result,) = evaluate(names, data=config.pop("data"), subsets=subsets, probes=probes, **config)
     return result
 
 
@@ -77,8 +77,10 @@ def test_equal_files_with_different_ids_lose_different_patches(
     first = images.only(images.ids[:1])
     renamed = replace(first, source=_Renamed(first), ids=("0/copy.png",))
     rows = [
-        extract_features(encoder, one, taps=["cls"], hashes=hash_images(one, cache_dir=None), drop=HALF, cache=tmp_path)
-        for one in (first, renamed)
+        extract_features(
+            encoder, some, taps=["cls"], hashes=hash_images(some, cache_dir=None), drop=HALF, cache=tmp_path
+        )
+        for some in (first, renamed)
     ]
 
     assert rows[1].read == 1
@@ -102,7 +104,7 @@ class _Renamed:
 
 def test_a_drop_given_by_hand_is_hashed_and_its_seed_with_it(tmp_path: Path) -> None:
     def by_hand(**options: object) -> object:
-        return make_plan(asked(tmp_path, **options)).tasks[0].protocol["by_hand"]
+        return make_plan(make_config(tmp_path, **options)).tasks[0].protocol["by_hand"]
 
     assert by_hand() == {}
     assert by_hand(patch_drop=0.0, seed=5) == {"patch_drop": 0.0}
@@ -110,27 +112,25 @@ def test_a_drop_given_by_hand_is_hashed_and_its_seed_with_it(tmp_path: Path) -> 
 
 
 def test_nothing_dropped_predicts_as_without_the_option_from_the_same_features(tmp_path: Path) -> None:
-    plain, none = measured(tmp_path), measured(tmp_path, patch_drop=0.0)
+    plain, none = measure(tmp_path), measure(tmp_path, patch_drop=0.0)
 
     assert none.id != plain.id
     assert (none.probe.objective, none.metrics) == (plain.probe.objective, plain.metrics)
-    assert none.timing_s.images_per_second is None  # every feature was there
+    assert none.timing_s.images_per_second is None  # every feature is from the cache
 
 
 def test_validation_images_keep_all_patches(tmp_path: Path) -> None:
-    measured(tmp_path)
+    measure(tmp_path)
 
-    (cost,), _ = estimate_cost(make_plan(asked(tmp_path, patch_drop=0.5)), run_own_code=True)
+    plan = make_plan(make_config(tmp_path, patch_drop=0.5))
+    (cost,), _ = estimate_cost(plan, run_own_code=True)
 
-    assert (cost.read, cost.reused) == (10, 20)  # the labelled ones are to be read again
-
-
-def test_plan_shows_the_dropped_share(tmp_path: Path) -> None:
-    assert "0.5 of the patches of each dropped" in describe_plan(make_plan(asked(tmp_path, patch_drop=0.5)))
+    assert (cost.read, cost.reused) == (10, 20)  # the labelled images are read again
+    assert "0.5 of the patches of each dropped" in describe_plan(plan)
 
 
 def test_record_gives_the_command_that_repeats_it(tmp_path: Path) -> None:
-    command = format_command(measured(tmp_path, patch_drop=0.5, seed=7))
+    command = format_command(measure(tmp_path, patch_drop=0.5, seed=7))
 
     assert "--patch-drop 0.5" in command
     assert command.count("--seed 7") == 1
@@ -138,10 +138,4 @@ def test_record_gives_the_command_that_repeats_it(tmp_path: Path) -> None:
 
 def test_other_networks_are_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"pixels .* is not a plain Vision Transformer"):
-        measured(tmp_path, checkpoint=["pixels"], patch_drop=0.5)
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
-def test_share_out_of_range_is_refused(share: float) -> None:
-    with pytest.raises(UsageError, match=r"--patch-drop .* out of range"):
-        EvaluationConfig(patch_drop=share)
+        measure(tmp_path, checkpoint=["pixels"], patch_drop=0.5)

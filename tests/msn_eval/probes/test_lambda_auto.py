@@ -66,9 +66,9 @@ def test_command_asks_for_it_again(chosen: Result) -> None:
 
 def test_baseline_measures_it_again(runs: Path) -> None:
     results = list_results([runs])
-    request = EvaluationConfig(checkpoint=["pixels"], data="digits", device="cpu", no_cache=True)
+    config = EvaluationConfig(checkpoint=["pixels"], data="digits", device="cpu", no_cache=True)
 
-    plans = make_baseline_plans(make_baseline(results, [runs]), request)
+    plans = make_baseline_plans(make_baseline(results, [runs]), config)
 
     assert {task.protocol_id for plan in plans for task in plan.tasks} == {result.protocol_id for result in results}
 
@@ -79,6 +79,6 @@ def test_baseline_measures_it_again(runs: Path) -> None:
     ids=["nothing", "auto", "both"],
 )
 def test_a_list_may_hold_numbers_and_auto(asked: list[str], params: list[float | None]) -> None:
-    request = EvaluationConfig(checkpoint=["pixels"], data="digits", subset=["1img@1"], lambda_=asked, no_cache=True)
+    config = EvaluationConfig(checkpoint=["pixels"], data="digits", subset=["1img@1"], lambda_=asked, no_cache=True)
 
-    assert [task.params.get("lambda") for task in make_plan(request).tasks] == params
+    assert [task.params.get("lambda") for task in make_plan(config).tasks] == params
