@@ -52,11 +52,11 @@ def convert_checkpoint(
     check_stored(stored)
     if to == "timm":
         _check_readable_without_name(stored)
-        _write(out, stored.trunk.weights)
+        _write(out, stored.backbone.weights)
     else:
         _write_folder(out, stored)
     written_back = choose_stored(read_contents(out), arch=arch if to == "timm" else None)
-    _check_equal(written_back.trunk.weights, stored.trunk.weights, out)
+    _check_equal(written_back.backbone.weights, stored.backbone.weights, out)
     return written_back
 
 
@@ -138,7 +138,7 @@ def _check_readable_without_name(stored: StoredCheckpoint) -> None:
     if not isinstance(outline, VisionTransformer | Beit):
         return
     try:
-        guessed = recognise_architecture(stored.trunk.weights)
+        guessed = recognise_architecture(stored.backbone.weights)
     except CheckpointError:
         return  # it needs --arch, before as after
     if read_heads_and_epsilon(outline_network(guessed)) != read_heads_and_epsilon(outline):
@@ -155,7 +155,7 @@ def _write_folder(out: Path, stored: StoredCheckpoint) -> None:
     mean, std = _normalisation(outline, stored)
     network = PlainNetwork(
         outline=outline,
-        weights=stored.trunk.weights,
+        weights=stored.backbone.weights,
         gated=stored.architecture.gated,
         mean=mean,
         std=std,

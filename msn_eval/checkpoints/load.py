@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from msn_eval.checkpoints.sanity_checks import TensorInfo
 from msn_eval.errors import CheckpointError
 
-_MAX_SHOWN = 5
+MAX_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Fit:
         reshaped: Names that both have, with different shapes.
         waived: Names that the file lacks and that the user allows to be absent.
         matched: Share of the network's values that the file holds, in [0, 1].
-        lines: What does not fit, a line each.
+        lines: What does not fit, one line per weight: names, shapes, and integers or complex numbers.
     """
 
     missing: tuple[str, ...]
@@ -50,6 +50,9 @@ def fit_weights(
     missing = tuple(name for name in absent if name not in waived)
     left_over = tuple(sorted(weights.keys() - expected.keys()))
     reshaped = tuple(name for name in sorted(needed & weights.keys()) if weights[name].shape != expected[name].shape)
+    # Integers and complex numbers would become different numbers in the network.
+    shared = [(name, weights[name].dtype, expected[name].dtype) for name in sorted(weights.keys() & expected.keys())]
+    retyped = [(name, own, dtype) for name, own, dtype in shared if own.is_floating_point != dtype.is_floating_point]
     total = sum(expected[name].numel() for name in needed)
     lost = sum(expected[name].numel() for name in (*absent, *reshaped))
     return Fit(
@@ -60,34 +63,10 @@ def fit_weights(
         matched=1.0 - lost / total if total else 0.0,
         lines=(
             *(f"{name}: file {tuple(weights[name].shape)}, model {tuple(expected[name].shape)}" for name in reshaped),
+            *(f"{name}: file {own}, model {dtype}" for name, own, dtype in retyped),
             *(f"{name}: missing in the file" for name in missing),
             *(f"{name}: no place in the model" for name in left_over),
         ),
-    )
-
-
-def check_fit(fit: Fit, *, of: int, arch: str, where: str, hint: str = "") -> None:
-    """Check that all weights fit.
-
-    Args:
-        fit: The comparison.
-        of: Number of the network's weights.
-        arch: Name of the network, for the error.
-        where: The file, for the error.
-        hint: What the weights look like instead.
-
-    Raises:
-        CheckpointError: Some do not; the first of them are listed.
-    """
-    if not fit.lines:
-        return
-    more = [f"and {len(fit.lines) - _MAX_SHOWN} more"] if len(fit.lines) > _MAX_SHOWN else []
-    listed = "\n".join(f"  {line}" for line in [*fit.lines[:_MAX_SHOWN], *more])
-    raise CheckpointError(
-        f"{len(fit.lines)} of {of} weights do not fit {arch}\n{listed}",
-        where=where,
-        hint=f"{hint}Name another architecture with --arch, another network of the file with --checkpoint-key, or, where "
-        "weights may stay untrained, --allow-missing PATTERN.",
     )
 
 
@@ -107,7 +86,7 @@ def load_weights(
     """
     not_finite = {name: info for name, info in infos.items() if info.not_finite}
     if not_finite:
-        shown = list(not_finite.items())[:_MAX_SHOWN]
+        shown = list(not_finite.items())[:MAX_SHOWN]
         listed = ", ".join(f"{name}: {info.not_finite:,} of {info.values:,}" for name, info in shown)
         raise CheckpointError(
             f"{len(not_finite)} weights hold NaN or infinite values ({listed})",
@@ -115,18 +94,3 @@ def load_weights(
             hint="A network with such weights gives no meaningful accuracy; use an earlier checkpoint.",
         )
     network.load_state_dict(dict(weights), strict=False)  # what the user allows to be absent stays as it is
-
-
-def check_real(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, where: str) -> None:
-    """Refuse weights that would become other numbers in the network: integers and complex numbers.
-
-    Raises:
-        CheckpointError: There are such weights.
-    """
-    wrong = [name for name in weights if weights[name].is_floating_point() != expected[name].is_floating_point()]
-    if wrong:
-        raise CheckpointError(
-            f"{len(wrong)} weights are not real numbers ({', '.join(wrong[:_MAX_SHOWN])})",
-            where=where,
-            hint="Save them in floating point.",
-        )

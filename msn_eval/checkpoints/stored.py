@@ -14,7 +14,7 @@ from msn_eval.checkpoints.families import Backbone, rename_weights
 from msn_eval.checkpoints.formats.read import read_weight_file
 from msn_eval.checkpoints.hf_config import HubConfig, read_config_beside
 from msn_eval.checkpoints.hf_folder import CONFIG, find_weight_files
-from msn_eval.checkpoints.load import check_fit, check_real, fit_weights
+from msn_eval.checkpoints.load import MAX_SHOWN, fit_weights
 from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork, choose_network, find_networks, stated_epoch
 from msn_eval.errors import CheckpointError
 from msn_eval.models.architectures import Architecture, name_architecture, recognise_architecture
@@ -66,7 +66,7 @@ class StoredCheckpoint:
 
     contents: Contents
     choice: ChosenNetwork
-    trunk: Backbone
+    backbone: Backbone
     architecture: Architecture
 
     @property
@@ -98,7 +98,7 @@ def read_contents(path: Path) -> Contents:
                 where=str(file),
                 hint="The folder mixes two checkpoints; fetch it again.",
             )
-        content.update(part.content)
+        content |= part.content
     stated = weights[0].metadata if len(files) == 1 else {}
     lines = "".join(f"{file.name}\t{part.sha256}\n" for file, part in zip(files, weights, strict=True))
     pixels = stated.get(IMAGE_PIXELS, "")
@@ -136,7 +136,7 @@ def choose_stored(contents: Contents, *, arch: str | None = None, key: str | Non
         backbone = _restore_own_heads(backbone, choice.network, architecture)
     except CheckpointError as error:
         raise CheckpointError(error.what, where=contents.where, hint=error.hint) from error
-    return StoredCheckpoint(contents=contents, choice=choice, trunk=backbone, architecture=architecture)
+    return StoredCheckpoint(contents=contents, choice=choice, backbone=backbone, architecture=architecture)
 
 
 def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) -> float:
@@ -148,13 +148,20 @@ def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) 
     Raises:
         CheckpointError: They do not fit the architecture in full.
     """
-    weights = stored.trunk.weights
+    weights = stored.backbone.weights
     expected = outline_network(stored.architecture).state_dict()
     fit = fit_weights(weights, expected, allow_missing)
-    key = stored.choice.network.key
-    arch = stored.architecture.name + (f" (network {key!r} of the file)" if key else "")
-    check_fit(fit, of=len(expected), arch=arch, where=stored.where, hint=_suggest_architecture(stored))
-    check_real(weights, expected, where=stored.where)
+    if fit.lines:
+        key = stored.choice.network.key
+        arch = stored.architecture.name + (f" (network {key!r} of the file)" if key else "")
+        more = [f"and {len(fit.lines) - MAX_SHOWN} more"] if len(fit.lines) > MAX_SHOWN else []
+        listed = "\n".join(f"  {line}" for line in [*fit.lines[:MAX_SHOWN], *more])
+        raise CheckpointError(
+            f"{len(fit.lines)} of {len(expected)} weights do not fit {arch}\n{listed}",
+            where=stored.where,
+            hint=f"{_suggest_architecture(stored)}Name another architecture with --arch, another network of the file with "
+            "--checkpoint-key, or, where weights may stay untrained, --allow-missing PATTERN.",
+        )
     if fit.waived:
         _log.warning("%s: absent, so left untrained: %s", stored.where, ", ".join(fit.waived))
     return fit.matched
@@ -198,7 +205,7 @@ def _restore_own_heads(backbone: Backbone, network: StoredNetwork, architecture:
 def _suggest_architecture(stored: StoredCheckpoint) -> str:
     """Return a hint with the architecture that the weights look like, where it is another one."""
     try:
-        name = recognise_architecture(stored.trunk.weights).name
+        name = recognise_architecture(stored.backbone.weights).name
     except CheckpointError:
         return ""
     return f"The weights look like {name}. " if name != stored.architecture.name else ""

@@ -153,7 +153,7 @@ def test_head_that_the_architecture_has_itself_is_given_back(tmp_path: Path) -> 
 
     weights = timm.create_model("convnext_atto", num_classes=3).state_dict()
     checkpoint = stored(saved(tmp_path, weights), arch="convnext_atto")
-    assert checkpoint.trunk.dropped == ("head.fc.weight", "head.fc.bias")
+    assert checkpoint.backbone.dropped == ("head.fc.weight", "head.fc.bias")
     check_stored(checkpoint)
 
 
