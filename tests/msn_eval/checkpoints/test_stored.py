@@ -58,18 +58,6 @@ def test_config_belongs_to_the_file_that_has_a_hubs_name(
     assert (contents.config is not None) == has_config
 
 
-def test_file_of_a_hubs_name_without_a_config_is_read_alone(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    path = described(tmp_path, vit_weights(depth=1), HEADS)
-    (tmp_path / "config.json").unlink()
-    assert read_contents(path).config is None
-
-
-def test_folder_is_read_as_its_weight_file(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    path = described(tmp_path, vit_weights(depth=1), HEADS)
-    folder, file = read_contents(tmp_path), read_contents(path)
-    assert (folder.sha256, folder.container, folder.where) == (file.sha256, "safetensors", str(tmp_path))
-
-
 def sharded(folder: Path, *shards: Weights) -> list[Path]:
     paths = [folder / f"model-{number}.safetensors" for number in range(len(shards))]
     for path, weights in zip(paths, shards, strict=True):
@@ -99,41 +87,7 @@ def test_weight_in_two_shards_is_refused(tmp_path: Path) -> None:
     assert refusal.value.where == str(paths[1])
 
 
-@pytest.mark.parametrize(
-    ("change", "networks"), [(0.0, "stored 2 times with equal weights"), (1e-3, "several networks")]
-)
-def test_networks_are_reported_as_equal_by_their_values(
-    tmp_path: Path, vit_weights: WeightMaker, change: float, networks: str
-) -> None:
-    weights = vit_weights(depth=1)
-    other = {name: tensor.clone() for name, tensor in weights.items()}
-    other["norm.bias"][-1] += change
-    contents = read_contents(saved(tmp_path, {"one": weights, "other": other}))
-    if not change:
-        assert choose_stored(contents).choice.why == networks
-        return
-    with pytest.raises(CheckpointError, match=networks):
-        choose_stored(contents)
-
-
 # The choice of a network and its architecture.
-
-
-def test_heads_and_epsilon_are_those_of_the_config(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    architecture = stored(described(tmp_path, vit_weights(), HEADS)).architecture
-    assert (architecture.keywords["num_heads"], architecture.norm_eps) == (6, 1e-5)
-
-
-def test_heads_and_epsilon_of_a_family_are_used_without_a_config(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    weights = {f"base_encoder.{name}": tensor for name, tensor in vit_weights().items()}
-    assert stored(saved(tmp_path, weights)).architecture.keywords["num_heads"] == 12
-
-
-def test_config_of_timm_names_the_architecture(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": 32, "patch_size": 8, "depth": 2}}
-    checkpoint = stored(described(tmp_path, vit_weights(), config))
-    assert checkpoint.architecture.timm_name == "vit_tiny_patch16_224"
-    check_stored(checkpoint)
 
 
 def test_architecture_named_by_the_user_goes_before_all(tmp_path: Path, vit_weights: WeightMaker) -> None:
