@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import logging
 import math
+import os
 import re
 import site
 import sys
@@ -18,11 +19,10 @@ from torch import Tensor, nn
 
 from msn_eval.checkpoints import find_scheme
 from msn_eval.checkpoints.hf_folder import check_hub_name, open_hub
-from msn_eval.checkpoints.load import load_weights
 from msn_eval.checkpoints.msn_release import fetch_msn, find_release
 from msn_eval.checkpoints.run_folder import evaluated_file, is_run_folder
 from msn_eval.checkpoints.sanity_checks import describe_values, find_alarms
-from msn_eval.checkpoints.stored import StoredCheckpoint, check_stored, choose_stored, read_contents
+from msn_eval.checkpoints.stored import StoredCheckpoint, check_stored, choose_stored, load_weights, read_contents
 from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD
 from msn_eval.errors import CheckpointError, printable
 from msn_eval.models.architectures import Architecture, name_architecture
@@ -205,10 +205,7 @@ def _find_timm_repository(name: str) -> str | None:
 
 
 def _is_stored(name: str) -> bool:
-    try:
-        return find_scheme(name)[0].name in ("file", "demo")
-    except CheckpointError:
-        return False
+    return name == "demo" or os.path.exists(name)  # noqa: PTH110 - Path.exists raises on names too long for the disk
 
 
 def check_checkpoint_names(names: tuple[str, ...]) -> None:
@@ -300,7 +297,7 @@ def _load_stored(
     matched = check_stored(stored, allow_missing)
     network = build_network(stored.architecture, seed=seed)
     infos = {weight: describe_values(tensor) for weight, tensor in stored.backbone.weights.items()}
-    load_weights(network, stored.backbone.weights, infos, where=stored.where)
+    load_weights(network, stored.backbone.weights, infos, where=stored.contents.where)
     for alarm in find_alarms(stored.choice, infos):
         _log.warning("%s: %s", path, alarm)
     fields |= {"sha256": stored.contents.sha256, "key": stored.choice.network.key, "epoch": stored.contents.epoch}

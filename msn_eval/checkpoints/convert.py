@@ -145,7 +145,7 @@ def _check_readable_without_name(stored: StoredCheckpoint) -> None:
         raise CheckpointError(
             f"{stored.architecture.name} has other heads or another epsilon than a reader of its weights would assume "
             f"({guessed.name})",
-            where=stored.where,
+            where=stored.contents.where,
             hint="Use --to hf, whose config.json states them.",
         )
 
@@ -160,7 +160,7 @@ def _write_folder(out: Path, stored: StoredCheckpoint) -> None:
         mean=mean,
         std=std,
         name=stored.architecture.name,
-        where=stored.where,
+        where=stored.contents.where,
     )
     write_folder(out, build_folder_content(network))
 

@@ -3,10 +3,10 @@
 The table of the families is `networks.FAMILIES`.
 """
 
-import importlib
 import math
+import pkgutil
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -17,6 +17,7 @@ from msn_eval.checkpoints.networks import FAMILIES, StoredNetwork
 
 _Names = Mapping[str, Tensor]
 _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HEADS = re.compile(r"(head|head_dist|heads|fc|classifier)\.")
 _Rules = tuple[tuple[re.Pattern[str], str], ...]
 
 
@@ -44,9 +45,8 @@ def rename_weights(network: StoredNetwork) -> Backbone:
     """Return the backbone of a stored network by timm's names. Names that no family knows stay as they are."""
     for anchor, target in FAMILIES.items():
         if anchor in network.tensors:
-            module, _, function = target.partition(":")
-            return cast(Backbone, getattr(importlib.import_module(module), function)(network))
-    return _drop("other", network.tensors, _is_head)
+            return cast(Backbone, pkgutil.resolve_name(target)(network))
+    return _drop("other", network.tensors)
 
 
 def classifier_classes(network: StoredNetwork) -> int | None:
@@ -65,14 +65,10 @@ def classifier_classes(network: StoredNetwork) -> int | None:
     return None
 
 
-def _drop(family: str, tensors: _Names, is_dropped: Callable[[str], bool]) -> Backbone:
-    dropped = tuple(name for name in tensors if is_dropped(name))
-    kept = {name: tensor for name, tensor in tensors.items() if not is_dropped(name)}
+def _drop(family: str, tensors: _Names, pattern: re.Pattern[str] = _HEADS) -> Backbone:
+    dropped = tuple(name for name in tensors if pattern.match(name))
+    kept = {name: tensor for name, tensor in tensors.items() if not pattern.match(name)}
     return Backbone(format=family, weights=kept, dropped=dropped)
-
-
-def _is_head(name: str) -> bool:
-    return name.startswith(("head.", "head_dist.", "heads.", "fc.", "classifier."))
 
 
 _VIT_DROPPED = re.compile(
@@ -97,7 +93,7 @@ def read_vit(network: StoredNetwork) -> Backbone:
     # solo-learn's MAE has as many heads, and MAE's positions; its other networks learn theirs.
     is_solo_mae = family == "solo-learn" and _has_fixed_positions(network.tensors, column_first=True)
     narrow = (*network.tensors["patch_embed.proj.weight"].shape, 0)[0] <= _MOCOV3_MAX_WIDTH
-    kept = _drop(family, network.tensors, lambda name: _VIT_DROPPED.match(name) is not None)
+    kept = _drop(family, network.tensors, _VIT_DROPPED)
     # Tables of indices are computed, not learned.
     learned = {name: tensor for name, tensor in kept.weights.items() if not name.endswith("relative_position_index")}
     return replace(
@@ -200,7 +196,7 @@ _RESNET_DROPPED = re.compile(r"(fc|head|classifier|projection_head|prototypes|pr
 
 def read_resnet(network: StoredNetwork) -> Backbone:
     """Read a residual network by torchvision's names."""
-    return _drop(_find_resnet_family(network), network.tensors, lambda name: _RESNET_DROPPED.match(name) is not None)
+    return _drop(_find_resnet_family(network), network.tensors, _RESNET_DROPPED)
 
 
 def _find_resnet_family(network: StoredNetwork) -> str:
@@ -227,7 +223,7 @@ _SEQUENTIAL_NAMES: _Rules = (
 
 def read_sequential_resnet(network: StoredNetwork) -> Backbone:
     """Read a residual network that lost its names as nn.Sequential(*list(resnet.children())[:-1])."""
-    return _drop("lightly", _rename(network.tensors, _SEQUENTIAL_NAMES), _is_head)
+    return _drop("lightly", _rename(network.tensors, _SEQUENTIAL_NAMES))
 
 
 _TORCHVISION_NAMES: _Rules = (
@@ -246,7 +242,7 @@ _TORCHVISION_NAMES: _Rules = (
 
 def read_torchvision_vit(network: StoredNetwork) -> Backbone:
     """Read torchvision's Vision Transformer, which lightly wraps too."""
-    backbone = _drop(_find_library(network, "torchvision"), network.tensors, _is_head)
+    backbone = _drop(_find_library(network, "torchvision"), network.tensors)
     return replace(backbone, weights=_rename(backbone.weights, _TORCHVISION_NAMES))
 
 
@@ -281,7 +277,7 @@ _HUGGINGFACE_EPS = 1e-12  # of ViT, ViTMAE, I-JEPA and BEiT; ViTMSN and DINOv2 h
 
 def read_huggingface(network: StoredNetwork) -> Backbone:
     """Read a Vision Transformer of transformers, with the names before and since its version 5."""
-    backbone = _drop("huggingface", network.tensors, lambda name: _HUGGINGFACE_DROPPED.match(name) is not None)
+    backbone = _drop("huggingface", network.tensors, _HUGGINGFACE_DROPPED)
     named = _rename(backbone.weights, _HUGGINGFACE_NAMES)
     beit = any(name.endswith(".gamma_1") for name in named)
     is_usual = beit or "cls_token" not in named or _has((*network.beside, *backbone.dropped), "decoder", "pooler")

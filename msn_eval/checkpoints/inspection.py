@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from msn_eval.checkpoints.load import fit_weights
 from msn_eval.checkpoints.networks import StoredNetwork
 from msn_eval.checkpoints.sanity_checks import describe_values, find_alarms, join_statistics
-from msn_eval.checkpoints.stored import Contents, StoredCheckpoint, choose_stored, read_contents
+from msn_eval.checkpoints.stored import Contents, StoredCheckpoint, choose_stored, fit_weights, read_contents
 from msn_eval.errors import CheckpointError
 from msn_eval.models.build import outline_network
 from msn_eval.models.vit import patch_pixels, published_rule, stored_pixels

@@ -26,7 +26,6 @@ weight without listing it in `dropped`; what does not fit timm's network is refu
 
 # What training tools insert between the names of a module and of its parameters.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
-_COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel, which has the names of its network otherwise
 _MAX_DEPTH = 4
 _MAX_WORDS = 16
 _MAX_SHOWN = 10
@@ -148,7 +147,7 @@ def _split_state_dict(path: tuple[str, ...], tensors: Mapping[str, Tensor]) -> l
     beside: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         owner = _find_owner(name, owned)
-        if owner is None or name in _COUNTERS:
+        if owner is None or name == "n_averaged":  # a counter of torch.optim.swa_utils.AveragedModel
             beside[name] = tensor
         else:
             owned[owner][name.removeprefix(owner)] = tensor

@@ -6,7 +6,7 @@ import re
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -42,7 +42,6 @@ _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((3, 4, 23, 3), True): "resnet101",
     ((3, 8, 36, 3), True): "resnet152",
 }
-_RESNET_WIDTH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +83,10 @@ def name_architecture(text: str) -> Architecture:
             f"The keywords of {text!r} cannot be parsed",
             hint="Write them as vit_tiny_patch16_224?img_size=32&patch_size=4 (quoted, for the shell).",
         ) from error
-    forbidden = next((key for key, _ in pairs if key in NOT_KEYWORDS), None)
-    if forbidden is not None:
-        raise CheckpointError(
-            f"{forbidden} is not a keyword of an architecture",
-            hint="Remove it; weights come only from the file.",
-        )
     keywords = {key: _literal(value) for key, value in pairs}
+    for key in keywords.keys() & set(NOT_KEYWORDS):
+        hint = "Remove it; weights come only from the file."
+        raise CheckpointError(f"{key} is not a keyword of an architecture", hint=hint)
     stem = keywords.pop("stem", None)
     return Architecture(name=text, timm_name=name, keywords=keywords, stem=None if stem is None else str(stem))
 
@@ -103,11 +99,7 @@ def _literal(text: str) -> object:
 
 
 def recognise_architecture(
-    weights: Mapping[str, Tensor],
-    *,
-    heads: int | None = None,
-    norm_eps: float | None = None,
-    padded_stem: bool = False,
+    weights: Mapping[str, Tensor], *, heads: int | None = None, norm_eps: float | None = None, padded_stem: bool = False
 ) -> Architecture:
     """Recognise the architecture by the names and shapes of a backbone's weights.
 
@@ -126,8 +118,8 @@ def recognise_architecture(
                 shape = tuple(weights[name].shape)
                 raise _unknown(f"{name} of shape {shape} does not belong to a known Vision Transformer")
         if "blocks.0.gamma_1" in weights or _bias_tables(weights):
-            return _recognise_beit(weights, heads, norm_eps or NORM_EPS)
-        return _recognise_vit(weights, heads, norm_eps or NORM_EPS)
+            return _recognise_beit(weights, heads, norm_eps)
+        return _recognise_vit(weights, heads, norm_eps)
     if "layer1.0.conv1.weight" in weights and "bn1.weight" in weights:
         return _recognise_resnet(weights, "cifar_padded" if padded_stem else "cifar")
     shown = ", ".join(sorted(weights)[:4])
@@ -138,7 +130,7 @@ def _unknown(what: str, example: str = "") -> CheckpointError:
     return CheckpointError(what, hint=f"Name its architecture: --arch NAME{example}.")
 
 
-def _recognise_vit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float) -> Architecture:
+def _recognise_vit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float | None) -> Architecture:
     if "norm_pre.weight" in weights:
         raise _unknown(
             "a Vision Transformer with a norm before its blocks, as CLIP's: no weight shows its activation and epsilon",
@@ -154,9 +146,7 @@ def _recognise_vit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: f
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     grid, class_position = _position_grid(weights, has_class_token=has_class_token, registers=registers)
     has_final_norm = "norm.weight" in weights
-    sizes, gated = _find_sizes(weights, grid, heads)
-    keywords = {
-        **sizes,
+    own = {
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in weights else None,
@@ -166,11 +156,10 @@ def _recognise_vit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: f
         "global_pool": "token" if has_class_token and has_final_norm else "avg",
         "fc_norm": not has_final_norm,
     }
-    name = _compose_name("vit", sizes, norm_eps, registers=f"_reg{registers}" if registers else "")
-    return Architecture(name=name, timm_name=None, keywords=keywords, norm_eps=norm_eps, gated=gated)
+    return _describe_transformer("vit", weights, grid, heads, norm_eps, own)
 
 
-def _recognise_beit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float) -> Architecture:
+def _recognise_beit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float | None) -> Architecture:
     """Recognise BEiT and its relatives such as data2vec: relative positions per block or shared, scaled residuals."""
     if tables := _bias_tables(weights):
         # A table has a row for each offset between two of g x g patches, and three for the class token.
@@ -178,9 +167,7 @@ def _recognise_beit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: 
         grid, heads = (math.isqrt(max(0, rows - 3)) + 1) // 2, heads or table_heads
     else:
         grid, _ = _position_grid(weights, has_class_token=True, registers=0)
-    sizes, _ = _find_sizes(weights, grid, heads)
-    keywords = {
-        **sizes,
+    own = {
         "qkv_bias": "blocks.0.attn.q_bias" in weights,
         "init_values": 1.0 if "blocks.0.gamma_1" in weights else None,
         "use_abs_pos_emb": "pos_embed" in weights,
@@ -188,12 +175,18 @@ def _recognise_beit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: 
         "use_shared_rel_pos_bias": "rel_pos_bias.relative_position_bias_table" in weights,
         "use_fc_norm": "norm.weight" not in weights,
     }
-    name = _compose_name("beit", sizes, norm_eps)
-    return Architecture(name=name, timm_name=None, kind="beit", keywords=keywords, norm_eps=norm_eps)
+    return _describe_transformer("beit", weights, grid, heads, norm_eps, own)
 
 
-def _find_sizes(weights: Mapping[str, Tensor], grid: int, heads: int | None) -> tuple[dict[str, object], bool]:
-    """Return the keywords that BEiT and other Vision Transformers share, and whether the MLPs are gated."""
+def _describe_transformer(
+    kind: Literal["vit", "beit"],
+    weights: Mapping[str, Tensor],
+    grid: int,
+    heads: int | None,
+    norm_eps: float | None,
+    own: Mapping[str, object],
+) -> Architecture:
+    """Return the architecture of `own` keywords and of those that BEiT and other Vision Transformers share."""
     width, _, patch, _ = weights["patch_embed.proj.weight"].shape
     depth = 1 + max(int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,4})\.", name)))
     if depth > _MAX_DEPTH:
@@ -201,10 +194,8 @@ def _find_sizes(weights: Mapping[str, Tensor], grid: int, heads: int | None) -> 
     first, second = (weights.get(f"blocks.0.mlp.fc{layer}.weight") for layer in (1, 2))
     if first is None or second is None:
         raise _unknown("a Vision Transformer whose blocks have no mlp.fc1 and mlp.fc2")
-    hidden, gated = (
-        first.shape[0],
-        first.shape[0] == 2 * second.shape[1],
-    )  # one half of the outputs gates the other half
+    hidden = first.shape[0]
+    gated = hidden == 2 * second.shape[1]  # one half of the outputs gates the other half
     heads = heads or (_GATED_HEADS_BY_WIDTH if gated else _HEADS_BY_WIDTH).get(width)
     if heads is None:
         raise CheckpointError(
@@ -213,7 +204,7 @@ def _find_sizes(weights: Mapping[str, Tensor], grid: int, heads: int | None) -> 
             hint=f"Name it: --arch 'vit_tiny_patch16_224?embed_dim={width}&depth={depth}&patch_size={patch}&num_heads=N"
             "&img_size=N'.",
         )
-    return {
+    keywords = {
         "img_size": grid * patch,
         "patch_size": patch,
         "embed_dim": width,
@@ -221,16 +212,16 @@ def _find_sizes(weights: Mapping[str, Tensor], grid: int, heads: int | None) -> 
         "num_heads": heads,
         # timm rounds the product down, so add half a unit where the ratio is not exact.
         "mlp_ratio": hidden / width if int(hidden / width * width) == hidden else (hidden + 0.5) / width,
-    }, gated
-
-
-def _compose_name(kind: str, sizes: Mapping[str, Any], norm_eps: float, registers: str = "") -> str:
-    """Return the name of a Transformer, so that networks that compute differently have different names."""
-    width, depth, heads = (sizes[name] for name in ("embed_dim", "depth", "num_heads"))
+        **own,
+    }
+    norm_eps = norm_eps or NORM_EPS
     size = _SIZE_BY_WIDTH_AND_DEPTH.get((width, depth), f"width{width}_depth{depth}")
-    name = f"{kind}_{size}_patch{sizes['patch_size']}{registers}_{sizes['img_size']}"
-    by_heads = "" if heads == _GATED_HEADS_BY_WIDTH.get(width) else f"_heads{heads}"
-    return name + by_heads + ("" if norm_eps == NORM_EPS else f"_eps{norm_eps:g}")
+    registers = f"_reg{own['reg_tokens']}" if own.get("reg_tokens") else ""
+    name = f"{kind}_{size}_patch{patch}{registers}_{grid * patch}"
+    # Networks that compute differently have different names.
+    name += "" if heads == _GATED_HEADS_BY_WIDTH.get(width) else f"_heads{heads}"
+    name += "" if norm_eps == NORM_EPS else f"_eps{norm_eps:g}"
+    return Architecture(name=name, timm_name=None, kind=kind, keywords=keywords, norm_eps=norm_eps, gated=gated)
 
 
 def _bias_tables(weights: Mapping[str, Tensor]) -> list[str]:
@@ -255,7 +246,7 @@ def _recognise_resnet(weights: Mapping[str, Tensor], small_stem: str) -> Archite
     }
     depths = tuple(1 + max(block for of, block in blocks if of == stage) for stage in sorted({of for of, _ in blocks}))
     name = _RESNETS.get((depths, "layer1.0.conv3.weight" in weights))
-    if name is None or weights["layer1.0.conv1.weight"].shape[:1] != (_RESNET_WIDTH,):
+    if name is None or weights["layer1.0.conv1.weight"].shape[:1] != (64,):
         what = f"a residual network with {depths} blocks per stage, which is not ResNet-18, 34, 50, 101 or 152"
         raise _unknown(what, ", one of timm's")
     if "conv1.weight" in weights and weights["conv1.weight"].shape[2:] == (3, 3):
