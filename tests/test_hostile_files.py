@@ -59,7 +59,7 @@ def call(module: str, name: str, *arguments: object) -> bytes:
     return named(module, name) + values(*arguments) + b"R"
 
 
-def whole(body: bytes) -> bytes:
+def as_pickle(body: bytes) -> bytes:
     return b"\x80\x02" + body + b"."
 
 
@@ -82,7 +82,7 @@ def tensor(source: bytes, size: tuple[int, ...], stride: tuple[int, ...], offset
 
 
 def state_dict(body: bytes) -> bytes:
-    return whole(b"}" + text("layer.weight") + body + b"s")
+    return as_pickle(b"}" + text("layer.weight") + body + b"s")
 
 
 def saved(content: object = _WEIGHTS, *, zipped: bool = True) -> bytes:
@@ -182,9 +182,9 @@ def gadgets(canary: str) -> dict[str, bytes]:
 
 def hostile_pickles(canary: str) -> Iterator[tuple[str, bytes]]:
     containers: tuple[Callable[[bytes], bytes], ...] = (
-        lambda body: in_zip(whole(body)),
-        lambda body: in_old(whole(body)),
-        whole,
+        lambda body: in_zip(as_pickle(body)),
+        lambda body: in_old(as_pickle(body)),
+        as_pickle,
         beside_weights,
     )
     for turn, (name, body) in enumerate(gadgets(canary).items()):
@@ -192,12 +192,12 @@ def hostile_pickles(canary: str) -> Iterator[tuple[str, bytes]]:
     system = call("posix", "system", f"touch {canary}")
     for kind, container in zip(("zip", "old", "raw", "nested"), containers, strict=True):
         yield f"system {kind}.pth", container(system)
-    yield "system renamed.safetensors", in_zip(whole(system))
+    yield "system renamed.safetensors", in_zip(as_pickle(system))
     for protocol in range(6):
         yield f"protocol {protocol}.pkl", pickle.dumps(Gadget(f"touch {canary}"), protocol=protocol)
         yield f"protocol {protocol} in zip.pth", in_zip(pickle.dumps(Gadget(f"touch {canary}"), protocol=protocol))
     yield "inst.pth", in_zip(b"(" + text("touch") + b"iposix\nsystem\n.")
-    yield "extension.pth", in_zip(whole(b"\x82\x01" + values("x") + b"R"))
+    yield "extension.pth", in_zip(as_pickle(b"\x82\x01" + values("x") + b"R"))
     one_value = tensor(storage(), (1,), (1,))
     reconstruct = call("numpy._core.multiarray", "_reconstruct")
     for kind, body in {
@@ -214,9 +214,9 @@ def hostile_pickles(canary: str) -> Iterator[tuple[str, bytes]]:
         yield f"in {kind}.pth", in_zip(state_dict(body), ("vit/data/0", bytes(2400)))
     for turn in range(3):
         headers = old_headers()
-        headers[turn] = whole(system)
-        yield f"in old header {turn}.pth", b"".join(headers) + whole(b"}") + whole(b"]")
-    yield "in old keys.pth", b"".join(old_headers()) + whole(b"}") + whole(system)
+        headers[turn] = as_pickle(system)
+        yield f"in old header {turn}.pth", b"".join(headers) + as_pickle(b"}") + as_pickle(b"]")
+    yield "in old keys.pth", b"".join(old_headers()) + as_pickle(b"}") + as_pickle(system)
     module = b"(" + text("module") + named("torch.nn", "Linear") + text("a.py") + text("class Linear: pass") + b"tQ"
     yield "old module source.pth", in_old(state_dict(module))
 
@@ -274,16 +274,16 @@ def bombs() -> Iterator[tuple[str, bytes]]:
             yield f"bomb old {kind}.pth", in_old(state_dict(body), keys=("0",), tail=tail)
     text_1mb = b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\x01"
     once = named("_codecs", "encode") + b"q\x02h\x01" + text("latin1") + b"\x86q\x03Ra"
-    yield "bomb copies.pth", in_zip(whole(b"]" + text_1mb + b"a" + once + b"h\x02h\x03Ra" * 20_000))
-    yield "bomb 2 million opcodes.pth", in_zip(whole(b"]" + b"Na" * 1_000_000))
-    yield "bomb 1 million opcodes.pth", in_zip(whole(b"]" + b"q\x01" * 999_000))
+    yield "bomb copies.pth", in_zip(as_pickle(b"]" + text_1mb + b"a" + once + b"h\x02h\x03Ra" * 20_000))
+    yield "bomb 2 million opcodes.pth", in_zip(as_pickle(b"]" + b"Na" * 1_000_000))
+    yield "bomb 1 million opcodes.pth", in_zip(as_pickle(b"]" + b"q\x01" * 999_000))
     ordered, stub = named("collections", "OrderedDict"), named("argparse", "Namespace")
-    yield "bomb calls.pth", in_zip(whole(b"]" + ordered + b"q\x01a" + b"h\x01)Ra" * _MANY))
-    yield "bomb stubs.pth", in_zip(whole(b"]" + stub + b"q\x01a" + b"h\x01)\x81a" * _MANY))
+    yield "bomb calls.pth", in_zip(as_pickle(b"]" + ordered + b"q\x01a" + b"h\x01)Ra" * _MANY))
+    yield "bomb stubs.pth", in_zip(as_pickle(b"]" + stub + b"q\x01a" + b"h\x01)\x81a" * _MANY))
     maker = named("torch._utils", "_rebuild_tensor_v2")
     one = tensor(storage(), (600,), (1,))[len(maker) : -1] + b"q\x02a"
-    yield "bomb tensors.pth", in_zip(whole(b"]" + maker + b"q\x01a" + one + b"h\x01h\x02Ra" * _MANY), data)
-    yield "list root.pth", in_zip(whole(lists))
+    yield "bomb tensors.pth", in_zip(as_pickle(b"]" + maker + b"q\x01a" + one + b"h\x01h\x02Ra" * _MANY), data)
+    yield "list root.pth", in_zip(as_pickle(lists))
 
 
 def deflate_bomb() -> bytes:
@@ -329,8 +329,8 @@ def damaged_zips() -> Iterator[tuple[str, bytes]]:
     body = state_dict(tensor(storage(), (600,), (1,)))
     data = ("vit/data/0", bytes(2400))
     yield "duplicate member.pth", in_zip(body, data, data)
-    yield "duplicate pickle.pth", in_zip(body, data, ("vit/data.pkl", whole(call("posix", "system", "true"))))
-    yield "duplicate but for case.pth", in_zip(body, data, ("vit/DATA.PKL", whole(call("posix", "system", "true"))))
+    yield "duplicate pickle.pth", in_zip(body, data, ("vit/data.pkl", as_pickle(call("posix", "system", "true"))))
+    yield "duplicate but for case.pth", in_zip(body, data, ("vit/DATA.PKL", as_pickle(call("posix", "system", "true"))))
     for name in ("../evil", "vit/../../evil", "/etc/evil", "vit\\evil", "C:/evil", "vit//evil", "other/evil"):
         yield f"member {name.replace('/', '|')}.pth", in_zip(body, data, (name, b"x"))
     buffer = io.BytesIO(in_zip(body, data))
@@ -381,7 +381,7 @@ def other_files() -> Iterator[tuple[str, bytes]]:
         "tar.pth.tar": tar.getvalue(),
         "tar and pickle.pth": bytes(polyglot) + old,
         "torchscript.pt": script.getvalue(),
-        "exported.pt2": in_zip(whole(b"}"), ("vit/archive_format", b"pt2"), ("vit/models/model.json", b"{}")),
+        "exported.pt2": in_zip(as_pickle(b"}"), ("vit/archive_format", b"pt2"), ("vit/models/model.json", b"{}")),
         "arrays.npz": npz.getvalue(),
         "model.onnx": b"\x08\x07\x12\x07pytorch" + bytes(100),
         "index.json": b'{"weight_map": {}}',

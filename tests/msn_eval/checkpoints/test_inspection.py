@@ -155,7 +155,7 @@ def test_values_that_are_not_finite_are_a_problem_and_an_alarm(
         lambda draw: draw() | {"norm.bias": torch.ones(192, dtype=torch.int64)},
         lambda draw: draw() | {"norm.bias": torch.ones(192, dtype=torch.complex64)},
     ],
-    ids=["several", "width", "NaN", "left over", "whole", "beyond float32", "integers", "complex"],
+    ids=["several", "width", "NaN", "left over", "valid", "beyond float32", "integers", "complex"],
 )
 def test_problem_is_there_exactly_where_an_evaluation_refuses(
     tmp_path: Path, vit_weights: WeightMaker, content: Callable[[WeightMaker], object]

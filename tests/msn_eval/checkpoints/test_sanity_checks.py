@@ -1,4 +1,4 @@
-"""Facts of tensors, against torch's own on the whole tensor."""
+"""Statistics of tensors, compared with those of torch."""
 
 import math
 
@@ -56,9 +56,9 @@ def test_all_equal_takes_every_value(values: list[float], equal: bool) -> None:
 def test_facts_of_parts_are_those_of_the_whole() -> None:
     values = random(90_000)
     parts = join_statistics(describe_values(part) for part in values.split(7_000))
-    whole = describe_values(values)
-    assert (parts.values, parts.lowest, parts.highest) == (whole.values, whole.lowest, whole.highest)
-    assert parts.total == pytest.approx(whole.total, rel=1e-12)
+    together = describe_values(values)
+    assert (parts.values, parts.lowest, parts.highest) == (together.values, together.lowest, together.highest)
+    assert parts.total == pytest.approx(together.total, rel=1e-12)
 
 
 def test_complex_values_are_described_by_their_parts() -> None:

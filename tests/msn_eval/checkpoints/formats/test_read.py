@@ -56,10 +56,10 @@ def test_container_is_recognised_by_content_and_not_by_name(tmp_path: Path, name
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
 def test_file_cut_anywhere_is_refused(tmp_path: Path, zipped: bool) -> None:
-    whole = saved(zipped=zipped)
+    content = saved(zipped=zipped)
     path = tmp_path / "vit.pth"
-    for size in range(0, len(whole) - 1, 7):
-        path.write_bytes(whole[:size])
+    for size in range(0, len(content) - 1, 7):
+        path.write_bytes(content[:size])
         with pytest.raises(CheckpointError):
             read_weight_file(path)
 
