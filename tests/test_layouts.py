@@ -1,6 +1,5 @@
-"""Checkpoints as they lie around: from each layout, the features that the library which wrote it computes itself."""
+"""Checkpoints of many libraries: from each layout, the features that the library which wrote it computes itself."""
 
-import json
 import math
 import re
 import warnings
@@ -60,10 +59,10 @@ class Layout:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-# Networks with weights that are far from their initial values, and what they say.
+# Networks with weights that are far from their initial values, and their features.
 
 
-def drawn(network: Network, seed: int = 1) -> Network:
+def randomize(network: Network, seed: int = 1) -> Network:
     """Draw weights that let every part of a network show in its features.
 
     Embeddings are small, so that the epsilon of the first norm counts, and attention is far from even.
@@ -94,23 +93,25 @@ def drawn(network: Network, seed: int = 1) -> Network:
 
 def vit(seed: int = 1, **keywords: object) -> VisionTransformer:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3, "num_classes": 0}
-    return drawn(VisionTransformer(**sizes | keywords), seed)
+    return randomize(VisionTransformer(**sizes | keywords), seed)
 
 
 @cache
 def resnet(seed: int = 1) -> nn.Module:
-    return drawn(torchvision.models.resnet18(), seed)
+    return randomize(torchvision.models.resnet18(), seed)
 
 
 def outputs(network: nn.Module, images: Tensor, *modules: nn.Module, **keywords: object) -> list[Tensor]:
     """Return the outputs of modules of a network, and its own, in one forward pass."""
     seen: dict[nn.Module, Any] = {}
-    hooks = [one.register_forward_hook(lambda module, _, output: seen.update({module: output})) for one in modules]
+    hooks = [
+        hooked.register_forward_hook(lambda module, _, output: seen.update({module: output})) for hooked in modules
+    ]
     with torch.no_grad():
-        given = network(images, **keywords)
+        own = network(images, **keywords)
     for hook in hooks:
         hook.remove()
-    return [one[0] if isinstance(one, tuple) else one for one in (*(seen[module] for module in modules), given)]
+    return [output[0] if isinstance(output, tuple) else output for output in (*map(seen.get, modules), own)]
 
 
 def token_taps(
@@ -132,6 +133,11 @@ def timm_taps(network: VisionTransformer | Beit, images: Tensor) -> Taps:
 
 def torchvision_taps(network: TorchvisionViT, images: Tensor) -> Taps:
     return token_taps(network, network.encoder.layers[-1], network.encoder.ln, images)
+
+
+def headless(seed: int = 1) -> Weights:
+    """Return the weights of a ResNet without its classifier."""
+    return without(resnet(seed).state_dict(), "fc.")
 
 
 def resnet_taps(network: nn.Module, images: Tensor) -> Taps:
@@ -158,7 +164,7 @@ def without(weights: Mapping[str, Tensor], *starts: str) -> Weights:
 
 
 def mlp(*widths: int) -> Weights:
-    return nn.Sequential(*[nn.Linear(one, two) for one, two in pairwise(widths)]).state_dict()
+    return nn.Sequential(*[nn.Linear(inputs, outputs) for inputs, outputs in pairwise(widths)]).state_dict()
 
 
 def optimizer_state(network: nn.Module) -> dict[str, Any]:
@@ -178,6 +184,10 @@ def vit_layout(path: Path, network: VisionTransformer | Beit, **facts: Any) -> L
 def resnet_layout(path: Path, network: nn.Module, **facts: Any) -> Layout:
     options = {"image_pixels": RESNET_PIXELS}
     return Layout(path=path, forward=partial(resnet_taps, network), arch="resnet18", options=options, **facts)
+
+
+def torchvision_layout(path: Path, network: TorchvisionViT, **facts: Any) -> Layout:
+    return Layout(path=path, forward=partial(torchvision_taps, network), **facts)
 
 
 # MSN.
@@ -239,15 +249,14 @@ def dino_backbone(folder: Path) -> Layout:
 
 
 def dino_resnet(folder: Path) -> Layout:
-    student, teacher = resnet(2), resnet(1)
     content = {
-        "student": under("module.backbone.", without(student.state_dict(), "fc.")) | under("module.head.", dino_head()),
-        "teacher": under("backbone.", without(teacher.state_dict(), "fc.")) | under("head.", dino_head()),
+        "student": under("module.backbone.", headless(2)) | under("module.head.", dino_head()),
+        "teacher": under("backbone.", headless(1)) | under("head.", dino_head()),
         "epoch": 100,
         "args": ARGS,
         "dino_loss": {"center": torch.zeros(1, 64)},
     }
-    return resnet_layout(saved(folder, content), teacher, format="dino", key="teacher")
+    return resnet_layout(saved(folder, content), resnet(1), format="dino", key="teacher")
 
 
 def ibot_training(folder: Path) -> Layout:
@@ -274,23 +283,15 @@ def ibot_teacher(folder: Path) -> Layout:
 DINOV2 = {"img_size": 518, "patch_size": 14, "init_values": 1.0}
 
 
-def dinov2_native(folder: Path) -> Layout:
+def dinov2(folder: Path, image_pixels: int | None) -> Layout:
     network = vit(**DINOV2)
-    content = under("", network) | {"mask_token": torch.zeros(1, 192)}
-    return vit_layout(
-        saved(folder, content),
-        network,
-        format="dinov2",
-        arch="vit_width192_depth2_patch14_518",
-        options={"image_pixels": 518},
-    )
+    path = saved(folder, under("", network) | {"mask_token": torch.zeros(1, 192)})
+    return dinov2_layout(path, network, image_pixels, arch="vit_width192_depth2_patch14_518")
 
 
-def dinov2_evaluated(folder: Path) -> Layout:
-    network = vit(**DINOV2)
-    content = under("", network) | {"mask_token": torch.zeros(1, 192)}
-    smaller = at_224(network, network.pos_embed)
-    return vit_layout(saved(folder, content), smaller, format="dinov2", arch="vit_width192_depth2_patch14_518")
+def dinov2_layout(path: Path, network: VisionTransformer, image_pixels: int | None, arch: str) -> Layout:
+    evaluated = network if image_pixels == 518 else at_224(network, network.pos_embed)
+    return vit_layout(path, evaluated, format="dinov2", arch=arch, options={"image_pixels": image_pixels})
 
 
 def dinov2_registers(folder: Path, image_pixels: int | None) -> Layout:
@@ -305,13 +306,7 @@ def dinov2_registers(folder: Path, image_pixels: int | None) -> Layout:
         "register_tokens": registers,
         "mask_token": torch.zeros(1, 192),
     }
-    return vit_layout(
-        saved(folder, content),
-        network if image_pixels == 518 else at_224(network, network.pos_embed),
-        format="dinov2",
-        arch="vit_width192_depth2_patch14_reg4_518",
-        options={"image_pixels": image_pixels},
-    )
+    return dinov2_layout(saved(folder, content), network, image_pixels, arch="vit_width192_depth2_patch14_reg4_518")
 
 
 def at_224(network: VisionTransformer, positions: Tensor) -> VisionTransformer:
@@ -422,13 +417,15 @@ def ijepa(folder: Path) -> Layout:
 
 def beit(**keywords: object) -> Beit:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3, "num_classes": 0}
-    return drawn(Beit(**sizes | {"init_values": 0.1, "use_abs_pos_emb": False} | keywords))
+    return randomize(Beit(**sizes | {"init_values": 0.1, "use_abs_pos_emb": False} | keywords))
 
 
 def beit_finetuned(folder: Path) -> Layout:
     """Write unilm's classifier: a table in every block, an average that is normed, tables of indices beside them."""
     network = beit(use_rel_pos_bias=True, global_pool="avg")
-    tables = {f"blocks.{one}.attn.relative_position_index": torch.zeros(17, 17, dtype=torch.long) for one in range(2)}
+    tables = {
+        f"blocks.{block}.attn.relative_position_index": torch.zeros(17, 17, dtype=torch.long) for block in range(2)
+    }
     content = {"model": under("", network) | tables | under("head.", nn.Linear(192, 10))}
     return vit_layout(
         saved(folder, content), network, format="beit", key="model", arch="beit_width192_depth2_patch8_32"
@@ -460,26 +457,19 @@ def beit_with_positions(folder: Path) -> Layout:
 def mocov3_vit(folder: Path) -> Layout:
     """Write the small network, which has 12 heads where others have 6."""
     base, momentum = (with_fixed_positions(vit(seed, embed_dim=384, num_heads=12)) for seed in (1, 2))
-    heads = under("module.base_encoder.head.", mlp(384, 16, 8)) | under(
-        "module.momentum_encoder.head.", mlp(384, 16, 8)
-    )
     content = {
         "epoch": 300,
         "arch": "vit_small",
         "state_dict": under("module.base_encoder.", base)
+        | under("module.base_encoder.head.", mlp(384, 16, 8))
         | under("module.momentum_encoder.", momentum)
-        | heads
+        | under("module.momentum_encoder.head.", mlp(384, 16, 8))
         | under("module.predictor.", mlp(8, 16, 8)),
         "optimizer": optimizer_state(base),
         "scaler": {"scale": 65536.0},
     }
-    return vit_layout(
-        saved(folder, content, "vit-s-300ep.pth.tar"),
-        base,
-        format="mocov3",
-        key="state_dict.base_encoder",
-        arch="vit_width384_depth2_patch8_32_heads12",
-    )
+    path, arch = saved(folder, content, "vit-s-300ep.pth.tar"), "vit_width384_depth2_patch8_32_heads12"
+    return vit_layout(path, base, format="mocov3", key="state_dict.base_encoder", arch=arch)
 
 
 def with_fixed_positions(network: nn.Module) -> nn.Module:
@@ -511,7 +501,7 @@ def solo_learn_mocov3(folder: Path) -> Layout:
 
 
 def mocov3_resnet(folder: Path) -> Layout:
-    base, momentum = (without(resnet(seed).state_dict(), "fc.") for seed in (1, 2))
+    base, momentum = map(headless, (1, 2))
     content = {
         "epoch": 100,
         "arch": "resnet18",
@@ -526,7 +516,7 @@ def mocov3_resnet(folder: Path) -> Layout:
 
 
 def mocov2(folder: Path) -> Layout:
-    query, key = (without(resnet(seed).state_dict(), "fc.") for seed in (1, 2))
+    query, key = map(headless, (1, 2))
     content = {
         "epoch": 200,
         "arch": "resnet18",
@@ -541,7 +531,7 @@ def mocov2(folder: Path) -> Layout:
 
 
 def simsiam(folder: Path) -> Layout:
-    network = without(resnet().state_dict(), "fc.")
+    network = headless()
     content = {
         "epoch": 100,
         "arch": "resnet18",
@@ -556,27 +546,27 @@ def simsiam(folder: Path) -> Layout:
 
 def swav(folder: Path) -> Layout:
     heads = under("projection_head.", mlp(512, 16, 8)) | {"prototypes.weight": torch.ones(32, 8)}
-    content = under("module.", without(resnet().state_dict(), "fc.") | heads)
+    content = under("module.", headless() | heads)
     return resnet_layout(saved(folder, content, "swav.pth.tar"), resnet(), format="swav")
 
 
 def bare_resnet(folder: Path) -> Layout:
     """Write what Barlow Twins and VICReg released: torchvision's names without the classifier."""
-    return resnet_layout(saved(folder, without(resnet().state_dict(), "fc.")), resnet(), format="torchvision")
+    return resnet_layout(saved(folder, headless()), resnet(), format="torchvision")
 
 
 def barlow_twins_training(folder: Path) -> Layout:
     heads = under("module.projector.", mlp(512, 16, 8)) | under("module.bn.", nn.BatchNorm1d(8, affine=False))
     content = {
         "epoch": 1000,
-        "model": under("module.backbone.", without(resnet().state_dict(), "fc.")) | heads,
+        "model": under("module.backbone.", headless()) | heads,
         "optimizer": optimizer_state(nn.Linear(2, 2)),
     }
     return resnet_layout(saved(folder, content), resnet(), format="torchvision", key="model")
 
 
 def vicreg_training(folder: Path) -> Layout:
-    backbone = under("module.backbone.", without(resnet().state_dict(), "fc."))
+    backbone = under("module.backbone.", headless())
     content = {"epoch": 1000, "model": backbone | under("module.projector.", mlp(512, 16, 8)), "optimizer": {}}
     return resnet_layout(saved(folder, content, "resnet18_fullckp.pth"), resnet(), format="torchvision", key="model")
 
@@ -609,21 +599,18 @@ def lightly(name: str) -> ModuleType:
 
 
 def lightly_transformer(folder: Path) -> Layout:
-    backbone = drawn(lightly("masked_vision_transformer_timm").MaskedVisionTransformerTIMM(vit=vit()))
+    backbone = randomize(lightly("masked_vision_transformer_timm").MaskedVisionTransformerTIMM(vit=vit()))
     content = {"state_dict": under("backbone.", backbone) | under("projection_head.layers.", mlp(192, 16, 8))}
     return vit_layout(saved(folder, content, "mae.ckpt"), backbone.vit, format="lightly", key="state_dict")
 
 
 def lightly_torchvision(folder: Path) -> Layout:
     network = torchvision_vit()
-    backbone = drawn(lightly("masked_vision_transformer_torchvision").MaskedVisionTransformerTorchvision(vit=network))
-    content = {"state_dict": under("backbone.", backbone), "pytorch-lightning_version": "2.6.0"}
-    return Layout(
-        path=saved(folder, content, "dino.ckpt"),
-        forward=partial(torchvision_taps, network),
-        format="lightly",
-        key="state_dict",
+    backbone = randomize(
+        lightly("masked_vision_transformer_torchvision").MaskedVisionTransformerTorchvision(vit=network)
     )
+    content = {"state_dict": under("backbone.", backbone), "pytorch-lightning_version": "2.6.0"}
+    return torchvision_layout(saved(folder, content, "dino.ckpt"), network, format="lightly", key="state_dict")
 
 
 class LightlyMSN(nn.Module):
@@ -640,13 +627,9 @@ class LightlyMSN(nn.Module):
 
 
 def lightly_msn(folder: Path) -> Layout:
-    network = drawn(LightlyMSN())
-    return Layout(
-        path=saved(folder, {"state_dict": network.state_dict()}, "msn.ckpt"),
-        forward=partial(torchvision_taps, network.backbone.vit),
-        format="lightly",
-        key="state_dict.backbone.vit",
-    )
+    network = randomize(LightlyMSN())
+    path = saved(folder, {"state_dict": network.state_dict()}, "msn.ckpt")
+    return torchvision_layout(path, network.backbone.vit, format="lightly", key="state_dict.backbone.vit")
 
 
 def lightly_resnet(folder: Path) -> Layout:
@@ -694,22 +677,12 @@ def lightning(folder: Path) -> Layout:
     return vit_layout(folder / "last.ckpt", network.backbone.eval(), format="timm", key="state_dict")
 
 
-def compiled(folder: Path) -> Layout:
+def wrapped(folder: Path, wrap: Callable[[nn.Module], nn.Module], key: str | None = "model") -> Layout:
+    """Write the names of a training tool: as the state dict itself, or under a key beside the optimizer."""
     network = vit()
-    return vit_layout(saved(folder, torch.compile(network).state_dict()), network, format="timm")
-
-
-def data_parallel(folder: Path) -> Layout:
-    """Write the names that DataParallel and DistributedDataParallel share."""
-    network = vit()
-    content = {"model": nn.DataParallel(network).state_dict(), "optimizer": optimizer_state(network)}
-    return vit_layout(saved(folder, content), network, format="timm", key="model")
-
-
-def compiled_in_parallel(folder: Path) -> Layout:
-    network = vit()
-    content = {"model": nn.DataParallel(torch.compile(network)).state_dict()}
-    return vit_layout(saved(folder, content), network, format="timm", key="model")
+    weights = wrap(network).state_dict()
+    content = {key: weights, "optimizer": optimizer_state(network)} if key else weights
+    return vit_layout(saved(folder, content), network, format="timm", key=key)
 
 
 def fully_sharded(folder: Path) -> Layout:
@@ -722,12 +695,6 @@ def fully_sharded(folder: Path) -> Layout:
             words[2:2] = ["_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
         content[".".join(["_fsdp_wrapped_module", *words])] = tensor
     return vit_layout(saved(folder, {"model": content}), network, format="timm", key="model")
-
-
-def averaged(folder: Path) -> Layout:
-    network = vit()
-    content = {"model_ema": torch.optim.swa_utils.AveragedModel(network).state_dict()}
-    return vit_layout(saved(folder, content), network, format="timm", key="model_ema")
 
 
 def timm_safetensors(folder: Path) -> Layout:
@@ -751,34 +718,28 @@ def timm_lower_precision(folder: Path, dtype: torch.dtype) -> Layout:
 def timm_folder(folder: Path) -> Layout:
     """Let timm write a folder for the hub; the heads, which no weight shows, are in its config.json."""
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 4}
-    network = drawn(timm.create_model("vit_tiny_patch16_224", num_classes=5, **sizes))
+    network = randomize(timm.create_model("vit_tiny_patch16_224", num_classes=5, **sizes))
     timm.models.save_for_hf(network, folder, model_args=sizes, safe_serialization=True)
     network.reset_classifier(0)
     return vit_layout(folder, network, format="timm", arch="vit_tiny_patch16_224")
 
 
 def timm_resnet_folder(folder: Path) -> Layout:
-    network = drawn(timm.create_model("resnet18", num_classes=5))
+    network = randomize(timm.create_model("resnet18", num_classes=5))
     timm.models.save_for_hf(network, folder, safe_serialization=False)
     network.reset_classifier(0)
-    return Layout(
-        path=folder,
-        forward=lambda images: {"pool": outputs(network, images)[0]},
-        format="torchvision",
-        arch="resnet18",
-        options={"image_pixels": RESNET_PIXELS},
-    )
+    layout = resnet_layout(folder, network, format="torchvision")
+    return replace(layout, forward=lambda images: {"pool": outputs(network, images)[0]})
 
 
 def torchvision_vit(seed: int = 1) -> TorchvisionViT:
     sizes = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
-    return drawn(TorchvisionViT(**sizes), seed)
+    return randomize(TorchvisionViT(**sizes), seed)
 
 
 def torchvision_transformer(folder: Path) -> Layout:
     network = torchvision_vit()
-    path = saved(folder, network.state_dict())
-    return Layout(path=path, forward=partial(torchvision_taps, network), format="torchvision")
+    return torchvision_layout(saved(folder, network.state_dict()), network, format="torchvision")
 
 
 def torchvision_resnet(folder: Path) -> Layout:
@@ -786,14 +747,8 @@ def torchvision_resnet(folder: Path) -> Layout:
 
 
 def torchvision_resnet50(folder: Path) -> Layout:
-    network = drawn(torchvision.models.resnet50())
-    return Layout(
-        path=saved(folder, network.state_dict()),
-        forward=partial(resnet_taps, network),
-        format="torchvision",
-        arch="resnet50",
-        options={"image_pixels": RESNET_PIXELS},
-    )
+    network = randomize(torchvision.models.resnet50())
+    return replace(resnet_layout(saved(folder, network.state_dict()), network, format="torchvision"), arch="resnet50")
 
 
 # Hugging Face: folders by save_pretrained, whose config.json states heads and epsilon, and files alone, whose width must do.
@@ -828,29 +783,28 @@ def huggingface(name: str, config: Mapping[str, object]) -> Any:
     import transformers
 
     described = re.sub("(Model|ForImageClassification|ForPreTraining)$", "Config", name)
-    return drawn(getattr(transformers, name)(getattr(transformers, described)(**config)))
+    return randomize(getattr(transformers, name)(getattr(transformers, described)(**config)))
 
 
-def trunk_of(network: Any) -> Any:
-    """Return the bare model inside one with a head."""
-    return getattr(network, network.base_model_prefix, network)
+def run_backbone(network: Any, images: Tensor, **keywords: object) -> Any:
+    """Return the output of a model without its head."""
+    with torch.no_grad():
+        return getattr(network, network.base_model_prefix, network)(images, output_hidden_states=True, **keywords)
 
 
 def huggingface_taps(network: Any, images: Tensor, *, prefix: int = 1, **keywords: object) -> Taps:
     """Return the taps by transformers: hidden_states end before the last norm, last_hidden_state follows it."""
-    with torch.no_grad():
-        said = trunk_of(network)(images, output_hidden_states=True, **keywords)
-    mean = said.last_hidden_state[:, prefix:].mean(1)
+    output = run_backbone(network, images, **keywords)
+    mean = output.last_hidden_state[:, prefix:].mean(1)
     if not prefix:
         return {"mean": mean}
-    return {"cls": said.hidden_states[-1][:, 0], "cls-norm": said.last_hidden_state[:, 0], "mean": mean}
+    return {"cls": output.hidden_states[-1][:, 0], "cls-norm": output.last_hidden_state[:, 0], "mean": mean}
 
 
 def pooled_taps(network: Any, images: Tensor) -> Taps:
     """Return the taps of BEiT's family, whose pooler norms the average of the patches, without another norm."""
-    with torch.no_grad():
-        said = trunk_of(network)(images, output_hidden_states=True)
-    return {"cls": said.hidden_states[-1][:, 0], "mean": said.pooler_output}
+    output = run_backbone(network, images)
+    return {"cls": output.hidden_states[-1][:, 0], "mean": output.pooler_output}
 
 
 def huggingface_folder(
@@ -873,24 +827,21 @@ def hub(
     return partial(huggingface_folder, name=name, config={**TINY, **config}, arch=arch, **how)
 
 
-def huggingface_shards(folder: Path) -> Layout:
+def msn_folder(folder: Path, save: Callable[[Any, Path], object]) -> Layout:
     network = huggingface("ViTMSNModel", TINY)
+    save(network, folder)
+    forward = partial(huggingface_taps, network.float())
+    return Layout(path=folder, forward=forward, format="huggingface", arch=TINY_ARCH)
+
+
+def save_shards(network: Any, folder: Path) -> None:
     network.save_pretrained(folder, max_shard_size="40KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 2
-    return Layout(path=folder, forward=partial(huggingface_taps, network), format="huggingface", arch=TINY_ARCH)
 
 
-def huggingface_pickle(folder: Path) -> Layout:
-    network = huggingface("ViTMSNModel", TINY)
+def save_pickle(network: Any, folder: Path) -> None:
     network.config.save_pretrained(folder)
     saved(folder, network.state_dict(), "pytorch_model.bin")
-    return Layout(path=folder, forward=partial(huggingface_taps, network), format="huggingface", arch=TINY_ARCH)
-
-
-def huggingface_half(folder: Path) -> Layout:
-    network = huggingface("ViTMSNModel", TINY).half()
-    network.save_pretrained(folder)
-    return Layout(path=folder, forward=partial(huggingface_taps, network.float()), format="huggingface", arch=TINY_ARCH)
 
 
 def huggingface_file(
@@ -907,9 +858,9 @@ def huggingface_file(
     network = huggingface(name, {**ALONE, **config})
     path = folder / "network.safetensors"
     if older:
-        network.save_pretrained(folder / "whole")
-        (folder / "whole" / "model.safetensors").rename(path)
-        assert any("attention.attention.query" in one for one in safetensors.torch.load_file(path))
+        network.save_pretrained(folder / "all")
+        (folder / "all" / "model.safetensors").rename(path)
+        assert any("attention.attention.query" in name for name in safetensors.torch.load_file(path))
     else:
         safetensors.torch.save_file(network.state_dict(), path)
     return Layout(path=path, forward=partial(taps, network, **keywords), format="huggingface", arch=arch)
@@ -923,8 +874,8 @@ LAYOUTS: dict[str, Callable[[Path], Layout]] = {
     "DINO ResNet": dino_resnet,
     "iBOT training": ibot_training,
     "iBOT teacher": ibot_teacher,
-    "DINOv2 at its native 518": dinov2_native,
-    "DINOv2 at 224": dinov2_evaluated,
+    "DINOv2 at its native 518": partial(dinov2, image_pixels=518),
+    "DINOv2 at 224": partial(dinov2, image_pixels=None),
     "DINOv2 with registers at 518": partial(dinov2_registers, image_pixels=518),
     "DINOv2 with registers at 224": partial(dinov2_registers, image_pixels=None),
     "DINOv2 SwiGLU": dinov2_swiglu,
@@ -953,11 +904,11 @@ LAYOUTS: dict[str, Callable[[Path], Layout]] = {
     "lightly MSN": lightly_msn,
     "lightly ResNet": lightly_resnet,
     "Lightning": lightning,
-    "torch.compile": compiled,
-    "DataParallel": data_parallel,
-    "DataParallel of torch.compile": compiled_in_parallel,
+    "torch.compile": partial(wrapped, wrap=torch.compile, key=None),
+    "DataParallel": partial(wrapped, wrap=nn.DataParallel),
+    "DataParallel of torch.compile": partial(wrapped, wrap=lambda network: nn.DataParallel(torch.compile(network))),
     "FSDP": fully_sharded,
-    "AveragedModel": averaged,
+    "AveragedModel": partial(wrapped, wrap=torch.optim.swa_utils.AveragedModel, key="model_ema"),
     "timm safetensors": timm_safetensors,
     "timm in torch's old container": timm_old_container,
     "timm in float16": partial(timm_lower_precision, dtype=torch.float16),
@@ -996,9 +947,9 @@ LAYOUTS: dict[str, Callable[[Path], Layout]] = {
         BEIT_ARCH,
         taps=pooled_taps,
     ),
-    "HF shards": huggingface_shards,
-    "HF pickle": huggingface_pickle,
-    "HF float16": huggingface_half,
+    "HF shards": partial(msn_folder, save=save_shards),
+    "HF pickle": partial(msn_folder, save=save_pickle),
+    "HF float16": partial(msn_folder, save=lambda network, folder: network.half().save_pretrained(folder)),
     "HF ViTMSN file, older names": partial(huggingface_file, name="ViTMSNModel", older=True),
     "HF ViTMSN file": partial(huggingface_file, name="ViTMSNModel"),
     "HF ViTMSN classifier file, older names": partial(
@@ -1046,69 +997,34 @@ def read(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return layout, load_encoder(str(layout.path), device="cpu", **layout.options)
 
 
-def random_images(encoder: Encoder) -> Tensor:
-    side = encoder.transform.crop
-    return torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
-
-
 def test_features_are_those_of_the_library_that_wrote_the_layout(read: tuple[Layout, Encoder]) -> None:
     layout, encoder = read
-    pixels = random_images(encoder)
+    shape = (2, encoder.transform.crop, encoder.transform.crop, 3)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
     mean, std = torch.tensor(encoder.transform.mean), torch.tensor(encoder.transform.std)
     images = ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
     expected = layout.forward(images)
 
-    found = encode(encoder, pixels, list(expected))
-    errors = {tap: ((found[tap] - one).abs().max() / one.abs().max()).item() for tap, one in expected.items()}
+    features = encode(encoder, pixels, list(expected))
+    errors = {tap: float((features[tap] - value).abs().max() / value.abs().max()) for tap, value in expected.items()}
     assert max(errors.values()) < 1e-4, errors
 
 
-def test_layout_is_reported_and_its_evaluated_network_chosen(read: tuple[Layout, Encoder]) -> None:
-    layout, encoder = read
-    checkpoint = encoder.checkpoint
+def test_layout_is_reported_and_read_in_full(read: tuple[Layout, Encoder]) -> None:
+    layout, checkpoint = read[0], read[1].checkpoint
     architecture = checkpoint.arch.partition("?")[0]
     assert (checkpoint.format, checkpoint.key, architecture) == (layout.format, layout.key, layout.arch)
+    assert checkpoint.matched == 1.0
 
 
-def test_every_weight_comes_from_the_layout(read: tuple[Layout, Encoder]) -> None:
-    assert read[1].checkpoint.matched == 1.0
-
-
-# What is left to the user, and what is refused.
+# What is refused.
 
 
 def refusal(path: Path, **options: object) -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
         load_encoder(str(path), device="cpu", **options)
     return caught.value
-
-
-@pytest.mark.parametrize("names", [("fast", "slow"), ("model", "model_ema"), ("state_dict", "state_dict_ema")])
-def test_networks_whose_names_tell_no_order_are_left_to_the_user(tmp_path: Path, names: tuple[str, str]) -> None:
-    path = saved(tmp_path, {name: vit(seed).state_dict() for seed, name in enumerate(names)})
-    sizes = f"30 tensors, {sum(one.numel() for one in vit().parameters()):,} values"
-    assert str(refusal(path)) == (
-        f"{path}: holds several networks:\n"
-        f"  {names[0]}: {sizes}\n"
-        f"  {names[1]}: {sizes}\n"
-        "Choose one by name: --checkpoint-key NAME."
-    )
-
-
-@pytest.mark.parametrize(
-    "key",
-    ["momentum_encoder", "state_dict.momentum_encoder", "module.state_dict.momentum_encoder"],
-)
-def test_network_is_called_by_a_word_of_its_place_or_by_all(tmp_path: Path, key: str) -> None:
-    path = mocov3_vit(tmp_path).path
-    network = load_encoder(str(path), device="cpu", checkpoint_key=key).network
-    assert torch.equal(network.cls_token, vit(2, embed_dim=384, num_heads=12).cls_token)
-
-
-def test_wrong_key_is_refused_with_the_networks_there_are(tmp_path: Path) -> None:
-    error = refusal(mocov3_vit(tmp_path).path, checkpoint_key="teacher")
-    assert "has no network 'teacher'; it holds:\n  state_dict.base_encoder: " in str(error)
 
 
 def changed_vit(folder: Path, change: Callable[[Weights], Weights]) -> Path:
@@ -1183,33 +1099,3 @@ def test_weights_that_do_not_fit_are_refused_by_name(
     line: str,
 ) -> None:
     assert line in str(refusal(write(tmp_path, change)))
-
-
-def test_width_that_leaves_the_heads_open_asks_for_the_architecture(tmp_path: Path) -> None:
-    folder = huggingface_folder(tmp_path, "ViTMSNModel", TINY).path
-    alone = (folder / "model.safetensors").rename(folder / "alone.safetensors")
-    assert "--arch 'vit_tiny_patch16_224?embed_dim=48&depth=2" in refusal(alone).hint
-
-
-@pytest.mark.parametrize(
-    ("entry", "text"),
-    [
-        ({"auto_map": {"AutoModel": "modelling.Own"}}, "Requires code of its own repository (auto_map)"),
-        ({"model_type": "swin"}, "model_type is 'swin', not one of vit_msn, vit, "),
-        ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'; only 'gelu' is supported"),
-        ({"num_channels": 1}, "num_channels is 1; only 3 is supported"),
-    ],
-    ids=["code", "model type", "activation", "channels"],
-)
-def test_folder_that_describes_another_network_is_refused(tmp_path: Path, entry: dict[str, object], text: str) -> None:
-    folder = huggingface_folder(tmp_path, "ViTMSNModel", TINY).path
-    config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | entry))
-    error = refusal(folder)
-    assert (text in error.what, error.where) == (True, str(config))
-
-
-def test_networks_that_differ_in_their_heads_alone_are_called_differently(tmp_path: Path) -> None:
-    mocov3 = load_encoder(str(mocov3_vit(tmp_path).path), device="cpu")
-    usual = load_encoder(str(saved(tmp_path, vit(embed_dim=384, num_heads=12).state_dict())), device="cpu")
-    assert (mocov3.arch, usual.arch) == ("vit_width384_depth2_patch8_32_heads12", "vit_width384_depth2_patch8_32")

@@ -5,58 +5,37 @@ import os
 from msn_eval.errors import CheckpointError, did_you_mean
 from msn_eval.registry import Entry, read_registry
 
-_READ_STORED = "msn_eval.checkpoints.checkpoint:read_stored"
-ENCODERS = (
-    Entry(
-        name="file",
-        summary="PATH alone: .pth, .pth.tar, .pt, .ckpt, .bin, .safetensors of MSN, DINO, iBOT, DINOv2, MAE, MoCo, I-JEPA, "
+_TABLE = (
+    (
+        "file",
+        "read_stored",
+        "PATH alone: .pth, .pth.tar, .pt, .ckpt, .bin, .safetensors of MSN, DINO, iBOT, DINOv2, MAE, MoCo, I-JEPA, "
         "BEiT, SimSiam, SwAV, Barlow Twins, VICReg, lightly, solo-learn, Lightning, timm, torchvision, Hugging Face; a "
         "folder in Hugging Face layout (config.json with model.safetensors or pytorch_model.bin); or a folder that "
         "msn-pretrain trains in: its newest complete snapshot",
-        target=_READ_STORED,
     ),
-    Entry(
-        name="msn",
-        summary="msn:NAME, the released MSN weights, downloaded once: vits16, vitb16, vitl16, vitb4, vitl7",
-        target=_READ_STORED,
-    ),
-    Entry(
-        name="hf",
-        summary="hf:REPO[@REVISION], from the Hugging Face hub or its local cache; hf:FOLDER is FOLDER",
-        target=_READ_STORED,
-    ),
-    Entry(
-        name="timm",
-        summary="timm:NAME, timm's pretrained weights, from its cache or its hub",
-        target="msn_eval.checkpoints.checkpoint:read_timm",
-    ),
-    Entry(
-        name="random",
-        summary="random:ARCH, untrained, e.g. random:vit_tiny_patch16_224 or "
+    ("msn", "read_stored", "msn:NAME, the released MSN weights, downloaded once: vits16, vitb16, vitl16, vitb4, vitl7"),
+    ("hf", "read_stored", "hf:REPO[@REVISION], from the Hugging Face hub or its local cache; hf:FOLDER is FOLDER"),
+    ("timm", "read_timm", "timm:NAME, timm's pretrained weights, from its cache or its hub"),
+    (
+        "random",
+        "read_untrained",
+        "random:ARCH, untrained, e.g. random:vit_tiny_patch16_224 or "
         "'random:vit_tiny_patch16_224?img_size=32&patch_size=4'; random:FILE, with the architecture of that checkpoint",
-        target="msn_eval.checkpoints.checkpoint:read_untrained",
     ),
-    Entry(
-        name="py",
-        summary="py:package.module:factory, your own nn.Module; runs your code",
-        target="msn_eval.checkpoints.checkpoint:read_factory",
-    ),
-    Entry(
-        name="pixels",
-        summary="no network: 32 x 32 pixels as they are",
-        target="msn_eval.checkpoints.checkpoint:read_pixels",
-    ),
-    Entry(
-        name="demo",
-        summary="ships with the package: MSN pre-trained on the digits, 16 pixels",
-        target=_READ_STORED,
-    ),
+    ("py", "read_factory", "py:package.module:factory, your own nn.Module; runs your code"),
+    ("pixels", "read_pixels", "no network: 32 x 32 pixels as they are"),
+    ("demo", "read_stored", "ships with the package: MSN pre-trained on the digits, 16 pixels"),
+)
+ENCODERS = tuple(
+    Entry(name=name, summary=summary, target=f"msn_eval.checkpoints.checkpoint:{function}")
+    for name, function, summary in _TABLE
 )
 """Schemes of checkpoint names.
 
-A built-in target gets the name and `checkpoint.ReadOptions`, and returns a `Checkpoint`. The target of a plug-in (entry
-point `msn_eval.encoders`) gets the text after `NAME:` and returns an `nn.Module` as a `py:` factory does: it maps
-normalised images (n, 3, S, S) to features (n, d), and may have the attributes `image_pixels`, `mean` and `std`.
+A built-in target gets the name and the options of `checkpoint.read_checkpoint`, and returns a `Checkpoint`. The target of
+a plug-in (entry point `msn_eval.encoders`) gets the text after `NAME:` and returns an `nn.Module` as a `py:` factory does:
+it maps normalised images (n, 3, S, S) to features (n, d), and may have the attributes `image_pixels`, `mean` and `std`.
 """
 
 

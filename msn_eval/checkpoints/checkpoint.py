@@ -4,24 +4,25 @@ import hashlib
 import inspect
 import logging
 import math
+import os
+import re
 import site
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from msn_eval.checkpoints import find_scheme
 from msn_eval.checkpoints.hf_folder import check_hub_name, open_hub
-from msn_eval.checkpoints.load import load_weights
 from msn_eval.checkpoints.msn_release import fetch_msn, find_release
 from msn_eval.checkpoints.run_folder import evaluated_file, is_run_folder
 from msn_eval.checkpoints.sanity_checks import describe_values, find_alarms
-from msn_eval.checkpoints.stored import StoredCheckpoint, check_stored, choose_stored, read_contents
+from msn_eval.checkpoints.stored import StoredCheckpoint, check_stored, choose_stored, load_weights, read_contents
 from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD
 from msn_eval.errors import CheckpointError, printable
 from msn_eval.models.architectures import Architecture, name_architecture
@@ -81,55 +82,45 @@ class Checkpoint:
         return self.format in ("py", "plugin")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadOptions:
-    """How a checkpoint is read.
+def read_checkpoint(
+    name: str, *, arch: str | None = None, key: str | None = None, allow_missing: tuple[str, ...] = (), seed: int = 0
+) -> Checkpoint:
+    """Read the checkpoint called `name`, a path or one of the schemes in `checkpoints.ENCODERS`.
 
-    Attributes:
+    Args:
         arch: timm's name of the architecture, where the file leaves it open.
         key: Which of several networks in a file.
         allow_missing: Patterns of weights that may keep their initial values.
         seed: Of untrained weights.
-    """
-
-    arch: str | None = None
-    key: str | None = None
-    allow_missing: tuple[str, ...] = ()
-    seed: int = 0
-
-
-def read_checkpoint(
-    name: str, *, arch: str | None = None, key: str | None = None, allow_missing: tuple[str, ...] = (), seed: int = 0
-) -> Checkpoint:
-    """Read the checkpoint called `name`, a path or one of the schemes in `checkpoints.ENCODERS`; see `ReadOptions`.
 
     Raises:
         CheckpointError: Something is missing, unknown, or does not fit in full.
     """
     entry, rest = find_scheme(name)
     if entry.distribution is not None:
-        return _run_factory(entry, rest, name=name, short_name=name, file_format="plugin")
-    read = cast(Callable[[str, ReadOptions], Checkpoint], entry.load())
-    return read(name, ReadOptions(arch=arch, key=key, allow_missing=allow_missing, seed=seed))
+        return _run_factory(entry, rest, path=name, name=name, file_format="plugin")
+    read = cast(Callable[..., Checkpoint], entry.load())
+    return read(name, arch=arch, key=key, allow_missing=allow_missing, seed=seed)
 
 
-def read_stored(name: str, options: ReadOptions) -> Checkpoint:
+def read_stored(
+    name: str, *, arch: str | None, key: str | None, allow_missing: tuple[str, ...], seed: int
+) -> Checkpoint:
     """Read the weights of a file or folder: locate, read, choose the network, rename its keys, recognise the architecture,
     load."""
     path, full_name = locate_weights(name)
-    contents = read_contents(path)
-    stored = choose_stored(contents, arch=options.arch, key=options.key)
+    stored = choose_stored(read_contents(path), arch=arch, key=key)
     return _load_stored(
-        stored, name=_shorten_name(name), path=full_name, file_format=stored.trunk.format, options=options
+        stored, allow_missing, seed, name=_shorten_name(name), path=full_name, format=stored.backbone.format
     )
 
 
-def read_timm(name: str, options: ReadOptions) -> Checkpoint:
+def read_timm(name: str, **_: object) -> Checkpoint:
     """Read timm's weights from its repository on the hub, at one commit; the few that are kept elsewhere through timm."""
     rest = name.partition(":")[2]
     if _find_timm_repository(rest) is not None:
         stored = choose_stored(read_contents(locate_weights(name)[0]), arch=rest)
-        return _load_stored(stored, name=rest, path=name, file_format="timm", options=ReadOptions())
+        return _load_stored(stored, name=rest, path=name, format="timm")
     import timm
 
     architecture = name_architecture(rest)
@@ -142,22 +133,20 @@ def read_timm(name: str, options: ReadOptions) -> Checkpoint:
             hint="Without a network they must be in the Hugging Face cache (HF_HOME); or download them elsewhere and "
             "give the file with --arch.",
         ) from error
-    return _describe_built(network.eval(), architecture, name=architecture.name, path=name, file_format="timm")
+    return _describe_built(network.eval(), architecture, name=architecture.name, path=name, format="timm")
 
 
-def read_untrained(name: str, options: ReadOptions) -> Checkpoint:
+def read_untrained(name: str, *, arch: str | None, key: str | None, seed: int, **_: object) -> Checkpoint:
     """Build an untrained network of a timm architecture, or of the architecture of a file."""
-    rest = name.partition(":")[2]
-    if not _is_stored(rest):
-        architecture = name_architecture(rest)
-        network = build_network(architecture, seed=options.seed)
-        return _describe_built(network, architecture, name=name, path=name, file_format="random")
-    stored = choose_stored(read_contents(locate_weights(rest)[0]), arch=options.arch, key=options.key)
-    network = build_network(stored.architecture, seed=options.seed)
-    return _describe_built(network, stored.architecture, name=name, path=name, file_format="random", stored=stored)
+    rest, stored = name.partition(":")[2], None
+    if _is_stored(rest):
+        stored = choose_stored(read_contents(locate_weights(rest)[0]), arch=arch, key=key)
+    architecture = name_architecture(rest) if stored is None else stored.architecture
+    network = build_network(architecture, seed=seed)
+    return _describe_built(network, architecture, stored, name=name, path=name, format="random")
 
 
-def read_pixels(name: str, options: ReadOptions) -> Checkpoint:
+def read_pixels(name: str, **_: object) -> Checkpoint:
     """Return the network that flattens its image."""
     return Checkpoint(
         name=name,
@@ -172,14 +161,13 @@ def read_pixels(name: str, options: ReadOptions) -> Checkpoint:
     )
 
 
-def read_factory(name: str, options: ReadOptions) -> Checkpoint:
+def read_factory(name: str, **_: object) -> Checkpoint:
     """Run the user's factory, `py:package.module:factory`."""
-    module_name, factory_name = _split_factory(name)
+    target = _check_factory(name)
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    target = f"{module_name}:{factory_name}"
     entry = Entry(name="py", summary="the user's factory", target=target)
-    return _run_factory(entry, name=name, short_name=target, file_format="py")
+    return _run_factory(entry, path=name, name=target, file_format="py")
 
 
 def locate_weights(name: str) -> tuple[Path, str]:
@@ -217,10 +205,7 @@ def _find_timm_repository(name: str) -> str | None:
 
 
 def _is_stored(name: str) -> bool:
-    try:
-        return find_scheme(name)[0].name in ("file", "demo")
-    except CheckpointError:
-        return False
+    return name == "demo" or os.path.exists(name)  # noqa: PTH110 - Path.exists raises on names too long for the disk
 
 
 def check_checkpoint_names(names: tuple[str, ...]) -> None:
@@ -233,14 +218,12 @@ def check_checkpoint_names(names: tuple[str, ...]) -> None:
         entry, rest = find_scheme(name)
         match entry.name:
             case "py":
-                _split_factory(name)
+                _check_factory(name)
             case "msn":
                 find_release(rest)
             case "hf":
                 check_hub_name(rest)
-            case "timm":
-                check_architecture_name(name_architecture(rest))
-            case "random" if not _is_stored(rest):
+            case "timm" | "random" if entry.name == "timm" or not _is_stored(rest):
                 check_architecture_name(name_architecture(rest))
 
 
@@ -254,85 +237,77 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _split_factory(name: str) -> tuple[str, str]:
-    module_name, colon, factory_name = name.partition(":")[2].rpartition(":")
-    if not (colon and module_name and factory_name):
+def _check_factory(name: str) -> str:
+    """Return the factory that `py:package.module:factory` names, as `package.module:factory`."""
+    target = name.partition(":")[2]
+    module_name, _, factory_name = target.rpartition(":")
+    if not (module_name and factory_name):
         raise CheckpointError("is not of the form py:package.module:factory", where=name, hint="Name the function.")
-    return module_name, factory_name
+    return target
 
 
-def _run_factory(entry: Entry, *arguments: str, name: str, short_name: str, file_format: str) -> Checkpoint:
-    """Run a factory of the user or of a plug-in: the only place that executes code that is not ours."""
+def _run_factory(entry: Entry, *arguments: str, path: str, name: str, file_format: str) -> Checkpoint:
+    """Run a factory of the user or of a plug-in: the only function that executes code that is not ours."""
     try:
         factory = cast(Callable[..., object], entry.load())
         network = factory(*arguments)
     except Exception as error:
         raise CheckpointError(
-            f"the factory failed: {type(error).__name__}: {error}", where=name, hint="Run it by itself to see why."
+            f"the factory failed: {type(error).__name__}: {error}", where=path, hint="Run it by itself to see why."
         ) from error
     if not isinstance(network, nn.Module):
         raise CheckpointError(
-            f"the factory returned a {type(network).__name__}, not an nn.Module", where=name, hint="Return the module."
+            f"the factory returned a {type(network).__name__}, not an nn.Module", where=path, hint="Return the module."
         )
     network = network.float().eval()
     try:
         image_pixels = int(cast(int, getattr(network, "image_pixels", 224)))
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"image_pixels is {network.image_pixels!r}", where=name, hint="Make it an integer."
+            f"image_pixels is {network.image_pixels!r}", where=path, hint="Make it an integer."
         ) from error
     code = own_code_sha256()
-    hashed = {"own code": torch.frombuffer(bytearray.fromhex(code), dtype=torch.uint8)}
+    hashed = {"own code": bytes.fromhex(code)}
     try:
         source = inspect.getsourcefile(inspect.unwrap(factory))
     except TypeError:  # a partial or another callable object: the module that it is in
         source = sys.modules[entry.target.partition(":")[0]].__file__
     if source:
-        hashed["factory source"] = torch.frombuffer(bytearray(Path(source).read_bytes()), dtype=torch.uint8)
+        hashed["factory source"] = Path(source).read_bytes()
+    as_tensors = {part: torch.frombuffer(bytearray(content), dtype=torch.uint8) for part, content in hashed.items()}
     return Checkpoint(
-        name=short_name,
-        path=name,
-        weights_sha256=weights_sha256(dict(network.state_dict()) | hashed),
+        name=name,
+        path=path,
+        weights_sha256=weights_sha256(dict(network.state_dict()) | as_tensors),
         format=file_format,
-        arch=short_name,
+        arch=name,
         network=network,
         image_pixels=image_pixels,
-        mean=_check_triple("mean", getattr(network, "mean", IMAGENET_MEAN), where=name),
-        std=_check_triple("std", getattr(network, "std", IMAGENET_STD), where=name),
+        mean=_check_triple("mean", getattr(network, "mean", IMAGENET_MEAN), where=path),
+        std=_check_triple("std", getattr(network, "std", IMAGENET_STD), where=path),
         code_sha256=code,
         distribution=entry.distribution,
     )
 
 
 def _load_stored(
-    stored: StoredCheckpoint, *, name: str, path: str, file_format: str, options: ReadOptions
+    stored: StoredCheckpoint, allow_missing: tuple[str, ...] = (), seed: int = 0, *, path: str, **fields: Any
 ) -> Checkpoint:
     # Before the network is built: what a file claims must not cost more memory than it has.
-    matched = check_stored(stored, options.allow_missing)
-    network = build_network(stored.architecture, seed=options.seed)
-    infos = {weight: describe_values(tensor) for weight, tensor in stored.trunk.weights.items()}
-    load_weights(network, stored.trunk.weights, infos, where=stored.where)
+    matched = check_stored(stored, allow_missing)
+    network = build_network(stored.architecture, seed=seed)
+    infos = {weight: describe_values(tensor) for weight, tensor in stored.backbone.weights.items()}
+    load_weights(network, stored.backbone.weights, infos, where=stored.contents.where)
     for alarm in find_alarms(stored.choice, infos):
         _log.warning("%s: %s", path, alarm)
-    return replace(
-        _describe_built(network, stored.architecture, name=name, path=path, file_format=file_format, stored=stored),
-        sha256=stored.contents.sha256,
-        key=stored.choice.network.key,
-        epoch=stored.contents.epoch,
-        matched=matched,
-    )
+    fields |= {"sha256": stored.contents.sha256, "key": stored.choice.network.key, "epoch": stored.contents.epoch}
+    return _describe_built(network, stored.architecture, stored, path=path, matched=matched, **fields)
 
 
 def _describe_built(
-    network: nn.Module,
-    architecture: Architecture,
-    *,
-    name: str,
-    path: str,
-    file_format: str,
-    stored: StoredCheckpoint | None = None,
+    network: nn.Module, architecture: Architecture, stored: StoredCheckpoint | None = None, *, path: str, **fields: Any
 ) -> Checkpoint:
-    """Describe a network that was built here.
+    """Describe a network that was built here; `fields` are those of the checkpoint that its network does not show.
 
     Mean and std are those that the weights' folder states; without them ImageNet's, unless the architecture was named with
     one of timm's tags (`NAME.TAG`), which mean particular weights and their normalisation. A network without a file has
@@ -345,15 +320,14 @@ def _describe_built(
     if stored is not None and stored.contents.config is not None and stored.contents.config.statistics is not None:
         mean, std = stored.contents.config.statistics
     return Checkpoint(
-        name=name,
         path=path,
         weights_sha256=weights_sha256(network.state_dict()),
-        format=file_format,
         arch=architecture.name,
         network=network,
         image_pixels=native_pixels(network) if stored is None else stored.native_pixels(network),
         mean=_check_triple("mean", mean, where=path),
         std=_check_triple("std", std, where=path),
+        **fields,
     )
 
 
@@ -372,9 +346,7 @@ def _shorten_name(name: str) -> str:
     if colon and scheme == "msn":
         return f"msn_{rest}"
     plain = Path(rest if colon and scheme == "hf" else name).name
-    short = plain
-    for suffix in (".tar", ".pth", ".pt", ".bin", ".ckpt", ".safetensors"):
-        short = short.removesuffix(suffix)
+    short = re.sub(r"(\.safetensors)?(\.ckpt)?(\.bin)?(\.pt)?(\.pth)?(\.tar)?\Z", "", plain)
     return short or plain or name
 
 

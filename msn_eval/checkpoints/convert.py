@@ -52,11 +52,11 @@ def convert_checkpoint(
     check_stored(stored)
     if to == "timm":
         _check_readable_without_name(stored)
-        _write(out, stored.trunk.weights)
+        _write(out, stored.backbone.weights)
     else:
         _write_folder(out, stored)
     written_back = choose_stored(read_contents(out), arch=arch if to == "timm" else None)
-    _check_equal(written_back.trunk.weights, stored.trunk.weights, out)
+    _check_equal(written_back.backbone.weights, stored.backbone.weights, out)
     return written_back
 
 
@@ -138,14 +138,14 @@ def _check_readable_without_name(stored: StoredCheckpoint) -> None:
     if not isinstance(outline, VisionTransformer | Beit):
         return
     try:
-        guessed = recognise_architecture(stored.trunk.weights)
+        guessed = recognise_architecture(stored.backbone.weights)
     except CheckpointError:
         return  # it needs --arch, before as after
     if read_heads_and_epsilon(outline_network(guessed)) != read_heads_and_epsilon(outline):
         raise CheckpointError(
             f"{stored.architecture.name} has other heads or another epsilon than a reader of its weights would assume "
             f"({guessed.name})",
-            where=stored.where,
+            where=stored.contents.where,
             hint="Use --to hf, whose config.json states them.",
         )
 
@@ -155,12 +155,12 @@ def _write_folder(out: Path, stored: StoredCheckpoint) -> None:
     mean, std = _normalisation(outline, stored)
     network = PlainNetwork(
         outline=outline,
-        weights=stored.trunk.weights,
+        weights=stored.backbone.weights,
         gated=stored.architecture.gated,
         mean=mean,
         std=std,
         name=stored.architecture.name,
-        where=stored.where,
+        where=stored.contents.where,
     )
     write_folder(out, build_folder_content(network))
 

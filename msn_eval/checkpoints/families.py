@@ -3,11 +3,11 @@
 The table of the families is `networks.FAMILIES`.
 """
 
-import importlib
 import math
+import pkgutil
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -17,6 +17,7 @@ from msn_eval.checkpoints.networks import FAMILIES, StoredNetwork
 
 _Names = Mapping[str, Tensor]
 _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HEADS = re.compile(r"(head|head_dist|heads|fc|classifier)\.")
 _Rules = tuple[tuple[re.Pattern[str], str], ...]
 
 
@@ -44,9 +45,8 @@ def rename_weights(network: StoredNetwork) -> Backbone:
     """Return the backbone of a stored network by timm's names. Names that no family knows stay as they are."""
     for anchor, target in FAMILIES.items():
         if anchor in network.tensors:
-            module, _, function = target.partition(":")
-            return cast(Backbone, getattr(importlib.import_module(module), function)(network))
-    return _drop("other", network.tensors, _is_head)
+            return cast(Backbone, pkgutil.resolve_name(target)(network))
+    return _drop("other", network.tensors)
 
 
 def classifier_classes(network: StoredNetwork) -> int | None:
@@ -65,17 +65,13 @@ def classifier_classes(network: StoredNetwork) -> int | None:
     return None
 
 
-def _drop(family: str, tensors: _Names, is_dropped: Callable[[str], bool]) -> Backbone:
-    dropped = tuple(name for name in tensors if is_dropped(name))
-    kept = {name: tensor for name, tensor in tensors.items() if not is_dropped(name)}
+def _drop(family: str, tensors: _Names, pattern: re.Pattern[str] = _HEADS) -> Backbone:
+    dropped = tuple(name for name in tensors if pattern.match(name))
+    kept = {name: tensor for name, tensor in tensors.items() if not pattern.match(name)}
     return Backbone(format=family, weights=kept, dropped=dropped)
 
 
-def _is_head(name: str) -> bool:
-    return name.startswith(("head.", "head_dist.", "heads.", "fc.", "classifier."))
-
-
-_VIT_LEFT = re.compile(
+_VIT_DROPPED = re.compile(
     r"(head|head_dist|fc|lm_head|cls_pt_layers|projection_head|prototypes|predictor|projector)\b"
     r"|mask_token$|masked_embed$|decoder_|queue"
 )
@@ -86,10 +82,7 @@ _VIT_NAMES: _Rules = (
     (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),
 )
 _MOCOV3_HEADS = 12  # of its small network as of its base, and of solo-learn's tiny one
-_MOCOV3_WIDEST = 768
-_MOCOV3_TEMPERATURE = 10_000.0
-_MOCOV3_MOST_PATCHES = 1 << 14
-_MOCOV3_TOLERANCE = 1e-2  # bfloat16 keeps two digits
+_MOCOV3_MAX_WIDTH, _MOCOV3_MAX_PATCHES = 768, 1 << 14
 
 
 def read_vit(network: StoredNetwork) -> Backbone:
@@ -99,13 +92,14 @@ def read_vit(network: StoredNetwork) -> Backbone:
     is_mocov3 = family == "mocov3" or (family in ("timm", "solo-learn") and _has_fixed_positions(network.tensors))
     # solo-learn's MAE has as many heads, and MAE's positions; its other networks learn theirs.
     is_solo_mae = family == "solo-learn" and _has_fixed_positions(network.tensors, column_first=True)
-    narrow = (*network.tensors["patch_embed.proj.weight"].shape, 0)[0] <= _MOCOV3_WIDEST
-    kept = _drop(family, network.tensors, lambda name: _VIT_LEFT.match(name) is not None)
-    weights = _rename({name: tensor for name, tensor in kept.weights.items() if _is_weight(name)}, _VIT_NAMES)
-    return Backbone(
+    narrow = (*network.tensors["patch_embed.proj.weight"].shape, 0)[0] <= _MOCOV3_MAX_WIDTH
+    kept = _drop(family, network.tensors, _VIT_DROPPED)
+    # Tables of indices are computed, not learned.
+    learned = {name: tensor for name, tensor in kept.weights.items() if not name.endswith("relative_position_index")}
+    return replace(
+        kept,
         format="mocov3" if is_mocov3 and family == "timm" else family,
-        weights=_move_class_position(weights),
-        dropped=kept.dropped,
+        weights=_move_class_position(_rename(learned, _VIT_NAMES)),
         heads=_MOCOV3_HEADS if (is_mocov3 or is_solo_mae) and narrow else None,
     )
 
@@ -117,31 +111,30 @@ def _has_fixed_positions(tensors: _Names, *, column_first: bool = False) -> bool
     Source: github.com/facebookresearch/moco-v3, vits.py; github.com/facebookresearch/mae, util/pos_embed.py.
     """
     positions = tensors.get("pos_embed")
-    if positions is None or positions.dim() != 3 or "cls_token" not in tensors:
+    if positions is None or positions.dim() != 3 or not positions.is_floating_point() or "cls_token" not in tensors:
         return False
-    if positions.shape[0] != 1 or not positions.shape[2] or not positions.is_floating_point():
+    copies, tokens, width = positions.shape
+    grid = math.isqrt(max(0, tokens - 1))
+    if copies != 1 or not 4 <= grid * grid == tokens - 1 <= _MOCOV3_MAX_PATCHES:
         return False
-    patches, width = positions.shape[1] - 1, positions.shape[2]
-    grid = math.isqrt(max(0, patches))
-    if not 4 <= grid * grid == patches <= _MOCOV3_MOST_PATCHES or width % 4 or width > _MOCOV3_WIDEST:
+    if width % 4 or not 0 < width <= _MOCOV3_MAX_WIDTH:
         return False
     stored = positions[0].double()
-    frequencies = _MOCOV3_TEMPERATURE ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     first, second = angles.repeat_interleave(grid, dim=0), angles.repeat(grid, 1)
     if column_first:
         first, second = second, first
     fixed = torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], dim=1)
-    return not stored[0].any() and bool((stored[1:] - fixed).abs().max() < _MOCOV3_TOLERANCE)
+    return not stored[0].any() and bool((stored[1:] - fixed).abs().max() < 1e-2)  # bfloat16 keeps two digits
 
 
 def _find_vit_family(network: StoredNetwork) -> str:
     tensors, words, beside = network.tensors, set(network.words), network.beside
     if "blocks.0.gamma_1" in tensors or "blocks.0.attn.relative_position_bias_table" in tensors:
         return "beit"
-    if "register_tokens" in tensors or (
-        "mask_token" in tensors and any(name.endswith(".ls1.gamma") for name in tensors)
-    ):
+    is_scaled = any(name.endswith(".ls1.gamma") for name in tensors)
+    if "register_tokens" in tensors or ("mask_token" in tensors and is_scaled):
         return "dinov2"
     if any(name.startswith("decoder_") for name in tensors):
         return "mae"
@@ -172,11 +165,6 @@ def _find_library(network: StoredNetwork, otherwise: str) -> str:
     return otherwise
 
 
-def _is_weight(name: str) -> bool:
-    """Whether a tensor is learned; tables of indices are computed."""
-    return not name.endswith("relative_position_index")
-
-
 def _rename(tensors: _Names, rules: _Rules) -> dict[str, Tensor]:
     """Rename tensors. A second one of the same name gets a name that fits no network, so that none is lost."""
     renamed: dict[str, Tensor] = {}
@@ -194,26 +182,21 @@ def _move_class_position(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if "register_tokens" not in weights or "pos_embed" not in weights:
         return weights
     positions, token = weights["pos_embed"], weights.get("cls_token")
-    if (
-        positions.dim() != 3
-        or token is None
-        or token.shape != positions[:, :1].shape
-        or not _are_alike([token, positions])
-    ):
+    if token is None or positions.dim() != 3 or token.shape != positions[:, :1].shape:
         return weights  # which then fit no network
-    changed = dict(weights)
-    changed["reg_token"] = changed.pop("register_tokens")
-    changed["cls_token"] = token + positions[:, :1]
-    changed["pos_embed"] = positions[:, 1:]
-    return changed
+    if not _are_alike([token, positions]):
+        return weights
+    others = {name: tensor for name, tensor in weights.items() if name != "register_tokens"}
+    moved = {"cls_token": token + positions[:, :1], "pos_embed": positions[:, 1:]}
+    return others | moved | {"reg_token": weights["register_tokens"]}
 
 
-_RESNET_LEFT = re.compile(r"(fc|head|classifier|projection_head|prototypes|projector|predictor|queue|queue_ptr)\b")
+_RESNET_DROPPED = re.compile(r"(fc|head|classifier|projection_head|prototypes|projector|predictor|queue|queue_ptr)\b")
 
 
 def read_resnet(network: StoredNetwork) -> Backbone:
     """Read a residual network by torchvision's names."""
-    return _drop(_find_resnet_family(network), network.tensors, lambda name: _RESNET_LEFT.match(name) is not None)
+    return _drop(_find_resnet_family(network), network.tensors, _RESNET_DROPPED)
 
 
 def _find_resnet_family(network: StoredNetwork) -> str:
@@ -234,16 +217,13 @@ def _find_resnet_family(network: StoredNetwork) -> str:
 _SEQUENTIAL_NAMES: _Rules = (
     (re.compile(r"^0\."), "conv1."),
     (re.compile(r"^1\."), "bn1."),
-    (re.compile(r"^4\."), "layer1."),
-    (re.compile(r"^5\."), "layer2."),
-    (re.compile(r"^6\."), "layer3."),
-    (re.compile(r"^7\."), "layer4."),
+    *((re.compile(rf"^{stage + 3}\."), f"layer{stage}.") for stage in range(1, 5)),
 )
 
 
 def read_sequential_resnet(network: StoredNetwork) -> Backbone:
     """Read a residual network that lost its names as nn.Sequential(*list(resnet.children())[:-1])."""
-    return _drop("lightly", _rename(network.tensors, _SEQUENTIAL_NAMES), _is_head)
+    return _drop("lightly", _rename(network.tensors, _SEQUENTIAL_NAMES))
 
 
 _TORCHVISION_NAMES: _Rules = (
@@ -262,14 +242,13 @@ _TORCHVISION_NAMES: _Rules = (
 
 def read_torchvision_vit(network: StoredNetwork) -> Backbone:
     """Read torchvision's Vision Transformer, which lightly wraps too."""
-    backbone = _drop(_find_library(network, "torchvision"), network.tensors, _is_head)
-    weights = _rename(backbone.weights, _TORCHVISION_NAMES)
-    return Backbone(format=backbone.format, weights=weights, dropped=backbone.dropped)
+    backbone = _drop(_find_library(network, "torchvision"), network.tensors)
+    return replace(backbone, weights=_rename(backbone.weights, _TORCHVISION_NAMES))
 
 
 # Hugging Face: the names of transformers before its version 5, which its files still carry, and those of version 5.
 
-_HUGGINGFACE_LEFT = re.compile(
+_HUGGINGFACE_DROPPED = re.compile(
     r"(classifier|decoder|lm_head|pooler\.dense)\b|embeddings\.mask_token$|.*relative_position_index$"
 )
 _HUGGINGFACE_NAMES: _Rules = (
@@ -298,18 +277,12 @@ _HUGGINGFACE_EPS = 1e-12  # of ViT, ViTMAE, I-JEPA and BEiT; ViTMSN and DINOv2 h
 
 def read_huggingface(network: StoredNetwork) -> Backbone:
     """Read a Vision Transformer of transformers, with the names before and since its version 5."""
-    backbone = _drop("huggingface", network.tensors, lambda name: _HUGGINGFACE_LEFT.match(name) is not None)
+    backbone = _drop("huggingface", network.tensors, _HUGGINGFACE_DROPPED)
     named = _rename(backbone.weights, _HUGGINGFACE_NAMES)
     beit = any(name.endswith(".gamma_1") for name in named)
-    has_their_default = (
-        beit or "cls_token" not in named or _has((*network.beside, *backbone.dropped), "decoder", "pooler")
-    )
-    return Backbone(
-        format="huggingface",
-        weights=_move_class_position(_pack(named, beit=beit)),
-        dropped=backbone.dropped,
-        norm_eps=_HUGGINGFACE_EPS if has_their_default else None,
-    )
+    is_usual = beit or "cls_token" not in named or _has((*network.beside, *backbone.dropped), "decoder", "pooler")
+    weights = _move_class_position(_pack(named, beit=beit))
+    return replace(backbone, weights=weights, norm_eps=_HUGGINGFACE_EPS if is_usual else None)
 
 
 def _pack(named: dict[str, Tensor], *, beit: bool) -> dict[str, Tensor]:
@@ -348,7 +321,4 @@ def _stack(named: _Names, parts: list[str], otherwise: str) -> Tensor:
 
 def _are_alike(tensors: list[Tensor]) -> bool:
     """Whether tensors can be computed with together: of floating-point dtypes, and equally many dimensions."""
-    return (
-        all(tensor.dim() and tensor.dtype in _PLAIN_DTYPES for tensor in tensors)
-        and len({tensor.dim() for tensor in tensors}) == 1
-    )
+    return all(tensor.dtype in _PLAIN_DTYPES and tensor.dim() == tensors[0].dim() > 0 for tensor in tensors)

@@ -1,15 +1,14 @@
 """Inspection: what a checkpoint's file holds and what an evaluation would use. Nothing from it is executed or built."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from msn_eval.checkpoints.load import check_real, fit_weights
 from msn_eval.checkpoints.networks import StoredNetwork
-from msn_eval.checkpoints.sanity_checks import TensorInfo, describe_values, find_alarms, join_statistics
-from msn_eval.checkpoints.stored import Contents, StoredCheckpoint, choose_stored, read_contents
+from msn_eval.checkpoints.sanity_checks import describe_values, find_alarms, join_statistics
+from msn_eval.checkpoints.stored import Contents, StoredCheckpoint, choose_stored, fit_weights, read_contents
 from msn_eval.errors import CheckpointError
 from msn_eval.models.build import outline_network
 from msn_eval.models.vit import patch_pixels, published_rule, stored_pixels
@@ -23,20 +22,6 @@ class NetworkInfo:
     tensors: int
     values: int
     used: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightStatistics:
-    """Statistics of all floating-point values that are used. NaN and infinite values are counted and otherwise excluded."""
-
-    values: int
-    mean: float | None
-    std: float | None
-    minimum: float | None
-    maximum: float | None
-    zeros: int
-    not_finite: int
-    dtypes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +46,8 @@ class Inspection:
         missing: Names of weights, as timm calls them.
         left_over: The same, of weights that the architecture does not have.
         reshaped: Name, shape in the file, shape in the architecture.
+        statistics: `values` (their number), `mean`, `std`, `minimum`, `maximum`, `zeros`, `not_finite` and `dtypes` of all
+            floating-point values that are used. NaN and infinite values are counted and otherwise excluded.
         alarms: Reasons to doubt the weights, though they load.
     """
 
@@ -71,7 +58,7 @@ class Inspection:
     notes: tuple[str, ...]
     networks: tuple[NetworkInfo, ...]
     epoch: int | None
-    problem: str | None
+    problem: str | None = None
     key: str | None = None
     why: str | None = None
     family: str | None = None
@@ -87,7 +74,7 @@ class Inspection:
     missing: tuple[str, ...] = ()
     left_over: tuple[str, ...] = ()
     reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
-    statistics: WeightStatistics | None = None
+    statistics: dict[str, Any] | None = None
     alarms: tuple[str, ...] = ()
 
 
@@ -98,66 +85,72 @@ def inspect_checkpoint(path: Path, *, arch: str | None = None, key: str | None =
         CheckpointError: It cannot be read. What can be read but not evaluated has a `problem` instead.
     """
     contents = read_contents(path)
-    inspection = _inspect_contents(contents, used=None)
-    try:
-        stored = choose_stored(contents, arch=arch, key=key)
-        inspection = _inspect_choice(stored)
-        return _inspect_fit(inspection, stored)
-    except CheckpointError as error:
-        return replace(inspection, problem=f"{error.what}\n{error.hint}".strip())
-
-
-def _inspect_contents(contents: Contents, *, used: StoredNetwork | None) -> Inspection:
-    return Inspection(
+    inspection = Inspection(
         path=contents.where,
         container=contents.container,
         file_bytes=contents.file_bytes,
         sha256=contents.sha256,
         notes=contents.notes,
-        networks=tuple(
-            NetworkInfo(key=network.key, tensors=len(network.tensors), values=network.values, used=network is used)
-            for network in contents.networks
-        ),
+        networks=_list_networks(contents),
         epoch=contents.epoch,
-        problem=None,
+    )
+    try:
+        stored = choose_stored(contents, arch=arch, key=key)
+        inspection = _inspect_choice(inspection, stored)
+        return _inspect_fit(inspection, stored)
+    except CheckpointError as error:
+        return replace(inspection, problem=f"{error.what}\n{error.hint}".strip())
+
+
+def _list_networks(contents: Contents, used: StoredNetwork | None = None) -> tuple[NetworkInfo, ...]:
+    return tuple(
+        NetworkInfo(key=network.key, tensors=len(network.tensors), values=network.values, used=network is used)
+        for network in contents.networks
     )
 
 
-def _inspect_choice(stored: StoredCheckpoint) -> Inspection:
-    choice, backbone = stored.choice, stored.trunk
-    dropped = set(backbone.dropped)
+def _inspect_choice(inspection: Inspection, stored: StoredCheckpoint) -> Inspection:
+    choice, dropped = stored.choice, set(stored.backbone.dropped)
+    tensors = choice.network.tensors
     infos = {
         name: describe_values(tensor)
-        for name, tensor in choice.network.tensors.items()
+        for name, tensor in tensors.items()
         if name not in dropped and not tensor.is_complex()  # complex weights become the problem
     }
+    floating = [name for name in infos if tensors[name].is_floating_point()]
+    info = join_statistics(infos[name] for name in floating)
     return replace(
-        _inspect_contents(stored.contents, used=choice.network),
+        inspection,
+        networks=_list_networks(stored.contents, choice.network),
         key=choice.network.key,
         why=choice.why,
-        family=backbone.format,
+        family=stored.backbone.format,
         arch=stored.architecture.name,
         used=tuple(infos),
-        dropped=(*backbone.dropped, *choice.network.beside),
-        statistics=_summarise(infos, choice.network.tensors),
+        dropped=(*stored.backbone.dropped, *choice.network.beside),
+        statistics={
+            "values": info.values,
+            "mean": info.mean,
+            "std": info.std,
+            "minimum": info.lowest if info.finite else None,
+            "maximum": info.highest if info.finite else None,
+            "zeros": info.zeros,
+            "not_finite": info.not_finite,
+            "dtypes": sorted({str(tensors[name].dtype).removeprefix("torch.") for name in floating}),
+        },
         alarms=find_alarms(choice, infos),
     )
 
 
 def _inspect_fit(inspection: Inspection, stored: StoredCheckpoint) -> Inspection:
     outline = outline_network(stored.architecture)
-    expected, weights = outline.state_dict(), stored.trunk.weights
+    expected, weights = outline.state_dict(), stored.backbone.weights
     fit = fit_weights(weights, expected)
     problem = None
-    if inspection.statistics is not None and inspection.statistics.not_finite:
-        problem = "weights hold NaN or infinite values"
     if fit.lines:
         problem = f"{len(fit.lines)} of {len(expected)} weights do not fit {inspection.arch}"
-    else:
-        try:
-            check_real(weights, expected, where=stored.where)
-        except CheckpointError as error:
-            problem = error.what
+    elif inspection.statistics is not None and inspection.statistics["not_finite"]:
+        problem = "weights hold NaN or infinite values"
     return replace(
         inspection,
         problem=problem,
@@ -180,18 +173,3 @@ def _describe_positions(outline: nn.Module) -> str | None:
     how = "antialiased" if rule.antialias else f"offset {rule.offset:g}"
     before, after = stored // patch, rule.image_pixels // patch
     return f"{before} x {before} to {after} x {after} patches, bicubic, {how}, as the authors evaluate"
-
-
-def _summarise(infos: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> WeightStatistics:
-    floating = [name for name in infos if tensors[name].is_floating_point()]
-    info = join_statistics(infos[name] for name in floating)
-    return WeightStatistics(
-        values=info.values,
-        mean=info.mean,
-        std=info.std,
-        minimum=info.lowest if info.finite else None,
-        maximum=info.highest if info.finite else None,
-        zeros=info.zeros,
-        not_finite=info.not_finite,
-        dtypes=tuple(sorted({str(tensors[name].dtype).removeprefix("torch.") for name in floating})),
-    )

@@ -26,34 +26,25 @@ weight without listing it in `dropped`; what does not fit timm's network is refu
 
 # What training tools insert between the names of a module and of its parameters.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
-_COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel, which has the names of its network otherwise
 _MAX_DEPTH = 4
 _MAX_WORDS = 16
 _MAX_SHOWN = 10
 _MAX_COMPARED = 100  # all pairs are compared
 
 
-@dataclass(frozen=True)
-class _Preference:
-    """Of two networks beside each other in a file, the one that is evaluated, and by whom."""
-
-    evaluated: str
-    rival: str
-    reason: str
-
-
+# Of two networks beside each other in a file: the one that is evaluated, the other one, and by whom.
 _PREFERENCES = (
-    _Preference("target_encoder", "encoder", "the target encoder, which MSN and I-JEPA evaluate"),
-    _Preference("teacher", "student", "the teacher, which DINO and its successors evaluate"),
-    _Preference("encoder_q", "encoder_k", "the query encoder, which MoCo evaluates"),
-    _Preference("base_encoder", "momentum_encoder", "the base encoder, which MoCo v3 evaluates"),
-    _Preference("online_encoder", "target_encoder", "the online encoder, which BYOL evaluates"),
-    _Preference("encoder", "momentum_encoder", "the encoder itself, which solo-learn evaluates"),
-    _Preference("backbone", "momentum_backbone", "the backbone itself, which solo-learn evaluates"),
-    _Preference("backbone", "backbone_momentum", "the backbone itself, which lightly evaluates"),
-    _Preference("backbone", "anchor_backbone", "the target network, which lightly keeps as `backbone`"),
-    _Preference("backbone", "student_backbone", "the teacher, which lightly keeps as `backbone`"),
-    _Preference("teacher_backbone", "student_backbone", "the teacher, which lightly evaluates"),
+    ("target_encoder", "encoder", "the target encoder, which MSN and I-JEPA evaluate"),
+    ("teacher", "student", "the teacher, which DINO and its successors evaluate"),
+    ("encoder_q", "encoder_k", "the query encoder, which MoCo evaluates"),
+    ("base_encoder", "momentum_encoder", "the base encoder, which MoCo v3 evaluates"),
+    ("online_encoder", "target_encoder", "the online encoder, which BYOL evaluates"),
+    ("encoder", "momentum_encoder", "the encoder itself, which solo-learn evaluates"),
+    ("backbone", "momentum_backbone", "the backbone itself, which solo-learn evaluates"),
+    ("backbone", "backbone_momentum", "the backbone itself, which lightly evaluates"),
+    ("backbone", "anchor_backbone", "the target network, which lightly keeps as `backbone`"),
+    ("backbone", "student_backbone", "the teacher, which lightly keeps as `backbone`"),
+    ("teacher_backbone", "student_backbone", "the teacher, which lightly evaluates"),
 )
 
 
@@ -124,8 +115,7 @@ def choose_network(networks: tuple[StoredNetwork, ...], key: str | None, *, wher
     elif len(candidates) == 1:
         why = "the only network"
     else:
-        preferences = (_find_preference(best[0], network) for network in candidates)
-        why = "; ".join(sorted({preference.reason for preference in preferences if preference is not None}))
+        why = "; ".join(sorted({_prefer(best[0], network) for network in candidates} - {""}))
     chosen = min(best, key=lambda network: len(network.words))
     return ChosenNetwork(network=chosen, why=why, passed_over=_find_better(chosen, networks))
 
@@ -151,19 +141,13 @@ def _remove_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _split_state_dict(path: tuple[str, ...], tensors: Mapping[str, Tensor]) -> list[StoredNetwork]:
-    prefixes = sorted(
-        {
-            name.removesuffix(anchor)
-            for name in tensors
-            for anchor in FAMILIES
-            if name == anchor or name.endswith(f".{anchor}")
-        }
-    )
+    anchored = [(name, anchor) for name in tensors for anchor in FAMILIES if f".{name}".endswith(f".{anchor}")]
+    prefixes = sorted({name.removesuffix(anchor) for name, anchor in anchored})
     owned: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
     beside: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         owner = _find_owner(name, owned)
-        if owner is None or name in _COUNTERS:
+        if owner is None or name == "n_averaged":  # a counter of torch.optim.swa_utils.AveragedModel
             beside[name] = tensor
         else:
             owned[owner][name.removeprefix(owner)] = tensor
@@ -171,9 +155,9 @@ def _split_state_dict(path: tuple[str, ...], tensors: Mapping[str, Tensor]) -> l
         _move_blocks(owned[prefixes[0]], beside)
     networks = []
     for prefix in prefixes:
-        words = tuple(word for word in prefix.split(".") if word)
-        key = ".".join([*path, *(words if len(prefixes) > 1 else ())]) or None
-        networks.append(StoredNetwork(key=key, words=(*path, *words), tensors=owned[prefix], beside=beside))
+        words = (*path, *filter(None, prefix.split(".")))
+        key = ".".join(words if len(prefixes) > 1 else path) or None
+        networks.append(StoredNetwork(key=key, words=words, tensors=owned[prefix], beside=beside))
     return networks
 
 
@@ -201,22 +185,21 @@ def _spellings(network: StoredNetwork) -> set[str]:
 
 
 def _find_better(network: StoredNetwork, networks: Iterable[StoredNetwork]) -> StoredNetwork | None:
-    return next((rival for rival in networks if _find_preference(rival, network) is not None), None)
+    return next((rival for rival in networks if _prefer(rival, network)), None)
 
 
-def _find_preference(network: StoredNetwork, rival: StoredNetwork) -> _Preference | None:
-    """Return the rule by which `network` is evaluated rather than `rival`, None without one."""
+def _prefer(network: StoredNetwork, rival: StoredNetwork) -> str:
+    """Return why `network` is evaluated rather than `rival`, an empty string where no rule says so."""
     own, others = set(network.words) - set(rival.words), set(rival.words) - set(network.words)
-    return next((rule for rule in _PREFERENCES if rule.evaluated in own and rule.rival in others), None)
+    return next((why for evaluated, other, why in _PREFERENCES if evaluated in own and other in others), "")
 
 
 def _are_equal(networks: tuple[StoredNetwork, ...]) -> bool:
     """Whether networks have the same weights by the same names, as where a module was registered twice."""
-    first = networks[0].tensors
+    first, *rest = (network.tensors for network in networks)
     return all(
-        network.tensors.keys() == first.keys()
-        and all(torch.equal(tensor, network.tensors[name]) for name, tensor in first.items())
-        for network in networks[1:]
+        first.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+        for other in rest
     )
 
 
@@ -230,7 +213,7 @@ def _open_choice(what: str, networks: tuple[StoredNetwork, ...], where: str) -> 
 
 
 def stated_epoch(content: Mapping[str, object]) -> int | None:
-    """Return the epoch that a file states, None if it states none."""
+    """Return the epoch that a file states, None without one."""
     epoch = content.get("epoch")
     if isinstance(epoch, str) and re.fullmatch(r"\d{1,9}", epoch):
         return int(epoch)

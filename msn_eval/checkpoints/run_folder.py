@@ -12,7 +12,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from msn_eval.errors import CheckpointError
 
@@ -106,11 +106,10 @@ def read_manifest(folder: Path) -> SnapshotFiles:
         raise FileNotFoundError("has no manifest: it was never finished") from None
     match content:
         case {"schema": 1, "step": int(step), "epoch": int(epoch), "world": int(world), "files": dict(files), **facts}:
-            hashes = {str(name): str(sha256) for name, sha256 in files.items()}
-            if {ENCODER, STATE} <= hashes.keys() and all(Path(name).name == name for name in hashes):
-                rest = {str(name): value for name, value in facts.items()}
-                return SnapshotFiles(folder=folder, step=step, epoch=epoch, world=world, files=hashes, facts=rest)
-    raise ValueError("its manifest is of another kind")
+            if {ENCODER, STATE} <= files.keys() and all(Path(name).name == name for name in files):
+                rest = cast("dict[str, Any]", facts)
+                return SnapshotFiles(folder=folder, step=step, epoch=epoch, world=world, files=files, facts=rest)
+    raise ValueError("its manifest is not one of a snapshot")
 
 
 def file_sha256(path: Path) -> str:

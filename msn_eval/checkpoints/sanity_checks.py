@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -81,17 +81,13 @@ def _describe_chunk(chunk: Tensor) -> TensorInfo:
         return TensorInfo()
     numbers = chunk.float() if chunk.is_floating_point() else chunk.double()
     lowest, highest = (float(bound) for bound in numbers.aminmax())
-    values = chunk.numel()
     if not (math.isfinite(lowest) and math.isfinite(highest)):  # one NaN makes both NaN
-        numbers = numbers[numbers.isfinite()]
-        if not numbers.numel():
-            return TensorInfo(values=values, not_finite=values)
-        lowest, highest = (float(bound) for bound in numbers.aminmax())
+        finite = _describe_chunk(numbers[numbers.isfinite()])
+        return replace(finite, values=chunk.numel(), not_finite=chunk.numel() - finite.values)
     exact = numbers.double()
     return TensorInfo(
-        values=values,
-        not_finite=values - numbers.numel(),
-        zeros=numbers.numel() - int(numbers.count_nonzero()),
+        values=chunk.numel(),
+        zeros=chunk.numel() - int(numbers.count_nonzero()),
         total=float(exact.sum()),
         squares=float(exact.square_().sum()),  # not a BLAS product, whose threads wait for each other
         lowest=lowest,

@@ -1,5 +1,6 @@
-"""StoredCheckpoint: the network of a file or folder that is evaluated, before any network is built."""
+"""StoredCheckpoint: the network of a file or folder that is evaluated, and strict loading of its weights."""
 
+import fnmatch
 import hashlib
 import logging
 import os
@@ -8,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from msn_eval.checkpoints.families import Backbone, rename_weights
 from msn_eval.checkpoints.formats.read import read_weight_file
 from msn_eval.checkpoints.hf_config import HubConfig, read_config_beside
 from msn_eval.checkpoints.hf_folder import CONFIG, find_weight_files
-from msn_eval.checkpoints.load import check_fit, check_real, fit_weights
 from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork, choose_network, find_networks, stated_epoch
+from msn_eval.checkpoints.sanity_checks import TensorInfo
 from msn_eval.errors import CheckpointError
 from msn_eval.models.architectures import Architecture, name_architecture, recognise_architecture
 from msn_eval.models.build import outline_network
@@ -23,6 +24,7 @@ from msn_eval.models.vit import native_pixels, stored_pixels
 
 _log = logging.getLogger(__name__)
 _SLACK_BYTES = 1 << 20
+_MAX_SHOWN = 5
 _MAX_TENSORS = 20_000  # the published networks have a few hundred
 # Names of what a safetensors file may state about itself; msn_pretrain writes them.
 ARCHITECTURE, EPOCH, IMAGE_PIXELS = "msn_eval.architecture", "epoch", "msn_eval.image_pixels"
@@ -61,17 +63,34 @@ class Contents:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fit:
+    """The comparison of a file's weights with those of an architecture, by name and shape.
+
+    Attributes:
+        missing: Names that the file lacks and that must not be absent.
+        left_over: Names of the file that the network does not have.
+        reshaped: Names that both have, with different shapes.
+        waived: Names that the file lacks and that the user allows to be absent.
+        matched: Share of the network's values that the file holds, in [0, 1].
+        lines: What does not fit, one line per weight: names, shapes, and integers or complex numbers.
+    """
+
+    missing: tuple[str, ...]
+    left_over: tuple[str, ...]
+    reshaped: tuple[str, ...]
+    waived: tuple[str, ...]
+    matched: float
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoredCheckpoint:
     """The evaluated network of a file or folder: its weights by timm's names, and their architecture."""
 
     contents: Contents
     choice: ChosenNetwork
-    trunk: Backbone
+    backbone: Backbone
     architecture: Architecture
-
-    @property
-    def where(self) -> str:
-        return self.contents.where
 
     def native_pixels(self, network: nn.Module) -> int:
         """Return the native image size of the network: by its position embeddings, or else as the file states."""
@@ -98,7 +117,7 @@ def read_contents(path: Path) -> Contents:
                 where=str(file),
                 hint="The folder mixes two checkpoints; fetch it again.",
             )
-        content.update(part.content)
+        content |= part.content
     stated = weights[0].metadata if len(files) == 1 else {}
     lines = "".join(f"{file.name}\t{part.sha256}\n" for file, part in zip(files, weights, strict=True))
     pixels = stated.get(IMAGE_PIXELS, "")
@@ -136,7 +155,7 @@ def choose_stored(contents: Contents, *, arch: str | None = None, key: str | Non
         backbone = _restore_own_heads(backbone, choice.network, architecture)
     except CheckpointError as error:
         raise CheckpointError(error.what, where=contents.where, hint=error.hint) from error
-    return StoredCheckpoint(contents=contents, choice=choice, trunk=backbone, architecture=architecture)
+    return StoredCheckpoint(contents=contents, choice=choice, backbone=backbone, architecture=architecture)
 
 
 def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) -> float:
@@ -148,15 +167,22 @@ def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) 
     Raises:
         CheckpointError: They do not fit the architecture in full.
     """
-    weights = stored.trunk.weights
+    weights = stored.backbone.weights
     expected = outline_network(stored.architecture).state_dict()
     fit = fit_weights(weights, expected, allow_missing)
-    key = stored.choice.network.key
-    arch = stored.architecture.name + (f" (network {key!r} of the file)" if key else "")
-    check_fit(fit, of=len(expected), arch=arch, where=stored.where, hint=_suggest_architecture(stored))
-    check_real(weights, expected, where=stored.where)
+    if fit.lines:
+        key = stored.choice.network.key
+        arch = stored.architecture.name + (f" (network {key!r} of the file)" if key else "")
+        more = [f"and {len(fit.lines) - _MAX_SHOWN} more"] if len(fit.lines) > _MAX_SHOWN else []
+        listed = "\n".join(f"  {line}" for line in [*fit.lines[:_MAX_SHOWN], *more])
+        raise CheckpointError(
+            f"{len(fit.lines)} of {len(expected)} weights do not fit {arch}\n{listed}",
+            where=stored.contents.where,
+            hint=f"{_suggest_architecture(stored)}Name another architecture with --arch, another network of the file with "
+            "--checkpoint-key, or, where weights may stay untrained, --allow-missing PATTERN.",
+        )
     if fit.waived:
-        _log.warning("%s: absent, so left untrained: %s", stored.where, ", ".join(fit.waived))
+        _log.warning("%s: absent, so left untrained: %s", stored.contents.where, ", ".join(fit.waived))
     return fit.matched
 
 
@@ -198,7 +224,70 @@ def _restore_own_heads(backbone: Backbone, network: StoredNetwork, architecture:
 def _suggest_architecture(stored: StoredCheckpoint) -> str:
     """Return a hint with the architecture that the weights look like, where it is another one."""
     try:
-        name = recognise_architecture(stored.trunk.weights).name
+        name = recognise_architecture(stored.backbone.weights).name
     except CheckpointError:
         return ""
     return f"The weights look like {name}. " if name != stored.architecture.name else ""
+
+
+def fit_weights(
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], allow_missing: tuple[str, ...] = ()
+) -> Fit:
+    """Compare the names and shapes of a file's weights with those that an architecture has.
+
+    Args:
+        weights: Of the file.
+        expected: The architecture's state dict.
+        allow_missing: Patterns of weights that may be absent.
+    """
+    # Batch norm counts its batches only to average them, and files of old PyTorch do not have the count.
+    needed = {name for name in expected if not name.endswith("num_batches_tracked")}
+    absent = sorted(needed - weights.keys())
+    waived = tuple(name for name in absent if any(fnmatch.fnmatch(name, pattern) for pattern in allow_missing))
+    missing = tuple(name for name in absent if name not in waived)
+    left_over = tuple(sorted(weights.keys() - expected.keys()))
+    reshaped = tuple(name for name in sorted(needed & weights.keys()) if weights[name].shape != expected[name].shape)
+    # Integers and complex numbers would become different numbers in the network.
+    shared = [(name, weights[name].dtype, expected[name].dtype) for name in sorted(weights.keys() & expected.keys())]
+    retyped = [(name, own, dtype) for name, own, dtype in shared if own.is_floating_point != dtype.is_floating_point]
+    total = sum(expected[name].numel() for name in needed)
+    lost = sum(expected[name].numel() for name in (*absent, *reshaped))
+    return Fit(
+        missing=missing,
+        left_over=left_over,
+        reshaped=reshaped,
+        waived=waived,
+        matched=1.0 - lost / total if total else 0.0,
+        lines=(
+            *(f"{name}: file {tuple(weights[name].shape)}, model {tuple(expected[name].shape)}" for name in reshaped),
+            *(f"{name}: file {own}, model {dtype}" for name, own, dtype in retyped),
+            *(f"{name}: missing in the file" for name in missing),
+            *(f"{name}: no place in the model" for name in left_over),
+        ),
+    )
+
+
+def load_weights(
+    network: nn.Module, weights: Mapping[str, Tensor], infos: Mapping[str, TensorInfo], *, where: str
+) -> None:
+    """Load weights that fit into a network.
+
+    Args:
+        network: Gets the weights.
+        weights: By the network's names.
+        infos: Statistics of the weights, by the same names.
+        where: The file, for the error.
+
+    Raises:
+        CheckpointError: A weight is not finite.
+    """
+    not_finite = {name: info for name, info in infos.items() if info.not_finite}
+    if not_finite:
+        shown = list(not_finite.items())[:_MAX_SHOWN]
+        listed = ", ".join(f"{name}: {info.not_finite:,} of {info.values:,}" for name, info in shown)
+        raise CheckpointError(
+            f"{len(not_finite)} weights hold NaN or infinite values ({listed})",
+            where=where,
+            hint="A network with such weights gives no meaningful accuracy; use an earlier checkpoint.",
+        )
+    network.load_state_dict(dict(weights), strict=False)  # what the user allows to be absent stays as it is

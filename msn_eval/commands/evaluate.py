@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msn_eval.checkpoints.names import check_files_exist
+from msn_eval.checkpoints import find_scheme
 from msn_eval.config.recipes import TAP_NAMES
 from msn_eval.config.request import BAD_IMAGE_RULES, DECODERS, PRECISIONS, SOLVER_NAMES, EvaluationConfig
 from msn_eval.errors import UsageError, did_you_mean, printable
@@ -92,7 +92,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if "WORLD_SIZE" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # we report a lost rank ourselves, without C++ stacks
     else:
-        check_files_exist(config.checkpoint)  # before torch is imported; of several ranks, one reports it
+        for name in config.checkpoint:  # before torch is imported; of several ranks, one reports it
+            find_scheme(name)
     from msn_eval.distributed.group import join_group
 
     with join_group() as group:

@@ -70,7 +70,10 @@ def _entries(inspection: "Inspection") -> Iterator[tuple[str, str]]:
         yield "images", f"{inspection.image_pixels} pixels{patch}"
     if inspection.positions is not None:
         yield "positions", inspection.positions
-    yield from _statistics(inspection)
+    info = inspection.statistics
+    if info is not None and info["mean"] is not None:
+        text = "mean {mean:.3g}, std {std:.3g}, from {minimum:.3g} to {maximum:.3g}, {zeros:,} zeros, {not_finite:,} not finite"
+        yield "weights", f"{', '.join(info['dtypes'])}; {text.format_map(info)}"
     yield from _name_list("used", inspection.used)
     yield from _name_list("dropped", inspection.dropped)
     yield from _name_list("missing", inspection.missing)
@@ -80,17 +83,6 @@ def _entries(inspection: "Inspection") -> Iterator[tuple[str, str]]:
     )
     yield from (("ALARM", _on_one_line(alarm)) for alarm in inspection.alarms)
     yield "verdict", "would be evaluated" if inspection.problem is None else f"would be REFUSED: {inspection.problem}"
-
-
-def _statistics(inspection: "Inspection") -> Iterator[tuple[str, str]]:
-    info = inspection.statistics
-    if info is None or info.mean is None:
-        return
-    yield (
-        "weights",
-        f"{', '.join(info.dtypes)}; mean {info.mean:.3g}, std {info.std:.3g}, from {info.minimum:.3g} to "
-        f"{info.maximum:.3g}, {info.zeros:,} zeros, {info.not_finite:,} not finite",
-    )
 
 
 def _name_list(label: str, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:

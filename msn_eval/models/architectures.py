@@ -26,6 +26,9 @@ _SIZE_BY_WIDTH_AND_DEPTH = {
     (1664, 48): "gigantic",
 }
 _MAX_DEPTH = 256
+_DIMENSIONS = {"patch_embed.proj.weight": 4, "pos_embed": 3, "reg_token": 3} | dict.fromkeys(
+    ("blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"), 2
+)
 # Keywords of timm.create_model that would open other files, search for weights, or build for another device.
 NOT_KEYWORDS = (
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn"),
@@ -39,7 +42,6 @@ _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((3, 4, 23, 3), True): "resnet101",
     ((3, 8, 36, 3), True): "resnet152",
 }
-_RESNET_WIDTH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +83,10 @@ def name_architecture(text: str) -> Architecture:
             f"The keywords of {text!r} cannot be parsed",
             hint="Write them as vit_tiny_patch16_224?img_size=32&patch_size=4 (quoted, for the shell).",
         ) from error
-    forbidden = next((key for key, _ in pairs if key in NOT_KEYWORDS), None)
-    if forbidden is not None:
-        raise CheckpointError(
-            f"{forbidden} is not a keyword of an architecture",
-            hint="Remove it; weights come only from the file.",
-        )
     keywords = {key: _literal(value) for key, value in pairs}
+    for key in keywords.keys() & set(NOT_KEYWORDS):
+        hint = "Remove it; weights come only from the file."
+        raise CheckpointError(f"{key} is not a keyword of an architecture", hint=hint)
     stem = keywords.pop("stem", None)
     return Architecture(name=text, timm_name=name, keywords=keywords, stem=None if stem is None else str(stem))
 
@@ -100,11 +99,7 @@ def _literal(text: str) -> object:
 
 
 def recognise_architecture(
-    weights: Mapping[str, Tensor],
-    *,
-    heads: int | None = None,
-    norm_eps: float | None = None,
-    padded_stem: bool = False,
+    weights: Mapping[str, Tensor], *, heads: int | None = None, norm_eps: float | None = None, padded_stem: bool = False
 ) -> Architecture:
     """Recognise the architecture by the names and shapes of a backbone's weights.
 
@@ -118,65 +113,40 @@ def recognise_architecture(
         CheckpointError: The weights leave it open.
     """
     if "patch_embed.proj.weight" in weights and "blocks.0.attn.qkv.weight" in weights:
-        _check_dimensions(weights)
+        for name, dimensions in _DIMENSIONS.items():
+            if name in weights and (weights[name].dim() != dimensions or not weights[name].numel()):
+                shape = tuple(weights[name].shape)
+                raise _unknown(f"{name} of shape {shape} does not belong to a known Vision Transformer")
         if "blocks.0.gamma_1" in weights or _bias_tables(weights):
-            return _recognise_beit(weights, heads, norm_eps or NORM_EPS)
-        return _recognise_vit(weights, heads, norm_eps or NORM_EPS)
+            return _recognise_beit(weights, heads, norm_eps)
+        return _recognise_vit(weights, heads, norm_eps)
     if "layer1.0.conv1.weight" in weights and "bn1.weight" in weights:
         return _recognise_resnet(weights, "cifar_padded" if padded_stem else "cifar")
     shown = ", ".join(sorted(weights)[:4])
-    raise CheckpointError(
-        f"The names of the weights ({shown}, …) are not those of a known architecture",
-        hint="Name it: --arch NAME, one of timm's.",
-    )
+    raise _unknown(f"The names of the weights ({shown}, …) are not those of a known architecture", ", one of timm's")
 
 
-def _unknown(what: str) -> CheckpointError:
-    return CheckpointError(what, hint="Name its architecture: --arch NAME.")
+def _unknown(what: str, example: str = "") -> CheckpointError:
+    return CheckpointError(what, hint=f"Name its architecture: --arch NAME{example}.")
 
 
-def _check_dimensions(weights: Mapping[str, Tensor]) -> None:
-    for name, dimensions in (
-        ("patch_embed.proj.weight", 4),
-        ("pos_embed", 3),
-        ("blocks.0.attn.qkv.weight", 2),
-        ("blocks.0.mlp.fc1.weight", 2),
-        ("blocks.0.mlp.fc2.weight", 2),
-        ("reg_token", 3),
-    ):
-        if name in weights and (weights[name].dim() != dimensions or not weights[name].numel()):
-            raise _unknown(
-                f"{name} of shape {tuple(weights[name].shape)} does not belong to a known Vision Transformer"
-            )
-
-
-def _recognise_vit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float) -> Architecture:
+def _recognise_vit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float | None) -> Architecture:
     if "norm_pre.weight" in weights:
-        raise CheckpointError(
+        raise _unknown(
             "a Vision Transformer with a norm before its blocks, as CLIP's: no weight shows its activation and epsilon",
-            hint="Name its architecture: --arch NAME, such as vit_base_patch16_clip_quickgelu_224.",
+            ", such as vit_base_patch16_clip_quickgelu_224",
         )
     if not weights.keys() & {"cls_token", "norm.weight", "blocks.0.attn.qkv.bias", "blocks.0.ls1.gamma"}:
-        raise CheckpointError(
+        raise _unknown(
             "a Vision Transformer without class token, final norm, biases of its queries and scaled residuals: timm's "
             "networks with norms behind their layers and those with norms before them have the same weights",
-            hint="Name its architecture: --arch NAME, such as vit_base_patch16_rpn_224.",
+            ", such as vit_base_patch16_rpn_224",
         )
-    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
-    depth = _depth(weights)
     has_class_token = "cls_token" in weights
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     grid, class_position = _position_grid(weights, has_class_token=has_class_token, registers=registers)
     has_final_norm = "norm.weight" in weights
-    hidden, gated = _hidden_width(weights)
-    keywords: dict[str, object] = {
-        "img_size": grid * patch,
-        "patch_size": patch,
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": heads or _heads(width, depth, patch, gated=gated),
-        # timm rounds the product down, so add half a unit where the ratio is not exact.
-        "mlp_ratio": hidden / width if int(hidden / width * width) == hidden else (hidden + 0.5) / width,
+    own = {
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in weights else None,
@@ -186,36 +156,18 @@ def _recognise_vit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: f
         "global_pool": "token" if has_class_token and has_final_norm else "avg",
         "fc_norm": not has_final_norm,
     }
-    tokens = f"_reg{registers}" if registers else ""
-    name = f"vit_{_size_name(width, depth)}_patch{patch}{tokens}_{grid * patch}"
-    return Architecture(
-        name=name + _unusual(keywords["num_heads"], width, norm_eps),
-        timm_name=None,
-        keywords=keywords,
-        norm_eps=norm_eps,
-        gated=gated,
-    )
+    return _describe_transformer("vit", weights, grid, heads, norm_eps, own)
 
 
-def _recognise_beit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float) -> Architecture:
+def _recognise_beit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: float | None) -> Architecture:
     """Recognise BEiT and its relatives such as data2vec: relative positions per block or shared, scaled residuals."""
-    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
-    depth = _depth(weights)
-    tables = _bias_tables(weights)
-    if tables:
+    if tables := _bias_tables(weights):
         # A table has a row for each offset between two of g x g patches, and three for the class token.
         rows, table_heads = weights[tables[0]].shape
         grid, heads = (math.isqrt(max(0, rows - 3)) + 1) // 2, heads or table_heads
     else:
         grid, _ = _position_grid(weights, has_class_token=True, registers=0)
-    hidden, _ = _hidden_width(weights)
-    keywords: dict[str, object] = {
-        "img_size": grid * patch,
-        "patch_size": patch,
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": heads or _heads(width, depth, patch, gated=False),
-        "mlp_ratio": hidden / width,
+    own = {
         "qkv_bias": "blocks.0.attn.q_bias" in weights,
         "init_values": 1.0 if "blocks.0.gamma_1" in weights else None,
         "use_abs_pos_emb": "pos_embed" in weights,
@@ -223,30 +175,28 @@ def _recognise_beit(weights: Mapping[str, Tensor], heads: int | None, norm_eps: 
         "use_shared_rel_pos_bias": "rel_pos_bias.relative_position_bias_table" in weights,
         "use_fc_norm": "norm.weight" not in weights,
     }
-    name = f"beit_{_size_name(width, depth)}_patch{patch}_{grid * patch}"
-    name += _unusual(keywords["num_heads"], width, norm_eps)
-    return Architecture(name=name, timm_name=None, kind="beit", keywords=keywords, norm_eps=norm_eps)
+    return _describe_transformer("beit", weights, grid, heads, norm_eps, own)
 
 
-def _unusual(heads: object, width: int, norm_eps: float) -> str:
-    """Return a suffix, so that networks that compute differently have different names."""
-    by_heads = "" if heads == _GATED_HEADS_BY_WIDTH.get(width) else f"_heads{heads}"
-    return by_heads + ("" if norm_eps == NORM_EPS else f"_eps{norm_eps:g}")
-
-
-def _bias_tables(weights: Mapping[str, Tensor]) -> list[str]:
-    return [name for name in weights if name.endswith("relative_position_bias_table") and weights[name].dim() == 2]
-
-
-def _depth(weights: Mapping[str, Tensor]) -> int:
-    last = max(int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,4})\.", name)))
-    if last >= _MAX_DEPTH:
-        raise _unknown(f"a Vision Transformer with a block {last}")
-    return 1 + last
-
-
-def _heads(width: int, depth: int, patch: int, *, gated: bool) -> int:
-    heads = (_GATED_HEADS_BY_WIDTH if gated else _HEADS_BY_WIDTH).get(width)
+def _describe_transformer(
+    kind: Literal["vit", "beit"],
+    weights: Mapping[str, Tensor],
+    grid: int,
+    heads: int | None,
+    norm_eps: float | None,
+    own: Mapping[str, object],
+) -> Architecture:
+    """Return the architecture of `own` keywords and of those that BEiT and other Vision Transformers share."""
+    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    depth = 1 + max(int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,4})\.", name)))
+    if depth > _MAX_DEPTH:
+        raise _unknown(f"a Vision Transformer with a block {depth - 1}")
+    first, second = (weights.get(f"blocks.0.mlp.fc{layer}.weight") for layer in (1, 2))
+    if first is None or second is None:
+        raise _unknown("a Vision Transformer whose blocks have no mlp.fc1 and mlp.fc2")
+    hidden = first.shape[0]
+    gated = hidden == 2 * second.shape[1]  # one half of the outputs gates the other half
+    heads = heads or (_GATED_HEADS_BY_WIDTH if gated else _HEADS_BY_WIDTH).get(width)
     if heads is None:
         raise CheckpointError(
             f"a Vision Transformer of width {width} and depth {depth}: no weight's shape shows its number of heads, "
@@ -254,19 +204,28 @@ def _heads(width: int, depth: int, patch: int, *, gated: bool) -> int:
             hint=f"Name it: --arch 'vit_tiny_patch16_224?embed_dim={width}&depth={depth}&patch_size={patch}&num_heads=N"
             "&img_size=N'.",
         )
-    return heads
+    keywords = {
+        "img_size": grid * patch,
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        # timm rounds the product down, so add half a unit where the ratio is not exact.
+        "mlp_ratio": hidden / width if int(hidden / width * width) == hidden else (hidden + 0.5) / width,
+        **own,
+    }
+    norm_eps = norm_eps or NORM_EPS
+    size = _SIZE_BY_WIDTH_AND_DEPTH.get((width, depth), f"width{width}_depth{depth}")
+    registers = f"_reg{own['reg_tokens']}" if own.get("reg_tokens") else ""
+    name = f"{kind}_{size}_patch{patch}{registers}_{grid * patch}"
+    # Networks that compute differently have different names.
+    name += "" if heads == _GATED_HEADS_BY_WIDTH.get(width) else f"_heads{heads}"
+    name += "" if norm_eps == NORM_EPS else f"_eps{norm_eps:g}"
+    return Architecture(name=name, timm_name=None, kind=kind, keywords=keywords, norm_eps=norm_eps, gated=gated)
 
 
-def _size_name(width: int, depth: int) -> str:
-    return _SIZE_BY_WIDTH_AND_DEPTH.get((width, depth), f"width{width}_depth{depth}")
-
-
-def _hidden_width(weights: Mapping[str, Tensor]) -> tuple[int, bool]:
-    """Return the outputs of a block's first linear layer, and whether one half of them gates the other half."""
-    if "blocks.0.mlp.fc1.weight" not in weights or "blocks.0.mlp.fc2.weight" not in weights:
-        raise _unknown("a Vision Transformer whose blocks have no mlp.fc1 and mlp.fc2")
-    outputs = weights["blocks.0.mlp.fc1.weight"].shape[0]
-    return outputs, outputs == 2 * weights["blocks.0.mlp.fc2.weight"].shape[1]
+def _bias_tables(weights: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in weights if name.endswith("relative_position_bias_table") and weights[name].dim() == 2]
 
 
 def _position_grid(weights: Mapping[str, Tensor], *, has_class_token: bool, registers: int) -> tuple[int, bool]:
@@ -282,17 +241,14 @@ def _position_grid(weights: Mapping[str, Tensor], *, has_class_token: bool, regi
 
 
 def _recognise_resnet(weights: Mapping[str, Tensor], small_stem: str) -> Architecture:
-    depths = tuple(
-        1 + max(int(match[1]) for name in weights if (match := re.match(rf"layer{stage}\.(\d{{1,4}})\.", name)))
-        for stage in range(1, 5)
-        if any(re.match(rf"layer{stage}\.\d{{1,4}}\.", name) for name in weights)
-    )
+    blocks = {
+        (int(match[1]), int(match[2])) for name in weights if (match := re.match(r"layer([1-4])\.(\d{1,4})\.", name))
+    }
+    depths = tuple(1 + max(block for of, block in blocks if of == stage) for stage in sorted({of for of, _ in blocks}))
     name = _RESNETS.get((depths, "layer1.0.conv3.weight" in weights))
-    if name is None or weights["layer1.0.conv1.weight"].shape[:1] != (_RESNET_WIDTH,):
-        raise CheckpointError(
-            f"a residual network with {depths} blocks per stage, which is not ResNet-18, 34, 50, 101 or 152",
-            hint="Name it: --arch NAME, one of timm's.",
-        )
+    if name is None or weights["layer1.0.conv1.weight"].shape[:1] != (64,):
+        what = f"a residual network with {depths} blocks per stage, which is not ResNet-18, 34, 50, 101 or 152"
+        raise _unknown(what, ", one of timm's")
     if "conv1.weight" in weights and weights["conv1.weight"].shape[2:] == (3, 3):
         return Architecture(name=f"{name}?stem={small_stem}", timm_name=name, stem=small_stem)
     return Architecture(name=name, timm_name=name)

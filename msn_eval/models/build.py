@@ -1,12 +1,13 @@
 """Build the network of an architecture without its classifier, with random weights or without memory."""
 
-import contextlib
-from collections.abc import Iterator
+import itertools
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from msn_eval.errors import CheckpointError, did_you_mean
 from msn_eval.models.architectures import Architecture
@@ -15,7 +16,6 @@ _MAX_TABLE_BYTES = 2 << 30
 _MAX_PARAMETERS = 10_000  # tensors; the published networks have a few hundred
 # Padding of the stems of residual networks for 32-pixel images: a 3 x 3 convolution of stride 1, without max-pool.
 _STEM_PADDING = {"cifar": 1, "cifar_padded": 2}
-_STEM_PIXELS = 32
 
 
 def build_network(architecture: Architecture, *, seed: int = 0) -> nn.Module:
@@ -51,15 +51,24 @@ def outline_network(architecture: Architecture) -> nn.Module:
 
 def _construct(architecture: Architecture) -> nn.Module:
     import timm
+    from timm.layers import LayerNorm, SwiGLUPacked
+    from timm.models.beit import Beit
+    from timm.models.vision_transformer import VisionTransformer
 
     try:
         with _limit_parameters():
-            if architecture.timm_name is None:
-                return _construct_transformer(architecture)
-            network: nn.Module = timm.create_model(
-                architecture.timm_name, pretrained=False, num_classes=0, **architecture.keywords
-            )
-            return network if architecture.stem is None else _replace_stem(network, architecture.stem)
+            if architecture.timm_name is not None:
+                network: nn.Module = timm.create_model(architecture.timm_name, num_classes=0, **architecture.keywords)
+                return network if architecture.stem is None else _replace_stem(network, architecture.stem)
+            # A Transformer that timm may not have an entry for.
+            keywords: dict[str, Any] = {
+                **architecture.keywords,
+                "norm_layer": partial(LayerNorm, eps=architecture.norm_eps),
+            }
+            if architecture.gated:
+                keywords |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+            transformer = Beit if architecture.kind == "beit" else VisionTransformer
+            return cast(nn.Module, transformer(num_classes=0, **keywords))
     except Exception as error:  # timm does not catch what its keywords cause
         raise CheckpointError(
             f"timm cannot build {architecture.name!r:.200}: {type(error).__name__}: {str(error)[:200]}",
@@ -76,42 +85,19 @@ def _replace_stem(network: nn.Module, stem: str) -> nn.Module:
     network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=_STEM_PADDING[stem], bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's other convolutions
     network.maxpool = nn.Identity()
-    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, _STEM_PIXELS, _STEM_PIXELS)}
+    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, 32, 32)}
     return cast(nn.Module, network)
 
 
-@contextlib.contextmanager
-def _limit_parameters() -> Iterator[None]:
-    """Stop the construction of a network that is too large, whichever keyword makes it so."""
-    from torch.nn.modules.module import register_module_parameter_registration_hook
-
-    count = 0
+def _limit_parameters() -> RemovableHandle:
+    """Stop the construction of a network that is too large, whichever keyword makes it so, until the handle is removed."""
+    numbers = itertools.count(1)
 
     def check_count(module: nn.Module, name: str, parameter: object) -> None:
-        nonlocal count
-        count += 1
-        if count > _MAX_PARAMETERS:
+        if next(numbers) > _MAX_PARAMETERS:
             raise ValueError(f"it has more than {_MAX_PARAMETERS:,} weights")
 
-    handle = register_module_parameter_registration_hook(check_count)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _construct_transformer(architecture: Architecture) -> nn.Module:
-    """Build a Transformer that timm may not have an entry for, from its keywords."""
-    from timm.layers import LayerNorm, SwiGLUPacked
-    from timm.models.beit import Beit
-    from timm.models.vision_transformer import VisionTransformer
-
-    keywords = dict(architecture.keywords)
-    if architecture.gated:
-        keywords["mlp_layer"], keywords["act_layer"] = SwiGLUPacked, nn.SiLU
-    norm_layer = partial(LayerNorm, eps=architecture.norm_eps)
-    transformer = Beit if architecture.kind == "beit" else VisionTransformer
-    return cast(nn.Module, transformer(num_classes=0, norm_layer=norm_layer, **keywords))
+    return register_module_parameter_registration_hook(check_count)
 
 
 def check_architecture_name(architecture: Architecture) -> None:

@@ -24,10 +24,6 @@ class PositionRule:
     offset: float
 
 
-_DINOV2_TRAINED_AT, _DINOV2_EVALUATED_AT, _DINOV2_PATCH = 518, 224, 14
-_DINOV2_OFFSET = 0.1
-
-
 def published_rule(network: nn.Module) -> PositionRule | None:
     """Return the rule for networks that are published at one size and evaluated at another, else None.
 
@@ -36,25 +32,21 @@ def published_rule(network: nn.Module) -> PositionRule | None:
 
     Source: github.com/facebookresearch/dinov2, dinov2/hub/backbones.py and dinov2/models/vision_transformer.py.
     """
-    if stored_pixels(network) != _DINOV2_TRAINED_AT or patch_pixels(network) != _DINOV2_PATCH:
+    if (stored_pixels(network), patch_pixels(network)) != (518, 14):
         return None
     first = cast(nn.Sequential, network.blocks)[0]
     if getattr(network, "cls_token", None) is None or not hasattr(getattr(first, "ls1", None), "gamma"):
         return None
-    registers = cast(int, network.num_reg_tokens) > 0
-    return PositionRule(
-        image_pixels=_DINOV2_EVALUATED_AT, antialias=registers, offset=0.0 if registers else _DINOV2_OFFSET
-    )
+    has_registers = cast(int, network.num_reg_tokens) > 0
+    return PositionRule(image_pixels=224, antialias=has_registers, offset=0.0 if has_registers else 0.1)
 
 
 def native_pixels(network: nn.Module) -> int:
     """Return the side of the images that a network's authors evaluate at; if unknown, of those it was built for."""
-    rule = published_rule(network)
-    if rule is not None:
+    if (rule := published_rule(network)) is not None:
         return rule.image_pixels
     config = getattr(network, "pretrained_cfg", None) or {}
-    stated = config.get("input_size")
-    return stored_pixels(network) or (int(stated[-1]) if isinstance(stated, tuple | list) else 224)
+    return stored_pixels(network) or int(config.get("input_size", (3, 224, 224))[-1])
 
 
 def interpolate_positions(positions: Tensor, *, patches_a_side: int, rule: PositionRule) -> Tensor:
@@ -141,11 +133,10 @@ def _project_qkv(attention: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, 
     """Return the query of the first token, (b, heads, 1, d), and keys and values of all, (b, heads, n, d)."""
     projection = cast(nn.Linear, attention.qkv)
     width = len(projection.weight) // 3
-    query_bias, other_bias = (
-        (None, None) if projection.bias is None else (projection.bias[:width], projection.bias[width:])
-    )
-    query = functional.linear(tokens[:, :1], projection.weight[:width], query_bias)
-    key, value = functional.linear(tokens, projection.weight[width:], other_bias).chunk(2, dim=-1)
+    bias = projection.bias
+    query = functional.linear(tokens[:, :1], projection.weight[:width], None if bias is None else bias[:width])
+    others = functional.linear(tokens, projection.weight[width:], None if bias is None else bias[width:])
+    key, value = others.chunk(2, dim=-1)
     query, key, value = (
         part.view(*part.shape[:2], cast(int, attention.num_heads), -1).transpose(1, 2) for part in (query, key, value)
     )
@@ -165,7 +156,6 @@ def keep_patches(tokens: Tensor, kept: Tensor, *, prefix: int) -> Tensor:
     """
     patches = tokens[:, prefix:]
     if kept.dim() == 1:
-        kept_tokens = patches.index_select(1, kept)
-    else:
-        kept_tokens = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
-    return torch.cat([tokens[:, :prefix], kept_tokens], dim=1)
+        return torch.cat([tokens[:, :prefix], patches.index_select(1, kept)], dim=1)
+    chosen = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
+    return torch.cat([tokens[:, :prefix], chosen], dim=1)

@@ -205,7 +205,7 @@ def score_snapshot(plan: Plan, folder: Path, snapshot: SnapshotFiles) -> Point |
     prepared = replace(prepared, encoder=replace(prepared.encoder, checkpoint=checkpoint))
     prepare_folder(folder / run_folder.EVAL, option="RUN_DIR")
     cache = folder / run_folder.EVAL / f".features.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    cached_plan = replace(plan, request=replace(plan.config, cache=str(cache)))
+    cached_plan = replace(plan, config=replace(plan.config, cache=str(cache)))
     try:
         results = tuple(evaluate_checkpoint(cached_plan, str(snapshot.encoder), prepared=prepared))
         features = _measure_snapshot(cached_plan, prepared, snapshot, cache)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from msn_eval.checkpoints.networks import StoredNetwork, choose_network, find_networks, stated_epoch
+from msn_eval.checkpoints.networks import _PREFERENCES, StoredNetwork, choose_network, find_networks, stated_epoch
 from msn_eval.errors import CheckpointError
 
 Weights = dict[str, Tensor]
@@ -48,19 +48,9 @@ def test_file_that_is_a_state_dict_holds_one_network_without_a_key() -> None:
     assert (found.key, found.words, found.tensors.keys()) == (None, (), network().keys())
 
 
-def test_network_in_a_dictionary_is_called_like_it() -> None:
-    found = only({"model": network(), "epoch": 3, "args": {"lr": 0.1}})
-    assert (found.key, found.words) == ("model", ("model",))
-
-
 def test_network_behind_a_prefix_gives_its_words_and_not_its_key() -> None:
     found = only({"state_dict": under("backbone.vit.", network())})
     assert (found.key, found.words) == ("state_dict", ("state_dict", "backbone", "vit"))
-
-
-def test_networks_beside_each_other_are_called_by_their_whole_places() -> None:
-    content = {"state_dict": under("encoder_q.", network()) | under("encoder_k.", network())}
-    assert keys(content) == ["state_dict.encoder_k", "state_dict.encoder_q"]
 
 
 @pytest.mark.parametrize(
@@ -95,10 +85,6 @@ def test_weight_belongs_to_the_innermost_network_around_it() -> None:
     content = {"model": network() | under("teacher.", network(2))}
     outer, inner = find_networks(content)
     assert (outer.tensors.keys(), inner.tensors.keys()) == (network().keys(), network().keys())
-
-
-def test_size_of_a_network_counts_its_values() -> None:
-    assert only(network() | {"rest": torch.ones(2, 5)}).values == 2 + 3 + 10
 
 
 def test_tensors_that_are_no_network_are_none_where_there_is_one() -> None:
@@ -155,21 +141,10 @@ def test_wrappers_are_taken_out_of_names(name: str) -> None:
     assert (found.tensors.keys(), "module" in found.words) == (network().keys(), False)
 
 
-@pytest.mark.parametrize("wrapper", ["_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"])
-def test_wrapper_within_a_networks_names_is_taken_out(wrapper: str) -> None:
-    content = network() | {f"blocks.0.{wrapper}.norm1.weight": torch.ones(1)}
-    assert "blocks.0.norm1.weight" in only(content).tensors
-
-
 @pytest.mark.parametrize("other", ["module.norm.weight", "module"])
 def test_names_stay_where_two_would_become_one_or_one_would_vanish(other: str) -> None:
     content = network() | {other: torch.zeros(3)}
     assert other in only(content).tensors
-
-
-def test_count_of_averaged_steps_is_not_a_weight() -> None:
-    found = only(under("module.", network()) | {"n_averaged": torch.tensor(3)})
-    assert ("n_averaged" in found.tensors, "n_averaged" in found.beside) == (False, True)
 
 
 HUB_ANCHOR = "embeddings.patch_embeddings.projection.weight"
@@ -200,22 +175,8 @@ def test_blocks_stay_apart_where_two_networks_could_own_them() -> None:
 
 # Which network is evaluated.
 
-CHOICES = [
-    ("target_encoder", "encoder", "the target encoder, which MSN and I-JEPA evaluate"),
-    ("teacher", "student", "the teacher, which DINO and its successors evaluate"),
-    ("encoder_q", "encoder_k", "the query encoder, which MoCo evaluates"),
-    ("base_encoder", "momentum_encoder", "the base encoder, which MoCo v3 evaluates"),
-    ("online_encoder", "target_encoder", "the online encoder, which BYOL evaluates"),
-    ("encoder", "momentum_encoder", "the encoder itself, which solo-learn evaluates"),
-    ("backbone", "momentum_backbone", "the backbone itself, which solo-learn evaluates"),
-    ("backbone", "backbone_momentum", "the backbone itself, which lightly evaluates"),
-    ("backbone", "anchor_backbone", "the target network, which lightly keeps as `backbone`"),
-    ("backbone", "student_backbone", "the teacher, which lightly keeps as `backbone`"),
-    ("teacher_backbone", "student_backbone", "the teacher, which lightly evaluates"),
-]
 
-
-@pytest.mark.parametrize(("evaluated", "rival", "whose"), CHOICES)
+@pytest.mark.parametrize(("evaluated", "rival", "whose"), _PREFERENCES)
 @pytest.mark.parametrize("order", [1, -1], ids=["evaluated first", "evaluated last"])
 def test_network_that_its_authors_evaluate_is_chosen_among_dictionaries(
     evaluated: str, rival: str, whose: str, order: int
@@ -225,7 +186,7 @@ def test_network_that_its_authors_evaluate_is_chosen_among_dictionaries(
     assert (choice.network.key, choice.why, choice.passed_over) == (evaluated, whose, None)
 
 
-@pytest.mark.parametrize(("evaluated", "rival", "whose"), CHOICES)
+@pytest.mark.parametrize(("evaluated", "rival", "whose"), _PREFERENCES)
 @pytest.mark.parametrize("suffix", [".", ".vit."])
 def test_network_that_its_authors_evaluate_is_chosen_within_a_state_dict(
     evaluated: str, rival: str, whose: str, suffix: str
@@ -233,11 +194,6 @@ def test_network_that_its_authors_evaluate_is_chosen_within_a_state_dict(
     weights = under(f"{rival}{suffix}", network(2)) | under(f"{evaluated}{suffix}", network(1))
     choice = choose_network(find_networks({"state_dict": weights}), None, where="vit.pth")
     assert (choice.network.words[1], choice.why) == (evaluated, whose)
-
-
-def test_teacher_is_reported_where_its_words_are_shared_with_the_students() -> None:
-    content = {"student": under("module.backbone.", network(2)), "teacher": under("backbone.", network(1))}
-    assert chosen_key(content) == "teacher"
 
 
 def test_network_that_goes_before_a_better_one_is_chosen_among_three() -> None:
@@ -358,10 +314,6 @@ def test_networks_that_differ_anywhere_stay_several(changed: Weights, order: tup
 )
 def test_epoch_is_the_whole_number_that_a_file_states(stated: object, epoch: int | None) -> None:
     assert stated_epoch({"epoch": stated}) == epoch
-
-
-def test_file_that_states_no_epoch_has_none() -> None:
-    assert stated_epoch({}) is None
 
 
 def test_networks_by_the_ten_thousand_are_found_and_listed_in_part() -> None:

@@ -15,7 +15,7 @@ _ARCH = "vit_tiny_patch16_224?img_size=16&patch_size=4&embed_dim=32&depth=1&num_
 
 
 def _snapshot(run: Path, step: int, *, seed: int) -> Path:
-    """Write a snapshot as msn-pretrain does, of an encoder whose heads are in no weight's shape."""
+    """Write a snapshot as msn-pretrain does, of an encoder whose number of heads no weight shows."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
     (run / "config.yaml").touch()
@@ -44,7 +44,7 @@ def test_a_run_is_read_by_its_newest_snapshot_without_its_architecture_being_nam
     assert (checkpoint.name, checkpoint.arch, checkpoint.epoch) == ("mine", _ARCH, 10)
 
 
-def test_a_snapshot_that_is_not_whole_is_passed_over(tmp_path: Path) -> None:
+def test_incomplete_snapshots_are_skipped(tmp_path: Path) -> None:
     for step, seed in ((20, 1), (30, 2), (40, 3)):
         folder = _snapshot(tmp_path, step, seed=seed)
     (folder / "state.pt").write_bytes(b"torn")
@@ -58,7 +58,7 @@ def test_a_snapshot_that_is_not_whole_is_passed_over(tmp_path: Path) -> None:
     assert read_checkpoint(str(tmp_path)).weights_sha256 == _weights(1)
 
 
-def test_a_run_without_a_whole_snapshot_says_why(tmp_path: Path) -> None:
+def test_run_without_a_complete_snapshot_is_refused_with_the_reason(tmp_path: Path) -> None:
     (_snapshot(tmp_path, 20, seed=1) / "manifest.json").unlink()
 
     with pytest.raises(CheckpointError, match="never finished"):
@@ -68,13 +68,13 @@ def test_a_run_without_a_whole_snapshot_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "manifest", ["[]", '{"schema": 2}', '{"schema": 1, "step": 20, "epoch": 2, "world": 1, "files": {}}']
 )
-def test_a_manifest_of_another_kind_is_none(tmp_path: Path, manifest: str) -> None:
+def test_unknown_manifest_is_skipped(tmp_path: Path, manifest: str) -> None:
     (_snapshot(tmp_path, 20, seed=1) / "manifest.json").write_text(manifest)
 
     assert newest_snapshot(tmp_path)[0] is None
 
 
-def test_a_manifest_that_names_files_elsewhere_is_none(tmp_path: Path) -> None:
+def test_manifest_that_names_files_elsewhere_is_skipped(tmp_path: Path) -> None:
     folder = _snapshot(tmp_path, 20, seed=1)
     content = json.loads((folder / "manifest.json").read_text())
     content["files"]["../../config.yaml"] = hashlib.sha256(b"").hexdigest()

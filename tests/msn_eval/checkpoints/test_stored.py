@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,17 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
-from msn_eval.checkpoints.stored import StoredCheckpoint, check_stored, choose_stored, read_contents
+from msn_eval.checkpoints.sanity_checks import describe_values
+from msn_eval.checkpoints.stored import (
+    StoredCheckpoint,
+    check_stored,
+    choose_stored,
+    fit_weights,
+    load_weights,
+    read_contents,
+)
 from msn_eval.errors import CheckpointError
 
 Weights = dict[str, Tensor]
@@ -58,18 +67,6 @@ def test_config_belongs_to_the_file_that_has_a_hubs_name(
     assert (contents.config is not None) == has_config
 
 
-def test_file_of_a_hubs_name_without_a_config_is_read_alone(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    path = described(tmp_path, vit_weights(depth=1), HEADS)
-    (tmp_path / "config.json").unlink()
-    assert read_contents(path).config is None
-
-
-def test_folder_is_read_as_its_weight_file(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    path = described(tmp_path, vit_weights(depth=1), HEADS)
-    folder, file = read_contents(tmp_path), read_contents(path)
-    assert (folder.sha256, folder.container, folder.where) == (file.sha256, "safetensors", str(tmp_path))
-
-
 def sharded(folder: Path, *shards: Weights) -> list[Path]:
     paths = [folder / f"model-{number}.safetensors" for number in range(len(shards))]
     for path, weights in zip(paths, shards, strict=True):
@@ -99,41 +96,7 @@ def test_weight_in_two_shards_is_refused(tmp_path: Path) -> None:
     assert refusal.value.where == str(paths[1])
 
 
-@pytest.mark.parametrize(
-    ("change", "networks"), [(0.0, "stored 2 times with equal weights"), (1e-3, "several networks")]
-)
-def test_networks_are_reported_as_equal_by_their_values(
-    tmp_path: Path, vit_weights: WeightMaker, change: float, networks: str
-) -> None:
-    weights = vit_weights(depth=1)
-    other = {name: tensor.clone() for name, tensor in weights.items()}
-    other["norm.bias"][-1] += change
-    contents = read_contents(saved(tmp_path, {"one": weights, "other": other}))
-    if not change:
-        assert choose_stored(contents).choice.why == networks
-        return
-    with pytest.raises(CheckpointError, match=networks):
-        choose_stored(contents)
-
-
 # The choice of a network and its architecture.
-
-
-def test_heads_and_epsilon_are_those_of_the_config(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    architecture = stored(described(tmp_path, vit_weights(), HEADS)).architecture
-    assert (architecture.keywords["num_heads"], architecture.norm_eps) == (6, 1e-5)
-
-
-def test_heads_and_epsilon_of_a_family_are_used_without_a_config(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    weights = {f"base_encoder.{name}": tensor for name, tensor in vit_weights().items()}
-    assert stored(saved(tmp_path, weights)).architecture.keywords["num_heads"] == 12
-
-
-def test_config_of_timm_names_the_architecture(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": 32, "patch_size": 8, "depth": 2}}
-    checkpoint = stored(described(tmp_path, vit_weights(), config))
-    assert checkpoint.architecture.timm_name == "vit_tiny_patch16_224"
-    check_stored(checkpoint)
 
 
 def test_architecture_named_by_the_user_goes_before_all(tmp_path: Path, vit_weights: WeightMaker) -> None:
@@ -153,7 +116,7 @@ def test_head_that_the_architecture_has_itself_is_given_back(tmp_path: Path) -> 
 
     weights = timm.create_model("convnext_atto", num_classes=3).state_dict()
     checkpoint = stored(saved(tmp_path, weights), arch="convnext_atto")
-    assert checkpoint.trunk.dropped == ("head.fc.weight", "head.fc.bias")
+    assert checkpoint.backbone.dropped == ("head.fc.weight", "head.fc.bias")
     check_stored(checkpoint)
 
 
@@ -218,3 +181,84 @@ def test_weights_of_odd_shapes_are_refused_by_an_error_of_ours(
     with pytest.raises(CheckpointError) as refusal:
         check_stored(choose_stored(contents))
     assert refusal.value.hint
+
+
+# The comparison with a network, and the loading.
+
+EXPECTED = {"a.weight": torch.zeros(2, 3), "a.bias": torch.zeros(2), "b.weight": torch.zeros(4, 2)}
+
+
+def without(*names: str) -> Weights:
+    return {name: torch.ones_like(tensor) for name, tensor in EXPECTED.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("weights", "lines"),
+    [
+        (without(), ()),
+        (without("b.weight", "a.bias"), ("a.bias: missing in the file", "b.weight: missing in the file")),
+        (
+            without() | {"z": torch.ones(1), "c": torch.ones(1)},
+            ("c: no place in the model", "z: no place in the model"),
+        ),
+        (without() | {"a.weight": torch.ones(3, 2)}, ("a.weight: file (3, 2), model (2, 3)",)),
+        (without() | {"a.bias": torch.ones(2).long()}, ("a.bias: file torch.int64, model torch.float32",)),
+        (without() | {"a.bias": torch.ones(2).cfloat()}, ("a.bias: file torch.complex64, model torch.float32",)),
+    ],
+    ids=["fits", "missing", "left over", "reshaped", "integers", "complex"],
+)
+def test_weights_that_do_not_fit_are_listed_in_order(weights: Weights, lines: tuple[str, ...]) -> None:
+    assert fit_weights(weights, EXPECTED).lines == lines
+
+
+@pytest.mark.parametrize(
+    ("weights", "lost"),
+    [
+        (without(), 0),
+        (without("a.bias"), 2),
+        (without() | {"b.weight": torch.ones(9)}, 8),
+        (without("a.weight", "a.bias"), 8),
+        ({}, 16),
+    ],
+    ids=["all there", "missing", "reshaped", "two missing", "all missing"],
+)
+def test_matched_is_the_share_of_values_that_the_file_holds(weights: Weights, lost: int) -> None:
+    assert fit_weights(weights, EXPECTED).matched == pytest.approx(1 - lost / 16, abs=1e-12)
+
+
+def test_network_without_weights_is_matched_by_nothing() -> None:
+    assert fit_weights(without(), {}).matched == 0.0
+
+
+@pytest.mark.parametrize("counts", [{}, {"bn.num_batches_tracked": torch.tensor(7)}], ids=["absent", "present"])
+def test_counts_of_batches_may_be_absent(counts: Weights) -> None:
+    expected = EXPECTED | {"bn.num_batches_tracked": torch.tensor(0)}
+    assert fit_weights(without() | counts, expected).lines == ()
+
+
+def test_pattern_waives_the_weights_that_it_matches() -> None:
+    fit = fit_weights(without("a.weight", "b.weight"), EXPECTED, ("b.*",))
+    assert (fit.waived, fit.missing, fit.matched) == (("b.weight",), ("a.weight",), 2 / 16)
+
+
+def load(network: nn.Module, weights: Weights) -> None:
+    infos = {name: describe_values(tensor) for name, tensor in weights.items()}
+    load_weights(network, weights, infos, where="vit.pth")
+
+
+def test_absent_weights_stay_as_they_are() -> None:
+    network = nn.Linear(3, 2)
+    before = network.bias.clone()
+    load(network, {"weight": torch.full((2, 3), 3.0)})
+    assert torch.equal(network.bias, before)
+    assert network.weight.eq(3).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e200], ids=str)
+def test_weight_that_is_not_finite_in_float32_is_refused_and_counted(value: float) -> None:
+    network = nn.Linear(3, 2)
+    before = network.weight.clone()
+    weights = {"weight": torch.ones(2, 3), "bias": torch.tensor([1.0, value], dtype=torch.float64)}
+    with pytest.raises(CheckpointError, match=r"1 weights hold NaN or infinite values \(bias: 1 of 2\)"):
+        load(network, weights)
+    assert torch.equal(network.weight, before)

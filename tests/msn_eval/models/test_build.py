@@ -24,11 +24,6 @@ def test_stem_that_is_none_is_refused(name: str) -> None:
         build_network(name_architecture(name))
 
 
-def test_keywords_of_a_name_shape_the_network() -> None:
-    network = build_network(name_architecture("vit_tiny_patch16_224?img_size=32&patch_size=4&depth=1"))
-    assert network.pos_embed.shape == (1, 1 + 8 * 8, 192)
-
-
 def test_unknown_name_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(CheckpointError, match=r"Did you mean vit_tiny_patch16_224\?"):
         build_network(name_architecture("vit_tiny_patch16_223"))
@@ -43,16 +38,6 @@ def test_keywords_that_the_network_does_not_take_are_refused(query: str) -> None
 def test_network_has_no_classifier_and_is_in_eval_mode() -> None:
     network = build_network(name_architecture(TINY))
     assert (network.training, [name for name in network.state_dict() if name.startswith("head")]) == (False, [])
-
-
-def test_same_seed_draws_the_same_weights() -> None:
-    first, second = (build_network(name_architecture(TINY), seed=3).state_dict() for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_another_seed_draws_other_weights() -> None:
-    first, second = (build_network(name_architecture(TINY), seed=seed).state_dict() for seed in (3, 4))
-    assert not torch.equal(first["patch_embed.proj.weight"], second["patch_embed.proj.weight"])
 
 
 @pytest.mark.parametrize("architecture", [name_architecture(TINY), Architecture(name="resnet18", timm_name="resnet18")])
@@ -76,14 +61,6 @@ def test_outline_has_the_shapes_of_the_network(vit_weights: WeightMaker) -> None
     for architecture in (name_architecture(TINY), recognise_architecture(vit_weights())):
         outline, network = outline_network(architecture), build_network(architecture)
         assert shapes(outline.state_dict()) == shapes(network.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("name", "text"), [("vit_tiny_patch16_223", "Did you mean"), (f"{TINY}&width=3", "timm cannot build")]
-)
-def test_outline_that_cannot_be_built_is_refused(name: str, text: str) -> None:
-    with pytest.raises(CheckpointError, match=text):
-        outline_network(name_architecture(name))
 
 
 def test_network_without_end_is_refused_before_it_fills_the_memory() -> None:
