@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -66,28 +66,25 @@ class RowSource:
         return decode_image(content)
 
     def place(self, image_id: str) -> str:
-        row = f"{self.where}, row {self.rows[image_id]}"
+        file = None
         with contextlib.suppress(OSError):  # of a row that cannot be read
-            file = self._cell(image_id)[1]
-            return row if file is None else f"{row}: {file}"
-        return row
+            _, file = self._cell(image_id)
+        return f"{self.where}, row {self.rows[image_id]}" + (f": {file}" if file else "")
 
     def stamp(self, image_id: str) -> Stamp:
         content, file = self._cell(image_id)
         state, newest = self.state
-        if file is None:
-            return len(content), newest, newest, state, self.rows[image_id]
-        return file_stamp(file.stat())
+        row = len(content), newest, newest, state, self.rows[image_id]
+        return row if file is None else file_stamp(file.stat())
 
     def _cell(self, image_id: str) -> tuple[bytes, Path | None]:
         """Return the bytes of an image, or the file that holds them. Raises OSError."""
         from pyarrow import ArrowException
 
         try:
-            cell = self.table[self.rows[image_id]][self.column][0].as_py()
+            content, path = self.table[self.rows[image_id]][self.column][0].as_py().values()
         except ArrowException as error:
             raise OSError(f"the Arrow files are damaged: {first_line(error)}") from error
-        content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
         return (content, None) if content is not None else (b"", _local_file(path, self.folder))
 
 
@@ -96,8 +93,7 @@ class StoredRows:
     """One split as it is stored.
 
     Attributes:
-        classes: Names of the classes that occur.
-        labels: Index of each row's class.
+        classes: Names of the classes that occur; `labels` has the index of each row's class.
         paths: Stored path of each row's image, None where it has none.
     """
 
@@ -109,14 +105,18 @@ class StoredRows:
 
 def read_rows(name: HubName, split: str, table: "datasets.Dataset") -> StoredRows:
     """Read the labels and paths of one split; the images stay on the disk."""
+    import datasets
+
     where = f"{name}, split {split}"
     image, label = _find_image_column(where, table.features), _find_label_column(where, table.features)
     files = [Path(entry["filename"]) for entry in table.cache_files]
     if not files or not len(table):
         raise DataError("No rows", where=where, hint="Complete the data set.")
+    # Every cell becomes bytes and a path, whatever the column of other libraries holds.
+    table = table.select_columns([image, label]).cast_column(image, datasets.Image(decode=False)).with_format("arrow")
     labels: list[object] = []
     paths: list[str | None] = []
-    for batch in table.select_columns([image, label]).with_format("arrow").iter(batch_size=_BATCH_ROWS):
+    for batch in table.iter(batch_size=_BATCH_ROWS):
         labels += batch[label].to_pylist()
         paths += _read_paths(where, batch[image], len(paths), name.folder)
     classes, indices = _index_labels(where, table.features[label], labels)
@@ -124,7 +124,7 @@ def read_rows(name: HubName, split: str, table: "datasets.Dataset") -> StoredRow
     digest = hashlib.sha256(b"".join(os.fsencode(f"{file}\t{stamp}\n") for file, stamp in stamps)).digest()
     source = RowSource(
         where=where,
-        table=table.select_columns([image]).with_format("arrow"),
+        table=table.select_columns([image]),
         column=image,
         rows={},
         folder=name.folder,
@@ -140,14 +140,10 @@ def _find_image_column(where: str, features: "datasets.Features") -> str:
 
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not images:  # Parquet files that other libraries wrote state no features
-        images = [name for name in _IMAGE_COLUMNS if name in features and _holds_bytes(features[name])]
+        contents = {name: kind.get("bytes") if isinstance(kind, dict) else kind for name, kind in features.items()}
+        binary = ("binary", "large_binary")
+        images = [name for name in _IMAGE_COLUMNS if getattr(contents.get(name), "dtype", None) in binary]
     return _choose_column(where, features, "images", images, _IMAGE_COLUMNS)
-
-
-def _holds_bytes(feature: object) -> bool:
-    if isinstance(feature, dict):
-        return "bytes" in feature and _holds_bytes(feature["bytes"])
-    return getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
 def _find_label_column(where: str, features: "datasets.Features") -> str:
@@ -156,8 +152,7 @@ def _find_label_column(where: str, features: "datasets.Features") -> str:
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if not labels:
         plain = re.compile("(large_)?string|u?int(8|16|32|64)")
-        values = {name: feature.dtype for name, feature in features.items() if isinstance(feature, datasets.Value)}
-        labels = [name for name in _LABEL_COLUMNS if plain.fullmatch(values.get(name, ""))]
+        labels = [name for name in _LABEL_COLUMNS if plain.fullmatch(getattr(features.get(name), "dtype", ""))]
     return _choose_column(where, features, "classes", labels, _LABEL_COLUMNS)
 
 
@@ -167,17 +162,11 @@ def _choose_column(
     best = columns if len(columns) == 1 else [name for name in preferred if name in columns]
     if best:
         return best[0]
-    if columns:
-        raise DataError(
-            f"Several columns of {what}: {', '.join(columns)}",
-            where=where,
-            hint=f"Rename the right one to {preferred[0]!r}, or drop the others.",
-        )
     shown = [f"{name} ({getattr(kind, 'dtype', type(kind).__name__)})" for name, kind in features.items()]
     raise DataError(
-        f"No column of {what} (columns: {', '.join(shown) or 'none'})",
+        f"{'Several columns' if columns else 'No column'} of {what} (columns: {', '.join(shown) or 'none'})",
         where=where,
-        hint="A data set has one Image column, and a ClassLabel column or one called label of names or numbers.",
+        hint=f"Name the right one {preferred[0]!r}: an Image column for images, a ClassLabel, names or numbers for classes.",
     )
 
 
@@ -185,49 +174,36 @@ def _index_labels(where: str, feature: object, stored: Sequence[object]) -> tupl
     """Return the names of the classes that occur, and the index of each row's class among them."""
     import datasets
 
-    known = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-    values = list(dict.fromkeys(stored))
-    bad = {
+    known = dict(enumerate(feature.names)) if isinstance(feature, datasets.ClassLabel) else None
+    index = {value: number for number, value in enumerate(dict.fromkeys(stored))}
+    bad = [
         value
-        for value in values
-        if value is None or (isinstance(value, int) and (value < 0 or (known is not None and value >= len(known))))
-    }
+        for value in index
+        if value is None or (value not in known if known is not None else isinstance(value, int) and value < 0)
+    ]
     if bad:
         rows = [row for row, value in enumerate(stored) if value in bad]
-        shown = ", ".join(str(value) for value in values if value in bad)
+        shown = ", ".join(map(str, bad))
         raise DataError(
             f"{len(rows):,} of {len(stored):,} rows have no class (labels {shown:.60}; first row {rows[0]})",
             where=where,
             hint="Test splits are often published without labels: use a data set with labelled validation images.",
         )
-    index = {value: position for position, value in enumerate(values)}
-    names = [known[value] if known is not None and isinstance(value, int) else str(value) for value in values]
-    return names, [index[value] for value in stored]
+    return [str(known[value] if known is not None else value) for value in index], [index[value] for value in stored]
 
 
 def _read_paths(where: str, column: "pyarrow.ChunkedArray", first: int, folder: Path | None) -> list[str | None]:
     """Return the stored paths of a batch of rows. Raises DataError for a row without bytes that names no local file."""
     import pyarrow.compute as pc
 
-    contents = _contents(column)
-    has_paths = contents is not column and column.type.get_field_index("path") >= 0
-    paths: list[str | None] = pc.struct_field(column, "path").to_pylist() if has_paths else [None] * len(column)
-    if contents.null_count:
-        for row, (has_bytes, path) in enumerate(zip(contents.is_valid().to_pylist(), paths, strict=True), start=first):
-            try:
-                if not has_bytes:
-                    _local_file(path, folder, must_exist=False)
-            except OSError as error:
-                hint = "Store the images' bytes, as `push_to_hub` and `embed` do."
-                raise DataError(f"No image: {error}", where=f"{where}, row {row}", hint=hint) from error
+    paths: list[str | None] = pc.struct_field(column, "path").to_pylist()
+    for row in pc.indices_nonzero(pc.struct_field(column, "bytes").is_null()).to_pylist():
+        try:
+            _local_file(paths[row], folder, must_exist=False)
+        except OSError as error:
+            hint = "Store the images' bytes, as `push_to_hub` and `embed` do."
+            raise DataError(f"No image: {error}", where=f"{where}, row {first + row}", hint=hint) from error
     return paths
-
-
-def _contents(column: "pyarrow.ChunkedArray") -> Any:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
 
 
 def _local_file(path: str | None, folder: Path | None, *, must_exist: bool = True) -> Path:
@@ -245,26 +221,16 @@ def _local_file(path: str | None, folder: Path | None, *, must_exist: bool = Tru
 
 
 def name_by_rows(stored: StoredRows) -> list[str]:
-    """Name each image by the number of its row, with a suffix by its first bytes. Raises DataError."""
+    """Name each image by the number of its row, with a suffix by its first bytes."""
     import pyarrow.compute as pc
 
     source = stored.source
     names: list[str] = []
     for batch in source.table.iter(batch_size=_BATCH_ROWS):
-        for head in pc.binary_slice(_contents(batch[source.column]), 0, _HEAD_BYTES).to_pylist():
-            start = _read_head(source, stored.paths[len(names)], len(names)) if head is None else head
-            suffix = next((suffix for suffix, magic in _MAGIC.items() if magic.match(start)), "img")
+        for head in pc.binary_slice(pc.struct_field(batch[source.column], "bytes"), 0, _HEAD_BYTES).to_pylist():
+            if head is None:
+                with contextlib.suppress(OSError):
+                    head = _local_file(stored.paths[len(names)], source.folder).read_bytes()[:_HEAD_BYTES]
+            suffix = next((suffix for suffix, magic in _MAGIC.items() if magic.match(head or b"")), "img")
             names.append(f"{len(names):08d}.{suffix}")
     return names
-
-
-def _read_head(source: RowSource, path: str | None, row: int) -> bytes:
-    try:
-        with _local_file(path, source.folder).open("rb") as file:
-            return file.read(_HEAD_BYTES)
-    except OSError as error:
-        raise DataError(
-            f"Cannot read {path}: {error.strerror or error}",
-            where=f"{source.where}, row {row}",
-            hint="Put it back, or store the images' bytes instead of their paths.",
-        ) from error

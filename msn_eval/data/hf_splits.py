@@ -1,12 +1,11 @@
 """The splits of a data set, as the `datasets` library loads them from the hub, its cache or a local folder."""
 
-import contextlib
 import errno
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,12 +38,6 @@ class HubName:
 
     def __str__(self) -> str:
         return f"hf:{self.text}"
-
-    @property
-    def short(self) -> str:
-        if self.folder is None:
-            return self.text
-        return f"{self.folder.name}:{self.config}" if self.config else self.folder.name
 
 
 def parse_name(text: str) -> HubName:
@@ -81,10 +74,7 @@ def load_splits(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
             where=str(name),
             hint="Install it: pip install 'msn-eval[hf]'.",
         ) from error
-    # The library warns about calls that contradict its own environment variable.
-    is_drawn = not datasets.are_progress_bars_disabled() and "HF_DATASETS_DISABLE_PROGRESS_BARS" not in os.environ
-    hide_bars = is_drawn and not sys.stderr.isatty()
-    if hide_bars:
+    if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         return _load_from_hub(name, splits) if name.folder is None else _load_folder(name, name.folder, splits)
@@ -92,9 +82,6 @@ def load_splits(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
         raise
     except Exception as error:  # the library's errors have no common base
         raise _translate(error, name) from error
-    finally:
-        if hide_bars:
-            datasets.enable_progress_bars()
 
 
 def _load_folder(name: HubName, folder: Path, splits: Sequence[str]) -> "dict[str, Table]":
@@ -104,12 +91,6 @@ def _load_folder(name: HubName, folder: Path, splits: Sequence[str]) -> "dict[st
         stored = datasets.DatasetDict.load_from_disk(folder, keep_in_memory=False)
         chosen = {split: _choose_split(name, split, list(stored)) for split in splits}
         return {split: (own, stored[own]) for split, own in chosen.items()}
-    if (folder / "state.json").is_file():
-        raise DataError(
-            "The folder holds a single split that `save_to_disk` wrote",
-            where=str(name),
-            hint="Save a DatasetDict of train and validation, and give its folder, which holds a dataset_dict.json.",
-        )
     # An absolute path, because the library takes some relative ones for names of its own.
     return _prepare(name, datasets.load_dataset_builder(str(folder), name.config), splits)
 
@@ -119,8 +100,9 @@ def _load_from_hub(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
     from huggingface_hub import HfApi
 
     commit, reason = name.revision, ""
-    if (forbidden := offline_variable()) is not None or datasets.config.HF_HUB_OFFLINE:
-        reason = f"${forbidden or 'HF_DATASETS_OFFLINE'} forbids to ask the hub"
+    forbidden = offline_variable() or ("HF_DATASETS_OFFLINE" if datasets.config.HF_HUB_OFFLINE else None)
+    if forbidden is not None:
+        reason = f"${forbidden} forbids to ask the hub"
     else:
         try:
             # One short request; the library itself waits half a minute for a silent hub.
@@ -129,28 +111,21 @@ def _load_from_hub(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
         except UnreachableError as error:
             reason = f"the hub cannot be reached: {error}"
             _log.warning("%s: %s; using the cache", name, reason)
-    with _offline() if reason else contextlib.nullcontext():
+    before = datasets.config.HF_HUB_OFFLINE
+    try:
+        datasets.config.HF_HUB_OFFLINE = before or bool(reason)  # else the library would ask the hub
         try:
             builder = datasets.load_dataset_builder(name.path, name.config, revision=commit)
         except Exception as error:
-            raise (_not_cached(name, reason) if reason and _disk_error(error) is None else error) from error
+            if reason and _disk_error(error) is None:
+                raise _not_cached(name, reason) from error
+            raise
         # The library falls back to any cached version of this name, whatever its revision.
         if type(builder).__module__.endswith(".cache.cache") and commit is not None and builder.hash != commit:
             raise _not_cached(name, reason or "the hub stopped answering")
         return _prepare(name, builder, splits)
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Keep the library from asking the hub."""
-    from datasets import config
-
-    before = config.HF_HUB_OFFLINE
-    config.HF_HUB_OFFLINE = True
-    try:
-        yield
     finally:
-        config.HF_HUB_OFFLINE = before
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _prepare(name: HubName, builder: "datasets.DatasetBuilder", splits: Sequence[str]) -> "dict[str, Table]":
@@ -161,9 +136,8 @@ def _prepare(name: HubName, builder: "datasets.DatasetBuilder", splits: Sequence
 
 
 def _choose_split(name: HubName, split: str, existing: Sequence[str]) -> str:
-    for candidate in _SPLITS[split]:
-        if candidate in existing:
-            return candidate
+    if candidates := [candidate for candidate in _SPLITS[split] if candidate in existing]:
+        return candidates[0]
     raise DataError(
         f"No split {' or '.join(map(repr, _SPLITS[split]))} (existing: {', '.join(existing) or 'none'})",
         where=str(name),
@@ -173,13 +147,9 @@ def _choose_split(name: HubName, split: str, existing: Sequence[str]) -> str:
 
 def _disk_error(error: BaseException | None) -> OSError | None:
     """Return the error of the disk among an error and its causes, None where there is none."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, OSError) and error.errno in _DISK:
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return None
+    if error is None or (isinstance(error, OSError) and error.errno in _DISK):
+        return error
+    return _disk_error(error.__cause__ or error.__context__)
 
 
 def _translate(error: Exception, name: HubName) -> MsnEvalError:
@@ -198,32 +168,29 @@ def _translate(error: Exception, name: HubName) -> MsnEvalError:
             "that `save_to_disk` wrote need no cache.",
         )
     text = first_line(error)
-    if isinstance(error, ValueError) and "onfig" in text:  # several, and the name has none or an unknown one
-        listed = " ".join(str(error).split())[:600]
-        return DataError(listed, where=str(name), hint=f"Choose one: hf:{name.path}:CONFIG.")
-    if "scripts are no longer supported" in text:
-        return DataError(
-            "The data set has code of its own, which is never run here",
-            where=str(name),
-            hint="Use a version in Parquet files; many data sets have one in their branch refs/convert/parquet: "
-            f"hf:{name.path}@refs/convert/parquet.",
-        )
-    return DataError(
-        f"The `datasets` library cannot load it: {text}",
-        where=str(name),
-        hint="It reads folders of train-*.parquet and validation-*.parquet, what `save_to_disk` wrote, and most layouts "
-        "of the hub. Give an image folder by its path, without hf:.",
+    what = f"The `datasets` library cannot load it: {text}"
+    hint = (
+        "It reads folders of train-*.parquet and validation-*.parquet, folders of a DatasetDict that `save_to_disk` wrote, "
+        "and most layouts of the hub. Give an image folder by its path, without hf:."
     )
+    if isinstance(error, ValueError) and "onfig" in text:  # several, and the name has none or an unknown one
+        what, hint = " ".join(str(error).split())[:600], f"Choose one: hf:{name.path}:CONFIG."
+    elif "scripts are no longer supported" in text:
+        what = "The data set has code of its own, which is never run here"
+        hint = (
+            "Use a version in Parquet files; many data sets have one in their branch refs/convert/parquet: "
+            f"hf:{name.path}@refs/convert/parquet."
+        )
+    return DataError(what, where=str(name), hint=hint)
 
 
 def _not_cached(name: HubName, reason: str) -> DataError:
     from datasets import config
 
-    revision = f" --revision {name.revision}" if name.revision else ""
-    commit = f" at a commit known to be {name.revision}" if name.revision else ""
+    option, commit = (f" --revision {name.revision}", f" at {name.revision}") if name.revision else ("", "")
     return DataError(
         f"{reason}, and the cache {config.HF_DATASETS_CACHE} does not hold this data set{commit}",
         where=str(name),
-        hint=f"On a machine with a network, run `hf download --repo-type dataset {name.path}{revision} --local-dir DIR`, "
+        hint=f"On a machine with a network, run `hf download --repo-type dataset {name.path}{option} --local-dir DIR`, "
         f"copy DIR here and give it: hf:DIR{f':{name.config}' if name.config else ''}.",
     )

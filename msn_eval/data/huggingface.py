@@ -39,17 +39,15 @@ def list_hub(place: str, options: LoadOptions) -> DatasetListing:
     tables = load_splits(hub_name, options.splits)
     stored = {wanted: read_rows(hub_name, split, table) for wanted, (split, table) in tables.items()}
     names = _name_classes(hub_name, [name for rows in stored.values() for name in rows.classes])
-    return DatasetListing(
-        name=hub_name.short, splits={split: _list_rows(rows, names) for split, rows in stored.items()}
-    )
+    splits = {split: _list_rows(rows, names) for split, rows in stored.items()}
+    folder, config = hub_name.folder, f":{hub_name.config}" if hub_name.config else ""
+    return DatasetListing(name=hub_name.text if folder is None else f"{folder.name}{config}", splits=splits)
 
 
 def _name_classes(hub_name: HubName, stored: Sequence[str]) -> dict[str, str]:
     """Return the name of each class in ids: one part of a path, on one line. Raises DataError where two become one."""
-    names: dict[str, str] = {}
-    for name in stored:
-        safe = _FORBIDDEN.sub("_", name)
-        names[name] = "_" * max(1, len(safe)) if safe in ("", ".", "..") else safe
+    names = {name: _FORBIDDEN.sub("_", name) for name in stored}
+    names |= {name: "_" * max(1, len(name)) for name in names if name in ("", ".", "..")}
     counts = Counter(names.values())
     merged = [name for name, safe in names.items() if counts[safe] > 1]
     if merged:

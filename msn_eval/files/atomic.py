@@ -93,15 +93,14 @@ def _is_abandoned(temporary: Path) -> bool:
     """Whether a temporary file is older than a day and of a dead process of this host."""
     try:
         name, pid, _ = temporary.name.removesuffix(_SUFFIX).rsplit(".", 2)
-        if not name.endswith(f".{socket.gethostname()}") or time.time() - temporary.stat().st_mtime < _STALE_SECONDS:
-            return False
-        if os.name != "posix":  # on Windows, signal 0 is Ctrl-C
+        is_young = time.time() - temporary.stat().st_mtime < _STALE_SECONDS
+        if is_young or not name.endswith(f".{socket.gethostname()}") or os.name != "posix":  # on Windows, 0 is Ctrl-C
             return False
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
     except (ValueError, OverflowError, OSError):
-        return False
+        pass
     return False
 
 
