@@ -100,11 +100,8 @@ def _check_equal(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor], o
     """Raise CheckpointError, and remove `out`, unless it reads back bit by bit as what was to be written."""
     if weights_sha256(written) != weights_sha256(tensors):
         remove(out)
-        raise CheckpointError(
-            "The tensors read back differently; the output was removed",
-            where=str(out),
-            hint="Convert to another format, or report this.",
-        )
+        what, hint = "The tensors read back differently; the output was removed", "Use another format, or report this."
+        raise CheckpointError(what, where=str(out), hint=hint)
 
 
 def _check_readable_without_name(stored: StoredCheckpoint) -> None:
@@ -119,12 +116,10 @@ def _check_readable_without_name(stored: StoredCheckpoint) -> None:
         return  # it needs --arch, before as after
     is_transformer = isinstance(outline, VisionTransformer | Beit)
     if is_transformer and read_heads_and_epsilon(outline_network(guessed)) != read_heads_and_epsilon(outline):
-        raise CheckpointError(
-            f"{stored.architecture.name} has other heads or another epsilon than a reader of its weights would assume "
-            f"({guessed.name})",
-            where=stored.where,
-            hint="Use --to hf, whose config.json states them.",
+        what = (
+            f"{stored.architecture.name} has other heads or another epsilon than readers would assume ({guessed.name})"
         )
+        raise CheckpointError(what, where=stored.where, hint="Use --to hf, whose config.json states them.")
 
 
 def _write_folder(out: Path, stored: StoredCheckpoint) -> None:

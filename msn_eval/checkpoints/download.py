@@ -131,8 +131,7 @@ def _complete(part: Path, target: Path, size: int, offset: int, rest: Iterable[b
         file.seek(0)
         container = sniff_container(file.read(512))
         os.fsync(file.fileno())
-    problem = container[0] if isinstance(container, tuple) else ""
-    if problem:
+    if problem := container[0] if isinstance(container, tuple) else "":
         part.unlink()
         raise ValueError(f"the response ({size:,} bytes) is not a checkpoint: {problem}")
     part.replace(target)

@@ -53,11 +53,9 @@ def read_config_beside(folder: Path) -> HubConfig:
     """
     config, where = read_hub_config(folder), str(folder / CONFIG)
     if os.path.lexists(folder / _ADAPTER):
-        raise CheckpointError(
-            f"An adapter beside it ({_ADAPTER}) would change the network and is not supported",
-            where=where,
-            hint="Merge it (merge_and_unload of peft) and save that, or remove the adapter's files to evaluate the base.",
-        )
+        what = f"An adapter beside it ({_ADAPTER}) would change the network and is not supported"
+        hint = "Merge it (merge_and_unload of peft) and save that, or remove the adapter's files to evaluate the base."
+        raise CheckpointError(what, where=where, hint=hint)
     if "architecture" in config:
         return _read_timm_config(config, where)
     model_type, known = config.get("model_type"), ", ".join(_NORM_EPS)
@@ -100,9 +98,6 @@ def _check_keywords(stated: Mapping[str, object], where: str) -> dict[str, objec
         numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int | float)]
         largest = _DEEPEST if name.startswith("depth") else _LARGEST_IMAGE if name == "img_size" else _LARGEST
         if name in NOT_KEYWORDS or isinstance(value, Mapping) or any(not abs(item) <= largest for item in numbers):
-            raise CheckpointError(
-                f"model_args has {name} = {str(value)[:60]!r}, which is not a supported keyword of an architecture",
-                where=where,
-                hint=_WITH_ARCH,
-            )
+            what = f"model_args has {name} = {str(value)[:60]!r}, which is not a supported keyword of an architecture"
+            raise CheckpointError(what, where=where, hint=_WITH_ARCH)
     return {name: value for name, value in stated.items() if name != "num_classes"}

@@ -16,7 +16,6 @@ from msn_eval.files.atomic import written_atomically
 from msn_eval.models.vit import native_pixels, stored_pixels
 
 RESULT = "msn_eval_result"  # in config.json: the id of the record that describes the network
-_RESIZE_RATIO = 256 / 224  # of the image's shorter side to the side of the crop
 _EXPORTED = re.compile(
     r"cls_token|reg_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)"
     r"|blocks\.\d+\.((norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma)"
@@ -138,7 +137,7 @@ def build_folder_content(network: PlainNetwork) -> FolderContent:
     processor = {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": round(side * _RESIZE_RATIO)},
+        "size": {"shortest_edge": round(side * 256 / 224)},
         "resample": 2,  # bilinear
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
@@ -166,9 +165,9 @@ def _not_exportable(network: PlainNetwork, obstacle: str) -> CheckpointError:
 def _choose_model_type(weights: Mapping[str, Tensor]) -> str:
     if "cls_token" not in weights:
         return "ijepa"
-    if "blocks.0.ls1.gamma" in weights:
-        return "dinov2_with_registers" if "reg_token" in weights else "dinov2"
-    return "vit_msn"
+    if "reg_token" in weights:
+        return "dinov2_with_registers"
+    return "dinov2" if "blocks.0.ls1.gamma" in weights else "vit_msn"
 
 
 def _find_obstacle(outline: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
@@ -257,11 +256,8 @@ def build_classifier_content(network: PlainNetwork, head: Head, *, result_id: st
     model = f"{_MODELS[model_type]}ForImageClassification"
     taps = {"vit_msn": ["cls-norm"], "ijepa": ["mean"]}.get(model_type, ["cls-norm", "mean"])
     if head.tap not in taps:
-        raise CheckpointError(
-            f"{network.name} cannot be written for transformers: {model} puts no head on tap {head.tap}",
-            where=network.where,
-            hint=f"Fine-tune with --tap {taps[0]}.",
-        )
+        what = f"{network.name} cannot be written for transformers: {model} puts no head on tap {head.tap}"
+        raise CheckpointError(what, where=network.where, hint=f"Fine-tune with --tap {taps[0]}.")
     weight = head.weight
     if len(taps) == 2:  # the classifier reads the CLS token and the mean of the patches, concatenated
         zeros = torch.zeros_like(weight)

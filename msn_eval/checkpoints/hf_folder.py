@@ -21,11 +21,8 @@ CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 INDEX_SUFFIX = ".index.json"
 # In the order of preference: formats that can hold nothing but tensors come first.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+WEIGHT_FILES = tuple(
+    f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX_SUFFIX)
 )
 _TIMEOUT_SECONDS = 10.0
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -48,13 +45,12 @@ def open_hub(name: str) -> tuple[Path, str]:
     folder = Path(name).expanduser()
     if folder.is_dir():
         find_weight_files(folder)
-        full_name = f"hf:{name}"
     else:
         repository, _, revision = name.partition("@")
         folder = _open_repository(repository, revision or "main")
-        full_name = f"hf:{repository}@{folder.name}"
+        name = f"{repository}@{folder.name}"
     read_hub_config(folder)
-    return folder, full_name
+    return folder, f"hf:{name}"
 
 
 def check_hub_name(name: str) -> None:
@@ -63,11 +59,9 @@ def check_hub_name(name: str) -> None:
     if os.path.isdir(os.path.expanduser(name)):  # noqa: PTH111, PTH112
         return
     if _REPOSITORY.fullmatch(name) is None or ".." in name:
-        raise CheckpointError(
-            "Neither an existing folder nor OWNER/NAME or OWNER/NAME@REVISION on the hub",
-            where=f"hf:{name}",
-            hint="Write for example hf:facebook/vit-msn-small. Give a single weight file by its path, without hf:.",
-        )
+        what = "Neither an existing folder nor OWNER/NAME or OWNER/NAME@REVISION on the hub"
+        hint = "Write for example hf:facebook/vit-msn-small. Give a single weight file by its path, without hf:."
+        raise CheckpointError(what, where=f"hf:{name}", hint=hint)
 
 
 def _open_repository(repository: str, revision: str) -> Path:
@@ -125,11 +119,9 @@ def _download(repository: str, revision: str, where: str) -> Path:
     names = {sibling.rfilename for sibling in info.siblings or ()}
     weights = next((name for name in WEIGHT_FILES if name in names), None)
     if CONFIG not in names or weights is None:
-        raise CheckpointError(
-            f"The repository has no {CONFIG}, or none of {', '.join(WEIGHT_FILES)}",
-            where=where,
-            hint="Choose one in the layout of transformers or timm, or download its weight file and give the path.",
-        )
+        what = f"The repository has no {CONFIG}, or none of {', '.join(WEIGHT_FILES)}"
+        hint = "Choose one in the layout of transformers or timm, or download its weight file and give the path."
+        raise CheckpointError(what, where=where, hint=hint)
     folder = Path(hf_hub_download(repository, CONFIG, revision=revision)).parent
     with suppress(*() if PREPROCESSOR in names else (EntryNotFoundError,)):  # records that there is none
         hf_hub_download(repository, PREPROCESSOR, revision=folder.name)
@@ -148,11 +140,8 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
     """
     first = next((name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)
     if first is None:
-        raise CheckpointError(
-            f"The folder holds none of {', '.join(WEIGHT_FILES)}",
-            where=str(folder),
-            hint="Give a folder that `save_pretrained` wrote, or the path of the weight file itself.",
-        )
+        hint = "Give a folder that `save_pretrained` wrote, or the path of the weight file itself."
+        raise CheckpointError(f"The folder holds none of {', '.join(WEIGHT_FILES)}", where=str(folder), hint=hint)
     return tuple(_check_file(folder / name) for name in _list_files(folder, first))
 
 
@@ -165,11 +154,9 @@ def _list_files(folder: Path, name: str) -> list[str]:
     names = sorted({str(file) for file in weight_map.values()}) if isinstance(weight_map, dict) else []
     odd = [file for file in names if PurePath(file).name != file or "\\" in file or PurePath(file).suffix != suffix]
     if odd or not names:
-        raise CheckpointError(
-            f"{odd[0]!r} is not the name of a {suffix} file beside the index" if odd else "No weight_map with files",
-            where=str(folder / name),
-            hint="The index is damaged or hostile; download it again from its publisher.",
-        )
+        what = f"{odd[0]!r} is not the name of a {suffix} file beside the index" if odd else "No weight_map with files"
+        hint = "The index is damaged or hostile; download it again from its publisher."
+        raise CheckpointError(what, where=str(folder / name), hint=hint)
     return names
 
 
@@ -181,12 +168,9 @@ def read_hub_config(folder: Path) -> dict[str, object]:
     config = _read_json(folder / CONFIG)
     for name, content in ((CONFIG, config), (PREPROCESSOR, _read_preprocessor(folder))):
         if "auto_map" in content:
-            raise CheckpointError(
-                "Requires code of its own repository (auto_map), which is never run here",
-                where=str(folder / name),
-                hint="Choose a repository that transformers or timm supports without it, or wrap the network yourself: "
-                "py:package.module:factory.",
-            )
+            what = "Requires code of its own repository (auto_map), which is never run here"
+            hint = "Choose a repository without it, or wrap the network yourself: py:package.module:factory."
+            raise CheckpointError(what, where=str(folder / name), hint=hint)
     return config
 
 
@@ -251,9 +235,9 @@ def _check_file(path: Path) -> Path:
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a parent folder is closed
         raise CheckpointError("No such file, or not readable", where=str(path), hint="Download or copy it again.")
     if not any(path.resolve().is_relative_to(root) for root in allowed):
-        raise CheckpointError(
+        what, hint = (
             f"A link that leads out of its folder, to {path.resolve()}",
-            where=str(path),
-            hint="Put the file itself there if you trust it.",
+            "Put the file itself there if you trust it.",
         )
+        raise CheckpointError(what, where=str(path), hint=hint)
     return path

@@ -25,11 +25,9 @@ MSN_RELEASES = {
 def find_release(name: str) -> str:
     """Return the file name of a released network. Raises CheckpointError for a name that is not one of the five."""
     if name not in MSN_RELEASES:
-        raise CheckpointError(
-            f"MSN released no network {name!r}.{did_you_mean(name, MSN_RELEASES)}",
-            where=f"msn:{name}",
-            hint=f"The released networks are {', '.join(f'msn:{known}' for known in MSN_RELEASES)}.",
-        )
+        what = f"MSN released no network {name!r}.{did_you_mean(name, MSN_RELEASES)}"
+        hint = f"The released networks are {', '.join(f'msn:{known}' for known in MSN_RELEASES)}."
+        raise CheckpointError(what, where=f"msn:{name}", hint=hint)
     return MSN_RELEASES[name]
 
 
@@ -57,9 +55,8 @@ def fetch_msn(name: str) -> Path:
     hint = f"Download {url} manually, on a machine with a network, and put it at {path}; ${FOLDER_VARIABLE} names another folder."
     forbidden = offline_variable()
     if forbidden is not None:
-        raise CheckpointError(
-            f"No such file: {path}, and ${forbidden} forbids to download it", where=f"msn:{name}", hint=hint
-        )
+        what = f"No such file: {path}, and ${forbidden} forbids to download it"
+        raise CheckpointError(what, where=f"msn:{name}", hint=hint)
     digest = download(url, path, hint=hint)
     # In the format of `sha256sum -c`.
     write_atomically(path.with_name(f"{path.name}.sha256"), f"{digest}  {path.name}\n".encode())

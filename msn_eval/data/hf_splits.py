@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,12 +50,9 @@ def parse_name(text: str) -> HubName:
     match = _ON_THE_HUB.fullmatch(text)
     if match is not None and ".." not in text:
         return HubName(text=text, path=match["path"], config=match["config"], revision=match["revision"])
-    raise DataError(
-        "Neither an existing folder nor OWNER/NAME, OWNER/NAME:CONFIG or OWNER/NAME@REVISION on the hub",
-        where=f"hf:{text}",
-        hint="Write for example hf:uoft-cs/cifar10, or the path of a folder with train-*.parquet and "
-        "validation-*.parquet. Give an image folder by its path, without hf:.",
-    )
+    what = "Neither an existing folder nor OWNER/NAME, OWNER/NAME:CONFIG or OWNER/NAME@REVISION on the hub"
+    hint = "Write for example hf:uoft-cs/cifar10, or a folder of Parquet files. Give an image folder without hf:."
+    raise DataError(what, where=f"hf:{text}", hint=hint)
 
 
 def load_splits(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
@@ -69,11 +66,8 @@ def load_splits(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(
-            f"Data sets of the scheme hf: need the `datasets` library ({error})",
-            where=str(name),
-            hint="Install it: pip install 'msn-eval[hf]'.",
-        ) from error
+        what, hint = f"Needs the `datasets` library ({error})", "Install it: pip install 'msn-eval[hf]'."
+        raise UsageError(what, where=str(name), hint=hint) from error
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
@@ -89,8 +83,7 @@ def _load_folder(name: HubName, folder: Path, splits: Sequence[str]) -> "dict[st
 
     if (folder / "dataset_dict.json").is_file():
         stored = datasets.DatasetDict.load_from_disk(folder, keep_in_memory=False)
-        chosen = {split: _choose_split(name, split, list(stored)) for split in splits}
-        return {split: (own, stored[own]) for split, own in chosen.items()}
+        return {split: (own, stored[own]) for split, own in _choose_splits(name, splits, stored).items()}
     # An absolute path, because the library takes some relative ones for names of its own.
     return _prepare(name, datasets.load_dataset_builder(str(folder), name.config), splits)
 
@@ -131,18 +124,19 @@ def _load_from_hub(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
 def _prepare(name: HubName, builder: "datasets.DatasetBuilder", splits: Sequence[str]) -> "dict[str, Table]":
     """Write Arrow files where the library's cache has none yet, and map them into memory."""
     builder.download_and_prepare()
-    chosen = {split: _choose_split(name, split, list(builder.info.splits or ())) for split in splits}
+    chosen = _choose_splits(name, splits, builder.info.splits or {})
     return {split: (own, builder.as_dataset(split=own)) for split, own in chosen.items()}
 
 
-def _choose_split(name: HubName, split: str, existing: Sequence[str]) -> str:
-    if candidates := [candidate for candidate in _SPLITS[split] if candidate in existing]:
-        return candidates[0]
-    raise DataError(
-        f"No split {' or '.join(map(repr, _SPLITS[split]))} (existing: {', '.join(existing) or 'none'})",
-        where=str(name),
-        hint="Files of a local folder are assigned by their names: train-*.parquet and validation-*.parquet.",
-    )
+def _choose_splits(name: HubName, splits: Sequence[str], existing: Mapping[str, object]) -> dict[str, str]:
+    """Return the data set's own name for each split."""
+    chosen = {split: next((own for own in _SPLITS[split] if own in existing), "") for split in splits}
+    for split, own in chosen.items():
+        if not own:
+            what = f"No split {' or '.join(map(repr, _SPLITS[split]))} (existing: {', '.join(existing) or 'none'})"
+            hint = "Files of a local folder are assigned by their names: train-*.parquet and validation-*.parquet."
+            raise DataError(what, where=str(name), hint=hint)
+    return chosen
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
@@ -161,26 +155,17 @@ def _translate(error: Exception, name: HubName) -> MsnEvalError:
         path = os.fsdecode(disk.filename) if isinstance(disk.filename, str | bytes) else str(config.HF_DATASETS_CACHE)
         if name.folder is not None and Path(path).is_relative_to(name.folder):
             return DataError(f"Cannot read it: {disk.strerror}", where=path, hint="Check its permissions.")
-        return StoreError(
-            f"Cannot write the cache of the `datasets` library: {disk.strerror}",
-            where=path,
-            hint="Free space, or choose another folder: $HF_DATASETS_CACHE (and $HF_HUB_CACHE for downloads). Folders "
-            "that `save_to_disk` wrote need no cache.",
-        )
+        what = f"Cannot write the cache of the `datasets` library: {disk.strerror}"
+        hint = "Free space, or choose another folder: $HF_DATASETS_CACHE (and $HF_HUB_CACHE for downloads)."
+        return StoreError(what, where=path, hint=hint)
     text = first_line(error)
     what = f"The `datasets` library cannot load it: {text}"
-    hint = (
-        "It reads folders of train-*.parquet and validation-*.parquet, folders of a DatasetDict that `save_to_disk` wrote, "
-        "and most layouts of the hub. Give an image folder by its path, without hf:."
-    )
+    hint = "It reads train-*.parquet and validation-*.parquet, and what `save_to_disk` wrote for a DatasetDict."
     if isinstance(error, ValueError) and "onfig" in text:  # several, and the name has none or an unknown one
         what, hint = " ".join(str(error).split())[:600], f"Choose one: hf:{name.path}:CONFIG."
     elif "scripts are no longer supported" in text:
         what = "The data set has code of its own, which is never run here"
-        hint = (
-            "Use a version in Parquet files; many data sets have one in their branch refs/convert/parquet: "
-            f"hf:{name.path}@refs/convert/parquet."
-        )
+        hint = f"Use Parquet files; many data sets have them in a branch: hf:{name.path}@refs/convert/parquet."
     return DataError(what, where=str(name), hint=hint)
 
 
@@ -188,9 +173,9 @@ def _not_cached(name: HubName, reason: str) -> DataError:
     from datasets import config
 
     option, commit = (f" --revision {name.revision}", f" at {name.revision}") if name.revision else ("", "")
-    return DataError(
-        f"{reason}, and the cache {config.HF_DATASETS_CACHE} does not hold this data set{commit}",
-        where=str(name),
-        hint=f"On a machine with a network, run `hf download --repo-type dataset {name.path}{option} --local-dir DIR`, "
-        f"copy DIR here and give it: hf:DIR{f':{name.config}' if name.config else ''}.",
+    what = f"{reason}, and the cache {config.HF_DATASETS_CACHE} does not hold this data set{commit}"
+    hint = (
+        f"On a machine with a network, run `hf download --repo-type dataset {name.path}{option} --local-dir DIR`, "
+        f"copy DIR here and give it: hf:DIR{f':{name.config}' if name.config else ''}."
     )
+    return DataError(what, where=str(name), hint=hint)

@@ -16,12 +16,9 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a JSON number")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse)
-
-
 def parse_json(text: bytes) -> Any:
     """Parse strict JSON, without the NaN and Infinity that Python accepts. Raises ValueError."""
-    return _DECODER.decode(text.decode("utf-8"))
+    return json.loads(text.decode(), parse_constant=_refuse)
 
 
 def read_fields(kind: type[_Record], content: Any) -> _Record:
@@ -119,8 +116,7 @@ def _reader(hint: Any, where: str) -> _Reader:
 
 
 def _wrong_type(where: str, value: Any) -> ValueError:
-    text = json.dumps(value)
-    return ValueError(f"{where} is of the wrong type: {text if len(text) <= 60 else f'{text[:60]}…'}")
+    return ValueError(f"{where} is of the wrong type: {json.dumps(value)[:60]}")
 
 
 def canonical_json(value: object) -> str:

@@ -423,12 +423,12 @@ def test_relative_path_starts_at_the_folder(tmp_path: Path) -> None:
         ("https://example.org/x.png", "only an address is stored, https://example.org/x.png"),
     ],
 )
-def test_row_without_an_image_is_named(
-    tmp_path: Path, path: str | None, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("msn_eval.data.hf_rows._BATCH_ROWS", 2)
-    name = write_paths(tmp_path / "d", (b"1", "a.png"), (b"2", "b.png"), (b"3", "c.png"), (None, path))
-    assert f"split train, row 3: No image: {why}" in refused(name)
+def test_row_without_an_image_is_an_error_of_its_image_alone(tmp_path: Path, path: str | None, why: str) -> None:
+    val = read(write_paths(tmp_path / "d", (picture(1), "a.png"), (None, path))).val
+    for image in val.ids[:-1]:
+        assert val.source.read(image) == picture(1)
+    with pytest.raises(OSError, match=why):
+        val.source.read(val.ids[-1])
 
 
 @pytest.mark.parametrize("kind", ["nothing", "a pipe"])
@@ -498,7 +498,7 @@ def test_stamp_of_a_row_with_a_path_is_that_of_the_file(tmp_path: Path) -> None:
     assert val.source.stamp("ant/x.png")[:2] == (len(picture(1)), 9)
 
 
-@pytest.mark.parametrize(("content", "text"), [(b"no image", "no JPEG, PNG"), (b"", "the file is empty")])
+@pytest.mark.parametrize(("content", "text"), [(b"no image", "not an image"), (b"", "the file is empty")])
 def test_damaged_or_empty_image_is_a_bad_image(tmp_path: Path, content: bytes, text: str) -> None:
     rows = [{"image": {"bytes": content, "path": None}, "label": 0}]
     val = read(write(tmp_path / "d", train=rows, validation=rows)).val
