@@ -99,10 +99,7 @@ def write_folder(out: Path, content: FolderContent) -> None:
 
 
 def build_folder_content(network: PlainNetwork) -> FolderContent:
-    """Return what transformers reads as the same network without a classifier.
-
-    Raises CheckpointError where transformers has no such network.
-    """
+    """Return what transformers reads as the network without a classifier. Raises CheckpointError where it has no such."""
     outline, weights = network.outline, network.weights
     if obstacle := _find_obstacle(outline, weights):
         raise _not_exportable(network, obstacle)
@@ -247,10 +244,7 @@ def _rename_tensors(network: PlainNetwork, model_type: str) -> dict[str, Tensor]
 
 
 def build_classifier_content(network: PlainNetwork, head: Head, *, result_id: str) -> FolderContent:
-    """Return what transformers reads as a network with its head.
-
-    Raises CheckpointError where it has no class that computes the same logits.
-    """
+    """Return what transformers reads as a network with its head. Raises CheckpointError where its logits would differ."""
     backbone = build_folder_content(network)
     model_type = str(backbone.config["model_type"])
     model = f"{_MODELS[model_type]}ForImageClassification"
@@ -275,10 +269,7 @@ def build_classifier_content(network: PlainNetwork, head: Head, *, result_id: st
 
 
 def write_classifier(out: Path, content: FolderContent) -> None:
-    """Write a folder, complete or not at all, unless the folder of the same result exists.
-
-    Raises UsageError where something else exists there, StoreError when the disk refuses.
-    """
+    """Write a folder, unless that of the same result exists. Raises UsageError where something else is there, StoreError."""
     result_id = str(content.config[RESULT])
     check_save_folder(out, result_id)
     if read_saved_result(out) != result_id:

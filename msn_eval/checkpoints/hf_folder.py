@@ -134,10 +134,7 @@ def _download(repository: str, revision: str, where: str) -> Path:
 
 
 def find_weight_files(folder: Path) -> tuple[Path, ...]:
-    """Return the weight files of a folder, by the first of WEIGHT_FILES that exists.
-
-    Raises CheckpointError naming what is missing, damaged, or a link out of the folder.
-    """
+    """Return the weight files of a folder. Raises CheckpointError naming what is missing or a link out of the folder."""
     first = next((name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)
     if first is None:
         hint = "Give a folder that `save_pretrained` wrote, or the path of the weight file itself."
@@ -161,10 +158,7 @@ def _list_files(folder: Path, name: str) -> list[str]:
 
 
 def read_hub_config(folder: Path) -> dict[str, object]:
-    """Read a folder's config.json as plain data.
-
-    Raises CheckpointError where it is missing or damaged, and where the folder requires its own code.
-    """
+    """Read a folder's config.json. Raises CheckpointError where it is missing or damaged, or requires its own code."""
     config = _read_json(folder / CONFIG)
     for name, content in ((CONFIG, config), (PREPROCESSOR, _read_preprocessor(folder))):
         if "auto_map" in content:

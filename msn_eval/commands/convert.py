@@ -8,9 +8,7 @@ from pathlib import Path
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("checkpoint", metavar="IN", help="as `msn-eval inspect` takes it")
-    parser.add_argument(
-        "out", metavar="OUT", type=Path, help="the file, or for hf the folder, to write; must not exist"
-    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="the file (hf: the folder) to write; must not exist")
     parser.add_argument(
         "--to",
         choices=("safetensors", "timm", "hf"),

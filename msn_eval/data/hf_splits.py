@@ -130,9 +130,9 @@ def _prepare(name: HubName, builder: "datasets.DatasetBuilder", splits: Sequence
 
 def _choose_splits(name: HubName, splits: Sequence[str], existing: Mapping[str, object]) -> dict[str, str]:
     """Return the data set's own name for each split."""
-    chosen = {split: next((own for own in _SPLITS[split] if own in existing), "") for split in splits}
-    for split, own in chosen.items():
-        if not own:
+    chosen = {split: own for split in splits for own in reversed(_SPLITS[split]) if own in existing}
+    for split in splits:
+        if split not in chosen:
             what = f"No split {' or '.join(map(repr, _SPLITS[split]))} (existing: {', '.join(existing) or 'none'})"
             hint = "Files of a local folder are assigned by their names: train-*.parquet and validation-*.parquet."
             raise DataError(what, where=str(name), hint=hint)

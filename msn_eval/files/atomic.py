@@ -86,8 +86,7 @@ def _is_abandoned(temporary: Path) -> bool:
     """Whether a temporary file is older than a day and of a dead process of this host."""
     try:
         name, pid, _ = temporary.name.removesuffix(_SUFFIX).rsplit(".", 2)
-        is_young = time.time() - temporary.stat().st_mtime < _STALE_SECONDS
-        if is_young or not name.endswith(f".{socket.gethostname()}") or os.name != "posix":  # on Windows, 0 is Ctrl-C
+        if time.time() - temporary.stat().st_mtime < _STALE_SECONDS or not name.endswith(f".{socket.gethostname()}"):
             return False
         os.kill(int(pid), 0)
     except (ValueError, OverflowError, OSError) as error:
@@ -97,8 +96,6 @@ def _is_abandoned(temporary: Path) -> bool:
 
 def sync_folder(folder: Path) -> None:
     """Write the names in a folder to the disk."""
-    if os.name != "posix":  # Windows has no handle of a folder to sync
-        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -96,7 +96,7 @@ def _reader(hint: Any, where: str) -> _Reader:
         read = _reader(inner, where)
         return lambda value: None if value is None else read(value)
     if is_dataclass(hint):
-        return _record_reader(cast(type[Any], hint), where)
+        return _record_reader(cast(Any, hint), where)
     item = arguments[0] if origin is tuple else arguments[-1]
     types = None if origin is Literal or item is object else _plain_types(item)
     length = len(arguments) if origin is tuple and Ellipsis not in arguments else None

@@ -181,20 +181,6 @@ def test_folder_is_read_here_with_the_same_weights_and_features(
     assert torch.equal(features(folder, random_pixels, tap), features(source, random_pixels, tap))
 
 
-def test_image_classifier_of_transformers_lacks_its_classifier_alone(
-    msn_file: MSNWriter, random_pixels: Tensor
-) -> None:
-    source = msn_file()
-    network, info = opened(folder_from(source), "ViTMSNForImageClassification")
-    assert (set(info["missing_keys"]), set(info["unexpected_keys"])) == (
-        {"classifier.weight", "classifier.bias"},
-        set(),
-    )
-    with torch.inference_mode():
-        output = network(normalised(random_pixels), output_hidden_states=True)
-    assert_close(features(source, random_pixels, "cls"), output.hidden_states[-1][:, 0])
-
-
 def test_heads_named_with_the_architecture_are_written_and_read_back(
     msn_file: MSNWriter, random_pixels: Tensor
 ) -> None:
@@ -203,15 +189,6 @@ def test_heads_named_with_the_architecture_are_written_and_read_back(
     expected = features(source, random_pixels, "cls", arch=arch)
     assert_close(expected, states(folder, random_pixels, "ViTMSNModel")[0][:, 0])
     assert torch.equal(features(folder, random_pixels, "cls"), expected)
-
-
-def test_width_that_no_published_network_has_goes_along(
-    tmp_path: Path, vit_weights: WeightMaker, random_pixels: Tensor
-) -> None:
-    source = saved(tmp_path, vit_weights(width=96))
-    arch = f"{TINY}&embed_dim=96&num_heads=4"
-    before, _ = states(folder_from(source, arch=arch), random_pixels, "ViTMSNModel")
-    assert_close(features(source, random_pixels, "cls", arch=arch), before[:, 0])
 
 
 @pytest.mark.parametrize(("model", "kind"), [("ViTMSN", "msn"), ("IJepa", "ijepa"), ("Dinov2", "dinov2")])
@@ -236,17 +213,6 @@ def test_half_precision_is_kept(tmp_path: Path, vit_weights: WeightMaker) -> Non
 def test_one_of_several_networks_is_converted_by_its_key(tmp_path: Path, vit_weights: WeightMaker) -> None:
     source = saved(tmp_path, {"student": vit_weights(), "teacher": vit_weights(depth=1)})
     assert stated(folder_from(source, key="student"))["num_hidden_layers"] == 2
-
-
-def test_registers_are_counted_and_have_no_positions(file_of: Callable[[str], Path]) -> None:
-    folder = folder_from(file_of("registers"))
-    written = safetensors.torch.load_file(folder / "model.safetensors")
-    assert (stated(folder)["num_register_tokens"], written["embeddings.position_embeddings"].shape[1]) == (3, 17)
-
-
-def test_file_of_dinov2_is_described_at_the_size_of_its_positions(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    source = saved(tmp_path, dinov2(vit_weights(depth=1, patch=14, image=518, layer_scale=True)))
-    assert stated(folder_from(source))["image_size"] == 518
 
 
 def test_registers_at_another_size_than_that_of_their_positions_give_transformers_features(
@@ -290,11 +256,6 @@ def test_image_processor_gives_the_protocols_pixels(tmp_path: Path, vit_weights:
     folder = folder_from(saved(tmp_path, vit_weights(depth=1, image=224, patch=56)))
     ours = torch.from_numpy(resize_and_crop(picture(), make_eval_transform(224)).copy())[None]
     torch.testing.assert_close(processed(folder), normalised(ours), atol=1.1 / 255 / min(IMAGENET_STD), rtol=0)
-
-
-def test_image_processor_normalises_as_imagenet_where_the_file_states_nothing(file_of: Callable[[str], Path]) -> None:
-    written = stated(folder_from(file_of("msn")), "preprocessor_config.json")
-    assert (written["image_mean"], written["image_std"]) == (list(IMAGENET_MEAN), list(IMAGENET_STD))
 
 
 def test_image_statistics_of_a_folder_are_written(file_of: Callable[[str], Path]) -> None:
@@ -478,12 +439,6 @@ def test_same_network_of_several_is_chosen(msn_file: MSNWriter, vit_weights: Wei
     source = msn_file(encoder=online)
     before, after = read_checkpoint(str(source)), read_checkpoint(str(plain_from(source)))
     assert (after.key, after.weights_sha256) == (before.key, before.weights_sha256)
-
-
-@of_every_kind
-def test_plain_file_gives_the_same_features(file_of: Callable[[str], Path], random_pixels: Tensor, kind: str) -> None:
-    source, tap = file_of(kind), default_tap(kind)
-    assert torch.equal(features(plain_from(source), random_pixels, tap), features(source, random_pixels, tap))
 
 
 SHARED = torch.arange(6.0)

@@ -355,13 +355,6 @@ def test_config_of_timm_needs_no_image_processor(hub: Hub, cache: Path, monkeypa
     assert open_hub("owner/name") == folder
 
 
-def test_reference_that_is_not_a_commit_is_not_followed(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    open_hub("owner/name")
-    (cache / "models--owner--name" / "refs" / "main").write_text("../../../elsewhere")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "lacks config.json" in refusal("owner/name")
-
-
 # A folder
 
 

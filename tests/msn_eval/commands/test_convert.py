@@ -9,7 +9,6 @@ import pytest
 import torchvision
 from torch import Tensor, save
 
-from msn_eval.checkpoints.convert import convert_checkpoint
 from msn_eval.cli import main
 
 WeightMaker = Callable[..., dict[str, Tensor]]
@@ -86,8 +85,3 @@ def test_released_network_is_converted_by_its_name(
     monkeypatch.setenv("MSN_EVAL_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("MSN_EVAL_OFFLINE", "1")
     assert (convert("msn:vits16", tmp_path / "out", "--to", "hf"), (tmp_path / "out").is_dir()) == (0, True)
-
-
-def test_folder_is_converted_by_its_name_on_the_hub(msn_file: MSNWriter, tmp_path: Path) -> None:
-    convert_checkpoint(msn_file(), tmp_path / "folder", to="hf")
-    assert convert(f"hf:{tmp_path / 'folder'}", tmp_path / "out", "--to", "timm") == 0

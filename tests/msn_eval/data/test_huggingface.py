@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 
 from msn_eval.data import read_dataset, read_split
-from msn_eval.data.hashing import content_sha256, hash_images
-from msn_eval.data.images import BadImageError, ImageSet
+from msn_eval.data.hashing import hash_images
+from msn_eval.data.images import ImageSet
 from msn_eval.errors import DataError, StoreError, UsageError
 
 datasets = pytest.importorskip("datasets")
@@ -115,26 +115,6 @@ def test_rows_have_ids_labels_classes_and_bytes_of_the_image_folder(
     assert [rows.source.read(image) for image in rows.ids] == [folder.source.read(image) for image in folder.ids]
 
 
-def test_name_and_content_hash_are_those_of_the_image_folder(twins: tuple[str, str]) -> None:
-    folder, rows = read_dataset(twins[0]), read(twins[1])
-    hashes = [content_sha256(data.val.ids, hash_images(data.val, cache_dir=None)) for data in (folder, rows)]
-    assert (rows.name, hashes[1]) == ("twin", hashes[0])
-
-
-def test_real_images_are_read_back(tmp_path: Path, shared_data: Path) -> None:
-    import tarfile
-
-    with tarfile.open(shared_data / "imagenet_samples.tar") as archive:
-        members = [member for member in archive.getmembers() if member.name.lower().endswith(".jpeg")][:4]
-        contents = [archive.extractfile(member).read() for member in members]  # type: ignore[union-attr]
-    rows = [
-        {"image": {"bytes": content, "path": f"{number}.JPEG"}, "label": number % 2}
-        for number, content in enumerate(contents)
-    ]
-    val = read(write(tmp_path / "d", train=rows, validation=rows)).val
-    assert {val.source.read(image) for image in val.ids} == set(contents)
-
-
 # --- layouts
 
 
@@ -183,12 +163,6 @@ def test_open_choice_of_a_configuration_lists_them(tmp_path: Path) -> None:
     text = refused(write_configs(tmp_path / "d"))
     assert "['coarse', 'fine']" in text
     assert f"Choose one: hf:{tmp_path / 'd'}:CONFIG." in text
-
-
-def test_class_mismatch_is_refused_unless_allowed(tmp_path: Path) -> None:
-    name = write(tmp_path / "d", train=pair(), validation=[row(1, 1, "v.png")])
-    assert "train and val differ in their classes (only in train: ant)" in refused(name)
-    assert read_dataset(f"hf:{name}", allow_class_mismatch=True).val.labels == (1,)
 
 
 def test_code_in_a_folder_is_refused_and_never_run(tmp_path: Path) -> None:
@@ -496,14 +470,6 @@ def test_stamp_of_a_row_with_a_path_is_that_of_the_file(tmp_path: Path) -> None:
     os.utime(tmp_path / "x.png", ns=(9, 9))
     val = read(write_paths(tmp_path / "d", (None, str(tmp_path / "x.png")))).val
     assert val.source.stamp("ant/x.png")[:2] == (len(picture(1)), 9)
-
-
-@pytest.mark.parametrize(("content", "text"), [(b"no image", "not an image"), (b"", "the file is empty")])
-def test_damaged_or_empty_image_is_a_bad_image(tmp_path: Path, content: bytes, text: str) -> None:
-    rows = [{"image": {"bytes": content, "path": None}, "label": 0}]
-    val = read(write(tmp_path / "d", train=rows, validation=rows)).val
-    with pytest.raises(BadImageError, match=text):
-        val.source.decode(val.source.read(val.ids[0]))
 
 
 # --- names, the library and its cache
