@@ -4,7 +4,6 @@ The library writes what it loads to Arrow files in its cache, which are memory-m
 bytes that were stored. No code of a data set is ever run.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +12,6 @@ from msn_eval.data.dataset import DatasetListing, Listing, LoadOptions
 from msn_eval.data.hf_rows import FORBIDDEN, read_rows
 from msn_eval.data.hf_splits import HubName, load_splits, parse_name
 from msn_eval.errors import DataError
-
-_log = logging.getLogger(__name__)
 
 
 def list_hub(place: str, options: LoadOptions) -> DatasetListing:
@@ -57,7 +54,4 @@ def _name_classes(hub_name: HubName, stored: Sequence[str]) -> dict[str, str]:
     if merged:
         what = f"Classes {', '.join(map(repr, merged[:5]))} would have the same name {names[merged[0]]!r} in ids"
         raise DataError(what, where=str(hub_name), hint="Rename one of them.")
-    renamed = [f"{name!r} as {safe!r}" for name, safe in names.items() if name != safe]
-    if renamed:
-        _log.info("%s: %d classes are renamed in ids: %s", hub_name, len(renamed), ", ".join(renamed[:5]))
     return names

@@ -2,7 +2,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import logging
 import os
 import random
 import signal
@@ -184,12 +183,6 @@ def test_file_is_synced_before_its_rename_and_the_folder_after(
     monkeypatch.setattr(os, "fsync", record)
     fetch(server, target)
     assert synced[-2:] == [(len(CONTENT), False), (-1, True)]
-
-
-def test_start_and_end_are_logged_once(server: Any, target: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="msn_eval"):
-        fetch(server, target)
-    assert [record.message.partition(" ")[0] for record in caplog.records] == ["downloading", "downloaded"]
 
 
 def test_progress_is_drawn_on_a_terminal_alone(

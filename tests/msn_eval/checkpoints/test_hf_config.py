@@ -87,13 +87,6 @@ def test_timms_config_names_the_architecture(tmp_path: Path) -> None:
     assert config.architecture.keywords == {"img_size": 32, "global_pool": "avg"}
 
 
-@pytest.mark.parametrize("model_args", [None, [], "img_size=32"])
-def test_timms_config_may_have_no_keywords(tmp_path: Path, model_args: object) -> None:
-    config = write_and_read(tmp_path, TIMM | {"model_args": model_args})
-    assert config.architecture is not None
-    assert config.architecture.keywords == {}
-
-
 @pytest.mark.parametrize("is_older", [False, True], ids=["timm", "timm before 0.9"])
 @pytest.mark.parametrize("is_stated", [False, True])
 def test_timms_statistics_are_read(tmp_path: Path, is_older: bool, is_stated: bool) -> None:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -437,11 +436,6 @@ def val(tmp_path: Path) -> ImageSet:
 
 def contents(images: ImageSet) -> list[bytes]:
     return [picture(int(image.partition("/")[2].removesuffix(".png"))) for image in images.ids]
-
-
-def test_threads_read_the_right_rows(val: ImageSet) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(val.source.read, val.ids * 5)) == contents(val) * 5
 
 
 def test_fresh_process_reads_the_right_rows(val: ImageSet) -> None:

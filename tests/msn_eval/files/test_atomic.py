@@ -203,11 +203,6 @@ def test_every_file_of_a_folder_is_on_disk_before_the_folder_gets_its_name(tmp_p
     assert calls[2].endswith("renamed to out")
 
 
-def test_folder_is_created_with_its_parents_and_left_empty(tmp_path: Path) -> None:
-    prepare_folder(tmp_path / "deep" / "runs", option="--out")
-    assert list((tmp_path / "deep" / "runs").iterdir()) == []
-
-
 def test_file_instead_of_the_folder_is_a_usage_error_that_names_the_option(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     with pytest.raises(UsageError) as caught:
