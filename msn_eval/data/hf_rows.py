@@ -159,7 +159,9 @@ def _index_labels(where: str, feature: object, stored: Sequence[object]) -> tupl
     """Return the names of the classes that occur, and the index of each row's class among them."""
     import datasets
 
-    known = dict(enumerate(feature.names)) if isinstance(feature, datasets.ClassLabel) else None
+    known: dict[object, str] | None = None
+    if isinstance(feature, datasets.ClassLabel):
+        known = dict(enumerate(feature.names))
     index = {value: number for number, value in enumerate(dict.fromkeys(stored))}
     bad = [
         value

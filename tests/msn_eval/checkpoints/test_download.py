@@ -122,9 +122,7 @@ def test_no_network_is_an_error_at_once(target: Path, monkeypatch: pytest.Monkey
             download(f"http://127.0.0.1:{closed.getsockname()[1]}/x", target, hint="")
 
 
-@pytest.mark.parametrize(
-    "url", ["file:///etc/passwd", "ftp://x/y", "data:text/plain,x", "/etc/passwd", "", "http://[x/"]
-)
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://x/y", "data:text/plain,x", "", "http://[x/"])
 @pytest.mark.parametrize("is_redirect", [False, True])
 def test_address_outside_the_web_is_refused(server: Any, target: Path, url: str, is_redirect: bool) -> None:
     server.redirect = url or "http://"
