@@ -20,7 +20,6 @@ from collections.abc import Iterable
 
 PREEMPTED, INTERRUPTED = 75, 130  # exit codes after SIGTERM, where the same command continues, and after Ctrl-C
 
-_LONGEST_PLACE = 1000  # characters of an error
 _LONGEST_LINE = 2000  # characters of an error, whose text may come from a file
 # C0 and C1 controls (including ANSI escapes), direction marks, line breaks and characters without a width.
 _UNPRINTABLE = re.compile(
@@ -63,13 +62,11 @@ class MsnEvalError(Exception):
         self.what, self.where, self.hint, self.kept = what, where, hint, kept
 
     def __str__(self) -> str:
-        head = f"{_shorten(self.where, _LONGEST_PLACE)}: {self.what}" if self.where else self.what
-        lines = "\n".join(text for text in (head, self.hint, self.kept) if text).split("\n")
-        return printable("\n".join(_shorten(line, _LONGEST_LINE) for line in lines))
-
-
-def _shorten(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[:length]}…"
+        where = f"{self.where[: _LONGEST_LINE // 2]}: " if self.where else ""
+        lines = "\n".join(text for text in (f"{where}{self.what}", self.hint, self.kept) if text).split("\n")
+        return printable(
+            "\n".join(line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…" for line in lines)
+        )
 
 
 class UsageError(MsnEvalError):

@@ -183,10 +183,9 @@ def locate_weights(name: str) -> tuple[Path, str]:
         case "msn":
             return fetch_msn(rest), name
         case "hf":
-            hub = open_hub(rest)
-            return hub.folder, f"hf:{hub.repo}@{hub.revision}" if hub.repo else name
+            return open_hub(rest)
         case "timm" if (repository := _find_timm_repository(rest)) is not None:
-            return open_hub(repository).folder, name
+            return open_hub(repository)[0], name
         case "file":
             path = Path(name)
             return (evaluated_file(path) if is_run_folder(path) else path), name

@@ -34,18 +34,16 @@ class HubConfig:
     """A folder's own description of its network.
 
     Attributes:
-        model_type: Transformers' name of the architecture, or `timm`.
         architecture: Timm's architecture, where the folder was written by timm.
         heads: Attention heads.
         norm_eps: Epsilon of the layer norms.
         statistics: Mean and std per channel, where stated.
     """
 
-    model_type: str
-    architecture: Architecture | None
-    heads: int | None
-    norm_eps: float | None
-    statistics: tuple[Triple, Triple] | None
+    architecture: Architecture | None = None
+    heads: int | None = None
+    norm_eps: float | None = None
+    statistics: tuple[Triple, Triple] | None = None
 
 
 def read_config_beside(folder: Path) -> HubConfig:
@@ -55,11 +53,9 @@ def read_config_beside(folder: Path) -> HubConfig:
     """
     config, where = read_hub_config(folder), str(folder / CONFIG)
     if os.path.lexists(folder / _ADAPTER):
-        raise CheckpointError(
-            f"An adapter beside it ({_ADAPTER}) would change the network and is not supported",
-            where=where,
-            hint="Merge it (merge_and_unload of peft) and save that, or remove the adapter's files to evaluate the base.",
-        )
+        what = f"An adapter beside it ({_ADAPTER}) would change the network and is not supported"
+        hint = "Merge it (merge_and_unload of peft) and save that, or remove the adapter's files to evaluate the base."
+        raise CheckpointError(what, where=where, hint=hint)
     if "architecture" in config:
         return _read_timm_config(config, where)
     model_type, known = config.get("model_type"), ", ".join(_NORM_EPS)
@@ -71,22 +67,15 @@ def read_config_beside(folder: Path) -> HubConfig:
             raise CheckpointError(f"{name} is {sides}; only squares are supported", where=where, hint=_WRAP)
     for name, supported in {"hidden_act": "gelu", "num_channels": 3}.items():
         if config.get(name, supported) != supported:
-            raise CheckpointError(
-                f"{name} is {config[name]!r}; only {supported!r} is supported", where=where, hint=_WRAP
-            )
+            what = f"{name} is {config[name]!r}; only {supported!r} is supported"
+            raise CheckpointError(what, where=where, hint=_WRAP)
     heads, norm_eps = config.get("num_attention_heads"), config.get("layer_norm_eps")
     norm_eps = _NORM_EPS[model_type] if norm_eps is None else norm_eps
     if not (heads is None or (type(heads) is int and 0 < heads < 1 << 16)):
         raise CheckpointError(f"num_attention_heads is {heads!r}", where=where, hint="It must be a positive integer.")
     if not (isinstance(norm_eps, float | int) and 0 < norm_eps < 1):
         raise CheckpointError(f"layer_norm_eps is {norm_eps!r}", where=where, hint="It must lie between 0 and 1.")
-    return HubConfig(
-        model_type=model_type,
-        architecture=None,
-        heads=heads,
-        norm_eps=float(norm_eps),
-        statistics=read_image_statistics(folder),
-    )
+    return HubConfig(heads=heads, norm_eps=float(norm_eps), statistics=read_image_statistics(folder))
 
 
 def _read_timm_config(config: Mapping[str, object], where: str) -> HubConfig:
@@ -96,13 +85,8 @@ def _read_timm_config(config: Mapping[str, object], where: str) -> HubConfig:
     # timm before 0.9 wrote everything on one level, and still reads it.
     stated: Mapping[str, object] = pretrained if isinstance(pretrained, Mapping) else config
     keywords = _check_keywords(keywords, where) if isinstance(keywords, Mapping) else {}
-    return HubConfig(
-        model_type="timm",
-        architecture=replace(name_architecture(name), keywords=keywords),
-        heads=None,
-        norm_eps=None,
-        statistics=parse_statistics(Path(where), stated, "mean", "std"),
-    )
+    architecture = replace(name_architecture(name), keywords=keywords)
+    return HubConfig(architecture=architecture, statistics=parse_statistics(Path(where), stated, "mean", "std"))
 
 
 def _check_keywords(stated: Mapping[str, object], where: str) -> dict[str, object]:
@@ -114,9 +98,6 @@ def _check_keywords(stated: Mapping[str, object], where: str) -> dict[str, objec
         numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int | float)]
         largest = _DEEPEST if name.startswith("depth") else _LARGEST_IMAGE if name == "img_size" else _LARGEST
         if name in NOT_KEYWORDS or isinstance(value, Mapping) or any(not abs(item) <= largest for item in numbers):
-            raise CheckpointError(
-                f"model_args has {name} = {str(value)[:60]!r}, which is not a supported keyword of an architecture",
-                where=where,
-                hint=_WITH_ARCH,
-            )
+            what = f"model_args has {name} = {str(value)[:60]!r}, which is not a supported keyword of an architecture"
+            raise CheckpointError(what, where=where, hint=_WITH_ARCH)
     return {name: value for name, value in stated.items() if name != "num_classes"}

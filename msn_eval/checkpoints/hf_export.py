@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +16,6 @@ from msn_eval.files.atomic import written_atomically
 from msn_eval.models.vit import native_pixels, stored_pixels
 
 RESULT = "msn_eval_result"  # in config.json: the id of the record that describes the network
-_RESIZE_RATIO = 256 / 224  # of the image's shorter side to the side of the crop
 _EXPORTED = re.compile(
     r"cls_token|reg_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)"
     r"|blocks\.\d+\.((norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma)"
@@ -40,30 +39,12 @@ _DINOV2_NAMES = {
 _GATED_NAMES = {"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """How transformers names an architecture.
-
-    Attributes:
-        model: Prefix of its class names.
-        names: Its name for each layer of a block, by timm's name.
-        taps: The taps on which its image classifier can put a head.
-        concatenates: Whether its classifier reads the CLS token and the mean of the patches, concatenated.
-    """
-
-    model: str
-    names: dict[str, str]
-    taps: tuple[str, ...]
-    concatenates: bool = False
-
-
-_LAYOUTS = {
-    "vit_msn": _Layout(model="ViTMSN", names=_MSN_NAMES, taps=("cls-norm",)),
-    "ijepa": _Layout(model="IJepa", names=_MSN_NAMES, taps=("mean",)),
-    "dinov2": _Layout(model="Dinov2", names=_DINOV2_NAMES, taps=("cls-norm", "mean"), concatenates=True),
-    "dinov2_with_registers": _Layout(
-        model="Dinov2WithRegisters", names=_DINOV2_NAMES, taps=("cls-norm", "mean"), concatenates=True
-    ),
+# The prefix of transformers' class names, by model type.
+_MODELS = {
+    "vit_msn": "ViTMSN",
+    "ijepa": "IJepa",
+    "dinov2": "Dinov2",
+    "dinov2_with_registers": "Dinov2WithRegisters",
 }
 
 
@@ -75,31 +56,22 @@ class PlainNetwork:
         outline: The network, with or without values: its blocks, heads and sizes.
         weights: Its tensors by timm's names.
         gated: Whether its MLPs are gated.
-        mean: Of the normalisation of its images.
-        std: Likewise.
-        name: Name of the architecture, for errors.
-        where: The checkpoint, for errors.
+        mean: Of the normalisation of its images, per channel, as `std`.
+        name: Name of the architecture, for errors, as `where`.
     """
 
     outline: nn.Module
     weights: Mapping[str, Tensor]
     gated: bool
-    mean: object
-    std: object
+    mean: Sequence[float]
+    std: Sequence[float]
     name: str
     where: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A linear layer on a tap.
-
-    Attributes:
-        weight: (n_classes, d).
-        bias: (n_classes,).
-        tap: cls-norm or mean.
-        classes: Names, in the order of the rows.
-    """
+    """A linear layer on the tap `cls-norm` or `mean`: weight (n_classes, d), bias (n_classes,), and the classes' names."""
 
     weight: Tensor
     bias: Tensor
@@ -127,21 +99,17 @@ def write_folder(out: Path, content: FolderContent) -> None:
 
 
 def build_folder_content(network: PlainNetwork) -> FolderContent:
-    """Return what transformers reads as the same network without a classifier.
-
-    Raises CheckpointError where transformers has no such network.
-    """
+    """Return what transformers reads as the network without a classifier. Raises CheckpointError where it has no such."""
     outline, weights = network.outline, network.weights
-    obstacle = _find_obstacle(outline, weights)
-    if obstacle:
+    if obstacle := _find_obstacle(outline, weights):
         raise _not_exportable(network, obstacle)
-    model_type = _model_type(weights)
+    model_type = _choose_model_type(weights)
     heads, norm_eps = read_heads_and_epsilon(outline)
     side = native_pixels(outline)
     patches = weights["patch_embed.proj.weight"]
     hidden = weights["blocks.0.mlp.fc2.weight"].shape[1]
     config: dict[str, object] = {
-        "architectures": [f"{_LAYOUTS[model_type].model}Model"],
+        "architectures": [f"{_MODELS[model_type]}Model"],
         "model_type": model_type,
         "hidden_size": patches.shape[0],
         "num_hidden_layers": len(cast(nn.Sequential, outline.blocks)),
@@ -166,15 +134,15 @@ def build_folder_content(network: PlainNetwork) -> FolderContent:
     processor = {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": round(side * _RESIZE_RATIO)},
+        "size": {"shortest_edge": round(side * 256 / 224)},
         "resample": 2,  # bilinear
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(cast(tuple[float, ...], network.mean)),
-        "image_std": list(cast(tuple[float, ...], network.std)),
+        "image_mean": list(network.mean),
+        "image_std": list(network.std),
         "do_convert_rgb": True,
     }
     return FolderContent(config=config, processor=processor, tensors=_rename_tensors(network, model_type))
@@ -191,12 +159,12 @@ def _not_exportable(network: PlainNetwork, obstacle: str) -> CheckpointError:
     return CheckpointError(what, where=network.where, hint="Use --to timm or --to safetensors.")
 
 
-def _model_type(weights: Mapping[str, Tensor]) -> str:
+def _choose_model_type(weights: Mapping[str, Tensor]) -> str:
     if "cls_token" not in weights:
         return "ijepa"
-    if "blocks.0.ls1.gamma" in weights:
-        return "dinov2_with_registers" if "reg_token" in weights else "dinov2"
-    return "vit_msn"
+    if "reg_token" in weights:
+        return "dinov2_with_registers"
+    return "dinov2" if "blocks.0.ls1.gamma" in weights else "vit_msn"
 
 
 def _find_obstacle(outline: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
@@ -213,20 +181,19 @@ def _find_obstacle(outline: nn.Module, weights: Mapping[str, Tensor]) -> str | N
         name in weights for name in ("reg_token", "blocks.0.ls1.gamma", "cls_token")
     )
     mlp = cast(nn.Module, block.mlp)
-    if type(mlp.act) is not (nn.SiLU if isinstance(mlp, GluMlp) else nn.GELU):
-        return f"its activation is {type(mlp.act).__name__}"
-    if isinstance(mlp, GluMlp) and not is_scaled:
-        return "its MLPs are gated"
-    for name in ("norm.weight", "pos_embed"):
-        if name not in weights:
-            return f"it has no {name.partition('.')[0]}"
-    unknown = next((name for name in weights if not _EXPORTED.fullmatch(name)), None)
-    if unknown is not None:
-        return f"it has a {unknown.removesuffix('.weight')}"
-    if has_registers and not is_scaled:
-        return "it has registers and no scaled residuals"
-    if is_scaled and not has_class_token:
-        return "it has scaled residuals and no class token"
+    is_gated = isinstance(mlp, GluMlp)
+    missing = [name for name in ("norm.weight", "pos_embed") if name not in weights]
+    unknown = [name for name in weights if not _EXPORTED.fullmatch(name)]
+    for applies, obstacle in (
+        (type(mlp.act) is not (nn.SiLU if is_gated else nn.GELU), f"its activation is {type(mlp.act).__name__}"),
+        (is_gated and not is_scaled, "its MLPs are gated"),
+        (missing, f"it has no {', '.join(missing)}"),
+        (unknown, f"it has {', '.join(unknown[:3])}"),
+        (has_registers and not is_scaled, "it has registers and no scaled residuals"),
+        (is_scaled and not has_class_token, "it has scaled residuals and no class token"),
+    ):
+        if applies:
+            return obstacle
     stored = weights["pos_embed"].shape[1]
     positions = cast(int, cast(nn.Module, outline.patch_embed).num_patches) + int(has_class_token and not has_registers)
     return None if stored == positions else f"it has {stored} positions; the patches and a class token have {positions}"
@@ -247,7 +214,8 @@ def _mlp_ratio(network: PlainNetwork, width: int, hidden: int) -> float:
 def _rename_tensors(network: PlainNetwork, model_type: str) -> dict[str, Tensor]:
     """Return the tensors by transformers' names."""
     weights = network.weights
-    names = _LAYOUTS[model_type].names | (_GATED_NAMES if network.gated else {})
+    is_dinov2 = model_type.startswith("dinov2")
+    names = (_DINOV2_NAMES if is_dinov2 else _MSN_NAMES) | (_GATED_NAMES if network.gated else {})
     renamed = {
         "embeddings.patch_embeddings.projection.weight": weights["patch_embed.proj.weight"],
         "embeddings.patch_embeddings.projection.bias": weights["patch_embed.proj.bias"],
@@ -257,7 +225,7 @@ def _rename_tensors(network: PlainNetwork, model_type: str) -> dict[str, Tensor]
     }
     if "cls_token" in weights:
         renamed["embeddings.cls_token"] = weights["cls_token"]
-    if model_type.startswith("dinov2"):
+    if is_dinov2:
         renamed["embeddings.mask_token"] = weights["pos_embed"].new_zeros(1, weights["pos_embed"].shape[2])
     if "reg_token" in weights:
         # timm has added its position to the class token; transformers adds it.
@@ -267,36 +235,25 @@ def _rename_tensors(network: PlainNetwork, model_type: str) -> dict[str, Tensor]
     for name, tensor in weights.items():
         if match := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(\w+)", name):
             number, layer, kind = match.groups()
-            renamed |= {f"encoder.layer.{number}.{own}": part for own, part in _split_layer(layer, kind, tensor, names)}
+            if layer == "attn.qkv":  # transformers keeps queries, keys and values apart
+                for own, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                    renamed[f"encoder.layer.{number}.attention.attention.{own}.{kind}"] = third
+            else:
+                renamed[f"encoder.layer.{number}.{names[layer]}.{'lambda1' if kind == 'gamma' else kind}"] = tensor
     return renamed
 
 
-def _split_layer(layer: str, kind: str, tensor: Tensor, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield transformers' names for one tensor of a block; queries, keys and values are separate there."""
-    if layer == "attn.qkv":
-        for name, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-            yield f"attention.attention.{name}.{kind}", part
-    else:
-        yield f"{names[layer]}.{'lambda1' if kind == 'gamma' else kind}", tensor
-
-
 def build_classifier_content(network: PlainNetwork, head: Head, *, result_id: str) -> FolderContent:
-    """Return what transformers reads as a network with its head.
-
-    Raises CheckpointError where it has no class that computes the same logits.
-    """
+    """Return what transformers reads as a network with its head. Raises CheckpointError where its logits would differ."""
     backbone = build_folder_content(network)
     model_type = str(backbone.config["model_type"])
-    layout = _LAYOUTS[model_type]
-    model = f"{layout.model}ForImageClassification"
-    if head.tap not in layout.taps:
-        raise CheckpointError(
-            f"{network.name} cannot be written for transformers: {model} puts no head on tap {head.tap}",
-            where=network.where,
-            hint=f"Fine-tune with --tap {layout.taps[0]}.",
-        )
+    model = f"{_MODELS[model_type]}ForImageClassification"
+    taps = {"vit_msn": ["cls-norm"], "ijepa": ["mean"]}.get(model_type, ["cls-norm", "mean"])
+    if head.tap not in taps:
+        what = f"{network.name} cannot be written for transformers: {model} puts no head on tap {head.tap}"
+        raise CheckpointError(what, where=network.where, hint=f"Fine-tune with --tap {taps[0]}.")
     weight = head.weight
-    if layout.concatenates:
+    if len(taps) == 2:  # the classifier reads the CLS token and the mean of the patches, concatenated
         zeros = torch.zeros_like(weight)
         weight = torch.cat([weight, zeros] if head.tap == "cls-norm" else [zeros, weight], dim=1)
     config = backbone.config | {
@@ -308,16 +265,11 @@ def build_classifier_content(network: PlainNetwork, head: Head, *, result_id: st
     prefix = "vit" if model_type == "vit_msn" else model_type
     tensors = {f"{prefix}.{name}": tensor for name, tensor in backbone.tensors.items()}
     tensors |= {"classifier.weight": weight, "classifier.bias": head.bias}
-    return FolderContent(config=config, processor=backbone.processor, tensors=tensors)
+    return replace(backbone, config=config, tensors=tensors)
 
 
 def write_classifier(out: Path, content: FolderContent) -> None:
-    """Write a folder, complete or not at all, unless the folder of the same result exists.
-
-    Raises:
-        UsageError: Something else exists there.
-        StoreError: The disk refuses.
-    """
+    """Write a folder, unless that of the same result exists. Raises UsageError where something else is there, StoreError."""
     result_id = str(content.config[RESULT])
     check_save_folder(out, result_id)
     if read_saved_result(out) != result_id:
@@ -327,10 +279,10 @@ def write_classifier(out: Path, content: FolderContent) -> None:
 
 def check_save_folder(out: Path, result_id: str) -> None:
     """Raise UsageError where the folder for a result cannot be written, because something else exists there."""
-    if read_saved_result(out) == result_id or not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    hint = "Choose another folder, or remove it first."
-    raise UsageError("--save: something else exists there already", where=str(out), hint=hint)
+    is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not is_free and read_saved_result(out) != result_id:
+        hint = "Choose another folder, or remove it first."
+        raise UsageError("--save: something else exists there already", where=str(out), hint=hint)
 
 
 def read_saved_result(out: Path) -> str | None:

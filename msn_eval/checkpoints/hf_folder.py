@@ -10,8 +10,8 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import cast
 
 from msn_eval.errors import CheckpointError
 from msn_eval.files.hf_hub import UnreachableError, offline_variable, translate_hub_errors
@@ -21,11 +21,8 @@ CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 INDEX_SUFFIX = ".index.json"
 # In the order of preference: formats that can hold nothing but tensors come first.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+WEIGHT_FILES = tuple(
+    f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX_SUFFIX)
 )
 _TIMEOUT_SECONDS = 10.0
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -34,22 +31,11 @@ _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+(?:/[\w.-]+)*))?", re.AS
 Triple = tuple[float, float, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class HubFolder:
-    """A folder with a config.json and all of its weights.
-
-    Attributes:
-        revision: Commit, 40 hex digits; None for a local folder.
-        repo: OWNER/NAME on the hub; None for a local folder.
-    """
-
-    folder: Path
-    revision: str | None
-    repo: str | None
-
-
-def open_hub(name: str) -> HubFolder:
+def open_hub(name: str) -> tuple[Path, str]:
     """Open a local folder or a repository OWNER/NAME[@REVISION], and download what the cache lacks.
+
+    Returns:
+        The folder, with a config.json and all of its weights, and its name with `hf:` and the commit of a repository.
 
     Raises:
         CheckpointError: It does not exist or is not usable.
@@ -58,13 +44,13 @@ def open_hub(name: str) -> HubFolder:
     check_hub_name(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        read_hub_config(folder)
         find_weight_files(folder)
-        return HubFolder(folder=folder, revision=None, repo=None)
-    repository, _, revision = name.partition("@")
-    folder = _open_repository(repository, revision or "main")
+    else:
+        repository, _, revision = name.partition("@")
+        folder = _open_repository(repository, revision or "main")
+        name = f"{repository}@{folder.name}"
     read_hub_config(folder)
-    return HubFolder(folder=folder, revision=folder.name, repo=repository)
+    return folder, f"hf:{name}"
 
 
 def check_hub_name(name: str) -> None:
@@ -73,11 +59,9 @@ def check_hub_name(name: str) -> None:
     if os.path.isdir(os.path.expanduser(name)):  # noqa: PTH111, PTH112
         return
     if _REPOSITORY.fullmatch(name) is None or ".." in name:
-        raise CheckpointError(
-            "Neither an existing folder nor OWNER/NAME or OWNER/NAME@REVISION on the hub",
-            where=f"hf:{name}",
-            hint="Write for example hf:facebook/vit-msn-small. Give a single weight file by its path, without hf:.",
-        )
+        what = "Neither an existing folder nor OWNER/NAME or OWNER/NAME@REVISION on the hub"
+        hint = "Write for example hf:facebook/vit-msn-small. Give a single weight file by its path, without hf:."
+        raise CheckpointError(what, where=f"hf:{name}", hint=hint)
 
 
 def _open_repository(repository: str, revision: str) -> Path:
@@ -135,80 +119,52 @@ def _download(repository: str, revision: str, where: str) -> Path:
     names = {sibling.rfilename for sibling in info.siblings or ()}
     weights = next((name for name in WEIGHT_FILES if name in names), None)
     if CONFIG not in names or weights is None:
-        raise CheckpointError(
-            f"The repository has no {CONFIG}, or none of {', '.join(WEIGHT_FILES)}",
-            where=where,
-            hint="Choose one in the layout of transformers or timm, or download its weight file and give the path.",
-        )
+        what = f"The repository has no {CONFIG}, or none of {', '.join(WEIGHT_FILES)}"
+        hint = "Choose one in the layout of transformers or timm, or download its weight file and give the path."
+        raise CheckpointError(what, where=where, hint=hint)
     folder = Path(hf_hub_download(repository, CONFIG, revision=revision)).parent
     with suppress(*() if PREPROCESSOR in names else (EntryNotFoundError,)):  # records that there is none
         hf_hub_download(repository, PREPROCESSOR, revision=folder.name)
     read_hub_config(folder)  # before the weights: a refused repository costs no download
     hf_hub_download(repository, weights, revision=folder.name)
-    for shard in _shard_names(folder, weights) if weights.endswith(INDEX_SUFFIX) else ():
-        hf_hub_download(repository, shard, revision=folder.name)
+    for file in _list_files(folder, weights):
+        hf_hub_download(repository, file, revision=folder.name)
     find_weight_files(folder)
     return folder
 
 
 def find_weight_files(folder: Path) -> tuple[Path, ...]:
-    """Return the weight files of a folder, by the first of WEIGHT_FILES that exists.
-
-    Raises CheckpointError naming what is missing, damaged, or a link out of the folder.
-    """
+    """Return the weight files of a folder. Raises CheckpointError naming what is missing or a link out of the folder."""
     first = next((name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)
     if first is None:
-        raise CheckpointError(
-            f"The folder holds none of {', '.join(WEIGHT_FILES)}",
-            where=str(folder),
-            hint="Give a folder that `save_pretrained` wrote, or the path of the weight file itself.",
-        )
-    names = _shard_names(folder, first) if first.endswith(INDEX_SUFFIX) else (first,)
-    missing = [name for name in names if not os.path.lexists(folder / name)]
-    if missing:
-        raise CheckpointError(
-            f"The folder lacks {len(missing)} of the {len(names)} files that {first} names: {', '.join(missing[:5])}",
-            where=str(folder),
-            hint="Download or copy them again; all of them are needed.",
-        )
-    return tuple(_check_file(folder / name) for name in names)
+        hint = "Give a folder that `save_pretrained` wrote, or the path of the weight file itself."
+        raise CheckpointError(f"The folder holds none of {', '.join(WEIGHT_FILES)}", where=str(folder), hint=hint)
+    return tuple(_check_file(folder / name) for name in _list_files(folder, first))
 
 
-def _shard_names(folder: Path, index: str) -> tuple[str, ...]:
-    """Return the files over which an index distributes the weights; only files beside it, in its own format."""
-    weight_map = _read_json(folder / index).get("weight_map")
-    suffix = PurePath(index.removesuffix(INDEX_SUFFIX)).suffix
-    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    odd = [name for name in names if PurePath(name).name != name or "\\" in name or PurePath(name).suffix != suffix]
+def _list_files(folder: Path, name: str) -> list[str]:
+    """Return a weight file, or those over which an index distributes the weights: files beside it, in its own format."""
+    if not name.endswith(INDEX_SUFFIX):
+        return [name]
+    weight_map = _read_json(folder / name).get("weight_map")
+    suffix = PurePath(name.removesuffix(INDEX_SUFFIX)).suffix
+    names = sorted({str(file) for file in weight_map.values()}) if isinstance(weight_map, dict) else []
+    odd = [file for file in names if PurePath(file).name != file or "\\" in file or PurePath(file).suffix != suffix]
     if odd or not names:
-        raise CheckpointError(
-            f"{odd[0]!r} is not the name of a {suffix} file beside the index" if odd else "No weight_map with files",
-            where=str(folder / index),
-            hint="The index is damaged or hostile; download it again from its publisher.",
-        )
-    return tuple(names)
+        what = f"{odd[0]!r} is not the name of a {suffix} file beside the index" if odd else "No weight_map with files"
+        hint = "The index is damaged or hostile; download it again from its publisher."
+        raise CheckpointError(what, where=str(folder / name), hint=hint)
+    return names
 
 
 def read_hub_config(folder: Path) -> dict[str, object]:
-    """Read a folder's config.json as plain data.
-
-    Raises CheckpointError where it is missing or damaged, and where the folder requires its own code.
-    """
-    if not os.path.lexists(folder / CONFIG):
-        raise CheckpointError(
-            f"The folder holds no {CONFIG}",
-            where=str(folder),
-            hint="Copy it from where the weights came from, or give the path of the weight file itself.",
-        )
+    """Read a folder's config.json. Raises CheckpointError where it is missing or damaged, or requires its own code."""
     config = _read_json(folder / CONFIG)
     for name, content in ((CONFIG, config), (PREPROCESSOR, _read_preprocessor(folder))):
         if "auto_map" in content:
-            raise CheckpointError(
-                "Requires code of its own repository (auto_map), which is never run here",
-                where=str(folder / name),
-                hint="Choose a repository that transformers or timm supports without it, or wrap the network yourself: "
-                "py:package.module:factory.",
-            )
+            what = "Requires code of its own repository (auto_map), which is never run here"
+            hint = "Choose a repository without it, or wrap the network yourself: py:package.module:factory."
+            raise CheckpointError(what, where=str(folder / name), hint=hint)
     return config
 
 
@@ -239,14 +195,12 @@ def parse_statistics(
 
 
 def _read_triple(path: Path, values: object, name: str) -> Triple:
+    numbers = [value for value in values if type(value) in (int, float)] if isinstance(values, list) else []
     with suppress(OverflowError):  # JSON's integers may be larger than a float
-        if isinstance(values, list) and len(values) == 3 and all(type(value) in (int, float) for value in values):
-            first, second, third = map(float, values)
-            if math.isfinite(first + second + third):
-                return first, second, third
-    raise CheckpointError(
-        f"{name} is not three finite numbers: {str(values)[:60]}", where=str(path), hint="Correct the file."
-    )
+        if values == numbers and len(numbers) == 3 and all(map(math.isfinite, numbers)):
+            return cast(Triple, tuple(map(float, numbers)))
+    what = f"{name} is not three finite numbers: {str(values)[:60]}"
+    raise CheckpointError(what, where=str(path), hint="Correct the file.")
 
 
 def _read_preprocessor(folder: Path) -> dict[str, object]:
@@ -254,18 +208,16 @@ def _read_preprocessor(folder: Path) -> dict[str, object]:
 
 
 def _read_json(path: Path) -> dict[str, object]:
-    hint = "Download it again from its publisher."
     try:
         content = json.loads(_check_file(path).read_bytes())
-    except OSError as error:
-        raise CheckpointError(
-            f"Cannot read it: {error.strerror or error}", where=str(path), hint="Check its permissions."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"Damaged JSON: {str(error)[:160]}", where=str(path), hint=hint) from error
-    if not isinstance(content, dict):
-        raise CheckpointError("Not a JSON object", where=str(path), hint=hint)
-    return content
+        if isinstance(content, dict):
+            return content
+        problem = "Not a JSON object"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"Cannot be read as JSON: {str(error)[:160]}"
+    raise CheckpointError(
+        problem, where=str(path), hint="Download it again from its publisher, or check its permissions."
+    )
 
 
 def _check_file(path: Path) -> Path:
@@ -275,11 +227,11 @@ def _check_file(path: Path) -> Path:
     if folder.parent.name == "snapshots":  # CACHE/models--OWNER--NAME/snapshots/COMMIT; repositories may share blobs
         allowed += [(folder.parents[1] / "blobs").resolve(), (folder.parents[2] / "blobs").resolve()]
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a parent folder is closed
-        raise CheckpointError("Not a readable file", where=str(path), hint="Download or copy it again.")
+        raise CheckpointError("No such file, or not readable", where=str(path), hint="Download or copy it again.")
     if not any(path.resolve().is_relative_to(root) for root in allowed):
-        raise CheckpointError(
+        what, hint = (
             f"A link that leads out of its folder, to {path.resolve()}",
-            where=str(path),
-            hint="Put the file itself there if you trust it.",
+            "Put the file itself there if you trust it.",
         )
+        raise CheckpointError(what, where=str(path), hint=hint)
     return path

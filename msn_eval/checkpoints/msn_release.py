@@ -5,7 +5,6 @@ later load is checked against it. This detects later damage, not a wrong file on
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from msn_eval.checkpoints.download import download
@@ -16,31 +15,19 @@ from msn_eval.files.hf_hub import offline_variable
 FOLDER_VARIABLE = "MSN_EVAL_WEIGHTS"
 URL_VARIABLE = "MSN_EVAL_WEIGHTS_URL"
 _URL = "https://dl.fbaipublicfiles.com/msn"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MsnRelease:
-    """One released network: its file, and the SHA-256 that was published with it, if any."""
-
-    name: str
-    file: str
-    sha256: str | None = None
-
-
+# The file of each network.
 MSN_RELEASES = {
-    name: MsnRelease(name=name, file=f"{name}_{epochs}ep.pth.tar")
+    name: f"{name}_{epochs}ep.pth.tar"
     for name, epochs in {"vits16": 800, "vitb16": 600, "vitl16": 600, "vitb4": 300, "vitl7": 200}.items()
 }
 
 
-def find_release(name: str) -> MsnRelease:
-    """Return the released network called `name`. Raises CheckpointError for a name that is not one of the five."""
+def find_release(name: str) -> str:
+    """Return the file name of a released network. Raises CheckpointError for a name that is not one of the five."""
     if name not in MSN_RELEASES:
-        raise CheckpointError(
-            f"MSN released no network {name!r}.{did_you_mean(name, MSN_RELEASES)}",
-            where=f"msn:{name}",
-            hint=f"The released networks are {', '.join(f'msn:{known}' for known in MSN_RELEASES)}.",
-        )
+        what = f"MSN released no network {name!r}.{did_you_mean(name, MSN_RELEASES)}"
+        hint = f"The released networks are {', '.join(f'msn:{known}' for known in MSN_RELEASES)}."
+        raise CheckpointError(what, where=f"msn:{name}", hint=hint)
     return MSN_RELEASES[name]
 
 
@@ -60,22 +47,17 @@ def fetch_msn(name: str) -> Path:
             download manually and the path to put the file at.
         UsageError, StoreError: The file cannot be stored.
     """
-    release = find_release(name)
-    path = find_weights_folder() / release.file
+    file = find_release(name)
+    path = find_weights_folder() / file
     if path.is_file():
         return path
-    url = f"{(os.environ.get(URL_VARIABLE) or _URL).rstrip('/')}/{release.file}"
+    url = f"{(os.environ.get(URL_VARIABLE) or _URL).rstrip('/')}/{file}"
     hint = f"Download {url} manually, on a machine with a network, and put it at {path}; ${FOLDER_VARIABLE} names another folder."
     forbidden = offline_variable()
     if forbidden is not None:
-        raise CheckpointError(
-            f"No such file: {path}, and ${forbidden} forbids to download it", where=f"msn:{name}", hint=hint
-        )
-    digest = download(url, path, sha256=release.sha256, hint=hint)
-    write_atomically(sidecar_of(path), f"{digest}  {path.name}\n".encode())
+        what = f"No such file: {path}, and ${forbidden} forbids to download it"
+        raise CheckpointError(what, where=f"msn:{name}", hint=hint)
+    digest = download(url, path, hint=hint)
+    # In the format of `sha256sum -c`.
+    write_atomically(path.with_name(f"{path.name}.sha256"), f"{digest}  {path.name}\n".encode())
     return path
-
-
-def sidecar_of(path: Path) -> Path:
-    """Return the path of the file with the SHA-256 of `path`, in the format of `sha256sum -c`."""
-    return path.with_name(f"{path.name}.sha256")

@@ -4,17 +4,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-_TARGETS = ("safetensors", "timm", "hf")
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("checkpoint", metavar="IN", help="as `msn-eval inspect` takes it")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the file (hf: the folder) to write; must not exist")
     parser.add_argument(
-        "out", metavar="OUT", type=Path, help="the file, or for hf the folder, to write; must not exist"
-    )
-    parser.add_argument(
-        "--to", choices=_TARGETS, required=True, help="safetensors: every tensor of the file under its name"
+        "--to",
+        choices=("safetensors", "timm", "hf"),
+        required=True,
+        help="safetensors: every tensor of the file under its name",
     )
     parser.add_argument("--arch", metavar="NAME", help="the timm architecture, where the file leaves it open")
     parser.add_argument("--checkpoint-key", metavar="K", help="which of several networks")
@@ -24,14 +23,10 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Convert, and print what was written."""
     from msn_eval.checkpoints.checkpoint import locate_weights
     from msn_eval.checkpoints.convert import convert_checkpoint
-    from msn_eval.checkpoints.stored import StoredCheckpoint
     from msn_eval.errors import printable
 
     path, _ = locate_weights(options.checkpoint)
-    written = convert_checkpoint(path, options.out, to=options.to, arch=options.arch, key=options.checkpoint_key)
-    architecture = ""
-    if isinstance(written, StoredCheckpoint):
-        architecture, written = f"{written.architecture.name}, ", written.contents
-    out = printable(str(options.out))
+    arch, written = convert_checkpoint(path, options.out, to=options.to, arch=options.arch, key=options.checkpoint_key)
+    out, architecture = printable(str(options.out)), f"{arch}, " if arch else ""
     print(f"{out}\t{architecture}{written.file_bytes:,} bytes, sha256 {written.sha256}, read back equal")
     return 0

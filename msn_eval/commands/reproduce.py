@@ -107,7 +107,7 @@ def _describe_weights(number: "Reproduction", checkpoint: str | None) -> str:
     scheme, _, name = network.checkpoint.partition(":")
     if scheme != "msn":
         return f"{network.checkpoint}, from timm's cache or its hub"
-    path = find_weights_folder() / MSN_RELEASES[name].file
+    path = find_weights_folder() / MSN_RELEASES[name]
     return f"{network.checkpoint}, {'in' if path.is_file() else 'not yet in'} {path.parent}"
 
 

@@ -1,12 +1,11 @@
 """The splits of a data set, as the `datasets` library loads them from the hub, its cache or a local folder."""
 
-import contextlib
 import errno
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,12 +39,6 @@ class HubName:
     def __str__(self) -> str:
         return f"hf:{self.text}"
 
-    @property
-    def short(self) -> str:
-        if self.folder is None:
-            return self.text
-        return f"{self.folder.name}:{self.config}" if self.config else self.folder.name
-
 
 def parse_name(text: str) -> HubName:
     """Parse a name; an existing folder takes precedence over a data set of the hub with the same spelling."""
@@ -57,12 +50,9 @@ def parse_name(text: str) -> HubName:
     match = _ON_THE_HUB.fullmatch(text)
     if match is not None and ".." not in text:
         return HubName(text=text, path=match["path"], config=match["config"], revision=match["revision"])
-    raise DataError(
-        "Neither an existing folder nor OWNER/NAME, OWNER/NAME:CONFIG or OWNER/NAME@REVISION on the hub",
-        where=f"hf:{text}",
-        hint="Write for example hf:uoft-cs/cifar10, or the path of a folder with train-*.parquet and "
-        "validation-*.parquet. Give an image folder by its path, without hf:.",
-    )
+    what = "Neither an existing folder nor OWNER/NAME, OWNER/NAME:CONFIG or OWNER/NAME@REVISION on the hub"
+    hint = "Write for example hf:uoft-cs/cifar10, or a folder of Parquet files. Give an image folder without hf:."
+    raise DataError(what, where=f"hf:{text}", hint=hint)
 
 
 def load_splits(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
@@ -76,15 +66,9 @@ def load_splits(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(
-            f"Data sets of the scheme hf: need the `datasets` library ({error})",
-            where=str(name),
-            hint="Install it: pip install 'msn-eval[hf]'.",
-        ) from error
-    # The library warns about calls that contradict its own environment variable.
-    is_drawn = not datasets.are_progress_bars_disabled() and "HF_DATASETS_DISABLE_PROGRESS_BARS" not in os.environ
-    hide_bars = is_drawn and not sys.stderr.isatty()
-    if hide_bars:
+        what, hint = f"Needs the `datasets` library ({error})", "Install it: pip install 'msn-eval[hf]'."
+        raise UsageError(what, where=str(name), hint=hint) from error
+    if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         return _load_from_hub(name, splits) if name.folder is None else _load_folder(name, name.folder, splits)
@@ -92,9 +76,6 @@ def load_splits(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
         raise
     except Exception as error:  # the library's errors have no common base
         raise _translate(error, name) from error
-    finally:
-        if hide_bars:
-            datasets.enable_progress_bars()
 
 
 def _load_folder(name: HubName, folder: Path, splits: Sequence[str]) -> "dict[str, Table]":
@@ -102,14 +83,7 @@ def _load_folder(name: HubName, folder: Path, splits: Sequence[str]) -> "dict[st
 
     if (folder / "dataset_dict.json").is_file():
         stored = datasets.DatasetDict.load_from_disk(folder, keep_in_memory=False)
-        chosen = {split: _choose_split(name, split, list(stored)) for split in splits}
-        return {split: (own, stored[own]) for split, own in chosen.items()}
-    if (folder / "state.json").is_file():
-        raise DataError(
-            "The folder holds a single split that `save_to_disk` wrote",
-            where=str(name),
-            hint="Save a DatasetDict of train and validation, and give its folder, which holds a dataset_dict.json.",
-        )
+        return {split: (own, stored[own]) for split, own in _choose_splits(name, splits, stored).items()}
     # An absolute path, because the library takes some relative ones for names of its own.
     return _prepare(name, datasets.load_dataset_builder(str(folder), name.config), splits)
 
@@ -119,8 +93,9 @@ def _load_from_hub(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
     from huggingface_hub import HfApi
 
     commit, reason = name.revision, ""
-    if (forbidden := offline_variable()) is not None or datasets.config.HF_HUB_OFFLINE:
-        reason = f"${forbidden or 'HF_DATASETS_OFFLINE'} forbids to ask the hub"
+    forbidden = offline_variable() or ("HF_DATASETS_OFFLINE" if datasets.config.HF_HUB_OFFLINE else None)
+    if forbidden is not None:
+        reason = f"${forbidden} forbids to ask the hub"
     else:
         try:
             # One short request; the library itself waits half a minute for a silent hub.
@@ -129,57 +104,46 @@ def _load_from_hub(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
         except UnreachableError as error:
             reason = f"the hub cannot be reached: {error}"
             _log.warning("%s: %s; using the cache", name, reason)
-    with _offline() if reason else contextlib.nullcontext():
+    before = datasets.config.HF_HUB_OFFLINE
+    try:
+        datasets.config.HF_HUB_OFFLINE = before or bool(reason)  # else the library would ask the hub
         try:
             builder = datasets.load_dataset_builder(name.path, name.config, revision=commit)
         except Exception as error:
-            raise (_not_cached(name, reason) if reason and _disk_error(error) is None else error) from error
+            if reason and _disk_error(error) is None:
+                raise _not_cached(name, reason) from error
+            raise
         # The library falls back to any cached version of this name, whatever its revision.
         if type(builder).__module__.endswith(".cache.cache") and commit is not None and builder.hash != commit:
             raise _not_cached(name, reason or "the hub stopped answering")
         return _prepare(name, builder, splits)
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Keep the library from asking the hub."""
-    from datasets import config
-
-    before = config.HF_HUB_OFFLINE
-    config.HF_HUB_OFFLINE = True
-    try:
-        yield
     finally:
-        config.HF_HUB_OFFLINE = before
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _prepare(name: HubName, builder: "datasets.DatasetBuilder", splits: Sequence[str]) -> "dict[str, Table]":
     """Write Arrow files where the library's cache has none yet, and map them into memory."""
     builder.download_and_prepare()
-    chosen = {split: _choose_split(name, split, list(builder.info.splits or ())) for split in splits}
+    chosen = _choose_splits(name, splits, builder.info.splits or {})
     return {split: (own, builder.as_dataset(split=own)) for split, own in chosen.items()}
 
 
-def _choose_split(name: HubName, split: str, existing: Sequence[str]) -> str:
-    for candidate in _SPLITS[split]:
-        if candidate in existing:
-            return candidate
-    raise DataError(
-        f"No split {' or '.join(map(repr, _SPLITS[split]))} (existing: {', '.join(existing) or 'none'})",
-        where=str(name),
-        hint="Files of a local folder are assigned by their names: train-*.parquet and validation-*.parquet.",
-    )
+def _choose_splits(name: HubName, splits: Sequence[str], existing: Mapping[str, object]) -> dict[str, str]:
+    """Return the data set's own name for each split."""
+    chosen = {split: own for split in splits for own in reversed(_SPLITS[split]) if own in existing}
+    for split in splits:
+        if split not in chosen:
+            what = f"No split {' or '.join(map(repr, _SPLITS[split]))} (existing: {', '.join(existing) or 'none'})"
+            hint = "Files of a local folder are assigned by their names: train-*.parquet and validation-*.parquet."
+            raise DataError(what, where=str(name), hint=hint)
+    return chosen
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
     """Return the error of the disk among an error and its causes, None where there is none."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, OSError) and error.errno in _DISK:
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return None
+    if error is None or (isinstance(error, OSError) and error.errno in _DISK):
+        return error
+    return _disk_error(error.__cause__ or error.__context__)
 
 
 def _translate(error: Exception, name: HubName) -> MsnEvalError:
@@ -191,39 +155,27 @@ def _translate(error: Exception, name: HubName) -> MsnEvalError:
         path = os.fsdecode(disk.filename) if isinstance(disk.filename, str | bytes) else str(config.HF_DATASETS_CACHE)
         if name.folder is not None and Path(path).is_relative_to(name.folder):
             return DataError(f"Cannot read it: {disk.strerror}", where=path, hint="Check its permissions.")
-        return StoreError(
-            f"Cannot write the cache of the `datasets` library: {disk.strerror}",
-            where=path,
-            hint="Free space, or choose another folder: $HF_DATASETS_CACHE (and $HF_HUB_CACHE for downloads). Folders "
-            "that `save_to_disk` wrote need no cache.",
-        )
+        what = f"Cannot write the cache of the `datasets` library: {disk.strerror}"
+        hint = "Free space, or choose another folder: $HF_DATASETS_CACHE (and $HF_HUB_CACHE for downloads)."
+        return StoreError(what, where=path, hint=hint)
     text = first_line(error)
+    what = f"The `datasets` library cannot load it: {text}"
+    hint = "It reads train-*.parquet and validation-*.parquet, and what `save_to_disk` wrote for a DatasetDict."
     if isinstance(error, ValueError) and "onfig" in text:  # several, and the name has none or an unknown one
-        listed = " ".join(str(error).split())[:600]
-        return DataError(listed, where=str(name), hint=f"Choose one: hf:{name.path}:CONFIG.")
-    if "scripts are no longer supported" in text:
-        return DataError(
-            "The data set has code of its own, which is never run here",
-            where=str(name),
-            hint="Use a version in Parquet files; many data sets have one in their branch refs/convert/parquet: "
-            f"hf:{name.path}@refs/convert/parquet.",
-        )
-    return DataError(
-        f"The `datasets` library cannot load it: {text}",
-        where=str(name),
-        hint="It reads folders of train-*.parquet and validation-*.parquet, what `save_to_disk` wrote, and most layouts "
-        "of the hub. Give an image folder by its path, without hf:.",
-    )
+        what, hint = " ".join(str(error).split())[:600], f"Choose one: hf:{name.path}:CONFIG."
+    elif "scripts are no longer supported" in text:
+        what = "The data set has code of its own, which is never run here"
+        hint = f"Use Parquet files; many data sets have them in a branch: hf:{name.path}@refs/convert/parquet."
+    return DataError(what, where=str(name), hint=hint)
 
 
 def _not_cached(name: HubName, reason: str) -> DataError:
     from datasets import config
 
-    revision = f" --revision {name.revision}" if name.revision else ""
-    commit = f" at a commit known to be {name.revision}" if name.revision else ""
-    return DataError(
-        f"{reason}, and the cache {config.HF_DATASETS_CACHE} does not hold this data set{commit}",
-        where=str(name),
-        hint=f"On a machine with a network, run `hf download --repo-type dataset {name.path}{revision} --local-dir DIR`, "
-        f"copy DIR here and give it: hf:DIR{f':{name.config}' if name.config else ''}.",
+    option, commit = (f" --revision {name.revision}", f" at {name.revision}") if name.revision else ("", "")
+    what = f"{reason}, and the cache {config.HF_DATASETS_CACHE} does not hold this data set{commit}"
+    hint = (
+        f"On a machine with a network, run `hf download --repo-type dataset {name.path}{option} --local-dir DIR`, "
+        f"copy DIR here and give it: hf:DIR{f':{name.config}' if name.config else ''}."
     )
+    return DataError(what, where=str(name), hint=hint)

@@ -4,21 +4,14 @@ The library writes what it loads to Arrow files in its cache, which are memory-m
 bytes that were stored. No code of a data set is ever run.
 """
 
-import logging
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from msn_eval.data.dataset import DatasetListing, Listing, LoadOptions
-from msn_eval.data.hf_rows import StoredRows, name_by_rows, read_rows
+from msn_eval.data.hf_rows import FORBIDDEN, read_rows
 from msn_eval.data.hf_splits import HubName, load_splits, parse_name
 from msn_eval.errors import DataError
-
-_log = logging.getLogger(__name__)
-
-# A class is one folder name in an id, and one line of a class map.
-_FORBIDDEN = re.compile("[/\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def list_hub(place: str, options: LoadOptions) -> DatasetListing:
@@ -38,51 +31,27 @@ def list_hub(place: str, options: LoadOptions) -> DatasetListing:
     hub_name = parse_name(place)
     tables = load_splits(hub_name, options.splits)
     stored = {wanted: read_rows(hub_name, split, table) for wanted, (split, table) in tables.items()}
-    names = _name_classes(hub_name, [name for rows in stored.values() for name in rows.classes])
-    return DatasetListing(
-        name=hub_name.short, splits={split: _list_rows(rows, names) for split, rows in stored.items()}
-    )
+    names = _name_classes(hub_name, [name for _, classes, _, _ in stored.values() for name in classes])
+    splits = {}
+    for split, (source, classes, labels, files) in stored.items():
+        listed: dict[str, list[str]] = {names[name]: [] for name in classes}
+        row_of_id: dict[str, int] = {}
+        for row, (label, file) in enumerate(zip(labels, files, strict=True)):
+            name = names[classes[label]]
+            listed[name].append(file)
+            row_of_id[f"{name}/{file}"] = row
+        splits[split] = Listing(files=listed, source=replace(source, rows=row_of_id))
+    folder, config = hub_name.folder, f":{hub_name.config}" if hub_name.config else ""
+    return DatasetListing(name=hub_name.text if folder is None else f"{folder.name}{config}", splits=splits)
 
 
 def _name_classes(hub_name: HubName, stored: Sequence[str]) -> dict[str, str]:
     """Return the name of each class in ids: one part of a path, on one line. Raises DataError where two become one."""
-    names: dict[str, str] = {}
-    for name in stored:
-        safe = _FORBIDDEN.sub("_", name)
-        names[name] = "_" * max(1, len(safe)) if safe in ("", ".", "..") else safe
+    names = {name: FORBIDDEN.sub("_", name) for name in stored}
+    names |= {name: "_" * max(1, len(name)) for name in names if name in ("", ".", "..")}
     counts = Counter(names.values())
     merged = [name for name, safe in names.items() if counts[safe] > 1]
     if merged:
-        raise DataError(
-            f"Classes {', '.join(map(repr, merged[:5]))} would have the same name {names[merged[0]]!r} in ids",
-            where=str(hub_name),
-            hint="Rename one of them.",
-        )
-    renamed = [f"{name!r} as {safe!r}" for name, safe in names.items() if name != safe]
-    if renamed:
-        _log.info("%s: %d classes are renamed in ids: %s", hub_name, len(renamed), ", ".join(renamed[:5]))
+        what = f"Classes {', '.join(map(repr, merged[:5]))} would have the same name {names[merged[0]]!r} in ids"
+        raise DataError(what, where=str(hub_name), hint="Rename one of them.")
     return names
-
-
-def _list_rows(rows: StoredRows, names: Mapping[str, str]) -> Listing:
-    """List the images of one split by class, under file names that are unique within it."""
-    files = _base_names(rows)
-    if files is None:
-        _log.info("%s: images are named by their rows", rows.source.where)
-        files = name_by_rows(rows)
-    classes = [names[name] for name in rows.classes]
-    listed: dict[str, list[str]] = {name: [] for name in classes}
-    row_of_id: dict[str, int] = {}
-    for row, (label, file) in enumerate(zip(rows.labels, files, strict=True)):
-        listed[classes[label]].append(file)
-        row_of_id[f"{classes[label]}/{file}"] = row
-    return Listing(files=listed, source=replace(rows.source, rows=row_of_id))
-
-
-def _base_names(rows: StoredRows) -> list[str] | None:
-    """Return the last part of each stored path, None where one is missing, not usable, or occurs twice in a class."""
-    # In an archive, the path of an image is a/b.jpg::c.zip.
-    files = [(path or "").partition("::")[0].rpartition("/")[2] for path in rows.paths]
-    if any(file in ("", ".", "..") or _FORBIDDEN.search(file) for file in files):
-        return None
-    return files if len(set(zip(rows.labels, files, strict=True))) == len(files) else None

@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,8 @@ def written_atomically(path: Path, what: str) -> Iterator[Path]:
     Raises:
         StoreError: The disk refuses; `path` is then unchanged.
     """
-    temporary = _temporary_name(path.parent, path.name)
+    suffix = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}{_SUFFIX}"
+    temporary = path.with_name(f".{path.name}.{suffix}")
     try:
         try:
             yield temporary
@@ -55,10 +57,6 @@ def written_atomically(path: Path, what: str) -> Iterator[Path]:
         ) from error
 
 
-def _temporary_name(folder: Path, name: str) -> Path:
-    return folder / f".{name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}{_SUFFIX}"
-
-
 def remove(path: Path) -> None:
     """Remove a file, or a folder with its content, if it exists."""
     if path.is_dir():
@@ -73,16 +71,11 @@ def prepare_folder(folder: Path, *, option: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = _temporary_name(folder, "probe")
-        try:
-            with probe.open("xb") as file:
-                os.fsync(file.fileno())
-        finally:
-            probe.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.fsync(file.fileno())
     except OSError as error:
-        raise UsageError(
-            f"cannot be written: {error.strerror or error}", where=str(folder), hint=f"Give another {option} folder."
-        ) from error
+        hint = f"Give another {option} folder."
+        raise UsageError(f"cannot be written: {error.strerror or error}", where=str(folder), hint=hint) from error
     for leftover in folder.glob(f".*{_SUFFIX}"):
         if _is_abandoned(leftover):
             with contextlib.suppress(FileNotFoundError):  # another process removes it as well
@@ -93,22 +86,16 @@ def _is_abandoned(temporary: Path) -> bool:
     """Whether a temporary file is older than a day and of a dead process of this host."""
     try:
         name, pid, _ = temporary.name.removesuffix(_SUFFIX).rsplit(".", 2)
-        if not name.endswith(f".{socket.gethostname()}") or time.time() - temporary.stat().st_mtime < _STALE_SECONDS:
-            return False
-        if os.name != "posix":  # on Windows, signal 0 is Ctrl-C
+        if time.time() - temporary.stat().st_mtime < _STALE_SECONDS or not name.endswith(f".{socket.gethostname()}"):
             return False
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except (ValueError, OverflowError, OSError):
-        return False
+    except (ValueError, OverflowError, OSError) as error:
+        return isinstance(error, ProcessLookupError)
     return False
 
 
 def sync_folder(folder: Path) -> None:
     """Write the names in a folder to the disk."""
-    if os.name != "posix":  # Windows has no handle of a folder to sync
-        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

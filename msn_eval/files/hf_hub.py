@@ -3,15 +3,11 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 
 from msn_eval.errors import MsnEvalError, StoreError
 
 OFFLINE_VARIABLES = ("MSN_EVAL_OFFLINE", "HF_HUB_OFFLINE")
-_TIMEOUT, _TOO_MANY_REQUESTS, _SERVER_ERROR = 408, 429, 500
-_ACCESS = (
-    "For a gated or private repository, accept the conditions on its page, if any, and set $HF_TOKEN to a token that may "
-    "read it (or run `hf auth login`)."
-)
 
 
 class UnreachableError(Exception):
@@ -46,20 +42,19 @@ def translate_hub_errors(where: str, error_type: type[MsnEvalError]) -> Iterator
         raise UnreachableError(first_line(error.__cause__ or error)) from error
     except MsnEvalError:
         raise
-    except errors.EntryNotFoundError as error:
-        hint = "The repository is incomplete; look at its page on the hub."
-        raise error_type(f"The repository lacks a file: {first_line(error)}", where=where, hint=hint) from error
-    except errors.HFValidationError as error:
-        raise error_type(f"Not a repository name: {first_line(error)}", where=where, hint="Correct it.") from error
-    except errors.RevisionNotFoundError as error:
-        hint = "Choose one that its page lists, or none."
-        raise error_type("The repository has no such branch, tag or commit", where=where, hint=hint) from error
+    except (errors.EntryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        hint = "Correct the name or the revision, or choose one that its page on the hub lists."
+        raise error_type(f"Not on the hub: {first_line(error)}", where=where, hint=hint) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        if status in (_TIMEOUT, _TOO_MANY_REQUESTS) or status >= _SERVER_ERROR:
+        if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS) or status >= 500:
             raise UnreachableError(f"HTTP {status}") from error
-        what = f"The hub refuses access (HTTP {status}): there is no repository of this name, or it is gated or private"
-        raise error_type(what, where=where, hint=f"Check the name. {_ACCESS}") from error
+        raise error_type(
+            f"The hub refuses access (HTTP {status}): there is no repository of this name, or it is gated or private",
+            where=where,
+            hint="Check the name. For a gated or private repository, accept the conditions on its page, if any, and set "
+            "$HF_TOKEN to a token that may read it (or run `hf auth login`).",
+        ) from error
     except Exception as error:  # those of the web client, which has changed between versions
         if isinstance(error, OSError) and error.errno is not None:
             hint = "Free space, or choose another folder: $HF_HUB_CACHE."

@@ -1,7 +1,7 @@
 """JSON objects as frozen dataclasses: every field present, of its type, and no other."""
 
 import json
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -16,12 +16,9 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a JSON number")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse)
-
-
 def parse_json(text: bytes) -> Any:
     """Parse strict JSON, without the NaN and Infinity that Python accepts. Raises ValueError."""
-    return _DECODER.decode(text.decode("utf-8"))
+    return json.loads(text.decode(), parse_constant=_refuse)
 
 
 def read_fields(kind: type[_Record], content: Any) -> _Record:
@@ -99,40 +96,27 @@ def _reader(hint: Any, where: str) -> _Reader:
         read = _reader(inner, where)
         return lambda value: None if value is None else read(value)
     if is_dataclass(hint):
-        assert isinstance(hint, type)
-        return _record_reader(hint, where)
-    matches: Callable[[Any], bool]
-    if origin is Literal:
-        matches = lambda value: type(value) is str and value in arguments  # noqa: E731
-    elif origin is tuple:
-        matches = _tuple_rule(arguments)
-    else:
-        assert issubclass(origin, Mapping), hint
-        types = None if arguments[1] is object else _plain_types(arguments[1])
-        matches = lambda value: (  # noqa: E731
-            type(value) is dict and (types is None or all(type(item) in types for item in value.values()))
-        )
+        return _record_reader(cast(Any, hint), where)
+    item = arguments[0] if origin is tuple else arguments[-1]
+    types = None if origin is Literal or item is object else _plain_types(item)
+    length = len(arguments) if origin is tuple and Ellipsis not in arguments else None
 
     def read_checked(value: Any) -> Any:
-        if not matches(value):
+        if origin is Literal:
+            matches = type(value) is str and value in arguments
+        else:
+            matches = type(value) is (list if origin is tuple else dict) and length in (None, len(value))
+            items = value.values() if matches and origin is not tuple else value
+            matches = matches and (types is None or all(type(item) in types for item in items))
+        if not matches:
             raise _wrong_type(where, value)
         return tuple(value) if origin is tuple else value
 
     return read_checked
 
 
-def _tuple_rule(arguments: tuple[Any, ...]) -> Callable[[Any], bool]:
-    types = _plain_types(arguments[0])
-    assert types is not None
-    length = None if Ellipsis in arguments else len(arguments)
-    return lambda value: (
-        type(value) is list and (length is None or len(value) == length) and all(type(item) in types for item in value)
-    )
-
-
 def _wrong_type(where: str, value: Any) -> ValueError:
-    text = json.dumps(value)
-    return ValueError(f"{where} is of the wrong type: {text if len(text) <= 60 else f'{text[:60]}…'}")
+    return ValueError(f"{where} is of the wrong type: {json.dumps(value)[:60]}")
 
 
 def canonical_json(value: object) -> str:

@@ -1,6 +1,5 @@
 """Conversions, compared with the libraries that read their files."""
 
-import errno
 import json
 import os
 import resource
@@ -23,9 +22,9 @@ from torch import Tensor, nn
 
 import msn_eval
 from msn_eval.checkpoints.checkpoint import read_checkpoint
-from msn_eval.checkpoints.convert import TARGETS, Target, convert_checkpoint
+from msn_eval.checkpoints.convert import Target, convert_checkpoint
 from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD, make_eval_transform, resize_and_crop
-from msn_eval.errors import CheckpointError, MsnEvalError, StoreError, UsageError
+from msn_eval.errors import CheckpointError, MsnEvalError, StoreError
 from msn_eval.features.encoder import encode, load_encoder
 
 Weights = dict[str, Tensor]
@@ -33,7 +32,7 @@ WeightMaker = Callable[..., Weights]
 MSNWriter = Callable[..., Path]
 Triple = tuple[float, float, float]
 TINY = "vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2"
-MOCO_V3 = "module.base_encoder."
+TARGETS: tuple[Target, ...] = ("safetensors", "timm", "hf")
 
 
 def saved(folder: Path, content: object, *, name: str = "vit.pth") -> Path:
@@ -65,7 +64,7 @@ def dinov2(weights: Weights, *, registers: int = 0, gated: int = 0) -> Weights:
 
 
 def in_moco_v3s_layout(weights: Weights) -> dict[str, Weights]:
-    return {"state_dict": {f"{MOCO_V3}{name}": tensor for name, tensor in weights.items()}}
+    return {"state_dict": {f"module.base_encoder.{name}": tensor for name, tensor in weights.items()}}
 
 
 # What transformers calls the network of a file, and the file.
@@ -113,10 +112,8 @@ def features(path: Path, pixels: Tensor, tap: str, *, arch: str | None = None) -
     return encode(load_encoder(str(path), device="cpu", arch=arch), pixels, [tap])[tap]
 
 
-def default_tap(kind: str, *, after_norm: bool) -> str:
-    if KINDS[kind][0] == "IJepaModel":
-        return "mean"
-    return "cls-norm" if after_norm else "cls"
+def default_tap(kind: str) -> str:
+    return "mean" if KINDS[kind][0] == "IJepaModel" else "cls"
 
 
 def normalised(pixels: Tensor, mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD) -> Tensor:
@@ -151,23 +148,16 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 # A folder that transformers loads.
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind][0] != "IJepaModel"])
-def test_transformers_gives_the_class_token_before_the_last_norm(
-    file_of: Callable[[str], Path], random_pixels: Tensor, kind: str
-) -> None:
-    source = file_of(kind)
-    before, _ = states(folder_from(source), random_pixels, KINDS[kind][0])
-    assert_close(features(source, random_pixels, "cls"), before[:, 0])
-
-
 @of_every_kind
-def test_transformers_gives_the_features_after_the_last_norm(
+def test_transformers_gives_the_features_before_and_after_the_last_norm(
     file_of: Callable[[str], Path], random_pixels: Tensor, kind: str
 ) -> None:
-    source = file_of(kind)
-    _, after = states(folder_from(source), random_pixels, KINDS[kind][0])
-    expected = after.mean(dim=1) if KINDS[kind][0] == "IJepaModel" else after[:, 0]
-    assert_close(features(source, random_pixels, default_tap(kind, after_norm=True)), expected)
+    source, is_ijepa = file_of(kind), KINDS[kind][0] == "IJepaModel"
+    before, after = states(folder_from(source), random_pixels, KINDS[kind][0])
+    expected = after.mean(dim=1) if is_ijepa else after[:, 0]
+    assert_close(features(source, random_pixels, "mean" if is_ijepa else "cls-norm"), expected)
+    if not is_ijepa:
+        assert_close(features(source, random_pixels, "cls"), before[:, 0])
 
 
 @of_every_kind
@@ -184,25 +174,11 @@ def test_transformers_finds_every_weight_and_no_other(file_of: Callable[[str], P
 def test_folder_is_read_here_with_the_same_weights_and_features(
     file_of: Callable[[str], Path], random_pixels: Tensor, kind: str
 ) -> None:
-    source, tap = file_of(kind), default_tap(kind, after_norm=False)
+    source, tap = file_of(kind), default_tap(kind)
     folder = folder_from(source)
     before, after = read_checkpoint(str(source)), read_checkpoint(str(folder))
     assert (after.weights_sha256, after.arch) == (before.weights_sha256, before.arch)
     assert torch.equal(features(folder, random_pixels, tap), features(source, random_pixels, tap))
-
-
-def test_image_classifier_of_transformers_lacks_its_classifier_alone(
-    msn_file: MSNWriter, random_pixels: Tensor
-) -> None:
-    source = msn_file()
-    network, info = opened(folder_from(source), "ViTMSNForImageClassification")
-    assert (set(info["missing_keys"]), set(info["unexpected_keys"])) == (
-        {"classifier.weight", "classifier.bias"},
-        set(),
-    )
-    with torch.inference_mode():
-        output = network(normalised(random_pixels), output_hidden_states=True)
-    assert_close(features(source, random_pixels, "cls"), output.hidden_states[-1][:, 0])
 
 
 def test_heads_named_with_the_architecture_are_written_and_read_back(
@@ -213,15 +189,6 @@ def test_heads_named_with_the_architecture_are_written_and_read_back(
     expected = features(source, random_pixels, "cls", arch=arch)
     assert_close(expected, states(folder, random_pixels, "ViTMSNModel")[0][:, 0])
     assert torch.equal(features(folder, random_pixels, "cls"), expected)
-
-
-def test_width_that_no_published_network_has_goes_along(
-    tmp_path: Path, vit_weights: WeightMaker, random_pixels: Tensor
-) -> None:
-    source = saved(tmp_path, vit_weights(width=96))
-    arch = f"{TINY}&embed_dim=96&num_heads=4"
-    before, _ = states(folder_from(source, arch=arch), random_pixels, "ViTMSNModel")
-    assert_close(features(source, random_pixels, "cls", arch=arch), before[:, 0])
 
 
 @pytest.mark.parametrize(("model", "kind"), [("ViTMSN", "msn"), ("IJepa", "ijepa"), ("Dinov2", "dinov2")])
@@ -237,12 +204,6 @@ def test_epsilon_of_a_folder_goes_along(
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["msn", "ijepa"])
-def test_epsilon_of_a_file_is_stated(file_of: Callable[[str], Path], kind: str) -> None:
-    """transformers' own defaults are 1e-6 for the one and 1e-12 for the other; published files have 1e-6."""
-    assert stated(folder_from(file_of(kind)))["layer_norm_eps"] == 1e-6
-
-
 def test_half_precision_is_kept(tmp_path: Path, vit_weights: WeightMaker) -> None:
     source = saved(tmp_path, {name: tensor.half() for name, tensor in vit_weights().items()})
     network, _ = opened(folder_from(source), "ViTMSNModel")
@@ -252,17 +213,6 @@ def test_half_precision_is_kept(tmp_path: Path, vit_weights: WeightMaker) -> Non
 def test_one_of_several_networks_is_converted_by_its_key(tmp_path: Path, vit_weights: WeightMaker) -> None:
     source = saved(tmp_path, {"student": vit_weights(), "teacher": vit_weights(depth=1)})
     assert stated(folder_from(source, key="student"))["num_hidden_layers"] == 2
-
-
-def test_registers_are_counted_and_have_no_positions(file_of: Callable[[str], Path]) -> None:
-    folder = folder_from(file_of("registers"))
-    written = safetensors.torch.load_file(folder / "model.safetensors")
-    assert (stated(folder)["num_register_tokens"], written["embeddings.position_embeddings"].shape[1]) == (3, 17)
-
-
-def test_file_of_dinov2_is_described_at_the_size_of_its_positions(tmp_path: Path, vit_weights: WeightMaker) -> None:
-    source = saved(tmp_path, dinov2(vit_weights(depth=1, patch=14, image=518, layer_scale=True)))
-    assert stated(folder_from(source))["image_size"] == 518
 
 
 def test_registers_at_another_size_than_that_of_their_positions_give_transformers_features(
@@ -306,17 +256,6 @@ def test_image_processor_gives_the_protocols_pixels(tmp_path: Path, vit_weights:
     folder = folder_from(saved(tmp_path, vit_weights(depth=1, image=224, patch=56)))
     ours = torch.from_numpy(resize_and_crop(picture(), make_eval_transform(224)).copy())[None]
     torch.testing.assert_close(processed(folder), normalised(ours), atol=1.1 / 255 / min(IMAGENET_STD), rtol=0)
-
-
-def test_image_processor_is_the_one_named(file_of: Callable[[str], Path]) -> None:
-    folder = folder_from(file_of("msn"))
-    processor = transformers.BitImageProcessor.from_pretrained(folder, local_files_only=True)
-    assert (processor.crop_size["height"], processor.size["shortest_edge"]) == (32, 37)
-
-
-def test_image_processor_normalises_as_imagenet_where_the_file_states_nothing(file_of: Callable[[str], Path]) -> None:
-    written = stated(folder_from(file_of("msn")), "preprocessor_config.json")
-    assert (written["image_mean"], written["image_std"]) == (list(IMAGENET_MEAN), list(IMAGENET_STD))
 
 
 def test_image_statistics_of_a_folder_are_written(file_of: Callable[[str], Path]) -> None:
@@ -427,15 +366,8 @@ def test_timms_network_takes_registers_of_dinov2(file_of: Callable[[str], Path])
     source = file_of("registers")
     out = source.with_name("vit.safetensors")
     convert_checkpoint(source, out, to="timm")
-    keywords = {
-        "img_size": 32,
-        "patch_size": 8,
-        "depth": 2,
-        "init_values": 1.0,
-        "reg_tokens": 3,
-        "no_embed_class": True,
-    }
-    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **keywords)
+    shape = {"img_size": 32, "patch_size": 8, "depth": 2, "reg_tokens": 3}
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, init_values=1.0, no_embed_class=True, **shape)
     assert network.load_state_dict(safetensors.torch.load_file(out), strict=True) == ([], [])
 
 
@@ -443,18 +375,10 @@ def test_timms_network_takes_registers_of_dinov2(file_of: Callable[[str], Path])
 def test_file_in_timms_names_is_read_here_with_the_same_features(
     file_of: Callable[[str], Path], random_pixels: Tensor, kind: str
 ) -> None:
-    source, tap = file_of(kind), default_tap(kind, after_norm=False)
+    source, tap = file_of(kind), default_tap(kind)
     out = source.with_name("vit.safetensors")
     convert_checkpoint(source, out, to="timm")
     assert torch.equal(features(out, random_pixels, tap), features(source, random_pixels, tap))
-
-
-def test_residual_network_goes_into_timms_names(tmp_path: Path) -> None:
-    source = saved(tmp_path, torchvision.models.resnet18().state_dict())
-    out = tmp_path / "resnet.safetensors"
-    convert_checkpoint(source, out, to="timm")
-    network = timm.create_model("resnet18", num_classes=0)
-    assert network.load_state_dict(safetensors.torch.load_file(out), strict=True) == ([], [])
 
 
 @pytest.mark.parametrize("kind", ["mocov3", "msn"])
@@ -495,11 +419,6 @@ def test_every_tensor_of_the_file_keeps_its_name_and_values(msn_file: MSNWriter,
     assert all(torch.equal(written[f"target_encoder.module.{name}"], value) for name, value in vit_weights().items())
 
 
-def test_name_of_a_tensor_begins_with_all_that_it_stands_in(tmp_path: Path) -> None:
-    source = saved(tmp_path, {"state": {"model": {"some.weight": torch.ones(2)}}})
-    assert list(safetensors.torch.load_file(plain_from(source))) == ["state.model.some.weight"]
-
-
 def test_same_network_of_several_is_chosen(msn_file: MSNWriter, vit_weights: WeightMaker) -> None:
     online = {f"module.{name}": 2 * tensor for name, tensor in vit_weights().items()}
     source = msn_file(encoder=online)
@@ -507,45 +426,26 @@ def test_same_network_of_several_is_chosen(msn_file: MSNWriter, vit_weights: Wei
     assert (after.key, after.weights_sha256) == (before.key, before.weights_sha256)
 
 
-@of_every_kind
-def test_plain_file_gives_the_same_features(file_of: Callable[[str], Path], random_pixels: Tensor, kind: str) -> None:
-    source, tap = file_of(kind), default_tap(kind, after_norm=False)
-    assert torch.equal(features(plain_from(source), random_pixels, tap), features(source, random_pixels, tap))
+SHARED = torch.arange(6.0)
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64], ids=str
+    "content",
+    [
+        {"one.weight": SHARED, "two.weight": SHARED, "a.part": SHARED[2:4]},
+        {"some.weight": SHARED.reshape(2, 3).T},
+        {"bn.num_batches_tracked": torch.tensor(7), "queue.rows": torch.zeros(0, 3)},
+        {"some.weight": torch.tensor([float("nan"), -0.0])},
+        {str(dtype): torch.ones(2, 3, dtype=dtype) for dtype in (torch.half, torch.bfloat16, torch.int64, torch.bool)},
+        {str(dtype): torch.ones(2, 3, dtype=dtype) for dtype in (torch.double, torch.complex64)},
+    ],
+    ids=["shared", "transposed", "scalar and empty", "not a number", "small dtypes", "large dtypes"],
 )
-def test_dtype_is_kept(tmp_path: Path, dtype: torch.dtype) -> None:
-    source = saved(tmp_path, {"some.weight": torch.ones(2, 3, dtype=dtype)})
-    assert safetensors.torch.load_file(plain_from(source))["some.weight"].dtype == dtype
-
-
-def test_shared_tensor_is_written_under_each_of_its_names(tmp_path: Path) -> None:
-    shared = torch.arange(6.0)
-    source = saved(tmp_path, {"one.weight": shared, "two.weight": shared, "a.part": shared[2:4]})
-    written = safetensors.torch.load_file(plain_from(source))
-    assert {name: value.tolist() for name, value in written.items()} == {
-        "one.weight": shared.tolist(),
-        "two.weight": shared.tolist(),
-        "a.part": [2.0, 3.0],
-    }
-
-
-def test_transposed_tensor_is_written_as_it_is_seen(tmp_path: Path) -> None:
-    source = saved(tmp_path, {"some.weight": torch.arange(6.0).reshape(2, 3).T})
-    assert safetensors.torch.load_file(plain_from(source))["some.weight"].tolist() == [[0, 3], [1, 4], [2, 5]]
-
-
-def test_numbers_without_dimensions_and_tensors_without_values_are_written(tmp_path: Path) -> None:
-    source = saved(tmp_path, {"bn.num_batches_tracked": torch.tensor(7), "queue.rows": torch.zeros(0, 3)})
-    shapes = {name: tuple(value.shape) for name, value in safetensors.torch.load_file(plain_from(source)).items()}
-    assert shapes == {"bn.num_batches_tracked": (), "queue.rows": (0, 3)}
-
-
-def test_not_a_number_reads_back_equal(tmp_path: Path) -> None:
-    source = saved(tmp_path, {"some.weight": torch.tensor([float("nan"), -0.0])})
-    assert safetensors.torch.load_file(plain_from(source))["some.weight"].isnan().tolist() == [True, False]
+def test_tensors_of_all_kinds_are_written_as_they_are(tmp_path: Path, content: Weights) -> None:
+    written = safetensors.torch.load_file(plain_from(saved(tmp_path, {"state": {"model": content}})))
+    assert written.keys() == {f"state.model.{name}" for name in content}
+    for name, tensor in content.items():
+        torch.testing.assert_close(written[f"state.model.{name}"], tensor, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -568,46 +468,13 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path, content: object,
 
 
 @pytest.mark.parametrize("to", TARGETS)
-def test_existing_file_is_a_usage_error_and_stays(msn_file: MSNWriter, tmp_path: Path, to: str) -> None:
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_existing_out_is_a_usage_error_and_stays(msn_file: MSNWriter, tmp_path: Path, to: str, is_folder: bool) -> None:
     out = tmp_path / "out"
-    out.write_bytes(b"mine")
+    out.mkdir() if is_folder else out.write_bytes(b"mine")
     error = refusal(msn_file(), to=to, out=out)
-    assert (error.exit_code, error.what, error.where, out.read_bytes()) == (2, "OUT exists already", str(out), b"mine")
-
-
-@pytest.mark.parametrize(("to", "content"), [("safetensors", None), ("timm", None), ("hf", "notes")])
-def test_existing_folder_is_a_usage_error_unless_empty_and_wanted(
-    msn_file: MSNWriter, tmp_path: Path, to: str, content: str | None
-) -> None:
-    (tmp_path / "out" / (content or "")).mkdir(parents=True)
-    assert refusal(msn_file(), to=to, out=tmp_path / "out").exit_code == 2
-
-
-def test_empty_folder_is_filled(msn_file: MSNWriter, tmp_path: Path) -> None:
-    source, out = msn_file(), tmp_path / "out"
-    out.mkdir()
-    convert_checkpoint(source, out, to="hf")
-    assert read_checkpoint(str(out)).weights_sha256 == read_checkpoint(str(source)).weights_sha256
-
-
-def test_working_folder_is_not_taken_away(msn_file: MSNWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "out").mkdir()
-    monkeypatch.chdir(tmp_path / "out")
-    assert refusal(msn_file(), out=Path()).what == "OUT exists already"
-
-
-def test_missing_folder_above_out_is_a_usage_error(msn_file: MSNWriter, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="No such folder") as caught:
-        convert_checkpoint(msn_file(), tmp_path / "nowhere" / "out", to="hf")
-    assert caught.value.where == str(tmp_path / "nowhere")
-
-
-def test_unreadable_source_is_refused(tmp_path: Path) -> None:
-    source = tmp_path / "vit.pth"
-    source.write_bytes(b"<html>Sign in</html>")
-    with pytest.raises(CheckpointError) as caught:
-        convert_checkpoint(source, tmp_path / "out", to="hf")
-    assert (caught.value.where, (tmp_path / "out").exists()) == (str(source), False)
+    assert (error.exit_code, error.what, error.where) == (2, "OUT exists already", str(out))
+    assert list(out.iterdir()) == [] if is_folder else out.read_bytes() == b"mine"
 
 
 # Disks that refuse, and what is written wrong.
@@ -629,19 +496,6 @@ def test_full_disk_is_a_store_error_and_leaves_nothing(msn_file: MSNWriter, tmp_
     with limit_file_size(100_000), pytest.raises(StoreError, match="could not write 3,7") as caught:
         convert_checkpoint(source, out, to=to)
     assert (caught.value.exit_code, caught.value.where, list(tmp_path.iterdir())) == (22, str(out), [source])
-
-
-def test_full_disk_while_syncing_leaves_nothing(
-    msn_file: MSNWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(handle: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    source = msn_file()
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(StoreError, match="No space left on device"):
-        convert_checkpoint(source, tmp_path / "out", to="hf")
-    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_kill_while_writing_leaves_nothing_at_out(msn_file: MSNWriter, tmp_path: Path) -> None:
@@ -666,26 +520,15 @@ def change_value(tensors: Weights) -> Weights:
     return tensors | {name: tensors[name].nextafter(torch.tensor(9.0))}
 
 
-def change_dtype(tensors: Weights) -> Weights:
-    return tensors | {"prototypes": tensors["prototypes"].view(torch.int32)}
-
-
-def drop_tensor(tensors: Weights) -> Weights:
-    return {name: tensor for name, tensor in tensors.items() if name != "prototypes"}
-
-
-@pytest.mark.parametrize(
-    ("change", "to"),
-    [*((change_value, to) for to in TARGETS), (change_dtype, "safetensors"), (drop_tensor, "safetensors")],
-)
+@pytest.mark.parametrize("to", TARGETS)
 def test_tensor_that_reads_back_differently_is_an_error_and_the_output_is_removed(
-    msn_file: MSNWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Weights], Weights], to: str
+    msn_file: MSNWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
     save, out = safetensors.torch.save_file, tmp_path / "out"
     monkeypatch.setattr(
-        safetensors.torch, "save_file", lambda tensors, path, **options: save(change(tensors), path, **options)
+        safetensors.torch, "save_file", lambda tensors, path, **options: save(change_value(tensors), path, **options)
     )
-    with pytest.raises(CheckpointError, match="1 tensors read back differently") as caught:
+    with pytest.raises(CheckpointError, match="The tensors read back differently") as caught:
         convert_checkpoint(msn_file(), out, to=to)
     assert (caught.value.where, out.exists()) == (str(out), False)
 
