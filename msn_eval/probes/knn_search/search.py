@@ -14,7 +14,7 @@ c + r |c| + B below that is not among the k nearest.
 
 import timeit
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -95,8 +95,10 @@ def choose_dtypes(device: torch.device, n: int) -> tuple[torch.dtype, ...]:
 @lru_cache
 def _is_bfloat16_fast() -> bool:
     """Measure whether this CPU has fast bfloat16 products; the smallest of several times, since a busy machine delays most."""
-    rows = {dtype: torch.randn(_LARGE_BANK, 512).to(dtype) for dtype in (torch.bfloat16, torch.float32)}
-    seconds = [min(timeit.repeat(lambda v=values: v @ v[:256].T, number=1, repeat=8)) for values in rows.values()]
+    rows, seconds = torch.randn(_LARGE_BANK, 512), []
+    for dtype in (torch.bfloat16, torch.float32):
+        values = rows.to(dtype)
+        seconds.append(min(timeit.repeat(partial(torch.mm, values, values[:256].T), number=1, repeat=8)))
     return seconds[0] < seconds[1]
 
 
@@ -121,9 +123,9 @@ def _search_chunk(queries: Tensor, bank: Bank, k: int, dtypes: Sequence[torch.dt
         remaining = remaining[~complete]
     row = torch.arange(len(bank.values), device=queries.device)
     for index in remaining.tolist():  # so many rows are nearly equal that all are compared
-        query = slice(index, index + 1)
-        exact = exact_cosines(queries[query], lengths[query], bank, torch.zeros_like(row), row)
-        cosines[query], rows[query] = _select_nearest(exact, torch.zeros_like(row), row, 1, k)
+        single = slice(index, index + 1)
+        exact = exact_cosines(queries[single], lengths[single], bank, torch.zeros_like(row), row)
+        cosines[single], rows[single] = _select_nearest(exact, torch.zeros_like(row), row, 1, k)
     return cosines, rows
 
 

@@ -6,7 +6,6 @@ again, a chunk at a time, and sums over chunks and ranks are float64.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,9 +29,6 @@ _MOST_STEPS = 100
 _MOST_PRODUCTS = 250  # curvature products per step
 _LOOSEST_FORCING = 0.5
 _SLOPE_SHARE = 0.2  # a line search ends where the slope is this share of the first one
-_SAMPLE_ROWS = 512  # that a warm start is extrapolated by
-_FAR_GAP, _FAR_STEPS = 0.4, 2  # so far from the solution, and so early, steepest descent is worth as much
-
 
 _Slope = Callable[[float], tuple[float, float]]  # from a step length to slope and curvature
 
@@ -116,9 +112,9 @@ class _Point:
     objective: float
     gradient: Tensor
     gap: float
+    spread: Tensor
     logits: Tensor | None = None
     probabilities: Tensor | None = None
-    spread: Tensor | None = None
 
 
 def is_large(n: int, width: int, n_classes: int) -> bool:
@@ -135,7 +131,7 @@ def minimise_by_newton(problem: CrossEntropyProblem, *, target: float) -> tuple[
 def minimise_path(
     problem: CrossEntropyProblem, mus: Sequence[float], *, target: float
 ) -> Iterator[tuple[Solution, int]]:
-    """Minimise for several mus in turn, best from large to small, each warm-started from the two solutions before it.
+    """Minimise for several mus in turn, best from large to small, each from the solution before it.
 
     Yields solutions and numbers of steps. The rows of the problem are float64; its own mu is not used.
     """
@@ -149,92 +145,34 @@ def minimise_in_chunks(share: RowShare, mus: Sequence[float], *, target: float) 
 
 
 def _minimise(rows: _Rows, mus: Sequence[float], target: float) -> Iterator[tuple[Solution, int]]:
-    """Walk in float32 as far as that leads, certify in float64, and where the gap is above the target walk on: gradients and
-    objectives in float64, and curvature products in float32, which bend the direction and never the answer. Where rows are
-    nearly certain, p (1 - p) is below the rounding of float32, and the last steps have these in float64 too."""
+    """Step in float32 until that improves nothing, certify in float64, and where the gap is above the target step further:
+    gradients and objectives in float64, and curvature products in float32, which change the direction and never the answer.
+    Where rows are nearly certain, p (1 - p) is below the rounding of float32, and the last steps have these in float64 too."""
     rough, exact = torch.float32, torch.float64
-    solved: deque[_Point] = deque(maxlen=2)
+    weights, logits = rows.share.values.new_zeros(rows.share.n_classes, rows.share.width), None
     for mu in mus:
-        taken = 0
-        if solved:
-            point = _warm_start(rows, solved, mu)
-        else:
-            if rows.rough is None:
-                zeros = rows.share.values.new_zeros(rows.share.n_classes, rows.share.width, dtype=torch.float64)
-                point = _evaluate(rows, zeros, mu, rough)
-            else:  # the gradient at zero is the direction of the solution for an infinite mu
-                point, taken = _walk(rows, _zero_point(rows, mu), mu, target, (rough, rough), range(1))
-                solved.append(point)
-        point, steps = _walk(rows, point, mu, target, (rough, rough), range(taken, _MOST_STEPS))
-        solved.append(point)
-        point = _evaluate(rows, point.weights, mu, exact, keep=False)
+        point, steps = _take_steps(rows, _evaluate(rows, weights, mu, rough, logits), mu, target, rough, rough)
+        weights, logits = point.weights, point.logits
+        point = _evaluate(rows, weights, mu, exact, keep=False)
         for products in (rough, exact) if point.gap > target else ():
             if point.logits is None and rows.rough is not None:
                 point = _evaluate(rows, point.weights, mu, exact)
-            point, more = _walk(rows, point, mu, target, (exact, products), range(_MOST_STEPS))
+            point, more = _take_steps(rows, point, mu, target, exact, products)
             steps += more
         yield Solution(weights=point.weights, objective=point.objective, gap=point.gap), steps
 
 
-def _zero_point(rows: _Rows, mu: float) -> _Point:
-    """Return the point of zero weights of whole rows, where every class is equally likely: no product is needed."""
-    assert rows.rough is not None
-    n, classes, some = rows.share.n, rows.share.n_classes, rows.rough
-    sums = some.new_zeros(classes, some.shape[1]).index_add_(0, rows.share.labels, some)
-    gradient, objective = (some.sum(dim=0) / classes - sums) / n, math.log(classes)
-    return _Point(
-        weights=torch.zeros_like(gradient),
-        objective=objective,
-        gradient=gradient,
-        gap=inner(gradient, gradient) / (2 * mu * objective),
-        logits=some.new_zeros(n, classes),
-        probabilities=some.new_full((n, classes), 1 / classes),
-    )
-
-
-def _warm_start(rows: _Rows, solved: Sequence[_Point], mu: float) -> _Point:
-    """Return the point from which to solve for the next mu: whole rows extrapolate from the last two solutions.
-
-    Solutions grow and turn slowly as mu falls. In turn, the minimum along the last one and along the line through both is
-    taken, as some of the rows see it: their logits are known, so that a look takes no product.
-    """
-    before, last = solved[0], solved[-1]
-    if last.logits is None or before.logits is None:
-        return _evaluate(rows, last.weights, mu, torch.float32)
-    sample = slice(None, None, -(-rows.share.n // _SAMPLE_ROWS))
-    directions = ((last.weights, last.logits), (last.weights - before.weights, last.logits - before.logits))
-    shares, labels = [1.0, 0.0], rows.share.labels[sample]
-    for line in (0, 1) * 2:
-        weights = shares[0] * directions[0][0] + shares[1] * directions[1][0]
-        logits = shares[0] * directions[0][1][sample] + shares[1] * directions[1][1][sample]
-        direction, change = directions[line][0], directions[line][1][sample]
-        slope_at = _follow_logits([(logits, change, labels)], weights, direction, mu)
-        first, _ = slope_at(0.0)
-        sign = math.copysign(1.0, -first)  # downhill
-
-        def downhill(length: float, sign: float = sign, slope_at: _Slope = slope_at) -> tuple[float, float]:
-            slope, curvature = slope_at(sign * length)
-            return sign * slope, curvature
-
-        shares[line] += sign * search_line(downhill, -abs(first), share=_SLOPE_SHARE)
-    weights = shares[0] * directions[0][0] + shares[1] * directions[1][0]
-    logits = shares[0] * directions[0][1] + shares[1] * directions[1][1]
-    return _evaluate(rows, weights, mu, torch.float32, logits)
-
-
-def _walk(
-    rows: _Rows, point: _Point, mu: float, target: float, dtypes: tuple[torch.dtype, torch.dtype], steps: range
+def _take_steps(
+    rows: _Rows, point: _Point, mu: float, target: float, dtype: torch.dtype, products: torch.dtype
 ) -> tuple[_Point, int]:
-    """Step until the gap meets the target or the precision of passes and curvature products has no better answer.
+    """Step until the gap meets the target, or passes in `dtype` and curvature products in `products` improve nothing.
 
-    Returns the point and the number of the step after it.
+    Returns the point and the number of steps.
     """
-    dtype, products = dtypes
-    for step in steps:
+    for step in range(_MOST_STEPS):
         if point.gap <= target:
             return point, step
-        early = rows.rough is not None and step < _FAR_STEPS and point.gap > _FAR_GAP
-        direction, along = _newton_direction(rows, point, mu, target, products, most=1 if early else _MOST_PRODUCTS)
+        direction, along = _newton_direction(rows, point, mu, target, products)
         direction = direction.to(point.weights.dtype)
         if along is not None and dtype != products:
             along = rows.share.values @ direction.T
@@ -242,17 +180,17 @@ def _walk(
         if not moved.gap < point.gap and not moved.objective < point.objective:
             return point, step
         point = moved
-    return point, steps.stop
+    return point, _MOST_STEPS
 
 
 def _move(rows: _Rows, point: _Point, direction: Tensor, along: Tensor | None, mu: float, dtype: torch.dtype) -> _Point:
     """Go downhill along a line to where its slope has nearly vanished.
 
     `along`, (n, n_classes), is what a unit step adds to the logits of whole rows: a trial takes no product. In chunks a trial
-    is a pass, so a step that is only roughly as long as the best will do.
+    is a pass, so a step that is only roughly as long as the best is enough.
     """
     first = inner(point.gradient, direction)
-    if along is None:
+    if along is None or point.logits is None:
         moved = point
 
         def evaluate_slope(length: float) -> tuple[float, float]:
@@ -263,33 +201,22 @@ def _move(rows: _Rows, point: _Point, direction: Tensor, along: Tensor | None, m
 
         search_line(evaluate_slope, first, share=0.5)
         return moved
-    assert point.logits is not None
-    logits, labels = point.logits, rows.share.labels
-    blocks = [(logits[block], along[block], labels[block]) for block, _ in rows.blocks(dtype)]
-    length = search_line(_follow_logits(blocks, point.weights, direction, mu), first, share=_SLOPE_SHARE)
+    share, logits = rows.share, point.logits
+    blocks = [(logits[block], along[block], share.labels[block, None]) for block, _ in rows.blocks(dtype)]
+    offset, squared = inner(point.weights, direction), inner(direction, direction)
+
+    def evaluate_logits(length: float) -> tuple[float, float]:
+        slope, curvature = 0.0, 0.0
+        for start, change, labels in blocks:
+            weighted = torch.add(start, change, alpha=length).softmax(dim=1).mul_(change)
+            mean = weighted.sum(dim=1)
+            slope += float((mean - change.gather(1, labels)[:, 0]).sum(dtype=torch.float64))
+            curvature += float((weighted.mul_(change).sum(dim=1) - mean.square()).sum(dtype=torch.float64))
+        return slope / share.n + mu * (offset + length * squared), curvature / share.n + mu * squared
+
+    length = search_line(evaluate_logits, first, share=_SLOPE_SHARE)
     weights, logits = torch.add(point.weights, direction, alpha=length), torch.add(logits, along, alpha=length)
     return _evaluate(rows, weights, mu, dtype, logits)
-
-
-def _follow_logits(
-    blocks: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Tensor, direction: Tensor, mu: float
-) -> _Slope:
-    """Return the function from a step length to slope and curvature of the objective, for blocks of logits, what a unit step
-    adds to them, and labels."""
-    n = sum(len(labels) for _, _, labels in blocks)
-    offset, squared = inner(weights, direction), inner(direction, direction)
-
-    def slope_at(length: float) -> tuple[float, float]:
-        slope, curvature = 0.0, 0.0
-        for logits, change, labels in blocks:
-            weighted = torch.add(logits, change, alpha=length).softmax(dim=1).mul_(change)
-            mean = weighted.sum(dim=1)
-            own = change.gather(1, labels[:, None])[:, 0]
-            slope += float((mean - own).sum(dtype=torch.float64))
-            curvature += float((weighted.mul_(change).sum(dim=1) - mean.square()).sum(dtype=torch.float64))
-        return slope / n + mu * (offset + length * squared), curvature / n + mu * squared
-
-    return slope_at
 
 
 def search_line(slope_at: _Slope, first: float, *, share: float) -> float:
@@ -315,7 +242,7 @@ def search_line(slope_at: _Slope, first: float, *, share: float) -> float:
 
 
 def _newton_direction(
-    rows: _Rows, point: _Point, mu: float, target: float, dtype: torch.dtype, *, most: int
+    rows: _Rows, point: _Point, mu: float, target: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Solve H D = -gradient roughly by conjugate gradients, with products in `dtype`; for whole rows also return X D'.
 
@@ -326,7 +253,6 @@ def _newton_direction(
     forcing = min(_LOOSEST_FORCING, max(point.gap**0.25, enough))
     scale = float(point.gradient.norm())  # to length 1, so that float32 holds gradients of any size
     residual = (-point.gradient / scale).to(rows.sums(dtype))
-    whole = rows.rough is not None
     probabilities = point.probabilities.to(dtype) if point.probabilities is not None else None
     change = torch.empty_like(probabilities) if probabilities is not None else None
     along = torch.zeros_like(probabilities) if probabilities is not None else None
@@ -335,29 +261,27 @@ def _newton_direction(
     search = conditioned.clone()
     squared = inner(residual, conditioned)
     goal = forcing**2 * squared
-    for step in range(most):
-        product, curvature = _curvature_product(rows, point, mu, search, dtype, probabilities, change, step + 1 < most)
+    for _ in range(_MOST_PRODUCTS):
+        product, curvature = _curvature_product(rows, point, mu, search, dtype, probabilities, change)
         if not curvature > 0:  # rounding; the Hessian is positive definite
             break
         length = squared / curvature
         direction.add_(search, alpha=length)
         if along is not None and change is not None:
             along.add_(change, alpha=length)
-        if step + 1 == most:
-            break
         residual.sub_(product, alpha=length)
         conditioned = _precondition(rows, point, mu, residual)
         previous, squared = squared, inner(residual, conditioned)
         if squared <= goal:
             break
         search.mul_(squared / previous).add_(conditioned)
-    return direction * scale, along * scale if whole and along is not None else None
+    return direction * scale, along * scale if along is not None else None
 
 
 def _precondition(rows: _Rows, point: _Point, mu: float, vector: Tensor) -> Tensor:
     """For rows in chunks, whose products are passes, divide by a curvature that takes probabilities and rows for independent
     and classes for unrelated: (mean p (1 - p)) X'X / n + mu, which is diagonal in the axes of the second moment."""
-    if rows.axes is None or rows.strengths is None or point.spread is None:
+    if rows.axes is None or rows.strengths is None:
         return vector
     return ((vector @ rows.axes) / (point.spread[:, None] * rows.strengths + mu)) @ rows.axes.T
 
@@ -370,9 +294,8 @@ def _curvature_product(
     dtype: torch.dtype,
     probabilities: Tensor | None,
     change: Tensor | None,
-    wanted: bool,
 ) -> tuple[Tensor, float]:
-    """Return H V for an (n_classes, d) matrix V, if it is wanted, and <V, H V>; fill `change` with X V' for whole rows.
+    """Return H V for an (n_classes, d) matrix V, and <V, H V>; fill `change` with X V' for whole rows.
 
     A row adds (diag(p) - p p') V x x'.
     """
@@ -384,8 +307,7 @@ def _curvature_product(
         bent = chances * logits
         bent.addcmul_(chances, bent.sum(dim=1, keepdim=True), value=-1)
         curvature += (bent * logits).sum(dtype=torch.float64)
-        if wanted:
-            add_block(total, bent, some)
+        add_block(total, bent, some)
     rows.add_up(total)
     rows.add_up(curvature)
     return total.div_(n).add_(vector, alpha=mu), float(curvature) / n + mu * inner(vector, vector)

@@ -67,8 +67,8 @@ def test_chunks_give_the_minimum_and_the_certificate_of_all_rows_at_once(
 
 
 def test_gradients_go_on_in_float64_where_float32_leads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    share, stages, walk = _share(*_draw()), [], newton._walk
-    monkeypatch.setattr(newton, "_walk", lambda *given: stages.append(walk(*given)) or stages[-1])
+    share, stages, take_steps = _share(*_draw()), [], newton._take_steps
+    monkeypatch.setattr(newton, "_take_steps", lambda *given: stages.append(take_steps(*given)) or stages[-1])
 
     ((solution, steps),) = minimise_in_chunks(share, [0.0025 / share.n], target=1e-12)
 
