@@ -42,10 +42,6 @@ def test_default_lambda_is_the_published_one(subset: str, l2: float) -> None:
     assert default_lambda(subset) == l2
 
 
-def test_every_lambda_is_a_setting_in_the_order_asked() -> None:
-    assert Logistic(lambdas=(1.0, 0.1)).configs(5) == ({"lambda": 1.0}, {"lambda": 0.1})
-
-
 @pytest.mark.parametrize("solver", ["auto", "newton", "lbfgs", "sklearn"])
 @pytest.mark.parametrize("n_classes", [2, 4])
 def test_every_solver_scores_like_scikit_learn_on_centred_rows(solver: Solver, n_classes: int) -> None:
@@ -114,13 +110,6 @@ def test_several_lambdas_give_what_each_gives_alone() -> None:
     torch.testing.assert_close(list(together.scores(_queries())), expected, rtol=0, atol=5e-3)
 
 
-def test_scores_are_float64_with_a_column_for_every_class() -> None:
-    scores = _only_scores(Logistic(lambdas=(0.1,)).fit(_clusters(), CPU), _queries())
-
-    assert scores.shape == (200, 4)
-    assert scores.dtype == torch.float64
-
-
 def test_order_of_the_labelled_images_does_not_matter() -> None:
     train = _clusters()
     order = torch.randperm(60, generator=torch.Generator().manual_seed(2)).tolist()
@@ -130,16 +119,6 @@ def test_order_of_the_labelled_images_does_not_matter() -> None:
 
     assert shuffled.settings[0].objective == pytest.approx(plain.settings[0].objective, rel=1e-6)
     torch.testing.assert_close(_only_scores(shuffled, _queries()), _only_scores(plain, _queries()), rtol=0, atol=1e-3)
-
-
-def test_renaming_the_classes_renames_the_scores() -> None:
-    train = _clusters()
-    name = torch.tensor([2, 0, 3, 1])
-    plain = _only_scores(Logistic(lambdas=(0.075,)).fit(train, CPU), _queries())
-
-    renamed = Logistic(lambdas=(0.075,)).fit(_features(train.values, name[train.labels], 4), CPU)
-
-    torch.testing.assert_close(_only_scores(renamed, _queries())[:, name], plain, rtol=0, atol=1e-3)
 
 
 def test_rotating_features_within_the_centred_space_changes_no_score() -> None:

@@ -148,10 +148,6 @@ def test_an_error_of_nothing_is_uncertain_by_one_image() -> None:
     assert choose_strength(errors, n=100, typical=GRID[7]) == 6  # within two images of a hundred, and five are not
 
 
-def test_rule_and_grid_are_those_of_record() -> None:
-    assert auto_settings() == ({"auto": 1, "lambda_first": 1e-5, "lambda_last": 10.0, "lambdas": 13},)
-
-
 def test_every_class_must_spare_a_row() -> None:
     assert can_be_left_out(torch.tensor([0, 1, 1, 0]))
     assert not can_be_left_out(torch.tensor([0, 1, 1]))
@@ -200,13 +196,6 @@ def test_very_many_rows_choose_as_few_do(monkeypatch: pytest.MonkeyPatch) -> Non
     many = LogisticAutoLambda().fit(train, CPU).settings[0]
 
     assert many.chosen == pytest.approx(few.chosen)
-
-
-def test_scale_of_the_spread_moves_the_choice_with_it() -> None:
-    rows, labels = _clusters(20, 16, 20)
-    near = rows[:1] + (rows - rows[:1]) * 0.1
-
-    assert typical_strength(_labelled(near, labels)) == pytest.approx(0.01 * typical_strength(_labelled(rows, labels)))
 
 
 def test_validation_images_have_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

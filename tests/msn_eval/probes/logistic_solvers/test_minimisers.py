@@ -59,18 +59,6 @@ def _agreement(rows: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> fl
     return ((rows @ one.T).argmax(dim=1) == (rows @ other.T).argmax(dim=1)).double().mean().item()
 
 
-@pytest.mark.parametrize("l2", [0.0025, 0.075, 1.0])
-def test_optimum_on_clusters_is_that_of_scikit_learn(minimise: Minimiser, l2: float) -> None:
-    rows, labels = _clusters(600, 16, 5)
-    problem = _problem(rows[:200], labels[:200], l2)
-    theirs = _sklearn_weights(problem, inverse_l2=1 / l2)
-
-    ours, _ = minimise(problem, target=1e-6)
-
-    assert ours.objective == pytest.approx(_objective(problem, theirs), rel=1e-6)
-    assert _agreement(rows[200:], ours.weights, theirs) >= 0.995
-
-
 @pytest.mark.parametrize("l2", [0.0025, 0.075])
 def test_optimum_on_digits_is_that_of_scikit_learn(minimise: Minimiser, l2: float) -> None:
     values, digits = load_digits(return_X_y=True)
@@ -132,26 +120,6 @@ def test_equal_rows_with_different_labels_are_no_obstacle(minimise: Minimiser) -
     point, _ = minimise(problem, target=1e-6)
 
     assert point.objective == pytest.approx(np.log(2), rel=1e-6)
-
-
-def test_rotating_the_rows_rotates_the_weights(minimise: Minimiser) -> None:
-    rows, labels = _clusters(120, 12, 4)
-    rotation = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
-    plain, _ = minimise(_problem(rows, labels, 0.075), target=1e-10)
-
-    rotated, _ = minimise(_problem(rows @ rotation, labels, 0.075), target=1e-10)
-
-    torch.testing.assert_close(rotated.weights, plain.weights @ rotation, rtol=0, atol=1e-3)
-
-
-def test_a_class_without_rows_is_solved_for_and_likeliest_for_none_of_the_rows(minimise: Minimiser) -> None:
-    rows, labels = _clusters(60, 12, 3)
-    problem = CrossEntropyProblem(rows=rows, labels=labels, n_classes=4, mu=0.0025 / 60)
-
-    point, _ = minimise(problem, target=1e-6)
-
-    assert point.gap <= 1e-6
-    assert ((rows @ point.weights.T).argmax(dim=1) != 3).all()
 
 
 @pytest.mark.parametrize("block_values", [6, 50, 1 << 18])
