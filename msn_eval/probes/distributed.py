@@ -23,24 +23,24 @@ _SHUTDOWN = ""
 
 
 def minimise_on_workers(
-    workers: WorkerGroup, whole: RowShare, mus: Sequence[float], *, target: float
+    workers: WorkerGroup, rows: RowShare, mus: Sequence[float], *, target: float
 ) -> Iterator[tuple[Solution, int]]:
     """Minimise as `minimise_in_chunks` does, on rank 0, with the rows shared among all ranks.
 
     Args:
         workers: The ranks.
-        whole: All rows.
+        rows: All rows.
         mus: Penalties, as `minimise_in_chunks` takes them.
         target: Relative duality gap to reach.
 
     Yields:
         The solution and its number of steps for each penalty.
     """
-    fit = {"n": whole.n, "width": whole.width, "n_classes": whole.n_classes, "mus": list(mus), "target": target}
+    fit = {"n": rows.n, "width": rows.width, "n_classes": rows.n_classes, "mus": list(mus), "target": target}
     with _lead(workers, "fit", **fit):
-        _send_shares(workers, whole.values, whole.labels)
-        own = len(_rows_of(workers, whole.n, 0))
-        first = replace(whole, values=whole.values[:own], labels=whole.labels[:own], total=add_up)
+        _send_shares(workers, rows.values, rows.labels)
+        own = len(_rows_of(workers, rows.n, 0))
+        first = replace(rows, values=rows.values[:own], labels=rows.labels[:own], total=add_up)
         yield from minimise_in_chunks(first, mus, target=target)
 
 

@@ -1,4 +1,4 @@
-"""Newton's method with conjugate gradients for the regularised cross-entropy, over rows that are held whole or in chunks.
+"""Newton's method with conjugate gradients for the regularised cross-entropy, over rows that are prepared once or in chunks.
 
 Few rows are prepared once in float64 and float32, and the logits are kept, so that a line search needs no product. Of more
 rows than that, on any number of ranks, nothing is kept but the features as the encoder returned them: each pass prepares them
@@ -38,7 +38,7 @@ class RowShare:
     """The labelled rows of one rank.
 
     Attributes:
-        values: (m, d) float32 as the encoder returned them, on the device that computes; never copied whole.
+        values: (m, d) float32 as the encoder returned them, on the device that computes; never copied all at once.
         labels: (m,) int64 in [0, n_classes), on the same device.
         n_classes: Number of classes.
         n: Number of rows of all ranks.
@@ -61,7 +61,7 @@ class _Rows:
     """The rows of a share as the passes read them.
 
     Attributes:
-        share: For whole rows, its values are the prepared float64 ones.
+        share: For rows prepared once, its values are the prepared float64 ones.
         rough: The same in float32, or None for rows in chunks.
         shift: (m, 1) float32, subtracted from the values of a chunk.
         scale: (m, 1) float32, then multiplies them.
@@ -77,7 +77,7 @@ class _Rows:
     strengths: Tensor | None = None
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield prepared rows: whole ones so that a block of logits stays in a core's cache."""
+        """Yield prepared rows: of rows prepared once, so few that a block of logits stays in a core's cache."""
         share = self.share
         if self.rough is None:
             size = chunk_rows(share)
@@ -103,7 +103,7 @@ class _Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class _Point:
-    """A trial solution: (n_classes, d) weights and gradient, and for whole rows their (n, n_classes) logits and probabilities.
+    """A trial solution: (n_classes, d) weights and gradient, and for rows prepared once their (n, n_classes) logits and probabilities.
 
     `gap` is the relative duality gap, `spread` (n_classes,) the mean of p (1 - p) over rows.
     """
@@ -118,7 +118,7 @@ class _Point:
 
 
 def is_large(n: int, width: int, n_classes: int) -> bool:
-    """Whether rows in float64 and float32, and the four matrices of logits of whole rows, exceed 1 GiB."""
+    """Whether rows in float64 and float32, and the four matrices of their logits, exceed 1 GiB."""
     return n * (12 * width + 16 * n_classes) > _WHOLE_BYTES
 
 
@@ -172,25 +172,22 @@ def _take_steps(
     for step in range(_MOST_STEPS):
         if point.gap <= target:
             return point, step
-        direction, along = _newton_direction(rows, point, mu, target, products)
-        direction = direction.to(point.weights.dtype)
-        if along is not None and dtype != products:
-            along = rows.share.values @ direction.T
-        moved = _move(rows, point, direction, along, mu, dtype)
+        direction = _newton_direction(rows, point, mu, target, products).to(point.weights.dtype)
+        moved = _move(rows, point, direction, mu, dtype)
         if not moved.gap < point.gap and not moved.objective < point.objective:
             return point, step
         point = moved
     return point, _MOST_STEPS
 
 
-def _move(rows: _Rows, point: _Point, direction: Tensor, along: Tensor | None, mu: float, dtype: torch.dtype) -> _Point:
+def _move(rows: _Rows, point: _Point, direction: Tensor, mu: float, dtype: torch.dtype) -> _Point:
     """Go downhill along a line to where its slope has nearly vanished.
 
-    `along`, (n, n_classes), is what a unit step adds to the logits of whole rows: a trial takes no product. In chunks a trial
-    is a pass, so a step that is only roughly as long as the best is enough.
+    Where the logits are kept, a trial takes no product. In chunks a trial is a pass, so a step that is only roughly
+    as long as the best is enough.
     """
     first = inner(point.gradient, direction)
-    if along is None or point.logits is None:
+    if point.logits is None:
         moved = point
 
         def evaluate_slope(length: float) -> tuple[float, float]:
@@ -201,8 +198,11 @@ def _move(rows: _Rows, point: _Point, direction: Tensor, along: Tensor | None, m
 
         search_line(evaluate_slope, first, share=0.5)
         return moved
-    share, logits = rows.share, point.logits
-    blocks = [(logits[block], along[block], share.labels[block, None]) for block, _ in rows.blocks(dtype)]
+    share, logits, along = rows.share, point.logits, torch.empty_like(point.logits)
+    blocks = []
+    for block, some in rows.blocks(dtype):
+        change = torch.mm(some, direction.T, out=along[block])
+        blocks.append((logits[block], change, share.labels[block, None]))
     offset, squared = inner(point.weights, direction), inner(direction, direction)
 
     def evaluate_logits(length: float) -> tuple[float, float]:
@@ -241,10 +241,8 @@ def search_line(slope_at: _Slope, first: float, *, share: float) -> float:
     return length
 
 
-def _newton_direction(
-    rows: _Rows, point: _Point, mu: float, target: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Solve H D = -gradient roughly by conjugate gradients, with products in `dtype`; for whole rows also return X D'.
+def _newton_direction(rows: _Rows, point: _Point, mu: float, target: float, dtype: torch.dtype) -> Tensor:
+    """Solve H D = -gradient roughly by conjugate gradients, with products in `dtype`.
 
     The relative residual is smaller near the solution (Eisenstat and Walker 1996), so that the last steps converge
     superlinearly, but no smaller than the target needs: the gap goes with the squared gradient.
@@ -254,28 +252,24 @@ def _newton_direction(
     scale = float(point.gradient.norm())  # to length 1, so that float32 holds gradients of any size
     residual = (-point.gradient / scale).to(rows.sums(dtype))
     probabilities = point.probabilities.to(dtype) if point.probabilities is not None else None
-    change = torch.empty_like(probabilities) if probabilities is not None else None
-    along = torch.zeros_like(probabilities) if probabilities is not None else None
     direction = torch.zeros_like(residual)
     conditioned = _precondition(rows, point, mu, residual)
     search = conditioned.clone()
     squared = inner(residual, conditioned)
     goal = forcing**2 * squared
     for _ in range(_MOST_PRODUCTS):
-        product, curvature = _curvature_product(rows, point, mu, search, dtype, probabilities, change)
+        product, curvature = _curvature_product(rows, point, mu, search, dtype, probabilities)
         if not curvature > 0:  # rounding; the Hessian is positive definite
             break
         length = squared / curvature
         direction.add_(search, alpha=length)
-        if along is not None and change is not None:
-            along.add_(change, alpha=length)
         residual.sub_(product, alpha=length)
         conditioned = _precondition(rows, point, mu, residual)
         previous, squared = squared, inner(residual, conditioned)
         if squared <= goal:
             break
         search.mul_(squared / previous).add_(conditioned)
-    return direction * scale, along * scale if along is not None else None
+    return direction * scale
 
 
 def _precondition(rows: _Rows, point: _Point, mu: float, vector: Tensor) -> Tensor:
@@ -293,9 +287,8 @@ def _curvature_product(
     vector: Tensor,
     dtype: torch.dtype,
     probabilities: Tensor | None,
-    change: Tensor | None,
 ) -> tuple[Tensor, float]:
-    """Return H V for an (n_classes, d) matrix V, and <V, H V>; fill `change` with X V' for whole rows.
+    """Return H V for an (n_classes, d) matrix V, and <V, H V>.
 
     A row adds (diag(p) - p p') V x x'.
     """
@@ -303,7 +296,7 @@ def _curvature_product(
     weights, narrow = point.weights.to(dtype), vector.to(dtype)
     for block, some in rows.blocks(dtype):
         chances = (some @ weights.T).softmax(dim=1) if probabilities is None else probabilities[block]
-        logits = some @ narrow.T if change is None else torch.mm(some, narrow.T, out=change[block])
+        logits = some @ narrow.T
         bent = chances * logits
         bent.addcmul_(chances, bent.sum(dim=1, keepdim=True), value=-1)
         curvature += (bent * logits).sum(dtype=torch.float64)
@@ -318,7 +311,7 @@ def _evaluate(
 ) -> _Point:
     """Evaluate objective, gradient and relative duality gap over the rows of all ranks; `logits` where they are known.
 
-    Logits and probabilities of whole rows are kept unless `keep` is false.
+    Logits and probabilities of rows prepared once are kept unless `keep` is false.
     """
     share, sums = rows.share, rows.sums(dtype)
     weights, gradient = weights.to(sums), torch.zeros_like(weights, dtype=sums)

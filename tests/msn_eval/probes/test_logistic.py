@@ -4,7 +4,6 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes import logistic
 from msn_eval.probes.base import FittedProbe, centre_rows
@@ -157,15 +156,6 @@ def test_more_features_than_images_that_span_little_are_no_obstacle() -> None:
 
     assert fitted.settings[0].converged
     assert _only_scores(fitted, repeated.values).argmax(dim=1).tolist() == repeated.labels.tolist()
-
-
-def test_a_single_class_is_a_numerical_error() -> None:
-    train = _features(_queries()[:5], torch.full((5,), 2), 4)
-
-    with pytest.raises(NumericalError) as caught:
-        Logistic(lambdas=(0.1,)).fit(train, CPU)
-
-    assert str(caught.value) == "logistic regression on a single class\nLabel images of at least two classes."
 
 
 def test_a_class_without_labelled_images_has_a_column_and_is_never_chosen() -> None:

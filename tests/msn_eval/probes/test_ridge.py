@@ -5,7 +5,6 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge as SklearnRidge
 
-from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import centre_rows, rank_labels
 from msn_eval.probes.ridge import GRID, Ridge, solve_ridge
@@ -130,13 +129,6 @@ def test_a_class_without_labelled_images_is_never_chosen() -> None:
     prediction, rank = rank_labels(scores, torch.full((30,), 3))
     assert set(prediction.tolist()) <= {1, 2, 4}
     assert set(rank.tolist()) == {5}
-
-
-def test_a_single_class_is_a_numerical_error() -> None:
-    with pytest.raises(NumericalError) as caught:
-        Ridge().fit(_features(torch.randn(4, 3), torch.full((4,), 2), 4), CPU)
-
-    assert str(caught.value) == "ridge regression on a single class\nLabel images of at least two classes."
 
 
 def test_rotating_the_centred_rows_changes_no_error() -> None:
