@@ -103,9 +103,9 @@ class _Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class _Point:
-    """A trial solution: (n_classes, d) weights and gradient, and for rows prepared once their (n, n_classes) logits and probabilities.
+    """A trial solution, and for rows prepared once its (n, n_classes) logits and probabilities.
 
-    `gap` is the relative duality gap, `spread` (n_classes,) the mean of p (1 - p) over rows.
+    `weights` and `gradient` are (n_classes, d), `gap` is the relative duality gap, `spread` (n_classes,) the mean of p (1 - p).
     """
 
     weights: Tensor

@@ -98,7 +98,7 @@ def test_scores_of_every_setting_are_those_of_a_search_of_its_own() -> None:
         for k in (30, 1, 7)
         for temperature in (0.07, 0.5)
     ]
-    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+    assert all(torch.equal(item, other) for item, other in zip(together, alone, strict=True))
 
 
 def test_default_k_may_equal_the_number_of_images() -> None:

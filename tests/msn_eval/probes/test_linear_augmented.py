@@ -262,8 +262,8 @@ def test_if_every_layer_diverges_the_fit_fails(images: AugmentedImages) -> None:
 
 
 def _features(images: AugmentedImages, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    found = iterate_augmented_features(images, images.labels, batches, seed=3, epoch=1, share=0.3, group=ALONE)
-    return [part for parts in found for part in parts]
+    result = iterate_augmented_features(images, images.labels, batches, seed=3, epoch=1, share=0.3, group=ALONE)
+    return [part for parts in result for part in parts]
 
 
 def test_an_epoch_entered_late_has_the_features_that_it_would_have_had(images: AugmentedImages) -> None:
@@ -281,9 +281,9 @@ def test_workers_change_no_feature(images: AugmentedImages) -> None:
     batches = list(torch.split(draw_order(40, seed=3, epoch=1), 16))
 
     here = _features(images, batches)
-    elsewhere = _features(replace(images, loading=Loading(batch_size=6, workers=2)), batches)
+    by_workers = _features(replace(images, loading=Loading(batch_size=6, workers=2)), batches)
 
-    assert all(torch.equal(one[0], other[0]) for one, other in zip(here, elsewhere, strict=True))
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(here, by_workers, strict=True))
 
 
 @pytest.fixture

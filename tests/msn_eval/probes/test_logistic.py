@@ -95,17 +95,17 @@ def test_a_fit_that_was_cut_short_is_not_called_converged(monkeypatch: pytest.Mo
     assert setting.certificate > 1e-3
 
 
-def test_several_lambdas_give_what_each_gives_alone() -> None:
+def test_several_lambdas_give_the_results_of_each_alone() -> None:
     train, lambdas = _clusters(), (0.0025, 1.0, 0.075)
 
     together = Logistic(lambdas=lambdas).fit(train, CPU)
 
-    alone = [Logistic(lambdas=(one,)).fit(train, CPU) for one in lambdas]
-    objectives = [one.settings[0].objective for one in alone]
-    assert [one.params["lambda"] for one in together.settings] == list(lambdas)
-    assert [one.objective for one in together.settings] == pytest.approx(objectives, rel=1e-6)
+    alone = [Logistic(lambdas=(item,)).fit(train, CPU) for item in lambdas]
+    objectives = [item.settings[0].objective for item in alone]
+    assert [item.params["lambda"] for item in together.settings] == list(lambdas)
+    assert [item.objective for item in together.settings] == pytest.approx(objectives, rel=1e-6)
     # Each is certified to 1e-6, and they are reached by different ways.
-    expected = [_only_scores(one, _queries()) for one in alone]
+    expected = [_only_scores(item, _queries()) for item in alone]
     torch.testing.assert_close(list(together.scores(_queries())), expected, rtol=0, atol=5e-3)
 
 
@@ -139,16 +139,16 @@ def test_fewer_images_than_features_are_solved_as_if_the_rows_had_not_been_reduc
     train = _clusters(n=n, d=40)
     rows = centre_rows(train.values)
     problem = CrossEntropyProblem(rows=rows, labels=train.labels, n_classes=4, mu=0.075 / n)
-    whole, _ = minimise_by_newton(problem, target=1e-10)
+    complete, _ = minimise_by_newton(problem, target=1e-10)
 
     fitted = Logistic(lambdas=(0.075,)).fit(train, CPU)
 
-    assert fitted.settings[0].objective == pytest.approx(whole.objective, rel=1e-6)
+    assert fitted.settings[0].objective == pytest.approx(complete.objective, rel=1e-6)
     scores = _only_scores(fitted, _queries(40))
-    torch.testing.assert_close(scores, centre_rows(_queries(40)) @ whole.weights.T, rtol=0, atol=2e-3)
+    torch.testing.assert_close(scores, centre_rows(_queries(40)) @ complete.weights.T, rtol=0, atol=2e-3)
 
 
-def test_more_features_than_images_that_span_little_are_no_obstacle() -> None:
+def test_more_features_than_images_that_span_little_are_solved() -> None:
     train = _clusters(n=6, d=40, n_classes=2)
     repeated = _features(train.values[:2].repeat(3, 1), train.labels, 2)
 

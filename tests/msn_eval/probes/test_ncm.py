@@ -69,7 +69,7 @@ def test_a_class_whose_rows_cancel_but_for_rounding_points_nowhere() -> None:
     assert not directions[1].any()
 
 
-def test_a_class_whose_rows_all_but_cancel_points_where_they_leave_off() -> None:
+def test_a_class_whose_rows_nearly_cancel_points_along_the_rest() -> None:
     train = _features(torch.tensor([[1.0, 1e-7], [-1.0, 1e-7], [1.0, 0.0]]), torch.tensor([0, 0, 1]), 2)
 
     scores = _scores(train, torch.tensor([[0.0, 2.0]]))

@@ -32,11 +32,11 @@ def _cosines(queries: Tensor, bank: Tensor) -> Tensor:
 def test_no_product_is_further_from_its_cosine_than_the_bound(dtype: torch.dtype, offset: float) -> None:
     queries, bank = _rows(20, 96) + offset, _rows(300, 96, seed=1) + offset
 
-    found = _find(queries, bank, 300, dtype)
+    result = _find(queries, bank, 300, dtype)
 
-    assert found.complete.all()
-    assert len(found.row) == 20 * 300
-    assert ((found.product - _cosines(queries, bank)[found.query, found.row]).abs() <= found.bound).all()
+    assert result.complete.all()
+    assert len(result.row) == 20 * 300
+    assert ((result.product - _cosines(queries, bank)[result.query, result.row]).abs() <= result.bound).all()
 
 
 @pytest.mark.parametrize(
@@ -51,9 +51,9 @@ def test_the_bound_holds_where_every_rounding_goes_the_same_way() -> None:
     row = torch.full((1, 251), (1 + 2.0**-8 - 2.0**-20) / 16, dtype=torch.float64)
     row[0, 250] = (1 - row[0, :250].square().sum()).sqrt()
 
-    found = _find(row, row, 1, torch.bfloat16)
+    result = _find(row, row, 1, torch.bfloat16)
 
-    assert 0.006 < (found.product[0] - 1).abs() <= found.bound[0]
+    assert 0.006 < (result.product[0] - 1).abs() <= result.bound[0]
 
 
 def test_the_bound_covers_a_result_that_is_rounded_to_bfloat16() -> None:
@@ -61,9 +61,9 @@ def test_the_bound_covers_a_result_that_is_rounded_to_bfloat16() -> None:
     row = query.clone()
     row[0, 0] *= -1
 
-    found = _find(query, row, 1, torch.bfloat16)
+    result = _find(query, row, 1, torch.bfloat16)
 
-    assert 0.001 < (found.product[0] - 511 / 512).abs() <= found.bound[0]
+    assert 0.001 < (result.product[0] - 511 / 512).abs() <= result.bound[0]
 
 
 @_EVERY_DTYPE
@@ -71,28 +71,28 @@ def test_the_bound_covers_a_result_that_is_rounded_to_bfloat16() -> None:
 def test_candidates_hold_every_row_that_rounding_cannot_rule_out(dtype: torch.dtype, k: int) -> None:
     queries, bank = _rows(20, 96), _rows(3_003, 96, seed=1)  # many times k, and not a multiple of a group
 
-    found = _find(queries, bank, k, dtype)
+    result = _find(queries, bank, k, dtype)
 
     listed = torch.zeros(20, 3_003, dtype=torch.bool)
-    listed[found.query, found.row] = True
+    listed[result.query, result.row] = True
     assert listed.gather(1, _cosines(queries, bank).topk(k, dim=1).indices).all()
     assert listed.sum(dim=1).max() < k + 120
-    assert torch.equal(found.row, found.row.sort().values)
+    assert torch.equal(result.row, result.row.sort().values)
 
 
 def test_a_query_with_too_many_candidates_is_left_incomplete() -> None:
     bank = torch.eye(8, dtype=torch.float64)[0] + 1e-9 * _rows(2_000, 8).double()
 
-    found = _find(torch.cat([bank[:1], -bank[:1]]), torch.cat([bank, -bank[:40]]), 2, torch.float32)
+    result = _find(torch.cat([bank[:1], -bank[:1]]), torch.cat([bank, -bank[:40]]), 2, torch.float32)
 
-    assert found.complete.tolist() == [False, True]
-    assert set(found.query.tolist()) == {1}
+    assert result.complete.tolist() == [False, True]
+    assert set(result.query.tolist()) == {1}
 
 
 def test_a_device_that_multiplies_wrongly_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_wrongly(*arguments: Any) -> Candidates:
-        found = find_candidates(*arguments)
-        return found._replace(product=found.product + 0.1)
+        result = find_candidates(*arguments)
+        return result._replace(product=result.product + 0.1)
 
     monkeypatch.setattr(search_module, "find_candidates", find_wrongly)
     monkeypatch.setattr(search_module, "choose_dtypes", lambda device, n: (torch.float32,))

@@ -58,8 +58,8 @@ def test_cosines_are_within_the_stated_distance_of_exact_ones(d: int, dtype: tor
 
     cosines = _all_pairs(queries, bank)
 
-    for query, found in zip(queries.tolist(), cosines.tolist(), strict=True):
-        for row, cosine in zip(bank.tolist(), found, strict=True):
+    for query, result in zip(queries.tolist(), cosines.tolist(), strict=True):
+        for row, cosine in zip(bank.tolist(), result, strict=True):
             dot = float(sum(Fraction(one) * Fraction(other) for one, other in zip(query, row, strict=True)))
             assert abs(cosine - dot / math.hypot(*query) / math.hypot(*row)) <= GRID / 2 + (d + 16) * 2.0**-53
             assert cosine / GRID == round(cosine / GRID)
@@ -116,6 +116,6 @@ def test_equal_cosines_of_unlike_rows_are_ties() -> None:
 
 
 def test_a_zero_row_has_the_cosine_zero() -> None:
-    found = _all_pairs(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [3.0, 0.0]]))
+    result = _all_pairs(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [3.0, 0.0]]))
 
-    assert found.tolist() == [[0, 0], [0, 1]]
+    assert result.tolist() == [[0, 0], [0, 1]]

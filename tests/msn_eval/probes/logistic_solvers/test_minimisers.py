@@ -113,7 +113,7 @@ def test_rows_that_are_all_zero_are_solved_without_a_step(minimise: Minimiser) -
     assert torch.equal(point.weights, torch.zeros(3, 4, dtype=torch.float64))
 
 
-def test_equal_rows_with_different_labels_are_no_obstacle(minimise: Minimiser) -> None:
+def test_equal_rows_with_different_labels_are_solved(minimise: Minimiser) -> None:
     rows, _ = _clusters(20, 12, 2)
     problem = _problem(rows.repeat(2, 1), torch.arange(40) // 20, 0.0025)
 
@@ -142,7 +142,7 @@ def test_warm_starts_along_a_path_save_steps() -> None:
     problem = _problem(*_clusters(120, 12, 6), 1.0)
     mus = [0.075 / 2**halving / 120 for halving in range(6)]
 
-    steps = [found for _, found in minimise_path(problem, mus, target=1e-6)]
+    steps = [result for _, result in minimise_path(problem, mus, target=1e-6)]
 
     alone = [minimise_by_newton(replace(problem, mu=mu), target=1e-6)[1] for mu in mus]
     assert sum(steps[2:]) <= sum(alone[2:]) / 2
@@ -151,7 +151,7 @@ def test_warm_starts_along_a_path_save_steps() -> None:
 def test_newton_goes_on_in_float64_where_float32_leads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = _problem(*_clusters(120, 12, 6), 0.0025)
     stages, take_steps = [], newton._take_steps
-    monkeypatch.setattr(newton, "_take_steps", lambda *given: stages.append(take_steps(*given)) or stages[-1])
+    monkeypatch.setattr(newton, "_take_steps", lambda *arguments: stages.append(take_steps(*arguments)) or stages[-1])
 
     solution, steps = minimise_by_newton(problem, target=1e-13)
 

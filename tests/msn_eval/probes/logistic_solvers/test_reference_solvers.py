@@ -63,14 +63,14 @@ def test_cyanures_binary_form_finds_the_minimum_of_our_objective() -> None:
 @pytest.mark.usefixtures("digits_by_cyanure")
 def test_bf16_products_of_this_process_are_right_after_cyanure() -> None:
     generator = torch.Generator().manual_seed(0)
-    one, other = (torch.randn(512, 512, generator=generator).to(torch.bfloat16) for _ in range(2))
+    item, other = (torch.randn(512, 512, generator=generator).to(torch.bfloat16) for _ in range(2))
 
-    product = (one @ other).float()
+    product = (item @ other).float()
 
-    torch.testing.assert_close(product, one.float() @ other.float(), rtol=1e-2, atol=0.1)
+    torch.testing.assert_close(product, item.float() @ other.float(), rtol=1e-2, atol=0.1)
 
 
-def test_cyanure_that_is_not_installed_is_named_with_what_to_do(
+def test_cyanure_that_is_not_installed_is_a_usage_error_with_a_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cyanure.py").write_text("""raise ModuleNotFoundError("No module named 'cyanure'")""")
