@@ -220,9 +220,7 @@ def test_a_class_without_labelled_images_is_never_predicted() -> None:
     assert scores[:, :4].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("taps", "named"), [(["cls"], None), (["cls", "cls"], None), (["mean", "cls"], "cls,mean")]
-)
+@pytest.mark.parametrize(("taps", "named"), [(["cls"], None), (["cls", "cls"], None), (["mean", "cls"], "cls,mean")])
 def test_taps_are_a_set_and_cls_alone_is_the_default_protocol(taps: list[str], named: str | None) -> None:
     (params,) = Linear(LinearRecipe(taps=taps)).configs(9)
 

@@ -317,7 +317,7 @@ def test_on_out_of_memory_the_encoder_halves_its_batches_and_no_number_changes(
 
     assert tried[:6] == [6, 3, 1, 1, 1, 1]
     assert max(tried[2:]) == 1  # what memory had no room for once is not tried again
-    assert caplog.text.count("going on with") == 2
+    assert caplog.text.count("continuing with") == 2
     assert [len(labels) for _, labels in halved] == [len(labels) for _, labels in whole]
     assert all(torch.equal(one[0], other[0]) for one, other in zip(halved, whole, strict=True))
     again = _fit(images)

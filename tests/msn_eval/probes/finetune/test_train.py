@@ -295,7 +295,7 @@ def test_bf16_trains_float32_weights_to_about_the_same(images: ImageSet) -> None
     assert not _same(exact[1], reduced[1])
 
 
-def test_head_starts_at_logistic_regression(images: ImageSet) -> None:
+def test_head_starts_at_logistic_regression(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.linear_model import LogisticRegression
 
     model, labelled = _model(replace(_RECIPE, drop_path=0.0)), _labelled(images)
@@ -307,6 +307,7 @@ def test_head_starts_at_logistic_regression(images: ImageSet) -> None:
     rows = (rows / rows.norm(dim=1).mean()).numpy()
     reference = LogisticRegression(C=10.0, fit_intercept=False, tol=1e-10, max_iter=10_000).fit(rows, labelled.labels)
 
+    monkeypatch.setattr(predict_module, "_TARGET_GAP", 1e-9)
     train_module.init_head(model, labelled, l2=0.1, precision="fp32", options=_OPTIONS, group=ALONE)
 
     scores = score_images(model, images, labelled.hashes, decoder="pillow", precision="fp32", options=_OPTIONS)
