@@ -5,7 +5,7 @@
 
 Gaussian clusters in float32, twenty rows per cluster. Faiss searches its flat index for the same k in float32, built before
 the clock starts, as our bank is indexed before; our search ends with float64 cosines, proved to be those of the nearest.
-Prints medians, the median of the rounds' ratios (above 1: ours is faster), which engine proposes our candidates,
+Prints medians, the median of the rounds' ratios (above 1: ours is faster), the dtype of our products,
 for how many queries faiss's float32 finds different neighbours, and on a GPU the peak of memory.
 """
 
@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msn_eval.probes.knn_search.candidates import choose_engines
 from msn_eval.probes.knn_search.index import index_bank
-from msn_eval.probes.knn_search.search import search_nearest
+from msn_eval.probes.knn_search.search import choose_dtypes, search_nearest
 
 _ROWS_PER_CLUSTER = 20
 
@@ -35,21 +34,18 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--k", default="20,200")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--search", choices=["auto", "torch", "faiss"], default="auto", help="what proposes our candidates"
-    )
     options = parser.parse_args()
     device = torch.device(options.device)
     bank, queries = _clusters(options.bank, options.queries, options.width, device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {where}, bank {tuple(bank.shape)}, {len(queries)} queries, "
-          f"proposed in {choose_engines(device, options.search, options.bank)[0]} by {options.search}")  # fmt: skip
+          f"products in {choose_dtypes(device, options.bank)[0]}")  # fmt: skip
     started = time.perf_counter()
     indexed = index_bank(bank)
-    search_nearest(queries[:64], indexed, 1, search=options.search)
+    search_nearest(queries[:64], indexed, 1)
     print(f"bank made ready once: {time.perf_counter() - started:.2f} s")
     for k in map(int, options.k.split(",")):
-        ours = partial(search_nearest, queries, indexed, k, search=options.search)
+        ours = partial(search_nearest, queries, indexed, k)
         _compare(k, ours, _faiss(bank, queries, k), options.rounds)
         if device.type == "cuda":
             print(f"  peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
@@ -60,14 +56,14 @@ def _clusters(rows: int, queries: int, width: int, device: torch.device) -> tupl
     n_clusters = -(-rows // _ROWS_PER_CLUSTER)
     centres = 0.3 * torch.randn(n_clusters, width, generator=generator, device=device)
 
-    def drawn(n: int) -> Tensor:
+    def draw(n: int) -> Tensor:
         values = torch.randn(n, width, generator=generator, device=device)
         for start in range(0, n, n_clusters):  # in place: a bank of ImageNet's size is 4 GB
             part = values[start : start + n_clusters]
             part += centres[: len(part)]
         return values
 
-    return drawn(rows), drawn(queries)
+    return draw(rows), draw(queries)
 
 
 def _faiss(bank: Tensor, queries: Tensor, k: int) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -95,8 +91,8 @@ def _compare(
         seconds = []
         for search in (ours, theirs):
             started = time.perf_counter()
-            found = search()[1].cpu()
-            seconds.append((time.perf_counter() - started, found))
+            nearest = search()[1].cpu()
+            seconds.append((time.perf_counter() - started, nearest))
         (our, mine), (their, others) = seconds
         pairs.append((our, their))
     pairs = pairs[1:]

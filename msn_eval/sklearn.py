@@ -76,6 +76,11 @@ class _CentredProbe(_Probe):
     """Base of the probes on the rows of the logistic protocol: each minus its own mean, of length 1."""
 
     preprocess: bool
+    coef_: Floats
+    intercept_: Floats
+
+    def _scores(self, X: Tensor) -> Tensor:
+        return self._rows(X) @ torch.from_numpy(self.coef_).T + torch.from_numpy(self.intercept_)
 
     def _rows(self, X: Tensor) -> Tensor:
         return centre_rows(X) if self.preprocess else X.to(torch.float64)
@@ -137,7 +142,7 @@ class LogisticProbe(_Softmax, _CentredProbe):
         return self._rows(X) @ torch.from_numpy(self.coef_).T
 
 
-class NearestNeighbourProbe(_Probe):
+class NearestNeighbourProbe(_Softmax, _Probe):
     """The knn protocol: the k nearest rows by cosine vote for their classes with weight exp(cosine / temperature).
 
     Source: Wu et al. 2018, arXiv:1805.01978.
@@ -168,10 +173,6 @@ class NearestNeighbourProbe(_Probe):
         return neighbour_vote(
             cosines, self.labels_[nearest], n_classes=len(self.classes_), temperature=float(self.temperature)
         )
-
-    def predict_proba(self, X: Any) -> Floats:
-        """Return each class's share of the votes, (n, classes) float64."""
-        return torch.from_numpy(self._scored(X)).softmax(dim=1).numpy()
 
     def decision_function(self, X: Any) -> Floats:
         """Return shares of the votes: (n, classes), or for two classes (n,), the second's minus the first's."""
@@ -219,9 +220,6 @@ class RidgeProbe(_CentredProbe):
         self.intercept_ = (fit.bias - fit.centre @ fit.weights).numpy()
         self.alpha_, self.objective_ = fit.alpha, float(fit.errors.min())
 
-    def _scores(self, X: Tensor) -> Tensor:
-        return self._rows(X) @ torch.from_numpy(self.coef_).T + torch.from_numpy(self.intercept_)
-
 
 class LinearProbe(_Softmax, _CentredProbe):
     """A linear layer with bias by SGD with Nesterov momentum 0.9, with a cosine schedule of the learning rate.
@@ -266,9 +264,6 @@ class LinearProbe(_Softmax, _CentredProbe):
         )
         self.coef_, self.intercept_ = heads.weights[0].double().numpy(), heads.biases[0].double().numpy()
         self.objective_ = float(heads.losses[0])
-
-    def _scores(self, X: Tensor) -> Tensor:
-        return self._rows(X) @ torch.from_numpy(self.coef_).T + torch.from_numpy(self.intercept_)
 
 
 def _array(values: Any) -> Any:

@@ -13,7 +13,7 @@ from msn_eval.errors import DistributedError, NumericalError, ResourceError
 from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_eval.probes.base import WorkerGroup
 from msn_eval.probes.knn_search.index import check_finite, index_bank
-from msn_eval.probes.knn_search.search import Neighbours, search_sharded
+from msn_eval.probes.knn_search.search import Neighbours, merge_nearest, search_nearest
 from msn_eval.probes.logistic_solvers.newton import RowShare, minimise_in_chunks
 from msn_eval.probes.logistic_solvers.objective import Solution
 
@@ -23,24 +23,24 @@ _SHUTDOWN = ""
 
 
 def minimise_on_workers(
-    workers: WorkerGroup, whole: RowShare, mus: Sequence[float], *, target: float
+    workers: WorkerGroup, rows: RowShare, mus: Sequence[float], *, target: float
 ) -> Iterator[tuple[Solution, int]]:
     """Minimise as `minimise_in_chunks` does, on rank 0, with the rows shared among all ranks.
 
     Args:
         workers: The ranks.
-        whole: All rows.
+        rows: All rows.
         mus: Penalties, as `minimise_in_chunks` takes them.
         target: Relative duality gap to reach.
 
     Yields:
         The solution and its number of steps for each penalty.
     """
-    fit = {"n": whole.n, "width": whole.width, "n_classes": whole.n_classes, "mus": list(mus), "target": target}
+    fit = {"n": rows.n, "width": rows.width, "n_classes": rows.n_classes, "mus": list(mus), "target": target}
     with _lead(workers, "fit", **fit):
-        _send_shares(workers, whole.values, whole.labels)
-        own = len(_rows_of(workers, whole.n, 0))
-        first = replace(whole, values=whole.values[:own], labels=whole.labels[:own], total=add_up)
+        _send_shares(workers, rows.values, rows.labels)
+        own = len(_rows_of(workers, rows.n, 0))
+        first = replace(rows, values=rows.values[:own], labels=rows.labels[:own], total=add_up)
         yield from minimise_in_chunks(first, mus, target=target)
 
 
@@ -137,7 +137,7 @@ def _serve_search(workers: WorkerGroup, *, n: int, width: int, m: int, k: int) -
 
 
 def _search_shard(workers: WorkerGroup, values: Tensor, queries: Tensor, *, n: int, m: int, k: int) -> list[Neighbours]:
-    """Search for rank 0's queries in chunks.
+    """Search for rank 0's queries in chunks, and return what it finds of each, on rank 0.
 
     Args:
         workers: The ranks.
@@ -149,7 +149,31 @@ def _search_shard(workers: WorkerGroup, values: Tensor, queries: Tensor, *, n: i
     """
     shard = index_bank(values) if len(values) else None
     first = _rows_of(workers, n, workers.group.rank).start
-    return [search_sharded(queries[rows].to(workers.device), shard, first, k) for rows in _split(range(m), _QUERIES)]
+    found = []
+    for chunk in _split(range(m), _QUERIES):
+        sent = (
+            queries[chunk].to(workers.device)
+            if len(queries)
+            else values.new_empty(chunk.stop - chunk.start, values.shape[1])
+        )
+        distributed.broadcast(sent, 0)
+        # Padded to k columns, since collectives need equal shapes.
+        cosines = torch.full((len(sent), k), -torch.inf, dtype=torch.float64, device=workers.device)
+        rows = torch.zeros(len(sent), k, dtype=torch.int64, device=workers.device)
+        if shard is not None:
+            held = min(k, len(values))
+            cosines[:, :held], own_rows = search_nearest(sent, shard, held)
+            rows[:, :held] = own_rows + first
+        gathered = []
+        for result in (cosines, rows):
+            answers = (
+                [torch.empty_like(result) for _ in range(workers.group.world)] if workers.group.rank == 0 else None
+            )
+            distributed.gather(result, answers, dst=0)
+            gathered.append(answers or [])
+        if workers.group.rank == 0:
+            found.append(merge_nearest(list(zip(*gathered, strict=True)), k))
+    return found
 
 
 def _rows_of(workers: WorkerGroup, n: int, rank: int) -> range:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,13 +15,12 @@ from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup
 from msn_eval.probes.distributed import search_on_workers
-from msn_eval.probes.knn_search.candidates import Search
 from msn_eval.probes.knn_search.index import index_bank
 from msn_eval.probes.knn_search.search import Neighbours, search_nearest
 
 DEFAULT_KS = (10, 20, 100, 200)
 DEFAULT_TEMPERATURE = 0.07
-_SHARED_VALUES = 1 << 26  # of a bank that ranks share: with fewer, what each does for its own k outlasts the products
+_SHARED_VALUES = 1 << 26  # of a bank that ranks share: for fewer, the work of each rank costs more than the products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,6 @@ class NearestNeighbours(FeatureProbe):
         ks: Numbers of neighbours; every pair with a temperature is a protocol, and all share one search.
         temperatures: Positive.
         asked: Whether the user named the ks: then one above the number of images is an error and not left out.
-        search: What proposes candidates; it changes seconds, never a neighbour.
     """
 
     name: ClassVar[str] = "knn"
@@ -42,7 +41,6 @@ class NearestNeighbours(FeatureProbe):
     ks: tuple[int, ...] = DEFAULT_KS
     temperatures: tuple[float, ...] = (DEFAULT_TEMPERATURE,)
     asked: bool = False
-    search: Search = "auto"
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -76,18 +74,16 @@ class NearestNeighbours(FeatureProbe):
         """
         params = self.configs(len(train.labels))
         labels = train.labels.to(device)
-        search: Callable[[Tensor, int], Neighbours]
+        search: Callable[..., Neighbours]
         if workers is not None and train.values.numel() >= _SHARED_VALUES:
-            group = workers
-            search = lambda values, k: search_on_workers(group, values, train.values, k)  # noqa: E731
+            search = partial(search_on_workers, workers, bank=train.values)
         else:
-            bank = index_bank(train.values.to(device))
-            search = lambda values, k: search_nearest(values.to(device), bank, k, search=self.search)  # noqa: E731
+            search = partial(search_nearest, bank=index_bank(train.values.to(device)))
 
         def scores(values: Tensor) -> Iterator[Tensor]:
             if not params:  # every k of the default list is above the number of labelled images
                 return
-            cosines, nearest = search(values, max(int(config["k"]) for config in params))
+            cosines, nearest = search(queries=values.to(device), k=max(int(config["k"]) for config in params))
             for config in params:
                 k = int(config["k"])  # the k nearest are a prefix of the neighbours of the largest k
                 classes, temperature = labels[nearest[:, :k]], float(config["temperature"])

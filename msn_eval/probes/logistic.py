@@ -10,12 +10,11 @@ from torch import Tensor
 from msn_eval.config.recipes import Params
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.subsets import Subset
-from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup, centre_rows
 from msn_eval.probes.distributed import minimise_on_workers
 from msn_eval.probes.logistic_solvers import lambda_selection
-from msn_eval.probes.logistic_solvers.lambda_selection import GRID, Choice, LabelledRows
+from msn_eval.probes.logistic_solvers.lambda_selection import GRID, LabelledRows
 from msn_eval.probes.logistic_solvers.newton import RowShare, is_large, minimise_in_chunks, minimise_path
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution
 from msn_eval.probes.logistic_solvers.reference_solvers import MINIMISERS
@@ -61,9 +60,6 @@ class Logistic(FeatureProbe):
         """Solve for every lambda over the classes that have labelled images; the others are never chosen.
 
         Ranks in `workers` share the rows where there are very many.
-
-        Raises:
-            NumericalError: The labelled images are of a single class.
         """
         problem = _prepare(train, device, self.solver, workers)
         descending = sorted(set(self.lambdas), reverse=True)  # from the smoothest problem to the roughest
@@ -73,21 +69,15 @@ class Logistic(FeatureProbe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogisticAutoLambda(FeatureProbe):
+class LogisticAutoLambda(Logistic):
     """The same objective at the lambda that the labelled images choose by the rule of `lambda_selection`: a protocol.
 
     Attributes:
+        lambdas: Those to choose from.
         solver: As in Logistic.
     """
 
-    name: ClassVar[str] = "logistic"
-    version: ClassVar[int] = 1
-
-    solver: Solver = "auto"
-
-    @property
-    def taps(self) -> tuple[str, ...]:
-        return ("cls",)
+    lambdas: tuple[float, ...] = GRID
 
     def configs(self, n: int) -> tuple[Params, ...]:
         return lambda_selection.auto_settings()
@@ -100,33 +90,28 @@ class LogisticAutoLambda(FeatureProbe):
         workers: WorkerGroup | None = None,
         other_taps: Sequence[Features] = (),
     ) -> FittedProbe:
-        """Choose lambda from the labelled images and solve for it; the certificate is that of the chosen fit.
-
-        Raises:
-            NumericalError: The labelled images are of a single class.
-        """
+        """Choose lambda from the labelled images and solve for it; the certificate is that of the chosen fit."""
         problem = _prepare(train, device, self.solver, workers)
+        chosen: dict[str, float | str]
         typical = lambda_selection.typical_strength(problem.rows)
         if lambda_selection.can_be_left_out(problem.rows.labels):
             descending = sorted(GRID, reverse=True)
-            solved, errors = {}, {}
-            for l2, (solution, steps) in zip(descending, problem.solve(descending), strict=True):
-                solved[l2] = (solution, steps)
-                errors[l2] = lambda_selection.left_out_error(problem.rows, solution.weights, l2)
+            solved = dict(zip(descending, problem.solve(descending), strict=True))
+            errors = {l2: lambda_selection.left_out_error(problem.rows, solved[l2][0].weights, l2) for l2 in GRID}
             index = lambda_selection.choose_strength([errors[l2] for l2 in GRID], n=problem.rows.n, typical=typical)
             l2 = GRID[index]
-            choice = Choice(strength=l2, rule="leave-one-out", typical=typical, left_out=errors[l2])
+            chosen = {"lambda": l2, "rule": "leave-one-out", "typical": typical, "left_out_error": errors[l2]}
             solution, steps = solved[l2]
         else:
             l2 = GRID[lambda_selection.choose_by_spectrum(typical)]
-            choice = Choice(strength=l2, rule="spectrum", typical=typical)
+            chosen = {"lambda": l2, "rule": "spectrum", "typical": typical}
             ((solution, steps),) = problem.solve([l2])
         (params,) = self.configs(problem.rows.n)
-        config = replace(_describe(self.solver, params, solution, steps), chosen=choice.as_chosen())
+        config = replace(_describe(self.solver, params, solution, steps), chosen=chosen)
         return _fitted(problem, [config], [solution], train.n_classes, device)
 
 
-def configure(config: EvaluationConfig, subset: Subset) -> Iterator[Logistic | LogisticAutoLambda]:
+def configure(config: EvaluationConfig, subset: Subset) -> Iterator[Logistic]:
     """Yield a probe for the lambdas of the options, the published one by default, and one for `auto`."""
     solver = cast(Solver, config.solver)
     if config.strengths or not config.chooses_strength:
@@ -159,8 +144,6 @@ class _Problem:
 
 def _prepare(train: Features, device: torch.device, solver: Solver, workers: WorkerGroup | None) -> _Problem:
     present, labels = torch.unique(train.labels.to(device), return_inverse=True)
-    if len(present) < 2:
-        raise NumericalError("logistic regression on a single class", hint="Label images of at least two classes.")
     n, width = train.values.shape
     newton = solver in ("auto", "newton")
     if newton and is_large(n, width, len(present)):

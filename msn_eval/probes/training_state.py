@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import io
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from msn_eval.errors import StoreError
 from msn_eval.files.atomic import describe_free_space, remove, write_atomically
 
 _log = logging.getLogger(__name__)
-_NAME = re.compile(r"[0-9a-f]{16}\.step-(?P<step>\d{8,})\.(?P<sha256>[0-9a-f]{16})\.pt")
 _GENERATIONS = 2
 
 
@@ -49,9 +47,7 @@ class StateFiles:
 
     def find(self) -> list[Path]:
         """Return the files, the newest first."""
-        matches = [(_NAME.fullmatch(path.name), path) for path in self.folder.glob(f"{self.id}.*.pt")]
-        steps = [(int(match["step"]), path) for match, path in matches if match]
-        return [path for _, path in sorted(steps, key=lambda pair: pair[0], reverse=True)]
+        return sorted(self.folder.glob(f"{self.id}.step-*.pt"), reverse=True)
 
 
 def write_state(files: StateFiles, state: Mapping[str, Any], *, step: int) -> None:

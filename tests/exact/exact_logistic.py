@@ -29,7 +29,7 @@ _OPTIMAL = 1e-11
 
 
 def main() -> int:
-    """Print a row a fit; give 1 where anything does not hold."""
+    """Print a row per fit; return 1 where anything does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", default="64,384,768,1536")
     parser.add_argument("--images", default="10,1000,5000")
@@ -115,7 +115,7 @@ def optimal(problem: CrossEntropyProblem, start: Tensor) -> tuple[float, Tensor]
 
 
 def _step(problem: CrossEntropyProblem, chances: Tensor, right: Tensor, tolerance: float) -> Tensor:
-    found, residual = torch.zeros_like(right), right.clone()
+    result, residual = torch.zeros_like(right), right.clone()
     search, squared = residual.clone(), float(residual.square().sum())
     goal = tolerance**2 * squared
     for _ in range(3000):
@@ -124,13 +124,13 @@ def _step(problem: CrossEntropyProblem, chances: Tensor, right: Tensor, toleranc
         bent -= chances * bent.sum(dim=1, keepdim=True)
         product = bent.T @ problem.rows / len(problem.rows) + problem.mu * search
         length = squared / float((search * product).sum())
-        found += length * search
+        result += length * search
         residual -= length * product
         squared, before = float(residual.square().sum()), squared
         if squared <= goal:
             break
         search = residual + squared / before * search
-    return found
+    return result
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def test_bf16_is_its_own_protocol_and_learns_as_much(tmp_path: Path) -> None:
 
 
 def test_killed_evaluation_resumes_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kill(*given: object, **named: object) -> None:
+    def kill(*arguments: object, **named: object) -> None:
         raise KeyError
 
     with monkeypatch.context() as patched:

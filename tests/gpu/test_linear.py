@@ -82,11 +82,11 @@ def test_rows_that_do_not_fit_the_gpu_stay_on_the_cpu_and_give_the_same_layer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     train, recipe = clusters(tap="cls"), replace(SMALL, taps=["cls"])
-    (whole,) = Linear(recipe).fit(train, CUDA).scores(train.values)
+    (complete,) = Linear(recipe).fit(train, CUDA).scores(train.values)
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
 
     (stack,) = stack_taps([train], CUDA)
     assert stack.values[0].device.type == "cpu"
     (some,) = Linear(recipe).fit(train, CUDA).scores(train.values)
-    torch.testing.assert_close(some, whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(some, complete, rtol=0, atol=1e-5)

@@ -20,38 +20,38 @@ _RECIPE = {"lr": [2.0, 8.0], "epochs": 6, "batch_size": 32, "crop_share": 0.4}
 
 
 def _train(out: Path, *, device: str, precision: str = "fp32", **options: Any) -> list[Result]:
-    found = evaluate(
+    result = evaluate(
         ["demo"], data="digits", subsets=["5imgs@1"], probes=["linear-augmented"], linear_augmented=_RECIPE, out=out,
         device=device, precision=precision, no_cache=True, limit=40, **options,
     )  # fmt: skip
-    return sorted(found, key=lambda one: one.probe.params["lr"])
+    return sorted(result, key=lambda item: item.probe.params["lr"])
 
 
 def test_loss_and_predictions_are_close_to_the_cpu(tmp_path: Path) -> None:
     here, there = (_train(tmp_path / name, device=name) for name in ("cuda", "cpu"))
 
-    for one, other in zip(here, there, strict=True):
-        answers = [read_predictions(tmp_path / name / f"{one.id}.npz").prediction for name in ("cuda", "cpu")]
-        assert one.id == other.id
-        assert one.probe.objective == pytest.approx(other.probe.objective, rel=1e-3)
+    for item, other in zip(here, there, strict=True):
+        answers = [read_predictions(tmp_path / name / f"{item.id}.npz").prediction for name in ("cuda", "cpu")]
+        assert item.id == other.id
+        assert item.probe.objective == pytest.approx(other.probe.objective, rel=1e-3)
         assert float(np.mean(answers[0] == answers[1])) > 0.99
 
 
 def test_bf16_is_its_own_protocol_and_learns_as_much(tmp_path: Path) -> None:
     exact, reduced = (_train(tmp_path, device="cuda", precision=precision) for precision in ("fp32", "bf16"))
 
-    for one, other in zip(exact, reduced, strict=True):
-        assert one.protocol_id != other.protocol_id
-        assert one.metrics is not None
+    for item, other in zip(exact, reduced, strict=True):
+        assert item.protocol_id != other.protocol_id
+        assert item.metrics is not None
         assert other.metrics is not None
-        assert other.metrics.top1 == pytest.approx(one.metrics.top1, abs=0.03)
+        assert other.metrics.top1 == pytest.approx(item.metrics.top1, abs=0.03)
 
 
 def test_micro_batches_add_up(tmp_path: Path) -> None:
     full, split = (_train(tmp_path / size, device="cuda", batch_size=size) for size in ("32", "5"))
 
-    for one, other in zip(full, split, strict=True):
-        assert other.probe.objective == pytest.approx(one.probe.objective, rel=1e-4)
+    for item, other in zip(full, split, strict=True):
+        assert other.probe.objective == pytest.approx(item.probe.objective, rel=1e-4)
 
 
 def test_a_stopped_training_resumes_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +70,6 @@ def test_a_stopped_training_resumes_from_its_state(tmp_path: Path, monkeypatch: 
             _train(tmp_path / "stopped", device="cuda")
     resumed = _train(tmp_path / "stopped", device="cuda")
 
-    for one, other in zip(resumed, uninterrupted, strict=True):
-        assert one.probe.objective == pytest.approx(other.probe.objective, rel=1e-5)
-        assert one.probe.iterations == other.probe.iterations
+    for item, other in zip(resumed, uninterrupted, strict=True):
+        assert item.probe.objective == pytest.approx(other.probe.objective, rel=1e-5)
+        assert item.probe.iterations == other.probe.iterations

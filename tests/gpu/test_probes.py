@@ -29,7 +29,7 @@ def test_nine_fits_of_one_percent_of_imagenet_are_certified_within_4_gigabytes()
         Logistic(lambdas=LAMBDAS).fit(clusters(12_811, 768, 1000, seed=draw), torch.device("cuda")) for draw in range(3)
     ]
 
-    certificates = [one.certificate for fit in fits for one in fit.settings]
+    certificates = [item.certificate for fit in fits for item in fit.settings]
     assert len(certificates) == 9
     assert all(certificate is not None and certificate <= 1e-6 for certificate in certificates)
     assert torch.cuda.max_memory_allocated() < 4e9
@@ -40,7 +40,7 @@ def test_objectives_agree_with_the_cpu() -> None:
 
     here, there = (Logistic(lambdas=LAMBDAS).fit(train, torch.device(device)).settings for device in ("cuda", "cpu"))
 
-    assert [one.objective for one in here] == pytest.approx([one.objective for one in there], rel=1e-6)
+    assert [item.objective for item in here] == pytest.approx([item.objective for item in there], rel=1e-6)
 
 
 def test_ridge_chooses_the_same_penalty_as_on_the_cpu() -> None:

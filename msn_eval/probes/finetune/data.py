@@ -200,23 +200,18 @@ def load_training_images(
         generator=torch.Generator(),  # else the loader draws from the global one
         timeout=_WORKER_TIMEOUT_SECONDS if workers else 0,
     )
-    loaded = cast("Iterator[tuple[Tensor, list[str]]]", iter(loader))
-    while True:
-        try:
-            batch = next(loaded, None)
-        except RuntimeError as error:
-            if "worker" not in str(error).lower():
-                raise
-            raise ResourceError(
-                f"a process that decodes died or hung: {str(error).partition(chr(10))[0]}",
-                hint="Host memory or /dev/shm may be short: try --workers 0.",
-            ) from error
-        if batch is None:
-            return
-        pixels, reasons = batch
-        if reasons:
-            raise make_unreadable_error(reasons)
-        yield pixels
+    try:
+        for pixels, reasons in loader:
+            if reasons:
+                raise make_unreadable_error(reasons)
+            yield pixels
+    except RuntimeError as error:
+        if "worker" not in str(error).lower():
+            raise
+        raise ResourceError(
+            f"a process that decodes died or hung: {str(error).partition(chr(10))[0]}",
+            hint="Host memory or /dev/shm may be short: try --workers 0.",
+        ) from error
 
 
 def _collate(rows: Sequence[tuple[Tensor, str | None]]) -> tuple[Tensor, list[str]]:

@@ -25,7 +25,6 @@ from msn_eval.features.encoder import Precision, exact_float32
 from msn_eval.probes.finetune import Finetune
 from msn_eval.probes.finetune.data import (
     Augmentation,
-    Item,
     Mixing,
     Order,
     draw_paths,
@@ -182,25 +181,10 @@ def _load_batches(training: Training) -> Iterator[Tensor]:
         training.labelled.images,
         training.labelled.hashes,
         Augmentation(recipe=training.probe.recipe, transform=encoder.transform, seed=training.probe.seed),
-        _Batches(order, rows, first=training.step),
+        (order.items(step, rows) for step in range(training.step, order.steps)),
         workers=training.options.workers,
         pinned=encoder.device.type == "cuda",
     )
-
-
-@dataclass(frozen=True)
-class _Batches:
-    """The items of each step that is left, made when the loader asks for them."""
-
-    order: Order
-    rows: range
-    first: int
-
-    def __len__(self) -> int:
-        return self.order.steps - self.first
-
-    def __iter__(self) -> Iterator[list[Item]]:
-        return (self.order.items(step, self.rows) for step in range(self.first, self.order.steps))
 
 
 def _save_if_due(training: Training) -> None:

@@ -1,7 +1,7 @@
 """The rows to search among, and exact cosines with them."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -22,31 +22,28 @@ class Bank:
     Attributes:
         values: (n, d) float32 or float64, as given.
         lengths: (n,) float64 L2 lengths.
-        copy_number: (n,) int64, how many earlier rows equal this one: a row with k copies before it is never a neighbour.
+        rounded: By dtype, what `round_rows` returns for the rows, once it has been needed.
     """
 
     values: Tensor
     lengths: Tensor
-    copy_number: Tensor
+    rounded: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def wide(self) -> Tensor | None:
         return self.values.double() if self.values.is_cpu and self.values.numel() <= _WIDE_VALUES else None
 
-    @cached_property
-    def float32(self) -> tuple[Tensor, Tensor]:
-        return round_rows(self.values, self.lengths, torch.float32)
-
-    @cached_property
-    def bfloat16(self) -> tuple[Tensor, Tensor]:
-        return round_rows(self.values, self.lengths, torch.bfloat16)
+    def round(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if dtype not in self.rounded:
+            self.rounded[dtype] = round_rows(self.values, self.lengths, dtype)
+        return self.rounded[dtype]
 
 
 def index_bank(values: Tensor) -> Bank:
     """Prepare (n, d) rows for searches. Raises NumericalError for rows that are not finite."""
     values = as_searched(values)
     check_finite(values, "labelled row")
-    return Bank(values=values, lengths=row_lengths(values), copy_number=_number_copies(values))
+    return Bank(values=values, lengths=row_lengths(values))
 
 
 def as_searched(values: Tensor) -> Tensor:
@@ -65,41 +62,23 @@ def check_finite(values: Tensor, what: str) -> None:
         )
 
 
-def _number_copies(values: Tensor) -> Tensor:
-    odd = torch.randint(-(2**62), 2**62, values[:1].view(torch.int32).shape, generator=torch.Generator().manual_seed(0))
-    odd = odd.mul_(2).add_(1).to(values.device)
-    # Adding 0.0 turns -0.0 into 0.0, which it equals; int64 sums wrap, and do not depend on the order.
-    hashes = torch.cat([((part + 0.0).view(torch.int32) * odd).sum(dim=1) for part in _split(values)])
-    group, counts = torch.unique(hashes, return_inverse=True, return_counts=True)[1:]
-    order = group.argsort(stable=True)
-    first = (counts.cumsum(0) - counts)[group[order]]
-    number = torch.arange(len(values), device=values.device) - first
-    for some in torch.split(number.nonzero()[:, 0], max(1, _STEP_VALUES // values.shape[1])):
-        # A row that only shares the hash counts as no copy, which costs time and not correctness.
-        number[some] *= (values[order[some]] == values[order[first[some]]]).all(dim=1)
-    return torch.empty_like(number).scatter_(0, order, number)
-
-
 def row_lengths(values: Tensor) -> Tensor:
     """Return the L2 lengths of (n, d) rows, (n,) float64."""
     return torch.cat([_folded_sum(part.double().square()).sqrt() for part in _split(values)])
 
 
-def unit_rows(values: Tensor, lengths: Tensor) -> Tensor:
-    """Return float64 rows of length 1; a zero row stays zero."""
-    return values.double() / lengths.where(lengths > 0, 1.0)[:, None]
-
-
 def round_rows(values: Tensor, lengths: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return (n, d) rows of length 1 in `dtype`, and bounds of how far rounding moved each, (n,) float64."""
-    narrow, moved = torch.empty(values.shape, dtype=dtype, device=values.device), torch.empty_like(lengths)
-    step = max(1, _STEP_VALUES // values.shape[1])
-    for start in range(0, len(values), step):
-        unit = unit_rows(values[start : start + step], lengths[start : start + step])
-        rounded = narrow[start : start + step].copy_(unit)
-        moved[start : start + step] = (rounded.double() - unit).norm(dim=1)
+    """Return (n, d) rows of length 1 in `dtype`, and bounds of how far rounding moved each, (n,) float64.
+
+    A zero row stays zero.
+    """
+    narrow, moved = torch.empty(values.shape, dtype=dtype, device=values.device), []
+    scales = lengths.where(lengths > 0, 1.0)[:, None]
+    for part, scale, target in zip(_split(values), _split(scales.expand_as(values)), _split(narrow), strict=True):
+        unit = part.double() / scale
+        moved.append((target.copy_(unit).double() - unit).norm(dim=1))
     lost = (values.shape[1] + 16) * 2.0**-53  # of float64, in the unit row and in the distance measured
-    return narrow, moved * (1 + lost) + lost
+    return narrow, torch.cat(moved) * (1 + lost) + lost
 
 
 def exact_cosines(queries: Tensor, lengths: Tensor, bank: Bank, query: Tensor, row: Tensor) -> Tensor:

@@ -1,31 +1,57 @@
-"""Exact search: fast products find candidates, float64 cosines decide; every search gives the same rows in the same order."""
+"""Exact search: fast products find candidates, float64 cosines decide; every dtype gives the same rows in the same order.
 
+Let u and v be a query and a row of length 1, u' and v' the rounded ones, s = u.v, and c the computed u'.v'. With e = |u' - u|
+and f = |v' - v|, both measured in float64, |u'.v' - u.v| <= e (1 + f) + f (Cauchy-Schwarz). A sum of d products in any order
+with relative errors of at most w is within g |u'||v'| of the true one, g = d w / (1 - d w) (Higham 2002, section 4.2): w is
+2^-53 for float64, 2^-24 for float32, and 2^-21 for bfloat16, whose products are exact in float32 and summed there, for matrix
+units may truncate (Fasi et al. 2021). Underflow adds at most d 2^-125, a bfloat16 result 2^-8 |c|:
+
+    |c - s|  <=  B + r |c|,   B = e (1 + f) + f + g (1 + e) (1 + f) + d 2^-125 + (d + 16) 2^-53 + GRID / 2,
+
+the last two for the exact cosine's own rounding. If k rows have c >= L, the k-th cosine is at least L - r |L| - B; a row with
+c + r |c| + B below that is not among the k nearest.
+"""
+
+import timeit
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import lru_cache, partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from msn_eval.errors import NumericalError, ResourceError
 from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
-from msn_eval.probes.knn_search.candidates import Engine, Search, choose_engines, find_candidates
-from msn_eval.probes.knn_search.index import Bank, as_searched, check_finite, exact_cosines, index_bank, row_lengths
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from msn_eval.features.encoder import exact_float32
+from msn_eval.probes.knn_search.index import (
+    GRID,
+    Bank,
+    as_searched,
+    check_finite,
+    exact_cosines,
+    index_bank,
+    round_rows,
+    row_lengths,
+)
 
 Neighbours = tuple[Tensor, Tensor]  # cosines (m, k) float64, descending, and rows (m, k) int64
-_QUERIES, _QUERIES_CUDA = 512, 4096  # per chunk
+_QUERIES, _QUERIES_CUDA = 512, 4096  # per chunk at most
+_PRODUCTS, _PRODUCTS_CUDA = 1 << 26, 1 << 29  # per chunk at most
+_LARGE_BANK = 1 << 12  # rows; with fewer, every dtype is fast
+_GROUPS = 16  # per neighbour: the k largest of 16 k group maxima are nearly the k largest products
+_MOST = 16  # candidates per neighbour and spare one; with more, a finer dtype costs less than their exact cosines
+_SPARE = 16
+_UNIT = {torch.bfloat16: 2.0**-21, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
-def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int, *, search: Search = "auto") -> Neighbours:
+def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int) -> Neighbours:
     """Find the k rows of `bank` with the largest cosine to each query; ties go to the earlier row.
 
     Args:
-        queries: (m, d) floating, rows of any length; a zero row has the cosine 0 to all.
+        queries: (m, d) floating, m >= 1, rows of any length; a zero row has the cosine 0 to all.
         bank: (n, d) floating, n >= k, or what `index_bank` returns for it.
         k: Number of neighbours.
-        search: What proposes candidates; `auto` takes what is fastest here. It changes seconds, never the result.
 
     Returns:
         (m, k) float64 cosines, descending, and (m, k) int64 rows of the bank.
@@ -33,18 +59,16 @@ def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int, *, search: Sear
     Raises:
         NumericalError: Rows are not finite, or the device computes wrong products.
         ResourceError: There is not enough memory.
-        UsageError: faiss was asked for and cannot be used.
     """
     bank = bank if isinstance(bank, Bank) else index_bank(bank)
     queries = as_searched(queries)
-    if not len(queries):
-        return queries.new_empty(0, k, dtype=torch.float64), queries.new_empty(0, k, dtype=torch.int64)
     check_finite(queries, "query")
-    engines = choose_engines(queries.device, search, len(bank.values))
-    start, step, parts = 0, _QUERIES_CUDA if queries.is_cuda else _QUERIES, []
+    most, products = (_QUERIES_CUDA, _PRODUCTS_CUDA) if queries.is_cuda else (_QUERIES, _PRODUCTS)
+    dtypes = choose_dtypes(queries.device, len(bank.values))
+    start, step, parts = 0, max(1, min(most, products // len(bank.values))), []
     while start < len(queries):
         try:
-            parts.append(_search_chunk(queries[start : start + step], bank, k, engines))
+            parts.append(_search_chunk(queries[start : start + step], bank, k, dtypes))
             start += step
             continue
         except OUT_OF_MEMORY_ERRORS as error:
@@ -61,20 +85,37 @@ def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int, *, search: Sear
     return torch.cat([cosines for cosines, _ in parts]), torch.cat([rows for _, rows in parts])
 
 
-def _search_chunk(queries: Tensor, bank: Bank, k: int, engines: Sequence[Engine]) -> Neighbours:
+def choose_dtypes(device: torch.device, n: int) -> tuple[torch.dtype, ...]:
+    """Return the dtype of the products for a bank of n rows, then those for queries left incomplete, in turn."""
+    finer = (torch.float32, torch.float64)
+    is_coarse = n >= _LARGE_BANK and (device.type == "cuda" or _is_bfloat16_fast())
+    return (torch.bfloat16, *finer) if is_coarse else finer
+
+
+@lru_cache
+def _is_bfloat16_fast() -> bool:
+    """Measure whether this CPU has fast bfloat16 products; the smallest of several times, since a busy machine delays most."""
+    rows, seconds = torch.randn(_LARGE_BANK, 512), []
+    for dtype in (torch.bfloat16, torch.float32):
+        values = rows.to(dtype)
+        seconds.append(min(timeit.repeat(partial(torch.mm, values, values[:256].T), number=1, repeat=8)))
+    return seconds[0] < seconds[1]
+
+
+def _search_chunk(queries: Tensor, bank: Bank, k: int, dtypes: Sequence[torch.dtype]) -> Neighbours:
     lengths = row_lengths(queries)
     cosines = lengths.new_zeros(len(queries), k)
     rows = torch.arange(k, device=queries.device).repeat(len(queries), 1)  # the neighbours of a zero query
     remaining = lengths.nonzero()[:, 0]
-    for engine in engines:
-        some, scale = queries[remaining], lengths[remaining]
-        if not len(some):
+    for dtype in dtypes:
+        if not len(remaining):
             break
-        query, row, product, bound, complete = find_candidates(some, scale, bank, k, engine=engine)
+        some, scale = queries[remaining], lengths[remaining]
+        query, row, product, bound, complete = find_candidates(some, scale, bank, k, dtype)
         exact = exact_cosines(some, scale, bank, query, row)
         if bool(((product - exact).abs() > bound).any()):
             raise NumericalError(
-                f"products in {engine} on {queries.device} are wrong by more than rounding explains",
+                f"products in {str(dtype).removeprefix('torch.')} on {queries.device} are wrong by more than rounding explains",
                 hint="Another library changed how this process computes (cyanure's fit does): use a process of its own.",
             )
         done, query = remaining[complete], (complete.cumsum(0) - 1)[query]
@@ -82,10 +123,92 @@ def _search_chunk(queries: Tensor, bank: Bank, k: int, engines: Sequence[Engine]
         remaining = remaining[~complete]
     row = torch.arange(len(bank.values), device=queries.device)
     for index in remaining.tolist():  # so many rows are nearly equal that all are compared
-        one = slice(index, index + 1)
-        exact = exact_cosines(queries[one], lengths[one], bank, torch.zeros_like(row), row)
-        cosines[one], rows[one] = _select_nearest(exact, torch.zeros_like(row), row, 1, k)
+        single = slice(index, index + 1)
+        exact = exact_cosines(queries[single], lengths[single], bank, torch.zeros_like(row), row)
+        cosines[single], rows[single] = _select_nearest(exact, torch.zeros_like(row), row, 1, k)
     return cosines, rows
+
+
+class Candidates(NamedTuple):
+    """Pairs of a query and a row that can be near, sorted by row.
+
+    Attributes:
+        query: (p,) int64.
+        row: (p,) int64.
+        product: (p,) float64.
+        bound: (p,) float64, how far the product can be from the cosine.
+        complete: (m,) bool, False for a query that has too many candidates to list.
+    """
+
+    query: Tensor
+    row: Tensor
+    product: Tensor
+    bound: Tensor
+    complete: Tensor
+
+
+def find_candidates(queries: Tensor, lengths: Tensor, bank: Bank, k: int, dtype: torch.dtype) -> Candidates:
+    """Return the rows that can be among the k nearest of each query.
+
+    Args:
+        queries: (m, d) float32 or float64, no row zero.
+        lengths: (m,) float64, their lengths.
+        bank: At least k rows.
+        k: Number of neighbours.
+        dtype: Of the products.
+    """
+    (m, d), unit = queries.shape, _UNIT[dtype]
+    right, bank_moved = bank.round(dtype)
+    left, moved = round_rows(queries, lengths, dtype)
+    most, lost = float(bank_moved.max()), d * unit / (1 - d * unit)
+    exact = d * 2.0**-125 + (d + 16) * 2.0**-53 + GRID / 2
+    bound = moved * (1 + most) + most + lost * (1 + moved) * (1 + most) + exact  # B
+    products = _multiply(right, left)  # (n, m): pairs come sorted by row, so that each row is read once later
+    relative = 2.0**-8 if products.dtype == torch.bfloat16 else 0.0  # r: a CPU rounds the result too
+    lowest = _kth_largest(products, k).double()
+    worst = lowest - relative * lowest.abs() - 2 * bound
+    threshold = torch.where(worst > 0, worst / (1 + relative), worst / (1 - relative)).to(products.dtype)
+    row, query = _nonzero(products >= threshold.nextafter(products.new_tensor(-torch.inf)))
+    complete = query.bincount(minlength=m) <= _MOST * (k + _SPARE)
+    if not bool(complete.all()):
+        kept = complete[query]
+        row, query = row[kept], query[kept]
+    product = products[row, query].double()
+    return Candidates(query, row, product, bound[query] + relative * product.abs(), complete)
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right.T, without TF32, and with float32 sums of bfloat16 products."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        with exact_float32():
+            if left.is_cuda and left.dtype == torch.bfloat16:
+                return torch.mm(left, right.T, out_dtype=torch.float32)
+            return left @ right.T
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
+
+
+def _kth_largest(products: Tensor, k: int) -> Tensor:
+    """Return at most the k-th largest product of each query: that of the maxima of groups, of which there are fewer to sort."""
+    size = max(1, len(products) // (_GROUPS * k))
+    groups = len(products) // size
+    maxima = torch.cat([products[: size * groups].view(size, groups, -1).amax(dim=0), products[size * groups :]])
+    if maxima.is_cuda:
+        return maxima.topk(k, dim=0, sorted=False).values.amin(dim=0)
+    # NumPy selects by SIMD instructions, and finds nonzero values many times as fast as torch on a CPU.
+    wide = maxima.to(torch.promote_types(maxima.dtype, torch.float32))
+    return torch.from_numpy(np.partition(wide.T.contiguous().numpy(), -k, axis=1)[:, -k])
+
+
+def _nonzero(mask: Tensor) -> tuple[Tensor, Tensor]:
+    if mask.is_cuda:
+        row, query = mask.nonzero(as_tuple=True)
+        return row, query
+    index = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return index // mask.shape[1], index % mask.shape[1]
 
 
 def _select_nearest(cosines: Tensor, query: Tensor, row: Tensor, m: int, k: int) -> Neighbours:
@@ -101,7 +224,7 @@ def _select_nearest(cosines: Tensor, query: Tensor, row: Tensor, m: int, k: int)
 
 
 def merge_nearest(parts: Sequence[Neighbours], k: int) -> Neighbours:
-    """Select the k nearest of what shards found; ties go to the earlier row.
+    """Select the k nearest of the neighbours in several shards; ties go to the earlier row.
 
     Args:
         parts: Per shard (m, k_i) cosines and (m, k_i) rows, numbered as in the complete bank: the k nearest of the shard,
@@ -112,54 +235,3 @@ def merge_nearest(parts: Sequence[Neighbours], k: int) -> Neighbours:
     rows, order = rows.sort(dim=1)
     nearest, column = cosines.gather(1, order).sort(dim=1, descending=True, stable=True)
     return nearest[:, :k], rows.gather(1, column[:, :k])
-
-
-def search_sharded(
-    queries: Tensor, shard: Bank | None, first: int, k: int, *, group: "ProcessGroup | None" = None
-) -> Neighbours:
-    """Search the shards of all ranks of a torch.distributed group for this rank's queries. Every rank calls it.
-
-    Args:
-        queries: (m, d) floating, this rank's own, of the same width and dtype on every rank.
-        shard: This rank's rows; None if it has none.
-        first: Index of its first row in the complete bank; shards follow each other in the order of ranks.
-        k: At most the number of rows of all shards.
-        group: The process group, None for the default one.
-
-    Returns:
-        What `search_nearest` returns for the complete bank and this rank's queries.
-
-    Raises:
-        Exception: What `search_nearest` raises. The other ranks then wait until the group's time-out, unless
-            `msn_eval.distributed` watches them.
-    """
-    from torch import distributed
-
-    rank, world = distributed.get_rank(group), distributed.get_world_size(group)
-    counts = [torch.empty(1, dtype=torch.int64, device=queries.device) for _ in range(world)]
-    distributed.all_gather(counts, torch.tensor([len(queries)], device=queries.device), group=group)
-    own: Neighbours = queries.new_empty(0, k, dtype=torch.float64), queries.new_empty(0, k, dtype=torch.int64)
-    for owner in range(world):
-        if not int(counts[owner]):
-            continue
-        sent = queries.contiguous() if owner == rank else queries.new_empty(int(counts[owner]), queries.shape[1])
-        distributed.broadcast(sent, group=group, group_src=owner)
-        gathered = []
-        for result in _search_shard(sent, shard, first, k):
-            answers = [torch.empty_like(result) for _ in range(world)] if owner == rank else None
-            distributed.gather(result, answers, group=group, group_dst=owner)
-            gathered.append(answers or [])
-        if owner == rank:
-            own = merge_nearest(list(zip(*gathered, strict=True)), k)
-    return own
-
-
-def _search_shard(queries: Tensor, shard: Bank | None, first: int, k: int) -> Neighbours:
-    """Search one shard, and pad to k columns, since collectives need equal shapes."""
-    cosines = torch.full((len(queries), k), -torch.inf, dtype=torch.float64, device=queries.device)
-    rows = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
-    if shard is not None:
-        held = min(k, len(shard.values))
-        cosines[:, :held], found = search_nearest(queries, shard, held)
-        rows[:, :held] = found + first
-    return cosines, rows

@@ -46,28 +46,6 @@ class LabelledRows:
         return list(torch.split(self.labels.argsort(stable=True), torch.bincount(self.labels).tolist()))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The selected lambda.
-
-    Attributes:
-        strength: A value of GRID.
-        rule: `leave-one-out` or `spectrum`.
-        typical: What the spectrum alone suggests, before rounding to the grid.
-        left_out: Share of left-out rows that the fit gets wrong; None if none can be left out.
-    """
-
-    strength: float
-    rule: str
-    typical: float
-    left_out: float | None = None
-
-    def as_chosen(self) -> dict[str, float | str]:
-        """Return the choice as written to a record."""
-        chosen: dict[str, float | str] = {"lambda": self.strength, "rule": self.rule, "typical": self.typical}
-        return chosen if self.left_out is None else {**chosen, "left_out_error": self.left_out}
-
-
 def auto_settings() -> tuple[dict[str, int | float], ...]:
     """Return the one protocol: the rule, the ends of the grid, whose steps are equal in log, and its size."""
     return ({"auto": RULE, "lambda_first": GRID[0], "lambda_last": GRID[-1], "lambdas": len(GRID)},)

@@ -1,4 +1,4 @@
-"""Newton's method with conjugate gradients for the regularised cross-entropy, over rows that are held whole or in chunks.
+"""Newton's method with conjugate gradients for the regularised cross-entropy, over rows that are prepared once or in chunks.
 
 Few rows are prepared once in float64 and float32, and the logits are kept, so that a line search needs no product. Of more
 rows than that, on any number of ranks, nothing is kept but the features as the encoder returned them: each pass prepares them
@@ -6,7 +6,6 @@ again, a chunk at a time, and sums over chunks and ranks are float64.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,9 +29,6 @@ _MOST_STEPS = 100
 _MOST_PRODUCTS = 250  # curvature products per step
 _LOOSEST_FORCING = 0.5
 _SLOPE_SHARE = 0.2  # a line search ends where the slope is this share of the first one
-_SAMPLE_ROWS = 512  # that a warm start is extrapolated by
-_FAR_GAP, _FAR_STEPS = 0.4, 2  # so far from the solution, and so early, steepest descent is worth as much
-
 
 _Slope = Callable[[float], tuple[float, float]]  # from a step length to slope and curvature
 
@@ -42,7 +38,7 @@ class RowShare:
     """The labelled rows of one rank.
 
     Attributes:
-        values: (m, d) float32 as the encoder returned them, on the device that computes; never copied whole.
+        values: (m, d) float32 as the encoder returned them, on the device that computes; never copied all at once.
         labels: (m,) int64 in [0, n_classes), on the same device.
         n_classes: Number of classes.
         n: Number of rows of all ranks.
@@ -65,7 +61,7 @@ class _Rows:
     """The rows of a share as the passes read them.
 
     Attributes:
-        share: For whole rows, its values are the prepared float64 ones.
+        share: For rows prepared once, its values are the prepared float64 ones.
         rough: The same in float32, or None for rows in chunks.
         shift: (m, 1) float32, subtracted from the values of a chunk.
         scale: (m, 1) float32, then multiplies them.
@@ -81,7 +77,7 @@ class _Rows:
     strengths: Tensor | None = None
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield prepared rows: whole ones so that a block of logits stays in a core's cache."""
+        """Yield prepared rows: of rows prepared once, so few that a block of logits stays in a core's cache."""
         share = self.share
         if self.rough is None:
             size = chunk_rows(share)
@@ -107,22 +103,22 @@ class _Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class _Point:
-    """A trial solution: (n_classes, d) weights and gradient, and for whole rows their (n, n_classes) logits and probabilities.
+    """A trial solution, and for rows prepared once its (n, n_classes) logits and probabilities.
 
-    `gap` is the relative duality gap, `spread` (n_classes,) the mean of p (1 - p) over rows.
+    `weights` and `gradient` are (n_classes, d), `gap` is the relative duality gap, `spread` (n_classes,) the mean of p (1 - p).
     """
 
     weights: Tensor
     objective: float
     gradient: Tensor
     gap: float
+    spread: Tensor
     logits: Tensor | None = None
     probabilities: Tensor | None = None
-    spread: Tensor | None = None
 
 
 def is_large(n: int, width: int, n_classes: int) -> bool:
-    """Whether rows in float64 and float32, and the four matrices of logits of whole rows, exceed 1 GiB."""
+    """Whether rows in float64 and float32, and the four matrices of their logits, exceed 1 GiB."""
     return n * (12 * width + 16 * n_classes) > _WHOLE_BYTES
 
 
@@ -135,7 +131,7 @@ def minimise_by_newton(problem: CrossEntropyProblem, *, target: float) -> tuple[
 def minimise_path(
     problem: CrossEntropyProblem, mus: Sequence[float], *, target: float
 ) -> Iterator[tuple[Solution, int]]:
-    """Minimise for several mus in turn, best from large to small, each warm-started from the two solutions before it.
+    """Minimise for several mus in turn, best from large to small, each from the solution before it.
 
     Yields solutions and numbers of steps. The rows of the problem are float64; its own mu is not used.
     """
@@ -149,110 +145,49 @@ def minimise_in_chunks(share: RowShare, mus: Sequence[float], *, target: float) 
 
 
 def _minimise(rows: _Rows, mus: Sequence[float], target: float) -> Iterator[tuple[Solution, int]]:
-    """Walk in float32 as far as that leads, certify in float64, and where the gap is above the target walk on: gradients and
-    objectives in float64, and curvature products in float32, which bend the direction and never the answer. Where rows are
-    nearly certain, p (1 - p) is below the rounding of float32, and the last steps have these in float64 too."""
+    """Step in float32 until that improves nothing, certify in float64, and where the gap is above the target step further:
+    gradients and objectives in float64, and curvature products in float32, which change the direction and never the answer.
+    Where rows are nearly certain, p (1 - p) is below the rounding of float32, and the last steps have these in float64 too."""
     rough, exact = torch.float32, torch.float64
-    solved: deque[_Point] = deque(maxlen=2)
+    weights, logits = rows.share.values.new_zeros(rows.share.n_classes, rows.share.width), None
     for mu in mus:
-        taken = 0
-        if solved:
-            point = _warm_start(rows, solved, mu)
-        else:
-            if rows.rough is None:
-                zeros = rows.share.values.new_zeros(rows.share.n_classes, rows.share.width, dtype=torch.float64)
-                point = _evaluate(rows, zeros, mu, rough)
-            else:  # the gradient at zero is the direction of the solution for an infinite mu
-                point, taken = _walk(rows, _zero_point(rows, mu), mu, target, (rough, rough), range(1))
-                solved.append(point)
-        point, steps = _walk(rows, point, mu, target, (rough, rough), range(taken, _MOST_STEPS))
-        solved.append(point)
-        point = _evaluate(rows, point.weights, mu, exact, keep=False)
+        point, steps = _take_steps(rows, _evaluate(rows, weights, mu, rough, logits), mu, target, rough, rough)
+        weights, logits = point.weights, point.logits
+        point = _evaluate(rows, weights, mu, exact, keep=False)
         for products in (rough, exact) if point.gap > target else ():
             if point.logits is None and rows.rough is not None:
                 point = _evaluate(rows, point.weights, mu, exact)
-            point, more = _walk(rows, point, mu, target, (exact, products), range(_MOST_STEPS))
+            point, more = _take_steps(rows, point, mu, target, exact, products)
             steps += more
         yield Solution(weights=point.weights, objective=point.objective, gap=point.gap), steps
 
 
-def _zero_point(rows: _Rows, mu: float) -> _Point:
-    """Return the point of zero weights of whole rows, where every class is equally likely: no product is needed."""
-    assert rows.rough is not None
-    n, classes, some = rows.share.n, rows.share.n_classes, rows.rough
-    sums = some.new_zeros(classes, some.shape[1]).index_add_(0, rows.share.labels, some)
-    gradient, objective = (some.sum(dim=0) / classes - sums) / n, math.log(classes)
-    return _Point(
-        weights=torch.zeros_like(gradient),
-        objective=objective,
-        gradient=gradient,
-        gap=inner(gradient, gradient) / (2 * mu * objective),
-        logits=some.new_zeros(n, classes),
-        probabilities=some.new_full((n, classes), 1 / classes),
-    )
-
-
-def _warm_start(rows: _Rows, solved: Sequence[_Point], mu: float) -> _Point:
-    """Return the point from which to solve for the next mu: whole rows extrapolate from the last two solutions.
-
-    Solutions grow and turn slowly as mu falls. In turn, the minimum along the last one and along the line through both is
-    taken, as some of the rows see it: their logits are known, so that a look takes no product.
-    """
-    before, last = solved[0], solved[-1]
-    if last.logits is None or before.logits is None:
-        return _evaluate(rows, last.weights, mu, torch.float32)
-    sample = slice(None, None, -(-rows.share.n // _SAMPLE_ROWS))
-    directions = ((last.weights, last.logits), (last.weights - before.weights, last.logits - before.logits))
-    shares, labels = [1.0, 0.0], rows.share.labels[sample]
-    for line in (0, 1) * 2:
-        weights = shares[0] * directions[0][0] + shares[1] * directions[1][0]
-        logits = shares[0] * directions[0][1][sample] + shares[1] * directions[1][1][sample]
-        direction, change = directions[line][0], directions[line][1][sample]
-        slope_at = _follow_logits([(logits, change, labels)], weights, direction, mu)
-        first, _ = slope_at(0.0)
-        sign = math.copysign(1.0, -first)  # downhill
-
-        def downhill(length: float, sign: float = sign, slope_at: _Slope = slope_at) -> tuple[float, float]:
-            slope, curvature = slope_at(sign * length)
-            return sign * slope, curvature
-
-        shares[line] += sign * search_line(downhill, -abs(first), share=_SLOPE_SHARE)
-    weights = shares[0] * directions[0][0] + shares[1] * directions[1][0]
-    logits = shares[0] * directions[0][1] + shares[1] * directions[1][1]
-    return _evaluate(rows, weights, mu, torch.float32, logits)
-
-
-def _walk(
-    rows: _Rows, point: _Point, mu: float, target: float, dtypes: tuple[torch.dtype, torch.dtype], steps: range
+def _take_steps(
+    rows: _Rows, point: _Point, mu: float, target: float, dtype: torch.dtype, products: torch.dtype
 ) -> tuple[_Point, int]:
-    """Step until the gap meets the target or the precision of passes and curvature products has no better answer.
+    """Step until the gap meets the target, or passes in `dtype` and curvature products in `products` improve nothing.
 
-    Returns the point and the number of the step after it.
+    Returns the point and the number of steps.
     """
-    dtype, products = dtypes
-    for step in steps:
+    for step in range(_MOST_STEPS):
         if point.gap <= target:
             return point, step
-        early = rows.rough is not None and step < _FAR_STEPS and point.gap > _FAR_GAP
-        direction, along = _newton_direction(rows, point, mu, target, products, most=1 if early else _MOST_PRODUCTS)
-        direction = direction.to(point.weights.dtype)
-        if along is not None and dtype != products:
-            along = rows.share.values @ direction.T
-        moved = _move(rows, point, direction, along, mu, dtype)
+        direction = _newton_direction(rows, point, mu, target, products).to(point.weights.dtype)
+        moved = _move(rows, point, direction, mu, dtype)
         if not moved.gap < point.gap and not moved.objective < point.objective:
             return point, step
         point = moved
-    return point, steps.stop
+    return point, _MOST_STEPS
 
 
-def _move(rows: _Rows, point: _Point, direction: Tensor, along: Tensor | None, mu: float, dtype: torch.dtype) -> _Point:
+def _move(rows: _Rows, point: _Point, direction: Tensor, mu: float, dtype: torch.dtype) -> _Point:
     """Go downhill along a line to where its slope has nearly vanished.
 
-    `along`, (n, n_classes), is what a unit step adds to the logits of whole rows: a trial takes no product. In chunks a trial
-    is a pass, so a step that is only roughly as long as the best will do.
+    Where the logits are kept, a trial takes no product. In chunks a trial is a pass, so a step that is only roughly
+    as long as the best is enough.
     """
     first = inner(point.gradient, direction)
-    if along is None:
+    if point.logits is None:
         moved = point
 
         def evaluate_slope(length: float) -> tuple[float, float]:
@@ -263,33 +198,25 @@ def _move(rows: _Rows, point: _Point, direction: Tensor, along: Tensor | None, m
 
         search_line(evaluate_slope, first, share=0.5)
         return moved
-    assert point.logits is not None
-    logits, labels = point.logits, rows.share.labels
-    blocks = [(logits[block], along[block], labels[block]) for block, _ in rows.blocks(dtype)]
-    length = search_line(_follow_logits(blocks, point.weights, direction, mu), first, share=_SLOPE_SHARE)
+    share, logits, along = rows.share, point.logits, torch.empty_like(point.logits)
+    blocks = []
+    for block, some in rows.blocks(dtype):
+        change = torch.mm(some, direction.T, out=along[block])
+        blocks.append((logits[block], change, share.labels[block, None]))
+    offset, squared = inner(point.weights, direction), inner(direction, direction)
+
+    def evaluate_logits(length: float) -> tuple[float, float]:
+        slope, curvature = 0.0, 0.0
+        for start, change, labels in blocks:
+            weighted = torch.add(start, change, alpha=length).softmax(dim=1).mul_(change)
+            mean = weighted.sum(dim=1)
+            slope += float((mean - change.gather(1, labels)[:, 0]).sum(dtype=torch.float64))
+            curvature += float((weighted.mul_(change).sum(dim=1) - mean.square()).sum(dtype=torch.float64))
+        return slope / share.n + mu * (offset + length * squared), curvature / share.n + mu * squared
+
+    length = search_line(evaluate_logits, first, share=_SLOPE_SHARE)
     weights, logits = torch.add(point.weights, direction, alpha=length), torch.add(logits, along, alpha=length)
     return _evaluate(rows, weights, mu, dtype, logits)
-
-
-def _follow_logits(
-    blocks: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Tensor, direction: Tensor, mu: float
-) -> _Slope:
-    """Return the function from a step length to slope and curvature of the objective, for blocks of logits, what a unit step
-    adds to them, and labels."""
-    n = sum(len(labels) for _, _, labels in blocks)
-    offset, squared = inner(weights, direction), inner(direction, direction)
-
-    def slope_at(length: float) -> tuple[float, float]:
-        slope, curvature = 0.0, 0.0
-        for logits, change, labels in blocks:
-            weighted = torch.add(logits, change, alpha=length).softmax(dim=1).mul_(change)
-            mean = weighted.sum(dim=1)
-            own = change.gather(1, labels[:, None])[:, 0]
-            slope += float((mean - own).sum(dtype=torch.float64))
-            curvature += float((weighted.mul_(change).sum(dim=1) - mean.square()).sum(dtype=torch.float64))
-        return slope / n + mu * (offset + length * squared), curvature / n + mu * squared
-
-    return slope_at
 
 
 def search_line(slope_at: _Slope, first: float, *, share: float) -> float:
@@ -314,10 +241,8 @@ def search_line(slope_at: _Slope, first: float, *, share: float) -> float:
     return length
 
 
-def _newton_direction(
-    rows: _Rows, point: _Point, mu: float, target: float, dtype: torch.dtype, *, most: int
-) -> tuple[Tensor, Tensor | None]:
-    """Solve H D = -gradient roughly by conjugate gradients, with products in `dtype`; for whole rows also return X D'.
+def _newton_direction(rows: _Rows, point: _Point, mu: float, target: float, dtype: torch.dtype) -> Tensor:
+    """Solve H D = -gradient roughly by conjugate gradients, with products in `dtype`.
 
     The relative residual is smaller near the solution (Eisenstat and Walker 1996), so that the last steps converge
     superlinearly, but no smaller than the target needs: the gap goes with the squared gradient.
@@ -326,38 +251,31 @@ def _newton_direction(
     forcing = min(_LOOSEST_FORCING, max(point.gap**0.25, enough))
     scale = float(point.gradient.norm())  # to length 1, so that float32 holds gradients of any size
     residual = (-point.gradient / scale).to(rows.sums(dtype))
-    whole = rows.rough is not None
     probabilities = point.probabilities.to(dtype) if point.probabilities is not None else None
-    change = torch.empty_like(probabilities) if probabilities is not None else None
-    along = torch.zeros_like(probabilities) if probabilities is not None else None
     direction = torch.zeros_like(residual)
     conditioned = _precondition(rows, point, mu, residual)
     search = conditioned.clone()
     squared = inner(residual, conditioned)
     goal = forcing**2 * squared
-    for step in range(most):
-        product, curvature = _curvature_product(rows, point, mu, search, dtype, probabilities, change, step + 1 < most)
+    for _ in range(_MOST_PRODUCTS):
+        product, curvature = _curvature_product(rows, point, mu, search, dtype, probabilities)
         if not curvature > 0:  # rounding; the Hessian is positive definite
             break
         length = squared / curvature
         direction.add_(search, alpha=length)
-        if along is not None and change is not None:
-            along.add_(change, alpha=length)
-        if step + 1 == most:
-            break
         residual.sub_(product, alpha=length)
         conditioned = _precondition(rows, point, mu, residual)
         previous, squared = squared, inner(residual, conditioned)
         if squared <= goal:
             break
         search.mul_(squared / previous).add_(conditioned)
-    return direction * scale, along * scale if whole and along is not None else None
+    return direction * scale
 
 
 def _precondition(rows: _Rows, point: _Point, mu: float, vector: Tensor) -> Tensor:
     """For rows in chunks, whose products are passes, divide by a curvature that takes probabilities and rows for independent
     and classes for unrelated: (mean p (1 - p)) X'X / n + mu, which is diagonal in the axes of the second moment."""
-    if rows.axes is None or rows.strengths is None or point.spread is None:
+    if rows.axes is None or rows.strengths is None:
         return vector
     return ((vector @ rows.axes) / (point.spread[:, None] * rows.strengths + mu)) @ rows.axes.T
 
@@ -369,10 +287,8 @@ def _curvature_product(
     vector: Tensor,
     dtype: torch.dtype,
     probabilities: Tensor | None,
-    change: Tensor | None,
-    wanted: bool,
 ) -> tuple[Tensor, float]:
-    """Return H V for an (n_classes, d) matrix V, if it is wanted, and <V, H V>; fill `change` with X V' for whole rows.
+    """Return H V for an (n_classes, d) matrix V, and <V, H V>.
 
     A row adds (diag(p) - p p') V x x'.
     """
@@ -380,12 +296,11 @@ def _curvature_product(
     weights, narrow = point.weights.to(dtype), vector.to(dtype)
     for block, some in rows.blocks(dtype):
         chances = (some @ weights.T).softmax(dim=1) if probabilities is None else probabilities[block]
-        logits = some @ narrow.T if change is None else torch.mm(some, narrow.T, out=change[block])
+        logits = some @ narrow.T
         bent = chances * logits
         bent.addcmul_(chances, bent.sum(dim=1, keepdim=True), value=-1)
         curvature += (bent * logits).sum(dtype=torch.float64)
-        if wanted:
-            add_block(total, bent, some)
+        add_block(total, bent, some)
     rows.add_up(total)
     rows.add_up(curvature)
     return total.div_(n).add_(vector, alpha=mu), float(curvature) / n + mu * inner(vector, vector)
@@ -396,7 +311,7 @@ def _evaluate(
 ) -> _Point:
     """Evaluate objective, gradient and relative duality gap over the rows of all ranks; `logits` where they are known.
 
-    Logits and probabilities of whole rows are kept unless `keep` is false.
+    Logits and probabilities of rows prepared once are kept unless `keep` is false.
     """
     share, sums = rows.share, rows.sums(dtype)
     weights, gradient = weights.to(sums), torch.zeros_like(weights, dtype=sums)

@@ -98,13 +98,7 @@ def test_scores_of_every_setting_are_those_of_a_search_of_its_own() -> None:
         for k in (30, 1, 7)
         for temperature in (0.07, 0.5)
     ]
-    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
-
-
-def test_default_ks_above_the_number_of_images_are_left_out() -> None:
-    fitted = NearestNeighbours().fit(_clusters(90), CPU)
-
-    assert [setting.params["k"] for setting in fitted.settings] == [10, 20]
+    assert all(torch.equal(item, other) for item, other in zip(together, alone, strict=True))
 
 
 def test_default_k_may_equal_the_number_of_images() -> None:
@@ -125,12 +119,6 @@ def test_a_k_asked_for_above_the_number_of_images_is_a_numerical_error() -> None
     assert str(caught.value) == (
         "k = 91 neighbours among 90 labelled images\nAsk for --k of at most 90, or for a larger subset."
     )
-
-
-def test_a_k_asked_for_may_equal_the_number_of_images() -> None:
-    fitted = NearestNeighbours(ks=(90,), asked=True).fit(_clusters(90), CPU)
-
-    assert [setting.params["k"] for setting in fitted.settings] == [90]
 
 
 @pytest.mark.parametrize("copies", [2, 50])
@@ -183,24 +171,3 @@ def test_a_class_without_votes_scores_minus_infinity() -> None:
     )
 
     torch.testing.assert_close(votes, torch.tensor([[-2, -torch.inf, 5, -torch.inf]], dtype=torch.float64))
-
-
-def test_two_votes_of_a_class_outweigh_one_that_is_a_little_nearer() -> None:
-    votes = neighbour_vote(
-        torch.tensor([[0.50, 0.49, 0.48]], dtype=torch.float64),
-        torch.tensor([[0, 1, 1]]),
-        n_classes=2,
-        temperature=0.07,
-    )
-
-    assert votes.argmax().item() == 1
-
-
-def test_renaming_the_classes_renames_the_scores() -> None:
-    train = _clusters()
-    name = torch.tensor([3, 0, 4, 1, 2])
-    plain = _only_scores(NearestNeighbours(ks=(10,)), train, _queries())
-
-    renamed = _only_scores(NearestNeighbours(ks=(10,)), _features(train.values, name[train.labels], 5), _queries())
-
-    assert torch.equal(renamed[:, name], plain)

@@ -1,4 +1,4 @@
-"""`--lambda auto` from the request to reports: a protocol of its own, told as such, and measured again as it was."""
+"""`--lambda auto` from the request to reports: a protocol of its own, reported as such, and measured again as it was."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from msn_eval.results.table import make_table
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a result folder: raw pixels of the digits, two images a class, lambda given and chosen."""
+    """Return a result folder: raw pixels of the digits, two images per class, lambda given and chosen."""
     folder = tmp_path_factory.mktemp("auto") / "runs"
     evaluate(
         ["pixels"],
@@ -74,11 +74,11 @@ def test_baseline_measures_it_again(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "params"),
+    ("requested", "params"),
     [([], [0.0025]), (["auto"], [None]), (["1", "auto", "1.0"], [1.0, None])],
     ids=["nothing", "auto", "both"],
 )
-def test_a_list_may_hold_numbers_and_auto(asked: list[str], params: list[float | None]) -> None:
-    config = EvaluationConfig(checkpoint=["pixels"], data="digits", subset=["1img@1"], lambda_=asked, no_cache=True)
+def test_a_list_may_hold_numbers_and_auto(requested: list[str], params: list[float | None]) -> None:
+    config = EvaluationConfig(checkpoint=["pixels"], data="digits", subset=["1img@1"], lambda_=requested, no_cache=True)
 
     assert [task.params.get("lambda") for task in make_plan(config).tasks] == params

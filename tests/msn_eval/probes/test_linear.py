@@ -220,9 +220,9 @@ def test_a_class_without_labelled_images_is_never_predicted() -> None:
     assert scores[:, :4].isfinite().all()
 
 
-@pytest.mark.parametrize(("given", "named"), [(["cls"], None), (["cls", "cls"], None), (["mean", "cls"], "cls,mean")])
-def test_taps_are_a_set_and_cls_alone_is_the_default_protocol(given: list[str], named: str | None) -> None:
-    (params,) = Linear(LinearRecipe(taps=given)).configs(9)
+@pytest.mark.parametrize(("taps", "named"), [(["cls"], None), (["cls", "cls"], None), (["mean", "cls"], "cls,mean")])
+def test_taps_are_a_set_and_cls_alone_is_the_default_protocol(taps: list[str], named: str | None) -> None:
+    (params,) = Linear(LinearRecipe(taps=taps)).configs(9)
 
     assert params.get("taps") == named
 
@@ -324,10 +324,6 @@ def test_the_global_generator_is_unchanged() -> None:
     _trained(_RECIPES)
 
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_longer_training_lowers_the_loss() -> None:
-    assert (_trained(_RECIPES, epochs=30).losses < _trained(_RECIPES, epochs=2).losses).all()
 
 
 def test_a_head_that_diverges_is_named() -> None:

@@ -25,7 +25,7 @@ _PER_CLASS = {"train": 5, "val": 10}
 
 @pytest.fixture(scope="module")
 def splits(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Features, Features]:
-    """Give features of 500 labelled and 1,000 validation images at the CLS token of a small untrained network."""
+    """Return features of 500 labelled and 1,000 validation images at the CLS token of a small untrained network."""
     folder = tmp_path_factory.mktemp("tiny")
     taken: Counter[str] = Counter()
     with tarfile.open(shared_data / "tinyimagenet100.tar.gz") as archive:
@@ -47,7 +47,7 @@ def _predictions(fitted: FittedProbe, values: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def scikit_learn(splits: tuple[Features, Features]) -> tuple[Tensor, float]:
-    """Give scikit-learn's predictions and its objective, driven to a gradient of 1e-10."""
+    """Return scikit-learn's predictions and its objective, driven to a gradient of 1e-10."""
     train, val = splits
     rows = centre_rows(train.values)
     model = LogisticRegression(C=1 / _LAMBDA, fit_intercept=False, tol=1e-10, max_iter=20_000)
@@ -97,9 +97,9 @@ def test_neighbours_vote_as_scikit_learns_do(k: int, splits: tuple[Features, Fea
     model = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=_weights)
     expected = model.fit(bank, train.labels.numpy()).predict(queries)
 
-    found = _predictions(fit_probe(NearestNeighbours(ks=(k,)), train, _CPU), val.values)
+    result = _predictions(fit_probe(NearestNeighbours(ks=(k,)), train, _CPU), val.values)
 
-    assert (found == torch.from_numpy(expected)).all()
+    assert (result == torch.from_numpy(expected)).all()
 
 
 def _weights(distances):  # type: ignore[no-untyped-def]

@@ -88,9 +88,11 @@ def test_without_augmentation_an_image_is_as_in_evaluation(images: ImageSet) -> 
     image = images.source.decode(images.source.read(images.ids[3]))
     transform = make_eval_transform(16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
-    found = Augmentation(recipe=plain, transform=transform, seed=0)(image, (0, 3))
+    result = Augmentation(recipe=plain, transform=transform, seed=0)(image, (0, 3))
 
-    assert torch.equal(found * 255, torch.from_numpy(resize_and_crop(image, transform).copy()).permute(2, 0, 1).float())
+    assert torch.equal(
+        result * 255, torch.from_numpy(resize_and_crop(image, transform).copy()).permute(2, 0, 1).float()
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -112,10 +114,10 @@ def test_mixing_does_not_depend_on_how_a_batch_is_cut(step: int, part: int) -> N
     pixels, labels = torch.randn(10, 3, 8, 8, generator=generator), torch.arange(10)
     mix = Mixing(recipe=_STRONG, n_classes=10, seed=1)
 
-    whole = mix(pixels.clone(), labels, step)
+    complete = mix(pixels.clone(), labels, step)
     cut = [mix(pixels[at : at + part].clone(), labels[at : at + part], step) for at in range(0, 10, part)]
 
-    assert all(torch.equal(torch.cat(parts), one) for parts, one in zip(zip(*cut, strict=True), whole, strict=True))
+    assert all(torch.equal(torch.cat(parts), one) for parts, one in zip(zip(*cut, strict=True), complete, strict=True))
 
 
 def test_neighbours_are_mixed_with_each_other() -> None:

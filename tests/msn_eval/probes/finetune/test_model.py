@@ -29,7 +29,7 @@ def test_head_gets_the_features_of_its_tap(name: str, tap: str) -> None:
     side = encoder.transform.crop
     pixels = torch.randint(256, (2, side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     seen: list[Tensor] = []
-    model.head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model.head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
 
     logits = model.network(normalise_pixels(pixels, encoder))
 
@@ -70,8 +70,8 @@ def test_all_weights_are_trained_if_no_blocks_are_named() -> None:
 def test_each_layer_has_a_smaller_rate_than_the_one_above_it() -> None:
     model = build_finetune_model(_encoder(_VIT), _STILL, tap="cls-norm", n_classes=4)
     optimizer = build_optimizer(model, FinetuneRecipe(layer_decay=0.5, weight_decay=0.1))
-    rate = {id(one): group["lr_scale"] for group in optimizer.param_groups for one in group["params"]}
-    decay = {id(one): group["weight_decay"] for group in optimizer.param_groups for one in group["params"]}
+    rate = {id(item): group["lr_scale"] for group in optimizer.param_groups for item in group["params"]}
+    decay = {id(item): group["weight_decay"] for group in optimizer.param_groups for item in group["params"]}
     named = model.trained
 
     layers = [
@@ -133,5 +133,5 @@ def test_a_network_of_unknown_layers_has_a_smaller_rate_than_its_head_and_no_bia
 
     groups = build_optimizer(model, recipe).param_groups
 
-    found = {tuple(group["params"][0].shape): (group["lr_scale"], group["weight_decay"]) for group in groups}
-    assert found == {(2, 3): (0.5, 0.1), (2,): (0.5, 0.0), (4, 3072): (1.0, 0.1), (4,): (1.0, 0.0)}
+    result = {tuple(group["params"][0].shape): (group["lr_scale"], group["weight_decay"]) for group in groups}
+    assert result == {(2, 3): (0.5, 0.1), (2,): (0.5, 0.0), (4, 3072): (1.0, 0.1), (4,): (1.0, 0.0)}

@@ -59,21 +59,21 @@ def _train(
     images: ImageSet, *, recipe: FinetuneRecipe = _RECIPE, dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[Training, dict[str, Tensor]]:
     model = _model(recipe, dtype)
-    given = {"precision": "fp32", "options": _OPTIONS} | options
-    result = finetune(Finetune(recipe=recipe, seed=1), model, _labelled(images), **given)
-    return result, {name: one.detach().clone() for name, one in model.network.state_dict().items()}
+    arguments = {"precision": "fp32", "options": _OPTIONS} | options
+    result = finetune(Finetune(recipe=recipe, seed=1), model, _labelled(images), **arguments)
+    return result, {name: item.detach().clone() for name, item in model.network.state_dict().items()}
 
 
 def _states(folder: Path) -> StateFiles:
     return StateFiles(out=folder, facts={"labelled images": "these"})
 
 
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one | other)
+def _same(item: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(item[name], other[name]) for name in item | other)
 
 
-def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+def _distance(item: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max(float((item[name] - other[name]).abs().max()) for name in item)
 
 
 def test_fine_tuning_learns_the_labels(images: ImageSet) -> None:
@@ -99,19 +99,19 @@ def test_frozen_blocks_do_not_change(images: ImageSet) -> None:
 
 @pytest.mark.parametrize("part", [2, 10])
 def test_accumulated_batches_give_the_steps_of_complete_ones(images: ImageSet, part: int) -> None:
-    whole, cut = (
+    complete, cut = (
         _train(images, dtype=torch.float64, options=replace(_OPTIONS, micro_batch=size))[1] for size in (64, part)
     )
 
-    assert _distance(whole, cut) < 1e-12
+    assert _distance(complete, cut) < 1e-12
 
 
 def test_accumulated_batches_agree_in_float32_too(images: ImageSet) -> None:
     recipe = replace(_RECIPE, epochs=1, warmup_epochs=0, learning_rate=1e-3)
-    whole, cut = (_train(images, recipe=recipe, options=replace(_OPTIONS, micro_batch=size))[1] for size in (64, 2))
+    complete, cut = (_train(images, recipe=recipe, options=replace(_OPTIONS, micro_batch=size))[1] for size in (64, 2))
 
     # Adam's first steps are as long whatever the gradient: where it is rounding alone, so is the step's sign.
-    moved = [(whole[name] - cut[name]).abs().flatten() for name in whole]
+    moved = [(complete[name] - cut[name]).abs().flatten() for name in complete]
     assert float(torch.cat(moved).median()) < 1e-6
 
 
@@ -203,7 +203,7 @@ def test_state_that_is_not_finite_is_never_written(images: ImageSet, tmp_path: P
 
     for path in _states(tmp_path).find():
         content = torch.load(path, weights_only=True)
-        assert all(bool(one.isfinite().all()) for one in content["network"].values())
+        assert all(bool(item.isfinite().all()) for item in content["network"].values())
 
 
 def test_weights_that_the_last_step_made_infinite_are_reported(
@@ -211,8 +211,8 @@ def test_weights_that_the_last_step_made_infinite_are_reported(
 ) -> None:
     real = train_module.take_step
 
-    def overflow(training: Training, *given: Any) -> bool:
-        stops = real(training, *given)
+    def overflow(training: Training, *arguments: Any) -> bool:
+        stops = real(training, *arguments)
         training.model.trained["head.bias"].data.fill_(float("inf"))
         return stops
 
@@ -227,11 +227,11 @@ def test_disk_that_is_full_for_a_while_does_not_stop_training(
 ) -> None:
     real, calls = train_module.write_state, []
 
-    def refuse_once(*given: Any, **named: Any) -> None:
-        calls.append(given)
+    def refuse_once(*arguments: Any, **named: Any) -> None:
+        calls.append(arguments)
         if len(calls) == 1:
             raise StoreError("could not write a state: No space left on device")
-        real(*given, **named)
+        real(*arguments, **named)
 
     monkeypatch.setattr(train_module, "write_state", refuse_once)
 
@@ -246,7 +246,7 @@ def test_disk_that_stays_full_ends_training_after_one_more_epoch(
 ) -> None:
     done: list[int] = []
 
-    def refuse(*given: Any, **named: Any) -> None:
+    def refuse(*arguments: Any, **named: Any) -> None:
         raise StoreError("could not write a state: No space left on device")
 
     monkeypatch.setattr(train_module, "write_state", refuse)
@@ -278,7 +278,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(
 
 
 def test_memory_too_small_for_two_images_is_reported(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*given: object) -> Tensor:
+    def refuse(*arguments: object) -> Tensor:
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(train_module, "compute_logits", refuse)
@@ -290,23 +290,24 @@ def test_memory_too_small_for_two_images_is_reported(images: ImageSet, monkeypat
 def test_bf16_trains_float32_weights_to_about_the_same(images: ImageSet) -> None:
     exact, reduced = (_train(images, precision=precision) for precision in ("fp32", "bf16"))
 
-    assert all(one.dtype == torch.float32 for one in reduced[1].values())
+    assert all(item.dtype == torch.float32 for item in reduced[1].values())
     assert reduced[0].mean_loss == pytest.approx(exact[0].mean_loss, rel=0.05)
     assert not _same(exact[1], reduced[1])
 
 
-def test_head_starts_at_logistic_regression(images: ImageSet) -> None:
+def test_head_starts_at_logistic_regression(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.linear_model import LogisticRegression
 
     model, labelled = _model(replace(_RECIPE, drop_path=0.0)), _labelled(images)
     seen: list[Tensor] = []
-    handle = model.head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    handle = model.head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     score_images(model, images, labelled.hashes, decoder="pillow", precision="fp32", options=_OPTIONS)
     handle.remove()
     rows = (seen[0] - seen[0].mean(dim=0)).double()
     rows = (rows / rows.norm(dim=1).mean()).numpy()
     reference = LogisticRegression(C=10.0, fit_intercept=False, tol=1e-10, max_iter=10_000).fit(rows, labelled.labels)
 
+    monkeypatch.setattr(predict_module, "_TARGET_GAP", 1e-9)
     train_module.init_head(model, labelled, l2=0.1, precision="fp32", options=_OPTIONS, group=ALONE)
 
     scores = score_images(model, images, labelled.hashes, decoder="pillow", precision="fp32", options=_OPTIONS)
@@ -319,9 +320,9 @@ def test_gradients_are_clipped(images: ImageSet, monkeypatch: pytest.MonkeyPatch
 
     def build(model: FinetuneModel, recipe: FinetuneRecipe) -> torch.optim.Optimizer:
         optimizer = build_optimizer(model, recipe)
-        gradients = [one for group in optimizer.param_groups for one in group["params"]]
+        gradients = [item for group in optimizer.param_groups for item in group["params"]]
         optimizer.register_step_pre_hook(
-            lambda *given: lengths.append(float(torch.nn.utils.get_total_norm([one.grad for one in gradients])))
+            lambda *arguments: lengths.append(float(torch.nn.utils.get_total_norm([item.grad for item in gradients])))
         )
         return optimizer
 
@@ -339,8 +340,8 @@ def test_the_reported_loss_is_that_of_the_last_epoch(images: ImageSet, monkeypat
     steps: list[tuple[float, int]] = []
     real = train_module.take_step
 
-    def take(training: Training, *given: Any) -> bool:
-        stopped = real(training, *given)
+    def take(training: Training, *arguments: Any) -> bool:
+        stopped = real(training, *arguments)
         steps.append(training.loss)
         return stopped
 

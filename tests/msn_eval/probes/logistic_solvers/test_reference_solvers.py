@@ -8,7 +8,6 @@ from sklearn.datasets import load_digits
 
 from msn_eval.errors import ResourceError, UsageError
 from msn_eval.probes.base import centre_rows
-from msn_eval.probes.logistic_solvers.newton import minimise_by_newton
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem, Solution
 from msn_eval.probes.logistic_solvers.reference_solvers import (
     minimise_by_cyanure,
@@ -32,10 +31,6 @@ def _problem(labels: torch.Tensor, *, n_classes: int, l2: float = 0.075) -> Cros
     return CrossEntropyProblem(rows=_clusters(labels), labels=labels, n_classes=n_classes, mu=l2 / len(labels))
 
 
-def _accuracy(point: Solution, rows: torch.Tensor, labels: torch.Tensor) -> float:
-    return ((rows @ point.weights.T).argmax(dim=1) == labels).double().mean().item()
-
-
 @pytest.fixture(scope="module")
 def digits_by_cyanure() -> Solution:
     rows, labels = _digits()
@@ -57,16 +52,6 @@ def test_cyanure_finds_the_minimum_of_our_objective(digits_by_cyanure: Solution)
     assert digits_by_cyanure.gap < 1e-4
 
 
-def test_cyanure_agrees_with_newton_within_three_tenths_of_a_point(digits_by_cyanure: Solution) -> None:
-    rows, labels = _digits()
-    problem = CrossEntropyProblem(rows=rows[:1000], labels=labels[:1000], n_classes=10, mu=0.0025 / 1000)
-
-    ours, _ = minimise_by_newton(problem, target=1e-6)
-
-    theirs = _accuracy(digits_by_cyanure, rows[1000:], labels[1000:])
-    assert abs(_accuracy(ours, rows[1000:], labels[1000:]) - theirs) <= 0.003
-
-
 def test_cyanures_binary_form_finds_the_minimum_of_our_objective() -> None:
     problem = _problem(torch.arange(80) % 2, n_classes=2)
 
@@ -78,14 +63,14 @@ def test_cyanures_binary_form_finds_the_minimum_of_our_objective() -> None:
 @pytest.mark.usefixtures("digits_by_cyanure")
 def test_bf16_products_of_this_process_are_right_after_cyanure() -> None:
     generator = torch.Generator().manual_seed(0)
-    one, other = (torch.randn(512, 512, generator=generator).to(torch.bfloat16) for _ in range(2))
+    item, other = (torch.randn(512, 512, generator=generator).to(torch.bfloat16) for _ in range(2))
 
-    product = (one @ other).float()
+    product = (item @ other).float()
 
-    torch.testing.assert_close(product, one.float() @ other.float(), rtol=1e-2, atol=0.1)
+    torch.testing.assert_close(product, item.float() @ other.float(), rtol=1e-2, atol=0.1)
 
 
-def test_cyanure_that_is_not_installed_is_named_with_what_to_do(
+def test_cyanure_that_is_not_installed_is_a_usage_error_with_a_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cyanure.py").write_text("""raise ModuleNotFoundError("No module named 'cyanure'")""")
