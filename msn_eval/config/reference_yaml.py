@@ -56,25 +56,13 @@ def read_keys(
     return given
 
 
-MAPPED = {
-    "data.root_path": "data, with image_folder behind it",
-    "data.image_folder": "data",
-    "data.num_classes": "classes: a data set with another number is refused",
-    "logging.folder": "checkpoint and out, followed by pretrain_path and write_tag",
-    "logging.pretrain_path": "checkpoint",
-    "logging.write_tag": "out",
-    "meta.copy_data": "nothing; only false",
-    "meta.device": "device",
-    "meta.load_checkpoint": "nothing: a run that is restarted on its folder continues",
-    "meta.master_port": "nothing: the launcher sets it",
-    "meta.model_name": "arch",
-    "meta.training": "nothing; only true",
-    "optimization.epochs": "linear_augmented.epochs",
-    "optimization.lr": "linear_augmented.lr",
-    "optimization.normalize": "nothing; only true",
-    "optimization.num_blocks": "nothing; only 1",
-    "optimization.weight_decay": "linear_augmented.weight_decay",
-}
+KNOWN = (
+    *("data.root_path", "data.image_folder", "data.num_classes"),
+    *("logging.folder", "logging.pretrain_path", "logging.write_tag"),
+    *("meta.copy_data", "meta.device", "meta.load_checkpoint", "meta.master_port", "meta.model_name", "meta.training"),
+    *("optimization.epochs", "optimization.lr", "optimization.normalize", "optimization.num_blocks"),
+    "optimization.weight_decay",
+)
 _ONLY: dict[str, tuple[object, str]] = {
     "meta.copy_data": (False, "msn-eval copies nothing to a node's disk; copy beforehand and set data.root_path"),
     "meta.training": (True, "msn-eval cannot score a classifier that their code trained"),
@@ -91,7 +79,7 @@ def map_reference_config(content: Mapping[str, Any], *, where: str) -> dict[str,
     Raises:
         UsageError: The file has a key that their code does not read, lacks one, or asks for something that is not supported.
     """
-    given = read_keys(content, known=MAPPED, defaults={}, reader="linear evaluation", where=where)
+    given = read_keys(content, known=KNOWN, defaults={}, reader="linear evaluation", where=where)
     for key, (only, why) in _ONLY.items():
         if type(given[key]) is not type(only) or given[key] != only:
             raise UsageError(

@@ -91,18 +91,18 @@ class EvaluationConfig:
     save: str | None = None
 
     def __post_init__(self) -> None:
-        if self.tap is not None:
-            _one_of("tap", self.tap, TAP_NAMES)
-            if "linear" in self.probe and self.linear.named_taps:
-                raise UsageError(
-                    f"--tap {self.tap}: linear.taps names {', '.join(self.linear.named_taps)}",
-                    hint="Leave out one of them.",
-                )
-        _one_of("solver", self.solver, SOLVER_NAMES)
-        _one_of("decoder", self.decoder, DECODERS)
-        _one_of("on-bad-image", self.on_bad_image, BAD_IMAGE_RULES)
-        if self.precision is not None:
-            _one_of("precision", self.precision, PRECISIONS)
+        for option, value, known in (
+            ("--tap", self.tap, TAP_NAMES),
+            ("--solver", self.solver, SOLVER_NAMES),
+            ("--decoder", self.decoder, DECODERS),
+            ("--on-bad-image", self.on_bad_image, BAD_IMAGE_RULES),
+            ("--precision", self.precision, PRECISIONS),
+        ):
+            if value is not None:
+                check_choice(option, value, known)
+        if self.tap and "linear" in self.probe and self.linear.named_taps:
+            names = ", ".join(self.linear.named_taps)
+            raise UsageError(f"--tap {self.tap}: linear.taps names {names}", hint="Leave out one of them.")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: not a device", hint="Use auto, cpu, cuda or cuda:N.")
         finetunes, augments = "finetune" in self.probe, "linear-augmented" in self.probe
@@ -153,10 +153,6 @@ class EvaluationConfig:
     @property
     def worker_count(self) -> int | None:
         return None if self.workers == "auto" else int(self.workers)
-
-
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
-    check_choice(f"--{option}", value, known, what=option)
 
 
 def _parse_number(option: str, text: str) -> float:

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from msn_eval.cli import main
 from msn_eval.config.recipes import AugmentedRecipe
-from msn_eval.config.reference_yaml import MAPPED, map_reference_config
+from msn_eval.config.reference_yaml import KNOWN, map_reference_config
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.errors import UsageError
 
@@ -104,10 +104,10 @@ def test_what_is_not_done_here_is_refused_by_its_key(key: str, value: object, hi
 
 
 def test_every_key_is_tested_to_be_mapped_or_refused() -> None:
-    assert sorted(MAPPED) == sorted(f"{section}.{key}" for section, values in RELEASED.items() for key in values)
+    assert sorted(KNOWN) == sorted(f"{section}.{key}" for section, values in RELEASED.items() for key in values)
 
 
-@pytest.mark.parametrize("key", sorted(MAPPED))
+@pytest.mark.parametrize("key", sorted(KNOWN))
 def test_a_file_without_a_key_is_refused_by_its_name(key: str) -> None:
     section, _, name = key.partition(".")
     content = RELEASED | {section: {one: value for one, value in RELEASED[section].items() if one != name}}

@@ -12,7 +12,7 @@ from msn_eval.errors import UsageError
 from msn_eval.files.package_data import find_package_folder
 from msn_eval.models.architectures import name_architecture
 from msn_eval.models.build import outline_network
-from msn_pretrain.config.load import _MAPPED, read_recipe, recipe_as_yaml
+from msn_pretrain.config.load import KNOWN, read_recipe, recipe_as_yaml
 from msn_pretrain.config.recipe import MSNRecipe, Run, SimSiamRecipe
 
 _SHIPPED = sorted((find_package_folder("configs") / "pretrain").glob("*.yaml"))
@@ -312,7 +312,7 @@ def test_what_cannot_be_mapped_is_refused_by_name(tmp_path: Path, key: str, valu
 def test_every_key_that_is_known_is_tested_here() -> None:
     tested = {f"{section}.{key}" for section, values in RELEASED.items() for key in values}
 
-    assert tested | {"criterion.freeze_proto", "meta.two_layer"} == _MAPPED.keys()
+    assert tested | {"criterion.freeze_proto", "meta.two_layer"} == set(KNOWN)
 
 
 def test_an_unknown_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
