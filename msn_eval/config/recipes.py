@@ -62,9 +62,9 @@ class LinearRecipe:
     @property
     def learning_rates(self) -> tuple[float, ...]:
         """The learning rates to choose from, from first to last."""
-        return (
-            (self.lr,) if self.lr is not None else _interpolate_in_equal_ratios(self.lr_first, self.lr_last, self.lrs)
-        )
+        if self.lr is not None:
+            return (self.lr,)
+        return _interpolate_in_equal_ratios(self.lr_first, self.lr_last, self.lrs)
 
     @property
     def decays(self) -> tuple[float, ...]:

@@ -34,25 +34,19 @@ def read_keys(
     given: dict[str, Any] = {}
     for section, values in content.items():
         if section not in sections or not isinstance(values, Mapping):
-            raise UsageError(
-                f"{section!r} is not a section of the MSN repository's files.{did_you_mean(section, sections)}",
-                where=where,
-                hint=f"Known: {', '.join(sections)}. Files of msn-eval have no section `meta`.",
-            )
+            what = f"{section!r} is not a section of the MSN repository's files.{did_you_mean(section, sections)}"
+            hint = f"Known: {', '.join(sections)}. Files of msn-eval have no section `meta`."
+            raise UsageError(what, where=where, hint=hint)
         given |= {f"{section}.{key}": value for key, value in values.items()}
     unknown = next((key for key in given if key not in known), None)
     if unknown is not None:
-        raise UsageError(
-            f"unknown key {unknown!r}.{did_you_mean(unknown, known)}",
-            where=where,
-            hint=f"The {reader} of the MSN repository does not read it either: remove it.",
-        )
+        hint = f"The {reader} of the MSN repository does not read it either: remove it."
+        raise UsageError(f"unknown key {unknown!r}.{did_you_mean(unknown, known)}", where=where, hint=hint)
     given = {**defaults, **given}
     missing = [key for key in known if key not in given]
     if missing:
-        raise UsageError(
-            f"lacks {', '.join(missing)}", where=where, hint="The code of the MSN repository needs them too."
-        )
+        hint = "The code of the MSN repository needs them too."
+        raise UsageError(f"lacks {', '.join(missing)}", where=where, hint=hint)
     return given
 
 
@@ -82,9 +76,8 @@ def map_reference_config(content: Mapping[str, Any], *, where: str) -> dict[str,
     given = read_keys(content, known=KNOWN, defaults={}, reader="linear evaluation", where=where)
     for key, (only, why) in _ONLY.items():
         if type(given[key]) is not type(only) or given[key] != only:
-            raise UsageError(
-                f"{key}: {given[key]} cannot be mapped: {why}", where=where, hint=f"Set it to {str(only).lower()}."
-            )
+            hint = f"Set it to {str(only).lower()}."
+            raise UsageError(f"{key}: {given[key]} cannot be mapped: {why}", where=where, hint=hint)
     folder = str(given["logging.folder"])
     return {
         "checkpoint": [posixpath.join(folder, str(given["logging.pretrain_path"]))],
@@ -127,9 +120,6 @@ NETWORKS = {
 def map_architecture(name: str, *, where: str) -> str:
     """Return the timm architecture for a name of the authors. Raises UsageError naming the file `where`."""
     if name not in NETWORKS:
-        raise UsageError(
-            f"meta.model_name: {name!r} cannot be mapped.{did_you_mean(name, NETWORKS)}",
-            where=where,
-            hint=f"Known: {', '.join(NETWORKS)}.",
-        )
+        what = f"meta.model_name: {name!r} cannot be mapped.{did_you_mean(name, NETWORKS)}"
+        raise UsageError(what, where=where, hint=f"Known: {', '.join(NETWORKS)}.")
     return NETWORKS[name]

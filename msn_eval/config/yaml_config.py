@@ -68,19 +68,13 @@ def build_config(kind: type[_Record], layers: Iterable[tuple[str, Mapping[str, o
         for key, wanted, value in _iterate_fields(_list_fields(kind), layer, where):
             # OmegaConf takes these for a reference and for a value that is still missing.
             if "${" in str(value) or "???" in str(value):
-                raise UsageError(
-                    f"{key.rstrip('_')}: {value!r} is not a value",
-                    where=where,
-                    hint="References such as ${…} are not supported: write the value itself.",
-                )
+                hint = "References such as ${…} are not supported: write the value itself."
+                raise UsageError(f"{key.rstrip('_')}: {value!r} is not a value", where=where, hint=hint)
             try:
                 OmegaConf.update(config, key, _convert_value(wanted, value))
             except OmegaConfBaseException as error:
-                raise UsageError(
-                    f"{key.rstrip('_')}: {str(error).partition(chr(10))[0]}",
-                    where=where,
-                    hint=f"It takes: {wanted}.",
-                ) from error
+                what = f"{key.rstrip('_')}: {str(error).partition(chr(10))[0]}"
+                raise UsageError(what, where=where, hint=f"It takes: {wanted}.") from error
     return cast(_Record, OmegaConf.to_object(config))
 
 
@@ -164,20 +158,16 @@ def _iterate_fields(
             section = key.rpartition(".")[0] if key.rpartition(".")[0] in known else ""
             siblings = [name for name in known if name.rpartition(".")[0] == section]
             namesake = next((name for name in known if name.endswith(f".{key}")), key)
-            raise UsageError(
-                f"unknown key {given!r}.{did_you_mean(namesake, known)}",
-                where=where,
-                hint=f"Known{f' in {section}' if section else ''}: {', '.join(siblings)}.",
-            )
+            hint = f"Known{f' in {section}' if section else ''}: {', '.join(siblings)}."
+            raise UsageError(f"unknown key {given!r}.{did_you_mean(namesake, known)}", where=where, hint=hint)
         path, wanted = known[key]
-        if not is_dataclass(wanted):
+        if not (isinstance(wanted, type) and is_dataclass(wanted)):
             yield path, wanted, value
             continue
-        entries = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        entries = asdict(value) if isinstance(value, wanted) else value
         if not isinstance(entries, Mapping):
-            raise UsageError(
-                f"{key} is a section, not a value", where=where, hint=f"Write {key}.KEY=VALUE, or keys below {key}:."
-            )
+            hint = f"Write {key}.KEY=VALUE, or keys below {key}:."
+            raise UsageError(f"{key} is a section, not a value", where=where, hint=hint)
         yield from _iterate_fields(known, {f"{key}.{name}": entry for name, entry in entries.items()}, where)
 
 
@@ -217,11 +207,15 @@ def check_range(
 
 
 def check_ranges(record: object, section: str, names: str, **bounds: float) -> None:
-    """Call `check_range` for the named fields of a record; lists item by item, None never."""
+    """Call `check_range` for the named fields of a record; lists item by item, None never.
+
+    The section `--` is that of options.
+    """
     for name in names.split():
         value = getattr(record, name)
+        key = f"--{name.replace('_', '-')}" if section == "--" else f"{section}.{name}"
         for number in value if isinstance(value, list | tuple) else [] if value is None else [value]:
-            check_range(f"{section}.{name}", number, **bounds)
+            check_range(key, number, **bounds)
 
 
 def check_choice(option: str, value: str, known: Collection[str], *, what: str = "") -> None:

@@ -157,11 +157,13 @@ class Encoder:
         check_choice("encoder.stem", self.stem, ("imagenet", "cifar"))
 
 
-def architecture_of(encoder: Encoder) -> str:
-    """Return an encoder's architecture as for `msn-eval --arch`."""
-    if encoder.stem == "imagenet":
-        return encoder.name
-    return f"{encoder.name}{'&' if '?' in encoder.name else '?'}stem={encoder.stem}"
+def architecture_of(encoder: Encoder, *, drop_path: float = 0.0) -> str:
+    """Return an encoder's architecture as for `msn-eval --arch`; for training with its rate of stochastic depth."""
+    name, _, keywords = encoder.name.partition("?")
+    stem = "" if encoder.stem == "imagenet" else f"stem={encoder.stem}"
+    rate = f"drop_path_rate={drop_path}" if drop_path else ""
+    joined = "&".join(text for text in (keywords, stem, rate) if text)
+    return f"{name}?{joined}" if joined else name
 
 
 @dataclass(frozen=True, kw_only=True)

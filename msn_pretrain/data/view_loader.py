@@ -97,8 +97,8 @@ def load_views(view_list: ViewList, order: Order, *, first_step: int, steps: int
         yield _move_to_device(view_list, item)
 
 
-# Step, epoch, indices of the images, the views of each kind (or the images, if views are made on the device), and an error.
-_Prepared = tuple[int, int, Tensor, list[Tensor], str | None]
+# The views of each kind (or the images, if views are made on the device), and an error.
+_Prepared = tuple[Batch, list[Tensor], str | None]
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,11 @@ class _BatchDataset(IterableDataset[_Prepared]):
 
 
 def _prepare(view_list: ViewList, batch: Batch) -> _Prepared:
-    numbers = torch.from_numpy(np.ascontiguousarray(batch.images))
     try:
         images = [_decode(view_list.images, number) for number in batch.images.tolist()]
     except DataError as error:  # our exceptions cannot be pickled out of a worker
-        return batch.step, batch.epoch, numbers, [], str(error)
-    made = images if view_list.batched else _make_views(view_list, images, batch)
-    return batch.step, batch.epoch, numbers, made, None
+        return batch, [], str(error)
+    return batch, images if view_list.batched else _make_views(view_list, images, batch), None
 
 
 def _decode(images: ImageSet, number: int) -> Tensor:
@@ -155,11 +153,10 @@ def _first_views(kinds: Sequence[ViewKind]) -> list[int]:
 
 
 def _move_to_device(view_list: ViewList, item: _Prepared) -> ViewBatch:
-    step, epoch, numbers, made, problem = item
+    batch, made, problem = item
     if problem is not None:
         raise DataError(problem)
     moved = [tensor.to(view_list.device, non_blocking=True) for tensor in made]
-    batch = Batch(step=step, epoch=epoch, images=numbers.numpy())
     if not view_list.batched:
         return ViewBatch(batch=batch, views=tuple(moved))
     views = []
@@ -173,8 +170,8 @@ def _move_to_device(view_list: ViewList, item: _Prepared) -> ViewBatch:
 
 def _init_worker(number: int) -> None:
     """Ignore signals that a launcher sends to every process, as the parent handles them. Use one thread."""
-    for name in ("SIGTERM", "SIGINT"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

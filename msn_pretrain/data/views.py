@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msn_eval.errors import UsageError
 from msn_pretrain.data.sampler import uniforms
 
 _ATTEMPTS = 10  # to fit a crop into the image, as in torchvision
@@ -23,6 +22,7 @@ _FACTORS = _ORDER + 4
 _GREY, _BLUR, _SIGMA = _FACTORS + 4, _FACTORS + 5, _FACTORS + 6
 _NUMBERS = _SIGMA + 1
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+_CHANGES = ("brightness", "contrast", "saturation", "hue")
 BLUR_RADIUS = 6  # pixels, three times the widest sigma
 
 
@@ -58,20 +58,6 @@ class ViewKind:
     blur: float = 0.5
     sigma: tuple[float, float] = (0.1, 2.0)
     interpolation: str = "bilinear"
-
-    def __post_init__(self) -> None:
-        if self.pixels < 1 or self.count < 0:
-            raise UsageError(f"{self.count} views of {self.pixels} pixels are impossible")
-        for name, (least, most) in (("scale", self.scale), ("ratio", self.ratio), ("sigma", self.sigma)):
-            if not 0 < least <= most:
-                raise UsageError(f"{name} of a view is from {least} to {most}", hint="Use an ascending range above 0.")
-        if self.scale[1] > 1:
-            raise UsageError(f"a crop has {self.scale[1]} of the image's area", hint="Use a share of at most 1.")
-        for name in ("flip", "jitter", "grey", "blur"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name} of a view is {getattr(self, name)}", hint="Use a probability.")
-        if min(self.amounts) < 0 or self.amounts[HUE] > 0.5:
-            raise UsageError(f"the colour jitter is {self.amounts}", hint="Use amounts from 0; for hue up to 0.5.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,14 +187,9 @@ def make_view(image: Tensor, parameters: ViewParameters, row: int, kind: ViewKin
     if parameters.flipped[row]:
         view = transforms.horizontal_flip(view)
     if parameters.jittered[row]:
-        adjust = (
-            transforms.adjust_brightness,
-            transforms.adjust_contrast,
-            transforms.adjust_saturation,
-            transforms.adjust_hue,
-        )
-        for which in parameters.order[row].tolist():
-            view = adjust[which](view, float(parameters.factors[row, which]))
+        for index in parameters.order[row].tolist():
+            adjust = getattr(transforms, f"adjust_{_CHANGES[index]}")
+            view = adjust(view, float(parameters.factors[row, index]))
     if parameters.greyed[row]:
         view = transforms.rgb_to_grayscale(view, num_output_channels=3)
     if parameters.sigmas[row]:

@@ -34,6 +34,10 @@ class MSNLoss:
     entropy: Tensor
     targets: Tensor
 
+    def detached_parts(self) -> dict[str, Tensor]:
+        """Return the total and its parts by name, without gradient."""
+        return {name: getattr(self, name).detach() for name in ("total", "cross_entropy", "me_max", "entropy")}
+
 
 def msn_loss(
     anchors: Tensor,
@@ -242,17 +246,12 @@ def make_log_prior(name: str, n_prototypes: int, *, exponent: float = 0.25) -> T
     Returns:
         (k,) float64.
 
-    Raises:
-        UsageError: There is no such prior.
-
     Source: arXiv:2210.07277, which pre-trains with a power law if classes are not equally frequent.
     """
-    if name == "uniform":
-        return torch.zeros(n_prototypes, dtype=torch.float64).log_softmax(dim=0)
+    weights = torch.zeros(n_prototypes, dtype=torch.float64)
     if name == "power_law":
-        order = torch.arange(1, n_prototypes + 1, dtype=torch.float64)
-        return (-exponent * order.log()).log_softmax(dim=0)
-    raise UsageError(f"no prior is called {name!r}", hint="Known: uniform, power_law.")
+        weights = -exponent * torch.arange(1, n_prototypes + 1, dtype=torch.float64).log()
+    return weights.log_softmax(dim=0)
 
 
 def _log_mass(log_assignments: Tensor) -> Tensor:

@@ -38,31 +38,20 @@ def test_defaults_are_those_of_the_record() -> None:
     assert read_config(Recipe) == Recipe()
 
 
-def test_file_wins_over_the_defaults(tmp_path: Path) -> None:
-    file = write_yaml(tmp_path, "steps: 7\ntags: [x]\n")
-    assert read_config(Recipe, file=file) == Recipe(steps=7, tags=["x"])
-
-
-def test_options_win_over_the_file(tmp_path: Path) -> None:
-    file = write_yaml(tmp_path, "steps: 7\nname: file\n")
-    assert read_config(Recipe, file=file, given={"steps": 8}) == Recipe(steps=8, name="file")
-
-
-def test_overrides_win_over_the_options() -> None:
-    assert read_config(Recipe, given={"steps": 8}, overrides=["steps=9"]).steps == 9
-
-
-def test_last_override_wins() -> None:
-    assert read_config(Recipe, overrides=["steps=9", "steps=10"]).steps == 10
-
-
-def test_list_of_a_later_layer_replaces_the_earlier_one(tmp_path: Path) -> None:
-    file = write_yaml(tmp_path, "tags: [x, y, z]\n")
-    assert read_config(Recipe, file=file, overrides=["tags=[q]"]).tags == ["q"]
-
-
-def test_empty_file_changes_nothing(tmp_path: Path) -> None:
-    assert read_config(Recipe, file=write_yaml(tmp_path, "# nothing yet\n")) == Recipe()
+@pytest.mark.parametrize(
+    ("text", "given", "overrides", "expected"),
+    [
+        ("steps: 7\ntags: [x]\n", {}, [], Recipe(steps=7, tags=["x"])),
+        ("steps: 7\nname: file\n", {"steps": 8}, [], Recipe(steps=8, name="file")),
+        ("steps: 7\n", {"steps": 8}, ["steps=9", "steps=10"], Recipe(steps=10)),
+        ("tags: [x, y, z]\n", {}, ["tags=[q]"], Recipe(tags=["q"])),
+        ("# only a comment\n", {}, [], Recipe()),
+    ],
+)
+def test_later_layers_win(
+    tmp_path: Path, text: str, given: dict[str, object], overrides: list[str], expected: Recipe
+) -> None:
+    assert read_config(Recipe, file=write_yaml(tmp_path, text), given=given, overrides=overrides) == expected
 
 
 @pytest.mark.parametrize("key", ["learning_rate", "learning-rate"])
@@ -101,8 +90,8 @@ def test_value_may_hold_equals_signs_and_colons() -> None:
 
 
 @pytest.mark.parametrize("text", ["007", "on", "1e3"])
-def test_override_gives_a_text_as_its_option_does(text: str) -> None:
-    """A folder may be called so; YAML would make a number or a word of it."""
+def test_override_of_a_text_field_is_kept_as_typed(text: str) -> None:
+    """A folder may have such a name; YAML would turn it into a number or a boolean."""
     assert read_config(Recipe, overrides=[f"name={text}"]) == read_config(Recipe, given={"name": text})
 
 
@@ -116,14 +105,16 @@ def test_unknown_key_of_a_file_names_the_file_and_the_nearest_key(tmp_path: Path
     )
 
 
-def test_unknown_key_of_an_override_names_the_override() -> None:
-    with pytest.raises(UsageError, match=r"override 'stepz=3': unknown key 'stepz'\. Did you mean steps\?"):
-        read_config(Recipe, overrides=["stepz=3"])
-
-
-def test_unknown_key_of_the_options_is_refused() -> None:
-    with pytest.raises(UsageError, match="options: unknown key 'colour'"):
-        read_config(Recipe, given={"colour": "red"})
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"overrides": ["stepz=3"]}, r"override 'stepz=3': unknown key 'stepz'\. Did you mean steps\?"),
+        ({"given": {"colour": "red"}}, "options: unknown key 'colour'"),
+    ],
+)
+def test_unknown_key_names_its_layer(layers: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        read_config(Recipe, **layers)
 
 
 @pytest.mark.parametrize("key", ["steps.more", "tags[0]", "_target_"])
@@ -236,7 +227,7 @@ class _Layer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Whole:
+class _Config:
     layer: _Layer = field(default_factory=_Layer)
     steps: int = 1
 
@@ -253,24 +244,28 @@ class _Whole:
     ids=str,
 )
 def test_a_section_is_filled_key_by_key(layers: dict[str, Any]) -> None:
-    assert read_config(_Whole, **layers) == _Whole(layer=_Layer(width=8))
+    assert read_config(_Config, **layers) == _Config(layer=_Layer(width=8))
 
 
 def test_a_text_in_a_section_is_kept_as_typed() -> None:
-    assert read_config(_Whole, overrides=["layer.name=007"]).layer.name == "007"
+    assert read_config(_Config, overrides=["layer.name=007"]).layer.name == "007"
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
-        ("layer.widht=8", "override 'layer.widht=8': unknown key 'layer.widht'. Did you mean width?\nKnown in layer: "),
+        (
+            "layer.widht=8",
+            "override 'layer.widht=8': unknown key 'layer.widht'. Did you mean layer.width?\nKnown in layer: ",
+        ),
+        ("width=8", "override 'width=8': unknown key 'width'. Did you mean layer.width?\nKnown: layer, steps."),
         ("layer=8", "override 'layer=8': layer is a section, not a value\nWrite layer.KEY=VALUE"),
         ("layer.width=wide", "override 'layer.width=wide': layer.width: Value 'wide'"),
         ("steps.width=8", "override 'steps.width=8': unknown key 'steps.width'."),
     ],
 )
-def test_a_mistake_in_a_section_is_named_with_it(override: str, told: str) -> None:
+def test_a_mistake_in_a_section_is_named_with_it(override: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        read_config(_Whole, overrides=[override])
+        read_config(_Config, overrides=[override])
 
-    assert str(caught.value).startswith(told)
+    assert str(caught.value).startswith(message)
