@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from torch import Tensor
+from safetensors.torch import load_file
 
 from msn_eval.checkpoints.convert import convert_checkpoint
 from msn_eval.checkpoints.formats.safetensors import read_metadata
@@ -48,7 +48,7 @@ def export(run: Path, out: Path, *, to: str) -> str:
     match to:
         case "timm":
             pixels = int(stated[IMAGE_PIXELS]) if IMAGE_PIXELS in stated else None
-            encoder = EvaluatedEncoder(weights=_read_weights(files), architecture=architecture, image_pixels=pixels)
+            encoder = EvaluatedEncoder(weights=load_file(files.encoder), architecture=architecture, image_pixels=pixels)
             write_encoder(out, encoder, epoch=files.epoch)
         case "hf":
             convert_checkpoint(files.encoder, out, to="hf")
@@ -59,20 +59,13 @@ def export(run: Path, out: Path, *, to: str) -> str:
     return f"{out}: {architecture}, {files.epoch} epochs, for {to}"
 
 
-def _read_weights(files: SnapshotFiles) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    weights: dict[str, Tensor] = load_file(files.encoder)
-    return weights
-
-
 def _write_release(files: SnapshotFiles, out: Path) -> None:
     """Write a file that the authors' scripts can read."""
     model = read_snapshot(files).model
     if "prototypes" not in model:
         hint = "Use --to timm or --to torchvision."
         raise CheckpointError("was not trained by MSN", where=str(files.folder), hint=hint)
-    target = {f"module.{name}": value for name, value in _read_weights(files).items()}
+    target = {f"module.{name}": value for name, value in load_file(files.encoder).items()}
     # The release calls the head `fc`; its layers have the same names.
     start = "target.head."
     head = {name.removeprefix(start): value for name, value in model.items() if name.startswith(start)}
@@ -84,9 +77,6 @@ def _write_torchvision(files: SnapshotFiles, out: Path, architecture: str) -> No
     from timm.models.resnet import ResNet
 
     if not isinstance(outline_network(name_architecture(architecture)), ResNet):
-        raise CheckpointError(
-            f"{architecture} is not a residual network; torchvision has its own names for others",
-            where=str(files.folder),
-            hint="Use --to timm, --to hf or --to msn.",
-        )
-    write_torch_file(out, _read_weights(files))  # timm's names of a residual network are torchvision's
+        what = f"{architecture} is not a residual network; torchvision has its own names for others"
+        raise CheckpointError(what, where=str(files.folder), hint="Use --to timm, --to hf or --to msn.")
+    write_torch_file(out, load_file(files.encoder))  # timm's names of a residual network are torchvision's

@@ -43,16 +43,12 @@ class Order:
     world: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.batch_size > self.n_images:
-            raise UsageError(
-                f"a batch of {self.batch_size} images is impossible with {self.n_images:,} images",
-                hint="Set optimization.batch_size to at most the number of images.",
-            )
+        if self.batch_size > self.n_images:
+            what = f"a batch of {self.batch_size} images is impossible with {self.n_images:,} images"
+            raise UsageError(what, hint="Set optimization.batch_size to at most the number of images.")
         if self.batch_size % self.world:
-            raise UsageError(
-                f"a global batch of {self.batch_size} cannot be divided by {self.world} ranks",
-                hint="Set optimization.batch_size to a multiple of the number of ranks.",
-            )
+            what = f"a global batch of {self.batch_size} cannot be divided by {self.world} ranks"
+            raise UsageError(what, hint="Set optimization.batch_size to a multiple of the number of ranks.")
 
     @property
     def steps_per_epoch(self) -> int:

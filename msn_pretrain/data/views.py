@@ -204,10 +204,24 @@ def blur_radius(pixels: int) -> int:
     return min(BLUR_RADIUS, pixels - 1)
 
 
-def make_views(
-    images: list[Tensor], kind: ViewKind, *, first_view: int, seed: int, epoch: int, numbers: NDArray[np.int64]
-) -> Tensor:
+def make_views(images: list[Tensor], parameters: ViewParameters, kind: ViewKind) -> Tensor:
     """Make all views of one kind of some images, one after the other.
+
+    Args:
+        images: b images of (3, height, width) uint8.
+        parameters: Parameters of count * b views, view-major.
+        kind: The kind of the views.
+
+    Returns:
+        (count * b, 3, pixels, pixels) uint8, view-major: the first view of every image, then the second, …
+    """
+    return torch.stack([make_view(images[row % len(images)], parameters, row, kind) for row in range(len(parameters))])
+
+
+def draw_for_batch(
+    images: list[Tensor], kind: ViewKind, *, first_view: int, seed: int, epoch: int, numbers: NDArray[np.int64]
+) -> ViewParameters:
+    """Draw the parameters of all views of one kind of some images, view-major.
 
     Args:
         images: (3, height, width) uint8 each.
@@ -216,19 +230,7 @@ def make_views(
         seed: The seed.
         epoch: The epoch.
         numbers: (b,) indices of the images in their data set.
-
-    Returns:
-        (count * b, 3, pixels, pixels) uint8, view-major: the first view of every image, then the second, …
     """
-    drawn = draw_for_batch(images, kind, first_view=first_view, seed=seed, epoch=epoch, numbers=numbers)
-    made = [make_view(images[row % len(images)], drawn, row, kind) for row in range(len(drawn))]
-    return torch.stack(made) if made else torch.empty(0, 3, kind.pixels, kind.pixels, dtype=torch.uint8)
-
-
-def draw_for_batch(
-    images: list[Tensor], kind: ViewKind, *, first_view: int, seed: int, epoch: int, numbers: NDArray[np.int64]
-) -> ViewParameters:
-    """Draw the parameters of all views of one kind of some images, view-major. Arguments as for `make_views`."""
     sizes = np.array([image.shape[-2:] for image in images], dtype=np.int64).reshape(-1, 2)
     return draw_views(
         kind,

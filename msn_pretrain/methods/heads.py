@@ -97,9 +97,8 @@ def share_batch_norm(network: nn.Module) -> nn.Module:
     for name, module in network.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, SharedBatchNorm):
-                raise UsageError(
-                    f"{name} is a {type(module).__name__}, which does not support several ranks",
-                    hint="Choose an encoder with plain BatchNorm, such as resnet50, or with LayerNorm.",
-                )
+                what = f"{name} is a {type(module).__name__}, which does not support several ranks"
+                hint = "Choose an encoder with plain BatchNorm, such as resnet50, or with LayerNorm."
+                raise UsageError(what, hint=hint)
             module.__class__ = SharedBatchNorm
     return network

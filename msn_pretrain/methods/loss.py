@@ -159,15 +159,11 @@ def _check(
     shapes = tuple(tuple(tensor.shape) for tensor in (anchors, targets, prototypes))
     fits = all(len(shape) == 2 for shape in shapes) and len({shape[1] for shape in shapes}) == 1
     if not fits or not len(targets) or not len(anchors) or len(anchors) % len(targets):
-        raise UsageError(
-            f"anchors {shapes[0]}, targets {shapes[1]} and prototypes {shapes[2]} do not fit",
-            hint="Pass (views * b, d), (b, d) and (k, d).",
-        )
+        what = f"anchors {shapes[0]}, targets {shapes[1]} and prototypes {shapes[2]} do not fit"
+        raise UsageError(what, hint="Pass (views * b, d), (b, d) and (k, d).")
     if not (temperature > 0 and sharpening > 0 and iterations >= 0):
-        raise UsageError(
-            f"temperature {temperature}, sharpening {sharpening} or {iterations} Sinkhorn iterations is out of range",
-            hint="Temperature and sharpening must be above 0, the number of iterations at least 0.",
-        )
+        what = f"temperature {temperature}, sharpening {sharpening} or {iterations} Sinkhorn iterations is out of range"
+        raise UsageError(what, hint="Temperature and sharpening must be above 0, the number of iterations at least 0.")
 
 
 def log_predictions(representations: Tensor, prototypes: Tensor, *, temperature: float) -> Tensor:

@@ -38,10 +38,8 @@ def build_transformer(encoder: Encoder, *, seed: int = 0) -> nn.Module:
     architecture = architecture_of(encoder, drop_path=encoder.drop_path)
     network = build_network(name_architecture(architecture), seed=seed)
     if not isinstance(network, VisionTransformer) or network.cls_token is None or network.pos_embed is None:
-        raise UsageError(
-            f"encoder.name: {encoder.name} is not a Vision Transformer with class token and learned positions",
-            hint="Choose for example vit_small_patch16_224.",
-        )
+        what = f"encoder.name: {encoder.name} is not a Vision Transformer with class token and learned positions"
+        raise UsageError(what, hint="Choose for example vit_small_patch16_224.")
     if encoder.first_weights == "release":
         init_weights(network, seed=seed)
     if encoder.position_scale != 1:
@@ -150,10 +148,8 @@ class MaskedTransformer(nn.Module):
 
     def _check_side(self, pixels: int) -> int:
         if pixels < self.patch_pixels:
-            raise UsageError(
-                f"views of {pixels} pixels are smaller than a patch of {self.patch_pixels}",
-                hint="Raise views.image_pixels or views.focal_pixels.",
-            )
+            what = f"views of {pixels} pixels are smaller than a patch of {self.patch_pixels}"
+            raise UsageError(what, hint="Raise views.image_pixels or views.focal_pixels.")
         if pixels % self.patch_pixels:
             text = "views of %d pixels are not a multiple of the patch size %d: %d pixels at two edges are ignored"
             _log.warning(text, pixels, self.patch_pixels, pixels % self.patch_pixels)
@@ -184,10 +180,8 @@ def kept_count(n_patches: int, ratio: float) -> int:
     """
     kept = math.floor(n_patches * (1.0 - ratio))
     if not kept:
-        raise UsageError(
-            f"masking.ratio={ratio} keeps none of the {n_patches} patches of a view",
-            hint="Drop a smaller share: masking.ratio=0.15.",
-        )
+        what = f"masking.ratio={ratio} keeps none of the {n_patches} patches of a view"
+        raise UsageError(what, hint="Drop a smaller share: masking.ratio=0.15.")
     return kept
 
 

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,16 +165,3 @@ def find_alarm(counters: AlarmCounters) -> NumericalError | None:
             kept="Snapshots are kept.",
         )
     return None
-
-
-def dump_batch(run: Path, *, step: int, rank: int, image_ids: Sequence[str], facts: Mapping[str, float]) -> None:
-    """Write the images of a step whose loss or gradient was not finite."""
-    folder = run / "alarms"
-    folder.mkdir(exist_ok=True)
-    content = {
-        "step": step,
-        "rank": rank,
-        "facts": {name: value if math.isfinite(value) else str(value) for name, value in facts.items()},
-        "images": list(image_ids),
-    }
-    write_atomically(folder / f"step-{step:08d}-rank-{rank}.json", (json.dumps(content, indent=1) + "\n").encode())

@@ -175,11 +175,9 @@ def open_run(recipe: Recipe, images: ImageSet, *, allowed: Sequence[str] = ()) -
     for reason in skipped:
         _log.warning("incomplete snapshot is ignored: %s", reason)
     if snapshot is not None and snapshot.facts.get("data_sha256") != data_sha256(images) and DATA not in allowed:
-        raise UsageError(
-            "data: the training images are not those that this run began with",
-            where=str(run),
-            hint=f"Restore them, or continue with --allow-config-change {DATA}.",
-        )
+        hint = f"Restore them, or continue with --allow-config-change {DATA}."
+        what = "data: the training images are not those that this run began with"
+        raise UsageError(what, where=str(run), hint=hint)
     write_atomically(config, recipe_as_yaml(recipe).encode())
     return None if snapshot is None else snapshot.folder
 
@@ -194,11 +192,8 @@ def _check_unchanged(before: Recipe, now: Recipe, allowed: Sequence[str], *, whe
     if changed:
         lines = "".join(f"\n  {key}: folder {old.get(key)}, now {new.get(key)}" for key in changed)
         options = " ".join(f"--allow-config-change {key}" for key in changed)
-        raise UsageError(
-            f"the recipe differs from the one of this folder:{lines}",
-            where=where,
-            hint=f"Use another run.dir, or continue anyway with {options}",
-        )
+        hint = f"Use another run.dir, or continue anyway with {options}"
+        raise UsageError(f"the recipe differs from the one of this folder:{lines}", where=where, hint=hint)
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -92,7 +92,7 @@ def write_snapshot(
         NumericalError: The state is not finite. Older snapshots stay.
         StoreError: The disk refuses, or returns different bytes. Older snapshots stay.
     """
-    check_finite(snapshot)
+    _check_finite(snapshot)
     folder = snapshot_folder(run, snapshot.step)
     try:
         remove(folder / MANIFEST)  # of an older snapshot of this step: it must not be valid while its files change
@@ -168,11 +168,9 @@ def read_snapshot(files: SnapshotFiles) -> Snapshot:
     try:
         return Snapshot(epoch=files.epoch, **_load(files))
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot be read: {str(error).partition(chr(10))[0]}",
-            where=str(files.state),
-            hint="Remove its folder to use the previous snapshot.",
-        ) from error
+        what = f"cannot be read: {str(error).partition(chr(10))[0]}"
+        hint = "Remove its folder to use the previous snapshot."
+        raise CheckpointError(what, where=str(files.state), hint=hint) from error
 
 
 def _load(files: SnapshotFiles) -> dict[str, Any]:
@@ -192,26 +190,21 @@ def _remove_old(run: Path, newest: SnapshotFiles, *, keep_every: int) -> None:
             remove(folder)  # incomplete because of a kill or a full disk
             continue
         complete += 1
-        if complete > _GENERATIONS and not _is_permanent(files, keep_every):
+        is_permanent = keep_every and files.facts.get("epoch_end") is True and files.epoch % keep_every == 0
+        if complete > _GENERATIONS and not is_permanent:
             remove(folder / MANIFEST)
             sync_folder(folder)
             remove(folder)
 
 
-def _is_permanent(files: SnapshotFiles, keep_every: int) -> bool:
-    return bool(keep_every) and files.facts.get("epoch_end") is True and files.epoch % keep_every == 0
-
-
-def check_finite(snapshot: Snapshot) -> None:
+def _check_finite(snapshot: Snapshot) -> None:
     """Raise NumericalError that names tensors with NaN or infinity. Such a state is never written."""
     tensors = [*_iterate_tensors(snapshot.model, ""), *_iterate_tensors(snapshot.optimizer, "optimizer ")]
     bad = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
-        raise NumericalError(
-            f"{len(bad)} tensors are not finite after step {snapshot.step} ({', '.join(bad[:_SHOWN])})",
-            hint="Train with a smaller learning rate from the last snapshot.",
-            kept="No snapshot was written; older ones are unchanged.",
-        )
+        what = f"{len(bad)} tensors are not finite after step {snapshot.step} ({', '.join(bad[:_SHOWN])})"
+        hint = "Train with a smaller learning rate from the last snapshot."
+        raise NumericalError(what, hint=hint, kept="No snapshot was written; older ones are unchanged.")
 
 
 def _iterate_tensors(content: object, name: str) -> Iterator[tuple[str, Tensor]]:

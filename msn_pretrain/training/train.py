@@ -1,6 +1,8 @@
 """The training loop."""
 
+import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,6 +20,7 @@ from msn_eval.distributed.group import Group as Group
 from msn_eval.distributed.group import all_gather_object, broadcast_from_rank0, check_equal_across_ranks
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features.collapse import is_collapsed
+from msn_eval.files.atomic import write_atomically
 from msn_eval.process import StopRequest, watch_stop_signals
 from msn_pretrain.config.recipe import architecture_of
 from msn_pretrain.config.schedule import StepSettings, settings_at
@@ -29,7 +32,6 @@ from msn_pretrain.training.gradients import compute_gradients, gradient_norm
 from msn_pretrain.training.journal import (
     AlarmCounters,
     Journal,
-    dump_batch,
     find_alarm,
     may_roll_back,
     open_journal,
@@ -244,7 +246,7 @@ def _own_rows(kept: Tensor, ranks: Group, images: int) -> Tensor:
 
 
 def _describe_step(
-    session: Session, progress: _Progress, step: Step, facts: Mapping[str, float], *, started: float, waited: float
+    session: Session, progress: _Progress, step: Step, facts: dict[str, float], *, started: float, waited: float
 ) -> dict[str, Any]:
     """Return the journal line of a step. Every rank must call this."""
     losses = {"loss" if name == "total" else name: float(value) for name, value in step.parts.items()}
@@ -273,9 +275,17 @@ def memory_bytes(device: torch.device) -> int:
 
 def _skip_step(session: Session, batch: ViewBatch, facts: Mapping[str, float]) -> None:
     """Write the images of a step whose loss or gradient is not finite. The weights do not change."""
-    ids = [session.images.ids[number] for number in batch.batch.images.tolist()]
-    dump_batch(session.run, step=batch.batch.step, rank=session.ranks.rank, image_ids=ids, facts=facts)
-    _log.warning("step %d is skipped: its loss or gradient is not finite", batch.batch.step + 1)
+    step, rank = batch.batch.step, session.ranks.rank
+    content = {
+        "step": step,
+        "rank": rank,
+        "facts": {name: value if math.isfinite(value) else str(value) for name, value in facts.items()},
+        "images": [session.images.ids[number] for number in batch.batch.images.tolist()],
+    }
+    folder = session.run / "alarms"
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / f"step-{step:08d}-rank-{rank}.json", (json.dumps(content, indent=1) + "\n").encode())
+    _log.warning("step %d is skipped: its loss or gradient is not finite", step + 1)
 
 
 def _handle_alarms(session: Session, progress: _Progress) -> bool:

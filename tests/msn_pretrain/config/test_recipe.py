@@ -6,18 +6,6 @@ from msn_eval.errors import UsageError
 from msn_pretrain.config.recipe import SGD, Criterion, Encoder, MSNRecipe, Optimization, SimSiamRecipe, Views
 
 
-def test_defaults_of_msn_are_the_released_values() -> None:
-    recipe = MSNRecipe()
-
-    assert (recipe.head.hidden, recipe.head.output, recipe.masking.ratio) == (2048, 256, 0.15)
-    assert (recipe.views.random_views, recipe.views.focal_views) == (1, 10)
-    assert (recipe.views.crop_scale, recipe.views.focal_crop_scale) == ((0.3, 1.0), (0.05, 0.3))
-    criterion = recipe.criterion
-    assert (criterion.prototypes, criterion.temperature, criterion.sharpening) == (1024, 0.1, 0.25)
-    assert (criterion.final_sharpening, criterion.sinkhorn_iterations, criterion.me_max_weight) == (0.25, 3, 1.0)
-    assert (recipe.ema.start, recipe.ema.final, recipe.optimization.clip) == (0.996, 1.0, 3.0)
-
-
 def test_defaults_of_simsiam_are_the_published_values() -> None:
     recipe = SimSiamRecipe()
 

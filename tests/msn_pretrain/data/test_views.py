@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -65,11 +67,11 @@ def test_parameters_of_a_view_are_stable() -> None:
 
 
 def test_a_view_depends_neither_on_its_batch_nor_on_the_other_views(photographs: list[Tensor]) -> None:
-    images = [*photographs, photographs[0]]
-    numbers = np.array([4, 9, 2])
-    together = make_views(images, _FOCAL, first_view=2, seed=1, epoch=3, numbers=numbers)
+    images, numbers = [*photographs, photographs[0]], np.array([4, 9, 2])
+    draw = partial(draw_for_batch, kind=_FOCAL, first_view=2, seed=1, epoch=3)
+    together = make_views(images, draw(images, numbers=numbers), _FOCAL)
 
-    alone = make_views([images[1]], _FOCAL, first_view=2, seed=1, epoch=3, numbers=numbers[1:2])
+    alone = make_views(images[1:2], draw(images[1:2], numbers=numbers[1:2]), _FOCAL)
 
     assert torch.equal(together[1::3], alone)
 

@@ -198,27 +198,6 @@ def test_only_predictions_of_simsiam_get_a_gradient() -> None:
     assert [rows.grad is not None for rows in views] == [True, False, True, False]
 
 
-def simsiam_of_own_share(views: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
-    weight.requires_grad_()
-    loss = simsiam_loss(*(share_of(rows, 1) @ weight for rows in views))
-    loss.backward()
-    distributed.all_reduce(weight.grad)
-    return loss.detach(), weight.grad / distributed.get_world_size()
-
-
-def test_simsiam_loss_on_two_ranks_is_that_of_the_global_batch(on_ranks) -> None:
-    weight = some_rows(5, 5, seed=4)
-    ranks = on_ranks(simsiam_of_own_share, some_views(), weight)
-
-    weight.requires_grad_()
-    loss = simsiam_loss(*(rows @ weight for rows in some_views()))
-    loss.backward()
-
-    for value, gradient in ranks:
-        torch.testing.assert_close(value, loss.detach())
-        torch.testing.assert_close(gradient, weight.grad)
-
-
 def plain_sinkhorn(assignments: Tensor, iterations: int) -> Tensor:
     q = assignments.T / assignments.sum()
     k, n = q.shape
@@ -234,16 +213,6 @@ def some_assignments(n: int = 8, k: int = 5) -> Tensor:
 
 def test_sinkhorn_is_the_plain_formula() -> None:
     torch.testing.assert_close(sinkhorn(some_assignments()), plain_sinkhorn(some_assignments(), 3), rtol=1e-12, atol=0)
-
-
-def own_share(rows: Tensor) -> Tensor:
-    return sinkhorn(rows.chunk(distributed.get_world_size())[distributed.get_rank()])
-
-
-def test_sinkhorn_on_two_ranks_of_four_is_that_on_one_of_eight(on_ranks) -> None:
-    shares = on_ranks(own_share, some_assignments())
-
-    torch.testing.assert_close(torch.cat(shares), sinkhorn(some_assignments()), rtol=1e-12, atol=0)
 
 
 def test_sinkhorn_stays_finite_where_the_plain_formula_divides_zero_by_zero() -> None:

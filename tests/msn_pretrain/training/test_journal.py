@@ -6,7 +6,6 @@ import pytest
 from msn_pretrain.training.journal import (
     METRICS,
     AlarmCounters,
-    dump_batch,
     find_alarm,
     open_journal,
     read_metrics,
@@ -92,10 +91,3 @@ def test_three_bad_steps_or_ten_collapsed_lines_raise_the_alarm(counters: AlarmC
     if alarm:
         assert alarm.exit_code == 23
         assert message in str(alarm)
-
-
-def test_images_of_a_bad_step_are_written(tmp_path: Path) -> None:
-    dump_batch(tmp_path, step=7, rank=1, image_ids=["a/1.png"], facts={"total": float("nan")})
-
-    content = json.loads((tmp_path / "alarms" / "step-00000007-rank-1.json").read_text())
-    assert content == {"step": 7, "rank": 1, "facts": {"total": "nan"}, "images": ["a/1.png"]}

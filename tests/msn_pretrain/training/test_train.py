@@ -123,7 +123,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_changes_no_weights(
         train(tiny("run.snapshot_minutes=0.00001"), _ALONE)
 
     dumped = json.loads((tmp_path / "run" / "alarms" / "step-00000006-rank-0.json").read_text())
-    assert len(dumped["images"]) == 8
+    assert dumped.keys() == {"step", "rank", "facts", "images"}
+    assert (dumped["step"], dumped["rank"], len(dumped["images"])) == (6, 0, 8)
     assert _outcome(tmp_path / "run")["step"] >= 6
 
 
