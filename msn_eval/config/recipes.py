@@ -1,7 +1,7 @@
 """Recipes: the settings of probes that have more than one number, as sections of a config file."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from msn_eval.config.yaml_config import check_choice, check_ranges
@@ -198,8 +198,8 @@ class FinetuneRecipe:
 
 def read_finetune_recipe(settings: Params) -> FinetuneRecipe:
     """Return the recipe with the settings of a record, ignoring settings of other things."""
-    known = {field.name for field in fields(FinetuneRecipe)}
-    # Every field is passed: None is left out of the settings and may differ from the default.
-    given: dict[str, int | float | str | None] = {"blocks": None}
-    given |= {name: value for name, value in settings.items() if name in known}
-    return FinetuneRecipe(**given)  # type: ignore[arg-type]
+    known = FinetuneRecipe.__dataclass_fields__
+    given: dict[str, Any] = {name: value for name, value in settings.items() if name in known}
+    return FinetuneRecipe(
+        **({"blocks": None} | given)
+    )  # None is left out of the settings and may differ from the default

@@ -229,7 +229,6 @@ def check_choice(option: str, value: str, known: Collection[str], *, what: str =
     """
     if value not in known:
         what = what or option.removeprefix("--").rpartition(".")[2]
-        error = f"{option} {value}: there is no such {what}."
-        if not option.startswith("--"):
-            error = f"{option}: there is no {what} {value!r}."
+        is_key = not option.startswith("--")
+        error = f"{option}: there is no {what} {value!r}." if is_key else f"{option} {value}: there is no such {what}."
         raise UsageError(f"{error}{did_you_mean(value, known)}", hint=f"Known: {', '.join(known)}.")

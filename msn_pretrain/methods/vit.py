@@ -192,7 +192,7 @@ def draw_kept_patches(n_patches: int, ratio: float, generator: torch.Generator, 
         n_patches: Patches of an image.
         ratio: Share to drop, in [0, 1).
         generator: Source of randomness, on the CPU.
-        images: Number of images with a set each; None draws one set for the whole batch, as in the release.
+        images: Number of images with a set each; None draws one set for the complete batch, as in the release.
 
     Returns:
         (kept,) or (images, kept) int64 on the CPU, ascending, in [0, n_patches).

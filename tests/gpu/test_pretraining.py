@@ -113,9 +113,9 @@ def test_stopped_run_resumes_to_the_same_result_as_an_uninterrupted_run(
         patched.setattr(training, "compute", stopping)
         trained("stopped", "run.device=cuda", *settings, code=75)
 
-    found = _outcome(trained("stopped", "run.device=cuda", *settings))
+    resumed = _outcome(trained("stopped", "run.device=cuda", *settings))
 
-    assert [name for name in expected if not equal(expected[name], found[name])] == []
+    assert [name for name in expected if not equal(expected[name], resumed[name])] == []
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

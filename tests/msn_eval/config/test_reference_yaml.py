@@ -28,7 +28,7 @@ RELEASED: dict[str, dict[str, object]] = {
 }
 
 
-def _read(tmp_path: Path, *changes: tuple[str, object], given: dict[str, object] | None = None) -> EvaluationConfig:
+def _read(tmp_path: Path, *changes: tuple[str, object]) -> EvaluationConfig:
     from msn_eval.commands.evaluate import _translated
     from msn_eval.config.yaml_config import read_config
 
@@ -38,7 +38,7 @@ def _read(tmp_path: Path, *changes: tuple[str, object], given: dict[str, object]
         content[section][name] = value
     path = tmp_path / "lineval.yaml"
     OmegaConf.save(OmegaConf.create(content), path)
-    return read_config(EvaluationConfig, file=path, given=given, translate=_translated)
+    return read_config(EvaluationConfig, file=path, translate=_translated)
 
 
 def test_the_released_file_is_the_published_evaluation(tmp_path: Path) -> None:
@@ -115,12 +115,6 @@ def test_every_known_key_is_tested() -> None:
 def test_missing_and_unknown_keys_are_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         map_reference_config(RELEASED | changed, where="x.yaml")
-
-
-def test_options_win_over_the_file(tmp_path: Path) -> None:
-    request = _read(tmp_path, given={"device": "cpu", "linear_augmented.epochs": 2})
-
-    assert (request.device, request.linear_augmented.epochs, request.linear_augmented.lr) == ("cpu", 2, [6.4])
 
 
 def test_file_is_evaluated_and_checks_the_number_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,12 +232,8 @@ class _Config:
     ],
     ids=str,
 )
-def test_a_section_is_filled_key_by_key(layers: dict[str, Any]) -> None:
+def test_section_is_filled_key_by_key(layers: dict[str, Any]) -> None:
     assert read_config(_Config, **layers) == _Config(layer=_Layer(width=8))
-
-
-def test_a_text_in_a_section_is_kept_as_typed() -> None:
-    assert read_config(_Config, overrides=["layer.name=007"]).layer.name == "007"
 
 
 @pytest.mark.parametrize(
@@ -253,7 +249,7 @@ def test_a_text_in_a_section_is_kept_as_typed() -> None:
         ("steps.width=8", "override 'steps.width=8': unknown key 'steps.width'."),
     ],
 )
-def test_a_mistake_in_a_section_is_named_with_it(override: str, message: str) -> None:
+def test_mistake_in_a_section_names_the_section(override: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         read_config(_Config, overrides=[override])
 

@@ -12,9 +12,9 @@ def _both(images: list[Tensor], kind: ViewKind) -> tuple[Tensor, Tensor]:
     return make_views(images, drawn, kind), make_batched_views(images, drawn, kind)
 
 
-def _difference(one: Tensor, other: Tensor) -> Tensor:
-    assert one.dtype == other.dtype == torch.uint8
-    return (one.int() - other.int()).abs()
+def _difference(first: Tensor, second: Tensor) -> Tensor:
+    assert first.dtype == second.dtype == torch.uint8
+    return (first.int() - second.int()).abs()
 
 
 @pytest.mark.parametrize(("pixels", "scale"), [(96, (0.3, 1.0)), (40, (0.05, 0.3)), (7, (0.3, 1.0))])

@@ -44,8 +44,8 @@ def test_loading_draws_no_number_from_the_global_generator(digits: ImageSet) -> 
 
 
 def test_views_made_on_the_device_are_nearly_those_of_the_loader(digits: ImageSet) -> None:
-    for one, other in zip(_loaded(digits), _loaded(digits, batched=True), strict=True):
-        for views, batched in zip(one.views, other.views, strict=True):
+    for expected, batch in zip(_loaded(digits), _loaded(digits, batched=True), strict=True):
+        for views, batched in zip(expected.views, batch.views, strict=True):
             assert (views.int() - batched.int()).abs().float().mean() < 0.5
 
 

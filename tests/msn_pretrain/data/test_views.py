@@ -28,8 +28,8 @@ def test_crops_are_distributed_as_those_of_torchvision(height: int, width: int) 
 
     ours = _drawn(_FOCAL, 3000, height=height, width=width).boxes
 
-    for one, other in zip(ours.T, theirs.T, strict=True):
-        assert ks_2samp(one, other).pvalue > 1e-3
+    for own, expected in zip(ours.T, theirs.T, strict=True):
+        assert ks_2samp(own, expected).pvalue > 1e-3
     assert ks_2samp(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3]).pvalue > 1e-3
 
 
@@ -41,7 +41,7 @@ def test_colours_are_changed_as_often_and_as_much_as_simclr_does() -> None:
 
     names = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
     for which, name in enumerate(names):
-        expected = [one[name] for one in theirs]
+        expected = [parameters[name] for parameters in theirs]
         assert ks_2samp(ours.factors[ours.jittered, which], expected).pvalue > 1e-3
     assert np.allclose(
         [ours.jittered.mean(), ours.flipped.mean(), ours.greyed.mean(), (ours.sigmas > 0).mean()],

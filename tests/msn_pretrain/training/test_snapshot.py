@@ -61,9 +61,9 @@ def test_snapshot_reads_back_equal(tmp_path: Path) -> None:
 
     assert files is not None
     assert skipped == ()
-    found = read_snapshot(files)
+    restored = read_snapshot(files)
     for name in ("step", "epoch", "model", "optimizer", "rng", "watched"):
-        assert equal(getattr(found, name), getattr(written, name))
+        assert equal(getattr(restored, name), getattr(written, name))
 
 
 def test_restored_generators_continue(tmp_path: Path) -> None:
