@@ -11,14 +11,8 @@ if TYPE_CHECKING:
 
 __all__ = ["msn_loss", "simsiam_loss", "sinkhorn"]
 
-_HOMES = {
-    "msn_loss": "msn_pretrain.methods.loss",
-    "simsiam_loss": "msn_pretrain.methods.loss",
-    "sinkhorn": "msn_pretrain.methods.loss",
-}
-
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'msn_pretrain' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module("msn_pretrain.methods.loss"), name)

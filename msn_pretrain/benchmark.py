@@ -13,9 +13,7 @@ from msn_eval.errors import printable
 from msn_pretrain.config.load import recipe_as_yaml
 from msn_pretrain.config.schedule import settings_at
 from msn_pretrain.data.sampler import Order
-from msn_pretrain.data.view_loader import ViewList, load_views
 from msn_pretrain.local_ranks import choose_rank_device
-from msn_pretrain.training.journal import Journal
 from msn_pretrain.training.run import (
     Recipe,
     build_learner,
@@ -24,8 +22,7 @@ from msn_pretrain.training.run import (
     training_images,
     view_kinds,
 )
-from msn_pretrain.training.train import Session, compute, memory_bytes
-from msn_pretrain.training.watchdog import Watchdog
+from msn_pretrain.training.train import Session, compute, load_session_views, memory_bytes
 
 _WARM_UP = 2
 _GIB = 2**30
@@ -48,21 +45,11 @@ def bench(recipe: Recipe, *, steps: int) -> str:
         order=order,
         steps=_WARM_UP + steps,
         learner=build_learner(recipe, ranks.device),
-        journal=Journal(steps=_WARM_UP + steps),
-        dog=Watchdog(),
-    )
-    view_list = ViewList(
-        images=images,
-        kinds=view_kinds(recipe),
-        seed=recipe.run.seed,
-        batched=makes_views_on_device(recipe, ranks.device),
-        device=ranks.device,
     )
     waits, computes, ended = [], [], time.perf_counter()
-    for batch in load_views(view_list, order, first_step=0, steps=session.steps, workers=recipe.data.workers):
+    for batch in load_session_views(session, 0):
         loaded = time.perf_counter()
-        step = batch.batch.step
-        settings = settings_at(recipe, step=step, steps_per_epoch=order.steps_an_epoch)
+        settings = settings_at(recipe, step=batch.batch.step, steps_per_epoch=order.steps_per_epoch)
         compute(session, batch, settings)  # waits for the device
         session.learner.optimizer.step()
         session.learner.model.after_update(settings)

@@ -26,17 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Callable[[], int]]:
-    verb, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in ("export", "bench") else ("", arguments)
-    run: Callable[[argparse.Namespace], int]
-    match verb:
-        case "export":
-            parser, run = _export_parser(), _export
-        case "bench":
-            parser, run = _bench_parser(), _bench
-        case _:
-            parser, run = _train_parser(), _train
-    options, overrides = parser.parse_with_overrides(rest, takes_overrides=verb != "export")
-    options.overrides, options.words = overrides, arguments
+    verbs = {"export": (_export_parser, _export), "bench": (_bench_parser, _bench)}
+    verb = arguments[0] if arguments and arguments[0] in verbs else ""
+    build_parser, run = verbs.get(verb, (_train_parser, _train))
+    rest = arguments[1:] if verb else arguments
+    options, overrides = build_parser().parse_with_overrides(rest, takes_overrides=verb != "export")
+    options.overrides, options.arguments = overrides, arguments
     return options, partial(run, options)
 
 
@@ -94,44 +89,40 @@ def _train(options: argparse.Namespace) -> int:
 
     devices = recipe.run.device.split(",")
     if len(devices) > 1 and read_rank_info() is None:
-        return run_local_ranks(options.words, devices)
+        return run_local_ranks(options.arguments, devices)
     with join_group() as group:
         if not group.first:
             logging.getLogger("msn_pretrain").setLevel(logging.ERROR)  # rank 0 prints for all
         group = choose_rank_device(group, recipe.run.device)
         code = train(recipe, group, allowed=options.allow_config_change, quiet=options.quiet)
     if group.first and code:
-        print(
-            f"Stopped; the state is saved in {recipe.run.dir}. Run the same command again to continue.",
-            file=sys.stderr,
-        )
+        text = f"Stopped; the state is saved in {recipe.run.dir}. Run the same command again to continue."
+        print(text, file=sys.stderr)
     elif group.first:
         _log.info("%s is trained to its end: msn-eval --checkpoint %s", recipe.run.dir, recipe.run.dir)
     return code
 
 
 def _read_recipe(options: argparse.Namespace) -> "Recipe":
+    """Read a recipe from a file, or a shipped one by its bare name."""
+    from msn_eval.files.package_data import find_package_folder
     from msn_pretrain.config.load import read_recipe
 
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return read_recipe(_recipe_file(options.recipe), overrides=options.overrides, world_size=world)
-
-
-def _recipe_file(name: str) -> Path:
-    """Return the file called `name`, or the shipped recipe of that bare name."""
-    from msn_eval.files.package_data import find_package_folder
-
+    file = Path(options.recipe)
     shipped = {path.stem: path for path in (find_package_folder("configs") / "pretrain").glob("*.yaml")}
-    return Path(name) if Path(name).exists() else shipped.get(name, Path(name))
+    if not file.exists():
+        file = shipped.get(options.recipe, file)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return read_recipe(file, overrides=options.overrides, world_size=world_size)
 
 
 def _submit(options: argparse.Namespace, recipe: "Recipe") -> int:
     """Submit the same command to Slurm, and print where its output will be."""
     from msn_eval.distributed.slurm import parse_slurm, submit, without_slurm
 
-    words = without_slurm(options.words)
+    arguments = without_slurm(options.arguments)
     command = (sys.executable, "-m", "msn_pretrain")
-    job = submit(words, parse_slurm(options.slurm), folder=Path(recipe.run.dir) / "slurm", command=command)
+    job = submit(arguments, parse_slurm(options.slurm), folder=Path(recipe.run.dir) / "slurm", command=command)
     print(f"submitted job {job.job_id}; its output: {', '.join(str(path) for path in job.logs)}")
     return 0
 

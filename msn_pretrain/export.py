@@ -2,20 +2,17 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
+from safetensors.torch import load_file
 
 from msn_eval.checkpoints.convert import convert_checkpoint
 from msn_eval.checkpoints.formats.safetensors import read_metadata
 from msn_eval.checkpoints.run_folder import SnapshotFiles, is_run_folder, newest_snapshot
 from msn_eval.checkpoints.stored import ARCHITECTURE, IMAGE_PIXELS
 from msn_eval.errors import CheckpointError, UsageError
-from msn_eval.files.atomic import written_atomically
 from msn_eval.models.architectures import name_architecture
 from msn_eval.models.build import outline_network
-from msn_pretrain.training.snapshot import EvaluatedEncoder, read_snapshot, write_encoder
+from msn_pretrain.training.snapshot import EvaluatedEncoder, read_snapshot, write_encoder, write_torch_file
 
 
 def export(run: Path, out: Path, *, to: str) -> str:
@@ -51,7 +48,7 @@ def export(run: Path, out: Path, *, to: str) -> str:
     match to:
         case "timm":
             pixels = int(stated[IMAGE_PIXELS]) if IMAGE_PIXELS in stated else None
-            encoder = EvaluatedEncoder(weights=_weights(files), architecture=architecture, image_pixels=pixels)
+            encoder = EvaluatedEncoder(weights=load_file(files.encoder), architecture=architecture, image_pixels=pixels)
             write_encoder(out, encoder, epoch=files.epoch)
         case "hf":
             convert_checkpoint(files.encoder, out, to="hf")
@@ -62,44 +59,24 @@ def export(run: Path, out: Path, *, to: str) -> str:
     return f"{out}: {architecture}, {files.epoch} epochs, for {to}"
 
 
-def _weights(files: SnapshotFiles) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    weights: dict[str, Tensor] = load_file(files.encoder)
-    return weights
-
-
 def _write_release(files: SnapshotFiles, out: Path) -> None:
     """Write a file that the authors' scripts can read."""
     model = read_snapshot(files).model
     if "prototypes" not in model:
-        raise CheckpointError(
-            "was not trained by MSN", where=str(files.folder), hint="Use --to timm or --to torchvision."
-        )
-    target = {f"module.{name}": value for name, value in _weights(files).items()}
+        hint = "Use --to timm or --to torchvision."
+        raise CheckpointError("was not trained by MSN", where=str(files.folder), hint=hint)
+    target = {f"module.{name}": value for name, value in load_file(files.encoder).items()}
     # The release calls the head `fc`; its layers have the same names.
     start = "target.head."
-    target |= {
-        f"module.fc.{name.removeprefix(start)}": value for name, value in model.items() if name.startswith(start)
-    }
-    _save({"target_encoder": target, "prototypes": model["prototypes"], "epoch": files.epoch}, out)
+    head = {name.removeprefix(start): value for name, value in model.items() if name.startswith(start)}
+    target |= {f"module.fc.{name}": value for name, value in head.items()}
+    write_torch_file(out, {"target_encoder": target, "prototypes": model["prototypes"], "epoch": files.epoch})
 
 
 def _write_torchvision(files: SnapshotFiles, out: Path, architecture: str) -> None:
     from timm.models.resnet import ResNet
 
     if not isinstance(outline_network(name_architecture(architecture)), ResNet):
-        raise CheckpointError(
-            f"{architecture} is not a residual network; torchvision has its own names for others",
-            where=str(files.folder),
-            hint="Use --to timm, --to hf or --to msn.",
-        )
-    _save(_weights(files), out)  # timm's names of a residual network are torchvision's
-
-
-def _save(content: dict[str, Any], out: Path) -> None:
-    with written_atomically(out, "the checkpoint") as temporary:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # torch's error for a full disk
-            raise OSError(str(error).partition("\n")[0]) from error
+        what = f"{architecture} is not a residual network; torchvision has its own names for others"
+        raise CheckpointError(what, where=str(files.folder), hint="Use --to timm, --to hf or --to msn.")
+    write_torch_file(out, load_file(files.encoder))  # timm's names of a residual network are torchvision's

@@ -17,7 +17,7 @@ from msn_eval.errors import PREEMPTED, DistributedError, UsageError
 from msn_eval.features.encoder import choose_device
 from msn_eval.process import usable_cores
 
-_FAREWELL_SECONDS = 20.0
+_SHUTDOWN_SECONDS = 20.0
 _POLL_SECONDS = 0.05
 
 
@@ -49,19 +49,15 @@ def run_local_ranks(arguments: Sequence[str], devices: Sequence[str]) -> int:
             raise UsageError("run.device: auto among several", hint="Name each: run.device=cuda:0,cuda:1.")
         choose_device(name)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = os.environ | {
-        "WORLD_SIZE": str(len(devices)),
-        "LOCAL_WORLD_SIZE": str(len(devices)),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # if this process is killed, the ranks notice that the store is gone
-    }
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // len(devices))))
-    children = [
-        subprocess.Popen(
-            (sys.executable, "-m", "msn_pretrain", *arguments),
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
+    environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // len(devices)))} | os.environ
+    environment |= {"WORLD_SIZE": str(len(devices)), "LOCAL_WORLD_SIZE": str(len(devices))}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    environment["TORCHELASTIC_USE_AGENT_STORE"] = (
+        "True"  # if this process is killed, the ranks notice that the store is gone
+    )
+    command = (sys.executable, "-m", "msn_pretrain", *arguments)
+    ranks = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(len(devices))
     ]
     terminated = False
@@ -69,36 +65,34 @@ def run_local_ranks(arguments: Sequence[str], devices: Sequence[str]) -> int:
     def pass_on(number: int, frame: FrameType | None) -> None:
         nonlocal terminated
         terminated = True
-        for child in children:
-            child.send_signal(number)
+        for rank in ranks:
+            rank.send_signal(number)
 
-    # A terminal sends Ctrl-C to the children itself.
-    handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on)}
-    handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    on_terminate = signal.signal(signal.SIGTERM, pass_on)
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to the ranks itself
     try:
-        code = _wait_for(children)
+        code = _wait_for(ranks)
         # Ranks that were still starting did not handle the signal, and have nothing to save.
         return PREEMPTED if terminated and code == DistributedError.exit_code else code
     finally:
-        for stop, handler in handlers.items():
-            signal.signal(stop, handler)
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-            child.wait()
+        signal.signal(signal.SIGTERM, on_terminate)
+        signal.signal(signal.SIGINT, on_interrupt)
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
-def _wait_for(children: "Sequence[subprocess.Popen[bytes]]") -> int:
+def _wait_for(ranks: "Sequence[subprocess.Popen[bytes]]") -> int:
     """Wait until all have ended. If one fails, the others get some time to report it, then they are killed."""
     code, deadline = 0, float("inf")
-    while any(child.poll() is None for child in children):
-        failed = [child.returncode for child in children if child.returncode not in (None, 0)]
+    while True:
+        running = [rank for rank in ranks if rank.poll() is None]
+        failed = [rank.returncode for rank in ranks if rank.returncode]
         if failed and not code:
-            code, deadline = failed[0], time.monotonic() + _FAREWELL_SECONDS
+            code, deadline = failed[0], time.monotonic() + _SHUTDOWN_SECONDS
+        if not running:
+            return code if code >= 0 else DistributedError.exit_code
         if time.monotonic() > deadline:
-            for child in children:
-                child.kill()
+            for rank in running:
+                rank.kill()
         time.sleep(_POLL_SECONDS)
-    codes = [child.returncode for child in children if child.returncode]
-    code = code or (codes[0] if codes else 0)
-    return code if code >= 0 else DistributedError.exit_code

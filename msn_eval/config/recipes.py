@@ -1,10 +1,10 @@
 """Recipes: the settings of probes that have more than one number, as sections of a config file."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from msn_eval.config.yaml_config import check_choice, check_range
+from msn_eval.config.yaml_config import check_choice, check_ranges
 from msn_eval.errors import UsageError
 
 TAP_NAMES = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
@@ -50,9 +50,9 @@ class LinearRecipe:
             raise UsageError("linear.taps: nothing given", hint=f"Name one or several of {', '.join(TAP_NAMES)}.")
         for tap in self.taps:
             check_choice("linear.taps", tap, TAP_NAMES, what="tap")
-        _check_ranges(self, "linear", "lr lr_first lr_last weight_decay_first weight_decay_last", above=0)
-        _check_ranges(self, "linear", "weight_decay seed", least=0)
-        _check_ranges(self, "linear", "lrs weight_decays epochs batch_size seeds", least=1)
+        check_ranges(self, "linear", "lr lr_first lr_last weight_decay_first weight_decay_last", above=0)
+        check_ranges(self, "linear", "weight_decay seed", least=0)
+        check_ranges(self, "linear", "lrs weight_decays epochs batch_size seeds", least=1)
 
     @property
     def named_taps(self) -> tuple[str, ...]:
@@ -62,9 +62,9 @@ class LinearRecipe:
     @property
     def learning_rates(self) -> tuple[float, ...]:
         """The learning rates to choose from, from first to last."""
-        return (
-            (self.lr,) if self.lr is not None else _interpolate_in_equal_ratios(self.lr_first, self.lr_last, self.lrs)
-        )
+        if self.lr is not None:
+            return (self.lr,)
+        return _interpolate_in_equal_ratios(self.lr_first, self.lr_last, self.lrs)
 
     @property
     def decays(self) -> tuple[float, ...]:
@@ -105,18 +105,10 @@ class AugmentedRecipe:
     def __post_init__(self) -> None:
         if not self.lr:
             raise UsageError("linear_augmented.lr: nothing given", hint="Name at least one learning rate.")
-        _check_ranges(self, "linear_augmented", "lr", above=0)
-        _check_ranges(self, "linear_augmented", "weight_decay seed", least=0)
-        _check_ranges(self, "linear_augmented", "epochs batch_size", least=1)
-        _check_ranges(self, "linear_augmented", "crop_share", above=0, most=1)
-
-
-def _check_ranges(recipe: object, section: str, names: str, **bounds: float) -> None:
-    """Check the named fields of a recipe; lists item by item, None never."""
-    for name in names.split():
-        value = getattr(recipe, name)
-        for number in value if isinstance(value, list) else [] if value is None else [value]:
-            check_range(f"{section}.{name}", number, **bounds)
+        check_ranges(self, "linear_augmented", "lr", above=0)
+        check_ranges(self, "linear_augmented", "weight_decay seed", least=0)
+        check_ranges(self, "linear_augmented", "epochs batch_size", least=1)
+        check_ranges(self, "linear_augmented", "crop_share", above=0, most=1)
 
 
 def _interpolate_in_equal_ratios(first: float, last: float, count: int) -> tuple[float, ...]:
@@ -178,15 +170,15 @@ class FinetuneRecipe:
     erase: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_ranges(self, "finetune", "epochs batch randaugment_layers", least=1)
-        _check_ranges(self, "finetune", "learning_rate", above=0)
-        _check_ranges(self, "finetune", "warmup_epochs blocks head_lambda smallest_rate weight_decay clip", least=0)
-        _check_ranges(self, "finetune", "mixup cutmix randaugment_std", least=0)
-        _check_ranges(self, "finetune", "layer_decay crop_share", above=0, most=1)
-        _check_ranges(self, "finetune", "flip erase", least=0, most=1)
-        _check_ranges(self, "finetune", "beta2 drop_path label_smoothing", least=0, below=1)
-        _check_ranges(self, "finetune", "randaugment_magnitude", least=0, most=10)
-        _check_ranges(self, "finetune", "warmup_epochs", below=self.epochs)
+        check_ranges(self, "finetune", "epochs batch randaugment_layers", least=1)
+        check_ranges(self, "finetune", "learning_rate", above=0)
+        check_ranges(self, "finetune", "warmup_epochs blocks head_lambda smallest_rate weight_decay clip", least=0)
+        check_ranges(self, "finetune", "mixup cutmix randaugment_std", least=0)
+        check_ranges(self, "finetune", "layer_decay crop_share", above=0, most=1)
+        check_ranges(self, "finetune", "flip erase", least=0, most=1)
+        check_ranges(self, "finetune", "beta2 drop_path label_smoothing", least=0, below=1)
+        check_ranges(self, "finetune", "randaugment_magnitude", least=0, most=10)
+        check_ranges(self, "finetune", "warmup_epochs", below=self.epochs)
 
     @property
     def mixes(self) -> bool:
@@ -206,8 +198,8 @@ class FinetuneRecipe:
 
 def read_finetune_recipe(settings: Params) -> FinetuneRecipe:
     """Return the recipe with the settings of a record, ignoring settings of other things."""
-    known = {field.name for field in fields(FinetuneRecipe)}
-    # Every field is passed: None is left out of the settings and may differ from the default.
-    given: dict[str, int | float | str | None] = {"blocks": None}
-    given |= {name: value for name, value in settings.items() if name in known}
-    return FinetuneRecipe(**given)  # type: ignore[arg-type]
+    known = FinetuneRecipe.__dataclass_fields__
+    given: dict[str, Any] = {name: value for name, value in settings.items() if name in known}
+    return FinetuneRecipe(
+        **({"blocks": None} | given)
+    )  # None is left out of the settings and may differ from the default

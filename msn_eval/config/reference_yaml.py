@@ -34,47 +34,29 @@ def read_keys(
     given: dict[str, Any] = {}
     for section, values in content.items():
         if section not in sections or not isinstance(values, Mapping):
-            raise UsageError(
-                f"{section!r} is not a section of the MSN repository's files.{did_you_mean(section, sections)}",
-                where=where,
-                hint=f"Known: {', '.join(sections)}. Files of msn-eval have no section `meta`.",
-            )
+            what = f"{section!r} is not a section of the MSN repository's files.{did_you_mean(section, sections)}"
+            hint = f"Known: {', '.join(sections)}. Files of msn-eval have no section `meta`."
+            raise UsageError(what, where=where, hint=hint)
         given |= {f"{section}.{key}": value for key, value in values.items()}
     unknown = next((key for key in given if key not in known), None)
     if unknown is not None:
-        raise UsageError(
-            f"unknown key {unknown!r}.{did_you_mean(unknown, known)}",
-            where=where,
-            hint=f"The {reader} of the MSN repository does not read it either: remove it.",
-        )
+        hint = f"The {reader} of the MSN repository does not read it either: remove it."
+        raise UsageError(f"unknown key {unknown!r}.{did_you_mean(unknown, known)}", where=where, hint=hint)
     given = {**defaults, **given}
     missing = [key for key in known if key not in given]
     if missing:
-        raise UsageError(
-            f"lacks {', '.join(missing)}", where=where, hint="The code of the MSN repository needs them too."
-        )
+        hint = "The code of the MSN repository needs them too."
+        raise UsageError(f"lacks {', '.join(missing)}", where=where, hint=hint)
     return given
 
 
-MAPPED = {
-    "data.root_path": "data, with image_folder behind it",
-    "data.image_folder": "data",
-    "data.num_classes": "classes: a data set with another number is refused",
-    "logging.folder": "checkpoint and out, followed by pretrain_path and write_tag",
-    "logging.pretrain_path": "checkpoint",
-    "logging.write_tag": "out",
-    "meta.copy_data": "nothing; only false",
-    "meta.device": "device",
-    "meta.load_checkpoint": "nothing: a run that is restarted on its folder continues",
-    "meta.master_port": "nothing: the launcher sets it",
-    "meta.model_name": "arch",
-    "meta.training": "nothing; only true",
-    "optimization.epochs": "linear_augmented.epochs",
-    "optimization.lr": "linear_augmented.lr",
-    "optimization.normalize": "nothing; only true",
-    "optimization.num_blocks": "nothing; only 1",
-    "optimization.weight_decay": "linear_augmented.weight_decay",
-}
+KNOWN = (
+    *("data.root_path", "data.image_folder", "data.num_classes"),
+    *("logging.folder", "logging.pretrain_path", "logging.write_tag"),
+    *("meta.copy_data", "meta.device", "meta.load_checkpoint", "meta.master_port", "meta.model_name", "meta.training"),
+    *("optimization.epochs", "optimization.lr", "optimization.normalize", "optimization.num_blocks"),
+    "optimization.weight_decay",
+)
 _ONLY: dict[str, tuple[object, str]] = {
     "meta.copy_data": (False, "msn-eval copies nothing to a node's disk; copy beforehand and set data.root_path"),
     "meta.training": (True, "msn-eval cannot score a classifier that their code trained"),
@@ -91,12 +73,11 @@ def map_reference_config(content: Mapping[str, Any], *, where: str) -> dict[str,
     Raises:
         UsageError: The file has a key that their code does not read, lacks one, or asks for something that is not supported.
     """
-    given = read_keys(content, known=MAPPED, defaults={}, reader="linear evaluation", where=where)
+    given = read_keys(content, known=KNOWN, defaults={}, reader="linear evaluation", where=where)
     for key, (only, why) in _ONLY.items():
         if type(given[key]) is not type(only) or given[key] != only:
-            raise UsageError(
-                f"{key}: {given[key]} cannot be mapped: {why}", where=where, hint=f"Set it to {str(only).lower()}."
-            )
+            hint = f"Set it to {str(only).lower()}."
+            raise UsageError(f"{key}: {given[key]} cannot be mapped: {why}", where=where, hint=hint)
     folder = str(given["logging.folder"])
     return {
         "checkpoint": [posixpath.join(folder, str(given["logging.pretrain_path"]))],
@@ -139,9 +120,6 @@ NETWORKS = {
 def map_architecture(name: str, *, where: str) -> str:
     """Return the timm architecture for a name of the authors. Raises UsageError naming the file `where`."""
     if name not in NETWORKS:
-        raise UsageError(
-            f"meta.model_name: {name!r} cannot be mapped.{did_you_mean(name, NETWORKS)}",
-            where=where,
-            hint=f"Known: {', '.join(NETWORKS)}.",
-        )
+        what = f"meta.model_name: {name!r} cannot be mapped.{did_you_mean(name, NETWORKS)}"
+        raise UsageError(what, where=where, hint=f"Known: {', '.join(NETWORKS)}.")
     return NETWORKS[name]

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from msn_eval.config.recipes import TAP_NAMES, AugmentedRecipe, FinetuneRecipe, LinearRecipe
-from msn_eval.config.yaml_config import check_choice, check_range
+from msn_eval.config.yaml_config import check_choice, check_range, check_ranges
 from msn_eval.errors import UsageError
 
 SOLVER_NAMES = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
@@ -91,18 +91,18 @@ class EvaluationConfig:
     save: str | None = None
 
     def __post_init__(self) -> None:
-        if self.tap is not None:
-            _one_of("tap", self.tap, TAP_NAMES)
-            if "linear" in self.probe and self.linear.named_taps:
-                raise UsageError(
-                    f"--tap {self.tap}: linear.taps names {', '.join(self.linear.named_taps)}",
-                    hint="Leave out one of them.",
-                )
-        _one_of("solver", self.solver, SOLVER_NAMES)
-        _one_of("decoder", self.decoder, DECODERS)
-        _one_of("on-bad-image", self.on_bad_image, BAD_IMAGE_RULES)
-        if self.precision is not None:
-            _one_of("precision", self.precision, PRECISIONS)
+        for option, value, known in (
+            ("--tap", self.tap, TAP_NAMES),
+            ("--solver", self.solver, SOLVER_NAMES),
+            ("--decoder", self.decoder, DECODERS),
+            ("--on-bad-image", self.on_bad_image, BAD_IMAGE_RULES),
+            ("--precision", self.precision, PRECISIONS),
+        ):
+            if value is not None:
+                check_choice(option, value, known)
+        if self.tap and "linear" in self.probe and self.linear.named_taps:
+            names = ", ".join(self.linear.named_taps)
+            raise UsageError(f"--tap {self.tap}: linear.taps names {names}", hint="Leave out one of them.")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: not a device", hint="Use auto, cpu, cuda or cuda:N.")
         finetunes, augments = "finetune" in self.probe, "linear-augmented" in self.probe
@@ -122,17 +122,11 @@ class EvaluationConfig:
                 raise UsageError(f"--{name}: nothing given", hint=f"Name at least one {name}.")
         for text in self.lambda_:
             if text != AUTO:
-                check_range("--lambda", _parse_number("lambda", text), above=0)
-        for temperature in self.temperature:
-            check_range("--temperature", temperature, above=0)
-        for k in self.k:
-            check_range("--k", k, least=1)
-        check_range("--seed", self.seed, least=0)
-        for name in ("limit", "image_pixels"):
-            if (count := getattr(self, name)) is not None:
-                check_range(f"--{name.replace('_', '-')}", count, least=1)
-        if self.patch_drop is not None:
-            check_range("--patch-drop", self.patch_drop, least=0, below=1)
+                check_range("--lambda", _parse_lambda(text), above=0)
+        check_ranges(self, "--", "temperature", above=0)
+        check_ranges(self, "--", "k limit image_pixels", least=1)
+        check_ranges(self, "--", "seed", least=0)
+        check_ranges(self, "--", "patch_drop", least=0, below=1)
         _check_count_or_auto("batch-size", self.batch_size, least=1)
         _check_count_or_auto("workers", self.workers, least=0)
 
@@ -155,19 +149,14 @@ class EvaluationConfig:
         return None if self.workers == "auto" else int(self.workers)
 
 
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
-    check_choice(f"--{option}", value, known, what=option)
-
-
-def _parse_number(option: str, text: str) -> float:
+def _parse_lambda(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UsageError(f"--{option} {text}: not a number", hint=f"Give a finite number above 0, or {AUTO}.") from None
+        raise UsageError(f"--lambda {text}: not a number", hint=f"Give a finite number above 0, or {AUTO}.") from None
 
 
 def _check_count_or_auto(option: str, value: str, *, least: int) -> None:
     if value != "auto" and not (value.isdecimal() and int(value) >= least):
-        raise UsageError(
-            f"--{option} {value}: out of range", hint=f"Give `auto` or a whole number of at least {least}."
-        )
+        hint = f"Give `auto` or a whole number of at least {least}."
+        raise UsageError(f"--{option} {value}: out of range", hint=hint)

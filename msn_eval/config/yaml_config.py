@@ -65,23 +65,16 @@ def build_config(kind: type[_Record], layers: Iterable[tuple[str, Mapping[str, o
     for node in (config, *(section for section in config.values() if OmegaConf.is_config(section))):
         OmegaConf.set_readonly(node, False)  # they inherit it from frozen dataclasses
     for where, layer in layers:
-        for section, owner, name, value in _iterate_fields(kind, layer, where):
-            key = f"{section}{name}"
+        for key, wanted, value in _iterate_fields(_list_fields(kind), layer, where):
             # OmegaConf takes these for a reference and for a value that is still missing.
             if "${" in str(value) or "???" in str(value):
-                raise UsageError(
-                    f"{key.rstrip('_')}: {value!r} is not a value",
-                    where=where,
-                    hint="References such as ${…} are not supported: write the value itself.",
-                )
+                hint = "References such as ${…} are not supported: write the value itself."
+                raise UsageError(f"{key.rstrip('_')}: {value!r} is not a value", where=where, hint=hint)
             try:
-                OmegaConf.update(config, key, _convert_value(owner, name, value))
+                OmegaConf.update(config, key, _convert_value(wanted, value))
             except OmegaConfBaseException as error:
-                raise UsageError(
-                    f"{key.rstrip('_')}: {str(error).partition(chr(10))[0]}",
-                    where=where,
-                    hint=f"It takes: {_type_of(owner, name)}.",
-                ) from error
+                what = f"{key.rstrip('_')}: {str(error).partition(chr(10))[0]}"
+                raise UsageError(what, where=where, hint=f"It takes: {wanted}.") from error
     return cast(_Record, OmegaConf.to_object(config))
 
 
@@ -141,52 +134,47 @@ def parse_override(text: str, *, example: str = "limit=10") -> dict[str, Any]:
     return {key: TypedNumber(parsed, value.strip()) if isinstance(parsed, int | float) else parsed}
 
 
+def _list_fields(kind: Any) -> dict[str, tuple[str, Any]]:
+    """Return the path and type of each field by its `key` or `section.key`; `lambda` is the key of a field `lambda_`."""
+    listed: dict[str, tuple[str, Any]] = {}
+    for field in fields(kind):
+        key = field.name.rstrip("_")
+        listed[key] = field.name, field.type
+        if is_dataclass(field.type):
+            listed |= {
+                f"{key}.{name}": (f"{field.name}.{path}", inner)
+                for name, (path, inner) in _list_fields(field.type).items()
+            }
+    return listed
+
+
 def _iterate_fields(
-    kind: type[object], layer: Mapping[str, object], where: str
-) -> Iterator[tuple[str, type[object], str, object]]:
-    """Yield the section (`linear.`, or nothing), the dataclass, the field and the value of each entry of a layer."""
-    for key, value in layer.items():
-        head, point, rest = key.partition(".")
-        name = _field_name(kind, head, where)
-        inner = _type_of(kind, name)
-        if not is_dataclass(inner):
-            yield "", kind, _field_name(kind, key, where), value
+    known: Mapping[str, tuple[str, Any]], layer: Mapping[str, object], where: str
+) -> Iterator[tuple[str, Any, object]]:
+    """Yield path, type and value of each field in a layer, sections field by field."""
+    for given, value in layer.items():
+        key = given.replace("-", "_").rstrip("_")
+        if key not in known:
+            section = key.rpartition(".")[0] if key.rpartition(".")[0] in known else ""
+            siblings = [name for name in known if name.rpartition(".")[0] == section]
+            namesake = next((name for name in known if name.endswith(f".{key}")), key)
+            hint = f"Known{f' in {section}' if section else ''}: {', '.join(siblings)}."
+            raise UsageError(f"unknown key {given!r}.{did_you_mean(namesake, known)}", where=where, hint=hint)
+        path, wanted = known[key]
+        if not (isinstance(wanted, type) and is_dataclass(wanted)):
+            yield path, wanted, value
             continue
-        assert isinstance(inner, type)
-        entries = {rest: value} if point else asdict(value) if isinstance(value, inner) else value
+        entries = asdict(value) if isinstance(value, wanted) else value
         if not isinstance(entries, Mapping):
-            raise UsageError(
-                f"{name} is a section, not a value",
-                where=where,
-                hint=f"Write {name}.KEY=VALUE, or keys below {name}:.",
-            )
-        for inner_key, inner_value in entries.items():
-            yield f"{name}.", inner, _field_name(inner, str(inner_key), where, section=name), inner_value
+            hint = f"Write {key}.KEY=VALUE, or keys below {key}:."
+            raise UsageError(f"{key} is a section, not a value", where=where, hint=hint)
+        yield from _iterate_fields(known, {f"{key}.{name}": entry for name, entry in entries.items()}, where)
 
 
-def _type_of(kind: type[object], name: str) -> object:
-    assert is_dataclass(kind)
-    return next(field.type for field in fields(kind) if field.name == name)
-
-
-def _field_name(kind: type[object], key: str, where: str, *, section: str = "") -> str:
-    assert is_dataclass(kind)
-    names = {field.name.rstrip("_"): field.name for field in fields(kind)}
-    normal = key.replace("-", "_").rstrip("_")
-    if normal not in names:
-        raise UsageError(
-            f"unknown key {f'{section}.{key}'.removeprefix('.')!r}.{did_you_mean(normal, names)}",
-            where=where,
-            hint=f"Known{f' in {section}' if section else ''}: {', '.join(names)}.",
-        )
-    return names[normal]
-
-
-def _convert_value(kind: type[object], name: str, value: object) -> object:
+def _convert_value(wanted: Any, value: object) -> object:
     """Let a list field take `a,b` or a single value as its option does, and a text field a number as typed."""
     from omegaconf.errors import ValidationError
 
-    wanted = _type_of(kind, name)
     if isinstance(value, TypedNumber):
         value = value.text if wanted in (str, str | None) else value.value
     if get_origin(wanted) is not list or value is None:
@@ -218,10 +206,29 @@ def check_range(
     raise UsageError(what, hint=f"Give a number {' and '.join(texts)}.")
 
 
-def check_choice(option: str, value: str, known: Collection[str], *, what: str) -> None:
-    """Raise UsageError for an unknown value of an option (`--tap`) or a config key (`linear.taps`)."""
+def check_ranges(record: object, section: str, names: str, **bounds: float) -> None:
+    """Call `check_range` for the named fields of a record; lists item by item, None never.
+
+    The section `--` is that of options.
+    """
+    for name in names.split():
+        value = getattr(record, name)
+        key = f"--{name.replace('_', '-')}" if section == "--" else f"{section}.{name}"
+        for number in value if isinstance(value, list | tuple) else [] if value is None else [value]:
+            check_range(key, number, **bounds)
+
+
+def check_choice(option: str, value: str, known: Collection[str], *, what: str = "") -> None:
+    """Raise UsageError for an unknown value of an option (`--tap`) or a config key (`linear.taps`).
+
+    Args:
+        option: The option or key.
+        value: Its value.
+        known: The allowed values.
+        what: What the values are, if that is not the name of the option or key.
+    """
     if value not in known:
-        error = f"{option} {value}: there is no such {what}."
-        if not option.startswith("--"):
-            error = f"{option}: there is no {what} {value!r}."
+        what = what or option.removeprefix("--").rpartition(".")[2]
+        is_key = not option.startswith("--")
+        error = f"{option}: there is no {what} {value!r}." if is_key else f"{option} {value}: there is no such {what}."
         raise UsageError(f"{error}{did_you_mean(value, known)}", hint=f"Known: {', '.join(known)}.")

@@ -6,11 +6,10 @@
 Defaults are the published values: those of the released ViT-S/16 for MSN, of ResNet-50 for SimSiam.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from msn_eval.config.yaml_config import check_range
-from msn_eval.errors import UsageError, did_you_mean
+from msn_eval.config.yaml_config import check_choice, check_range, check_ranges
+from msn_eval.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +43,11 @@ class Run:
     compare_every: int = 100
 
     def __post_init__(self) -> None:
-        _one_of("run.precision", self.precision, ("auto", "fp32", "bf16"))
-        _one_of("run.attention", self.attention, ("auto", "fused", "explicit"))
-        check_range("run.seed", self.seed, least=0)
-        check_range("run.micro_batch", self.micro_batch, least=0)
-        check_range("run.log_every", self.log_every, least=1)
-        check_range("run.snapshot_minutes", self.snapshot_minutes, above=0)
-        check_range("run.keep_every", self.keep_every, least=0)
-        check_range("run.compare_every", self.compare_every, least=0)
+        check_choice("run.precision", self.precision, ("auto", "fp32", "bf16"))
+        check_choice("run.attention", self.attention, ("auto", "fused", "explicit"))
+        check_ranges(self, "run", "seed micro_batch keep_every compare_every", least=0)
+        check_ranges(self, "run", "log_every", least=1)
+        check_ranges(self, "run", "snapshot_minutes", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +67,7 @@ class Data:
     pin_memory: bool = True
 
     def __post_init__(self) -> None:
-        check_range("data.workers", self.workers, least=0)
-        check_range("data.limit", self.limit, least=0)
+        check_ranges(self, "data", "workers limit", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,25 +114,21 @@ class Views:
     made: str = "auto"
 
     def __post_init__(self) -> None:
-        _one_of("views.made", self.made, ("auto", "loader", "device"))
-        for name in ("image_pixels", "focal_pixels", "random_views"):
-            check_range(f"views.{name}", getattr(self, name), least=1)
-        check_range("views.focal_views", self.focal_views, least=0)
-        _one_of("views.interpolation", self.interpolation, ("bilinear", "bicubic"))
-        for name in ("flip", "jitter", "grey", "blur"):
-            check_range(f"views.{name}", getattr(self, name), least=0, most=1)
-        for name in ("brightness", "contrast", "saturation"):
-            check_range(f"views.{name}", getattr(self, name), least=0)
-        check_range("views.hue", self.hue, least=0, most=0.5)
+        check_choice("views.made", self.made, ("auto", "loader", "device"))
+        check_choice("views.interpolation", self.interpolation, ("bilinear", "bicubic"))
+        check_ranges(self, "views", "image_pixels focal_pixels random_views", least=1)
+        check_ranges(self, "views", "focal_views brightness contrast saturation", least=0)
+        check_ranges(self, "views", "flip jitter grey blur", least=0, most=1)
+        check_ranges(self, "views", "hue", least=0, most=0.5)
+        check_ranges(self, "views", "crop_scale focal_crop_scale", above=0, most=1)
+        check_ranges(self, "views", "blur_sigma", above=0)
         for name in ("crop_scale", "focal_crop_scale", "blur_sigma"):
-            _check_pair(f"views.{name}", getattr(self, name))
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # a YAML file gives a list
-        for name in ("crop_scale", "focal_crop_scale"):
-            low, high = getattr(self, name)
-            check_range(f"views.{name}", low, above=0)
-            check_range(f"views.{name}", high, least=low, most=1)
-        check_range("views.blur_sigma", self.blur_sigma[0], above=0)
-        check_range("views.blur_sigma", self.blur_sigma[1], least=self.blur_sigma[0])
+            ends = tuple(getattr(self, name))
+            if len(ends) != 2:
+                hint = "Use a lower and an upper value: [0.3, 1.0]."
+                raise UsageError(f"views.{name}: {list(ends)} are not two numbers", hint=hint)
+            check_range(f"views.{name}", ends[1], least=ends[0])
+            object.__setattr__(self, name, ends)  # a YAML file gives a list
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,16 +152,18 @@ class Encoder:
 
     def __post_init__(self) -> None:
         check_range("encoder.drop_path", self.drop_path, least=0, most=0.999)
-        _one_of("encoder.first_weights", self.first_weights, ("release", "timm"))
+        check_choice("encoder.first_weights", self.first_weights, ("release", "timm"))
         check_range("encoder.position_scale", self.position_scale, above=0)
-        _one_of("encoder.stem", self.stem, ("imagenet", "cifar"))
+        check_choice("encoder.stem", self.stem, ("imagenet", "cifar"))
 
 
-def architecture_of(encoder: Encoder) -> str:
-    """Return an encoder's architecture as for `msn-eval --arch`."""
-    if encoder.stem == "imagenet":
-        return encoder.name
-    return f"{encoder.name}{'&' if '?' in encoder.name else '?'}stem={encoder.stem}"
+def architecture_of(encoder: Encoder, *, drop_path: float = 0.0) -> str:
+    """Return an encoder's architecture as for `msn-eval --arch`; for training with its rate of stochastic depth."""
+    name, _, keywords = encoder.name.partition("?")
+    stem = "" if encoder.stem == "imagenet" else f"stem={encoder.stem}"
+    rate = f"drop_path_rate={drop_path}" if drop_path else ""
+    joined = "&".join(text for text in (keywords, stem, rate) if text)
+    return f"{name}?{joined}" if joined else name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +175,7 @@ class Head:
     batch_norm: bool = True
 
     def __post_init__(self) -> None:
-        check_range("head.hidden", self.hidden, least=1)
-        check_range("head.output", self.output, least=1)
+        check_ranges(self, "head", "hidden output", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,11 +217,9 @@ class Criterion:
 
     def __post_init__(self) -> None:
         check_range("criterion.prototypes", self.prototypes, least=2)
-        for name in ("temperature", "sharpening", "final_sharpening"):
-            check_range(f"criterion.{name}", getattr(self, name), above=0)
-        for name in ("sinkhorn_iterations", "me_max_weight", "entropy_weight", "prior_exponent"):
-            check_range(f"criterion.{name}", getattr(self, name), least=0)
-        _one_of("criterion.prior", self.prior, ("uniform", "power_law"))
+        check_ranges(self, "criterion", "temperature sharpening final_sharpening", above=0)
+        check_ranges(self, "criterion", "sinkhorn_iterations me_max_weight entropy_weight prior_exponent", least=0)
+        check_choice("criterion.prior", self.prior, ("uniform", "power_law"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,19 +251,11 @@ class Optimization:
     clip: float = 3.0
 
     def __post_init__(self) -> None:
-        check_range("optimization.epochs", self.epochs, least=1)
-        check_range("optimization.batch_size", self.batch_size, least=2)
-        check_range("optimization.learning_rate", self.learning_rate, above=0)
-        for name in (
-            "start_learning_rate",
-            "final_learning_rate",
-            "weight_decay",
-            "final_weight_decay",
-            "clip",
-            "warmup",
-        ):
-            check_range(f"optimization.{name}", getattr(self, name), least=0)
-        check_range("optimization.stretch", self.stretch, least=1)
+        check_ranges(self, "optimization", "epochs stretch", least=1)
+        check_ranges(self, "optimization", "batch_size", least=2)
+        check_ranges(self, "optimization", "learning_rate", above=0)
+        check_ranges(self, "optimization", "start_learning_rate final_learning_rate warmup clip", least=0)
+        check_ranges(self, "optimization", "weight_decay final_weight_decay", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,8 +266,7 @@ class EMA:
     final: float = 1.0
 
     def __post_init__(self) -> None:
-        check_range("ema.start", self.start, least=0, most=1)
-        check_range("ema.final", self.final, least=0, most=1)
+        check_ranges(self, "ema", "start final", least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +290,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         check_range("watch.probe_every", self.probe_every, least=0)
-        _one_of("watch.on_alarm", self.on_alarm, ("stop", "warn", "rollback"))
+        check_choice("watch.on_alarm", self.on_alarm, ("stop", "warn", "rollback"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,8 +310,7 @@ class MSNRecipe:
     watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, ("msn",))
-        _one_of("encoder.stem", self.encoder.stem, ("imagenet",))
+        check_choice("encoder.stem", self.encoder.stem, ("imagenet",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,9 +328,7 @@ class Projector:
     predictor: int = 512
 
     def __post_init__(self) -> None:
-        check_range("projector.layers", self.layers, least=1)
-        check_range("projector.output", self.output, least=1)
-        check_range("projector.predictor", self.predictor, least=1)
+        check_ranges(self, "projector", "layers output predictor", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,17 +358,12 @@ class SGD:
     fixed_predictor_rate: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("optimization.optimizer", self.optimizer, ("sgd", "adamw"))
+        check_choice("optimization.optimizer", self.optimizer, ("sgd", "adamw"))
         check_range("optimization.epochs", self.epochs, least=1)
         check_range("optimization.batch_size", self.batch_size, least=2)
         check_range("optimization.learning_rate", self.learning_rate, above=0)
-        for name in ("weight_decay", "warmup", "clip"):
-            check_range(f"optimization.{name}", getattr(self, name), least=0)
+        check_ranges(self, "optimization", "weight_decay warmup clip", least=0)
         check_range("optimization.momentum", self.momentum, least=0, most=0.9999)
-
-
-def _simsiam_views() -> Views:
-    return Views(random_views=2, focal_views=0, crop_scale=(0.2, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,27 +373,13 @@ class SimSiamRecipe:
     method: str = "simsiam"
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
-    views: Views = field(default_factory=_simsiam_views)
+    views: Views = field(default_factory=lambda: Views(random_views=2, focal_views=0, crop_scale=(0.2, 1.0)))
     encoder: Encoder = field(default_factory=lambda: Encoder(name="resnet50"))
     projector: Projector = field(default_factory=Projector)
     optimization: SGD = field(default_factory=SGD)
     watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, ("simsiam",))
         if self.views.random_views != 2 or self.views.focal_views:
-            raise UsageError(
-                "views: SimSiam compares two views", hint="Set views.random_views=2 and views.focal_views=0."
-            )
-
-
-def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UsageError(f"{key}: {value!r}.{did_you_mean(value, known)}", hint=f"Known: {', '.join(known)}.")
-
-
-def _check_pair(key: str, values: Sequence[float]) -> None:
-    if len(values) != 2:
-        raise UsageError(
-            f"{key}: {list(values)} are not two numbers", hint="Use a lower and an upper value: [0.3, 1.0]."
-        )
+            hint = "Set views.random_views=2 and views.focal_views=0."
+            raise UsageError("views: SimSiam compares two views", hint=hint)

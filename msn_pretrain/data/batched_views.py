@@ -35,7 +35,7 @@ def make_batched_views(images: Sequence[Tensor], parameters: ViewParameters, kin
     for view in range(kind.count):
         own = parameters.rows(slice(view * len(images), (view + 1) * len(images)))
         made.append(_apply_changes(_resize(padded, own.boxes, kind), own, device).to(torch.uint8))
-    return torch.cat(made) if made else torch.empty(0, 3, kind.pixels, kind.pixels, dtype=torch.uint8, device=device)
+    return torch.cat(made)
 
 
 def _pad_to_largest(images: Sequence[Tensor]) -> Tensor:

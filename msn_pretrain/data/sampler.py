@@ -43,19 +43,15 @@ class Order:
     world: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.batch_size > self.n_images:
-            raise UsageError(
-                f"a batch of {self.batch_size} images is impossible with {self.n_images:,} images",
-                hint="Set optimization.batch_size to at most the number of images.",
-            )
+        if self.batch_size > self.n_images:
+            what = f"a batch of {self.batch_size} images is impossible with {self.n_images:,} images"
+            raise UsageError(what, hint="Set optimization.batch_size to at most the number of images.")
         if self.batch_size % self.world:
-            raise UsageError(
-                f"a global batch of {self.batch_size} cannot be divided by {self.world} ranks",
-                hint="Set optimization.batch_size to a multiple of the number of ranks.",
-            )
+            what = f"a global batch of {self.batch_size} cannot be divided by {self.world} ranks"
+            raise UsageError(what, hint="Set optimization.batch_size to a multiple of the number of ranks.")
 
     @property
-    def steps_an_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
         return self.n_images // self.batch_size
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
@@ -68,10 +64,10 @@ class Order:
         share = self.batch_size // self.world
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(first_step, steps):
-            if step // self.steps_an_epoch != epoch:
-                epoch = step // self.steps_an_epoch
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
                 order = self.permutation(epoch)
-            start = (step % self.steps_an_epoch) * self.batch_size + self.rank * share
+            start = (step % self.steps_per_epoch) * self.batch_size + self.rank * share
             yield Batch(step=step, epoch=epoch, images=order[start : start + share])
 
 
@@ -80,7 +76,7 @@ _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64)
 _KEY_STEPS = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint64)
 _LOW = np.uint64(0xFFFFFFFF)
 _WORD = np.uint64(32)
-_WORDS_A_BLOCK = 4
+_WORDS_PER_BLOCK = 4
 
 
 def philox(counters: NDArray[np.uint64], *, key: int) -> NDArray[np.uint64]:
@@ -97,14 +93,14 @@ def philox(counters: NDArray[np.uint64], *, key: int) -> NDArray[np.uint64]:
 
     Source: Philox4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    one, two, three, four = (counters[:, word] for word in range(_WORDS_A_BLOCK))
+    w0, w1, w2, w3 = (counters[:, word] for word in range(_WORDS_PER_BLOCK))
     keys = np.array([key & 0xFFFFFFFF, key >> 32], dtype=np.uint64)
     for _ in range(_ROUNDS):
-        left, right = one * _MULTIPLIERS[0], three * _MULTIPLIERS[1]  # products of 32-bit words fit into 64 bits
-        one, three = (right >> _WORD) ^ two ^ keys[0], (left >> _WORD) ^ four ^ keys[1]
-        two, four = right & _LOW, left & _LOW
+        left, right = w0 * _MULTIPLIERS[0], w2 * _MULTIPLIERS[1]  # products of 32-bit words fit into 64 bits
+        w0, w2 = (right >> _WORD) ^ w1 ^ keys[0], (left >> _WORD) ^ w3 ^ keys[1]
+        w1, w3 = right & _LOW, left & _LOW
         keys = (keys + _KEY_STEPS) & _LOW
-    return np.stack([one, two, three, four], axis=1)
+    return np.stack([w0, w1, w2, w3], axis=1)
 
 
 def uniforms(keys: NDArray[np.int64], *, seed: int, count: int) -> NDArray[np.float64]:
@@ -118,17 +114,17 @@ def uniforms(keys: NDArray[np.int64], *, seed: int, count: int) -> NDArray[np.fl
     Returns:
         (n, count).
     """
-    blocks = -(-count // _WORDS_A_BLOCK)
-    counters = np.empty((len(keys), blocks, _WORDS_A_BLOCK), dtype=np.uint64)
+    blocks = -(-count // _WORDS_PER_BLOCK)
+    counters = np.empty((len(keys), blocks, _WORDS_PER_BLOCK), dtype=np.uint64)
     counters[:, :, 0] = np.arange(blocks, dtype=np.uint64)
     counters[:, :, 1:] = keys.astype(np.uint64)[:, None]
-    words = philox(counters.reshape(-1, _WORDS_A_BLOCK), key=seed % 2**64)
+    words = philox(counters.reshape(-1, _WORDS_PER_BLOCK), key=seed % 2**64)
     return (words.reshape(len(keys), -1)[:, :count].astype(np.float64) + 0.5) / 2**32
 
 
 def seed_at(*keys: int, seed: int) -> int:
     """Derive a seed in [0, 2^63) from up to three integers in [0, 2^32), for generators that draw in order."""
-    counters = np.zeros((1, _WORDS_A_BLOCK), dtype=np.uint64)
+    counters = np.zeros((1, _WORDS_PER_BLOCK), dtype=np.uint64)
     counters[0, 0] = 0xFFFFFFFF  # a block that `uniforms` never reaches
     counters[0, 1 : 1 + len(keys)] = keys
     high, low = (int(word) for word in philox(counters, key=seed % 2**64)[0, :2])

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from msn_eval.data.images import BadImageError, ImageSet, read_image
 from msn_eval.errors import DataError, ResourceError
 from msn_pretrain.data.batched_views import make_batched_views
 from msn_pretrain.data.sampler import Batch, Order
-from msn_pretrain.data.views import ViewKind, draw_for_batch, make_views
+from msn_pretrain.data.views import ViewKind, ViewParameters, draw_for_batch, make_views
 
 _WORKER_TIMEOUT_SECONDS = 300.0
 _BATCHES_PER_WORKER = 2
@@ -97,8 +97,8 @@ def load_views(view_list: ViewList, order: Order, *, first_step: int, steps: int
         yield _move_to_device(view_list, item)
 
 
-# Step, epoch, indices of the images, the views of each kind (or the images, if views are made on the device), and an error.
-_Prepared = tuple[int, int, Tensor, list[Tensor], str | None]
+# The views of each kind (or the images, if views are made on the device), and an error.
+_Prepared = tuple[Batch, list[Tensor], str | None]
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ class _BatchDataset(IterableDataset[_Prepared]):
 
 
 def _prepare(view_list: ViewList, batch: Batch) -> _Prepared:
-    numbers = torch.from_numpy(np.ascontiguousarray(batch.images))
     try:
         images = [_decode(view_list.images, number) for number in batch.images.tolist()]
     except DataError as error:  # our exceptions cannot be pickled out of a worker
-        return batch.step, batch.epoch, numbers, [], str(error)
-    made = images if view_list.batched else _make_views(view_list, images, batch)
-    return batch.step, batch.epoch, numbers, made, None
+        return batch, [], str(error)
+    if view_list.batched:
+        return batch, images, None
+    return batch, [make_views(images, parameters, kind) for kind, parameters in _draw(view_list, images, batch)], None
 
 
 def _decode(images: ImageSet, number: int) -> Tensor:
@@ -142,39 +142,29 @@ def _decode(images: ImageSet, number: int) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
 
 
-def _make_views(view_list: ViewList, images: list[Tensor], batch: Batch) -> list[Tensor]:
-    return [
-        make_views(images, kind, first_view=first, seed=view_list.seed, epoch=batch.epoch, numbers=batch.images)
-        for kind, first in zip(view_list.kinds, _first_views(view_list.kinds), strict=True)
-    ]
-
-
-def _first_views(kinds: Sequence[ViewKind]) -> list[int]:
-    """Return the number of each kind's first view among all views of an image."""
-    return [sum(kind.count for kind in kinds[:index]) for index in range(len(kinds))]
+def _draw(view_list: ViewList, images: list[Tensor], batch: Batch) -> Iterator[tuple[ViewKind, ViewParameters]]:
+    """Yield each kind of views with its parameters."""
+    draw = partial(draw_for_batch, images, seed=view_list.seed, epoch=batch.epoch, numbers=batch.images)
+    first_view = 0
+    for kind in view_list.kinds:
+        yield kind, draw(kind, first_view=first_view)
+        first_view += kind.count
 
 
 def _move_to_device(view_list: ViewList, item: _Prepared) -> ViewBatch:
-    step, epoch, numbers, made, problem = item
+    batch, made, problem = item
     if problem is not None:
         raise DataError(problem)
-    moved = [tensor.to(view_list.device, non_blocking=True) for tensor in made]
-    batch = Batch(step=step, epoch=epoch, images=numbers.numpy())
-    if not view_list.batched:
-        return ViewBatch(batch=batch, views=tuple(moved))
-    views = []
-    for kind, first in zip(view_list.kinds, _first_views(view_list.kinds), strict=True):
-        parameters = draw_for_batch(
-            moved, kind, first_view=first, seed=view_list.seed, epoch=batch.epoch, numbers=batch.images
-        )
-        views.append(make_batched_views(moved, parameters, kind))
+    views = [tensor.to(view_list.device, non_blocking=True) for tensor in made]
+    if view_list.batched:
+        views = [make_batched_views(views, parameters, kind) for kind, parameters in _draw(view_list, views, batch)]
     return ViewBatch(batch=batch, views=tuple(views))
 
 
 def _init_worker(number: int) -> None:
     """Ignore signals that a launcher sends to every process, as the parent handles them. Use one thread."""
-    for name in ("SIGTERM", "SIGINT"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -189,6 +179,5 @@ def normalise(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
     Returns:
         (n, 3, pixels, pixels) float32.
     """
-    shape: Any = (1, 3, 1, 1)
-    shift, scale = (torch.tensor(values, device=views.device).view(shape) for values in (mean, std))
+    shift, scale = (torch.tensor(values, device=views.device).view(1, 3, 1, 1) for values in (mean, std))
     return (views.float() / 255 - shift) / scale

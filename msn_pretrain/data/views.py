@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from msn_eval.errors import UsageError
 from msn_pretrain.data.sampler import uniforms
 
 _ATTEMPTS = 10  # to fit a crop into the image, as in torchvision
@@ -23,6 +22,7 @@ _FACTORS = _ORDER + 4
 _GREY, _BLUR, _SIGMA = _FACTORS + 4, _FACTORS + 5, _FACTORS + 6
 _NUMBERS = _SIGMA + 1
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+_CHANGES = ("brightness", "contrast", "saturation", "hue")
 BLUR_RADIUS = 6  # pixels, three times the widest sigma
 
 
@@ -58,20 +58,6 @@ class ViewKind:
     blur: float = 0.5
     sigma: tuple[float, float] = (0.1, 2.0)
     interpolation: str = "bilinear"
-
-    def __post_init__(self) -> None:
-        if self.pixels < 1 or self.count < 0:
-            raise UsageError(f"{self.count} views of {self.pixels} pixels are impossible")
-        for name, (least, most) in (("scale", self.scale), ("ratio", self.ratio), ("sigma", self.sigma)):
-            if not 0 < least <= most:
-                raise UsageError(f"{name} of a view is from {least} to {most}", hint="Use an ascending range above 0.")
-        if self.scale[1] > 1:
-            raise UsageError(f"a crop has {self.scale[1]} of the image's area", hint="Use a share of at most 1.")
-        for name in ("flip", "jitter", "grey", "blur"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name} of a view is {getattr(self, name)}", hint="Use a probability.")
-        if min(self.amounts) < 0 or self.amounts[HUE] > 0.5:
-            raise UsageError(f"the colour jitter is {self.amounts}", hint="Use amounts from 0; for hue up to 0.5.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,14 +187,9 @@ def make_view(image: Tensor, parameters: ViewParameters, row: int, kind: ViewKin
     if parameters.flipped[row]:
         view = transforms.horizontal_flip(view)
     if parameters.jittered[row]:
-        adjust = (
-            transforms.adjust_brightness,
-            transforms.adjust_contrast,
-            transforms.adjust_saturation,
-            transforms.adjust_hue,
-        )
-        for which in parameters.order[row].tolist():
-            view = adjust[which](view, float(parameters.factors[row, which]))
+        for index in parameters.order[row].tolist():
+            adjust = getattr(transforms, f"adjust_{_CHANGES[index]}")
+            view = adjust(view, float(parameters.factors[row, index]))
     if parameters.greyed[row]:
         view = transforms.rgb_to_grayscale(view, num_output_channels=3)
     if parameters.sigmas[row]:
@@ -223,10 +204,24 @@ def blur_radius(pixels: int) -> int:
     return min(BLUR_RADIUS, pixels - 1)
 
 
-def make_views(
-    images: list[Tensor], kind: ViewKind, *, first_view: int, seed: int, epoch: int, numbers: NDArray[np.int64]
-) -> Tensor:
+def make_views(images: list[Tensor], parameters: ViewParameters, kind: ViewKind) -> Tensor:
     """Make all views of one kind of some images, one after the other.
+
+    Args:
+        images: b images of (3, height, width) uint8.
+        parameters: Parameters of count * b views, view-major.
+        kind: The kind of the views.
+
+    Returns:
+        (count * b, 3, pixels, pixels) uint8, view-major: the first view of every image, then the second, …
+    """
+    return torch.stack([make_view(images[row % len(images)], parameters, row, kind) for row in range(len(parameters))])
+
+
+def draw_for_batch(
+    images: list[Tensor], kind: ViewKind, *, first_view: int, seed: int, epoch: int, numbers: NDArray[np.int64]
+) -> ViewParameters:
+    """Draw the parameters of all views of one kind of some images, view-major.
 
     Args:
         images: (3, height, width) uint8 each.
@@ -235,19 +230,7 @@ def make_views(
         seed: The seed.
         epoch: The epoch.
         numbers: (b,) indices of the images in their data set.
-
-    Returns:
-        (count * b, 3, pixels, pixels) uint8, view-major: the first view of every image, then the second, …
     """
-    drawn = draw_for_batch(images, kind, first_view=first_view, seed=seed, epoch=epoch, numbers=numbers)
-    made = [make_view(images[row % len(images)], drawn, row, kind) for row in range(len(drawn))]
-    return torch.stack(made) if made else torch.empty(0, 3, kind.pixels, kind.pixels, dtype=torch.uint8)
-
-
-def draw_for_batch(
-    images: list[Tensor], kind: ViewKind, *, first_view: int, seed: int, epoch: int, numbers: NDArray[np.int64]
-) -> ViewParameters:
-    """Draw the parameters of all views of one kind of some images, view-major. Arguments as for `make_views`."""
     sizes = np.array([image.shape[-2:] for image in images], dtype=np.int64).reshape(-1, 2)
     return draw_views(
         kind,

@@ -35,24 +35,18 @@ def simsiam_projector(width: int, *, layers: int = 3, output: int = 2048) -> nn.
 
     Source: arXiv:2011.10566, section 3; github.com/facebookresearch/simsiam, simsiam/builder.py.
     """
-    parts: list[nn.Module] = []
-    for number in range(1, layers + 1):
-        last = number == layers
-        parts += [nn.Linear(width, output, bias=False), nn.BatchNorm1d(output, affine=not last)]
-        parts += [] if last else [nn.ReLU(inplace=True)]
+    modules: list[nn.Module] = []
+    for _ in range(layers - 1):
+        modules += [nn.Linear(width, output, bias=False), nn.BatchNorm1d(output), nn.ReLU(inplace=True)]
         width = output
-    return cast(nn.Sequential, share_batch_norm(nn.Sequential(*parts)))
+    modules += [nn.Linear(width, output, bias=False), nn.BatchNorm1d(output, affine=False)]
+    return cast(nn.Sequential, share_batch_norm(nn.Sequential(*modules)))
 
 
 def simsiam_predictor(width: int, *, hidden: int = 512) -> nn.Sequential:
     """Build SimSiam's predictor: two linear layers, the first followed by BatchNorm and ReLU. Source: as `simsiam_projector`."""
-    parts = [
-        nn.Linear(width, hidden, bias=False),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, width),
-    ]
-    return cast(nn.Sequential, share_batch_norm(nn.Sequential(*parts)))
+    hidden_layer = (nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True))
+    return cast(nn.Sequential, share_batch_norm(nn.Sequential(*hidden_layer, nn.Linear(hidden, width))))
 
 
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -63,14 +57,12 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"batch normalisation needs at least 2 dimensions, not shape {tuple(input.shape)}")
+        """Take both (n, channels) and (n, channels, height, width)."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (n, channels, …) per channel."""
         if not self.training or world_size() == 1:
             return super().forward(input)
-        self._check_input_dim(input)
         channels = (1, -1, *[1] * (input.dim() - 2))
         reduced = [0, *range(2, input.dim())]
         with torch.autocast(input.device.type, enabled=False):
@@ -90,14 +82,10 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     @torch.no_grad()
     def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Update the running statistics. As in torch, the running variance is the unbiased one."""
-        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
-            return
         cast(Tensor, self.num_batches_tracked).add_(1)
-        share = self.momentum
-        if share is None:
-            share = 1.0 / float(cast(Tensor, self.num_batches_tracked))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), share)
+        cast(Tensor, self.running_mean).lerp_(mean.to(self.running_mean), cast(float, self.momentum))
+        variance = variance * count / (count - 1)
+        cast(Tensor, self.running_var).lerp_(variance.to(self.running_var), cast(float, self.momentum))
 
 
 def share_batch_norm(network: nn.Module) -> nn.Module:
@@ -109,9 +97,8 @@ def share_batch_norm(network: nn.Module) -> nn.Module:
     for name, module in network.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, SharedBatchNorm):
-                raise UsageError(
-                    f"{name} is a {type(module).__name__}, which does not support several ranks",
-                    hint="Choose an encoder with plain BatchNorm, such as resnet50, or with LayerNorm.",
-                )
+                what = f"{name} is a {type(module).__name__}, which does not support several ranks"
+                hint = "Choose an encoder with plain BatchNorm, such as resnet50, or with LayerNorm."
+                raise UsageError(what, hint=hint)
             module.__class__ = SharedBatchNorm
     return network

@@ -34,6 +34,10 @@ class MSNLoss:
     entropy: Tensor
     targets: Tensor
 
+    def detached_parts(self) -> dict[str, Tensor]:
+        """Return the total and its parts by name, without gradient."""
+        return {name: getattr(self, name).detach() for name in ("total", "cross_entropy", "me_max", "entropy")}
+
 
 def msn_loss(
     anchors: Tensor,
@@ -155,15 +159,11 @@ def _check(
     shapes = tuple(tuple(tensor.shape) for tensor in (anchors, targets, prototypes))
     fits = all(len(shape) == 2 for shape in shapes) and len({shape[1] for shape in shapes}) == 1
     if not fits or not len(targets) or not len(anchors) or len(anchors) % len(targets):
-        raise UsageError(
-            f"anchors {shapes[0]}, targets {shapes[1]} and prototypes {shapes[2]} do not fit",
-            hint="Pass (views * b, d), (b, d) and (k, d).",
-        )
+        what = f"anchors {shapes[0]}, targets {shapes[1]} and prototypes {shapes[2]} do not fit"
+        raise UsageError(what, hint="Pass (views * b, d), (b, d) and (k, d).")
     if not (temperature > 0 and sharpening > 0 and iterations >= 0):
-        raise UsageError(
-            f"temperature {temperature}, sharpening {sharpening} or {iterations} Sinkhorn iterations is out of range",
-            hint="Temperature and sharpening must be above 0, the number of iterations at least 0.",
-        )
+        what = f"temperature {temperature}, sharpening {sharpening} or {iterations} Sinkhorn iterations is out of range"
+        raise UsageError(what, hint="Temperature and sharpening must be above 0, the number of iterations at least 0.")
 
 
 def log_predictions(representations: Tensor, prototypes: Tensor, *, temperature: float) -> Tensor:
@@ -242,17 +242,12 @@ def make_log_prior(name: str, n_prototypes: int, *, exponent: float = 0.25) -> T
     Returns:
         (k,) float64.
 
-    Raises:
-        UsageError: There is no such prior.
-
     Source: arXiv:2210.07277, which pre-trains with a power law if classes are not equally frequent.
     """
-    if name == "uniform":
-        return torch.zeros(n_prototypes, dtype=torch.float64).log_softmax(dim=0)
+    weights = torch.zeros(n_prototypes, dtype=torch.float64)
     if name == "power_law":
-        order = torch.arange(1, n_prototypes + 1, dtype=torch.float64)
-        return (-exponent * order.log()).log_softmax(dim=0)
-    raise UsageError(f"no prior is called {name!r}", hint="Known: uniform, power_law.")
+        weights = -exponent * torch.arange(1, n_prototypes + 1, dtype=torch.float64).log()
+    return weights.log_softmax(dim=0)
 
 
 def _log_mass(log_assignments: Tensor) -> Tensor:

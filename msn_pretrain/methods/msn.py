@@ -18,7 +18,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import cast
 
@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from msn_eval.distributed.collective import all_gather_rows
-from msn_eval.errors import UsageError
 from msn_eval.features.collapse import effective_rank, spread
 from msn_pretrain.config.recipe import Criterion, Head, Masking, MSNRecipe
 from msn_pretrain.config.schedule import StepSettings
@@ -51,7 +50,7 @@ class Step:
     parts: Mapping[str, Tensor]
     features: Tensor
     outputs: Tensor
-    targets: Tensor | None = field(default=None)
+    targets: Tensor | None = None
 
     def statistics(self) -> dict[str, float]:
         """Compute collapse statistics over the rows of all ranks. Every rank must call this."""
@@ -139,15 +138,11 @@ class MSN(nn.Module):
             kept: As returned by `draw_kept`; used for the random anchor views only.
             sharpening: T of this step's targets; None means the recipe's first value.
         """
-        if len(views) < 1 + self.random_views:
-            raise UsageError(
-                f"MSN got {len(views)} views",
-                hint=f"Pass the target's view and at least {self.random_views} anchor views.",
-            )
         features, targets = self.encode_targets(views[0])
         loss = self.compute_loss(self.encode_anchors(views[1:], kept), targets, sharpening=sharpening)
-        parts = {name: getattr(loss, name).detach() for name in ("total", "cross_entropy", "me_max", "entropy")}
-        return Step(total=loss.total, parts=parts, features=features, outputs=targets, targets=loss.targets)
+        return Step(
+            total=loss.total, parts=loss.detached_parts(), features=features, outputs=targets, targets=loss.targets
+        )
 
     @torch.no_grad()
     def encode_targets(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,14 +198,8 @@ def build_msn(recipe: MSNRecipe) -> MSN:
         CheckpointError: timm does not know the encoder.
         UsageError: The encoder cannot be masked, or its patches are larger than a view.
     """
-    encoder, views = recipe.encoder, recipe.views
-    network = build_transformer(
-        encoder.name,
-        drop_path=encoder.drop_path,
-        first_weights=encoder.first_weights,
-        position_scale=encoder.position_scale,
-        seed=recipe.run.seed,
-    )
+    views = recipe.views
+    network = build_transformer(recipe.encoder, seed=recipe.run.seed)
     sides = [views.image_pixels] + ([views.focal_pixels] if views.focal_views else [])
     backbone = MaskedTransformer(network, image_sides=sides)
     head, prototypes = _init_head(

@@ -46,13 +46,10 @@ class SimSiam(nn.Module):
             kept: Unused.
             sharpening: Unused.
         """
-        if len(views) != 2:
-            raise UsageError(f"SimSiam got {len(views)} views", hint="Pass two.")
         (features, z1), (_, z2) = (self.project(view) for view in views)
         total = simsiam_loss(self.predictor(z1), z2, self.predictor(z2), z1)
-        return Step(
-            total=total, parts={"total": total.detach()}, features=features.detach(), outputs=z1.detach(), targets=None
-        )
+        parts = {"total": total.detach()}
+        return Step(total=total, parts=parts, features=features.detach(), outputs=z1.detach())
 
     def project(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute features (b, width) and projections (b, d) of one view. BatchNorm must not see both views together."""
@@ -87,9 +84,8 @@ def build_simsiam(recipe: SimSiamRecipe) -> SimSiam:
     plain = outline_network(name_architecture(recipe.encoder.name))
     if recipe.encoder.stem == "cifar" and not isinstance(plain, ResNet):
         raise UsageError("encoder.stem=cifar is for residual networks only", hint="Use encoder.stem=imagenet.")
-    name, drop_path, seed = architecture_of(recipe.encoder), recipe.encoder.drop_path, recipe.run.seed
-    keywords = f"{'&' if '?' in name else '?'}drop_path_rate={drop_path}" if drop_path else ""
-    network = build_network(name_architecture(name + keywords), seed=seed)
+    architecture, seed = architecture_of(recipe.encoder, drop_path=recipe.encoder.drop_path), recipe.run.seed
+    network = build_network(name_architecture(architecture), seed=seed)
     if isinstance(network, VisionTransformer):
         init_weights(network, seed=seed)
     width = cast(int, network.num_features)

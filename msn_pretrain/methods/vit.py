@@ -20,27 +20,14 @@ from msn_eval.models.vit import (
     patch_pixels,
     stored_pixels,
 )
+from msn_pretrain.config.recipe import Encoder, architecture_of
 
 _log = logging.getLogger(__name__)
 _RELEASED = PositionRule(image_pixels=224, antialias=False, offset=0.0)
 
 
-def build_transformer(
-    name: str,
-    *,
-    drop_path: float = 0.0,
-    first_weights: str = "release",
-    position_scale: float = 1.0,
-    seed: int = 0,
-) -> nn.Module:
+def build_transformer(encoder: Encoder, *, seed: int = 0) -> nn.Module:
     """Build a Vision Transformer of timm in training mode, with weights drawn from `seed`.
-
-    Args:
-        name: Architecture as for `--arch`, keywords included.
-        drop_path: Rate of stochastic depth.
-        first_weights: `release` draws weights as the MSN release does, `timm` as timm does.
-        position_scale: Factor for the initial position embeddings.
-        seed: Seed of the weights.
 
     Raises:
         CheckpointError: timm does not know the name.
@@ -48,18 +35,16 @@ def build_transformer(
     """
     from timm.models.vision_transformer import VisionTransformer
 
-    keywords = f"{'&' if '?' in name else '?'}drop_path_rate={drop_path}" if drop_path else ""
-    network = build_network(name_architecture(name + keywords), seed=seed)
+    architecture = architecture_of(encoder, drop_path=encoder.drop_path)
+    network = build_network(name_architecture(architecture), seed=seed)
     if not isinstance(network, VisionTransformer) or network.cls_token is None or network.pos_embed is None:
-        raise UsageError(
-            f"encoder.name: {name} is not a Vision Transformer with class token and learned positions",
-            hint="Choose for example vit_small_patch16_224.",
-        )
-    if first_weights == "release":
+        what = f"encoder.name: {encoder.name} is not a Vision Transformer with class token and learned positions"
+        raise UsageError(what, hint="Choose for example vit_small_patch16_224.")
+    if encoder.first_weights == "release":
         init_weights(network, seed=seed)
-    if position_scale != 1:
+    if encoder.position_scale != 1:
         with torch.no_grad():
-            cast(Tensor, network.pos_embed).mul_(position_scale)
+            cast(Tensor, network.pos_embed).mul_(encoder.position_scale)
     return cast(nn.Module, network.train())
 
 
@@ -112,7 +97,7 @@ class MaskedTransformer(nn.Module):
         self.patch_pixels = cast(int, patch_pixels(network))
         own_side = cast(int, stored_pixels(network)) // self.patch_pixels
         for side in {pixels // self.patch_pixels for pixels in map(self._check_side, image_sides)} - {own_side}:
-            self.register_buffer(f"to_{side}_a_side", _interpolation_matrix(own_side, side), persistent=False)
+            self.register_buffer(f"to_{side}_per_side", _interpolation_matrix(own_side, side), persistent=False)
         self._own_side = own_side
         # Only the class token of the last block is used. Compute it alone, unless stochastic depth may skip the block.
         self._class_token_only = is_plain(network) and _never_drops(network)
@@ -137,8 +122,8 @@ class MaskedTransformer(nn.Module):
         network = self.network
         tokens = network.norm_pre(tokens)  # type: ignore[operator]
         blocks = cast(nn.Sequential, network.blocks)
-        only = self._class_token_only
-        token = class_token_after(blocks[-1], blocks[:-1](tokens)) if only else blocks(tokens)[:, 0]
+        is_alone = self._class_token_only
+        token = class_token_after(blocks[-1], blocks[:-1](tokens)) if is_alone else blocks(tokens)[:, 0]
         return cast(Tensor, network.fc_norm(network.norm(token)))  # type: ignore[operator]
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -153,7 +138,7 @@ class MaskedTransformer(nn.Module):
         patch_positions = positions[:, n_prefix_positions:]
         if side != self._own_side:
             with torch.autocast(images.device.type, enabled=False):
-                patch_positions = cast(Tensor, getattr(self, f"to_{side}_a_side")) @ patch_positions
+                patch_positions = cast(Tensor, getattr(self, f"to_{side}_per_side")) @ patch_positions
         tokens = [cast(Tensor, token) for token in (network.cls_token, network.reg_token) if token is not None]
         prefix = torch.cat(tokens, dim=1)
         if n_prefix_positions:
@@ -163,15 +148,11 @@ class MaskedTransformer(nn.Module):
 
     def _check_side(self, pixels: int) -> int:
         if pixels < self.patch_pixels:
-            raise UsageError(
-                f"views of {pixels} pixels are smaller than a patch of {self.patch_pixels}",
-                hint="Raise views.image_pixels or views.focal_pixels.",
-            )
+            what = f"views of {pixels} pixels are smaller than a patch of {self.patch_pixels}"
+            raise UsageError(what, hint="Raise views.image_pixels or views.focal_pixels.")
         if pixels % self.patch_pixels:
-            _log.warning(
-                "views of %d pixels are not a multiple of the patch size %d: %d pixels at two edges are ignored",
-                *(pixels, self.patch_pixels, pixels % self.patch_pixels),
-            )
+            text = "views of %d pixels are not a multiple of the patch size %d: %d pixels at two edges are ignored"
+            _log.warning(text, pixels, self.patch_pixels, pixels % self.patch_pixels)
         return pixels
 
 
@@ -195,14 +176,12 @@ def kept_count(n_patches: int, ratio: float) -> int:
     """Return how many patches are kept when a share `ratio` is dropped, rounded down as in the release.
 
     Raises:
-        UsageError: No patch would be kept, or the ratio is outside of [0, 1).
+        UsageError: No patch would be kept.
     """
-    kept = math.floor(n_patches * (1.0 - ratio)) if 0 <= ratio < 1 else 0
+    kept = math.floor(n_patches * (1.0 - ratio))
     if not kept:
-        raise UsageError(
-            f"masking.ratio={ratio} keeps none of the {n_patches} patches of a view",
-            hint="Drop a smaller share: masking.ratio=0.15.",
-        )
+        what = f"masking.ratio={ratio} keeps none of the {n_patches} patches of a view"
+        raise UsageError(what, hint="Drop a smaller share: masking.ratio=0.15.")
     return kept
 
 
@@ -213,7 +192,7 @@ def draw_kept_patches(n_patches: int, ratio: float, generator: torch.Generator, 
         n_patches: Patches of an image.
         ratio: Share to drop, in [0, 1).
         generator: Source of randomness, on the CPU.
-        images: Number of images with a set each; None draws one set for the whole batch, as in the release.
+        images: Number of images with a set each; None draws one set for the complete batch, as in the release.
 
     Returns:
         (kept,) or (images, kept) int64 on the CPU, ascending, in [0, n_patches).

@@ -7,7 +7,7 @@ SimSiam's encoder has BatchNorm of its own, which only ever sees a micro-batch.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -49,23 +49,6 @@ def compute_gradients(
     return _backward_per_micro_batch(model, views, size=micro_batch, autocast=autocast)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _MicroBatch:
-    """A part of one anchor view.
-
-    Attributes:
-        images: (b, 3, S, S).
-        kept: Patches that it keeps.
-        group: Whether the view is masked, and its size. Views of one group share BatchNorm statistics in the head.
-        state: Of torch's random generators before its first forward pass.
-    """
-
-    images: Tensor
-    kept: Tensor | None
-    group: tuple[bool, int]
-    state: tuple[Tensor, Tensor | None]
-
-
 def _backward_in_two_passes(
     model: MSN,
     views: Sequence[Tensor],
@@ -75,45 +58,51 @@ def _backward_in_two_passes(
     size: int,
     autocast: AbstractContextManager[None],
 ) -> Step:
-    parts: list[_MicroBatch] = []
+    device = views[0].device
+    micro_batches = _split_anchor_views(model, views[1:], kept, size)
+    states: list[_GeneratorState] = []  # before each first forward pass
     first_pass: list[Tensor] = []
     with torch.no_grad(), autocast:
-        target_features = torch.cat([model.target.trunk(part) for part in torch.split(views[0], size)])
+        target_features = torch.cat([model.target.trunk(images) for images in torch.split(views[0], size)])
         targets = model.target.head(target_features)
-        for images, own, group in _micro_batches(model, views[1:], kept, size):
-            parts.append(_MicroBatch(images=images, kept=own, group=group, state=_generator_state(images.device)))
-            first_pass.append(model.anchor.trunk(images, own))
+        for images, own_kept, _ in micro_batches:
+            states.append(_get_generator_state(device))
+            first_pass.append(model.anchor.trunk(images, own_kept))
     features = [output.detach().requires_grad_() for output in first_pass]
     with autocast:
-        by_group = groupby(zip(parts, features, strict=True), key=lambda pair: pair[0].group)
+        by_group = groupby(zip(micro_batches, features, strict=True), key=lambda pair: pair[0][2])
         anchors = [model.anchor.head(torch.cat([feature for _, feature in group])) for _, group in by_group]
         loss = model.compute_loss(torch.cat(anchors), targets, sharpening=sharpening)
     loss.total.backward()  # type: ignore[no-untyped-call]
-    state_after = _generator_state(views[0].device)
-    for part, feature in zip(parts, features, strict=True):
-        # The second pass must draw the same stochastic depth as the first.
-        _set_generator_state(part.state, part.images.device)
+    state_after = _get_generator_state(device)
+    for (images, own_kept, _), state, feature in zip(micro_batches, states, features, strict=True):
+        _set_generator_state(state, device)  # the second pass must draw the same stochastic depth as the first
         with autocast:
-            second_pass = model.anchor.trunk(part.images, part.kept)
+            second_pass = model.anchor.trunk(images, own_kept)
         second_pass.backward(feature.grad)
-    _set_generator_state(state_after, views[0].device)
-    values = {name: getattr(loss, name).detach() for name in ("total", "cross_entropy", "me_max", "entropy")}
-    return Step(total=loss.total, parts=values, features=target_features, outputs=targets, targets=loss.targets)
+    _set_generator_state(state_after, device)
+    return Step(
+        total=loss.total, parts=loss.detached_parts(), features=target_features, outputs=targets, targets=loss.targets
+    )
 
 
-def _micro_batches(
+def _split_anchor_views(
     model: MSN, views: Sequence[Tensor], kept: Tensor | None, size: int
 ) -> list[tuple[Tensor, Tensor | None, tuple[bool, int]]]:
+    """Return the images, the kept patches and the group of each micro-batch.
+
+    The group is whether the view is masked, and its size: views of one group share BatchNorm statistics in the head.
+    """
     micro_batches = []
     for number, view in enumerate(views):
-        masked = number < model.random_views and kept is not None
+        is_random = number < model.random_views
         for start in range(0, len(view), size):
-            own = None
-            if masked and kept is not None:
+            images = view[start : start + size]
+            own_kept = kept if is_random else None
+            if own_kept is not None and own_kept.dim() == 2:
                 first = number * len(view) + start
-                own = kept if kept.dim() == 1 else kept[first : first + min(size, len(view) - start)]
-            group = (number < model.random_views, view.shape[-1])
-            micro_batches.append((view[start : start + size], own, group))
+                own_kept = own_kept[first : first + len(images)]
+            micro_batches.append((images, own_kept, (is_random, view.shape[-1])))
     return micro_batches
 
 
@@ -123,11 +112,12 @@ def _backward_per_micro_batch(
     steps = []
     images = len(views[0])
     for start in range(0, images, size):
-        part = [view[start : start + size] for view in views]
+        micro_batch = [view[start : start + size] for view in views]
+        share = len(micro_batch[0]) / images
         with autocast:
-            step: Step = model(part)
-        (step.total * (len(part[0]) / images)).backward()  # type: ignore[no-untyped-call]
-        steps.append((step, len(part[0]) / images))
+            step: Step = model(micro_batch)
+        (step.total * share).backward()  # type: ignore[no-untyped-call]
+        steps.append((step, share))
     total = torch.stack([step.total.detach() * share for step, share in steps]).sum()
     return replace(
         steps[0][0],
@@ -138,11 +128,14 @@ def _backward_per_micro_batch(
     )
 
 
-def _generator_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+_GeneratorState = tuple[Tensor, Tensor | None]
+
+
+def _get_generator_state(device: torch.device) -> _GeneratorState:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _set_generator_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+def _set_generator_state(state: _GeneratorState, device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)

@@ -5,16 +5,15 @@ import logging
 import math
 import os
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from msn_eval.checkpoints.run_folder import METRICS, read_metrics
 from msn_eval.errors import NumericalError, StoreError
-from msn_eval.features.collapse import COLLAPSED_LINES, is_collapsed
+from msn_eval.features.collapse import COLLAPSED_LINES
 from msn_eval.files.atomic import write_atomically
 
 _log = logging.getLogger(__name__)
@@ -27,19 +26,19 @@ _GIB = 2**30
 class Journal:
     """An open journal. On ranks other than 0 it writes nothing."""
 
-    steps: int
     file: BinaryIO | None = None
     board: Any = None  # torch's SummaryWriter, which has no types
     show: Any = None
-    started: float = field(default_factory=time.monotonic)
-    first_step: int = 0
     write_problem: str | None = None
 
     def write(self, facts: Mapping[str, Any]) -> None:
         """Write the line of one step. Numbers that are not finite become null. A full disk is logged once."""
         if self.file is None:
             return
-        line = {name: None if _is_not_finite(value) else value for name, value in facts.items()}
+        line = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in facts.items()
+        }
         try:
             torn = "\n" if self.write_problem else ""
             self.file.write(f"{torn}{json.dumps(line, allow_nan=False)}\n".encode())
@@ -48,14 +47,13 @@ class Journal:
             if self.write_problem is None:
                 _log.warning("%s cannot be written: %s; training continues", METRICS, error.strerror)
             self.write_problem = error.strerror or str(error)
-        for name, value in facts.items():
-            if isinstance(value, float | int) and name not in ("step", "epoch", "time") and not _is_not_finite(value):
+        for name, value in line.items():
+            if isinstance(value, float | int) and name not in ("step", "epoch", "time"):
                 self.board.add_scalar(name, value, facts["step"])
 
-    def progress(self, *, step: int, images_per_second: float, loss: float, memory_bytes: int) -> None:
-        """Update the progress bar."""
-        if self.show is not None:
-            self.show(step, f"loss {loss:.4f}  {images_per_second:,.0f} images/s  {memory_bytes / _GIB:.2f} GiB")
+    def show_progress(self, step: int, images_per_second: float, *, loss: float, memory_bytes: int) -> None:
+        """Update the progress bar, which must exist."""
+        self.show(step, f"loss {loss:.4f}  {images_per_second:,.0f} images/s  {memory_bytes / _GIB:.2f} GiB")
 
     def sync(self) -> None:
         """Flush all lines to the disk, so that no snapshot is ahead of them. Raises StoreError if the disk refuses."""
@@ -65,13 +63,8 @@ class Journal:
             os.fsync(self.file.fileno())
             self.board.flush()
         except OSError as error:
-            raise StoreError(
-                f"cannot be written: {error.strerror}", where=METRICS, hint="Free space on that disk."
-            ) from error
-
-
-def _is_not_finite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+            what = f"cannot be written: {error.strerror}"
+            raise StoreError(what, where=METRICS, hint="Free space on that disk.") from error
 
 
 @contextmanager
@@ -86,7 +79,7 @@ def open_journal(run: Path, *, first: bool, step: int, steps: int, quiet: bool =
         quiet: Show no progress bar.
     """
     if not first:
-        yield Journal(steps=steps, first_step=step)
+        yield Journal()
         return
     from torch.utils.tensorboard import SummaryWriter
 
@@ -95,7 +88,7 @@ def open_journal(run: Path, *, first: bool, step: int, steps: int, quiet: bool =
     board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
     with (run / METRICS).open("ab", buffering=0) as file, _progress_bar(step, steps, quiet=quiet) as show:
         try:
-            yield Journal(steps=steps, first_step=step, file=cast(BinaryIO, file), board=board, show=show)
+            yield Journal(file=cast(BinaryIO, file), board=board, show=show)
         finally:
             board.close()
 
@@ -116,25 +109,18 @@ def _progress_bar(step: int, steps: int, *, quiet: bool) -> Iterator[Any]:
     if quiet or not sys.stderr.isatty():
         yield None
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("step"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[facts]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        progress.TextColumn("step"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[facts]}"),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("steps", total=steps, completed=step, facts="")
         yield lambda done, facts: bar.update(task, completed=done, facts=facts)
 
@@ -143,7 +129,7 @@ _MOST_BAD_STEPS = 3  # in a row; single ones happen in half precision and are sk
 _MOST_ROLLBACKS = 3  # per run; if that does not help, the cause is not bad luck
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class AlarmCounters:
     """Counters of the alarms; part of a snapshot.
 
@@ -158,25 +144,9 @@ class AlarmCounters:
     rollbacks: int = 0
 
 
-def after_step(counters: AlarmCounters, *, finite: bool) -> AlarmCounters:
-    """Return the counters after a step."""
-    return replace(counters, bad_steps=0 if finite else counters.bad_steps + 1)
-
-
-def after_line(counters: AlarmCounters, statistics: Mapping[str, float]) -> AlarmCounters:
-    """Return the counters after a journal line with these statistics."""
-    collapsed = is_collapsed(statistics)
-    return replace(counters, collapsed_lines=counters.collapsed_lines + 1 if collapsed else 0)
-
-
 def may_roll_back(counters: AlarmCounters) -> bool:
     """Whether the alarm is about numbers that are not finite, and a rollback is still allowed."""
     return counters.bad_steps >= _MOST_BAD_STEPS and counters.rollbacks < _MOST_ROLLBACKS
-
-
-def after_rollback(counters: AlarmCounters) -> AlarmCounters:
-    """Return the counters after a rollback."""
-    return replace(counters, bad_steps=0, rollbacks=counters.rollbacks + 1)
 
 
 def find_alarm(counters: AlarmCounters) -> NumericalError | None:
@@ -184,8 +154,7 @@ def find_alarm(counters: AlarmCounters) -> NumericalError | None:
     if counters.bad_steps >= _MOST_BAD_STEPS:
         return NumericalError(
             f"loss or gradient was not finite in {counters.bad_steps} steps in a row",
-            hint="The images of those steps are listed in alarms/ of the run. Train with a smaller learning rate, or in "
-            "run.precision=fp32.",
+            hint="alarms/ of the run lists the images of those steps. Use a smaller learning rate or run.precision=fp32.",
             kept="No weights were changed by those steps; the last snapshot is kept.",
         )
     if counters.collapsed_lines >= COLLAPSED_LINES:
@@ -196,16 +165,3 @@ def find_alarm(counters: AlarmCounters) -> NumericalError | None:
             kept="Snapshots are kept.",
         )
     return None
-
-
-def dump_batch(run: Path, *, step: int, rank: int, image_ids: Sequence[str], facts: Mapping[str, float]) -> None:
-    """Write the images of a step whose loss or gradient was not finite."""
-    folder = run / "alarms"
-    folder.mkdir(exist_ok=True)
-    content = {
-        "step": step,
-        "rank": rank,
-        "facts": {name: value if math.isfinite(value) else str(value) for name, value in facts.items()},
-        "images": list(image_ids),
-    }
-    write_atomically(folder / f"step-{step:08d}-rank-{rank}.json", (json.dumps(content, indent=1) + "\n").encode())

@@ -12,7 +12,6 @@ from msn_eval.config.request import EvaluationConfig
 from msn_eval.errors import CheckpointError, DataError, NumericalError, UsageError
 from msn_eval.evaluation.evaluate import evaluate_checkpoint
 from msn_eval.evaluation.plan import make_plan
-from msn_eval.results.record import Result
 from msn_pretrain.training.run import Recipe
 
 _log = logging.getLogger(__name__)
@@ -23,10 +22,13 @@ def is_due(recipe: Recipe, epoch: int) -> bool:
     return bool(recipe.watch.probe_every) and epoch % recipe.watch.probe_every == 0
 
 
-def measure(run: Path, recipe: Recipe, device: torch.device) -> list[Result]:
+def evaluate(run: Path, recipe: Recipe, device: torch.device) -> str:
     """Evaluate the newest snapshot of a run with the recipe's probes, and write the records to its `eval` folder.
 
     The states of global random generators are restored. An error is logged, and training continues.
+
+    Returns:
+        One line with the mean accuracy over draws of each probe.
     """
     watch = recipe.watch
     config = EvaluationConfig(
@@ -40,17 +42,13 @@ def measure(run: Path, recipe: Recipe, device: torch.device) -> list[Result]:
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return list(evaluate_checkpoint(make_plan(config), str(run)))
+            results = list(evaluate_checkpoint(make_plan(config), str(run)))
     except (CheckpointError, DataError, NumericalError, UsageError) as error:
         _log.warning("the encoder could not be evaluated: %s", error)
-        return []
+        return ""
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-def describe(results: list[Result]) -> str:
-    """Return one line with the mean accuracy over draws of each probe."""
     accuracies: dict[str, list[float]] = {}
     for result in results:
         if result.metrics is not None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from msn_eval.checkpoints.checkpoint import weights_sha256
 from msn_eval.checkpoints.run_folder import CHECKPOINTS, CONFIG, newest_snapshot, read_manifest
@@ -30,7 +29,7 @@ from msn_eval.version import __version__
 from msn_pretrain.config.load import read_recipe, recipe_as_yaml
 from msn_pretrain.config.recipe import MSNRecipe, SimSiamRecipe, architecture_of
 from msn_pretrain.data.views import ViewKind
-from msn_pretrain.methods.msn import build_msn
+from msn_pretrain.methods.msn import MSN, build_msn
 from msn_pretrain.methods.simsiam import build_simsiam
 from msn_pretrain.training import snapshot as snapshots
 from msn_pretrain.training.gradients import Model
@@ -40,12 +39,10 @@ from msn_pretrain.training.snapshot import EvaluatedEncoder, Snapshot, read_snap
 _log = logging.getLogger(__name__)
 Recipe = MSNRecipe | SimSiamRecipe
 # Keys on which no trained number depends.
-_FREE = frozenset(
-    (
-        *("run.dir", "run.device", "run.log_every", "run.snapshot_minutes", "run.keep_every", "run.compare_every"),
-        *("data.workers", "data.pin_memory"),
-        *("watch.probe_every", "watch.probe_data", "watch.probes", "watch.subset", "watch.on_alarm"),
-    )
+_FREE = (
+    *("run.dir", "run.device", "run.log_every", "run.snapshot_minutes", "run.keep_every", "run.compare_every"),
+    *("data.workers", "data.pin_memory"),
+    *("watch.probe_every", "watch.probe_data", "watch.probes", "watch.subset", "watch.on_alarm"),
 )
 DATA = "data"  # the name of the training images for --allow-config-change
 
@@ -57,10 +54,6 @@ class Learner:
     model: Model
     optimizer: torch.optim.Optimizer
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the state of model and optimiser."""
-        return self.model.state_dict(), self.optimizer.state_dict()
-
     def restore(self, snapshot: Snapshot) -> None:
         """Load the state of a snapshot."""
         self.model.load_state_dict(snapshot.model)
@@ -71,23 +64,15 @@ def build_learner(recipe: Recipe, device: torch.device) -> Learner:
     """Build the model and optimiser of a recipe on a device, in training mode."""
     model: Model = build_msn(recipe) if isinstance(recipe, MSNRecipe) else build_simsiam(recipe)
     model.to(device)
-    attention = recipe.run.attention
-    if attention == "explicit" or (
-        attention == "auto" and precision_of(recipe, device) == "bf16" and device.type == "cpu"
-    ):
+    half_on_cpu = device.type == "cpu" and precision_of(recipe, device) == "bf16"
+    if recipe.run.attention == "explicit" or (recipe.run.attention == "auto" and half_on_cpu):
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # type: ignore[assignment]
     if recipe.run.compile:
-        for network in _encoders(model):
-            network.compile()
+        for encoder in (model.anchor.trunk, model.target.trunk) if isinstance(model, MSN) else (model.network,):
+            encoder.compile()
     return Learner(model=model, optimizer=build_optimizer(model, recipe))
-
-
-def _encoders(model: Model) -> list[nn.Module]:
-    from msn_pretrain.methods.msn import MSN
-
-    return [model.anchor.trunk, model.target.trunk] if isinstance(model, MSN) else [model.network]
 
 
 def evaluated_encoder(learner: Learner, recipe: Recipe) -> EvaluatedEncoder:
@@ -114,16 +99,9 @@ def autocast_of(recipe: Recipe, device: torch.device) -> contextlib.AbstractCont
 def view_kinds(recipe: Recipe) -> tuple[ViewKind, ...]:
     """Return the kinds of views of a recipe: full-size views, MSN's target first; then focal views."""
     views = recipe.views
-    amounts = (views.brightness, views.contrast, views.saturation, views.hue)
-    shared: dict[str, Any] = {
-        "flip": views.flip,
-        "jitter": views.jitter,
-        "amounts": amounts,
-        "grey": views.grey,
-        "blur": views.blur,
-        "sigma": views.blur_sigma,
-        "interpolation": views.interpolation,
-    }
+    shared = {name: getattr(views, name) for name in ("flip", "jitter", "grey", "blur", "interpolation")}
+    shared["amounts"] = (views.brightness, views.contrast, views.saturation, views.hue)
+    shared["sigma"] = views.blur_sigma
     targets = 1 if isinstance(recipe, MSNRecipe) else 0
     kinds = [
         ViewKind(pixels=views.image_pixels, count=targets + views.random_views, scale=views.crop_scale, **shared),
@@ -151,9 +129,8 @@ def training_images(recipe: Recipe) -> ImageSet:
 
 def data_sha256(images: ImageSet) -> str:
     """Return the SHA-256 of the image ids, one per line. It identifies the list of files, not their content."""
-    return hashlib.sha256(
-        "".join(f"{image_id}\n" for image_id in images.ids).encode("utf-8", "surrogateescape")
-    ).hexdigest()
+    lines = "".join(f"{image_id}\n" for image_id in images.ids)
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def config_sha256(recipe: Recipe) -> str:
@@ -162,7 +139,7 @@ def config_sha256(recipe: Recipe) -> str:
     return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()
 
 
-def shared_facts(recipe: Recipe, images: ImageSet, learner: Learner) -> dict[str, str]:
+def collect_shared_facts(recipe: Recipe, images: ImageSet, learner: Learner) -> dict[str, str]:
     """Return what must be equal on all ranks."""
     return {
         "recipe": config_sha256(recipe),
@@ -198,11 +175,9 @@ def open_run(recipe: Recipe, images: ImageSet, *, allowed: Sequence[str] = ()) -
     for reason in skipped:
         _log.warning("incomplete snapshot is ignored: %s", reason)
     if snapshot is not None and snapshot.facts.get("data_sha256") != data_sha256(images) and DATA not in allowed:
-        raise UsageError(
-            "data: the training images are not those that this run began with",
-            where=str(run),
-            hint=f"Restore them, or continue with --allow-config-change {DATA}.",
-        )
+        hint = f"Restore them, or continue with --allow-config-change {DATA}."
+        what = "data: the training images are not those that this run began with"
+        raise UsageError(what, where=str(run), hint=hint)
     write_atomically(config, recipe_as_yaml(recipe).encode())
     return None if snapshot is None else snapshot.folder
 
@@ -212,19 +187,13 @@ def _check_unchanged(before: Recipe, now: Recipe, allowed: Sequence[str], *, whe
     unknown = [key for key in allowed if key not in old.keys() | new.keys() | {DATA}]
     if unknown:
         raise UsageError(f"--allow-config-change {unknown[0]}: there is no such key", hint="Write it as section.key.")
-    changed = [
-        key
-        for key in dict.fromkeys([*old, *new])
-        if key not in _FREE and key not in allowed and old.get(key) != new.get(key)
-    ]
+    checked = [key for key in dict.fromkeys([*old, *new]) if key not in _FREE and key not in allowed]
+    changed = [key for key in checked if old.get(key) != new.get(key)]
     if changed:
         lines = "".join(f"\n  {key}: folder {old.get(key)}, now {new.get(key)}" for key in changed)
-        raise UsageError(
-            f"the recipe differs from the one of this folder:{lines}",
-            where=where,
-            hint="Use another run.dir, or continue anyway with "
-            + " ".join(f"--allow-config-change {key}" for key in changed),
-        )
+        options = " ".join(f"--allow-config-change {key}" for key in changed)
+        hint = f"Use another run.dir, or continue anyway with {options}"
+        raise UsageError(f"the recipe differs from the one of this folder:{lines}", where=where, hint=hint)
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -260,10 +229,6 @@ def roll_back(learner: Learner, run: Path, ranks: Group) -> int | None:
     return files.step
 
 
-_NAME = "run.lock"
-_HELD = (errno.EACCES, errno.EAGAIN)
-
-
 @contextmanager
 def lock_run(run: Path) -> Iterator[None]:
     """Hold the lock of a run folder. The system releases it when this process ends.
@@ -276,16 +241,14 @@ def lock_run(run: Path) -> Iterator[None]:
     """
     import fcntl  # not on Windows
 
-    with (run / _NAME).open("a+") as file:
+    with (run / "run.lock").open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _HELD:
-                raise DistributedError(
-                    f"is in use by {_describe_holder(run / _NAME)}",
-                    where=str(run),
-                    hint="Wait until it ends, or use another run.dir.",
-                ) from error
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                what = f"is in use by {_describe_holder(run / 'run.lock')}"
+                hint = "Wait until it ends, or use another run.dir."
+                raise DistributedError(what, where=str(run), hint=hint) from error
             _log.warning("%s: this file system has no locks (%s); do not start a second job there", run, error.strerror)
         file.seek(0)
         file.truncate()

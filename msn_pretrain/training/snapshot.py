@@ -5,11 +5,10 @@ comes last; the snapshot is read back and compared before an older one is remove
 the files and finds the newest complete snapshot.
 """
 
-import contextlib
 import json
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,7 +57,7 @@ class Snapshot:
     epoch: int
     model: Mapping[str, Any]
     optimizer: Mapping[str, Any]
-    rng: tuple[Mapping[str, Any], ...]
+    rng: Sequence[Mapping[str, Any]]
     watched: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -93,19 +92,21 @@ def write_snapshot(
         NumericalError: The state is not finite. Older snapshots stay.
         StoreError: The disk refuses, or returns different bytes. Older snapshots stay.
     """
-    check_finite(snapshot)
+    _check_finite(snapshot)
     folder = snapshot_folder(run, snapshot.step)
     try:
         remove(folder / MANIFEST)  # of an older snapshot of this step: it must not be valid while its files change
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.parent)
-        files = {STATE: _write_state(folder / STATE, snapshot), ENCODER: _write_encoder(folder, snapshot, encoder)}
+        state = {name: getattr(snapshot, name) for name in ("step", "model", "optimizer", "watched")}
+        write_torch_file(folder / STATE, state | {"rng": list(snapshot.rng)})
+        write_encoder(folder / ENCODER, encoder, epoch=snapshot.epoch)
         manifest = {
             "schema": SCHEMA,
             "step": snapshot.step,
             "epoch": snapshot.epoch,
             "world": len(snapshot.rng),
-            "files": files,
+            "files": {name: file_sha256(folder / name) for name in (STATE, ENCODER)},
             "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             **facts,
         }
@@ -122,27 +123,20 @@ def write_snapshot(
     return written
 
 
-def _write_state(path: Path, snapshot: Snapshot) -> str:
-    state = {name: getattr(snapshot, name) for name in ("step", "model", "optimizer", "watched")}
-    state["rng"] = list(snapshot.rng)
-    with _atomic_path(path) as temporary:
-        torch.save(state, temporary)
-    return file_sha256(path)
+def write_torch_file(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file with torch.save, which replaces `path` at the end. Raises StoreError if the disk refuses."""
+    with written_atomically(path, path.name) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's error for a full disk
+            raise OSError(str(error).partition("\n")[0]) from error
 
 
-def _write_encoder(folder: Path, snapshot: Snapshot, encoder: EvaluatedEncoder) -> str:
-    write_encoder(folder / ENCODER, encoder, epoch=snapshot.epoch)
-    return file_sha256(folder / ENCODER)
-
-
-def write_encoder(path: Path, encoder: EvaluatedEncoder, *, epoch: int, dtype: torch.dtype | None = None) -> None:
+def write_encoder(path: Path, encoder: EvaluatedEncoder, *, epoch: int) -> None:
     """Write an encoder with timm's names as a safetensors file whose metadata states the architecture."""
     from safetensors.torch import save
 
-    tensors = {
-        name: value.detach().to(device="cpu", dtype=dtype if value.is_floating_point() else None).contiguous().clone()
-        for name, value in encoder.weights.items()
-    }
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in encoder.weights.items()}
     facts = {"format": "pt", ARCHITECTURE: encoder.architecture, EPOCH: str(epoch)}
     if encoder.image_pixels is not None:
         facts[IMAGE_PIXELS] = str(encoder.image_pixels)
@@ -159,16 +153,6 @@ def _sort_metadata(content: bytes) -> bytes:
     return len(text).to_bytes(_HEADER_AT, "little") + text + content[end:]
 
 
-@contextlib.contextmanager
-def _atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` at the end. Turns torch's RuntimeError for a full disk into OSError."""
-    with written_atomically(path, path.name) as temporary:
-        try:
-            yield temporary
-        except RuntimeError as error:
-            raise OSError(str(error).partition("\n")[0]) from error
-
-
 def _read_back(folder: Path, snapshot: Snapshot) -> SnapshotFiles:
     """Read the snapshot as a later run would, and compare. Raises ValueError if it differs."""
     written = check_snapshot(folder)
@@ -182,21 +166,11 @@ def _read_back(folder: Path, snapshot: Snapshot) -> SnapshotFiles:
 def read_snapshot(files: SnapshotFiles) -> Snapshot:
     """Read a snapshot that `newest_snapshot` found. Raises CheckpointError if it cannot be read."""
     try:
-        state = _load(files)
-        return Snapshot(
-            step=files.step,
-            epoch=files.epoch,
-            model=state["model"],
-            optimizer=state["optimizer"],
-            rng=tuple(state["rng"]),
-            watched=state["watched"],
-        )
-    except (KeyError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot be read: {str(error).partition(chr(10))[0]}",
-            where=str(files.state),
-            hint="Remove its folder to use the previous snapshot.",
-        ) from error
+        return Snapshot(epoch=files.epoch, **_load(files))
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        what = f"cannot be read: {str(error).partition(chr(10))[0]}"
+        hint = "Remove its folder to use the previous snapshot."
+        raise CheckpointError(what, where=str(files.state), hint=hint) from error
 
 
 def _load(files: SnapshotFiles) -> dict[str, Any]:
@@ -216,66 +190,54 @@ def _remove_old(run: Path, newest: SnapshotFiles, *, keep_every: int) -> None:
             remove(folder)  # incomplete because of a kill or a full disk
             continue
         complete += 1
-        if complete > _GENERATIONS and not _is_permanent(files, keep_every):
+        is_permanent = keep_every and files.facts.get("epoch_end") is True and files.epoch % keep_every == 0
+        if complete > _GENERATIONS and not is_permanent:
             remove(folder / MANIFEST)
             sync_folder(folder)
             remove(folder)
 
 
-def _is_permanent(files: SnapshotFiles, keep_every: int) -> bool:
-    return bool(keep_every) and files.facts.get("epoch_end") is True and files.epoch % keep_every == 0
-
-
-def check_finite(snapshot: Snapshot) -> None:
+def _check_finite(snapshot: Snapshot) -> None:
     """Raise NumericalError that names tensors with NaN or infinity. Such a state is never written."""
-    bad = [name for name, tensor in tensors_of(snapshot.model) if not _is_finite(tensor)]
-    bad += [f"optimizer {name}" for name, tensor in tensors_of(snapshot.optimizer) if not _is_finite(tensor)]
+    tensors = [*_iterate_tensors(snapshot.model, ""), *_iterate_tensors(snapshot.optimizer, "optimizer ")]
+    bad = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
-        raise NumericalError(
-            f"{len(bad)} tensors are not finite after step {snapshot.step} ({', '.join(bad[:_SHOWN])})",
-            hint="Train with a smaller learning rate from the last snapshot.",
-            kept="No snapshot was written; older ones are unchanged.",
-        )
+        what = f"{len(bad)} tensors are not finite after step {snapshot.step} ({', '.join(bad[:_SHOWN])})"
+        hint = "Train with a smaller learning rate from the last snapshot."
+        raise NumericalError(what, hint=hint, kept="No snapshot was written; older ones are unchanged.")
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
-
-
-def tensors_of(content: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor inside of mappings and lists with its path."""
+def _iterate_tensors(content: object, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor inside of nested mappings with its path."""
     if isinstance(content, Tensor):
-        yield name, content
+        yield name.removesuffix("."), content
     elif isinstance(content, Mapping):
         for key, value in content.items():
-            yield from tensors_of(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(content, list | tuple):
-        for index, value in enumerate(content):
-            yield from tensors_of(value, f"{name}.{index}")
+            yield from _iterate_tensors(value, f"{name}{key}.")
 
 
-def equal(one: object, other: object) -> bool:
+def equal(first: object, second: object) -> bool:
     """Whether two states hold the same values, bit for bit."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        one, other = one.detach().cpu().contiguous(), other.detach().cpu().contiguous()
-        if one.dtype != other.dtype or one.shape != other.shape:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if first.dtype != second.dtype or first.shape != second.shape:
             return False
-        return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(equal(*pair) for pair in zip(one, other, strict=True))
-    return one == other
+        bits = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second))
+        return torch.equal(*bits)
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(equal(value, second[key]) for key, value in first.items())
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(equal(*pair) for pair in zip(first, second, strict=True))
+    return first == second
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:
     """Return the states of this rank's global random generators, in types that torch.load accepts with weights_only."""
-    name, keys, place, has_gauss, gauss = cast("tuple[str, Any, int, int, float]", np.random.get_state())
+    name, keys, position, has_gauss, gauss = cast("tuple[str, Any, int, int, float]", np.random.get_state())
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(place), int(has_gauss), float(gauss)),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
     }
 
 
@@ -291,7 +253,7 @@ def set_generators(states: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, place, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), place, has_gauss, cached))
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -1,10 +1,13 @@
 """The training loop."""
 
+import json
 import logging
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from msn_eval.distributed.collective import any_over_ranks, average_gradients, c
 from msn_eval.distributed.group import Group as Group
 from msn_eval.distributed.group import all_gather_object, broadcast_from_rank0, check_equal_across_ranks
 from msn_eval.errors import NumericalError, StoreError
+from msn_eval.features.collapse import is_collapsed
+from msn_eval.files.atomic import write_atomically
 from msn_eval.process import StopRequest, watch_stop_signals
 from msn_pretrain.config.recipe import architecture_of
 from msn_pretrain.config.schedule import StepSettings, settings_at
@@ -27,10 +32,6 @@ from msn_pretrain.training.gradients import compute_gradients, gradient_norm
 from msn_pretrain.training.journal import (
     AlarmCounters,
     Journal,
-    after_line,
-    after_rollback,
-    after_step,
-    dump_batch,
     find_alarm,
     may_roll_back,
     open_journal,
@@ -41,6 +42,7 @@ from msn_pretrain.training.run import (
     Recipe,
     autocast_of,
     build_learner,
+    collect_shared_facts,
     config_sha256,
     data_sha256,
     evaluated_encoder,
@@ -49,7 +51,6 @@ from msn_pretrain.training.run import (
     open_run,
     resume,
     roll_back,
-    shared_facts,
     training_images,
     view_kinds,
 )
@@ -73,16 +74,16 @@ class Session:
     order: Order
     steps: int
     learner: Learner
-    journal: Journal
-    dog: Watchdog
+    journal: Journal = field(default_factory=Journal)
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
 
 @dataclass(kw_only=True)
 class _Progress:
     """What changes from step to step, apart from the learner."""
 
-    step: int
-    alarms: AlarmCounters
+    step: int = 0
+    alarms: AlarmCounters = field(default_factory=AlarmCounters)
     saved_at: float = field(default_factory=time.monotonic)
     save_seconds: float = 0.0
     refused_at: float | None = None  # time of the last snapshot that could not be written; None after one that was
@@ -115,16 +116,16 @@ def train(recipe: Recipe, ranks: Group, *, allowed: Sequence[str] = (), quiet: b
             world=ranks.world,
         )
         learner = build_learner(recipe, ranks.device)
-        check_equal_across_ranks(ranks, "the run", shared_facts(recipe, images, learner))
+        check_equal_across_ranks(ranks, "the run", collect_shared_facts(recipe, images, learner))
         run.mkdir(parents=True, exist_ok=True)
         broadcast_from_rank0(ranks, "lock", lambda: stack.enter_context(lock_run(run)))
         folder = broadcast_from_rank0(ranks, "folder", lambda: open_run(recipe, images, allowed=allowed))
         seed_generators(seed_at(_RANKS, ranks.rank, seed=recipe.run.seed))
         snapshot = resume(learner, folder, ranks)
-        progress = _Progress(step=0, alarms=AlarmCounters())
+        progress = _Progress()
         if snapshot is not None:
             progress = _Progress(step=snapshot.step, alarms=AlarmCounters(**snapshot.watched))
-        steps = recipe.optimization.epochs * order.steps_an_epoch
+        steps = recipe.optimization.epochs * order.steps_per_epoch
         journal = open_journal(run, first=ranks.first, step=progress.step, steps=steps, quiet=quiet)
         session = Session(
             recipe=recipe,
@@ -135,7 +136,7 @@ def train(recipe: Recipe, ranks: Group, *, allowed: Sequence[str] = (), quiet: b
             steps=steps,
             learner=learner,
             journal=stack.enter_context(journal),
-            dog=stack.enter_context(watch_steps()),
+            watchdog=stack.enter_context(watch_steps()),
         )
         with (
             watch_stop_signals() as stop
@@ -145,19 +146,11 @@ def train(recipe: Recipe, ranks: Group, *, allowed: Sequence[str] = (), quiet: b
 
 def _train_loop(session: Session, progress: _Progress, stop: StopRequest) -> int:
     """Run the remaining steps and return the exit code."""
-    recipe, ranks, steps_per_epoch = session.recipe, session.ranks, session.order.steps_an_epoch
+    recipe, ranks, steps_per_epoch = session.recipe, session.ranks, session.order.steps_per_epoch
     if progress.step and progress.step % steps_per_epoch == 0:
         _evaluate_if_due(session, progress)  # in case the run was killed between snapshot and probe
-    view_list = ViewList(
-        images=session.images,
-        kinds=view_kinds(recipe),
-        seed=recipe.run.seed,
-        batched=makes_views_on_device(recipe, ranks.device),
-        device=ranks.device,
-    )
     ended = time.monotonic()
-    workers = recipe.data.workers
-    for batch in load_views(view_list, session.order, first_step=progress.step, steps=session.steps, workers=workers):
+    for batch in load_session_views(session, progress.step):
         waited = time.monotonic() - ended
         settings = settings_at(recipe, step=progress.step, steps_per_epoch=steps_per_epoch)
         step, norms, finite = compute(session, batch, settings)
@@ -170,13 +163,18 @@ def _train_loop(session: Session, progress: _Progress, stop: StopRequest) -> int
             session.learner.optimizer.step()
             session.learner.model.after_update(settings)
         progress.step += 1
-        progress.alarms = after_step(progress.alarms, finite=not not_finite)
+        alarms = progress.alarms
+        alarms.bad_steps = alarms.bad_steps + 1 if not_finite else 0
         if progress.step % recipe.run.log_every == 0 or progress.step == session.steps:
-            line = _describe_step(progress, steps_per_epoch, step, settings) | norms
-            progress.alarms = after_line(progress.alarms, line)
-            session.journal.write(line | _timing(session, waited=waited, seconds=time.monotonic() - ended))
-        _update_progress_bar(session, progress, step, seconds=time.monotonic() - ended)
-        session.dog.step_done()
+            facts = asdict(settings) | norms
+            line = _describe_step(session, progress, step, facts, started=ended, waited=waited)
+            alarms.collapsed_lines = alarms.collapsed_lines + 1 if is_collapsed(line) else 0
+            session.journal.write(line)
+        if session.journal.show is not None:
+            images_per_second = session.order.batch_size / (time.monotonic() - ended)
+            loss, memory = float(step.total.detach()), memory_bytes(ranks.device)
+            session.journal.show_progress(progress.step, images_per_second, loss=loss, memory_bytes=memory)
+        session.watchdog.step_done()
         rolled_back = _handle_alarms(session, progress)
         saving = stopping or due or rolled_back or progress.step == session.steps
         compare_every = recipe.run.compare_every
@@ -190,6 +188,20 @@ def _train_loop(session: Session, progress: _Progress, stop: StopRequest) -> int
             return max(all_gather_object(ranks, "exit code", stop.accept()))
         ended = time.monotonic()
     return 0
+
+
+def load_session_views(session: Session, first_step: int) -> Iterator[ViewBatch]:
+    """Yield the views of this rank's batches from `first_step` to the last step."""
+    recipe, device = session.recipe, session.ranks.device
+    view_list = ViewList(
+        images=session.images,
+        kinds=view_kinds(recipe),
+        seed=recipe.run.seed,
+        batched=makes_views_on_device(recipe, device),
+        device=device,
+    )
+    workers = recipe.data.workers
+    return load_views(view_list, session.order, first_step=first_step, steps=session.steps, workers=workers)
 
 
 def compute(session: Session, batch: ViewBatch, settings: StepSettings) -> tuple[Step, dict[str, float], bool]:
@@ -233,19 +245,17 @@ def _own_rows(kept: Tensor, ranks: Group, images: int) -> Tensor:
     return by_view[:, ranks.rank * images : (ranks.rank + 1) * images].reshape(-1, kept.shape[1])
 
 
-def _describe_step(progress: _Progress, steps_per_epoch: int, step: Step, settings: StepSettings) -> dict[str, Any]:
-    """Return the fields of a journal line, except for timing. Every rank must call this."""
+def _describe_step(
+    session: Session, progress: _Progress, step: Step, facts: dict[str, float], *, started: float, waited: float
+) -> dict[str, Any]:
+    """Return the journal line of a step. Every rank must call this."""
+    losses = {"loss" if name == "total" else name: float(value) for name, value in step.parts.items()}
+    line = losses | step.statistics() | facts
+    seconds = time.monotonic() - started
     return {
         "step": progress.step,
-        "epoch": (progress.step - 1) // steps_per_epoch,
-        **{("loss" if name == "total" else name): float(value) for name, value in step.parts.items()},
-        **step.statistics(),
-        **asdict(settings),
-    }
-
-
-def _timing(session: Session, *, waited: float, seconds: float) -> dict[str, float]:
-    return {
+        "epoch": (progress.step - 1) // session.order.steps_per_epoch,
+        **line,
         "time": time.time(),
         "step_seconds": seconds,
         "wait_seconds": waited,
@@ -263,45 +273,39 @@ def memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _update_progress_bar(session: Session, progress: _Progress, step: Step, *, seconds: float) -> None:
-    if session.journal.show is not None:
-        session.journal.progress(
-            step=progress.step,
-            images_per_second=session.order.batch_size / seconds,
-            loss=float(step.total.detach()),
-            memory_bytes=memory_bytes(session.ranks.device),
-        )
-
-
 def _skip_step(session: Session, batch: ViewBatch, facts: Mapping[str, float]) -> None:
     """Write the images of a step whose loss or gradient is not finite. The weights do not change."""
-    ids = [session.images.ids[number] for number in batch.batch.images.tolist()]
-    dump_batch(session.run, step=batch.batch.step, rank=session.ranks.rank, image_ids=ids, facts=facts)
-    _log.warning("step %d is skipped: its loss or gradient is not finite", batch.batch.step + 1)
+    step, rank = batch.batch.step, session.ranks.rank
+    content = {
+        "step": step,
+        "rank": rank,
+        "facts": {name: value if math.isfinite(value) else str(value) for name, value in facts.items()},
+        "images": [session.images.ids[number] for number in batch.batch.images.tolist()],
+    }
+    folder = session.run / "alarms"
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / f"step-{step:08d}-rank-{rank}.json", (json.dumps(content, indent=1) + "\n").encode())
+    _log.warning("step %d is skipped: its loss or gradient is not finite", step + 1)
 
 
 def _handle_alarms(session: Session, progress: _Progress) -> bool:
     """Stop, warn, or roll back to the last snapshot, as the recipe says. Return whether it rolled back."""
-    alarm = find_alarm(progress.alarms)
+    alarms, on_alarm = progress.alarms, session.recipe.watch.on_alarm
+    alarm = find_alarm(alarms)
     if alarm is None:
         return False
-    on_alarm = session.recipe.watch.on_alarm
-    if on_alarm == "rollback" and may_roll_back(progress.alarms):
-        return _roll_back(session, progress, alarm)
+    if on_alarm == "rollback" and may_roll_back(alarms):
+        step = roll_back(session.learner, session.run, session.ranks)
+        if step is None:
+            raise alarm
+        # Steps, schedules and images continue after the bad steps.
+        alarms.bad_steps, alarms.rollbacks = 0, alarms.rollbacks + 1
+        _log.warning("step %d: %s; continuing with the weights of step %d", progress.step, alarm.what, step)
+        return True
     if on_alarm != "warn":
         raise alarm
     _log.warning("step %d: %s", progress.step, alarm.what)
     return False
-
-
-def _roll_back(session: Session, progress: _Progress, alarm: NumericalError) -> bool:
-    """Restore weights and optimiser of the newest snapshot. Steps, schedules and images continue after the bad steps."""
-    step = roll_back(session.learner, session.run, session.ranks)
-    if step is None:
-        raise alarm
-    progress.alarms = after_rollback(progress.alarms)
-    _log.warning("step %d: %s; continuing with the weights of step %d", progress.step, alarm.what, step)
-    return True
 
 
 def _is_due(session: Session, progress: _Progress) -> bool:
@@ -311,7 +315,7 @@ def _is_due(session: Session, progress: _Progress) -> bool:
         return False
     if now - progress.saved_at >= 60 * session.recipe.run.snapshot_minutes:
         return True
-    epoch, remainder = divmod(step, session.order.steps_an_epoch)
+    epoch, remainder = divmod(step, session.order.steps_per_epoch)
     if remainder:
         return False
     keep_every = session.recipe.run.keep_every
@@ -321,31 +325,26 @@ def _is_due(session: Session, progress: _Progress) -> bool:
 
 def _save(session: Session, progress: _Progress, *, last: bool) -> None:
     """Write a snapshot. If the disk refuses, training continues, at most to the end of the next epoch."""
-    with session.dog.paused():
+    with session.watchdog.paused():
         started = time.monotonic()
         states = all_gather_object(session.ranks, "generators", generator_states(session.ranks.device))
-        written = broadcast_from_rank0(
-            session.ranks, "snapshot", lambda: _try_to_write(session, progress, states, last=last)
-        )
+        write = partial(_try_to_write, session, progress, states, last=last)
+        written = broadcast_from_rank0(session.ranks, "snapshot", write)
         progress.saved_at = time.monotonic()
         progress.save_seconds = progress.saved_at - started
-        if written:
-            progress.refused_at = None
-        elif progress.refused_at is None:
-            progress.refused_at, progress.refused_step = progress.saved_at, progress.step
-        else:
-            progress.refused_at = progress.saved_at
+        if not written and progress.refused_at is None:
+            progress.refused_step = progress.step
+        progress.refused_at = None if written else progress.saved_at
 
 
 def _try_to_write(session: Session, progress: _Progress, states: Sequence[Mapping[str, Any]], *, last: bool) -> bool:
-    recipe, learner, steps_per_epoch = session.recipe, session.learner, session.order.steps_an_epoch
-    model, optimizer = learner.state()
+    recipe, learner, steps_per_epoch = session.recipe, session.learner, session.order.steps_per_epoch
     snapshot = Snapshot(
         step=progress.step,
         epoch=progress.step // steps_per_epoch,
-        model=model,
-        optimizer=optimizer,
-        rng=tuple(states),
+        model=learner.model.state_dict(),
+        optimizer=learner.optimizer.state_dict(),
+        rng=states,
         watched=asdict(progress.alarms),
     )
     facts = {
@@ -358,13 +357,8 @@ def _try_to_write(session: Session, progress: _Progress, states: Sequence[Mappin
     }
     try:
         session.journal.sync()
-        write_snapshot(
-            session.run,
-            snapshot,
-            evaluated_encoder(learner, recipe),
-            facts=facts,
-            keep_every=recipe.run.keep_every,
-        )
+        encoder = evaluated_encoder(learner, recipe)
+        write_snapshot(session.run, snapshot, encoder, facts=facts, keep_every=recipe.run.keep_every)
     except StoreError as error:
         if last or (progress.refused_at is not None and progress.step >= progress.refused_step + steps_per_epoch):
             raise
@@ -380,14 +374,11 @@ def _try_to_write(session: Session, progress: _Progress, states: Sequence[Mappin
 
 def _evaluate_if_due(session: Session, progress: _Progress) -> None:
     """Evaluate the newest snapshot on rank 0 if the recipe asks for it; the other ranks wait."""
-    epoch = progress.step // session.order.steps_an_epoch
+    epoch = progress.step // session.order.steps_per_epoch
     if not online_probe.is_due(session.recipe, epoch):
         return
-    with session.dog.paused():
-        text = broadcast_from_rank0(
-            session.ranks,
-            "probe",
-            lambda: online_probe.describe(online_probe.measure(session.run, session.recipe, session.ranks.device)),
-        )
+    with session.watchdog.paused():
+        evaluate = partial(online_probe.evaluate, session.run, session.recipe, session.ranks.device)
+        text = broadcast_from_rank0(session.ranks, "probe", evaluate)
     if session.ranks.first:
         _log.info("epoch %d: %s", epoch, text)

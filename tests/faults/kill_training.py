@@ -256,7 +256,7 @@ def _break(fault: str) -> None:
     if fault == "rng":
         msn_pretrain.training.snapshot.set_generators = lambda states, device: None
     elif fault == "journal":
-        msn_pretrain.training.journal.cut = lambda path, *, step: None
+        msn_pretrain.training.journal.truncate_metrics = lambda path, *, step: None
     else:
         _tear_writes()
 

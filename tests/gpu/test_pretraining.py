@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,8 +101,6 @@ def _outcome(run: Path) -> dict[str, Any]:
 def test_stopped_run_resumes_to_the_same_result_as_an_uninterrupted_run(
     trained: Trained, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
 ) -> None:
-    import signal
-
     expected = _outcome(trained("full", "run.device=cuda", *settings))
     compute = training.compute
 
@@ -114,18 +113,18 @@ def test_stopped_run_resumes_to_the_same_result_as_an_uninterrupted_run(
         patched.setattr(training, "compute", stopping)
         trained("stopped", "run.device=cuda", *settings, code=75)
 
-    found = _outcome(trained("stopped", "run.device=cuda", *settings))
+    resumed = _outcome(trained("stopped", "run.device=cuda", *settings))
 
-    assert [name for name in expected if not equal(expected[name], found[name])] == []
+    assert [name for name in expected if not equal(expected[name], resumed[name])] == []
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_gpus_have_the_losses_of_one_gpu(trained: Trained, tmp_path: Path) -> None:
     alone = _losses(trained("one", "run.device=cuda:0"))
-    words = [str(tmp_path / "recipe.yaml"), f"run.dir={tmp_path / 'two'}", "run.device=cuda:0,cuda:1"]
+    arguments = [str(tmp_path / "recipe.yaml"), f"run.dir={tmp_path / 'two'}", "run.device=cuda:0,cuda:1"]
 
     done = subprocess.run(
-        [sys.executable, "-m", "msn_pretrain", *words],
+        [sys.executable, "-m", "msn_pretrain", *arguments],
         capture_output=True, text=True, timeout=250, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 

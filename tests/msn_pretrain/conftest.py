@@ -27,20 +27,20 @@ ema: {start: 0.9}
 
 @pytest.fixture(scope="session")
 def photographs() -> list[Tensor]:
-    """Give two photographs of different sizes, (3, height, width) uint8: those that scikit-learn carries."""
+    """Return the two photographs of scikit-learn in different sizes, (3, height, width) uint8."""
     import sklearn.datasets
 
     folder = Path(sklearn.datasets.__file__).parent / "images"
-    found = []
+    tensors = []
     for name, size in (("china.jpg", (160, 120)), ("flower.jpg", (96, 128))):
         pixels = np.asarray(Image.open(folder / name).convert("RGB").resize(size))
-        found.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous())
-    return found
+        tensors.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous())
+    return tensors
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., MSNRecipe | SimSiamRecipe]:
-    """Give a function that reads a recipe of 10 steps on 40 digits, with overrides; its run folder is `run`."""
+    """Return a function that reads a recipe of 10 steps on 40 digits, with overrides; its run folder is `run`."""
     (tmp_path / "tiny.yaml").write_text(_TINY)
 
     def read(*overrides: str) -> MSNRecipe | SimSiamRecipe:

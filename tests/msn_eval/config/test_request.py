@@ -1,4 +1,4 @@
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import replace
 
 import pytest
 
@@ -19,28 +19,21 @@ from msn_eval.errors import UsageError
         ("precision", "fp23", "--precision fp23: there is no such precision. Did you mean fp32?"),
         ("device", "gpu", "--device gpu: not a device\nUse auto, cpu, cuda or cuda:N."),
         ("device", "cuda:", "--device cuda:: not a device"),
-        ("device", "cuda:-1", "--device cuda:-1: not a device"),
         ("device", "cpu\n", "not a device"),
         ("lambda_", [0.1, 0.0], "--lambda 0.0: out of range\nGive a number above 0."),
-        ("lambda_", [-1.0], "--lambda -1.0: out of range"),
         ("lambda_", [float("nan")], "--lambda nan: out of range"),
-        ("lambda_", [float("inf")], "--lambda inf: out of range"),
         ("lambda_", ["0.1", "best"], "--lambda best: not a number\nGive a finite number above 0, or auto."),
         ("patch_drop", 1.0, "--patch-drop 1.0: out of range\nGive a number at least 0 and below 1."),
         ("temperature", [0.0], "--temperature 0.0: out of range"),
-        ("temperature", [0.07, float("nan")], "--temperature nan: out of range"),
         ("k", [10, 0], "--k 0: out of range\nGive a number at least 1."),
-        ("k", [-1], "--k -1: out of range"),
         ("seed", -1, "--seed -1: out of range\nGive a number at least 0."),
         ("limit", 0, "--limit 0: out of range\nGive a number at least 1."),
         ("image_pixels", 0, "--image-pixels 0: out of range"),
         ("batch_size", "0", "--batch-size 0: out of range\nGive `auto` or a whole number of at least 1."),
         ("batch_size", "-8", "--batch-size -8: out of range"),
         ("batch_size", "8.0", "--batch-size 8.0: out of range"),
-        ("batch_size", "Auto", "--batch-size Auto: out of range"),
         ("batch_size", "", "--batch-size : out of range"),
         ("workers", "-1", "--workers -1: out of range\nGive `auto` or a whole number of at least 0."),
-        ("workers", "many", "--workers many: out of range"),
     ],
     ids=lambda part: repr(part)[:24],
 )
@@ -65,37 +58,20 @@ def test_value_out_of_range_is_a_usage_error_that_names_the_option(field: str, v
     ],
     ids=lambda options: " ".join(options),
 )
-def test_value_at_the_edge_of_its_range_is_taken(options: dict[str, object]) -> None:
+def test_value_at_the_edge_of_its_range_is_accepted(options: dict[str, object]) -> None:
     assert all(getattr(EvaluationConfig(**options), name) == value for name, value in options.items())
 
 
-def test_defaults_are_the_promised_ones() -> None:
+def test_defaults_are_as_documented() -> None:
     config = EvaluationConfig()
-    assert (config.subset, config.probe, config.decoder, config.out) == (
-        ["low-shot"],
-        ["logistic"],
-        "pillow",
-        "runs",
-    )
-    assert (config.seed, config.on_bad_image, config.precision, config.limit) == (0, "error", None, None)
+    assert (config.subset, config.probe, config.out) == (["low-shot"], ["logistic"], "runs")
+    assert (config.seed, config.on_bad_image, config.decoder, config.limit) == (0, "error", "pillow", None)
 
 
-def test_two_requests_share_no_list() -> None:
-    assert EvaluationConfig().subset is not EvaluationConfig().subset
-
-
-def test_counts_are_numbers_once_given() -> None:
-    config = EvaluationConfig(batch_size="64", workers="0")
-    assert (config.batch_images, config.worker_count) == (64, 0)
-
-
-def test_automatic_counts_are_left_to_the_device() -> None:
-    assert (EvaluationConfig().batch_images, EvaluationConfig().worker_count) == (None, None)
-
-
-def test_request_cannot_be_changed() -> None:
-    with pytest.raises(FrozenInstanceError):
-        EvaluationConfig().seed = 1  # type: ignore[misc]
+@pytest.mark.parametrize(("value", "count"), [("64", 64), ("auto", None)])
+def test_count_is_a_number_or_left_to_the_device(value: str, count: int | None) -> None:
+    config = EvaluationConfig(batch_size=value, workers=value)
+    assert (config.batch_images, config.worker_count) == (count, count)
 
 
 def test_changed_copy_is_checked_again() -> None:
@@ -103,9 +79,20 @@ def test_changed_copy_is_checked_again() -> None:
         replace(EvaluationConfig(), seed=-1)
 
 
-def test_patches_are_not_dropped_from_augmented_images() -> None:
-    with pytest.raises(UsageError, match="--patch-drop: linear-augmented encodes whole crops"):
-        EvaluationConfig(probe=["linear-augmented"], patch_drop=0.5)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"probe": ["finetune"], "precision": "fp16"}, "--precision fp16"),
+        ({"probe": ["finetune"], "patch_drop": 0.7}, "--patch-drop: fine-tuning uses all patches"),
+        ({"probe": ["logistic", "finetune"], "compile": True}, "--compile: fine-tuning trains the uncompiled network"),
+        ({"probe": ["linear-augmented"], "patch_drop": 0.5}, "--patch-drop: linear-augmented encodes whole crops"),
+        ({"save": "folder"}, "--save: no network is trained"),
+        ({"probe": ["finetune"], "save": "folder", "canary": True}, "with --canary nothing is written"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EvaluationConfig(**options)
 
 
 def test_tap_option_beside_taps_to_choose_from_is_refused() -> None:
@@ -116,8 +103,3 @@ def test_tap_option_beside_taps_to_choose_from_is_refused() -> None:
 
     assert str(caught.value) == "--tap mean: linear.taps names cls, mean\nLeave out one of them."
     assert EvaluationConfig(probe=["knn"], tap="mean", linear=recipe).tap == "mean"
-
-
-def test_fine_tuning_is_not_compiled() -> None:
-    with pytest.raises(UsageError, match="--compile: fine-tuning trains the uncompiled network"):
-        EvaluationConfig(probe=["logistic", "finetune"], compile=True)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from msn_pretrain.config.recipe import EMA, SGD, Criterion, MSNRecipe, Optimization, SimSiamRecipe
+from msn_pretrain.config.recipe import SGD, Criterion, MSNRecipe, Optimization, SimSiamRecipe
 from msn_pretrain.config.schedule import settings_at
 
 _PER_EPOCH, _EPOCHS, _WARMUP = 50, 20, 3
@@ -33,22 +33,16 @@ def test_a_thousand_steps_of_msn_are_the_closed_forms() -> None:
         assert settings.sharpening == pytest.approx(0.5 - 0.25 * step / long, rel=1e-12)
 
 
-def test_stretched_schedules_do_not_reach_their_ends_and_others_do() -> None:
+def test_schedules_reach_their_ends_only_without_stretching() -> None:
     unstretched = MSNRecipe(optimization=Optimization(epochs=_EPOCHS, warmup=_WARMUP, stretch=1.0))
+    stretched, ended, beyond = (
+        settings_at(kind, step=step, steps_per_epoch=_PER_EPOCH)
+        for kind, step in ((recipe(), 999), (unstretched, 999), (unstretched, 3000))
+    )
 
-    last, end = (settings_at(one, step=999, steps_per_epoch=_PER_EPOCH) for one in (recipe(), unstretched))
-
-    assert last.learning_rate > 1e-4
-    assert end.learning_rate == pytest.approx(1e-6)
-    assert end.weight_decay == pytest.approx(0.4)
-
-
-def test_nothing_turns_back_after_the_end() -> None:
-    short = MSNRecipe(optimization=Optimization(epochs=1, warmup=0, stretch=1.0), ema=EMA(start=0.9, final=1.0))
-
-    beyond = settings_at(short, step=30, steps_per_epoch=10)
-
-    assert (beyond.learning_rate, beyond.weight_decay, beyond.ema) == pytest.approx((1e-6, 0.4, 1.0))
+    assert stretched.learning_rate > 1e-4
+    for settings in (ended, beyond):
+        assert (settings.learning_rate, settings.weight_decay) == pytest.approx((1e-6, 0.4))
 
 
 def test_a_thousand_steps_of_simsiam_are_the_closed_forms() -> None:
@@ -62,7 +56,7 @@ def test_a_thousand_steps_of_simsiam_are_the_closed_forms() -> None:
         assert (settings.fixed_learning_rate, settings.weight_decay) == (0.1, 1e-4)
 
 
-def test_a_predictor_may_decay_with_the_rest() -> None:
+def test_predictor_rate_may_follow_the_schedule() -> None:
     simsiam = SimSiamRecipe(optimization=SGD(epochs=4, fixed_predictor_rate=False))
 
     settings = settings_at(simsiam, step=25, steps_per_epoch=10)

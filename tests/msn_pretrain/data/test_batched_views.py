@@ -8,15 +8,13 @@ from msn_pretrain.data.views import ViewKind, draw_for_batch, make_views
 
 
 def _both(images: list[Tensor], kind: ViewKind) -> tuple[Tensor, Tensor]:
-    numbers = np.arange(len(images))
-    one_by_one = make_views(images, kind, first_view=0, seed=5, epoch=0, numbers=numbers)
-    drawn = draw_for_batch(images, kind, first_view=0, seed=5, epoch=0, numbers=numbers)
-    return one_by_one, make_batched_views(images, drawn, kind)
+    drawn = draw_for_batch(images, kind, first_view=0, seed=5, epoch=0, numbers=np.arange(len(images)))
+    return make_views(images, drawn, kind), make_batched_views(images, drawn, kind)
 
 
-def _difference(one: Tensor, other: Tensor) -> Tensor:
-    assert one.dtype == other.dtype == torch.uint8
-    return (one.int() - other.int()).abs()
+def _difference(first: Tensor, second: Tensor) -> Tensor:
+    assert first.dtype == second.dtype == torch.uint8
+    return (first.int() - second.int()).abs()
 
 
 @pytest.mark.parametrize(("pixels", "scale"), [(96, (0.3, 1.0)), (40, (0.05, 0.3)), (7, (0.3, 1.0))])

@@ -1,12 +1,14 @@
-"""What an optimiser treats alike, listed."""
+"""Parameter groups of the optimisers."""
+
+from dataclasses import replace
 
 import torch
 
 from msn_pretrain.config.recipe import SGD, Criterion, Encoder, Head, MSNRecipe, Projector, SimSiamRecipe, Views
 from msn_pretrain.config.schedule import StepSettings
 from msn_pretrain.methods.msn import MSN, build_msn
-from msn_pretrain.methods.simsiam import build_simsiam
-from msn_pretrain.training.optimizer import build_optimizer, parameter_groups, set_for_step
+from msn_pretrain.methods.simsiam import SimSiam, build_simsiam
+from msn_pretrain.training.optimizer import build_optimizer, set_for_step
 
 SMALL_VIT = "vit_tiny_patch16_224?img_size=16&patch_size=8&embed_dim=12&depth=1&num_heads=3"
 SMALL = MSNRecipe(
@@ -17,53 +19,58 @@ SMALL = MSNRecipe(
 )
 
 
+SIMSIAM = SimSiamRecipe(encoder=Encoder(name="resnet18"), projector=Projector(output=8, predictor=4))
+
+
 def small_msn() -> MSN:
     return build_msn(SMALL)
 
 
+def groups_of(model: MSN | SimSiam, optimizer: torch.optim.Optimizer) -> list[tuple[set[str], bool, bool]]:
+    """Return the parameter names of each group, whether weight decay applies, and whether the learning rate is constant."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [
+        ({names[parameter] for parameter in group["params"]}, group["decays"], group["fixed_rate"])
+        for group in optimizer.param_groups
+    ]
+
+
 def test_parameter_groups_of_msn_are_those_of_the_release() -> None:
-    groups = {(one.label, one.decays): list(one.names) for one in parameter_groups(small_msn(), SMALL)}
+    model = small_msn()
+    groups = groups_of(model, build_optimizer(model, SMALL))
 
     network, head = "anchor.trunk.network.", "anchor.head."
     layers = ["patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
     norms = ["blocks.0.norm1", "blocks.0.norm2", "norm"]
-    assert groups.keys() == {("prototypes", False), ("encoder", True), ("encoder", False)}
-    assert groups["prototypes", False] == ["prototypes"]
-    assert sorted(groups["encoder", True]) == sorted(
-        [network + "cls_token", network + "pos_embed"]
-        + [f"{network}{layer}.weight" for layer in layers]
-        + [f"{head}fc{number}.weight" for number in (1, 2, 3)]
-    )
-    assert sorted(groups["encoder", False]) == sorted(
-        [f"{network}{layer}.bias" for layer in layers]
-        + [f"{network}{norm}.{part}" for norm in norms for part in ("weight", "bias")]
-        + [f"{head}fc{number}.bias" for number in (1, 2, 3)]
-        + [f"{head}bn{number}.{part}" for number in (1, 2) for part in ("weight", "bias")]
-    )
+    decayed = {f"{network}cls_token", f"{network}pos_embed"}
+    decayed |= {f"{network}{layer}.weight" for layer in layers} | {f"{head}fc{number}.weight" for number in (1, 2, 3)}
+    vectors = {f"{network}{layer}.bias" for layer in layers} | {f"{head}fc{number}.bias" for number in (1, 2, 3)}
+    vectors |= {f"{network}{norm}.{name}" for norm in norms for name in ("weight", "bias")}
+    vectors |= {f"{head}bn{number}.{name}" for number in (1, 2) for name in ("weight", "bias")}
+    expected = [({"prototypes"}, False, False), (decayed, True, False), (vectors, False, False)]
+    assert sorted(groups, key=str) == sorted(expected, key=str)
 
 
-def test_simsiam_decays_everything_and_keeps_its_predictor_apart() -> None:
-    recipe = SimSiamRecipe(encoder=Encoder(name="resnet18"), projector=Projector(output=8, predictor=4))
+def test_simsiam_decays_everything_and_its_predictor_has_a_constant_rate() -> None:
+    model = build_simsiam(SIMSIAM)
+    optimizer = build_optimizer(model, SIMSIAM)
+
+    predictor = {name for name, _ in model.named_parameters() if name.startswith("predictor")}
+    rest = {name for name, _ in model.named_parameters()} - predictor
+    assert groups_of(model, optimizer) == [(rest, True, False), (predictor, True, True)]
+    set_for_step(optimizer, StepSettings(learning_rate=0.5, fixed_learning_rate=0.7, weight_decay=0.1))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.7]
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
+def test_simsiam_with_adamw_does_not_decay_vectors() -> None:
+    recipe = replace(SIMSIAM, encoder=Encoder(name=SMALL_VIT), optimization=SGD(optimizer="adamw"))
     model = build_simsiam(recipe)
 
-    groups = parameter_groups(model, recipe)
+    groups = groups_of(model, build_optimizer(model, recipe))
 
-    assert [(one.label, one.decays, one.fixed_rate) for one in groups] == [
-        ("encoder", True, False),
-        ("predictor", True, True),
-    ]
-    assert sorted(name for one in groups for name in one.names) == sorted(name for name, _ in model.named_parameters())
-
-
-def test_simsiam_with_adamw_spares_vectors() -> None:
-    recipe = SimSiamRecipe(
-        encoder=Encoder(name=SMALL_VIT), projector=Projector(output=8, predictor=4), optimization=SGD(optimizer="adamw")
-    )
-    model = build_simsiam(recipe)
-
-    kinds = {(one.label, one.decays) for one in parameter_groups(model, recipe)}
-
-    assert kinds == {("encoder", True), ("encoder", False), ("predictor", True), ("predictor", False)}
+    vectors = {name for name, parameter in model.named_parameters() if parameter.dim() == 1}
+    assert set().union(*(names for names, decays, _ in groups if not decays)) == vectors
 
 
 def test_rates_and_decay_of_a_step_reach_their_groups() -> None:
@@ -75,25 +82,15 @@ def test_rates_and_decay_of_a_step_reach_their_groups() -> None:
     assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.0, 0.1]
 
 
-def test_predictor_of_simsiam_keeps_its_rate() -> None:
-    recipe = SimSiamRecipe(encoder=Encoder(name="resnet18"), projector=Projector(output=8, predictor=4))
-    optimizer = build_optimizer(build_simsiam(recipe), recipe)
-
-    set_for_step(optimizer, StepSettings(learning_rate=0.5, fixed_learning_rate=0.7, weight_decay=0.1))
-
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.7]
-    assert optimizer.param_groups[0]["momentum"] == 0.9
-
-
-def test_an_update_moves_all_that_is_trained_and_nothing_else() -> None:
+def test_update_changes_exactly_the_trained_parameters() -> None:
     model = small_msn()
     optimizer = build_optimizer(model, SMALL)
-    before = {name: one.clone() for name, one in model.named_parameters()}
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     views = [torch.randn(8, 3, side, side) for side in (16, 16, 8)]
 
     model(views, torch.arange(3)).total.backward()
     set_for_step(optimizer, StepSettings(learning_rate=0.01, fixed_learning_rate=0.01, weight_decay=0.1))
     optimizer.step()
 
-    moved = {name for name, one in model.named_parameters() if not torch.equal(one, before[name])}
-    assert moved == {name for name, one in model.named_parameters() if one.requires_grad}
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -42,11 +42,8 @@ def _train_beside_a_bad_rank(recipe: MSNRecipe) -> str:
     [("run.compare_every=2", "run.snapshot_minutes=10"), ("run.compare_every=0", "run.snapshot_minutes=0.00001")],
     ids=["compared", "saved"],
 )
-def test_a_run_whose_ranks_differ_ends_before_it_saves(
-    on_ranks: OnRanks,
-    tiny: Callable[..., MSNRecipe],
-    tmp_path: Path,
-    settings: tuple[str, str],
+def test_run_whose_ranks_differ_ends_before_it_saves(
+    on_ranks: OnRanks, tiny: Callable[..., MSNRecipe], tmp_path: Path, settings: tuple[str, str]
 ) -> None:
     import sklearn.datasets  # noqa: F401
 

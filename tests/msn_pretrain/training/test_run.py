@@ -13,7 +13,7 @@ _HOLD = "import sys, time; from pathlib import Path; from msn_pretrain.training.
 _HOLD += "with lock_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 
-def test_a_second_job_is_told_who_trains_and_may_train_once_that_one_was_killed(tmp_path: Path) -> None:
+def test_lock_names_its_holder_and_is_released_when_that_process_is_killed(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     with holder.stdout:

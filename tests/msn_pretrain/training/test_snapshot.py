@@ -1,8 +1,7 @@
 import json
 import random
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def _steps(run: Path) -> list[int]:
     return [int(folder.name.partition("-")[2]) for folder in snapshot_folders(run)]
 
 
-def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+def test_snapshot_reads_back_equal(tmp_path: Path) -> None:
     written = _state(7)
     _write(tmp_path, 7, snapshot=written)
 
@@ -62,12 +61,12 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
 
     assert files is not None
     assert skipped == ()
-    found = read_snapshot(files)
+    restored = read_snapshot(files)
     for name in ("step", "epoch", "model", "optimizer", "rng", "watched"):
-        assert equal(getattr(found, name), getattr(written, name))
+        assert equal(getattr(restored, name), getattr(written, name))
 
 
-def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
+def test_restored_generators_continue(tmp_path: Path) -> None:
     def draw() -> tuple[float, float, float]:
         return float(torch.rand(())), random.random(), float(np.random.rand())
 
@@ -89,24 +88,31 @@ def test_two_generations_and_every_nth_epoch_are_kept(tmp_path: Path) -> None:
     assert _steps(tmp_path) == [32, 28, 24, 12]
 
 
-@pytest.mark.parametrize("damage", ["manifest", "state", "truncated", "encoder", "not json"])
-def test_a_snapshot_that_is_not_whole_is_passed_over_and_named(tmp_path: Path, damage: str) -> None:
+def _flip_bit(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("manifest.json", None),
+        ("manifest.json", lambda content: b"{"),
+        ("state.pt", lambda content: content[:-100]),
+        ("state.pt", _flip_bit),
+        ("encoder.safetensors", _flip_bit),
+    ],
+)
+def test_incomplete_snapshot_is_skipped_and_named(
+    tmp_path: Path, name: str, damage: Callable[[bytes], bytes] | None
+) -> None:
     for step in (1, 2):
         _write(tmp_path, step)
-    newest = snapshot_folder(tmp_path, 2)
-    match damage:
-        case "manifest":
-            (newest / "manifest.json").unlink()
-        case "not json":
-            (newest / "manifest.json").write_text("{")
-        case "truncated":
-            content = (newest / "state.pt").read_bytes()
-            (newest / "state.pt").write_bytes(content[:-100])
-        case name:
-            path = newest / {"state": "state.pt", "encoder": "encoder.safetensors"}[name]
-            content = bytearray(path.read_bytes())
-            content[len(content) // 2] ^= 1
-            path.write_bytes(content)
+    path = snapshot_folder(tmp_path, 2) / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage is not None:
+        path.write_bytes(damage(content))
 
     files, skipped = newest_snapshot(tmp_path)
 
@@ -116,7 +122,7 @@ def test_a_snapshot_that_is_not_whole_is_passed_over_and_named(tmp_path: Path, d
     assert skipped[0].startswith("step-00000002: ")
 
 
-def test_a_state_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
+def test_state_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
     _write(tmp_path, 1)
     bad = _state(2)
     weights = dict(bad.model) | {"weight": torch.full((30, 40), torch.nan)}
@@ -127,12 +133,17 @@ def test_a_state_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
     assert _steps(tmp_path) == [1]
 
 
-def test_a_full_disk_leaves_the_older_ones_and_says_so(tmp_path: Path) -> None:
+def test_full_disk_keeps_older_snapshots(tmp_path: Path) -> None:
     for step in (1, 2):
         _write(tmp_path, step)
 
-    with _files_of_at_most(8_000), pytest.raises(StoreError):
-        _write(tmp_path, 3)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, before[1]))
+    try:
+        with pytest.raises(StoreError):
+            _write(tmp_path, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     files, _ = newest_snapshot(tmp_path)
     assert files is not None
@@ -140,7 +151,7 @@ def test_a_full_disk_leaves_the_older_ones_and_says_so(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_older_ones_stay_until_the_new_one_was_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_older_snapshots_stay_until_the_new_one_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2):
         _write(tmp_path, step)
     save = torch.save
@@ -161,13 +172,13 @@ def test_older_ones_stay_until_the_new_one_was_read_back(tmp_path: Path, monkeyp
     assert {1, 2} <= set(_steps(tmp_path))
 
 
-def test_a_manifest_is_written_after_all_that_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     write = snapshots.write_atomically
 
     def listed(path: Path, content: bytes) -> None:
         if path.name == "manifest.json":
-            assert set(json.loads(content)["files"]) <= {one.name for one in path.parent.iterdir()}
+            assert set(json.loads(content)["files"]) <= {file.name for file in path.parent.iterdir()}
         written.append(path.name)
         write(path, content)
 
@@ -177,20 +188,9 @@ def test_a_manifest_is_written_after_all_that_it_names(tmp_path: Path, monkeypat
     assert written[-1] == "manifest.json"
 
 
-def test_the_same_weights_are_the_same_file(tmp_path: Path) -> None:
+def test_equal_weights_give_equal_files(tmp_path: Path) -> None:
     for step in (1, 2):
         _write(tmp_path, step)
 
     one, other = (snapshot_folder(tmp_path, step) / "encoder.safetensors" for step in (1, 2))
     assert one.read_bytes() == other.read_bytes()
-
-
-@contextmanager
-def _files_of_at_most(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond a size, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from msn_eval.checkpoints.run_folder import check_snapshot, newest_snapshot, snapshot_folders
+from msn_eval.data import read_split
 from msn_eval.distributed.group import Group as Group
 from msn_eval.errors import NumericalError, StoreError, UsageError
 from msn_pretrain.config.load import read_recipe
 from msn_pretrain.config.recipe import MSNRecipe
 from msn_pretrain.methods.msn import MSN
-from msn_pretrain.training import snapshot as snapshots
 from msn_pretrain.training import train as training
 from msn_pretrain.training.journal import METRICS, TIMING, read_metrics
-from msn_pretrain.training.run import build_learner
+from msn_pretrain.training.run import Recipe, build_learner
 from msn_pretrain.training.snapshot import equal, read_snapshot
 from msn_pretrain.training.train import train
 
@@ -28,7 +28,7 @@ Read = Callable[..., MSNRecipe]
 
 
 def _outcome(run: Path) -> dict[str, Any]:
-    """Give what must not depend on how a run went."""
+    """Return everything of a finished run that must not depend on interruptions."""
     files, _ = newest_snapshot(run)
     assert files is not None
     lines = [
@@ -39,7 +39,7 @@ def _outcome(run: Path) -> dict[str, Any]:
 
 
 def _stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have SIGTERM come in the middle of a step."""
+    """Send SIGTERM in the middle of a step."""
     compute = training.compute
 
     def stopping(session: Any, batch: Any, settings: Any) -> Any:
@@ -51,59 +51,41 @@ def _stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("step", "workers"), [(2, 0), (4, 2), (7, 1)])
-def test_a_run_that_was_told_to_stop_becomes_what_it_would_have_become(
+def test_stopped_run_resumes_bit_identically(
     tiny: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, workers: int
 ) -> None:
-    assert train(tiny(f"run.dir={tmp_path / 'whole'}"), _ALONE) == 0
+    _check_resumption(tiny(f"run.dir={tmp_path / 'full'}"), tiny(f"data.workers={workers}"), step, monkeypatch)
+
+
+def _check_resumption(full: Recipe, stopped: Recipe, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train `full` without and `stopped` with a stop in the middle of a step, and compare."""
+    assert train(full, _ALONE) == 0
     with monkeypatch.context() as patched:
         _stop_at(step, patched)
-        assert train(tiny(f"data.workers={workers}"), _ALONE) == 75
-    assert [line["step"] for line in read_metrics(tmp_path / "run" / METRICS)] == list(range(1, step + 2))
+        assert train(stopped, _ALONE) == 75
+    run = Path(stopped.run.dir)
+    assert [line["step"] for line in read_metrics(run / METRICS)] == list(range(1, step + 2))
 
-    assert train(tiny(), _ALONE) == 0
+    assert train(stopped, _ALONE) == 0
 
-    expected, found = _outcome(tmp_path / "whole"), _outcome(tmp_path / "run")
-    assert [name for name in expected if not equal(expected[name], found[name])] == []
+    expected, resumed = _outcome(Path(full.run.dir)), _outcome(run)
+    assert [name for name in expected if not equal(expected[name], resumed[name])] == []
 
 
-def test_a_simsiam_run_that_was_told_to_stop_becomes_what_it_would_have_become(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_simsiam_run_resumes_bit_identically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "simsiam.yaml").write_text(
         "method: simsiam\nrun: {device: cpu, seed: 3, log_every: 1}\ndata: {root: digits, workers: 0, limit: 2}\n"
         "encoder: {name: 'resnet18?channels=(8,8,8,8)', stem: cifar, drop_path: 0.2}\n"
         "views: {image_pixels: 16, random_views: 2, focal_views: 0}\n"
         "projector: {layers: 2, output: 16, predictor: 8}\noptimization: {epochs: 2, batch_size: 5, warmup: 1}\n"
     )
-    whole, stopped = (
-        read_recipe(tmp_path / "simsiam.yaml", overrides=[f"run.dir={tmp_path / name}"]) for name in ("whole", "run")
+    full, stopped = (
+        read_recipe(tmp_path / "simsiam.yaml", overrides=[f"run.dir={tmp_path / name}"]) for name in ("full", "run")
     )
-    assert train(whole, _ALONE) == 0
-    with monkeypatch.context() as patched:
-        _stop_at(3, patched)
-        assert train(stopped, _ALONE) == 75
-
-    assert train(stopped, _ALONE) == 0
-
-    expected, found = _outcome(tmp_path / "whole"), _outcome(tmp_path / "run")
-    assert [name for name in expected if not equal(expected[name], found[name])] == []
+    _check_resumption(full, stopped, 3, monkeypatch)
 
 
-def test_a_resumed_run_that_forgets_its_generators_is_found_out(
-    tiny: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(tiny(f"run.dir={tmp_path / 'whole'}"), _ALONE)
-    with monkeypatch.context() as patched:
-        _stop_at(2, patched)
-        train(tiny(), _ALONE)
-    monkeypatch.setattr(snapshots, "set_generators", lambda states, device: None)
-
-    train(tiny(), _ALONE)
-
-    assert not equal(_outcome(tmp_path / "whole")["model"], _outcome(tmp_path / "run")["model"])
-
-
-def test_a_changed_recipe_is_refused_with_its_differences(tiny: Read) -> None:
+def test_changed_recipe_is_refused_with_its_differences(tiny: Read) -> None:
     train(tiny("optimization.epochs=1"), _ALONE)
 
     with pytest.raises(UsageError, match=r"optimization.epochs: folder 1, now 2") as refused:
@@ -113,53 +95,43 @@ def test_a_changed_recipe_is_refused_with_its_differences(tiny: Read) -> None:
     assert train(tiny(), _ALONE, allowed=["optimization.epochs"]) == 0
 
 
-def test_other_images_are_refused(tiny: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_images_are_refused(tiny: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tiny("optimization.epochs=1"), _ALONE)
-    monkeypatch.setattr(training, "training_images", lambda recipe: _digits_from(5))
+    images = read_split("digits", "train").first_of_each_class(5)
+    monkeypatch.setattr(training, "training_images", lambda recipe: images)
 
     with pytest.raises(UsageError, match="training images are not those"):
         train(tiny("optimization.epochs=1"), _ALONE)
 
 
-def _digits_from(count: int) -> Any:
-    from msn_eval.data import read_dataset
+def _make_steps_bad(first: int, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the gradients of some steps, counted from 0, not finite."""
+    compute = training.compute
 
-    return read_dataset("digits").train.first_of_each_class(count)
+    def compute_badly(session: Any, batch: Any, settings: Any) -> Any:
+        step, norms, _ = compute(session, batch, settings)
+        return step, norms, not first <= batch.batch.step <= last
+
+    monkeypatch.setattr(training, "compute", compute_badly)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_changes_no_weights(
     tiny: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = training.compute
-
-    def spoilt(session: Any, batch: Any, settings: Any) -> Any:
-        step, norms, _ = compute(session, batch, settings)
-        return step, norms, batch.batch.step < 6
-
-    monkeypatch.setattr(training, "compute", spoilt)
+    _make_steps_bad(6, 99, monkeypatch)
     with pytest.raises(NumericalError, match="3 steps in a row"):
         train(tiny("run.snapshot_minutes=0.00001"), _ALONE)
 
     dumped = json.loads((tmp_path / "run" / "alarms" / "step-00000006-rank-0.json").read_text())
-    assert len(dumped["images"]) == 8
+    assert dumped.keys() == {"step", "rank", "facts", "images"}
+    assert (dumped["step"], dumped["rank"], len(dumped["images"])) == (6, 0, 8)
     assert _outcome(tmp_path / "run")["step"] >= 6
 
 
-def _with_bad_steps(first: int, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the gradients of some steps, counted from 0, be not finite."""
-    compute = training.compute
-
-    def spoilt(session: Any, batch: Any, settings: Any) -> Any:
-        step, norms, _ = compute(session, batch, settings)
-        return step, norms, not first <= batch.batch.step <= last
-
-    monkeypatch.setattr(training, "compute", spoilt)
-
-
-def test_a_rollback_takes_the_last_snapshots_weights_and_goes_on_behind_the_bad_steps(
+def test_rollback_restores_the_last_weights_and_continues_after_the_bad_steps(
     tiny: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _with_bad_steps(6, 8, monkeypatch)
+    _make_steps_bad(6, 8, monkeypatch)
     recipe = tiny("watch.on_alarm=rollback", "run.keep_every=1")
 
     assert train(recipe, _ALONE) == 0
@@ -168,17 +140,17 @@ def test_a_rollback_takes_the_last_snapshots_weights_and_goes_on_behind_the_bad_
         "step 9: loss or gradient was not finite in 3 steps in a row; continuing with the weights of step 5"
         in caplog.text
     )
-    epoch, after, _ = (read_snapshot(check_snapshot(one)) for one in reversed(snapshot_folders(tmp_path / "run")))
+    epoch, after, _ = (read_snapshot(check_snapshot(folder)) for folder in reversed(snapshot_folders(tmp_path / "run")))
     assert (epoch.step, after.step) == (5, 9)
     assert equal(epoch.model, after.model)
     assert equal(epoch.optimizer, after.optimizer)
     assert len(read_metrics(tmp_path / "run" / METRICS)) == 10
 
 
-def test_a_run_that_stays_bad_after_its_rollbacks_stops(
+def test_run_that_stays_bad_after_its_rollbacks_stops(
     tiny: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _with_bad_steps(5, 99, monkeypatch)
+    _make_steps_bad(5, 99, monkeypatch)
 
     with pytest.raises(NumericalError, match="3 steps in a row"):
         train(tiny("watch.on_alarm=rollback", "run.keep_every=1", "optimization.epochs=4"), _ALONE)
@@ -187,7 +159,7 @@ def test_a_run_that_stays_bad_after_its_rollbacks_stops(
     assert read_metrics(tmp_path / "run" / METRICS)[-1]["step"] == 17
 
 
-def test_a_full_disk_stops_no_training_before_the_next_epoch_ends(
+def test_full_disk_stops_training_only_after_the_next_epoch(
     tiny: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*args: object, **keywords: object) -> None:
@@ -202,7 +174,7 @@ def test_a_full_disk_stops_no_training_before_the_next_epoch_ends(
     assert "training continues without a snapshot of step 5" in caplog.text
 
 
-def test_the_encoder_is_measured_on_schedule_as_ordinary_records(tiny: Read, tmp_path: Path) -> None:
+def test_encoder_is_evaluated_on_schedule_as_ordinary_records(tiny: Read, tmp_path: Path) -> None:
     train(tiny("watch.probe_every=1", "watch.subset=1img", "watch.probes=[knn]"), _ALONE)
 
     records = [json.loads(path.read_text()) for path in (tmp_path / "run" / "eval").glob("*.json")]
@@ -213,7 +185,9 @@ def test_the_encoder_is_measured_on_schedule_as_ordinary_records(tiny: Read, tmp
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_encoders_alone_are_compiled_and_on_request(tiny: Read, monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+def test_only_encoders_are_compiled_and_only_on_request(
+    tiny: Read, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
 
@@ -226,10 +200,10 @@ def test_encoders_alone_are_compiled_and_on_request(tiny: Read, monkeypatch: pyt
 def test_two_local_ranks_train_as_one(tiny: Read, tmp_path: Path) -> None:
     settings = ["encoder.drop_path=0.0", "optimization.epochs=1"]
     train(tiny(f"run.dir={tmp_path / 'one'}", *settings), _ALONE)
-    words = [str(tmp_path / "tiny.yaml"), f"run.dir={tmp_path / 'two'}", *settings, "run.device=cpu,cpu"]
+    arguments = [str(tmp_path / "tiny.yaml"), f"run.dir={tmp_path / 'two'}", *settings, "run.device=cpu,cpu"]
 
     done = subprocess.run(
-        [sys.executable, "-m", "msn_pretrain", *words],
+        [sys.executable, "-m", "msn_pretrain", *arguments],
         capture_output=True,
         text=True,
         timeout=200,
