@@ -1,4 +1,4 @@
-"""Forked runs whose syncs are recorded, and which may kill themselves in one, so that the write path is hit however fast it is."""
+"""Forked runs that record their syncs and may kill themselves in one, so that even a fast write path is hit."""
 
 import os
 import signal

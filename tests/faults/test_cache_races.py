@@ -147,6 +147,7 @@ def test_processes_that_share_a_folder_read_nothing_wrong(cache: Path, processes
 def test_careless_writing_is_detected(
     cache: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, bytes], None]
 ) -> None:
+    open_feature_folder(cache, KEY, checkpoint="vit.pth")
     monkeypatch.setattr(feature_cache, "write_atomically", write)
     rounds = (run_together([partial(read_and_write, cache, 100, seed) for seed in range(8)]) for _ in range(20))
     assert any(not is_clean(cache, counts) for counts in rounds)

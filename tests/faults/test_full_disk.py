@@ -177,13 +177,6 @@ def test_rows_survive_a_disk_that_is_full_after_any_number_of_bytes(folder: Feat
     assert "File too large" in str(caught[0])
 
 
-def test_rows_are_kept_once_there_is_space_again(folder: FeatureFolder) -> None:
-    with largest_file(100):
-        refused = attempt(lambda: keep(folder, NEW))
-    keep(folder, NEW)
-    assert (refused is None, read_rows(folder, NEW)[1]) == (False, [True] * 8)
-
-
 def write_half(path: Path, content: bytes) -> None:
     """Write directly to the final name, which is wrong."""
     try:

@@ -88,13 +88,14 @@ def measure(folder: Path, capsys: pytest.CaptureFixture[str]) -> Measure:
         (["ls", "nothing"], 2, "nothing"),
     ],
 )
-def test_a_mistake_has_a_message_and_an_exit_code(
+def test_a_mistake_has_a_message_and_an_exit_code_and_writes_no_files(
     arguments: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended = main(arguments)
 
     output = capsys.readouterr().err
     assert (ended, text in output) == (code, True), output
+    assert list(Path.cwd().iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -114,12 +115,6 @@ def test_help_and_typos_are_answered_without_importing_torch(arguments: list[str
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
 
     assert done.stdout.splitlines()[-1] == f"{code} set()"
-
-
-def test_a_mistake_writes_no_files() -> None:
-    main(_pixels("--data", "digits", "--tap", "cls"))
-
-    assert list(Path.cwd().iterdir()) == []
 
 
 def test_an_error_is_one_block_with_a_traceback_only_if_verbose(capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,12 +329,6 @@ def test_a_damaged_record_is_named(folder: Path, capsys: pytest.CaptureFixture[s
     code = main(_pixels("--data", str(folder), "--subset", "1img@1", "-q"))
 
     assert (code, record.name in capsys.readouterr().err) == (22, True)
-
-
-def test_python_dash_m_is_the_command(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "msn_eval", "--version"], capture_output=True, text=True, check=False)
-
-    assert (done.returncode, done.stdout.startswith("msn-eval ")) == (0, True)
 
 
 def test_closed_output_is_not_an_error(digits_runs: Path) -> None:

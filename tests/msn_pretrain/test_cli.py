@@ -89,12 +89,12 @@ def test_sigterm_during_start_up_trains_no_step_and_the_run_can_start_again(
     arguments = [str(run.parent / "tiny.yaml"), f"run.dir={tmp_path / 'run'}", "-q"]
     begin = getattr(training, stage)
 
-    def stopped(*given: object, **named: object) -> object:
+    def stop(*arguments: object, **options: object) -> object:
         signal.raise_signal(signal.SIGTERM)
-        return begin(*given, **named)
+        return begin(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, stage, stopped)
+        patched.setattr(training, stage, stop)
         assert main(arguments) == 75
     assert "run the same command again" in capsys.readouterr().err
     assert not list(tmp_path.glob("run/metrics.jsonl"))
@@ -111,8 +111,8 @@ def test_slurm_gets_the_command_without_the_option_and_writes_its_logs_into_the_
     arguments = [str(run.parent / "tiny.yaml"), f"run.dir={tmp_path / 'run'}", "run.seed=4"]
     submitted = []
 
-    def record(arguments: list[str], options: dict[str, object], **places: object) -> Submitted:
-        submitted.append((arguments, options["cluster"], places))
+    def record(arguments: list[str], options: dict[str, object], **settings: object) -> Submitted:
+        submitted.append((arguments, options["cluster"], settings))
         return Submitted(job=cast(Any, None), job_id="17", logs=(tmp_path / "17.out",))
 
     monkeypatch.setattr("msn_eval.distributed.slurm.submit", record)
@@ -154,12 +154,11 @@ def test_exported_layouts_have_the_same_weights(run: Path, tmp_path: Path, to: s
     assert main(["export", str(run), "--to", to, "--out", str(out)]) == 0
 
     arch = None if to == "hf" else read_checkpoint(str(run)).arch
-    one, other = (
-        read_checkpoint(str(path), arch=name).network.state_dict() for path, name in ((run, None), (out, arch))
-    )
+    original = read_checkpoint(str(run)).network.state_dict()
+    exported = read_checkpoint(str(out), arch=arch).network.state_dict()
 
-    assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert original.keys() == exported.keys()
+    assert all(torch.equal(value, exported[name]) for name, value in original.items())
 
 
 def test_a_transformer_cannot_be_exported_to_torchvision(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import signal
 import stat
 import sys
@@ -269,11 +268,3 @@ def test_a_command_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: p
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert f"exit code {-signal.SIGKILL}" in str(caught.value)
-
-
-def test_a_job_that_is_requeued_starts_again() -> None:
-    job = CommandJob(command=("true",))
-
-    again = pickle.loads(pickle.dumps(job.checkpoint().function))
-
-    assert again == job
