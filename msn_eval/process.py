@@ -33,13 +33,10 @@ def usable_cores() -> int:
 
 def _machine_bytes(file: Path) -> int | None:
     try:
-        for line in file.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemAvailable":
-                return int(value.split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
+        line = next(line for line in file.read_text().splitlines() if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
         return None
-    return None
+    return int(line.split()[1]) * 1024
 
 
 def _container_bytes(folder: Path) -> int | None:
@@ -48,15 +45,11 @@ def _container_bytes(folder: Path) -> int | None:
         if limit == "max":
             return None
         used = int((folder / "memory.current").read_text())
-        # Cached pages of files count as used; the kernel frees them when memory is allocated.
-        cached = next(
-            int(line.split()[1])
-            for line in (folder / "memory.stat").read_text().splitlines()
-            if line.startswith("inactive_file ")
-        )
-        return max(0, int(limit) - used + cached)
-    except (OSError, ValueError, IndexError, StopIteration):
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:  # no control group
         return None
+    # Cached pages of files count as used; the kernel frees them when memory is allocated.
+    return max(0, int(limit) - used + int(statistics["inactive_file"]))
 
 
 class Terminated(KeyboardInterrupt):
@@ -100,15 +93,11 @@ def watch_stop_signals() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         stop.number = number
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number, handler in handlers.items():
-        if handler is not None:  # one that was not set from Python cannot be restored
-            signal.signal(number, record)
+    handlers = {number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
         for number, handler in handlers.items():
-            if handler is not None:
-                signal.signal(number, handler)
+            signal.signal(number, handler)
     if stop.number is not None:
         signal.raise_signal(stop.number)

@@ -37,11 +37,11 @@ class Entry:
             UsageError: A plug-in cannot be imported.
         """
         point = EntryPoint(name=self.name, value=self.target, group="")
-        if self.distribution is None:
-            return point.load()
         try:
             return point.load()
         except Exception as error:
+            if self.distribution is None:
+                raise
             raise UsageError(
                 f"The plug-in {self.name!r} of {self.distribution} cannot be imported: {type(error).__name__}: {error}",
                 where=self.target,

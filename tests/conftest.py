@@ -5,14 +5,17 @@ import os
 import runpy
 import shutil
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+ForkProcess = Callable[..., BaseProcess]
 OnRanks = Callable[..., list[Any]]
 RunScript = Callable[..., tuple[int, str]]
 Once = Callable[[str, Callable[[Path], None]], Path]
@@ -20,7 +23,7 @@ Once = Callable[[str, Callable[[Path], None]], Path]
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Give the folder of real images and lists that stands beside the repository, or skip the test."""
+    """Return the folder of real images and lists beside the repository, or skip the test."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no real images and lists at {folder}")
@@ -29,7 +32,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def digits_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a result folder: raw pixels on the digits, every probe, 1 and 2 images a class."""
+    """Return a result folder: raw pixels on the digits, every probe, 1 and 2 images per class."""
     from msn_eval import evaluate
 
     folder = tmp_path_factory.mktemp("digits") / "runs"
@@ -47,28 +50,27 @@ def digits_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """Give a function that has a folder filled by the first of all test processes that asks for its name; the others wait."""
+    """Return a function that fills a folder in the first of all test processes that names it; the others wait."""
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own  # xdist's workers have theirs side by side
 
-    def filled(name: str, fill: Callable[[Path], None]) -> Path:
+    def fill_once(name: str, fill: Callable[[Path], None]) -> Path:
         folder, done = shared / name, shared / f"{name}.done"
         with (shared / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not done.exists():
-                shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
                 folder.mkdir()
                 fill(folder)
                 done.touch()
         return folder
 
-    return filled
+    return fill_once
 
 
 @pytest.fixture(autouse=True)
 def package_loggers() -> Iterator[None]:
-    """Give the packages' loggers as they are at first: commands that run in this process send them to stderr alone,
-    those that fixtures of a whole module run too."""
+    """Reset the packages' loggers, which commands that run in this process send to stderr only."""
     _reset_loggers()
     yield
     _reset_loggers()
@@ -82,36 +84,49 @@ def _reset_loggers() -> None:
 
 
 @pytest.fixture
-def on_ranks(tmp_path: Path) -> Iterator[OnRanks]:
-    """Give a function that calls `body(*arguments)` in as many processes of one gloo group, and gives what each returned."""
-    fork = multiprocessing.get_context("fork")  # the child of a process that has torch needs no import
+def fork_process() -> Iterator[ForkProcess]:
+    """Return a function that starts `target(*arguments)` in a fork of this process, which needs no imports."""
+    fork = multiprocessing.get_context("fork")
     processes = []
 
-    def run(body: Callable[..., object], *arguments: object, world: int = 2) -> list[Any]:
-        import torch
+    def start(target: Callable[..., None], *arguments: object) -> BaseProcess:
+        process = fork.Process(target=target, args=arguments)
+        processes.append(process)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # other tests leave threads behind
+            process.start()
+        return process
 
-        meeting, outputs = (
-            tmp_path / f"meeting-{len(processes)}",
-            [tmp_path / f"{len(processes)}-{n}" for n in range(world)],
-        )
-        for rank, output in enumerate(outputs):
-            processes.append(fork.Process(target=_be_one_of, args=(rank, world, meeting, output, body, arguments)))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # other tests leave threads behind
-                processes[-1].start()
-        for process in processes[-world:]:
-            process.join(100)
-            assert process.exitcode == 0
-        return [torch.load(output, weights_only=False) for output in outputs]
-
-    yield run
+    yield start
     for process in processes:
         if process.is_alive():
             process.kill()
             process.join()
 
 
-def _be_one_of(
+@pytest.fixture
+def on_ranks(tmp_path: Path, fork_process: ForkProcess) -> OnRanks:
+    """Return a function that calls `body(*arguments)` in the processes of one gloo group, and returns their results."""
+
+    def run(body: Callable[..., object], *arguments: object, world: int = 2) -> list[Any]:
+        import torch
+
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        outputs = [folder / f"{rank}" for rank in range(world)]
+        meeting = folder / "meeting"
+        processes = [
+            fork_process(_run_rank, rank, world, meeting, output, body, arguments)
+            for rank, output in enumerate(outputs)
+        ]
+        for process in processes:
+            process.join(100)
+            assert process.exitcode == 0
+        return [torch.load(output, weights_only=False) for output in outputs]
+
+    return run
+
+
+def _run_rank(
     rank: int, world: int, meeting: Path, output: Path, body: Callable[..., object], arguments: tuple[object, ...]
 ) -> None:
     import torch
@@ -131,31 +146,20 @@ def _be_one_of(
 
 
 @pytest.fixture
-def run_script(tmp_path: Path) -> Iterator[RunScript]:
-    """Give a function that runs a script with some words as `python script words…` would, in a fork of this process, which has
-    torch and all else loaded already; it gives the exit code, and what was printed to stdout and stderr."""
-    fork = multiprocessing.get_context("fork")
-    processes = []
+def run_script(tmp_path: Path, fork_process: ForkProcess) -> RunScript:
+    """Return a function that runs `python script arguments…` in a fork of this process; it returns the exit code and output."""
 
-    def run(script: Path, *words: str, seconds: float = 280) -> tuple[int, str]:
-        output = tmp_path / f"script-{len(processes)}"
-        process = fork.Process(target=_be_script, args=(script, words, output))
-        processes.append(process)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # other tests leave threads behind
-            process.start()
+    def run(script: Path, *arguments: str, seconds: float = 280) -> tuple[int, str]:
+        output = Path(tempfile.mkdtemp(dir=tmp_path)) / "output"
+        process = fork_process(_run_script, script, arguments, output)
         process.join(seconds)
         assert process.exitcode is not None, output.read_text()
         return process.exitcode, output.read_text()
 
-    yield run
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-            process.join()
+    return run
 
 
-def _be_script(script: Path, words: Sequence[str], output: Path) -> None:
+def _run_script(script: Path, arguments: Sequence[str], output: Path) -> None:
     import threadpoolctl
 
     code: object = 1
@@ -166,12 +170,12 @@ def _be_script(script: Path, words: Sequence[str], output: Path) -> None:
     try:
         threadpoolctl.threadpool_limits(1)  # the threads of the parent did not come along
         warnings.resetwarnings()
-        sys.argv[:] = [str(script), *words]
+        sys.argv[:] = [str(script), *arguments]
         sys.path.insert(0, str(script.parent))
         runpy.run_path(str(script), run_name="__main__")
         code = 0
-    except SystemExit as left:
-        code = left.code
+    except SystemExit as exit_:
+        code = exit_.code
     except BaseException:
         traceback.print_exc()
     finally:

@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -38,17 +40,21 @@ def _name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _imported(path: Path) -> set[str]:
-    """Return the dotted names that a module imports: of `from a import b`, `a.b` where that is a module, else `a`."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def _imported(nodes: Iterable[ast.AST]) -> set[str]:
+    """Return the dotted names that statements import: of `from a import b`, `a.b` where that is a module, else `a`."""
+    imported = set()
+    for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             modules = {name for name in names if _path(name) is not None}
-            found |= modules | ({node.module} if modules != names else set())
-    return found
+            imported |= modules | ({node.module} if modules != names else set())
+    return imported
+
+
+def _imported_by(path: Path) -> set[str]:
+    return _imported(ast.walk(ast.parse(path.read_text())))
 
 
 def _path(name: str) -> Path | None:
@@ -63,13 +69,13 @@ def _component(name: str) -> str:
 
 
 def _imports_of_components() -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
+    imports: defaultdict[str, set[str]] = defaultdict(set)
     for path in _modules():
         own = _component(_name(path))
-        imported = {_component(name) for name in _imported(path) if name.startswith("msn_eval.")}
-        found.setdefault(own, set()).update(imported - {own, ""})
-    del found[""]  # the package itself names its public functions
-    return found
+        imported = {_component(name) for name in _imported_by(path) if name.startswith("msn_eval.")}
+        imports[own] |= imported - {own, ""}
+    del imports[""]  # the package itself names its public functions
+    return imports
 
 
 def test_every_component_has_a_layer() -> None:
@@ -85,14 +91,31 @@ def test_component_imports_only_from_layers_below(component: str) -> None:
 
 @pytest.mark.parametrize("package", ["msn_eval", "msn_pretrain"])
 def test_modules_import_each_other_in_no_cycle(package: str) -> None:
-    graph = {_name(path): _imported(path) for path in sorted(_ROOT.glob(f"{package}/**/*.py"))}
-    within = {name: {one for one in imported if one in graph and one != name} for name, imported in graph.items()}
+    graph = {_name(path): _imported_by(path) for path in sorted(_ROOT.glob(f"{package}/**/*.py"))}
+    within = {name: imported & (graph.keys() - {name}) for name, imported in graph.items()}
 
     TopologicalSorter(within).prepare()  # raises CycleError, which names the cycle
 
 
 def test_evaluation_never_imports_pretraining() -> None:
-    importing = [path for path in _modules() if any(name.startswith("msn_pretrain") for name in _imported(path))]
+    importing = [path for path in _modules() if any(name.startswith("msn_pretrain") for name in _imported_by(path))]
+
+    assert importing == []
+
+
+def _run_on_import(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+            yield from _run_on_import(child)
+
+
+def test_importing_a_module_needs_no_posix_module() -> None:
+    importing = [
+        _name(path)
+        for path in _modules()
+        if _imported(_run_on_import(ast.parse(path.read_text()))) & {"fcntl", "resource", "termios", "pwd"}
+    ]
 
     assert importing == []
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from msn_eval.cli import main
+from msn_eval.commands import VERBS
 from msn_eval.reports.text_tables import format_cell
 from msn_eval.results.folder import list_results
 from msn_eval.results.table import make_table
@@ -25,22 +26,10 @@ def test_the_picture_shows_the_numbers_that_the_demo_prints(digits_runs: Path) -
 
 def test_every_option_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
     known = set()
-    for verb in (
-        [],
-        ["report"],
-        ["reproduce"],
-        ["show"],
-        ["verify"],
-        ["check"],
-        ["baseline"],
-        ["demo"],
-        ["subsets", "fetch"],
-        ["subsets", "draw"],
-        ["cache"],
-        ["data", "verify"],
-    ):
+    verbs = [*VERBS, "subsets fetch", "subsets draw", "data verify"]
+    for verb in verbs:
         with pytest.raises(SystemExit):
-            main([*verb, "--help"])
+            main([*verb.split(), "--help"])
         known |= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
 
     written = {

@@ -29,23 +29,16 @@ def _run(installed: Path, empty: Path, *arguments: str) -> subprocess.CompletedP
     return subprocess.run(command, cwd=empty, capture_output=True, text=True, check=False)
 
 
-def test_wheel_carries_the_data_folders(installed: Path) -> None:
-    for name in ("configs", "imagenet_subsets"):
-        travelled = {path.relative_to(installed / "msn_eval" / "shipped" / name) for path in _files(installed, name)}
-        assert travelled == {path.relative_to(_ROOT / name) for path in (_ROOT / name).rglob("*") if path.is_file()}
+def test_wheel_contains_the_data_folders_and_the_published_numbers(installed: Path) -> None:
+    for pattern in ("configs/**/*", "imagenet_subsets/**/*", "reports/published_results.csv"):
+        assert _files(installed / "msn_eval" / "shipped", pattern) == _files(_ROOT, pattern)
 
 
-def test_wheel_carries_the_published_numbers(installed: Path) -> None:
-    travelled = installed / "msn_eval" / "shipped" / "reports" / "published_results.csv"
-
-    assert travelled.read_bytes() == (_ROOT / "reports" / "published_results.csv").read_bytes()
+def _files(folder: Path, pattern: str) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.glob(pattern) if path.is_file()}
 
 
-def _files(installed: Path, name: str) -> list[Path]:
-    return [path for path in (installed / "msn_eval" / "shipped" / name).rglob("*") if path.is_file()]
-
-
-def test_wheel_carries_the_page(installed: Path) -> None:
+def test_wheel_contains_the_page(installed: Path) -> None:
     inside = {path.name for path in (installed / "msn_eval" / "reports" / "html" / "assets").iterdir()}
 
     assert inside == {f"{name}.{kind}" for name in ("page", "trajectory") for kind in ("html", "css", "js")}

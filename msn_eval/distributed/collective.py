@@ -12,15 +12,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, distributed, nn
 
-from msn_eval.distributed.group import Group, all_gather_object
+from msn_eval.distributed.group import Group, all_gather_object, all_reduce_tensors
 from msn_eval.errors import DistributedError
 
-_SHOWN = 3
+_SHOWN_TENSORS = 3
 
 
 def world_size() -> int:
     """Return the number of ranks, 1 without a process group."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -77,32 +77,26 @@ def any_over_ranks(group: Group, *flags: bool) -> tuple[bool, ...]:
     """Return, for each flag, whether it is set on any rank."""
     if group.world == 1:
         return flags
-    raised = torch.tensor([float(flag) for flag in flags], device=group.device)
-    distributed.all_reduce(raised, distributed.ReduceOp.MAX)
-    return tuple(bool(flag) for flag in raised.tolist())
+    raised = all_reduce_max(torch.tensor(flags, dtype=torch.uint8, device=group.device))
+    return tuple(map(bool, raised.tolist()))
 
 
 def average_gradients(group: Group, parameters: Sequence[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over ranks, with one sum over all of them in the order of the parameters.
+    """Replace every gradient by its mean over ranks; a missing one counts as zero.
 
-    DistributedDataParallel rearranges its buckets after the first step. This function adds the same numbers in the same order at
-    every step, so that a resumed run adds as the run that it continues.
+    DistributedDataParallel rearranges its buckets after the first step. Here the order of addition is the same at every step,
+    so that a resumed run adds as the run that it continues.
     """
     if group.world == 1:
         return
-    by_type: dict[torch.dtype, list[Tensor]] = {}
+    gradients = []
     for parameter in parameters:
         if parameter.requires_grad:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            by_type.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for gradients in by_type.values():
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        distributed.all_reduce(flat)
-        flat /= group.world
-        means = torch.split(flat, [gradient.numel() for gradient in gradients])
-        for gradient, mean in zip(gradients, means, strict=True):
-            gradient.copy_(mean.view_as(gradient))
+            gradients.append(parameter.grad)
+    all_reduce_tensors(group, gradients)
+    torch._foreach_div_(gradients, group.world)
 
 
 def check_replicas(group: Group, tensors: Mapping[str, Tensor], *, step: int) -> None:
@@ -124,7 +118,7 @@ def check_replicas(group: Group, tensors: Mapping[str, Tensor], *, step: int) ->
     described = ", ".join(f"rank {rank} on {received[rank][0]}" for rank in wrong)
     raise DistributedError(
         f"after step {step} the weights of {described} differ from {'the rest' if has_majority else 'each other'}: "
-        f"{len(names)} tensors, {', '.join(names[:_SHOWN])}",
+        f"{len(names)} tensors, {', '.join(names[:_SHOWN_TENSORS])}",
         hint="Faulty hardware can cause this: leave out that machine or GPU, and start the same command.",
         kept="The last snapshot is kept; it was written after such a comparison.",
     )

@@ -2,7 +2,7 @@
 
 A collective of torch waits for its timeout, even if another rank raised an error or was stopped. The ranks therefore write
 heartbeats and the first error into the TCPStore where they met. Keys, under a prefix of the job: `rank/N` (host and process),
-`beat/N` (a counter, or LEFT), `error/N`, and `end` (the rank that failed first or was told to stop first).
+`beat/N` (a counter, or LEFT), and `end` (the rank that failed or was stopped first).
 """
 
 import json
@@ -12,15 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
+
+from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 
 from msn_eval.distributed.rank_info import RankInfo, Timeouts
-from msn_eval.errors import DistributedError, exit_code_of, printable
-
-if TYPE_CHECKING:
-    from torch.distributed import Store  # type: ignore[attr-defined]
+from msn_eval.errors import DistributedError, exit_code_of
 
 KEPT = "Finished work is kept; run the same command again to continue."
 LEFT = b"left"
@@ -35,7 +33,7 @@ class AbortRequested(KeyboardInterrupt):
 
 
 def failure_of_peer(message: str, exit_code: int) -> DistributedError:
-    """Return the error of a rank that ends because of another one, with the exit code of that rank."""
+    """Return the error of a rank that ends because of another, with the exit code of that rank."""
     error = DistributedError(message)
     error.exit_code, error.from_peer = exit_code, True
     return error
@@ -58,7 +56,7 @@ class FailureDetector:
         info: This rank.
         store: The main thread's connection to the store.
         connect: Opens another connection to the store; a connection serves one thread.
-        peers: `host`, `process` and `holds_store` of every rank, in rank order.
+        peers: `host` and `holds_store` of every rank, in rank order.
         timeouts: How long to wait.
 
     Attributes:
@@ -68,8 +66,8 @@ class FailureDetector:
     def __init__(
         self,
         info: RankInfo,
-        store: "Store",
-        connect: "Callable[[], Store]",
+        store: Store,
+        connect: Callable[[], Store],
         *,
         peers: Sequence[dict[str, Any]],
         timeouts: Timeouts,
@@ -79,7 +77,7 @@ class FailureDetector:
         self._others = [rank for rank in range(info.world) if rank != info.rank]
         self._beats: dict[int, bytes] = {}
         self._silence = dict.fromkeys(self._others, 0.0)
-        self._end: dict[str, Any] | None = None  # of the first rank that failed or was told to stop
+        self._end: dict[str, Any] | None = None  # of the rank that failed or was stopped first
         self._noticed_at: float | None = None  # when `_end` or the loss of the store was noticed
         self._exchanges, self._store_lost, self._leaving, self._left = 0, False, False, False
         self._lock = threading.Lock()  # held while `_leaving` changes or the main thread is interrupted
@@ -102,18 +100,16 @@ class FailureDetector:
             signal.signal(self._signal, self._previous_handler)
 
     def report_exit(self, error: BaseException | None) -> BaseException | None:
-        """Tell the other ranks how this one ends, and return the error to raise.
+        """Report how this rank ends to the others, and return the error to raise.
 
-        If several ranks fail, one keeps its error and the others get one line. The rank that holds the store waits for the
-        others, but not for long after an error.
+        If several ranks fail, the first keeps its error and the others get one line. The rank that holds the store waits for
+        the others, but not for long after an error.
         """
-        from torch.distributed import DistError
-
         with self._lock:
             self._leaving = True
         try:
             deadline = float("inf")
-            if error is not None and not (isinstance(error, SystemExit) and exit_code_of(error) == 0):
+            if error is not None:
                 deadline = time.monotonic() + self._timeouts.linger_seconds
                 error = self._report_error(error)
             if not self._other_ended():  # else all know that the job ends, and the store may be closed
@@ -126,54 +122,35 @@ class FailureDetector:
                 time.sleep(self._timeouts.beat_seconds / 10)
         except (DistError, OSError):  # the store is gone
             return self._wait_for_verdict() or error
-        except KeyboardInterrupt as interrupt:  # told to stop while reporting
+        except KeyboardInterrupt as interrupt:  # stopped while reporting
             return error or interrupt
         return error
 
     def _report_error(self, error: BaseException) -> BaseException:
-        from torch.distributed import DistError
-
+        rank, host = self._info.rank, self._info.host
         if isinstance(error, AbortRequested) or _is_transport_error(error):
-            text = printable(str(error).partition("\n")[0])[:300]
-            lost = f"rank {self._info.rank} lost the connection to another rank: {text}"
+            lost = f"rank {rank} lost the connection to another rank: {str(error).partition(chr(10))[0]}"
             error = self._wait_for_verdict() or DistributedError(lost, hint="See the other ranks' errors.")
         if isinstance(error, DistributedError) and error.from_peer:
             return error
-        rank, host, code, text = (
-            self._info.rank,
-            self._info.host,
-            exit_code_of(error),
-            f"{type(error).__name__}: {error}",
-        )
+        text = f"{type(error).__name__}: {error}".partition("\n")[0]
+        stopped = isinstance(error, KeyboardInterrupt)
         if self._end is None:
-            stopped = isinstance(error, KeyboardInterrupt)
-            end = json.dumps({"rank": rank, "host": host, "code": code, "text": text, "stopped": stopped})
-            self._end = json.loads(self._store.compare_set("end", "", end))
+            end = {"rank": rank, "host": host, "code": exit_code_of(error), "text": text, "stopped": stopped}
+            self._end = json.loads(self._store.compare_set("end", "", json.dumps(end)))
         first = self._end
-        if isinstance(error, KeyboardInterrupt):  # or a launcher stops the ranks that are left after a failure
-            return error if first["rank"] == rank or first["stopped"] else self._describe_end(first)
-        same: list[str] = []
-        with suppress(DistError, OSError):  # of several ranks with the same error, the lowest prints it
-            self._store.set(f"error/{rank}", text)
-            time.sleep(2 * self._timeouts.beat_seconds)
-            keys = [key for key in (f"error/{lower}" for lower in range(rank)) if self._store.check([key])]
-            same = [key for key in keys if self._store.get(key).decode() == text]
-        if not same and (first["rank"] == rank or first["text"] == text):
+        if first["rank"] == rank or (stopped and first["stopped"]):
             return error
-        line = printable(text.partition("\n")[0])
-        how = f"as rank {same[0].partition('/')[2]} did" if same else f"after rank {first['rank']}: {line}"
-        return failure_of_peer(f"rank {rank} on {host} failed {how}", code)
-
-    def _describe_end(self, end: dict[str, Any]) -> DistributedError:
-        what = f"rank {end['rank']} on {end['host']}"
-        line = f": {printable(end['text'].partition(chr(10))[0])}"
-        return failure_of_peer(what + (f" was told to stop. {KEPT}" if end["stopped"] else line), end["code"])
+        if stopped:  # a launcher stops the ranks that are left after a failure
+            return _describe_end(first)
+        how = f"as rank {first['rank']} did" if text == first["text"] else f"after rank {first['rank']}: {text}"
+        return failure_of_peer(f"rank {rank} on {host} failed {how}", exit_code_of(error))
 
     def _wait_for_verdict(self) -> DistributedError | None:
         started, patience = time.monotonic(), 2 * self._timeouts.reaction_seconds
         while self.verdict is None:
-            someone_left = any(beat == LEFT for beat in self._beats.values())
-            if time.monotonic() - started > patience + (0 if someone_left else self._timeouts.silent_seconds):
+            any_left = LEFT in self._beats.values()
+            if time.monotonic() - started > patience + (0 if any_left else self._timeouts.silent_seconds):
                 break
             time.sleep(self._timeouts.beat_seconds / 4)
         return self.verdict
@@ -185,8 +162,6 @@ class FailureDetector:
         return self._end is not None and self._end["rank"] != self._info.rank
 
     def _exchange_heartbeats(self) -> None:
-        from torch.distributed import DistError
-
         try:
             store = self._connect()
             last = time.monotonic()
@@ -239,21 +214,23 @@ class FailureDetector:
             if now - self._noticed_at < self._timeouts.reaction_seconds:
                 return None
             if self._end is not None and self._other_ended():
-                return self._describe_end(self._end)
+                return _describe_end(self._end)
             return DistributedError(f"{store} is gone", hint=KEPT)
         limit = self._timeouts.silent_seconds
         silent = [rank for rank in self._others if self._silence[rank] >= limit and self._beats[rank] != LEFT]
-        hosts = ", ".join(dict.fromkeys(str(self._peers[rank]["host"]) for rank in silent[:_SHOWN_RANKS]))
-        name = f"{name_ranks(silent)} ({hosts})"
         if unanswered >= limit:
-            silent, name = [0] if self._peers[0]["holds_store"] else [], store
-        elif not silent:
+            name = store
+        elif silent:
+            hosts = dict.fromkeys(self._peers[rank]["host"] for rank in silent[:_SHOWN_RANKS])
+            name = f"{name_ranks(silent)} ({', '.join(hosts)})"
+        else:
             return None
-        for rank in silent:
-            if self._peers[rank]["host"] == self._info.host and hasattr(signal, "SIGCONT"):
-                with suppress(OSError):  # one that was stopped continues, and notices that the job has ended
-                    os.kill(self._peers[rank]["process"], signal.SIGCONT)
         return DistributedError(f"{name} gave no heartbeat for {limit:g} s", hint=KEPT)
+
+
+def _describe_end(end: dict[str, Any]) -> DistributedError:
+    how = f" was told to stop. {KEPT}" if end["stopped"] else f": {end['text']}"
+    return failure_of_peer(f"rank {end['rank']} on {end['host']}{how}", end["code"])
 
 
 def _is_transport_error(error: BaseException) -> bool:

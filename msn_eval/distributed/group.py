@@ -23,7 +23,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: i
 
 from msn_eval.distributed.failure_detector import FailureDetector, failure_of_peer, name_ranks
 from msn_eval.distributed.rank_info import RankInfo, Timeouts, read_rank_info
-from msn_eval.errors import DistributedError, exit_code_of, printable
+from msn_eval.errors import DistributedError, exit_code_of
 
 _T = TypeVar("_T")
 _SHOWN = 6  # values in one message
@@ -153,7 +153,7 @@ def _meet(info: RankInfo, timeouts: Timeouts, prefix: str) -> tuple[TCPStore, li
                 time.sleep(min(0.05, timeouts.beat_seconds))
             return server, [json.loads(value) for value in store.multi_get(keys)]
         except (DistError, OSError) as error:
-            reason = printable(str(error).partition("\n")[0])
+            reason = str(error).partition("\n")[0]
             if info.holds_store and time.monotonic() - started > min(_BIND_SECONDS, timeouts.join_seconds):
                 raise DistributedError(
                     f"the store of the job could not be opened at {info.endpoint}: {reason}",
@@ -204,13 +204,14 @@ def broadcast_from_rank0(group: Group, name: str, make: Callable[[], _T]) -> _T:
             message = [(name, make(), "", 0)]
         except Exception as error:
             failure = error
-            message = [(name, None, f"{type(error).__name__}: {error}", exit_code_of(error))]
+            text = f"{type(error).__name__}: {error}".partition("\n")[0]
+            message = [(name, None, text, exit_code_of(error))]
     distributed.broadcast_object_list(message, src=0)
     if failure is not None:
         raise failure
     other, value, text, code = message[0]
     if text:
-        raise failure_of_peer(f"rank 0: {printable(text.partition(chr(10))[0])}", code)
+        raise failure_of_peer(f"rank 0: {text}", code)
     _check_same(name, other, 0)
     return cast(_T, value)
 

@@ -13,12 +13,8 @@ class RankInfo:
     """One rank of a job and the store where the ranks meet.
 
     Attributes:
-        rank: 0 to world - 1.
-        world: Number of ranks.
-        local_rank: Number of this rank among those of its host, and of its GPU.
-        host: Name of this host.
-        address: Host of the store.
-        port: Port of the store.
+        rank, world, local_rank, host: As in Group.
+        address, port: Of the store.
         attempt: Identifies this start of the job. A launcher that restarts the ranks may keep its store and the old keys.
         holds_store: Whether this rank holds the store: rank 0, unless the launcher does, as torchrun.
     """
@@ -69,15 +65,12 @@ def read_rank_info(environment: Mapping[str, str] | None = None) -> RankInfo | N
         return None
     world = _read_integer(variables, "WORLD_SIZE", 1, 1 << 20)
     rank = _read_integer(variables, "RANK", 0, world - 1)
-    address = variables.get("MASTER_ADDR")
-    if not address:
-        raise _bad_variable("MASTER_ADDR", "is not set")
     return RankInfo(
         rank=rank,
         world=world,
         local_rank=_read_integer(variables, "LOCAL_RANK", 0, world - 1),
         host=socket.gethostname(),
-        address=address,
+        address=_read_variable(variables, "MASTER_ADDR"),
         port=_read_integer(variables, "MASTER_PORT", 1, (1 << 16) - 1),
         attempt=f"{variables.get('TORCHELASTIC_RUN_ID', '')}/{variables.get('TORCHELASTIC_RESTART_COUNT', '')}",
         holds_store=rank == 0 and variables.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
@@ -85,11 +78,16 @@ def read_rank_info(environment: Mapping[str, str] | None = None) -> RankInfo | N
 
 
 def _read_integer(variables: Mapping[str, str], name: str, least: int, most: int) -> int:
-    text = variables.get(name, "")
+    text = _read_variable(variables, name)
     if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-        problem = f"is {text!r}, not an integer from {least} to {most}" if text else "is not set"
-        raise _bad_variable(name, problem)
+        raise _bad_variable(name, f"is {text!r}, not an integer from {least} to {most}")
     return int(text)
+
+
+def _read_variable(variables: Mapping[str, str], name: str) -> str:
+    if not (text := variables.get(name)):
+        raise _bad_variable(name, "is not set")
+    return text
 
 
 def _bad_variable(name: str, problem: str) -> DistributedError:

@@ -108,7 +108,7 @@ class CommandJob:
 
     command: tuple[str, ...]
     stop_seconds: float = 20.0  # to save its work when it is preempted
-    settle_seconds: float = 60.0  # for Slurm to end or requeue a job that it told to stop
+    settle_seconds: float = 60.0  # for Slurm to end or requeue a job that it stopped
     _child: "subprocess.Popen[bytes] | None" = field(default=None, init=False, repr=False)
 
     def __call__(self) -> int:

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from sync_kill import SyncKill, die_in_sync, note_syncs, read_counts
+from sync_kill import SyncKill, fork_run, read_counts
 from torch import Tensor
 
 import msn_eval.data.hashing
@@ -43,7 +43,7 @@ from msn_eval.features.encoder import Encoder, encode
 _NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=16&depth=2"
 _BATCH, _SHARD_ROWS = 32, 128
 _LEFT_OUT = ("created", "timing_s", "environment")
-_SYNCED = (".json", ".npz", ".safetensors")  # what the names of the files hold that are written
+_SYNCED = (".json", ".npz", ".safetensors")  # parts of the names of the written files
 
 
 def main() -> int:
@@ -101,11 +101,11 @@ def _trial(here: Path, data: str, kill: float | SyncKill, images: int, expected:
     code, encoded = _run_to_the_end(here, data)
     if code != 0:
         return [*faults, f"the second run ended with {code}: {(here / 'stderr').read_text()[-300:]}"]
-    found = _records(here)
-    if found != expected:
-        different = [name for name in expected if found.get(name) != expected[name]]
+    records = _records(here)
+    if records != expected:
+        different = [name for name in expected if records.get(name) != expected[name]]
         faults.append(f"{len(different)} results differ, first {different[:1]}")
-    if missing := finished_before - set(found):
+    if missing := finished_before - set(records):
         faults.append(f"{len(missing)} finished results are gone")
     if "quarantine" in (here / "stderr").read_text():
         faults.append("something was quarantined")
@@ -124,21 +124,12 @@ def _run_to_the_end(here: Path, data: str) -> tuple[int, int]:
 def _start(here: Path, data: str, kill: SyncKill | None = None) -> int:
     """Start the evaluation in a forked process, which `kill` ends."""
     here.mkdir(exist_ok=True)
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        output = os.open(here / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        note_syncs(here / "syncs")
-        if kill is not None:
-            die_in_sync(kill)
+
+    def run() -> int:
         with _counted(here / "encoded"):
-            code = _run_here(here, data)
-    finally:
-        os._exit(code)
+            return _run_here(here, data)
+
+    return fork_run(here, run, kill)
 
 
 def _run_here(here: Path, data: str) -> int:
@@ -168,13 +159,13 @@ def _counted(file: Path) -> Iterator[None]:
 
 def _records(here: Path) -> dict[str, object]:
     """Return every result with the bytes of its predictions, without the fields that may differ."""
-    found: dict[str, object] = {}
+    records: dict[str, object] = {}
     for path in sorted((here / "runs").glob("*.json")):
         record = json.loads(path.read_bytes())
         for name in _LEFT_OUT:
             del record[name]
-        found[path.name] = (record, (path.parent / record["predictions"]).read_bytes())
-    return found
+        records[path.name] = (record, (path.parent / record["predictions"]).read_bytes())
+    return records
 
 
 def _torn_files(here: Path) -> list[str]:

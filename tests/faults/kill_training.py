@@ -29,14 +29,14 @@ from typing import Any
 
 import timm
 import torch
-from sync_kill import SyncKill, die_in_sync, note_syncs, read_counts
+from sync_kill import SyncKill, fork_run, read_counts
 
 import msn_eval.checkpoints.run_folder
 import msn_pretrain.training.journal
 import msn_pretrain.training.run
 import msn_pretrain.training.snapshot
 import msn_pretrain.training.train
-from msn_eval.checkpoints.run_folder import SnapshotFiles, newest_snapshot, read_manifest
+from msn_eval.checkpoints.run_folder import newest_snapshot, read_manifest
 from msn_eval.data import read_split
 from msn_pretrain.cli import main as msn_pretrain_main
 from msn_pretrain.training.journal import METRICS, TIMING, read_metrics
@@ -56,12 +56,7 @@ ema: {start: 0.9}
 """
 _LONGEST_SECONDS = 120.0
 BREAKS = ("rng", "journal", "writes")
-_SYNCED = (
-    "state.pt",
-    "encoder.safetensors",
-    "manifest.json",
-    METRICS,
-)  # what the names of the files hold that are written
+_SYNCED = ("state.pt", "encoder.safetensors", "manifest.json", METRICS)  # parts of the names of the written files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +110,8 @@ def main() -> int:
             kill = _draw_kill(trial, undisturbed[ranks], chance)
             faults, at = _trial(place / f"trial{trial}", ranks, workers, kill, undisturbed[ranks].outcome)
             failed += bool(faults)
-            told = "; ".join(faults) or "passed"
-            print(f"kill {trial + 1}, {kill}, from step {at}, {ranks} ranks, {workers} workers: {told}", flush=True)
+            outcome = "; ".join(faults) or "passed"
+            print(f"kill {trial + 1}, {kill}, from step {at}, {ranks} ranks, {workers} workers: {outcome}", flush=True)
             shutil.rmtree(place / f"trial{trial}")
     print(f"{options.kills - failed} of {options.kills} trials passed")
     return 1 if failed else 0
@@ -136,9 +131,9 @@ def _undisturbed(place: Path, ranks: int) -> Undisturbed:
     codes = _wait(_start(here, ranks, 0))
     assert codes == [0] * ranks, (here / "stderr").read_text()
     seconds = time.monotonic() - started
-    found = _outcome(here / "run")
-    print(f"undisturbed on {ranks}: {seconds:.1f} s, {found['steps']} steps", flush=True)
-    return Undisturbed(outcome=found, seconds=seconds, syncs=read_counts(here / "syncs", _SYNCED))
+    outcome = _outcome(here / "run")
+    print(f"undisturbed on {ranks}: {seconds:.1f} s, {outcome['steps']} steps", flush=True)
+    return Undisturbed(outcome=outcome, seconds=seconds, syncs=read_counts(here / "syncs", _SYNCED))
 
 
 def _draw_kill(trial: int, undisturbed: Undisturbed, chance: random.Random) -> TimedKill | SyncKill:
@@ -169,9 +164,9 @@ def _trial(
     for child in children:
         os.kill(child, signal.SIGKILL)
     _wait(children)
-    found, _ = newest_snapshot(here / "run")
+    newest, _ = newest_snapshot(here / "run")
     promised = _promised(here / "run")
-    at = found.step if found else 0
+    at = newest.step if newest else 0
     faults = [] if at >= promised else [f"a snapshot of step {promised} was complete, but {at} is the newest now"]
     codes = _wait(_start(here, ranks, workers))
     if any(codes):
@@ -182,8 +177,10 @@ def _trial(
 
 
 def _wait_for_lines(metrics: Path, count: int) -> None:
-    until = time.monotonic() + _LONGEST_SECONDS
-    while count and time.monotonic() < until and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= count):
+    deadline = time.monotonic() + _LONGEST_SECONDS
+    while (
+        count and time.monotonic() < deadline and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= count)
+    ):
         time.sleep(0.002)
 
 
@@ -228,23 +225,13 @@ def _start(here: Path, ranks: int, workers: int, kill: SyncKill | None = None) -
 
 
 def _start_rank(here: Path, rank: int, ranks: int, workers: int, port: int, kill: SyncKill | None) -> int:
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        output = os.open(here / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+    def run() -> int:
         if ranks > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        note_syncs(here / "syncs")
-        if kill is not None and rank == 0:
-            die_in_sync(kill)
-        code = msn_pretrain_main(_arguments(here, workers))
-    finally:
-        os._exit(code)
+        return msn_pretrain_main(_arguments(here, workers))
+
+    return fork_run(here, run, kill if rank == 0 else None)
 
 
 def _wait(children: Sequence[int]) -> list[int]:
@@ -283,12 +270,9 @@ def _tear_writes() -> None:
                 if piece == 4:
                     os.fsync(file.fileno())
 
-    def accept(folder: Path) -> SnapshotFiles:
-        return read_manifest(folder)
-
     msn_pretrain.training.snapshot.written_atomically = in_place  # type: ignore[attr-defined]
     for module in (msn_eval.checkpoints.run_folder, msn_pretrain.training.snapshot):
-        module.check_snapshot = accept  # type: ignore[attr-defined]
+        module.check_snapshot = read_manifest  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A process that kills itself in fsync, so that the write path is hit however fast it is."""
+"""Forked runs that record their syncs and may kill themselves in one, so that even a fast write path is hit."""
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,25 @@ class SyncKill:
         return f"in sync {self.count} of a {self.name}"
 
 
-def die_in_sync(kill: SyncKill) -> None:
-    """Let this process die as `kill` says."""
+def fork_run(here: Path, run: Callable[[], int], kill: SyncKill | None) -> int:
+    """Run in a forked process, which `kill` ends; output and syncs are appended to files in `here`. Return its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        output = os.open(here / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        _record_syncs(here / "syncs")
+        if kill is not None:
+            _die_in_sync(kill)
+        code = run()
+    finally:
+        os._exit(code)
+
+
+def _die_in_sync(kill: SyncKill) -> None:
     sync, seen = os.fsync, 0
 
     def kill_in_fsync(number: int) -> None:
@@ -32,7 +49,7 @@ def die_in_sync(kill: SyncKill) -> None:
     os.fsync = kill_in_fsync
 
 
-def note_syncs(file: Path) -> None:
+def _record_syncs(file: Path) -> None:
     """Append the name of every file that this process syncs to `file`."""
     sync = os.fsync
 

@@ -1,4 +1,4 @@
-"""Small real things for the tests of checkpoints, encoders and features: weights, files, pictures."""
+"""Small weights, files, pictures and results that several folders of tests share."""
 
 import math
 import os
@@ -49,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def vit_weights() -> WeightMaker:
-    """Give a function that draws the weights of a Vision Transformer, by timm's names, without asking timm."""
+    """Return a function that draws the weights of a Vision Transformer with timm's names, without timm."""
 
     def draw(
         *,
@@ -63,7 +63,6 @@ def vit_weights() -> WeightMaker:
         layer_scale: bool = False,
         qk_norm: bool = False,
         fc_norm: bool = False,
-        head_width: int = 64,
         device: str = "cpu",
     ) -> Weights:
         prefix = int(class_token) + registers
@@ -86,12 +85,11 @@ def vit_weights() -> WeightMaker:
             ):
                 shapes[f"{here}.{name}.weight"] = (rows, columns)
                 shapes[f"{here}.{name}.bias"] = (rows,)
-            norms = ["norm1", "norm2"]
-            for name in norms:
-                shapes[f"{here}.{name}.weight"] = shapes[f"{here}.{name}.bias"] = (width,)
+            norms = {"norm1": width, "norm2": width}
             if qk_norm:
-                for name in ("attn.q_norm", "attn.k_norm"):
-                    shapes[f"{here}.{name}.weight"] = shapes[f"{here}.{name}.bias"] = (head_width,)
+                norms |= {"attn.q_norm": 64, "attn.k_norm": 64}
+            for name, size in norms.items():
+                shapes[f"{here}.{name}.weight"] = shapes[f"{here}.{name}.bias"] = (size,)
             if layer_scale:
                 shapes[f"{here}.ls1.gamma"] = shapes[f"{here}.ls2.gamma"] = (width,)
         final = "fc_norm" if fc_norm else "norm"
@@ -114,14 +112,14 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator, device:
 
 @pytest.fixture
 def msn_file(tmp_path: Path, vit_weights: WeightMaker) -> MSNWriter:
-    """Give a function that writes a file shaped like the MSN release: target encoder with its head, and prototypes."""
+    """Return a function that writes a file like the MSN release: target encoder with its head, and prototypes."""
 
     def write(weights: Weights | None = None, *, name: str = "vit.pth.tar", **others: object) -> Path:
-        trunk = vit_weights() if weights is None else weights
-        width = trunk["patch_embed.proj.weight"].shape[0]
+        encoder = vit_weights() if weights is None else weights
+        width = encoder["patch_embed.proj.weight"].shape[0]
         head = {"fc.fc1.weight": torch.ones(8, width), "fc.fc1.bias": torch.zeros(8)}
         content = {
-            "target_encoder": {f"module.{key}": tensor for key, tensor in (trunk | head).items()},
+            "target_encoder": {f"module.{key}": tensor for key, tensor in (encoder | head).items()},
             "prototypes": torch.ones(16, 8),
             "epoch": 600,
         }
@@ -134,7 +132,7 @@ def msn_file(tmp_path: Path, vit_weights: WeightMaker) -> MSNWriter:
 
 @pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give an image folder of three classes with five pictures each, in `val` alone."""
+    """Return an image folder with five pictures in each of three classes, only in `val`."""
     root = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(3)
     for name in ("ant", "bee", "cat"):
@@ -148,7 +146,7 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class MemorySource:
-    """Images in memory; None is one that cannot be read."""
+    """Images in memory; None is an image that cannot be read."""
 
     contents: Mapping[str, bytes | None]
     root: None = None
@@ -171,12 +169,12 @@ class MemorySource:
 
 @pytest.fixture
 def memory_images() -> ImageSetMaker:
-    """Give a function from the bytes of images by id, None for one that cannot be read, to a set of them."""
+    """Return a function that makes an image set of the bytes of images by id; None for an image that cannot be read."""
 
     def make(contents: Mapping[str, bytes | None], *, passed_over: int = 0) -> ImageSet:
-        classes = tuple(sorted({one.partition("/")[0] for one in contents}, key=os.fsencode))
         ids = tuple(sorted(contents, key=os.fsencode))
-        labels = tuple(classes.index(one.partition("/")[0]) for one in ids)
+        classes = tuple(dict.fromkeys(image_id.partition("/")[0] for image_id in ids))
+        labels = tuple(classes.index(image_id.partition("/")[0]) for image_id in ids)
         return ImageSet(ids=ids, labels=labels, classes=classes, source=MemorySource(contents), passed_over=passed_over)
 
     return make
@@ -184,13 +182,13 @@ def memory_images() -> ImageSetMaker:
 
 @pytest.fixture
 def random_pixels() -> Tensor:
-    """Give four images of 32 pixels, as decoders leave them."""
+    """Return four images of 32 x 32 pixels, as decoders return them."""
     return torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(scope="session")
 def write_run() -> RunWriter:
-    """Give a function that writes the records of one checkpoint under one protocol, with predictions of our choice."""
+    """Return a function that writes the records of one checkpoint under one protocol, with chosen predictions."""
 
     def write(
         folder: Path,
@@ -207,7 +205,7 @@ def write_run() -> RunWriter:
         """right: (draws, n). Labels are 0 and 1 in halves, of classes `ant` and `bee`; wrong predictions name another."""
         n = right.shape[1]
         label = np.repeat([0, 1], [n - n // 2, n // 2])
-        image = np.array([f"{('ant', 'bee')[one]}/{place:05d}.png".encode() for place, one in enumerate(label)])
+        image = np.array([f"{('ant', 'bee')[index]}/{row:05d}.png".encode() for row, index in enumerate(label)])
         protocol = {
             "version": 1,
             "data": {"sha256": "d" * 64, "class_map_sha256": "c" * 64},
@@ -222,12 +220,10 @@ def write_run() -> RunWriter:
         results = []
         for draw, row in enumerate(right, start=1):
             rank = np.where(row, 1, 2)
-            result = changed(_record(name, weights, protocol, draw, rank))
             prediction = np.where(row, label, (label + wrong_class) % 3)
-            write_result(
-                folder, result, Predictions(image=image, label=label, prediction=prediction, rank_of_label=rank)
-            )
-            results.append(result)
+            predictions = Predictions(image=image, label=label, prediction=prediction, rank_of_label=rank)
+            results.append(changed(_record(name, weights, protocol, draw, rank)))
+            write_result(folder, results[-1], predictions)
         return results
 
     return write

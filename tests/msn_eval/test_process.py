@@ -46,19 +46,6 @@ def test_without_the_kernels_files_memory_is_unknown(tmp_path: Path) -> None:
     assert available_bytes(machine=tmp_path / "none", container=tmp_path / "none") is None
 
 
-@pytest.mark.parametrize("text", ["MemAvailable:\n", "MemAvailable: much kB\n", "MemTotal: 1000 kB\n"], ids=str)
-def test_unreadable_values_of_the_machine_are_unknown(tmp_path: Path, text: str) -> None:
-    (tmp_path / "meminfo").write_text(text)
-    assert available_bytes(machine=tmp_path / "meminfo", container=tmp_path / "none") is None
-
-
-@pytest.mark.parametrize(("name", "text"), [("memory.max", "much"), ("memory.stat", "anon 5\n")])
-def test_unreadable_values_of_the_container_are_ignored(machine: Path, tmp_path: Path, name: str, text: str) -> None:
-    limited = container(tmp_path, limit="3000", used=2000)
-    (limited / name).write_text(text)
-    assert available_bytes(machine=machine, container=limited) == 500 * 1024
-
-
 def _raise_terminated(number: int, frame: object) -> None:
     raise Terminated
 

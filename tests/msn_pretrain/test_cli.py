@@ -81,12 +81,12 @@ def test_sigterm_during_start_up_trains_no_step_and_the_run_can_start_again(
     arguments = [str(run.parent / "tiny.yaml"), f"run.dir={tmp_path / 'run'}", "-q"]
     begin = getattr(training, stage)
 
-    def stopped(*arguments: object, **settings: object) -> object:
+    def stop(*arguments: object, **options: object) -> object:
         signal.raise_signal(signal.SIGTERM)
-        return begin(*arguments, **settings)
+        return begin(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, stage, stopped)
+        patched.setattr(training, stage, stop)
         assert main(arguments) == 75
     assert "run the same command again" in capsys.readouterr().err
     assert not list(tmp_path.glob("run/metrics.jsonl"))
@@ -103,8 +103,8 @@ def test_slurm_gets_the_command_without_the_option_and_writes_its_logs_into_the_
     arguments = [str(run.parent / "tiny.yaml"), f"run.dir={tmp_path / 'run'}", "run.seed=4"]
     submitted = []
 
-    def record(arguments: list[str], options: dict[str, object], **places: object) -> Submitted:
-        submitted.append((arguments, options["cluster"], places))
+    def record(arguments: list[str], options: dict[str, object], **settings: object) -> Submitted:
+        submitted.append((arguments, options["cluster"], settings))
         return Submitted(job=cast(Any, None), job_id="17", logs=(tmp_path / "17.out",))
 
     monkeypatch.setattr("msn_eval.distributed.slurm.submit", record)

@@ -8,12 +8,11 @@ from msn_eval.errors import DistributedError
 _ENVIRONMENT = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4000"}
 
 
-def test_a_rank_is_what_the_variables_say() -> None:
+def test_a_rank_is_read_from_the_variables() -> None:
     info = read_rank_info(_ENVIRONMENT)
 
     assert info is not None
     assert (info.rank, info.local_rank, info.world, info.endpoint) == (1, 0, 2, "127.0.0.1:4000")
-    assert not info.holds_store
 
 
 @pytest.mark.parametrize(("rank", "launchers", "holds"), [("0", "", True), ("0", "True", False), ("1", "", False)])

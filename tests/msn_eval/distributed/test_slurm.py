@@ -1,8 +1,7 @@
-"""Slurm jobs: what reaches sbatch, and what a job does when its command ends or is told to stop."""
+"""Slurm jobs: what reaches sbatch, and what a job does when its command ends or is stopped."""
 
 import json
 import os
-import pickle
 import signal
 import stat
 import sys
@@ -55,10 +54,10 @@ def submit_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
         wait_for(job.job.done)
 
 
-def wait_for(happens: Callable[[], object]) -> None:
-    until = time.monotonic() + 20
-    while not happens():
-        assert time.monotonic() < until
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
@@ -87,32 +86,22 @@ def sbatch_flags(script: Path) -> Mapping[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def test_every_gpu_gets_a_task() -> None:
-    assert parse_slurm("partition=gpu,nodes=2,gpus_per_node=8") == {
-        "cluster": "slurm", "name": "msn-eval", "timeout_min": 240, "partition": "gpu", "nodes": 2, "gpus_per_node": 8,
-        "tasks_per_node": 8,
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("partition=gpu", {"cluster": "slurm", "name": "msn-eval", "timeout_min": 240, "tasks_per_node": 1}),
+        ("nodes=2,gpus_per_node=8", {"nodes": 2, "gpus_per_node": 8, "tasks_per_node": 8}),
+        ("gpus_per_node=0", {"tasks_per_node": 1}),
+        ("gpus_per_node=4, tasks_per_node=2", {"tasks_per_node": 2}),
+        ("cluster=local, timeout_min=30, name=mine", {"cluster": "local", "timeout_min": 30, "name": "mine"}),
+        ("mem_gb=1.5,exclusive=true", {"mem_gb": 1.5, "exclusive": True}),
+        ("exclude=a1,a2,gres=gpu:8", {"exclude": "a1,a2", "gres": "gpu:8"}),
+    ],
+)
+def test_options_have_defaults_and_the_types_that_submitit_expects(text: str, expected: dict[str, object]) -> None:
+    options = parse_slurm(text)
 
-
-@pytest.mark.parametrize("text", ["partition=cpu", "gpus_per_node=0"])
-def test_without_gpus_a_node_gets_one_task(text: str) -> None:
-    assert parse_slurm(text)["tasks_per_node"] == 1
-
-
-def test_what_is_given_replaces_every_default() -> None:
-    text = "cluster=local, folder=jobs, gpus_per_node=4, tasks_per_node=2, timeout_min=30, name=mine"
-
-    assert parse_slurm(text) == {
-        "cluster": "local", "folder": "jobs", "gpus_per_node": 4, "tasks_per_node": 2, "timeout_min": 30, "name": "mine",
-    }  # fmt: skip
-
-
-def test_values_have_the_types_that_submitit_expects() -> None:
-    options = parse_slurm("mem_gb=1.5,stderr_to_stdout=true,exclusive=true,exclude=a1,a2,gres=gpu:8")
-
-    assert {name: options[name] for name in ("mem_gb", "stderr_to_stdout", "exclusive", "exclude", "gres")} == {
-        "mem_gb": 1.5, "stderr_to_stdout": True, "exclusive": True, "exclude": "a1,a2", "gres": "gpu:8",
-    }  # fmt: skip
+    assert {name: options[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("text", ["gpu", "", "partition=", "nodes=1,nodes=2"])
@@ -153,18 +142,17 @@ def test_sbatch_receives_the_options(sbatch: Path, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_submitted_job_is_named_with_its_logs(sbatch: Path, tmp_path: Path) -> None:
-    submitted = submit([], parse_slurm("nodes=2"), folder=tmp_path / "slurm")
+@pytest.mark.parametrize("options", ["nodes=2", "nodes=2,folder=mine"])
+def test_a_submitted_job_is_named_with_its_logs(
+    sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
 
-    logs = tmp_path / "slurm"
+    submitted = submit([], parse_slurm(options), folder=tmp_path / "slurm")
+
+    logs = tmp_path / ("mine" if "mine" in options else "slurm")
     assert submitted.job_id == "17"
     assert submitted.logs == tuple(logs / f"17_{task}_log.{end}" for task in (0, 1) for end in ("out", "err"))
-
-
-def test_a_folder_among_the_options_wins(sbatch: Path, tmp_path: Path) -> None:
-    submitted = submit([], parse_slurm(f"folder={tmp_path / 'mine'}"), folder=tmp_path / "slurm")
-
-    assert {log.parent for log in submitted.logs} == {tmp_path / "mine"}
 
 
 def test_a_job_submitted_from_a_job_does_not_inherit_its_rank(
@@ -248,25 +236,16 @@ def test_a_preempted_job_stops_its_command_and_continues_later(submit_script: Su
     assert (tmp_path / "finished0").exists()
 
 
-def test_a_command_that_was_itself_told_to_stop_is_requeued(submit_script: Submit, tmp_path: Path) -> None:
-    submitted = submit_script(_STOPPED_ONCE + "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
-
-    assert results(submitted) == [0]
-    assert (tmp_path / "finished0").exists()
-
-
-def test_ranks_that_were_all_told_to_stop_are_requeued_together(submit_script: Submit, tmp_path: Path) -> None:
+def test_ranks_that_received_sigterm_are_requeued_together(submit_script: Submit, tmp_path: Path) -> None:
     stopped = _STOPPED_ONCE + "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
 
     submitted = submit_script(stopped, "cluster=local,tasks_per_node=2")
 
     assert results(submitted) == [0, 0]
-    assert (tmp_path / "finished0").exists()
-    assert (tmp_path / "finished1").exists()
+    assert all((tmp_path / f"finished{rank}").exists() for rank in (0, 1))
 
 
 def test_the_signal_of_preemption_does_not_kill_the_command(submit_script: Submit) -> None:
-    """Slurm sends it to every process of the job."""
     submitted = submit_script("import os, signal, time; os.kill(os.getpid(), signal.SIGUSR2); time.sleep(0.1)")
 
     assert results(submitted) == [0]
@@ -289,11 +268,3 @@ def test_a_command_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: p
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert f"exit code {-signal.SIGKILL}" in str(caught.value)
-
-
-def test_a_job_that_is_requeued_starts_again() -> None:
-    job = CommandJob(command=("true",))
-
-    again = pickle.loads(pickle.dumps(job.checkpoint().function))
-
-    assert again == job
