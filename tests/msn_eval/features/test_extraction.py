@@ -141,7 +141,7 @@ def test_extraction_needs_only_the_split_asked_for(encoder: Encoder, picture_fol
 
 
 def test_missing_split_is_refused_by_its_folder(encoder: Encoder, picture_folder: Path) -> None:
-    with pytest.raises(DataError, match="train: does not exist"):
+    with pytest.raises(DataError, match="has no train images"):
         extract(encoder, str(picture_folder), split="train")
 
 
