@@ -117,7 +117,7 @@ def test_features_are_float32_with_int64_labels_and_text_ids() -> None:
 
 
 def test_missing_split_is_refused_by_its_folder(encoder: Encoder, picture_folder: Path) -> None:
-    with pytest.raises(DataError, match="train: does not exist"):
+    with pytest.raises(DataError, match="has no train images"):
         extract(encoder, str(picture_folder), split="train")
 
 
