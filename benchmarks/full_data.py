@@ -60,7 +60,7 @@ def features(images: int, width: int, classes: int) -> Features:
 
 
 def fit(train: Features, strength: float):  # type: ignore[no-untyped-def]
-    """Give the setting of the one fit."""
+    """Return the setting of the one fit."""
     return Logistic(lambdas=(strength,)).fit(train, torch.device("cpu")).settings[0]
 
 

@@ -1,11 +1,11 @@
 """Exact k-NN against faiss alone: seconds as ratios in one run, taken in turns.
 
-    python benchmarks/knn.py [--device cuda] [--bank 20000] [--queries 2000] [--width 768] [--k 20,200] [--rounds 5]
+    python benchmarks/knn.py [--device cuda] [--bank 20000] [--queries 2000] [--k 20,200] [--search auto,torch,faiss]
     python benchmarks/knn.py --device cuda --bank 1281167 --queries 50000 --rounds 3       # ImageNet: the goal is 3 s
 
 Gaussian clusters in float32, twenty rows per cluster. Faiss searches its flat index for the same k in float32, built before
 the clock starts, as our bank is indexed before; our search ends with float64 cosines, proved to be those of the nearest.
-Prints medians, the median of the rounds' ratios (above 1: ours is faster), the dtype of our products,
+Prints medians, the median of the rounds' ratios (above 1: ours is faster), what computes our products,
 for how many queries faiss's float32 finds different neighbours, and on a GPU the peak of memory.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from msn_eval.probes.knn_search.index import index_bank
-from msn_eval.probes.knn_search.search import choose_dtypes, search_nearest
+from msn_eval.probes.knn_search.search import choose_stages, search_nearest
 
 _ROWS_PER_CLUSTER = 20
 
@@ -33,20 +33,23 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=2_000)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--k", default="20,200")
+    parser.add_argument("--search", default="auto,faiss", help="who proposes candidates")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device, searches = torch.device(options.device), options.search.split(",")
     bank, queries = _clusters(options.bank, options.queries, options.width, device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {where}, bank {tuple(bank.shape)}, {len(queries)} queries, "
-          f"products in {choose_dtypes(device, options.bank)[0]}")  # fmt: skip
+          f"searched by {', '.join(searches)}")  # fmt: skip
     started = time.perf_counter()
     indexed = index_bank(bank)
     search_nearest(queries[:64], indexed, 1)
     print(f"bank made ready once: {time.perf_counter() - started:.2f} s")
     for k in map(int, options.k.split(",")):
-        ours = partial(search_nearest, queries, indexed, k)
-        _compare(k, ours, _faiss(bank, queries, k), options.rounds)
+        faiss_alone = _faiss(bank, queries, k)
+        for search in searches:
+            print(f"{search} ({choose_stages(device, options.bank, k, search)[0]}), ", end="")
+            _compare(k, partial(search_nearest, queries, indexed, k, by=search), faiss_alone, options.rounds)
         if device.type == "cuda":
             print(f"  peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
 

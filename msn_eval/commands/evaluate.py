@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from msn_eval.checkpoints import find_scheme
 from msn_eval.config.recipes import TAP_NAMES
-from msn_eval.config.request import BAD_IMAGE_RULES, DECODERS, PRECISIONS, SOLVER_NAMES, EvaluationConfig
+from msn_eval.config.request import BAD_IMAGE_RULES, DECODERS, PRECISIONS, SEARCHES, SOLVER_NAMES, EvaluationConfig
 from msn_eval.errors import UsageError, did_you_mean, printable
 from msn_eval.files.package_data import find_package_folder
 from msn_eval.probes import find_probe, read_probes
@@ -42,6 +42,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                       "0.075 for 1pct; auto: chosen from the labelled images alone")  # fmt: skip
     what.add_argument("--k", **several, metavar="A,B", help="for knn; default 10,20,100,200")
     what.add_argument("--temperature", **several, metavar="A,B", help="for knn; default 0.07")
+    what.add_argument(
+        "--search", metavar="NAME", help=f"for knn: who proposes candidates, {', '.join(SEARCHES)}; same result"
+    )
     what.add_argument(
         "--image-pixels", metavar="N", help="image size; default: native; interpolates position embeddings"
     )

@@ -11,6 +11,7 @@ SOLVER_NAMES = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BAD_IMAGE_RULES = ("error", "skip")
 DECODERS = ("pillow", "torchvision", "nvjpeg")
+SEARCHES = ("auto", "torch", "faiss")
 AUTO = "auto"
 
 
@@ -34,6 +35,7 @@ class EvaluationConfig:
         lambda_: L2 penalties of the logistic probe, or `auto`.
         k: Numbers of neighbours.
         temperature: Temperatures of the neighbours' vote.
+        search: Who proposes the candidates of the neighbours, one of `SEARCHES`; it changes no result.
         linear: Settings of the probe `linear`.
         linear_augmented: Settings of the probe `linear-augmented`.
         solver: Solver of the logistic probe.
@@ -69,6 +71,7 @@ class EvaluationConfig:
     lambda_: list[str] = field(default_factory=list)
     k: list[int] = field(default_factory=list)
     temperature: list[float] = field(default_factory=list)
+    search: str = "auto"
     linear: LinearRecipe = field(default_factory=LinearRecipe)
     linear_augmented: AugmentedRecipe = field(default_factory=AugmentedRecipe)
     solver: str = "auto"
@@ -95,6 +98,7 @@ class EvaluationConfig:
             ("--tap", self.tap, TAP_NAMES),
             ("--solver", self.solver, SOLVER_NAMES),
             ("--decoder", self.decoder, DECODERS),
+            ("--search", self.search, SEARCHES),
             ("--on-bad-image", self.on_bad_image, BAD_IMAGE_RULES),
             ("--precision", self.precision, PRECISIONS),
         ):

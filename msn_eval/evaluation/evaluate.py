@@ -67,6 +67,7 @@ def evaluate(
     lambda_: float | str | Sequence[float | str] | None = None,
     k: int | Sequence[int] | None = None,
     temperature: float | Sequence[float] | None = None,
+    search: str | None = None,
     solver: str | None = None,
     linear: LinearRecipe | Mapping[str, object] | None = None,
     linear_augmented: AugmentedRecipe | Mapping[str, object] | None = None,

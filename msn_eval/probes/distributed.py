@@ -13,7 +13,7 @@ from msn_eval.errors import DistributedError, NumericalError, ResourceError
 from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_eval.probes.base import WorkerGroup
 from msn_eval.probes.knn_search.index import check_finite, index_bank
-from msn_eval.probes.knn_search.search import Neighbours, merge_nearest, search_nearest
+from msn_eval.probes.knn_search.search import Neighbours, Search, merge_nearest, search_nearest
 from msn_eval.probes.logistic_solvers.newton import RowShare, minimise_in_chunks
 from msn_eval.probes.logistic_solvers.objective import Solution
 
@@ -44,7 +44,7 @@ def minimise_on_workers(
         yield from minimise_in_chunks(first, mus, target=target)
 
 
-def search_on_workers(workers: WorkerGroup, queries: Tensor, bank: Tensor, k: int) -> Neighbours:
+def search_on_workers(workers: WorkerGroup, queries: Tensor, bank: Tensor, k: int, by: Search = "auto") -> Neighbours:
     """Search for the k nearest rows, on rank 0, with the rows shared among all ranks.
 
     Args:
@@ -52,6 +52,7 @@ def search_on_workers(workers: WorkerGroup, queries: Tensor, bank: Tensor, k: in
         queries: (m, d) float32, m >= 1.
         bank: (n, d) float32, n >= k.
         k: Number of neighbours.
+        by: Who proposes candidates, as `search_nearest` takes it.
 
     Returns:
         On rank 0's device what `search_nearest` returns, to the last bit.
@@ -62,10 +63,10 @@ def search_on_workers(workers: WorkerGroup, queries: Tensor, bank: Tensor, k: in
     check_finite(bank, "labelled row")
     check_finite(queries, "query")
     (n, width), m = bank.shape, len(queries)
-    with _lead(workers, "search", n=n, width=width, m=m, k=k):
+    with _lead(workers, "search", n=n, width=width, m=m, k=k, by=by):
         _send_shares(workers, bank)
         own = bank[: len(_rows_of(workers, n, 0))].to(workers.device)
-        chunks = _search_shard(workers, own, queries, n=n, m=m, k=k)
+        chunks = _search_shard(workers, own, queries, n=n, m=m, k=k, by=by)
     cosines, rows = (torch.cat(column) for column in zip(*chunks, strict=True))
     return cosines, rows
 
@@ -130,13 +131,15 @@ def _serve_fit(
         pass
 
 
-def _serve_search(workers: WorkerGroup, *, n: int, width: int, m: int, k: int) -> None:
+def _serve_search(workers: WorkerGroup, *, n: int, width: int, m: int, k: int, by: Search) -> None:
     values = torch.empty(len(_rows_of(workers, n, workers.group.rank)), width, device=workers.device)
     _receive_share(values)
-    _search_shard(workers, values, values.new_empty(0, width), n=n, m=m, k=k)
+    _search_shard(workers, values, values.new_empty(0, width), n=n, m=m, k=k, by=by)
 
 
-def _search_shard(workers: WorkerGroup, values: Tensor, queries: Tensor, *, n: int, m: int, k: int) -> list[Neighbours]:
+def _search_shard(
+    workers: WorkerGroup, values: Tensor, queries: Tensor, *, n: int, m: int, k: int, by: Search
+) -> list[Neighbours]:
     """Search for rank 0's queries in chunks, and return what it finds of each, on rank 0.
 
     Args:
@@ -146,6 +149,7 @@ def _search_shard(workers: WorkerGroup, values: Tensor, queries: Tensor, *, n: i
         n: Rows of the bank, all ranks together.
         m: Number of queries.
         k: Number of neighbours.
+        by: Who proposes candidates.
     """
     shard = index_bank(values) if len(values) else None
     first = _rows_of(workers, n, workers.group.rank).start
@@ -162,7 +166,7 @@ def _search_shard(workers: WorkerGroup, values: Tensor, queries: Tensor, *, n: i
         rows = torch.zeros(len(sent), k, dtype=torch.int64, device=workers.device)
         if shard is not None:
             held = min(k, len(values))
-            cosines[:, :held], own_rows = search_nearest(sent, shard, held)
+            cosines[:, :held], own_rows = search_nearest(sent, shard, held, by=by)
             rows[:, :held] = own_rows + first
         gathered = []
         for result in (cosines, rows):

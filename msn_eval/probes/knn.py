@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from msn_eval.features.extraction import Features
 from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup
 from msn_eval.probes.distributed import search_on_workers
 from msn_eval.probes.knn_search.index import index_bank
-from msn_eval.probes.knn_search.search import Neighbours, search_nearest
+from msn_eval.probes.knn_search.search import Neighbours, Search, check_faiss, search_nearest
 
 DEFAULT_KS = (10, 20, 100, 200)
 DEFAULT_TEMPERATURE = 0.07
@@ -32,6 +32,7 @@ class NearestNeighbours(FeatureProbe):
     Attributes:
         ks: Numbers of neighbours; every pair with a temperature is a protocol, and all share one search.
         temperatures: Positive.
+        search: Who proposes candidates, as `search_nearest` takes it.
         asked: Whether the user named the ks: then one above the number of images is an error and not left out.
     """
 
@@ -40,6 +41,7 @@ class NearestNeighbours(FeatureProbe):
 
     ks: tuple[int, ...] = DEFAULT_KS
     temperatures: tuple[float, ...] = (DEFAULT_TEMPERATURE,)
+    search: Search = "auto"
     asked: bool = False
 
     @property
@@ -76,9 +78,9 @@ class NearestNeighbours(FeatureProbe):
         labels = train.labels.to(device)
         search: Callable[..., Neighbours]
         if workers is not None and train.values.numel() >= _SHARED_VALUES:
-            search = partial(search_on_workers, workers, bank=train.values)
+            search = partial(search_on_workers, workers, bank=train.values, by=self.search)
         else:
-            search = partial(search_nearest, bank=index_bank(train.values.to(device)))
+            search = partial(search_nearest, bank=index_bank(train.values.to(device)), by=self.search)
 
         def scores(values: Tensor) -> Iterator[Tensor]:
             if not params:  # every k of the default list is above the number of labelled images
@@ -93,10 +95,13 @@ class NearestNeighbours(FeatureProbe):
 
 
 def configure(config: EvaluationConfig, subset: Subset) -> Iterator[NearestNeighbours]:
-    """Yield the probe with the ks and temperatures of the options."""
+    """Yield the probe with the ks and temperatures of the options. Raises UsageError if faiss is needed and not installed."""
+    if config.search == "faiss":
+        check_faiss(torch.device("cpu"))
     yield NearestNeighbours(
         ks=tuple(dict.fromkeys(config.k)) or DEFAULT_KS,
         temperatures=tuple(dict.fromkeys(config.temperature)) or (DEFAULT_TEMPERATURE,),
+        search=cast("Search", config.search),
         asked=bool(config.k),
     )
 

@@ -51,7 +51,7 @@ class StateFiles:
 
 
 def write_state(files: StateFiles, state: Mapping[str, Any], *, step: int) -> None:
-    """Write a state, read it back, and remove all but the newest two.
+    """Write a state, read it back, and remove all except the newest two.
 
     Raises:
         StoreError: The disk refuses, or reads back something else. Older states are then unchanged.

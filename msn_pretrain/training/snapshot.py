@@ -178,7 +178,7 @@ def _load(files: SnapshotFiles) -> dict[str, Any]:
 
 
 def _remove_old(run: Path, newest: SnapshotFiles, *, keep_every: int) -> None:
-    """Remove all but the newest complete snapshots and those that are never removed. Manifests are removed first."""
+    """Remove all except the newest complete snapshots and those that are never removed. Manifests are removed first."""
     complete = 0
     for folder in snapshot_folders(run):
         if folder == newest.folder:

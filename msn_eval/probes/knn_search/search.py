@@ -15,13 +15,14 @@ c + r |c| + B below that is not among the k nearest.
 import timeit
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from msn_eval.errors import NumericalError, ResourceError
+from msn_eval.errors import NumericalError, ResourceError, UsageError
 from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_eval.features.encoder import exact_float32
 from msn_eval.probes.knn_search.index import (
@@ -36,22 +37,27 @@ from msn_eval.probes.knn_search.index import (
 )
 
 Neighbours = tuple[Tensor, Tensor]  # cosines (m, k) float64, descending, and rows (m, k) int64
+Search = Literal["auto", "torch", "faiss"]
+Stage = torch.dtype | Literal["faiss"]  # the dtype of torch's products, or float32 products of faiss
 _QUERIES, _QUERIES_CUDA = 512, 4096  # per chunk at most
 _PRODUCTS, _PRODUCTS_CUDA = 1 << 26, 1 << 29  # per chunk at most
 _LARGE_BANK = 1 << 12  # rows; with fewer, every dtype is fast
 _GROUPS = 16  # per neighbour: the k largest of 16 k group maxima are nearly the k largest products
 _MOST = 16  # candidates per neighbour and spare one; with more, a finer dtype costs less than their exact cosines
 _SPARE = 16
+_MOST_BY_FAISS = 64  # neighbours; for more, torch is faster
+_LONGEST_FAISS_LIST = 2048  # of its GPU index
 _UNIT = {torch.bfloat16: 2.0**-21, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
-def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int) -> Neighbours:
+def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int, *, by: Search = "auto") -> Neighbours:
     """Find the k rows of `bank` with the largest cosine to each query; ties go to the earlier row.
 
     Args:
         queries: (m, d) floating, m >= 1, rows of any length; a zero row has the cosine 0 to all.
         bank: (n, d) floating, n >= k, or what `index_bank` returns for it.
         k: Number of neighbours.
+        by: Who proposes candidates, torch or faiss; "auto" takes what is usually faster. The result is the same.
 
     Returns:
         (m, k) float64 cosines, descending, and (m, k) int64 rows of the bank.
@@ -59,16 +65,17 @@ def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int) -> Neighbours:
     Raises:
         NumericalError: Rows are not finite, or the device computes wrong products.
         ResourceError: There is not enough memory.
+        UsageError: `by` is "faiss", and faiss or its GPU index is not installed.
     """
     bank = bank if isinstance(bank, Bank) else index_bank(bank)
     queries = as_searched(queries)
     check_finite(queries, "query")
     most, products = (_QUERIES_CUDA, _PRODUCTS_CUDA) if queries.is_cuda else (_QUERIES, _PRODUCTS)
-    dtypes = choose_dtypes(queries.device, len(bank.values))
+    stages = choose_stages(queries.device, len(bank.values), k, by)
     start, step, parts = 0, max(1, min(most, products // len(bank.values))), []
     while start < len(queries):
         try:
-            parts.append(_search_chunk(queries[start : start + step], bank, k, dtypes))
+            parts.append(_search_chunk(queries[start : start + step], bank, k, stages))
             start += step
             continue
         except OUT_OF_MEMORY_ERRORS as error:
@@ -85,11 +92,32 @@ def search_nearest(queries: Tensor, bank: Tensor | Bank, k: int) -> Neighbours:
     return torch.cat([cosines for cosines, _ in parts]), torch.cat([rows for _, rows in parts])
 
 
-def choose_dtypes(device: torch.device, n: int) -> tuple[torch.dtype, ...]:
-    """Return the dtype of the products for a bank of n rows, then those for queries left incomplete, in turn."""
+def choose_stages(device: torch.device, n: int, k: int, by: Search = "auto") -> tuple[Stage, ...]:
+    """Return what computes products for a bank of n rows first, then what does for queries left incomplete, in turn.
+
+    Raises:
+        UsageError: `by` is "faiss", and faiss or its GPU index is not installed.
+    """
     finer = (torch.float32, torch.float64)
-    is_coarse = n >= _LARGE_BANK and (device.type == "cuda" or _is_bfloat16_fast())
-    return (torch.bfloat16, *finer) if is_coarse else finer
+    if by == "faiss":
+        check_faiss(device)
+        return ("faiss", *finer) if device.type == "cpu" or k < _LONGEST_FAISS_LIST else finer
+    if n >= _LARGE_BANK and (device.type == "cuda" or _is_bfloat16_fast()):
+        return (torch.bfloat16, *finer)
+    is_large = by == "auto" and device.type == "cpu" and n >= _LARGE_BANK and k <= _MOST_BY_FAISS
+    return ("faiss", *finer) if is_large and find_spec("faiss") is not None else finer
+
+
+def check_faiss(device: torch.device) -> None:
+    """Raise UsageError if faiss cannot search on this device."""
+    hint = "pip install faiss-gpu (Linux on x86-64) or faiss-cpu, or use --search auto."
+    if find_spec("faiss") is None:
+        raise UsageError("--search faiss: faiss is not installed", hint=hint)
+    if device.type == "cuda":
+        import faiss
+
+        if not getattr(faiss, "get_num_gpus", int)():
+            raise UsageError("--search faiss: the installed faiss has no GPU index", hint=hint)
 
 
 @lru_cache
@@ -102,20 +130,20 @@ def _is_bfloat16_fast() -> bool:
     return seconds[0] < seconds[1]
 
 
-def _search_chunk(queries: Tensor, bank: Bank, k: int, dtypes: Sequence[torch.dtype]) -> Neighbours:
+def _search_chunk(queries: Tensor, bank: Bank, k: int, stages: Sequence[Stage]) -> Neighbours:
     lengths = row_lengths(queries)
     cosines = lengths.new_zeros(len(queries), k)
     rows = torch.arange(k, device=queries.device).repeat(len(queries), 1)  # the neighbours of a zero query
     remaining = lengths.nonzero()[:, 0]
-    for dtype in dtypes:
+    for stage in stages:
         if not len(remaining):
             break
         some, scale = queries[remaining], lengths[remaining]
-        query, row, product, bound, complete = find_candidates(some, scale, bank, k, dtype)
+        query, row, product, bound, complete = find_candidates(some, scale, bank, k, stage)
         exact = exact_cosines(some, scale, bank, query, row)
         if bool(((product - exact).abs() > bound).any()):
             raise NumericalError(
-                f"products in {str(dtype).removeprefix('torch.')} on {queries.device} are wrong by more than rounding explains",
+                f"products in {str(stage).removeprefix('torch.')} on {queries.device} are wrong by more than rounding explains",
                 hint="Another library changed how this process computes (cyanure's fit does): use a process of its own.",
             )
         done, query = remaining[complete], (complete.cumsum(0) - 1)[query]
@@ -147,7 +175,7 @@ class Candidates(NamedTuple):
     complete: Tensor
 
 
-def find_candidates(queries: Tensor, lengths: Tensor, bank: Bank, k: int, dtype: torch.dtype) -> Candidates:
+def find_candidates(queries: Tensor, lengths: Tensor, bank: Bank, k: int, stage: Stage) -> Candidates:
     """Return the rows that can be among the k nearest of each query.
 
     Args:
@@ -155,26 +183,60 @@ def find_candidates(queries: Tensor, lengths: Tensor, bank: Bank, k: int, dtype:
         lengths: (m,) float64, their lengths.
         bank: At least k rows.
         k: Number of neighbours.
-        dtype: Of the products.
+        stage: What computes the products.
     """
+    dtype = torch.float32 if stage == "faiss" else stage
     (m, d), unit = queries.shape, _UNIT[dtype]
     right, bank_moved = bank.round(dtype)
     left, moved = round_rows(queries, lengths, dtype)
     most, lost = float(bank_moved.max()), d * unit / (1 - d * unit)
+    if stage == "faiss" and queries.is_cuda:
+        lost += 2.0**-10 + 2.0**-22  # it may round both factors to TF32
     exact = d * 2.0**-125 + (d + 16) * 2.0**-53 + GRID / 2
     bound = moved * (1 + most) + most + lost * (1 + moved) * (1 + most) + exact  # B
+    if stage == "faiss":
+        return _list_by_faiss(left, right, bound, k)
     products = _multiply(right, left)  # (n, m): pairs come sorted by row, so that each row is read once later
     relative = 2.0**-8 if products.dtype == torch.bfloat16 else 0.0  # r: a CPU rounds the result too
-    lowest = _kth_largest(products, k).double()
-    worst = lowest - relative * lowest.abs() - 2 * bound
-    threshold = torch.where(worst > 0, worst / (1 + relative), worst / (1 - relative)).to(products.dtype)
-    row, query = _nonzero(products >= threshold.nextafter(products.new_tensor(-torch.inf)))
+    threshold = _find_threshold(_kth_largest(products, k), bound, relative)
+    row, query = _nonzero(products >= threshold)
     complete = query.bincount(minlength=m) <= _MOST * (k + _SPARE)
     if not bool(complete.all()):
         kept = complete[query]
         row, query = row[kept], query[kept]
     product = products[row, query].double()
     return Candidates(query, row, product, bound[query] + relative * product.abs(), complete)
+
+
+def _find_threshold(lowest: Tensor, bound: Tensor, relative: float) -> Tensor:
+    """Return the least product that a row among the k nearest can have, if k rows have products of at least `lowest`."""
+    largest = lowest.double()
+    worst = largest - relative * largest.abs() - 2 * bound
+    threshold = torch.where(worst > 0, worst / (1 + relative), worst / (1 - relative)).to(lowest.dtype)
+    return threshold.nextafter(threshold.new_tensor(-torch.inf))
+
+
+def _list_by_faiss(left: Tensor, right: Tensor, bound: Tensor, k: int) -> Candidates:
+    """Return the candidates among the largest products that faiss lists for each of (m, d) unit queries."""
+    import faiss
+
+    size = min(len(right), k + _SPARE + k // 4)
+    if left.is_cuda:
+        import faiss.contrib.torch_utils  # makes faiss take tensors of a GPU
+
+        size = min(size, _LONGEST_FAISS_LIST)
+        gpu, metric = faiss.StandardGpuResources(), faiss.METRIC_INNER_PRODUCT
+        products, rows = faiss.knn_gpu(gpu, left, right, size, metric=metric)
+    else:
+        listed = faiss.knn(left.numpy(), right.numpy(), size, metric=faiss.METRIC_INNER_PRODUCT)
+        products, rows = map(torch.from_numpy, listed)
+    is_near = products >= _find_threshold(products[:, k - 1], bound, 0.0)[:, None]
+    # A list is complete if it ends below the threshold; all rows that are not listed have smaller products.
+    complete = ~is_near[:, -1] | (size == len(right))
+    query, column = (is_near & complete[:, None]).nonzero(as_tuple=True)
+    order = rows[query, column].argsort(stable=True)
+    query, column = query[order], column[order]
+    return Candidates(query, rows[query, column], products[query, column].double(), bound[query], complete)
 
 
 def _multiply(left: Tensor, right: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import rank_labels
 from msn_eval.probes.knn import NearestNeighbours, neighbour_vote
+from msn_eval.probes.knn_search.search import Search
 
 CPU = torch.device("cpu")
 
@@ -50,12 +51,13 @@ def _naive_votes(train: Features, query: np.ndarray, k: int, temperature: float)
     return votes
 
 
+@pytest.mark.parametrize("search", ["auto", "torch", "faiss"])
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
 @pytest.mark.parametrize("k", [1, 10, 90])
-def test_votes_are_those_of_a_naive_float64_loop(k: int, temperature: float) -> None:
+def test_votes_are_those_of_a_naive_float64_loop(k: int, temperature: float, search: Search) -> None:
     train, queries = _clusters(), _queries()
 
-    scores = _only_scores(NearestNeighbours(ks=(k,), temperatures=(temperature,)), train, queries)
+    scores = _only_scores(NearestNeighbours(ks=(k,), temperatures=(temperature,), search=search), train, queries)
 
     naive = [_naive_votes(train, query, k, temperature) for query in queries.numpy()]
     assert _predictions(scores) == [votes.index(max(votes)) for votes in naive]

@@ -7,32 +7,32 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from msn_eval.errors import NumericalError
+from msn_eval.errors import NumericalError, UsageError
 from msn_eval.probes.knn_search import search as search_module
 from msn_eval.probes.knn_search.index import index_bank, row_lengths
-from msn_eval.probes.knn_search.search import Candidates, choose_dtypes, find_candidates, search_nearest
+from msn_eval.probes.knn_search.search import Candidates, Stage, choose_stages, find_candidates, search_nearest
 
-_EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+_EVERY_STAGE = pytest.mark.parametrize("stage", [torch.bfloat16, torch.float32, torch.float64, "faiss"], ids=str)
 
 
 def _rows(n: int, d: int, *, seed: int = 0) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
-def _find(queries: Tensor, bank: Tensor, k: int, dtype: torch.dtype) -> Candidates:
-    return find_candidates(queries, row_lengths(queries), index_bank(bank), k, dtype)
+def _find(queries: Tensor, bank: Tensor, k: int, stage: Stage) -> Candidates:
+    return find_candidates(queries, row_lengths(queries), index_bank(bank), k, stage)
 
 
 def _cosines(queries: Tensor, bank: Tensor) -> Tensor:
     return normalize(queries.double()) @ normalize(bank.double()).T
 
 
-@_EVERY_DTYPE
+@_EVERY_STAGE
 @pytest.mark.parametrize("offset", [0.0, 3.0])
-def test_no_product_is_further_from_its_cosine_than_the_bound(dtype: torch.dtype, offset: float) -> None:
+def test_no_product_is_further_from_its_cosine_than_the_bound(stage: Stage, offset: float) -> None:
     queries, bank = _rows(20, 96) + offset, _rows(300, 96, seed=1) + offset
 
-    result = _find(queries, bank, 300, dtype)
+    result = _find(queries, bank, 300, stage)
 
     assert result.complete.all()
     assert len(result.row) == 20 * 300
@@ -66,12 +66,12 @@ def test_the_bound_covers_a_result_that_is_rounded_to_bfloat16() -> None:
     assert 0.001 < (result.product[0] - 511 / 512).abs() <= result.bound[0]
 
 
-@_EVERY_DTYPE
+@_EVERY_STAGE
 @pytest.mark.parametrize("k", [1, 20])
-def test_candidates_hold_every_row_that_rounding_cannot_rule_out(dtype: torch.dtype, k: int) -> None:
+def test_candidates_hold_every_row_that_rounding_cannot_rule_out(stage: Stage, k: int) -> None:
     queries, bank = _rows(20, 96), _rows(3_003, 96, seed=1)  # many times k, and not a multiple of a group
 
-    result = _find(queries, bank, k, dtype)
+    result = _find(queries, bank, k, stage)
 
     listed = torch.zeros(20, 3_003, dtype=torch.bool)
     listed[result.query, result.row] = True
@@ -95,7 +95,7 @@ def test_a_device_that_multiplies_wrongly_is_reported(monkeypatch: pytest.Monkey
         return result._replace(product=result.product + 0.1)
 
     monkeypatch.setattr(search_module, "find_candidates", find_wrongly)
-    monkeypatch.setattr(search_module, "choose_dtypes", lambda device, n: (torch.float32,))
+    monkeypatch.setattr(search_module, "choose_stages", lambda device, n, k, by: (torch.float32,))
 
     with pytest.raises(NumericalError, match="products in float32 on cpu are wrong by more than rounding explains"):
         search_nearest(_rows(5, 8, seed=1), _rows(50, 8), 2)
@@ -108,6 +108,16 @@ def test_the_dtype_that_measures_fastest_comes_first_for_a_large_bank(
     monkeypatch.setattr(search_module, "_is_bfloat16_fast", lambda: dtype == torch.bfloat16)
     cpu = torch.device("cpu")
 
-    assert choose_dtypes(cpu, 4_096)[0] == dtype
-    assert choose_dtypes(cpu, 4_095) == (torch.float32, torch.float64)
+    assert choose_stages(cpu, 4_096, 5, "torch")[0] == dtype
+    assert choose_stages(cpu, 4_096, 5)[0] == (dtype if dtype == torch.bfloat16 else "faiss")
+    assert choose_stages(cpu, 4_095, 5, "torch") == (torch.float32, torch.float64)
     assert isinstance(search_module._is_bfloat16_fast(), bool)
+
+
+def test_search_by_faiss_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_module, "find_spec", lambda name: None)
+
+    assert choose_stages(torch.device("cpu"), 4_096, 5)[0] != "faiss"
+    with pytest.raises(UsageError, match="faiss is not installed") as caught:
+        search_nearest(_rows(2, 8), _rows(50, 8), 2, by="faiss")
+    assert "faiss-cpu" in caught.value.hint

@@ -15,14 +15,14 @@ from msn_eval.probes.knn_search import search as search_module
 from msn_eval.probes.knn_search.index import GRID
 from msn_eval.probes.knn_search.search import merge_nearest, search_nearest
 
-_DTYPES = [torch.bfloat16, torch.float32, torch.float64]
+_STAGES = [torch.bfloat16, torch.float32, torch.float64, "faiss"]
 
 
-@pytest.fixture(autouse=True, params=[*_DTYPES, None], ids=str)
-def _dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run every test of a search with products of each dtype alone, and with none: then all cosines are compared."""
-    dtypes = () if request.param is None else (request.param,)
-    monkeypatch.setattr(search_module, "choose_dtypes", lambda device, n: dtypes)
+@pytest.fixture(autouse=True, params=[*_STAGES, None], ids=str)
+def _stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test of a search with products of each dtype and of faiss alone, and with none: then all cosines are compared."""
+    stages = () if request.param is None else (request.param,)
+    monkeypatch.setattr(search_module, "choose_stages", lambda device, n, k, by: stages)
 
 
 def _unit_rows(n: int, d: int = 8, *, seed: int = 0) -> Tensor:

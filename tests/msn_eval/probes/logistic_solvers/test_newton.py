@@ -49,7 +49,7 @@ def _solve(share: RowShare, *, target: float = 1e-6) -> list[Solution]:
 
 
 @pytest.mark.parametrize("noise", [0.1, 1.5], ids=["separable", "overlapping"])
-@pytest.mark.parametrize("chunk_values", [900, 499 * 30, 1 << 20], ids=["some", "all but one", "all"])
+@pytest.mark.parametrize("chunk_values", [900, 499 * 30, 1 << 20], ids=["some", "all except one", "all"])
 def test_chunks_give_the_minimum_and_the_certificate_of_all_rows_at_once(
     chunk_values: int, noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
