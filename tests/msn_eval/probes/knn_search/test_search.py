@@ -231,3 +231,20 @@ def test_any_number_of_shards_gives_the_same_neighbours_and_votes_to_the_last_bi
         neighbour_vote(nearest[0], labels[nearest[1]], n_classes=4, temperature=0.07) for nearest in (merged, expected)
     ]
     assert torch.equal(*votes)
+
+
+def test_chunks_on_several_threads_find_the_same_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, bank = _unit_rows(100, seed=1), _unit_rows(300)
+    whole = search_nearest(queries, bank, 5)
+    before = torch.get_num_threads()
+    monkeypatch.setattr(search_module, "_QUERIES", 7)
+
+    torch.set_num_threads(4)
+    try:
+        chunked = search_nearest(queries, bank, 5)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+    assert torch.equal(chunked[0], whole[0])
+    assert torch.equal(chunked[1], whole[1])
