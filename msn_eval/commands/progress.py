@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from msn_eval.distributed.group import ALONE, Group
 from msn_eval.errors import printable
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from msn_eval.distributed.group import Group
     from msn_eval.evaluation.evaluate import Preparation, Progress
     from msn_eval.evaluation.plan import Plan
     from msn_eval.results.record import Result
@@ -21,16 +21,17 @@ _log = logging.getLogger(__name__)
 
 
 def evaluate_with_progress(
-    plan: "Plan", *, prepared: "dict[str, Preparation] | None" = None, group: Group = ALONE
+    plan: "Plan", *, prepared: "dict[str, Preparation] | None" = None, group: "Group | None" = None
 ) -> "tuple[list[Result], int]":
     """Evaluate every checkpoint of a plan as `evaluate_all` does, and report on stderr."""
+    from msn_eval.distributed.group import ALONE
     from msn_eval.evaluation.evaluate import evaluate_all
 
     with progress_on_stderr() as on_progress:
         return evaluate_all(
             plan,
             prepared=prepared,
-            group=group,
+            group=group or ALONE,
             on_progress=on_progress,
             on_problem=lambda text: print(printable(text), file=sys.stderr),
         )

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -48,7 +49,7 @@ class Journal:
                 _log.warning("%s cannot be written: %s; training continues", METRICS, error.strerror)
             self.write_problem = error.strerror or str(error)
         for name, value in line.items():
-            if isinstance(value, float | int) and name not in ("step", "epoch", "time"):
+            if self.board is not None and isinstance(value, float | int) and name not in ("step", "epoch", "time"):
                 self.board.add_scalar(name, value, facts["step"])
 
     def show_progress(self, step: int, images_per_second: float, *, loss: float, memory_bytes: int) -> None:
@@ -61,7 +62,8 @@ class Journal:
             return
         try:
             os.fsync(self.file.fileno())
-            self.board.flush()
+            if self.board is not None:
+                self.board.flush()
         except OSError as error:
             what = f"cannot be written: {error.strerror}"
             raise StoreError(what, where=METRICS, hint="Free space on that disk.") from error
@@ -81,16 +83,25 @@ def open_journal(run: Path, *, first: bool, step: int, steps: int, quiet: bool =
     if not first:
         yield Journal()
         return
-    from torch.utils.tensorboard import SummaryWriter
-
     truncate_metrics(run / METRICS, step=step)
-    # TensorBoard drops what it has of the steps that run again.
-    board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+    board = _open_tensorboard(run, step=step)
     with (run / METRICS).open("ab", buffering=0) as file, _progress_bar(step, steps, quiet=quiet) as show:
         try:
             yield Journal(file=cast(BinaryIO, file), board=board, show=show)
         finally:
-            board.close()
+            if board is not None:
+                board.close()
+
+
+def _open_tensorboard(run: Path, *, step: int) -> Any:
+    """Return a writer for TensorBoard, None if that is not installed."""
+    if find_spec("tensorboard") is None:
+        _log.info("TensorBoard is not installed: only %s is written (pip install 'msn-eval[tensorboard]')", METRICS)
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    # TensorBoard drops what it has of the steps that run again.
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
 
 def truncate_metrics(path: Path, *, step: int) -> None:

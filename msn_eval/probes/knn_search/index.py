@@ -12,6 +12,7 @@ from msn_eval.errors import NumericalError
 
 GRID = 2.0**-38  # cosines are rounded to its multiples, so that mathematically equal ones tie
 _STEP_VALUES = 1 << 22  # float64 values that a pass over rows holds at once: 32 MiB
+_STEP_VALUES_CPU = 1 << 18  # 2 MiB fit into a cache
 _WIDE_VALUES = 1 << 26  # a CPU also keeps rows of at most so many values in float64: 512 MiB
 
 
@@ -126,4 +127,5 @@ def _folded_sum(terms: Tensor) -> Tensor:
 
 
 def _split(values: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(values, max(1, _STEP_VALUES // values.shape[1]))
+    step = _STEP_VALUES if values.is_cuda else _STEP_VALUES_CPU
+    return torch.split(values, max(1, step // values.shape[1]))

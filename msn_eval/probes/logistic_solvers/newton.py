@@ -28,6 +28,8 @@ _TEMPORARIES = 64  # bytes per value of a chunk, all temporaries of a float64 pa
 _MOST_STEPS = 100
 _MOST_PRODUCTS = 250  # curvature products per step
 _LOOSEST_FORCING = 0.5
+_FAR_GAP = 10.0  # of zero weights; above it, larger mus come first
+_WARM_UP_FACTOR, _WARM_UP_GAP = 5.0, 0.3
 _SLOPE_SHARE = 0.2  # a line search ends where the slope is this share of the first one
 
 _Slope = Callable[[float], tuple[float, float]]  # from a step length to slope and curvature
@@ -150,6 +152,10 @@ def _minimise(rows: _Rows, mus: Sequence[float], target: float) -> Iterator[tupl
     Where rows are nearly certain, p (1 - p) is below the rounding of float32, and the last steps have these in float64 too."""
     rough, exact = torch.float32, torch.float64
     weights, logits = rows.share.values.new_zeros(rows.share.n_classes, rows.share.width), None
+    first = _evaluate(rows, weights, mus[0], rough)
+    for mu in _warm_up(mus[0], first.gap) if rows.rough is not None else ():
+        point, _ = _take_steps(rows, _evaluate(rows, weights, mu, rough, logits), mu, _WARM_UP_GAP, rough, rough)
+        weights, logits = point.weights, point.logits
     for mu in mus:
         point, steps = _take_steps(rows, _evaluate(rows, weights, mu, rough, logits), mu, target, rough, rough)
         weights, logits = point.weights, point.logits
@@ -160,6 +166,15 @@ def _minimise(rows: _Rows, mus: Sequence[float], target: float) -> Iterator[tupl
             point, more = _take_steps(rows, point, mu, target, exact, products)
             steps += more
         yield Solution(weights=point.weights, objective=point.objective, gap=point.gap), steps
+
+
+def _warm_up(mu: float, gap: float) -> list[float]:
+    """Return larger mus to start with, from one at which zero weights are nearly optimal; their gap at mu is `gap`.
+
+    Few curvature products solve for a large mu, and from one solution the next is near.
+    """
+    steps = math.ceil(math.log(gap, _WARM_UP_FACTOR)) if gap > _FAR_GAP else 0
+    return [mu * _WARM_UP_FACTOR**step for step in range(steps, 0, -1)]
 
 
 def _take_steps(
@@ -248,7 +263,7 @@ def _newton_direction(rows: _Rows, point: _Point, mu: float, target: float, dtyp
     superlinearly, but no smaller than the target needs: the gap goes with the squared gradient.
     """
     enough = _LOOSEST_FORCING * math.sqrt(target / point.gap)
-    forcing = min(_LOOSEST_FORCING, max(point.gap**0.25, enough))
+    forcing = min(_LOOSEST_FORCING, max(point.gap**0.35, enough))
     scale = float(point.gradient.norm())  # to length 1, so that float32 holds gradients of any size
     residual = (-point.gradient / scale).to(rows.sums(dtype))
     probabilities = point.probabilities.to(dtype) if point.probabilities is not None else None

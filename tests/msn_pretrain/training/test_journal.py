@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from msn_pretrain.training import journal as journal_module
 from msn_pretrain.training.journal import (
     METRICS,
     AlarmCounters,
@@ -53,7 +54,8 @@ def test_only_the_first_rank_writes(tmp_path: Path) -> None:
 
 
 def test_tensorboard_has_the_same_values(tmp_path: Path) -> None:
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator
+
     with open_journal(tmp_path, first=True, step=0, steps=2) as journal:
         journal.write({"step": 1, "loss": 0.5})
         journal.write({"step": 2, "loss": 0.25})
@@ -61,6 +63,20 @@ def test_tensorboard_has_the_same_values(tmp_path: Path) -> None:
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
 
     assert [(event.step, event.value) for event in events] == [(1, 0.5), (2, 0.25)]
+
+
+def test_without_tensorboard_only_metrics_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(journal_module, "find_spec", lambda name: None)
+    caplog.set_level("INFO", logger="msn_pretrain")
+
+    with open_journal(tmp_path, first=True, step=0, steps=1) as journal:
+        journal.write({"step": 1, "loss": 0.5})
+        journal.sync()
+
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS]
+    assert "pip install 'msn-eval[tensorboard]'" in caplog.text
 
 
 def test_full_disk_is_logged_once_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
