@@ -152,13 +152,13 @@ def _minimise(rows: _Rows, mus: Sequence[float], target: float) -> Iterator[tupl
     Where rows are nearly certain, p (1 - p) is below the rounding of float32, and the last steps have these in float64 too."""
     rough, exact = torch.float32, torch.float64
     weights, logits = rows.share.values.new_zeros(rows.share.n_classes, rows.share.width), None
-    first = _evaluate(rows, weights, mus[0], rough)
-    for mu in _warm_up(mus[0], first.gap) if rows.rough is not None else ():
-        point, _ = _take_steps(rows, _evaluate(rows, weights, mu, rough, logits), mu, _WARM_UP_GAP, rough, rough)
-        weights, logits = point.weights, point.logits
+    steps = 0
+    for mu in _warm_up(mus[0], _evaluate(rows, weights, mus[0], rough).gap) if rows.rough is not None else ():
+        point, more = _take_steps(rows, _evaluate(rows, weights, mu, rough, logits), mu, _WARM_UP_GAP, rough, rough)
+        weights, logits, steps = point.weights, point.logits, steps + more
     for mu in mus:
-        point, steps = _take_steps(rows, _evaluate(rows, weights, mu, rough, logits), mu, target, rough, rough)
-        weights, logits = point.weights, point.logits
+        point, more = _take_steps(rows, _evaluate(rows, weights, mu, rough, logits), mu, target, rough, rough)
+        weights, logits, steps = point.weights, point.logits, steps + more
         point = _evaluate(rows, weights, mu, exact, keep=False)
         for products in (rough, exact) if point.gap > target else ():
             if point.logits is None and rows.rough is not None:
@@ -166,6 +166,7 @@ def _minimise(rows: _Rows, mus: Sequence[float], target: float) -> Iterator[tupl
             point, more = _take_steps(rows, point, mu, target, exact, products)
             steps += more
         yield Solution(weights=point.weights, objective=point.objective, gap=point.gap), steps
+        steps = 0
 
 
 def _warm_up(mu: float, gap: float) -> list[float]:

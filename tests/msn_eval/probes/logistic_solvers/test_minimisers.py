@@ -151,6 +151,7 @@ def test_warm_starts_along_a_path_save_steps() -> None:
 def test_newton_goes_on_in_float64_where_float32_leads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = _problem(*_clusters(120, 12, 6), 0.0025)
     stages, take_steps = [], newton._take_steps
+    monkeypatch.setattr(newton, "_warm_up", lambda mu, gap: [])
     monkeypatch.setattr(newton, "_take_steps", lambda *arguments: stages.append(take_steps(*arguments)) or stages[-1])
 
     solution, steps = minimise_by_newton(problem, target=1e-13)
