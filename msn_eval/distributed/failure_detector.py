@@ -2,7 +2,7 @@
 
 A collective of torch waits for its timeout, even if another rank raised an error or was stopped. The ranks therefore write
 heartbeats and the first error into the TCPStore where they met. Keys, under a prefix of the job: `rank/N` (host and process),
-`beat/N` (a counter, or LEFT), and `end` (the rank that failed or was stopped first).
+`beat/N` (a counter, or LEFT), `error/N`, and `end` (the rank that failed or was stopped first).
 """
 
 import json
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -102,7 +103,7 @@ class FailureDetector:
     def report_exit(self, error: BaseException | None) -> BaseException | None:
         """Report how this rank ends to the others, and return the error to raise.
 
-        If several ranks fail, the first keeps its error and the others get one line. The rank that holds the store waits for
+        If several ranks fail, one keeps its error and the others get one line. The rank that holds the store waits for
         the others, but not for long after an error.
         """
         with self._lock:
@@ -139,11 +140,19 @@ class FailureDetector:
             end = {"rank": rank, "host": host, "code": exit_code_of(error), "text": text, "stopped": stopped}
             self._end = json.loads(self._store.compare_set("end", "", json.dumps(end)))
         first = self._end
-        if first["rank"] == rank or (stopped and first["stopped"]):
+        if stopped:  # or a launcher stops the ranks that are left after a failure
+            return error if first["rank"] == rank or first["stopped"] else _describe_end(first)
+        same: list[str] = []
+        with suppress(
+            DistError, OSError
+        ):  # of several ranks with the same error, the lowest keeps it: rank 0 records it
+            self._store.set(f"error/{rank}", text)
+            time.sleep(2 * self._timeouts.beat_seconds)
+            keys = [key for key in (f"error/{lower}" for lower in range(rank)) if self._store.check([key])]
+            same = [key for key in keys if self._store.get(key).decode() == text]
+        if not same and (first["rank"] == rank or first["text"] == text):
             return error
-        if stopped:  # a launcher stops the ranks that are left after a failure
-            return _describe_end(first)
-        how = f"as rank {first['rank']} did" if text == first["text"] else f"after rank {first['rank']}: {text}"
+        how = f"as rank {same[0].partition('/')[2]} did" if same else f"after rank {first['rank']}: {text}"
         return failure_of_peer(f"rank {rank} on {host} failed {how}", exit_code_of(error))
 
     def _wait_for_verdict(self) -> DistributedError | None:

@@ -309,7 +309,7 @@ def test_differences_between_ranks_are_listed(start: Start) -> None:
 
     host = socket.gethostname()
     assert codes(results) == [31, 31, 31]
-    assert max(messages(results), key=len) == [
+    assert messages(results)[0] == [
         "DistributedError: the ranks do not agree on a.pth:",
         f"  weights: abc on ranks 0, 2 ({host}); def on rank 1 ({host})",
         f"  seed: nothing on ranks 0, 1 ({host}); 1 on rank 2 ({host})",
@@ -422,9 +422,9 @@ def test_a_rank_that_cannot_be_interrupted_is_ended(start: Start) -> None:
     assert results[0].seconds < 8
 
 
-def test_an_error_of_all_ranks_is_printed_once(start: Start) -> None:
+def test_an_error_of_all_ranks_is_printed_once_by_the_lowest(start: Start) -> None:
     def body(group: Group) -> None:
-        time.sleep(0.2 * group.rank)
+        time.sleep(0.02 * (3 - group.rank))
         raise DataError("no such folder", where="a/b", hint="Look there.")
 
     results = start(4, body, timeouts=CALM).wait()
