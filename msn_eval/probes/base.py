@@ -16,10 +16,14 @@ entry point names. A complete plug-in:
             return ({},)
 
         def fit(self, train, device, *, workers=None, other_taps=()) -> FittedProbe:
-            means = torch.stack([train.values[train.labels == label].mean(dim=0) for label in range(train.n_classes)])
+            rows, labels = train.values.to(device), train.labels.to(device)
+            present = labels.unique()  # a class can have no labelled image, and must never be predicted then
+            means = torch.stack([rows[labels == label].mean(dim=0) for label in present])
 
             def scores(values: Tensor) -> Iterator[Tensor]:
-                yield -torch.cdist(values, means).double()
+                result = torch.full((len(values), train.n_classes), -torch.inf, dtype=torch.float64, device=device)
+                result[:, present] = -torch.cdist(values.to(device), means).double()
+                yield result
 
             return FittedProbe(settings=(ProbeConfig(params={}),), scores=scores)
 
@@ -105,7 +109,7 @@ class FeatureProbe(Probe, Protocol):
 
         Args:
             train: Features at the first of `taps`. A class may have no labelled image; it must never be predicted.
-            device: Where to compute.
+            device: Where to compute. Features are float32 on the CPU, here and where they are scored.
             workers: Ranks that wait to share the work; a probe may ignore them.
             other_taps: Features of the same images at the further taps, in the order of `taps`.
 

@@ -35,8 +35,9 @@ class ReportFormat(Protocol):
         names = "my_package.names"
 
     Then `msn-eval report RUNS --format names --out DIR` writes `DIR/table.txt`. `msn_eval.reports.text_tables` has the texts
-    that the built-in formats share, such as `cell_text`. Names of checkpoints, classes and data sets are arbitrary text:
-    escape them.
+    that the built-in formats share, such as `cell_text`, and `msn_eval.results.table` describes rows, columns and cells:
+    `table.cells` has no entry for what was not measured. Names of checkpoints, classes and data sets are arbitrary text:
+    escape them for your format (`msn_eval.errors.one_line` replaces tabs and line ends).
 
     Attributes:
         suffix: File name suffix without a dot.

@@ -36,10 +36,14 @@ class NearestMean(FeatureProbe):
         workers: WorkerGroup | None = None,
         other_taps: Sequence[Features] = (),
     ) -> FittedProbe:
-        means = torch.stack([train.values[train.labels == label].mean(dim=0) for label in range(train.n_classes)])
+        rows, labels = train.values.to(device), train.labels.to(device)
+        present = labels.unique()  # a class can have no labelled image, and must never be predicted then
+        means = torch.stack([rows[labels == label].mean(dim=0) for label in present])
 
         def scores(values: Tensor) -> Iterator[Tensor]:
-            yield -torch.cdist(values, means).double()
+            result = torch.full((len(values), train.n_classes), -torch.inf, dtype=torch.float64, device=device)
+            result[:, present] = -torch.cdist(values.to(device), means).double()
+            yield result
 
         return FittedProbe(settings=(ProbeConfig(params={}),), scores=scores)
 
