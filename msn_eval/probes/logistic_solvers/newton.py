@@ -6,6 +6,7 @@ again, a chunk at a time, and sums over chunks and ranks are float64.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,7 @@ _MOST_STEPS = 100
 _MOST_PRODUCTS = 250  # curvature products per step
 _LOOSEST_FORCING = 0.5
 _FAR_GAP = 10.0  # of zero weights; above it, larger mus come first
+_LARGEST_GAP = 1e9  # so that few come first however small the mu
 _WARM_UP_FACTOR, _WARM_UP_GAP = 5.0, 0.3
 _SLOPE_SHARE = 0.2  # a line search ends where the slope is this share of the first one
 
@@ -174,7 +176,7 @@ def _warm_up(mu: float, gap: float) -> list[float]:
 
     Few curvature products solve for a large mu, and from one solution the next is near.
     """
-    steps = math.ceil(math.log(gap, _WARM_UP_FACTOR)) if gap > _FAR_GAP else 0
+    steps = math.ceil(math.log(min(gap, _LARGEST_GAP), _WARM_UP_FACTOR)) if gap > _FAR_GAP else 0
     return [mu * _WARM_UP_FACTOR**step for step in range(steps, 0, -1)]
 
 
@@ -357,11 +359,12 @@ def _evaluate(
     rows.add_up(spread)
     gradient.div_(share.n).add_(weights, alpha=mu)
     objective = float(spread[-1]) / share.n + mu / 2 * inner(weights, weights)
+    scale = 2 * mu * objective
     return _Point(
         weights=weights,
         objective=objective,
         gradient=gradient,
-        gap=inner(gradient, gradient) / (2 * mu * objective),
+        gap=inner(gradient, gradient) / scale if scale > 0 else sys.float_info.max,  # a tiny mu underflows
         spread=spread[:-1] / share.n,
         logits=logits,
         probabilities=probabilities,

@@ -1,5 +1,6 @@
 """Both of our minimisers, Newton's and L-BFGS, find the one optimum and prove it."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -148,6 +149,15 @@ def test_warm_starts_along_a_path_save_steps() -> None:
     assert sum(steps[2:]) <= sum(alone[2:]) / 2
 
 
+@pytest.mark.parametrize(("gap", "count"), [(5.0, 0), (100.0, 3), (math.inf, 13), (math.nan, 0)])
+def test_few_larger_mus_come_before_a_small_one(gap: float, count: int) -> None:
+    mus = newton._warm_up(1e-6, gap)
+
+    assert len(mus) == count
+    assert mus == sorted(mus, reverse=True)
+    assert min(mus, default=1.0) > 1e-6
+
+
 def test_newton_goes_on_in_float64_where_float32_leads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = _problem(*_clusters(120, 12, 6), 0.0025)
     stages, take_steps = [], newton._take_steps
@@ -192,3 +202,9 @@ def test_a_target_beyond_float64_ends_where_nothing_improves_any_more(minimise: 
 
     assert steps < 200
     assert solution.gap < 1e-12
+
+
+def test_a_mu_that_underflows_proves_nothing() -> None:
+    solution, _ = minimise_by_newton(_problem(*_clusters(20, 50, 5), 1e-300), target=1e-6)
+
+    assert 1e-3 < solution.gap < math.inf
