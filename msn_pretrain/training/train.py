@@ -55,7 +55,7 @@ from msn_pretrain.training.run import (
     view_kinds,
 )
 from msn_pretrain.training.snapshot import Snapshot, generator_states, seed_generators, write_snapshot
-from msn_pretrain.training.watchdog import Watchdog, watch_steps
+from msn_pretrain.training.watchdog import EVALUATION_SECONDS, SAVE_SECONDS, Watchdog, watch_steps
 
 _log = logging.getLogger(__name__)
 _MASKS, _RANKS = 1, 2  # purposes of derived seeds
@@ -325,7 +325,7 @@ def _is_due(session: Session, progress: _Progress) -> bool:
 
 def _save(session: Session, progress: _Progress, *, last: bool) -> None:
     """Write a snapshot. If the disk refuses, training continues, at most to the end of the next epoch."""
-    with session.watchdog.paused():
+    with session.watchdog.phase(SAVE_SECONDS):
         started = time.monotonic()
         states = all_gather_object(session.ranks, "generators", generator_states(session.ranks.device))
         write = partial(_try_to_write, session, progress, states, last=last)
@@ -377,7 +377,7 @@ def _evaluate_if_due(session: Session, progress: _Progress) -> None:
     epoch = progress.step // session.order.steps_per_epoch
     if not online_probe.is_due(session.recipe, epoch):
         return
-    with session.watchdog.paused():
+    with session.watchdog.phase(EVALUATION_SECONDS):
         evaluate = partial(online_probe.evaluate, session.run, session.recipe, session.ranks.device)
         text = broadcast_from_rank0(session.ranks, "probe", evaluate)
     if session.ranks.first:
