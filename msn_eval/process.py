@@ -1,7 +1,9 @@
 """Process: the memory and the cores that it may use, and the signals that ask it to stop."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from msn_eval.errors import INTERRUPTED, PREEMPTED
 
 _MACHINE = Path("/proc/meminfo")
 _CONTAINER = Path("/sys/fs/cgroup")
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def available_bytes(*, machine: Path = _MACHINE, container: Path = _CONTAINER) -> int | None:
@@ -50,6 +53,12 @@ def _container_bytes(folder: Path) -> int | None:
         return None
     # Cached pages of files count as used; the kernel frees them when memory is allocated.
     return max(0, int(limit) - used + int(statistics["inactive_file"]))
+
+
+def terminate_with_parent() -> None:
+    """Have Linux send this process SIGTERM when its parent ends, also when the parent is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Terminated(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,11 +14,13 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from msn_eval.distributed.group import Group
+from msn_eval.distributed.rank_info import LAUNCHER_HOLDS_STORE
 from msn_eval.errors import PREEMPTED, DistributedError, UsageError
 from msn_eval.features.encoder import choose_device
 from msn_eval.process import usable_cores
 
-_SHUTDOWN_SECONDS = 20.0
+_LOOPBACK = "127.0.0.1"
+_SHUTDOWN_SECONDS = 15.0
 _POLL_SECONDS = 0.05
 
 
@@ -48,13 +51,12 @@ def run_local_ranks(arguments: Sequence[str], devices: Sequence[str]) -> int:
         if name == "auto":
             raise UsageError("run.device: auto among several", hint="Name each: run.device=cuda:0,cuda:1.")
         choose_device(name)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    listener = socket.create_server((_LOOPBACK, 0))  # TCPStore on its own listens on all interfaces
+    port = listener.getsockname()[1]
+    store = TCPStore(_LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // len(devices)))} | os.environ
     environment |= {"WORLD_SIZE": str(len(devices)), "LOCAL_WORLD_SIZE": str(len(devices))}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    environment["TORCHELASTIC_USE_AGENT_STORE"] = (
-        "True"  # if this process is killed, the ranks notice that the store is gone
-    )
+    environment |= {"MASTER_ADDR": _LOOPBACK, "MASTER_PORT": str(store.port), LAUNCHER_HOLDS_STORE: "True"}
     command = (sys.executable, "-m", "msn_pretrain", *arguments)
     ranks = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -114,10 +114,11 @@ def check_replicas(group: Group, tensors: Mapping[str, Tensor], *, step: int) ->
     by_tensor = zip(sorted(tensors), *(sums for _, sums in received), strict=True)
     names = [name for name, *sums in by_tensor if len(set(sums)) > 1]
     has_majority = 2 * frequency > len(received)
-    wrong = [rank for rank, (_, sums) in enumerate(received) if sums != usual or not has_majority]
-    described = ", ".join(f"rank {rank} on {received[rank][0]}" for rank in wrong)
+    differing = [
+        f"rank {rank} on {host}" for rank, (host, sums) in enumerate(received) if sums != usual or not has_majority
+    ]
     raise DistributedError(
-        f"after step {step} the weights of {described} differ from {'the rest' if has_majority else 'each other'}: "
+        f"after step {step} the weights of {', '.join(differing)} differ from {'the rest' if has_majority else 'each other'}: "
         f"{len(names)} tensors, {', '.join(names[:_SHOWN_TENSORS])}",
         hint="Faulty hardware can cause this: leave out that machine or GPU, and start the same command.",
         kept="The last snapshot is kept; it was written after such a comparison.",
@@ -130,9 +131,6 @@ def checksums(tensors: Mapping[str, Tensor]) -> Tensor:
 
     Integer sums do not depend on the order of addition or on the device, and every flipped bit changes them.
     """
-    return torch.stack([_checksum(tensors[name]) for name in sorted(tensors)]).cpu()
-
-
-def _checksum(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.int32 if flat.element_size() % 4 == 0 else torch.uint8).sum(dtype=torch.int64)
+    flat = [tensors[name].contiguous().reshape(-1) for name in sorted(tensors)]
+    bits = [values.view(torch.int32 if values.element_size() % 4 == 0 else torch.uint8) for values in flat]
+    return torch.stack([values.sum(dtype=torch.int64) for values in bits]).cpu()

@@ -24,6 +24,7 @@ from msn_eval.errors import DistributedError, exit_code_of
 KEPT = "Finished work is kept; run the same command again to continue."
 LEFT = b"left"
 _SHOWN_RANKS = 6
+# In what torch says when the connection to another rank is lost.
 _TRANSPORT_ERRORS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting")
 # Neither torch, NCCL, submitit nor Slurm uses this signal. Systems other than Linux have no such choice.
 _ABORT_SIGNAL = (signal.SIGRTMIN + 5) if sys.platform == "linux" else getattr(signal, "SIGUSR1", None)
@@ -129,7 +130,10 @@ class FailureDetector:
 
     def _report_error(self, error: BaseException) -> BaseException:
         rank, host = self._info.rank, self._info.host
-        if isinstance(error, AbortRequested) or _is_transport_error(error):
+        is_transport_error = isinstance(error, RuntimeError | ValueError) and any(
+            phrase in str(error).lower() for phrase in _TRANSPORT_ERRORS
+        )
+        if isinstance(error, AbortRequested) or is_transport_error:
             lost = f"rank {rank} lost the connection to another rank: {str(error).partition(chr(10))[0]}"
             error = self._wait_for_verdict() or DistributedError(lost, hint="See the other ranks' errors.")
         if isinstance(error, DistributedError) and error.from_peer:
@@ -143,9 +147,8 @@ class FailureDetector:
         if stopped:  # or a launcher stops the ranks that are left after a failure
             return error if first["rank"] == rank or first["stopped"] else _describe_end(first)
         same: list[str] = []
-        with suppress(
-            DistError, OSError
-        ):  # of several ranks with the same error, the lowest keeps it: rank 0 records it
+        # Of several ranks with the same error, the lowest keeps it: rank 0 records it.
+        with suppress(DistError, OSError):
             self._store.set(f"error/{rank}", text)
             time.sleep(2 * self._timeouts.beat_seconds)
             keys = [key for key in (f"error/{lower}" for lower in range(rank)) if self._store.check([key])]
@@ -240,12 +243,6 @@ class FailureDetector:
 def _describe_end(end: dict[str, Any]) -> DistributedError:
     how = f" was told to stop. {KEPT}" if end["stopped"] else f": {end['text']}"
     return failure_of_peer(f"rank {end['rank']} on {end['host']}{how}", end["code"])
-
-
-def _is_transport_error(error: BaseException) -> bool:
-    """Whether torch reports that the connection to another rank is lost."""
-    text = str(error).lower()
-    return isinstance(error, RuntimeError | ValueError) and any(phrase in text for phrase in _TRANSPORT_ERRORS)
 
 
 def _raise_abort(number: int, frame: FrameType | None) -> NoReturn:

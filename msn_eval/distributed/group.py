@@ -22,8 +22,9 @@ from torch import Tensor, distributed
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from msn_eval.distributed.failure_detector import FailureDetector, failure_of_peer, name_ranks
-from msn_eval.distributed.rank_info import RankInfo, Timeouts, read_rank_info
+from msn_eval.distributed.rank_info import LAUNCHER_HOLDS_STORE, RankInfo, Timeouts, read_rank_info
 from msn_eval.errors import DistributedError, exit_code_of
+from msn_eval.process import terminate_with_parent
 
 _T = TypeVar("_T")
 _SHOWN = 6  # values in one message
@@ -83,6 +84,8 @@ def join_group(*, environment: Mapping[str, str] | None = None, timeouts: Timeou
         yield ALONE
         return
     timeouts = timeouts or Timeouts()
+    if os.environ.get(LAUNCHER_HOLDS_STORE) == "True":
+        terminate_with_parent()  # a shell that starts ranks itself may end before them; a launcher may not
     prefix = f"msn_eval/{info.attempt}/{next(_groups_joined)}"
     # Both stay open until the end: the first may hold the server.
     server, peers = _meet(info, timeouts, prefix)
@@ -111,10 +114,8 @@ def join_group(*, environment: Mapping[str, str] | None = None, timeouts: Timeou
         if distributed.is_initialized():
             distributed.destroy_process_group()
         detector.close()
-    if final is not None and final is failure:
-        raise final
     if final is not None:
-        raise final from failure
+        raise final from (failure.__cause__ if final is failure else failure)
 
 
 def _connect(info: RankInfo, seconds: float, *, serve: bool = False) -> TCPStore:
@@ -253,14 +254,6 @@ def _has_peers(group: Group) -> bool:
 # Tensors.
 
 
-@contextmanager
-def use_device(group: Group, device: torch.device) -> Iterator[None]:
-    """Have the collectives inside use `device`."""
-    if group.world > 1 and device.type == "cuda":
-        torch.cuda.set_device(device)
-    yield
-
-
 def all_reduce_tensors(group: Group, tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over ranks.
 
@@ -272,9 +265,3 @@ def all_reduce_tensors(group: Group, tensors: Sequence[Tensor]) -> None:
     distributed.all_reduce(flat)
     for tensor, total in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(total.view_as(tensor))
-
-
-def all_gather_uneven_rows(group: Group, rows: Tensor | None) -> Tensor:
-    """Concatenate the rows of all ranks in rank order. Their numbers may differ; None for no rows."""
-    gathered = all_gather_object(group, "rows", None if rows is None else rows.cpu() if group.world > 1 else rows)
-    return torch.cat([part for part in gathered if part is not None])

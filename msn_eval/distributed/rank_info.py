@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from msn_eval.errors import DistributedError
 
+LAUNCHER_HOLDS_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # set to True by torchrun, and by our launcher of local ranks
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankInfo:
@@ -43,7 +45,7 @@ class Timeouts:
 
     join_seconds: float = 300.0  # until all ranks have started
     beat_seconds: float = 1.0  # between two heartbeats
-    silent_seconds: float = 40.0  # without a heartbeat; above the longest native call that holds the GIL
+    silent_seconds: float = 20.0  # without a heartbeat; above the longest native call that holds the GIL
     linger_seconds: float = 2.0  # that a failed rank keeps the store open, for the others to read its error
     unwind_seconds: float = 5.0  # for the main thread to stop before its process is ended
     collective_seconds: float = 24 * 3600.0  # of torch's collectives: the others may wait long for rank 0
@@ -63,35 +65,29 @@ def read_rank_info(environment: Mapping[str, str] | None = None) -> RankInfo | N
     size = variables.get("WORLD_SIZE")
     if size == "1" or not (size or variables.get("RANK")):
         return None
-    world = _read_integer(variables, "WORLD_SIZE", 1, 1 << 20)
-    rank = _read_integer(variables, "RANK", 0, world - 1)
+    world = int(_read_variable(variables, "WORLD_SIZE", range(1, 1 << 20)))
+    rank = int(_read_variable(variables, "RANK", range(world)))
     return RankInfo(
         rank=rank,
         world=world,
-        local_rank=_read_integer(variables, "LOCAL_RANK", 0, world - 1),
+        local_rank=int(_read_variable(variables, "LOCAL_RANK", range(world))),
         host=socket.gethostname(),
         address=_read_variable(variables, "MASTER_ADDR"),
-        port=_read_integer(variables, "MASTER_PORT", 1, (1 << 16) - 1),
+        port=int(_read_variable(variables, "MASTER_PORT", range(1, 1 << 16))),
         attempt=f"{variables.get('TORCHELASTIC_RUN_ID', '')}/{variables.get('TORCHELASTIC_RESTART_COUNT', '')}",
-        holds_store=rank == 0 and variables.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        holds_store=rank == 0 and variables.get(LAUNCHER_HOLDS_STORE) != "True",
     )
 
 
-def _read_integer(variables: Mapping[str, str], name: str, least: int, most: int) -> int:
-    text = _read_variable(variables, name)
-    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-        raise _bad_variable(name, f"is {text!r}, not an integer from {least} to {most}")
-    return int(text)
-
-
-def _read_variable(variables: Mapping[str, str], name: str) -> str:
-    if not (text := variables.get(name)):
-        raise _bad_variable(name, "is not set")
-    return text
-
-
-def _bad_variable(name: str, problem: str) -> DistributedError:
-    return DistributedError(
+def _read_variable(variables: Mapping[str, str], name: str, allowed: range | None = None) -> str:
+    text = variables.get(name)
+    if not text:
+        problem = "is not set"
+    elif allowed and not (text.isascii() and text.isdigit() and int(text) in allowed):
+        problem = f"is {text!r}, not an integer from {allowed[0]} to {allowed[-1]}"
+    else:
+        return text
+    raise DistributedError(
         f"the environment describes a job of several processes, but {name} {problem}",
         hint="Start the ranks with torchrun or --slurm; for a single process, unset RANK and WORLD_SIZE.",
     )

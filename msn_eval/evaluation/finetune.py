@@ -23,7 +23,7 @@ from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.data.hashing import make_unreadable_error
 from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelList, automatic_workers
-from msn_eval.distributed.group import Group, all_gather_object, split_across_ranks, use_device
+from msn_eval.distributed.group import Group, all_gather_object, split_across_ranks
 from msn_eval.errors import UsageError
 from msn_eval.evaluation.canary import choose_labels
 from msn_eval.evaluation.measurement import Measurement, find_taps, label_only, make_predictions, make_result_id
@@ -65,26 +65,25 @@ def finetune_task(
     _check_readable(plan, images, group)
     options = _choose_options(plan, encoder, images)
     model = build_finetune_model(encoder, probe.recipe, tap=tap, n_classes=n_classes)
-    with use_device(group, plan.device):
-        trained = finetune(
-            probe,
-            model,
-            LabelledImages(images=images, labels=labelled.labels, hashes=plan.train_hashes),
-            precision=plan.precision,
-            options=options,
-            files=None if config.canary else make_state_files(plan, encoder, task),
-            group=group,
-            on_progress=on_progress,
-        )
-        scores = score_images(
-            model,
-            plan.val,
-            plan.val_hashes,
-            decoder=plan.decoder,
-            precision=plan.precision,
-            options=options,
-            group=group,
-        )
+    trained = finetune(
+        probe,
+        model,
+        LabelledImages(images=images, labels=labelled.labels, hashes=plan.train_hashes),
+        precision=plan.precision,
+        options=options,
+        files=None if config.canary else make_state_files(plan, encoder, task),
+        group=group,
+        on_progress=on_progress,
+    )
+    scores = score_images(
+        model,
+        plan.val,
+        plan.val_hashes,
+        decoder=plan.decoder,
+        precision=plan.precision,
+        options=options,
+        group=group,
+    )
     if saves:
         write_classifier(find_saved_folder(plan, encoder, task), _export(plan, encoder, task, model))
     # A class without labelled images can never be predicted, as with every other probe.

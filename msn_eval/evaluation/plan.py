@@ -134,6 +134,8 @@ def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Pla
     for name in config.probe:
         find_probe(name)
     device = choose_device(config.device, local_rank=local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # otherwise pinned memory and NCCL use GPU 0 on every rank
     check_decoder(config.decoder, device)
     cache_dir = None if config.no_cache else cache_folder(config)
     if cache_dir is not None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, distributed
 
-from msn_eval.distributed.group import broadcast_from_rank0, split_across_ranks, use_device
+from msn_eval.distributed.group import broadcast_from_rank0, split_across_ranks
 from msn_eval.errors import DistributedError, NumericalError, ResourceError
 from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_eval.probes.base import WorkerGroup
@@ -105,18 +105,17 @@ def _lead(workers: WorkerGroup, work: str, **arguments: object) -> Iterator[None
 def _connect(workers: WorkerGroup) -> Iterator[None]:
     """Join a process group for the block. An error of one rank ends the job, since the others wait in a collective."""
     rank, device = workers.group.rank, workers.device
-    with use_device(workers.group, device):
-        try:
-            yield
-        except NumericalError as error:  # outside of a worker group it would fail one result only
-            raise DistributedError(f"rank {rank} cannot go on: {error.what}", hint=error.hint) from error
-        except OUT_OF_MEMORY_ERRORS as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ResourceError(
-                f"rank {rank}: memory of {device} is too small for its share: {str(error).partition(chr(10))[0]}",
-                hint="Use more ranks, fewer of them on one host, or --device cpu.",
-            ) from error
+    try:
+        yield
+    except NumericalError as error:  # outside of a worker group it would fail one result only
+        raise DistributedError(f"rank {rank} cannot go on: {error.what}", hint=error.hint) from error
+    except OUT_OF_MEMORY_ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"rank {rank}: memory of {device} is too small for its share: {str(error).partition(chr(10))[0]}",
+            hint="Use more ranks, fewer of them on one host, or --device cpu.",
+        ) from error
 
 
 def _serve_fit(

@@ -16,7 +16,7 @@ from torch.nn import functional
 from msn_eval.config.recipes import AugmentedRecipe, Params
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.subsets import Subset
-from msn_eval.distributed.group import Group, all_reduce_tensors, use_device
+from msn_eval.distributed.group import Group, all_reduce_tensors
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features.augmented import AugmentedImages, iterate_augmented_features
 from msn_eval.probes.base import FittedProbe, Probe, ProbeConfig, TrainsOn
@@ -228,7 +228,7 @@ def fit_augmented(
         raise NumericalError("linear-augmented on a single class", hint="Label images of at least two classes.")
     device = images.encoder.device
     training = start_training(probe, images.dim, len(present), device)
-    with use_device(group, device), watch_stop_signals() as stop:
+    with watch_stop_signals() as stop:
         if (state := read_shared_state(files, group)) is not None:
             training.load_state_dict(state)
             if group.rank == 0:

@@ -1,6 +1,8 @@
-"""Available memory: the smaller of the machine's and the container's."""
+"""The process: its available memory, its stop signals and its parent."""
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,3 +82,17 @@ def test_other_stop_signals_are_raised_again_after_the_body() -> None:
 def test_a_second_ctrl_c_interrupts_at_once() -> None:
     with pytest.raises(KeyboardInterrupt):
         _receive(signal.SIGINT, signal.SIGINT, accept=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal at the end of the parent is Linux's")
+def test_a_process_ends_with_its_killed_parent() -> None:
+    child = "import time; from msn_eval.process import terminate_with_parent; terminate_with_parent()"
+    child += "; print('ready', flush=True); time.sleep(99)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "ready\n"
+
+        started.kill()
+
+        assert started.stdout.read() == ""  # returns when the child, which holds the other end, has ended

@@ -10,7 +10,7 @@ from msn_eval.data.decoders import decode_on_device
 from msn_eval.data.hashing import make_unreadable_error
 from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelList, load_pixels
-from msn_eval.distributed.group import ALONE, Group, all_gather_uneven_rows, split_across_ranks
+from msn_eval.distributed.group import ALONE, Group, all_gather_object, split_across_ranks
 from msn_eval.errors import NumericalError
 from msn_eval.features.encoder import Precision, exact_float32, normalise_pixels
 from msn_eval.probes.finetune.model import FinetuneModel
@@ -173,4 +173,5 @@ def _apply(
                 outputs.append(function(normalise_pixels(pixels.to(encoder.device), encoder)).cpu())
     if failures:
         raise make_unreadable_error(failures)
-    return all_gather_uneven_rows(group, torch.cat(outputs) if outputs else None)
+    gathered = all_gather_object(group, "rows", torch.cat(outputs) if outputs else None)
+    return torch.cat([rows for rows in gathered if rows is not None])
