@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msn_eval.probes.knn_search.index import index_bank
-from msn_eval.probes.knn_search.search import choose_stages, search_nearest
+from msn_eval.probes.knn_search import choose_stages, index_rows, search_nearest
 
 _ROWS_PER_CLUSTER = 20
 
@@ -42,7 +41,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {where}, bank {tuple(bank.shape)}, {len(queries)} queries, "
           f"searched by {', '.join(searches)}")  # fmt: skip
     started = time.perf_counter()
-    indexed = index_bank(bank)
+    indexed = index_rows(bank)
     search_nearest(queries[:64], indexed, 1)
     print(f"bank made ready once: {time.perf_counter() - started:.2f} s")
     for k in map(int, options.k.split(",")):

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from msn_eval.probes.base import centre_rows, normalise_rows
 from msn_eval.probes.knn import neighbour_vote
-from msn_eval.probes.knn_search.index import index_bank
-from msn_eval.probes.knn_search.search import search_nearest
+from msn_eval.probes.knn_search import index_rows, search_nearest
 from msn_eval.probes.linear import Recipe, train_heads
 from msn_eval.probes.logistic import LARGEST_GAP, SOLVERS, reduced_rows
 from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem
@@ -166,7 +165,7 @@ class NearestNeighbourProbe(_Softmax, _Probe):
         self.k_ = min(int(self.k), len(X))
         if self.k_ < self.k:
             warnings.warn(f"k = {self.k} neighbours among {len(X)} rows: all {len(X)} vote", stacklevel=3)
-        self.bank_, self.labels_ = index_bank(X), labels
+        self.bank_, self.labels_ = index_rows(X), labels
 
     def _scores(self, X: Tensor) -> Tensor:
         cosines, nearest = search_nearest(X, self.bank_, self.k_)

@@ -12,8 +12,7 @@ from msn_eval.distributed.group import broadcast_from_rank0, split_across_ranks
 from msn_eval.errors import DistributedError, NumericalError, ResourceError
 from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_eval.probes.base import WorkerGroup
-from msn_eval.probes.knn_search.index import check_finite, index_bank
-from msn_eval.probes.knn_search.search import Neighbours, Search, merge_nearest, search_nearest
+from msn_eval.probes.knn_search import Neighbours, Search, check_finite, index_rows, merge_nearest, search_nearest
 from msn_eval.probes.logistic_solvers.newton import RowShare, minimise_in_chunks
 from msn_eval.probes.logistic_solvers.objective import Solution
 
@@ -150,7 +149,7 @@ def _search_shard(
         k: Number of neighbours.
         by: Who proposes candidates.
     """
-    shard = index_bank(values) if len(values) else None
+    shard = index_rows(values) if len(values) else None
     first = _rows_of(workers, n, workers.group.rank).start
     found = []
     for chunk in _split(range(m), _QUERIES):

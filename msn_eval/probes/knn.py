@@ -15,11 +15,8 @@ from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup
 from msn_eval.probes.distributed import search_on_workers
-from msn_eval.probes.knn_search.index import index_bank
-from msn_eval.probes.knn_search.search import Neighbours, Search, check_faiss, search_nearest
+from msn_eval.probes.knn_search import Neighbours, Search, check_faiss, index_rows, search_nearest
 
-DEFAULT_KS = (10, 20, 100, 200)
-DEFAULT_TEMPERATURE = 0.07
 _SHARED_VALUES = 1 << 26  # of a bank that ranks share: for fewer, the work of each rank costs more than the products
 
 
@@ -28,37 +25,27 @@ class NearestNeighbours(FeatureProbe):
     """The k nearest labelled rows by cosine vote for their classes with weight exp(cosine / temperature).
 
     Source: Wu et al. 2018, arXiv:1805.01978; k and temperature as in DINO, arXiv:2104.14294.
-
-    Attributes:
-        ks: Numbers of neighbours; every pair with a temperature is a protocol, and all share one search.
-        temperatures: Positive.
-        search: Who proposes candidates, as `search_nearest` takes it.
-        asked: Whether the user named the ks: then one above the number of images is an error and not left out.
     """
 
     name: ClassVar[str] = "knn"
     version: ClassVar[int] = 1
 
-    ks: tuple[int, ...] = DEFAULT_KS
-    temperatures: tuple[float, ...] = (DEFAULT_TEMPERATURE,)
-    search: Search = "auto"
-    asked: bool = False
+    ks: tuple[int, ...] = (10, 20, 100, 200)  # every pair with a temperature is a protocol, and all share one search
+    temperatures: tuple[float, ...] = (0.07,)  # positive
+    search: Search = "auto"  # who proposes candidates, as `search_nearest` takes it
+    asked: bool = (
+        False  # whether the user named the ks: then one above the number of images is an error and not left out
+    )
 
     @property
     def taps(self) -> tuple[str, ...]:
         return ("cls-norm",)
 
     def configs(self, n: int) -> tuple[Params, ...]:
-        """Return the hyper-parameters of every protocol with n labelled images.
-
-        Raises:
-            NumericalError: The user asked for a k above n.
-        """
+        """Return the params of every protocol with n images. Raises NumericalError for a k above n that was asked for."""
         if self.asked and max(self.ks) > n:
-            raise NumericalError(
-                f"k = {max(self.ks)} neighbours among {n} labelled images",
-                hint=f"Ask for --k of at most {n}, or for a larger subset.",
-            )
+            what = f"k = {max(self.ks)} neighbours among {n} labelled images"
+            raise NumericalError(what, hint=f"Ask for --k of at most {n}, or for a larger subset.")
         return tuple({"k": k, "temperature": t} for k in self.ks if k <= n for t in self.temperatures)
 
     def fit(
@@ -69,18 +56,13 @@ class NearestNeighbours(FeatureProbe):
         workers: WorkerGroup | None = None,
         other_taps: Sequence[Features] = (),
     ) -> FittedProbe:
-        """Index the labelled rows. Ranks in `workers` share the search of a large bank.
-
-        Raises:
-            NumericalError: A row is not finite, or the user asked for a k above the number of images.
-        """
-        params = self.configs(len(train.labels))
-        labels = train.labels.to(device)
+        """Index the labelled rows. Ranks in `workers` share the search of a large bank."""
+        params, labels = self.configs(len(train.labels)), train.labels.to(device)
         search: Callable[..., Neighbours]
         if workers is not None and train.values.numel() >= _SHARED_VALUES:
             search = partial(search_on_workers, workers, bank=train.values, by=self.search)
         else:
-            search = partial(search_nearest, bank=index_bank(train.values.to(device)), by=self.search)
+            search = partial(search_nearest, bank=index_rows(train.values.to(device)), by=self.search)
 
         def scores(values: Tensor) -> Iterator[Tensor]:
             if not params:  # every k of the default list is above the number of labelled images
@@ -99,8 +81,8 @@ def configure(config: EvaluationConfig, subset: Subset) -> Iterator[NearestNeigh
     if config.search == "faiss":
         check_faiss(torch.device("cpu"))
     yield NearestNeighbours(
-        ks=tuple(dict.fromkeys(config.k)) or DEFAULT_KS,
-        temperatures=tuple(dict.fromkeys(config.temperature)) or (DEFAULT_TEMPERATURE,),
+        ks=tuple(dict.fromkeys(config.k)) or NearestNeighbours.ks,
+        temperatures=tuple(dict.fromkeys(config.temperature)) or NearestNeighbours.temperatures,
         search=cast("Search", config.search),
         asked=bool(config.k),
     )
@@ -112,8 +94,6 @@ def neighbour_vote(cosines: Tensor, classes: Tensor, *, n_classes: int, temperat
     Args:
         cosines: (m, k) float64, descending.
         classes: (m, k) int64 in [0, n_classes).
-        n_classes: Number of classes.
-        temperature: Positive.
 
     Returns:
         (m, n_classes) float64, -inf for a class without a vote.
@@ -121,8 +101,7 @@ def neighbour_vote(cosines: Tensor, classes: Tensor, *, n_classes: int, temperat
     # Relative to the class's own largest vote: exp(1 / 0.001) overflows float64, and votes of a far class underflow.
     logits = cosines / temperature
     largest = logits.new_full((len(logits), n_classes), -torch.inf).scatter_reduce_(1, classes, logits, "amax")
-    votes = logits.new_zeros(len(logits), n_classes)
-    weights = (logits - largest.gather(1, classes)).exp()
+    votes, weights = torch.zeros_like(largest), (logits - largest.gather(1, classes)).exp()
     # One neighbour after the other: a GPU adds colliding entries in any order, and equal votes must stay equal.
     for column in range(classes.shape[1]):
         votes.scatter_add_(1, classes[:, column : column + 1], weights[:, column : column + 1])

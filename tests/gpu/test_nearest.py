@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from msn_eval.probes.knn_search.index import GRID, index_bank, row_lengths
-from msn_eval.probes.knn_search.search import find_candidates, search_nearest
+from msn_eval.probes.knn_search import GRID, find_candidates, index_rows, search_nearest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,7 +45,7 @@ def test_neighbours_are_those_of_the_cpu(k: int) -> None:
 def test_no_product_is_further_from_its_cosine_than_the_bound() -> None:
     queries, bank = rows(200, 1536).cuda() + 1, rows(3_000, 1536, seed=1).cuda() + 1
 
-    result = find_candidates(queries, row_lengths(queries), index_bank(bank), 3_000, torch.bfloat16)
+    result = find_candidates(index_rows(queries), index_rows(bank), 3_000, torch.bfloat16)
 
     cosines = normalize(queries.double()) @ normalize(bank.double()).T
     assert ((result.product - cosines[result.query, result.row]).abs() <= result.bound).all()
@@ -55,14 +54,14 @@ def test_no_product_is_further_from_its_cosine_than_the_bound() -> None:
 def test_bfloat16_products_leave_few_queries_incomplete() -> None:
     queries, bank = rows(2_000, 768).cuda(), rows(20_000, 768, seed=1).cuda()
 
-    result = find_candidates(queries, row_lengths(queries), index_bank(bank), 20, torch.bfloat16)
+    result = find_candidates(index_rows(queries), index_rows(bank), 20, torch.bfloat16)
 
     assert int((~result.complete).sum()) < 40
 
 
 def test_an_imagenet_bank_is_searched_within_bounded_memory() -> None:
     generator = torch.Generator("cuda").manual_seed(0)
-    bank = index_bank(torch.randn(400_000, 768, device="cuda", generator=generator))
+    bank = index_rows(torch.randn(400_000, 768, device="cuda", generator=generator))
     queries = torch.randn(20_000, 768, device="cuda", generator=generator)
     search_nearest(queries[:8], bank, 20)
     torch.cuda.reset_peak_memory_stats()

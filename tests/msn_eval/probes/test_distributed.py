@@ -17,7 +17,7 @@ from msn_eval.probes import distributed, knn
 from msn_eval.probes.base import WorkerGroup
 from msn_eval.probes.distributed import search_on_workers, serve, shutdown
 from msn_eval.probes.knn import NearestNeighbours
-from msn_eval.probes.knn_search.index import Bank, index_bank
+from msn_eval.probes.knn_search import Rows, index_rows
 from msn_eval.probes.logistic import Logistic
 from msn_eval.probes.logistic_solvers import newton
 
@@ -105,11 +105,11 @@ def indexed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return the list of the numbers of rows that this rank has indexed for shared searches."""
     rows: list[int] = []
 
-    def index(values: Tensor) -> Bank:
+    def index(values: Tensor) -> Rows:
         rows.append(len(values))
-        return index_bank(values)
+        return index_rows(values)
 
-    monkeypatch.setattr(distributed, "index_bank", index)
+    monkeypatch.setattr(distributed, "index_rows", index)
     return rows
 
 
@@ -167,12 +167,12 @@ def test_rows_that_are_not_finite_are_refused_before_other_ranks_take_part(bad: 
 def test_a_rank_that_fails_in_a_search_ends_the_job_with_its_error(
     monkeypatch: pytest.MonkeyPatch, failing: int, error: Exception, code: int, message: str
 ) -> None:
-    def fail(values: Tensor) -> Bank:
+    def fail(values: Tensor) -> Rows:
         raise error
 
     def run(workers: WorkerGroup) -> object:
         if workers.group.rank == failing:
-            monkeypatch.setattr(distributed, "index_bank", fail)
+            monkeypatch.setattr(distributed, "index_rows", fail)
         return _lead_or_serve(workers, lambda group: search_on_workers(group, torch.ones(4, 12), torch.ones(9, 12), 3))
 
     ranks = _run_on_ranks(2, run)

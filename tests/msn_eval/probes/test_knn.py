@@ -11,7 +11,7 @@ from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import rank_labels
 from msn_eval.probes.knn import NearestNeighbours, neighbour_vote
-from msn_eval.probes.knn_search.search import Search
+from msn_eval.probes.knn_search import Search
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from msn_eval.errors import NumericalError, UsageError
-from msn_eval.probes.knn_search import search as search_module
-from msn_eval.probes.knn_search.index import index_bank, row_lengths
-from msn_eval.probes.knn_search.search import Candidates, Stage, choose_stages, find_candidates, search_nearest
+from msn_eval.probes import knn_search as search_module
+from msn_eval.probes.knn_search import Candidates, Stage, choose_stages, find_candidates, index_rows, search_nearest
 
 _EVERY_STAGE = pytest.mark.parametrize("stage", [torch.bfloat16, torch.float32, torch.float64, "faiss"], ids=str)
 
@@ -20,7 +19,7 @@ def _rows(n: int, d: int, *, seed: int = 0) -> Tensor:
 
 
 def _find(queries: Tensor, bank: Tensor, k: int, stage: Stage) -> Candidates:
-    return find_candidates(queries, row_lengths(queries), index_bank(bank), k, stage)
+    return find_candidates(index_rows(queries), index_rows(bank), k, stage)
 
 
 def _cosines(queries: Tensor, bank: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from msn_eval.errors import NumericalError
-from msn_eval.probes.knn_search import index
-from msn_eval.probes.knn_search.index import GRID, exact_cosines, index_bank, row_lengths
+from msn_eval.probes import knn_search as index
+from msn_eval.probes.knn_search import GRID, exact_cosines, index_rows
 
 
 def _values(n: int = 20, d: int = 6, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -19,7 +19,7 @@ def _all_pairs(queries: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
     row, query = (
         part.flatten() for part in torch.meshgrid(torch.arange(len(bank)), torch.arange(len(queries)), indexing="ij")
     )
-    cosines = exact_cosines(queries, row_lengths(queries), index_bank(bank), query, row)
+    cosines = exact_cosines(index_rows(queries), index_rows(bank), query, row)
     return cosines.view(len(bank), len(queries)).T
 
 
@@ -29,7 +29,7 @@ def test_rows_that_are_not_finite_are_named(bad: float) -> None:
     values[3, 5], values[11, 0] = bad, bad
 
     with pytest.raises(NumericalError) as caught:
-        index_bank(values)
+        index_rows(values)
 
     assert str(caught.value) == (
         "2 of 20 labelled rows are not finite: 3, 11\nThe features overflowed; retry with --precision fp32."
@@ -40,7 +40,7 @@ def test_rows_that_are_not_finite_are_named(bad: float) -> None:
 def test_every_row_moves_by_at_most_the_bound(dtype: torch.dtype) -> None:
     values = _values(50, 64)
 
-    rounded, moved = index_bank(values).round(dtype)
+    rounded, moved = index_rows(values).round(dtype)
 
     true = (rounded.double() - values.double() / values.double().norm(dim=1, keepdim=True)).norm(dim=1)
     assert (moved >= true).all()
@@ -48,7 +48,7 @@ def test_every_row_moves_by_at_most_the_bound(dtype: torch.dtype) -> None:
 
 
 def test_half_precision_rows_are_searched_in_float32() -> None:
-    assert index_bank(_values().half()).values.dtype == torch.float32
+    assert index_rows(_values().half()).values.dtype == torch.float32
 
 
 @pytest.mark.parametrize("d", [1, 3, 64, 385])

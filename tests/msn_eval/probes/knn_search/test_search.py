@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from msn_eval.errors import NumericalError, ResourceError
+from msn_eval.probes import knn_search as search_module
 from msn_eval.probes.base import normalise_rows
 from msn_eval.probes.knn import neighbour_vote
-from msn_eval.probes.knn_search import search as search_module
-from msn_eval.probes.knn_search.index import GRID
-from msn_eval.probes.knn_search.search import merge_nearest, search_nearest
+from msn_eval.probes.knn_search import GRID, Rows, merge_nearest, search_nearest
 
 _STAGES = [torch.bfloat16, torch.float32, torch.float64, "faiss"]
 
@@ -179,8 +178,8 @@ def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None
     expected = search_nearest(queries, bank, 7)
     search = search_module._search_chunk
 
-    def refuse_many(queries: Tensor, *arguments: Any) -> Any:
-        if len(queries) > 3:
+    def refuse_many(queries: Rows, *arguments: Any) -> Any:
+        if len(queries.values) > 3:
             raise torch.OutOfMemoryError
         return search(queries, *arguments)
 
