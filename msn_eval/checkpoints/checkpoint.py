@@ -3,14 +3,13 @@
 import hashlib
 import inspect
 import logging
-import math
 import os
 import re
 import site
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,20 +19,29 @@ from torch import Tensor, nn
 from msn_eval.checkpoints import find_scheme
 from msn_eval.checkpoints.hf_folder import check_hub_name, open_hub
 from msn_eval.checkpoints.msn_release import fetch_msn, find_release
+from msn_eval.checkpoints.normalisation import (
+    ASSUMED,
+    IMAGENET,
+    Normalisation,
+    Triple,
+    check_std,
+    choose_normalisation,
+    read_triple,
+    set_by_hand,
+)
 from msn_eval.checkpoints.run_folder import evaluated_file, is_run_folder
 from msn_eval.checkpoints.sanity_checks import describe_values, find_alarms
 from msn_eval.checkpoints.stored import StoredCheckpoint, check_stored, choose_stored, load_weights, read_contents
-from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD
 from msn_eval.errors import CheckpointError, printable
 from msn_eval.models.architectures import Architecture, name_architecture
 from msn_eval.models.build import build_network, check_architecture_name
+from msn_eval.models.structure import structure_sha256
 from msn_eval.models.vit import native_pixels
 from msn_eval.registry import Entry
 
 _DEMO = Path(__file__).parents[1] / "demo.safetensors"
 _log = logging.getLogger(__name__)
 _PIXELS = 32
-Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +58,9 @@ class Checkpoint:
         arch: The architecture, by timm's name where it has one.
         matched: Share of the network's weights that came from the file, in (0, 1].
         image_pixels: Native size: what its authors evaluate at.
-        mean: A value per channel, on the [0, 1] scale.
-        std: The same.
+        normalisation: Mean and std of its images, and what states them.
+        structure_sha256: Of its modules and their settings, None where the user's code builds it. It is equal for two
+            spellings of one architecture.
         code_sha256: Of the user's source code that the network runs, None where it runs none.
         distribution: Name and version of the distribution whose plug-in made the network, None without one.
     """
@@ -67,10 +76,20 @@ class Checkpoint:
     matched: float = 1.0
     epoch: int | None = None
     image_pixels: int
-    mean: Triple
-    std: Triple
+    normalisation: Normalisation
+    structure_sha256: str | None = None
     code_sha256: str | None = None
     distribution: str | None = None
+
+    @property
+    def mean(self) -> Triple:
+        """A value per channel, on the [0, 1] scale."""
+        return self.normalisation.mean
+
+    @property
+    def std(self) -> Triple:
+        """A value per channel, on the [0, 1] scale."""
+        return self.normalisation.std
 
     @property
     def params(self) -> int:
@@ -83,7 +102,14 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    name: str, *, arch: str | None = None, key: str | None = None, allow_missing: tuple[str, ...] = (), seed: int = 0
+    name: str,
+    *,
+    arch: str | None = None,
+    key: str | None = None,
+    allow_missing: tuple[str, ...] = (),
+    seed: int = 0,
+    mean: Triple | None = None,
+    std: Triple | None = None,
 ) -> Checkpoint:
     """Read the checkpoint called `name`, a path or one of the schemes in `checkpoints.ENCODERS`.
 
@@ -92,15 +118,22 @@ def read_checkpoint(
         key: Which of several networks in a file.
         allow_missing: Patterns of weights that may keep their initial values.
         seed: Of untrained weights.
+        mean: A value per channel that replaces the checkpoint's own, on the [0, 1] scale.
+        std: The same.
 
     Raises:
         CheckpointError: Something is missing, unknown, or does not fit in full.
     """
     entry, rest = find_scheme(name)
     if entry.distribution is not None:
-        return _run_factory(entry, rest, path=name, name=name, file_format="plugin")
-    read = cast(Callable[..., Checkpoint], entry.load())
-    return read(name, arch=arch, key=key, allow_missing=allow_missing, seed=seed)
+        checkpoint = _run_factory(entry, rest, path=name, name=name, file_format="plugin")
+    else:
+        read = cast(Callable[..., Checkpoint], entry.load())
+        checkpoint = read(name, arch=arch, key=key, allow_missing=allow_missing, seed=seed)
+    normalisation = set_by_hand(checkpoint.normalisation, mean, std)
+    if normalisation.is_assumed:
+        _log.warning("%s: mean and std are %s; --mean and --std set others", checkpoint.path, normalisation.source)
+    return replace(checkpoint, normalisation=normalisation)
 
 
 def read_stored(
@@ -133,7 +166,10 @@ def read_timm(name: str, **_: object) -> Checkpoint:
             hint="Without a network they must be in the Hugging Face cache (HF_HOME); or download them elsewhere and "
             "give the file with --arch.",
         ) from error
-    return _describe_built(network.eval(), architecture, name=architecture.name, path=name, format="timm")
+    config = network.pretrained_cfg
+    tagged = replace(architecture, timm_name=f"{config['architecture']}.{config['tag']}".removesuffix("."))
+    checkpoint = _describe_built(network.eval(), architecture, name=architecture.name, path=name, format="timm")
+    return replace(checkpoint, normalisation=choose_normalisation(tagged))
 
 
 def read_untrained(name: str, *, arch: str | None, key: str | None, seed: int, **_: object) -> Checkpoint:
@@ -156,8 +192,7 @@ def read_pixels(name: str, **_: object) -> Checkpoint:
         arch="pixels",
         network=nn.Flatten(),
         image_pixels=_PIXELS,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        normalisation=IMAGENET,
     )
 
 
@@ -282,8 +317,7 @@ def _run_factory(entry: Entry, *arguments: str, path: str, name: str, file_forma
         arch=name,
         network=network,
         image_pixels=image_pixels,
-        mean=_check_triple("mean", getattr(network, "mean", IMAGENET_MEAN), where=path),
-        std=_check_triple("std", getattr(network, "std", IMAGENET_STD), where=path),
+        normalisation=_read_attributes(network, where=path),
         code_sha256=code,
         distribution=entry.distribution,
     )
@@ -306,37 +340,25 @@ def _load_stored(
 def _describe_built(
     network: nn.Module, architecture: Architecture, stored: StoredCheckpoint | None = None, *, path: str, **fields: Any
 ) -> Checkpoint:
-    """Describe a network that was built here; `fields` are those of the checkpoint that its network does not show.
-
-    Mean and std are those that the weights' folder states; without them ImageNet's, unless the architecture was named with
-    one of timm's tags (`NAME.TAG`), which mean particular weights and their normalisation. A network without a file has
-    timm's.
-    """
-    stated: Mapping[str, object] = getattr(network, "pretrained_cfg", None) or {}
-    if stored is not None and "." not in (architecture.timm_name or ""):
-        stated = {}
-    mean, std = stated.get("mean") or IMAGENET_MEAN, stated.get("std") or IMAGENET_STD
-    if stored is not None and stored.contents.config is not None and stored.contents.config.statistics is not None:
-        mean, std = stored.contents.config.statistics
+    """Describe a network that was built here; `fields` are those of the checkpoint that its network does not show."""
     return Checkpoint(
         path=path,
         weights_sha256=weights_sha256(network.state_dict()),
         arch=architecture.name,
         network=network,
         image_pixels=native_pixels(network) if stored is None else stored.native_pixels(network),
-        mean=_check_triple("mean", mean, where=path),
-        std=_check_triple("std", std, where=path),
+        normalisation=choose_normalisation(architecture) if stored is None else stored.normalisation,
+        structure_sha256=structure_sha256(network),
         **fields,
     )
 
 
-def _check_triple(what: str, values: object, *, where: str) -> Triple:
-    triple = values if isinstance(values, tuple | list) and len(values) == 3 else ()
-    if not triple or not all(isinstance(value, int | float) and math.isfinite(value) for value in triple):
-        raise CheckpointError(
-            f"{what} is {values!r}, not three numbers", where=where, hint="Use one per channel, on the [0, 1] scale."
-        )
-    return float(triple[0]), float(triple[1]), float(triple[2])
+def _read_attributes(network: nn.Module, *, where: str) -> Normalisation:
+    """Return the normalisation of a module of the user, from its attributes `mean` and `std` where present."""
+    stated = {name: getattr(network, name, None) for name in ("mean", "std")}
+    mean, std = (None if values is None else read_triple(values, name, where=where) for name, values in stated.items())
+    own = set_by_hand(ASSUMED, mean, None if std is None else check_std(std, "std", where=where))
+    return own if own is ASSUMED else replace(own, source="the module's attributes", is_assumed=False)
 
 
 def _shorten_name(name: str) -> str:

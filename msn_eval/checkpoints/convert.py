@@ -1,28 +1,44 @@
 """A checkpoint in another format: plain safetensors, timm's names, or a folder that transformers loads."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from msn_eval.checkpoints.checkpoint import weights_sha256
 from msn_eval.checkpoints.formats.safetensors import DTYPES, save_tensors
 from msn_eval.checkpoints.hf_export import PlainNetwork, build_folder_content, read_heads_and_epsilon, write_folder
-from msn_eval.checkpoints.stored import Contents, StoredCheckpoint, check_stored, choose_stored, read_contents
-from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD
+from msn_eval.checkpoints.normalisation import ASSUMED, Normalisation, Triple, set_by_hand
+from msn_eval.checkpoints.stored import (
+    Contents,
+    StoredCheckpoint,
+    check_stored,
+    choose_stored,
+    describe_normalisation,
+    read_contents,
+)
 from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.files.atomic import remove, written_atomically
 from msn_eval.models.architectures import recognise_architecture
 from msn_eval.models.build import outline_network
 
 Target = Literal["safetensors", "timm", "hf"]
+_log = logging.getLogger(__name__)
 _SLACK_BYTES = 1 << 20
 
 
 def convert_checkpoint(
-    source: Path, out: Path, *, to: Target, arch: str | None = None, key: str | None = None
+    source: Path,
+    out: Path,
+    *,
+    to: Target,
+    arch: str | None = None,
+    key: str | None = None,
+    mean: Triple | None = None,
+    std: Triple | None = None,
 ) -> tuple[str, Contents]:
     """Write the checkpoint at `source` to `out`, and read it back.
 
@@ -30,6 +46,10 @@ def convert_checkpoint(
         to: safetensors: every tensor of the file under its own name, without anything else that a pickle may hold;
             timm: the evaluated network's backbone by timm's names, one safetensors file;
             hf: the same as a folder in Hugging Face layout.
+        arch: timm's name of the architecture, where the source leaves it open.
+        key: Which of several networks.
+        mean: A value per channel that the output states instead of the source's own, on the [0, 1] scale.
+        std: The same.
 
     Returns:
         The name of the evaluated architecture (for safetensors an empty string), and what was written.
@@ -46,17 +66,23 @@ def convert_checkpoint(
     contents = read_contents(source)
     if to == "safetensors":
         tensors = _collect_tensors(contents)
-        _write(out, tensors)
+        known = contents.normalisation
+        if known is not None or mean is not None or std is not None:
+            known = set_by_hand(known or ASSUMED, mean, std)
+        _write(out, tensors, known)
         written = read_contents(out)
         _check_equal(dict(_flatten(written.content)), tensors, out)
         return "", written
     stored = choose_stored(contents, arch=arch, key=key)
     check_stored(stored)
+    normalisation = set_by_hand(stored.normalisation, mean, std)
+    if normalisation.is_assumed:
+        _log.warning("%s: mean and std are %s; --mean and --std set others", contents.where, normalisation.source)
     if to == "timm":
         _check_readable_without_name(stored)
-        _write(out, stored.backbone.weights)
+        _write(out, stored.backbone.weights, normalisation)
     else:
-        _write_folder(out, stored)
+        _write_folder(out, stored, normalisation)
     written_back = choose_stored(read_contents(out), arch=arch if to == "timm" else None)
     _check_equal(written_back.backbone.weights, stored.backbone.weights, out)
     return written_back.architecture.name, written_back.contents
@@ -91,9 +117,10 @@ def _flatten(content: Mapping[str, object], prefix: str = "") -> Iterator[tuple[
             yield from _flatten(value, f"{prefix}{name}.")
 
 
-def _write(out: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write(out: Path, tensors: Mapping[str, Tensor], normalisation: Normalisation | None) -> None:
+    stated = {} if normalisation is None else describe_normalisation(normalisation)
     with written_atomically(out, f"{sum(tensor.nbytes for tensor in tensors.values()):,} bytes") as temporary:
-        save_tensors(temporary, tensors)
+        save_tensors(temporary, tensors, stated)
 
 
 def _check_equal(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor], out: Path) -> None:
@@ -122,18 +149,13 @@ def _check_readable_without_name(stored: StoredCheckpoint) -> None:
         raise CheckpointError(what, where=stored.contents.where, hint="Use --to hf, whose config.json states them.")
 
 
-def _write_folder(out: Path, stored: StoredCheckpoint) -> None:
-    outline, config = outline_network(stored.architecture), stored.contents.config
-    has_tag = "." in (stored.architecture.timm_name or "")
-    tag: Mapping[str, Any] = getattr(outline, "pretrained_cfg", None) or {} if has_tag else {}
-    # As in an evaluation: the folder's, a timm tag's, or ImageNet's.
-    mean, std = (config and config.statistics) or (tag.get("mean") or IMAGENET_MEAN, tag.get("std") or IMAGENET_STD)
+def _write_folder(out: Path, stored: StoredCheckpoint, normalisation: Normalisation) -> None:
     network = PlainNetwork(
-        outline=outline,
+        outline=outline_network(stored.architecture),
         weights=stored.backbone.weights,
         gated=stored.architecture.gated,
-        mean=mean,
-        std=std,
+        mean=normalisation.mean,
+        std=normalisation.std,
         name=stored.architecture.name,
         where=stored.contents.where,
     )

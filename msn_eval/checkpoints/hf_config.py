@@ -3,10 +3,14 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
-from msn_eval.checkpoints.hf_folder import CONFIG, Triple, parse_statistics, read_hub_config, read_image_statistics
+from torch import Tensor
+
+from msn_eval.checkpoints.hf_folder import CONFIG, read_hub_config, read_image_processor
+from msn_eval.checkpoints.normalisation import Normalisation, read_processor_normalisation, read_timm_normalisation
 from msn_eval.errors import CheckpointError
 from msn_eval.models.architectures import NOT_KEYWORDS, Architecture, name_architecture
 
@@ -20,6 +24,15 @@ _NORM_EPS = {
     "ijepa": 1e-12,
     "beit": 1e-12,
     "data2vec-vision": 1e-12,
+}
+# Sizes that the weights show, and the keywords of their architecture that hold them.
+_SIZES = {
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "depth",
+    "image_size": "img_size",
+    "patch_size": "patch_size",
+    "num_register_tokens": "reg_tokens",
+    "intermediate_size": "",
 }
 _ADAPTER = "adapter_config.json"  # of peft; transformers would apply it to what it loads
 _WRAP = "Wrap the network: py:package.module:factory."
@@ -37,13 +50,15 @@ class HubConfig:
         architecture: Timm's architecture, where the folder was written by timm.
         heads: Attention heads.
         norm_eps: Epsilon of the layer norms.
-        statistics: Mean and std per channel, where stated.
+        normalisation: Mean and std per channel, where stated.
+        sizes: Stated sizes that the weights show too, by their names in the file.
     """
 
     architecture: Architecture | None = None
     heads: int | None = None
     norm_eps: float | None = None
-    statistics: tuple[Triple, Triple] | None = None
+    normalisation: Normalisation | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_config_beside(folder: Path) -> HubConfig:
@@ -75,7 +90,32 @@ def read_config_beside(folder: Path) -> HubConfig:
         raise CheckpointError(f"num_attention_heads is {heads!r}", where=where, hint="It must be a positive integer.")
     if not (isinstance(norm_eps, float | int) and 0 < norm_eps < 1):
         raise CheckpointError(f"layer_norm_eps is {norm_eps!r}", where=where, hint="It must lie between 0 and 1.")
-    return HubConfig(heads=heads, norm_eps=float(norm_eps), statistics=read_image_statistics(folder))
+    normalisation = read_processor_normalisation(*read_image_processor(folder), model_type=model_type)
+    # DINOv2's networks have a ratio instead.
+    names = _SIZES.keys() - ({"intermediate_size"} if model_type.startswith("dinov2") else {"num_register_tokens"})
+    sizes = {name: _read_size(config[name], name, where) for name in _SIZES if name in names and name in config}
+    return HubConfig(heads=heads, norm_eps=float(norm_eps), normalisation=normalisation, sizes=sizes)
+
+
+def _read_size(value: object, name: str, where: str) -> int:
+    side = value[0] if isinstance(value, list) and value else value
+    if type(side) is not int or side < 0:
+        raise CheckpointError(f"{name} is {value!r:.60}", where=where, hint="It must be a whole number.")
+    return side
+
+
+def check_sizes(config: HubConfig, weights: Mapping[str, Tensor], architecture: Architecture, *, where: str) -> None:
+    """Raise CheckpointError where a size that a config.json states is not that of the weights beside it."""
+    found = {name: architecture.keywords.get(keyword) for name, keyword in _SIZES.items()}
+    found["intermediate_size"] = weights["blocks.0.mlp.fc2.weight"].shape[1]
+    patch = cast(int, architecture.keywords["patch_size"])
+    for name, stated in config.sizes.items():
+        # transformers ignores what is left of an image beside its patches.
+        own = stated // patch * patch if name == "image_size" else stated
+        if found[name] is not None and found[name] != own:
+            what = f"{CONFIG} states {name} {stated}, the weights beside it have {found[name]}"
+            hint = "The folder mixes two checkpoints, or the file was edited; download it again from its publisher."
+            raise CheckpointError(what, where=where, hint=hint)
 
 
 def _read_timm_config(config: Mapping[str, object], where: str) -> HubConfig:
@@ -86,7 +126,7 @@ def _read_timm_config(config: Mapping[str, object], where: str) -> HubConfig:
     stated: Mapping[str, object] = pretrained if isinstance(pretrained, Mapping) else config
     keywords = _check_keywords(keywords, where) if isinstance(keywords, Mapping) else {}
     architecture = replace(name_architecture(name), keywords=keywords)
-    return HubConfig(architecture=architecture, statistics=parse_statistics(Path(where), stated, "mean", "std"))
+    return HubConfig(architecture=architecture, normalisation=read_timm_normalisation(Path(where), stated))
 
 
 def _check_keywords(stated: Mapping[str, object], where: str) -> dict[str, object]:

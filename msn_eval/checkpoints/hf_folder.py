@@ -5,20 +5,17 @@ A repository is read at one commit, from the cache that all libraries of the hub
 
 import json
 import logging
-import math
 import os
 import re
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path, PurePath
-from typing import cast
 
 from msn_eval.errors import CheckpointError
 from msn_eval.files.hf_hub import UnreachableError, offline_variable, translate_hub_errors
 
 _log = logging.getLogger(__name__)
 CONFIG = "config.json"
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 INDEX_SUFFIX = ".index.json"
 # In the order of preference: formats that can hold nothing but tensors come first.
 WEIGHT_FILES = tuple(
@@ -27,8 +24,6 @@ WEIGHT_FILES = tuple(
 _TIMEOUT_SECONDS = 10.0
 _COMMIT = re.compile("[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+(?:/[\w.-]+)*))?", re.ASCII)
-
-Triple = tuple[float, float, float]
 
 
 def open_hub(name: str) -> tuple[Path, str]:
@@ -88,7 +83,9 @@ def _open_repository(repository: str, revision: str) -> Path:
             where=where,
             hint=f"On a machine with a network, run `hf download {repository}{option}` and copy the folder "
             f"models--{repository.replace('/', '--')} of its cache into this one ($HF_HUB_CACHE names another).",
-            kept=f"To use it as it is, give its folder: hf:{folder}" if missing.startswith(PREPROCESSOR) else "",
+            kept=f"To use it as it is, give its folder: hf:{folder}"
+            if missing.startswith((PREPROCESSOR, PROCESSOR))
+            else "",
         )
     return folder
 
@@ -103,10 +100,11 @@ def _find_missing(repository: str, folder: Path) -> str:
         return f"weights ({error.what})"
     # Other libraries download weights alone, and a guessed mean and std would change the score silently. The hub's
     # library records what a repository does not have; timm's config states mean and std itself.
-    is_known = try_to_load_from_cache(repository, PREPROCESSOR, revision=folder.name) is not None
-    if is_known or "pretrained_cfg" in read_hub_config(folder):
-        return ""
-    return f"{PREPROCESSOR} (which may state mean and std), or the record that the repository has none"
+    config, (_, processor) = read_hub_config(folder), read_image_processor(folder)
+    for name in () if processor or "pretrained_cfg" in config else (PREPROCESSOR, PROCESSOR):
+        if try_to_load_from_cache(repository, name, revision=folder.name) is None:
+            return f"{name} (which may state mean and std), or the record that the repository has none"
+    return ""
 
 
 def _download(repository: str, revision: str, where: str) -> Path:
@@ -123,8 +121,9 @@ def _download(repository: str, revision: str, where: str) -> Path:
         hint = "Choose one in the layout of transformers or timm, or download its weight file and give the path."
         raise CheckpointError(what, where=where, hint=hint)
     folder = Path(hf_hub_download(repository, CONFIG, revision=revision)).parent
-    with suppress(*() if PREPROCESSOR in names else (EntryNotFoundError,)):  # records that there is none
-        hf_hub_download(repository, PREPROCESSOR, revision=folder.name)
+    for name in (PREPROCESSOR, PROCESSOR):
+        with suppress(*() if name in names else (EntryNotFoundError,)):  # records that there is none
+            hf_hub_download(repository, name, revision=folder.name)
     read_hub_config(folder)  # before the weights: a refused repository costs no download
     hf_hub_download(repository, weights, revision=folder.name)
     for file in _list_files(folder, weights):
@@ -159,52 +158,39 @@ def _list_files(folder: Path, name: str) -> list[str]:
 
 def read_hub_config(folder: Path) -> dict[str, object]:
     """Read a folder's config.json. Raises CheckpointError where it is missing or damaged, or requires its own code."""
-    config = _read_json(folder / CONFIG)
-    for name, content in ((CONFIG, config), (PREPROCESSOR, _read_preprocessor(folder))):
-        if "auto_map" in content:
+    config, processor = _read_json(folder / CONFIG), read_image_processor(folder)
+    for path, content in ((folder / CONFIG, config), processor):
+        if _names_own_code(content):
             what = "Requires code of its own repository (auto_map), which is never run here"
             hint = "Choose a repository without it, or wrap the network yourself: py:package.module:factory."
-            raise CheckpointError(what, where=str(folder / name), hint=hint)
+            raise CheckpointError(what, where=str(path), hint=hint)
     return config
 
 
-def read_image_statistics(folder: Path) -> tuple[Triple, Triple] | None:
-    """Return mean and std per channel from a folder's preprocessor_config.json, None where it states neither.
+def _names_own_code(content: object) -> bool:
+    """Whether `auto_map` is a key at any level of a JSON file's content."""
+    levels = [content]
+    for value in levels:
+        if isinstance(value, dict):
+            if "auto_map" in value:
+                return True
+            levels += value.values()
+        elif isinstance(value, list):
+            levels += value
+    return False
 
-    Zeros and ones where it states that images are not normalised. Raises CheckpointError as `parse_statistics` does.
+
+def read_image_processor(folder: Path) -> tuple[Path, dict[str, object]]:
+    """Return the file that describes a folder's image processor, and the description, which is empty without one.
+
+    As transformers does, `image_processor` in processor_config.json is preferred to preprocessor_config.json.
     """
-    stated = _read_preprocessor(folder)
-    if stated.get("do_normalize") is False:
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return parse_statistics(folder / PREPROCESSOR, stated, "image_mean", "image_std")
-
-
-def parse_statistics(
-    path: Path, stated: Mapping[str, object], mean_name: str, std_name: str
-) -> tuple[Triple, Triple] | None:
-    """Return mean and std per channel that a file states under two names, None where it states neither.
-
-    Raises CheckpointError where they are not three finite numbers each, or a std is not positive.
-    """
-    if stated.get(mean_name) is None and stated.get(std_name) is None:
-        return None
-    mean, std = (_read_triple(path, stated.get(name), name) for name in (mean_name, std_name))
-    if min(std) <= 0:
-        raise CheckpointError(f"{std_name} {list(std)} is not positive", where=str(path), hint="Correct the file.")
-    return mean, std
-
-
-def _read_triple(path: Path, values: object, name: str) -> Triple:
-    numbers = [value for value in values if type(value) in (int, float)] if isinstance(values, list) else []
-    with suppress(OverflowError):  # JSON's integers may be larger than a float
-        if values == numbers and len(numbers) == 3 and all(map(math.isfinite, numbers)):
-            return cast(Triple, tuple(map(float, numbers)))
-    what = f"{name} is not three finite numbers: {str(values)[:60]}"
-    raise CheckpointError(what, where=str(path), hint="Correct the file.")
-
-
-def _read_preprocessor(folder: Path) -> dict[str, object]:
-    return _read_json(folder / PREPROCESSOR) if os.path.lexists(folder / PREPROCESSOR) else {}
+    if os.path.lexists(folder / PROCESSOR):
+        nested = _read_json(folder / PROCESSOR).get("image_processor")
+        if isinstance(nested, dict):
+            return folder / PROCESSOR, nested
+    path = folder / PREPROCESSOR
+    return path, _read_json(path) if os.path.lexists(path) else {}
 
 
 def _read_json(path: Path) -> dict[str, object]:

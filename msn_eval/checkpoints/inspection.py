@@ -40,6 +40,9 @@ class Inspection:
         matched: Share of them that the file holds.
         stored_pixels: Side of the images that the positions were learned at.
         image_pixels: Side of the images that it is evaluated at.
+        mean: A value per channel of the images, on the [0, 1] scale.
+        std: The same.
+        mean_std_from: What states them.
         positions: How the positions are interpolated for that, None where they are not.
         used: Names of weights, as the network in the file calls them.
         dropped: The same, of weights that are not used.
@@ -68,6 +71,9 @@ class Inspection:
     patch_pixels: int | None = None
     stored_pixels: int | None = None
     image_pixels: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    mean_std_from: str | None = None
     positions: str | None = None
     used: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
@@ -145,7 +151,7 @@ def _inspect_choice(inspection: Inspection, stored: StoredCheckpoint) -> Inspect
 def _inspect_fit(inspection: Inspection, stored: StoredCheckpoint) -> Inspection:
     outline = outline_network(stored.architecture)
     expected, weights = outline.state_dict(), stored.backbone.weights
-    fit = fit_weights(weights, expected)
+    fit, normalisation = fit_weights(weights, expected), stored.normalisation
     problem = None
     if fit.lines:
         problem = f"{len(fit.lines)} of {len(expected)} weights do not fit {inspection.arch}"
@@ -159,6 +165,9 @@ def _inspect_fit(inspection: Inspection, stored: StoredCheckpoint) -> Inspection
         patch_pixels=patch_pixels(outline),
         stored_pixels=stored_pixels(outline),
         image_pixels=stored.native_pixels(outline),
+        mean=normalisation.mean,
+        std=normalisation.std,
+        mean_std_from=normalisation.source,
         positions=_describe_positions(outline),
         missing=fit.missing,
         left_over=fit.left_over,

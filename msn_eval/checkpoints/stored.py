@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from msn_eval.checkpoints.families import Backbone, rename_weights
 from msn_eval.checkpoints.formats.read import read_weight_file
-from msn_eval.checkpoints.hf_config import HubConfig, read_config_beside
+from msn_eval.checkpoints.hf_config import HubConfig, check_sizes, read_config_beside
 from msn_eval.checkpoints.hf_folder import CONFIG, find_weight_files
 from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork, choose_network, find_networks, stated_epoch
+from msn_eval.checkpoints.normalisation import IMAGENET, Normalisation, check_std, choose_normalisation, read_triple
 from msn_eval.checkpoints.sanity_checks import TensorInfo
 from msn_eval.errors import CheckpointError
 from msn_eval.models.architectures import Architecture, name_architecture, recognise_architecture
@@ -26,8 +27,9 @@ _log = logging.getLogger(__name__)
 _SLACK_BYTES = 1 << 20
 _MAX_SHOWN = 5
 _MAX_TENSORS = 20_000  # the published networks have a few hundred
-# Names of what a safetensors file may state about itself; msn_pretrain writes them.
+# Names of what a safetensors file may state about itself; msn_pretrain and `convert` write them.
 ARCHITECTURE, EPOCH, IMAGE_PIXELS = "msn_eval.architecture", "epoch", "msn_eval.image_pixels"
+MEAN, STD = "msn_eval.mean", "msn_eval.std"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -47,6 +49,7 @@ class Contents:
         config: The config.json that belongs to the weights, None where there is none.
         stated_arch: The architecture that a safetensors file states, as `--arch` takes it: no weight's shape shows heads.
         stated_pixels: Side of the images that it states to be trained on; no weight of a convolutional network shows it.
+        normalisation: Mean and std that the file or folder states.
     """
 
     where: str
@@ -60,6 +63,7 @@ class Contents:
     config: HubConfig | None
     stated_arch: str | None = None
     stated_pixels: int | None = None
+    normalisation: Normalisation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +95,12 @@ class StoredCheckpoint:
     choice: ChosenNetwork
     backbone: Backbone
     architecture: Architecture
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """Mean and std of the images, and where they come from."""
+        stated, family = self.contents.normalisation, self.backbone.format
+        return choose_normalisation(self.architecture, stated=stated, family=family)
 
     def native_pixels(self, network: nn.Module) -> int:
         """Return the native image size of the network: by its position embeddings, or else as the file states."""
@@ -133,7 +143,32 @@ def read_contents(path: Path) -> Contents:
         config=config,
         stated_arch=stated.get(ARCHITECTURE),
         stated_pixels=int(pixels) if re.fullmatch(r"[1-9]\d{0,4}", pixels) else None,
+        normalisation=_read_normalisation(stated, str(path)) or (config.normalisation if config else None),
     )
+
+
+def describe_normalisation(normalisation: Normalisation) -> dict[str, str]:
+    """Return what a safetensors file states about its mean and std; nothing where they are a guess."""
+    if normalisation.is_assumed:
+        return {}
+    return {
+        name: ",".join(map(repr, values)) for name, values in ((MEAN, normalisation.mean), (STD, normalisation.std))
+    }
+
+
+def _read_normalisation(stated: Mapping[str, str], where: str) -> Normalisation | None:
+    """Return mean and std that a file states; ImageNet's for files of msn-pretrain from before it stated them."""
+    if not stated.keys() & {MEAN, STD}:
+        return replace(IMAGENET, source="msn-pretrain") if ARCHITECTURE in stated else None
+    mean, std = (read_triple(_parse_numbers(stated.get(name, "")), name, where=where) for name in (MEAN, STD))
+    return Normalisation(mean=mean, std=check_std(std, STD, where=where), source="the file")
+
+
+def _parse_numbers(text: str) -> list[float] | str:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        return text
 
 
 def choose_stored(contents: Contents, *, arch: str | None = None, key: str | None = None) -> StoredCheckpoint:
@@ -208,7 +243,10 @@ def _find_architecture(contents: Contents, backbone: Backbone, arch: str | None)
     heads, norm_eps = (backbone.heads, backbone.norm_eps) if config is None else (config.heads, config.norm_eps)
     # solo-learn's resnet18 for CIFAR begins with nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=2).
     is_padded = backbone.format == "solo-learn"
-    return recognise_architecture(backbone.weights, heads=heads, norm_eps=norm_eps, padded_stem=is_padded)
+    recognised = recognise_architecture(backbone.weights, heads=heads, norm_eps=norm_eps, padded_stem=is_padded)
+    if config is not None and config.sizes:
+        check_sizes(config, backbone.weights, recognised, where=contents.where)
+    return recognised
 
 
 def _restore_own_heads(backbone: Backbone, network: StoredNetwork, architecture: Architecture) -> Backbone:

@@ -55,9 +55,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--canary", action="store_true", help="use random labels: a result above chance means a leak")
     what.add_argument("--limit", metavar="N", help="at most N validation images per class")
     loading = parser.add_argument_group("how a checkpoint is read")
-    loading.add_argument(
-        "--arch", metavar="NAME", help="timm's name of the architecture, if the file does not state it"
-    )
+    loading.add_argument("--arch", action="append", metavar="NAME", help="timm's name of the architecture, if the file "
+                         "does not state it; CHECKPOINT=NAME for one of several")  # fmt: skip
+    for name in ("mean", "std"):
+        loading.add_argument(f"--{name}", **several, metavar="R,G,B", help=f"{name} of the images' channels, on the "
+                             "[0, 1] scale; default: the checkpoint's own")  # fmt: skip
     loading.add_argument("--checkpoint-key", metavar="K", help="which of several networks in the file")
     loading.add_argument("--allow-missing", action="append", metavar="PATTERN", help="weights that may be absent")
     how = parser.add_argument_group("how it is computed")

@@ -68,6 +68,9 @@ def _entries(inspection: "Inspection") -> Iterator[tuple[str, str]]:
     if inspection.image_pixels is not None:
         patch = f", patches of {inspection.patch_pixels}" if inspection.patch_pixels else ""
         yield "images", f"{inspection.image_pixels} pixels{patch}"
+    if inspection.mean is not None and inspection.std is not None:
+        mean, std = (",".join(f"{value:.4g}" for value in values) for values in (inspection.mean, inspection.std))
+        yield "mean, std", f"{mean}; {std} ({_on_one_line(str(inspection.mean_std_from))})"
     if inspection.positions is not None:
         yield "positions", inspection.positions
     info = inspection.statistics

@@ -25,6 +25,9 @@ _PICTURES = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--checkpoint", metavar="X", required=True, help="a Vision Transformer; see `ls checkpoints`")
+    for name in ("mean", "std"):
+        text = f"{name} of the images' channels, on the [0, 1] scale; default: the checkpoint's own"
+        parser.add_argument(f"--{name}", metavar="R,G,B", help=text)
     parser.add_argument("--data", metavar="X", required=True, help="image folder or digits")
     parser.add_argument("--subset", metavar="A", default="5imgs@1", help="training images to search; default 5imgs@1")
     parser.add_argument("--image", metavar="ID", action="append", help="a validation image, CLASS/FILE; repeatable")
@@ -47,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Draw the pictures and print their paths."""
+    from msn_eval.config.request import parse_channels
     from msn_eval.data import read_dataset
     from msn_eval.features.encoder import load_encoder
     from msn_eval.features.patch_drop import check_patches
@@ -60,7 +64,13 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             raise UsageError(f"--{name} {getattr(options, name)} is out of range", hint=f"Use at least {least}.")
     folder = Path(options.out)
     prepare_folder(folder, option="--out")
-    encoder = load_encoder(options.checkpoint, device=options.device, seed=options.seed)
+    encoder = load_encoder(
+        options.checkpoint,
+        device=options.device,
+        mean=parse_channels("--mean", options.mean),
+        std=parse_channels("--std", options.std),
+        seed=options.seed,
+    )
     check_patches(encoder)
     data = read_dataset(options.data)
     chosen = _choose_images(data.val, options.image, options.images)

@@ -1,11 +1,12 @@
 """Request: what the user asked for, checked before anything is read."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from msn_eval.config.recipes import TAP_NAMES, AugmentedRecipe, FinetuneRecipe, LinearRecipe
 from msn_eval.config.yaml_config import check_choice, check_range, check_ranges
-from msn_eval.errors import UsageError
+from msn_eval.errors import UsageError, did_you_mean
 
 SOLVER_NAMES = ("auto", "newton", "lbfgs", "cyanure", "sklearn")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -23,7 +24,9 @@ class EvaluationConfig:
 
     Attributes:
         checkpoint: Checkpoints to measure, `X` or `NAME=X`.
-        arch: timm architecture where a file leaves it open, `NAME` or `CHECKPOINT=NAME`.
+        arch: timm architectures where files leave them open, `NAME` for all checkpoints or `CHECKPOINT=NAME` for one.
+        mean: A value per channel that replaces the checkpoints' own, on the [0, 1] scale.
+        std: The same.
         checkpoint_key: Which of several networks of a file.
         allow_missing: Patterns of weights that may be absent.
         data: Name of the data set.
@@ -59,7 +62,9 @@ class EvaluationConfig:
     """
 
     checkpoint: list[str] = field(default_factory=list)
-    arch: str | None = None
+    arch: list[str] | None = None
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
     checkpoint_key: str | None = None
     allow_missing: list[str] = field(default_factory=list)
     data: str | None = None
@@ -124,6 +129,10 @@ class EvaluationConfig:
         for name in ("subset", "probe"):
             if not getattr(self, name):
                 raise UsageError(f"--{name}: nothing given", hint=f"Name at least one {name}.")
+        for name in ("mean", "std"):
+            read_channels(f"--{name}", getattr(self, name))
+        if self.checkpoint:
+            self._check_archs()
         for text in self.lambda_:
             if text != AUTO:
                 check_range("--lambda", _parse_lambda(text), above=0)
@@ -133,6 +142,29 @@ class EvaluationConfig:
         check_ranges(self, "--", "patch_drop", least=0, below=1)
         _check_count_or_auto("batch-size", self.batch_size, least=1)
         _check_count_or_auto("workers", self.workers, least=0)
+
+    def arch_of(self, checkpoint: str) -> str | None:
+        """Return the architecture that --arch gives a checkpoint, None where it gives none."""
+        archs = dict(map(self._split_arch, self.arch or ()))
+        return archs.get(checkpoint, archs.get(None))
+
+    def _split_arch(self, text: str) -> tuple[str | None, str]:
+        """Split `CHECKPOINT=NAME`. The checkpoint is None where the text is a NAME, whose keywords have `=` too."""
+        for name in self.checkpoint:
+            if text.startswith(f"{name}="):
+                return name, text[len(name) + 1 :]
+        return None, text
+
+    def _check_archs(self) -> None:
+        names = [name for name, _ in map(self._split_arch, self.arch or ())]
+        for name, text in zip(names, self.arch or (), strict=True):
+            other, equals, _ = text.partition("?")[0].partition("=")
+            if name is None and equals:
+                what = f"--arch {text}: {other!r} is not one of the checkpoints.{did_you_mean(other, self.checkpoint)}"
+                raise UsageError(what, hint=f"Write it as --checkpoint does: {', '.join(self.checkpoint)}.")
+            if names.count(name) > 1:
+                what = f"--arch: several architectures for {name or 'all checkpoints'}"
+                raise UsageError(what, hint="Give one, or write CHECKPOINT=NAME.")
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -151,6 +183,35 @@ class EvaluationConfig:
     @property
     def worker_count(self) -> int | None:
         return None if self.workers == "auto" else int(self.workers)
+
+
+def read_channels(option: str, values: Sequence[float] | None) -> tuple[float, float, float] | None:
+    """Return the mean or std that an option gives, a value per channel on the [0, 1] scale; None for none.
+
+    Raises:
+        UsageError: They are not three numbers in [0, 1], or a std is 0.
+    """
+    if not values:
+        return None
+    texts = ",".join(f"{value:g}" for value in values)
+    if len(values) != 3:
+        raise UsageError(f"{option} {texts}: not three numbers", hint="Give one per channel: R,G,B.")
+    if not all(0 <= value <= 1 for value in values):
+        hint = "Give values on the [0, 1] scale: divide those for pixels from 0 to 255 by 255."
+        raise UsageError(f"{option} {texts}: out of range", hint=hint)
+    if option == "--std" and 0 in values:
+        raise UsageError(f"{option} {texts}: not above 0", hint="Give 1,1,1 for no division.")
+    red, green, blue = map(float, values)
+    return red, green, blue
+
+
+def parse_channels(option: str, text: str | None) -> tuple[float, float, float] | None:
+    """Return the mean or std that an option gives as `R,G,B`, None for none. Raises UsageError as `read_channels` does."""
+    try:
+        values = [float(value) for value in (text or "").split(",")] if text is not None else None
+    except ValueError:
+        raise UsageError(f"{option} {text}: not three numbers", hint="Give one per channel: R,G,B.") from None
+    return read_channels(option, values)
 
 
 def _parse_lambda(text: str) -> float:

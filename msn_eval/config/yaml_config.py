@@ -1,10 +1,11 @@
 """Config: a YAML file, options and `key=value` overrides become a frozen dataclass; unknown keys are refused."""
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_origin
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 from msn_eval.errors import UsageError, did_you_mean
 
@@ -177,15 +178,17 @@ def _convert_value(wanted: Any, value: object) -> object:
 
     if isinstance(value, TypedNumber):
         value = value.text if wanted in (str, str | None) else value.value
-    if get_origin(wanted) is not list or value is None:
+    lists = [kind for kind in (wanted, *get_args(wanted)) if get_origin(kind) is list]  # the field may also be optional
+    if not lists or value is None:
         return value
     if isinstance(value, str):
-        return [item.strip() for item in value.split(",")]
+        # An architecture's keyword may be a tuple.
+        return [item.strip() for item in re.split(r",(?![^(]*\))", value)]
     if not isinstance(value, list | tuple):
         return value if isinstance(value, Mapping) else [value]
     if any(isinstance(item, list | Mapping) for item in value):
         raise ValidationError("a list or mapping inside the list")
-    return value
+    return list(value)
 
 
 def check_range(

@@ -18,7 +18,7 @@ import torch
 
 from msn_eval.checkpoints.checkpoint import read_checkpoint
 from msn_eval.config.recipes import AugmentedRecipe, FinetuneRecipe, LinearRecipe
-from msn_eval.config.request import EvaluationConfig
+from msn_eval.config.request import EvaluationConfig, read_channels
 from msn_eval.config.yaml_config import read_config
 from msn_eval.data.hashing import content_sha256
 from msn_eval.data.images import ImageSet
@@ -52,7 +52,8 @@ _log = logging.getLogger(__name__)
 _NO_IMAGES = Extraction(
     features={}, read=0, reused=0, seconds=0.0, decode_seconds=0.0, encode_seconds=0.0, batch_size=1 << 30
 )
-_FIELDS = {"checkpoints": "checkpoint", "subsets": "subset", "probes": "probe"}  # of EvaluationConfig, by argument
+# Fields of EvaluationConfig by argument, of which a text is one item.
+_FIELDS = {"checkpoints": "checkpoint", "subsets": "subset", "probes": "probe", "arch": "arch"}
 Progress = Callable[[str, int, int], None]  # what is being done, images done, images in all
 _Outcome = tuple[Result, Predictions | None]
 
@@ -72,7 +73,9 @@ def evaluate(
     linear: LinearRecipe | Mapping[str, object] | None = None,
     linear_augmented: AugmentedRecipe | Mapping[str, object] | None = None,
     finetune: FinetuneRecipe | Mapping[str, object] | None = None,
-    arch: str | None = None,
+    arch: str | Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     checkpoint_key: str | None = None,
     allow_missing: str | Sequence[str] | None = None,
     allow_class_mismatch: bool | None = None,
@@ -201,10 +204,12 @@ def prepare(plan: Plan, name: str) -> Preparation:
     config = plan.config
     checkpoint = read_checkpoint(
         name,
-        arch=config.arch,
+        arch=config.arch_of(name),
         key=config.checkpoint_key,
         allow_missing=tuple(config.allow_missing),
         seed=config.seed,
+        mean=read_channels("--mean", config.mean),
+        std=read_channels("--std", config.std),
     )
     encoder = build_encoder(
         checkpoint,

@@ -21,6 +21,7 @@ from msn_eval.features.encoder import Encoder, resolve_tap
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import ProbeConfig, rank_labels
 from msn_eval.probes.linear import Linear
+from msn_eval.results.reading import describe_reading, list_reading_differences, make_reading
 from msn_eval.results.record import (
     CheckpointInfo,
     DataInfo,
@@ -173,13 +174,11 @@ def find_result(out: Path, encoder: Encoder, task: Task, config: EvaluationConfi
             where=str(path),
             hint="The training images changed since: use another --out folder, or restore them.",
         )
-    expected = _describe_features(encoder, find_taps(encoder, task, config), result.features.dim, config.decoder)
-    # Comparable results may differ in the version of the decoder, and in bf16 against fp16.
-    comparable = replace(result.features, decoder=expected.decoder, precision=expected.precision, degenerate=None)
-    if comparable != expected or result.checkpoint.arch != encoder.arch:
+    features = _describe_features(encoder, find_taps(encoder, task, config), result.features.dim, config.decoder)
+    reading = make_reading(_describe_checkpoint(encoder.checkpoint, config), features)
+    if differences := list_reading_differences(describe_reading(result), reading):
         raise StoreError(
-            f"holds a result of the same weights read as {result.checkpoint.arch} with {result.features.transform}; "
-            f"now they are read as {encoder.arch} with {expected.transform}",
+            f"holds a result of the same weights, read differently: {'; '.join(differences)}",
             where=str(path),
             hint="Use another --out folder for this reading.",
         )
@@ -208,7 +207,7 @@ def _describe_features(encoder: Encoder, taps: Mapping[str, str], dim: int | Non
         dim=dim,
         precision=encoder.precision,
         decoder=decoder_version(decoder),
-        transform=TransformInfo(**vars(encoder.transform)),
+        transform=TransformInfo(**vars(encoder.transform), mean_std_from=encoder.checkpoint.normalisation.source),
     )
 
 

@@ -250,6 +250,8 @@ def _make_protocol(
     by_hand = {
         "tap": config.tap,
         "image_pixels": config.image_pixels,
+        "mean": config.mean or None,
+        "std": config.std or None,
         "patch_drop": config.patch_drop,
         "seed": config.seed if config.patch_drop else None,  # decides which patches are dropped
         "decoder": None if config.decoder == DECODERS[0] else config.decoder,

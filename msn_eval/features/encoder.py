@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from msn_eval.checkpoints.checkpoint import Checkpoint, read_checkpoint, weights_sha256
+from msn_eval.config.request import read_channels
 from msn_eval.data.images import EvalTransform, make_eval_transform
 from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.models.vit import (
@@ -81,6 +82,8 @@ def load_encoder(
     arch: str | None = None,
     checkpoint_key: str | None = None,
     image_pixels: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Encoder:
     """Load a checkpoint as a frozen encoder.
@@ -92,17 +95,26 @@ def load_encoder(
         arch: timm's name of the architecture, where the file leaves it open.
         checkpoint_key: Which of several networks in the file.
         image_pixels: Image size; None means the native size. Another size interpolates the position embeddings.
+        mean: A value per channel on the [0, 1] scale; None means the checkpoint's own.
+        std: The same.
         seed: Seed of untrained weights.
 
     Raises:
         CheckpointError: The checkpoint is missing, or its weights do not fit.
-        UsageError: The device or precision does not exist.
+        UsageError: The device or precision does not exist, or a mean or std is out of range.
     """
     chosen = choose_device(device)
     if precision not in (None, *_DTYPES):
         raise UsageError(f"--precision {precision} does not exist", hint=f"Use {', '.join(_DTYPES)}.")
     return build_encoder(
-        read_checkpoint(checkpoint, arch=arch, key=checkpoint_key, seed=seed),
+        read_checkpoint(
+            checkpoint,
+            arch=arch,
+            key=checkpoint_key,
+            seed=seed,
+            mean=read_channels("--mean", mean),
+            std=read_channels("--std", std),
+        ),
         device=chosen,
         precision=precision or default_precision(chosen),
         image_pixels=image_pixels,

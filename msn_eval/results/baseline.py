@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from msn_eval.errors import ComparisonError
 from msn_eval.files.json_records import canonical_json
 from msn_eval.results.predictions import ProtocolPredictions, group_by_protocol, name_protocol, read_draws
+from msn_eval.results.reading import describe_transform
 from msn_eval.results.record import Result
 from msn_eval.results.statistics import Integers, count_right
 
 SCHEMA = 1
 _KIND = "msn-eval baseline"
-_CHECKPOINT_FIELDS = ("name", "sha256", "weights_sha256", "key", "arch", "params", "epoch")
+_CHECKPOINT_FIELDS = ("name", "sha256", "weights_sha256", "key", "arch", "params", "epoch", "structure_sha256")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +158,7 @@ def describe_computation(result: Result) -> dict[str, Any]:
     """Return what may differ between comparable results, and is shown where it does."""
     fields = {name: getattr(result.environment, name) for name in ("package", "torch", "device")}
     fields |= {name: getattr(result.features, name) for name in ("decoder", "precision", "tap")}
-    transform = json.loads(canonical_json(asdict(result.features.transform)))
-    return fields | {"transform": transform, "solver": result.probe.solver}
+    return fields | {"transform": describe_transform(result.features), "solver": result.probe.solver}
 
 
 def hash_predictions(prediction: Integers) -> str:

@@ -7,9 +7,10 @@ from typing import Literal
 
 import numpy as np
 
-from msn_eval.errors import ComparisonError
+from msn_eval.errors import ComparisonError, StoreError
 from msn_eval.results import statistics
 from msn_eval.results.predictions import ProtocolPredictions, group_by_protocol, name_protocol, read_draws
+from msn_eval.results.reading import describe_reading, list_reading_differences
 from msn_eval.results.record import CheckpointInfo, Result, flatten_fields
 
 Outcome = Literal["better", "worse", "not separable"]
@@ -101,6 +102,7 @@ def compare(
 
     Raises:
         ComparisonError: There is nothing to compare.
+        StoreError: The same weights were read as two networks, or with two transforms.
     """
     sides = group_by_protocol(first), group_by_protocol(second)
     pairs, left_out = [], []
@@ -109,6 +111,7 @@ def compare(
             pairs.append(_read_pair(protocol_id, sides, folders))
         except ComparisonError as error:
             left_out.append((f"{name_protocol(results[0])} [{protocol_id}]", str(error)))
+    _check_readings(first, second)
     if not pairs:
         reasons = "\n".join(f"  {title}: {reason}" for title, reason in left_out)
         raise ComparisonError(f"nothing can be compared:\n{reasons}", hint="Evaluate both with the same options.")
@@ -141,6 +144,19 @@ def _read_pair(
     if different := [draw for draw, a, b in splits if a.split.sha256 != b.split.sha256]:
         raise ComparisonError(f"draws {different} were fitted to different labelled images")
     return first, second
+
+
+def _check_readings(first: Sequence[Result], second: Sequence[Result]) -> None:
+    """Raise StoreError where both sides have the same weights, read differently: the difference would not be theirs."""
+    by_protocol = {result.protocol_id: result for result in first}
+    for result in second:
+        other = by_protocol.get(result.protocol_id)
+        if other is None or other.checkpoint.weights_sha256 != result.checkpoint.weights_sha256:
+            continue
+        if differences := list_reading_differences(describe_reading(other), describe_reading(result)):
+            what = f"the same weights, read differently: {'; '.join(differences)}"
+            where = f"{other.checkpoint.name} and {result.checkpoint.name}"
+            raise StoreError(what, where=where, hint="Evaluate one of them again, with the options of the other.")
 
 
 def _compare_protocol(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msn_eval.errors import StoreError, UsageError
+from msn_eval.results.reading import describe_reading, list_reading_differences
 from msn_eval.results.record import ID_DIGITS, MOVE_AWAY, Result, encode_result, parse_result, read_content
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ def scan_results(folders: Iterable[str | Path]) -> ResultScan:
                 faults.append(StoreError(what, where=str(path), hint="Report the folders one at a time."))
             elif known is result or (known.status == "failed" and result.status != "failed"):  # a retry succeeded
                 records[result.id] = (result, path)
+            elif differences := list_reading_differences(describe_reading(known), describe_reading(result)):
+                what = (
+                    f"result {result.id} is in several folders, its weights read differently: {'; '.join(differences)}"
+                )
+                faults.append(StoreError(what, where=str(path), hint="Report the folders one at a time."))
     if not records and not faults:
         where = ", ".join(map(str, directories))
         raise UsageError("no results here", where=where, hint="Run msn-eval with --out first.")
@@ -119,7 +125,9 @@ def combine_faults(faults: Sequence[StoreError]) -> StoreError:
     if len(faults) == 1:
         return faults[0]
     lines = "\n".join(f"{fault.where}: {fault.what}" for fault in faults)
-    return StoreError(f"{len(faults)} records cannot be used\n{lines}", hint=MOVE_AWAY)
+    hints = {fault.hint for fault in faults}
+    hint = hints.pop() if len(hints) == 1 else MOVE_AWAY
+    return StoreError(f"{len(faults)} records cannot be used\n{lines}", hint=hint)
 
 
 def read_results(out: str | Path | Sequence[str | Path]) -> "pd.DataFrame":

@@ -17,6 +17,7 @@ from msn_eval.results import statistics
 from msn_eval.results.baseline import Baseline, BaselineProtocol, check_complete, describe_computation, hash_predictions
 from msn_eval.results.comparison import find_nearest_protocol, list_protocol_differences
 from msn_eval.results.predictions import ProtocolPredictions, group_by_protocol, name_protocol, read_draws
+from msn_eval.results.reading import describe_reading, list_reading_differences
 from msn_eval.results.record import CheckpointInfo, Result
 
 Verdict = Literal["regression", "not comparable", "too good", "inconclusive", "pass"]
@@ -111,6 +112,7 @@ def check_results(
                 raise ComparisonError(nearest if fields else "there is no result under this protocol")
             predictions = read_draws(groups[entry.protocol_id], folders)
             _check_comparable(entry, predictions)
+            _check_reading(baseline.checkpoint, entry, predictions.first)
             comparable.append((entry, predictions))
         except ComparisonError as error:
             verdicts[entry.protocol_id] = _refuse(entry.protocol_id, entry.title, str(error))
@@ -154,6 +156,16 @@ def _check_comparable(entry: BaselineProtocol, predictions: ProtocolPredictions)
     for draw, result in zip(entry.draws, predictions.results, strict=True):
         if (result.split.sha256, result.split.images) != (draw.split_sha256, draw.labelled_images):
             raise ComparisonError(f"draw {draw.draw} was fitted to different labelled images")
+
+
+def _check_reading(checkpoint: Mapping[str, object], entry: BaselineProtocol, result: Result) -> None:
+    """Raise ComparisonError where the baseline's own weights were read as another network, or with another transform."""
+    if checkpoint.get("weights_sha256") != result.checkpoint.weights_sha256:
+        return
+    network = {"architecture": checkpoint.get("arch"), "structure": checkpoint.get("structure_sha256")}
+    before = network | {name: entry.made_with.get(name) for name in ("tap", "transform")}
+    if differences := list_reading_differences(before, describe_reading(result)):
+        raise ComparisonError(f"the baseline's weights were read differently: {'; '.join(differences)}")
 
 
 def judge_differences(

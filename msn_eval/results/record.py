@@ -28,6 +28,7 @@ SCHEMA = 1
 PROTOCOL_VERSION = 1
 ID_DIGITS = 16
 MOVE_AWAY = "Move it (and its .npz) away; the same evaluation writes it again."
+_LATER_FIELDS = {"distribution", "structure_sha256", "mean_std_from"}
 Status = Literal["ok", "not_converged", "failed"]
 
 
@@ -38,6 +39,7 @@ class CheckpointInfo:
     Attributes:
         allow_missing: Patterns of weights that were allowed to be absent.
         distribution: Name and version of the plug-in distribution that supplied the encoder. Not written where it is None.
+        structure_sha256: Of the network's modules. Not written where it is None.
     """
 
     name: str
@@ -52,6 +54,7 @@ class CheckpointInfo:
     epoch: int | None
     allow_missing: tuple[str, ...] = ()
     distribution: str | None = None
+    structure_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +90,18 @@ class SplitInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformInfo:
-    """The image transform. Sizes are in pixels; `mean` and `std` refer to pixel values in [0, 1]."""
+    """The image transform. Sizes are in pixels; `mean` and `std` refer to pixel values in [0, 1].
+
+    Attributes:
+        mean_std_from: What states mean and std. Not written where it is None, in older records.
+    """
 
     resize: int
     crop: int
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    mean_std_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,8 +263,8 @@ def encode_result(result: Result) -> dict[str, Any]:
 
 
 def omit_unset(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a dict for `dataclasses.asdict` without a `distribution` of None, so that older records keep their bytes."""
-    return {name: value for name, value in fields if value is not None or name != "distribution"}
+    """Build a dict for `dataclasses.asdict` without the later fields that are None, so that older records keep their bytes."""
+    return {name: value for name, value in fields if value is not None or name not in _LATER_FIELDS}
 
 
 def read_content(path: Path) -> bytes | OSError:

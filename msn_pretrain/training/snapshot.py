@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msn_eval.checkpoints.formats.safetensors import sort_metadata
+from msn_eval.checkpoints.normalisation import IMAGENET
 from msn_eval.checkpoints.run_folder import (
     ENCODER,
     MANIFEST,
@@ -30,7 +32,7 @@ from msn_eval.checkpoints.run_folder import (
     snapshot_folder,
     snapshot_folders,
 )
-from msn_eval.checkpoints.stored import ARCHITECTURE, EPOCH, IMAGE_PIXELS
+from msn_eval.checkpoints.stored import ARCHITECTURE, EPOCH, IMAGE_PIXELS, describe_normalisation
 from msn_eval.errors import CheckpointError, NumericalError, StoreError
 from msn_eval.files.atomic import remove, sync_folder, write_atomically, written_atomically
 
@@ -137,20 +139,12 @@ def write_encoder(path: Path, encoder: EvaluatedEncoder, *, epoch: int) -> None:
     from safetensors.torch import save
 
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in encoder.weights.items()}
-    facts = {"format": "pt", ARCHITECTURE: encoder.architecture, EPOCH: str(epoch)}
+    facts = {"format": "pt", ARCHITECTURE: encoder.architecture, EPOCH: str(epoch)} | describe_normalisation(IMAGENET)
     if encoder.image_pixels is not None:
         facts[IMAGE_PIXELS] = str(encoder.image_pixels)
-    write_atomically(path, _sort_metadata(save(tensors, metadata=facts)))
-
-
-def _sort_metadata(content: bytes) -> bytes:
-    """Sort a safetensors file's metadata, which the library writes in random order: equal weights must give equal files."""
+    content = save(tensors, metadata=facts)
     end = _HEADER_AT + int.from_bytes(content[:_HEADER_AT], "little")
-    header = json.loads(content[_HEADER_AT:end])
-    facts = header.pop("__metadata__")
-    text = json.dumps({"__metadata__": dict(sorted(facts.items())), **header}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _HEADER_AT)
-    return len(text).to_bytes(_HEADER_AT, "little") + text + content[end:]
+    write_atomically(path, content[:_HEADER_AT] + sort_metadata(content[_HEADER_AT:end]) + content[end:])
 
 
 def _read_back(folder: Path, snapshot: Snapshot) -> SnapshotFiles:

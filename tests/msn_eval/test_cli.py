@@ -307,7 +307,7 @@ def test_the_same_weights_with_a_different_arch_do_not_reuse_the_result(
     code = main([*common, "--arch", f"{name}4"])
 
     output = capsys.readouterr().err
-    assert (code, "read as" in output) == (22, True), output
+    assert (code, f"architecture: {name}3 -> {name}4" in output, "transform" in output) == (22, True, False), output
 
 
 def test_a_result_with_different_labelled_images_is_not_reused(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from msn_eval.errors import CheckpointError, printable
 
+_LENGTH_BYTES = 8  # at the start of a file: the length of its header
 DTYPES = {
     str(dtype): dtype
     for dtype in (
@@ -33,7 +34,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def read_metadata(path: Path) -> dict[str, str]:
     """Return what the writer of a safetensors file states about it, beside its tensors. A name must not occur twice."""
     with path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
+        header = file.read(int.from_bytes(file.read(_LENGTH_BYTES), "little"))
     try:
         entries = json.loads(header, object_pairs_hook=_check_unique)
         return {str(name): str(text) for name, text in entries.get("__metadata__", {}).items()}
@@ -48,8 +49,8 @@ def _check_unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return entries
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a file with the permissions of the umask.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], stated: Mapping[str, str] | None = None) -> None:
+    """Write tensors, and what is stated about them, to a file with the permissions of the umask.
 
     Raises:
         OSError: The disk refuses.
@@ -62,10 +63,23 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.touch()
     mode = path.stat().st_mode
     try:
-        save_file(owned, path, metadata={"format": "pt"})
+        save_file(owned, path, metadata={"format": "pt", **(stated or {})})
+        with path.open("r+b") as file:
+            header = file.read(int.from_bytes(file.read(_LENGTH_BYTES), "little"))
+            file.seek(_LENGTH_BYTES)
+            file.write(sort_metadata(header))
         path.chmod(mode)  # the library lets only the owner read its files
     except SafetensorError as error:  # with the text of the disk's error
         raise OSError(str(error)) from error
+
+
+def sort_metadata(header: bytes) -> bytes:
+    """Return a file's header with sorted metadata, which the library writes in random order: equal weights must give equal
+    files."""
+    content = json.loads(header)
+    stated = dict(sorted(content.pop("__metadata__").items()))
+    text = json.dumps({"__metadata__": stated, **content}, separators=(",", ":"), ensure_ascii=False)
+    return text.encode().ljust(len(header))
 
 
 def _damaged(reason: str, path: Path) -> CheckpointError:

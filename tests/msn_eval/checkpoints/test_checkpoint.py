@@ -165,17 +165,6 @@ def test_file_of_old_pytorch_without_batch_counts_is_read(tmp_path: Path) -> Non
     assert read_checkpoint(str(saved(tmp_path, older))).matched == 1.0
 
 
-@pytest.mark.parametrize(
-    ("arch", "mean"),
-    [(TINY, IMAGENET_MEAN), (TINY.replace("224?", "224.augreg_in21k?"), (0.5, 0.5, 0.5))],
-    ids=["bare", "tagged"],
-)
-def test_normalisation_is_imagenets_unless_one_of_timms_tags_states_another(
-    tmp_path: Path, vit_weights: WeightMaker, arch: str, mean: tuple[float, ...]
-) -> None:
-    assert read_checkpoint(str(saved(tmp_path, vit_weights(depth=1))), arch=arch).mean == mean
-
-
 # Weights that do not fit.
 
 
@@ -309,11 +298,68 @@ def test_alarms_are_warnings_that_name_the_file(
     weights = vit_weights()
     zero = {"blocks.0.mlp.fc1.weight": torch.zeros_like(weights["blocks.0.mlp.fc1.weight"])}
     path = saved(tmp_path, weights | zero | {"head.weight": torch.ones(10, 192)})
-    read_checkpoint(str(path))
+    read_checkpoint(str(path), mean=IMAGENET_MEAN, std=IMAGENET_STD)
     assert warned() == [
         f"{path}: nothing but zeros in blocks.0.mlp.fc1.weight",
         f"{path}: a classifier of 10 classes is on top: the weights were trained or fine-tuned with labels",
     ]
+
+
+# Mean and std.
+
+
+def test_mean_and_std_of_a_lone_timm_file_are_those_of_the_named_entry(
+    tmp_path: Path, vit_weights: WeightMaker, warned: Callable[[], list[str]]
+) -> None:
+    checkpoint = read_checkpoint(str(saved(tmp_path, vit_weights(depth=1))), arch=TINY)
+    assert (checkpoint.mean, checkpoint.std, warned()) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), [])
+
+
+def test_assumed_mean_and_std_are_a_warning_with_the_options(
+    tmp_path: Path, vit_weights: WeightMaker, warned: Callable[[], list[str]]
+) -> None:
+    path = saved(tmp_path, vit_weights(depth=1))
+    assert read_checkpoint(str(path)).mean == IMAGENET_MEAN
+    assert warned() == [f"{path}: mean and std are ImageNet's, assumed; --mean and --std set others"]
+
+
+def test_published_mean_and_std_are_no_warning(msn_file: MSNWriter, warned: Callable[[], list[str]]) -> None:
+    checkpoint = read_checkpoint(str(msn_file()), arch="vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2")
+    assert (checkpoint.mean, checkpoint.normalisation.source, warned()) == (
+        IMAGENET_MEAN,
+        "ImageNet's, as published for msn",
+        [],
+    )
+
+
+def test_file_of_msn_pretrain_that_states_no_mean_was_normalised_as_imagenet(warned: Callable[[], list[str]]) -> None:
+    checkpoint = read_checkpoint("demo")
+    assert (checkpoint.mean, checkpoint.normalisation.source, warned()) == (IMAGENET_MEAN, "msn-pretrain", [])
+
+
+@pytest.mark.parametrize("scheme", ["demo", "pixels", "random:vit_tiny_patch16_224"])
+def test_mean_and_std_by_hand_replace_any_other(scheme: str) -> None:
+    checkpoint = read_checkpoint(scheme, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert (checkpoint.mean, checkpoint.std, checkpoint.normalisation.source) == (
+        (0.1, 0.2, 0.3),
+        (0.4, 0.5, 0.6),
+        "--mean and --std",
+    )
+
+
+@pytest.mark.parametrize(
+    ("stated", "what"),
+    [
+        ({"msn_eval.mean": "0.5,0.5,0.5"}, "msn_eval.std is not three finite numbers: "),
+        ({"msn_eval.mean": "0.5,x,0.5", "msn_eval.std": "1,1,1"}, "msn_eval.mean is not three finite numbers: 0.5,x"),
+        ({"msn_eval.mean": "0.5,0.5,0.5", "msn_eval.std": "1,0,1"}, "msn_eval.std [1.0, 0.0, 1.0] is not positive"),
+    ],
+)
+def test_impossible_mean_or_std_of_a_file_is_refused(
+    tmp_path: Path, vit_weights: WeightMaker, stated: dict[str, str], what: str
+) -> None:
+    safetensors.torch.save_file(vit_weights(depth=1), tmp_path / "vit.safetensors", metadata=stated)
+    assert what in refusal(tmp_path / "vit.safetensors").what
 
 
 # random: and pixels

@@ -274,6 +274,28 @@ def test_image_statistics_of_one_of_timms_tags_are_written(msn_file: MSNWriter) 
     assert checkpoint.mean == read_checkpoint(str(source), arch=arch).mean == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.parametrize("to", TARGETS)
+def test_output_states_mean_and_std_of_its_source(tmp_path: Path, msn_file: MSNWriter, to: Target) -> None:
+    first, second = tmp_path / "first", tmp_path / "second.safetensors"
+    convert_checkpoint(msn_file(), first, to="hf", mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
+    convert_checkpoint(first, second, to=to)
+    checkpoint = read_checkpoint(str(second))
+    assert (checkpoint.mean, checkpoint.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+
+
+def test_guessed_mean_and_std_are_not_stated_by_the_output(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    out = tmp_path / "out.safetensors"
+    convert_checkpoint(saved(tmp_path, vit_weights(depth=1)), out, to="timm")
+    assert read_checkpoint(str(out)).normalisation.is_assumed
+
+
+def test_equal_weights_give_equal_files(tmp_path: Path, msn_file: MSNWriter) -> None:
+    outs = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for out in outs:
+        convert_checkpoint(msn_file(), out, to="timm")
+    assert len({out.read_bytes() for out in outs}) == 1
+
+
 # What transformers could not compute.
 
 

@@ -43,11 +43,6 @@ def test_stated_heads_and_epsilon_are_read(tmp_path: Path) -> None:
     assert config == HubConfig(heads=12, norm_eps=1e-5)
 
 
-def test_statistics_are_those_of_the_processor_beside_it(tmp_path: Path) -> None:
-    processor = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.1, 1]}
-    assert write_and_read(tmp_path, MSN, processor).statistics == ((0.5, 0.4, 0.3), (0.2, 0.1, 1.0))
-
-
 @pytest.mark.parametrize(
     ("name", "values"),
     [
@@ -92,7 +87,10 @@ def test_timms_config_names_the_architecture(tmp_path: Path) -> None:
 def test_timms_statistics_are_read(tmp_path: Path, is_older: bool, is_stated: bool) -> None:
     stated = {"mean": [0.5, 0.4, 0.3], "std": [1, 2, 3]} if is_stated else {}
     config = write_and_read(tmp_path, TIMM | (stated if is_older else {"pretrained_cfg": stated}))
-    assert config.statistics == (((0.5, 0.4, 0.3), (1.0, 2.0, 3.0)) if is_stated else None)
+    own = config.normalisation
+    assert (own and (own.mean, own.std, own.source)) == (
+        ((0.5, 0.4, 0.3), (1.0, 2.0, 3.0), "config.json") if is_stated else None
+    )
     assert (config.heads, config.norm_eps) == (None, None)
 
 

@@ -19,7 +19,7 @@ import pytest
 from huggingface_hub import constants
 
 from msn_eval.checkpoints import hf_folder as module
-from msn_eval.checkpoints.hf_folder import find_weight_files, open_hub, read_image_statistics
+from msn_eval.checkpoints.hf_folder import find_weight_files, open_hub, read_image_processor
 from msn_eval.errors import CheckpointError, StoreError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -259,7 +259,7 @@ def test_cache_with_weights_alone_is_completed(hub: Hub) -> None:
     folder = open_hub("owner/name")[0]
     (folder / "preprocessor_config.json").unlink()
     open_hub(f"owner/name@{COMMIT}")
-    assert read_image_statistics(folder) is not None
+    assert read_image_processor(folder)[1]
 
 
 def test_full_disk_is_a_store_error(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,6 +345,14 @@ def test_incomplete_cache_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch, 
     text = refusal("owner/name")
     assert f"lacks {missing}" in text
     assert text.endswith(f"hf:{folder}") == (name == "preprocessor_config.json")
+
+
+def test_processor_that_the_cache_may_lack_is_missed(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    del hub.files["preprocessor_config.json"]
+    open_hub("owner/name")
+    (cache / "models--owner--name" / ".no_exist" / COMMIT / "processor_config.json").unlink()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "lacks processor_config.json (which may state mean and std)" in refusal("owner/name")
 
 
 def test_config_of_timm_needs_no_image_processor(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,45 +467,20 @@ def test_folder_that_cannot_be_read_is_refused(folder: Path) -> None:
         folder.chmod(0o700)
 
 
-@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
-def test_code_of_a_folder_is_refused(folder: Path, name: str) -> None:
-    (folder / name).write_text('{"auto_map": {}}')
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "processor_config.json"])
+def test_code_of_a_folder_is_refused_at_any_depth(folder: Path, name: str) -> None:
+    (folder / name).write_text('{"image_processor": {"a": [{"auto_map": {"AutoModel": "own.Model"}}]}}')
     assert f"{folder / name}: Requires code of its own" in refusal(str(folder))
 
 
-@pytest.mark.parametrize(
-    ("processor", "statistics"),
-    [
-        (PREPROCESSOR.decode(), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.1))),
-        ('{"size": 224, "image_mean": null}', None),
-        ('{"do_normalize": false, "image_mean": [9, 9, 9]}', ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))),
-        (None, None),
-    ],
-    ids=["stated", "not stated", "not normalised", "no processor"],
-)
-def test_statistics_are_those_of_the_image_processor(folder: Path, processor: str | None, statistics: object) -> None:
-    path = folder / "preprocessor_config.json"
-    path.unlink() if processor is None else path.write_text(processor)
-    assert read_image_statistics(folder) == statistics
+def test_image_processor_of_a_processor_is_preferred_as_transformers_does(folder: Path) -> None:
+    (folder / "processor_config.json").write_text('{"image_processor": {"do_rescale": false}}')
+    assert read_image_processor(folder) == (folder / "processor_config.json", {"do_rescale": False})
 
 
-@pytest.mark.parametrize(
-    ("mean", "std", "what"),
-    [
-        *((mean, "[1, 1, 1]", "image_mean is not three finite numbers") for mean in (
-            "[1, 2]", "[1, 2, 3, 4]", "[1, 2, NaN]", '[1, 2, "3"]', "[1, 2, true]", "0.5", "null", f"[1, 1, {'9' * 400}]"
-        )),
-        ("[1, 1, 1]", "[1, 0, 1]", "image_std .* is not positive"),
-        ("[1, 1, 1]", "[1, 1, -1]", "image_std .* is not positive"),
-    ],
-    ids=lambda text: text[:20],
-)  # fmt: skip
-def test_statistics_that_are_not_numbers_or_not_positive_are_refused(
-    folder: Path, mean: str, std: str, what: str
-) -> None:
-    (folder / "preprocessor_config.json").write_text(f'{{"image_mean": {mean}, "image_std": {std}}}')
-    with pytest.raises(CheckpointError, match=rf"preprocessor_config\.json: {what}"):
-        read_image_statistics(folder)
+def test_processor_without_an_image_processor_leaves_the_other_file_in_force(folder: Path) -> None:
+    (folder / "processor_config.json").write_text("{}")
+    assert read_image_processor(folder)[0] == folder / "preprocessor_config.json"
 
 
 def test_import_loads_neither_torch_nor_the_library() -> None:

@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from msn_eval.checkpoints.convert import convert_checkpoint
 from msn_eval.checkpoints.sanity_checks import describe_values
 from msn_eval.checkpoints.stored import (
     StoredCheckpoint,
@@ -262,3 +263,29 @@ def test_weight_that_is_not_finite_in_float32_is_refused_and_counted(value: floa
     with pytest.raises(CheckpointError, match=r"1 weights hold NaN or infinite values \(bias: 1 of 2\)"):
         load(network, weights)
     assert torch.equal(network.weight, before)
+
+
+# A config.json beside the weights.
+
+
+@pytest.mark.parametrize(
+    ("name", "stated", "own"),
+    [
+        ("hidden_size", 384, 192),
+        ("num_hidden_layers", 12, 2),
+        ("image_size", 224, 32),
+        ("patch_size", [16, 16], 8),
+        ("intermediate_size", 3072, 768),
+    ],
+)
+def test_size_that_contradicts_the_weights_is_refused_with_both(
+    tmp_path: Path, vit_weights: WeightMaker, name: str, stated: object, own: int
+) -> None:
+    source, folder = tmp_path / "vit.pth", tmp_path / "hf"
+    torch.save(vit_weights(), source)
+    convert_checkpoint(source, folder, to="hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: stated}))
+    number = stated[0] if isinstance(stated, list) else stated
+    with pytest.raises(CheckpointError, match=f"states {name} {number}, the weights beside it have {own}"):
+        choose_stored(read_contents(folder))

@@ -64,13 +64,17 @@ def test_msn_release_is_reported_on_one_screen(msn_file: MSNWriter, capsys: Capt
     path = msn_file()
     found = entries(printed(capsys, path))
     assert found["file"].startswith(f"{path} (zip, ")
-    assert {name: found[name] for name in ("networks", "epoch", "family", "architecture", "parameters", "images")} == {
+    assert {
+        name: found[name]
+        for name in ("networks", "epoch", "family", "architecture", "parameters", "images", "mean, std")
+    } == {
         "networks": "target_encoder: 32 tensors, 932,168 values  <- used: the only network",
         "epoch": "600",
         "family": "msn",
         "architecture": "vit_width192_depth2_patch8_32",
         "parameters": "930,624, 100.00% of the values matched",
         "images": "32 pixels, patches of 8",
+        "mean, std": "0.485,0.456,0.406; 0.229,0.224,0.225 (ImageNet's, as published for msn)",
     }
     assert (found["verdict"], "ALARM" in found) == ("would be evaluated", False)
 

@@ -44,7 +44,7 @@ def _read(tmp_path: Path, *changes: tuple[str, object]) -> EvaluationConfig:
 def test_the_released_file_is_the_published_evaluation(tmp_path: Path) -> None:
     assert _read(tmp_path) == EvaluationConfig(
         checkpoint=["/logs/vits16.pth.tar"],
-        arch="vit_small_patch16_224",
+        arch=["vit_small_patch16_224"],
         data="/datasets01/imagenet_full_size/061417",
         classes=1000,
         subset=["full"],
@@ -66,7 +66,7 @@ def test_the_released_file_is_the_published_evaluation(tmp_path: Path) -> None:
         ("logging.pretrain_path", "/elsewhere/b.pth.tar", "checkpoint", ["/elsewhere/b.pth.tar"]),
         ("logging.write_tag", "second", "out", "/logs/second"),
         ("meta.device", "cpu", "device", "cpu"),
-        ("meta.model_name", "deit_base_p4", "arch", "vit_base_patch16_224?patch_size=4"),
+        ("meta.model_name", "deit_base_p4", "arch", ["vit_base_patch16_224?patch_size=4"]),
         ("optimization.epochs", 3, "linear_augmented.epochs", 3),
         ("optimization.lr", 0.5, "linear_augmented.lr", [0.5]),
         ("optimization.weight_decay", 1e-4, "linear_augmented.weight_decay", 1e-4),

@@ -33,6 +33,17 @@ from msn_eval.errors import UsageError
         ("batch_size", "-8", "--batch-size -8: out of range"),
         ("batch_size", "8.0", "--batch-size 8.0: out of range"),
         ("batch_size", "", "--batch-size : out of range"),
+        ("mean", [0.5, 0.5], "--mean 0.5,0.5: not three numbers\nGive one per channel: R,G,B."),
+        (
+            "mean",
+            [123.675, 116.28, 103.53],
+            "--mean 123.675,116.28,103.53: out of range\nGive values on the [0, 1] scale",
+        ),
+        ("mean", [0.5, -0.1, 0.5], "--mean 0.5,-0.1,0.5: out of range"),
+        ("mean", [0.5, float("nan"), 0.5], "--mean 0.5,nan,0.5: out of range"),
+        ("std", [0.5, 0.5, 0.0], "--std 0.5,0.5,0: not above 0"),
+        ("std", [58.395, 57.12, 57.375], "--std 58.395,57.12,57.375: out of range"),
+        ("std", [0.5, 0.5, float("inf")], "--std 0.5,0.5,inf: out of range"),
         ("workers", "-1", "--workers -1: out of range\nGive `auto` or a whole number of at least 0."),
     ],
     ids=lambda part: repr(part)[:24],
@@ -55,6 +66,7 @@ def test_value_out_of_range_is_a_usage_error_that_names_the_option(field: str, v
         {"device": "cuda:10"},
         {"device": "cpu", "precision": "bf16", "solver": "sklearn", "on_bad_image": "skip"},
         {"batch_size": "1", "workers": "0"},
+        {"mean": [0.0, 0.0, 1.0], "std": [1.0, 1.0, 0.001]},
     ],
     ids=lambda options: " ".join(options),
 )
@@ -103,3 +115,38 @@ def test_tap_option_beside_taps_to_choose_from_is_refused() -> None:
 
     assert str(caught.value) == "--tap mean: linear.taps names cls, mean\nLeave out one of them."
     assert EvaluationConfig(probe=["knn"], tap="mean", linear=recipe).tap == "mean"
+
+
+# Architectures.
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        (None, {"a.pth": None, "b=c.pth": None}),
+        (["vit"], {"a.pth": "vit", "b=c.pth": "vit"}),
+        (["a.pth=vit?depth=2"], {"a.pth": "vit?depth=2", "b=c.pth": None}),
+        (["b=c.pth=vit", "resnet50"], {"a.pth": "resnet50", "b=c.pth": "vit"}),
+        (["vit?depth=2", "a.pth=vit?depth=3"], {"a.pth": "vit?depth=3", "b=c.pth": "vit?depth=2"}),
+    ],
+    ids=str,
+)
+def test_architecture_is_that_of_the_checkpoint_or_of_all(
+    arch: list[str] | None, expected: dict[str, str | None]
+) -> None:
+    config = EvaluationConfig(checkpoint=list(expected), arch=arch)
+    assert {name: config.arch_of(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        (["a.pt=vit"], "--arch a.pt=vit: 'a.pt' is not one of the checkpoints. Did you mean a.pth?"),
+        (["vit", "resnet50"], "--arch: several architectures for all checkpoints"),
+        (["a.pth=vit", "a.pth=resnet50"], "--arch: several architectures for a.pth"),
+    ],
+)
+def test_architecture_of_no_checkpoint_or_of_one_twice_is_refused(arch: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        EvaluationConfig(checkpoint=["a.pth"], arch=arch)
+    assert message in caught.value.what

@@ -254,3 +254,13 @@ def test_mistake_in_a_section_names_the_section(override: str, message: str) -> 
         read_config(_Config, overrides=[override])
 
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("value", [(1, 2), [1, 2], "1,2"], ids=str)
+def test_list_may_be_a_tuple_a_list_or_a_text(value: object) -> None:
+    assert read_config(EvaluationConfig, given={"k": value}).k == [1, 2]
+
+
+def test_comma_in_brackets_separates_no_items() -> None:
+    config = read_config(EvaluationConfig, given={"arch": "vit?img_size=(32,32),resnet50?stem=cifar"})
+    assert config.arch == ["vit?img_size=(32,32)", "resnet50?stem=cifar"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from msn_eval import evaluate
@@ -23,6 +24,8 @@ from msn_eval.evaluation.evaluate import evaluate_all, evaluate_checkpoint, pend
 from msn_eval.evaluation.plan import Plan, make_plan
 from msn_eval.features import cache as feature_cache
 from msn_eval.features.extraction import Extraction
+from msn_eval.models.architectures import name_architecture
+from msn_eval.models.build import build_network
 from msn_eval.probes.base import FittedProbe
 from msn_eval.results.folder import read_results
 from msn_eval.results.record import Result, read_predictions, write_result
@@ -240,8 +243,41 @@ def test_result_of_another_transform_is_refused(folder: Path, tmp_path: Path) ->
     transform = replace(result.features.transform, mean=(0.1, 0.2, 0.3))
     other = replace(result, features=replace(result.features, transform=transform), predictions=None)
     write_result(tmp_path, other, None)
-    with pytest.raises(StoreError, match="holds a result of the same weights"):
+    with pytest.raises(StoreError, match=r"same weights, read differently: transform.mean: \[0.1, 0.2, 0.3\] -> \[0.5"):
         prepare(plan, _NETWORK)
+
+
+def test_another_spelling_of_the_same_network_shares_its_results(folder: Path, tmp_path: Path) -> None:
+    torch.save(build_network(name_architecture(_NETWORK.partition(":")[2])).state_dict(), tmp_path / "vit.pth")
+    given = {"data": folder, "out": tmp_path / "runs", "subsets": "1img@1", "probes": "ncm", "no_cache": True}
+    given |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "device": "cpu"}
+    (named,) = evaluate(str(tmp_path / "vit.pth"), arch=_NETWORK.partition(":")[2], **given)
+    (recognised,) = evaluate(str(tmp_path / "vit.pth"), **given)
+    assert (recognised, recognised.checkpoint.arch) == (named, _NETWORK.partition(":")[2])
+
+
+def test_mean_and_std_by_hand_are_part_of_the_protocol(folder: Path, tmp_path: Path) -> None:
+    (own,) = _evaluate(folder, tmp_path, subsets="1img@1", probes="ncm")
+    (given,) = _evaluate(folder, tmp_path, subsets="1img@1", probes="ncm", mean=(0.1, 0.2, 0.3), std=[1, 1, 1])
+    assert (own.protocol["by_hand"], given.protocol["by_hand"]) == (
+        {},
+        {"mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]},
+    )
+    assert (given.features.transform.mean, given.features.transform.mean_std_from) == (
+        (0.1, 0.2, 0.3),
+        "--mean and --std",
+    )
+    assert own.features.transform.mean_std_from == "timm's vit_tiny_patch16_224, the same for all of its tags"
+
+
+def test_architecture_of_one_checkpoint_leaves_the_others_alone(folder: Path, tmp_path: Path) -> None:
+    torch.save(build_network(name_architecture(_NETWORK.partition(":")[2])).state_dict(), tmp_path / "vit.pth")
+    names = [str(tmp_path / "vit.pth"), "pixels"]
+    archs = f"{names[0]}={_NETWORK.partition(':')[2]}"
+    results = evaluate(
+        names, data=folder, out=tmp_path / "runs", subsets="1img@1", probes="ncm", arch=archs, device="cpu"
+    )
+    assert [result.checkpoint.arch for result in results] == [_NETWORK.partition(":")[2], "pixels"]
 
 
 def test_solver_that_did_not_converge_is_recorded(
@@ -265,10 +301,17 @@ def test_checkpoint_is_read_as_requested(folder: Path, tmp_path: Path, monkeypat
         raise CheckpointError("refused", where=name, hint="")
 
     monkeypatch.setattr(evaluation, "read_checkpoint", refuse)
-    given = {"arch": "a", "checkpoint_key": "k", "allow_missing": ["m"], "seed": 3}
+    given = {"arch": ["a"], "checkpoint_key": "k", "allow_missing": ["m"], "seed": 3, "mean": [0.1, 0.2, 0.3]}
     with pytest.raises(CheckpointError, match="refused"):
         prepare(_plan(folder, tmp_path, **given), _NETWORK)
-    assert options == {"arch": "a", "key": "k", "allow_missing": ("m",), "seed": 3}
+    assert options == {
+        "arch": "a",
+        "key": "k",
+        "allow_missing": ("m",),
+        "seed": 3,
+        "mean": (0.1, 0.2, 0.3),
+        "std": None,
+    }
 
 
 def test_a_refused_checkpoint_does_not_stop_the_others(folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 from msn_eval.checkpoints.checkpoint import Checkpoint, read_checkpoint, weights_sha256
+from msn_eval.checkpoints.normalisation import Normalisation
 from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD
 from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.features.encoder import (
@@ -53,7 +54,7 @@ def saved(folder: Path, content: object) -> Path:
 def own(network: nn.Module) -> Checkpoint:
     pixels = read_checkpoint("pixels")
     own = replace(pixels, name="own", path="py:own:factory", format="py", arch="own", network=network.eval())
-    return replace(own, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    return replace(own, normalisation=Normalisation(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), source="test"))
 
 
 def normalised(

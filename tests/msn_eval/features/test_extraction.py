@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from msn_eval import extract, load_encoder
 from msn_eval.checkpoints.checkpoint import read_checkpoint
+from msn_eval.checkpoints.normalisation import Normalisation
 from msn_eval.data import read_split
 from msn_eval.data.hashing import hash_images
 from msn_eval.data.images import ImageSet
@@ -36,7 +37,7 @@ class NotANumberForBright(nn.Module):
 def own(network: nn.Module) -> Encoder:
     pixels = read_checkpoint("pixels")
     own = replace(pixels, name="own", path="py:own:factory", format="py", arch="own", network=network.eval())
-    own = replace(own, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    own = replace(own, normalisation=Normalisation(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), source="test"))
     return build_encoder(own, device=CPU, precision="fp32")
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, distributed, nn
 
 from msn_eval.checkpoints.checkpoint import read_checkpoint
+from msn_eval.checkpoints.normalisation import Normalisation
 from msn_eval.data.images import BadImageError, ImageSet
 from msn_eval.distributed.group import ALONE, Group
 from msn_eval.errors import DataError, MsnEvalError, NumericalError, ResourceError, StoreError
@@ -80,7 +81,12 @@ class Reading(nn.Module):
 def encoder_of(network: nn.Module, *, weights: str = "a") -> Encoder:
     pixels = read_checkpoint("pixels")
     own = replace(pixels, name="own", path="py:own:factory", format="py", arch="own", network=network.eval())
-    own = replace(own, weights_sha256=weights, image_pixels=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    own = replace(
+        own,
+        weights_sha256=weights,
+        image_pixels=8,
+        normalisation=Normalisation(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), source="test"),
+    )
     return build_encoder(own, device=CPU, precision="fp32")
 
 
@@ -388,8 +394,10 @@ def address(encoder: Encoder) -> FeatureKey:
 @pytest.mark.parametrize("name", ["arch", "key", "code_sha256", "mean", "std"])
 def test_same_weights_read_differently_have_another_key(name: str) -> None:
     plain = encoder_of(Reading())
-    value = (0.1, 0.2, 0.3) if name in ("mean", "std") else "other"
-    other = build_encoder(replace(plain.checkpoint, **{name: value}), device=CPU, precision="fp32")
+    changed = {name: "other"}
+    if name in ("mean", "std"):
+        changed = {"normalisation": replace(plain.checkpoint.normalisation, **{name: (0.1, 0.2, 0.3)})}
+    other = build_encoder(replace(plain.checkpoint, **changed), device=CPU, precision="fp32")
     assert address(other) != address(plain)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msn_eval.errors import ComparisonError
+from msn_eval.errors import ComparisonError, StoreError
 from msn_eval.results.comparison import Comparison, compare, find_nearest_protocol, list_protocol_differences
 from msn_eval.results.folder import list_results
 from msn_eval.results.record import Result
@@ -124,6 +124,26 @@ def test_nothing_to_compare_is_an_error(
 
     with pytest.raises(ComparisonError, match=message):
         _compare(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("structures", "is_refused"), [(("a", "a"), False), (("a", "b"), True), ((None, "a"), True), ((None, None), True)]
+)
+def test_same_weights_in_another_network_are_refused_and_in_another_spelling_compared(
+    write_run: RunWriter, tmp_path: Path, structures: tuple[str | None, str | None], is_refused: bool
+) -> None:
+    for name, structure in zip(("vit_a", "vit_b"), structures, strict=True):
+
+        def respell(one: Result, arch: str = name, structure: str | None = structure) -> Result:
+            return replace(one, checkpoint=replace(one.checkpoint, arch=arch, structure_sha256=structure))
+
+        write_run(tmp_path / name, _BEFORE, changed=respell)
+
+    if is_refused:
+        with pytest.raises(StoreError, match="same weights, read differently: architecture: vit_a -> vit_b"):
+            _compare(tmp_path / "vit_a", tmp_path / "vit_b")
+    else:
+        assert _compare(tmp_path / "vit_a", tmp_path / "vit_b").protocols[0].words == "the same predictions"
 
 
 def test_differences_have_dotted_paths_and_short_hashes() -> None:

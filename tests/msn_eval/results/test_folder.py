@@ -66,6 +66,16 @@ def test_one_id_measured_with_different_labelled_images_is_refused(result: Resul
         list_results([tmp_path / "a", tmp_path / "b"])
 
 
+def test_one_id_of_weights_that_were_read_differently_is_refused(result: Result, tmp_path: Path) -> None:
+    for name, mean in (("a", (0.1, 0.2, 0.3)), ("b", (0.5, 0.5, 0.5))):
+        (tmp_path / name).mkdir()
+        transform = replace(result.features.transform, mean=mean)
+        write_result(tmp_path / name, replace(result, features=replace(result.features, transform=transform)), None)
+
+    with pytest.raises(StoreError, match=r"read differently: transform.mean: \[0.1, 0.2, 0.3\] -> \[0.5, 0.5, 0.5\]"):
+        list_results([tmp_path / "a", tmp_path / "b"])
+
+
 def test_an_empty_folder_of_results_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no results here"):
         list_results([tmp_path])

@@ -202,6 +202,21 @@ def test_no_results_or_fewer_images_are_not_comparable(
     assert check_results(baseline, [], []).exit_code == 12
 
 
+def test_baselines_own_weights_read_differently_are_not_comparable(
+    baseline: Baseline, write_run: RunWriter, tmp_path: Path
+) -> None:
+    def renormalise(result: Result) -> Result:
+        transform = replace(result.features.transform, mean=(0.4,), mean_std_from="--mean")
+        return replace(result, features=replace(result.features, transform=transform))
+
+    write_run(tmp_path, _right(), changed=renormalise)
+
+    report = _check(baseline, tmp_path)
+
+    reason = "the baseline's weights were read differently: transform.mean: [0.5] -> [0.4]"
+    assert (report.exit_code, [one.reason for one in report.protocols]) == (12, [reason])
+
+
 def test_regression_outranks_not_comparable(baseline: Baseline, write_run: RunWriter, tmp_path: Path) -> None:
     write_run(tmp_path, _right(lost=300), weights="b" * 64)
     write_run(tmp_path, _right(), weights="b" * 64, k=9)

@@ -1,0 +1,194 @@
+"""Normalisation: mean and std of the images that a network was trained on, and what states them."""
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD
+from msn_eval.errors import CheckpointError
+from msn_eval.models.architectures import Architecture
+
+Triple = tuple[float, float, float]
+_MAX_VALUE = 255  # of a pixel
+# Families whose own code, or whose publisher, normalises all images by ImageNet's mean and std.
+_IMAGENET_FAMILIES = {
+    *("msn", "dino", "ibot", "dinov2", "mae", "mocov3", "ijepa", "moco", "simsiam", "swav", "torchvision"),
+}
+# Families that leave mean and std to each training. timm's entry for their architecture is not about them.
+_OPEN_FAMILIES = {"solo-learn", "lightly"}
+# Keys of image processors that change pixel values in a way that no mean and std per channel can express.
+_UNSUPPORTED_KEYS = (
+    *("do_flip_channel_order", "do_color_quantize", "do_grayscale", "rescale_offset", "offset", "include_top"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalisation:
+    """Mean and std per channel, on the [0, 1] scale.
+
+    Attributes:
+        source: What states them: a file, timm's entry, the user.
+        is_assumed: Whether nothing does, so that they are a guess.
+    """
+
+    mean: Triple
+    std: Triple
+    source: str
+    is_assumed: bool = False
+
+
+IMAGENET = Normalisation(mean=IMAGENET_MEAN, std=IMAGENET_STD, source="ImageNet's")
+ASSUMED = replace(IMAGENET, source="ImageNet's, assumed", is_assumed=True)
+
+
+def choose_normalisation(
+    architecture: Architecture, *, stated: Normalisation | None = None, family: str | None = None
+) -> Normalisation:
+    """Return the normalisation of a network: the stated one; timm's for a name with a tag; ImageNet's for a family whose
+    authors use it; timm's for a name without a tag if all of its tags agree; otherwise ImageNet's, which is then a guess.
+
+    Args:
+        architecture: Of the network.
+        stated: What the file or folder states.
+        family: Whose layout the file has, None without a file.
+    """
+    if stated is not None:
+        return stated
+    from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+
+    name = architecture.timm_name or ""
+    if "." in name and (entry := get_pretrained_cfg(name)) is not None:
+        mean, std = (read_triple(values, name, where=name) for values in (entry.mean, entry.std))
+        return Normalisation(mean=mean, std=std, source=f"timm's {name}")
+    if family in _IMAGENET_FAMILIES:
+        return replace(IMAGENET, source=f"ImageNet's, as published for {family}")
+    entries = {} if family in _OPEN_FAMILIES else get_arch_pretrained_cfgs(name)
+    pairs = {(tuple(entry.mean), tuple(entry.std)) for entry in entries.values()}
+    if len(pairs) == 1:
+        mean, std = (read_triple(values, name, where=name) for values in pairs.pop())
+        return Normalisation(mean=mean, std=std, source=f"timm's {name}, the same for all of its tags")
+    why = f": timm's tags of {name} disagree" if pairs else ""
+    return replace(ASSUMED, source=f"{ASSUMED.source}{why}")
+
+
+def set_by_hand(own: Normalisation, mean: Triple | None, std: Triple | None) -> Normalisation:
+    """Return a normalisation with the mean and the std that the user gave, if any."""
+    if mean is None and std is None:
+        return own
+    given = " and ".join(f"--{name}" for name, value in (("mean", mean), ("std", std)) if value is not None)
+    is_complete = mean is not None and std is not None
+    return Normalisation(
+        mean=mean or own.mean,
+        std=std or own.std,
+        source=given if is_complete else f"{given}; the other is {own.source}",
+        is_assumed=own.is_assumed and not is_complete,
+    )
+
+
+def read_timm_normalisation(path: Path, stated: Mapping[str, object]) -> Normalisation | None:
+    """Return what timm's `pretrained_cfg` in a config.json states, None where it states neither mean nor std.
+
+    Raises:
+        CheckpointError: One of them is missing or impossible.
+    """
+    if stated.get("mean") is None and stated.get("std") is None:
+        return None
+    mean, std = (read_triple(stated.get(name), name, where=str(path)) for name in ("mean", "std"))
+    return Normalisation(mean=mean, std=check_std(std, "std", where=str(path)), source=path.name)
+
+
+def read_processor_normalisation(
+    path: Path, stated: Mapping[str, object], *, model_type: object = None
+) -> Normalisation | None:
+    """Return what the image processor of transformers does to pixel values, None where the folder has no processor.
+
+    It computes (pixel * rescale_factor - image_mean) / image_std with pixels from 0 to 255, each step only if its `do_…` is
+    true. What a file leaves out is the default of the processor's class. Keys of resize, crop and padding are ignored: the
+    protocol's transform rule replaces them.
+
+    Args:
+        path: The file.
+        stated: Its content; empty without a processor.
+        model_type: Of the config.json beside it, for files that do not name a class.
+
+    Raises:
+        CheckpointError: A key cannot be honoured.
+    """
+    if not stated:
+        return None
+    where = str(path)
+    for name in _UNSUPPORTED_KEYS:
+        if stated.get(name):
+            hint = "Wrap the network with its own preprocessing: py:package.module:factory."
+            raise CheckpointError(f"{name} is {stated[name]!r:.60}, which is not supported", where=where, hint=hint)
+    scale, source = 1.0, path.name
+    if _read_flag(stated, "do_rescale", where):
+        factor = stated.get("rescale_factor")
+        if factor is not None:
+            if type(factor) not in (int, float) or not 0 < cast(float, factor) < math.inf:
+                what = f"rescale_factor is {factor!r:.60}, not a positive number"
+                raise CheckpointError(what, where=where, hint="Correct the file.")
+            scale = _MAX_VALUE * float(cast(float, factor))
+    else:
+        scale = float(_MAX_VALUE)
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if _read_flag(stated, "do_normalize", where):
+        missing = [name for name in ("image_mean", "image_std") if stated.get(name) is None]
+        if missing:
+            processor = _find_processor_class(path, stated, model_type, missing)
+            stated = {**stated, **{name: getattr(processor, name) for name in missing}}
+            source += f" and the defaults of {processor.__name__}"
+        mean = read_triple(stated["image_mean"], "image_mean", where=where)
+        std = check_std(read_triple(stated["image_std"], "image_std", where=where), "image_std", where=where)
+    if scale != 1:
+        source += f", its pixels from 0 to {scale:g}"
+        mean, std = (cast(Triple, tuple(value / scale for value in triple)) for triple in (mean, std))
+    return Normalisation(mean=mean, std=std, source=source)
+
+
+def _read_flag(stated: Mapping[str, object], name: str, where: str) -> bool:
+    value = stated.get(name)
+    if not isinstance(value, bool | None):
+        raise CheckpointError(f"{name} is {value!r:.60}, not true or false", where=where, hint="Correct the file.")
+    return value is not False  # the default of every processor of the supported model types
+
+
+def _find_processor_class(path: Path, stated: Mapping[str, object], model_type: object, missing: list[str]) -> Any:
+    """Return transformers' class of an image processor, for the defaults of what its file leaves out."""
+    what = f"states no {' and no '.join(missing)}"
+    try:
+        import transformers
+        from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+    except ImportError as error:
+        hint = "Only transformers knows the defaults: pip install 'msn-eval[hf]'."
+        raise CheckpointError(what, where=str(path), hint=hint) from error
+    name = stated.get("image_processor_type") or stated.get("feature_extractor_type")
+    if name is None:
+        known = IMAGE_PROCESSOR_MAPPING_NAMES.get(str(model_type).removesuffix("_with_registers"), {})
+        name = known.get("torchvision")
+    name = str(name).replace("FeatureExtractor", "ImageProcessor")
+    processor = getattr(transformers, name, None) if name.endswith(("ImageProcessor", "ImageProcessorFast")) else None
+    if any(getattr(processor, key, None) is None for key in missing):
+        what += f", and transformers has no defaults for {name!r:.60}"
+        raise CheckpointError(what, where=str(path), hint="Write them into the file.")
+    return processor
+
+
+def read_triple(values: object, name: str, *, where: str) -> Triple:
+    """Return a value per channel. Raises CheckpointError where `values` are not three finite numbers."""
+    numbers = [value for value in values if type(value) in (int, float)] if isinstance(values, list | tuple) else []
+    with suppress(OverflowError):  # JSON's integers may be larger than a float
+        if len(numbers) == 3 == len(cast(Any, values)) and all(map(math.isfinite, numbers)):
+            return cast(Triple, tuple(map(float, numbers)))
+    what = f"{name} is not three finite numbers: {str(values)[:60]}"
+    raise CheckpointError(what, where=where, hint="Use one per channel.")
+
+
+def check_std(std: Triple, name: str, *, where: str) -> Triple:
+    """Return `std`. Raises CheckpointError where a value is not positive."""
+    if min(std) <= 0:
+        raise CheckpointError(f"{name} {list(std)} is not positive", where=where, hint="Correct it.")
+    return std
