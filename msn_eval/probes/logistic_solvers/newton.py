@@ -6,9 +6,9 @@ again, a chunk at a time, and sums over chunks and ranks are float64.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from msn_eval.probes.logistic_solvers.objective import (
     Solution,
     add_block,
     inner,
+    relative_gap,
 )
 from msn_eval.process import available_bytes
 
@@ -29,9 +30,7 @@ _TEMPORARIES = 64  # bytes per value of a chunk, all temporaries of a float64 pa
 _MOST_STEPS = 100
 _MOST_PRODUCTS = 250  # curvature products per step
 _LOOSEST_FORCING = 0.5
-_FAR_GAP = 10.0  # of zero weights; above it, larger mus come first
-_LARGEST_GAP = 1e9  # so that few come first however small the mu
-_WARM_UP_FACTOR, _WARM_UP_GAP = 5.0, 0.3
+_NEGLIGIBLE = 1e-20  # probability
 _SLOPE_SHARE = 0.2  # a line search ends where the slope is this share of the first one
 
 _Slope = Callable[[float], tuple[float, float]]  # from a step length to slope and curvature
@@ -107,18 +106,30 @@ class _Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class _Point:
-    """A trial solution, and for rows prepared once its (n, n_classes) logits and probabilities.
+    """A trial solution for `mu`, and for rows prepared once its (n, n_classes) logits and probabilities.
 
-    `weights` and `gradient` are (n_classes, d), `gap` is the relative duality gap, `spread` (n_classes,) the mean of p (1 - p).
+    `weights` and `gradient` are (n_classes, d), `spread` is (n_classes,), the mean of p (1 - p).
     """
 
+    mu: float
     weights: Tensor
     objective: float
     gradient: Tensor
-    gap: float
     spread: Tensor
     logits: Tensor | None = None
     probabilities: Tensor | None = None
+
+    @cached_property
+    def gap(self) -> float:
+        """The relative duality gap."""
+        return relative_gap(self.objective, self.gradient, self.mu)
+
+    def with_mu(self, mu: float) -> "_Point":
+        """Return the same weights for another mu, without a pass over the rows."""
+        more = mu - self.mu
+        objective = self.objective + more / 2 * inner(self.weights, self.weights)
+        gradient = torch.add(self.gradient, self.weights, alpha=more)
+        return replace(self, mu=mu, objective=objective, gradient=gradient)
 
 
 def is_large(n: int, width: int, n_classes: int) -> bool:
@@ -153,35 +164,26 @@ def _minimise(rows: _Rows, mus: Sequence[float], target: float) -> Iterator[tupl
     gradients and objectives in float64, and curvature products in float32, which change the direction and never the answer.
     Where rows are nearly certain, p (1 - p) is below the rounding of float32, and the last steps have these in float64 too."""
     rough, exact = torch.float32, torch.float64
-    weights, logits = rows.share.values.new_zeros(rows.share.n_classes, rows.share.width), None
-    steps = 0
-    for mu in _warm_up(mus[0], _evaluate(rows, weights, mus[0], rough).gap) if rows.rough is not None else ():
-        point, more = _take_steps(rows, _evaluate(rows, weights, mu, rough, logits), mu, _WARM_UP_GAP, rough, rough)
-        weights, logits, steps = point.weights, point.logits, steps + more
+    share, whole = rows.share, rows.rough is not None
+    zeros = share.values.new_zeros(share.n_classes, share.width, dtype=rough)
+    logits = share.values.new_zeros(share.n, share.n_classes, dtype=rough) if whole else None
+    point = _evaluate(rows, zeros, mus[0], rough, logits)
     for mu in mus:
-        point, more = _take_steps(rows, _evaluate(rows, weights, mu, rough, logits), mu, target, rough, rough)
-        weights, logits, steps = point.weights, point.logits, steps + more
-        point = _evaluate(rows, weights, mu, exact, keep=False)
-        for products in (rough, exact) if point.gap > target else ():
-            if point.logits is None and rows.rough is not None:
-                point = _evaluate(rows, point.weights, mu, exact)
-            point, more = _take_steps(rows, point, mu, target, exact, products)
+        point = point.with_mu(mu)
+        if point.logits is not None and inner(point.gradient, point.weights) < 0:  # longer weights: no product
+            point = _move(rows, point, point.weights, point.logits, rough)
+        point, steps = _take_steps(rows, point, target, rough, rough)
+        proven = _evaluate(rows, point.weights, mu, exact)
+        for products in (rough, exact) if proven.gap > target else ():
+            if proven.logits is None and whole:
+                proven = _evaluate(rows, proven.weights, mu, exact, share.values @ proven.weights.T)
+            proven, more = _take_steps(rows, proven, target, exact, products)
             steps += more
-        yield Solution(weights=point.weights, objective=point.objective, gap=point.gap), steps
-        steps = 0
-
-
-def _warm_up(mu: float, gap: float) -> list[float]:
-    """Return larger mus to start with, from one at which zero weights are nearly optimal; their gap at mu is `gap`.
-
-    Few curvature products solve for a large mu, and from one solution the next is near.
-    """
-    steps = math.ceil(math.log(min(gap, _LARGEST_GAP), _WARM_UP_FACTOR)) if gap > _FAR_GAP else 0
-    return [mu * _WARM_UP_FACTOR**step for step in range(steps, 0, -1)]
+        yield Solution(weights=proven.weights, objective=proven.objective, gap=proven.gap), steps
 
 
 def _take_steps(
-    rows: _Rows, point: _Point, mu: float, target: float, dtype: torch.dtype, products: torch.dtype
+    rows: _Rows, point: _Point, target: float, dtype: torch.dtype, products: torch.dtype
 ) -> tuple[_Point, int]:
     """Step until the gap meets the target, or passes in `dtype` and curvature products in `products` improve nothing.
 
@@ -190,22 +192,25 @@ def _take_steps(
     for step in range(_MOST_STEPS):
         if point.gap <= target:
             return point, step
-        direction = _newton_direction(rows, point, mu, target, products).to(point.weights.dtype)
-        moved = _move(rows, point, direction, mu, dtype)
+        direction, along = _newton_direction(rows, point, target, products)
+        if products != dtype:
+            direction, along = direction.to(dtype), None
+        moved = _move(rows, point, direction, along, dtype)
         if not moved.gap < point.gap and not moved.objective < point.objective:
             return point, step
         point = moved
     return point, _MOST_STEPS
 
 
-def _move(rows: _Rows, point: _Point, direction: Tensor, mu: float, dtype: torch.dtype) -> _Point:
+def _move(rows: _Rows, point: _Point, direction: Tensor, along: Tensor | None, dtype: torch.dtype) -> _Point:
     """Go downhill along a line to where its slope has nearly vanished.
 
     Where the logits are kept, a trial takes no product. In chunks a trial is a pass, so a step that is only roughly
     as long as the best is enough.
     """
     first = inner(point.gradient, direction)
-    if point.logits is None:
+    share, mu, logits = rows.share, point.mu, point.logits
+    if logits is None:
         moved = point
 
         def evaluate_slope(length: float) -> tuple[float, float]:
@@ -216,25 +221,22 @@ def _move(rows: _Rows, point: _Point, direction: Tensor, mu: float, dtype: torch
 
         search_line(evaluate_slope, first, share=0.5)
         return moved
-    share, logits, along = rows.share, point.logits, torch.empty_like(point.logits)
-    blocks = []
-    for block, some in rows.blocks(dtype):
-        change = torch.mm(some, direction.T, out=along[block])
-        blocks.append((logits[block], change, share.labels[block, None]))
+    change = share.values @ direction.T if along is None else along
     offset, squared = inner(point.weights, direction), inner(direction, direction)
 
     def evaluate_logits(length: float) -> tuple[float, float]:
         slope, curvature = 0.0, 0.0
-        for start, change, labels in blocks:
-            weighted = torch.add(start, change, alpha=length).softmax(dim=1).mul_(change)
+        for block, _ in rows.blocks(dtype):
+            part = change[block]
+            weighted = torch.add(logits[block], part, alpha=length).softmax(dim=1).mul_(part)
             mean = weighted.sum(dim=1)
-            slope += float((mean - change.gather(1, labels)[:, 0]).sum(dtype=torch.float64))
-            curvature += float((weighted.mul_(change).sum(dim=1) - mean.square()).sum(dtype=torch.float64))
+            slope += float((mean - part.gather(1, share.labels[block, None])[:, 0]).sum(dtype=torch.float64))
+            curvature += float((weighted.mul_(part).sum(dim=1) - mean.square()).sum(dtype=torch.float64))
         return slope / share.n + mu * (offset + length * squared), curvature / share.n + mu * squared
 
     length = search_line(evaluate_logits, first, share=_SLOPE_SHARE)
-    weights, logits = torch.add(point.weights, direction, alpha=length), torch.add(logits, along, alpha=length)
-    return _evaluate(rows, weights, mu, dtype, logits)
+    weights = torch.add(point.weights, direction, alpha=length)
+    return _evaluate(rows, weights, mu, dtype, torch.add(logits, change, alpha=length))
 
 
 def search_line(slope_at: _Slope, first: float, *, share: float) -> float:
@@ -259,11 +261,13 @@ def search_line(slope_at: _Slope, first: float, *, share: float) -> float:
     return length
 
 
-def _newton_direction(rows: _Rows, point: _Point, mu: float, target: float, dtype: torch.dtype) -> Tensor:
+def _newton_direction(rows: _Rows, point: _Point, target: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Solve H D = -gradient roughly by conjugate gradients, with products in `dtype`.
 
     The relative residual is smaller near the solution (Eisenstat and Walker 1996), so that the last steps converge
     superlinearly, but no smaller than the target needs: the gap goes with the squared gradient.
+
+    Returns D, and where probabilities are kept what it adds to the logits.
     """
     enough = _LOOSEST_FORCING * math.sqrt(target / point.gap)
     forcing = min(_LOOSEST_FORCING, max(point.gap**0.35, enough))
@@ -271,81 +275,72 @@ def _newton_direction(rows: _Rows, point: _Point, mu: float, target: float, dtyp
     residual = (-point.gradient / scale).to(rows.sums(dtype))
     probabilities = point.probabilities.to(dtype) if point.probabilities is not None else None
     direction = torch.zeros_like(residual)
-    conditioned = _precondition(rows, point, mu, residual)
+    along = torch.zeros_like(probabilities) if probabilities is not None else None
+    change = torch.empty_like(probabilities) if probabilities is not None else None
+    conditioned = _precondition(rows, point, residual)
     search = conditioned.clone()
     squared = inner(residual, conditioned)
     goal = forcing**2 * squared
     for _ in range(_MOST_PRODUCTS):
-        product, curvature = _curvature_product(rows, point, mu, search, dtype, probabilities)
+        product, curvature = _curvature_product(rows, point, search, dtype, probabilities, change)
         if not curvature > 0:  # rounding; the Hessian is positive definite
             break
         length = squared / curvature
         direction.add_(search, alpha=length)
+        if along is not None and change is not None:
+            along.add_(change, alpha=length)
         residual.sub_(product, alpha=length)
-        conditioned = _precondition(rows, point, mu, residual)
+        conditioned = _precondition(rows, point, residual)
         previous, squared = squared, inner(residual, conditioned)
         if squared <= goal:
             break
         search.mul_(squared / previous).add_(conditioned)
-    return direction * scale
+    return direction * scale, along * scale if along is not None else None
 
 
-def _precondition(rows: _Rows, point: _Point, mu: float, vector: Tensor) -> Tensor:
+def _precondition(rows: _Rows, point: _Point, vector: Tensor) -> Tensor:
     """For rows in chunks, whose products are passes, divide by a curvature that takes probabilities and rows for independent
     and classes for unrelated: (mean p (1 - p)) X'X / n + mu, which is diagonal in the axes of the second moment."""
     if rows.axes is None or rows.strengths is None:
         return vector
-    return ((vector @ rows.axes) / (point.spread[:, None] * rows.strengths + mu)) @ rows.axes.T
+    return ((vector @ rows.axes) / (point.spread[:, None] * rows.strengths + point.mu)) @ rows.axes.T
 
 
 def _curvature_product(
     rows: _Rows,
     point: _Point,
-    mu: float,
     vector: Tensor,
     dtype: torch.dtype,
     probabilities: Tensor | None,
+    change: Tensor | None,
 ) -> tuple[Tensor, float]:
     """Return H V for an (n_classes, d) matrix V, and <V, H V>.
 
-    A row adds (diag(p) - p p') V x x'.
+    A row adds (diag(p) - p p') V x x'. `change` is filled with X V'.
     """
-    n, total, curvature = rows.share.n, torch.zeros_like(vector), vector.new_zeros(1, dtype=torch.float64)
+    total = torch.zeros_like(vector)
     weights, narrow = point.weights.to(dtype), vector.to(dtype)
     for block, some in rows.blocks(dtype):
-        chances = (some @ weights.T).softmax(dim=1) if probabilities is None else probabilities[block]
-        logits = some @ narrow.T
+        chances = _softmax(some @ weights.T) if probabilities is None else probabilities[block]
+        logits = torch.mm(some, narrow.T, out=None if change is None else change[block])
         bent = chances * logits
         bent.addcmul_(chances, bent.sum(dim=1, keepdim=True), value=-1)
-        curvature += (bent * logits).sum(dtype=torch.float64)
         add_block(total, bent, some)
     rows.add_up(total)
-    rows.add_up(curvature)
-    return total.div_(n).add_(vector, alpha=mu), float(curvature) / n + mu * inner(vector, vector)
+    product = total.div_(rows.share.n).add_(vector, alpha=point.mu)
+    return product, inner(vector, product)
 
 
-def _evaluate(
-    rows: _Rows, weights: Tensor, mu: float, dtype: torch.dtype, logits: Tensor | None = None, *, keep: bool = True
-) -> _Point:
-    """Evaluate objective, gradient and relative duality gap over the rows of all ranks; `logits` where they are known.
-
-    Logits and probabilities of rows prepared once are kept unless `keep` is false.
-    """
+def _evaluate(rows: _Rows, weights: Tensor, mu: float, dtype: torch.dtype, logits: Tensor | None = None) -> _Point:
+    """Evaluate objective and gradient over the rows of all ranks; `logits`, where known, are kept with their probabilities."""
     share, sums = rows.share, rows.sums(dtype)
     weights, gradient = weights.to(sums), torch.zeros_like(weights, dtype=sums)
     spread = weights.new_zeros(share.n_classes + 1, dtype=torch.float64)  # and the loss
-    known, narrow, keep = logits is not None, weights.to(dtype), keep and rows.rough is not None
-    if keep and logits is None:
-        logits = share.values.new_empty(share.n, share.n_classes, dtype=dtype)
-    probabilities = torch.empty_like(logits) if logits is not None else None
+    narrow, probabilities = weights.to(dtype), torch.empty_like(logits) if logits is not None else None
     for block, some in rows.blocks(dtype):
         label = share.labels[block, None]
-        part = logits[block] if logits is not None else some.new_empty(len(some), share.n_classes)
-        if not known:
-            torch.mm(some, narrow.T, out=part)
-        chances = torch.softmax(
-            part, dim=1, out=probabilities[block] if probabilities is not None else torch.empty_like(part)
-        )
+        part = some @ narrow.T if logits is None else logits[block]
+        chances = _softmax(part, out=None if probabilities is None else probabilities[block])
         # log-sum-exp = largest logit - log of the largest probability, which is at least 1 / n_classes.
         normaliser = part.amax(dim=1) - chances.amax(dim=1).log()
         spread[-1] += (normaliser - part.gather(1, label)[:, 0]).sum(dtype=torch.float64)
@@ -359,20 +354,25 @@ def _evaluate(
     rows.add_up(spread)
     gradient.div_(share.n).add_(weights, alpha=mu)
     objective = float(spread[-1]) / share.n + mu / 2 * inner(weights, weights)
-    scale = 2 * mu * objective
     return _Point(
+        mu=mu,
         weights=weights,
         objective=objective,
         gradient=gradient,
-        gap=inner(gradient, gradient) / scale if scale > 0 else sys.float_info.max,  # a tiny mu underflows
         spread=spread[:-1] / share.n,
         logits=logits,
         probabilities=probabilities,
     )
 
 
+def _softmax(logits: Tensor, out: Tensor | None = None) -> Tensor:
+    """Compute probabilities of rows. In float32 negligible ones are zero, because products with subnormal numbers are slow."""
+    chances = torch.softmax(logits, dim=1, out=out)
+    return chances if logits.dtype == torch.float64 else torch.threshold_(chances, _NEGLIGIBLE, 0.0)
+
+
 def _measure(share: RowShare) -> _Rows:
-    """Measure each row's mean and the length of what is left of it, in float64 as `centred_rows` does, and the moment."""
+    """Measure each row's mean and the length of what is left of it, in float64 as `centre_rows` does, and the moment."""
     shift, scale = (share.values.new_zeros(len(share.values), 1, dtype=torch.float32) for _ in range(2))
     size = chunk_rows(share)
     for block in (slice(first, first + size) for first in range(0, len(share.values), size)):

@@ -1,5 +1,6 @@
 """The objective of L2-regularised multinomial regression and the certificate of a solution."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +66,7 @@ def certify(problem: CrossEntropyProblem, weights: Tensor) -> Solution:
     """
     weights = weights.to(problem.rows.dtype)
     objective, gradient = evaluate_objective(problem, weights)
-    gap = inner(gradient, gradient) / (2 * problem.mu * objective)
-    return Solution(weights=weights, objective=objective, gap=gap)
+    return Solution(weights=weights, objective=objective, gap=relative_gap(objective, gradient, problem.mu))
 
 
 def add_block(total: Tensor, left: Tensor, rows: Tensor) -> None:
@@ -80,3 +80,9 @@ def add_block(total: Tensor, left: Tensor, rows: Tensor) -> None:
 def inner(left: Tensor, right: Tensor) -> float:
     """Return the inner product of two matrices."""
     return float(torch.dot(left.flatten(), right.flatten()))
+
+
+def relative_gap(objective: float, gradient: Tensor, mu: float) -> float:
+    """Return the duality gap over the objective; where a tiny mu underflows, the largest float."""
+    scale = 2 * mu * objective
+    return inner(gradient, gradient) / scale if scale > 0 else sys.float_info.max

@@ -19,7 +19,7 @@ from msn_eval.probes.logistic_solvers.objective import (
     Solution,
     certify,
     evaluate_objective,
-    inner,
+    relative_gap,
 )
 
 _LBFGS_STEPS = 5_000
@@ -41,7 +41,7 @@ def minimise_by_lbfgs(problem: CrossEntropyProblem, *, target: float) -> tuple[S
         nonlocal best, smallest
         weights = torch.from_numpy(flat.reshape(shape)).to(problem.rows.device)
         objective, gradient = evaluate_objective(problem, weights)
-        gap = inner(gradient, gradient) / (2 * problem.mu * objective)
+        gap = relative_gap(objective, gradient, problem.mu)
         if gap < smallest:
             best, smallest = flat.reshape(shape).copy(), gap
         return objective, gradient.cpu().numpy().ravel()

@@ -149,19 +149,19 @@ def test_warm_starts_along_a_path_save_steps() -> None:
     assert sum(steps[2:]) <= sum(alone[2:]) / 2
 
 
-@pytest.mark.parametrize(("gap", "count"), [(5.0, 0), (100.0, 3), (math.inf, 13), (math.nan, 0)])
-def test_few_larger_mus_come_before_a_small_one(gap: float, count: int) -> None:
-    mus = newton._warm_up(1e-6, gap)
+def test_negligible_probabilities_are_zero_in_float32_and_kept_in_float64() -> None:
+    logits = torch.tensor([[0.0, -100.0, -40.0]])
 
-    assert len(mus) == count
-    assert mus == sorted(mus, reverse=True)
-    assert min(mus, default=1.0) > 1e-6
+    rough, exact = newton._softmax(logits), newton._softmax(logits.double())
+
+    assert 0 < float(torch.softmax(logits, dim=1)[0, 1]) < torch.finfo(torch.float32).tiny  # subnormal
+    assert (rough[0, 1], rough[0, 2] > 0) == (0, True)
+    assert bool((exact > 0).all())
 
 
 def test_newton_goes_on_in_float64_where_float32_leads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = _problem(*_clusters(120, 12, 6), 0.0025)
     stages, take_steps = [], newton._take_steps
-    monkeypatch.setattr(newton, "_warm_up", lambda mu, gap: [])
     monkeypatch.setattr(newton, "_take_steps", lambda *arguments: stages.append(take_steps(*arguments)) or stages[-1])
 
     solution, steps = minimise_by_newton(problem, target=1e-13)
