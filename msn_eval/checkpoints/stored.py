@@ -19,7 +19,13 @@ from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork, choose_n
 from msn_eval.checkpoints.normalisation import IMAGENET, Normalisation, check_std, choose_normalisation, read_triple
 from msn_eval.checkpoints.sanity_checks import TensorInfo
 from msn_eval.errors import CheckpointError
-from msn_eval.models.architectures import Architecture, name_architecture, recognise_architecture
+from msn_eval.models.architectures import (
+    IMAGE_CHANNELS,
+    Architecture,
+    name_architecture,
+    recognise_architecture,
+    wrong_channels,
+)
 from msn_eval.models.build import outline_network
 from msn_eval.models.vit import native_pixels, stored_pixels
 
@@ -205,6 +211,10 @@ def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) 
     weights = stored.backbone.weights
     expected = outline_network(stored.architecture).state_dict()
     fit = fit_weights(weights, expected, allow_missing)
+    for name in fit.reshaped:
+        own, model = weights[name].shape, expected[name].shape
+        if len(own) == 4 and model[1] == IMAGE_CHANNELS and own[:1] + own[2:] == model[:1] + model[2:]:
+            raise wrong_channels(own[1], where=stored.contents.where)
     if fit.lines:
         key = stored.choice.network.key
         arch = stored.architecture.name + (f" (network {key!r} of the file)" if key else "")

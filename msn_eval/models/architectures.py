@@ -26,6 +26,7 @@ _SIZE_BY_WIDTH_AND_DEPTH = {
     (1664, 48): "gigantic",
 }
 _MAX_DEPTH = 256
+IMAGE_CHANNELS = 3
 _DIMENSIONS = {"patch_embed.proj.weight": 4, "pos_embed": 3, "reg_token": 3} | dict.fromkeys(
     ("blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"), 2
 )
@@ -34,6 +35,9 @@ NOT_KEYWORDS = (
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn"),
     *("pretrained_model_args", "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "device", "dtype"),
 )
+_MAX_NUMBER = 1 << 14  # of a keyword: sizes and widths
+_MAX_IMAGE_PIXELS = 1 << 12  # some networks compute tables as large as the square of this
+_COUNTS = re.compile(r"depths?|(n|num)?_?(blocks?|layers?|stages?)")  # keywords that count blocks
 NORM_EPS = 1e-6  # of nearly all published Vision Transformers; no weight shows it
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "resnet18",
@@ -89,6 +93,36 @@ def name_architecture(text: str) -> Architecture:
         raise CheckpointError(f"{key} is not a keyword of an architecture", hint=hint)
     stem = keywords.pop("stem", None)
     return Architecture(name=text, timm_name=name, keywords=keywords, stem=None if stem is None else str(stem))
+
+
+def check_keyword(name: str, value: object) -> None:
+    """Check a keyword of one of timm's architectures before the network is built, which could take hours.
+
+    Raises:
+        CheckpointError: A number is larger than in any network, or the network does not take images of three channels.
+    """
+    limit = _MAX_IMAGE_PIXELS if name == "img_size" else _MAX_DEPTH if _COUNTS.fullmatch(name) else _MAX_NUMBER
+    pending, numbers = [value], []
+    while pending:
+        item = pending.pop()
+        if isinstance(item, list | tuple):
+            pending += item
+        elif isinstance(item, int | float):
+            numbers.append(item)
+    if not all(abs(number) <= limit for number in numbers):
+        hint = "Name an architecture that exists, or wrap the network: py:package.module:factory."
+        raise CheckpointError(f"{name}={value!s:.60} is above the largest supported number, {limit:,}", hint=hint)
+    if name == "in_chans" and value != IMAGE_CHANNELS:
+        raise wrong_channels(value)
+
+
+def wrong_channels(channels: object, *, where: str = "") -> CheckpointError:
+    """Return the error for a network whose images do not have three channels."""
+    return CheckpointError(
+        f"The network takes images of {channels!s:.20} channels; images here have {IMAGE_CHANNELS}",
+        where=where,
+        hint="Wrap it in a module that makes its channels from RGB: py:package.module:factory.",
+    )
 
 
 def _literal(text: str) -> object:
@@ -187,7 +221,11 @@ def _describe_transformer(
     own: Mapping[str, object],
 ) -> Architecture:
     """Return the architecture of `own` keywords and of those that BEiT and other Vision Transformers share."""
-    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    width, channels, patch, patch_width = weights["patch_embed.proj.weight"].shape
+    if channels != IMAGE_CHANNELS:
+        raise wrong_channels(channels)
+    if patch != patch_width:
+        raise _unknown(f"a Vision Transformer with patches of {patch} x {patch_width} pixels")
     depth = 1 + max(int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,4})\.", name)))
     if depth > _MAX_DEPTH:
         raise _unknown(f"a Vision Transformer with a block {depth - 1}")
@@ -249,6 +287,9 @@ def _recognise_resnet(weights: Mapping[str, Tensor], small_stem: str) -> Archite
     if name is None or weights["layer1.0.conv1.weight"].shape[:1] != (64,):
         what = f"a residual network with {depths} blocks per stage, which is not ResNet-18, 34, 50, 101 or 152"
         raise _unknown(what, ", one of timm's")
-    if "conv1.weight" in weights and weights["conv1.weight"].shape[2:] == (3, 3):
+    stem = weights["conv1.weight"].shape if "conv1.weight" in weights else ()
+    if len(stem) == 4 and stem[1] != IMAGE_CHANNELS:
+        raise wrong_channels(stem[1])
+    if stem[2:] == (3, 3):
         return Architecture(name=f"{name}?stem={small_stem}", timm_name=name, stem=small_stem)
     return Architecture(name=name, timm_name=name)

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from msn_eval.errors import CheckpointError, did_you_mean
-from msn_eval.models.architectures import Architecture
+from msn_eval.errors import CheckpointError, ResourceError, did_you_mean
+from msn_eval.models.architectures import Architecture, check_keyword
+from msn_eval.process import available_bytes
 
 _MAX_TABLE_BYTES = 2 << 30
 _MAX_PARAMETERS = 10_000  # tensors; the published networks have a few hundred
@@ -23,8 +24,11 @@ def build_network(architecture: Architecture, *, seed: int = 0) -> nn.Module:
 
     Raises:
         CheckpointError: timm does not know the name or does not accept the keywords.
+        ResourceError: The memory does not suffice.
     """
     check_architecture_name(architecture)
+    if architecture.keywords and architecture.timm_name is not None:
+        _check_memory(architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _construct(architecture).eval()
@@ -47,6 +51,19 @@ def outline_network(architecture: Architecture) -> nn.Module:
             hint="Is it made for images of this size? Name its architecture: --arch NAME.",
         )
     return outline
+
+
+def _check_memory(architecture: Architecture) -> None:
+    """Raise ResourceError where keywords make a network larger than the memory, in which the system would end the process."""
+    needed = sum(
+        tensor.numel() * tensor.element_size() for tensor in outline_network(architecture).state_dict().values()
+    )
+    free = available_bytes()
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"{architecture.name:.200} has weights of {needed:,} bytes, the free memory {free:,}",
+            hint="Use a smaller network, or a machine with more memory.",
+        )
 
 
 def _construct(architecture: Architecture) -> nn.Module:
@@ -101,10 +118,10 @@ def _limit_parameters() -> RemovableHandle:
 
 
 def check_architecture_name(architecture: Architecture) -> None:
-    """Check that timm knows the name.
+    """Check that timm knows the name, and that the keywords are those of a network that can be built and evaluated.
 
     Raises:
-        CheckpointError: It does not; the nearest name is suggested.
+        CheckpointError: It does not, and the nearest name is suggested; or a keyword is out of range.
     """
     import timm
 
@@ -114,3 +131,6 @@ def check_architecture_name(architecture: Architecture) -> None:
             f"timm knows no architecture {base!r}.{did_you_mean(base, timm.list_models())}",
             hint="timm.list_models() lists their names; a file needs its path.",
         )
+    if base:
+        for name, value in architecture.keywords.items():
+            check_keyword(name, value)

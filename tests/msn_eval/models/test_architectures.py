@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from timm.models.beit import Beit
 from torch import Tensor, nn
@@ -306,6 +307,29 @@ def test_beit_whose_tables_would_not_fit_into_memory_is_refused(grid: int) -> No
 def test_beit_of_512_pixels_has_room_for_its_tables() -> None:
     outline = outline_network(name_architecture("beit_large_patch16_512"))
     assert outline.patch_embed.grid_size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("patch_embed.proj.weight", lambda draw: draw()),
+        ("conv1.weight", lambda draw: timm.create_model("resnet18").state_dict()),
+    ],
+)
+def test_weights_for_images_of_13_channels_are_refused(
+    vit_weights: WeightMaker, name: str, weights: Callable[[WeightMaker], dict[str, Tensor]]
+) -> None:
+    tensors = dict(weights(vit_weights))
+    tensors[name] = tensors[name][:, :1].repeat(1, 13, 1, 1)
+    with pytest.raises(CheckpointError, match="takes images of 13 channels; images here have 3"):
+        recognise_architecture(tensors)
+
+
+def test_patches_that_are_no_squares_are_refused(vit_weights: WeightMaker) -> None:
+    weights = vit_weights()
+    weights |= {"patch_embed.proj.weight": weights["patch_embed.proj.weight"][..., :4]}
+    with pytest.raises(CheckpointError, match="patches of 8 x 4 pixels"):
+        recognise_architecture(weights)
 
 
 @pytest.mark.parametrize("keyword", ["checkpoint_path=/somewhere.pth", "pretrained=True", "pretrained_cfg=x"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from msn_eval.errors import CheckpointError
+from msn_eval.errors import CheckpointError, ResourceError
 from msn_eval.models.architectures import Architecture, name_architecture, recognise_architecture
 from msn_eval.models.build import build_network, outline_network
 
@@ -65,4 +65,43 @@ def test_outline_has_the_shapes_of_the_network(vit_weights: WeightMaker) -> None
 
 def test_network_without_end_is_refused_before_it_fills_the_memory() -> None:
     with pytest.raises(CheckpointError, match="more than 10,000 weights"):
-        outline_network(name_architecture("vit_tiny_patch16_224?depth=100000"))
+        outline_network(
+            Architecture(name="deep", timm_name=None, keywords={"depth": 100_000, "embed_dim": 8, "num_heads": 1})
+        )
+
+
+@pytest.mark.parametrize(
+    ("query", "limit"),
+    [
+        ("depth=1000000", "256"),
+        ("depths=(2,2,1000000,2)", "256"),
+        ("layers=[1,[1000000]]", "256"),
+        ("num_blocks=257", "256"),
+        ("img_size=4097", "4,096"),
+        ("img_size=(32,4097)", "4,096"),
+        ("embed_dim=1e999", "16,384"),
+        ("embed_dim=-20000", "16,384"),
+    ],
+)
+def test_keyword_of_a_network_larger_than_any_is_refused_before_it_is_built(
+    query: str, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("msn_eval.models.build._construct", lambda architecture: pytest.fail("it is built"))
+    with pytest.raises(CheckpointError, match=f"is above the largest supported number, {limit}"):
+        build_network(name_architecture(f"vit_tiny_patch16_224?{query}"))
+
+
+def test_network_larger_than_the_memory_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("msn_eval.models.build.available_bytes", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"has weights of [\d,]+ bytes, the free memory 1,000") as refusal:
+        build_network(name_architecture(TINY))
+    assert refusal.value.exit_code == 30
+
+
+@pytest.mark.parametrize("build", [build_network, outline_network])
+def test_network_for_images_of_13_channels_is_refused_with_a_module_of_ones_own_as_hint(
+    build: Callable[[Architecture], object],
+) -> None:
+    with pytest.raises(CheckpointError, match="takes images of 13 channels; images here have 3") as refusal:
+        build(name_architecture(f"{TINY}&in_chans=13"))
+    assert "py:package.module:factory" in refusal.value.hint
