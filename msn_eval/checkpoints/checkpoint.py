@@ -63,6 +63,7 @@ class Checkpoint:
             spellings of one architecture.
         code_sha256: Of the user's source code that the network runs, None where it runs none.
         distribution: Name and version of the distribution whose plug-in made the network, None without one.
+        positions: Whose interpolation of position embeddings applies, as `families.Backbone` has it.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Checkpoint:
     structure_sha256: str | None = None
     code_sha256: str | None = None
     distribution: str | None = None
+    positions: str | None = None
 
     @property
     def mean(self) -> Triple:
@@ -349,6 +351,7 @@ def _describe_built(
         image_pixels=native_pixels(network) if stored is None else stored.native_pixels(network),
         normalisation=choose_normalisation(architecture) if stored is None else stored.normalisation,
         structure_sha256=structure_sha256(network),
+        positions=None if stored is None else stored.positions,
         **fields,
     )
 

@@ -32,6 +32,8 @@ class Backbone:
         dropped: The file's names of what is in the network and not evaluated: heads, decoders, mask tokens.
         heads: Attention heads, where the family differs from what the width implies.
         norm_eps: Epsilon of the layer norms, where the family differs from 1e-6.
+        positions: Whose interpolation of position embeddings applies: `msn`, `dino`, `ibot`, `dinov2`; None for timm's; `open`
+            where the weights may be those of either.
     """
 
     format: str
@@ -39,6 +41,7 @@ class Backbone:
     dropped: tuple[str, ...]
     heads: int | None = None
     norm_eps: float | None = None
+    positions: str | None = None
 
 
 def rename_weights(network: StoredNetwork) -> Backbone:
@@ -81,6 +84,8 @@ _VIT_NAMES: _Rules = (
     (re.compile(r"\.mlp\.w12\."), ".mlp.fc1."),
     (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),
 )
+# The families whose authors interpolate position embeddings in another way than timm.
+_OWN_POSITIONS = ("msn", "dino", "ibot", "dinov2")
 _MOCOV3_HEADS = 12  # of its small network as of its base, and of solo-learn's tiny one
 _MOCOV3_MAX_WIDTH, _MOCOV3_MAX_PATCHES = 768, 1 << 14
 
@@ -99,9 +104,17 @@ def read_vit(network: StoredNetwork) -> Backbone:
     return replace(
         kept,
         format="mocov3" if is_mocov3 and family == "timm" else family,
+        positions=_choose_positions("mocov3" if is_mocov3 else family, network.tensors),
         weights=_move_class_position(_rename(learned, _VIT_NAMES)),
         heads=_MOCOV3_HEADS if (is_mocov3 or is_solo_mae) and narrow else None,
     )
+
+
+def _choose_positions(family: str, tensors: _Names) -> str | None:
+    """Return whose interpolation of positions applies. A file of DINO's or MSN's backbone alone looks like one of timm's."""
+    if family == "timm":
+        return None if any(_HEADS.match(name) for name in tensors) or "cls_token" not in tensors else "open"
+    return family if family in _OWN_POSITIONS else None
 
 
 def _has_fixed_positions(tensors: _Names, *, column_first: bool = False) -> bool:
@@ -182,6 +195,8 @@ def _move_class_position(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if "register_tokens" not in weights or "pos_embed" not in weights:
         return weights
     positions, token = weights["pos_embed"], weights.get("cls_token")
+    if token is not None and token.dtype == positions.dtype and token.dtype.itemsize == 1 and token.is_floating_point():
+        token, positions = token.float(), positions.float()  # torch adds no float8
     if token is None or positions.dim() != 3 or token.shape != positions[:, :1].shape:
         return weights  # which then fit no network
     if not _are_alike([token, positions]):
@@ -280,9 +295,13 @@ def read_huggingface(network: StoredNetwork) -> Backbone:
     backbone = _drop("huggingface", network.tensors, _HUGGINGFACE_DROPPED)
     named = _rename(backbone.weights, _HUGGINGFACE_NAMES)
     beit = any(name.endswith(".gamma_1") for name in named)
-    is_usual = beit or "cls_token" not in named or _has((*network.beside, *backbone.dropped), "decoder", "pooler")
+    on_top = (*network.beside, *backbone.dropped)
+    is_usual = beit or "cls_token" not in named or _has(on_top, "decoder", "pooler")
+    positions = None if is_usual or _has(on_top, "classifier") else "msn"
+    if any(name.endswith(".ls1.gamma") for name in named):
+        positions = "dinov2"
     weights = _move_class_position(_pack(named, beit=beit))
-    return replace(backbone, weights=weights, norm_eps=_HUGGINGFACE_EPS if is_usual else None)
+    return replace(backbone, weights=weights, norm_eps=_HUGGINGFACE_EPS if is_usual else None, positions=positions)
 
 
 def _pack(named: dict[str, Tensor], *, beit: bool) -> dict[str, Tensor]:
@@ -314,7 +333,9 @@ def _is_packed_with_another(name: str, named: _Names) -> bool:
 def _stack(named: _Names, parts: list[str], otherwise: str) -> Tensor:
     """Concatenate the parts; if they do not match, return the first alone, which then fits no network."""
     tensors = [named[part] for part in parts if part in named]
-    if len(tensors) == len(parts) and _are_alike(tensors) and len({tensor.shape[1:] for tensor in tensors}) == 1:
+    dtypes, shapes = {tensor.dtype for tensor in tensors}, {tensor.shape[1:] for tensor in tensors if tensor.dim()}
+    can_join = len(dtypes) == 1 or dtypes <= set(_PLAIN_DTYPES)  # torch promotes no float8
+    if len(tensors) == len(parts) and can_join and len(shapes) == 1 and all(tensor.dim() for tensor in tensors):
         return torch.cat(tensors)
     return named[otherwise]
 

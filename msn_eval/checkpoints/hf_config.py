@@ -52,6 +52,7 @@ class HubConfig:
         norm_eps: Epsilon of the layer norms.
         normalisation: Mean and std per channel, where stated.
         sizes: Stated sizes that the weights show too, by their names in the file.
+        model_type: Of transformers, None where the folder was written by timm.
     """
 
     architecture: Architecture | None = None
@@ -59,6 +60,7 @@ class HubConfig:
     norm_eps: float | None = None
     normalisation: Normalisation | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
+    model_type: str | None = None
 
 
 def read_config_beside(folder: Path) -> HubConfig:
@@ -94,7 +96,7 @@ def read_config_beside(folder: Path) -> HubConfig:
     # DINOv2's networks have a ratio instead.
     names = _SIZES.keys() - ({"intermediate_size"} if model_type.startswith("dinov2") else {"num_register_tokens"})
     sizes = {name: _read_size(config[name], name, where) for name in _SIZES if name in names and name in config}
-    return HubConfig(heads=heads, norm_eps=float(norm_eps), normalisation=normalisation, sizes=sizes)
+    return HubConfig(heads=heads, norm_eps=float(norm_eps), normalisation=normalisation, model_type=model_type, sizes=sizes)
 
 
 def _read_size(value: object, name: str, where: str) -> int:

@@ -11,7 +11,7 @@ from msn_eval.checkpoints.sanity_checks import describe_values, find_alarms, joi
 from msn_eval.checkpoints.stored import Contents, StoredCheckpoint, choose_stored, fit_weights, read_contents
 from msn_eval.errors import CheckpointError
 from msn_eval.models.build import outline_network
-from msn_eval.models.vit import patch_pixels, published_rule, stored_pixels
+from msn_eval.models.vit import find_position_rule, is_dinov2, native_pixels, patch_pixels, stored_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +176,9 @@ def _inspect_fit(inspection: Inspection, stored: StoredCheckpoint) -> Inspection
 
 
 def _describe_positions(outline: nn.Module) -> str | None:
-    rule, stored, patch = published_rule(outline), stored_pixels(outline), patch_pixels(outline)
-    if rule is None or stored is None or patch is None:
+    stored, patch = stored_pixels(outline), patch_pixels(outline)
+    if not is_dinov2(outline) or stored is None or patch is None:
         return None
-    how = "antialiased" if rule.antialias else f"offset {rule.offset:g}"
-    before, after = stored // patch, rule.image_pixels // patch
-    return f"{before} x {before} to {after} x {after} patches, bicubic, {how}, as the authors evaluate"
+    before, after = stored // patch, native_pixels(outline) // patch
+    rule = find_position_rule(outline, "dinov2")
+    return f"{before} x {before} to {after} x {after} patches, {rule}, as the authors evaluate"

@@ -36,6 +36,7 @@ _MAX_TENSORS = 20_000  # the published networks have a few hundred
 # Names of what a safetensors file may state about itself; msn_pretrain and `convert` write them.
 ARCHITECTURE, EPOCH, IMAGE_PIXELS = "msn_eval.architecture", "epoch", "msn_eval.image_pixels"
 MEAN, STD = "msn_eval.mean", "msn_eval.std"
+POSITIONS = "msn_eval.positions"  # by `convert`: whose interpolation of position embeddings applies
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -56,6 +57,7 @@ class Contents:
         stated_arch: The architecture that a safetensors file states, as `--arch` takes it: no weight's shape shows heads.
         stated_pixels: Side of the images that it states to be trained on; no weight of a convolutional network shows it.
         normalisation: Mean and std that the file or folder states.
+        stated_positions: Whose interpolation of position embeddings it states to apply, as `Backbone.positions`.
     """
 
     where: str
@@ -70,6 +72,7 @@ class Contents:
     stated_arch: str | None = None
     stated_pixels: int | None = None
     normalisation: Normalisation | None = None
+    stated_positions: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,25 @@ class StoredCheckpoint:
         stated = self.contents.stated_pixels
         return native_pixels(network) if stated is None or stored_pixels(network) is not None else stated
 
+    @property
+    def positions(self) -> str | None:
+        """Whose interpolation of position embeddings applies, as `Backbone.positions`."""
+        own, contents, tag = (
+            self.backbone.positions,
+            self.contents,
+            (self.architecture.timm_name or "").partition(".")[2],
+        )
+        if contents.config is not None and contents.config.model_type is not None:
+            # DINO is published there as a ViT without classifier and pooler.
+            return {"vit_msn": "msn", "vit": "dino" if own == "msn" else None}.get(contents.config.model_type, own)
+        if contents.stated_positions is not None:
+            return contents.stated_positions
+        if contents.stated_arch is not None:  # by msn_pretrain
+            return "msn"
+        if own == "open" and tag:
+            return "dino" if tag == "dino" else None
+        return own
+
 
 def read_contents(path: Path) -> Contents:
     """Read the weights at `path`, a file or a folder in Hugging Face layout, without executing anything from them.
@@ -150,6 +172,7 @@ def read_contents(path: Path) -> Contents:
         stated_arch=stated.get(ARCHITECTURE),
         stated_pixels=int(pixels) if re.fullmatch(r"[1-9]\d{0,4}", pixels) else None,
         normalisation=_read_normalisation(stated, str(path)) or (config.normalisation if config else None),
+        stated_positions=stated.get(POSITIONS),
     )
 
 

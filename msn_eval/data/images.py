@@ -155,6 +155,7 @@ class EvalTransform:
         mean: One value per channel, on the [0, 1] scale.
         std: One value per channel, on the [0, 1] scale.
         interpolation: Of the resize.
+        positions: How the network's position embeddings are interpolated for `crop`, None where they are used as they are.
     """
 
     resize: int
@@ -162,6 +163,7 @@ class EvalTransform:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     interpolation: str = "bilinear"
+    positions: str | None = None
 
 
 def make_eval_transform(

@@ -29,7 +29,7 @@ from msn_eval.features.encoder import Precision, choose_device, default_precisio
 from msn_eval.files.atomic import prepare_folder
 from msn_eval.probes import find_probe
 from msn_eval.probes.base import Configure, Probe
-from msn_eval.results.record import PROTOCOL_VERSION, protocol_id
+from msn_eval.results.record import PROTOCOL_VERSION, RESIZED_PROTOCOL_VERSION, protocol_id
 
 _log = logging.getLogger(__name__)
 DATA_VARIABLE = "MSN_EVAL_DATA"
@@ -259,7 +259,7 @@ def _make_protocol(
     }
     plugins = {"probe": distribution, "data": plan.data_distribution}
     protocol: dict[str, object] = {
-        "version": PROTOCOL_VERSION,
+        "version": PROTOCOL_VERSION if config.image_pixels is None else RESIZED_PROTOCOL_VERSION,
         "data": {"sha256": plan.val_sha256, "class_map_sha256": plan.classes_sha256},
         "subset": {"name": subset.name, "rule": subset.rule},
         "tap": ",".join(probe.taps),

@@ -2,10 +2,11 @@
 
 import contextlib
 import copy
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, cast
 
@@ -18,13 +19,15 @@ from msn_eval.data.images import EvalTransform, make_eval_transform
 from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.models.vit import (
     class_token_after,
+    find_position_rule,
     interpolate_positions,
     is_plain,
     patch_pixels,
-    published_rule,
     stored_pixels,
 )
 
+_log = logging.getLogger(__name__)
+_TIMM_POSITIONS = "as timm"
 Precision = Literal["fp32", "bf16", "fp16"]
 TAPS = ("cls", "cls-norm", "mean", "cls4", "pool", "out", "pixels")
 _CLASS_TOKEN_TAPS = frozenset({"cls", "cls-norm"})
@@ -173,9 +176,12 @@ def build_encoder(
     """
     network = copy.deepcopy(checkpoint.network)
     wanted = image_pixels or checkpoint.image_pixels
-    if _has_tokens(network) and not checkpoint.runs_own_code and wanted != stored_pixels(network):
-        # Convolutional networks take any size; a user's module decides for itself.
-        network = _resize_input(network, wanted)
+    positions = None
+    if not checkpoint.runs_own_code and _has_tokens(network) and wanted != stored_pixels(network):
+        positions = _resize_input(network, wanted, checkpoint)
+    elif not checkpoint.runs_own_code and wanted != checkpoint.image_pixels:
+        positions = _resize_other(network, wanted, checkpoint)
+    transform = make_eval_transform(wanted, checkpoint.mean, checkpoint.std)
     final_norm = copy.deepcopy(_final_norm(network))
     if _is_convolutional(checkpoint, network):
         network = network.to(memory_format=torch.channels_last)
@@ -186,29 +192,64 @@ def build_encoder(
         network=network.to(device=device, dtype=_DTYPES[precision]).eval(),
         device=device,
         precision=precision,
-        transform=make_eval_transform(image_pixels or checkpoint.image_pixels, checkpoint.mean, checkpoint.std),
+        transform=replace(transform, positions=positions),
         taps=_available_taps(checkpoint, network),
         final_norm=final_norm.to(device=device, dtype=torch.float32).eval(),
         compiled=compiled,
     )
 
 
-def _resize_input(network: nn.Module, image_pixels: int) -> nn.Module:
+def _resize_input(network: nn.Module, image_pixels: int, checkpoint: Checkpoint) -> str:
+    """Interpolate the positions of a Transformer in place, and return by which rule."""
+    rule, learned = find_position_rule(network, checkpoint.positions), network.pos_embed
+    if rule is None and checkpoint.positions == "open":
+        _log.warning(
+            "%s: its positions are interpolated as timm does. DINO's and MSN's authors do not antialias; if the file is one "
+            "of theirs, give the complete file, or for DINO --arch vit_small_patch16_224.dino (or its like)",
+            checkpoint.name,
+        )
+    _set_input_size(network, image_pixels)
+    if rule is None:
+        return _TIMM_POSITIONS
+    grid = image_pixels // cast(int, patch_pixels(network))
+    positions = interpolate_positions(cast(Tensor, learned).data, patches_a_side=grid, rule=rule)
+    network.pos_embed = nn.Parameter(positions, requires_grad=False)
+    return str(rule)
+
+
+def _resize_other(network: nn.Module, image_pixels: int, checkpoint: Checkpoint) -> str | None:
+    """Prepare a network of another kind for images of another size, in place, and return the rule for its positions.
+
+    Convolutional networks take nearly any size, others a few. Only a trial shows it.
+    """
+    has_input_size = hasattr(network, "set_input_size")
+    try:
+        if has_input_size:
+            _set_input_size(network, image_pixels)
+        with torch.inference_mode():
+            _pooled_features(network, checkpoint, torch.zeros(1, 3, image_pixels, image_pixels))
+    except UsageError:
+        raise
+    except Exception as error:  # timm's networks raise whatever their layers do
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise UsageError(
+            f"--image-pixels {image_pixels}: {checkpoint.name} ({type(network).__name__}) takes no such images: {reason}",
+            hint=f"Leave the option out; the network's own size is {checkpoint.image_pixels}.",
+        ) from error
+    return _TIMM_POSITIONS if has_input_size else None
+
+
+def _set_input_size(network: nn.Module, image_pixels: int) -> None:
     patch = patch_pixels(network) or 1
     if image_pixels % patch:
         raise UsageError(
             f"--image-pixels {image_pixels} is not a multiple of the patch size {patch}",
             hint=f"Use {max(1, image_pixels // patch) * patch} or {max(2, image_pixels // patch + 1) * patch}.",
         )
-    rule, learned = published_rule(network), network.pos_embed
     with warnings.catch_warnings():
-        # timm interpolates BEiT's relative position tables with arguments that torch warns about.
+        # timm interpolates tables of relative positions with arguments that torch warns about.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"timm\.layers\.interpolate")
         network.set_input_size(img_size=(image_pixels, image_pixels))  # type: ignore[operator]
-    if rule is not None:
-        positions = interpolate_positions(cast(Tensor, learned).data, patches_a_side=image_pixels // patch, rule=rule)
-        network.pos_embed = nn.Parameter(positions, requires_grad=False)
-    return network
 
 
 def _has_tokens(network: nn.Module) -> bool:
@@ -294,7 +335,7 @@ def encode(encoder: Encoder, pixels: Tensor, taps: Sequence[str]) -> dict[str, T
     with torch.inference_mode(), exact_float32():
         images = normalise_pixels(pixels.to(encoder.device, non_blocking=True), encoder)
         if encoder.checkpoint.runs_own_code or not _has_tokens(encoder.network):
-            return {taps[0]: _pooled_features(encoder, images).float()}
+            return {taps[0]: _pooled_features(encoder.network, encoder.checkpoint, images).float()}
         if "out" in taps:
             return {"out": cast(Tensor, encoder.network(images)).float()}
         return _token_taps(encoder, images, taps)
@@ -348,21 +389,20 @@ def normalise_pixels(pixels: Tensor, encoder: Encoder) -> Tensor:
     return images.to(_DTYPES[encoder.precision])
 
 
-def _pooled_features(encoder: Encoder, images: Tensor) -> Tensor:
-    network = encoder.network
-    if encoder.checkpoint.runs_own_code or encoder.checkpoint.format == "pixels":
-        return _check_features(network(images), encoder, len(images))
+def _pooled_features(network: nn.Module, checkpoint: Checkpoint, images: Tensor) -> Tensor:
+    if checkpoint.runs_own_code or checkpoint.format == "pixels":
+        return _check_features(network(images), checkpoint, len(images))
     maps = network.forward_features(images)  # type: ignore[operator]
     return cast(Tensor, network.forward_head(maps, pre_logits=True))  # type: ignore[operator]
 
 
-def _check_features(output: object, encoder: Encoder, images: int) -> Tensor:
+def _check_features(output: object, checkpoint: Checkpoint, images: int) -> Tensor:
     if isinstance(output, Tensor) and output.dim() == 2 and len(output) == images:
         return output
     kind = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
     raise CheckpointError(
         f"the module returned {kind} for {images} images, not a tensor ({images}, d)",
-        where=encoder.checkpoint.path,
+        where=checkpoint.path,
         hint="It must map images (n, 3, S, S) to features (n, d).",
     )
 

@@ -239,7 +239,7 @@ def feature_key(
         network=checkpoint.key,
         code=checkpoint.code_sha256,
         tap=tap,
-        transform=vars(encoder.transform),
+        transform={name: value for name, value in vars(encoder.transform).items() if value is not None},
         decoder=", ".join(dict.fromkeys(decoders)),
         precision=encoder.precision,
         device=encoder.device.type,

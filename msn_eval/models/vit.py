@@ -8,43 +8,67 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+_DINOV2_PIXELS = 224
+
 
 @dataclass(frozen=True, kw_only=True)
 class PositionRule:
-    """How a method's authors interpolate position embeddings for the images that they evaluate at.
+    """How a method's authors interpolate position embeddings for images of another size: bicubic, and the following.
 
     Attributes:
-        image_pixels: Side of these images.
-        antialias: Whether the bicubic filter widens when the grid shrinks.
+        antialias: Whether the filter widens when the grid shrinks.
         offset: Added to the patches per side before the scale factor is computed, 0 for none.
     """
 
-    image_pixels: int
     antialias: bool
     offset: float
 
+    def __str__(self) -> str:
+        offset = f", offset {self.offset:g}" if self.offset else ""
+        return f"bicubic, {'' if self.antialias else 'not '}antialiased{offset}"
 
-def published_rule(network: nn.Module) -> PositionRule | None:
-    """Return the rule for networks that are published at one size and evaluated at another, else None.
 
-    That is DINOv2: 14-pixel patches, scaled residuals, position embeddings of 518 pixels, evaluated at 224. Its networks with
-    registers interpolate with antialiasing, those without registers with an offset of 0.1.
+MSN_POSITIONS = PositionRule(antialias=False, offset=0.0)
+_DINO_POSITIONS = PositionRule(antialias=False, offset=0.1)
+_REGISTER_POSITIONS = PositionRule(antialias=True, offset=0.0)
+_RULES = {"msn": MSN_POSITIONS, "dino": _DINO_POSITIONS, "ibot": _DINO_POSITIONS}
 
-    Source: github.com/facebookresearch/dinov2, dinov2/hub/backbones.py and dinov2/models/vision_transformer.py.
+
+def find_position_rule(network: nn.Module, family: str | None) -> PositionRule | None:
+    """Return the rule of the authors of a network, None where timm's applies: bicubic and antialiased.
+
+    Args:
+        network: The network.
+        family: `msn`, `dino`, `ibot` or `dinov2`; any other has timm's rule, unless the network is DINOv2 by its shape.
+
+    Source: github.com/facebookresearch/msn, src/deit.py; github.com/facebookresearch/dino, vision_transformer.py;
+    github.com/bytedance/ibot, models/vision_transformer.py; github.com/facebookresearch/dinov2, dinov2/hub/backbones.py and
+    dinov2/models/vision_transformer.py.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    if type(network) is not VisionTransformer or network.cls_token is None or network.pos_embed is None:
+        return None
+    if family == "dinov2" or is_dinov2(network):
+        return _REGISTER_POSITIONS if cast(int, network.num_reg_tokens) else _DINO_POSITIONS
+    return _RULES.get(family or "")
+
+
+def is_dinov2(network: nn.Module) -> bool:
+    """Whether a network is published at one size and evaluated at another, as DINOv2 alone is.
+
+    It has 14-pixel patches, scaled residuals and position embeddings of 518 pixels, and is evaluated at 224.
     """
     if (stored_pixels(network), patch_pixels(network)) != (518, 14):
-        return None
+        return False
     first = cast(nn.Sequential, network.blocks)[0]
-    if getattr(network, "cls_token", None) is None or not hasattr(getattr(first, "ls1", None), "gamma"):
-        return None
-    has_registers = cast(int, network.num_reg_tokens) > 0
-    return PositionRule(image_pixels=224, antialias=has_registers, offset=0.0 if has_registers else 0.1)
+    return getattr(network, "cls_token", None) is not None and hasattr(getattr(first, "ls1", None), "gamma")
 
 
 def native_pixels(network: nn.Module) -> int:
     """Return the side of the images that a network's authors evaluate at; if unknown, of those it was built for."""
-    if (rule := published_rule(network)) is not None:
-        return rule.image_pixels
+    if is_dinov2(network):
+        return _DINOV2_PIXELS
     config = getattr(network, "pretrained_cfg", None) or {}
     return stored_pixels(network) or int(config.get("input_size", (3, 224, 224))[-1])
 

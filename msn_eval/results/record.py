@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 PROTOCOL_VERSION = 1
+# Of protocols with another image size than the network's, since MSN's and DINO's positions follow their authors' rules.
+RESIZED_PROTOCOL_VERSION = 2
 ID_DIGITS = 16
 MOVE_AWAY = "Move it (and its .npz) away; the same evaluation writes it again."
-_LATER_FIELDS = {"distribution", "structure_sha256", "mean_std_from"}
+_LATER_FIELDS = {"distribution", "structure_sha256", "mean_std_from", "positions"}
 Status = Literal["ok", "not_converged", "failed"]
 
 
@@ -94,6 +96,8 @@ class TransformInfo:
 
     Attributes:
         mean_std_from: What states mean and std. Not written where it is None, in older records.
+        positions: How position embeddings were interpolated for images of `crop` pixels. Not written where it is None: they
+            were used as they are.
     """
 
     resize: int
@@ -102,6 +106,7 @@ class TransformInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     mean_std_from: str | None = None
+    positions: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

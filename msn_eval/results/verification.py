@@ -10,7 +10,14 @@ from pathlib import Path
 from msn_eval.errors import StoreError
 from msn_eval.results.folder import scan_results
 from msn_eval.results.predictions import list_prediction_faults
-from msn_eval.results.record import PROTOCOL_VERSION, Predictions, Result, read_predictions, result_id
+from msn_eval.results.record import (
+    PROTOCOL_VERSION,
+    RESIZED_PROTOCOL_VERSION,
+    Predictions,
+    Result,
+    read_predictions,
+    result_id,
+)
 
 _READERS = 4  # prediction files that are unpacked at a time
 _MAX_GAP = 1e-3  # relative duality gap above which a fit has not converged
@@ -113,7 +120,7 @@ def _list_record_faults(result: Result) -> Iterator[str]:
 def _list_protocol_faults(result: Result) -> Iterator[str]:
     """Yield where the record and its protocol differ."""
     protocol = result.protocol
-    if protocol.get("version") != PROTOCOL_VERSION:
+    if protocol.get("version") not in (PROTOCOL_VERSION, RESIZED_PROTOCOL_VERSION):
         return  # protocols of another version may have different fields
     expected = {
         "data": {"sha256": result.data.sha256, "class_map_sha256": result.data.class_map_sha256},

@@ -12,7 +12,7 @@ from msn_eval.errors import UsageError
 from msn_eval.models.architectures import name_architecture
 from msn_eval.models.build import build_network
 from msn_eval.models.vit import (
-    PositionRule,
+    MSN_POSITIONS,
     class_token_after,
     interpolate_positions,
     is_plain,
@@ -23,7 +23,6 @@ from msn_eval.models.vit import (
 from msn_pretrain.config.recipe import Encoder, architecture_of
 
 _log = logging.getLogger(__name__)
-_RELEASED = PositionRule(image_pixels=224, antialias=False, offset=0.0)
 
 
 def build_transformer(encoder: Encoder, *, seed: int = 0) -> nn.Module:
@@ -160,7 +159,7 @@ def _interpolation_matrix(own_side: int, side: int) -> Tensor:
     """Return the matrix that interpolates positions from one grid to another, (side ** 2, own_side ** 2) float32."""
     # Interpolation is linear: applied to the identity, it gives its own matrix.
     basis = torch.eye(own_side**2, dtype=torch.float64).unsqueeze(0)
-    return interpolate_positions(basis, patches_a_side=side, rule=_RELEASED)[0].float()
+    return interpolate_positions(basis, patches_a_side=side, rule=MSN_POSITIONS)[0].float()
 
 
 def _never_drops(network: nn.Module) -> bool:

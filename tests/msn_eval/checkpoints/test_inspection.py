@@ -85,7 +85,7 @@ def test_residual_network_has_no_patches_and_no_positions(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("extra", "line"),
     [
-        ({}, "37 x 37 to 16 x 16 patches, bicubic, offset 0.1, as the authors evaluate"),
+        ({}, "37 x 37 to 16 x 16 patches, bicubic, not antialiased, offset 0.1, as the authors evaluate"),
         ({"register_tokens": torch.ones(1, 4, 192)}, "37 x 37 to 16 x 16 patches, bicubic, antialiased, as the authors evaluate"),
     ],
     ids=["plain", "registers"],

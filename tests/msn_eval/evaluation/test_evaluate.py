@@ -28,7 +28,7 @@ from msn_eval.models.architectures import name_architecture
 from msn_eval.models.build import build_network
 from msn_eval.probes.base import FittedProbe
 from msn_eval.results.folder import read_results
-from msn_eval.results.record import Result, read_predictions, write_result
+from msn_eval.results.record import Result, encode_result, read_predictions, write_result
 
 _NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2"
 
@@ -127,6 +127,25 @@ def test_network_is_prepared_as_requested(folder: Path, tmp_path: Path, name: st
         "precision": encoder.precision == "bf16",
     }
     assert [option for option, is_changed in changed.items() if is_changed] == [name]
+
+
+def test_record_states_how_positions_are_interpolated_and_its_protocol_has_a_version_for_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"probes": ["ncm"]}
+    resized, native = (
+        _evaluate(folder, tmp_path / name, **options, **more)[0]
+        for name, more in (("resized", {"image_pixels": 64}), ("native", {}))
+    )
+    found = [
+        (
+            result.features.transform.positions,
+            result.protocol["version"],
+            "positions" in encoded["features"]["transform"],
+        )
+        for result, encoded in ((result, encode_result(result)) for result in (resized, native))
+    ]
+    assert found == [("as timm", 2, True), (None, 1, False)]
 
 
 def test_run_without_a_cache_leaves_none(folder: Path, tmp_path: Path) -> None:

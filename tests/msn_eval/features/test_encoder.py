@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
@@ -340,9 +341,148 @@ def test_other_image_size_interpolates_the_patches_positions(msn_file: MSNWriter
     weights = vit_weights()
     encoder = load(msn_file(weights), image_pixels=64)
     prefix, grid = weights["pos_embed"][:, :1], weights["pos_embed"][:, 1:].reshape(1, 4, 4, 192).movedim(3, 1)
-    wider = F.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True).movedim(1, 3).reshape(1, 64, 192)
+    wider = F.interpolate(grid, size=(8, 8), mode="bicubic").movedim(1, 3).reshape(1, 64, 192)
     assert encoder.transform.crop == 64
     torch.testing.assert_close(encoder.network.pos_embed.detach(), torch.cat([prefix, wider], dim=1))
+
+
+def in_dinos_file(weights: Weights) -> dict[str, Weights]:
+    return {"teacher": {f"backbone.{name}": tensor for name, tensor in weights.items()}}
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "interpolation", "rule"),
+    [
+        (lambda draw: {"target_encoder": draw()}, {}, {"size": (3, 3)}, "bicubic, not antialiased"),
+        (
+            lambda draw: in_dinos_file(draw()),
+            {},
+            {"scale_factor": (3.1 / 4, 3.1 / 4)},
+            "bicubic, not antialiased, offset 0.1",
+        ),
+        (
+            lambda draw: in_dinos_file(draw() | {"masked_embed": torch.zeros(1, 192)}),  # iBOT
+            {},
+            {"scale_factor": (3.1 / 4, 3.1 / 4)},
+            "bicubic, not antialiased, offset 0.1",
+        ),
+        (
+            lambda draw: draw(),
+            {"arch": "vit_small_patch16_224.dino?img_size=32&patch_size=8&depth=2&embed_dim=192&num_heads=3"},
+            {"scale_factor": (3.1 / 4, 3.1 / 4)},
+            "bicubic, not antialiased, offset 0.1",
+        ),
+        (
+            lambda draw: draw() | {"head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)},
+            {},
+            {"size": (3, 3), "antialias": True},
+            "as timm",
+        ),
+    ],
+    ids=["MSN", "DINO", "iBOT", "DINO's backbone by its tag", "timm"],
+)
+def test_smaller_grid_of_positions_follows_the_familys_authors(
+    tmp_path: Path,
+    vit_weights: WeightMaker,
+    content: Callable[[WeightMaker], object],
+    options: dict[str, str],
+    interpolation: dict[str, object],
+    rule: str,
+) -> None:
+    encoder = load(saved(tmp_path, content(vit_weights)), image_pixels=24, **options)
+    positions = vit_weights()["pos_embed"]
+    grid = positions[:, 1:].reshape(1, 4, 4, 192).movedim(3, 1)
+    smaller = F.interpolate(grid, mode="bicubic", **interpolation).movedim(1, 3).reshape(1, 9, 192)
+    found = encoder.network.pos_embed.detach()
+    torch.testing.assert_close(found, torch.cat([positions[:, :1], smaller], dim=1), atol=1e-6, rtol=0)
+    assert encoder.transform.positions == rule
+
+
+def test_backbone_alone_warns_that_its_family_decides_on_its_positions(
+    tmp_path: Path, vit_weights: WeightMaker, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(saved(tmp_path, vit_weights()), image_pixels=24)
+    assert "DINO's and MSN's authors do not antialias" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("ViTMSN", {}),
+        ("Dinov2WithRegisters", {"num_register_tokens": 2}),
+    ],
+)
+def test_folder_of_transformers_follows_the_rule_of_its_model_type(
+    tmp_path: Path, model: str, settings: dict[str, object]
+) -> None:
+    config = getattr(transformers, f"{model}Config")(
+        hidden_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=768,
+        image_size=32,
+        patch_size=8,
+        **settings,
+    )
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{model}Model")(config).eval()
+    with torch.no_grad():
+        theirs.embeddings.position_embeddings.normal_()
+    theirs.save_pretrained(tmp_path)
+    pixels = torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    found = encode(load(tmp_path, image_pixels=24), pixels, ["cls-norm"])["cls-norm"]
+    options = {"interpolate_pos_encoding": True} if model == "ViTMSN" else {}
+    with torch.inference_mode():
+        expected = theirs(normalised(pixels), **options).last_hidden_state[:, 0]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_hugging_faces_vit_without_classifier_and_pooler_is_dinos(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=192, num_hidden_layers=1, num_attention_heads=3, intermediate_size=768, image_size=32, patch_size=8
+    )
+    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "dino")
+    transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
+    rules = [load(tmp_path / name, image_pixels=24).transform.positions for name in ("dino", "vit")]
+    assert rules == ["bicubic, not antialiased, offset 0.1", "as timm"]
+
+
+@pytest.mark.parametrize(
+    ("name", "image_pixels"),
+    [
+        ("swin_tiny_patch4_window7_224?img_size=64&window_size=4&depths=(1,1)&num_heads=(1,2)&embed_dim=32", 96),
+        ("eva02_tiny_patch14_224?img_size=56&depth=1", 84),
+        ("convnext_atto", 40),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
+def test_network_of_another_kind_gives_timms_features_at_another_size(name: str, image_pixels: int) -> None:
+    encoder = load(f"random:{name}", image_pixels=image_pixels)
+    pixels = torch.randint(0, 256, (2, image_pixels, image_pixels, 3), dtype=torch.uint8)
+    checkpoint = read_checkpoint(f"random:{name}")
+    theirs = checkpoint.network
+    if hasattr(theirs, "set_input_size"):
+        theirs.set_input_size(img_size=(image_pixels, image_pixels))
+    with torch.inference_mode():
+        expected = theirs.forward_head(theirs.forward_features(normalised(pixels, checkpoint.mean, checkpoint.std)))
+    found = encode(encoder, pixels, ["pool"])["pool"]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cait_xxs24_224?depth=1", "Input height"),
+        ("mixer_s32_224", "Input height"),
+    ],
+)
+def test_size_that_a_network_of_another_kind_does_not_take_is_refused_before_any_image_is_read(
+    name: str, reason: str
+) -> None:
+    with pytest.raises(UsageError, match=f"--image-pixels 250: .* takes no such images: .*{reason}") as refusal:
+        load(f"random:{name}", image_pixels=250)
+    assert (refusal.value.exit_code, "its own size" in refusal.value.hint) == (2, False)
+    assert "224" in refusal.value.hint
 
 
 def test_features_at_another_image_size_are_those_of_the_interpolated_positions(
@@ -370,10 +510,21 @@ def test_resizing_leaves_the_checkpoints_own_network_as_it_was() -> None:
     assert (checkpoint.network.pos_embed.shape[1], checkpoint.network.pos_embed.dtype) == (17, torch.float32)
 
 
-@pytest.mark.parametrize(("size", "hint"), [(36, "Use 32 or 40."), (5, "Use 8 or 16.")])
-def test_size_that_is_not_a_multiple_of_the_patch_size_is_refused_with_the_nearest_ones(size: int, hint: str) -> None:
-    with pytest.raises(UsageError, match=f"--image-pixels {size} is not a multiple of the patch size 8") as refusal:
-        load(TINY, image_pixels=size)
+@pytest.mark.parametrize(
+    ("name", "patch", "size", "hint"),
+    [
+        (TINY, 8, 36, "Use 32 or 40."),
+        (TINY, 8, 5, "Use 8 or 16."),
+        ("random:eva02_tiny_patch14_224?depth=1", 14, 250, "Use 238 or 252."),
+    ],
+)
+def test_size_that_is_not_a_multiple_of_the_patch_size_is_refused_with_the_nearest_ones(
+    name: str, patch: int, size: int, hint: str
+) -> None:
+    with pytest.raises(
+        UsageError, match=f"--image-pixels {size} is not a multiple of the patch size {patch}"
+    ) as refusal:
+        load(name, image_pixels=size)
     assert (refusal.value.exit_code, refusal.value.hint) == (2, hint)
 
 

@@ -12,17 +12,18 @@ from msn_eval.models.build import outline_network
 from msn_eval.models.vit import (
     PositionRule,
     class_token_after,
+    find_position_rule,
     interpolate_positions,
+    is_dinov2,
     is_plain,
     native_pixels,
     patch_pixels,
-    published_rule,
     stored_pixels,
 )
 
-PLAIN = PositionRule(image_pixels=224, antialias=False, offset=0.0)
-WITH_OFFSET = PositionRule(image_pixels=224, antialias=False, offset=0.1)
-ANTIALIASED = PositionRule(image_pixels=224, antialias=True, offset=0.0)
+PLAIN = PositionRule(antialias=False, offset=0.0)
+WITH_OFFSET = PositionRule(antialias=False, offset=0.1)
+ANTIALIASED = PositionRule(antialias=True, offset=0.0)
 DINOV2 = "vit_tiny_patch16_224?img_size=518&patch_size=14&init_values=1.0&depth=1"
 
 
@@ -80,13 +81,31 @@ def test_grid_without_prefix_token_has_none_afterwards() -> None:
 # Which networks have a rule of their own.
 
 
-def test_dinov2_is_evaluated_at_224_with_an_offset() -> None:
-    assert published_rule(network(DINOV2)) == PositionRule(image_pixels=224, antialias=False, offset=0.1)
+FEW_BLOCKS = "vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
 
 
-@pytest.mark.parametrize("more", ["&reg_tokens=4", "&reg_tokens=4&no_embed_class=True"])
-def test_dinov2_with_registers_is_evaluated_at_224_with_antialiasing(more: str) -> None:
-    assert published_rule(network(DINOV2 + more)) == PositionRule(image_pixels=224, antialias=True, offset=0.0)
+@pytest.mark.parametrize(
+    ("name", "family", "rule"),
+    [
+        (DINOV2, None, WITH_OFFSET),
+        (f"{DINOV2}&reg_tokens=4", None, ANTIALIASED),
+        (f"{DINOV2}&reg_tokens=4&no_embed_class=True", None, ANTIALIASED),
+        (FEW_BLOCKS, "msn", PLAIN),
+        (FEW_BLOCKS, "dino", WITH_OFFSET),
+        (FEW_BLOCKS, "ibot", WITH_OFFSET),
+        (FEW_BLOCKS, "dinov2", WITH_OFFSET),
+        (f"{FEW_BLOCKS}&reg_tokens=2", "dinov2", ANTIALIASED),
+        (FEW_BLOCKS, "mae", None),
+        (FEW_BLOCKS, None, None),
+        (f"{FEW_BLOCKS}&class_token=False&global_pool=avg", "msn", None),
+        ("beit_base_patch16_224?img_size=32&patch_size=8&depth=1", "msn", None),
+        ("resnet18", "dino", None),
+    ],
+)
+def test_positions_are_interpolated_as_the_familys_authors_do(
+    name: str, family: str | None, rule: PositionRule | None
+) -> None:
+    assert find_position_rule(network(name), family) == rule
 
 
 @pytest.mark.parametrize(
@@ -102,8 +121,8 @@ def test_dinov2_with_registers_is_evaluated_at_224_with_antialiasing(more: str) 
         "resnet18",
     ],
 )
-def test_other_networks_have_no_rule(name: str) -> None:
-    assert published_rule(network(name)) is None
+def test_networks_of_other_shapes_are_not_dinov2(name: str) -> None:
+    assert not is_dinov2(network(name))
 
 
 # Sizes.
