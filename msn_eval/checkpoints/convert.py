@@ -2,7 +2,9 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +15,10 @@ from msn_eval.checkpoints.formats.safetensors import DTYPES, save_tensors
 from msn_eval.checkpoints.hf_export import PlainNetwork, build_folder_content, read_heads_and_epsilon, write_folder
 from msn_eval.checkpoints.normalisation import ASSUMED, Normalisation, Triple, set_by_hand
 from msn_eval.checkpoints.stored import (
+    ARCHITECTURE,
+    EPOCH,
+    IMAGE_PIXELS,
+    POSITIONS,
     Contents,
     StoredCheckpoint,
     check_stored,
@@ -21,13 +27,14 @@ from msn_eval.checkpoints.stored import (
     read_contents,
 )
 from msn_eval.errors import CheckpointError, UsageError
-from msn_eval.files.atomic import remove, written_atomically
-from msn_eval.models.architectures import recognise_architecture
+from msn_eval.files.atomic import written_atomically
+from msn_eval.models.architectures import recognise_architecture, spell_architecture
 from msn_eval.models.build import outline_network
 
 Target = Literal["safetensors", "timm", "hf"]
 _log = logging.getLogger(__name__)
 _SLACK_BYTES = 1 << 20
+_TIMM = "timm"  # whose interpolation of positions applies where no other is known
 
 
 def convert_checkpoint(
@@ -65,27 +72,99 @@ def convert_checkpoint(
         raise UsageError("No such folder", where=str(out.parent), hint="Create it first.")
     contents = read_contents(source)
     if to == "safetensors":
-        tensors = _collect_tensors(contents)
-        known = contents.normalisation
-        if known is not None or mean is not None or std is not None:
-            known = set_by_hand(known or ASSUMED, mean, std)
-        _write(out, tensors, known)
-        written = read_contents(out)
-        _check_equal(dict(_flatten(written.content)), tensors, out)
-        return "", written
+        return _convert_tensors(contents, out, arch, key, mean, std)
     stored = choose_stored(contents, arch=arch, key=key)
     check_stored(stored)
     normalisation = set_by_hand(stored.normalisation, mean, std)
     if normalisation.is_assumed:
         _log.warning("%s: mean and std are %s; --mean and --std set others", contents.where, normalisation.source)
+    written: list[StoredCheckpoint] = []
+
+    def check(temporary: Path) -> None:
+        with _name_output(out):
+            written.append(_read_back(temporary, stored, key=None))
+
     if to == "timm":
         _check_readable_without_name(stored)
-        _write(out, stored.backbone.weights, normalisation)
+        _write(out, stored.backbone.weights, _state_facts(stored, normalisation), check)
     else:
-        _write_folder(out, stored, normalisation)
-    written_back = choose_stored(read_contents(out), arch=arch if to == "timm" else None)
-    _check_equal(written_back.backbone.weights, stored.backbone.weights, out)
-    return written_back.architecture.name, written_back.contents
+        _write_folder(out, stored, normalisation, check)
+    return written[0].architecture.name, written[0].contents
+
+
+def _convert_tensors(
+    contents: Contents, out: Path, arch: str | None, key: str | None, mean: Triple | None, std: Triple | None
+) -> tuple[str, Contents]:
+    """Write all tensors of a file. Where a network of it can be evaluated, the written file gives the same one."""
+    tensors = _collect_tensors(contents)
+    stored: StoredCheckpoint | None = None
+    try:
+        stored = choose_stored(contents, arch=arch, key=key)
+        check_stored(stored)
+    except CheckpointError:
+        if arch is not None or key is not None:
+            raise
+        stored = None  # several networks, or one that needs --arch before as after
+    written: list[Contents] = []
+
+    def check(temporary: Path) -> None:
+        with _name_output(out):
+            written.append(read_contents(temporary))
+            _check_equal(dict(_flatten(written[0].content)), tensors)
+            if stored is not None:
+                _read_back(temporary, stored, key=key)
+
+    normalisation = set_by_hand(
+        (contents.normalisation or ASSUMED) if stored is None else stored.normalisation, mean, std
+    )
+    facts = describe_normalisation(normalisation) if stored is None else _state_facts(stored, normalisation)
+    _write(out, tensors, facts, check)
+    return "", written[0]
+
+
+def _state_facts(stored: StoredCheckpoint, normalisation: Normalisation) -> dict[str, str]:
+    """Return what a file has to state for its reader to build the same network: no weight shows these."""
+    contents = stored.contents
+    facts = {
+        ARCHITECTURE: spell_architecture(stored.architecture),
+        POSITIONS: stored.positions or _TIMM,
+        EPOCH: None if contents.epoch is None else str(contents.epoch),
+        IMAGE_PIXELS: None if contents.stated_pixels is None else str(contents.stated_pixels),
+    }
+    return {name: text for name, text in facts.items() if text is not None} | describe_normalisation(normalisation)
+
+
+@contextmanager
+def _name_output(out: Path) -> Iterator[None]:
+    """Name the output in errors, not the temporary file that is read."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(error.what, where=str(out), hint=error.hint) from error
+
+
+def _read_back(temporary: Path, stored: StoredCheckpoint, *, key: str | None) -> StoredCheckpoint:
+    """Read what was written as an evaluation does. Raises CheckpointError unless it is the same network."""
+    written = choose_stored(read_contents(temporary), key=key)
+    check_stored(written)
+    _check_equal(written.backbone.weights, stored.backbone.weights)
+    if _describe_network(written) != _describe_network(stored):
+        raise CheckpointError(
+            f"It reads back as {written.architecture.name}, not as {stored.architecture.name}",
+            hint="Use --to hf, whose config.json states what no weight shows.",
+        )
+    return written
+
+
+def _describe_network(stored: StoredCheckpoint) -> tuple[object, ...]:
+    """Return what no weight's shape shows of a network."""
+    from timm.models.beit import Beit
+    from timm.models.vision_transformer import VisionTransformer
+
+    outline = outline_network(stored.architecture)
+    is_transformer = isinstance(outline, VisionTransformer | Beit)
+    invisible = read_heads_and_epsilon(outline) if is_transformer else None
+    return type(outline), invisible, stored.architecture.stem, stored.positions or _TIMM
 
 
 def _collect_tensors(contents: Contents) -> dict[str, Tensor]:
@@ -117,18 +196,18 @@ def _flatten(content: Mapping[str, object], prefix: str = "") -> Iterator[tuple[
             yield from _flatten(value, f"{prefix}{name}.")
 
 
-def _write(out: Path, tensors: Mapping[str, Tensor], normalisation: Normalisation | None) -> None:
-    stated = {} if normalisation is None else describe_normalisation(normalisation)
+def _write(out: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str], check: Callable[[Path], None]) -> None:
+    """Write a file, which gets its name once `check` has read it."""
     with written_atomically(out, f"{sum(tensor.nbytes for tensor in tensors.values()):,} bytes") as temporary:
-        save_tensors(temporary, tensors, stated)
+        save_tensors(temporary, tensors, facts)
+        check(temporary)
 
 
-def _check_equal(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor], out: Path) -> None:
-    """Raise CheckpointError, and remove `out`, unless it reads back bit by bit as what was to be written."""
+def _check_equal(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless tensors were read back bit by bit as they were to be written."""
     if weights_sha256(written) != weights_sha256(tensors):
-        remove(out)
-        what, hint = "The tensors read back differently; the output was removed", "Use another format, or report this."
-        raise CheckpointError(what, where=str(out), hint=hint)
+        what, hint = "The tensors read back differently; nothing was written", "Use another format, or report this."
+        raise CheckpointError(what, hint=hint)
 
 
 def _check_readable_without_name(stored: StoredCheckpoint) -> None:
@@ -149,7 +228,10 @@ def _check_readable_without_name(stored: StoredCheckpoint) -> None:
         raise CheckpointError(what, where=stored.contents.where, hint="Use --to hf, whose config.json states them.")
 
 
-def _write_folder(out: Path, stored: StoredCheckpoint, normalisation: Normalisation) -> None:
+def _write_folder(
+    out: Path, stored: StoredCheckpoint, normalisation: Normalisation, check: Callable[[Path], None]
+) -> None:
+    _check_computable(stored)
     network = PlainNetwork(
         outline=outline_network(stored.architecture),
         weights=stored.backbone.weights,
@@ -159,4 +241,16 @@ def _write_folder(out: Path, stored: StoredCheckpoint, normalisation: Normalisat
         name=stored.architecture.name,
         where=stored.contents.where,
     )
-    write_folder(out, build_folder_content(network))
+    content = build_folder_content(network)
+    write_folder(out, replace(content, metadata={POSITIONS: stored.positions or _TIMM}), check)
+
+
+def _check_computable(stored: StoredCheckpoint) -> None:
+    """Refuse weights of eight bits, with which transformers does not compute."""
+    for name, tensor in stored.backbone.weights.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+            raise CheckpointError(
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}, with which transformers does not compute",
+                where=stored.contents.where,
+                hint="Use --to timm or --to safetensors.",
+            )

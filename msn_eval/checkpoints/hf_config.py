@@ -96,7 +96,9 @@ def read_config_beside(folder: Path) -> HubConfig:
     # DINOv2's networks have a ratio instead.
     names = _SIZES.keys() - ({"intermediate_size"} if model_type.startswith("dinov2") else {"num_register_tokens"})
     sizes = {name: _read_size(config[name], name, where) for name in _SIZES if name in names and name in config}
-    return HubConfig(heads=heads, norm_eps=float(norm_eps), normalisation=normalisation, model_type=model_type, sizes=sizes)
+    return HubConfig(
+        heads=heads, norm_eps=float(norm_eps), normalisation=normalisation, model_type=model_type, sizes=sizes
+    )
 
 
 def _read_size(value: object, name: str, where: str) -> int:

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -81,21 +81,29 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class FolderContent:
-    """The content of a folder in Hugging Face layout: config.json, preprocessor_config.json and the tensors by name."""
+    """The content of a folder in Hugging Face layout: config.json, preprocessor_config.json and the tensors by name.
+
+    `metadata` is what the weight file states about its tensors.
+    """
 
     config: dict[str, object]
     processor: dict[str, object]
     tensors: dict[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_folder(out: Path, content: FolderContent) -> None:
-    """Write a folder in Hugging Face layout, complete or not at all. Raises StoreError when the disk refuses."""
+def write_folder(out: Path, content: FolderContent, check: Callable[[Path], object] = lambda folder: None) -> None:
+    """Write a folder in Hugging Face layout, complete or not at all. Raises StoreError when the disk refuses.
+
+    `check` gets the folder before it has its name, and may raise.
+    """
     size = sum(tensor.nbytes for tensor in content.tensors.values())
     with written_atomically(out, f"{size:,} bytes") as temporary:
         temporary.mkdir()
-        save_tensors(temporary / "model.safetensors", content.tensors)
+        save_tensors(temporary / "model.safetensors", content.tensors, content.metadata)
         (temporary / "config.json").write_text(json.dumps(content.config, indent=2) + "\n")
         (temporary / "preprocessor_config.json").write_text(json.dumps(content.processor, indent=2) + "\n")
+        check(temporary)
 
 
 def build_folder_content(network: PlainNetwork) -> FolderContent:

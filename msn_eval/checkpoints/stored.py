@@ -124,11 +124,11 @@ class StoredCheckpoint:
             self.contents,
             (self.architecture.timm_name or "").partition(".")[2],
         )
+        if contents.stated_positions is not None:
+            return contents.stated_positions
         if contents.config is not None and contents.config.model_type is not None:
             # DINO is published there as a ViT without classifier and pooler.
             return {"vit_msn": "msn", "vit": "dino" if own == "msn" else None}.get(contents.config.model_type, own)
-        if contents.stated_positions is not None:
-            return contents.stated_positions
         if contents.stated_arch is not None:  # by msn_pretrain
             return "msn"
         if own == "open" and tag:

@@ -95,6 +95,14 @@ def name_architecture(text: str) -> Architecture:
     return Architecture(name=text, timm_name=name, keywords=keywords, stem=None if stem is None else str(stem))
 
 
+def spell_architecture(architecture: Architecture) -> str | None:
+    """Return an architecture as `--arch` takes it, None for a Transformer that is not timm's."""
+    if architecture.timm_name is None or "?" in architecture.name:
+        return None if architecture.timm_name is None else architecture.name
+    keywords = {**architecture.keywords} | ({} if architecture.stem is None else {"stem": architecture.stem})
+    return architecture.timm_name + (f"?{urllib.parse.urlencode(keywords)}" if keywords else "")
+
+
 def check_keyword(name: str, value: object) -> None:
     """Check a keyword of one of timm's architectures before the network is built, which could take hours.
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import msn_eval
-from msn_eval.checkpoints.checkpoint import read_checkpoint
+from msn_eval.checkpoints.checkpoint import locate_weights, read_checkpoint
 from msn_eval.checkpoints.convert import Target, convert_checkpoint
 from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD, make_eval_transform, resize_and_crop
 from msn_eval.errors import CheckpointError, MsnEvalError, StoreError
@@ -562,3 +562,112 @@ def test_output_has_the_permissions_of_the_umask(msn_file: MSNWriter, tmp_path: 
     (tmp_path / "plain").write_bytes(b"")
     written = out / "model.safetensors" if to == "hf" else out
     assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# What no weight shows.
+
+
+@pytest.mark.parametrize("to", ["safetensors", "timm"])
+def test_architecture_that_the_source_states_goes_along(tmp_path: Path, to: Target, random_pixels: Tensor) -> None:
+    demo = locate_weights("demo")[0]
+    out = tmp_path / "demo.safetensors"
+    convert_checkpoint(demo, out, to=to)
+    side = load_encoder(str(out), device="cpu").transform.crop
+    pixels = random_pixels[:, :side, :side]
+    assert torch.equal(features(out, pixels, "cls"), features(demo, pixels, "cls"))
+
+
+@pytest.mark.parametrize("to", ["safetensors", "timm"])
+def test_architecture_given_by_hand_goes_along(
+    tmp_path: Path, vit_weights: WeightMaker, to: Target, random_pixels: Tensor
+) -> None:
+    arch = f"{TINY}&embed_dim=96&num_heads=2"
+    source, out = saved(tmp_path, vit_weights(width=96)), tmp_path / "out"
+    convert_checkpoint(source, out, to=to, arch=arch)
+    assert torch.equal(features(out, random_pixels, "cls"), features(source, random_pixels, "cls", arch=arch))
+
+
+@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (lambda draw: {"target_encoder": draw()}, "bicubic, not antialiased"),
+        (
+            lambda draw: {"teacher": {f"backbone.{name}": tensor for name, tensor in draw().items()}},
+            "bicubic, not antialiased, offset 0.1",
+        ),
+        (lambda draw: draw() | {"head.weight": torch.ones(5, 192), "head.bias": torch.ones(5)}, "as timm"),
+    ],
+    ids=["MSN", "DINO", "timm"],
+)
+def test_rule_of_positions_goes_along(
+    tmp_path: Path, vit_weights: WeightMaker, to: Target, content: Callable[[WeightMaker], object], rule: str
+) -> None:
+    source, out = saved(tmp_path, content(vit_weights)), tmp_path / "out"
+    convert_checkpoint(source, out, to=to)
+    assert load_encoder(str(out), device="cpu", image_pixels=64).transform.positions == rule
+
+
+def test_size_of_images_of_a_residual_network_goes_along(tmp_path: Path) -> None:
+    weights = timm.create_model("resnet18", num_classes=0).state_dict()
+    stated = {"msn_eval.architecture": "resnet18", "msn_eval.image_pixels": "96", "epoch": "7"}
+    safetensors.torch.save_file(dict(weights), tmp_path / "source", metadata=stated)
+    convert_checkpoint(tmp_path / "source", tmp_path / "out", to="timm")
+    checkpoint = read_checkpoint(str(tmp_path / "out"))
+    assert (checkpoint.image_pixels, checkpoint.epoch) == (96, 7)
+
+
+def test_file_that_would_read_back_as_another_network_is_not_written(
+    file_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_from(file_of("msn"))
+    config = stated(folder) | {"layer_norm_eps": 1e-5}
+    (folder / "config.json").write_text(json.dumps(config))
+    error = refusal(folder, to="safetensors", out=tmp_path / "out.safetensors")
+    assert (error.exit_code, error.where) == (20, str(tmp_path / "out.safetensors"))
+    assert "It reads back as" in error.what
+    assert "--to hf" in error.hint
+    assert [path.name for path in tmp_path.iterdir() if "out.safetensors" in path.name] == []
+
+
+def test_equal_weights_give_equal_files(msn_file: MSNWriter, tmp_path: Path) -> None:
+    source = msn_file()
+    contents = set()
+    for number in range(4):
+        convert_checkpoint(source, tmp_path / str(number), to="timm")
+        contents.add((tmp_path / str(number)).read_bytes())
+    assert len(contents) == 1
+
+
+# Weights of eight bits.
+
+
+def in_float8(weights: Weights, dtype: torch.dtype = torch.float8_e4m3fn) -> Weights:
+    return {name: tensor.to(dtype) for name, tensor in weights.items()}
+
+
+def test_weights_of_eight_bits_are_written_where_they_can_be_computed_with(
+    tmp_path: Path, vit_weights: WeightMaker, random_pixels: Tensor
+) -> None:
+    source = saved(tmp_path, in_float8(vit_weights()))
+    convert_checkpoint(source, tmp_path / "out", to="timm")
+    assert torch.equal(features(tmp_path / "out", random_pixels, "cls"), features(source, random_pixels, "cls"))
+
+
+def test_weights_of_eight_bits_are_not_written_for_transformers(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    error = refusal(saved(tmp_path, in_float8(vit_weights())))
+    assert (error.exit_code, error.hint) == (20, "Use --to timm or --to safetensors.")
+    assert "is float8_e4m3fn, with which transformers does not compute" in error.what
+
+
+@pytest.mark.parametrize("kind", ["msn", "registers gated"])
+def test_queries_keys_and_values_of_eight_bits_are_read(
+    file_of: Callable[[str], Path], kind: str, random_pixels: Tensor
+) -> None:
+    folder = folder_from(file_of(kind))
+    file = folder / "model.safetensors"
+    rounded = in_float8(safetensors.torch.load_file(file))
+    safetensors.torch.save_file({name: tensor.float() for name, tensor in rounded.items()}, file)
+    expected = features(folder, random_pixels, "cls")
+    safetensors.torch.save_file(rounded, file)
+    torch.testing.assert_close(features(folder, random_pixels, "cls"), expected, atol=0, rtol=0)
