@@ -30,8 +30,15 @@ from msn_eval.checkpoints.normalisation import (
     set_by_hand,
 )
 from msn_eval.checkpoints.run_folder import evaluated_file, is_run_folder
-from msn_eval.checkpoints.sanity_checks import describe_values, find_alarms
-from msn_eval.checkpoints.stored import StoredCheckpoint, check_stored, choose_stored, load_weights, read_contents
+from msn_eval.checkpoints.sanity_checks import describe_values
+from msn_eval.checkpoints.stored import (
+    StoredCheckpoint,
+    check_stored,
+    choose_stored,
+    list_alarms,
+    load_weights,
+    read_contents,
+)
 from msn_eval.errors import CheckpointError, printable
 from msn_eval.models.architectures import Architecture, name_architecture
 from msn_eval.models.build import build_network, check_architecture_name
@@ -333,7 +340,7 @@ def _load_stored(
     network = build_network(stored.architecture, seed=seed)
     infos = {weight: describe_values(tensor) for weight, tensor in stored.backbone.weights.items()}
     load_weights(network, stored.backbone.weights, infos, where=stored.contents.where)
-    for alarm in find_alarms(stored.choice, infos):
+    for alarm in list_alarms(stored, infos):
         _log.warning("%s: %s", path, alarm)
     fields |= {"sha256": stored.contents.sha256, "key": stored.choice.network.key, "epoch": stored.contents.epoch}
     return _describe_built(network, stored.architecture, stored, path=path, matched=matched, **fields)

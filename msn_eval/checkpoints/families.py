@@ -84,6 +84,7 @@ _VIT_NAMES: _Rules = (
     (re.compile(r"\.mlp\.w12\."), ".mlp.fc1."),
     (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),
 )
+_IJEPA_HEADS = {768: 12}  # others of this width without class token have 16
 # The families whose authors interpolate position embeddings in another way than timm.
 _OWN_POSITIONS = ("msn", "dino", "ibot", "dinov2")
 _MOCOV3_HEADS = 12  # of its small network as of its base, and of solo-learn's tiny one
@@ -97,7 +98,8 @@ def read_vit(network: StoredNetwork) -> Backbone:
     is_mocov3 = family == "mocov3" or (family in ("timm", "solo-learn") and _has_fixed_positions(network.tensors))
     # solo-learn's MAE has as many heads, and MAE's positions; its other networks learn theirs.
     is_solo_mae = family == "solo-learn" and _has_fixed_positions(network.tensors, column_first=True)
-    narrow = (*network.tensors["patch_embed.proj.weight"].shape, 0)[0] <= _MOCOV3_MAX_WIDTH
+    width = (*network.tensors["patch_embed.proj.weight"].shape, 0)[0]
+    narrow = width <= _MOCOV3_MAX_WIDTH
     kept = _drop(family, network.tensors, _VIT_DROPPED)
     # Tables of indices are computed, not learned.
     learned = {name: tensor for name, tensor in kept.weights.items() if not name.endswith("relative_position_index")}
@@ -106,7 +108,11 @@ def read_vit(network: StoredNetwork) -> Backbone:
         format="mocov3" if is_mocov3 and family == "timm" else family,
         positions=_choose_positions("mocov3" if is_mocov3 else family, network.tensors),
         weights=_move_class_position(_rename(learned, _VIT_NAMES)),
-        heads=_MOCOV3_HEADS if (is_mocov3 or is_solo_mae) and narrow else None,
+        heads=_MOCOV3_HEADS
+        if (is_mocov3 or is_solo_mae) and narrow
+        else _IJEPA_HEADS.get(width)
+        if family == "ijepa"
+        else None,
     )
 
 

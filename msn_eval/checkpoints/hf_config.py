@@ -12,7 +12,14 @@ from torch import Tensor
 from msn_eval.checkpoints.hf_folder import CONFIG, read_hub_config, read_image_processor
 from msn_eval.checkpoints.normalisation import Normalisation, read_processor_normalisation, read_timm_normalisation
 from msn_eval.errors import CheckpointError
-from msn_eval.models.architectures import NOT_KEYWORDS, Architecture, name_architecture
+from msn_eval.models.architectures import (
+    IMAGE_CHANNELS,
+    NOT_KEYWORDS,
+    Architecture,
+    name_architecture,
+    not_square,
+    wrong_channels,
+)
 
 # The layer norms' epsilon by transformers' default, for each model type that is evaluated here.
 _NORM_EPS = {
@@ -128,6 +135,11 @@ def _read_timm_config(config: Mapping[str, object], where: str) -> HubConfig:
         raise CheckpointError(f"architecture is {name!r}", where=where, hint="It must be one of timm's names.")
     # timm before 0.9 wrote everything on one level, and still reads it.
     stated: Mapping[str, object] = pretrained if isinstance(pretrained, Mapping) else config
+    channels, *sides = size if isinstance(size := stated.get("input_size"), list) and size else [IMAGE_CHANNELS]
+    if channels != IMAGE_CHANNELS:
+        raise wrong_channels(channels, where=where)
+    if len({str(side) for side in sides}) > 1:
+        raise not_square(f"input_size {size!s:.60}", where=where)
     keywords = _check_keywords(keywords, where) if isinstance(keywords, Mapping) else {}
     architecture = replace(name_architecture(name), keywords=keywords)
     return HubConfig(architecture=architecture, normalisation=read_timm_normalisation(Path(where), stated))

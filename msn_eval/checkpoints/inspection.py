@@ -7,8 +7,15 @@ from typing import Any
 from torch import nn
 
 from msn_eval.checkpoints.networks import StoredNetwork
-from msn_eval.checkpoints.sanity_checks import describe_values, find_alarms, join_statistics
-from msn_eval.checkpoints.stored import Contents, StoredCheckpoint, choose_stored, fit_weights, read_contents
+from msn_eval.checkpoints.sanity_checks import describe_values, join_statistics
+from msn_eval.checkpoints.stored import (
+    Contents,
+    StoredCheckpoint,
+    choose_stored,
+    fit_weights,
+    list_alarms,
+    read_contents,
+)
 from msn_eval.errors import CheckpointError
 from msn_eval.models.build import outline_network
 from msn_eval.models.vit import find_position_rule, is_dinov2, native_pixels, patch_pixels, stored_pixels
@@ -144,7 +151,7 @@ def _inspect_choice(inspection: Inspection, stored: StoredCheckpoint) -> Inspect
             "not_finite": info.not_finite,
             "dtypes": sorted({str(tensors[name].dtype).removeprefix("torch.") for name in floating}),
         },
-        alarms=find_alarms(choice, infos),
+        alarms=list_alarms(stored, infos),
     )
 
 

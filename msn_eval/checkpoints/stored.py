@@ -3,6 +3,7 @@
 import fnmatch
 import hashlib
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from msn_eval.checkpoints.hf_config import HubConfig, check_sizes, read_config_b
 from msn_eval.checkpoints.hf_folder import CONFIG, find_weight_files
 from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork, choose_network, find_networks, stated_epoch
 from msn_eval.checkpoints.normalisation import IMAGENET, Normalisation, check_std, choose_normalisation, read_triple
-from msn_eval.checkpoints.sanity_checks import TensorInfo
+from msn_eval.checkpoints.sanity_checks import TensorInfo, find_alarms
 from msn_eval.errors import CheckpointError
 from msn_eval.models.architectures import (
     IMAGE_CHANNELS,
@@ -27,7 +28,7 @@ from msn_eval.models.architectures import (
     wrong_channels,
 )
 from msn_eval.models.build import outline_network
-from msn_eval.models.vit import native_pixels, stored_pixels
+from msn_eval.models.vit import find_other_grid, native_pixels, stored_pixels
 
 _log = logging.getLogger(__name__)
 _SLACK_BYTES = 1 << 20
@@ -252,6 +253,26 @@ def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) 
     if fit.waived:
         _log.warning("%s: absent, so left untrained: %s", stored.contents.where, ", ".join(fit.waived))
     return fit.matched
+
+
+def list_alarms(stored: StoredCheckpoint, infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """Return the reasons to doubt the chosen network, a sentence each: those of `find_alarms`, and positions of another grid.
+
+    Args:
+        stored: The network.
+        infos: Statistics of the weights that are used, by name.
+    """
+    alarms, positions = find_alarms(stored.choice, infos), stored.backbone.weights.get("pos_embed")
+    if positions is None or positions.dim() != 3 or not positions.is_floating_point():
+        return alarms
+    side = math.isqrt(positions.shape[1])
+    if (other := find_other_grid(positions, side)) is None:
+        return alarms
+    rows, columns = other
+    looks = (
+        f"the position embeddings look as if learned for {rows} x {columns} patches; they are read as {side} x {side}"
+    )
+    return (*alarms, f"{looks}. Wrap a network for images that are no squares: py:package.module:factory")
 
 
 def _check_size(contents: Contents, network: StoredNetwork) -> None:

@@ -15,6 +15,7 @@ from msn_eval.errors import CheckpointError
 # No weight's shape shows the number of heads; these are the published ones.
 _HEADS_BY_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 _GATED_HEADS_BY_WIDTH = {**_HEADS_BY_WIDTH, 1536: 24}  # networks of this width without gates have 16
+_OPEN_WIDTH = 768  # published with two numbers of heads where there is no class token
 _SIZE_BY_WIDTH_AND_DEPTH = {
     (192, 12): "tiny",
     (384, 12): "small",
@@ -107,7 +108,7 @@ def check_keyword(name: str, value: object) -> None:
     """Check a keyword of one of timm's architectures before the network is built, which could take hours.
 
     Raises:
-        CheckpointError: A number is larger than in any network, or the network does not take images of three channels.
+        CheckpointError: A number is larger than in any network, or the network does not take square images of three channels.
     """
     limit = _MAX_IMAGE_PIXELS if name == "img_size" else _MAX_DEPTH if _COUNTS.fullmatch(name) else _MAX_NUMBER
     pending, numbers = [value], []
@@ -120,8 +121,22 @@ def check_keyword(name: str, value: object) -> None:
     if not all(abs(number) <= limit for number in numbers):
         hint = "Name an architecture that exists, or wrap the network: py:package.module:factory."
         raise CheckpointError(f"{name}={value!s:.60} is above the largest supported number, {limit:,}", hint=hint)
+    if (
+        name in ("img_size", "patch_size")
+        and len({str(side) for side in value} if isinstance(value, list | tuple) else ()) > 1
+    ):
+        raise not_square(f"{name}={value!s:.60}")
     if name == "in_chans" and value != IMAGE_CHANNELS:
         raise wrong_channels(value)
+
+
+def not_square(stated: str, *, where: str = "") -> CheckpointError:
+    """Return the error for a network whose images or patches are not squares, as `stated`."""
+    return CheckpointError(
+        f"{stated}: only square images and patches are supported",
+        where=where,
+        hint="Wrap the network in a module that takes squares: py:package.module:factory.",
+    )
 
 
 def wrong_channels(channels: object, *, where: str = "") -> CheckpointError:
@@ -242,6 +257,12 @@ def _describe_transformer(
         raise _unknown("a Vision Transformer whose blocks have no mlp.fc1 and mlp.fc2")
     hidden = first.shape[0]
     gated = hidden == 2 * second.shape[1]  # one half of the outputs gates the other half
+    if heads is None and width == _OPEN_WIDTH and not gated and not weights.keys() & {"cls_token", "reg_token"}:
+        raise CheckpointError(
+            f"a Vision Transformer of width {width} without class token has 12 or 16 heads, which no weight shows",
+            hint=f"Name it: --arch vit_base_patch16_gap_224 (16 heads), or --arch 'vit_base_patch16_224?class_token=False"
+            f"&global_pool=avg&patch_size={patch}&img_size={grid * patch}' (12 heads).",
+        )
     heads = heads or (_GATED_HEADS_BY_WIDTH if gated else _HEADS_BY_WIDTH).get(width)
     if heads is None:
         raise CheckpointError(

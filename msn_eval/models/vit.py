@@ -9,6 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _DINOV2_PIXELS = 224
+# Of `find_other_grid`: differences below this share of the variance are alike; below this share of the differences at
+# neighbouring distances, they are a minimum. Drawn positions differ by 1 at every distance, to a few percent.
+_ALIKE, _DIP = 0.7, 0.9
+_SMALLEST_GRID, _LARGEST_GRID = 4, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,36 @@ def interpolate_positions(positions: Tensor, *, patches_a_side: int, rule: Posit
     target = {"scale_factor": (scale, scale)} if rule.offset else {"size": (patches_a_side, patches_a_side)}
     resized = functional.interpolate(square, mode="bicubic", antialias=rule.antialias, **target)
     return torch.cat([positions[:, :prefix], resized.flatten(2).transpose(1, 2)], dim=1)
+
+
+def find_other_grid(positions: Tensor, patches_a_side: int) -> tuple[int, int] | None:
+    """Return the rows and columns that position embeddings were learned for, where that is not the square they are read as.
+
+    Learned positions of patches above each other are alike, so that their mean squared difference has a minimum at a distance of
+    one row. None where it is lowest for the assumed grid, and where no grid has it, as before a training.
+
+    Args:
+        positions: (1, p + g * g, d), p prefix tokens first.
+        patches_a_side: g.
+    """
+    patches = positions[0, -(patches_a_side**2) :].double()
+    scale = 2 * patches.var(dim=0, unbiased=False).sum()
+
+    def difference(distance: int) -> float:
+        return float((patches[distance:] - patches[:-distance]).square().sum(dim=1).mean() / scale)
+
+    def is_row(distance: int) -> bool:
+        beside = min(difference(distance - 1), difference(distance + 1))
+        return difference(distance) < min(_ALIKE, _DIP * beside, difference(patches_a_side))
+
+    count = len(patches)
+    if not _SMALLEST_GRID <= patches_a_side <= _LARGEST_GRID or not scale.isfinite() or scale <= 0:
+        return None
+    widths = [width for width in range(2, count // 2 + 1) if count % width == 0 and is_row(width)]
+    if not widths:
+        return None
+    width = min(widths, key=difference)
+    return count // width, width
 
 
 def stored_pixels(network: nn.Module) -> int | None:

@@ -40,7 +40,7 @@ def test_epsilon_that_is_not_stated_is_transformers_default(tmp_path: Path, mode
 
 def test_stated_heads_and_epsilon_are_read(tmp_path: Path) -> None:
     config = write_and_read(tmp_path, MSN | {"num_attention_heads": 12, "layer_norm_eps": 1e-5})
-    assert config == HubConfig(heads=12, norm_eps=1e-5)
+    assert config == HubConfig(heads=12, norm_eps=1e-5, model_type="vit_msn")
 
 
 @pytest.mark.parametrize(
@@ -152,3 +152,15 @@ def test_folder_with_an_adapter_is_refused_with_how_to_merge_it(tmp_path: Path) 
 @pytest.mark.parametrize("name", ["image_size", "patch_size"])
 def test_images_and_patches_that_are_not_square_are_refused(tmp_path: Path, name: str) -> None:
     assert "square" in refusal(tmp_path, {"model_type": "vit_msn", name: [224, 112]}).what
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        ([3, 32, 64], "input_size [3, 32, 64]: only square images and patches are supported"),
+        ([1, 32, 32], "The network takes images of 1 channels; images here have 3"),
+    ],
+)
+def test_images_of_timm_that_are_no_squares_or_not_rgb_are_refused(tmp_path: Path, size: list[int], text: str) -> None:
+    error = refusal(tmp_path, TIMM | {"pretrained_cfg": {"input_size": size}})
+    assert (error.what, "py:package.module:factory" in error.hint) == (text, True)

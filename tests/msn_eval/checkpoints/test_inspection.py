@@ -228,3 +228,14 @@ def test_large_file_is_held_in_memory_once(tmp_path: Path, vit_weights: WeightMa
         check=True,
     )
     assert int(child.stdout) < 1.6 * paths[0].stat().st_size
+
+
+def test_positions_of_a_rectangle_are_an_alarm(tmp_path: Path, vit_weights: WeightMaker) -> None:
+    weights = vit_weights()
+    frequencies = 10_000.0 ** -(torch.arange(48) / 48)
+    down = (torch.arange(2)[:, None] * frequencies).repeat_interleave(8, 0)
+    across = (torch.arange(8)[:, None] * frequencies).repeat(2, 1)
+    patches = torch.cat([down.sin(), down.cos(), across.sin(), across.cos()], dim=1)
+    facts = inspected(tmp_path, weights | {"pos_embed": torch.cat([torch.zeros(1, 192), patches])[None]})
+    assert [alarm for alarm in facts.alarms if "as if learned for 2 x 8 patches; they are read as 4 x 4" in alarm]
+    assert facts.problem is None

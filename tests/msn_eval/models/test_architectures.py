@@ -309,6 +309,21 @@ def test_beit_of_512_pixels_has_room_for_its_tables() -> None:
     assert outline.patch_embed.grid_size == (32, 32)
 
 
+def test_base_network_without_class_token_is_refused_with_both_numbers_of_heads(vit_weights: WeightMaker) -> None:
+    weights = vit_weights(width=768, depth=1, class_token=False)
+    with pytest.raises(CheckpointError, match="of width 768 without class token has 12 or 16 heads") as refusal:
+        recognise_architecture(weights)
+    hint = refusal.value.hint
+    assert ("vit_base_patch16_gap_224 (16 heads)" in hint, "img_size=32' (12 heads)" in hint) == (True, True)
+    assert recognise_architecture(weights, heads=16).keywords["num_heads"] == 16
+
+
+@pytest.mark.parametrize("more", [{}, {"registers": 4}])
+def test_base_network_with_a_prefix_token_has_12_heads(vit_weights: WeightMaker, more: dict[str, int]) -> None:
+    weights = vit_weights(width=768, depth=1, **more)
+    assert recognise_architecture(weights).keywords["num_heads"] == 12
+
+
 @pytest.mark.parametrize(
     ("name", "weights"),
     [

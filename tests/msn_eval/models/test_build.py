@@ -105,3 +105,17 @@ def test_network_for_images_of_13_channels_is_refused_with_a_module_of_ones_own_
     with pytest.raises(CheckpointError, match="takes images of 13 channels; images here have 3") as refusal:
         build(name_architecture(f"{TINY}&in_chans=13"))
     assert "py:package.module:factory" in refusal.value.hint
+
+
+@pytest.mark.parametrize("query", ["img_size=(32,64)", "img_size=[64,32]", "patch_size=(8,16)"])
+def test_stated_rectangle_is_refused(query: str) -> None:
+    with pytest.raises(CheckpointError, match="only square images and patches are supported") as refusal:
+        outline_network(name_architecture(f"vit_tiny_patch16_224?{query}"))
+    assert "py:package.module:factory" in refusal.value.hint
+
+
+def test_square_stated_by_both_sides_is_built() -> None:
+    assert (
+        outline_network(name_architecture(f"{TINY}&img_size=(32,32)".replace("img_size=32&", ""))).pos_embed.shape[1]
+        == 17
+    )

@@ -12,6 +12,7 @@ from msn_eval.models.build import outline_network
 from msn_eval.models.vit import (
     PositionRule,
     class_token_after,
+    find_other_grid,
     find_position_rule,
     interpolate_positions,
     is_dinov2,
@@ -76,6 +77,46 @@ def test_positions_are_interpolated_by_the_definition(grid: int, wanted: int, ru
 
 def test_grid_without_prefix_token_has_none_afterwards() -> None:
     assert interpolate_positions(positions(6, prefix=0), patches_a_side=4, rule=PLAIN).shape == (1, 16, 3)
+
+
+# The grid that positions were learned for.
+
+
+def sines(rows: int, columns: int, *, width: int = 64, noise: float = 0.0) -> Tensor:
+    """Return fixed positions of a grid as of MAE and MoCo v3, behind a class token's, with noise of that share of their std."""
+    frequencies = 10_000.0 ** -(torch.arange(width // 4) / (width // 4))
+    down, across = (torch.arange(count)[:, None] * frequencies for count in (rows, columns))
+    parts = [down.repeat_interleave(columns, 0), across.repeat(rows, 1)]
+    patches = torch.cat([wave for angles in parts for wave in (angles.sin(), angles.cos())], dim=1)
+    patches += noise * patches.std() * torch.randn(patches.shape, generator=torch.Generator().manual_seed(1))
+    return torch.cat([torch.zeros(1, width), patches])[None]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("grid", [(2, 8), (8, 2), (4, 16), (16, 4), (28, 7), (7, 28), (8, 32), (9, 16)])
+def test_rectangle_with_a_square_number_of_patches_is_recognised_by_its_positions(
+    grid: tuple[int, int], noise: float
+) -> None:
+    assert find_other_grid(sines(*grid, noise=noise), math.isqrt(grid[0] * grid[1])) == grid
+
+
+@pytest.mark.parametrize("side", [4, 5, 6, 8, 14, 16, 24, 37])
+@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])
+def test_positions_of_the_assumed_square_raise_no_alarm(side: int, noise: float) -> None:
+    assert find_other_grid(sines(side, side, noise=noise), side) is None
+
+
+@pytest.mark.parametrize("width", [8, 64, 384])
+@pytest.mark.parametrize("side", [1, 2, 4, 6, 8, 14])
+def test_drawn_positions_raise_no_alarm(side: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(side)
+    drawn = [torch.randn(1, side * side + 1, width, generator=generator) for _ in range(20)]
+    assert [find_other_grid(positions, side) for positions in drawn] == [None] * 20
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_positions_without_differences_raise_no_alarm(value: float) -> None:
+    assert find_other_grid(torch.full((1, 17, 8), value), 4) is None
 
 
 # Which networks have a rule of their own.
