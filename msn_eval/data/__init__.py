@@ -69,7 +69,7 @@ def read_split(name: str, split: str, *, cache_dir: Path | None = None) -> Image
     if split not in SPLITS:
         raise UsageError(f"split {split!r}: a data set has the splits train and val")
     _, listing = _load(name, LoadOptions(splits=(split,), cache_dir=cache_dir))
-    return make_split(listing.splits[split])
+    return make_split(listing.splits[split], where=name)
 
 
 def _load(name: str, options: LoadOptions) -> tuple[Entry, DatasetListing]:

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+import unicodedata
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -134,17 +136,11 @@ def make_dataset(
         distribution: Of the plug-in that listed it.
 
     Raises:
-        DataError: The splits differ in their classes and may not.
+        DataError: The splits differ in their classes and may not, or have none in common; or two names look alike.
     """
     train, val = (listing.splits[split] for split in SPLITS)
-    if train.files.keys() != val.files.keys() and not allow_class_mismatch:
-        only = {"train": train.files.keys() - val.files.keys(), "val": val.files.keys() - train.files.keys()}
-        differences = [f"only in {split}: {_sample(names)}" for split, names in only.items() if names]
-        raise DataError(
-            f"train and val differ in their classes ({'; '.join(differences)})",
-            where=where,
-            hint="Labels would shift. Complete the split, or pass --allow-class-mismatch to number the union of both.",
-        )
+    _check_look_alikes(train.files.keys() | val.files.keys(), where)
+    _check_mismatch(set(train.files), set(val.files), where, allowed=allow_class_mismatch)
     classes = _sort_names(train.files.keys() | val.files.keys())
     return DataSet(
         name=listing.name,
@@ -154,9 +150,47 @@ def make_dataset(
     )
 
 
-def make_split(listing: Listing) -> ImageSet:
-    """Return one split by itself, with its own classes."""
+def make_split(listing: Listing, *, where: str = "") -> ImageSet:
+    """Return one split by itself, with its own classes. Raises DataError where two names look alike."""
+    _check_look_alikes(listing.files.keys(), where)
     return _number_images(listing, _sort_names(listing.files))
+
+
+def find_look_alikes(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """Group the names that some file systems treat as equal: they differ only by case or Unicode normalisation."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())].append(name)
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+def _check_look_alikes(classes: Collection[str], where: str) -> None:
+    for group in find_look_alikes(_sort_names(classes)):
+        names = " and ".join(name if name.isascii() else f"{name} ({name!a})" for name in group)
+        raise DataError(
+            f"the classes {names} differ only by case or Unicode normalisation",
+            where=where,
+            hint="Many file systems hold them for one. Rename one of them, or merge them if they are the same class.",
+        )
+
+
+def _check_mismatch(train: set[str], val: set[str], where: str, *, allowed: bool) -> None:
+    if train == val or (allowed and train & val):
+        return
+    only = {"train": train - val, "val": val - train}
+    differences = "; ".join(f"only in {split}: {_sample(names)}" for split, names in only.items() if names)
+    if train & val:
+        what = f"train and val differ in their classes ({differences})"
+        hint = "Labels would shift. Complete the split, or pass --allow-class-mismatch to number the union of both."
+        if only["val"]:
+            hint += " No image of a class that is only in val can be right then."
+    else:
+        what = f"train and val have no class in common, so no validation image can be right ({differences})"
+        hint = "Give the classes of val the names that they have in train."
+        if val == {str(number) for number in range(len(train))}:  # ImageNet-V2, for example
+            first, *_, last = _sort_names(train)
+            hint += f" If val counts the classes of train in byte order, 0 is {first} and {len(train) - 1} is {last}."
+    raise DataError(what, where=where, hint=hint)
 
 
 def _number_images(listing: Listing, classes: Sequence[str]) -> ImageSet:

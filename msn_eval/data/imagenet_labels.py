@@ -67,13 +67,15 @@ def read_labels(files: Sequence[str], folders: Sequence[Path], *, where: str, kn
                 where=str(path),
                 hint="Remove the wrong one.",
             )
-    classes = {label.wnid for label in labels} if known is None else set(known)
+    found = {label.wnid for label in labels}
+    classes = found if known is None else set(known)
+    allow = "or pass --allow-class-mismatch to number the union of both" if found & classes else "or use their labels"
     for file, label in zip(files, labels, strict=True):
         if label.wnid not in classes:
             raise DataError(
                 f"line {label.line}: {label.wnid}, the class of {file}, is not one of the {len(classes):,} training classes",
                 where=str(path),
-                hint="Complete the training images, or pass --allow-class-mismatch to number the union of both.",
+                hint=f"Complete the training images, {allow}.",
             )
     return [label.wnid for label in labels]
 

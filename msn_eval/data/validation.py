@@ -2,13 +2,12 @@
 
 import os
 import re
-import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from msn_eval.data.dataset import DataSet, class_map_sha256
+from msn_eval.data.dataset import DataSet, class_map_sha256, find_look_alikes
 from msn_eval.data.hashing import content_sha256
 from msn_eval.data.image_info import ImageInfo, Progress, inspect_images
 from msn_eval.data.imagenet_subsets import read_publication
@@ -53,7 +52,7 @@ class SplitCheck:
         smallest: The image with the fewest pixels, and `largest` the one with the most; the first of several.
         unreadable: Images that cannot be used.
         duplicates: Images whose bytes an earlier image of the split has.
-        look_alikes: Ids, or classes, that differ only by case or by Unicode normalisation.
+        look_alikes: Ids that differ only by case or by Unicode normalisation.
         content_sha256: As in records; None where an image could not be read.
         digests: SHA-256 of each image that could be read.
     """
@@ -172,18 +171,10 @@ def check_split(images: ImageSet, infos: Iterable[ImageInfo]) -> SplitCheck:
         largest=max(sizes, key=ImageSize.pixels, default=None),
         unreadable=tuple(UnreadableImage(image, images.source.place(image), reason) for image, reason in problems),
         duplicates=len(digests) - len(set(digests.values())),
-        look_alikes=(*find_look_alikes(images.classes), *find_look_alikes(images.ids)),
+        look_alikes=find_look_alikes(images.ids),
         content_sha256=content_sha256(images.ids, hashes) if len(hashes) == len(images) else None,
         digests=digests,
     )
-
-
-def find_look_alikes(names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Group the names that some file systems treat as equal: they differ only by case or Unicode normalisation."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        groups[unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())].append(name)
-    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
 def _count_warnings(data: DataSet) -> Iterator[str]:

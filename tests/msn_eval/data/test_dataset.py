@@ -1,6 +1,7 @@
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,15 @@ from types import SimpleNamespace
 import pytest
 
 from msn_eval.data import list_datasets, read_dataset, read_split
-from msn_eval.data.dataset import DatasetListing, Listing, LoadOptions, class_map_sha256, make_dataset, make_split
+from msn_eval.data.dataset import (
+    DatasetListing,
+    Listing,
+    LoadOptions,
+    class_map_sha256,
+    find_look_alikes,
+    make_dataset,
+    make_split,
+)
 from msn_eval.data.folder import FolderSource
 from msn_eval.errors import DataError, UsageError
 
@@ -84,6 +93,73 @@ def test_files_that_were_passed_over_are_counted_for_each_split() -> None:
         pets(*(Listing(files={"a": ["x"]}, source=SOURCE, passed_over=n) for n in (3, 5))), where="here"
     )
     assert (data.train.passed_over, data.val.passed_over) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "shown"),
+    [
+        (["Cat", "cat"], ["Cat", "cat"], "Cat and cat"),
+        (["Cat"], ["cat"], "Cat and cat"),
+        (
+            ["caf\u00e9"],
+            ["caf\u00e9", "cafe\u0301"],
+            "cafe\u0301 ('cafe\\u0301') and caf\u00e9 ('caf\\xe9')",
+        ),
+    ],
+)
+def test_classes_that_look_alike_are_refused_by_name(train: list[str], val: list[str], shown: str) -> None:
+    splits = (Listing(files={name: ["x"] for name in names}, source=SOURCE) for names in (train, val))
+    with pytest.raises(DataError) as caught:
+        make_dataset(pets(*splits), where="here", allow_class_mismatch=True)
+    assert caught.value.what == f"the classes {shown} differ only by case or Unicode normalisation"
+    assert (caught.value.exit_code, caught.value.where) == (21, "here")
+
+
+def test_single_split_with_classes_that_look_alike_is_refused(tmp_path: Path) -> None:
+    for name in ("Cat", "cat"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / "x.png").touch()
+    with pytest.raises(DataError, match="the classes Cat and cat differ only by case"):
+        read_split(str(tmp_path), "val")
+
+
+def mismatch(train: Sequence[str], val: Sequence[str], *, allowed: bool = False) -> DataError:
+    splits = (Listing(files={name: ["x"] for name in names}, source=SOURCE) for names in (train, val))
+    with pytest.raises(DataError) as caught:
+        make_dataset(pets(*splits), where="here", allow_class_mismatch=allowed)
+    return caught.value
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_splits_without_a_common_class_are_refused_even_where_a_mismatch_is_allowed(allowed: bool) -> None:
+    error = mismatch(["n01", "n02", "n10"], ["0", "1", "2"], allowed=allowed)
+    assert error.what == (
+        "train and val have no class in common, so no validation image can be right "
+        "(only in train: n01, n02, n10; only in val: 0, 1, 2)"
+    )
+    assert (error.exit_code, "--allow-class-mismatch" in error.hint) == (21, False)
+    assert error.hint.endswith("If val counts the classes of train in byte order, 0 is n01 and 2 is n10.")
+
+
+def test_class_that_only_val_has_is_said_to_be_lost_where_the_mismatch_is_allowed() -> None:
+    hints = [mismatch(["a", "b"], val).hint for val in (["a"], ["a", "c"])]
+    assert ["can be right" in hint for hint in hints] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["a/x.jpg", "a/X.JPG", "a/y.jpg"], (("a/x.jpg", "a/X.JPG"),)),
+        (["caf\u00e9/1.jpg", "cafe\u0301/1.jpg"], (("caf\u00e9/1.jpg", "cafe\u0301/1.jpg"),)),
+        (["caf\u00c9/1.jpg", "cafe\u0301/1.jpg"], (("caf\u00c9/1.jpg", "cafe\u0301/1.jpg"),)),
+        (["a/x.jpg", "b/x.jpg", "caf\udce9/1.jpg"], ()),
+    ],
+    ids=["case", "normalisation", "both", "none"],
+)
+def test_names_that_some_disks_hold_for_one_are_grouped(
+    names: Sequence[str], groups: tuple[tuple[str, ...], ...]
+) -> None:
+    assert find_look_alikes(names) == groups
 
 
 def list_toy(place: str, options: LoadOptions) -> DatasetListing:

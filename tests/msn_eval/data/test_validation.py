@@ -3,7 +3,7 @@
 import hashlib
 import io
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,6 @@ from msn_eval.data.validation import (
     check_dataset,
     check_split,
     compare_manifest,
-    find_look_alikes,
     read_manifest,
     write_manifest,
 )
@@ -127,26 +126,6 @@ def test_there_is_no_content_hash_where_an_image_cannot_be_read(check: Check) ->
 def test_split_without_images_is_valid(check: Check) -> None:
     result = check({})
     assert (result.images, result.kinds, result.smallest, result.largest, result.unreadable) == (0, {}, None, None, ())
-
-
-@pytest.mark.parametrize(
-    ("names", "groups"),
-    [
-        (["a/x.jpg", "a/X.JPG", "a/y.jpg"], (("a/x.jpg", "a/X.JPG"),)),
-        (["caf\u00e9/1.jpg", "cafe\u0301/1.jpg"], (("caf\u00e9/1.jpg", "cafe\u0301/1.jpg"),)),
-        (["caf\u00c9/1.jpg", "cafe\u0301/1.jpg"], (("caf\u00c9/1.jpg", "cafe\u0301/1.jpg"),)),
-        (["a/x.jpg", "b/x.jpg", "caf\udce9/1.jpg"], ()),
-    ],
-    ids=["case", "normalisation", "both", "none"],
-)
-def test_names_that_some_disks_hold_for_one_are_grouped(
-    names: Sequence[str], groups: tuple[tuple[str, ...], ...]
-) -> None:
-    assert find_look_alikes(names) == groups
-
-
-def test_classes_that_look_alike_are_reported_even_where_no_two_images_do(check: Check) -> None:
-    assert check({"Cat/1.png": picture(), "cat/2.png": picture()}).look_alikes == (("Cat", "cat"),)
 
 
 SplitsOf = Callable[..., Mapping[str, SplitCheck]]
