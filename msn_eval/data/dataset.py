@@ -42,7 +42,8 @@ class Listing:
     """The images of one split, whatever they are stored in.
 
     Attributes:
-        files: The file names of each class, in any order. An image's id is `CLASS/FILE`.
+        files: The file names of each class, in any order. An image's id is `CLASS/FILE`. A FILE in a folder below that of
+            the class is named with it: `SUB/FILE`.
         source: Reads and decodes the images by their ids.
         passed_over: Number of files that were not taken for images (dotfiles, other suffixes).
     """
@@ -188,8 +189,8 @@ def _check_mismatch(train: set[str], val: set[str], where: str, *, allowed: bool
         what = f"train and val have no class in common, so no validation image can be right ({differences})"
         hint = "Give the classes of val the names that they have in train."
         if val == {str(number) for number in range(len(train))}:  # ImageNet-V2, for example
-            first, *_, last = _sort_names(train)
-            hint += f" If val counts the classes of train in byte order, 0 is {first} and {len(train) - 1} is {last}."
+            names = _sort_names(train)
+            hint += f" If val counts the classes of train in byte order, 0 is {names[0]} and {len(names) - 1} is {names[-1]}."
     raise DataError(what, where=where, hint=hint)
 
 

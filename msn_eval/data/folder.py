@@ -1,9 +1,10 @@
-"""Image folders: `train/<class>/*` and `val/<class>/*`."""
+"""Image folders: `train/<class>/*` and `val/<class>/*`. As in torchvision, an image may be in a folder below its class."""
 
+import logging
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -13,6 +14,7 @@ from msn_eval.data.images import Stamp, decode_image, file_stamp, is_image_name,
 from msn_eval.data.index import ContainerIndex, index_containers, make_index
 from msn_eval.errors import DataError
 
+_log = logging.getLogger(__name__)
 # ImageNet's own names. Beside class folders they show that unpacking was not finished.
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
 _FLAT_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.\w+")
@@ -51,6 +53,9 @@ def list_class_folders(root: Path, *, cache_dir: Path | None) -> Listing:
     classes = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
     _check_unpacked(root, {path.name for path in classes}, [entry.name for entry in entries])
     indexes = index_containers(classes, _scan_class, root=root, kind="class folders", cache_dir=cache_dir)
+    nested = sum("/" in name for index in indexes if index.has_folders for name in index.names)
+    if nested:
+        _log.info("%s: %d images are in folders below the folder of their class", root, nested)
     return Listing(
         files={path.name: index.names for path, index in zip(classes, indexes, strict=True)},
         source=FolderSource(root),
@@ -83,14 +88,28 @@ def check_is_folder(
 
 
 def _scan_class(folder: Path) -> ContainerIndex:
-    index = scan_images(folder)
-    if not index.names:
-        nested = min((f"{entry.name}/" for entry in folder.iterdir() if entry.is_dir()), default="")
-        hint = (
-            f"The images seem to be one level down, in {nested}: move them up." if nested else "Remove it or fill it."
-        )
-        raise DataError("this class has no images", where=str(folder), hint=hint)
-    return index
+    """List the images in a class folder and in the folders below it. Folders whose names start with a dot are passed over."""
+    names: list[str] = []
+    passed_over = 0
+    seen: set[tuple[int, int]] = set()
+    folders = [""]
+    for below in folders:  # it grows meanwhile
+        with reading(folder / below):
+            status = (folder / below).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            hint = "Remove the link: its images would count twice."
+            raise DataError("links to a folder of the same class", where=str(folder / below), hint=hint)
+        seen.add((status.st_dev, status.st_ino))
+        for entry in list_entries(folder / below):
+            if is_image_name(entry.name) and _is_file_or_broken_link(entry):
+                names.append(f"{below}{entry.name}")
+            elif entry.is_dir() and not entry.name.startswith("."):
+                folders.append(f"{below}{entry.name}/")
+            else:
+                passed_over += 1
+    if not names:
+        raise DataError("this class has no images", where=str(folder), hint="Remove it or fill it.")
+    return replace(make_index(names, passed_over=passed_over), has_folders=len(folders) > 1)
 
 
 def _check_unpacked(root: Path, classes: set[str], names: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from msn_eval.data.hf_splits import HubName
-from msn_eval.data.images import Stamp, decode_image, file_stamp
+from msn_eval.data.images import Stamp, decode_image, file_stamp, name_in_class
 from msn_eval.errors import DataError
 from msn_eval.files.hf_hub import first_line
 
@@ -127,8 +127,13 @@ def read_rows(
     )
     _log.info("%s: %s rows, images in column %r, classes in column %r", where, f"{len(paths):,}", image, label)
     # In an archive, the path of an image is a/b.jpg::c.zip.
-    files = [(path or "").partition("::")[0].rpartition("/")[2] for path in paths]
-    is_unusable = any(file in ("", ".", "..") or FORBIDDEN.search(file) for file in files)
+    files = [
+        name_in_class((path or "").partition("::")[0], classes[index])
+        for path, index in zip(paths, indices, strict=True)
+    ]
+    is_unusable = any(
+        file.rpartition("/")[2] in ("", ".", "..") or FORBIDDEN.search(file.replace("/", "")) for file in files
+    )
     if is_unusable or len(set(zip(indices, files, strict=True))) < len(files):
         _log.info("%s: images are named by their rows", where)
         files = _name_by_rows(source, paths)

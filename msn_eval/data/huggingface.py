@@ -20,9 +20,10 @@ def list_hub(place: str, options: LoadOptions) -> DatasetListing:
     A folder holds Parquet files (`train-*.parquet`, `validation-*.parquet`), what `save_to_disk` wrote, or anything else
     that `load_dataset` reads. Validation images are those of the split `validation`, else `val`, else `test`.
 
-    An image's id is `CLASS/FILE`. FILE is the last part of its stored path, if every row of the split has one and no two
-    of a class are the same; otherwise, for the entire split, its row, such as `00000012.png`, with the suffix by its first
-    bytes. In class names `/` and control characters become `_`. Integers without names are classes named by their decimals.
+    An image's id is `CLASS/FILE`. FILE is the last part of its stored path, with the folders below that of its class, if
+    every row of the split has one and no two of a class are the same; otherwise, for the entire split, its row, such as
+    `00000012.png`, with the suffix by its first bytes. In class names `/` and control characters become `_`. Integers
+    without names are classes named by their decimals.
 
     Raises:
         DataError: Names the split, column or rows at fault.

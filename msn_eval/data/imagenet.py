@@ -17,7 +17,7 @@ from msn_eval.data.folder import (
     scan_images,
 )
 from msn_eval.data.imagenet_labels import WNID, read_labels
-from msn_eval.data.images import is_image_name
+from msn_eval.data.images import is_image_name, name_in_class
 from msn_eval.data.index import ContainerIndex, index_containers, make_index
 from msn_eval.data.tar import TarMember, list_members, open_archives, read_members
 from msn_eval.errors import DataError
@@ -87,7 +87,7 @@ def _list_split(root: Path, base: Path, split: str, known: Iterable[str] | None,
         raise _missing_split(root, split)
     archives = open_archives([path])
     if split == "val":
-        (index,) = index_containers([path], _scan_class_tar, root=path, kind="flat tar", cache_dir=cache_dir)
+        (index,) = index_containers([path], _scan_flat_tar, root=path, kind="flat tar", cache_dir=cache_dir)
         wnids = read_labels(index.names, _label_folders(root), where=str(path), known=known)
         return list_members(archives, [index], [wnids], root=path)
     (index,) = index_containers([path], _scan_train_tar, root=path, kind="train tar", cache_dir=cache_dir)
@@ -106,7 +106,11 @@ def _missing_split(root: Path, split: str) -> DataError:
 
 
 def _scan_class_tar(path: Path) -> ContainerIndex:
-    return _index_images(read_members(path), where=str(path))
+    return _index_images(read_members(path), path.stem, where=str(path))
+
+
+def _scan_flat_tar(path: Path) -> ContainerIndex:
+    return _index_images(read_members(path), None, where=str(path))
 
 
 def _scan_train_tar(path: Path) -> ContainerIndex:
@@ -120,24 +124,38 @@ def _scan_train_tar(path: Path) -> ContainerIndex:
             hint=f"{_TARS['train']} is a tar of tars; unpack any other one, with a folder for each class.",
         )
 
-    def scan(member: TarMember) -> ContainerIndex:
-        return _index_images(read_members(path, within=member), where=f"{path}: {member.name}")
+    def scan(member: TarMember, wnid: str) -> ContainerIndex:
+        return _index_images(read_members(path, within=member), wnid, where=f"{path}: {member.name}")
 
     with ThreadPoolExecutor(_THREADS) as pool:  # the headers of a thousand archives are far apart
-        indexes = list(pool.map(scan, (member for member, _ in tars)))
+        indexes = list(pool.map(scan, *zip(*tars, strict=True)))
     names = [f"{wnid}/{file}" for (_, wnid), index in zip(tars, indexes, strict=True) for file in index.names]
     rows = [row for index in indexes for row in index.numbers.tolist()]
     passed_over = len(members) - len(tars) + sum(index.passed_over for index in indexes)
     return make_index(names, rows, columns=2, passed_over=passed_over)
 
 
-def _index_images(members: list[TarMember], *, where: str) -> ContainerIndex:
-    """Return the images among the members of an archive, with their offsets and sizes."""
-    images = [member for member in members if member.is_file and is_image_name(member.file)]
+def _index_images(members: list[TarMember], wnid: str | None, *, where: str) -> ContainerIndex:
+    """Return the images among the members of an archive, with their offsets and sizes.
+
+    Args:
+        members: What the archive holds.
+        wnid: The class whose folder the archive stands for; None in a flat archive, whose folders mean nothing.
+        where: The archive, for the error.
+    """
+
+    def name(member: TarMember) -> str:
+        if wnid is None:
+            return member.file
+        is_inside = f"/{wnid}/" in f"/{member.name}"
+        return name_in_class(member.name if is_inside else f"{wnid}/{member.name}", wnid)
+
+    named = [(name(member), member) for member in members if member.is_file]
+    images = [(name, member) for name, member in named if is_image_name(name)]
     if not images:
         raise DataError("this archive has no images", where=where, hint="Download or write it again.")
-    rows = [(member.offset, member.size) for member in images]
-    return make_index([member.file for member in images], rows, columns=2, passed_over=len(members) - len(images))
+    rows = [(member.offset, member.size) for _, member in images]
+    return make_index((name for name, _ in images), rows, columns=2, passed_over=len(members) - len(images))
 
 
 def _label_folders(root: Path) -> list[Path]:

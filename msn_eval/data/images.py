@@ -88,7 +88,7 @@ class ImageSet:
     """Images of one split, in the byte order of their ids.
 
     Attributes:
-        ids: `CLASS/FILE`, unique.
+        ids: `CLASS/FILE`, or `CLASS/SUB/FILE` of an image in a folder below that of its class; unique.
         labels: For each image an index into `classes`.
         classes: Names in byte order, those of the complete data set.
         source: Reads and decodes the images.
@@ -107,7 +107,7 @@ class ImageSet:
             raise DataError(
                 f"two images have the id {image_id}",
                 where=self.source.place(image_id),
-                hint="Remove or rename one of them: an id is a class and a file name without folders.",
+                hint="Remove or rename one of them: an id is a class and the name of a file in it.",
             )
 
     def __len__(self) -> int:
@@ -188,8 +188,17 @@ def read_image(source: ImageSource, image_id: str) -> bytes:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name is taken for an image."""
-    return not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+    """Whether a file of this name, or of this path below its class, is taken for an image: dotfiles are not."""
+    return "/." not in f"/{name}" and Path(name).suffix.lower() in SUFFIXES
+
+
+def name_in_class(path: str, class_name: str) -> str:
+    """Return the path below the folder of an image's class; the file name where no folder has the name of the class."""
+    if "/" not in path:
+        return path
+    *folders, file = path.split("/")
+    start = folders.index(class_name) + 1 if class_name in folders else len(folders)
+    return "/".join([*(name for name in folders[start:] if name not in ("", ".", "..")), file])
 
 
 def decode_image(content: bytes) -> Image.Image:

@@ -23,7 +23,7 @@ from msn_eval.errors import StoreError
 from msn_eval.files.atomic import write_atomically
 
 _log = logging.getLogger(__name__)
-_VERSION = 1  # of the file and of what the scans put into it
+_VERSION = 2  # of the file and of what the scans put into it
 _FEWEST_IMAGES = 10_000  # that are worth a file
 _SETTLED_NS = 2_000_000_000  # the coarsest clock among file systems ticks every two seconds
 _THREADS = 8
@@ -39,11 +39,14 @@ class ContainerIndex:
         names: File names, or ids where it holds several classes.
         numbers: (n, c) int64, what else is known of each image; c = 0 for the files of a folder.
         passed_over: Number of files that were not taken for images.
+        has_folders: Whether the images of folders below are among them. The times of the folder or archive do not show
+            changes there, so the index is not cached.
     """
 
     names: tuple[str, ...]
     numbers: NDArray[np.int64]
     passed_over: int = 0
+    has_folders: bool = False
 
 
 def make_index(
@@ -78,10 +81,11 @@ def index_containers(
     cached = {} if file is None else _read_cache(file, root, kind)
     indexes = {name: cached[name][1] for name, state in states.items() if name in cached and cached[name][0] == state}
     # A later change has a different time, unless it falls into the same tick of the disk's clock.
-    lasting = {name for name, state in states.items() if name in indexes or max(state[2:]) + _SETTLED_NS <= started}
+    settled = {name for name, state in states.items() if name in indexes or max(state[2:]) + _SETTLED_NS <= started}
     changed = [path for path in paths if path.name not in indexes]
     with ThreadPoolExecutor(_THREADS) as pool:
         indexes |= zip((path.name for path in changed), pool.map(scan, changed), strict=True)
+    lasting = {name for name in settled if not indexes[name].has_folders}
     if file is not None and {name: states[name] for name in lasting} != {name: cached[name][0] for name in cached}:
         _write_cache(file, root, kind, {name: (states[name], indexes[name]) for name in states if name in lasting})
     return tuple(indexes[path.name] for path in paths)

@@ -4,11 +4,12 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from msn_eval.data.dataset import DatasetListing, Listing, LoadOptions
 from msn_eval.data.folder import check_is_folder, folder_name
-from msn_eval.data.images import is_image_name, reading
+from msn_eval.data.images import is_image_name, name_in_class, reading
 from msn_eval.data.index import ContainerIndex, index_containers, make_index
 from msn_eval.data.tar import TarMember, list_members, open_archives, read_members
 from msn_eval.errors import DataError
@@ -25,7 +26,7 @@ def list_webdataset(place: str, options: LoadOptions) -> DatasetListing:
 
     A sample is the members of one archive that share a key, the path up to the first dot of the file's name: an image
     and `KEY.cls`, the decimal index of its class among the lines of `classes.txt`. An id is the class and the name of
-    the image member without its folders.
+    the image member, without the folders down to that of the class, or without all where none has the class's name.
 
     Raises:
         DataError: Naming the archive and member at fault.
@@ -43,7 +44,7 @@ def _list_shards(root: Path, split: str, classes: Sequence[str], cache_dir: Path
     paths = _find_shards(root, split)
     archives = open_archives(paths)
     indexes = index_containers(paths, _scan_shard, root=paths[0], kind="webdataset", cache_dir=cache_dir)
-    names = []
+    names, named = [], []
     for path, index in zip(paths, indexes, strict=True):
         labels = index.numbers[:, 2].tolist()
         for file, label in zip(index.names, labels, strict=True):
@@ -54,7 +55,8 @@ def _list_shards(root: Path, split: str, classes: Sequence[str], cache_dir: Path
                     hint=f"{root / 'classes.txt'} must be the one that the archives were written with.",
                 )
         names.append([classes[label] for label in labels])
-    listing = list_members(archives, indexes, names, root=paths[0])
+        named.append(replace(index, names=tuple(map(name_in_class, index.names, names[-1]))))
+    listing = list_members(archives, named, names, root=paths[0])
     if not listing.files:
         raise DataError(
             f"the {split} archives hold no images", where=str(paths[0]), hint="Write them again with their images."
@@ -114,7 +116,7 @@ def _scan_shard(path: Path) -> ContainerIndex:
             (image,), (label,) = images, labels
             archive.seek(label.offset)
             index = _parse_class_index(path, label, archive.read(min(label.size, _LONGEST_INDEX)))
-            names.append(image.file)
+            names.append(image.name)
             rows.append((image.offset, image.size, index))
     return make_index(names, rows, columns=3, passed_over=len(members) - 2 * len(names))
 

@@ -79,7 +79,7 @@ class ProtocolPredictions:
     def read_class_names(self) -> dict[int, str]:
         """Return the names of the classes that have test images, by class index, from the image ids (`CLASS/FILE`)."""
         labels, positions = np.unique(self.label, return_index=True)
-        names = (os.fsdecode(name).rpartition("/")[0] for name in self.image[positions])
+        names = (os.fsdecode(name).partition("/")[0] for name in self.image[positions])
         return {int(label): printable(name) for label, name in zip(labels, names, strict=True)}
 
 

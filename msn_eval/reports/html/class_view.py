@@ -86,7 +86,7 @@ def _make_view(
                         names = [f"class {number}" for number in range(column.classes)]
                         image_ids = stored["image"]
                         for number, first in zip(*np.unique(label, return_index=True), strict=True):
-                            names[number] = os.fsdecode(bytes(image_ids[first])).rpartition("/")[0]
+                            names[number] = os.fsdecode(bytes(image_ids[first])).partition("/")[0]
             except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
                 raise StoreError(f"cannot be read as predictions: {error}", where=str(file)) from error
             counts += np.bincount(label[rank == 1], minlength=column.classes)

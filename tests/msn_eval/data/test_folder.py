@@ -86,12 +86,38 @@ def test_class_without_images_is_named(tmp_path: Path, inside: str) -> None:
     assert str(caught.value) == f"{root / 'train' / 'b'}: this class has no images\nRemove it or fill it."
 
 
-def test_images_one_level_too_deep_are_pointed_at(tmp_path: Path) -> None:
-    root = make_files(tmp_path, both(["a/images/x.JPEG"]))
-    with pytest.raises(DataError) as caught:
-        read_dataset(str(root))
-    assert f"{root / 'train' / 'a'}: this class has no images" in str(caught.value)
-    assert "one level down, in images/: move them up" in caught.value.hint
+def test_images_in_folders_below_a_class_are_listed_at_any_depth(tmp_path: Path) -> None:
+    names = ["a/x.jpg", "a/more/x.jpg", "a/more/and/more.png/y.jpg", "b/images/x.JPEG"]
+    val = read_dataset(str(make_files(tmp_path, both(names)))).val
+    assert (val.ids, val.passed_over) == (tuple(sorted(names)), 0)
+
+
+def test_files_below_a_class_that_are_no_images_are_counted_without_their_folder(tmp_path: Path) -> None:
+    odd = ["val/a/more/notes.txt", "val/a/more/._x.jpg", "val/a/more/.thumbnails/x.jpg"]
+    val = read_dataset(str(make_files(tmp_path, [*both(["a/x.jpg", "a/more/x.jpg"]), *odd]))).val
+    assert (val.ids, val.passed_over) == (("a/more/x.jpg", "a/x.jpg"), len(odd))
+
+
+def test_images_in_folders_below_a_class_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = make_files(tmp_path, both(["a/x.jpg", "a/more/x.jpg", "a/more/y.jpg"]))
+    with caplog.at_level("INFO", "msn_eval"):
+        read_split(str(root), "val")
+    assert f"{root / 'val'}: 2 images are in folders below the folder of their class" in caplog.messages
+
+
+@pytest.mark.parametrize("target", [".", "..", "../more"])
+def test_link_back_to_a_folder_of_the_class_is_refused(tmp_path: Path, target: str) -> None:
+    root = make_files(tmp_path, both(["a/x.jpg", "a/more/y.jpg"]))
+    (root / "val" / "a" / "more" / "again").symlink_to(target)
+    with pytest.raises(DataError, match="links to a folder of the same class") as caught:
+        read_split(str(root), "val")
+    assert caught.value.where.startswith(str(root / "val" / "a" / "more" / "again"))
+
+
+def test_folder_below_a_class_may_be_a_link(tmp_path: Path) -> None:
+    root = make_files(tmp_path / "data", both(["a/x.jpg"]))
+    (root / "val" / "a" / "more").symlink_to(make_files(tmp_path / "elsewhere", ["y.jpg"]))
+    assert read_split(str(root), "val").ids == ("a/more/y.jpg", "a/x.jpg")
 
 
 def test_other_files_are_passed_over_and_counted(tmp_path: Path) -> None:

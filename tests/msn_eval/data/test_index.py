@@ -275,10 +275,22 @@ def test_corrected_classes_txt_is_used_with_cached_archives(
     assert read_split(f"wds:{tmp_path}", "train", cache_dir=cache_dir).ids == ("ant/a.jpg",)
 
 
-@pytest.mark.parametrize(("name", "value"), [("_VERSION", 2), ("SUFFIXES", frozenset({".jpg", ".tif"}))])
+@pytest.mark.parametrize(("name", "value"), [("_VERSION", 1), ("SUFFIXES", frozenset({".jpg", ".tif"}))])
 def test_index_made_under_different_rules_is_ignored(
     root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
 ) -> None:
     listed(root, cache_dir)
     monkeypatch.setattr(image_index, name, value)
     assert listed(root, cache_dir)[1] == ["a", "b", "c"]
+
+
+def test_class_with_folders_below_it_is_listed_again_since_its_times_do_not_show_their_changes(
+    root: Path, cache_dir: Path
+) -> None:
+    (root / "a" / "more").mkdir()
+    (root / "a" / "more" / "x.jpg").touch()
+    ids = []
+    for name in ("y.jpg", "z.jpg"):
+        ids.append(read_split(str(root.parent), "train", cache_dir=cache_dir).ids)
+        (root / "a" / "more" / name).touch()
+    assert set(ids[1]) - set(ids[0]) == {"a/more/y.jpg"}

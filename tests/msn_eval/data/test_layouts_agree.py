@@ -44,6 +44,55 @@ def test_ids_labels_classes_and_bytes_are_the_same_in_every_layout(data_name: st
         assert {name: images.source.read(name) for name in images.ids} == stored_pictures[split]
 
 
+def store_nested(root: Path, form: str, images: Mapping[str, bytes], write_tar: Callable[..., Path]) -> str:
+    """Store training images by their ids `CLASS/SUB/FILE`, and return the name of the data set."""
+    classes = sorted({name.partition("/")[0] for name in images})
+    of_class = {wnid: [row for row in images.items() if row[0].startswith(wnid)] for wnid in classes}
+    match form:
+        case "folders":
+            for image_id, content in images.items():
+                (root / "train" / image_id).parent.mkdir(parents=True, exist_ok=True)
+                (root / "train" / image_id).write_bytes(content)
+        case "class tars of paths":
+            for wnid, rows in of_class.items():
+                write_tar(root / "train" / f"{wnid}.tar", [(name.replace(wnid, ".", 1), data) for name, data in rows])
+        case "class tars of class folders":
+            for wnid, rows in of_class.items():
+                write_tar(root / "train" / f"{wnid}.tar", rows)
+        case "tar of class tars":
+            inner = root / "inner.tar"
+            tars = [
+                (f"{wnid}.tar", write_tar(inner, [(f"/data/{name}", data) for name, data in rows]).read_bytes())
+                for wnid, rows in of_class.items()
+            ]
+            write_tar(root / "ILSVRC2012_img_train.tar", tars)
+        case _:
+            labels = [
+                (f"all/{name.removesuffix('.JPEG')}.cls", b"%d" % classes.index(name.partition("/")[0]))
+                for name in images
+            ]
+            write_tar(root / "train-000000.tar", [*((f"all/{name}", data) for name, data in images.items()), *labels])
+            (root / "classes.txt").write_text("\n".join(classes))
+            return f"wds:{root}"
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["folders", "class tars of paths", "class tars of class folders", "tar of class tars", "webdataset"],
+)
+def test_image_in_a_folder_below_its_class_has_the_same_id_in_every_layout(
+    form: str, stored_pictures: Pictures, write_tar: Callable[..., Path], tmp_path: Path
+) -> None:
+    below = ["/", "/more/", "/more/and/more/"]
+    train = {
+        name.replace("/", below[row % 3]): content
+        for row, (name, content) in enumerate(stored_pictures["train"].items())
+    }
+    images = read_split(store_nested(tmp_path / "nested", form, train, write_tar), "train")
+    assert {name: images.source.read(name) for name in images.ids} == train
+
+
 def test_content_hash_is_the_same_in_every_layout(data_name: str, store_pictures: Store, tmp_path: Path) -> None:
     plain = read_dataset(store_pictures(tmp_path / "plain", train="folders", val="folders"))
     data = read_dataset(data_name)
