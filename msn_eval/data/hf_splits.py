@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,9 +124,59 @@ def _load_from_hub(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
 
 def _prepare(name: HubName, builder: "datasets.DatasetBuilder", splits: Sequence[str]) -> "dict[str, Table]":
     """Write Arrow files where the library's cache has none yet, and map them into memory."""
+    _check_class_names(name, builder, splits)
     builder.download_and_prepare()
     chosen = _choose_splits(name, splits, builder.info.splits or {})
     return {split: (own, builder.as_dataset(split=own)) for split, own in chosen.items()}
+
+
+def _check_class_names(name: HubName, builder: "datasets.DatasetBuilder", splits: Sequence[str]) -> None:
+    """Raise DataError where files of the splits state different class names: the library takes those of the first for all."""
+    import datasets
+
+    data_files = {str(split): files for split, files in (builder.config.data_files or {}).items()}
+    if not data_files:
+        _log.warning("%s: class names that differ between its files would go unnoticed in the cache", name)
+        return
+    needed = [next(iter(data_files)), *_choose_splits(name, splits, data_files).values()]
+    files = [file for split in needed for file in data_files[split] if file.endswith((".parquet", ".arrow"))]
+    stated = dict(zip(files, map(_read_class_names, datasets.DownloadManager().download(files)), strict=True))
+    for file, own in stated.items():
+        in_readme = builder.info.features
+        taken = stated[files[0]] if in_readme is None else _class_names(in_readme)
+        for column in taken | own:
+            ours, theirs = own.get(column, []), taken.get(column, [])
+            if ours != theirs and (ours or in_readme is None):
+                index, pair = next(row for row in enumerate(zip_longest(ours, theirs)) if len(set(row[1])) > 1)
+                first = "README.md" if taken != stated[files[0]] else files[0]
+                raise DataError(
+                    f"Class {index} of column {column!r} is {pair[0]!r} in this file, but {pair[1]!r} in {first}",
+                    where=file,
+                    hint="Write all files with the same list of class names. Or load each split by itself, "
+                    "write them with DatasetDict(...).save_to_disk(DIR), and give hf:DIR.",
+                )
+
+
+def _read_class_names(file: str) -> dict[str, list[str]]:
+    """Return the names of the classes that a Parquet or Arrow file states, by column."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if file.endswith(".parquet"):
+        return _class_names(datasets.Features.from_arrow_schema(pq.read_schema(file)))
+    with pa.memory_map(file) as source:
+        try:
+            schema = pa.ipc.open_stream(source).schema
+        except pa.ArrowInvalid:
+            schema = pa.ipc.open_file(source).schema
+    return _class_names(datasets.Features.from_arrow_schema(schema))
+
+
+def _class_names(features: "datasets.Features") -> dict[str, list[str]]:
+    import datasets
+
+    return {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
 
 
 def _choose_splits(name: HubName, splits: Sequence[str], existing: Mapping[str, object]) -> dict[str, str]:

@@ -292,6 +292,99 @@ def test_label_beyond_the_class_names_is_refused(tmp_path: Path) -> None:
     assert "1 of 1 rows have no class (labels 2; first row 0)" in refused(str(tmp_path / "saved"))
 
 
+# --- class names of each file
+
+
+def write_files(folder: Path, classes: Mapping[str, Sequence[str] | None], suffix: str = "parquet") -> str:
+    """Write one file of each name, whose rows have the class ant and which states these classes, or only numbers for None."""
+    folder.mkdir(parents=True)
+    for file, names in classes.items():
+        kinds = features(names) if names else kinds_of(image=datasets.Image(), label=datasets.Value("int64"))
+        rows = table([row(1, (names or ["ant"]).index("ant"), "a.png")], kinds)
+        if suffix == "parquet":
+            rows.to_parquet(folder / f"{file}.parquet")
+            continue
+        stored = rows.data.table.replace_schema_metadata(rows.features.arrow_schema.metadata)
+        make = pa.ipc.new_stream if suffix == "stream" else pa.ipc.new_file
+        with make(folder / f"{file}.arrow", stored.schema) as writer:
+            writer.write_table(stored)
+    return str(folder)
+
+
+TWO = ("ant", "bee")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "stream", "file"])
+@pytest.mark.parametrize(
+    ("classes", "at_fault", "text"),
+    [
+        (
+            {"train": TWO, "test": ("bee", "ant")},
+            "test",
+            "Class 0 of column 'label' is 'bee' in this file, but 'ant' in",
+        ),
+        ({"train": TWO, "test": ("ant",)}, "test", "Class 1 of column 'label' is None in this file, but 'bee' in"),
+        (
+            {"train-0-of-2": ("ant",), "train-1-of-2": TWO, "test": ("ant",)},
+            "train-1-of-2",
+            "Class 1 of column 'label' is 'bee' in this file, but None in",
+        ),
+        ({"train": TWO, "test": None}, "test", "Class 0 of column 'label' is None in this file, but 'ant' in"),
+        ({"train": None, "test": TWO}, "test", "Class 0 of column 'label' is 'ant' in this file, but None in"),
+    ],
+    ids=["other order", "class missing", "shards of one split", "no names", "names in one"],
+)
+def test_files_that_state_different_class_names_are_refused(
+    tmp_path: Path, suffix: str, classes: Mapping[str, Sequence[str] | None], at_fault: str, text: str
+) -> None:
+    name = write_files(tmp_path / "d", classes, suffix)
+    message = refused(name)
+    end = "parquet" if suffix == "parquet" else "arrow"
+    assert message.startswith(
+        f"{Path(name).resolve() / at_fault}.{end}: {text} {Path(name).resolve() / next(iter(classes))}.{end}"
+    )
+
+
+def test_validation_split_alone_is_not_read_by_the_class_names_of_train(tmp_path: Path) -> None:
+    name = write_files(tmp_path / "d", {"train": TWO, "test": ("bee", "ant")})
+    with pytest.raises(DataError, match="Class 0 of column 'label' is 'bee'"):
+        read_split(f"hf:{name}", "val")
+
+
+def test_class_names_of_a_split_that_is_not_used_may_differ(tmp_path: Path) -> None:
+    name = write_files(tmp_path / "d", {"train": TWO, "validation": TWO, "test": ("bee", "ant")})
+    assert read(name).val.ids == ("ant/a.png",)
+
+
+def write_readme(folder: str, names: Sequence[str]) -> None:
+    listed = "".join(f"          '{number}': {name}\n" for number, name in enumerate(names))
+    Path(folder, "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
+        f"      class_label:\n        names:\n{listed}---\n"
+    )
+
+
+def test_files_without_class_names_have_those_of_the_readme(tmp_path: Path) -> None:
+    name = write_files(tmp_path / "d", {"train": None, "test": None})
+    write_readme(name, TWO)
+    assert read(name).val.ids == ("ant/a.png",)
+
+
+def test_files_whose_class_names_are_not_those_of_the_readme_are_refused(tmp_path: Path) -> None:
+    name = write_files(tmp_path / "d", {"train": TWO, "test": TWO})
+    write_readme(name, TWO[::-1])
+    assert "Class 0 of column 'label' is 'ant' in this file, but 'bee' in README.md" in refused(name)
+
+
+def test_splits_that_save_to_disk_wrote_keep_class_names_of_their_own(tmp_path: Path) -> None:
+    stored = {
+        "train": table(pair()),
+        "validation": table([row(1, 1, "a.png"), row(2, 0, "b.png")], features(TWO[::-1])),
+    }
+    datasets.DatasetDict(stored).save_to_disk(tmp_path / "saved")
+    assert read(str(tmp_path / "saved")).val.ids == ("ant/a.png", "bee/b.png")
+
+
 # --- ids
 
 
