@@ -110,8 +110,8 @@ def _evaluate(options: argparse.Namespace, baseline: "Baseline") -> "tuple[list[
     from msn_eval.commands.progress import evaluate_with_progress
     from msn_eval.config.request import EvaluationConfig
     from msn_eval.config.yaml_config import read_config
+    from msn_eval.data import DATA_VARIABLE
     from msn_eval.evaluation.baseline_plan import make_baseline_plans
-    from msn_eval.evaluation.plan import DATA_VARIABLE
 
     given = {name: getattr(options, name) for name in _EVALUATION_OPTIONS if hasattr(options, name)}
     if "data" not in given and not os.environ.get(DATA_VARIABLE):

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     Returns:
         0 where all numbers are reproduced, 10 where a number differs, 11 where there is no verdict.
     """
-    from msn_eval.evaluation.plan import DATA_VARIABLE
+    from msn_eval.data import DATA_VARIABLE
     from msn_eval.results.reproduction import find_reproductions, list_reproductions
 
     if options.list:

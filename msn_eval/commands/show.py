@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name in ("mean", "std"):
         text = f"{name} of the images' channels, on the [0, 1] scale; default: the checkpoint's own"
         parser.add_argument(f"--{name}", metavar="R,G,B", help=text)
-    parser.add_argument("--data", metavar="X", required=True, help="image folder or digits")
+    parser.add_argument("--data", metavar="X", help="see `ls datasets`; default $MSN_EVAL_DATA")
     parser.add_argument("--subset", metavar="A", default="5imgs@1", help="training images to search; default 5imgs@1")
     parser.add_argument("--image", metavar="ID", action="append", help="a validation image, CLASS/FILE; repeatable")
     parser.add_argument(
@@ -51,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Draw the pictures and print their paths."""
     from msn_eval.config.request import parse_channels
-    from msn_eval.data import read_dataset
+    from msn_eval.data import find_data_name, read_dataset
     from msn_eval.features.encoder import load_encoder
     from msn_eval.features.patch_drop import check_patches
     from msn_eval.features.visualization import as_png
@@ -62,6 +62,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     for name, least in (("images", 1), ("neighbours", 1), ("limit", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise UsageError(f"--{name} {getattr(options, name)} is out of range", hint=f"Use at least {least}.")
+    data_name = find_data_name(options.data)
     folder = Path(options.out)
     prepare_folder(folder, option="--out")
     encoder = load_encoder(
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         seed=options.seed,
     )
     check_patches(encoder)
-    data = read_dataset(options.data)
+    data = read_dataset(data_name)
     chosen = _choose_images(data.val, options.image, options.images)
     figures: dict[str, Figure] = {}
     for name in wanted:

@@ -17,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     fetch.add_argument("--to", metavar="DIR", help="default: the user's data folder")
     fetch.add_argument("--url", metavar="URL", help="a mirror of the public repository's files")
     draw = actions.add_parser("draw", help="write the images of one draw as a list", allow_abbrev=False)
-    draw.add_argument("--data", metavar="X", required=True, help="a data set; see `msn-eval ls datasets`")
+    draw.add_argument("--data", metavar="X", help="see `ls datasets`; default $MSN_EVAL_DATA")
     draw.add_argument("--subset", metavar="A", required=True, help="such as 5imgs@1")
     draw.add_argument("--out", metavar="FILE", help="default: stdout")
 
@@ -52,11 +52,11 @@ def _fetch(options: argparse.Namespace) -> int:
 
 
 def _draw(options: argparse.Namespace) -> int:
-    from msn_eval.data import read_dataset
+    from msn_eval.data import find_data_name, read_dataset
     from msn_eval.data.subsets import make_subsets
     from msn_eval.files.atomic import write_atomically
 
-    subsets = make_subsets([options.subset], read_dataset(options.data).train)
+    subsets = make_subsets([options.subset], read_dataset(find_data_name(options.data)).train)
     if len(subsets) != 1:
         raise UsageError(f"{options.subset} has {len(subsets)} draws", hint=f"Choose one: {options.subset}@1.")
     text = "".join(f"{image_id}\n" for image_id in subsets[0].image_ids)

@@ -13,7 +13,7 @@ from msn_eval.data.images import ImageSet
 from msn_eval.errors import UsageError
 from msn_eval.registry import Entry, find_entry, read_registry
 
-__all__ = ["DATASETS", "DataSet", "list_datasets", "read_dataset", "read_split"]
+__all__ = ["DATASETS", "DATA_VARIABLE", "DataSet", "find_data_name", "list_datasets", "read_dataset", "read_split"]
 
 DATASETS = (
     Entry(
@@ -38,6 +38,7 @@ DATASETS = (
         target="msn_eval.data.digits:list_digits",
     ),
 )
+DATA_VARIABLE = "MSN_EVAL_DATA"
 _PLACE_REQUIRED = ("wds", "hf")
 _SCHEME = re.compile(r"[A-Za-z][\w+-]+")  # at least two characters: `C:` starts a path on Windows
 
@@ -45,6 +46,15 @@ _SCHEME = re.compile(r"[A-Za-z][\w+-]+")  # at least two characters: `C:` starts
 def list_datasets() -> dict[str, str]:
     """Return the known data sets, plug-ins included, and a line about each."""
     return {name: entry.summary for name, entry in read_registry("datasets", DATASETS).items()}
+
+
+def find_data_name(given: str | None) -> str:
+    """Return the given name of a data set, else that of $MSN_EVAL_DATA. Raises UsageError where there is none."""
+    name = given or os.environ.get(DATA_VARIABLE)
+    if not name:
+        choices = "; ".join(f"{name}: {summary}" for name, summary in list_datasets().items())
+        raise UsageError("no data set given", hint=f"Pass --data or set ${DATA_VARIABLE}. Choices: {choices}.")
+    return name
 
 
 def read_dataset(name: str, *, allow_class_mismatch: bool = False, cache_dir: Path | None = None) -> DataSet:

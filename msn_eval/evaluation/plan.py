@@ -16,7 +16,7 @@ import torch
 from msn_eval.checkpoints.checkpoint import check_checkpoint_names
 from msn_eval.config.recipes import Params
 from msn_eval.config.request import DECODERS, EvaluationConfig
-from msn_eval.data import list_datasets, read_dataset
+from msn_eval.data import find_data_name, read_dataset
 from msn_eval.data.dataset import DataSet, class_map_sha256
 from msn_eval.data.decoders import check_decoder
 from msn_eval.data.hashing import content_sha256, hash_images
@@ -32,7 +32,6 @@ from msn_eval.probes.base import Configure, Probe
 from msn_eval.results.record import PROTOCOL_VERSION, RESIZED_PROTOCOL_VERSION, protocol_id
 
 _log = logging.getLogger(__name__)
-DATA_VARIABLE = "MSN_EVAL_DATA"
 _SHOWN = 10
 _CHECKED_PIXELS = 8  # size that images are decoded to, to find unreadable ones
 _CHECKED_IMAGES = 64  # per batch
@@ -177,10 +176,7 @@ def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Pla
 
 
 def _read_data(config: EvaluationConfig, cache_dir: Path | None) -> DataSet:
-    name = config.data or os.environ.get(DATA_VARIABLE)
-    if not name:
-        choices = "; ".join(f"{name}: {summary}" for name, summary in list_datasets().items())
-        raise UsageError("no data set given", hint=f"Pass --data or set ${DATA_VARIABLE}. Choices: {choices}.")
+    name = find_data_name(config.data)
     data = read_dataset(name, allow_class_mismatch=config.allow_class_mismatch, cache_dir=cache_dir)
     for split, images in (("train", data.train), ("val", data.val)):
         if images.passed_over:

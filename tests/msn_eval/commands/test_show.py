@@ -53,6 +53,18 @@ def test_invalid_options_are_refused(
     assert (code, message in capsys.readouterr().err, list(tmp_path.iterdir())) == (2, True, [])
 
 
+def test_data_set_is_that_of_the_environment_where_none_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["show", "--checkpoint", _NETWORK, "--device", "cpu", "--pictures", "attention", "--out", str(tmp_path)]
+    monkeypatch.delenv("MSN_EVAL_DATA", raising=False)
+    assert main(arguments) == 2
+    assert "no data set given" in capsys.readouterr().err
+
+    monkeypatch.setenv("MSN_EVAL_DATA", "digits")
+    assert main(arguments) == 0
+
+
 def test_shares_neighbours_and_images_are_those_requested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requested: dict[str, Any] = {}
     find_neighbours = visualization.find_neighbours
