@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ _HASHES = re.compile("(?:[0-9a-f]{64})*")
 _FEATURES = "features"
 _KEY_FILE = "key.json"
 _SEAL = b',"seal":"'
+_PRUNES = 9  # of a folder while something is written to it
 _MEMORY_SHARE = 0.5  # of the available memory, for rows that may be mapped from a file instead
 
 
@@ -148,17 +149,22 @@ def open_feature_folder(cache: Path, key: FeatureKey, *, checkpoint: str) -> Fea
         StoreError: The folder cannot be written.
     """
     folder = find_feature_folder(cache, key)
-    try:
-        prepare_folder(folder.path, option="--cache")
-    except UsageError as error:  # the cache itself was writable when the run began
-        raise StoreError(error.what, where=error.where, hint=f"{error.hint} {describe_free_space(cache)}.") from error
-    key_file = folder.path / _KEY_FILE
-    with contextlib.suppress(OSError):  # another user's file cannot be touched, but it can be replaced
-        if describe_feature_folder(folder.path)[1]:
-            os.utime(key_file)  # the time of the last use, for `cache prune`
-            return folder
     described = json.dumps({"schema": _SCHEMA, "checkpoint": checkpoint, "key": key.as_json()}, indent=1) + "\n"
-    write_atomically(key_file, described.encode())
+
+    def prepare() -> None:
+        try:
+            prepare_folder(folder.path, option="--cache")
+        except UsageError as error:  # the cache itself was writable when the run began
+            hint = f"{error.hint} {describe_free_space(cache)}."
+            raise StoreError(error.what, where=error.where, hint=hint) from error.__cause__
+        key_file = folder.path / _KEY_FILE
+        with contextlib.suppress(OSError):  # another user's file cannot be touched, but it can be replaced
+            if describe_feature_folder(folder.path)[1]:
+                os.utime(key_file)  # the time of the last use, for `cache prune`
+                return
+        write_atomically(key_file, described.encode())
+
+    _repeat_if_pruned(prepare)
     return folder
 
 
@@ -188,11 +194,27 @@ def write_shard(folder: FeatureFolder, contents: Sequence[str], images: Sequence
         images=tuple(images),
     )
     shard = folder.path / manifest.shard
-    with contextlib.suppress(OSError):  # then writing the shard fails with a better error
-        folder.path.mkdir(parents=True, exist_ok=True)  # in case it was pruned
-    write_atomically(shard, packed)
     content = canonical_json({"manifest": asdict(manifest), "schema": _SCHEMA}).removesuffix("}")
-    write_atomically(shard.with_suffix(".json"), _add_seal(content.encode()))
+
+    def write() -> None:
+        with contextlib.suppress(OSError):  # then writing the shard fails with a better error
+            folder.path.mkdir(parents=True, exist_ok=True)  # in case it was pruned
+        write_atomically(shard, packed)
+        write_atomically(shard.with_suffix(".json"), _add_seal(content.encode()))
+
+    _repeat_if_pruned(write)
+
+
+def _repeat_if_pruned(write: Callable[[], None]) -> None:
+    """Write, and again where another process removed the folder meanwhile."""
+    for attempt in range(_PRUNES + 1):
+        try:
+            write()
+        except StoreError as error:
+            if attempt == _PRUNES or not isinstance(error.__cause__, FileNotFoundError):
+                raise
+        else:
+            return
 
 
 def read_manifests(folder: FeatureFolder) -> Iterator[Manifest]:
@@ -255,7 +277,7 @@ def _allocate(n: int, d: int, folder: FeatureFolder, *, beyond_memory: bool) -> 
     if not beyond_memory or available is None or 4 * n * d <= _MEMORY_SHARE * available:
         return torch.zeros(n, d)
     try:
-        with tempfile.TemporaryFile(dir=folder.path) as file:
+        with tempfile.TemporaryFile(dir=folder.path.parent) as file:  # the folder itself may be pruned meanwhile
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, 4 * n * d)  # a disk that fills up later would kill the process
             mapped = np.memmap(file, dtype=np.float32, mode="r+", shape=(n, d))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -601,6 +602,25 @@ def test_feature_folder_removed_during_verification_is_not_damaged(
 
     monkeypatch.setattr(Path, "read_bytes", read_and_remove)
     assert verify_feature_folder(folder) == (0, 0)
+
+
+@pytest.mark.parametrize("place", [(feature_cache, "write_atomically"), (tempfile, "TemporaryFile")])
+def test_folder_that_is_pruned_while_something_is_written_to_it_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str]
+) -> None:
+    folder = find_feature_folder(tmp_path, KEY)
+    original = getattr(*place)
+    prunes = iter([True, True, False, True])
+
+    def write(*arguments: object, **options: object) -> object:
+        if next(prunes, False):
+            remove_feature_folder(folder)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(*place, write)
+    open_feature_folder(tmp_path, KEY, checkpoint="vit.pth")
+    keep(folder, CONTENTS)
+    assert read_rows(folder, CONTENTS)[1] == [True] * len(CONTENTS)
 
 
 # Rows that do not fit into memory.
