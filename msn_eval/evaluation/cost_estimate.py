@@ -11,8 +11,8 @@ from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelList, automatic_workers, load_pixels
 from msn_eval.errors import CheckpointError
 from msn_eval.evaluation.evaluate import Preparation, group_by_fit, make_patch_drop, pending_images, prepare
-from msn_eval.evaluation.plan import Plan, cache_folder
-from msn_eval.features.encoder import Encoder, encode
+from msn_eval.evaluation.plan import Plan, Task, cache_folder
+from msn_eval.features.encoder import encode
 from msn_eval.features.extraction import choose_batch_size, list_missing_images
 from msn_eval.probes.finetune import Finetune
 from msn_eval.probes.linear_augmented import LinearAugmented
@@ -31,8 +31,7 @@ class CostEstimate:
 
     Attributes:
         name: The checkpoint.
-        read: Images to read and encode.
-        reused: Images whose features are in the cache.
+        read: Images to read and encode. `reused` have their features in the cache.
         bytes: Size of the image files to read.
         augmented: Further images to read and encode, once for every epoch of a training on augmented images.
         tuned: Images that fine-tuning trains on, each counted in every epoch; not among `read`.
@@ -55,13 +54,8 @@ class CostEstimate:
 def estimate_cost(plan: Plan, *, run_own_code: bool) -> tuple[tuple[CostEstimate, ...], dict[str, Preparation]]:
     """Estimate the cost of every checkpoint of a plan. If many images are to be read, a few are timed.
 
-    Args:
-        plan: The plan.
-        run_own_code: Whether to time networks of the user's own code too.
-
-    Returns:
-        The estimates, that of a refused checkpoint with its problem; and the checkpoints that were read, by name, as far as
-        they fit into the memory set aside for them.
+    Networks of the user's own code are only timed with `run_own_code`. Also return, by name, the checkpoints that were read,
+    as far as they fit into the memory set aside for them. The estimate of a refused checkpoint has its problem.
     """
     estimates: list[CostEstimate] = []
     prepared: dict[str, Preparation] = {}
@@ -80,21 +74,19 @@ def estimate_cost(plan: Plan, *, run_own_code: bool) -> tuple[tuple[CostEstimate
 
 
 def _estimate_one(plan: Plan, ready: Preparation, run_own_code: bool) -> CostEstimate:
-    checkpoint = ready.encoder.checkpoint
     wanted = [pending_images(plan, ready), plan.val] if ready.frozen else []
     missing = [_find_missing(plan, ready, images) for images in wanted]
     augmented = 0
     for task, *_ in group_by_fit(ready.pending_on("augmented features")):
         assert isinstance(task.probe, LinearAugmented)
         augmented += task.probe.epochs * len(task.subset)
-    tuned = _count_tuned(ready)
+    tuned = [_count_tuned(task) for task in ready.pending_on("images")]
     read = sum(map(len, missing))
     encodings = read + augmented + _PASSES_PER_STEP * sum(tuned) + len(tuned) * len(plan.val)
-    is_timed = encodings >= _FEW_IMAGES and (run_own_code or not checkpoint.runs_own_code)
-    sample = max([*missing, plan.val], key=len)
-    seconds = _time_image(plan, ready, sample) if is_timed else None
+    is_timed = encodings >= _FEW_IMAGES and (run_own_code or not ready.encoder.checkpoint.runs_own_code)
+    seconds = _time_image(plan, ready, max([*missing, plan.val], key=len)) if is_timed else None
     return CostEstimate(
-        name=checkpoint.name,
+        name=ready.encoder.checkpoint.name,
         read=read,
         reused=sum(map(len, wanted)) - read,
         bytes=sum(images.source.stamp(image_id)[0] for images in missing for image_id in images.ids),
@@ -122,16 +114,13 @@ def _find_missing(plan: Plan, ready: Preparation, images: ImageSet) -> ImageSet:
     return images.only(missing)
 
 
-def _count_tuned(ready: Preparation) -> list[int]:
-    """Return the images of all steps of each fine-tuning."""
-    counts = []
-    for task in ready.pending_on("images"):
-        from msn_eval.probes.finetune.data import make_order  # loads timm's training code
+def _count_tuned(task: Task) -> int:
+    """Return the images of all steps of a fine-tuning."""
+    from msn_eval.probes.finetune.data import make_order  # loads timm's training code
 
-        assert isinstance(task.probe, Finetune)
-        order = make_order(task.probe.recipe, len(task.subset), seed=task.probe.seed)
-        counts.append(order.steps * order.batch)
-    return counts
+    assert isinstance(task.probe, Finetune)
+    order = make_order(task.probe.recipe, len(task.subset), seed=task.probe.seed)
+    return order.steps * order.batch
 
 
 def _time_image(plan: Plan, ready: Preparation, images: ImageSet) -> float | None:
@@ -159,22 +148,19 @@ def _time_image(plan: Plan, ready: Preparation, images: ImageSet) -> float | Non
     decoding = (time.perf_counter() - started) / len(sample)
     pixels = torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
     taps = ready.taps_of(ready.frozen or ready.pending)
+
+    def time_encoder(count: int) -> float:
+        batch = pixels.repeat(-(-count // len(pixels)), 1, 1, 1)[:count]
+        started = time.perf_counter()
+        for values in encode(encoder, batch, taps).values():
+            values.sum().item()  # waits for the device
+        return (time.perf_counter() - started) / count
+
     try:
-        _time_encoder(encoder, pixels[:2], taps)  # the first call compiles and allocates
-        encoding = _time_encoder(encoder, pixels[:2], taps) / 2
-        count = min(batch_size, int(_TIMED_SECONDS / encoding))
-        if count > 2:
-            batch = pixels.repeat(-(-count // len(pixels)), 1, 1, 1)[:count]
-            encoding = _time_encoder(encoder, batch, taps) / count
+        time_encoder(2)  # the first call compiles and allocates
+        encoding = time_encoder(max(2, min(batch_size, int(_TIMED_SECONDS / time_encoder(2)))))
     except (RuntimeError, MemoryError) as error:
         # Too large a batch, no compiler: the evaluation itself backs off, or reports what is wrong.
         _log.debug("%s could not be timed: %s", encoder.checkpoint.name, error)
         return None
     return max(decoding / workers, encoding) if overlap else decoding + encoding
-
-
-def _time_encoder(encoder: Encoder, pixels: Tensor, taps: tuple[str, ...]) -> float:
-    started = time.perf_counter()
-    for values in encode(encoder, pixels, taps).values():
-        values.sum().item()  # waits for the device
-    return time.perf_counter() - started
