@@ -41,24 +41,26 @@ def test_a_protocol_id_is_the_hash_of_its_canonical_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tap", "lambdas"),
+    ("name", "version", "tap", "lambdas"),
     [
-        ("logistic", "cls", []),
-        ("logistic", "cls", ["auto"]),
-        ("knn", "cls-norm", []),
-        ("linear", "cls", []),
-        ("linear-augmented", "cls", []),
-        ("ridge", "cls", []),
-        ("ncm", "cls-norm", []),
-        ("finetune", "cls-norm", []),
+        ("logistic", 1, "cls", []),
+        ("logistic", 1, "cls", ["auto"]),
+        ("knn", 1, "cls-norm", []),
+        ("linear", 1, "cls", []),
+        ("linear-augmented", 2, "cls", []),
+        ("ridge", 1, "cls", []),
+        ("ncm", 1, "cls-norm", []),
+        ("finetune", 1, "cls-norm", []),
     ],
 )
-def test_every_probe_has_the_name_version_and_tap_of_record(name: str, tap: str, lambdas: list[str]) -> None:
+def test_every_probe_has_the_name_version_and_tap_of_record(
+    name: str, version: int, tap: str, lambdas: list[str]
+) -> None:
     config = EvaluationConfig(probe=[name], lambda_=lambdas)
 
     ((probe, distribution),) = configure_probes(config, Subset(name="1img", draw=1, rule="", image_ids=("a",)))
 
-    assert (probe.name, probe.version, probe.taps, distribution) == (name, 1, (tap,), None)
+    assert (probe.name, probe.version, probe.taps, distribution) == (name, version, (tap,), None)
 
 
 def test_raw_pixels_on_the_digits_score_what_they_always_did(results: list[Result]) -> None:

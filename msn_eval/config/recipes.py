@@ -90,7 +90,8 @@ class AugmentedRecipe:
         lr: Learning rates at the first step, falling to 0 along a cosine over all steps.
         weight_decay: On the layer's weights; not on biases and the norm.
         epochs: Passes over the labelled images.
-        batch_size: Images per step over all ranks and accumulation steps; never more than there are.
+        batch_size: Images per step over all ranks and accumulation steps; never more than there are. In each epoch, images after
+            the last full batch are left out.
         crop_share: Smallest share of an image's area that a crop keeps.
         seed: Of the initial weights, the order of images, and every image's crops and flips.
     """

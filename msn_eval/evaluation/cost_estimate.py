@@ -1,6 +1,7 @@
 """Cost estimate: what a plan will cost, checkpoint by checkpoint: images to read, features to reuse, bytes, time."""
 
 import logging
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -79,7 +80,7 @@ def _estimate_one(plan: Plan, ready: Preparation, run_own_code: bool) -> CostEst
     augmented = 0
     for task, *_ in group_by_fit(ready.pending_on("augmented features")):
         assert isinstance(task.probe, LinearAugmented)
-        augmented += task.probe.epochs * len(task.subset)
+        augmented += task.probe.epochs * math.prod(task.probe.divide_epoch(len(task.subset)))
     tuned = [_count_tuned(task) for task in ready.pending_on("images")]
     read = sum(map(len, missing))
     encodings = read + augmented + _PASSES_PER_STEP * sum(tuned) + len(tuned) * len(plan.val)

@@ -36,11 +36,14 @@ class LinearAugmented(AugmentedRecipe, Probe):
     The encoder is frozen. The optimiser is SGD with Nesterov momentum and a cosine without warm-up. Every learning rate is
     a protocol of its own; they share each image's pass through the encoder, and nothing else.
 
-    Source: arXiv:2204.07141, appendix A.3, and its released linear evaluation.
+    Version 2 takes the steps of the released code: its momentum contains the learning rate, and each epoch ends with its last
+    full batch. Version 1 had torch's SGD and a smaller batch at the end of each epoch.
+
+    Source: arXiv:2204.07141, appendix A.3; github.com/facebookresearch/msn, linear_eval.py and src/sgd.py.
     """
 
     name: ClassVar[str] = "linear-augmented"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     trains_on: ClassVar[TrainsOn] = "augmented features"
 
     @property
@@ -56,6 +59,15 @@ class LinearAugmented(AugmentedRecipe, Probe):
         """Return the protocol that each learning rate is."""
         shared = {name: getattr(self, name) for name in ("weight_decay", "epochs", "batch_size", "crop_share", "seed")}
         return tuple({"lr": rate, **shared} for rate in self.rates)
+
+    def divide_epoch(self, n: int) -> tuple[int, int]:
+        """Return the images of a step and the steps of an epoch for n labelled images.
+
+        As in the released code, images after the last full batch are left out; the next epoch has another order. Where that code
+        would take no step, because a batch is larger than n, every step is on all n images.
+        """
+        batch = min(self.batch_size, n)
+        return batch, n // batch
 
 
 def configure(config: EvaluationConfig, subset: Subset) -> Iterator[LinearAugmented]:
@@ -130,16 +142,17 @@ def start_training(probe: LinearAugmented, dim: int, n_classes: int, device: tor
     return Training(
         step=0,
         heads=heads,
-        optimizers={rate: _build_optimizer(head, rate, probe.weight_decay) for rate, head in heads.items()},
+        optimizers={rate: _build_optimizer(head, probe.weight_decay) for rate, head in heads.items()},
         losses=dict.fromkeys(heads, 0.0),
         last_losses=dict.fromkeys(heads, math.nan),
     )
 
 
-def _build_optimizer(head: AugmentedHead, rate: float, weight_decay: float) -> torch.optim.SGD:
+def _build_optimizer(head: AugmentedHead, weight_decay: float) -> torch.optim.SGD:
+    """Build SGD whose gradients `take_step` multiplies by the learning rate, so that the momentum contains it."""
     others = [*head.norm.parameters(), head.linear.bias]
-    groups = [{"params": [head.linear.weight], "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=True)
+    groups = [{"params": [head.linear.weight], "decay": weight_decay}, {"params": others, "decay": 0.0}]
+    return torch.optim.SGD(groups, lr=1.0, momentum=MOMENTUM, nesterov=True)
 
 
 def take_step(
@@ -194,9 +207,12 @@ def take_step(
         return False
     for index, rate in enumerate(rates):
         training.losses[rate] += float(sums[index])
-        optimizer = training.optimizers[rate]
+        optimizer, current_rate = training.optimizers[rate], rate * rate_factor
         for parameters in optimizer.param_groups:
-            parameters["lr"] = rate * rate_factor
+            parameters["weight_decay"] = current_rate * parameters["decay"]
+        for weight in weights[rate]:
+            assert weight.grad is not None
+            weight.grad.mul_(current_rate)
         optimizer.step()
         if not all(bool(weight.isfinite().all()) for weight in weights[rate]):
             _log.warning("linear-augmented: learning rate %g diverged at step %d and is left out", rate, training.step)
@@ -275,25 +291,31 @@ def _train(
     stop: StopRequest,
 ) -> None:
     n = len(labels)
-    steps_per_epoch = -(-n // probe.batch_size)
+    batch_size, steps_per_epoch = probe.divide_epoch(n)
+    if group.rank == 0 and batch_size < probe.batch_size:
+        _log.info(
+            "linear-augmented: every step is on all %s images, fewer than a batch of %s", f"{n:,}", probe.batch_size
+        )
     steps = probe.epochs * steps_per_epoch
     saver = _StateSaver(files=files if group.rank == 0 else None, saved_at=time.monotonic())
     for epoch in range(training.step // steps_per_epoch, probe.epochs):
         order = draw_order(n, seed=probe.seed, epoch=epoch)
-        batches = torch.split(order, probe.batch_size)[training.step % steps_per_epoch :]
+        batches = torch.split(order, batch_size)[training.step % steps_per_epoch : steps_per_epoch]
         chunks_of = iterate_augmented_features(
             images, labels, batches, seed=probe.seed, epoch=epoch, share=probe.crop_share, group=group
         )
-        for chunks, batch in zip(chunks_of, batches, strict=True):
+        for chunks in chunks_of:
             cosine = (1 + math.cos(math.pi * training.step / steps)) / 2
-            if not take_step(training, chunks, images=len(batch), rate_factor=cosine, group=group, stop=stop):
+            if not take_step(training, chunks, images=batch_size, rate_factor=cosine, group=group, stop=stop):
                 saver.save(training)
                 stop.number = stop.number if stop.number is not None else signal.SIGTERM  # that of a different rank
                 return
             if not training.heads:
                 raise next(_make_error(rate, step) for rate, step in training.diverged_at.items())
             if training.step % steps_per_epoch == 0:
-                training.last_losses = {rate: loss / n for rate, loss in training.losses.items()}
+                training.last_losses = {
+                    rate: loss / (steps_per_epoch * batch_size) for rate, loss in training.losses.items()
+                }
                 training.losses = dict.fromkeys(training.losses, 0.0)
             saver.save_if_due(training)
         saver.finish_epoch(training)

@@ -1,13 +1,14 @@
 """Linear layers on augmented images: the step does not depend on how a batch is cut, nor the result on interruptions."""
 
 import logging
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msn_eval import load_encoder
+from msn_eval import extract, load_encoder
 from msn_eval.cli import main
 from msn_eval.data import read_split
 from msn_eval.distributed.group import ALONE, Group
@@ -80,28 +81,92 @@ def _weights(training: Training) -> dict[str, Tensor]:
     }
 
 
-def test_a_step_is_that_of_torchs_optimiser_on_the_complete_batch() -> None:
+class _ReleasedSteps:
+    """The update of the released linear evaluation: v = 0.9 v - lr (g + decay w), w += 0.9 v - lr (g + decay w).
+
+    The learning rate is inside the momentum v, unlike in torch's SGD; the two differ where it changes. Source:
+    github.com/facebookresearch/msn, src/sgd.py, with Nesterov momentum.
+    """
+
+    def __init__(self, n_features: int, first: Tensor, decay: float = 0.0) -> None:
+        self.norm, self.linear = torch.nn.LayerNorm(n_features), torch.nn.Linear(n_features, len(first))
+        self.linear.load_state_dict({"weight": first, "bias": torch.zeros(len(first))})
+        self.weights = [*self.norm.parameters(), self.linear.bias, self.linear.weight]
+        self.decays = [0.0, 0.0, 0.0, decay]
+        self.velocities = [torch.zeros_like(weight) for weight in self.weights]
+
+    def scores(self, features: Tensor) -> Tensor:
+        return cast(Tensor, self.linear(functional.normalize(self.norm(features), dim=1)))
+
+    def step(self, features: Tensor, labels: Tensor, rate: float) -> None:
+        gradients = torch.autograd.grad(functional.cross_entropy(self.scores(features), labels), self.weights)
+        with torch.no_grad():
+            for weight, gradient, velocity, decay in zip(
+                self.weights, gradients, self.velocities, self.decays, strict=True
+            ):
+                change = -rate * (gradient + decay * weight)
+                velocity.mul_(0.9).add_(change)
+                weight.add_(change + 0.9 * velocity)
+
+
+def test_a_step_is_that_of_the_released_code_on_the_complete_batch() -> None:
     probe = replace(_PROBE, lr=[2.0], weight_decay=0.1)
     features, labels = _batch()
-    norm, layer = torch.nn.LayerNorm(8), torch.nn.Linear(8, 3)
-    layer.load_state_dict(start_training(probe, 8, 3, CPU).heads[2.0].linear.state_dict())
-    plain = {"params": [*norm.parameters(), layer.bias], "weight_decay": 0.0}
-    optimiser = torch.optim.SGD(
-        [{"params": [layer.weight]}, plain], lr=2.0, momentum=0.9, nesterov=True, weight_decay=0.1
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / 4)
-    for _ in range(3):
-        optimiser.zero_grad()
-        functional.cross_entropy(layer(functional.normalize(norm(features), dim=1)), labels).backward()
-        optimiser.step()
-        schedule.step()
+    released = _ReleasedSteps(8, start_training(probe, 8, 3, CPU).heads[2.0].linear.weight, decay=0.1)
+    for step in range(3):
+        released.step(features, labels, 2.0 * (1 - step / 4))
 
     head = _stepped([20], probe).heads[2.0]
 
-    torch.testing.assert_close(head.linear.weight, layer.weight)
-    torch.testing.assert_close(head.linear.bias, layer.bias)
-    torch.testing.assert_close(head.norm.weight, norm.weight)
-    torch.testing.assert_close(head.norm.bias, norm.bias)
+    torch.testing.assert_close(head.linear.weight, released.linear.weight)
+    torch.testing.assert_close(head.linear.bias, released.linear.bias)
+    torch.testing.assert_close(head.norm.weight, released.norm.weight)
+    torch.testing.assert_close(head.norm.bias, released.norm.bias)
+
+
+def test_predictions_after_100_steps_are_those_of_the_released_code_on_the_same_crops() -> None:
+    encoder, probe = load_encoder("pixels", device="cpu"), replace(_PROBE, lr=[6.4], epochs=20, batch_size=20)
+    drawn = read_split("digits", "train").first_of_each_class(11)
+    labels, loading = torch.tensor(drawn.labels), Loading(batch_size=20, workers=0)
+    images = AugmentedImages(images=drawn, labels=labels, hashes=None, encoder=encoder, tap="pixels", loading=loading)
+    released = _ReleasedSteps(images.dim, start_training(probe, images.dim, 10, CPU).heads[6.4].linear.weight)
+    for epoch in range(20):
+        batches = torch.split(draw_order(110, seed=0, epoch=epoch), 20)[:5]  # the last 10 images do not fill a batch
+        steps = iterate_augmented_features(images, labels, batches, seed=0, epoch=epoch, share=0.08, group=ALONE)
+        for number, ((features, own),) in enumerate(steps):
+            released.step(features, own, 6.4 * (1 + math.cos(math.pi * (5 * epoch + number) / 100)) / 2)
+    values = extract(encoder, "digits", split="val").values
+
+    (scores,) = _fit(images, probe).scores(values)
+
+    assert (scores.argmax(dim=1) != released.scores(values).argmax(dim=1)).sum() <= 2
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(20, 2), (16, 2), (39, 1), (40, 1), (41, 1), (16384, 1)])
+def test_an_epoch_ends_with_its_last_full_batch_and_has_at_least_one_step(
+    images: AugmentedImages, batch_size: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+
+    def take(training: Training, chunks: Iterator[tuple[Tensor, Tensor]], *, images: int, **named: Any) -> bool:
+        batches.append(images)
+        return take_step(training, chunks, images=images, **named)
+
+    monkeypatch.setattr(linear_augmented, "take_step", take)
+    _fit(images, replace(_PROBE, epochs=3, batch_size=batch_size))
+
+    assert batches == [min(batch_size, 40)] * 3 * steps
+
+
+def test_a_batch_larger_than_the_labelled_images_is_mentioned(
+    images: AugmentedImages, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        _fit(images, replace(_PROBE, epochs=1, batch_size=41))
+        _fit(images, replace(_PROBE, epochs=1, batch_size=40))
+
+    assert caplog.text.count("every step is on all 40 images, fewer than a batch of 41") == 1
+    assert caplog.text.count("every step is on all") == 1
 
 
 @pytest.mark.parametrize("cuts", [[1] * 20, [7, 13], [6, 6, 6, 2]], ids=str)
@@ -372,7 +437,7 @@ def test_a_killed_training_resumes_to_the_same_bits(
     with caplog.at_level(logging.INFO):
         resumed = _fit(images, files=files)
 
-    assert "resumes after step 5" in caplog.text  # in the middle of the second epoch of three steps
+    assert "resumes after step 5" in caplog.text  # in the middle of the third epoch of two steps
     assert [one.objective for one in resumed.settings] == [one.objective for one in undisturbed.settings]
     pixels = _pixels(images)
     pairs = zip(resumed.scores(pixels), undisturbed.scores(pixels), strict=True)
@@ -443,7 +508,7 @@ def test_a_disk_that_stays_full_stops_a_training_before_the_next_epoch(
     with pytest.raises(StoreError, match="disk full"):
         _fit(images, files=files)
 
-    assert full_disk["left"] == 1000 - 4  # three steps of the first epoch, and its end
+    assert full_disk["left"] == 1000 - 3  # two steps of the first epoch, and its end
 
 
 def test_a_class_without_labelled_images_is_never_predicted(images: AugmentedImages) -> None:

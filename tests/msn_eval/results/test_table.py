@@ -159,8 +159,8 @@ def test_rows_with_different_labelled_images_are_mentioned_in_a_notice(results: 
 
 
 def test_linear_columns_show_differences_from_the_recipe_and_from_each_other(results: list[Result]) -> None:
-    def layer(name: str = "linear", **params: float | str) -> Result:
-        changed = _other_protocol(results[0], probe={"name": name, "version": 1, "params": params})
+    def layer(name: str = "linear", version: int = 1, **params: float | str) -> Result:
+        changed = _other_protocol(results[0], probe={"name": name, "version": version, "params": params})
         return replace(changed, probe=replace(changed.probe, name=name, params=params))
 
     def heads(*layers: Result) -> set[str]:
@@ -177,3 +177,5 @@ def test_linear_columns_show_differences_from_the_recipe_and_from_each_other(res
     assert heads(grid, taps) == {"linear", "linear taps=cls,mean"}
     assert heads(layer("linear-augmented", lr=6.4, epochs=100)) == {"linear-augmented"}
     assert heads(layer("linear-augmented", lr=3.2, epochs=50)) == {"linear-augmented, epochs=50 lr=3.2"}
+    earlier, current = (layer("linear-augmented", version, lr=6.4, epochs=100) for version in (1, 2))
+    assert heads(earlier, current) == {"linear-augmented, probe.version=1", "linear-augmented, probe.version=2"}
