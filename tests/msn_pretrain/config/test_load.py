@@ -120,7 +120,7 @@ def test_shipped_recipe_reads_builds_and_states_what_it_reproduces(file: Path) -
         ("msn_vitb16", 600, 0.3, 196),
         ("msn_vitl16", 600, 0.5, 196),
         ("msn_vitb8", 600, 0.3, 784),
-        ("msn_vitb4", 300, 0.7, 3136),
+        ("msn_vitb4", 400, 0.7, 3136),
         ("msn_vitl7", 200, 0.7, 1024),
     ],
 )
@@ -182,6 +182,22 @@ def test_released_file_on_16_ranks_is_our_released_recipe(tmp_path: Path) -> Non
     assert (recipe.data.root, recipe.data.workers, recipe.data.pin_memory) == ("/datasets/imagenet", 10, True)
     for section in ("views", "encoder", "head", "masking", "criterion", "optimization", "ema", "run"):
         assert getattr(recipe, section) == getattr(ours, section)
+
+
+def test_published_file_of_vit_b4_on_384_ranks_is_our_recipe(tmp_path: Path) -> None:
+    # github.com/facebookresearch/msn/issues/5 differs from the released file in these keys, and in paths and workers
+    changes = {
+        "criterion.batch_size": 3,
+        "data.patch_drop": 0.7,
+        "meta.model_name": "deit_base_p4",
+        "optimization.epochs": 400,
+    }
+
+    theirs = read(tmp_path, *changes.items(), world_size=48 * 8)
+
+    ours = read_recipe(find_package_folder("configs") / "pretrain" / "msn_vitb4.yaml")
+    for section in ("views", "encoder", "head", "masking", "criterion", "optimization", "ema"):
+        assert getattr(theirs, section) == getattr(ours, section)
 
 
 @pytest.mark.parametrize(
