@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +14,11 @@ from msn_eval.errors import printable
 from msn_pretrain.config.load import recipe_as_yaml
 from msn_pretrain.config.schedule import settings_at
 from msn_pretrain.data.sampler import Order
-from msn_pretrain.local_ranks import choose_rank_device
+from msn_pretrain.local_ranks import check_devices, choose_rank_device
 from msn_pretrain.training.run import (
     Recipe,
     build_learner,
+    find_snapshot,
     makes_views_on_device,
     precision_of,
     training_images,
@@ -64,16 +66,30 @@ def bench(recipe: Recipe, *, steps: int) -> str:
     )
 
 
-def describe(recipe: Recipe) -> str:
-    """Return what `--dry-run` prints: the resolved recipe, its size and an estimate of its memory. Raises what training would."""
+def describe(recipe: Recipe, *, allowed: Sequence[str] = (), elsewhere: bool = False) -> str:
+    """Return what `--dry-run` prints: the resolved recipe, its size and an estimate of its memory.
+
+    Args:
+        recipe: The recipe.
+        allowed: Keys of the recipe whose values may differ from those of its folder.
+        elsewhere: Whether it would be trained on another machine, which may have other devices.
+
+    Raises:
+        MsnEvalError: What training would raise before its first step.
+    """
     devices = recipe.run.device.split(",")
+    if not elsewhere:
+        check_devices(devices)
     device = torch.device(devices[0] if devices[0] != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    images = len(training_images(recipe))
+    images = training_images(recipe)
+    order = Order(
+        n_images=len(images), batch_size=recipe.optimization.batch_size, seed=recipe.run.seed, world=len(devices)
+    )
+    find_snapshot(recipe, images, allowed=allowed)
     model = build_learner(recipe, torch.device("cpu")).model
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     encoder = sum(parameter.numel() for parameter in model.exported().parameters())
-    steps_per_epoch = images // recipe.optimization.batch_size
     epochs = recipe.optimization.epochs
     share = math.ceil(recipe.optimization.batch_size / len(devices))
     activations = _activation_bytes(recipe, model.exported(), min(share, recipe.run.micro_batch or share))
@@ -84,10 +100,10 @@ def describe(recipe: Recipe) -> str:
     lines = [
         recipe_as_yaml(recipe).rstrip(),
         "",
-        f"images      {images:,} for training, from {recipe.data.root}",
+        f"images      {len(images):,} for training, from {recipe.data.root}",
         f"views       {kinds} per image, made {where}",
         f"parameters  {trained:,} trained, {total:,} in total, {encoder:,} in the encoder that is evaluated",
-        f"steps       {steps_per_epoch * epochs:,}: {epochs} epochs of {steps_per_epoch}, "
+        f"steps       {order.steps_per_epoch * epochs:,}: {epochs} epochs of {order.steps_per_epoch}, "
         f"{recipe.optimization.batch_size} images each",
         f"computing   {precision_of(recipe, device)} on {recipe.run.device}",
         f"memory      about {memory / _GIB:.1f} GiB for each of {len(devices)} {'ranks' if len(devices) > 1 else 'rank'} "

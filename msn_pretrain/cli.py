@@ -3,20 +3,29 @@
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import UsageError
+from msn_eval.errors import MsnEvalError, UsageError, did_you_mean
 from msn_eval.program import ArgumentParser, run_program
 
 if TYPE_CHECKING:
     from msn_pretrain.training.run import Recipe
 
 _TARGETS = ("timm", "hf", "msn", "torchvision")
+_RECIPE_HELP = "YAML file, or a name that `msn-eval ls recipes` lists; `key=value` arguments override it"
 _KEPT = "The last snapshot is kept; run the same command again to continue."
+_KEYS = {  # of a recipe, by the option of msn-eval that errors of its data sets and networks name
+    "data": "data.root",
+    "workers": "data.workers",
+    "device": "run.device",
+    "arch": "encoder.name",
+    "image-pixels": "views.image_pixels",
+}
 _log = logging.getLogger(__name__)
 
 
@@ -32,7 +41,18 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Callable[[], int]]
     rest = arguments[1:] if verb else arguments
     options, overrides = build_parser().parse_with_overrides(rest, takes_overrides=verb != "export")
     options.overrides, options.arguments = overrides, arguments
-    return options, partial(run, options)
+    return options, partial(_run_with_keys, run, options) if verb != "export" else partial(run, options)
+
+
+def _run_with_keys(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Run a verb; in its errors, name keys of the recipe instead of options of msn-eval."""
+    try:
+        return run(options)
+    except MsnEvalError as error:
+        for option, key in _KEYS.items():
+            pattern = rf"--{option}\b(?!-)"
+            error.what, error.hint = re.sub(pattern, key, error.what), re.sub(pattern, key, error.hint)
+        raise
 
 
 def _train_parser() -> ArgumentParser:
@@ -41,7 +61,11 @@ def _train_parser() -> ArgumentParser:
         description="Pre-train MSN or SimSiam by a recipe. In the folder of an earlier run, continue that run.",
         epilog="verbs: export (a run's encoder for other programs), bench (how fast a recipe trains here)",
     )
-    parser.add_argument("recipe", metavar="CONFIG", help="YAML; `key=value` arguments override it")
+    parser.add_argument(
+        "recipe",
+        metavar="CONFIG",
+        help=_RECIPE_HELP,
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained and stop")
     parser.add_argument("--slurm", metavar="K=V,…", help="submit it, e.g. partition=gpu,nodes=2,gpus_per_node=8")
     parser.add_argument(
@@ -66,7 +90,11 @@ def _bench_parser() -> ArgumentParser:
         prog="msn-pretrain bench",
         description="Train a recipe for some steps, keep nothing, and print how fast that is.",
     )
-    parser.add_argument("recipe", metavar="CONFIG", help="YAML; `key=value` arguments override it")
+    parser.add_argument(
+        "recipe",
+        metavar="CONFIG",
+        help=_RECIPE_HELP,
+    )
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps to time, after 2 others; default 10")
     return parser
 
@@ -78,7 +106,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         from msn_pretrain.benchmark import describe
 
-        print(describe(recipe))
+        print(describe(recipe, allowed=options.allow_config_change, elsewhere=options.slurm is not None))
         return 0
     if options.slurm is not None:
         return _submit(options, recipe)
@@ -105,13 +133,17 @@ def _train(options: argparse.Namespace) -> int:
 
 def _read_recipe(options: argparse.Namespace) -> "Recipe":
     """Read a recipe from a file, or a shipped one by its bare name."""
-    from msn_eval.files.package_data import find_package_folder
+    from msn_eval.files.package_data import list_recipes
     from msn_pretrain.config.load import read_recipe
 
-    file = Path(options.recipe)
-    shipped = {path.stem: path for path in (find_package_folder("configs") / "pretrain").glob("*.yaml")}
+    file, shipped = Path(options.recipe), list_recipes("pretrain")
     if not file.exists():
-        file = shipped.get(options.recipe, file)
+        if options.recipe not in shipped:
+            here = [str(path) for path in file.parent.glob("*.y*ml")]
+            guess = did_you_mean(str(file), here) or did_you_mean(file.stem, shipped)
+            hint = f"Give a YAML file, or one of {', '.join(shipped)}."
+            raise UsageError(f"no such recipe.{guess}", where=options.recipe, hint=hint)
+        file = shipped[options.recipe]
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return read_recipe(file, overrides=options.overrides, world_size=world_size)
 

@@ -39,6 +39,14 @@ def choose_rank_device(group: Group, device: str) -> Group:
     return replace(group, device=chosen)
 
 
+def check_devices(names: Sequence[str]) -> None:
+    """Raise UsageError if one of these devices does not exist, or is `auto` among several."""
+    if len(names) > 1 and "auto" in names:
+        raise UsageError("run.device: auto among several", hint="Name each: run.device=cuda:0,cuda:1.")
+    for name in names:
+        choose_device(name)
+
+
 def run_local_ranks(arguments: Sequence[str], devices: Sequence[str]) -> int:
     """Run `python -m msn_pretrain ARGUMENTS` once per device; return the exit code of the first that failed, else 0.
 
@@ -47,10 +55,7 @@ def run_local_ranks(arguments: Sequence[str], devices: Sequence[str]) -> int:
     Raises:
         UsageError: A device does not exist.
     """
-    for name in devices:
-        if name == "auto":
-            raise UsageError("run.device: auto among several", hint="Name each: run.device=cuda:0,cuda:1.")
-        choose_device(name)
+    check_devices(devices)
     listener = socket.create_server((_LOOPBACK, 0))  # TCPStore on its own listens on all interfaces
     port = listener.getsockname()[1]
     store = TCPStore(_LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())

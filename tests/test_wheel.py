@@ -22,9 +22,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def _run(installed: Path, empty: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _run(installed: Path, empty: Path, *arguments: str, package: str = "msn_eval") -> subprocess.CompletedProcess[str]:
     # First on the path, so before a checkout that is installed in place.
-    program = f"import sys; sys.path.insert(0, {str(installed)!r}); from msn_eval.cli import main; sys.exit(main())"
+    program = f"import sys; sys.path.insert(0, {str(installed)!r}); from {package}.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, cwd=empty, capture_output=True, text=True, check=False)
 
@@ -59,6 +59,7 @@ def test_wheel_holds_the_two_packages_and_nothing_else(installed: Path) -> None:
         ("ls", "probes"),
         ("ls", "datasets"),
         ("ls", "protocols"),
+        ("ls", "recipes"),
         ("subsets", "list"),
         ("--config", "low_shot", "--checkpoint", "pixels", "--data", "digits", "--dry-run", "--no-cache"),
     ],
@@ -69,6 +70,12 @@ def test_installed_command_works_from_an_empty_folder(
     done = _run(installed, tmp_path, *arguments)
 
     assert (done.returncode, bool(done.stdout)) == (0, True), done.stderr
+
+
+def test_installed_recipes_are_read_by_name_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    done = _run(installed, tmp_path, "msn_digits", "--dry-run", package="msn_pretrain")
+
+    assert (done.returncode, "images      1,000" in done.stdout) == (0, True), done.stderr
 
 
 def test_installed_package_is_the_one_that_runs(installed: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from msn_eval.checkpoints import find_scheme
 from msn_eval.config.recipes import TAP_NAMES
 from msn_eval.config.request import BAD_IMAGE_RULES, DECODERS, PRECISIONS, SEARCHES, SOLVER_NAMES, EvaluationConfig
 from msn_eval.errors import UsageError, did_you_mean, printable
-from msn_eval.files.package_data import find_package_folder
+from msn_eval.files.package_data import list_recipes
 from msn_eval.probes import find_probe, read_probes
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _translate(content: Mapping[str, object], where: str) -> Mapping[str, object
 
 def _find_config_file(name: str) -> Path:
     """Return the file called `name`, else the shipped config of that name."""
-    shipped = {path.stem: path for path in (find_package_folder("configs") / "eval").glob("*.yaml")}
+    shipped = list_recipes("eval")
     if Path(name).exists():
         return Path(name)
     if name in shipped:

@@ -1,10 +1,10 @@
-"""`msn-eval ls checkpoints|subsets|probes|datasets|reports|protocols`: what there is to choose from."""
+"""`msn-eval ls checkpoints|subsets|probes|datasets|reports|protocols|recipes`: what there is to choose from."""
 
 import argparse
 from collections.abc import Sequence
 from itertools import product
 
-_KINDS = ("checkpoints", "subsets", "probes", "datasets", "reports", "protocols")
+_KINDS = ("checkpoints", "subsets", "probes", "datasets", "reports", "protocols", "recipes")
 _MANY_IMAGES = 1_000_000  # enough for every default hyper-parameter
 _SUBSETS = {
     "1img": "1 labelled image per class, three draws",
@@ -44,9 +44,23 @@ def _list_summaries(kind: str) -> dict[str, str]:
             return list_datasets()
         case "subsets":
             return _SUBSETS
+        case "recipes":
+            return _list_recipes()
         case _:
             return _list_protocols()
     return {name: entry.summary for name, entry in read_entries().items()}
+
+
+def _list_recipes() -> dict[str, str]:
+    """Return the first line of each shipped YAML file and the command that takes it, by name."""
+    from msn_eval.files.package_data import list_recipes
+
+    summaries = {}
+    for program, command in (("pretrain", "msn-pretrain"), ("eval", "msn-eval --config")):
+        for name, path in list_recipes(program).items():
+            with path.open(encoding="utf-8") as lines:
+                summaries[name] = f"{next(lines).lstrip('# ').rstrip()} ({command} {name})"
+    return summaries
 
 
 def _list_protocols() -> dict[str, str]:

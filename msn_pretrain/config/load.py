@@ -22,7 +22,7 @@ def read_recipe(file: Path, *, overrides: Iterable[str] = (), world_size: int = 
     Raises:
         UsageError: A key is unknown, or a value has a wrong type or is out of range. The text names the file and the key.
     """
-    content = read_yaml(file, what="recipe", hint="configs/pretrain/ has the recipes that ship.")
+    content = read_yaml(file, what="recipe", hint="`msn-eval ls recipes` lists those that ship.")
     if is_reference(content):
         content = map_reference_recipe(content, world_size=world_size, where=str(file))
     layers: list[tuple[str, Mapping[str, Any]]] = [(str(file), content)]

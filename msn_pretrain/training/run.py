@@ -168,6 +168,14 @@ def open_run(recipe: Recipe, images: ImageSet, *, allowed: Sequence[str] = ()) -
     prepare_folder(run, option="run.dir")
     for name in (CHECKPOINTS, "eval"):
         (run / name).mkdir(exist_ok=True)
+    snapshot = find_snapshot(recipe, images, allowed=allowed)
+    write_atomically(run / CONFIG, recipe_as_yaml(recipe).encode())
+    return snapshot
+
+
+def find_snapshot(recipe: Recipe, images: ImageSet, *, allowed: Sequence[str]) -> Path | None:
+    """Return the folder of the snapshot that a run would continue from, as `open_run` does, but write nothing."""
+    run = Path(recipe.run.dir)
     config = run / CONFIG
     if config.exists():
         _check_unchanged(read_recipe(config), recipe, allowed, where=str(config))
@@ -178,7 +186,6 @@ def open_run(recipe: Recipe, images: ImageSet, *, allowed: Sequence[str] = ()) -
         hint = f"Restore them, or continue with --allow-config-change {DATA}."
         what = "data: the training images are not those that this run began with"
         raise UsageError(what, where=str(run), hint=hint)
-    write_atomically(config, recipe_as_yaml(recipe).encode())
     return None if snapshot is None else snapshot.folder
 
 

@@ -33,13 +33,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("arguments", "code", "text"),
     [
         (["nowhere.yaml"], 2, "no such recipe"),
+        (["msn_vits61"], 2, "no such recipe. Did you mean msn_vits16?"),
+        (["configs/pretrain/msn_vitb16.yml"], 2, "Did you mean"),
         ([], 2, "required"),
         (["msn_digits", "optimization.epoch=3"], 2, "Did you mean optimization.epochs?"),
         (["msn_digits", "--dry-runs"], 2, "Did you mean --dry-run?"),
         (["msn_digits", "epochs"], 2, "unexpected argument 'epochs'"),
         (["msn_vits16"], 2, "data.root is missing"),
         (["msn_vits16", "data.root=/nowhere"], 21, "/nowhere"),
-        (["msn_digits", "run.device=cuda:77"], 2, "cuda:77"),
+        (["msn_digits", "data.root='wds:'"], 2, "data.root wds:: a folder or a name is missing"),
+        (["msn_digits", "data.root=digits:3"], 2, "data.root digits:3: the digits are embedded"),
+        (["msn_vits16", "data.root=/nowhere"], 21, "Give data.root a folder with train/"),
+        (["bench", "msn_vits16", "data.root=/nowhere"], 21, "Give data.root a folder with train/"),
+        (["msn_digits", "run.device=cuda:77"], 2, "run.device cuda:77 does not exist"),
         (["msn_digits", "--slurm", "partitoin=gpu"], 2, "Did you mean partition?"),
         (["export", "/nowhere", "--to", "timm", "--out", "x"], 2, "not the folder of a pre-training run"),
         (["bench", "msn_digits", "--steps", "0"], 2, "out of range"),
@@ -63,6 +69,50 @@ def test_dry_run_describes_the_training_and_trains_nothing(capsys: pytest.Captur
     assert "images      1,000 for training, from digits" in output
     assert "parameters" in output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("optimization.batch_size=1001", "a batch of 1001 images is impossible with 1,000 images"),
+        ("run.device=cuda:77", "run.device cuda:77 does not exist"),
+        ("run.device=cpu,cpu,cpu", "a global batch of 64 cannot be divided by 3 ranks"),
+        ("run.device=cpu,auto", "auto among several"),
+    ],
+)
+def test_dry_run_refuses_what_the_run_refuses(
+    override: str, text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["msn_digits", f"run.dir={tmp_path / 'run'}", override, "--dry-run"]) == 2
+
+    output = capsys.readouterr()
+    assert text in output.err
+    assert output.out == ""
+
+
+@pytest.mark.parametrize(("option", "code"), [([], 2), (["--allow-config-change", "run.seed"], 0)])
+def test_dry_run_refuses_a_changed_recipe_in_the_folder_of_a_run(
+    run: Path, option: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(run.parent / "tiny.yaml"), f"run.dir={run}", "run.seed=5", *option, "--dry-run"]
+
+    assert main(arguments) == code
+
+    assert ("run.seed: folder 0, now 5" in capsys.readouterr().err) == (code == 2)
+
+
+def test_dry_run_of_a_slurm_job_does_not_need_its_devices_here(run: Path, tmp_path: Path) -> None:
+    arguments = [str(run.parent / "tiny.yaml"), f"run.dir={tmp_path / 'run'}", "run.device=cuda:77", "--dry-run"]
+
+    assert main([*arguments, "--slurm", "cluster=local"]) == 0
+
+
+def test_mistyped_file_suggests_its_neighbour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "small_run.yaml").touch()
+
+    assert main([str(tmp_path / "smal_run.yaml")]) == 2
+
+    assert f"no such recipe. Did you mean {tmp_path / 'small_run.yaml'}?" in capsys.readouterr().err
 
 
 def test_finished_run_has_nothing_left_to_do(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ sys.exit(code or 9 * ("torch" in sys.modules))
 """
 
 
-@pytest.mark.parametrize("kind", ["checkpoints", "subsets", "probes", "datasets", "reports"])
+@pytest.mark.parametrize("kind", ["checkpoints", "subsets", "probes", "datasets", "reports", "recipes"])
 def test_listing_does_not_import_torch(kind: str) -> None:
     process = subprocess.run([sys.executable, "-c", _LIST, kind], capture_output=True, text=True, timeout=60)
     lines = process.stdout.splitlines()
@@ -27,6 +27,13 @@ def test_reports_are_the_built_in_formats(capsys: pytest.CaptureFixture[str]) ->
     assert main(["ls", "reports"]) == 0
     names = [line.partition("\t")[0] for line in capsys.readouterr().out.splitlines()]
     assert names[:5] == ["md", "csv", "json", "latex", "html"]
+
+
+def test_recipes_are_those_of_both_programs_with_their_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "msn_vitb4\tMasked Siamese Networks, ViT-B/4 (msn-pretrain msn_vitb4)" in lines
+    assert any(line.startswith("low_shot\t") and line.endswith("(msn-eval --config low_shot)") for line in lines)
 
 
 def test_protocols_have_their_hyper_parameters(capsys: pytest.CaptureFixture[str]) -> None:
