@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 IMAGES ?= photos
 KILLS ?= 100
 
-.PHONY: demo test lint bench bench-images kill-test exact fuzz clean
+.PHONY: demo test lint bench bench-images parity kill-test exact fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,12 @@ bench: $(VENV)/installed-test
 bench-images: $(VENV)/installed-test
 	$(BIN)/python benchmarks/decode.py --images $(IMAGES)
 	$(BIN)/python benchmarks/low_shot.py --images $(IMAGES)
+
+# Compares with the code of the authors, number by number: make parity MSN=folder DINO=folder DINOV2=folder SUNCET=folder
+# SIMSIAM=folder, with checkouts of their repositories. What is not given is skipped.
+parity: $(VENV)/installed-test
+	$(BIN)/python benchmarks/parity.py --out reports/parity.md $(if $(MSN),--msn $(MSN)) $(if $(DINO),--dino $(DINO)) \
+		$(if $(DINOV2),--dinov2 $(DINOV2)) $(if $(SUNCET),--suncet $(SUNCET)) $(if $(SIMSIAM),--simsiam $(SIMSIAM))
 
 # Kills evaluations on an image folder and pre-training on embedded images at random times: make kill-test IMAGES=folder KILLS=100
 kill-test: $(VENV)/installed-test
