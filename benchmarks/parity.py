@@ -876,7 +876,8 @@ def write_page(rows: list[Row], notes: list[str], folders: Folders) -> str:
         "    make parity MSN=… DINO=… DINOV2=… SUNCET=… SIMSIAM=…     # folders with the authors' repositories",
         "",
         f"{datetime.date.today().isoformat()}, Python {platform.python_version()}, torch {torch.__version__}, CPU. "
-        f"Repositories: {commits or 'none'}. {len(rows)} comparisons, {outside} above the limit.",
+        f"{len(rows)} comparisons, {outside} above the limit.",
+        f"Repositories: {commits or 'none'}.",
         "",
         "| what | reference | largest difference | limit | within |",
         "| --- | --- | --- | --- | --- |",
