@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 _NAMES = {"pretrain_data": "pretraining", "pretrain_epochs": "epochs", "protocol": "probe", "labels": "subset",
           "value": "percent"}  # fmt: skip
-_VALUES = {"probe": {"logreg": "logistic"}, "subset": {"100pct": "full"}}
+# Published linear probes train on random crops and flips, which `linear`, on cached features, does not.
+_VALUES = {"probe": {"logreg": "logistic", "linear": "linear-augmented"}, "subset": {"100pct": "full"}}
 # Of ImageNet's 1,281,167 training images of 1,000 classes; the published 1 % list has 12,811.
 _IMAGES_PER_CLASS = {"1img": 1, "2imgs": 2, "5imgs": 5, "1pct": 12.811, "10pct": 128.1167, "full": 1281.167}
 

@@ -1,6 +1,7 @@
 """Published numbers: shown as printed, with their source, and separate from measured ones."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -28,7 +29,7 @@ def results() -> list[Result]:
 def test_every_number_is_a_percentage_with_a_source(numbers: pd.DataFrame) -> None:
     assert len(numbers) == 705
     assert numbers["percent"].astype(float).between(0, 100).all()
-    assert set(numbers["probe"]) == {"logistic", "linear", "knn", "finetune"}
+    assert set(numbers["probe"]) == {"logistic", "linear-augmented", "knn", "finetune"}
     assert (numbers["source"] != "").all()
     assert numbers[~numbers["verified"]][["method", "percent"]].to_numpy().tolist() == [["MoCo v3", "78.1"]]
 
@@ -66,6 +67,40 @@ def test_published_numbers_are_not_ranked_and_have_their_own_columns(
         assert not (column.published and cell.standing.rank)
     for columns in table.groups().values():
         assert len({(column.published, column.probe) for column in columns}) == 1
+
+
+@pytest.mark.parametrize(
+    ("probe", "shown"),
+    [
+        ("logistic", {"logistic", "finetune"}),
+        ("knn", {"knn", "finetune"}),
+        ("linear", {"finetune"}),
+        ("linear-augmented", {"linear-augmented", "finetune"}),
+        ("ridge", {"finetune"}),
+        ("ncm", {"finetune"}),
+    ],
+)
+def test_published_numbers_are_shown_only_beside_the_probe_that_reproduces_them(
+    numbers: pd.DataFrame, results: list[Result], probe: str, shown: set[str]
+) -> None:
+    column = make_table(results).columns[0]
+    measured = [replace(column, probe=probe, subset=subset) for subset in ("full", "1pct", "5imgs")]
+
+    published = make_published_table(numbers, measured)
+
+    assert {one.probe for one in published.columns} == shown
+
+
+def test_linear_number_of_the_msn_paper_is_beside_linear_augmented(
+    numbers: pd.DataFrame, results: list[Result]
+) -> None:
+    column = replace(make_table(results).columns[0], probe="linear-augmented", subset="full")
+
+    published = make_published_table(numbers, [column])
+
+    cells = {(row.name, row.source, one.probe): format_cell(cell) for (row, one), cell in published.cells.items()}
+    assert cells["MSN ViT-S/16", "arXiv:2204.07141 Table 3", "linear-augmented"] == "76.9"
+    assert sum(probe == "linear-augmented" for _, _, probe in cells) > 100
 
 
 def test_unverified_number_is_marked_in_its_row(numbers: pd.DataFrame, results: list[Result]) -> None:
