@@ -95,7 +95,7 @@ def _subject_text(report: GateReport) -> str:
 
 def _rule_text(report: GateReport) -> str:
     return (
-        f"margin {100 * report.margin:.2f} points; one-sided level {report.level:g} over all protocols together; "
+        f"rules {report.rules}; margin {100 * report.margin:.2f} points; one-sided level {report.level:g} over all protocols together; "
         f"detectable drops at {100 * report.power:g} % power; baseline sha256 {report.baseline_sha256[:16]}"
     )
 

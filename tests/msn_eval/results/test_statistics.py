@@ -86,13 +86,22 @@ def test_exchanging_the_checkpoints_mirrors_everything() -> None:
     assert there.interval.low == pytest.approx(-back.interval.high, abs=1e-12)
 
 
-def test_paired_interval_is_that_of_resampling_the_images() -> None:
+def test_paired_interval_of_many_differences_is_that_of_resampling_the_images() -> None:
     differences = np.random.default_rng(4).choice([-3, -1, 0, 1, 2], 2000, p=[0.05, 0.1, 0.7, 0.1, 0.05])
     resamples = np.random.default_rng(5).choice(differences, (4000, 2000)).mean(axis=1) / 3
 
     interval = difference_interval(differences, draws=3)
 
     assert [interval.low, interval.high] == pytest.approx(np.percentile(resamples, [2.5, 97.5]), abs=6e-4)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 5, 40, 200])
+def test_interval_of_losses_only_reaches_the_exact_limit_of_a_proportion(lost: int) -> None:
+    exact = stats.binomtest(lost, 1000).proportion_ci(0.95, method="exact").high
+
+    low = difference_interval(_differences(1000, lost=lost, gained=0), draws=1).low
+
+    assert exact <= -low < exact + 0.0005
 
 
 @pytest.mark.parametrize("lost", [0, 1, 1000])
