@@ -1,6 +1,7 @@
 """Process: the memory and the cores that it may use, and the signals that ask it to stop."""
 
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -27,6 +28,24 @@ def available_bytes(*, machine: Path = _MACHINE, container: Path = _CONTAINER) -
     """
     known = [free for free in (_machine_bytes(machine), _container_bytes(container)) if free is not None]
     return min(known, default=None)
+
+
+def describe_exhausted_resource(error: BaseException) -> tuple[str, str] | None:
+    """Return the resource that ran out, and what helps. None where the error means something else."""
+    text = str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or number == errno.ENOMEM
+        or any(part in text for part in ("can't allocate memory", "annot allocate memory", "failed to map segment"))
+    ):
+        return "memory", "Free memory, raise the limit (ulimit -v), or pass a smaller --batch-size and fewer --workers."
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "open files", "Raise the limit (ulimit -n), or pass fewer --workers."
+    if number == errno.EAGAIN or "can't start new thread" in text:
+        return "processes or threads", "Raise the limit (ulimit -u), or pass fewer --workers."
+    return None
 
 
 def usable_cores() -> int:

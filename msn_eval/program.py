@@ -1,6 +1,7 @@
 """Program: what the command lines of both packages share. Parsing, logging, SIGTERM, and exit codes."""
 
 import argparse
+import errno
 import logging
 import os
 import signal
@@ -8,13 +9,25 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from msn_eval.errors import INTERRUPTED, PREEMPTED, MsnEvalError, UsageError, did_you_mean, printable
-from msn_eval.process import Terminated
+from msn_eval.errors import (
+    INTERRUPTED,
+    PREEMPTED,
+    MsnEvalError,
+    ResourceError,
+    StoreError,
+    UsageError,
+    did_you_mean,
+    printable,
+)
+from msn_eval.process import Terminated, describe_exhausted_resource
 from msn_eval.version import __version__
 
+_OUTPUT_HINT = "Free space, or send the output elsewhere. Finished results are kept."
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EBADF)
 Parse = Callable[[list[str]], tuple[argparse.Namespace, Callable[[], int]]]
 
 
@@ -26,6 +39,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"See {self.prog} --help.")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # of --help and --version, so that a full disk is reported
+        super().exit(status, message)
 
     def parse_with_overrides(
         self, arguments: Sequence[str], *, takes_overrides: bool, verbs: Iterable[str] = ()
@@ -67,6 +84,10 @@ def run_program(name: str, arguments: Sequence[str] | None, parse: Parse, *, log
         kept: What is kept after SIGTERM or Ctrl-C.
     """
     verbosity = 0
+    if sys.stderr is None:  # closed by the caller; a file opened later must not take its number
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - until the program ends
+    if sys.stdout is None:
+        return _fail(f"StoreError: standard output is closed\n{_OUTPUT_HINT}", StoreError.exit_code, 0)
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _raise_terminated) if in_main_thread else None
     try:
@@ -83,9 +104,12 @@ def run_program(name: str, arguments: Sequence[str] | None, parse: Parse, *, log
     except KeyboardInterrupt:
         return _fail(f"Interrupted. {kept}", INTERRUPTED, 0)
     except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
     except Exception as error:
+        if (known := _name_cause(error)) is not None:
+            _discard_output()
+            return _fail(f"{type(known).__name__}: {known}", known.exit_code, verbosity)
         text = printable(f"{type(error).__name__}: {error}")
         message = f"This is a bug in {name}: {text}\nRun it again with -vv for the traceback."
         return _fail(message, MsnEvalError.exit_code, verbosity)
@@ -93,6 +117,25 @@ def run_program(name: str, arguments: Sequence[str] | None, parse: Parse, *, log
         # A program that ends keeps ignoring a second SIGTERM.
         if in_main_thread and (arguments is not None or signal.getsignal(signal.SIGTERM) is _raise_terminated):
             signal.signal(signal.SIGTERM, previous)
+
+
+def _name_cause(error: Exception) -> MsnEvalError | None:
+    """Return the error to report where a resource or the disk ran out, None where the program is at fault."""
+    if (exhausted := describe_exhausted_resource(error)) is not None:
+        resource, hint = exhausted
+        return ResourceError(f"out of {resource}: {type(error).__name__}: {error}", hint=hint)
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        where = str(error.filename or "standard output or a file")
+        return StoreError(f"cannot be written: {error.strerror}", where=where, hint=_OUTPUT_HINT)
+    return None
+
+
+def _discard_output() -> None:
+    """Send what stdout still holds nowhere if it cannot be written, so that the interpreter does not fail on it at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:

@@ -29,6 +29,7 @@ from msn_eval.checkpoints.normalisation import (
     read_triple,
     set_by_hand,
 )
+from msn_eval.checkpoints.own_code import guard_own_code
 from msn_eval.checkpoints.run_folder import evaluated_file, is_run_folder
 from msn_eval.checkpoints.sanity_checks import describe_values
 from msn_eval.checkpoints.stored import (
@@ -291,18 +292,16 @@ def _check_factory(name: str) -> str:
 
 def _run_factory(entry: Entry, *arguments: str, path: str, name: str, file_format: str) -> Checkpoint:
     """Run a factory of the user or of a plug-in: the only function that executes code that is not ours."""
-    try:
+    with guard_own_code("the factory", where=path):
         factory = cast(Callable[..., object], entry.load())
         network = factory(*arguments)
-    except Exception as error:
-        raise CheckpointError(
-            f"the factory failed: {type(error).__name__}: {error}", where=path, hint="Run it by itself to see why."
-        ) from error
     if not isinstance(network, nn.Module):
         raise CheckpointError(
             f"the factory returned a {type(network).__name__}, not an nn.Module", where=path, hint="Return the module."
         )
-    network = network.float().eval()
+    with guard_own_code("the module", where=path):  # which may override these
+        network = network.float().eval()
+        tensors = dict(network.state_dict())
     try:
         image_pixels = int(cast(int, getattr(network, "image_pixels", 224)))
     except (TypeError, ValueError) as error:
@@ -321,7 +320,7 @@ def _run_factory(entry: Entry, *arguments: str, path: str, name: str, file_forma
     return Checkpoint(
         name=name,
         path=path,
-        weights_sha256=weights_sha256(dict(network.state_dict()) | as_tensors),
+        weights_sha256=weights_sha256(tensors | as_tensors),
         format=file_format,
         arch=name,
         network=network,

@@ -1,6 +1,7 @@
 """`msn-eval baseline RUNS --out FILE`: writes the file that `check` compares checkpoints with."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,5 +35,13 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def check_output_file(option: str, path: str | None) -> None:
     """Raise UsageError for a file that cannot be written, before anything is computed."""
-    if path is not None and (not Path(path).parent.is_dir() or Path(path).is_dir()):
+    if path is not None and not _can_write(Path(path)):
         raise UsageError(f"{option} {path}: no file can be written there", hint="Give a file in an existing folder.")
+
+
+def _can_write(file: Path) -> bool:
+    """Whether there is a regular file, or a folder to write one into. Writing would replace a pipe or a device."""
+    try:
+        return file.is_file() or (file.parent.is_dir() and not os.path.lexists(file))
+    except OSError:  # such as a name that is too long
+        return False

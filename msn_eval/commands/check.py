@@ -63,16 +63,22 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from msn_eval.results.baseline import read_baseline
     from msn_eval.results.gate import DEFAULT_MARGIN, check_results
 
-    _check_options(options)
-    margin = DEFAULT_MARGIN if options.margin is None else options.margin
+    check_output_file("--junit", options.junit)
+    check_output_file("--markdown", options.markdown)
+    # Written first: whatever ends the check, the files of an earlier one must not remain.
+    _write_refusal(options, "error", "check did not finish")
     try:
+        _check_options(options)
+        margin = DEFAULT_MARGIN if options.margin is None else options.margin
         baseline = read_baseline(Path(options.baseline))
         results, folders = _evaluate(options, baseline) if options.checkpoint else _read(options)
         report = check_results(baseline, results, folders, margin=margin)
-    except ComparisonError as error:
-        # The reason also goes where a build server and a pull request look for it.
-        _write(options.junit, gate.render_refusal_junit(str(error)))
-        _write(options.markdown, gate.render_refusal_markdown(str(error)))
+    except BaseException as error:
+        verdict = "not comparable" if isinstance(error, ComparisonError) else "error"
+        stopped = "check did not finish: it was stopped"
+        _write_refusal(
+            options, verdict, stopped if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+        )
         raise
     _write(options.junit, gate.render_gate_junit(report))
     _write(options.markdown, gate.render_gate_markdown(report))
@@ -90,8 +96,6 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UsageError(f"--margin {options.margin:g}: not a fraction in [0, 1)", hint="0.01 is one point.")
     if options.checkpoint and options.name is not None:
         raise UsageError("--name needs result folders", hint="Leave it out.")
-    check_output_file("--junit", options.junit)
-    check_output_file("--markdown", options.markdown)
 
 
 def _read(options: argparse.Namespace) -> "tuple[list[Result], list[Path]]":
@@ -123,6 +127,14 @@ def _evaluate(options: argparse.Namespace, baseline: "Baseline") -> "tuple[list[
     plans = make_baseline_plans(baseline, config)
     results = [result for plan in plans for result in evaluate_with_progress(plan)[0]]
     return results, [Path(config.out)]
+
+
+def _write_refusal(options: argparse.Namespace, verdict: str, reason: str) -> None:
+    """Write where a build server and a pull request look that there is no verdict, and why."""
+    from msn_eval.reports import gate
+
+    _write(options.junit, gate.render_refusal_junit(verdict, reason))
+    _write(options.markdown, gate.render_refusal_markdown(verdict, reason))
 
 
 def _write(path: str | None, text: str) -> None:

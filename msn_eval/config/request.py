@@ -138,7 +138,7 @@ class EvaluationConfig:
                 check_range("--lambda", _parse_lambda(text), above=0)
         check_ranges(self, "--", "temperature", above=0)
         check_ranges(self, "--", "k limit image_pixels", least=1)
-        check_ranges(self, "--", "seed", least=0)
+        check_ranges(self, "--", "seed", least=0, below=2**64)
         check_ranges(self, "--", "patch_drop", least=0, below=1)
         _check_count_or_auto("batch-size", self.batch_size, least=1)
         _check_count_or_auto("workers", self.workers, least=0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from msn_eval.checkpoints.checkpoint import Checkpoint, read_checkpoint, weights_sha256
+from msn_eval.checkpoints.own_code import guard_own_code
 from msn_eval.config.request import read_channels
 from msn_eval.data.images import EvalTransform, make_eval_transform
 from msn_eval.errors import CheckpointError, UsageError
@@ -390,7 +391,10 @@ def normalise_pixels(pixels: Tensor, encoder: Encoder) -> Tensor:
 
 
 def _pooled_features(network: nn.Module, checkpoint: Checkpoint, images: Tensor) -> Tensor:
-    if checkpoint.runs_own_code or checkpoint.format == "pixels":
+    if checkpoint.runs_own_code:
+        with guard_own_code("the module", where=checkpoint.path):
+            return _check_features(network(images), checkpoint, len(images))
+    if checkpoint.format == "pixels":
         return _check_features(network(images), checkpoint, len(images))
     maps = network.forward_features(images)  # type: ignore[operator]
     return cast(Tensor, network.forward_head(maps, pre_logits=True))  # type: ignore[operator]

@@ -67,15 +67,18 @@ def remove(path: Path) -> None:
 def prepare_folder(folder: Path, *, option: str) -> None:
     """Create `folder`, check that it can be written, and remove what killed processes left there.
 
-    Raises UsageError naming `option` when it cannot be used.
+    Raises:
+        UsageError: It cannot be a folder; the error names `option`.
+        StoreError: The disk refuses.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             os.fsync(file.fileno())
     except OSError as error:
-        hint = f"Give another {option} folder."
-        raise UsageError(f"cannot be written: {error.strerror or error}", where=str(folder), hint=hint) from error
+        what, hint = f"cannot be written: {error.strerror or error}", f"Give another {option} folder."
+        is_name = error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
+        raise (UsageError if is_name else StoreError)(what, where=str(folder), hint=hint) from error
     for leftover in folder.glob(f".*{_SUFFIX}"):
         if _is_abandoned(leftover):
             with contextlib.suppress(FileNotFoundError):  # another process removes it as well

@@ -59,9 +59,9 @@ def render_gate_junit(report: GateReport) -> str:
     return _render_suite(cases)
 
 
-def render_refusal_junit(reason: str) -> str:
-    """Render the single test case, an error, of a check that had no baseline or no results."""
-    return _render_suite([_make_case("baseline", "not comparable", reason, "")])
+def render_refusal_junit(verdict: str, reason: str) -> str:
+    """Render the single test case, an error, of a check without a verdict on any protocol."""
+    return _render_suite([_make_case("check", verdict, reason, "")])
 
 
 def _make_case(name: str, verdict: str, reason: str, text: str) -> ElementTree.Element:
@@ -69,7 +69,7 @@ def _make_case(name: str, verdict: str, reason: str, text: str) -> ElementTree.E
     if verdict == "pass":
         content = ElementTree.SubElement(case, "system-out")
     else:
-        tag = "error" if verdict == "not comparable" else "failure"
+        tag = "error" if verdict in ("not comparable", "error") else "failure"
         content = ElementTree.SubElement(case, tag, type=verdict, message=_escape_xml(reason))
     content.text = _escape_xml(text) or None
     return case
@@ -83,9 +83,9 @@ def _render_suite(cases: list[ElementTree.Element]) -> str:
     return ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
-def render_refusal_markdown(reason: str) -> str:
-    """Render a heading and the reason why nothing could be compared."""
-    return f"{_heading('not comparable')}\n\n{markdown_text(reason)}\n"
+def render_refusal_markdown(verdict: str, reason: str) -> str:
+    """Render a heading and the reason why there is no verdict on any protocol."""
+    return f"{_heading(verdict)}\n\n{markdown_text(reason)}\n"
 
 
 def _subject_text(report: GateReport) -> str:
@@ -95,7 +95,8 @@ def _subject_text(report: GateReport) -> str:
 
 def _rule_text(report: GateReport) -> str:
     return (
-        f"rules {report.rules}; margin {100 * report.margin:.2f} points; one-sided level {report.level:g} over all protocols together; "
+        f"rules {report.rules}; margin {100 * report.margin:.2f} points; "
+        f"one-sided level {report.level:g} over all protocols together; "
         f"detectable drops at {100 * report.power:g} % power; baseline sha256 {report.baseline_sha256[:16]}"
     )
 

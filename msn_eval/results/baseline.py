@@ -184,6 +184,8 @@ def read_baseline(path: Path) -> Baseline:
     """
     hint = "Make one and review it: msn-eval baseline RUNS --out FILE."
     try:
+        if path.exists() and not path.is_file():  # a pipe or device may never end
+            raise ComparisonError("no baseline: not a regular file", where=str(path), hint=hint)
         text = path.read_bytes()
     except OSError as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror

@@ -247,6 +247,6 @@ def _decide_verdict(
     }
     hashes = list(map(hash_predictions, predictions.prediction))
     same_hashes = hashes == [draw.predictions_sha256 for draw in entry.draws]
-    if numeric == "inconclusive" and same_hashes and np.array_equal(entry.right, predictions.right):
+    if same_hashes and np.array_equal(entry.right, predictions.right):
         return "pass", "no prediction differs"
     return numeric, reasons[numeric]

@@ -45,7 +45,8 @@ class Run:
     def __post_init__(self) -> None:
         check_choice("run.precision", self.precision, ("auto", "fp32", "bf16"))
         check_choice("run.attention", self.attention, ("auto", "fused", "explicit"))
-        check_ranges(self, "run", "seed micro_batch keep_every compare_every", least=0)
+        check_ranges(self, "run", "micro_batch keep_every compare_every", least=0)
+        check_ranges(self, "run", "seed", least=0, below=2**64)
         check_ranges(self, "run", "log_every", least=1)
         check_ranges(self, "run", "snapshot_minutes", above=0)
 

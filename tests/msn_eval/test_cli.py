@@ -1,5 +1,6 @@
 """The command line, as a user types it."""
 
+import errno
 import json
 import os
 import signal
@@ -74,6 +75,8 @@ def measure(folder: Path, capsys: pytest.CaptureFixture[str]) -> Measure:
         (_pixels("--data", "digits", "--lambda", "-1"), 2, "--lambda -1.0"),
         (_pixels("--data", "digits", "--temperature", "nan"), 2, "--temperature nan"),
         (_pixels("--data", "digits", "--limit", "0"), 2, "--limit 0"),
+        (_pixels("--data", "digits", "--seed", str(2**64)), 2, "--seed 18446744073709551616"),
+        (_pixels("--data", "digits", "--subset", "1img@1", "--out", 300 * "x"), 2, "File name too long"),
         (_pixels("--data", "digits", "--batch-size", "none"), 2, "--batch-size none"),
         (_pixels("--data", "digits", "--device", "gpu"), 2, "--device gpu"),
         (_pixels("--data", "digits", "--precision", "int8"), 2, "--precision int8"),
@@ -337,6 +340,84 @@ def test_closed_output_is_not_an_error(digits_runs: Path) -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "text"),
+    [(">/dev/full", 22, "standard output"), (">&-", 22, "standard output is closed"), ("2>&-", 0, "")],
+)
+def test_output_that_cannot_be_written_has_its_exit_code(redirection: str, code: int, text: str) -> None:
+    command = f"{sys.executable} -m msn_eval ls probes {redirection}"
+
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, text in done.stderr, "Traceback" in done.stderr) == (code, True, False), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (MemoryError("x"), 30, "out of memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            30,
+            "out of memory",
+        ),
+        (RuntimeError("can't start new thread"), 30, "out of processes or threads"),
+        (OSError(errno.EMFILE, "Too many open files", "a.png"), 30, "ulimit -n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 22, "No space left"),
+        (ValueError("x"), 1, "bug"),
+    ],
+)
+def test_exhausted_resource_is_named_with_its_exit_code(
+    error: Exception, code: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(options: object, overrides: object) -> int:
+        raise error
+
+    monkeypatch.setattr("msn_eval.commands.ls.run", fail)
+
+    assert main(["ls"]) == code
+    assert text in capsys.readouterr().err
+
+
+def test_file_as_out_is_a_usage_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs").write_text("")
+
+    assert main(_pixels("--data", str(folder), "--subset", "1img@1")) == 2
+    assert "runs: cannot be written: " in capsys.readouterr().err
+
+
+def test_read_only_out_is_a_store_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("msn_eval.files.atomic.tempfile.TemporaryFile", refuse)  # root writes everywhere
+
+    assert main(_pixels("--data", str(folder), "--subset", "1img@1")) == 22
+    assert "runs: cannot be written: Read-only file system\nGive another --out folder." in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_prints_is_not_in_the_json(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("talking_encoder.py").write_text(
+        "import os, torch\n"
+        "print('import')\n"
+        "class Talking(torch.nn.Module):\n"
+        "    image_pixels = 8\n"
+        "    def forward(self, images):\n"
+        "        print('forward'); os.system('echo child')\n"
+        "        return images.flatten(1)\n"
+        "def make(): print('factory'); return Talking()\n"
+    )
+    arguments = ["--data", str(folder), "--subset", "1img@1", "--no-cache", "--json"]
+
+    assert main(["--checkpoint", "py:talking_encoder:make", *arguments]) == 0
+
+    output = capfd.readouterr()
+    assert len(json.loads(output.out)) == 1
+    assert all(word in output.err for word in ("import", "factory", "forward", "child"))
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """`msn-eval check` on the command line."""
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -107,6 +109,106 @@ def test_usage_errors(
 ) -> None:
     assert main([*baseline, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["{runs}", "--margin", "2"], 2, "not a fraction"),
+        (["{runs}", "--checkpoint", "pixels"], 2, "one of the two"),
+        (["no/such/runs"], 2, "no such result folder"),
+        (["--checkpoint", "gone.pth", "--data", "digits"], 20, "gone.pth"),
+    ],
+)
+def test_files_of_an_earlier_pass_say_why_a_later_check_failed(
+    baseline: list[str], tmp_path: Path, arguments: list[str], code: int, text: str
+) -> None:
+    runs, junit, markdown = str(tmp_path / "before"), tmp_path / "j.xml", tmp_path / "m.md"
+    files = ["--junit", str(junit), "--markdown", str(markdown)]
+    assert main([*baseline, runs, *files]) == 0
+
+    assert main([*baseline, *(one.format(runs=runs) for one in arguments), *files]) == code
+
+    (case,) = ElementTree.parse(junit).getroot()
+    assert text in case.find("error[@type='error']").get("message", "")  # type: ignore[union-attr]
+    assert markdown.read_text().startswith("### msn-eval check: error")
+    assert text in markdown.read_text().replace("\\", "")
+
+
+_EXITS = {
+    "import": "raise SystemExit(0)\n",
+    "factory": "import sys\ndef make(): sys.exit(0)\n",
+    "factory, os._exit": "import os\ndef make(): os._exit(0)\n",
+    "forward": "def forward(self, images): raise SystemExit\n",
+    "forward, os._exit": "def forward(self, images):\n        import os; os._exit(0)\n",
+    "forward, an error": "def forward(self, images): return images @ images.new_zeros(5, 5)\n",
+}
+
+
+@pytest.mark.parametrize("where", _EXITS)
+def test_checkpoint_whose_code_exits_is_refused(
+    digits_baseline: Path,
+    tmp_path: Path,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = _EXITS[where]
+    if where.startswith("forward"):
+        code = (
+            f"import torch\nclass Net(torch.nn.Module):\n    image_pixels = 8\n    {code}\ndef make(): return Net()\n"
+        )
+    module = f"exits_{len(sys.modules)}"
+    (tmp_path / f"{module}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["--checkpoint", f"py:{module}:make", "--device", "cpu", "--no-cache", "--out", str(tmp_path / "runs")]
+    files = ["--junit", str(tmp_path / "j.xml"), "--markdown", str(tmp_path / "m.md")]
+
+    assert main(["check", "--baseline", str(digits_baseline / "b.json"), *arguments, *files]) == 20
+
+    reason = f"{'the module failed: RuntimeError' if 'error' in where else 'exits with'}"
+    assert reason in capsys.readouterr().err
+    assert reason in (tmp_path / "j.xml").read_text()
+    assert f"py:{module}:make" in (tmp_path / "m.md").read_text().replace("\\", "")
+
+
+def test_files_say_that_the_check_did_not_finish_while_it_runs(
+    baseline: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def interrupt(path: Path) -> None:
+        seen.append((tmp_path / "j.xml").read_text())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("msn_eval.results.baseline.read_baseline", interrupt)
+
+    assert main([*baseline, str(tmp_path / "before"), "--junit", str(tmp_path / "j.xml")]) == 130
+
+    assert "check did not finish" in seen[0]
+    assert "check did not finish: it was stopped" in (tmp_path / "j.xml").read_text()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_baseline_that_is_no_file_is_refused_at_once(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "b.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+
+    assert main(["check", "--baseline", str(path), str(tmp_path)]) == 12
+    assert f"{path}: no baseline: not a regular file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--junit", "--markdown"])
+def test_pipe_or_device_is_not_replaced_by_a_file(baseline: list[str], tmp_path: Path, option: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+
+    assert main([*baseline, str(tmp_path / "before"), option, str(tmp_path / "pipe")]) == 2
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.fixture(scope="module")
