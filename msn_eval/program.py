@@ -120,13 +120,15 @@ def run_program(name: str, arguments: Sequence[str] | None, parse: Parse, *, log
 
 
 def _name_cause(error: Exception) -> MsnEvalError | None:
-    """Return the error to report where a resource or the disk ran out, None where the program is at fault."""
+    """Return the error to report where a resource, the disk or a name is at fault, None where the program is."""
     if (exhausted := describe_exhausted_resource(error)) is not None:
         resource, hint = exhausted
         return ResourceError(f"out of {resource}: {type(error).__name__}: {error}", hint=hint)
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         where = str(error.filename or "standard output or a file")
         return StoreError(f"cannot be written: {error.strerror}", where=where, hint=_OUTPUT_HINT)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UsageError(str(error.strerror), where=str(error.filename), hint="Give a shorter path.")
     return None
 
 

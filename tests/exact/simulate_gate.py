@@ -262,7 +262,7 @@ def _power(share: float) -> Iterator[str]:
 
 def _coverage(share: float) -> Iterator[str]:
     samples = max(50, round(500 * share))
-    yield f"\n## 95 % intervals of a paired difference: coverage in {samples:,} samples, at least 94 % required\n"
+    yield f"\n## 95 % intervals of a paired difference: coverage in {samples:,} samples each, with a standard error of 1 %\n"
     yield "Tilt: (lost − gained) / differing. Expected: mean number of images that differ. If it is small, there are few"
     yield "possible outcomes, and by design the interval contains the true difference more often than 95 %.\n"
     yield "| draws | images | differing | expected | tilt 0 | tilt 0.5 | tilt 1 |"

@@ -377,7 +377,7 @@ def test_exhausted_resource_is_named_with_its_exit_code(
 
     monkeypatch.setattr("msn_eval.commands.ls.run", fail)
 
-    assert main(["ls"]) == code
+    assert main(["ls", "probes"]) == code
     assert text in capsys.readouterr().err
 
 
