@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 from unittest import mock
 
-from msn_eval.errors import CheckpointError, MsnEvalError
+from msn_eval.errors import CheckpointError
 from msn_eval.process import describe_exhausted_resource
 
 
@@ -38,7 +38,7 @@ def guard_own_code(what: str, *, where: str) -> Iterator[None]:
     try:
         with _stdout_to_stderr(), mock.patch.object(os, "_exit", refuse_exit):
             yield
-    except (KeyboardInterrupt, MsnEvalError):
+    except (KeyboardInterrupt, CheckpointError):
         raise
     except SystemExit as error:
         hint = "A checkpoint's code must not end the program. Remove the call of sys.exit, exit, quit or os._exit."

@@ -201,10 +201,14 @@ def check_range(
     most: float = math.inf,
 ) -> None:
     """Raise UsageError for a value of an option or a config key that is not finite or not within the given bounds."""
-    if math.isfinite(value) and above < value < below and least <= value <= most:
+    if above < value < below and least <= value <= most:  # false for NaN; exact for whole numbers beyond floats
         return
     bounds = {"above": above, "at least": least, "below": below, "at most": most}
-    texts = [f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound)]
+    texts = [
+        f"{name} {bound if isinstance(bound, int) else f'{bound:g}'}"
+        for name, bound in bounds.items()
+        if math.isfinite(bound)
+    ]
     what = f"{key} {value}: out of range" if key.startswith("--") else f"{key}: {value} is out of range"
     raise UsageError(what, hint=f"Give a number {' and '.join(texts)}.")
 

@@ -211,11 +211,11 @@ def test_file_instead_of_the_folder_is_a_usage_error_that_names_the_option(tmp_p
     assert str(caught.value) == f"{tmp_path / 'runs'}: cannot be written: File exists\nGive another --out folder."
 
 
-def test_folder_on_a_full_disk_is_a_usage_error_and_stays_empty(
+def test_folder_on_a_full_disk_is_a_store_error_and_stays_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_to_sync(monkeypatch, errno.ENOSPC)
-    with pytest.raises(UsageError, match="cannot be written: No space left on device"):
+    with pytest.raises(StoreError, match="cannot be written: No space left on device"):
         prepare_folder(tmp_path, option="--out")
     assert list(tmp_path.iterdir()) == []
 
