@@ -5,6 +5,7 @@
     ├── CheckpointError      20   weights missing or refused
     ├── DataError            21   data folder, class, image or list
     ├── StoreError           22   results, cache, disk
+    │   └── DamagedRecordError  22  a record or its predictions are not as they were written
     ├── NumericalError       23   NaN features, k above n, a single class
     ├── ResourceError        30   memory, workers
     ├── DistributedError     31   ranks that died, hang, or do not agree
@@ -97,6 +98,10 @@ class StoreError(MsnEvalError):
     """Results or cached files that cannot be read or written."""
 
     exit_code = 22
+
+
+class DamagedRecordError(StoreError):
+    """A record whose content, seal or predictions are not as they were written. Its numbers must not be used."""
 
 
 class NumericalError(MsnEvalError):

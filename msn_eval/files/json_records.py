@@ -1,7 +1,8 @@
 """JSON objects as frozen dataclasses: every field present, of its type, and no other."""
 
+import hashlib
 import json
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -10,6 +11,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_o
 _Record = TypeVar("_Record")
 _Reader = Callable[[Any], Any]
 _PLAIN = (str, int, float, bool, NoneType)
+_SEAL = "seal"
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -122,3 +124,22 @@ def _wrong_type(where: str, value: Any) -> ValueError:
 def canonical_json(value: object) -> str:
     """Return JSON with sorted keys, no spaces and the shortest float that reads back, so that equal values have equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def add_seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object closed with `seal`, the SHA-256 of the canonical JSON of all its other fields."""
+    fields = {name: value for name, value in content.items() if name != _SEAL}
+    return {**fields, _SEAL: hashlib.sha256(canonical_json(fields).encode()).hexdigest()}
+
+
+def remove_seal(content: Any) -> dict[str, Any]:
+    """Return the other fields of an object that `add_seal` closed.
+
+    Raises ValueError if there is no seal, or if it does not match: the object was edited or damaged.
+    """
+    if type(content) is not dict or _SEAL not in content:
+        raise ValueError("it has no seal")
+    sealed = add_seal(content)
+    if content[_SEAL] != sealed.pop(_SEAL):
+        raise ValueError("its seal does not match: it was edited or damaged")
+    return sealed
