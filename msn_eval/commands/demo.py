@@ -20,7 +20,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from msn_eval.files.atomic import prepare_folder, write_atomically
     from msn_eval.reports import load_format
     from msn_eval.reports.terminal import print_table
-    from msn_eval.results.folder import scan_results
+    from msn_eval.results.folder import combine_faults, scan_results
     from msn_eval.results.leaderboard import make_leaderboard
     from msn_eval.results.table import make_table
 
@@ -34,6 +34,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     table = make_table(results)
     print_table(table)
     scan = scan_results([runs])
+    if scan.faults:  # of earlier runs; those of this one were measured again
+        raise combine_faults(scan.faults)
     ranked = make_table(scan.results, standings=make_leaderboard(scan).standings)
     for name in ("html", "md", "csv", "json", "latex"):
         report_format = load_format(name)

@@ -25,7 +25,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Print the table, or write it in the requested formats.
 
-    A record that cannot be read is left out. The table and stderr name it, and the exit code is that of a damaged store.
+    A record that must not be used is left out, or shown as DAMAGED. The table and stderr name it, and the exit code is that
+    of a damaged store.
     """
     names = [name.strip() for name in (options.format or "").split(",") if name.strip()]
     if not names and options.out is not None:
@@ -33,24 +34,25 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     formats = [load_format(name) for name in dict.fromkeys(names)]
     with disabled_garbage_collection():
         scan = scan_results(options.runs)
-        if not scan.results:
+        results = (*scan.results, *scan.damaged)
+        if not results:
             raise combine_faults(scan.faults)
         from msn_eval.results.leaderboard import make_leaderboard
         from msn_eval.results.published import make_published_table, read_published
 
         board, published = make_leaderboard(scan, ranked=options.ranks), None
         if options.published:
-            published = make_published_table(read_published(), make_table(scan.results).columns)
+            published = make_published_table(read_published(), make_table(results).columns)
         notices = [*board.notices, *_describe_unreadable(scan)]
-        table = make_table(scan.results, standings=board.standings, published=published, notices=notices)
+        table = make_table(results, standings=board.standings, published=published, notices=notices)
         if not formats:
             from msn_eval.reports.terminal import print_table
 
             print_table(table)
         for report_format in formats:
             _write(report_format.render(table, scan), f"table.{report_format.suffix}", options.out)
-    if faults := (*scan.faults, *board.faults):
-        raise combine_faults(faults)
+    if scan.faults:
+        raise combine_faults(scan.faults)
     return 0
 
 
@@ -60,7 +62,7 @@ def _describe_unreadable(scan: ResultScan) -> list[str]:
     names = ", ".join(Path(fault.where).name for fault in scan.faults[:3])
     more = ", …" if len(scan.faults) > 3 else ""
     records = "1 record that" if len(scan.faults) == 1 else f"{len(scan.faults)} records that"
-    return [f"Left out: {records} cannot be read ({names}{more})."]
+    return [f"Not used: {records} cannot be read or is not as it was written ({names}{more})."]
 
 
 def _write(text: str, name: str, folder: str | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import CheckpointError, NumericalError, UsageError, printable
+from msn_eval.errors import CheckpointError, NumericalError, StoreError, UsageError, printable
 
 if TYPE_CHECKING:
     from msn_eval.config.request import EvaluationConfig
@@ -192,6 +192,10 @@ def _raise_problems(folder: Path, trajectory: "Trajectory", failures: "Sequence[
         hint = "Look at the curves; continue from an earlier snapshot with a changed recipe."
         kept = "Records and curves are in its eval folder."
         raise NumericalError(f"{count} alarm{'' if count == 1 else 's'}{lines}", where=where, hint=hint, kept=kept)
+    if trajectory.faults:
+        lines = "".join(f"\n  {fault}" for fault in trajectory.faults)
+        hint = "Restore these files of its eval folder, or move them away: their snapshots are gone."
+        raise StoreError(f"{len(trajectory.faults)} files are damaged and left out{lines}", where=where, hint=hint)
     if len(failures) == 1:
         raise failures[0]
     if failures:

@@ -280,7 +280,7 @@ def evaluate_checkpoint(
     for result, predictions in _measure(plan, ready, group, on_progress):
         if group.rank == 0:
             if not plan.config.canary:
-                write_result(out, result, predictions)
+                result = write_result(out, result, predictions)
             yield result
 
 

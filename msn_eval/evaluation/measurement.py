@@ -15,7 +15,7 @@ from msn_eval.checkpoints.checkpoint import Checkpoint
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.decoders import decoder_version
 from msn_eval.data.images import ImageSet
-from msn_eval.errors import NumericalError, StoreError
+from msn_eval.errors import DamagedRecordError, NumericalError, StoreError, one_line
 from msn_eval.evaluation.plan import Plan, Task
 from msn_eval.features.encoder import Encoder, resolve_tap
 from msn_eval.features.extraction import Features
@@ -155,7 +155,7 @@ def make_result_id(encoder: Encoder, task: Task) -> str:
 
 
 def find_result(out: Path, encoder: Encoder, task: Task, config: EvaluationConfig) -> Result | None:
-    """Return the result of a task from an earlier run, None if there is none or it failed.
+    """Return the result of a task from an earlier run, None if there is none, or it failed or is damaged.
 
     Raises:
         StoreError: The result of this id was made with different labelled images, or by another network or transform from
@@ -164,7 +164,13 @@ def find_result(out: Path, encoder: Encoder, task: Task, config: EvaluationConfi
     path = out / f"{make_result_id(encoder, task)}.json"
     if not path.exists():
         return None
-    result = read_result(path)
+    try:
+        result = read_result(path)
+        if result.predictions is not None and not path.with_name(result.predictions).exists():
+            raise DamagedRecordError("its predictions are missing", where=str(path))
+    except DamagedRecordError as error:
+        _log.warning("%s: %s; this result is measured again", error.where, one_line(error.what))
+        return None
     if result.status == "failed":
         return None
     if result.split.sha256 != task.split_sha256:

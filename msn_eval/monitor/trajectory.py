@@ -86,6 +86,7 @@ class Trajectory:
         points: Measured snapshots, by step.
         alarms: Past and present ones.
         notices: What else a reader must know.
+        faults: Names of records and statistics that cannot be used, each with the reason.
     """
 
     run: RunInfo
@@ -94,6 +95,7 @@ class Trajectory:
     points: tuple[Point, ...]
     alarms: tuple[Alarm, ...]
     notices: tuple[str, ...]
+    faults: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
@@ -274,6 +276,7 @@ def read_trajectory(folder: Path, run: RunInfo, plan: Plan) -> Trajectory:
         points=tuple(points),
         alarms=find_alarms(lines, measured, prototypes=run.prototypes, first_epochs=first_epochs),
         notices=tuple(_describe_problems(lines, faults)),
+        faults=tuple(faults),
     )
 
 

@@ -4,7 +4,7 @@ import csv
 import io
 
 from msn_eval.errors import one_line
-from msn_eval.reports.text_tables import FAILED, format_exact_percent
+from msn_eval.reports.text_tables import format_accuracy, format_exact_percent
 from msn_eval.results.folder import ResultScan
 from msn_eval.results.table import Cell, Table
 
@@ -34,7 +34,7 @@ def _format_cell(cell: Cell | None) -> list[str]:
     numbers = (cell.mean, cell.std, *(cell.standing.interval or (None, None)))
     top1, *others = ("" if number is None else format_exact_percent(number) for number in numbers)
     counts = ("" if count is None else str(count) for count in (cell.draws, cell.standing.rank))
-    return [top1 or FAILED, *others, *counts, cell.status]
+    return [top1 or format_accuracy(cell), *others, *counts, cell.status]
 
 
 def escape_csv(text: str) -> str:

@@ -4,7 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from msn_eval.errors import one_line
-from msn_eval.reports.text_tables import FAILED, describe_row, describe_significance, explain_cells, format_cell
+from msn_eval.reports.text_tables import describe_row, describe_significance, explain_cells, format_cell
 from msn_eval.results.table import Cell, Table
 
 if TYPE_CHECKING:
@@ -41,5 +41,5 @@ def _format_cell(cell: Cell | None) -> "Text":
     from rich.text import Text
 
     accuracy, significance = format_cell(cell), describe_significance(cell)
-    text = Text(accuracy, style="red" if accuracy == FAILED else "")
+    text = Text(accuracy, style="" if cell is None or cell.mean is not None else "red")
     return text.append(f"\n{significance}", style="dim") if significance else text

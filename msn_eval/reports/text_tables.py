@@ -8,20 +8,20 @@ from msn_eval.errors import one_line
 from msn_eval.results.table import Cell, Row, Table
 
 MISSING = "–"
-FAILED = "FAILED"
+FAILED, DAMAGED = "FAILED", "DAMAGED"
 UNCONVERGED = "*"
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_<>\[\]|#~&!@$])")
 
 
 def format_accuracy(cell: Cell) -> str:
-    """Return `65.5 ± 0.4`, `63.1`, or FAILED."""
+    """Return `65.5 ± 0.4`, `63.1`, FAILED or DAMAGED."""
     if cell.mean is None:
-        return FAILED
+        return DAMAGED if cell.status == "damaged" else FAILED
     return f"{100 * cell.mean:.1f}" + ("" if cell.std is None else f" ± {100 * cell.std:.1f}")
 
 
 def format_cell(cell: Cell | None) -> str:
-    """Return `65.5 ± 0.4 (3)`, `63.1 (1)`, FAILED, or a dash if there is no result."""
+    """Return `65.5 ± 0.4 (3)`, `63.1 (1)`, FAILED, DAMAGED, or a dash if there is no result."""
     if cell is None:
         return MISSING
     draws = "" if cell.draws is None or cell.mean is None else f" ({cell.draws})"
@@ -74,6 +74,8 @@ def explain_cells(table: Table) -> tuple[str, ...]:
         lines.append(f"{UNCONVERGED} the solver did not converge.")
     if any(cell.status == "failed" for cell in cells):
         lines.append(f"{FAILED}: a draw produced no result; its record has the error.")
+    if any(cell.status == "damaged" for cell in cells):
+        lines.append(f"{DAMAGED}: a record or its predictions are not as they were written; measure it again.")
     return (*lines, *table.notices)
 
 

@@ -10,9 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import StoreError, UsageError
+from msn_eval.errors import DamagedRecordError, StoreError, UsageError
 from msn_eval.results.reading import describe_reading, list_reading_differences
-from msn_eval.results.record import ID_DIGITS, MOVE_AWAY, Result, encode_result, parse_result, read_content
+from msn_eval.results.record import (
+    ID_DIGITS,
+    MEASURE_AGAIN,
+    Result,
+    StoredRecord,
+    encode_result,
+    parse_result,
+    read_stored,
+    recover_identity,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,16 +38,18 @@ class ResultScan:
     Attributes:
         results: Every readable record, each once, in the order of folder and file name.
         paths: The file of each record, in the same order.
-        faults: Errors of the unreadable records. Each names its file.
+        faults: Errors of the records that must not be used. Each names its file.
+        damaged: What damaged records claim to be, without numbers, as far as it is known and no other file has the result.
     """
 
     results: tuple[Result, ...]
     paths: tuple[Path, ...]
     faults: tuple[StoreError, ...]
+    damaged: tuple[Result, ...] = ()
 
 
 def scan_results(folders: Iterable[str | Path]) -> ResultScan:
-    """Read every record of some result folders. An unreadable record becomes a fault and hides no other.
+    """Read every record of some result folders. A damaged record becomes a fault and hides no other.
 
     A record is a file named by an id; tables and other files are ignored. Of a record that is in several folders, the
     first one counts, except that any result replaces a failed one.
@@ -49,33 +60,34 @@ def scan_results(folders: Iterable[str | Path]) -> ResultScan:
     directories = [Path(folder) for folder in folders]
     records: dict[str, tuple[Result, Path]] = {}
     faults: list[StoreError] = []
+    damaged: dict[str, Result] = {}
     paths = [path for folder in directories for path in _list_record_paths(folder)]
     with disabled_garbage_collection():
-        for path, content in zip(paths, _read_contents(paths), strict=True):
+        for stored in _read_files(paths):
             try:
-                result = parse_result(content, path)
+                result = parse_result(stored)
             except StoreError as error:
                 faults.append(error)
+                if isinstance(error, DamagedRecordError) and (claimed := recover_identity(stored)) is not None:
+                    damaged[claimed.id] = claimed
                 continue
-            known, _ = records.get(result.id, (result, path))
-            if result.id != path.stem:
-                what = f"holds the record of {result.id}: it was renamed or edited"
-                faults.append(StoreError(what, where=str(path), hint=MOVE_AWAY))
-            elif known.split.sha256 != result.split.sha256:
+            known, _ = records.get(result.id, (result, stored.path))
+            if known.split.sha256 != result.split.sha256:
                 what = f"result {result.id} is in several folders, measured with different labelled images"
-                faults.append(StoreError(what, where=str(path), hint="Report the folders one at a time."))
+                faults.append(StoreError(what, where=str(stored.path), hint="Report the folders one at a time."))
             elif known is result or (known.status == "failed" and result.status != "failed"):  # a retry succeeded
-                records[result.id] = (result, path)
+                records[result.id] = (result, stored.path)
             elif differences := list_reading_differences(describe_reading(known), describe_reading(result)):
                 what = (
                     f"result {result.id} is in several folders, its weights read differently: {'; '.join(differences)}"
                 )
-                faults.append(StoreError(what, where=str(path), hint="Report the folders one at a time."))
+                faults.append(StoreError(what, where=str(stored.path), hint="Report the folders one at a time."))
     if not records and not faults:
         where = ", ".join(map(str, directories))
         raise UsageError("no results here", where=where, hint="Run msn-eval with --out first.")
     results, files = [result for result, _ in records.values()], [path for _, path in records.values()]
-    return ResultScan(results=tuple(results), paths=tuple(files), faults=tuple(faults))
+    unknown = tuple(claimed for identity, claimed in damaged.items() if identity not in records)
+    return ResultScan(results=tuple(results), paths=tuple(files), faults=tuple(faults), damaged=unknown)
 
 
 @contextlib.contextmanager
@@ -99,12 +111,12 @@ def _list_record_paths(folder: Path) -> list[Path]:
         raise UsageError(what, where=str(folder), hint="Give the --out folder of a run.") from error
 
 
-def _read_contents(paths: Sequence[Path]) -> Iterator[bytes | OSError]:
-    """Yield the content of each file, in order; threads shorten the many waits for a network disk."""
+def _read_files(paths: Sequence[Path]) -> Iterator[StoredRecord]:
+    """Yield the files of each record, in order; threads shorten the many waits for a network disk."""
     batches = [paths[start : start + _BATCH_SIZE] for start in range(0, len(paths), _BATCH_SIZE)]
     with ThreadPoolExecutor(_READERS) as readers:
-        for contents in readers.map(lambda batch: [read_content(path) for path in batch], batches):
-            yield from contents
+        for batch in readers.map(lambda batch: list(map(read_stored, batch)), batches):
+            yield from batch
 
 
 def list_results(folders: Iterable[str | Path]) -> list[Result]:
@@ -112,7 +124,7 @@ def list_results(folders: Iterable[str | Path]) -> list[Result]:
 
     Raises:
         UsageError: A folder does not exist or holds no results.
-        StoreError: Records are unreadable, or stored twice with different labelled images. The error names all of them.
+        StoreError: Records are damaged, or stored twice with different labelled images. The error names all of them.
     """
     scan = scan_results(folders)
     if scan.faults:
@@ -126,7 +138,7 @@ def combine_faults(faults: Sequence[StoreError]) -> StoreError:
         return faults[0]
     lines = "\n".join(f"{fault.where}: {fault.what}" for fault in faults)
     hints = {fault.hint for fault in faults}
-    hint = hints.pop() if len(hints) == 1 else MOVE_AWAY
+    hint = hints.pop() if len(hints) == 1 else MEASURE_AGAIN
     return StoreError(f"{len(faults)} records cannot be used\n{lines}", hint=hint)
 
 

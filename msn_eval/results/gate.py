@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from msn_eval.errors import ComparisonError
+from msn_eval.errors import ComparisonError, DamagedRecordError
 from msn_eval.results import statistics
 from msn_eval.results.baseline import Baseline, BaselineProtocol, check_complete, describe_computation, hash_predictions
 from msn_eval.results.comparison import find_nearest_protocol, list_protocol_differences
@@ -120,7 +120,7 @@ def check_results(
             _check_comparable(entry, predictions)
             _check_reading(baseline.checkpoint, entry, predictions.first)
             comparable.append((entry, predictions))
-        except ComparisonError as error:
+        except (ComparisonError, DamagedRecordError) as error:
             verdicts[entry.protocol_id] = _refuse(entry.protocol_id, entry.title, str(error))
     verdicts |= {verdict.protocol_id: verdict for verdict in _judge(comparable, margin)}
     titles = sorted((name_protocol(result), result.protocol_id) for result in extra)

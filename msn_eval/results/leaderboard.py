@@ -28,12 +28,10 @@ class Leaderboard:
     Attributes:
         standings: Of the cells that have any.
         notices: Why others have none.
-        faults: Prediction files that cannot be used.
     """
 
     standings: Mapping[CellKey, CellStatistics]
     notices: tuple[str, ...] = ()
-    faults: tuple[StoreError, ...] = ()
 
 
 def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderboard:
@@ -45,6 +43,9 @@ def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderb
     Args:
         scan: The records.
         ranked: Whether to read the predictions. None reads them where that takes seconds.
+
+    Raises:
+        StoreError: Predictions have become unreadable since the scan.
     """
     columns = _group_draws(scan)
     standings = {
@@ -58,28 +59,28 @@ def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderb
         reason = "are left out of a table of this size; --ranks adds them."
     if reason:
         return Leaderboard(standings=standings, notices=(f"Ranks, and intervals over several draws, {reason}",))
-    faults: list[StoreError] = []
     missing = 0
     with ThreadPoolExecutor(_READERS) as readers:
         for cells in columns:
             outcomes = dict(zip(cells, readers.map(_read_scores, cells.values()), strict=True))
             missing += sum(outcome is None for outcome in outcomes.values())
-            faults += [outcome for outcome in outcomes.values() if isinstance(outcome, StoreError)]
-            scores = {cell_key: outcome for cell_key, outcome in outcomes.items() if isinstance(outcome, np.ndarray)}
+            scores = {cell_key: outcome for cell_key, outcome in outcomes.items() if outcome is not None}
             ranks = _rank(cells, scores)
             for cell_key, own in scores.items():
                 bounds = accuracy_interval(own, draws=len(cells[cell_key]))
                 known = standings.get(cell_key, CellStatistics(interval=(bounds.low, bounds.high)))
                 standings[cell_key] = replace(known, rank=ranks.get(cell_key))
     notice = f"The predictions of {missing} cells are missing; these cells have no rank."
-    return Leaderboard(standings=standings, notices=(notice,) if missing else (), faults=tuple(faults))
+    return Leaderboard(standings=standings, notices=(notice,) if missing else ())
 
 
 def _group_draws(scan: ResultScan) -> list[dict[CellKey, _Draws]]:
-    """Return, per protocol, the draws of each cell. Cells with a failed draw are left out."""
+    """Return, per protocol, the draws of each cell. Cells with a failed or damaged draw are left out."""
     columns: defaultdict[str, defaultdict[CellKey, _Draws]] = defaultdict(lambda: defaultdict(list))
+    damaged = set(map(get_cell_key, scan.damaged))
     for result, path in sorted(zip(scan.results, scan.paths, strict=True), key=lambda pair: pair[0].split.draw):
-        columns[result.protocol_id][get_cell_key(result)].append((result, path))
+        if get_cell_key(result) not in damaged:
+            columns[result.protocol_id][get_cell_key(result)].append((result, path))
     return [
         {cell_key: draws for cell_key, draws in cells.items() if all(result.metrics is not None for result, _ in draws)}
         for cells in columns.values()
@@ -94,8 +95,8 @@ def _estimate_cost(columns: Sequence[Mapping[CellKey, _Draws]]) -> int:
     return cost
 
 
-def _read_scores(draws: _Draws) -> Integers | StoreError | None:
-    """Return each image's number of right draws, the error of an unusable file, or None where predictions are missing."""
+def _read_scores(draws: _Draws) -> Integers | None:
+    """Return each image's number of right draws, or None where predictions are missing. The scan has checked the files."""
     right = []
     for result, record_path in draws:
         path = record_path.with_name(f"{result.id}.npz")
@@ -105,10 +106,7 @@ def _read_scores(draws: _Draws) -> Integers | StoreError | None:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 ranks = stored["rank_of_label"]  # the only array that is needed
         except Exception as error:  # zipfile, zlib and NumPy each raise their own kinds
-            return StoreError(f"not readable predictions: {error}", where=str(path))
-        assert result.metrics is not None
-        if ranks.shape != (result.metrics.n,) or (ranks == 1).sum() != round(result.metrics.top1 * result.metrics.n):
-            return StoreError("not the predictions of its record; see msn-eval verify", where=str(path))
+            raise StoreError(f"not readable predictions: {error}", where=str(path)) from error
         right.append(ranks == 1)
     return count_right(np.stack(right))
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from msn_eval.errors import ComparisonError, StoreError, UsageError, did_you_mean, printable
+from msn_eval.errors import ComparisonError, DamagedRecordError, UsageError, did_you_mean, printable
 from msn_eval.results.folder import list_results
-from msn_eval.results.record import Predictions, Result, read_predictions
-from msn_eval.results.statistics import Integers, compute_metrics, count_right
+from msn_eval.results.record import MEASURE_AGAIN, Predictions, Result, list_metrics_faults, read_predictions
+from msn_eval.results.statistics import Integers, count_right
 
 _MAX_TITLE_PARAMS = 4
 _HASH_PREFIX = 8  # digits that identify a checkpoint
@@ -141,10 +141,11 @@ def read_draws(results: Sequence[Result], folders: Sequence[Path]) -> ProtocolPr
 
     Args:
         results: Records of one checkpoint and protocol, by rising draw, at least one.
-        folders: Where the predictions are; the first folder that has a file counts.
+        folders: Where the predictions are; the first folder that has those of the record counts.
 
     Raises:
-        ComparisonError: A draw failed or occurs twice, or predictions are missing or do not fit the records.
+        ComparisonError: A draw failed or occurs twice, or draws have different test images.
+        DamagedRecordError: Predictions are missing, unreadable, or not those of their records.
     """
     draws = [result.split.draw for result in results]
     if len(set(draws)) != len(draws):
@@ -162,17 +163,17 @@ def _read_draw(result: Result, folders: Sequence[Path]) -> Predictions:
     draw = f"draw {result.split.draw}"
     if result.metrics is None or result.predictions is None:
         raise ComparisonError(f"{draw} FAILED: {result.error or 'no reason is recorded'}")
-    paths = (folder / Path(result.predictions).name for folder in folders)
-    path = next(filter(Path.is_file, paths), None)
-    if path is None:
-        raise ComparisonError(f"{draw}: its predictions {result.predictions} are missing")
-    try:
-        predictions = read_predictions(path)
-    except StoreError as error:
-        raise ComparisonError(f"{draw}: {error}") from error
-    if faults := list_prediction_faults(result, predictions):
-        raise ComparisonError(f"{draw}: {faults[0]}")
-    return predictions
+    paths = [folder / Path(result.predictions).name for folder in folders]
+    faults = []
+    for path in list(filter(Path.is_file, paths)) or paths[:1]:
+        try:
+            predictions = read_predictions(path, sha256=result.predictions_sha256)
+            if not (problems := list_prediction_faults(result, predictions)):
+                return predictions
+            faults.append(DamagedRecordError(f"{draw}: {problems[0]}", where=str(path), hint=MEASURE_AGAIN))
+        except DamagedRecordError as error:
+            faults.append(error)
+    raise faults[0]
 
 
 def list_prediction_faults(result: Result, predictions: Predictions) -> list[str]:
@@ -207,11 +208,7 @@ def _list_value_faults(result: Result, predictions: Predictions) -> Iterator[str
     images = len(predictions.label)
     if result.data.val_images != images:
         yield f"data.val_images: recorded {result.data.val_images:,}, stored predictions of {images:,} images"
-    if result.metrics is not None:
-        computed = compute_metrics(predictions.rank_of_label)
-        for name, recorded in vars(result.metrics).items():
-            if recorded != getattr(computed, name):
-                yield f"metrics.{name}: recorded {recorded}, computed from the predictions {getattr(computed, name)}"
+    yield from list_metrics_faults(result, predictions)
 
 
 def _show_first_image(predictions: Predictions, mask: NDArray[np.bool_]) -> str:

@@ -5,8 +5,8 @@ import io
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,23 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msn_eval.config.recipes import Params
-from msn_eval.errors import StoreError
+from msn_eval.errors import DamagedRecordError, StoreError
 from msn_eval.files.atomic import write_atomically
-from msn_eval.files.json_records import canonical_json, parse_json, read_fields
-from msn_eval.results.statistics import Metrics
+from msn_eval.files.json_records import add_seal, canonical_json, parse_json, read_fields, remove_seal
+from msn_eval.results.statistics import Metrics, compute_metrics
 from msn_eval.version import __version__
 
 if TYPE_CHECKING:
     import torch
 
-SCHEMA = 1
+SCHEMA = 2
 PROTOCOL_VERSION = 1
 # Of protocols with another image size than the network's, since MSN's and DINO's positions follow their authors' rules.
 RESIZED_PROTOCOL_VERSION = 2
 ID_DIGITS = 16
-MOVE_AWAY = "Move it (and its .npz) away; the same evaluation writes it again."
+MEASURE_AGAIN = "Run the same evaluation again: it measures damaged results again."
 _LATER_FIELDS = {"distribution", "structure_sha256", "mean_std_from", "positions"}
-Status = Literal["ok", "not_converged", "failed"]
+Status = Literal["ok", "not_converged", "failed", "damaged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,12 @@ class EnvironmentInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One measurement, as in its JSON file. `metrics` and `predictions` are None where it failed."""
+    """One measurement, as in its JSON file. `metrics` and `predictions` are None where it failed.
+
+    Attributes:
+        status: `damaged` stands in no file: it marks what is left of a record that must not be believed.
+        predictions_sha256: Of the bytes of the file of predictions. None before it is written.
+    """
 
     id: str
     status: Status
@@ -191,12 +196,13 @@ class Result:
     timing_s: TimingInfo
     environment: EnvironmentInfo
     predictions: str | None
+    predictions_sha256: str | None = None
 
     def __post_init__(self) -> None:
         if self.protocol_id != _cached_protocol_id(self.protocol):
-            raise StoreError(f"result {self.id}: protocol_id does not match the protocol")
-        if (self.metrics is None) != (self.status == "failed"):
-            raise StoreError(f"result {self.id}: status {self.status!r} contradicts the metrics")
+            raise ValueError("protocol_id does not match the protocol")
+        if (self.metrics is None) != (self.status in ("failed", "damaged")):
+            raise ValueError(f"status {self.status!r} contradicts the metrics")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,19 +258,24 @@ def flatten_fields(content: Mapping[str, object], prefix: str = "") -> dict[str,
     return fields
 
 
-def write_result(folder: Path, result: Result, predictions: Predictions | None) -> None:
-    """Write a result and its predictions atomically. The record is written last, so a record implies its predictions."""
+def write_result(folder: Path, result: Result, predictions: Predictions | None) -> Result:
+    """Write a result and its predictions atomically, and return the result with the hash of its predictions.
+
+    The record is written last, so a record implies its predictions.
+    """
     if predictions is not None and result.predictions is not None:
         packed = io.BytesIO()
         np.savez_compressed(packed, **vars(predictions))
         write_atomically(folder / result.predictions, packed.getvalue())
+        result = replace(result, predictions_sha256=hashlib.sha256(packed.getvalue()).hexdigest())
     text = json.dumps(encode_result(result), indent=1, allow_nan=False) + "\n"
     write_atomically(folder / f"{result.id}.json", text.encode())
+    return result
 
 
 def encode_result(result: Result) -> dict[str, Any]:
-    """Return the record as the JSON object of its file."""
-    return {"schema": SCHEMA, **asdict(result, dict_factory=omit_unset)}
+    """Return the record as the JSON object of its file, closed with its seal."""
+    return add_seal({"schema": SCHEMA, **asdict(result, dict_factory=omit_unset)})
 
 
 def omit_unset(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -272,8 +283,29 @@ def omit_unset(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in fields if value is not None or name not in _LATER_FIELDS}
 
 
-def read_content(path: Path) -> bytes | OSError:
-    """Return the bytes of a file, or why it is unreadable. Threads may call it; parsing takes the interpreter lock."""
+@dataclass(frozen=True, kw_only=True)
+class StoredRecord:
+    """The files of one record.
+
+    Attributes:
+        path: Of the record. Its predictions are beside it.
+        text: The bytes of the record, or why they cannot be read.
+        predictions_sha256: Of the bytes of its predictions, or why these cannot be read.
+    """
+
+    path: Path
+    text: bytes | OSError
+    predictions_sha256: str | OSError
+
+
+def read_stored(path: Path) -> StoredRecord:
+    """Read the files of the record `path`. Threads may call it; parsing takes the interpreter lock."""
+    text, predictions = _read_bytes(path), _read_bytes(path.with_suffix(".npz"))
+    digest = predictions if isinstance(predictions, OSError) else hashlib.sha256(predictions).hexdigest()
+    return StoredRecord(path=path, text=text, predictions_sha256=digest)
+
+
+def _read_bytes(path: Path) -> bytes | OSError:
     try:
         return path.read_bytes()
     except OSError as error:
@@ -281,35 +313,57 @@ def read_content(path: Path) -> bytes | OSError:
 
 
 def read_result(path: Path) -> Result:
-    """Read one record.
+    """Read one record, and check that it and its predictions are as they were written.
+
+    The predictions of a sealed record may be missing. Those of schema 1 may not: its metrics are recomputed from them.
 
     Raises:
-        StoreError: The file is unreadable, damaged or of another schema. The error names the file.
+        DamagedRecordError: The record or its predictions are unreadable or changed. The error names the file.
+        StoreError: A later version wrote it.
     """
-    return parse_result(read_content(path), path)
+    return parse_result(read_stored(path))
 
 
-def parse_result(text: bytes | OSError, path: Path) -> Result:
-    """Parse what `read_content` returned for the record file `path`. Raises StoreError as `read_result` does."""
+def parse_result(stored: StoredRecord) -> Result:
+    """Parse what `read_stored` returned. Raises as `read_result` does."""
+    path = stored.path
     try:
-        if isinstance(text, OSError):
-            raise text
-        content = parse_json(text)
-        schema = content.pop("schema")
-        if type(schema) is not int or schema != SCHEMA:
-            hint = "Update msn-eval." if type(schema) is int and schema > SCHEMA else MOVE_AWAY
-            raise StoreError(f"a record of schema {schema!r}; this version of msn-eval reads {SCHEMA}", hint=hint)
-        result = read_fields(Result, content)
+        if isinstance(stored.text, OSError):
+            raise stored.text
+        schema, result = _parse_record(stored.text)
         if result.metrics is not None:
             _check_metrics(result.metrics)
-        return result
-    except StoreError as error:
-        raise StoreError(error.what, where=str(path), hint=error.hint or MOVE_AWAY) from error
     except KeyError:
-        raise StoreError("not a readable result: it states no schema", where=str(path), hint=MOVE_AWAY) from None
+        what = "not a readable result: it states no schema"
+        raise DamagedRecordError(what, where=str(path), hint=MEASURE_AGAIN) from None
+    except StoreError as error:
+        raise StoreError(error.what, where=str(path), hint=error.hint) from error
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise StoreError(f"not a readable result: {reason}", where=str(path), hint=MOVE_AWAY) from error
+        raise DamagedRecordError(f"not a readable result: {reason}", where=str(path), hint=MEASURE_AGAIN) from error
+    if result.id != path.stem:
+        what = f"holds the record of {result.id}: it was renamed or edited"
+        raise DamagedRecordError(what, where=str(path), hint=f"Move it away. {MEASURE_AGAIN}")
+    if result.predictions is None:
+        return result
+    if problem := _find_predictions_fault(result, stored, sealed=schema > 1):
+        raise DamagedRecordError(f"{path.stem}.npz: {problem}", where=str(path), hint=MEASURE_AGAIN)
+    if isinstance(stored.predictions_sha256, OSError):
+        return result
+    return replace(result, predictions_sha256=stored.predictions_sha256)
+
+
+def _parse_record(text: bytes) -> tuple[int, Result]:
+    """Return the schema of a record and its content, whose seal is checked from schema 2 on."""
+    content = parse_json(text)
+    schema = content["schema"]
+    if type(schema) is not int or schema != 1:
+        content = remove_seal(content)
+    if type(schema) is not int or not 1 <= schema <= SCHEMA:
+        what = f"a record of schema {schema!r}; this version of msn-eval reads 1 to {SCHEMA}"
+        raise StoreError(what, hint="Update msn-eval.")
+    del content["schema"]
+    return schema, read_fields(Result, content)
 
 
 def _check_metrics(metrics: Metrics) -> None:
@@ -318,18 +372,70 @@ def _check_metrics(metrics: Metrics) -> None:
         raise ValueError(f"its metrics are not accuracies: {metrics}")
 
 
-def read_predictions(path: Path) -> Predictions:
+def _find_predictions_fault(result: Result, stored: StoredRecord, *, sealed: bool) -> str:
+    """Return why predictions are not those of their record, or an empty string."""
+    digest = stored.predictions_sha256
+    if result.predictions != f"{result.id}.npz":
+        return f"the record names {result.predictions!r}, which is not the file of its id"
+    if isinstance(digest, OSError):
+        if sealed and isinstance(digest, FileNotFoundError):
+            return ""
+        return f"not readable predictions: {digest.strerror or digest}"
+    if sealed:
+        return "" if digest == result.predictions_sha256 else "not the predictions that the record was made from"
+    try:
+        predictions = read_predictions(stored.path.with_suffix(".npz"))
+    except StoreError as error:
+        return error.what
+    return "; ".join(list_metrics_faults(result, predictions))
+
+
+def list_metrics_faults(result: Result, predictions: Predictions) -> Iterator[str]:
+    """Yield each metric of a record that does not follow from its predictions."""
+    if result.metrics is not None and not len(predictions.rank_of_label):
+        yield "no images"
+    elif result.metrics is not None:
+        computed = compute_metrics(predictions.rank_of_label)
+        for name, recorded in vars(result.metrics).items():
+            if recorded != getattr(computed, name):
+                yield f"metrics.{name}: recorded {recorded}, computed from the predictions {getattr(computed, name)}"
+
+
+def recover_identity(stored: StoredRecord) -> Result | None:
+    """Return what a damaged record claims to be, without its numbers, or None if its id does not follow from that."""
+    try:
+        assert isinstance(stored.text, bytes)
+        content = parse_json(stored.text)
+        names = {field.name for field in fields(Result)} & content.keys()
+        kept = {name: content[name] for name in names}
+        claimed = read_fields(Result, kept | {"status": "damaged", "metrics": None})
+        weights, key = claimed.checkpoint.weights_sha256, claimed.checkpoint.key
+        expected = result_id(weights_sha256=weights, key=key, protocol_id=claimed.protocol_id, draw=claimed.split.draw)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, AssertionError):
+        return None
+    return claimed if expected == stored.path.stem else None
+
+
+def read_predictions(path: Path, *, sha256: str | None = None) -> Predictions:
     """Read the predictions of a record.
 
+    Args:
+        path: Their file.
+        sha256: Of the bytes that it must have. None for a record that does not state it.
+
     Raises:
-        StoreError: The file is missing or damaged. The error names the file.
+        DamagedRecordError: The file is missing, damaged, or has different bytes. The error names the file.
     """
     try:
-        # Opened here, because NumPy does not close a file that it cannot read.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        packed = path.read_bytes()
+        if sha256 not in (None, hashlib.sha256(packed).hexdigest()):
+            raise ValueError("not those that the record was made from")
+        with np.load(io.BytesIO(packed), allow_pickle=False) as stored:
             return Predictions(**{field.name: stored[field.name] for field in fields(Predictions)})
     except Exception as error:  # zipfile, zlib and NumPy each raise their own kinds
-        raise StoreError(f"not readable predictions: {error}", where=str(path)) from error
+        reason = getattr(error, "strerror", None) or error
+        what = f"not readable predictions: {reason}"
+        raise DamagedRecordError(what, where=str(path), hint=MEASURE_AGAIN) from error
 
 
 def describe_environment(device: "torch.device", *, batch_size: int, seed: int) -> EnvironmentInfo:

@@ -114,11 +114,11 @@ class Cell:
     """The draws of one checkpoint under one protocol.
 
     Attributes:
-        mean: Mean top-1 over draws, a fraction in [0, 1]. None where a draw failed.
+        mean: Mean top-1 over draws, a fraction in [0, 1]. None where a draw failed or its record is damaged.
         std: Sample standard deviation over draws. None for one draw.
         draws: Number of draws. None where a publication does not state it.
         status: Status of the worst draw, or `published`.
-        results: Ids of the records, by draw.
+        results: Ids of the records, by draw. Empty where one is damaged.
     """
 
     mean: float | None
@@ -209,6 +209,8 @@ def _make_frame(results: Iterable[Result]) -> "pd.DataFrame":
 def _make_cell(draws: Sequence[Result], standing: CellStatistics) -> Cell:
     ids = tuple(result.id for result in sorted(draws, key=lambda result: result.split.draw))
     statuses = {result.status for result in draws}
+    if "damaged" in statuses:
+        return Cell(mean=None, std=None, draws=len(draws), status="damaged")
     if "failed" in statuses:
         return Cell(mean=None, std=None, draws=len(draws), status="failed", results=ids)
     scores = [result.metrics.top1 for result in draws if result.metrics is not None]

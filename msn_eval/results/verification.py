@@ -72,10 +72,8 @@ def _read_predictions(result: Result, path: Path) -> Predictions | str | None:
     """Return the predictions of a record, what is wrong with their file, or None for a failed record."""
     if result.predictions is None:
         return None
-    if result.predictions != f"{result.id}.npz":
-        return f"predictions: {result.predictions!r} is not the file of its id"
     try:
-        return read_predictions(path.with_name(result.predictions))
+        return read_predictions(path.with_name(result.predictions), sha256=result.predictions_sha256)
     except StoreError as error:
         return f"predictions: {error.what}"
 

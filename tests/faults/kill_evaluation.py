@@ -42,7 +42,7 @@ from msn_eval.features.encoder import Encoder, encode
 
 _NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=16&depth=2"
 _BATCH, _SHARD_ROWS = 32, 128
-_LEFT_OUT = ("created", "timing_s", "environment")
+_LEFT_OUT = ("created", "timing_s", "environment", "seal")
 _SYNCED = (".json", ".npz", ".safetensors")  # parts of the names of the written files
 
 

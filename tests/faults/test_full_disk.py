@@ -207,7 +207,7 @@ def test_result_is_complete_or_absent_on_a_disk_that_fails_at_any_call(
     tmp_path: Path, measured: tuple[Result, Predictions]
 ) -> None:
     result, predictions = measured
-    older = replace(result, id="0" * 16)
+    older = replace(result, id="0" * 16, predictions=f"{'0' * 16}.npz")
     write_result(tmp_path, older, None)
     for fails_at in range(1, 100):
         for path in tmp_path.glob(f"{result.id}*"):

@@ -222,8 +222,7 @@ def write_run() -> RunWriter:
             rank = np.where(row, 1, 2)
             prediction = np.where(row, label, (label + wrong_class) % 3)
             predictions = Predictions(image=image, label=label, prediction=prediction, rank_of_label=rank)
-            results.append(changed(_record(name, weights, protocol, draw, rank)))
-            write_result(folder, results[-1], predictions)
+            results.append(write_result(folder, changed(_record(name, weights, protocol, draw, rank)), predictions))
         return results
 
     return write

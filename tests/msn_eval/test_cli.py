@@ -153,7 +153,7 @@ def test_a_record_has_the_promised_fields(measure: Measure) -> None:
         "metrics": ["n", "top1", "top1_ci95", "top5"],
         "timing_s": ["decode_share", "encode_share", "extract", "images_per_second", "probe", "total"],
         "environment": ["batch_size", "device", "git", "package", "python", "seed", "torch"],
-        "predictions": None,
+        "predictions": None, "predictions_sha256": None, "seal": None,
     }  # fmt: skip
 
 
@@ -324,14 +324,15 @@ def test_a_result_with_different_labelled_images_is_not_reused(
     assert (code, "different labelled images" in capsys.readouterr().err) == (22, True)
 
 
-def test_a_damaged_record_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_record_is_named_and_measured_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(_pixels("--data", str(folder), "--subset", "1img@1", "-q"))
     (record,) = Path("runs").glob("*.json")
     record.write_bytes(record.read_bytes()[:100])
 
-    code = main(_pixels("--data", str(folder), "--subset", "1img@1", "-q"))
+    code = main(_pixels("--data", str(folder), "--subset", "1img@1"))
 
-    assert (code, record.name in capsys.readouterr().err) == (22, True)
+    assert (code, record.name in capsys.readouterr().err) == (0, True)
+    assert main(["verify", "runs", "-q"]) == 0
 
 
 def test_closed_output_is_not_an_error(digits_runs: Path) -> None:

@@ -116,7 +116,7 @@ def _page_cell(cell: Cell | None, shade: int) -> tuple[str, bool, int | None, st
     if cell is None:
         return None
     mean, _, std = format_accuracy(cell).partition(" ± ")
-    has_records = cell.status != "published"
+    has_records = bool(cell.results)
     first = " first" if cell.standing.rank == 1 else ""
     css_class = f"h{shade}{first}" if has_records else "plain"
     if cell.mean is None:

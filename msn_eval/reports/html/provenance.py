@@ -63,6 +63,8 @@ def _has_draws(result: Result) -> bool:
 def pack_records(results: Iterable[Result]) -> dict[str, Any]:
     """Return records as a JSON value without repetition; the page's script restores each of them exactly.
 
+    It leaves out `predictions_sha256` and `seal`, which protect the files and would double the records in the page.
+
     Returns:
         measurement, checkpoint, setup, extraction, split, created, chosen: The distinct values of seven parts of a record.
         commands: The parts of the commands that belong to the values of `checkpoint`, `setup`, `measurement` and `split`.

@@ -88,6 +88,19 @@ def test_unreadable_record_is_not_comparable(
     assert record.name in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("suffix", [".json", ".npz"])
+def test_damaged_result_is_not_comparable_and_named(
+    baseline: list[str], tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = next((tmp_path / "before").glob("*.json"))
+    path = record.with_suffix(suffix)
+    path.write_bytes(path.read_bytes()[:-40] + b" " * 40)
+
+    assert main([*baseline, str(record.parent), "--junit", str(tmp_path / "j.xml")]) == 12
+    assert path.name in capsys.readouterr().err
+    assert path.name in (tmp_path / "j.xml").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

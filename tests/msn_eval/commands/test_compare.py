@@ -49,6 +49,32 @@ def test_markdown_has_a_row_per_protocol(runs: Path) -> None:
     assert "| right on the same images |" not in rows[0]
 
 
+@pytest.mark.parametrize("damage", ["flipped bit", "missing", "edited record"])
+def test_damage_of_one_protocol_ends_with_22_and_is_named(
+    runs: Path, write_run: RunWriter, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, weights in (("a", "a"), ("b", "b")):  # a second protocol, which alone is enough to compare
+        second = write_run(runs / folder, _RIGHT, k=2, weights=weights * 64, name="two")[0]
+    record = runs / "b" / f"{second.id}.json"
+    damage_record(record, damage)
+
+    code = main(["compare", str(runs / "a"), str(runs / "b")])
+
+    shown = capsys.readouterr()
+    assert (code, shown.out) == (22, "")
+    assert f"{second.id}.npz" in shown.err or str(record) in shown.err
+
+
+def damage_record(record: Path, damage: str) -> None:
+    predictions = record.with_suffix(".npz")
+    if damage == "missing":
+        predictions.unlink()
+    elif damage == "flipped bit":
+        predictions.write_bytes(predictions.read_bytes()[:-1] + b"\x01")
+    else:
+        record.write_text(record.read_text().replace('"draw": 1', '"draw": 2'))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -2,13 +2,17 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import msn_eval.reports.html.leaderboard
 from msn_eval.cli import main
+from msn_eval.results.record import Result
 
+RunWriter = Callable[..., list[Result]]
 _RECORDS = Path(__file__).parents[2] / "golden" / "records" / "schema-1"
 
 
@@ -50,7 +54,7 @@ def test_a_broken_record_is_named_and_the_table_says_that_it_is_left_out(
     shown = capsys.readouterr()
     assert code == 22
     assert str(broken) in shown.err
-    assert "Left out: 1 record that cannot be read (9e8f2071fa9c582d.json)." in shown.out
+    assert "Not used: 1 record that cannot be read or is not as it was written (9e8f2071fa9c582d.json)." in shown.out
     assert "| pixels | 62.0 (1) [55.1, 68.4] |" in shown.out  # the other one of two draws
 
 
@@ -65,16 +69,33 @@ def test_a_folder_of_broken_records_has_no_table(runs: Path, capsys: pytest.Capt
     assert "5 records cannot be used" in shown.err
 
 
-def test_broken_predictions_are_named_and_end_with_22(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    broken = runs / "9e8f2071fa9c582d.npz"
-    broken.write_bytes(b"PK")
+def test_broken_predictions_are_named_shown_as_damaged_and_end_with_22(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs / "9e8f2071fa9c582d.npz").write_bytes(b"PK")
 
     code = main(["report", str(runs)])
 
     shown = capsys.readouterr()
     assert code == 22
-    assert str(broken) in shown.err
-    assert "69.0 ± 9.9 (2)" in shown.out
+    assert str(runs / "9e8f2071fa9c582d.json: 9e8f2071fa9c582d.npz") in shown.err
+    assert "69.0 ± 9.9 (2)" not in shown.out
+    assert "DAMAGED: a record or its predictions are not as they were written; measure it again." in shown.out
+
+
+@pytest.mark.parametrize("report_format", ["md", "csv", "json", "latex", "html"])
+def test_edited_number_is_in_no_format(
+    report_format: str, write_run: RunWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for draw in write_run(tmp_path, np.array([[True, False, True, True]] * 2)):
+        path = tmp_path / f"{draw.id}.json"
+    path.write_text(path.read_text().replace('"top1": 0.75', '"top1": 0.96875'))
+
+    code = main(["report", str(tmp_path), "--format", report_format])
+
+    shown = capsys.readouterr().out
+    assert (code, "96.9" in shown, "0.96875" in shown) == (22, False, False)
+    assert "damaged" in shown.lower()
 
 
 def test_published_rows_are_after_the_measured_ones(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

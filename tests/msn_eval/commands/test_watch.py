@@ -20,6 +20,7 @@ from msn_eval.distributed.group import Group as Group
 from msn_eval.monitor.snapshot_features import read_snapshot_features
 from msn_eval.reports.html import trajectory as trajectory_report
 from msn_eval.results.folder import list_results
+from msn_eval.results.record import read_result
 from msn_pretrain.config.load import read_recipe
 from msn_pretrain.training.train import train
 
@@ -286,21 +287,32 @@ def test_a_damaged_snapshot_is_an_error_and_the_others_are_scored(
     assert "step-00000004/encoder.safetensors: is not the file that its manifest describes" in output.err
 
 
-def test_damaged_records_and_statistics_are_counted_on_the_page(scored: Path) -> None:
+def test_damaged_records_and_statistics_are_named_and_counted_on_the_page(
+    scored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.rmtree(scored / "checkpoints" / "step-00000004")
     (record,) = [result for result in list_results([scored / "eval"]) if result.checkpoint.name.endswith(" 4")]
     for path in (next((scored / "eval").glob("step-00000004.*")), scored / "eval" / f"{record.id}.json"):
         path.write_text("{")
 
-    assert _once(scored) == 0
+    code = _once(scored)
 
+    shown = capsys.readouterr().err
+    assert (code, f"{record.id}.json" in shown, "step-00000004." in shown) == (22, True, True)
     assert "Left out: 2 files that cannot be read" in _page(scored)
 
 
-def test_a_damaged_record_of_an_existing_snapshot_is_refused(scored: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    next((scored / "eval").glob("????????????????.json")).write_text("{")
+def test_a_damaged_record_of_an_existing_snapshot_is_measured_again(
+    scored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = next((scored / "eval").glob("????????????????.json"))
+    metrics = read_result(path).metrics
+    path.write_text("{")
 
-    assert (_once(scored), "not a readable result" in capsys.readouterr().err) == (22, True)
+    code = _once(scored)
+
+    assert (code, "not a readable result" in capsys.readouterr().err) == (0, True)
+    assert read_result(path).metrics == metrics
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """The pipeline from Python: the same numbers for every batch size, number of workers and interruption."""
 
+import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,11 +25,12 @@ from msn_eval.evaluation.evaluate import evaluate_all, evaluate_checkpoint, pend
 from msn_eval.evaluation.plan import Plan, make_plan
 from msn_eval.features import cache as feature_cache
 from msn_eval.features.extraction import Extraction
+from msn_eval.files.json_records import add_seal
 from msn_eval.models.architectures import name_architecture
 from msn_eval.models.build import build_network
 from msn_eval.probes.base import FittedProbe
 from msn_eval.results.folder import read_results
-from msn_eval.results.record import Result, encode_result, read_predictions, write_result
+from msn_eval.results.record import Result, encode_result, read_predictions, read_result, write_result
 
 _NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2"
 
@@ -237,6 +239,45 @@ def test_failed_result_is_tried_again(folder: Path, tmp_path: Path) -> None:
     (result,) = evaluate_checkpoint(plan, _NETWORK)
     write_result(tmp_path, replace(result, status="failed", error="no", metrics=None, predictions=None), None)
     assert [again.status for again in evaluate_checkpoint(plan, _NETWORK)] == ["ok"]
+
+
+@pytest.mark.parametrize("damage", ["metric", "name", "record", "predictions", "no predictions", "another's record"])
+def test_damaged_result_is_measured_again(
+    folder: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = _plan(folder, tmp_path, subset=["1img@1", "1img@2"])
+    whole = list(evaluate_checkpoint(plan, _NETWORK))
+    record = tmp_path / f"{whole[0].id}.json"
+    written = (record.read_bytes(), record.with_suffix(".npz").read_bytes())
+    top1 = f'"top1": {whole[0].metrics and whole[0].metrics.top1}'
+    damages: dict[str, Callable[[], object]] = {
+        "metric": lambda: record.write_text(record.read_text().replace(top1, '"top1": 0.95')),
+        "name": lambda: record.write_text(record.read_text().replace('"draw": 1', '"draw": 2')),
+        "record": lambda: record.write_text("{"),
+        "predictions": lambda: record.with_suffix(".npz").write_bytes(written[1][:-9]),
+        "no predictions": lambda: record.with_suffix(".npz").unlink(),
+        "another's record": lambda: shutil.copy(tmp_path / f"{whole[1].id}.json", record),
+    }
+    damages[damage]()
+
+    again = list(evaluate_checkpoint(plan, _NETWORK))
+
+    assert [(one.id, one.metrics) for one in sorted(again, key=lambda one: one.split.draw)] == [
+        (one.id, one.metrics) for one in whole
+    ]
+    assert read_result(record) in again
+    assert record.with_suffix(".npz").read_bytes() == written[1]
+    assert f"{record}: " in caplog.text
+
+
+def test_record_of_a_later_version_is_not_replaced(folder: Path, tmp_path: Path) -> None:
+    plan = _plan(folder, tmp_path)
+    (result,) = evaluate_checkpoint(plan, _NETWORK)
+    record = tmp_path / f"{result.id}.json"
+    record.write_text(json.dumps(add_seal(json.loads(record.read_text()) | {"schema": 99})))
+
+    with pytest.raises(StoreError, match="schema 99"):
+        list(evaluate_checkpoint(plan, _NETWORK))
 
 
 def test_result_is_written_before_it_is_yielded(folder: Path, tmp_path: Path) -> None:

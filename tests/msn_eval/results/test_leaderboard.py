@@ -10,7 +10,7 @@ import pytest
 from msn_eval.results import leaderboard
 from msn_eval.results.folder import scan_results
 from msn_eval.results.leaderboard import make_leaderboard
-from msn_eval.results.record import Predictions, Result, read_predictions, read_result, write_result
+from msn_eval.results.record import Predictions, Result, read_predictions, read_result, result_id, write_result
 from msn_eval.results.statistics import accuracy_interval, compute_metrics
 from msn_eval.results.table import CellStatistics, get_cell_key
 
@@ -22,17 +22,17 @@ def _write(folder: Path, name: str, draw: int, right: int) -> Result:
     base = read_result(_RECORD)
     stored = read_predictions(_RECORD.with_suffix(".npz"))
     ranks = np.where(np.arange(200) < right, 1, 2)
-    identity = f"{ord(name):08x}{draw:08x}"
+    weights = name * 64
+    identity = result_id(weights_sha256=weights, key=None, protocol_id=base.protocol_id, draw=draw)
     result = replace(
         base,
         id=identity,
-        checkpoint=replace(base.checkpoint, name=name, weights_sha256=name * 64),
+        checkpoint=replace(base.checkpoint, name=name, weights_sha256=weights),
         split=replace(base.split, draw=draw),
         metrics=compute_metrics(ranks),
         predictions=f"{identity}.npz",
     )
-    write_result(folder, result, Predictions(**vars(stored) | {"rank_of_label": ranks}))
-    return result
+    return write_result(folder, result, Predictions(**vars(stored) | {"rank_of_label": ranks}))
 
 
 def test_checkpoints_that_are_not_separable_share_a_rank(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_cell_with_a_failed_draw_has_no_interval_and_no_rank(tmp_path: Path) -> 
     board = make_leaderboard(scan_results([tmp_path]))
 
     assert board.standings.get(get_cell_key(result), CellStatistics()) == CellStatistics()
-    assert (board.notices, board.faults) == ((), ())
+    assert board.notices == ()
 
 
 def test_missing_predictions_are_reported_and_keep_the_recorded_interval(tmp_path: Path) -> None:
@@ -85,11 +85,11 @@ def test_missing_predictions_are_reported_and_keep_the_recorded_interval(tmp_pat
     assert result.metrics is not None
     assert board.standings[get_cell_key(result)] == CellStatistics(interval=result.metrics.top1_ci95)
     assert board.notices == ("The predictions of 1 cells are missing; these cells have no rank.",)
-    assert board.faults == ()
 
 
 @pytest.mark.parametrize("damage", ["cut", "another's"])
-def test_predictions_of_another_record_are_a_fault(tmp_path: Path, damage: str) -> None:
+def test_damaged_draw_leaves_its_cell_without_interval_and_rank(tmp_path: Path, damage: str) -> None:
+    whole = _write(tmp_path, "a", 2, 100)
     result = _write(tmp_path, "a", 1, 100)
     other = _write(tmp_path, "b", 1, 101)
     path = tmp_path / f"{result.id}.npz"
@@ -98,9 +98,10 @@ def test_predictions_of_another_record_are_a_fault(tmp_path: Path, damage: str) 
     else:
         shutil.copy(tmp_path / f"{other.id}.npz", path)
 
-    board = make_leaderboard(scan_results([tmp_path]))
+    scan = scan_results([tmp_path])
 
-    assert [fault.where for fault in board.faults] == [str(path)]
+    assert [fault.where for fault in scan.faults] == [str(path.with_suffix(".json"))]
+    assert get_cell_key(whole) not in make_leaderboard(scan).standings
 
 
 def test_large_table_has_no_ranks_unless_requested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msn_eval.errors import ComparisonError, UsageError
+from msn_eval.errors import ComparisonError, DamagedRecordError, UsageError
 from msn_eval.results.predictions import name_protocol, read_draws, read_one_checkpoint
 from msn_eval.results.record import Predictions, Result, read_predictions, write_result
 
@@ -55,10 +55,37 @@ def test_invalid_predictions_are_refused(write_run: RunWriter, tmp_path: Path, f
     results = write_run(tmp_path, _RIGHT)
     read_draws(results, [tmp_path])
     stored = read_predictions(tmp_path / str(results[1].predictions))
-    write_result(tmp_path, results[1], spoil(stored))
+    results[1] = write_result(tmp_path, results[1], spoil(stored))
 
-    with pytest.raises(ComparisonError, match=message):
+    with pytest.raises((ComparisonError, DamagedRecordError), match=message):
         read_draws(results, [tmp_path])
+
+
+@pytest.mark.parametrize("damage", ["missing", "replaced"])
+def test_predictions_that_are_not_those_of_the_record_are_damage(
+    write_run: RunWriter, tmp_path: Path, damage: str
+) -> None:
+    results = write_run(tmp_path, _RIGHT)
+    path = tmp_path / str(results[1].predictions)
+    if damage == "missing":
+        path.unlink()
+    else:  # by predictions with the same metrics
+        stored = read_predictions(path)
+        np.savez_compressed(path, **vars(replace(stored, prediction=np.where(_RIGHT[1], stored.label, 2))))
+
+    with pytest.raises(DamagedRecordError, match=path.name):
+        read_draws(results, [tmp_path])
+
+
+def test_predictions_are_read_from_the_folder_that_has_those_of_the_record(
+    write_run: RunWriter, tmp_path: Path
+) -> None:
+    results = write_run(tmp_path / "own", _RIGHT)
+    write_run(tmp_path / "other", _RIGHT, wrong_class=2)
+
+    predictions = read_draws(results, [tmp_path / "other", tmp_path / "own"])
+
+    assert predictions.prediction.tolist() == read_draws(results, [tmp_path / "own"]).prediction.tolist()
 
 
 def test_checkpoint_is_found_by_name_or_hash(write_run: RunWriter, tmp_path: Path) -> None:

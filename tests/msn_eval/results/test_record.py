@@ -1,18 +1,23 @@
 """Records: what is written reads back, and damaged records are refused."""
 
+import hashlib
 import json
 import platform
+import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import msn_eval
-from msn_eval.errors import StoreError
+from msn_eval.errors import DamagedRecordError, StoreError
+from msn_eval.files.json_records import add_seal
 from msn_eval.results import record as environment
 from msn_eval.results.folder import list_results
 from msn_eval.results.record import (
@@ -71,40 +76,107 @@ def test_record_with_nan_is_not_written(result: Result, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ("2", "schema 2; this version of msn-eval reads 1\nUpdate msn-eval."),
-        ("0", "schema 0; this version of msn-eval reads 1\nMove it"),
+        ("3", "schema 3; this version of msn-eval reads 1 to 2"),
+        ("0", "schema 0; this version of msn-eval reads 1 to 2"),
         ("true", "schema True"),
-        ('"1"', "schema '1'"),
+        ('"2"', "schema '2'"),
         ("null", "schema None"),
     ],
 )
-def test_other_schema_is_refused_with_a_hint(result: Result, tmp_path: Path, schema: str, message: str) -> None:
-    path = _rewritten(result, tmp_path, '"schema": 1', f'"schema": {schema}')
+def test_sealed_record_of_another_schema_is_refused_and_not_called_damaged(
+    result: Result, tmp_path: Path, schema: str, message: str
+) -> None:
+    path = _rewritten(result, tmp_path, '"schema": 2', f'"schema": {schema}')
 
     with pytest.raises(StoreError) as refusal:
         read_result(path)
 
     assert str(path) in str(refusal.value)
     assert message in str(refusal.value)
+    assert "Update msn-eval." in str(refusal.value)
+    assert not isinstance(refusal.value, DamagedRecordError)
 
 
-def _rewritten(result: Result, folder: Path, before: str, after: str) -> Path:
+def _rewritten(result: Result, folder: Path, before: str, after: str, *, sealed: bool = True) -> Path:
+    """Write a record with a change of its text, sealed after the change or before."""
     write_result(folder, result, None)
     path = folder / f"{result.id}.json"
     text = path.read_text()
     assert before in text
-    path.write_text(text.replace(before, after))
+    text = text.replace(before, after)
+    path.write_text(json.dumps(add_seal(json.loads(text))) if sealed else text)
     return path
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"top1": 0', '"top1": 0.9'),
+        ('"arch": "pixels"', '"arch": "vit"'),
+        ("0.229", "0.5"),
+        ('"resize": 37', '"resize": 32'),
+        ('"schema": 2', '"schema": 1'),
+        ('"schema": 2', '"schema": 3'),
+        ('"subset": "1img"', '"subset": "2imgs"'),
+        ('"seal": "', '"seal": "0'),
+    ],
+)
+def test_any_change_of_a_sealed_record_is_damage(result: Result, tmp_path: Path, before: str, after: str) -> None:
+    path = _rewritten(result, tmp_path, before, after, sealed=False)
+
+    with pytest.raises(DamagedRecordError, match=re.escape(str(path))):
+        read_result(path)
+
+
+def test_predictions_with_other_bytes_are_damage(digits_runs: Path, result: Result, tmp_path: Path) -> None:
+    stored = read_predictions(digits_runs / str(result.predictions))
+    write_result(tmp_path, result, stored)
+    np.savez(tmp_path / str(result.predictions), **vars(stored))  # the same values, not compressed
+
+    with pytest.raises(DamagedRecordError, match=f"{result.id}.npz: not the predictions that the record was made from"):
+        read_result(tmp_path / f"{result.id}.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record["metrics"].update(top1=0.63), "metrics.top1: recorded 0.63, computed from the predictions 0.62"),
+        (lambda record: record.update(predictions="../secret.npz"), "which is not the file of its id"),
+    ],
+)  # fmt: skip
+def test_metrics_of_schema_1_are_recomputed_when_read(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    path = _copy_released(tmp_path)
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+    with pytest.raises(DamagedRecordError, match=re.escape(message)):
+        read_result(path)
+
+
+def test_schema_1_without_predictions_is_not_believed(tmp_path: Path) -> None:
+    path = _copy_released(tmp_path)
+    path.with_suffix(".npz").unlink()
+
+    with pytest.raises(DamagedRecordError, match="not readable predictions: No such file"):
+        read_result(path)
+
+
+def _copy_released(folder: Path) -> Path:
+    for suffix in (".npz", ".json"):
+        copy = shutil.copy(_RELEASED / "schema-1" / f"b39361b67149d6c5{suffix}", folder)
+    return Path(copy)
 
 
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ('"schema": 1,', "", "it states no schema"),
+        ('"schema": 2,', "", "it states no schema"),
         ('"draw": ', '"draw": "1", "was": ', "split.draw is of the wrong type"),
         ('"draw": ', '"drawn": ', "split.drawn is not a field of this schema"),
         ('"classes": 10,', "", "data.classes is missing"),
-        ('"top1": ', '"top1": NaN, "was": ', "NaN is not a JSON number"),
         ('"top5": ', '"top5": -0.5, "was": ', "metrics.was is not a field"),
         ('"status": "ok"', '"status": "fine"', "status is of the wrong type"),
         ('"classes": 10', '"classes": true', "data.classes is of the wrong type: true"),
@@ -117,7 +189,14 @@ def test_field_of_the_wrong_kind_is_named(
 ) -> None:
     path = _rewritten(result, tmp_path, before, after)
 
-    with pytest.raises(StoreError, match=message):
+    with pytest.raises(DamagedRecordError, match=message):
+        read_result(path)
+
+
+def test_nan_in_a_record_is_named(result: Result, tmp_path: Path) -> None:
+    path = _rewritten(result, tmp_path, '"top1": ', '"top1": NaN, "was": ', sealed=False)
+
+    with pytest.raises(DamagedRecordError, match="NaN is not a JSON number"):
         read_result(path)
 
 
@@ -142,13 +221,21 @@ def test_records_of_every_released_schema_keep_their_fields() -> None:
         written["split"].setdefault("overlap", None)
         written["probe"].setdefault("chosen", None)
         written["features"].setdefault("degenerate", None)
+        if "seal" not in written:
+            digest = None if written["predictions"] is None else hash_file(path.with_suffix(".npz"))
+            written |= {"predictions_sha256": digest, "seal": read["seal"]}
         assert read == written
 
 
-def test_records_of_every_released_schema_keep_their_numbers() -> None:
+def hash_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("schema", range(1, SCHEMA + 1))
+def test_records_of_every_released_schema_keep_their_numbers(schema: int) -> None:
     numbers = {
         result.id: (result.probe.name, result.split.subset, result.split.draw, result.metrics and result.metrics.top1)
-        for result in list_results(sorted(_RELEASED.iterdir()))
+        for result in list_results([_RELEASED / f"schema-{schema}"])
     }
 
     assert numbers == {

@@ -14,6 +14,7 @@ from msn_eval.results.record import protocol_id, result_id
 from msn_eval.results.verification import verify_results
 
 _VALID = Path(__file__).parents[2] / "golden" / "records" / "schema-1"
+_SEALED = _VALID.with_name("schema-2")
 Record = dict[str, Any]
 Arrays = dict[str, Any]
 
@@ -109,8 +110,8 @@ def _swap(arrays: Arrays) -> None:
         (lambda a: a.update(label=a["label"].astype(float)), "arrays of unexpected types"),
         (lambda a: a.update({name: array[:0] for name, array in a.items()}), "no images"),
         (lambda a: a["prediction"].__setitem__(0, 10), "prediction 10 of '0/0100.png' is outside 0 to 9"),
-        (lambda a: a["rank_of_label"].__setitem__(0, 0), "rank_of_label 0 of '0/0100.png' is outside 1 to 10"),
-        (lambda a: a["rank_of_label"].__setitem__(a["rank_of_label"] == 1, 2), "contradict each other"),
+        (lambda a: a["rank_of_label"].__setitem__(a["rank_of_label"].argmax(), 11), "is outside 1 to 10"),
+        (lambda a: a["rank_of_label"].sort(), "contradict each other"),
         (lambda a: a["image"].__setitem__(1, a["image"][0]), "an image occurs twice"),
         (_swap, "of the same data.sha256"),
         (lambda a: a.pop("rank_of_label"), "rank_of_label"),
@@ -130,7 +131,7 @@ def test_missing_predictions_are_reported(runs: Path, record: Path) -> None:
 
     (fault,) = _faults(runs)
 
-    assert fault.startswith(f"{record.name}: predictions: ")
+    assert fault.startswith(f"{record.name}: {record.stem}.npz: not readable predictions: ")
 
 
 def test_different_labelled_images_under_the_same_protocol_and_draw_are_reported(runs: Path, record: Path) -> None:
@@ -158,10 +159,30 @@ def test_consistent_change_of_the_protocol_contradicts_the_id(runs: Path, record
     assert any("id: recorded" in fault for fault in _faults(runs))
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("checkpoint", "arch", "vit_small_patch16_224"),
+        ("split", "sha256", "0" * 64),
+        ("probe", "certificate", 1e-9),
+        ("features", "transform", {"resize": 32, "crop": 32, "interpolation": "bilinear", "mean": [0.5], "std": [0.5]}),
+        ("timing_s", "total", 0.5),
+    ],
+)
+def test_any_changed_field_of_a_sealed_record_is_reported(
+    tmp_path: Path, section: str, name: str, value: object
+) -> None:
+    runs = Path(shutil.copytree(_SEALED, tmp_path / "runs"))
+    record = runs / "b39361b67149d6c5.json"
+    _edit(record, lambda content: content[section].__setitem__(name, value))
+
+    assert _faults(runs) == [f"{record.name}: not a readable result: its seal does not match: it was edited or damaged"]
+
+
 def test_every_fault_of_every_record_is_listed_and_ends_with_22(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second, third, *_ = sorted(runs.glob("*.json"))
     first.write_text("{")
-    _edit(second, lambda content: content.update(schema=2))
+    _edit(second, lambda content: content.update(schema=3))
     _edit(third, lambda content: content["split"].update(sha256="never"))
 
     code = main(["verify", str(runs)])
@@ -170,7 +191,7 @@ def test_every_fault_of_every_record_is_listed_and_ends_with_22(runs: Path, caps
     assert code == 22
     assert "3 faults in 3 of 5 records" in shown
     assert all(path.name in shown for path in (first, second, third)), shown
-    assert "schema 2; this version of msn-eval reads 1" in shown
+    assert "it has no seal" in shown
 
 
 def test_record_in_two_folders_is_verified_in_both(runs: Path, tmp_path: Path) -> None:
