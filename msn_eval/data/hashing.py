@@ -1,13 +1,12 @@
 """SHA-256 of image files, cached between runs by path, size, times and inode.
 
-The cache only saves time: reading an image for its pixels hashes it again and compares.
+The cache only saves time: reading an image for its pixels hashes it again and compares. Its file is sealed, and made again
+where the seal does not match.
 """
 
 import hashlib
-import json
 import logging
 import os
-import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +15,11 @@ from pathlib import Path
 from msn_eval.data.images import ImageSet, Stamp, read_image
 from msn_eval.errors import DataError, StoreError
 from msn_eval.files.atomic import write_atomically
+from msn_eval.files.json_records import pack_sealed, unpack_sealed
 
 _log = logging.getLogger(__name__)
 _THREADS = 8
 _SETTLED_NS = 2_000_000_000  # the coarsest clock among file systems ticks every two seconds
-_HASH = re.compile("[0-9a-f]{64}")
 
 
 def hash_images(images: ImageSet, *, cache_dir: Path | None) -> dict[str, str]:
@@ -36,9 +35,10 @@ def hash_images(images: ImageSet, *, cache_dir: Path | None) -> dict[str, str]:
     started = time.time_ns()
     root, cache_file, cached = images.source.root, None, {}
     if cache_dir is not None and root is not None:
-        name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+        root = root.resolve()
+        name = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
         cache_file = cache_dir / "hashes" / f"{name}.json"
-        cached = _read_cache(cache_file)
+        cached = _read_cache(cache_file, root)
     failures: list[str] = []
 
     def hash_image(image_id: str) -> tuple[str, Stamp | None]:
@@ -64,7 +64,7 @@ def hash_images(images: ImageSet, *, cache_dir: Path | None) -> dict[str, str]:
     if cache_file is not None and any(cached.get(image_id) != entry for image_id, entry in fresh.items()):
         try:
             cache_file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(cache_file, json.dumps(cached | fresh).encode())
+            write_atomically(cache_file, pack_sealed({"root": str(root), "hashes": cached | fresh}))
         except (OSError, StoreError) as error:
             _log.warning("hashes of image files are not cached: %s", error)
     return {image_id: digest for image_id, (digest, _) in hashes.items()}
@@ -87,14 +87,15 @@ def make_unreadable_error(failures: Sequence[str]) -> DataError:
     )
 
 
-def _read_cache(file: Path) -> dict[str, tuple[Stamp, str]]:
-    """Return the cached hashes, none where the file is missing or damaged."""
+def _read_cache(file: Path, root: Path) -> dict[str, tuple[Stamp, str]]:
+    """Return the cached hashes, none where the file is missing, damaged or of another folder."""
     try:
-        content = json.loads(file.read_bytes())
-        return {
-            image_id: (tuple(map(int, stamp)), digest)
-            for image_id, (stamp, digest) in content.items()
-            if _HASH.fullmatch(digest)
-        }
-    except (ValueError, TypeError, AttributeError, LookupError, OSError):
+        content = unpack_sealed(file.read_bytes())
+        if content["root"] != str(root):
+            raise ValueError(f"it belongs to {content['root']}")
+        return {image_id: (tuple(stamp), digest) for image_id, (stamp, digest) in content["hashes"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError) as error:
+        _log.warning("%s: %s; the images are hashed again", file, error)
         return {}

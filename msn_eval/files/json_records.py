@@ -132,6 +132,25 @@ def add_seal(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, _SEAL: hashlib.sha256(canonical_json(fields).encode()).hexdigest()}
 
 
+def pack_sealed(content: Mapping[str, Any]) -> bytes:
+    """Return the canonical text of a JSON object, closed with its seal. `unpack_sealed` reads nothing else."""
+    text = canonical_json(content)
+    return f'{text[:-1]},"{_SEAL}":"{hashlib.sha256(text.encode()).hexdigest()}"}}'.encode()
+
+
+def unpack_sealed(packed: bytes) -> dict[str, Any]:
+    """Return the object that `pack_sealed` has packed. Faster than `remove_seal` for a million values.
+
+    Raises ValueError if it was edited or damaged.
+    """
+    text, _, seal = packed.rpartition(f',"{_SEAL}":"'.encode())
+    text += b"}"
+    if seal != f'{hashlib.sha256(text).hexdigest()}"}}'.encode():
+        raise ValueError("its seal does not match: it was edited or damaged")
+    content: dict[str, Any] = parse_json(text)
+    return content
+
+
 def remove_seal(content: Any) -> dict[str, Any]:
     """Return the other fields of an object that `add_seal` closed.
 

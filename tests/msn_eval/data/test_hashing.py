@@ -1,8 +1,11 @@
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -13,6 +16,8 @@ from msn_eval.data.folder import FolderSource
 from msn_eval.data.hashing import content_sha256, hash_images, make_unreadable_error
 from msn_eval.data.images import ImageSet
 from msn_eval.errors import DataError
+
+Hashes = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -125,32 +130,62 @@ def test_names_that_are_not_utf8_are_cached(source: CountingSource, cache_dir: P
     assert (hashes[image_id], source.reads) == (hashlib.sha256(b"odd").hexdigest(), [])
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\xff\xfe",
-        b'{"a/x.jpg": [[5, 1',
-        b"[]",
-        b"null",
-        b'{"a/x.jpg": 3}',
-        b'{"a/x.jpg": [null, "00"]}',
-        b'{"a/x.jpg": [[], "00"]}',
-        b'{"a/x.jpg": [{}, "00"]}',
-    ],
-)
-def test_damaged_cache_is_ignored(source: CountingSource, cache_dir: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'{"root":"/a","hashes":{', b"[]", b"null", b'{"seal":"0"}'])
+def test_damaged_cache_is_made_again_with_a_warning(
+    source: CountingSource, cache_dir: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     hash_images(images_of(source), cache_dir=cache_dir)
+    whole = memory_file(cache_dir).read_bytes()
     memory_file(cache_dir).write_bytes(content)
+
     assert hash_images(images_of(source), cache_dir=cache_dir) == digests()
+    assert memory_file(cache_dir).read_bytes() == whole
+    assert "its seal does not match: it was edited or damaged; the images are hashed again" in caplog.text
 
 
-@pytest.mark.parametrize("digest", [None, 5, "00" * 31])
-def test_cache_with_invalid_hashes_is_ignored(source: CountingSource, cache_dir: Path, digest: object) -> None:
+def _rotate(hashes: Hashes) -> None:
+    rotated = [digest for _, digest in hashes.values()]
+    for entry, digest in zip(hashes.values(), [*rotated[1:], rotated[0]], strict=True):
+        entry[1] = digest
+
+
+def _swap_stamps(hashes: Hashes) -> None:
+    first, second, _ = hashes.values()
+    first[0], second[0] = second[0], first[0]
+
+
+_EDITS: dict[str, Callable[[Hashes], object]] = {
+    "rotated digests": _rotate,
+    "swapped stamps": _swap_stamps,
+    "one digit": lambda hashes: hashes["a/x.jpg"].__setitem__(1, "0" + hashes["a/x.jpg"][1][1:]),
+    "lost image": lambda hashes: hashes.pop("a/x.jpg"),
+}
+
+
+@pytest.mark.parametrize("edit", _EDITS)
+def test_edited_cache_is_not_believed(source: CountingSource, cache_dir: Path, edit: str) -> None:
     hash_images(images_of(source), cache_dir=cache_dir)
-    remembered = json.loads(memory_file(cache_dir).read_bytes())
-    remembered["a/x.jpg"][1] = digest
-    memory_file(cache_dir).write_text(json.dumps(remembered))
+    content = json.loads(memory_file(cache_dir).read_bytes())
+    _EDITS[edit](content["hashes"])
+    memory_file(cache_dir).write_text(json.dumps(content, sort_keys=True, separators=(",", ":")))
+    source.reads.clear()
+
+    assert hash_images(images_of(source), cache_dir=cache_dir) == digests()
+    assert sorted(source.reads) == sorted(CONTENTS)
+
+
+def test_cache_of_another_folder_is_not_believed(source: CountingSource, cache_dir: Path, tmp_path: Path) -> None:
+    hash_images(images_of(source), cache_dir=cache_dir)
+    mine = memory_file(cache_dir)
+    shutil.copytree(source.root, tmp_path / "other")  # copies times too
+    for path in (tmp_path / "other").rglob("*.jpg"):
+        path.write_bytes(path.read_bytes().upper())
+        os.utime(path, ns=(0, (source.root / path.relative_to(tmp_path / "other")).stat().st_mtime_ns))
+    other = CountingSource(tmp_path / "other")
+    hash_images(images_of(other), cache_dir=cache_dir)
+    (theirs,) = set((cache_dir / "hashes").iterdir()) - {mine}
+    shutil.copy(theirs, mine)
+
     assert hash_images(images_of(source), cache_dir=cache_dir) == digests()
 
 

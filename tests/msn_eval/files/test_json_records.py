@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from msn_eval.files.json_records import add_seal, parse_json, remove_seal
+from msn_eval.files.json_records import add_seal, pack_sealed, parse_json, remove_seal, unpack_sealed
 
 _CONTENT = {"name": "räum/\udcff", "top1": 0.1, "counts": [1, 2], "inner": {"b": None, "a": True}}
 
@@ -44,3 +44,19 @@ def test_changed_field_breaks_the_seal(change: dict[str, Any]) -> None:
 def test_missing_seal_is_refused(content: object) -> None:
     with pytest.raises(ValueError, match="it has no seal"):
         remove_seal(content)
+
+
+def test_packed_object_reads_back_in_both_ways() -> None:
+    packed = pack_sealed(_CONTENT)
+
+    assert unpack_sealed(packed) == remove_seal(parse_json(packed)) == _CONTENT
+
+
+def test_every_flipped_bit_breaks_the_seal_of_a_packed_object() -> None:
+    packed = pack_sealed(_CONTENT)
+
+    for position in range(8 * len(packed)):
+        damaged = bytearray(packed)
+        damaged[position // 8] ^= 1 << position % 8
+        with pytest.raises(ValueError, match="its seal does not match"):
+            unpack_sealed(bytes(damaged))
