@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from msn_eval.errors import CheckpointError
+from msn_eval.files.json_records import remove_seal
 
 CHECKPOINTS, CONFIG, MANIFEST = "checkpoints", "config.yaml", "manifest.json"
 METRICS, EVAL = "metrics.jsonl", "eval"
@@ -104,6 +105,8 @@ def read_manifest(folder: Path) -> SnapshotFiles:
         content: Any = json.loads((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError("has no manifest: it was never finished") from None
+    if isinstance(content, dict) and "seal" in content:  # older ones have none
+        content = remove_seal(content)
     match content:
         case {"schema": 1, "step": int(step), "epoch": int(epoch), "world": int(world), "files": dict(files), **facts}:
             if {ENCODER, STATE} <= files.keys() and all(Path(name).name == name for name in files):

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from msn_eval.features.collapse import effective_rank, is_collapsed, spread
 from msn_eval.files.atomic import write_atomically
-from msn_eval.files.json_records import parse_json, read_fields
+from msn_eval.files.json_records import add_seal, parse_json, read_fields, remove_seal
 from msn_eval.probes.base import describe_collapse
 
-_SCHEMA = 1
+_SCHEMA = 2  # sealed; files of schema 1 are read as they are
 _NAME = re.compile(r"step-\d{8,}\.[0-9a-f]{8}\.json")
 _DIGEST_LENGTH = 8
 
@@ -79,7 +79,7 @@ def write_snapshot_features(folder: Path, snapshot: SnapshotFeatures) -> None:
     """Write the statistics; step, weights and images determine the file name. Raises StoreError on a full or failing disk."""
     identity = json.dumps([snapshot.weights_sha256, asdict(snapshot.seen)], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:_DIGEST_LENGTH]
-    text = json.dumps({"schema": _SCHEMA, **asdict(snapshot)}, indent=1, allow_nan=False) + "\n"
+    text = json.dumps(add_seal({"schema": _SCHEMA, **asdict(snapshot)}), indent=1, allow_nan=False) + "\n"
     write_atomically(folder / f"step-{snapshot.step:08d}.{digest}.json", text.encode())
 
 
@@ -91,7 +91,9 @@ def read_snapshot_features(folder: Path) -> tuple[list[SnapshotFeatures], list[s
             continue
         try:
             content = parse_json(path.read_bytes())
-            if content.pop("schema") != _SCHEMA:
+            if content["schema"] != 1:
+                content = remove_seal(content)
+            if content.pop("schema") not in (1, _SCHEMA):
                 raise ValueError("unknown schema")
             snapshots.append(read_fields(SnapshotFeatures, content))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -35,6 +35,7 @@ from msn_eval.checkpoints.run_folder import (
 from msn_eval.checkpoints.stored import ARCHITECTURE, EPOCH, IMAGE_PIXELS, describe_normalisation
 from msn_eval.errors import CheckpointError, NumericalError, StoreError
 from msn_eval.files.atomic import remove, sync_folder, write_atomically, written_atomically
+from msn_eval.files.json_records import add_seal
 
 _log = logging.getLogger(__name__)
 _GENERATIONS = 2
@@ -112,7 +113,7 @@ def write_snapshot(
             "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             **facts,
         }
-        write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode())
+        write_atomically(folder / MANIFEST, (json.dumps(add_seal(manifest), indent=1, allow_nan=False) + "\n").encode())
         written = _read_back(folder, snapshot)
         _remove_old(run, written, keep_every=keep_every)
     except (OSError, ValueError) as error:

@@ -10,6 +10,7 @@ from msn_eval.checkpoints.checkpoint import read_checkpoint, weights_sha256
 from msn_eval.checkpoints.run_folder import newest_snapshot
 from msn_eval.cli import main
 from msn_eval.errors import CheckpointError
+from msn_eval.files.json_records import add_seal
 
 _ARCH = "vit_tiny_patch16_224?img_size=16&patch_size=4&embed_dim=32&depth=1&num_heads=2"
 
@@ -72,6 +73,22 @@ def test_unknown_manifest_is_skipped(tmp_path: Path, manifest: str) -> None:
     (_snapshot(tmp_path, 20, seed=1) / "manifest.json").write_text(manifest)
 
     assert newest_snapshot(tmp_path)[0] is None
+
+
+@pytest.mark.parametrize(("field", "value"), [("step", 200), ("epoch", 3), ("world", 2), ("seal", "0" * 64)])
+def test_changed_field_of_a_sealed_manifest_is_skipped_with_the_reason(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    path = _snapshot(tmp_path, 20, seed=1) / "manifest.json"
+    sealed = add_seal(json.loads(path.read_text()))
+    path.write_text(json.dumps(sealed))
+    whole, _ = newest_snapshot(tmp_path)
+    path.write_text(json.dumps(sealed | {field: value}))
+
+    found, skipped = newest_snapshot(tmp_path)
+
+    assert whole is not None
+    assert (found, skipped) == (None, ("step-00000020: its seal does not match: it was edited or damaged",))
 
 
 def test_manifest_that_names_files_elsewhere_is_skipped(tmp_path: Path) -> None:

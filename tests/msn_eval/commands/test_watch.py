@@ -17,6 +17,7 @@ from msn_eval.checkpoints.run_folder import SnapshotFiles, file_sha256, snapshot
 from msn_eval.cli import main
 from msn_eval.commands import watch as command
 from msn_eval.distributed.group import Group as Group
+from msn_eval.files.json_records import add_seal
 from msn_eval.monitor.snapshot_features import read_snapshot_features
 from msn_eval.reports.html import trajectory as trajectory_report
 from msn_eval.results.folder import list_results
@@ -229,7 +230,7 @@ def test_a_snapshot_with_equal_features_is_an_alarm(unscored: Path, capsys: pyte
     save_file(load_file(encoder) | {"patch_embed.proj.weight": torch.zeros(16, 3, 8, 8)}, encoder, metadata)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["encoder.safetensors"] = file_sha256(encoder)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(add_seal(manifest)))
 
     code = _once(unscored)
 

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,24 @@ def test_statistics_are_read_as_they_were_written_and_damaged_files_are_named(tm
     assert snapshots == [_SNAPSHOT]
     assert len(faults) == 1
     assert "step-00000080.00000000.json: step is of the wrong type" in faults[0]
+
+
+@pytest.mark.parametrize("change", [{"feature_rank": 1.0}, {"step": 41}, {"schema": 1}, {"seal": "0" * 64}])
+def test_changed_statistics_are_not_believed(tmp_path: Path, change: dict[str, object]) -> None:
+    snapshot_features.write_snapshot_features(tmp_path, _SNAPSHOT)
+    (path,) = tmp_path.iterdir()
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    snapshots, faults = snapshot_features.read_snapshot_features(tmp_path)
+
+    assert (snapshots, len(faults)) == ([], 1)
+
+
+def test_statistics_of_schema_1_have_no_seal_and_are_read(tmp_path: Path) -> None:
+    content = {"schema": 1, **dataclasses.asdict(_SNAPSHOT)}
+    (tmp_path / "step-00000040.00000000.json").write_text(json.dumps(content))
+
+    assert snapshot_features.read_snapshot_features(tmp_path) == ([_SNAPSHOT], [])
 
 
 def test_statistics_of_different_images_are_both_kept_and_not_mixed(tmp_path: Path) -> None:
