@@ -5,8 +5,9 @@ BIN = $(VENV)/bin
 
 IMAGES ?= photos
 KILLS ?= 100
+DAMAGES ?= 1000
 
-.PHONY: demo test lint bench bench-images parity kill-test exact fuzz clean
+.PHONY: demo test lint bench bench-images parity kill-test corrupt exact fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +52,10 @@ parity: $(VENV)/installed-test
 kill-test: $(VENV)/installed-test
 	$(BIN)/python tests/faults/kill_evaluation.py --data $(IMAGES) --kills $(KILLS)
 	$(BIN)/python tests/faults/kill_training.py --kills 50
+
+# Damages records, predictions and caches at random, and looks for numbers that changed without a word: make corrupt DAMAGES=1000
+corrupt: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/corruption.py --count $(DAMAGES)
 
 # Complete versions of checks that the test suite samples: all sizes and lambdas of the logistic fits, 5,000 hostile names in every
 # format and page of a report, and the regression gate on simulated data. Each check prints its log for reports/exact.

@@ -348,7 +348,7 @@ def parse_result(stored: StoredRecord) -> Result:
         return result
     if problem := _find_predictions_fault(result, stored, sealed=schema > 1):
         raise DamagedRecordError(f"{path.stem}.npz: {problem}", where=str(path), hint=MEASURE_AGAIN)
-    if isinstance(stored.predictions_sha256, OSError):
+    if schema > 1 or isinstance(stored.predictions_sha256, OSError):
         return result
     return replace(result, predictions_sha256=stored.predictions_sha256)
 
