@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from msn_eval.errors import StoreError
 from msn_eval.results.folder import ResultScan
-from msn_eval.results.record import Result
+from msn_eval.results.record import Result, read_arrays
 from msn_eval.results.statistics import Integers, accuracy_interval, count_right, rank_with_ties
 from msn_eval.results.table import CellKey, CellStatistics, get_cell_key
 
@@ -45,7 +44,7 @@ def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderb
         ranked: Whether to read the predictions. None reads them where that takes seconds.
 
     Raises:
-        StoreError: Predictions have become unreadable since the scan.
+        DamagedRecordError: Predictions have changed since the scan.
     """
     columns = _group_draws(scan)
     standings = {
@@ -102,12 +101,10 @@ def _read_scores(draws: _Draws) -> Integers | None:
         path = record_path.with_name(f"{result.id}.npz")
         if not path.exists():
             return None
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                ranks = stored["rank_of_label"]  # the only array that is needed
-        except Exception as error:  # zipfile, zlib and NumPy each raise their own kinds
-            raise StoreError(f"not readable predictions: {error}", where=str(path)) from error
-        right.append(ranks == 1)
+        arrays = read_arrays(
+            path, ["rank_of_label"], sha256=result.predictions_sha256
+        )  # decompressing all takes longer
+        right.append(arrays["rank_of_label"] == 1)
     return count_right(np.stack(right))
 
 

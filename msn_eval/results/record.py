@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -227,6 +228,7 @@ def protocol_id(protocol: Mapping[str, object]) -> str:
     return _hash_json(protocol)
 
 
+_UNPACKING = Lock()
 _protocol_ids: dict[str, str] = {}
 
 
@@ -426,12 +428,19 @@ def read_predictions(path: Path, *, sha256: str | None = None) -> Predictions:
     Raises:
         DamagedRecordError: The file is missing, damaged, or has different bytes. The error names the file.
     """
+    return Predictions(**read_arrays(path, [field.name for field in fields(Predictions)], sha256=sha256))
+
+
+def read_arrays(path: Path, names: Iterable[str], *, sha256: str | None = None) -> dict[str, NDArray[Any]]:
+    """Read some arrays of a file of predictions. Raises as `read_predictions` does."""
     try:
         packed = path.read_bytes()
         if sha256 not in (None, hashlib.sha256(packed).hexdigest()):
             raise ValueError("not those that the record was made from")
-        with np.load(io.BytesIO(packed), allow_pickle=False) as stored:
-            return Predictions(**{field.name: stored[field.name] for field in fields(Predictions)})
+        # NumPy parses headers as Python. In several threads, CPython 3.11 refuses that at times: "AST constructor recursion
+        # depth mismatch".
+        with _UNPACKING, np.load(io.BytesIO(packed), allow_pickle=False) as stored:
+            return {name: stored[name] for name in names}
     except Exception as error:  # zipfile, zlib and NumPy each raise their own kinds
         reason = getattr(error, "strerror", None) or error
         what = f"not readable predictions: {reason}"

@@ -65,8 +65,8 @@ def make_scene(root: Path) -> Scene:
     with small_caches():
         results = _evaluate(root, root / "runs", root / "cache")
     runs = str(root / "runs")
-    _, table = _run("report", runs, "--format", "json")
-    _, comparison = _run("compare", runs, runs, "--json")
+    _, table, _ = _run("report", runs, "--format", "json")
+    _, comparison, _ = _run("compare", runs, runs, "--json")
     return Scene(root=root, numbers=_collect(results), table=table, comparison=comparison)
 
 
@@ -106,14 +106,14 @@ def damage_and_check(scene: Scene, seed: int, folder: Path) -> tuple[str, list[s
 
 def _check_results(scene: Scene, runs: Path, cache: Path) -> list[str]:
     faults = []
-    code, table = _run("report", str(runs), "--format", "json")
+    code, table, _ = _run("report", str(runs), "--format", "json")
     if code == 0 and table != scene.table:
         faults.append("report ends with 0 and another table")
     shown = [cell["mean"] for row in json.loads(table or '{"rows": []}')["rows"] for cell in row["cells"].values()]
     true = [cell["mean"] for row in json.loads(scene.table)["rows"] for cell in row["cells"].values()]
     if set(shown) - {None} - set(true):
         faults.append("report shows a number that nobody measured")
-    code, comparison = _run("compare", str(runs), str(scene.root / "runs"), "--json")
+    code, comparison, _ = _run("compare", str(runs), str(scene.root / "runs"), "--json")
     if code == 0 and comparison != scene.comparison:
         faults.append("compare ends with 0 and another result")
     with contextlib.suppress(MsnEvalError):
@@ -126,8 +126,9 @@ def _check_results(scene: Scene, runs: Path, cache: Path) -> list[str]:
     try:
         if _collect(_evaluate(scene.root, runs, cache)) != scene.numbers:
             faults.append("the same evaluation returns other numbers")
-        if _run("verify", str(runs))[0] != 0:
-            faults.append("verify finds a fault after the same evaluation")
+        code, _, said = _run("verify", str(runs))
+        if code != 0:
+            faults.append(f"verify ends with {code} after the same evaluation: {said}")
     except MsnEvalError as error:
         faults.append(f"the same evaluation is refused: {error}")
     return faults
@@ -162,11 +163,12 @@ def _collect(results: list[Result]) -> Numbers:
     return {result.id: None if result.metrics is None else vars(result.metrics) for result in results}
 
 
-def _run(*arguments: str) -> tuple[int, str]:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+def _run(*arguments: str) -> tuple[int, str, str]:
+    """Return the exit code of a command, its output and its messages."""
+    out, messages = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(messages):
         code = run_command([*arguments, "-q"])
-    return code, out.getvalue()
+    return code, out.getvalue(), messages.getvalue()
 
 
 def _flip_bit(content: bytes, chance: random.Random) -> bytes:

@@ -37,7 +37,7 @@ def both(write_run: RunWriter, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def test_junit_is_well_formed_with_hostile_names(both: tuple[GateReport, Comparison]) -> None:
     named = replace(both[0], protocols=tuple(replace(one, title=_EVIL, reason=_EVIL) for one in both[0].protocols))
 
-    for text in (gate.render_gate_junit(named), gate.render_refusal_junit(_EVIL)):
+    for text in (gate.render_gate_junit(named), gate.render_refusal_junit("error", _EVIL)):
         assert len(list(ElementTree.fromstring(text))) == 1
 
 
@@ -50,7 +50,7 @@ def test_markdown_escapes_markup_in_names(both: tuple[GateReport, Comparison]) -
     for text in (
         gate.render_gate_markdown(both[0]),
         comparison.render_comparison_markdown(both[1]),
-        gate.render_refusal_markdown(_EVIL),
+        gate.render_refusal_markdown("error", _EVIL),
     ):
         assert not re.search(r"(?<!\\)[<`\[]", text)
         assert text.encode()
