@@ -3,13 +3,15 @@
 RUN/checkpoints/step-00000120/manifest.json     written last: without it, or where a hash differs, there is no snapshot
                               encoder.safetensors   the network that is evaluated
                               state.pt              the state that training continues from
-    metrics.jsonl                                   one line per logged step
+    metrics.jsonl                                   one line per logged step, with a checksum
     eval/                                           records of msn_eval
 """
 
 import hashlib
 import json
 import re
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +23,8 @@ CHECKPOINTS, CONFIG, MANIFEST = "checkpoints", "config.yaml", "manifest.json"
 METRICS, EVAL = "metrics.jsonl", "eval"
 ENCODER, STATE = "encoder.safetensors", "state.pt"
 SCHEMA = 1
+_MOST_LISTED = 10
+_CHECKSUM = re.compile(rb'(?P<line>.*), "crc": "(?P<crc>[0-9a-f]{8})"}')
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -121,17 +125,45 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a journal in the order of their steps, the last line of each step; torn lines are skipped."""
+def format_metrics(line: Mapping[str, Any]) -> bytes:
+    """Return a line of a journal, which ends with the CRC-32 of the rest of it."""
+    text = json.dumps(line, allow_nan=False)
+    return f'{text[:-1]}, "crc": "{zlib.crc32(text.encode()):08x}"}}\n'.encode()
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the lines of a journal in the order of their steps, the last line of each step, and the numbers of damaged lines.
+
+    Either all lines have a checksum or, in a journal of an older version, none. Text after the last line is not a damaged line: it
+    is being written, or was when the run was killed.
+    """
+    texts = path.read_bytes().split(b"\n")
+    if b"}" not in texts[-1]:
+        del texts[-1]
+    matches = [_CHECKSUM.fullmatch(text) for text in texts]
     lines: dict[int, dict[str, Any]] = {}
-    for text in path.read_bytes().split(b"\n"):
+    damaged = []
+    for number, (text, match) in enumerate(zip(texts, matches, strict=True), start=1):
         try:
+            if match is not None and zlib.crc32(match["line"] + b"}") != int(match["crc"], 16):
+                raise ValueError("another checksum")
+            if match is None and any(matches):
+                raise ValueError("no checksum")
             line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise ValueError("no step")
+            line.pop("crc", None)
             lines[line["step"]] = line
-    return [lines[step] for step in sorted(lines)]
+        except (ValueError, RecursionError):
+            damaged.append(number)
+    return [lines[step] for step in sorted(lines)], damaged
+
+
+def describe_damage(path: Path, damaged: Sequence[int]) -> str:
+    """Describe the damaged lines of a journal, which are left out."""
+    numbers = ", ".join(map(str, damaged[:_MOST_LISTED]))
+    more = ", …" if len(damaged) > _MOST_LISTED else ""
+    return f"{path.name}: {len(damaged)} damaged line{'' if len(damaged) == 1 else 's'} left out ({numbers}{more})"
 
 
 def evaluated_file(run: Path) -> Path:

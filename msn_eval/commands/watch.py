@@ -67,6 +67,10 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             if alarm.is_active and alarm.what not in warned:
                 warned.add(alarm.what)
                 _log.warning("ALARM %s: %s", folder, alarm)
+        for notice in trajectory.notices:
+            if notice not in warned:
+                warned.add(notice)
+                _log.warning("%s: %s", folder, notice)
         started = time.monotonic()
         if not options.once and (points != trajectory.points or started > next_drawing):
             _write_curves(folder, trajectory)

@@ -251,7 +251,8 @@ def _extraction_settings(plan: Plan) -> ExtractionSettings:
 def read_trajectory(folder: Path, run: RunInfo, plan: Plan) -> Trajectory:
     """Read a run as it is now: its journal, and what was measured of it on the plan's validation images."""
     journal = folder / run_folder.METRICS
-    lines = tuple(map(_to_numbers, run_folder.read_metrics(journal) if journal.exists() else ()))
+    metrics, damaged = run_folder.read_metrics(journal) if journal.exists() else ([], [])
+    lines = tuple(map(_to_numbers, metrics))
     snapshots = _list_finished(folder)
     stated = (snapshot.facts["steps_an_epoch"] for snapshot in snapshots if "steps_an_epoch" in snapshot.facts)
     steps_per_epoch = next(stated, None)
@@ -275,7 +276,7 @@ def read_trajectory(folder: Path, run: RunInfo, plan: Plan) -> Trajectory:
         lines=lines,
         points=tuple(points),
         alarms=find_alarms(lines, measured, prototypes=run.prototypes, first_epochs=first_epochs),
-        notices=tuple(_describe_problems(lines, faults)),
+        notices=tuple(_describe_problems(lines, faults, journal, damaged)),
         faults=tuple(faults),
     )
 
@@ -313,11 +314,15 @@ def _make_points(
     return [points[step] for step in sorted(points)]
 
 
-def _describe_problems(lines: Sequence[JournalLine], faults: Sequence[str]) -> Iterator[str]:
+def _describe_problems(
+    lines: Sequence[JournalLine], faults: Sequence[str], journal: Path, damaged: Sequence[int]
+) -> Iterator[str]:
     if steps := [f"{line['step'] or 0:,.0f}" for line in lines if is_not_finite(line)]:
         more = ", …" if len(steps) > _MOST_LISTED else ""
         count = f"{len(steps)} logged step{'' if len(steps) == 1 else 's'} ({', '.join(steps[:_MOST_LISTED])}{more})"
         yield f"Loss or gradient was not finite at {count}; such steps do not change the weights."
+    if damaged:
+        yield f"{run_folder.describe_damage(journal, damaged)}."
     if faults:
         more = "; …" if len(faults) > _MOST_LISTED else ""
         files = "1 file that" if len(faults) == 1 else f"{len(faults)} files that"

@@ -1,72 +1,84 @@
 """Journal of a run: one JSON line per logged step, the same for TensorBoard, a progress bar, and alarms."""
 
-import json
 import logging
 import math
 import os
+import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from msn_eval.checkpoints.run_folder import METRICS, read_metrics
+from msn_eval.checkpoints.run_folder import METRICS, describe_damage, format_metrics, read_metrics
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features.collapse import COLLAPSED_LINES
-from msn_eval.files.atomic import write_atomically
+from msn_eval.files.atomic import describe_free_space, disk_errors, write_atomically
 
 _log = logging.getLogger(__name__)
 # Fields that differ between runs with the same numbers.
 TIMING = ("time", "step_seconds", "wait_seconds", "images_per_second", "memory_bytes", "remaining_seconds")
 _GIB = 2**30
+_MOST_KEPT_BYTES = 2**20  # of each file, while the disk is full
 
 
 @dataclass(kw_only=True)
 class Journal:
-    """An open journal. On ranks other than 0 it writes nothing."""
+    """An open journal. On ranks other than 0 it writes nothing.
 
-    file: BinaryIO | None = None
-    board: Any = None  # torch's SummaryWriter, which has no types
+    Attributes:
+        files: By name; each keeps what a full disk refuses, and writes it later.
+        events: Writes records for TensorBoard to one of the files, None without it.
+        show: Updates the progress bar, None without it.
+        write_problem: Why the last line could not be written.
+    """
+
+    files: Mapping[str, BinaryIO] = field(default_factory=dict)
+    events: Any = None  # TensorBoard has no types
     show: Any = None
     write_problem: str | None = None
 
     def write(self, facts: Mapping[str, Any]) -> None:
         """Write the line of one step. Numbers that are not finite become null. A full disk is logged once."""
-        if self.file is None:
+        if not self.files:
             return
         line = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in facts.items()
         }
         try:
-            torn = "\n" if self.write_problem else ""
-            self.file.write(f"{torn}{json.dumps(line, allow_nan=False)}\n".encode())
+            self.files[METRICS].write(format_metrics(line))
+            if self.events is not None:
+                self.events.write(_make_event(line))
+            self._flush()
             self.write_problem = None
         except OSError as error:
+            problem = error.strerror or str(error)
             if self.write_problem is None:
-                _log.warning("%s cannot be written: %s; training continues", METRICS, error.strerror)
-            self.write_problem = error.strerror or str(error)
-        for name, value in line.items():
-            if self.board is not None and isinstance(value, float | int) and name not in ("step", "epoch", "time"):
-                self.board.add_scalar(name, value, facts["step"])
+                _log.warning("%s cannot be written: %s; training continues", " and ".join(self.files), problem)
+            self.write_problem = problem
 
     def show_progress(self, step: int, images_per_second: float, *, loss: float, memory_bytes: int) -> None:
         """Update the progress bar, which must exist."""
         self.show(step, f"loss {loss:.4f}  {images_per_second:,.0f} images/s  {memory_bytes / _GIB:.2f} GiB")
 
     def sync(self) -> None:
-        """Flush all lines to the disk, so that no snapshot is ahead of them. Raises StoreError if the disk refuses."""
-        if self.file is None:
-            return
+        """Write all lines to the disk, so that no snapshot is ahead of them. Raises StoreError if the disk refuses."""
         try:
-            os.fsync(self.file.fileno())
-            if self.board is not None:
-                self.board.flush()
+            self._flush()
+            if self.files:
+                os.fsync(self.files[METRICS].fileno())
         except OSError as error:
-            what = f"cannot be written: {error.strerror}"
-            raise StoreError(what, where=METRICS, hint="Free space on that disk.") from error
+            path = Path(self.files[METRICS].name)
+            hint = f"Free space: {describe_free_space(path.parent)}."
+            raise StoreError(f"cannot be written: {error.strerror}", where=str(path), hint=hint) from error
+
+    def _flush(self) -> None:
+        for file in self.files.values():
+            file.flush()
 
 
 @contextmanager
@@ -84,33 +96,73 @@ def open_journal(run: Path, *, first: bool, step: int, steps: int, quiet: bool =
         yield Journal()
         return
     truncate_metrics(run / METRICS, step=step)
-    board = _open_tensorboard(run, step=step)
-    with (run / METRICS).open("ab", buffering=0) as file, _progress_bar(step, steps, quiet=quiet) as show:
+    with ExitStack() as stack:
+        files = {METRICS: _open_to_append(run / METRICS, stack)}
+        events = _open_tensorboard(run, files, stack, step=step)
+        show = stack.enter_context(_progress_bar(step, steps, quiet=quiet))
+        yield Journal(files=files, events=events, show=show)
+
+
+def _open_to_append(path: Path, stack: ExitStack) -> BinaryIO:
+    """Open a file that keeps what a full disk refuses, until it is flushed again."""
+    with disk_errors(path, "a log"):
+        path.parent.mkdir(exist_ok=True)
+        file = path.open("ab", buffering=_MOST_KEPT_BYTES)
+
+    def close() -> None:
         try:
-            yield Journal(file=cast(BinaryIO, file), board=board, show=show)
-        finally:
-            if board is not None:
-                board.close()
+            file.close()
+        except OSError as error:
+            _log.warning("the last lines of %s could not be written: %s", path, error.strerror)
+
+    stack.callback(close)
+    return cast(BinaryIO, file)
 
 
-def _open_tensorboard(run: Path, *, step: int) -> Any:
-    """Return a writer for TensorBoard, None if that is not installed."""
+def _open_tensorboard(run: Path, files: dict[str, BinaryIO], stack: ExitStack, *, step: int) -> Any:
+    """Open a file of TensorBoard and return a writer of its records; return None if TensorBoard is not installed.
+
+    torch's SummaryWriter writes in a thread, which ends at the first error and takes what it has not yet written with it.
+    """
     if find_spec("tensorboard") is None:
         _log.info("TensorBoard is not installed: only %s is written (pip install 'msn-eval[tensorboard]')", METRICS)
         return None
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
-    # TensorBoard drops what it has of the steps that run again.
-    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+    name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+    files["tensorboard"] = _open_to_append(run / "tensorboard" / name, stack)
+    events = RecordWriter(files["tensorboard"])
+    events.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+    if step:  # TensorBoard drops what it has of the steps that run again
+        start = SessionLog(status=SessionLog.START)
+        events.write(Event(wall_time=time.time(), step=step + 1, session_log=start).SerializeToString())
+    return events
+
+
+def _make_event(line: Mapping[str, Any]) -> bytes:
+    """Return a line as a record of TensorBoard."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    values = [
+        Summary.Value(tag=name, simple_value=value)
+        for name, value in line.items()
+        if isinstance(value, float | int) and name not in ("step", "epoch", "time")
+    ]
+    event = Event(wall_time=time.time(), step=line["step"], summary=Summary(value=values))
+    return cast(bytes, event.SerializeToString())
 
 
 def truncate_metrics(path: Path, *, step: int) -> None:
-    """Keep the lines of steps up to `step`. Incomplete lines are removed."""
+    """Keep the lines of steps up to `step`. Incomplete and damaged lines are removed; the latter are logged."""
     if not path.exists():
         return
-    content = path.read_bytes()
-    kept = b"".join(f"{json.dumps(line)}\n".encode() for line in read_metrics(path) if line["step"] <= step)
-    if kept != content:
+    lines, damaged = read_metrics(path)
+    if damaged:
+        _log.warning("%s", describe_damage(path, damaged))
+    kept = b"".join(format_metrics(line) for line in lines if line["step"] <= step)
+    if kept != path.read_bytes():
         write_atomically(path, kept)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from msn_eval.checkpoints.run_folder import EVAL
 from msn_eval.config.request import EvaluationConfig
-from msn_eval.errors import CheckpointError, DataError, NumericalError, UsageError
+from msn_eval.errors import CheckpointError, DataError, NumericalError, StoreError, UsageError
 from msn_eval.evaluation.evaluate import evaluate_checkpoint
 from msn_eval.evaluation.plan import make_plan
 from msn_pretrain.training.run import Recipe
@@ -43,7 +43,7 @@ def evaluate(run: Path, recipe: Recipe, device: torch.device) -> str:
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             results = list(evaluate_checkpoint(make_plan(config), str(run)))
-    except (CheckpointError, DataError, NumericalError, UsageError) as error:
+    except (CheckpointError, DataError, NumericalError, StoreError, UsageError) as error:
         _log.warning("the encoder could not be evaluated: %s", error)
         return ""
     finally:

@@ -24,7 +24,7 @@ from msn_eval.distributed.group import Group as Group
 from msn_eval.distributed.group import broadcast_from_rank0
 from msn_eval.errors import DistributedError, UsageError
 from msn_eval.evaluation.plan import cache_folder
-from msn_eval.files.atomic import prepare_folder, write_atomically
+from msn_eval.files.atomic import disk_errors, prepare_folder, write_atomically
 from msn_eval.version import __version__
 from msn_pretrain.config.load import read_recipe, recipe_as_yaml
 from msn_pretrain.config.recipe import MSNRecipe, SimSiamRecipe, architecture_of
@@ -151,7 +151,7 @@ def collect_shared_facts(recipe: Recipe, images: ImageSet, learner: Learner) -> 
 
 
 def open_run(recipe: Recipe, images: ImageSet, *, allowed: Sequence[str] = ()) -> Path | None:
-    """Create or open the folder of a run.
+    """Fill the folder of a new run, or open that of an earlier one.
 
     Args:
         recipe: The recipe.
@@ -165,9 +165,9 @@ def open_run(recipe: Recipe, images: ImageSet, *, allowed: Sequence[str] = ()) -
         UsageError: Other keys differ; the error lists them.
     """
     run = Path(recipe.run.dir)
-    prepare_folder(run, option="run.dir")
     for name in (CHECKPOINTS, "eval"):
-        (run / name).mkdir(exist_ok=True)
+        with disk_errors(run / name, "a folder"):
+            (run / name).mkdir(exist_ok=True)
     snapshot = find_snapshot(recipe, images, allowed=allowed)
     write_atomically(run / CONFIG, recipe_as_yaml(recipe).encode())
     return snapshot
@@ -238,17 +238,20 @@ def roll_back(learner: Learner, run: Path, ranks: Group) -> int | None:
 
 @contextmanager
 def lock_run(run: Path) -> Iterator[None]:
-    """Hold the lock of a run folder. The system releases it when this process ends.
+    """Create a run folder and hold its lock. The system releases it when this process ends.
 
     An fcntl lock belongs to this process alone: a loader worker that outlives it does not hold the lock. On file systems without
     locks this only logs a warning.
 
     Raises:
         DistributedError: Another process holds the lock; the error names host and process.
+        StoreError: The disk is full.
+        UsageError: The folder cannot be written.
     """
     import fcntl  # not on Windows
 
-    with (run / "run.lock").open("a+") as file:
+    prepare_folder(run, option="run.dir")
+    with (run / "run.lock").open("ab+", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -260,8 +263,8 @@ def lock_run(run: Path) -> Iterator[None]:
         file.seek(0)
         file.truncate()
         facts = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        file.write(json.dumps(facts))
-        file.flush()
+        with disk_errors(run / "run.lock", "the lock"):
+            file.write(json.dumps(facts).encode())
         yield
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,6 +117,10 @@ def write_snapshot(
         write_atomically(folder / MANIFEST, (json.dumps(add_seal(manifest), indent=1, allow_nan=False) + "\n").encode())
         written = _read_back(folder, snapshot)
         _remove_old(run, written, keep_every=keep_every)
+    except StoreError:
+        with suppress(OSError):
+            remove(folder)  # an incomplete snapshot would keep the disk full
+        raise
     except (OSError, ValueError) as error:
         raise StoreError(
             f"could not write a snapshot: {error}",
@@ -130,9 +135,11 @@ def write_torch_file(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file with torch.save, which replaces `path` at the end. Raises StoreError if the disk refuses."""
     with written_atomically(path, path.name) as temporary:
         try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # torch's error for a full disk
-            raise OSError(str(error).partition("\n")[0]) from error
+            with temporary.open("xb") as file:  # given a path, torch keeps the file open after an error
+                torch.save(content, file)
+        except RuntimeError as error:  # torch replaces the disk's error
+            reason = error.__context__
+            raise reason if isinstance(reason, OSError) else OSError(str(error).partition("\n")[0]) from error
 
 
 def write_encoder(path: Path, encoder: EvaluatedEncoder, *, epoch: int) -> None:

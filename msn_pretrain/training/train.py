@@ -117,7 +117,6 @@ def train(recipe: Recipe, ranks: Group, *, allowed: Sequence[str] = (), quiet: b
         )
         learner = build_learner(recipe, ranks.device)
         check_equal_across_ranks(ranks, "the run", collect_shared_facts(recipe, images, learner))
-        run.mkdir(parents=True, exist_ok=True)
         broadcast_from_rank0(ranks, "lock", lambda: stack.enter_context(lock_run(run)))
         folder = broadcast_from_rank0(ranks, "folder", lambda: open_run(recipe, images, allowed=allowed))
         seed_generators(seed_at(_RANKS, ranks.rank, seed=recipe.run.seed))
@@ -283,9 +282,12 @@ def _skip_step(session: Session, batch: ViewBatch, facts: Mapping[str, float]) -
         "images": [session.images.ids[number] for number in batch.batch.images.tolist()],
     }
     folder = session.run / "alarms"
-    folder.mkdir(exist_ok=True)
-    write_atomically(folder / f"step-{step:08d}-rank-{rank}.json", (json.dumps(content, indent=1) + "\n").encode())
     _log.warning("step %d is skipped: its loss or gradient is not finite", step + 1)
+    try:
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / f"step-{step:08d}-rank-{rank}.json", (json.dumps(content, indent=1) + "\n").encode())
+    except (OSError, StoreError) as error:
+        _log.warning("the images of step %d are not written: %s", step + 1, error)
 
 
 def _handle_alarms(session: Session, progress: _Progress) -> bool:

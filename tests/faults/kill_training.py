@@ -196,7 +196,7 @@ def _outcome(run: Path) -> dict[str, Any]:
     assert files is not None
     state = torch.load(files.state, weights_only=True)
     lines = [
-        {name: value for name, value in line.items() if name not in TIMING} for line in read_metrics(run / METRICS)
+        {name: value for name, value in line.items() if name not in TIMING} for line in read_metrics(run / METRICS)[0]
     ]
     written = len((run / METRICS).read_text().splitlines())
     return {

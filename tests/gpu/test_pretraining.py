@@ -57,7 +57,7 @@ def exact_products() -> Any:
 
 
 def _losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run / METRICS)]
+    return [line["loss"] for line in read_metrics(run / METRICS)[0]]
 
 
 def test_losses_of_fifty_steps_are_close_to_the_cpu(trained: Trained) -> None:
@@ -73,7 +73,7 @@ def test_bf16_has_similar_losses_and_keeps_float32_weights(trained: Trained) -> 
 
     assert _losses(half)[:10] == pytest.approx(_losses(full)[:10], rel=3e-2)
     assert _losses(half) != _losses(full)
-    assert all(math.isfinite(line["gradient_norm"]) for line in read_metrics(half / METRICS))
+    assert all(math.isfinite(line["gradient_norm"]) for line in read_metrics(half / METRICS)[0])
     files, _ = newest_snapshot(half)
     assert files is not None
     model = read_snapshot(files).model
@@ -92,7 +92,7 @@ def _outcome(run: Path) -> dict[str, Any]:
     assert files is not None
     state = torch.load(files.state, weights_only=True)
     lines = [
-        {name: value for name, value in line.items() if name not in TIMING} for line in read_metrics(run / METRICS)
+        {name: value for name, value in line.items() if name not in TIMING} for line in read_metrics(run / METRICS)[0]
     ]
     return state | {"lines": json.dumps(lines)}
 

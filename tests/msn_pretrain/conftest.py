@@ -1,4 +1,7 @@
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,32 @@ criterion: {prototypes: 16}
 optimization: {epochs: 2, batch_size: 8, warmup: 1}
 ema: {start: 0.9}
 """
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A file system of its own.
+
+    Attributes:
+        folder: Where it is mounted.
+    """
+
+    folder: Path
+
+    def resize(self, size: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", self.folder], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """Mount a disk of 40 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", folder]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield SmallDisk(folder)
+    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ def test_sigterm_during_start_up_trains_no_step_and_the_run_can_start_again(
 
     assert main(arguments) == 0
 
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl") != []
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0] != []
 
 
 def test_slurm_gets_the_command_without_the_option_and_writes_its_logs_into_the_run_folder(

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from msn_eval.checkpoints.checkpoint import read_checkpoint, weights_sha256
-from msn_eval.checkpoints.run_folder import newest_snapshot
+from msn_eval.checkpoints.run_folder import format_metrics, newest_snapshot, read_metrics
 from msn_eval.cli import main
 from msn_eval.errors import CheckpointError
 from msn_eval.files.json_records import add_seal
@@ -125,3 +125,43 @@ def test_inspect_shows_what_of_a_run_would_be_used(tmp_path: Path, capsys: pytes
     output = capsys.readouterr().out
     assert "step-00000020/encoder.safetensors" in output
     assert _ARCH in output
+
+
+# The journal.
+
+_LINES = [{"step": step, "loss": 3.25, "epoch": step // 4, "rank": None} for step in range(1, 9)]
+
+
+def test_every_flipped_bit_of_a_journal_is_found(tmp_path: Path) -> None:
+    content = b"".join(map(format_metrics, _LINES))
+    path = tmp_path / "metrics.jsonl"
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+
+        lines, damaged = read_metrics(path)
+
+        assert damaged or lines == _LINES, (bit, bytes(flipped))  # a lost end of the last line changes nothing
+        assert all(line in _LINES for line in lines)
+
+
+def test_a_line_whose_checksum_is_gone_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(format_metrics(_LINES[0]) + json.dumps(_LINES[1]).encode() + b"\n" + format_metrics(_LINES[2]))
+
+    assert read_metrics(path) == ([_LINES[0], _LINES[2]], [2])
+
+
+def test_a_journal_without_checksums_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in _LINES))
+
+    assert read_metrics(path) == (_LINES, [])
+
+
+def test_the_line_that_is_being_written_is_not_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(format_metrics(_LINES[0]) + format_metrics(_LINES[1])[:20])
+
+    assert read_metrics(path) == (_LINES[:1], [])

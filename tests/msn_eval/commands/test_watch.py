@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import msn_eval.monitor.trajectory
-from msn_eval.checkpoints.run_folder import SnapshotFiles, file_sha256, snapshot_folders
+from msn_eval.checkpoints.run_folder import SnapshotFiles, file_sha256, format_metrics, read_metrics, snapshot_folders
 from msn_eval.cli import main
 from msn_eval.commands import watch as command
 from msn_eval.distributed.group import Group as Group
@@ -90,10 +90,10 @@ def _follow(run: Path, *options: str) -> int:
 
 
 def _add_lines(run: Path, count: int, **numbers: Any) -> None:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    last = json.loads(lines[-1])
-    lines += [json.dumps({**last, **numbers, "step": last["step"] + number}) for number in range(1, count + 1)]
-    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    last = read_metrics(run / "metrics.jsonl")[0][-1]
+    with (run / "metrics.jsonl").open("ab") as file:
+        for number in range(1, count + 1):
+            file.write(format_metrics({**last, **numbers, "step": last["step"] + number}))
 
 
 def _page(run: Path) -> str:
@@ -237,8 +237,22 @@ def test_a_snapshot_with_equal_features_is_an_alarm(unscored: Path, capsys: pyte
     assert (code, "features of a snapshot: collapsed representation" in capsys.readouterr().err) == (23, True)
 
 
-def test_incomplete_and_invalid_lines_of_the_journal_are_skipped(scored: Path) -> None:
-    with (scored / "metrics.jsonl").open("ab") as file:
+def test_damaged_lines_of_the_journal_are_reported_and_left_out(
+    scored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (scored / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b"1", b"2", 1)
+    (scored / "metrics.jsonl").write_bytes(b"".join([*lines, b'{"step": 8, "lo']))
+
+    assert _once(scored) == 0
+
+    text = "metrics.jsonl: 1 damaged line left out (2)."
+    assert text in capsys.readouterr().err
+    assert text in _page(scored)
+
+
+def test_lines_without_checksums_are_not_trusted_as_numbers(scored: Path) -> None:
+    with (scored / "metrics.jsonl").open("wb") as file:
         file.write(b'\xff\n[]\n"step"\n{"step": "7"}\n{"step": 7, "loss": "<b>", "me_max": NaN}\n{"step": 8, "lo')
 
     assert _once(scored) == 0

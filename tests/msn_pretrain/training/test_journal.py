@@ -1,8 +1,10 @@
 import json
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
+from msn_eval.errors import StoreError
 from msn_pretrain.training import journal as journal_module
 from msn_pretrain.training.journal import (
     METRICS,
@@ -12,6 +14,14 @@ from msn_pretrain.training.journal import (
     read_metrics,
     truncate_metrics,
 )
+
+
+class SmallDisk(Protocol):
+    """A file system of its own, as the fixture mounts it."""
+
+    folder: Path
+
+    def resize(self, size: str) -> None: ...
 
 
 def _lines(run: Path) -> list[int]:
@@ -27,7 +37,7 @@ def test_resumed_journal_drops_steps_that_run_again(tmp_path: Path) -> None:
         journal.write({"step": 3, "loss": 0.25})
 
     assert _lines(tmp_path) == [1, 2, 3]
-    assert read_metrics(tmp_path / METRICS)[-1]["loss"] == 0.25
+    assert read_metrics(tmp_path / METRICS)[0][-1]["loss"] == 0.25
 
 
 def test_incomplete_last_line_is_dropped(tmp_path: Path) -> None:
@@ -42,7 +52,7 @@ def test_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
     with open_journal(tmp_path, first=True, step=0, steps=1) as journal:
         journal.write({"step": 1, "loss": float("nan"), "rank": float("inf")})
 
-    assert (tmp_path / METRICS).read_text() == '{"step": 1, "loss": null, "rank": null}\n'
+    assert read_metrics(tmp_path / METRICS)[0] == [{"step": 1, "loss": None, "rank": None}]
 
 
 def test_only_the_first_rank_writes(tmp_path: Path) -> None:
@@ -79,17 +89,53 @@ def test_without_tensorboard_only_metrics_are_written(
     assert "pip install 'msn-eval[tensorboard]'" in caplog.text
 
 
-def test_full_disk_is_logged_once_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with (
-        Path("/dev/full").open("wb", buffering=0) as full,
-        open_journal(tmp_path, first=True, step=0, steps=3) as journal,
-    ):
-        real, journal.file = journal.file, full
-        for step in (1, 2):
-            journal.write({"step": step})
-        journal.file = real
+def test_resuming_reports_damaged_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with open_journal(tmp_path, first=True, step=0, steps=9) as journal:
+        for step in (1, 2, 3):
+            journal.write({"step": step, "loss": 0.5})
+    content = (tmp_path / METRICS).read_bytes()
+    (tmp_path / METRICS).write_bytes(content.replace(b"0.5", b"0.7", 1))
 
-    assert caplog.text.count("No space left") == 1
+    truncate_metrics(tmp_path / METRICS, step=5)
+
+    assert "metrics.jsonl: 1 damaged line left out (1)" in caplog.text
+    assert _lines(tmp_path) == [2, 3]
+
+
+def test_resuming_adds_checksums_to_a_journal_without(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text('{"step": 1, "loss": 0.5}\n')
+
+    truncate_metrics(tmp_path / METRICS, step=5)
+
+    assert '"crc"' in (tmp_path / METRICS).read_text()
+
+
+def test_lines_that_a_full_disk_refused_are_written_when_there_is_space(
+    small_disk: SmallDisk, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tensorboard.backend.event_processing import event_accumulator
+
+    with open_journal(small_disk.folder, first=True, step=0, steps=601) as journal:
+        for step in range(1, 601):
+            journal.write({"step": step, "loss": 0.5, "filler": 1 / 3})
+        with pytest.raises(StoreError, match="No space left"):
+            journal.sync()
+        small_disk.resize("1m")
+        journal.write({"step": 601, "loss": 0.25})
+        journal.sync()
+
+    assert caplog.text.count("metrics.jsonl and tensorboard cannot be written: No space left on device") == 1
+    assert _lines(small_disk.folder) == list(range(1, 602))
+    events = event_accumulator.EventAccumulator(str(small_disk.folder / "tensorboard"), {"scalars": 0}).Reload().Scalars("loss")
+    assert [event.step for event in events] == list(range(1, 602))
+
+
+def test_a_disk_that_stays_full_ends_nothing(small_disk: SmallDisk, caplog: pytest.LogCaptureFixture) -> None:
+    with open_journal(small_disk.folder, first=True, step=0, steps=601) as journal:
+        for step in range(1, 601):
+            journal.write({"step": step, "loss": 0.5})
+
+    assert "the last lines of" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -156,11 +157,8 @@ def test_older_snapshots_stay_until_the_new_one_is_read_back(tmp_path: Path, mon
         _write(tmp_path, step)
     save = torch.save
 
-    def save_badly(state: object, path: Path) -> None:
-        save(state, path)
-        assert isinstance(state, dict)
-        other = {**state, "model": {name: value + 1 for name, value in state["model"].items()}}
-        save(other, path)
+    def save_badly(state: dict[str, Any], file: BinaryIO) -> None:
+        save({**state, "model": {name: value + 1 for name, value in state["model"].items()}}, file)
 
     monkeypatch.setattr(snapshots.torch, "save", save_badly)
     with pytest.raises(StoreError, match="read back"):

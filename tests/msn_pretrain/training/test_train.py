@@ -1,11 +1,12 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -23,6 +24,15 @@ from msn_pretrain.training.run import Recipe, build_learner
 from msn_pretrain.training.snapshot import equal, read_snapshot
 from msn_pretrain.training.train import train
 
+
+class SmallDisk(Protocol):
+    """A file system of its own, as the fixture mounts it."""
+
+    folder: Path
+
+    def resize(self, size: str) -> None: ...
+
+
 _ALONE = Group(rank=0, world=1, device=torch.device("cpu"))
 Read = Callable[..., MSNRecipe]
 
@@ -32,7 +42,7 @@ def _outcome(run: Path) -> dict[str, Any]:
     files, _ = newest_snapshot(run)
     assert files is not None
     lines = [
-        {name: value for name, value in line.items() if name not in TIMING} for line in read_metrics(run / METRICS)
+        {name: value for name, value in line.items() if name not in TIMING} for line in read_metrics(run / METRICS)[0]
     ]
     state = torch.load(files.state, weights_only=True)
     return state | {"encoder": files.files["encoder.safetensors"], "lines": json.dumps(lines), "step": files.step}
@@ -64,7 +74,7 @@ def _check_resumption(full: Recipe, stopped: Recipe, step: int, monkeypatch: pyt
         _stop_at(step, patched)
         assert train(stopped, _ALONE) == 75
     run = Path(stopped.run.dir)
-    assert [line["step"] for line in read_metrics(run / METRICS)] == list(range(1, step + 2))
+    assert [line["step"] for line in read_metrics(run / METRICS)[0]] == list(range(1, step + 2))
 
     assert train(stopped, _ALONE) == 0
 
@@ -144,7 +154,7 @@ def test_rollback_restores_the_last_weights_and_continues_after_the_bad_steps(
     assert (epoch.step, after.step) == (5, 9)
     assert equal(epoch.model, after.model)
     assert equal(epoch.optimizer, after.optimizer)
-    assert len(read_metrics(tmp_path / "run" / METRICS)) == 10
+    assert len(read_metrics(tmp_path / "run" / METRICS)[0]) == 10
 
 
 def test_run_that_stays_bad_after_its_rollbacks_stops(
@@ -156,22 +166,44 @@ def test_run_that_stays_bad_after_its_rollbacks_stops(
         train(tiny("watch.on_alarm=rollback", "run.keep_every=1", "optimization.epochs=4"), _ALONE)
 
     assert caplog.text.count("continuing with the weights of step") == 3
-    assert read_metrics(tmp_path / "run" / METRICS)[-1]["step"] == 17
+    assert read_metrics(tmp_path / "run" / METRICS)[0][-1]["step"] == 17
 
 
 def test_full_disk_stops_training_only_after_the_next_epoch(
-    tiny: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: Read, small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*args: object, **keywords: object) -> None:
-        raise StoreError("could not write: no space")
-
-    monkeypatch.setattr(training, "write_snapshot", refuse)
     monkeypatch.setattr(training, "_RETRY_SECONDS", 0.0)
-    with pytest.raises(StoreError):
-        train(tiny("optimization.epochs=4"), _ALONE)
+    run = small_disk.folder / "run"
 
-    assert len(read_metrics(tmp_path / "run" / METRICS)) == 10
+    with pytest.raises(StoreError, match="No space left|unexpected pos"):
+        train(tiny(f"run.dir={run}", "optimization.epochs=4"), _ALONE)
+
+    assert len(read_metrics(run / METRICS)[0]) == 10
     assert "training continues without a snapshot of step 5" in caplog.text
+    assert list((run / "checkpoints").iterdir()) == []  # what was written of it does not fill the disk
+
+
+def test_training_continues_when_a_full_disk_has_space_again(
+    tiny: Read, small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compute, run = training.compute, small_disk.folder / "run"
+
+    def fill_disk_meanwhile(session: Any, batch: Any, settings: Any) -> Any:
+        if batch.batch.step == 1:
+            (run / "rest").write_bytes(bytes(shutil.disk_usage(run).free))
+        elif batch.batch.step == 8:
+            small_disk.resize("2m")
+        return compute(session, batch, settings)
+
+    monkeypatch.setattr(training, "compute", fill_disk_meanwhile)
+    monkeypatch.setattr(training, "_RETRY_SECONDS", 0.0)
+    recipe = tiny(f"run.dir={run}", "watch.probe_every=1", "watch.subset=1img", "watch.probes=[ncm]")
+
+    assert train(recipe, _ALONE) == 0
+
+    assert [line["step"] for line in read_metrics(run / METRICS)[0]] == list(range(1, 11))
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000010"]
+    assert "the encoder could not be evaluated" in caplog.text
 
 
 def test_encoder_is_evaluated_on_schedule_as_ordinary_records(tiny: Read, tmp_path: Path) -> None:
@@ -212,6 +244,6 @@ def test_two_local_ranks_train_as_one(tiny: Read, tmp_path: Path) -> None:
     )
 
     assert done.returncode == 0, done.stderr
-    one, two = (read_metrics(tmp_path / name / METRICS) for name in ("one", "two"))
+    one, two = (read_metrics(tmp_path / name / METRICS)[0] for name in ("one", "two"))
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
     assert [line["gradient_norm"] for line in two] == pytest.approx([line["gradient_norm"] for line in one], rel=1e-3)
