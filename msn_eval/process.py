@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -78,6 +78,20 @@ def terminate_with_parent() -> None:
     """Have Linux send this process SIGTERM when its parent ends, also when the parent is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def record_for_torchrun(error: BaseException) -> None:
+    """Write an error to the file that torchrun prints as the root cause, if torchrun started this process."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    try:
+        raise error from None
+    except type(error):
+        error.__traceback__ = None  # torchrun prints it before the message
+        with suppress(OSError):
+            get_error_handler().record_exception(error)
 
 
 class Terminated(KeyboardInterrupt):

@@ -23,7 +23,7 @@ from msn_eval.errors import (
     did_you_mean,
     printable,
 )
-from msn_eval.process import Terminated, describe_exhausted_resource
+from msn_eval.process import Terminated, describe_exhausted_resource, record_for_torchrun
 from msn_eval.version import __version__
 
 _OUTPUT_HINT = "Free space, or send the output elsewhere. Finished results are kept."
@@ -98,7 +98,7 @@ def run_program(name: str, arguments: Sequence[str] | None, parse: Parse, *, log
         sys.stdout.flush()
         return code
     except MsnEvalError as error:
-        return _fail(f"{type(error).__name__}: {error}", error.exit_code, verbosity)
+        return _fail(f"{type(error).__name__}: {error}", error.exit_code, verbosity, error)
     except Terminated:
         return _fail(f"Terminated. {kept}", PREEMPTED, 0)
     except KeyboardInterrupt:
@@ -109,10 +109,10 @@ def run_program(name: str, arguments: Sequence[str] | None, parse: Parse, *, log
     except Exception as error:
         if (known := _name_cause(error)) is not None:
             _discard_output()
-            return _fail(f"{type(known).__name__}: {known}", known.exit_code, verbosity)
+            return _fail(f"{type(known).__name__}: {known}", known.exit_code, verbosity, known)
         text = printable(f"{type(error).__name__}: {error}")
         message = f"This is a bug in {name}: {text}\nRun it again with -vv for the traceback."
-        return _fail(message, MsnEvalError.exit_code, verbosity)
+        return _fail(message, MsnEvalError.exit_code, verbosity, error)
     finally:
         # A program that ends keeps ignoring a second SIGTERM.
         if in_main_thread and (arguments is not None or signal.getsignal(signal.SIGTERM) is _raise_terminated):
@@ -160,8 +160,10 @@ class _PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
-def _fail(text: str, code: int, verbosity: int) -> int:
+def _fail(text: str, code: int, verbosity: int, error: Exception | None = None) -> int:
     if verbosity > 1:
         traceback.print_exc()
     print(text, file=sys.stderr)
+    if error is not None:
+        record_for_torchrun(error)
     return code

@@ -134,29 +134,31 @@ def format_metrics(line: Mapping[str, Any]) -> bytes:
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """Return the lines of a journal in the order of their steps, the last line of each step, and the numbers of damaged lines.
 
-    Either all lines have a checksum or, in a journal of an older version, none. Text after the last line is not a damaged line: it
-    is being written, or was when the run was killed.
+    Either all lines have a checksum or, in a journal of an older version, none. Text after the last line is not a damaged line:
+    it is being written, or was when the run was killed.
     """
     texts = path.read_bytes().split(b"\n")
     if b"}" not in texts[-1]:
         del texts[-1]
     matches = [_CHECKSUM.fullmatch(text) for text in texts]
     lines: dict[int, dict[str, Any]] = {}
-    damaged = []
+    damaged, any_checksum = [], any(matches)
     for number, (text, match) in enumerate(zip(texts, matches, strict=True), start=1):
         try:
-            if match is not None and zlib.crc32(match["line"] + b"}") != int(match["crc"], 16):
-                raise ValueError("another checksum")
-            if match is None and any(matches):
-                raise ValueError("no checksum")
-            line = json.loads(text)
-            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-                raise ValueError("no step")
-            line.pop("crc", None)
-            lines[line["step"]] = line
+            line = json.loads(text) if _is_intact(match, any_checksum) else None
+            match line:
+                case {"step": int(step), **numbers}:
+                    numbers.pop("crc", None)
+                    lines[step] = {"step": step, **numbers}
+                case _:
+                    damaged.append(number)
         except (ValueError, RecursionError):
             damaged.append(number)
     return [lines[step] for step in sorted(lines)], damaged
+
+
+def _is_intact(match: re.Match[bytes] | None, any_checksum: bool) -> bool:
+    return not any_checksum if match is None else zlib.crc32(match["line"] + b"}") == int(match["crc"], 16)
 
 
 def describe_damage(path: Path, damaged: Sequence[int]) -> str:

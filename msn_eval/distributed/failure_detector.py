@@ -20,6 +20,7 @@ from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 
 from msn_eval.distributed.rank_info import RankInfo, Timeouts
 from msn_eval.errors import DistributedError, exit_code_of
+from msn_eval.process import record_for_torchrun
 
 KEPT = "Finished work is kept; run the same command again to continue."
 LEFT = b"left"
@@ -215,6 +216,7 @@ class FailureDetector:
             self._closed.wait(self._timeouts.linger_seconds + self._timeouts.unwind_seconds)
         if not self._closed.is_set():
             os.write(2, f"DistributedError: {self.verdict}\n".encode())
+            record_for_torchrun(self.verdict)
             os._exit(self.verdict.exit_code)
 
     def _judge(self, now: float, unanswered: float) -> DistributedError | None:

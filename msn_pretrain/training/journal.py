@@ -116,7 +116,7 @@ def _open_to_append(path: Path, stack: ExitStack) -> BinaryIO:
             _log.warning("the last lines of %s could not be written: %s", path, error.strerror)
 
     stack.callback(close)
-    return cast(BinaryIO, file)
+    return file
 
 
 def _open_tensorboard(run: Path, files: dict[str, BinaryIO], stack: ExitStack, *, step: int) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from msn_eval.errors import DistributedError
+from msn_eval.process import record_for_torchrun
 
 # Limits in seconds.
 STEP_SECONDS = 300.0  # of a step; ten times the median if that is more
@@ -58,10 +59,12 @@ def watch_steps(watchdog: Watchdog | None = None, *, poll_seconds: float = 1.0) 
     def watch() -> None:
         while not closed.wait(poll_seconds):
             if time.monotonic() > watchdog.deadline:
-                print("DistributedError: no step finished for too long. Stacks of all threads:", file=sys.stderr)
+                error = DistributedError("no step finished for too long")
+                print(f"DistributedError: {error}. Stacks of all threads:", file=sys.stderr)
                 faulthandler.dump_traceback(sys.stderr)
                 print("The last snapshot is kept; run the same command again to continue.", file=sys.stderr, flush=True)
-                os._exit(DistributedError.exit_code)
+                record_for_torchrun(error)
+                os._exit(error.exit_code)
 
     threading.Thread(target=watch, daemon=True, name="watchdog").start()
     try:

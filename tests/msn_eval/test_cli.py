@@ -130,6 +130,15 @@ def test_an_error_is_one_block_with_a_traceback_only_if_verbose(capsys: pytest.C
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_torchrun_is_told_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+
+    assert main(["--checkpoint", "pixels", "--data", "/nowhere"]) == 21
+
+    shown = json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["py_callstack"]
+    assert shown.startswith("msn_eval.errors.DataError: /nowhere: the data folder does not exist\n")
+
+
 def test_json_output_is_only_a_list_of_records(measure: Measure) -> None:
     assert [record["split"]["draw"] for record in measure("--subset", "2imgs")] == [1, 2, 3]
 

@@ -126,7 +126,11 @@ def test_lines_that_a_full_disk_refused_are_written_when_there_is_space(
 
     assert caplog.text.count("metrics.jsonl and tensorboard cannot be written: No space left on device") == 1
     assert _lines(small_disk.folder) == list(range(1, 602))
-    events = event_accumulator.EventAccumulator(str(small_disk.folder / "tensorboard"), {"scalars": 0}).Reload().Scalars("loss")
+    events = (
+        event_accumulator.EventAccumulator(str(small_disk.folder / "tensorboard"), {"scalars": 0})
+        .Reload()
+        .Scalars("loss")
+    )
     assert [event.step for event in events] == list(range(1, 602))
 
 

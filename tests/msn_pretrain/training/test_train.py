@@ -175,7 +175,7 @@ def test_full_disk_stops_training_only_after_the_next_epoch(
     monkeypatch.setattr(training, "_RETRY_SECONDS", 0.0)
     run = small_disk.folder / "run"
 
-    with pytest.raises(StoreError, match="No space left|unexpected pos"):
+    with pytest.raises(StoreError, match="No space left"):
         train(tiny(f"run.dir={run}", "optimization.epochs=4"), _ALONE)
 
     assert len(read_metrics(run / METRICS)[0]) == 10
