@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _PROBES = "ridge,knn,ncm"
+# By SHA-256 of the encoder, or folder if the manifest is damaged: step, and why it could not be scored, None if it was.
+Attempts = dict[str, tuple[int, CheckpointError | None]]
 _MOST_DRAWING_TIME = 0.05  # as a fraction of the time, while only the journal grows
 
 
@@ -58,7 +60,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     run_info = read_run_info(folder)
     prepare_folder(folder / EVAL, option="RUN_DIR")
     plan = make_plan(_read_config(options, run_info))
-    attempts: dict[str, CheckpointError | None] = {}
+    attempts: Attempts = {}
     warned: set[str] = set()
     points: tuple[Point, ...] | None = None
     next_drawing = 0.0
@@ -78,7 +80,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         points = trajectory.points
     for path in _write_curves(folder, trajectory):
         print(path)
-    _raise_problems(folder, trajectory, [error for error in attempts.values() if error is not None])
+    _raise_problems(folder, trajectory, [error for _, error in attempts.values() if error is not None])
     return 0
 
 
@@ -103,7 +105,7 @@ def _follow_run(
     folder: Path,
     run_info: "RunInfo",
     plan: "Plan",
-    attempts: "dict[str, CheckpointError | None]",
+    attempts: "Attempts",
     options: argparse.Namespace,
 ) -> "Iterator[Trajectory]":
     """Yield the run with all its snapshots scored, at first and whenever it has changed, until it ends.
@@ -112,7 +114,7 @@ def _follow_run(
         folder: Of the run.
         run_info: Its configuration.
         plan: What is measured of every snapshot.
-        attempts: Receives, by SHA-256 of the encoder, the error of each snapshot, None if it was scored.
+        attempts: Receives what was tried.
         options: Of the command.
     """
     from msn_eval.monitor.trajectory import fingerprint_run
@@ -124,7 +126,7 @@ def _follow_run(
             trajectory = _score_snapshots(folder, run_info, plan, attempts)
             yield trajectory
             changed = time.monotonic()  # after scoring and drawing, whose time does not count as silence
-        if options.once or _has_ended(trajectory):
+        if options.once or _has_ended(trajectory, attempts):
             return
         if time.monotonic() - changed > 60 * options.patience:
             _log.warning("%s: nothing new was written for %g minutes", folder, options.patience)
@@ -132,26 +134,28 @@ def _follow_run(
         time.sleep(options.every)
 
 
-def _score_snapshots(
-    folder: Path, run_info: "RunInfo", plan: "Plan", attempts: "dict[str, CheckpointError | None]"
-) -> "Trajectory":
+def _score_snapshots(folder: Path, run_info: "RunInfo", plan: "Plan", attempts: "Attempts") -> "Trajectory":
     """Score the snapshots with missing scores, print a line for each, and return the run with them."""
     from msn_eval.checkpoints.run_folder import ENCODER
-    from msn_eval.monitor.trajectory import list_unscored, read_trajectory, score_snapshot
+    from msn_eval.monitor.trajectory import find_damaged, list_unscored, read_trajectory, score_snapshot
 
+    for name, (step, error) in find_damaged(folder).items():
+        if name not in attempts:
+            attempts[name] = step, error
+            _log.error("%s", error)
     trajectory = read_trajectory(folder, run_info, plan)
     snapshots = list_unscored(plan, folder, trajectory, attempts)
     for snapshot in snapshots:
         try:
             point = score_snapshot(plan, folder, snapshot)
         except CheckpointError as error:
-            attempts[snapshot.files[ENCODER]] = error
+            attempts[snapshot.files[ENCODER]] = snapshot.step, error
             _log.error("%s", error)
             continue
         if point is None:
             _log.info("%s was removed while it was read", snapshot.folder.name)
         else:
-            attempts[snapshot.files[ENCODER]] = None
+            attempts[snapshot.files[ENCODER]] = snapshot.step, None
             print(printable(_describe_point(point)), flush=True)
     return read_trajectory(folder, run_info, plan) if snapshots else trajectory
 
@@ -168,10 +172,11 @@ def _describe_point(point: "Point") -> str:
     return f"step {point.step:,}, epoch {point.epoch}: {'; '.join(texts)}"
 
 
-def _has_ended(trajectory: "Trajectory") -> bool:
-    """Whether the snapshot after the last step of the run is scored."""
+def _has_ended(trajectory: "Trajectory", attempts: "Attempts") -> bool:
+    """Whether the snapshot after the last step of the run is scored, or cannot be."""
     scored = [point.step for point in trajectory.points if point.features is not None]
-    return trajectory.steps is not None and max(scored, default=0) >= trajectory.steps
+    tried = [step for step, _ in attempts.values()]
+    return trajectory.steps is not None and max([*scored, *tried], default=0) >= trajectory.steps
 
 
 def _write_curves(folder: Path, trajectory: "Trajectory") -> list[Path]:

@@ -168,6 +168,22 @@ def list_unscored(plan: Plan, folder: Path, trajectory: Trajectory, skipped: Col
     return [snapshot for snapshot in reversed(_list_finished(folder)) if snapshot.files[run_folder.ENCODER] not in done]
 
 
+def find_damaged(folder: Path) -> dict[str, tuple[int, CheckpointError]]:
+    """Return step and error of the snapshots with a damaged manifest, by folder. A manifest is complete when it appears."""
+    damaged = {}
+    for snapshot in run_folder.snapshot_folders(folder):
+        try:
+            run_folder.read_manifest(snapshot)
+        except ValueError as error:
+            reason = CheckpointError(
+                str(error), where=str(snapshot), hint="It is skipped; the other snapshots are scored."
+            )
+            damaged[snapshot.name] = int(snapshot.name.partition("-")[2]), reason
+        except OSError:
+            continue  # it is being written, or removed
+    return damaged
+
+
 def _list_finished(folder: Path) -> list[SnapshotFiles]:
     """Return the snapshots with a manifest, the newest first; one without is being written, or removed."""
     manifests = map(_read_manifest, run_folder.snapshot_folders(folder))

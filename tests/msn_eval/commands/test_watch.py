@@ -391,14 +391,37 @@ def test_following_ends_when_nothing_is_written_any_more(unscored: Path, capsys:
 def test_a_damaged_snapshot_is_tried_once_while_a_run_is_followed(
     scored: Path, waits: list[Callable[[], object]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    next((scored / "eval").glob("step-00000006.*")).unlink()
-    (scored / "checkpoints" / "step-00000006" / "encoder.safetensors").write_bytes(b"\0" * 64)
+    for step in (4, 6):
+        next((scored / "eval").glob(f"step-0000000{step}.*")).unlink()
+    shutil.rmtree(scored / "checkpoints" / "step-00000006")
+    (scored / "checkpoints" / "step-00000004" / "encoder.safetensors").write_bytes(b"\0" * 64)
     waits += [lambda: _add_lines(scored, 1)] * 2
 
     code = _follow(scored, "--patience", "0.002")
 
     assert (code, waits) == (20, [])
-    assert capsys.readouterr().err.count("step-00000006") == 2  # when it was tried, and at the end
+    assert capsys.readouterr().err.count("step-00000004") == 2  # when it was tried, and at the end
+
+
+def _damage_encoder(snapshot: Path) -> None:
+    (snapshot / "encoder.safetensors").write_bytes(b"\0" * 64)
+
+
+def _damage_manifest(snapshot: Path) -> None:
+    (snapshot / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [_damage_encoder, _damage_manifest])
+def test_following_a_run_whose_last_snapshot_is_damaged_ends(
+    damage: Callable[[Path], None], scored: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    next((scored / "eval").glob("step-00000006.*")).unlink()
+    damage(scored / "checkpoints" / "step-00000006")
+    monkeypatch.setattr(command.time, "sleep", lambda seconds: pytest.fail("it waits for a run that has ended"))
+
+    code = _follow(scored)
+
+    assert (code, "step-00000006" in capsys.readouterr().err) == (20, True)
 
 
 def test_an_alarm_is_printed_once_while_a_run_is_followed(
