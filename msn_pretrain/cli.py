@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _TARGETS = ("timm", "hf", "msn", "torchvision")
 _RECIPE_HELP = "YAML file, or a name that `msn-eval ls recipes` lists; `key=value` arguments override it"
-_KEPT = "The last snapshot is kept; run the same command again to continue."
+_KEPT = "Snapshots are kept; run the same command again to continue."
 _KEYS = {  # of a recipe, by the option of msn-eval that errors of its data sets and networks name
     "data": "data.root",
     "workers": "data.workers",
@@ -31,7 +31,9 @@ _log = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `msn-pretrain` and return its exit code."""
-    return run_program("msn-pretrain", arguments, _parse, loggers=("msn_pretrain", "msn_eval"), kept=_KEPT)
+    verb = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+    kept = "Nothing was written." if verb in ("bench", "export") else _KEPT
+    return run_program("msn-pretrain", arguments, _parse, loggers=("msn_pretrain", "msn_eval"), kept=kept)
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Callable[[], int]]:

@@ -115,6 +115,16 @@ def test_mistyped_file_suggests_its_neighbour(tmp_path: Path, capsys: pytest.Cap
     assert f"no such recipe. Did you mean {tmp_path / 'small_run.yaml'}?" in capsys.readouterr().err
 
 
+def test_an_interrupted_bench_promises_no_snapshot(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("msn_pretrain.benchmark.training_images", lambda recipe: signal.raise_signal(signal.SIGINT))
+
+    assert main(["bench", "msn_digits"]) == 130
+
+    assert capsys.readouterr().err == "Interrupted. Nothing was written.\n"
+
+
 def test_finished_run_has_nothing_left_to_do(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "metrics.jsonl").read_bytes()
 
