@@ -48,10 +48,11 @@ parity: $(VENV)/installed-test
 	$(BIN)/python benchmarks/parity.py --out reports/parity.md $(if $(MSN),--msn $(MSN)) $(if $(DINO),--dino $(DINO)) \
 		$(if $(DINOV2),--dinov2 $(DINOV2)) $(if $(SUNCET),--suncet $(SUNCET)) $(if $(SIMSIAM),--simsiam $(SIMSIAM))
 
-# Kills evaluations on an image folder and pre-training on embedded images at random times: make kill-test IMAGES=folder KILLS=100
+# Kills evaluations on an image folder, and kills, terminates or stops pre-training on embedded images, at random times:
+# make kill-test IMAGES=folder KILLS=100
 kill-test: $(VENV)/installed-test
 	$(BIN)/python tests/faults/kill_evaluation.py --data $(IMAGES) --kills $(KILLS)
-	$(BIN)/python tests/faults/kill_training.py --kills 50
+	$(BIN)/python tests/faults/kill_training.py --kills 100
 
 # Damages records, predictions and caches at random, and looks for numbers that changed without a word: make corrupt DAMAGES=1000
 corrupt: $(VENV)/installed-test

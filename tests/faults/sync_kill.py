@@ -1,4 +1,4 @@
-"""Forked runs that record their syncs and may kill themselves in one, so that even a fast write path is hit."""
+"""Forked runs that record their syncs and may send themselves a signal in one, so that even a fast write path is hit."""
 
 import os
 import signal
@@ -9,17 +9,21 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class SyncKill:
-    """SIGKILL in the `count`-th fsync of a file whose name contains `name`: written, but not yet renamed."""
+    """A signal in the `count`-th fsync of a file whose name contains `name`: written, but not yet renamed."""
 
     name: str
     count: int
+    number: signal.Signals = signal.SIGKILL
 
     def __str__(self) -> str:
-        return f"in sync {self.count} of a {self.name}"
+        return f"{self.number.name} in sync {self.count} of a {self.name}"
 
 
 def fork_run(here: Path, run: Callable[[], int], kill: SyncKill | None) -> int:
-    """Run in a forked process, which `kill` ends; output and syncs are appended to files in `here`. Return its process id."""
+    """Run in a forked process, which sends itself the signal of `kill`, and return its process id.
+
+    Output and syncs are appended to files in `here`.
+    """
     child = os.fork()
     if child:
         return child
@@ -30,23 +34,23 @@ def fork_run(here: Path, run: Callable[[], int], kill: SyncKill | None) -> int:
         os.dup2(output, 2)
         _record_syncs(here / "syncs")
         if kill is not None:
-            _die_in_sync(kill)
+            _signal_in_sync(kill)
         code = run()
     finally:
         os._exit(code)
 
 
-def _die_in_sync(kill: SyncKill) -> None:
+def _signal_in_sync(kill: SyncKill) -> None:
     sync, seen = os.fsync, 0
 
-    def kill_in_fsync(number: int) -> None:
+    def signal_in_fsync(number: int) -> None:
         nonlocal seen
         seen += kill.name in _name(number)
         if seen == kill.count:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), kill.number)
         sync(number)
 
-    os.fsync = kill_in_fsync
+    os.fsync = signal_in_fsync
 
 
 def _record_syncs(file: Path) -> None:

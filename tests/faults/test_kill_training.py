@@ -1,6 +1,6 @@
-"""SIGKILL at random moments of a pre-training: the resumed run is bit-identical to an uninterrupted one."""
+"""Signals at random moments of a pre-training: the resumed run is bit-identical to an uninterrupted one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,18 @@ RunScript = Callable[..., tuple[int, str]]
 _HARNESS = Path(__file__).parent / "kill_training.py"
 
 
-def test_a_killed_run_is_bit_identical_after_resuming(run_script: RunScript) -> None:
-    code, output = run_script(_HARNESS, "--kills", "4", "--seed", "4", "--epochs", "2")
+@pytest.mark.parametrize(
+    ("trials", "options"),
+    [
+        (4, ("--signals", "KILL")),
+        (2, ("--signals", "TERM", "--ranks", "2", "--workers", "0")),
+        (1, ("--signals", "STOP", "--ranks", "2", "--workers", "0", "--silent-seconds", "2")),  # in a save
+    ],
+)
+def test_a_run_is_bit_identical_after_a_signal(trials: int, options: Sequence[str], run_script: RunScript) -> None:
+    code, output = run_script(_HARNESS, "--kills", str(trials), "--seed", "4", "--epochs", "2", *options)
 
-    assert (code, output.splitlines()[-1]) == (0, "4 of 4 trials passed"), output
+    assert (code, output.splitlines()[-1]) == (0, f"{trials} of {trials} trials passed"), output
 
 
 def test_writing_in_place_is_detected(run_script: RunScript) -> None:
