@@ -1,7 +1,8 @@
-"""Process: the memory and the cores that it may use, and the signals that ask it to stop."""
+"""Process: the memory, cores and loader processes that it may use, and the signals that ask it to stop."""
 
 import ctypes
 import errno
+import logging
 import os
 import signal
 import sys
@@ -14,8 +15,11 @@ from types import FrameType
 
 from msn_eval.errors import INTERRUPTED, PREEMPTED
 
+_log = logging.getLogger(__name__)
 _MACHINE = Path("/proc/meminfo")
 _CONTAINER = Path("/sys/fs/cgroup")
+_SHARED_MEMORY = "/dev/shm"
+_LOCK_BYTES = 2**16  # of one worker's queues: a page per semaphore
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -51,6 +55,25 @@ def describe_exhausted_resource(error: BaseException) -> tuple[str, str] | None:
 def usable_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def affordable_workers(wanted: int, *, batch_bytes: int) -> int:
+    """Return how many of `wanted` loader processes fit into shared memory, through which they send their batches.
+
+    A process that finds no room ends without a word, or its batch never arrives. Each keeps two batches ready while it makes
+    another. The ranks of this machine share the memory.
+    """
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except OSError:  # a system without it shares memory in another way
+        return wanted
+    free = 0 if status.f_flag & os.ST_RDONLY else status.f_bavail * status.f_frsize
+    needed = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * (_LOCK_BYTES + 3 * batch_bytes)
+    affordable = min(wanted, free // needed)
+    if affordable < wanted:
+        text = "%s has room for %d loader processes instead of %d: %s of %s bytes are free for each"
+        _log.warning(text, _SHARED_MEMORY, affordable, wanted, f"{free // wanted:,}", f"{needed:,}")
+    return affordable
 
 
 def _machine_bytes(file: Path) -> int | None:

@@ -26,14 +26,13 @@ from msn_eval.data.augmentation import RandomCrops
 from msn_eval.data.decoders import Pixels, decode_pixels, prepare_for_device
 from msn_eval.data.images import BadImageError, EvalTransform, ImageSource, read_image, resize_and_crop
 from msn_eval.errors import ResourceError
-from msn_eval.process import usable_cores
+from msn_eval.process import affordable_workers, usable_cores
 
 _log = logging.getLogger(__name__)
 _MOST_WORKERS = 16
 _FEW_IMAGES = 512  # below, starting workers costs more than they save
 _WORKER_TIMEOUT_SECONDS = 300.0
-_BATCHES_PER_WORKER = 2  # kept ready, in shared memory
-_SHARED_MEMORY = "/dev/shm"
+_BATCHES_PER_WORKER = 2  # kept ready
 _Loaded = tuple[bytes | Pixels, tuple[str, str] | None]
 
 
@@ -77,21 +76,16 @@ class PixelBatch(NamedTuple):
 def automatic_workers(images: PixelList, *, batch_size: int, cuda: bool) -> int:
     """Return the number of decoding processes.
 
-    It is one per core beside a GPU, as far as shared memory has room for them; none for few or embedded images, nor on a
-    CPU, where they would compete with the encoder's threads.
+    It is one per core beside a GPU; none for few or embedded images, nor on a CPU, where they would compete with the encoder's
+    threads.
     """
     if not cuda or len(images) < _FEW_IMAGES or images.source.root is None:
         return 0
-    wanted = min(_MOST_WORKERS, usable_cores())
-    try:
-        status = os.statvfs(_SHARED_MEMORY)
-    except OSError:  # a system without it shares memory in another way
-        return wanted
-    batch_bytes = batch_size * 3 * images.transform.crop**2
-    affordable = status.f_bavail * status.f_frsize // ((_BATCHES_PER_WORKER + 1) * batch_bytes)
-    if affordable < wanted:
-        _log.warning("%s has room for %d decoding processes instead of %d", _SHARED_MEMORY, affordable, wanted)
-    return min(wanted, affordable)
+    return affordable_workers(min(_MOST_WORKERS, usable_cores()), batch_bytes=_batch_bytes(images, batch_size))
+
+
+def _batch_bytes(images: PixelList, batch_size: int) -> int:
+    return min(batch_size, len(images)) * 3 * images.transform.crop**2
 
 
 def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: bool = False) -> Iterator[PixelBatch]:
@@ -102,12 +96,13 @@ def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: boo
     Args:
         images: The images.
         batch_size: Images per batch.
-        workers: Decoding processes; 0 decodes in threads of this process while the caller waits.
+        workers: Decoding processes, fewer if shared memory is short; 0 decodes in threads of this process while the caller waits.
         pinned: Whether to use memory that a GPU can copy from while it computes.
 
     Raises:
         ResourceError: Workers died or hung twice. The text names the images that they were reading.
     """
+    workers = affordable_workers(workers, batch_bytes=_batch_bytes(images, batch_size)) if workers else 0
     if workers == 0:
         yield from _load_in_threads(images, batch_size)
         return
@@ -149,7 +144,7 @@ def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: boo
                 raise ResourceError(
                     f"a loader worker died or hung twice at the same place: {reason}\n"
                     f"They were reading these images:\n{listed}",
-                    hint=f"Host memory or {_SHARED_MEMORY} may be short: try --workers 0, or a smaller --batch-size.",
+                    hint="Host memory or /dev/shm may be short: try --workers 0, or a smaller --batch-size.",
                     kept="Finished features are kept; the same command continues from there.",
                 )
             _log.warning(
@@ -184,7 +179,7 @@ def _load_in_threads(images: PixelList, batch_size: int) -> Iterator[PixelBatch]
     dataset = _PixelDataset(images, torch.empty(0))
     # Pillow releases the interpreter lock; torch's operations have threads of their own.
     threads = usable_cores() if images.decoder == "pillow" else 1
-    with ThreadPool(threads) as pool:
+    with _start_threads(threads) as pool:
         for first in range(0, len(images), batch_size):
             rows = range(first, min(first + batch_size, len(images)))
             try:
@@ -197,6 +192,15 @@ def _load_in_threads(images: PixelList, batch_size: int) -> Iterator[PixelBatch]
                     hint="The disk or the network behind it may hang; the same command continues once it answers.",
                 ) from error
             yield _collate(loaded)
+
+
+def _start_threads(count: int) -> ThreadPool:
+    try:
+        return ThreadPool(count)
+    except OSError as error:
+        what = f"threads have no shared memory for their locks: {error.strerror}"
+        hint = "It must be writable and have free space: docker run --shm-size 1g, for example."
+        raise ResourceError(what, where="/dev/shm", hint=hint) from error
 
 
 class _SigchldMonitor:

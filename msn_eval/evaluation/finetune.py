@@ -36,6 +36,7 @@ from msn_eval.probes.finetune.model import FinetuneModel, build_finetune_model
 from msn_eval.probes.finetune.predict import LabelledImages, RunOptions, score_images
 from msn_eval.probes.finetune.train import Progress, finetune
 from msn_eval.probes.training_state import StateFiles
+from msn_eval.process import affordable_workers
 from msn_eval.results.record import Predictions, Result
 
 
@@ -117,6 +118,8 @@ def _choose_options(plan: Plan, encoder: Encoder, images: ImageSet) -> RunOption
     if workers is None:
         pixels = PixelList(source=images.source, image_ids=images.ids, transform=encoder.transform, hashes=None)
         workers = automatic_workers(pixels, batch_size=4 * micro_batch, cuda=cuda)
+    elif workers:
+        workers = affordable_workers(workers, batch_bytes=4 * micro_batch * 3 * encoder.transform.crop**2)
     return RunOptions(micro_batch=micro_batch + micro_batch % 2, workers=workers)
 
 

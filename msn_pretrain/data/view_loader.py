@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from msn_eval.data.images import BadImageError, ImageSet, read_image
 from msn_eval.errors import DataError, ResourceError
+from msn_eval.process import affordable_workers
 from msn_pretrain.data.batched_views import make_batched_views
 from msn_pretrain.data.sampler import Batch, Order
 from msn_pretrain.data.views import ViewKind, ViewParameters, draw_for_batch, make_views
@@ -62,13 +63,17 @@ def load_views(view_list: ViewList, order: Order, *, first_step: int, steps: int
         order: Sampling order.
         first_step: First step.
         steps: Number of steps of the run.
-        workers: Processes that read, decode and, unless views are batched, make views; 0 for none.
+        workers: Processes that read, decode and, unless views are batched, make views; 0 for none, and fewer
+            if shared memory is short.
 
     Raises:
         DataError: An image cannot be used.
         ResourceError: A worker died or hangs.
     """
     dataset = _BatchDataset(view_list, order, first_step, steps)
+    if workers:
+        batch_bytes = order.batch_size // order.world * _item_bytes(view_list)
+        workers = affordable_workers(workers, batch_bytes=batch_bytes)
     if workers == 0:
         prepared: Iterator[_Prepared] = iter(dataset)
     else:
@@ -90,11 +95,18 @@ def load_views(view_list: ViewList, order: Order, *, first_step: int, steps: int
             raise ResourceError(
                 f"a loader worker died or hung: {str(error).partition(chr(10))[0]}",
                 hint="Host memory or /dev/shm may be short: try data.workers=0 or a smaller batch.",
-                kept="The last snapshot is kept; the same command continues from it.",
+                kept="Snapshots are kept; the same command continues from the last one.",
             ) from error
         if item is None:
             return
         yield _move_to_device(view_list, item)
+
+
+def _item_bytes(view_list: ViewList) -> int:
+    """Return the bytes that a worker sends for one image; an estimate by the first image if views are made on the device."""
+    if view_list.batched:
+        return _decode(view_list.images, 0).nbytes
+    return sum(3 * kind.count * kind.pixels**2 for kind in view_list.kinds)
 
 
 # The views of each kind (or the images, if views are made on the device), and an error.

@@ -1,14 +1,16 @@
 """The process: its available memory, its stop signals and its parent."""
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from msn_eval.process import Terminated, available_bytes, watch_stop_signals
+from msn_eval.process import Terminated, affordable_workers, available_bytes, watch_stop_signals
 
 
 @pytest.fixture
@@ -25,6 +27,26 @@ def container(folder: Path, *, limit: str, used: int = 0, cached: int = 0) -> Pa
     (folder / "memory.current").write_text(f"{used}\n")
     (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\nactive_file 7\n")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("ranks", "free_bytes", "read_only", "workers"),
+    [
+        (1, 10**9, False, 4),
+        (1, 10**7, False, 3),  # of 3 MB and the locks each
+        (2, 10**7, False, 1),
+        (1, 10**6, False, 0),
+        (1, 10**9, True, 0),
+    ],
+)
+def test_loader_processes_fit_into_shared_memory(
+    ranks: int, free_bytes: int, read_only: bool, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = SimpleNamespace(f_bavail=free_bytes, f_frsize=1, f_flag=os.ST_RDONLY if read_only else 0)
+    monkeypatch.setattr(os, "statvfs", lambda path: status)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+
+    assert affordable_workers(4, batch_bytes=10**6) == workers
 
 
 def test_available_memory_of_the_machine(machine: Path, tmp_path: Path) -> None:
