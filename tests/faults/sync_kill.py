@@ -45,8 +45,9 @@ def _signal_in_sync(kill: SyncKill) -> None:
 
     def signal_in_fsync(number: int) -> None:
         nonlocal seen
-        seen += kill.name in _name(number)
-        if seen == kill.count:
+        matches = kill.name in _name(number)
+        seen += matches
+        if matches and seen == kill.count:
             os.kill(os.getpid(), kill.number)
         sync(number)
 

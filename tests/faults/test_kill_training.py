@@ -15,8 +15,7 @@ _HARNESS = Path(__file__).parent / "kill_training.py"
 @pytest.mark.parametrize(
     ("trials", "options"),
     [
-        (4, ("--signals", "KILL")),
-        (2, ("--signals", "TERM", "--ranks", "2", "--workers", "0")),
+        (4, ("--signals", "KILL", "TERM")),
         (1, ("--signals", "STOP", "--ranks", "2", "--workers", "0", "--silent-seconds", "2")),  # in a save
     ],
 )
