@@ -145,11 +145,11 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     damaged, any_checksum = [], any(matches)
     for number, (text, match) in enumerate(zip(texts, matches, strict=True), start=1):
         try:
-            line = json.loads(text) if _is_intact(match, any_checksum) else None
+            line: Any = json.loads(text) if _is_intact(match, any_checksum) else None
             match line:
-                case {"step": int(step), **numbers}:
-                    numbers.pop("crc", None)
-                    lines[step] = {"step": step, **numbers}
+                case {"step": int(step)}:
+                    line.pop("crc", None)
+                    lines[step] = line
                 case _:
                     damaged.append(number)
         except (ValueError, RecursionError):
