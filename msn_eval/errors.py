@@ -63,7 +63,7 @@ class MsnEvalError(Exception):
         self.what, self.where, self.hint, self.kept = what, where, hint, kept
 
     def __str__(self) -> str:
-        where = f"{self.where[: _LONGEST_LINE // 2]}: " if self.where else ""
+        where = "{}: ".format(self.where[: _LONGEST_LINE // 2].replace("\n", "\\n")) if self.where else ""
         lines = "\n".join(text for text in (f"{where}{self.what}", self.hint, self.kept) if text).split("\n")
         return printable(
             "\n".join(line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…" for line in lines)

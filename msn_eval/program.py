@@ -1,6 +1,7 @@
 """Program: what the command lines of both packages share. Parsing, logging, SIGTERM, and exit codes."""
 
 import argparse
+import copy
 import errno
 import logging
 import os
@@ -156,8 +157,17 @@ def _log_to_stderr(loggers: Sequence[str], verbosity: int, *, quiet: bool) -> No
 
 
 class _PrintableFormatter(logging.Formatter):
+    """Escapes control characters, and line ends in arguments that are names; errors have several lines."""
+
     def format(self, record: logging.LogRecord) -> str:
+        record = copy.copy(record)
+        if isinstance(record.args, tuple) and record.msg != "%s":
+            record.args = tuple(_escape_line_ends(value) for value in record.args)
         return printable(super().format(record))
+
+
+def _escape_line_ends(value: object) -> object:
+    return str(value).replace("\n", "\\n") if isinstance(value, str | Path) else value
 
 
 def _fail(text: str, code: int, verbosity: int, error: Exception | None = None) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import CheckpointError, NumericalError, StoreError, UsageError, printable
+from msn_eval.errors import CheckpointError, NumericalError, StoreError, UsageError, one_line
 
 if TYPE_CHECKING:
     from msn_eval.config.request import EvaluationConfig
@@ -156,7 +156,7 @@ def _score_snapshots(folder: Path, run_info: "RunInfo", plan: "Plan", attempts: 
             _log.info("%s was removed while it was read", snapshot.folder.name)
         else:
             attempts[snapshot.files[ENCODER]] = snapshot.step, None
-            print(printable(_describe_point(point)), flush=True)
+            print(one_line(_describe_point(point)), flush=True)
     return read_trajectory(folder, run_info, plan) if snapshots else trajectory
 
 

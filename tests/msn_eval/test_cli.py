@@ -2,11 +2,13 @@
 
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import pytest
 from PIL import Image
 
 from msn_eval.cli import main
+from msn_eval.errors import UsageError
+from msn_eval.program import run_program
 
 Measure = Callable[..., list[dict[str, Any]]]
 
@@ -128,6 +132,17 @@ def test_an_error_is_one_block_with_a_traceback_only_if_verbose(capsys: pytest.C
     assert "Traceback" not in output
     assert len(output.splitlines()) <= 12
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_line_ends_in_names_do_not_break_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    def log() -> int:
+        logging.getLogger("msn_eval").warning("%s: %s, %s", Path("a\nb"), "c\nd", UsageError("wrong", hint="Hint."))
+        return 0
+
+    options = Namespace(verbose=0, quiet=False)
+    run_program("msn-eval", (), lambda arguments: (options, log), loggers=("msn_eval",), kept="")
+
+    assert capsys.readouterr().err == "a\\nb: c\\nd, wrong\nHint.\n"
 
 
 def test_torchrun_is_told_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,10 @@ def test_text_has_place_cause_hint_and_what_was_kept() -> None:
     assert str(error) == "data/val: is empty\nFill it.\nResults are kept."
 
 
+def test_a_line_end_in_a_place_does_not_break_the_line() -> None:
+    assert str(DataError("is empty", where="data/a\nb")) == "data/a\\nb: is empty"
+
+
 def test_text_without_place_and_hint_is_the_cause() -> None:
     assert str(UsageError("nothing given")) == "nothing given"
 
