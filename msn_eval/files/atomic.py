@@ -38,7 +38,7 @@ def written_atomically(path: Path, what: str) -> Iterator[Path]:
     """
     suffix = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}{_SUFFIX}"
     temporary = path.with_name(f".{path.name}.{suffix}")
-    with disk_errors(path, what):
+    try:
         try:
             yield temporary
             for file in temporary.iterdir() if temporary.is_dir() else (temporary,):
@@ -48,13 +48,6 @@ def written_atomically(path: Path, what: str) -> Iterator[Path]:
             sync_folder(path.parent)
         finally:
             remove(temporary)
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path, what: str) -> Iterator[None]:
-    """Raise StoreError where the disk refuses to write `what` to `path`."""
-    try:
-        yield
     except OSError as error:
         raise StoreError(
             f"could not write {what}: {error.strerror or error}",

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 from msn_eval.checkpoints.run_folder import METRICS, describe_damage, format_metrics, read_metrics
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features.collapse import COLLAPSED_LINES
-from msn_eval.files.atomic import describe_free_space, disk_errors, write_atomically
+from msn_eval.files.atomic import describe_free_space, write_atomically
 
 _log = logging.getLogger(__name__)
 # Fields that differ between runs with the same numbers.
@@ -105,9 +105,8 @@ def open_journal(run: Path, *, first: bool, step: int, steps: int, quiet: bool =
 
 def _open_to_append(path: Path, stack: ExitStack) -> BinaryIO:
     """Open a file that keeps what a full disk refuses, until it is flushed again."""
-    with disk_errors(path, "a log"):
-        path.parent.mkdir(exist_ok=True)
-        file = path.open("ab", buffering=_MOST_KEPT_BYTES)
+    path.parent.mkdir(exist_ok=True)
+    file = path.open("ab", buffering=_MOST_KEPT_BYTES)
 
     def close() -> None:
         try:
