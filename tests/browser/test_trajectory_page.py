@@ -37,7 +37,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines=tuple(lines),
         points=tuple(Point(step=item.step, epoch=item.epoch, features=item, results=()) for item in snapshots),
         alarms=find_alarms(lines, snapshots, prototypes=64, first_epochs=1),
-        faults=(_NAME,),
+        notices=(_NAME,),
     )
     path = tmp_path_factory.mktemp("trajectory") / "trajectory.html"
     path.write_text(render_page(trajectory, draw_panels(trajectory)))

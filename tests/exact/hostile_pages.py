@@ -114,7 +114,7 @@ def _run_named(name: str) -> str:
         lines=({"step": 1.0, "epoch": 0.0, "loss": 1.0}, {"step": 9.0, "epoch": 1.0, "loss": None}),
         points=(Point(step=5, epoch=1, features=features, results=tuple(hostile_names.records_named(name))),),
         alarms=(Alarm(what=f"alarm {name}", first=1, last=9, is_active=True),),
-        faults=(f"notice {name}",),
+        notices=(f"notice {name}",),
     )
     return render_page(trajectory, draw_panels(trajectory))
 
