@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 
 from msn_eval.errors import CheckpointError
 from msn_eval.files.hf_hub import UnreachableError, offline_variable, translate_hub_errors
+from msn_eval.files.regular import MOST_TEXT_BYTES, read_regular_file
 
 _log = logging.getLogger(__name__)
 CONFIG = "config.json"
@@ -195,7 +196,7 @@ def read_image_processor(folder: Path) -> tuple[Path, dict[str, object]]:
 
 def _read_json(path: Path) -> dict[str, object]:
     try:
-        content = json.loads(_check_file(path).read_bytes())
+        content = json.loads(read_regular_file(_check_file(path), most_bytes=MOST_TEXT_BYTES))
         if isinstance(content, dict):
             return content
         problem = "Not a JSON object"

@@ -1,6 +1,8 @@
 """Config: a YAML file, options and `key=value` overrides become a frozen dataclass; unknown keys are refused."""
 
+import io
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -8,7 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin
 
 from msn_eval.errors import UsageError, did_you_mean
+from msn_eval.files.regular import read_regular_file
 
+_MOST_BYTES = 100_000
+_DEEPEST = 20
+_UNUSABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # NUL, and surrogates that are no byte of a file name
 _Record = TypeVar("_Record")
 
 
@@ -71,6 +77,11 @@ def build_config(kind: type[_Record], layers: Iterable[tuple[str, Mapping[str, o
             if "${" in str(value) or "???" in str(value):
                 hint = "References such as ${…} are not supported: write the value itself."
                 raise UsageError(f"{key.rstrip('_')}: {value!r} is not a value", where=where, hint=hint)
+            if _UNUSABLE.search(str(value)):
+                hint = "Write it without characters that no file name can have."
+                raise UsageError(
+                    f"{key.rstrip('_')}: {value!r} holds a character without a meaning", where=where, hint=hint
+                )
             try:
                 OmegaConf.update(config, key, _convert_value(wanted, value))
             except OmegaConfBaseException as error:
@@ -80,7 +91,7 @@ def build_config(kind: type[_Record], layers: Iterable[tuple[str, Mapping[str, o
 
 
 def read_yaml(file: Path, *, what: str = "config file", hint: str = "Give the path of a YAML file.") -> dict[str, Any]:
-    """Read a YAML file that maps keys to values. References (`${…}`) stay text, aliases (`*name`) are refused.
+    """Read a YAML file that maps keys to values. Aliases (`*name`) and references (`${…}`) are refused.
 
     Args:
         file: The file.
@@ -88,26 +99,48 @@ def read_yaml(file: Path, *, what: str = "config file", hint: str = "Give the pa
         hint: For the same error.
 
     Raises:
-        UsageError: It is missing, not valid YAML, or not a mapping.
+        UsageError: It is missing, too large, not a regular file, not valid YAML, or not a mapping.
+    """
+    try:
+        content = _parse_yaml(read_regular_file(file, most_bytes=_MOST_BYTES))
+    except FileNotFoundError:
+        raise UsageError(f"no such {what}", where=str(file), hint=hint) from None
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=str(file), hint=hint) from error
+    except ValueError as error:
+        raise UsageError(f"cannot be read as YAML: {error}", where=str(file), hint="Correct the file.") from error
+    if not isinstance(content, dict):
+        raise UsageError("is not a mapping of keys to values", where=str(file), hint="Write `key: value` lines.")
+    return {str(key): value for key, value in content.items()}
+
+
+def _parse_yaml(text: bytes) -> Any:
+    """Parse YAML without aliases, of which a few expand to gigabytes, and without references to the environment.
+
+    Raises:
+        ValueError: It is not valid, or it holds one of these.
     """
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    def line_of(event: yaml.Event) -> str:
+        return f"line {event.start_mark.line + 1}: "
+
+    depth = 0
     try:
-        with file.open("rb") as stream:
-            # A few aliases of aliases would expand to gigabytes.
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(stream)):
-                raise yaml.YAMLError("aliases (*name) are not supported")
-        content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except FileNotFoundError:
-        raise UsageError(f"no such {what}", where=str(file), hint=hint) from None
-    except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise UsageError(f"cannot be read as YAML: {reason}", where=str(file), hint="Correct the file.") from error
-    if not isinstance(content, dict):
-        raise UsageError("is not a mapping of keys to values", where=str(file), hint="Write `key: value` lines.")
-    return {str(key): value for key, value in content.items()}
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise yaml.YAMLError(f"it is nested more than {_DEEPEST} levels deep")
+            if isinstance(event, yaml.AliasEvent):
+                raise yaml.YAMLError(f"{line_of(event)}aliases (*name) are not supported; write the value itself")
+            if isinstance(event, yaml.ScalarEvent) and "${" in event.value:
+                what = f"{event.value!r} is not a value; references (${{…}}) are not supported"
+                raise yaml.YAMLError(f"{line_of(event)}{what}")
+        return OmegaConf.to_container(OmegaConf.load(io.BytesIO(text)), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def parse_override(text: str, *, example: str = "limit=10") -> dict[str, Any]:
@@ -120,17 +153,14 @@ def parse_override(text: str, *, example: str = "limit=10") -> dict[str, Any]:
     Raises:
         UsageError: It has another form.
     """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise UsageError(f"{text!r} is not of the form key=value", hint=f"Write for example {example}.")
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise UsageError(f"{text!r}: the value is not valid YAML", hint="Quote it for the shell.") from error
+        content = _parse_yaml(os.fsencode(f"value: {value}"))
+    except ValueError as error:
+        what = f"{text[:80]!r}: the value is not valid YAML: {error}"
+        raise UsageError(what, hint="Quote it for YAML and for the shell.") from error
     parsed = content["value"]
     return {key: TypedNumber(parsed, value.strip()) if isinstance(parsed, int | float) else parsed}
 

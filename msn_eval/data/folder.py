@@ -13,6 +13,7 @@ from msn_eval.data.dataset import Listing
 from msn_eval.data.images import Stamp, decode_image, file_stamp, is_image_name, reading
 from msn_eval.data.index import ContainerIndex, index_containers, make_index
 from msn_eval.errors import DataError
+from msn_eval.files.regular import read_regular_file
 
 _log = logging.getLogger(__name__)
 # ImageNet's own names. Beside class folders they show that unpacking was not finished.
@@ -27,7 +28,7 @@ class FolderSource:
     root: Path
 
     def read(self, image_id: str) -> bytes:
-        return self.path(image_id).read_bytes()
+        return read_regular_file(self.path(image_id))
 
     def decode(self, content: bytes) -> Image.Image:
         return decode_image(content)

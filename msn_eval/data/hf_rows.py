@@ -17,6 +17,7 @@ from msn_eval.data.hf_splits import HubName
 from msn_eval.data.images import Stamp, decode_image, file_stamp, name_in_class
 from msn_eval.errors import DataError
 from msn_eval.files.hf_hub import first_line
+from msn_eval.files.regular import read_regular_file
 
 if TYPE_CHECKING:
     import datasets
@@ -59,7 +60,7 @@ class RowSource:
 
     def read(self, image_id: str) -> bytes:
         content, file = self._cell(image_id)
-        return file.read_bytes() if file is not None else content
+        return read_regular_file(file) if file is not None else content
 
     def decode(self, content: bytes) -> Image.Image:
         return decode_image(content)

@@ -13,6 +13,7 @@ import numpy as np
 
 from msn_eval.data.images import reading
 from msn_eval.errors import DataError
+from msn_eval.files.regular import MOST_TEXT_BYTES, read_regular_file
 
 WNID = re.compile(r"n\d{8}")
 _NUMBERED = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -201,7 +202,7 @@ def _read_meta(content: bytes, path: Path) -> dict[int, str]:
 
 def _read_content(path: Path) -> bytes:
     with reading(path):
-        return path.read_bytes()
+        return read_regular_file(path, most_bytes=MOST_TEXT_BYTES)
 
 
 def _read_lines(content: bytes, path: Path) -> Iterator[tuple[int, str]]:

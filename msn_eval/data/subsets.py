@@ -11,6 +11,7 @@ from msn_eval.data.dataset import class_map_sha256
 from msn_eval.data.imagenet_subsets import read_publication, read_published_list
 from msn_eval.data.images import ImageSet, reading
 from msn_eval.errors import DataError, NumericalError, UsageError, did_you_mean
+from msn_eval.files.regular import MOST_TEXT_BYTES, read_regular_file
 
 SHOTS = {"1img": 1, "2imgs": 2, "5imgs": 5}
 SHARES = {"1pct": 100, "10pct": 10}  # one image in so many, rounded up
@@ -75,7 +76,7 @@ def check_subset_names(names: Iterable[str]) -> None:
         if base in known:
             if draw and draw not in map(str, DRAWS):
                 raise UsageError(f"--subset {name}: there is no draw {draw!r}", hint="Draws are 1, 2 and 3.")
-        elif not Path(name).is_file():
+        elif not os.path.lexists(name) or Path(name).is_dir():  # what else cannot be read is said when it is read
             raise UsageError(
                 f"--subset {name}: no subset and no list file has this name.{did_you_mean(base, known)}",
                 hint=f"Known: {', '.join(known)}, or the path of a list, one image per line.",
@@ -194,8 +195,8 @@ def read_list(path: Path, train: ImageSet) -> Subset:
         DataError: Lines are unknown, ambiguous or repeated.
         NumericalError: A class has no image in the list.
     """
-    with reading(path):
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    with reading(path, hint="Give --subset a text file with one image per line."):
+        text = read_regular_file(path, most_bytes=MOST_TEXT_BYTES).decode("utf-8-sig", "surrogateescape")
     image_ids = _match_lines(text, path, train)
     counts = Counter(train.labels[train.position[image_id]] for image_id in image_ids)
     empty = [name for label, name in enumerate(train.classes) if not counts[label]]

@@ -13,6 +13,7 @@ from msn_eval.data.image_info import ImageInfo, Progress, inspect_images
 from msn_eval.data.imagenet_subsets import read_publication
 from msn_eval.data.images import ImageSet, reading
 from msn_eval.errors import DataError
+from msn_eval.files.regular import MOST_TEXT_BYTES, read_regular_file
 
 _IMAGENET_TRAIN_IMAGES = 1_281_167
 
@@ -201,7 +202,7 @@ def read_manifest(path: Path) -> dict[str, str]:
         DataError: The file cannot be read, has a line of another form, or names an image twice.
     """
     with reading(path, hint="Give --manifest a file of SHA-256 lines."):
-        content = path.read_bytes()
+        content = read_regular_file(path, most_bytes=MOST_TEXT_BYTES)
     manifest: dict[str, str] = {}
     for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         line = raw.removesuffix(b"\r")

@@ -13,6 +13,7 @@ from msn_eval.data.images import is_image_name, name_in_class, reading
 from msn_eval.data.index import ContainerIndex, index_containers, make_index
 from msn_eval.data.tar import TarMember, list_members, open_archives, read_members
 from msn_eval.errors import DataError
+from msn_eval.files.regular import MOST_TEXT_BYTES, read_regular_file
 
 _log = logging.getLogger(__name__)
 _ARCHIVE = re.compile(r"\.(tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4))$")  # compressed ones are refused when read
@@ -136,7 +137,7 @@ def _read_classes(root: Path) -> tuple[str, ...]:
     check_is_folder(root, hint="Give --data wds:FOLDER with train-*.tar, val-*.tar and classes.txt.")
     path = root / "classes.txt"
     with reading(path, hint="Write one class name per line, that of index 0 first."):
-        content = path.read_bytes()
+        content = read_regular_file(path, most_bytes=MOST_TEXT_BYTES)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from msn_eval.errors import ComparisonError
 from msn_eval.files.json_records import canonical_json
+from msn_eval.files.regular import MOST_TEXT_BYTES, read_regular_file
 from msn_eval.results.predictions import ProtocolPredictions, group_by_protocol, name_protocol, read_draws
 from msn_eval.results.reading import describe_transform
 from msn_eval.results.record import Result
@@ -184,9 +185,7 @@ def read_baseline(path: Path) -> Baseline:
     """
     hint = "Make one and review it: msn-eval baseline RUNS --out FILE."
     try:
-        if path.exists() and not path.is_file():  # a pipe or device may never end
-            raise ComparisonError("no baseline: not a regular file", where=str(path), hint=hint)
-        text = path.read_bytes()
+        text = read_regular_file(path, most_bytes=MOST_TEXT_BYTES)
     except OSError as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise ComparisonError(f"no baseline: {reason}", where=str(path), hint=hint) from error

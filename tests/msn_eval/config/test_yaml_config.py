@@ -141,7 +141,7 @@ def test_reference_is_refused_with_its_key(tmp_path: Path, value: str) -> None:
     """OmegaConf takes these for references and for a value that is still missing."""
     file = write_yaml(tmp_path, f'name: "{value}"\n')
     for layers in ({"given": {"name": value}}, {"overrides": [f'name="{value}"']}, {"file": file}):
-        with pytest.raises(UsageError, match=r"name: .* is not a value"):
+        with pytest.raises(UsageError, match=r"(name|line 1|override 'name=.*'): .* is not a value"):
             read_config(Recipe, **layers)
 
 
@@ -150,12 +150,13 @@ def test_reference_is_refused_with_its_key(tmp_path: Path, value: str) -> None:
     [
         pytest.param(b"steps: [", "cannot be read as YAML", id="broken"),
         pytest.param(b"steps: 1\nsteps: 2\n", "found duplicate key steps", id="key twice"),
-        pytest.param(b"\xff\xfe", "cannot be read as YAML", id="no UTF-8"),
+        pytest.param(b"\xff", "cannot be read as YAML", id="no UTF-8"),
         pytest.param(b"- steps\n", "is not a mapping of keys to values", id="list"),
         pytest.param(b"steps: 1\n---\nsteps: 2\n", "cannot be read as YAML", id="two documents"),
         pytest.param(b"tags: &x [*x]\n", "aliases (*name) are not supported", id="alias of itself"),
         pytest.param(BOMB, "aliases (*name) are not supported", id="aliases that expand to gigabytes"),
-        pytest.param(b"[" * 5000, "cannot be read as YAML", id="nested too deeply"),
+        pytest.param(b"[" * 5000, "nested more than 20 levels", id="nested too deeply"),
+        pytest.param(b"steps: " + b"1" * 5000, "4300 digits", id="number of too many digits"),
     ],
 )
 def test_file_that_is_not_a_mapping_is_a_usage_error_that_names_it(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -174,8 +175,37 @@ def test_missing_file_is_a_usage_error_that_names_it(tmp_path: Path) -> None:
 
 
 def test_folder_in_the_place_of_a_file_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read as YAML"):
+    with pytest.raises(UsageError, match="cannot be read: "):
         read_config(Recipe, file=tmp_path)
+
+
+def test_pipe_device_and_huge_file_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "huge.yaml").touch()
+    os.truncate(tmp_path / "huge.yaml", 2**40)
+
+    for file in (tmp_path / "pipe.yaml", Path("/dev/zero"), tmp_path / "huge.yaml"):
+        with pytest.raises(UsageError, match=r"cannot be read: it is (a pipe, device or socket|larger than)"):
+            read_config(Recipe, file=file)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        pytest.param(f"[{BOMB.decode().replace(': ', ', ').replace(chr(10), ', ')}]", "aliases", id="aliases"),
+        pytest.param("[" * 5000 + "]" * 5000, "nested more than", id="nested too deeply"),
+        pytest.param("1" * 5000, "4300 digits", id="number of too many digits"),
+    ],
+)
+def test_override_that_would_grow_is_refused(value: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        read_config(Recipe, overrides=[f"steps={value}"])
+
+
+@pytest.mark.parametrize("value", ["a\0b", "a\ud800b"])
+def test_text_that_no_file_name_can_hold_is_refused(value: str) -> None:
+    with pytest.raises(UsageError, match=r"name: .* holds a character"):
+        read_config(Recipe, given={"name": value})
 
 
 def test_tags_of_a_file_run_nothing(tmp_path: Path) -> None:
