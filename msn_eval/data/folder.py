@@ -51,7 +51,7 @@ def folder_name(root: Path) -> str:
 def list_class_folders(root: Path, *, cache_dir: Path | None) -> Listing:
     """List the images of one split with one folder per class. Raises DataError naming the class without images."""
     entries = sorted(list_entries(root), key=lambda entry: os.fsencode(entry.name))
-    classes = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+    classes = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and is_folder(entry)]
     _check_unpacked(root, {path.name for path in classes}, [entry.name for entry in entries])
     indexes = index_containers(classes, _scan_class, root=root, kind="class folders", cache_dir=cache_dir)
     nested = sum("/" in name for index in indexes if index.has_folders for name in index.names)
@@ -67,7 +67,8 @@ def list_class_folders(root: Path, *, cache_dir: Path | None) -> Listing:
 def scan_images(folder: Path) -> ContainerIndex:
     """List the images directly in a folder."""
     entries = list_entries(folder)
-    names = [entry.name for entry in entries if is_image_name(entry.name) and _is_file_or_broken_link(entry)]
+    # Links to nothing, pipes and folders with the name of an image are bad images, which are reported, not passed over.
+    names = [entry.name for entry in entries if is_image_name(entry.name)]
     return make_index(names, passed_over=len(entries) - len(names))
 
 
@@ -125,6 +126,9 @@ def _check_unpacked(root: Path, classes: set[str], names: Iterable[str]) -> None
             )
 
 
-def _is_file_or_broken_link(entry: os.DirEntry[str]) -> bool:
-    # A broken link is an image that cannot be read and is reported, not a file of another kind.
-    return entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether a folder's entry is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from msn_eval.data.images import ImageSet, Stamp, read_image
+from msn_eval.data.images import BadImagesError, ImageSet, Stamp, read_image
 from msn_eval.errors import DataError, StoreError
 from msn_eval.files.atomic import write_atomically
 from msn_eval.files.json_records import pack_sealed, unpack_sealed
@@ -80,11 +80,7 @@ def content_sha256(image_ids: Sequence[str], hashes: dict[str, str]) -> str:
 
 def make_unreadable_error(failures: Sequence[str]) -> DataError:
     """Return the error that lists every image of a pass that cannot be used."""
-    listed = "\n".join(f"  {failure}" for failure in sorted(failures))
-    return DataError(
-        f"{len(failures)} image{'s' if len(failures) > 1 else ''} cannot be used:\n{listed}",
-        hint="Repair or remove them, or pass --on-bad-image skip to evaluate without them (they are counted).",
-    )
+    return BadImagesError(failures)
 
 
 def _read_cache(file: Path, root: Path) -> dict[str, tuple[Stamp, str]]:

@@ -12,6 +12,7 @@ from msn_eval.data.folder import (
     FolderSource,
     check_is_folder,
     folder_name,
+    is_folder,
     list_class_folders,
     list_entries,
     scan_images,
@@ -66,7 +67,7 @@ def _list_split(root: Path, base: Path, split: str, known: Iterable[str] | None,
     """List the images of a split in the form in which they are stored."""
     folder = base / split
     entries = list_entries(folder) if folder.is_dir() else []
-    if any(entry.is_dir() and not entry.name.startswith(".") for entry in entries):
+    if any(is_folder(entry) and not entry.name.startswith(".") for entry in entries):
         return list_class_folders(folder, cache_dir=cache_dir)
     class_tars = sorted((entry.name for entry in entries if _CLASS_TAR.fullmatch(entry.name)), key=os.fsencode)
     if split == "train" and class_tars:

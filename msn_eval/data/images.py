@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from msn_eval.errors import DataError
+from msn_eval.errors import DataError, ResourceError
+from msn_eval.process import describe_exhausted_resource
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -46,6 +47,22 @@ def reading(path: Path, hint: str = "Check its permissions and its disk.") -> It
 
 class BadImageError(Exception):
     """Why one image cannot be used; collected over a pass and reported together."""
+
+
+class BadImagesError(DataError):
+    """Images that cannot be used.
+
+    Attributes:
+        failures: Where each of them is, and why.
+    """
+
+    def __init__(self, failures: Sequence[str]) -> None:
+        self.failures = tuple(sorted(failures))
+        listed = "\n".join(f"  {failure}" for failure in self.failures)
+        super().__init__(
+            f"{len(failures)} image{'s' if len(failures) > 1 else ''} cannot be used:\n{listed}",
+            hint="Repair or remove them, or pass --on-bad-image skip to evaluate without them (they are counted).",
+        )
 
 
 # The image's size in bytes; nanoseconds since 1970 of the last change of its file's content, and of anything about the file,
@@ -176,15 +193,32 @@ def make_eval_transform(
 
 
 def read_image(source: ImageSource, image_id: str) -> bytes:
-    """Read an image's bytes, with retries for a network disk that stalls. Raises OSError."""
-    for delay in _READ_DELAYS_SECONDS:
+    """Read an image's bytes, with retries for a network disk that stalls.
+
+    Raises:
+        OSError: The image cannot be read.
+        ResourceError: Memory or open files ran out, which is no fault of the image.
+    """
+    delays = iter(_READ_DELAYS_SECONDS)
+    while True:
         try:
             return source.read(image_id)
-        except OSError as error:
-            if error.errno not in _TRANSIENT:
+        except (OSError, MemoryError) as error:
+            if (exhausted := make_resource_error(error, source.place(image_id))) is not None:
+                raise exhausted from error
+            delay = next(delays, None)
+            if delay is None or not isinstance(error, OSError) or error.errno not in _TRANSIENT:
                 raise
-            time.sleep(delay)
-    return source.read(image_id)
+        time.sleep(delay)
+
+
+def make_resource_error(error: BaseException, place: str) -> ResourceError | None:
+    """Return the error to report where an image could not be used because a resource ran out, None for other reasons."""
+    exhausted = describe_exhausted_resource(error)
+    if exhausted is None:
+        return None
+    resource, hint = exhausted
+    return ResourceError(f"out of {resource}: {error or type(error).__name__}", where=place, hint=hint)
 
 
 def is_image_name(name: str) -> bool:

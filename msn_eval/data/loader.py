@@ -24,7 +24,14 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from msn_eval.data.augmentation import RandomCrops
 from msn_eval.data.decoders import Pixels, decode_pixels, prepare_for_device
-from msn_eval.data.images import BadImageError, EvalTransform, ImageSource, read_image, resize_and_crop
+from msn_eval.data.images import (
+    BadImageError,
+    EvalTransform,
+    ImageSource,
+    make_resource_error,
+    read_image,
+    resize_and_crop,
+)
 from msn_eval.errors import ResourceError
 from msn_eval.process import affordable_workers, usable_cores
 
@@ -33,7 +40,7 @@ _MOST_WORKERS = 16
 _FEW_IMAGES = 512  # below, starting workers costs more than they save
 _WORKER_TIMEOUT_SECONDS = 300.0
 _BATCHES_PER_WORKER = 2  # kept ready
-_Loaded = tuple[bytes | Pixels, tuple[str, str] | None]
+_Loaded = tuple[bytes | Pixels, tuple[str, str] | None] | ResourceError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +139,11 @@ def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: boo
                         batch = next(batches, None)
                     if batch is None:
                         return
+                    if isinstance(batch, ResourceError):
+                        for child in children:  # they ignore SIGTERM, and the error's frames keep their loader alive
+                            child.kill()
+                            child.join()
+                        raise batch
                     done += len(batch.pixels)
                     yield batch
             except (RuntimeError, ConnectionError, EOFError) as error:
@@ -144,7 +156,7 @@ def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: boo
                 raise ResourceError(
                     f"a loader worker died or hung twice at the same place: {reason}\n"
                     f"They were reading these images:\n{listed}",
-                    hint="Host memory or /dev/shm may be short: try --workers 0, or a smaller --batch-size.",
+                    hint="Memory, /dev/shm or open files may be short: try --workers 0, or a smaller --batch-size.",
                     kept="Finished features are kept; the same command continues from there.",
                 )
             _log.warning(
@@ -191,7 +203,10 @@ def _load_in_threads(images: PixelList, batch_size: int) -> Iterator[PixelBatch]
                     f"no image arrived for {_WORKER_TIMEOUT_SECONDS:g} s, between {edges[0]} and {edges[1]}",
                     hint="The disk or the network behind it may hang; the same command continues once it answers.",
                 ) from error
-            yield _collate(loaded)
+            batch = _collate(loaded)
+            if isinstance(batch, ResourceError):
+                raise batch
+            yield batch
 
 
 def _start_threads(count: int) -> ThreadPool:
@@ -294,7 +309,11 @@ class _PixelDataset(Dataset[_Loaded]):
             return _decode(content, images, image_id), None
         except (BadImageError, OSError) as error:
             side = images.transform.crop
-            return np.zeros((side, side, 3), dtype=np.uint8), (image_id, str(error))
+            return np.zeros((side, side, 3), dtype=np.uint8), (image_id, getattr(error, "strerror", None) or str(error))
+        except ResourceError as error:  # returned, since torch would raise it again with the stack as its text
+            return error
+        except MemoryError as error:
+            return make_resource_error(error, images.source.place(image_id)) or ResourceError("out of memory")
 
 
 def _decode(content: bytes, images: PixelList, image_id: str) -> bytes | Pixels:
@@ -307,7 +326,12 @@ def _decode(content: bytes, images: PixelList, image_id: str) -> bytes | Pixels:
     return decode_pixels(content, images.transform, images.decoder)
 
 
-def _collate(rows: Sequence[_Loaded]) -> PixelBatch:
+def _collate(loaded: Sequence[_Loaded]) -> PixelBatch | ResourceError:
+    rows = []
+    for row in loaded:
+        if isinstance(row, ResourceError):
+            return row
+        rows.append(row)
     failures = [failure for _, failure in rows if failure is not None]
     decoded = [image for image, _ in rows if not isinstance(image, bytes)]
     if len(decoded) < len(rows):

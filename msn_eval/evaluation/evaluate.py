@@ -34,7 +34,7 @@ from msn_eval.evaluation.measurement import (
     label_only,
     make_predictions,
 )
-from msn_eval.evaluation.plan import Plan, Task, cache_folder, make_plan
+from msn_eval.evaluation.plan import Plan, Task, cache_folder, list_all_bad_images, make_plan
 from msn_eval.features.augmented import AugmentedImages
 from msn_eval.features.encoder import Encoder, build_encoder, check_frozen
 from msn_eval.features.extraction import Extraction, Features, Loading, choose_batch_size, extract_features
@@ -345,14 +345,17 @@ def _extract_splits(
     """Extract the features of the labelled images, the union of all draws, and of the validation images."""
     config, name, tasks = plan.config, ready.encoder.checkpoint.name, ready.pending_on("features")
     loading = make_loading(config)
-    with _open_cache(plan, group) as cache:
+    with contextlib.ExitStack() as stack:
+        cache = stack.enter_context(_open_cache(plan, group))
         extract = partial(extract_features, ready.encoder, cache=cache, group=group)
         # Linear takes some rows at a time, so they need not fit into memory.
         beyond_memory = cache is not None and all(isinstance(task.probe, Linear) for task in tasks)
-        train = _NO_IMAGES
+        train, labelled = _NO_IMAGES, pending_images(plan, ready)
+        if group.world == 1:  # several ranks list the images of one pass, each its share
+            stack.enter_context(list_all_bad_images((labelled, plan.val), config.worker_count))
         if tasks:
             train = extract(
-                pending_images(plan, ready),
+                labelled,
                 taps=ready.taps_of(tasks),
                 hashes=plan.train_hashes,
                 loading=replace(loading, beyond_memory=beyond_memory),

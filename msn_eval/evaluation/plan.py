@@ -4,7 +4,8 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from msn_eval.data.dataset import DataSet, class_map_sha256
 from msn_eval.data.decoders import check_decoder
 from msn_eval.data.hashing import content_sha256, hash_images
 from msn_eval.data.imagenet_subsets import read_publication
-from msn_eval.data.images import ImageSet, make_eval_transform
+from msn_eval.data.images import BadImagesError, ImageSet, make_eval_transform
 from msn_eval.data.loader import PixelList, load_pixels
 from msn_eval.data.subsets import Subset, check_subset_names, make_readable_subsets, make_subsets, merge_subsets
 from msn_eval.errors import DataError, NumericalError, UsageError
@@ -151,6 +152,9 @@ def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Pla
         subsets = make_subsets(config.subset, data.train)
     if not len(val):
         raise DataError("no validation image can be read", hint="Check the files, or give another --data.")
+    labelled = merge_subsets(subsets, data.train)
+    with list_all_bad_images((val, labelled), config.worker_count):
+        val_hashes, train_hashes = (hash_images(images, cache_dir=cache_dir) for images in (val, labelled))
     plan = Plan(
         config=config,
         data_name=data.name,
@@ -158,8 +162,8 @@ def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Pla
         val=val,
         train=data.train,
         subsets=subsets,
-        val_hashes=hash_images(val, cache_dir=cache_dir),
-        train_hashes=hash_images(merge_subsets(subsets, data.train), cache_dir=cache_dir),
+        val_hashes=val_hashes,
+        train_hashes=train_hashes,
         skipped_val=skipped_val,
         device=device,
         precision=cast(Precision, config.precision) if config.precision else default_precision(device),
@@ -302,6 +306,22 @@ def find_unreadable(images: ImageSet, workers: int | None) -> list[tuple[str, st
     pixels = PixelList(source=images.source, image_ids=images.ids, transform=transform, hashes=None)
     batches = load_pixels(pixels, batch_size=_CHECKED_IMAGES, workers=workers or 0)
     return [failure for batch in batches for failure in batch.failures]
+
+
+@contextmanager
+def list_all_bad_images(splits: Iterable[ImageSet], workers: int | None) -> Iterator[None]:
+    """Where the block raises BadImagesError, raise it with the bad images of all splits, not only of the first pass."""
+    try:
+        yield
+    except BadImagesError as error:
+        places: list[str] = []
+        reasons: list[str] = []
+        for images in splits:
+            for image_id, reason in find_unreadable(images, workers):
+                places.append(images.source.place(image_id))
+                reasons.append(f"{places[-1]}: {reason}")
+        found = tuple(f"{place}: " for place in places)
+        raise BadImagesError([*reasons, *(text for text in error.failures if not text.startswith(found))]) from error
 
 
 def _list_unreadable(images: ImageSet, workers: int | None) -> list[str]:

@@ -246,6 +246,36 @@ def test_limit_counts_images_per_class_and_is_in_the_record(measure: Measure) ->
     assert (record["data"]["val_images"], record["metrics"]["n"]) == (4, 4)
 
 
+def test_bad_images_of_every_kind_and_split_are_listed_at_once(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    val = folder / "val" / "dark"
+    (val / "empty.png").touch()
+    (val / "loop.png").symlink_to("loop.png")
+    (val / "gone.png").symlink_to("nowhere")
+    (val / "null.png").symlink_to("/dev/null")
+    (val / "folder.png").mkdir()
+    os.mkfifo(val / "pipe.png")
+    (folder / "train" / "light" / "text.png").write_text("text")
+
+    code = main(_pixels("--data", str(folder), "--subset", "full", "--no-cache"))
+
+    listed = [line.split(": ")[0].strip() for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
+    bad = [str(val / f"{name}.png") for name in ("empty", "folder", "gone", "loop", "null", "pipe")]
+    assert (code, listed) == (21, [str(folder / "train" / "light" / "text.png"), *bad])
+
+
+def test_undecodable_images_of_both_splits_are_listed_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = [folder / "train" / "dark" / "0.png", folder / "val" / "light" / "3.png"]
+    for path in bad:
+        path.write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+
+    code = main(_pixels("--data", str(folder), "--subset", "full"))
+
+    error = capsys.readouterr().err
+    assert (code, [str(path) in error for path in bad]) == (21, [True, True])
+
+
 def test_every_unreadable_image_is_listed_without_an_accuracy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("dark/0.png", "light/3.png"):
         (folder / "val" / name).write_bytes(b"\x89PNG\r\n\x1a\nbroken")

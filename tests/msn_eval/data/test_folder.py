@@ -159,6 +159,17 @@ def test_link_to_a_missing_image_is_not_passed_over_silently(tmp_path: Path) -> 
     assert read_dataset(str(root)).val.ids == ("a/x.jpg", "a/y.jpg")
 
 
+def test_what_has_the_name_of_an_image_but_is_no_file_is_not_passed_over_silently(tmp_path: Path) -> None:
+    root = make_files(tmp_path, both(["a/x.jpg"]))
+    os.mkfifo(root / "val" / "a" / "pipe.jpg")
+    (root / "val" / "a" / "folder.jpg").mkdir()
+    (root / "val" / "a" / "loop.jpg").symlink_to("loop.jpg")
+    (root / "val" / "loop").symlink_to("loop")
+    val = read_dataset(str(root)).val
+    assert val.ids == ("a/folder.jpg", "a/loop.jpg", "a/pipe.jpg", "a/x.jpg")
+    assert val.passed_over == 1
+
+
 def test_png_under_a_jpeg_name_decodes(tmp_path: Path) -> None:
     root = make_files(tmp_path, both(["n02105855/n02105855_2933.JPEG"]))
     content = io.BytesIO()

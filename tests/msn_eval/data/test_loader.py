@@ -105,6 +105,21 @@ class Refusing(Stalling):
     number = errno.EACCES
 
 
+class WithoutDescriptors(Stalling):
+    """Cannot open any file, whatever the image."""
+
+    number = errno.EMFILE
+
+
+class OutOfMemory(GreySource):
+    """Has no memory to decode one image."""
+
+    def decode(self, content: bytes) -> Image.Image:
+        if content == b"5":
+            raise MemoryError
+        return super().decode(content)
+
+
 def greys(source: GreySource, count: int = 8, *, hashes: dict[str, str] | None = None) -> PixelList:
     return PixelList(
         source=source, image_ids=[str(number) for number in range(count)], transform=TRANSFORM, hashes=hashes
@@ -114,6 +129,19 @@ def greys(source: GreySource, count: int = 8, *, hashes: dict[str, str] | None =
 def brightness(images: PixelList, *, batch_size: int = 3, workers: int = 0) -> list[int]:
     batches = [batch.pixels for batch in load_pixels(images, batch_size=batch_size, workers=workers)]
     return [int(one) for one in torch.cat(batches)[:, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [(WithoutDescriptors, r"grey \d: out of open files: "), (OutOfMemory, "grey 5: out of memory: ")],
+)
+def test_exhausted_resource_is_no_fault_of_the_image(
+    tmp_path: Path, source: type[GreySource], what: str, workers: int
+) -> None:
+    with pytest.raises(ResourceError, match=what) as caught:
+        brightness(greys(source(tmp_path)), workers=workers)
+    assert "Traceback" not in str(caught.value)
 
 
 @pytest.fixture

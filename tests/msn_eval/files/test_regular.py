@@ -35,7 +35,9 @@ def test_larger_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
         ("/dev/null", "not a regular file"),
     ],
 )
-def test_other_kinds_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str) -> None:
+def test_other_kinds_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
+) -> None:
     monkeypatch.chdir(tmp_path)  # names of sockets are short
     os.mkfifo("pipe")
     Path("folder").mkdir()
