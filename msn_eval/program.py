@@ -24,7 +24,7 @@ from msn_eval.errors import (
     did_you_mean,
     printable,
 )
-from msn_eval.process import Terminated, describe_exhausted_resource, record_for_torchrun
+from msn_eval.process import Terminated, describe_exhausted_resource, limit_spinning, record_for_torchrun
 from msn_eval.version import __version__
 
 _OUTPUT_HINT = "Free space, or send the output elsewhere. Finished results are kept."
@@ -85,6 +85,7 @@ def run_program(name: str, arguments: Sequence[str] | None, parse: Parse, *, log
         kept: What is kept after SIGTERM or Ctrl-C.
     """
     verbosity = 0
+    limit_spinning()
     if sys.stderr is None:  # closed by the caller; a file opened later must not take its number
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - until the program ends
     if sys.stdout is None:

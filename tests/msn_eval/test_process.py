@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from msn_eval.process import Terminated, affordable_workers, available_bytes, watch_stop_signals
+from msn_eval.process import Terminated, affordable_workers, available_bytes, limit_spinning, watch_stop_signals
 
 
 @pytest.fixture
@@ -118,3 +118,32 @@ def test_a_process_ends_with_its_killed_parent() -> None:
         started.kill()
 
         assert started.stdout.read() == ""  # returns when the child, which holds the other end, has ended
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [
+        ({}, "10000"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_NUM_THREADS": "1"}, "10000"),
+    ],
+)
+def test_idle_threads_sleep_early_unless_the_user_says_otherwise(given: dict[str, str], spins: str | None) -> None:
+    environment = dict(given)
+
+    limit_spinning(environment)
+
+    assert environment == given | ({} if spins is None else {"GOMP_SPINCOUNT": spins})
+
+
+def test_program_limits_spinning_before_torch_is_imported() -> None:
+    code = (
+        "import os, sys; import msn_eval.cli; msn_eval.cli.main(['ls', 'probes', '-q']);"
+        "assert os.environ['GOMP_SPINCOUNT'] == '10000' and 'torch' not in sys.modules"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP", "GOMP", "KMP"))}
+
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
