@@ -119,19 +119,23 @@ def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: boo
             rest = replace(images, image_ids=images.image_ids[done:])
             before = set(multiprocessing.active_children())
             current_rows = torch.full((workers,), -1).share_memory_()  # type: ignore[no-untyped-call]
-            with _defer_stop_signals():
-                batches = iter(
-                    DataLoader(
-                        _PixelDataset(rest, current_rows),
-                        batch_size=batch_size,
-                        num_workers=workers,
-                        collate_fn=_collate,
-                        pin_memory=pinned,
-                        prefetch_factor=_BATCHES_PER_WORKER,
-                        worker_init_fn=_start_worker,
-                        timeout=_WORKER_TIMEOUT_SECONDS,
+            try:
+                with _defer_stop_signals():
+                    batches = iter(
+                        DataLoader(
+                            _PixelDataset(rest, current_rows),
+                            batch_size=batch_size,
+                            num_workers=workers,
+                            collate_fn=_collate,
+                            pin_memory=pinned,
+                            prefetch_factor=_BATCHES_PER_WORKER,
+                            worker_init_fn=_start_worker,
+                            timeout=_WORKER_TIMEOUT_SECONDS,
+                        )
                     )
-                )
+            except (OSError, RuntimeError) as error:
+                _end_workers([child for child in multiprocessing.active_children() if child not in before])
+                raise make_resource_error(error, "decoding processes cannot be started") or error from error
             children = [child for child in multiprocessing.active_children() if child not in before]
             try:
                 while True:
@@ -140,9 +144,7 @@ def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: boo
                     if batch is None:
                         return
                     if isinstance(batch, ResourceError):
-                        for child in children:  # they ignore SIGTERM, and the error's frames keep their loader alive
-                            child.kill()
-                            child.join()
+                        _end_workers(children)  # the error's frames keep their loader alive
                         raise batch
                     done += len(batch.pixels)
                     yield batch
@@ -276,6 +278,11 @@ def _kill_workers(children: Sequence[BaseProcess]) -> None:
         if child.is_alive() and child.pid is not None:
             os.kill(child.pid, signal.SIGUSR1)
     time.sleep(0.2)
+    _end_workers(children)
+
+
+def _end_workers(children: Sequence[BaseProcess]) -> None:
+    """Kill the processes of a loader. They ignore SIGTERM, so that the program would wait for them at its end."""
     for child in children:
         child.kill()
         child.join()

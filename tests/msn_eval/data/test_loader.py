@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -142,6 +143,21 @@ def test_exhausted_resource_is_no_fault_of_the_image(
     with pytest.raises(ResourceError, match=what) as caught:
         brightness(greys(source(tmp_path)), workers=workers)
     assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*_MultiProcessingDataLoaderIter")  # torch's half-built loader
+def test_workers_that_cannot_all_be_started_leave_none_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = multiprocessing.Process.start
+
+    def start_one(process: multiprocessing.Process) -> None:
+        if multiprocessing.active_children():
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.Process, "start", start_one)
+    with pytest.raises(ResourceError, match="decoding processes cannot be started: out of open files"):
+        brightness(greys(GreySource(tmp_path)), workers=2)
+    assert multiprocessing.active_children() == []
 
 
 @pytest.fixture
