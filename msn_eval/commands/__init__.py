@@ -20,6 +20,7 @@ VERBS = {
     "data": "verify a data set: read and decode every image, count, compare with a manifest",
     "cache": "list, verify or prune what is kept of earlier runs",
     "ls": "list checkpoints, subsets, probes, datasets, reports or protocols",
+    "doctor": "what this machine has, what is missing, and how to get it",
     "demo": "a complete evaluation on embedded images",
 }
 
@@ -97,6 +98,10 @@ def load_command(verb: str) -> Command:
             from msn_eval.commands import ls
 
             return ls
+        case "doctor":
+            from msn_eval.commands import doctor
+
+            return doctor
         case "demo":
             from msn_eval.commands import demo
 
