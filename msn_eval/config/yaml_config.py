@@ -125,7 +125,7 @@ def _parse_yaml(text: bytes) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     def line_of(event: yaml.Event) -> str:
-        return f"line {event.start_mark.line + 1}: "
+        return f"line {event.start_mark.line + 1}: " if event.start_mark is not None else ""
 
     depth = 0
     try:
