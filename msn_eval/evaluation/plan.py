@@ -25,7 +25,7 @@ from msn_eval.data.imagenet_subsets import read_publication
 from msn_eval.data.images import BadImagesError, ImageSet, make_eval_transform
 from msn_eval.data.loader import PixelList, load_pixels
 from msn_eval.data.subsets import Subset, check_subset_names, make_readable_subsets, make_subsets, merge_subsets
-from msn_eval.errors import DataError, NumericalError, UsageError
+from msn_eval.errors import DataError, NumericalError, StoreError, UsageError
 from msn_eval.features.encoder import Precision, choose_device, default_precision, precision_class
 from msn_eval.files.atomic import prepare_folder
 from msn_eval.probes import find_probe
@@ -139,7 +139,7 @@ def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Pla
     check_decoder(config.decoder, device)
     cache_dir = None if config.no_cache else cache_folder(config)
     if cache_dir is not None:
-        prepare_folder(cache_dir, option="--cache")
+        _prepare_cache(cache_dir)
     data = _read_data(config, cache_dir)
     val = data.val.first_of_each_class(config.limit) if config.limit else data.val
     skipped_val: tuple[str, ...] = ()
@@ -177,6 +177,16 @@ def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Pla
             hint="Ask for a smaller one: --k 1,5.",
         )
     return replace(plan, tasks=tasks)
+
+
+def _prepare_cache(folder: Path) -> None:
+    """Prepare the cache folder. One that exists but cannot be written is read from, with a warning."""
+    try:
+        prepare_folder(folder, option="--cache")
+    except (UsageError, StoreError) as error:
+        if not folder.is_dir():
+            raise
+        _log.warning("%s: %s; what is cached there is used, and nothing new is kept", folder, error.what)
 
 
 def _read_data(config: EvaluationConfig, cache_dir: Path | None) -> DataSet:

@@ -441,10 +441,7 @@ def _quarantine(shard: Path, damage: _DamageError) -> None:
                 path.replace(aside / path.name)
                 moved += 1
     except OSError as error:
-        raise StoreError(
-            f"is damaged ({damage}) and could not be moved away: {error.strerror or error}",
-            where=str(shard),
-            hint="Remove it, or use another --cache.",
-        ) from error
+        reason = error.strerror or error
+        _log.warning("%s: %s; it could not be moved away (%s), its features are computed again", shard, damage, reason)
     if moved:
         _log.warning("%s: %s; moved to %s, its features are computed again", shard, damage, aside)

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -347,10 +347,14 @@ def _extract_through_cache(
         Values by tap, empty on the other ranks; and the number of images that all ranks encoded.
     """
     embedded = job.images.source.root is None
-    folders = {}
+    folders, unwritten = {}, _Unwritten(allowed=group.world == 1)
     for tap in job.taps:
         key = feature_key(job.encoder, tap, decoder=job.loading.decoder, embedded=embedded, drop=job.drop)
-        folders[tap] = open_feature_folder(cache, key, checkpoint=job.encoder.checkpoint.name)
+        folders[tap] = find_feature_folder(cache, key)
+        try:
+            open_feature_folder(cache, key, checkpoint=job.encoder.checkpoint.name)
+        except StoreError as error:
+            unwritten.error = error  # which matters only if there is something to write
     contents = job.contents(range(len(job.images)))
     stored: dict[str, tuple[Tensor | None, list[bool]]] = {}
 
@@ -368,7 +372,7 @@ def _extract_through_cache(
     not_finite = None
     own = [todo[index] for index in split_across_ranks(len(todo), group, block=job.batch_size)]
     try:
-        _fill_cache(job, folders, stored, own, failures, on_progress)
+        _fill_cache(job, folders, stored, own, failures, on_progress, unwritten)
     except NumericalError as error:
         not_finite = (error.what, error.hint)
     # All ranks raise the same error, with the failures of all of them.
@@ -384,8 +388,35 @@ def _extract_through_cache(
     if group.rank != 0:
         return {}, len(todo)
     beyond_memory = job.loading.beyond_memory
-    values = {tap: _read_missing(folder, contents, stored[tap], beyond_memory) for tap, folder in folders.items()}
+    values = {
+        tap: _read_missing(folder, contents, stored[tap], beyond_memory, unwritten.rows.get(tap, ()))
+        for tap, folder in folders.items()
+    }
     return values, len(todo)
+
+
+@dataclass(kw_only=True)
+class _Unwritten:
+    """Rows that are kept in memory because the cache cannot be written.
+
+    Attributes:
+        allowed: Whether rows may be kept. Several ranks exchange them through the cache.
+        error: Why nothing more is written, None while it is.
+        rows: By tap, contents and (n, d) float32 values.
+    """
+
+    allowed: bool
+    error: StoreError | None = None
+    rows: dict[str, list[tuple[list[str], Tensor]]] = field(default_factory=dict)
+
+    def keep(self, tap: str, contents: list[str], values: Tensor, error: StoreError) -> None:
+        """Keep rows; the first ones with a warning. Raises the error where none may be kept."""
+        if not self.allowed:
+            raise error
+        if not self.rows:
+            _log.warning("%s: %s; this run continues without caching new features", error.where, error.what)
+        self.error = error
+        self.rows.setdefault(tap, []).append((contents, values))
 
 
 def _fill_cache(
@@ -395,8 +426,9 @@ def _fill_cache(
     todo: Sequence[int],
     failures: list[str],
     on_progress: Progress | None,
+    unwritten: _Unwritten,
 ) -> None:
-    """Encode the images of some rows and write their features, one shard at a time."""
+    """Encode the images of some rows and write their features, one shard at a time. Where the disk refuses, keep them."""
     written = 0
     pending: list[dict[str, Tensor]] = []
 
@@ -409,7 +441,13 @@ def _fill_cache(
             if new:
                 values = torch.cat([batch[tap] for batch in pending])[new]
                 new_rows = [rows[index] for index in new]
-                write_shard(folder, job.contents(new_rows), [job.images.ids[row] for row in new_rows], values)
+                new_contents = job.contents(new_rows)
+                try:
+                    if unwritten.error is not None:
+                        raise unwritten.error
+                    write_shard(folder, new_contents, [job.images.ids[row] for row in new_rows], values)
+                except StoreError as error:
+                    unwritten.keep(tap, new_contents, values, error)
         written += len(rows)
         pending.clear()
 
@@ -422,13 +460,26 @@ def _fill_cache(
 
 
 def _read_missing(
-    folder: FeatureFolder, contents: Sequence[str], stored: tuple[Tensor | None, list[bool]], beyond_memory: bool
+    folder: FeatureFolder,
+    contents: Sequence[str],
+    stored: tuple[Tensor | None, list[bool]],
+    beyond_memory: bool,
+    unwritten: Sequence[tuple[list[str], Tensor]],
 ) -> Tensor:
-    """Read the rows that were missing before. Raises StoreError if a row is still missing."""
+    """Read the rows that were missing before, or take those that are unwritten. Raises StoreError if a row is missing."""
     values, present = stored
     missing = [row for row, is_present in enumerate(present) if not is_present]
     if missing:
         fresh, now_present = read_rows(folder, [contents[row] for row in missing], beyond_memory=beyond_memory)
+        positions: dict[str, list[int]] = {}
+        for position, row in enumerate(missing):
+            positions.setdefault(contents[row], []).append(position)
+        for names, rows in unwritten:
+            fresh = fresh if fresh is not None else torch.zeros(len(missing), rows.shape[1])
+            for name, values_of_row in zip(names, rows, strict=True):
+                fresh[positions[name]] = values_of_row
+                for position in positions[name]:
+                    now_present[position] = True
         if fresh is None or not all(now_present):
             raise StoreError(
                 f"{now_present.count(False)} of {len(missing)} rows that were just written are missing",

@@ -213,7 +213,8 @@ def test_baseline_that_is_no_file_is_refused_at_once(
         path.mkdir()
 
     assert main(["check", "--baseline", str(path), str(tmp_path)]) == 12
-    assert f"{path}: no baseline: not a regular file" in capsys.readouterr().err
+    reason = "Is a directory" if kind == "folder" else "it is a pipe, device or socket, not a regular file"
+    assert f"{path}: no baseline: {reason}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--junit", "--markdown"])

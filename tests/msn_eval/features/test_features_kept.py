@@ -148,6 +148,46 @@ def test_cached_features_equal_those_without_a_cache(tmp_path: Path, cache: Path
     assert torch.equal(fresh.features["out"].values, second.features["out"].values)
 
 
+@pytest.mark.parametrize("shards", [0, 1])
+def test_run_goes_on_with_one_warning_when_the_cache_cannot_be_written(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, shards: int
+) -> None:
+    kept(numbers(tmp_path, range(5)), cache)
+    written: list[object] = []
+    write = features_module.write_shard
+
+    def refuse(*given: object) -> None:
+        if len(written) == shards:
+            raise StoreError("could not write: No space left on device", where="disk")
+        written.append(given)
+        write(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(features_module, "write_shard", refuse)
+
+    extraction = kept(numbers(tmp_path, range(40)), cache)
+
+    assert numbers_in(extraction) == list(range(40))
+    assert caplog.messages == [
+        "disk: could not write: No space left on device; this run continues without caching new features"
+    ]
+
+
+def test_read_only_cache_serves_without_a_warning(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept(numbers(tmp_path, range(20)), cache)
+
+    def refuse(*given: object, **named: object) -> None:
+        raise StoreError("cannot be written: Read-only file system", where=str(cache))
+
+    monkeypatch.setattr(features_module, "open_feature_folder", refuse)
+    monkeypatch.setattr(features_module, "write_shard", refuse)
+
+    extraction = kept(numbers(tmp_path, range(20)), cache)
+
+    assert (numbers_in(extraction), extraction.read, caplog.messages) == (list(range(20)), 0, [])
+
+
 def test_second_list_reads_only_new_images(tmp_path: Path, cache: Path) -> None:
     kept(numbers(tmp_path, range(0, 60, 2)), cache)
     more = kept(numbers(tmp_path, range(0, 60, 3)), cache)
