@@ -102,10 +102,13 @@ def _scan_class(folder: Path) -> ContainerIndex:
             hint = "Remove the link: its images would count twice."
             raise DataError("links to a folder of the same class", where=str(folder / below), hint=hint)
         seen.add((status.st_dev, status.st_ino))
-        for entry in list_entries(folder / below):
-            if is_image_name(entry.name) and _is_file_or_broken_link(entry):
+        entries = list_entries(folder / below)
+        if not entries and is_image_name(below.rpartition("/")[0]):  # it stands where an image should be
+            names.append(below.removesuffix("/"))
+        for entry in entries:
+            if is_image_name(entry.name) and not is_folder(entry):
                 names.append(f"{below}{entry.name}")
-            elif entry.is_dir() and not entry.name.startswith("."):
+            elif is_folder(entry) and not entry.name.startswith("."):
                 folders.append(f"{below}{entry.name}/")
             else:
                 passed_over += 1
