@@ -87,8 +87,9 @@ class FeatureKey:
 
     def as_json(self) -> dict[str, object]:
         """Return the key as stored in its file."""
-        # Without `patches` the address is the one from before this field existed.
-        return {name: value for name, value in asdict(self).items() if name != "patches" or value is not None}
+        # Without `patches` and `positions` the address is the one from before these fields existed.
+        key = {name: value for name, value in asdict(self).items() if name != "patches" or value is not None}
+        return key | {"transform": {name: value for name, value in self.transform.items() if value is not None}}
 
 
 @dataclass(frozen=True, kw_only=True)
