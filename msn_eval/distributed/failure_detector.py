@@ -232,6 +232,8 @@ class FailureDetector:
             return DistributedError(f"{store} is gone", hint=KEPT)
         limit = self._timeouts.silent_seconds
         silent = [rank for rank in self._others if self._silence[rank] >= limit and self._beats[rank] != LEFT]
+        for rank in [0] if unanswered >= limit else silent:
+            self._continue(rank)
         if unanswered >= limit:
             name = store
         elif silent:
@@ -240,6 +242,13 @@ class FailureDetector:
         else:
             return None
         return DistributedError(f"{name} gave no heartbeat for {limit:g} s", hint=KEPT)
+
+    def _continue(self, rank: int) -> None:
+        """Continue a rank of this host that a signal stopped: it finds that the job has ended, and ends too."""
+        peer = self._peers[rank]
+        if rank in self._others and peer["host"] == self._info.host:
+            with suppress(OSError):
+                os.kill(peer["process"], signal.SIGCONT)
 
 
 def _describe_end(end: dict[str, Any]) -> DistributedError:
