@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from msn_eval.errors import DataError, UsageError, printable
 
 if TYPE_CHECKING:
-    from msn_eval.data.validation import DatasetCheck, SplitCheck
+    from msn_eval.data.validation import DatasetCheck
 
 _PAIRS_SHOWN = 10
 
@@ -21,14 +21,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="verify")
     verify = actions.add_parser("verify", help="read and decode every image of both splits", allow_abbrev=False)
-    verify.add_argument("data", metavar="X", help="a data set; see `msn-eval ls datasets`")
-    verify.add_argument("--manifest", metavar="FILE", help="compare with its lines `HASH  split/CLASS/FILE`")
-    verify.add_argument("--write-manifest", metavar="FILE", help="write these lines, for sha256sum and later runs")
-    verify.add_argument(
-        "--allow-class-mismatch", action="store_true", help="number the union of train's and val's classes"
-    )
-    verify.add_argument("--workers", metavar="N", default="auto", help="decoding processes, or auto")
-    verify.add_argument("--json", action="store_true", help="print everything as JSON on stdout")
+    add = verify.add_argument
+    add("data", metavar="X", help="a data set; see `msn-eval ls datasets`")
+    add("--manifest", type=Path, metavar="FILE", help="compare with its lines `HASH  split/CLASS/FILE`")
+    add("--write-manifest", type=Path, metavar="FILE", help="write these lines, for sha256sum and later runs")
+    add("--allow-class-mismatch", action="store_true", help="number the union of train's and val's classes")
+    add("--workers", metavar="N", default="auto", help="decoding processes, or auto")
+    add("--json", action="store_true", help="print everything as JSON on stdout")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -41,102 +40,74 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not re.fullmatch("auto|[0-9]{1,4}", options.workers):
         raise UsageError(f"--workers {options.workers}: neither auto nor a number from 0 to 9999")
     workers = None if options.workers == "auto" else int(options.workers)
-    out = None if options.write_manifest is None else Path(options.write_manifest)
-    manifest = None if options.manifest is None else read_manifest(Path(options.manifest))
+    out, manifest = options.write_manifest, options.manifest and read_manifest(options.manifest)
     if out is not None:  # checked before the hours that reading may take
-        if options.manifest is not None and out.resolve() == Path(options.manifest).resolve():
+        if options.manifest is not None and out.resolve() == options.manifest.resolve():
             raise UsageError("--write-manifest would replace the manifest that is compared with", where=str(out))
         prepare_folder(out.parent, option="--write-manifest")
     data = read_dataset(options.data, allow_class_mismatch=options.allow_class_mismatch)
     with progress_on_stderr() as on_progress:
         check = check_dataset(data, workers=workers, manifest=manifest, on_progress=on_progress)
     if options.json:
-        print(json.dumps(_as_json(check), indent=1, default=asdict))
+        print(json.dumps(_as_json(check), indent=1))
     else:
         for line in _report(check):
             print(printable(line.replace("\n", "\\x0a").replace("\t", "\\x09")))
     if out is not None and check.unreadable:
-        reason = f"not written, since {_count(check.unreadable, 'image')} cannot be used"
-        print(printable(f"{out}: {reason}"), file=sys.stderr)
+        print(
+            printable(f"{out}: not written, since {_count(check.unreadable, 'image')} cannot be used"), file=sys.stderr
+        )
     elif out is not None:
         write_atomically(out, write_manifest(check.splits))
-    return DataError.exit_code if check.unreadable or not check.matches_manifest else 0
+    return 0 if check.sound else DataError.exit_code
 
 
 def _report(check: "DatasetCheck") -> Iterator[str]:
     yield f"data         {check.name}"
     for name, split in check.splits.items():
         yield ""
-        yield from _report_split(name, split)
-    val = check.splits["val"]
+        yield f"{name:<12} {_count(split.images, 'image')}, {_count(split.classes, 'class', 'classes')}"
+        if filled := {label: size for label, size in split.class_sizes.items() if size}:
+            least, most = min(filled, key=filled.__getitem__), max(filled, key=filled.__getitem__)
+            yield f"  per class  {filled[least]:,} ({least}) to {filled[most]:,} ({most}) images"
+        yield f"  passed     {_count(split.passed_over, 'file')} passed over: dotfiles and other suffixes"
+        yield f"  kinds      {', '.join(f'{kind} {count:,}' for kind, count in split.kinds.items()) or 'none'}"
+        if sizes := [size for size in (split.smallest, split.largest) if size is not None]:
+            yield f"  sizes      {' to '.join(f'{size.width} x {size.height} ({size.image})' for size in sizes)}"
+        yield f"  EXIF       {split.turned:,} with an orientation tag, which is ignored; {split.damaged_exif:,} damaged"
+        yield f"  duplicates {_count(split.duplicates, 'image')} with the bytes of an earlier one"
     yield ""
-    yield f"val in train {len(check.shared):,} of {_count(val.images, 'image')}, byte for byte"
+    yield f"val in train {len(check.shared):,} of {_count(check.splits['val'].images, 'image')}, byte for byte"
     yield from (f"             val/{image} = train/{twin}" for image, twin in check.shared[:_PAIRS_SHOWN])
     if len(check.shared) > _PAIRS_SHOWN:
         yield f"             and {len(check.shared) - _PAIRS_SHOWN:,} more"
-    yield f"data.sha256  {val.content_sha256 or 'none: not every image of val can be read'}"
+    yield f"data.sha256  {check.splits['val'].content_sha256 or 'none: not every image of val can be read'}"
     yield f"class map    {check.class_map_sha256}"
-    if check.manifest is not None:
-        differences = {name: names for name, names in vars(check.manifest).items() if name != "listed"}
-        counts = ", ".join(f"{len(names):,} {name}" for name, names in differences.items())
-        yield f"manifest     {_count(check.manifest.listed, 'image')} listed: {counts}"
-        for name, names in differences.items():
-            yield from (f"{name.upper():<12} {image}" for image in names)
-    yield from (f"WARNING      {warning}" for warning in _list_warnings(check))
-    for split in check.splits.values():
-        yield from (f"UNREADABLE   {image.place}: {image.reason}" for image in split.unreadable)
     verdict = [f"{_count(check.unreadable, 'image')} cannot be used"] if check.unreadable else []
-    verdict += [] if check.matches_manifest else ["the data set differs from the manifest"]
+    if check.differences is not None:
+        counts = ", ".join(f"{len(names):,} {name}" for name, names in check.differences.items())
+        yield f"manifest     {_count(check.listed, 'image')} listed: {counts}"
+        yield from (f"{name.upper():<12} {image}" for name, names in check.differences.items() for image in names)
+        verdict += ["the data set differs from the manifest"] if any(check.differences.values()) else []
+    yield from (f"WARNING      {warning}" for warning in check.warnings)
+    for split in check.splits.values():
+        yield from (f"UNREADABLE   {image['place']}: {image['reason']}" for image in split.unreadable)
     yield f"verdict      {'; '.join(verdict) or 'every image can be used'}"
-
-
-def _report_split(name: str, split: "SplitCheck") -> Iterator[str]:
-    filled = {label: size for label, size in split.class_sizes.items() if size}
-    yield f"{name:<12} {_count(split.images, 'image')}, {_count(len(filled), 'class', 'classes')}"
-    if filled:
-        least, most = min(filled, key=filled.__getitem__), max(filled, key=filled.__getitem__)
-        yield f"  per class  {filled[least]:,} ({least}) to {filled[most]:,} ({most}) images"
-    yield f"  passed     {_count(split.passed_over, 'file')} passed over: dotfiles and other suffixes"
-    yield f"  kinds      {', '.join(f'{kind} {count:,}' for kind, count in split.kinds.items()) or 'none'}"
-    if split.smallest is not None and split.largest is not None:
-        sizes = (f"{size.width} x {size.height} ({size.image})" for size in (split.smallest, split.largest))
-        yield f"  sizes      {' to '.join(sizes)}"
-    yield f"  EXIF       {split.turned:,} with an orientation tag, which is ignored; {split.damaged_exif:,} damaged"
-    yield f"  duplicates {_count(split.duplicates, 'image')} with the bytes of an earlier one"
-
-
-def _list_warnings(check: "DatasetCheck") -> list[str]:
-    look_alikes = [
-        f"{name}: {' and '.join(map(_spell_out, group))} differ only by case or Unicode normalisation"
-        for name, split in check.splits.items()
-        for group in split.look_alikes
-    ]
-    return [*check.warnings, *look_alikes]
-
-
-def _spell_out(name: str) -> str:
-    return name if name.isascii() else f"{name} ({name!a})"
 
 
 def _count(number: int, what: str, plural: str | None = None) -> str:
     return f"{number:,} {what if number == 1 else plural or f'{what}s'}"
 
 
-def _as_json(check: "DatasetCheck") -> Mapping[str, object]:
-    splits = {}
-    for name, split in check.splits.items():
-        fields = {key: value for key, value in vars(split).items() if key != "digests"}
-        splits[name] = {"classes": sum(map(bool, split.class_sizes.values())), **fields}
-    return {
-        "name": check.name,
-        "sound": not check.unreadable and check.matches_manifest,
-        "splits": splits,
-        "val_in_train": {
-            "images": len(check.shared),
-            "first": [{"val": image, "train": twin} for image, twin in check.shared[:_PAIRS_SHOWN]],
-        },
+def _as_json(check: "DatasetCheck") -> dict[str, object]:
+    fields = asdict(check)
+    for split in fields["splits"].values():
+        del split["hashes"]
+    shared, listed, differences = (fields.pop(name) for name in ("shared", "listed", "differences"))
+    first = [{"val": image, "train": twin} for image, twin in shared[:_PAIRS_SHOWN]]
+    return fields | {
+        "sound": check.sound,
+        "val_in_train": {"images": len(shared), "first": first},
         "data_sha256": check.splits["val"].content_sha256,
-        "class_map_sha256": check.class_map_sha256,
-        "manifest": check.manifest,
-        "warnings": _list_warnings(check),
+        "manifest": None if differences is None else {"listed": listed, **differences},
     }

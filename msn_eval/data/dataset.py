@@ -165,11 +165,15 @@ def find_look_alikes(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
+def join_look_alikes(names: Iterable[str]) -> str:
+    """Return names in one phrase, with escape sequences where they are not plain ASCII."""
+    return " and ".join(name if name.isascii() else f"{name} ({name!a})" for name in names)
+
+
 def _check_look_alikes(classes: Collection[str], where: str) -> None:
     for group in find_look_alikes(_sort_names(classes)):
-        names = " and ".join(name if name.isascii() else f"{name} ({name!a})" for name in group)
         raise DataError(
-            f"the classes {names} differ only by case or Unicode normalisation",
+            f"the classes {join_look_alikes(group)} differ only by case or Unicode normalisation",
             where=where,
             hint="Many file systems hold them for one. Rename one of them, or merge them if they are the same class.",
         )

@@ -6,12 +6,9 @@ import io
 import multiprocessing
 import signal
 import warnings
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, TimeoutError
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, TimeoutError
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from PIL import Image
 
@@ -31,23 +28,14 @@ _ORIENTATION = 0x0112  # EXIF's tag
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageInfo:
-    """What is known of one image.
+    """What is known of one image."""
 
-    Attributes:
-        digest: SHA-256 of its bytes, None where they could not be read.
-        kind: Format and mode, such as `JPEG RGB`; empty where unknown.
-        size: Width and height in pixels, None where unknown.
-        orientation: EXIF's, 1 where there is none.
-        damaged_exif: Whether its EXIF block cannot be read in full.
-        problem: Why it cannot be used; empty where it can.
-    """
-
-    digest: bytes | None = None
-    kind: str = ""
-    size: tuple[int, int] | None = None
-    orientation: int = 1
-    damaged_exif: bool = False
-    problem: str = ""
+    sha256: str | None = None  # of its bytes, None where they could not be read
+    kind: str = ""  # format and mode, such as `JPEG RGB`; empty where unknown
+    size: tuple[int, int] | None = None  # width and height in pixels, None where unknown
+    orientation: int = 1  # EXIF's
+    damaged_exif: bool = False  # whether the EXIF block cannot be read in full
+    problem: str = ""  # why it cannot be used; empty where it can
 
 
 def inspect_image(source: ImageSource, image_id: str) -> ImageInfo:
@@ -67,24 +55,22 @@ def inspect_image(source: ImageSource, image_id: str) -> ImageInfo:
 
 def _inspect_header(content: bytes) -> ImageInfo:
     """Return what can be known without decoding the pixels."""
-    info = ImageInfo(digest=hashlib.sha256(content).digest())
+    info = ImageInfo(sha256=hashlib.sha256(content).hexdigest())
+    orientation: object = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             image = Image.open(io.BytesIO(content), formats=FORMATS)
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
             return info
-        orientation, damaged = 1, False
-        try:
+        with contextlib.suppress(Exception):  # the parser raises errors without a common base on damaged blocks
             orientation = image.getexif().get(_ORIENTATION, 1)
-        except Exception:  # the parser raises errors without a common base on damaged blocks
-            damaged = True
     return replace(
         info,
         kind=f"{image.format} {image.mode}",
         size=image.size,
         orientation=orientation if isinstance(orientation, int) else 1,
-        damaged_exif=damaged or any("exif" in str(warning.message).lower() for warning in caught),
+        damaged_exif=orientation is None or any("exif" in str(warning.message).lower() for warning in caught),
     )
 
 
@@ -93,14 +79,8 @@ def inspect_images(
 ) -> Iterator[ImageInfo]:
     """Yield the info of each image, in the order of the set.
 
-    Args:
-        split: Name of the split, for progress and errors.
-        images: The images.
-        workers: Processes; 0 decodes in this one, None means 0 for few images, else one per core.
-        on_progress: Called with the split, the images done and the images in all.
-
-    Raises:
-        ResourceError: A process died or hangs. The text names the images that it may have been reading.
+    Decodes in this process if `workers` is 0; None means 0 for few images, else one process per core. Raises ResourceError
+    where a process dies or hangs, with the images that it may have been reading.
     """
     if workers is None:
         workers = 0 if len(images) < _FEW_IMAGES else min(_MOST_WORKERS, usable_cores())
@@ -109,42 +89,34 @@ def inspect_images(
     else:
         infos = (inspect_image(images.source, image_id) for image_id in images.ids)
     with contextlib.closing(infos):
-        for done, info in enumerate(infos):
-            if on_progress and (not workers or done % _IMAGES_PER_TASK == 0):
+        for done, info in enumerate(infos, start=1):
+            if on_progress and (not workers or done % _IMAGES_PER_TASK == 0 or done == len(images)):
                 on_progress(split, done, len(images))
             yield info
-    if on_progress:
-        on_progress(split, len(images), len(images))
 
 
 def _inspect_in_processes(split: str, images: ImageSet, workers: int) -> Generator[ImageInfo, None, None]:
+    tasks = [images.ids[first : first + _IMAGES_PER_TASK] for first in range(0, len(images), _IMAGES_PER_TASK)]
     # Spawned, not forked: a progress bar and Arrow have threads of their own, whose locks a fork would inherit.
     spawn = multiprocessing.get_context("spawn")
-    before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(images.source,))
-    tasks = [images.ids[first : first + _IMAGES_PER_TASK] for first in range(0, len(images), _IMAGES_PER_TASK)]
-    pending = deque((task, pool.submit(_inspect_task, task)) for task in tasks)
-    try:
-        while pending:
-            infos = pending[0][1].result(timeout=_TASK_SECONDS)
-            pending.popleft()
-            yield from infos
-    except (BrokenProcessPool, TimeoutError) as error:
-        unfinished = (task for task, future in pending if not future.done() or future.cancelled() or future.exception())
-        places = [images.source.place(image_id) for task in islice(unfinished, workers) for image_id in task]
-        more = f"\n  and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
-        shown = "\n".join(f"  {place}" for place in places[:_SHOWN])
-        what = f"hung for {_TASK_SECONDS:.0f} s" if isinstance(error, TimeoutError) else "died"
-        raise ResourceError(
-            f"a process that decodes images of {split} {what}, at one of these or near them:\n{shown}{more}",
-            hint="Host memory may be short, or the disk may have failed: try fewer --workers, "
-            "or 0 to see which image it is.",
-        ) from error
-    finally:
-        if pending:  # one of them may hang, and their results are not needed
-            for child in set(multiprocessing.active_children()) - before:
+    with ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(images.source,)) as pool:
+        futures = [pool.submit(_inspect_task, task) for task in tasks]
+        try:
+            for future in futures:
+                yield from future.result(timeout=_TASK_SECONDS)
+        except BaseException as error:
+            unfinished = [i for i, future in enumerate(futures) if not future.done() or future.exception()][:workers]
+            for child in multiprocessing.active_children():  # one of them may hang, and their results are not needed
                 child.kill()
-        pool.shutdown(wait=True, cancel_futures=True)
+            if not isinstance(error, BrokenExecutor | TimeoutError):
+                raise
+            places = [f"  {images.source.place(image_id)}" for i in unfinished for image_id in tasks[i]]
+            places[_SHOWN:] = [f"  and {len(places) - _SHOWN} more"] if len(places) > _SHOWN else []
+            what = f"hung for {_TASK_SECONDS:.0f} s" if isinstance(error, TimeoutError) else "died"
+            raise ResourceError(
+                "\n".join((f"a process that decodes images of {split} {what}, at one of these or near them:", *places)),
+                hint="Host memory may be short, or the disk may have failed: try fewer --workers, or 0 to see which image it is.",
+            ) from error
 
 
 _source: ImageSource | None = None  # of a worker process

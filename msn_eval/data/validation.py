@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from msn_eval.data.dataset import DataSet, class_map_sha256, find_look_alikes
+from msn_eval.data.dataset import DataSet, class_map_sha256, find_look_alikes, join_look_alikes
 from msn_eval.data.hashing import content_sha256
 from msn_eval.data.image_info import ImageInfo, Progress, inspect_images
 from msn_eval.data.imagenet_subsets import read_publication
@@ -15,7 +15,10 @@ from msn_eval.data.images import ImageSet, reading
 from msn_eval.errors import DataError
 from msn_eval.files.regular import MOST_TEXT_BYTES, read_regular_file
 
+Hashes = Mapping[str, str]  # SHA-256 by `split/CLASS/FILE`
+
 _IMAGENET_TRAIN_IMAGES = 1_281_167
+_MANIFEST_LINE = re.compile(rb"([0-9a-fA-F]{64}) [ *](?:\./)?(.+?)\r?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,78 +33,39 @@ class ImageSize:
         return self.width * self.height
 
 
-@dataclass(frozen=True)
-class UnreadableImage:
-    """An image that cannot be used, where it is, and why."""
-
-    image: str
-    place: str
-    reason: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class SplitCheck:
-    """Result for one split.
+    """Result for one split."""
 
-    Attributes:
-        images: Number of images.
-        class_sizes: Images per class, in the order of the class map; 0 for a class that only the other split has.
-        passed_over: Files that were not taken for images.
-        kinds: Number of images per format and mode, the most frequent first.
-        turned: Images whose EXIF orientation is not 1, which the evaluation ignores.
-        damaged_exif: Images whose EXIF block cannot be read in full.
-        smallest: The image with the fewest pixels, and `largest` the one with the most; the first of several.
-        unreadable: Images that cannot be used.
-        duplicates: Images whose bytes an earlier image of the split has.
-        look_alikes: Ids that differ only by case or by Unicode normalisation.
-        content_sha256: As in records; None where an image could not be read.
-        digests: SHA-256 of each image that could be read.
-    """
-
+    classes: int  # classes that have images
     images: int
-    class_sizes: Mapping[str, int]
-    passed_over: int
-    kinds: Mapping[str, int]
-    turned: int
-    damaged_exif: int
-    smallest: ImageSize | None
+    class_sizes: Mapping[str, int]  # in the order of the class map; 0 for a class that only the other split has
+    passed_over: int  # files that were not taken for images
+    kinds: Mapping[str, int]  # number of images per format and mode, the most frequent first
+    turned: int  # images whose EXIF orientation is not 1, which the evaluation ignores
+    damaged_exif: int  # images whose EXIF block cannot be read in full
+    smallest: ImageSize | None  # by number of pixels, the first of several
     largest: ImageSize | None
-    unreadable: tuple[UnreadableImage, ...]
-    duplicates: int
-    look_alikes: tuple[tuple[str, ...], ...]
-    content_sha256: str | None
-    digests: Mapping[str, bytes]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ManifestCheck:
-    """How a data set differs from a manifest, by `split/CLASS/FILE`. Unreadable images are reported elsewhere."""
-
-    listed: int
-    changed: tuple[str, ...]
-    missing: tuple[str, ...]
-    extra: tuple[str, ...]
+    unreadable: tuple[Mapping[str, str], ...]  # `image`, `place` and `reason` of each that cannot be used
+    duplicates: int  # images whose bytes an earlier image of the split has
+    look_alikes: tuple[tuple[str, ...], ...]  # ids that differ only by case or by Unicode normalisation
+    content_sha256: str | None  # as in records; None where an image could not be read
+    hashes: dict[str, str]  # SHA-256 of each image that could be read
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetCheck:
-    """Result for a data set.
-
-    Attributes:
-        name: Of the data set.
-        splits: The check of `train` and of `val`.
-        shared: Each validation image whose bytes a training image has too, with the first such image.
-        class_map_sha256: Hash of the class map.
-        warnings: How the counts differ from those of the known data set that has these classes.
-        manifest: The differences from a manifest, None without one.
-    """
+    """Result for a data set."""
 
     name: str
     splits: Mapping[str, SplitCheck]
-    shared: tuple[tuple[str, str], ...]
+    shared: tuple[
+        tuple[str, str], ...
+    ]  # validation images with the bytes of a training image, and the first such image
     class_map_sha256: str
-    warnings: tuple[str, ...]
-    manifest: ManifestCheck | None = None
+    warnings: tuple[str, ...]  # other counts than those of ImageNet, which has these classes; look-alikes
+    listed: int  # images of the manifest
+    differences: Mapping[str, tuple[str, ...]] | None  # from the manifest, None where there is none
 
     @property
     def unreadable(self) -> int:
@@ -109,46 +73,27 @@ class DatasetCheck:
         return sum(len(split.unreadable) for split in self.splits.values())
 
     @property
-    def matches_manifest(self) -> bool:
-        differences = self.manifest and (self.manifest.changed or self.manifest.missing or self.manifest.extra)
-        return not differences
+    def sound(self) -> bool:
+        return not self.unreadable and not any((self.differences or {}).values())
 
 
 def check_dataset(
-    data: DataSet,
-    *,
-    workers: int | None = None,
-    manifest: Mapping[str, str] | None = None,
-    on_progress: Progress | None = None,
+    data: DataSet, *, workers: int | None = None, manifest: Hashes | None = None, on_progress: Progress | None = None
 ) -> DatasetCheck:
-    """Read and decode every image of both splits.
-
-    Args:
-        data: The data set.
-        workers: Processes; 0 decodes in this one, None uses as many as there are cores.
-        manifest: Expected SHA-256 of each `split/CLASS/FILE`.
-        on_progress: Called with the split, the images done and the images in all.
-
-    Raises:
-        ResourceError: A process died or hangs.
-    """
+    """Read and decode every image of both splits as `inspect_images` does, and compare with a manifest where given."""
     splits = {
         split: check_split(images, inspect_images(split, images, workers=workers, on_progress=on_progress))
         for split, images in (("train", data.train), ("val", data.val))
     }
-    val = splits["val"].digests
-    val_digests = set(val.values())
-    first: dict[bytes, str] = {}
-    for image_id, digest in splits["train"].digests.items():
-        if digest in val_digests:
-            first.setdefault(digest, image_id)
+    first = {sha256: image for image, sha256 in reversed(splits["train"].hashes.items())}
     return DatasetCheck(
         name=data.name,
         splits=splits,
-        shared=tuple((image_id, first[digest]) for image_id, digest in val.items() if digest in first),
+        shared=tuple((image, first[sha256]) for image, sha256 in splits["val"].hashes.items() if sha256 in first),
         class_map_sha256=class_map_sha256(data.classes),
-        warnings=tuple(_count_warnings(data)),
-        manifest=None if manifest is None else compare_manifest(manifest, splits),
+        warnings=tuple(_list_warnings(data, splits)),
+        listed=len(manifest or ()),
+        differences=None if manifest is None else compare_manifest(manifest, splits),
     )
 
 
@@ -156,12 +101,12 @@ def check_split(images: ImageSet, infos: Iterable[ImageInfo]) -> SplitCheck:
     """Summarise what is known of each image, in the order of the set."""
     by_id = dict(zip(images.ids, infos, strict=True))
     sizes = [ImageSize(image, *info.size) for image, info in by_id.items() if info.size is not None]
-    problems = [(image, info.problem) for image, info in by_id.items() if info.problem]
-    digests = {image: info.digest for image, info in by_id.items() if info.digest is not None}
-    hashes = {image: digest.hex() for image, digest in digests.items()}
+    hashes = {image: info.sha256 for image, info in by_id.items() if info.sha256 is not None}
     kinds = Counter(info.kind for info in by_id.values() if info.kind)
-    class_sizes = Counter(images.labels)
+    class_sizes, place = Counter(images.labels), images.source.place
+    problems = ((image, info.problem) for image, info in by_id.items() if info.problem)
     return SplitCheck(
+        classes=len(class_sizes),
         images=len(images),
         class_sizes={name: class_sizes[label] for label, name in enumerate(images.classes)},
         passed_over=images.passed_over,
@@ -170,74 +115,60 @@ def check_split(images: ImageSet, infos: Iterable[ImageInfo]) -> SplitCheck:
         damaged_exif=sum(info.damaged_exif for info in by_id.values()),
         smallest=min(sizes, key=ImageSize.pixels, default=None),
         largest=max(sizes, key=ImageSize.pixels, default=None),
-        unreadable=tuple(UnreadableImage(image, images.source.place(image), reason) for image, reason in problems),
-        duplicates=len(digests) - len(set(digests.values())),
+        unreadable=tuple({"image": image, "place": place(image), "reason": reason} for image, reason in problems),
+        duplicates=len(hashes) - len(set(hashes.values())),
         look_alikes=find_look_alikes(images.ids),
         content_sha256=content_sha256(images.ids, hashes) if len(hashes) == len(images) else None,
-        digests=digests,
+        hashes=hashes,
     )
 
 
-def _count_warnings(data: DataSet) -> Iterator[str]:
+def _list_warnings(data: DataSet, splits: Mapping[str, SplitCheck]) -> Iterator[str]:
     publication = read_publication()
-    counts = {"train": (len(data.train), _IMAGENET_TRAIN_IMAGES), "val": (len(data.val), publication.val_images)}
     if class_map_sha256(data.classes) == publication.class_map_sha256:
-        for split, (count, expected) in counts.items():
-            if count != expected:
-                yield f"these are ImageNet's classes, but {split} has {count:,} images instead of {expected:,}"
-
-
-_MANIFEST_LINE = re.compile(rb"([0-9a-fA-F]{64}) [ *](.+)")
+        for split, expected in (("train", _IMAGENET_TRAIN_IMAGES), ("val", publication.val_images)):
+            if splits[split].images != expected:
+                counts = f"{splits[split].images:,} images instead of {expected:,}"
+                yield f"these are ImageNet's classes, but {split} has {counts}"
+    for split, check in splits.items():
+        for group in check.look_alikes:
+            yield f"{split}: {join_look_alikes(group)} differ only by case or Unicode normalisation"
 
 
 def write_manifest(splits: Mapping[str, SplitCheck]) -> bytes:
     """Return the manifest of a data set: one line `HASH  split/CLASS/FILE` per image, as sha256sum writes it."""
-    return b"".join(os.fsencode(f"{digest}  {name}\n") for name, digest in _hash_by_name(splits).items())
+    return b"".join(os.fsencode(f"{sha256}  {name}\n") for name, sha256 in _hash_by_name(splits).items())
 
 
-def read_manifest(path: Path) -> dict[str, str]:
-    """Read the SHA-256 of each `split/CLASS/FILE` from a file that sha256sum or `write_manifest` wrote.
-
-    Raises:
-        DataError: The file cannot be read, has a line of another form, or names an image twice.
-    """
+def read_manifest(path: Path) -> Hashes:
+    """Read the SHA-256 of each `split/CLASS/FILE` from a file that sha256sum or `write_manifest` wrote."""
     with reading(path, hint="Give --manifest a file of SHA-256 lines."):
         content = read_regular_file(path, most_bytes=MOST_TEXT_BYTES)
     manifest: dict[str, str] = {}
-    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        line = raw.removesuffix(b"\r")
-        if not line:
-            continue
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         match = _MANIFEST_LINE.fullmatch(line)
-        if match is None:
-            raise DataError(
-                f"line {number} is not a SHA-256 with a name: {os.fsdecode(line[:80])}",
-                where=str(path),
-                hint="Each line is `HASH  split/CLASS/FILE`, as `sha256sum` in the data folder writes it.",
-            )
-        name = os.fsdecode(match[2]).removeprefix("./")
-        if name in manifest:
-            raise DataError(f"line {number} names {name} again", where=str(path), hint="Keep one of the lines.")
-        manifest[name] = match[1].decode().lower()
+        if match is None and line.strip(b"\r"):
+            what = f"line {number} is not a SHA-256 with a name: {os.fsdecode(line[:80])}"
+            hint = "Each line is `HASH  split/CLASS/FILE`, as `sha256sum` in the data folder writes it."
+            raise DataError(what, where=str(path), hint=hint)
+        if match is not None:
+            name = os.fsdecode(match[2])
+            if name in manifest:
+                raise DataError(f"line {number} names {name} again", where=str(path), hint="Keep one of the lines.")
+            manifest[name] = match[1].decode().lower()
     return manifest
 
 
-def compare_manifest(manifest: Mapping[str, str], splits: Mapping[str, SplitCheck]) -> ManifestCheck:
-    """Return the differences of a data set from a manifest."""
+def compare_manifest(manifest: Hashes, splits: Mapping[str, SplitCheck]) -> dict[str, tuple[str, ...]]:
+    """Return the images that are `changed`, `missing` and `extra` beside a manifest. None of them is an unreadable one."""
     hashes = _hash_by_name(splits)
-    unreadable = {f"{split}/{image.image}" for split, check in splits.items() for image in check.unreadable}
-    missing = sorted(manifest.keys() - hashes.keys() - unreadable, key=os.fsencode)
-    return ManifestCheck(
-        listed=len(manifest),
-        changed=tuple(name for name, digest in hashes.items() if manifest.get(name, digest) != digest),
-        missing=tuple(missing),
-        extra=tuple(name for name in hashes if name not in manifest),
-    )
-
-
-def _hash_by_name(splits: Mapping[str, SplitCheck]) -> dict[str, str]:
+    unreadable = {f"{split}/{image['image']}" for split, check in splits.items() for image in check.unreadable}
     return {
-        f"{split}/{image_id}": digest.hex()
-        for split, check in splits.items()
-        for image_id, digest in check.digests.items()
+        "changed": tuple(name for name, sha256 in hashes.items() if manifest.get(name, sha256) != sha256),
+        "missing": tuple(sorted(manifest.keys() - hashes.keys() - unreadable, key=os.fsencode)),
+        "extra": tuple(name for name in hashes if name not in manifest),
     }
+
+
+def _hash_by_name(splits: Mapping[str, SplitCheck]) -> Hashes:
+    return {f"{split}/{image}": sha256 for split, check in splits.items() for image, sha256 in check.hashes.items()}

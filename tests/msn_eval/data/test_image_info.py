@@ -69,10 +69,10 @@ def test_image_that_cannot_be_read_says_why(inspect: Inspect) -> None:
     assert inspect(None) == ImageInfo(problem="cannot be read: Permission denied")
 
 
-def test_truncated_image_is_a_problem_with_its_kind_and_digest(inspect: Inspect) -> None:
+def test_truncated_image_is_a_problem_with_its_kind_and_hash(inspect: Inspect) -> None:
     content = picture("JPEG", size=(64, 64))[:-20]
     info = inspect(content)
-    assert (info.kind, info.digest) == ("JPEG RGB", hashlib.sha256(content).digest())
+    assert (info.kind, info.sha256) == ("JPEG RGB", hashlib.sha256(content).hexdigest())
     assert "truncated" in info.problem
 
 
