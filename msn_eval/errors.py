@@ -39,6 +39,11 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
+def format_count(number: int, noun: str, plural: str = "") -> str:
+    """Return a number and what it counts, such as `1 image` or `2,000 images`."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean X?` for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

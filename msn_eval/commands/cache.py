@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import time
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import StoreError, UsageError, printable
+from msn_eval.errors import StoreError, UsageError, one_line
 
 if TYPE_CHECKING:
     from msn_eval.features.cache import FeatureFolder
@@ -42,40 +43,36 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     cache = cache_folder(EvaluationConfig(cache=options.cache))
     if options.cache and not cache.is_dir():
         raise UsageError("no such folder", where=options.cache, hint="Give the --cache folder of a run.")
-    if options.action == "list":
-        return _list(cache)
-    return _verify(cache) if options.action == "verify" else _prune(cache, options)
+    return {"list": _list, "verify": _verify, "prune": _prune}[options.action](cache, options)
 
 
-def _list(cache: Path) -> int:
+def _list(cache: Path, _: argparse.Namespace) -> int:
     from msn_eval.features.cache import read_manifests
 
     folders = _measure_folders(cache)
-    for folder, (size, used_seconds) in folders.items():
+    for folder, size, used_seconds in folders:
         rows = sum(len(manifest.contents) for manifest in read_manifests(folder))
-        age = _format_age(time.time() - used_seconds)
-        _print_line(
-            f"{folder.digest[:12]}  {rows:>11,} rows  {_format_size(size):>9}  used {age} ago  {_title(folder)}"
-        )
+        used = f"used {_format_age(time.time() - used_seconds)} ago"
+        print(f"{folder.digest[:12]}  {rows:>11,} rows  {_format_size(size):>9}  {used}  {_title(folder)}")
     for name in ("hashes", "indexes"):
         if statuses := _statuses(cache / name):
             total = _format_size(sum(status.st_size for status in statuses))
-            _print_line(f"{name:<12}  {len(statuses):>10,} files  {total:>9}  of data sets")
-    _print_line(f"{_count_sets(folders)}, {_format_size(sum(size for size, _ in folders.values()))}, in {cache}")
+            print(f"{name:<12}  {len(statuses):>10,} files  {total:>9}  of data sets")
+    print(f"{_sum_up([size for _, size, _ in folders])}, in {one_line(str(cache))}")
     return 0
 
 
-def _verify(cache: Path) -> int:
+def _verify(cache: Path, _: argparse.Namespace) -> int:
     from msn_eval.features.cache import describe_feature_folder, list_feature_folders, verify_feature_folder
 
     total = 0
     for folder in list_feature_folders(cache):
         valid, damaged = verify_feature_folder(folder)
         total += damaged
-        state = f"{damaged} DAMAGED, moved to {folder.path / 'quarantine'}" if damaged else "no damage"
-        name = describe_feature_folder(folder.path)[0]
-        _print_line(f"{folder.digest[:12]}  {valid + damaged:>6} shards  {state}  {name:.{_WIDEST}}")
-    _print_line(f"{total} damaged shards; their features are computed again when needed" if total else "no damage")
+        state = f"{damaged} DAMAGED, moved to {one_line(str(folder.path))}/quarantine" if damaged else "no damage"
+        name = one_line(describe_feature_folder(folder.path)[0][:_WIDEST])
+        print(f"{folder.digest[:12]}  {valid + damaged:>6} shards  {state}  {name}")
+    print(f"{total} damaged shards; their features are computed again when needed" if total else "no damage")
     return StoreError.exit_code if total else 0
 
 
@@ -86,52 +83,48 @@ def _prune(cache: Path, options: argparse.Namespace) -> int:
         raise UsageError("it is not specified what to remove", hint="Pass --older-than DAYS, --max-bytes N or --all.")
     if options.older_than is not None and not options.older_than >= 0:
         raise UsageError(f"--older-than {options.older_than}: out of range", hint="Give days, 0 or more.")
-    most_seconds = float("inf") if options.older_than is None else options.older_than * _DAY_SECONDS
-    most_bytes = float("inf") if options.max_bytes is None else _parse_size(options.max_bytes)
+    most_seconds = math.inf if options.older_than is None else options.older_than * _DAY_SECONDS
+    most_bytes = math.inf if options.max_bytes is None else _parse_size(options.max_bytes)
     folders = _measure_folders(cache)
-    kept_bytes = sum(size for size, _ in folders.values())
-    removed: dict[FeatureFolder, int] = {}
-    for folder, (size, used_seconds) in reversed(folders.items()):  # the longest unused first
-        if not (options.all or time.time() - used_seconds > most_seconds or kept_bytes > most_bytes):
-            continue
-        line = f"{folder.digest[:12]}  {_format_size(size):>9}  {_title(folder)}"
-        if folder.path.is_symlink():
-            _print_line(f"{line}; KEPT, it is a link to another folder")
-            continue
-        if not options.dry_run:
-            remove_feature_folder(folder)
-        _print_line(line)
-        removed[folder] = size
-        kept_bytes -= size
+    kept_bytes = sum(size for _, size, _ in folders)
+    removed: list[int] = []
+    for folder, size, used_seconds in reversed(folders):  # the longest unused first
+        if options.all or time.time() - used_seconds > most_seconds or kept_bytes > most_bytes:
+            line = f"{folder.digest[:12]}  {_format_size(size):>9}  {_title(folder)}"
+            if folder.path.is_symlink():
+                print(f"{line}; KEPT, it is a link to another folder")
+                continue
+            if not options.dry_run:
+                remove_feature_folder(folder)
+            print(line)
+            removed.append(size)
+            kept_bytes -= size
     verb = "would be removed" if options.dry_run else "removed"
-    total = _format_size(sum(removed.values()))
-    _print_line(f"{_count_sets(removed)}, {total}, {verb}; {_format_size(kept_bytes)} kept")
+    print(f"{_sum_up(removed)}, {verb}; {_format_size(kept_bytes)} kept")
     return 0
 
 
-def _measure_folders(cache: Path) -> "dict[FeatureFolder, tuple[int, float]]":
-    """Return bytes and time of last use (seconds since 1970) of every folder, the one used last first."""
+def _measure_folders(cache: Path) -> "list[tuple[FeatureFolder, int, float]]":
+    """Return every folder with its bytes and the time of its last use (seconds since 1970), the one used last first."""
     from msn_eval.features.cache import list_feature_folders
 
-    folders = {}
+    folders = []
     for folder in list_feature_folders(cache):
         statuses = _statuses(folder.path)
         last_use = max((status.st_mtime for status in statuses), default=time.time())
-        folders[folder] = sum(status.st_size for status in statuses), last_use
-    return dict(sorted(folders.items(), key=lambda entry: -entry[1][1]))
+        folders.append((folder, sum(status.st_size for status in statuses), last_use))
+    return sorted(folders, key=lambda entry: -entry[2])
 
 
 def _title(folder: "FeatureFolder") -> str:
     from msn_eval.features.cache import describe_feature_folder
 
     name, key = describe_feature_folder(folder.path)
-    if not key:
-        return f"{name:.{_WIDEST}}"
-    transform, patches = key.get("transform"), key.get("patches")
+    transform, patches = (key.get(part) for part in ("transform", "patches"))
     pixels = transform.get("crop") if isinstance(transform, dict) else None
-    dropped = f", {patches.get('share')} of patches dropped" if isinstance(patches, dict) else ""
     details = f"{key.get('arch')}, tap {key.get('tap')}, {pixels} px, {key.get('precision')} on {key.get('device')}"
-    return f"{name:.{_WIDEST}} ({details:.{_WIDEST}}{dropped:.{_WIDEST}})"
+    dropped = f", {patches.get('share')} of patches dropped" if isinstance(patches, dict) else ""
+    return one_line(f"{name[:_WIDEST]} ({details[:_WIDEST]}{dropped[:_WIDEST]})" if key else name[:_WIDEST])
 
 
 def _statuses(folder: Path) -> list[os.stat_result]:
@@ -152,23 +145,15 @@ def _parse_size(text: str) -> float:
 
 
 def _format_size(count: int) -> str:
-    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count} B"
+    power = min(4, (len(str(count)) - 1) // 3)
+    return f"{count / 1000**power:.1f} {' kMGT'[power]}B" if power else f"{count} B"
 
 
 def _format_age(seconds: float) -> str:
-    for unit, name in ((_DAY_SECONDS, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{max(seconds, 0):.0f} seconds"
+    units = ((_DAY_SECONDS, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
+    unit, name = next((unit for unit in units if seconds >= 2 * unit[0]), units[-1])
+    return f"{max(seconds, 0) / unit:.0f} {name}"
 
 
-def _count_sets(folders: "dict[FeatureFolder, int] | dict[FeatureFolder, tuple[int, float]]") -> str:
-    return f"{len(folders)} set{'' if len(folders) == 1 else 's'} of features"
-
-
-def _print_line(line: str) -> None:
-    """Print one line, whatever the names in it hold."""
-    print(printable(line.replace("\n", "\\x0a").replace("\t", "\\x09")))
+def _sum_up(sizes: Sequence[int]) -> str:
+    return f"{len(sizes)} set{'' if len(sizes) == 1 else 's'} of features, {_format_size(sum(sizes))}"

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import DataError, UsageError, printable
+from msn_eval.errors import DataError, UsageError, format_count, printable
 
 if TYPE_CHECKING:
     from msn_eval.data.validation import DatasetCheck
@@ -54,9 +54,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         for line in _report(check):
             print(printable(line.replace("\n", "\\x0a").replace("\t", "\\x09")))
     if out is not None and check.unreadable:
-        print(
-            printable(f"{out}: not written, since {_count(check.unreadable, 'image')} cannot be used"), file=sys.stderr
-        )
+        reason = f"not written, since {format_count(check.unreadable, 'image')} cannot be used"
+        print(printable(f"{out}: {reason}"), file=sys.stderr)
     elif out is not None:
         write_atomically(out, write_manifest(check.splits))
     return 0 if check.sound else DataError.exit_code
@@ -66,37 +65,33 @@ def _report(check: "DatasetCheck") -> Iterator[str]:
     yield f"data         {check.name}"
     for name, split in check.splits.items():
         yield ""
-        yield f"{name:<12} {_count(split.images, 'image')}, {_count(split.classes, 'class', 'classes')}"
+        yield f"{name:<12} {format_count(split.images, 'image')}, {format_count(split.classes, 'class', 'classes')}"
         if filled := {label: size for label, size in split.class_sizes.items() if size}:
             least, most = min(filled, key=filled.__getitem__), max(filled, key=filled.__getitem__)
             yield f"  per class  {filled[least]:,} ({least}) to {filled[most]:,} ({most}) images"
-        yield f"  passed     {_count(split.passed_over, 'file')} passed over: dotfiles and other suffixes"
+        yield f"  passed     {format_count(split.passed_over, 'file')} passed over: dotfiles and other suffixes"
         yield f"  kinds      {', '.join(f'{kind} {count:,}' for kind, count in split.kinds.items()) or 'none'}"
         if sizes := [size for size in (split.smallest, split.largest) if size is not None]:
             yield f"  sizes      {' to '.join(f'{size.width} x {size.height} ({size.image})' for size in sizes)}"
         yield f"  EXIF       {split.turned:,} with an orientation tag, which is ignored; {split.damaged_exif:,} damaged"
-        yield f"  duplicates {_count(split.duplicates, 'image')} with the bytes of an earlier one"
+        yield f"  duplicates {format_count(split.duplicates, 'image')} with the bytes of an earlier one"
     yield ""
-    yield f"val in train {len(check.shared):,} of {_count(check.splits['val'].images, 'image')}, byte for byte"
+    yield f"val in train {len(check.shared):,} of {format_count(check.splits['val'].images, 'image')}, byte for byte"
     yield from (f"             val/{image} = train/{twin}" for image, twin in check.shared[:_PAIRS_SHOWN])
     if len(check.shared) > _PAIRS_SHOWN:
         yield f"             and {len(check.shared) - _PAIRS_SHOWN:,} more"
     yield f"data.sha256  {check.splits['val'].content_sha256 or 'none: not every image of val can be read'}"
     yield f"class map    {check.class_map_sha256}"
-    verdict = [f"{_count(check.unreadable, 'image')} cannot be used"] if check.unreadable else []
+    verdict = [f"{format_count(check.unreadable, 'image')} cannot be used"] if check.unreadable else []
     if check.differences is not None:
         counts = ", ".join(f"{len(names):,} {name}" for name, names in check.differences.items())
-        yield f"manifest     {_count(check.listed, 'image')} listed: {counts}"
+        yield f"manifest     {format_count(check.listed, 'image')} listed: {counts}"
         yield from (f"{name.upper():<12} {image}" for name, names in check.differences.items() for image in names)
         verdict += ["the data set differs from the manifest"] if any(check.differences.values()) else []
     yield from (f"WARNING      {warning}" for warning in check.warnings)
     for split in check.splits.values():
         yield from (f"UNREADABLE   {image['place']}: {image['reason']}" for image in split.unreadable)
     yield f"verdict      {'; '.join(verdict) or 'every image can be used'}"
-
-
-def _count(number: int, what: str, plural: str | None = None) -> str:
-    return f"{number:,} {what if number == 1 else plural or f'{what}s'}"
 
 
 def _as_json(check: "DatasetCheck") -> dict[str, object]:

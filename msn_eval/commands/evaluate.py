@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from msn_eval.checkpoints import find_scheme
 from msn_eval.config.recipes import TAP_NAMES
 from msn_eval.config.request import BAD_IMAGE_RULES, DECODERS, PRECISIONS, SEARCHES, SOLVER_NAMES, EvaluationConfig
-from msn_eval.errors import UsageError, did_you_mean, printable
+from msn_eval.errors import UsageError, did_you_mean, format_count, printable
 from msn_eval.files.package_data import list_recipes
 from msn_eval.probes import find_probe, read_probes
 
@@ -195,14 +195,14 @@ def describe_plan(plan: "Plan") -> str:
     from msn_eval.data.subsets import merge_subsets
 
     config = plan.config
-    labelled = _count(len(merge_subsets(plan.subsets, plan.train)), "image")
+    labelled = format_count(len(merge_subsets(plan.subsets, plan.train)), "image")
     listed = sum(len(subset) for subset in plan.subsets)
-    checkpoints = _count(len(config.checkpoint), "checkpoint")
+    checkpoints = format_count(len(config.checkpoint), "checkpoint")
     where = "with random labels, not written" if config.canary else f"into {config.out}"
     dropped = f", {config.patch_drop:.3g} of the patches of each dropped" if config.patch_drop else ""
     lines = [
-        f"data       {plan.data_name}: {_count(len(plan.val), 'validation image')}, {len(plan.val.classes)} classes",
-        f"labelled   {labelled} for {_count(len(plan.subsets), 'draw')} ({listed:,} with repetitions){dropped}",
+        f"data       {plan.data_name}: {format_count(len(plan.val), 'validation image')}, {len(plan.val.classes)} classes",
+        f"labelled   {labelled} for {format_count(len(plan.subsets), 'draw')} ({listed:,} with repetitions){dropped}",
         f"results    {len(plan.tasks)} for {'each of ' if len(config.checkpoint) > 1 else ''}{checkpoints}, {where}",
         f"computing  {plan.precision} on {plan.device}, decoded by {config.decoder}",
     ]
@@ -225,12 +225,12 @@ def _describe_cost(costs: "Sequence[CostEstimate]", ranks: int) -> str:
         sum(getattr(cost, name) for cost in costs)
         for name in ("finished", "read", "reused", "bytes", "augmented", "tuned")
     )
-    passes = _count(sum(1 for cost in costs if cost.read), "pass", "passes")
-    texts = [f"{_count(finished, 'result')} finished before"] if finished else []
-    texts.append(f"{_count(read, 'image')} to read ({_count(size, 'byte')}, {passes})")
-    texts.append(f"{_count(reused, 'feature')} to reuse")
-    texts += [f"{_count(augmented, 'augmented image')} to encode"] if augmented else []
-    texts += [f"{_count(tuned, 'image')} to fine-tune on, over all epochs"] if tuned else []
+    passes = format_count(sum(1 for cost in costs if cost.read), "pass", "passes")
+    texts = [f"{format_count(finished, 'result')} finished before"] if finished else []
+    texts.append(f"{format_count(read, 'image')} to read ({format_count(size, 'byte')}, {passes})")
+    texts.append(f"{format_count(reused, 'feature')} to reuse")
+    texts += [f"{format_count(augmented, 'augmented image')} to encode"] if augmented else []
+    texts += [f"{format_count(tuned, 'image')} to fine-tune on, over all epochs"] if tuned else []
     if measured := [cost.seconds for cost in costs if cost.seconds is not None]:
         texts.append(f"about {_format_duration(sum(measured) / ranks)}")
     return ", ".join(texts)
@@ -241,10 +241,6 @@ def _format_duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{minutes} min" if minutes < 100 else f"{hours} h"
-
-
-def _count(number: int, noun: str, plural: str = "") -> str:
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def _split(text: str) -> list[str]:

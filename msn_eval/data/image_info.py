@@ -79,8 +79,7 @@ def inspect_images(
 ) -> Iterator[ImageInfo]:
     """Yield the info of each image, in the order of the set.
 
-    Decodes in this process if `workers` is 0; None means 0 for few images, else one process per core. Raises ResourceError
-    where a process dies or hangs, with the images that it may have been reading.
+    Decodes in this process if `workers` is 0 (None: for few images). Raises ResourceError where a process dies or hangs.
     """
     if workers is None:
         workers = 0 if len(images) < _FEW_IMAGES else min(_MOST_WORKERS, usable_cores())
@@ -98,8 +97,7 @@ def inspect_images(
 def _inspect_in_processes(split: str, images: ImageSet, workers: int) -> Generator[ImageInfo, None, None]:
     tasks = [images.ids[first : first + _IMAGES_PER_TASK] for first in range(0, len(images), _IMAGES_PER_TASK)]
     # Spawned, not forked: a progress bar and Arrow have threads of their own, whose locks a fork would inherit.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(images.source,)) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (images.source,)) as pool:
         futures = [pool.submit(_inspect_task, task) for task in tasks]
         try:
             for future in futures:
@@ -119,16 +117,14 @@ def _inspect_in_processes(split: str, images: ImageSet, workers: int) -> Generat
             ) from error
 
 
-_source: ImageSource | None = None  # of a worker process
+_sources: list[ImageSource] = []  # of a worker process: one
 
 
 def _start_worker(source: ImageSource) -> None:
     """Receive the images' source once, and leave Ctrl-C to the parent."""
-    global _source
-    _source = source
+    _sources.append(source)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _inspect_task(image_ids: Sequence[str]) -> list[ImageInfo]:
-    assert _source is not None
-    return [inspect_image(_source, image_id) for image_id in image_ids]
+    return [inspect_image(_sources[0], image_id) for image_id in image_ids]

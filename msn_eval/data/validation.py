@@ -29,9 +29,6 @@ class ImageSize:
     width: int
     height: int
 
-    def pixels(self) -> int:
-        return self.width * self.height
-
 
 @dataclass(frozen=True, kw_only=True)
 class SplitCheck:
@@ -59,9 +56,7 @@ class DatasetCheck:
 
     name: str
     splits: Mapping[str, SplitCheck]
-    shared: tuple[
-        tuple[str, str], ...
-    ]  # validation images with the bytes of a training image, and the first such image
+    shared: tuple[tuple[str, str], ...]  # validation images whose bytes training has too, and its first such image
     class_map_sha256: str
     warnings: tuple[str, ...]  # other counts than those of ImageNet, which has these classes; look-alikes
     listed: int  # images of the manifest
@@ -69,7 +64,6 @@ class DatasetCheck:
 
     @property
     def unreadable(self) -> int:
-        """Number of images that cannot be used."""
         return sum(len(split.unreadable) for split in self.splits.values())
 
     @property
@@ -81,10 +75,9 @@ def check_dataset(
     data: DataSet, *, workers: int | None = None, manifest: Hashes | None = None, on_progress: Progress | None = None
 ) -> DatasetCheck:
     """Read and decode every image of both splits as `inspect_images` does, and compare with a manifest where given."""
-    splits = {
-        split: check_split(images, inspect_images(split, images, workers=workers, on_progress=on_progress))
-        for split, images in (("train", data.train), ("val", data.val))
-    }
+    splits = {}
+    for split, images in (("train", data.train), ("val", data.val)):
+        splits[split] = check_split(images, inspect_images(split, images, workers=workers, on_progress=on_progress))
     first = {sha256: image for image, sha256 in reversed(splits["train"].hashes.items())}
     return DatasetCheck(
         name=data.name,
@@ -113,8 +106,8 @@ def check_split(images: ImageSet, infos: Iterable[ImageInfo]) -> SplitCheck:
         kinds=dict(sorted(kinds.items(), key=lambda entry: (-entry[1], entry[0]))),
         turned=sum(info.orientation != 1 for info in by_id.values()),
         damaged_exif=sum(info.damaged_exif for info in by_id.values()),
-        smallest=min(sizes, key=ImageSize.pixels, default=None),
-        largest=max(sizes, key=ImageSize.pixels, default=None),
+        smallest=min(sizes, key=lambda size: size.width * size.height, default=None),
+        largest=max(sizes, key=lambda size: size.width * size.height, default=None),
         unreadable=tuple({"image": image, "place": place(image), "reason": reason} for image, reason in problems),
         duplicates=len(hashes) - len(set(hashes.values())),
         look_alikes=find_look_alikes(images.ids),
@@ -128,8 +121,7 @@ def _list_warnings(data: DataSet, splits: Mapping[str, SplitCheck]) -> Iterator[
     if class_map_sha256(data.classes) == publication.class_map_sha256:
         for split, expected in (("train", _IMAGENET_TRAIN_IMAGES), ("val", publication.val_images)):
             if splits[split].images != expected:
-                counts = f"{splits[split].images:,} images instead of {expected:,}"
-                yield f"these are ImageNet's classes, but {split} has {counts}"
+                yield f"these are ImageNet's classes, but {split} has {splits[split].images:,} images instead of {expected:,}"
     for split, check in splits.items():
         for group in check.look_alikes:
             yield f"{split}: {join_look_alikes(group)} differ only by case or Unicode normalisation"

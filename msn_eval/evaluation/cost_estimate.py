@@ -12,7 +12,7 @@ from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelList, automatic_workers, load_pixels
 from msn_eval.errors import CheckpointError
 from msn_eval.evaluation.evaluate import Preparation, group_by_fit, make_patch_drop, pending_images, prepare
-from msn_eval.evaluation.plan import Plan, Task, cache_folder
+from msn_eval.evaluation.plan import Plan, cache_folder
 from msn_eval.features.encoder import encode
 from msn_eval.features.extraction import choose_batch_size, list_missing_images
 from msn_eval.probes.finetune import Finetune
@@ -28,28 +28,17 @@ _KEPT_BYTES = 2 << 30  # of weights of checkpoints that wait for their evaluatio
 
 @dataclass(frozen=True, kw_only=True)
 class CostEstimate:
-    """What one checkpoint will cost.
-
-    Attributes:
-        name: The checkpoint.
-        read: Images to read and encode. `reused` have their features in the cache.
-        bytes: Size of the image files to read.
-        augmented: Further images to read and encode, once for every epoch of a training on augmented images.
-        tuned: Images that fine-tuning trains on, each counted in every epoch; not among `read`.
-        seconds: Estimated time for all of these, None if they were not timed.
-        finished: Number of results that exist already.
-        problem: Why the checkpoint would be refused.
-    """
+    """What one checkpoint will cost."""
 
     name: str
-    read: int = 0
-    reused: int = 0
-    bytes: int = 0
-    augmented: int = 0
-    seconds: float | None = None
-    finished: int = 0
-    tuned: int = 0
-    problem: str | None = None
+    read: int = 0  # images to read and encode
+    reused: int = 0  # images whose features are in the cache
+    bytes: int = 0  # size of the image files to read
+    augmented: int = 0  # further images to read and encode, once for every epoch of a training on augmented images
+    seconds: float | None = None  # estimated for all images, None if they were not timed
+    finished: int = 0  # results that exist already
+    tuned: int = 0  # images that fine-tuning trains on, each counted in every epoch; not among `read`
+    problem: str | None = None  # why the checkpoint would be refused
 
 
 def estimate_cost(plan: Plan, *, run_own_code: bool) -> tuple[tuple[CostEstimate, ...], dict[str, Preparation]]:
@@ -81,7 +70,13 @@ def _estimate_one(plan: Plan, ready: Preparation, run_own_code: bool) -> CostEst
     for task, *_ in group_by_fit(ready.pending_on("augmented features")):
         assert isinstance(task.probe, LinearAugmented)
         augmented += task.probe.epochs * math.prod(task.probe.divide_epoch(len(task.subset)))
-    tuned = [_count_tuned(task) for task in ready.pending_on("images")]
+    tuned = []
+    for task in ready.pending_on("images"):
+        from msn_eval.probes.finetune.data import make_order  # loads timm's training code
+
+        assert isinstance(task.probe, Finetune)
+        order = make_order(task.probe.recipe, len(task.subset), seed=task.probe.seed)
+        tuned.append(order.steps * order.batch)
     read = sum(map(len, missing))
     encodings = read + augmented + _PASSES_PER_STEP * sum(tuned) + len(tuned) * len(plan.val)
     is_timed = encodings >= _FEW_IMAGES and (run_own_code or not ready.encoder.checkpoint.runs_own_code)
@@ -115,33 +110,21 @@ def _find_missing(plan: Plan, ready: Preparation, images: ImageSet) -> ImageSet:
     return images.only(missing)
 
 
-def _count_tuned(task: Task) -> int:
-    """Return the images of all steps of a fine-tuning."""
-    from msn_eval.probes.finetune.data import make_order  # loads timm's training code
-
-    assert isinstance(task.probe, Finetune)
-    order = make_order(task.probe.recipe, len(task.subset), seed=task.probe.seed)
-    return order.steps * order.batch
-
-
 def _time_image(plan: Plan, ready: Preparation, images: ImageSet) -> float | None:
     """Time some of the images through the decoder and the encoder, and return seconds per image; None if that fails.
 
     Patches that are dropped from labelled images are encoded here, which overestimates their time.
     """
     encoder, config = ready.encoder, plan.config
-    sample = PixelList(
-        source=images.source,
-        image_ids=images.ids[:: max(1, len(images) // _SAMPLE)][:_SAMPLE],
-        transform=encoder.transform,
-        hashes=None,
-        decoder="pillow" if config.decoder == "pillow" else "torchvision",
+    decoder = "pillow" if config.decoder == "pillow" else "torchvision"
+    every = PixelList(
+        source=images.source, image_ids=images.ids, transform=encoder.transform, hashes=None, decoder=decoder
     )
-    cuda = encoder.device.type == "cuda"
-    batch_size = config.batch_images or choose_batch_size(encoder)
+    sample = replace(every, image_ids=images.ids[:: max(1, len(images) // _SAMPLE)][:_SAMPLE])
+    cuda, batch_size = encoder.device.type == "cuda", config.batch_images or choose_batch_size(encoder)
     workers = config.worker_count
     if workers is None:
-        workers = automatic_workers(replace(sample, image_ids=images.ids), batch_size=batch_size, cuda=cuda)
+        workers = automatic_workers(every, batch_size=batch_size, cuda=cuda)
     overlap = cuda and workers > 0  # else decoder and encoder wait for each other, or share the cores
     started = time.perf_counter()
     # One by one as a worker does, else with all cores, as the pass will.
