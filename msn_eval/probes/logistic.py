@@ -57,58 +57,50 @@ class Logistic(FeatureProbe):
         workers: WorkerGroup | None = None,
         other_taps: Sequence[Features] = (),
     ) -> FittedProbe:
-        """Solve for every lambda over the classes that have labelled images; the others are never chosen.
-
-        Ranks in `workers` share the rows where there are very many.
-        """
+        """Solve over the classes that have labelled images; the others are never chosen. Many rows are shared by `workers`."""
         problem = _prepare(train, device, self.solver, workers)
-        descending = sorted(set(self.lambdas), reverse=True)  # from the smoothest problem to the roughest
-        solved = dict(zip(descending, problem.solve(descending), strict=True))
-        configs = [_describe(self.solver, {"lambda": l2}, *solved[l2]) for l2 in self.lambdas]
-        return _fitted(problem, configs, [solved[l2][0] for l2 in self.lambdas], train.n_classes, device)
+        configs, solutions = zip(*self._solve(problem), strict=True)
+        present, n_classes = problem.present, train.n_classes
+        matrices = [each.weights if problem.basis is None else each.weights @ problem.basis.T for each in solutions]
+
+        def scores(values: Tensor) -> Iterator[Tensor]:
+            queries = centre_rows(values.to(device))
+            for weights in matrices:
+                result = queries.new_full((len(queries), n_classes), -torch.inf)
+                result[:, present] = queries @ weights.T
+                yield result
+
+        return FittedProbe(settings=configs, scores=scores)
+
+    def _solve(self, problem: "_Problem") -> Iterator[tuple[ProbeConfig, Solution]]:
+        solved = problem.solve_each(self.lambdas)
+        return ((_describe(self.solver, {"lambda": l2}, *solved[l2]), solved[l2][0]) for l2 in self.lambdas)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogisticAutoLambda(Logistic):
-    """The same objective at the lambda that the labelled images choose by the rule of `lambda_selection`: a protocol.
-
-    Attributes:
-        lambdas: Those to choose from.
-        solver: As in Logistic.
-    """
+    """The same objective at the lambda that the labelled images choose by the rule of `lambda_selection`: a protocol."""
 
     lambdas: tuple[float, ...] = GRID
 
     def configs(self, n: int) -> tuple[Params, ...]:
         return lambda_selection.auto_settings()
 
-    def fit(
-        self,
-        train: Features,
-        device: torch.device,
-        *,
-        workers: WorkerGroup | None = None,
-        other_taps: Sequence[Features] = (),
-    ) -> FittedProbe:
+    def _solve(self, problem: "_Problem") -> Iterator[tuple[ProbeConfig, Solution]]:
         """Choose lambda from the labelled images and solve for it; the certificate is that of the chosen fit."""
-        problem = _prepare(train, device, self.solver, workers)
-        chosen: dict[str, float | str]
         typical = lambda_selection.typical_strength(problem.rows)
         if lambda_selection.can_be_left_out(problem.rows.labels):
-            descending = sorted(GRID, reverse=True)
-            solved = dict(zip(descending, problem.solve(descending), strict=True))
+            solved = problem.solve_each(GRID)
             errors = {l2: lambda_selection.left_out_error(problem.rows, solved[l2][0].weights, l2) for l2 in GRID}
-            index = lambda_selection.choose_strength([errors[l2] for l2 in GRID], n=problem.rows.n, typical=typical)
-            l2 = GRID[index]
-            chosen = {"lambda": l2, "rule": "leave-one-out", "typical": typical, "left_out_error": errors[l2]}
-            solution, steps = solved[l2]
+            index = lambda_selection.choose_strength(list(errors.values()), n=problem.rows.n, typical=typical)
+            evidence: dict[str, float | str] = {"rule": "leave-one-out", "typical": typical}
+            evidence["left_out_error"] = errors[GRID[index]]
         else:
-            l2 = GRID[lambda_selection.choose_by_spectrum(typical)]
-            chosen = {"lambda": l2, "rule": "spectrum", "typical": typical}
-            ((solution, steps),) = problem.solve([l2])
+            index = lambda_selection.choose_by_spectrum(typical)
+            solved, evidence = problem.solve_each([GRID[index]]), {"rule": "spectrum", "typical": typical}
         (params,) = self.configs(problem.rows.n)
-        config = replace(_describe(self.solver, params, solution, steps), chosen=chosen)
-        return _fitted(problem, [config], [solution], train.n_classes, device)
+        config = _describe(self.solver, params, *solved[GRID[index]])
+        yield replace(config, chosen={"lambda": GRID[index], **evidence}), solved[GRID[index]][0]
 
 
 def configure(config: EvaluationConfig, subset: Subset) -> Iterator[Logistic]:
@@ -133,13 +125,18 @@ class _Problem:
         present: The classes that have labelled images.
         rows: The rows in the coordinates of the solver.
         basis: (d, n) orthonormal, from those coordinates to the features'; None if they are the same.
-        solve: From lambdas, best in descending order, to a solution and a number of steps for each.
+        solve: From descending lambdas to a solution and a number of steps for each.
     """
 
     present: Tensor
     rows: LabelledRows
     basis: Tensor | None
     solve: Callable[[Sequence[float]], Iterator[tuple[Solution, int]]]
+
+    def solve_each(self, lambdas: Sequence[float]) -> dict[float, tuple[Solution, int]]:
+        """Solve for every lambda, from the smoothest problem to the roughest."""
+        descending = sorted(set(lambdas), reverse=True)
+        return dict(zip(descending, self.solve(descending), strict=True))
 
 
 def _prepare(train: Features, device: torch.device, solver: Solver, workers: WorkerGroup | None) -> _Problem:
@@ -182,32 +179,8 @@ def _describe(solver: Solver, params: Params, solution: Solution, steps: int) ->
     )
 
 
-def _fitted(
-    problem: _Problem,
-    configs: Sequence[ProbeConfig],
-    solutions: Sequence[Solution],
-    n_classes: int,
-    device: torch.device,
-) -> FittedProbe:
-    basis = problem.basis
-    matrices = [solution.weights if basis is None else solution.weights @ basis.T for solution in solutions]
-
-    def scores(values: Tensor) -> Iterator[Tensor]:
-        queries = centre_rows(values.to(device))
-        for weights in matrices:
-            result = queries.new_full((len(queries), n_classes), -torch.inf)
-            result[:, problem.present] = queries @ weights.T
-            yield result
-
-    return FittedProbe(settings=tuple(configs), scores=scores)
-
-
 def reduced_rows(rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return rows in an orthonormal basis of their span where that is smaller: the problem is only rotated.
-
-    Returns:
-        (n, min(n, d)) coordinates, and the (d, n) basis or None.
-    """
+    """Return (n, min(n, d)) coordinates of rows in an orthonormal basis of their span, and that (d, n) basis if it is smaller."""
     n, d = rows.shape
     if n >= d:
         return rows, None

@@ -76,16 +76,11 @@ def typical_strength(labelled: LabelledRows) -> float:
 def left_out_error(labelled: LabelledRows, weights: Tensor, strength: float) -> float:
     """Return the share of rows that a fit to all others would get wrong, estimated from the fit to all.
 
-    Args:
-        labelled: The rows.
-        weights: (n_classes, d), the minimum for `strength` over all rows.
-        strength: Lambda.
-
-    Without a row, its logit of class c moves by h (p_c - y_c) / (1 - w_c h) with h = x' H_c^-1 x: one Newton step from the
-    fit to all. H_c is the Hessian's block of class c. In it the rows of c have their own curvature and all others the mean of
-    theirs over classes not their own, which is the same for every c; for the classes that a row is not of, its class's own
-    part is left out of H_c too. Curvatures p (1 - p) are enlarged by n_classes / (n_classes - 1) in place of the blocks that
-    link classes. With two classes this is the exact Newton step.
+    `weights`, (n_classes, d), are the minimum over all rows for the lambda `strength`. Without a row, its logit of class c moves
+    by h (p_c - y_c) / (1 - w_c h) with h = x' H_c^-1 x: one Newton step from the fit to all. H_c is the Hessian's block of class
+    c. In it the rows of c have their own curvature and all others the mean of theirs over classes not their own, which is the
+    same for every c; for the classes that a row is not of, its class's own part is left out of H_c too. Curvatures p (1 - p) are
+    enlarged by n_classes / (n_classes - 1) in place of the blocks that link classes. With two classes this is the exact step.
     Source of the step: arXiv:1801.10243; the approximation of the Hessian is ours.
     """
     classes = labelled.by_class()
@@ -135,12 +130,7 @@ def choose_strength(errors: Sequence[float], *, n: int, typical: float) -> int:
     nearest to what the spectrum suggests, of two the larger.
 
     The error of a few images hardly distinguishes lambdas, and following it is worse than ignoring it. An error of zero has
-    the standard error of one image.
-
-    Args:
-        errors: One per lambda of GRID.
-        n: Number of rows.
-        typical: What the spectrum suggests.
+    the standard error of one image. `errors` has one per lambda of GRID; `typical` is what the spectrum of the n rows suggests.
     """
     smallest = min(errors)
     allowed = smallest + _STANDARD_ERRORS * math.sqrt(max(smallest * (1 - smallest), 1 / n) / n)

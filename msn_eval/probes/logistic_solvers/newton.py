@@ -185,10 +185,7 @@ def _minimise(rows: _Rows, mus: Sequence[float], target: float) -> Iterator[tupl
 def _take_steps(
     rows: _Rows, point: _Point, target: float, dtype: torch.dtype, products: torch.dtype
 ) -> tuple[_Point, int]:
-    """Step until the gap meets the target, or passes in `dtype` and curvature products in `products` improve nothing.
-
-    Returns the point and the number of steps.
-    """
+    """Step, with curvature products in `products`, until the gap meets the target or nothing improves; count the steps."""
     for step in range(_MOST_STEPS):
         if point.gap <= target:
             return point, step
@@ -205,8 +202,7 @@ def _take_steps(
 def _move(rows: _Rows, point: _Point, direction: Tensor, along: Tensor | None, dtype: torch.dtype) -> _Point:
     """Go downhill along a line to where its slope has nearly vanished.
 
-    Where the logits are kept, a trial takes no product. In chunks a trial is a pass, so a step that is only roughly
-    as long as the best is enough.
+    With kept logits a trial takes no product. In chunks it is a pass, so a step roughly as long as the best is enough.
     """
     first = inner(point.gradient, direction)
     share, mu, logits = rows.share, point.mu, point.logits
@@ -242,8 +238,7 @@ def _move(rows: _Rows, point: _Point, direction: Tensor, along: Tensor | None, d
 def search_line(slope_at: _Slope, first: float, *, share: float) -> float:
     """Return a step length at which the slope is at most `share` of the first one, which is negative.
 
-    `slope_at` returns slope and curvature at a length. The objective is convex along the line, so Newton's method on the
-    slope, safeguarded by bisection, closes in on the minimum.
+    The objective is convex along the line, so Newton's method on the slope, safeguarded by bisection, finds the minimum.
     """
     length, shortest, longest, last = 1.0, 0.0, math.inf, math.inf
     for _ in range(25):
@@ -262,12 +257,10 @@ def search_line(slope_at: _Slope, first: float, *, share: float) -> float:
 
 
 def _newton_direction(rows: _Rows, point: _Point, target: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Solve H D = -gradient roughly by conjugate gradients, with products in `dtype`.
+    """Solve H D = -gradient roughly by conjugate gradients; return D and, where probabilities are kept, its logits.
 
     The relative residual is smaller near the solution (Eisenstat and Walker 1996), so that the last steps converge
     superlinearly, but no smaller than the target needs: the gap goes with the squared gradient.
-
-    Returns D, and where probabilities are kept what it adds to the logits.
     """
     enough = _LOOSEST_FORCING * math.sqrt(target / point.gap)
     forcing = min(_LOOSEST_FORCING, max(point.gap**0.35, enough))
@@ -278,8 +271,7 @@ def _newton_direction(rows: _Rows, point: _Point, target: float, dtype: torch.dt
     along = torch.zeros_like(probabilities) if probabilities is not None else None
     change = torch.empty_like(probabilities) if probabilities is not None else None
     conditioned = _precondition(rows, point, residual)
-    search = conditioned.clone()
-    squared = inner(residual, conditioned)
+    search, squared = conditioned.clone(), inner(residual, conditioned)
     goal = forcing**2 * squared
     for _ in range(_MOST_PRODUCTS):
         product, curvature = _curvature_product(rows, point, search, dtype, probabilities, change)
@@ -307,17 +299,9 @@ def _precondition(rows: _Rows, point: _Point, vector: Tensor) -> Tensor:
 
 
 def _curvature_product(
-    rows: _Rows,
-    point: _Point,
-    vector: Tensor,
-    dtype: torch.dtype,
-    probabilities: Tensor | None,
-    change: Tensor | None,
+    rows: _Rows, point: _Point, vector: Tensor, dtype: torch.dtype, probabilities: Tensor | None, change: Tensor | None
 ) -> tuple[Tensor, float]:
-    """Return H V for an (n_classes, d) matrix V, and <V, H V>.
-
-    A row adds (diag(p) - p p') V x x'. `change` is filled with X V'.
-    """
+    """Return H V for an (n_classes, d) matrix V, and <V, H V>. A row adds (diag(p) - p p') V x x'; `change` becomes X V'."""
     total = torch.zeros_like(vector)
     weights, narrow = point.weights.to(dtype), vector.to(dtype)
     for block, some in rows.blocks(dtype):

@@ -60,13 +60,8 @@ def minimise_by_sklearn(problem: CrossEntropyProblem, *, target: float) -> tuple
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    l2 = problem.mu * len(problem.rows)
-    model = LogisticRegression(
-        C=(2 if problem.n_classes == 2 else 1) / l2,
-        fit_intercept=False,
-        tol=_SKLEARN_TOLERANCE,
-        max_iter=_SKLEARN_STEPS,
-    )
+    inverse = (2 if problem.n_classes == 2 else 1) / (problem.mu * len(problem.rows))
+    model = LogisticRegression(C=inverse, fit_intercept=False, tol=_SKLEARN_TOLERANCE, max_iter=_SKLEARN_STEPS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the certificate says how far it came
         model.fit(problem.rows.cpu().numpy(), problem.labels.cpu().numpy())
@@ -77,28 +72,20 @@ def minimise_by_cyanure(problem: CrossEntropyProblem, *, target: float) -> tuple
     """Minimise by cyanure, to its own tolerance, in a separate process.
 
     Its `fit` switches OpenMP to dynamic teams, after which PyTorch's bfloat16 products in that process are wrong.
-
-    Raises:
-        UsageError: cyanure is not installed.
-        ResourceError: The process died.
+    Raises UsageError if cyanure is not installed, ResourceError if the process died.
     """
     with tempfile.TemporaryDirectory(prefix="msn-eval-cyanure-") as folder:
         task, answer = Path(folder) / "task.npz", Path(folder) / "answer.npz"
         np.savez(task, rows=problem.rows.cpu().numpy(), labels=problem.labels.cpu().numpy(), mu=problem.mu)
-        child = subprocess.run(
-            [sys.executable, "-m", __name__, str(task), str(answer)],
-            capture_output=True,
-            text=True,
-            timeout=_CYANURE_SECONDS,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            check=False,
-        )
+        command = [sys.executable, "-m", __name__, str(task), str(answer)]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        child = subprocess.run(command, capture_output=True, text=True, timeout=_CYANURE_SECONDS, env=env, check=False)
         if not answer.exists():
             if "No module named 'cyanure'" in child.stderr:
-                raise UsageError(
-                    "--solver cyanure: the package cyanure is not installed",
-                    hint="pip install cyanure (wheels: Python 3.11 and 3.12, none for Linux on ARM), or use --solver auto.",
+                hint = (
+                    "pip install cyanure (wheels: Python 3.11 and 3.12, none for Linux on ARM), or use --solver auto."
                 )
+                raise UsageError("--solver cyanure: the package cyanure is not installed", hint=hint)
             last = (child.stderr.strip().splitlines() or ["no message"])[-1]
             raise ResourceError(f"cyanure ended with code {child.returncode}: {last}", hint="Use --solver auto.")
         with np.load(answer) as stored:
@@ -127,15 +114,9 @@ def _run_cyanure(task: Path, answer: Path) -> None:
     with np.load(task) as stored:
         rows, labels, mu = stored["rows"], stored["labels"], float(stored["mu"])
     binary = len(np.unique(labels)) == 2
-    model = Classifier(
-        loss="logistic" if binary else "multiclass-logistic",
-        penalty="l2",
-        lambda_1=mu / 2 if binary else mu,
-        fit_intercept=False,
-        tol=_CYANURE_TOLERANCE,
-        max_iter=_CYANURE_EPOCHS,
-        verbose=False,
-    )
+    loss, lambda_1 = ("logistic", mu / 2) if binary else ("multiclass-logistic", mu)
+    limits = {"tol": _CYANURE_TOLERANCE, "max_iter": _CYANURE_EPOCHS}
+    model = Classifier(loss=loss, penalty="l2", lambda_1=lambda_1, fit_intercept=False, verbose=False, **limits)
     model.fit(rows, labels)
     weights = np.asarray(model.get_weights(), dtype=np.float64)
     np.savez(answer, weights=weights if binary else weights.T, epochs=int(np.max(model.n_iter_)))
