@@ -22,16 +22,8 @@ from msn_eval.models.architectures import (
 )
 
 # The layer norms' epsilon by transformers' default, for each model type that is evaluated here.
-_NORM_EPS = {
-    "vit_msn": 1e-6,
-    "vit": 1e-12,
-    "vit_mae": 1e-12,
-    "dinov2": 1e-6,
-    "dinov2_with_registers": 1e-6,
-    "ijepa": 1e-12,
-    "beit": 1e-12,
-    "data2vec-vision": 1e-12,
-}
+_TYPES = ("vit_msn", "vit", "vit_mae", "dinov2", "dinov2_with_registers", "ijepa", "beit", "data2vec-vision")
+_NORM_EPS = dict.fromkeys(_TYPES, 1e-12) | dict.fromkeys(("vit_msn", "dinov2", "dinov2_with_registers"), 1e-6)
 # Sizes that the weights show, and the keywords of their architecture that hold them.
 _SIZES = {
     "hidden_size": "embed_dim",
@@ -51,30 +43,18 @@ _DEEPEST = 256
 
 @dataclass(frozen=True, kw_only=True)
 class HubConfig:
-    """A folder's own description of its network.
+    """A folder's own description of its network; None for what it does not state."""
 
-    Attributes:
-        architecture: Timm's architecture, where the folder was written by timm.
-        heads: Attention heads.
-        norm_eps: Epsilon of the layer norms.
-        normalisation: Mean and std per channel, where stated.
-        sizes: Stated sizes that the weights show too, by their names in the file.
-        model_type: Of transformers, None where the folder was written by timm.
-    """
-
-    architecture: Architecture | None = None
+    architecture: Architecture | None = None  # timm's, where the folder was written by timm
     heads: int | None = None
-    norm_eps: float | None = None
+    norm_eps: float | None = None  # epsilon of the layer norms
     normalisation: Normalisation | None = None
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    model_type: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)  # that the weights show too, by their names in the file
+    model_type: str | None = None  # of transformers, None where the folder was written by timm
 
 
 def read_config_beside(folder: Path) -> HubConfig:
-    """Read a folder's config.json, of transformers or of timm.
-
-    Raises CheckpointError for an architecture that is not supported, and for properties that the weights do not show.
-    """
+    """Read a folder's config.json, of transformers or of timm. Raises CheckpointError for what is not supported."""
     config, where = read_hub_config(folder), str(folder / CONFIG)
     if os.path.lexists(folder / _ADAPTER):
         what = f"An adapter beside it ({_ADAPTER}) would change the network and is not supported"
@@ -94,17 +74,18 @@ def read_config_beside(folder: Path) -> HubConfig:
             what = f"{name} is {config[name]!r}; only {supported!r} is supported"
             raise CheckpointError(what, where=where, hint=_WRAP)
     heads, norm_eps = config.get("num_attention_heads"), config.get("layer_norm_eps")
-    norm_eps = _NORM_EPS[model_type] if norm_eps is None else norm_eps
     if not (heads is None or (type(heads) is int and 0 < heads < 1 << 16)):
         raise CheckpointError(f"num_attention_heads is {heads!r}", where=where, hint="It must be a positive integer.")
-    if not (isinstance(norm_eps, float | int) and 0 < norm_eps < 1):
+    if not (norm_eps is None or (isinstance(norm_eps, float | int) and 0 < norm_eps < 1)):
         raise CheckpointError(f"layer_norm_eps is {norm_eps!r}", where=where, hint="It must lie between 0 and 1.")
-    normalisation = read_processor_normalisation(*read_image_processor(folder), model_type=model_type)
     # DINOv2's networks have a ratio instead.
-    names = _SIZES.keys() - ({"intermediate_size"} if model_type.startswith("dinov2") else {"num_register_tokens"})
-    sizes = {name: _read_size(config[name], name, where) for name in _SIZES if name in names and name in config}
+    left_out = "intermediate_size" if model_type.startswith("dinov2") else "num_register_tokens"
     return HubConfig(
-        heads=heads, norm_eps=float(norm_eps), normalisation=normalisation, model_type=model_type, sizes=sizes
+        heads=heads,
+        norm_eps=_NORM_EPS[model_type] if norm_eps is None else float(norm_eps),
+        normalisation=read_processor_normalisation(*read_image_processor(folder), model_type=model_type),
+        model_type=model_type,
+        sizes={name: _read_size(config[name], name, where) for name in _SIZES if name in config and name != left_out},
     )
 
 
@@ -146,10 +127,7 @@ def _read_timm_config(config: Mapping[str, object], where: str) -> HubConfig:
 
 
 def _check_keywords(stated: Mapping[str, object], where: str) -> dict[str, object]:
-    """Return the keywords of a network without the size of its classifier.
-
-    Raises CheckpointError for keywords that would open other files, and for networks that would take hours to build.
-    """
+    """Return a network's keywords without its classifier's. Refuses those that open files or take hours to build."""
     for name, value in stated.items():
         numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int | float)]
         largest = _DEEPEST if name.startswith("depth") else _LARGEST_IMAGE if name == "img_size" else _LARGEST

@@ -20,6 +20,7 @@ _EXPORTED = re.compile(
     r"cls_token|reg_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)"
     r"|blocks\.\d+\.((norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma)"
 )
+# Layers by timm's names and by those of transformers.
 _MSN_NAMES = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
@@ -27,18 +28,8 @@ _MSN_NAMES = {
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
-_DINOV2_NAMES = {
-    "norm1": "norm1",
-    "norm2": "norm2",
-    "attn.proj": "attention.output.dense",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "ls1": "layer_scale1",
-    "ls2": "layer_scale2",
-}
+_DINOV2_NAMES = {"attn.proj": "attention.output.dense", "ls1": "layer_scale1", "ls2": "layer_scale2"}
 _GATED_NAMES = {"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"}
-
-
 # The prefix of transformers' class names, by model type.
 _MODELS = {
     "vit_msn": "ViTMSN",
@@ -50,22 +41,14 @@ _MODELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlainNetwork:
-    """The backbone of a Vision Transformer to export.
+    """The backbone of a Vision Transformer to export."""
 
-    Attributes:
-        outline: The network, with or without values: its blocks, heads and sizes.
-        weights: Its tensors by timm's names.
-        gated: Whether its MLPs are gated.
-        mean: Of the normalisation of its images, per channel, as `std`.
-        name: Name of the architecture, for errors, as `where`.
-    """
-
-    outline: nn.Module
-    weights: Mapping[str, Tensor]
-    gated: bool
-    mean: Sequence[float]
+    outline: nn.Module  # the network, with or without values: its blocks, heads and sizes
+    weights: Mapping[str, Tensor]  # by timm's names
+    gated: bool  # whether its MLPs are gated
+    mean: Sequence[float]  # of the normalisation of its images, per channel
     std: Sequence[float]
-    name: str
+    name: str  # of the architecture, for errors
     where: str
 
 
@@ -81,22 +64,16 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class FolderContent:
-    """The content of a folder in Hugging Face layout: config.json, preprocessor_config.json and the tensors by name.
+    """The content of a folder in Hugging Face layout."""
 
-    `metadata` is what the weight file states about its tensors.
-    """
-
-    config: dict[str, object]
-    processor: dict[str, object]
+    config: dict[str, object]  # config.json
+    processor: dict[str, object]  # preprocessor_config.json
     tensors: dict[str, Tensor]
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)  # what the weight file states about its tensors
 
 
 def write_folder(out: Path, content: FolderContent, check: Callable[[Path], object] = lambda folder: None) -> None:
-    """Write a folder in Hugging Face layout, complete or not at all. Raises StoreError when the disk refuses.
-
-    `check` gets the folder before it has its name, and may raise.
-    """
+    """Write a folder, complete or not at all. `check` gets it before it has its name, and may raise; so may the disk."""
     size = sum(tensor.nbytes for tensor in content.tensors.values())
     with written_atomically(out, f"{size:,} bytes") as temporary:
         temporary.mkdir()
@@ -141,17 +118,13 @@ def build_folder_content(network: PlainNetwork) -> FolderContent:
         config["num_register_tokens"] = weights["reg_token"].shape[1]
     processor = {
         "image_processor_type": "BitImageProcessor",
-        "do_resize": True,
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
         "size": {"shortest_edge": round(side * 256 / 224)},
         "resample": 2,  # bilinear
-        "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": list(network.mean),
         "image_std": list(network.std),
-        "do_convert_rgb": True,
     }
     return FolderContent(config=config, processor=processor, tensors=_rename_tensors(network, model_type))
 
@@ -185,9 +158,8 @@ def _find_obstacle(outline: nn.Module, weights: Mapping[str, Tensor]) -> str | N
     block = cast(nn.Sequential, outline.blocks)[0]
     if type(block) is not Block:
         return f"its blocks are {type(block).__name__}s"
-    has_registers, is_scaled, has_class_token = (
-        name in weights for name in ("reg_token", "blocks.0.ls1.gamma", "cls_token")
-    )
+    special = ("reg_token", "blocks.0.ls1.gamma", "cls_token")
+    has_registers, is_scaled, has_class_token = (name in weights for name in special)
     mlp = cast(nn.Module, block.mlp)
     is_gated = isinstance(mlp, GluMlp)
     missing = [name for name in ("norm.weight", "pos_embed") if name not in weights]
@@ -243,11 +215,12 @@ def _rename_tensors(network: PlainNetwork, model_type: str) -> dict[str, Tensor]
     for name, tensor in weights.items():
         if match := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(\w+)", name):
             number, layer, kind = match.groups()
+            prefix, kind = f"encoder.layer.{number}", "lambda1" if kind == "gamma" else kind
             if layer == "attn.qkv":  # transformers keeps queries, keys and values apart
                 for own, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                    renamed[f"encoder.layer.{number}.attention.attention.{own}.{kind}"] = third
+                    renamed[f"{prefix}.attention.attention.{own}.{kind}"] = third
             else:
-                renamed[f"encoder.layer.{number}.{names[layer]}.{'lambda1' if kind == 'gamma' else kind}"] = tensor
+                renamed[f"{prefix}.{names.get(layer, layer)}.{kind}"] = tensor
     return renamed
 
 

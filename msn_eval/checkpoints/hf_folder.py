@@ -30,12 +30,8 @@ _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+(?:/[\w.-]+)*))?", re.AS
 def open_hub(name: str) -> tuple[Path, str]:
     """Open a local folder or a repository OWNER/NAME[@REVISION], and download what the cache lacks.
 
-    Returns:
-        The folder, with a config.json and all of its weights, and its name with `hf:` and the commit of a repository.
-
-    Raises:
-        CheckpointError: It does not exist or is not usable.
-        StoreError: The cache cannot be written.
+    Returns the folder, with a config.json and all of its weights, and its name with `hf:` and a repository's commit. Raises
+    CheckpointError where it does not exist or is not usable, StoreError where the cache cannot be written.
     """
     check_hub_name(name)
     folder = Path(name).expanduser()
@@ -79,15 +75,12 @@ def _open_repository(repository: str, revision: str) -> Path:
             _log.warning("%s: %s", where, reason)
     if folder is None or missing:
         option = "" if revision == "main" else f" --revision {revision}"
-        raise CheckpointError(
-            f"The cache {constants.HF_HUB_CACHE} lacks {missing}, and {reason}",
-            where=where,
-            hint=f"On a machine with a network, run `hf download {repository}{option}` and copy the folder "
-            f"models--{repository.replace('/', '--')} of its cache into this one ($HF_HUB_CACHE names another).",
-            kept=f"To use it as it is, give its folder: hf:{folder}"
-            if missing.startswith((PREPROCESSOR, PROCESSOR))
-            else "",
-        )
+        hint = f"On a machine with a network, run `hf download {repository}{option}` and copy the folder "
+        hint += f"models--{repository.replace('/', '--')} of its cache into this one ($HF_HUB_CACHE names another)."
+        has_weights = missing.startswith((PREPROCESSOR, PROCESSOR))
+        kept = f"To use it as it is, give its folder: hf:{folder}" if has_weights else ""
+        what = f"The cache {constants.HF_HUB_CACHE} lacks {missing}, and {reason}"
+        raise CheckpointError(what, where=where, hint=hint, kept=kept)
     return folder
 
 
@@ -202,9 +195,8 @@ def _read_json(path: Path) -> dict[str, object]:
         problem = "Not a JSON object"
     except (OSError, ValueError, RecursionError) as error:
         problem = f"Cannot be read as JSON: {str(error)[:160]}"
-    raise CheckpointError(
-        problem, where=str(path), hint="Download it again from its publisher, or check its permissions."
-    )
+    hint = "Download it again from its publisher, or check its permissions."
+    raise CheckpointError(problem, where=str(path), hint=hint)
 
 
 def _check_file(path: Path) -> Path:
@@ -216,9 +208,6 @@ def _check_file(path: Path) -> Path:
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a parent folder is closed
         raise CheckpointError("No such file, or not readable", where=str(path), hint="Download or copy it again.")
     if not any(path.resolve().is_relative_to(root) for root in allowed):
-        what, hint = (
-            f"A link that leads out of its folder, to {path.resolve()}",
-            "Put the file itself there if you trust it.",
-        )
-        raise CheckpointError(what, where=str(path), hint=hint)
+        what = f"A link that leads out of its folder, to {path.resolve()}"
+        raise CheckpointError(what, where=str(path), hint="Put the file itself there if you trust it.")
     return path

@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 # A class is one folder name in an id, and one line of a class map.
 FORBIDDEN = re.compile("[/\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_UNUSABLE = re.compile(r"(?:^|/)\.{0,2}\Z|" + FORBIDDEN.pattern.replace("/", ""))  # path below a class
 _BATCH_ROWS = 10_000  # of names and labels, read at once
 _HEAD_BYTES = 16
 _MAGIC = {
@@ -39,24 +40,15 @@ _MAGIC = {
 
 @dataclass(frozen=True, kw_only=True)
 class RowSource:
-    """Images in the rows of one split's Arrow files; a row without bytes names a file.
+    """Images in the rows of one split's Arrow files; a row without bytes names a file."""
 
-    Attributes:
-        where: The data set and split, for errors.
-        table: The split, with its image column alone.
-        rows: The row of each id.
-        folder: The data set's folder, where relative paths start; None on the hub.
-        root: The first Arrow file; each split has its own.
-        state: The stamps of all Arrow files, as one number, and the newest of their times.
-    """
-
-    where: str
-    table: "datasets.Dataset" = field(repr=False)
+    where: str  # the data set and split, for errors
+    table: "datasets.Dataset" = field(repr=False)  # the split, with its image column alone
     column: str
-    rows: Mapping[str, int] = field(repr=False)
-    folder: Path | None
-    root: Path
-    state: tuple[int, int]
+    rows: Mapping[str, int] = field(repr=False)  # by id
+    folder: Path | None  # the data set's, where relative paths start; None on the hub
+    root: Path  # the first Arrow file; each split has its own
+    state: tuple[int, int]  # the stamps of all Arrow files, as one number, and the newest of their times
 
     def read(self, image_id: str) -> bytes:
         content, file = self._cell(image_id)
@@ -93,9 +85,8 @@ def read_rows(
 ) -> tuple[RowSource, Sequence[str], Sequence[int], Sequence[str]]:
     """Read one split; the images stay on the disk.
 
-    Returns:
-        The source, without the rows of ids yet; the names of the classes that occur; the index of each row's class; and a
-        file name for each row, unique within its class: the last part of its path, where every row has one, or its number.
+    Returns the source, without the rows of ids yet; the names of the classes that occur; the index of each row's class; and
+    a file name for each row, unique within its class: the last part of its path, where every row has one, or its number.
     """
     import datasets
     import pyarrow.compute as pc
@@ -128,14 +119,9 @@ def read_rows(
     )
     _log.info("%s: %s rows, images in column %r, classes in column %r", where, f"{len(paths):,}", image, label)
     # In an archive, the path of an image is a/b.jpg::c.zip.
-    files = [
-        name_in_class((path or "").partition("::")[0], classes[index])
-        for path, index in zip(paths, indices, strict=True)
-    ]
-    is_unusable = any(
-        file.rpartition("/")[2] in ("", ".", "..") or FORBIDDEN.search(file.replace("/", "")) for file in files
-    )
-    if is_unusable or len(set(zip(indices, files, strict=True))) < len(files):
+    cells = zip(((path or "").partition("::")[0] for path in paths), indices, strict=True)
+    files = [name_in_class(path, classes[index]) for path, index in cells]
+    if any(map(_UNUSABLE.search, files)) or len(set(zip(indices, files, strict=True))) < len(files):
         _log.info("%s: images are named by their rows", where)
         files = _name_by_rows(source, paths)
     return source, classes, indices, files
@@ -165,21 +151,17 @@ def _index_labels(where: str, feature: object, stored: Sequence[object]) -> tupl
     """Return the names of the classes that occur, and the index of each row's class among them."""
     import datasets
 
-    known: dict[object, str] | None = None
+    index = {value: number for number, value in enumerate(dict.fromkeys(stored))}
+    known: dict[object, str] = {value: str(value) for value in index if not isinstance(value, int) or value >= 0}
     if isinstance(feature, datasets.ClassLabel):
         known = dict(enumerate(feature.names))
-    index = {value: number for number, value in enumerate(dict.fromkeys(stored))}
-    bad = [
-        value
-        for value in index
-        if value is None or (value not in known if known is not None else isinstance(value, int) and value < 0)
-    ]
+    bad = [value for value in index if value is None or value not in known]
     if bad:
         rows = [row for row, value in enumerate(stored) if value in bad]
         labels = f"labels {', '.join(map(str, bad)):.60}; first row {rows[0]}"
         hint = "Test splits are often published without labels: use a data set with labelled validation images."
         raise DataError(f"{len(rows):,} of {len(stored):,} rows have no class ({labels})", where=where, hint=hint)
-    return [str(known[value] if known is not None else value) for value in index], [index[value] for value in stored]
+    return [known[value] for value in index], [index[value] for value in stored]
 
 
 def _local_file(path: str | None, folder: Path | None) -> Path:

@@ -59,10 +59,8 @@ def parse_name(text: str) -> HubName:
 def load_splits(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
     """Load splits, `train` or `val`, memory-mapped from the disk.
 
-    Raises:
-        DataError: The data set or a split does not exist, or cannot be loaded.
-        StoreError: The library's cache cannot be written.
-        UsageError: The `datasets` library is missing.
+    Raises DataError where the data set or a split does not exist or cannot be loaded, StoreError where the library's cache
+    cannot be written, and UsageError where the library is missing.
     """
     try:
         import datasets
@@ -72,32 +70,27 @@ def load_splits(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        return _load_from_hub(name, splits) if name.folder is None else _load_folder(name, name.folder, splits)
+        if name.folder is None:
+            return _load_from_hub(name, splits)
+        if (name.folder / "dataset_dict.json").is_file():
+            stored = datasets.DatasetDict.load_from_disk(name.folder, keep_in_memory=False)
+            return {split: (own, stored[own]) for split, own in _choose_splits(name, splits, stored).items()}
+        # An absolute path, because the library takes some relative ones for names of its own.
+        return _prepare(name, datasets.load_dataset_builder(str(name.folder), name.config), splits)
     except MsnEvalError:
         raise
     except Exception as error:  # the library's errors have no common base
         raise _translate(error, name) from error
 
 
-def _load_folder(name: HubName, folder: Path, splits: Sequence[str]) -> "dict[str, Table]":
-    import datasets
-
-    if (folder / "dataset_dict.json").is_file():
-        stored = datasets.DatasetDict.load_from_disk(folder, keep_in_memory=False)
-        return {split: (own, stored[own]) for split, own in _choose_splits(name, splits, stored).items()}
-    # An absolute path, because the library takes some relative ones for names of its own.
-    return _prepare(name, datasets.load_dataset_builder(str(folder), name.config), splits)
-
-
 def _load_from_hub(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
     import datasets
     from huggingface_hub import HfApi
 
-    commit, reason = name.revision, ""
-    forbidden = offline_variable() or ("HF_DATASETS_OFFLINE" if datasets.config.HF_HUB_OFFLINE else None)
-    if forbidden is not None:
-        reason = f"${forbidden} forbids to ask the hub"
-    else:
+    commit, before = name.revision, datasets.config.HF_HUB_OFFLINE
+    forbidden = offline_variable() or ("HF_DATASETS_OFFLINE" if before else None)
+    reason = f"${forbidden} forbids to ask the hub" if forbidden else ""
+    if not forbidden:
         try:
             # One short request; the library itself waits half a minute for a silent hub.
             with translate_hub_errors(str(name), DataError):
@@ -105,7 +98,6 @@ def _load_from_hub(name: HubName, splits: Sequence[str]) -> "dict[str, Table]":
         except UnreachableError as error:
             reason = f"the hub cannot be reached: {error}"
             _log.warning("%s: %s; using the cache", name, reason)
-    before = datasets.config.HF_HUB_OFFLINE
     try:
         datasets.config.HF_HUB_OFFLINE = before or bool(reason)  # else the library would ask the hub
         try:
@@ -149,12 +141,11 @@ def _check_class_names(name: HubName, builder: "datasets.DatasetBuilder", splits
             if ours != theirs and (ours or in_readme is None):
                 index, pair = next(row for row in enumerate(zip_longest(ours, theirs)) if len(set(row[1])) > 1)
                 first = "README.md" if taken != stated[files[0]] else files[0]
-                raise DataError(
-                    f"Class {index} of column {column!r} is {pair[0]!r} in this file, but {pair[1]!r} in {first}",
-                    where=file,
-                    hint="Write all files with the same list of class names. Or load each split by itself, "
-                    "write them with DatasetDict(...).save_to_disk(DIR), and give hf:DIR.",
+                what = f"Class {index} of column {column!r} is {pair[0]!r} in this file, but {pair[1]!r} in {first}"
+                hint = (
+                    "Write all files with the same list of class names. Or load each split by itself, write them with "
                 )
+                raise DataError(what, where=file, hint=f"{hint}DatasetDict(...).save_to_disk(DIR), and give hf:DIR.")
 
 
 def _read_class_names(file: str) -> dict[str, list[str]]:
@@ -225,8 +216,6 @@ def _not_cached(name: HubName, reason: str) -> DataError:
 
     option, commit = (f" --revision {name.revision}", f" at {name.revision}") if name.revision else ("", "")
     what = f"{reason}, and the cache {config.HF_DATASETS_CACHE} does not hold this data set{commit}"
-    hint = (
-        f"On a machine with a network, run `hf download --repo-type dataset {name.path}{option} --local-dir DIR`, "
-        f"copy DIR here and give it: hf:DIR{f':{name.config}' if name.config else ''}."
-    )
+    hint = f"On a machine with a network, run `hf download --repo-type dataset {name.path}{option} --local-dir DIR`, "
+    hint += f"copy DIR here and give it: hf:DIR{f':{name.config}' if name.config else ''}."
     return DataError(what, where=str(name), hint=hint)

@@ -24,10 +24,7 @@ def list_hub(place: str, options: LoadOptions) -> DatasetListing:
     every row of the split has one and no two of a class are the same; otherwise, for the entire split, its row, such as
     `00000012.png`, with the suffix by its first bytes. In class names `/` and control characters become `_`. Integers
     without names are classes named by their decimals.
-
-    Raises:
-        DataError: Names the split, column or rows at fault.
-        StoreError: The library's cache cannot be written.
+    Raises DataError with the split, column or rows at fault, and StoreError where the library's cache cannot be written.
     """
     hub_name = parse_name(place)
     tables = load_splits(hub_name, options.splits)
