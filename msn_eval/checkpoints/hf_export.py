@@ -30,13 +30,17 @@ _MSN_NAMES = {
 }
 _DINOV2_NAMES = {"attn.proj": "attention.output.dense", "ls1": "layer_scale1", "ls2": "layer_scale2"}
 _GATED_NAMES = {"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"}
-# The prefix of transformers' class names, by model type.
-_MODELS = {
-    "vit_msn": "ViTMSN",
-    "ijepa": "IJepa",
-    "dinov2": "Dinov2",
-    "dinov2_with_registers": "Dinov2WithRegisters",
+_OUTER_NAMES = {
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "pos_embed": "embeddings.position_embeddings",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+    "cls_token": "embeddings.cls_token",
+    "reg_token": "embeddings.register_tokens",
 }
+# The prefix of transformers' class names, by model type.
+_MODELS = {"vit_msn": "ViTMSN", "ijepa": "IJepa", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +92,11 @@ def build_folder_content(network: PlainNetwork) -> FolderContent:
     outline, weights = network.outline, network.weights
     if obstacle := _find_obstacle(outline, weights):
         raise _not_exportable(network, obstacle)
-    model_type = _choose_model_type(weights)
-    heads, norm_eps = read_heads_and_epsilon(outline)
-    side = native_pixels(outline)
-    patches = weights["patch_embed.proj.weight"]
-    hidden = weights["blocks.0.mlp.fc2.weight"].shape[1]
+    model_type = "dinov2" if "blocks.0.ls1.gamma" in weights else "vit_msn"
+    model_type = "dinov2_with_registers" if "reg_token" in weights else model_type
+    model_type = model_type if "cls_token" in weights else "ijepa"
+    (heads, norm_eps), side = read_heads_and_epsilon(outline), native_pixels(outline)
+    patches, hidden = weights["patch_embed.proj.weight"], weights["blocks.0.mlp.fc2.weight"].shape[1]
     config: dict[str, object] = {
         "architectures": [f"{_MODELS[model_type]}Model"],
         "model_type": model_type,
@@ -138,14 +142,6 @@ def read_heads_and_epsilon(network: nn.Module) -> tuple[int, float]:
 def _not_exportable(network: PlainNetwork, obstacle: str) -> CheckpointError:
     what = f"{network.name} cannot be written for transformers: {obstacle}"
     return CheckpointError(what, where=network.where, hint="Use --to timm or --to safetensors.")
-
-
-def _choose_model_type(weights: Mapping[str, Tensor]) -> str:
-    if "cls_token" not in weights:
-        return "ijepa"
-    if "reg_token" in weights:
-        return "dinov2_with_registers"
-    return "dinov2" if "blocks.0.ls1.gamma" in weights else "vit_msn"
 
 
 def _find_obstacle(outline: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
@@ -196,22 +192,14 @@ def _rename_tensors(network: PlainNetwork, model_type: str) -> dict[str, Tensor]
     weights = network.weights
     is_dinov2 = model_type.startswith("dinov2")
     names = (_DINOV2_NAMES if is_dinov2 else _MSN_NAMES) | (_GATED_NAMES if network.gated else {})
-    renamed = {
-        "embeddings.patch_embeddings.projection.weight": weights["patch_embed.proj.weight"],
-        "embeddings.patch_embeddings.projection.bias": weights["patch_embed.proj.bias"],
-        "embeddings.position_embeddings": weights["pos_embed"],
-        "layernorm.weight": weights["norm.weight"],
-        "layernorm.bias": weights["norm.bias"],
-    }
-    if "cls_token" in weights:
-        renamed["embeddings.cls_token"] = weights["cls_token"]
+    optional = {"cls_token", "reg_token"} - weights.keys()
+    renamed = {theirs: weights[own] for own, theirs in _OUTER_NAMES.items() if own not in optional}
     if is_dinov2:
         renamed["embeddings.mask_token"] = weights["pos_embed"].new_zeros(1, weights["pos_embed"].shape[2])
     if "reg_token" in weights:
         # timm has added its position to the class token; transformers adds it.
-        zero = torch.zeros_like(weights["cls_token"])
-        renamed["embeddings.register_tokens"] = weights["reg_token"]
-        renamed["embeddings.position_embeddings"] = torch.cat([zero, weights["pos_embed"]], dim=1)
+        positions = torch.cat([torch.zeros_like(weights["cls_token"]), weights["pos_embed"]], dim=1)
+        renamed["embeddings.position_embeddings"] = positions
     for name, tensor in weights.items():
         if match := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(\w+)", name):
             number, layer, kind = match.groups()

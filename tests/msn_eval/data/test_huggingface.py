@@ -426,7 +426,7 @@ def test_suffix_of_a_row_is_that_of_its_bytes(tmp_path: Path, content: bytes, en
 
 
 def test_row_numbers_continue_over_files_and_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("msn_eval.data.hf_rows._BATCH_ROWS", 2)
+    monkeypatch.setattr("msn_eval.data.huggingface._BATCH_ROWS", 2)
     rows = [row(number, 0) for number in range(5)]
     val = read(write(tmp_path / "d", train=rows, validation=rows)).val
     assert [(image, val.source.read(image)) for image in val.ids] == [
