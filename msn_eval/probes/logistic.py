@@ -119,19 +119,12 @@ def default_lambda(subset: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class _Problem:
-    """Labelled rows and their solver.
+    """Labelled rows and their solver."""
 
-    Attributes:
-        present: The classes that have labelled images.
-        rows: The rows in the coordinates of the solver.
-        basis: (d, n) orthonormal, from those coordinates to the features'; None if they are the same.
-        solve: From descending lambdas to a solution and a number of steps for each.
-    """
-
-    present: Tensor
-    rows: LabelledRows
-    basis: Tensor | None
-    solve: Callable[[Sequence[float]], Iterator[tuple[Solution, int]]]
+    present: Tensor  # the classes that have labelled images
+    rows: LabelledRows  # in the coordinates of the solver
+    basis: Tensor | None  # (d, n) orthonormal, from those coordinates to the features'; None if they are the same
+    solve: Callable[[Sequence[float]], Iterator[tuple[Solution, int]]]  # solutions and steps for descending lambdas
 
     def solve_each(self, lambdas: Sequence[float]) -> dict[float, tuple[Solution, int]]:
         """Solve for every lambda, from the smoothest problem to the roughest."""

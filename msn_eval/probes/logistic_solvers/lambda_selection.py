@@ -21,17 +21,11 @@ _STANDARD_ERRORS = 2.0  # above the smallest left-out error, within which anothe
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledRows:
-    """Rows that are read in blocks.
+    """Rows that are read in blocks."""
 
-    Attributes:
-        labels: (n,) int64, every class from 0 up present.
-        width: Number of features.
-        prepared: From (b,) row indices to (b, width) rows of the protocol, float32 or float64.
-    """
-
-    labels: Tensor
-    width: int
-    prepared: Callable[[Tensor], Tensor]
+    labels: Tensor  # (n,) int64, every class from 0 up present
+    width: int  # number of features
+    prepared: Callable[[Tensor], Tensor]  # from (b,) row indices to (b, width) rows of the protocol, float32 or float64
 
     @property
     def n(self) -> int:

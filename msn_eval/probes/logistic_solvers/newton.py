@@ -38,21 +38,15 @@ _Slope = Callable[[float], tuple[float, float]]  # from a step length to slope a
 
 @dataclass(frozen=True, kw_only=True)
 class RowShare:
-    """The labelled rows of one rank.
+    """The labelled rows of one rank."""
 
-    Attributes:
-        values: (m, d) float32 as the encoder returned them, on the device that computes; never copied all at once.
-        labels: (m,) int64 in [0, n_classes), on the same device.
-        n_classes: Number of classes.
-        n: Number of rows of all ranks.
-        total: Adds a tensor over all ranks, in place, with the same bits on every rank; None for one rank.
-    """
-
-    values: Tensor
-    labels: Tensor
+    values: Tensor  # (m, d) float32 as the encoder returned them, on the device that computes; never copied all at once
+    labels: Tensor  # (m,) int64 in [0, n_classes), on the same device
     n_classes: int
-    n: int
-    total: Callable[[Tensor], None] | None = None
+    n: int  # number of rows of all ranks
+    total: Callable[[Tensor], None] | None = (
+        None  # adds up over all ranks in place, same bits on each; None for one rank
+    )
 
     @property
     def width(self) -> int:
@@ -61,23 +55,14 @@ class RowShare:
 
 @dataclass(frozen=True, kw_only=True)
 class _Rows:
-    """The rows of a share as the passes read them.
+    """The rows of a share as the passes read them."""
 
-    Attributes:
-        share: For rows prepared once, its values are the prepared float64 ones.
-        rough: The same in float32, or None for rows in chunks.
-        shift: (m, 1) float32, subtracted from the values of a chunk.
-        scale: (m, 1) float32, then multiplies them.
-        axes: For rows in chunks, eigenvectors (d, d) of the second moment X'X / n.
-        strengths: Its eigenvalues, (d,).
-    """
-
-    share: RowShare
-    rough: Tensor | None = None
-    shift: Tensor | None = None
-    scale: Tensor | None = None
-    axes: Tensor | None = None
-    strengths: Tensor | None = None
+    share: RowShare  # for rows prepared once, its values are the prepared float64 ones
+    rough: Tensor | None = None  # the same in float32, or None for rows in chunks
+    shift: Tensor | None = None  # (m, 1) float32, subtracted from the values of a chunk
+    scale: Tensor | None = None  # (m, 1) float32, then multiplies them
+    axes: Tensor | None = None  # for rows in chunks, eigenvectors (d, d) of the second moment X'X / n
+    strengths: Tensor | None = None  # its eigenvalues, (d,)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Yield prepared rows: of rows prepared once, so few that a block of logits stays in a core's cache."""

@@ -11,34 +11,21 @@ BLOCK_VALUES = 1 << 18  # logits of a block of rows: what a core's cache holds
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropyProblem:
-    """Minimise mean softmax cross-entropy + (mu / 2) ||W||^2 over W, without intercept.
+    """Minimise mean softmax cross-entropy + (mu / 2) ||W||^2 over W, without intercept."""
 
-    Attributes:
-        rows: (n, d) float64.
-        labels: (n,) int64 in [0, n_classes).
-        n_classes: Number of classes.
-        mu: Positive, lambda / n.
-    """
-
-    rows: Tensor
-    labels: Tensor
+    rows: Tensor  # (n, d) float64
+    labels: Tensor  # (n,) int64 in [0, n_classes)
     n_classes: int
-    mu: float
+    mu: float  # positive, lambda / n
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """Weights and what is proven of them.
+    """Weights and what is proven of them."""
 
-    Attributes:
-        weights: (n_classes, d).
-        objective: Value of the objective.
-        gap: Relative duality gap, an upper bound of (objective - minimum) / objective.
-    """
-
-    weights: Tensor
+    weights: Tensor  # (n_classes, d)
     objective: float
-    gap: float
+    gap: float  # relative duality gap, an upper bound of (objective - minimum) / objective
 
 
 def evaluate_objective(problem: CrossEntropyProblem, weights: Tensor) -> tuple[float, Tensor]:
