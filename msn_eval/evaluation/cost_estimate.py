@@ -116,11 +116,9 @@ def _time_image(plan: Plan, ready: Preparation, images: ImageSet) -> float | Non
     Patches that are dropped from labelled images are encoded here, which overestimates their time.
     """
     encoder, config = ready.encoder, plan.config
-    decoder = "pillow" if config.decoder == "pillow" else "torchvision"
-    every = PixelList(
-        source=images.source, image_ids=images.ids, transform=encoder.transform, hashes=None, decoder=decoder
-    )
-    sample = replace(every, image_ids=images.ids[:: max(1, len(images) // _SAMPLE)][:_SAMPLE])
+    ids, decoder = images.ids, "pillow" if config.decoder == "pillow" else "torchvision"
+    every = PixelList(source=images.source, image_ids=ids, transform=encoder.transform, hashes=None, decoder=decoder)
+    sample = replace(every, image_ids=ids[:: max(1, len(ids) // _SAMPLE)][:_SAMPLE])
     cuda, batch_size = encoder.device.type == "cuda", config.batch_images or choose_batch_size(encoder)
     workers = config.worker_count
     if workers is None:
