@@ -83,10 +83,8 @@ def inspect_images(
     """
     if workers is None:
         workers = 0 if len(images) < _FEW_IMAGES else min(_MOST_WORKERS, usable_cores())
-    if workers:
-        infos = _inspect_in_processes(split, images, workers)
-    else:
-        infos = (inspect_image(images.source, image_id) for image_id in images.ids)
+    here = (inspect_image(images.source, image_id) for image_id in images.ids)
+    infos = _inspect_in_processes(split, images, workers) if workers else here
     with contextlib.closing(infos):
         for done, info in enumerate(infos, start=1):
             if on_progress and (not workers or done % _IMAGES_PER_TASK == 0 or done == len(images)):
