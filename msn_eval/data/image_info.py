@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, TimeoutError
 from dataclasses import dataclass, replace
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from msn_eval.data.images import FORMATS, BadImageError, ImageSet, ImageSource, read_image
 from msn_eval.errors import ResourceError
@@ -23,7 +23,6 @@ _MOST_WORKERS = 16
 _IMAGES_PER_TASK = 64
 _TASK_SECONDS = 600.0
 _SHOWN = 5
-_ORIENTATION = 0x0112  # EXIF's tag
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +63,7 @@ def _inspect_header(content: bytes) -> ImageInfo:
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
             return info
         with contextlib.suppress(Exception):  # the parser raises errors without a common base on damaged blocks
-            orientation = image.getexif().get(_ORIENTATION, 1)
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     return replace(
         info,
         kind=f"{image.format} {image.mode}",

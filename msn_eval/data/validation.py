@@ -16,7 +16,6 @@ from msn_eval.errors import DataError
 from msn_eval.files.regular import MOST_TEXT_BYTES, read_regular_file
 
 Hashes = Mapping[str, str]  # SHA-256 by `split/CLASS/FILE`
-
 _IMAGENET_TRAIN_IMAGES = 1_281_167
 _MANIFEST_LINE = re.compile(rb"([0-9a-fA-F]{64}) [ *](?:\./)?(.+?)\r?")
 
