@@ -106,7 +106,10 @@ def _shared_parts(result: Result) -> dict[str, tuple[object, Callable[[], Any]]]
         "checkpoint": (result.checkpoint, lambda: asdict(result.checkpoint, dict_factory=omit_unset)),
         "setup": (
             (result.features, result.environment),
-            lambda: {"features": asdict(result.features), "environment": asdict(result.environment)},
+            lambda: {
+                "features": asdict(result.features, dict_factory=omit_unset),
+                "environment": asdict(result.environment),
+            },
         ),
         "extraction": (extraction, lambda: dict(zip(_EXTRACTION, extraction, strict=True))),
         "split": ((result.split, _has_draws(result)), lambda: asdict(result.split)),

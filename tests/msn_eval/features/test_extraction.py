@@ -222,7 +222,7 @@ def test_error_of_the_users_network_is_not_reported_as_one_of_the_workers() -> N
         def forward(self, images: Tensor) -> Tensor:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+    with pytest.raises(CheckpointError, match="mat1 and mat2"):
         extract_features(own(Broken()), greys(1, 2), taps=["out"], loading=Loading(workers=1))
 
 
