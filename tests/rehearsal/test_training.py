@@ -1,0 +1,158 @@
+"""Training on the simulated device: the losses and weights of a CPU, with few waits of the host per step."""
+
+import signal
+import statistics
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from msn_eval import evaluate
+from msn_eval.checkpoints.run_folder import newest_snapshot
+from msn_eval.distributed.group import Group
+from msn_eval.probes import linear_augmented
+from msn_eval.probes.finetune import train as finetuning
+from msn_eval.results.record import Result, read_predictions
+from msn_pretrain.config.load import read_recipe
+from msn_pretrain.training import train as training
+from msn_pretrain.training.journal import METRICS, read_metrics
+from msn_pretrain.training.snapshot import read_snapshot
+
+Simulate = Callable[[], Any]
+# Waits of the host per step, with the views or features of the step. Numbers may only go down.
+BUDGETS = {"msn": 140, "simsiam": 140, "finetune": 5, "linear-augmented": 17}
+RECIPES = {
+    "msn": """
+run: {seed: 3, log_every: 3, keep_every: 0, precision: fp32}
+data: {root: digits, workers: 0, limit: 2}
+views: {image_pixels: 16, focal_pixels: 8, focal_views: 2, focal_crop_scale: [0.2, 0.6], made: device}
+encoder: {name: "vit_tiny_patch16_224?img_size=16&patch_size=4&embed_dim=32&depth=1&num_heads=2"}
+head: {hidden: 32, output: 16}
+masking: {ratio: 0.3, per_image: true}
+criterion: {prototypes: 16}
+optimization: {epochs: 3, batch_size: 8, warmup: 1}
+ema: {start: 0.9}
+watch: {probe_every: 0}
+""",
+    "simsiam": """
+method: simsiam
+run: {seed: 3, log_every: 3, keep_every: 0, precision: fp32}
+data: {root: digits, workers: 0, limit: 2}
+views: {image_pixels: 16, random_views: 2, focal_views: 0, made: device}
+encoder: {name: "resnet18?channels=(8,8,8,8)", stem: cifar}
+projector: {layers: 2, output: 16, predictor: 8}
+optimization: {epochs: 3, batch_size: 8, warmup: 1}
+watch: {probe_every: 0}
+""",
+}
+PROBES: dict[str, tuple[ModuleType, dict[str, Any]]] = {
+    "finetune": (
+        finetuning,
+        {"finetune": {"epochs": 2, "batch": 8, "warmup_epochs": 1, "flip": 0.0, "mixup": 0.8, "head_lambda": 0.01}},
+    ),
+    "linear-augmented": (linear_augmented, {"linear_augmented": {"lr": [2.0, 8.0], "epochs": 2, "batch_size": 8}}),
+}
+
+
+def _train(name: str, folder: Path, device: str, *, code: int = 0) -> dict[str, torch.Tensor]:
+    """Train a recipe, and return the model of its newest snapshot."""
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(RECIPES[name])
+    recipe = read_recipe(folder / "recipe.yaml", overrides=[f"run.dir={folder / 'run'}"])
+    assert training.train(recipe, Group(rank=0, world=1, device=torch.device(device))) == code
+    files, _ = newest_snapshot(folder / "run")
+    assert files is not None
+    return dict(read_snapshot(files).model)
+
+
+def _note_waits(device: Any, module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that will hold the total of waits at each call of a function."""
+    totals: list[int] = []
+    function = getattr(module, name)
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        totals.append(device.waits.total())
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(module, name, noting)
+    return totals
+
+
+def _stop_at(step: int, compute: Callable[..., Any]) -> Callable[..., Any]:
+    def stop(session: Any, batch: Any, settings: Any) -> Any:
+        if batch.batch.step == step:
+            signal.raise_signal(signal.SIGTERM)
+        return compute(session, batch, settings)
+
+    return stop
+
+
+def _leave_out(device: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function whose waits do not count."""
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        before = device.waits.copy()
+        function(*arguments, **options)
+        device.waits = before
+
+    return run
+
+
+def _typical_step(totals: list[int]) -> float:
+    return statistics.median(later - earlier for earlier, later in pairwise(totals))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_pretraining_has_the_losses_and_weights_of_a_cpu(
+    simulate_cuda: Simulate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """The run on the device is stopped and continues from its snapshot."""
+    expected = _train(name, tmp_path / "cpu", "cpu")
+
+    with simulate_cuda() as device:
+        totals = _note_waits(device, training, "compute", monkeypatch)
+        monkeypatch.setattr(training, "_save", _leave_out(device, training._save))
+        with monkeypatch.context() as patched:
+            patched.setattr(training, "compute", _stop_at(2, training.compute))
+            _train(name, tmp_path / "cuda", "cuda:0", code=75)
+        weights = _train(name, tmp_path / "cuda", "cuda:0")
+
+    device.check_budget(name, BUDGETS, _typical_step(totals))
+    here, there = (
+        [(line["loss"], line["gradient_norm"]) for line in read_metrics(tmp_path / place / "run" / METRICS)]
+        for place in ("cuda", "cpu")
+    )
+    assert len(here) == 2
+    assert here == [pytest.approx(line, rel=1e-3) for line in there]
+    flat, other = (torch.cat([model[key].double().flatten() for key in expected]) for model in (weights, expected))
+    assert float((flat - other).norm() / other.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_probes_that_train_have_the_predictions_of_a_cpu(
+    simulate_cuda: Simulate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    module, options = PROBES[name]
+
+    def run(device: str) -> list[Result]:
+        return evaluate(
+            ["random:vit_tiny_patch16_224?img_size=16&patch_size=4&embed_dim=32&depth=2&num_heads=2"], data="digits",
+            subsets=["2imgs@1"], probes=[name], out=tmp_path / device, device=device, precision="fp32", no_cache=True,
+            limit=4, **options,
+        )  # fmt: skip
+
+    expected = run("cpu")
+    with simulate_cuda() as device:
+        totals = _note_waits(device, module, "take_step", monkeypatch)
+        results = run("cuda")
+
+    device.check_budget(name, BUDGETS, _typical_step(totals))
+    assert [item.status for item in results] == ["ok"] * len(expected)
+    for item, other in zip(results, expected, strict=True):
+        assert item.probe.objective == pytest.approx(other.probe.objective, rel=1e-4)
+        scores = [read_predictions(tmp_path / place / str(item.predictions)) for place in ("cuda", "cpu")]
+        assert (scores[0].prediction == scores[1].prediction).mean() > 0.95
