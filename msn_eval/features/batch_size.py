@@ -1,6 +1,7 @@
 """Batch size of an encoder, reduced when memory runs out. It changes speed, and numbers by rounding at most."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,6 +13,7 @@ from msn_eval.features.encoder import Encoder
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|\bout of memory\b|_ALLOC(ATION)?_FAILED\b")
 OUT_OF_MEMORY_ERRORS = (torch.OutOfMemoryError, MemoryError, RuntimeError)  # what to catch; then ask `is_out_of_memory`
 
 
@@ -73,5 +75,11 @@ def run_with_oom_backoff(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means out-of-memory. For host memory torch raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether an error means out-of-memory.
+
+    torch raises a plain RuntimeError for memory of the host and of the CUDA libraries, and AcceleratorError or an error of NCCL
+    for memory that the driver refuses.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed import DistBackendError
 
 from msn_eval import load_encoder
 from msn_eval.errors import ResourceError
@@ -71,3 +72,24 @@ def test_out_of_memory_is_distinguished_from_other_errors_of_torch(fail: Callabl
         fail()
 
     assert is_out_of_memory(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"), True),
+        (DistBackendError("NCCL error: unhandled cuda error\nLast error: Cuda failure 2 'out of memory'"), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False),
+        (RuntimeError("DataLoader worker is killed by signal: Bus error. Workers may be out of shared memory"), False),
+        (DistBackendError("NCCL error: remote process exited or there was a network error"), False),
+    ],
+)
+def test_every_kind_of_gpu_out_of_memory_is_recognised(error: RuntimeError, expected: bool) -> None:
+    assert isinstance(error, OUT_OF_MEMORY_ERRORS)
+    assert is_out_of_memory(error) == expected
