@@ -130,7 +130,8 @@ def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
 
     Args:
         name: Name of the device.
-        local_rank: Number of this rank on its machine; `auto` and `cuda` then mean the GPU of that number. None for one rank.
+        local_rank: Number of this rank on its machine; `auto` and `cuda` then mean the GPU of that number, or the only GPU where
+            the launcher shows each rank its own. None for one rank.
 
     Raises:
         UsageError: The device does not exist.
@@ -138,7 +139,7 @@ def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and local_rank is not None:
-        name = f"cuda:{local_rank}"
+        name = f"cuda:{local_rank if torch.cuda.device_count() != 1 else 0}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UsageError(f"--device {name} is not a device", hint="Use auto, cpu, cuda or cuda:N.")
     device = torch.device(name)

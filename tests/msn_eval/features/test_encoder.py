@@ -742,6 +742,13 @@ def test_rank_gets_the_gpu_of_its_number_by_default(
     assert str(choose_device(name, local_rank=rank)) == device
 
 
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_rank_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert str(choose_device(name, local_rank=3)) == "cuda:0"
+
+
 def test_rank_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
