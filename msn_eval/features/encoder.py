@@ -5,9 +5,9 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, cast
 
 import torch
@@ -451,14 +451,29 @@ def _token_taps(encoder: Encoder, images: Tensor, taps: Sequence[str]) -> dict[s
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Disable TF32 and bf16 in float32 matrix products and convolutions inside the block."""
-    cuda = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    settings = (*cuda, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
+    """Disable TF32 and bf16 in float32 matrix products and convolutions inside the block.
+
+    torch has two sets of these settings. It raises wherever it reads an older one that contradicts the newer ones, as in
+    torch.compile and `torch.backends.cudnn.flags`, so both are set. An older one that
+    raises before the block is not restored.
+    """
+    backends = torch.backends
+    modules = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)  # type: ignore[attr-defined]
+    settings = (*modules, backends.mkldnn.matmul, backends.mkldnn.conv)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
+    restore: list[Callable[[], None]] = []
+    with contextlib.suppress(RuntimeError):
+        restore.append(partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
+    with contextlib.suppress(RuntimeError):
+        restore.append(partial(setattr, backends.cudnn, "allow_tf32", backends.cudnn.allow_tf32))
+    torch.set_float32_matmul_precision("highest")
+    backends.cudnn.allow_tf32 = False
     for setting in settings:
         setting.fp32_precision = "ieee"
     try:
         yield
     finally:
+        for put_back in restore:
+            put_back()
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value

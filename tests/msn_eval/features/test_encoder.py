@@ -659,7 +659,10 @@ def float32_settings() -> Iterator[tuple[object, object]]:
     """Return torch's settings of float32 products and convolutions on CUDA, put back afterwards."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [setting.fp32_precision for setting in settings]
+    precision, allowed = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield settings
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = allowed
     for setting, value in zip(settings, before, strict=True):
         setting.fp32_precision = value
 
@@ -674,6 +677,26 @@ def test_exact_float32_applies_inside_the_block_and_is_restored(
         assert [setting.fp32_precision for setting in float32_settings] == ["ieee", "ieee"]
         raise KeyError
     assert [setting.fp32_precision for setting in float32_settings] == [value, value]
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_older_settings_can_be_read_inside_exact_float32_and_are_restored(
+    float32_settings: tuple[nn.Module, ...], allowed: bool
+) -> None:
+    def read_older() -> tuple[object, ...]:
+        with torch.backends.cudnn.flags(enabled=True):
+            pass
+        precision = torch.get_float32_matmul_precision()
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, precision
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    before = read_older()
+
+    with exact_float32():
+        inside = read_older()
+
+    assert inside == (False, False, "highest")
+    assert read_older() == before == (allowed, allowed, "high" if allowed else "highest")
 
 
 def test_encoding_leaves_the_older_settings_readable(
