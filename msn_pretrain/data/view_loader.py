@@ -109,7 +109,8 @@ def _item_bytes(view_list: ViewList) -> int:
     return sum(3 * kind.count * kind.pixels**2 for kind in view_list.kinds)
 
 
-# The views of each kind (or the images, if views are made on the device), and an error.
+# The views of each kind, and an error. If views are made on the device: all images in one buffer, since each tensor that a
+# worker sends takes a file descriptor, and their sizes.
 _Prepared = tuple[Batch, list[Tensor], str | None]
 
 
@@ -136,7 +137,8 @@ def _prepare(view_list: ViewList, batch: Batch) -> _Prepared:
     except DataError as error:  # our exceptions cannot be pickled out of a worker
         return batch, [], str(error)
     if view_list.batched:
-        return batch, images, None
+        sizes = torch.tensor([image.shape[1:] for image in images])
+        return batch, [torch.cat([image.flatten() for image in images]), sizes], None
     return batch, [make_views(images, parameters, kind) for kind, parameters in _draw(view_list, images, batch)], None
 
 
@@ -167,9 +169,14 @@ def _move_to_device(view_list: ViewList, item: _Prepared) -> ViewBatch:
     batch, made, problem = item
     if problem is not None:
         raise DataError(problem)
-    views = [tensor.to(view_list.device, non_blocking=True) for tensor in made]
+    device = view_list.device
     if view_list.batched:
-        views = [make_batched_views(views, parameters, kind) for kind, parameters in _draw(view_list, views, batch)]
+        pixels, sizes = made[0].to(device, non_blocking=True), made[1].tolist()
+        flat = pixels.split([3 * height * width for height, width in sizes])
+        images = [image.view(3, *size) for image, size in zip(flat, sizes, strict=True)]
+        views = [make_batched_views(images, parameters, kind) for kind, parameters in _draw(view_list, images, batch)]
+    else:
+        views = [tensor.to(device, non_blocking=True) for tensor in made]
     return ViewBatch(batch=batch, views=tuple(views))
 
 
@@ -191,5 +198,5 @@ def normalise(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
     Returns:
         (n, 3, pixels, pixels) float32.
     """
-    shift, scale = (torch.tensor(values, device=views.device).view(1, 3, 1, 1) for values in (mean, std))
+    shift, scale = (torch.tensor([mean, std]).to(views.device, non_blocking=True).view(2, 1, 3, 1, 1)).unbind()
     return (views.float() / 255 - shift) / scale

@@ -1,3 +1,4 @@
+import resource
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,18 @@ def test_normalised_views_have_the_statistics_that_they_are_to_have() -> None:
 
     assert values.dtype == torch.float32
     assert values.abs().max() < 0.01
+
+
+@pytest.mark.timeout(100)  # workers that cannot send an image may hang
+def test_images_of_a_large_batch_take_few_file_descriptors(digits: ImageSet) -> None:
+    wanted = ViewList(images=digits, kinds=_KINDS, seed=2, batched=True, device=torch.device("cpu"))
+    order = Order(n_images=len(digits), batch_size=len(digits), seed=2)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 40, limits[1]))
+    try:
+        batches = list(load_views(wanted, order, first_step=0, steps=4, workers=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    assert len(batches) == 4
