@@ -4,7 +4,7 @@ This is faster than loader workers on a GPU, and for small images on a CPU too. 
 from 0 to 255 after each step, so both implementations agree except for the rounding of the resize.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,14 +12,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
+from msn_eval.errors import ResourceError
+from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_pretrain.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewKind, ViewParameters, blur_radius
 
 _LUMA = (0.2989, 0.587, 0.114)
 _TO_LEVELS = 255 + 1.0 - 1e-3  # torchvision's factor from [0, 1] to whole levels by truncation
 
+_MOST_BYTES = 1 << 28  # of images or views as float32 that are processed at once; temporaries are a few times as large
+_Change = Callable[[Tensor, Tensor], Tensor]
+
 
 def make_batched_views(images: Sequence[Tensor], parameters: ViewParameters, kind: ViewKind) -> Tensor:
     """Make all views of one kind of some images.
+
+    Memory is bounded: large images are resized a few at a time, and half as many on out-of-memory.
 
     Args:
         images: b images of (3, height, width) uint8, on one device.
@@ -28,14 +35,66 @@ def make_batched_views(images: Sequence[Tensor], parameters: ViewParameters, kin
 
     Returns:
         (count * b, 3, pixels, pixels) uint8 on that device, view-major.
+
+    Raises:
+        ResourceError: One image does not fit into memory.
     """
-    device = images[0].device
-    padded = _pad_to_largest(images)
-    made = []
-    for view in range(kind.count):
-        own = parameters.rows(slice(view * len(images), (view + 1) * len(images)))
-        made.append(_apply_changes(_resize(padded, own.boxes, kind), own, device).to(torch.uint8))
-    return torch.cat(made)
+    device, b = images[0].device, len(images)
+    boxes = torch.from_numpy(parameters.boxes).to(device, non_blocking=True).view(kind.count, b, 4)
+    views = torch.empty(kind.count, b, 3, kind.pixels, kind.pixels, dtype=torch.uint8, device=device)
+
+    def resize(rows: Sequence[int]) -> None:
+        padded = _pad_to_largest([images[row] for row in rows])
+        index = torch.tensor(rows).to(device, non_blocking=True)
+        for view, own in zip(views, boxes, strict=True):
+            view[index] = _resize(padded, own[index], kind).to(torch.uint8)
+
+    def change(rows: Sequence[int]) -> None:
+        own = slice(rows[0], rows[-1] + 1)
+        flat[own] = _apply_changes(flat[own].float(), parameters.rows(own)).to(torch.uint8)
+
+    for rows in _group_by_size([image.shape[1:] for image in images]):
+        _halve_on_out_of_memory(resize, rows)
+    flat = views.view(-1, 3, kind.pixels, kind.pixels)
+    most = max(1, _MOST_BYTES // (12 * kind.pixels**2))
+    for first in range(0, len(flat), most):
+        _halve_on_out_of_memory(change, range(first, min(first + most, len(flat))))
+    return flat
+
+
+def _group_by_size(sizes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the numbers of the images in groups that are within _MOST_BYTES as float32, padded to the largest of the group."""
+    if len(set(map(tuple, sizes))) == 1:
+        most = max(1, _MOST_BYTES // (12 * sizes[0][0] * sizes[0][1]))
+        return [list(range(first, min(first + most, len(sizes)))) for first in range(0, len(sizes), most)]
+    groups: list[list[int]] = [[]]
+    height = width = 0
+    for row in sorted(range(len(sizes)), key=lambda row: (sizes[row][0] * sizes[row][1], row)):
+        height, width = max(height, sizes[row][0]), max(width, sizes[row][1])
+        if groups[-1] and 12 * height * width * (len(groups[-1]) + 1) > _MOST_BYTES:
+            groups.append([])
+            height, width = sizes[row]
+        groups[-1].append(row)
+    return groups
+
+
+def _halve_on_out_of_memory(run: Callable[[Sequence[int]], None], rows: Sequence[int]) -> None:
+    """Call a function with some rows; on out-of-memory, with each half of them."""
+    try:
+        return run(rows)
+    except OUT_OF_MEMORY_ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+    # Outside of the except block, which would keep the failed attempt's tensors alive.
+    if len(rows) == 1:
+        raise ResourceError(
+            f"the views of one image do not fit into memory: {reason}",
+            hint="Make them in the loader (views.made=loader), or use a smaller optimization.batch_size.",
+        )
+    middle = len(rows) // 2
+    _halve_on_out_of_memory(run, rows[:middle])
+    return _halve_on_out_of_memory(run, rows[middle:])
 
 
 def _pad_to_largest(images: Sequence[Tensor]) -> Tensor:
@@ -49,9 +108,8 @@ def _pad_to_largest(images: Sequence[Tensor]) -> Tensor:
     return padded
 
 
-def _resize(images: Tensor, boxes: NDArray[np.int64], kind: ViewKind) -> Tensor:
+def _resize(images: Tensor, box: Tensor, kind: ViewKind) -> Tensor:
     """Crop and resize with antialiasing: two products with each view's own weights, each rounded to whole levels."""
-    box = torch.from_numpy(boxes).to(images.device)
     down = _resizing_weights(box[:, 0], box[:, 2], images.shape[2], kind)
     across = _resizing_weights(box[:, 1], box[:, 3], images.shape[3], kind)
     narrow = (images @ across.transpose(1, 2)[:, None] + 0.5).floor_().clamp_(0, 255)  # (b, 3, H, pixels)
@@ -81,35 +139,34 @@ def _cubic(distance: Tensor) -> Tensor:
     return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
 
 
-def _apply_changes(views: Tensor, own: ViewParameters, device: torch.device) -> Tensor:
+def _apply_changes(views: Tensor, own: ViewParameters) -> Tensor:
     """Flip, jitter, grey and blur the views whose parameters say so, in place."""
-    if own.flipped.any():
-        rows = _rows(own.flipped, device)
-        views[rows] = views[rows].flip(3)
+    adjustments = ((BRIGHTNESS, _adjust_brightness), (CONTRAST, _adjust_contrast))
+    adjustments += ((SATURATION, _adjust_saturation), (HUE, _adjust_hue))
+    changes: list[tuple[_Change, NDArray[np.bool_], NDArray[np.float64]]] = [(_flip, own.flipped, own.sigmas)]
     for position in range(own.order.shape[1]):
-        for which, adjust in (
-            (BRIGHTNESS, _adjust_brightness),
-            (CONTRAST, _adjust_contrast),
-            (SATURATION, _adjust_saturation),
-            (HUE, _adjust_hue),
-        ):
-            chosen = own.jittered & (own.order[:, position] == which)
-            if chosen.any():
-                rows = _rows(chosen, device)
-                factors = torch.from_numpy(own.factors[chosen, which]).float().to(device)
-                views[rows] = adjust(views[rows], factors[:, None, None, None])
-    if own.greyed.any():
-        rows = _rows(own.greyed, device)
-        views[rows] = _grey(views[rows]).expand(-1, 3, -1, -1)
-    blurred = own.sigmas > 0
-    if blurred.any():
-        rows = _rows(blurred, device)
-        views[rows] = _blur(views[rows], torch.from_numpy(own.sigmas[blurred]).float().to(device))
+        for which, adjust in adjustments:
+            changes.append((adjust, own.jittered & (own.order[:, position] == which), own.factors[:, which]))
+    changes += [(_turn_grey, own.greyed, own.sigmas), (_blur, own.sigmas > 0, own.sigmas)]
+    wanted = [(change, np.flatnonzero(chosen), amounts[chosen]) for change, chosen, amounts in changes if chosen.any()]
+    if not wanted:
+        return views
+    # All numbers in one copy: each copy of its own would make the host wait for the device.
+    numbers = torch.from_numpy(np.concatenate([values for _, rows, amounts in wanted for values in (rows, amounts)]))
+    lengths = [len(values) for _, rows, amounts in wanted for values in (rows, amounts)]
+    parts = iter(numbers.to(views.device, non_blocking=True).split(lengths))
+    for change, _, _ in wanted:
+        rows, amounts = next(parts).long(), next(parts).float()
+        views[rows] = change(views[rows], amounts)
     return views
 
 
-def _rows(chosen: NDArray[np.bool_], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.flatnonzero(chosen)).to(device)
+def _flip(views: Tensor, unused: Tensor) -> Tensor:
+    return views.flip(3)
+
+
+def _turn_grey(views: Tensor, unused: Tensor) -> Tensor:
+    return _grey(views).expand(-1, 3, -1, -1)
 
 
 def _round_down(values: Tensor) -> Tensor:
@@ -122,14 +179,17 @@ def _grey(views: Tensor) -> Tensor:
 
 
 def _adjust_brightness(views: Tensor, factors: Tensor) -> Tensor:
+    factors = factors[:, None, None, None]
     return _round_down(views * factors)
 
 
 def _adjust_contrast(views: Tensor, factors: Tensor) -> Tensor:
+    factors = factors[:, None, None, None]
     return _round_down(views * factors + _grey(views).mean(dim=(1, 2, 3), keepdim=True) * (1 - factors))
 
 
 def _adjust_saturation(views: Tensor, factors: Tensor) -> Tensor:
+    factors = factors[:, None, None, None]
     return _round_down(views * factors + _grey(views) * (1 - factors))
 
 
@@ -146,7 +206,7 @@ def _adjust_hue(views: Tensor, shifts: Tensor) -> Tensor:
         torch.where(most == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     saturation = spread / torch.where(most == 0, 1.0, most)
-    turned = (hue / 6 + shifts[:, 0]).remainder_(1.0) * 6
+    turned = (hue / 6 + shifts[:, None, None]).remainder_(1.0) * 6
     # Each channel depends on its distance to the hue: 0 within one sixth of the circle, 1 from two sixths on.
     channels = []
     for offset in (5.0, 3.0, 1.0):
