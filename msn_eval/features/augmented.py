@@ -113,7 +113,7 @@ def _encode_step(
         features = torch.cat(passes)  # outside of inference mode, so that gradients can use it
         image_ids = [images.images.ids[index] for index in indices.tolist()]
         check_finite({images.tap: features}, image_ids, images.encoder)
-        yield features, labels[indices].to(images.encoder.device)
+        yield features, labels[indices].to(images.encoder.device, non_blocking=True)
 
 
 def _rebatch(batches: Iterator[PixelBatch], images: AugmentedImages, sizes: Iterator[int]) -> Iterator[Tensor]:

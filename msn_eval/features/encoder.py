@@ -382,8 +382,11 @@ def normalise_pixels(pixels: Tensor, encoder: Encoder) -> Tensor:
     Returns:
         (b, 3, S, S) in the network's dtype.
     """
-    mean = torch.tensor(encoder.transform.mean, device=pixels.device)
-    std = torch.tensor(encoder.transform.std, device=pixels.device)
+    # Without non_blocking the host would wait for all work that is queued on the device.
+    mean, std = (
+        torch.tensor(values).to(pixels.device, non_blocking=True)
+        for values in (encoder.transform.mean, encoder.transform.std)
+    )
     scaled = (pixels.float() / 255 - mean) / std
     images = scaled.permute(0, 3, 1, 2)  # channels-last in memory
     if not _is_convolutional(encoder.checkpoint, encoder.network):

@@ -521,13 +521,13 @@ def _encode_images(
     batches = load_pixels(pixel_list, batch_size=job.batch_size, workers=workers, pinned=cuda)
     place = job.images.source.place
     done = 0
-    on_device: tuple[int, dict[str, Tensor]] | None = None  # encoded while the next batch is decoded
+    in_flight: tuple[int, dict[str, Tensor], torch.cuda.Event | None] | None = None  # the batch before, see below
     while True:
         requested = time.perf_counter()
         batch = next(batches, None)
         arrived = time.perf_counter()
         timing.waiting += arrived - requested
-        previous, on_device = on_device, None
+        previous, in_flight = in_flight, None
         if batch is not None:
             failures += [f"{place(image_id)}: {reason}" for image_id, reason in batch.failures]
             if not failures:
@@ -535,13 +535,14 @@ def _encode_images(
                 features, refused = _encode_batch(job, batch.pixels, kept)
                 failures += [f"{place(pixel_list.image_ids[done + row])}: {reason}" for row, reason in refused]
                 # Rows that the device's decoder refused were encoded as black images and must not be cached.
-                on_device = None if refused else (done, features)
+                in_flight = None if refused else (done, *_start_fetching(features))
             done += len(batch.pixels)
             if on_progress is not None:
                 on_progress(done, len(rows))
         if previous is not None:
-            first, device_features = previous
-            values = {tap: tensor.cpu() for tap, tensor in device_features.items()}
+            first, values, fetched = previous
+            if fetched is not None:
+                fetched.synchronize()  # waits for the previous batch only: the device already works on this one
             if first == 0:
                 _check_memory(job, values)
             check_finite(values, pixel_list.image_ids[first:], encoder)
@@ -551,6 +552,16 @@ def _encode_images(
             timing.encoding += time.perf_counter() - arrived
         if batch is None:
             return
+
+
+def _start_fetching(features: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    """Queue copies to page-locked host memory; they are complete once the event is, which is None for tensors of the host."""
+    values = {tap: rows.to("cpu", non_blocking=True) for tap, rows in features.items()}
+    if not any(rows.is_cuda for rows in features.values()):
+        return values, None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return values, event
 
 
 def _encode_batch(
@@ -602,7 +613,7 @@ def check_finite(values: Mapping[str, Tensor], image_ids: Sequence[str], encoder
         encoder: The encoder that computed them.
     """
     for tap, rows in values.items():
-        bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        bad = (~rows.isfinite().all(dim=1)).cpu().nonzero().flatten().tolist()
         if bad:
             names = ", ".join(image_ids[row] for row in bad[:_SHOWN])
             raise NumericalError(

@@ -234,7 +234,7 @@ def train_grid(
     steps, step = epochs * -(-n // batch_size), 0
     losses = torch.zeros(t, h, dtype=torch.float64, device=first.device)
     for epoch in range(epochs):
-        order = torch.randperm(n, generator=generator).to(labels.device)
+        order = torch.randperm(n, generator=generator).to(labels.device, non_blocking=True)
         for indices in torch.split(order, batch_size):
             batch, b = take(indices), len(indices)
             logits = scores[: t * b * h * n_classes].view(t, b, h * n_classes)

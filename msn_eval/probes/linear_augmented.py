@@ -198,15 +198,16 @@ def take_step(
                 sums[index] += loss.detach()
     except NumericalError as error:  # raised only after the sum, which the other ranks wait for
         fault = error
-    sums[-2], sums[-1] = float(fault is not None), float(stop.number is not None)
+    flags = [float(fault is not None), float(stop.number is not None)]
+    sums[-2], sums[-1] = flags
     gradients = [weight.grad for rate in rates for weight in weights[rate] if weight.grad is not None]
     all_reduce_tensors(group, [*gradients, sums])
-    if sums[-2] > 0:
+    failed, stopped = sums[-2:].tolist() if group.world > 1 else flags
+    if failed:
         raise fault or NumericalError("features of another rank's augmented images are not finite")
-    if sums[-1] > 0:
+    if stopped:
         return False
-    for index, rate in enumerate(rates):
-        training.losses[rate] += float(sums[index])
+    for rate in rates:
         optimizer, current_rate = training.optimizers[rate], rate * rate_factor
         for parameters in optimizer.param_groups:
             parameters["weight_decay"] = current_rate * parameters["decay"]
@@ -214,7 +215,12 @@ def take_step(
             assert weight.grad is not None
             weight.grad.mul_(current_rate)
         optimizer.step()
-        if not all(bool(weight.isfinite().all()) for weight in weights[rate]):
+    finite = [torch.stack([weight.isfinite().all() for weight in weights[rate]]).all() for rate in rates]
+    # The only wait for the device in a step, on one rank.
+    losses, are_finite = torch.stack([sums[:-2], torch.stack(finite).to(sums.dtype)]).tolist()
+    for rate, loss, is_finite in zip(rates, losses, are_finite, strict=True):
+        training.losses[rate] += loss
+        if not is_finite:
             _log.warning("linear-augmented: learning rate %g diverged at step %d and is left out", rate, training.step)
             training.diverged_at[rate] = training.step
             del training.heads[rate], training.optimizers[rate]

@@ -86,7 +86,7 @@ def msn_loss(
             [
                 -(assignments.to(log_by_view.dtype) * log_by_view).sum(),
                 -(log_predicted.exp() * log_predicted).sum(),
-                log_predicted.new_tensor(float(len(anchors))),
+                log_predicted.new_full((), float(len(anchors))),
             ]
         )
         cross_entropy, entropy, n_rows = all_reduce_sum(sums)
@@ -143,7 +143,7 @@ def simsiam_loss(p1: Tensor, z2: Tensor, p2: Tensor, z1: Tensor) -> Tensor:
         p1, z2, p2, z1 = (_to_float(tensor) for tensor in (p1, z2, p2, z1))
         first = functional.cosine_similarity(p1, z2.detach(), dim=1)
         second = functional.cosine_similarity(p2, z1.detach(), dim=1)
-        sums = torch.stack([first.sum() + second.sum(), first.new_tensor(2.0 * len(first))])
+        sums = torch.stack([first.sum() + second.sum(), first.new_full((), 2.0 * len(first))])
         cosines, count = all_reduce_sum(sums)
     return cast(Tensor, -cosines / count.detach())
 

@@ -219,7 +219,7 @@ def compute(session: Session, batch: ViewBatch, settings: StepSettings) -> tuple
     step = compute_gradients(
         model,
         views,
-        None if kept is None else _own_rows(kept, ranks, images).to(ranks.device),
+        None if kept is None else _own_rows(kept, ranks, images).to(ranks.device, non_blocking=True),
         sharpening=settings.sharpening,
         micro_batch=recipe.run.micro_batch,
         autocast=autocast_of(recipe, ranks.device),
@@ -232,8 +232,10 @@ def compute(session: Session, batch: ViewBatch, settings: StepSettings) -> tuple
     rest = gradient_norm([parameter for parameter in parameters if id(parameter) not in clipped_ids])
     if recipe.optimization.clip:
         torch.nn.utils.clip_grads_with_norm_(clipped, recipe.optimization.clip, norm)
-    finite = bool(torch.stack([step.total.detach(), norm, rest.to(norm.device)]).isfinite().all())
-    return step, {"gradient_norm": float(norm), "prototype_gradient_norm": float(rest)}, finite
+    # The only wait for the device in a step.
+    numbers = torch.stack([step.total.detach(), norm, rest.to(norm.device, non_blocking=True)]).tolist()
+    norms = {"gradient_norm": numbers[1], "prototype_gradient_norm": numbers[2]}
+    return step, norms, all(map(math.isfinite, numbers))
 
 
 def _own_rows(kept: Tensor, ranks: Group, images: int) -> Tensor:

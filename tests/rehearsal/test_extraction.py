@@ -17,7 +17,7 @@ TRANSFORMER = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&embed_dim=48
 SMALL = TRANSFORMER.replace("depth=4", "depth=1")
 CONVOLUTIONS = "random:resnet10t"
 # Waits of the host per batch. Numbers may only go down.
-BUDGETS = {"encode": 2, "extraction": 5, "extraction through the cache": 5}
+BUDGETS = {"encode": 0, "extraction": 0, "extraction through the cache": 0}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

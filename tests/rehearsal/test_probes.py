@@ -37,7 +37,7 @@ BUDGETS = {
     "Newton in chunks": 4.7,
     "lambda auto": 6.9,
     "k-NN": 18,
-    "linear grid": 25,
+    "linear grid": 19,
     "ridge": 14,
     "ncm": 6,
     "neighbours": 14,

@@ -254,12 +254,12 @@ def take_step(training: Training, pixels: Tensor, stop: StopRequest) -> bool:
         if weight.grad is None:  # this rank has no images in this step
             weight.grad = torch.zeros_like(weight)
     gradients = [weight.grad for weight in weights if weight.grad is not None]
-    sums = torch.stack([loss, loss.new_tensor(float(stop.number is not None))])
+    sums = torch.stack([loss, loss.new_full((), float(stop.number is not None))])
     all_reduce_tensors(training.group, [*gradients, sums])
     norm = torch.nn.utils.get_total_norm(gradients)
-    total, stops = sums.tolist()
-    if not (math.isfinite(total) and bool(norm.isfinite())):
-        raise _make_error(training, total, float(norm))
+    total, stops, length = torch.cat([sums, norm[None]]).tolist()  # the only wait for the device in a step
+    if not (math.isfinite(total) and math.isfinite(length)):
+        raise _make_error(training, total, length)
     if training.probe.recipe.clip:
         torch.nn.utils.clip_grads_with_norm_(weights, training.probe.recipe.clip, norm)
     training.optimizer.step()
@@ -310,9 +310,12 @@ def _accumulate(training: Training, pixels: Tensor) -> Tensor:
     for first in range(0, len(rows), training.micro_batch):
         own = slice(first, min(first + training.micro_batch, len(rows)))
         images, targets = mix(
-            pixels[own].to(device, model.head.weight.dtype, copy=True, non_blocking=True), labels[own].to(device), step
+            pixels[own].to(device, model.head.weight.dtype, copy=True, non_blocking=True),
+            labels[own].to(device, non_blocking=True),
+            step,
         )
-        with _set_path_draws(model, draws[rows.start + own.start : rows.start + own.stop].to(device)):
+        own_draws = draws[rows.start + own.start : rows.start + own.stop].to(device, non_blocking=True)
+        with _set_path_draws(model, own_draws):
             logits = compute_logits(model, images, training.precision)
             loss = cross_entropy(logits, targets) * (len(images) / order.batch)
             loss.backward()
