@@ -8,11 +8,11 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,6 +129,15 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return the fields without cached properties, ids as one string: ranks and workers receive a million of them."""
+        state: dict[str, object] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return state | {"ids": "\0".join(self.ids), "labels": np.array(self.labels, dtype=np.int64)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        ids = tuple(state["ids"].split("\0")) if len(state["labels"]) else ()
+        self.__dict__.update(state, ids=ids, labels=tuple(state["labels"].tolist()))
 
     @cached_property
     def position(self) -> dict[str, int]:

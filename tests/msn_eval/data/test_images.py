@@ -1,5 +1,6 @@
 import gzip
 import io
+import pickle
 import struct
 import tarfile
 import warnings
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
+from msn_eval.data import read_split
 from msn_eval.data.folder import FolderSource
 from msn_eval.data.images import (
     BadImageError,
@@ -211,3 +213,18 @@ def palette_image() -> Image.Image:
 )
 def test_modes_are_converted_to_rgb(image: Image.Image, options: dict[str, object], colour: tuple[int, ...]) -> None:
     assert tuple(pixels_of(encoded(image, "PNG", **options))[0, 0]) == colour
+
+
+@pytest.mark.parametrize("ids", [(), ("a/1.png",), ("a/1.png", "a/\udcff\u00e9.png", "b/2 \n.png")])
+def test_pickled_set_is_the_same_without_what_it_cached(ids: tuple[str, ...]) -> None:
+    source = read_split("digits", "train").source
+    images = ImageSet(ids=ids, labels=tuple(range(len(ids))), classes=("a", "b", "c"), source=source, passed_over=2)
+    before = len(pickle.dumps(images))
+    assert images.position.keys() == set(ids)
+
+    content = pickle.dumps(images)
+
+    assert len(content) == before
+    copied = pickle.loads(content)
+    assert (copied.ids, copied.labels, copied.classes, copied.passed_over) == (ids, images.labels, images.classes, 2)
+    assert all(type(label) is int for label in copied.labels)
