@@ -60,6 +60,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cores_per_rank() -> int:
+    """Return the number of cores for this process, if its machine runs several ranks that may use the same ones."""
+    return max(1, usable_cores() // _local_ranks())
+
+
+def _local_ranks() -> int:
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun and our own launcher
+    return max(1, int(ranks)) if ranks.isdecimal() else 1
+
+
 def affordable_workers(wanted: int, *, batch_bytes: int) -> int:
     """Return how many of `wanted` loader processes fit into shared memory, through which they send their batches.
 
@@ -71,7 +81,7 @@ def affordable_workers(wanted: int, *, batch_bytes: int) -> int:
     except OSError:  # a system without it shares memory in another way
         return wanted
     free = 0 if status.f_flag & os.ST_RDONLY else status.f_bavail * status.f_frsize
-    needed = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * (_LOCK_BYTES + 3 * batch_bytes)
+    needed = _local_ranks() * (_LOCK_BYTES + 3 * batch_bytes)
     affordable = min(wanted, free // needed)
     if affordable < wanted:
         text = "%s has room for %d loader processes instead of %d: %s of %s bytes are free for each"

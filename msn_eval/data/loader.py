@@ -33,7 +33,7 @@ from msn_eval.data.images import (
     resize_and_crop,
 )
 from msn_eval.errors import ResourceError
-from msn_eval.process import affordable_workers, usable_cores
+from msn_eval.process import affordable_workers, cores_per_rank
 
 _log = logging.getLogger(__name__)
 _MOST_WORKERS = 16
@@ -83,12 +83,12 @@ class PixelBatch(NamedTuple):
 def automatic_workers(images: PixelList, *, batch_size: int, cuda: bool) -> int:
     """Return the number of decoding processes.
 
-    It is one per core beside a GPU; none for few or embedded images, nor on a CPU, where they would compete with the encoder's
+    It is one per core of this rank beside a GPU; none for few or embedded images, nor on a CPU, where they would compete with the encoder's
     threads.
     """
     if not cuda or len(images) < _FEW_IMAGES or images.source.root is None:
         return 0
-    return affordable_workers(min(_MOST_WORKERS, usable_cores()), batch_bytes=_batch_bytes(images, batch_size))
+    return affordable_workers(min(_MOST_WORKERS, cores_per_rank()), batch_bytes=_batch_bytes(images, batch_size))
 
 
 def _batch_bytes(images: PixelList, batch_size: int) -> int:
@@ -192,7 +192,7 @@ def _in_main_thread() -> bool:
 def _load_in_threads(images: PixelList, batch_size: int) -> Iterator[PixelBatch]:
     dataset = _PixelDataset(images, torch.empty(0))
     # Pillow releases the interpreter lock; torch's operations have threads of their own.
-    threads = usable_cores() if images.decoder == "pillow" else 1
+    threads = cores_per_rank() if images.decoder == "pillow" else 1
     with _start_threads(threads) as pool:
         for first in range(0, len(images), batch_size):
             rows = range(first, min(first + batch_size, len(images)))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from msn_eval import process
 from msn_eval.process import Terminated, affordable_workers, available_bytes, limit_spinning, watch_stop_signals
 
 
@@ -147,3 +148,12 @@ def test_program_limits_spinning_before_torch_is_imported() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("ranks", "cores"), [(None, 16), ("1", 16), ("8", 2), ("32", 1), ("many", 16), ("0", 16)])
+def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch, ranks: str | None, cores: int) -> None:
+    monkeypatch.setattr(process, "usable_cores", lambda: 16)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert process.cores_per_rank() == cores

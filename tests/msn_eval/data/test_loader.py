@@ -376,7 +376,7 @@ def test_workers_follow_images_and_cores(
     cores: int,
     workers: int,
 ) -> None:
-    monkeypatch.setattr(pixel_loader, "usable_cores", lambda: cores)
+    monkeypatch.setattr(pixel_loader, "cores_per_rank", lambda: cores)
     assert automatic_workers(greys(GreySource(tmp_path), images), batch_size=16, cuda=cuda) == workers
 
 
