@@ -92,7 +92,8 @@ def describe(recipe: Recipe, *, allowed: Sequence[str] = (), elsewhere: bool = F
     encoder = sum(parameter.numel() for parameter in model.exported().parameters())
     epochs = recipe.optimization.epochs
     share = math.ceil(recipe.optimization.batch_size / len(devices))
-    activations = _activation_bytes(recipe, model.exported(), min(share, recipe.run.micro_batch or share))
+    half = precision_of(recipe, device) == "bf16"
+    activations = _activation_bytes(recipe, model.exported(), min(share, recipe.run.micro_batch or share), half=half)
     # float32 weights, and for trained ones a gradient and two moments
     memory = 4 * (total + 3 * trained) + activations
     kinds = ", ".join(f"{kind.count} of {kind.pixels} pixels" for kind in view_kinds(recipe))
@@ -112,13 +113,12 @@ def describe(recipe: Recipe, *, allowed: Sequence[str] = (), elsewhere: bool = F
     return printable("\n".join(lines))
 
 
-def _activation_bytes(recipe: Recipe, network: nn.Module, images: int) -> int:
+def _activation_bytes(recipe: Recipe, network: nn.Module, images: int, *, half: bool) -> int:
     """Estimate the memory that the backward pass needs for `images` images.
 
     Measured values: a Transformer block keeps about 16 values per token and channel, of 2 bytes in bf16 and 4 in fp32. A residual
     network keeps about 40 MB per image of 224 pixels in bf16, twice that in fp32.
     """
-    half = recipe.run.precision == "bf16"
     blocks, width = getattr(network, "blocks", None), int(getattr(network, "embed_dim", 0))
     pixels = sum(kind.count * kind.pixels**2 for kind in view_kinds(recipe))
     if blocks is None or not width:
