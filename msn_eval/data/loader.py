@@ -83,8 +83,8 @@ class PixelBatch(NamedTuple):
 def automatic_workers(images: PixelList, *, batch_size: int, cuda: bool) -> int:
     """Return the number of decoding processes.
 
-    It is one per core of this rank beside a GPU; none for few or embedded images, nor on a CPU, where they would compete with the encoder's
-    threads.
+    It is one per core of this rank beside a GPU; none for few or embedded images, nor on a CPU, where they would compete with
+    the encoder's threads.
     """
     if not cuda or len(images) < _FEW_IMAGES or images.source.root is None:
         return 0

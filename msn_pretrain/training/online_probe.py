@@ -9,9 +9,10 @@ import torch
 
 from msn_eval.checkpoints.run_folder import EVAL
 from msn_eval.config.request import EvaluationConfig
-from msn_eval.errors import CheckpointError, DataError, NumericalError, StoreError, UsageError
+from msn_eval.errors import CheckpointError, DataError, NumericalError, ResourceError, StoreError, UsageError
 from msn_eval.evaluation.evaluate import evaluate_checkpoint
 from msn_eval.evaluation.plan import make_plan
+from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_pretrain.training.run import Recipe
 
 _log = logging.getLogger(__name__)
@@ -43,8 +44,13 @@ def evaluate(run: Path, recipe: Recipe, device: torch.device) -> str:
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             results = list(evaluate_checkpoint(make_plan(config), str(run)))
-    except (CheckpointError, DataError, NumericalError, StoreError, UsageError) as error:
+    except (CheckpointError, DataError, NumericalError, ResourceError, StoreError, UsageError) as error:
         _log.warning("the encoder could not be evaluated: %s", error)
+        return ""
+    except OUT_OF_MEMORY_ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
+        _log.warning("the encoder could not be evaluated: %s", str(error).partition("\n")[0])
         return ""
     finally:
         random.setstate(python)
