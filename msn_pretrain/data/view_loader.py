@@ -53,7 +53,9 @@ class ViewList:
     device: torch.device
 
 
-def load_views(view_list: ViewList, order: Order, *, first_step: int, steps: int, workers: int) -> Iterator[ViewBatch]:
+def load_views(
+    view_list: ViewList, order: Order, *, first_step: int, steps: int, workers: int, pinned: bool = False
+) -> Iterator[ViewBatch]:
     """Yield this rank's batches from `first_step` to `steps - 1`, with their views on the device.
 
     Uses no global random generator.
@@ -65,6 +67,7 @@ def load_views(view_list: ViewList, order: Order, *, first_step: int, steps: int
         steps: Number of steps of the run.
         workers: Processes that read, decode and, unless views are batched, make views; 0 for none, and fewer
             if shared memory is short.
+        pinned: Whether batches of the workers go to a GPU through page-locked memory.
 
     Raises:
         DataError: An image cannot be used.
@@ -85,7 +88,7 @@ def load_views(view_list: ViewList, order: Order, *, first_step: int, steps: int
             worker_init_fn=_init_worker,
             timeout=_WORKER_TIMEOUT_SECONDS,
             generator=torch.Generator(),  # otherwise it draws the workers' seed from the global generator
-            pin_memory=view_list.device.type == "cuda",
+            pin_memory=pinned and view_list.device.type == "cuda",
         )
         prepared = iter(loader)
     while True:
@@ -172,7 +175,7 @@ def _move_to_device(view_list: ViewList, item: _Prepared) -> ViewBatch:
     device = view_list.device
     if view_list.batched:
         pixels, sizes = made[0].to(device, non_blocking=True), made[1].tolist()
-        flat = pixels.split([3 * height * width for height, width in sizes])
+        flat = torch.split(pixels, [3 * height * width for height, width in sizes])
         images = [image.view(3, *size) for image, size in zip(flat, sizes, strict=True)]
         views = [make_batched_views(images, parameters, kind) for kind, parameters in _draw(view_list, images, batch)]
     else:

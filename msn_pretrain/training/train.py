@@ -199,8 +199,14 @@ def load_session_views(session: Session, first_step: int) -> Iterator[ViewBatch]
         batched=makes_views_on_device(recipe, device),
         device=device,
     )
-    workers = recipe.data.workers
-    return load_views(view_list, session.order, first_step=first_step, steps=session.steps, workers=workers)
+    return load_views(
+        view_list,
+        session.order,
+        first_step=first_step,
+        steps=session.steps,
+        workers=recipe.data.workers,
+        pinned=recipe.data.pin_memory,
+    )
 
 
 def compute(session: Session, batch: ViewBatch, settings: StepSettings) -> tuple[Step, dict[str, float], bool]:

@@ -17,6 +17,8 @@ from msn_eval.distributed.group import Group as Group
 from msn_eval.errors import NumericalError, StoreError, UsageError
 from msn_pretrain.config.load import read_recipe
 from msn_pretrain.config.recipe import MSNRecipe
+from msn_pretrain.data import view_loader
+from msn_pretrain.data.sampler import Order
 from msn_pretrain.methods.msn import MSN
 from msn_pretrain.training import train as training
 from msn_pretrain.training.journal import METRICS, TIMING, read_metrics
@@ -33,7 +35,8 @@ class SmallDisk(Protocol):
     def resize(self, size: str) -> None: ...
 
 
-_ALONE = Group(rank=0, world=1, device=torch.device("cpu"))
+_CPU = torch.device("cpu")
+_ALONE = Group(rank=0, world=1, device=_CPU)
 Read = Callable[..., MSNRecipe]
 
 
@@ -247,3 +250,24 @@ def test_two_local_ranks_train_as_one(tiny: Read, tmp_path: Path) -> None:
     one, two = (read_metrics(tmp_path / name / METRICS)[0] for name in ("one", "two"))
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
     assert [line["gradient_norm"] for line in two] == pytest.approx([line["gradient_norm"] for line in one], rel=1e-3)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_memory_of_batches_is_page_locked_as_the_recipe_says(
+    tiny: Read, monkeypatch: pytest.MonkeyPatch, pinned: bool
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        view_loader, "DataLoader", lambda dataset, *, pin_memory, **options: asked.append(pin_memory) or []
+    )
+    recipe = tiny("data.workers=1", f"data.pin_memory={str(pinned).lower()}")
+    images = read_split("digits", "train").first_of_each_class(2)
+    order = Order(n_images=len(images), batch_size=8, seed=3)
+    ranks = Group(rank=0, world=1, device=torch.device("cuda", 0))
+    session = training.Session(
+        recipe=recipe, ranks=ranks, run=Path(), images=images, order=order, steps=1, learner=build_learner(recipe, _CPU)
+    )
+
+    assert list(training.load_session_views(session, 0)) == []
+
+    assert asked == [pinned]
