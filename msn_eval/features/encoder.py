@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -457,12 +457,17 @@ def exact_float32() -> Iterator[None]:
     """Disable TF32 and bf16 in float32 matrix products and convolutions inside the block.
 
     torch has two sets of these settings. It raises wherever it reads an older one that contradicts the newer ones, as in
-    torch.compile and `torch.backends.cudnn.flags`, so both are set. An older one that
-    raises before the block is not restored.
+    torch.compile and `torch.backends.cudnn.flags`, so both are set. An older one that raises
+    before the block is not restored.
     """
-    backends = torch.backends
-    modules = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)  # type: ignore[attr-defined]
-    settings = (*modules, backends.mkldnn.matmul, backends.mkldnn.conv)  # type: ignore[attr-defined]
+    backends: Any = torch.backends
+    settings = (
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
+    )
     before = [setting.fp32_precision for setting in settings]
     restore: list[Callable[[], None]] = []
     with contextlib.suppress(RuntimeError):

@@ -141,11 +141,15 @@ def _cubic(distance: Tensor) -> Tensor:
 
 def _apply_changes(views: Tensor, own: ViewParameters) -> Tensor:
     """Flip, jitter, grey and blur the views whose parameters say so, in place."""
-    adjustments = ((BRIGHTNESS, _adjust_brightness), (CONTRAST, _adjust_contrast))
-    adjustments += ((SATURATION, _adjust_saturation), (HUE, _adjust_hue))
+    adjustments: dict[int, _Change] = {
+        BRIGHTNESS: _adjust_brightness,
+        CONTRAST: _adjust_contrast,
+        SATURATION: _adjust_saturation,
+        HUE: _adjust_hue,
+    }
     changes: list[tuple[_Change, NDArray[np.bool_], NDArray[np.float64]]] = [(_flip, own.flipped, own.sigmas)]
     for position in range(own.order.shape[1]):
-        for which, adjust in adjustments:
+        for which, adjust in adjustments.items():
             changes.append((adjust, own.jittered & (own.order[:, position] == which), own.factors[:, which]))
     changes += [(_turn_grey, own.greyed, own.sigmas), (_blur, own.sigmas > 0, own.sigmas)]
     wanted = [(change, np.flatnonzero(chosen), amounts[chosen]) for change, chosen, amounts in changes if chosen.any()]
@@ -154,7 +158,7 @@ def _apply_changes(views: Tensor, own: ViewParameters) -> Tensor:
     # All numbers in one copy: each copy of its own would make the host wait for the device.
     numbers = torch.from_numpy(np.concatenate([values for _, rows, amounts in wanted for values in (rows, amounts)]))
     lengths = [len(values) for _, rows, amounts in wanted for values in (rows, amounts)]
-    parts = iter(numbers.to(views.device, non_blocking=True).split(lengths))
+    parts = iter(torch.split(numbers.to(views.device, non_blocking=True), lengths))
     for change, _, _ in wanted:
         rows, amounts = next(parts).long(), next(parts).float()
         views[rows] = change(views[rows], amounts)
