@@ -7,7 +7,7 @@ IMAGES ?= photos
 KILLS ?= 100
 DAMAGES ?= 1000
 
-.PHONY: demo test lint bench bench-images parity kill-test corrupt exact fuzz clean
+.PHONY: demo test lint bench bench-images parity kill-test corrupt exact fuzz gpu clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/extract.py
 	$(BIN)/python benchmarks/probes.py
 	$(BIN)/python benchmarks/inspect_file.py
+
+# GPU tests and benchmarks on one GPU in about five minutes, as one table to send us.
+gpu: $(VENV)/installed-test
+	$(BIN)/python benchmarks/gpu.py --out reports/benchmarks/gpu.md
 
 # These need real JPEGs: make bench-images IMAGES=folder
 bench-images: $(VENV)/installed-test
