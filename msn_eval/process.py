@@ -4,6 +4,7 @@ import ctypes
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -37,6 +38,10 @@ def available_bytes(*, machine: Path = _MACHINE, container: Path = _CONTAINER) -
     return min(known, default=None)
 
 
+# cuBLAS, cuSOLVER and cuDNN raise a plain RuntimeError; the driver AcceleratorError; NCCL DistBackendError.
+_GPU_OUT_OF_MEMORY = re.compile(r"\bout of memory\b|_ALLOC(ATION)?_FAILED\b")
+
+
 def describe_exhausted_resource(error: BaseException) -> tuple[str, str] | None:
     """Return the resource that ran out, and what helps. None where the error means something else."""
     text = str(error)
@@ -45,6 +50,7 @@ def describe_exhausted_resource(error: BaseException) -> tuple[str, str] | None:
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or number == errno.ENOMEM
+        or (isinstance(error, RuntimeError) and _GPU_OUT_OF_MEMORY.search(text))
         or any(part in text for part in ("can't allocate memory", "annot allocate memory", "failed to map segment"))
     ):
         return "memory", "Free memory, raise the limit (ulimit -v), or pass a smaller --batch-size and fewer --workers."

@@ -1,7 +1,6 @@
 """Batch size of an encoder, reduced when memory runs out. It changes speed, and numbers by rounding at most."""
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,10 +9,10 @@ import torch
 
 from msn_eval.errors import ResourceError
 from msn_eval.features.encoder import Encoder
+from msn_eval.process import describe_exhausted_resource
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_OUT_OF_MEMORY = re.compile(r"can't allocate memory|\bout of memory\b|_ALLOC(ATION)?_FAILED\b")
 OUT_OF_MEMORY_ERRORS = (torch.OutOfMemoryError, MemoryError, RuntimeError)  # what to catch; then ask `is_out_of_memory`
 
 
@@ -75,11 +74,6 @@ def run_with_oom_backoff(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means out-of-memory.
-
-    torch raises a plain RuntimeError for memory of the host and of the CUDA libraries, and AcceleratorError or an error of NCCL
-    for memory that the driver refuses.
-    """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    """Whether an error means out-of-memory, of the host or of any part of a GPU's software."""
+    exhausted = describe_exhausted_resource(error)
+    return exhausted is not None and exhausted[0] == "memory"
