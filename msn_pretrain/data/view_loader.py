@@ -19,6 +19,7 @@ from msn_pretrain.data.views import ViewKind, ViewParameters, draw_for_batch, ma
 
 _WORKER_TIMEOUT_SECONDS = 300.0
 _BATCHES_PER_WORKER = 2
+_KEPT = "Snapshots are kept; the same command continues from the last one."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +92,21 @@ def load_views(
             pin_memory=pinned and view_list.device.type == "cuda",
         )
         prepared = iter(loader)
-    while True:
+    for step in range(first_step, steps):
         try:
             item = next(prepared, None)
         except RuntimeError as error:
             raise ResourceError(
                 f"a loader worker died or hung: {str(error).partition(chr(10))[0]}",
                 hint="Host memory or /dev/shm may be short: try data.workers=0 or a smaller batch.",
-                kept="Snapshots are kept; the same command continues from the last one.",
+                kept=_KEPT,
             ) from error
-        if item is None:
-            return
+        if item is None or item[0].step != step:  # torch goes on without a batch that a worker could not send
+            raise ResourceError(
+                f"a loader worker lost the batch of step {step}",
+                hint="Open files may be short: raise the limit (ulimit -n), or try data.workers=0.",
+                kept=_KEPT,
+            )
         yield _move_to_device(view_list, item)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from msn_eval.data import read_dataset, read_split
 from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSet
-from msn_eval.errors import DataError
+from msn_eval.errors import DataError, ResourceError
 from msn_pretrain.data.sampler import Order
 from msn_pretrain.data.view_loader import ViewBatch, ViewList, load_views, normalise
 from msn_pretrain.data.views import ViewKind
@@ -48,6 +48,16 @@ def test_views_made_on_the_device_are_nearly_those_of_the_loader(digits: ImageSe
     for expected, batch in zip(_loaded(digits), _loaded(digits, batched=True), strict=True):
         for views, batched in zip(expected.views, batch.views, strict=True):
             assert (views.int() - batched.int()).abs().float().mean() < 0.5
+
+
+def test_a_batch_that_a_worker_lost_is_an_error(digits: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Order.batches
+    monkeypatch.setattr(
+        Order, "batches", lambda *arguments: (batch for batch in batches(*arguments) if batch.step != 3)
+    )
+
+    with pytest.raises(ResourceError, match="lost the batch of step 3"):
+        _loaded(digits)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
