@@ -7,7 +7,7 @@ IMAGES ?= photos
 KILLS ?= 100
 DAMAGES ?= 1000
 
-.PHONY: demo test lint bench bench-images parity kill-test corrupt exact fuzz gpu clean
+.PHONY: demo test lint bench bench-images parity kill-test corrupt faults exact fuzz gpu clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -61,6 +61,10 @@ kill-test: $(VENV)/installed-test
 # Damages records, predictions and caches at random, and looks for numbers that changed without a word: make corrupt DAMAGES=1000
 corrupt: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/corruption.py --count $(DAMAGES)
+
+# Tries every fault of tests/faults/faults.yaml with the real commands, runs its tests, and writes reports/reliability.md.
+faults: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fault_list.py
 
 # Complete versions of checks that the test suite samples: all sizes and lambdas of the logistic fits, 5,000 hostile names in every
 # format and page of a report, and the regression gate on simulated data. Each check prints its log for reports/exact.
