@@ -45,6 +45,11 @@ class ArgumentParser(argparse.ArgumentParser):
         sys.stdout.flush()  # of --help and --version, so that a full disk is reported
         super().exit(status, message)
 
+    def _list_actions(self) -> list[argparse.ArgumentParser]:
+        """Return the parsers of the verb's own actions, as `list` of `cache list`."""
+        nested = (action for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        return [parser for action in nested for parser in action.choices.values()]
+
     def parse_with_overrides(
         self, arguments: Sequence[str], *, takes_overrides: bool, verbs: Iterable[str] = ()
     ) -> tuple[argparse.Namespace, list[str]]:
@@ -59,9 +64,12 @@ class ArgumentParser(argparse.ArgumentParser):
             UsageError: An option or argument is not known.
         """
         version = f"{self.prog.partition(' ')[0]} {__version__}"
-        self.add_argument("-v", "--verbose", action="count", default=0, help="more on stderr; -vv for tracebacks")
-        self.add_argument("-q", "--quiet", action="store_true", default=False, help="only errors on stderr")
-        self.add_argument("--version", action="version", version=version)
+        for parser in (self, *self._list_actions()):  # `data verify X -q` as well as `data -q verify X`
+            unset: Any = 0 if parser is self else argparse.SUPPRESS
+            more, less = "more on stderr; -vv for tracebacks", "only errors on stderr"
+            parser.add_argument("-v", "--verbose", action="count", default=unset, help=more)
+            parser.add_argument("-q", "--quiet", action="store_true", default=unset, help=less)
+            parser.add_argument("--version", action="version", version=version)
         options, extra = self.parse_known_args(arguments)
         for argument in extra:
             if argument.startswith("-"):

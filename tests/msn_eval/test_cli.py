@@ -436,6 +436,11 @@ def test_exhausted_resource_is_named_with_its_exit_code(
     assert text in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["subsets", "-v", "list", "-q"], ["subsets", "list", "-vv"]])
+def test_verbosity_may_be_before_and_after_an_action(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0, capsys.readouterr().err
+
+
 def test_file_as_out_is_a_usage_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs").write_text("")
 
