@@ -1,6 +1,7 @@
 """Checkpoints: from a name to a network with its weights."""
 
 import os
+import re
 
 from msn_eval.errors import CheckpointError, did_you_mean
 from msn_eval.registry import Entry, read_registry
@@ -44,13 +45,22 @@ def read_schemes() -> dict[str, Entry]:
     return read_registry("encoders", ENCODERS)
 
 
+def split_label(text: str) -> tuple[str | None, str]:
+    """Split `LABEL=CHECKPOINT`, as the user may write it. The label is None where there is none."""
+    match = re.fullmatch(r"([^=:/\\?]+)=(.+)", text)
+    if match is None or os.path.exists(text):  # noqa: PTH110 - Path.exists raises on names too long for the disk
+        return None, text
+    return match[1], match[2]
+
+
 def find_scheme(name: str) -> tuple[Entry, str]:
-    """Return the scheme of a checkpoint's name, and the rest of the name.
+    """Return the scheme of a checkpoint's name, and the rest of the name, without a label.
 
     Raises:
         CheckpointError: The name has no known scheme, and there is no such file.
     """
     schemes = read_schemes()
+    _, name = split_label(name)
     scheme, colon, rest = name.partition(":")
     if name in ("pixels", "demo") or (colon and scheme in schemes.keys() - {"pixels", "demo", "file"}):
         return schemes[scheme], rest

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from msn_eval.checkpoints import find_scheme
+from msn_eval.checkpoints import find_scheme, split_label
 from msn_eval.checkpoints.hf_folder import check_hub_name, open_hub
 from msn_eval.checkpoints.msn_release import fetch_msn, find_release
 from msn_eval.checkpoints.normalisation import (
@@ -40,7 +40,7 @@ from msn_eval.checkpoints.stored import (
     load_weights,
     read_contents,
 )
-from msn_eval.errors import CheckpointError, printable
+from msn_eval.errors import CheckpointError, UsageError, printable
 from msn_eval.models.architectures import Architecture, name_architecture
 from msn_eval.models.build import build_network, check_architecture_name
 from msn_eval.models.structure import structure_sha256
@@ -257,7 +257,12 @@ def check_checkpoint_names(names: tuple[str, ...]) -> None:
 
     Raises:
         CheckpointError: There is no such file, scheme or architecture.
+        UsageError: Two checkpoints have the same label.
     """
+    labels = [label for label, _ in map(split_label, names) if label is not None]
+    if repeated := {label for label in labels if labels.count(label) > 1}:
+        what = f"several checkpoints are called {', '.join(sorted(repeated))}"
+        raise UsageError(what, hint="Give each a name of its own: --checkpoint NAME=X.")
     for name in names:
         entry, rest = find_scheme(name)
         match entry.name:

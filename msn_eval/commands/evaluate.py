@@ -29,7 +29,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.argument_default = argparse.SUPPRESS
     what = parser.add_argument_group("what is measured")
     what.add_argument(
-        "--checkpoint", action="append", metavar="X", help="file or scheme; repeatable; see `ls checkpoints`"
+        "--checkpoint",
+        action="append",
+        metavar="[NAME=]X",
+        help="file or scheme, and what tables call it; repeatable; see `ls checkpoints`",
     )
     what.add_argument("--data", metavar="X", help="image folder or scheme, see `ls datasets`; default $MSN_EVAL_DATA")
     # A repeated option adds its values: silently using only the last ones would surprise.

@@ -16,6 +16,7 @@ from typing import cast
 
 import torch
 
+from msn_eval.checkpoints import split_label
 from msn_eval.checkpoints.checkpoint import read_checkpoint
 from msn_eval.config.recipes import AugmentedRecipe, FinetuneRecipe, LinearRecipe
 from msn_eval.config.request import EvaluationConfig, read_channels
@@ -202,8 +203,9 @@ def prepare(plan: Plan, name: str) -> Preparation:
         UsageError: --patch-drop for a network without patches, or a --tap that it does not have.
     """
     config = plan.config
+    label, source = split_label(name)
     checkpoint = read_checkpoint(
-        name,
+        source,
         arch=config.arch_of(name),
         key=config.checkpoint_key,
         allow_missing=tuple(config.allow_missing),
@@ -211,6 +213,8 @@ def prepare(plan: Plan, name: str) -> Preparation:
         mean=read_channels("--mean", config.mean),
         std=read_channels("--std", config.std),
     )
+    if label is not None:
+        checkpoint = replace(checkpoint, name=label)
     encoder = build_encoder(
         checkpoint,
         device=plan.device,

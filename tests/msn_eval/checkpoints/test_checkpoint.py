@@ -20,12 +20,12 @@ import torch
 import torchvision
 from torch import Tensor
 
-from msn_eval.checkpoints import ENCODERS, read_schemes
+from msn_eval.checkpoints import ENCODERS, read_schemes, split_label
 from msn_eval.checkpoints.checkpoint import check_checkpoint_names, own_code_sha256, read_checkpoint, weights_sha256
 from msn_eval.checkpoints.convert import convert_checkpoint
 from msn_eval.checkpoints.msn_release import MSN_RELEASES
 from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD
-from msn_eval.errors import CheckpointError
+from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.features.encoder import build_encoder
 
 Weights = dict[str, Tensor]
@@ -650,3 +650,30 @@ def test_order_of_imports_does_not_count(own_module: Path) -> None:
     after = own_code_sha256()
     del sys.modules["another_of_mine"]
     assert after == before
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "checkpoint"),
+    [
+        ("ours=vit.pth", "ours", "vit.pth"),
+        ("our ViT-S=py:package.module:factory", "our ViT-S", "py:package.module:factory"),
+        ("raw=pixels", "raw", "pixels"),
+        ("random:vit_tiny_patch16_224?img_size=32", None, "random:vit_tiny_patch16_224?img_size=32"),
+        ("runs/lr=0.1/vit.pth", None, "runs/lr=0.1/vit.pth"),
+        ("vit.pth", None, "vit.pth"),
+    ],
+)
+def test_label_stands_before_a_checkpoint(text: str, label: str | None, checkpoint: str) -> None:
+    assert split_label(text) == (label, checkpoint)
+
+
+def test_file_with_an_equals_sign_has_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=0.1.pth").touch()
+
+    assert split_label("lr=0.1.pth") == (None, "lr=0.1.pth")
+
+
+def test_two_checkpoints_of_one_label_are_refused() -> None:
+    with pytest.raises(UsageError, match="several checkpoints are called a"):
+        check_checkpoint_names(("a=pixels", "a=demo"))

@@ -23,7 +23,7 @@ from msn_eval.evaluation.cost_estimate import CostEstimate
 from msn_eval.probes import distributed as worker_group
 from msn_eval.probes import knn
 from msn_eval.probes.logistic_solvers import newton
-from msn_eval.results.folder import list_results
+from msn_eval.results.folder import list_results, read_results
 
 TINY = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"
 
@@ -273,3 +273,13 @@ def test_second_name_of_the_same_weights_finds_the_results_of_the_first(
     (record,) = (tmp_path / "runs").glob("*.json")
     assert json.loads(record.read_text())["checkpoint"]["name"] == "one"
     assert "other: all 1 results are in" in capsys.readouterr().err
+
+
+def test_checkpoint_is_called_by_its_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "runs")
+    labels = ["--checkpoint", "first=pixels", "--checkpoint", "second=demo", "--data", "digits", "--device", "cpu"]
+
+    assert main([*labels, "--subset", "1img@1", "--probe", "ncm", "--no-cache", "--out", out]) == 0
+
+    assert set(read_results(out)["checkpoint.name"]) == {"first", "second"}
+    assert "first" in capsys.readouterr().out
