@@ -225,10 +225,10 @@ def test_file_that_changes_during_the_download_is_downloaded_again(
     server.knows_if_range = knows_if_range
 
     def change_at_the_range() -> None:  # after the headers of the second attempt promised the old file
-        if len(server.ranges) == 2:
+        if len(server.ranges) == 3:
             server.content, server.headers = OTHER, {"ETag": '"two"'}
 
-    server.cuts, server.before_end = [HALF, 0], change_at_the_range
+    server.cuts, server.before_answer = [HALF], change_at_the_range
     fetch(server, target)
     assert target.read_bytes() == OTHER
 

@@ -265,7 +265,7 @@ def test_memory_of_batches_is_page_locked_as_the_recipe_says(
     order = Order(n_images=len(images), batch_size=8, seed=3)
     ranks = Group(rank=0, world=1, device=torch.device("cuda", 0))
     session = training.Session(
-        recipe=recipe, ranks=ranks, run=Path(), images=images, order=order, steps=1, learner=build_learner(recipe, _CPU)
+        recipe=recipe, ranks=ranks, run=Path(), images=images, order=order, steps=0, learner=build_learner(recipe, _CPU)
     )
 
     assert list(training.load_session_views(session, 0)) == []
