@@ -25,7 +25,7 @@ from msn_eval.process import record_for_torchrun
 KEPT = "Finished work is kept; run the same command again to continue."
 LEFT = b"left"
 _SHOWN_RANKS = 6
-# In what torch says when the connection to another rank is lost.
+# Phrases in the errors of torch after the connection to another rank is lost.
 _TRANSPORT_ERRORS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting")
 # Neither torch, NCCL, submitit nor Slurm uses this signal. Systems other than Linux have no such choice.
 _ABORT_SIGNAL = (signal.SIGRTMIN + 5) if sys.platform == "linux" else getattr(signal, "SIGUSR1", None)
@@ -244,7 +244,7 @@ class FailureDetector:
         return DistributedError(f"{name} gave no heartbeat for {limit:g} s", hint=KEPT)
 
     def _continue(self, rank: int) -> None:
-        """Continue a rank of this host that a signal stopped: it finds that the job has ended, and ends too."""
+        """Send SIGCONT to a rank of this host: if it was stopped, it notices that the job has ended, and ends too."""
         peer = self._peers[rank]
         if rank in self._others and peer["host"] == self._info.host:
             with suppress(OSError):
