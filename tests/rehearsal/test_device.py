@@ -80,3 +80,110 @@ def test_gradients_are_on_the_device(simulate_cuda: Simulate) -> None:
         assert weights.grad is not None
         assert weights.grad.device == torch.device("cuda", 0)
         assert weights.grad.cpu().tolist() == [[6.0] * 3] * 3
+
+
+def _process_batches(*, overlapped: bool) -> list[float]:
+    """Upload six batches through two page-locked buffers on a stream of their own, and return the sums of their squares.
+
+    Overlapped, the next batch is uploaded before the results of the one before it are fetched. Otherwise each is fetched at once.
+    """
+    copies = torch.cuda.Stream()
+    buffers = [torch.empty(4, 3, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    uploaded: list[Any] = [None, None]
+    waiting: list[tuple[torch.Tensor, Any]] = []
+    found = []
+
+    def fetch() -> None:
+        values, event = waiting.pop(0)
+        event.synchronize()
+        found.append(float(values))
+
+    for number in range(6):
+        side = number % 2
+        if uploaded[side] is not None:
+            uploaded[side].synchronize()
+        buffers[side].fill_(number)
+        with torch.cuda.stream(copies):
+            pixels = buffers[side].to("cuda", non_blocking=True)
+            uploaded[side] = copies.record_event()
+        torch.cuda.current_stream().wait_event(uploaded[side])
+        pixels.record_stream(torch.cuda.current_stream())
+        values = pixels.float().square().sum().to("cpu", non_blocking=True)
+        waiting.append((values, torch.cuda.current_stream().record_event()))
+        if not overlapped or len(waiting) > 1:
+            fetch()
+    while waiting:
+        fetch()
+    return found
+
+
+def test_log_tells_batches_that_are_ahead_from_batches_one_after_the_other(simulate_cuda: Simulate) -> None:
+    with simulate_cuda() as overlapped:
+        found = _process_batches(overlapped=True)
+    with simulate_cuda() as serial:
+        assert _process_batches(overlapped=False) == found
+
+    assert found == [12.0 * number**2 for number in range(6)]
+    uploads, fetches = overlapped.positions("upload", dtype=torch.uint8), overlapped.positions("fetch")
+    overlapped.check_ahead(uploads, fetches)
+    with pytest.raises(AssertionError, match="5 of 5 times entry 1 ahead comes too late"):
+        serial.check_ahead(serial.positions("upload", dtype=torch.uint8), serial.positions("fetch"))
+    with pytest.raises(AssertionError, match="4 of 4 times entry 2 ahead comes too late"):
+        overlapped.check_ahead(uploads, fetches, by=2)
+
+
+@pytest.mark.parametrize("overlapped", [True, False])
+def test_log_tells_uploads_beside_kernels_from_uploads_after_them(simulate_cuda: Simulate, overlapped: bool) -> None:
+    with simulate_cuda() as device:
+        _process_batches(overlapped=overlapped)
+
+    uploads, kernels = device.positions("upload"), device.positions("kernels", stream=0)
+    assert all(device.log[upload].stream == 1 and device.log[upload].pinned for upload in uploads)
+    assert not any(device.may_overlap(*pair) for pair in zip(uploads, kernels, strict=True))
+    assert [device.may_overlap(*pair) for pair in zip(uploads[1:], kernels, strict=False)] == [overlapped] * 5
+
+
+def _skip_wait_for_upload() -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        pixels = torch.ones(3).to("cuda", non_blocking=True)
+    pixels.sum()
+
+
+def _overwrite_what_is_read() -> None:
+    copies, pixels = torch.cuda.Stream(), torch.ones(3).cuda()
+    copies.wait_stream(torch.cuda.current_stream())
+    pixels.sum()
+    with torch.cuda.stream(copies):
+        pixels.copy_(torch.zeros(3), non_blocking=True)
+
+
+def _refill_too_early() -> None:
+    buffer = torch.zeros(3, pin_memory=True)
+    buffer.to("cuda", non_blocking=True)
+    buffer.fill_(1)
+    torch.cuda.synchronize()
+
+
+def _free_too_early() -> None:
+    copies = torch.cuda.Stream()
+    with torch.cuda.stream(copies):
+        pixels = torch.ones(3).to("cuda", non_blocking=True)
+    torch.cuda.current_stream().wait_stream(copies)
+    pixels.sum()
+    del pixels
+    with torch.cuda.stream(copies):
+        torch.zeros(3, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("race", "message"),
+    [
+        (_skip_wait_for_upload, r"stream 0 uses \(3,\) that stream 1 may still write"),
+        (_overwrite_what_is_read, r"stream 1 overwrites \(3,\) that stream 0 may still read"),
+        (_refill_too_early, r"page-locked memory \(3,\) was changed while it was copied"),
+        (_free_too_early, "stream 1 allocates memory again that stream 0 may still use"),
+    ],
+)
+def test_races_are_refused(simulate_cuda: Simulate, race: Callable[[], None], message: str) -> None:
+    with simulate_cuda(), pytest.raises(RuntimeError, match=message):
+        race()
