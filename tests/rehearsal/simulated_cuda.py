@@ -1,13 +1,16 @@
-"""A simulated CUDA device: tensors that report `cuda:0` and hold their values in host memory.
+"""Simulated CUDA devices: tensors that report `cuda:0` and hold their values in host memory.
 
-It refuses operations on tensors of different devices, counts how often the host waits for the device, and delivers asynchronous
-copies only when the host waits for them. It logs copies, kernels and events with their streams, and refuses races: work that
-uses a tensor which another stream may still write, memory that is used again too early, and page-locked memory that the host
-changes while it is copied. It knows nothing of kernels or of memory, and autocast changes no dtype on it.
+A simulation refuses operations on tensors of different devices, counts how often the host waits for the device, and delivers
+asynchronous copies only when the host waits for them. It logs copies, kernels and events with their streams, and refuses
+races: work that uses a tensor which another stream may still write, memory that is used again too early, and page-locked
+memory that the host changes while it is copied. Autocast casts as on CUDA, and NCCL is replaced by gloo. It knows nothing of
+kernels or of memory.
 """
 
+import re
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,16 +22,17 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-CUDA = torch.device("cuda", 0)
 _ROOT = Path(__file__).parents[2]
 _OURS = tuple(str(_ROOT / package) for package in ("msn_eval", "msn_pretrain"))
 _COPIES = {"_to_copy", "copy_", "_foreach_copy_"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward"}
 # The result of these, or its size, is needed by the host.
 _WAITING = {
     *("_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "bincount"),
@@ -64,7 +68,7 @@ class Stream:
 
     def __init__(self, device: Any = None, priority: int = 0, *, streams: "list[Stream] | None" = None) -> None:
         streams = _active().streams if streams is None else streams
-        self.device = CUDA
+        self.device = torch.device("cuda", _index_of(device))
         self.number = len(streams)
         streams.append(self)
         self.started = 0
@@ -72,7 +76,7 @@ class Stream:
         self.freed: list[Clock] = []
 
     def __enter__(self) -> "Stream":
-        self._outer = _active().current_stream()
+        self._outer = _active().current_stream(self.device)
         _active().set_stream(self)
         return self
 
@@ -187,22 +191,24 @@ class DeviceTensor(Tensor):
 
     host: Tensor
     usage: Usage
+    index: int
     __torch_function__ = torch._C._disabled_torch_function_impl
-    device = property(lambda self: CUDA)
+    device = property(lambda self: torch.device("cuda", self.index))
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
     is_meta = property(lambda self: False)
 
     @staticmethod
-    def __new__(cls, host: Tensor, requires_grad: bool = False, usage: Usage | None = None) -> "DeviceTensor":
+    def __new__(cls, host: Tensor, index: int, usage: Usage | None = None) -> "DeviceTensor":
         layout = torch.empty_strided(host.size(), host.stride(), dtype=host.dtype, device="meta")
-        tensor = Tensor._make_subclass(cls, layout, requires_grad, device_for_backend_keys=CUDA)
+        tensor = Tensor._make_subclass(cls, layout, False, device_for_backend_keys=torch.device("cuda", index))
         tensor.host = host.detach()
-        tensor.usage = usage or _active().allocate()
+        tensor.index = index
+        tensor.usage = usage or _active().allocate(index)
         return tensor
 
     def get_device(self) -> int:
-        return 0
+        return self.index
 
     def data_ptr(self) -> int:
         return self.host.data_ptr()
@@ -214,7 +220,7 @@ class DeviceTensor(Tensor):
         return self.cpu().tolist()
 
     def numpy(self, **options: Any) -> Any:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu().")
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu().")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.cpu().__reduce_ex__(protocol)
@@ -254,32 +260,58 @@ class _Copy:
 
 
 class Device:
-    """The device as tests see it.
+    """The devices that a process sees, as tests see them.
 
     Attributes:
+        visible: The GPUs of the machine that are `cuda:0`, `cuda:1` and so on.
         waits: How often the host waited for all work of a stream, by reason and place in the packages.
         event_waits: How often it waited for an event, with later work still queued.
         log: Copies, kernels and events in the order in which the host queued them.
         host: What the host knows to have ended.
         copies: Asynchronous copies of which the host does not know this.
+        pinning: How many tensors were page-locked, by the current device of the thread that did it.
+        products: How many matrix products and convolutions were computed, by dtype of their first argument.
+        communicators: Process groups whose ranks are known to use different GPUs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, visible: Sequence[int] = (0,)) -> None:
+        self.visible = tuple(visible)
         self.waits: Counter[str] = Counter()
         self.event_waits = 0
         self.log: list[Entry] = []
         self.host: Clock = {}
         self.copies: list[_Copy] = []
         self.pinned: dict[int, torch.UntypedStorage] = {}
+        self.pinning: Counter[int] = Counter()
+        self.products: Counter[torch.dtype] = Counter()
+        self.communicators: set[str] = set()
         self.streams: list[Stream] = []
-        self.default = Stream(streams=self.streams)
+        self.defaults = [Stream(index, streams=self.streams) for index in range(len(visible))]
         self._local = threading.local()
 
-    def current_stream(self) -> Stream:
-        return getattr(self._local, "stream", self.default)
+    @property
+    def current(self) -> int:
+        """The index of the current device of this thread."""
+        return getattr(self._local, "index", 0)
+
+    def set_device(self, device: Any) -> int:
+        before, self._local.index = self.current, _index_of(device)
+        return before
+
+    @contextmanager
+    def use_device(self, device: Any) -> Iterator[None]:
+        before = self.set_device(device)
+        try:
+            yield
+        finally:
+            self.set_device(before)
+
+    def current_stream(self, device: Any = None) -> Stream:
+        index = self.current if device is None else _index_of(device)
+        return getattr(self._local, "streams", {}).get(index, self.defaults[index])
 
     def set_stream(self, stream: Stream) -> None:
-        self._local.stream = stream
+        self._local.streams = {**getattr(self._local, "streams", {}), stream.device.index: stream}
 
     def positions(self, kind: str, *, dtype: torch.dtype | None = None, stream: int | None = None) -> list[int]:
         """Return where the log has entries of a kind."""
@@ -322,9 +354,9 @@ class Device:
             entry.shape, entry.dtype, entry.pinned = tuple(tensor.shape), tensor.dtype, pinned
         self.log.append(entry)
 
-    def allocate(self) -> Usage:
+    def allocate(self, index: int) -> Usage:
         """Return the usage of new memory. Any memory that the stream allocated before, and that was freed, may be used for it."""
-        stream = self.current_stream()
+        stream = self.current_stream(index)
         for uses in stream.freed:
             busy = [other.number for other, number in uses.items() if stream.known.get(other, 0) < number]
             if busy:
@@ -333,17 +365,24 @@ class Device:
         return Usage(stream)
 
     def queue(
-        self, kind: str, *, read: Sequence[Tensor] = (), written: Sequence[Tensor] = (), copied: Tensor | None = None
+        self,
+        kind: str,
+        index: int,
+        *,
+        read: Sequence[Tensor] = (),
+        written: Sequence[Tensor] = (),
+        copied: Tensor | None = None,
     ) -> int:
-        """Queue one operation on the current stream, and return its number there.
+        """Queue one operation on the current stream of a device, and return its number there.
 
         Args:
             kind: As in the log.
+            index: Of the device.
             read: Tensors of the device that it reads.
             written: Tensors of the device that it writes.
             copied: The tensor of the host, for a copy.
         """
-        stream = self.current_stream()
+        stream = self.current_stream(index)
         _advance(stream.known, self.host)
         for tensor in (*read, *written):
             writer, number = tensor.usage.written  # type: ignore[attr-defined]
@@ -405,25 +444,31 @@ class Device:
                 copy.check_unchanged()
 
     def download_later(self, destination: Tensor, source: "DeviceTensor") -> Tensor:
-        number = self.queue("download", read=[source], copied=destination)
+        number = self.queue("download", source.index, read=[source], copied=destination)
         destination.fill_(torch.nan if destination.is_floating_point() else 113)
         values = source.host.to(destination.dtype, copy=True)
-        stream = self.current_stream()
+        stream = self.current_stream(source.index)
         self.copies.append(_Copy(stream=stream, number=number, target=destination, values=values, is_download=True))
         return destination
 
-    def upload(self, source: Tensor, *, into: "DeviceTensor | None" = None, non_blocking: bool) -> None:
-        number = self.queue("upload", written=[] if into is None else [into], copied=source)
+    def upload(self, source: Tensor, index: int, *, into: "DeviceTensor | None" = None, non_blocking: bool) -> None:
+        number = self.queue("upload", index, written=[] if into is None else [into], copied=source)
         if not non_blocking:
-            self.wait("copy to the device")
+            self.wait("copy to the device", self.current_stream(index).known)
         elif self.is_pinned(source):  # other memory is copied before the call returns
-            stream, values = self.current_stream(), source.clone()
+            stream, values = self.current_stream(index), source.clone()
             self.copies.append(_Copy(stream=stream, number=number, target=source, values=values, is_download=False))
 
     def pin(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         self.pinned[storage.data_ptr()] = storage
+        self.pinning[self.current] += 1
         return tensor
+
+    def pin_copy(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, DeviceTensor):
+            raise RuntimeError(f"cannot pin a tensor of {tensor.device}, only dense CPU tensors can be pinned")  # noqa: TRY004
+        return self.pin(tensor.clone())
 
     def is_pinned(self, tensor: Tensor) -> bool:
         return not isinstance(tensor, DeviceTensor) and tensor.untyped_storage().data_ptr() in self.pinned
@@ -434,28 +479,33 @@ class Device:
         if name == "_fused_sdp_choice":
             return 0
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        on_device = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
+        ours = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
         target = kwargs.get("device")
         to_device = target is not None and torch.device(target).type in ("cuda", "meta")
-        if not on_device and not to_device:
+        if not ours and not to_device:
             pinned = kwargs.get("pin_memory")
             result = operation(*args, **({**kwargs, "pin_memory": False} if pinned else kwargs))
             return self.pin(result) if pinned else result
-        if on_device and name not in _COPIES:
-            self._check_devices(name, operation, args, tensors)
+        index = (
+            _index_of(target) if to_device and torch.device(target).type == "cuda" else ours[0].index if ours else None
+        )
+        index = self.current if index is None else index
         if name == "copy_":
             return self._copy(args[0], args[1], bool(kwargs.get("non_blocking", args[2] if len(args) > 2 else False)))
         if name == "_to_copy":
-            return self._convert(operation, args[0], kwargs, to_device)
+            return self._convert(operation, args[0], kwargs, index if to_device else None)
+        if name not in _COPIES:
+            self._check_devices(name, operation, args, tensors, index)
+        if operation.namespace == "c10d":
+            return self._communicate(operation, args, kwargs, ours)
         traits = _traits(operation)
         if not traits.is_view:
             changed = [args[at] if at < len(args) else kwargs.get(item) for at, item in traits.written]
-            self.queue(
-                "kernels",
-                read=[tensor for tensor in tensors if isinstance(tensor, DeviceTensor)],
-                written=[leaf for leaf in tree_leaves(changed) if isinstance(leaf, DeviceTensor)],
-            )
-            if on_device:
+            written = [leaf for leaf in tree_leaves(changed) if isinstance(leaf, DeviceTensor)]
+            self.queue("kernels", index, read=ours, written=written)
+            if name in _PRODUCTS:
+                self.products[args[0].dtype] += 1
+            if ours:
                 self._count(name, args, kwargs)
         host_kwargs = tree_map(_host, kwargs)
         if to_device:
@@ -472,19 +522,41 @@ class Device:
         if traits.returns != "new":
             return args[0] if traits.returns == "written" else None
         usage = args[0].usage if traits.is_view else None
-        return tree_map(lambda leaf: DeviceTensor(leaf, usage=usage) if isinstance(leaf, Tensor) else leaf, result)
+        return tree_map(lambda leaf: DeviceTensor(leaf, index, usage) if isinstance(leaf, Tensor) else leaf, result)
 
-    def _check_devices(self, name: str, operation: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> None:
-        on_host = [tensor for tensor in tensors if not isinstance(tensor, DeviceTensor) and tensor.dim()]
+    def _check_devices(
+        self, name: str, operation: Any, args: tuple[Any, ...], tensors: list[Tensor], index: int
+    ) -> None:
+        elsewhere = [tensor for tensor in tensors if tensor.device.index != index and (tensor.is_cuda or tensor.dim())]
         if name in _INDEXING and isinstance(args[0], DeviceTensor):  # indices are copied to the device
-            indices = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, Tensor)]
-            on_host = [tensor for tensor in on_host if all(tensor is not index for index in indices)]
-            if any(not isinstance(index, DeviceTensor) for index in indices):
+            indices = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, Tensor) and not leaf.is_cuda]
+            elsewhere = [tensor for tensor in elsewhere if all(tensor is not item for item in indices)]
+            if indices:
                 self.wait("an index of the host")
-        if on_host:
-            raise MixedDevicesError(
-                f"{operation} mixes cuda:0 and cpu, with {[tuple(t.shape) for t in on_host]} on cpu"
-            )
+        if elsewhere:
+            places, shapes = {str(tensor.device) for tensor in elsewhere}, [tuple(tensor.shape) for tensor in elsewhere]
+            listed = ", ".join(sorted(places))
+            raise MixedDevicesError(f"{operation} mixes cuda:{index} and {listed}, with {shapes} on {listed}")
+
+    def _communicate(
+        self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list["DeviceTensor"]
+    ) -> Any:
+        """Run a collective of NCCL by gloo, after NCCL's check that each rank has a GPU of its own."""
+        group = next(item for item in args if isinstance(item, torch.ScriptObject))
+        group = distributed.ProcessGroup.unbox(group)
+        if group.group_name not in self.communicators:
+            gpus = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
+            own = torch.tensor([self.visible[tensors[0].index]])
+            group.allgather([gpus], [own]).wait()
+            ranks_of = Counter(int(gpu) for gpu in gpus)
+            if len(ranks_of) < group.size():
+                raise RuntimeError(f"Duplicate GPU detected: {ranks_of.most_common(1)[0][1]} ranks use one")
+            self.communicators.add(group.group_name)
+        self.queue("kernels", tensors[0].index, read=tensors, written=tensors)
+        result = operation(*tree_map(_host, args), **tree_map(_host, kwargs))
+        if isinstance(result, tuple | list):
+            return (args[0], result[-1])
+        return result
 
     def _count(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         is_masked = name in _INDEXING and any(
@@ -498,30 +570,33 @@ class Device:
             assert isinstance(source, DeviceTensor)
             if non_blocking and self.is_pinned(destination):
                 return self.download_later(destination, source)
-            self.queue("download", read=[source], copied=destination)
-            self.wait("copy to the host")
+            self.queue("download", source.index, read=[source], copied=destination)
+            self.wait("copy to the host", self.current_stream(source.index).known)
         elif isinstance(source, DeviceTensor):
-            self.queue("kernels", read=[source], written=[destination])
+            self.queue("kernels", source.index, read=[source], written=[destination])
         else:
-            self.upload(source, into=destination, non_blocking=non_blocking)
+            self.upload(source, destination.index, into=destination, non_blocking=non_blocking)
         _host(destination).copy_(_host(source))
         return destination
 
-    def _convert(self, operation: Any, source: Tensor, kwargs: dict[str, Any], to_device: bool) -> Tensor:
-        target, non_blocking = kwargs.get("device"), bool(kwargs.get("non_blocking"))
-        options = {**kwargs, "device": torch.device("cpu")} if target is not None else kwargs
+    def _convert(self, operation: Any, source: Tensor, kwargs: dict[str, Any], index: int | None) -> Tensor:
+        """Copy a tensor, to the device with the index, to the host, or for None without a `device` to where it is."""
+        non_blocking = bool(kwargs.get("non_blocking"))
+        options = {**kwargs, "device": torch.device("cpu")} if kwargs.get("device") is not None else kwargs
         converted = operation(_host(source), **{**options, "non_blocking": False})
         if not isinstance(source, DeviceTensor):
-            self.upload(source, non_blocking=non_blocking)
-        elif target is None or to_device:
-            self.queue("kernels", read=[source])
+            assert index is not None
+            self.upload(source, index, non_blocking=non_blocking)
+        elif index is not None or kwargs.get("device") is None:
+            index = source.index if index is None else index
+            self.queue("kernels", source.index, read=[source])
         elif non_blocking:  # torch allocates pinned memory for it
             return self.download_later(self.pin(converted), source)
         else:
-            self.queue("download", read=[source], copied=converted)
-            self.wait("copy to the host")
+            self.queue("download", source.index, read=[source], copied=converted)
+            self.wait("copy to the host", self.current_stream(source.index).known)
             return converted
-        return DeviceTensor(converted)
+        return DeviceTensor(converted, index)
 
 
 def _host(leaf: Any) -> Any:
@@ -572,6 +647,14 @@ def _active() -> Device:
     return _devices[-1] if _devices else Device()
 
 
+def _index_of(device: Any) -> int:
+    """Return the index of a device that is given by a number, a name or a device; without one, the current device's."""
+    if isinstance(device, int):
+        return device
+    index = None if device is None else torch.device(device).index
+    return (_active().current if _devices else 0) if index is None else index
+
+
 class _Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _active().execute(operation, args, kwargs or {})
@@ -584,23 +667,96 @@ class _Names(TorchFunctionMode):
         if function is torch.device:
             return function(*args, **(kwargs or {}))
         args, kwargs = tuple(map(_numbered, args)), {name: _numbered(value) for name, value in (kwargs or {}).items()}
-        if function in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("device") == CUDA:
-            return function(*args, **{**kwargs, "device": torch.device("cpu")}).to(CUDA)
+        device = kwargs.get("device")
+        if function in (torch.tensor, torch.as_tensor, torch.asarray) and device is not None:
+            return function(*args, **{**kwargs, "device": torch.device("cpu")}).to(device)
         if function is Tensor.new_tensor and isinstance(args[0], DeviceTensor):
-            return torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}).to(CUDA)
+            return torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}).to(args[0].device)
         if function is Tensor.cuda:
-            return args[0].to(CUDA)
-        if function is Tensor.is_pinned:
-            return _active().is_pinned(args[0])
-        if function is Tensor.pin_memory:
-            if isinstance(args[0], DeviceTensor):
-                raise RuntimeError("cannot pin a tensor of cuda:0, only dense CPU tensors can be pinned")
-            return _active().pin(args[0].clone())
+            return args[0].to(torch.device("cuda", _index_of(args[1] if len(args) > 1 else device)))
         return function(*args, **kwargs)
 
 
 def _numbered(value: Any) -> Any:
-    return CUDA if isinstance(value, torch.device | str) and str(value) == "cuda" else value
+    if isinstance(value, torch.device | str) and str(value) == "cuda":
+        return torch.device("cuda", _active().current)
+    return value
+
+
+def _autocast_rules() -> Iterator[tuple[Any, str]]:
+    """Yield every operator that autocast changes on CUDA and how, from the lists that torch itself is compiled with."""
+    header = (Path(torch.__file__).parent / "include/ATen/autocast_mode.h").read_text()
+    for rule in ("LOWER_PRECISION_FP", "FP32", "FP32_SET_OPT_DTYPE", "PROMOTE"):
+        listed = re.search(rf"#define AT_FORALL_{rule}\(_\)((?:.*\\\n)*.*)\n", header)
+        assert listed is not None
+        for name, overload in re.findall(r"_\((\w+)(?:, (\w+))?\)", listed[1]):
+            yield getattr(getattr(torch.ops.aten, name), overload or "default"), rule
+    yield torch.ops.aten.norm.Scalar, "FP32_SET_OPT_DTYPE"
+    yield torch.ops.aten.norm.ScalarOpt_dim, "FP32_SET_OPT_DTYPE"
+
+
+@contextmanager
+def compute_as_simulated() -> Iterator[None]:
+    """Let a CPU compute what the simulated device computes, to the last bit: with autocast of CUDA and plain attention."""
+    with autocast_as_on_cuda("cpu"), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
+def autocast_as_on_cuda(device_type: str) -> Iterator[None]:
+    """Let autocast change the operators of CUDA inside the block. torch's own takes no simulated tensor for one of CUDA."""
+    casts: dict[int, tuple[Tensor, Tensor]] = {}
+    with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for operation, rule in _autocast_rules():
+            changed = _autocast(device_type, operation, rule, casts)
+            library.impl(operation, changed, f"Autocast{device_type.upper()}", allow_override=True)
+        clear = torch.clear_autocast_cache
+
+        def clear_casts() -> None:
+            casts.clear()
+            clear()
+
+        with mock.patch.object(torch, "clear_autocast_cache", clear_casts):
+            yield
+
+
+def _autocast(
+    device_type: str, operation: Any, rule: str, casts: dict[int, tuple[Tensor, Tensor]]
+) -> Callable[..., Any]:
+    key = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(f"Autocast{device_type.upper()}"))
+
+    def is_eligible(leaf: Any) -> bool:
+        is_float = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64
+        return is_float and leaf.device.type == device_type
+
+    def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        is_weight = tensor.dtype == torch.float32 and tensor.requires_grad and tensor.is_leaf and not tensor._is_view()
+        if dtype == torch.float32 or not is_weight or not torch.is_autocast_cache_enabled():
+            return tensor.to(dtype)
+        if id(tensor) not in casts:
+            casts[id(tensor)] = tensor, tensor.to(dtype)
+        return casts[id(tensor)][1]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            eligible = list(filter(is_eligible, tree_leaves((args, kwargs))))
+            if not eligible:
+                return operation(*args, **kwargs)
+            if rule == "FP32_SET_OPT_DTYPE":
+                if operation in (torch.ops.aten.norm.Scalar, torch.ops.aten.norm.ScalarOpt_dim):
+                    return operation(args[0].float(), *args[1:], **kwargs)
+                at = [item.name for item in operation._schema.arguments].index("dtype")
+                if is_eligible(args[0]) and (args[at] if at < len(args) else kwargs.get("dtype")) is None:
+                    args, kwargs = (*args[:at], *args[at + 1 :]), kwargs | {"dtype": torch.float32}
+                return operation(*args, **kwargs)
+            low = torch.get_autocast_dtype(device_type)
+            is_wide = rule == "FP32" or (rule == "PROMOTE" and any(leaf.dtype == torch.float32 for leaf in eligible))
+            dtype = torch.float32 if is_wide else low
+            args, kwargs = tree_map(lambda leaf: cast(leaf, dtype) if is_eligible(leaf) else leaf, (args, kwargs))
+            return operation(*args, **kwargs)
+
+    return run
 
 
 def _driver(device: Device) -> dict[str, Any]:
@@ -612,9 +768,10 @@ def _driver(device: Device) -> dict[str, Any]:
         "is_initialized": lambda: True,
         "_lazy_init": lambda: None,
         "_is_in_bad_fork": lambda: False,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "set_device": lambda number: None,
+        "device_count": lambda: len(device.visible),
+        "current_device": lambda: device.current,
+        "set_device": lambda number: device.set_device(number) and None,
+        "device": device.use_device,
         "synchronize": lambda number=None: device.wait_for_all_streams(),
         "empty_cache": lambda: None,
         "mem_get_info": lambda number=None: (memory, memory),
@@ -635,39 +792,42 @@ def _driver(device: Device) -> dict[str, Any]:
         "Event": Event,
         "Stream": Stream,
         "stream": lambda stream: nullcontext() if stream is None else stream,
-        "current_stream": lambda number=None: device.current_stream(),
-        "default_stream": lambda number=None: device.default,
+        "current_stream": device.current_stream,
+        "default_stream": lambda number=None: device.defaults[_index_of(number)],
         "set_stream": device.set_stream,
     }
 
 
 @contextmanager
-def simulate() -> Iterator[Device]:
-    """Simulate one CUDA device inside the block."""
-    device = Device()
-    iterator = torch.utils.data.dataloader._BaseDataLoaderIter
-    start = iterator.__init__
+def simulate(*, visible: Sequence[int] = (0,)) -> Iterator[Device]:
+    """Simulate CUDA devices inside the block, one for each of the GPUs that the process sees."""
+    cuda = Device(visible)
+    join = distributed.init_process_group
 
-    def start_without_pinning(self: Any, loader: Any) -> None:  # its thread needs a driver
-        with mock.patch.dict(loader.__dict__, pin_memory=False):
-            start(self, loader)
+    def join_by_gloo(backend: str, **options: Any) -> None:
+        join(backend.replace("nccl", "gloo"), **options)
 
     with ExitStack() as stack:
-        accelerator = {"current_device_index": 0, "set_device_index": None}
-        stack.enter_context(mock.patch.multiple(torch.cuda, **_driver(device)))
-        stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", device.current_stream))
-        for name, value in accelerator.items():
-            stack.enter_context(mock.patch.object(torch.accelerator, name, return_value=value))
-        stack.enter_context(mock.patch.object(iterator, "__init__", start_without_pinning))
-        stack.enter_context(mock.patch.object(torch, "inference_mode", torch.no_grad))
-        stack.enter_context(mock.patch.object(torch.optim.Optimizer, "_accelerator_graph_capture_health_check"))
-        stack.enter_context(mock.patch.object(torch.__future__, "_overwrite_module_params_on_conversion", True))
+        patch = lambda owner, **values: stack.enter_context(mock.patch.multiple(owner, **values))  # noqa: E731
+        patch(torch.cuda, **_driver(cuda))
+        patch(
+            torch.accelerator,
+            current_stream=cuda.current_stream,
+            current_device_index=lambda: cuda.current,
+            set_device_index=cuda.set_device,
+        )
+        patch(distributed, init_process_group=join_by_gloo)
+        patch(Tensor, pin_memory=lambda self, device=None: cuda.pin_copy(self), is_pinned=cuda.is_pinned)
+        patch(torch, inference_mode=torch.no_grad)
+        patch(torch.optim.Optimizer, _accelerator_graph_capture_health_check=lambda self: None)
+        patch(torch.__future__, _overwrite_module_params_on_conversion=True)
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        _devices.append(device)
-        stack.callback(_devices.remove, device)
+        stack.enter_context(autocast_as_on_cuda("cuda"))
+        _devices.append(cuda)
+        stack.callback(_devices.remove, cuda)
         stack.enter_context(_Dispatch())
         stack.enter_context(_Names())
-        yield device
-        for copy in device.copies:
+        yield cuda
+        for copy in cuda.copies:
             if not copy.is_download:
                 copy.check_unchanged()

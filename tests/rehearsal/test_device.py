@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 Simulate = Callable[[], Any]
 WAITS = {
@@ -187,3 +188,31 @@ def _free_too_early() -> None:
 def test_races_are_refused(simulate_cuda: Simulate, race: Callable[[], None], message: str) -> None:
     with simulate_cuda(), pytest.raises(RuntimeError, match=message):
         race()
+
+
+@pytest.mark.parametrize(
+    ("compute", "dtype"),
+    [
+        (lambda rows: rows @ rows, torch.bfloat16),
+        (lambda rows: functional.linear(rows, rows), torch.bfloat16),
+        (lambda rows: functional.gelu(rows.bfloat16()), torch.bfloat16),
+        (lambda rows: rows.bfloat16().softmax(dim=1), torch.float32),
+        (lambda rows: rows.bfloat16().sum(), torch.float32),
+        (lambda rows: rows.bfloat16().norm(), torch.float32),
+        (lambda rows: functional.layer_norm(rows.bfloat16(), (4,)), torch.float32),
+        (lambda rows: functional.cross_entropy(rows @ rows, rows.argmax(dim=1)), torch.float32),
+        (lambda rows: torch.addcmul(rows, rows.bfloat16(), rows.bfloat16()), torch.float32),
+        (lambda rows: rows.double() @ rows.double(), torch.float64),
+    ],
+    ids=["product", "linear", "gelu", "softmax", "sum", "norm", "layer norm", "cross-entropy", "promote", "double"],
+)
+def test_autocast_has_the_dtypes_of_cuda(simulate_cuda: Simulate, compute: Callable[..., Any], dtype: Any) -> None:
+    with simulate_cuda():
+        rows = torch.ones(4, 4).cuda().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            result = compute(rows)
+        assert result.dtype == dtype
+        result.sum().backward()
+        assert rows.grad is not None
+        assert rows.grad.dtype == torch.float32
+        assert (rows @ rows).dtype == torch.float32
