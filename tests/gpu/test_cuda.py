@@ -11,10 +11,7 @@ from msn_eval import evaluate, load_encoder
 from msn_eval.features.encoder import encode, exact_float32
 from msn_eval.results.record import Predictions, Result, read_predictions
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 TINY = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2"
 DEEPER = TINY.replace("depth=2", "depth=12")
@@ -118,6 +115,7 @@ def test_fp32_features_agree_with_the_cpu_if_tf32_is_allowed(checkpoint: str, ta
     assert (ours - theirs).norm() / theirs.norm() < 5e-5
 
 
+@pytest.mark.real_gpu("TF32")
 @pytest.mark.usefixtures("tf32_allowed")
 def test_products_use_no_tf32_only_inside_exact_float32() -> None:
     if torch.cuda.get_device_capability()[0] < 8:

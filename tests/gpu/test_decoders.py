@@ -12,10 +12,7 @@ from PIL import Image
 from msn_eval.data.decoders import check_decoder, decode_on_device, decode_pixels, prepare_for_device
 from msn_eval.data.images import BadImageError, make_eval_transform
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 TRANSFORM = make_eval_transform(224)
 
@@ -33,10 +30,12 @@ def differences(ours: torch.Tensor, theirs: NDArray[np.uint8]) -> NDArray[np.int
     return np.abs(ours.cpu().numpy().astype(np.int64) - theirs)
 
 
+@pytest.mark.real_gpu("nvJPEG")
 def test_this_device_decodes_jpegs() -> None:
     check_decoder("nvjpeg", DEVICE)
 
 
+@pytest.mark.real_gpu("nvJPEG")
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"restart_marker_blocks": 5}], ids=str)
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (640, 427), (64, 64)], ids=str)
 def test_pixels_of_the_gpu_are_nearly_pillows(size: tuple[int, int], options: dict[str, object]) -> None:
@@ -49,6 +48,7 @@ def test_pixels_of_the_gpu_are_nearly_pillows(size: tuple[int, int], options: di
     assert gaps.max() <= 8
 
 
+@pytest.mark.real_gpu("nvJPEG")
 def test_large_batch_keeps_its_order() -> None:
     files = [jpeg(300 + row, 260, quality=50 + row // 2) for row in range(90)]
     batch = [
@@ -61,6 +61,7 @@ def test_large_batch_keeps_its_order() -> None:
     assert differences(pixels, theirs).mean(axis=(1, 2, 3)).max() <= 1
 
 
+@pytest.mark.real_gpu("nvJPEG")
 def test_file_that_nobody_can_decode_is_named_and_affects_no_other() -> None:
     good = jpeg(500, 375)
     bad = good.replace(b"\xff\xdb", b"\xff\xfe")

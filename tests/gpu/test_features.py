@@ -15,11 +15,9 @@ from msn_eval.errors import ResourceError
 from msn_eval.features.encoder import Encoder, encode, load_encoder
 from msn_eval.features.extraction import Extraction, Loading, extract_features
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-DEEP = "random:vit_small_patch16_224"
+pytestmark = pytest.mark.gpu
+SIMULATED = not torch.cuda.is_available()  # as slow as a CPU, so that sizes are smaller
+DEEP = "random:vit_small_patch16_224" + ("?img_size=32&depth=2&embed_dim=48&num_heads=3" if SIMULATED else "")
 LOADING = Loading(workers=0)
 
 
@@ -99,6 +97,7 @@ def test_resumed_extraction_gives_the_same_features(
     assert torch.equal(values(resumed), values(run(photographs, None, loading=loading)))
 
 
+@pytest.mark.real_gpu("memory that runs out")
 @pytest.mark.usefixtures("little_memory")
 def test_batch_size_is_reduced_until_it_fits_the_gpu(photographs: Path) -> None:
     found = run(photographs, None, loading=Loading(batch_size=96, workers=0))
@@ -108,6 +107,7 @@ def test_batch_size_is_reduced_until_it_fits_the_gpu(photographs: Path) -> None:
     assert (values(found) - values(reference)).norm() / values(reference).norm() < 5e-5
 
 
+@pytest.mark.real_gpu("memory that runs out")
 @pytest.mark.usefixtures("little_memory")
 def test_gpu_too_small_for_one_image_is_a_resource_error(photographs: Path) -> None:
     encoder = load_encoder(DEEP, device="cuda", precision="fp32")
@@ -119,6 +119,7 @@ def test_gpu_too_small_for_one_image_is_a_resource_error(photographs: Path) -> N
         run(photographs, None, encoder=encoder)
 
 
+@pytest.mark.real_gpu("nvJPEG")
 def test_features_from_nvjpeg_are_close_to_those_from_pillow(photographs: Path) -> None:
     theirs, ours = (
         run(photographs, None, loading=Loading(decoder=decoder, workers=0)) for decoder in ("pillow", "nvjpeg")

@@ -7,10 +7,7 @@ from msn_eval.features.extraction import Features
 from msn_eval.probes.logistic import Logistic
 from msn_eval.probes.ridge import Ridge
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 LAMBDAS = (0.0025, 0.0137, 0.075)
 
 
@@ -22,6 +19,7 @@ def clusters(n: int, d: int, classes: int, *, seed: int = 0) -> Features:
     return Features(values=values, labels=labels, image_ids=ids, n_classes=classes, tap="cls")
 
 
+@pytest.mark.real_gpu("the size of ImageNet")
 def test_nine_fits_of_one_percent_of_imagenet_are_certified_within_4_gigabytes() -> None:
     torch.cuda.reset_peak_memory_stats()
 
