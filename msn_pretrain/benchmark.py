@@ -15,6 +15,7 @@ from msn_pretrain.config.load import recipe_as_yaml
 from msn_pretrain.config.schedule import settings_at
 from msn_pretrain.data.sampler import Order
 from msn_pretrain.local_ranks import check_devices, choose_rank_device
+from msn_pretrain.training.determinism import deterministic_kernels
 from msn_pretrain.training.run import (
     Recipe,
     build_learner,
@@ -49,15 +50,16 @@ def bench(recipe: Recipe, *, steps: int) -> str:
         learner=build_learner(recipe, ranks.device),
     )
     waits, computes, ended = [], [], time.perf_counter()
-    for batch in load_session_views(session, 0):
-        loaded = time.perf_counter()
-        settings = settings_at(recipe, step=batch.batch.step, steps_per_epoch=order.steps_per_epoch)
-        compute(session, batch, settings)  # waits for the device
-        session.learner.optimizer.step()
-        session.learner.model.after_update(settings)
-        waits.append(loaded - ended)
-        ended = time.perf_counter()
-        computes.append(ended - loaded)
+    with deterministic_kernels(ranks.device):  # as in training
+        for batch in load_session_views(session, 0):
+            loaded = time.perf_counter()
+            settings = settings_at(recipe, step=batch.batch.step, steps_per_epoch=order.steps_per_epoch)
+            compute(session, batch, settings)  # waits for the device
+            session.learner.optimizer.step()
+            session.learner.model.after_update(settings)
+            waits.append(loaded - ended)
+            ended = time.perf_counter()
+            computes.append(ended - loaded)
     waited, computed = (statistics.median(times[_WARM_UP:]) for times in (waits, computes))
     return (
         f"{order.batch_size / (waited + computed):,.1f} images/s on {ranks.device} in {precision_of(recipe, ranks.device)}: "

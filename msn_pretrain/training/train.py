@@ -28,6 +28,7 @@ from msn_pretrain.data.sampler import Order, seed_at
 from msn_pretrain.data.view_loader import ViewBatch, ViewList, load_views, normalise
 from msn_pretrain.methods.msn import Step
 from msn_pretrain.training import online_probe
+from msn_pretrain.training.determinism import deterministic_kernels
 from msn_pretrain.training.gradients import compute_gradients, gradient_norm
 from msn_pretrain.training.journal import (
     AlarmCounters,
@@ -107,6 +108,7 @@ def train(recipe: Recipe, ranks: Group, *, allowed: Sequence[str] = (), quiet: b
     """
     run = Path(recipe.run.dir)
     with ExitStack() as stack:
+        stack.enter_context(deterministic_kernels(ranks.device))
         images = broadcast_from_rank0(ranks, "images", lambda: training_images(recipe))
         order = Order(
             n_images=len(images),

@@ -50,6 +50,32 @@ optimization: {epochs: 3, batch_size: 8, warmup: 1}
 watch: {probe_every: 0}
 """,
 }
+# What torch refuses on CUDA in deterministic mode, as its documentation of `use_deterministic_algorithms` lists it.
+REFUSED = {
+    *(
+        "_adaptive_avg_pool2d_backward",
+        "adaptive_max_pool2d_backward",
+        "avg_pool3d_backward",
+        "fractional_max_pool2d_backward",
+    ),
+    *("upsample_bilinear2d_backward", "_upsample_bilinear2d_aa_backward", "upsample_bicubic2d_backward"),
+    *(
+        "_upsample_bicubic2d_aa_backward",
+        "upsample_linear1d_backward",
+        "reflection_pad2d_backward",
+        "nll_loss2d_forward",
+    ),
+    *(
+        "_ctc_loss_backward",
+        "_embedding_bag_backward",
+        "put",
+        "put_",
+        "histc",
+        "median",
+        "kthvalue",
+        "grid_sampler_2d_backward",
+    ),
+}
 PROBES: dict[str, tuple[ModuleType, dict[str, Any]]] = {
     "finetune": (
         finetuning,
@@ -154,6 +180,25 @@ def test_pretraining_in_bf16_has_the_losses_and_weights_of_a_cpu(
 
     assert device.products[torch.bfloat16] > device.products[torch.float32]
     _check_runs(tmp_path, weights, expected)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_training_in_deterministic_mode_uses_no_operation_that_torch_refuses_there(
+    simulate_cuda: Simulate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    operations: dict[str, bool] = {}
+    with simulate_cuda() as device:
+        execute = device.execute
+
+        def note(operation: Any, *arguments: Any) -> Any:
+            operations[operation._schema.name.partition("::")[2]] = torch.are_deterministic_algorithms_enabled()
+            return execute(operation, *arguments)
+
+        monkeypatch.setattr(device, "execute", note)
+        _train(name, tmp_path, "cuda:0")
+
+    assert operations["mm"]
+    assert operations.keys() & REFUSED == set()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
