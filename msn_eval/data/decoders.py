@@ -31,6 +31,7 @@ from msn_eval.errors import UsageError
 
 Pixels = NDArray[np.uint8]  # (crop, crop, 3)
 _DECODED_AT_ONCE = 64  # on the device, before they are resized: a GPU's memory is for the encoder
+_RESIZED_AT_ONCE = 1 << 24  # pixels, in float32
 # In the data of a scan, 255 is followed by 0 or by the number of a restart. Anything else ends the scan.
 _SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 _END_OF_IMAGE = b"\xff\xd9"
@@ -136,33 +137,49 @@ def decode_on_device(
         (b, crop, crop, 3) uint8 on the device, in the order of the batch, zeros for files that cannot be used; and the
         reasons by their rows.
     """
-    pixels = torch.zeros(len(batch), transform.crop, transform.crop, 3, dtype=torch.uint8, device=device)
-    failures: dict[int, str] = {}
+    on_host: list[tuple[int, Pixels]] = [(row, item) for row, item in enumerate(batch) if not isinstance(item, bytes)]
     files = [(row, item) for row, item in enumerate(batch) if isinstance(item, bytes)]
-    decoded = [(row, item) for row, item in enumerate(batch) if not isinstance(item, bytes)]
-    if decoded:
-        rows = torch.tensor([row for row, _ in decoded], device=device)
-        pixels[rows] = torch.from_numpy(np.stack([item for _, item in decoded])).to(device)
+    failures: dict[int, str] = {}
+    rows: list[int] = []
+    resized: list[Tensor] = []  # parts of the batch, in the order of `rows`
     for start in range(0, len(files), _DECODED_AT_ONCE):
         chunk = files[start : start + _DECODED_AT_ONCE]
-        images = _try_decode_jpegs([content for _, content in chunk], device)
-        for (row, content), image in zip(chunk, images, strict=True):
+        by_size: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+        for (row, content), image in zip(
+            chunk, _try_decode_jpegs([content for _, content in chunk], device), strict=True
+        ):
+            if image is not None:
+                by_size.setdefault(tuple(image.shape), []).append((row, image))
+                continue
             try:
-                pixels[row] = _resize_on_device(content, image, transform, device)
+                on_host.append((row, decode_pixels(content, transform, "pillow")))
             except BadImageError as error:
                 failures[row] = str(error)
-    return pixels, failures
+                on_host.append((row, np.zeros((transform.crop, transform.crop, 3), dtype=np.uint8)))
+        for (_, height, width), group in by_size.items():
+            count = max(1, _RESIZED_AT_ONCE // (height * width))
+            for first in range(0, len(group), count):
+                part = group[first : first + count]
+                rows += [row for row, _ in part]
+                resized.append(_resize_on_device(torch.stack([image for _, image in part]), transform))
+    if on_host:
+        rows += [row for row, _ in on_host]
+        stacked = torch.from_numpy(np.stack([item for _, item in on_host]))
+        resized.append(stacked.to(device, non_blocking=True))
+    order = torch.tensor(rows).argsort().to(device, non_blocking=True)
+    return torch.cat(resized)[order], failures
 
 
-def _resize_on_device(content: bytes, decoded: Tensor | None, transform: EvalTransform, device: torch.device) -> Tensor:
-    if decoded is None:
-        return torch.from_numpy(decode_pixels(content, transform, "pillow").copy()).to(device)
-    width, height = compute_resized_size(decoded.shape[2], decoded.shape[1], transform)
+def _resize_on_device(images: Tensor, transform: EvalTransform) -> Tensor:
+    """Resize and crop (k, 3, height, width) uint8 images of one size to (k, crop, crop, 3)."""
+    width, height = compute_resized_size(images.shape[3], images.shape[2], transform)
+    left, top = compute_crop_corner(width, height, transform)
     # Rounded after each direction, as Pillow does: both at once would differ from it by one level in a value of five.
-    image = decoded.float()
-    for size in ((decoded.shape[1], width), (height, width)):
-        image = (interpolate(image[None], size, mode="bilinear", antialias=True)[0] + 0.5).floor_()
-    return _crop(image, transform).to(torch.uint8)
+    wide = interpolate(images.float(), (images.shape[2], width), mode="bilinear", antialias=True)
+    wide = (wide[..., left : left + transform.crop] + 0.5).floor_()
+    high = interpolate(wide, (height, transform.crop), mode="bilinear", antialias=True)
+    high = (high[:, :, top : top + transform.crop] + 0.5).floor_()
+    return high.permute(0, 2, 3, 1).to(torch.uint8)
 
 
 def _try_decode_jpegs(contents: Sequence[bytes], device: torch.device) -> list[Tensor | None]:
@@ -185,4 +202,8 @@ def _decode_jpegs(contents: Sequence[bytes], device: torch.device) -> list[Tenso
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torchvision.io as a module, once per image
         files = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]
+        if device.type == "cuda":
+            # torchvision decodes on a stream of its own, which does not wait for this one. The memory that it is given may
+            # still be read by queued kernels, since torch reuses it in the order of this stream.
+            torch.cuda.current_stream(device).synchronize()
         return cast("list[Tensor]", decode_jpeg(files, mode=ImageReadMode.RGB, device=device))

@@ -336,6 +336,31 @@ def test_batch_keeps_its_order_whatever_decoded_an_image(monkeypatch: pytest.Mon
     assert differences(pixels.numpy(), theirs).max() <= 1
 
 
+@pytest.mark.parametrize("pixels_at_once", [1, 2 * 70 * 50, 1 << 24])
+def test_images_that_are_resized_together_have_the_pixels_of_single_ones(
+    pixels_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [(70, 50), (50, 70), (70, 50), (37, 41), (70, 50), (50, 70)]
+    batch = [encoded(picture(*size), quality=90 - row) for row, size in enumerate(sizes)]
+    single = [decode_on_device([content], SMALL, CPU)[0][0] for content in batch]
+    monkeypatch.setattr(decoders, "_RESIZED_AT_ONCE", pixels_at_once)
+    pixels, _ = decode_on_device(batch, SMALL, CPU)
+    assert torch.equal(pixels, torch.stack(single))
+
+
+def test_images_of_one_size_are_resized_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, resized = prepared([(70, 50), (50, 70)] * 4, SMALL), []
+    resize = decoders.interpolate
+
+    def note(images: Tensor, *arguments: object, **options: object) -> Tensor:
+        resized.append(len(images))
+        return resize(images, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decoders, "interpolate", note)
+    decode_on_device(batch, SMALL, CPU)
+    assert resized == [4] * 4  # two sizes, two directions each
+
+
 def test_file_that_the_device_refuses_is_decoded_by_pillow_and_the_rest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     one, refused, other = prepared([(70, 50), (60, 50), (50, 50)], SMALL)
 
