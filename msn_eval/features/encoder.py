@@ -67,6 +67,11 @@ class Encoder:
         """Width of the default tap."""
         return self.dim_of(self.taps[0])
 
+    @cached_property
+    def mean_and_std(self) -> Tensor:
+        """(2, 3) float32 on the device."""
+        return torch.tensor([self.transform.mean, self.transform.std]).to(self.device, non_blocking=True)
+
     def dim_of(self, tap: str) -> int:
         """Return the width of a tap."""
         side = self.transform.crop
@@ -382,11 +387,7 @@ def normalise_pixels(pixels: Tensor, encoder: Encoder) -> Tensor:
     Returns:
         (b, 3, S, S) in the network's dtype.
     """
-    # Without non_blocking the host would wait for all work that is queued on the device.
-    mean, std = (
-        torch.tensor(values).to(pixels.device, non_blocking=True)
-        for values in (encoder.transform.mean, encoder.transform.std)
-    )
+    mean, std = encoder.mean_and_std
     scaled = (pixels.float() / 255 - mean) / std
     images = scaled.permute(0, 3, 1, 2)  # channels-last in memory
     if not _is_convolutional(encoder.checkpoint, encoder.network):

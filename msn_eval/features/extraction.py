@@ -37,6 +37,7 @@ from msn_eval.features.patch_drop import (
     encode_kept_patches,
     patch_count,
 )
+from msn_eval.features.transfer import await_upload, start_download
 from msn_eval.process import available_bytes
 
 _log = logging.getLogger(__name__)
@@ -300,6 +301,12 @@ class _Job:
     def timing(self) -> _Timing:
         return _Timing(images=self.batch_size)
 
+    @cached_property
+    def uploads(self) -> torch.cuda.Stream | None:
+        """The stream that copies or decodes pixels beside the encoder's kernels, None on a CPU."""
+        device = self.encoder.device
+        return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
     @property
     def batch_size(self) -> int:
         return self.loading.batch_size or choose_batch_size(self.encoder)
@@ -535,7 +542,7 @@ def _encode_images(
                 features, refused = _encode_batch(job, batch.pixels, kept)
                 failures += [f"{place(pixel_list.image_ids[done + row])}: {reason}" for row, reason in refused]
                 # Rows that the device's decoder refused were encoded as black images and must not be cached.
-                in_flight = None if refused else (done, *_start_fetching(features))
+                in_flight = None if refused else (done, *start_download(features))
             done += len(batch.pixels)
             if on_progress is not None:
                 on_progress(done, len(rows))
@@ -552,16 +559,6 @@ def _encode_images(
             timing.encoding += time.perf_counter() - arrived
         if batch is None:
             return
-
-
-def _start_fetching(features: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-    """Queue copies to page-locked host memory; they are complete once the event is, which is None for tensors of the host."""
-    values = {tap: rows.to("cpu", non_blocking=True) for tap, rows in features.items()}
-    if not any(rows.is_cuda for rows in features.values()):
-        return values, None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return values, event
 
 
 def _encode_batch(
@@ -581,9 +578,14 @@ def _encode_batch(
 
     def run(rows: slice) -> dict[str, Tensor]:
         part = pixels[rows]
-        if not isinstance(part, Tensor):
-            part, reasons = decode_on_device(part, job.encoder.transform, job.encoder.device)
-            refused.update((rows.start + row, reason) for row, reason in reasons.items())
+        with torch.cuda.stream(job.uploads):  # does nothing on a CPU
+            if not isinstance(part, Tensor):
+                part, reasons = decode_on_device(part, job.encoder.transform, job.encoder.device)
+                refused.update((rows.start + row, reason) for row, reason in reasons.items())
+            elif job.uploads is not None:
+                part = part.pin_memory().to(job.encoder.device, non_blocking=True)
+        if job.uploads is not None:
+            await_upload(part, job.uploads)
         if kept is None:
             return encode(job.encoder, part, job.taps)
         return encode_kept_patches(job.encoder, part, job.taps, kept[rows])
