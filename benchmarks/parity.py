@@ -777,7 +777,7 @@ def _compare_linear_steps(make_layer: Any, make_optimiser: Any, make_schedule: A
     for epoch in range(20):
         batches = torch.split(draw_order(110, seed=0, epoch=epoch), 20)[:5]
         steps = iterate_augmented_features(images, labels, batches, seed=0, epoch=epoch, share=0.08, group=ALONE)
-        for ((features, own),) in steps:
+        for ((features, own, _),) in steps:
             functional.cross_entropy(layer(features), own).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()

@@ -1,6 +1,6 @@
 """Features of augmented images: a frozen encoder on the random crops of an epoch, step by step."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,10 @@ from msn_eval.distributed.group import Group, split_across_ranks
 from msn_eval.features.batch_size import AdaptiveBatchSize, run_with_oom_backoff
 from msn_eval.features.encoder import Encoder, encode
 from msn_eval.features.extraction import Loading, check_finite, choose_batch_size
+
+# Features (b, d) float32 and their labels (b,), both on the encoder's device; and a function that raises NumericalError if the
+# features are not finite, for which the host waits.
+Chunk = tuple[Tensor, Tensor, Callable[[], None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,7 @@ def iterate_augmented_features(
     epoch: int,
     share: float,
     group: Group,
-) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+) -> Iterator[Iterator[Chunk]]:
     """Yield the features of this rank's part of each batch, in parts that fit the device.
 
     The parts of a step do not depend on the step at which an epoch is entered. Consume each step before the next.
@@ -66,11 +70,10 @@ def iterate_augmented_features(
         group: Ranks that share each batch.
 
     Yields:
-        For each batch an iterator of features (b, d) float32 and their labels (b,), both on the encoder's device.
+        For each batch an iterator of its chunks.
 
     Raises:
         DataError: Images cannot be used; the error names them.
-        NumericalError: Features are not finite.
         ResourceError: One image does not fit into memory.
     """
     ranges = [split_across_ranks(len(batch), group, block=1) for batch in batches]
@@ -102,7 +105,7 @@ def _encode_step(
     parts: Sequence[Tensor],
     pixels: Iterator[Tensor],
     size: AdaptiveBatchSize,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[Chunk]:
     """Encode the parts of one step. On out-of-memory only the forward passes shrink; the parts stay the same."""
 
     def run(part: Tensor, rows: slice) -> Tensor:
@@ -112,8 +115,8 @@ def _encode_step(
         passes = run_with_oom_backoff(images.encoder, len(indices), size, partial(run, next(pixels)))
         features = torch.cat(passes)  # outside of inference mode, so that gradients can use it
         image_ids = [images.images.ids[index] for index in indices.tolist()]
-        check_finite({images.tap: features}, image_ids, images.encoder)
-        yield features, labels[indices].to(images.encoder.device, non_blocking=True)
+        check = partial(check_finite, {images.tap: features}, image_ids, images.encoder)
+        yield features, labels[indices].to(images.encoder.device, non_blocking=True), check
 
 
 def _rebatch(batches: Iterator[PixelBatch], images: AugmentedImages, sizes: Iterator[int]) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from msn_eval.config.request import EvaluationConfig
 from msn_eval.data.subsets import Subset
 from msn_eval.distributed.group import Group, all_reduce_tensors
 from msn_eval.errors import NumericalError, StoreError
-from msn_eval.features.augmented import AugmentedImages, iterate_augmented_features
+from msn_eval.features.augmented import AugmentedImages, Chunk, iterate_augmented_features
 from msn_eval.probes.base import FittedProbe, Probe, ProbeConfig, TrainsOn
 from msn_eval.probes.training_state import StateFiles, read_shared_state, write_state
 from msn_eval.process import StopRequest, watch_stop_signals
@@ -157,7 +157,7 @@ def _build_optimizer(head: AugmentedHead, weight_decay: float) -> torch.optim.SG
 
 def take_step(
     training: Training,
-    chunks: Iterator[tuple[Tensor, Tensor]],
+    chunks: Iterator[Chunk],
     *,
     images: int,
     rate_factor: float,
@@ -168,7 +168,7 @@ def take_step(
 
     Args:
         training: The heads; changed in place.
-        chunks: Features (b, d) float32 and labels (b,) of this rank's share of the batch.
+        chunks: This rank's share of the batch.
         images: Number of images in the batch, all ranks together.
         rate_factor: Factor of every learning rate at this step.
         group: Ranks that share the batch.
@@ -185,28 +185,23 @@ def take_step(
     for rate in rates:
         for weight in weights[rate]:
             weight.grad = torch.zeros_like(weight)
-    # Summed over ranks with the gradients: the loss of each head, then whether a rank failed, and whether one stops.
-    sums = torch.zeros(len(rates) + 2, device=weights[rates[0]][0].device)
-    fault = None
-    try:
-        for features, labels in chunks:
-            if stop.number is not None:
-                break
-            for index, rate in enumerate(rates):
-                loss = functional.cross_entropy(training.heads[rate](features), labels, reduction="sum")
-                (loss / images).backward()  # type: ignore[no-untyped-call]
-                sums[index] += loss.detach()
-    except NumericalError as error:  # raised only after the sum, which the other ranks wait for
-        fault = error
-    flags = [float(fault is not None), float(stop.number is not None)]
-    sums[-2], sums[-1] = flags
+    # Summed over ranks with the gradients: the loss of each head, and the number of chunks that are not finite.
+    sums, checks = torch.zeros(len(rates) + 1, device=weights[rates[0]][0].device), []
+    for features, labels, check in chunks:
+        if stop.number is not None:
+            break
+        checks.append(check)
+        sums[-1] += ~features.isfinite().all()
+        for index, rate in enumerate(rates):
+            loss = functional.cross_entropy(training.heads[rate](features), labels, reduction="sum")
+            (loss / images).backward()  # type: ignore[no-untyped-call]
+            sums[index] += loss.detach()
+    stops = torch.tensor(float(stop.number is not None))  # of the host, which does not wait for the device
+    all_reduce_tensors(group, [stops])
+    if stops:
+        return False
     gradients = [weight.grad for rate in rates for weight in weights[rate] if weight.grad is not None]
     all_reduce_tensors(group, [*gradients, sums])
-    failed, stopped = sums[-2:].tolist() if group.world > 1 else flags
-    if failed:
-        raise fault or NumericalError("features of another rank's augmented images are not finite")
-    if stopped:
-        return False
     for rate in rates:
         optimizer, current_rate = training.optimizers[rate], rate * rate_factor
         for parameters in optimizer.param_groups:
@@ -216,8 +211,12 @@ def take_step(
             weight.grad.mul_(current_rate)
         optimizer.step()
     finite = [torch.stack([weight.isfinite().all() for weight in weights[rate]]).all() for rate in rates]
-    # The only wait for the device in a step, on one rank.
-    losses, are_finite = torch.stack([sums[:-2], torch.stack(finite).to(sums.dtype)]).tolist()
+    values = torch.cat([sums, torch.stack(finite).to(sums.dtype)]).tolist()  # the only wait for the device in a step
+    losses, bad, are_finite = values[: len(rates)], values[len(rates)], values[len(rates) + 1 :]
+    if bad:  # on all ranks
+        for check in checks:
+            check()
+        raise NumericalError("features of another rank's augmented images are not finite")
     for rate, loss, is_finite in zip(rates, losses, are_finite, strict=True):
         training.losses[rate] += loss
         if not is_finite:

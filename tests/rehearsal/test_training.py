@@ -25,7 +25,7 @@ from msn_pretrain.training.snapshot import read_snapshot
 
 Simulate = Callable[[], Any]
 # Waits of the host per step, with the views or features of the step. Numbers may only go down.
-BUDGETS = {"msn": 1, "simsiam": 1, "finetune": 1, "linear-augmented": 2}
+BUDGETS = {"msn": 1, "simsiam": 1, "finetune": 1, "linear-augmented": 1}
 RECIPES = {
     "msn": """
 run: {seed: 3, log_every: 3, keep_every: 0}
@@ -212,7 +212,7 @@ def test_probes_that_train_have_the_predictions_of_a_cpu(
         return evaluate(
             ["random:vit_tiny_patch16_224?img_size=16&patch_size=4&embed_dim=32&depth=2&num_heads=2"], data="digits",
             subsets=["2imgs@1"], probes=[name], out=tmp_path / device, device=device, precision=precision, no_cache=True,
-            limit=4, **options,
+            limit=4, batch_size=4, **options,
         )  # fmt: skip
 
     with compute_as_simulated():

@@ -22,7 +22,7 @@ from msn_eval.data import read_split
 from msn_eval.distributed.group import ALONE, Group
 from msn_eval.errors import NumericalError, ResourceError, StoreError
 from msn_eval.features import augmented as augmented_features
-from msn_eval.features.augmented import AugmentedImages, iterate_augmented_features
+from msn_eval.features.augmented import AugmentedImages, Chunk, iterate_augmented_features
 from msn_eval.features.encoder import Encoder
 from msn_eval.features.extraction import Loading
 from msn_eval.probes import linear_augmented
@@ -66,11 +66,19 @@ def _batch(n: int = 20, d: int = 8) -> tuple[Tensor, Tensor]:
     return torch.randn(n, d, generator=generator), torch.arange(n) % 3
 
 
+def _chunk(features: Tensor, labels: Tensor, error: NumericalError | None = None) -> Chunk:
+    def check() -> None:
+        if error is not None:
+            raise error
+
+    return features, labels, check
+
+
 def _stepped(cuts: list[int], probe: LinearAugmented = _PROBE, steps: int = 3) -> Training:
     training = start_training(probe, 8, 3, CPU)
     features, labels = _batch()
     for step in range(steps):
-        parts = zip(torch.split(features, cuts), torch.split(labels, cuts), strict=True)
+        parts = map(_chunk, torch.split(features, cuts), torch.split(labels, cuts))
         assert take_step(training, parts, images=20, rate_factor=1 - step / 4, group=ALONE, stop=StopRequest())
     return training
 
@@ -133,7 +141,7 @@ def test_predictions_after_100_steps_are_those_of_the_released_code_on_the_same_
     for epoch in range(20):
         batches = torch.split(draw_order(110, seed=0, epoch=epoch), 20)[:5]  # the last 10 images do not fill a batch
         steps = iterate_augmented_features(images, labels, batches, seed=0, epoch=epoch, share=0.08, group=ALONE)
-        for number, ((features, own),) in enumerate(steps):
+        for number, ((features, own, _),) in enumerate(steps):
             released.step(features, own, 6.4 * (1 + math.cos(math.pi * (5 * epoch + number) / 100)) / 2)
     values = extract(encoder, "digits", split="val").values
 
@@ -148,7 +156,7 @@ def test_an_epoch_ends_with_its_last_full_batch_and_has_at_least_one_step(
 ) -> None:
     batches: list[int] = []
 
-    def take(training: Training, chunks: Iterator[tuple[Tensor, Tensor]], *, images: int, **named: Any) -> bool:
+    def take(training: Training, chunks: Iterator[Chunk], *, images: int, **named: Any) -> bool:
         batches.append(images)
         return take_step(training, chunks, images=images, **named)
 
@@ -200,14 +208,14 @@ def test_a_restored_training_equals_the_saved_one() -> None:
 
 
 def test_features_that_are_not_finite_are_reported_before_a_step() -> None:
-    def parts() -> Iterator[tuple[Tensor, Tensor]]:
-        yield _batch()
-        raise NumericalError("features of a.png are not finite")
-
+    features, labels = _batch()
+    bad = _chunk(
+        features.masked_fill(features > 2, torch.inf), labels, NumericalError("features of a.png are not finite")
+    )
     training = start_training(_PROBE, 8, 3, CPU)
 
     with pytest.raises(NumericalError, match=r"features of a\.png"):
-        take_step(training, parts(), images=40, rate_factor=1.0, group=ALONE, stop=StopRequest())
+        take_step(training, iter([_chunk(*_batch()), bad]), images=40, rate_factor=1.0, group=ALONE, stop=StopRequest())
     assert training.step == 0
 
 
@@ -252,10 +260,12 @@ def test_the_objective_is_the_mean_loss_of_the_last_epochs_batches(images: Augme
         (parts,) = iterate_augmented_features(
             images, images.labels, [order], seed=0, epoch=epoch, share=0.08, group=ALONE
         )
-        features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        features, labels = (torch.cat(column) for column in list(zip(*parts, strict=True))[:2])
         losses = [functional.cross_entropy(head(features), labels).item() for head in training.heads.values()]
         share = (1.0, 0.5)[epoch]
-        take_step(training, iter([(features, labels)]), images=40, rate_factor=share, group=ALONE, stop=StopRequest())
+        take_step(
+            training, iter([_chunk(features, labels)]), images=40, rate_factor=share, group=ALONE, stop=StopRequest()
+        )
 
     fitted = _fit(images, probe)
 
@@ -279,7 +289,7 @@ def _step_on_a_rank() -> dict[str, Tensor]:
     group, training, (features, labels) = _rank_group(), start_training(_PROBE, 8, 3, CPU), _batch()
     rows = slice(0, 13) if group.rank == 0 else slice(13, 20)
     for step in range(3):
-        chunks = iter([(features[rows], labels[rows])])
+        chunks = iter([_chunk(features[rows], labels[rows])])
         take_step(training, chunks, images=20, rate_factor=1 - step / 4, group=group, stop=StopRequest())
     return _weights(training)
 
@@ -294,11 +304,31 @@ def test_ranks_take_the_step_of_one_process(on_ranks: Callable[..., list[Any]]) 
 def _stop_one_rank() -> tuple[bool, int]:
     group, training = _rank_group(), start_training(_PROBE, 8, 3, CPU)
     stop = StopRequest(number=signal.SIGTERM if group.rank == 1 else None)
-    return take_step(training, iter([_batch()]), images=40, rate_factor=1.0, group=group, stop=stop), training.step
+    chunks = iter([_chunk(*_batch())])
+    return take_step(training, chunks, images=40, rate_factor=1.0, group=group, stop=stop), training.step
 
 
 def test_no_rank_takes_a_step_if_one_is_asked_to_stop(on_ranks: Callable[..., list[Any]]) -> None:
     assert on_ranks(_stop_one_rank) == [(False, 0), (False, 0)]
+
+
+def _step_with_bad_features_on_one_rank() -> str:
+    group, training, (features, labels) = _rank_group(), start_training(_PROBE, 8, 3, CPU), _batch()
+    chunk = _chunk(features, labels)
+    if group.rank == 1:
+        chunk = _chunk(features * torch.inf, labels, NumericalError("features of a.png are not finite"))
+    try:
+        take_step(training, iter([chunk]), images=40, rate_factor=1.0, group=group, stop=StopRequest())
+    except NumericalError as error:
+        return str(error)
+    return "no error"
+
+
+def test_features_that_are_not_finite_on_one_rank_end_the_step_on_all(on_ranks: Callable[..., list[Any]]) -> None:
+    first, second = on_ranks(_step_with_bad_features_on_one_rank)
+
+    assert "another rank's" in first
+    assert "a.png" in second
 
 
 def test_a_layer_that_diverges_is_left_out_and_changes_no_other(
@@ -328,7 +358,7 @@ def test_if_every_layer_diverges_the_fit_fails(images: AugmentedImages) -> None:
 
 def _features(images: AugmentedImages, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     result = iterate_augmented_features(images, images.labels, batches, seed=3, epoch=1, share=0.3, group=ALONE)
-    return [part for parts in result for part in parts]
+    return [(features, labels) for parts in result for features, labels, _ in parts]
 
 
 def test_an_epoch_entered_late_has_the_features_that_it_would_have_had(images: AugmentedImages) -> None:
