@@ -434,13 +434,13 @@ def _train(
 def _score(heads: Heads, stack: TapStack, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return each head's accuracy and mean cross-entropy on some rows, (h,) float64 on the CPU."""
     h, n_classes = heads.biases.shape
-    accuracy, loss = torch.zeros(h, dtype=torch.float64), torch.zeros(h, dtype=torch.float64)
+    accuracy, loss = heads.biases.new_zeros(2, h, dtype=torch.float64)
     for indices in torch.split(rows, max(1, _SCORED_VALUES // (h * n_classes))):
         values = stack.take(indices)  # (t, b, d); the heads are in the order of the taps
         by_tap = heads.weights.view(len(values), -1, values.shape[2])
         scores = torch.bmm(values, by_tap.mT).transpose(0, 1).reshape(len(indices), h, n_classes) + heads.biases
         own = labels[indices][:, None]
-        accuracy += (scores.argmax(dim=2) == own).sum(dim=0).double().cpu() / len(rows)
+        accuracy += (scores.argmax(dim=2) == own).sum(dim=0).double() / len(rows)
         log_likelihood = scores.log_softmax(dim=2).gather(2, own[:, :, None].expand(-1, h, -1))[:, :, 0]
-        loss -= log_likelihood.sum(dim=0).double().cpu() / len(rows)
-    return accuracy, loss
+        loss -= log_likelihood.sum(dim=0).double() / len(rows)
+    return accuracy.cpu(), loss.cpu()

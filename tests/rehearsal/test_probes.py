@@ -9,13 +9,14 @@ from torch import Tensor
 
 from msn_eval.config.recipes import LinearRecipe
 from msn_eval.features.extraction import Features
-from msn_eval.probes import logistic
-from msn_eval.probes.base import FeatureProbe
+from msn_eval.probes import linear, logistic
+from msn_eval.probes.base import FeatureProbe, centre_rows
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.knn_search import search_nearest
 from msn_eval.probes.linear import Linear
 from msn_eval.probes.logistic import Logistic, LogisticAutoLambda
 from msn_eval.probes.logistic_solvers import newton
+from msn_eval.probes.logistic_solvers.objective import CrossEntropyProblem
 from msn_eval.probes.ncm import NearestClassMean
 from msn_eval.probes.ridge import Ridge
 
@@ -33,14 +34,16 @@ PROBES: dict[str, FeatureProbe] = {
 }
 # Waits of the host per fit with scores; for Newton's method, per curvature product. Numbers may only go down.
 BUDGETS = {
-    "Newton": 6.8,
-    "Newton in chunks": 4.7,
-    "lambda auto": 6.9,
+    "Newton": 2.1,
+    "Newton in chunks": 2.3,
+    "lambda auto": 1.8,
     "k-NN": 18,
     "linear grid": 19,
     "ridge": 14,
     "ncm": 6,
     "neighbours": 14,
+    "a product": 0,
+    "a product and a check": 1,
 }
 
 
@@ -70,6 +73,7 @@ def test_scores_and_choices_are_those_of_a_cpu(
         return multiply(*arguments)
 
     monkeypatch.setattr(newton, "_curvature_product", count)
+    monkeypatch.setattr(linear, "_SCORED_VALUES", 64)  # several chunks of held-out scores
     if name == "Newton in chunks":
         monkeypatch.setattr(logistic, "is_large", lambda *sizes: True)
     expected_choices, expected = _fit(PROBES[name], "cpu")
@@ -86,6 +90,56 @@ def test_scores_and_choices_are_those_of_a_cpu(
         ]
     for ours, theirs in zip(scores, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "in_chunks"), [("Newton", False), ("Newton in chunks", True)])
+def test_curvature_products_between_checks_do_not_make_the_host_wait(
+    simulate_cuda: Simulate, monkeypatch: pytest.MonkeyPatch, name: str, in_chunks: bool
+) -> None:
+    """In chunks every product is followed by a check."""
+    monkeypatch.setattr(logistic, "is_large", lambda *sizes: in_chunks)
+    spent: dict[int, list[int]] = {}
+    with simulate_cuda() as device:
+        numbers, totals = [0], [0]
+        direction, multiply = newton._newton_direction, newton._curvature_product
+
+        def start(*arguments: Any) -> Any:
+            numbers[0] = 0
+            return direction(*arguments)
+
+        def count(*arguments: Any) -> Any:
+            if numbers[0]:
+                spent.setdefault(numbers[0], []).append(device.waits.total() - totals[0])
+            numbers[0], totals[0] = numbers[0] + 1, device.waits.total()
+            return multiply(*arguments)
+
+        monkeypatch.setattr(newton, "_newton_direction", start)
+        monkeypatch.setattr(newton, "_curvature_product", count)
+        _fit(PROBES[name], "cuda:0")
+
+    assert len(spent) >= 8
+    for number, waits in spent.items():
+        is_checked = in_chunks or number in newton._CHECKED_PRODUCTS
+        device.check_budget("a product and a check" if is_checked else "a product", BUDGETS, max(waits))
+
+
+def test_products_after_the_last_that_is_needed_change_no_weight(
+    simulate_cuda: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check after every product finds each direction as soon as it is good enough."""
+    features = _features()
+    rows = centre_rows(features.values)
+
+    def solve() -> list[Tensor]:
+        problem = CrossEntropyProblem(rows=rows.cuda(), labels=features.labels.cuda(), n_classes=4, mu=1.0)
+        return [solution.weights.cpu() for solution, _ in newton.minimise_path(problem, [1e-3, 1e-5], target=1e-6)]
+
+    with simulate_cuda():
+        late = solve()
+        monkeypatch.setattr(newton, "_CHECKED_PRODUCTS", range(newton._MOST_PRODUCTS + 1))
+        prompt = solve()
+
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(late, prompt, strict=True))
 
 
 def test_neighbours_are_those_of_a_cpu_to_the_last_bit(simulate_cuda: Simulate) -> None:

@@ -7,6 +7,7 @@ another. The spectrum of the rows' scatter, how far they are from each other, th
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,8 +36,9 @@ class LabelledRows:
         """Yield rows by index in float64, a block at a time."""
         return (self.prepared(some).to(torch.float64) for some in torch.split(indices, _BLOCK_ROWS))
 
+    @cached_property
     def by_class(self) -> list[Tensor]:
-        """Return the indices of each class's rows."""
+        """The indices of each class's rows."""
         return list(torch.split(self.labels.argsort(stable=True), torch.bincount(self.labels).tolist()))
 
 
@@ -77,24 +79,31 @@ def left_out_error(labelled: LabelledRows, weights: Tensor, strength: float) -> 
     enlarged by n_classes / (n_classes - 1) in place of the blocks that link classes. With two classes this is the exact step.
     Source of the step: arXiv:1801.10243; the approximation of the Hessian is ours.
     """
-    classes = labelled.by_class()
+    classes = labelled.by_class
     shared = strength * torch.eye(labelled.width, dtype=torch.float64, device=weights.device)
     for own, indices in enumerate(classes):
         for rows in labelled.blocks(indices):
             shared += _weighted(rows, _mean_of_others(_curvatures(rows, weights), own))
-    other_inverse = torch.linalg.inv(shared)
-    wrong = 0
+    other_inverse = _invert(shared)
+    wrong = labelled.labels.new_zeros(())  # for each class the host would wait
     for own, indices in enumerate(classes):
         hessian = shared.clone()
         for rows in labelled.blocks(indices):
             curvatures = _curvatures(rows, weights)
             hessian += _weighted(rows, curvatures[:, own] - _mean_of_others(curvatures, own))
-        own_inverse = torch.linalg.inv(hessian)
-        wrong += sum(_wrong(rows, weights, own, own_inverse, other_inverse) for rows in labelled.blocks(indices))
-    return wrong / labelled.n
+        own_inverse = _invert(hessian)
+        for rows in labelled.blocks(indices):
+            wrong += _wrong(rows, weights, own, own_inverse, other_inverse)
+    return int(wrong) / labelled.n
 
 
-def _wrong(rows: Tensor, weights: Tensor, own: int, own_inverse: Tensor, other_inverse: Tensor) -> int:
+def _invert(hessian: Tensor) -> Tensor:
+    """Invert a matrix that is positive definite by at least lambda, without the check for which the host waits."""
+    inverse: Tensor = torch.linalg.inv_ex(hessian).inverse
+    return inverse
+
+
+def _wrong(rows: Tensor, weights: Tensor, own: int, own_inverse: Tensor, other_inverse: Tensor) -> Tensor:
     """Count the rows of class `own` that are wrong once left out, by the inverse Hessians for it and for the other classes."""
     logits = rows @ weights.T
     probabilities = logits.softmax(dim=1)
@@ -103,7 +112,7 @@ def _wrong(rows: Tensor, weights: Tensor, own: int, own_inverse: Tensor, other_i
     pull[:, own] = ((rows @ own_inverse) * rows).sum(dim=1)
     probabilities[:, own] -= 1
     logits += pull * probabilities / (1 - curvatures * pull).clamp_min(_EPSILON)
-    return int((logits.argmax(dim=1) != own).sum())
+    return (logits.argmax(dim=1) != own).sum()
 
 
 def _curvatures(rows: Tensor, weights: Tensor) -> Tensor:

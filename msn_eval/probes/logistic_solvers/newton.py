@@ -8,7 +8,8 @@ again, a chunk at a time, and sums over chunks and ranks are float64.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from msn_eval.probes.logistic_solvers.objective import (
     CrossEntropyProblem,
     Solution,
     add_block,
+    dot,
     inner,
+    read_scalars,
     relative_gap,
 )
 from msn_eval.process import available_bytes
@@ -29,6 +32,9 @@ _CHUNK_VALUES, _CHUNK_VALUES_CUDA = 1 << 20, 1 << 27  # of rows and logits
 _TEMPORARIES = 64  # bytes per value of a chunk, all temporaries of a float64 pass together
 _MOST_STEPS = 100
 _MOST_PRODUCTS = 250  # curvature products per step
+_CHECKED_PRODUCTS = frozenset(
+    accumulate(range(1, 25))
+)  # 1, 3, 6, 10, …: after them the host waits for a GPU's residual
 _LOOSEST_FORCING = 0.5
 _NEGLIGIBLE = 1e-20  # probability
 _SLOPE_SHARE = 0.2  # a line search ends where the slope is this share of the first one
@@ -99,22 +105,19 @@ class _Point:
     mu: float
     weights: Tensor
     objective: float
+    gap: float  # relative duality gap
     gradient: Tensor
     spread: Tensor
     logits: Tensor | None = None
     probabilities: Tensor | None = None
 
-    @cached_property
-    def gap(self) -> float:
-        """The relative duality gap."""
-        return relative_gap(self.objective, self.gradient, self.mu)
-
     def with_mu(self, mu: float) -> "_Point":
         """Return the same weights for another mu, without a pass over the rows."""
         more = mu - self.mu
-        objective = self.objective + more / 2 * inner(self.weights, self.weights)
         gradient = torch.add(self.gradient, self.weights, alpha=more)
-        return replace(self, mu=mu, objective=objective, gradient=gradient)
+        squared, slope = read_scalars(dot(self.weights, self.weights), dot(gradient, gradient))
+        objective = self.objective + more / 2 * squared
+        return replace(self, mu=mu, objective=objective, gap=relative_gap(objective, slope, mu), gradient=gradient)
 
 
 def is_large(n: int, width: int, n_classes: int) -> bool:
@@ -189,10 +192,9 @@ def _move(rows: _Rows, point: _Point, direction: Tensor, along: Tensor | None, d
 
     With kept logits a trial takes no product. In chunks it is a pass, so a step roughly as long as the best is enough.
     """
-    first = inner(point.gradient, direction)
     share, mu, logits = rows.share, point.mu, point.logits
     if logits is None:
-        moved = point
+        moved, first = point, inner(point.gradient, direction)
 
         def evaluate_slope(length: float) -> tuple[float, float]:
             nonlocal moved
@@ -203,17 +205,21 @@ def _move(rows: _Rows, point: _Point, direction: Tensor, along: Tensor | None, d
         search_line(evaluate_slope, first, share=0.5)
         return moved
     change = share.values @ direction.T if along is None else along
-    offset, squared = inner(point.weights, direction), inner(direction, direction)
+    first, offset, squared = read_scalars(
+        *(dot(each, direction) for each in (point.gradient, point.weights, direction))
+    )
 
     def evaluate_logits(length: float) -> tuple[float, float]:
-        slope, curvature = 0.0, 0.0
+        sums = list[Tensor]()
         for block, _ in rows.blocks(dtype):
             part = change[block]
             weighted = torch.add(logits[block], part, alpha=length).softmax(dim=1).mul_(part)
             mean = weighted.sum(dim=1)
-            slope += float((mean - part.gather(1, share.labels[block, None])[:, 0]).sum(dtype=torch.float64))
-            curvature += float((weighted.mul_(part).sum(dim=1) - mean.square()).sum(dtype=torch.float64))
-        return slope / share.n + mu * (offset + length * squared), curvature / share.n + mu * squared
+            sums.append((mean - part.gather(1, share.labels[block, None])[:, 0]).sum(dtype=torch.float64))
+            sums.append((weighted.mul_(part).sum(dim=1) - mean.square()).sum(dtype=torch.float64))
+        values = read_scalars(*sums)
+        slope, curvature = sum(values[::2]) / share.n, sum(values[1::2]) / share.n
+        return slope + mu * (offset + length * squared), curvature + mu * squared
 
     length = search_line(evaluate_logits, first, share=_SLOPE_SHARE)
     weights = torch.add(point.weights, direction, alpha=length)
@@ -249,30 +255,45 @@ def _newton_direction(rows: _Rows, point: _Point, target: float, dtype: torch.dt
     """
     enough = _LOOSEST_FORCING * math.sqrt(target / point.gap)
     forcing = min(_LOOSEST_FORCING, max(point.gap**0.35, enough))
-    scale = float(point.gradient.norm())  # to length 1, so that float32 holds gradients of any size
+    scale = point.gradient.norm()  # to length 1, so that float32 holds gradients of any size
     residual = (-point.gradient / scale).to(rows.sums(dtype))
     probabilities = point.probabilities.to(dtype) if point.probabilities is not None else None
     direction = torch.zeros_like(residual)
     along = torch.zeros_like(probabilities) if probabilities is not None else None
     change = torch.empty_like(probabilities) if probabilities is not None else None
     conditioned = _precondition(rows, point, residual)
-    search, squared = conditioned.clone(), inner(residual, conditioned)
-    goal = forcing**2 * squared
-    for _ in range(_MOST_PRODUCTS):
-        product, curvature = _curvature_product(rows, point, search, dtype, probabilities, change)
-        if not curvature > 0:  # rounding; the Hessian is positive definite
-            break
-        length = squared / curvature
-        direction.add_(search, alpha=length)
+    multiply: Callable[[Tensor, Tensor], float | Tensor] = dot if residual.is_cuda else inner
+    search, squared = conditioned.clone(), multiply(residual, conditioned)
+    goal, unsolved = forcing**2 * squared, cast("bool | Tensor", True)
+    # In chunks a product takes much more time than a wait, and none is computed in vain.
+    checked = _CHECKED_PRODUCTS if residual.is_cuda and along is not None else range(_MOST_PRODUCTS + 1)
+    for number in range(1, _MOST_PRODUCTS + 1):
+        product = _curvature_product(rows, point, search, dtype, probabilities, change)
+        curvature = multiply(search, product)
+        unsolved = unsolved & (curvature > 0)  # else rounding; the Hessian is positive definite
+        if isinstance(unsolved, Tensor):  # after the last product that is needed, lengths are zero
+            length: float | Tensor = torch.where(unsolved, squared / curvature, 0.0)
+        else:
+            length = squared / curvature if unsolved else 0.0
+        _add_scaled(direction, search, length)
         if along is not None and change is not None:
-            along.add_(change, alpha=length)
-        residual.sub_(product, alpha=length)
+            _add_scaled(along, change, length)
+        _add_scaled(residual, product, -length)
         conditioned = _precondition(rows, point, residual)
-        previous, squared = squared, inner(residual, conditioned)
-        if squared <= goal:
+        previous, squared = squared, multiply(residual, conditioned)
+        unsolved = unsolved & (squared > goal)
+        if number in checked and not unsolved:
             break
         search.mul_(squared / previous).add_(conditioned)
     return direction * scale, along * scale if along is not None else None
+
+
+def _add_scaled(total: Tensor, term: Tensor, factor: float | Tensor) -> None:
+    """Add a multiple in place; for a factor on a GPU the host does not wait."""
+    if isinstance(factor, Tensor):
+        total.addcmul_(term, factor)
+    else:
+        total.add_(term, alpha=factor)
 
 
 def _precondition(rows: _Rows, point: _Point, vector: Tensor) -> Tensor:
@@ -285,8 +306,8 @@ def _precondition(rows: _Rows, point: _Point, vector: Tensor) -> Tensor:
 
 def _curvature_product(
     rows: _Rows, point: _Point, vector: Tensor, dtype: torch.dtype, probabilities: Tensor | None, change: Tensor | None
-) -> tuple[Tensor, float]:
-    """Return H V for an (n_classes, d) matrix V, and <V, H V>. A row adds (diag(p) - p p') V x x'; `change` becomes X V'."""
+) -> Tensor:
+    """Return H V for an (n_classes, d) matrix V. A row adds (diag(p) - p p') V x x'; `change` becomes X V'."""
     total = torch.zeros_like(vector)
     weights, narrow = point.weights.to(dtype), vector.to(dtype)
     for block, some in rows.blocks(dtype):
@@ -296,8 +317,7 @@ def _curvature_product(
         bent.addcmul_(chances, bent.sum(dim=1, keepdim=True), value=-1)
         add_block(total, bent, some)
     rows.add_up(total)
-    product = total.div_(rows.share.n).add_(vector, alpha=point.mu)
-    return product, inner(vector, product)
+    return total.div_(rows.share.n).add_(vector, alpha=point.mu)
 
 
 def _evaluate(rows: _Rows, weights: Tensor, mu: float, dtype: torch.dtype, logits: Tensor | None = None) -> _Point:
@@ -322,11 +342,13 @@ def _evaluate(rows: _Rows, weights: Tensor, mu: float, dtype: torch.dtype, logit
     rows.add_up(gradient)
     rows.add_up(spread)
     gradient.div_(share.n).add_(weights, alpha=mu)
-    objective = float(spread[-1]) / share.n + mu / 2 * inner(weights, weights)
+    loss, squared, slope = read_scalars(spread[-1], dot(weights, weights), dot(gradient, gradient))
+    objective = loss / share.n + mu / 2 * squared
     return _Point(
         mu=mu,
         weights=weights,
         objective=objective,
+        gap=relative_gap(objective, slope, mu),
         gradient=gradient,
         spread=spread[:-1] / share.n,
         logits=logits,

@@ -53,7 +53,9 @@ def certify(problem: CrossEntropyProblem, weights: Tensor) -> Solution:
     """
     weights = weights.to(problem.rows.dtype)
     objective, gradient = evaluate_objective(problem, weights)
-    return Solution(weights=weights, objective=objective, gap=relative_gap(objective, gradient, problem.mu))
+    return Solution(
+        weights=weights, objective=objective, gap=relative_gap(objective, inner(gradient, gradient), problem.mu)
+    )
 
 
 def add_block(total: Tensor, left: Tensor, rows: Tensor) -> None:
@@ -64,12 +66,25 @@ def add_block(total: Tensor, left: Tensor, rows: Tensor) -> None:
         total += left.T @ rows
 
 
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """Return the inner product of two matrices, for which the host does not wait."""
+    return torch.dot(left.flatten(), right.flatten())
+
+
 def inner(left: Tensor, right: Tensor) -> float:
     """Return the inner product of two matrices."""
-    return float(torch.dot(left.flatten(), right.flatten()))
+    return float(dot(left, right))
 
 
-def relative_gap(objective: float, gradient: Tensor, mu: float) -> float:
-    """Return the duality gap over the objective; where a tiny mu underflows, the largest float."""
+def read_scalars(*scalars: Tensor) -> list[float]:
+    """Return the values of scalars, for which the host waits once."""
+    if scalars[0].is_cuda:
+        return torch.stack([each.double() for each in scalars]).tolist()
+    return [float(each) for each in scalars]
+
+
+def relative_gap(objective: float, slope: float, mu: float) -> float:
+    """Return the duality gap over the objective for the squared norm `slope` of the gradient; where a tiny mu underflows, the
+    largest float."""
     scale = 2 * mu * objective
-    return inner(gradient, gradient) / scale if scale > 0 else sys.float_info.max
+    return slope / scale if scale > 0 else sys.float_info.max

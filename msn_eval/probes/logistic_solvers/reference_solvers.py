@@ -19,6 +19,7 @@ from msn_eval.probes.logistic_solvers.objective import (
     Solution,
     certify,
     evaluate_objective,
+    inner,
     relative_gap,
 )
 
@@ -41,7 +42,7 @@ def minimise_by_lbfgs(problem: CrossEntropyProblem, *, target: float) -> tuple[S
         nonlocal best, smallest
         weights = torch.from_numpy(flat.reshape(shape)).to(problem.rows.device)
         objective, gradient = evaluate_objective(problem, weights)
-        gap = relative_gap(objective, gradient, problem.mu)
+        gap = relative_gap(objective, inner(gradient, gradient), problem.mu)
         if gap < smallest:
             best, smallest = flat.reshape(shape).copy(), gap
         return objective, gradient.cpu().numpy().ravel()
