@@ -31,8 +31,10 @@ entry point names. A complete plug-in:
         yield NearestMean()
 """
 
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -207,6 +209,7 @@ def centre_rows(values: Tensor) -> Tensor:
 _BLOCK_ROWS = 4096
 _COLLAPSED = 1e-6  # share of the squared length; float32 noise on one vector leaves about 1e-14, networks 1e-3 and more
 _SHOWN = 5
+_MEASURED_SIZE = 512  # of matrices; a product takes about 1 ms on a GPU that is slow at it
 
 
 def check_labelled(train: Features) -> None:
@@ -285,3 +288,24 @@ def rank_labels(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     best = scores.amax(dim=1, keepdim=True)
     prediction = (scores == best).to(torch.uint8).argmax(dim=1)  # the first of equal maxima
     return prediction.cpu(), (1 + ahead.sum(dim=1)).cpu()
+
+
+@lru_cache
+def choose_float64_device(device: torch.device) -> torch.device:
+    """Return where float64 products take less time, on a device or on the CPU.
+
+    Many GPUs compute float64 at 1/64 of the rate of float32. Measured once per process; the smallest of several times counts,
+    since the first includes the start of a library and others may wait for a busy machine.
+    """
+
+    def multiply(factor: Tensor) -> float:
+        return float((factor @ factor)[0, 0])  # waits for the device
+
+    cpu = torch.device("cpu")
+    if device == cpu:
+        return cpu
+    factor = torch.ones(_MEASURED_SIZE, _MEASURED_SIZE, dtype=torch.float64)
+    seconds = {
+        each: min(timeit.repeat(partial(multiply, factor.to(each)), number=1, repeat=4)) for each in (device, cpu)
+    }
+    return min(seconds, key=seconds.__getitem__)

@@ -1,6 +1,6 @@
 """Weighted nearest neighbours."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, cast
@@ -15,7 +15,7 @@ from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import FeatureProbe, FittedProbe, ProbeConfig, WorkerGroup
 from msn_eval.probes.distributed import search_on_workers
-from msn_eval.probes.knn_search import Neighbours, Search, check_faiss, index_rows, search_nearest
+from msn_eval.probes.knn_search import Search, check_faiss, index_rows, search_nearest
 
 _SHARED_VALUES = 1 << 26  # of a bank that ranks share: for fewer, the work of each rank costs more than the products
 
@@ -33,9 +33,7 @@ class NearestNeighbours(FeatureProbe):
     ks: tuple[int, ...] = (10, 20, 100, 200)  # every pair with a temperature is a protocol, and all share one search
     temperatures: tuple[float, ...] = (0.07,)  # positive
     search: Search = "auto"  # who proposes candidates, as `search_nearest` takes it
-    asked: bool = (
-        False  # whether the user named the ks: then one above the number of images is an error and not left out
-    )
+    asked: bool = False  # whether the user named the ks: one above the number of images is then an error
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -58,7 +56,6 @@ class NearestNeighbours(FeatureProbe):
     ) -> FittedProbe:
         """Index the labelled rows. Ranks in `workers` share the search of a large bank."""
         params, labels = self.configs(len(train.labels)), train.labels.to(device)
-        search: Callable[..., Neighbours]
         if workers is not None and train.values.numel() >= _SHARED_VALUES:
             search = partial(search_on_workers, workers, bank=train.values, by=self.search)
         else:

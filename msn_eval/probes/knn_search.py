@@ -30,6 +30,7 @@ from torch.nn.functional import pad
 from msn_eval.errors import NumericalError, ResourceError, UsageError
 from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
 from msn_eval.features.encoder import exact_float32
+from msn_eval.probes.base import choose_float64_device
 
 Neighbours = tuple[Tensor, Tensor]  # cosines (m, k) float64, descending, and rows (m, k) int64
 Search = Literal["auto", "torch", "faiss"]
@@ -61,6 +62,10 @@ class Rows:
     @cached_property
     def wide(self) -> Tensor | None:
         return self.values.double() if self.values.is_cpu and self.values.numel() <= _WIDE_VALUES else None
+
+    @cached_property
+    def host(self) -> "Rows":
+        return Rows(values=self.values.cpu(), lengths=self.lengths.cpu())
 
     def round(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return rows of length 1 in `dtype` (zero rows stay zero), and bounds of how far each moved, (n,) float64."""
@@ -190,8 +195,7 @@ def _search_chunk(queries: Rows, bank: Rows, k: int, stages: Sequence[Stage]) ->
     row = torch.arange(len(bank.values), device=cosines.device)
     for index in remaining.tolist():  # so many rows are nearly equal that all are compared
         exact = exact_cosines(queries[index : index + 1], bank, torch.zeros_like(row), row)
-        nearest, order = exact.sort(descending=True, stable=True)  # of equal cosines the earlier row comes first
-        cosines[index], rows[index] = nearest[:k], order[:k]
+        cosines[index], rows[index] = merge_nearest([(exact[None], row[None])], k)
     return cosines, rows
 
 
@@ -210,9 +214,8 @@ def find_candidates(queries: Rows, bank: Rows, k: int, stage: Stage) -> Candidat
     dtype = torch.float32 if stage == "faiss" else stage
     (left, moved), (right, bank_moved) = queries.round(dtype), bank.round(dtype)
     (m, d), most, unit = left.shape, float(bank_moved.max()), _UNIT[dtype]
-    lost = d * unit / (1 - d * unit)
-    if stage == "faiss" and left.is_cuda:
-        lost += 2.0**-10 + 2.0**-22  # it may round both factors to TF32
+    narrowed = 2.0**-10 + 2.0**-22 if stage == "faiss" and left.is_cuda else 0.0  # it may round both factors to TF32
+    lost = d * unit / (1 - d * unit) + narrowed
     exact = d * 2.0**-125 + (d + 16) * 2.0**-53 + GRID / 2
     bound = moved * (1 + most) + most + lost * (1 + moved) * (1 + most) + exact  # B
     # Products are (rows, queries): pairs come sorted by row, so that each row is read once later.
@@ -220,15 +223,13 @@ def find_candidates(queries: Rows, bank: Rows, k: int, stage: Stage) -> Candidat
     relative = 2.0**-8 if products.dtype == torch.bfloat16 else 0.0  # r: a CPU rounds the result too
     worst = lowest.double() * (1 - relative * lowest.sign()) - 2 * bound
     threshold = (worst / (1 + relative * worst.sign())).to(products.dtype)
-    threshold = threshold.nextafter(threshold.new_tensor(-torch.inf))
+    threshold = threshold.nextafter(torch.full_like(threshold, -torch.inf))
     # The bits of floats compare like integers where the threshold is positive, several times as fast on a CPU.
     bits = torch.int16 if products.dtype == torch.bfloat16 and bool((threshold > 0).all()) else products.dtype
     near = products.view(bits) >= threshold.view(bits)
-    if near.is_cuda:
-        row, query = near.nonzero(as_tuple=True)
-    else:  # NumPy finds nonzero values many times as fast
-        index = torch.from_numpy(np.flatnonzero(near.numpy()))
-        row, query = index // m, index % m
+    # On a CPU, NumPy finds nonzero values many times as fast.
+    index = near.flatten().nonzero()[:, 0] if near.is_cuda else torch.from_numpy(np.flatnonzero(near.numpy()))
+    row, query = index // m, index % m
     product, complete = products[row, query].double(), query.bincount(minlength=m) <= _MOST * (k + _SPARE)
     if listed is not None:  # a list is complete if it ends below the threshold: all that is not listed is smaller
         complete = ~near[-1] | (len(near) == len(right))
@@ -272,8 +273,11 @@ def exact_cosines(queries: Rows, bank: Rows, query: Tensor, row: Tensor) -> Tens
     """Return the cosines of (p,) pairs, float64 multiples of GRID; a zero row has the cosine 0 to all.
 
     A pair has the same bits in any batch and on any number of threads: each value is within GRID / 2 + (d + 16) 2^-53 of
-    the cosine of the rows as given. The int64 indices in `row` are ascending.
+    the cosine of the rows as given. The int64 indices in `row` are ascending. The pairs of a GPU
+    that is slow in float64 are computed on the CPU.
     """
+    if choose_float64_device(row.device) != row.device:
+        return exact_cosines(queries.host, bank.host, query.cpu(), row.cpu()).to(row.device)
     scale, factors, dots = queries.lengths[query] * bank.lengths[row], queries.values.double(), list[Tensor]()
     step = max(1, len(row) if bank.wide is not None else _STEP_VALUES // factors.shape[1])
     for rows, owners in zip(torch.split(row, step), torch.split(query, step), strict=True):

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from msn_eval.probes.base import centre_rows
+from msn_eval.probes.base import centre_rows, choose_float64_device
 from msn_eval.probes.logistic_solvers.objective import (
     BLOCK_VALUES,
     CrossEntropyProblem,
@@ -87,6 +87,13 @@ class _Rows:
                 assert self.scale is not None
                 yield block, (share.values[block] - self.shift[block]).mul_(self.scale[block])
 
+    def to(self, device: torch.device) -> "_Rows":
+        """Return rows prepared once on a different device."""
+        if self.rough is None or device == self.rough.device:
+            return self
+        share = replace(self.share, values=self.share.values.to(device), labels=self.share.labels.to(device))
+        return replace(self, share=share, rough=self.rough.to(device))
+
     def sums(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float64 if self.rough is None else dtype
 
@@ -153,6 +160,7 @@ def _minimise(rows: _Rows, mus: Sequence[float], target: float) -> Iterator[tupl
     Where rows are nearly certain, p (1 - p) is below the rounding of float32, and the last steps have these in float64 too."""
     rough, exact = torch.float32, torch.float64
     share, whole = rows.share, rows.rough is not None
+    wide_rows = rows.to(choose_float64_device(share.values.device)) if whole else rows
     zeros = share.values.new_zeros(share.n_classes, share.width, dtype=rough)
     logits = share.values.new_zeros(share.n, share.n_classes, dtype=rough) if whole else None
     point = _evaluate(rows, zeros, mus[0], rough, logits)
@@ -161,13 +169,14 @@ def _minimise(rows: _Rows, mus: Sequence[float], target: float) -> Iterator[tupl
         if point.logits is not None and inner(point.gradient, point.weights) < 0:  # longer weights: no product
             point = _move(rows, point, point.weights, point.logits, rough)
         point, steps = _take_steps(rows, point, target, rough, rough)
-        proven = _evaluate(rows, point.weights, mu, exact)
+        proven = _evaluate(wide_rows, point.weights.to(wide_rows.share.values.device), mu, exact)
         for products in (rough, exact) if proven.gap > target else ():
             if proven.logits is None and whole:
-                proven = _evaluate(rows, proven.weights, mu, exact, share.values @ proven.weights.T)
-            proven, more = _take_steps(rows, proven, target, exact, products)
+                proven = _evaluate(wide_rows, proven.weights, mu, exact, wide_rows.share.values @ proven.weights.T)
+            proven, more = _take_steps(wide_rows, proven, target, exact, products)
             steps += more
-        yield Solution(weights=proven.weights, objective=proven.objective, gap=proven.gap), steps
+        weights = proven.weights.to(share.values.device)
+        yield Solution(weights=weights, objective=proven.objective, gap=proven.gap), steps
 
 
 def _take_steps(
