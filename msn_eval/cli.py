@@ -1,10 +1,20 @@
 """The command line of `msn-eval`: chooses the verb and parses its options."""
 
 import argparse
+import shlex
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
+from msn_eval.checkpoints import find_scheme
 from msn_eval.commands import VERBS, load_command
-from msn_eval.program import ArgumentParser, run_program
+from msn_eval.errors import CheckpointError, UsageError, did_you_mean
+from msn_eval.program import VERBOSITY_OPTIONS, ArgumentParser, run_program
+
+_USAGE = "msn-eval --checkpoint X [--checkpoint Y …] --data X [OPTIONS] [key=value …]\n       msn-eval VERB [OPTIONS]"
+_EXAMPLES = """examples:
+  msn-eval demo
+  msn-eval --checkpoint vitb16.pth --data /datasets/imagenet --subset 5imgs
+  msn-eval report runs --format html --out tables"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,19 +23,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_program("msn-eval", arguments, _parse, loggers=("msn_eval",), kept=kept)
 
 
-def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Callable[[], int]]:
-    verb, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in VERBS else ("evaluate", arguments)
+def _build_parser(verb: str) -> ArgumentParser:
+    """Return the parser of one of VERBS, with its options."""
     if verb == "evaluate":
-        others = (f"{name} ({summary})" for name, summary in VERBS.items() if name != verb)
         parser = ArgumentParser(
             prog="msn-eval",
-            description="How good is a frozen vision checkpoint when labels are scarce?",
-            epilog=f"verbs: {'; '.join(others)}",
+            usage=_USAGE,
+            description=_describe_program(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     else:
         parser = ArgumentParser(prog=f"msn-eval {verb}", description=VERBS[verb])
-    command = load_command(verb)
-    command.add_options(parser)
-    options, overrides = parser.parse_with_overrides(rest, takes_overrides=verb == "evaluate", verbs=VERBS)
+    load_command(verb).add_options(parser)
+    return parser
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Callable[[], int]]:
+    leading = list(takewhile(VERBOSITY_OPTIONS.__contains__, arguments))
+    rest = arguments[len(leading) :]
+    if rest[:1] == ["help"]:
+        rest = _translate_help(rest[1:])
+    verb = rest.pop(0) if rest and rest[0] in VERBS else "evaluate"
+    takes_overrides = verb == "evaluate"
+    options, overrides = _build_parser(verb).parse_with_overrides(
+        [*leading, *rest],
+        takes_overrides=takes_overrides,
+        verbs=VERBS if takes_overrides else (),
+        suggest=_suggest_option if takes_overrides else lambda argument: "",
+    )
     options.words = arguments
-    return options, lambda: command.run(options, overrides)
+    options.verbs, options.build_parser = VERBS, _build_parser  # for completion, which lists the options of all
+    return options, lambda: load_command(verb).run(options, overrides)
+
+
+def _translate_help(words: list[str]) -> list[str]:
+    """Return the arguments that print the help of `help VERB`."""
+    if words and words[0] not in VERBS:
+        raise UsageError(f"no verb {words[0]!r}.{did_you_mean(words[0], VERBS)}", hint="See msn-eval --help.")
+    return [*words[:1], "--help"]
+
+
+def _suggest_option(argument: str) -> str:
+    """Return the hint for a checkpoint without its option, or an empty string."""
+    try:
+        find_scheme(argument)
+    except CheckpointError:
+        return ""
+    return f"A checkpoint is given as --checkpoint {shlex.quote(argument)}."
+
+
+def _describe_program() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:{width}}  {summary}" for name, summary in VERBS.items())
+    purpose = "How good is a frozen vision checkpoint when labels are scarce?"
+    return f"{purpose}\n\nverbs (`msn-eval help VERB` for the options of one):\n{verbs}\n\n{_EXAMPLES}"

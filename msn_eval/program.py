@@ -5,6 +5,7 @@ import copy
 import errno
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -29,6 +30,7 @@ from msn_eval.version import __version__
 
 _OUTPUT_HINT = "Free space, or send the output elsewhere. Finished results are kept."
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EBADF)
+VERBOSITY_OPTIONS = ("-v", "-vv", "--verbose", "-q", "--quiet")
 Parse = Callable[[list[str]], tuple[argparse.Namespace, Callable[[], int]]]
 
 
@@ -45,26 +47,32 @@ class ArgumentParser(argparse.ArgumentParser):
         sys.stdout.flush()  # of --help and --version, so that a full disk is reported
         super().exit(status, message)
 
-    def _list_actions(self) -> list[argparse.ArgumentParser]:
+    def list_actions(self) -> list[argparse.ArgumentParser]:
         """Return the parsers of the verb's own actions, as `list` of `cache list`."""
         nested = (action for action in self._actions if isinstance(action, argparse._SubParsersAction))
         return [parser for action in nested for parser in action.choices.values()]
 
     def parse_with_overrides(
-        self, arguments: Sequence[str], *, takes_overrides: bool, verbs: Iterable[str] = ()
+        self,
+        arguments: Sequence[str],
+        *,
+        takes_overrides: bool,
+        verbs: Iterable[str] = (),
+        suggest: Callable[[str], str] = lambda argument: "",
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parse options, and return the `key=value` arguments separately.
 
         Args:
             arguments: After the verb.
             takes_overrides: Whether `key=value` is allowed.
-            verbs: Names that an unexpected argument may be a typo of.
+            verbs: Names that may only come first, and that an unexpected argument may be a typo of.
+            suggest: Returns the hint for an unexpected argument, or an empty string.
 
         Raises:
             UsageError: An option or argument is not known.
         """
         version = f"{self.prog.partition(' ')[0]} {__version__}"
-        for parser in (self, *self._list_actions()):  # `data verify X -q` as well as `data -q verify X`
+        for parser in (self, *self.list_actions()):  # `data verify X -q` as well as `data -q verify X`
             unset: Any = 0 if parser is self else argparse.SUPPRESS
             more, less = "more on stderr; -vv for tracebacks", "only errors on stderr"
             parser.add_argument("-v", "--verbose", action="count", default=unset, help=more)
@@ -76,9 +84,15 @@ class ArgumentParser(argparse.ArgumentParser):
                 name = argument.partition("=")[0]
                 hint = did_you_mean(name, self._option_string_actions)
                 raise UsageError(f"unknown option {name}.{hint}", hint=f"See {self.prog} --help.")
+            if argument in verbs:
+                words = [word for word in arguments if word != argument]
+                raise UsageError(
+                    f"{argument!r} must come first", hint=f"Type: {self.prog} {shlex.join([argument, *words])}"
+                )
             if not takes_overrides or "=" not in argument:
-                hint = did_you_mean(argument, verbs)
-                raise UsageError(f"unexpected argument {argument!r}.{hint}", hint=f"See {self.prog} --help.")
+                guess = did_you_mean(argument, verbs)
+                hint = suggest(argument) or f"See {self.prog} --help."
+                raise UsageError(f"unexpected argument {argument!r}.{guess}", hint=hint)
         return options, extra
 
 

@@ -19,8 +19,9 @@ VERBS = {
     "subsets": "the published ImageNet lists: list, verify, fetch; or draw a subset of any data set",
     "data": "verify a data set: read and decode every image, count, compare with a manifest",
     "cache": "list, verify or prune what is kept of earlier runs",
-    "ls": "list checkpoints, subsets, probes, datasets, reports or protocols",
+    "ls": "list checkpoints, subsets, probes, datasets, reports, protocols or recipes",
     "doctor": "what this machine has, what is missing, and how to get it",
+    "completion": "a script that completes commands in bash, zsh or fish",
     "demo": "a complete evaluation on embedded images",
 }
 
@@ -102,6 +103,10 @@ def load_command(verb: str) -> Command:
             from msn_eval.commands import doctor
 
             return doctor
+        case "completion":
+            from msn_eval.commands import completion
+
+            return completion
         case "demo":
             from msn_eval.commands import demo
 

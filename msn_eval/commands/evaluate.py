@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from msn_eval.checkpoints import find_scheme
 from msn_eval.config.recipes import TAP_NAMES
 from msn_eval.config.request import BAD_IMAGE_RULES, DECODERS, PRECISIONS, SEARCHES, SOLVER_NAMES, EvaluationConfig
+from msn_eval.data import find_data_name
 from msn_eval.errors import UsageError, did_you_mean, format_count, printable
 from msn_eval.files.package_data import list_recipes
 from msn_eval.probes import find_probe, read_probes
@@ -93,6 +94,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Evaluate, and return 0 or the exit code of what failed."""
     config = read_options(options, overrides)
+    if config.checkpoint and os.environ.get("RANK", "0") == "0":
+        _log.info("%s", _describe_request(config))
     if hasattr(options, "slurm"):
         from msn_eval.distributed.slurm import without_slurm
 
@@ -191,6 +194,13 @@ def _submit(text: str, config: EvaluationConfig, arguments: Sequence[str]) -> in
     job = submit(arguments, parse_slurm(text), folder=Path(config.out) / "slurm")
     print(f"submitted job {job.job_id}; its output: {', '.join(str(path) for path in job.logs)}")
     return 0
+
+
+def _describe_request(config: EvaluationConfig) -> str:
+    """Return the line that is printed at once; importing torch and reading the data take seconds."""
+    names = config.checkpoint
+    checkpoints = ", ".join(names) if len(names) < 4 else f"{len(names)} checkpoints"
+    return f"evaluating {checkpoints} on {find_data_name(config.data)}: {','.join(config.subset)} by {','.join(config.probe)}"
 
 
 def describe_plan(plan: "Plan") -> str:

@@ -4,7 +4,15 @@ import argparse
 from collections.abc import Sequence
 from itertools import product
 
-_KINDS = ("checkpoints", "subsets", "probes", "datasets", "reports", "protocols", "recipes")
+_KINDS = {
+    "checkpoints": "schemes and file formats for --checkpoint",
+    "subsets": "for --subset",
+    "probes": "for --probe",
+    "datasets": "schemes and folder layouts for --data",
+    "reports": "formats for report --format",
+    "protocols": "each probe's hyper-parameters, by subset",
+    "recipes": "config files that ship with the package",
+}
 _MANY_IMAGES = 1_000_000  # enough for every default hyper-parameter
 _SUBSETS = {
     "1img": "1 labelled image per class, three draws",
@@ -20,12 +28,12 @@ _SUBSETS = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("kind", choices=_KINDS, help="what to list")
+    parser.add_argument("kind", nargs="?", choices=_KINDS, help="what to list; default: what can be listed")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Print a line per name: the name, a tab, its summary."""
-    for name, summary in _list_summaries(options.kind).items():
+    for name, summary in (_list_summaries(options.kind) if options.kind else _KINDS).items():
         print(f"{name}\t{summary}")
     return 0
 

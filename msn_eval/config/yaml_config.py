@@ -85,8 +85,13 @@ def build_config(kind: type[_Record], layers: Iterable[tuple[str, Mapping[str, o
             try:
                 OmegaConf.update(config, key, _convert_value(wanted, value))
             except OmegaConfBaseException as error:
-                what = f"{key.rstrip('_')}: {str(error).partition(chr(10))[0]}"
-                raise UsageError(what, where=where, hint=f"It takes: {wanted}.") from error
+                name = key.rstrip("_")
+                place = f"--{name.replace('_', '-')}" if where == "options" else f"{where}: {name}"
+                text = value.text if isinstance(value, TypedNumber) else value
+                given = ",".join(map(str, text)) if isinstance(text, list | tuple) else text
+                raise UsageError(
+                    f"cannot be {str(given)!r}", where=place, hint=f"Give {_describe_kind(wanted)}."
+                ) from error
     return cast(_Record, OmegaConf.to_object(config))
 
 
@@ -200,6 +205,16 @@ def _iterate_fields(
             hint = f"Write {key}.KEY=VALUE, or keys below {key}:."
             raise UsageError(f"{key} is a section, not a value", where=where, hint=hint)
         yield from _iterate_fields(known, {f"{key}.{name}": entry for name, entry in entries.items()}, where)
+
+
+def _describe_kind(wanted: Any) -> str:
+    """Describe the values of a field in the user's words."""
+    kinds = {wanted, *get_args(wanted)}
+    kinds |= {part for kind in kinds for part in get_args(kind)}
+    is_list = any(get_origin(kind) is list for kind in kinds)
+    words = {bool: ("true or false", ""), int: ("a whole number", "whole numbers"), float: ("a number", "numbers")}
+    one, several = next((words[kind] for kind in words if kind in kinds), ("text", "names"))
+    return f"{several}, separated by commas" if is_list else one
 
 
 def _convert_value(wanted: Any, value: object) -> object:

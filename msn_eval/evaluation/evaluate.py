@@ -25,7 +25,7 @@ from msn_eval.data.hashing import content_sha256
 from msn_eval.data.images import ImageSet
 from msn_eval.data.subsets import merge_subsets
 from msn_eval.distributed.group import ALONE, Group, broadcast_from_rank0, check_equal_across_ranks
-from msn_eval.errors import CheckpointError, NumericalError
+from msn_eval.errors import CheckpointError, NumericalError, format_count
 from msn_eval.evaluation.canary import choose_labels, judge_canary, refuse_leaks
 from msn_eval.evaluation.measurement import (
     NO_EXTRACTION,
@@ -278,7 +278,8 @@ def evaluate_checkpoint(
     own = [index for index, task in enumerate(plan.tasks) if task in ready.pending]
     indices = broadcast_from_rank0(group, "pending", lambda: own)
     if not indices:
-        _log.info("%s: all %d results are in %s, nothing computed", encoder.checkpoint.name, len(plan.tasks), out)
+        finished = format_count(len(plan.tasks), "finished result")
+        _log.info("%s: %s in %s, nothing computed", encoder.checkpoint.name, finished, out)
         return
     ready = replace(ready, pending=tuple(plan.tasks[index] for index in indices))
     for result, predictions in _measure(plan, ready, group, on_progress):

@@ -27,7 +27,7 @@ from msn_eval.data.loader import PixelList, load_pixels
 from msn_eval.data.subsets import Subset, check_subset_names, make_readable_subsets, make_subsets, merge_subsets
 from msn_eval.errors import DataError, NumericalError, StoreError, UsageError
 from msn_eval.features.encoder import Precision, choose_device, default_precision, precision_class
-from msn_eval.files.atomic import prepare_folder
+from msn_eval.files.atomic import check_folder_name, prepare_folder
 from msn_eval.probes import find_probe
 from msn_eval.probes.base import Configure, Probe
 from msn_eval.results.record import PROTOCOL_VERSION, RESIZED_PROTOCOL_VERSION, protocol_id
@@ -129,6 +129,7 @@ def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Pla
     """
     if not config.checkpoint:
         raise UsageError("no checkpoint given", hint="Name one or several: --checkpoint FILE; or try msn-eval demo.")
+    check_folder_name(Path(config.out), option="--out")
     check_checkpoint_names(tuple(config.checkpoint))
     check_subset_names(config.subset)
     for name in config.probe:

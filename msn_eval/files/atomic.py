@@ -13,6 +13,7 @@ from pathlib import Path
 
 from msn_eval.errors import StoreError, UsageError
 
+_TABLE_SUFFIXES = (".csv", ".json", ".md", ".html")
 _SUFFIX = ".tmp"
 _STALE_SECONDS = 24 * 3600
 
@@ -64,6 +65,13 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def check_folder_name(folder: Path, *, option: str) -> None:
+    """Raise UsageError if `folder` is a file, or a new folder with the name of a table."""
+    if folder.is_file() or (folder.suffix in _TABLE_SUFFIXES and not folder.is_dir()):
+        hint = f"Give a folder for {option}. Tables are printed by `msn-eval report RUNS --format csv`."
+        raise UsageError("is the name of a file, not of a folder", where=str(folder), hint=hint)
+
+
 def prepare_folder(folder: Path, *, option: str) -> None:
     """Create `folder`, check that it can be written, and remove what killed processes left there.
 
@@ -71,6 +79,7 @@ def prepare_folder(folder: Path, *, option: str) -> None:
         UsageError: It cannot be a folder; the error names `option`.
         StoreError: The disk refuses.
     """
+    check_folder_name(folder, option=option)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from msn_eval.cli import main
+from msn_eval.commands import VERBS
 from msn_eval.errors import UsageError
 from msn_eval.program import run_program
 
@@ -93,6 +94,16 @@ def measure(folder: Path, capsys: pytest.CaptureFixture[str]) -> Measure:
         (["repot", "runs"], 2, "Did you mean report?"),
         (["report", "nowhere"], 2, "nowhere"),
         (["ls", "nothing"], 2, "nothing"),
+        (["help", "verfy"], 2, "Did you mean verify?"),
+        (["pixels"], 2, "given as --checkpoint pixels"),
+        (["--data", "digits", "report", "runs"], 2, "Type: msn-eval report --data digits runs"),
+        (
+            _pixels("--data", "digits", "--k", "2.5"),
+            2,
+            "--k: cannot be '2.5'\nGive whole numbers, separated by commas.",
+        ),
+        (_pixels("--data", "digits", "limit=few"), 2, "limit: cannot be 'few'\nGive a whole number."),
+        (_pixels("--data", "digits", "--out", "list.csv", "--dry-run"), 2, "--out. Tables are printed by"),
     ],
 )
 def test_a_mistake_has_a_message_and_an_exit_code_and_writes_no_files(
@@ -122,6 +133,52 @@ def test_help_and_typos_are_answered_without_importing_torch(arguments: list[str
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
 
     assert done.stdout.splitlines()[-1] == f"{code} set()"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage"),
+    [
+        (["help"], "usage: msn-eval --checkpoint X"),
+        (["help", "verify"], "usage: msn-eval verify"),
+        (["-q", "help", "cache"], "usage: msn-eval cache"),
+    ],
+)
+def test_help_of_a_verb_is_its_own_help(arguments: list[str], usage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+
+    assert (ended.value.code, capsys.readouterr().out.startswith(usage)) == (0, True)
+
+
+def test_help_starts_with_every_verb_and_three_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+
+    head, _, options = capsys.readouterr().out.partition("options:")
+    assert all(f"\n  {verb} " in head for verb in VERBS)
+    assert head.partition("examples:")[2].count("\n  msn-eval ") == 3
+    assert "--checkpoint" in options
+
+
+@pytest.mark.parametrize("option", ["-v", "-vv", "--verbose", "-q"])
+def test_verbosity_may_be_before_the_verb(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([option, "ls"]) == 0
+    assert capsys.readouterr().out.startswith("checkpoints\t")
+
+
+def test_a_run_says_what_it_evaluates_before_torch_is_imported() -> None:
+    program = (
+        "import sys; from msn_eval.cli import main\n"
+        "class Stream:\n"
+        "    def write(self, text): print(text, 'torch' in sys.modules); sys.stdout.flush(); raise SystemExit\n"
+        "    def flush(self): pass\n"
+        "sys.stderr = Stream()\n"
+        "main(['--checkpoint', 'pixels', '--data', 'digits', '--subset', '1img'])"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    assert done.stdout == "evaluating pixels on digits: 1img by logistic\n False\n"
 
 
 def test_an_error_is_one_block_with_a_traceback_only_if_verbose(capsys: pytest.CaptureFixture[str]) -> None:
@@ -445,7 +502,7 @@ def test_file_as_out_is_a_usage_error(folder: Path, capsys: pytest.CaptureFixtur
     Path("runs").write_text("")
 
     assert main(_pixels("--data", str(folder), "--subset", "1img@1")) == 2
-    assert "runs: cannot be written: " in capsys.readouterr().err
+    assert "runs: is the name of a file, not of a folder\n" in capsys.readouterr().err
 
 
 def test_read_only_out_is_a_store_error(

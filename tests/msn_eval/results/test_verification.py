@@ -54,6 +54,17 @@ def test_valid_records_are_counted_and_pass(runs: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == "5 records: ids, hashes and metrics follow from 800 stored predictions\n"
 
 
+def test_json_has_counts_and_every_fault(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = min(runs.glob("*.json"))
+    record.write_text("{")
+
+    code = main(["verify", "--json", str(runs)])
+
+    outcome = json.loads(capsys.readouterr().out)
+    assert (code, outcome["ok"], outcome["records"]) == (22, False, 5)
+    assert [fault["where"] for fault in outcome["faults"]] == [str(record)]
+
+
 def test_records_of_an_evaluation_are_valid(digits_runs: Path) -> None:
     outcome = verify_results([digits_runs])
 
@@ -212,4 +223,4 @@ def test_predictions_without_a_record_are_mentioned_and_not_a_fault(
     code = main(["verify", str(runs)])
 
     assert code == 0
-    assert "1 prediction files without a record" in capsys.readouterr().out
+    assert "1 prediction file without a record" in capsys.readouterr().out

@@ -54,7 +54,7 @@ def test_written_recipe_reads_back_equal(tmp_path: Path) -> None:
         ("optimization.epoch=3", "unknown key 'optimization.epoch'. Did you mean optimization.epochs?"),
         ("epochs=3", "unknown key 'epochs'. Did you mean optimization.epochs?"),
         ("optmization.epochs=3", "unknown key 'optmization.epochs'. Did you mean optimization.epochs?"),
-        ("optimization.epochs=many", "optimization.epochs: Value 'many'"),
+        ("optimization.epochs=many", "optimization.epochs: cannot be 'many'"),
         ("optimization.epochs=0", "override 'optimization.epochs=0': optimization.epochs: 0 is out of range"),
         ("optimization.epochs", "is not of the form key=value"),
         ("views.crop_scale=[0.3]", "views.crop_scale: [0.3] are not two numbers"),
@@ -281,7 +281,7 @@ def test_every_known_key_is_tested() -> None:
     [
         ("optimization.clip_gard", 3.0, r"Did you mean optimization\.clip_grad\?"),
         ("optimization.epochs", NOTHING, r"lacks optimization\.epochs"),
-        ("optimization.epochs", "many", r"optimization\.epochs: Value .many"),
+        ("optimization.epochs", "many", r"optimization\.epochs: cannot be .many"),
         ("criterion.batch_size", "many", r"criterion\.batch_size: .many. is not a number"),
     ],
 )
