@@ -43,7 +43,6 @@ BUDGETS = {
     "ncm": 6,
     "neighbours": 13,
     "Newton, float64 on the CPU": 2.3,
-    "lambda auto, float64 on the CPU": 1.9,
     "k-NN, float64 on the CPU": 24,
     "neighbours, float64 on the CPU": 20,
     "a product": 0,
@@ -75,7 +74,7 @@ def float64_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("name", "float64_device"),
-    [*((name, "cuda:0") for name in PROBES), *((name, "cpu") for name in ("Newton", "lambda auto", "k-NN"))],
+    [*((name, "cuda:0") for name in PROBES), *((name, "cpu") for name in ("Newton", "k-NN"))],
     indirect=["float64_device"],
 )
 def test_scores_and_choices_are_those_of_a_cpu(

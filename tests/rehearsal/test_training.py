@@ -44,7 +44,7 @@ method: simsiam
 run: {seed: 3, log_every: 3, keep_every: 0}
 data: {root: digits, workers: 0, limit: 2}
 views: {image_pixels: 16, random_views: 2, focal_views: 0, made: device}
-encoder: {name: "resnet18?channels=(8,8,8,8)", stem: cifar}
+encoder: {name: "resnet18?channels=(8,8,8,8)&layers=(1,1,1,1)", stem: cifar}
 projector: {layers: 2, output: 16, predictor: 8}
 optimization: {epochs: 3, batch_size: 8, warmup: 1}
 watch: {probe_every: 0}
@@ -76,6 +76,8 @@ REFUSED = {
         "grid_sampler_2d_backward",
     ),
 }
+# Batch normalisation subtracts these: their gradient is rounding, which Adam scales to steps of full size.
+WITHOUT_GRADIENT = ("head.fc1.bias", "head.fc2.bias", "network.norm.bias", "running_mean")
 PROBES: dict[str, tuple[ModuleType, dict[str, Any]]] = {
     "finetune": (
         finetuning,
@@ -106,7 +108,9 @@ def _check_runs(folder: Path, weights: dict[str, torch.Tensor], expected: dict[s
     here, there = (_metrics(folder / place) for place in ("cuda", "cpu"))
     assert len(here) == 2
     assert here == [pytest.approx(line, rel=1e-4) for line in there]
-    flat, other = (torch.cat([model[key].double().flatten() for key in expected]) for model in (weights, expected))
+    keys = [key for key in expected if not key.endswith(WITHOUT_GRADIENT)]
+    assert 2 * len(keys) > len(expected)
+    flat, other = (torch.cat([model[key].double().flatten() for key in keys]) for model in (weights, expected))
     assert float((flat - other).norm() / other.norm()) < 1e-5
 
 
@@ -169,24 +173,13 @@ def test_pretraining_has_the_losses_and_weights_of_a_cpu(
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_pretraining_in_bf16_has_the_losses_and_weights_of_a_cpu(
-    simulate_cuda: Simulate, tmp_path: Path, name: str
-) -> None:
-    with compute_as_simulated():
-        expected = _train(name, tmp_path / "cpu", "cpu", precision="bf16")
-
-    with simulate_cuda() as device:
-        weights = _train(name, tmp_path / "cuda", "cuda:0", precision="bf16")
-
-    assert device.products[torch.bfloat16] > device.products[torch.float32]
-    _check_runs(tmp_path, weights, expected)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_training_in_deterministic_mode_uses_no_operation_that_torch_refuses_there(
+def test_pretraining_in_bf16_is_that_of_a_cpu_and_uses_no_operation_that_deterministic_mode_refuses(
     simulate_cuda: Simulate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     operations: dict[str, bool] = {}
+    with compute_as_simulated():
+        expected = _train(name, tmp_path / "cpu", "cpu", precision="bf16")
+
     with simulate_cuda() as device:
         execute = device.execute
 
@@ -195,10 +188,12 @@ def test_training_in_deterministic_mode_uses_no_operation_that_torch_refuses_the
             return execute(operation, *arguments)
 
         monkeypatch.setattr(device, "execute", note)
-        _train(name, tmp_path, "cuda:0")
+        weights = _train(name, tmp_path / "cuda", "cuda:0", precision="bf16")
 
-    assert operations["mm"]
+    assert device.products[torch.bfloat16] > device.products[torch.float32]
+    assert operations["mm"]  # deterministic mode was on
     assert operations.keys() & REFUSED == set()
+    _check_runs(tmp_path, weights, expected)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
