@@ -161,7 +161,7 @@ def _decode(device: torch.device, small: bool) -> Measured:
     ]
     for call in calls:
         call()  # imports
-    rates = [count / _seconds(lambda call=call: [call() for _ in range(count)]) for call in calls]
+    rates = [count / _seconds(partial(_repeat, call, count)) for call in calls]
     torch.set_num_threads(threads)
     shown = ", ".join(f"{rate:,.0f}" for rate in rates)
     return f"{shown} images/s by Pillow, by torchvision, by Pillow without resizing; {len(content):,} bytes each", rates
@@ -219,7 +219,7 @@ def _probe(width: int, device: torch.device, small: bool) -> Measured:
         fits += time.perf_counter() - started
         gap = max([gap, *(item.certificate or 0.0 for item in fitted.settings)])
         bank = values[:n].to(device)
-        searches += _seconds(lambda bank=bank: search_nearest(tests, bank, min(200, len(bank)))[0].sum().item())
+        searches += _seconds(partial(_sum_nearest, tests, bank))
     shown = (
         f"{fits:.1f} s for the logistic regressions, largest duality gap {gap:.0e}; {searches:.1f} s for the neighbours"
     )
@@ -233,6 +233,15 @@ def _pretrain(name: str, device: torch.device, small: bool) -> Measured:
     line = bench(recipe, steps=2 if small else 10)
     seconds = re.findall(r"([\d.]+) s for", line)
     return line, [] if small else [batch / max(float(value), 1e-3) for value in seconds]
+
+
+def _repeat(call: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        call()
+
+
+def _sum_nearest(queries: torch.Tensor, bank: torch.Tensor) -> float:
+    return search_nearest(queries, bank, min(200, len(bank)))[0].sum().item()
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -33,6 +33,6 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not options.json:
         print(f"{records}: ids, hashes and metrics follow from {format_count(outcome.images, 'stored prediction')}")
         if outcome.leftovers:
-            files = format_count(len(outcome.leftovers), "prediction file")
-            print(f"{files} without a record, left by a killed run: {outcome.leftovers[0]} …")
+            leftovers = format_count(len(outcome.leftovers), "prediction file")
+            print(f"{leftovers} without a record, left by a killed run: {outcome.leftovers[0]} …")
     return 0

@@ -387,7 +387,7 @@ def normalise_pixels(pixels: Tensor, encoder: Encoder) -> Tensor:
     Returns:
         (b, 3, S, S) in the network's dtype.
     """
-    mean, std = encoder.mean_and_std
+    mean, std = encoder.mean_and_std.unbind()
     scaled = (pixels.float() / 255 - mean) / std
     images = scaled.permute(0, 3, 1, 2)  # channels-last in memory
     if not _is_convolutional(encoder.checkpoint, encoder.network):
