@@ -79,20 +79,46 @@ def decode_pixels(content: bytes, transform: EvalTransform, decoder: str) -> Pix
     Raises:
         BadImageError: The file cannot be used. Both decoders refuse the same files.
     """
-    decoded = None
-    if decoder == "torchvision":
-        header = read_header(content)
-        if header.format == "JPEG" and header.mode in ("RGB", "L"):
-            (decoded,) = _try_decode_jpegs([content], torch.device("cpu"))
-    if decoded is None or decoded.shape != (3, header.height, header.width):
-        # Pillow and torchvision accept different damaged files, though both use libjpeg; Pillow decides.
+    decoded = _decode_plain_jpeg(content) if decoder == "torchvision" else None
+    if decoded is None:
         return resize_and_crop(decode_image(content), transform)
-    width, height = compute_resized_size(header.width, header.height, transform)
+    width, height = compute_resized_size(decoded.shape[2], decoded.shape[1], transform)
     # The channels stay last, as decoded: so torch resizes uint8 directly, in integers as Pillow does but with shorter
     # weights. A batch made by image[None] would have strides that torch takes for channels first.
     batch = decoded.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     resized = interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
     return cast(Pixels, _crop(resized, transform).contiguous().numpy())
+
+
+def decode_tensor(content: bytes) -> Tensor:
+    """Decode one image file on the CPU by torchvision, or by Pillow what is not a plain JPEG. EXIF orientation is ignored.
+
+    Returns:
+        (height, width, 3) uint8, contiguous.
+
+    Raises:
+        BadImageError: The file cannot be used. Pillow refuses the same files.
+    """
+    decoded = _decode_plain_jpeg(content)
+    return (
+        torch.from_numpy(np.array(decode_image(content))) if decoded is None else decoded.permute(1, 2, 0).contiguous()
+    )
+
+
+def _decode_plain_jpeg(content: bytes) -> Tensor | None:
+    """Return the (3, height, width) pixels of a JPEG, or None where Pillow has to decide.
+
+    Pillow and torchvision accept different damaged files, though both use libjpeg.
+
+    Raises:
+        BadImageError: The header is refused.
+    """
+    header = read_header(content)
+    if header.format == "JPEG" and header.mode in ("RGB", "L"):
+        (decoded,) = _try_decode_jpegs([content], torch.device("cpu"))
+        if decoded is not None and decoded.shape == (3, header.height, header.width):
+            return decoded
+    return None
 
 
 def _crop(image: Tensor, transform: EvalTransform) -> Tensor:

@@ -19,8 +19,15 @@ from PIL import Image
 from torch import Tensor
 
 from msn_eval.data import decoders
-from msn_eval.data.decoders import check_decoder, decode_on_device, decode_pixels, decoder_version, prepare_for_device
-from msn_eval.data.images import BadImageError, EvalTransform, make_eval_transform
+from msn_eval.data.decoders import (
+    check_decoder,
+    decode_on_device,
+    decode_pixels,
+    decode_tensor,
+    decoder_version,
+    prepare_for_device,
+)
+from msn_eval.data.images import BadImageError, EvalTransform, decode_image, make_eval_transform
 from msn_eval.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -180,6 +187,28 @@ def test_real_photographs_are_nearly_the_same_by_torchvision(shared_data: Path) 
             if gaps.max() > 2 or gaps.mean() > 0.01:
                 far.append((member.name, gaps.max(), gaps.mean()))
     assert (seen, far) == (len(ODD_SAMPLES), [])
+
+
+@pytest.mark.parametrize("name", sorted(ODD_SAMPLES))
+def test_decoded_photographs_are_exactly_pillows(shared_data: Path, name: str) -> None:
+    with tarfile.open(shared_data / "imagenet_samples.tar") as samples:
+        member = next(member for member in samples if Path(member.name).name == name)
+        content = samples.extractfile(member).read()  # type: ignore[union-attr]
+
+    np.testing.assert_array_equal(decode_tensor(content), np.asarray(decode_image(content)))
+
+
+@pytest.mark.parametrize("content", OTHER_FILES.values(), ids=OTHER_FILES)
+def test_other_files_are_decoded_to_pillows_pixels(content: bytes) -> None:
+    np.testing.assert_array_equal(decode_tensor(content), np.asarray(decode_image(content)))
+
+
+@pytest.mark.parametrize("content", BAD_FILES.values(), ids=BAD_FILES)
+def test_decoding_refuses_bad_files_with_pillows_reason(content: bytes) -> None:
+    with pytest.raises(BadImageError) as refused:
+        decode_image(content)
+    with pytest.raises(BadImageError, match=f"^{re.escape(str(refused.value))}$"):
+        decode_tensor(content)
 
 
 @pytest.mark.parametrize(
