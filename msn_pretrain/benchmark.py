@@ -99,7 +99,7 @@ def describe(recipe: Recipe, *, allowed: Sequence[str] = (), elsewhere: bool = F
     # float32 weights, and for trained ones a gradient and two moments
     memory = 4 * (total + 3 * trained) + activations
     kinds = ", ".join(f"{kind.count} of {kind.pixels} pixels" for kind in view_kinds(recipe))
-    where = "in batches on the device" if makes_views_on_device(recipe, device) else "one by one in the loader"
+    where = "on the device" if makes_views_on_device(recipe, device) else "in the loader"
     lines = [
         recipe_as_yaml(recipe).rstrip(),
         "",

@@ -92,7 +92,7 @@ class Views:
         grey: Probability of greyscale.
         blur: Probability of a Gaussian blur.
         blur_sigma: Range of its standard deviation in pixels.
-        made: loader (one by one where images are decoded), device (in batches on the training device), or auto: device on CUDA.
+        made: loader (where images are decoded), device (on the training device, in batches on a GPU), or auto: device on CUDA.
             The two differ by rounding.
     """
 

@@ -1,35 +1,33 @@
-"""Views of many images at once: the parameters of views.py, applied with tensor operations.
+"""Views of many images at once on a GPU: the parameters and the changes of views.py, with resizing by matrix products.
 
-This is faster than loader workers on a GPU, and for small images on a CPU too. As in views.py, pixels are rounded to whole levels
-from 0 to 255 after each step, so both implementations agree except for the rounding of the resize.
+Each step takes all views of one kind that it changes. As on a CPU, pixels are rounded to whole levels from 0 to 255 after each
+step, so both paths agree except for the rounding of the resize.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import conv2d, pad
 
 from msn_eval.errors import ResourceError
 from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
-from msn_pretrain.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewKind, ViewParameters, blur_radius
+from msn_pretrain.data.views import ADJUSTMENTS, Amount, ViewKind, ViewParameters, blur, turn_grey
 
-_LUMA = (0.2989, 0.587, 0.114)
-_TO_LEVELS = 255 + 1.0 - 1e-3  # torchvision's factor from [0, 1] to whole levels by truncation
-
-_MOST_BYTES = 1 << 28  # of images or views as float32 that are processed at once; temporaries are a few times as large
-_Change = Callable[[Tensor, Tensor], Tensor]
+_MOST_BYTES = 1 << 28  # of crops or views as float32 that are processed at once; temporaries are a few times as large
+_Change = Callable[[Tensor, Amount], None]
 
 
-def make_batched_views(images: Sequence[Tensor], parameters: ViewParameters, kind: ViewKind) -> Tensor:
+def make_batched_views(pixels: Tensor, sizes: NDArray[np.int64], parameters: ViewParameters, kind: ViewKind) -> Tensor:
     """Make all views of one kind of some images.
 
-    Memory is bounded: large images are resized a few at a time, and half as many on out-of-memory.
+    Memory is bounded: some views at a time, and half as many on out-of-memory. The host never waits for the device.
 
     Args:
-        images: b images of (3, height, width) uint8, on one device.
+        pixels: (p, 3) uint8, the pixels of b images, row by row, one image after the other.
+        sizes: (b, 2), their heights and widths.
         parameters: Parameters of count * b views, view-major.
         kind: The kind of the views.
 
@@ -37,45 +35,71 @@ def make_batched_views(images: Sequence[Tensor], parameters: ViewParameters, kin
         (count * b, 3, pixels, pixels) uint8 on that device, view-major.
 
     Raises:
-        ResourceError: One image does not fit into memory.
+        ResourceError: One view does not fit into memory.
     """
-    device, b = images[0].device, len(images)
-    boxes = torch.from_numpy(parameters.boxes).to(device, non_blocking=True).view(kind.count, b, 4)
-    views = torch.empty(kind.count, b, 3, kind.pixels, kind.pixels, dtype=torch.uint8, device=device)
+    n, side = len(parameters), kind.pixels
+    image_pixels = sizes.prod(axis=1)
+    images = np.column_stack([np.cumsum(image_pixels) - image_pixels, sizes[:, 1]])[np.arange(n) % len(sizes)]
+    # By size, so that crops that are processed together are padded little.
+    order = np.argsort(parameters.boxes[:, 2:].prod(axis=1), kind="stable")
+    crops = np.column_stack([np.arange(n), images, parameters.boxes])[order]
+    changes = _list_changes(parameters)
+    table, *amounts = _copy_at_once([crops, *(np.stack([rows, values]) for _, rows, values in changes)], pixels.device)
+    views = torch.empty(n, 3, side, side, dtype=torch.uint8, device=pixels.device)
 
-    def resize(rows: Sequence[int]) -> None:
-        padded = _pad_to_largest([images[row] for row in rows])
-        index = torch.tensor(rows).to(device, non_blocking=True)
-        for view, own in zip(views, boxes, strict=True):
-            view[index] = _resize(padded, own[index], kind).to(torch.uint8)
+    def resize(span: Sequence[int]) -> None:
+        own = slice(span[0], span[-1] + 1)
+        height, width = crops[own, -2:].max(axis=0).tolist()
+        _resize(views, pixels, table[own].long(), height, width, kind)
 
-    def change(rows: Sequence[int]) -> None:
-        own = slice(rows[0], rows[-1] + 1)
-        flat[own] = _apply_changes(flat[own].float(), parameters.rows(own)).to(torch.uint8)
+    def change(function: _Change, rows: Tensor, values: Tensor, span: Sequence[int]) -> None:
+        own = slice(span[0], span[-1] + 1)
+        chosen = views[rows[own]].float()
+        function(chosen, values[own].view(-1, 1, 1, 1))
+        views[rows[own]] = chosen.to(torch.uint8)
 
-    for rows in _group_by_size([image.shape[1:] for image in images]):
-        _halve_on_out_of_memory(resize, rows)
-    flat = views.view(-1, 3, kind.pixels, kind.pixels)
-    most = max(1, _MOST_BYTES // (12 * kind.pixels**2))
-    for first in range(0, len(flat), most):
-        _halve_on_out_of_memory(change, range(first, min(first + most, len(flat))))
-    return flat
+    for span in _split(crops[:, -2:]):
+        _halve_on_out_of_memory(resize, span)
+    most = max(1, _MOST_BYTES // (12 * side**2))
+    for (function, rows, _), copied in zip(changes, amounts, strict=True):
+        for first in range(0, len(rows), most):
+            span = range(first, min(first + most, len(rows)))
+            _halve_on_out_of_memory(partial(change, function, copied[0].long(), copied[1].float()), span)
+    return views
 
 
-def _group_by_size(sizes: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return the numbers of the images in groups that are within _MOST_BYTES as float32, padded to the largest of the group."""
-    if len(set(map(tuple, sizes))) == 1:
-        most = max(1, _MOST_BYTES // (12 * sizes[0][0] * sizes[0][1]))
-        return [list(range(first, min(first + most, len(sizes)))) for first in range(0, len(sizes), most)]
-    groups: list[list[int]] = [[]]
-    height = width = 0
-    for row in sorted(range(len(sizes)), key=lambda row: (sizes[row][0] * sizes[row][1], row)):
-        height, width = max(height, sizes[row][0]), max(width, sizes[row][1])
-        if groups[-1] and 12 * height * width * (len(groups[-1]) + 1) > _MOST_BYTES:
-            groups.append([])
-            height, width = sizes[row]
-        groups[-1].append(row)
-    return groups
+def _list_changes(own: ViewParameters) -> list[tuple[_Change, NDArray[np.int64], NDArray[np.float64]]]:
+    """Return what to do after resizing, in order: a function, the views that it changes, and by how much."""
+    changes: list[tuple[_Change, NDArray[np.bool_], NDArray[np.float64]]] = [(_flip, own.flipped, own.sigmas)]
+    for position in range(own.order.shape[1]):
+        for which, adjust in enumerate(ADJUSTMENTS):
+            changes.append((adjust, own.jittered & (own.order[:, position] == which), own.factors[:, which]))
+    changes += [(turn_grey, own.greyed, own.sigmas), (blur, own.sigmas > 0, own.sigmas)]
+    return [(change, np.flatnonzero(chosen), amounts[chosen]) for change, chosen, amounts in changes if chosen.any()]
+
+
+def _flip(views: Tensor, unused: Amount) -> None:
+    views.copy_(views.flip(3))
+
+
+def _copy_at_once(arrays: Sequence[NDArray[np.float64]], device: torch.device) -> list[Tensor]:
+    """Copy arrays of numbers to a device by one copy that the host does not wait for."""
+    packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays], dtype=np.float64))
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    parts = torch.split(packed.to(device, non_blocking=True), [array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+def _split(sizes: NDArray[np.int64]) -> list[range]:
+    """Split crops into spans that are within _MOST_BYTES as float32, padded to the largest of the span."""
+    spans, first, height, width = [], 0, 0, 0
+    for row, (own_height, own_width) in enumerate(sizes.tolist()):
+        height, width = max(height, own_height), max(width, own_width)
+        if row > first and 12 * height * width * (row + 1 - first) > _MOST_BYTES:
+            spans.append(range(first, row))
+            first, height, width = row, own_height, own_width
+    return [*spans, range(first, len(sizes))]
 
 
 def _halve_on_out_of_memory(run: Callable[[Sequence[int]], None], rows: Sequence[int]) -> None:
@@ -97,34 +121,39 @@ def _halve_on_out_of_memory(run: Callable[[Sequence[int]], None], rows: Sequence
     return _halve_on_out_of_memory(run, rows[middle:])
 
 
-def _pad_to_largest(images: Sequence[Tensor]) -> Tensor:
-    """Return the images as one (b, 3, H, W) float tensor, padded with zeros at the bottom and the right."""
-    height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
-    if all(image.shape[-2:] == (height, width) for image in images):
-        return torch.stack(list(images)).float()
-    padded = torch.zeros(len(images), 3, height, width, device=images[0].device)
-    for row, image in enumerate(images):
-        padded[row, :, : image.shape[1], : image.shape[2]] = image
-    return padded
+def _resize(views: Tensor, pixels: Tensor, crops: Tensor, most_high: int, most_wide: int, kind: ViewKind) -> None:
+    """Crop, and resize with antialiasing: two products with each view's own weights, each rounded to whole levels.
+
+    Args:
+        views: All views; those of the crops are written.
+        pixels: The pixels of the images.
+        crops: (n, 7) int64: number of the view, first pixel and width of the image, top, left, height and width of the crop.
+        most_high: Largest height of these crops.
+        most_wide: Largest width.
+        kind: The kind of the views.
+    """
+    rows, starts, strides, tops, lefts, heights, widths = (column[:, None] for column in crops.unbind(1))
+    n, side = len(crops), kind.pixels
+    down = torch.arange(most_high, device=pixels.device).minimum(heights - 1) + tops
+    across = torch.arange(most_wide, device=pixels.device).minimum(widths - 1) + lefts
+    cropped = pixels[(starts + down * strides)[:, :, None] + across[:, None]]  # (n, height, width, 3)
+    lines = cropped.transpose(2, 3).to(torch.float32, memory_format=torch.contiguous_format).view(n, -1, most_wide)
+    narrow = lines @ _compute_resizing_weights(widths, most_wide, kind).mT  # (n, height * 3, side)
+    narrow = narrow.add_(0.5).floor_().clamp_(0, 255).view(n, most_high, 3 * side)
+    resized = _compute_resizing_weights(heights, most_high, kind) @ narrow  # (n, side, 3 * side)
+    resized = resized.add_(0.5).floor_().clamp_(0, 255).view(n, side, 3, side)
+    views[rows[:, 0]] = resized.transpose(1, 2).to(torch.uint8)
 
 
-def _resize(images: Tensor, box: Tensor, kind: ViewKind) -> Tensor:
-    """Crop and resize with antialiasing: two products with each view's own weights, each rounded to whole levels."""
-    down = _resizing_weights(box[:, 0], box[:, 2], images.shape[2], kind)
-    across = _resizing_weights(box[:, 1], box[:, 3], images.shape[3], kind)
-    narrow = (images @ across.transpose(1, 2)[:, None] + 0.5).floor_().clamp_(0, 255)  # (b, 3, H, pixels)
-    return (down[:, None] @ narrow + 0.5).floor_().clamp_(0, 255)
-
-
-def _resizing_weights(starts: Tensor, lengths: Tensor, size: int, kind: ViewKind) -> Tensor:
-    """Return (b, pixels, size) weights that resize `lengths` pixels from `starts` on to `pixels` pixels: the filter kernel around
-    each output pixel's centre, stretched if the image shrinks."""
-    scale = (lengths / kind.pixels)[:, None, None].float()
-    positions = torch.arange(size, device=starts.device) - starts[:, None]  # within the box
-    centres = (torch.arange(kind.pixels, device=starts.device) + 0.5)[None, :, None] * scale
-    distance = ((positions[:, None, :] + 0.5 - centres) / scale.clamp(min=1)).abs()
-    inside = (positions >= 0) & (positions < lengths[:, None])
-    weights = (_triangle(distance) if kind.interpolation == "bilinear" else _cubic(distance)) * inside[:, None]
+def _compute_resizing_weights(lengths: Tensor, size: int, kind: ViewKind) -> Tensor:
+    """Return (n, pixels, size) weights that resize the first `lengths` (n, 1) of `size` pixels to `pixels` pixels: the filter
+    kernel around each output pixel's centre, stretched if the image shrinks."""
+    scale = (lengths / kind.pixels)[:, :, None].float()
+    positions = torch.arange(size, device=lengths.device)
+    centres = (torch.arange(kind.pixels, device=lengths.device) + 0.5)[:, None] * scale
+    distance = ((positions + 0.5 - centres) / scale.clamp(min=1)).abs_()
+    weights = _triangle(distance) if kind.interpolation == "bilinear" else _cubic(distance)
+    weights *= (positions < lengths)[:, None]
     return weights / weights.sum(dim=2, keepdim=True)
 
 
@@ -137,96 +166,3 @@ def _cubic(distance: Tensor) -> Tensor:
     near = (1.5 * distance - 2.5) * distance**2 + 1
     far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
     return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-
-
-def _apply_changes(views: Tensor, own: ViewParameters) -> Tensor:
-    """Flip, jitter, grey and blur the views whose parameters say so, in place."""
-    adjustments: dict[int, _Change] = {
-        BRIGHTNESS: _adjust_brightness,
-        CONTRAST: _adjust_contrast,
-        SATURATION: _adjust_saturation,
-        HUE: _adjust_hue,
-    }
-    changes: list[tuple[_Change, NDArray[np.bool_], NDArray[np.float64]]] = [(_flip, own.flipped, own.sigmas)]
-    for position in range(own.order.shape[1]):
-        for which, adjust in adjustments.items():
-            changes.append((adjust, own.jittered & (own.order[:, position] == which), own.factors[:, which]))
-    changes += [(_turn_grey, own.greyed, own.sigmas), (_blur, own.sigmas > 0, own.sigmas)]
-    wanted = [(change, np.flatnonzero(chosen), amounts[chosen]) for change, chosen, amounts in changes if chosen.any()]
-    if not wanted:
-        return views
-    # All numbers in one copy: each copy of its own would make the host wait for the device.
-    numbers = torch.from_numpy(np.concatenate([values for _, rows, amounts in wanted for values in (rows, amounts)]))
-    lengths = [len(values) for _, rows, amounts in wanted for values in (rows, amounts)]
-    parts = iter(torch.split(numbers.to(views.device, non_blocking=True), lengths))
-    for change, _, _ in wanted:
-        rows, amounts = next(parts).long(), next(parts).float()
-        views[rows] = change(views[rows], amounts)
-    return views
-
-
-def _flip(views: Tensor, unused: Tensor) -> Tensor:
-    return views.flip(3)
-
-
-def _turn_grey(views: Tensor, unused: Tensor) -> Tensor:
-    return _grey(views).expand(-1, 3, -1, -1)
-
-
-def _round_down(values: Tensor) -> Tensor:
-    return values.clamp_(0, 255).floor_()
-
-
-def _grey(views: Tensor) -> Tensor:
-    red, green, blue = views.unbind(1)
-    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue).floor_()[:, None]
-
-
-def _adjust_brightness(views: Tensor, factors: Tensor) -> Tensor:
-    factors = factors[:, None, None, None]
-    return _round_down(views * factors)
-
-
-def _adjust_contrast(views: Tensor, factors: Tensor) -> Tensor:
-    factors = factors[:, None, None, None]
-    return _round_down(views * factors + _grey(views).mean(dim=(1, 2, 3), keepdim=True) * (1 - factors))
-
-
-def _adjust_saturation(views: Tensor, factors: Tensor) -> Tensor:
-    factors = factors[:, None, None, None]
-    return _round_down(views * factors + _grey(views) * (1 - factors))
-
-
-def _adjust_hue(views: Tensor, shifts: Tensor) -> Tensor:
-    """Shift the hue in HSV, as a share of the circle."""
-    values = views / 255
-    least, most = torch.aminmax(values, dim=1)
-    spread = most - least
-    safe = torch.where(spread == 0, 1.0, spread)
-    red, green, blue = values.unbind(1)
-    hue = torch.where(
-        most == red,
-        (green - blue) / safe,
-        torch.where(most == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )
-    saturation = spread / torch.where(most == 0, 1.0, most)
-    turned = (hue / 6 + shifts[:, None, None]).remainder_(1.0) * 6
-    # Each channel depends on its distance to the hue: 0 within one sixth of the circle, 1 from two sixths on.
-    channels = []
-    for offset in (5.0, 3.0, 1.0):
-        position = (turned + offset).remainder_(6.0)
-        channels.append(most * (1 - saturation * torch.minimum(position, 4 - position).clamp_(0, 1)))
-    return (torch.stack(channels, dim=1) * _TO_LEVELS).floor_().clamp_(0, 255)
-
-
-def _blur(views: Tensor, sigmas: Tensor) -> Tensor:
-    """Blur each view with its own Gaussian; edges are reflected."""
-    count, channels, side, _ = views.shape
-    radius = blur_radius(side)
-    offsets = torch.arange(-radius, radius + 1, device=views.device)
-    kernels = torch.exp(-0.5 * (offsets / sigmas[:, None]) ** 2)
-    kernels = (kernels / kernels.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)
-    padded = pad(views.reshape(1, count * channels, side, side), [radius] * 4, mode="reflect")
-    across = conv2d(padded, kernels[:, None, None, :], groups=count * channels)
-    down = conv2d(across, kernels[:, None, :, None], groups=count * channels)
-    return down.reshape(views.shape).round_().clamp_(0, 255)

@@ -7,9 +7,11 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from msn_eval.data.decoders import decode_tensor
 from msn_eval.data.images import BadImageError, ImageSet, read_image
 from msn_eval.errors import DataError, ResourceError
 from msn_eval.process import affordable_workers
@@ -19,6 +21,7 @@ from msn_pretrain.data.views import ViewKind, ViewParameters, draw_for_batch, ma
 
 _WORKER_TIMEOUT_SECONDS = 300.0
 _BATCHES_PER_WORKER = 2
+_CACHED_BYTES = 1 << 19  # of values that a core normalises at a time
 _KEPT = "Snapshots are kept; the same command continues from the last one."
 
 
@@ -43,7 +46,7 @@ class ViewList:
         images: The training images.
         kinds: Kinds of views.
         seed: Seed of the views.
-        batched: Make them in batches on `device` (batched_views.py) instead of one by one where they are decoded.
+        batched: Make them on `device`, in batches on a GPU (batched_views.py), instead of where they are decoded.
         device: Where the views are needed.
     """
 
@@ -144,29 +147,29 @@ def _prepare(view_list: ViewList, batch: Batch) -> _Prepared:
         images = [_decode(view_list.images, number) for number in batch.images.tolist()]
     except DataError as error:  # our exceptions cannot be pickled out of a worker
         return batch, [], str(error)
+    sizes = torch.tensor([image.shape[:2] for image in images])
     if view_list.batched:
-        sizes = torch.tensor([image.shape[1:] for image in images])
-        return batch, [torch.cat([image.flatten() for image in images]), sizes], None
-    return batch, [make_views(images, parameters, kind) for kind, parameters in _draw(view_list, images, batch)], None
+        return batch, [torch.cat([image.view(-1, 3) for image in images]), sizes], None
+    return batch, [make_views(images, parameters, kind) for kind, parameters in _draw(view_list, sizes, batch)], None
 
 
 def _decode(images: ImageSet, number: int) -> Tensor:
-    """Read one image as (3, height, width) uint8."""
-    image_id = images.ids[number]
+    """Read one image as (height, width, 3) uint8."""
+    image_id, source = images.ids[number], images.source
     try:
-        pixels = np.asarray(images.source.decode(read_image(images.source, image_id)))
+        content = read_image(source, image_id)
+        return decode_tensor(content) if source.root is not None else torch.from_numpy(np.array(source.decode(content)))
     except (BadImageError, OSError) as error:
         raise DataError(
             f"cannot be read: {error}",
             where=images.source.place(image_id),
             hint="Repair or remove the image; `msn-eval data verify DIR` lists all bad images.",
         ) from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
 
 
-def _draw(view_list: ViewList, images: list[Tensor], batch: Batch) -> Iterator[tuple[ViewKind, ViewParameters]]:
+def _draw(view_list: ViewList, sizes: Tensor, batch: Batch) -> Iterator[tuple[ViewKind, ViewParameters]]:
     """Yield each kind of views with its parameters."""
-    draw = partial(draw_for_batch, images, seed=view_list.seed, epoch=batch.epoch, numbers=batch.images)
+    draw = partial(draw_for_batch, sizes.numpy(), seed=view_list.seed, epoch=batch.epoch, numbers=batch.images)
     first_view = 0
     for kind in view_list.kinds:
         yield kind, draw(kind, first_view=first_view)
@@ -179,13 +182,31 @@ def _move_to_device(view_list: ViewList, item: _Prepared) -> ViewBatch:
         raise DataError(problem)
     device = view_list.device
     if view_list.batched:
-        pixels, sizes = made[0].to(device, non_blocking=True), made[1].tolist()
-        flat = torch.split(pixels, [3 * height * width for height, width in sizes])
-        images = [image.view(3, *size) for image, size in zip(flat, sizes, strict=True)]
-        views = [make_batched_views(images, parameters, kind) for kind, parameters in _draw(view_list, images, batch)]
+        pixels, sizes = made[0].to(device, non_blocking=True), made[1]
+        make = partial(make_views_on, pixels, sizes.numpy())
+        views = [make(parameters, kind) for kind, parameters in _draw(view_list, sizes, batch)]
     else:
         views = [tensor.to(device, non_blocking=True) for tensor in made]
     return ViewBatch(batch=batch, views=tuple(views))
+
+
+def make_views_on(pixels: Tensor, sizes: NDArray[np.int64], parameters: ViewParameters, kind: ViewKind) -> Tensor:
+    """Make all views of one kind on the device of the pixels: one by one on a CPU, else in batches.
+
+    Args:
+        pixels: (p, 3) uint8, the pixels of b images, row by row, one image after the other.
+        sizes: (b, 2), their heights and widths.
+        parameters: Parameters of count * b views, view-major.
+        kind: The kind of the views.
+
+    Returns:
+        (count * b, 3, pixels, pixels) uint8, view-major.
+    """
+    if pixels.device.type != "cpu":
+        return make_batched_views(pixels, sizes, parameters, kind)
+    flat = torch.split(pixels, sizes.prod(axis=1).tolist())
+    images = [image.view(*size, 3) for image, size in zip(flat, sizes.tolist(), strict=True)]
+    return make_views(images, parameters, kind)
 
 
 def _init_worker(number: int) -> None:
@@ -206,5 +227,9 @@ def normalise(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
     Returns:
         (n, 3, pixels, pixels) float32.
     """
-    shift, scale = (torch.tensor([mean, std]).to(views.device, non_blocking=True).view(2, 1, 3, 1, 1)).unbind()
-    return (views.float() / 255 - shift) / scale
+    shift, scale = (255 * torch.tensor([mean, std])).to(views.device, non_blocking=True).view(2, 1, 3, 1, 1)
+    values = torch.empty(views.shape, device=views.device)
+    count = max(1, _CACHED_BYTES // values[0].nbytes) if views.device.type == "cpu" else len(views)
+    for part, source in zip(torch.split(values, count), torch.split(views, count), strict=True):
+        torch.sub(source, shift, out=part).div_(scale)
+    return values

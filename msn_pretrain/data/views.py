@@ -5,12 +5,14 @@ that of ranks. They are applied one image at a time in a loader worker, or to ma
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 
 from msn_pretrain.data.sampler import uniforms
 
@@ -21,9 +23,11 @@ _ORDER = _JITTER + 1
 _FACTORS = _ORDER + 4
 _GREY, _BLUR, _SIGMA = _FACTORS + 4, _FACTORS + 5, _FACTORS + 6
 _NUMBERS = _SIGMA + 1
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-_CHANGES = ("brightness", "contrast", "saturation", "hue")
+_HUE = 3  # among brightness, contrast, saturation and hue
 BLUR_RADIUS = 6  # pixels, three times the widest sigma
+_REACH = 5.5  # standard deviations, from where on a Gaussian is less than float32 resolves
+_CACHED_PIXELS = 128  # side of a view that fits into a core's cache with all channels
+_TO_LEVELS = (255 + 1.0 - 1e-3) / 255  # torchvision's factor from [0, 1] to whole levels by truncation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +89,6 @@ class ViewParameters:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def rows(self, which: slice | NDArray[np.int64]) -> "ViewParameters":
-        """Return the parameters of some of the views."""
-        return ViewParameters(**{field.name: getattr(self, field.name)[which] for field in fields(self)})
-
 
 def draw_views(
     kind: ViewKind,
@@ -113,7 +113,7 @@ def draw_views(
     # Brightness, contrast and saturation are factors around 1, not below 0; the hue is a shift around 0.
     amounts, middle = np.array(kind.amounts), np.array([1.0, 1.0, 1.0, 0.0])
     least, most = middle - amounts, middle + amounts
-    least[:HUE] = np.maximum(0.0, least[:HUE])
+    least[:_HUE] = np.maximum(0.0, least[:_HUE])
     jittered = drawn[:, _JITTER] < kind.jitter
     factors = least + (most - least) * drawn[:, _FACTORS : _FACTORS + 4]
     blurred = drawn[:, _BLUR] < kind.blur
@@ -165,73 +165,154 @@ def _scale_to(ends: tuple[float, float], drawn: NDArray[np.float64]) -> NDArray[
     return ends[0] + (ends[1] - ends[0]) * drawn
 
 
-def make_view(image: Tensor, parameters: ViewParameters, row: int, kind: ViewKind) -> Tensor:
-    """Make one view with torchvision's functions on uint8.
+@torch.inference_mode()
+def make_views(images: Sequence[Tensor], parameters: ViewParameters, kind: ViewKind) -> Tensor:
+    """Make all views of one kind of some images on a CPU, one after the other: one view's planes stay in the cache.
 
     Args:
-        image: (3, height, width) uint8.
-        parameters: Parameters of views.
-        row: Which of them to use.
-        kind: The kind of the view.
-
-    Returns:
-        (3, pixels, pixels) uint8.
-    """
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional as transforms
-
-    side = kind.pixels
-    mode = InterpolationMode(kind.interpolation)
-    top, left, height, width = parameters.boxes[row].tolist()
-    view = transforms.resized_crop(image, top, left, height, width, [side, side], mode, antialias=True)
-    if parameters.flipped[row]:
-        view = transforms.horizontal_flip(view)
-    if parameters.jittered[row]:
-        for index in parameters.order[row].tolist():
-            adjust = getattr(transforms, f"adjust_{_CHANGES[index]}")
-            view = adjust(view, float(parameters.factors[row, index]))
-    if parameters.greyed[row]:
-        view = transforms.rgb_to_grayscale(view, num_output_channels=3)
-    if parameters.sigmas[row]:
-        reach = 2 * blur_radius(side) + 1
-        view = transforms.gaussian_blur(view, [reach, reach], [float(parameters.sigmas[row])] * 2)
-    assert isinstance(view, Tensor)
-    return view
-
-
-def blur_radius(pixels: int) -> int:
-    """Return the radius of the blur kernel in pixels. Reflection at the edges limits it to the view's side."""
-    return min(BLUR_RADIUS, pixels - 1)
-
-
-def make_views(images: list[Tensor], parameters: ViewParameters, kind: ViewKind) -> Tensor:
-    """Make all views of one kind of some images, one after the other.
-
-    Args:
-        images: b images of (3, height, width) uint8.
+        images: b images of (height, width, 3) uint8.
         parameters: Parameters of count * b views, view-major.
         kind: The kind of the views.
 
     Returns:
         (count * b, 3, pixels, pixels) uint8, view-major: the first view of every image, then the second, …
     """
-    return torch.stack([make_view(images[row % len(images)], parameters, row, kind) for row in range(len(parameters))])
+    side = kind.pixels
+    views = torch.empty(len(parameters), 3, side, side, dtype=torch.uint8)
+    planes = torch.empty(1, 3, side, side)
+    orders, factors, sigmas = (values.tolist() for values in (parameters.order, parameters.factors, parameters.sigmas))
+    for row, (top, left, height, width) in enumerate(parameters.boxes.tolist()):
+        # With their channels last torch resizes uint8 directly, in integers as Pillow does.
+        crop = images[row % len(images)][None, top : top + height, left : left + width].permute(0, 3, 1, 2)
+        resized = interpolate(crop, (side, side), mode=kind.interpolation, antialias=True)
+        planes.copy_(resized.flip(3) if parameters.flipped[row] else resized)
+        if parameters.jittered[row]:
+            for which in orders[row]:
+                ADJUSTMENTS[which](planes, factors[row][which])
+        if parameters.greyed[row]:
+            turn_grey(planes)
+        if sigmas[row]:
+            for channel in torch.split(planes, 1, dim=1) if side > _CACHED_PIXELS else (planes,):
+                blur(channel, sigmas[row])
+        views[row] = planes[0]
+    return views
+
+
+# Each of the functions below changes n views of (n, 3, pixels, pixels) float32 in place. Values are whole levels from 0 to 255
+# before and after, rounded as torchvision's functions on uint8 do. An amount is one number for all views, or (n, 1, 1, 1).
+Amount = Tensor | float
+
+
+def adjust_brightness(views: Tensor, factor: Amount) -> None:
+    """Multiply by a factor."""
+    views.mul_(factor).clamp_(max=255).floor_()
+
+
+def adjust_contrast(views: Tensor, factor: Amount) -> None:
+    """Scale the distance to the mean grey level by a factor."""
+    mean = _compute_grey(views).mean(dim=(1, 2, 3), keepdim=True)
+    _blend(views, mean, factor)
+
+
+def adjust_saturation(views: Tensor, factor: Amount) -> None:
+    """Scale the distance to each pixel's grey level by a factor."""
+    _blend(views, _compute_grey(views), factor)
+
+
+def _blend(views: Tensor, other: Tensor, factor: Amount) -> None:
+    other.mul_(1 - factor)
+    if isinstance(factor, Tensor):
+        views.mul_(factor).add_(other)
+    else:
+        torch.add(other, views, alpha=factor, out=views)  # one pass instead of two
+    views.clamp_(0, 255).floor_()
+
+
+def adjust_hue(views: Tensor, shift: Amount) -> None:
+    """Shift the hue in HSV by a share of the circle, from -1/2 to 1/2."""
+    red, green, blue = torch.split(views, 1, dim=1)
+    least, most = torch.minimum(red, green), torch.maximum(red, green)
+    torch.minimum(least, blue, out=least)
+    torch.maximum(most, blue, out=most)
+    # Times the chroma c = most - least, the hue's distance to cyan is 2 c + least + red - green - blue, from 0 to 3 c, on the
+    # side of blue or of green. So no division is needed, and no case where c is 0.
+    chroma = blue - green
+    hue = (red - green).sub_(blue).add_(most, alpha=2).sub_(least).copysign_(chroma)
+    least.mul_(_TO_LEVELS)
+    most.mul_(_TO_LEVELS)
+    torch.sub(most, least, out=chroma)
+    hue.mul_(_TO_LEVELS)
+    if isinstance(shift, Tensor):
+        hue.addcmul_(chroma, 6 * shift)
+    else:
+        hue.add_(chroma, alpha=6 * shift)
+    # A channel is `most` within c of its own hue and `least` from 2 c on. Red is opposite of cyan.
+    torch.abs(hue, out=red).sub_(chroma, alpha=3)
+    torch.add(hue, chroma, out=green)
+    torch.sub(hue, chroma, out=blue)
+    views.abs_().sub_(chroma, alpha=3).abs_().sub_(chroma.sub_(least))
+    torch.maximum(views, least, out=views)
+    torch.minimum(views, most, out=views)
+    views.floor_()
+
+
+def turn_grey(views: Tensor, unused: Amount = 0.0) -> None:
+    """Replace each channel by the grey level."""
+    views.copy_(_compute_grey(views))
+
+
+def _compute_grey(views: Tensor) -> Tensor:
+    red, green, blue = torch.split(views, 1, dim=1)
+    grey: Tensor = (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()
+    return grey
+
+
+ADJUSTMENTS: tuple[Callable[[Tensor, Amount], None], ...] = (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+    adjust_hue,
+)
+
+
+def blur(views: Tensor, sigma: Amount) -> None:
+    """Blur with a Gaussian of 13 x 13 pixels, less in smaller views; edges are reflected.
+
+    It is separable. Each direction adds the padded views to themselves, shifted and weighted, with all rows as one.
+    """
+    n, side = len(views), views.shape[-1]
+    widest = min(BLUR_RADIUS, side - 1)
+    kernels = torch.exp(-0.5 * (torch.arange(widest + 1, device=views.device) / sigma) ** 2).view(-1, widest + 1)
+    kernels /= 2 * kernels.sum(dim=1, keepdim=True) - 1
+    radius = widest if isinstance(sigma, Tensor) else min(widest, round(_REACH * sigma))
+    length = side + 2 * radius
+    rows = pad(views, [radius] * 4, mode="reflect").view(n, -1)
+    for step in (1, length):
+        taps = [
+            rows[:, shift : rows.shape[1] - 2 * radius * step + shift]
+            for shift in range(0, 2 * radius * step + 1, step)
+        ]
+        rows = taps[radius] * kernels[:, :1]
+        for distance in range(1, radius + 1):
+            rows.addcmul_(taps[radius - distance], kernels[:, distance : distance + 1])
+            rows.addcmul_(taps[radius + distance], kernels[:, distance : distance + 1])
+    blurred = rows.as_strided(views.shape, (rows.stride(0), length**2, length, 1))
+    torch.round(blurred, out=views)
 
 
 def draw_for_batch(
-    images: list[Tensor], kind: ViewKind, *, first_view: int, seed: int, epoch: int, numbers: NDArray[np.int64]
+    sizes: NDArray[np.int64], kind: ViewKind, *, first_view: int, seed: int, epoch: int, numbers: NDArray[np.int64]
 ) -> ViewParameters:
     """Draw the parameters of all views of one kind of some images, view-major.
 
     Args:
-        images: (3, height, width) uint8 each.
+        sizes: (b, 2), height and width of each image.
         kind: The kind of the views.
         first_view: Number of this kind's first view among all views of an image.
         seed: The seed.
         epoch: The epoch.
         numbers: (b,) indices of the images in their data set.
     """
-    sizes = np.array([image.shape[-2:] for image in images], dtype=np.int64).reshape(-1, 2)
     return draw_views(
         kind,
         seed=seed,

@@ -111,7 +111,7 @@ def view_kinds(recipe: Recipe) -> tuple[ViewKind, ...]:
 
 
 def makes_views_on_device(recipe: Recipe, device: torch.device) -> bool:
-    """Whether views are made in batches on the training device instead of one by one in the loader."""
+    """Whether views are made on the training device instead of in the loader."""
     made = recipe.views.made
     return made == "device" or (made == "auto" and device.type == "cuda")
 

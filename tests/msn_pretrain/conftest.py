@@ -56,14 +56,14 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 @pytest.fixture(scope="session")
 def photographs() -> list[Tensor]:
-    """Return the two photographs of scikit-learn in different sizes, (3, height, width) uint8."""
+    """Return the two photographs of scikit-learn in different sizes, (height, width, 3) uint8."""
     import sklearn.datasets
 
     folder = Path(sklearn.datasets.__file__).parent / "images"
     tensors = []
     for name, size in (("china.jpg", (160, 120)), ("flower.jpg", (96, 128))):
         pixels = np.asarray(Image.open(folder / name).convert("RGB").resize(size))
-        tensors.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous())
+        tensors.append(torch.from_numpy(pixels.copy()))
     return tensors
 
 

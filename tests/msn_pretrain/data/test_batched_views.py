@@ -1,4 +1,4 @@
-from collections.abc import Callable
+import weakref
 from typing import Any
 
 import numpy as np
@@ -6,16 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD
 from msn_eval.errors import ResourceError
 from msn_pretrain.data import batched_views
 from msn_pretrain.data.batched_views import make_batched_views
+from msn_pretrain.data.view_loader import normalise
 from msn_pretrain.data.views import ViewKind, draw_for_batch, make_views
+
+_FOCAL = ViewKind(pixels=96, count=10, scale=(0.05, 0.3))
 
 
 def _both(images: list[Tensor], kind: ViewKind) -> tuple[Tensor, Tensor]:
-    drawn = draw_for_batch(images, kind, first_view=0, seed=5, epoch=0, numbers=np.arange(len(images)))
-    return make_views(images, drawn, kind), make_batched_views(images, drawn, kind)
+    sizes = np.array([image.shape[:2] for image in images])
+    drawn = draw_for_batch(sizes, kind, first_view=0, seed=5, epoch=0, numbers=np.arange(len(images)))
+    pixels = torch.cat([image.reshape(-1, 3) for image in images])
+    return make_views(images, drawn, kind), make_batched_views(pixels, sizes, drawn, kind)
 
 
 def _difference(first: Tensor, second: Tensor) -> Tensor:
@@ -59,49 +66,19 @@ def test_bicubic_crops_agree(photographs: list[Tensor]) -> None:
 
 
 def test_a_crop_of_the_target_size_is_copied(photographs: list[Tensor]) -> None:
-    image = photographs[0][:, :40, :40]
+    image = photographs[0][:40, :40]
     kind = ViewKind(pixels=40, count=1, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0, jitter=0, grey=0, blur=0)
 
     _, batched = _both([image], kind)
 
-    assert torch.equal(batched[0], image)
-
-
-def _largest_tensor(do: Callable[[], object]) -> int:
-    """Return the bytes of the largest tensor that a function makes."""
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            made = function(*args, **(kwargs or {}))
-            if isinstance(made, Tensor):
-                largest = max(largest, made.untyped_storage().nbytes())
-            return made
-
-    with Watch():
-        do()
-    return largest
-
-
-def test_one_large_image_does_not_enlarge_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = [torch.zeros(3, 20, 24, dtype=torch.uint8) for _ in range(30)] + [
-        torch.zeros(3, 200, 300, dtype=torch.uint8)
-    ]
-    kind = ViewKind(pixels=8, count=2, scale=(0.3, 1.0))
-    drawn = draw_for_batch(images, kind, first_view=0, seed=5, epoch=0, numbers=np.arange(31))
-    monkeypatch.setattr(batched_views, "_MOST_BYTES", 100_000)
-
-    largest = _largest_tensor(lambda: make_batched_views(images, drawn, kind))
-
-    assert largest == 3 * 200 * 300 * 4
+    assert torch.equal(batched[0], image.permute(2, 0, 1))
 
 
 def test_views_made_in_groups_are_those_of_a_whole_batch(
     photographs: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = ViewKind(pixels=24, count=3, scale=(0.3, 1.0))
-    images = [photographs[number % 2][:, number:, : 96 - number].contiguous() for number in range(10)]
+    images = [photographs[number % 2][number:, : 96 - number] for number in range(10)]
     _, expected = _both(images, kind)
     monkeypatch.setattr(batched_views, "_MOST_BYTES", 12 * 100 * 100 * 3)
 
@@ -111,19 +88,62 @@ def test_views_made_in_groups_are_those_of_a_whole_batch(
     assert _difference(found, expected).float().mean() < 1e-3
 
 
-def test_out_of_memory_halves_the_images_at_once(photographs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = ViewKind(pixels=24, count=2, scale=(0.3, 1.0))
-    images = [photographs[0][:, number : number + 90, :90].contiguous() for number in range(7)]
-    _, expected = _both(images, kind)
-    pad, tried = batched_views._pad_to_largest, []
+class _PeakMemory(TorchDispatchMode):
+    """Counts the bytes of tensors on `meta` that are alive at once; a view shares the storage of its base."""
 
-    def fail_above_two(some: list[Tensor]) -> Tensor:
-        tried.append(len(some))
-        if len(some) > 2:
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self.known:
+            self.known.add(storage)
+            self.bytes += storage.nbytes()
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, count: int) -> None:
+        self.bytes -= count
+
+
+def test_views_of_a_large_batch_with_one_large_photograph_take_less_than_8_gib() -> None:
+    sizes = np.array([[375, 500]] * 1023 + [[2848, 4288]])
+    with _PeakMemory() as memory:
+        pixels = torch.empty(int(sizes.prod(axis=1).sum()), 3, dtype=torch.uint8, device="meta")
+        made = []
+        for first, kind in ((0, ViewKind(pixels=224, count=2, scale=(0.3, 1.0))), (2, _FOCAL)):
+            drawn = draw_for_batch(sizes, kind, first_view=first, seed=5, epoch=0, numbers=np.arange(1024))
+            made.append(normalise(make_batched_views(pixels, sizes, drawn, kind), IMAGENET_MEAN, IMAGENET_STD))
+
+    assert sum(values.nbytes for values in made) < memory.peak < 8 * 2**30
+
+
+def _fail_above(most: int, tried: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    resize = batched_views._resize
+
+    def fail(views: Tensor, pixels: Tensor, crops: Tensor, *arguments: Any) -> None:
+        tried.append(len(crops))
+        if len(crops) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return pad(some)
+        resize(views, pixels, crops, *arguments)
 
-    monkeypatch.setattr(batched_views, "_pad_to_largest", fail_above_two)
+    monkeypatch.setattr(batched_views, "_resize", fail)
+
+
+def test_out_of_memory_halves_the_views_at_once(photographs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = ViewKind(pixels=24, count=1, scale=(0.3, 1.0))
+    images = [photographs[0][number : number + 90, :90] for number in range(7)]
+    _, expected = _both(images, kind)
+    tried: list[int] = []
+    _fail_above(2, tried, monkeypatch)
 
     assert _difference(_both(images, kind)[1], expected).max() <= 1
     assert tried == [7, 3, 1, 2, 4, 2, 2]
@@ -132,10 +152,7 @@ def test_out_of_memory_halves_the_images_at_once(photographs: list[Tensor], monk
 def test_image_whose_views_do_not_fit_is_a_resource_error(
     photographs: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(some: list[Tensor]) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(batched_views, "_pad_to_largest", fail)
+    _fail_above(0, [], monkeypatch)
 
     with pytest.raises(ResourceError, match=r"do not fit into memory: CUDA out of memory[\s\S]*views.made=loader"):
         _both(photographs, ViewKind(pixels=24, count=1, scale=(0.3, 1.0)))

@@ -9,6 +9,8 @@ from torch import Tensor
 from msn_eval.data import read_dataset, read_split
 from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSet
 from msn_eval.errors import DataError, ResourceError
+from msn_pretrain.data import view_loader
+from msn_pretrain.data.batched_views import make_batched_views
 from msn_pretrain.data.sampler import Order
 from msn_pretrain.data.view_loader import ViewBatch, ViewList, load_views, normalise
 from msn_pretrain.data.views import ViewKind
@@ -44,9 +46,19 @@ def test_loading_draws_no_number_from_the_global_generator(digits: ImageSet) -> 
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_views_made_on_the_device_are_nearly_those_of_the_loader(digits: ImageSet) -> None:
+def test_views_made_on_a_cpu_as_device_are_those_of_the_loader(digits: ImageSet) -> None:
     for expected, batch in zip(_loaded(digits), _loaded(digits, batched=True), strict=True):
-        for views, batched in zip(expected.views, batch.views, strict=True):
+        torch.testing.assert_close(batch.views, expected.views, rtol=0, atol=0)
+
+
+def test_views_made_in_batches_are_nearly_those_of_the_loader(
+    digits: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _loaded(digits)
+    monkeypatch.setattr(view_loader, "make_views_on", make_batched_views)
+
+    for own, batch in zip(expected, _loaded(digits, batched=True), strict=True):
+        for views, batched in zip(own.views, batch.views, strict=True):
             assert (views.int() - batched.int()).abs().float().mean() < 0.5
 
 
