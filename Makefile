@@ -44,6 +44,7 @@ gpu: $(VENV)/installed-test
 # These need real JPEGs: make bench-images IMAGES=folder
 bench-images: $(VENV)/installed-test
 	$(BIN)/python benchmarks/decode.py --images $(IMAGES)
+	$(BIN)/python benchmarks/augmentation.py --images $(IMAGES)
 	$(BIN)/python benchmarks/low_shot.py --images $(IMAGES)
 
 # Compares with the code of the authors, number by number: make parity MSN=folder DINO=folder DINOV2=folder SUNCET=folder

@@ -1,0 +1,1 @@
+"""Plain implementations that benchmarks and tests compare with."""
