@@ -1,21 +1,14 @@
-import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD
 from msn_eval.errors import ResourceError
 from msn_pretrain.data import batched_views
 from msn_pretrain.data.batched_views import make_batched_views
-from msn_pretrain.data.view_loader import normalise
 from msn_pretrain.data.views import ViewKind, draw_for_batch, make_views
-
-_FOCAL = ViewKind(pixels=96, count=10, scale=(0.05, 0.3))
 
 
 def _both(images: list[Tensor], kind: ViewKind) -> tuple[Tensor, Tensor]:
@@ -86,44 +79,6 @@ def test_views_made_in_groups_are_those_of_a_whole_batch(
 
     assert _difference(found, expected).max() <= 1
     assert _difference(found, expected).float().mean() < 1e-3
-
-
-class _PeakMemory(TorchDispatchMode):
-    """Counts the bytes of tensors on `meta` that are alive at once; a view shares the storage of its base."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.peak = 0
-        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
-                self._count(tensor.untyped_storage())
-        return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self.known:
-            self.known.add(storage)
-            self.bytes += storage.nbytes()
-            self.peak = max(self.peak, self.bytes)
-            weakref.finalize(storage, self._free, storage.nbytes())
-
-    def _free(self, count: int) -> None:
-        self.bytes -= count
-
-
-def test_views_of_a_large_batch_with_one_large_photograph_take_less_than_8_gib() -> None:
-    sizes = np.array([[375, 500]] * 1023 + [[2848, 4288]])
-    with _PeakMemory() as memory:
-        pixels = torch.empty(int(sizes.prod(axis=1).sum()), 3, dtype=torch.uint8, device="meta")
-        made = []
-        for first, kind in ((0, ViewKind(pixels=224, count=2, scale=(0.3, 1.0))), (2, _FOCAL)):
-            drawn = draw_for_batch(sizes, kind, first_view=first, seed=5, epoch=0, numbers=np.arange(1024))
-            made.append(normalise(make_batched_views(pixels, sizes, drawn, kind), IMAGENET_MEAN, IMAGENET_STD))
-
-    assert sum(values.nbytes for values in made) < memory.peak < 8 * 2**30
 
 
 def _fail_above(most: int, tried: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
