@@ -19,6 +19,8 @@ from msn_eval.probes import linear_augmented
 from msn_eval.probes.finetune import train as finetuning
 from msn_eval.results.record import Result, read_predictions
 from msn_pretrain.config.load import read_recipe
+from msn_pretrain.data import view_loader
+from msn_pretrain.data.batched_views import make_batched_views
 from msn_pretrain.training import train as training
 from msn_pretrain.training.journal import METRICS, read_metrics
 from msn_pretrain.training.snapshot import read_snapshot
@@ -85,6 +87,12 @@ PROBES: dict[str, tuple[ModuleType, dict[str, Any]]] = {
     ),
     "linear-augmented": (linear_augmented, {"linear_augmented": {"lr": [2.0, 8.0], "epochs": 2, "batch_size": 8}}),
 }
+
+
+@pytest.fixture(autouse=True)
+def make_views_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU make its views as a GPU does, so that both train on the same bytes: the resize rounds differently."""
+    monkeypatch.setattr(view_loader, "make_views_on", make_batched_views)
 
 
 def _train(name: str, folder: Path, device: str, *, precision: str = "fp32", code: int = 0) -> dict[str, torch.Tensor]:
