@@ -237,8 +237,7 @@ def update_ema(target: nn.Module, anchor: nn.Module, *, decay: float) -> None:
     Source: arXiv:2204.07141, section 3; github.com/facebookresearch/msn, src/msn_train.py.
     """
     weights = [parameter.detach() for parameter in target.parameters()]
-    torch._foreach_mul_(weights, decay)
-    torch._foreach_add_(weights, [parameter.detach() for parameter in anchor.parameters()], alpha=1.0 - decay)
+    torch._foreach_lerp_(weights, [parameter.detach() for parameter in anchor.parameters()], 1.0 - decay)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ def build_optimizer(model: MSN | SimSiam, recipe: MSNRecipe | SimSiamRecipe) -> 
 
     MSN: weight decay applies to matrices, and as in the release to class token and positions; not to biases, norms and other
     vectors, nor to prototypes. SimSiam with SGD: it applies to everything; with AdamW as in MSN. The predictor is a separate
-    group. AdamW has torch's defaults (betas 0.9 and 0.999, epsilon 1e-8), as in the release. It is fused on a GPU.
+    group. AdamW has torch's defaults (betas 0.9 and 0.999, epsilon 1e-8), as in the release. Both are fused.
     """
     is_sgd = isinstance(recipe, SimSiamRecipe) and recipe.optimization.optimizer == "sgd"
     fixed = isinstance(recipe, SimSiamRecipe) and recipe.optimization.fixed_predictor_rate
@@ -30,9 +30,8 @@ def build_optimizer(model: MSN | SimSiam, recipe: MSNRecipe | SimSiamRecipe) -> 
         group = {"params": [], "decays": decays, "fixed_rate": fixed and module == "predictor"}
         groups.setdefault(key, group)["params"].append(parameter)
     if isinstance(recipe, SimSiamRecipe) and is_sgd:
-        return torch.optim.SGD(groups.values(), lr=0.0, momentum=recipe.optimization.momentum, foreach=True)
-    on_gpu = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(groups.values(), lr=0.0, weight_decay=0.0, fused=on_gpu, foreach=not on_gpu)
+        return torch.optim.SGD(groups.values(), lr=0.0, momentum=recipe.optimization.momentum, fused=True)
+    return torch.optim.AdamW(groups.values(), lr=0.0, weight_decay=0.0, fused=True)
 
 
 def set_for_step(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:
