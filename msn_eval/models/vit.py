@@ -214,6 +214,7 @@ def keep_patches(tokens: Tensor, kept: Tensor, *, prefix: int) -> Tensor:
     """
     patches = tokens[:, prefix:]
     if kept.dim() == 1:
-        return torch.cat([tokens[:, :prefix], patches.index_select(1, kept)], dim=1)
-    chosen = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
-    return torch.cat([tokens[:, :prefix], chosen], dim=1)
+        chosen = patches.index_select(1, kept)
+    else:
+        chosen = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
+    return torch.cat([tokens[:, :prefix], chosen], dim=1) if prefix else chosen

@@ -7,6 +7,8 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from msn_eval.errors import UsageError
 from msn_eval.models.architectures import name_architecture
@@ -115,35 +117,47 @@ class MaskedTransformer(nn.Module):
         Returns:
             (b, width).
         """
-        tokens = self._embed(images)
-        if kept is not None:
-            tokens = keep_patches(tokens, kept, prefix=self.prefix)
+        tokens = self._embed(images, kept)
         network = self.network
         tokens = network.norm_pre(tokens)  # type: ignore[operator]
         blocks = cast(nn.Sequential, network.blocks)
         is_alone = self._class_token_only
-        token = class_token_after(blocks[-1], blocks[:-1](tokens)) if is_alone else blocks(tokens)[:, 0]
+        others = blocks[:-1] if is_alone else blocks
+        if network.grad_checkpointing and torch.is_grad_enabled():
+            for block in others:
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+        else:
+            tokens = others(tokens)
+        token = class_token_after(blocks[-1], tokens) if is_alone else tokens[:, 0]
         return cast(Tensor, network.fc_norm(network.norm(token)))  # type: ignore[operator]
 
-    def _embed(self, images: Tensor) -> Tensor:
-        """Return prefix tokens and patches with their positions, (b, prefix + n, width)."""
-        network = self.network
-        # Not timm's patch_embed(): it refuses image sizes other than the network's own.
+    def _embed(self, images: Tensor, kept: Tensor | None) -> Tensor:
+        """Return prefix tokens and kept patches with their positions, (b, prefix + m, width), in the dtype of linear layers."""
+        network, side = self.network, images.shape[-1] // self.patch_pixels
+        # Not timm's patch_embed(): it refuses image sizes other than the network's own, and embeds dropped patches too.
         embed = cast(nn.Module, network.patch_embed)
-        patches = cast(nn.Module, embed.norm)(cast(nn.Module, embed.proj)(images).flatten(2).transpose(1, 2))
+        projection = cast(nn.Conv2d, embed.proj)
+        pixels = _cut_into_patches(images, side=side, patch_pixels=self.patch_pixels)
         positions = cast(Tensor, network.pos_embed)
         n_prefix_positions = positions.shape[1] - self._own_side**2
-        side = images.shape[-1] // self.patch_pixels
         patch_positions = positions[:, n_prefix_positions:]
         if side != self._own_side:
             with torch.autocast(images.device.type, enabled=False):
                 patch_positions = cast(Tensor, getattr(self, f"to_{side}_per_side")) @ patch_positions
+        if kept is not None:
+            pixels = keep_patches(pixels, kept, prefix=0)
+            # Each image's rows first, then their sum: an index with duplicates has no deterministic gradient on all devices.
+            shared = patch_positions if kept.dim() == 1 else patch_positions.expand(len(images), -1, -1)
+            patch_positions = keep_patches(shared, kept, prefix=0)
+        patches = functional.linear(pixels, projection.weight.flatten(1), projection.bias)
+        patches = cast(nn.Module, embed.norm)(patches)
         tokens = [cast(Tensor, token) for token in (network.cls_token, network.reg_token) if token is not None]
         prefix = torch.cat(tokens, dim=1)
         if n_prefix_positions:
             prefix = prefix + positions[:, :n_prefix_positions]
-        prefix = prefix.expand(len(images), -1, -1).to(patches.dtype)
-        return cast(Tensor, cast(nn.Module, network.pos_drop)(torch.cat([prefix, patches + patch_positions], dim=1)))
+        prefix = prefix.to(patches.dtype).expand(len(images), -1, -1)
+        patches = patches + patch_positions.to(patches.dtype)
+        return cast(Tensor, cast(nn.Module, network.pos_drop)(torch.cat([prefix, patches], dim=1)))
 
     def _check_side(self, pixels: int) -> int:
         if pixels < self.patch_pixels:
@@ -153,6 +167,13 @@ class MaskedTransformer(nn.Module):
             text = "views of %d pixels are not a multiple of the patch size %d: %d pixels at two edges are ignored"
             _log.warning(text, pixels, self.patch_pixels, pixels % self.patch_pixels)
         return pixels
+
+
+def _cut_into_patches(images: Tensor, *, side: int, patch_pixels: int) -> Tensor:
+    """Return the pixels of the patches of (b, 3, S, S) images, (b, side ** 2, 3 * patch_pixels ** 2)."""
+    used = side * patch_pixels
+    grid = images[..., :used, :used].unflatten(3, (side, patch_pixels)).unflatten(2, (side, patch_pixels))
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def _interpolation_matrix(own_side: int, side: int) -> Tensor:

@@ -92,17 +92,30 @@ def flops(trunk: nn.Module, kept: Tensor | None) -> int:
     return counter.get_total_flops()
 
 
-def test_dropped_patches_cost_nothing_behind_the_embedding() -> None:
-    trunk, images, width, patches = small_trunk(), 4, 24, 16
-    embedding = 2 * images * patches * 3 * 64 * width
+def test_dropped_patches_cost_nothing() -> None:
+    trunk, images, width = small_trunk(), 4, 24
+
+    def embedding(patches: int) -> int:
+        return 2 * images * patches * 3 * 64 * width
 
     def blocks(tokens: int) -> int:
         products = 2 * tokens * width * (3 * width + width + 8 * width)  # queries, keys, values, projection, MLP
         last = 2 * width * (tokens * 2 * width + width + width + 8 * width)  # the class token's but for keys and values
         return images * (2 * products + last)  # torch counts no fused attention on CPUs
 
-    assert flops(trunk, None) == embedding + blocks(17)
-    assert flops(trunk, torch.arange(5)) == embedding + blocks(6)
+    assert flops(trunk, None) == embedding(16) + blocks(17)
+    assert flops(trunk, torch.arange(5)) == embedding(5) + blocks(6)
+
+
+@pytest.mark.parametrize("kept", [None, torch.arange(5)], ids=["all", "some"])
+def test_tokens_are_bf16_from_the_embedding_on_under_autocast(kept: Tensor | None) -> None:
+    trunk, dtypes = small_trunk().float(), []
+    trunk.network.blocks[0].register_forward_pre_hook(lambda block, given: dtypes.append(given[0].dtype))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        trunk(some_images().float(), kept)
+
+    assert dtypes == [torch.bfloat16]
 
 
 def test_first_weights_are_drawn_as_in_the_release() -> None:
