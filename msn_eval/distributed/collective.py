@@ -7,12 +7,13 @@ they are the gradients of that one loss. Without a process group a job is one ra
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
-from msn_eval.distributed.group import Group, all_gather_object, all_reduce_tensors
+from msn_eval.distributed.group import Group, all_gather_object
 from msn_eval.errors import DistributedError
 
 _SHOWN_TENSORS = 3
@@ -21,6 +22,11 @@ _SHOWN_TENSORS = 3
 def world_size() -> int:
     """Return the number of ranks, 1 without a process group."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def is_sharded(value: object) -> bool:
+    """Whether a value is a tensor of which each rank holds a part."""
+    return hasattr(value, "full_tensor")  # a DTensor; importing its class takes long
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -73,6 +79,44 @@ class _Sum(torch.autograd.Function):
         return _all_reduce(gradients[0])
 
 
+def normalise_over_ranks(values: Tensor, *, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normalise (n, channels, …) per channel with the statistics of all ranks' rows; gradients are exact.
+
+    Returns:
+        The normalised values; and without gradient mean, biased variance, and number of values, each per channel of all ranks.
+    """
+    return cast("tuple[Tensor, Tensor, Tensor, Tensor]", _Normalise.apply(values, eps))
+
+
+class _Normalise(torch.autograd.Function):
+    """One collective forward and one backward, as in torch's SyncBatchNorm, whose kernels need CUDA."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        reduced, channels = [0, *range(2, values.dim())], (1, -1, *[1] * (values.dim() - 2))
+        variance, mean = torch.var_mean(values, dim=reduced, correction=0)
+        own_count = mean.new_full((1,), values.numel() / values.shape[1])
+        gathered = all_gather_rows(torch.cat([mean, variance, own_count]).unsqueeze(0))
+        means, variances, counts = torch.split(gathered, [len(mean), len(mean), 1], dim=1)
+        count = counts.sum()
+        mean = (means * counts).sum(dim=0) / count
+        # Chan et al. 1979: the variance within ranks, plus that of the ranks' means.
+        variance = ((variances + (means - mean).square()) * counts).sum(dim=0) / count
+        scale = (variance + eps).rsqrt().view(channels)
+        normal = (values - mean.view(channels)) * scale
+        ctx.save_for_backward(normal, scale, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return normal, mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        normal, scale, count = ctx.saved_tensors
+        gradient, reduced = gradients[0], [0, *range(2, normal.dim())]
+        sums = torch.stack([gradient.sum(dim=reduced), (gradient * normal).sum(dim=reduced)])
+        first, second = (_all_reduce(sums) / count).view(2, *scale.shape).unbind()
+        return scale * (gradient - first - normal * second), None
+
+
 def any_over_ranks(group: Group, *flags: bool) -> tuple[bool, ...]:
     """Return, for each flag, whether it is set on any rank."""
     if group.world == 1:
@@ -81,22 +125,70 @@ def any_over_ranks(group: Group, *flags: bool) -> tuple[bool, ...]:
     return tuple(map(bool, raised.tolist()))
 
 
-def average_gradients(group: Group, parameters: Sequence[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over ranks; a missing one counts as zero.
+class GradientAverager:
+    """Replaces every gradient by its mean over ranks, in buckets; a missing one counts as zero.
 
-    DistributedDataParallel rearranges its buckets after the first step. Here the order of addition is the same at every step,
-    so that a resumed run adds as the run that it continues.
+    Between `start` and `finish`, a bucket is sent as soon as backward has completed its gradients, and all earlier buckets were
+    sent. Buckets and their order depend on the parameters alone. DistributedDataParallel rearranges its buckets after the first
+    step; here the order of addition is the same at every step, so that a resumed run adds as the run that it continues.
     """
-    if group.world == 1:
-        return
-    gradients = []
-    for parameter in parameters:
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-    all_reduce_tensors(group, gradients)
-    torch._foreach_div_(gradients, group.world)
+
+    def __init__(self, parameters: Sequence[nn.Parameter], *, bucket_bytes: int = 2**25) -> None:
+        """Create the averager.
+
+        Args:
+            parameters: All of one dtype and device, in the order of their use; backward completes the last ones first.
+            bucket_bytes: A bucket ends with the parameter that reaches this size.
+        """
+        self._buckets: list[list[nn.Parameter]] = [[]]
+        filled = 0
+        for parameter in reversed(parameters):
+            if filled >= bucket_bytes:
+                self._buckets.append([])
+                filled = 0
+            self._buckets[-1].append(parameter)
+            filled += parameter.numel() * parameter.element_size()
+        self._missing: list[int] = []  # gradients that each bucket waits for; empty between steps
+        self._sent: list[tuple[Tensor, Any]] = []
+        for number, bucket in enumerate(self._buckets if world_size() > 1 else []):
+            for parameter in bucket:
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    partial(self._note, number)
+                )
+
+    def start(self) -> None:
+        """Send buckets during the next backward pass, which must be the only one before `finish`."""
+        self._missing = [len(bucket) for bucket in self._buckets]
+
+    def finish(self) -> None:
+        """Send what was not sent, wait, and replace the gradients."""
+        if world_size() == 1:
+            return
+        while len(self._sent) < len(self._buckets):
+            self._send()
+        for bucket, (flat, work) in zip(self._buckets, self._sent, strict=True):
+            work.wait()
+            flat.div_(world_size())
+            for parameter, mean in zip(
+                bucket, torch.split(flat, [parameter.numel() for parameter in bucket]), strict=True
+            ):
+                parameter.grad = mean.view_as(parameter)
+        self._missing, self._sent = [], []
+
+    def _note(self, number: int, parameter: Tensor) -> None:
+        if not self._missing:
+            return
+        self._missing[number] -= 1
+        while len(self._sent) < len(self._buckets) and not self._missing[len(self._sent)]:
+            self._send()
+
+    def _send(self) -> None:
+        gradients = [
+            (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).reshape(-1)
+            for parameter in self._buckets[len(self._sent)]
+        ]
+        flat = torch.cat(gradients) if gradients else torch.zeros(0)
+        self._sent.append((flat, distributed.all_reduce(flat, async_op=True)))
 
 
 def check_replicas(group: Group, tensors: Mapping[str, Tensor], *, step: int) -> None:
@@ -107,6 +199,7 @@ def check_replicas(group: Group, tensors: Mapping[str, Tensor], *, step: int) ->
     """
     if group.world == 1:
         return
+    tensors = {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
     received = all_gather_object(group, "checksums", (group.host, tuple(checksums(tensors).tolist())))
     usual, frequency = Counter(sums for _, sums in received).most_common(1)[0]
     if frequency == len(received):

@@ -22,7 +22,9 @@ class Run:
         device: auto, cpu, cuda, cuda:N, or several such as cuda:0,cuda:1.
         precision: auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.
         attention: auto, fused (SDPA) or explicit, which is faster in bf16 on CPUs.
-        compile: Whether encoders run through torch.compile.
+        compile: Whether encoders run through torch.compile, once per size of views.
+        activation_checkpointing: Whether blocks of Transformers are computed again in backward instead of kept in memory.
+        shard: Whether the encoders' weights, gradients and moments are divided among the ranks (FSDP).
         micro_batch: Images per forward pass of a rank, 0 for its complete share of the batch.
         log_every: Steps between two lines of metrics.jsonl.
         snapshot_minutes: Minutes between two snapshots. There is also one at the end of each epoch.
@@ -36,6 +38,8 @@ class Run:
     precision: str = "auto"
     attention: str = "auto"
     compile: bool = False
+    activation_checkpointing: bool = False
+    shard: bool = False
     micro_batch: int = 0
     log_every: int = 10
     snapshot_minutes: float = 10.0

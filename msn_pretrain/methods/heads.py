@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from msn_eval.distributed.collective import all_reduce_sum, world_size
+from msn_eval.distributed.collective import normalise_over_ranks, world_size
 from msn_eval.errors import UsageError
 
 
@@ -52,8 +52,8 @@ def simsiam_predictor(width: int, *, hidden: int = 512) -> nn.Sequential:
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the rows of all ranks in training, like torch's SyncBatchNorm, but also on CPUs.
 
-    Weights, buffers and their names are those of torch's BatchNorm, and so is the result on one rank. The mean, then the mean
-    squared distance from it, are summed over ranks; values and gradients are exact.
+    Weights, buffers and their names are those of torch's BatchNorm, and so is the result on one rank. Values and gradients
+    are exact.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -64,17 +64,10 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or world_size() == 1:
             return super().forward(input)
         channels = (1, -1, *[1] * (input.dim() - 2))
-        reduced = [0, *range(2, input.dim())]
         with torch.autocast(input.device.type, enabled=False):
             values = input if input.dtype == torch.float64 else input.float()
-            own_count = values.new_full((1,), values.numel() / values.shape[1])
-            sums = all_reduce_sum(torch.cat([values.sum(dim=reduced), own_count]))
-            count = sums[-1].detach()
-            mean = sums[:-1] / count
-            centred = values - mean.view(channels)
-            variance = all_reduce_sum(centred.square().sum(dim=reduced)) / count
-            self._update_running_statistics(mean.detach(), variance.detach(), count)
-            normal = centred * (variance + self.eps).rsqrt().view(channels)
+            normal, mean, variance, count = normalise_over_ranks(values, eps=self.eps)
+            self._update_running_statistics(mean, variance, count)
             if self.affine:
                 normal = normal * self.weight.view(channels) + self.bias.view(channels)
         return normal.to(input.dtype)

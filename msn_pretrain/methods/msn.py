@@ -25,7 +25,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from msn_eval.distributed.collective import all_gather_rows
+from msn_eval.distributed.collective import all_gather_rows, is_sharded
 from msn_eval.features.collapse import effective_rank, spread
 from msn_pretrain.config.recipe import Criterion, Head, Masking, MSNRecipe
 from msn_pretrain.config.schedule import StepSettings
@@ -236,8 +236,13 @@ def update_ema(target: nn.Module, anchor: nn.Module, *, decay: float) -> None:
 
     Source: arXiv:2204.07141, section 3; github.com/facebookresearch/msn, src/msn_train.py.
     """
-    weights = [parameter.detach() for parameter in target.parameters()]
-    torch._foreach_lerp_(weights, [parameter.detach() for parameter in anchor.parameters()], 1.0 - decay)
+    pairs = [
+        (weight.detach(), own.detach()) for weight, own in zip(target.parameters(), anchor.parameters(), strict=True)
+    ]
+    for sharded in (False, True):
+        part = [pair for pair in pairs if is_sharded(pair[0]) == sharded]
+        if part:
+            torch._foreach_lerp_([weight for weight, _ in part], [own for _, own in part], 1.0 - decay)
 
 
 @torch.no_grad()

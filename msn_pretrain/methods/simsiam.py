@@ -53,7 +53,8 @@ class SimSiam(nn.Module):
 
     def project(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute features (b, width) and projections (b, d) of one view. BatchNorm must not see both views together."""
-        features = self.network(images)
+        # Convolutions are faster in this layout; Transformers cut images into patches anyway.
+        features = self.network(images.contiguous(memory_format=torch.channels_last))
         return features, self.projector(features)
 
     def after_update(self, settings: StepSettings) -> None:

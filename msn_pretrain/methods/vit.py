@@ -172,7 +172,7 @@ class MaskedTransformer(nn.Module):
 def _cut_into_patches(images: Tensor, *, side: int, patch_pixels: int) -> Tensor:
     """Return the pixels of the patches of (b, 3, S, S) images, (b, side ** 2, 3 * patch_pixels ** 2)."""
     used = side * patch_pixels
-    grid = images[..., :used, :used].unflatten(3, (side, patch_pixels)).unflatten(2, (side, patch_pixels))
+    grid = images[..., :used, :used].reshape(len(images), -1, side, patch_pixels, side, patch_pixels)
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 

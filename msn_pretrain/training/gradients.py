@@ -5,18 +5,25 @@ gradient, so that head, BatchNorm, Sinkhorn and mean entropy see all images at o
 SimSiam's encoder has BatchNorm of its own, which only ever sees a micro-batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from msn_eval.distributed.collective import is_sharded
 from msn_pretrain.methods.msn import MSN, Step
 from msn_pretrain.methods.simsiam import SimSiam
 
 Model = MSN | SimSiam
+Mark = Callable[[str], None]  # called with `forward` and `backward` as they begin
+
+
+def ignore_mark(name: str) -> None:
+    """Do nothing: the default of whatever times the parts of a step."""
 
 
 def compute_gradients(
@@ -27,6 +34,7 @@ def compute_gradients(
     sharpening: float,
     micro_batch: int,
     autocast: AbstractContextManager[None],
+    mark: Mark = ignore_mark,
 ) -> Step:
     """Compute the loss of one step and add its gradients to those of the model.
 
@@ -37,16 +45,20 @@ def compute_gradients(
         sharpening: T of the targets.
         micro_batch: Images per pass, 0 for all of them.
         autocast: Context of all forward passes.
+        mark: See `Mark`.
     """
     images = len(views[0])
     if micro_batch in (0, images) or micro_batch > images:
         with autocast:
             step: Step = model(views, kept=kept, sharpening=sharpening)
+        mark("backward")
         step.total.backward()  # type: ignore[no-untyped-call]
         return step
     if isinstance(model, MSN):
-        return _backward_in_two_passes(model, views, kept, sharpening=sharpening, size=micro_batch, autocast=autocast)
-    return _backward_per_micro_batch(model, views, size=micro_batch, autocast=autocast)
+        return _backward_in_two_passes(
+            model, views, kept, sharpening=sharpening, size=micro_batch, autocast=autocast, mark=mark
+        )
+    return _backward_per_micro_batch(model, views, size=micro_batch, autocast=autocast, mark=mark)
 
 
 def _backward_in_two_passes(
@@ -57,6 +69,7 @@ def _backward_in_two_passes(
     sharpening: float,
     size: int,
     autocast: AbstractContextManager[None],
+    mark: Mark,
 ) -> Step:
     device = views[0].device
     micro_batches = _split_anchor_views(model, views[1:], kept, size)
@@ -73,12 +86,15 @@ def _backward_in_two_passes(
         by_group = groupby(zip(micro_batches, features, strict=True), key=lambda pair: pair[0][2])
         anchors = [model.anchor.head(torch.cat([feature for _, feature in group])) for _, group in by_group]
         loss = model.compute_loss(torch.cat(anchors), targets, sharpening=sharpening)
+    mark("backward")
     loss.total.backward()  # type: ignore[no-untyped-call]
     state_after = _get_generator_state(device)
     for (images, own_kept, _), state, feature in zip(micro_batches, states, features, strict=True):
         _set_generator_state(state, device)  # the second pass must draw the same stochastic depth as the first
+        mark("forward")
         with autocast:
             second_pass = model.anchor.trunk(images, own_kept)
+        mark("backward")
         second_pass.backward(feature.grad)
     _set_generator_state(state_after, device)
     return Step(
@@ -107,15 +123,17 @@ def _split_anchor_views(
 
 
 def _backward_per_micro_batch(
-    model: SimSiam, views: Sequence[Tensor], *, size: int, autocast: AbstractContextManager[None]
+    model: SimSiam, views: Sequence[Tensor], *, size: int, autocast: AbstractContextManager[None], mark: Mark
 ) -> Step:
     steps = []
     images = len(views[0])
     for start in range(0, images, size):
         micro_batch = [view[start : start + size] for view in views]
         share = len(micro_batch[0]) / images
+        mark("forward")
         with autocast:
             step: Step = model(micro_batch)
+        mark("backward")
         (step.total * share).backward()  # type: ignore[no-untyped-call]
         steps.append((step, share))
     total = torch.stack([step.total.detach() * share for step, share in steps]).sum()
@@ -143,4 +161,17 @@ def _set_generator_state(state: _GeneratorState, device: torch.device) -> None:
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Compute the common L2 norm of the gradients of some parameters, a scalar."""
-    return torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    parts = [[gradient for gradient in gradients if is_sharded(gradient) == sharded] for sharded in (False, True)]
+    norms = [torch.nn.utils.get_total_norm(part) for part in parts if part]
+    if len(parts[1]) == 0:
+        return norms[0] if norms else torch.tensor(0.0)
+    complete = [cast(Tensor, norm.full_tensor()) if is_sharded(norm) else norm for norm in norms]  # type: ignore[attr-defined]
+    return cast(Tensor, torch.linalg.vector_norm(torch.stack(complete)))
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scale the gradients of some parameters, whose common norm is `norm`, to a norm of at most `limit`."""
+    for sharded in (False, True):
+        part = [parameter for parameter in parameters if is_sharded(parameter) == sharded]
+        torch.nn.utils.clip_grads_with_norm_(part, limit, norm)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from msn_eval.distributed.collective import is_sharded
 from msn_pretrain.config.recipe import MSNRecipe, SimSiamRecipe
 from msn_pretrain.config.schedule import StepSettings
 from msn_pretrain.methods.msn import MSN
@@ -19,14 +20,14 @@ def build_optimizer(model: MSN | SimSiam, recipe: MSNRecipe | SimSiamRecipe) -> 
     """
     is_sgd = isinstance(recipe, SimSiamRecipe) and recipe.optimization.optimizer == "sgd"
     fixed = isinstance(recipe, SimSiamRecipe) and recipe.optimization.fixed_predictor_rate
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    groups: dict[tuple[str, bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         module = name.partition(".")[0]
         is_vector = parameter.dim() == 1 or name.endswith("bias")
         decays = module != "prototypes" and (is_sgd or not is_vector)
-        key = (module if module in ("prototypes", "predictor") else "encoder", decays)
+        key = (module if module in ("prototypes", "predictor") else "encoder", decays, is_sharded(parameter))
         group = {"params": [], "decays": decays, "fixed_rate": fixed and module == "predictor"}
         groups.setdefault(key, group)["params"].append(parameter)
     if isinstance(recipe, SimSiamRecipe) and is_sgd:

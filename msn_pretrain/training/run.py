@@ -11,15 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from msn_eval.checkpoints.checkpoint import weights_sha256
 from msn_eval.checkpoints.run_folder import CHECKPOINTS, CONFIG, newest_snapshot, read_manifest
 from msn_eval.config.request import EvaluationConfig
 from msn_eval.data import list_datasets, read_split
 from msn_eval.data.images import ImageSet
+from msn_eval.distributed.collective import GradientAverager, is_sharded, world_size
 from msn_eval.distributed.group import Group as Group
 from msn_eval.distributed.group import broadcast_from_rank0
 from msn_eval.errors import DistributedError, UsageError
@@ -40,7 +42,15 @@ _log = logging.getLogger(__name__)
 Recipe = MSNRecipe | SimSiamRecipe
 # Keys on which no trained number depends.
 _FREE = (
-    *("run.dir", "run.device", "run.log_every", "run.snapshot_minutes", "run.keep_every", "run.compare_every"),
+    *(
+        "run.dir",
+        "run.device",
+        "run.activation_checkpointing",
+        "run.log_every",
+        "run.snapshot_minutes",
+        "run.keep_every",
+        "run.compare_every",
+    ),
     *("data.workers", "data.pin_memory"),
     *("watch.probe_every", "watch.probe_data", "watch.probes", "watch.subset", "watch.on_alarm"),
 )
@@ -48,20 +58,69 @@ DATA = "data"  # the name of the training images for --allow-config-change
 
 
 @dataclass(frozen=True, kw_only=True)
+class LearnerState:
+    """State dicts of a learner, complete on every rank, and of the network that is evaluated."""
+
+    model: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+    encoder: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Learner:
-    """Model and optimiser on a device."""
+    """Model and optimiser on a device, and the averager of gradients that are not sharded."""
 
     model: Model
     optimizer: torch.optim.Optimizer
+    averager: GradientAverager
+
+    def state(self, *, keep: bool = True) -> LearnerState:
+        """Return the complete state. If it is sharded, every rank must call this; without `keep` such tensors are dropped."""
+        parts = (self.model.state_dict(), self.optimizer.state_dict(), self.model.exported().state_dict())
+        model, optimizer, encoder = (_gather_shards(part, keep=keep) for part in parts)
+        return LearnerState(model=model, optimizer=optimizer, encoder=encoder)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Load the state of a snapshot."""
-        self.model.load_state_dict(snapshot.model)
-        self.optimizer.load_state_dict(dict(snapshot.optimizer))
+        own = self.model.state_dict()
+        self.model.load_state_dict({name: _shard_like(value, own.get(name)) for name, value in snapshot.model.items()})
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = {
+            number: {name: _shard_like(value, parameters[number]) for name, value in moments.items()}
+            for number, moments in snapshot.optimizer["state"].items()
+        }
+        self.optimizer.load_state_dict({**snapshot.optimizer, "state": moments})
+
+
+def _gather_shards(state: Mapping[str, Any], *, keep: bool) -> dict[str, Any]:
+    """Replace the sharded tensors inside of nested mappings by complete ones in host memory, or by None without `keep`."""
+    gathered: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            gathered[name] = _gather_shards(value, keep=keep)
+        elif is_sharded(value):
+            complete = value.full_tensor()
+            gathered[name] = complete.cpu() if keep else None
+        else:
+            gathered[name] = value
+    return gathered
+
+
+def _shard_like(value: Tensor, own: Any) -> Tensor:
+    """Return this rank's part of a complete tensor if `own`, of the same shape, is sharded."""
+    if not is_sharded(own) or value.shape != own.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
 
 
 def build_learner(recipe: Recipe, device: torch.device) -> Learner:
-    """Build the model and optimiser of a recipe on a device, in training mode."""
+    """Build the model and optimiser of a recipe on a device, in training mode.
+
+    Raises:
+        UsageError: The encoder supports no activation checkpointing or sharding.
+    """
     model: Model = build_msn(recipe) if isinstance(recipe, MSNRecipe) else build_simsiam(recipe)
     model.to(device)
     half_on_cpu = device.type == "cpu" and precision_of(recipe, device) == "bf16"
@@ -69,16 +128,44 @@ def build_learner(recipe: Recipe, device: torch.device) -> Learner:
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # type: ignore[assignment]
+    encoders = (model.anchor.trunk, model.target.trunk) if isinstance(model, MSN) else (model.network,)
+    networks = [getattr(encoder, "network", encoder) for encoder in encoders]
+    for key in ("activation_checkpointing", "shard"):
+        if getattr(recipe.run, key) and not hasattr(networks[0], "blocks"):
+            what = f"run.{key}: {recipe.encoder.name} is not a Transformer"
+            raise UsageError(what, hint=f"Use run.{key}=false, and run.micro_batch if memory is short.")
+    if recipe.run.activation_checkpointing:
+        for network in networks:
+            network.set_grad_checkpointing()  # type: ignore[operator]
+    if recipe.run.shard and world_size() > 1:
+        _shard(encoders, networks, device)
     if recipe.run.compile:
-        for encoder in (model.anchor.trunk, model.target.trunk) if isinstance(model, MSN) else (model.network,):
-            encoder.compile()
-    return Learner(model=model, optimizer=build_optimizer(model, recipe))
+        for encoder in encoders:
+            encoder.compile(dynamic=False)
+    own = [parameter for parameter in model.parameters() if parameter.requires_grad and not is_sharded(parameter)]
+    return Learner(model=model, optimizer=build_optimizer(model, recipe), averager=GradientAverager(own))
 
 
-def evaluated_encoder(learner: Learner, recipe: Recipe) -> EvaluatedEncoder:
+def _shard(encoders: Sequence[nn.Module], networks: Sequence[nn.Module], device: torch.device) -> None:
+    """Divide the weights of encoders among the ranks; each block is gathered when it computes.
+
+    The last block belongs to the encoder, which may compute it for the class token alone.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for encoder, network in zip(encoders, networks, strict=True):
+        for block in cast(nn.Sequential, network.blocks)[:-1]:
+            fully_shard(block, mesh=mesh)
+        # The target has no backward pass after which its weights would be divided again.
+        fully_shard(encoder, mesh=mesh, reshard_after_forward=True)
+
+
+def evaluated_encoder(state: LearnerState, recipe: Recipe) -> EvaluatedEncoder:
     """Return the network of a learner that is evaluated."""
     return EvaluatedEncoder(
-        weights=learner.model.exported().state_dict(),
+        weights=state.encoder,
         architecture=architecture_of(recipe.encoder),
         image_pixels=recipe.views.image_pixels,
     )
@@ -144,7 +231,7 @@ def collect_shared_facts(recipe: Recipe, images: ImageSet, learner: Learner) -> 
     return {
         "recipe": config_sha256(recipe),
         "images": data_sha256(images),
-        "weights": weights_sha256(learner.model.state_dict()),
+        "weights": weights_sha256(learner.state().model),
         "torch": torch.__version__,
         "package": __version__,
     }

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSet
-from msn_eval.distributed.collective import any_over_ranks, average_gradients, check_replicas
+from msn_eval.distributed.collective import any_over_ranks, check_replicas
 from msn_eval.distributed.group import Group as Group
 from msn_eval.distributed.group import all_gather_object, broadcast_from_rank0, check_equal_across_ranks
 from msn_eval.errors import NumericalError, StoreError
@@ -29,7 +29,7 @@ from msn_pretrain.data.view_loader import ViewBatch, ViewList, load_views, norma
 from msn_pretrain.methods.msn import Step
 from msn_pretrain.training import online_probe
 from msn_pretrain.training.determinism import deterministic_kernels
-from msn_pretrain.training.gradients import compute_gradients, gradient_norm
+from msn_pretrain.training.gradients import clip_gradients, compute_gradients, gradient_norm, ignore_mark
 from msn_pretrain.training.journal import (
     AlarmCounters,
     Journal,
@@ -40,6 +40,7 @@ from msn_pretrain.training.journal import (
 from msn_pretrain.training.optimizer import set_for_step
 from msn_pretrain.training.run import (
     Learner,
+    LearnerState,
     Recipe,
     autocast_of,
     build_learner,
@@ -66,7 +67,11 @@ _MOST_SNAPSHOT_SHARE = 0.1  # of the time, for snapshots at the ends of epochs
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What stays the same from the first step of a run to the last."""
+    """What stays the same from the first step of a run to the last.
+
+    Attributes:
+        mark: Called with the name of each part of a step as it begins: forward, backward, communication, optimiser.
+    """
 
     recipe: Recipe
     ranks: Group
@@ -77,6 +82,7 @@ class Session:
     learner: Learner
     journal: Journal = field(default_factory=Journal)
     watchdog: Watchdog = field(default_factory=Watchdog)
+    mark: Callable[[str], None] = ignore_mark
 
 
 @dataclass(kw_only=True)
@@ -218,12 +224,15 @@ def compute(session: Session, batch: ViewBatch, settings: StepSettings) -> tuple
         The step, the gradient norms by name, and whether loss and gradients are finite.
     """
     recipe, ranks, model, optimizer = session.recipe, session.ranks, session.learner.model, session.learner.optimizer
+    session.mark("forward")
     set_for_step(optimizer, settings)
     optimizer.zero_grad(set_to_none=True)
     images = len(batch.batch.images)
     views = [view for kind in batch.views for view in torch.split(normalise(kind, IMAGENET_MEAN, IMAGENET_STD), images)]
     generator = torch.Generator().manual_seed(seed_at(_MASKS, batch.batch.step, seed=recipe.run.seed))
     kept = model.draw_kept(generator, images=images * ranks.world)
+    if not recipe.run.micro_batch:
+        session.learner.averager.start()
     step = compute_gradients(
         model,
         views,
@@ -231,15 +240,18 @@ def compute(session: Session, batch: ViewBatch, settings: StepSettings) -> tuple
         sharpening=settings.sharpening,
         micro_batch=recipe.run.micro_batch,
         autocast=autocast_of(recipe, ranks.device),
+        mark=session.mark,
     )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    average_gradients(ranks, parameters)
+    session.mark("communication")
+    session.learner.averager.finish()
+    session.mark("optimiser")
     clipped = [parameter for parameter in model.clipped_parameters() if parameter.requires_grad]
     clipped_ids = {id(parameter) for parameter in clipped}
     norm = gradient_norm(clipped)
     rest = gradient_norm([parameter for parameter in parameters if id(parameter) not in clipped_ids])
     if recipe.optimization.clip:
-        torch.nn.utils.clip_grads_with_norm_(clipped, recipe.optimization.clip, norm)
+        clip_gradients(clipped, recipe.optimization.clip, norm)
     # The only wait for the device in a step.
     numbers = torch.stack([step.total.detach(), norm, rest.to(norm.device, non_blocking=True)]).tolist()
     norms = {"gradient_norm": numbers[1], "prototype_gradient_norm": numbers[2]}
@@ -340,7 +352,8 @@ def _save(session: Session, progress: _Progress, *, last: bool) -> None:
     with session.watchdog.phase(SAVE_SECONDS):
         started = time.monotonic()
         states = all_gather_object(session.ranks, "generators", generator_states(session.ranks.device))
-        write = partial(_try_to_write, session, progress, states, last=last)
+        state = session.learner.state(keep=session.ranks.first)
+        write = partial(_try_to_write, session, progress, states, state, last=last)
         written = broadcast_from_rank0(session.ranks, "snapshot", write)
         progress.saved_at = time.monotonic()
         progress.save_seconds = progress.saved_at - started
@@ -349,13 +362,15 @@ def _save(session: Session, progress: _Progress, *, last: bool) -> None:
         progress.refused_at = None if written else progress.saved_at
 
 
-def _try_to_write(session: Session, progress: _Progress, states: Sequence[Mapping[str, Any]], *, last: bool) -> bool:
-    recipe, learner, steps_per_epoch = session.recipe, session.learner, session.order.steps_per_epoch
+def _try_to_write(
+    session: Session, progress: _Progress, states: Sequence[Mapping[str, Any]], state: LearnerState, *, last: bool
+) -> bool:
+    recipe, steps_per_epoch = session.recipe, session.order.steps_per_epoch
     snapshot = Snapshot(
         step=progress.step,
         epoch=progress.step // steps_per_epoch,
-        model=learner.model.state_dict(),
-        optimizer=learner.optimizer.state_dict(),
+        model=state.model,
+        optimizer=state.optimizer,
         rng=states,
         watched=asdict(progress.alarms),
     )
@@ -369,7 +384,7 @@ def _try_to_write(session: Session, progress: _Progress, states: Sequence[Mappin
     }
     try:
         session.journal.sync()
-        encoder = evaluated_encoder(learner, recipe)
+        encoder = evaluated_encoder(state, recipe)
         write_snapshot(session.run, snapshot, encoder, facts=facts, keep_every=recipe.run.keep_every)
     except StoreError as error:
         if last or (progress.refused_at is not None and progress.step >= progress.refused_step + steps_per_epoch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from msn_eval.distributed.collective import any_over_ranks, average_gradients, check_replicas, checksums
+from msn_eval.distributed.collective import GradientAverager, any_over_ranks, check_replicas, checksums
 from msn_eval.distributed.group import ALONE, Group, all_gather_object, broadcast_from_rank0, check_equal_across_ranks
 from msn_eval.errors import DistributedError, NumericalError
 
@@ -18,19 +18,43 @@ def this_rank() -> Group:
     return Group(rank=distributed.get_rank(), world=distributed.get_world_size())
 
 
-def _averaged_gradients() -> list[list[float]]:
-    group = this_rank()
-    first, second = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3, 1))
-    first.grad = torch.full((2,), float(group.rank))
-    if group.rank == 1:
-        second.grad = torch.ones(3, 1)
-    average_gradients(group, [first, second])
-    assert second.grad is not None
-    return [first.grad.tolist(), second.grad.flatten().tolist()]
+def _averaged_gradients(start: bool, bucket_bytes: int) -> list[list[float]]:
+    """Return the mean gradients of three parameters, of which rank 0 uses two, in two steps."""
+    rank = distributed.get_rank()
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 3, 1)]
+    averager = GradientAverager(parameters, bucket_bytes=bucket_bytes)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = None
+        if start:
+            averager.start()
+        loss = rank * parameters[0].sum() + 2 * parameters[2].sum()
+        if rank == 1:
+            loss = loss + parameters[1].sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        averager.finish()
+    return [[] if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
 
 
-def test_gradients_are_averaged_and_missing_ones_count_as_zero(on_ranks: OnRanks) -> None:
-    assert on_ranks(_averaged_gradients) == [[[0.5, 0.5], [0.5, 0.5, 0.5]]] * 2
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("bucket_bytes", [1, 12, 10**6])
+def test_gradients_are_averaged_and_missing_ones_count_as_zero(
+    on_ranks: OnRanks, start: bool, bucket_bytes: int
+) -> None:
+    assert on_ranks(_averaged_gradients, start, bucket_bytes) == [[[0.5, 0.5], [0.5, 0.5, 0.5], [2.0]]] * 2
+
+
+def _buckets_sent_in_backward() -> list[int]:
+    layers = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(3)))
+    averager, sent = GradientAverager(list(layers.parameters()), bucket_bytes=64), []
+    layers[0].weight.register_post_accumulate_grad_hook(lambda parameter: sent.append(len(averager._sent)))
+    averager.start()
+    layers(torch.ones(1, 4)).sum().backward()
+    return [*sent, len(averager._sent)]
+
+
+def test_buckets_are_sent_while_backward_computes_the_rest(on_ranks: OnRanks) -> None:
+    assert on_ranks(_buckets_sent_in_backward) == [[3, 3]] * 2
 
 
 def _flags() -> tuple[bool, ...]:
@@ -62,7 +86,7 @@ def test_a_single_rank_needs_no_process_group() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.ones(1)
 
-    average_gradients(ALONE, [parameter])
+    GradientAverager([parameter]).finish()
     check_equal_across_ranks(ALONE, "the run", {"recipe": "r"})
 
     assert parameter.grad.tolist() == [1.0]

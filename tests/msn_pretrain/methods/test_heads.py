@@ -87,6 +87,29 @@ def test_two_ranks_have_the_gradients_and_statistics_of_one(
         torch.testing.assert_close(rank, expected, rtol=1e-10, atol=0)
 
 
+def count_collectives() -> list[int]:
+    """Return the collectives of forward and of backward. This process is a fork and ends with this function."""
+    calls: list[str] = []
+
+    def counted(name: str, function):
+        def call(*given, **options):
+            calls.append(name)
+            return function(*given, **options)
+
+        return call
+
+    for name in ("all_reduce", "all_gather"):
+        setattr(distributed, name, counted(name, getattr(distributed, name)))
+    loss = compute_loss(share_batch_norm(small_layer(nn.BatchNorm1d)), some_rows(8, 3).requires_grad_())
+    forward = len(calls)
+    loss.backward()
+    return [forward, len(calls) - forward]
+
+
+def test_batch_norm_takes_one_collective_forward_and_one_backward(on_ranks) -> None:
+    assert on_ranks(count_collectives) == [[1, 1]] * 2
+
+
 def test_on_one_rank_nothing_changes() -> None:
     layer, rows = small_layer(nn.BatchNorm1d), some_rows(8, 3)
     before = layer(rows)

@@ -224,7 +224,7 @@ def test_only_encoders_are_compiled_and_only_on_request(
     tiny: Read, monkeypatch: pytest.MonkeyPatch, wanted: bool
 ) -> None:
     compiled: list[torch.nn.Module] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network, dynamic: compiled.append(network))
 
     model = build_learner(tiny(f"run.compile={wanted}"), _ALONE.device).model
 
