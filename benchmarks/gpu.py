@@ -232,7 +232,7 @@ def _pretrain(name: str, device: torch.device, small: bool) -> Measured:
     recipe = read_recipe(_ROOT / "configs" / "pretrain" / f"{name}.yaml", overrides=overrides)
     line = bench(recipe, steps=2 if small else 10)
     seconds = re.findall(r"([\d.]+) s for", line)
-    return line, [] if small else [batch / max(float(value), 1e-3) for value in seconds]
+    return line.replace("\n", "; "), [] if small else [batch / max(float(value), 1e-3) for value in seconds]
 
 
 def _repeat(call: Callable[[], object], count: int) -> None:

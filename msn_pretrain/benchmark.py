@@ -3,14 +3,16 @@
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from msn_eval.distributed.group import ALONE
-from msn_eval.errors import printable
+from msn_eval.errors import StoreError, printable
 from msn_pretrain.config.load import recipe_as_yaml
 from msn_pretrain.config.schedule import settings_at
 from msn_pretrain.data.sampler import Order
@@ -27,45 +29,112 @@ from msn_pretrain.training.run import (
 )
 from msn_pretrain.training.train import Session, compute, load_session_views, memory_bytes
 
-_WARM_UP = 2
+_WARM_UP = 2  # the first of them counts operations
+_PRODUCTS = 8
 _GIB = 2**30
 
 
-def bench(recipe: Recipe, *, steps: int) -> str:
+def bench(recipe: Recipe, *, steps: int, trace: Path | None = None) -> str:
     """Measure the speed of a recipe.
 
-    Trains 2 + `steps` steps on one device, writes nothing, and returns a line with the medians of the last `steps`. Raises what
-    training would.
+    Trains 2 + `steps` steps on one device, writes nothing else than `trace`, and returns two lines with the medians of the last
+    `steps`: speed and memory, and the parts of a step. Times of parts include waits for the device, so a step is slightly slower
+    than in training. Raises what training would.
+
+    Args:
+        recipe: The recipe.
+        steps: Steps to measure.
+        trace: File for a trace of one more step in Chrome's format, None for none.
     """
     ranks = choose_rank_device(ALONE, recipe.run.device.split(",")[0])
     images = training_images(recipe)
     order = Order(n_images=len(images), batch_size=recipe.optimization.batch_size, seed=recipe.run.seed)
+    learner = build_learner(recipe, ranks.device)
+    timer = _PartTimer(ranks.device)
     session = Session(
         recipe=recipe,
         ranks=ranks,
         run=Path(),
         images=images,
         order=order,
-        steps=_WARM_UP + steps,
-        learner=build_learner(recipe, ranks.device),
+        steps=_WARM_UP + steps + (trace is not None),
+        learner=learner,
+        mark=timer,
     )
-    waits, computes, ended = [], [], time.perf_counter()
+    precision = precision_of(recipe, ranks.device)
+    peak = _measure_product_flops(ranks.device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    times: list[dict[str, float]] = []
+    flops = 0
+    timer("data")
     with deterministic_kernels(ranks.device):  # as in training
         for batch in load_session_views(session, 0):
-            loaded = time.perf_counter()
-            settings = settings_at(recipe, step=batch.batch.step, steps_per_epoch=order.steps_per_epoch)
-            compute(session, batch, settings)  # waits for the device
-            session.learner.optimizer.step()
-            session.learner.model.after_update(settings)
-            waits.append(loaded - ended)
-            ended = time.perf_counter()
-            computes.append(ended - loaded)
-    waited, computed = (statistics.median(times[_WARM_UP:]) for times in (waits, computes))
+            with ExitStack() as around_step:
+                counter = around_step.enter_context(FlopCounterMode(display=False)) if not times else None
+                if len(times) == _WARM_UP + steps and trace is not None:
+                    around_step.enter_context(_write_trace(trace))
+                settings = settings_at(recipe, step=batch.batch.step, steps_per_epoch=order.steps_per_epoch)
+                compute(session, batch, settings)
+                learner.optimizer.step()
+                learner.model.after_update(settings)
+                flops = flops if counter is None else counter.get_total_flops()
+            timer("data")
+            times.append(timer.parts)
+            timer.parts = {}
+    times = times[_WARM_UP : _WARM_UP + steps]
+    names = ("data", "forward", "backward", "communication", "optimiser")
+    medians = {name: statistics.median(parts.get(name, 0.0) for parts in times) for name in names}
+    seconds = sum(medians.values())
+    rate = flops / (seconds - medians["data"])
     return (
-        f"{order.batch_size / (waited + computed):,.1f} images/s on {ranks.device} in {precision_of(recipe, ranks.device)}: "
-        f"{waited:.3f} s for views and {computed:.3f} s for the step, medians of {steps} steps of {order.batch_size} images; "
-        f"at most {memory_bytes(ranks.device) / _GIB:.2f} GiB"
+        f"{order.batch_size / seconds:,.1f} images/s on {ranks.device} in {precision}: "
+        f"{medians['data']:.3f} s for views and {seconds - medians['data']:.3f} s for the step, "
+        f"medians of {steps} steps of {order.batch_size} images; at most {memory_bytes(ranks.device) / _GIB:.2f} GiB\n"
+        + ", ".join(f"{name} {value:.3f} s ({value / seconds:.0%})" for name, value in medians.items())
+        + f"; {flops / 1e9:,.0f} GFLOP per step, {rate / 1e9:,.0f} GFLOP/s: "
+        f"{rate / peak:.0%} of the {peak / 1e9:,.0f} of matrix products"
     )
+
+
+class _PartTimer:
+    """Adds up the seconds between its calls by the name of the part that each call begins."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.parts: dict[str, float] = {}
+        self._device, self._running, self._started = device, "data", time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self.parts[self._running] = self.parts.get(self._running, 0.0) + now - self._started
+        self._running, self._started = name, now
+
+
+@contextmanager
+def _write_trace(path: Path) -> Iterator[None]:
+    """Write a trace of the body for chrome://tracing or ui.perfetto.dev."""
+    from torch.profiler import profile
+
+    with profile() as profiler:
+        yield
+    try:
+        profiler.export_chrome_trace(str(path))
+    except (OSError, RuntimeError) as error:
+        raise StoreError(f"cannot be written: {error}", where=str(path), hint="Give --profile another file.") from error
+
+
+def _measure_product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the floating-point operations per second of matrix products of a fixed size, the fastest of several."""
+    side = 8192 if device.type == "cuda" else 1024
+    left, right = torch.randn(2, side, side, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(_PRODUCTS):
+        started = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / min(seconds)
 
 
 def describe(recipe: Recipe, *, allowed: Sequence[str] = (), elsewhere: bool = False) -> str:

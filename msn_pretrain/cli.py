@@ -98,6 +98,7 @@ def _bench_parser() -> ArgumentParser:
         help=_RECIPE_HELP,
     )
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps to time, after 2 others; default 10")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="write a trace of one step in Chrome's format")
     return parser
 
 
@@ -173,5 +174,5 @@ def _bench(options: argparse.Namespace) -> int:
 
     if options.steps < 1:
         raise UsageError(f"--steps {options.steps}: out of range", hint="Give at least 1.")
-    print(bench(_read_recipe(options), steps=options.steps))
+    print(bench(_read_recipe(options), steps=options.steps, trace=options.profile))
     return 0

@@ -1,3 +1,5 @@
+import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -204,7 +206,17 @@ def test_transformer_cannot_be_exported_to_torchvision(
     assert "not a residual network" in capsys.readouterr().err
 
 
-def test_bench_prints_the_training_speed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", str(run.parent / "tiny.yaml"), "--steps", "2"]) == 0
+def test_bench_prints_speed_parts_of_a_step_and_share_of_the_peak(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.json"
 
-    assert "images/s on cpu in fp32" in capsys.readouterr().out
+    assert main(["bench", str(run.parent / "tiny.yaml"), "--steps", "2", "--profile", str(trace)]) == 0
+
+    printed = capsys.readouterr().out
+    assert "images/s on cpu in fp32" in printed
+    parts = re.findall(r"(data|forward|backward|communication|optimiser) [\d.]+ s \((\d+)%\)", printed)
+    assert [name for name, _ in parts] == ["data", "forward", "backward", "communication", "optimiser"]
+    assert sum(int(share) for _, share in parts) == pytest.approx(100, abs=3)
+    assert re.search(r"[1-9]\d* GFLOP/s|\d+% of the [1-9][\d,]* of matrix products", printed)
+    assert "aten::addmm" in {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
