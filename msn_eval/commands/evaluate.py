@@ -38,8 +38,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--data", metavar="X", help="image folder or scheme, see `ls datasets`; default $MSN_EVAL_DATA")
     # A repeated option adds its values: silently using only the last ones would surprise.
     several: dict[str, Any] = {"type": _split, "action": "extend"}
-    what.add_argument("--subset", **several, metavar="A,B", help="1img, 2imgs, 5imgs, 1pct, 10pct or full, each with an "
-                      "optional @DRAW; low-shot (default); or a list file")  # fmt: skip
+    what.add_argument("--subset", **several, metavar="A,B", help="1img, Nimgs, Npct or full, each with an optional "
+                      "@DRAW; low-shot (default): 1img, 2imgs, 5imgs and 1pct; or a list file")  # fmt: skip
     what.add_argument("--probe", **several, metavar="A,B", help=f"{', '.join(read_probes())}; default logistic")
     what.add_argument("--tap", metavar="NAME", help=f"{', '.join(TAP_NAMES)}; default: chosen by the probe")
     what.add_argument("--lambda", dest="lambda_", **several, metavar="A,B|auto", help="for logistic; default 0.0025, and "

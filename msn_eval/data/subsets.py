@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +14,13 @@ from msn_eval.data.images import ImageSet, reading
 from msn_eval.errors import DataError, NumericalError, UsageError, did_you_mean
 from msn_eval.files.regular import MOST_TEXT_BYTES, read_regular_file
 
-SHOTS = {"1img": 1, "2imgs": 2, "5imgs": 5}
-SHARES = {"1pct": 100, "10pct": 10}  # one image in so many, rounded up
 LOW_SHOT = ("1img", "2imgs", "5imgs", "1pct")
-SUBSETS = (*SHOTS, *SHARES, "full")
+SUBSETS = ("1img", "2imgs", "5imgs", "Nimgs", "1pct", "10pct", "Npct", "full")  # N is any number
 DRAWS = (1, 2, 3)
+# Images per class, and percent of the images of each class. One name for each size: no leading zeros, `1img` but `2imgs`.
+_SHOTS = re.compile(r"(1)img|([2-9]|[1-9][0-9]{1,8})imgs")
+_SHARE = re.compile(r"([1-9][0-9]?|100)pct")
+_OTHER_SIZE = re.compile(r"([0-9]*\.?[0-9]{1,9})(imgs?|pct|%)")
 _SHOWN = 10
 
 
@@ -47,7 +50,7 @@ def make_subsets(names: Sequence[str], train: ImageSet) -> tuple[Subset, ...]:
     """Return every draw of the requested subsets, each once, in the order of the request.
 
     Args:
-        names: `1img`, `2imgs`, `5imgs`, `1pct`, `10pct`, `full`, `low-shot`, each optionally with `@DRAW`, or list files.
+        names: `1img`, `Nimgs`, `Npct`, `full`, `low-shot`, each optionally with `@DRAW`, or list files.
         train: The training images.
 
     Raises:
@@ -73,20 +76,37 @@ def check_subset_names(names: Iterable[str]) -> None:
     known = (*SUBSETS, "low-shot")
     for name in names:
         base, _, draw = name.partition("@")
-        if base in known:
+        if base == "low-shot" or _has_size(base):
             if draw and draw not in map(str, DRAWS):
                 raise UsageError(f"--subset {name}: there is no draw {draw!r}", hint="Draws are 1, 2 and 3.")
         elif not os.path.lexists(name) or Path(name).is_dir():  # what else cannot be read is said when it is read
+            if (size := _OTHER_SIZE.fullmatch(base)) and not size[1].isdecimal():
+                raise UsageError(
+                    f"--subset {name}: a subset has a whole number of images per class, or a whole percentage from 1 to 100",
+                    hint=f"Use {_name_size(size)}, or a list file, one image per line, which may hold any images.",
+                )
+            suggestion = f" Did you mean {_name_size(size)}?" if size else did_you_mean(base, known)
             raise UsageError(
-                f"--subset {name}: no subset and no list file has this name.{did_you_mean(base, known)}",
+                f"--subset {name}: no subset and no list file has this name.{suggestion}",
                 hint=f"Known: {', '.join(known)}, or the path of a list, one image per line.",
             )
+
+
+def _has_size(name: str) -> bool:
+    return name == "full" or bool(_SHOTS.fullmatch(name) or _SHARE.fullmatch(name))
+
+
+def _name_size(size: re.Match[str]) -> str:
+    """Return the name of the subset whose size is nearest to a number of images or percent."""
+    is_share = not size[2].startswith("img")
+    nearest = round(min(max(float(size[1]), 1), 100 if is_share else 10**9 - 1))
+    return f"{nearest}pct" if is_share else f"{nearest}imgs" if nearest > 1 else "1img"
 
 
 def _make_draws(name: str, train: ImageSet) -> tuple[Subset, ...]:
     check_subset_names([name])
     base, _, wanted = name.partition("@")
-    if base not in SUBSETS:
+    if not _has_size(base):
         return (read_list(Path(name), train),)
     publication = read_publication()
     published = publication.lists_of(base) if class_map_sha256(train.classes) == publication.class_map_sha256 else ()
@@ -115,17 +135,28 @@ def draw_subset(name: str, draw: int, train: ImageSet) -> Subset:
         return Subset(name=name, draw=draw, rule="full", image_ids=train.ids)
     chosen: list[str] = []
     for class_name, ids in zip(train.classes, train.ids_by_class, strict=True):
-        count = SHOTS[name] if name in SHOTS else -(-len(ids) // SHARES[name])
+        count = count_images(name, len(ids))
         if ids and len(ids) < count:
             raise DataError(
                 f"class {class_name!r} has {len(ids)} training image{'s' if len(ids) > 1 else ''}, {name} needs {count}",
                 hint="Add images to the class, or choose a smaller subset.",
             )
-        chosen += _sort_by_draw(ids, draw)[:count]
+        chosen += sort_by_draw(ids, draw)[:count]
     return Subset(name=name, draw=draw, rule="nested", image_ids=train.only(chosen).ids)
 
 
-def _sort_by_draw(ids: Iterable[str], draw: int) -> list[str]:
+def count_images(name: str, of: int) -> int:
+    """Return how many of the `of` images of a class a subset of this name has: N, or N percent, rounded up."""
+    if shots := _SHOTS.fullmatch(name):
+        return int(shots[1] or shots[2])
+    share = _SHARE.fullmatch(name)
+    assert share is not None
+    return -(-of * int(share[1]) // 100)
+
+
+def sort_by_draw(ids: Iterable[str], draw: int) -> list[str]:
+    """Return ids in the order of a draw: by the SHA-256 of `DRAW:CLASS/FILE`."""
+
     def key(image_id: str) -> tuple[bytes, bytes]:
         name = os.fsencode(image_id)
         return hashlib.sha256(b"%d:%b" % (draw, name)).digest(), name
@@ -182,7 +213,7 @@ def replace_images(subset: Subset, train: ImageSet, bad: set[str]) -> Subset:
                     f"class {train.classes[label]!r} has too few readable images for {subset.name}",
                     hint="Repair its images, or choose a smaller subset.",
                 )
-            kept.update(_sort_by_draw(spare, subset.draw)[:count])
+            kept.update(sort_by_draw(spare, subset.draw)[:count])
     if not kept:
         raise DataError(f"no image of subset {subset.name} can be read", hint="Repair the files.")
     return replace(subset, image_ids=train.only(list(kept)).ids)

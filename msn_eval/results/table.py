@@ -1,6 +1,7 @@
 """Table of results: mean, spread and count over draws, one row per checkpoint and one column per protocol."""
 
 import json
+import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 # Hyper-parameters that are part of a column's title. Others are shown only where they differ.
 _TITLE_PARAMS = ("k", "temperature", "auto")
-_SUBSET_ORDER = ("1img", "2imgs", "5imgs", "1pct", "10pct", "full")
+_SUBSET_SIZE = re.compile(r"(?P<number>\d+)(?P<unit>imgs?|pct)|(?P<full>full)")
 _PROBE_ORDER = ("logistic", "linear", "linear-augmented", "knn", "ncm", "ridge", "finetune")
 _RECIPES = {"linear": LinearRecipe(), "linear-augmented": AugmentedRecipe()}
 _SHOWN_ELSEWHERE = {"subset.name", "probe.params.lambda", "probe.params.taps", "tap"}
@@ -336,11 +337,18 @@ def _column_order(column: Column) -> tuple[Any, ...]:
         sorted((name, value) for name, value in column.params.items() if name != "lambda"),
         column.published,
         column.reason,
-        index(column.subset, _SUBSET_ORDER),
-        column.subset,
+        *_subset_order(column.subset),
         column.params.get("lambda", 0),
         column.protocol_id,
     )
+
+
+def _subset_order(subset: str) -> tuple[int, int, str]:
+    """Images per class by their number, then shares by their number, then all images, then lists by their names."""
+    size = _SUBSET_SIZE.fullmatch(subset)
+    if size is None:
+        return 3, 0, subset
+    return (2 if size["full"] else 1 if size["unit"] == "pct" else 0), int(size["number"] or 0), subset
 
 
 def _row_order(row: Row, columns: Sequence[Column], cells: Mapping[tuple[Row, Column], Cell]) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """Charts of a table: accuracy over labelled images per class and over k, on a logarithmic axis."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ _MOST_CURVES = 8
 _MOST_CROSSINGS = 12
 _MOST_Y_TICKS = 6
 _MIN_TICK_DISTANCE = 0.055  # of the axis; closer texts would overlap
-_SUBSET_TEXTS = {"1img": "1", "2imgs": "2", "5imgs": "5", "1pct": "1 %", "10pct": "10 %", "full": "all"}
+_SUBSET_SIZE = re.compile(r"(\d+)(imgs?|pct)")
 Tick = tuple[float, str, str]  # x, its text, and the text below it
 
 
@@ -127,13 +128,19 @@ def draw_shot_charts(table: Table) -> list[Chart]:
     for group, columns in table.groups().items():
         ticks = []
         for column in columns:
-            text, images = _SUBSET_TEXTS.get(column.subset, column.subset[:12]), f"{column.images_per_class:.3g}"
+            text, images = _shorten_subset(column.subset), f"{column.images_per_class:.3g}"
             ticks.append((column.images_per_class, text, "" if text == images else images))
         if not columns[0].published:
             title = "labelled images per class, log scale"
             charts[columns[0].probe] += _draw_columns(table, columns, ticks, group, title)
     # The first chart of every probe, then the second ones.
     return [chart for row in zip_longest(*charts.values()) for chart in row if chart is not None]
+
+
+def _shorten_subset(subset: str) -> str:
+    if size := _SUBSET_SIZE.fullmatch(subset):
+        return f"{size[1]} %" if size[2] == "pct" else size[1]
+    return "all" if subset == "full" else subset[:12]
 
 
 def draw_neighbour_charts(table: Table) -> list[Chart]:

@@ -1,6 +1,8 @@
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -78,9 +80,24 @@ def test_shares_of_a_class_are_rounded_up(images: int, one_percent: int, ten_per
     assert [len(draw_subset(name, 1, train)) for name in ("1pct", "10pct")] == [one_percent, ten_percent]
 
 
-def test_class_with_too_few_images_is_named_with_its_count() -> None:
-    with pytest.raises(DataError, match="class 'dog' has 4 training images, 5imgs needs 5") as caught:
-        draw_subset("5imgs", 1, numbered(cat=5, dog=4))
+@pytest.mark.parametrize("images", [1, 7, 50, 99, 100, 101])
+@pytest.mark.parametrize("percent", [3, 25, 33, 99, 100])
+def test_any_percentage_is_the_exact_share_rounded_up(images: int, percent: int) -> None:
+    assert len(draw_subset(f"{percent}pct", 1, numbered(a=images))) == math.ceil(Fraction(images * percent, 100))
+
+
+@pytest.mark.parametrize("draw", [1, 2, 3])
+def test_any_number_of_images_is_the_start_of_the_order_of_its_draw(draw: int) -> None:
+    train = numbered(a=40, b=30)
+    order = [in_draw_order(draw, ids) for ids in train.ids_by_class]
+    (made,) = make_subsets([f"17imgs@{draw}"], train)
+    assert (made.name, made.rule, set(made.image_ids)) == ("17imgs", "nested", {*order[0][:17], *order[1][:17]})
+
+
+@pytest.mark.parametrize("number", [5, 12])
+def test_class_with_too_few_images_is_named_with_its_count(number: int) -> None:
+    with pytest.raises(DataError, match=f"class 'dog' has 4 training images, {number}imgs needs {number}") as caught:
+        draw_subset(f"{number}imgs", 1, numbered(cat=12, dog=4))
     assert caught.value.exit_code == 21
 
 
@@ -108,8 +125,19 @@ def test_subset_requested_twice_is_made_once_in_the_order_requested() -> None:
     ("name", "message"),
     [
         ("5img", r"--subset 5img: no subset and no list file has this name\. Did you mean 5imgs\?"),
+        ("1imgs", r"Did you mean 1img\?"),
+        ("7img", r"Did you mean 7imgs\?"),
+        ("07imgs", r"Did you mean 7imgs\?"),
+        ("0pct", r"Did you mean 1pct\?"),
+        ("101pct", r"Did you mean 100pct\?"),
+        ("0.5pct", "a whole percentage from 1 to 100\nUse 1pct, or a list file"),
+        ("2.5imgs", "a whole number of images per class, or .*\nUse 2imgs, or a list file"),
+        ("7imgs@4", "there is no draw '4'"),
         ("low_shot", r"Did you mean low-shot\?"),
-        ("nowhere/list.txt", "Known: 1img, 2imgs, 5imgs, 1pct, 10pct, full, low-shot, or the path of a list"),
+        (
+            "nowhere/list.txt",
+            "Known: 1img, 2imgs, 5imgs, Nimgs, 1pct, 10pct, Npct, full, low-shot, or the path of a list",
+        ),
         ("5imgs@4", "there is no draw '4'\nDraws are 1, 2 and 3"),
         ("5imgs@0", "there is no draw '0'"),
         ("5imgs@x", "there is no draw 'x'"),
@@ -280,9 +308,9 @@ def test_published_draw_holds_the_names_of_its_list(imagenet_names: ImageSet, sh
 
 
 @pytest.mark.usefixtures("published")
-def test_ten_percent_of_imagenet_is_drawn_without_a_list(imagenet_names: ImageSet) -> None:
-    made = make_subsets(["10pct"], imagenet_names)
-    assert [(one.draw, one.rule) for one in made] == [(1, "nested"), (2, "nested"), (3, "nested")]
+def test_sizes_of_imagenet_without_a_published_list_are_drawn(imagenet_names: ImageSet) -> None:
+    made = make_subsets(["10pct", "3imgs"], imagenet_names)
+    assert [(one.draw, one.rule) for one in made] == [(1, "nested"), (2, "nested"), (3, "nested")] * 2
 
 
 @pytest.mark.usefixtures("published")
