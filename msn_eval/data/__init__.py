@@ -8,7 +8,16 @@ import re
 from pathlib import Path
 from typing import cast
 
-from msn_eval.data.dataset import SPLITS, DataSet, DatasetListing, Loader, LoadOptions, make_dataset, make_split
+from msn_eval.data.dataset import (
+    SPLITS,
+    DataSet,
+    DatasetListing,
+    Loader,
+    LoadOptions,
+    UnknownLayoutError,
+    make_dataset,
+    make_split,
+)
 from msn_eval.data.images import ImageSet
 from msn_eval.errors import UsageError
 from msn_eval.registry import Entry, find_entry, read_registry
@@ -18,14 +27,20 @@ __all__ = ["DATASETS", "DATA_VARIABLE", "DataSet", "find_data_name", "list_datas
 DATASETS = (
     Entry(
         name="DIR",
-        summary="an image folder: train/<class>/* and val/<class>/*; or ImageNet as distributed: train tars read in place, "
-        "flat val with devkit, synset file or LOC_val_solution.csv",
+        summary="an image folder: train/<class>/* and val/<class>/* (or valid, validation, test; the first of these counts); "
+        "or ImageNet as distributed: train tars read in place, flat val with devkit, synset file or LOC_val_solution.csv; "
+        "or Tiny ImageNet as distributed",
         target="msn_eval.data.imagenet:list_directory",
     ),
     Entry(
         name="wds",
         summary="wds:DIR, a WebDataset: train-*.tar and val-*.tar with a .cls beside each image, and classes.txt",
         target="msn_eval.data.webdataset:list_webdataset",
+    ),
+    Entry(
+        name="csv",
+        summary="csv:FILE, a CSV file with the columns image (paths, relative to its folder), label, and split (train or val)",
+        target="msn_eval.data.csv_list:list_csv",
     ),
     Entry(
         name="hf",
@@ -39,7 +54,7 @@ DATASETS = (
     ),
 )
 DATA_VARIABLE = "MSN_EVAL_DATA"
-_PLACE_REQUIRED = ("wds", "hf")
+_PLACE_REQUIRED = ("wds", "csv", "hf")
 _SCHEME = re.compile(r"[A-Za-z][\w+-]+")  # at least two characters: `C:` starts a path on Windows
 
 
@@ -75,7 +90,11 @@ def read_dataset(name: str, *, allow_class_mismatch: bool = False, cache_dir: Pa
 
 
 def read_split(name: str, split: str, *, cache_dir: Path | None = None) -> ImageSet:
-    """Read the `train` or `val` images of a data set, with their own classes; the other split need not exist."""
+    """Read the `train` or `val` images of a data set, with their own classes; the other split need not exist.
+
+    A folder whose subfolders hold images directly, without `train` and `val`, is read as `val`: so ImageNet-V2, -A, -R and
+    -Sketch are distributed.
+    """
     if split not in SPLITS:
         raise UsageError(f"split {split!r}: a data set has the splits train and val")
     _, listing = _load(name, LoadOptions(splits=(split,), cache_dir=cache_dir))
@@ -95,4 +114,10 @@ def _load(name: str, options: LoadOptions) -> tuple[Entry, DatasetListing]:
             )
     else:
         entry, place = registry["DIR"], name
-    return entry, cast(Loader, entry.load())(place, options)
+    try:
+        return entry, cast(Loader, entry.load())(place, options)
+    except UnknownLayoutError as error:
+        layouts = "".join(f"\n  {name}: {summary}" for name, summary in list_datasets().items())
+        raise UnknownLayoutError(
+            error.what, where=error.where, hint=f"{error.hint}\nData sets that can be read:{layouts}"
+        ) from error

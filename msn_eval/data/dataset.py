@@ -13,7 +13,12 @@ from msn_eval.data.images import ImageSet, ImageSource
 from msn_eval.errors import DataError
 
 SPLITS = ("train", "val")
+VAL_NAMES = ("val", "valid", "validation", "test")  # of the folder or rows that are val; the first that exists counts
 _SHOWN = 5
+
+
+class UnknownLayoutError(DataError):
+    """A folder that is stored in none of the layouts that are read. The caller adds the list of layouts to the hint."""
 
 
 @dataclass(frozen=True, kw_only=True)

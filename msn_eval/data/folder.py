@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from msn_eval.data.dataset import Listing
+from msn_eval.data.dataset import VAL_NAMES, Listing, UnknownLayoutError
 from msn_eval.data.images import Stamp, decode_image, file_stamp, is_image_name, reading
 from msn_eval.data.index import ContainerIndex, index_containers, make_index
 from msn_eval.errors import DataError
@@ -78,15 +78,19 @@ def list_entries(folder: Path) -> list[os.DirEntry[str]]:
         return list(entries)
 
 
-def check_is_folder(
-    root: Path,
-    hint: str = "Give --data a folder with train/<class>/* and val/<class>/* or with ImageNet's archives, "
-    "wds:FOLDER, hf:NAME, or `digits` to try things out.",
-) -> None:
-    """Raise DataError where a data set's folder is missing or a file."""
+def check_is_folder(root: Path, hint: str) -> None:
+    """Raise UnknownLayoutError where a data set's folder is missing or a file."""
     if not root.is_dir():
         state = "is a file, not a folder" if root.exists() else "does not exist"
-        raise DataError(f"the data folder {state}", where=str(root), hint=hint)
+        raise UnknownLayoutError(f"the data folder {state}", where=str(root), hint=hint)
+
+
+def holds_class_folders(root: Path) -> bool:
+    """Whether every folder in `root` holds images directly, as the folders of classes do, and none is that of a split."""
+    folders = [entry for entry in list_entries(root) if not entry.name.startswith(".") and is_folder(entry)]
+    if not folders or {entry.name for entry in folders} & {"train", *VAL_NAMES}:
+        return False
+    return all(any(is_image_name(entry.name) for entry in list_entries(Path(folder.path))) for folder in folders)
 
 
 def _scan_class(folder: Path) -> ContainerIndex:

@@ -1,31 +1,35 @@
-"""ImageNet as it is distributed: training tars read in place, validation images in one flat folder or tar."""
+"""Folders of images by class; and ImageNet and Tiny ImageNet as they are distributed: tars read in place, flat val."""
 
+import logging
 import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from msn_eval.data.dataset import SPLITS, DatasetListing, Listing, LoadOptions
+from msn_eval.data.dataset import SPLITS, VAL_NAMES, DatasetListing, Listing, LoadOptions, UnknownLayoutError
 from msn_eval.data.folder import (
     FolderSource,
     check_is_folder,
     folder_name,
+    holds_class_folders,
     is_folder,
     list_class_folders,
     list_entries,
     scan_images,
 )
-from msn_eval.data.imagenet_labels import WNID, read_labels
+from msn_eval.data.imagenet_labels import TINY_LABELS, WNID, read_labels
 from msn_eval.data.images import is_image_name, name_in_class
 from msn_eval.data.index import ContainerIndex, index_containers, make_index
 from msn_eval.data.tar import TarMember, list_members, open_archives, read_members
 from msn_eval.errors import DataError
 
+_log = logging.getLogger(__name__)
 _TARS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 _KAGGLE = Path("ILSVRC", "Data", "CLS-LOC")
 _CLASS_TAR = re.compile(rf"({WNID.pattern})\.tar")
+_TINY_IMAGES, _TINY_CLASSES = "images", "wnids.txt"
 _THREADS = 8
 _SHOWN = 5
 
@@ -38,23 +42,44 @@ class FlatSource(FolderSource):
         return self.root / image_id.rpartition("/")[2]
 
 
+@dataclass(frozen=True)
+class TinySource(FolderSource):
+    """Image files of Tiny ImageNet, in the folder `images` of each class."""
+
+    def path(self, image_id: str) -> Path:
+        name, _, file = image_id.partition("/")
+        return self.root / name / _TINY_IMAGES / file
+
+
 def list_directory(place: str, options: LoadOptions) -> DatasetListing:
     """List the folder `place`: ImageNet as distributed where a split is stored in such a form, else an image folder.
 
     ImageNet's training images are class folders, one tar per class, or ILSVRC2012_img_train.tar. Its validation images are
     class folders, all in the folder `val`, or ILSVRC2012_img_val.tar; flat ones take their classes from label files.
+    Tiny ImageNet has its images in `train/<class>/images` and `val/images`, and the classes of the latter in a file.
+
+    The folder of val may also be called `valid`, `validation` or `test`; then its name is part of that of the data set.
+    Where val alone is wanted, class folders without splits are val.
 
     Raises:
         DataError: Naming the file, and its line, at fault.
     """
     root = Path(place)
-    check_is_folder(root)
+    check_is_folder(root, hint="Give the path of a folder, or a data set by its name.")
     base = _find_base(root)
+    if options.splits == ("val",) and holds_class_folders(base):
+        listing = list_class_folders(base, cache_dir=options.cache_dir)
+        return DatasetListing(name=folder_name(root), splits={"val": listing})
+    folders = {split: _find_split_folder(root, base, split) for split in options.splits}
     splits: dict[str, Listing] = {}
-    for split in options.splits:
+    for split, folder in folders.items():
         known = splits["train"].files.keys() if "train" in splits and not options.allow_class_mismatch else None
-        splits[split] = _list_split(root, base, split, known, options.cache_dir)
-    return DatasetListing(name=folder_name(root), splits=splits)
+        splits[split] = _list_split(root, folder, split, known, options.cache_dir)
+    name = folder_name(root)
+    if folders.get("val", base / "val") != base / "val":
+        name = f"{name} ({folders['val'].name})"
+        _log.info("%s: validation images are those of the folder %s", root, folders["val"].name)
+    return DatasetListing(name=name, splits=splits)
 
 
 def _find_base(root: Path) -> Path:
@@ -63,12 +88,23 @@ def _find_base(root: Path) -> Path:
     return root / _KAGGLE if not has_splits and (root / _KAGGLE).is_dir() else root
 
 
-def _list_split(root: Path, base: Path, split: str, known: Iterable[str] | None, cache_dir: Path | None) -> Listing:
+def _find_split_folder(root: Path, base: Path, split: str) -> Path:
+    """Return the folder of a split: that of val has one of several names, but beside ImageNet's tar of val only `val`."""
+    has_tar = any((parent / _TARS["val"]).is_file() for parent in (base, root))
+    names = (split,) if split == "train" or has_tar else VAL_NAMES
+    return next((base / name for name in names if (base / name).is_dir()), base / split)
+
+
+def _list_split(root: Path, folder: Path, split: str, known: Iterable[str] | None, cache_dir: Path | None) -> Listing:
     """List the images of a split in the form in which they are stored."""
-    folder = base / split
-    entries = list_entries(folder) if folder.is_dir() else []
-    if any(is_folder(entry) and not entry.name.startswith(".") for entry in entries):
-        return list_class_folders(folder, cache_dir=cache_dir)
+    base, entries = folder.parent, list_entries(folder) if folder.is_dir() else []
+    folders = [entry.name for entry in entries if is_folder(entry) and not entry.name.startswith(".")]
+    if folders == [_TINY_IMAGES] and (folder / TINY_LABELS).is_file():
+        folder, folders = folder / _TINY_IMAGES, []
+        entries = list_entries(folder)
+    if folders:
+        listing = list_class_folders(folder, cache_dir=cache_dir)
+        return _without_tiny_images(listing, folder) if (root / _TINY_CLASSES).is_file() else listing
     class_tars = sorted((entry.name for entry in entries if _CLASS_TAR.fullmatch(entry.name)), key=os.fsencode)
     if split == "train" and class_tars:
         paths = [folder / name for name in class_tars]
@@ -85,7 +121,7 @@ def _list_split(root: Path, base: Path, split: str, known: Iterable[str] | None,
         return Listing(files=of_class, source=FlatSource(folder), passed_over=index.passed_over)
     path = next((parent / _TARS[split] for parent in (folder, base, root) if (parent / _TARS[split]).is_file()), None)
     if path is None:
-        raise _missing_split(root, split)
+        raise _missing_split(root, base, split)
     archives = open_archives([path])
     if split == "val":
         (index,) = index_containers([path], _scan_flat_tar, root=path, kind="flat tar", cache_dir=cache_dir)
@@ -97,13 +133,28 @@ def _list_split(root: Path, base: Path, split: str, known: Iterable[str] | None,
     return list_members(archives, [files], [[name for name, *_ in ids]], root=path)
 
 
-def _missing_split(root: Path, split: str) -> DataError:
+def _without_tiny_images(listing: Listing, folder: Path) -> Listing:
+    """Leave out the folder `images` of each class of Tiny ImageNet: an image's id is its class and its file."""
+    prefix = f"{_TINY_IMAGES}/"
+    if not all(file.startswith(prefix) for files in listing.files.values() for file in files):
+        return listing
+    files = {name: [file.removeprefix(prefix) for file in files] for name, files in listing.files.items()}
+    return replace(listing, files=files, source=TinySource(folder))
+
+
+def _missing_split(root: Path, base: Path, split: str) -> DataError:
     names = sorted(entry.name for entry in list_entries(root))
     hint = f"Put the images of each class into a folder {split}/<class>, or {_TARS[split]} of ImageNet beside them."
+    whole = base / "train" if split == "val" and (base / "train").is_dir() else base
     if any(root.glob(f"{split}-*.tar")):
         hint = f"Give wds:{root} if these are the archives of a WebDataset."
+        return DataError(f"has no {split} images", where=str(root), hint=hint)
+    if holds_class_folders(whole):
+        hint = (
+            f"Draw a val split once with `msn-eval data split {whole} --out DIR`, and give the CSV file that it writes."
+        )
     held = ", ".join(names[:_SHOWN]) or "nothing"
-    return DataError(f"has no {split} images (it holds: {held})", where=str(root), hint=hint)
+    return UnknownLayoutError(f"has no {split} images (it holds: {held})", where=str(root), hint=hint)
 
 
 def _scan_class_tar(path: Path) -> ContainerIndex:

@@ -1,4 +1,4 @@
-"""The classes of ImageNet's validation images, which are distributed flat: synset file, Kaggle's CSV, or devkit."""
+"""The classes of validation images that are distributed flat: synset file, Kaggle's CSV, devkit, or Tiny ImageNet's file."""
 
 import io
 import os
@@ -19,6 +19,7 @@ WNID = re.compile(r"n\d{8}")
 _NUMBERED = re.compile(r"ILSVRC2012_val_(\d{8})")
 _COORDINATE = re.compile(r"-?\d*\.?\d+")
 _SYNSET_FILES = ("*synset_labels*.txt", "val.txt")
+TINY_LABELS = "val_annotations.txt"
 _KAGGLE_FILE = "LOC_val_solution.csv"
 _DEVKIT = "ILSVRC2012_devkit_t12"
 _META, _TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
@@ -47,7 +48,12 @@ def read_labels(files: Sequence[str], folders: Sequence[Path], *, where: str, kn
     Raises:
         DataError: A class is unknown, or labels do not fit the images. The text names file and line.
     """
-    sources = [*_find_synset_files(folders), *_find_kaggle_files(folders), *_find_devkits(folders)]
+    sources = [
+        *_find_synset_files(folders),
+        *_find_kaggle_files(folders),
+        *_find_tiny_files(folders),
+        *_find_devkits(folders),
+    ]
     if not sources:
         raise DataError(
             f"holds {len(files):,} images without class folders, and no file with their classes was found",
@@ -137,6 +143,18 @@ def _find_kaggle_files(folders: Sequence[Path]) -> Iterator[_LabelFile]:
                 raise _line_error(path, number, line, "a line is an image, a comma, and boxes of one class")
             if image != "ImageId":
                 labels.append(_Label(_stem(image), wnids.pop(), number))
+        yield path, _check_labels(path, labels)
+
+
+def _find_tiny_files(folders: Sequence[Path]) -> Iterator[_LabelFile]:
+    """Read lines `FILE WNID x y x y` of Tiny ImageNet."""
+    for path in filter(Path.is_file, dict.fromkeys(folder / TINY_LABELS for folder in folders)):
+        labels = []
+        for number, line in _read_lines(_read_content(path), path):
+            file, *rest = line.split("\t")
+            if not rest:
+                raise _line_error(path, number, line, "a line is an image, a tab, its class, and a box")
+            labels.append(_Label(_stem(file), rest[0], number))
         yield path, _check_labels(path, labels)
 
 

@@ -74,9 +74,10 @@ def store_pictures(stored_pictures: Pictures) -> Store:
 
     `store(root, train=FORM, val=FORM, labels=FORM)`, or `store(root, layout="webdataset")`:
     train:  "folders", "class tars", "tar", "tar in train"
-    val:    "folders", "flat", "tar", "tar in val"
+    val:    "folders", "folders in valid" (or in validation, test), "flat", "tar", "tar in val"
     labels: any of "synsets", "named", "kaggle", "devkit", "packed devkit", in one string with commas; for flat val
-    layout:  "webdataset" (two train shards), or "kaggle" (its folders and CSV)
+    layout: "webdataset" (two train shards), "kaggle" (its folders and CSV), "tiny" (as Tiny ImageNet), "tiny sorted" (with
+            its val images sorted into class folders), or "csv"
     """
 
     def store(root: Path, *, train: str = "", val: str = "", labels: str = "", layout: str = "") -> str:
@@ -85,6 +86,11 @@ def store_pictures(stored_pictures: Pictures) -> Store:
             case "webdataset":
                 _store_webdataset(root, stored_pictures)
                 return f"wds:{root}"
+            case "csv":
+                return f"csv:{_store_csv(root, stored_pictures)}"
+            case "tiny" | "tiny sorted":
+                _store_tiny(root, stored_pictures, is_sorted=layout == "tiny sorted")
+                return str(root)
             case "kaggle":
                 inside = root / "ILSVRC" / "Data" / "CLS-LOC"
                 _store_folders(inside / "train", stored_pictures["train"])
@@ -143,6 +149,8 @@ def _store_val(root: Path, form: str, pictures: Mapping[str, bytes]) -> None:
     match form:
         case "folders":
             _store_folders(root / "val", pictures)
+        case "folders in valid" | "folders in validation" | "folders in test":
+            _store_folders(root / form.rpartition(" ")[2], pictures)
         case "flat":
             _store_flat(root / "val", pictures)
         case "tar" | "tar in val":
@@ -189,6 +197,38 @@ def _store_devkit(root: Path, files: Mapping[str, bytes], *, packed: bool) -> No
     (root / name / "data").mkdir(parents=True)
     for file, content in files.items():
         (root / name / "data" / file).write_bytes(content)
+
+
+def _store_tiny(root: Path, pictures: Pictures, *, is_sorted: bool) -> None:
+    """Store the pictures as Tiny ImageNet is distributed: 200 classes are named, boxes are beside the images."""
+    for split in ("train", "val") if is_sorted else ("train",):
+        for image_id, content in pictures[split].items():
+            wnid, _, file = image_id.partition("/")
+            folder = root / split / wnid / "images"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(content)
+            (folder.parent / f"{wnid}_boxes.txt").write_text(f"{file}\t0\t0\t62\t62\n")
+    if not is_sorted:
+        _store_flat(root / "val" / "images", pictures["val"])
+        rows = [tuple(reversed(image_id.split("/"))) for image_id in pictures["val"]]
+        lines = "".join(f"{file}\t{wnid}\t0\t32\t44\t62\n" for file, wnid in rows)
+        (root / "val" / "val_annotations.txt").write_text(lines)
+    (root / "test" / "images").mkdir(parents=True)
+    (root / "test" / "images" / "test_0.JPEG").write_bytes(next(iter(pictures["val"].values())))
+    (root / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in reversed(_WNIDS)))
+    (root / "words.txt").write_text("".join(f"{wnid}\tname of {wnid}, other name\n" for wnid in _WNIDS))
+
+
+def _store_csv(root: Path, pictures: Pictures) -> Path:
+    """Store the pictures in flat folders, with quotes, a byte-order mark and Windows line ends in the file."""
+    lines = ["split,note,image,label"]
+    for split, of_split in pictures.items():
+        _store_flat(root / "all, in one folder" / split, of_split)
+        for image_id in of_split:
+            wnid, _, file = image_id.partition("/")
+            lines.append(f'{split},"a ""note"", quoted","all, in one folder/{split}/{file}",{wnid}')
+    (root / "images.csv").write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n\r\n").encode())
+    return root / "images.csv"
 
 
 def _store_webdataset(root: Path, pictures: Pictures) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from msn_eval.data import read_dataset, read_split
+from msn_eval.data import list_datasets, read_dataset, read_split
 from msn_eval.errors import DataError
 
 
@@ -60,7 +60,17 @@ def test_missing_folder_is_named_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_dataset(str(tmp_path / "nowhere"))
     assert caught.value.exit_code == 21
-    assert str(caught.value).startswith(f"{tmp_path / 'nowhere'}: the data folder does not exist\nGive --data a folder")
+    assert str(caught.value).startswith(
+        f"{tmp_path / 'nowhere'}: the data folder does not exist\nGive the path of a folder"
+    )
+
+
+@pytest.mark.parametrize("inside", [[], ["notes.txt"], ["train/a/x.jpg"], ["pictures/deep/below/x.jpg"]])
+def test_folder_that_cannot_be_read_names_every_layout_that_can(tmp_path: Path, inside: list[str]) -> None:
+    with pytest.raises(DataError) as caught:
+        read_dataset(str(make_files(tmp_path, inside)))
+    listed = [f"  {name}: {summary}" for name, summary in list_datasets().items()]
+    assert caught.value.hint.splitlines()[-len(listed) - 1 :] == ["Data sets that can be read:", *listed]
 
 
 def test_file_instead_of_a_folder_is_reported(tmp_path: Path) -> None:
@@ -70,12 +80,58 @@ def test_file_instead_of_a_folder_is_reported(tmp_path: Path) -> None:
 
 
 def test_folder_without_val_is_reported_with_what_it_holds_and_lacks(tmp_path: Path) -> None:
-    root = make_files(tmp_path, ["train/a/x.jpg", "validation/a/x.jpg"])
+    root = make_files(tmp_path, ["train/more/a/x.jpg", "holdout/a/x.jpg"])
     with pytest.raises(DataError) as caught:
         read_dataset(str(root))
     assert caught.value.exit_code == 21
-    assert f"{root}: has no val images (it holds: train, validation)" in str(caught.value)
+    assert f"{root}: has no val images (it holds: holdout, train)" in str(caught.value)
     assert "val/<class>" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("names", "folder"), [(["a/x.jpg", "b/x.jpg"], ""), (["train/a/x.jpg", "train/b/x.jpg"], "train")]
+)
+def test_class_folders_without_val_name_the_command_that_draws_it(
+    tmp_path: Path, names: list[str], folder: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        read_dataset(str(make_files(tmp_path, names)))
+    assert f"`msn-eval data split {tmp_path / folder} --out DIR`" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("folders", "chosen"),
+    [
+        (["val", "valid", "validation", "test"], "val"),
+        (["valid", "validation", "test"], "valid"),
+        (["validation", "test"], "validation"),
+        (["test"], "test"),
+    ],
+)
+def test_first_folder_of_val_counts_and_is_named(tmp_path: Path, folders: list[str], chosen: str) -> None:
+    root = make_files(tmp_path / "pets", ["train/a/x.jpg", *(f"{folder}/a/{folder}.jpg" for folder in folders)])
+    data = read_dataset(str(root))
+    name = "pets" if chosen == "val" else f"pets ({chosen})"
+    assert (data.name, data.val.ids) == (name, (f"a/{chosen}.jpg",))
+
+
+def test_class_folders_alone_are_val_where_only_val_is_wanted(tmp_path: Path) -> None:
+    root = make_files(tmp_path, ["10/b.jpeg", "2/a.jpeg", "2/more/c.jpeg", "README.md"])
+    val = read_split(str(root), "val")
+    assert (val.classes, val.ids, val.passed_over) == (("10", "2"), ("10/b.jpeg", "2/a.jpeg", "2/more/c.jpeg"), 1)
+
+
+@pytest.mark.parametrize(
+    "names", [["train/a/x.jpg"], ["a/x.jpg", "train/x.jpg"], ["a/x.jpg", "b/more/x.jpg"], ["x.jpg"]]
+)
+def test_other_folders_without_val_are_not_taken_for_val(tmp_path: Path, names: list[str]) -> None:
+    with pytest.raises(DataError, match="has no val images"):
+        read_split(str(make_files(tmp_path, names)), "val")
+
+
+def test_class_folders_alone_are_not_train(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no train images"):
+        read_split(str(make_files(tmp_path, ["a/x.jpg", "b/x.jpg"])), "train")
 
 
 @pytest.mark.parametrize("inside", ["train/b/notes.txt", "train/b/.hidden.jpg"])

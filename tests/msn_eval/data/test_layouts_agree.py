@@ -12,6 +12,12 @@ Store = Callable[..., str]
 
 LAYOUTS = {
     "class folders": {"train": "folders", "val": "folders"},
+    "train and valid": {"train": "folders", "val": "folders in valid"},
+    "train and validation": {"train": "folders", "val": "folders in validation"},
+    "train and test": {"train": "folders", "val": "folders in test"},
+    "Tiny ImageNet": {"layout": "tiny"},
+    "Tiny ImageNet, sorted into folders": {"layout": "tiny sorted"},
+    "csv": {"layout": "csv"},
     "flat val with synset file": {"train": "folders", "val": "flat", "labels": "synsets"},
     "flat val with names and classes": {"train": "folders", "val": "flat", "labels": "named"},
     "flat val with devkit": {"train": "folders", "val": "flat", "labels": "devkit"},
