@@ -1,7 +1,11 @@
-"""`msn-eval data verify X`: read, decode and count every image of a data set, and compare it with a manifest."""
+"""`msn-eval data verify X`: read, decode and count every image of a data set, and compare it with a manifest.
+
+`msn-eval data split DIR --out DIR`: draw a val split for class folders that have none.
+"""
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +23,7 @@ _PAIRS_SHOWN = 10
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="verify")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="verify|split")
     verify = actions.add_parser("verify", help="read and decode every image of both splits", allow_abbrev=False)
     add = verify.add_argument
     add("data", metavar="X", help="a data set; see `msn-eval ls datasets`")
@@ -28,9 +32,55 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--allow-class-mismatch", action="store_true", help="number the union of train's and val's classes")
     add("--workers", metavar="N", default="auto", help="decoding processes, or auto")
     add("--json", action="store_true", help="print everything as JSON on stdout")
+    split = actions.add_parser("split", help="draw a val split for class folders that have none", allow_abbrev=False)
+    split.add_argument("data", type=Path, metavar="DIR", help="a folder with one folder per class")
+    split.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the CSV file that names the splits"
+    )
+    size = split.add_mutually_exclusive_group()
+    size.add_argument("--val-share", metavar="F", help="share of each class for val, rounded up; default 0.2")
+    size.add_argument("--val-per-class", metavar="N", help="number of images of each class for val")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run the action."""
+    return _split(options) if options.action == "split" else _verify(options)
+
+
+def _split(options: argparse.Namespace) -> int:
+    """Write the CSV file and print what it holds."""
+    from fractions import Fraction
+
+    from msn_eval.data.csv_list import write_csv
+    from msn_eval.data.folder import folder_name
+    from msn_eval.data.val_split import DEFAULT_SHARE, draw_val, read_class_folders
+    from msn_eval.files.atomic import prepare_folder
+
+    share, per_class = options.val_share, options.val_per_class
+    if share is not None and not (re.fullmatch(r"\d*\.\d{1,9}", share) and 0 < Fraction(share) < 1):
+        raise UsageError(
+            f"--val-share {share} is not a share between 0 and 1", hint="Write --val-share 0.2, for example."
+        )
+    if per_class is not None and not re.fullmatch(r"[1-9]\d{0,8}", per_class):
+        raise UsageError(f"--val-per-class {per_class} is not a positive number")
+    images = read_class_folders(options.data)
+    val = draw_val(
+        images,
+        share=Fraction(share) if share else DEFAULT_SHARE,
+        per_class=int(per_class) if per_class else None,
+    )
+    prepare_folder(options.out, option="--out")
+    table = options.out / f"{folder_name(options.data)}.csv"
+    rows = []
+    for image_id, label in zip(images.ids, images.labels, strict=True):
+        path = Path(os.path.relpath(options.data.resolve() / image_id, options.out.resolve())).as_posix()
+        rows.append((path, images.classes[label], "val" if image_id in val else "train"))
+    write_csv(table, rows)
+    print(printable(f"{len(rows) - len(val):,} train, {format_count(len(val), 'val image')}: --data csv:{table}"))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
     """Print the report. Return 21 where an image cannot be used or differs from the manifest."""
     from msn_eval.commands.progress import progress_on_stderr
     from msn_eval.data import read_dataset

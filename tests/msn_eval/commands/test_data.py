@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from msn_eval.cli import main
 from msn_eval.commands import data
 from msn_eval.data import image_info, read_dataset
 from msn_eval.data.dataset import class_map_sha256
@@ -238,6 +239,7 @@ def test_json_lists_damage_and_differences(pets: Path, tmp_path: Path, capsys: C
 
 PROGRAM = """
 import argparse, logging, sys
+from msn_eval.cli import main
 from msn_eval.commands import data
 logging.getLogger('msn_eval').setLevel(logging.INFO)
 parser = argparse.ArgumentParser()
@@ -265,3 +267,29 @@ def test_progress_is_drawn_on_a_terminal(pets: Path) -> None:
     os.close(leader)
     assert done.returncode == 0
     assert "train" in drawn
+
+
+@pytest.mark.parametrize("out", ["elsewhere/deep", "photos"])
+def test_split_class_folders_are_a_data_set_of_the_same_ids(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    names = [f"{label}/{number}.png" for label in ("cat", "dog, or wolf") for number in range(5)]
+    for name in names:
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (len(name), int(name[-5]), 0)).save(tmp_path / "photos" / name)
+    assert main(["data", "split", str(tmp_path / "photos"), "--out", str(tmp_path / out), "--val-per-class", "2"]) == 0
+    table = tmp_path / out / "photos.csv"
+    assert capsys.readouterr().out == f"6 train, 4 val images: --data csv:{table}\n"
+    data = read_dataset(f"csv:{table}")
+    assert (data.name, sorted(data.train.ids + data.val.ids)) == ("photos", names)
+    assert main(["data", "verify", f"csv:{table}"]) == 0
+
+
+@pytest.mark.parametrize(
+    "options", [["--val-share", "0"], ["--val-share", "1.0"], ["--val-share", "20"], ["--val-per-class", "0"]]
+)
+def test_split_of_an_impossible_size_is_a_usage_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert main(["data", "split", str(tmp_path), "--out", str(tmp_path / "out"), *options]) == 2
+    assert options[0] in capsys.readouterr().err
