@@ -10,6 +10,7 @@ from typing import cast
 
 from msn_eval.data.dataset import (
     SPLITS,
+    VAL_NAMES,
     DataSet,
     DatasetListing,
     Loader,
@@ -18,11 +19,21 @@ from msn_eval.data.dataset import (
     make_dataset,
     make_split,
 )
+from msn_eval.data.folder import list_tree
 from msn_eval.data.images import ImageSet
 from msn_eval.errors import UsageError
 from msn_eval.registry import Entry, find_entry, read_registry
 
-__all__ = ["DATASETS", "DATA_VARIABLE", "DataSet", "find_data_name", "list_datasets", "read_dataset", "read_split"]
+__all__ = [
+    "DATASETS",
+    "DATA_VARIABLE",
+    "DataSet",
+    "find_data_name",
+    "list_datasets",
+    "read_dataset",
+    "read_split",
+    "read_training_images",
+]
 
 DATASETS = (
     Entry(
@@ -43,6 +54,12 @@ DATASETS = (
         target="msn_eval.data.csv_list:list_csv",
     ),
     Entry(
+        name="tv",
+        summary="tv:NAME, a data set of torchvision with its official splits, downloaded once: cifar10, cifar100, stl10, svhn, "
+        "mnist, fashionmnist, flowers102, oxfordpets, dtd, food101, aircraft, gtsrb, pcam, imagenette",
+        target="msn_eval.data.torchvision_sets:list_torchvision",
+    ),
+    Entry(
         name="hf",
         summary="hf:NAME_OR_DIR, a Hugging Face data set: its splits train and validation, else test",
         target="msn_eval.data.huggingface:list_hub",
@@ -54,7 +71,7 @@ DATASETS = (
     ),
 )
 DATA_VARIABLE = "MSN_EVAL_DATA"
-_PLACE_REQUIRED = ("wds", "csv", "hf")
+_PLACE_REQUIRED = ("wds", "csv", "tv", "hf")
 _SCHEME = re.compile(r"[A-Za-z][\w+-]+")  # at least two characters: `C:` starts a path on Windows
 
 
@@ -99,6 +116,21 @@ def read_split(name: str, split: str, *, cache_dir: Path | None = None) -> Image
         raise UsageError(f"split {split!r}: a data set has the splits train and val")
     _, listing = _load(name, LoadOptions(splits=(split,), cache_dir=cache_dir))
     return make_split(listing.splits[split], where=name)
+
+
+def read_training_images(name: str, *, cache_dir: Path | None = None) -> ImageSet:
+    """Read the `train` images of a data set; of a folder without classes every image in and below it, or its `train`.
+
+    Raises:
+        DataError: There are no images; or only those of val, on which nothing may be trained.
+    """
+    try:
+        return read_split(name, "train", cache_dir=cache_dir)
+    except UnknownLayoutError:
+        root = Path(name)
+        if not root.is_dir() or (not (root / "train").is_dir() and any((root / split).is_dir() for split in VAL_NAMES)):
+            raise
+        return list_tree(root / "train" if (root / "train").is_dir() else root)
 
 
 def _load(name: str, options: LoadOptions) -> tuple[Entry, DatasetListing]:

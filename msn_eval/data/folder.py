@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from msn_eval.data.dataset import VAL_NAMES, Listing, UnknownLayoutError
-from msn_eval.data.images import Stamp, decode_image, file_stamp, is_image_name, reading
+from msn_eval.data.images import NO_CLASSES, ImageSet, Stamp, decode_image, file_stamp, is_image_name, reading
 from msn_eval.data.index import ContainerIndex, index_containers, make_index
 from msn_eval.errors import DataError
 from msn_eval.files.regular import read_regular_file
@@ -61,6 +61,19 @@ def list_class_folders(root: Path, *, cache_dir: Path | None) -> Listing:
         files={path.name: index.names for path, index in zip(classes, indexes, strict=True)},
         source=FolderSource(root),
         passed_over=len(entries) - len(classes) + sum(index.passed_over for index in indexes),
+    )
+
+
+def list_tree(root: Path) -> ImageSet:
+    """List every image in and below a folder, without classes: ids are paths. Raises DataError where there is none."""
+    index = _scan_class(root)
+    ids = tuple(sorted(index.names, key=os.fsencode))
+    return ImageSet(
+        ids=ids,
+        labels=(0,) * len(ids),
+        classes=NO_CLASSES,
+        source=FolderSource(root),
+        passed_over=index.passed_over,
     )
 
 

@@ -41,6 +41,7 @@ _MAGIC = {
     "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
     "gif": re.compile(rb"GIF8[79]a"),
     "bmp": re.compile(rb"BM"),
+    "tif": re.compile(rb"II\*\0|MM\0\*"),
 }
 
 

@@ -17,17 +17,21 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from msn_eval.errors import DataError, ResourceError
 from msn_eval.process import describe_exhausted_resource
 
+NO_CLASSES = ("",)  # of images without labels, whose ids are paths
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
+# Those of torchvision's ImageFolder, and GIF.
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 # Only these formats: Pillow's other parsers (EPS, FITS, PSD, ...) are not safe for untrusted files.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _READ_DELAYS_SECONDS = (0.2, 1.0, 5.0)  # between attempts on a network disk that stalls
 _TRANSIENT = frozenset({errno.EIO, errno.ESTALE})
+_TIFF_BITS = 258  # the tag with the bits of each channel
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # Pillow would clip these to 8 bits silently: 16-bit images turn white, float images black.
 _REFUSED_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
@@ -139,6 +143,11 @@ class ImageSet:
         ids = tuple(state["ids"].split("\0")) if len(state["labels"]) else ()
         self.__dict__.update(state, ids=ids, labels=tuple(state["labels"].tolist()))
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the images have classes."""
+        return self.classes != NO_CLASSES
+
     @cached_property
     def position(self) -> dict[str, int]:
         """The row of each id."""
@@ -248,10 +257,11 @@ def decode_image(content: bytes) -> Image.Image:
     """Decode an image file to RGB by Pillow. EXIF orientation is ignored, as the published protocols do.
 
     Grey, palette, CMYK and images with alpha are converted by Pillow's `convert("RGB")` (alpha is dropped). Of an
-    animation the first frame is used; of 16-bit colour the high bytes.
+    animation the first frame is used; of 16-bit colour in PNG and PPM the high bytes.
 
     Raises:
-        BadImageError: The image is damaged, truncated or over-large, or has 16-bit or 32-bit grey, which Pillow would clip.
+        BadImageError: The image is damaged, truncated or over-large; has 16-bit or 32-bit grey, which Pillow would clip; or is
+            a TIFF of more than 8 bits per channel or of several pages.
     """
     with _translate_errors(content):
         image = _open_image(content)
@@ -314,9 +324,20 @@ def _open_image(content: bytes) -> ImageFile.ImageFile:
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     if image.mode in _REFUSED_MODES:
         raise BadImageError(f"mode {image.mode} has more than 8 bits per channel; convert it to 8-bit RGB")
+    if isinstance(image, TiffImageFile):
+        _check_tiff(image)
     if max(image.size) > _LONGEST_ASPECT * min(image.size):
         raise BadImageError(f"{image.size[0]} x {image.size[1]} pixels: longer than {_LONGEST_ASPECT} : 1")
     return image
+
+
+def _check_tiff(image: TiffImageFile) -> None:
+    """Refuse what scientific TIFFs hold: 12 bits in 16, of which Pillow would take the high bytes; several pages."""
+    bits = max(image.tag_v2.get(_TIFF_BITS, (1,)))
+    if bits > 8:
+        raise BadImageError(f"a TIFF of {bits} bits per channel; convert it to 8-bit RGB")
+    if image.n_frames > 1:
+        raise BadImageError(f"a TIFF of {image.n_frames} pages; save the one to use in a file of its own")
 
 
 def _describe_unknown_format(content: bytes) -> str:

@@ -51,7 +51,7 @@ def test_split_that_no_data_set_has_is_a_usage_error(name: str) -> None:
 
 
 def test_data_sets_that_can_be_named_are_described() -> None:
-    assert list(list_datasets()) == ["DIR", "wds", "csv", "hf", "digits"]
+    assert list(list_datasets()) == ["DIR", "wds", "csv", "tv", "hf", "digits"]
     assert all(word in list_datasets()["DIR"] for word in ("ImageNet", "devkit", "synset file", "LOC_val_solution.csv"))
 
 
@@ -191,7 +191,7 @@ def test_unknown_scheme_is_a_usage_error_with_a_suggestion(name: str, suggestion
     with pytest.raises(UsageError) as caught:
         read_dataset(name)
     assert caught.value.what == f"No data set is called {name.partition(':')[0]!r}.{suggestion}"
-    assert caught.value.hint == "Known: DIR, wds, csv, hf, digits."
+    assert caught.value.hint == "Known: DIR, wds, csv, tv, hf, digits."
 
 
 def test_folder_whose_name_has_a_colon_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from msn_eval.data import list_datasets, read_dataset, read_split
+from msn_eval.data import list_datasets, read_dataset, read_split, read_training_images
 from msn_eval.errors import DataError
 
 
@@ -177,7 +177,7 @@ def test_folder_below_a_class_may_be_a_link(tmp_path: Path) -> None:
 
 
 def test_other_files_are_passed_over_and_counted(tmp_path: Path) -> None:
-    odd = ["val/.DS_Store", "val/labels.csv", "val/.git/x.jpg", "val/a/._x.jpg", "val/a/Thumbs.db", "val/a/x.tif"]
+    odd = ["val/.DS_Store", "val/labels.csv", "val/.git/x.jpg", "val/a/._x.jpg", "val/a/Thumbs.db", "val/a/x.tga"]
     data = read_dataset(str(make_files(tmp_path, [*both(["a/x.jpg"]), *odd])))
     assert (data.val.ids, data.val.passed_over, data.train.passed_over) == (("a/x.jpg",), len(odd), 0)
 
@@ -246,3 +246,29 @@ def test_one_split_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no train images \(it holds: val\)") as caught:
         read_split(str(root), "train")
     assert caught.value.exit_code == 21
+
+
+@pytest.mark.parametrize(
+    ("names", "ids"),
+    [
+        (["b.jpg", "a/deep/er/c.png", "a.txt", ".git/x.jpg"], ("a/deep/er/c.png", "b.jpg")),
+        (["cat/1.jpg", "dog/1.jpg"], ("cat/1.jpg", "dog/1.jpg")),
+        (["train/b.jpg", "val/a.jpg"], ("b.jpg",)),
+    ],
+)
+def test_images_without_classes_are_training_images_by_their_paths(
+    tmp_path: Path, names: list[str], ids: tuple[str, ...]
+) -> None:
+    images = read_training_images(str(make_files(tmp_path, names)))
+    assert (images.ids, images.is_labelled, len(images.labels)) == (ids, False, len(ids))
+
+
+def test_training_images_with_classes_keep_them(tmp_path: Path) -> None:
+    images = read_training_images(str(make_files(tmp_path, ["train/a/x.jpg", "train/b/more/x.jpg"])))
+    assert (images.ids, images.classes, images.is_labelled) == (("a/x.jpg", "b/more/x.jpg"), ("a", "b"), True)
+
+
+@pytest.mark.parametrize("names", [["val/a/x.jpg"], ["test/x.jpg", "x.jpg"], ["notes.txt"], []])
+def test_validation_images_and_folders_without_any_are_not_trained_on(tmp_path: Path, names: list[str]) -> None:
+    with pytest.raises(DataError):
+        read_training_images(str(make_files(tmp_path, names)))

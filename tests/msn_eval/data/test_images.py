@@ -133,10 +133,35 @@ def test_animation_gives_its_first_frame() -> None:
     np.testing.assert_array_equal(pixels_of(content), np.asarray(first))
 
 
-@pytest.mark.parametrize(("file_format", "options"), [("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True})])
+@pytest.mark.parametrize(
+    ("file_format", "options"),
+    [
+        ("PNG", {}),
+        ("BMP", {}),
+        ("WEBP", {"lossless": True}),
+        ("PPM", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ],
+)
 def test_lossless_formats_decode_to_the_pixels_that_went_in(file_format: str, options: dict[str, object]) -> None:
     image = noise(9, 6)
     np.testing.assert_array_equal(pixels_of(encoded(image, file_format, **options)), np.asarray(image))
+
+
+def colour_tiff(*, bits: int) -> bytes:
+    """Return an uncompressed colour TIFF of 2 x 1 pixels with this many bits per channel, which Pillow cannot write."""
+    size = 6 * bits // 8
+    tags = [(256, 3, 1, 2), (257, 3, 1, 1), (258, 3, 3, 8 + size), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 8),
+            (277, 3, 1, 3), (278, 3, 1, 1), (279, 4, 1, size)]  # fmt: skip
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return (
+        struct.pack("<2sHI", b"II", 42, 8 + size + 6) + bytes(size) + struct.pack("<3H", bits, bits, bits) + directory
+    )
+
+
+def test_colour_tiff_of_8_bits_is_decoded() -> None:
+    assert pixels_of(colour_tiff(bits=8)).shape == (1, 2, 3)
 
 
 def text_bomb() -> bytes:
@@ -149,8 +174,17 @@ def text_bomb() -> bytes:
     ("content", "reason"),
     [
         pytest.param(encoded(Image.new("I;16", (4, 4), 40_000), "PNG"), "more than 8 bits", id="16-bit PNG"),
-        pytest.param(encoded(Image.new("F", (4, 4), 0.5), "TIFF"), "formats JPEG, PNG", id="float TIFF"),
-        pytest.param(encoded(noise(4, 4), "TIFF"), "formats JPEG, PNG", id="TIFF"),
+        pytest.param(encoded(Image.new("F", (4, 4), 0.5), "TIFF"), "mode F has more than 8 bits", id="float TIFF"),
+        pytest.param(
+            encoded(Image.new("I;16", (4, 4), 900), "TIFF"), "mode I;16 has more than 8 bits", id="16-bit TIFF"
+        ),
+        pytest.param(colour_tiff(bits=16), "a TIFF of 16 bits per channel", id="16-bit colour TIFF"),
+        pytest.param(
+            encoded(noise(4, 4), "TIFF", save_all=True, append_images=[noise(4, 4)]), "a TIFF of 2 pages", id="pages"
+        ),
+        pytest.param(encoded(noise(4, 4), "TIFF")[:-20], "truncated", id="truncated TIFF"),
+        pytest.param(b"P5\n4 4\n65535\n" + bytes(32), "mode I", id="16-bit PGM"),
+        pytest.param(encoded(noise(4, 4), "TGA"), "formats JPEG, PNG", id="TGA"),
         pytest.param(encoded(noise(4, 4), "EPS"), "formats JPEG, PNG", id="EPS"),
         pytest.param(encoded(noise(64, 64), "JPEG")[:-200], "truncated", id="truncated JPEG"),
         pytest.param(encoded(noise(64, 64), "PNG")[:-200], "truncated", id="truncated PNG"),
@@ -180,7 +214,7 @@ def test_names_with_an_image_suffix_in_any_case_are_images(name: str) -> None:
     assert is_image_name(name)
 
 
-@pytest.mark.parametrize("name", [".jpg", "._a.jpg", ".DS_Store", "Thumbs.db", "a.tif", "a.txt", "jpg", "a.jpg.part"])
+@pytest.mark.parametrize("name", [".jpg", "._a.jpg", ".DS_Store", "Thumbs.db", "a.tga", "a.txt", "jpg", "a.jpg.part"])
 def test_dotfiles_and_other_suffixes_are_not_images(name: str) -> None:
     assert not is_image_name(name)
 

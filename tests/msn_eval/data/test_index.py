@@ -275,7 +275,7 @@ def test_corrected_classes_txt_is_used_with_cached_archives(
     assert read_split(f"wds:{tmp_path}", "train", cache_dir=cache_dir).ids == ("ant/a.jpg",)
 
 
-@pytest.mark.parametrize(("name", "value"), [("_VERSION", 1), ("SUFFIXES", frozenset({".jpg", ".tif"}))])
+@pytest.mark.parametrize(("name", "value"), [("_VERSION", 1), ("SUFFIXES", frozenset({".jpg", ".tga"}))])
 def test_index_made_under_different_rules_is_ignored(
     root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
 ) -> None:

@@ -84,7 +84,7 @@ def test_index_beyond_the_classes_is_named(write: Write, tmp_path: Path) -> None
     ("members", "fault"),
     [
         ([("x/c.jpg", b"")], "sample x/c has no label"),
-        ([("c.tif", b""), ("c.cls", b"0")], "sample c has no image"),
+        ([("c.tga", b""), ("c.cls", b"0")], "sample c has no image"),
         ([("c.jpg", b""), ("c.mask.png", b""), ("c.cls", b"0")], "sample c has 2 images: c.jpg, c.mask.png"),
         ([("c.jpg", b""), ("c.cls", b"0"), ("c.cls", b"0")], "sample c has 2 labels: c.cls, c.cls"),
     ],
