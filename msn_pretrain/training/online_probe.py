@@ -9,6 +9,7 @@ import torch
 
 from msn_eval.checkpoints.run_folder import EVAL
 from msn_eval.config.request import EvaluationConfig
+from msn_eval.data.images import ImageSet
 from msn_eval.errors import CheckpointError, DataError, NumericalError, ResourceError, StoreError, UsageError
 from msn_eval.evaluation.evaluate import evaluate_checkpoint
 from msn_eval.evaluation.plan import make_plan
@@ -18,9 +19,10 @@ from msn_pretrain.training.run import Recipe
 _log = logging.getLogger(__name__)
 
 
-def is_due(recipe: Recipe, epoch: int) -> bool:
-    """Whether the recipe asks for an evaluation after `epoch` epochs."""
-    return bool(recipe.watch.probe_every) and epoch % recipe.watch.probe_every == 0
+def is_due(recipe: Recipe, images: ImageSet, epoch: int) -> bool:
+    """Whether the recipe asks for an evaluation after `epoch` epochs, and its data set or that of the run has classes."""
+    is_possible = images.is_labelled or bool(recipe.watch.probe_data)
+    return is_possible and bool(recipe.watch.probe_every) and epoch % recipe.watch.probe_every == 0
 
 
 def evaluate(run: Path, recipe: Recipe, device: torch.device) -> str:

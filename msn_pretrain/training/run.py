@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from msn_eval.checkpoints.checkpoint import weights_sha256
 from msn_eval.checkpoints.run_folder import CHECKPOINTS, CONFIG, newest_snapshot, read_manifest
 from msn_eval.config.request import EvaluationConfig
-from msn_eval.data import list_datasets, read_split
+from msn_eval.data import list_datasets, read_training_images
 from msn_eval.data.images import ImageSet
 from msn_eval.distributed.collective import GradientAverager, is_sharded, world_size
 from msn_eval.distributed.group import Group as Group
@@ -210,7 +210,13 @@ def training_images(recipe: Recipe) -> ImageSet:
         raise UsageError("data.root is missing", hint=f"Add data.root=X, where X is one of\n{choices}")
     cache_dir = cache_folder(EvaluationConfig())
     prepare_folder(cache_dir, option="cache")
-    images = read_split(recipe.data.root, "train", cache_dir=cache_dir)
+    images = read_training_images(recipe.data.root, cache_dir=cache_dir)
+    if not images.is_labelled:
+        _log.info("%s: %s images without classes", recipe.data.root, f"{len(images):,}")
+        if recipe.watch.probe_every and not recipe.watch.probe_data:
+            _log.warning(
+                "the online probe is off: these images have no classes; watch.probe_data=X names a data set for it"
+            )
     return images.first_of_each_class(recipe.data.limit) if recipe.data.limit else images
 
 

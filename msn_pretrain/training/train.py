@@ -343,7 +343,9 @@ def _is_due(session: Session, progress: _Progress) -> bool:
     if remainder:
         return False
     keep_every = session.recipe.run.keep_every
-    needed = online_probe.is_due(session.recipe, epoch) or (bool(keep_every) and epoch % keep_every == 0)
+    needed = online_probe.is_due(session.recipe, session.images, epoch) or (
+        bool(keep_every) and epoch % keep_every == 0
+    )
     return needed or now - progress.saved_at >= progress.save_seconds / _MOST_SNAPSHOT_SHARE
 
 
@@ -402,7 +404,7 @@ def _try_to_write(
 def _evaluate_if_due(session: Session, progress: _Progress) -> None:
     """Evaluate the newest snapshot on rank 0 if the recipe asks for it; the other ranks wait."""
     epoch = progress.step // session.order.steps_per_epoch
-    if not online_probe.is_due(session.recipe, epoch):
+    if not online_probe.is_due(session.recipe, session.images, epoch):
         return
     with session.watchdog.phase(EVALUATION_SECONDS):
         evaluate = partial(online_probe.evaluate, session.run, session.recipe, session.ranks.device)

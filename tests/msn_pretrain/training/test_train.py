@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import pytest
 import torch
+from PIL import Image
 
 from msn_eval.checkpoints.run_folder import check_snapshot, newest_snapshot, snapshot_folders
 from msn_eval.data import read_split
@@ -106,6 +107,36 @@ def test_changed_recipe_is_refused_with_its_differences(tiny: Read) -> None:
 
     assert "--allow-config-change optimization.epochs" in str(refused.value)
     assert train(tiny(), _ALONE, allowed=["optimization.epochs"]) == 0
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Return a tree of images without classes."""
+    for number in range(20):
+        path = tmp_path / "photos" / ("more/below" if number % 3 else "") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (12 * number, number, 90)).save(path)
+    return tmp_path / "photos"
+
+
+def test_images_without_classes_train_a_run_without_its_online_probe(
+    tiny: Read, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = tiny(
+        f"data.root={photos}", "data.limit=0", "optimization.epochs=1", "watch.probe_every=1", "watch.probes=[knn]"
+    )
+    assert train(recipe, _ALONE) == 0
+    assert [message for message in caplog.messages if "probe" in message] == [
+        "the online probe is off: these images have no classes; watch.probe_data=X names a data set for it"
+    ]
+    assert not list((Path(recipe.run.dir) / "eval").glob("*.json"))
+
+
+def test_online_probe_on_another_data_set_needs_no_classes_of_the_run(tiny: Read, photos: Path) -> None:
+    recipe = tiny(f"data.root={photos}", "data.limit=0", "optimization.epochs=1", "watch.probe_every=1",
+                  "watch.probe_data=digits", "watch.subset=1img@1", "watch.probes=[ncm]")  # fmt: skip
+    assert train(recipe, _ALONE) == 0
+    assert len(list((Path(recipe.run.dir) / "eval").glob("*.json"))) == 1
 
 
 def test_other_images_are_refused(tiny: Read, monkeypatch: pytest.MonkeyPatch) -> None:
