@@ -52,6 +52,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Draw the pictures and print their paths."""
     from msn_eval.config.request import parse_channels
     from msn_eval.data import find_data_name, read_dataset
+    from msn_eval.data.class_names import describe_classes
     from msn_eval.features.encoder import load_encoder
     from msn_eval.features.patch_drop import check_patches
     from msn_eval.features.visualization import as_png
@@ -74,16 +75,17 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     )
     check_patches(encoder)
     data = read_dataset(data_name)
+    names = describe_classes(data.classes, Path(data_name) if Path(data_name).is_dir() else None)
     chosen = _choose_images(data.val, options.image, options.images)
     figures: dict[str, Figure] = {}
     for name in wanted:
         match name:
             case "neighbours":
-                figures[name] = _draw_neighbours(encoder, data.train, chosen, options, masked)
+                figures[name] = _draw_neighbours(encoder, data.train, chosen, options, masked, names)
             case "attention":
-                figures[name] = _draw_attention(encoder, chosen)
+                figures[name] = _draw_attention(encoder, chosen, names)
             case _:
-                figures[name] = _draw_classes(encoder, data.val.first_of_each_class(options.limit))
+                figures[name] = _draw_classes(encoder, data.val.first_of_each_class(options.limit), names)
     files = {name: as_png(figure) for name, figure in figures.items()}
     if options.format == "html":
         page = _render_page(f"{encoder.checkpoint.name} on {data.name}", files)
@@ -137,6 +139,7 @@ def _draw_neighbours(
     chosen: "ImageSet",
     options: argparse.Namespace,
     masked: Sequence[float],
+    names: Sequence[str],
 ) -> "Figure":
     from msn_eval.data.subsets import make_subsets, merge_subsets
     from msn_eval.features.extraction import extract_features
@@ -153,24 +156,24 @@ def _draw_neighbours(
         labels=chosen.labels,
         train=train,
         train_pixels=dict(zip(rows, images, strict=True)),
-        classes=pool.classes,
+        classes=names,
     )
 
 
-def _draw_attention(encoder: "Encoder", chosen: "ImageSet") -> "Figure":
+def _draw_attention(encoder: "Encoder", chosen: "ImageSet", names: Sequence[str]) -> "Figure":
     from msn_eval.features.patch_drop import attention_maps
     from msn_eval.features.visualization import draw_attention, read_pixels
 
     pixels = read_pixels(chosen, chosen.ids, encoder.transform)
-    return draw_attention(attention_maps(encoder, pixels), pixels, [chosen.classes[label] for label in chosen.labels])
+    return draw_attention(attention_maps(encoder, pixels), pixels, [names[label] for label in chosen.labels])
 
 
-def _draw_classes(encoder: "Encoder", val: "ImageSet") -> "Figure":
+def _draw_classes(encoder: "Encoder", val: "ImageSet", names: Sequence[str]) -> "Figure":
     from msn_eval.features.extraction import extract_features
     from msn_eval.features.visualization import draw_classes
 
     features = extract_features(encoder, val, taps=["cls-norm"]).features["cls-norm"]
-    return draw_classes(features, val.classes)
+    return draw_classes(features, names)
 
 
 def _render_page(title: str, files: dict[str, bytes]) -> str:

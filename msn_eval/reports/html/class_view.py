@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from msn_eval.data.class_names import describe_classes
 from msn_eval.errors import StoreError
 from msn_eval.results.record import Result
 from msn_eval.results.table import Cell, Column, Row, Table
@@ -22,7 +23,7 @@ class ClassView:
     Attributes:
         column: The protocol.
         rows: Its first checkpoints.
-        names: Class names by label.
+        names: Class names by label, those of WordNet ids with their words.
         images: (classes,) number of validation images.
         right: Per row, (classes,) number of correct predictions, summed over draws.
         draws: Draws of every row.
@@ -93,6 +94,8 @@ def _make_view(
         right[row] = tuple(counts.tolist())
     if not right:
         return None
+    shown = zip(names, describe_classes(names), strict=True)
+    names = [name if name == described else f"{described} ({name})" for name, described in shown]
     counts_by_row = tuple(right.values())
     return ClassView(
         column=column, rows=tuple(right), names=tuple(names), images=tuple(images), right=counts_by_row, draws=draws
