@@ -21,7 +21,7 @@ from msn_eval.data.dataset import (
 )
 from msn_eval.data.folder import list_tree
 from msn_eval.data.images import ImageSet
-from msn_eval.errors import UsageError
+from msn_eval.errors import DataError, UsageError
 from msn_eval.registry import Entry, find_entry, read_registry
 
 __all__ = [
@@ -126,9 +126,10 @@ def read_training_images(name: str, *, cache_dir: Path | None = None) -> ImageSe
     """
     try:
         return read_split(name, "train", cache_dir=cache_dir)
-    except UnknownLayoutError:
+    except DataError as error:
         root = Path(name)
-        if not root.is_dir() or (not (root / "train").is_dir() and any((root / split).is_dir() for split in VAL_NAMES)):
+        has_val_alone = not (root / "train").is_dir() and any((root / split).is_dir() for split in VAL_NAMES)
+        if not isinstance(error.__cause__, UnknownLayoutError) or not root.is_dir() or has_val_alone:
             raise
         return list_tree(root / "train" if (root / "train").is_dir() else root)
 
@@ -150,6 +151,6 @@ def _load(name: str, options: LoadOptions) -> tuple[Entry, DatasetListing]:
         return entry, cast(Loader, entry.load())(place, options)
     except UnknownLayoutError as error:
         layouts = "".join(f"\n  {name}: {summary}" for name, summary in list_datasets().items())
-        raise UnknownLayoutError(
+        raise DataError(
             error.what, where=error.where, hint=f"{error.hint}\nData sets that can be read:{layouts}"
         ) from error

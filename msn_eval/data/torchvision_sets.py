@@ -13,7 +13,7 @@ import tarfile
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
@@ -135,7 +135,7 @@ def _find_cache(cache_dir: Path | None) -> Path:
     return platformdirs.user_cache_path("msn-eval")
 
 
-def _is_complete(table: Path, tars: Sequence[Path]) -> bool:
+def _is_complete(table: Path, tars: Iterable[Path]) -> bool:
     return table.is_file() or all(tar.is_file() for tar in tars)
 
 
@@ -266,10 +266,10 @@ def _translate_errors(name: str, archives: Path) -> Iterator[None]:
         target = archives / requests.url.rpartition("/")[2]
         hint = f"Remove {archives} and try again."
         if requests.url and isinstance(error, _DOWNLOAD_ERRORS):
-            hint = f"Try again; or download {requests.url} on a machine with a network, and put it at {target}."
+            hint = f"Download {requests.url} on a machine with a network and put it at {target}, or try again later."
             hint += " The file that is there now is not the published one, by its MD5." if target.is_file() else ""
         reason = str(getattr(error, "reason", "") or error) or type(error).__name__
         what = f"could not be downloaded or unpacked: {reason}"
         raise DataError(what, where=requests.url or f"tv:{name}", hint=hint) from error
     finally:
-        urllib.request.install_opener(previous)  # type: ignore[arg-type]
+        urllib.request.install_opener(previous)

@@ -424,9 +424,7 @@ def test_failed_download_names_the_address_and_where_to_put_the_file(
     with pytest.raises(DataError) as caught:
         read_dataset(published[0], cache_dir=tmp_path)
     assert (caught.value.exit_code, caught.value.where) == (21, address)
-    assert (
-        f"download {address} on a machine with a network, and put it at {download_of(tmp_path)}." in caught.value.hint
-    )
+    assert f"Download {address} on a machine with a network and put it at {download_of(tmp_path)}," in caught.value.hint
     assert not server.requested or reason != "offline"
 
 

@@ -43,17 +43,16 @@ def test_classes_are_counted_over_all_draws(runs: Path) -> None:
 
 
 def test_wordnet_ids_are_shown_with_their_words(runs: Path) -> None:
+    table, records = _read(runs)
     for path in runs.glob("*.npz"):
         with np.load(path) as stored:
             arrays = dict(stored)
-        arrays["image"] = np.array([b"n0144353" + name for name in arrays["image"]])  # n01443530 to n01443539
+        arrays["image"] = np.array([b"n0144353" + bytes(name) for name in arrays["image"]])  # n01443530 to n01443539
         np.savez(path, **arrays)
-    table, records = _read(runs)
 
     views, _ = make_class_views(table, records)
 
-    expected = ("n01443530", "goldfish (n01443537)")
-    assert {(view.names[0], view.names[7]) for view in views} == {expected}
+    assert {(view.names[0], view.names[7]) for view in views} == {("n01443530", "goldfish (n01443537)")}
 
 
 def test_a_cell_without_all_of_its_predictions_is_not_shown(runs: Path) -> None:
