@@ -65,7 +65,7 @@ def list_directory(place: str, options: LoadOptions) -> DatasetListing:
         DataError: Naming the file, and its line, at fault.
     """
     root = Path(place)
-    check_is_folder(root, hint="Give the path of a folder, or a data set by its name.")
+    check_is_folder(root, hint="Give --data a folder that exists, or another data set.")
     base = _find_base(root)
     if options.splits == ("val",) and holds_class_folders(base):
         listing = list_class_folders(base, cache_dir=options.cache_dir)
@@ -89,10 +89,14 @@ def _find_base(root: Path) -> Path:
 
 
 def _find_split_folder(root: Path, base: Path, split: str) -> Path:
-    """Return the folder of a split: that of val has one of several names, but beside ImageNet's tar of val only `val`."""
+    """Return the folder of a split: that of val may have other names, but not beside ImageNet's tar of val.
+
+    Many a `test` holds images without classes: with another name than `val` only class folders count.
+    """
     has_tar = any((parent / _TARS["val"]).is_file() for parent in (base, root))
-    names = (split,) if split == "train" or has_tar else VAL_NAMES
-    return next((base / name for name in names if (base / name).is_dir()), base / split)
+    others = () if split == "train" or has_tar or (base / split).is_dir() else VAL_NAMES[1:]
+    folders = (base / name for name in others if (base / name).is_dir())
+    return next((folder for folder in folders if any(map(is_folder, list_entries(folder)))), base / split)
 
 
 def _list_split(root: Path, folder: Path, split: str, known: Iterable[str] | None, cache_dir: Path | None) -> Listing:

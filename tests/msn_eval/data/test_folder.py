@@ -61,7 +61,7 @@ def test_missing_folder_is_named_with_a_hint(tmp_path: Path) -> None:
         read_dataset(str(tmp_path / "nowhere"))
     assert caught.value.exit_code == 21
     assert str(caught.value).startswith(
-        f"{tmp_path / 'nowhere'}: the data folder does not exist\nGive the path of a folder"
+        f"{tmp_path / 'nowhere'}: the data folder does not exist\nGive --data a folder"
     )
 
 
@@ -113,6 +113,13 @@ def test_first_folder_of_val_counts_and_is_named(tmp_path: Path, folders: list[s
     data = read_dataset(str(root))
     name = "pets" if chosen == "val" else f"pets ({chosen})"
     assert (data.name, data.val.ids) == (name, (f"a/{chosen}.jpg",))
+
+
+def test_test_images_without_classes_are_not_val(tmp_path: Path) -> None:
+    root = make_files(tmp_path, ["train/a/x.jpg", "train/b/x.jpg", "test/1.jpg"])
+    with pytest.raises(DataError, match="has no val images") as caught:
+        read_dataset(str(root))
+    assert f"`msn-eval data split {root / 'train'} --out DIR`" in caught.value.hint
 
 
 def test_class_folders_alone_are_val_where_only_val_is_wanted(tmp_path: Path) -> None:
