@@ -260,6 +260,8 @@ def _translate_errors(name: str, archives: Path) -> Iterator[None]:
     except (
         Exception
     ) as error:  # urllib, http, zlib, tarfile, zipfile, pickle, scipy and torchvision have kinds of their own
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
         if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
             hint = f"Free space or give another --cache; {describe_free_space(archives)}."
             raise StoreError(f"cannot be written: {error.strerror}", where=str(archives), hint=hint) from error
