@@ -41,7 +41,7 @@ def test_cache_that_is_a_file_is_a_problem(capsys: pytest.CaptureFixture[str]) -
     code, lines = examine(capsys)
     assert (code, [line for line in lines if line.startswith("PROBLEM")]) == (
         30,
-        ["PROBLEM cache               cache: cannot be written: File exists"],
+        ["PROBLEM cache               cache: is the name of a file, not of a folder"],
     )
 
 
