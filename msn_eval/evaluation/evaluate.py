@@ -526,7 +526,7 @@ def _fit_and_score(
             params = str(dict(config.params))
             if params not in pending:
                 continue
-            predictions = make_predictions(test.image_ids, test.labels, scores)
+            predictions = make_predictions(measurements[0].task.probe, test.image_ids, test.labels, scores)
             seconds = fit_seconds + time.perf_counter() - started
             measurement = pending.pop(params)
             yield measurement.make_result(config, predictions, dim=test.values.shape[1], seconds=seconds), predictions

@@ -90,7 +90,7 @@ def finetune_task(
     # A class without labelled images can never be predicted, as with every other probe.
     unlabelled = torch.ones(n_classes, dtype=torch.bool)
     unlabelled[labelled.labels] = False
-    predictions = make_predictions(test.image_ids, test.labels, scores.masked_fill(unlabelled, -torch.inf))
+    predictions = make_predictions(probe, test.image_ids, test.labels, scores.masked_fill(unlabelled, -torch.inf))
     measurement = replace(measurement, batch_size=trained.micro_batch)
     fitted = ProbeConfig(params=probe.params, solver="adamw", objective=trained.mean_loss, iterations=trained.step)
     seconds = time.perf_counter() - started

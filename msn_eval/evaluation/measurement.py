@@ -19,7 +19,7 @@ from msn_eval.errors import DamagedRecordError, NumericalError, StoreError, one_
 from msn_eval.evaluation.plan import Plan, Task
 from msn_eval.features.encoder import Encoder, resolve_tap
 from msn_eval.features.extraction import Features
-from msn_eval.probes.base import ProbeConfig, rank_labels
+from msn_eval.probes.base import Probe, ProbeConfig, rank_labels, summarise_probabilities
 from msn_eval.probes.linear import Linear
 from msn_eval.results.reading import describe_reading, list_reading_differences, make_reading
 from msn_eval.results.record import (
@@ -36,7 +36,6 @@ from msn_eval.results.record import (
     read_result,
     result_id,
 )
-from msn_eval.results.statistics import compute_metrics
 
 _log = logging.getLogger(__name__)
 NO_EXTRACTION = TimingInfo(extract=0.0, probe=0.0, total=0.0)
@@ -75,7 +74,7 @@ class Measurement:
         return replace(
             result,
             status="not_converged" if config.converged is False else "ok",
-            metrics=compute_metrics(predictions.rank_of_label),
+            metrics=predictions.metrics,
             predictions=f"{result.id}.npz",
         )
 
@@ -129,18 +128,21 @@ def label_only(images: ImageSet, tap: str) -> Features:
     )
 
 
-def make_predictions(image_ids: Sequence[str], labels: Tensor, scores: Tensor) -> Predictions:
-    """Return what the scores of images, (m, n_classes), say about them, with their labels, (m,) int64.
+def make_predictions(probe: Probe, image_ids: Sequence[str], labels: Tensor, scores: Tensor) -> Predictions:
+    """Return what a probe's scores of images, (m, n_classes), say about them, with their labels, (m,) int64.
 
     Raises:
-        NumericalError: A score is NaN.
+        NumericalError: A score is NaN, or infinite where it stands for a probability.
     """
     prediction, rank = rank_labels(scores, labels)
+    summary = summarise_probabilities(scores, labels) if probe.has_probabilities else ()
+    names = ("confidence", "probability_of_label", "sum_of_squares")
     return Predictions(
         image=np.array([os.fsencode(image_id) for image_id in image_ids]),
         label=labels.numpy(),
         prediction=prediction.numpy(),
         rank_of_label=rank.numpy(),
+        **{name: values.numpy() for name, values in zip(names, summary, strict=False)},
     )
 
 

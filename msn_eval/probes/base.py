@@ -59,11 +59,13 @@ class Probe(Protocol):
         trains_on: What the evaluation passes to it. "features": features of the labelled images, extracted once and
             cached; such a probe is a `FeatureProbe`. "augmented features": features of new random crops in every epoch.
             "images": the encoder changes too.
+        has_probabilities: Whether the softmax of the scores is the probe's probability of each class.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     trains_on: ClassVar[TrainsOn] = "features"
+    has_probabilities: ClassVar[bool] = False
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -210,6 +212,7 @@ _BLOCK_ROWS = 4096
 _COLLAPSED = 1e-6  # share of the squared length; float32 noise on one vector leaves about 1e-14, networks 1e-3 and more
 _SHOWN = 5
 _MEASURED_SIZE = 512  # of matrices; a product takes about 1 ms on a GPU that is slow at it
+_BLOCK_VALUES = 1 << 22  # of probabilities that are in memory at once
 
 
 def check_labelled(train: Features) -> None:
@@ -309,3 +312,30 @@ def choose_float64_device(device: torch.device) -> torch.device:
         each: min(timeit.repeat(partial(multiply, factor.to(each)), number=1, repeat=4)) for each in (device, cpu)
     }
     return min(seconds, key=seconds.__getitem__)
+
+
+def summarise_probabilities(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what calibration needs of each image's probabilities, the softmax of its scores.
+
+    Args:
+        scores: (m, n_classes) float64, -inf for a class that cannot be predicted.
+        labels: (m,) int64.
+
+    Returns:
+        Three of (m,) float32 on the CPU: the largest probability, that of the label, and the sum of squares.
+
+    Raises:
+        NumericalError: A row has no probabilities: infinite scores, or none.
+    """
+    parts = []
+    rows = max(1, _BLOCK_VALUES // scores.shape[1])
+    for block, block_labels in zip(scores.split(rows), labels.to(scores.device).split(rows), strict=True):
+        probability = block.softmax(dim=1)
+        own = probability.gather(1, block_labels[:, None])[:, 0]
+        parts.append(torch.stack([probability.amax(dim=1), own, probability.square().sum(dim=1)]).float().cpu())
+    confidence, of_label, squares = torch.cat(parts, dim=1)
+    if bool(squares.isnan().any()):
+        raise NumericalError(
+            "scores are infinite", hint="The features or the fit overflowed; retry with --precision fp32."
+        )
+    return confidence, of_label, squares

@@ -29,6 +29,7 @@ class NearestNeighbours(FeatureProbe):
 
     name: ClassVar[str] = "knn"
     version: ClassVar[int] = 1
+    has_probabilities: ClassVar[bool] = True
 
     ks: tuple[int, ...] = (10, 20, 100, 200)  # every pair with a temperature is a protocol, and all share one search
     temperatures: tuple[float, ...] = (0.07,)  # positive

@@ -52,6 +52,7 @@ class Linear(FeatureProbe):
 
     name: ClassVar[str] = "linear"
     version: ClassVar[int] = 1
+    has_probabilities: ClassVar[bool] = True
 
     recipe: LinearRecipe = field(default_factory=LinearRecipe)
 

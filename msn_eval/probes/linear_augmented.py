@@ -45,6 +45,7 @@ class LinearAugmented(AugmentedRecipe, Probe):
     name: ClassVar[str] = "linear-augmented"
     version: ClassVar[int] = 2
     trains_on: ClassVar[TrainsOn] = "augmented features"
+    has_probabilities: ClassVar[bool] = True
 
     @property
     def taps(self) -> tuple[str, ...]:

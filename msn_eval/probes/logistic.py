@@ -38,6 +38,7 @@ class Logistic(FeatureProbe):
 
     name: ClassVar[str] = "logistic"
     version: ClassVar[int] = 1
+    has_probabilities: ClassVar[bool] = True
 
     lambdas: tuple[float, ...]
     solver: Solver = "auto"

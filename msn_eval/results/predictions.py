@@ -22,6 +22,8 @@ from msn_eval.results.statistics import Integers, count_right
 
 _MAX_TITLE_PARAMS = 4
 _HASH_PREFIX = 8  # digits that identify a checkpoint
+_KINDS = {"image": "S", "label": "i", "prediction": "i", "rank_of_label": "i"}
+_ROUNDING = 1e-6  # of float32 probabilities that are combined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,11 +180,11 @@ def _read_draw(result: Result, folders: Sequence[Path]) -> Predictions:
 
 def list_prediction_faults(result: Result, predictions: Predictions) -> list[str]:
     """Return what contradicts the record, or itself, in stored predictions. An empty list means that they are valid."""
-    shapes = {name: array.shape for name, array in vars(predictions).items()}
+    shapes = {name: array.shape for name, array in predictions.arrays.items()}
     if len(set(shapes.values())) > 1 or predictions.label.ndim != 1:
         return [f"predictions: arrays of different lengths, {shapes}"]
-    kinds = {name: array.dtype.kind for name, array in vars(predictions).items()}
-    if kinds != {"image": "S", "label": "i", "prediction": "i", "rank_of_label": "i"}:
+    kinds = {name: array.dtype.kind for name, array in predictions.arrays.items()}
+    if kinds not in (_KINDS, _KINDS | dict.fromkeys(("confidence", "probability_of_label", "sum_of_squares"), "f")):
         return [f"predictions: arrays of unexpected types, {kinds}"]
     if not len(predictions.label):
         return ["predictions: no images"]
@@ -203,12 +205,37 @@ def _list_value_faults(result: Result, predictions: Predictions) -> Iterator[str
     wrong = (predictions.rank_of_label == 1) != (predictions.prediction == predictions.label)
     if wrong.any():
         yield f"predictions: rank and prediction of {_show_first_image(predictions, wrong)} contradict each other"
+    yield from _list_probability_faults(predictions, classes)
     if len(np.unique(predictions.image)) != len(predictions.image):
         yield "predictions: an image occurs twice"
     images = len(predictions.label)
     if result.data.val_images != images:
         yield f"data.val_images: recorded {result.data.val_images:,}, stored predictions of {images:,} images"
     yield from list_metrics_faults(result, predictions)
+
+
+def _list_probability_faults(predictions: Predictions, classes: int) -> Iterator[str]:
+    confidence, of_label, squares = (
+        predictions.confidence,
+        predictions.probability_of_label,
+        predictions.sum_of_squares,
+    )
+    if confidence is None or of_label is None or squares is None:
+        return
+    # Comparisons with NaN are false, so that it is reported too.
+    for name, values, low, high in (
+        ("confidence", confidence, 1 / classes - _ROUNDING, 1.0),
+        ("probability_of_label", of_label, 0.0, confidence),
+        # Probabilities of which none exceeds the confidence.
+        ("sum_of_squares", squares, confidence**2 - _ROUNDING, confidence + _ROUNDING),
+    ):
+        outside = ~((values >= low) & (values <= high))
+        if outside.any():
+            yield f"predictions: {name} {values[outside][0]} of {_show_first_image(predictions, outside)} is not possible"
+    is_largest = of_label >= confidence - _ROUNDING
+    wrong = ~is_largest & ((predictions.rank_of_label == 1) | (of_label > 1 - confidence + _ROUNDING))
+    if wrong.any():
+        yield f"predictions: rank and probability of {_show_first_image(predictions, wrong)} contradict each other"
 
 
 def _show_first_image(predictions: Predictions, mask: NDArray[np.bool_]) -> str:

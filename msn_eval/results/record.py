@@ -3,10 +3,11 @@
 import hashlib
 import io
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -31,7 +32,14 @@ PROTOCOL_VERSION = 1
 RESIZED_PROTOCOL_VERSION = 2
 ID_DIGITS = 16
 MEASURE_AGAIN = "Run the same evaluation again: it measures damaged results again."
-_LATER_FIELDS = {"distribution", "structure_sha256", "mean_std_from", "positions"}
+# Fields that are not written where they are None, so that older records keep their bytes; and the field, if any, that tells a
+# None of these records from a missing value.
+_LATER_FIELDS = {
+    **dict.fromkeys(("distribution", "structure_sha256", "mean_std_from", "positions", "brier", "ece")),
+    "nll": "brier",
+}
+_CALIBRATION = ("nll", "brier", "ece")
+_TOLERANCE = 1e-9  # of a recomputed calibration: logarithms differ between processors in the last digit
 Status = Literal["ok", "not_converged", "failed", "damaged"]
 
 
@@ -215,12 +223,34 @@ class Predictions:
         label: (n,) int64.
         prediction: (n,) int64.
         rank_of_label: (n,) int64, 1-based.
+        confidence: (n,) float32, the largest probability. None, as the next two, for a probe without probabilities, and in
+            older files.
+        probability_of_label: (n,) float32.
+        sum_of_squares: (n,) float32, the squared probabilities summed over classes.
     """
 
     image: NDArray[np.bytes_]
     label: NDArray[np.int64]
     prediction: NDArray[np.int64]
     rank_of_label: NDArray[np.int64]
+    confidence: NDArray[np.float32] | None = None
+    probability_of_label: NDArray[np.float32] | None = None
+    sum_of_squares: NDArray[np.float32] | None = None
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays that there are, by name."""
+        return {name: array for name, array in vars(self).items() if array is not None}
+
+    @property
+    def metrics(self) -> Metrics:
+        """The metrics of a record with these predictions."""
+        return compute_metrics(
+            self.rank_of_label,
+            confidence=self.confidence,
+            probability_of_label=self.probability_of_label,
+            sum_of_squares=self.sum_of_squares,
+        )
 
 
 def protocol_id(protocol: Mapping[str, object]) -> str:
@@ -267,7 +297,7 @@ def write_result(folder: Path, result: Result, predictions: Predictions | None) 
     """
     if predictions is not None and result.predictions is not None:
         packed = io.BytesIO()
-        np.savez_compressed(packed, **vars(predictions))
+        np.savez_compressed(packed, allow_pickle=False, **predictions.arrays)
         write_atomically(folder / result.predictions, packed.getvalue())
         result = replace(result, predictions_sha256=hashlib.sha256(packed.getvalue()).hexdigest())
     text = json.dumps(encode_result(result), indent=1, allow_nan=False) + "\n"
@@ -281,8 +311,10 @@ def encode_result(result: Result) -> dict[str, Any]:
 
 
 def omit_unset(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a dict for `dataclasses.asdict` without the later fields that are None, so that older records keep their bytes."""
-    return {name: value for name, value in fields if value is not None or name not in _LATER_FIELDS}
+    """Build a dict for `dataclasses.asdict` without the later fields that are unset, so that older records keep their bytes."""
+    content = dict(fields)
+    unset = {name for name, sign in _LATER_FIELDS.items() if content.get(name) is None and content.get(sign) is None}
+    return {name: value for name, value in content.items() if name not in unset}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,6 +404,13 @@ def _check_metrics(metrics: Metrics) -> None:
     low, high = metrics.top1_ci95
     if not 0 <= metrics.top1 <= metrics.top5 <= 1 or not 0 <= low <= high <= 1 or metrics.n < 1:
         raise ValueError(f"its metrics are not accuracies: {metrics}")
+    nll, brier, ece = metrics.nll, metrics.brier, metrics.ece
+    if brier is None or ece is None:
+        is_valid = nll is brier is ece is None
+    else:
+        is_valid = 0 <= brier <= 2 and 0 <= ece <= 1 and (nll is None or nll >= 0)
+    if not is_valid:
+        raise ValueError(f"its metrics are not a calibration: {metrics}")
 
 
 def _find_predictions_fault(result: Result, stored: StoredRecord, *, sealed: bool) -> str:
@@ -397,10 +436,14 @@ def list_metrics_faults(result: Result, predictions: Predictions) -> Iterator[st
     if result.metrics is not None and not len(predictions.rank_of_label):
         yield "no images"
     elif result.metrics is not None:
-        computed = compute_metrics(predictions.rank_of_label)
+        computed = vars(predictions.metrics)
         for name, recorded in vars(result.metrics).items():
-            if recorded != getattr(computed, name):
-                yield f"metrics.{name}: recorded {recorded}, computed from the predictions {getattr(computed, name)}"
+            if recorded != computed[name] and not (name in _CALIBRATION and _is_close(recorded, computed[name])):
+                yield f"metrics.{name}: recorded {recorded}, computed from the predictions {computed[name]}"
+
+
+def _is_close(first: float | None, second: float | None) -> bool:
+    return None not in (first, second) and math.isclose(first, second, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
 
 
 def recover_identity(stored: StoredRecord) -> Result | None:
@@ -428,11 +471,15 @@ def read_predictions(path: Path, *, sha256: str | None = None) -> Predictions:
     Raises:
         DamagedRecordError: The file is missing, damaged, or has different bytes. The error names the file.
     """
-    return Predictions(**read_arrays(path, [field.name for field in fields(Predictions)], sha256=sha256))
+    names = {field.name: field.default is MISSING for field in fields(Predictions)}
+    needed = [name for name, is_needed in names.items() if is_needed]
+    return Predictions(**read_arrays(path, needed, optional=names.keys() - set(needed), sha256=sha256))
 
 
-def read_arrays(path: Path, names: Iterable[str], *, sha256: str | None = None) -> dict[str, NDArray[Any]]:
-    """Read some arrays of a file of predictions. Raises as `read_predictions` does."""
+def read_arrays(
+    path: Path, names: Iterable[str], *, optional: Iterable[str] = (), sha256: str | None = None
+) -> dict[str, NDArray[Any]]:
+    """Read some arrays of a file of predictions, the optional ones where it has them. Raises as `read_predictions` does."""
     try:
         packed = path.read_bytes()
         if sha256 not in (None, hashlib.sha256(packed).hexdigest()):
@@ -440,7 +487,7 @@ def read_arrays(path: Path, names: Iterable[str], *, sha256: str | None = None) 
         # NumPy parses headers as Python. In several threads, CPython 3.11 refuses that at times: "AST constructor recursion
         # depth mismatch".
         with _UNPACKING, np.load(io.BytesIO(packed), allow_pickle=False) as stored:
-            return {name: stored[name] for name in names}
+            return {name: stored[name] for name in (*names, *(name for name in optional if name in stored))}
     except Exception as error:  # zipfile, zlib and NumPy each raise their own kinds
         reason = getattr(error, "strerror", None) or error
         what = f"not readable predictions: {reason}"

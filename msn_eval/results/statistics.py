@@ -1,6 +1,7 @@
 """Statistics over the images and draws of a result, and of two checkpoints on the same images.
 
-Everything here is a pure function of integers, without seeds or Monte Carlo: equal input gives equal bits.
+Everything here is a pure function of integers, without seeds or Monte Carlo: equal input gives equal bits. Calibration alone
+is computed from probabilities.
 
 The score of an image is the number of draws in which it is right, 0 to `draws`. Draws share their test images, so they are
 never pooled as if they were independent images: an image is one observation, whatever the number of draws. Two kinds of
@@ -11,7 +12,7 @@ images of the same kind (`accuracy_interval`, `difference_interval`).
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -21,6 +22,7 @@ POWER = 0.8
 TIE_LEVEL = 0.05
 _TAIL = (1 - 0.95) / 2  # on each side of a 95 % interval
 _TOP = 5
+_CALIBRATION_BINS = 15
 _Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
 Integers = NDArray[np.int64]
 
@@ -73,27 +75,76 @@ class Paired:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Accuracies of a result.
+    """Accuracies of a result, and how well its probabilities fit.
 
     Attributes:
         top1: Fraction of images whose label ranks first.
         top5: Fraction of images whose label is among the first five.
         top1_ci95: Wilson interval of top1.
         n: Number of images.
+        nll: Mean negative logarithm of the label's probability, in nats. None where a label has probability 0.
+        brier: Mean squared error of the probabilities, summed over classes, in [0, 2].
+        ece: Expected calibration error, in [0, 1].
+
+    The last three are None, and not written, where there are no probabilities.
     """
 
     top1: float
     top5: float
     top1_ci95: tuple[float, float]
     n: int
+    nll: float | None = None
+    brier: float | None = None
+    ece: float | None = None
 
 
-def compute_metrics(rank_of_label: NDArray[np.int64]) -> Metrics:
-    """Compute the metrics from the 1-based ranks of the labels. `top5` is 1.0 where no rank can exceed five."""
+def compute_metrics(
+    rank_of_label: NDArray[np.int64],
+    *,
+    confidence: NDArray[np.float32] | None = None,
+    probability_of_label: NDArray[np.float32] | None = None,
+    sum_of_squares: NDArray[np.float32] | None = None,
+) -> Metrics:
+    """Compute the metrics of n images.
+
+    Args:
+        rank_of_label: (n,) 1-based. `top5` is 1.0 where no rank can exceed five.
+        confidence: (n,) largest probability of each image; None, as the next two, without probabilities.
+        probability_of_label: (n,).
+        sum_of_squares: (n,) squared probabilities of each image, summed.
+
+    Source: the multi-class Brier score as Brier 1950 and scikit-learn define it.
+    """
     n = len(rank_of_label)
     right = int((rank_of_label == 1).sum())
     in_top = int((rank_of_label <= _TOP).sum())
-    return Metrics(top1=right / n, top5=in_top / n, top1_ci95=wilson_interval(right, n), n=n)
+    metrics = Metrics(top1=right / n, top5=in_top / n, top1_ci95=wilson_interval(right, n), n=n)
+    if confidence is None or probability_of_label is None or sum_of_squares is None:
+        return metrics
+    of_label = probability_of_label.astype(np.float64)
+    _, confident, accurate = bin_confidences(confidence, rank_of_label == 1)
+    # fsum: the same float in any order of adding, so that another machine verifies it.
+    return replace(
+        metrics,
+        nll=math.fsum(-np.log(of_label)) / n if (of_label > 0).all() else None,
+        brier=math.fsum(sum_of_squares.astype(np.float64) - 2 * of_label + 1) / n,
+        ece=math.fsum(abs(confident - accurate)) / n,
+    )
+
+
+def bin_confidences(confidence: NDArray[np.float32], right: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Count images by confidence in 15 bins of equal width, [0, 1/15) to [14/15, 1].
+
+    The expected calibration error is the sum over bins of |row 1 - row 2|, divided by the number of images.
+
+    Returns:
+        (3, 15): number of images, their summed confidences, and the number of right ones.
+
+    Source: Guo et al. 2017, arXiv:1706.04599, section 2.
+    """
+    exact = confidence.astype(np.float64)
+    bins = np.minimum((exact * _CALIBRATION_BINS).astype(np.int64), _CALIBRATION_BINS - 1)
+    return np.stack([np.bincount(bins, weights=values, minlength=_CALIBRATION_BINS) for values in (None, exact, right)])
 
 
 def wilson_interval(right: float, n: float) -> tuple[float, float]:

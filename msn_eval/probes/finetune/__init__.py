@@ -22,6 +22,7 @@ class Finetune(Probe):
     name: ClassVar[str] = "finetune"
     version: ClassVar[int] = 1
     trains_on: ClassVar[TrainsOn] = "images"
+    has_probabilities: ClassVar[bool] = True
 
     recipe: FinetuneRecipe = field(default_factory=FinetuneRecipe)
     seed: int = 0

@@ -10,7 +10,15 @@ import torch
 from msn_eval.errors import NumericalError
 from msn_eval.features.extraction import Features
 from msn_eval.probes import base
-from msn_eval.probes.base import FeatureProbe, centre_rows, describe_collapse, fit_probe, normalise_rows, rank_labels
+from msn_eval.probes.base import (
+    FeatureProbe,
+    centre_rows,
+    describe_collapse,
+    fit_probe,
+    normalise_rows,
+    rank_labels,
+    summarise_probabilities,
+)
 from msn_eval.probes.knn import NearestNeighbours
 from msn_eval.probes.logistic import Logistic
 from msn_eval.probes.ncm import NearestClassMean
@@ -290,3 +298,26 @@ def test_nan_is_refused() -> None:
         rank_labels(scores, torch.zeros(3, dtype=torch.int64))
 
     assert str(caught.value) == ("scores are NaN\nThe features or the fit overflowed; retry with --precision fp32.")
+
+
+def test_probabilities_are_summed_up_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randn(50, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 4
+    scores[:, 3] = -torch.inf
+    labels = torch.arange(50) % 7
+    monkeypatch.setattr(base, "_BLOCK_VALUES", 25)  # blocks of three rows
+
+    confidence, of_label, squares = summarise_probabilities(scores, labels)
+
+    expected = scores.exp() / scores.exp().sum(dim=1, keepdim=True)
+    assert torch.allclose(confidence, expected.amax(dim=1).float(), atol=1e-7)
+    assert torch.allclose(of_label, expected[torch.arange(50), labels].float(), atol=1e-7)
+    assert torch.allclose(squares, expected.square().sum(dim=1).float(), atol=1e-7)
+    assert (of_label[labels == 3] == 0).all()
+
+
+def test_infinite_scores_are_no_probabilities() -> None:
+    scores = torch.zeros(3, 4)
+    scores[1, 2] = torch.inf
+
+    with pytest.raises(NumericalError, match="scores are infinite"):
+        summarise_probabilities(scores, torch.zeros(3, dtype=torch.int64))

@@ -1,5 +1,6 @@
 """Predictions that contradict their records are refused; checkpoints are found by name."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from msn_eval.errors import ComparisonError, DamagedRecordError, UsageError
-from msn_eval.results.predictions import name_protocol, read_draws, read_one_checkpoint
+from msn_eval.results.predictions import list_prediction_faults, name_protocol, read_draws, read_one_checkpoint
 from msn_eval.results.record import Predictions, Result, read_predictions, write_result
 
 RunWriter = Callable[..., list[Result]]
@@ -35,7 +36,7 @@ def test_title_lists_the_taps_that_a_layer_was_chosen_from(tmp_path: Path, write
 _FAULTS: dict[str, tuple[Callable[[Predictions], Predictions], str]] = {
     "prediction": (lambda one: replace(one, prediction=one.prediction * 0), "contradict each other"),
     "fewer": (
-        lambda one: Predictions(**{name: values[:-1] for name, values in vars(one).items()}),
+        lambda one: Predictions(**{name: values[:-1] for name, values in one.arrays.items()}),
         "recorded 4, stored predictions of 3 images",
     ),
     "other images": (
@@ -61,6 +62,40 @@ def test_invalid_predictions_are_refused(write_run: RunWriter, tmp_path: Path, f
         read_draws(results, [tmp_path])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"confidence": [0.9, 0.6, 0.2, 0.5]}, "confidence 0.2.* is not possible"),
+        ({"confidence": [1.1, 0.6, 0.8, 0.5]}, "confidence 1.1.* is not possible"),
+        ({"probability_of_label": [0.9, 0.3, 0.8, 0.6]}, "probability_of_label 0.6.* is not possible"),
+        ({"probability_of_label": [0.9, -0.1, 0.8, 0.5]}, "probability_of_label -0.1.* is not possible"),
+        ({"sum_of_squares": [0.82, np.nan, 0.66, 0.38]}, "sum_of_squares nan.* is not possible"),
+        ({"sum_of_squares": [0.5, 0.46, 0.66, 0.38]}, "sum_of_squares 0.5.* is not possible"),
+        ({"probability_of_label": [0.8, 0.3, 0.8, 0.5]}, "rank and probability of .* contradict each other"),
+        ({"probability_of_label": [0.9, 0.5, 0.8, 0.5]}, "rank and probability of .* contradict each other"),
+        ({"sum_of_squares": None}, "arrays of unexpected types"),
+    ],
+)
+def test_probabilities_that_cannot_be_are_refused(
+    write_run: RunWriter, tmp_path: Path, change: dict[str, list[float] | None], message: str
+) -> None:
+    (result,) = write_run(tmp_path, np.array([[True, False, True, True]]))
+    stored = read_predictions(tmp_path / str(result.predictions))
+    arrays = {
+        "confidence": [0.9, 0.6, 0.8, 0.5],
+        "probability_of_label": [0.9, 0.3, 0.8, 0.5],
+        "sum_of_squares": [0.82, 0.46, 0.66, 0.38],
+    }
+
+    def faults(values: dict[str, list[float] | None]) -> list[str]:
+        made = {name: None if row is None else np.array(row, dtype=np.float32) for name, row in values.items()}
+        predictions = replace(stored, **made)  # type: ignore[arg-type]
+        return list_prediction_faults(replace(result, metrics=predictions.metrics), predictions)
+
+    assert faults(arrays) == []
+    assert re.search(message, faults(arrays | change)[0])
+
+
 @pytest.mark.parametrize("damage", ["missing", "replaced"])
 def test_predictions_that_are_not_those_of_the_record_are_damage(
     write_run: RunWriter, tmp_path: Path, damage: str
@@ -71,7 +106,7 @@ def test_predictions_that_are_not_those_of_the_record_are_damage(
         path.unlink()
     else:  # by predictions with the same metrics
         stored = read_predictions(path)
-        np.savez_compressed(path, **vars(replace(stored, prediction=np.where(_RIGHT[1], stored.label, 2))))
+        np.savez_compressed(path, **replace(stored, prediction=np.where(_RIGHT[1], stored.label, 2)).arrays)
 
     with pytest.raises(DamagedRecordError, match=path.name):
         read_draws(results, [tmp_path])

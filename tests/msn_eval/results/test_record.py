@@ -31,7 +31,6 @@ from msn_eval.results.record import (
     result_id,
     write_result,
 )
-from msn_eval.results.statistics import compute_metrics
 
 _RELEASED = Path(__file__).parents[2] / "golden" / "records"
 
@@ -58,7 +57,7 @@ def test_distribution_is_written_only_where_there_is_one(result: Result, tmp_pat
 def test_metrics_follow_from_the_stored_predictions_of_every_image_in_order(digits_runs: Path) -> None:
     for result in list_results([digits_runs]):
         stored = read_predictions(digits_runs / str(result.predictions))
-        assert compute_metrics(stored.rank_of_label) == result.metrics
+        assert stored.metrics == result.metrics
         assert list(stored.image) == sorted(stored.image)
         assert np.array_equal(stored.rank_of_label == 1, stored.prediction == stored.label)
 
@@ -209,6 +208,41 @@ def test_metrics_outside_their_range_are_refused(
 
     with pytest.raises(StoreError, match="its metrics are not accuracies"):
         read_result(tmp_path / f"{result.id}.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"nll": -0.1}, {"brier": 2.1}, {"brier": None}, {"ece": 1.1}, {"ece": None}],
+)
+def test_calibration_outside_its_range_is_refused(
+    digits_runs: Path, tmp_path: Path, change: dict[str, float | None]
+) -> None:
+    result = next(result for result in list_results([digits_runs]) if result.probe.name == "logistic")
+    content = encode_result(result)
+    content["metrics"] |= change
+    (tmp_path / f"{result.id}.json").write_text(json.dumps(add_seal(content)))
+
+    with pytest.raises(DamagedRecordError, match="its metrics are not a calibration"):
+        read_result(tmp_path / f"{result.id}.json")
+
+
+def test_calibration_is_recorded_where_the_probe_has_probabilities_and_absent_elsewhere(digits_runs: Path) -> None:
+    recorded = {
+        path.stem: (content["probe"]["name"], content["metrics"].keys() >= {"nll", "brier", "ece"})
+        for path in digits_runs.glob("*.json")
+        if (content := json.loads(path.read_text()))["metrics"]
+    }
+
+    assert {name for name, _ in recorded.values()} == {"logistic", "knn", "ncm"}
+    assert all(is_recorded == (name != "ncm") for name, is_recorded in recorded.values())
+
+
+def test_unset_likelihood_of_a_calibrated_record_is_written_as_null(result: Result) -> None:
+    assert result.metrics is not None
+    calibrated = replace(result, metrics=replace(result.metrics, nll=None, brier=0.5, ece=0.1))
+
+    assert encode_result(calibrated)["metrics"]["nll"] is None
+    assert "nll" not in encode_result(replace(result, metrics=replace(result.metrics, nll=None, brier=None, ece=None)))
 
 
 def test_records_of_every_released_schema_keep_their_fields() -> None:

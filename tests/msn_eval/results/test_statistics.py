@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy import stats
 from scipy.stats import binomtest
+from sklearn.metrics import brier_score_loss, log_loss
 
 from msn_eval.probes.base import rank_labels
 from msn_eval.results.statistics import (
@@ -217,6 +219,53 @@ def test_top1_and_top5_are_shares_of_ranks() -> None:
 
     assert (metrics.top1, metrics.top5, metrics.n) == (3 / 8, 6 / 8, 8)
     assert metrics.top1_ci95 == wilson_interval(3, 8)
+
+
+def _summary(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+    summary = {
+        "confidence": probabilities.max(axis=1),
+        "probability_of_label": probabilities[np.arange(len(labels)), labels],
+        "sum_of_squares": (probabilities**2).sum(axis=1),
+    }
+    return {name: values.astype(np.float32) for name, values in summary.items()}
+
+
+@pytest.mark.parametrize("n_classes", [2, 10, 1000])
+def test_likelihood_and_brier_score_are_those_of_scikit_learn(n_classes: int) -> None:
+    generator = np.random.default_rng(n_classes)
+    probabilities = generator.dirichlet(np.full(n_classes, 0.5), size=300)
+    labels = generator.integers(n_classes, size=300)
+    classes = np.arange(n_classes)
+
+    metrics = compute_metrics(np.ones(300, dtype=np.int64), **_summary(probabilities, labels))
+
+    assert metrics.nll == pytest.approx(log_loss(labels, probabilities, labels=classes), abs=1e-6)
+    expected = brier_score_loss(labels, probabilities if n_classes > 2 else probabilities[:, 1], labels=classes)
+    assert metrics.brier == pytest.approx(expected * (1 if n_classes > 2 else 2), abs=1e-6)
+
+
+def test_calibration_error_is_the_weighted_gap_of_bins_of_equal_width() -> None:
+    generator = np.random.default_rng(0)
+    confidence = np.append(generator.random(500), [1.0, 1.0, 1.0]).astype(np.float32)
+    right = generator.random(503) < confidence**2
+    gap = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence >= low) & ((confidence < low + 1 / 15) | ((confidence == 1) & (low > 0.9)))
+        gap += inside.mean() * abs(right[inside].mean() - confidence[inside].mean(dtype=float)) if inside.any() else 0
+
+    metrics = compute_metrics(
+        np.where(right, 1, 2), confidence=confidence, probability_of_label=confidence, sum_of_squares=confidence
+    )
+
+    assert metrics.ece == pytest.approx(gap, abs=1e-9)
+
+
+def test_a_label_of_probability_zero_has_no_likelihood() -> None:
+    summary = _summary(np.array([[0.0, 1.0], [0.5, 0.5]]), np.array([0, 1]))
+
+    metrics = compute_metrics(np.array([2, 2]), **summary)
+
+    assert (metrics.nll, metrics.brier) == (None, 1.25)
 
 
 @pytest.mark.parametrize("n_classes", [2, 4, 5])
