@@ -38,7 +38,14 @@ from msn_eval.evaluation.measurement import (
 from msn_eval.evaluation.plan import Plan, Task, cache_folder, list_all_bad_images, make_plan
 from msn_eval.features.augmented import AugmentedImages
 from msn_eval.features.encoder import Encoder, build_encoder, check_frozen
-from msn_eval.features.extraction import Extraction, Features, Loading, choose_batch_size, extract_features
+from msn_eval.features.extraction import (
+    Extraction,
+    Features,
+    Loading,
+    choose_batch_size,
+    extract_features,
+    read_spectrum,
+)
 from msn_eval.features.patch_drop import PatchDrop, check_patch_drop
 from msn_eval.files.atomic import prepare_folder
 from msn_eval.probes.base import FeatureProbe, FittedProbe, TrainsOn, WorkerGroup, describe_collapse, fit_probe
@@ -335,6 +342,12 @@ def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: P
     measure = partial(measure, timing=timing, batch_size=min(train.batch_size, test.batch_size))
     workers = WorkerGroup(group=group, device=plan.device) if group.world > 1 else None
     if group.rank == 0:
+        cache = None if plan.config.no_cache else cache_folder(plan.config)
+        spectra = {
+            tap: read_spectrum(encoder, plan.val, features, plan.val_hashes, cache=cache, decoder=plan.config.decoder)
+            for tap, features in test.features.items()
+        }
+        measure = partial(measure, spectra=spectra)
         yield from _measure_on_features(ready, train, test, measure, workers)
         if workers is not None:  # if this rank fails, the others learn of that instead
             shutdown(workers)
@@ -529,7 +542,8 @@ def _fit_and_score(
             predictions = make_predictions(measurements[0].task.probe, test.image_ids, test.labels, scores)
             seconds = fit_seconds + time.perf_counter() - started
             measurement = pending.pop(params)
-            yield measurement.make_result(config, predictions, dim=test.values.shape[1], seconds=seconds), predictions
+            dim = test.values.shape[1]
+            yield measurement.make_result(config, predictions, dim=dim, seconds=seconds, tap=test.tap), predictions
             started = time.perf_counter()
         for failed, reason in fitted.failures:
             if str(dict(failed)) in pending:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from msn_eval.data.decoders import decoder_version
 from msn_eval.data.images import ImageSet
 from msn_eval.errors import DamagedRecordError, NumericalError, StoreError, one_line
 from msn_eval.evaluation.plan import Plan, Task
+from msn_eval.features.collapse import Spectrum
 from msn_eval.features.encoder import Encoder, resolve_tap
 from msn_eval.features.extraction import Features
 from msn_eval.probes.base import Probe, ProbeConfig, rank_labels, summarise_probabilities
@@ -52,6 +53,7 @@ class Measurement:
         timing: What the features cost, both splits together; `probe` is 0.
         batch_size: Images per batch at the end.
         degenerate: What is wrong with the features, None for nothing.
+        spectra: By tap, the spectrum of the validation features.
     """
 
     plan: Plan
@@ -60,8 +62,11 @@ class Measurement:
     timing: TimingInfo
     batch_size: int
     degenerate: str | None = None
+    spectra: Mapping[str, Spectrum] = field(default_factory=dict)
 
-    def make_result(self, config: ProbeConfig, predictions: Predictions, *, dim: int, seconds: float) -> Result:
+    def make_result(
+        self, config: ProbeConfig, predictions: Predictions, *, dim: int, seconds: float, tap: str | None = None
+    ) -> Result:
         """Return the result of a fitted configuration.
 
         Args:
@@ -69,10 +74,15 @@ class Measurement:
             predictions: Of every validation image.
             dim: Number of values per feature.
             seconds: Time to fit and score.
+            tap: The tap of the features that were scored, None if they have no spectrum.
         """
         result = self._result(config, dim, seconds)
+        features = result.features
+        if (spectrum := self.spectra.get(tap or "")) is not None:
+            features = replace(features, rankme=spectrum.rankme, alpha=spectrum.alpha, spectrum_images=spectrum.images)
         return replace(
             result,
+            features=features,
             status="not_converged" if config.converged is False else "ok",
             metrics=predictions.metrics,
             predictions=f"{result.id}.npz",

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from msn_eval.errors import StoreError, UsageError
 from msn_eval.files.atomic import describe_free_space, prepare_folder, write_atomically
-from msn_eval.files.json_records import canonical_json, read_fields
+from msn_eval.files.json_records import canonical_json, pack_sealed, read_fields, unpack_sealed
 from msn_eval.process import available_bytes
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ _NAME = re.compile(f"[0-9a-f]{{{_DIGITS}}}")  # of feature folders and shards; o
 _HASHES = re.compile("(?:[0-9a-f]{64})*")
 _FEATURES = "features"
 _KEY_FILE = "key.json"
+_NOTE = ".note.json"
 _SEAL = b',"seal":"'
 _PRUNES = 9  # of a folder while something is written to it
 _MEMORY_SHARE = 0.5  # of the available memory, for rows that may be mapped from a file instead
@@ -290,6 +292,21 @@ def _allocate(n: int, d: int, folder: FeatureFolder, *, beyond_memory: bool) -> 
         ) from error
     _log.info("%d rows of %d features do not fit into memory; they are mapped from the disk", n, d)
     return torch.from_numpy(mapped)
+
+
+def read_note(folder: FeatureFolder, name: str) -> dict[str, Any] | None:
+    """Return what `write_note` has written under a name. None if there is nothing, or it is damaged."""
+    try:
+        return unpack_sealed((folder.path / f"{name}{_NOTE}").read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def write_note(folder: FeatureFolder, name: str, content: Mapping[str, object]) -> None:
+    """Write some numbers about features into their folder, if it exists and can be written."""
+    if folder.path.is_dir():
+        with contextlib.suppress(StoreError):
+            write_atomically(folder.path / f"{name}{_NOTE}", pack_sealed(content))
 
 
 def verify_feature_folder(folder: FeatureFolder) -> tuple[int, int]:

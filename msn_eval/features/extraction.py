@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -26,9 +26,12 @@ from msn_eval.features.cache import (
     find_feature_folder,
     find_listed,
     open_feature_folder,
+    read_note,
     read_rows,
+    write_note,
     write_shard,
 )
+from msn_eval.features.collapse import SPECTRUM_VERSION, Spectrum, measure_spectrum
 from msn_eval.features.encoder import Encoder, check_frozen, encode, resolve_tap
 from msn_eval.features.patch_drop import (
     PatchDrop,
@@ -38,6 +41,7 @@ from msn_eval.features.patch_drop import (
     patch_count,
 )
 from msn_eval.features.transfer import await_upload, start_download
+from msn_eval.files.json_records import canonical_json, read_fields
 from msn_eval.process import available_bytes
 
 _log = logging.getLogger(__name__)
@@ -46,6 +50,7 @@ _CPU_BATCH = 16  # at 224 pixels; larger batches measured slower on CPUs
 _CUDA_BATCH = 256
 _CPU_SHARD_ROWS, _CUDA_SHARD_ROWS = 256, 2048  # a kill loses at most one shard: about a minute, or a second
 _SHOWN = 5
+_NOTE_DIGITS = 32
 Progress = Callable[[int, int], None]  # images done, all images
 
 
@@ -257,6 +262,38 @@ def _row_key(image_id: str, sha256: str, drop: PatchDrop | None) -> str:
     if drop is None:
         return sha256
     return hashlib.sha256(f"{sha256} ".encode() + os.fsencode(image_id)).hexdigest()
+
+
+def read_spectrum(
+    encoder: Encoder,
+    images: ImageSet,
+    features: Features,
+    hashes: Mapping[str, str],
+    *,
+    cache: Path | None,
+    decoder: str,
+) -> Spectrum:
+    """Return the spectrum of complete images' features: measured now, or as a run before has kept it in their cache.
+
+    Args:
+        encoder: The encoder.
+        images: The images.
+        features: Their features at one tap.
+        hashes: SHA-256 of each image's bytes by id.
+        cache: The cache folder, or None.
+        decoder: Name of the decoder.
+    """
+    if cache is None:
+        return measure_spectrum(features.values)
+    key = feature_key(encoder, features.tap, decoder=decoder, embedded=images.source.root is None)
+    folder = find_feature_folder(cache, key)
+    addressed = canonical_json([SPECTRUM_VERSION, [hashes[image_id] for image_id in features.image_ids]])
+    name = f"spectrum-{hashlib.sha256(addressed.encode()).hexdigest()[:_NOTE_DIGITS]}"
+    if (known := read_note(folder, name)) is not None:
+        return read_fields(Spectrum, known)
+    spectrum = measure_spectrum(features.values)
+    write_note(folder, name, asdict(spectrum))
+    return spectrum
 
 
 def list_missing_images(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from msn_eval.features.collapse import effective_rank, is_collapsed, spread
+from msn_eval.features.collapse import effective_rank, is_collapsed, measure_spectrum, spread
 from msn_eval.files.atomic import write_atomically
 from msn_eval.files.json_records import add_seal, parse_json, read_fields, remove_seal
 from msn_eval.probes.base import describe_collapse
@@ -52,6 +52,7 @@ class SnapshotFeatures:
         feature_rank: RankMe, 1 to min(images, width); None if features are not finite.
         feature_spread: 0 if all images have the same direction, near 1 if directions are random.
         problem: Why they are degenerate, or empty.
+        feature_alpha: Exponent of the eigenspectrum. None likewise, with few eigenvalues, and in older files.
     """
 
     step: int
@@ -64,15 +65,16 @@ class SnapshotFeatures:
     feature_rank: float | None
     feature_spread: float | None
     problem: str
+    feature_alpha: float | None = None
 
 
-def measure_features(features: Tensor) -> tuple[float, float, str]:
-    """Return rank, spread and problem, as in SnapshotFeatures, of finite (n, d) features."""
+def measure_features(features: Tensor) -> tuple[float, float, str, float | None]:
+    """Return rank, spread, problem and alpha, as in SnapshotFeatures, of finite (n, d) features."""
     rank, feature_spread = effective_rank(features), spread(features)
     problem = describe_collapse(features)
     if not problem and is_collapsed({"feature_rank": rank, "feature_spread": feature_spread}):
         problem = f"all images look alike: rank {rank:.3g}, spread {feature_spread:.2g}"
-    return round(rank, 4), round(feature_spread, 6), problem
+    return round(rank, 4), round(feature_spread, 6), problem, measure_spectrum(features).alpha
 
 
 def write_snapshot_features(folder: Path, snapshot: SnapshotFeatures) -> None:

@@ -238,14 +238,15 @@ def _measure_snapshot(plan: Plan, prepared: Preparation, snapshot: SnapshotFiles
     tap = resolve_tap(encoder, _TAP, by_hand=False)
     rank: float | None
     spread: float | None
+    alpha: float | None
     loading = make_loading(plan.config)
     try:
         extracted = extract_features(
             encoder, plan.val, taps=[tap], hashes=plan.val_hashes, loading=loading, cache=cache
         )
-        rank, spread, problem = snapshot_features.measure_features(extracted.features[tap].values)
+        rank, spread, problem, alpha = snapshot_features.measure_features(extracted.features[tap].values)
     except NumericalError as error:
-        rank, spread, problem = None, None, error.what
+        rank, spread, problem, alpha = None, None, error.what, None
     return SnapshotFeatures(
         step=snapshot.step,
         epoch=snapshot.epoch,
@@ -257,6 +258,7 @@ def _measure_snapshot(plan: Plan, prepared: Preparation, snapshot: SnapshotFiles
         feature_rank=rank,
         feature_spread=spread,
         problem=problem,
+        feature_alpha=alpha,
     )
 
 

@@ -37,6 +37,7 @@ MEASURE_AGAIN = "Run the same evaluation again: it measures damaged results agai
 _LATER_FIELDS = {
     **dict.fromkeys(("distribution", "structure_sha256", "mean_std_from", "positions", "brier", "ece")),
     "nll": "brier",
+    **dict.fromkeys(("rankme", "alpha", "spectrum_images"), "spectrum_images"),
 }
 _CALIBRATION = ("nll", "brier", "ece")
 _TOLERANCE = 1e-9  # of a recomputed calibration: logarithms differ between processors in the last digit
@@ -124,6 +125,10 @@ class FeatureInfo:
 
     Attributes:
         degenerate: What is wrong with the features, such as a collapsed representation. None where nothing is known.
+        rankme: RankMe of the features of the validation images. None where they have none: one image, or zero features.
+        alpha: Exponent of their eigenspectrum. None likewise, and with fewer than 13 eigenvalues.
+        spectrum_images: Number of images that both were computed from. None, and none of the three written, in older records
+            and where the encoder was fine-tuned.
     """
 
     tap: str
@@ -132,6 +137,9 @@ class FeatureInfo:
     decoder: str
     transform: TransformInfo
     degenerate: str | None = None
+    rankme: float | None = None
+    alpha: float | None = None
+    spectrum_images: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

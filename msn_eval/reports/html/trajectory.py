@@ -179,6 +179,11 @@ def _make_panels(trajectory: Trajectory) -> list[Panel]:
             series=(*journal(feature_rank="training batch"), snapshots("feature_rank")),
         ),
         Panel(
+            title="Eigenspectrum",
+            lead="Alpha, the exponent of the decay of eigenvalues: the higher, the fewer directions carry the variance.",
+            series=(snapshots("feature_alpha"),),
+        ),
+        Panel(
             title="Spread",
             lead="0 if all images have the same direction, near 1 if directions are random.",
             series=(

@@ -21,9 +21,11 @@ def _noise(rows: int = 200, columns: int = 16) -> Tensor:
 
 
 def test_random_features_fill_every_direction_without_a_problem() -> None:
-    rank, spread, problem = snapshot_features.measure_features(_noise())
+    rank, spread, problem, alpha = snapshot_features.measure_features(_noise())
 
     assert (rank > 15, spread, problem) == (True, pytest.approx(1, abs=0.05), "")
+    assert alpha is not None
+    assert 0 < alpha < 0.5  # near 0: all directions have the same variance
 
 
 @pytest.mark.parametrize(
