@@ -6,7 +6,7 @@ from pathlib import Path
 
 from msn_eval.reports import list_formats, load_format
 from msn_eval.results.folder import ResultScan, combine_faults, disabled_garbage_collection, scan_results
-from msn_eval.results.table import make_table
+from msn_eval.results.table import MEASURES, make_table
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +15,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", metavar="A,B", help=f"{', '.join(list_formats())}; default a table on the terminal")
     parser.add_argument("--out", metavar="DIR", help="write table.md, table.csv … there instead of to stdout")
     parser.add_argument("--published", action="store_true", help="add published ImageNet numbers, with their sources")
+    parser.add_argument("--columns", metavar="A,B", default="", help=f"beside accuracy: {', '.join(MEASURES)}")
     parser.add_argument(
         "--ranks",
         action=argparse.BooleanOptionalAction,
@@ -32,6 +33,11 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not names and options.out is not None:
         names = list(list_formats())
     formats = [load_format(name) for name in dict.fromkeys(names)]
+    from msn_eval.config.yaml_config import check_choice
+
+    measures = [name.strip() for name in options.columns.split(",") if name.strip()]
+    for name in measures:
+        check_choice("--columns", name, tuple(MEASURES))
     with disabled_garbage_collection():
         scan = scan_results(options.runs)
         results = (*scan.results, *scan.damaged)
@@ -44,7 +50,14 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         if options.published:
             published = make_published_table(read_published(), make_table(results).columns)
         notices = [*board.notices, *_describe_unreadable(scan)]
-        table = make_table(results, standings=board.standings, published=published, notices=notices)
+        table = make_table(
+            results,
+            standings=board.standings,
+            published=published,
+            notices=notices,
+            measures=measures,
+            averages=board.averages,
+        )
         if not formats:
             from msn_eval.reports.terminal import print_table
 

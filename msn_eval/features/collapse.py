@@ -100,12 +100,14 @@ def _squared_singular_values(features: Tensor, centre: Tensor | float = 0.0) -> 
     # They are the eigenvalues of the smaller Gram matrix: half the time of an SVD.
     if features.shape[0] <= features.shape[1]:
         rows = features.double() - centre
-        return torch.linalg.eigvalsh(rows @ rows.T)
-    gram: Tensor | float = 0.0
-    for block in features.split(_BLOCK_ROWS):
-        rows = block.double() - centre
-        gram = gram + rows.T @ rows
-    return torch.linalg.eigvalsh(gram)
+        gram = rows @ rows.T
+    else:
+        gram = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=features.device)
+        for block in torch.split(features, _BLOCK_ROWS):
+            rows = block.double() - centre
+            gram += rows.T @ rows
+    squares: Tensor = torch.linalg.eigvalsh(gram)
+    return squares
 
 
 def _rounding_error(squares: Tensor) -> Tensor:

@@ -329,7 +329,7 @@ def summarise_probabilities(scores: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     """
     parts = []
     rows = max(1, _BLOCK_VALUES // scores.shape[1])
-    for block, block_labels in zip(scores.split(rows), labels.to(scores.device).split(rows), strict=True):
+    for block, block_labels in zip(torch.split(scores, rows), torch.split(labels.to(scores.device), rows), strict=True):
         probability = block.softmax(dim=1)
         own = probability.gather(1, block_labels[:, None])[:, 0]
         parts.append(torch.stack([probability.amax(dim=1), own, probability.square().sum(dim=1)]).float().cpu())

@@ -18,10 +18,11 @@ def render(table: Table, scan: ResultScan) -> str:
         cells = {column.protocol_id: _flatten(table.cells[row, column]) for column in columns}
         rows.append(asdict(row) | {"cells": cells})
     content = {"columns": [asdict(column) for column in table.columns], "rows": rows, "notices": table.notices}
+    content["averages"] = [asdict(averages) for averages in table.averages]
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def _flatten(cell: Cell) -> dict[str, Any]:
     content = asdict(cell)
-    standing = content.pop("standing")
-    return content | {"interval95": standing["interval"], "rank": standing["rank"]}
+    standing, measures = content.pop("standing"), content.pop("measures")
+    return {**content, "interval95": standing["interval"], "rank": standing["rank"], **measures}

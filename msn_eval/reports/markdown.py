@@ -1,11 +1,13 @@
 """Report format `md`: one Markdown table per probe and its settings."""
 
 from msn_eval.reports.text_tables import (
+    describe_averages,
     describe_row,
     describe_significance,
     explain_cells,
     format_cell,
     join_markdown_cells,
+    markdown_row,
     markdown_text,
 )
 from msn_eval.results.folder import ResultScan
@@ -25,6 +27,15 @@ def render(table: Table, scan: ResultScan) -> str:
             for row, cells in table.rows_of(columns)
         ]
         parts.append("\n".join(lines))
+    for averages in table.averages:
+        title, names, texts, explanations = describe_averages(averages)
+        lines = [
+            f"### {markdown_text(title)}",
+            "",
+            join_markdown_cells(names),
+            "| --- |" + " ---: |" * (len(names) - 1),
+        ]
+        parts += ["\n".join([*lines, *map(markdown_row, texts)]), "  \n".join(map(markdown_text, explanations))]
     return "\n\n".join([*parts, "  \n".join(map(markdown_text, explain_cells(table)))]) + "\n"
 
 

@@ -4,7 +4,13 @@ import sys
 from typing import TYPE_CHECKING
 
 from msn_eval.errors import one_line
-from msn_eval.reports.text_tables import describe_row, describe_significance, explain_cells, format_cell
+from msn_eval.reports.text_tables import (
+    describe_averages,
+    describe_row,
+    describe_significance,
+    explain_cells,
+    format_cell,
+)
 from msn_eval.results.table import Cell, Table
 
 if TYPE_CHECKING:
@@ -33,6 +39,15 @@ def print_table(table: Table, console: "Console | None" = None) -> None:
         for row, cells in table.rows_of(columns):
             rich_table.add_row(Text(one_line(describe_row(row))), *map(_format_cell, cells))
         console.print(rich_table)
+    for averages in table.averages:
+        title, names, texts, explanations = describe_averages(averages)
+        console.print(Text(one_line(title), style="bold"), soft_wrap=True)
+        rich_table = RichTable(*names, box=box.SIMPLE_HEAD, pad_edge=False)
+        for row_texts in texts:
+            rich_table.add_row(*map(Text, map(one_line, row_texts)))
+        console.print(rich_table)
+        for line in explanations:
+            console.print(Text(one_line(line), style="dim"))
     for line in explain_cells(table):
         console.print(Text(one_line(line), style="dim"))
 

@@ -5,11 +5,15 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from msn_eval.errors import one_line
-from msn_eval.results.table import Cell, Row, Table
+from msn_eval.results.data_sets import DataSetAverages
+from msn_eval.results.table import MEASURES, Cell, Row, Table
 
 MISSING = "–"
 FAILED, DAMAGED = "FAILED", "DAMAGED"
 UNCONVERGED = "*"
+_RANK_RULE = (
+    "In a data set, checkpoints whose difference is not statistically significant share the mean of their ranks."
+)
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_<>\[\]|#~&!@$])")
 
 
@@ -34,12 +38,13 @@ def format_convergence_mark(cell: Cell) -> str:
 
 
 def describe_significance(cell: Cell | None) -> str:
-    """Return the interval and the rank of a cell, `[65.1, 65.9] rank 1`, as far as they are known."""
+    """Return interval, rank and measures of a cell, `[65.1, 65.9] rank 1 ece 0.032`, as far as they are known."""
     if cell is None or cell.mean is None:
         return ""
     interval, rank = cell.standing.interval, cell.standing.rank
     bounds = [] if interval is None else [f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"]
-    return " ".join([*bounds, *([] if rank is None else [f"rank {rank}"])])
+    measures = [f"{name} {MISSING if value is None else f'{value:.3g}'}" for name, value in cell.measures.items()]
+    return " ".join([*bounds, *([] if rank is None else [f"rank {rank}"]), *measures])
 
 
 def format_exact_percent(fraction: float) -> str:
@@ -70,6 +75,7 @@ def explain_cells(table: Table) -> tuple[str, ...]:
             "rank: within a column; checkpoints whose difference is not statistically significant share a rank "
             "(exact paired test, 5 % over all pairs)."
         )
+    lines += [f"{name}: {MEASURES[name]}." for name in table.measures]
     if any(cell.status == "not_converged" for cell in cells):
         lines.append(f"{UNCONVERGED} the solver did not converge.")
     if any(cell.status == "failed" for cell in cells):
@@ -77,6 +83,26 @@ def explain_cells(table: Table) -> tuple[str, ...]:
     if any(cell.status == "damaged" for cell in cells):
         lines.append(f"{DAMAGED}: a record or its predictions are not as they were written; measure it again.")
     return (*lines, *table.notices)
+
+
+def describe_averages(averages: DataSetAverages) -> tuple[str, tuple[str, ...], list[tuple[str, ...]], list[str]]:
+    """Return the title of averages over data sets, the header and the rows of their table, and explanations."""
+    header = ("checkpoint", "mean top-1 %", "mean rank", *(("groups",) if averages.ties else ()))
+    rows = [
+        (row.name, f"{100 * row.accuracy:.1f}", f"{row.rank:.2f}", *((row.groups,) if averages.ties else ()))
+        for row in averages.rows
+    ]
+    lines = [f"Means over {len(averages.data)} data sets: {', '.join(averages.data)}. {_RANK_RULE}"]
+    if averages.p_value is None:
+        lines.append("Friedman's test needs three data sets and three checkpoints.")
+    else:
+        lines.append(
+            f"Friedman's test that all are equally good: p = {averages.p_value:.2g}. Checkpoints with a common letter do not "
+            "differ significantly (all pairs, Holm's correction, 5 %)."
+        )
+    if averages.left_out:
+        lines.append(f"Left out, as they are not measured on all of them: {', '.join(averages.left_out)}.")
+    return f"{averages.title}: over data sets", header, rows, lines
 
 
 def markdown_text(text: str) -> str:

@@ -1,22 +1,27 @@
 """Leaderboard: interval and rank of each cell of a table, computed from the stored predictions."""
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
+from msn_eval.files.json_records import canonical_json
+from msn_eval.results.data_sets import DataSetAverages, DataSetScores, average_data_sets
 from msn_eval.results.folder import ResultScan
-from msn_eval.results.record import Result, read_arrays
+from msn_eval.results.predictions import name_protocol
+from msn_eval.results.record import Result, protocol_id, read_arrays
 from msn_eval.results.statistics import Integers, accuracy_interval, count_right, rank_with_ties
 from msn_eval.results.table import CellKey, CellStatistics, get_cell_key
 
 _READERS = 4  # prediction files that are unpacked at a time
 _MAX_COST = 100_000_000  # images read and compared: a few seconds
 _PAIR_COST = 5_000  # of a comparison beside its images, in images
+_OF_DATA = ("data", "skipped")  # what differs in a protocol from data set to data set
 _Draws = list[tuple[Result, Path]]
 
 
@@ -27,10 +32,12 @@ class Leaderboard:
     Attributes:
         standings: Of the cells that have any.
         notices: Why others have none.
+        averages: Over data sets, of each rule that was measured on several.
     """
 
     standings: Mapping[CellKey, CellStatistics]
     notices: tuple[str, ...] = ()
+    averages: tuple[DataSetAverages, ...] = ()
 
 
 def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderboard:
@@ -59,18 +66,60 @@ def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderb
     if reason:
         return Leaderboard(standings=standings, notices=(f"Ranks, and intervals over several draws, {reason}",))
     missing = 0
+    averages = []
     with ThreadPoolExecutor(_READERS) as readers:
-        for cells in columns:
-            outcomes = dict(zip(cells, readers.map(_read_scores, cells.values()), strict=True))
-            missing += sum(outcome is None for outcome in outcomes.values())
-            scores = {cell_key: outcome for cell_key, outcome in outcomes.items() if outcome is not None}
-            ranks = _rank(cells, scores)
-            for cell_key, own in scores.items():
-                bounds = accuracy_interval(own, draws=len(cells[cell_key]))
-                known = standings.get(cell_key, CellStatistics(interval=(bounds.low, bounds.high)))
-                standings[cell_key] = replace(known, rank=ranks.get(cell_key))
+        for title, rule in _group_by_rule(columns).items():
+            measured = []
+            for cells in rule:
+                outcomes = dict(zip(cells, readers.map(_read_scores, cells.values()), strict=True))
+                missing += sum(outcome is None for outcome in outcomes.values())
+                scores = {cell_key: outcome for cell_key, outcome in outcomes.items() if outcome is not None}
+                complete = _list_complete(cells, scores)
+                ranks = rank_with_ties([scores[cell_key] for cell_key in complete]) if len(complete) > 1 else ()
+                rank_of = dict(zip(complete, ranks, strict=False))
+                for cell_key, own in scores.items():
+                    bounds = accuracy_interval(own, draws=len(cells[cell_key]))
+                    known = standings.get(cell_key, CellStatistics(interval=(bounds.low, bounds.high)))
+                    standings[cell_key] = replace(known, rank=rank_of.get(cell_key))
+                if len(rule) > 1:
+                    measured.append(_describe_data_set(cells, {cell_key: scores[cell_key] for cell_key in complete}))
+            if measured:
+                averages.append(average_data_sets(title, measured))
     notice = f"The predictions of {missing} cells are missing; these cells have no rank."
-    return Leaderboard(standings=standings, notices=(notice,) if missing else ())
+    return Leaderboard(standings=standings, notices=(notice,) if missing else (), averages=tuple(averages))
+
+
+def _group_by_rule(columns: Iterable[dict[CellKey, _Draws]]) -> dict[str, list[dict[CellKey, _Draws]]]:
+    """Group the columns whose protocols differ in nothing but the data set; a second protocol of a data set is alone."""
+    groups: defaultdict[str, dict[str, dict[CellKey, _Draws]]] = defaultdict(dict)
+    titles: dict[str, str] = {}
+    for cells in filter(None, columns):
+        (result, _), *_ = next(iter(cells.values()))
+        rule = canonical_json({name: value for name, value in result.protocol.items() if name not in _OF_DATA})
+        if result.data.name in groups[rule]:
+            rule += result.protocol_id
+        groups[rule][result.data.name] = cells
+        titles[rule] = name_protocol(result)
+    repeated = Counter(titles.values())
+    return {
+        f"{titles[rule]} #{protocol_id({'rule': rule})[:8]}" if repeated[titles[rule]] > 1 else titles[rule]: [
+            by_data[data] for data in sorted(by_data)
+        ]
+        for rule, by_data in groups.items()
+    }
+
+
+def _describe_data_set(cells: Mapping[CellKey, _Draws], scores: Mapping[CellKey, Integers]) -> DataSetScores:
+    results = {cell_key[:2]: [result for result, _ in draws] for cell_key, draws in cells.items()}
+    return DataSetScores(
+        data=next(iter(results.values()))[0].data.name,
+        names={network: draws[0].checkpoint.name for network, draws in results.items()},
+        accuracies={
+            network: fmean(result.metrics.top1 for result in draws if result.metrics is not None)
+            for network, draws in results.items()
+        },
+        scores={cell_key[:2]: own for cell_key, own in scores.items()},
+    )
 
 
 def _group_draws(scan: ResultScan) -> list[dict[CellKey, _Draws]]:
@@ -108,10 +157,7 @@ def _read_scores(draws: _Draws) -> Integers | None:
     return count_right(np.stack(right))
 
 
-def _rank(cells: Mapping[CellKey, _Draws], scores: Mapping[CellKey, Integers]) -> dict[CellKey, int]:
-    """Return the ranks of the cells that hold every draw of their column."""
+def _list_complete(cells: Mapping[CellKey, _Draws], scores: Mapping[CellKey, Integers]) -> list[CellKey]:
+    """Return the cells that have every draw of their column, and predictions."""
     draws = {cell_key: {result.split.draw for result, _ in pairs} for cell_key, pairs in cells.items()}
-    complete = [cell_key for cell_key in scores if draws[cell_key] == set().union(*draws.values())]
-    if len(complete) < 2:
-        return {}
-    return dict(zip(complete, rank_with_ties([scores[cell_key] for cell_key in complete]), strict=True))
+    return [cell_key for cell_key in scores if draws[cell_key] == set().union(*draws.values())]

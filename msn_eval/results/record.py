@@ -35,7 +35,7 @@ MEASURE_AGAIN = "Run the same evaluation again: it measures damaged results agai
 # Fields that are not written where they are None, so that older records keep their bytes; and the field, if any, that tells a
 # None of these records from a missing value.
 _LATER_FIELDS = {
-    **dict.fromkeys(("distribution", "structure_sha256", "mean_std_from", "positions", "brier", "ece")),
+    **dict.fromkeys(("distribution", "structure_sha256", "mean_std_from", "positions", "brier", "ece"), ""),
     "nll": "brier",
     **dict.fromkeys(("rankme", "alpha", "spectrum_images"), "spectrum_images"),
 }
@@ -451,7 +451,9 @@ def list_metrics_faults(result: Result, predictions: Predictions) -> Iterator[st
 
 
 def _is_close(first: float | None, second: float | None) -> bool:
-    return None not in (first, second) and math.isclose(first, second, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    if first is None or second is None:
+        return False
+    return math.isclose(first, second, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
 
 
 def recover_identity(stored: StoredRecord) -> Result | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from msn_eval.config.recipes import AugmentedRecipe, LinearRecipe, Params
+from msn_eval.results.data_sets import DataSetAverages
 from msn_eval.results.record import Result, flatten_fields
 from msn_eval.results.statistics import draw_spread
 
@@ -22,6 +23,13 @@ _PROBE_ORDER = ("logistic", "linear", "linear-augmented", "knn", "ncm", "ridge",
 _RECIPES = {"linear": LinearRecipe(), "linear-augmented": AugmentedRecipe()}
 _SHOWN_ELSEWHERE = {"subset.name", "probe.params.lambda", "probe.params.taps", "tap"}
 _SUBSET_FIELDS = {"subset.rule", "skipped"}
+MEASURES = {
+    "nll": "mean negative log-likelihood of the label, in nats; none where a label has probability 0",
+    "brier": "Brier score, the squared error of the probabilities summed over classes",
+    "ece": "expected calibration error, 15 bins of equal width",
+    "rankme": "RankMe of the features of the validation images",
+    "alpha": "exponent of the eigenspectrum of these features",
+}
 CellKey = tuple[str, str | None, str]  # weights_sha256, key and protocol_id: the identity of a cell
 
 
@@ -120,6 +128,7 @@ class Cell:
         draws: Number of draws. None where a publication does not state it.
         status: Status of the worst draw, or `published`.
         results: Ids of the records, by draw. Empty where one is damaged.
+        measures: Means over draws of the table's measures. None where a draw has none.
     """
 
     mean: float | None
@@ -128,16 +137,24 @@ class Cell:
     status: str
     standing: CellStatistics = CellStatistics()
     results: tuple[str, ...] = ()
+    measures: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows, columns, the cells that exist, and notices about the table as a unit."""
+    """Rows, columns, the cells that exist, and notices about the table as a unit.
+
+    Attributes:
+        measures: Names of what cells show beside accuracy, of `MEASURES`.
+        averages: Over data sets, of each rule that was measured on several.
+    """
 
     rows: tuple[Row, ...]
     columns: tuple[Column, ...]
     cells: Mapping[tuple[Row, Column], Cell]
     notices: tuple[str, ...] = ()
+    measures: tuple[str, ...] = ()
+    averages: tuple[DataSetAverages, ...] = ()
 
     def groups(self) -> dict[str, tuple[Column, ...]]:
         """Return the columns by group title, in order."""
@@ -156,6 +173,8 @@ def make_table(
     standings: Mapping[CellKey, CellStatistics] | None = None,
     published: Table | None = None,
     notices: Sequence[str] = (),
+    measures: Sequence[str] = (),
+    averages: Sequence[DataSetAverages] = (),
 ) -> Table:
     """Arrange results in rows and columns, each result once. Two protocols never share a column.
 
@@ -164,6 +183,8 @@ def make_table(
         standings: Statistics of each cell over test images, where they were computed.
         published: Rows and columns to show beside the measured ones.
         notices: Further notices of the table.
+        measures: Names of `MEASURES` that cells show.
+        averages: Averages over data sets, where they were computed.
     """
     records = _make_frame(results)
     by_id = {column.protocol_id: column for column in _make_columns(records)}
@@ -172,7 +193,7 @@ def make_table(
     for draws in records.groupby(["network", "protocol_id"], sort=False)["result"].agg(list):
         weights, key, protocol = cell_key = get_cell_key(draws[0])
         standing = (standings or {}).get(cell_key, CellStatistics())
-        cells[by_network[weights, key], by_id[protocol]] = _make_cell(draws, standing)
+        cells[by_network[weights, key], by_id[protocol]] = _make_cell(draws, standing, measures)
     columns = sorted(by_id.values(), key=_column_order)
     rows = sorted(by_network.values(), key=lambda row: _row_order(row, columns, cells))
     published = published or Table(rows=(), columns=(), cells={})
@@ -181,6 +202,8 @@ def make_table(
         columns=tuple(sorted((*columns, *published.columns), key=_column_order)),
         cells=cells | dict(published.cells),
         notices=(*_list_split_notices(records), *published.notices, *notices),
+        measures=tuple(measures),
+        averages=tuple(averages),
     )
 
 
@@ -207,7 +230,7 @@ def _make_frame(results: Iterable[Result]) -> "pd.DataFrame":
     return frame.drop_duplicates(["network", "protocol_id", "draw"], keep="last")
 
 
-def _make_cell(draws: Sequence[Result], standing: CellStatistics) -> Cell:
+def _make_cell(draws: Sequence[Result], standing: CellStatistics, measures: Sequence[str]) -> Cell:
     ids = tuple(result.id for result in sorted(draws, key=lambda result: result.split.draw))
     statuses = {result.status for result in draws}
     if "damaged" in statuses:
@@ -217,7 +240,13 @@ def _make_cell(draws: Sequence[Result], standing: CellStatistics) -> Cell:
     scores = [result.metrics.top1 for result in draws if result.metrics is not None]
     mean, std = statistics.fmean(scores), draw_spread(scores)
     status = "not_converged" if "not_converged" in statuses else "ok"
-    return Cell(mean=mean, std=std, draws=len(draws), status=status, standing=standing, results=ids)
+    means = {name: _average(draws, name) for name in measures}
+    return Cell(mean=mean, std=std, draws=len(draws), status=status, standing=standing, results=ids, measures=means)
+
+
+def _average(draws: Sequence[Result], name: str) -> float | None:
+    values = [getattr(result.features if hasattr(result.features, name) else result.metrics, name) for result in draws]
+    return None if None in values else statistics.fmean(values)
 
 
 def _make_rows(records: "pd.DataFrame") -> Iterator[Row]:

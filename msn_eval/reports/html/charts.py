@@ -11,9 +11,11 @@ import numpy as np
 
 from msn_eval.reports.html import svg
 from msn_eval.reports.text_tables import format_accuracy
+from msn_eval.results.data_sets import DataSetAverages
 from msn_eval.results.table import Column, Row, Table
 
 _MOST_CURVES = 8
+_MOST_RANKED = 24
 _MOST_CROSSINGS = 12
 _MOST_Y_TICKS = 6
 _MIN_TICK_DISTANCE = 0.055  # of the axis; closer texts would overlap
@@ -171,6 +173,47 @@ def _draw_columns(
         title += f" (the first {_MOST_CURVES} of {len(series):,} checkpoints)"
     shown_ticks = _drop_overlapping_texts([tick for _, tick in chosen])
     return [draw_chart(series[:_MOST_CURVES], ticks=shown_ticks, title=title, x_title=x_title)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankDiagram:
+    """Mean ranks on a line, in SVG units, and bars over those that do not differ significantly.
+
+    Attributes:
+        ticks: (x, rank) of whole ranks.
+        marks: (x, y of the name, whether it stands on the right, text) of each checkpoint.
+        ties: (first x, last x, y) of each group.
+    """
+
+    axes: svg.Axes
+    ticks: tuple[tuple[float, int], ...]
+    marks: tuple[tuple[float, float, bool, str], ...]
+    ties: tuple[tuple[float, float, float], ...]
+
+
+def draw_ranks(averages: DataSetAverages) -> RankDiagram | None:
+    """Return the critical-difference diagram of a test, None where there was none or there are too many checkpoints.
+
+    Source: Demsar 2006, JMLR 7, figure 1; the bars are those of Holm's correction.
+    """
+    count = len(averages.rows)
+    if averages.p_value is None or count > _MOST_RANKED:
+        return None
+    half, first_y = (count + 1) // 2, 44 + 7 * len(averages.ties)
+    axes = svg.Axes(
+        x_range=(1, count), y_range=(0, 1), width=760, height=first_y + 20 * half, left=230, right_margin=230
+    )
+    xs = [axes.x(row.rank) for row in averages.rows]
+    marks = []
+    for number, (x, row) in enumerate(zip(xs, averages.rows, strict=True)):
+        place = min(number, count - 1 - number)  # the best and the worst first, from both sides
+        marks.append((x, first_y + 20.0 * place, number >= half, f"{row.name} {row.rank:.2f}"))
+    return RankDiagram(
+        axes=axes,
+        ticks=tuple((axes.x(rank), rank) for rank in range(1, count + 1)),
+        marks=tuple(marks),
+        ties=tuple((xs[first], xs[last], 38.0 + 7 * index) for index, (first, last) in enumerate(averages.ties)),
+    )
 
 
 def _drop_overlapping_texts(ticks: list[Tick]) -> list[Tick]:

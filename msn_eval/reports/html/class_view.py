@@ -10,6 +10,7 @@ import numpy as np
 from msn_eval.data.class_names import describe_classes
 from msn_eval.errors import StoreError
 from msn_eval.results.record import Result
+from msn_eval.results.statistics import bin_confidences
 from msn_eval.results.table import Cell, Column, Row, Table
 
 _MOST_ROWS = 8
@@ -27,6 +28,8 @@ class ClassView:
         images: (classes,) number of validation images.
         right: Per row, (classes,) number of correct predictions, summed over draws.
         draws: Draws of every row.
+        bins: Per row, the images of all draws by confidence, as (number, mean confidence, accuracy), bins without images left
+            out. Empty without probabilities.
     """
 
     column: Column
@@ -35,6 +38,7 @@ class ClassView:
     images: tuple[int, ...]
     right: tuple[tuple[int, ...], ...]
     draws: int
+    bins: tuple[tuple[tuple[float, ...], ...], ...] = ()
 
 
 def make_class_views(
@@ -71,6 +75,7 @@ def _make_view(
 ) -> ClassView | None:
     """Return the view of the cells that have the predictions of all draws, None if there is no such cell."""
     right: dict[Row, tuple[int, ...]] = {}
+    bins: list[tuple[tuple[float, ...], ...]] = []
     names: list[str] = []
     images: list[int] = []
     for row, cell in cells:
@@ -78,10 +83,13 @@ def _make_view(
         if not all(file.exists() for file in files):
             continue
         counts = np.zeros(column.classes, dtype=np.int64)
+        binned = []
         for file in files:
             try:
                 with np.load(file, allow_pickle=False) as stored:
                     label, rank = stored["label"], stored["rank_of_label"]
+                    if "confidence" in stored:
+                        binned.append(bin_confidences(stored["confidence"], rank == 1))
                     if not names:  # once, since decompressing the ids takes longest
                         images = np.bincount(label, minlength=column.classes).tolist()
                         names = [f"class {number}" for number in range(column.classes)]
@@ -92,11 +100,19 @@ def _make_view(
                 raise StoreError(f"cannot be read as predictions: {error}", where=str(file)) from error
             counts += np.bincount(label[rank == 1], minlength=column.classes)
         right[row] = tuple(counts.tolist())
+        columns = np.sum(binned, axis=0).T.tolist() if len(binned) == draws else []
+        bins.append(tuple((int(n), round(sure / n, 4), round(good / n, 4)) for n, sure, good in columns if n))
     if not right:
         return None
     shown = zip(names, describe_classes(names), strict=True)
     names = [name if name == described else f"{described} ({name})" for name, described in shown]
     counts_by_row = tuple(right.values())
     return ClassView(
-        column=column, rows=tuple(right), names=tuple(names), images=tuple(images), right=counts_by_row, draws=draws
+        column=column,
+        rows=tuple(right),
+        names=tuple(names),
+        images=tuple(images),
+        right=counts_by_row,
+        draws=draws,
+        bins=tuple(bins) if any(bins) else (),
     )

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from msn_eval.reports.html.charts import draw_neighbour_charts, draw_shot_charts
+from msn_eval.reports.html.charts import draw_neighbour_charts, draw_ranks, draw_shot_charts
 from msn_eval.reports.html.class_view import ClassView, make_class_views
 from msn_eval.reports.html.page import make_printable, render_offline
 from msn_eval.reports.html.provenance import pack_records
-from msn_eval.reports.text_tables import describe_details, format_accuracy, format_convergence_mark
+from msn_eval.reports.text_tables import describe_averages, describe_details, format_accuracy, format_convergence_mark
 from msn_eval.results.folder import ResultScan
 from msn_eval.results.record import Result
 from msn_eval.results.table import Cell, Column, Row, Table, make_table
@@ -48,6 +48,7 @@ def render(table: Table, scan: ResultScan) -> str:
         shot_charts=draw_shot_charts(table),
         neighbour_charts=draw_neighbour_charts(table),
         has_classes=bool(views),
+        averages=[(describe_averages(averages), draw_ranks(averages)) for averages in table.averages],
     )
 
 
@@ -155,7 +156,7 @@ def _page_data(
         "records": packed_records,
         "views": [
             {
-                **{name: getattr(view, name) for name in ("images", "right", "draws")},
+                **{name: getattr(view, name) for name in ("images", "right", "draws", "bins")},
                 "column": column_list.index(view.column),
                 "rows": [table.rows.index(row) for row in view.rows],
                 "names": class_names.index(view.names),

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from msn_eval.config.recipes import read_finetune_recipe
@@ -12,6 +12,8 @@ from msn_eval.results.statistics import wilson_interval
 
 _DECIMALS = 4  # of seconds in records
 _PROBE_OWN = ("certificate", "objective", "iterations", "chosen")  # differ from record to record
+_CALIBRATION = ("nll", "brier", "ece")
+_SPECTRUM = ("rankme", "alpha", "spectrum_images")
 _EXTRACTION = ("extract", "images_per_second", "decode_share", "encode_share")
 _OPTIONS = {"lambda": "--lambda", "k": "--k", "temperature": "--temperature"}
 _SECTIONS = ("linear", "linear-augmented")  # sections of a config that have the settings of the probe as keys
@@ -95,6 +97,8 @@ def _shared_parts(result: Result) -> dict[str, tuple[object, Callable[[], Any]]]
     n = None if result.metrics is None else result.metrics.n
     fit = (probe.name, probe.version, repr(probe.params), probe.solver, probe.converged)
     extraction = tuple(getattr(result.timing_s, name) for name in _EXTRACTION)
+    spectrum = tuple(getattr(result.features, name) for name in _SPECTRUM)
+    features = replace(result.features, rankme=None, alpha=None, spectrum_images=None)  # shared by checkpoints
 
     def measurement() -> dict[str, Any]:
         own_probe = {name: value for name, value in asdict(probe).items() if name not in _PROBE_OWN}
@@ -105,13 +109,19 @@ def _shared_parts(result: Result) -> dict[str, tuple[object, Callable[[], Any]]]
         "measurement": ((result.status, result.error, result.protocol_id, result.data, fit, n), measurement),
         "checkpoint": (result.checkpoint, lambda: asdict(result.checkpoint, dict_factory=omit_unset)),
         "setup": (
-            (result.features, result.environment),
+            (features, result.environment),
             lambda: {
-                "features": asdict(result.features, dict_factory=omit_unset),
+                "features": asdict(features, dict_factory=omit_unset),
                 "environment": asdict(result.environment),
             },
         ),
-        "extraction": (extraction, lambda: dict(zip(_EXTRACTION, extraction, strict=True))),
+        "extraction": (
+            (extraction, spectrum),
+            lambda: {
+                **dict(zip(_EXTRACTION, extraction, strict=True)),
+                "spectrum": {} if spectrum[-1] is None else dict(zip(_SPECTRUM, spectrum, strict=True)),
+            },
+        ),
         "split": ((result.split, _has_draws(result)), lambda: asdict(result.split)),
         "created": (result.created, lambda: result.created),
         "chosen": (repr(probe.chosen), lambda: None if probe.chosen is None else dict(probe.chosen)),
@@ -124,6 +134,8 @@ def _own_values(result: Result) -> list[Any]:
     own: list[Any] = [printable(result.id), probe.certificate, probe.objective, probe.iterations, seconds.probe]
     own.append(None if round(seconds.extract + seconds.probe, _DECIMALS) == seconds.total else seconds.total)
     own.append(True if result.predictions == f"{result.id}.npz" else result.predictions)
+    is_calibrated = metrics is not None and metrics.brier is not None
+    own.append([getattr(metrics, name) for name in _CALIBRATION] if is_calibrated else 0)
     if metrics is not None:
         right = _count_right(metrics.top1, metrics.n)
         own += [right, _count_right(metrics.top5, metrics.n)]

@@ -52,10 +52,11 @@ class Axes:
     is_log: bool = False
     left: int = 56
     top: int = 14
+    right_margin: int = 16
 
     @property
     def right(self) -> int:
-        return self.width - 16
+        return self.width - self.right_margin
 
     @property
     def bottom(self) -> int:

@@ -112,3 +112,10 @@ def test_published_rows_are_after_the_measured_ones(runs: Path, capsys: pytest.C
 def test_an_unknown_format_names_the_nearest(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(runs), "--format", "latx"]) == 2
     assert "Did you mean latex?" in capsys.readouterr().err
+
+
+def test_an_unknown_column_names_the_nearest(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["report", str(runs), "--columns", "eec"])
+
+    assert code == 2
+    assert "ece" in capsys.readouterr().err

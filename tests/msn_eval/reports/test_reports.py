@@ -17,7 +17,9 @@ from rich.console import Console
 
 from msn_eval.cli import main
 from msn_eval.reports import load_format
+from msn_eval.reports.html.charts import draw_ranks
 from msn_eval.reports.terminal import print_table
+from msn_eval.results.data_sets import AverageRow, DataSetAverages
 from msn_eval.results.folder import ResultScan, list_results
 from msn_eval.results.record import Result, read_result
 from msn_eval.results.statistics import Metrics, wilson_interval
@@ -181,3 +183,66 @@ def test_a_plug_in_format_is_listed_and_used_like_the_built_in_ones(
     for name, problem in (("broken", "cannot be imported"), ("other", "is not a report format")):
         assert main(["report", str(digits_runs), "--format", name]) == 2
         assert f"The plug-in {name!r} of names-report 1.0 {problem}" in capsys.readouterr().err
+
+
+def test_requested_measures_are_in_every_format(results: list[Result]) -> None:
+    logistic = [result for result in results if result.probe.name in ("logistic", "ncm")]
+    table = make_table(logistic, measures=("ece", "rankme"))
+    (one, *_) = [column for column in table.columns if column.probe == "logistic"]
+    draws = [result for result in logistic if result.protocol_id == one.protocol_id]
+    ece = statistics.fmean(result.metrics.ece for result in draws if result.metrics and result.metrics.ece is not None)
+
+    cell = json.loads(render(table, "json"))["rows"][0]["cells"][one.protocol_id]
+    row = next(csv.DictReader(io.StringIO(render(table, "csv"))))
+
+    assert (cell["ece"], cell["rankme"]) == (ece, draws[0].features.rankme)
+    assert float(row[f"{one.group}, {one.title}: ece"]) == ece
+    assert row["ncm, 1img, 1 image per class: ece"] == ""
+    for name in ("md", "latex"):
+        assert f"ece {ece:.3g} rankme {draws[0].features.rankme:.3g}" in render(table, name)
+        assert "ece –" in render(table, "md")
+    assert "ece: expected calibration error, 15 bins of equal width." in render(table, "md")
+    assert "ece" not in render(make_table(logistic), "md")
+
+
+_AVERAGES = DataSetAverages(
+    title="knn",
+    data=("x", "y", "z"),
+    rows=tuple(
+        AverageRow(name=name, weights_sha256=name * 64, key=None, accuracy=accuracy, rank=rank, groups=groups)
+        for name, accuracy, rank, groups in (("a", 0.9, 1.0, "a"), ("b|", 0.5, 2.25, "a b"), ("c", 0.25, 2.75, "b"))
+    ),
+    left_out=("d",),
+    p_value=0.0421,
+    ties=((0, 1), (1, 2)),
+)
+
+
+def test_averages_over_data_sets_are_in_markdown_json_and_csv(results: list[Result]) -> None:
+    first = replace(results[0], checkpoint=replace(results[0].checkpoint, weights_sha256="a" * 64, key=None))
+    table = make_table([first], averages=[_AVERAGES])
+
+    markdown, content = render(table, "md"), json.loads(render(table, "json"))
+    row = next(csv.DictReader(io.StringIO(render(table, "csv"))))
+
+    assert "| a | 90.0 | 1.00 | a |\n| b\\| | 50.0 | 2.25 | a b |\n| c | 25.0 | 2.75 | b |" in markdown
+    assert "p = 0.042" in markdown
+    assert "Left out, as they are not measured on all of them: d." in markdown
+    assert content["averages"][0]["p_value"] == 0.0421
+    assert [own["rank"] for own in content["averages"][0]["rows"]] == [1.0, 2.25, 2.75]
+    fields = {name.rpartition(": ")[2]: value for name, value in row.items() if "over data sets" in name}
+    assert fields == {"mean top1 %": "90", "mean rank": "1.0", "groups": "a", "Friedman p": "0.0421"}
+
+
+def test_rank_diagram_has_a_mark_per_checkpoint_and_a_bar_per_group(results: list[Result]) -> None:
+    page = render(Table(rows=(), columns=(), cells={}, averages=(_AVERAGES,)), "html")
+    diagram = draw_ranks(_AVERAGES)
+
+    assert diagram is not None
+    assert [(text, is_right) for _, _, is_right, text in diagram.marks] == [
+        ("a 1.00", False), ("b| 2.25", False), ("c 2.75", True),
+    ]  # fmt: skip
+    (first, second, third), (one, other) = [x for x, *_ in diagram.marks], diagram.ties
+    assert ((one[0], one[1]), (other[0], other[1])) == ((first, second), (second, third))
+    assert (page.count('class="tie"'), page.count('<td class="plain">2.25</td>')) == (2, 1)
+    assert draw_ranks(replace(_AVERAGES, p_value=None)) is None

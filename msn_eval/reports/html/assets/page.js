@@ -18,19 +18,20 @@
 
   // A record as in its file, from the parts that it shares with others and its own values.
   const unpack = (number) => {
-    const [measurementAt, checkpointAt, setupAt, extractionAt, splitAt, createdAt, chosenAt, id, certificate, objective, iterations, seconds, total, predictions, ...measured] =
+    const [measurementAt, checkpointAt, setupAt, extractionAt, splitAt, createdAt, chosenAt, id, certificate, objective, iterations, seconds, total, predictions, calibration, ...measured] =
       data.records[number];
-    const measurement = data.measurement[measurementAt], setup = data.setup[setupAt], { extract, ...extraction } = data.extraction[extractionAt];
+    const measurement = data.measurement[measurementAt], setup = data.setup[setupAt], { extract, spectrum, ...extraction } = data.extraction[extractionAt];
     const share = (one) => (Array.isArray(one) ? one[0] : one / measurement.n);
     return {
       schema: measurement.schema, id, status: measurement.status, error: measurement.error, created: data.created[createdAt],
       protocol_id: measurement.protocol_id, protocol: measurement.protocol, checkpoint: data.checkpoint[checkpointAt], data: measurement.data,
-      split: data.split[splitAt], features: setup.features,
+      split: data.split[splitAt], features: { ...setup.features, ...spectrum },
       probe: { ...measurement.probe, certificate, objective, iterations, chosen: data.chosen[chosenAt] },
       metrics: measured.length
         ? {
           top1: share(measured[0]), top5: share(measured[1]),
           top1_ci95: measured.length > 2 ? measured.slice(2) : wilson(measured[0], measurement.n), n: measurement.n,
+          ...(calibration ? { nll: calibration[0], brier: calibration[1], ece: calibration[2] } : {}),
         }
         : null,
       timing_s: { extract, probe: seconds, total: total === null ? Number((extract + seconds).toFixed(4)) : total, ...extraction },
@@ -191,6 +192,9 @@
       ["weights", record.checkpoint.weights_sha256],
       ["protocol", record.protocol_id],
     ];
+    const { metrics, features } = record, shown = (number) => (number === null ? "none" : number.toPrecision(3));
+    if (metrics && metrics.brier !== undefined) facts.push(["calibration", `negative log-likelihood ${shown(metrics.nll)}, Brier score ${shown(metrics.brier)}, expected calibration error ${shown(metrics.ece)}`]);
+    if (features.spectrum_images) facts.push(["spectrum", `RankMe ${shown(features.rankme)}, alpha ${shown(features.alpha)} of ${features.spectrum_images.toLocaleString("en")} validation images`]);
     if (record.probe.certificate !== null) facts.splice(3, 0, ["certificate", `relative duality gap ${record.probe.certificate.toExponential(1)} after ${record.probe.iterations} iterations of ${record.probe.solver}`]);
     at("origin-facts").replaceChildren(...facts.flatMap(([name, text]) => [make("dt", name), make("dd", text)]));
     at("command").textContent = command(number);
@@ -229,7 +233,43 @@
   const choice = at("protocol");
   if (choice) {
     const table = at("classes");
+    // Reliability: accuracy over confidence of the predictions in each bin of confidence.
+    const draw = (name, attributes) => {
+      const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+      for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+      return made;
+    };
+    const showReliability = (view) => {
+      const figure = at("reliability"), size = 300, margin = 40, place = (share) => margin + size * share;
+      figure.hidden = !view.bins.length;
+      const ticks = [0, 0.2, 0.4, 0.6, 0.8, 1].flatMap((share) => {
+        const below = draw("text", { class: "tick", x: place(share), y: place(1) + 18, "text-anchor": "middle" });
+        const beside = draw("text", { class: "tick", x: margin - 8, y: place(1 - share) + 4, "text-anchor": "end" });
+        below.textContent = beside.textContent = percent(share, 0);
+        return [below, beside, draw("line", { class: "grid", x1: place(0), x2: place(1), y1: place(share), y2: place(share) })];
+      });
+      const curves = view.bins.map((bins, number) => {
+        const group = draw("g", { class: `line s${number}` }), points = bins.map(([, x, y]) => [place(x), place(1 - y)]);
+        group.append(draw("polyline", { points: points.join(" ") }));
+        bins.forEach(([count, confidence, accuracy], bin) => {
+          const [cx, cy] = points[bin], dot = draw("circle", { class: "dot", cx, cy, r: 4 }), title = draw("title", {});
+          title.textContent = `${data.rows[view.rows[number]].name}: confidence ${percent(confidence, 1)} %, accuracy ${percent(accuracy, 1)} %, ${count.toLocaleString("en")} predictions`;
+          dot.append(title);
+          group.append(dot);
+        });
+        return group;
+      });
+      const equal = draw("line", { class: "axis", x1: place(0), y1: place(1), x2: place(1), y2: place(0) });
+      figure.querySelector("svg").replaceChildren(...ticks, equal, ...curves);
+      figure.querySelector("ul").replaceChildren(...view.rows.map((row, number) => {
+        const entry = make("li");
+        entry.className = `s${number}`;
+        entry.append(make("i"), make("span", data.rows[row].name));
+        return entry;
+      }));
+    };
     const showClasses = (view) => {
+      showReliability(view);
       const head = make("tr");
       ["class", ...view.rows.map((row) => data.rows[row].name), "images"].forEach((name, number) => {
         const cell = make("th"), button = make("button", name);

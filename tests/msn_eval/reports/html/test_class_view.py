@@ -85,3 +85,24 @@ def test_views_beyond_the_limit_are_counted_in_a_notice(runs: Path, monkeypatch:
     assert notices == (
         f"Accuracy per class is not shown for {len(table.columns) - 2} protocols, to limit the size of the page.",
     )
+
+
+def test_reliability_is_counted_over_all_draws_where_there_are_probabilities(runs: Path) -> None:
+    table, records = _read(runs)
+
+    views, _ = make_class_views(table, records)
+
+    for view in views:
+        if view.column.probe == "ncm":
+            assert view.bins == ()
+            continue
+        ids = table.cells[table.rows[0], view.column].results
+        stored = [read_predictions(runs / f"{identity}.npz") for identity in ids]
+        confidence = np.concatenate([draw.confidence for draw in stored if draw.confidence is not None])
+        right = np.concatenate([draw.prediction == draw.label for draw in stored])
+        highest = confidence >= 14 / 15
+        (bins,) = view.bins
+        assert sum(count for count, _, _ in bins) == 3 * 797
+        if highest.any():
+            expected = (highest.sum(), confidence[highest].mean(dtype=float), right[highest].mean())
+            assert bins[-1] == pytest.approx(expected, abs=1e-4)
