@@ -68,7 +68,8 @@ def remove(path: Path) -> None:
 def check_folder_name(folder: Path, *, option: str) -> None:
     """Raise UsageError if `folder` is a file, or a new folder with the name of a table."""
     if folder.is_file() or (folder.suffix in _TABLE_SUFFIXES and not folder.is_dir()):
-        hint = f"Give a folder for {option}. Tables are printed by `msn-eval report RUNS --format csv`."
+        tables = " Tables are printed by `msn-eval report RUNS --format csv`." if option == "--out" else ""
+        hint = f"Give another {option} folder.{tables}"
         raise UsageError("is the name of a file, not of a folder", where=str(folder), hint=hint)
 
 
