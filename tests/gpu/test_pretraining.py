@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,8 +73,11 @@ def test_losses_of_many_steps_are_close_to_the_cpu(trained: Trained) -> None:
 def test_bf16_has_similar_losses_and_keeps_float32_weights(trained: Trained) -> None:
     full, half = (trained(name, "run.device=cuda", f"run.precision={name}") for name in ("fp32", "bf16"))
 
-    assert _losses(half)[:10] == pytest.approx(_losses(full)[:10], rel=3e-2)
-    assert _losses(half) != _losses(full)
+    ours, exact = _losses(half)[:10], _losses(full)[:10]
+    assert ours[0] == pytest.approx(exact[0], rel=1e-2)
+    # Adam turns rounding into steps of full size, so single losses part after a few steps.
+    assert statistics.fmean(ours) == pytest.approx(statistics.fmean(exact), rel=3e-2)
+    assert ours != exact
     assert all(math.isfinite(line["gradient_norm"]) for line in read_metrics(half / METRICS)[0])
     files, _ = newest_snapshot(half)
     assert files is not None
