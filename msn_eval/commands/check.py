@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # Options of an evaluation. They are absent from the namespace unless given, so that their defaults are those of evaluate.
 _EVALUATION_OPTIONS = {
     "data": ("X", "the data set of the baseline"),
+    "test": ("X", "a test set of the baseline; repeatable"),
+    "class_map": ("FILE", "as in an evaluation"),
     "arch": ("NAME", "timm's name, where the file leaves it open"),
     "checkpoint_key": ("K", "which of several networks in the file"),
     "allow_missing": ("PATTERN", "weights that may be absent; repeatable"),
@@ -49,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         if metavar is None:
             group.add_argument(_to_option(name), action="store_true", default=argparse.SUPPRESS, help=text)
         else:
-            action = "append" if name == "allow_missing" else "store"
+            action = "append" if name in ("allow_missing", "test") else "store"
             group.add_argument(_to_option(name), action=action, metavar=metavar, default=argparse.SUPPRESS, help=text)
 
 

@@ -36,6 +36,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="file or scheme, and what tables call it; repeatable; see `ls checkpoints`",
     )
     what.add_argument("--data", metavar="X", help="image folder or scheme, see `ls datasets`; default $MSN_EVAL_DATA")
+    what.add_argument("--test", action="append", metavar="X", help="also score the fits on the val of this data set, or "
+                      "real:FILE for the labels of ImageNet ReaL; repeatable")  # fmt: skip
+    what.add_argument("--class-map", metavar="FILE", help="for --test: lines TEST_CLASS,TRAIN_CLASS where names differ")
     # A repeated option adds its values: silently using only the last ones would surprise.
     several: dict[str, Any] = {"type": _split, "action": "extend"}
     what.add_argument("--subset", **several, metavar="A,B", help="1img, Nimgs, Npct or full, each with an optional "
@@ -215,6 +218,10 @@ def describe_plan(plan: "Plan") -> str:
     dropped = f", {config.patch_drop:.3g} of the patches of each dropped" if config.patch_drop else ""
     lines = [
         f"data       {plan.data_name}: {format_count(len(plan.val), 'validation image')}, {len(plan.val.classes)} classes",
+        *(
+            f"test       {test.name}: {format_count(len(test.images), 'image')}, {len(test.images.classes)} classes"
+            for test in plan.tests
+        ),
         f"labelled   {labelled} for {format_count(len(plan.subsets), 'draw')} ({listed:,} with repetitions){dropped}",
         f"results    {len(plan.tasks)} for {'each of ' if len(config.checkpoint) > 1 else ''}{checkpoints}, {where}",
         f"computing  {plan.precision} on {plan.device}, decoded by {config.decoder}",

@@ -14,6 +14,7 @@ BAD_IMAGE_RULES = ("error", "skip")
 DECODERS = ("pillow", "torchvision", "nvjpeg")
 SEARCHES = ("auto", "torch", "faiss")
 AUTO = "auto"
+REAL_PREFIX = "real:"  # of a --test that is the validation images with the labels of ImageNet ReaL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class EvaluationConfig:
         checkpoint_key: Which of several networks of a file.
         allow_missing: Patterns of weights that may be absent.
         data: Name of the data set.
+        test: Further data sets whose val the same fits are scored on; `real:FILE` for the labels of ImageNet ReaL.
+        class_map: File with the trained class of each class of the test sets, where their names differ.
         allow_class_mismatch: Number the union of the classes where train and val differ in them.
         classes: Number of classes that the data set must have; None for any.
         subset: Names of labelled subsets.
@@ -68,6 +71,8 @@ class EvaluationConfig:
     checkpoint_key: str | None = None
     allow_missing: list[str] = field(default_factory=list)
     data: str | None = None
+    test: list[str] = field(default_factory=list)
+    class_map: str | None = None
     allow_class_mismatch: bool = False
     classes: int | None = None
     subset: list[str] = field(default_factory=lambda: ["low-shot"])
@@ -122,6 +127,14 @@ class EvaluationConfig:
             (finetunes and self.compile, "--compile: fine-tuning trains the uncompiled network", others),
             (augments and self.patch_drop is not None, "--patch-drop: linear-augmented encodes whole crops", others),
             (self.save and not finetunes, "--save: no network is trained", "Use it with --probe finetune."),
+            (self.test and finetunes, "--test: fine-tuned networks are scored on the validation images only", others),
+            (
+                self.test and self.canary,
+                "--test: --canary looks for leaks into the validation images",
+                "Leave out one of them.",
+            ),
+            (self.class_map and not self.test, "--class-map: there is no test set", "Use it with --test X."),
+            (len(set(self.test)) < len(self.test), "--test: a test set is given twice", "Give each of them once."),
             (self.save and self.canary, "--save: with --canary nothing is written", "Leave out one of them."),
         ):
             if is_wrong:

@@ -5,6 +5,7 @@ Installed distributions add loaders by entry points of the group `msn_eval.datas
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -28,9 +29,11 @@ __all__ = [
     "DATASETS",
     "DATA_VARIABLE",
     "DataSet",
+    "NamedSplit",
     "find_data_name",
     "list_datasets",
     "read_dataset",
+    "read_named_split",
     "read_split",
     "read_training_images",
 ]
@@ -112,10 +115,25 @@ def read_split(name: str, split: str, *, cache_dir: Path | None = None) -> Image
     A folder whose subfolders hold images directly, without `train` and `val`, is read as `val`: so ImageNet-V2, -A, -R and
     -Sketch are distributed.
     """
+    return read_named_split(name, split, cache_dir=cache_dir).images
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedSplit:
+    """The images of one split; the name of its data set, and the distribution whose plug-in read it, as in `DataSet`."""
+
+    name: str
+    images: ImageSet
+    distribution: str | None
+
+
+def read_named_split(name: str, split: str, *, cache_dir: Path | None = None) -> NamedSplit:
+    """Read one split as `read_split` does, with the name of its data set."""
     if split not in SPLITS:
         raise UsageError(f"split {split!r}: a data set has the splits train and val")
-    _, listing = _load(name, LoadOptions(splits=(split,), cache_dir=cache_dir))
-    return make_split(listing.splits[split], where=name)
+    entry, listing = _load(name, LoadOptions(splits=(split,), cache_dir=cache_dir))
+    images = make_split(listing.splits[split], where=name)
+    return NamedSplit(name=listing.name, images=images, distribution=entry.distribution)
 
 
 def read_training_images(name: str, *, cache_dir: Path | None = None) -> ImageSet:

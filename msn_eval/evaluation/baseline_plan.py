@@ -12,6 +12,7 @@ from msn_eval.evaluation.plan import Plan, make_plan
 from msn_eval.results.baseline import Baseline, BaselineProtocol
 from msn_eval.results.comparison import find_nearest_protocol
 
+_SHOWN = 5
 _RECIPES = ("linear", "linear-augmented", "finetune")  # probes for which one recipe is one protocol
 
 
@@ -28,6 +29,10 @@ def make_baseline_plans(baseline: Baseline, config: EvaluationConfig) -> list[Pl
         ComparisonError: This data set gives a different protocol, or different labelled images; before any network runs.
         MsnEvalError: Whatever `make_plan` raises.
     """
+    tests = [entry.title for entry in baseline.protocols if "trained_on" in entry.protocol]
+    if tests and not config.test:
+        hint = "Give each test set with --test, as the baseline was measured."
+        raise ComparisonError(f"the baseline has test sets, and none is given: {'; '.join(tests[:_SHOWN])}", hint=hint)
     by_settings: defaultdict[str, list[BaselineProtocol]] = defaultdict(list)
     for entry in baseline.protocols:
         by_settings[str([entry.protocol.get(name) for name in ("by_hand", "precision", "skipped")])].append(entry)
@@ -51,6 +56,7 @@ def _make_plan(entries: Sequence[BaselineProtocol], config: EvaluationConfig) ->
     protocol = entries[0].protocol
     name = protocol["probe"]["name"]
     params = [cast(Params, entry.protocol["probe"]["params"]) for entry in entries]
+    has_tests = any("trained_on" in entry.protocol for entry in entries)
     given = cast(dict[str, Any], protocol["by_hand"]) | _read_recipe(name, params[0])
     return make_plan(
         replace(
@@ -62,6 +68,8 @@ def _make_plan(entries: Sequence[BaselineProtocol], config: EvaluationConfig) ->
             temperature=_list_values(params, "temperature"),
             precision="fp32" if protocol["precision"] == "exact" else str(entries[0].made_with["precision"]),
             on_bad_image="error" if protocol["skipped"] is None else "skip",
+            test=config.test if has_tests else [],
+            class_map=config.class_map if has_tests else None,
             **given,
         )
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelList, automatic_workers, load_pixels
 from msn_eval.errors import CheckpointError
+from msn_eval.evaluation.eval_set import EvalSet
 from msn_eval.evaluation.evaluate import Preparation, group_by_fit, make_patch_drop, pending_images, prepare
 from msn_eval.evaluation.plan import Plan, cache_folder
 from msn_eval.features.encoder import encode
@@ -64,8 +65,9 @@ def estimate_cost(plan: Plan, *, run_own_code: bool) -> tuple[tuple[CostEstimate
 
 
 def _estimate_one(plan: Plan, ready: Preparation, run_own_code: bool) -> CostEstimate:
-    wanted = [pending_images(plan, ready), plan.val] if ready.frozen else []
-    missing = [_find_missing(plan, ready, images) for images in wanted]
+    passes: list[tuple[ImageSet, EvalSet | None]] = [(scored.extracted, scored) for scored in ready.scored.values()]
+    passes = [(pending_images(plan, ready), None), *passes] if ready.frozen else []
+    wanted, missing = [images for images, _ in passes], [_find_missing(plan, ready, *split) for split in passes]
     augmented = 0
     for task, *_ in group_by_fit(ready.pending_on("augmented features")):
         assert isinstance(task.probe, LinearAugmented)
@@ -93,18 +95,18 @@ def _estimate_one(plan: Plan, ready: Preparation, run_own_code: bool) -> CostEst
     )
 
 
-def _find_missing(plan: Plan, ready: Preparation, images: ImageSet) -> ImageSet:
-    """Return the images of a split whose features are not in the cache."""
-    config, is_val = plan.config, images is plan.val
+def _find_missing(plan: Plan, ready: Preparation, images: ImageSet, scored: EvalSet | None) -> ImageSet:
+    """Return the images whose features are not in the cache: of a set to score, or labelled ones."""
+    config = plan.config
     if config.no_cache:
         return images
     missing = list_missing_images(
         ready.encoder,
         images,
-        taps=ready.taps_of(ready.frozen if is_val else ready.pending_on("features")),
-        hashes=plan.val_hashes if is_val else plan.train_hashes,
+        taps=ready.taps_of(ready.frozen if scored else ready.pending_on("features")),
+        hashes=scored.hashes if scored else plan.train_hashes,
         decoder=config.decoder,
-        drop=None if is_val else make_patch_drop(config),
+        drop=None if scored else make_patch_drop(config),
         cache=cache_folder(config),
     )
     return images.only(missing)

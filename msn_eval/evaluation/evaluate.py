@@ -27,6 +27,7 @@ from msn_eval.data.subsets import merge_subsets
 from msn_eval.distributed.group import ALONE, Group, broadcast_from_rank0, check_equal_across_ranks
 from msn_eval.errors import CheckpointError, NumericalError, format_count
 from msn_eval.evaluation.canary import choose_labels, judge_canary, refuse_leaks
+from msn_eval.evaluation.eval_set import EvalSet
 from msn_eval.evaluation.measurement import (
     NO_EXTRACTION,
     Measurement,
@@ -37,6 +38,7 @@ from msn_eval.evaluation.measurement import (
 )
 from msn_eval.evaluation.plan import Plan, Task, cache_folder, list_all_bad_images, make_plan
 from msn_eval.features.augmented import AugmentedImages
+from msn_eval.features.collapse import Spectrum
 from msn_eval.features.encoder import Encoder, build_encoder, check_frozen
 from msn_eval.features.extraction import (
     Extraction,
@@ -61,7 +63,7 @@ _NO_IMAGES = Extraction(
     features={}, read=0, reused=0, seconds=0.0, decode_seconds=0.0, encode_seconds=0.0, batch_size=1 << 30
 )
 # Fields of EvaluationConfig by argument, of which a text is one item.
-_FIELDS = {"checkpoints": "checkpoint", "subsets": "subset", "probes": "probe", "arch": "arch"}
+_FIELDS = {"checkpoints": "checkpoint", "tests": "test", "subsets": "subset", "probes": "probe", "arch": "arch"}
 Progress = Callable[[str, int, int], None]  # what is being done, images done, images in all
 _Outcome = tuple[Result, Predictions | None]
 
@@ -70,6 +72,8 @@ def evaluate(
     checkpoints: str | Sequence[str],
     *,
     data: str | Path | None = None,
+    tests: str | Path | Sequence[str | Path] | None = None,
+    class_map: str | Path | None = None,
     subsets: str | Sequence[str] | None = None,
     probes: str | Sequence[str] | None = None,
     tap: str | None = None,
@@ -117,8 +121,10 @@ def evaluate(
     arguments: dict[str, object] = {name: value for name, value in locals().items() if value is not None}
     given: dict[str, object] = {}
     for name, value in arguments.items():
-        if name in _FIELDS and isinstance(value, str):
+        if name in _FIELDS and isinstance(value, str | Path):
             value = [value]
+        if isinstance(value, list | tuple):
+            value = [str(item) if isinstance(item, Path) else item for item in value]
         given[_FIELDS.get(name, name)] = str(value) if isinstance(value, Path) else value
     plan = make_plan(read_config(EvaluationConfig, given=given))
     measured = (result for name in plan.config.checkpoint for result in evaluate_checkpoint(plan, name))
@@ -197,8 +203,13 @@ class Preparation:
         return tuple({self.taps[tap]: None for task in tasks for tap in task.probe.taps})
 
     @property
+    def scored(self) -> dict[str, EvalSet]:
+        """The sets that the frozen tasks score, one for each extraction, by its content."""
+        return {task.scored.extracted_sha256: task.scored for task in self.frozen}
+
+    @property
     def frozen(self) -> tuple[Task, ...]:
-        """The tasks that are left and keep the encoder as it is; they share the validation features."""
+        """The tasks that are left and keep the encoder as it is; they share the features of what they score."""
         return self.pending_on("features", "augmented features")
 
 
@@ -327,40 +338,45 @@ def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: P
     started = time.perf_counter()
     try:
         with check_frozen(encoder):
-            train, test = _extract_splits(plan, ready, group, on_progress)
+            train, tests = _extract_splits(plan, ready, group, on_progress)
     except NumericalError as error:
         timing = replace(NO_EXTRACTION, extract=round(time.perf_counter() - started, 4))
         measure = partial(measure, timing=timing, batch_size=plan.config.batch_images or choose_batch_size(encoder))
         yield from ((measure(task=task).make_failure(error), None) for task in ready.frozen)
         return
-    timing = _make_timing(train, test, time.perf_counter() - started)
+    extractions = (train, *tests.values())
+    timing = _make_timing(extractions, time.perf_counter() - started)
+    reused = sum(extraction.reused for extraction in extractions)
     _log.info(
         "%s: features of %d images in %.1f s, %d of them from the cache",
-        encoder.checkpoint.name, train.read + test.read + train.reused + test.reused, timing.extract,
-        train.reused + test.reused,
+        encoder.checkpoint.name, sum(extraction.read for extraction in extractions) + reused, timing.extract, reused,
     )  # fmt: skip
-    measure = partial(measure, timing=timing, batch_size=min(train.batch_size, test.batch_size))
+    measure = partial(measure, timing=timing, batch_size=min(extraction.batch_size for extraction in extractions))
     workers = WorkerGroup(group=group, device=plan.device) if group.world > 1 else None
+    spectra: dict[str, dict[str, Spectrum]] = {}
+
+    def measure_task(task: Task, degenerate: str | None = None) -> Measurement:
+        return measure(task=task, degenerate=degenerate, spectra=spectra.get(task.scored.extracted_sha256, {}))
+
     if group.rank == 0:
         cache = None if plan.config.no_cache else cache_folder(plan.config)
-        spectra = {
-            tap: read_spectrum(encoder, plan.val, features, plan.val_hashes, cache=cache, decoder=plan.config.decoder)
-            for tap, features in test.features.items()
-        }
-        measure = partial(measure, spectra=spectra)
-        yield from _measure_on_features(ready, train, test, measure, workers)
+        read = partial(read_spectrum, encoder, cache=cache, decoder=plan.config.decoder)
+        for content, scored in ready.scored.items():
+            features = tests[content].features
+            spectra[content] = {tap: read(scored.extracted, features[tap], scored.hashes) for tap in features}
+        yield from _measure_on_features(plan, ready, train, tests, measure_task, workers)
         if workers is not None:  # if this rank fails, the others learn of that instead
             shutdown(workers)
     elif workers is not None:
         serve(workers)
     for tasks in group_by_fit(ready.pending_on("augmented features")):
-        yield from _measure_on_augmented(ready, test, [measure(task=task) for task in tasks], group)
+        yield from _measure_on_augmented(ready, tests, [measure_task(task) for task in tasks], group)
 
 
 def _extract_splits(
     plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None
-) -> tuple[Extraction, Extraction]:
-    """Extract the features of the labelled images, the union of all draws, and of the validation images."""
+) -> tuple[Extraction, dict[str, Extraction]]:
+    """Extract the features of the labelled images, the union of all draws, and of each set that is scored, by its content."""
     config, name, tasks = plan.config, ready.encoder.checkpoint.name, ready.pending_on("features")
     loading = make_loading(config)
     with contextlib.ExitStack() as stack:
@@ -370,7 +386,11 @@ def _extract_splits(
         beyond_memory = cache is not None and all(isinstance(task.probe, Linear) for task in tasks)
         train, labelled = _NO_IMAGES, pending_images(plan, ready)
         if group.world == 1:  # several ranks list the images of one pass, each its share
-            stack.enter_context(list_all_bad_images((labelled, plan.val), config.worker_count))
+            stack.enter_context(
+                list_all_bad_images(
+                    (labelled, *(scored.extracted for scored in ready.scored.values())), config.worker_count
+                )
+            )
         if tasks:
             train = extract(
                 labelled,
@@ -380,15 +400,22 @@ def _extract_splits(
                 drop=make_patch_drop(config),
                 on_progress=_name_progress(on_progress, f"{name}: labelled images"),
             )
-        test = extract(
-            plan.val,
-            taps=ready.taps_of(ready.frozen),
-            hashes=plan.val_hashes,
-            loading=loading,
-            drop=None,
-            on_progress=_name_progress(on_progress, f"{name}: validation images"),
-        )
-    return train, test
+        tests = {
+            content: extract(
+                scored.extracted,
+                taps=ready.taps_of(ready.frozen),
+                hashes=scored.hashes,
+                loading=loading,
+                drop=None,
+                on_progress=_name_progress(on_progress, f"{name}: {_name_images(plan, scored)}"),
+            )
+            for content, scored in ready.scored.items()
+        }
+    return train, tests
+
+
+def _name_images(plan: Plan, scored: EvalSet) -> str:
+    return "validation images" if scored.extracted_sha256 == plan.val_sha256 else f"images of {scored.name}"
 
 
 def pending_images(plan: Plan, ready: Preparation) -> ImageSet:
@@ -429,16 +456,19 @@ def _name_progress(on_progress: Progress | None, name: str) -> Callable[[int, in
     return None if on_progress is None else partial(on_progress, name)
 
 
-def _make_timing(train: Extraction, test: Extraction, seconds: float) -> TimingInfo:
+def _make_timing(extractions: Sequence[Extraction], seconds: float) -> TimingInfo:
     timing = replace(NO_EXTRACTION, extract=round(seconds, 4))
-    images, total = train.read + test.read, train.seconds + test.seconds
+    images, total, decoding, encoding = (
+        sum(getattr(extraction, name) for extraction in extractions)
+        for name in ("read", "seconds", "decode_seconds", "encode_seconds")
+    )
     if not images:
         return timing
     return replace(
         timing,
         images_per_second=round(images / total, 2),
-        decode_share=round((train.decode_seconds + test.decode_seconds) / total, 4),
-        encode_share=round((train.encode_seconds + test.encode_seconds) / total, 4),
+        decode_share=round(decoding / total, 4),
+        encode_share=round(encoding / total, 4),
     )
 
 
@@ -449,38 +479,61 @@ def group_by_fit(tasks: Iterable[Task]) -> Iterator[list[Task]]:
 
 
 def _measure_on_features(
+    plan: Plan,
     ready: Preparation,
     train: Extraction,
-    test: Extraction,
+    tests: Mapping[str, Extraction],
     measure: Callable[..., Measurement],
     workers: WorkerGroup | None,
 ) -> Iterator[_Outcome]:
     """Fit and score every probe that takes cached features."""
-    problems = {tap: _check_collapse(ready.encoder, tap, train, test) for tap in test.features}
+    problems = _check_collapse(plan, ready, train, tests)
     for tasks in group_by_fit(ready.pending_on("features")):
-        taps = ready.taps_of(tasks)
-        degenerate = "; ".join(problems[tap] for tap in taps if problems[tap]) or None
-        measurements = [measure(task=task, degenerate=degenerate) for task in tasks]
-        plan, draw = measurements[0].plan, tasks[0].subset.image_ids
-        pairs = [choose_labels(plan, train.features[tap].only(draw), test.features[tap]) for tap in taps]
+        taps, draw = ready.taps_of(tasks), tasks[0].subset.image_ids
+        measurements = []
+        for task in tasks:
+            found = [problems.get((content, tap)) for tap in taps for content in ("", task.scored.extracted_sha256)]
+            measurements.append(measure(task=task, degenerate="; ".join(filter(None, found)) or None))
+        offered = _select_features(tasks, taps, tests)
+        first = tasks[0].scored
+        pairs = [
+            choose_labels(plan, train.features[tap].only(draw), features)
+            for tap, features in zip(taps, offered[first], strict=True)
+        ]
+        offered[first] = [features for _, features in pairs]
         labelled, *other_taps = (features for features, _ in pairs)
         probe = cast(FeatureProbe, tasks[0].probe)
         fit = partial(fit_probe, probe, labelled, plan.device, workers=workers, other_taps=other_taps)
-        yield from _fit_and_score(measurements, fit, [features for _, features in pairs])
+        yield from _fit_and_score(measurements, fit, offered)
 
 
-def _check_collapse(encoder: Encoder, tap: str, train: Extraction, test: Extraction) -> str:
-    """Warn of degenerate features at a tap, and return the text for the record; empty if there are none."""
-    texts = []
-    for images, split in (("labelled images", train), ("validation images", test)):
-        if tap in split.features and (problem := describe_collapse(split.features[tap].values)):
-            _log.warning("%s: tap %s, %s: %s", encoder.checkpoint.name, tap, images, problem)
-            texts.append(f"{images}: {problem}")
-    return "; ".join(texts)
+def _select_features(
+    tasks: Sequence[Task], taps: Sequence[str], tests: Mapping[str, Extraction]
+) -> dict[EvalSet, list[Features]]:
+    """Return the features at each tap of every set that some tasks score."""
+    return {
+        scored: [scored.select(tests[scored.extracted_sha256].features[tap]) for tap in taps]
+        for scored in dict.fromkeys(task.scored for task in tasks)
+    }
+
+
+def _check_collapse(
+    plan: Plan, ready: Preparation, train: Extraction, tests: Mapping[str, Extraction]
+) -> dict[tuple[str, str], str]:
+    """Warn of degenerate features, and return the texts for the records by content (empty for labelled images) and tap."""
+    splits = [("", "labelled images", train)]
+    splits += [(content, _name_images(plan, ready.scored[content]), split) for content, split in tests.items()]
+    texts = {}
+    for content, images, split in splits:
+        for tap, features in split.features.items():
+            if problem := describe_collapse(features.values):
+                _log.warning("%s: tap %s, %s: %s", ready.encoder.checkpoint.name, tap, images, problem)
+                texts[content, tap] = f"{images}: {problem}"
+    return texts
 
 
 def _measure_on_augmented(
-    ready: Preparation, test: Extraction, measurements: Sequence[Measurement], group: Group
+    ready: Preparation, tests: Mapping[str, Extraction], measurements: Sequence[Measurement], group: Group
 ) -> Iterator[_Outcome]:
     """Train layers on augmented images of one draw, all ranks together; rank 0 scores them."""
     plan, encoder, task = measurements[0].plan, ready.encoder, measurements[0].task
@@ -488,9 +541,12 @@ def _measure_on_augmented(
     assert isinstance(probe, LinearAugmented)
     (tap,) = ready.taps_of([task])
     images = plan.train.only(task.subset.image_ids)
-    # The other ranks have no validation features.
-    scored = test.features[tap] if group.rank == 0 else label_only(plan.val.only([]), tap)
-    labelled, scored = choose_labels(plan, label_only(images, tap), scored)
+    labelled, _ = choose_labels(plan, label_only(images, tap), label_only(plan.val.only([]), tap))
+    offered: dict[EvalSet, list[Features]] = {}
+    if group.rank == 0:  # the other ranks have no features of what is scored
+        offered = _select_features([measurement.task for measurement in measurements], [tap], tests)
+        (features,) = offered[task.scored]
+        offered[task.scored] = [choose_labels(plan, label_only(images, tap), features)[1]]
     augmented = AugmentedImages(
         images=images,
         labels=labelled.labels,
@@ -513,41 +569,43 @@ def _measure_on_augmented(
         with contextlib.suppress(NumericalError):  # rank 0 gets it too, and records it
             fit()
         return
-    yield from _fit_and_score(measurements, fit, [scored])
+    yield from _fit_and_score(measurements, fit, offered)
     if files is not None:
         remove_states(files)  # only now: each result was written before the next was asked for
 
 
 def _fit_and_score(
-    measurements: Sequence[Measurement], fit: Callable[[], FittedProbe], offered: Sequence[Features]
+    measurements: Sequence[Measurement], fit: Callable[[], FittedProbe], offered: Mapping[EvalSet, Sequence[Features]]
 ) -> Iterator[_Outcome]:
-    """Fit, and score the configurations of the measurements.
+    """Fit once, and score the configurations of the measurements on every set.
 
     Args:
         measurements: Those of one fit; other configurations of it were finished by an earlier run.
         fit: Fits the probe.
-        offered: The validation features at each tap that the probe was given.
+        offered: Of each set to score, the features at each tap that the probe was given.
     """
-    pending = {str(measurement.task.params): measurement for measurement in measurements}
+    pending = {(measurement.task.scored, str(measurement.task.params)): measurement for measurement in measurements}
     started = time.perf_counter()
     try:
         fitted = fit()
         fit_seconds = time.perf_counter() - started
-        (test,) = (features for features in offered if fitted.tap in (None, features.tap))
-        started = time.perf_counter()
-        for config, scores in zip(fitted.settings, fitted.scores(test.values), strict=True):
-            params = str(dict(config.params))
-            if params not in pending:
-                continue
-            predictions = make_predictions(measurements[0].task.probe, test.image_ids, test.labels, scores)
-            seconds = fit_seconds + time.perf_counter() - started
-            measurement = pending.pop(params)
-            dim = test.values.shape[1]
-            yield measurement.make_result(config, predictions, dim=dim, seconds=seconds, tap=test.tap), predictions
+        for scored, at_taps in offered.items():
+            (test,) = (features for features in at_taps if fitted.tap in (None, features.tap))
             started = time.perf_counter()
-        for failed, reason in fitted.failures:
-            if str(dict(failed)) in pending:
-                yield pending.pop(str(dict(failed))).make_failure(reason), None
+            for config, scores in zip(fitted.settings, fitted.scores(test.values), strict=True):
+                key = scored, str(dict(config.params))
+                if key not in pending:
+                    continue
+                measurement = pending.pop(key)
+                probe = measurement.task.probe
+                predictions = make_predictions(probe, test.image_ids, test.labels, scored.restrict(scores))
+                seconds = fit_seconds + time.perf_counter() - started
+                dim = test.values.shape[1]
+                yield measurement.make_result(config, predictions, dim=dim, seconds=seconds, tap=test.tap), predictions
+                started = time.perf_counter()
+        reasons = {str(dict(params)): reason for params, reason in fitted.failures}
+        for key in [key for key in pending if key[1] in reasons]:
+            yield pending.pop(key).make_failure(reasons[key[1]]), None
     except NumericalError as error:
         yield from ((measurement.make_failure(error), None) for measurement in pending.values())
 

@@ -71,7 +71,7 @@ class Measurement:
 
         Args:
             config: The configuration, as fitted.
-            predictions: Of every validation image.
+            predictions: Of every scored image.
             dim: Number of values per feature.
             seconds: Time to fit and score.
             tap: The tap of the features that were scored, None if they have no spectrum.
@@ -104,12 +104,14 @@ class Measurement:
             protocol=task.protocol,
             checkpoint=_describe_checkpoint(encoder.checkpoint, plan.config),
             data=DataInfo(
-                name=plan.data_name,
-                sha256=plan.val_sha256,
-                class_map_sha256=plan.classes_sha256,
-                classes=len(plan.val.classes),
-                val_images=len(plan.val),
-                skipped=len(plan.skipped(task.subset)),
+                name=task.scored.name,
+                sha256=task.scored.sha256,
+                class_map_sha256=task.scored.classes_sha256,
+                classes=len(task.scored.images.classes),
+                val_images=len(task.scored.images),
+                skipped=len(task.skipped),
+                trained_on=plan.data_name if task.scored.terms else None,
+                trained_classes=len(plan.val.classes) if task.scored.terms else None,
             ),
             split=SplitInfo(
                 subset=task.subset.name,

@@ -1,13 +1,11 @@
 """Plan: the images, subsets and probes of an evaluation, read and hashed before any network runs."""
 
-import hashlib
 import logging
-import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import cast
 
@@ -16,9 +14,9 @@ import torch
 
 from msn_eval.checkpoints.checkpoint import check_checkpoint_names
 from msn_eval.config.recipes import Params
-from msn_eval.config.request import DECODERS, EvaluationConfig
+from msn_eval.config.request import DECODERS, REAL_PREFIX, EvaluationConfig
 from msn_eval.data import find_data_name, read_dataset
-from msn_eval.data.dataset import DataSet, class_map_sha256
+from msn_eval.data.dataset import DataSet
 from msn_eval.data.decoders import check_decoder
 from msn_eval.data.hashing import content_sha256, hash_images
 from msn_eval.data.imagenet_subsets import read_publication
@@ -26,6 +24,7 @@ from msn_eval.data.images import BadImagesError, ImageSet, make_eval_transform
 from msn_eval.data.loader import PixelList, load_pixels
 from msn_eval.data.subsets import Subset, check_subset_names, make_readable_subsets, make_subsets, merge_subsets
 from msn_eval.errors import DataError, NumericalError, StoreError, UsageError
+from msn_eval.evaluation.eval_set import EvalSet, check_different, hash_lines, make_real_set, read_test_sets
 from msn_eval.features.encoder import Precision, choose_device, default_precision, precision_class
 from msn_eval.files.atomic import check_folder_name, prepare_folder
 from msn_eval.probes import find_probe
@@ -46,9 +45,10 @@ class Task:
     Attributes:
         subset: The draw.
         split_sha256: SHA-256 of the draw's images by content.
-        overlap: Number of validation images that are also among them, byte for byte.
+        overlap: Number of images to score that are also among them, byte for byte.
         probe: The probe, with all of its configurations.
         params: Hyper-parameters of this configuration.
+        scored: The images to score.
         protocol: The protocol, as in the record.
     """
 
@@ -57,11 +57,25 @@ class Task:
     overlap: int
     probe: Probe
     params: Params
+    scored: EvalSet
     protocol: dict[str, object]
 
     @cached_property
     def protocol_id(self) -> str:
         return protocol_id(self.protocol)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The unreadable images that this measurement does without."""
+        return list_skipped(self.scored, self.subset)
+
+
+def list_skipped(scored: EvalSet, subset: Subset) -> tuple[str, ...]:
+    """Return the unreadable images of both splits that results on this subset do without."""
+    return (
+        *(f"val/{image_id}" for image_id in scored.skipped),
+        *(f"train/{image_id}" for image_id in subset.skipped),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +92,7 @@ class Plan:
         val_hashes: SHA-256 of the bytes of each image of `val`, by id.
         train_hashes: The same of each labelled image.
         skipped_val: Unreadable validation images that are not scored.
+        tests: The test sets, scored by the same fits.
         device: Where to compute.
         precision: Precision of the encoder.
         tasks: The measurements to make with each checkpoint.
@@ -92,29 +107,35 @@ class Plan:
     val_hashes: dict[str, str]
     train_hashes: dict[str, str]
     skipped_val: tuple[str, ...]
+    tests: tuple[EvalSet, ...] = ()
     device: torch.device
     precision: Precision
     tasks: tuple[Task, ...]
 
     @cached_property
-    def val_sha256(self) -> str:
-        return content_sha256(self.val.ids, self.val_hashes)
+    def validation(self) -> EvalSet:
+        """The validation images as a set to score."""
+        return EvalSet(
+            name=self.data_name,
+            images=self.val,
+            extracted=self.val,
+            hashes=self.val_hashes,
+            skipped=self.skipped_val,
+            distribution=self.data_distribution,
+        )
 
-    @cached_property
+    @property
+    def val_sha256(self) -> str:
+        return self.validation.sha256
+
+    @property
     def classes_sha256(self) -> str:
-        return class_map_sha256(self.val.classes)
+        return self.validation.classes_sha256
 
     @property
     def decoder(self) -> str:
         """The decoder in use: embedded images are not files, and Pillow resizes them."""
         return "pillow" if self.val.source.root is None else self.config.decoder
-
-    def skipped(self, subset: Subset) -> tuple[str, ...]:
-        """Return the unreadable images of both splits that results on this subset do without."""
-        return (
-            *(f"val/{image_id}" for image_id in self.skipped_val),
-            *(f"train/{image_id}" for image_id in subset.skipped),
-        )
 
 
 def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Plan:
@@ -142,6 +163,7 @@ def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Pla
     if cache_dir is not None:
         _prepare_cache(cache_dir)
     data = _read_data(config, cache_dir)
+    tests = read_test_sets(config, data, cache_dir)
     val = data.val.first_of_each_class(config.limit) if config.limit else data.val
     skipped_val: tuple[str, ...] = ()
     if config.on_bad_image == "skip":
@@ -149,13 +171,16 @@ def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Pla
         skipped_val = tuple(list_unreadable(val))
         val = val.only([image_id for image_id in val.ids if image_id not in set(skipped_val)])
         subsets = make_readable_subsets(config.subset, data.train, list_unreadable)
+        tests = [test.without(list_unreadable(test.images)) for test in tests]
     else:
         subsets = make_subsets(config.subset, data.train)
-    if not len(val):
-        raise DataError("no validation image can be read", hint="Check the files, or give another --data.")
+    for option, images in (("--data", val), *(("--test", test.images) for test in tests)):
+        if not len(images):
+            raise DataError("no validation image can be read", hint=f"Check the files, or give another {option}.")
     labelled = merge_subsets(subsets, data.train)
-    with list_all_bad_images((val, labelled), config.worker_count):
-        val_hashes, train_hashes = (hash_images(images, cache_dir=cache_dir) for images in (val, labelled))
+    splits = (val, labelled, *(test.images for test in tests))
+    with list_all_bad_images(splits, config.worker_count):
+        val_hashes, train_hashes, *test_hashes = (hash_images(images, cache_dir=cache_dir) for images in splits)
     plan = Plan(
         config=config,
         data_name=data.name,
@@ -170,6 +195,11 @@ def make_plan(config: EvaluationConfig, *, local_rank: int | None = None) -> Pla
         precision=cast(Precision, config.precision) if config.precision else default_precision(device),
         tasks=(),
     )
+    tests = [replace(test, hashes=hashes) for test, hashes in zip(tests, test_hashes, strict=True)]
+    names = [name.removeprefix(REAL_PREFIX) for name in config.test if name.startswith(REAL_PREFIX)]
+    tests += [make_real_set(Path(name), plan.validation) for name in names]
+    check_different(tests)
+    plan = replace(plan, tests=tuple(tests))
     _warn_of_data(plan)
     tasks = tuple(_list_tasks(plan))
     if not tasks:
@@ -230,27 +260,29 @@ def configure_probes(config: EvaluationConfig, subset: Subset) -> Iterator[tuple
 
 
 def _list_tasks(plan: Plan) -> Iterator[Task]:
-    val_digests = Counter(plan.val_hashes.values())
+    scored_sets = (plan.validation, *plan.tests)
     for subset in plan.subsets:
         split_sha256 = content_sha256(subset.image_ids, plan.train_hashes)
-        overlap = sum(val_digests[digest] for digest in {plan.train_hashes[image_id] for image_id in subset.image_ids})
+        labelled = {plan.train_hashes[image_id] for image_id in subset.image_ids}
+        overlaps = [scored.count_among(labelled) for scored in scored_sets]
         for probe, distribution in configure_probes(plan.config, subset):
             configs = probe.configs(len(subset))
             if not configs:
                 _log.warning("%s leaves nothing to measure on the %d images of %s", probe, len(subset), subset.name)
-            for params in configs:
+            for params, (scored, overlap) in product(configs, list(zip(scored_sets, overlaps, strict=True))):
                 yield Task(
                     subset=subset,
                     split_sha256=split_sha256,
                     overlap=overlap,
                     probe=probe,
                     params=params,
-                    protocol=_make_protocol(plan, subset, probe, params, distribution),
+                    scored=scored,
+                    protocol=_make_protocol(plan, subset, probe, params, scored, distribution),
                 )
 
 
 def _make_protocol(
-    plan: Plan, subset: Subset, probe: Probe, params: Params, distribution: str | None
+    plan: Plan, subset: Subset, probe: Probe, params: Params, scored: EvalSet, distribution: str | None
 ) -> dict[str, object]:
     """Return all that must be equal for two numbers to be comparable.
 
@@ -269,39 +301,41 @@ def _make_protocol(
         "canary": config.seed if config.canary else None,  # never comparable with a measurement
     }
     plugins = {"probe": distribution, "data": plan.data_distribution}
+    if scored.terms:
+        plugins["test"] = scored.distribution
     protocol: dict[str, object] = {
         "version": PROTOCOL_VERSION if config.image_pixels is None else RESIZED_PROTOCOL_VERSION,
-        "data": {"sha256": plan.val_sha256, "class_map_sha256": plan.classes_sha256},
+        "data": {"sha256": scored.sha256, "class_map_sha256": scored.classes_sha256},
         "subset": {"name": subset.name, "rule": subset.rule},
         "tap": ",".join(probe.taps),
         "transform": _TRANSFORM_RULE,
         "probe": {"name": probe.name, "version": probe.version, "params": params},
         "precision": precision_class(plan.precision),
         "limit": config.limit,
-        "skipped": _hash_ids(skipped) if (skipped := plan.skipped(subset)) else None,
+        "skipped": hash_lines(skipped) if (skipped := list_skipped(scored, subset)) else None,
         "by_hand": {name: value for name, value in by_hand.items() if value is not None},
     }
     if any(plugins.values()):
         protocol["plugins"] = {kind: name for kind, name in plugins.items() if name is not None}
-    return protocol
-
-
-def _hash_ids(image_ids: Sequence[str]) -> str:
-    return hashlib.sha256(b"".join(os.fsencode(image_id) + b"\n" for image_id in image_ids)).hexdigest()
+    return protocol | scored.terms
 
 
 def _warn_of_data(plan: Plan) -> None:
     """Warn of what makes an accuracy too high or too low although nothing fails."""
-    for name, skipped in {subset.name: plan.skipped(subset) for subset in plan.subsets}.items():
+    for name, skipped in {subset.name: list_skipped(plan.validation, subset) for subset in plan.subsets}.items():
         if skipped:
             _log.warning("%s: %d unreadable images are skipped: %s", name, len(skipped), ", ".join(skipped[:_SHOWN]))
     publication = read_publication()
     if plan.classes_sha256 == publication.class_map_sha256 and len(plan.val) != publication.val_images:
         _log.warning("ImageNet has %d validation images, %d are scored here", publication.val_images, len(plan.val))
     labelled = set(plan.train_hashes.values())
-    shared = sum(digest in labelled for digest in plan.val_hashes.values())
-    if shared:
-        _log.warning("%d validation images are also among the labelled training images, byte for byte", shared)
+    for what, scored in (("validation images", plan.validation), *((f"images of {t.name}", t) for t in plan.tests)):
+        if shared := scored.count_among(labelled):
+            _log.warning("%d %s are also among the labelled training images, byte for byte", shared, what)
+    for test in plan.tests:
+        if test.skipped and test.skipped != plan.skipped_val:
+            names = ", ".join(test.skipped[:_SHOWN])
+            _log.warning("%s: %d unreadable images are skipped: %s", test.name, len(test.skipped), names)
     unreachable = set(plan.val.labels) - set(plan.train.labels)
     if unreachable:
         lost = sum(label in unreachable for label in plan.val.labels)

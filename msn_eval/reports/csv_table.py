@@ -13,6 +13,7 @@ from msn_eval.results.table import Cell, Row, Table
 suffix = "csv"
 _ROW_FIELDS = ("checkpoint", "note", "architecture", "weights_sha256", "source")
 _CELL_FIELDS = ("top1 %", "std %", "95 % low %", "95 % high %", "draws", "rank", "status")
+_CHANGE = "change %"  # of a test set
 _AVERAGE_FIELDS = ("mean top1 %", "mean rank", "groups", "Friedman p")
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "'")  # first characters
 
@@ -21,14 +22,20 @@ def render(table: Table, scan: ResultScan) -> str:
     """Return the table as CSV."""
     text = io.StringIO()
     writer = csv.writer(text)
-    names = (*_CELL_FIELDS, *table.measures)
-    headers = [f"{column.group}, {column.title}: {name}" for column in table.columns for name in names]
+    headers = [
+        f"{column.group}, {column.title}: {name}"
+        for column in table.columns
+        for name in (*_CELL_FIELDS, *table.measures, *([_CHANGE] if column.test else []))
+    ]
     headers += [f"{averages.title}, over data sets: {name}" for averages in table.averages for name in _AVERAGE_FIELDS]
     writer.writerow(map(escape_csv, (*_ROW_FIELDS, *headers)))
     for row in table.rows:
         fields = [escape_csv(value) for value in (row.name, row.note, row.arch, row.weights_sha256 or "", row.source)]
         for column in table.columns:
-            fields += _format_cell(table.cells.get((row, column)), table.measures)
+            cell = table.cells.get((row, column))
+            fields += _format_cell(cell, table.measures)
+            if column.test:
+                fields.append("" if cell is None or cell.change is None else f"{100 * cell.change:.15g}")
         for averages in table.averages:
             fields += _format_average(row, averages)
         writer.writerow(fields)

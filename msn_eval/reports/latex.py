@@ -36,6 +36,8 @@ def _render_group(table: Table, group: str, columns: tuple[Column, ...]) -> list
     headers.append(["images per class", *(column.images for column in columns)])
     if any(column.strength for column in columns):
         headers.append(["λ", *(column.strength for column in columns)])
+    if any(column.test for column in columns):
+        headers.append(["scored on", *(column.test for column in columns)])
     lines = [
         f"\\begin{{tabular}}{{@{{}}l{'r' * len(columns)}@{{}}}}",
         "\\toprule",

@@ -38,13 +38,19 @@ def format_convergence_mark(cell: Cell) -> str:
 
 
 def describe_significance(cell: Cell | None) -> str:
-    """Return interval, rank and measures of a cell, `[65.1, 65.9] rank 1 ece 0.032`, as far as they are known."""
+    """Return change, interval, rank and measures of a cell, `-3.1 [65.1, 65.9] rank 1 ece 0.032`, as far as known."""
     if cell is None or cell.mean is None:
         return ""
     interval, rank = cell.standing.interval, cell.standing.rank
     bounds = [] if interval is None else [f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"]
+    change = [] if cell.change is None else [format_change(cell.change)]
     measures = [f"{name} {MISSING if value is None else f'{value:.3g}'}" for name, value in cell.measures.items()]
-    return " ".join([*bounds, *([] if rank is None else [f"rank {rank}"]), *measures])
+    return " ".join([*change, *bounds, *([] if rank is None else [f"rank {rank}"]), *measures])
+
+
+def format_change(change: float) -> str:
+    """Return the change from the validation images in points, with its sign."""
+    return f"{100 * change:+.1f}"
 
 
 def format_exact_percent(fraction: float) -> str:
@@ -68,6 +74,10 @@ def explain_cells(table: Table) -> tuple[str, ...]:
     """Return the lines that explain the cells, and the notices of the table."""
     cells = table.cells.values()
     lines = ["Top-1 accuracy in percent: mean ± sample standard deviation over draws (number of draws)."]
+    if any(cell.change is not None for cell in cells):
+        lines.append(
+            "+ or - before a number: difference to the same fits on the validation images, in points; fewer classes are easier."
+        )
     if any(cell.standing.interval for cell in cells):
         lines.append("[low, high]: 95 % interval over test images; it does not include the spread over draws.")
     if any(cell.standing.rank for cell in cells):

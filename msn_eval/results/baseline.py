@@ -115,7 +115,7 @@ def make_baseline(results: Sequence[Result], folders: Sequence[Path]) -> Baselin
         raise ComparisonError(f"these results cannot be a baseline:{problems}", hint=hint)
     return Baseline(
         checkpoint={name: getattr(results[0].checkpoint, name) for name in _CHECKPOINT_FIELDS},
-        data=results[0].data.name,
+        data=results[0].data.trained_on or results[0].data.name,
         protocols=tuple(sorted(protocols, key=lambda protocol: (protocol.title, protocol.protocol_id))),
     )
 

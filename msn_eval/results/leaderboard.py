@@ -96,7 +96,7 @@ def _group_by_rule(columns: Iterable[dict[CellKey, _Draws]]) -> dict[str, list[d
     for cells in filter(None, columns):
         (result, _), *_ = next(iter(cells.values()))
         rule = canonical_json({name: value for name, value in result.protocol.items() if name not in _OF_DATA})
-        if result.data.name in groups[rule]:
+        if result.data.trained_on is not None or result.data.name in groups[rule]:  # test sets are not averaged
             rule += result.protocol_id
         groups[rule][result.data.name] = cells
         titles[rule] = name_protocol(result)

@@ -6,7 +6,7 @@ Code that compares predictions relies on that.
 
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -80,9 +80,15 @@ class ProtocolPredictions:
 
     def read_class_names(self) -> dict[int, str]:
         """Return the names of the classes that have test images, by class index, from the image ids (`CLASS/FILE`)."""
-        labels, positions = np.unique(self.label, return_index=True)
-        names = (os.fsdecode(name).partition("/")[0] for name in self.image[positions])
-        return {int(label): printable(name) for label, name in zip(labels, names, strict=True)}
+        return {label: printable(name) for label, name in name_classes(self.image, self.label).items()}
+
+
+def name_classes(image: NDArray[np.bytes_], label: Integers) -> dict[int, str]:
+    """Return for each label the class in the ids of most of its images: an image of several classes has a single label."""
+    folders = (name.partition(b"/")[0] for name in image.tolist())
+    counts = Counter(zip(label.tolist(), folders, strict=True))
+    ascending = sorted(counts, key=lambda pair: (pair[0], counts[pair], pair[1]))
+    return {number: os.fsdecode(folder) for number, folder in ascending}
 
 
 def name_protocol(result: Result) -> str:
@@ -98,7 +104,8 @@ def name_protocol(result: Result) -> str:
         params.append(f"#{result.protocol_id[:8]}")
     if "auto" in settings:
         params = ["λ=auto"]  # the rule and its grid are too long for a title
-    return f"{' '.join([result.probe.name, *params])}, {result.split.subset}"
+    test = f", on {result.data.name}" if result.data.trained_on is not None else ""
+    return f"{' '.join([result.probe.name, *params])}, {result.split.subset}{test}"
 
 
 def read_one_checkpoint(folders: Sequence[Path], *, name: str | None) -> list[Result]:

@@ -38,6 +38,7 @@ _LATER_FIELDS = {
     **dict.fromkeys(("distribution", "structure_sha256", "mean_std_from", "positions", "brier", "ece"), ""),
     "nll": "brier",
     **dict.fromkeys(("rankme", "alpha", "spectrum_images"), "spectrum_images"),
+    **dict.fromkeys(("trained_on", "trained_classes"), ""),
 }
 _CALIBRATION = ("nll", "brier", "ece")
 _TOLERANCE = 1e-9  # of a recomputed calibration: logarithms differ between processors in the last digit
@@ -71,10 +72,13 @@ class CheckpointInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class DataInfo:
-    """The validation images that were scored.
+    """The images that were scored: the validation images, or those of a test set.
 
     Attributes:
         sha256: SHA-256 of the lines `id TAB sha256(file bytes)`, in the data set's order.
+        classes: Number of classes that a prediction may be of.
+        trained_on: For a test set, the name of the data set of the labelled images. Not written where it is None.
+        trained_classes: Likewise, its number of classes.
     """
 
     name: str
@@ -83,6 +87,8 @@ class DataInfo:
     classes: int
     val_images: int
     skipped: int
+    trained_on: str | None = None
+    trained_classes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +230,10 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """The outcome of every validation image, in the data set's order.
+    """The outcome of every scored image, in the data set's order.
+
+    Where several classes are right for an image, `label` is the first of them, `prediction` is `label` where the predicted
+    class is one of them, and `rank_of_label` is that of the best ranked.
 
     Attributes:
         image: (n,) ids as UTF-8 bytes.

@@ -5,7 +5,7 @@ import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from msn_eval.config.recipes import AugmentedRecipe, LinearRecipe, Params
@@ -22,6 +22,7 @@ _SUBSET_SIZE = re.compile(r"(?P<number>\d+)(?P<unit>imgs?|pct)|(?P<full>full)")
 _PROBE_ORDER = ("logistic", "linear", "linear-augmented", "knn", "ncm", "ridge", "finetune")
 _RECIPES = {"linear": LinearRecipe(), "linear-augmented": AugmentedRecipe()}
 _SHOWN_ELSEWHERE = {"subset.name", "probe.params.lambda", "probe.params.taps", "tap"}
+_TEST_FIELDS = {"data", "skipped", "plugins", "trained_on", "class_map", "labels"}  # a test set has its own
 _SUBSET_FIELDS = {"subset.rule", "skipped"}
 MEASURES = {
     "nll": "mean negative log-likelihood of the label, in nats; none where a label has probability 0",
@@ -40,6 +41,8 @@ class Column:
     Attributes:
         images_per_class: Mean number of labelled images per class.
         classes: Number of classes of the data set.
+        test: The test set, empty for validation images.
+        base: Id of the protocol of the same fit on the validation images, None where it is not in the table.
         reason: The fields in which it differs from other protocols of the same probe in this table, or an empty string.
         published: Whether its numbers come from a publication. These are never ranked, and never share a column with
             measured ones.
@@ -54,6 +57,8 @@ class Column:
     classes: int
     reason: str
     published: bool = False
+    test: str = ""
+    base: str | None = None
 
     @property
     def group(self) -> str:
@@ -78,9 +83,11 @@ class Column:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """The title below the group: subset, images per class, and lambda."""
-        lines = (self.subset, f"{self.images} image{'' if self.images == '1' else 's'} per class")
-        return (*lines, f"λ={self.strength}") if self.strength else lines
+        """The title below the group: subset, images per class, lambda, and test set."""
+        lines = [self.subset, f"{self.images} image{'' if self.images == '1' else 's'} per class"]
+        lines += [f"λ={self.strength}"] if self.strength else []
+        lines += [f"on {self.test}"] if self.test else []
+        return tuple(lines)
 
     @property
     def title(self) -> str:
@@ -129,6 +136,8 @@ class Cell:
         status: Status of the worst draw, or `published`.
         results: Ids of the records, by draw. Empty where one is damaged.
         measures: Means over draws of the table's measures. None where a draw has none.
+        change: Difference of the mean on a test set to that of the same fits on the validation images, a fraction. None for
+            validation images, or where these have other draws.
     """
 
     mean: float | None
@@ -138,6 +147,7 @@ class Cell:
     standing: CellStatistics = CellStatistics()
     results: tuple[str, ...] = ()
     measures: Mapping[str, float | None] = field(default_factory=dict)
+    change: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +199,18 @@ def make_table(
     records = _make_frame(results)
     by_id = {column.protocol_id: column for column in _make_columns(records)}
     by_network = {(row.weights_sha256, row.key): row for row in _make_rows(records)}
-    cells = {}
+    cells: dict[tuple[Row, Column], Cell] = {}
+    draw_numbers = {}
     for draws in records.groupby(["network", "protocol_id"], sort=False)["result"].agg(list):
         weights, key, protocol = cell_key = get_cell_key(draws[0])
         standing = (standings or {}).get(cell_key, CellStatistics())
-        cells[by_network[weights, key], by_id[protocol]] = _make_cell(draws, standing, measures)
+        place = by_network[weights, key], by_id[protocol]
+        cells[place] = _make_cell(draws, standing, measures)
+        draw_numbers[place] = {result.split.draw for result in draws}
+    for row, column in cells:
+        base = (row, by_id[column.base]) if column.base is not None else None
+        if base in cells and draw_numbers[base] == draw_numbers[row, column]:
+            cells[row, column] = _add_change(cells[row, column], cells[base])
     columns = sorted(by_id.values(), key=_column_order)
     rows = sorted(by_network.values(), key=lambda row: _row_order(row, columns, cells))
     published = published or Table(rows=(), columns=(), cells={})
@@ -249,6 +266,10 @@ def _average(draws: Sequence[Result], name: str) -> float | None:
     return None if None in values else statistics.fmean(values)
 
 
+def _add_change(cell: Cell, base: Cell) -> Cell:
+    return cell if cell.mean is None or base.mean is None else replace(cell, change=cell.mean - base.mean)
+
+
 def _make_rows(records: "pd.DataFrame") -> Iterator[Row]:
     networks = list(records.groupby("network", sort=False)["result"].agg(list))
     names = Counter(results[0].checkpoint.name for results in networks)
@@ -288,17 +309,52 @@ def _make_columns(records: "pd.DataFrame") -> Iterator[Column]:
     protocols = records.drop_duplicates("protocol_id", keep="last")["result"]
     settings = ([result.probe.name, *map(result.probe.params.get, _TITLE_PARAMS)] for result in protocols)
     for group in protocols.groupby(list(map(json.dumps, settings))).agg(list):
-        for result, reason in zip(group, _list_reasons(group), strict=True):
+        bases = _find_bases(group)
+        titled = [result for result in group if result.protocol_id not in bases]
+        reasons = dict(zip((result.protocol_id for result in titled), _list_reasons(titled), strict=True))
+        tests = Counter((bases.get(result.protocol_id), _name_test(result)) for result in group)
+        for result in group:
+            base, test = bases.get(result.protocol_id), _name_test(result)
+            if test and tests[base, test] > 1 and base is not None:
+                test += f" {result.protocol_id[:8]}"
             yield Column(
                 protocol_id=result.protocol_id,
                 probe=result.probe.name,
                 params=result.probe.params,
                 subset=result.split.subset,
                 data=result.data.name,
-                images_per_class=result.split.images / result.data.classes,
+                images_per_class=result.split.images / (result.data.trained_classes or result.data.classes),
                 classes=result.data.classes,
-                reason=reason,
+                reason=reasons[base or result.protocol_id],
+                test=test,
+                base=base,
             )
+
+
+def _name_test(result: Result) -> str:
+    """Return the test set of a record, with the classes that its predictions are restricted to; empty without one."""
+    data = result.data
+    if data.trained_on is None:
+        return ""
+    is_restricted = data.trained_classes is not None and data.classes < data.trained_classes
+    return f"{data.name} ({data.classes} of {data.trained_classes} classes)" if is_restricted else data.name
+
+
+def _find_bases(results: Sequence[Result]) -> dict[str, str]:
+    """Return, by the id of each test set's protocol, that of the only protocol that is equal but for the images scored."""
+
+    def describe(result: Result, class_map: object) -> str:
+        fields = {key: value for key, value in result.protocol.items() if key not in _TEST_FIELDS}
+        return json.dumps([fields, class_map], sort_keys=True)
+
+    bases: defaultdict[str, list[str]] = defaultdict(list)
+    for result in results:
+        if not _name_test(result):
+            bases[describe(result, result.data.class_map_sha256)].append(result.protocol_id)
+    tests = [
+        (result, bases[describe(result, result.protocol.get("trained_on"))]) for result in results if _name_test(result)
+    ]
+    return {result.protocol_id: candidates[0] for result, candidates in tests if len(candidates) == 1}
 
 
 def _list_reasons(results: Sequence[Result]) -> list[str]:
@@ -368,6 +424,8 @@ def _column_order(column: Column) -> tuple[Any, ...]:
         column.reason,
         *_subset_order(column.subset),
         column.params.get("lambda", 0),
+        column.base is not None,
+        column.test,
         column.protocol_id,
     )
 

@@ -103,7 +103,11 @@ def measure(folder: Path, capsys: pytest.CaptureFixture[str]) -> Measure:
             "--k: cannot be '2.5'\nGive whole numbers, separated by commas.",
         ),
         (_pixels("--data", "digits", "limit=few"), 2, "limit: cannot be 'few'\nGive a whole number."),
-        (_pixels("--data", "digits", "--out", "list.csv", "--dry-run"), 2, "Give another --out folder. Tables are printed by"),
+        (
+            _pixels("--data", "digits", "--out", "list.csv", "--dry-run"),
+            2,
+            "Give another --out folder. Tables are printed by",
+        ),
     ],
 )
 def test_a_mistake_has_a_message_and_an_exit_code_and_writes_no_files(

@@ -127,16 +127,24 @@ def _interpolate(series: svg.Series, x: float) -> float:
 def draw_shot_charts(table: Table) -> list[Chart]:
     """Return the charts of accuracy over labelled images per class, for measured protocols with more than one subset."""
     charts: defaultdict[str, list[Chart]] = defaultdict(list)
-    for group, columns in table.groups().items():
+    for (group, test), columns in _group_by_test(table):
         ticks = []
         for column in columns:
             text, images = _shorten_subset(column.subset), f"{column.images_per_class:.3g}"
             ticks.append((column.images_per_class, text, "" if text == images else images))
         if not columns[0].published:
             title = "labelled images per class, log scale"
-            charts[columns[0].probe] += _draw_columns(table, columns, ticks, group, title)
+            charts[columns[0].probe] += _draw_columns(
+                table, columns, ticks, f"{group}, on {test}" if test else group, title
+            )
     # The first chart of every probe, then the second ones.
     return [chart for row in zip_longest(*charts.values()) for chart in row if chart is not None]
+
+
+def _group_by_test(table: Table) -> Iterator[tuple[tuple[str, str], list[Column]]]:
+    for group, columns in table.groups().items():
+        for test in dict.fromkeys(column.test for column in columns):
+            yield (group, test), [column for column in columns if column.test == test]
 
 
 def _shorten_subset(subset: str) -> str:
@@ -147,13 +155,14 @@ def _shorten_subset(subset: str) -> str:
 
 def draw_neighbour_charts(table: Table) -> list[Chart]:
     """Return the charts of accuracy over k, for subsets on which several k were measured, all else equal."""
-    groups: defaultdict[tuple[str, object, str], list[Column]] = defaultdict(list)
+    groups: defaultdict[tuple[str, object, str, str], list[Column]] = defaultdict(list)
     for column in table.columns:
         if "k" in column.params and not column.published:
-            groups[column.subset, column.params["temperature"], column.reason].append(column)
+            groups[column.subset, column.params["temperature"], column.reason, column.test].append(column)
     charts = []
-    for (subset, temperature, reason), columns in groups.items():
-        title = ", ".join(text for text in (f"knn T={temperature:g}", subset, reason) if text)
+    for (subset, temperature, reason, test), columns in groups.items():
+        texts = (f"knn T={temperature:g}", subset, reason, f"on {test}" if test else "")
+        title = ", ".join(filter(None, texts))
         ticks = [(float(column.params["k"]), f"{column.params['k']:g}", "") for column in columns]
         charts += _draw_columns(table, columns, ticks, title, "neighbours k, log scale")
     return charts

@@ -1,6 +1,5 @@
 """Accuracy per class, for the first checkpoints of a column."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 
 from msn_eval.data.class_names import describe_classes
 from msn_eval.errors import StoreError
+from msn_eval.results.predictions import name_classes
 from msn_eval.results.record import Result
 from msn_eval.results.statistics import bin_confidences
 from msn_eval.results.table import Cell, Column, Row, Table
@@ -93,9 +93,8 @@ def _make_view(
                     if not names:  # once, since decompressing the ids takes longest
                         images = np.bincount(label, minlength=column.classes).tolist()
                         names = [f"class {number}" for number in range(column.classes)]
-                        image_ids = stored["image"]
-                        for number, first in zip(*np.unique(label, return_index=True), strict=True):
-                            names[number] = os.fsdecode(bytes(image_ids[first])).partition("/")[0]
+                        for number, name in name_classes(stored["image"], label).items():
+                            names[number] = name
             except Exception as error:  # zipfile, zlib and NumPy each have their own kinds
                 raise StoreError(f"cannot be read as predictions: {error}", where=str(file)) from error
             counts += np.bincount(label[rank == 1], minlength=column.classes)

@@ -10,7 +10,13 @@ from msn_eval.reports.html.charts import draw_neighbour_charts, draw_ranks, draw
 from msn_eval.reports.html.class_view import ClassView, make_class_views
 from msn_eval.reports.html.page import make_printable, render_offline
 from msn_eval.reports.html.provenance import pack_records
-from msn_eval.reports.text_tables import describe_averages, describe_details, format_accuracy, format_convergence_mark
+from msn_eval.reports.text_tables import (
+    describe_averages,
+    describe_details,
+    format_accuracy,
+    format_change,
+    format_convergence_mark,
+)
 from msn_eval.results.folder import ResultScan
 from msn_eval.results.record import Result
 from msn_eval.results.table import Cell, Column, Row, Table, make_table
@@ -36,7 +42,7 @@ def render(table: Table, scan: ResultScan) -> str:
         script="page.js",
         styles=["page.css"],
         data=_page_data(table, groups, records, views),
-        title=f"{', '.join({column.data: None for column in measured})}: low-shot accuracy",
+        title=f"{', '.join({column.data: None for column in measured if column.base is None})}: low-shot accuracy",
         counts={"checkpoint": checkpoints, "protocol": len(measured), "record": len(scan.results)},
         class_counts=sorted({column.classes for column in measured}),
         notices=(*table.notices, *view_notices),
@@ -122,7 +128,8 @@ def _page_cell(cell: Cell | None, shade: int) -> tuple[str, bool, int | None, st
     css_class = f"h{shade}{first}" if has_records else "plain"
     if cell.mean is None:
         css_class = "failed"
-    return css_class, has_records, cell.standing.rank, mean, std, format_convergence_mark(cell)
+    mark = format_convergence_mark(cell) + ("" if cell.change is None else f" ({format_change(cell.change)})")
+    return css_class, has_records, cell.standing.rank, mean, std, mark
 
 
 def _page_data(

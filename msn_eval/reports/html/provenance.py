@@ -31,7 +31,10 @@ def _command_parts(result: Result) -> dict[str, str]:
     program += [] if checkpoint.key is None else ["--checkpoint-key", checkpoint.key]
     program += [argument for pattern in checkpoint.allow_missing for argument in ("--allow-missing", pattern)]
     setup = ["--precision", result.features.precision, "--seed", str(result.environment.seed)]
-    measurement = ["--data", result.data.name, "--probe", probe.name]
+    measurement = ["--data", result.data.trained_on or result.data.name, "--probe", probe.name]
+    if result.data.trained_on is not None:
+        measurement += ["--test", "real:real.json" if "labels" in protocol else result.data.name]
+        measurement += ["--class-map", "FILE"] if "class_map" in protocol else []
     for name, option in _OPTIONS.items():
         measurement += [option, repr(probe.params[name])] if name in probe.params else []
     if probe.name in _SECTIONS:
@@ -103,7 +106,13 @@ def _shared_parts(result: Result) -> dict[str, tuple[object, Callable[[], Any]]]
     def measurement() -> dict[str, Any]:
         own_probe = {name: value for name, value in asdict(probe).items() if name not in _PROBE_OWN}
         fields = {name: getattr(result, name) for name in ("status", "error", "protocol_id", "protocol")}
-        return {"schema": SCHEMA, **fields, "data": asdict(result.data), "probe": own_probe, "n": n}
+        return {
+            "schema": SCHEMA,
+            **fields,
+            "data": asdict(result.data, dict_factory=omit_unset),
+            "probe": own_probe,
+            "n": n,
+        }
 
     return {
         "measurement": ((result.status, result.error, result.protocol_id, result.data, fit, n), measurement),
