@@ -159,7 +159,7 @@ def check_different(tests: Sequence[EvalSet]) -> None:
     for test in tests:
         key = (test.sha256, test.classes_sha256, *sorted(test.terms.items()))
         if key in first:
-            what = f"the test sets {first[key]} and {test.name} hold the same images"
+            what = f"two test sets hold the same images: {first[key]} and {test.name}"
             raise DataError(what, hint="Give each of them once.")
         first[key] = test.name
 
