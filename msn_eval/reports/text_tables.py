@@ -50,7 +50,7 @@ def describe_significance(cell: Cell | None) -> str:
 
 def format_change(change: float) -> str:
     """Return the change from the validation images in points, with its sign."""
-    return f"{100 * change:+.1f}"
+    return f"{round(100 * change, 1) + 0.0:+.1f}"  # not -0.0
 
 
 def format_exact_percent(fraction: float) -> str:

@@ -21,7 +21,7 @@ from msn_eval.reports.html.charts import draw_ranks
 from msn_eval.reports.terminal import print_table
 from msn_eval.results.data_sets import AverageRow, DataSetAverages
 from msn_eval.results.folder import ResultScan, list_results
-from msn_eval.results.record import Result, read_result
+from msn_eval.results.record import Result, protocol_id, read_result
 from msn_eval.results.statistics import Metrics, wilson_interval
 from msn_eval.results.table import CellStatistics, Table, get_cell_key, make_table
 
@@ -71,6 +71,28 @@ def test_a_missing_result_is_a_dash(results: list[Result]) -> None:
     text = render(make_table([*results, other]), "md")
 
     assert any(line.startswith("| other (pixels) |") and "–" in line for line in text.splitlines()), text
+
+
+def test_every_format_has_the_change_on_a_test_set(results: list[Result]) -> None:
+    own = next(result for result in results if (result.probe.name, result.split.subset) == ("ncm", "2imgs"))
+    assert own.metrics is not None
+    protocol = {**own.protocol, "data": {"sha256": "e" * 64}, "trained_on": own.data.class_map_sha256}
+    data = replace(own.data, name="sketch", sha256="e" * 64, trained_on="digits", trained_classes=10)
+    metrics = replace(own.metrics, top1=own.metrics.top1 - 0.03125)
+    test = replace(own, id="t", protocol=protocol, protocol_id=protocol_id(protocol), data=data, metrics=metrics)
+
+    table = make_table([own, test])
+
+    assert re.search(r"\(1\) -3\.1 \|$", render(table, "md"), re.MULTILINE)
+    assert "{\\scriptsize (1) -3.1}" in render(table, "latex")
+    assert "scored on &  & sketch" in render(table, "latex")
+    header, row = csv.reader(io.StringIO(render(table, "csv")))
+    assert {name: value for name, value in zip(header, row, strict=True) if "change" in name} == {
+        "ncm, 2imgs, 2 images per class, on sketch: change %": "-3.125"
+    }
+    cells = json.loads(render(table, "json"))["rows"][0]["cells"]
+    assert [cells[result.protocol_id]["change"] for result in (own, test)] == [None, pytest.approx(-0.03125)]
+    assert "-3.1" in "".join(_terminal_cells(table))
 
 
 _CELL = re.compile(

@@ -179,3 +179,61 @@ def test_linear_columns_show_differences_from_the_recipe_and_from_each_other(res
     assert heads(layer("linear-augmented", lr=3.2, epochs=50)) == {"linear-augmented, epochs=50 lr=3.2"}
     earlier, current = (layer("linear-augmented", version, lr=6.4, epochs=100) for version in (1, 2))
     assert heads(earlier, current) == {"linear-augmented, probe.version=1", "linear-augmented, probe.version=2"}
+
+
+def _on_test_set(result: Result, name: str, *, top1: float, classes: int = 10, sha256: str = "e" * 64) -> Result:
+    """Return the record of the same fit on a test set."""
+    assert result.metrics is not None
+    data = replace(
+        result.data, name=name, sha256=sha256, classes=classes, trained_on="digits", trained_classes=result.data.classes
+    )
+    scored = {"sha256": sha256, "class_map_sha256": data.class_map_sha256}
+    other = _other_protocol(result, data=scored, trained_on=result.data.class_map_sha256)
+    return replace(other, id=f"{name}{result.split.draw}", data=data, metrics=replace(result.metrics, top1=top1))
+
+
+def _fits(results: list[Result]) -> list[Result]:
+    return [result for result in results if (result.probe.name, result.split.subset) == ("ncm", "2imgs")]
+
+
+def test_test_set_has_a_column_beside_its_validation_images_with_the_change(results: list[Result]) -> None:
+    fits = _fits(results)
+    tests = [_on_test_set(result, "sketch", top1=0.25, classes=4) for result in fits]
+
+    table = make_table([*tests, *results])
+
+    own, test = table.groups()["ncm"][1:]
+    assert (own.lines, test.lines) == (
+        ("2imgs", "2 images per class"),
+        ("2imgs", "2 images per class", "on sketch (4 of 10 classes)"),
+    )
+    mean = statistics.fmean(result.metrics.top1 for result in fits if result.metrics)
+    changes = [table.cells[table.rows[0], column].change for column in (own, test)]
+    assert changes == [None, pytest.approx(0.25 - mean)]
+
+
+def test_two_test_sets_of_one_name_have_different_titles(results: list[Result]) -> None:
+    fits = _fits(results)
+    tests = [_on_test_set(result, "sketch", top1=0.25, sha256=digit * 64) for digit in "ef" for result in fits]
+
+    _, *others = make_table([*fits, *tests]).groups()["ncm"]
+
+    assert {column.lines[-1] for column in others} == {f"on sketch {column.protocol_id[:8]}" for column in others}
+
+
+def test_test_set_with_other_draws_has_no_change(results: list[Result]) -> None:
+    fits = _fits(results)
+
+    table = make_table([*fits, _on_test_set(fits[0], "sketch", top1=0.25)])
+
+    assert [cell.change for cell in table.cells.values()] == [None, None]
+
+
+def test_test_set_without_its_validation_images_has_a_table_of_its_own(results: list[Result]) -> None:
+    fits = _fits(results)
+    limited = [_other_protocol(result, limit=5) for result in fits]
+
+    table = make_table([*limited, *(_on_test_set(result, "sketch", top1=0.25) for result in fits)])
+
+    assert sorted([column.test for column in columns] for columns in table.groups().values()) == [[""], ["sketch"]]
+    assert all(cell.change is None for cell in table.cells.values())
