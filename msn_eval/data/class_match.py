@@ -102,7 +102,7 @@ def _make_unknown_error(
         )
     else:
         what = f"{len(unknown)} of {len(mapped)} classes of this test set are not among the trained ones: {listed}"
-    hint = "Remove these folders, or say with --class-map FILE which trained class each of them is."
+    hint = "Say with --class-map FILE which trained class each of them is, or leave them out of the test set."
     if has_map:
         hint = "Write into the class map which trained class each of them is, as the folder of that class is called."
     return DataError(what, where=where, hint=hint)
