@@ -209,12 +209,14 @@ def test_real_counts_each_of_the_labels_of_an_image_as_right(tmp_path: Path, mon
         _write_class(root / "train" / name, name, 4, seed=0)
         for _ in range(4):
             number += 1
-            _write_class(tmp_path / str(number), name, 1, seed=label, file=f"ILSVRC2012_val_{number:08d}.png")
+            file = f"ILSVRC2012_val_{number:08d}.png"
+            _write_class(tmp_path / str(number), name, 1, seed=label, file=file)
             (root / "val" / name).mkdir(parents=True, exist_ok=True)
-            (tmp_path / str(number) / f"ILSVRC2012_val_{number:08d}.png").rename(
-                root / "val" / name / f"ILSVRC2012_val_{number:08d}.png"
-            )
-    labels = [[1, 0], [0], [0], [], [1], [3, 1], [1], [1, 2], [2], [3], [2, 3], [2], [3], [3], [], [0, 3]]
+            (tmp_path / str(number) / file).rename(root / "val" / name / file)
+    for number, name, own in ((7, "dog", "bee"), (12, "ant", "cat")):  # these will be taken for another class
+        for path in (root / "val" / own).glob(f"*{number:08d}.png"):
+            path.write_bytes((root / "train" / name / "0.png").read_bytes())
+    labels = [[1, 0], [0], [0], [], [1], [3, 1], [1, 3], [1, 2], [2], [3], [2, 3], [0, 2], [3], [3], [], [0, 3]]
     (tmp_path / "real.json").write_text(json.dumps(labels))
     extract = evaluation.extract_features
     passes: list[int] = []
@@ -224,15 +226,16 @@ def test_real_counts_each_of_the_labels_of_an_image_as_right(tmp_path: Path, mon
         lambda *args, **options: passes.append(len(args[1])) or extract(*args, **options),
     )
 
-    results = _evaluate(root, tmp_path / "out", tests=f"real:{tmp_path / 'real.json'}")
+    results = _evaluate(root, tmp_path / "out", tests=f"real:{tmp_path / 'real.json'}", subsets="full")
 
-    assert passes == [8, 16]  # labelled and validation images
+    assert passes == [16, 16]  # labelled and validation images
     for probe in ("logistic", "knn"):
         own, real = (_of(results, probe, name, test=name != "imagenet") for name in ("imagenet", "imagenet (ReaL)"))
         predicted = _read(own, tmp_path / "out")
         numbers = [int(name[-12:-4]) for name in predicted.image.tolist()]
         scored = [(labels[number - 1], guess) for number, guess in zip(numbers, predicted.prediction, strict=True)]
         right = [guess in answers for answers, guess in scored if answers]
+        assert all(predicted.prediction[numbers.index(number)] == guess for number, guess in ((7, 3), (12, 0)))
         assert real.metrics is not None
         assert (real.metrics.top1, real.metrics.n) == (sum(right) / 14, 14)
         assert real.protocol_id != own.protocol_id
