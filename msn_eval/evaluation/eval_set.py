@@ -42,7 +42,7 @@ class EvalSet:
     name: str
     images: ImageSet
     extracted: ImageSet
-    hashes: Mapping[str, str]
+    hashes: dict[str, str]
     skipped: tuple[str, ...] = ()
     columns: tuple[int, ...] | None = None
     answers: Tensor | None = None
@@ -137,9 +137,7 @@ def make_real_set(path: Path, val: EvalSet) -> EvalSet:
     labels = read_real_labels(path, val.images)
     images = val.images.only([image_id for image_id in val.images.ids if labels[image_id]])
     pairs = [(labels[image_id], own) for image_id, own in zip(images.ids, images.labels, strict=True)]
-    answers = [
-        sorted(right, key=lambda label, own=own: label != own) for right, own in pairs
-    ]  # stable: its own label first
+    answers = [[own] * (own in right) + [label for label in right if label != own] for right, own in pairs]
     most = max(map(len, answers))
     return replace(
         val,
@@ -148,7 +146,7 @@ def make_real_set(path: Path, val: EvalSet) -> EvalSet:
         answers=torch.tensor([right + right[:1] * (most - len(right)) for right in answers]),
         terms={
             "trained_on": val.classes_sha256,
-            "labels": hash_lines(" ".join(map(str, sorted(labels[image_id]))) for image_id in images.ids),
+            "labels": hash_lines(" ".join(map(str, labels[image_id])) for image_id in images.ids),
         },
     )
 

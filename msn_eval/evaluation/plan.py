@@ -317,7 +317,7 @@ def _make_protocol(
     }
     if any(plugins.values()):
         protocol["plugins"] = {kind: name for kind, name in plugins.items() if name is not None}
-    return protocol | scored.terms
+    return {**protocol, **scored.terms}
 
 
 def _warn_of_data(plan: Plan) -> None:
