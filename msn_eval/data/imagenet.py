@@ -65,7 +65,7 @@ def list_directory(place: str, options: LoadOptions) -> DatasetListing:
         DataError: Naming the file, and its line, at fault.
     """
     root = Path(place)
-    check_is_folder(root, hint="Give --data a folder that exists, or another data set.")
+    check_is_folder(root, hint="Give a folder that exists, or another data set.")
     base = _find_base(root)
     if options.splits == ("val",) and holds_class_folders(base):
         listing = list_class_folders(base, cache_dir=options.cache_dir)
