@@ -17,13 +17,15 @@ from msn_eval.models.architectures import (
     NOT_KEYWORDS,
     Architecture,
     name_architecture,
+    name_hub_architecture,
     not_square,
     wrong_channels,
 )
 
-# The layer norms' epsilon by transformers' default, for each model type that is evaluated here.
-_TYPES = ("vit_msn", "vit", "vit_mae", "dinov2", "dinov2_with_registers", "ijepa", "beit", "data2vec-vision")
-_NORM_EPS = dict.fromkeys(_TYPES, 1e-12) | dict.fromkeys(("vit_msn", "dinov2", "dinov2_with_registers"), 1e-6)
+# The layer norms' epsilon by transformers' default, for each model type that timm's networks compute here. transformers runs
+# all others.
+_NORM_EPS = dict.fromkeys(("vit", "vit_mae", "ijepa"), 1e-12)
+_NORM_EPS |= dict.fromkeys(("vit_msn", "dinov2", "dinov2_with_registers"), 1e-6)
 # Sizes that the weights show, and the keywords of their architecture that hold them.
 _SIZES = {
     "hidden_size": "embed_dim",
@@ -62,9 +64,16 @@ def read_config_beside(folder: Path) -> HubConfig:
         raise CheckpointError(what, where=where, hint=hint)
     if "architecture" in config:
         return _read_timm_config(config, where)
-    model_type, known = config.get("model_type"), ", ".join(_NORM_EPS)
-    if not isinstance(model_type, str) or model_type not in _NORM_EPS:
-        raise CheckpointError(f"model_type is {model_type!r}, not one of {known}", where=where, hint=_WITH_ARCH)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        what = f"model_type is {model_type!r:.60}, not the name of a network of transformers"
+        raise CheckpointError(what, where=where, hint=_WITH_ARCH)
+    if model_type not in _NORM_EPS:
+        return HubConfig(
+            architecture=name_hub_architecture(config),
+            normalisation=read_processor_normalisation(*read_image_processor(folder), model_type=model_type),
+            model_type=model_type,
+        )
     for name in ("image_size", "patch_size"):
         sides = config.get(name)
         if isinstance(sides, list) and len({str(side) for side in sides}) > 1:

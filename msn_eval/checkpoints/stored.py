@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from msn_eval.checkpoints.hf_folder import CONFIG, find_weight_files
 from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork, choose_network, find_networks, stated_epoch
 from msn_eval.checkpoints.normalisation import IMAGENET, Normalisation, check_std, choose_normalisation, read_triple
 from msn_eval.checkpoints.sanity_checks import TensorInfo, find_alarms
+from msn_eval.checkpoints.timm_names import convert_names
 from msn_eval.errors import CheckpointError
 from msn_eval.models.architectures import (
     IMAGE_CHANNELS,
@@ -28,6 +30,8 @@ from msn_eval.models.architectures import (
     wrong_channels,
 )
 from msn_eval.models.build import outline_network
+from msn_eval.models.hub import load_hub
+from msn_eval.models.readout import find_readout
 from msn_eval.models.vit import find_other_grid, native_pixels, stored_pixels
 
 _log = logging.getLogger(__name__)
@@ -212,14 +216,35 @@ def choose_stored(contents: Contents, *, arch: str | None = None, key: str | Non
     Raises:
         CheckpointError: The network or its architecture stays open.
     """
+    config = contents.config
+    if arch is None and config is not None and config.architecture is not None and config.architecture.hub is not None:
+        return _choose_hub(contents, config.architecture, key)
     choice = choose_network(contents.networks, key, where=contents.where)
     _check_size(contents, choice.network)
     backbone = rename_weights(choice.network)
     try:
         architecture = _find_architecture(contents, backbone, arch)
         backbone = _restore_own_heads(backbone, choice.network, architecture)
+        backbone = _convert_names(backbone, choice.network, architecture)
     except CheckpointError as error:
         raise CheckpointError(error.what, where=contents.where, hint=error.hint) from error
+    return StoredCheckpoint(contents=contents, choice=choice, backbone=backbone, architecture=architecture)
+
+
+def _choose_hub(contents: Contents, architecture: Architecture, key: str | None) -> StoredCheckpoint:
+    """Let transformers load all weights of a folder, and try its network once: what cannot be evaluated is refused here."""
+    tensors = {name: value for name, value in contents.content.items() if isinstance(value, Tensor)}
+    network = StoredNetwork(key=None, words=(), tensors=tensors)
+    contents = replace(contents, networks=(network,))
+    choice = choose_network(contents.networks, key, where=contents.where)
+    _check_size(contents, network)
+    try:
+        outline_network(architecture)  # before memory is taken for what the config claims
+        loaded, dropped = load_hub(cast(Mapping[str, object], architecture.hub), tensors)
+        find_readout(loaded, native_pixels(loaded))
+    except CheckpointError as error:
+        raise CheckpointError(error.what, where=contents.where, hint=error.hint) from error
+    backbone = Backbone(format="huggingface", weights=loaded.state_dict(), dropped=dropped)
     return StoredCheckpoint(contents=contents, choice=choice, backbone=backbone, architecture=architecture)
 
 
@@ -311,6 +336,25 @@ def _restore_own_heads(backbone: Backbone, network: StoredNetwork, architecture:
     own = {name: network.tensors[name] for name in backbone.dropped if name in expected and name in network.tensors}
     dropped = tuple(name for name in backbone.dropped if name not in own)
     return replace(backbone, weights={**backbone.weights, **own}, dropped=dropped)
+
+
+def _convert_names(backbone: Backbone, network: StoredNetwork, architecture: Architecture) -> Backbone:
+    """Let timm convert the names of its own architecture where those of the families do not fit."""
+    if architecture.timm_name is None:
+        return backbone
+    expected = outline_network(architecture).state_dict()
+    fit = fit_weights(backbone.weights, expected)
+    if not fit.lines:
+        return backbone
+    try:
+        converted = convert_names(network, architecture)
+    except CheckpointError:
+        if fit.matched:
+            return backbone
+        raise
+    if converted is None or fit_weights(converted[0], expected).matched <= fit.matched:
+        return backbone
+    return Backbone(format="timm", weights=converted[0], dropped=converted[1])
 
 
 def _suggest_architecture(stored: StoredCheckpoint) -> str:

@@ -18,6 +18,8 @@ from msn_eval.checkpoints.own_code import guard_own_code
 from msn_eval.config.request import read_channels
 from msn_eval.data.images import EvalTransform, make_eval_transform
 from msn_eval.errors import CheckpointError, UsageError
+from msn_eval.models.hub import HubNetwork
+from msn_eval.models.readout import Readout, find_readout, read_taps, run_network
 from msn_eval.models.vit import (
     class_token_after,
     find_position_rule,
@@ -46,6 +48,7 @@ class Encoder:
         transform: Resize, crop and normalisation.
         taps: The available taps, in the order of TAPS.
         final_norm: The norm after the last block, in float32, for taps after it.
+        readout: How the taps of a network are read that is not one of timm's Vision Transformers.
         compiled: Whether its parts run through torch.compile.
     """
 
@@ -56,6 +59,7 @@ class Encoder:
     transform: EvalTransform
     taps: tuple[str, ...]
     final_norm: nn.Module
+    readout: Readout = Readout()
     compiled: bool = False
 
     @property
@@ -189,19 +193,21 @@ def build_encoder(
     elif not checkpoint.runs_own_code and wanted != checkpoint.image_pixels:
         positions = _resize_other(network, wanted, checkpoint)
     transform = make_eval_transform(wanted, checkpoint.mean, checkpoint.std)
-    final_norm = copy.deepcopy(_final_norm(network))
+    readout = _find_readout(checkpoint, network, wanted)
+    final_norm = copy.deepcopy(_final_norm(network, readout))
     if _is_convolutional(checkpoint, network):
         network = network.to(memory_format=torch.channels_last)
     if compiled:
-        _compile(checkpoint, network)
+        _compile(checkpoint, network, readout)
     return Encoder(
         checkpoint=checkpoint,
         network=network.to(device=device, dtype=_DTYPES[precision]).eval(),
         device=device,
         precision=precision,
         transform=replace(transform, positions=positions),
-        taps=_available_taps(checkpoint, network),
+        taps=_available_taps(checkpoint, network, readout),
         final_norm=final_norm.to(device=device, dtype=torch.float32).eval(),
+        readout=readout,
         compiled=compiled,
     )
 
@@ -234,7 +240,7 @@ def _resize_other(network: nn.Module, image_pixels: int, checkpoint: Checkpoint)
         if has_input_size:
             _set_input_size(network, image_pixels)
         with torch.inference_mode():
-            _pooled_features(network, checkpoint, torch.zeros(1, 3, image_pixels, image_pixels))
+            run_network(network, torch.zeros(1, 3, image_pixels, image_pixels))
     except UsageError:
         raise
     except Exception as error:  # timm's networks raise whatever their layers do
@@ -243,7 +249,15 @@ def _resize_other(network: nn.Module, image_pixels: int, checkpoint: Checkpoint)
             f"--image-pixels {image_pixels}: {checkpoint.name} ({type(network).__name__}) takes no such images: {reason}",
             hint=f"Leave the option out; the network's own size is {checkpoint.image_pixels}.",
         ) from error
+    if isinstance(network, HubNetwork):
+        return "as transformers"
     return _TIMM_POSITIONS if has_input_size else None
+
+
+def _find_readout(checkpoint: Checkpoint, network: nn.Module, image_pixels: int) -> Readout:
+    if checkpoint.runs_own_code or checkpoint.format == "pixels" or _has_tokens(network):
+        return Readout()
+    return find_readout(network, image_pixels)
 
 
 def _set_input_size(network: nn.Module, image_pixels: int) -> None:
@@ -262,42 +276,46 @@ def _set_input_size(network: nn.Module, image_pixels: int) -> None:
 def _has_tokens(network: nn.Module) -> bool:
     """Whether a network is a Transformer of timm whose tokens are available after every block."""
     from timm.models.beit import Beit
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
-    return isinstance(network, VisionTransformer | Beit)
+    return isinstance(network, VisionTransformer | Beit | Eva)
 
 
 def _is_convolutional(checkpoint: Checkpoint, network: nn.Module) -> bool:
     """Whether to use channels-last memory: for timm's convolutional networks, not for a user's own."""
-    return not checkpoint.runs_own_code and checkpoint.format != "pixels" and not _has_tokens(network)
+    is_foreign = checkpoint.runs_own_code or checkpoint.format == "pixels" or isinstance(network, HubNetwork)
+    return not is_foreign and not _has_tokens(network)
 
 
-def _compile(checkpoint: Checkpoint, network: nn.Module) -> None:
+def _compile(checkpoint: Checkpoint, network: nn.Module, readout: Readout) -> None:
     """Compile a network in place, so that weights keep their names: Transformers block by block, as equal blocks share code."""
     if checkpoint.runs_own_code or checkpoint.format == "pixels":
         network.compile()
     elif _has_tokens(network):
         for block in cast(nn.Sequential, network.blocks):
             block.compile()
+    elif readout.norms_all or isinstance(network, HubNetwork):
+        _log.warning("%s: --compile is for other networks; this one runs as it is", checkpoint.name)
     else:
         network.forward_features = torch.compile(network.forward_features)  # type: ignore[arg-type, assignment]
 
 
-def _final_norm(network: nn.Module) -> nn.Module:
+def _final_norm(network: nn.Module, readout: Readout) -> nn.Module:
     """Return the norm after the last block: `norm`, or `fc_norm` for architectures that pool first."""
     if not _has_tokens(network):
-        return nn.Identity()
+        return network.get_submodule(readout.norm) if readout.norm else nn.Identity()
     norm, fc_norm = cast(nn.Module, network.norm), cast(nn.Module, network.fc_norm)
     return fc_norm if isinstance(norm, nn.Identity) else norm
 
 
-def _available_taps(checkpoint: Checkpoint, network: nn.Module) -> tuple[str, ...]:
+def _available_taps(checkpoint: Checkpoint, network: nn.Module, readout: Readout) -> tuple[str, ...]:
     if checkpoint.format == "pixels":
         return ("pixels",)
     if checkpoint.runs_own_code:  # its forward pass is the user's, even for a Vision Transformer of timm
         return ("out",)
     if not _has_tokens(network):
-        return ("pool",)
+        return readout.taps
     if getattr(network, "attn_pool", None) is not None:
         return ("out",)
     if getattr(network, "cls_token", None) is None:
@@ -341,8 +359,10 @@ def encode(encoder: Encoder, pixels: Tensor, taps: Sequence[str]) -> dict[str, T
     """
     with torch.inference_mode(), exact_float32():
         images = normalise_pixels(pixels.to(encoder.device, non_blocking=True), encoder)
-        if encoder.checkpoint.runs_own_code or not _has_tokens(encoder.network):
-            return {taps[0]: _pooled_features(encoder.network, encoder.checkpoint, images).float()}
+        if encoder.checkpoint.runs_own_code or encoder.checkpoint.format == "pixels":
+            return {taps[0]: _run_module(encoder.network, encoder.checkpoint, images).float()}
+        if not _has_tokens(encoder.network):
+            return read_taps(encoder.network, encoder.readout, encoder.final_norm, images, taps)
         if "out" in taps:
             return {"out": cast(Tensor, encoder.network(images)).float()}
         return _token_taps(encoder, images, taps)
@@ -395,14 +415,10 @@ def normalise_pixels(pixels: Tensor, encoder: Encoder) -> Tensor:
     return images.to(_DTYPES[encoder.precision])
 
 
-def _pooled_features(network: nn.Module, checkpoint: Checkpoint, images: Tensor) -> Tensor:
-    if checkpoint.runs_own_code:
-        with guard_own_code("the module", where=checkpoint.path):
-            return _check_features(network(images), checkpoint, len(images))
-    if checkpoint.format == "pixels":
+def _run_module(network: nn.Module, checkpoint: Checkpoint, images: Tensor) -> Tensor:
+    is_own = checkpoint.runs_own_code
+    with guard_own_code("the module", where=checkpoint.path) if is_own else contextlib.nullcontext():
         return _check_features(network(images), checkpoint, len(images))
-    maps = network.forward_features(images)  # type: ignore[operator]
-    return cast(Tensor, network.forward_head(maps, pre_logits=True))  # type: ignore[operator]
 
 
 def _check_features(output: object, checkpoint: Checkpoint, images: int) -> Tensor:

@@ -6,7 +6,7 @@ import re
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -40,6 +40,7 @@ _MAX_NUMBER = 1 << 14  # of a keyword: sizes and widths
 _MAX_IMAGE_PIXELS = 1 << 12  # some networks compute tables as large as the square of this
 _COUNTS = re.compile(r"depths?|(n|num)?_?(blocks?|layers?|stages?)")  # keywords that count blocks
 NORM_EPS = 1e-6  # of nearly all published Vision Transformers; no weight shows it
+_HUB_SIZES = {"hidden_size": "width", "num_hidden_layers": "depth", "patch_size": "patch", "image_size": ""}
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
@@ -61,6 +62,7 @@ class Architecture:
         norm_eps: Epsilon of the layer norms of a Transformer that keywords describe.
         gated: Whether its MLPs multiply values by a SiLU gate (SwiGLU).
         stem: Of a residual network, `cifar` or `cifar_padded` where it is not timm's.
+        hub: The config.json of a network that transformers runs.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Architecture:
     norm_eps: float = NORM_EPS
     gated: bool = False
     stem: str | None = None
+    hub: Mapping[str, object] | None = None
 
 
 def name_architecture(text: str) -> Architecture:
@@ -94,6 +97,17 @@ def name_architecture(text: str) -> Architecture:
         raise CheckpointError(f"{key} is not a keyword of an architecture", hint=hint)
     stem = keywords.pop("stem", None)
     return Architecture(name=text, timm_name=name, keywords=keywords, stem=None if stem is None else str(stem))
+
+
+def name_hub_architecture(config: Mapping[str, Any]) -> Architecture:
+    """Return the architecture that transformers runs by a config.json, named by its type and sizes."""
+    name = str(config["model_type"])
+    stated = config.get("vision_config")
+    sizes = stated if isinstance(stated, Mapping) else config
+    for key, word in _HUB_SIZES.items():
+        if type(value := sizes.get(key)) is int:
+            name += f"_{word}{value}"
+    return Architecture(name=name, timm_name=None, hub=config)
 
 
 def spell_architecture(architecture: Architecture) -> str | None:

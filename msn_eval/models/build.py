@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from msn_eval.errors import CheckpointError, ResourceError, did_you_mean
 from msn_eval.models.architectures import Architecture, check_keyword
+from msn_eval.models.hub import build_hub
 from msn_eval.process import available_bytes
 
 _MAX_TABLE_BYTES = 2 << 30
@@ -34,8 +35,12 @@ def build_network(architecture: Architecture, *, seed: int = 0) -> nn.Module:
         return _construct(architecture).eval()
 
 
-def outline_network(architecture: Architecture) -> nn.Module:
+def outline_network(architecture: Architecture, *, pretrained: bool = False) -> nn.Module:
     """Build the network on the meta device: its weights have names and shapes and no values.
+
+    Args:
+        architecture: Of the network.
+        pretrained: Passed on to timm, whose function that reads weights the caller has replaced.
 
     Raises:
         CheckpointError: As `build_network`, and where tables that are not in the file, such as BEiT's offsets between
@@ -43,7 +48,7 @@ def outline_network(architecture: Architecture) -> nn.Module:
     """
     check_architecture_name(architecture)
     with torch.device("meta"):
-        outline = _construct(architecture)
+        outline = _construct(architecture, pretrained=pretrained)
     table_bytes = sum(table.numel() * table.element_size() for table in outline.buffers())
     if table_bytes > _MAX_TABLE_BYTES:
         raise CheckpointError(
@@ -66,16 +71,21 @@ def _check_memory(architecture: Architecture) -> None:
         )
 
 
-def _construct(architecture: Architecture) -> nn.Module:
+def _construct(architecture: Architecture, *, pretrained: bool = False) -> nn.Module:
     import timm
     from timm.layers import LayerNorm, SwiGLUPacked
     from timm.models.beit import Beit
     from timm.models.vision_transformer import VisionTransformer
 
+    if architecture.hub is not None:
+        with _limit_parameters():
+            return build_hub(architecture.hub)
     try:
         with _limit_parameters():
             if architecture.timm_name is not None:
-                network: nn.Module = timm.create_model(architecture.timm_name, num_classes=0, **architecture.keywords)
+                network: nn.Module = timm.create_model(
+                    architecture.timm_name, pretrained=pretrained, num_classes=0, **architecture.keywords
+                )
                 return network if architecture.stem is None else _replace_stem(network, architecture.stem)
             # A Transformer that timm may not have an entry for.
             keywords: dict[str, Any] = {

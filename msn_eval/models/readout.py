@@ -1,0 +1,152 @@
+"""Readout: where the features are in what a network of another library computes, found by a trial on noise."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from msn_eval.errors import CheckpointError
+from msn_eval.models.hub import HubNetwork
+from msn_eval.process import describe_exhausted_resource
+
+_NORM = re.compile(r"(Layer|R[Mm][Ss])Norm(Fp32)?")
+_IN_BLOCK = re.compile(r"(^|\.)\d+\.")
+_CLASS_TOKEN = re.compile(r"(cls|class)_(token|emb)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readout:
+    """The taps of a network and how they are read.
+
+    Attributes:
+        taps: In the order of `encoder.TAPS`. `pool` and `out` are what the library itself returns.
+        norm: Name of the norm after the last block, "" where there is none.
+        norms_all: Whether that norm is applied to all tokens; its input is then the output of the last block.
+        pools_first: Whether it is applied to the average of the patches.
+        prefix: Number of tokens before the patches.
+    """
+
+    taps: tuple[str, ...] = ("pool",)
+    norm: str = ""
+    norms_all: bool = False
+    pools_first: bool = False
+    prefix: int = 0
+
+
+def find_readout(network: nn.Module, image_pixels: int) -> Readout:
+    """Find the taps of a network of timm or transformers.
+
+    Nothing is taken from names alone: a norm counts if its output or input is, in a trial, that of the features.
+
+    Raises:
+        CheckpointError: A network of transformers does not run on images alone, or its tokens cannot be told apart.
+    """
+    try:
+        return _try_network(network, image_pixels)
+    except Exception as error:  # networks raise whatever their layers do
+        if not isinstance(network, HubNetwork) or describe_exhausted_resource(error) is not None:
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        what = f"transformers' {type(network.tower).__name__} cannot be evaluated: {reason}"
+        raise CheckpointError(what, hint="Wrap the network: py:package.module:factory.") from error
+
+
+@torch.no_grad()
+def _try_network(network: nn.Module, image_pixels: int) -> Readout:
+    calls: list[tuple[str, Tensor, Tensor]] = []
+
+    def record(name: str) -> Any:
+        return lambda module, inputs, output: calls.append((name, inputs[0], output))
+
+    hooks = [
+        module.register_forward_hook(record(name))
+        for name, module in network.named_modules()
+        if _NORM.search(type(module).__name__) and not _IN_BLOCK.search(name)
+    ]
+    noise = torch.randn(1, 3, image_pixels, image_pixels, generator=torch.Generator().manual_seed(0))
+    try:
+        last, pooled = run_network(network, noise)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    inside = next((name for name, _, made in calls if made.shape == last.shape and made.equal(last)), "")
+    if isinstance(network, HubNetwork):
+        prefix, has_class = network.count_prefix(noise, last)
+    else:
+        has_class = getattr(network, "num_prefix_tokens", 0) == 1 and isinstance(
+            getattr(network, "cls_token", None), Tensor
+        )
+        prefix = int(has_class)
+        if not has_class and any(_CLASS_TOKEN.search(name) for name, _ in network.named_parameters()):
+            return Readout()
+    if prefix is None or (last.dim() == 4 and not inside) or last.dim() < 3:
+        return Readout()
+    tokens = _flatten(last)
+    mean = tokens[:, prefix:].mean(dim=1)
+    on_class = next((name for name, given, _ in calls if has_class and _is_close(given, tokens[:, 0])), "")
+    on_mean = next((name for name, given, _ in calls if _is_close(given, mean)), "")
+    norm = inside or on_mean or on_class
+    pools_first = bool(on_mean) and not inside
+    if pools_first:
+        mean = cast(Tensor, network.get_submodule(norm)(mean))
+    if not norm and not isinstance(network, HubNetwork):
+        return Readout()
+    if has_class:
+        taps = ("cls", "cls-norm", "mean") if norm else ("cls", "mean")
+    elif pooled is None:
+        taps = ("mean",)
+    else:
+        taps = ("mean", "pool") if _is_close(pooled, mean) else ("out",)
+    return Readout(taps=taps, norm=norm, norms_all=bool(inside), pools_first=pools_first, prefix=prefix)
+
+
+def run_network(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the last tokens or maps of a network, and the features that its library pools, None where it does not."""
+    if isinstance(network, HubNetwork):
+        return network.run(images)
+    last = network.forward_features(images)  # type: ignore[operator]
+    return last, network.forward_head(last, pre_logits=True)  # type: ignore[operator]
+
+
+def read_taps(
+    network: nn.Module, readout: Readout, norm: nn.Module, images: Tensor, taps: Sequence[str]
+) -> dict[str, Tensor]:
+    """Compute the features of a batch at several taps.
+
+    Args:
+        network: The network.
+        readout: Of the network.
+        norm: Its norm after the last block, in float32.
+        images: (b, 3, S, S), normalised, in the network's dtype.
+        taps: Of the readout.
+
+    Returns:
+        (b, d) float32 for each tap.
+    """
+    given: list[Tensor] = []
+    module = network.get_submodule(readout.norm if readout.norms_all else "")
+    with module.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0])):
+        last, pooled = run_network(network, images)
+    # The network may use its norm again, for its own pooling.
+    raw = _flatten(next(tensor for tensor in given if tensor.shape == last.shape) if readout.norms_all else last)
+    features: dict[str, Tensor] = {}
+    for tap in taps:
+        if tap in ("pool", "out"):
+            features[tap] = cast(Tensor, pooled).float()
+        elif tap == "mean":
+            patches = raw[:, readout.prefix :].float()
+            features[tap] = norm(patches.mean(dim=1)) if readout.pools_first else norm(patches).mean(dim=1)
+        else:
+            features[tap] = norm(raw[:, 0].float()) if tap == "cls-norm" else raw[:, 0].float()
+    return features
+
+
+def _flatten(last: Tensor) -> Tensor:
+    return last.flatten(1, -2)
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5)
