@@ -71,7 +71,9 @@ def read_config_beside(folder: Path) -> HubConfig:
     if model_type not in _NORM_EPS:
         return HubConfig(
             architecture=name_hub_architecture(config),
-            normalisation=read_processor_normalisation(*read_image_processor(folder), model_type=model_type),
+            normalisation=read_processor_normalisation(
+                *read_image_processor(folder), model_type=model_type, has_defaults=True
+            ),
             model_type=model_type,
         )
     for name in ("image_size", "patch_size"):

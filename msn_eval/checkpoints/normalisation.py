@@ -101,7 +101,7 @@ def read_timm_normalisation(path: Path, stated: Mapping[str, object]) -> Normali
 
 
 def read_processor_normalisation(
-    path: Path, stated: Mapping[str, object], *, model_type: object = None
+    path: Path, stated: Mapping[str, object], *, model_type: object = None, has_defaults: bool = False
 ) -> Normalisation | None:
     """Return what the image processor of transformers does to pixel values, None where the folder has no processor.
 
@@ -113,6 +113,7 @@ def read_processor_normalisation(
         path: The file.
         stated: Its content; empty without a processor.
         model_type: Of the config.json beside it, for files that do not name a class.
+        has_defaults: Whether the class may have other defaults than those of Vision Transformers.
 
     Raises:
         CheckpointError: A key cannot be honoured.
@@ -120,6 +121,12 @@ def read_processor_normalisation(
     if not stated:
         return None
     where = str(path)
+    if has_defaults:
+        processor = _find_processor_class(stated, model_type)
+        names = (*_UNSUPPORTED_KEYS, "do_rescale", "do_normalize")
+        stated = {name: getattr(processor, name) for name in names if getattr(processor, name, None) is not None} | {
+            **stated
+        }
     for name in _UNSUPPORTED_KEYS:
         if stated.get(name):
             hint = "Wrap the network with its own preprocessing: py:package.module:factory."
@@ -138,7 +145,11 @@ def read_processor_normalisation(
     if _read_flag(stated, "do_normalize", where):
         missing = [name for name in ("image_mean", "image_std") if stated.get(name) is None]
         if missing:
-            processor = _find_processor_class(path, stated, model_type, missing)
+            processor = _find_processor_class(stated, model_type)
+            if any(getattr(processor, name, None) is None for name in missing):
+                what = f"states no {' and no '.join(missing)}, and transformers has no defaults for it"
+                hint = "Write them into the file, or install transformers, which may know them: pip install 'msn-eval[hf]'."
+                raise CheckpointError(what, where=where, hint=hint)
             stated = {**stated, **{name: getattr(processor, name) for name in missing}}
             source += f" and the defaults of {processor.__name__}"
         mean = read_triple(stated["image_mean"], "image_mean", where=where)
@@ -156,25 +167,19 @@ def _read_flag(stated: Mapping[str, object], name: str, where: str) -> bool:
     return value is not False  # the default of every processor of the supported model types
 
 
-def _find_processor_class(path: Path, stated: Mapping[str, object], model_type: object, missing: list[str]) -> Any:
-    """Return transformers' class of an image processor, for the defaults of what its file leaves out."""
-    what = f"states no {' and no '.join(missing)}"
+def _find_processor_class(stated: Mapping[str, object], model_type: object) -> Any:
+    """Return transformers' class of an image processor, for the defaults of what its file leaves out; None without one."""
     try:
         import transformers
         from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-    except ImportError as error:
-        hint = "Only transformers knows the defaults: pip install 'msn-eval[hf]'."
-        raise CheckpointError(what, where=str(path), hint=hint) from error
+    except ImportError:
+        return None
     name = stated.get("image_processor_type") or stated.get("feature_extractor_type")
     if name is None:
         known = IMAGE_PROCESSOR_MAPPING_NAMES.get(str(model_type).removesuffix("_with_registers"), {})
         name = known.get("torchvision")
     name = str(name).replace("FeatureExtractor", "ImageProcessor")
-    processor = getattr(transformers, name, None) if name.endswith(("ImageProcessor", "ImageProcessorFast")) else None
-    if any(getattr(processor, key, None) is None for key in missing):
-        what += f", and transformers has no defaults for {name!r:.60}"
-        raise CheckpointError(what, where=str(path), hint="Write them into the file.")
-    return processor
+    return getattr(transformers, name, None) if name.endswith(("ImageProcessor", "ImageProcessorFast")) else None
 
 
 def read_triple(values: object, name: str, *, where: str) -> Triple:

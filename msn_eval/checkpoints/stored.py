@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from msn_eval.checkpoints.families import Backbone, rename_weights
 from msn_eval.checkpoints.formats.read import read_weight_file
+from msn_eval.checkpoints.formats.sharded import check_not_flat, check_not_sharded
 from msn_eval.checkpoints.hf_config import HubConfig, check_sizes, read_config_beside
 from msn_eval.checkpoints.hf_folder import CONFIG, find_weight_files
 from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork, choose_network, find_networks, stated_epoch
@@ -109,6 +110,7 @@ class StoredCheckpoint:
     choice: ChosenNetwork
     backbone: Backbone
     architecture: Architecture
+    is_named: bool = False  # whether the user named the architecture
 
     @property
     def normalisation(self) -> Normalisation:
@@ -147,6 +149,7 @@ def read_contents(path: Path) -> Contents:
     Raises:
         CheckpointError: They are missing, damaged or hostile.
     """
+    check_not_sharded(path)
     folder = path if path.is_dir() else path.parent
     files = find_weight_files(folder) if path.is_dir() else (path,)
     has_config = path.is_dir() or (path.name in _HUB_FILES and os.path.lexists(folder / CONFIG))
@@ -161,6 +164,7 @@ def read_contents(path: Path) -> Contents:
                 hint="The folder mixes two checkpoints; fetch it again.",
             )
         content |= part.content
+    check_not_flat(content, path)
     stated = weights[0].metadata if len(files) == 1 else {}
     lines = "".join(f"{file.name}\t{part.sha256}\n" for file, part in zip(files, weights, strict=True))
     pixels = stated.get(IMAGE_PIXELS, "")
@@ -228,7 +232,9 @@ def choose_stored(contents: Contents, *, arch: str | None = None, key: str | Non
         backbone = _convert_names(backbone, choice.network, architecture)
     except CheckpointError as error:
         raise CheckpointError(error.what, where=contents.where, hint=error.hint) from error
-    return StoredCheckpoint(contents=contents, choice=choice, backbone=backbone, architecture=architecture)
+    return StoredCheckpoint(
+        contents=contents, choice=choice, backbone=backbone, architecture=architecture, is_named=arch is not None
+    )
 
 
 def _choose_hub(contents: Contents, architecture: Architecture, key: str | None) -> StoredCheckpoint:
@@ -272,8 +278,7 @@ def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) 
         raise CheckpointError(
             f"{len(fit.lines)} of {len(expected)} weights do not fit {arch}\n{listed}",
             where=stored.contents.where,
-            hint=f"{_suggest_architecture(stored)}Name another architecture with --arch, another network of the file with "
-            "--checkpoint-key, or, where weights may stay untrained, --allow-missing PATTERN.",
+            hint=f"{_suggest_architecture(stored)}{_suggest_options(stored, allow_missing)}",
         )
     if fit.waived:
         _log.warning("%s: absent, so left untrained: %s", stored.contents.where, ", ".join(fit.waived))
@@ -348,13 +353,26 @@ def _convert_names(backbone: Backbone, network: StoredNetwork, architecture: Arc
         return backbone
     try:
         converted = convert_names(network, architecture)
-    except CheckpointError:
+    except ValueError as error:
         if fit.matched:
             return backbone
-        raise
+        hint = "Use the architecture, and the image size, of the file; `msn-eval inspect` lists what it holds."
+        raise CheckpointError(str(error), hint=hint) from error
     if converted is None or fit_weights(converted[0], expected).matched <= fit.matched:
         return backbone
     return Backbone(format="timm", weights=converted[0], dropped=converted[1])
+
+
+def _suggest_options(stored: StoredCheckpoint, allow_missing: tuple[str, ...]) -> str:
+    """Return a hint with the options that the user has not given."""
+    options = [
+        "" if stored.is_named else "another architecture with --arch",
+        "" if len(stored.contents.networks) == 1 else "another network of the file with --checkpoint-key",
+        "" if allow_missing else "the weights that may stay untrained with --allow-missing PATTERN",
+    ]
+    named = " or ".join(option for option in options if option)
+    inspect = "`msn-eval inspect` lists the file's names and shapes."
+    return f"Name {named}. {inspect}" if named else inspect
 
 
 def _suggest_architecture(stored: StoredCheckpoint) -> str:

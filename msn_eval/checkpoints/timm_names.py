@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-import os
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,7 +25,9 @@ _MOVES = re.compile(
     r"contiguous|detach|size|numel|dim|new_zeros|zeros_like|to|float|half"
 )
 # What a filter may drop: computed tables, and parts that only pre-training has.
-_COMPUTED = re.compile(r"mask_token|attn_mask|(relative_position|_)index|periods|bias_mask|rope|inv_freq|pre_logits|num_batches")
+_COMPUTED = re.compile(
+    r"mask_token|attn_mask|(relative_position|_)index|periods|bias_mask|rope|inv_freq|pre_logits|num_batches"
+)
 
 
 class _Traced(Tensor):
@@ -50,7 +52,9 @@ def _list_traced(values: object) -> Iterator[_Traced]:
     return (leaf for leaf in tree_leaves(values) if isinstance(leaf, _Traced))
 
 
-def convert_names(network: StoredNetwork, architecture: Architecture) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
+def convert_names(
+    network: StoredNetwork, architecture: Architecture
+) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
     """Convert the names of a network's weights by timm's filter for an architecture.
 
     Returns:
@@ -58,7 +62,8 @@ def convert_names(network: StoredNetwork, architecture: Architecture) -> tuple[d
         None if timm has no filter for the architecture.
 
     Raises:
-        CheckpointError: The filter would change or lose weights.
+        CheckpointError: The filter would lose weights.
+        ValueError: It does not fit the names, or would change weights.
     """
     outline, convert = _find_filter(architecture)
     if convert is None:
@@ -72,19 +77,25 @@ def convert_names(network: StoredNetwork, architecture: Architecture) -> tuple[d
             converted = dict(convert(dict(traced), outline))
     except Exception as error:  # a filter expects the names that it was made for
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"timm cannot convert its names for {architecture.name}: {reason}") from error
+        raise ValueError(f"timm cannot convert its names for {architecture.name}: {reason}") from error
     heads = getattr(outline, "pretrained_cfg", {}).get("classifier") or ()
     starts = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
     kept = {name: tensor for name, tensor in converted.items() if not name.startswith(starts)}
     used = frozenset[str]().union(*(getattr(tensor, "made_of", ()) for tensor in kept.values()))
-    on_head = frozenset[str]().union(*(getattr(converted[name], "made_of", ()) for name in converted.keys() - kept.keys()))
-    home = os.path.commonprefix(sorted(used)).rpartition(".")[0]  # `visual` in a file of CLIP
+    on_head = frozenset[str]().union(
+        *(getattr(converted[name], "made_of", ()) for name in converted.keys() - kept.keys())
+    )
+    words = zip(*(name.split(".")[:-1] for name in used), strict=False)
+    home = ".".join(
+        level[0] for level in itertools.takewhile(lambda level: len({*level}) == 1, words)
+    )  # `visual` of CLIP
     left_out = tuple(name for name in network.tensors if name not in used)
     for name in left_out:
         is_beside = bool(home) and not name.startswith(f"{home}.")
         is_expected = is_beside or name in on_head or _COMPUTED.search(name)
         if not is_expected and bool((network.tensors[name] != 0).any()):
-            raise CheckpointError(f"timm's {architecture.name} has no place for {name}")
+            hint = "Use the architecture of timm that has it; `msn-eval inspect` lists what the file holds."
+            raise CheckpointError(f"timm's {architecture.name} has no place for {name}", hint=hint)
     return {name: tensor.as_subclass(Tensor) for name, tensor in kept.items()}, left_out
 
 

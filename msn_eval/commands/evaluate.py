@@ -12,7 +12,7 @@ from msn_eval.checkpoints import find_scheme
 from msn_eval.config.recipes import TAP_NAMES
 from msn_eval.config.request import BAD_IMAGE_RULES, DECODERS, PRECISIONS, SEARCHES, SOLVER_NAMES, EvaluationConfig
 from msn_eval.data import find_data_name
-from msn_eval.errors import UsageError, did_you_mean, format_count, printable
+from msn_eval.errors import CheckpointError, UsageError, did_you_mean, format_count, printable
 from msn_eval.files.package_data import list_recipes
 from msn_eval.probes import find_probe, read_probes
 
@@ -120,7 +120,7 @@ def _run(config: EvaluationConfig, options: argparse.Namespace, group: "Group") 
     from msn_eval.commands.progress import evaluate_with_progress
     from msn_eval.distributed.group import barrier
     from msn_eval.evaluation.canary import describe_canary, judge_canary, refuse_leaks
-    from msn_eval.evaluation.cost_estimate import estimate_cost
+    from msn_eval.evaluation.cost_estimate import CostEstimate, estimate_cost
     from msn_eval.evaluation.plan import make_plan
 
     if group.rank != 0:
@@ -129,16 +129,19 @@ def _run(config: EvaluationConfig, options: argparse.Namespace, group: "Group") 
     if group.rank == 0:
         barrier(group, "plan")
     dry_run = getattr(options, "dry_run", False)
+    costs: Sequence[CostEstimate] = ()
     prepared: dict[str, Preparation] = {}
     if group.rank == 0 and (dry_run or not options.json_output):
         costs, prepared = estimate_cost(plan, run_own_code=dry_run)
-        text = f"{describe_plan(plan)}\n{describe_costs(costs, ranks=group.world)}"
+        # A refusal is the error that ends the run; it is told once.
+        shown = costs if dry_run else [cost for cost in costs if not cost.problem]
+        text = f"{describe_plan(plan)}\n{describe_costs(shown, ranks=group.world)}".rstrip()
         if dry_run:
             print(text)
         else:
             _log.info("%s", text)
     if dry_run:
-        return 0
+        return CheckpointError.exit_code if any(cost.problem for cost in costs) else 0
     results, code = evaluate_with_progress(plan, prepared=prepared, group=group)
     if group.rank != 0:
         return code

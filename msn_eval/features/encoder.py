@@ -6,7 +6,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal, cast
 
@@ -59,7 +59,7 @@ class Encoder:
     transform: EvalTransform
     taps: tuple[str, ...]
     final_norm: nn.Module
-    readout: Readout = Readout()
+    readout: Readout = field(default_factory=Readout)
     compiled: bool = False
 
     @property

@@ -95,7 +95,9 @@ class HubNetwork(nn.Module):
         if not self._takes_patches:
             return self.tower(pixel_values=images, **options)
         patch, grid = self.tower.config.patch_size, images.shape[-1] // self.tower.config.patch_size  # type: ignore[union-attr]
-        patches = images.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 4, 5, 1).flatten(1, 2).flatten(2)
+        patches = (
+            images.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 4, 5, 1).flatten(1, 2).flatten(2)
+        )
         mask = torch.ones(patches.shape[:2], dtype=torch.int32, device=images.device)
         shapes = torch.full((len(images), 2), grid, device=images.device)
         return self.tower(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes, **options)

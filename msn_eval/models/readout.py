@@ -42,15 +42,16 @@ def find_readout(network: nn.Module, image_pixels: int) -> Readout:
     Nothing is taken from names alone: a norm counts if its output or input is, in a trial, that of the features.
 
     Raises:
-        CheckpointError: A network of transformers does not run on images alone, or its tokens cannot be told apart.
+        CheckpointError: The network does not run on such images alone, or its tokens cannot be told apart.
     """
     try:
         return _try_network(network, image_pixels)
     except Exception as error:  # networks raise whatever their layers do
-        if not isinstance(network, HubNetwork) or describe_exhausted_resource(error) is not None:
+        if describe_exhausted_resource(error) is not None:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        what = f"transformers' {type(network.tower).__name__} cannot be evaluated: {reason}"
+        kind = type(network.tower if isinstance(network, HubNetwork) else network).__name__
+        what = f"{kind} cannot be evaluated on images of {image_pixels} pixels: {reason}"
         raise CheckpointError(what, hint="Wrap the network: py:package.module:factory.") from error
 
 

@@ -55,13 +55,11 @@ def test_impossible_heads_or_epsilon_are_refused(tmp_path: Path, name: str, valu
         assert refusal(tmp_path, MSN | {name: value}).what == f"{name} is {value!r}"
 
 
-@pytest.mark.parametrize("model_type", ["swin", "", None, 3, ["vit"]])
-def test_unsupported_model_type_is_refused_with_the_supported_ones(tmp_path: Path, model_type: object) -> None:
+@pytest.mark.parametrize("model_type", [None, 3, ["vit"]])
+def test_model_type_that_is_no_name_is_refused(tmp_path: Path, model_type: object) -> None:
     error = refusal(tmp_path, {"model_type": model_type})
-    assert error.what == (
-        f"model_type is {model_type!r}, not one of vit_msn, vit, vit_mae, dinov2, dinov2_with_registers, ijepa, "
-        "beit, data2vec-vision"
-    )
+
+    assert error.what == f"model_type is {model_type!r}, not the name of a network of transformers"
 
 
 @pytest.mark.parametrize(

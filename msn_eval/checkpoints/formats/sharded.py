@@ -1,0 +1,59 @@
+"""Training states in shards: they are recognised, and never read."""
+
+import contextlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from msn_eval.errors import CheckpointError
+
+_ZERO_FILE = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_\w+\.pt")
+_FLAT = re.compile(r"(^|\.)_?flat_param(_\d+)?$")
+
+
+def check_not_sharded(path: Path) -> None:
+    """Raise CheckpointError for a folder or file of torch's distributed checkpoints or of DeepSpeed's ZeRO."""
+    folder = path if path.is_dir() else path.parent
+    names = _list_names(path) if path.is_dir() else [path.name]
+    if any(name.endswith(".distcp") or name == ".metadata" for name in names):
+        what = (
+            "a distributed checkpoint (DCP) of torch, in shards. It is not read: torch unpickles its .metadata without "
+        )
+        what += "restriction, which can run code"
+        convert = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pth"
+        raise CheckpointError(what, where=str(path), hint=f"If you trust it, convert it: {convert}")
+    steps = [name for name in names if re.fullmatch(r"global_step\d+", name) and (path / name).is_dir()]
+    inside = [*names, *(name for step in steps for name in _list_names(path / step))]
+    if "zero_to_fp32.py" in names or any(map(_ZERO_FILE.fullmatch, inside)):
+        root = folder if steps or "zero_to_fp32.py" in names else folder.parent
+        raise _of_deepspeed(path, root)
+
+
+def _list_names(folder: Path) -> list[str]:
+    with contextlib.suppress(OSError):  # whoever reads it says why it cannot be read
+        return [file.name for file in folder.iterdir()]
+    return []
+
+
+def check_not_flat(content: Mapping[str, object], path: Path) -> None:
+    """Raise CheckpointError for a file's content with flat parameters of FSDP, or with a share of DeepSpeed's weights."""
+    pending: list[Mapping[str, object]] = [content]
+    for mapping in pending:
+        if flat := next((name for name in mapping if _FLAT.search(name)), None):
+            what = (
+                f"holds flat parameters of FSDP ({flat}): one rank's share, without the names and shapes of the weights"
+            )
+            hint = "Save the full state dict where it is trained (StateDictOptions(full_state_dict=True)); a folder of .distcp "
+            hint += "files is converted by: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pth"
+            raise CheckpointError(what, where=str(path), hint=hint)
+        pending += [value for value in mapping.values() if isinstance(value, dict)]
+    stated = content.get("ds_config")
+    zero = stated.get("zero_optimization") if isinstance(stated, dict) else None
+    if "ds_version" in content and isinstance(zero, dict) and zero.get("stage"):
+        raise _of_deepspeed(path, path.parent.parent)
+
+
+def _of_deepspeed(path: Path, root: Path) -> CheckpointError:
+    what = "a training state of DeepSpeed (ZeRO), in shards of all ranks; it is not read"
+    hint = f"If you trust it, convert it with the script beside it: cd {root} && python zero_to_fp32.py . weights"
+    return CheckpointError(what, where=str(path), hint=hint)
