@@ -71,6 +71,12 @@ def convert_checkpoint(
     if not os.path.isdir(out.parent):  # noqa: PTH112 - Path.is_dir raises on names too long for the disk
         raise UsageError("No such folder", where=str(out.parent), hint="Create it first.")
     contents = read_contents(source)
+    own = contents.config.architecture if contents.config is not None else None
+    if arch is None and own is not None and own.hub is not None:
+        what = f"transformers alone runs {own.name}, from its folder"
+        raise CheckpointError(
+            what, where=contents.where, hint="Copy the folder; its save_pretrained writes other formats."
+        )
     if to == "safetensors":
         return _convert_tensors(contents, out, arch, key, mean, std)
     stored = choose_stored(contents, arch=arch, key=key)

@@ -410,19 +410,19 @@ def test_heads_that_timms_names_would_not_show_are_refused(file_of: Callable[[st
     assert ("other heads" in error.what, "--to hf" in error.hint, error.exit_code) == (True, True, 20)
 
 
-@pytest.mark.parametrize("kind", ["vit", "beit"])
-def test_epsilon_that_timms_names_would_not_show_is_refused(
-    tmp_path: Path, file_of: Callable[[str], Path], kind: str
-) -> None:
-    if kind == "vit":
-        folder = folder_from(file_of("msn"))
-        (folder / "config.json").write_text(json.dumps(stated(folder) | {"layer_norm_eps": 1e-12}))
-    else:
-        folder = tmp_path / "beit"
-        shape = {"hidden_size": 192, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 768}
-        config = transformers.BeitConfig(image_size=32, patch_size=8, use_relative_position_bias=True, **shape)
-        transformers.BeitModel(config).save_pretrained(folder)
+def test_epsilon_that_timms_names_would_not_show_is_refused(tmp_path: Path, file_of: Callable[[str], Path]) -> None:
+    folder = folder_from(file_of("msn"))
+    (folder / "config.json").write_text(json.dumps(stated(folder) | {"layer_norm_eps": 1e-12}))
     assert "another epsilon" in refusal(folder, to="timm", out=tmp_path / "out").what
+
+
+@pytest.mark.parametrize("to", ["safetensors", "timm", "hf"])
+def test_network_that_transformers_runs_keeps_its_folder(tmp_path: Path, to: str) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+    transformers.BeitModel(transformers.BeitConfig(image_size=32, patch_size=8, **sizes)).save_pretrained(
+        tmp_path / "beit"
+    )
+    assert "transformers alone runs beit_width16" in refusal(tmp_path / "beit", to=to, out=tmp_path / "out").what
 
 
 # Plain safetensors.
