@@ -7,7 +7,7 @@ IMAGES ?= photos
 KILLS ?= 100
 DAMAGES ?= 1000
 
-.PHONY: demo test lint bench bench-images parity kill-test corrupt faults exact fuzz gpu clean
+.PHONY: demo test lint layouts bench bench-images parity kill-test corrupt faults exact fuzz gpu clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/extract.py
 	$(BIN)/python benchmarks/probes.py
 	$(BIN)/python benchmarks/inspect_file.py
+
+# Reads all layouts of checkpoints of tests/test_layouts.py, and writes their table: msn-eval ls checkpoints --tested
+layouts: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/test_layouts.py
 
 # GPU tests and benchmarks on one GPU in about five minutes, as one table to send us.
 gpu: $(VENV)/installed-test

@@ -2,6 +2,7 @@
 
 import math
 import re
+import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 from msn_eval import load_encoder
+from msn_eval.checkpoints import TESTED_LAYOUTS, read_tested_layouts
 from msn_eval.errors import CheckpointError
 from msn_eval.features.encoder import Encoder, encode
 
@@ -47,7 +49,7 @@ class Layout:
     forward: the source's own forward pass, (b, 3, S, S) normalised images -> features at every tap
     format:  the expected family
     key:     the network of it that is evaluated
-    arch:    the expected architecture, where it is not the usual small one
+    arch:    the expected architecture, where it is not the usual small one; "" for networks of a library's own name
     options: of load_encoder
     """
 
@@ -775,7 +777,6 @@ PATCHES_IN_ORDER = torch.arange(16.0).repeat(2, 1)  # the noise by which MAE wou
 WIDTH_48 = "vit_width48_depth2"
 TINY_ARCH = f"{WIDTH_48}_patch8_32_heads4"
 EXACT_ARCH = f"{TINY_ARCH}_eps1e-12"  # transformers' usual epsilon
-BEIT_ARCH = EXACT_ARCH.replace("vit", "beit")
 
 
 def huggingface(name: str, config: Mapping[str, object]) -> Any:
@@ -866,6 +867,342 @@ def huggingface_file(
     return Layout(path=path, forward=partial(taps, network, **keywords), format="huggingface", arch=arch)
 
 
+# Hugging Face: networks that transformers itself runs.
+
+CONV = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "image_size": 32}
+SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "image_size": 32, "patch_size": 4}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+TEXT = {**SMALL, "num_hidden_layers": 1, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+BOTH = {"text_config": TEXT, "vision_config": TINY, "projection_dim": 16}
+Tower = Callable[[Any, Tensor], Taps]
+
+
+def normed(block: str, norm: str, prefix: int = 1) -> Tower:
+    """Return the reader of a tower whose norm is its last layer."""
+
+    def read(tower: Any, images: Tensor) -> Taps:
+        return token_taps(tower, tower.get_submodule(block), tower.get_submodule(norm), images, prefix=prefix)
+
+    return read
+
+
+def clip_taps(tower: Any, images: Tensor) -> Taps:
+    """Return the taps of CLIP, which norms its class token alone."""
+    with torch.no_grad():
+        output = tower(images)
+        raw, norm = output.last_hidden_state, tower.post_layernorm
+        return {"cls": raw[:, 0], "cls-norm": output.pooler_output, "mean": norm(raw[:, 1:]).mean(1)}
+
+
+def library_pool(*taps: str) -> Tower:
+    """Return the reader of a tower that pools by itself."""
+
+    def read(tower: Any, images: Tensor) -> Taps:
+        with torch.no_grad():
+            pooled = tower(images).pooler_output.flatten(1)
+        return dict.fromkeys(taps, pooled)
+
+    return read
+
+
+def map_mean(tower: Any, images: Tensor) -> Taps:
+    with torch.no_grad():
+        return {"pool": tower(images).last_hidden_state.mean(dim=(2, 3))}
+
+
+def naflex_taps(tower: Any, images: Tensor) -> Taps:
+    from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
+
+    patches = torch.stack([convert_image_to_patches(image, 8) for image in images])
+    shapes, mask = torch.full((len(images), 2), 4), torch.ones(patches.shape[:2], dtype=torch.int32)
+    with torch.no_grad():
+        return {"out": tower(patches, mask, shapes).pooler_output}
+
+
+def plain_mean(tower: Any, images: Tensor) -> Taps:
+    with torch.no_grad():
+        return {"mean": tower(images).last_hidden_state.mean(1)}
+
+
+def save_declared(network: Any, folder: Path) -> None:
+    """Write the old container beside a config that names the class, as save_pretrained does."""
+    network.config.architectures = [type(network).__name__]
+    save_pickle(network, folder)
+
+
+def hub_tower(
+    folder: Path,
+    name: str,
+    config: Mapping[str, object],
+    taps: Tower,
+    part: str = "",
+    save: Callable[[Any, Path], object] = lambda network, folder: network.save_pretrained(folder),
+) -> Layout:
+    """Write a folder by save_pretrained. `part` is the name of the tower within the model."""
+    import transformers
+
+    described = re.sub("(Vision)?(Model|For)(WithProjection|.*Classification.*|PreTraining)?$", r"\1Config", name)
+    network = randomize(getattr(transformers, name)(getattr(transformers, described)(**config)))
+    save(network, folder)
+    return Layout(path=folder, forward=partial(taps, network.get_submodule(part)), format="huggingface", arch="")
+
+
+DINOV3 = {**TINY, "num_register_tokens": 4}
+DINOV3_TAPS = normed("model.layer.1", "norm", 5)
+TOWERS: dict[str, Callable[[Path], Layout]] = {
+    name: partial(hub_tower, name=model, config=config, taps=taps, **how)
+    for name, model, config, taps, how in (
+        ("DINOv3 ViT", "DINOv3ViTModel", DINOV3, DINOV3_TAPS, {}),
+        ("DINOv3 ViT without registers", "DINOv3ViTModel", TINY, normed("model.layer.1", "norm"), {}),
+        ("DINOv3 ViT, gated", "DINOv3ViTModel", {**DINOV3, "use_gated_mlp": True}, DINOV3_TAPS, {}),
+        ("DINOv3 ViT, shards", "DINOv3ViTModel", DINOV3, DINOV3_TAPS, {"save": save_shards}),
+        ("DINOv3 ViT, pickle", "DINOv3ViTModel", DINOV3, DINOV3_TAPS, {"save": lambda n, f: save_declared(n, f)}),
+        ("DINOv3 ConvNeXt", "DINOv3ConvNextModel", CONV, library_pool("pool"), {}),
+        ("SigLIP", "SiglipModel", BOTH, library_pool("out"), {"part": "vision_model"}),
+        ("SigLIP vision tower", "SiglipVisionModel", TINY, library_pool("out"), {}),
+        ("SigLIP classifier", "SiglipForImageClassification", BOTH, library_pool("out"), {"part": "vision_model"}),
+        ("SigLIP without its head", "SiglipVisionModel", {**TINY, "vision_use_head": False}, plain_mean, {}),
+        (
+            "SigLIP 2 NaFlex",
+            "Siglip2Model",
+            BOTH | {"vision_config": {**TINY, "num_patches": 16}},
+            naflex_taps,
+            {"part": "vision_model"},
+        ),
+        ("SigLIP 2 NaFlex vision tower", "Siglip2VisionModel", {**TINY, "num_patches": 16}, naflex_taps, {}),
+        ("CLIP", "CLIPModel", BOTH, clip_taps, {"part": "vision_model"}),
+        ("CLIP vision tower", "CLIPVisionModel", TINY, clip_taps, {}),
+        (
+            "CLIP vision tower with projection",
+            "CLIPVisionModelWithProjection",
+            TINY,
+            clip_taps,
+            {"part": "vision_model"},
+        ),
+        ("CLIP classifier", "CLIPForImageClassification", BOTH, clip_taps, {"part": "vision_model"}),
+        ("CLIP with GELU", "CLIPVisionModel", {**TINY, "hidden_act": "gelu"}, clip_taps, {}),
+        ("MetaCLIP 2", "MetaClip2Model", BOTH, clip_taps, {"part": "vision_model"}),
+        ("AltCLIP", "AltCLIPModel", BOTH, clip_taps, {"part": "vision_model"}),
+        ("Chinese CLIP", "ChineseCLIPModel", BOTH, clip_taps, {"part": "vision_model"}),
+        ("Chinese CLIP vision tower", "ChineseCLIPVisionModel", TINY, clip_taps, {}),
+        ("MLCD", "MLCDVisionModel", {**TINY, "num_key_value_groups": 1}, clip_taps, {}),
+        ("AIMv2 vision tower", "Aimv2VisionModel", TINY, library_pool("out"), {}),
+        ("Pixio", "PixioModel", TINY, library_pool("out"), {}),
+        ("TIPSv2", "Tipsv2VisionModel", TINY, normed("encoder.layer.1", "layernorm", 2), {}),
+        ("BEiT", "BeitModel", {**TINY, **BEIT, "use_relative_position_bias": True}, pooled_taps, {}),
+        (
+            "BEiT with positions",
+            "BeitModel",
+            {**TINY, **BEIT, "use_absolute_position_embeddings": True},
+            pooled_taps,
+            {},
+        ),
+        ("BEiT classifier", "BeitForImageClassification", {**TINY, **BEIT}, pooled_taps, {"part": "beit"}),
+        (
+            "BEiT with a shared table",
+            "BeitModel",
+            {**TINY, **BEIT, "use_shared_relative_position_bias": True, "use_mean_pooling": False},
+            normed("layers.1", "layernorm"),
+            {},
+        ),
+        (
+            "data2vec classifier",
+            "Data2VecVisionForImageClassification",
+            {**TINY, **BEIT, "use_relative_position_bias": True, "use_mean_pooling": True},
+            pooled_taps,
+            {"part": "data2vec_vision"},
+        ),
+        ("DeiT", "DeiTModel", TINY, normed("layers.1", "layernorm", 2), {}),
+        (
+            "DeiT distilled classifier",
+            "DeiTForImageClassificationWithTeacher",
+            TINY,
+            normed("layers.1", "layernorm", 2),
+            {"part": "deit"},
+        ),
+        ("ConvNeXt", "ConvNextModel", CONV, library_pool("pool"), {}),
+        ("ConvNeXt classifier", "ConvNextForImageClassification", CONV, library_pool("pool"), {"part": "convnext"}),
+        ("ConvNeXt V2", "ConvNextV2Model", CONV, library_pool("pool"), {}),
+        ("Swin", "SwinModel", SWIN, library_pool("mean", "pool"), {}),
+        ("Swin classifier", "SwinForImageClassification", SWIN, library_pool("mean", "pool"), {"part": "swin"}),
+        ("Swin V2", "Swinv2Model", SWIN, library_pool("mean", "pool"), {}),
+        (
+            "Hiera",
+            "HieraModel",
+            {"embed_dim": 16, "image_size": [64, 64], "depths": [1] * 4, "num_heads": [1] * 4, "num_layers": 4},
+            library_pool("mean", "pool"),
+            {},
+        ),
+        (
+            "FocalNet",
+            "FocalNetModel",
+            {"embed_dim": 8, "depths": [1, 1], "focal_levels": [1, 1], "focal_windows": [3, 3], "image_size": 32},
+            library_pool("mean", "pool"),
+            {},
+        ),
+        (
+            "ResNet",
+            "ResNetModel",
+            {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+            library_pool("pool"),
+            {},
+        ),
+        (
+            "RegNet",
+            "RegNetModel",
+            {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 8},
+            library_pool("pool"),
+            {},
+        ),
+        (
+            "BiT",
+            "BitModel",
+            {"embedding_size": 8, "hidden_sizes": [32, 64], "depths": [1, 1], "num_groups": 4},
+            library_pool("pool"),
+            {},
+        ),
+        ("PoolFormer", "PoolFormerModel", {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4}, map_mean, {}),
+        (
+            "SegFormer",
+            "SegformerModel",
+            {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "num_attention_heads": [1] * 4},
+            map_mean,
+            {},
+        ),
+        (
+            "PVT v2",
+            "PvtV2Model",
+            {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "num_attention_heads": [1] * 4},
+            map_mean,
+            {},
+        ),
+    )
+}
+
+# timm: names that its own filters convert, and architectures beside its Vision Transformers.
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
+NO_PATCH = {name: value for name, value in SIZES.items() if name != "patch_size"}
+
+
+def timm_file(
+    folder: Path,
+    name: str,
+    keywords: Mapping[str, object],
+    taps: Callable[..., Taps],
+    rename: Callable[[Weights], Weights] = dict,
+) -> Layout:
+    """Write a state dict under a publisher's names, which is read with --arch."""
+    network = randomize(timm.create_model(name.partition(".")[0], num_classes=0, **keywords))
+    path = saved(folder, {"model": rename(network.state_dict())})
+    text = "&".join(f"{key}={value}" for key, value in keywords.items()).replace(" ", "")
+    options = {"arch": f"{name}?{text}" if text else name}
+    return Layout(path=path, forward=partial(taps, network), format="timm", key="model", arch="", options=options)
+
+
+def last_tokens(prefix: int, network: nn.Module, images: Tensor) -> Taps:
+    """Return the taps of a Transformer of timm whose norm is its last layer."""
+    raw, tokens = [], None
+    with torch.no_grad(), network.norm.register_forward_pre_hook(lambda module, given: raw.append(given[0])):
+        tokens = network.forward_features(images)
+    if not prefix:
+        return {"mean": tokens.flatten(1, -2).mean(1), "pool": tokens.flatten(1, -2).mean(1)}
+    return {"cls": raw[0][:, 0], "cls-norm": tokens[:, 0], "mean": tokens[:, prefix:].mean(1)}
+
+
+def own_pool(tap: str, network: nn.Module, images: Tensor) -> Taps:
+    with torch.no_grad():
+        return {tap: network(images)}
+
+
+def eva_taps(network: nn.Module, images: Tensor) -> Taps:
+    with torch.no_grad():
+        raw = network.forward_features(images)
+        return {"cls": raw[:, 0], "cls-norm": network.fc_norm(raw[:, 0]), "mean": network(images)}
+
+
+def openai_names(weights: Weights) -> Weights:
+    """Return OpenAI's names: the image tower beside the text tower."""
+    renamed = {}
+    for name, tensor in weights.items():
+        for ours, theirs in (
+            ("norm_pre", "ln_pre"),
+            ("patch_embed.proj", "conv1"),
+            ("pos_embed", "positional_embedding"),
+            ("cls_token", "class_embedding"),
+            ("attn.qkv.", "attn.in_proj_"),
+            ("attn.proj", "attn.out_proj"),
+            ("mlp.fc1", "mlp.c_fc"),
+            ("mlp.fc2", "mlp.c_proj"),
+            (".norm", ".ln_"),
+            ("blocks.", "transformer.resblocks."),
+        ):
+            name = name.replace(ours, theirs)
+        name = re.sub("^norm", "ln_post", name)
+        outer = {"class_embedding": lambda t: t[0, 0], "positional_embedding": lambda t: t[0]}
+        renamed[f"visual.{name}"] = outer.get(name, lambda t: t)(tensor).clone()
+    text = {"transformer.resblocks.0.ln_1.weight": torch.ones(16), "token_embedding.weight": torch.ones(9, 16)}
+    return renamed | text | {"visual.proj": torch.ones(64, 16), "logit_scale": torch.ones([])}
+
+
+def microsoft_names(weights: Weights) -> Weights:
+    """Return Swin's original names: a stage ends with its downsampling, and tables and masks are stored."""
+    renamed = {name.replace("layers.1.downsample", "layers.0.downsample"): tensor for name, tensor in weights.items()}
+    computed = {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(16, 16, dtype=torch.long)}
+    return (
+        renamed | computed | {"layers.0.blocks.1.attn_mask": torch.ones(4, 16, 16)} | under("head.", nn.Linear(32, 3))
+    )
+
+
+def meta_names(weights: Weights) -> Weights:
+    """Return DINOv3's original names, with its biases of zero."""
+    renamed = {
+        re.sub(r"gamma_(\d)", r"ls\1.gamma", name).replace("reg_token", "storage_tokens"): tensor
+        for name, tensor in weights.items()
+    }
+    for name in [name for name in renamed if name.endswith("qkv.weight")]:
+        renamed[name.replace("weight", "bias")] = torch.zeros(len(renamed[name]))
+        renamed[name.replace("weight", "bias_mask")] = torch.zeros(len(renamed[name]))
+    return renamed | {"mask_token": torch.ones(1, 64), "rope_embed.periods": torch.ones(4)}
+
+
+CLIP_ARCH, DINOV3_ARCH = "vit_base_patch32_clip_quickgelu_224.openai", "vit_small_patch16_dinov3.lvd1689m"
+SWIN_KEYS = {"img_size": 64, "patch_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
+TIMM_NAMES: dict[str, Callable[[Path], Layout]] = {
+    label: partial(timm_file, name=name, keywords=keywords, taps=taps, **how)
+    for label, name, keywords, taps, how in (
+        ("CLIP, OpenAI's names", CLIP_ARCH, SIZES, partial(last_tokens, 1), {"rename": openai_names}),
+        ("CLIP", CLIP_ARCH, SIZES, partial(last_tokens, 1), {}),
+        (
+            "CLIP, open_clip's names",
+            "vit_base_patch16_siglip_224.webli",
+            SIZES,
+            partial(own_pool, "out"),
+            {"rename": lambda weights: under("visual.trunk.", weights) | {"text.ln.weight": torch.ones(3)}},
+        ),
+        ("SigLIP", "vit_base_patch16_siglip_224.webli", SIZES, partial(own_pool, "out"), {}),
+        (
+            "Swin, Microsoft's names",
+            "swin_tiny_patch4_window7_224.ms_in1k",
+            SWIN_KEYS,
+            partial(last_tokens, 0),
+            {"rename": microsoft_names},
+        ),
+        ("Swin V2", "swinv2_tiny_window8_256", SWIN_KEYS, partial(last_tokens, 0), {}),
+        ("DINOv3, Meta's names", DINOV3_ARCH, NO_PATCH, partial(last_tokens, 5), {"rename": meta_names}),
+        ("DINOv3", DINOV3_ARCH, NO_PATCH, partial(last_tokens, 5), {}),
+        ("CaiT", "cait_xxs24_224", NO_PATCH, partial(last_tokens, 1), {}),
+        ("XCiT", "xcit_nano_12_p16_224", NO_PATCH, partial(last_tokens, 1), {}),
+        ("ConViT", "convit_tiny", NO_PATCH, partial(last_tokens, 1), {}),
+        ("DeiT distilled", "deit_tiny_distilled_patch16_224", SIZES, partial(last_tokens, 2), {}),
+        ("EVA-02", "eva02_tiny_patch14_224", SIZES, eva_taps, {}),
+        ("ConvNeXt", "convnext_atto", {"dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1)}, partial(own_pool, "pool"), {}),
+        ("RegNet", "regnetx_002", {}, partial(own_pool, "pool"), {}),
+        ("MobileNet V3", "mobilenetv3_small_050", {}, partial(own_pool, "pool"), {}),
+    )
+}
+
+
 LAYOUTS: dict[str, Callable[[Path], Layout]] = {
     "MSN release": msn_release,
     "MSN training": msn_training,
@@ -934,19 +1271,6 @@ LAYOUTS: dict[str, Callable[[Path], Layout]] = {
     ),
     "HF MAE": hub("ViTMAEForPreTraining", MAE_DECODER, EXACT_ARCH, noise=PATCHES_IN_ORDER),
     "HF I-JEPA": hub("IJepaModel", arch=EXACT_ARCH, prefix=0),
-    "HF BEiT": hub("BeitModel", BEIT | {"use_relative_position_bias": True}, BEIT_ARCH, taps=pooled_taps),
-    "HF BEiT with a shared table": hub(
-        "BeitModel", BEIT | {"use_shared_relative_position_bias": True, "use_mean_pooling": False}, BEIT_ARCH
-    ),
-    "HF BEiT with positions": hub(
-        "BeitModel", BEIT | {"use_absolute_position_embeddings": True}, BEIT_ARCH, taps=pooled_taps
-    ),
-    "HF data2vec classifier": hub(
-        "Data2VecVisionForImageClassification",
-        BEIT | {"use_relative_position_bias": True, "use_mean_pooling": True},
-        BEIT_ARCH,
-        taps=pooled_taps,
-    ),
     "HF shards": partial(msn_folder, save=save_shards),
     "HF pickle": partial(msn_folder, save=save_pickle),
     "HF float16": partial(msn_folder, save=lambda network, folder: network.half().save_pretrained(folder)),
@@ -971,14 +1295,39 @@ LAYOUTS: dict[str, Callable[[Path], Layout]] = {
         noise=PATCHES_IN_ORDER,
     ),
     "HF I-JEPA file": partial(huggingface_file, name="IJepaModel", arch=f"{Layout.arch}_eps1e-12", prefix=0),
-    "HF BEiT file": partial(
-        huggingface_file,
-        name="BeitModel",
-        config=BEIT | {"use_relative_position_bias": True, "num_attention_heads": 6},
-        arch="beit_width192_depth2_patch8_32_heads6_eps1e-12",
-        taps=pooled_taps,
-    ),
+    **{f"HF {name}": writer for name, writer in TOWERS.items()},
+    **{f"timm {name}": writer for name, writer in TIMM_NAMES.items()},
 }
+
+
+# The table that `msn-eval ls checkpoints --tested` prints and docs/checkpoints.md shows. To write it anew: make layouts.
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+START, END = "<!-- tested layouts: written by `make layouts` -->\n", "<!-- end of tested layouts -->\n"
+
+
+def describe_layout(layout: Layout, encoder: Encoder) -> str:
+    kind = "folder" if layout.path.is_dir() else layout.path.suffix
+    return f"{kind}; taps {', '.join(encoder.taps)}"
+
+
+def insert_table(document: str, rows: Mapping[str, str]) -> str:
+    before, _, rest = document.partition(START)
+    lines = "".join(f"| {name} | {summary.replace('; ', ' | ')} |\n" for name, summary in rows.items())
+    return f"{before}{START}| layout | file | taps |\n| --- | --- | --- |\n{lines}{END}{rest.partition(END)[2]}"
+
+
+def write_table() -> None:
+    """Read all layouts, and write the table into the package and into the documentation."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, write) in enumerate(LAYOUTS.items()):
+            place = Path(folder) / str(number)
+            place.mkdir()
+            layout = write(place)
+            rows[name] = describe_layout(layout, load_encoder(str(layout.path), device="cpu", **layout.options))
+    TESTED_LAYOUTS.write_text("".join(f"{name}\t{summary}\n" for name, summary in rows.items()))
+    DOCUMENT.write_text(insert_table(DOCUMENT.read_text(), rows))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -1011,9 +1360,25 @@ def test_features_are_those_of_the_library_that_wrote_the_layout(read: tuple[Lay
     assert max(errors.values()) < 1e-4, errors
 
 
+def test_table_of_tested_layouts_states_the_taps(read: tuple[Layout, Encoder], request: pytest.FixtureRequest) -> None:
+    layout, encoder = read
+    name = request.node.callspec.params["read"]
+
+    assert read_tested_layouts()[name] == describe_layout(layout, encoder)
+
+
+def test_table_of_tested_layouts_is_that_of_the_suite() -> None:
+    assert len(LAYOUTS) >= 100
+    assert list(read_tested_layouts()) == list(LAYOUTS)
+
+
+def test_documentation_has_the_table_of_tested_layouts() -> None:
+    assert insert_table(DOCUMENT.read_text(), read_tested_layouts()) == DOCUMENT.read_text()
+
+
 def test_layout_is_reported_and_read_in_full(read: tuple[Layout, Encoder]) -> None:
     layout, checkpoint = read[0], read[1].checkpoint
-    architecture = checkpoint.arch.partition("?")[0]
+    architecture = checkpoint.arch.partition("?")[0] if layout.arch else ""
     assert (checkpoint.format, checkpoint.key, architecture) == (layout.format, layout.key, layout.arch)
     assert checkpoint.matched == 1.0
 
@@ -1099,3 +1464,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(
     line: str,
 ) -> None:
     assert line in str(refusal(write(tmp_path, change)))
+
+
+if __name__ == "__main__":
+    write_table()

@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 from msn_eval.errors import CheckpointError, did_you_mean
 from msn_eval.registry import Entry, read_registry
@@ -40,9 +41,18 @@ it maps normalised images (n, 3, S, S) to features (n, d), and may have the attr
 """
 
 
+TESTED_LAYOUTS = Path(__file__).with_name("tested_layouts.tsv")
+
+
 def read_schemes() -> dict[str, Entry]:
     """Return the built-in schemes and those of plug-ins, by name."""
     return read_registry("encoders", ENCODERS)
+
+
+def read_tested_layouts() -> dict[str, str]:
+    """Return what the test suite compares with the library that wrote it: kind of file and taps, by the layout's name."""
+    lines = TESTED_LAYOUTS.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("\t", 1) for line in lines)
 
 
 def split_label(text: str) -> tuple[str | None, str]:

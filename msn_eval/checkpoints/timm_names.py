@@ -41,7 +41,7 @@ class _Traced(Tensor):
     ) -> Any:
         if not _MOVES.fullmatch(func.__name__):
             raise ValueError(f"timm would change weights ({func.__name__}), as for images of another size")
-        result = super().__torch_function__(func, types, args, kwargs or {})
+        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         sources = frozenset[str]().union(*(leaf.made_of for leaf in _list_traced((args, kwargs))))
         for leaf in _list_traced(result):
             leaf.made_of = sources

@@ -4,6 +4,9 @@ import argparse
 from collections.abc import Sequence
 from itertools import product
 
+from msn_eval.checkpoints import read_tested_layouts
+from msn_eval.errors import UsageError
+
 _KINDS = {
     "checkpoints": "schemes and file formats for --checkpoint",
     "subsets": "for --subset",
@@ -30,11 +33,20 @@ _SUBSETS = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("kind", nargs="?", choices=_KINDS, help="what to list; default: what can be listed")
+    parser.add_argument(
+        "--tested",
+        action="store_true",
+        help="of checkpoints: the layouts that the test suite compares with their libraries",
+    )
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Print a line per name: the name, a tab, its summary."""
-    for name, summary in (_list_summaries(options.kind) if options.kind else _KINDS).items():
+    if options.tested and options.kind != "checkpoints":
+        what = f"--tested is for checkpoints, not for {options.kind or 'all that can be listed'}"
+        raise UsageError(what, hint="msn-eval ls checkpoints --tested")
+    listed = read_tested_layouts() if options.tested else _list_summaries(options.kind) if options.kind else _KINDS
+    for name, summary in listed.items():
         print(f"{name}\t{summary}")
     return 0
 

@@ -87,7 +87,8 @@ def _construct(architecture: Architecture, *, pretrained: bool = False) -> nn.Mo
                     architecture.timm_name, pretrained=pretrained, num_classes=0, **architecture.keywords
                 )
                 if isinstance(side := architecture.keywords.get("img_size"), int):
-                    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, side, side)}
+                    stated = cast(dict[str, Any], network.pretrained_cfg)
+                    network.pretrained_cfg = {**stated, "input_size": (3, side, side)}  # type: ignore[assignment]
                 return network if architecture.stem is None else _replace_stem(network, architecture.stem)
             # A Transformer that timm may not have an entry for.
             keywords: dict[str, Any] = {

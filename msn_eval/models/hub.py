@@ -94,7 +94,8 @@ class HubNetwork(nn.Module):
     def _call(self, images: Tensor, **options: bool) -> Any:
         if not self._takes_patches:
             return self.tower(pixel_values=images, **options)
-        patch, grid = self.tower.config.patch_size, images.shape[-1] // self.tower.config.patch_size  # type: ignore[union-attr]
+        config: Any = self.tower.config
+        patch, grid = int(config.patch_size), images.shape[-1] // int(config.patch_size)
         patches = (
             images.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 4, 5, 1).flatten(1, 2).flatten(2)
         )
@@ -153,12 +154,12 @@ def _find_class(config: Mapping[str, object]) -> tuple[Any, Any]:
     model_type, names = str(config.get("model_type")), config.get("architectures")
     described = transformers.CONFIG_MAPPING[model_type].from_dict(_remove_ignored(config))
     name = str(names[0]) if isinstance(names, list) and names else ""
-    model_class = getattr(transformers, name, None)
+    model_class: Any = getattr(transformers, name, None)
     if not name:
         model_class = transformers.MODEL_MAPPING[type(described)]
     elif not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ValueError(f"transformers {transformers.__version__} has no model {name!r:.60}")
-    elif model_class.config_class is not type(described):
+    elif getattr(model_class, "config_class", None) is not type(described):
         raise ValueError(f"{name} is not a model of the type {model_type}")
     return model_class, described
 

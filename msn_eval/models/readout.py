@@ -95,6 +95,7 @@ def _try_network(network: nn.Module, image_pixels: int) -> Readout:
         mean = cast(Tensor, network.get_submodule(norm)(mean))
     if not norm and not isinstance(network, HubNetwork):
         return Readout()
+    taps: tuple[str, ...]
     if has_class:
         taps = ("cls", "cls-norm", "mean") if norm else ("cls", "mean")
     elif pooled is None:

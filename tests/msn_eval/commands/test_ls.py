@@ -56,3 +56,15 @@ def test_plugin_is_listed_with_its_distribution(
     monkeypatch.setattr("msn_eval.registry.entry_points", lambda group: points.get(group, []))
     assert main(["ls", kind]) == 0
     assert "toy\tplug-in of toy-plugin 1.2" in capsys.readouterr().out.splitlines()
+
+
+def test_tested_layouts_are_at_least_a_hundred(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "checkpoints", "--tested"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 100
+    assert all("; taps " in line for line in lines)
+
+
+def test_tested_layouts_are_those_of_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "probes", "--tested"]) == 2
+    assert "--tested: probes have no such list" in capsys.readouterr().err
