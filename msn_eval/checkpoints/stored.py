@@ -354,8 +354,8 @@ def _convert_names(backbone: Backbone, network: StoredNetwork, architecture: Arc
     try:
         converted = convert_names(network, architecture)
     except ValueError as error:
-        if fit.matched:
-            return backbone
+        if backbone.weights.keys() & expected.keys():
+            return backbone  # whose misfits are listed
         hint = "Use the architecture, and the image size, of the file; `msn-eval inspect` lists what it holds."
         raise CheckpointError(str(error), hint=hint) from error
     if converted is None or fit_weights(converted[0], expected).matched <= fit.matched:
