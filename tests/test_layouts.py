@@ -894,6 +894,14 @@ def clip_taps(tower: Any, images: Tensor) -> Taps:
         return {"cls": raw[:, 0], "cls-norm": output.pooler_output, "mean": norm(raw[:, 1:]).mean(1)}
 
 
+def outer_norm_taps(network: Any, images: Tensor) -> Taps:
+    """Return the taps of BEiT's pre-training, whose last norm is beside the tower."""
+    with torch.no_grad():
+        raw = network.beit(images).last_hidden_state
+        tokens = network.layernorm(raw)
+        return {"cls": raw[:, 0], "cls-norm": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}
+
+
 def library_pool(*taps: str) -> Tower:
     """Return the reader of a tower that pools by itself."""
 
@@ -941,7 +949,9 @@ def hub_tower(
     """Write a folder by save_pretrained. `part` is the name of the tower within the model."""
     import transformers
 
-    described = re.sub("(Vision)?(Model|For)(WithProjection|.*Classification.*|PreTraining)?$", r"\1Config", name)
+    described = re.sub(
+        "(Vision)?(Model|For)(WithProjection|.*Classification.*|PreTraining|.*Modeling)?$", r"\1Config", name
+    )
     network = randomize(getattr(transformers, name)(getattr(transformers, described)(**config)))
     save(network, folder)
     return Layout(path=folder, forward=partial(taps, network.get_submodule(part)), format="huggingface", arch="")
@@ -1012,6 +1022,13 @@ TOWERS: dict[str, Callable[[Path], Layout]] = {
             pooled_taps,
             {"part": "data2vec_vision"},
         ),
+        (
+            "BEiT pre-training",
+            "BeitForMaskedImageModeling",
+            {**TINY, **BEIT, "use_mask_token": True, "vocab_size": 9},
+            outer_norm_taps,
+            {},
+        ),
         ("DeiT", "DeiTModel", TINY, normed("layers.1", "layernorm", 2), {}),
         (
             "DeiT distilled classifier",
@@ -1043,36 +1060,42 @@ TOWERS: dict[str, Callable[[Path], Layout]] = {
         (
             "ResNet",
             "ResNetModel",
-            {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+            {"image_size": 64, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
             library_pool("pool"),
             {},
         ),
         (
             "RegNet",
             "RegNetModel",
-            {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 8},
+            {"image_size": 64, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 8},
             library_pool("pool"),
             {},
         ),
         (
             "BiT",
             "BitModel",
-            {"embedding_size": 8, "hidden_sizes": [32, 64], "depths": [1, 1], "num_groups": 4},
+            {"image_size": 64, "embedding_size": 8, "hidden_sizes": [32, 64], "depths": [1, 1], "num_groups": 4},
             library_pool("pool"),
             {},
         ),
-        ("PoolFormer", "PoolFormerModel", {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4}, map_mean, {}),
+        (
+            "PoolFormer",
+            "PoolFormerModel",
+            {"image_size": 64, "hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4},
+            map_mean,
+            {},
+        ),
         (
             "SegFormer",
             "SegformerModel",
-            {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "num_attention_heads": [1] * 4},
+            {"image_size": 64, "hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "num_attention_heads": [1] * 4},
             map_mean,
             {},
         ),
         (
             "PVT v2",
             "PvtV2Model",
-            {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "num_attention_heads": [1] * 4},
+            {"image_size": 64, "hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "num_attention_heads": [1] * 4},
             map_mean,
             {},
         ),
@@ -1295,6 +1318,13 @@ LAYOUTS: dict[str, Callable[[Path], Layout]] = {
         noise=PATCHES_IN_ORDER,
     ),
     "HF I-JEPA file": partial(huggingface_file, name="IJepaModel", arch=f"{Layout.arch}_eps1e-12", prefix=0),
+    "HF BEiT file": partial(
+        huggingface_file,
+        name="BeitModel",
+        config=BEIT | {"use_relative_position_bias": True, "num_attention_heads": 6},
+        arch="beit_width192_depth2_patch8_32_heads6_eps1e-12",
+        taps=pooled_taps,
+    ),
     **{f"HF {name}": writer for name, writer in TOWERS.items()},
     **{f"timm {name}": writer for name, writer in TIMM_NAMES.items()},
 }

@@ -43,6 +43,7 @@ from msn_eval.checkpoints.stored import (
 from msn_eval.errors import CheckpointError, UsageError, printable
 from msn_eval.models.architectures import Architecture, name_architecture
 from msn_eval.models.build import build_network, check_architecture_name
+from msn_eval.models.readout import Readout
 from msn_eval.models.structure import structure_sha256
 from msn_eval.models.vit import native_pixels
 from msn_eval.registry import Entry
@@ -72,6 +73,7 @@ class Checkpoint:
         code_sha256: Of the user's source code that the network runs, None where it runs none.
         distribution: Name and version of the distribution whose plug-in made the network, None without one.
         positions: Whose interpolation of position embeddings applies, as `families.Backbone` has it.
+        readout: Of a network of transformers, found while it was read.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Checkpoint:
     code_sha256: str | None = None
     distribution: str | None = None
     positions: str | None = None
+    readout: Readout | None = None
 
     @property
     def mean(self) -> Triple:
@@ -340,8 +343,8 @@ def _load_stored(
     stored: StoredCheckpoint, allow_missing: tuple[str, ...] = (), seed: int = 0, *, path: str, **fields: Any
 ) -> Checkpoint:
     # Before the network is built: what a file claims must not cost more memory than it has.
-    matched = check_stored(stored, allow_missing)
-    network = build_network(stored.architecture, seed=seed)
+    matched = check_stored(stored, allow_missing) if stored.network is None else 1.0
+    network = stored.network or build_network(stored.architecture, seed=seed)
     infos = {weight: describe_values(tensor) for weight, tensor in stored.backbone.weights.items()}
     load_weights(network, stored.backbone.weights, infos, where=stored.contents.where)
     for alarm in list_alarms(stored, infos):
@@ -363,6 +366,7 @@ def _describe_built(
         normalisation=choose_normalisation(architecture) if stored is None else stored.normalisation,
         structure_sha256=structure_sha256(network),
         positions=None if stored is None else stored.positions,
+        readout=None if stored is None else stored.readout,
         **fields,
     )
 

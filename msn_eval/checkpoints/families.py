@@ -269,7 +269,9 @@ def read_torchvision_vit(network: StoredNetwork) -> Backbone:
 
 # Hugging Face: the names of transformers before its version 5, which its files still carry, and those of version 5.
 
-_HUGGINGFACE_DROPPED = re.compile(r"(classifier|decoder|pooler\.dense)\b|embeddings\.mask_token$")
+_HUGGINGFACE_DROPPED = re.compile(
+    r"(classifier|decoder|lm_head|pooler\.dense)\b|embeddings\.mask_token$|.*relative_position_index$"
+)
 _HUGGINGFACE_NAMES: _Rules = (
     (re.compile(r"^embeddings\.cls_token$"), "cls_token"),
     (re.compile(r"^embeddings\.register_tokens$"), "register_tokens"),
@@ -285,34 +287,41 @@ _HUGGINGFACE_NAMES: _Rules = (
     (re.compile(r"^(blocks\.\d+)\.attention\.(?:attention\.key|k_proj)\."), r"\1.attn.k."),
     (re.compile(r"^(blocks\.\d+)\.attention\.(?:attention\.value|v_proj)\."), r"\1.attn.v."),
     (re.compile(r"^(blocks\.\d+)\.layer_scale(\d)\.lambda1$"), r"\1.ls\2.gamma"),
+    (re.compile(r"^(blocks\.\d+)\.lambda_(\d)$"), r"\1.gamma_\2"),
+    (re.compile(r"^(blocks\.\d+)\..*relative_position_bias_table$"), r"\1.attn.relative_position_bias_table"),
+    (re.compile(r"^(?!blocks).*relative_position_bias_table$"), "rel_pos_bias.relative_position_bias_table"),
     (re.compile(r"^layernorm\."), "norm."),
+    (re.compile(r"^pooler\.layernorm\."), "fc_norm."),
 )
-_HUGGINGFACE_EPS = 1e-12  # of ViT, ViTMAE and I-JEPA; ViTMSN and DINOv2 have 1e-6
+_HUGGINGFACE_EPS = 1e-12  # of ViT, ViTMAE, I-JEPA and BEiT; ViTMSN and DINOv2 have 1e-6
 
 
 def read_huggingface(network: StoredNetwork) -> Backbone:
     """Read a Vision Transformer of transformers, with the names before and since its version 5."""
     backbone = _drop("huggingface", network.tensors, _HUGGINGFACE_DROPPED)
     named = _rename(backbone.weights, _HUGGINGFACE_NAMES)
+    beit = any(name.endswith(".gamma_1") for name in named)
     on_top = (*network.beside, *backbone.dropped)
-    is_usual = "cls_token" not in named or _has(on_top, "decoder", "pooler")
+    is_usual = beit or "cls_token" not in named or _has(on_top, "decoder", "pooler")
     positions = None if is_usual or _has(on_top, "classifier") else "msn"
     if any(name.endswith(".ls1.gamma") for name in named):
         positions = "dinov2"
-    weights = _move_class_position(_pack(named))
+    weights = _move_class_position(_pack(named, beit=beit))
     return replace(backbone, weights=weights, norm_eps=_HUGGINGFACE_EPS if is_usual else None, positions=positions)
 
 
-def _pack(named: dict[str, Tensor]) -> dict[str, Tensor]:
+def _pack(named: dict[str, Tensor], *, beit: bool) -> dict[str, Tensor]:
     """Concatenate queries, keys and values, and the gate and values of a gated MLP, as timm does."""
     packed = {}
     for name, tensor in named.items():
         block, _, rest = name.partition(".attn.q.")
         gated, _, gate = name.partition(".mlp.gate_proj.")
-        if rest in ("weight", "bias"):
+        if rest == "weight" or (rest == "bias" and not beit):
             packed[f"{block}.attn.qkv.{rest}"] = _stack(named, [f"{block}.attn.{part}.{rest}" for part in "qkv"], name)
         elif gate:
             packed[f"{gated}.mlp.fc1.{gate}"] = _stack(named, [name, f"{gated}.mlp.up_proj.{gate}"], name)
+        elif beit and (match := re.fullmatch(r"(.*\.attn)\.([qv])\.bias", name)):
+            packed[f"{match[1]}.{match[2]}_bias"] = tensor
         elif not _is_packed_with_another(name, named):
             packed[name] = tensor
     return packed

@@ -10,7 +10,12 @@ from typing import cast
 from torch import Tensor
 
 from msn_eval.checkpoints.hf_folder import CONFIG, read_hub_config, read_image_processor
-from msn_eval.checkpoints.normalisation import Normalisation, read_processor_normalisation, read_timm_normalisation
+from msn_eval.checkpoints.normalisation import (
+    Normalisation,
+    read_processor_normalisation,
+    read_processor_pixels,
+    read_timm_normalisation,
+)
 from msn_eval.errors import CheckpointError
 from msn_eval.models.architectures import (
     IMAGE_CHANNELS,
@@ -53,6 +58,7 @@ class HubConfig:
     normalisation: Normalisation | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)  # that the weights show too, by their names in the file
     model_type: str | None = None  # of transformers, None where the folder was written by timm
+    pixels: int | None = None  # side of the images that the image processor makes
 
 
 def read_config_beside(folder: Path) -> HubConfig:
@@ -68,13 +74,13 @@ def read_config_beside(folder: Path) -> HubConfig:
     if not isinstance(model_type, str):
         what = f"model_type is {model_type!r:.60}, not the name of a network of transformers"
         raise CheckpointError(what, where=where, hint=_WITH_ARCH)
+    path, processor = read_image_processor(folder)
     if model_type not in _NORM_EPS:
         return HubConfig(
             architecture=name_hub_architecture(config),
-            normalisation=read_processor_normalisation(
-                *read_image_processor(folder), model_type=model_type, has_defaults=True
-            ),
+            normalisation=read_processor_normalisation(path, processor, model_type=model_type, has_defaults=True),
             model_type=model_type,
+            pixels=read_processor_pixels(processor, model_type),
         )
     for name in ("image_size", "patch_size"):
         sides = config.get(name)
@@ -94,7 +100,7 @@ def read_config_beside(folder: Path) -> HubConfig:
     return HubConfig(
         heads=heads,
         norm_eps=_NORM_EPS[model_type] if norm_eps is None else float(norm_eps),
-        normalisation=read_processor_normalisation(*read_image_processor(folder), model_type=model_type),
+        normalisation=read_processor_normalisation(path, processor, model_type=model_type),
         model_type=model_type,
         sizes={name: _read_size(config[name], name, where) for name in _SIZES if name in config and name != left_out},
     )

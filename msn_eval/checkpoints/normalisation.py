@@ -1,6 +1,7 @@
 """Normalisation: mean and std of the images that a network was trained on, and what states them."""
 
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -158,6 +159,16 @@ def read_processor_normalisation(
         source += f", its pixels from 0 to {scale:g}"
         mean, std = (cast(Triple, tuple(value / scale for value in triple)) for triple in (mean, std))
     return Normalisation(mean=mean, std=std, source=source)
+
+
+def read_processor_pixels(stated: Mapping[str, object], model_type: str) -> int | None:
+    """Return the side of the squares that an image processor of transformers makes, None where it states none."""
+    processor = _find_processor_class(stated, model_type)
+    crops = stated.get("do_center_crop", getattr(processor, "do_center_crop", None))
+    size = stated.get("crop_size" if crops else "size")
+    sides = {*size.values()} if isinstance(size, dict) else {size}
+    side = str(*sides) if len(sides) == 1 else ""
+    return int(side) if re.fullmatch(r"[1-9]\d{0,3}", side) else None
 
 
 def _read_flag(stated: Mapping[str, object], name: str, where: str) -> bool:

@@ -31,8 +31,8 @@ from msn_eval.models.architectures import (
     wrong_channels,
 )
 from msn_eval.models.build import outline_network
-from msn_eval.models.hub import load_hub
-from msn_eval.models.readout import find_readout
+from msn_eval.models.hub import HubNetwork, load_hub
+from msn_eval.models.readout import Readout, find_readout
 from msn_eval.models.vit import find_other_grid, native_pixels, stored_pixels
 
 _log = logging.getLogger(__name__)
@@ -111,6 +111,8 @@ class StoredCheckpoint:
     backbone: Backbone
     architecture: Architecture
     is_named: bool = False  # whether the user named the architecture
+    network: HubNetwork | None = None  # loaded in full, where transformers runs it
+    readout: Readout | None = None  # of that network
 
     @property
     def normalisation(self) -> Normalisation:
@@ -179,7 +181,7 @@ def read_contents(path: Path) -> Contents:
         epoch=stated_epoch(stated if EPOCH in stated else content),
         config=config,
         stated_arch=stated.get(ARCHITECTURE),
-        stated_pixels=int(pixels) if re.fullmatch(r"[1-9]\d{0,4}", pixels) else None,
+        stated_pixels=int(pixels) if re.fullmatch(r"[1-9]\d{0,4}", pixels) else config and config.pixels,
         normalisation=_read_normalisation(stated, str(path)) or (config.normalisation if config else None),
         stated_positions=stated.get(POSITIONS),
     )
@@ -228,7 +230,6 @@ def choose_stored(contents: Contents, *, arch: str | None = None, key: str | Non
     backbone = rename_weights(choice.network)
     try:
         architecture = _find_architecture(contents, backbone, arch)
-        backbone = _restore_own_heads(backbone, choice.network, architecture)
         backbone = _convert_names(backbone, choice.network, architecture)
     except CheckpointError as error:
         raise CheckpointError(error.what, where=contents.where, hint=error.hint) from error
@@ -247,11 +248,13 @@ def _choose_hub(contents: Contents, architecture: Architecture, key: str | None)
     try:
         outline_network(architecture)  # before memory is taken for what the config claims
         loaded, dropped = load_hub(cast(Mapping[str, object], architecture.hub), tensors)
-        find_readout(loaded, native_pixels(loaded))
+        backbone = Backbone(format="huggingface", weights=loaded.state_dict(), dropped=dropped)
+        stored = StoredCheckpoint(
+            contents=contents, choice=choice, backbone=backbone, architecture=architecture, network=loaded
+        )
+        return replace(stored, readout=find_readout(loaded, stored.native_pixels(loaded)))
     except CheckpointError as error:
         raise CheckpointError(error.what, where=contents.where, hint=error.hint) from error
-    backbone = Backbone(format="huggingface", weights=loaded.state_dict(), dropped=dropped)
-    return StoredCheckpoint(contents=contents, choice=choice, backbone=backbone, architecture=architecture)
 
 
 def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) -> float:
@@ -333,24 +336,16 @@ def _find_architecture(contents: Contents, backbone: Backbone, arch: str | None)
     return recognised
 
 
-def _restore_own_heads(backbone: Backbone, network: StoredNetwork, architecture: Architecture) -> Backbone:
-    """Restore what was dropped as a head and belongs to timm's backbone, such as the norm in ConvNeXt's head."""
-    if not backbone.dropped:
-        return backbone
-    expected = outline_network(architecture).state_dict()
-    own = {name: network.tensors[name] for name in backbone.dropped if name in expected and name in network.tensors}
-    dropped = tuple(name for name in backbone.dropped if name not in own)
-    return replace(backbone, weights={**backbone.weights, **own}, dropped=dropped)
-
-
 def _convert_names(backbone: Backbone, network: StoredNetwork, architecture: Architecture) -> Backbone:
-    """Let timm convert the names of its own architecture where those of the families do not fit."""
+    """Let timm convert the names of its own architecture where the families' do not fit, such as the norm in ConvNeXt's head."""
     if architecture.timm_name is None:
         return backbone
     expected = outline_network(architecture).state_dict()
     fit = fit_weights(backbone.weights, expected)
     if not fit.lines:
-        return backbone
+        # Other networks of timm have BEiT's scales.
+        is_known = backbone.format != "other" and (backbone.format != "beit" or "beit" in architecture.timm_name)
+        return backbone if is_known else replace(backbone, format="timm")
     try:
         converted = convert_names(network, architecture)
     except ValueError as error:
@@ -358,7 +353,7 @@ def _convert_names(backbone: Backbone, network: StoredNetwork, architecture: Arc
             return backbone  # whose misfits are listed
         hint = "Use the architecture, and the image size, of the file; `msn-eval inspect` lists what it holds."
         raise CheckpointError(str(error), hint=hint) from error
-    if converted is None or fit_weights(converted[0], expected).matched <= fit.matched:
+    if fit_weights(converted[0], expected).matched <= fit.matched:
         return backbone
     return Backbone(format="timm", weights=converted[0], dropped=converted[1])
 

@@ -52,22 +52,17 @@ def _list_traced(values: object) -> Iterator[_Traced]:
     return (leaf for leaf in tree_leaves(values) if isinstance(leaf, _Traced))
 
 
-def convert_names(
-    network: StoredNetwork, architecture: Architecture
-) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
+def convert_names(network: StoredNetwork, architecture: Architecture) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Convert the names of a network's weights by timm's filter for an architecture.
 
     Returns:
         The weights by timm's names, and the file's names of what is left out: heads, and other networks beside this one.
-        None if timm has no filter for the architecture.
 
     Raises:
         CheckpointError: The filter would lose weights.
         ValueError: It does not fit the names, or would change weights.
     """
     outline, convert = _find_filter(architecture)
-    if convert is None:
-        return None
     traced: dict[str, _Traced] = {}
     for name, tensor in network.tensors.items():
         traced[name] = tensor.as_subclass(_Traced)
@@ -81,9 +76,9 @@ def convert_names(
     heads = getattr(outline, "pretrained_cfg", {}).get("classifier") or ()
     starts = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
     kept = {name: tensor for name, tensor in converted.items() if not name.startswith(starts)}
-    used = frozenset[str]().union(*(getattr(tensor, "made_of", ()) for tensor in kept.values()))
-    on_head = frozenset[str]().union(
-        *(getattr(converted[name], "made_of", ()) for name in converted.keys() - kept.keys())
+    used, on_head = (
+        frozenset[str]().union(*(getattr(converted[name], "made_of", ()) for name in names))
+        for names in (kept.keys(), converted.keys() - kept.keys())
     )
     words = zip(*(name.split(".")[:-1] for name in used), strict=False)
     home = ".".join(
@@ -99,13 +94,9 @@ def convert_names(
     return {name: tensor.as_subclass(Tensor) for name, tensor in kept.items()}, left_out
 
 
-def _find_filter(architecture: Architecture) -> tuple[nn.Module, Callable[..., Mapping[str, Tensor]] | None]:
+def _find_filter(architecture: Architecture) -> tuple[nn.Module, Callable[..., Mapping[str, Tensor]]]:
     """Return the network without memory, and the function by which timm reads its published weights."""
-    found: list[Callable[..., Mapping[str, Tensor]] | None] = []
-
-    def record(model: nn.Module, *_: object, filter_fn: Any = None, **__: object) -> None:
-        found.append(filter_fn)
-
-    with mock.patch("timm.models._builder.load_pretrained", record):
+    with mock.patch("timm.models._builder.load_pretrained") as load:
         outline = outline_network(architecture, pretrained=True)
-    return outline, found[0] if found else None
+    convert = load.call_args.kwargs.get("filter_fn") if load.called else None
+    return outline, convert or (lambda weights, model: weights)

@@ -239,6 +239,8 @@ def _resize_other(network: nn.Module, image_pixels: int, checkpoint: Checkpoint)
     try:
         if has_input_size:
             _set_input_size(network, image_pixels)
+        elif isinstance(network, HubNetwork):
+            _check_patches(network, image_pixels)
         with torch.inference_mode():
             run_network(network, torch.zeros(1, 3, image_pixels, image_pixels))
     except UsageError:
@@ -257,16 +259,20 @@ def _resize_other(network: nn.Module, image_pixels: int, checkpoint: Checkpoint)
 def _find_readout(checkpoint: Checkpoint, network: nn.Module, image_pixels: int) -> Readout:
     if checkpoint.runs_own_code or checkpoint.format == "pixels" or _has_tokens(network):
         return Readout()
-    return find_readout(network, image_pixels)
+    return checkpoint.readout or find_readout(network, image_pixels)
 
 
-def _set_input_size(network: nn.Module, image_pixels: int) -> None:
+def _check_patches(network: nn.Module, image_pixels: int) -> None:
     patch = patch_pixels(network) or 1
     if image_pixels % patch:
         raise UsageError(
             f"--image-pixels {image_pixels} is not a multiple of the patch size {patch}",
             hint=f"Use {max(1, image_pixels // patch) * patch} or {max(2, image_pixels // patch + 1) * patch}.",
         )
+
+
+def _set_input_size(network: nn.Module, image_pixels: int) -> None:
+    _check_patches(network, image_pixels)
     with warnings.catch_warnings():
         # timm interpolates tables of relative positions with arguments that torch warns about.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"timm\.layers\.interpolate")

@@ -3,8 +3,10 @@
 import contextlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ _IGNORED = re.compile(
 )
 _FORBIDDEN = ("quantization_config", "backbone", "backbone_config", "use_timm_backbone", "use_pretrained_backbone")
 _CLASS_TOKEN = re.compile(r"(cls|class)_(token|emb)")
+_POSITIONS = re.compile(r"pos(ition|_emb)")
 _PIXELS = 224
 
 
@@ -28,13 +31,16 @@ class HubNetwork(nn.Module):
 
     Attributes:
         tower: It maps normalised images to tokens or maps, and where it pools, to pooled features.
+        norm: Norm that the model applies to the tower's tokens, as BEiT's for pre-training does.
         settings: Its config: what no weight shows.
         pretrained_cfg: Its image size, as timm's networks state theirs.
+        patch_embed: Sides of its patches, and of the images that its positions are for; likewise.
     """
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, tower: nn.Module, norm: nn.Module) -> None:
         super().__init__()
         self.tower = tower
+        self.norm = norm
         config: Any = tower.config
         stated = {name: value for name, value in config.to_dict().items() if not _IGNORED.fullmatch(name)}
         self.settings = json.dumps(stated, sort_keys=True, default=str)
@@ -48,6 +54,12 @@ class HubNetwork(nn.Module):
         if len(sides) > 1:
             raise ValueError(f"image_size is {side}; only squares are supported")
         self.pretrained_cfg = {"input_size": (3, *sides, *sides)}
+        has_positions = any(_POSITIONS.search(name) for name, _ in tower.named_parameters())
+        patch = getattr(config, "patch_size", None) if hasattr(config, "hidden_size") else None
+        self.patch_embed = SimpleNamespace(
+            img_size=(*sides,) if has_positions else None,
+            patch_size=(patch,) if isinstance(patch, int) else patch and (*patch,),
+        )
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the last tokens (b, n, d) or maps (b, d, h, w), and the pooled features (b, d), None where it has none.
@@ -56,9 +68,11 @@ class HubNetwork(nn.Module):
             images: (b, 3, S, S), normalised.
         """
         output = self._call(images)
-        last, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
+        last, pooled = self.norm(output.last_hidden_state), getattr(output, "pooler_output", None)
         if pooled is not None and pooled[0].numel() == pooled.shape[1]:
             return last, pooled.flatten(1)
+        if last.dim() == 4 and last.shape[2] != last.shape[3]:
+            raise ValueError(f"its last maps are not (images, channels, side, side): {tuple(last.shape)}")
         return last, last.mean(dim=(2, 3)) if last.dim() == 4 else None
 
     def count_prefix(self, images: Tensor, last: Tensor) -> tuple[int | None, bool]:
@@ -67,22 +81,28 @@ class HubNetwork(nn.Module):
         Tokens that are the same for all images belong to no patch; the class token changes with the parameter of its name.
 
         Raises:
-            ValueError: The order of the tokens is another one.
+            ValueError: The order of the tokens is another one, or the same images give other tokens than `last`.
         """
+        if (self.run(images)[0] - last).abs().max() > 1e-3 * last.abs().max():
+            raise ValueError(
+                "two passes over the same images give different features, as where patches are masked at random"
+            )
         first = self._embed(images)
         if first is None or first.dim() != 3:
             return None, False
         constant = (first == self._embed(images * 2 + 1)).all(dim=-1).all(dim=0)
-        prefix = int(constant.sum())
+        prefix, tokens = int(constant.sum()), first.shape[1]
         candidates = [weight for name, weight in self.tower.named_parameters() if _CLASS_TOKEN.search(name)]
-        if first.shape[1] != last.shape[1] and (prefix or candidates):
+        if tokens != last.shape[1] and (prefix or candidates):
             raise ValueError("its class token joins the patches between blocks")
         if not constant[:prefix].all():
             raise ValueError("it has tokens behind those of the patches")
+        if math.isqrt(tokens - prefix) ** 2 != tokens - prefix:
+            raise ValueError(f"its {tokens} tokens, {prefix} of them the same for all images, are no square of patches")
         changed = []
         for weight in candidates if prefix else ():
             own = weight.data.clone()
-            weight.data += 1
+            weight.data[..., 0] += 1  # a norm would remove what is added to all
             changed += (first != self._embed(images)).any(dim=-1).any(dim=0).nonzero().flatten().tolist()
             weight.data.copy_(own)
         return prefix, changed == [0]
@@ -140,9 +160,8 @@ def load_hub(config: Mapping[str, object], tensors: Mapping[str, Tensor]) -> tup
         what = f"{len(lines)} weights do not fit transformers' {model_class.__name__}{listed}"
         raise CheckpointError(what, hint="The folder mixes two checkpoints, or is incomplete; download it again.")
     network = _find_tower(model, described)
-    own = {id(weight) for weight in network.state_dict(keep_vars=True).values()}
-    beside = (name for name, weight in model.state_dict(keep_vars=True).items() if id(weight) not in own)
-    return network.eval(), tuple(beside)
+    own = set(map(id, network.parameters()))
+    return network.eval(), tuple(name for name, weight in model.named_parameters() if id(weight) not in own)
 
 
 def _find_class(config: Mapping[str, object]) -> tuple[Any, Any]:
@@ -180,7 +199,8 @@ def _find_tower(model: Any, described: Any) -> HubNetwork:
     for module in model.modules():
         is_model = isinstance(module, transformers.PreTrainedModel) and type(module).__name__.endswith("Model")
         if is_model and type(module.config) is wanted and module.main_input_name == "pixel_values":
-            return HubNetwork(module)
+            on_top = getattr(model, "layernorm", None) if module is not model else None
+            return HubNetwork(module, on_top or nn.Identity())
     raise ValueError(f"{type(model).__name__} has no part that takes images alone")
 
 

@@ -12,7 +12,7 @@ from msn_eval.errors import CheckpointError
 from msn_eval.models.hub import HubNetwork
 from msn_eval.process import describe_exhausted_resource
 
-_NORM = re.compile(r"(Layer|R[Mm][Ss])Norm(Fp32)?")
+_NORM = re.compile(r"(Layer|R[Mm][Ss])Norm(Fp32)?$")  # of tokens; those of maps end in 2d
 _IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 _CLASS_TOKEN = re.compile(r"(cls|class)_(token|emb)")
 
@@ -73,6 +73,8 @@ def _try_network(network: nn.Module, image_pixels: int) -> Readout:
     finally:
         for hook in hooks:
             hook.remove()
+    if not isinstance(last, Tensor):  # tokens of several scales
+        return Readout()
     inside = next((name for name, _, made in calls if made.shape == last.shape and made.equal(last)), "")
     if isinstance(network, HubNetwork):
         prefix, has_class = network.count_prefix(noise, last)
@@ -84,12 +86,14 @@ def _try_network(network: nn.Module, image_pixels: int) -> Readout:
         if not has_class and any(_CLASS_TOKEN.search(name) for name, _ in network.named_parameters()):
             return Readout()
     if prefix is None or (last.dim() == 4 and not inside) or last.dim() < 3:
+        if pooled is None:
+            raise ValueError("it does not pool, and does not show which of its tokens are patches")
         return Readout()
     tokens = _flatten(last)
     mean = tokens[:, prefix:].mean(dim=1)
-    on_class = next((name for name, given, _ in calls if has_class and _is_close(given, tokens[:, 0])), "")
+    on_first = next((name for name, given, _ in calls if _is_close(given, tokens[:, 0])), "")
     on_mean = next((name for name, given, _ in calls if _is_close(given, mean)), "")
-    norm = inside or on_mean or on_class
+    norm = inside or on_mean or (on_first if has_class else "")
     pools_first = bool(on_mean) and not inside
     if pools_first:
         mean = cast(Tensor, network.get_submodule(norm)(mean))
@@ -98,7 +102,7 @@ def _try_network(network: nn.Module, image_pixels: int) -> Readout:
     taps: tuple[str, ...]
     if has_class:
         taps = ("cls", "cls-norm", "mean") if norm else ("cls", "mean")
-    elif pooled is None:
+    elif pooled is None or (on_first and not on_mean):  # what is made of the first patch alone is not pooled
         taps = ("mean",)
     else:
         taps = ("mean", "pool") if _is_close(pooled, mean) else ("out",)
@@ -128,12 +132,15 @@ def read_taps(
     Returns:
         (b, d) float32 for each tap.
     """
-    given: list[Tensor] = []
+    calls: list[tuple[Tensor, Tensor]] = []
     module = network.get_submodule(readout.norm if readout.norms_all else "")
-    with module.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0])):
+    with module.register_forward_hook(lambda module, inputs, made: calls.append((inputs[0], made))):
         last, pooled = run_network(network, images)
+    if {*taps} <= {"pool", "out"}:
+        return dict.fromkeys(taps, cast(Tensor, pooled).float())
     # The network may use its norm again, for its own pooling.
-    raw = _flatten(next(tensor for tensor in given if tensor.shape == last.shape) if readout.norms_all else last)
+    same = (given for given, made in calls if made.shape == last.shape and (len(calls) == 1 or made.equal(last)))
+    raw = _flatten(next(same) if readout.norms_all else last)
     features: dict[str, Tensor] = {}
     for tap in taps:
         if tap in ("pool", "out"):
@@ -151,4 +158,4 @@ def _flatten(last: Tensor) -> Tensor:
 
 
 def _is_close(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+    return one.shape == other.shape and bool((one - other).abs().max() <= 1e-4 * other.abs().max())

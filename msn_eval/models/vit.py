@@ -63,10 +63,9 @@ def is_dinov2(network: nn.Module) -> bool:
 
     It has 14-pixel patches, scaled residuals and position embeddings of 518 pixels, and is evaluated at 224.
     """
-    if (stored_pixels(network), patch_pixels(network)) != (518, 14):
+    if (stored_pixels(network), patch_pixels(network)) != (518, 14) or getattr(network, "cls_token", None) is None:
         return False
-    first = cast(nn.Sequential, network.blocks)[0]
-    return getattr(network, "cls_token", None) is not None and hasattr(getattr(first, "ls1", None), "gamma")
+    return hasattr(getattr(cast(nn.Sequential, network.blocks)[0], "ls1", None), "gamma")
 
 
 def native_pixels(network: nn.Module) -> int:

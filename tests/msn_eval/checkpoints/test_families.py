@@ -153,8 +153,11 @@ def test_classifier_of_other_networks_is_dropped(anchor: str, name: str) -> None
 @pytest.mark.parametrize(
     "name",
     [
-        *("classifier.weight", "decoder.layers.0.norm.weight", "pooler.dense.weight"),
-        *("embeddings.mask_token",),
+        *("classifier.weight", "decoder.layers.0.norm.weight", "lm_head.weight", "pooler.dense.weight"),
+        *(
+            "embeddings.mask_token",
+            "encoder.layer.0.attention.attention.relative_position_bias.relative_position_index",
+        ),
     ],
 )
 def test_part_of_pretraining_is_dropped_from_a_network_of_transformers(name: str) -> None:

@@ -11,7 +11,9 @@ import transformers
 from torch import Tensor
 
 from msn_eval import load_encoder
+from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.errors import CheckpointError, UsageError
+from msn_eval.probes.finetune.model import build_finetune_model
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32}
 
@@ -84,6 +86,62 @@ def test_tokens_behind_the_patches_are_refused(tmp_path: Path) -> None:
     transformers.YolosModel(config).save_pretrained(tmp_path)
 
     assert "tokens behind those of the patches" in refusal(tmp_path).what
+
+
+def test_features_that_differ_between_two_passes_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)  # of the masks
+    sizes = {"embed_dim": 16, "image_size": [128, 128], "depths": [1] * 4, "num_heads": [1] * 4, "num_layers": 4}
+    decoder = {"decoder_hidden_size": 16, "decoder_depth": 1, "decoder_num_heads": 1}
+    config = transformers.HieraConfig(**sizes, **decoder)
+    transformers.HieraForPreTraining(config).save_pretrained(tmp_path)
+
+    assert "two passes over the same images give different features" in refusal(tmp_path).what
+
+
+def write_processor(folder: Path, **stated: object) -> None:
+    own = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(own | stated))
+
+
+@pytest.mark.parametrize(
+    ("stated", "pixels"),
+    [
+        ({"size": {"shortest_edge": 64}}, 64),
+        ({"size": 96}, 96),
+        ({"size": {"height": 64, "width": 96}}, 32),
+        ({"size": 96, "do_center_crop": True, "crop_size": {"height": 64, "width": 64}}, 64),
+        ({}, 32),
+    ],
+)
+def test_native_size_of_a_network_without_positions_is_that_of_its_processor(
+    tmp_path: Path, stated: dict[str, object], pixels: int
+) -> None:
+    sizes = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "image_size": 32}
+    transformers.ConvNextModel(transformers.ConvNextConfig(**sizes)).save_pretrained(tmp_path)
+    write_processor(tmp_path, **stated)
+
+    assert load_encoder(str(tmp_path), device="cpu").transform.crop == pixels
+
+
+def test_native_size_of_a_network_with_positions_is_that_of_its_positions(folder: Path) -> None:
+    write_processor(folder, size=64, do_center_crop=False)
+
+    assert load_encoder(str(folder), device="cpu").transform.crop == 32
+
+
+def test_size_that_patches_do_not_fill_is_refused(tmp_path: Path) -> None:
+    config = transformers.DINOv3ViTConfig(**SIZES, patch_size=8)  # which takes any size
+    transformers.DINOv3ViTModel(config).save_pretrained(tmp_path)
+
+    with pytest.raises(UsageError, match="not a multiple of the patch size 8"):
+        load_encoder(str(tmp_path), device="cpu", image_pixels=36)
+
+
+def test_finetuning_is_refused(folder: Path) -> None:
+    encoder = load_encoder(str(folder), device="cpu")
+
+    with pytest.raises(UsageError, match="transformers runs"):
+        build_finetune_model(encoder, FinetuneRecipe(), tap="cls-norm", n_classes=2)
 
 
 def test_size_that_its_positions_are_not_for_is_refused(folder: Path) -> None:
