@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.errors import UsageError
 from msn_eval.features.encoder import Encoder, build_encoder
+from msn_eval.models.hub import HubNetwork
 
 TAPS = ("cls-norm", "mean", "pool", "out", "pixels")  # that a head can be put on
 _POOLS = {"cls-norm": "token", "mean": "avg"}
@@ -69,14 +70,18 @@ def build_finetune_model(encoder: Encoder, recipe: FinetuneRecipe, *, tap: str, 
     """Copy an encoder's network, put a head of zeros on a tap of it, and mark what the recipe trains.
 
     Raises:
-        UsageError: There is no head for this tap, `blocks` is above the number of blocks, or the network has no blocks, or
-            no residual branches for drop path.
+        UsageError: transformers runs the network, there is no head for this tap, `blocks` is above the number of blocks, or the
+            network has no blocks, or no residual branches for drop path.
     """
     if tap not in TAPS:
         raise UsageError(
             f"--tap {tap}: a head that is trained with its encoder is put on {', '.join(TAPS)}",
             hint="Leave out --tap.",
         )
+    name = f"{encoder.checkpoint.name} ({encoder.arch})"
+    if isinstance(encoder.network, HubNetwork):
+        what = f"finetune trains networks of timm and those of py: factories; transformers runs {name}"
+        raise UsageError(what, hint="Wrap the network: py:package.module:factory.")
     copied = build_encoder(
         encoder.checkpoint, device=encoder.device, precision="fp32", image_pixels=encoder.transform.crop
     )
@@ -92,7 +97,6 @@ def build_finetune_model(encoder: Encoder, recipe: FinetuneRecipe, *, tap: str, 
     nn.init.zeros_(head.weight)  # a random head would add a draw that decides
     nn.init.zeros_(head.bias)
     network.to(encoder.device).eval()
-    name = f"{encoder.checkpoint.name} ({encoder.arch})"
     _freeze(network, head, recipe, name)
     return FinetuneModel(
         network=network,

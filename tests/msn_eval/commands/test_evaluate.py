@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -44,6 +45,44 @@ def test_dry_run_prints_the_plan_and_computes_nothing(
     assert "results    1 for 1 checkpoint, into " in plan
     assert "checkpoint pixels: 807 images to read (154,944 bytes, 1 pass), 0 features to reuse, about " in plan
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def misfit(command: list[str], tmp_path: Path) -> list[str]:
+    """Return a command for a file that lacks a weight."""
+    weights = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, depth=1).state_dict()
+    del weights["norm.bias"]
+    torch.save(weights, tmp_path / "misfit.pth")
+    return ["--checkpoint", str(tmp_path / "misfit.pth"), *command[2:]]
+
+
+def test_refused_checkpoint_is_reported_once(misfit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(misfit) == 20
+    assert capsys.readouterr().err.count("weights do not fit") == 1
+
+
+def test_dry_run_ends_as_the_run_for_a_refused_checkpoint(
+    misfit: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*misfit, "--dry-run"]) == 20
+    assert "weights do not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ([], ["--arch", "--allow-missing"]),
+        (["--arch", "vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1"], ["--allow-missing"]),
+        (["--allow-missing", "head.*"], ["--arch"]),
+    ],
+    ids=["nothing", "arch", "allow-missing"],
+)
+def test_hint_names_the_options_that_were_not_given(
+    misfit: list[str], capsys: pytest.CaptureFixture[str], given: list[str], named: list[str]
+) -> None:
+    main([*misfit, *given])
+    error = capsys.readouterr().err
+    assert [option for option in ("--arch", "--allow-missing") if option in error] == named
 
 
 def test_run_prints_the_plan_first(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:

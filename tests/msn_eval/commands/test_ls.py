@@ -67,4 +67,4 @@ def test_tested_layouts_are_at_least_a_hundred(capsys: pytest.CaptureFixture[str
 
 def test_tested_layouts_are_those_of_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ls", "probes", "--tested"]) == 2
-    assert "--tested: probes have no such list" in capsys.readouterr().err
+    assert "--tested is for checkpoints, not for probes" in capsys.readouterr().err
