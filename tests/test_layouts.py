@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
-from msn_eval import load_encoder
+from msn_eval import load_encoder, registry
 from msn_eval.checkpoints import TESTED_LAYOUTS, read_tested_layouts
 from msn_eval.errors import CheckpointError
 from msn_eval.features.encoder import Encoder, encode
@@ -142,6 +142,11 @@ def headless(seed: int = 1) -> Weights:
     return without(resnet(seed).state_dict(), "fc.")
 
 
+def rival() -> Weights:
+    """Return the weights of the ResNet of a file that is not evaluated, without its large stages."""
+    return without(headless(2), "layer3.", "layer4.")
+
+
 def resnet_taps(network: nn.Module, images: Tensor) -> Taps:
     return {"pool": outputs(network, images, network.avgpool)[0].flatten(1)}
 
@@ -252,7 +257,7 @@ def dino_backbone(folder: Path) -> Layout:
 
 def dino_resnet(folder: Path) -> Layout:
     content = {
-        "student": under("module.backbone.", headless(2)) | under("module.head.", dino_head()),
+        "student": under("module.backbone.", rival()) | under("module.head.", dino_head()),
         "teacher": under("backbone.", headless(1)) | under("head.", dino_head()),
         "epoch": 100,
         "args": ARGS,
@@ -503,7 +508,7 @@ def solo_learn_mocov3(folder: Path) -> Layout:
 
 
 def mocov3_resnet(folder: Path) -> Layout:
-    base, momentum = map(headless, (1, 2))
+    base, momentum = headless(), rival()
     content = {
         "epoch": 100,
         "arch": "resnet18",
@@ -518,7 +523,7 @@ def mocov3_resnet(folder: Path) -> Layout:
 
 
 def mocov2(folder: Path) -> Layout:
-    query, key = map(headless, (1, 2))
+    query, key = headless(), rival()
     content = {
         "epoch": 200,
         "arch": "resnet18",
@@ -1367,6 +1372,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def entry_points_read_once() -> Iterator[None]:
+    """Search the installed packages for plug-ins once, not once per layout."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", cache(registry.entry_points))
+        yield
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)

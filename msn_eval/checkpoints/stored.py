@@ -181,7 +181,7 @@ def read_contents(path: Path) -> Contents:
         epoch=stated_epoch(stated if EPOCH in stated else content),
         config=config,
         stated_arch=stated.get(ARCHITECTURE),
-        stated_pixels=int(pixels) if re.fullmatch(r"[1-9]\d{0,4}", pixels) else config and config.pixels,
+        stated_pixels=int(pixels) if re.fullmatch(r"[1-9]\d{0,4}", pixels) else config.pixels if config else None,
         normalisation=_read_normalisation(stated, str(path)) or (config.normalisation if config else None),
         stated_positions=stated.get(POSITIONS),
     )

@@ -73,7 +73,7 @@ def _try_network(network: nn.Module, image_pixels: int) -> Readout:
     finally:
         for hook in hooks:
             hook.remove()
-    if not isinstance(last, Tensor):  # tokens of several scales
+    if isinstance(cast(object, last), list):  # tokens of several scales
         return Readout()
     inside = next((name for name, _, made in calls if made.shape == last.shape and made.equal(last)), "")
     if isinstance(network, HubNetwork):
