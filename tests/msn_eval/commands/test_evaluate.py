@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -225,7 +226,13 @@ def test_ranks_share_neighbours_and_a_chunked_fit_under_a_launcher(
 
     assert code == 0, output
     assert [output.count(name) for name in serving] == [1, 1]
-    assert read_files(tmp_path / "alone") == read_files(tmp_path / "ranks")
+    for path in (tmp_path / "alone").glob("*.npz"):
+        with np.load(path) as alone, np.load(tmp_path / "ranks" / path.name) as shared:
+            for name, values in alone.items():  # the ranks' sums are rounded differently, which probabilities show
+                if values.dtype == np.float32:
+                    np.testing.assert_allclose(shared[name], values, rtol=1e-3)
+                else:
+                    np.testing.assert_array_equal(shared[name], values)
 
 
 @pytest.mark.parametrize("probe", ["logistic", "knn", "ncm"])
@@ -273,7 +280,12 @@ def test_checkpoint_is_read_once_for_the_plan_and_the_run(command: list[str], mo
 def as_second_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Return a function that makes this process the second of two ranks, without a connection to the first."""
     group = Group(rank=1, world=2, local_rank=1, host="localhost")
-    return lambda: monkeypatch.setattr("msn_eval.distributed.group.join_group", lambda: contextlib.nullcontext(group))
+
+    def become() -> None:
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setattr("msn_eval.distributed.group.join_group", lambda: contextlib.nullcontext(group))
+
+    return become
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=str)
@@ -311,7 +323,7 @@ def test_second_name_of_the_same_weights_finds_the_results_of_the_first(
     assert main([*named, *command[2:], *arch]) == 0
     (record,) = (tmp_path / "runs").glob("*.json")
     assert json.loads(record.read_text())["checkpoint"]["name"] == "one"
-    assert "other: all 1 results are in" in capsys.readouterr().err
+    assert "other: 1 finished result in" in capsys.readouterr().err
 
 
 def test_checkpoint_is_called_by_its_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
