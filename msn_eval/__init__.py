@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from msn_eval.version import __version__
 
 if TYPE_CHECKING:
-    from msn_eval.evaluation.evaluate import evaluate
+    from msn_eval.api import evaluate
     from msn_eval.features.encoder import load_encoder
     from msn_eval.features.extraction import extract
     from msn_eval.results.folder import read_results
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "evaluate", "extract", "load_encoder", "read_results"]
 
 _HOMES = {
-    "evaluate": "msn_eval.evaluation.evaluate",
+    "evaluate": "msn_eval.api",
     "extract": "msn_eval.features.extraction",
     "load_encoder": "msn_eval.features.encoder",
     "read_results": "msn_eval.results.folder",

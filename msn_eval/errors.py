@@ -15,9 +15,10 @@ In addition `check` ends with 10 for a regression and with 11 where the evidence
 when it was asked to stop (SIGTERM) and with 130 when it was interrupted.
 """
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 PREEMPTED, INTERRUPTED = 75, 130  # exit codes after SIGTERM, where the same command continues, and after Ctrl-C
 
@@ -130,6 +131,26 @@ class DistributedError(MsnEvalError):
 
     exit_code = 31
     from_peer = False
+
+
+@contextlib.contextmanager
+def named_as_arguments(names: Collection[str], renamed: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Let errors of the block name the arguments of a Python function where they name command-line options.
+
+    Args:
+        names: The arguments; `image_pixels` replaces `--image-pixels`.
+        renamed: The arguments with a name of their own, by option: `{"probe": "probes"}`.
+    """
+    arguments = {name.replace("_", "-"): name for name in names} | dict(renamed or {})
+
+    def translate(text: str) -> str:
+        return re.sub(r"(?<![\w/-])--([a-z][a-z-]*)", lambda match: arguments.get(match[1], match[0]), text)
+
+    try:
+        yield
+    except MsnEvalError as error:
+        error.what, error.where, error.hint = map(translate, (error.what, error.where, error.hint))
+        raise
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -16,6 +16,7 @@ _LAYERS = (
     ("__main__",),
     ("cli",),
     ("commands",),
+    ("api",),
     ("reports",),
     ("monitor",),
     ("evaluation", "sklearn"),

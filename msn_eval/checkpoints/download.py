@@ -117,7 +117,7 @@ def _validator(response: Any) -> str:
 
 def _complete(part: Path, target: Path, size: int, offset: int, rest: Iterable[bytes]) -> str:
     """Write the bytes from `offset` on, give the file its final name and return its SHA-256."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm  # a notebook has its own form
 
     bar = tqdm(desc=part.name, total=size, initial=offset, unit="B", unit_scale=True, disable=None)
     with bar, part.open("r+b") as file:

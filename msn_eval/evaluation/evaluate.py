@@ -37,6 +37,7 @@ from msn_eval.evaluation.measurement import (
     make_predictions,
 )
 from msn_eval.evaluation.plan import Plan, Task, cache_folder, list_all_bad_images, make_plan
+from msn_eval.evaluation.progress import draw_progress
 from msn_eval.features.augmented import AugmentedImages
 from msn_eval.features.collapse import Spectrum
 from msn_eval.features.encoder import Encoder, build_encoder, check_frozen
@@ -108,17 +109,19 @@ def evaluate(
     save: str | Path | None = None,
     cache: str | Path | None = None,
     no_cache: bool | None = None,
+    progress: bool | None = None,
 ) -> list[Result]:
     """Evaluate checkpoints and return their results, those that `out` already holds included.
 
     The arguments are the options of `msn-eval`. A single value is accepted for a list of one; None means the default, which
-    is that of `EvaluationConfig`.
+    is that of `EvaluationConfig`. `progress` says whether to draw bars on stderr; None draws them in notebooks only.
 
     Raises:
         MsnEvalError: One of its subclasses. Results that were finished before are kept in `out`. With canary=True nothing
             is written, and NumericalError is raised if random labels are predicted better than by chance.
     """
     arguments: dict[str, object] = {name: value for name, value in locals().items() if value is not None}
+    arguments.pop("progress", None)
     given: dict[str, object] = {}
     for name, value in arguments.items():
         if name in _FIELDS and isinstance(value, str | Path):
@@ -127,8 +130,10 @@ def evaluate(
             value = [str(item) if isinstance(item, Path) else item for item in value]
         given[_FIELDS.get(name, name)] = str(value) if isinstance(value, Path) else value
     plan = make_plan(read_config(EvaluationConfig, given=given))
-    measured = (result for name in plan.config.checkpoint for result in evaluate_checkpoint(plan, name))
-    results = list({result.id: result for result in measured}.values())
+    with draw_progress(progress) as draw:
+        names = plan.config.checkpoint
+        measured = (result for name in names for result in evaluate_checkpoint(plan, name, on_progress=draw))
+        results = list({result.id: result for result in measured}.values())
     if plan.config.canary:
         refuse_leaks(judge_canary(results))
     return results

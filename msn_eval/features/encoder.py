@@ -17,7 +17,7 @@ from msn_eval.checkpoints.checkpoint import Checkpoint, read_checkpoint, weights
 from msn_eval.checkpoints.own_code import guard_own_code
 from msn_eval.config.request import read_channels
 from msn_eval.data.images import EvalTransform, make_eval_transform
-from msn_eval.errors import CheckpointError, UsageError
+from msn_eval.errors import CheckpointError, UsageError, named_as_arguments
 from msn_eval.models.hub import HubNetwork
 from msn_eval.models.readout import Readout, find_readout, read_taps, run_network
 from msn_eval.models.vit import (
@@ -87,6 +87,9 @@ def precision_class(precision: Precision) -> str:
     return "exact" if precision == "fp32" else "reduced"
 
 
+@named_as_arguments(
+    ("checkpoint", "device", "precision", "arch", "checkpoint_key", "image_pixels", "mean", "std", "seed")
+)
 def load_encoder(
     checkpoint: str,
     *,

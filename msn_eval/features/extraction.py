@@ -18,7 +18,7 @@ from msn_eval.data.hashing import hash_images, make_unreadable_error
 from msn_eval.data.images import ImageSet
 from msn_eval.data.loader import PixelList, automatic_workers, load_pixels
 from msn_eval.distributed.group import ALONE, Group, all_gather_object, broadcast_from_rank0, split_across_ranks
-from msn_eval.errors import NumericalError, ResourceError, StoreError
+from msn_eval.errors import NumericalError, ResourceError, StoreError, named_as_arguments
 from msn_eval.features.batch_size import AdaptiveBatchSize, run_with_oom_backoff
 from msn_eval.features.cache import (
     FeatureFolder,
@@ -72,6 +72,10 @@ class Features:
     n_classes: int
     tap: str
 
+    def __repr__(self) -> str:
+        shape = tuple(self.values.shape)
+        return f"Features(shape={shape}, tap={self.tap!r}, images={len(self.image_ids)}, classes={self.n_classes})"
+
     @cached_property
     def _rows(self) -> Mapping[str, int]:
         return {image_id: row for row, image_id in enumerate(self.image_ids)}
@@ -124,6 +128,7 @@ class Extraction:
     batch_size: int
 
 
+@named_as_arguments(("data", "tap", "batch_size", "workers", "cache"))
 def extract(
     encoder: Encoder,
     data: str,

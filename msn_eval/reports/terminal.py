@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-_UNWRAPPED_WIDTH = 100_000
+UNWRAPPED_WIDTH = 100_000
 
 
 def print_table(table: Table, console: "Console | None" = None) -> None:
@@ -28,7 +28,7 @@ def print_table(table: Table, console: "Console | None" = None) -> None:
     from rich.text import Text
 
     if console is None:  # lines are not wrapped when piped
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else _UNWRAPPED_WIDTH)
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else UNWRAPPED_WIDTH)
     for group, columns in table.groups().items():
         # Not the title of the RichTable, which would be wrapped to the table's width.
         console.print(Text(one_line(group), style="bold"), soft_wrap=True)

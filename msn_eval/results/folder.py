@@ -26,6 +26,10 @@ from msn_eval.results.record import (
 if TYPE_CHECKING:
     import pandas as pd
 
+FIRST_COLUMNS = (
+    "checkpoint.name", "data.name", "split.subset", "split.draw", "split.images", "probe.name",
+    "metrics.top1", "metrics.top5", "metrics.top1_ci95", "metrics.n", "status", "protocol_id",
+)  # fmt: skip
 _RECORD_NAME = re.compile(rf"[0-9a-f]{{{ID_DIGITS}}}\.json")
 _BATCH_SIZE = 64  # files
 _READERS = 8
@@ -150,13 +154,19 @@ def read_results(out: str | Path | Sequence[str | Path]) -> "pd.DataFrame":
 
     Returns:
         One row per record. Columns are the record's fields joined by dots, such as `metrics.top1` and
-        `probe.params.k`. Accuracies are fractions in [0, 1].
+        `probe.params.k`, those of `FIRST_COLUMNS` first. Accuracies are fractions in [0, 1].
 
     Raises:
         UsageError: A folder does not exist or holds no results.
         StoreError: Records are unreadable or damaged. The error names all of them.
     """
+    folders = [out] if isinstance(out, str | Path) else out
+    return make_frame(list_results(folders))
+
+
+def make_frame(results: Iterable[Result]) -> "pd.DataFrame":
+    """Return results as a data frame, as `read_results` does."""
     import pandas as pd
 
-    folders = [out] if isinstance(out, str | Path) else out
-    return pd.json_normalize([encode_result(result) for result in list_results(folders)])
+    frame = pd.json_normalize([encode_result(result) for result in results])
+    return frame.reindex(columns=[*FIRST_COLUMNS, *(name for name in frame if name not in FIRST_COLUMNS)])
