@@ -16,7 +16,7 @@ _LAYERS = (
     ("__main__",),
     ("cli",),
     ("commands",),
-    ("api",),
+    ("api", "callbacks"),
     ("reports",),
     ("monitor",),
     ("evaluation", "sklearn"),

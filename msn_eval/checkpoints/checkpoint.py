@@ -309,6 +309,28 @@ def _run_factory(entry: Entry, *arguments: str, path: str, name: str, file_forma
         )
     with guard_own_code("the module", where=path):  # which may override these
         network = network.float().eval()
+    try:
+        source = inspect.getsourcefile(inspect.unwrap(factory))
+    except TypeError:  # a partial or another callable object: the module that it is in
+        source = sys.modules[entry.target.partition(":")[0]].__file__
+    hashed = {"factory source": Path(source).read_bytes()} if source else {}
+    checkpoint = describe_own_network(network, path=path, name=name, file_format=file_format, hashed=hashed)
+    return replace(checkpoint, distribution=entry.distribution)
+
+
+def describe_own_network(
+    network: nn.Module, *, path: str, name: str, file_format: str, hashed: Mapping[str, bytes]
+) -> Checkpoint:
+    """Describe a network of the user as a checkpoint, from its attributes `image_pixels`, `mean` and `std` where present.
+
+    Args:
+        network: Maps normalised images (n, 3, S, S) to features (n, d).
+        path: How errors name it.
+        name: As reports show it, and as its architecture.
+        file_format: `py` or `plugin`.
+        hashed: What belongs to the weights' hash beside tensors and the user's source code.
+    """
+    with guard_own_code("the module", where=path):
         tensors = dict(network.state_dict())
     try:
         image_pixels = int(cast(int, getattr(network, "image_pixels", 224)))
@@ -317,14 +339,8 @@ def _run_factory(entry: Entry, *arguments: str, path: str, name: str, file_forma
             f"image_pixels is {network.image_pixels!r}", where=path, hint="Make it an integer."
         ) from error
     code = own_code_sha256()
-    hashed = {"own code": bytes.fromhex(code)}
-    try:
-        source = inspect.getsourcefile(inspect.unwrap(factory))
-    except TypeError:  # a partial or another callable object: the module that it is in
-        source = sys.modules[entry.target.partition(":")[0]].__file__
-    if source:
-        hashed["factory source"] = Path(source).read_bytes()
-    as_tensors = {part: torch.frombuffer(bytearray(content), dtype=torch.uint8) for part, content in hashed.items()}
+    contents = {"own code": bytes.fromhex(code), **hashed}
+    as_tensors = {part: torch.frombuffer(bytearray(content), dtype=torch.uint8) for part, content in contents.items()}
     return Checkpoint(
         name=name,
         path=path,
@@ -335,7 +351,6 @@ def _run_factory(entry: Entry, *arguments: str, path: str, name: str, file_forma
         image_pixels=image_pixels,
         normalisation=_read_attributes(network, where=path),
         code_sha256=code,
-        distribution=entry.distribution,
     )
 
 

@@ -1,10 +1,8 @@
 """Online probes: evaluation of a run's encoder during training, as ordinary records of msn_eval."""
 
 import logging
-import random
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from msn_eval.checkpoints.run_folder import EVAL
@@ -14,6 +12,7 @@ from msn_eval.errors import CheckpointError, DataError, NumericalError, Resource
 from msn_eval.evaluation.evaluate import evaluate_checkpoint
 from msn_eval.evaluation.plan import make_plan
 from msn_eval.features.batch_size import OUT_OF_MEMORY_ERRORS, is_out_of_memory
+from msn_eval.features.live_network import restored_random_states
 from msn_pretrain.training.run import Recipe
 
 _log = logging.getLogger(__name__)
@@ -42,9 +41,8 @@ def evaluate(run: Path, recipe: Recipe, device: torch.device) -> str:
         device=str(device),
         out=str(run / EVAL),
     )
-    python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with restored_random_states(device):
             results = list(evaluate_checkpoint(make_plan(config), str(run)))
     except (CheckpointError, DataError, NumericalError, ResourceError, StoreError, UsageError) as error:
         _log.warning("the encoder could not be evaluated: %s", error)
@@ -54,9 +52,6 @@ def evaluate(run: Path, recipe: Recipe, device: torch.device) -> str:
             raise
         _log.warning("the encoder could not be evaluated: %s", str(error).partition("\n")[0])
         return ""
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
     accuracies: dict[str, list[float]] = {}
     for result in results:
         if result.metrics is not None:
