@@ -16,7 +16,7 @@ _LAYERS = (
     ("__main__",),
     ("cli",),
     ("commands",),
-    ("api", "callbacks"),
+    ("api", "callbacks", "pytest_plugin"),
     ("reports",),
     ("monitor",),
     ("evaluation", "sklearn"),

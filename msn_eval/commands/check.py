@@ -1,7 +1,6 @@
 """`msn-eval check --baseline FILE RUNS|--checkpoint X`: the regression gate."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,21 +113,12 @@ def _read(options: argparse.Namespace) -> "tuple[list[Result], list[Path]]":
 def _evaluate(options: argparse.Namespace, baseline: "Baseline") -> "tuple[list[Result], list[Path]]":
     """Evaluate the checkpoint by the baseline's protocols."""
     from msn_eval.commands.progress import evaluate_with_progress
-    from msn_eval.config.request import EvaluationConfig
-    from msn_eval.config.yaml_config import read_config
-    from msn_eval.data import DATA_VARIABLE
-    from msn_eval.evaluation.baseline_plan import make_baseline_plans
+    from msn_eval.evaluation.baseline_plan import plan_check
 
     given = {name: getattr(options, name) for name in _EVALUATION_OPTIONS if hasattr(options, name)}
-    if "data" not in given and not os.environ.get(DATA_VARIABLE):
-        if baseline.data != "digits":  # only the user knows where the others are
-            hint = f"Pass --data or set ${DATA_VARIABLE}: the baseline's is {baseline.data}."
-            raise UsageError("no data set given", hint=hint)
-        given["data"] = baseline.data
-    config = read_config(EvaluationConfig, given=given | {"checkpoint": [options.checkpoint]})
-    plans = make_baseline_plans(baseline, config)
+    plans = plan_check(baseline, options.checkpoint, given)
     results = [result for plan in plans for result in evaluate_with_progress(plan)[0]]
-    return results, [Path(config.out)]
+    return results, [Path(plans[0].config.out)]
 
 
 def _write_refusal(options: argparse.Namespace, verdict: str, reason: str) -> None:

@@ -1,13 +1,16 @@
 """Plans that measure a checkpoint exactly as a baseline was measured."""
 
+import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 from msn_eval.config.recipes import AugmentedRecipe, Params, read_finetune_recipe, read_linear_recipe
 from msn_eval.config.request import AUTO, EvaluationConfig
-from msn_eval.errors import ComparisonError
+from msn_eval.config.yaml_config import read_config
+from msn_eval.data import DATA_VARIABLE
+from msn_eval.errors import ComparisonError, UsageError
 from msn_eval.evaluation.plan import Plan, make_plan
 from msn_eval.results.baseline import Baseline, BaselineProtocol
 from msn_eval.results.comparison import find_nearest_protocol
@@ -40,6 +43,27 @@ def make_baseline_plans(baseline: Baseline, config: EvaluationConfig) -> list[Pl
         _join_plans([_make_plan(group, config) for group in _group_by_config(entries)], entries)
         for entries in by_settings.values()
     ]
+
+
+def plan_check(baseline: Baseline, checkpoint: str, given: Mapping[str, object]) -> list[Plan]:
+    """Return the plans that measure a checkpoint for `check`.
+
+    Args:
+        baseline: The baseline. Its data set is the default where it is embedded.
+        checkpoint: The checkpoint.
+        given: Options that change no number, by field of `EvaluationConfig`.
+
+    Raises:
+        UsageError: No data set is given, or an option is wrong.
+        MsnEvalError: Whatever `make_baseline_plans` raises.
+    """
+    if "data" not in given and not os.environ.get(DATA_VARIABLE):
+        if baseline.data != "digits":  # only the user knows where the others are
+            hint = f"Pass --data or set ${DATA_VARIABLE}: the baseline's is {baseline.data}."
+            raise UsageError("no data set given", hint=hint)
+        given = {**given, "data": baseline.data}
+    config = read_config(EvaluationConfig, given={**given, "checkpoint": [checkpoint]})
+    return make_baseline_plans(baseline, config)
 
 
 def _group_by_config(entries: Sequence[BaselineProtocol]) -> list[list[BaselineProtocol]]:
