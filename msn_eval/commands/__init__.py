@@ -10,6 +10,7 @@ VERBS = {
     "compare": "two checkpoints, image by image",
     "baseline": "write the file that `check` holds checkpoints against",
     "check": "the regression gate: is a checkpoint worse than a baseline?",
+    "card": "a model card for Hugging Face: metadata and tables",
     "reproduce": "a published protocol: expected, measured, tolerance, verdict",
     "watch": "scores each new snapshot of a pre-training run; curve and collapse alarms",
     "show": "pictures: nearest images under masking, attention maps, class map",
@@ -59,6 +60,10 @@ def load_command(verb: str) -> Command:
             from msn_eval.commands import check
 
             return check
+        case "card":
+            from msn_eval.commands import card
+
+            return card
         case "reproduce":
             from msn_eval.commands import reproduce
 
