@@ -25,6 +25,7 @@ _LOCK_BYTES = 2**16  # of one worker's queues: a page per semaphore
 _SPINS = "10000"
 _SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def available_bytes(*, machine: Path = _MACHINE, container: Path = _CONTAINER) -> int | None:
@@ -129,6 +130,17 @@ def terminate_with_parent() -> None:
     """Have Linux send this process SIGTERM when its parent ends, also when the parent is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, so that a loop which allocates the same again needs no new pages.
+
+    By default glibc returns large blocks to the system. Every step of a training then waits while the kernel clears their pages.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_option is not None:  # else another C library, which has rules of its own
+        set_option(_M_MMAP_THRESHOLD, 2**30)
+        set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def record_for_torchrun(error: BaseException) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msn_eval.errors import MsnEvalError, UsageError, did_you_mean
+from msn_eval.process import keep_freed_memory
 from msn_eval.program import ArgumentParser, run_program
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def _train(options: argparse.Namespace) -> int:
     devices = recipe.run.device.split(",")
     if len(devices) > 1 and read_rank_info() is None:
         return run_local_ranks(options.arguments, devices)
+    keep_freed_memory()
     with join_group() as group:
         if not group.first:
             logging.getLogger("msn_pretrain").setLevel(logging.ERROR)  # rank 0 prints for all
@@ -174,5 +176,6 @@ def _bench(options: argparse.Namespace) -> int:
 
     if options.steps < 1:
         raise UsageError(f"--steps {options.steps}: out of range", hint="Give at least 1.")
+    keep_freed_memory()  # as in training
     print(bench(_read_recipe(options), steps=options.steps, trace=options.profile))
     return 0

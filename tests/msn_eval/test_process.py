@@ -1,6 +1,7 @@
 """The process: its available memory, its stop signals and its parent."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -148,6 +149,29 @@ def test_program_limits_spinning_before_torch_is_imported() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+_COUNT_PAGE_FAULTS = """
+import resource, sys
+from msn_eval.process import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+bytearray(2**26)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    bytearray(2**26)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have rules of their own")
+def test_memory_that_was_freed_is_used_again_without_new_pages() -> None:
+    faults = {}
+    for choice in ("default", "kept"):
+        command = [sys.executable, "-c", _COUNT_PAGE_FAULTS, choice]
+        faults[choice] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert faults["kept"] < faults["default"] / 4
 
 
 @pytest.mark.parametrize(("ranks", "cores"), [(None, 16), ("1", 16), ("8", 2), ("32", 1), ("many", 16), ("0", 16)])

@@ -127,6 +127,15 @@ def test_an_interrupted_bench_promises_no_snapshot(
     assert capsys.readouterr().err == "Interrupted. Nothing was written.\n"
 
 
+def test_training_keeps_freed_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr("msn_pretrain.cli.keep_freed_memory", lambda: calls.append(1))
+
+    assert main([str(run.parent / "tiny.yaml"), f"run.dir={run}"]) == 0
+
+    assert calls == [1]
+
+
 def test_finished_run_has_nothing_left_to_do(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "metrics.jsonl").read_bytes()
 
