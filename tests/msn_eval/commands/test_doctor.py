@@ -33,7 +33,7 @@ def test_data_set_of_the_variable_that_is_missing_is_a_problem(
     monkeypatch.setenv("MSN_EVAL_DATA", "nowhere")
     code, lines = examine(capsys)
     problem = lines.index("PROBLEM data                nowhere: the data folder does not exist")
-    assert (code, lines[problem + 1].strip().startswith("Give --data a folder")) == (30, True)
+    assert (code, lines[problem + 1].strip().startswith("Give a folder")) == (30, True)
 
 
 def test_cache_that_is_a_file_is_a_problem(capsys: pytest.CaptureFixture[str]) -> None:

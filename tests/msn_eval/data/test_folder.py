@@ -60,7 +60,7 @@ def test_missing_folder_is_named_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_dataset(str(tmp_path / "nowhere"))
     assert caught.value.exit_code == 21
-    assert str(caught.value).startswith(f"{tmp_path / 'nowhere'}: the data folder does not exist\nGive --data a folder")
+    assert str(caught.value).startswith(f"{tmp_path / 'nowhere'}: the data folder does not exist\nGive a folder")
 
 
 @pytest.mark.parametrize("inside", [[], ["notes.txt"], ["train/a/x.jpg"], ["pictures/deep/below/x.jpg"]])

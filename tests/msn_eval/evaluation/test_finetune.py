@@ -280,7 +280,7 @@ def test_folder_that_holds_something_else_is_refused_before_training(
     (tmp_path / "saved" / "mine.txt").write_text("keep")
     monkeypatch.setattr(finetuning, "finetune", lambda *given, **named: pytest.fail("it was trained"))
 
-    with pytest.raises(UsageError, match="--save: something else exists there already"):
+    with pytest.raises(UsageError, match="save: something else exists there already"):
         tune(save=str(tmp_path / "saved"))
 
 
@@ -296,7 +296,7 @@ def test_network_that_transformers_lacks_is_refused_before_training(
 def test_finished_result_whose_network_was_not_kept_is_refused(tune: Tune, tmp_path: Path) -> None:
     (result,) = tune()
 
-    with pytest.raises(UsageError, match=rf"--save: {result.id} is measured already"):
+    with pytest.raises(UsageError, match=rf"save: {result.id} is measured already"):
         tune(save=str(tmp_path / "saved"))
 
 

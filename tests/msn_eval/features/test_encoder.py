@@ -479,7 +479,7 @@ def test_network_of_another_kind_gives_timms_features_at_another_size(name: str,
 def test_size_that_a_network_of_another_kind_does_not_take_is_refused_before_any_image_is_read(
     name: str, reason: str
 ) -> None:
-    with pytest.raises(UsageError, match=f"--image-pixels 250: .* takes no such images: .*{reason}") as refusal:
+    with pytest.raises(UsageError, match=f"image_pixels 250: .* takes no such images: .*{reason}") as refusal:
         load(f"random:{name}", image_pixels=250)
     assert (refusal.value.exit_code, "its own size" in refusal.value.hint) == (2, False)
     assert "224" in refusal.value.hint
@@ -521,9 +521,7 @@ def test_resizing_leaves_the_checkpoints_own_network_as_it_was() -> None:
 def test_size_that_is_not_a_multiple_of_the_patch_size_is_refused_with_the_nearest_ones(
     name: str, patch: int, size: int, hint: str
 ) -> None:
-    with pytest.raises(
-        UsageError, match=f"--image-pixels {size} is not a multiple of the patch size {patch}"
-    ) as refusal:
+    with pytest.raises(UsageError, match=f"image_pixels {size} is not a multiple of the patch size {patch}") as refusal:
         load(name, image_pixels=size)
     assert (refusal.value.exit_code, refusal.value.hint) == (2, hint)
 
@@ -625,7 +623,7 @@ def test_default_precision_depends_on_the_device(device: str, precision: str) ->
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "cuda:x"])
 def test_missing_device_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=f"--device {name}") as refusal:
+    with pytest.raises(UsageError, match=f"device {name}") as refusal:
         load_encoder("pixels", device=name)
     assert "cpu" in refusal.value.hint
 

@@ -123,7 +123,7 @@ def test_missing_split_is_refused_by_its_folder(encoder: Encoder, picture_folder
 
 
 def test_missing_tap_is_refused(encoder: Encoder, picture_folder: Path) -> None:
-    with pytest.raises(UsageError, match="--tap pool"):
+    with pytest.raises(UsageError, match="tap pool"):
         extract(encoder, str(picture_folder), tap="pool")
 
 

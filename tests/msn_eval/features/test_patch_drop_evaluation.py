@@ -44,6 +44,7 @@ def make_config(tmp_path: Path, **options: object) -> EvaluationConfig:
 def measure(tmp_path: Path, **options: object) -> Result:
     config = dict(vars(make_config(tmp_path, **options)))
     names, subsets, probes = (config.pop(name) for name in ("checkpoint", "subset", "probe"))
+    config["tests"] = config.pop("test")
     (result,) = evaluate(names, data=config.pop("data"), subsets=subsets, probes=probes, **config)
     return result
 

@@ -201,7 +201,7 @@ def test_very_many_rows_choose_as_few_do(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_validation_images_do_not_influence_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation labels that would reveal the best lambda change no choice: with them shifted by one class, every lambda
     would look wrong, and a choice that saw them would be another."""
-    from msn_eval.evaluation import evaluate as evaluation
+    from msn_eval.evaluation.eval_set import EvalSet
 
     def chosen(folder: str) -> list[Any]:
         found = evaluate(
@@ -212,16 +212,14 @@ def test_validation_images_do_not_influence_the_choice(tmp_path: Path, monkeypat
         return [(result.probe.chosen, result.probe.certificate, result.metrics) for result in found]
 
     honest = chosen("honest")
-    plain = evaluation.extract_features
+    plain = EvalSet.select
 
-    def shifted(encoder: Any, images: Any, **options: Any) -> Any:
-        extraction = plain(encoder, images, **options)
-        if len(images) == 200:  # the validation images
-            for features in extraction.features.values():
-                features.labels.add_(1).remainder_(10)
-        return extraction
+    def shifted(self: EvalSet, features: Any) -> Any:
+        selected = plain(self, features)
+        selected.labels.add_(1).remainder_(10)
+        return selected
 
-    monkeypatch.setattr(evaluation, "extract_features", shifted)
+    monkeypatch.setattr(EvalSet, "select", shifted)
     misled = chosen("misled")
 
     assert [item[:2] for item in misled] == [item[:2] for item in honest]
