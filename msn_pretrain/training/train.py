@@ -343,8 +343,10 @@ def _is_due(session: Session, progress: _Progress) -> bool:
     if remainder:
         return False
     keep_every = session.recipe.run.keep_every
-    needed = online_probe.is_due(session.recipe, session.images, epoch) or (
-        bool(keep_every) and epoch % keep_every == 0
+    needed = (
+        progress.refused_at is not None
+        or online_probe.is_due(session.recipe, session.images, epoch)
+        or (bool(keep_every) and epoch % keep_every == 0)
     )
     return needed or now - progress.saved_at >= progress.save_seconds / _MOST_SNAPSHOT_SHARE
 
