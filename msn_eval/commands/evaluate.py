@@ -97,8 +97,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Evaluate, and return 0 or the exit code of what failed."""
     config = read_options(options, overrides)
-    if config.checkpoint and os.environ.get("RANK", "0") == "0":
-        _log.info("%s", _describe_request(config))
     if hasattr(options, "slurm"):
         from msn_eval.distributed.slurm import without_slurm
 
@@ -108,6 +106,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     else:
         for name in config.checkpoint:  # before torch is imported; of several ranks, one reports it
             find_scheme(name)
+    if config.checkpoint and os.environ.get("RANK", "0") == "0":
+        _log.info("%s", _describe_request(config))
     from msn_eval.distributed.group import join_group
 
     with join_group() as group:
