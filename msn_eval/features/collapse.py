@@ -1,5 +1,6 @@
 """Statistics of features without labels: of their spectrum, and of collapse, where all images have nearly the same features."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -55,13 +56,15 @@ def spread(features: Tensor) -> float:
 
 @torch.no_grad()
 def effective_rank(features: Tensor) -> float:
-    """Compute RankMe: the exponential of the entropy of the normalised singular values, in [1, min(n, d)].
+    """Compute RankMe: the exponential of the entropy of the normalised singular values, in [1, min(n, d)]; NaN of NaN.
 
     Args:
         features: (n, d).
 
     Source: Garrido et al. 2023, arXiv:2210.02885.
     """
+    if not bool(features.isfinite().all()):
+        return math.nan  # LAPACK would raise
     return _rankme(_squared_singular_values(features)) or 1.0
 
 

@@ -1,12 +1,14 @@
 """The spectrum of features against singular values by NumPy and against spectra with a known exponent."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from msn_eval.features import collapse
-from msn_eval.features.collapse import Spectrum, measure_spectrum
+from msn_eval.features.collapse import Spectrum, effective_rank, is_collapsed, measure_spectrum
 
 
 def _noise(n: int, d: int) -> Tensor:
@@ -47,6 +49,16 @@ def test_degenerate_features_have_no_spectrum(features: Tensor, spectrum: Spectr
 
 def test_twelve_eigenvalues_are_too_few_for_an_exponent() -> None:
     assert measure_spectrum(_noise(100, 12)).alpha is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_not_finite_have_no_rank_and_are_not_collapsed(value: float) -> None:
+    features = torch.randn(6, 4).index_fill_(0, torch.tensor([2]), value)
+
+    rank = effective_rank(features)
+
+    assert math.isnan(rank)
+    assert not is_collapsed({"feature_rank": rank})
 
 
 def test_many_features_are_represented_by_rows_at_equal_distances(monkeypatch: pytest.MonkeyPatch) -> None:
