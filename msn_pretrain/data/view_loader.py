@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from msn_eval.data.decoders import decode_tensor
 from msn_eval.data.images import BadImageError, ImageSet, read_image
 from msn_eval.errors import DataError, ResourceError
+from msn_eval.features.transfer import await_upload
 from msn_eval.process import affordable_workers
 from msn_pretrain.data.batched_views import make_batched_views
 from msn_pretrain.data.sampler import Batch, Order
@@ -62,7 +63,7 @@ def load_views(
 ) -> Iterator[ViewBatch]:
     """Yield this rank's batches from `first_step` to `steps - 1`, with their views on the device.
 
-    Uses no global random generator.
+    A GPU copies them on a stream of its own, while it computes what was queued before. Uses no global random generator.
 
     Args:
         view_list: Images and views.
@@ -95,6 +96,8 @@ def load_views(
             pin_memory=pinned and view_list.device.type == "cuda",
         )
         prepared = iter(loader)
+    cuda = view_list.device.type == "cuda"
+    uploads = torch.cuda.Stream(view_list.device) if cuda else None  # type: ignore[no-untyped-call]
     for step in range(first_step, steps):
         try:
             item = next(prepared, None)
@@ -110,7 +113,7 @@ def load_views(
                 hint="Open files may be short: raise the limit (ulimit -n), or try data.workers=0.",
                 kept=_KEPT,
             )
-        yield _move_to_device(view_list, item)
+        yield _move_to_device(view_list, item, uploads)
 
 
 def _item_bytes(view_list: ViewList) -> int:
@@ -176,17 +179,19 @@ def _draw(view_list: ViewList, sizes: Tensor, batch: Batch) -> Iterator[tuple[Vi
         first_view += kind.count
 
 
-def _move_to_device(view_list: ViewList, item: _Prepared) -> ViewBatch:
+def _move_to_device(view_list: ViewList, item: _Prepared, uploads: torch.cuda.Stream | None) -> ViewBatch:
     batch, made, problem = item
     if problem is not None:
         raise DataError(problem)
-    device = view_list.device
+    with torch.cuda.stream(uploads):  # does nothing on a CPU
+        tensors = made[:1] if view_list.batched else made
+        views = [tensor.to(view_list.device, non_blocking=True) for tensor in tensors]
+    if uploads is not None:
+        for tensor in views:
+            await_upload(tensor, uploads)
     if view_list.batched:
-        pixels, sizes = made[0].to(device, non_blocking=True), made[1]
-        make = partial(make_views_on, pixels, sizes.numpy())
-        views = [make(parameters, kind) for kind, parameters in _draw(view_list, sizes, batch)]
-    else:
-        views = [tensor.to(device, non_blocking=True) for tensor in made]
+        make = partial(make_views_on, views[0], made[1].numpy())
+        views = [make(parameters, kind) for kind, parameters in _draw(view_list, made[1], batch)]
     return ViewBatch(batch=batch, views=tuple(views))
 
 

@@ -291,6 +291,7 @@ def test_memory_of_batches_is_page_locked_as_the_recipe_says(
     monkeypatch.setattr(
         view_loader, "DataLoader", lambda dataset, *, pin_memory, **options: asked.append(pin_memory) or []
     )
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     recipe = tiny("data.workers=1", f"data.pin_memory={str(pinned).lower()}")
     images = read_split("digits", "train").first_of_each_class(2)
     order = Order(n_images=len(images), batch_size=8, seed=3)
