@@ -468,7 +468,7 @@ def compare_msn_training(folders: Folders) -> Iterator[Row]:
         clipped = list(model.clipped_parameters())
         nn.utils.clip_grads_with_norm_(clipped, given.clip, gradient_norm(clipped))
         our_optimizer.step()
-        model.after_update(settings)
+        model.after_update(settings, torch.tensor(0.0))
 
         optimizer.zero_grad()
         torch.manual_seed(step)  # the patches that it drops

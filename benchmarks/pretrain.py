@@ -40,7 +40,7 @@ from msn_pretrain.data.sampler import Batch, Order
 from msn_pretrain.data.view_loader import ViewBatch, normalise
 from msn_pretrain.methods.msn import MSN
 from msn_pretrain.training.run import build_learner
-from msn_pretrain.training.train import Session, compute
+from msn_pretrain.training.train import Session, compute, update
 
 _CPU = torch.device("cpu")
 _SIZES = {"vit_tiny_patch16_224": (192, 12, 3), "vit_small_patch16_224": (384, 12, 6)}
@@ -154,10 +154,8 @@ def _ours(recipe: MSNRecipe, views: Sequence[Tensor], group: Group = ALONE) -> S
 
     def step(number: int) -> object:
         batch = Batch(step=number, epoch=0, images=np.arange(images))
-        result = compute(session, ViewBatch(batch=batch, views=tuple(views)), _SETTINGS)
-        session.learner.optimizer.step()
-        session.learner.model.after_update(_SETTINGS)
-        return result
+        _, numbers = compute(session, ViewBatch(batch=batch, views=tuple(views)), _SETTINGS)
+        return update(session, numbers, _SETTINGS)
 
     return step
 

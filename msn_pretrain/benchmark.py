@@ -27,7 +27,7 @@ from msn_pretrain.training.run import (
     training_images,
     view_kinds,
 )
-from msn_pretrain.training.train import Session, compute, load_session_views, memory_bytes
+from msn_pretrain.training.train import Session, compute, load_session_views, memory_bytes, update
 
 _WARM_UP = 2  # the first of them counts operations
 _PRODUCTS = 8
@@ -73,9 +73,8 @@ def bench(recipe: Recipe, *, steps: int, trace: Path | None = None) -> str:
                 if len(times) == _WARM_UP + steps and trace is not None:
                     around_step.enter_context(_write_trace(trace))
                 settings = settings_at(recipe, step=batch.batch.step, steps_per_epoch=order.steps_per_epoch)
-                compute(session, batch, settings)
-                learner.optimizer.step()
-                learner.model.after_update(settings)
+                _, numbers = compute(session, batch, settings)
+                update(session, numbers, settings)
                 flops = flops if counter is None else counter.get_total_flops()
             timer("data")
             times.append(timer.parts)

@@ -118,10 +118,10 @@ class _Normalise(torch.autograd.Function):
 
 
 def any_over_ranks(group: Group, *flags: bool) -> tuple[bool, ...]:
-    """Return, for each flag, whether it is set on any rank."""
+    """Return, for each flag, whether it is set on any rank. The hosts exchange them, so that none waits for its GPU."""
     if group.world == 1:
         return flags
-    raised = all_reduce_max(torch.tensor(flags, dtype=torch.uint8, device=group.device))
+    raised = all_reduce_max(torch.tensor(flags, dtype=torch.uint8))
     return tuple(map(bool, raised.tolist()))
 
 

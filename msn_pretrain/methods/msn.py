@@ -7,8 +7,8 @@
     step  = model(views, kept=kept)                # also through DistributedDataParallel(model)
     step.total.backward()                          # the mean over ranks is the gradient of the global batch
     step.parts                                     # name -> detached scalar: total, cross_entropy, me_max, entropy
-    step.statistics()                              # name -> float: target entropy, prototypes in use, rank, spread; slow
-    model.after_update(settings)                   # EMA of the target, after the optimiser's step
+    step.all_rows()                                # features, outputs and targets of all ranks, for `collapse_statistics`
+    model.after_update(settings, skipped)          # EMA of the target, after the optimiser's step
     model.clipped_parameters()                     # parameters whose gradient norm is limited: encoder and head
     model.exported()                               # the backbone to evaluate: the target's, with timm's names
 
@@ -52,20 +52,24 @@ class Step:
     outputs: Tensor
     targets: Tensor | None = None
 
-    def statistics(self) -> dict[str, float]:
-        """Compute collapse statistics over the rows of all ranks. Every rank must call this."""
-        features, outputs = all_gather_rows(self.features), all_gather_rows(self.outputs)
-        statistics = {
-            "feature_rank": effective_rank(features),
-            "feature_spread": spread(features),
-            "output_spread": spread(outputs),
-        }
-        if self.targets is not None:
-            targets = all_gather_rows(self.targets)
-            statistics["target_entropy"] = mean_entropy(targets)
-            statistics["prototypes_in_use"] = float(count_prototypes_in_use(targets))
-            statistics["target_max"] = float(targets.amax(dim=1).mean())
-        return statistics
+    def all_rows(self) -> dict[str, Tensor]:
+        """Return features, outputs and targets of all ranks, on the device. Every rank must call this."""
+        rows = {"features": self.features, "outputs": self.outputs, "targets": self.targets}
+        return {name: all_gather_rows(values) for name, values in rows.items() if values is not None}
+
+
+def collapse_statistics(rows: Mapping[str, Tensor]) -> dict[str, float]:
+    """Compute target entropy, prototypes in use, rank and spread of what `Step.all_rows` returns."""
+    statistics = {
+        "feature_rank": effective_rank(rows["features"]),
+        "feature_spread": spread(rows["features"]),
+        "output_spread": spread(rows["outputs"]),
+    }
+    if "targets" in rows:
+        statistics["target_entropy"] = mean_entropy(rows["targets"])
+        statistics["prototypes_in_use"] = float(count_prototypes_in_use(rows["targets"]))
+        statistics["target_max"] = float(rows["targets"].amax(dim=1).mean())
+    return statistics
 
 
 class Branch(nn.Module):
@@ -178,9 +182,9 @@ class MSN(nn.Module):
             log_prior=cast(Tensor, self.log_prior),
         )
 
-    def after_update(self, settings: StepSettings) -> None:
-        """Update the target's moving average."""
-        update_ema(self.target, self.anchor, decay=settings.ema)
+    def after_update(self, settings: StepSettings, skipped: Tensor) -> None:
+        """Update the target's moving average; `skipped` as for `update_ema`."""
+        update_ema(self.target, self.anchor, decay=settings.ema, skipped=skipped)
 
     def clipped_parameters(self) -> Iterator[nn.Parameter]:
         """Return the parameters whose common gradient norm is limited."""
@@ -229,20 +233,27 @@ def _init_head(width: int, head: Head, *, n_prototypes: int, seed: int) -> tuple
 
 
 @torch.no_grad()
-def update_ema(target: nn.Module, anchor: nn.Module, *, decay: float) -> None:
+def update_ema(target: nn.Module, anchor: nn.Module, *, decay: float, skipped: Tensor) -> None:
     """Update the target's weights: target = decay * target + (1 - decay) * anchor.
 
     Buffers do not change: as in the release, the target's BatchNorm has statistics of its own.
+
+    Args:
+        target: Updated in place.
+        anchor: Network with the same parameters.
+        decay: In [0, 1].
+        skipped: Scalar on the device; with 1 nothing changes, with 0 everything does. The host does not wait to know.
 
     Source: arXiv:2204.07141, section 3; github.com/facebookresearch/msn, src/msn_train.py.
     """
     pairs = [
         (weight.detach(), own.detach()) for weight, own in zip(target.parameters(), anchor.parameters(), strict=True)
     ]
+    share = (1.0 - decay) * (1.0 - skipped)
     for sharded in (False, True):
         part = [pair for pair in pairs if is_sharded(pair[0]) == sharded]
         if part:
-            torch._foreach_lerp_([weight for weight, _ in part], [own for _, own in part], 1.0 - decay)
+            torch._foreach_lerp_([weight for weight, _ in part], [own for _, own in part], [share] * len(part))
 
 
 @torch.no_grad()

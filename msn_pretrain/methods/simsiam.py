@@ -57,7 +57,7 @@ class SimSiam(nn.Module):
         features = self.network(images.contiguous(memory_format=torch.channels_last))
         return features, self.projector(features)
 
-    def after_update(self, settings: StepSettings) -> None:
+    def after_update(self, settings: StepSettings, skipped: Tensor) -> None:
         """Do nothing: both views share one network."""
 
     def clipped_parameters(self) -> Iterator[nn.Parameter]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from msn_eval.distributed.collective import is_sharded
 from msn_pretrain.config.recipe import MSNRecipe, SimSiamRecipe
@@ -31,7 +32,11 @@ def build_optimizer(model: MSN | SimSiam, recipe: MSNRecipe | SimSiamRecipe) -> 
         group = {"params": [], "decays": decays, "fixed_rate": fixed and module == "predictor"}
         groups.setdefault(key, group)["params"].append(parameter)
     if isinstance(recipe, SimSiamRecipe) and is_sgd:
-        return torch.optim.SGD(groups.values(), lr=0.0, momentum=recipe.optimization.momentum, fused=True)
+        sgd = torch.optim.SGD(groups.values(), lr=0.0, momentum=recipe.optimization.momentum, fused=True)
+        # torch creates them in its first step, uninitialised, and leaves them so if that step is skipped.
+        for parameter in (parameter for group in sgd.param_groups for parameter in group["params"]):
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     return torch.optim.AdamW(groups.values(), lr=0.0, weight_decay=0.0, fused=True)
 
 
@@ -40,3 +45,12 @@ def set_for_step(optimizer: torch.optim.Optimizer, settings: StepSettings) -> No
     for group in optimizer.param_groups:
         group["lr"] = settings.fixed_learning_rate if group["fixed_rate"] else settings.learning_rate
         group["weight_decay"] = settings.weight_decay if group["decays"] else 0.0
+
+
+def update_weights(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
+    """Take the step of a fused optimiser; if the scalar `skipped` is 1 and not 0, weights and moments stay as they are.
+
+    The scalar is read on the device: the host does not wait to know it.
+    """
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # how torch.amp.GradScaler tells a fused optimiser
+    optimizer.step()

@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 from msn_eval.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSet
-from msn_eval.distributed.collective import any_over_ranks, check_replicas
+from msn_eval.distributed.collective import all_reduce_max, any_over_ranks, check_replicas
 from msn_eval.distributed.group import Group as Group
 from msn_eval.distributed.group import all_gather_object, broadcast_from_rank0, check_equal_across_ranks
 from msn_eval.errors import NumericalError, StoreError
 from msn_eval.features.collapse import is_collapsed
+from msn_eval.features.transfer import start_download
 from msn_eval.files.atomic import write_atomically
 from msn_eval.process import StopRequest, watch_stop_signals
 from msn_pretrain.config.recipe import architecture_of
 from msn_pretrain.config.schedule import StepSettings, settings_at
-from msn_pretrain.data.sampler import Order, seed_at
+from msn_pretrain.data.sampler import Batch, Order, seed_at
 from msn_pretrain.data.view_loader import ViewBatch, ViewList, load_views, normalise
-from msn_pretrain.methods.msn import Step
+from msn_pretrain.methods.msn import Step, collapse_statistics
 from msn_pretrain.training import online_probe
 from msn_pretrain.training.determinism import deterministic_kernels
 from msn_pretrain.training.gradients import clip_gradients, compute_gradients, gradient_norm, ignore_mark
@@ -37,7 +38,7 @@ from msn_pretrain.training.journal import (
     may_roll_back,
     open_journal,
 )
-from msn_pretrain.training.optimizer import set_for_step
+from msn_pretrain.training.optimizer import set_for_step, update_weights
 from msn_pretrain.training.run import (
     Learner,
     LearnerState,
@@ -83,6 +84,31 @@ class Session:
     journal: Journal = field(default_factory=Journal)
     watchdog: Watchdog = field(default_factory=Watchdog)
     mark: Callable[[str], None] = ignore_mark
+
+
+@dataclass(frozen=True, kw_only=True)
+class _QueuedStep:
+    """A step whose numbers are on their way to the host. On a GPU the next step is queued before they are read.
+
+    Attributes:
+        step: Finished steps, with this one.
+        batch: Its images.
+        settings: Its hyper-parameters.
+        names: Of its numbers.
+        copies: `numbers`; if the step has a line in the journal, also the rows of `Step.all_rows`.
+        arrived: Complete once the copies are; None if they are already.
+        seconds: Between the end of the step before and the end of this one.
+        wait_seconds: Of them, until its views were there.
+    """
+
+    step: int
+    batch: Batch
+    settings: StepSettings
+    names: Sequence[str]
+    copies: Mapping[str, Tensor]
+    arrived: torch.cuda.Event | None
+    seconds: float
+    wait_seconds: float
 
 
 @dataclass(kw_only=True)
@@ -156,34 +182,36 @@ def _train_loop(session: Session, progress: _Progress, stop: StopRequest) -> int
     recipe, ranks, steps_per_epoch = session.recipe, session.ranks, session.order.steps_per_epoch
     if progress.step and progress.step % steps_per_epoch == 0:
         _evaluate_if_due(session, progress)  # in case the run was killed between snapshot and probe
+    queued: _QueuedStep | None = None
     ended = time.monotonic()
     for batch in load_session_views(session, progress.step):
         waited = time.monotonic() - ended
         settings = settings_at(recipe, step=progress.step, steps_per_epoch=steps_per_epoch)
-        step, norms, finite = compute(session, batch, settings)
-        stopping, not_finite, due = any_over_ranks(
-            ranks, stop.requested, not finite, ranks.first and _is_due(session, progress)
-        )
-        if not_finite:
-            _skip_step(session, batch, norms | {"total": float(step.total.detach())})
-        else:
-            session.learner.optimizer.step()
-            session.learner.model.after_update(settings)
+        step, numbers = compute(session, batch, settings)
+        stopping, due = any_over_ranks(ranks, stop.requested, ranks.first and _is_due(session, progress))
+        numbers["skipped"] = update(session, numbers, settings)
         progress.step += 1
-        alarms = progress.alarms
-        alarms.bad_steps = alarms.bad_steps + 1 if not_finite else 0
-        if progress.step % recipe.run.log_every == 0 or progress.step == session.steps:
-            facts = asdict(settings) | norms
-            line = _describe_step(session, progress, step, facts, started=ended, waited=waited)
-            alarms.collapsed_lines = alarms.collapsed_lines + 1 if is_collapsed(line) else 0
-            session.journal.write(line)
-        if session.journal.show is not None:
-            images_per_second = session.order.batch_size / (time.monotonic() - ended)
-            loss, memory = float(step.total.detach()), memory_bytes(ranks.device)
-            session.journal.show_progress(progress.step, images_per_second, loss=loss, memory_bytes=memory)
+        saving = stopping or due or progress.step == session.steps
+        is_logged = progress.step % recipe.run.log_every == 0 or progress.step == session.steps
+        rows = step.all_rows() if is_logged else {}
+        copies, arrived = start_download({"numbers": torch.stack(list(numbers.values())), **rows})
+        if queued is not None:
+            _finish_step(session, progress, queued)
+        queued = _QueuedStep(
+            step=progress.step,
+            batch=batch.batch,
+            settings=settings,
+            names=tuple(numbers),
+            copies=copies,
+            arrived=arrived,
+            seconds=time.monotonic() - ended,
+            wait_seconds=waited,
+        )
+        # A snapshot holds the counters of its own step, and the step after one too many bad steps must not run.
+        if arrived is None or saving or progress.alarms.bad_steps:
+            saving = _finish_step(session, progress, queued) or saving
+            queued = None
         session.watchdog.step_done()
-        rolled_back = _handle_alarms(session, progress)
-        saving = stopping or due or rolled_back or progress.step == session.steps
         compare_every = recipe.run.compare_every
         if saving or (compare_every and progress.step % compare_every == 0):
             check_replicas(ranks, session.learner.model.state_dict(), step=progress.step)
@@ -217,11 +245,11 @@ def load_session_views(session: Session, first_step: int) -> Iterator[ViewBatch]
     )
 
 
-def compute(session: Session, batch: ViewBatch, settings: StepSettings) -> tuple[Step, dict[str, float], bool]:
-    """Compute loss and gradients of one step, averaged over ranks and clipped.
+def compute(session: Session, batch: ViewBatch, settings: StepSettings) -> tuple[Step, dict[str, Tensor]]:
+    """Compute loss and gradients of one step, averaged over ranks and clipped. The host waits for no GPU.
 
     Returns:
-        The step, the gradient norms by name, and whether loss and gradients are finite.
+        The step, and its loss, parts of the loss and gradient norms by name, scalars on the device.
     """
     recipe, ranks, model, optimizer = session.recipe, session.ranks, session.learner.model, session.learner.optimizer
     session.mark("forward")
@@ -252,10 +280,20 @@ def compute(session: Session, batch: ViewBatch, settings: StepSettings) -> tuple
     rest = gradient_norm([parameter for parameter in parameters if id(parameter) not in clipped_ids])
     if recipe.optimization.clip:
         clip_gradients(clipped, recipe.optimization.clip, norm)
-    # The only wait for the device in a step.
-    numbers = torch.stack([step.total.detach(), norm, rest.to(norm.device, non_blocking=True)]).tolist()
-    norms = {"gradient_norm": numbers[1], "prototype_gradient_norm": numbers[2]}
-    return step, norms, all(map(math.isfinite, numbers))
+    norms = {"gradient_norm": norm, "prototype_gradient_norm": rest.to(norm.device, non_blocking=True)}
+    return step, {**step.parts, **norms}
+
+
+def update(session: Session, numbers: Mapping[str, Tensor], settings: StepSettings) -> Tensor:
+    """Update weights and moving average, unless a number of `compute` is not finite on some rank. The host waits for no GPU.
+
+    Returns:
+        1 if nothing was updated, else 0; a scalar on the device.
+    """
+    skipped = all_reduce_max((~torch.stack(list(numbers.values())).isfinite().all()).float())
+    update_weights(session.learner.optimizer, skipped)
+    session.learner.model.after_update(settings, skipped)
+    return skipped
 
 
 def _own_rows(kept: Tensor, ranks: Group, images: int) -> Tensor:
@@ -266,21 +304,41 @@ def _own_rows(kept: Tensor, ranks: Group, images: int) -> Tensor:
     return by_view[:, ranks.rank * images : (ranks.rank + 1) * images].reshape(-1, kept.shape[1])
 
 
+def _finish_step(session: Session, progress: _Progress, queued: _QueuedStep) -> bool:
+    """Read the numbers of a step, write them, and handle alarms. Return whether the weights were rolled back."""
+    if queued.arrived is not None:
+        queued.arrived.synchronize()
+    rows, alarms = dict(queued.copies), progress.alarms
+    numbers = dict(zip(queued.names, rows.pop("numbers").tolist(), strict=True))
+    skipped = bool(numbers.pop("skipped"))
+    if skipped:
+        _report_skipped_step(session, queued.batch, numbers)
+    alarms.bad_steps = alarms.bad_steps + 1 if skipped else 0
+    if rows:
+        line = _describe_step(session, queued, numbers, rows)
+        alarms.collapsed_lines = alarms.collapsed_lines + 1 if is_collapsed(line) else 0
+        session.journal.write(line)
+    if session.journal.show is not None:
+        images_per_second, memory = session.order.batch_size / queued.seconds, memory_bytes(session.ranks.device)
+        session.journal.show_progress(queued.step, images_per_second, loss=numbers["total"], memory_bytes=memory)
+    return _handle_alarms(session, alarms, step=queued.step)
+
+
 def _describe_step(
-    session: Session, progress: _Progress, step: Step, facts: dict[str, float], *, started: float, waited: float
+    session: Session, queued: _QueuedStep, numbers: Mapping[str, float], rows: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Return the journal line of a step. Every rank must call this."""
-    losses = {"loss" if name == "total" else name: float(value) for name, value in step.parts.items()}
-    line = losses | step.statistics() | facts
-    seconds = time.monotonic() - started
+    """Return the journal line of a step."""
+    named = {"loss" if name == "total" else name: value for name, value in numbers.items()}
     return {
-        "step": progress.step,
-        "epoch": (progress.step - 1) // session.order.steps_per_epoch,
-        **line,
+        "step": queued.step,
+        "epoch": queued.batch.epoch,
+        **named,
+        **collapse_statistics(rows),
+        **asdict(queued.settings),
         "time": time.time(),
-        "step_seconds": seconds,
-        "wait_seconds": waited,
-        "images_per_second": session.order.batch_size / seconds,
+        "step_seconds": queued.seconds,
+        "wait_seconds": queued.wait_seconds,
+        "images_per_second": session.order.batch_size / queued.seconds,
         "memory_bytes": memory_bytes(session.ranks.device),
     }
 
@@ -294,14 +352,14 @@ def memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _skip_step(session: Session, batch: ViewBatch, facts: Mapping[str, float]) -> None:
-    """Write the images of a step whose loss or gradient is not finite. The weights do not change."""
-    step, rank = batch.batch.step, session.ranks.rank
+def _report_skipped_step(session: Session, batch: Batch, numbers: Mapping[str, float]) -> None:
+    """Write the images of a step whose loss or gradient was not finite. It did not change the weights."""
+    step, rank = batch.step, session.ranks.rank
     content = {
         "step": step,
         "rank": rank,
-        "facts": {name: value if math.isfinite(value) else str(value) for name, value in facts.items()},
-        "images": [session.images.ids[number] for number in batch.batch.images.tolist()],
+        "facts": {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()},
+        "images": [session.images.ids[number] for number in batch.images.tolist()],
     }
     folder = session.run / "alarms"
     _log.warning("step %d is skipped: its loss or gradient is not finite", step + 1)
@@ -312,23 +370,23 @@ def _skip_step(session: Session, batch: ViewBatch, facts: Mapping[str, float]) -
         _log.warning("the images of step %d are not written: %s", step + 1, error)
 
 
-def _handle_alarms(session: Session, progress: _Progress) -> bool:
+def _handle_alarms(session: Session, alarms: AlarmCounters, *, step: int) -> bool:
     """Stop, warn, or roll back to the last snapshot, as the recipe says. Return whether it rolled back."""
-    alarms, on_alarm = progress.alarms, session.recipe.watch.on_alarm
+    on_alarm = session.recipe.watch.on_alarm
     alarm = find_alarm(alarms)
     if alarm is None:
         return False
     if on_alarm == "rollback" and may_roll_back(alarms):
-        step = roll_back(session.learner, session.run, session.ranks)
-        if step is None:
+        restored = roll_back(session.learner, session.run, session.ranks)
+        if restored is None:
             raise alarm
         # Steps, schedules and images continue after the bad steps.
         alarms.bad_steps, alarms.rollbacks = 0, alarms.rollbacks + 1
-        _log.warning("step %d: %s; continuing with the weights of step %d", progress.step, alarm.what, step)
+        _log.warning("step %d: %s; continuing with the weights of step %d", step, alarm.what, restored)
         return True
     if on_alarm != "warn":
         raise alarm
-    _log.warning("step %d: %s", progress.step, alarm.what)
+    _log.warning("step %d: %s", step, alarm.what)
     return False
 
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from msn_eval.features.collapse import effective_rank, spread
 from msn_pretrain.config.recipe import Criterion, Encoder, Head, Masking, MSNRecipe, Run, Views
 from msn_pretrain.config.schedule import StepSettings
-from msn_pretrain.methods.msn import MSN, build_msn, count_prototypes_in_use, mean_entropy
+from msn_pretrain.methods.msn import MSN, build_msn, collapse_statistics, count_prototypes_in_use, mean_entropy
 
 KEPT = torch.tensor([0, 2, 3])
 ROUNDING = {"rtol": 1e-6, "atol": 1e-8}  # interpolated positions are a float32 matrix's
@@ -111,25 +111,28 @@ def step_of_own_share() -> tuple[tuple[dict[str, Tensor], dict[str, Tensor]], di
     parallel = DistributedDataParallel(model)
     step = parallel([view.chunk(2)[distributed.get_rank()] for view in some_views()], KEPT)
     step.total.backward()
-    return (dict(step.parts), gradients_of(model)), step.statistics()
+    return (dict(step.parts), gradients_of(model)), collapse_statistics(step.all_rows())
 
 
 def test_two_ranks_have_the_parts_gradients_and_statistics_of_the_global_batch(on_ranks) -> None:
-    expected = small_model()(some_views(), KEPT).statistics()
+    expected = collapse_statistics(small_model()(some_views(), KEPT).all_rows())
 
     for step, statistics in on_ranks(step_of_own_share):
         torch.testing.assert_close(step, plain_step(), **ROUNDING)
         assert statistics == pytest.approx(expected, rel=1e-6)
 
 
-def test_target_starts_as_the_anchor_and_follows_except_for_batch_norm_statistics() -> None:
+def test_target_starts_as_the_anchor_and_follows_unless_skipped_except_for_batch_norm_statistics() -> None:
     model = build_msn(small_recipe())
     start = copy.deepcopy(model.target.state_dict())
     torch.testing.assert_close(model.anchor.state_dict(), start, rtol=0, atol=0)
     for tensor in model.anchor.state_dict().values():
         tensor += 1
 
-    model.after_update(StepSettings(learning_rate=0.0, fixed_learning_rate=0.0, weight_decay=0.0, ema=0.75))
+    settings = StepSettings(learning_rate=0.0, fixed_learning_rate=0.0, weight_decay=0.0, ema=0.75)
+    model.after_update(settings, torch.tensor(1.0))
+    torch.testing.assert_close(dict(model.target.state_dict()), dict(start), rtol=0, atol=0)
+    model.after_update(settings, torch.tensor(0.0))
 
     expected = start | {name: start[name] + 0.25 for name, _ in model.target.named_parameters()}
     torch.testing.assert_close(dict(model.target.state_dict()), dict(expected))
@@ -164,7 +167,8 @@ def test_sharpening_of_a_step_replaces_that_of_the_recipe() -> None:
 
     soft, sharp = (model(some_views(), KEPT, sharpening=value) for value in (1.0, 0.25))
 
-    assert sharp.statistics()["target_entropy"] < soft.statistics()["target_entropy"]
+    sharp_statistics, soft_statistics = (collapse_statistics(step.all_rows()) for step in (sharp, soft))
+    assert sharp_statistics["target_entropy"] < soft_statistics["target_entropy"]
     assert torch.equal(sharp.total, model(some_views(), KEPT).total)
 
 

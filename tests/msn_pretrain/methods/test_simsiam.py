@@ -7,6 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from msn_eval.errors import UsageError
 from msn_pretrain.config.recipe import Encoder, Projector, Run, SimSiamRecipe
+from msn_pretrain.methods.msn import collapse_statistics
 from msn_pretrain.methods.simsiam import SimSiam, build_simsiam
 
 SMALL_VIT = "vit_tiny_patch16_224?img_size=32&patch_size=8&embed_dim=12&depth=1&num_heads=3"
@@ -92,7 +93,7 @@ def test_resnet50_has_the_published_widths() -> None:
 
 def test_statistics_show_a_collapse() -> None:
     model = small_model()
-    statistics = model([torch.zeros(4, 3, 32, 32)] * 2).statistics()
+    statistics = collapse_statistics(model([torch.zeros(4, 3, 32, 32)] * 2).all_rows())
 
     assert statistics["feature_spread"] == pytest.approx(0, abs=1e-5)
     assert statistics["feature_rank"] == pytest.approx(1, abs=1e-3)

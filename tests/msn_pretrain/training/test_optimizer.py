@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from msn_pretrain.config.recipe import SGD, Criterion, Encoder, Head, MSNRecipe, Projector, SimSiamRecipe, Views
 from msn_pretrain.config.schedule import StepSettings
 from msn_pretrain.methods.msn import MSN, build_msn
 from msn_pretrain.methods.simsiam import SimSiam, build_simsiam
-from msn_pretrain.training.optimizer import build_optimizer, set_for_step
+from msn_pretrain.training.optimizer import build_optimizer, set_for_step, update_weights
 
 SMALL_VIT = "vit_tiny_patch16_224?img_size=16&patch_size=8&embed_dim=12&depth=1&num_heads=3"
 SMALL = MSNRecipe(
@@ -94,3 +95,25 @@ def test_update_changes_exactly_the_trained_parameters() -> None:
 
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("recipe", [SMALL, SIMSIAM], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("skipped", [(0,), (1, 2)], ids=["first", "later"])
+def test_skipped_steps_change_neither_weights_nor_later_steps(
+    recipe: MSNRecipe | SimSiamRecipe, skipped: tuple[int, ...]
+) -> None:
+    def take_steps(leave_out: bool) -> list[torch.Tensor]:
+        model = build_msn(recipe) if isinstance(recipe, MSNRecipe) else build_simsiam(recipe)
+        optimizer, generator = build_optimizer(model, recipe), torch.Generator().manual_seed(0)
+        set_for_step(optimizer, StepSettings(learning_rate=0.01, fixed_learning_rate=0.01, weight_decay=0.1))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for step in range(4):
+            for parameter in trained:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+                if step in skipped:
+                    parameter.grad.fill_(torch.nan)
+            if not (leave_out and step in skipped):
+                update_weights(optimizer, torch.tensor(float(step in skipped)))
+        return trained
+
+    assert all(map(torch.equal, take_steps(leave_out=False), take_steps(leave_out=True)))

@@ -153,8 +153,10 @@ def _make_steps_bad(first: int, last: int, monkeypatch: pytest.MonkeyPatch) -> N
     compute = training.compute
 
     def compute_badly(session: Any, batch: Any, settings: Any) -> Any:
-        step, norms, _ = compute(session, batch, settings)
-        return step, norms, not first <= batch.batch.step <= last
+        step, numbers = compute(session, batch, settings)
+        if first <= batch.batch.step <= last:
+            numbers["gradient_norm"] = torch.full_like(numbers["gradient_norm"], torch.nan)
+        return step, numbers
 
     monkeypatch.setattr(training, "compute", compute_badly)
 
@@ -170,6 +172,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_changes_no_weights(
     assert dumped.keys() == {"step", "rank", "facts", "images"}
     assert (dumped["step"], dumped["rank"], len(dumped["images"])) == (6, 0, 8)
     assert _outcome(tmp_path / "run")["step"] >= 6
+
+
+def test_weights_that_overflow_stop_the_run_at_the_third_bad_step(tiny: Read, tmp_path: Path) -> None:
+    with pytest.raises(NumericalError, match="not finite in 3 steps in a row"):
+        train(tiny("optimization.start_learning_rate=1e30"), _ALONE)
+
+    lines = read_metrics(tmp_path / "run" / METRICS)[0]
+    assert [line["loss"] for line in lines[1:]] == [None] * 3
+    assert [path.name for path in sorted((tmp_path / "run" / "alarms").iterdir())] == [
+        f"step-{line['step'] - 1:08d}-rank-0.json" for line in lines[1:]
+    ]
 
 
 def test_rollback_restores_the_last_weights_and_continues_after_the_bad_steps(
