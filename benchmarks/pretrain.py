@@ -9,7 +9,8 @@ turns on the same views in this process with one thread, and CPU time is measure
 The process keeps freed memory, as `msn-pretrain` does; this makes all of them faster.
 Ratios above 1: ours is faster. `plain` is benchmarks/plain/network.py in fp32. `lightly` is its MaskedVisionTransformerTIMM,
 MSNProjectionHead and MSNLoss with update_momentum and torch's AdamW in fp32, as in its example; its head has the shape of ours.
---ranks measures wall time, with one process per rank on a core of its own: the same global batch on one rank and on two.
+--ranks measures the same global batch on one rank and on two, in turns, with one process per rank on a core of its own: wall
+time, and the processor time of the rank that used most, without what it waits for the other one or for other programs.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ _RECIPE = Path(__file__).parents[1] / "configs" / "pretrain" / "msn_vits16.yaml"
 _SETTINGS = StepSettings(
     learning_rate=1e-4, fixed_learning_rate=1e-4, weight_decay=0.04, ema=0.996, sharpening=0.25
 )  # fmt: skip
-_RANKS_BATCH = 16
+_RANKS_BATCH, _RANKS_ROUNDS = 8, 3
 Step = Callable[[int], object]
 
 
@@ -81,7 +81,7 @@ def main() -> None:
             print(line, flush=True)
     if options.ranks:
         for name in options.encoders.split(","):
-            lines.append(_compare_ranks(name, options.rounds, options.override))
+            lines.append(_compare_ranks(name, options.override))
             print(lines[-1], flush=True)
     if options.out is not None:
         options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -263,7 +263,7 @@ def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios else ""
 
 
-def _compare_ranks(name: str, rounds: int, overrides: Sequence[str]) -> str:
+def _compare_ranks(name: str, overrides: Sequence[str]) -> str:
     """Return a line about two ranks on two cores against one rank on one core, with the same global batch."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -273,34 +273,33 @@ def _compare_ranks(name: str, rounds: int, overrides: Sequence[str]) -> str:
         pipe, end = context.Pipe()
         processes.append(context.Process(target=_serve, args=(end, name, rank, world, core, port, tuple(overrides))))
         processes[-1].start()
+        end.close()  # so that the end of a rank ends this program too
         pipes.append(pipe)
     one, *two = pipes
-    pairs = [tuple(map(_time_steps, (partial(_ask, [one]), partial(_ask, two)))) for _ in range(rounds + 1)][1:]
+    pairs = [(_take_step([one]), _take_step(two)) for _ in range(_RANKS_ROUNDS + 1)][1:]
     load = os.getloadavg()[0]
     for pipe in pipes:
         pipe.send(False)
     for process in processes:
         process.join()
-    ratios = sorted(alone / both for alone, both in pairs)
-    alone, both = (min(column) for column in zip(*pairs, strict=True))
+    parts = []
+    for number, kind in enumerate(("wall time", "processor time")):
+        alone, both = ([step[number] for step in steps] for steps in zip(*pairs, strict=True))
+        medians = f"one rank {statistics.median(alone):.3f} s, two ranks {statistics.median(both):.3f} s"
+        parts.append(f"{kind}: {medians}, ratio {_ratio(alone, both)}")
     return (
-        f"{name} fp32, {_RANKS_BATCH} images per step, wall time: one rank {alone:.3f} s, two ranks {both:.3f} s, "
-        f"ratio {alone / both:.2f} of the fastest of {rounds} each; {statistics.median(ratios):.2f} "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f}) in turns; load {load:.1f}"
+        f"{name} fp32, {_RANKS_BATCH} images per step, medians of {_RANKS_ROUNDS} steps in turns; {'; '.join(parts)}; "
+        f"load {load:.1f}"
     )
 
 
-def _ask(pipes: Sequence[Any]) -> None:
+def _take_step(pipes: Sequence[Any]) -> tuple[float, float]:
+    """Let ranks take a step; return the wall time, and the processor time of the rank that used most."""
+    started = time.perf_counter()
     for pipe in pipes:
         pipe.send(True)
-    for pipe in pipes:
-        pipe.recv()
-
-
-def _time_steps(run: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    used = max(pipe.recv() for pipe in pipes)
+    return time.perf_counter() - started, used
 
 
 def _serve(
@@ -316,8 +315,9 @@ def _serve(
         recipe = _read(name, "fp32", _RANKS_BATCH, overrides)
         step, number = _ours(recipe, _draw_views(recipe, _RANKS_BATCH // world), group), 0
         while pipe.recv():
+            started = time.process_time()
             step(number)
-            pipe.send(number)
+            pipe.send(time.process_time() - started)
             number += 1
 
 
