@@ -141,16 +141,22 @@ def patch_pixels(network: nn.Module) -> int | None:
 
 def is_plain(network: nn.Module) -> bool:
     """Whether a network is timm's VisionTransformer with a class token and a standard last block, not its only one."""
-    from timm.layers.attention import Attention
-    from timm.models.vision_transformer import Block, VisionTransformer
+    from timm.models.vision_transformer import VisionTransformer
 
     if type(network) is not VisionTransformer or network.cls_token is None:
         return False
     blocks = cast(nn.Sequential, network.blocks)
-    last = blocks[-1]
-    if type(last) is not Block or type(last.attn) is not Attention:
+    return len(blocks) > 1 and has_standard_attention(blocks[-1])
+
+
+def has_standard_attention(block: nn.Module) -> bool:
+    """Whether a block is timm's, with self-attention that has neither a norm of its output nor a gate."""
+    from timm.layers.attention import Attention
+    from timm.models.vision_transformer import Block
+
+    if type(block) is not Block or type(block.attn) is not Attention:
         return False
-    return len(blocks) > 1 and isinstance(last.attn.norm, nn.Identity) and getattr(last.attn, "gate", None) is None
+    return isinstance(block.attn.norm, nn.Identity) and getattr(block.attn, "gate", None) is None
 
 
 def class_token_after(block: nn.Module, tokens: Tensor) -> Tensor:

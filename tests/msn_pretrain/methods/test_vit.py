@@ -1,7 +1,9 @@
 """Vision Transformer with dropped patches, against timm's own forward pass."""
 
+import copy
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -35,6 +37,35 @@ def test_without_a_mask_it_is_timms_own_class_token(name: str) -> None:
     trunk = small_trunk(name)
 
     torch.testing.assert_close(trunk(some_images()), trunk.network.forward_features(some_images())[:, 0])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_has_the_bits_of_timms_own(fused: bool) -> None:
+    attention = small_trunk().float().network.blocks[0].attn
+    attention.fused_attn = fused
+    assert attention.forward.__func__ is not type(attention).forward
+    found = []
+
+    for forward in (attention.forward, partial(type(attention).forward, attention)):
+        tokens = torch.randn(4, 17, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        attended = forward(tokens)
+        attended.square().sum().backward()
+        found.append([attended, tokens.grad, *(weight.grad for weight in attention.parameters())])
+        attention.zero_grad()
+
+    assert all(map(torch.equal, *found))
+
+
+def test_attention_of_a_copy_has_the_weights_of_the_copy() -> None:
+    trunk = small_trunk()
+    target = copy.deepcopy(trunk)
+    before = trunk(some_images())
+
+    for weight in target.parameters():
+        nn.init.zeros_(weight)
+
+    assert torch.equal(trunk(some_images()), before)
+    assert not target.network.blocks[0].attn(torch.ones(1, 5, 24, dtype=torch.float64)).any()
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5], ids=["class token alone", "complete last block"])
