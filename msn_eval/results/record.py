@@ -7,6 +7,7 @@ import math
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,7 @@ _LATER_FIELDS = {
     "nll": "brier",
     **dict.fromkeys(("rankme", "alpha", "spectrum_images"), "spectrum_images"),
     **dict.fromkeys(("trained_on", "trained_classes"), ""),
+    **dict.fromkeys(("timm", "torchvision", "numpy", "os", "processor"), ""),
 }
 _CALIBRATION = ("nll", "brier", "ece")
 _TOLERANCE = 1e-9  # of a recomputed calibration: logarithms differ between processors in the last digit
@@ -184,7 +186,7 @@ class TimingInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentInfo:
-    """Versions, device and settings of the computation."""
+    """Versions, device and settings of the computation. The later fields are None in older records."""
 
     package: str
     git: str | None
@@ -193,6 +195,11 @@ class EnvironmentInfo:
     device: str
     batch_size: int
     seed: int
+    timm: str | None = None
+    torchvision: str | None = None
+    numpy: str | None = None
+    os: str | None = None
+    processor: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -515,7 +522,9 @@ def read_arrays(
 
 def describe_environment(device: "torch.device", *, batch_size: int, seed: int) -> EnvironmentInfo:
     """Return the versions, the device and the settings that a record states."""
+    import timm
     import torch
+    import torchvision
 
     return EnvironmentInfo(
         package=__version__,
@@ -525,7 +534,22 @@ def describe_environment(device: "torch.device", *, batch_size: int, seed: int) 
         device=f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
         batch_size=batch_size,
         seed=seed,
+        timm=timm.__version__,
+        torchvision=torchvision.__version__,
+        numpy=np.__version__,
+        os=platform.platform(),
+        processor=_read_processor(),
     )
+
+
+@cache
+def _read_processor() -> str:
+    """Return the model of the processor, or its architecture where the system does not name the model."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 @cache

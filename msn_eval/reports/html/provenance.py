@@ -121,7 +121,7 @@ def _shared_parts(result: Result) -> dict[str, tuple[object, Callable[[], Any]]]
             (features, result.environment),
             lambda: {
                 "features": asdict(features, dict_factory=omit_unset),
-                "environment": asdict(result.environment),
+                "environment": asdict(result.environment, dict_factory=omit_unset),
             },
         ),
         "extraction": (

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 
 import msn_eval
 from msn_eval.errors import DamagedRecordError, StoreError
@@ -338,6 +340,37 @@ def test_versions_are_those_that_run() -> None:
     info = describe()
     assert (info.package, info.python) == (msn_eval.__version__, platform.python_version())
     assert (info.torch, info.device, info.batch_size, info.seed) == (torch.__version__, "cpu", 64, 3)
+    assert (info.timm, info.torchvision) == (timm.__version__, torchvision.__version__)
+    assert (info.numpy, info.os) == (np.__version__, platform.platform())
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("processor\t: 0\nmodel name\t: EPYC 9999 \n", "EPYC 9999"), ("CPU part\t: 0xd40\n", "riscv"), (None, "riscv")],
+    ids=["x86", "arm", "no file"],
+)
+def test_processor_is_the_model_that_the_system_names_or_else_its_architecture(
+    content: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_text(path: Path, **_: object) -> str:
+        if content is None:
+            raise FileNotFoundError(path)
+        return content
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "riscv")
+
+    assert environment._read_processor.__wrapped__() == expected
+
+
+def test_version_that_an_older_record_lacks_is_not_written(result: Result) -> None:
+    older = replace(result, environment=replace(result.environment, timm=None, processor=None))
+
+    assert encode_result(result)["environment"].keys() - encode_result(older)["environment"].keys() == {
+        "timm",
+        "processor",
+    }
 
 
 @pytest.mark.parametrize(("changed", "mark"), [("runs.json", ""), ("README.md", "+")], ids=["untracked", "tracked"])
