@@ -153,6 +153,16 @@ def named_as_arguments(names: Collection[str], renamed: Mapping[str, str] | None
         raise
 
 
+@contextlib.contextmanager
+def name_place(where: str) -> Iterator[None]:
+    """Let errors of the block name `where` as the place at fault."""
+    try:
+        yield
+    except MsnEvalError as error:
+        error.where = where
+        raise
+
+
 def exit_code_of(error: BaseException) -> int:
     """Return the code that a command exits with after `error`."""
     if isinstance(error, SystemExit):

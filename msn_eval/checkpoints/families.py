@@ -18,7 +18,6 @@ from msn_eval.checkpoints.networks import FAMILIES, StoredNetwork
 _Names = Mapping[str, Tensor]
 _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HEADS = re.compile(r"(head|head_dist|heads|fc|classifier)\.")
-_Rules = tuple[tuple[re.Pattern[str], str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +77,8 @@ _VIT_DROPPED = re.compile(
     r"(head|head_dist|fc|lm_head|cls_pt_layers|projection_head|prototypes|predictor|projector)\b"
     r"|mask_token$|masked_embed$|decoder_|queue"
 )
-_VIT_NAMES: _Rules = (
-    # DINOv2 trains its blocks in chunks; the second number is the block.
-    (re.compile(r"^blocks\.\d+\.(\d+)\."), r"blocks.\1."),
-    (re.compile(r"\.mlp\.w12\."), ".mlp.fc1."),
-    (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),
-)
+# DINOv2 trains its blocks in chunks; the second number is the block.
+_VIT_NAMES = {r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.", r"\.mlp\.w12\.": ".mlp.fc1.", r"\.mlp\.w3\.": ".mlp.fc2."}
 _IJEPA_HEADS = {768: 12}  # others of this width without class token have 16
 # The families whose authors interpolate position embeddings in another way than timm.
 _OWN_POSITIONS = ("msn", "dino", "ibot", "dinov2")
@@ -99,21 +94,17 @@ def read_vit(network: StoredNetwork) -> Backbone:
     # solo-learn's MAE has as many heads, and MAE's positions; its other networks learn theirs.
     is_solo_mae = family == "solo-learn" and _has_fixed_positions(network.tensors, column_first=True)
     width = (*network.tensors["patch_embed.proj.weight"].shape, 0)[0]
-    narrow = width <= _MOCOV3_MAX_WIDTH
     kept = _drop(family, network.tensors, _VIT_DROPPED)
     # Tables of indices are computed, not learned.
     learned = {name: tensor for name, tensor in kept.weights.items() if not name.endswith("relative_position_index")}
-    return replace(
-        kept,
-        format="mocov3" if is_mocov3 and family == "timm" else family,
-        positions=_choose_positions("mocov3" if is_mocov3 else family, network.tensors),
-        weights=_move_class_position(_rename(learned, _VIT_NAMES)),
-        heads=_MOCOV3_HEADS
-        if (is_mocov3 or is_solo_mae) and narrow
-        else _IJEPA_HEADS.get(width)
-        if family == "ijepa"
-        else None,
-    )
+    if (is_mocov3 or is_solo_mae) and width <= _MOCOV3_MAX_WIDTH:
+        heads = _MOCOV3_HEADS
+    else:
+        heads = _IJEPA_HEADS.get(width) if family == "ijepa" else None
+    positions = _choose_positions("mocov3" if is_mocov3 else family, network.tensors)
+    family = "mocov3" if is_mocov3 and family == "timm" else family
+    weights = _move_class_position(_rename(learned, _VIT_NAMES))
+    return replace(kept, format=family, positions=positions, weights=weights, heads=heads)
 
 
 def _choose_positions(family: str, tensors: _Names) -> str | None:
@@ -149,25 +140,19 @@ def _has_fixed_positions(tensors: _Names, *, column_first: bool = False) -> bool
 
 
 def _find_vit_family(network: StoredNetwork) -> str:
-    tensors, words, beside = network.tensors, set(network.words), network.beside
-    if "blocks.0.gamma_1" in tensors or "blocks.0.attn.relative_position_bias_table" in tensors:
-        return "beit"
-    is_scaled = any(name.endswith(".ls1.gamma") for name in tensors)
-    if "register_tokens" in tensors or ("mask_token" in tensors and is_scaled):
-        return "dinov2"
-    if any(name.startswith("decoder_") for name in tensors):
-        return "mae"
-    if words & {"base_encoder", "momentum_encoder"}:
-        return "mocov3"
-    if "cls_token" not in tensors and words & {"target_encoder", "encoder"}:
-        return "ijepa"
-    if words & {"target_encoder"} or any(name.startswith("fc.") for name in tensors):
-        return "msn"
-    if "masked_embed" in tensors or _has(beside, "last_layer2", "mlp2"):
-        return "ibot"
-    if words & {"teacher", "student"}:
-        return "dino"
-    return _find_library(network, "timm")
+    names, words, beside = network.tensors, set(network.words), network.beside
+    is_scaled = any(name.endswith(".ls1.gamma") for name in names)
+    signs = {
+        "beit": names.keys() & {"blocks.0.gamma_1", "blocks.0.attn.relative_position_bias_table"},
+        "dinov2": "register_tokens" in names or ("mask_token" in names and is_scaled),
+        "mae": any(name.startswith("decoder_") for name in names),
+        "mocov3": words & {"base_encoder", "momentum_encoder"},
+        "ijepa": "cls_token" not in names and words & {"target_encoder", "encoder"},
+        "msn": "target_encoder" in words or any(name.startswith("fc.") for name in names),
+        "ibot": "masked_embed" in names or _has(beside, "last_layer2", "mlp2"),
+        "dino": words & {"teacher", "student"},
+    }
+    return next((family for family, sign in signs.items() if sign), None) or _find_library(network, "timm")
 
 
 def _has(names: Iterable[str], *words: str) -> bool:
@@ -184,13 +169,13 @@ def _find_library(network: StoredNetwork, otherwise: str) -> str:
     return otherwise
 
 
-def _rename(tensors: _Names, rules: _Rules) -> dict[str, Tensor]:
+def _rename(tensors: _Names, rules: Mapping[str, str]) -> dict[str, Tensor]:
     """Rename tensors. A second one of the same name gets a name that fits no network, so that none is lost."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         new_name = name
-        for pattern, replacement in rules:
-            new_name = pattern.sub(replacement, new_name)
+        for pattern, replacement in rules.items():
+            new_name = re.sub(pattern, replacement, new_name)
         renamed[f"{name} (a second {new_name})" if new_name in renamed else new_name] = tensor
     return renamed
 
@@ -200,13 +185,14 @@ def _move_class_position(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     no prefix token of such a network has one."""
     if "register_tokens" not in weights or "pos_embed" not in weights:
         return weights
-    positions, token = weights["pos_embed"], weights.get("cls_token")
-    if token is not None and token.dtype == positions.dtype and token.dtype.itemsize == 1 and token.is_floating_point():
-        token, positions = token.float(), positions.float()  # torch adds no float8
+    token, positions = weights.get("cls_token"), weights["pos_embed"]
     if token is None or positions.dim() != 3 or token.shape != positions[:, :1].shape:
         return weights  # which then fit no network
-    if not _are_alike([token, positions]):
+    if not (token.is_floating_point() and positions.is_floating_point()):
         return weights
+    token, positions = (
+        part.float() if part.dtype.itemsize == 1 else part for part in (token, positions)
+    )  # no float8 sums
     others = {name: tensor for name, tensor in weights.items() if name != "register_tokens"}
     moved = {"cls_token": token + positions[:, :1], "pos_embed": positions[:, 1:]}
     return others | moved | {"reg_token": weights["register_tokens"]}
@@ -221,25 +207,19 @@ def read_resnet(network: StoredNetwork) -> Backbone:
 
 
 def _find_resnet_family(network: StoredNetwork) -> str:
-    words, beside, names = set(network.words), network.beside, network.tensors
-    if words & {"encoder_q", "encoder_k"}:
-        return "moco"
-    if words & {"base_encoder", "momentum_encoder"}:
-        return "mocov3"
-    if _has(names, "prototypes", "projection_head"):
-        return "swav"
-    if "encoder" in words and _has(beside, "predictor"):
-        return "simsiam"
-    if words & {"teacher", "student"}:
-        return "dino"
-    return _find_library(network, "torchvision")
+    words, names = set(network.words), network.tensors
+    signs = {
+        "moco": words & {"encoder_q", "encoder_k"},
+        "mocov3": words & {"base_encoder", "momentum_encoder"},
+        "swav": _has(names, "prototypes", "projection_head"),
+        "simsiam": "encoder" in words and _has(network.beside, "predictor"),
+        "dino": words & {"teacher", "student"},
+    }
+    return next((family for family, sign in signs.items() if sign), None) or _find_library(network, "torchvision")
 
 
-_SEQUENTIAL_NAMES: _Rules = (
-    (re.compile(r"^0\."), "conv1."),
-    (re.compile(r"^1\."), "bn1."),
-    *((re.compile(rf"^{stage + 3}\."), f"layer{stage}.") for stage in range(1, 5)),
-)
+_SEQUENTIAL_NAMES = {r"^0\.": "conv1.", r"^1\.": "bn1."}
+_SEQUENTIAL_NAMES |= {rf"^{stage + 3}\.": f"layer{stage}." for stage in range(1, 5)}
 
 
 def read_sequential_resnet(network: StoredNetwork) -> Backbone:
@@ -247,51 +227,39 @@ def read_sequential_resnet(network: StoredNetwork) -> Backbone:
     return _drop("lightly", _rename(network.tensors, _SEQUENTIAL_NAMES))
 
 
-_TORCHVISION_NAMES: _Rules = (
-    (re.compile(r"^class_token$"), "cls_token"),
-    (re.compile(r"^encoder\.pos_embedding$"), "pos_embed"),
-    (re.compile(r"^conv_proj\."), "patch_embed.proj."),
-    (re.compile(r"^encoder\.ln\."), "norm."),
-    (re.compile(r"^encoder\.layers\.encoder_layer_(\d+)\."), r"blocks.\1."),
-    (re.compile(r"^(blocks\.\d+)\.ln_(\d)\."), r"\1.norm\2."),
-    (re.compile(r"^(blocks\.\d+)\.self_attention\.in_proj_"), r"\1.attn.qkv."),
-    (re.compile(r"^(blocks\.\d+)\.self_attention\.out_proj\."), r"\1.attn.proj."),
-    (re.compile(r"^(blocks\.\d+)\.mlp\.(?:0|linear_1)\."), r"\1.mlp.fc1."),
-    (re.compile(r"^(blocks\.\d+)\.mlp\.(?:3|linear_2)\."), r"\1.mlp.fc2."),
-)
+# torchvision's names, and those of Hugging Face: of transformers before its version 5, which its files still carry, and since.
+_OTHER_NAMES = {
+    r"^(?:class_token|embeddings\.cls_token)$": "cls_token",
+    r"^embeddings\.register_tokens$": "register_tokens",
+    r"^(?:encoder\.pos_embedding|embeddings\.position_embeddings)$": "pos_embed",
+    r"^(?:conv_proj|embeddings\.patch_embeddings\.projection)\.": "patch_embed.proj.",
+    r"^(?:encoder\.ln|layernorm)\.": "norm.",
+    r"^pooler\.layernorm\.": "fc_norm.",
+    r"^(?:encoder\.layers\.encoder_layer_|encoder\.layer\.|layers\.)(\d+)\.": r"blocks.\1.",
+    r"^(blocks\.\d+)\.(?:ln_1|layernorm_before)\.": r"\1.norm1.",
+    r"^(blocks\.\d+)\.(?:ln_2|layernorm_after)\.": r"\1.norm2.",
+    r"^(blocks\.\d+)\.self_attention\.in_proj_": r"\1.attn.qkv.",
+    r"^(blocks\.\d+)\.attention\.(?:attention\.query|q_proj)\.": r"\1.attn.q.",
+    r"^(blocks\.\d+)\.attention\.(?:attention\.key|k_proj)\.": r"\1.attn.k.",
+    r"^(blocks\.\d+)\.attention\.(?:attention\.value|v_proj)\.": r"\1.attn.v.",
+    r"^(blocks\.\d+)\.(?:self_attention\.out_proj|attention\.(?:output\.dense|o_proj))\.": r"\1.attn.proj.",
+    r"^(blocks\.\d+)\.(?:mlp\.(?:0|linear_1|weights_in)|intermediate\.dense)\.": r"\1.mlp.fc1.",
+    r"^(blocks\.\d+)\.(?:mlp\.(?:3|linear_2|weights_out|down_proj)|output\.dense)\.": r"\1.mlp.fc2.",
+    r"^(blocks\.\d+)\.layer_scale(\d)\.lambda1$": r"\1.ls\2.gamma",
+    r"^(blocks\.\d+)\.lambda_(\d)$": r"\1.gamma_\2",
+    r"^(blocks\.\d+)\..*relative_position_bias_table$": r"\1.attn.relative_position_bias_table",
+    r"^(?!blocks).*relative_position_bias_table$": "rel_pos_bias.relative_position_bias_table",
+}
 
 
 def read_torchvision_vit(network: StoredNetwork) -> Backbone:
     """Read torchvision's Vision Transformer, which lightly wraps too."""
     backbone = _drop(_find_library(network, "torchvision"), network.tensors)
-    return replace(backbone, weights=_rename(backbone.weights, _TORCHVISION_NAMES))
+    return replace(backbone, weights=_rename(backbone.weights, _OTHER_NAMES))
 
-
-# Hugging Face: the names of transformers before its version 5, which its files still carry, and those of version 5.
 
 _HUGGINGFACE_DROPPED = re.compile(
     r"(classifier|decoder|lm_head|pooler\.dense)\b|embeddings\.mask_token$|.*relative_position_index$"
-)
-_HUGGINGFACE_NAMES: _Rules = (
-    (re.compile(r"^embeddings\.cls_token$"), "cls_token"),
-    (re.compile(r"^embeddings\.register_tokens$"), "register_tokens"),
-    (re.compile(r"^embeddings\.position_embeddings$"), "pos_embed"),
-    (re.compile(r"^embeddings\.patch_embeddings\.projection\."), "patch_embed.proj."),
-    (re.compile(r"^(?:encoder\.layer|layers)\.(\d+)\."), r"blocks.\1."),
-    (re.compile(r"^(blocks\.\d+)\.layernorm_before\."), r"\1.norm1."),
-    (re.compile(r"^(blocks\.\d+)\.layernorm_after\."), r"\1.norm2."),
-    (re.compile(r"^(blocks\.\d+)\.(?:intermediate\.dense|mlp\.weights_in)\."), r"\1.mlp.fc1."),
-    (re.compile(r"^(blocks\.\d+)\.(?:output\.dense|mlp\.weights_out|mlp\.down_proj)\."), r"\1.mlp.fc2."),
-    (re.compile(r"^(blocks\.\d+)\.attention\.(?:output\.dense|o_proj)\."), r"\1.attn.proj."),
-    (re.compile(r"^(blocks\.\d+)\.attention\.(?:attention\.query|q_proj)\."), r"\1.attn.q."),
-    (re.compile(r"^(blocks\.\d+)\.attention\.(?:attention\.key|k_proj)\."), r"\1.attn.k."),
-    (re.compile(r"^(blocks\.\d+)\.attention\.(?:attention\.value|v_proj)\."), r"\1.attn.v."),
-    (re.compile(r"^(blocks\.\d+)\.layer_scale(\d)\.lambda1$"), r"\1.ls\2.gamma"),
-    (re.compile(r"^(blocks\.\d+)\.lambda_(\d)$"), r"\1.gamma_\2"),
-    (re.compile(r"^(blocks\.\d+)\..*relative_position_bias_table$"), r"\1.attn.relative_position_bias_table"),
-    (re.compile(r"^(?!blocks).*relative_position_bias_table$"), "rel_pos_bias.relative_position_bias_table"),
-    (re.compile(r"^layernorm\."), "norm."),
-    (re.compile(r"^pooler\.layernorm\."), "fc_norm."),
 )
 _HUGGINGFACE_EPS = 1e-12  # of ViT, ViTMAE, I-JEPA and BEiT; ViTMSN and DINOv2 have 1e-6
 
@@ -299,7 +267,7 @@ _HUGGINGFACE_EPS = 1e-12  # of ViT, ViTMAE, I-JEPA and BEiT; ViTMSN and DINOv2 h
 def read_huggingface(network: StoredNetwork) -> Backbone:
     """Read a Vision Transformer of transformers, with the names before and since its version 5."""
     backbone = _drop("huggingface", network.tensors, _HUGGINGFACE_DROPPED)
-    named = _rename(backbone.weights, _HUGGINGFACE_NAMES)
+    named = _rename(backbone.weights, _OTHER_NAMES)
     beit = any(name.endswith(".gamma_1") for name in named)
     on_top = (*network.beside, *backbone.dropped)
     is_usual = beit or "cls_token" not in named or _has(on_top, "decoder", "pooler")
@@ -312,40 +280,19 @@ def read_huggingface(network: StoredNetwork) -> Backbone:
 
 def _pack(named: dict[str, Tensor], *, beit: bool) -> dict[str, Tensor]:
     """Concatenate queries, keys and values, and the gate and values of a gated MLP, as timm does."""
-    packed = {}
-    for name, tensor in named.items():
-        block, _, rest = name.partition(".attn.q.")
-        gated, _, gate = name.partition(".mlp.gate_proj.")
-        if rest == "weight" or (rest == "bias" and not beit):
-            packed[f"{block}.attn.qkv.{rest}"] = _stack(named, [f"{block}.attn.{part}.{rest}" for part in "qkv"], name)
-        elif gate:
-            packed[f"{gated}.mlp.fc1.{gate}"] = _stack(named, [name, f"{gated}.mlp.up_proj.{gate}"], name)
-        elif beit and (match := re.fullmatch(r"(.*\.attn)\.([qv])\.bias", name)):
-            packed[f"{match[1]}.{match[2]}_bias"] = tensor
-        elif not _is_packed_with_another(name, named):
-            packed[name] = tensor
+    packed = {re.sub(r"\.attn\.([qv])\.bias$", r".attn.\1_bias", name) if beit else name: named[name] for name in named}
+    for name in tuple(packed):
+        if match := re.fullmatch(r"(.*\.attn)\.q\.(weight|bias)", name):
+            _join(packed, [f"{match[1]}.{part}.{match[2]}" for part in "qkv"], f"{match[1]}.qkv.{match[2]}")
+        elif match := re.fullmatch(r"(.*\.mlp)\.gate_proj\.(.*)", name):
+            _join(packed, [name, f"{match[1]}.up_proj.{match[2]}"], f"{match[1]}.fc1.{match[2]}")
     return packed
 
 
-def _is_packed_with_another(name: str, named: _Names) -> bool:
-    """Whether a weight is concatenated with queries or a gate: keys, values and gated values, but not adapters."""
-    match = re.fullmatch(r"(.*)(\.attn\.[kv]|\.mlp\.up_proj)\.(weight|bias)", name)
-    if match is None:
-        return False
-    partner = ".mlp.gate_proj" if match[2] == ".mlp.up_proj" else ".attn.q"
-    return f"{match[1]}{partner}.{match[3]}" in named
-
-
-def _stack(named: _Names, parts: list[str], otherwise: str) -> Tensor:
-    """Concatenate the parts; if they do not match, return the first alone, which then fits no network."""
-    tensors = [named[part] for part in parts if part in named]
+def _join(weights: dict[str, Tensor], parts: list[str], whole: str) -> None:
+    """Replace parts by their concatenation; if they do not match, by the first of them alone, which then fits no network."""
+    tensors = [weights.pop(part) for part in parts if part in weights]
     dtypes, shapes = {tensor.dtype for tensor in tensors}, {tensor.shape[1:] for tensor in tensors if tensor.dim()}
     can_join = len(dtypes) == 1 or dtypes <= set(_PLAIN_DTYPES)  # torch promotes no float8
-    if len(tensors) == len(parts) and can_join and len(shapes) == 1 and all(tensor.dim() for tensor in tensors):
-        return torch.cat(tensors)
-    return named[otherwise]
-
-
-def _are_alike(tensors: list[Tensor]) -> bool:
-    """Whether tensors can be computed with together: of floating-point dtypes, and equally many dimensions."""
-    return all(tensor.dtype in _PLAIN_DTYPES and tensor.dim() == tensors[0].dim() > 0 for tensor in tensors)
+    can_join = can_join and len(tensors) == len(parts) and len(shapes) == 1 and all(tensor.dim() for tensor in tensors)
+    weights[parts[0] if whole in weights else whole] = torch.cat(tensors) if can_join else tensors[0]
