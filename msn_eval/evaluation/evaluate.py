@@ -223,7 +223,8 @@ def prepare(plan: Plan, name: str) -> Preparation:
 
     Raises:
         CheckpointError, StoreError: The checkpoint or an earlier record is refused.
-        UsageError: --patch-drop for a network without patches, or a --tap that it does not have.
+        UsageError: --patch-drop for a network without patches, a --tap that it does not have, or a fine-tuning that
+            `check_finetuning` refuses.
     """
     config = plan.config
     label, source = split_label(name)
@@ -247,7 +248,12 @@ def prepare(plan: Plan, name: str) -> Preparation:
     )
     if (drop := make_patch_drop(config)) is not None:
         check_patch_drop(encoder, drop)
-    return _find_results(plan, encoder)
+    ready = _find_results(plan, encoder)
+    if any(task.probe.trains_on == "images" for task in plan.tasks):
+        from msn_eval.evaluation.finetune import check_finetuning  # loads timm's training code
+
+        check_finetuning(plan, encoder, ready.pending)
+    return ready
 
 
 def _find_results(plan: Plan, encoder: Encoder) -> Preparation:
@@ -292,10 +298,6 @@ def evaluate_checkpoint(
     if group.rank == 0:
         if not plan.config.canary:
             prepare_folder(out, option="--out")
-        if plan.config.save is not None:
-            from msn_eval.evaluation.finetune import check_saved
-
-            check_saved(plan, encoder, [task for task in plan.tasks if task not in ready.pending])
         yield from ready.known
     # Rank 0 reads the result folder and broadcasts what is left: it may write there while others still read.
     own = [index for index, task in enumerate(plan.tasks) if task in ready.pending]

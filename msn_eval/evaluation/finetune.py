@@ -32,7 +32,7 @@ from msn_eval.features.encoder import Encoder
 from msn_eval.features.extraction import choose_batch_size
 from msn_eval.probes.base import ProbeConfig, check_labelled
 from msn_eval.probes.finetune import Finetune
-from msn_eval.probes.finetune.model import FinetuneModel, build_finetune_model
+from msn_eval.probes.finetune.model import FinetuneModel, build_finetune_model, check_trainable
 from msn_eval.probes.finetune.predict import LabelledImages, RunOptions, score_images
 from msn_eval.probes.finetune.train import Progress, finetune
 from msn_eval.probes.training_state import StateFiles
@@ -45,10 +45,11 @@ def finetune_task(
 ) -> tuple[Result, Predictions]:
     """Train a network as a task says, score the validation images with it, and write it if --save is given.
 
+    What `check_finetuning` refuses has been refused.
+
     Raises:
         NumericalError: The labelled images are of a single class, or the loss is not finite.
         DataError: Images of either split cannot be used; it lists all of them, before anything is trained.
-        UsageError, CheckpointError: The network could not be saved afterwards.
     """
     started = time.perf_counter()
     plan, encoder, task = measurement.plan, measurement.encoder, measurement.task
@@ -58,11 +59,6 @@ def finetune_task(
     images = plan.train.only(task.subset.image_ids)
     labelled, test = choose_labels(plan, label_only(images, tap), label_only(plan.val, tap))
     check_labelled(labelled)
-    saves = config.save is not None and group.rank == 0
-    if saves:  # find out now what would prevent it after training
-        check_save_folder(find_saved_folder(plan, encoder, task), make_result_id(encoder, task))
-        blank = build_finetune_model(encoder, FinetuneRecipe(drop_path=0.0), tap=tap, n_classes=n_classes)
-        _export(plan, encoder, task, blank)
     _check_readable(plan, images, group)
     options = _choose_options(plan, encoder, images)
     model = build_finetune_model(encoder, probe.recipe, tap=tap, n_classes=n_classes)
@@ -85,7 +81,7 @@ def finetune_task(
         options=options,
         group=group,
     )
-    if saves:
+    if config.save is not None and group.rank == 0:
         write_classifier(find_saved_folder(plan, encoder, task), _export(plan, encoder, task, model))
     # A class without labelled images can never be predicted, as with every other probe.
     unlabelled = torch.ones(n_classes, dtype=torch.bool)
@@ -152,17 +148,31 @@ def _slugify(name: str) -> str:
     return re.sub(r"[^a-z0-9_.-]", "-", name.lower())[:60]
 
 
-def check_saved(plan: Plan, encoder: Encoder, finished: Sequence[Task]) -> None:
-    """Raise UsageError if a network is to be saved that an earlier run has measured and not kept."""
-    for task in finished:
-        if isinstance(task.probe, Finetune):
-            folder, result_id = find_saved_folder(plan, encoder, task), make_result_id(encoder, task)
-            if read_saved_result(folder) != result_id:
-                raise UsageError(
-                    f"--save: {result_id} is measured already in {plan.config.out}, and its network was not kept",
-                    where=str(folder),
-                    hint="Train it again with a different --out.",
-                )
+def check_finetuning(plan: Plan, encoder: Encoder, pending: Sequence[Task]) -> None:
+    """Check all tasks of a plan that train the encoder, before anything is computed.
+
+    Raises:
+        UsageError: One of `pending`, those that are left, cannot be trained; or with --save, something else exists in its folder,
+            or an earlier run has measured the result and not kept the network.
+        CheckpointError: With --save, the network could not be written.
+    """
+    for task in plan.tasks:
+        if not isinstance(task.probe, Finetune):
+            continue
+        (tap,) = find_taps(encoder, task, plan.config).values()
+        if task in pending:
+            check_trainable(encoder, task.probe.recipe, tap=tap)
+        if plan.config.save is None:
+            continue
+        folder, result_id = find_saved_folder(plan, encoder, task), make_result_id(encoder, task)
+        if task in pending:
+            check_save_folder(folder, result_id)
+            still = FinetuneRecipe(drop_path=0.0)
+            blank = build_finetune_model(encoder, still, tap=tap, n_classes=len(plan.val.classes))
+            _export(plan, encoder, task, blank)
+        elif read_saved_result(folder) != result_id:
+            what = f"--save: {result_id} is measured already in {plan.config.out}, and its network was not kept"
+            raise UsageError(what, where=str(folder), hint="Train it again with a different --out.")
 
 
 def _export(plan: Plan, encoder: Encoder, task: Task, model: FinetuneModel) -> FolderContent:

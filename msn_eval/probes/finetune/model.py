@@ -66,22 +66,43 @@ class DrawnDropPath(DropPath):  # type: ignore[misc]
         return scaled
 
 
-def build_finetune_model(encoder: Encoder, recipe: FinetuneRecipe, *, tap: str, n_classes: int) -> FinetuneModel:
-    """Copy an encoder's network, put a head of zeros on a tap of it, and mark what the recipe trains.
+def check_trainable(encoder: Encoder, recipe: FinetuneRecipe, *, tap: str) -> None:
+    """Check that a recipe can train an encoder with a head on a tap.
 
     Raises:
         UsageError: transformers runs the network, there is no head for this tap, `blocks` is above the number of blocks, or the
             network has no blocks, or no residual branches for drop path.
     """
     if tap not in TAPS:
-        raise UsageError(
-            f"--tap {tap}: a head that is trained with its encoder is put on {', '.join(TAPS)}",
-            hint="Leave out --tap.",
-        )
-    name = f"{encoder.checkpoint.name} ({encoder.arch})"
-    if isinstance(encoder.network, HubNetwork):
+        what = f"--tap {tap}: a head that is trained with its encoder is put on {', '.join(TAPS)}"
+        raise UsageError(what, hint="Leave out --tap.")
+    name, network = f"{encoder.checkpoint.name} ({encoder.arch})", encoder.network
+    if isinstance(network, HubNetwork):
         what = f"finetune trains networks of timm and those of py: factories; transformers runs {name}"
         raise UsageError(what, hint="Wrap the network: py:package.module:factory.")
+    blocks = getattr(network, "blocks", None)
+    if recipe.blocks is not None and not isinstance(blocks, nn.Sequential | nn.ModuleList):
+        what = f"finetune.blocks: {name} has no blocks that could be counted"
+        raise UsageError(what, hint="Train all of its weights: finetune.blocks=null.")
+    if recipe.blocks is not None and recipe.blocks > len(blocks):
+        what = f"finetune.blocks: {name} has {len(blocks)} blocks, not {recipe.blocks}"
+        raise UsageError(what, hint=f"Give at most {len(blocks)}, or null for all weights.")
+    if recipe.drop_path > 0 and not _list_residual_blocks(network):
+        what = f"finetune.drop_path: {name} has no residual branches that could be left out"
+        raise UsageError(what, hint="Set finetune.drop_path=0.")
+
+
+def _list_residual_blocks(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if any(hasattr(module, path) for path in _PATHS)]
+
+
+def build_finetune_model(encoder: Encoder, recipe: FinetuneRecipe, *, tap: str, n_classes: int) -> FinetuneModel:
+    """Copy an encoder's network, put a head of zeros on a tap of it, and mark what the recipe trains.
+
+    Raises:
+        UsageError: The recipe cannot train it, as `check_trainable` has it.
+    """
+    check_trainable(encoder, recipe, tap=tap)
     copied = build_encoder(
         encoder.checkpoint, device=encoder.device, precision="fp32", image_pixels=encoder.transform.crop
     )
@@ -97,48 +118,31 @@ def build_finetune_model(encoder: Encoder, recipe: FinetuneRecipe, *, tap: str, 
     nn.init.zeros_(head.weight)  # a random head would add a draw that decides
     nn.init.zeros_(head.bias)
     network.to(encoder.device).eval()
-    _freeze(network, head, recipe, name)
+    _freeze(network, head, recipe)
     return FinetuneModel(
         network=network,
         head=head,
         dim=head.in_features,
         tap=tap,
-        paths=tuple(_add_drop_path(backbone, recipe, name)),
+        paths=tuple(_add_drop_path(backbone, recipe)),
         encoder=copied,
     )
 
 
-def _freeze(network: nn.Module, head: nn.Linear, recipe: FinetuneRecipe, name: str) -> None:
+def _freeze(network: nn.Module, head: nn.Linear, recipe: FinetuneRecipe) -> None:
     network.requires_grad_(recipe.blocks is None)
     head.requires_grad_(True)
     if recipe.blocks is None:
         return
-    blocks = getattr(network, "blocks", None)
-    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
-        raise UsageError(
-            f"finetune.blocks: {name} has no blocks that could be counted",
-            hint="Train all of its weights: finetune.blocks=null.",
-        )
-    if recipe.blocks > len(blocks):
-        raise UsageError(
-            f"finetune.blocks: {name} has {len(blocks)} blocks, not {recipe.blocks}",
-            hint=f"Give at most {len(blocks)}, or null for all weights.",
-        )
+    blocks = cast(nn.Sequential, network.blocks)
     norms = [getattr(network, "norm", None), getattr(network, "fc_norm", None)]
     for module in [*list(blocks)[len(blocks) - recipe.blocks :], *norms]:
         if isinstance(module, nn.Module):
             module.requires_grad_(True)
 
 
-def _add_drop_path(backbone: nn.Module, recipe: FinetuneRecipe, name: str) -> Iterator[DrawnDropPath]:
-    if recipe.drop_path == 0:
-        return
-    blocks = [module for module in backbone.modules() if any(hasattr(module, path) for path in _PATHS)]
-    if not blocks:
-        raise UsageError(
-            f"finetune.drop_path: {name} has no residual branches that could be left out",
-            hint="Set finetune.drop_path=0.",
-        )
+def _add_drop_path(backbone: nn.Module, recipe: FinetuneRecipe) -> Iterator[DrawnDropPath]:
+    blocks = _list_residual_blocks(backbone) if recipe.drop_path > 0 else []
     for depth, block in enumerate(blocks):
         rate = recipe.drop_path * depth / max(1, len(blocks) - 1)
         if rate > 0 and any(weight.requires_grad for weight in block.parameters()):

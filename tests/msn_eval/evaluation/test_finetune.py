@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 from msn_eval import evaluate
@@ -307,3 +308,43 @@ def test_saved_network_of_a_finished_result_is_unchanged(tune: Tune, tmp_path: P
     tune(save=str(tmp_path / "saved"))
 
     assert (tmp_path / "saved" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> str:
+    """Return a folder with a network that transformers runs."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    transformers.CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
+    return str(tmp_path / "clip")
+
+
+@pytest.mark.parametrize("last", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("checkpoint", "given", "text"),
+    [
+        ("clip", [], "transformers runs clip"),
+        (_VIT, ["finetune.blocks=99"], "blocks, not 99"),
+        (_VIT, ["--save", "full"], "--save: something else exists there already"),
+    ],
+    ids=["network of transformers", "too many blocks", "folder that holds something else"],
+)
+def test_run_and_dry_run_refuse_alike_before_anything_is_computed(
+    checkpoint: str,
+    given: list[str],
+    text: str,
+    last: list[str],
+    clip: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    command = ["--checkpoint", clip if checkpoint == "clip" else checkpoint, "--data", "digits", "--subset", "1img@1"]
+
+    code = main([*command, "--probe", "ncm,finetune", "--device", "cpu", "--no-cache", *last, *given])
+
+    assert (code, text in capsys.readouterr().err) == (2, True)
+    assert not (tmp_path / "runs").exists()
