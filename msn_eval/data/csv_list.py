@@ -110,7 +110,7 @@ def write_csv(table: Path, rows: Iterable[tuple[str, str, str]]) -> None:
 
 def _read_rows(table: Path) -> Iterator[tuple[int, str, str, str]]:
     """Yield the line, path, class and split of each row. A byte-order mark, CRLF, quotes and empty lines are allowed."""
-    with reading(table, hint="Give --data csv:FILE, the path of a CSV file."):
+    with reading(table, hint=f"Check the path. {_HINT}"):
         text = (
             read_regular_file(table, most_bytes=_MOST_BYTES)
             .removeprefix(b"\xef\xbb\xbf")

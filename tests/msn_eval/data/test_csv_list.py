@@ -94,3 +94,10 @@ def test_written_table_is_read_again(tmp_path: Path) -> None:
     write_csv(tmp_path / "pets.csv", rows)
     expected = ('cat / "c".jpg', "cat/a, b.jpg", "dog/caf\udce9.jpg")
     assert read_split(f"csv:{tmp_path / 'pets.csv'}", "train").ids == expected
+
+
+def test_file_that_does_not_exist_is_reported_with_what_it_must_hold(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"pets\.csv: cannot be read: No such file") as caught:
+        read_dataset(f"csv:{tmp_path / 'pets.csv'}")
+
+    assert caught.value.hint.startswith("Check the path. The first line is `image,label,split`")
