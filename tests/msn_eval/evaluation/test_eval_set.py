@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from torch import distributed
 
 from msn_eval import evaluate
+from msn_eval.config.recipes import LinearRecipe
 from msn_eval.config.request import EvaluationConfig
+from msn_eval.distributed.group import ALONE, Group
 from msn_eval.errors import ComparisonError, DataError, UsageError
 from msn_eval.evaluation import evaluate as evaluation
 from msn_eval.evaluation.baseline_plan import make_baseline_plans
@@ -24,6 +28,7 @@ from msn_eval.results.record import Predictions, Result, read_predictions
 from msn_eval.results.verification import verify_results
 
 _TINTS = {"ant": (70, 0, 0), "bee": (0, 70, 0), "cat": (0, 0, 70), "dog": (40, 40, 0)}
+OnRanks = Callable[..., list[Any]]
 _PROBES = ("logistic", "knn", "ncm", "ridge", "linear")
 
 
@@ -345,3 +350,88 @@ def test_baseline_with_test_sets_is_measured_again_on_each(
 def test_options_that_do_not_fit_together_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         EvaluationConfig(**options)
+
+
+def test_two_ranks_give_the_records_of_one(noise: Path, other: Path, tmp_path: Path, on_ranks: OnRanks) -> None:
+    def measure(place: str) -> list[str]:
+        is_alone = not distributed.is_initialized()
+        group = ALONE if is_alone else Group(rank=distributed.get_rank(), world=distributed.get_world_size())
+        config = EvaluationConfig(
+            checkpoint=["pixels"], data=str(noise), test=[str(other), str(noise)], subset=["2imgs@1"], probe=[*_PROBES],
+            k=[3], device="cpu", no_cache=True, out=str(tmp_path / place), linear=LinearRecipe(lr=0.5, epochs=3),
+        )  # fmt: skip
+        results = evaluation.evaluate_checkpoint(make_plan(config), "pixels", group=group)
+        return sorted(result.id for result in results)
+
+    ids = measure("alone")
+
+    assert on_ranks(measure, "ranks") == [ids, []]
+    assert len(ids) == 3 * len(_PROBES)
+    for name in ids:
+        alone, ranks = (read_predictions(tmp_path / place / f"{name}.npz").arrays for place in ("alone", "ranks"))
+        for (
+            array,
+            values,
+        ) in alone.items():  # ranks add in another order, which changes the last digits of probabilities
+            assert np.array_equal(values, ranks[array]) or np.allclose(values, ranks[array], rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return stand-ins for ImageNet and three test sets of it: the classes, folders and file names of each, with tiny images.
+
+    Images of a class are the same noise, but for those of ImageNet-R: they show the next class of that set.
+    """
+    root = tmp_path_factory.mktemp("imagenet")
+    synsets = (Path(timm.__file__).parent / "data" / "_info" / "imagenet_synsets.txt").read_text().split()
+    few = {
+        "imagenet-a": synsets[::5],
+        "imagenet-r": synsets[2::5],
+    }  # 200 each; the published choice of them is another one
+    files = {
+        **{f"ILSVRC2012/train/{name}/{name}_1.JPEG": name for name in synsets},
+        **{f"ILSVRC2012/val/{name}/ILSVRC2012_val_{row:08d}.JPEG": name for row, name in enumerate(synsets, start=1)},
+        **{f"imagenet-a/{name}/0.00{row:04d}_fox _ cat_0.9.jpg": name for row, name in enumerate(few["imagenet-a"])},
+        **dict(
+            zip((f"imagenet-r/{name}/art_0.jpg" for name in few["imagenet-r"]), few["imagenet-r"][1:], strict=False)
+        ),
+        f"imagenet-r/{few['imagenet-r'][-1]}/art_0.jpg": few["imagenet-r"][0],
+        **{f"sketch/{name}/sketch_{number}.JPEG": name for name in synsets for number in (3, 12)},
+    }
+    for name, shown in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng([*shown.encode()]).integers(0, 255, (8, 8, 3), np.uint8)).save(
+            path, "PNG"
+        )
+    for name in few:
+        (root / name / "README.txt").write_text("See the paper.\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def on_imagenet(imagenet: Path) -> dict[str, Result]:
+    """Return the records of the full number of classes by the name of the set that is scored."""
+    options: dict[str, Any] = {"subsets": "full", "probes": "ncm", "device": "cpu", "no_cache": True}
+    tests = [imagenet / name for name in ("imagenet-a", "imagenet-r", "sketch")]
+    results = evaluate("pixels", data=imagenet / "ILSVRC2012", tests=tests, out=imagenet / "runs", **options)
+    return {result.data.name: result for result in results}
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "images", "top1"),
+    [
+        ("ILSVRC2012", 1000, 1000, 1),
+        ("imagenet-a", 200, 200, 1),
+        ("imagenet-r", 200, 200, 0),
+        ("sketch", 1000, 2000, 1),
+    ],
+)
+def test_test_sets_of_imagenet_are_scored_on_the_classes_of_their_folders(
+    on_imagenet: dict[str, Result], name: str, classes: int, images: int, top1: float
+) -> None:
+    result = on_imagenet[name]
+
+    assert result.metrics is not None
+    assert (result.data.classes, result.metrics.n, result.metrics.top1) == (classes, images, top1)
+    assert result.data.trained_classes == (None if name == "ILSVRC2012" else 1000)
