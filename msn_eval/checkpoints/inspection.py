@@ -1,21 +1,13 @@
 """Inspection: what a checkpoint's file holds and what an evaluation would use. Nothing from it is executed or built."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from msn_eval.checkpoints.networks import StoredNetwork
 from msn_eval.checkpoints.sanity_checks import describe_values, join_statistics
-from msn_eval.checkpoints.stored import (
-    Contents,
-    StoredCheckpoint,
-    choose_stored,
-    fit_weights,
-    list_alarms,
-    read_contents,
-)
+from msn_eval.checkpoints.stored import StoredCheckpoint, choose_stored, fit_weights, list_alarms, read_contents
 from msn_eval.errors import CheckpointError
 from msn_eval.models.build import outline_network
 from msn_eval.models.vit import find_position_rule, is_dinov2, native_pixels, patch_pixels, stored_pixels
@@ -98,88 +90,68 @@ def inspect_checkpoint(path: Path, *, arch: str | None = None, key: str | None =
         CheckpointError: It cannot be read. What can be read but not evaluated has a `problem` instead.
     """
     contents = read_contents(path)
-    inspection = Inspection(
-        path=contents.where,
-        container=contents.container,
-        file_bytes=contents.file_bytes,
-        sha256=contents.sha256,
-        notes=contents.notes,
-        networks=_list_networks(contents),
-        epoch=contents.epoch,
-    )
+    found: dict[str, Any] = {}
+    used = None
     try:
         stored = choose_stored(contents, arch=arch, key=key)
-        inspection = _inspect_choice(inspection, stored)
-        return _inspect_fit(inspection, stored)
+        used = stored.choice.network
+        found |= _describe_choice(stored)
+        found |= _describe_fit(stored, found["statistics"]["not_finite"])
     except CheckpointError as error:
-        return replace(inspection, problem=f"{error.what}\n{error.hint}".strip())
-
-
-def _list_networks(contents: Contents, used: StoredNetwork | None = None) -> tuple[NetworkInfo, ...]:
-    return tuple(
+        found["problem"] = f"{error.what}\n{error.hint}".strip()
+    networks = tuple(
         NetworkInfo(key=network.key, tensors=len(network.tensors), values=network.values, used=network is used)
         for network in contents.networks
     )
+    stated = {name: getattr(contents, name) for name in ("container", "file_bytes", "sha256", "notes", "epoch")}
+    return Inspection(path=contents.where, networks=networks, **stated, **found)
 
 
-def _inspect_choice(inspection: Inspection, stored: StoredCheckpoint) -> Inspection:
-    choice, dropped = stored.choice, set(stored.backbone.dropped)
-    tensors = choice.network.tensors
-    infos = {
-        name: describe_values(tensor)
-        for name, tensor in tensors.items()
-        if name not in dropped and not tensor.is_complex()  # complex weights become the problem
-    }
-    floating = [name for name in infos if tensors[name].is_floating_point()]
+def _describe_choice(stored: StoredCheckpoint) -> dict[str, Any]:
+    """Return the fields about the network that is used."""
+    network, dropped = stored.choice.network, set(stored.backbone.dropped)
+    used = {name: tensor for name, tensor in network.tensors.items() if name not in dropped}
+    # Complex weights become the problem.
+    infos = {name: describe_values(tensor) for name, tensor in used.items() if not tensor.is_complex()}
+    floating = [name for name in infos if used[name].is_floating_point()]
     info = join_statistics(infos[name] for name in floating)
-    return replace(
-        inspection,
-        networks=_list_networks(stored.contents, choice.network),
-        key=choice.network.key,
-        why=choice.why,
-        family=stored.backbone.format,
-        arch=stored.architecture.name,
-        used=tuple(infos),
-        dropped=(*stored.backbone.dropped, *choice.network.beside),
-        statistics={
-            "values": info.values,
-            "mean": info.mean,
-            "std": info.std,
+    return {
+        "key": network.key,
+        "why": stored.choice.why,
+        "family": stored.backbone.format,
+        "arch": stored.architecture.name,
+        "used": tuple(infos),
+        "dropped": (*stored.backbone.dropped, *network.beside),
+        "statistics": {
+            **{name: getattr(info, name) for name in ("values", "mean", "std", "zeros", "not_finite")},
             "minimum": info.lowest if info.finite else None,
             "maximum": info.highest if info.finite else None,
-            "zeros": info.zeros,
-            "not_finite": info.not_finite,
-            "dtypes": sorted({str(tensors[name].dtype).removeprefix("torch.") for name in floating}),
+            "dtypes": sorted({str(used[name].dtype).removeprefix("torch.") for name in floating}),
         },
-        alarms=list_alarms(stored, infos),
-    )
+        "alarms": list_alarms(stored, infos),
+    }
 
 
-def _inspect_fit(inspection: Inspection, stored: StoredCheckpoint) -> Inspection:
+def _describe_fit(stored: StoredCheckpoint, not_finite: int) -> dict[str, Any]:
+    """Return the fields about the architecture, and how the weights fit it."""
     outline = outline_network(stored.architecture)
     expected, weights = outline.state_dict(), stored.backbone.weights
     fit, normalisation = fit_weights(weights, expected), stored.normalisation
-    problem = None
+    problem = "weights hold NaN or infinite values" if not_finite else None
     if fit.lines:
-        problem = f"{len(fit.lines)} of {len(expected)} weights do not fit {inspection.arch}"
-    elif inspection.statistics is not None and inspection.statistics["not_finite"]:
-        problem = "weights hold NaN or infinite values"
-    return replace(
-        inspection,
-        problem=problem,
-        params=sum(parameter.numel() for parameter in outline.parameters()),
-        matched=fit.matched,
-        patch_pixels=patch_pixels(outline),
-        stored_pixels=stored_pixels(outline),
-        image_pixels=stored.native_pixels(outline),
-        mean=normalisation.mean,
-        std=normalisation.std,
-        mean_std_from=normalisation.source,
-        positions=_describe_positions(outline),
-        missing=fit.missing,
-        left_over=fit.left_over,
-        reshaped=tuple((name, tuple(weights[name].shape), tuple(expected[name].shape)) for name in fit.reshaped),
-    )
+        problem = f"{len(fit.lines)} of {len(expected)} weights do not fit {stored.architecture.name}"
+    return {
+        "problem": problem,
+        "params": sum(parameter.numel() for parameter in outline.parameters()),
+        **{name: getattr(fit, name) for name in ("matched", "missing", "left_over")},
+        "patch_pixels": patch_pixels(outline),
+        "stored_pixels": stored_pixels(outline),
+        "image_pixels": stored.native_pixels(outline),
+        **{name: getattr(normalisation, name) for name in ("mean", "std")},
+        "mean_std_from": normalisation.source,
+        "positions": _describe_positions(outline),
+        "reshaped": tuple((name, tuple(weights[name].shape), tuple(expected[name].shape)) for name in fit.reshaped),
+    }
 
 
 def _describe_positions(outline: nn.Module) -> str | None:
