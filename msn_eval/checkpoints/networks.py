@@ -153,12 +153,9 @@ def _split_state_dict(path: tuple[str, ...], tensors: Mapping[str, Tensor]) -> l
             owned[owner][name.removeprefix(owner)] = tensor
     if len(prefixes) == 1:
         _move_blocks(owned[prefixes[0]], beside)
-    networks = []
-    for prefix in prefixes:
-        words = (*path, *filter(None, prefix.split(".")))
-        key = ".".join(words if len(prefixes) > 1 else path) or None
-        networks.append(StoredNetwork(key=key, words=words, tensors=owned[prefix], beside=beside))
-    return networks
+    words = {prefix: (*path, *filter(None, prefix.split("."))) for prefix in prefixes}
+    keys = {prefix: ".".join(words[prefix] if len(prefixes) > 1 else path) or None for prefix in prefixes}
+    return [StoredNetwork(key=keys[at], words=words[at], tensors=owned[at], beside=beside) for at in prefixes]
 
 
 def _find_owner(name: str, prefixes: Container[str]) -> str | None:
@@ -171,9 +168,8 @@ def _find_owner(name: str, prefixes: Container[str]) -> str | None:
 def _move_blocks(network: dict[str, Tensor], beside: dict[str, Tensor]) -> None:
     """Move the blocks to their embeddings; for ViTMSNForImageClassification transformers 5 writes them without their
     prefix: `vit.embeddings.…` beside `encoder.layer.…`."""
-    if "embeddings.patch_embeddings.projection.weight" in network and not any(
-        name.startswith("encoder.") for name in network
-    ):
+    has_blocks = any(name.startswith("encoder.") for name in network)
+    if "embeddings.patch_embeddings.projection.weight" in network and not has_blocks:
         for name in [name for name in beside if name.startswith("encoder.layer.")]:
             network[name] = beside.pop(name)
 
@@ -197,10 +193,8 @@ def _prefer(network: StoredNetwork, rival: StoredNetwork) -> str:
 def _are_equal(networks: tuple[StoredNetwork, ...]) -> bool:
     """Whether networks have the same weights by the same names, as where a module was registered twice."""
     first, *rest = (network.tensors for network in networks)
-    return all(
-        first.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in first.items())
-        for other in rest
-    )
+    have_names = all(first.keys() == other.keys() for other in rest)
+    return have_names and all(torch.equal(tensor, other[name]) for other in rest for name, tensor in first.items())
 
 
 def _open_choice(what: str, networks: tuple[StoredNetwork, ...], where: str) -> CheckpointError:

@@ -177,9 +177,6 @@ def evaluated_file(run: Path) -> Path:
     snapshot, skipped = newest_snapshot(run)
     if snapshot is None:
         reasons = "".join(f"\n  {reason}" for reason in skipped)
-        raise CheckpointError(
-            f"holds no complete snapshot{':' if reasons else ''}{reasons}",
-            where=str(run),
-            hint="Continue the training with the same msn-pretrain command; each epoch ends with a snapshot.",
-        )
+        hint = "Continue the training with the same msn-pretrain command; each epoch ends with a snapshot."
+        raise CheckpointError(f"holds no complete snapshot{':' if reasons else ''}{reasons}", where=str(run), hint=hint)
     return snapshot.encoder

@@ -187,10 +187,8 @@ def dry_run_pickle(
     if (claimed := sum(run.storage_bytes.values())) > file_bytes:
         problem = f"it claims {claimed:,} bytes of weights, more than the file holds"
     if problem is not None:
-        raise CheckpointError(
-            f"cannot be read in full, its pickle is damaged: {_list_names([problem])}",
-            hint=f"Fetch it again from where it was published. {_RESAVE}",
-        )
+        what = f"cannot be read in full, its pickle is damaged: {_list_names([problem])}"
+        raise CheckpointError(what, hint=f"Fetch it again from where it was published. {_RESAVE}")
     return value, run.storage_bytes, notes
 
 

@@ -125,7 +125,8 @@ def read_weight_file(path: Path) -> WeightFile:
         notes += _check_sidecar(path, sha256)
         content = _plain_content(loaded, file_bytes=size)
     except CheckpointError as error:
-        raise CheckpointError(error.what, where=where, hint=error.hint) from error
+        error.where = where
+        raise
     except FileNotFoundError:
         hint = 'Check the path; "msn-eval ls checkpoints" lists the schemes.'
         raise CheckpointError("no such checkpoint file", where=where, hint=hint) from None
@@ -146,10 +147,8 @@ def _check_sidecar(path: Path, sha256: str) -> tuple[str, ...]:
     described = stated.group() if stated is not None else "no SHA-256 in it"
     if described.lower() != sha256:
         what = f"is not the file that {sidecar.name} beside it describes"
-        raise CheckpointError(
-            f"{what}\n  its SHA-256: {sha256}\n  described:   {described}",
-            hint="One of the two is damaged or of another version; fetch both again.",
-        )
+        what += f"\n  its SHA-256: {sha256}\n  described:   {described}"
+        raise CheckpointError(what, hint="One of the two is damaged or of another version; fetch both again.")
     return (f"sha256 matches {sidecar.name}",)
 
 
@@ -165,10 +164,8 @@ def _plain_content(loaded: object, *, file_bytes: int) -> dict[str, Content]:
         source, target, depth = pending.pop()
         n_values += len(source)  # what is shared counts each time: the result is a tree
         if n_values > _MAX_VALUES or depth > _MAX_DEPTH:
-            raise CheckpointError(
-                f"holds more than {_MAX_VALUES:,} values, or values nested more than {_MAX_DEPTH} deep",
-                hint=_SAVE_PLAINLY,
-            )
+            what = f"holds more than {_MAX_VALUES:,} values, or values nested more than {_MAX_DEPTH} deep"
+            raise CheckpointError(what, hint=_SAVE_PLAINLY)
         for name, value in source.items():
             if not isinstance(name, str):
                 continue
@@ -195,8 +192,6 @@ def _check_dense(tensor: Tensor, name: str) -> Tensor:
     is_plain = is_strided and tensor.device.type == "cpu" and not tensor.is_quantized
     if not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
         kind = f"{type(tensor).__name__}, {tensor.layout}, {tensor.dtype}, {tensor.device}"
-        raise CheckpointError(
-            f"holds tensor {name!r:.80}, which is not dense ({kind}) or has {tensor.numel():,} values in fewer bytes",
-            hint="Where it was made, save it with .to_dense().contiguous().",
-        )
+        what = f"holds tensor {name!r:.80}, which is not dense ({kind}) or has {tensor.numel():,} values in fewer bytes"
+        raise CheckpointError(what, hint="Where it was made, save it with .to_dense().contiguous().")
     return tensor.detach()

@@ -83,8 +83,5 @@ def sort_metadata(header: bytes) -> bytes:
 
 
 def _damaged(reason: str, path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"cannot be read in full: {printable(reason)[:200]}",
-        where=str(path),
-        hint="The file is damaged, truncated or of another kind; fetch it again.",
-    )
+    hint = "The file is damaged, truncated or of another kind; fetch it again."
+    return CheckpointError(f"cannot be read in full: {printable(reason)[:200]}", where=str(path), hint=hint)

@@ -8,6 +8,7 @@ from pathlib import Path
 from msn_eval.errors import CheckpointError
 
 _ZERO_FILE = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_\w+\.pt")
+_DCP_TO_TORCH = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {} weights.pth"
 _FLAT = re.compile(r"(^|\.)_?flat_param(_\d+)?$")
 
 
@@ -19,9 +20,8 @@ def check_not_sharded(path: Path) -> None:
         what = (
             "a distributed checkpoint (DCP) of torch, in shards. It is not read: torch unpickles its .metadata without "
         )
-        what += "restriction, which can run code"
-        convert = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pth"
-        raise CheckpointError(what, where=str(path), hint=f"If you trust it, convert it: {convert}")
+        hint = f"If you trust it, convert it: {_DCP_TO_TORCH.format(folder)}"
+        raise CheckpointError(f"{what}restriction, which can run code", where=str(path), hint=hint)
     steps = [name for name in names if re.fullmatch(r"global_step\d+", name) and (path / name).is_dir()]
     inside = [*names, *(name for step in steps for name in _list_names(path / step))]
     if "zero_to_fp32.py" in names or any(map(_ZERO_FILE.fullmatch, inside)):
@@ -40,11 +40,9 @@ def check_not_flat(content: Mapping[str, object], path: Path) -> None:
     pending: list[Mapping[str, object]] = [content]
     for mapping in pending:
         if flat := next((name for name in mapping if _FLAT.search(name)), None):
-            what = (
-                f"holds flat parameters of FSDP ({flat}): one rank's share, without the names and shapes of the weights"
-            )
+            what = f"holds flat parameters of FSDP ({flat}): one rank's share, without names and shapes of the weights"
             hint = "Save the full state dict where it is trained (StateDictOptions(full_state_dict=True)); a folder of .distcp "
-            hint += "files is converted by: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pth"
+            hint += f"files is converted by: {_DCP_TO_TORCH.format('FOLDER')}"
             raise CheckpointError(what, where=str(path), hint=hint)
         pending += [value for value in mapping.values() if isinstance(value, dict)]
     stated = content.get("ds_config")

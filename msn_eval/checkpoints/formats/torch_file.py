@@ -71,10 +71,8 @@ def _check_kind(names: list[str]) -> str:
     first = names[0] if names else ""
     top = f"{first.partition('/')[0]}/"
     if f"{top}data.pkl" not in names:
-        raise CheckpointError(
-            f"a zip archive of something else (first member {printable(first)!r:.80})",
-            hint="If a checkpoint is in it, unpack it first; else fetch the file again.",
-        )
+        what = f"a zip archive of something else (first member {printable(first)!r:.80})"
+        raise CheckpointError(what, hint="If a checkpoint is in it, unpack it first; else fetch the file again.")
     return top
 
 
@@ -104,10 +102,8 @@ def check_pickles(file: BinaryIO, *, file_bytes: int, sha256: str) -> tuple[str,
     stream = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
     dry_run = partial(dry_run_pickle, stream, file_bytes=file_bytes, sha256=sha256)
     if dry_run()[0] != _MAGIC or dry_run()[0] != _VERSION:
-        raise CheckpointError(
-            "a pickle that torch.save did not write",
-            hint="Open it where it was made, and save its state dict with torch.save, best as .safetensors.",
-        )
+        hint = "Open it where it was made, and save its state dict with torch.save, best as .safetensors."
+        raise CheckpointError("a pickle that torch.save did not write", hint=hint)
     _, (_, storages, notes), (keys, _, _) = dry_run(), dry_run(), dry_run()
     if not isinstance(keys, list) or set(keys) != storages.keys():
         raise _damaged("its list of storages is not that of its tensors")
