@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -26,7 +25,7 @@ from msn_eval.checkpoints.stored import (
     describe_normalisation,
     read_contents,
 )
-from msn_eval.errors import CheckpointError, UsageError
+from msn_eval.errors import CheckpointError, UsageError, name_place
 from msn_eval.files.atomic import written_atomically
 from msn_eval.models.architectures import recognise_architecture, spell_architecture
 from msn_eval.models.build import outline_network
@@ -73,10 +72,8 @@ def convert_checkpoint(
     contents = read_contents(source)
     own = contents.config.architecture if contents.config is not None else None
     if arch is None and own is not None and own.hub is not None:
-        what = f"transformers alone runs {own.name}, from its folder"
-        raise CheckpointError(
-            what, where=contents.where, hint="Copy the folder; its save_pretrained writes other formats."
-        )
+        hint = "Copy the folder; its save_pretrained writes other formats."
+        raise CheckpointError(f"transformers alone runs {own.name}, from its folder", where=contents.where, hint=hint)
     if to == "safetensors":
         return _convert_tensors(contents, out, arch, key, mean, std)
     stored = choose_stored(contents, arch=arch, key=key)
@@ -87,7 +84,7 @@ def convert_checkpoint(
     written: list[StoredCheckpoint] = []
 
     def check(temporary: Path) -> None:
-        with _name_output(out):
+        with name_place(str(out)):  # not the temporary file
             written.append(_read_back(temporary, stored, key=None))
 
     if to == "timm":
@@ -114,15 +111,14 @@ def _convert_tensors(
     written: list[Contents] = []
 
     def check(temporary: Path) -> None:
-        with _name_output(out):
+        with name_place(str(out)):  # not the temporary file
             written.append(read_contents(temporary))
             _check_equal(dict(_flatten(written[0].content)), tensors)
             if stored is not None:
                 _read_back(temporary, stored, key=key)
 
-    normalisation = set_by_hand(
-        (contents.normalisation or ASSUMED) if stored is None else stored.normalisation, mean, std
-    )
+    own = (contents.normalisation or ASSUMED) if stored is None else stored.normalisation
+    normalisation = set_by_hand(own, mean, std)
     facts = describe_normalisation(normalisation) if stored is None else _state_facts(stored, normalisation)
     _write(out, tensors, facts, check)
     return "", written[0]
@@ -140,37 +136,21 @@ def _state_facts(stored: StoredCheckpoint, normalisation: Normalisation) -> dict
     return {name: text for name, text in facts.items() if text is not None} | describe_normalisation(normalisation)
 
 
-@contextmanager
-def _name_output(out: Path) -> Iterator[None]:
-    """Name the output in errors, not the temporary file that is read."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(error.what, where=str(out), hint=error.hint) from error
-
-
 def _read_back(temporary: Path, stored: StoredCheckpoint, *, key: str | None) -> StoredCheckpoint:
     """Read what was written as an evaluation does. Raises CheckpointError unless it is the same network."""
     written = choose_stored(read_contents(temporary), key=key)
     check_stored(written)
     _check_equal(written.backbone.weights, stored.backbone.weights)
     if _describe_network(written) != _describe_network(stored):
-        raise CheckpointError(
-            f"It reads back as {written.architecture.name}, not as {stored.architecture.name}",
-            hint="Use --to hf, whose config.json states what no weight shows.",
-        )
+        what = f"It reads back as {written.architecture.name}, not as {stored.architecture.name}"
+        raise CheckpointError(what, hint="Use --to hf, whose config.json states what no weight shows.")
     return written
 
 
 def _describe_network(stored: StoredCheckpoint) -> tuple[object, ...]:
     """Return what no weight's shape shows of a network."""
-    from timm.models.beit import Beit
-    from timm.models.vision_transformer import VisionTransformer
-
     outline = outline_network(stored.architecture)
-    is_transformer = isinstance(outline, VisionTransformer | Beit)
-    invisible = read_heads_and_epsilon(outline) if is_transformer else None
-    return type(outline), invisible, stored.architecture.stem, stored.positions or _TIMM
+    return type(outline), read_heads_and_epsilon(outline), stored.architecture.stem, stored.positions or _TIMM
 
 
 def _collect_tensors(contents: Contents) -> dict[str, Tensor]:
@@ -218,16 +198,12 @@ def _check_equal(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -
 
 def _check_readable_without_name(stored: StoredCheckpoint) -> None:
     """Refuse a file from which every reader would build another network, with the usual heads or epsilon."""
-    from timm.models.beit import Beit
-    from timm.models.vision_transformer import VisionTransformer
-
-    outline = outline_network(stored.architecture)
     try:
         guessed = recognise_architecture(stored.backbone.weights)
     except CheckpointError:
         return  # it needs --arch, before as after
-    is_transformer = isinstance(outline, VisionTransformer | Beit)
-    if is_transformer and read_heads_and_epsilon(outline_network(guessed)) != read_heads_and_epsilon(outline):
+    own, assumed = (read_heads_and_epsilon(outline_network(one)) for one in (stored.architecture, guessed))
+    if own not in (None, assumed):
         what = (
             f"{stored.architecture.name} has other heads or another epsilon than readers would assume ({guessed.name})"
         )
@@ -237,11 +213,13 @@ def _check_readable_without_name(stored: StoredCheckpoint) -> None:
 def _write_folder(
     out: Path, stored: StoredCheckpoint, normalisation: Normalisation, check: Callable[[Path], None]
 ) -> None:
-    _check_computable(stored)
+    for name, tensor in stored.backbone.weights.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+            what = f"{name} is {str(tensor.dtype).removeprefix('torch.')}, with which transformers does not compute"
+            raise CheckpointError(what, where=stored.contents.where, hint="Use --to timm or --to safetensors.")
     network = PlainNetwork(
         outline=outline_network(stored.architecture),
         weights=stored.backbone.weights,
-        gated=stored.architecture.gated,
         mean=normalisation.mean,
         std=normalisation.std,
         name=stored.architecture.name,
@@ -249,14 +227,3 @@ def _write_folder(
     )
     content = build_folder_content(network)
     write_folder(out, replace(content, metadata={POSITIONS: stored.positions or _TIMM}), check)
-
-
-def _check_computable(stored: StoredCheckpoint) -> None:
-    """Refuse weights of eight bits, with which transformers does not compute."""
-    for name, tensor in stored.backbone.weights.items():
-        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
-            raise CheckpointError(
-                f"{name} is {str(tensor.dtype).removeprefix('torch.')}, with which transformers does not compute",
-                where=stored.contents.where,
-                hint="Use --to timm or --to safetensors.",
-            )

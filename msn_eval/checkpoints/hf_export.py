@@ -49,11 +49,17 @@ class PlainNetwork:
 
     outline: nn.Module  # the network, with or without values: its blocks, heads and sizes
     weights: Mapping[str, Tensor]  # by timm's names
-    gated: bool  # whether its MLPs are gated
     mean: Sequence[float]  # of the normalisation of its images, per channel
     std: Sequence[float]
     name: str  # of the architecture, for errors
     where: str
+
+    @property
+    def gated(self) -> bool:
+        """Whether its MLPs are gated."""
+        from timm.layers import GluMlp
+
+        return any(isinstance(module, GluMlp) for module in self.outline.modules())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +96,12 @@ def write_folder(out: Path, content: FolderContent, check: Callable[[Path], obje
 def build_folder_content(network: PlainNetwork) -> FolderContent:
     """Return what transformers reads as the network without a classifier. Raises CheckpointError where it has no such."""
     outline, weights = network.outline, network.weights
-    if obstacle := _find_obstacle(outline, weights):
+    if obstacle := _find_obstacle(network):
         raise _not_exportable(network, obstacle)
     model_type = "dinov2" if "blocks.0.ls1.gamma" in weights else "vit_msn"
     model_type = "dinov2_with_registers" if "reg_token" in weights else model_type
     model_type = model_type if "cls_token" in weights else "ijepa"
-    (heads, norm_eps), side = read_heads_and_epsilon(outline), native_pixels(outline)
+    (heads, norm_eps), side = cast(tuple[int, float], read_heads_and_epsilon(outline)), native_pixels(outline)
     patches, hidden = weights["patch_embed.proj.weight"], weights["blocks.0.mlp.fc2.weight"].shape[1]
     config: dict[str, object] = {
         "architectures": [f"{_MODELS[model_type]}Model"],
@@ -133,8 +139,13 @@ def build_folder_content(network: PlainNetwork) -> FolderContent:
     return FolderContent(config=config, processor=processor, tensors=_rename_tensors(network, model_type))
 
 
-def read_heads_and_epsilon(network: nn.Module) -> tuple[int, float]:
-    """Return what no weight's shape shows: the number of heads and the epsilon of the layer norms."""
+def read_heads_and_epsilon(network: nn.Module) -> tuple[int, float] | None:
+    """Return what no weight's shape shows of a Transformer, None for others: the number of heads, and the norms' epsilon."""
+    from timm.models.beit import Beit
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not isinstance(network, VisionTransformer | Beit):
+        return None
     block = cast(nn.Sequential, network.blocks)[0]
     return cast(int, block.attn.num_heads), cast(float, block.norm1.eps)  # type: ignore[union-attr]
 
@@ -144,11 +155,11 @@ def _not_exportable(network: PlainNetwork, obstacle: str) -> CheckpointError:
     return CheckpointError(what, where=network.where, hint="Use --to timm or --to safetensors.")
 
 
-def _find_obstacle(outline: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
+def _find_obstacle(network: PlainNetwork) -> str | None:
     """Return what transformers' Vision Transformers cannot compute of a network, None where they can."""
-    from timm.layers import GluMlp
     from timm.models.vision_transformer import Block, VisionTransformer
 
+    outline, weights = network.outline, network.weights
     if type(outline) is not VisionTransformer:
         return f"it is a {type(outline).__name__}, not a plain Vision Transformer"
     block = cast(nn.Sequential, outline.blocks)[0]
@@ -156,8 +167,7 @@ def _find_obstacle(outline: nn.Module, weights: Mapping[str, Tensor]) -> str | N
         return f"its blocks are {type(block).__name__}s"
     special = ("reg_token", "blocks.0.ls1.gamma", "cls_token")
     has_registers, is_scaled, has_class_token = (name in weights for name in special)
-    mlp = cast(nn.Module, block.mlp)
-    is_gated = isinstance(mlp, GluMlp)
+    mlp, is_gated = cast(nn.Module, block.mlp), network.gated
     missing = [name for name in ("norm.weight", "pos_embed") if name not in weights]
     unknown = [name for name in weights if not _EXPORTED.fullmatch(name)]
     for applies, obstacle in (

@@ -8,7 +8,6 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from timm.layers import GluMlp
 
 from msn_eval.checkpoints.hf_export import (
     FolderContent,
@@ -187,7 +186,6 @@ def _export(plan: Plan, encoder: Encoder, task: Task, model: FinetuneModel) -> F
     network = PlainNetwork(
         outline=model.network,
         weights=weights,
-        gated=any(isinstance(module, GluMlp) for module in model.network.modules()),
         mean=encoder.transform.mean,
         std=encoder.transform.std,
         name=encoder.arch,
