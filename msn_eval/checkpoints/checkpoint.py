@@ -24,9 +24,8 @@ from msn_eval.checkpoints.normalisation import (
     IMAGENET,
     Normalisation,
     Triple,
-    check_std,
     choose_normalisation,
-    read_triple,
+    read_normalisation,
     set_by_hand,
 )
 from msn_eval.checkpoints.own_code import guard_own_code
@@ -156,9 +155,8 @@ def read_stored(
     load."""
     path, full_name = locate_weights(name)
     stored = choose_stored(read_contents(path), arch=arch, key=key)
-    return _load_stored(
-        stored, allow_missing, seed, name=_shorten_name(name), path=full_name, format=stored.backbone.format
-    )
+    named = {"name": _shorten_name(name), "path": full_name, "format": stored.backbone.format}
+    return _load_stored(stored, allow_missing, seed, **named)
 
 
 def read_timm(name: str, **_: object) -> Checkpoint:
@@ -173,12 +171,9 @@ def read_timm(name: str, **_: object) -> Checkpoint:
     try:
         network = timm.create_model(architecture.timm_name, pretrained=True, num_classes=0, **architecture.keywords)
     except Exception as error:
-        raise CheckpointError(
-            f"timm's weights cannot be loaded: {printable(str(error)).partition(chr(10))[0][:200]}",
-            where=name,
-            hint="Without a network they must be in the Hugging Face cache (HF_HOME); or download them elsewhere and "
-            "give the file with --arch.",
-        ) from error
+        what = f"timm's weights cannot be loaded: {printable(str(error)).partition(chr(10))[0][:200]}"
+        hint = "Without a network they must be in the Hugging Face cache (HF_HOME); or download them elsewhere and "
+        raise CheckpointError(what, where=name, hint=f"{hint}give the file with --arch.") from error
     config = network.pretrained_cfg
     tagged = replace(architecture, timm_name=f"{config['architecture']}.{config['tag']}".removesuffix("."))
     checkpoint = _describe_built(network.eval(), architecture, name=architecture.name, path=name, format="timm")
@@ -304,9 +299,8 @@ def _run_factory(entry: Entry, *arguments: str, path: str, name: str, file_forma
         factory = cast(Callable[..., object], entry.load())
         network = factory(*arguments)
     if not isinstance(network, nn.Module):
-        raise CheckpointError(
-            f"the factory returned a {type(network).__name__}, not an nn.Module", where=path, hint="Return the module."
-        )
+        what = f"the factory returned a {type(network).__name__}, not an nn.Module"
+        raise CheckpointError(what, where=path, hint="Return the module.")
     with guard_own_code("the module", where=path):  # which may override these
         network = network.float().eval()
     try:
@@ -335,9 +329,8 @@ def describe_own_network(
     try:
         image_pixels = int(cast(int, getattr(network, "image_pixels", 224)))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"image_pixels is {network.image_pixels!r}", where=path, hint="Make it an integer."
-        ) from error
+        what = f"image_pixels is {network.image_pixels!r}"
+        raise CheckpointError(what, where=path, hint="Make it an integer.") from error
     code = own_code_sha256()
     contents = {"own code": bytes.fromhex(code), **hashed}
     as_tensors = {part: torch.frombuffer(bytearray(content), dtype=torch.uint8) for part, content in contents.items()}
@@ -388,10 +381,9 @@ def _describe_built(
 
 def _read_attributes(network: nn.Module, *, where: str) -> Normalisation:
     """Return the normalisation of a module of the user, from its attributes `mean` and `std` where present."""
-    stated = {name: getattr(network, name, None) for name in ("mean", "std")}
-    mean, std = (None if values is None else read_triple(values, name, where=where) for name, values in stated.items())
-    own = set_by_hand(ASSUMED, mean, None if std is None else check_std(std, "std", where=where))
-    return own if own is ASSUMED else replace(own, source="the module's attributes", is_assumed=False)
+    stated = {name: values for name in ("mean", "std") if (values := getattr(network, name, None)) is not None}
+    source = "the module's attributes"
+    return read_normalisation({**vars(ASSUMED), **stated}, where=where, source=source) if stated else ASSUMED
 
 
 def _shorten_name(name: str) -> str:

@@ -16,15 +16,15 @@ from msn_eval.checkpoints.normalisation import (
     read_processor_pixels,
     read_timm_normalisation,
 )
-from msn_eval.errors import CheckpointError
+from msn_eval.errors import CheckpointError, name_place
 from msn_eval.models.architectures import (
     IMAGE_CHANNELS,
-    NOT_KEYWORDS,
     Architecture,
+    check_channels,
+    check_keyword,
+    check_square,
     name_architecture,
     name_hub_architecture,
-    not_square,
-    wrong_channels,
 )
 
 # The layer norms' epsilon by transformers' default, for each model type that timm's networks compute here. transformers runs
@@ -41,11 +41,7 @@ _SIZES = {
     "intermediate_size": "",
 }
 _ADAPTER = "adapter_config.json"  # of peft; transformers would apply it to what it loads
-_WRAP = "Wrap the network: py:package.module:factory."
 _WITH_ARCH = "Give its weight file alone with --arch NAME, or wrap the network: py:package.module:factory."
-_LARGEST = 1 << 14  # of a keyword's numbers: sizes and widths
-_LARGEST_IMAGE = 1 << 12  # some networks compute tables as large as the square of this
-_DEEPEST = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +52,7 @@ class HubConfig:
     heads: int | None = None
     norm_eps: float | None = None  # epsilon of the layer norms
     normalisation: Normalisation | None = None
-    sizes: Mapping[str, int] = field(default_factory=dict)  # that the weights show too, by their names in the file
+    sizes: Mapping[str, object] = field(default_factory=dict)  # that the weights show too, by their names in the file
     model_type: str | None = None  # of transformers, None where the folder was written by timm
     pixels: int | None = None  # side of the images that the image processor makes
 
@@ -83,13 +79,11 @@ def read_config_beside(folder: Path) -> HubConfig:
             pixels=read_processor_pixels(processor, model_type),
         )
     for name in ("image_size", "patch_size"):
-        sides = config.get(name)
-        if isinstance(sides, list) and len({str(side) for side in sides}) > 1:
-            raise CheckpointError(f"{name} is {sides}; only squares are supported", where=where, hint=_WRAP)
-    for name, supported in {"hidden_act": "gelu", "num_channels": 3}.items():
-        if config.get(name, supported) != supported:
-            what = f"{name} is {config[name]!r}; only {supported!r} is supported"
-            raise CheckpointError(what, where=where, hint=_WRAP)
+        check_square(name, config.get(name), where=where)
+    check_channels(config.get("num_channels", IMAGE_CHANNELS), where=where)
+    if (activation := config.get("hidden_act", "gelu")) != "gelu":
+        what = f"hidden_act is {activation!r}; only 'gelu' is supported"
+        raise CheckpointError(what, where=where, hint="Wrap the network: py:package.module:factory.")
     heads, norm_eps = config.get("num_attention_heads"), config.get("layer_norm_eps")
     if not (heads is None or (type(heads) is int and 0 < heads < 1 << 16)):
         raise CheckpointError(f"num_attention_heads is {heads!r}", where=where, hint="It must be a positive integer.")
@@ -102,15 +96,8 @@ def read_config_beside(folder: Path) -> HubConfig:
         norm_eps=_NORM_EPS[model_type] if norm_eps is None else float(norm_eps),
         normalisation=read_processor_normalisation(path, processor, model_type=model_type),
         model_type=model_type,
-        sizes={name: _read_size(config[name], name, where) for name in _SIZES if name in config and name != left_out},
+        sizes={name: config[name] for name in _SIZES if name in config and name != left_out},
     )
-
-
-def _read_size(value: object, name: str, where: str) -> int:
-    side = value[0] if isinstance(value, list) and value else value
-    if type(side) is not int or side < 0:
-        raise CheckpointError(f"{name} is {value!r:.60}", where=where, hint="It must be a whole number.")
-    return side
 
 
 def check_sizes(config: HubConfig, weights: Mapping[str, Tensor], architecture: Architecture, *, where: str) -> None:
@@ -118,11 +105,12 @@ def check_sizes(config: HubConfig, weights: Mapping[str, Tensor], architecture: 
     found = {name: architecture.keywords.get(keyword) for name, keyword in _SIZES.items()}
     found["intermediate_size"] = weights["blocks.0.mlp.fc2.weight"].shape[1]
     patch = cast(int, architecture.keywords["patch_size"])
-    for name, stated in config.sizes.items():
+    for name, sides in config.sizes.items():
+        stated = sides[0] if isinstance(sides, list) and sides else sides
         # transformers ignores what is left of an image beside its patches.
-        own = stated // patch * patch if name == "image_size" else stated
+        own = stated // patch * patch if name == "image_size" and isinstance(stated, int) else stated
         if found[name] is not None and found[name] != own:
-            what = f"{CONFIG} states {name} {stated}, the weights beside it have {found[name]}"
+            what = f"{CONFIG} states {name} {stated!s:.60}, the weights beside it have {found[name]}"
             hint = "The folder mixes two checkpoints, or the file was edited; download it again from its publisher."
             raise CheckpointError(what, where=where, hint=hint)
 
@@ -134,21 +122,12 @@ def _read_timm_config(config: Mapping[str, object], where: str) -> HubConfig:
     # timm before 0.9 wrote everything on one level, and still reads it.
     stated: Mapping[str, object] = pretrained if isinstance(pretrained, Mapping) else config
     channels, *sides = size if isinstance(size := stated.get("input_size"), list) and size else [IMAGE_CHANNELS]
-    if channels != IMAGE_CHANNELS:
-        raise wrong_channels(channels, where=where)
-    if len({str(side) for side in sides}) > 1:
-        raise not_square(f"input_size {size!s:.60}", where=where)
-    keywords = _check_keywords(keywords, where) if isinstance(keywords, Mapping) else {}
-    architecture = replace(name_architecture(name), keywords=keywords)
+    check_channels(channels, where=where)
+    check_square("input_size", sides, where=where)
+    given = {**keywords} if isinstance(keywords, Mapping) else {}
+    given.pop("num_classes", None)  # of the classifier
+    with name_place(where):
+        for keyword, value in given.items():
+            check_keyword(keyword, value)
+    architecture = replace(name_architecture(name), keywords=given)
     return HubConfig(architecture=architecture, normalisation=read_timm_normalisation(Path(where), stated))
-
-
-def _check_keywords(stated: Mapping[str, object], where: str) -> dict[str, object]:
-    """Return a network's keywords without its classifier's. Refuses those that open files or take hours to build."""
-    for name, value in stated.items():
-        numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int | float)]
-        largest = _DEEPEST if name.startswith("depth") else _LARGEST_IMAGE if name == "img_size" else _LARGEST
-        if name in NOT_KEYWORDS or isinstance(value, Mapping) or any(not abs(item) <= largest for item in numbers):
-            what = f"model_args has {name} = {str(value)[:60]!r}, which is not a supported keyword of an architecture"
-            raise CheckpointError(what, where=where, hint=_WITH_ARCH)
-    return {name: value for name, value in stated.items() if name != "num_classes"}

@@ -62,15 +62,14 @@ def choose_normalisation(
 
     name = architecture.timm_name or ""
     if "." in name and (entry := get_pretrained_cfg(name)) is not None:
-        mean, std = (read_triple(values, name, where=name) for values in (entry.mean, entry.std))
-        return Normalisation(mean=mean, std=std, source=f"timm's {name}")
+        return read_normalisation(vars(entry), where=name, source=f"timm's {name}")
     if family in _IMAGENET_FAMILIES:
         return replace(IMAGENET, source=f"ImageNet's, as published for {family}")
     entries = {} if family in _OPEN_FAMILIES else get_arch_pretrained_cfgs(name)
-    pairs = {(tuple(entry.mean), tuple(entry.std)) for entry in entries.values()}
+    pairs = {(tuple(entry.mean), tuple(entry.std)): vars(entry) for entry in entries.values()}
     if len(pairs) == 1:
-        mean, std = (read_triple(values, name, where=name) for values in pairs.pop())
-        return Normalisation(mean=mean, std=std, source=f"timm's {name}, the same for all of its tags")
+        source = f"timm's {name}, the same for all of its tags"
+        return read_normalisation(*pairs.values(), where=name, source=source)
     why = f": timm's tags of {name} disagree" if pairs else ""
     return replace(ASSUMED, source=f"{ASSUMED.source}{why}")
 
@@ -97,8 +96,7 @@ def read_timm_normalisation(path: Path, stated: Mapping[str, object]) -> Normali
     """
     if stated.get("mean") is None and stated.get("std") is None:
         return None
-    mean, std = (read_triple(stated.get(name), name, where=str(path)) for name in ("mean", "std"))
-    return Normalisation(mean=mean, std=check_std(std, "std", where=str(path)), source=path.name)
+    return read_normalisation(stated, where=str(path), source=path.name)
 
 
 def read_processor_normalisation(
@@ -153,8 +151,8 @@ def read_processor_normalisation(
                 raise CheckpointError(what, where=where, hint=hint)
             stated = {**stated, **{name: getattr(processor, name) for name in missing}}
             source += f" and the defaults of {processor.__name__}"
-        mean = read_triple(stated["image_mean"], "image_mean", where=where)
-        std = check_std(read_triple(stated["image_std"], "image_std", where=where), "image_std", where=where)
+        read = read_normalisation(stated, where=where, source=source, prefix="image_")
+        mean, std = read.mean, read.std
     if scale != 1:
         source += f", its pixels from 0 to {scale:g}"
         mean, std = (cast(Triple, tuple(value / scale for value in triple)) for triple in (mean, std))
@@ -193,18 +191,22 @@ def _find_processor_class(stated: Mapping[str, object], model_type: object) -> A
     return getattr(transformers, name, None) if name.endswith(("ImageProcessor", "ImageProcessorFast")) else None
 
 
-def read_triple(values: object, name: str, *, where: str) -> Triple:
-    """Return a value per channel. Raises CheckpointError where `values` are not three finite numbers."""
+def read_normalisation(stated: Mapping[str, object], *, where: str, source: str, prefix: str = "") -> Normalisation:
+    """Return mean and std that something states by their names, after a prefix.
+
+    Raises:
+        CheckpointError: They are not three finite numbers each, those of std positive.
+    """
+    mean, std = (_read_triple(stated.get(prefix + name), prefix + name, where=where) for name in ("mean", "std"))
+    if min(std) <= 0:
+        raise CheckpointError(f"{prefix}std {list(std)} is not positive", where=where, hint="Correct it.")
+    return Normalisation(mean=mean, std=std, source=source)
+
+
+def _read_triple(values: object, name: str, *, where: str) -> Triple:
     numbers = [value for value in values if type(value) in (int, float)] if isinstance(values, list | tuple) else []
     with suppress(OverflowError):  # JSON's integers may be larger than a float
         if len(numbers) == 3 == len(cast(Any, values)) and all(map(math.isfinite, numbers)):
             return cast(Triple, tuple(map(float, numbers)))
     what = f"{name} is not three finite numbers: {str(values)[:60]}"
     raise CheckpointError(what, where=where, hint="Use one per channel.")
-
-
-def check_std(std: Triple, name: str, *, where: str) -> Triple:
-    """Return `std`. Raises CheckpointError where a value is not positive."""
-    if min(std) <= 0:
-        raise CheckpointError(f"{name} {list(std)} is not positive", where=where, hint="Correct it.")
-    return std

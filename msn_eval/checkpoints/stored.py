@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -19,16 +20,16 @@ from msn_eval.checkpoints.formats.sharded import check_not_flat, check_not_shard
 from msn_eval.checkpoints.hf_config import HubConfig, check_sizes, read_config_beside
 from msn_eval.checkpoints.hf_folder import CONFIG, find_weight_files
 from msn_eval.checkpoints.networks import ChosenNetwork, StoredNetwork, choose_network, find_networks, stated_epoch
-from msn_eval.checkpoints.normalisation import IMAGENET, Normalisation, check_std, choose_normalisation, read_triple
+from msn_eval.checkpoints.normalisation import IMAGENET, Normalisation, choose_normalisation, read_normalisation
 from msn_eval.checkpoints.sanity_checks import TensorInfo, find_alarms
 from msn_eval.checkpoints.timm_names import convert_names
-from msn_eval.errors import CheckpointError
+from msn_eval.errors import CheckpointError, name_place
 from msn_eval.models.architectures import (
     IMAGE_CHANNELS,
     Architecture,
+    check_channels,
     name_architecture,
     recognise_architecture,
-    wrong_channels,
 )
 from msn_eval.models.build import outline_network
 from msn_eval.models.hub import HubNetwork, load_hub
@@ -128,11 +129,8 @@ class StoredCheckpoint:
     @property
     def positions(self) -> str | None:
         """Whose interpolation of position embeddings applies, as `Backbone.positions`."""
-        own, contents, tag = (
-            self.backbone.positions,
-            self.contents,
-            (self.architecture.timm_name or "").partition(".")[2],
-        )
+        own, contents = self.backbone.positions, self.contents
+        tag = (self.architecture.timm_name or "").partition(".")[2]
         if contents.stated_positions is not None:
             return contents.stated_positions
         if contents.config is not None and contents.config.model_type is not None:
@@ -160,11 +158,8 @@ def read_contents(path: Path) -> Contents:
     content: dict[str, object] = {}
     for file, part in zip(files, weights, strict=True):
         if duplicates := content.keys() & part.content.keys():
-            raise CheckpointError(
-                f"holds {min(duplicates)}, which another file of the folder holds too",
-                where=str(file),
-                hint="The folder mixes two checkpoints; fetch it again.",
-            )
+            what = f"holds {min(duplicates)}, which another file of the folder holds too"
+            raise CheckpointError(what, where=str(file), hint="The folder mixes two checkpoints; fetch it again.")
         content |= part.content
     check_not_flat(content, path)
     stated = weights[0].metadata if len(files) == 1 else {}
@@ -200,15 +195,10 @@ def _read_normalisation(stated: Mapping[str, str], where: str) -> Normalisation 
     """Return mean and std that a file states; ImageNet's for files of msn-pretrain from before it stated them."""
     if not stated.keys() & {MEAN, STD}:
         return replace(IMAGENET, source="msn-pretrain") if ARCHITECTURE in stated else None
-    mean, std = (read_triple(_parse_numbers(stated.get(name, "")), name, where=where) for name in (MEAN, STD))
-    return Normalisation(mean=mean, std=check_std(std, STD, where=where), source="the file")
-
-
-def _parse_numbers(text: str) -> list[float] | str:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
-        return text
+    numbers: dict[str, object] = {**stated}
+    with suppress(KeyError, ValueError):  # what is no number is refused as it is
+        numbers |= {name: [float(number) for number in stated[name].split(",")] for name in (MEAN, STD)}
+    return read_normalisation(numbers, where=where, source="the file", prefix=MEAN.removesuffix("mean"))
 
 
 def choose_stored(contents: Contents, *, arch: str | None = None, key: str | None = None) -> StoredCheckpoint:
@@ -227,12 +217,10 @@ def choose_stored(contents: Contents, *, arch: str | None = None, key: str | Non
         return _choose_hub(contents, config.architecture, key)
     choice = choose_network(contents.networks, key, where=contents.where)
     _check_size(contents, choice.network)
-    backbone = rename_weights(choice.network)
-    try:
+    with name_place(contents.where):
+        backbone = rename_weights(choice.network)
         architecture = _find_architecture(contents, backbone, arch)
         backbone = _convert_names(backbone, choice.network, architecture)
-    except CheckpointError as error:
-        raise CheckpointError(error.what, where=contents.where, hint=error.hint) from error
     return StoredCheckpoint(
         contents=contents, choice=choice, backbone=backbone, architecture=architecture, is_named=arch is not None
     )
@@ -245,7 +233,7 @@ def _choose_hub(contents: Contents, architecture: Architecture, key: str | None)
     contents = replace(contents, networks=(network,))
     choice = choose_network(contents.networks, key, where=contents.where)
     _check_size(contents, network)
-    try:
+    with name_place(contents.where):
         outline_network(architecture)  # before memory is taken for what the config claims
         loaded, dropped = load_hub(cast(Mapping[str, object], architecture.hub), tensors)
         backbone = Backbone(format="huggingface", weights=loaded.state_dict(), dropped=dropped)
@@ -253,8 +241,6 @@ def _choose_hub(contents: Contents, architecture: Architecture, key: str | None)
             contents=contents, choice=choice, backbone=backbone, architecture=architecture, network=loaded
         )
         return replace(stored, readout=find_readout(loaded, stored.native_pixels(loaded)))
-    except CheckpointError as error:
-        raise CheckpointError(error.what, where=contents.where, hint=error.hint) from error
 
 
 def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) -> float:
@@ -272,17 +258,15 @@ def check_stored(stored: StoredCheckpoint, allow_missing: tuple[str, ...] = ()) 
     for name in fit.reshaped:
         own, model = weights[name].shape, expected[name].shape
         if len(own) == 4 and model[1] == IMAGE_CHANNELS and own[:1] + own[2:] == model[:1] + model[2:]:
-            raise wrong_channels(own[1], where=stored.contents.where)
+            check_channels(own[1], where=stored.contents.where)
     if fit.lines:
         key = stored.choice.network.key
         arch = stored.architecture.name + (f" (network {key!r} of the file)" if key else "")
         more = [f"and {len(fit.lines) - _MAX_SHOWN} more"] if len(fit.lines) > _MAX_SHOWN else []
         listed = "\n".join(f"  {line}" for line in [*fit.lines[:_MAX_SHOWN], *more])
-        raise CheckpointError(
-            f"{len(fit.lines)} of {len(expected)} weights do not fit {arch}\n{listed}",
-            where=stored.contents.where,
-            hint=f"{_suggest_architecture(stored)}{_suggest_options(stored, allow_missing)}",
-        )
+        what = f"{len(fit.lines)} of {len(expected)} weights do not fit {arch}\n{listed}"
+        hint = f"{_suggest_architecture(stored)}{_suggest_options(stored, allow_missing)}"
+        raise CheckpointError(what, where=stored.contents.where, hint=hint)
     if fit.waived:
         _log.warning("%s: absent, so left untrained: %s", stored.contents.where, ", ".join(fit.waived))
     return fit.matched
@@ -302,22 +286,17 @@ def list_alarms(stored: StoredCheckpoint, infos: Mapping[str, TensorInfo]) -> tu
     if (other := find_other_grid(positions, side)) is None:
         return alarms
     rows, columns = other
-    looks = (
-        f"the position embeddings look as if learned for {rows} x {columns} patches; they are read as {side} x {side}"
-    )
-    return (*alarms, f"{looks}. Wrap a network for images that are no squares: py:package.module:factory")
+    looks = f"the position embeddings look as if learned for {rows} x {columns} patches; they are read as {side} x "
+    return (*alarms, f"{looks}{side}. Wrap a network for images that are no squares: py:package.module:factory")
 
 
 def _check_size(contents: Contents, network: StoredNetwork) -> None:
     """Refuse a network that is larger than its file, and one of more tensors than any network has."""
     network_bytes = sum(tensor.nbytes for tensor in network.tensors.values())
     if network_bytes > 2 * contents.file_bytes + _SLACK_BYTES or len(network.tensors) > _MAX_TENSORS:
-        raise CheckpointError(
-            f"holds a network of {len(network.tensors):,} tensors and {network_bytes:,} bytes in a file of "
-            f"{contents.file_bytes:,}",
-            where=contents.where,
-            hint="Weights that share their bytes are refused; where it was made, save them with .clone().",
-        )
+        what = f"holds a network of {len(network.tensors):,} tensors and {network_bytes:,} bytes in a file of "
+        hint = "Weights that share their bytes are refused; where it was made, save them with .clone()."
+        raise CheckpointError(f"{what}{contents.file_bytes:,}", where=contents.where, hint=hint)
 
 
 def _find_architecture(contents: Contents, backbone: Backbone, arch: str | None) -> Architecture:
@@ -360,23 +339,19 @@ def _convert_names(backbone: Backbone, network: StoredNetwork, architecture: Arc
 
 def _suggest_options(stored: StoredCheckpoint, allow_missing: tuple[str, ...]) -> str:
     """Return a hint with the options that the user has not given."""
-    options = [
-        "" if stored.is_named else "another architecture with --arch",
-        "" if len(stored.contents.networks) == 1 else "another network of the file with --checkpoint-key",
-        "" if allow_missing else "the weights that may stay untrained with --allow-missing PATTERN",
-    ]
-    named = " or ".join(option for option in options if option)
-    inspect = "`msn-eval inspect` lists the file's names and shapes."
-    return f"Name {named}. {inspect}" if named else inspect
+    options = [] if stored.is_named else ["another architecture with --arch"]
+    options += ["another network of the file with --checkpoint-key"] if len(stored.contents.networks) > 1 else []
+    options += [] if allow_missing else ["the weights that may stay untrained with --allow-missing PATTERN"]
+    named = f"Name {' or '.join(options)}. " if options else ""
+    return f"{named}`msn-eval inspect` lists the file's names and shapes."
 
 
 def _suggest_architecture(stored: StoredCheckpoint) -> str:
     """Return a hint with the architecture that the weights look like, where it is another one."""
-    try:
-        name = recognise_architecture(stored.backbone.weights).name
-    except CheckpointError:
-        return ""
-    return f"The weights look like {name}. " if name != stored.architecture.name else ""
+    with suppress(CheckpointError):
+        if (name := recognise_architecture(stored.backbone.weights).name) != stored.architecture.name:
+            return f"The weights look like {name}. "
+    return ""
 
 
 def fit_weights(
@@ -430,13 +405,9 @@ def load_weights(
     Raises:
         CheckpointError: A weight is not finite.
     """
-    not_finite = {name: info for name, info in infos.items() if info.not_finite}
-    if not_finite:
-        shown = list(not_finite.items())[:_MAX_SHOWN]
-        listed = ", ".join(f"{name}: {info.not_finite:,} of {info.values:,}" for name, info in shown)
-        raise CheckpointError(
-            f"{len(not_finite)} weights hold NaN or infinite values ({listed})",
-            where=where,
-            hint="A network with such weights gives no meaningful accuracy; use an earlier checkpoint.",
-        )
+    counts = [f"{name}: {info.not_finite:,} of {info.values:,}" for name, info in infos.items() if info.not_finite]
+    if counts:
+        what = f"{len(counts)} weights hold NaN or infinite values ({', '.join(counts[:_MAX_SHOWN])})"
+        hint = "A network with such weights gives no meaningful accuracy; use an earlier checkpoint."
+        raise CheckpointError(what, where=where, hint=hint)
     network.load_state_dict(dict(weights), strict=False)  # what the user allows to be absent stays as it is

@@ -16,16 +16,8 @@ from msn_eval.errors import CheckpointError
 _HEADS_BY_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 _GATED_HEADS_BY_WIDTH = {**_HEADS_BY_WIDTH, 1536: 24}  # networks of this width without gates have 16
 _OPEN_WIDTH = 768  # published with two numbers of heads where there is no class token
-_SIZE_BY_WIDTH_AND_DEPTH = {
-    (192, 12): "tiny",
-    (384, 12): "small",
-    (768, 12): "base",
-    (1024, 24): "large",
-    (1280, 32): "huge",
-    (1408, 40): "giant",
-    (1536, 40): "giant2",
-    (1664, 48): "gigantic",
-}
+_SIZE_BY_WIDTH_AND_DEPTH = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large"}
+_SIZE_BY_WIDTH_AND_DEPTH |= {(1280, 32): "huge", (1408, 40): "giant", (1536, 40): "giant2", (1664, 48): "gigantic"}
 _MAX_DEPTH = 256
 IMAGE_CHANNELS = 3
 _DIMENSIONS = {"patch_embed.proj.weight": 4, "pos_embed": 3, "reg_token": 3} | dict.fromkeys(
@@ -41,12 +33,12 @@ _MAX_IMAGE_PIXELS = 1 << 12  # some networks compute tables as large as the squa
 _COUNTS = re.compile(r"depths?|(n|num)?_?(blocks?|layers?|stages?)")  # keywords that count blocks
 NORM_EPS = 1e-6  # of nearly all published Vision Transformers; no weight shows it
 _HUB_SIZES = {"hidden_size": "width", "num_hidden_layers": "depth", "patch_size": "patch", "image_size": ""}
-_RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
-    ((2, 2, 2, 2), False): "resnet18",
-    ((3, 4, 6, 3), False): "resnet34",
-    ((3, 4, 6, 3), True): "resnet50",
-    ((3, 4, 23, 3), True): "resnet101",
-    ((3, 8, 36, 3), True): "resnet152",
+# By the blocks per stage: of two convolutions each, and of three.
+_RESNETS: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
+_DEEP_RESNETS: dict[tuple[int, ...], str] = {
+    (3, 4, 6, 3): "resnet50",
+    (3, 4, 23, 3): "resnet101",
+    (3, 8, 36, 3): "resnet152",
 }
 
 
@@ -79,7 +71,7 @@ def name_architecture(text: str) -> Architecture:
     """Parse `NAME` or `NAME?keyword=value&…`, as `--arch` and `random:` take it. `stem=cifar` is ours, all others timm's.
 
     Raises:
-        CheckpointError: The text cannot be parsed, or has a keyword that is not the architecture's.
+        CheckpointError: The text cannot be parsed, or has a keyword that is refused.
     """
     name, _, query = text.partition("?")
     if not name:
@@ -87,15 +79,12 @@ def name_architecture(text: str) -> Architecture:
     try:
         pairs = urllib.parse.parse_qsl(query, strict_parsing=True) if query else []
     except ValueError as error:
-        raise CheckpointError(
-            f"The keywords of {text!r} cannot be parsed",
-            hint="Write them as vit_tiny_patch16_224?img_size=32&patch_size=4 (quoted, for the shell).",
-        ) from error
+        hint = "Write them as vit_tiny_patch16_224?img_size=32&patch_size=4 (quoted, for the shell)."
+        raise CheckpointError(f"The keywords of {text!r} cannot be parsed", hint=hint) from error
     keywords = {key: _literal(value) for key, value in pairs}
-    for key in keywords.keys() & set(NOT_KEYWORDS):
-        hint = "Remove it; weights come only from the file."
-        raise CheckpointError(f"{key} is not a keyword of an architecture", hint=hint)
     stem = keywords.pop("stem", None)
+    for key, value in keywords.items():
+        check_keyword(key, value)
     return Architecture(name=text, timm_name=name, keywords=keywords, stem=None if stem is None else str(stem))
 
 
@@ -122,44 +111,40 @@ def check_keyword(name: str, value: object) -> None:
     """Check a keyword of one of timm's architectures before the network is built, which could take hours.
 
     Raises:
-        CheckpointError: A number is larger than in any network, or the network does not take square images of three channels.
+        CheckpointError: It would read files or other weights, or is larger than in any network, or the network does not take
+            square images of three channels.
     """
+    if name in NOT_KEYWORDS or isinstance(value, Mapping):
+        what = f"{name}={value!s:.60} is not a keyword of an architecture"
+        hint = "Leave it out: weights come only from the file. Or wrap the network: py:package.module:factory."
+        raise CheckpointError(what, hint=hint)
     limit = _MAX_IMAGE_PIXELS if name == "img_size" else _MAX_DEPTH if _COUNTS.fullmatch(name) else _MAX_NUMBER
-    pending, numbers = [value], []
-    while pending:
-        item = pending.pop()
-        if isinstance(item, list | tuple):
-            pending += item
-        elif isinstance(item, int | float):
-            numbers.append(item)
-    if not all(abs(number) <= limit for number in numbers):
+    pending = [value]
+    for item in pending:  # no recursion: a file may nest lists deeply
+        pending += item if isinstance(item, list | tuple) else []
+    if not all(abs(item) <= limit for item in pending if isinstance(item, int | float)):
         hint = "Name an architecture that exists, or wrap the network: py:package.module:factory."
         raise CheckpointError(f"{name}={value!s:.60} is above the largest supported number, {limit:,}", hint=hint)
-    if (
-        name in ("img_size", "patch_size")
-        and len({str(side) for side in value} if isinstance(value, list | tuple) else ()) > 1
-    ):
-        raise not_square(f"{name}={value!s:.60}")
-    if name == "in_chans" and value != IMAGE_CHANNELS:
-        raise wrong_channels(value)
+    if name in ("img_size", "patch_size"):
+        check_square(name, value)
+    if name == "in_chans":
+        check_channels(value)
 
 
-def not_square(stated: str, *, where: str = "") -> CheckpointError:
-    """Return the error for a network whose images or patches are not squares, as `stated`."""
-    return CheckpointError(
-        f"{stated}: only square images and patches are supported",
-        where=where,
-        hint="Wrap the network in a module that takes squares: py:package.module:factory.",
-    )
+def check_square(name: str, sides: object, *, where: str = "") -> None:
+    """Raise CheckpointError for images or patches whose `sides` are several numbers that differ."""
+    if isinstance(sides, list | tuple) and len({*map(str, sides)}) > 1:
+        what = f"{name} is {sides!s:.60}: only square images and patches are supported"
+        hint = "Wrap the network in a module that takes squares: py:package.module:factory."
+        raise CheckpointError(what, where=where, hint=hint)
 
 
-def wrong_channels(channels: object, *, where: str = "") -> CheckpointError:
-    """Return the error for a network whose images do not have three channels."""
-    return CheckpointError(
-        f"The network takes images of {channels!s:.20} channels; images here have {IMAGE_CHANNELS}",
-        where=where,
-        hint="Wrap it in a module that makes its channels from RGB: py:package.module:factory.",
-    )
+def check_channels(channels: object, *, where: str = "") -> None:
+    """Raise CheckpointError for a network whose images do not have three channels."""
+    if channels != IMAGE_CHANNELS:
+        what = f"The network takes images of {channels!s:.20} channels; images here have {IMAGE_CHANNELS}"
+        hint = "Wrap it in a module that makes its channels from RGB: py:package.module:factory."
+        raise CheckpointError(what, where=where, hint=hint)
 
 
 def _literal(text: str) -> object:
@@ -259,8 +244,7 @@ def _describe_transformer(
 ) -> Architecture:
     """Return the architecture of `own` keywords and of those that BEiT and other Vision Transformers share."""
     width, channels, patch, patch_width = weights["patch_embed.proj.weight"].shape
-    if channels != IMAGE_CHANNELS:
-        raise wrong_channels(channels)
+    check_channels(channels)
     if patch != patch_width:
         raise _unknown(f"a Vision Transformer with patches of {patch} x {patch_width} pixels")
     depth = 1 + max(int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,4})\.", name)))
@@ -326,13 +310,13 @@ def _recognise_resnet(weights: Mapping[str, Tensor], small_stem: str) -> Archite
         (int(match[1]), int(match[2])) for name in weights if (match := re.match(r"layer([1-4])\.(\d{1,4})\.", name))
     }
     depths = tuple(1 + max(block for of, block in blocks if of == stage) for stage in sorted({of for of, _ in blocks}))
-    name = _RESNETS.get((depths, "layer1.0.conv3.weight" in weights))
+    name = (_DEEP_RESNETS if "layer1.0.conv3.weight" in weights else _RESNETS).get(depths)
     if name is None or weights["layer1.0.conv1.weight"].shape[:1] != (64,):
         what = f"a residual network with {depths} blocks per stage, which is not ResNet-18, 34, 50, 101 or 152"
         raise _unknown(what, ", one of timm's")
     stem = weights["conv1.weight"].shape if "conv1.weight" in weights else ()
-    if len(stem) == 4 and stem[1] != IMAGE_CHANNELS:
-        raise wrong_channels(stem[1])
+    if len(stem) == 4:
+        check_channels(stem[1])
     if stem[2:] == (3, 3):
         return Architecture(name=f"{name}?stem={small_stem}", timm_name=name, stem=small_stem)
     return Architecture(name=name, timm_name=name)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from msn_eval.errors import CheckpointError
-from msn_eval.models.architectures import IMAGE_CHANNELS, wrong_channels
+from msn_eval.models.architectures import IMAGE_CHANNELS, check_channels, check_square
 
 _WRAP = "Wrap the network: py:package.module:factory."
 # What does not change the network, or names code and files that are not in the folder.
@@ -45,14 +45,12 @@ class HubNetwork(nn.Module):
         stated = {name: value for name, value in config.to_dict().items() if not _IGNORED.fullmatch(name)}
         self.settings = json.dumps(stated, sort_keys=True, default=str)
         self._takes_patches = "spatial_shapes" in inspect.signature(tower.forward).parameters
-        if (channels := getattr(config, "num_channels", IMAGE_CHANNELS)) != IMAGE_CHANNELS:
-            raise wrong_channels(channels)
+        check_channels(getattr(config, "num_channels", IMAGE_CHANNELS))
         side = getattr(config, "image_size", None) or _PIXELS
         if self._takes_patches:
             side = round(config.num_patches**0.5) * config.patch_size
+        check_square("image_size", side)
         sides = {*side} if isinstance(side, list | tuple) else {side}
-        if len(sides) > 1:
-            raise ValueError(f"image_size is {side}; only squares are supported")
         self.pretrained_cfg = {"input_size": (3, *sides, *sides)}
         has_positions = any(_POSITIONS.search(name) for name, _ in tower.named_parameters())
         patch = getattr(config, "patch_size", None) if hasattr(config, "hidden_size") else None

@@ -350,7 +350,7 @@ def test_mean_and_std_by_hand_replace_any_other(scheme: str) -> None:
 @pytest.mark.parametrize(
     ("stated", "what"),
     [
-        ({"msn_eval.mean": "0.5,0.5,0.5"}, "msn_eval.std is not three finite numbers: "),
+        ({"msn_eval.mean": "0.5,0.5,0.5"}, "msn_eval.std is not three finite numbers: None"),
         ({"msn_eval.mean": "0.5,x,0.5", "msn_eval.std": "1,1,1"}, "msn_eval.mean is not three finite numbers: 0.5,x"),
         ({"msn_eval.mean": "0.5,0.5,0.5", "msn_eval.std": "1,0,1"}, "msn_eval.std [1.0, 0.0, 1.0] is not positive"),
     ],

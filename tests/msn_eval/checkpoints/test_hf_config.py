@@ -63,11 +63,16 @@ def test_model_type_that_is_no_name_is_refused(tmp_path: Path, model_type: objec
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "known"), [("hidden_act", "relu", "gelu"), ("hidden_act", None, "gelu"), ("num_channels", 1, 3)]
+    ("name", "value", "what"),
+    [
+        ("hidden_act", "relu", "hidden_act is 'relu'; only 'gelu' is supported"),
+        ("hidden_act", None, "hidden_act is None; only 'gelu' is supported"),
+        ("num_channels", 1, "The network takes images of 1 channels; images here have 3"),
+    ],
 )
-def test_unsupported_property_is_refused(tmp_path: Path, name: str, value: object, known: object) -> None:
+def test_unsupported_property_is_refused(tmp_path: Path, name: str, value: object, what: str) -> None:
     error = refusal(tmp_path, MSN | {name: value})
-    assert (error.what, "py:" in error.hint) == (f"{name} is {value!r}; only {known!r} is supported", True)
+    assert (error.what, "py:" in error.hint) == (what, True)
 
 
 # timm.
@@ -155,7 +160,7 @@ def test_images_and_patches_that_are_not_square_are_refused(tmp_path: Path, name
 @pytest.mark.parametrize(
     ("size", "text"),
     [
-        ([3, 32, 64], "input_size [3, 32, 64]: only square images and patches are supported"),
+        ([3, 32, 64], "input_size is [32, 64]: only square images and patches are supported"),
         ([1, 32, 32], "The network takes images of 1 channels; images here have 3"),
     ],
 )
