@@ -97,10 +97,9 @@ def read_vit(network: StoredNetwork) -> Backbone:
     kept = _drop(family, network.tensors, _VIT_DROPPED)
     # Tables of indices are computed, not learned.
     learned = {name: tensor for name, tensor in kept.weights.items() if not name.endswith("relative_position_index")}
+    heads = _IJEPA_HEADS.get(width) if family == "ijepa" else None
     if (is_mocov3 or is_solo_mae) and width <= _MOCOV3_MAX_WIDTH:
         heads = _MOCOV3_HEADS
-    else:
-        heads = _IJEPA_HEADS.get(width) if family == "ijepa" else None
     positions = _choose_positions("mocov3" if is_mocov3 else family, network.tensors)
     family = "mocov3" if is_mocov3 and family == "timm" else family
     weights = _move_class_position(_rename(learned, _VIT_NAMES))

@@ -80,13 +80,14 @@ def check_trainable(encoder: Encoder, recipe: FinetuneRecipe, *, tap: str) -> No
     if isinstance(network, HubNetwork):
         what = f"finetune trains networks of timm and those of py: factories; transformers runs {name}"
         raise UsageError(what, hint="Wrap the network: py:package.module:factory.")
-    blocks = getattr(network, "blocks", None)
-    if recipe.blocks is not None and not isinstance(blocks, nn.Sequential | nn.ModuleList):
-        what = f"finetune.blocks: {name} has no blocks that could be counted"
-        raise UsageError(what, hint="Train all of its weights: finetune.blocks=null.")
-    if recipe.blocks is not None and recipe.blocks > len(blocks):
-        what = f"finetune.blocks: {name} has {len(blocks)} blocks, not {recipe.blocks}"
-        raise UsageError(what, hint=f"Give at most {len(blocks)}, or null for all weights.")
+    if recipe.blocks is not None:
+        blocks = getattr(network, "blocks", None)
+        if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+            what = f"finetune.blocks: {name} has no blocks that could be counted"
+            raise UsageError(what, hint="Train all of its weights: finetune.blocks=null.")
+        if recipe.blocks > len(blocks):
+            what = f"finetune.blocks: {name} has {len(blocks)} blocks, not {recipe.blocks}"
+            raise UsageError(what, hint=f"Give at most {len(blocks)}, or null for all weights.")
     if recipe.drop_path > 0 and not _list_residual_blocks(network):
         what = f"finetune.drop_path: {name} has no residual branches that could be left out"
         raise UsageError(what, hint="Set finetune.drop_path=0.")
