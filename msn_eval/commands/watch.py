@@ -166,7 +166,7 @@ def _describe_point(point: "Point") -> str:
 
     table, features = make_table(point.results), point.features
     cells = [(column, table.cells[row, column]) for column in table.columns for row in table.rows]
-    texts = [f"{column.group}, {column.subset} {format_accuracy(cell)}" for column, cell in cells]
+    texts = [f"{column.curve}, {column.subset} {format_accuracy(cell)}" for column, cell in cells]
     if features is not None and features.feature_rank is not None:
         texts.append(f"rank {features.feature_rank:.3g}, spread {features.feature_spread:.2g}")
     return f"step {point.step:,}, epoch {point.epoch}: {'; '.join(texts)}"

@@ -1,7 +1,7 @@
-"""Report format `latex`, for papers: one booktabs tabular per probe and its settings."""
+"""Report format `latex`, for papers: booktabs tabulars that fit the width of the text, for each probe and its settings."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from msn_eval.errors import one_line
 from msn_eval.reports import text_tables
@@ -16,68 +16,68 @@ _ESCAPES: dict[str, str | int | None] = {
     '"': r"\textquotedbl{}", "'": r"\textquotesingle{}", "`": r"\textasciigrave{}",
     "±": r"$\pm$", "λ": r"$\lambda$", "–": r"\textendash{}", "…": r"\dots{}",
 }  # fmt: skip
+_HEAD = "% Needs \\usepackage{booktabs,graphicx} and \\usepackage[T1]{fontenc}"
+# Scales the tabular in box 0 to the width of the text where it is wider.
+_FIT = "\\ifdim\\wd0>\\linewidth\\resizebox{\\linewidth}{!}{\\usebox0}\\else\\usebox0\\fi\\par\\bigskip"
+_PLAIN, _DETAILED, _MOST_CHARACTERS = 12, 18, 72  # of a column with numbers, with intervals; of all beside the names
 _REPEATED = re.compile("([-,])(?=\\1)")  # LaTeX would print two in a row as one sign
 _UNKNOWN = re.compile("[^\x20-\x7e\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u00ff±λ–…]")
 
 
 def render(table: Table, scan: ResultScan) -> str:
-    """Return LaTeX to \\input: it needs the packages booktabs and textcomp, in T1 (\\usepackage[T1]{fontenc}).
+    """Return LaTeX to \\input: it needs the packages booktabs, graphicx and textcomp, in T1 (\\usepackage[T1]{fontenc}).
 
-    Names are printed and never run; letters that LaTeX's standard fonts lack are shown by their code points.
+    A tabular that is wider than the text is scaled to its width. Names are printed and never run; letters that LaTeX's
+    standard fonts lack are shown by their code points.
     """
-    parts = ["\n".join(_render_group(table, *group)) for group in table.groups().items()]
-    notes = "\\\\\n".join(map(escape_latex, text_tables.explain_cells(table)))
-    head = "% Needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc}\n\\noindent\n"
-    return head + "\n\n\\bigskip\n\\noindent\n".join([*parts, f"{{\\footnotesize\n{notes}\\par}}"]) + "\n"
+    parts = [part for group in table.groups().items() for part in _render_group(table, *group)]
+    notes = "\\\\\n".join(map(escape_latex, text_tables.explain_cells(table, draws="")))
+    return "\n\n".join([_HEAD, *parts, f"\\noindent{{\\footnotesize\\raggedright\n{notes}\\par}}"]) + "\n"
 
 
-def _render_group(table: Table, group: str, columns: tuple[Column, ...]) -> list[str]:
-    headers = [["", *(column.subset for column in columns)]]
-    headers.append(["images per class", *(column.images for column in columns)])
-    if any(column.strength for column in columns):
-        headers.append(["λ", *(column.strength for column in columns)])
-    if any(column.test for column in columns):
-        headers.append(["scored on", *(column.test for column in columns)])
-    lines = [
-        f"\\begin{{tabular}}{{@{{}}l{'r' * len(columns)}@{{}}}}",
-        "\\toprule",
-        f"\\multicolumn{{{len(columns) + 1}}}{{@{{}}l@{{}}}}{{\\textbf{{{escape_latex(group)}}}}} \\\\",
-        "\\midrule",
-        *(_join(map(escape_latex, texts)) for texts in headers),
-        "\\midrule",
-    ]
+def _render_group(table: Table, group: str, columns: tuple[Column, ...]) -> Iterator[str]:
+    """Yield a title and tabulars."""
+    headers = text_tables.list_headers(table, columns)
     rows = table.rows_of(columns)
-    columns_of_cells = zip(*(cells for _, cells in rows), strict=True)
-    has_worse = [any(cell and (cell.standing.rank or 1) > 1 for cell in cells) for cells in columns_of_cells]
-    for row, cells in rows:
-        texts = [_format_cell(cell, bold_first=worse) for cell, worse in zip(cells, has_worse, strict=True)]
-        lines.append(_join([escape_latex(text_tables.describe_row(row)), *texts]))
-        details = list(map(_format_details, cells))
-        if any(details):
-            lines.append(_join(["", *details]))
-    return [*lines, "\\bottomrule", "\\end{tabular}"]
+    cells_by_column = list(zip(*(cells for _, cells in rows), strict=True))
+    has_worse = [any(cell and (cell.standing.rank or 1) > 1 for cell in cells) for cells in cells_by_column]
+    draws = [text_tables.count_draws(table, column) for column in columns]
+    details = [[_format_details(cell) for cell in cells] for _, cells in rows]
+    yield f"\\noindent\\textbf{{{escape_latex(group)}}}\\par\\nopagebreak\\smallskip"
+    widths = [_DETAILED if any(texts) else _PLAIN for texts in zip(*details, strict=True)]
+    for block in text_tables.split_columns(columns, widths, _MOST_CHARACTERS):
+        lines = [
+            f"\\noindent\\sbox0{{\\begin{{tabular}}{{@{{}}l{'r' * len(block)}@{{}}}}",
+            "\\toprule",
+            *(_join(map(escape_latex, [label, *(texts[index] for index in block)])) for label, texts in headers),
+            "\\midrule",
+        ]
+        for (row, cells), texts in zip(rows, details, strict=True):
+            shown = [_format_cell(cells[index], draws[index], bold_first=has_worse[index]) for index in block]
+            lines.append(_join([escape_latex(text_tables.describe_row(row)), *shown]))
+            if any(texts[index] for index in block):
+                lines.append(_join(["", *(texts[index] for index in block)]))
+        yield "\n".join([*lines, "\\bottomrule", f"\\end{{tabular}}}}{_FIT}"])
 
 
 def _join(cells: Iterable[str]) -> str:
     return f"{' & '.join(cells)} \\\\"
 
 
-def _format_cell(cell: Cell | None, *, bold_first: bool) -> str:
+def _format_cell(cell: Cell | None, draws: int | None, *, bold_first: bool) -> str:
     """Return the accuracy; in bold if it failed, or if it has the first rank and others do not."""
+    text = text_tables.format_cell_without_draws(cell, draws)
     if cell is None:
-        return escape_latex(text_tables.MISSING)
-    number, *std = text_tables.format_accuracy(cell).split(" ± ")
+        return escape_latex(text)
+    number, *std = text.split(" ± ")
     if cell.mean is None or (bold_first and cell.standing.rank == 1):
         number = f"\\textbf{{{number}}}"
-    return " $\\pm$ ".join([number, *std]) + text_tables.format_convergence_mark(cell)
+    return " $\\pm$ ".join([number, *std])
 
 
 def _format_details(cell: Cell | None) -> str:
-    """Return draws, interval and rank, in small print."""
-    if cell is None or cell.mean is None:
-        return ""
-    draws = "" if cell.draws is None else f"({cell.draws})"
-    text = f"{draws} {text_tables.describe_significance(cell)}".strip()
+    """Return interval and rank, in small print."""
+    text = text_tables.describe_significance(cell)
     return f"{{\\scriptsize {escape_latex(text)}}}" if text else ""
 
 

@@ -9,24 +9,31 @@ from msn_eval.reports.text_tables import (
     join_markdown_cells,
     markdown_row,
     markdown_text,
+    split_columns,
 )
 from msn_eval.results.folder import ResultScan
 from msn_eval.results.table import Cell, Table
 
 suffix = "md"
+_MOST_COLUMNS = 6  # side by side: more do not fit into a page of GitHub
 
 
 def render(table: Table, scan: ResultScan) -> str:
     """Return the table in Markdown."""
     parts = []
     for group, columns in table.groups().items():
-        header = ["checkpoint", *(markdown_text(column.title) for column in columns)]
-        lines = [f"### {markdown_text(group)}", "", join_markdown_cells(header), "| --- |" + " ---: |" * len(columns)]
-        lines += [
-            join_markdown_cells([markdown_text(describe_row(row)), *map(_format_cell, cells)])
-            for row, cells in table.rows_of(columns)
-        ]
-        parts.append("\n".join(lines))
+        parts.append(f"### {markdown_text(group)}")
+        rows = table.rows_of(columns)
+        for block in split_columns(columns, [1] * len(columns), _MOST_COLUMNS):
+            header = ["checkpoint", *(markdown_text(columns[index].title) for index in block)]
+            lines = [join_markdown_cells(header), "| --- |" + " ---: |" * len(block)]
+            lines += [
+                join_markdown_cells(
+                    [markdown_text(describe_row(row)), *(_format_cell(cells[index]) for index in block)]
+                )
+                for row, cells in rows
+            ]
+            parts.append("\n".join(lines))
     for averages in table.averages:
         title, names, texts, explanations = describe_averages(averages)
         lines = [

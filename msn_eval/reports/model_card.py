@@ -65,8 +65,8 @@ def render_model_card(results: Sequence[Result]) -> str:
         "",
         f"# {markdown_text(name)}",
         "",
-        f"{markdown_text(describe_row(table.rows[0]))}: {checkpoint.params:,} parameters, SHA-256 of the weights "
-        f"`{checkpoint.weights_sha256}`. Measured by msn-eval {__version__} on the frozen backbone.",
+        f"{markdown_text(f'{describe_row(table.rows[0])}: {checkpoint.arch}')}, {checkpoint.params:,} parameters, SHA-256 of "
+        f"the weights `{checkpoint.weights_sha256}`. Measured by msn-eval {__version__} on the frozen backbone.",
         "",
         markdown_row(_HEADER),
         "| --- | --- | --- | ---: | ---: | --- |",

@@ -77,10 +77,11 @@ class Results(list[Result]):
 def _list_curves(table: Table) -> list[tuple[str, list[tuple[float, float, float]]]]:
     """Return label and points of each checkpoint, group and test set: images per class, mean and deviation in percent."""
     curves: defaultdict[str, list[tuple[float, float, float]]] = defaultdict(list)
-    for group, columns in table.groups().items():
+    for columns in table.groups().values():
         for row, cells in table.rows_of(columns):
             for column, cell in zip(columns, cells, strict=True):
                 if cell is not None and cell.mean is not None:
-                    label = one_line(f"{row.name}, {group}{f' on {column.test}' if column.test else ''}")
+                    test = f", scored on {column.test}" if column.test else ""
+                    label = one_line(f"{row.name}, {column.curve}{test}")
                     curves[label].append((column.images_per_class, 100 * cell.mean, 100 * (cell.std or 0.0)))
     return [(label, sorted(points)) for label, points in curves.items()]

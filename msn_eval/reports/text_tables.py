@@ -1,19 +1,19 @@
 """The texts of rows and cells that the report formats share: percent with one decimal, as papers print it."""
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
+from itertools import groupby
 
 from msn_eval.errors import one_line
 from msn_eval.results.data_sets import DataSetAverages
-from msn_eval.results.table import MEASURES, Cell, Row, Table
+from msn_eval.results.table import MEASURES, Cell, Column, Row, Table
 
 MISSING = "–"
 FAILED, DAMAGED = "FAILED", "DAMAGED"
 UNCONVERGED = "*"
-_RANK_RULE = (
-    "In a data set, checkpoints whose difference is not statistically significant share the mean of their ranks."
-)
+_RANK_RULE = "Checkpoints of a data set that do not differ significantly share the mean of their ranks."
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_<>\[\]|#~&!@$])")
 
 
@@ -65,26 +65,79 @@ def describe_row(row: Row) -> str:
 
 
 def describe_details(row: Row) -> str:
-    """Return the architecture unless the name has it, the note and the source of a row."""
+    """Return the note and the source of a row. Its name has the architecture where that tells rows apart."""
     source = f"published in {row.source}" if row.source else ""
-    return ", ".join(text for text in ("" if row.arch in row.name else row.arch, row.note, source) if text)
+    return ", ".join(text for text in (row.note, source) if text)
 
 
-def explain_cells(table: Table) -> tuple[str, ...]:
-    """Return the lines that explain the cells, and the notices of the table."""
+def list_headers(table: Table, columns: Sequence[Column]) -> list[tuple[str, list[str]]]:
+    """Return the lines above columns of one group: what a line says, and its text for each column."""
+    lines = [("subset", [column.subset for column in columns])]
+    lines.append(("images per class", [column.images for column in columns]))
+    optional = (
+        ("λ", [column.strength for column in columns]),
+        ("k", [column.neighbours for column in columns]),
+        ("scored on", [column.test for column in columns]),
+        ("draws", [str(count_draws(table, column) or "") for column in columns]),
+    )
+    return lines + [(label, texts) for label, texts in optional if any(texts)]
+
+
+def count_draws(table: Table, column: Column) -> int | None:
+    """Return the number of draws of most cells of a column; None where no cell states one."""
+    counts = Counter(
+        cell.draws for row in table.rows if (cell := table.cells.get((row, column))) and cell.draws and cell.results
+    )
+    return max(counts, key=lambda draws: (counts[draws], draws), default=None)
+
+
+def format_cell_without_draws(cell: Cell | None, draws: int | None) -> str:
+    """Return `format_cell` without the number of draws where it is that of the column, `draws`."""
+    if cell is None or cell.draws != draws:
+        return format_cell(cell)
+    return f"{format_accuracy(cell)}{format_convergence_mark(cell)}"
+
+
+def split_columns(columns: Sequence[Column], widths: Sequence[int], available: int) -> Iterator[list[int]]:
+    """Yield the positions of columns that stand side by side in the available width; those of a subset stay together.
+
+    Args:
+        columns: Of one group, in order.
+        widths: Of each column.
+        available: The width of the page without the column of names.
+    """
+    block: list[int] = []
+    for _, run in groupby(range(len(columns)), key=lambda index: columns[index].subset):
+        indices = list(run)
+        if block and sum(widths[index] for index in (*block, *indices)) > available:
+            yield block
+            block = []
+        for index in indices:
+            if block and sum(widths[other] for other in (*block, index)) > available:
+                yield block
+                block = []
+            block.append(index)
+    if block:
+        yield block
+
+
+def explain_cells(table: Table, *, draws: str = " (number of draws)") -> tuple[str, ...]:
+    """Return the lines that explain the cells, and the notices of the table.
+
+    Args:
+        draws: What follows the spread in a cell.
+    """
     cells = table.cells.values()
-    lines = ["Top-1 accuracy in percent: mean ± sample standard deviation over draws (number of draws)."]
+    lines = [f"Top-1 accuracy in percent: mean ± sample standard deviation over draws{draws}."]
     if any(cell.change is not None for cell in cells):
         lines.append(
-            "+ or - before a number: difference to the same fits on the validation images, in points; fewer classes are easier."
+            "+ or -: difference in points to the same fits on the validation images; fewer classes are easier."
         )
     if any(cell.standing.interval for cell in cells):
         lines.append("[low, high]: 95 % interval over test images; it does not include the spread over draws.")
     if any(cell.standing.rank for cell in cells):
-        lines.append(
-            "rank: within a column; checkpoints whose difference is not statistically significant share a rank "
-            "(exact paired test, 5 % over all pairs)."
-        )
+        lines.append("rank: within a column; checkpoints that do not differ significantly share a rank.")
+        lines.append("Significance: exact paired test over images, 5 % over all pairs of a column.")
     lines += [f"{name}: {MEASURES[name]}." for name in table.measures]
     if any(cell.status == "not_converged" for cell in cells):
         lines.append(f"{UNCONVERGED} the solver did not converge.")

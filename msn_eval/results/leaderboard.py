@@ -11,10 +11,11 @@ from statistics import fmean
 import numpy as np
 
 from msn_eval.files.json_records import canonical_json
-from msn_eval.results.data_sets import DataSetAverages, DataSetScores, average_data_sets
+from msn_eval.results.data_sets import DataSetAverages, DataSetScores, Network, average_data_sets
 from msn_eval.results.folder import ResultScan
 from msn_eval.results.predictions import name_protocol
 from msn_eval.results.record import Result, protocol_id, read_arrays
+from msn_eval.results.row_names import name_networks
 from msn_eval.results.statistics import Integers, accuracy_interval, count_right, rank_with_ties
 from msn_eval.results.table import CellKey, CellStatistics, get_cell_key
 
@@ -65,6 +66,7 @@ def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderb
         reason = "are left out of a table of this size; --ranks adds them."
     if reason:
         return Leaderboard(standings=standings, notices=(f"Ranks, and intervals over several draws, {reason}",))
+    names = name_networks({get_cell_key(result)[:2]: result.checkpoint for result in (*scan.results, *scan.damaged)})
     missing = 0
     averages = []
     with ThreadPoolExecutor(_READERS) as readers:
@@ -82,7 +84,8 @@ def make_leaderboard(scan: ResultScan, *, ranked: bool | None = None) -> Leaderb
                     known = standings.get(cell_key, CellStatistics(interval=(bounds.low, bounds.high)))
                     standings[cell_key] = replace(known, rank=rank_of.get(cell_key))
                 if len(rule) > 1:
-                    measured.append(_describe_data_set(cells, {cell_key: scores[cell_key] for cell_key in complete}))
+                    own_scores = {cell_key: scores[cell_key] for cell_key in complete}
+                    measured.append(_describe_data_set(cells, own_scores, names))
             if measured:
                 averages.append(average_data_sets(title, measured))
     notice = f"The predictions of {missing} cells are missing; these cells have no rank."
@@ -109,11 +112,13 @@ def _group_by_rule(columns: Iterable[dict[CellKey, _Draws]]) -> dict[str, list[d
     }
 
 
-def _describe_data_set(cells: Mapping[CellKey, _Draws], scores: Mapping[CellKey, Integers]) -> DataSetScores:
+def _describe_data_set(
+    cells: Mapping[CellKey, _Draws], scores: Mapping[CellKey, Integers], names: Mapping[Network, str]
+) -> DataSetScores:
     results = {cell_key[:2]: [result for result, _ in draws] for cell_key, draws in cells.items()}
     return DataSetScores(
         data=next(iter(results.values()))[0].data.name,
-        names={network: draws[0].checkpoint.name for network, draws in results.items()},
+        names={network: names[network] for network in results},
         accuracies={
             network: fmean(result.metrics.top1 for result in draws if result.metrics is not None)
             for network, draws in results.items()

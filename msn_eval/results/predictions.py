@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from msn_eval.errors import ComparisonError, DamagedRecordError, UsageError, did_you_mean, printable
 from msn_eval.results.folder import list_results
 from msn_eval.results.record import MEASURE_AGAIN, Predictions, Result, list_metrics_faults, read_predictions
+from msn_eval.results.row_names import name_networks
 from msn_eval.results.statistics import Integers, count_right
 
 _MAX_TITLE_PARAMS = 4
@@ -118,23 +119,26 @@ def read_one_checkpoint(folders: Sequence[Path], *, name: str | None) -> list[Re
     groups: defaultdict[tuple[str, str | None], list[Result]] = defaultdict(list)
     for result in list_results(folders):
         groups[result.checkpoint.weights_sha256, result.checkpoint.key].append(result)
-    matches = [group for group in groups.values() if name is None or _is_called(group, name)]
+    names = name_networks({network: group[0].checkpoint for network, group in groups.items()})
+    matches = [network for network in groups if name is None or _is_called(groups[network], name, names[network])]
     if len(matches) == 1:
-        return matches[0]
-    checkpoints = [group[0].checkpoint for group in matches or groups.values()]
-    names = [f"{checkpoint.name} [{checkpoint.weights_sha256[:_HASH_PREFIX]}]" for checkpoint in checkpoints]
-    listed = ", ".join(dict.fromkeys(names))
-    problem = f"holds results of {len(matches or groups)} checkpoints, and one is needed: {listed}"
+        return groups[matches[0]]
+    shown = {network: f"{names[network]} [{network[0][:_HASH_PREFIX]}]" for network in matches or groups}
+    listed = ", ".join(dict.fromkeys(shown.values()))
+    problem = f"holds results of {len(shown)} checkpoints, and one is needed: {listed}"
     if not matches and name is not None:
-        suggestion = did_you_mean(name, [checkpoint.name for checkpoint in checkpoints])
+        suggestion = did_you_mean(name, names.values())
         problem = f"holds no results of a checkpoint {name!r}.{suggestion} It holds: {listed}"
     hint = "Name one by its name or the first digits of its hash."
     raise UsageError(problem, where=", ".join(map(str, folders)), hint=hint)
 
 
-def _is_called(results: Sequence[Result], name: str) -> bool:
+def _is_called(results: Sequence[Result], name: str, shown: str) -> bool:
+    """Whether a checkpoint has this name, path, or start of its hash, or is shown by this name in tables."""
     has_hash = len(name) >= _HASH_PREFIX and results[0].checkpoint.weights_sha256.startswith(name)
-    return has_hash or any(name in (result.checkpoint.name, result.checkpoint.path) for result in results)
+    return (
+        has_hash or name == shown or any(name in (result.checkpoint.name, result.checkpoint.path) for result in results)
+    )
 
 
 def group_by_protocol(results: Iterable[Result]) -> dict[str, list[Result]]:

@@ -73,7 +73,7 @@ def _make_column(number: Mapping[Hashable, Any]) -> Column:
         data="imagenet",
         images_per_class=_IMAGES_PER_CLASS[subset],
         classes=1000,
-        reason="published, imagenet",
+        reason="imagenet, published",
         published=True,
     )
 

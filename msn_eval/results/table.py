@@ -9,21 +9,40 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from msn_eval.config.recipes import AugmentedRecipe, LinearRecipe, Params
+from msn_eval.errors import format_count
 from msn_eval.results.data_sets import DataSetAverages
 from msn_eval.results.record import Result, flatten_fields
+from msn_eval.results.row_names import name_networks
 from msn_eval.results.statistics import draw_spread
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # Hyper-parameters that are part of a column's title. Others are shown only where they differ.
-_TITLE_PARAMS = ("k", "temperature", "auto")
+_TITLE_PARAMS = ("temperature", "auto")
+_SYMBOLS = {"k": "k", "temperature": "T"}
 _SUBSET_SIZE = re.compile(r"(?P<number>\d+)(?P<unit>imgs?|pct)|(?P<full>full)")
 _PROBE_ORDER = ("logistic", "linear", "linear-augmented", "knn", "ncm", "ridge", "finetune")
 _RECIPES = {"linear": LinearRecipe(), "linear-augmented": AugmentedRecipe()}
-_SHOWN_ELSEWHERE = {"subset.name", "probe.params.lambda", "probe.params.taps", "tap"}
+_SHOWN_ELSEWHERE = {"subset.name", "probe.params.k", "probe.params.lambda", "probe.params.taps", "tap"}
 _TEST_FIELDS = {"data", "skipped", "plugins", "trained_on", "class_map", "labels"}  # a test set has its own
 _SUBSET_FIELDS = {"subset.rule", "skipped"}
+_HASH_DIGITS = 64
+# Fields of a protocol in words. Others are named by their keys.
+_WORDS = {
+    "by_hand.image_pixels": "{} px",
+    "by_hand.decoder": "decoded by {}",
+    "by_hand.canary": "random labels {}",
+    "precision": "{} precision",
+    "version": "protocol version {}",
+    "data.sha256": "images {}",
+    "data.class_map_sha256": "classes {}",
+    "skipped": "without unreadable images {}",
+    "subset.rule": "subsets drawn by {}",
+    "limit": "{} per class",
+    "probe.params.lr": "learning rate {}",
+}
+_COUNTED = {"limit": "validation image", "probe.params.epochs": "epoch", "probe.params.lrs": "learning rate"}
 MEASURES = {
     "nll": "mean negative log-likelihood of the label, in nats; none where a label has probability 0",
     "brier": "Brier score, the squared error of the probabilities summed over classes",
@@ -43,7 +62,8 @@ class Column:
         classes: Number of classes of the data set.
         test: The test set, empty for validation images.
         base: Id of the protocol of the same fit on the validation images, None where it is not in the table.
-        reason: The fields in which it differs from other protocols of the same probe in this table, or an empty string.
+        reason: In words: the data set, what was set manually, and the fields in which it differs from other protocols of the
+            same probe in this table.
         published: Whether its numbers come from a publication. These are never ranked, and never share a column with
             measured ones.
     """
@@ -62,12 +82,19 @@ class Column:
 
     @property
     def group(self) -> str:
-        """The title shared by all subsets, such as `knn k=10 T=0.07, precision=reduced`."""
-        neighbours = [f"k={self.params['k']:g}", f"T={self.params['temperature']:g}"] if "k" in self.params else []
+        """The title of its table, such as `knn T=0.07 on digits, 96 px`."""
+        return self._title("temperature")
+
+    @property
+    def curve(self) -> str:
+        """The title that it shares with other subsets, such as `knn k=10 T=0.07 on digits, 96 px`."""
+        return self._title("k", "temperature")
+
+    def _title(self, *settings: str) -> str:
+        shown = [f"{_SYMBOLS[name]}={self.params[name]:g}" for name in settings if name in self.params]
         lambda_rule = ["λ=auto"] if "auto" in self.params else []  # a different protocol from any given λ
         taps = [f"taps={self.params['taps']}"] if "taps" in self.params else []
-        name = " ".join([self.probe, *neighbours, *lambda_rule, *taps])
-        return f"{name}, {self.reason}" if self.reason else name
+        return f"{' '.join([self.probe, *shown, *lambda_rule, *taps])} on {self.reason}"
 
     @property
     def images(self) -> str:
@@ -82,10 +109,16 @@ class Column:
         return f"{self.params['lambda']:g}" if "lambda" in self.params else ""
 
     @property
+    def neighbours(self) -> str:
+        """The number of neighbours, or an empty string."""
+        return f"{self.params['k']:g}" if "k" in self.params else ""
+
+    @property
     def lines(self) -> tuple[str, ...]:
-        """The title below the group: subset, images per class, lambda, and test set."""
+        """The title below the group: subset, images per class, lambda, neighbours, and test set."""
         lines = [self.subset, f"{self.images} image{'' if self.images == '1' else 's'} per class"]
         lines += [f"λ={self.strength}"] if self.strength else []
+        lines += [f"k={self.neighbours}"] if self.neighbours else []
         lines += [f"on {self.test}"] if self.test else []
         return tuple(lines)
 
@@ -271,15 +304,17 @@ def _add_change(cell: Cell, base: Cell) -> Cell:
 
 
 def _make_rows(records: "pd.DataFrame") -> Iterator[Row]:
-    networks = list(records.groupby("network", sort=False)["result"].agg(list))
-    names = Counter(results[0].checkpoint.name for results in networks)
-    files = Counter(results[0].checkpoint.weights_sha256 for results in networks)
-    for results in networks:
+    networks = records.groupby("network", sort=False)["result"].agg(list)
+    names = name_networks({network: results[0].checkpoint for network, results in networks.items()})
+    for network, results in networks.items():
         checkpoint = results[0].checkpoint
-        name, weights, key = checkpoint.name, checkpoint.weights_sha256, checkpoint.key
-        if names[name] > 1:
-            name += f" [{weights[:8]}{f' {key}' if files[weights] > 1 and key else ''}]"
-        yield Row(name=name, arch=checkpoint.arch, weights_sha256=weights, key=key, note=_describe_problems(results))
+        yield Row(
+            name=names[network],
+            arch=checkpoint.arch,
+            weights_sha256=checkpoint.weights_sha256,
+            key=checkpoint.key,
+            note=_describe_problems(results),
+        )
 
 
 def _describe_problems(results: Sequence[Result]) -> str:
@@ -358,17 +393,17 @@ def _find_bases(results: Sequence[Result]) -> dict[str, str]:
 
 
 def _list_reasons(results: Sequence[Result]) -> list[str]:
-    """Return for each protocol of one probe the fields in which it differs from the others.
+    """Return for each protocol of one probe, in words, its data set and the fields in which it differs from the others.
 
     Fields that a subset determines (its rule, its unreadable images) are shown only where two protocols of the same
     subset differ in them. Manual options, a limit and changes of a recipe are always shown: without them, the number
-    would be taken for that of the default protocol.
+    would be taken for that of the default protocol. What is not set is never shown.
     """
     protocols = [flatten_fields(result.protocol) for result in results]
     texts = [{key: json.dumps(value) for key, value in protocol.items()} for protocol in protocols]
     by_subset = defaultdict(list)
     for result, protocol in zip(results, texts, strict=True):
-        by_subset[result.split.subset, result.probe.params.get("lambda")].append(protocol)
+        by_subset[result.split.subset, *map(result.probe.params.get, ("lambda", "k"))].append(protocol)
 
     def differs(key: str) -> bool:
         groups = by_subset.values() if key in _SUBSET_FIELDS else [texts]
@@ -377,30 +412,46 @@ def _list_reasons(results: Sequence[Result]) -> list[str]:
     shown = {key for text in texts for key in text if key not in _SHOWN_ELSEWHERE and differs(key)}
     shown |= {key for text in texts for key in text if key.startswith(("limit", "by_hand.")) and text[key] != "null"}
     shown |= {f"probe.params.{name}" for result in results for name in _list_unusual_params(result)}
-    # The data set's name replaces its hash where names differ. A limit and skipped images imply another hash.
-    names, digests = ({result.data.name for result in results}, {protocol.get("data.sha256") for protocol in protocols})
-    show_name = len(names) > 1 and "data.sha256" in shown
-    show_digest = show_name and len(names) < len(digests) and not shown & {"limit", "skipped"}
+    # The data set's name is always there. A limit and skipped images imply another hash.
+    contents = {(result.data.name, text.get("data.sha256")) for result, text in zip(results, texts, strict=True)}
     if "data.sha256" in shown:
         shown -= {"data.class_map_sha256"}
-    if len(names) > 1 or shown & {"limit", "skipped"}:
+    if shown & {"limit", "skipped"} or len({name for name, _ in contents}) == len(contents):
         shown -= {"data.sha256"}
 
-    def shorten(key: str, protocol: Mapping[str, object]) -> str:
+    def shorten(key: str, value: object) -> object:
         # Eight digits of a hash where these distinguish it from the others.
         values = {str(other.get(key)) for other in protocols}
-        text = "none" if protocol.get(key) is None else str(protocol[key])
-        return text[:8] if len(text) == 64 and len({value[:8] for value in values}) == len(values) else text
+        is_hash = isinstance(value, str) and len(value) == _HASH_DIGITS
+        return str(value)[:8] if is_hash and len({text[:8] for text in values}) == len(values) else value
 
     def describe(result: Result, protocol: Mapping[str, object]) -> str:
-        fields = [result.data.name] if show_name else []
-        fields += [shorten("data.sha256", protocol)] if show_digest else []
-        # A recipe does not have every setting.
-        keys = [key for key in sorted(shown) if key in protocol or not key.startswith("probe.params.")]
-        fields += [f"{key.removeprefix('probe.params.')}={shorten(key, protocol)}" for key in keys]
-        return " ".join(fields)
+        fields = [
+            describe_field(key, shorten(key, protocol[key]))
+            for key in sorted(shown, key=_field_order)
+            if protocol.get(key) is not None
+        ]
+        return ", ".join([result.data.trained_on or result.data.name, *fields])
 
     return list(map(describe, results, protocols))
+
+
+def describe_field(key: str, value: object) -> str:
+    """Return a field of a protocol in words, such as `2 validation images per class` for `limit` and 2."""
+    if key in _COUNTED and isinstance(value, int):
+        return _WORDS.get(key, "{}").format(format_count(value, _COUNTED[key]))
+    if key == "by_hand.patch_drop" and isinstance(value, float):
+        return f"{100 * value:.15g} % of patches dropped"
+    text = ",".join(f"{item:g}" for item in value) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, float):
+        text = f"{value:.15g}"
+    name = key.removeprefix("by_hand.").removeprefix("probe.params.")
+    return _WORDS.get(key, f"{re.sub('[._]', ' ', name)} {{}}").format(text)
+
+
+def _field_order(key: str) -> tuple[bool, bool, str]:
+    """Return the sort key of fields: what was set manually, the limit, all others."""
+    return not key.startswith("by_hand."), key != "limit", key
 
 
 def _list_unusual_params(result: Result) -> Iterator[str]:
@@ -419,11 +470,12 @@ def _column_order(column: Column) -> tuple[Any, ...]:
     return (
         index(column.probe, _PROBE_ORDER),
         column.probe,
-        sorted((name, value) for name, value in column.params.items() if name != "lambda"),
+        sorted((name, value) for name, value in column.params.items() if name not in ("lambda", "k")),
         column.published,
         column.reason,
         *_subset_order(column.subset),
         column.params.get("lambda", 0),
+        column.params.get("k", 0),
         column.base is not None,
         column.test,
         column.protocol_id,

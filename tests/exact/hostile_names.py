@@ -41,9 +41,10 @@ HOSTILE_NAMES = st.one_of(
 )
 # All commands and escapes of our LaTeX.
 _LATEX_WORDS = {
-    "begin", "end", "toprule", "midrule", "bottomrule", "multicolumn", "textbf", "scriptsize", "footnotesize", "noindent",
+    "begin", "end", "toprule", "midrule", "bottomrule", "textbf", "scriptsize", "footnotesize", "noindent",
     "par", "bigskip", "pm", "lambda", "textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater",
     "textbar", "textquotedbl", "textquotesingle", "textasciigrave", "textendash", "dots",
+    "sbox", "ifdim", "wd", "linewidth", "resizebox", "usebox", "else", "fi", "nopagebreak", "smallskip", "raggedright",
 }  # fmt: skip
 _LATEX_SIGNS = set("\\{}%&$#_")
 
@@ -156,7 +157,7 @@ def _check_json(table: Table, plain: Table) -> None:
 def _check_latex(table: Table, plain: Table) -> None:
     text = render(table, "latex")
     tokens, expected = latex_tokens(text), latex_tokens(render(plain, "latex"))
-    shape = {"&", "\\\\", "\\begin", "\\end", "\\toprule", "\\multicolumn", "\\scriptsize", "\\par"}
+    shape = {"&", "\\\\", "\\begin", "\\end", "\\toprule", "\\sbox", "\\scriptsize", "\\par"}
     assert [token for token in tokens if token in shape] == [token for token in expected if token in shape], "structure"
     render(table, "latex").encode()
 

@@ -105,7 +105,7 @@ def test_plot_has_the_points_of_the_table(results: Results) -> None:
     line = curve.lines[0]  # type: ignore[attr-defined]
     assert line.get_xdata().tolist() == [1, 2]
     assert line.get_ydata().tolist() == pytest.approx([100 * sum(values) / 3 for values in accuracies.values()])
-    assert axes.get_legend_handles_labels()[1] == ["pixels, ncm"]
+    assert axes.get_legend_handles_labels()[1] == ["pixels, ncm on digits"]
 
 
 def test_plot_has_a_curve_of_its_own_for_a_test_set(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_plot_has_a_curve_of_its_own_for_a_test_set(tmp_path: Path) -> None:
 
     axes = results.plot(Figure().add_subplot())
 
-    assert axes.get_legend_handles_labels()[1] == ["pixels, ncm", "pixels, ncm on digits"]
+    assert axes.get_legend_handles_labels()[1] == ["pixels, ncm on digits", "pixels, ncm on digits, scored on digits"]
 
 
 def test_notebooks_show_tables_with_escaped_names(results: Results) -> None:
@@ -125,7 +125,7 @@ def test_notebooks_show_tables_with_escaped_names(results: Results) -> None:
 
     page = Results(named)._repr_html_()
 
-    assert page.count("<table") == 4  # logistic, knn with two k, and ncm
+    assert page.count("<table") == 3  # logistic, knn and ncm
     assert "&lt;script&gt;" in page
     assert "<script>" not in page
 

@@ -127,7 +127,7 @@ def _interpolate(series: svg.Series, x: float) -> float:
 def draw_shot_charts(table: Table) -> list[Chart]:
     """Return the charts of accuracy over labelled images per class, for measured protocols with more than one subset."""
     charts: defaultdict[str, list[Chart]] = defaultdict(list)
-    for (group, test), columns in _group_by_test(table):
+    for (curve, test), columns in _group_by_curve(table):
         ticks = []
         for column in columns:
             text, images = _shorten_subset(column.subset), f"{column.images_per_class:.3g}"
@@ -135,16 +135,17 @@ def draw_shot_charts(table: Table) -> list[Chart]:
         if not columns[0].published:
             title = "labelled images per class, log scale"
             charts[columns[0].probe] += _draw_columns(
-                table, columns, ticks, f"{group}, on {test}" if test else group, title
+                table, columns, ticks, f"{curve}, scored on {test}" if test else curve, title
             )
     # The first chart of every probe, then the second ones.
     return [chart for row in zip_longest(*charts.values()) for chart in row if chart is not None]
 
 
-def _group_by_test(table: Table) -> Iterator[tuple[tuple[str, str], list[Column]]]:
-    for group, columns in table.groups().items():
-        for test in dict.fromkeys(column.test for column in columns):
-            yield (group, test), [column for column in columns if column.test == test]
+def _group_by_curve(table: Table) -> Iterator[tuple[tuple[str, str], list[Column]]]:
+    curves: defaultdict[tuple[str, str], list[Column]] = defaultdict(list)
+    for column in table.columns:
+        curves[column.curve, column.test].append(column)
+    yield from curves.items()
 
 
 def _shorten_subset(subset: str) -> str:
@@ -161,7 +162,7 @@ def draw_neighbour_charts(table: Table) -> list[Chart]:
             groups[column.subset, column.params["temperature"], column.reason, column.test].append(column)
     charts = []
     for (subset, temperature, reason, test), columns in groups.items():
-        texts = (f"knn T={temperature:g}", subset, reason, f"on {test}" if test else "")
+        texts = (f"knn T={temperature:g} on {reason}", subset, f"scored on {test}" if test else "")
         title = ", ".join(filter(None, texts))
         ticks = [(float(column.params["k"]), f"{column.params['k']:g}", "") for column in columns]
         charts += _draw_columns(table, columns, ticks, title, "neighbours k, log scale")

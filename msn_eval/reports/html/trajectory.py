@@ -239,7 +239,7 @@ def _read_scores(trajectory: Trajectory) -> dict[Column, list[Cell | None]]:
 def _name_columns(scores: dict[Column, list[Cell | None]]) -> list[str]:
     """Return the names of protocols, with the subset only if there are several."""
     has_one_subset = len({column.subset for column in scores}) == 1
-    return [column.group if has_one_subset else f"{column.group}, {column.subset}" for column in scores]
+    return [column.curve if has_one_subset else f"{column.curve}, {column.subset}" for column in scores]
 
 
 def _describe_position(point: Point) -> str:

@@ -193,7 +193,11 @@ def test_fine_tuned_and_frozen_numbers_have_columns_of_their_own(
 
     groups = list(make_table(results).groups())
 
-    assert groups == ["logistic, limit=2", "finetune, limit=2 epochs=1", "finetune, limit=2 epochs=2"]
+    assert groups == [
+        "logistic on digits, 2 validation images per class",
+        "finetune on digits, 2 validation images per class, 1 epoch",
+        "finetune on digits, 2 validation images per class, 2 epochs",
+    ]
     assert main(["verify", str(tmp_path)]) == 0
     assert "3 records" in capsys.readouterr().out
 

@@ -55,8 +55,8 @@ def test_given_and_chosen_strengths_never_share_a_table(runs: Path) -> None:
     columns = make_table(list_results([runs])).columns
 
     assert {(column.group, column.lines[-1]) for column in columns} == {
-        ("logistic", "λ=0.0025"),
-        ("logistic λ=auto", "λ=auto"),
+        ("logistic on digits", "λ=0.0025"),
+        ("logistic λ=auto on digits", "λ=auto"),
     }
 
 

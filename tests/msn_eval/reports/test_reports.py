@@ -4,10 +4,12 @@ import csv
 import io
 import json
 import re
+import shutil
 import statistics
+import subprocess
 from dataclasses import replace
 from decimal import Decimal
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -70,7 +72,7 @@ def test_a_missing_result_is_a_dash(results: list[Result]) -> None:
 
     text = render(make_table([*results, other]), "md")
 
-    assert any(line.startswith("| other (pixels) |") and "–" in line for line in text.splitlines()), text
+    assert any(line.startswith("| other |") and "–" in line for line in text.splitlines()), text
 
 
 def test_every_format_has_the_change_on_a_test_set(results: list[Result], capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,11 +86,11 @@ def test_every_format_has_the_change_on_a_test_set(results: list[Result], capsys
     table = make_table([own, test])
 
     assert re.search(r"\(1\) -3\.1 \|$", render(table, "md"), re.MULTILINE)
-    assert "{\\scriptsize (1) -3.1}" in render(table, "latex")
+    assert "{\\scriptsize -3.1}" in render(table, "latex")
     assert "scored on &  & sketch" in render(table, "latex")
     header, row = csv.reader(io.StringIO(render(table, "csv")))
     assert {name: value for name, value in zip(header, row, strict=True) if "change" in name} == {
-        "ncm, 2imgs, 2 images per class, on sketch: change %": "-3.125"
+        "ncm on digits, 2imgs, 2 images per class, on sketch: change %": "-3.125"
     }
     cells = json.loads(render(table, "json"))["rows"][0]["cells"]
     assert [cells[result.protocol_id]["change"] for result in (own, test)] == [None, pytest.approx(-0.03125)]
@@ -109,12 +111,13 @@ def _markdown_cells(table: Table) -> list[str]:
 
 def _latex_cells(table: Table) -> list[str]:
     body = re.sub(r"\\textbf\{([\d.]+)\}", r"\1", render(table, "latex")).replace("$\\pm$", "±")
-    body = re.sub(r"\{\\scriptsize (.*?)\}", r"\1", body)
+    body = re.sub(r"\{\\scriptsize (?:\{\})?(.*?)\}", r"\1", body)
     lines = [line.removesuffix(" \\\\").split(" & ") for line in body.splitlines()]
+    ((_, draws),) = [line for line in lines if line[0] == "draws"]
     return [
-        f"{cell} {details}"
+        f"{cell} ({draws}) {details}"
         for line, below in pairwise(lines)
-        if re.match(r"c\d+ ", line[0])
+        if re.fullmatch(r"c\d+", line[0])
         for cell, details in zip(line[1:], below[1:], strict=True)
     ]
 
@@ -123,10 +126,11 @@ def _terminal_cells(table: Table) -> list[str]:
     written = io.StringIO()
     print_table(table, Console(file=written, width=10_000))
     lines = [re.split(r"\s{2,}", f"  {line.strip()}") for line in written.getvalue().splitlines()]
+    ((_, _, draws),) = [line for line in lines if line[1] == "draws"]
     return [
-        f"{cell} {details}"
+        f"{cell} ({draws}) {details}"
         for line, below in pairwise(lines)
-        if re.match(r"c\d+ \(pixels\)", line[1])
+        if re.fullmatch(r"c\d+", line[1])
         for cell, details in zip(line[2:], below[1:], strict=True)
     ]
 
@@ -220,7 +224,7 @@ def test_requested_measures_are_in_every_format(results: list[Result]) -> None:
 
     assert (cell["ece"], cell["rankme"]) == (ece, draws[0].features.rankme)
     assert float(row[f"{one.group}, {one.title}: ece"]) == ece
-    assert row["ncm, 1img, 1 image per class: ece"] == ""
+    assert row["ncm on digits, 1img, 1 image per class: ece"] == ""
     for name in ("md", "latex"):
         assert f"ece {ece:.3g} rankme {draws[0].features.rankme:.3g}" in render(table, name)
         assert "ece –" in render(table, "md")
@@ -269,3 +273,110 @@ def test_rank_diagram_has_a_mark_per_checkpoint_and_a_bar_per_group(results: lis
     assert ((one[0], one[1]), (other[0], other[1])) == ((first, second), (second, third))
     assert (page.count('class="tie"'), page.count('<td class="plain">2.25</td>')) == (2, 1)
     assert draw_ranks(replace(_AVERAGES, p_value=None)) is None
+
+
+def _many_protocols(results: list[Result], name: str) -> Table:
+    """Return a ranked table of two checkpoints under 16 protocols of k-NN: four subsets, four k."""
+    knn = next(result for result in results if result.probe.name == "knn")
+    made = []
+    for subset, k, network in product(("1img", "2imgs", "5imgs", "10pct"), (10, 20, 100, 200), (name, "pixels")):
+        params = {"k": k, "temperature": 0.07}
+        protocol = {
+            **knn.protocol,
+            "subset": {"name": subset},
+            "probe": {"name": "knn", "version": 1, "params": params},
+        }
+        made += [
+            replace(
+                knn,
+                id=f"{subset}{k}{network}{draw}",
+                protocol=protocol,
+                protocol_id=protocol_id(protocol),
+                probe=replace(knn.probe, params=params),
+                split=replace(knn.split, subset=subset, draw=draw),
+                checkpoint=replace(knn.checkpoint, name=network, weights_sha256=network),
+            )
+            for draw in (1, 2, 3)
+        ]
+    standing = CellStatistics(interval=(0.1, 0.9), rank=1)
+    return make_table(made, standings={get_cell_key(result): standing for result in made})
+
+
+def test_tables_of_many_protocols_fit_into_100_columns(results: list[Result]) -> None:
+    table = _many_protocols(results, "random:vit_tiny_patch4_32")
+    written = io.StringIO()
+
+    print_table(table, Console(file=written, width=10_000))
+
+    assert list(table.groups()) == ["knn T=0.07 on digits"]
+    lines = written.getvalue().splitlines()
+    assert max(map(len, lines)) <= 100
+    assert [line.split()[1:] for line in lines if line.startswith("k ")] == [["10", "20", "100"], ["200"]] * 4
+
+
+def test_terminal_of_80_columns_gets_no_wider_table(results: list[Result]) -> None:
+    written = io.StringIO()
+
+    print_table(_many_protocols(results, "demo"), Console(file=written, width=80, force_terminal=True, no_color=True))
+
+    lines = re.sub(r"\x1b\[\d*m", "", written.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("demo") for line in lines) == 8  # of two columns each, none wrapped
+
+
+_DOCUMENT = """\\documentclass{article}
+\\usepackage{booktabs,graphicx}
+\\usepackage[T1]{fontenc}
+\\begin{document}
+\\input{table.tex}
+\\end{document}
+"""
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="TeX is not installed: pdflatex is not on the path")
+@pytest.mark.parametrize("name", ["demo", "random:vit_tiny_patch4_32", "a" * 120])
+def test_latex_compiles_and_fits_the_width_of_the_text(results: list[Result], tmp_path: Path, name: str) -> None:
+    (tmp_path / "table.tex").write_text(render(_many_protocols(results, name), "latex"))
+    (tmp_path / "main.tex").write_text(_DOCUMENT)
+
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-draftmode", "main.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout
+
+
+def test_latex_scales_a_tabular_that_is_wider_than_the_text(results: list[Result]) -> None:
+    text = render(_many_protocols(results, "demo"), "latex")
+
+    tabulars = text.count("\\begin{tabular}")
+    scaled = "\\end{tabular}}\\ifdim\\wd0>\\linewidth\\resizebox{\\linewidth}{!}{\\usebox0}\\else\\usebox0\\fi"
+    assert (tabulars, text.count("\\noindent\\sbox0{\\begin{tabular}"), text.count(scaled)) == (4, 4, 4)
+    assert {len(columns) for columns in re.findall(r"@\{\}l(r+)@\{\}", text)} == {4}
+
+
+def test_draws_stand_in_the_header_and_in_cells_that_have_others(
+    results: list[Result], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ncm = [result for result in results if (result.probe.name, result.split.subset) == ("ncm", "1img")]
+    other = replace(ncm[0], checkpoint=replace(ncm[0].checkpoint, name="other", weights_sha256="f" * 64))
+
+    table = make_table([*ncm, other])
+    print_table(table)
+
+    terminal, latex = capsys.readouterr().out, render(table, "latex")
+    assert re.search(r"^draws +3$", terminal, re.MULTILINE)
+    assert re.search(r"^other +\d+\.\d \(1\)$", terminal, re.MULTILINE)
+    assert re.search(r"^pixels +\d+\.\d ± \d\.\d$", terminal, re.MULTILINE)
+    assert "draws & 3 \\\\" in latex
+    assert re.search(r"^other & \d+\.\d \(1\) \\\\$", latex, re.MULTILINE)
+
+
+def test_markdown_has_at_most_six_columns_side_by_side(results: list[Result]) -> None:
+    text = render(_many_protocols(results, "demo"), "md")
+
+    assert [line.count("---:") for line in text.splitlines() if line.startswith("| ---")] == [4, 4, 4, 4]

@@ -72,7 +72,7 @@ def test_rows_are_ordered_best_first_and_failed_last(results: list[Result]) -> N
 def test_subsets_are_ordered_by_size(results: list[Result]) -> None:
     table: Table = make_table(reversed(results))
 
-    assert [column.subset for column in table.groups()["ncm"]] == ["1img", "2imgs"]
+    assert [column.subset for column in table.groups()["ncm on digits"]] == ["1img", "2imgs"]
 
 
 def test_repeated_result_counts_once(results: list[Result]) -> None:
@@ -86,7 +86,7 @@ def test_order_of_the_records_does_not_matter(results: list[Result]) -> None:
 def test_fields_that_a_subset_determines_are_not_shown(results: list[Result]) -> None:
     skipped = [_other_protocol(r, skipped=r.split.subset) for r in results]
 
-    assert {column.reason for column in make_table(skipped).columns} == {""}
+    assert {column.reason for column in make_table(skipped).columns} == {"digits"}
 
 
 def test_differing_precision_is_shown_across_subsets(results: list[Result]) -> None:
@@ -95,15 +95,16 @@ def test_differing_precision_is_shown_across_subsets(results: list[Result]) -> N
 
     table = make_table(mixed)
 
-    assert list(table.groups()) == ["ncm, precision=exact", "ncm, precision=reduced"]
+    assert list(table.groups()) == ["ncm on digits, exact precision", "ncm on digits, reduced precision"]
 
 
 @pytest.mark.parametrize(
     ("images", "classes", "limit", "name", "reasons"),
     [
         ("f" * 64, "e" * 64, None, "photos", {"digits", "photos"}),
-        ("f" * 64, None, 10, "digits", {"limit=10", "limit=none"}),  # without the hash of the data
-        (None, "e" * 64, None, "digits", {"data.class_map_sha256=eeeeeeee", "data.class_map_sha256=7427877c"}),
+        ("f" * 64, None, 10, "digits", {"digits", "digits, 10 validation images per class"}),  # without the data's hash
+        ("f" * 64, None, None, "digits", {"digits, images d73c0fcf", "digits, images ffffffff"}),
+        (None, "e" * 64, None, "digits", {"digits, classes eeeeeeee", "digits, classes 7427877c"}),
     ],
 )
 def test_columns_of_different_data_show_what_differs(
@@ -133,8 +134,11 @@ def test_absent_weights_skipped_images_and_collapsed_features_are_noted_in_the_r
 @pytest.mark.parametrize(
     ("protocol", "reason"),
     [
-        ({"by_hand": {"patch_drop": 0.5, "seed": 0}}, "by_hand.patch_drop=0.5 by_hand.seed=0"),
-        ({"limit": 20}, "limit=20"),
+        ({"by_hand": {"patch_drop": 0.3, "seed": 0}}, "digits, 30 % of patches dropped, seed 0"),
+        ({"by_hand": {"image_pixels": 96, "decoder": "nvjpeg"}}, "digits, decoded by nvjpeg, 96 px"),
+        ({"by_hand": {"mean": [0.5, 0.25, 0], "tap": "cls"}}, "digits, mean 0.5,0.25,0, tap cls"),
+        ({"limit": 1}, "digits, 1 validation image per class"),
+        ({"limit": 2, "by_hand": {"image_pixels": 96}}, "digits, 96 px, 2 validation images per class"),
     ],
 )
 def test_manual_options_are_shown_for_a_single_protocol(
@@ -167,18 +171,20 @@ def test_linear_columns_show_differences_from_the_recipe_and_from_each_other(res
         return {column.group for column in make_table(list(layers)).columns}
 
     grid, first, second = layer(lrs=13, epochs=100), layer(lr=3.0, epochs=100), layer(lr=6.4, epochs=100)
-    assert heads(grid) == {"linear"}
-    assert heads(first) == {"linear, lr=3.0"}
-    assert heads(first, second) == {"linear, lr=3.0", "linear, lr=6.4"}
-    assert heads(first, grid) == {"linear, lr=3.0", "linear, lrs=13"}
-    assert heads(layer(lrs=13, epochs=400)) == {"linear, epochs=400"}  # although no other column differs
+    assert heads(grid) == {"linear on digits"}
+    assert heads(first) == {"linear on digits, learning rate 3"}
+    assert heads(first, second) == {"linear on digits, learning rate 3", "linear on digits, learning rate 6.4"}
+    assert heads(first, grid) == {"linear on digits, learning rate 3", "linear on digits, 13 learning rates"}
+    assert heads(layer(lrs=13, epochs=400)) == {"linear on digits, 400 epochs"}  # although no other column differs
     taps = layer(lrs=13, epochs=100, taps="cls,mean")  # always shown: the number is that of the chosen tap
-    assert heads(taps) == {"linear taps=cls,mean"}
-    assert heads(grid, taps) == {"linear", "linear taps=cls,mean"}
-    assert heads(layer("linear-augmented", lr=6.4, epochs=100)) == {"linear-augmented"}
-    assert heads(layer("linear-augmented", lr=3.2, epochs=50)) == {"linear-augmented, epochs=50 lr=3.2"}
+    assert heads(taps) == {"linear taps=cls,mean on digits"}
+    assert heads(grid, taps) == {"linear on digits", "linear taps=cls,mean on digits"}
+    assert heads(layer("linear-augmented", lr=6.4, epochs=100)) == {"linear-augmented on digits"}
+    assert heads(layer("linear-augmented", lr=3.2, epochs=50)) == {
+        "linear-augmented on digits, 50 epochs, learning rate 3.2"
+    }
     earlier, current = (layer("linear-augmented", version, lr=6.4, epochs=100) for version in (1, 2))
-    assert heads(earlier, current) == {"linear-augmented, probe.version=1", "linear-augmented, probe.version=2"}
+    assert heads(earlier, current) == {f"linear-augmented on digits, probe version {version}" for version in (1, 2)}
 
 
 def _on_test_set(result: Result, name: str, *, top1: float, classes: int = 10, sha256: str = "e" * 64) -> Result:
@@ -202,7 +208,7 @@ def test_test_set_has_a_column_beside_its_validation_images_with_the_change(resu
 
     table = make_table([*tests, *results])
 
-    own, test = table.groups()["ncm"][1:]
+    own, test = table.groups()["ncm on digits"][1:]
     assert (own.lines, test.lines) == (
         ("2imgs", "2 images per class"),
         ("2imgs", "2 images per class", "on sketch (4 of 10 classes)"),
@@ -216,7 +222,7 @@ def test_two_test_sets_of_one_name_have_different_titles(results: list[Result]) 
     fits = _fits(results)
     tests = [_on_test_set(result, "sketch", top1=0.25, sha256=digit * 64) for digit in "ef" for result in fits]
 
-    _, *others = make_table([*fits, *tests]).groups()["ncm"]
+    _, *others = make_table([*fits, *tests]).groups()["ncm on digits"]
 
     assert {column.lines[-1] for column in others} == {f"on sketch {column.protocol_id[:8]}" for column in others}
 

@@ -103,7 +103,7 @@ def test_published_numbers_of_a_probe_are_after_its_measured_ones(scan: ResultSc
     page = render(make_table(scan.results, published=_published(make_table(scan.results))), scan)
 
     groups = re.findall(r'<th scope="colgroup"[^>]*>([^<]*)</th>', page)
-    assert groups[:3] == ["logistic", "logistic, published, imagenet", "knn k=10 T=0.07"]
+    assert groups[:3] == ["logistic on digits", "logistic on imagenet, published", "knn T=0.07 on digits"]
     chips = dict(re.findall(r'data-group="(\d+)" checked><span>([^<]*)<', page))
     assert all(groups[int(number)] == name for number, name in chips.items())
 
