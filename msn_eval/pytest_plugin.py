@@ -46,7 +46,7 @@ def low_shot_gate(tmp_path_factory: pytest.TempPathFactory) -> "Callable[..., Ga
             with named_as_arguments([field.name for field in fields(EvaluationConfig)]):
                 expected = read_baseline(Path(baseline))
                 plans = plan_check(expected, str(checkpoint), given)
-                results = [result for plan in plans for result in evaluate_all(plan)[0]]
+                results = [result for plan in plans for result in evaluate_all(plan).results]
             report = check_results(expected, results, [Path(plan.config.out) for plan in plans], margin=margin)
         except ComparisonError as error:
             pytest.fail(f"NOT COMPARABLE: {error}", pytrace=False)

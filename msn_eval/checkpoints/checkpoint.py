@@ -155,7 +155,7 @@ def read_stored(
     load."""
     path, full_name = locate_weights(name)
     stored = choose_stored(read_contents(path), arch=arch, key=key)
-    named = {"name": _shorten_name(name), "path": full_name, "format": stored.backbone.format}
+    named = {"name": shorten_name(name), "path": full_name, "format": stored.backbone.format}
     return _load_stored(stored, allow_missing, seed, **named)
 
 
@@ -386,7 +386,7 @@ def _read_attributes(network: nn.Module, *, where: str) -> Normalisation:
     return read_normalisation({**vars(ASSUMED), **stated}, where=where, source=source) if stated else ASSUMED
 
 
-def _shorten_name(name: str) -> str:
+def shorten_name(name: str) -> str:
     """Return a file's or folder's name without its suffixes; `msn_vits16` for a released one, the repository for a hub's."""
     scheme, colon, rest = name.partition(":")
     if colon and scheme == "msn":

@@ -117,7 +117,7 @@ def _evaluate(options: argparse.Namespace, baseline: "Baseline") -> "tuple[list[
 
     given = {name: getattr(options, name) for name in _EVALUATION_OPTIONS if hasattr(options, name)}
     plans = plan_check(baseline, options.checkpoint, given)
-    results = [result for plan in plans for result in evaluate_with_progress(plan)[0]]
+    results = [result for plan in plans for result in evaluate_with_progress(plan).results]
     return results, [Path(plans[0].config.out)]
 
 

@@ -30,8 +30,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = EvaluationConfig(
         checkpoint=list(CHECKPOINTS), data="digits", probe=["logistic", "knn"], device="cpu", out=str(runs)
     )
-    results, code = evaluate_with_progress(make_plan(config))
-    table = make_table(results)
+    results, code, refused = evaluate_with_progress(make_plan(config))
+    table = make_table(results, refused=refused)
     print_table(table)
     scan = scan_results([runs])
     if scan.faults:  # of earlier runs; those of this one were measured again

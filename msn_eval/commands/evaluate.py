@@ -142,7 +142,7 @@ def _run(config: EvaluationConfig, options: argparse.Namespace, group: "Group") 
             _log.info("%s", text)
     if dry_run:
         return CheckpointError.exit_code if any(cost.problem for cost in costs) else 0
-    results, code = evaluate_with_progress(plan, prepared=prepared, group=group)
+    results, code, refused = evaluate_with_progress(plan, prepared=prepared, group=group)
     if group.rank != 0:
         return code
     canaries = judge_canary(results) if config.canary else ()
@@ -156,7 +156,7 @@ def _run(config: EvaluationConfig, options: argparse.Namespace, group: "Group") 
         from msn_eval.reports.terminal import print_table
         from msn_eval.results.table import make_table
 
-        print_table(make_table(results))
+        print_table(make_table(results, refused=refused))
     refuse_leaks(canaries)
     return code
 

@@ -13,16 +13,15 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from msn_eval.distributed.group import Group
-    from msn_eval.evaluation.evaluate import Preparation, Progress
+    from msn_eval.evaluation.evaluate import Evaluation, Preparation, Progress
     from msn_eval.evaluation.plan import Plan
-    from msn_eval.results.record import Result
 
 _log = logging.getLogger(__name__)
 
 
 def evaluate_with_progress(
     plan: "Plan", *, prepared: "dict[str, Preparation] | None" = None, group: "Group | None" = None
-) -> "tuple[list[Result], int]":
+) -> "Evaluation":
     """Evaluate every checkpoint of a plan as `evaluate_all` does, and report on stderr."""
     from msn_eval.distributed.group import ALONE
     from msn_eval.evaluation.evaluate import evaluate_all

@@ -182,7 +182,7 @@ def _evaluate(number: "Reproduction", options: argparse.Namespace) -> "tuple[lis
     if prepared.encoder.arch.partition(".")[0] != number.network.arch:
         what = f"is {prepared.encoder.arch}, and {number.name} was published for {number.network.arch}"
         raise CheckpointError(what, where=checkpoint, hint="Give the weights of that network, or another NAME.")
-    return evaluate_with_progress(plan, prepared={checkpoint: prepared})
+    return evaluate_with_progress(plan, prepared={checkpoint: prepared})[:2]
 
 
 def _to_json(number: "Reproduction", verdict: "Verdict") -> Mapping[str, object]:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 
 from msn_eval.checkpoints import split_label
-from msn_eval.checkpoints.checkpoint import read_checkpoint
+from msn_eval.checkpoints.checkpoint import read_checkpoint, shorten_name
 from msn_eval.config.recipes import AugmentedRecipe, FinetuneRecipe, LinearRecipe
 from msn_eval.config.request import EvaluationConfig, read_channels
 from msn_eval.config.yaml_config import read_config
@@ -57,6 +57,7 @@ from msn_eval.probes.linear import Linear
 from msn_eval.probes.linear_augmented import LinearAugmented, fit_augmented
 from msn_eval.probes.training_state import StateFiles, remove_states
 from msn_eval.results.record import Predictions, Result, TimingInfo, write_result
+from msn_eval.results.row_names import RefusedCheckpoint
 from msn_eval.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -139,6 +140,20 @@ def evaluate(
     return results
 
 
+class Evaluation(NamedTuple):
+    """What `evaluate_all` returns.
+
+    Attributes:
+        results: Each once, although two names may lead to the same weights.
+        code: The exit code: 0, that of the first refused checkpoint, or that of NumericalError if a result is not `ok`.
+        refused: The checkpoints that cannot be used.
+    """
+
+    results: list[Result]
+    code: int
+    refused: tuple[RefusedCheckpoint, ...]
+
+
 def evaluate_all(
     plan: Plan,
     *,
@@ -146,7 +161,7 @@ def evaluate_all(
     group: Group = ALONE,
     on_progress: Progress | None = None,
     on_problem: Callable[[str], None] | None = None,
-) -> tuple[list[Result], int]:
+) -> Evaluation:
     """Evaluate every checkpoint of a plan. A checkpoint that is refused does not stop the others.
 
     Args:
@@ -156,16 +171,12 @@ def evaluate_all(
         on_progress: Called with what is being done, images done and images in total.
         on_problem: Called with a text for each refused checkpoint and each kind of result that is not `ok`.
 
-    Returns:
-        The results, each once although two names may lead to the same weights, and the exit code: 0, that of the first
-        refused checkpoint, or that of NumericalError if a result is not `ok`.
-
     Raises:
         CheckpointError: The plan's only checkpoint is refused.
     """
     report = on_problem or (lambda text: None)
     results: dict[str, Result] = {}
-    code = 0
+    refused, code = [], 0
     for name in plan.config.checkpoint:
         try:
             ready = (prepared or {}).pop(name, None)
@@ -176,11 +187,14 @@ def evaluate_all(
                 raise
             if group.rank == 0:
                 report(f"{type(error).__name__}: {error}")
+            label, source = split_label(name)
+            refused.append(RefusedCheckpoint(name=label or shorten_name(source), path=source))
             code = code or error.exit_code
     problems = [result for result in results.values() if result.status != "ok"]
     for text in dict.fromkeys(f"{r.checkpoint.name}: {r.error or 'the solver did not converge'}" for r in problems):
         report(text)
-    return list(results.values()), code or (NumericalError.exit_code if problems else 0)
+    code = code or (NumericalError.exit_code if problems else 0)
+    return Evaluation(results=list(results.values()), code=code, refused=tuple(refused))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,16 +11,16 @@ from msn_eval.results.data_sets import DataSetAverages
 from msn_eval.results.table import MEASURES, Cell, Column, Row, Table
 
 MISSING = "–"
-FAILED, DAMAGED = "FAILED", "DAMAGED"
+FAILED, DAMAGED, REFUSED = "FAILED", "DAMAGED", "REFUSED"
 UNCONVERGED = "*"
 _RANK_RULE = "Checkpoints of a data set that do not differ significantly share the mean of their ranks."
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_<>\[\]|#~&!@$])")
 
 
 def format_accuracy(cell: Cell) -> str:
-    """Return `65.5 ± 0.4`, `63.1`, FAILED or DAMAGED."""
+    """Return `65.5 ± 0.4`, `63.1`, FAILED, DAMAGED or REFUSED."""
     if cell.mean is None:
-        return DAMAGED if cell.status == "damaged" else FAILED
+        return {"damaged": DAMAGED, "refused": REFUSED}.get(cell.status, FAILED)
     return f"{100 * cell.mean:.1f}" + ("" if cell.std is None else f" ± {100 * cell.std:.1f}")
 
 
@@ -143,6 +143,8 @@ def explain_cells(table: Table, *, draws: str = " (number of draws)") -> tuple[s
         lines.append(f"{UNCONVERGED} the solver did not converge.")
     if any(cell.status == "failed" for cell in cells):
         lines.append(f"{FAILED}: a draw produced no result; its record has the error.")
+    if any(cell.status == "refused" for cell in cells):
+        lines.append(f"{REFUSED}: the checkpoint cannot be used; its error says why.")
     if any(cell.status == "damaged" for cell in cells):
         lines.append(f"{DAMAGED}: a record or its predictions are not as they were written; measure it again.")
     return (*lines, *table.notices)

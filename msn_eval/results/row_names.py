@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TypeVar
 from urllib.parse import parse_qsl
@@ -14,7 +15,21 @@ _HASH_PREFIX = 8  # digits
 _SIZES = {"embed_dim": "width", "depth": "depth"}  # in place of a size such as `tiny`
 
 
-def name_networks(checkpoints: Mapping[Network, CheckpointInfo]) -> dict[Network, str]:
+@dataclass(frozen=True, kw_only=True)
+class RefusedCheckpoint:
+    """A checkpoint that cannot be used, so that nothing else is known of it."""
+
+    name: str
+    path: str
+    arch: str = ""
+    key: str | None = None
+    weights_sha256: str = ""
+
+
+Named = CheckpointInfo | RefusedCheckpoint
+
+
+def name_networks(checkpoints: Mapping[Network, Named]) -> dict[Network, str]:
     """Return a name for each network. Two of one name get what tells them apart: folders, architecture, key, or hash."""
     names = {
         # Of an untrained network, the name has its architecture.
@@ -49,7 +64,7 @@ def shorten_architecture(arch: str) -> str:
     return name + "".join(f"_{key}{'' if value.isdecimal() else '_'}{value}" for key, value in texts.items())
 
 
-def _add_folders(name: str, checkpoints: Sequence[CheckpointInfo]) -> list[str]:
+def _add_folders(name: str, checkpoints: Sequence[Named]) -> list[str]:
     """Return `FOLDER/NAME` with as few folders as tell the files apart, as far as they do."""
     folders = [PurePath(checkpoint.path).parts[:-1] for checkpoint in checkpoints]
     differing = set(folders)
@@ -61,11 +76,11 @@ def _add_folders(name: str, checkpoints: Sequence[CheckpointInfo]) -> list[str]:
     return [f"{PurePath(*parts[-count:])}/{name}" if parts else name for parts in folders]
 
 
-def _add_architecture(name: str, checkpoints: Sequence[CheckpointInfo]) -> list[str]:
+def _add_architecture(name: str, checkpoints: Sequence[Named]) -> list[str]:
     return _add_differing(name, [shorten_architecture(checkpoint.arch) for checkpoint in checkpoints])
 
 
-def _add_key(name: str, checkpoints: Sequence[CheckpointInfo]) -> list[str]:
+def _add_key(name: str, checkpoints: Sequence[Named]) -> list[str]:
     return _add_differing(name, [checkpoint.key or "" for checkpoint in checkpoints])
 
 
@@ -74,5 +89,5 @@ def _add_differing(name: str, texts: Sequence[str]) -> list[str]:
     return [f"{name} ({text})" if text and len(set(texts)) > 1 else name for text in texts]
 
 
-def _add_hash(name: str, checkpoints: Sequence[CheckpointInfo]) -> list[str]:
+def _add_hash(name: str, checkpoints: Sequence[Named]) -> list[str]:
     return [f"{name} [{checkpoint.weights_sha256[:_HASH_PREFIX]}]" for checkpoint in checkpoints]

@@ -6,13 +6,14 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from msn_eval.config.recipes import AugmentedRecipe, LinearRecipe, Params
 from msn_eval.errors import format_count
 from msn_eval.results.data_sets import DataSetAverages
 from msn_eval.results.record import Result, flatten_fields
-from msn_eval.results.row_names import name_networks
+from msn_eval.results.row_names import Named, RefusedCheckpoint, name_networks
 from msn_eval.results.statistics import draw_spread
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ class Row:
 
     Attributes:
         note: What every reader must know of the checkpoint.
+        weights_sha256: None for a publication and for a checkpoint that was refused.
         source: The publication of its numbers, or an empty string where they were measured.
     """
 
@@ -166,7 +168,7 @@ class Cell:
         mean: Mean top-1 over draws, a fraction in [0, 1]. None where a draw failed or its record is damaged.
         std: Sample standard deviation over draws. None for one draw.
         draws: Number of draws. None where a publication does not state it.
-        status: Status of the worst draw, or `published`.
+        status: Status of the worst draw, `published`, or `refused` for a checkpoint that cannot be used.
         results: Ids of the records, by draw. Empty where one is damaged.
         measures: Means over draws of the table's measures. None where a draw has none.
         change: Difference of the mean on a test set to that of the same fits on the validation images, a fraction. None for
@@ -213,6 +215,7 @@ class Table:
 def make_table(
     results: Iterable[Result],
     *,
+    refused: Sequence[RefusedCheckpoint] = (),
     standings: Mapping[CellKey, CellStatistics] | None = None,
     published: Table | None = None,
     notices: Sequence[str] = (),
@@ -223,6 +226,7 @@ def make_table(
 
     Args:
         results: Records of any checkpoints and protocols.
+        refused: Checkpoints without records, as rows that say so.
         standings: Statistics of each cell over test images, where they were computed.
         published: Rows and columns to show beside the measured ones.
         notices: Further notices of the table.
@@ -231,7 +235,8 @@ def make_table(
     """
     records = _make_frame(results)
     by_id = {column.protocol_id: column for column in _make_columns(records)}
-    by_network = {(row.weights_sha256, row.key): row for row in _make_rows(records)}
+    all_rows = list(_make_rows(records, refused))
+    by_network = {(row.weights_sha256, row.key): row for row in all_rows if row.weights_sha256 is not None}
     cells: dict[tuple[Row, Column], Cell] = {}
     draw_numbers = {}
     for draws in records.groupby(["network", "protocol_id"], sort=False)["result"].agg(list):
@@ -244,8 +249,11 @@ def make_table(
         base = (row, by_id[column.base]) if column.base is not None else None
         if base in cells and draw_numbers[base] == draw_numbers[row, column]:
             cells[row, column] = _add_change(cells[row, column], cells[base])
+    for row, column in product(all_rows, by_id.values()):
+        if row.weights_sha256 is None:
+            cells[row, column] = Cell(mean=None, std=None, draws=None, status="refused")
     columns = sorted(by_id.values(), key=_column_order)
-    rows = sorted(by_network.values(), key=lambda row: _row_order(row, columns, cells))
+    rows = sorted(all_rows, key=lambda row: _row_order(row, columns, cells))
     published = published or Table(rows=(), columns=(), cells={})
     return Table(
         rows=(*rows, *published.rows),
@@ -303,9 +311,12 @@ def _add_change(cell: Cell, base: Cell) -> Cell:
     return cell if cell.mean is None or base.mean is None else replace(cell, change=cell.mean - base.mean)
 
 
-def _make_rows(records: "pd.DataFrame") -> Iterator[Row]:
+def _make_rows(records: "pd.DataFrame", refused: Sequence[RefusedCheckpoint]) -> Iterator[Row]:
     networks = records.groupby("network", sort=False)["result"].agg(list)
-    names = name_networks({network: results[0].checkpoint for network, results in networks.items()})
+    checkpoints: dict[Any, Named] = {network: results[0].checkpoint for network, results in networks.items()}
+    names = name_networks(checkpoints | {checkpoint.path: checkpoint for checkpoint in refused})
+    for checkpoint in refused:
+        yield Row(name=names[checkpoint.path], arch="", weights_sha256=None, key=None, note="")
     for network, results in networks.items():
         checkpoint = results[0].checkpoint
         yield Row(

@@ -1,6 +1,7 @@
 """The evaluation's command: its plan, its ranks, and what it submits to Slurm."""
 
 import contextlib
+import re
 import importlib
 import json
 import shutil
@@ -60,6 +61,16 @@ def misfit(command: list[str], tmp_path: Path) -> list[str]:
 def test_refused_checkpoint_is_reported_once(misfit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(misfit) == 20
     assert capsys.readouterr().err.count("weights do not fit") == 1
+
+
+def test_refused_checkpoint_beside_others_is_in_the_table_and_reported_once(
+    misfit: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main([*misfit, "--checkpoint", "pixels"])
+
+    printed = capsys.readouterr()
+    assert (code, printed.err.count("weights do not fit"), printed.out.count("weights do not fit")) == (20, 1, 0)
+    assert re.search(r"^misfit +REFUSED$", printed.out, re.MULTILINE)
 
 
 def test_dry_run_ends_as_the_run_for_a_refused_checkpoint(

@@ -405,10 +405,11 @@ def test_a_refused_checkpoint_does_not_stop_the_others(folder: Path, tmp_path: P
     problems: list[str] = []
     plan = _plan(folder, tmp_path, checkpoint=[str(tmp_path / "empty.pth"), _NETWORK])
 
-    results, code = evaluate_all(plan, on_problem=problems.append)
+    results, code, refused = evaluate_all(plan, on_problem=problems.append)
 
     assert ([result.status for result in results], code) == (["ok"], 20)
-    assert problems[0].startswith("CheckpointError: ")
+    assert [checkpoint.name for checkpoint in refused] == ["empty"]
+    assert [problem.partition(":")[0] for problem in problems] == ["CheckpointError"]
 
 
 def test_bf16_and_fp16_are_comparable(folder: Path, tmp_path: Path) -> None:

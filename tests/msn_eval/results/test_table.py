@@ -8,6 +8,7 @@ import pytest
 
 from msn_eval.results.folder import list_results
 from msn_eval.results.record import Result, protocol_id
+from msn_eval.results.row_names import RefusedCheckpoint
 from msn_eval.results.table import Table, make_table
 
 
@@ -67,6 +68,15 @@ def test_rows_are_ordered_best_first_and_failed_last(results: list[Result]) -> N
     table = make_table([named("worse", 0.1), named("broken", None), named("better", 0.9)])
 
     assert [row.name for row in table.rows] == ["better", "worse", "broken"]
+
+
+def test_refused_checkpoint_has_a_row_without_numbers_after_the_others(results: list[Result]) -> None:
+    refused = (RefusedCheckpoint(name="best", path="a/best.pth"), RefusedCheckpoint(name="best", path="b/best.pth"))
+
+    table = make_table(results, refused=refused)
+
+    assert [row.name for row in table.rows] == ["pixels", "a/best", "b/best"]
+    assert {table.cells[row, column].status for row in table.rows[1:] for column in table.columns} == {"refused"}
 
 
 def test_subsets_are_ordered_by_size(results: list[Result]) -> None:
