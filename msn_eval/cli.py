@@ -49,6 +49,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Callable[[], int]]
         [*leading, *rest],
         takes_overrides=takes_overrides,
         verbs=VERBS if takes_overrides else (),
+        suggest_verb=_suggest_verb,
         suggest=_suggest_option if takes_overrides else lambda argument: "",
     )
     options.words = arguments
@@ -61,6 +62,20 @@ def _translate_help(words: list[str]) -> list[str]:
     if words and words[0] not in VERBS:
         raise UsageError(f"no verb {words[0]!r}.{did_you_mean(words[0], VERBS)}", hint="See msn-eval --help.")
     return [*words[:1], "--help"]
+
+
+def _suggest_verb(verb: str, words: Sequence[str]) -> str:
+    """Return the command with a verb at its start, without options that the verb does not have."""
+    evaluated, known = _build_parser("evaluate"), _build_parser(verb)
+    takes_value = {name for action in evaluated._actions if action.nargs != 0 for name in action.option_strings}
+    kept, rest = [], [word for word in words if word != verb]
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-") or word.partition("=")[0] in {*known._option_string_actions, *VERBOSITY_OPTIONS}:
+            kept.append(word)
+        elif word in takes_value:
+            del rest[:1]
+    return shlex.join(["msn-eval", verb, *kept])
 
 
 def _suggest_option(argument: str) -> str:

@@ -19,9 +19,12 @@ import contextlib
 import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 
 PREEMPTED, INTERRUPTED = 75, 130  # exit codes after SIGTERM, where the same command continues, and after Ctrl-C
 
+_LEAST_SIMILAR = 0.6  # of a suggestion, from 0 to 1
+_MOST_SUGGESTED = 3
 _LONGEST_LINE = 2000  # characters of an error, whose text may come from a file
 # C0 and C1 controls (including ANSI escapes), direction marks, line breaks and characters without a width.
 _UNPRINTABLE = re.compile(
@@ -45,10 +48,53 @@ def format_count(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
+def format_duration(seconds: float) -> str:
+    """Return a duration as `45 s`, `12 min` or `5 h`."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{minutes} min" if minutes < 100 else f"{hours} h"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean X?` for the known name closest to `name`, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else ""
+    """Return ` Did you mean X?` for the known name closest to `name`, ` Did you mean X or Y?` for several, or nothing."""
+    return _join_suggestions(_find_closest(name, known))
+
+
+def suggest_paths(path: str) -> str:
+    """Return ` Did you mean X?` for the closest paths that exist, where `path` does not, or an empty string."""
+    return _join_suggestions(list(map(str, _find_closest_paths(Path(path)))))
+
+
+def _find_closest_paths(path: Path) -> list[Path]:
+    if path == path.parent:
+        return []
+    try:
+        if not path.parent.is_dir():  # a mistake before the last name
+            corrected = [folder / path.name for folder in _find_closest_paths(path.parent)]
+            return [other for other in corrected if other.exists()]
+        return [
+            path.parent / name
+            for name in _find_closest(path.name, sorted(entry.name for entry in path.parent.iterdir()))
+        ]
+    except (OSError, ValueError):  # not readable, or no name of a file
+        return []
+
+
+def _find_closest(name: str, known: Iterable[str]) -> list[str]:
+    matcher = difflib.SequenceMatcher()
+    matcher.set_seq2(name)
+    scores = {}
+    for other in known:
+        matcher.set_seq1(other)
+        if matcher.real_quick_ratio() >= _LEAST_SIMILAR:
+            scores[other] = matcher.ratio()
+    best = max(scores.values(), default=0.0)
+    return [other for other, score in scores.items() if score == best >= _LEAST_SIMILAR][:_MOST_SUGGESTED]
+
+
+def _join_suggestions(names: list[str]) -> str:
+    return f" Did you mean {' or '.join(names)}?" if names else ""
 
 
 class MsnEvalError(Exception):

@@ -5,7 +5,6 @@ import copy
 import errno
 import logging
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -58,6 +57,7 @@ class ArgumentParser(argparse.ArgumentParser):
         *,
         takes_overrides: bool,
         verbs: Iterable[str] = (),
+        suggest_verb: Callable[[str, Sequence[str]], str] = lambda verb, words: "",
         suggest: Callable[[str], str] = lambda argument: "",
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parse options, and return the `key=value` arguments separately.
@@ -66,6 +66,7 @@ class ArgumentParser(argparse.ArgumentParser):
             arguments: After the verb.
             takes_overrides: Whether `key=value` is allowed.
             verbs: Names that may only come first, and that an unexpected argument may be a typo of.
+            suggest_verb: Returns the command that starts with a verb, from the verb and all arguments.
             suggest: Returns the hint for an unexpected argument, or an empty string.
 
         Raises:
@@ -85,10 +86,8 @@ class ArgumentParser(argparse.ArgumentParser):
                 hint = did_you_mean(name, self._option_string_actions)
                 raise UsageError(f"unknown option {name}.{hint}", hint=f"See {self.prog} --help.")
             if argument in verbs:
-                words = [word for word in arguments if word != argument]
-                raise UsageError(
-                    f"{argument!r} must come first", hint=f"Type: {self.prog} {shlex.join([argument, *words])}"
-                )
+                hint = f"Type: {suggest_verb(argument, arguments)}"
+                raise UsageError(f"{argument!r} must come first", hint=hint)
             if not takes_overrides or "=" not in argument:
                 guess = did_you_mean(argument, verbs)
                 hint = suggest(argument) or f"See {self.prog} --help."
@@ -118,6 +117,8 @@ def run_program(name: str, arguments: Sequence[str] | None, parse: Parse, *, log
         options, run = parse(list(sys.argv[1:] if arguments is None else arguments))
         verbosity = options.verbose
         _log_to_stderr(loggers, verbosity, quiet=options.quiet)
+        if options.quiet:  # the bars of libraries that download
+            os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         code = run()
         sys.stdout.flush()
         return code

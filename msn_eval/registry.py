@@ -72,19 +72,22 @@ def read_registry(kind: Kind, built_in: Iterable[Entry]) -> dict[str, Entry]:
     return registry
 
 
-def find_entry(registry: dict[str, Entry], name: str, *, what: str) -> Entry:
+def find_entry(registry: dict[str, Entry], name: str, *, what: str, option: str = "") -> Entry:
     """Return the entry called `name`.
 
     Args:
         registry: As returned by `read_registry`.
         name: What the user typed.
         what: What it names, for the error, such as "probe".
+        option: Where the user typed it, for the error.
 
     Raises:
         UsageError: There is no such entry.
     """
     if name not in registry:
         raise UsageError(
-            f"No {what} is called {name!r}.{did_you_mean(name, registry)}", hint=f"Known: {', '.join(registry)}."
+            f"No {what} is called {name!r}.{did_you_mean(name, registry)}",
+            where=option,
+            hint=f"Known: {', '.join(registry)}.",
         )
     return registry[name]

@@ -1,5 +1,6 @@
 """Training speed of a recipe on this machine, and the estimate of `--dry-run`."""
 
+import copy
 import math
 import statistics
 import time
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from msn_eval.distributed.group import ALONE
-from msn_eval.errors import StoreError, printable
+from msn_eval.errors import StoreError, format_duration, printable
 from msn_pretrain.config.load import recipe_as_yaml
 from msn_pretrain.config.schedule import settings_at
 from msn_pretrain.data.sampler import Order
@@ -32,6 +33,8 @@ from msn_pretrain.training.train import Session, compute, load_session_views, me
 _WARM_UP = 2  # the first of them counts operations
 _PRODUCTS = 8
 _GIB = 2**30
+_EFFICIENCY = 0.3  # of a training step, as a share of the speed of matrix products
+_PASSES = 3  # forward passes that cost as much as a forward and a backward pass
 
 
 def bench(recipe: Recipe, *, steps: int, trace: Path | None = None) -> str:
@@ -177,10 +180,30 @@ def describe(recipe: Recipe, *, allowed: Sequence[str] = (), elsewhere: bool = F
         f"steps       {order.steps_per_epoch * epochs:,}: {epochs} epochs of {order.steps_per_epoch}, "
         f"{recipe.optimization.batch_size} images each",
         f"computing   {precision_of(recipe, device)} on {recipe.run.device}",
-        f"memory      about {memory / _GIB:.1f} GiB for each of {len(devices)} {'ranks' if len(devices) > 1 else 'rank'} "
+        f"memory      about {max(memory / _GIB, 0.1):.1f} GiB for each of {len(devices)} {'ranks' if len(devices) > 1 else 'rank'} "
         "(estimate)",
     ]
+    if not elsewhere:
+        operations = sum(kind.count * _count_operations(model.exported(), kind.pixels) for kind in view_kinds(recipe))
+        images_seen = order.steps_per_epoch * epochs * share
+        rate = _EFFICIENCY * _measure_product_flops(device, torch.bfloat16 if half else torch.float32)
+        seconds = images_seen * _PASSES * operations / rate
+        lines.append(
+            f"time        about {format_duration(seconds)} if images are read fast enough (estimate; see bench)"
+        )
     return printable("\n".join(lines))
+
+
+def _count_operations(network: nn.Module, pixels: int) -> float:
+    """Return the floating-point operations of the forward pass of one view, without dropped patches."""
+    blocks, width = getattr(network, "blocks", None), int(getattr(network, "embed_dim", 0))
+    if blocks is None or not width:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            copy.deepcopy(network).to("meta")(torch.empty(1, 3, pixels, pixels, device="meta"))
+        return float(counter.get_total_flops())
+    tokens = (pixels // int(network.patch_embed.patch_size[0])) ** 2 + 1  # type: ignore[index, union-attr]
+    weights = sum(parameter.numel() for parameter in blocks.parameters())
+    return float(tokens * (2 * weights + 4 * tokens * width * len(blocks)))
 
 
 def _activation_bytes(recipe: Recipe, network: nn.Module, images: int, *, half: bool) -> int:

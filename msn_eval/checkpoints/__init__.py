@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from msn_eval.errors import CheckpointError, did_you_mean
+from msn_eval.errors import CheckpointError, did_you_mean, suggest_paths
 from msn_eval.registry import Entry, read_registry
 
 _TABLE = (
@@ -76,7 +76,8 @@ def find_scheme(name: str) -> tuple[Entry, str]:
         return schemes[scheme], rest
     if os.path.exists(name):  # noqa: PTH110 - Path.exists raises on names too long for the disk
         return schemes["file"], name
-    what = f"No such checkpoint file: {name}"
+    suggestion = suggest_paths(name) or did_you_mean(name, ("pixels", "demo"))
+    what = f"No such checkpoint file: {name}{'.' if suggestion else ''}{suggestion}"
     if colon:
         what = f"No checkpoint scheme is called {scheme!r}.{did_you_mean(scheme, schemes)}"
     hint = f'Check the path; "msn-eval ls checkpoints" lists the schemes: {", ".join(schemes)}.'

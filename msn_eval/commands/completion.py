@@ -45,7 +45,13 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _write_fish(verbs: Mapping[str, str], build_parser: Callable[[str], ArgumentParser]) -> Iterable[str]:
     for verb, summary in verbs.items():
         yield f"complete -c msn-eval -n __fish_use_subcommand -a {verb} -d {_quote(summary)}"
-        seen = "__fish_use_subcommand" if verb == "evaluate" else f'"__fish_seen_subcommand_from {verb}"'
+        # The options of `evaluate`, which needs no verb, wherever no other verb is.
+        others = _join(name for name in verbs if name != "evaluate")
+        seen = (
+            f'"not __fish_seen_subcommand_from {others}"'
+            if verb == "evaluate"
+            else f'"__fish_seen_subcommand_from {verb}"'
+        )
         for option, text in _list_options(build_parser(verb)).items():
             yield f"complete -c msn-eval -n {seen} -l {option[2:]} -d {_quote(text)}"
 

@@ -12,7 +12,15 @@ from msn_eval.checkpoints import find_scheme
 from msn_eval.config.recipes import TAP_NAMES
 from msn_eval.config.request import BAD_IMAGE_RULES, DECODERS, PRECISIONS, SEARCHES, SOLVER_NAMES, EvaluationConfig
 from msn_eval.data import find_data_name
-from msn_eval.errors import CheckpointError, UsageError, did_you_mean, format_count, printable
+from msn_eval.errors import (
+    CheckpointError,
+    UsageError,
+    did_you_mean,
+    format_count,
+    format_duration,
+    printable,
+    suggest_paths,
+)
 from msn_eval.files.package_data import list_recipes
 from msn_eval.probes import find_probe, read_probes
 
@@ -63,7 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--limit", metavar="N", help="at most N validation images per class")
     loading = parser.add_argument_group("how a checkpoint is read")
     loading.add_argument("--arch", action="append", metavar="NAME", help="timm's name of the architecture, if the file "
-                         "does not state it; CHECKPOINT=NAME for one of several")  # fmt: skip
+                         "does not state it; CHECKPOINT=NAME for one of several, written as above or by its NAME")  # fmt: skip
     for name in ("mean", "std"):
         loading.add_argument(f"--{name}", **several, metavar="R,G,B", help=f"{name} of the images' channels, on the "
                              "[0, 1] scale; default: the checkpoint's own")  # fmt: skip
@@ -188,9 +196,8 @@ def _find_config_file(name: str) -> Path:
         return Path(name)
     if name in shipped:
         return shipped[name]
-    raise UsageError(
-        f"no such config file.{did_you_mean(name, shipped)}", where=name, hint=f"Shipped: {', '.join(sorted(shipped))}."
-    )
+    suggestion = did_you_mean(Path(name).stem, shipped) or suggest_paths(name)
+    raise UsageError(f"no such config file.{suggestion}", where=name, hint=f"Shipped: {', '.join(sorted(shipped))}.")
 
 
 def _submit(text: str, config: EvaluationConfig, arguments: Sequence[str]) -> int:
@@ -255,15 +262,8 @@ def _describe_cost(costs: "Sequence[CostEstimate]", ranks: int) -> str:
     texts += [f"{format_count(augmented, 'augmented image')} to encode"] if augmented else []
     texts += [f"{format_count(tuned, 'image')} to fine-tune on, over all epochs"] if tuned else []
     if measured := [cost.seconds for cost in costs if cost.seconds is not None]:
-        texts.append(f"about {_format_duration(sum(measured) / ranks)}")
+        texts.append(f"about {format_duration(sum(measured) / ranks)}")
     return ", ".join(texts)
-
-
-def _format_duration(seconds: float) -> str:
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{minutes} min" if minutes < 100 else f"{hours} h"
 
 
 def _split(text: str) -> list[str]:

@@ -1,12 +1,16 @@
 """`msn-eval report RUNS…`: tables from records."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from msn_eval.errors import UsageError, did_you_mean
 from msn_eval.reports import list_formats, load_format
 from msn_eval.results.folder import ResultScan, combine_faults, disabled_garbage_collection, scan_results
-from msn_eval.results.table import MEASURES, make_table
+from msn_eval.results.record import Result
+from msn_eval.results.row_names import name_networks
+from msn_eval.results.table import MEASURES, get_cell_key, make_table, sort_rows
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +18,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="result folders")
     parser.add_argument("--format", metavar="A,B", help=f"{', '.join(list_formats())}; default a table on the terminal")
     parser.add_argument("--out", metavar="DIR", help="write table.md, table.csv … there instead of to stdout")
+    parser.add_argument("--checkpoint", action="append", default=[], metavar="NAME", help="only this row; repeatable")
+    parser.add_argument("--probe", metavar="A,B", default="", help="only results of these probes")
+    parser.add_argument("--subset", metavar="A,B", default="", help="only results on these subsets")
+    parser.add_argument(
+        "--sort",
+        metavar="KEY",
+        default="",
+        help="name, or a probe, a subset or PROBE,SUBSET: best first in its columns",
+    )
     parser.add_argument("--published", action="store_true", help="add published ImageNet numbers, with their sources")
     parser.add_argument("--columns", metavar="A,B", default="", help=f"beside accuracy: {', '.join(MEASURES)}")
     parser.add_argument(
@@ -29,17 +42,17 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     A record that must not be used is left out, or shown as DAMAGED. The table and stderr name it, and the exit code is that
     of a damaged store.
     """
-    names = [name.strip() for name in (options.format or "").split(",") if name.strip()]
+    names = _split(options.format or "")
     if not names and options.out is not None:
         names = list(list_formats())
     formats = [load_format(name) for name in dict.fromkeys(names)]
     from msn_eval.config.yaml_config import check_choice
 
-    measures = [name.strip() for name in options.columns.split(",") if name.strip()]
+    measures = _split(options.columns)
     for name in measures:
         check_choice("--columns", name, tuple(MEASURES))
     with disabled_garbage_collection():
-        scan = scan_results(options.runs)
+        scan = _select_results(scan_results(options.runs), options)
         results = (*scan.results, *scan.damaged)
         if not results:
             raise combine_faults(scan.faults)
@@ -58,6 +71,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             measures=measures,
             averages=board.averages,
         )
+        if options.sort:
+            table = sort_rows(table, _split(options.sort))
         if not formats:
             from msn_eval.reports.terminal import print_table
 
@@ -67,6 +82,60 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if scan.faults:
         raise combine_faults(scan.faults)
     return 0
+
+
+def _split(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _select_results(scan: ResultScan, options: argparse.Namespace) -> ResultScan:
+    """Return the results that `--checkpoint`, `--probe` and `--subset` name; all where these are not given.
+
+    Raises:
+        UsageError: The folders hold none of that name.
+    """
+    from msn_eval.results.predictions import is_called
+
+    everything = (*scan.results, *scan.damaged)
+    networks = {get_cell_key(result)[:2]: result for result in everything}
+    names = name_networks({network: result.checkpoint for network, result in networks.items()})
+    wanted: set[tuple[str, str | None]] = set()
+    for name in options.checkpoint:
+        found = {network for network, result in networks.items() if is_called([result], name, names[network])}
+        if not found:
+            raise _no_result("--checkpoint", name, names.values())
+        wanted |= found
+    known = {
+        "probe": {result.probe.name for result in everything},
+        "subset": {result.split.subset for result in everything},
+    }
+    chosen = {option: _split(getattr(options, option)) for option in known}
+    for option, values in chosen.items():
+        for value in values:
+            if value not in known[option]:
+                raise _no_result(f"--{option}", value, known[option])
+
+    def is_wanted(result: Result) -> bool:
+        return (
+            (not wanted or get_cell_key(result)[:2] in wanted)
+            and (not chosen["probe"] or result.probe.name in chosen["probe"])
+            and (not chosen["subset"] or result.split.subset in chosen["subset"])
+        )
+
+    kept = [pair for pair in zip(scan.results, scan.paths, strict=True) if is_wanted(pair[0])]
+    damaged = tuple(filter(is_wanted, scan.damaged))
+    if not kept and not damaged and everything:
+        raise UsageError(
+            "no result has this checkpoint, probe and subset together", hint="Leave out one of the options."
+        )
+    results, paths = zip(*kept, strict=True) if kept else ((), ())
+    return replace(scan, results=results, paths=paths, damaged=damaged)
+
+
+def _no_result(option: str, value: str, known: Iterable[str]) -> UsageError:
+    listed = sorted(set(known))
+    what = f"{option} {value}: the folders hold no such result.{did_you_mean(value, listed)}"
+    return UsageError(what, hint=f"They hold: {', '.join(listed)}.")
 
 
 def _describe_unreadable(scan: ResultScan) -> list[str]:

@@ -14,6 +14,7 @@ BAD_IMAGE_RULES = ("error", "skip")
 DECODERS = ("pillow", "torchvision", "nvjpeg")
 SEARCHES = ("auto", "torch", "faiss")
 AUTO = "auto"
+_LABEL = re.compile(r"([^=:/\\?]+)=")  # of a checkpoint that is written LABEL=X
 REAL_PREFIX = "real:"  # of a --test that is the validation images with the labels of ImageNet ReaL
 
 
@@ -25,7 +26,8 @@ class EvaluationConfig:
 
     Attributes:
         checkpoint: Checkpoints to measure, `X` or `NAME=X`.
-        arch: timm architectures where files leave them open, `NAME` for all checkpoints or `CHECKPOINT=NAME` for one.
+        arch: timm architectures where files leave them open, `NAME` for all checkpoints or `CHECKPOINT=NAME` for one, which
+            is written as in `checkpoint` or by its NAME there.
         mean: A value per channel that replaces the checkpoints' own, on the [0, 1] scale.
         std: The same.
         checkpoint_key: Which of several networks of a file.
@@ -162,10 +164,15 @@ class EvaluationConfig:
         return archs.get(checkpoint, archs.get(None))
 
     def _split_arch(self, text: str) -> tuple[str | None, str]:
-        """Split `CHECKPOINT=NAME`. The checkpoint is None where the text is a NAME, whose keywords have `=` too."""
+        """Split `CHECKPOINT=NAME`. The checkpoint is None where the text is a NAME, whose keywords have `=` too.
+
+        The checkpoint is written as in --checkpoint, or by the label alone that it has there.
+        """
         for name in self.checkpoint:
-            if text.startswith(f"{name}="):
-                return name, text[len(name) + 1 :]
+            label = _LABEL.match(name)
+            for spelling in (name, label[1]) if label else (name,):
+                if text.startswith(f"{spelling}="):
+                    return name, text[len(spelling) + 1 :]
         return None, text
 
     def _check_archs(self) -> None:

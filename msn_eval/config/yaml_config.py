@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin
 
-from msn_eval.errors import UsageError, did_you_mean
+from msn_eval.errors import UsageError, did_you_mean, suggest_paths
 from msn_eval.files.regular import read_regular_file
 
 _MOST_BYTES = 100_000
@@ -109,7 +109,7 @@ def read_yaml(file: Path, *, what: str = "config file", hint: str = "Give the pa
     try:
         content = _parse_yaml(read_regular_file(file, most_bytes=_MOST_BYTES))
     except FileNotFoundError:
-        raise UsageError(f"no such {what}", where=str(file), hint=hint) from None
+        raise UsageError(f"no such {what}.{suggest_paths(str(file))}", where=str(file), hint=hint) from None
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror}", where=str(file), hint=hint) from error
     except ValueError as error:

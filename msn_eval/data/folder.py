@@ -12,7 +12,7 @@ from PIL import Image
 from msn_eval.data.dataset import VAL_NAMES, Listing, UnknownLayoutError
 from msn_eval.data.images import NO_CLASSES, ImageSet, Stamp, decode_image, file_stamp, is_image_name, reading
 from msn_eval.data.index import ContainerIndex, index_containers, make_index
-from msn_eval.errors import DataError
+from msn_eval.errors import DataError, suggest_paths
 from msn_eval.files.regular import read_regular_file
 
 _log = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ def check_is_folder(root: Path, hint: str) -> None:
     """Raise UnknownLayoutError where a data set's folder is missing or a file."""
     if not root.is_dir():
         state = "is a file, not a folder" if root.exists() else "does not exist"
-        raise UnknownLayoutError(f"the data folder {state}", where=str(root), hint=hint)
+        suggestion = "" if root.exists() else f".{suggest_paths(str(root))}"
+        raise UnknownLayoutError(f"the data folder {state}{suggestion}", where=str(root), hint=hint)
 
 
 def holds_class_folders(root: Path) -> bool:

@@ -52,4 +52,4 @@ def find_probe(name: str) -> Entry:
     Raises:
         UsageError: There is no such probe.
     """
-    return find_entry(read_probes(), name, what="probe")
+    return find_entry(read_probes(), name, what="probe", option="--probe")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 _FORMATS = (
     Entry(name="md", summary="Markdown tables", target="msn_eval.reports.markdown"),
     Entry(name="csv", summary="one CSV table, percentages with all digits", target="msn_eval.reports.csv_table"),
+    Entry(name="tidy", summary="one CSV row per result, with the fields of its record", target="msn_eval.reports.tidy"),
     Entry(name="json", summary="columns, rows and cells, lossless", target="msn_eval.reports.json_table"),
     Entry(name="latex", summary="LaTeX tables with booktabs", target="msn_eval.reports.latex"),
     Entry(name="html", summary="an offline page with charts", target="msn_eval.reports.html.leaderboard"),
@@ -61,7 +62,7 @@ def list_formats() -> dict[str, Entry]:
 
 def load_format(name: str) -> ReportFormat:
     """Import the report format called `name`. Raises UsageError if there is none, or if a plug-in is not a report format."""
-    entry = find_entry(list_formats(), name, what="report format")
+    entry = find_entry(list_formats(), name, what="report format", option="--format")
     report_format = entry.load()
     if not isinstance(report_format, ReportFormat):
         problem = "is not a report format: it has no suffix or no render function"

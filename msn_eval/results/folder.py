@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import DamagedRecordError, StoreError, UsageError
+from msn_eval.errors import DamagedRecordError, StoreError, UsageError, suggest_paths
 from msn_eval.results.reading import describe_reading, list_reading_differences
 from msn_eval.results.record import (
     ID_DIGITS,
@@ -111,7 +111,7 @@ def _list_record_paths(folder: Path) -> list[Path]:
         with os.scandir(folder) as entries:
             return [folder / name for name in sorted(entry.name for entry in entries) if _RECORD_NAME.fullmatch(name)]
     except OSError as error:
-        what = f"no such result folder: {error.strerror}"
+        what = f"no such result folder: {error.strerror}.{suggest_paths(str(folder))}"
         raise UsageError(what, where=str(folder), hint="Give the --out folder of a run.") from error
 
 

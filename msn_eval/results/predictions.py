@@ -120,7 +120,7 @@ def read_one_checkpoint(folders: Sequence[Path], *, name: str | None) -> list[Re
     for result in list_results(folders):
         groups[result.checkpoint.weights_sha256, result.checkpoint.key].append(result)
     names = name_networks({network: group[0].checkpoint for network, group in groups.items()})
-    matches = [network for network in groups if name is None or _is_called(groups[network], name, names[network])]
+    matches = [network for network in groups if name is None or is_called(groups[network], name, names[network])]
     if len(matches) == 1:
         return groups[matches[0]]
     shown = {network: f"{names[network]} [{network[0][:_HASH_PREFIX]}]" for network in matches or groups}
@@ -133,7 +133,7 @@ def read_one_checkpoint(folders: Sequence[Path], *, name: str | None) -> list[Re
     raise UsageError(problem, where=", ".join(map(str, folders)), hint=hint)
 
 
-def _is_called(results: Sequence[Result], name: str, shown: str) -> bool:
+def is_called(results: Sequence[Result], name: str, shown: str) -> bool:
     """Whether a checkpoint has this name, path, or start of its hash, or is shown by this name in tables."""
     has_hash = len(name) >= _HASH_PREFIX and results[0].checkpoint.weights_sha256.startswith(name)
     return (

@@ -10,7 +10,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from msn_eval.config.recipes import AugmentedRecipe, LinearRecipe, Params
-from msn_eval.errors import format_count
+from msn_eval.errors import UsageError, did_you_mean, format_count
 from msn_eval.results.data_sets import DataSetAverages
 from msn_eval.results.record import Result, flatten_fields
 from msn_eval.results.row_names import Named, RefusedCheckpoint, name_networks
@@ -263,6 +263,28 @@ def make_table(
         measures=tuple(measures),
         averages=tuple(averages),
     )
+
+
+def sort_rows(table: Table, words: Sequence[str]) -> Table:
+    """Return a table with its measured rows in another order; published rows stay last.
+
+    Args:
+        table: The table.
+        words: `name`, or a probe, a subset or both, in whose columns the best comes first.
+
+    Raises:
+        UsageError: No column is of these words.
+    """
+    columns = [column for column in table.columns if {*words} <= {column.probe, column.subset}]
+    if list(words) != ["name"] and not columns:
+        known = sorted({"name", *(word for column in table.columns for word in (column.probe, column.subset))})
+        what = f"--sort {','.join(words)}: no such column.{did_you_mean(next((w for w in words if w not in known), ''), known)}"
+        raise UsageError(what, hint=f"Known: {', '.join(known)}.")
+
+    def order(row: Row) -> tuple[Any, ...]:
+        return bool(row.source), *_row_order(row, columns, table.cells)
+
+    return replace(table, rows=tuple(sorted(table.rows, key=order)))
 
 
 def get_cell_key(result: Result) -> CellKey:

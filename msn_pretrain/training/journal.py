@@ -11,17 +11,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from msn_eval.checkpoints.run_folder import METRICS, describe_damage, format_metrics, read_metrics
-from msn_eval.errors import NumericalError, StoreError
+from msn_eval.errors import NumericalError, StoreError, format_duration
 from msn_eval.features.collapse import COLLAPSED_LINES
 from msn_eval.files.atomic import describe_free_space, write_atomically
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 _log = logging.getLogger(__name__)
 # Fields that differ between runs with the same numbers.
 TIMING = ("time", "step_seconds", "wait_seconds", "images_per_second", "memory_bytes", "remaining_seconds")
 _GIB = 2**30
+_SECONDS_PER_LINE = 60
 _MOST_KEPT_BYTES = 2**20  # of each file, while the disk is full
 
 
@@ -32,13 +36,13 @@ class Journal:
     Attributes:
         files: By name; each keeps what a full disk refuses, and writes it later.
         events: Writes records for TensorBoard to one of the files, None without it.
-        show: Updates the progress bar, None without it.
+        show: Shows the progress on stderr, None where nothing is shown.
         write_problem: Why the last line could not be written.
     """
 
     files: Mapping[str, BinaryIO] = field(default_factory=dict)
     events: Any = None  # TensorBoard has no types
-    show: Any = None
+    show: "_ProgressBar | _ProgressLines | None" = None
     write_problem: str | None = None
 
     def write(self, facts: Mapping[str, Any]) -> None:
@@ -61,8 +65,13 @@ class Journal:
                 _log.warning("%s cannot be written: %s; training continues", " and ".join(self.files), problem)
             self.write_problem = problem
 
+    def is_due(self, step: int) -> bool:
+        """Whether the progress after this step is to be shown."""
+        return self.show is not None and self.show.is_due(step)
+
     def show_progress(self, step: int, images_per_second: float, *, loss: float, memory_bytes: int) -> None:
-        """Update the progress bar, which must exist."""
+        """Show the progress after a step that is due."""
+        assert self.show is not None
         self.show(step, f"loss {loss:.4f}  {images_per_second:,.0f} images/s  {memory_bytes / _GIB:.2f} GiB")
 
     def sync(self) -> None:
@@ -82,7 +91,9 @@ class Journal:
 
 
 @contextmanager
-def open_journal(run: Path, *, first: bool, step: int, steps: int, quiet: bool = False) -> Iterator[Journal]:
+def open_journal(
+    run: Path, *, first: bool, step: int, steps: int, quiet: bool = False, epoch_steps: int = 1
+) -> Iterator[Journal]:
     """Open the journal of a run that continues after `step` steps. Lines of later steps are removed.
 
     Args:
@@ -90,7 +101,8 @@ def open_journal(run: Path, *, first: bool, step: int, steps: int, quiet: bool =
         first: Whether this is rank 0, the only one that writes.
         step: Finished steps.
         steps: All steps of the run.
-        quiet: Show no progress bar.
+        quiet: Show no progress.
+        epoch_steps: Steps of an epoch.
     """
     if not first:
         yield Journal()
@@ -99,7 +111,7 @@ def open_journal(run: Path, *, first: bool, step: int, steps: int, quiet: bool =
     with ExitStack() as stack:
         files = {METRICS: _open_to_append(run / METRICS, stack)}
         events = _open_tensorboard(run, files, stack, step=step)
-        show = stack.enter_context(_progress_bar(step, steps, quiet=quiet))
+        show = stack.enter_context(_show_progress(step, steps, quiet=quiet, epoch_steps=epoch_steps))
         yield Journal(files=files, events=events, show=show)
 
 
@@ -166,25 +178,65 @@ def truncate_metrics(path: Path, *, step: int) -> None:
 
 
 @contextmanager
-def _progress_bar(step: int, steps: int, *, quiet: bool) -> Iterator[Any]:
-    """Yield a function that updates a progress bar on stderr, None if stderr is not a terminal."""
-    if quiet or not sys.stderr.isatty():
+def _show_progress(
+    step: int, steps: int, *, quiet: bool, epoch_steps: int
+) -> Iterator["_ProgressBar | _ProgressLines | None"]:
+    """Yield a bar on stderr, lines if stderr is not a terminal, None if nothing is to be shown."""
+    if quiet:
         yield None
-        return
-    from rich import progress
-    from rich.console import Console
+    elif not sys.stderr.isatty():
+        yield _ProgressLines(steps=steps, epoch_steps=epoch_steps, start=step, last=step)
+    else:
+        from rich import progress
+        from rich.console import Console
 
-    columns = (
-        progress.TextColumn("step"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[facts]}"),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("steps", total=steps, completed=step, facts="")
-        yield lambda done, facts: bar.update(task, completed=done, facts=facts)
+        columns = (
+            progress.TextColumn("step"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[facts]}"),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            yield _ProgressBar(bar=bar, task=bar.add_task("steps", total=steps, completed=step, facts=""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ProgressBar:
+    """A bar that is updated after every step."""
+
+    bar: "Progress"
+    task: "TaskID"
+
+    def is_due(self, step: int) -> bool:
+        return True
+
+    def __call__(self, step: int, facts: str) -> None:
+        self.bar.update(self.task, completed=step, facts=facts)
+
+
+@dataclass(kw_only=True)
+class _ProgressLines:
+    """Lines for a log file: one per epoch, and one per minute of longer epochs."""
+
+    steps: int
+    epoch_steps: int
+    start: int
+    last: int
+    started: float = field(default_factory=time.monotonic)
+    shown: float = field(default_factory=time.monotonic)
+
+    def is_due(self, step: int) -> bool:
+        has_ended = step // self.epoch_steps > self.last // self.epoch_steps
+        return has_ended or step == self.steps or time.monotonic() - self.shown >= _SECONDS_PER_LINE
+
+    def __call__(self, step: int, facts: str) -> None:
+        self.last, self.shown = step, time.monotonic()
+        left = format_duration((self.shown - self.started) / max(1, step - self.start) * (self.steps - step))
+        ending = f"about {left} left" if step < self.steps else "the last step"
+        epochs, epoch = self.steps // self.epoch_steps, (step - 1) // self.epoch_steps + 1
+        _log.info("epoch %d of %d, step %d of %d: %s, %s", epoch, epochs, step, self.steps, facts, ending)
 
 
 _MOST_BAD_STEPS = 3  # in a row; single ones happen in half precision and are skipped

@@ -159,7 +159,9 @@ def train(recipe: Recipe, ranks: Group, *, allowed: Sequence[str] = (), quiet: b
         if snapshot is not None:
             progress = _Progress(step=snapshot.step, alarms=AlarmCounters(**snapshot.watched))
         steps = recipe.optimization.epochs * order.steps_per_epoch
-        journal = open_journal(run, first=ranks.first, step=progress.step, steps=steps, quiet=quiet)
+        journal = open_journal(
+            run, first=ranks.first, step=progress.step, steps=steps, quiet=quiet, epoch_steps=order.steps_per_epoch
+        )
         session = Session(
             recipe=recipe,
             ranks=ranks,
@@ -318,7 +320,7 @@ def _finish_step(session: Session, progress: _Progress, queued: _QueuedStep) -> 
         line = _describe_step(session, queued, numbers, rows)
         alarms.collapsed_lines = alarms.collapsed_lines + 1 if is_collapsed(line) else 0
         session.journal.write(line)
-    if session.journal.show is not None:
+    if session.journal.is_due(queued.step):
         images_per_second, memory = session.order.batch_size / queued.seconds, memory_bytes(session.ranks.device)
         session.journal.show_progress(queued.step, images_per_second, loss=numbers["total"], memory_bytes=memory)
     return _handle_alarms(session, alarms, step=queued.step)

@@ -154,6 +154,22 @@ def test_help_of_a_verb_is_its_own_help(arguments: list[str], usage: str, capsys
     assert (ended.value.code, capsys.readouterr().out.startswith(usage)) == (0, True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["--data", "x", "report", "runs"], "msn-eval report runs"),
+        (["--data=x", "--json", "-q", "report", "runs"], "msn-eval report -q runs"),
+        (["--probe", "knn", "report", "runs"], "msn-eval report --probe knn runs"),
+        (["--limit", "3", "cache", "list"], "msn-eval cache list"),
+    ],
+)
+def test_verb_after_options_is_answered_by_a_command_that_it_takes(
+    arguments: list[str], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"Type: {command}"
+
+
 def test_help_starts_with_every_verb_and_three_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -1,13 +1,14 @@
 import inspect
 import pickle
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msn_eval import errors
-from msn_eval.errors import DataError, MsnEvalError, UsageError, did_you_mean, printable
+from msn_eval.errors import DataError, MsnEvalError, UsageError, did_you_mean, printable, suggest_paths
 
 # https://www.unicode.org/Public/UCD/latest/ucd/PropList.txt, Bidi_Control
 DIRECTION_MARKS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -86,3 +87,22 @@ def test_no_text_contains_control_characters(text: str) -> None:
 )
 def test_nearest_known_name_is_suggested(name: str, hint: str) -> None:
     assert did_you_mean(name, ["logistic", "knn", "ncm"]) == hint
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("runs/bets.pth", " Did you mean runs/best.pth?"),
+        ("rnus/best.pth", " Did you mean runs/best.pth?"),
+        ("rnus/none.pth", ""),
+        ("other", ""),
+        ("runs/" + "x" * 300, ""),
+        ("", ""),
+    ],
+)
+def test_suggested_path_exists(name: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "best.pth").touch()
+    monkeypatch.chdir(tmp_path)
+
+    assert suggest_paths(name) == hint

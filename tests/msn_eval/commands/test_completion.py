@@ -40,6 +40,20 @@ def test_zsh_reads_the_functions_of_bash(capsys: pytest.CaptureFixture[str]) -> 
     assert "complete -o default -F _msn_eval msn-eval" in lines
 
 
+def test_fish_offers_the_options_of_an_evaluation_wherever_no_other_verb_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["completion", "fish"]) == 0
+    (line,) = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if " -l subset " in line and "--subset" not in line and "not " in line
+    ]
+    condition = line.partition('-n "')[2].partition('"')[0].split()
+    assert condition[:2] == ["not", "__fish_seen_subcommand_from"]
+    assert set(condition[2:]) == set(VERBS) - {"evaluate"}
+
+
 def test_fish_has_a_line_for_every_verb_with_balanced_quotes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "fish"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,9 +1,9 @@
 """The evaluation's command: its plan, its ranks, and what it submits to Slurm."""
 
 import contextlib
-import re
 import importlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable

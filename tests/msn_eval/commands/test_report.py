@@ -1,15 +1,20 @@
 """`msn-eval report`: what is printed and written, and the errors."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import msn_eval.reports.html.leaderboard
 from msn_eval.cli import main
+from msn_eval.results.folder import read_results
 from msn_eval.results.record import Result
 
 RunWriter = Callable[..., list[Result]]
@@ -21,11 +26,11 @@ def runs(tmp_path: Path) -> Path:
     return Path(shutil.copytree(_RECORDS, tmp_path / "runs"))
 
 
-@pytest.mark.parametrize("formats", [(), ("--format", "md,csv,json,latex,html")], ids=["no format", "all formats"])
+@pytest.mark.parametrize("formats", [(), ("--format", "md,csv,tidy,json,latex,html")], ids=["no format", "all formats"])
 def test_every_format_is_written_under_its_own_suffix(formats: tuple[str, ...], runs: Path, tmp_path: Path) -> None:
     code = main(["report", str(runs), *formats, "--out", str(tmp_path / "out")])
 
-    names = {"table.md", "table.csv", "table.json", "table.tex", "table.html"}
+    names = {"table.md", "table.csv", "table.json", "table.tex", "table.html", "table.tidy.csv"}
     assert (code, {path.name for path in (tmp_path / "out").iterdir()}) == (0, names)
 
 
@@ -119,3 +124,93 @@ def test_an_unknown_column_names_the_nearest(runs: Path, capsys: pytest.CaptureF
 
     assert code == 2
     assert "ece" in capsys.readouterr().err
+
+
+def _read_report(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["report", *arguments, "--format", "json"]) == 0
+    content: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            [],
+            {
+                ("knn", "1img"),
+                ("knn", "2imgs"),
+                ("ncm", "1img"),
+                ("ncm", "2imgs"),
+                ("logistic", "1img"),
+                ("logistic", "2imgs"),
+            },
+        ),
+        (["--probe", "ncm"], {("ncm", "1img"), ("ncm", "2imgs")}),
+        (["--probe", "ncm,knn", "--subset", "1img"], {("ncm", "1img"), ("knn", "1img")}),
+    ],
+)
+def test_probe_and_subset_choose_the_columns(
+    options: list[str], expected: set[tuple[str, str]], digits_runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = _read_report(capsys, str(digits_runs), *options)["columns"]
+
+    assert {(column["probe"], column["subset"]) for column in columns} == expected
+
+
+@pytest.fixture
+def two_networks(tmp_path: Path, write_run: RunWriter) -> Path:
+    """Return a folder with the worse of two networks, `a/best`, and the better, `b/best`."""
+    for folder, right in (("a", [True, False, False, True]), ("b", [True, True, True, True])):
+
+        def move(result: Result, path: str = f"{folder}/best.pth") -> Result:
+            return replace(result, checkpoint=replace(result.checkpoint, path=path))
+
+        write_run(tmp_path / "runs", np.array([right] * 2), name="best", weights=folder * 64, changed=move)
+    return tmp_path / "runs"
+
+
+def test_checkpoint_chooses_rows_by_the_names_that_tables_show(
+    two_networks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = _read_report(capsys, str(two_networks), "--checkpoint", "b/best")["rows"]
+
+    assert [row["weights_sha256"][0] for row in rows] == ["b"]
+
+
+@pytest.mark.parametrize(("key", "names"), [("name", ["a/best", "b/best"]), ("knn,5imgs", ["b/best", "a/best"])])
+def test_rows_are_sorted_by_name_or_by_the_columns_of_a_probe_and_a_subset(
+    key: str, names: list[str], two_networks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = _read_report(capsys, str(two_networks), "--sort", key)["rows"]
+
+    assert [row["name"] for row in rows] == names
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--probe", "nmc"], "--probe nmc: the folders hold no such result. Did you mean ncm?"),
+        (["--subset", "5imgs"], "--subset 5imgs: the folders hold no such result."),
+        (["--checkpoint", "pixel"], "--checkpoint pixel: the folders hold no such result. Did you mean pixels?"),
+        (["--sort", "knn,2img"], "--sort knn,2img: no such column. Did you mean 2imgs or 1img?"),
+    ],
+)
+def test_what_the_folders_do_not_hold_is_refused_with_what_they_hold(
+    options: list[str], message: str, digits_runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(digits_runs), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tidy_report_has_a_line_per_result_with_its_exact_numbers(
+    digits_runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(digits_runs), "--format", "tidy"]) == 0
+
+    frame = pd.read_csv(io.StringIO(capsys.readouterr().out), float_precision="round_trip")
+    expected = read_results(digits_runs)
+    assert frame["row"].unique().tolist() == ["pixels"]
+    assert frame["id"].tolist() == expected["id"].tolist()
+    assert frame["metrics.top1"].tolist() == expected["metrics.top1"].tolist()
+    assert set(expected.columns) <= set(frame.columns)

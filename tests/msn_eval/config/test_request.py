@@ -129,6 +129,8 @@ def test_tap_option_beside_taps_to_choose_from_is_refused() -> None:
         (["a.pth=vit?depth=2"], {"a.pth": "vit?depth=2", "b=c.pth": None}),
         (["b=c.pth=vit", "resnet50"], {"a.pth": "resnet50", "b=c.pth": "vit"}),
         (["vit?depth=2", "a.pth=vit?depth=3"], {"a.pth": "vit?depth=3", "b=c.pth": "vit?depth=2"}),
+        (["b=vit", "resnet50"], {"a.pth": "resnet50", "b=c.pth": "vit"}),
+        (["b=vit?depth=2"], {"a.pth": None, "b=c.pth": "vit?depth=2"}),
     ],
     ids=str,
 )
@@ -145,9 +147,10 @@ def test_architecture_is_that_of_the_checkpoint_or_of_all(
         (["a.pt=vit"], "--arch a.pt=vit: 'a.pt' is not one of the checkpoints. Did you mean a.pth?"),
         (["vit", "resnet50"], "--arch: several architectures for all checkpoints"),
         (["a.pth=vit", "a.pth=resnet50"], "--arch: several architectures for a.pth"),
+        (["b=vit", "b=c.pth=resnet50"], "--arch: several architectures for b=c.pth"),
     ],
 )
 def test_architecture_of_no_checkpoint_or_of_one_twice_is_refused(arch: list[str], message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        EvaluationConfig(checkpoint=["a.pth"], arch=arch)
+        EvaluationConfig(checkpoint=["a.pth", "b=c.pth"], arch=arch)
     assert message in caught.value.what

@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 from typing import Protocol
@@ -9,6 +10,7 @@ from msn_pretrain.training import journal as journal_module
 from msn_pretrain.training.journal import (
     METRICS,
     AlarmCounters,
+    Journal,
     find_alarm,
     open_journal,
     read_metrics,
@@ -157,3 +159,43 @@ def test_three_bad_steps_or_ten_collapsed_lines_raise_the_alarm(counters: AlarmC
     if alarm:
         assert alarm.exit_code == 23
         assert message in str(alarm)
+
+
+def _show_steps(journal: Journal, steps: int) -> None:
+    for step in range(1, steps + 1):
+        if journal.is_due(step):
+            journal.show_progress(step, 100.0, loss=1.5, memory_bytes=2**30)
+
+
+def test_without_a_terminal_there_is_a_line_per_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="msn_pretrain")
+
+    with open_journal(tmp_path, first=True, step=0, steps=9, epoch_steps=3) as journal:
+        _show_steps(journal, 9)
+
+    lines = [message for message in caplog.messages if message.startswith("epoch")]
+    assert [line.partition(":")[0] for line in lines] == [
+        f"epoch {epoch} of 3, step {3 * epoch} of 9" for epoch in (1, 2, 3)
+    ]
+    assert "loss 1.5000  100 images/s  1.00 GiB" in lines[0]
+    assert lines[-1].endswith("the last step")
+
+
+def test_long_epochs_have_a_line_per_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="msn_pretrain")
+    clock = itertools.count(step=10.0)
+    monkeypatch.setattr(journal_module.time, "monotonic", lambda: next(clock))  # ten seconds between two looks
+
+    with open_journal(tmp_path, first=True, step=0, steps=100, epoch_steps=100) as journal:
+        _show_steps(journal, 40)
+
+    steps = [int(message.split()[5]) for message in caplog.messages if message.startswith("epoch 1 of 1")]
+    assert len(steps) > 3
+    assert {second - first for first, second in itertools.pairwise(steps)} == {6}
+
+
+def test_quiet_run_shows_no_progress(tmp_path: Path) -> None:
+    with open_journal(tmp_path, first=True, step=0, steps=1, quiet=True) as journal:
+        assert not journal.is_due(1)
