@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from msn_eval.distributed.group import ALONE
-from msn_eval.errors import StoreError, format_duration, printable
+from msn_eval.errors import StoreError, format_count, format_duration, printable
 from msn_pretrain.config.load import recipe_as_yaml
 from msn_pretrain.config.schedule import settings_at
 from msn_pretrain.data.sampler import Order
@@ -180,8 +180,7 @@ def describe(recipe: Recipe, *, allowed: Sequence[str] = (), elsewhere: bool = F
         f"steps       {order.steps_per_epoch * epochs:,}: {epochs} epochs of {order.steps_per_epoch}, "
         f"{recipe.optimization.batch_size} images each",
         f"computing   {precision_of(recipe, device)} on {recipe.run.device}",
-        f"memory      about {max(memory / _GIB, 0.1):.1f} GiB for each of {len(devices)} {'ranks' if len(devices) > 1 else 'rank'} "
-        "(estimate)",
+        f"memory      about {max(memory / _GIB, 0.1):.1f} GiB for each of {format_count(len(devices), 'rank')} (estimate)",
     ]
     if not elsewhere:
         operations = sum(kind.count * _count_operations(model.exported(), kind.pixels) for kind in view_kinds(recipe))
