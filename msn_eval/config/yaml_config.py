@@ -109,7 +109,9 @@ def read_yaml(file: Path, *, what: str = "config file", hint: str = "Give the pa
     try:
         content = _parse_yaml(read_regular_file(file, most_bytes=_MOST_BYTES))
     except FileNotFoundError:
-        raise UsageError(f"no such {what}.{suggest_paths(str(file))}", where=str(file), hint=hint) from None
+        suggestion = suggest_paths(str(file))
+        what = f"no such {what}.{suggestion}" if suggestion else f"no such {what}"
+        raise UsageError(what, where=str(file), hint=hint) from None
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror}", where=str(file), hint=hint) from error
     except ValueError as error:

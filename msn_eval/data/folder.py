@@ -95,8 +95,9 @@ def check_is_folder(root: Path, hint: str) -> None:
     """Raise UnknownLayoutError where a data set's folder is missing or a file."""
     if not root.is_dir():
         state = "is a file, not a folder" if root.exists() else "does not exist"
-        suggestion = "" if root.exists() else f".{suggest_paths(str(root))}"
-        raise UnknownLayoutError(f"the data folder {state}{suggestion}", where=str(root), hint=hint)
+        if suggestion := "" if root.exists() else suggest_paths(str(root)):
+            state += f".{suggestion}"
+        raise UnknownLayoutError(f"the data folder {state}", where=str(root), hint=hint)
 
 
 def holds_class_folders(root: Path) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -284,6 +285,8 @@ def _set_input_size(network: nn.Module, image_pixels: int) -> None:
 
 def _has_tokens(network: nn.Module) -> bool:
     """Whether a network is a Transformer of timm whose tokens are available after every block."""
+    if "timm" not in sys.modules:  # importing it takes seconds
+        return False
     from timm.models.beit import Beit
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer

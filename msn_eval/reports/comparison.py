@@ -7,6 +7,7 @@ from msn_eval.errors import printable
 from msn_eval.reports.text_tables import markdown_row, markdown_text
 from msn_eval.results.comparison import Comparison, Measured, ProtocolComparison
 from msn_eval.results.record import CheckpointInfo, omit_unset
+from msn_eval.results.row_names import name_networks
 from msn_eval.results.statistics import Interval, Paired
 
 _MAX_SHOWN = 5
@@ -19,7 +20,8 @@ _LEGEND = (
 
 def render_comparison_text(comparison: Comparison) -> str:
     """Render, by protocol, both accuracies, the paired test, a verdict in words, and changed classes and images."""
-    lines = [f"first   {checkpoint_text(comparison.first)}", f"second  {checkpoint_text(comparison.second)}"]
+    first, second = _name_checkpoints(comparison)
+    lines = [f"first   {first}", f"second  {second}"]
     for protocol in comparison.protocols:
         draws = f"draw{'s' if len(protocol.draws) > 1 else ''} {', '.join(map(str, protocol.draws))}"
         paired = protocol.paired
@@ -35,7 +37,8 @@ def render_comparison_text(comparison: Comparison) -> str:
 
 def render_comparison_markdown(comparison: Comparison) -> str:
     """Render a table with a row per protocol, then what changed most under each."""
-    names = f"First: {checkpoint_text(comparison.first)}. Second: {checkpoint_text(comparison.second)}."
+    first, second = _name_checkpoints(comparison)
+    names = f"First: {first}. Second: {second}."
     lines = ["### Comparison", "", markdown_text(names), "", markdown_row(_HEADER)]
     lines += ["| --- |" + " ---: |" * 6 + " --- |"]
     items = []
@@ -78,9 +81,20 @@ def _list_changes(protocol: ProtocolComparison) -> list[str]:
     return lines
 
 
+def _name_checkpoints(comparison: Comparison) -> list[str]:
+    """Return the names of both, with the starts of their hashes."""
+    both = {"first": comparison.first, "second": comparison.second}
+    return [_add_hash(name, both[side]) for side, name in name_networks(both).items()]
+
+
 def checkpoint_text(checkpoint: CheckpointInfo) -> str:
     """Return a checkpoint's name and the start of its hash."""
-    return f"{checkpoint.name} [{checkpoint.weights_sha256[:8]}]"
+    return _add_hash(name_networks({"only": checkpoint})["only"], checkpoint)
+
+
+def _add_hash(name: str, checkpoint: CheckpointInfo) -> str:
+    digits = f"[{checkpoint.weights_sha256[:8]}]"
+    return name if name.endswith(digits) else f"{name} {digits}"
 
 
 def percent(accuracy: float) -> str:

@@ -96,7 +96,7 @@ def measure(folder: Path, capsys: pytest.CaptureFixture[str]) -> Measure:
         (["ls", "nothing"], 2, "nothing"),
         (["help", "verfy"], 2, "Did you mean verify?"),
         (["pixels"], 2, "given as --checkpoint pixels"),
-        (["--data", "digits", "report", "runs"], 2, "Type: msn-eval report --data digits runs"),
+        (["--data", "digits", "report", "runs"], 2, "Type: msn-eval report runs"),
         (
             _pixels("--data", "digits", "--k", "2.5"),
             2,

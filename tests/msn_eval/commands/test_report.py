@@ -1,5 +1,6 @@
 """`msn-eval report`: what is printed and written, and the errors."""
 
+import csv
 import io
 import json
 import shutil
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 
 import msn_eval.reports.html.leaderboard
@@ -193,7 +193,7 @@ def test_rows_are_sorted_by_name_or_by_the_columns_of_a_probe_and_a_subset(
         (["--probe", "nmc"], "--probe nmc: the folders hold no such result. Did you mean ncm?"),
         (["--subset", "5imgs"], "--subset 5imgs: the folders hold no such result."),
         (["--checkpoint", "pixel"], "--checkpoint pixel: the folders hold no such result. Did you mean pixels?"),
-        (["--sort", "knn,2img"], "--sort knn,2img: no such column. Did you mean 2imgs or 1img?"),
+        (["--sort", "knn,2img"], "--sort knn,2img: no such column. Did you mean 2imgs?"),
     ],
 )
 def test_what_the_folders_do_not_hold_is_refused_with_what_they_hold(
@@ -208,9 +208,9 @@ def test_tidy_report_has_a_line_per_result_with_its_exact_numbers(
 ) -> None:
     assert main(["report", str(digits_runs), "--format", "tidy"]) == 0
 
-    frame = pd.read_csv(io.StringIO(capsys.readouterr().out), float_precision="round_trip")
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     expected = read_results(digits_runs)
-    assert frame["row"].unique().tolist() == ["pixels"]
-    assert frame["id"].tolist() == expected["id"].tolist()
-    assert frame["metrics.top1"].tolist() == expected["metrics.top1"].tolist()
-    assert set(expected.columns) <= set(frame.columns)
+    assert {row["row"] for row in rows} == {"pixels"}
+    assert [row["id"] for row in rows] == expected["id"].tolist()
+    assert [float(row["metrics.top1"]) for row in rows] == expected["metrics.top1"].tolist()
+    assert set(expected.columns) <= set(rows[0])
