@@ -8,14 +8,14 @@ from msn_eval.errors import one_line
 from msn_eval.reports.text_tables import (
     count_draws,
     describe_averages,
-    describe_row,
+    describe_details,
     describe_significance,
     explain_cells,
     format_cell_without_draws,
     list_headers,
     split_columns,
 )
-from msn_eval.results.table import Cell, Column, Table
+from msn_eval.results.table import Cell, Column, Row, Table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +59,7 @@ def _print_columns(table: Table, columns: Sequence[Column], console: "Console") 
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    rows = [(Text(one_line(describe_row(row))), cells) for row, cells in table.rows_of(columns)]
+    rows = [(_format_name(row), cells) for row, cells in table.rows_of(columns)]
     labels, headers = zip(*list_headers(table, columns), strict=True)
     draws = [count_draws(table, column) for column in columns]
     texts = [[_format_cell(cell, count) for cell, count in zip(cells, draws, strict=True)] for _, cells in rows]
@@ -77,6 +77,14 @@ def _print_columns(table: Table, columns: Sequence[Column], console: "Console") 
             rich_table.add_row(name, *(own[index] for index in block))
         console.print(rich_table)
         console.print()
+
+
+def _format_name(row: Row) -> "Text":
+    """Return the name, and its details on a line of their own."""
+    from rich.text import Text
+
+    details = one_line(describe_details(row))
+    return Text(one_line(row.name)).append(f"\n  {details}" if details else "", style="dim")
 
 
 def _format_cell(cell: Cell | None, draws: int | None) -> "Text":
