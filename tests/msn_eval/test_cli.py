@@ -591,3 +591,14 @@ def test_a_signal_has_its_exit_code_and_keeps_finished_results(
     assert "Traceback" not in output
     assert len(list(Path("runs").glob("*.json"))) == 1
     assert [path for path in Path("runs").iterdir() if path.suffix not in (".json", ".npz")] == []
+
+
+@pytest.mark.parametrize(("options", "disabled"), [(["-q"], True), ([], False)])
+def test_quiet_disables_the_progress_bars_of_libraries_that_download(
+    options: list[str], disabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in names})
+
+    assert main([*options, "ls"]) == 0
+    assert [os.environ.get(name) for name in names] == [("1" if disabled else None)] * 2

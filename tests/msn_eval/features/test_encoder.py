@@ -1,6 +1,7 @@
 """Encoders: the vectors that are tapped, held against the formulas and against other libraries."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -784,3 +785,12 @@ def test_network_that_is_not_a_transformer_is_compiled_as_one(monkeypatch: pytes
     for checkpoint in (read_checkpoint("random:resnet18"), own(nn.Flatten())):
         build_encoder(checkpoint, device=CPU, precision="fp32", compiled=True)
     assert len(handed) == 2
+
+
+def test_encoder_of_pixels_is_built_without_importing_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name == "timm" or name.startswith("timm.")]:
+        monkeypatch.delitem(sys.modules, name)
+
+    build_encoder(read_checkpoint("pixels"), device=CPU, precision="fp32")
+
+    assert "timm" not in sys.modules
