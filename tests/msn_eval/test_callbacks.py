@@ -269,7 +269,7 @@ def test_lightning_trains_on_where_a_warning_is_asked_for(
     logged, _ = _fit_with_lightning(lightning, backbone, digits, tmp_path, probes="knm", on_error="warn")
 
     assert logged == [{}, {}]
-    assert "epoch 2 could not be measured: UsageError: No probe is called 'knm'" in caplog.text
+    assert "epoch 2 could not be measured: UsageError: probes: No probe is called 'knm'" in caplog.text
 
 
 def test_lightning_measures_every_second_epoch(

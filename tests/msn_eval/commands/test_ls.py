@@ -26,7 +26,7 @@ def test_listing_does_not_import_torch(kind: str) -> None:
 def test_reports_are_the_built_in_formats(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ls", "reports"]) == 0
     names = [line.partition("\t")[0] for line in capsys.readouterr().out.splitlines()]
-    assert names[:5] == ["md", "csv", "json", "latex", "html"]
+    assert names[:6] == ["md", "csv", "tidy", "json", "latex", "html"]
 
 
 def test_recipes_are_those_of_both_programs_with_their_command(capsys: pytest.CaptureFixture[str]) -> None:

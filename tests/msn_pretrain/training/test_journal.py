@@ -1,5 +1,6 @@
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Protocol
 
@@ -185,7 +186,7 @@ def test_long_epochs_have_a_line_per_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="msn_pretrain")
-    clock = itertools.count(step=10.0)
+    clock = itertools.count(time.monotonic(), step=10.0)
     monkeypatch.setattr(journal_module.time, "monotonic", lambda: next(clock))  # ten seconds between two looks
 
     with open_journal(tmp_path, first=True, step=0, steps=100, epoch_steps=100) as journal:
