@@ -139,6 +139,23 @@ def test_published_rows_are_on_a_switch(opened: "webdriver.Chrome") -> None:
     assert (shown > 10, len(_names(opened))) == (True, 2)
 
 
+def _columns_at(browser: "webdriver.Chrome", selector: str) -> list[tuple[float, float]]:
+    """Return left and right of the displayed cells that a selector finds."""
+    script = (
+        "return [...document.querySelectorAll(arguments[0])].map((item) => item.closest('th, td')).filter("
+        "(item) => item.checkVisibility()).map((item) => item.getBoundingClientRect()).map((box) => [box.left, box.right])"
+    )
+    boxes: list[tuple[float, float]] = browser.execute_script(script, selector)
+    return boxes
+
+
+def test_every_number_is_below_its_header_without_published_columns(opened: "webdriver.Chrome") -> None:
+    opened.execute_script("document.getElementById('published').click()")
+
+    heads = _columns_at(opened, "#board thead [data-sort]")
+    assert (len(heads), heads[1:]) == (9, _columns_at(opened, "#board tbody tr:first-child td"))
+
+
 def test_a_number_is_one_click_from_its_record_and_its_command(opened: "webdriver.Chrome", runs: Path) -> None:
     record = _open_first(opened)
 

@@ -11,6 +11,7 @@ from msn_eval.reports.html.class_view import ClassView, make_class_views
 from msn_eval.reports.html.page import make_printable, render_offline
 from msn_eval.reports.html.provenance import pack_records
 from msn_eval.reports.text_tables import (
+    MISSING,
     describe_averages,
     describe_details,
     format_accuracy,
@@ -93,7 +94,10 @@ def _page_rows(table: Table, columns: Sequence[Column]) -> list[dict[str, object
     shades = {column: _choose_shades(table, column) for column in columns}
     rows = []
     for row in table.rows:
-        cells = [_page_cell(table.cells.get((row, column)), shades[column].get(row, 0)) for column in columns]
+        cells = [
+            (*_page_cell(table.cells.get((row, column)), shades[column].get(row, 0)), column.published)
+            for column in columns
+        ]
         texts = {"name": row.name, "details": describe_details(row), "published": bool(row.source)}
         rows.append({**texts, "cells": cells})
     return rows
@@ -118,10 +122,10 @@ def _choose_shades(table: Table, column: Column) -> dict[Row, int]:
     return {row: round(_SHADES * (level - low) / (high - low)) for row, level in levels.items()}
 
 
-def _page_cell(cell: Cell | None, shade: int) -> tuple[str, bool, int | None, str, str, str] | None:
+def _page_cell(cell: Cell | None, shade: int) -> tuple[str, bool, int | None, str, str, str]:
     """Return CSS class, whether there is a record behind the number, rank, mean, std and mark."""
     if cell is None:
-        return None
+        return "none", False, None, MISSING, "", ""
     mean, _, std = format_accuracy(cell).partition(" ± ")
     has_records = bool(cell.results)
     first = " first" if cell.standing.rank == 1 else ""
