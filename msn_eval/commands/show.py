@@ -2,22 +2,27 @@
 
 import argparse
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import UsageError, did_you_mean, printable
+from msn_eval.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from msn_eval.data.images import ImageSet
     from msn_eval.features.encoder import Encoder
+    from msn_eval.reports.style import Theme
+
+    Drawing = Callable[[Theme], Figure]  # what a picture shows is computed once, and drawn for each theme
 
 _PICTURES = {
     "neighbours": "Each image with more and more patches hidden, and the training images nearest to what is left. "
-    "Green frame: same class. Red frame: another class.",
-    "attention": "Attention of the class token to the patches in the last block: mean of the heads, then each head.",
+    "✓ and a solid frame: same class. ✗ and a dashed frame: a different class.",
+    "attention": "Attention of the class token to the patches in the last block: mean of the heads over the image, then each "
+    "head. Each map has its own scale.",
     "classes": "Validation images by the first two principal components of their features.",
 }
 
@@ -55,8 +60,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from msn_eval.data.class_names import describe_classes
     from msn_eval.features.encoder import load_encoder
     from msn_eval.features.patch_drop import check_patches
-    from msn_eval.features.visualization import as_png
     from msn_eval.files.atomic import prepare_folder, write_atomically
+    from msn_eval.reports.pictures import as_png
 
     wanted = _parse_pictures(options.pictures)
     masked = _parse_shares(options.masked)
@@ -77,23 +82,23 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     data = read_dataset(data_name)
     names = describe_classes(data.classes, Path(data_name) if Path(data_name).is_dir() else None)
     chosen = _choose_images(data.val, options.image, options.images)
-    figures: dict[str, Figure] = {}
+    drawings: dict[str, Drawing] = {}
     for name in wanted:
         match name:
             case "neighbours":
-                figures[name] = _draw_neighbours(encoder, data.train, chosen, options, masked, names)
+                drawings[name] = _draw_neighbours(encoder, data.train, chosen, options, masked, names)
             case "attention":
-                figures[name] = _draw_attention(encoder, chosen, names)
+                drawings[name] = _draw_attention(encoder, chosen, names)
             case _:
-                figures[name] = _draw_classes(encoder, data.val.first_of_each_class(options.limit), names)
-    files = {name: as_png(figure) for name, figure in figures.items()}
+                drawings[name] = _draw_classes(encoder, data.val.first_of_each_class(options.limit), names)
     if options.format == "html":
-        page = _render_page(f"{encoder.checkpoint.name} on {data.name}", files)
+        pictures = {name: (as_png(draw("light")), as_png(draw("dark"))) for name, draw in drawings.items()}
+        page = _render_page(f"{encoder.checkpoint.name} on {data.name}", pictures)
         write_atomically(folder / "show.html", page.encode())
         print(folder / "show.html")
         return 0
-    for name, content in files.items():
-        write_atomically(folder / f"{name}.png", content)
+    for name, draw in drawings.items():
+        write_atomically(folder / f"{name}.png", as_png(draw("light")))
         print(folder / f"{name}.png")
     return 0
 
@@ -140,10 +145,11 @@ def _draw_neighbours(
     options: argparse.Namespace,
     masked: Sequence[float],
     names: Sequence[str],
-) -> "Figure":
+) -> "Drawing":
     from msn_eval.data.subsets import make_subsets, merge_subsets
     from msn_eval.features.extraction import extract_features
-    from msn_eval.features.visualization import draw_neighbours, find_neighbours, read_pixels
+    from msn_eval.features.visualization import find_neighbours, read_pixels
+    from msn_eval.reports.pictures import draw_neighbours
 
     pool = merge_subsets(make_subsets([options.subset], train_images), train_images)
     train = extract_features(encoder, pool, taps=["cls-norm"]).features["cls-norm"]
@@ -151,7 +157,8 @@ def _draw_neighbours(
     neighbours = find_neighbours(encoder, pixels, train, masked=masked, count=options.neighbours, seed=options.seed)
     rows = sorted({row for masking in neighbours for row in masking.nearest.ravel().tolist()})
     images = read_pixels(pool, [train.image_ids[row] for row in rows], encoder.transform).numpy()
-    return draw_neighbours(
+    return partial(
+        draw_neighbours,
         neighbours,
         labels=chosen.labels,
         train=train,
@@ -160,38 +167,30 @@ def _draw_neighbours(
     )
 
 
-def _draw_attention(encoder: "Encoder", chosen: "ImageSet", names: Sequence[str]) -> "Figure":
+def _draw_attention(encoder: "Encoder", chosen: "ImageSet", names: Sequence[str]) -> "Drawing":
     from msn_eval.features.patch_drop import attention_maps
-    from msn_eval.features.visualization import draw_attention, read_pixels
+    from msn_eval.features.visualization import read_pixels
+    from msn_eval.reports.pictures import draw_attention
 
     pixels = read_pixels(chosen, chosen.ids, encoder.transform)
-    return draw_attention(attention_maps(encoder, pixels), pixels, [names[label] for label in chosen.labels])
+    return partial(draw_attention, attention_maps(encoder, pixels), pixels, [names[label] for label in chosen.labels])
 
 
-def _draw_classes(encoder: "Encoder", val: "ImageSet", names: Sequence[str]) -> "Figure":
+def _draw_classes(encoder: "Encoder", val: "ImageSet", names: Sequence[str]) -> "Drawing":
     from msn_eval.features.extraction import extract_features
-    from msn_eval.features.visualization import draw_classes
+    from msn_eval.features.visualization import project
+    from msn_eval.reports.pictures import draw_classes
 
     features = extract_features(encoder, val, taps=["cls-norm"]).features["cls-norm"]
-    return draw_classes(features, names)
+    points, share = project(features)
+    return partial(draw_classes, points, features.labels.numpy(), names, share)
 
 
-def _render_page(title: str, files: dict[str, bytes]) -> str:
-    """Return an HTML page that embeds the pictures and loads nothing from a network."""
-    from jinja2 import Environment
+def _render_page(title: str, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
+    """Return an HTML page that embeds the pictures for both themes, and loads nothing from a network."""
+    from msn_eval.reports.html.page import render_offline
 
-    pictures = [(name, _PICTURES[name], base64.b64encode(content).decode()) for name, content in files.items()]
-    page: str = Environment(autoescape=True).from_string(_TEMPLATE).render(title=printable(title), pictures=pictures)
-    return page
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,"><title>{{ title }}</title></head>
-<body><h1>{{ title }}</h1>
-{% for name, text, content in pictures %}<h2>{{ name }}</h2><p>{{ text }}</p>
-<p><img width="100%" alt="{{ text }}" src="data:image/png;base64,{{ content }}"></p>
-{% endfor %}</body></html>
-"""
+    shown = [
+        (name, _PICTURES[name], *(base64.b64encode(png).decode() for png in pngs)) for name, pngs in pictures.items()
+    ]
+    return render_offline("show.html", title=title, kicker="pictures of what a checkpoint sees", pictures=shown)

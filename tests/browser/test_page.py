@@ -1,12 +1,15 @@
 """The page in a real browser: sorting, filtering and records, without any request."""
 
+import csv
 import http.server
+import io
 import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from msn_eval.cli import main
 from msn_eval.reports.html.leaderboard import render
 from msn_eval.reports.html.provenance import format_command
 from msn_eval.results.folder import ResultScan, list_results, scan_results
-from msn_eval.results.record import read_result, write_result
+from msn_eval.results.record import protocol_id, read_result, write_result
 from msn_eval.results.table import make_table
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -149,11 +152,57 @@ def _columns_at(browser: "webdriver.Chrome", selector: str) -> list[tuple[float,
     return boxes
 
 
+def _check_columns(browser: "webdriver.Chrome", count: int) -> None:
+    """Check that `count` columns are shown, each number below its header and each header below its group."""
+    heads = _columns_at(browser, "#board thead [data-sort]")[1:]
+    groups = _columns_at(browser, "#board thead th.group span")
+    assert (len(heads), heads) == (count, _columns_at(browser, "#board tbody tr:not(.hidden) td")[:count])
+    assert {left for left, _ in groups} <= {left for left, _ in heads}
+    assert (groups[0][0], groups[-1][1]) == (heads[0][0], heads[-1][1])
+
+
 def test_every_number_is_below_its_header_without_published_columns(opened: "webdriver.Chrome") -> None:
     opened.execute_script("document.getElementById('published').click()")
 
-    heads = _columns_at(opened, "#board thead [data-sort]")
-    assert (len(heads), heads[1:]) == (9, _columns_at(opened, "#board tbody tr:first-child td"))
+    _check_columns(opened, 8)
+
+
+def _legend(browser: "webdriver.Chrome") -> list[str]:
+    return [item.text for item in browser.find_elements(By.CSS_SELECTOR, ".legend span") if item.is_displayed()]
+
+
+def test_legend_explains_what_is_shown_and_nothing_else(opened: "webdriver.Chrome") -> None:
+    opened.execute_script("document.getElementById('published').click()")
+    both = _legend(opened)
+    opened.find_element(By.ID, "filter").send_keys("onerror")
+    other = _legend(opened)
+    opened.execute_script("document.querySelector('[data-group=\"0\"]').click()")
+
+    missing, failed = "– not measured", "FAILED a draw produced no result"
+    assert both == [missing, failed, "shade: from the lowest to the highest of a column"]
+    assert (other, _legend(opened)) == ([missing, failed], [missing])
+
+
+def test_rows_and_columns_shown_are_copied_as_csv(opened: "webdriver.Chrome", runs: Path) -> None:
+    opened.execute_script("addEventListener('copy', () => { window.copied = document.activeElement.value; })")
+    opened.execute_script("document.getElementById('published').click()")
+    opened.execute_script("document.querySelector('[data-group=\"0\"]').click()")
+    _head(opened, -1).click()
+    opened.find_element(By.ID, "copy-table").click()
+
+    head, *rows = csv.reader(io.StringIO(opened.execute_script("return window.copied")))
+    table = make_table(list_results([runs]))
+    shown = [column for column in table.columns if column.probe != "logistic"]
+    fields = ("top1 %", "std %", "draws", "status")
+    assert head == ["checkpoint", *(f"{column.group}, {column.title}: {field}" for column in shown for field in fields)]
+    assert [row[0] for row in rows] == sorted(_measured(opened)) == [_HOSTILE, "pixels"]
+    (row,) = [row for row in table.rows if row.name == "pixels"]
+    for number, column in enumerate(shown):
+        cell, (mean, std, draws, status) = table.cells[row, column], rows[1][1 + 4 * number : 5 + 4 * number]
+        assert float(mean) == pytest.approx(100 * (cell.mean or 0), abs=1e-5)
+        assert (std and float(std)) == ("" if cell.std is None else pytest.approx(100 * cell.std, abs=1e-4))
+        assert (int(draws), status) == (cell.draws, "ok")
+    assert set(rows[0][1:]) == {""}
 
 
 def test_a_number_is_one_click_from_its_record_and_its_command(opened: "webdriver.Chrome", runs: Path) -> None:
@@ -233,7 +282,7 @@ def test_a_phone_scrolls_the_table_and_not_the_page_and_names_every_curve(
 ) -> None:
     resize(width=390, mobile=True)
     width = opened.execute_script("return document.documentElement.scrollWidth")
-    keys = [item.text for item in opened.find_elements(By.CSS_SELECTOR, "section > .charts .key span")]
+    keys = [item.text for item in opened.find_elements(By.CSS_SELECTOR, ".row > .charts .key span")]
     dots = opened.execute_script(
         "return [...document.querySelectorAll('.charts > figure .dot')].map((item) => item.getBoundingClientRect().right)"
     )
@@ -338,3 +387,196 @@ def test_filter_matches_rows_that_were_not_laid_out(long_opened: "webdriver.Chro
 
     assert _shown(long_opened) == [f"network {number}" for number in (*range(129, 119, -1), 112, 12)]
     assert long_opened.find_element(By.ID, "shown").text == "12 of 130 checkpoints match."
+
+
+_FORMULA = "=1+1"
+
+
+@pytest.fixture(scope="module")
+def data_page(digits_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the page of pixels on the digits, and of that and of a second checkpoint by ncm on `photos`."""
+    scan = scan_results([digits_runs])
+    results, paths = list(scan.results), list(scan.paths)
+    for result, path in zip(scan.results, scan.paths, strict=True):
+        for number, name in enumerate(("pixels", _FORMULA) if result.probe.name == "ncm" else ()):
+            protocol = {**result.protocol, "data": {**dict(result.protocol["data"]), "sha256": "f" * 64}}
+            weights = str(number) * 64 if number else result.checkpoint.weights_sha256
+            results.append(
+                replace(
+                    result,
+                    id=f"{len(results):016x}",
+                    protocol_id=protocol_id(protocol),
+                    protocol=protocol,
+                    data=replace(result.data, name="photos", sha256="f" * 64),
+                    checkpoint=replace(result.checkpoint, name=name, weights_sha256=weights),
+                    predictions=None,
+                    predictions_sha256=None,
+                )
+            )
+            paths.append(path.with_name(f"{results[-1].id}.json"))
+    page = tmp_path_factory.mktemp("data") / "table.html"
+    page.write_text(
+        render(make_table(results), ResultScan(results=tuple(results), paths=tuple(paths), faults=())), encoding="utf-8"
+    )
+    return page
+
+
+@pytest.fixture
+def data_opened(
+    browser: "webdriver.Chrome", data_page: Path, requests: Callable[[], list[str]]
+) -> Iterator["webdriver.Chrome"]:
+    browser.get("about:blank")
+    browser.get(data_page.as_uri())
+    yield browser
+    assert browser.get_log("browser") == []
+    assert {address.partition("#")[0] for address in requests()} <= {data_page.as_uri(), "about:blank"}
+
+
+def _choose_data(browser: "webdriver.Chrome", name: str) -> None:
+    select = browser.find_element(By.ID, "data-set")
+    script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))"
+    browser.execute_script(script, select, name)
+
+
+def _visible(browser: "webdriver.Chrome", selector: str) -> list[str]:
+    script = (
+        "return [...document.querySelectorAll(arguments[0])].filter((item) => item.checkVisibility())"
+        ".map((item) => item.textContent)"
+    )
+    texts: list[str] = browser.execute_script(script, selector)
+    return texts
+
+
+def test_data_sets_are_those_of_the_page(data_opened: "webdriver.Chrome") -> None:
+    options = data_opened.find_elements(By.CSS_SELECTOR, "#data-set option")
+
+    assert [option.text for option in options] == ["all", "digits", "photos"]
+
+
+@pytest.mark.parametrize(("name", "columns", "rows"), [("digits", 7, ["pixels"]), ("photos", 2, ["pixels", _FORMULA])])
+def test_chosen_data_set_is_all_that_is_shown(
+    name: str, columns: int, rows: list[str], data_opened: "webdriver.Chrome"
+) -> None:
+    everything = _visible(data_opened, ".row > h3")
+
+    _choose_data(data_opened, name)
+
+    assert set(everything) == {"digits", "photos"}
+    _check_columns(data_opened, columns)
+    assert sorted(_names(data_opened)) == sorted(rows)
+    assert set(_visible(data_opened, ".row > h3")) == {name}
+    assert data_opened.find_element(By.ID, "classes").is_displayed() == (name == "digits")
+
+
+def test_page_has_no_choice_of_a_single_data_set(long_opened: "webdriver.Chrome") -> None:
+    assert long_opened.find_elements(By.ID, "data-set") == []
+
+
+def _view(browser: "webdriver.Chrome") -> list[object]:
+    """Return what is shown of the leaderboard, and by what it is sorted."""
+    sorted_by = "const item = document.querySelector('#board th[aria-sort]:not([aria-sort=none])');"
+    state = browser.execute_script(f"{sorted_by} return [item.textContent, item.getAttribute('aria-sort')]")
+    return [_names(browser), _visible(browser, "#board thead [data-sort]"), state]
+
+
+def test_address_restores_what_is_shown(data_opened: "webdriver.Chrome", data_page: Path) -> None:
+    before = _view(data_opened)
+    _choose_data(data_opened, "photos")
+    data_opened.find_element(By.ID, "filter").send_keys("1 =")
+    cell = next(item for item in data_opened.find_elements(By.CSS_SELECTOR, "#board td") if item.is_displayed())
+    column = cell.get_property("cellIndex") - 1
+    _head(data_opened, column).click()
+    _head(data_opened, column).click()
+    view, address = _view(data_opened), data_opened.current_url
+
+    data_opened.get("about:blank")
+    data_opened.get(address)
+
+    assert view[0] == [_FORMULA]
+    assert view[2][1] == "ascending"  # type: ignore[index]
+    assert _view(data_opened) == view
+    assert data_opened.find_element(By.ID, "filter").get_attribute("value") == "1 ="
+
+    data_opened.execute_script("location.hash = ''")
+
+    WebDriverWait(data_opened, 5).until(lambda browser: _view(browser) == before)
+
+
+def test_unknown_address_shows_the_page_as_it_is(browser: "webdriver.Chrome", data_page: Path) -> None:
+    browser.get("about:blank")
+    browser.get(data_page.as_uri())
+    before = _view(browser)
+    browser.get("about:blank")
+
+    browser.get(f"{data_page.as_uri()}#sort=0123456789abcdef.ascending&data=none&without=none&published=7&x")
+
+    assert _view(browser) == before
+    assert browser.get_log("browser") == []
+
+
+def test_text_that_a_spreadsheet_takes_for_a_formula_is_copied_with_a_quote(data_opened: "webdriver.Chrome") -> None:
+    data_opened.execute_script("addEventListener('copy', () => { window.copied = document.activeElement.value; })")
+    _choose_data(data_opened, "photos")
+    data_opened.find_element(By.ID, "copy-table").click()
+
+    _, *rows = csv.reader(io.StringIO(data_opened.execute_script("return window.copied")))
+    assert sorted(row[0] for row in rows) == [f"'{_FORMULA}", "pixels"]
+
+
+def test_charts_are_at_most_600_pixels_wide_and_neighbours_have_the_same_axes(data_opened: "webdriver.Chrome") -> None:
+    script = (
+        "return [...document.querySelectorAll('.row')].map((row) => [...row.querySelectorAll('figure > svg')].map((item) =>"
+        " [item.getBoundingClientRect().width, [...item.querySelectorAll('.tick:not(.small)')].map((text) =>"
+        " [text.textContent, text.getAttribute('x'), text.getAttribute('y')])]))"
+    )
+    rows = data_opened.execute_script(script)
+
+    widths = [width for row in rows for width, _ in row]
+    assert 0 < max(widths) <= 600
+    assert max(len(row) for row in rows) > 1
+    assert all(ticks == row[0][1] for row in rows for _, ticks in row)
+
+
+def test_texts_of_charts_on_a_phone_are_readable_and_apart(
+    data_opened: "webdriver.Chrome", resize: Callable[..., None]
+) -> None:
+    resize(width=390, mobile=True)
+
+    script = (
+        "return [...document.querySelectorAll('.row figure > svg')].filter((item) => item.checkVisibility()).map((item) =>"
+        " [...item.querySelectorAll('text')].map((text) => [text.getAttribute('class'), ...['left', 'top', 'right', 'bottom',"
+        " 'height'].map((side) => text.getBoundingClientRect()[side])]))"
+    )
+    charts = data_opened.execute_script(script)
+
+    assert charts
+    for texts in charts:
+        assert {name.split()[0] for name, *_ in texts} == {"tick"}  # nothing is written beside curves
+        assert min(height for *_, height in texts) >= 10
+        boxes = [box for _, *box, _ in texts]
+        assert all(left >= 0 and right <= 390 for left, _, right, _ in boxes)
+        overlaps = [
+            (a, b)
+            for a, b in combinations(boxes, 2)
+            if a[0] < b[2] and b[0] < a[2] and a[1] + 2 < b[3] and b[1] + 2 < a[3]
+        ]
+        assert overlaps == []
+
+
+@pytest.mark.parametrize("table", ["board", "classes"])
+def test_no_header_is_cut_on_a_phone(table: str, opened: "webdriver.Chrome", resize: Callable[..., None]) -> None:
+    resize(width=390, mobile=True)
+    script = (
+        "const table = document.getElementById(arguments[0]), pane = table.parentNode;"
+        "pane.scrollLeft = arguments[1]; await new Promise((done) => setTimeout(done, 400));"
+        "const frame = pane.getBoundingClientRect(), name = table.querySelector('thead th').getBoundingClientRect().right;"
+        "return [frame.right, name, [...table.querySelectorAll('thead [data-sort]')].filter((item) => item.checkVisibility())"
+        ".slice(1).map((item) => { const range = document.createRange(); range.selectNodeContents(item); const box = "
+        "range.getBoundingClientRect(); return [box.left, box.right]; })]"
+    )
+    for wanted in (0, 60, 170):
+        right, name, heads = opened.execute_script(script, table, wanted)
+
+        seen = [(left, end) for left, end in heads if left < right - 1 and end > name + 1]
+        assert seen
+        assert all(name - 1 <= left and end <= right + 1 for left, end in seen)

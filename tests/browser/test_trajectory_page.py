@@ -74,11 +74,13 @@ def test_pointer_shows_the_value_under_it(opened: "webdriver.Chrome") -> None:
 def test_alarms_are_listed_and_their_steps_are_shaded(opened: "webdriver.Chrome") -> None:
     alarms = [item.text for item in opened.find_elements(By.CSS_SELECTOR, ".alarms li")]
     shade = opened.find_element(By.CSS_SELECTOR, "rect.alarm").rect
-    svg = opened.find_element(By.CSS_SELECTOR, ".panel svg").rect
+    svg = opened.find_element(By.CSS_SELECTOR, ".panel svg")
+    left, right = (float(svg.get_attribute(f"data-{side}")) for side in ("left", "right"))
+    scale = svg.rect["width"] / float(svg.get_dom_attribute("viewBox").split()[2])
 
     assert alarms[0] == "collapse: all images are on one prototype, since step 1,501"
     assert alarms[1] == f"features of a snapshot: {_NAME}, since step 2,000"
-    assert 0.7 < (shade["x"] - svg["x"]) / svg["width"] < 0.8
+    assert 0.72 < ((shade["x"] - svg.rect["x"]) / scale - left) / (right - left) < 0.78
 
 
 def test_hostile_texts_are_texts(opened: "webdriver.Chrome") -> None:

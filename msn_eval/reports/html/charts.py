@@ -3,9 +3,9 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, count, pairwise, repeat, zip_longest
+from itertools import chain, combinations, count, pairwise, repeat, zip_longest
 
 import numpy as np
 
@@ -18,7 +18,8 @@ _MOST_CURVES = 8
 _MOST_RANKED = 24
 _MOST_CROSSINGS = 12
 _MOST_Y_TICKS = 6
-_MIN_TICK_DISTANCE = 0.055  # of the axis; closer texts would overlap
+_MIN_TICK_DISTANCE = 0.09  # of the axis; closer texts would overlap on a phone
+_SIZE = (560, 330)  # SVG units
 _SUBSET_SIZE = re.compile(r"(\d+)(imgs?|pct)")
 Tick = tuple[float, str, str]  # x, its text, and the text below it
 
@@ -45,6 +46,21 @@ class Crossing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChartData:
+    """What a chart shows.
+
+    Attributes:
+        series: At least one, each with at least one point and without gaps.
+        ticks: At least two, by increasing x.
+    """
+
+    title: str
+    x_title: str
+    series: tuple[svg.Series, ...]
+    ticks: tuple[Tick, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chart:
     """A chart in SVG units.
 
@@ -63,35 +79,52 @@ class Chart:
     crossings: tuple[str, ...]
 
 
-def draw_chart(series: Sequence[svg.Series], *, ticks: Sequence[Tick], title: str, x_title: str) -> Chart:
-    """Return the chart of accuracies in percent.
+@dataclass(frozen=True, kw_only=True)
+class ChartRow:
+    """Neighbouring charts, of one data set or test set, with the same axes."""
 
-    Args:
-        series: At least one, each with at least one point and without gaps.
-        ticks: At least two, by increasing x.
-        title: Of the chart.
-        x_title: Of the x axis.
-    """
-    segments = [svg.split_into_segments(checkpoint) for checkpoint in series]
-    lowest = min(y for (segment,) in segments for y in segment.lows)
-    low, high = svg.widen_if_constant(lowest, max(y for (segment,) in segments for y in segment.highs))
+    data: str
+    charts: tuple[Chart, ...]
+
+    @property
+    def has_bands(self) -> bool:
+        return any(curve.bands for chart in self.charts for curve in chart.curves)
+
+
+def draw_charts(charts: Sequence[ChartData]) -> tuple[Chart, ...]:
+    """Return charts of accuracies in percent, with the same axes."""
+    segments = [list(map(svg.split_into_segments, chart.series)) for chart in charts]
+    parts = [part for chart_segments in segments for (part,) in chart_segments]
+    low, high = svg.widen_if_constant(min(min(part.lows) for part in parts), max(max(part.highs) for part in parts))
     y_ticks = svg.make_ticks(max(0.0, low), min(100.0, high), _MOST_Y_TICKS)
+    # Of several ticks with the same x the first.
+    ticks = sorted({tick[0]: tick for chart in reversed(charts) for tick in chart.ticks}.values())
     x_range, y_range = (ticks[0][0], ticks[-1][0]), (y_ticks[0], y_ticks[-1])
-    axes = svg.Axes(x_range=x_range, y_range=y_range, width=760, height=400, is_log=True)
-    crossings = find_crossings(series)[:_MOST_CROSSINGS]
-    return Chart(
-        title=title,
-        x_title=x_title,
-        axes=axes,
-        curves=tuple(map(svg.draw_curve, count(), series, segments, repeat(axes))),
-        x_ticks=tuple((axes.x(x), text, below) for x, text, below in ticks),
-        y_ticks=tuple((axes.y(y), f"{y:g}") for y in y_ticks),
-        rings=tuple((axes.x(crossing.x), axes.y(crossing.y)) for crossing in crossings),
-        crossings=tuple(
-            f"{series[crossing.passing].name} passes {series[crossing.passed].name} at about {crossing.x:.2g} "
-            f"(between {crossing.before:.3g} and {crossing.after:.3g})"
-            for crossing in crossings
-        ),
+    axes = svg.Axes(x_range=x_range, y_range=y_range, width=_SIZE[0], height=_SIZE[1], is_log=True)
+    x_ticks = tuple((axes.x(x), text, below) for x, text, below in _drop_overlapping_texts(ticks))
+    y_texts = tuple((axes.y(y), f"{y:g}") for y in y_ticks)
+    drawn = []
+    for chart, chart_segments in zip(charts, segments, strict=True):
+        crossings = find_crossings(chart.series)[:_MOST_CROSSINGS]
+        drawn.append(
+            Chart(
+                title=chart.title,
+                x_title=chart.x_title,
+                axes=axes,
+                curves=tuple(map(svg.draw_curve, count(), chart.series, chart_segments, repeat(axes))),
+                x_ticks=x_ticks,
+                y_ticks=y_texts,
+                rings=tuple((axes.x(crossing.x), axes.y(crossing.y)) for crossing in crossings),
+                crossings=tuple(_describe_crossing(crossing, chart.series) for crossing in crossings),
+            )
+        )
+    return tuple(drawn)
+
+
+def _describe_crossing(crossing: Crossing, series: Sequence[svg.Series]) -> str:
+    return (
+        f"{series[crossing.passing].name} passes {series[crossing.passed].name} at about {crossing.x:.2g} "
+        f"(between {crossing.before:.3g} and {crossing.after:.3g})"
     )
 
 
@@ -124,28 +157,33 @@ def _interpolate(series: svg.Series, x: float) -> float:
     return float(np.interp(math.log(x), logs, ys))
 
 
-def draw_shot_charts(table: Table) -> list[Chart]:
+def draw_shot_charts(table: Table) -> list[ChartRow]:
     """Return the charts of accuracy over labelled images per class, for measured protocols with more than one subset."""
-    charts: defaultdict[str, list[Chart]] = defaultdict(list)
-    for (curve, test), columns in _group_by_curve(table):
+    charts: defaultdict[str, defaultdict[str, list[ChartData]]] = defaultdict(lambda: defaultdict(list))
+    curves: defaultdict[tuple[str, str], list[Column]] = defaultdict(list)
+    for column in table.columns:
+        if not column.published:
+            curves[column.curve, name_data(column)].append(column)
+    for (curve, data), columns in curves.items():
         ticks = []
         for column in columns:
             text, images = _shorten_subset(column.subset), f"{column.images_per_class:.3g}"
             ticks.append((column.images_per_class, text, "" if text == images else images))
-        if not columns[0].published:
-            title = "labelled images per class, log scale"
-            charts[columns[0].probe] += _draw_columns(
-                table, columns, ticks, f"{curve}, scored on {test}" if test else curve, title
-            )
+        title = "labelled images per class, log scale"
+        charts[data][columns[0].probe] += _read_columns(table, columns, ticks, curve, title)
     # The first chart of every probe, then the second ones.
-    return [chart for row in zip_longest(*charts.values()) for chart in row if chart is not None]
+    return _draw_rows(
+        {data: list(filter(None, chain(*zip_longest(*probes.values())))) for data, probes in charts.items()}
+    )
 
 
-def _group_by_curve(table: Table) -> Iterator[tuple[tuple[str, str], list[Column]]]:
-    curves: defaultdict[tuple[str, str], list[Column]] = defaultdict(list)
-    for column in table.columns:
-        curves[column.curve, column.test].append(column)
-    yield from curves.items()
+def name_data(column: Column) -> str:
+    """Return the name of the images that a column is scored on: that of the test set, else of the data set."""
+    return column.test or column.data
+
+
+def _draw_rows(charts: Mapping[str, Sequence[ChartData]]) -> list[ChartRow]:
+    return [ChartRow(data=data, charts=draw_charts(row)) for data, row in charts.items() if row]
 
 
 def _shorten_subset(subset: str) -> str:
@@ -154,25 +192,24 @@ def _shorten_subset(subset: str) -> str:
     return "all" if subset == "full" else subset[:12]
 
 
-def draw_neighbour_charts(table: Table) -> list[Chart]:
+def draw_neighbour_charts(table: Table) -> list[ChartRow]:
     """Return the charts of accuracy over k, for subsets on which several k were measured, all else equal."""
     groups: defaultdict[tuple[str, object, str, str], list[Column]] = defaultdict(list)
     for column in table.columns:
         if "k" in column.params and not column.published:
-            groups[column.subset, column.params["temperature"], column.reason, column.test].append(column)
-    charts = []
-    for (subset, temperature, reason, test), columns in groups.items():
-        texts = (f"knn T={temperature:g} on {reason}", subset, f"scored on {test}" if test else "")
-        title = ", ".join(filter(None, texts))
+            groups[column.subset, column.params["temperature"], column.reason, name_data(column)].append(column)
+    charts: defaultdict[str, list[ChartData]] = defaultdict(list)
+    for (subset, temperature, reason, data), columns in groups.items():
+        title = f"knn T={temperature:g} on {reason}, {subset}"
         ticks = [(float(column.params["k"]), f"{column.params['k']:g}", "") for column in columns]
-        charts += _draw_columns(table, columns, ticks, title, "neighbours k, log scale")
-    return charts
+        charts[data] += _read_columns(table, columns, ticks, title, "neighbours k, log scale")
+    return _draw_rows(charts)
 
 
-def _draw_columns(
+def _read_columns(
     table: Table, columns: Sequence[Column], ticks: Sequence[Tick], title: str, x_title: str
-) -> list[Chart]:
-    """Return the chart of the first checkpoints with a number in these columns; none for fewer than two different x."""
+) -> list[ChartData]:
+    """Return a chart of the first checkpoints with a number in these columns; none for fewer than two different x."""
     # Of several columns with the same x the first: a curve has one point there.
     by_x = {tick[0]: (column, tick) for column, tick in zip(columns[::-1], ticks[::-1], strict=True)}
     chosen = [by_x[x] for x in sorted(by_x)]
@@ -181,8 +218,8 @@ def _draw_columns(
         return []
     if len(series) > _MOST_CURVES:
         title += f" (the first {_MOST_CURVES} of {len(series):,} checkpoints)"
-    shown_ticks = _drop_overlapping_texts([tick for _, tick in chosen])
-    return [draw_chart(series[:_MOST_CURVES], ticks=shown_ticks, title=title, x_title=x_title)]
+    shown_ticks = tuple(tick for _, tick in chosen)
+    return [ChartData(title=title, x_title=x_title, series=tuple(series[:_MOST_CURVES]), ticks=shown_ticks)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from msn_eval.reports.html.charts import draw_neighbour_charts, draw_ranks, draw_shot_charts
+from msn_eval.reports.html.charts import draw_neighbour_charts, draw_ranks, draw_shot_charts, name_data
 from msn_eval.reports.html.class_view import ClassView, make_class_views
 from msn_eval.reports.html.page import make_printable, render_offline
 from msn_eval.reports.html.provenance import pack_records
@@ -37,26 +37,36 @@ def render(table: Table, scan: ResultScan) -> str:
     groups = _order_groups(table)
     columns = [column for _, group in groups for column in group]
     measured = [column for column in columns if not column.published]
-    checkpoints = sum(not row.source for row in table.rows)
+    shot_charts, neighbour_charts = draw_shot_charts(table), draw_neighbour_charts(table)
     return render_offline(
         "page.html",
-        script="page.js",
-        styles=["page.css"],
-        data=_page_data(table, groups, records, views),
         title=f"{', '.join({column.data: None for column in measured if column.base is None})}: low-shot accuracy",
-        counts={"checkpoint": checkpoints, "protocol": len(measured), "record": len(scan.results)},
-        class_counts=sorted({column.classes for column in measured}),
+        kicker="accuracy of frozen checkpoints when labels are scarce",
+        facts=_list_facts(table, measured, len(scan.results)),
+        assets=["page.js"],
+        origin=" from records alone",
+        data=_page_data(table, groups, records, views),
         notices=(*table.notices, *view_notices),
         groups=[(name, group[0].published, [column.lines for column in group]) for name, group in groups],
         rows=_page_rows(table, columns),
         has_published=len(measured) < len(columns),
         show_published=show_published,
-        unconverged=any(cell.status == "not_converged" for cell in table.cells.values()),
-        shot_charts=draw_shot_charts(table),
-        neighbour_charts=draw_neighbour_charts(table),
+        data_sets=list(dict.fromkeys(name_data(column) for column in measured)),
+        has_stds=any(cell.std is not None for cell in table.cells.values()),
+        has_ranks=any(cell.standing.rank for cell in table.cells.values()),
+        has_rings=any(chart.rings for row in (*shot_charts, *neighbour_charts) for chart in row.charts),
+        shot_charts=shot_charts,
+        neighbour_charts=neighbour_charts,
         has_classes=bool(views),
         averages=[(describe_averages(averages), draw_ranks(averages)) for averages in table.averages],
     )
+
+
+def _list_facts(table: Table, measured: Sequence[Column], records: int) -> list[str]:
+    checkpoints = sum(not row.source for row in table.rows)
+    counts = {"checkpoint": checkpoints, "protocol": len(measured), "record": records}
+    classes = " or ".join(f"{count:,}" for count in sorted({column.classes for column in measured}))
+    return [*(f"{count:,} {name}{'' if count == 1 else 's'}" for name, count in counts.items()), f"{classes} classes"]
 
 
 def is_imagenet(result: Result) -> bool:
@@ -131,8 +141,10 @@ def _page_cell(cell: Cell | None, shade: int) -> tuple[str, bool, int | None, st
     first = " first" if cell.standing.rank == 1 else ""
     css_class = f"h{shade}{first}" if has_records else "plain"
     if cell.mean is None:
-        css_class = "failed"
-    mark = format_convergence_mark(cell) + ("" if cell.change is None else f" ({format_change(cell.change)})")
+        css_class = cell.status
+    if unconverged := format_convergence_mark(cell):
+        css_class += " unconverged"
+    mark = unconverged + ("" if cell.change is None else f" ({format_change(cell.change)})")
     return css_class, has_records, cell.standing.rank, mean, std, mark
 
 
@@ -157,7 +169,15 @@ def _page_data(
     packed_records = packed.pop("records")  # ids and numbers, which are printable
     texts = {
         "rows": [{"name": row.name, "arch": row.arch, "note": f"{row.note} {row.source}"} for row in table.rows],
-        "columns": [{"title": f"{column.group}, {column.title}", "group": group} for group, column in columns],
+        "columns": [
+            {
+                "title": f"{column.group}, {column.title}",
+                "group": group,
+                "id": column.protocol_id,
+                "data": "" if column.published else name_data(column),
+            }
+            for group, column in columns
+        ],
         "classes": class_names,
         **packed,
     }

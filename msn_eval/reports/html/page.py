@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from msn_eval.errors import printable
+from msn_eval.reports.style import format_variables
 from msn_eval.version import __version__
 
 _FOLDER = Path(__file__).parent / "assets"
@@ -36,24 +37,42 @@ def build_environment() -> Any:
     )
 
 
-def render_offline(template: str, *, script: str, styles: Sequence[str], data: object, **context: object) -> str:
-    """Return the page of a template.
+def render_offline(
+    template: str,
+    *,
+    title: str,
+    kicker: str,
+    facts: Sequence[str] = (),
+    assets: Sequence[str] = (),
+    origin: str = "",
+    data: object = None,
+    **context: object,
+) -> str:
+    """Return the page of a template that extends `base.html`.
 
     Args:
         template: File in `assets`.
-        script: File in `assets` that is put into the page.
-        styles: The same for styles.
+        title: Of the page.
+        kicker: What kind of page it is, above the title.
+        facts: Short texts below the title.
+        assets: Scripts and styles in `assets` that are put into the page, beside those that all pages have.
+        origin: What the page was made from, after the version in the last line.
         data: What the script reads, as JSON.
         **context: Other variables of the template.
     """
     from markupsafe import Markup
 
-    code = (_FOLDER / script).read_text(encoding="utf-8")
-    style = "".join((_FOLDER / name).read_text(encoding="utf-8") for name in styles)
+    code = _read_assets(["theme.js", *assets], ".js")
+    style = format_variables() + _read_assets(["page.css", *assets], ".css")
+    context |= {"title": title, "kicker": kicker, "facts": facts, "origin": origin}
     context |= {"script": Markup(code), "script_sha256": _policy_hash(code)}
     context |= {"style": Markup(style), "style_sha256": _policy_hash(style)}
     context |= {"created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "version": __version__}
     return str(build_environment().get_template(template).render(context, data=format_json_block(data)))
+
+
+def _read_assets(names: Sequence[str], suffix: str) -> str:
+    return "".join((_FOLDER / name).read_text(encoding="utf-8") for name in names if name.endswith(suffix))
 
 
 def _policy_hash(text: str) -> str:

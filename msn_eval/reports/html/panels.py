@@ -6,7 +6,8 @@ from itertools import count, repeat
 
 from msn_eval.reports.html import svg
 
-_SIZE, _TALL_SIZE = (760, 258), (1240, 388)  # SVG units
+_SIZE, _TALL_SIZE = (600, 250), (820, 270)  # SVG units
+_LEVEL_MARGIN = 96  # of the right side, for the names of levels, which no curve may cross
 _MOST_POINTS = 360  # of a drawn curve; each is the mean of a range of steps, and the band shows the extremes
 _MOST_X_TICKS, _MOST_Y_TICKS = 8, 5
 _OUTLIER = 4.0  # times the range of the middle 96 %: numbers further out are cut off, and the page says so
@@ -80,7 +81,8 @@ def draw_panel(panel: Panel, x_axis: RunAxis) -> DrawnPanel:
     low, high, is_cut = _choose_y_range(panel, segments)
     y_ticks = svg.make_ticks(low, high, _MOST_Y_TICKS)
     width, height = _TALL_SIZE if panel.tall else _SIZE
-    axes = svg.Axes(x_range=(0.0, x_axis.end), y_range=(y_ticks[0], y_ticks[-1]), width=width, height=height)
+    y_range = (y_ticks[0], y_ticks[-1])
+    axes = svg.Axes(x_range=(0.0, x_axis.end), y_range=y_range, width=width, height=height, right_margin=_LEVEL_MARGIN)
     x_ticks = [x for x in svg.make_ticks(0, x_axis.end, _MOST_X_TICKS) if x <= x_axis.end]
     alarms = [(axes.x(first), last) for first, last in x_axis.alarms]
     numbers = [[y for _, y in series.points if y is not None] for series in panel.series]

@@ -5,26 +5,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from msn_eval.errors import printable
 from msn_eval.features.collapse import LEAST_SPREAD
-from msn_eval.features.visualization import as_png
 from msn_eval.monitor.trajectory import Point, Trajectory
 from msn_eval.reports.html.page import render_offline
 from msn_eval.reports.html.panels import DrawnPanel, Panel, RunAxis, draw_panel
 from msn_eval.reports.html.svg import Series
+from msn_eval.reports.pictures import as_png, escape_math
+from msn_eval.reports.style import get_colour, list_curve_colours, style_figures
 from msn_eval.reports.text_tables import MISSING, format_accuracy
 from msn_eval.results.table import Cell, Column, make_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.typing import HashableList
 
-_COLOURS = ("#3b5bdb", "#e8590c", "#0b8a6a", "#c2255c", "#7048e8", "#0c8599", "#846358", "#5c7a00")
-_ALARM, _TEXT, _LIGHT_TEXT, _GRID = "#c92a2a", "#17202b", "#5a6878", "#e2e6ec"
 _PLOT_WIDTH, _ROW_HEIGHT = 12.0, 3.4  # inches
-_DOTS_PER_INCH = 110
 _MOST_ALARMS, _TITLE_CHARACTERS = 4, 110  # in the plot's title
 _MOST_PROTOCOLS = 8
+_LEGEND_CHARACTERS, _SAMPLE_CHARACTERS, _LEGEND_LINE = (
+    80,
+    8,
+    13.5,
+)  # of a line beside the left axis; of a sample; points
 
 
 def render_page(trajectory: Trajectory, panels: Sequence[DrawnPanel]) -> str:
@@ -33,11 +36,11 @@ def render_page(trajectory: Trajectory, panels: Sequence[DrawnPanel]) -> str:
     x_axis = _run_axis(trajectory)
     return render_offline(
         "trajectory.html",
-        script="trajectory.js",
-        styles=["page.css", "trajectory.css"],
+        title=trajectory.run.name,
+        kicker="scores of a pre-training run",
+        facts=describe_status(trajectory),
+        assets=["trajectory.js", "trajectory.css"],
         data={"end": x_axis.end, "unit": x_axis.title, "panels": [panel.values for panel in panels]},
-        name=trajectory.run.name,
-        status=describe_status(trajectory),
         alarms=[(str(alarm), alarm.is_active) for alarm in trajectory.alarms],
         notices=trajectory.notices,
         panels=panels,
@@ -63,6 +66,11 @@ def describe_status(trajectory: Trajectory) -> list[str]:
 
 def render_plot(trajectory: Trajectory, panels: Sequence[DrawnPanel]) -> bytes:
     """Return the plot of a run with at least one panel, as a PNG file."""
+    return as_png(draw_plot(trajectory, panels))
+
+
+def draw_plot(trajectory: Trajectory, panels: Sequence[DrawnPanel]) -> "Figure":
+    """Draw a run with at least one panel."""
     from matplotlib.figure import Figure
 
     slots: list[str] = []
@@ -71,46 +79,51 @@ def render_plot(trajectory: Trajectory, panels: Sequence[DrawnPanel]) -> bytes:
     pairs = zip(slots[::2], [*slots[1::2], "."], strict=False)
     rows: list[HashableList[str]] = [[left, right] for left, right in pairs]
     size = (_PLOT_WIDTH, 0.7 + _ROW_HEIGHT * len(rows))
-    figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
-    for number, axes in figure.subplot_mosaic(rows).items():
-        _plot_panel(axes, panels[int(number)])
-    alarms = [alarm for alarm in trajectory.alarms if alarm.is_active] or trajectory.alarms
-    title = [f"{trajectory.run.name}: {', '.join(describe_status(trajectory))}"]
-    title += [f"ALARM: {alarm}" for alarm in alarms[:_MOST_ALARMS]] or ["no alarm"]
-    figure.suptitle("\n".join(map(_title_line, title)), fontsize=12, color=_ALARM if alarms else _TEXT)
-    return as_png(figure)
+    with style_figures():
+        figure = Figure(figsize=size, layout="constrained")
+        for number, axes in figure.subplot_mosaic(rows).items():
+            _plot_panel(axes, panels[int(number)])
+        alarms = [alarm for alarm in trajectory.alarms if alarm.is_active] or trajectory.alarms
+        title = [f"{trajectory.run.name}: {', '.join(describe_status(trajectory))}"]
+        title += [f"ALARM: {alarm}" for alarm in alarms[:_MOST_ALARMS]] or ["no alarm"]
+        colour = get_colour("bad" if alarms else "ink")
+        figure.suptitle("\n".join(map(_title_line, title)), fontsize=12, color=colour)
+    return figure
 
 
 def _title_line(text: str) -> str:
     """Return a text that is not too long and not interpreted as mathematics."""
-    shown = printable(text)
-    return (f"{shown[:_TITLE_CHARACTERS]}…" if len(shown) > _TITLE_CHARACTERS else shown).replace("$", r"\$")
+    shown = escape_math(text)
+    return f"{shown[:_TITLE_CHARACTERS]}…" if len(shown) > _TITLE_CHARACTERS else shown
 
 
 def _plot_panel(axes: "Axes", drawn: DrawnPanel) -> None:
+    """Draw a panel; the names of curves are above the axes, and those of levels beside them, where no line crosses them."""
+    colours, soft = list_curve_colours(), get_colour("soft")
     for curve in drawn.curves:
-        colour, label = _COLOURS[curve.number % len(_COLOURS)], _title_line(curve.name)
+        colour, label = colours[curve.number % len(colours)], _title_line(curve.name)
         for segment in curve.segments:
             marker = "o" if curve.markers else ""
             axes.plot(segment.xs, segment.means, color=colour, lw=1.6, marker=marker, markersize=4, label=label)
             axes.fill_between(segment.xs, segment.lows, segment.highs, color=colour, alpha=0.15, linewidth=0)
             label = "_"  # one entry per curve in the legend
     end = drawn.x_axis.end
-    axes.set(xlim=(0, end), ylim=drawn.axes.y_range)
+    axes.set(xlim=(0, end), ylim=drawn.axes.y_range, xlabel=drawn.x_axis.title)
     right = axes.get_yaxis_transform()
     for _, y, text in drawn.levels:
-        axes.axhline(y, color=_LIGHT_TEXT, linewidth=1, linestyle=(0, (4, 3)))
-        axes.text(0.995, y, text, transform=right, fontsize=8, color=_LIGHT_TEXT, ha="right", va="bottom")
+        axes.axhline(y, color=soft, linewidth=1, linestyle=(0, (4, 3)))
+        axes.text(1.01, y, text, transform=right, fontsize=8, color=soft, va="center")
     for first, last in drawn.x_axis.alarms:
-        axes.axvspan(first, max(last, first + end / 300), color=_ALARM, alpha=0.08, linewidth=0)
-    axes.set_title(drawn.panel.title, fontsize=11, loc="left", color=_TEXT, weight="bold")
-    axes.set_xlabel(drawn.x_axis.title, fontsize=9, color=_LIGHT_TEXT)
-    axes.tick_params(labelsize=9, colors=_LIGHT_TEXT, length=0)
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.axvspan(first, max(last, first + end / 300), color=get_colour("bad"), alpha=0.08, linewidth=0)
+    axes.tick_params(length=0, colors=soft)
+    axes.grid(axis="y", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["left", "right", "top"]].set_visible(False)
-    axes.spines["bottom"].set_color(_GRID)
-    axes.legend(fontsize=8, frameon=False, loc="best")
+    width = max(len(curve.name) for curve in drawn.curves) + _SAMPLE_CHARACTERS
+    columns = max(1, _LEGEND_CHARACTERS * (2 if drawn.panel.tall else 1) // width)
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0, borderpad=0.2)
+    lines = -(-len(drawn.curves) // columns)
+    axes.set_title(drawn.panel.title, fontsize=11, loc="left", weight="bold", pad=6 + _LEGEND_LINE * lines)
 
 
 def draw_panels(trajectory: Trajectory) -> list[DrawnPanel]:
@@ -190,7 +203,7 @@ def _make_panels(trajectory: Trajectory) -> list[Panel]:
                 *journal(feature_spread="features", output_spread="outputs of the head"),
                 snapshots("feature_spread"),
             ),
-            levels=((LEAST_SPREAD, "collapsed below"),),
+            levels=((LEAST_SPREAD, "collapse"),),
         ),
         Panel(
             title="Gradient norm",

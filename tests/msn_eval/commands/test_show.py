@@ -3,11 +3,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from msn_eval.cli import main
 from msn_eval.commands.show import _choose_images, _render_page
 from msn_eval.data import read_dataset
 from msn_eval.features import visualization
+from msn_eval.reports import pictures
 
 _NETWORK = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2"
 
@@ -29,8 +31,25 @@ def test_page_embeds_the_pictures_and_loads_nothing(tmp_path: Path) -> None:
     _show(tmp_path, "--format", "html", "--pictures", "attention,classes")
 
     page = (tmp_path / "show.html").read_text()
-    assert re.findall(r'(?:src|href)="([^,]*),', page) == ["data:", "data:image/png;base64", "data:image/png;base64"]
+    pictures = re.findall(r'<img class="on-(light|dark)" alt="[^"]*" src="data:image/png;base64,([^"]*)"', page)
+    assert re.findall(r'(?:src|href)="([^,]*),', page) == ["data:", *["data:image/png;base64"] * 4]
+    assert [theme for theme, _ in pictures] == ["light", "dark"] * 2
+    assert len({content for _, content in pictures}) == 4
     assert "default-src 'none'" in page
+
+
+def test_classes_with_wordnet_ids_are_named_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    draw = pictures.draw_classes
+    monkeypatch.setattr(pictures, "draw_classes", lambda *arguments: names.extend(arguments[2]) or draw(*arguments))
+    for split in ("train", "val"):
+        for number, wnid in enumerate(("n01440764", "n02084071")):
+            (tmp_path / split / wnid).mkdir(parents=True)
+            Image.new("RGB", (32, 32), (90 * number, 9, 9)).save(tmp_path / split / wnid / f"{split}.png")
+
+    code = _show(tmp_path / "out", "--data", str(tmp_path), "--pictures", "classes")
+
+    assert (code, names) == (0, ["tench", "dog"])
 
 
 @pytest.mark.parametrize(
@@ -96,5 +115,5 @@ def test_named_images_are_shown() -> None:
 def test_names_in_a_page_are_texts() -> None:
     page = _render_page("<script>alert(1)</script>\u202e", {})
 
-    assert "<h1>&lt;script&gt;alert(1)&lt;/script&gt;\\x202e</h1>" in page
-    assert "<script" not in page
+    assert "<h1><bdi>&lt;script&gt;alert(1)&lt;/script&gt;\\x202e</bdi></h1>" in page
+    assert "<script>alert" not in page

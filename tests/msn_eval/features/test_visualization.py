@@ -10,10 +10,6 @@ from msn_eval.errors import DataError
 from msn_eval.features.encoder import Encoder, load_encoder
 from msn_eval.features.extraction import Features, extract_features
 from msn_eval.features.visualization import (
-    as_png,
-    draw_attention,
-    draw_classes,
-    draw_neighbours,
     find_neighbours,
     hide_patches,
     project,
@@ -76,15 +72,6 @@ def test_image_that_cannot_be_read_is_named(tmp_path_factory: pytest.TempPathFac
         read_pixels(read_split(str(folder), "val"), ["ant/0.png"], encoder.transform)
 
 
-def test_names_are_not_mathematics_and_equal_figures_give_equal_bytes(train: Features) -> None:
-    names = [r"$\frac{", "a_b^c", "\x1b[1m", "中", *map(str, range(6))]
-
-    pictures = {as_png(draw_classes(train, names)) for _ in range(2)}
-
-    assert len(pictures) == 1
-    assert pictures.pop().startswith(b"\x89PNG")
-
-
 def test_larger_share_hides_all_patches_of_a_smaller_one(encoder: Encoder, images: ImageSet, train: Features) -> None:
     pixels = read_pixels(images, images.ids[:6], encoder.transform)
 
@@ -101,53 +88,3 @@ def test_another_seed_hides_different_patches(encoder: Encoder, images: ImageSet
     (one,), (other,) = (find_neighbours(encoder, pixels, train, masked=[0.5], count=1, seed=seed) for seed in (0, 1))
 
     assert not np.array_equal(one.shown, other.shown)
-
-
-def test_neighbours_are_framed_by_whether_their_class_is_the_images(
-    encoder: Encoder, images: ImageSet, train: Features
-) -> None:
-    pixels = read_pixels(images, images.ids[:6], encoder.transform)
-    labels = images.labels[:6]
-    (found,) = find_neighbours(encoder, pixels, train, masked=[0.0], count=4, seed=0)
-
-    figure = draw_neighbours(
-        [found],
-        labels=labels,
-        train=train,
-        train_pixels=dict(enumerate(read_pixels(images, images.ids, encoder.transform).numpy())),
-        classes=images.classes,
-    )
-
-    frames = [
-        [axes.spines["top"].get_edgecolor()[:3] for axes in figure.axes[row * 5 + 1 : row * 5 + 5]] for row in range(6)
-    ]
-    same = [
-        [int(train.labels[row]) == label for row in rows] for rows, label in zip(found.nearest, labels, strict=True)
-    ]
-    green, red = (11 / 255, 138 / 255, 106 / 255), (201 / 255, 42 / 255, 42 / 255)
-    assert not all(map(all, same))
-    assert frames == [[green if is_same else red for is_same in row] for row in same]
-
-
-def test_each_image_stands_beside_its_own_attention(random_pixels: Tensor) -> None:
-    maps = torch.rand(4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-
-    figure = draw_attention(maps, random_pixels, ["a", "b", "c", "d"])
-
-    drawn = [[axes.images[-1].get_array() for axes in figure.axes[row * 4 : row * 4 + 4]] for row in range(4)]
-    for number, (image, complete, *heads) in enumerate(drawn):
-        assert np.array_equal(image, random_pixels[number].numpy())
-        assert np.allclose(complete, maps[number].mean(dim=0).numpy())
-        assert all(np.allclose(head, maps[number, place].numpy()) for place, head in enumerate(heads))
-
-
-def test_class_name_is_drawn_at_the_mean_of_its_images(train: Features) -> None:
-    places, _ = project(train)
-
-    figure = draw_classes(train, [f"class {number}" for number in range(10)])
-
-    written = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
-    assert written == {
-        f"class {label}": pytest.approx(tuple(places[train.labels.numpy() == label].mean(axis=0)))
-        for label in range(10)
-    }

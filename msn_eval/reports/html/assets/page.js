@@ -43,28 +43,31 @@
     return [checkpoint[checkpointAt], setup[setupAt], measurement[measurementAt], split[splitAt]].join(" ");
   };
 
-  // Sorting: by number, best first. Rows without a number stay last in both directions; equal rows keep their order.
+  // Sorting: by number, best first. Rows without a number stay last in both directions; equal rows have the order of the page.
   const sortable = (table, value, text, after) => {
     const heads = [...table.querySelectorAll("thead [data-sort]")];
-    const sort = (head) => {
-      const column = Number(head.dataset.sort), cell = head.closest("th");
-      const first = column < 0 ? "ascending" : "descending";
-      const turned = { ascending: "descending", descending: "ascending" }[cell.getAttribute("aria-sort")] || first;
+    const sort = (head, direction) => {
+      const column = Number(head.dataset.sort);
       heads.forEach((one) => one.closest("th").setAttribute("aria-sort", "none"));
-      cell.setAttribute("aria-sort", turned);
-      const sign = turned === "ascending" ? 1 : -1, body = table.tBodies[0];
+      head.closest("th").setAttribute("aria-sort", direction);
+      const sign = direction === "ascending" ? 1 : -1, body = table.tBodies[0];
       const rows = [...body.rows].map((row) => ({ row, key: column < 0 ? text(row) : value(row, column) }));
       const missing = (key) => key === null || key === undefined;
       rows.sort((a, b) =>
-        missing(a.key) || missing(b.key) ? missing(a.key) - missing(b.key)
-          : sign * (typeof a.key === "string" ? order.compare(a.key, b.key) : a.key - b.key));
+        (missing(a.key) || missing(b.key) ? missing(a.key) - missing(b.key)
+          : sign * (typeof a.key === "string" ? order.compare(a.key, b.key) : a.key - b.key)) || a.row.number - b.row.number);
       const hung = table.parentNode, place = table.nextSibling;
       table.remove();  // one layout instead of one per row
       body.append(...rows.map((one) => one.row));
       after();
       hung.insertBefore(table, place);
     };
-    heads.forEach((head) => head.addEventListener("click", () => { sort(head); head.focus({ preventScroll: true }); }));
+    heads.forEach((head) => head.addEventListener("click", () => {
+      const turned = { ascending: "descending", descending: "ascending" }[head.closest("th").getAttribute("aria-sort")];
+      sort(head, turned || (Number(head.dataset.sort) < 0 ? "ascending" : "descending"));
+      head.focus({ preventScroll: true });
+    }));
+    return sort;
   };
   const order = new Intl.Collator(undefined, { numeric: true });
 
@@ -84,19 +87,50 @@
   const board = at("board"), body = board.tBodies[0];
   [...body.rows].forEach((row, number) => { row.number = number; });
   const cellOf = (row, column) => cells[row.number][column];
-  sortable(board, (row, column) => (cellOf(row, column) || {}).mean, (row) => data.rows[row.number].name, () => filter());
+  const sortBoard = sortable(board, (row, column) => (cellOf(row, column) || {}).mean, (row) => data.rows[row.number].name, () => filter());
 
-  // Filter by every word. Only `most` rows are laid out until all are requested; then the first of them are painted before the
-  // rest. Groups of columns can be hidden.
+  // Columns are shown by their probe, their data and the switch of published numbers.
+  const published = at("published"), dataSet = at("data-set"), boxes = [...document.querySelectorAll("[data-group]")];
+  const chosenData = () => (dataSet ? dataSet.value : "");
+  const heads = data.columns.map((_, column) => board.querySelector(`[data-sort="${column}"]`).closest("th"));
+  const isShown = data.columns.map(() => true);
+  const showColumns = () => {
+    const unchecked = boxes.filter((box) => !box.checked).map((box) => Number(box.dataset.group)), chosen = chosenData();
+    const others = Boolean(published) && published.checked;
+    board.classList.toggle("no-published", !others);
+    data.columns.forEach((one, column) => {
+      const shown = one.data === "" ? others : !unchecked.includes(one.group) && (!chosen || one.data === chosen);
+      if (shown === isShown[column]) return;
+      isShown[column] = shown;
+      heads[column].classList.toggle("hidden", !shown);
+      for (const row of body.rows) row.cells[column + 1].classList.toggle("hidden", !shown);
+    });
+    board.querySelectorAll("th.group").forEach((head, group) => {
+      const count = data.columns.filter((one, column) => one.group === group && isShown[column]).length;
+      head.classList.toggle("hidden", !count);
+      head.colSpan = Math.max(1, count);
+    });
+    for (const box of boxes)
+      box.closest(".chip").hidden = Boolean(chosen) && !data.columns.some((one) => one.group === Number(box.dataset.group) && one.data === chosen);
+    for (const row of document.querySelectorAll("[data-of]")) row.hidden = Boolean(chosen) && row.dataset.of !== chosen;
+    for (const section of document.querySelectorAll(".chart-section")) section.hidden = !section.querySelector(".row:not([hidden])");
+    fillProtocols();
+    filter();
+  };
+
+  // Filter by every word, and by the chosen data. Only `most` rows are laid out until all are requested; then the first of them
+  // are painted before the rest.
   const most = 100, said = at("shown");
   let all = false, others = 0;
   const texts = data.rows.map((row) => `${row.name} ${row.arch} ${row.note}`.toLowerCase());
   const filter = () => {
-    const words = at("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const words = at("filter").value.toLowerCase().split(/\s+/).filter(Boolean), chosen = chosenData();
     const unseen = board.classList.contains("no-published");
     let fitting = 0, measured = 0;
     for (const row of body.rows) {
-      const other = row.classList.contains("pub"), fits = words.every((word) => texts[row.number].includes(word));
+      const other = row.classList.contains("pub"), line = cells[row.number];
+      const fits = words.every((word) => texts[row.number].includes(word))
+        && (!chosen || other || line.some((cell, column) => cell && data.columns[column].data === chosen));
       if (fits && !(other && unseen)) fitting += 1;
       measured += fits && !other;
       row.classList.toggle("hidden", !fits);
@@ -105,25 +139,49 @@
     cancelAnimationFrame(others);
     const show = () => { for (const row of body.rows) row.classList.remove("beyond"); };
     if (all) others = requestAnimationFrame(() => { others = requestAnimationFrame(show); });
-    said.textContent = words.length ? `${measured} of ${data.measured} checkpoints match.` : "";
+    said.textContent = words.length || chosen ? `${measured} of ${data.measured} checkpoints match.` : "";
     at("all").hidden = all || fitting <= most;
     at("all").textContent = `Show all ${fitting.toLocaleString("en")} rows`;
+    // The legend explains what is there.
+    const seen = (kind) => body.querySelector(`tr:not(.hidden${unseen ? ", .pub" : ""}) > td${kind}:not(.hidden${unseen ? ", .pub" : ""})`);
+    for (const entry of document.querySelectorAll(".legend [data-for]"))
+      entry.hidden = !(entry.dataset.for === "shaded" ? seen(".h0") && seen(".h8") : seen(`.${entry.dataset.for}`));
+    save();
   };
   at("all").addEventListener("click", () => { all = true; filter(); });
-  filter();
   at("filter").addEventListener("input", filter);
-  const hide = (group, hidden) => {
-    board.querySelectorAll(`th.g${group}`).forEach((head) => head.classList.toggle("hidden", hidden));
-    const columns = data.columns.flatMap((one, number) => (one.group === group ? [number] : []));
-    for (const row of body.rows) for (const column of columns) row.cells[column + 1].classList.toggle("hidden", hidden);
+  [...boxes, dataSet, published].forEach((one) => one && one.addEventListener("change", showColumns));
+
+  // The state of the page in its address. Columns stand there by the ids of their protocols: the same in every page.
+  const isPublishedDefault = Boolean(published) && published.defaultChecked, titles = [...board.querySelectorAll("th.group")].map((head) => head.textContent);
+  let isRestoring = true;
+  const save = () => {
+    if (isRestoring) return;
+    const state = new URLSearchParams(), sorted = board.querySelector("th[aria-sort]:not([aria-sort=none])");
+    const column = Number(sorted.querySelector("[data-sort]").dataset.sort), direction = sorted.getAttribute("aria-sort");
+    if (column || direction !== "descending") state.set("sort", `${column < 0 ? "name" : data.columns[column].id}.${direction}`);
+    if (at("filter").value) state.set("filter", at("filter").value);
+    if (chosenData()) state.set("data", chosenData());
+    boxes.filter((box) => !box.checked).forEach((box) => state.append("without", titles[box.dataset.group]));
+    if (published && published.checked !== isPublishedDefault) state.set("published", Number(published.checked));
+    if (all) state.set("rows", "all");
+    history.replaceState(null, "", `${location.href.split("#")[0]}${String(state) && `#${state}`}`);
   };
-  document.querySelectorAll("[data-group]").forEach((box) =>
-    box.addEventListener("change", () => hide(Number(box.dataset.group), !box.checked)));
-  const published = at("published");
-  if (published) published.addEventListener("change", () => {
-    board.classList.toggle("no-published", !published.checked);
-    filter();
-  });
+  const restore = () => {
+    isRestoring = true;
+    const state = new URLSearchParams(location.hash.slice(1)), [column, direction] = (state.get("sort") || "").split(".");
+    at("filter").value = state.get("filter") || "";
+    if (dataSet) dataSet.value = [...dataSet.options].some((one) => one.value === state.get("data")) ? state.get("data") : "";
+    boxes.forEach((box) => { box.checked = !state.getAll("without").includes(titles[box.dataset.group]); });
+    if (published) published.checked = state.has("published") ? state.get("published") === "1" : isPublishedDefault;
+    all = state.get("rows") === "all";
+    const found = column === "name" ? -1 : data.columns.findIndex((one) => one.id === column);
+    const known = (column === "name" || found >= 0) && ["ascending", "descending"].includes(direction);
+    sortBoard(board.querySelector(`[data-sort="${known ? found : 0}"]`), known ? direction : "descending");
+    showColumns();
+    isRestoring = false;
+  };
+  addEventListener("hashchange", restore);
 
   // The tooltip of a cell, at the pointer or at the focus.
   const tip = at("tip");
@@ -219,18 +277,47 @@
     origin.showModal();
   });
   origin.addEventListener("click", (event) => { if (event.target === origin) origin.close(); });
-  at("copy").addEventListener("click", () => {
-    const chosen = getSelection(), range = document.createRange();
-    range.selectNodeContents(at("command"));
-    chosen.removeAllRanges();
-    chosen.addRange(range);
-    const done = document.execCommand("copy");  // a page opened as a file may have no other clipboard
-    at("copy").textContent = done ? "Copied" : "Select and copy";
-    setTimeout(() => { at("copy").textContent = "Copy"; }, 1600);
+  const copy = (button, text) => {
+    const area = make("textarea"), before = button.textContent;
+    area.className = "sr";
+    area.value = text;
+    button.after(area);  // inside of the dialog, where it is open
+    area.select();
+    button.textContent = document.execCommand("copy") ? "Copied" : "Not copied";  // a page opened as a file may have no other clipboard
+    area.remove();
+    button.focus({ preventScroll: true });
+    setTimeout(() => { button.textContent = before; }, 1600);
+  };
+  at("copy").addEventListener("click", () => copy(at("copy"), at("command").textContent));
+
+  // The rows that match and the columns shown, as CSV. What a spreadsheet would take for a formula gets a quote in front.
+  const field = (value) => {
+    const text = String(value), safe = /^[=+\-@\uff1d\uff0b\uff0d\uff20']/.test(text) && typeof value === "string" ? `'${text}` : text;
+    return /[",\r\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+  };
+  const numbersOf = (row, column) => {
+    const cell = cellOf(row, column), shown = row.cells[column + 1];
+    if (!cell) return ["", "", "", ""];
+    const records = Array.from({ length: cell.count }, (_, number) => unpack(cell.first + number));
+    const statuses = records.map((one) => one.status), damaged = shown.classList.contains("damaged");
+    const status = ["failed", "not_converged"].find((one) => statuses.includes(one)) || (damaged ? "damaged" : records.length ? "ok" : "published");
+    const mean = cell.mean, [, spread] = shown.textContent.split("±");
+    if (mean === undefined || mean === null) return [status.toUpperCase(), "", cell.count || "", status];
+    const deviations = records.map((one) => (one.metrics.top1 - mean) ** 2).reduce((sum, one) => sum + one, 0);
+    const std = records.length > 1 ? Number(percent(Math.sqrt(deviations / (records.length - 1)), 5)) : records.length || !spread ? "" : parseFloat(spread);
+    return [Number(percent(mean, 5)), std, cell.count || "", status];
+  };
+  at("copy-table").addEventListener("click", () => {
+    const columns = data.columns.flatMap((_, column) => (isShown[column] ? [column] : [])), unseen = board.classList.contains("no-published");
+    const names = columns.flatMap((column) => ["top1 %", "std %", "draws", "status"].map((name) => `${data.columns[column].title}: ${name}`));
+    const rows = [...body.rows].filter((row) => !row.classList.contains("hidden") && !(unseen && row.classList.contains("pub")));
+    const lines = rows.map((row) => [data.rows[row.number].name, ...columns.flatMap((column) => numbersOf(row, column))]);
+    copy(at("copy-table"), [["checkpoint", ...names], ...lines].map((line) => `${line.map(field).join(",")}\r\n`).join(""));
   });
 
   // Accuracy per class of one protocol, from counts of correct predictions over all draws.
   const choice = at("protocol");
+  let fillProtocols = () => {};
   if (choice) {
     const table = at("classes");
     // Reliability: accuracy over confidence of the predictions in each bin of confidence.
@@ -284,11 +371,12 @@
       const shares = names.map((_, place) => view.right.map((counts) => counts[place] / (view.images[place] * view.draws)));
       const mean = (place) => shares[place].reduce((sum, one) => sum + one, 0) / shares[place].length;
       const places = names.map((_, place) => place).filter((place) => view.images[place]).sort((a, b) => mean(a) - mean(b));
-      const rows = places.map((place) => {
+      const rows = places.map((place, number) => {
         const row = make("tr"), name = make("th");
         name.scope = "row";
         name.append(make("bdi", names[place]));
         row.place = place;
+        row.number = number;
         row.append(name, ...shares[place].map((share) => {
           const cell = make("td", percent(share, 1));
           cell.className = `h${Math.round(8 * share)}`;
@@ -303,24 +391,25 @@
       table.caption.replaceChildren(said);
       sortable(table, (row, column) => (column < view.rows.length ? shares[row.place][column] : view.images[row.place]), (row) => names[row.place], () => {});
     };
-    choice.append(...data.views.map((view, number) => {
-      const option = make("option", data.columns[view.column].title);
-      option.value = number;
-      return option;
-    }));
+    fillProtocols = () => {
+      const before = choice.value, chosen = chosenData();
+      const fitting = data.views.flatMap((view, number) => (!chosen || data.columns[view.column].data === chosen ? [number] : []));
+      choice.replaceChildren(...fitting.map((number) => {
+        const option = make("option", data.columns[data.views[number].column].title);
+        option.value = number;
+        return option;
+      }));
+      choice.closest("section").hidden = !fitting.length;
+      if (fitting.includes(Number(before)) && before) choice.value = before;
+      else if (fitting.length) showClasses(data.views[fitting[0]]);
+    };
     choice.addEventListener("change", () => showClasses(data.views[choice.value]));
-    showClasses(data.views[0]);
   }
+  restore();
 
   // Paper does not scroll: a table wider than a landscape page is made smaller.
   const paper = 1020;
   const tables = document.querySelectorAll("table");
   addEventListener("beforeprint", () => tables.forEach((one) => { one.style.zoom = Math.min(1, paper / one.offsetWidth); }));
   addEventListener("afterprint", () => tables.forEach((one) => { one.style.zoom = ""; }));
-
-  at("theme").addEventListener("click", () => {
-    const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)").matches;
-    const now = root.dataset.theme || (dark ? "dark" : "light");
-    root.dataset.theme = now === "dark" ? "light" : "dark";
-  });
 })();

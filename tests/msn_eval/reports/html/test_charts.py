@@ -2,14 +2,19 @@ import math
 
 import pytest
 
-from msn_eval.reports.html.charts import draw_chart, find_crossings
+from msn_eval.reports.html.charts import Chart, ChartData, draw_charts, find_crossings
 from msn_eval.reports.html.svg import Series
 
-_TICKS = [(1.0, "1", ""), (2.0, "2", ""), (5.0, "5", ""), (10.0, "10", "")]
+_TICKS = ((1.0, "1", ""), (2.0, "2", ""), (5.0, "5", ""), (10.0, "10", ""))
 
 
 def _series(name: str, points: dict[float, float], std: float | None = None) -> Series:
     return Series(name=name, points=tuple(points.items()), stds=(std,) * len(points), texts=("",) * len(points))
+
+
+def _draw(*series: Series) -> Chart:
+    (chart,) = draw_charts([ChartData(title="", x_title="", series=series, ticks=_TICKS)])
+    return chart
 
 
 def test_curves_cross_where_both_are_equal_over_the_logarithm() -> None:
@@ -45,7 +50,7 @@ def test_a_crossing_is_on_both_curves_if_one_lacks_a_point() -> None:
 
 
 def test_everything_is_drawn_inside_the_axes() -> None:
-    chart = draw_chart([_series("a", {1: 0.0, 10: 100.0}, std=3.0)], ticks=_TICKS, title="", x_title="")
+    chart = _draw(_series("a", {1: 0.0, 10: 100.0}, std=3.0))
 
     axes, (line,), (band,) = chart.axes, chart.curves[0].lines, chart.curves[0].bands
     points = [tuple(map(float, pair.split(","))) for pair in f"{line} {band}".split()]
@@ -56,8 +61,20 @@ def test_everything_is_drawn_inside_the_axes() -> None:
 def test_there_is_no_band_where_a_point_has_no_standard_deviation() -> None:
     points, stds = ((1.0, 10.0), (2.0, 20.0), (10.0, 30.0)), (1.0, 2.0, None)
 
-    partly = draw_chart([Series(name="a", points=points, stds=stds)], ticks=_TICKS, title="", x_title="")
-    nowhere = draw_chart([_series("a", dict(points))], ticks=_TICKS, title="", x_title="")
+    partly = _draw(Series(name="a", points=points, stds=stds))
+    nowhere = _draw(_series("a", dict(points)))
 
     assert len(partly.curves[0].bands[0].split()) == 4
     assert nowhere.curves[0].bands == ()
+
+
+def test_neighbouring_charts_have_the_same_axes() -> None:
+    low = ChartData(title="low", x_title="", series=(_series("a", {1: 5.0, 2: 10.0}),), ticks=_TICKS[:2])
+    high = ChartData(title="high", x_title="", series=(_series("a", {2: 60.0, 10: 90.0}),), ticks=_TICKS[1:])
+
+    first, second = draw_charts([low, high])
+
+    assert (first.axes, first.x_ticks, first.y_ticks) == (second.axes, second.x_ticks, second.y_ticks)
+    assert [text for _, text, _ in first.x_ticks] == ["1", "2", "5", "10"]
+    assert (first.axes.y_range[0], first.axes.y_range[1]) == (0, 100)
+    assert first.curves[0].markers[1][0] == second.curves[0].markers[0][0]  # x = 2 in both

@@ -102,7 +102,7 @@ def test_published_rows_are_hidden_until_requested(scan: ResultScan, monkeypatch
 def test_published_numbers_of_a_probe_are_after_its_measured_ones(scan: ResultScan) -> None:
     page = render(make_table(scan.results, published=_published(make_table(scan.results))), scan)
 
-    groups = re.findall(r'<th scope="colgroup"[^>]*>([^<]*)</th>', page)
+    groups = re.findall(r'<th scope="colgroup"[^>]*><span>([^<]*)</span></th>', page)
     assert groups[:3] == ["logistic on digits", "logistic on imagenet, published", "knn T=0.07 on digits"]
     chips = dict(re.findall(r'data-group="(\d+)" checked><span>([^<]*)<', page))
     assert all(groups[int(number)] == name for number, name in chips.items())
