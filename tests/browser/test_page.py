@@ -408,6 +408,7 @@ def data_page(digits_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
                     protocol_id=protocol_id(protocol),
                     protocol=protocol,
                     data=replace(result.data, name="photos", sha256="f" * 64),
+                    split=replace(result.split, subset=result.split.subset.replace("2imgs", "20pct")),
                     checkpoint=replace(result.checkpoint, name=name, weights_sha256=weights),
                     predictions=None,
                     predictions_sha256=None,

@@ -19,7 +19,7 @@ _MOST_RANKED = 24
 _MOST_CROSSINGS = 12
 _MOST_Y_TICKS = 6
 _MIN_TICK_DISTANCE = 0.09  # of the axis; closer texts would overlap on a phone
-_SIZE = (560, 330)  # SVG units
+_WIDTH, _HEIGHT, _BOTTOM_MARGIN = 560, 344, 66  # SVG units; below the axis are two lines of ticks, and the title
 _SUBSET_SIZE = re.compile(r"(\d+)(imgs?|pct)")
 Tick = tuple[float, str, str]  # x, its text, and the text below it
 
@@ -100,7 +100,9 @@ def draw_charts(charts: Sequence[ChartData]) -> tuple[Chart, ...]:
     # Of several ticks with the same x the first.
     ticks = sorted({tick[0]: tick for chart in reversed(charts) for tick in chart.ticks}.values())
     x_range, y_range = (ticks[0][0], ticks[-1][0]), (y_ticks[0], y_ticks[-1])
-    axes = svg.Axes(x_range=x_range, y_range=y_range, width=_SIZE[0], height=_SIZE[1], is_log=True)
+    axes = svg.Axes(
+        x_range=x_range, y_range=y_range, width=_WIDTH, height=_HEIGHT, is_log=True, bottom_margin=_BOTTOM_MARGIN
+    )
     x_ticks = tuple((axes.x(x), text, below) for x, text, below in _drop_overlapping_texts(ticks))
     y_texts = tuple((axes.y(y), f"{y:g}") for y in y_ticks)
     drawn = []

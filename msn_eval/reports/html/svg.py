@@ -53,6 +53,7 @@ class Axes:
     left: int = 56
     top: int = 14
     right_margin: int = 16
+    bottom_margin: int = 50
 
     @property
     def right(self) -> int:
@@ -60,7 +61,7 @@ class Axes:
 
     @property
     def bottom(self) -> int:
-        return self.height - 50
+        return self.height - self.bottom_margin
 
     def x(self, value: float) -> float:
         low, high = self.x_range

@@ -177,7 +177,8 @@
     all = state.get("rows") === "all";
     const found = column === "name" ? -1 : data.columns.findIndex((one) => one.id === column);
     const known = (column === "name" || found >= 0) && ["ascending", "descending"].includes(direction);
-    sortBoard(board.querySelector(`[data-sort="${known ? found : 0}"]`), known ? direction : "descending");
+    const head = board.querySelector(`[data-sort="${known ? found : 0}"]`), wanted = known ? direction : "descending";
+    if (head.closest("th").getAttribute("aria-sort") !== wanted) sortBoard(head, wanted);
     showColumns();
     isRestoring = false;
   };
