@@ -38,10 +38,12 @@ def _files(folder: Path, pattern: str) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in folder.glob(pattern) if path.is_file()}
 
 
-def test_wheel_contains_the_page(installed: Path) -> None:
-    inside = {path.name for path in (installed / "msn_eval" / "reports" / "html" / "assets").iterdir()}
+def test_wheel_contains_the_pages(installed: Path) -> None:
+    assets = Path("msn_eval", "reports", "html", "assets")
+    inside = _files(installed / assets, "*")
 
-    assert inside == {f"{name}.{kind}" for name in ("page", "trajectory") for kind in ("html", "css", "js")}
+    assert inside == _files(_ROOT / assets, "*")
+    assert {"base.html", "page.html", "trajectory.html", "show.html", "theme.js"} <= {path.name for path in inside}
 
 
 def test_wheel_holds_the_two_packages_and_nothing_else(installed: Path) -> None:
