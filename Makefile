@@ -7,7 +7,7 @@ IMAGES ?= photos
 KILLS ?= 100
 DAMAGES ?= 1000
 
-.PHONY: demo test lint layouts bench bench-images parity kill-test corrupt faults exact fuzz gpu clean
+.PHONY: demo test lint docs layouts bench bench-images parity kill-test corrupt faults exact fuzz gpu clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,10 @@ $(VENV)/installed-test: $(BIN)/python pyproject.toml
 	$(BIN)/pip install --quiet -e '.[test]'
 	touch $@ $(VENV)/installed
 
+$(VENV)/installed-docs: $(BIN)/python pyproject.toml
+	$(BIN)/pip install --quiet -e '.[docs]'
+	touch $@
+
 demo: $(VENV)/installed
 	$(BIN)/msn-eval demo --out reports/demo
 
@@ -31,6 +35,10 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation site, into site/: builds without a network, runs the notebooks, and fails for a broken link.
+docs: $(VENV)/installed-docs
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/extract.py

@@ -6,6 +6,7 @@ It needs Chromium, its driver and selenium, and takes a few minutes.
 """
 
 import io
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -44,7 +45,10 @@ def draw_demo(runs: Path) -> None:
     results = evaluate(list(CHECKPOINTS), data="digits", probes=["logistic", "knn"], device="cpu", out=runs)
     console = Console(record=True, width=_COLUMNS, highlight=False, file=io.StringIO(), force_terminal=True)
     print_table(make_table(results), console)
-    console.save_svg(str(_DOCS / "demo.svg"), title="msn-eval demo", unique_id="demo")
+    picture = console.export_svg(title="msn-eval demo", unique_id="demo")
+    # Without the fonts that the picture would load from a network.
+    picture = re.sub(r"\s*@font-face \{.*?\}", "", picture, flags=re.DOTALL)
+    (_DOCS / "demo.svg").write_text(picture, encoding="utf-8")
 
 
 def draw_page(folder: Path) -> None:
