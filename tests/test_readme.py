@@ -1,12 +1,9 @@
 """The README, kept true."""
 
 import re
+import tomllib
 from pathlib import Path
 
-import pytest
-
-from msn_eval.cli import main
-from msn_eval.commands import VERBS
 from msn_eval.reports.text_tables import format_cell
 from msn_eval.results.folder import list_results
 from msn_eval.results.table import make_table
@@ -24,28 +21,31 @@ def test_the_picture_shows_the_numbers_that_the_demo_prints(digits_runs: Path) -
     assert [text for text in shown if text not in picture] == []
 
 
-def test_every_option_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    known = set()
-    verbs = [*VERBS, "subsets fetch", "subsets draw", "data verify"]
-    for verb in verbs:
-        with pytest.raises(SystemExit):
-            main([*verb.split(), "--help"])
-        known |= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+def test_the_readme_has_the_numbers_that_the_demo_prints(digits_runs: Path) -> None:
+    table = make_table(list_results([digits_runs]))
 
-    written = {
-        option
-        for line in _README.splitlines()
-        if "ruff" not in line and "pip install" not in line
-        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)
-    }
+    shown = [format_cell(cell) for (_, column), cell in table.cells.items() if column.probe == "logistic"]
 
-    assert written <= known
+    assert len(shown) == 2
+    assert [text for text in shown if text.removesuffix(" (3)") not in _README] == []
 
 
-def test_the_two_commands_of_the_first_screen_are_in_the_makefile() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (_ROOT / "Makefile").read_text(), re.MULTILINE))
+def test_the_readme_is_short_and_its_links_exist() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", _README)
 
-    assert set(re.findall(r"^    make ([a-z]+)", _README, re.MULTILINE)) == {"demo", "test"} <= targets
+    assert len(_README.splitlines()) < 150
+    assert [link for link in links if not (_ROOT / link).exists()] == []
+
+
+def test_badges_say_what_the_package_states() -> None:
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    badges = {path.stem: path.read_text(encoding="utf-8") for path in (_ROOT / "docs" / "badges").iterdir()}
+    prefix = "Programming Language :: Python :: 3."
+    minors = [text.removeprefix(prefix) for text in project["classifiers"] if text.startswith(prefix)]
+
+    assert f"Python: {' | '.join(f'3.{minor}' for minor in minors)}" in badges["python"]
+    assert f"licence: {project['license']}" in badges["licence"]
+    assert any("Alpha" in text for text in project["classifiers"]) == ("status: alpha" in badges["status"])
 
 
 def test_every_shipped_config_is_readable_and_opens_as_a_lab_note() -> None:
