@@ -132,13 +132,11 @@ def _run_notebook(path: Path) -> Iterator[tuple[str, str | bytes]]:
     import nbformat
     from nbconvert import MarkdownExporter
     from nbconvert.preprocessors import ExecutePreprocessor
-    from traitlets.config import Config
 
     notebook = nbformat.read(path, as_version=4)
     resources = {"output_files_dir": f"{path.stem}_files", "unique_key": path.stem}
     with tempfile.TemporaryDirectory() as folder:
-        local = Config(KernelManager={"transport": "ipc"})  # sockets of files instead of ports
-        ExecutePreprocessor(timeout=300, config=local).preprocess(notebook, {"metadata": {"path": folder}})
+        ExecutePreprocessor(timeout=300).preprocess(notebook, {"metadata": {"path": folder}})
     page, resources = MarkdownExporter().from_notebook_node(notebook, resources)
     folder_uri = path.parent.relative_to(_ROOT / "docs").as_posix()
     yield f"{folder_uri}/{path.stem}.md", page
