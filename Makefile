@@ -7,7 +7,7 @@ IMAGES ?= photos
 KILLS ?= 100
 DAMAGES ?= 1000
 
-.PHONY: demo test lint docs layouts bench bench-images parity kill-test corrupt faults exact fuzz gpu clean
+.PHONY: demo test lint docs layouts bench bench-images parity kill-test corrupt faults exact fuzz gpu clean audit leaderboard
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +64,14 @@ bench-images: $(VENV)/installed-test
 parity: $(VENV)/installed-test
 	$(BIN)/python benchmarks/parity.py --out reports/parity.md $(if $(MSN),--msn $(MSN)) $(if $(DINO),--dino $(DINO)) \
 		$(if $(DINOV2),--dinov2 $(DINOV2)) $(if $(SUNCET),--suncet $(SUNCET)) $(if $(SIMSIAM),--simsiam $(SIMSIAM))
+
+# What is known of the published numbers, with verdicts where ImageNet and weights are available: make audit DATA=/datasets/imagenet
+audit: $(VENV)/installed
+	$(BIN)/python benchmarks/audit.py --out reports/audit.md $(if $(DATA),--data $(DATA))
+
+# Builds the page, the Markdown and the CSV of reports/leaderboard from its records.
+leaderboard: $(VENV)/installed
+	$(BIN)/python benchmarks/leaderboard.py
 
 # Kills evaluations on an image folder, and kills, terminates or stops pre-training on embedded images, at random times:
 # make kill-test IMAGES=folder KILLS=100

@@ -1,0 +1,95 @@
+"""Build the leaderboard from its records: page, Markdown, CSV and the figure of label efficiency.
+
+    python benchmarks/leaderboard.py                # what `make leaderboard` runs
+    python benchmarks/leaderboard.py --out FOLDER   # elsewhere, to compare with what is committed
+
+`reports/leaderboard/README.md` states how the records were made. Networks that were trained with labels of the same
+classes have a table of their own, so that they are not ranked among the others.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msn_eval.cli import main as msn_eval
+from msn_eval.results.folder import scan_results
+from msn_eval.results.leaderboard import make_leaderboard
+from msn_eval.results.table import Table, make_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+HOME = Path(__file__).parents[1] / "reports/leaderboard"
+GROUPS = ("self-supervised", "supervised")
+_DATA_SETS = {"cifar10": "CIFAR-10, 20,000 images", "tiny-imagenet-100": "Tiny ImageNet, 100 classes"}
+_CURVES = {
+    "msn": ("MSN", "#1b6ca8", "o", "-"),
+    "simsiam": ("SimSiam", "#c8553d", "s", "-"),
+    "untrained": ("the same network untrained", "#777777", "v", "--"),
+    "pixels": ("raw pixels", "#222222", "x", ":"),
+}
+
+
+def build(out: Path) -> None:
+    """Write `GROUP.html`, `GROUP.md` and `GROUP.csv` of each group, and `label_efficiency.svg`."""
+    out.mkdir(parents=True, exist_ok=True)
+    for group in GROUPS:
+        code = msn_eval(
+            ["report", str(HOME / "records" / group), "--format", "html,md,csv", "--ranks", "--out", str(out / group)]
+        )
+        if code:
+            raise SystemExit(code)
+    draw_label_efficiency(out / "label_efficiency.svg")
+
+
+def draw_label_efficiency(path: Path) -> None:
+    """Draw accuracy by logistic regression over labelled images per class, with 95 % intervals over test images."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    scan = scan_results([HOME / "records/self-supervised"])
+    table = make_table(scan.results, standings=make_leaderboard(scan, ranked=True).standings)
+    with plt.rc_context(
+        {"svg.hashsalt": "msn-eval", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+    ):
+        figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+        for axes, data in zip(panels, _DATA_SETS, strict=True):
+            _draw_panel(axes, table, data)
+        panels[0].set_ylabel("top-1 accuracy, %")
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(_CURVES), frameon=False
+        )
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+
+
+def _draw_panel(axes: "Axes", table: Table, data: str) -> None:
+    columns = [column for column in table.columns if column.data == data and column.probe == "logistic"]
+    for name, (label, color, marker, line) in _CURVES.items():
+        row = next(row for row in table.rows if row.name == name)
+        points = [(column.images_per_class, cell) for column in columns if (cell := table.cells.get((row, column)))]
+        x = [images for images, _ in points]
+        y = [100 * (cell.mean or 0.0) for _, cell in points]
+        low, high = zip(*(cell.standing.interval or (0.0, 0.0) for _, cell in points), strict=True)
+        axes.plot(x, y, line, marker=marker, color=color, label=label)
+        axes.fill_between(x, [100 * v for v in low], [100 * v for v in high], color=color, alpha=0.2, linewidth=0)
+    axes.set_xscale("log")
+    ticks = {column.images_per_class: column.images for column in columns}
+    axes.set_xticks(list(ticks), [str(round(images)) for images in ticks])
+    axes.minorticks_off()
+    axes.set(title=_DATA_SETS[data], xlabel="labelled images per class")
+    axes.grid(axis="y", alpha=0.3)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Build into a folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HOME, help="default reports/leaderboard")
+    build(parser.parse_args(arguments).out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Examples of networks and of a published comparison. Not part of the installed packages."""

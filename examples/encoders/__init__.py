@@ -1,0 +1,1 @@
+"""Networks of other packages, as factories for `--checkpoint py:examples.encoders.MODULE:FACTORY`."""
