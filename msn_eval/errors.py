@@ -94,7 +94,8 @@ def _find_closest(name: str, known: Iterable[str]) -> list[str]:
 
 
 def _join_suggestions(names: list[str]) -> str:
-    return f" Did you mean {' or '.join(names)}?" if names else ""
+    *others, last = names or [""]
+    return f" Did you mean {', '.join(others)}{' or ' if others else ''}{last}?" if last else ""
 
 
 class MsnEvalError(Exception):

@@ -117,7 +117,7 @@ def run_program(name: str, arguments: Sequence[str] | None, parse: Parse, *, log
         options, run = parse(list(sys.argv[1:] if arguments is None else arguments))
         verbosity = options.verbose
         _log_to_stderr(loggers, verbosity, quiet=options.quiet)
-        if options.quiet:  # the bars of libraries that download
+        if options.quiet and arguments is None:  # the bars of libraries that download
             os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         code = run()
         sys.stdout.flush()

@@ -196,8 +196,9 @@ def _read_normalisation(stated: Mapping[str, str], where: str) -> Normalisation 
     if not stated.keys() & {MEAN, STD}:
         return replace(IMAGENET, source="msn-pretrain") if ARCHITECTURE in stated else None
     numbers: dict[str, object] = {**stated}
-    with suppress(KeyError, ValueError):  # what is no number is refused as it is
-        numbers |= {name: [float(number) for number in stated[name].split(",")] for name in (MEAN, STD)}
+    for name in stated.keys() & {MEAN, STD}:
+        with suppress(ValueError):  # what is no number is refused as it is
+            numbers[name] = [float(number) for number in stated[name].split(",")]
     return read_normalisation(numbers, where=where, source="the file", prefix=MEAN.removesuffix("mean"))
 
 

@@ -139,6 +139,9 @@ def load_pixels(images: PixelList, *, batch_size: int, workers: int, pinned: boo
             children = [child for child in multiprocessing.active_children() if child not in before]
             try:
                 while True:
+                    # Torch does not notice a dead process that `active_children` of another pass has waited for.
+                    if dead := [child for child in children if child.exitcode]:
+                        raise RuntimeError(f"process {dead[0].pid} ended with exit code {dead[0].exitcode}")
                     with _sigchld.await_batch():
                         batch = next(batches, None)
                     if batch is None:

@@ -253,7 +253,9 @@ def test_a_record_has_the_promised_fields(measure: Measure) -> None:
         "probe": ["certificate", "chosen", "converged", "iterations", "name", "objective", "params", "solver", "version"],
         "metrics": ["brier", "ece", "n", "nll", "top1", "top1_ci95", "top5"],
         "timing_s": ["decode_share", "encode_share", "extract", "images_per_second", "probe", "total"],
-        "environment": ["batch_size", "device", "git", "package", "python", "seed", "torch"],
+        "environment": [
+                "batch_size", "device", "git", "numpy", "os", "package", "processor", "python", "seed", "timm", "torch", "torchvision",
+            ],
         "predictions": None, "predictions_sha256": None, "seal": None,
     }  # fmt: skip
 
@@ -600,5 +602,7 @@ def test_quiet_disables_the_progress_bars_of_libraries_that_download(
     names = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in names})
 
-    assert main([*options, "ls"]) == 0
+    monkeypatch.setattr(sys, "argv", ["msn-eval", *options, "ls"])
+
+    assert main() == 0
     assert [os.environ.get(name) for name in names] == [("1" if disabled else None)] * 2

@@ -120,7 +120,10 @@ def test_mistyped_file_suggests_its_neighbour(tmp_path: Path, capsys: pytest.Cap
 def test_an_interrupted_bench_promises_no_snapshot(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("msn_pretrain.benchmark.training_images", lambda recipe: signal.raise_signal(signal.SIGINT))
+    def interrupt(recipe: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("msn_pretrain.benchmark.training_images", interrupt)
 
     assert main(["bench", "msn_digits"]) == 130
 

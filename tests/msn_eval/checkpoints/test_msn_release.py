@@ -37,7 +37,7 @@ def test_error_for_an_unknown_name_suggests_the_nearest_and_lists_all_five() -> 
         find_release("vit16s")
     assert caught.value.exit_code == 20
     assert str(caught.value) == (
-        "msn:vit16s: MSN released no network 'vit16s'. Did you mean vits16?\n"
+        "msn:vit16s: MSN released no network 'vit16s'. Did you mean vits16, vitb16 or vitl16?\n"
         "The released networks are msn:vits16, msn:vitb16, msn:vitl16, msn:vitb4, msn:vitl7."
     )
 

@@ -324,6 +324,19 @@ def test_death_between_batches_is_noticed_at_the_next_batch(
 
 
 @half_open
+def test_death_is_noticed_after_another_pass_has_waited_for_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pixel_loader, "_WORKER_TIMEOUT_SECONDS", 5.0)
+    batches = load_pixels(greys(DyingLate(tmp_path), 3), batch_size=1, workers=1)
+    next(batches)
+    time.sleep(0.8)
+    multiprocessing.active_children()
+
+    assert (len(list(batches)), "ended with exit code -9" in caplog.text) == (2, True)
+
+
+@half_open
 def test_death_interrupts_nothing_after_another_pass_has_ended(tmp_path: Path) -> None:
     batches = load_pixels(greys(DyingLate(tmp_path), 3), batch_size=1, workers=1)
     next(batches)
