@@ -6,6 +6,7 @@ BIN = $(VENV)/bin
 IMAGES ?= photos
 KILLS ?= 100
 DAMAGES ?= 1000
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + 1, 5))")
 
 .PHONY: demo test lint docs layouts bench bench-images parity kill-test corrupt faults exact fuzz gpu clean audit leaderboard
 
@@ -27,9 +28,10 @@ $(VENV)/installed-docs: $(BIN)/python pyproject.toml
 demo: $(VENV)/installed
 	$(BIN)/msn-eval demo --out reports/demo
 
-# One thread per process: with more, processes that share the cores slow each other down.
+# One thread per process: with more, processes that share the cores slow each other down. One process more than cores, because many
+# tests wait for another program.
 test: $(VENV)/installed-test lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
