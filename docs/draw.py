@@ -67,7 +67,7 @@ def draw_page(folder: Path) -> None:
         options.add_argument(flag)
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     try:
-        size = {"width": 1280, "height": 1290, "deviceScaleFactor": 1, "mobile": False}
+        size = {"width": 1280, "height": 1210, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         browser.get(path.as_uri())
         browser.save_screenshot(str(_DOCS / "page.png"))

@@ -4,7 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from msn_eval.reports.text_tables import format_cell
+from msn_eval.reports.text_tables import format_accuracy
 from msn_eval.results.folder import list_results
 from msn_eval.results.table import make_table
 
@@ -12,22 +12,25 @@ _ROOT = Path(__file__).parents[1]
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_picture_shows_the_numbers_that_the_demo_prints(digits_runs: Path) -> None:
+def test_the_picture_shows_the_titles_and_numbers_that_the_demo_prints(digits_runs: Path) -> None:
     table = make_table(list_results([digits_runs]))
     picture = (_ROOT / "docs" / "demo.svg").read_text(encoding="utf-8").replace("&#160;", " ")
 
-    shown = [format_cell(cell) for (_, column), cell in table.cells.items() if column.probe in ("logistic", "knn")]
+    cells = [format_accuracy(cell) for (_, column), cell in table.cells.items() if column.probe in ("logistic", "knn")]
+    titles = [title for title, columns in table.groups().items() if columns[0].probe in ("logistic", "knn")]
 
-    assert [text for text in shown if text not in picture] == []
+    assert (len(titles), len(cells)) == (2, 5)
+    texts = [text.strip() for text in re.findall(r">([^<>]+)</text>", picture)]
+    assert [text for text in (*titles, *cells) if text not in texts] == []
 
 
 def test_the_readme_has_the_numbers_that_the_demo_prints(digits_runs: Path) -> None:
     table = make_table(list_results([digits_runs]))
 
-    shown = [format_cell(cell) for (_, column), cell in table.cells.items() if column.probe == "logistic"]
+    shown = [format_accuracy(cell) for (_, column), cell in table.cells.items() if column.probe == "logistic"]
 
     assert len(shown) == 2
-    assert [text for text in shown if text.removesuffix(" (3)") not in _README] == []
+    assert [text for text in shown if text not in _README] == []
 
 
 def test_the_readme_is_short_and_its_links_exist() -> None:
