@@ -107,5 +107,16 @@ def test_action_passes_every_input_as_a_variable() -> None:
     assert [script for script in scripts if "${{" in script] == []
     assert set(_check_step()["env"]) == {
         "PROGRAM",
-        *(name.upper() for name in action["inputs"] if name != "python-version"),
+        *(name.upper() for name in action["inputs"] if name not in ("name", "python-version")),
     }
+
+
+def test_artifact_of_the_action_has_the_name_that_a_second_use_can_change() -> None:
+    action = yaml.safe_load((_ROOT / "action.yml").read_text(encoding="utf-8"))
+
+    (upload,) = (
+        step for step in action["runs"]["steps"] if step.get("uses", "").startswith("actions/upload-artifact@")
+    )
+
+    assert upload["with"]["name"] == "${{ inputs.name }}"
+    assert action["inputs"]["name"]["default"] != ""
