@@ -18,7 +18,7 @@ VERBS = {
     "inspect": "what is in a checkpoint and what would be used; runs nothing from it",
     "convert": "a checkpoint as plain safetensors, by timm's names, or as a folder for transformers",
     "subsets": "the published ImageNet lists: list, verify, fetch; or draw a subset of any data set",
-    "data": "verify a data set: read and decode every image, count, compare with a manifest",
+    "data": "verify a data set: read and decode every image; or draw a val split for class folders",
     "cache": "list, verify or prune what is kept of earlier runs",
     "ls": "list checkpoints, subsets, probes, datasets, reports, protocols or recipes",
     "doctor": "what this machine has, what is missing, and how to get it",

@@ -22,7 +22,10 @@ _DAY_SECONDS = 86400
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|verify|prune")
-    verify, prune = "read every byte and set damaged shards aside", "remove what --older-than or --max-bytes name"
+    verify, prune = (
+        "read every byte and set damaged shards aside",
+        "remove what --older-than, --max-bytes or --all names",
+    )
     for action, what in {"list": "sizes and ages", "verify": verify, "prune": prune}.items():
         verb = actions.add_parser(action, help=what, allow_abbrev=False)
         verb.add_argument("--cache", metavar="DIR", help="default the user's cache folder")

@@ -16,7 +16,7 @@ from msn_eval.results.table import Cell, Column, Table, make_table
 from msn_eval.version import __version__
 
 MARK = "<!-- written by msn-eval card -->"
-_HEADER = ("data set", "probe", "labelled images", "top-1 accuracy, %", "draws", "protocol id")
+_HEADER = ("probe and data set", "labelled images", "top-1 accuracy, %", "draws", "protocol id")
 
 
 def render_model_card(results: Sequence[Result]) -> str:
@@ -69,10 +69,10 @@ def render_model_card(results: Sequence[Result]) -> str:
         f"the weights `{checkpoint.weights_sha256}`. Measured by msn-eval {__version__} on the frozen backbone.",
         "",
         markdown_row(_HEADER),
-        "| --- | --- | --- | ---: | ---: | --- |",
+        "| --- | --- | ---: | ---: | --- |",
         *(markdown_row(_make_row(column, cell)) for column, cell in cells),
         "",
-        "  \n".join(map(markdown_text, explain_cells(table))),
+        "  \n".join(map(markdown_text, explain_cells(table, draws=""))),
         "Two numbers are comparable only if their protocol ids are equal.",
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"
@@ -87,4 +87,4 @@ def _list_cells(table: Table) -> Iterator[tuple[Column, Cell]]:
 
 def _make_row(column: Column, cell: Cell) -> list[str]:
     accuracy = f"{format_accuracy(cell)}{format_convergence_mark(cell)}"
-    return [column.data, column.group, column.title, accuracy, str(cell.draws), column.protocol_id]
+    return [column.group, column.title, accuracy, str(cell.draws), column.protocol_id]

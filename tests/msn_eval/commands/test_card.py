@@ -40,11 +40,18 @@ def test_metadata_are_the_numbers_of_the_table(card: ModelCard, digits_runs: Pat
 
 
 def test_each_number_of_the_text_has_its_protocol_id(card: ModelCard, digits_runs: Path) -> None:
-    rows = {line.split("|")[-2].strip(): line for line in card.text.splitlines() if line.startswith("| digits")}
+    rows = {line.split("|")[-2].strip(): line for line in card.text.splitlines() if line.count("|") == 6}
 
     for (_, column), cell in make_table(list_results([digits_runs])).cells.items():
         assert cell.mean is not None
         assert f"| {100 * cell.mean:.1f} ± " in rows[column.protocol_id]
+
+
+def test_text_names_each_data_set_once_and_explains_what_cells_have(card: ModelCard) -> None:
+    (row,) = [line for line in card.text.splitlines() if "logistic" in line and "1img" in line]
+
+    assert row.startswith("| logistic on digits | 1img, 1 image per class, λ=0.0025 | 62.9 ± 5.1 | 3 | ")
+    assert "\nTop-1 accuracy in percent: mean ± sample standard deviation over draws.\n" in card.text
 
 
 def test_hostile_name_ends_neither_metadata_nor_table(write_run: RunWriter, tmp_path: Path) -> None:
