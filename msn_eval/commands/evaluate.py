@@ -85,7 +85,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--workers", metavar="N", help="number of decoding processes, or auto")
     how.add_argument("--compile", action="store_true", help="use torch.compile: slow to start, then faster")
     how.add_argument("--slurm", metavar="K=V,…", help="submit this command, e.g. partition=gpu,nodes=2,gpus_per_node=8")
-    how.add_argument("--seed", metavar="N", help="seed of untrained weights and --patch-drop; default 0")
+    how.add_argument("--seed", metavar="N", help="seed of untrained weights, --patch-drop and --canary; default 0")
     how.add_argument("--on-bad-image", metavar="RULE", help=f"{' or '.join(BAD_IMAGE_RULES)}; default error")
     how.add_argument(
         "--allow-class-mismatch", action="store_true", help="use the union of the classes of train and val"
