@@ -70,15 +70,17 @@ def _draw_panel(axes: "Axes", table: Table, data: str) -> None:
     columns = [column for column in table.columns if column.data == data and column.probe == "logistic"]
     for name, (label, color, marker, line) in _CURVES.items():
         row = next(row for row in table.rows if row.name == name)
-        points = [(column.images_per_class, cell) for column in columns if (cell := table.cells.get((row, column)))]
-        x = [images for images, _ in points]
-        y = [100 * (cell.mean or 0.0) for _, cell in points]
-        low, high = zip(*(cell.standing.interval or (0.0, 0.0) for _, cell in points), strict=True)
+        points = [
+            (column.images_per_class, 100 * cell.mean, *(100 * bound for bound in cell.standing.interval))
+            for column in columns
+            if (cell := table.cells.get((row, column))) and cell.mean is not None and cell.standing.interval is not None
+        ]
+        x, y, low, high = map(list, zip(*points, strict=True))
         axes.plot(x, y, line, marker=marker, color=color, label=label)
-        axes.fill_between(x, [100 * v for v in low], [100 * v for v in high], color=color, alpha=0.2, linewidth=0)
+        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     axes.set_xscale("log")
-    ticks = {column.images_per_class: column.images for column in columns}
-    axes.set_xticks(list(ticks), [str(round(images)) for images in ticks])
+    ticks = list(dict.fromkeys(column.images_per_class for column in columns))
+    axes.set_xticks(ticks, [str(round(images)) for images in ticks])
     axes.minorticks_off()
     axes.set(title=_DATA_SETS[data], xlabel="labelled images per class")
     axes.grid(axis="y", alpha=0.3)
