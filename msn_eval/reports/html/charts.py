@@ -169,8 +169,8 @@ def draw_shot_charts(table: Table) -> list[ChartRow]:
     for (curve, data), columns in curves.items():
         ticks = []
         for column in columns:
-            text, images = _shorten_subset(column.subset), f"{column.images_per_class:.3g}"
-            ticks.append((column.images_per_class, text, "" if text == images else images))
+            text = _shorten_subset(column.subset)
+            ticks.append((column.images_per_class, text, "" if text == column.images else column.images))
         title = "labelled images per class, log scale"
         charts[data][columns[0].probe] += _read_columns(table, columns, ticks, curve, title)
     # The first chart of every probe, then the second ones.
