@@ -7,7 +7,7 @@ from msn_eval.errors import printable
 from msn_eval.reports.text_tables import markdown_row, markdown_text
 from msn_eval.results.comparison import Comparison, Measured, ProtocolComparison
 from msn_eval.results.record import CheckpointInfo, omit_unset
-from msn_eval.results.row_names import name_networks
+from msn_eval.results.row_names import add_hash, name_networks
 from msn_eval.results.statistics import Interval, Paired
 
 _MAX_SHOWN = 5
@@ -84,17 +84,12 @@ def _list_changes(protocol: ProtocolComparison) -> list[str]:
 def _name_checkpoints(comparison: Comparison) -> list[str]:
     """Return the names of both, with the starts of their hashes."""
     both = {"first": comparison.first, "second": comparison.second}
-    return [_add_hash(name, both[side]) for side, name in name_networks(both).items()]
+    return [add_hash(name, both[side]) for side, name in name_networks(both).items()]
 
 
 def checkpoint_text(checkpoint: CheckpointInfo) -> str:
     """Return a checkpoint's name and the start of its hash."""
-    return _add_hash(name_networks({"only": checkpoint})["only"], checkpoint)
-
-
-def _add_hash(name: str, checkpoint: CheckpointInfo) -> str:
-    digits = f"[{checkpoint.weights_sha256[:8]}]"
-    return name if name.endswith(digits) else f"{name} {digits}"
+    return add_hash(name_networks({"only": checkpoint})["only"], checkpoint)
 
 
 def percent(accuracy: float) -> str:

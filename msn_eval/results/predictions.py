@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from msn_eval.errors import ComparisonError, DamagedRecordError, UsageError, did_you_mean, printable
 from msn_eval.results.folder import list_results
 from msn_eval.results.record import MEASURE_AGAIN, Predictions, Result, list_metrics_faults, read_predictions
-from msn_eval.results.row_names import name_networks
+from msn_eval.results.row_names import add_hash, name_networks
 from msn_eval.results.statistics import Integers, count_right
 
 _MAX_TITLE_PARAMS = 4
@@ -123,7 +123,7 @@ def read_one_checkpoint(folders: Sequence[Path], *, name: str | None) -> list[Re
     matches = [network for network in groups if name is None or is_called(groups[network], name, names[network])]
     if len(matches) == 1:
         return groups[matches[0]]
-    shown = {network: f"{names[network]} [{network[0][:_HASH_PREFIX]}]" for network in matches or groups}
+    shown = {network: add_hash(names[network], groups[network][0].checkpoint) for network in matches or groups}
     listed = ", ".join(dict.fromkeys(shown.values()))
     problem = f"holds results of {len(shown)} checkpoints, and one is needed: {listed}"
     if not matches and name is not None:

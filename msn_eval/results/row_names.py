@@ -36,7 +36,7 @@ def name_networks(checkpoints: Mapping[Network, Named]) -> dict[Network, str]:
         network: checkpoint.name.replace(checkpoint.arch, shorten_architecture(checkpoint.arch))
         for network, checkpoint in checkpoints.items()
     }
-    for qualify in (_add_folders, _add_architecture, _add_key, _add_hash):
+    for qualify in (_add_folders, _add_architecture, _add_key, _add_hashes):
         groups = defaultdict(list)
         for network, name in names.items():
             groups[name].append(network)
@@ -64,6 +64,12 @@ def shorten_architecture(arch: str) -> str:
     return name + "".join(f"_{key}{'' if value.isdecimal() else '_'}{value}" for key, value in texts.items())
 
 
+def add_hash(name: str, checkpoint: Named) -> str:
+    """Return the name with the start of the checkpoint's hash in brackets, where it is known and not there already."""
+    digits = f" [{checkpoint.weights_sha256[:_HASH_PREFIX]}]" if checkpoint.weights_sha256 else ""
+    return name if name.endswith(digits) else f"{name}{digits}"
+
+
 def _add_folders(name: str, checkpoints: Sequence[Named]) -> list[str]:
     """Return `FOLDER/NAME` with as few folders as tell the files apart, as far as they do."""
     folders = [PurePath(checkpoint.path).parts[:-1] for checkpoint in checkpoints]
@@ -89,5 +95,5 @@ def _add_differing(name: str, texts: Sequence[str]) -> list[str]:
     return [f"{name} ({text})" if text and len(set(texts)) > 1 else name for text in texts]
 
 
-def _add_hash(name: str, checkpoints: Sequence[Named]) -> list[str]:
-    return [f"{name} [{checkpoint.weights_sha256[:_HASH_PREFIX]}]" for checkpoint in checkpoints]
+def _add_hashes(name: str, checkpoints: Sequence[Named]) -> list[str]:
+    return [add_hash(name, checkpoint) for checkpoint in checkpoints]
