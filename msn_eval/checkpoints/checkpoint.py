@@ -172,8 +172,9 @@ def read_timm(name: str, **_: object) -> Checkpoint:
         network = timm.create_model(architecture.timm_name, pretrained=True, num_classes=0, **architecture.keywords)
     except Exception as error:
         what = f"timm's weights cannot be loaded: {printable(str(error)).partition(chr(10))[0][:200]}"
-        hint = "Without a network they must be in the Hugging Face cache (HF_HOME); or download them elsewhere and "
-        raise CheckpointError(what, where=name, hint=f"{hint}give the file with --arch.") from error
+        hint = "Without a network they must be in the Hugging Face cache (HF_HOME); "
+        hint += "or download them elsewhere and give the file with --arch."
+        raise CheckpointError(what, where=name, hint=hint) from error
     config = network.pretrained_cfg
     tagged = replace(architecture, timm_name=f"{config['architecture']}.{config['tag']}".removesuffix("."))
     checkpoint = _describe_built(network.eval(), architecture, name=architecture.name, path=name, format="timm")

@@ -48,27 +48,25 @@ STUBS: dict[str, type] = {
     **{f"omegaconf.{name}": Dropped for name in ("dictconfig.DictConfig", "listconfig.ListConfig")},
     **{f"omegaconf.base.{name}": Dropped for name in ("ContainerMetadata", "Metadata")},
     **{f"omegaconf.nodes.{name}Node": Dropped for name in _OMEGACONF_NODES},
-    **{
-        f"{module}.data.AttributeDict": PlainDict
-        for module in ("lightning.fabric.utilities", "lightning_fabric.utilities")
-    },
+    "lightning.fabric.utilities.data.AttributeDict": PlainDict,
+    "lightning_fabric.utilities.data.AttributeDict": PlainDict,
     "pytorch_lightning.utilities.parsing.AttributeDict": PlainDict,
 }
 
 # Listed by name, so that a newer torch does not silently widen what is accepted.
 STORAGE_DTYPES = {
-    f"torch.{kind}Storage": dtype
-    for kind, dtype in (
-        *(("Double", torch.float64), ("Float", torch.float32), ("Half", torch.float16), ("BFloat16", torch.bfloat16)),
-        *(
-            ("Long", torch.int64),
-            ("Int", torch.int32),
-            ("Short", torch.int16),
-            ("Char", torch.int8),
-            ("Byte", torch.uint8),
-        ),
-        *(("Bool", torch.bool), ("ComplexDouble", torch.complex128), ("ComplexFloat", torch.complex64)),
-    )
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+    "torch.ComplexDoubleStorage": torch.complex128,
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.storage.UntypedStorage": torch.uint8,
 }
-STORAGE_DTYPES["torch.storage.UntypedStorage"] = torch.uint8
 DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}

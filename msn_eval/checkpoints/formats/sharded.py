@@ -17,11 +17,10 @@ def check_not_sharded(path: Path) -> None:
     folder = path if path.is_dir() else path.parent
     names = _list_names(path) if path.is_dir() else [path.name]
     if any(name.endswith(".distcp") or name == ".metadata" for name in names):
-        what = (
-            "a distributed checkpoint (DCP) of torch, in shards. It is not read: torch unpickles its .metadata without "
-        )
+        what = "a distributed checkpoint (DCP) of torch, in shards. It is not read: torch unpickles its .metadata "
+        what += "without restriction, which can run code"
         hint = f"If you trust it, convert it: {_DCP_TO_TORCH.format(folder)}"
-        raise CheckpointError(f"{what}restriction, which can run code", where=str(path), hint=hint)
+        raise CheckpointError(what, where=str(path), hint=hint)
     steps = [name for name in names if re.fullmatch(r"global_step\d+", name) and (path / name).is_dir()]
     inside = [*names, *(name for step in steps for name in _list_names(path / step))]
     if "zero_to_fp32.py" in names or any(map(_ZERO_FILE.fullmatch, inside)):

@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 _PLOT_WIDTH, _ROW_HEIGHT = 12.0, 3.4  # inches
 _MOST_ALARMS, _TITLE_CHARACTERS = 4, 110  # in the plot's title
 _MOST_PROTOCOLS = 8
-_LEGEND_CHARACTERS, _SAMPLE_CHARACTERS, _LEGEND_LINE = (
-    80,
-    8,
-    13.5,
-)  # of a line beside the left axis; of a sample; points
+_LEGEND_CHARACTERS, _SAMPLE_CHARACTERS = 80, 8  # of a line of the legend over one panel; of the sample of a curve
+_LEGEND_LINE = 13.5  # points
 
 
 def render_page(trajectory: Trajectory, panels: Sequence[DrawnPanel]) -> str:
