@@ -57,7 +57,10 @@ def format_duration(seconds: float) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean X?` for the known name closest to `name`, ` Did you mean X or Y?` for several, or nothing."""
+    """Return ` Did you mean X?` for the known name that is closest to `name`, or an empty string.
+
+    Names that are equally close are all suggested: ` Did you mean X or Y?`.
+    """
     return _join_suggestions(_find_closest(name, known))
 
 
@@ -83,10 +86,10 @@ def _find_closest_paths(path: Path) -> list[Path]:
 
 def _find_closest(name: str, known: Iterable[str]) -> list[str]:
     matcher = difflib.SequenceMatcher()
-    matcher.set_seq2(name)
+    matcher.set_seq2(name.removeprefix("--"))  # which all options share
     scores = {}
     for other in known:
-        matcher.set_seq1(other)
+        matcher.set_seq1(other.removeprefix("--"))
         if matcher.real_quick_ratio() >= _LEAST_SIMILAR:
             scores[other] = matcher.ratio()
     best = max(scores.values(), default=0.0)

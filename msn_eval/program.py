@@ -80,14 +80,13 @@ class ArgumentParser(argparse.ArgumentParser):
             parser.add_argument("-q", "--quiet", action="store_true", default=unset, help=less)
             parser.add_argument("--version", action="version", version=version)
         options, extra = self.parse_known_args(arguments)
+        if verb := next((argument for argument in extra if argument in verbs), ""):
+            raise UsageError(f"{verb!r} must come first", hint=f"Type: {suggest_verb(verb, arguments)}")
         for argument in extra:
             if argument.startswith("-"):
                 name = argument.partition("=")[0]
                 hint = did_you_mean(name, self._option_string_actions)
                 raise UsageError(f"unknown option {name}.{hint}", hint=f"See {self.prog} --help.")
-            if argument in verbs:
-                hint = f"Type: {suggest_verb(argument, arguments)}"
-                raise UsageError(f"{argument!r} must come first", hint=hint)
             if not takes_overrides or "=" not in argument:
                 guess = did_you_mean(argument, verbs)
                 hint = suggest(argument) or f"See {self.prog} --help."

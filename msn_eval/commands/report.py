@@ -50,7 +50,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     measures = _split(options.columns)
     for name in measures:
-        check_choice("--columns", name, tuple(MEASURES))
+        check_choice("--columns", name, tuple(MEASURES), what="column")
     with disabled_garbage_collection():
         scan = _select_results(scan_results(options.runs), options)
         results = (*scan.results, *scan.damaged)

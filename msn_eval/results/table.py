@@ -273,13 +273,15 @@ def sort_rows(table: Table, words: Sequence[str]) -> Table:
         words: `name`, or a probe, a subset or both, in whose columns the best comes first.
 
     Raises:
-        UsageError: No column is of these words.
+        UsageError: No column is of all these words.
     """
     columns = [column for column in table.columns if {*words} <= {column.probe, column.subset}]
     if list(words) != ["name"] and not columns:
         known = sorted({"name", *(word for column in table.columns for word in (column.probe, column.subset))})
-        what = f"--sort {','.join(words)}: no such column.{did_you_mean(next((w for w in words if w not in known), ''), known)}"
-        raise UsageError(what, hint=f"Known: {', '.join(known)}.")
+        unknown = [word for word in words if word not in known]
+        problem = f"no such column.{did_you_mean(unknown[0], known)}" if unknown else "no column is of all of these."
+        hint = f"Known: {', '.join(known)}." if unknown else "Give name, a probe, a subset, or PROBE,SUBSET."
+        raise UsageError(f"--sort {','.join(words)}: {problem}", hint=hint)
 
     def order(row: Row) -> tuple[Any, ...]:
         return bool(row.source), *_row_order(row, columns, table.cells)

@@ -97,6 +97,7 @@ def measure(folder: Path, capsys: pytest.CaptureFixture[str]) -> Measure:
         (["help", "verfy"], 2, "Did you mean verify?"),
         (["pixels"], 2, "given as --checkpoint pixels"),
         (["--data", "digits", "report", "runs"], 2, "Type: msn-eval report runs"),
+        (["--columns", "ece", "report", "runs"], 2, "Type: msn-eval report --columns ece runs"),
         (
             _pixels("--data", "digits", "--k", "2.5"),
             2,

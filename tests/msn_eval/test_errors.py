@@ -89,6 +89,10 @@ def test_nearest_known_name_is_suggested(name: str, hint: str) -> None:
     assert did_you_mean(name, ["logistic", "knn", "ncm"]) == hint
 
 
+def test_options_are_not_alike_for_their_dashes() -> None:
+    assert did_you_mean("--columns", ["--slurm"]) == ""
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
