@@ -166,10 +166,15 @@ def _describe_point(point: "Point") -> str:
 
     table, features = make_table(point.results), point.features
     cells = [(column, table.cells[row, column]) for column in table.columns for row in table.rows]
-    texts = [f"{column.curve}, {column.subset} {format_accuracy(cell)}" for column, cell in cells]
+    reasons = {column.reason for column in table.columns}
+    shared = f" on {reasons.pop()}" if len(reasons) == 1 else ""
+    names = [column.settings if shared else column.curve for column, _ in cells]
+    texts = [
+        f"{name}, {column.subset} {format_accuracy(cell)}" for name, (column, cell) in zip(names, cells, strict=True)
+    ]
     if features is not None and features.feature_rank is not None:
         texts.append(f"rank {features.feature_rank:.3g}, spread {features.feature_spread:.2g}")
-    return f"step {point.step:,}, epoch {point.epoch}: {'; '.join(texts)}"
+    return f"step {point.step:,}, epoch {point.epoch}{shared}: {'; '.join(texts)}"
 
 
 def _has_ended(trajectory: "Trajectory", attempts: "Attempts") -> bool:

@@ -84,18 +84,23 @@ class Column:
     @property
     def group(self) -> str:
         """The title of its table, such as `knn T=0.07 on digits, 96 px`."""
-        return self._title("temperature")
+        return f"{self._describe_probe('temperature')} on {self.reason}"
 
     @property
     def curve(self) -> str:
         """The title that it shares with other subsets, such as `knn k=10 T=0.07 on digits, 96 px`."""
-        return self._title("k", "temperature")
+        return f"{self.settings} on {self.reason}"
 
-    def _title(self, *settings: str) -> str:
+    @property
+    def settings(self) -> str:
+        """The probe and its settings, such as `knn k=10 T=0.07`."""
+        return self._describe_probe("k", "temperature")
+
+    def _describe_probe(self, *settings: str) -> str:
         shown = [f"{_SYMBOLS[name]}={self.params[name]:g}" for name in settings if name in self.params]
         lambda_rule = ["λ=auto"] if "auto" in self.params else []  # a different protocol from any given λ
         taps = [f"taps={self.params['taps']}"] if "taps" in self.params else []
-        return f"{' '.join([self.probe, *shown, *lambda_rule, *taps])} on {self.reason}"
+        return " ".join([self.probe, *shown, *lambda_rule, *taps])
 
     @property
     def images(self) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _PLOT_WIDTH, _ROW_HEIGHT = 12.0, 3.4  # inches
 _MOST_ALARMS, _TITLE_CHARACTERS = 4, 110  # in the plot's title
 _MOST_PROTOCOLS = 8
+_SHARED = ("reason", "subset")  # of columns: named once where all have the same
 _LEGEND_CHARACTERS, _SAMPLE_CHARACTERS = 80, 8  # of a line of the legend over one panel; of the sample of a curve
 _LEGEND_LINE = 13.5  # points
 
@@ -213,14 +214,15 @@ def _make_panels(trajectory: Trajectory) -> list[Panel]:
 def _accuracy_panel(trajectory: Trajectory, unit: int) -> Panel:
     scores = _read_scores(trajectory)
     classes = {column.classes for column in scores}
-    data, subsets = (", ".join(sorted({getattr(column, name) for column in scores})) for name in ("data", "subset"))
+    reasons, subsets = (sorted({getattr(column, name) for column in scores}) for name in _SHARED)
+    data = reasons if len(reasons) == 1 else sorted({column.data for column in scores})
     has_draws = any(cell is not None and (cell.draws or 1) > 1 for cells in scores.values() for cell in cells)
     spread = "; mean and one standard deviation over draws" if has_draws else ""
     shown = f" The first {_MOST_PROTOCOLS} of {len(scores)} protocols." if len(scores) > _MOST_PROTOCOLS else ""
     named = [*zip(_name_columns(scores), scores.values(), strict=True)][:_MOST_PROTOCOLS]
     return Panel(
         title="Accuracy of the frozen encoder",
-        lead=f"Top-1 in percent on {data}, {subsets}{spread}.{shown}",
+        lead=f"Top-1 in percent on {', '.join((*data, *subsets))}{spread}.{shown}",
         series=tuple(_accuracy_series(name, trajectory.points, cells, unit) for name, cells in named),
         levels=tuple((100 / count, "chance") for count in classes) if len(classes) == 1 else (),
         decimals=1,
@@ -247,9 +249,10 @@ def _read_scores(trajectory: Trajectory) -> dict[Column, list[Cell | None]]:
 
 
 def _name_columns(scores: dict[Column, list[Cell | None]]) -> list[str]:
-    """Return the names of protocols, with the subset only if there are several."""
-    has_one_subset = len({column.subset for column in scores}) == 1
-    return [column.curve if has_one_subset else f"{column.curve}, {column.subset}" for column in scores]
+    """Return the names of protocols, with data set and subset only if there are several."""
+    has_one_reason, has_one_subset = (len({getattr(column, name) for column in scores}) == 1 for name in _SHARED)
+    names = [column.settings if has_one_reason else column.curve for column in scores]
+    return [name if has_one_subset else f"{name}, {column.subset}" for name, column in zip(names, scores, strict=True)]
 
 
 def _describe_position(point: Point) -> str:

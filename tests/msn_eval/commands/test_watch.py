@@ -145,7 +145,8 @@ def test_a_second_watch_computes_and_rewrites_nothing(
 def test_a_new_probe_is_measured_on_scored_snapshots(scored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _once(scored, "--probe", "ncm,ridge") == 0
 
-    assert len(re.findall(r"^step \d.*ncm.*ridge", capsys.readouterr().out, re.MULTILINE)) == 3
+    lines = r"^step \d, epoch \d on digits, 3 validation images per class: ncm, 1img [^;]*; ridge, 1img"
+    assert len(re.findall(lines, capsys.readouterr().out, re.MULTILINE)) == 3
     assert len(list_results([scored / "eval"])) == 6
 
 
