@@ -100,7 +100,8 @@ class LowShot:
             plan = replace(plan, config=replace(plan.config, out=str(self.out or folder)))
             checkpoint = replace(encoder.checkpoint, name=f"epoch {epoch}", epoch=epoch)
             named = replace(encoder, checkpoint=checkpoint)
-            prepared = Preparation(encoder=named, taps={}, known=(), pending=())  # evaluate_checkpoint fills it
+            # `evaluate_checkpoint` fills it.
+            prepared = Preparation(encoder=named, name=checkpoint.name, taps={}, known=(), pending=())
             results = list(evaluate_checkpoint(plan, _CHECKPOINT, prepared=prepared))
         return name_accuracies(results)
 

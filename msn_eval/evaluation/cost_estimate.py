@@ -84,7 +84,7 @@ def _estimate_one(plan: Plan, ready: Preparation, run_own_code: bool) -> CostEst
     is_timed = encodings >= _FEW_IMAGES and (run_own_code or not ready.encoder.checkpoint.runs_own_code)
     seconds = _time_image(plan, ready, max([*missing, plan.val], key=len)) if is_timed else None
     return CostEstimate(
-        name=ready.encoder.checkpoint.name,
+        name=ready.name,
         read=read,
         reused=sum(map(len, wanted)) - read,
         bytes=sum(images.source.stamp(image_id)[0] for images in missing for image_id in images.ids),

@@ -57,10 +57,12 @@ from msn_eval.probes.linear import Linear
 from msn_eval.probes.linear_augmented import LinearAugmented, fit_augmented
 from msn_eval.probes.training_state import StateFiles, remove_states
 from msn_eval.results.record import Predictions, Result, TimingInfo, write_result
-from msn_eval.results.row_names import RefusedCheckpoint
+from msn_eval.results.row_names import RefusedCheckpoint, name_networks
+from msn_eval.results.table import get_cell_key
 from msn_eval.version import __version__
 
 _log = logging.getLogger(__name__)
+_UNCONVERGED = "the solver did not converge"
 _NO_IMAGES = Extraction(
     features={}, read=0, reused=0, seconds=0.0, decode_seconds=0.0, encode_seconds=0.0, batch_size=1 << 30
 )
@@ -187,14 +189,20 @@ def evaluate_all(
                 raise
             if group.rank == 0:
                 report(f"{type(error).__name__}: {error}")
-            label, source = split_label(name)
-            refused.append(RefusedCheckpoint(name=label or shorten_name(source), path=source))
+            refused.append(_describe_unread(name))
             code = code or error.exit_code
     problems = [result for result in results.values() if result.status != "ok"]
-    for text in dict.fromkeys(f"{r.checkpoint.name}: {r.error or 'the solver did not converge'}" for r in problems):
+    names = name_networks({get_cell_key(result)[:2]: result.checkpoint for result in results.values()})
+    texts = [f"{names[get_cell_key(result)[:2]]}: {result.error or _UNCONVERGED}" for result in problems]
+    for text in dict.fromkeys(texts):
         report(text)
     code = code or (NumericalError.exit_code if problems else 0)
     return Evaluation(results=list(results.values()), code=code, refused=tuple(refused))
+
+
+def _describe_unread(name: str) -> RefusedCheckpoint:
+    label, source = split_label(name)
+    return RefusedCheckpoint(name=label or shorten_name(source), path=source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,12 +211,14 @@ class Preparation:
 
     Attributes:
         encoder: The encoder.
+        name: Of the checkpoint in the log, with folders where another one of the plan has the same name.
         taps: The encoder's own tap for each tap that a probe names.
         known: Results that the plan's folder already holds.
         pending: The tasks that are left.
     """
 
     encoder: Encoder
+    name: str
     taps: Mapping[str, str]
     known: tuple[Result, ...]
     pending: tuple[Task, ...]
@@ -262,7 +272,7 @@ def prepare(plan: Plan, name: str) -> Preparation:
     )
     if (drop := make_patch_drop(config)) is not None:
         check_patch_drop(encoder, drop)
-    ready = _find_results(plan, encoder)
+    ready = _find_results(plan, encoder, _choose_name(plan, name, checkpoint.name))
     if any(task.probe.trains_on == "images" for task in plan.tasks):
         from msn_eval.evaluation.finetune import check_finetuning  # loads timm's training code
 
@@ -270,13 +280,21 @@ def prepare(plan: Plan, name: str) -> Preparation:
     return ready
 
 
-def _find_results(plan: Plan, encoder: Encoder) -> Preparation:
+def _choose_name(plan: Plan, name: str, own: str) -> str:
+    """Return the checkpoint's own name, with its folders where they tell it apart from others of the plan."""
+    described = {other: _describe_unread(other) for other in (*plan.config.checkpoint, name)}
+    shown = name_networks(described)[name]
+    return own if shown == described[name].name else shown
+
+
+def _find_results(plan: Plan, encoder: Encoder, name: str) -> Preparation:
     """Compare the plan with the results that its folder holds now."""
     config = plan.config
     results = [None if config.canary else find_result(Path(config.out), encoder, task, config) for task in plan.tasks]
     return Preparation(
         encoder=encoder,
-        taps={name: tap for task in plan.tasks for name, tap in find_taps(encoder, task, config).items()},
+        name=name,
+        taps={tap: own for task in plan.tasks for tap, own in find_taps(encoder, task, config).items()},
         known=tuple(result for result in results if result is not None),
         pending=tuple(task for task, result in zip(plan.tasks, results, strict=True) if result is None),
     )
@@ -306,7 +324,7 @@ def evaluate_checkpoint(
         CheckpointError, DataError, ResourceError, StoreError, DistributedError: NumericalError becomes a failed result.
     """
     # A different name for the same weights may have been evaluated since `prepared` was made.
-    ready = _find_results(plan, prepared.encoder) if prepared is not None else prepare(plan, name)
+    ready = prepare(plan, name) if prepared is None else _find_results(plan, prepared.encoder, prepared.name)
     encoder, out = ready.encoder, Path(plan.config.out)
     check_equal_across_ranks(group, encoder.checkpoint.name, _describe_run(plan, encoder))
     if group.rank == 0:
@@ -318,7 +336,7 @@ def evaluate_checkpoint(
     indices = broadcast_from_rank0(group, "pending", lambda: own)
     if not indices:
         finished = format_count(len(plan.tasks), "finished result")
-        _log.info("%s: %s in %s, nothing computed", encoder.checkpoint.name, finished, out)
+        _log.info("%s: %s in %s, nothing computed", ready.name, finished, out)
         return
     ready = replace(ready, pending=tuple(plan.tasks[index] for index in indices))
     for result, predictions in _measure(plan, ready, group, on_progress):
@@ -349,7 +367,7 @@ def _measure(plan: Plan, ready: Preparation, group: Group, on_progress: Progress
     if ready.frozen:
         yield from _measure_frozen(plan, ready, group, on_progress)
     for task in ready.pending_on("images"):
-        yield from _measure_finetuned(plan, ready.encoder, task, group, on_progress)
+        yield from _measure_finetuned(plan, ready, task, group, on_progress)
 
 
 def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None) -> Iterator[_Outcome]:
@@ -370,7 +388,7 @@ def _measure_frozen(plan: Plan, ready: Preparation, group: Group, on_progress: P
     reused = sum(extraction.reused for extraction in extractions)
     _log.info(
         "%s: features of %d images in %.1f s, %d of them from the cache",
-        encoder.checkpoint.name, sum(extraction.read for extraction in extractions) + reused, timing.extract, reused,
+        ready.name, sum(extraction.read for extraction in extractions) + reused, timing.extract, reused,
     )  # fmt: skip
     measure = partial(measure, timing=timing, batch_size=min(extraction.batch_size for extraction in extractions))
     workers = WorkerGroup(group=group, device=plan.device) if group.world > 1 else None
@@ -398,7 +416,7 @@ def _extract_splits(
     plan: Plan, ready: Preparation, group: Group, on_progress: Progress | None
 ) -> tuple[Extraction, dict[str, Extraction]]:
     """Extract the features of the labelled images, the union of all draws, and of each set that is scored, by its content."""
-    config, name, tasks = plan.config, ready.encoder.checkpoint.name, ready.pending_on("features")
+    config, name, tasks = plan.config, ready.name, ready.pending_on("features")
     loading = make_loading(config)
     with contextlib.ExitStack() as stack:
         cache = stack.enter_context(_open_cache(plan, group))
@@ -548,7 +566,7 @@ def _check_collapse(
     for content, images, split in splits:
         for tap, features in split.features.items():
             if problem := describe_collapse(features.values):
-                _log.warning("%s: tap %s, %s: %s", ready.encoder.checkpoint.name, tap, images, problem)
+                _log.warning("%s: tap %s, %s: %s", ready.name, tap, images, problem)
                 texts[content, tap] = f"{images}: {problem}"
     return texts
 
@@ -632,14 +650,14 @@ def _fit_and_score(
 
 
 def _measure_finetuned(
-    plan: Plan, encoder: Encoder, task: Task, group: Group, on_progress: Progress | None
+    plan: Plan, ready: Preparation, task: Task, group: Group, on_progress: Progress | None
 ) -> Iterator[_Outcome]:
     """Fine-tune the encoder for one task, all ranks together; rank 0 yields."""
     from msn_eval.evaluation.finetune import finetune_task, make_state_files  # loads timm's training code
 
-    batch_size = choose_batch_size(encoder)
+    encoder, batch_size = ready.encoder, choose_batch_size(ready.encoder)
     measurement = Measurement(plan=plan, encoder=encoder, task=task, timing=NO_EXTRACTION, batch_size=batch_size)
-    name = f"{encoder.checkpoint.name}: fine-tuning on {task.subset.name}@{task.subset.draw}"
+    name = f"{ready.name}: fine-tuning on {task.subset.name}@{task.subset.draw}"
     try:
         yield finetune_task(measurement, group=group, on_progress=_name_progress(on_progress, name))
     except NumericalError as error:

@@ -455,6 +455,32 @@ def test_labelled_images_among_the_validation_images_are_counted_draw_by_draw(fo
     assert overlaps == {1: 1, 2: 0, 3: int(shared in third)}
 
 
+def test_files_of_one_name_have_their_folders_in_the_log(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arch = _NETWORK.removeprefix("random:")
+    files = [tmp_path / name / "best.pth" for name in "ab"]
+    weights = build_network(name_architecture(arch)).state_dict()
+    for scale, file in enumerate(files, start=1):
+        file.parent.mkdir()
+        torch.save({name: scale * tensor for name, tensor in weights.items()}, file)
+
+    with caplog.at_level(logging.INFO, logger="msn_eval"):
+        results = evaluate(
+            list(map(str, files)),
+            data=folder,
+            out=tmp_path / "runs",
+            arch=arch,
+            subsets="1img@1",
+            probes="ncm",
+            device="cpu",
+        )
+
+    messages = [record.getMessage() for record in caplog.records]
+    assert [text.partition(":")[0] for text in messages if "features of" in text] == ["a/best", "b/best"]
+    assert [result.checkpoint.name for result in results] == ["best", "best"]
+
+
 def test_collapsed_features_are_reported_and_scored_at_chance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = _write_images(tmp_path / "black", train=2, val=5)
     for file in data.rglob("*.png"):
