@@ -94,7 +94,7 @@ def inspect_checkpoint(path: Path, *, arch: str | None = None, key: str | None =
     used = None
     try:
         stored = choose_stored(contents, arch=arch, key=key)
-        used = stored.choice.network
+        contents, used = stored.contents, stored.choice.network
         found |= _describe_choice(stored)
         found |= _describe_fit(stored, found["statistics"]["not_finite"])
     except CheckpointError as error:

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from msn_eval import load_encoder
+from msn_eval.checkpoints.inspection import inspect_checkpoint
 from msn_eval.config.recipes import FinetuneRecipe
 from msn_eval.errors import CheckpointError, UsageError
 from msn_eval.probes.finetune.model import build_finetune_model
@@ -147,3 +148,7 @@ def test_finetuning_is_refused(folder: Path) -> None:
 def test_size_that_its_positions_are_not_for_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="takes no such images"):
         load_encoder(str(folder), device="cpu", image_pixels=64)
+
+
+def test_network_that_transformers_runs_is_marked_as_used(folder: Path) -> None:
+    assert [network.used for network in inspect_checkpoint(folder).networks] == [True]
