@@ -56,11 +56,11 @@
       rows.sort((a, b) =>
         (missing(a.key) || missing(b.key) ? missing(a.key) - missing(b.key)
           : sign * (typeof a.key === "string" ? order.compare(a.key, b.key) : a.key - b.key)) || a.row.number - b.row.number);
-      const hung = table.parentNode, place = table.nextSibling;
+      const parent = table.parentNode, place = table.nextSibling;
       table.remove();  // one layout instead of one per row
       body.append(...rows.map((one) => one.row));
       after();
-      hung.insertBefore(table, place);
+      parent.insertBefore(table, place);
     };
     heads.forEach((head) => head.addEventListener("click", () => {
       const turned = { ascending: "descending", descending: "ascending" }[head.closest("th").getAttribute("aria-sort")];
@@ -96,10 +96,10 @@
   const isShown = data.columns.map(() => true);
   const showColumns = () => {
     const unchecked = boxes.filter((box) => !box.checked).map((box) => Number(box.dataset.group)), chosen = chosenData();
-    const others = Boolean(published) && published.checked;
-    board.classList.toggle("no-published", !others);
+    const withPublished = Boolean(published) && published.checked;
+    board.classList.toggle("no-published", !withPublished);
     data.columns.forEach((one, column) => {
-      const shown = one.data === "" ? others : !unchecked.includes(one.group) && (!chosen || one.data === chosen);
+      const shown = one.data === "" ? withPublished : !unchecked.includes(one.group) && (!chosen || one.data === chosen);
       if (shown === isShown[column]) return;
       isShown[column] = shown;
       heads[column].classList.toggle("hidden", !shown);
@@ -120,8 +120,8 @@
 
   // Filter by every word, and by the chosen data. Only `most` rows are laid out until all are requested; then the first of them
   // are painted before the rest.
-  const most = 100, said = at("shown");
-  let all = false, others = 0;
+  const most = 100, matching = at("shown");
+  let all = false, frame = 0;
   const texts = data.rows.map((row) => `${row.name} ${row.arch} ${row.note}`.toLowerCase());
   const filter = () => {
     const words = at("filter").value.toLowerCase().split(/\s+/).filter(Boolean), chosen = chosenData();
@@ -136,10 +136,10 @@
       row.classList.toggle("hidden", !fits);
       row.classList.toggle("beyond", fitting > most);
     }
-    cancelAnimationFrame(others);
+    cancelAnimationFrame(frame);
     const show = () => { for (const row of body.rows) row.classList.remove("beyond"); };
-    if (all) others = requestAnimationFrame(() => { others = requestAnimationFrame(show); });
-    said.textContent = words.length || chosen ? `${measured} of ${data.measured} checkpoints match.` : "";
+    if (all) frame = requestAnimationFrame(() => { frame = requestAnimationFrame(show); });
+    matching.textContent = words.length || chosen ? `${measured} of ${data.measured} checkpoints match.` : "";
     at("all").hidden = all || fitting <= most;
     at("all").textContent = `Show all ${fitting.toLocaleString("en")} rows`;
     // The legend explains what is there.
@@ -387,9 +387,9 @@
       });
       table.tHead.replaceChildren(head);
       table.tBodies[0].replaceChildren(...rows);
-      const said = make("span", `Accuracy in percent per class, ${data.columns[view.column].title}, ${view.draws === 1 ? "1 draw" : `mean of ${view.draws} draws`}${view.rows.length < data.measured ? `; ${view.rows.length} checkpoints` : ""}.`);
-      said.className = "said";
-      table.caption.replaceChildren(said);
+      const note = make("span", `Accuracy in percent per class, ${data.columns[view.column].title}, ${view.draws === 1 ? "1 draw" : `mean of ${view.draws} draws`}${view.rows.length < data.measured ? `; ${view.rows.length} checkpoints` : ""}.`);
+      note.className = "note";
+      table.caption.replaceChildren(note);
       sortable(table, (row, column) => (column < view.rows.length ? shares[row.place][column] : view.images[row.place]), (row) => names[row.place], () => {});
     };
     fillProtocols = () => {
