@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
@@ -522,9 +523,7 @@ def read_arrays(
 
 def describe_environment(device: "torch.device", *, batch_size: int, seed: int) -> EnvironmentInfo:
     """Return the versions, the device and the settings that a record states."""
-    import timm
     import torch
-    import torchvision
 
     return EnvironmentInfo(
         package=__version__,
@@ -534,8 +533,8 @@ def describe_environment(device: "torch.device", *, batch_size: int, seed: int) 
         device=f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
         batch_size=batch_size,
         seed=seed,
-        timm=timm.__version__,
-        torchvision=torchvision.__version__,
+        timm=version("timm"),  # importing them takes seconds
+        torchvision=version("torchvision"),
         numpy=np.__version__,
         os=platform.platform(),
         processor=_read_processor(),

@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -340,8 +341,17 @@ def test_versions_are_those_that_run() -> None:
     info = describe()
     assert (info.package, info.python) == (msn_eval.__version__, platform.python_version())
     assert (info.torch, info.device, info.batch_size, info.seed) == (torch.__version__, "cpu", 64, 3)
-    assert (info.timm, info.torchvision) == (timm.__version__, torchvision.__version__)
-    assert (info.numpy, info.os) == (np.__version__, platform.platform())
+    assert (info.timm, info.numpy, info.os) == (timm.__version__, np.__version__, platform.platform())
+    assert str(info.torchvision).partition("+")[0] == torchvision.__version__.partition("+")[0]
+
+
+def test_versions_are_read_without_importing_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name == "timm" or name.startswith("timm.")]:
+        monkeypatch.delitem(sys.modules, name)
+
+    describe()
+
+    assert "timm" not in sys.modules
 
 
 @pytest.mark.parametrize(
