@@ -255,7 +255,8 @@ def test_a_record_has_the_promised_fields(measure: Measure) -> None:
         "metrics": ["brier", "ece", "n", "nll", "top1", "top1_ci95", "top5"],
         "timing_s": ["decode_share", "encode_share", "extract", "images_per_second", "probe", "total"],
         "environment": [
-                "batch_size", "device", "git", "numpy", "os", "package", "processor", "python", "seed", "timm", "torch", "torchvision",
+                "batch_size", "device", "git", "numpy", "os", "package", "processor", "python", "seed", "timm", "torch",
+                "torchvision",
             ],
         "predictions": None, "predictions_sha256": None, "seal": None,
     }  # fmt: skip
