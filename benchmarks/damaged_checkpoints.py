@@ -44,7 +44,6 @@ class NormedTwice(nn.Module):
 def write_variants(run: Path, work: Path) -> dict[str, list[str]]:
     """Write the checkpoints, and return the options that name each of them."""
     _call("msn_pretrain", "export", str(run), "--to", "timm", "--out", "msn.safetensors", work=work)
-    _call("msn_pretrain", "export", str(run), "--to", "msn", "--out", "msn.pth.tar", work=work)
     with safe_open(work / "msn.safetensors", framework="pt") as file:
         metadata, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     block = {
@@ -53,12 +52,17 @@ def write_variants(run: Path, work: Path) -> dict[str, list[str]]:
     }
     save_file(block, work / "block_zeroed.safetensors", metadata)
     save_file({name: weight.bfloat16() for name, weight in weights.items()}, work / "bf16.safetensors", metadata)
+    snapshot = max((run / "checkpoints").iterdir())
+    state = torch.load(snapshot / "state.pt", map_location="cpu", weights_only=True)["model"]
+    prefix = "anchor.trunk.network."
+    anchor = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
+    save_file(anchor, work / "ema_skipped.safetensors", metadata)
     (work / "normed_twice.py").write_text(_FACTORY)
     return {
         "the same file": ["msn.safetensors"],
         "rounded to bf16": ["bf16.safetensors"],
         "one block zeroed": ["block_zeroed.safetensors"],
-        "EMA skipped": ["msn.pth.tar", "--checkpoint-key", "encoder"],
+        "EMA skipped": ["ema_skipped.safetensors"],
         "norm applied twice": ["py:normed_twice:NormedTwice"],
     }
 

@@ -15,24 +15,23 @@ from typing import TYPE_CHECKING
 from msn_eval.cli import main as msn_eval
 from msn_eval.results.folder import scan_results
 from msn_eval.results.leaderboard import make_leaderboard
-from msn_eval.results.table import Table, make_table
+from msn_eval.results.table import make_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HOME = Path(__file__).parents[1] / "reports/leaderboard"
-GROUPS = ("self-supervised", "supervised")
 _DATA_SETS = {"cifar10": "CIFAR-10, 20,000 images", "tiny-imagenet-100": "Tiny ImageNet, 100 classes"}
+GROUPS = tuple(f"{data}{group}" for data in _DATA_SETS for group in ("", "-supervised"))
 _CURVES = {
     "msn": ("MSN", "#1b6ca8", "o", "-"),
-    "simsiam": ("SimSiam", "#c8553d", "s", "-"),
     "untrained": ("the same network untrained", "#777777", "v", "--"),
     "pixels": ("raw pixels", "#222222", "x", ":"),
 }
 
 
 def build(out: Path) -> None:
-    """Write `GROUP.html`, `GROUP.md` and `GROUP.csv` of each group, and `label_efficiency.svg`."""
+    """Write `table.html`, `table.md` and `table.csv` in a folder of each group, and `label_efficiency.svg`."""
     out.mkdir(parents=True, exist_ok=True)
     for group in GROUPS:
         code = msn_eval(
@@ -50,14 +49,12 @@ def draw_label_efficiency(path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    scan = scan_results([HOME / "records/self-supervised"])
-    table = make_table(scan.results, standings=make_leaderboard(scan, ranked=True).standings)
     with plt.rc_context(
         {"svg.hashsalt": "msn-eval", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
     ):
         figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
         for axes, data in zip(panels, _DATA_SETS, strict=True):
-            _draw_panel(axes, table, data)
+            _draw_panel(axes, data)
         panels[0].set_ylabel("top-1 accuracy, %")
         figure.legend(
             *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(_CURVES), frameon=False
@@ -66,10 +63,14 @@ def draw_label_efficiency(path: Path) -> None:
         plt.close(figure)
 
 
-def _draw_panel(axes: "Axes", table: Table, data: str) -> None:
-    columns = [column for column in table.columns if column.data == data and column.probe == "logistic"]
+def _draw_panel(axes: "Axes", data: str) -> None:
+    scan = scan_results([HOME / "records" / data])
+    table = make_table(scan.results, standings=make_leaderboard(scan, ranked=True).standings)
+    # 1 % of the labels has another lambda, so it is no point of the same curve.
+    columns = [column for column in table.columns if column.probe == "logistic" and column.subset != "1pct"]
+    rows = {row.name: row for row in table.rows}
     for name, (label, color, marker, line) in _CURVES.items():
-        row = next(row for row in table.rows if row.name == name)
+        row = rows[name]
         points = [
             (column.images_per_class, 100 * cell.mean, *(100 * bound for bound in cell.standing.interval))
             for column in columns

@@ -67,7 +67,8 @@ def render_offline(
     context |= {"title": title, "kicker": kicker, "facts": facts, "origin": origin}
     context |= {"script": Markup(code), "script_sha256": _policy_hash(code)}
     context |= {"style": Markup(style), "style_sha256": _policy_hash(style)}
-    context |= {"created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "version": __version__}
+    created = f"Created {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    context = {"created": created, "version": __version__} | context
     return str(build_environment().get_template(template).render(context, data=format_json_block(data)))
 
 

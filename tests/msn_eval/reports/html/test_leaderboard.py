@@ -121,7 +121,7 @@ def test_every_column_header_sorts_and_states_the_order(scan: ResultScan) -> Non
 def test_only_results_change_a_page(scan: ResultScan) -> None:
     table = make_table(scan.results)
 
-    pages = {re.sub(r"Created [^<]* UTC", "", render(table, scan)) for _ in range(2)}
+    pages = {render(table, scan) for _ in range(2)}
 
     assert len(pages) == 1
 
