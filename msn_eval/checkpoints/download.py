@@ -119,7 +119,7 @@ def _complete(part: Path, target: Path, size: int, offset: int, rest: Iterable[b
     """Write the bytes from `offset` on, give the file its final name and return its SHA-256."""
     from tqdm.auto import tqdm  # a notebook has its own form
 
-    disabled = None if _log.isEnabledFor(logging.INFO) else True  # None: where stderr is not a terminal
+    disabled = None if _log.isEnabledFor(logging.WARNING) else True  # None: where stderr is not a terminal
     bar = tqdm(desc=part.name, total=size, initial=offset, unit="B", unit_scale=True, disable=disabled)
     with bar, part.open("r+b") as file:
         digest = hashlib.sha256()
