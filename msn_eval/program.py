@@ -94,6 +94,11 @@ class ArgumentParser(argparse.ArgumentParser):
         return options, extra
 
 
+def split_list(text: str) -> list[str]:
+    """Return the values of an option such as `--probe A,B`, without empty ones."""
+    return [value.strip() for value in text.split(",") if value.strip()]
+
+
 def run_program(name: str, arguments: Sequence[str] | None, parse: Parse, *, loggers: Sequence[str], kept: str) -> int:
     """Parse the arguments, run the verb, and return the exit code; print every error to stderr.
 

@@ -23,6 +23,7 @@ from msn_eval.errors import (
 )
 from msn_eval.files.package_data import list_recipes
 from msn_eval.probes import find_probe, read_probes
+from msn_eval.program import split_list
 
 if TYPE_CHECKING:
     from msn_eval.distributed.group import Group
@@ -48,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                       "real:FILE for the labels of ImageNet ReaL; repeatable")  # fmt: skip
     what.add_argument("--class-map", metavar="FILE", help="for --test: lines TEST_CLASS,TRAIN_CLASS where names differ")
     # A repeated option adds its values: silently using only the last ones would surprise.
-    several: dict[str, Any] = {"type": _split, "action": "extend"}
+    several: dict[str, Any] = {"type": split_list, "action": "extend"}
     what.add_argument("--subset", **several, metavar="A,B", help="1img, Nimgs, Npct or full, each with an optional "
                       "@DRAW; low-shot (default): 1img, 2imgs, 5imgs and 1pct; or a list file")  # fmt: skip
     what.add_argument("--probe", **several, metavar="A,B", help=f"{', '.join(read_probes())}; default logistic")
@@ -264,7 +265,3 @@ def _describe_cost(costs: "Sequence[CostEstimate]", ranks: int) -> str:
     if measured := [cost.seconds for cost in costs if cost.seconds is not None]:
         texts.append(f"about {format_duration(sum(measured) / ranks)}")
     return ", ".join(texts)
-
-
-def _split(text: str) -> list[str]:
-    return [value.strip() for value in text.split(",") if value.strip()]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from msn_eval.errors import UsageError, did_you_mean
+from msn_eval.program import split_list
 from msn_eval.reports import list_formats, load_format
 from msn_eval.results.folder import ResultScan, combine_faults, disabled_garbage_collection, scan_results
 from msn_eval.results.record import Result
@@ -42,13 +43,13 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     A record that must not be used is left out, or shown as DAMAGED. The table and stderr name it, and the exit code is that
     of a damaged store.
     """
-    names = _split(options.format or "")
+    names = split_list(options.format or "")
     if not names and options.out is not None:
         names = list(list_formats())
     formats = [load_format(name) for name in dict.fromkeys(names)]
     from msn_eval.config.yaml_config import check_choice
 
-    measures = _split(options.columns)
+    measures = split_list(options.columns)
     for name in measures:
         check_choice("--columns", name, tuple(MEASURES), what="column")
     with disabled_garbage_collection():
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             averages=board.averages,
         )
         if options.sort:
-            table = sort_rows(table, _split(options.sort))
+            table = sort_rows(table, split_list(options.sort))
         if not formats:
             from msn_eval.reports.terminal import print_table
 
@@ -82,10 +83,6 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if scan.faults:
         raise combine_faults(scan.faults)
     return 0
-
-
-def _split(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _select_results(scan: ResultScan, options: argparse.Namespace) -> ResultScan:
@@ -109,7 +106,7 @@ def _select_results(scan: ResultScan, options: argparse.Namespace) -> ResultScan
         "probe": {result.probe.name for result in everything},
         "subset": {result.split.subset for result in everything},
     }
-    chosen = {option: _split(getattr(options, option)) for option in known}
+    chosen = {option: split_list(getattr(options, option)) for option in known}
     for option, values in chosen.items():
         for value in values:
             if value not in known[option]:

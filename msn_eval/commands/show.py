@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msn_eval.errors import UsageError, did_you_mean
+from msn_eval.program import split_list
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,7 +105,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _parse_pictures(text: str) -> list[str]:
-    wanted = [part.strip() for part in text.split(",") if part.strip()]
+    wanted = split_list(text)
     for name in wanted or [text]:
         if name not in _PICTURES:
             hint = did_you_mean(name, _PICTURES)

@@ -51,7 +51,7 @@ def render(table: Table, scan: ResultScan) -> str:
         rows=_page_rows(table, columns),
         has_published=len(measured) < len(columns),
         show_published=show_published,
-        created="Created",  # at any time: the same records give the same bytes
+        is_dated=False,
         data_sets=list(dict.fromkeys(name_data(column) for column in measured)),
         has_stds=any(cell.std is not None for cell in table.cells.values()),
         has_ranks=any(cell.standing.rank for cell in table.cells.values()),

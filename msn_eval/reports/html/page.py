@@ -45,6 +45,7 @@ def render_offline(
     facts: Sequence[str] = (),
     assets: Sequence[str] = (),
     origin: str = "",
+    is_dated: bool = True,
     data: object = None,
     **context: object,
 ) -> str:
@@ -57,6 +58,7 @@ def render_offline(
         facts: Short texts below the title.
         assets: Scripts and styles in `assets` that are put into the page, beside those that all pages have.
         origin: What the page was made from, after the version in the last line.
+        is_dated: Whether the last line states the time; without it the same content gives the same bytes.
         data: What the script reads, as JSON.
         **context: Other variables of the template.
     """
@@ -67,8 +69,8 @@ def render_offline(
     context |= {"title": title, "kicker": kicker, "facts": facts, "origin": origin}
     context |= {"script": Markup(code), "script_sha256": _policy_hash(code)}
     context |= {"style": Markup(style), "style_sha256": _policy_hash(style)}
-    created = f"Created {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    context = {"created": created, "version": __version__} | context
+    time = f"{datetime.now(UTC):%Y-%m-%d %H:%M UTC} " if is_dated else ""
+    context |= {"time": time, "version": __version__}
     return str(build_environment().get_template(template).render(context, data=format_json_block(data)))
 
 
