@@ -4,10 +4,10 @@ import json
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from msn_eval.config.recipes import AugmentedRecipe, LinearRecipe, Params
 from msn_eval.errors import UsageError, did_you_mean, format_count
@@ -15,9 +15,6 @@ from msn_eval.results.data_sets import DataSetAverages
 from msn_eval.results.record import Result, flatten_fields
 from msn_eval.results.row_names import Named, RefusedCheckpoint, name_networks
 from msn_eval.results.statistics import draw_spread
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Hyper-parameters that are part of a column's title. Others are shown only where they differ.
 _TITLE_PARAMS = ("temperature", "auto")
@@ -51,6 +48,7 @@ MEASURES = {
     "rankme": "RankMe of the features of the validation images",
     "alpha": "exponent of the eigenspectrum of these features",
 }
+_Key = TypeVar("_Key", bound=Hashable)
 CellKey = tuple[str, str | None, str]  # weights_sha256, key and protocol_id: the identity of a cell
 
 
@@ -238,14 +236,14 @@ def make_table(
         measures: Names of `MEASURES` that cells show.
         averages: Averages over data sets, where they were computed.
     """
-    records = _make_frame(results)
+    records = _last_of_each(results, lambda result: (get_cell_key(result), result.split.draw))
     by_id = {column.protocol_id: column for column in _make_columns(records)}
     all_rows = list(_make_rows(records, refused))
     by_network = {(row.weights_sha256, row.key): row for row in all_rows if row.weights_sha256 is not None}
     cells: dict[tuple[Row, Column], Cell] = {}
     draw_numbers = {}
-    for draws in records.groupby(["network", "protocol_id"], sort=False)["result"].agg(list):
-        weights, key, protocol = cell_key = get_cell_key(draws[0])
+    for cell_key, draws in _group_by(records, get_cell_key).items():
+        weights, key, protocol = cell_key
         standing = (standings or {}).get(cell_key, CellStatistics())
         place = by_network[weights, key], by_id[protocol]
         cells[place] = _make_cell(draws, standing, measures)
@@ -299,22 +297,20 @@ def get_cell_key(result: Result) -> CellKey:
     return result.checkpoint.weights_sha256, result.checkpoint.key, result.protocol_id
 
 
-def _make_frame(results: Iterable[Result]) -> "pd.DataFrame":
-    """Return one row per record: what the table is grouped by, and the record itself as `result`."""
-    import pandas as pd  # --help and ls do without it
+def _last_of_each(results: Iterable[Result], key: Callable[[Result], Hashable]) -> list[Result]:
+    """Return the last result of each key, in their order."""
+    last: dict[Hashable, Result] = {}
+    for result in reversed(list(results)):
+        last.setdefault(key(result), result)
+    return list(reversed(last.values()))
 
-    records = pd.Series(list(results), dtype=object)
-    frame = pd.DataFrame(
-        {
-            # As ASCII: pandas' strings refuse the surrogates of undecodable file names.
-            "network": [ascii((record.checkpoint.weights_sha256, record.checkpoint.key)) for record in records],
-            "protocol_id": [record.protocol_id for record in records],
-            "draw": [record.split.draw for record in records],
-            "split": [ascii(record.split.sha256) for record in records],
-            "result": records,
-        }
-    )
-    return frame.drop_duplicates(["network", "protocol_id", "draw"], keep="last")
+
+def _group_by(records: Iterable[Result], key: Callable[[Result], _Key]) -> dict[_Key, list[Result]]:
+    """Return the records by their key, both in the order of appearance."""
+    groups: defaultdict[_Key, list[Result]] = defaultdict(list)
+    for record in records:
+        groups[key(record)].append(record)
+    return groups
 
 
 def _make_cell(draws: Sequence[Result], standing: CellStatistics, measures: Sequence[str]) -> Cell:
@@ -340,19 +336,19 @@ def _add_change(cell: Cell, base: Cell) -> Cell:
     return cell if cell.mean is None or base.mean is None else replace(cell, change=cell.mean - base.mean)
 
 
-def _make_rows(records: "pd.DataFrame", refused: Sequence[RefusedCheckpoint]) -> Iterator[Row]:
-    networks = records.groupby("network", sort=False)["result"].agg(list)
+def _make_rows(records: Sequence[Result], refused: Sequence[RefusedCheckpoint]) -> Iterator[Row]:
+    networks = _group_by(records, lambda result: get_cell_key(result)[:2])
     checkpoints: dict[Any, Named] = {network: results[0].checkpoint for network, results in networks.items()}
     names = name_networks(checkpoints | {checkpoint.path: checkpoint for checkpoint in refused})
-    for checkpoint in refused:
-        yield Row(name=names[checkpoint.path], arch="", weights_sha256=None, key=None, note="")
+    for failed in refused:
+        yield Row(name=names[failed.path], arch="", weights_sha256=None, key=None, note="")
     for network, results in networks.items():
-        checkpoint = results[0].checkpoint
+        measured = results[0].checkpoint
         yield Row(
             name=names[network],
-            arch=checkpoint.arch,
-            weights_sha256=checkpoint.weights_sha256,
-            key=checkpoint.key,
+            arch=measured.arch,
+            weights_sha256=measured.weights_sha256,
+            key=measured.key,
             note=_describe_problems(results),
         )
 
@@ -372,18 +368,20 @@ def _describe_problems(results: Sequence[Result]) -> str:
     return ", ".join(problems)
 
 
-def _list_split_notices(records: "pd.DataFrame") -> Iterator[str]:
+def _list_split_notices(records: Sequence[Result]) -> Iterator[str]:
     """Warn of columns whose rows have different labelled images: the same val folder, another train folder."""
-    columns = records.groupby(["protocol_id", "draw"]).agg({"split": "nunique", "result": "first"})
-    differing = columns[columns["split"] > 1]["result"]
+    columns = _group_by(records, lambda result: (result.protocol_id, result.split.draw)).values()
+    differing = [draws[0] for draws in columns if len({result.split.sha256 for result in draws}) > 1]
     if names := sorted({f"{result.probe.name} {result.split.subset}" for result in differing}):
         yield f"Rows were measured with different labelled images, and are not to be compared: {', '.join(names)}."
 
 
-def _make_columns(records: "pd.DataFrame") -> Iterator[Column]:
-    protocols = records.drop_duplicates("protocol_id", keep="last")["result"]
-    settings = ([result.probe.name, *map(result.probe.params.get, _TITLE_PARAMS)] for result in protocols)
-    for group in protocols.groupby(list(map(json.dumps, settings))).agg(list):
+def _make_columns(records: Sequence[Result]) -> Iterator[Column]:
+    def settings(result: Result) -> str:
+        return json.dumps([result.probe.name, *map(result.probe.params.get, _TITLE_PARAMS)])
+
+    protocols = _last_of_each(records, lambda result: result.protocol_id)
+    for _, group in sorted(_group_by(protocols, settings).items()):
         bases = _find_bases(group)
         titled = [result for result in group if result.protocol_id not in bases]
         reasons = dict(zip((result.protocol_id for result in titled), _list_reasons(titled), strict=True))

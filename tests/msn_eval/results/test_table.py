@@ -89,6 +89,12 @@ def test_repeated_result_counts_once(results: list[Result]) -> None:
     assert make_table([*results, *results]) == make_table(results)
 
 
+def test_last_of_repeated_results_counts(results: list[Result]) -> None:
+    failed = [replace(result, status="failed", metrics=None) for result in results]
+
+    assert make_table([*failed, *results]) == make_table(results)
+
+
 def test_order_of_the_records_does_not_matter(results: list[Result]) -> None:
     assert make_table(results) == make_table(results[::-1])
 
