@@ -1,4 +1,6 @@
-"""Measure the time to read thousands of records, and to write them as a table and as a page, each in a separate process.
+"""Measure the time to rerun a finished evaluation, to read thousands of records, and to write them as a table and as a page.
+
+Each runs in a separate process; `torch` only imports PyTorch, which every evaluation does.
 
     python benchmarks/reports.py [--checkpoints 1000] [--rounds 3]
 
@@ -21,12 +23,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from msn_eval import evaluate
 from msn_eval.files.json_records import add_seal
 from msn_eval.results.record import result_id
 from msn_eval.results.statistics import wilson_interval
 
 _PROTOCOLS = 12
+_EVALUATE = [
+    sys.executable, "-m", "msn_eval", "-q", "--checkpoint", "pixels", "--data", "digits", "--subset", "1img@1,2imgs@1,5imgs@1",
+    "--probe", "logistic,knn,ncm,ridge", "--k", "10", "--device", "cpu", "--no-cache", "--out",
+]  # fmt: skip
 _READ = "import sys; from msn_eval.results.folder import list_results; list_results(sys.argv[1:])"
 
 
@@ -37,21 +42,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        runs, out = Path(folder) / "runs", Path(folder) / "out"
-        write_records(runs, chosen.checkpoints, seed=Path(folder) / "seed")
+        seed, runs, out = (Path(folder) / name for name in ("seed", "runs", "out"))
+        evaluate = [*_EVALUATE, str(seed)]
+        subprocess.run(evaluate, check=True, stdout=subprocess.DEVNULL)
+        write_records(runs, chosen.checkpoints, seed=seed)
         report = [sys.executable, "-m", "msn_eval", "report", str(runs), "--out", str(out), "--format"]
-        commands = {"read": [sys.executable, "-c", _READ, str(runs)], "md": [*report, "md"], "html": [*report, "html"]}
+        commands = {
+            "torch": [sys.executable, "-c", "import torch"],
+            "rerun": evaluate,
+            "read": [sys.executable, "-c", _READ, str(runs)],
+            "md": [*report, "md"],
+            "html": [*report, "html"],
+        }
         for name, command in commands.items():
             print(name, _timed(command, chosen.rounds), flush=True)
         print(f"page {(out / 'table.html').stat().st_size:,} bytes")
 
 
 def write_records(runs: Path, checkpoints: int, *, seed: Path) -> None:
-    """Write the records of `checkpoints` invented checkpoints under 12 protocols."""
-    evaluate(
-        ["pixels"], data="digits", subsets=["1img@1", "2imgs@1", "5imgs@1"], probes=["logistic", "knn", "ncm", "ridge"],
-        out=seed, device="cpu", no_cache=True, k=[10],
-    )  # fmt: skip
+    """Write the records of `checkpoints` invented checkpoints, changed from those in `seed`."""
     records = [json.loads(path.read_text()) for path in sorted(seed.glob("*.json"))][:_PROTOCOLS]
     runs.mkdir()
     draw = random.Random(0)
