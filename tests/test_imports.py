@@ -6,9 +6,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from graphlib import TopologicalSorter
+from itertools import product
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from msn_eval.cli import main
 
 _ROOT = Path(__file__).parents[1]
 # From the top down: a component of msn_eval, a folder or a module, imports only from layers below its own.
@@ -141,6 +145,25 @@ def test_reports_are_made_without_torch(digits_runs: Path, tmp_path: Path) -> No
     loaded = _loaded_after(f"from msn_eval.cli import main\nassert main({report!r}) == main({verify!r}) == 0")
 
     assert "torch" not in loaded
+
+
+def test_finished_rerun_only_looks_at_its_records(tmp_path: Path) -> None:
+    for split, name, shade in product(("train", "val"), ("a", "b"), (0, 200)):
+        path = tmp_path / "photos" / split / name / f"{shade}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), shade + (name == "b") + 2 * (split == "val")).save(path)
+    out = tmp_path / "runs"
+    options = (
+        f"--checkpoint pixels --data {tmp_path / 'photos'} --subset 1img@1 --probe logistic,knn,ncm --k 1 --device cpu"
+    )
+    command = [*options.split(), "--no-cache", "--out", str(out)]
+    assert main(command) == 0
+    files = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+
+    loaded = _loaded_after(f"from msn_eval.cli import main\nassert main({command!r}) == 0")
+
+    assert loaded.isdisjoint({"timm", "torchvision", "pandas", "pyarrow", "sklearn", "scipy", "faiss", "cyanure"})
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == files
 
 
 def test_importing_every_module_configures_no_logging_and_draws_no_number() -> None:
