@@ -17,6 +17,7 @@ when it was asked to stop (SIGTERM) and with 130 when it was interrupted.
 
 import contextlib
 import difflib
+import heapq
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ PREEMPTED, INTERRUPTED = 75, 130  # exit codes after SIGTERM, where the same com
 
 _LEAST_SIMILAR = 0.6  # of a suggestion, from 0 to 1
 _MOST_SUGGESTED = 3
+_MOST_COMPARED = 500  # names, in full; of more, those that share the longest start and end with the mistake
 _LONGEST_LINE = 2000  # characters of an error, whose text may come from a file
 # C0 and C1 controls (including ANSI escapes), direction marks, line breaks and characters without a width.
 _UNPRINTABLE = re.compile(
@@ -88,12 +90,23 @@ def _find_closest(name: str, known: Iterable[str]) -> list[str]:
     matcher = difflib.SequenceMatcher()
     matcher.set_seq2(name.removeprefix("--"))  # which all options share
     scores = {}
-    for other in known:
+    names = list(known)
+    if len(names) > _MOST_COMPARED:
+        names = heapq.nlargest(_MOST_COMPARED, names, key=lambda other: _count_shared_ends(name, other))
+    for other in names:
         matcher.set_seq1(other.removeprefix("--"))
         if matcher.real_quick_ratio() >= _LEAST_SIMILAR:
             scores[other] = matcher.ratio()
     best = max(scores.values(), default=0.0)
     return [other for other, score in scores.items() if score == best >= _LEAST_SIMILAR][:_MOST_SUGGESTED]
+
+
+def _count_shared_ends(name: str, other: str) -> int:
+    """Return how many characters two names share at their starts and at their ends."""
+    both_ways = ((name, other), (name[::-1], other[::-1]))
+    return sum(
+        next((n for n, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), len(name)) for pair in both_ways
+    )
 
 
 def _join_suggestions(names: list[str]) -> str:

@@ -1,3 +1,4 @@
+import difflib
 import inspect
 import pickle
 import unicodedata
@@ -87,6 +88,22 @@ def test_no_text_contains_control_characters(text: str) -> None:
 )
 def test_nearest_known_name_is_suggested(name: str, hint: str) -> None:
     assert did_you_mean(name, ["logistic", "knn", "ncm"]) == hint
+
+
+@pytest.mark.parametrize("typo", ["n00000007/ILSVRC2012_val_0000351.JPEG", "n0000007/ILSVRC2012_val_00000351.JPEG"])
+def test_a_few_of_many_names_are_compared_in_full(typo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"n{label:08d}/ILSVRC2012_val_{50 * label + image:08d}.JPEG" for label in range(40) for image in range(50)]
+    compared = []
+
+    class Matcher(difflib.SequenceMatcher[str]):
+        def ratio(self) -> float:
+            compared.append(self.a)
+            return super().ratio()
+
+    monkeypatch.setattr(difflib, "SequenceMatcher", Matcher)
+
+    assert did_you_mean(typo, names) == " Did you mean n00000007/ILSVRC2012_val_00000351.JPEG?"
+    assert len(compared) <= 500
 
 
 def test_options_are_not_alike_for_their_dashes() -> None:
