@@ -1,10 +1,11 @@
 """Report format `latex`, for papers: booktabs tabulars that fit the width of the text, for each probe and its settings."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from msn_eval.errors import one_line
 from msn_eval.reports import text_tables
+from msn_eval.results.data_sets import DataSetAverages
 from msn_eval.results.folder import ResultScan
 from msn_eval.results.table import Cell, Column, Table
 
@@ -31,8 +32,8 @@ def render(table: Table, scan: ResultScan) -> str:
     standard fonts lack are shown by their code points.
     """
     parts = [part for group in table.groups().items() for part in _render_group(table, *group)]
-    notes = "\\\\\n".join(map(escape_latex, text_tables.explain_cells(table, draws="")))
-    return "\n\n".join([_HEAD, *parts, f"\\noindent{{\\footnotesize\\raggedright\n{notes}\\par}}"]) + "\n"
+    parts += [part for averages in table.averages for part in _render_averages(averages)]
+    return "\n\n".join([_HEAD, *parts, _render_notes(text_tables.explain_cells(table, draws=""))]) + "\n"
 
 
 def _render_group(table: Table, group: str, columns: tuple[Column, ...]) -> Iterator[str]:
@@ -43,21 +44,41 @@ def _render_group(table: Table, group: str, columns: tuple[Column, ...]) -> Iter
     has_worse = [any(cell and (cell.standing.rank or 1) > 1 for cell in cells) for cells in cells_by_column]
     draws = [text_tables.count_draws(table, column) for column in columns]
     details = [[_format_details(cell) for cell in cells] for _, cells in rows]
-    yield f"\\noindent\\textbf{{{escape_latex(group)}}}\\par\\nopagebreak\\smallskip"
+    yield _render_title(group)
     widths = [_DETAILED if any(texts) else _PLAIN for texts in zip(*details, strict=True)]
     for block in text_tables.split_columns(columns, widths, _MOST_CHARACTERS):
-        lines = [
-            f"\\noindent\\sbox0{{\\begin{{tabular}}{{@{{}}l{'r' * len(block)}@{{}}}}",
-            "\\toprule",
-            *(_join(map(escape_latex, [label, *(texts[index] for index in block)])) for label, texts in headers),
-            "\\midrule",
-        ]
+        head = [_join(map(escape_latex, [label, *(texts[index] for index in block)])) for label, texts in headers]
+        lines = []
         for (row, cells), texts in zip(rows, details, strict=True):
             shown = [_format_cell(cells[index], draws[index], bold_first=has_worse[index]) for index in block]
             lines.append(_join([escape_latex(text_tables.describe_row(row)), *shown]))
             if any(texts[index] for index in block):
                 lines.append(_join(["", *(texts[index] for index in block)]))
-        yield "\n".join([*lines, "\\bottomrule", f"\\end{{tabular}}}}{_FIT}"])
+        yield _render_tabular(head, lines, len(block))
+
+
+def _render_averages(averages: DataSetAverages) -> Iterator[str]:
+    """Yield the title of averages over data sets, a tabular, and what explains it."""
+    title, header, rows, explanations = text_tables.describe_averages(averages)
+    head, *lines = (_join(map(escape_latex, texts)) for texts in (header, *rows))
+    yield _render_title(title)
+    yield _render_tabular([head], lines, len(header) - 1)
+    yield f"{_render_notes(explanations)}\\bigskip"
+
+
+def _render_title(text: str) -> str:
+    return f"\\noindent\\textbf{{{escape_latex(text)}}}\\par\\nopagebreak\\smallskip"
+
+
+def _render_tabular(head: Sequence[str], lines: Sequence[str], n_numbers: int) -> str:
+    """Return a tabular of names and `n_numbers` columns of numbers."""
+    begin = f"\\noindent\\sbox0{{\\begin{{tabular}}{{@{{}}l{'r' * n_numbers}@{{}}}}"
+    return "\n".join([begin, "\\toprule", *head, "\\midrule", *lines, "\\bottomrule", f"\\end{{tabular}}}}{_FIT}"])
+
+
+def _render_notes(lines: Iterable[str]) -> str:
+    notes = "\\\\\n".join(map(escape_latex, lines))
+    return f"\\noindent{{\\footnotesize\\raggedright\n{notes}\\par}}"
 
 
 def _join(cells: Iterable[str]) -> str:

@@ -261,6 +261,15 @@ def test_averages_over_data_sets_are_in_markdown_json_and_csv(results: list[Resu
     assert fields == {"mean top1 %": "90", "mean rank": "1.0", "groups": "a", "Friedman p": "0.0421"}
 
 
+def test_averages_over_data_sets_are_in_latex(results: list[Result]) -> None:
+    latex = render(make_table(results[:1], averages=[_AVERAGES]), "latex")
+
+    assert "\\textbf{knn: over data sets}" in latex
+    assert "checkpoint & mean top-1 \\% & mean rank & groups \\\\\n\\midrule\na & 90.0 & 1.00 & a \\\\\n" in latex
+    assert "b\\textbar{} & 50.0 & 2.25 & a b \\\\" in latex
+    assert "p = 0.042" in latex
+
+
 def test_rank_diagram_has_a_mark_per_checkpoint_and_a_bar_per_group(results: list[Result]) -> None:
     page = render(Table(rows=(), columns=(), cells={}, averages=(_AVERAGES,)), "html")
     diagram = draw_ranks(_AVERAGES)
