@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import takewhile
 
 from msn_eval.checkpoints import find_scheme
@@ -50,7 +51,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Callable[[], int]]
         takes_overrides=takes_overrides,
         verbs=VERBS if takes_overrides else (),
         suggest_verb=_suggest_verb,
-        suggest=_suggest_option if takes_overrides else lambda argument: "",
+        suggest=partial(_explain, verb),
     )
     options.words = arguments
     options.verbs, options.build_parser = VERBS, _build_parser  # for completion, which lists the options of all
@@ -67,19 +68,28 @@ def _translate_help(words: list[str]) -> list[str]:
 def _suggest_verb(verb: str, words: Sequence[str]) -> str:
     """Return the command with a verb at its start, without options that the verb does not have."""
     evaluated, known = _build_parser("evaluate"), _build_parser(verb)
-    takes_value = {name for action in evaluated._actions if action.nargs != 0 for name in action.option_strings}
-    kept, rest = [], [word for word in words if word != verb]
+    actions = [*evaluated._actions, *known._actions]
+    takes_value = {name for action in actions if action.nargs != 0 for name in action.option_strings}
+    kept: list[str] = []
+    rest, is_found = list(words), False
     while rest:
         word = rest.pop(0)
-        if not word.startswith("-") or word.partition("=")[0] in {*known._option_string_actions, *VERBOSITY_OPTIONS}:
-            kept.append(word)
-        elif word in takes_value:
-            del rest[:1]
+        value = [rest.pop(0)] if word in takes_value and rest else []
+        if word == verb and not is_found:  # a folder may have the name of a verb
+            is_found = True
+        elif not word.startswith("-") or word.partition("=")[0] in {*known._option_string_actions, *VERBOSITY_OPTIONS}:
+            kept += [word, *value]
     return shlex.join(["msn-eval", verb, *kept])
 
 
-def _suggest_option(argument: str) -> str:
-    """Return the hint for a checkpoint without its option, or an empty string."""
+def _explain(verb: str, argument: str) -> str:
+    """Return the hint for an option of other verbs, or for a checkpoint without its option; else an empty string."""
+    if argument.startswith("-"):
+        parsers = [part for other in VERBS for part in _build_parser(other).list_parsers()]
+        having = [parser.prog for parser in parsers if argument in parser._option_string_actions]
+        return f"It is an option of {', '.join(having)}." if having else ""
+    if verb != "evaluate":
+        return ""
     try:
         find_scheme(argument)
     except CheckpointError:

@@ -46,10 +46,10 @@ class ArgumentParser(argparse.ArgumentParser):
         sys.stdout.flush()  # of --help and --version, so that a full disk is reported
         super().exit(status, message)
 
-    def list_actions(self) -> list[argparse.ArgumentParser]:
-        """Return the parsers of the verb's own actions, as `list` of `cache list`."""
+    def list_parsers(self) -> list[argparse.ArgumentParser]:
+        """Return this parser, and those of the verb's own actions, as `list` of `cache list`."""
         nested = (action for action in self._actions if isinstance(action, argparse._SubParsersAction))
-        return [parser for action in nested for parser in action.choices.values()]
+        return [self, *(parser for action in nested for parser in action.choices.values())]
 
     def parse_with_overrides(
         self,
@@ -67,13 +67,13 @@ class ArgumentParser(argparse.ArgumentParser):
             takes_overrides: Whether `key=value` is allowed.
             verbs: Names that may only come first, and that an unexpected argument may be a typo of.
             suggest_verb: Returns the command that starts with a verb, from the verb and all arguments.
-            suggest: Returns the hint for an unexpected argument, or an empty string.
+            suggest: Returns the hint for an unexpected argument or option, or an empty string.
 
         Raises:
             UsageError: An option or argument is not known.
         """
         version = f"{self.prog.partition(' ')[0]} {__version__}"
-        for parser in (self, *self.list_actions()):  # `data verify X -q` as well as `data -q verify X`
+        for parser in self.list_parsers():  # `data verify X -q` as well as `data -q verify X`
             unset: Any = 0 if parser is self else argparse.SUPPRESS
             more, less = "more on stderr; -vv for tracebacks", "only errors on stderr"
             parser.add_argument("-v", "--verbose", action="count", default=unset, help=more)
@@ -85,8 +85,9 @@ class ArgumentParser(argparse.ArgumentParser):
         for argument in extra:
             if argument.startswith("-"):
                 name = argument.partition("=")[0]
-                hint = did_you_mean(name, self._option_string_actions)
-                raise UsageError(f"unknown option {name}.{hint}", hint=f"See {self.prog} --help.")
+                guess = did_you_mean(name, self._option_string_actions)
+                hint = suggest(name) or f"See {self.prog} --help."
+                raise UsageError(f"unknown option {name}.{guess}", hint=hint)
             if not takes_overrides or "=" not in argument:
                 guess = did_you_mean(argument, verbs)
                 hint = suggest(argument) or f"See {self.prog} --help."

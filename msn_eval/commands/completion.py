@@ -58,7 +58,7 @@ def _write_fish(verbs: Mapping[str, str], build_parser: Callable[[str], Argument
 
 def _list_options(parser: ArgumentParser) -> dict[str, str]:
     """Return the long options of a verb, and of its actions, with their help."""
-    actions = [action for each in (parser, *parser.list_actions()) for action in each._actions]
+    actions = [action for each in parser.list_parsers() for action in each._actions]
     texts = {option: action.help or "" for action in actions for option in action.option_strings}
     return {option: text for option, text in texts.items() if option.startswith("--")}
 
