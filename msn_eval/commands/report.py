@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     measures = split_list(options.columns)
     for name in measures:
-        check_choice("--columns", name, tuple(MEASURES), what="column")
+        check_choice("--columns", name, tuple(MEASURES))
     with disabled_garbage_collection():
         scan = _select_results(scan_results(options.runs), options)
         results = (*scan.results, *scan.damaged)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msn_eval.config.yaml_config import check_choice
 from msn_eval.errors import UsageError, did_you_mean
 from msn_eval.program import split_list
 
@@ -107,9 +108,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _parse_pictures(text: str) -> list[str]:
     wanted = split_list(text)
     for name in wanted or [text]:
-        if name not in _PICTURES:
-            hint = did_you_mean(name, _PICTURES)
-            raise UsageError(f"--pictures {name} does not exist.{hint}", hint=f"Known: {', '.join(_PICTURES)}.")
+        check_choice("--pictures", name, _PICTURES)
     return list(dict.fromkeys(wanted))
 
 

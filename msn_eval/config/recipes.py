@@ -49,7 +49,7 @@ class LinearRecipe:
         if not self.taps:
             raise UsageError("linear.taps: nothing given", hint=f"Name one or several of {', '.join(TAP_NAMES)}.")
         for tap in self.taps:
-            check_choice("linear.taps", tap, TAP_NAMES, what="tap")
+            check_choice("linear.taps", tap, TAP_NAMES)
         check_ranges(self, "linear", "lr lr_first lr_last weight_decay_first weight_decay_last", above=0)
         check_ranges(self, "linear", "weight_decay seed", least=0)
         check_ranges(self, "linear", "lrs weight_decays epochs batch_size seeds", least=1)

@@ -272,17 +272,14 @@ def check_ranges(record: object, section: str, names: str, **bounds: float) -> N
             check_range(key, number, **bounds)
 
 
-def check_choice(option: str, value: str, known: Collection[str], *, what: str = "") -> None:
+def check_choice(option: str, value: str, known: Collection[str]) -> None:
     """Raise UsageError for an unknown value of an option (`--tap`) or a config key (`linear.taps`).
 
     Args:
-        option: The option or key.
+        option: The option or key, as the user types it.
         value: Its value.
         known: The allowed values.
-        what: What the values are, if that is not the name of the option or key.
     """
     if value not in known:
-        what = what or option.removeprefix("--").rpartition(".")[2]
-        is_key = not option.startswith("--")
-        error = f"{option}: there is no {what} {value!r}." if is_key else f"{option} {value}: there is no such {what}."
-        raise UsageError(f"{error}{did_you_mean(value, known)}", hint=f"Known: {', '.join(known)}.")
+        what = f"{option}: cannot be {value!r}.{did_you_mean(value, known)}"
+        raise UsageError(what, hint=f"Allowed: {', '.join(known)}.")

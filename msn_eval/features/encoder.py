@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from msn_eval.checkpoints.checkpoint import Checkpoint, read_checkpoint, weights_sha256
 from msn_eval.checkpoints.own_code import guard_own_code
 from msn_eval.config.request import read_channels
+from msn_eval.config.yaml_config import check_choice
 from msn_eval.data.images import EvalTransform, make_eval_transform
 from msn_eval.errors import CheckpointError, UsageError, named_as_arguments
 from msn_eval.models.hub import HubNetwork
@@ -121,8 +122,8 @@ def load_encoder(
         UsageError: The device or precision does not exist, or a mean or std is out of range.
     """
     chosen = choose_device(device)
-    if precision not in (None, *_DTYPES):
-        raise UsageError(f"--precision {precision} does not exist", hint=f"Use {', '.join(_DTYPES)}.")
+    if precision is not None:
+        check_choice("--precision", precision, _DTYPES)
     return build_encoder(
         read_checkpoint(
             checkpoint,

@@ -84,7 +84,7 @@ def measure(folder: Path, capsys: pytest.CaptureFixture[str]) -> Measure:
         (_pixels("--data", "digits", "--subset", "1img@1", "--out", 300 * "x"), 2, "File name too long"),
         (_pixels("--data", "digits", "--batch-size", "none"), 2, "--batch-size none"),
         (_pixels("--data", "digits", "--device", "gpu"), 2, "--device gpu"),
-        (_pixels("--data", "digits", "--precision", "int8"), 2, "--precision int8"),
+        (_pixels("--data", "digits", "--precision", "int8"), 2, "--precision: cannot be 'int8'"),
         (_pixels("--data", "digits", "--tap", "cls"), 2, "It has: pixels."),
         (_pixels("--data", "digits", "--config", "nowhere.yaml"), 2, "nowhere.yaml"),
         (_pixels("--data", "digits", "--config", "mine/low_shot.yaml"), 2, "mine/low_shot.yaml"),

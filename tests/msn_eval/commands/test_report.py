@@ -195,7 +195,7 @@ def test_rows_are_sorted_by_name_or_by_the_columns_of_a_probe_and_a_subset(
         (["--checkpoint", "pixel"], "--checkpoint pixel: the folders hold no such result. Did you mean pixels?"),
         (["--sort", "knn,2img"], "--sort knn,2img: no such column. Did you mean 2imgs?"),
         (["--sort", "knn,ncm"], "--sort knn,ncm: no column is of all of these.\nGive name, a probe"),
-        (["--columns", "rankmee"], "--columns rankmee: there is no such column. Did you mean rankme?"),
+        (["--columns", "rankmee"], "--columns: cannot be 'rankmee'. Did you mean rankme?"),
     ],
 )
 def test_what_the_folders_do_not_hold_is_refused_with_what_they_hold(

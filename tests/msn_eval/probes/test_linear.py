@@ -230,7 +230,7 @@ def test_taps_are_a_set_and_cls_alone_is_the_default_protocol(taps: list[str], n
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"taps": ["meen"]}, "linear.taps: there is no tap 'meen'. Did you mean mean?\nKnown: cls, cls-norm, "),
+        ({"taps": ["meen"]}, "linear.taps: cannot be 'meen'. Did you mean mean?\nAllowed: cls, cls-norm, "),
         ({"taps": []}, "linear.taps: nothing given\nName"),
         ({"lr": 0.0}, "linear.lr: "),
         ({"lrs": 0}, "linear.lrs: "),

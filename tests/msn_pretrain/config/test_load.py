@@ -60,7 +60,7 @@ def test_written_recipe_reads_back_equal(tmp_path: Path) -> None:
         ("views.crop_scale=[0.3]", "views.crop_scale: [0.3] are not two numbers"),
         ("views=3", "views is a section, not a value"),
         ("run.dir={", "the value is not valid YAML"),
-        ("method=mns", "override 'method=mns': method: there is no method 'mns'. Did you mean msn?"),
+        ("method=mns", "override 'method=mns': method: cannot be 'mns'. Did you mean msn?"),
         ("run.seed.more=1", "run.seed"),
     ],
 )

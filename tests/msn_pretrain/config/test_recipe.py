@@ -22,11 +22,11 @@ def test_defaults_of_simsiam_are_the_published_values() -> None:
         (lambda: Optimization(epochs=0), "optimization.epochs: 0 is out of range"),
         (lambda: Optimization(learning_rate=float("nan")), "optimization.learning_rate: nan is out of range"),
         (lambda: Criterion(temperature=0.0), "criterion.temperature: 0.0 is out of range"),
-        (lambda: Criterion(prior="powerlaw"), "criterion.prior: there is no prior 'powerlaw'. Did you mean power_law?"),
+        (lambda: Criterion(prior="powerlaw"), "criterion.prior: cannot be 'powerlaw'. Did you mean power_law?"),
         (lambda: Views(crop_scale=(0.5, 0.2)), "views.crop_scale: 0.2 is out of range"),
         (lambda: Views(flip=1.5), "views.flip: 1.5 is out of range"),
         (lambda: SimSiamRecipe(views=Views()), "views: SimSiam compares two views"),
-        (lambda: MSNRecipe(encoder=Encoder(stem="cifar")), "encoder.stem: there is no stem 'cifar'"),
+        (lambda: MSNRecipe(encoder=Encoder(stem="cifar")), "encoder.stem: cannot be 'cifar'"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_its_key(make, message: str) -> None:
