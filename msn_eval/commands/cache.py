@@ -121,8 +121,10 @@ def _title(folder: "FeatureFolder") -> str:
 
     name, key = describe_feature_folder(folder.path)
     transform, patches = (key.get(part) for part in ("transform", "patches"))
+    from msn_eval.results.row_names import shorten_architecture
     pixels = transform.get("crop") if isinstance(transform, dict) else None
-    details = f"{key.get('arch')}, tap {key.get('tap')}, {pixels} px, {key.get('precision')} on {key.get('device')}"
+    arch = shorten_architecture(str(key.get("arch")))
+    details = f"{arch}, tap {key.get('tap')}, {pixels} px, {key.get('precision')} on {key.get('device')}"
     dropped = f", {patches.get('share')} of patches dropped" if isinstance(patches, dict) else ""
     return one_line(f"{name[:_WIDEST]} ({details[:_WIDEST]}{dropped[:_WIDEST]})" if key else name[:_WIDEST])
 

@@ -31,10 +31,12 @@ def cache(tmp_path: Path) -> Path:
 def make_folder(cache: Path) -> FolderMaker:
     """Return a function that fills a folder of some rows, of 256 values each, last used some days ago."""
 
-    def make(name: str = "vit.pth", *, rows: int = 4, unused_days: float = 0.0) -> FeatureFolder:
+    def make(
+        name: str = "vit.pth", *, rows: int = 4, unused_days: float = 0.0, arch: str = "vit_small_16_224"
+    ) -> FeatureFolder:
         key = FeatureKey(
             weights=name.encode("utf-8", "surrogatepass").hex(),
-            arch="vit_small_16_224",
+            arch=arch,
             network=None,
             code=None,
             tap="cls",
@@ -92,6 +94,11 @@ def test_list_shows_checkpoint_rows_size_and_age(cache: Path, make_folder: Folde
         "vit.pth (vit_small_16_224, tap cls, 224 px, fp32 on cpu)",
         f"1 set of features, {size}, in {cache}",
     ]
+
+
+def test_list_names_architectures_as_tables_do(cache: Path, make_folder: FolderMaker, capsys: Capture) -> None:
+    make_folder(arch="vit_tiny_patch16_224?img_size=32&patch_size=4&depth=4")
+    assert "(vit_tiny_depth4_patch4_32, tap cls, " in run_cache(capsys, "list", "--cache", cache)
 
 
 def test_list_starts_with_the_last_used(cache: Path, make_folder: FolderMaker, capsys: Capture) -> None:
