@@ -262,13 +262,14 @@ def configure_probes(config: EvaluationConfig, subset: Subset) -> Iterator[tuple
 def _list_tasks(plan: Plan) -> Iterator[Task]:
     scored_sets = (plan.validation, *plan.tests)
     for subset in plan.subsets:
+    empty: dict[tuple[str, str], int] = {}
         split_sha256 = content_sha256(subset.image_ids, plan.train_hashes)
         labelled = {plan.train_hashes[image_id] for image_id in subset.image_ids}
         overlaps = [scored.count_among(labelled) for scored in scored_sets]
         for probe, distribution in configure_probes(plan.config, subset):
             configs = probe.configs(len(subset))
             if not configs:
-                _log.warning("%s leaves nothing to measure on the %d images of %s", probe, len(subset), subset.name)
+                empty[probe.name, subset.name] = len(subset)
             for params, (scored, overlap) in product(configs, list(zip(scored_sets, overlaps, strict=True))):
                 yield Task(
                     subset=subset,
@@ -280,6 +281,9 @@ def _list_tasks(plan: Plan) -> Iterator[Task]:
                     protocol=_make_protocol(plan, subset, probe, params, scored, distribution),
                 )
 
+    for (probe_name, subset_name), n_images in empty.items():
+        text = "%s measures nothing on %s: every k is above its %d labelled images; give a smaller one, such as --k 1,5"
+        _log.warning(text, probe_name, subset_name, n_images)
 
 def _make_protocol(
     plan: Plan, subset: Subset, probe: Probe, params: Params, scored: EvalSet, distribution: str | None

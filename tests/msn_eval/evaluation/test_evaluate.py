@@ -443,6 +443,16 @@ def test_hashes_of_both_splits_are_remembered(folder: Path, tmp_path: Path, monk
     assert len(list((tmp_path / "cache" / "hashes").iterdir())) == 2
 
 
+def test_subset_with_fewer_images_than_every_k_is_named_once(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _plan(folder, tmp_path / "runs", subset=["1img", "full"], probe=["knn"])
+
+    assert [message for message in caplog.messages if "every k" in message] == [
+        "knn measures nothing on 1img: every k is above its 4 labelled images; give a smaller one, such as --k 1,5"
+    ]
+
+
 def test_labelled_images_among_the_validation_images_are_counted_draw_by_draw(folder: Path, tmp_path: Path) -> None:
     leaky = shutil.copytree(folder, tmp_path / "leaky")
     first, second, third = (subset.image_ids for subset in _plan(leaky, tmp_path, subset=["2imgs"]).subsets)
