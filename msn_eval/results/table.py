@@ -361,11 +361,21 @@ def _describe_problems(results: Sequence[Result]) -> str:
         problems.append(f"{matched:.1%} of weights loaded")
     if patterns := sorted({pattern for result in results for pattern in result.checkpoint.allow_missing}):
         problems.append(f"absent by --allow-missing {' '.join(patterns)}")
-    if skipped := sorted({result.data.skipped for result in results} - {0}):
-        images = f"unreadable image{'' if skipped == [1] else 's'}"
-        problems.append(f"{' or '.join(map(str, skipped))} {images} skipped")
-    problems += sorted({result.features.degenerate for result in results if result.features.degenerate})
+    problems += _list_data_problems(results)
     return ", ".join(problems)
+
+
+def _list_data_problems(results: Sequence[Result]) -> Iterator[str]:
+    """Yield what is unusual about images and features, with the data set where there are several."""
+    by_data = _group_by(results, lambda result: result.data.name)
+    for name, group in sorted(by_data.items()):
+        where = f"{name}: " if len(by_data) > 1 else ""
+        if skipped := sorted({result.data.skipped for result in group} - {0}):
+            counts = "".join(f"{count} or " for count in skipped[:-1])
+            yield f"{where}{counts}{format_count(skipped[-1], 'unreadable image')} skipped"
+        yield from (
+            f"{where}{text}" for text in sorted({r.features.degenerate for r in group if r.features.degenerate})
+        )
 
 
 def _list_split_notices(records: Sequence[Result]) -> Iterator[str]:

@@ -147,6 +147,20 @@ def test_absent_weights_skipped_images_and_collapsed_features_are_noted_in_the_r
     assert table.rows[0].note == notes
 
 
+def test_skipped_images_and_collapsed_features_are_noted_with_their_data_set_where_there_are_several(
+    results: list[Result],
+) -> None:
+    fields = {"sha256": "f" * 64, "class_map_sha256": results[0].data.class_map_sha256}
+    odd = _other_protocol(results[0], data=fields)
+    odd = replace(
+        odd, data=replace(odd.data, name="odd", skipped=1), features=replace(odd.features, degenerate="collapsed")
+    )
+
+    table = make_table([results[0], odd])
+
+    assert [row.note for row in table.rows] == ["odd: 1 unreadable image skipped, odd: collapsed"]
+
+
 @pytest.mark.parametrize(
     ("protocol", "reason"),
     [
