@@ -23,7 +23,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     check_output_file("--out", options.out)
     out, folders = Path(options.out), [Path(folder) for folder in options.runs]
-    baseline = make_baseline(read_one_checkpoint(folders, name=options.name), folders)
+    results = read_one_checkpoint(folders, name=options.name, choice="--name NAME")
+    baseline = make_baseline(results, folders)
     write_atomically(out, render_baseline(baseline).encode())
     for protocol in baseline.protocols:
         accuracy = f"{100 * float(protocol.right.mean()):.2f} % of {protocol.images:,} images"

@@ -27,7 +27,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if out.is_file() and MARK.encode() not in out.read_bytes():
         hint = "Give another file, and copy its metadata and table into this one."
         raise UsageError(f"--out {options.out}: a file that is not by this command", hint=hint)
-    results = read_one_checkpoint([Path(folder) for folder in options.runs], name=options.checkpoint)
+    folders = [Path(folder) for folder in options.runs]
+    results = read_one_checkpoint(folders, name=options.checkpoint, choice="--checkpoint X")
     write_atomically(out, render_model_card(results).encode())
     print(out)
     return 0

@@ -104,7 +104,7 @@ def _read(options: argparse.Namespace) -> "tuple[list[Result], list[Path]]":
 
     folders = [Path(folder) for folder in options.runs]
     try:
-        return read_one_checkpoint(folders, name=options.name), folders
+        return read_one_checkpoint(folders, name=options.name, choice="--name NAME"), folders
     except StoreError as error:
         message = f"these results cannot be read: {error.what}"
         raise ComparisonError(message, where=error.where, hint=error.hint) from error

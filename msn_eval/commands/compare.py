@@ -31,7 +31,10 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     else:
         folders = ([Path(options.first)], [Path(options.second)])
         names = (None, None)
-    first, second = (read_one_checkpoint(side, name=name) for side, name in zip(folders, names, strict=True))
+    first, second = (
+        read_one_checkpoint(side, name=name, choice="compare --runs RUNS A B")
+        for side, name in zip(folders, names, strict=True)
+    )
     comparison = compare(first, second, folders)
     if options.markdown is not None:
         write_atomically(Path(options.markdown), render_comparison_markdown(comparison).encode())

@@ -30,6 +30,7 @@ __all__ = [
     "DATA_VARIABLE",
     "DataSet",
     "NamedSplit",
+    "describe_datasets",
     "find_data_name",
     "list_datasets",
     "read_dataset",
@@ -83,12 +84,17 @@ def list_datasets() -> dict[str, str]:
     return {name: entry.summary for name, entry in read_registry("datasets", DATASETS).items()}
 
 
+def describe_datasets() -> str:
+    """Return the known data sets as the lines of a hint."""
+    lines = [f"  {name}: {summary}" for name, summary in list_datasets().items()]
+    return "\n".join(["Data sets that can be read:", *lines])
+
+
 def find_data_name(given: str | None) -> str:
     """Return the given name of a data set, else that of $MSN_EVAL_DATA. Raises UsageError where there is none."""
     name = given or os.environ.get(DATA_VARIABLE)
     if not name:
-        choices = "; ".join(f"{name}: {summary}" for name, summary in list_datasets().items())
-        raise UsageError("no data set given", hint=f"Pass --data or set ${DATA_VARIABLE}. Choices: {choices}.")
+        raise UsageError("no data set given", hint=f"Pass --data or set ${DATA_VARIABLE}.\n{describe_datasets()}")
     return name
 
 
@@ -168,7 +174,4 @@ def _load(name: str, options: LoadOptions) -> tuple[Entry, DatasetListing]:
     try:
         return entry, cast(Loader, entry.load())(place, options)
     except UnknownLayoutError as error:
-        layouts = "".join(f"\n  {name}: {summary}" for name, summary in list_datasets().items())
-        raise DataError(
-            error.what, where=error.where, hint=f"{error.hint}\nData sets that can be read:{layouts}"
-        ) from error
+        raise DataError(error.what, where=error.where, hint=f"{error.hint}\n{describe_datasets()}") from error

@@ -42,7 +42,8 @@ def parse_slurm(text: str) -> dict[str, Value]:
         elif key and name and not equals:
             options[key] += f",{name}"
         else:
-            raise UsageError(f"--slurm: {piece!r} is not key=value, or is given twice", hint="Separate them by commas.")
+            what = f"--slurm: {piece!r} is not key=value, or is given twice"
+            raise UsageError(what, hint="Separate them by commas, as in partition=gpu,nodes=2,gpus_per_node=8.")
     parameters: dict[str, Value] = _DEFAULTS | {name: _read_value(value) for name, value in options.items()}
     return {"tasks_per_node": parameters.get("gpus_per_node") or 1} | parameters
 

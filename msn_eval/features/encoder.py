@@ -19,7 +19,7 @@ from msn_eval.checkpoints.own_code import guard_own_code
 from msn_eval.config.request import read_channels
 from msn_eval.config.yaml_config import check_choice
 from msn_eval.data.images import EvalTransform, make_eval_transform
-from msn_eval.errors import CheckpointError, UsageError, named_as_arguments
+from msn_eval.errors import CheckpointError, UsageError, format_count, named_as_arguments
 from msn_eval.models.hub import HubNetwork
 from msn_eval.models.readout import Readout, find_readout, read_taps, run_network
 from msn_eval.models.vit import (
@@ -157,10 +157,12 @@ def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UsageError(f"--device {name} is not a device", hint="Use auto, cpu, cuda or cuda:N.")
     device = torch.device(name)
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        present = ", ".join(["cpu", *(f"cuda:{number}" for number in range(count))])
         raise UsageError(
-            f"--device {name} does not exist: PyTorch sees {torch.cuda.device_count()} CUDA devices",
-            hint="Use --device cpu, or check the driver with nvidia-smi.",
+            f"--device {name} does not exist: PyTorch sees {format_count(count, 'CUDA device')}",
+            hint=f"Use --device {present}; if a GPU is missing here, check its driver with nvidia-smi.",
         )
     return device
 

@@ -111,8 +111,10 @@ def _list_record_paths(folder: Path) -> list[Path]:
         with os.scandir(folder) as entries:
             return [folder / name for name in sorted(entry.name for entry in entries) if _RECORD_NAME.fullmatch(name)]
     except OSError as error:
-        what = f"no such result folder: {error.strerror}"
-        if suggestion := suggest_paths(str(folder)):
+        what = "no such result folder"
+        if not isinstance(error, FileNotFoundError):
+            what += f": {error.strerror}"
+        elif suggestion := suggest_paths(str(folder)):
             what += f".{suggestion}"
         raise UsageError(what, where=str(folder), hint="Give the --out folder of a run.") from error
 

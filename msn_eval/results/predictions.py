@@ -109,8 +109,13 @@ def name_protocol(result: Result) -> str:
     return f"{' '.join([result.probe.name, *params])}, {result.split.subset}{test}"
 
 
-def read_one_checkpoint(folders: Sequence[Path], *, name: str | None) -> list[Result]:
+def read_one_checkpoint(folders: Sequence[Path], *, name: str | None, choice: str) -> list[Result]:
     """Read the results of the only checkpoint, or of the one called `name` (its name, path, or start of its hash).
+
+    Args:
+        folders: Result folders.
+        name: Of the checkpoint.
+        choice: How the user names it, such as `--name NAME`, for the error.
 
     Raises:
         UsageError: No checkpoint or several fit. The error lists the checkpoints.
@@ -129,7 +134,7 @@ def read_one_checkpoint(folders: Sequence[Path], *, name: str | None) -> list[Re
     if not matches and name is not None:
         suggestion = did_you_mean(name, names.values())
         problem = f"holds no results of a checkpoint {name!r}.{suggestion} It holds: {listed}"
-    hint = "Name one by its name or the first digits of its hash."
+    hint = f"Choose one by its name or the first digits of its hash: {choice}."
     raise UsageError(problem, where=", ".join(map(str, folders)), hint=hint)
 
 

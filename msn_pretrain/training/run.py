@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from msn_eval.checkpoints.checkpoint import weights_sha256
 from msn_eval.checkpoints.run_folder import CHECKPOINTS, CONFIG, newest_snapshot, read_manifest
 from msn_eval.config.request import EvaluationConfig
-from msn_eval.data import list_datasets, read_training_images
+from msn_eval.data import describe_datasets, read_training_images
 from msn_eval.data.images import ImageSet
 from msn_eval.distributed.collective import GradientAverager, is_sharded, world_size
 from msn_eval.distributed.group import Group as Group
@@ -206,8 +206,7 @@ def makes_views_on_device(recipe: Recipe, device: torch.device) -> bool:
 def training_images(recipe: Recipe) -> ImageSet:
     """Read the training images of a recipe. Raises UsageError if it names none, DataError if they cannot be read."""
     if not recipe.data.root:
-        choices = "; ".join(f"{name}: {what}" for name, what in list_datasets().items())
-        raise UsageError("data.root is missing", hint=f"Add data.root=X, where X is one of\n{choices}")
+        raise UsageError("data.root is missing", hint=f"Add data.root=X.\n{describe_datasets()}")
     cache_dir = cache_folder(EvaluationConfig())
     prepare_folder(cache_dir, option="cache")
     images = read_training_images(recipe.data.root, cache_dir=cache_dir)

@@ -774,7 +774,7 @@ def test_rank_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch, name: 
 def test_rank_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UsageError, match="PyTorch sees 2 CUDA devices"):
+    with pytest.raises(UsageError, match="PyTorch sees 2 CUDA devices\nUse --device cpu, cuda:0, cuda:1; if a GPU"):
         choose_device("auto", local_rank=2)
 
 

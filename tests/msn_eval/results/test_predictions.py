@@ -128,14 +128,18 @@ def test_checkpoint_is_found_by_name_or_hash(write_run: RunWriter, tmp_path: Pat
     write_run(tmp_path, _RIGHT, name="new", weights="b" * 64)
 
     for name in ("new", "bbbbbbbb"):
-        results = read_one_checkpoint([tmp_path], name=name)
+        results = read_one_checkpoint([tmp_path], name=name, choice="--name NAME")
         assert {result.checkpoint.name for result in results} == {"new"}
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (None, r"2 checkpoints, and one is needed: old \[aaaaaaaa\], new \[bbbbbbbb\]"),
+        (
+            None,
+            r"2 checkpoints, and one is needed: old \[aaaaaaaa\], new \[bbbbbbbb\]\n"
+            "Choose one by its name or the first digits of its hash: --name NAME",
+        ),
         ("odl", "no results of a checkpoint 'odl'. Did you mean old?"),
         ("bbb", "no results of a checkpoint 'bbb'"),
     ],
@@ -147,4 +151,4 @@ def test_ambiguous_checkpoint_error_lists_the_candidates(
     write_run(tmp_path, _RIGHT, name="new", weights="b" * 64)
 
     with pytest.raises(UsageError, match=message):
-        read_one_checkpoint([tmp_path], name=name)
+        read_one_checkpoint([tmp_path], name=name, choice="--name NAME")
